@@ -1,0 +1,49 @@
+"""From a trained PyTorch model to a verified TensorRT int8 engine.
+
+A name of the public API (`__init__.pyi` lists them) loads its module on first use, so that `import qdq` is light.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "analyze": ("Analysis", "analyze_layers"),
+    "build": ("BuildReport", "build_engine"),
+    "calibrate": ("Calibration", "calibrate_model"),
+    "check": ("CheckReport", "check_onnx"),
+    "data": ("load_images",),
+    "errors": (
+        "ArgumentError", "ArgumentTypeError", "BuildError", "CalibrationError", "CheckError", "DataError",
+        "DependencyError", "ExportError", "ModelError", "QdqError", "StateError",
+    ),
+    "evaluate": ("Evaluation", "evaluate_outputs", "predict"),
+    "export": ("ExportReport", "export_onnx"),
+    "fold": ("fold_batchnorm",),
+    "formats": ("Format",),
+    "models": ("load_model",),
+    "nn": ("register_module",),
+    "quantizer": (
+        "QuantDescriptor", "TensorQuantizer", "disable_quantization", "enable_quantization", "fake_quantize",
+    ),
+    "report": ("write_report",),
+    "run": ("Run", "start_run"),
+    "trt.backend": ("find_backend",),
+    "swap": ("SwapPlan", "plan_swap", "restore_modules", "swap_modules"),
+}  # fmt: skip
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted([*_HOME_OF, "__version__"])  # the literal list is in __init__.pyi
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        value = getattr(importlib.import_module(f"qdq.{_HOME_OF[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'qdq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME_OF])

@@ -1,0 +1,45 @@
+# The public API. What is not named here is reached by its module and may change.
+from qdq.analyze import Analysis as Analysis
+from qdq.analyze import analyze_layers as analyze_layers
+from qdq.build import BuildReport as BuildReport
+from qdq.build import build_engine as build_engine
+from qdq.calibrate import Calibration as Calibration
+from qdq.calibrate import calibrate_model as calibrate_model
+from qdq.check import CheckReport as CheckReport
+from qdq.check import check_onnx as check_onnx
+from qdq.data import load_images as load_images
+from qdq.errors import ArgumentError as ArgumentError
+from qdq.errors import ArgumentTypeError as ArgumentTypeError
+from qdq.errors import BuildError as BuildError
+from qdq.errors import CalibrationError as CalibrationError
+from qdq.errors import CheckError as CheckError
+from qdq.errors import DataError as DataError
+from qdq.errors import DependencyError as DependencyError
+from qdq.errors import ExportError as ExportError
+from qdq.errors import ModelError as ModelError
+from qdq.errors import QdqError as QdqError
+from qdq.errors import StateError as StateError
+from qdq.evaluate import Evaluation as Evaluation
+from qdq.evaluate import evaluate_outputs as evaluate_outputs
+from qdq.evaluate import predict as predict
+from qdq.export import ExportReport as ExportReport
+from qdq.export import export_onnx as export_onnx
+from qdq.fold import fold_batchnorm as fold_batchnorm
+from qdq.formats import Format as Format
+from qdq.models import load_model as load_model
+from qdq.nn import register_module as register_module
+from qdq.quantizer import QuantDescriptor as QuantDescriptor
+from qdq.quantizer import TensorQuantizer as TensorQuantizer
+from qdq.quantizer import disable_quantization as disable_quantization
+from qdq.quantizer import enable_quantization as enable_quantization
+from qdq.quantizer import fake_quantize as fake_quantize
+from qdq.report import write_report as write_report
+from qdq.run import Run as Run
+from qdq.run import start_run as start_run
+from qdq.swap import SwapPlan as SwapPlan
+from qdq.swap import plan_swap as plan_swap
+from qdq.swap import restore_modules as restore_modules
+from qdq.swap import swap_modules as swap_modules
+from qdq.trt.backend import find_backend as find_backend
+
+__version__: str

@@ -1,0 +1,245 @@
+"""From an ONNX file with Q/DQ to an engine, and to the proof of which layers run in int8."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qdq.errors import ArgumentError, BuildError, DependencyError
+from qdq.graph.coverage import list_weighted_nodes
+from qdq.run import write_atomic
+from qdq.trt.backend import Backend, find_backend
+from qdq.trt.builder import build_plan
+from qdq.trt.census import LayerCensus, take_census
+from qdq.trt.profiles import Profile, Shape, solve_profiles
+from qdq.trt.trtexec import trtexec_lines
+
+# Operators that TensorRT folds between a constant and the scale of a Q/DQ; on ReduceMax, for one, it crashes.
+_FOLDED_INTO_SCALE = frozenset({"Cast", "Identity", "Mul", "Reshape"})
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What was built, and which layers run in int8.
+
+    Args:
+        onnx: The ONNX file.
+        engine: The engine file.
+        engine_bytes: Its size in bytes.
+        backend: `rtx` or `tensorrt`.
+        backend_version: Version of that package.
+        sm: Compute capability built for, 89 for 8.9; None: the GPU of this machine.
+        seconds: Time of parsing and building.
+        profiles: Dynamic input -> `min`, `opt` and `max` shape.
+        layers: Every convolution and matrix product of the graph, in its order.
+        trtexec: Command for the target by version, `tensorrt10` and `tensorrt11`.
+        warnings: Messages of the builder of severity WARNING and above, each once.
+    """
+
+    onnx: Path
+    engine: Path
+    engine_bytes: int
+    backend: str
+    backend_version: str
+    sm: int | None
+    seconds: float
+    profiles: dict[str, Profile]
+    layers: list[LayerCensus]
+    trtexec: dict[str, str]
+    warnings: list[str]
+
+    @property
+    def expected_int8(self) -> int:
+        """Number of layers with Q/DQ on both operands."""
+        return sum(layer.expected_int8 for layer in self.layers)
+
+    @property
+    def int8(self) -> int:
+        """Number of layers that run in int8, expected or not."""
+        return sum(layer.int8 for layer in self.layers)
+
+    @property
+    def missing_int8(self) -> list[LayerCensus]:
+        """Layers that were quantized but do not run in int8."""
+        return [layer for layer in self.layers if layer.expected_int8 and not layer.int8]
+
+    def format_table(self) -> str:
+        """One line for each layer that is not in int8 as expected, with the reason, then the summary."""
+        rows = [
+            (layer.module or layer.node, layer.op_type, _verdict(layer), layer.reason)
+            for layer in self.layers
+            if layer.reason
+        ]
+        widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]])
+            for row in rows
+        ]
+        found = self.expected_int8 - len(self.missing_int8)
+        summary = f"int8: {found} of {self.expected_int8} expected"
+        if extra := self.int8 - found:
+            summary += f", and {extra} more"
+        target = "this GPU" if self.sm is None else f"SM {self.sm}"
+        lines += [f"warning: {text}" for text in self.warnings]
+        lines.append(
+            f"{self.engine}: {self.engine_bytes / 1e6:.1f} MB, {self.backend} {self.backend_version}, "
+            f"{target}, {self.seconds:.1f} s"
+        )
+        return "\n".join([*lines, summary])
+
+
+def _verdict(layer: LayerCensus) -> str:
+    if layer.int8:
+        return "int8"
+    return "NOT INT8" if layer.expected_int8 else "float"
+
+
+def build_engine(
+    onnx_path: Path | str,
+    output: Path | str | None = None,
+    *,
+    backend: str = "auto",
+    sm: int = 89,
+    min_shapes: Mapping[str, Shape] | None = None,
+    opt_shapes: Mapping[str, Shape] | None = None,
+    max_shapes: Mapping[str, Shape] | None = None,
+) -> BuildReport:
+    """Build a TensorRT engine and read from the builder which layers run in int8.
+
+    Args:
+        onnx_path: The ONNX file with Q/DQ.
+        output: The engine file; beside the ONNX file when not given, ending in `.rtx.engine` or `.engine`.
+        backend: `rtx` (TensorRT-RTX, needs no GPU), `tensorrt` (needs one), or `auto`: the latter if usable.
+        sm: Compute capability that TensorRT-RTX builds for, 89 for 8.9; TensorRT builds for the GPU at hand.
+        min_shapes: Input name -> smallest shape, for inputs with dynamic dimensions.
+        opt_shapes: Likewise the usual shape.
+        max_shapes: Likewise the largest. Where only the batch is dynamic and nothing is given: 1, 8 and 16.
+
+    Returns:
+        The report; `missing_int8` is empty when every quantized layer runs in int8.
+
+    Raises:
+        ArgumentError: No such file, or shapes, backend or compute capability that cannot be meant.
+        BuildError: Not an ONNX file, a computed scale (R-DYN), or TensorRT refuses the graph.
+        DependencyError: No TensorRT is installed, or it cannot build here.
+    """
+    onnx_path = Path(onnx_path)
+    model = _load(onnx_path)
+    _refuse_computed_scales(model)
+    given = {"min": min_shapes or {}, "opt": opt_shapes or {}, "max": max_shapes or {}}
+    profiles = solve_profiles(_read_inputs(model), given)
+    # .plan: never the file written here, and no two versions can read one another's anyway
+    lines = trtexec_lines(onnx_path, onnx_path.with_suffix(".plan"), profiles, half=_has_float16(model))
+    found = _find_backend(backend, lines)
+    engine = _engine_path(onnx_path, output, found.name)
+    target = sm if found.name == "rtx" else None
+
+    start = time.perf_counter()
+    plan = build_plan(found, onnx_path, profiles, target)
+    seconds = time.perf_counter() - start
+    write_atomic(engine, plan.engine)
+    return BuildReport(
+        onnx=onnx_path,
+        engine=engine,
+        engine_bytes=len(plan.engine),
+        backend=found.name,
+        backend_version=found.version,
+        sm=target,
+        seconds=seconds,
+        profiles=profiles,
+        layers=take_census(list_weighted_nodes(model), plan.kernels),
+        trtexec=lines,
+        warnings=plan.warnings,
+    )
+
+
+def _find_backend(name: str, lines: Mapping[str, str]) -> Backend:
+    """Find the backend; where there is none, the error still carries the way to build on the target."""
+    try:
+        return find_backend(name)
+    except DependencyError as error:
+        raise DependencyError(
+            error.message,
+            f"{error.fix}; or build on the target, with TensorRT 10: {lines['tensorrt10']} -- with "
+            f"TensorRT 11: {lines['tensorrt11']}",
+        ) from error
+
+
+def _load(path: Path) -> ir.Model:
+    """Read an ONNX file, and name nameless nodes as TensorRT's parser will."""
+    if not path.is_file():
+        raise ArgumentError(f"there is no file {path}.", "give an ONNX file, as `qdq export` writes it.")
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf, onnx_ir and the file system each raise their own
+        raise BuildError(
+            f"{path} is no readable ONNX file: {error}.",
+            "give the .onnx file itself, complete; export or copy it again if it was cut off.",
+        ) from error
+    if len(model.graph) == 0:
+        raise BuildError(f"{path} holds no graph: it has no nodes.", "export it again; it may be empty.")
+    for node in model.graph:
+        if not node.name and node.outputs:
+            node.name = f"node_of_{node.outputs[0].name}"
+    return model
+
+
+def _read_inputs(model: ir.Model) -> dict[str, tuple[int | None, ...]]:
+    """Shapes of the true inputs, None for a dynamic dimension; initializers are no inputs."""
+    inputs = {}
+    for value in model.graph.inputs:
+        name = value.name or ""
+        if name in model.graph.initializers:
+            continue
+        if value.shape is None:
+            raise BuildError(
+                f"input {name} has no shape, not even a number of dimensions.",
+                "export the model again with an example input.",
+            )
+        inputs[name] = tuple(dim if isinstance(dim, int) else None for dim in value.shape)
+    return inputs
+
+
+def _refuse_computed_scales(model: ir.Model) -> None:
+    """R-DYN, L09: the builder of TensorRT-RTX crashes the process on a scale that is not a constant."""
+    for node in model.graph.all_nodes():
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.inputs) < 2:
+            continue
+        if not _is_constant(node.inputs[1]):
+            raise BuildError(
+                f"the scale of {node.op_type} '{node.name}' is computed in the graph; TensorRT needs a "
+                "constant (R-DYN).",
+                "calibrate the model and export it with fixed ranges; dynamic quantization cannot be built.",
+            )
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    """An initializer or Constant, perhaps behind operators that TensorRT folds."""
+    if value is None or value.is_initializer():
+        return value is not None
+    node = value.producer()
+    if node is None:
+        return False
+    return node.op_type == "Constant" or (
+        node.op_type in _FOLDED_INTO_SCALE and all(_is_constant(operand) for operand in node.inputs)
+    )
+
+
+def _has_float16(model: ir.Model) -> bool:
+    values = [*model.graph.initializers.values(), *(value for node in model.graph for value in node.outputs)]
+    return any(value.dtype == ir.DataType.FLOAT16 for value in values)
+
+
+def _engine_path(onnx_path: Path, output: Path | str | None, backend: str) -> Path:
+    if output is None:
+        return onnx_path.with_suffix(".rtx.engine" if backend == "rtx" else ".engine")
+    path = Path(output)
+    if path.is_dir():
+        raise ArgumentError(f"{path} is a folder.", f"name a file in it, such as {path / 'model.engine'}.")
+    if path.resolve() == onnx_path.resolve():
+        raise ArgumentError(f"{path} is the ONNX file itself.", "choose another name for the engine.")
+    return path

@@ -1,0 +1,190 @@
+"""Ranges from data: `Calibration`, a with-block around any forwards, and `calibrate_model`, the usual loop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from qdq.errors import ArgumentError, CalibrationError
+from qdq.nn import QuantInputMixin, QuantMixin
+from qdq.observers.max import reduce_amax
+from qdq.quantizer import TensorQuantizer, named_quantizers
+from qdq.swap import quantized_layers
+from qdq.trace import call_model, evaluating
+
+logger = logging.getLogger(__name__)
+
+CALIB_METHODS = ("max", "percentile", "entropy", "mse")
+
+
+@dataclass(frozen=True)
+class Range:
+    """What calibration decided for one quantizer.
+
+    Args:
+        name: Dotted name of the quantizer.
+        amax: The range; one number, or one for each channel. None if there is none.
+        method: How it was solved.
+        batches: How many batches it saw; 0 for weights, which are read directly.
+        note: Empty, or why the layer was left in float.
+    """
+
+    name: str
+    amax: float | list[float] | None
+    method: str
+    batches: int
+    note: str = ""
+
+
+class Calibration:
+    """Collects ranges while the block runs and stores them when it ends.
+
+    Inside the block the model is in evaluation mode, without gradients, and computes in float; every enabled input
+    quantizer collects. At the end `amax` is solved, weights get the maximum of each channel, and all states are
+    as before. If the block raises, no range is touched.
+
+    A layer whose quantizer saw no batch, or zeros only, has no usable range. It is left in float: its quantizers are
+    disabled, and `ranges` and a warning say so.
+
+    Args:
+        model: A swapped model.
+        method: "max", "percentile", "entropy" or "mse", for inputs.
+        percentile: 0 to 100, for "percentile".
+
+    Raises:
+        ArgumentError: Unknown method, percentile out of range, or nothing to calibrate.
+        CalibrationError: NaN or Inf in the data or in a weight, with the layer and the batch; no data at all.
+    """
+
+    def __init__(self, model: nn.Module, method: str = "mse", percentile: float = 99.99) -> None:
+        if method not in CALIB_METHODS:
+            raise ArgumentError(
+                f"unknown calibration method {method!r}; known are {', '.join(CALIB_METHODS)}.",
+                "choose one of them with --calib-method (or method=).",
+            )
+        if not 0 < percentile <= 100:
+            raise ArgumentError(f"percentile is {percentile}; it must be in 0..100.", "99.99 is the usual choice.")
+        self._model = model
+        self._method = method
+        self._solver_arguments: dict[str, Any] = {} if method == "max" else {"method": method}
+        if method == "percentile":
+            self._solver_arguments["percentile"] = percentile
+        self._layers = {
+            name: layer for name, layer in quantized_layers(model).items() if not layer.input_quantizer._disabled
+        }
+        if not self._layers:
+            raise ArgumentError(
+                "the model has no enabled quantizer.", "call swap_modules first (or enable_quantization)."
+            )
+        self.ranges: list[Range] = []
+
+    def __enter__(self) -> Calibration:
+        self._exits = ExitStack()
+        self._exits.enter_context(evaluating(self._model))
+        for _, quantizer in named_quantizers(self._model):
+            self._exits.callback(_restore, quantizer, quantizer._if_quant, quantizer._if_calib)
+            quantizer._if_quant = quantizer._if_calib = False
+        for layer in self._layers.values():
+            quantizer = layer.input_quantizer
+            quantizer.set_calib_method("max" if self._method == "max" else "histogram")
+            quantizer.enable_calib()
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        self._exits.close()
+        if error_type is None:
+            self._solve()
+
+    def _solve(self) -> None:
+        if not any(_batches_of(layer.input_quantizer) for layer in self._layers.values()):
+            raise CalibrationError(
+                "no batch reached any quantizer.", "give at least one batch, and one that the model runs on."
+            )
+        weights = {
+            name: _weight_amax(name, layer) for name, layer in self._layers.items() if isinstance(layer, QuantMixin)
+        }
+        left: list[str] = []
+        for name, layer in self._layers.items():
+            if note := _reason_without_range(layer.input_quantizer):
+                left.append(f"{name} ({note})")
+                for attribute, quantizer in layer.quantizers().items():
+                    quantizer.disable()
+                    self.ranges.append(Range(f"{name}.{attribute}", None, self._method, 0, f"left in float: {note}"))
+                continue
+            quantizer = layer.input_quantizer
+            quantizer.load_calib_amax(**self._solver_arguments)
+            self._record(f"{name}._input_quantizer", quantizer, self._method)
+            if isinstance(layer, QuantMixin):
+                layer.weight_quantizer.amax = weights[name]
+                self._record(f"{name}._weight_quantizer", layer.weight_quantizer, "max")
+        if left:
+            logger.warning("%d layers have no usable range and are left in float: %s", len(left), "; ".join(left))
+
+    def _record(self, name: str, quantizer: TensorQuantizer, method: str) -> None:
+        assert quantizer.amax is not None  # noqa: S101
+        values = quantizer.amax.flatten().tolist()
+        batches = 0 if name.endswith("_weight_quantizer") else _batches_of(quantizer)
+        self.ranges.append(Range(name, values[0] if quantizer.axis is None else values, method, batches))
+
+
+def calibrate_model(
+    model: nn.Module, batches: Iterable[Any], *, method: str = "mse", percentile: float = 99.99
+) -> list[Range]:
+    """Run the batches through the model and give every enabled quantizer its range.
+
+    Args:
+        model: A swapped model, on its device.
+        batches: What the model is called with (see `trace.call_model`): tensors `[B, ...]`, `(inputs, labels)` or
+            dictionaries. A hundred images or so are enough.
+        method: "max", "percentile", "entropy" or "mse", for inputs; weights always take the maximum a channel.
+        percentile: 0 to 100, for "percentile".
+
+    Returns:
+        One `Range` for each quantizer; `note` names those left in float.
+
+    Raises:
+        ArgumentError: As for `Calibration`.
+        CalibrationError: As for `Calibration`.
+    """
+    with Calibration(model, method, percentile) as calibration:
+        for number, batch in enumerate(tqdm(batches, desc="calibrate", unit="batch", disable=None)):
+            try:
+                call_model(model, batch)
+            except CalibrationError as error:
+                raise CalibrationError(f"batch {number}: {error.message}", error.fix) from None
+    return calibration.ranges
+
+
+def _restore(quantizer: TensorQuantizer, if_quant: bool, if_calib: bool) -> None:
+    quantizer._if_quant, quantizer._if_calib = if_quant, if_calib
+
+
+def _batches_of(quantizer: TensorQuantizer) -> int:
+    return 0 if quantizer._calibrator is None else quantizer._calibrator.num_batches
+
+
+def _reason_without_range(quantizer: TensorQuantizer) -> str:
+    if _batches_of(quantizer) == 0:
+        return "it saw no batch: the layer did not run, or another module reads its weight directly"
+    assert quantizer._calibrator is not None  # noqa: S101
+    return "it saw zeros only" if quantizer._calibrator.saw_zeros_only() else ""
+
+
+def _weight_amax(name: str, layer: QuantInputMixin) -> torch.Tensor:
+    weight = layer._parameters["weight"]
+    assert weight is not None and isinstance(layer, QuantMixin)  # noqa: S101
+    amax = reduce_amax(weight, layer.weight_quantizer.axis)
+    if not bool(torch.isfinite(amax).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise CalibrationError(
+            f"{name}.weight holds {bad} NaN or Inf of {weight.numel()} values.",
+            "load other weights: this model was broken before quantization.",
+        )
+    return amax

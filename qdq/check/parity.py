@@ -1,0 +1,102 @@
+"""The exported file, run by ONNX Runtime, against the torch model it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from qdq.errors import CheckError
+from qdq.metrics import Array, agreement, cosine, max_abs_difference, sqnr_db
+
+
+class OnnxModel:
+    """An ONNX file as a function of arrays.
+
+    ONNX Runtime's int8 fusions are off: they change the arithmetic, and the file as it is written is what is measured.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckError: The file is missing, is not ONNX or cannot be run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its own exception types share no base
+            raise CheckError(
+                f"ONNX Runtime cannot load {path}: {_first_line(error)}.", "export the model again."
+            ) from error
+        self.path = path
+
+    @property
+    def inputs(self) -> dict[str, list[int | str]]:
+        """Shape of each input; a dynamic dimension is a name."""
+        return {value.name: list(value.shape) for value in self._session.get_inputs()}
+
+    def __call__(self, *inputs: Any) -> list[Array]:
+        """Run once.
+
+        Args:
+            *inputs: Arrays in the order of the model's inputs.
+
+        Raises:
+            CheckError: The inputs do not fit, or an operator cannot run.
+        """
+        try:
+            outputs: list[Array] = self._session.run(None, dict(zip(self.inputs, inputs, strict=True)))
+        except Exception as error:
+            raise CheckError(
+                f"ONNX Runtime cannot run {self.path}: {_first_line(error)}; its inputs are {self.inputs}.",
+                "give inputs of these shapes and types, or export with them.",
+            ) from error
+        return outputs
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far ONNX Runtime's outputs lie from torch's.
+
+    Args:
+        images: How many samples were compared.
+        max_abs: Largest absolute difference.
+        cosine: Cosine of all outputs as one vector.
+        sqnr_db: SQNR in dB of ONNX Runtime against torch.
+        agreement: Share of samples with the same largest output, 0..1.
+        exact: Share of samples whose outputs differ by float rounding only (1e-4 of their largest value): what
+            remains in the others are codes that rounded to the other side of a tie.
+    """
+
+    images: int
+    max_abs: float
+    cosine: float
+    sqnr_db: float
+    agreement: float
+    exact: float
+
+
+def measure_parity(expected: Array, found: Array) -> Parity:
+    """Compare outputs `[N, ...]` of the same inputs, torch's first."""
+    rows = np.asarray(expected, np.float64).reshape(len(expected), -1)
+    others = np.asarray(found, np.float64).reshape(len(found), -1)
+    near = np.abs(rows - others).max(1) <= 1e-4 * np.abs(rows).max(1)
+    return Parity(
+        images=len(rows),
+        max_abs=max_abs_difference(rows, others),
+        cosine=cosine(rows, others),
+        sqnr_db=sqnr_db(rows, others),
+        agreement=agreement(rows, others),
+        exact=float(near.mean()),
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

@@ -1,0 +1,90 @@
+"""What every Q/DQ of a graph must fulfil before TensorRT sees it; ids as the lint table (L01 -> QDQ101)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qdq.graph.coverage import WEIGHTED_OPS, dequantizer_of
+
+_OUTPUT_AXIS = {"Conv": 0, "ConvTranspose": 1}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One violation.
+
+    Args:
+        rule: Id of the rule, e.g. "QDQ103".
+        node: Name of the ONNX node.
+        message: What was found.
+        fix: What to do.
+    """
+
+    rule: str
+    node: str
+    message: str
+    fix: str
+
+
+def find_violations(model: ir.Model) -> list[Finding]:
+    """All violations of the main graph, in graph order."""
+    findings: list[Finding] = []
+    for node in model.graph:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            findings.extend(_check_pair_member(node))
+        elif node.op_type in WEIGHTED_OPS:
+            findings.extend(_check_weighted(node))
+    return findings
+
+
+def _check_pair_member(node: ir.Node) -> Iterator[Finding]:
+    name = node.name or ""
+    scale = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] else None
+    if scale is None:
+        yield Finding("QDQ109", name, "the scale is computed in the graph (R-DYN)", "export with calibrated amax.")
+        return
+    values = scale.numpy()
+    if not np.all(np.isfinite(values) & (values > 0)):
+        yield Finding("QDQ101", name, "a scale is zero, negative, NaN or Inf (R-SCALE)", "calibrate again.")
+    zero_point = node.inputs[2] if len(node.inputs) > 2 else None
+    zeros = ir.convenience.get_const_tensor(zero_point) if zero_point else None
+    if zeros is None or zeros.dtype != ir.DataType.INT8 or np.any(zeros.numpy()):
+        found = "missing" if zeros is None else f"{zeros.dtype.name}, not all zero or not INT8"
+        yield Finding("QDQ102", name, f"the zero point is {found} (R-SYM)", "write an int8 zero point of zero.")
+    if values.shape == (1,):
+        yield Finding(
+            "QDQ103", name, "a per-tensor scale has shape [1]; TensorRT-RTX then runs in float (R-SHAPE)",
+            "write it as a 0-D scalar.",
+        )  # fmt: skip
+    elif values.ndim and node.op_type == "QuantizeLinear" and not _is_constant(node.inputs[0]):
+        yield Finding("QDQ104", name, f"an activation has {values.size} scales (R-ACT-PC)", "use one per tensor.")
+    if "axis" not in node.attributes and values.ndim:
+        yield Finding("QDQ105", name, "the axis is not written down (R-AXIS)", "write the axis attribute.")
+
+
+def _check_weighted(node: ir.Node) -> Iterator[Finding]:
+    name = node.name or ""
+    activation, weight = (dequantizer_of(value) for value in node.inputs[:2])
+    if (activation is None) != (weight is None):
+        which = "input" if weight is None else "weight"
+        yield Finding(
+            "QDQ110", name, f"only the {which} is quantized, so it runs in float with extra kernels (R-CONV-2)",
+            "quantize both or none.",
+        )  # fmt: skip
+    if weight is None or node.op_type not in _OUTPUT_AXIS:
+        return
+    scale = ir.convenience.get_const_tensor(weight.inputs[1]) if weight.inputs[1] else None
+    axis = weight.attributes.get("axis")
+    if scale is not None and scale.size > 1 and axis is not None and axis.as_int() != _OUTPUT_AXIS[node.op_type]:
+        yield Finding(
+            "QDQ105", name, f"the weight has scales on axis {axis.as_int()}, not on its output channels (R-AXIS)",
+            f"quantize the weight on axis {_OUTPUT_AXIS[node.op_type]}.",
+        )  # fmt: skip
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    return value is not None and value.const_value is not None

@@ -1,0 +1,52 @@
+"""`qdq build`: an engine from an ONNX file, and the int8 census."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+
+def build(
+    onnx: Path,
+    /,
+    *,
+    output: Annotated[Path | None, Parameter(alias="-o")] = None,
+    backend: str = "auto",
+    sm: int = 89,
+    min_shapes: str | None = None,
+    opt_shapes: str | None = None,
+    max_shapes: str | None = None,
+    json: Path | None = None,
+) -> int:
+    """Build an engine and say which layers run in int8.
+
+    Prints each layer that does not run in int8 with the reason, and the trtexec commands for the target.
+    Exit code 1 when a quantized layer does not run in int8.
+
+    Args:
+        onnx: ONNX file with Q/DQ.
+        output: Engine file. Default: beside the ONNX file, ending in .rtx.engine or .engine.
+        backend: rtx (TensorRT-RTX, no GPU needed), tensorrt (needs one), or auto.
+        sm: Compute capability that TensorRT-RTX builds for, 89 for 8.9.
+        min_shapes: Smallest shapes of dynamic inputs, INPUT:DIMxDIM...,INPUT:...
+        opt_shapes: Usual shapes of dynamic inputs, likewise.
+        max_shapes: Largest shapes of dynamic inputs, likewise.
+        json: Write the whole report to this file too.
+    """
+    from qdq.build import build_engine
+    from qdq.run import write_json
+    from qdq.trt.profiles import parse_shapes
+
+    shapes = [None if text is None else parse_shapes(text) for text in (min_shapes, opt_shapes, max_shapes)]
+    report = build_engine(
+        onnx, output, backend=backend, sm=sm,
+        min_shapes=shapes[0], opt_shapes=shapes[1], max_shapes=shapes[2],
+    )  # fmt: skip
+    print(report.format_table())
+    for version, command in report.trtexec.items():
+        print(f"\n# on the target, TensorRT {version.removeprefix('tensorrt')}\n{command}")
+    if json is not None:
+        write_json(json, report)
+    return 1 if report.missing_int8 else 0

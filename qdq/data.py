@@ -1,0 +1,458 @@
+"""Images to calibrate and to evaluate on: the packaged photographs, or an image folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from qdq.errors import ArgumentError, DataError, DependencyError
+from qdq.models import LoadedModel, Preprocess, describe_content, seeded_rng
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# torchvision and Pillow are imported where they are used, after qdq.models has said so if they are missing.
+
+logger = logging.getLogger(__name__)
+
+CALIBRATION_IMAGES = 128
+"""How many images the loaders take for calibration where nothing else is said."""
+
+EVALUATION_IMAGES = 500
+"""How many images the loaders take for evaluation where nothing else is said."""
+
+CACHE_BYTES = 2**30
+"""Sets of float32 images up to this size are preprocessed once and held, larger ones anew in every pass."""
+
+_CROP_SCALE = (0.25, 1.0)  # share of a photograph's area; smaller parts often miss what the label names
+_CROP_RATIO = (3 / 4, 4 / 3)  # width to height, as in training on ImageNet
+
+# Natural photographs in colour: textures, microscope, telescope and text images have other statistics.
+_CALIBRATION_FILES = {
+    ("scikit-image", "skimage", "data"): (
+        *("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png"),
+        "motorcycle_right.png",
+    ),
+    ("scikit-learn", "sklearn", "datasets/images"): ("china.jpg", "flower.jpg"),
+}
+_IMAGENET_CLASSES = 1000
+
+
+class _Images(Protocol):
+    """What batches are cut from: a slice of images as float32 `[n, 3, H, W]`."""
+
+    def __getitem__(self, part: slice, /) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class ImageBatches:
+    """A set of images as batches; every pass gives the same ones in the same order.
+
+    Iterating gives `(images, labels)`: float32 `[B, 3, H, W]` and int64 `[B]`, or None where labels are not
+    known. The last batch may be smaller. `len` is the number of batches, as of a DataLoader.
+
+    Args:
+        images: A float32 tensor `[N, 3, H, W]`, or anything whose slices are such tensors.
+        labels: Class index of each image, or None.
+        batch_size: Images a batch.
+        num_images: N.
+        description: Source, number and seed, for the report.
+        label_note: How labels were found, or why there are none.
+
+    Raises:
+        ArgumentError: `batch_size` below 1.
+    """
+
+    images: _Images = field(repr=False)
+    labels: list[int] | None = field(repr=False)
+    batch_size: int
+    num_images: int
+    description: str
+    label_note: str
+
+    def __post_init__(self) -> None:
+        _check_positive(batch_size=self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for start in range(0, self.num_images, self.batch_size):
+            part = slice(start, min(start + self.batch_size, self.num_images))
+            # A clone, so that a model that works in place cannot change what the next pass sees.
+            yield self.images[part].clone(), None if self.labels is None else torch.tensor(self.labels[part])
+
+    def __len__(self) -> int:
+        return -(-self.num_images // self.batch_size)
+
+    def subset(self, n: int) -> ImageBatches:
+        """The first `n` images, sharing memory with this set; all where there are no more than `n`.
+
+        Raises:
+            ArgumentError: `n` below 1.
+        """
+        _check_positive(n=n)
+        if n >= self.num_images:
+            return self
+        labels = None if self.labels is None else self.labels[:n]
+        return replace(self, labels=labels, num_images=n, description=f"the first {n} of: {self.description}")
+
+
+class _LazyImages:
+    """Images that are preprocessed when they are asked for, by several threads (Pillow frees the GIL)."""
+
+    def __init__(self, load: Callable[[int], Tensor], count: int, size: int) -> None:
+        self._load = load
+        self._count = count
+        self._size = size
+
+    def __getitem__(self, part: slice, /) -> Tensor:
+        wanted = range(*part.indices(self._count))
+        stacked = torch.empty(len(wanted), 3, self._size, self._size)
+        with ThreadPoolExecutor() as pool:
+            for index, image in enumerate(pool.map(self._load, wanted)):
+                stacked[index] = image
+        return stacked
+
+
+def load_images(
+    data_dir: str | Path | None,
+    model: LoadedModel,
+    calibration: int = CALIBRATION_IMAGES,
+    evaluation: int = EVALUATION_IMAGES,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> tuple[ImageBatches, ImageBatches]:
+    """Images to calibrate and to evaluate on: `load_image_folder`, or `load_sample_images` without a folder.
+
+    Args:
+        data_dir: The folder, or None for the packaged photographs.
+        model: Gives the transform and the classes.
+        calibration: Number of images to calibrate on.
+        evaluation: Number of images to evaluate on.
+        batch_size: Images a batch.
+        seed: Of the choice and the crops.
+
+    Raises:
+        ArgumentError: As for the two.
+        DataError: As for the two.
+        DependencyError: As for the two.
+    """
+    if data_dir is None:
+        return load_sample_images(model, calibration, evaluation, batch_size, seed)
+    return load_image_folder(data_dir, model, calibration, evaluation, batch_size, seed)
+
+
+def load_sample_images(
+    model: LoadedModel,
+    calibration: int = CALIBRATION_IMAGES,
+    evaluation: int = EVALUATION_IMAGES,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> tuple[ImageBatches, ImageBatches]:
+    """Random-resized crops of the photographs that scikit-image, scikit-learn and foolbox bring along.
+
+    The first two packages' are for calibration, foolbox's 20 labelled ones for evaluation. Crops go through
+    the photographs in turn, so that the numbers of crops of any two differ by at most one. They depend on the
+    seed alone: more images or another batch size change none of them.
+
+    Args:
+        model: Gives crop size and normalization.
+        calibration: Number of crops, without labels.
+        evaluation: Number of crops, with the ImageNet class that foolbox gives in the file name.
+        batch_size: Images a batch.
+        seed: Of the crops. The global random state stays as it was.
+
+    Returns:
+        The sets to calibrate and to evaluate on; no photograph is in both.
+
+    Raises:
+        ArgumentError: A number below 1.
+        DependencyError: One of the three packages is not installed.
+    """
+    _check_positive(calibration=calibration, evaluation=evaluation, batch_size=batch_size)
+    files = [
+        file
+        for (package, module, folder), names in _CALIBRATION_FILES.items()
+        for file in _find_packaged(package, module, folder, names)
+    ]
+    crops = f"random-resized crops (area {_CROP_SCALE[0]:.0%} to {_CROP_SCALE[1]:.0%}, seed {seed})"
+    sources = " and ".join(f"{package} {metadata.version(package)}" for package, _, _ in _CALIBRATION_FILES)
+    calibration_set = ImageBatches(
+        images=_crop_photographs(files, model.preprocess, calibration, seed),
+        labels=None,
+        batch_size=batch_size,
+        num_images=calibration,
+        description=f"{calibration} {crops} of {len(files)} photographs in {sources}",
+        label_note="none: calibration needs no labels",
+    )
+
+    files = _find_packaged("foolbox", "foolbox", "data", ("imagenet_*.jpg",))
+    source = f"foolbox {metadata.version('foolbox')}"
+    labels, label_note = None, f"none: the photographs have ImageNet's labels, {model.name} other classes"
+    if model.num_classes == _IMAGENET_CLASSES:
+        of_file = [int(file.stem.rpartition("_")[2]) for file in files]
+        labels = [of_file[index % len(files)] for index in range(evaluation)]
+        label_note = "ImageNet classes in foolbox's file names"
+    evaluation_set = ImageBatches(
+        images=_crop_photographs(files, model.preprocess, evaluation, seed),
+        labels=labels,
+        batch_size=batch_size,
+        num_images=evaluation,
+        description=f"{evaluation} {crops} of {len(files)} labelled ImageNet photographs in {source}",
+        label_note=label_note,
+    )
+    return calibration_set, evaluation_set
+
+
+def load_image_folder(
+    data_dir: str | Path,
+    model: LoadedModel,
+    calibration: int = CALIBRATION_IMAGES,
+    evaluation: int = EVALUATION_IMAGES,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> tuple[ImageBatches, ImageBatches]:
+    """Images of a folder that holds one folder a class, through the model's own evaluation transform.
+
+    With `data_dir`/train and `data_dir`/val, calibration images come from the first and evaluation images
+    from the second; otherwise both come from `data_dir`, no image in both. The seed decides which ones. Where
+    there are fewer than asked for, all are used, a single folder being shared in the proportion asked for.
+
+    Args:
+        data_dir: The folder.
+        model: Gives the transform, and the classes that the names of the folders are matched with.
+        calibration: Number of images to calibrate on.
+        evaluation: Number of images to evaluate on.
+        batch_size: Images a batch.
+        seed: Of the choice of images.
+
+    Returns:
+        The sets to calibrate and to evaluate on. A file that is no image raises a DataError here or, in a
+        set larger than CACHE_BYTES, when its batch is reached.
+
+    Raises:
+        ArgumentError: A number below 1.
+        DataError: A folder that is missing, unreadable or empty, or a file that is no image.
+    """
+    _check_positive(calibration=calibration, evaluation=evaluation, batch_size=batch_size)
+    root = Path(data_dir)
+    if not root.is_dir():
+        found = "is a file" if root.is_file() else "does not exist"
+        raise DataError(f"{root} {found}; expected a folder of class folders.", "check --data-dir.")
+    try:
+        folders = _find_splits(root)
+    except OSError as error:
+        raise DataError(f"cannot read {root}: {error}.", "check the permissions of the folder.") from error
+    classes = sorted({name for folder in folders for name in folder.classes})
+    label_of, label_note = _match_classes(classes, model)
+    if label_of is None:
+        logger.warning("labels: %s", label_note)
+
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = [_shuffle(folder.images, generator) for folder in folders]
+    if len(folders) == 1:
+        folders, shuffled = folders * 2, _share(root, shuffled[0], calibration, evaluation)
+    sets = []
+    for folder, images, asked in zip(folders, shuffled, (calibration, evaluation), strict=True):
+        chosen = images[:asked]
+        description = f"{len(chosen)} of {len(folder.images)} images in {folder.path}, drawn with seed {seed}"
+        if len(chosen) < asked:
+            description += f" ({asked} were asked for)"
+            logger.warning("%s", description)
+        files = [file for file, _ in chosen]
+        labels = None if label_of is None else [label_of[name] for _, name in chosen]
+        images_of_set = _cache(_load_files(files, model.preprocess), len(files), model.preprocess)
+        sets.append(ImageBatches(images_of_set, labels, batch_size, len(files), description, label_note))
+    return sets[0], sets[1]
+
+
+def read_image(path: Path) -> Image.Image:
+    """Decode an image file as RGB; its EXIF orientation is not applied, as in training with torchvision.
+
+    Raises:
+        DataError: The file cannot be read, or holds no image.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's readers of the many formats raise whatever comes to them
+        found = describe_content(path) if path.is_file() else "no such file"
+        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+        raise DataError(
+            f"{path}: expected an image, found {found}{reason}.",
+            "remove the file, or replace it by an image.",
+        ) from error
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise ArgumentError(f"{name} is {number}; it must be 1 or more.", f"pass a positive {name}.")
+
+
+def _cache(load: Callable[[int], Tensor], count: int, preprocess: Preprocess) -> _Images:
+    """All images at once if they fit in CACHE_BYTES, otherwise images that are made in every pass."""
+    images = _LazyImages(load, count, preprocess.crop_size)
+    size = count * 3 * preprocess.crop_size**2 * torch.float32.itemsize
+    return images[:] if size <= CACHE_BYTES else images
+
+
+def _load_files(files: list[Path], preprocess: Preprocess) -> Callable[[int], Tensor]:
+    return lambda index: preprocess(read_image(files[index]))
+
+
+def _find_packaged(package: str, module: str, folder: str, patterns: tuple[str, ...]) -> list[Path]:
+    """Files inside an installed package, without importing it (foolbox and scikit-learn take seconds).
+
+    Raises:
+        DependencyError: The package or one of the files is not there.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise DependencyError(
+            f"the sample photographs need {package}, which is not installed.",
+            "pip install 'qdq[demo]', or pass --data-dir with images of your own.",
+        )
+    root = Path(spec.submodule_search_locations[0], folder)
+    files = []
+    for pattern in patterns:
+        found = sorted(root.glob(pattern))
+        if not found:
+            raise DependencyError(
+                f"{package} {metadata.version(package)} lacks the sample photograph {folder}/{pattern}.",
+                "pip install 'qdq[demo]', or pass --data-dir with images of your own.",
+            )
+        files += found
+    return files
+
+
+def _crop_photographs(
+    files: list[Path],
+    preprocess: Preprocess,
+    count: int,
+    seed: int,
+) -> _Images:
+    """`count` random-resized crops of photographs that are taken in turn."""
+    from torchvision.transforms import RandomResizedCrop
+
+    photographs = [read_image(file) for file in files]
+    with seeded_rng(seed):  # torchvision draws from the global generator only
+        boxes = [
+            RandomResizedCrop.get_params(photographs[index % len(files)], list(_CROP_SCALE), list(_CROP_RATIO))
+            for index in range(count)
+        ]
+    return _cache(lambda index: preprocess.crop(photographs[index % len(files)], boxes[index]), count, preprocess)
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """What an ImageFolder holds: its class folders, and each image with the name of its class."""
+
+    path: Path
+    classes: list[str]
+    images: list[tuple[Path, str]]
+
+
+def _find_splits(root: Path) -> list[_Folder]:
+    """`root`/train and `root`/val, or else `root` itself.
+
+    Raises:
+        DataError: Only one of train and val is there, or there are no images.
+    """
+    splits = [root / name for name in ("train", "val") if _class_folders(root / name)]
+    if len(splits) == 1:
+        absent = root / ("val" if splits[0].name == "train" else "train")
+        raise DataError(
+            f"{splits[0]} has class folders and {absent} has none; expected both or neither.",
+            f"add {absent}, or pass --data-dir {splits[0]} to share its images between both uses.",
+        )
+    return [_scan(folder) for folder in splits or [root]]
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
+def _scan(folder: Path) -> _Folder:
+    """Images and classes of a folder, as torchvision's ImageFolder finds them.
+
+    Raises:
+        DataError: No class folders, or no images in them.
+    """
+    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    suffixes = ", ".join(IMG_EXTENSIONS)
+    if not _class_folders(folder):
+        images = [path for path in folder.iterdir() if path.suffix.lower() in IMG_EXTENSIONS]
+        found = f"{len(images)} images but no class folders" if images else "neither class folders nor images"
+        raise DataError(
+            f"{folder} holds {found}; expected one folder a class, with images ({suffixes}) in it.",
+            f"move the images to {folder / 'CLASS'}/, or check --data-dir.",
+        )
+    dataset = ImageFolder(folder, allow_empty=True)
+    if not dataset.samples:
+        raise DataError(
+            f"the {len(dataset.classes)} class folders of {folder} ({_some(dataset.classes)}) hold no image; "
+            f"expected files named {suffixes}.",
+            "add images, or check --data-dir.",
+        )
+    used = {index for _, index in dataset.samples}
+    empty = [name for index, name in enumerate(dataset.classes) if index not in used]
+    if empty:
+        logger.warning("class folders without an image in %s: %s", folder, _some(empty))
+    return _Folder(folder, dataset.classes, [(Path(file), dataset.classes[i]) for file, i in dataset.samples])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _shuffle(images: list[tuple[Path, str]], generator: torch.Generator) -> list[tuple[Path, str]]:
+    return [images[index] for index in torch.randperm(len(images), generator=generator).tolist()]
+
+
+def _share(
+    root: Path, images: list[tuple[Path, str]], calibration: int, evaluation: int
+) -> list[list[tuple[Path, str]]]:
+    """Two disjoint parts of one folder's images; in the proportion asked for where there are too few.
+
+    Raises:
+        DataError: A single image, which cannot be shared.
+    """
+    if len(images) < 2:
+        raise DataError(
+            f"{root} holds 1 image; expected 2 or more: one to calibrate on and another to evaluate on.",
+            "add images.",
+        )
+    if len(images) < calibration + evaluation:
+        proportional = round(len(images) * calibration / (calibration + evaluation))
+        calibration = min(max(proportional, 1), len(images) - 1)
+    return [images[:calibration], images[calibration:]]
+
+
+def _match_classes(folders: list[str], model: LoadedModel) -> tuple[dict[str, int] | None, str]:
+    """Class index of each class folder, and in words how it was found or why not."""
+    if all(name.isdecimal() and int(name) < model.num_classes for name in folders):
+        return {name: int(name) for name in folders}, "class folders are named by class index"
+    categories = {name: index for index, name in enumerate(model.categories or [])}
+    spaced = {name: name.replace("_", " ") for name in folders}
+    if all(name in categories for name in spaced.values()):
+        return {name: categories[spaced[name]] for name in folders}, "class folders are named by category"
+    if len(folders) == model.num_classes:
+        in_order = {name: index for index, name in enumerate(folders)}
+        return in_order, "class folders in sorted order are the classes"
+    unknown = [name for name in folders if spaced[name] not in categories]
+    return None, (
+        f"none, so top-1 cannot be measured: {model.name} has {model.num_classes} classes, the data "
+        f"{len(folders)} class folders, of which these are neither index nor category: {_some(unknown)}"
+    )

@@ -1,0 +1,147 @@
+"""Outputs of a module or an ONNX file on the same images, and one table of what they are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from qdq.check import OnnxModel
+from qdq.errors import ArgumentError, DataError
+from qdq.metrics import Array, agreement, sqnr_db, top_k
+from qdq.trace import call_model, evaluating
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row of the table.
+
+    Args:
+        name: What it is.
+        top1: Share of images whose label is the largest output, 0..1; None without labels.
+        top5: Share of images whose label is among the five largest, 0..1; None without labels.
+        agreement: Share of images with the same largest output as the reference, 0..1.
+        sqnr_db: SQNR of the outputs against the reference, in dB; infinite for the reference itself.
+        megabytes: Size of its file, or of its parameters; None if not asked for.
+    """
+
+    name: str
+    top1: float | None
+    top5: float | None
+    agreement: float
+    sqnr_db: float
+    megabytes: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of `evaluate_outputs`.
+
+    Args:
+        images: How many images.
+        candidates: The rows, the reference first.
+    """
+
+    images: int
+    candidates: tuple[Candidate, ...]
+
+    def format_table(self) -> str:
+        """The table as text."""
+        width = max(len(candidate.name) for candidate in self.candidates)
+        lines = [f"{'on ' + str(self.images) + ' images':{width}}   top-1   top-5  agreement  SQNR dB       MB"]
+        for c in self.candidates:
+            sqnr = "      -" if np.isinf(c.sqnr_db) else f"{c.sqnr_db:7.2f}"
+            size = "      -" if c.megabytes is None else f"{c.megabytes:7.2f}"
+            lines.append(
+                f"{c.name:{width}}  {_percent(c.top1)}  {_percent(c.top5)}     {_percent(c.agreement)}  {sqnr}  {size}"
+            )
+        return "\n".join(lines)
+
+
+def predict(model: nn.Module | Path | str, batches: Iterable[Any]) -> Array:
+    """First output of a model on all batches.
+
+    Args:
+        model: A module, or the path of an ONNX file (run by ONNX Runtime on the CPU).
+        batches: As for `trace.call_model`: tensors or `(images, labels)`.
+
+    Returns:
+        float array `[N, ...]`.
+
+    Raises:
+        DataError: No batch.
+        CheckError: The ONNX file cannot be run on them.
+    """
+    onnx_model = None if isinstance(model, nn.Module) else OnnxModel(Path(model))
+    outputs = []
+    label = "predict (torch)" if onnx_model is None else "predict (onnx)"
+    for batch in tqdm(batches, desc=label, unit="batch", disable=None):
+        if isinstance(model, nn.Module):
+            with evaluating(model):
+                outputs.append(_first(call_model(model, batch)))
+        elif onnx_model is not None:
+            images = batch[0] if isinstance(batch, tuple | list) else batch
+            outputs.append(onnx_model(np.asarray(images))[0])
+    if not outputs:
+        raise DataError("there is no batch to predict.", "give at least one image.")
+    return np.concatenate(outputs)
+
+
+def evaluate_outputs(
+    outputs: Mapping[str, Array],
+    labels: Sequence[int] | None = None,
+    *,
+    files: Mapping[str, Path | nn.Module] | None = None,
+) -> Evaluation:
+    """Compare outputs of the same images; the first entry is the reference.
+
+    Args:
+        outputs: Name -> logits `[N, classes]`.
+        labels: Class of each image `[N]`, None if unknown.
+        files: Name -> file, or module whose parameters are counted, for the sizes.
+
+    Raises:
+        ArgumentError: Nothing to compare, or different shapes.
+    """
+    if not outputs:
+        raise ArgumentError("there are no outputs to evaluate.", "pass at least the reference.")
+    reference = next(iter(outputs.values()))
+    classes = None if labels is None else np.asarray(labels)
+    candidates = tuple(
+        Candidate(
+            name=name,
+            top1=None if classes is None else top_k(logits, classes, 1),
+            top5=None if classes is None else top_k(logits, classes, 5),
+            agreement=agreement(reference, logits),
+            sqnr_db=sqnr_db(reference, logits),
+            megabytes=_megabytes((files or {}).get(name)),
+        )
+        for name, logits in outputs.items()
+    )
+    return Evaluation(len(reference), candidates)
+
+
+def _first(output: Any) -> Array:
+    first = output
+    while not isinstance(first, torch.Tensor):
+        first = next(iter(first.values() if isinstance(first, Mapping) else first))
+    array: Array = first.detach().float().cpu().numpy()
+    return array
+
+
+def _megabytes(source: Path | nn.Module | None) -> float | None:
+    if source is None:
+        return None
+    if isinstance(source, Path):
+        return source.stat().st_size / 1e6
+    return float(sum(tensor.numel() * tensor.element_size() for tensor in source.state_dict().values()) / 1e6)
+
+
+def _percent(share: float | None) -> str:
+    return "     -" if share is None else f"{100 * share:5.1f}%"

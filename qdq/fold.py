@@ -1,0 +1,184 @@
+"""BatchNorm folded into the convolution or linear layer before it (R-BN-FOLD).
+
+Folding comes before calibration: it changes the range of every output channel of the weight, and TensorRT folds anyway.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from qdq.trace import call_model, evaluating, trace_forward
+
+logger = logging.getLogger(__name__)
+_TOLERANCE = 1e-3  # relative to the largest output: rounding of float32, far below any change of meaning
+
+
+@dataclass(frozen=True)
+class FoldedPair:
+    """What became of one BatchNorm.
+
+    Args:
+        batchnorm: Dotted name of the BatchNorm.
+        layer: Dotted name of the layer before it, "" if none was found.
+        folded: Whether it is now part of that layer.
+        reason: Why, or why not.
+    """
+
+    batchnorm: str
+    layer: str
+    folded: bool
+    reason: str
+
+
+def fold_batchnorm(model: nn.Module, example_inputs: Any) -> list[FoldedPair]:
+    """Fold every BatchNorm whose input is the output of exactly one convolution or linear layer, in place.
+
+    Pairs are found by running the model once (`trace_forward`); each fold is tried on the running data first and given
+    up where the numbers change, for instance in layers that transform their weight before using it. A folded
+    BatchNorm becomes `nn.Identity`; the layer gets a bias if it had none.
+
+    Args:
+        model: A float model with trained running statistics.
+        example_inputs: One batch, as the model is called with (see `trace.call_model`).
+
+    Returns:
+        One entry for each BatchNorm of the model, in the order of its modules.
+    """
+    trace = trace_forward(model, example_inputs)
+    modules = dict(model.named_modules())
+    layer_before = {reader: name for name, reader in trace.only_reader.items()}
+    pairs = []
+    for name, module in modules.items():
+        if isinstance(module, _BatchNorm):
+            layer = layer_before.get(name, "")
+            reason = _reason_against(module, modules.get(layer) if layer else None, trace.calls[name])
+            pairs.append(FoldedPair(name, layer, not reason, reason))
+
+    candidates = {pair.batchnorm: pair.layer for pair in pairs if pair.folded}
+    changed = _find_changed(model, example_inputs, candidates, modules)
+    pairs = [
+        FoldedPair(
+            p.batchnorm,
+            p.layer,
+            False,
+            "folding changes its output: the layer uses its weight in its own way",
+        )
+        if p.batchnorm in changed
+        else FoldedPair(p.batchnorm, p.layer, p.folded, p.reason or f"folded into {p.layer}")
+        for p in pairs
+    ]
+    for pair in pairs:
+        if pair.folded:
+            _fold(modules[pair.layer], modules[pair.batchnorm])
+            _replace_everywhere(model, modules[pair.batchnorm], nn.Identity())
+    for reason, names in _group_by_reason(pairs).items():
+        logger.warning("%d BatchNorm stay (%s ...): %s", len(names), names[0], reason)
+    return pairs
+
+
+def _group_by_reason(pairs: list[FoldedPair]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for pair in pairs:
+        if not pair.folded:
+            groups.setdefault(pair.reason, []).append(pair.batchnorm)
+    return groups
+
+
+def _reason_against(batchnorm: _BatchNorm, layer: nn.Module | None, calls: int) -> str:
+    """Why this BatchNorm cannot be folded into this layer, or ""."""
+    if calls == 0:
+        return "it does not run on the example inputs"
+    if calls > 1:
+        return f"it runs {calls} times in one forward"
+    if layer is None:
+        return "its input is not the output of one layer that nothing else reads"
+    if not isinstance(layer, _ConvNd | nn.Linear):
+        return f"it follows {type(layer).__name__}, not a convolution or linear layer"
+    if batchnorm.running_mean is None:
+        return "it has no running statistics"
+    if batchnorm.num_features != _output_channels(layer):
+        return f"it normalises {batchnorm.num_features} channels, the layer before has {_output_channels(layer)}"
+    if layer._forward_hooks or batchnorm._forward_hooks or batchnorm._forward_pre_hooks:
+        return "hooks are attached that would see other values"
+    return ""
+
+
+def _output_channels(layer: nn.Module) -> int:
+    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]
+
+
+def _find_changed(
+    model: nn.Module, example_inputs: Any, candidates: dict[str, str], modules: dict[str, nn.Module]
+) -> set[str]:
+    """The BatchNorms whose output the folded layer does not reproduce on the example inputs."""
+    layer_inputs: dict[str, tuple[Any, ...]] = {}
+    changed: set[str] = set()
+
+    def compare(batchnorm: str, layer: str, expected: torch.Tensor) -> None:
+        module = modules[layer]
+        before = module._parameters.copy()
+        _fold(module, modules[batchnorm])
+        found = module.forward(*layer_inputs.pop(layer))
+        module._parameters = before
+        error = (found - expected).abs().max()
+        if not bool(error <= _TOLERANCE * expected.abs().max()):
+            changed.add(batchnorm)
+
+    handles = []
+    for batchnorm, layer in candidates.items():
+        handles.append(
+            modules[layer].register_forward_pre_hook(lambda _, args, layer=layer: layer_inputs.__setitem__(layer, args))
+        )
+        handles.append(
+            modules[batchnorm].register_forward_hook(
+                lambda _, __, out, pair=(batchnorm, layer): compare(pair[0], pair[1], out)
+            )
+        )
+    try:
+        with evaluating(model):
+            call_model(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return changed
+
+
+def _fold(layer: nn.Module, batchnorm: nn.Module) -> None:
+    """W' = w g / sqrt(var + eps), b' = (b - mean) g / sqrt(var + eps) + beta, per output channel, in float64."""
+    assert isinstance(layer, _ConvNd | nn.Linear) and isinstance(batchnorm, _BatchNorm)  # noqa: S101
+    assert batchnorm.running_mean is not None and batchnorm.running_var is not None  # noqa: S101
+    weight, bias = layer.weight, layer.bias
+    inverse_std = (batchnorm.running_var.double() + batchnorm.eps).rsqrt()
+    gain = inverse_std if batchnorm.weight is None else batchnorm.weight.double() * inverse_std
+    beta = 0.0 if batchnorm.bias is None else batchnorm.bias.double()
+    old_bias = 0.0 if bias is None else bias.double()
+    new_bias = (old_bias - batchnorm.running_mean.double()) * gain + beta
+    layer.weight = nn.Parameter(
+        (weight.double() * _per_output(layer, gain)).to(weight.dtype).detach(), weight.requires_grad
+    )
+    layer.bias = nn.Parameter(new_bias.to(weight.dtype).detach(), weight.requires_grad)
+
+
+def _per_output(layer: _ConvNd | nn.Linear, gain: torch.Tensor) -> torch.Tensor:
+    """The gain in a shape that multiplies each output channel of the weight."""
+    rest = [1] * (layer.weight.dim() - 2)
+    if not isinstance(layer, _ConvTransposeNd):
+        return gain.reshape(-1, 1, *rest)
+    # [in, out / groups, ...]: input channel i belongs to group i // (in / groups), whose outputs are a block of gain.
+    blocks = gain.reshape(layer.groups, 1, -1).expand(-1, layer.in_channels // layer.groups, -1)
+    return blocks.reshape(layer.in_channels, -1, *rest)
+
+
+def _replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    new.train(old.training)
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new

@@ -1,0 +1,116 @@
+"""What makes a torch layer a quantized one, whatever its own forward does.
+
+`class QuantConv2d(QuantMixin, nn.Conv2d)` is all a layer needs: the forward here quantizes the input, lets the
+layer see the quantized weight under the name `weight`, and calls the layer's own forward. So a subclass with a
+forward of its own (a same-padding convolution, say) is quantized without being rewritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from qdq.quantizer import QuantDescriptor, TensorQuantizer
+
+
+class QuantInputMixin(nn.Module):
+    """A layer whose input is quantized.
+
+    Args:
+        *args: As the float layer.
+        quant_desc_input: How the input is quantized; the class default if None.
+        **kwargs: As the float layer.
+    """
+
+    default_quant_desc_input: ClassVar[QuantDescriptor] = QuantDescriptor()
+    float_class: ClassVar[type[nn.Module]]  # set by `register_module`
+    _input_quantizer: TensorQuantizer
+
+    def __init__(self, *args: Any, quant_desc_input: QuantDescriptor | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.init_quantizer(quant_desc_input)
+
+    def init_quantizer(self, quant_desc_input: QuantDescriptor | None = None) -> None:
+        """Attach the quantizer; a swapped module gets it this way, its constructor having run long ago."""
+        self._input_quantizer = TensorQuantizer(quant_desc_input or self.default_quant_desc_input)
+
+    @property
+    def input_quantizer(self) -> TensorQuantizer:
+        """The quantizer of the input."""
+        return self._input_quantizer
+
+    def quantizers(self) -> dict[str, TensorQuantizer]:
+        """The quantizers of this layer by attribute name."""
+        return {"_input_quantizer": self._input_quantizer}
+
+    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward on the quantized input."""
+        return super().forward(self._input_quantizer(input), *args, **kwargs)
+
+
+class QuantMixin(QuantInputMixin):
+    """A layer whose input and weight are quantized; never the bias, never the output (R-BIAS, section 2.1).
+
+    Not for calls of the same layer from several threads at once: the weight is exchanged during the call.
+
+    Args:
+        *args: As the float layer.
+        quant_desc_input: How the input is quantized; the class default if None.
+        quant_desc_weight: How the weight is quantized; the class default if None.
+        **kwargs: As the float layer.
+    """
+
+    default_quant_desc_weight: ClassVar[QuantDescriptor] = QuantDescriptor(axis=0)
+    _weight_quantizer: TensorQuantizer
+
+    def __init__(
+        self,
+        *args: Any,
+        quant_desc_input: QuantDescriptor | None = None,
+        quant_desc_weight: QuantDescriptor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.init_quantizer(quant_desc_input, quant_desc_weight)
+
+    def init_quantizer(
+        self,
+        quant_desc_input: QuantDescriptor | None = None,
+        quant_desc_weight: QuantDescriptor | None = None,
+    ) -> None:
+        """Attach both quantizers."""
+        super().init_quantizer(quant_desc_input)
+        self._weight_quantizer = TensorQuantizer(quant_desc_weight or self.default_quant_desc_weight)
+
+    @property
+    def weight_quantizer(self) -> TensorQuantizer:
+        """The quantizer of the weight."""
+        return self._weight_quantizer
+
+    def quantizers(self) -> dict[str, TensorQuantizer]:
+        """The quantizers of this layer by attribute name."""
+        return {"_input_quantizer": self._input_quantizer, "_weight_quantizer": self._weight_quantizer}
+
+    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward on the quantized input and weight."""
+        with self._quantized_weight():
+            return super().forward(input, *args, **kwargs)
+
+    @contextmanager
+    def _quantized_weight(self) -> Iterator[None]:
+        """Let `self.weight` be the quantized weight.
+
+        Parameters live in `_parameters`, which is asked only when an instance has no such attribute: one in
+        `__dict__` goes before, and no parameter is moved or renamed.
+        """
+        weight = self._parameters["weight"]
+        assert weight is not None  # noqa: S101  # every registered layer has one
+        self.__dict__["weight"] = self._weight_quantizer(weight)
+        try:
+            yield
+        finally:
+            del self.__dict__["weight"]

@@ -1,0 +1,98 @@
+"""Which quantized layer stands for which float layer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from qdq.errors import ArgumentTypeError
+from qdq.nn.mixin import QuantInputMixin
+
+QuantClass = TypeVar("QuantClass", bound=type[QuantInputMixin])
+
+
+class _quant_entry(NamedTuple):  # noqa: N801  # the name that scripts know
+    orig_mod: ModuleType
+    mod_name: str
+    replace_mod: type[QuantInputMixin]
+
+
+_DEFAULT_QUANT_MAP: list[_quant_entry] = []
+
+
+def register_module(float_class: type[nn.Module]) -> Callable[[QuantClass], QuantClass]:
+    """Class decorator: the decorated layer stands for `float_class` from now on.
+
+    The layer must be built as `class QuantThing(QuantMixin, Thing)` (or `QuantInputMixin` without a weight); a
+    later registration goes before an earlier one.
+
+    Raises:
+        ArgumentTypeError: The decorated class is not built that way.
+    """
+
+    def register(quant_class: QuantClass) -> QuantClass:
+        if not (issubclass(quant_class, QuantInputMixin) and issubclass(quant_class, float_class)):
+            raise ArgumentTypeError(
+                f"{quant_class.__name__} cannot stand for {float_class.__name__}: a swapped module keeps its "
+                "attributes and its own forward.",
+                f"write `class {quant_class.__name__}(QuantMixin, {float_class.__name__})`.",
+            )
+        quant_class.float_class = float_class
+        name = float_class.__name__
+        home = torch.nn if getattr(torch.nn, name, None) is float_class else sys.modules[float_class.__module__]
+        _DEFAULT_QUANT_MAP.append(_quant_entry(home, name, quant_class))
+        return quant_class
+
+    return register
+
+
+def find_counterpart(float_class: type[nn.Module]) -> type[QuantInputMixin] | None:
+    """The quantized class for a float class or for the nearest of its base classes; None if there is none.
+
+    For a subclass a class is made that quantizes and keeps the subclass's forward.
+    """
+    table: dict[type, type[QuantInputMixin]] = {
+        getattr(entry.orig_mod, entry.mod_name): entry.replace_mod for entry in _DEFAULT_QUANT_MAP
+    }
+    for base in float_class.__mro__:
+        if base in table:
+            return table[base] if base is float_class else _derive(table[base], float_class)
+    return None
+
+
+_derived: dict[tuple[type, type], type[QuantInputMixin]] = {}
+
+
+def _derive(quant_class: type[QuantInputMixin], float_class: type[nn.Module]) -> type[QuantInputMixin]:
+    """A class that quantizes as `quant_class` does and otherwise is `float_class`; one for each pair."""
+    key = (quant_class, float_class)
+    if key in _derived:
+        return _derived[key]
+    body = {
+        "float_class": float_class,
+        "__doc__": f"{float_class.__name__} quantized as {quant_class.__name__}, made by qdq when it was swapped.",
+        "__module__": float_class.__module__,
+        "__reduce_ex__": _reduce_derived,
+    }
+    _derived[key] = type(f"Quant{float_class.__name__}", (quant_class, float_class), body)
+    return _derived[key]
+
+
+def _reduce_derived(module: QuantInputMixin, protocol: Any) -> tuple[Any, ...]:
+    """Pickle by the float class: the made class has no place from which it could be imported."""
+    return _rebuild, (module.float_class,), module.__getstate__()  # type: ignore[no-untyped-call]
+
+
+def _rebuild(float_class: type[nn.Module]) -> QuantInputMixin:
+    counterpart = find_counterpart(float_class)
+    if counterpart is None:
+        raise ArgumentTypeError(
+            f"{float_class.__name__} has no quantized counterpart any more.",
+            "import the module that registers it before unpickling.",
+        )
+    return counterpart.__new__(counterpart)

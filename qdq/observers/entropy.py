@@ -1,0 +1,103 @@
+"""amax that loses the least information: the Kullback-Leibler search that TensorRT made known.
+
+Source: S. Migacz, "8-bit inference with TensorRT", GTC 2017; the details (zeros, ties, outliers) are those of
+pytorch-quantization, see `pytorch-quantization-api.md` section 4.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import numpy.typing as npt
+
+from qdq.formats import Format
+
+logger = logging.getLogger(__name__)
+_CHUNK = 1 << 22  # elements of one intermediate matrix: 32 MB
+Floats = npt.NDArray[np.float64]
+
+
+def solve_entropy(
+    counts: npt.NDArray[np.integer], width: float, fmt: Format, stride: int = 1, start_bin: int = 128
+) -> float:
+    """Edge e_i with the smallest D(p || q); the last smallest wins.
+
+    For a candidate i, p is the histogram below e_i with everything above added to its last bin, and q is what is
+    left of it after its bins are averaged in N = qmax + 1 groups (over the non-empty bins of each). Both are
+    normalised. Written with G = sum and C = non-empty bins of a group, the divergence is
+
+        D_i = 1/T (sum_j p_j ln p_j - sum_groups G ln(G/C) - R ln q_last) + ln(S/T)
+
+    with R the counts above e_i, S those below and T = S + R. Prefix sums give every term without a loop over bins.
+
+    Args:
+        counts: Occupation of the bins.
+        width: Width of a bin.
+        fmt: Format whose codes the groups stand for.
+        stride: Step between candidates.
+        start_bin: First candidate.
+    """
+    hist = counts.astype(np.float64)
+    if hist.size > 1:
+        hist[0] = hist[1]  # the zeros of a ReLU say nothing about the range
+    if start_bin > hist.size or hist.sum() == 0:
+        logger.warning("only %d bins, start_bin is %d: the last edge is used as amax.", hist.size, start_bin)
+        return hist.size * width
+    candidates = np.arange(start_bin, hist.size + 1, stride)
+    groups = fmt.qmax + 1
+    rows = max(1, _CHUNK // min(groups, hist.size))
+    divergence = np.concatenate(
+        [_divergence(hist, candidates[at : at + rows], groups) for at in range(0, candidates.size, rows)]
+    )
+    last_smallest = divergence.size - 1 - int(np.argmin(divergence[::-1]))
+    return float(candidates[last_smallest] * width)
+
+
+def _divergence(hist: Floats, candidates: npt.NDArray[np.int64], groups: int) -> Floats:
+    """D_i for every candidate [n]; infinite where the last bin of p has counts but that of q has none."""
+    mass = np.concatenate([[0.0], np.cumsum(hist)])
+    filled = np.concatenate([[0], np.cumsum(hist > 0)])
+    entropy = np.concatenate([[0.0], np.cumsum(_xlogx(hist))])
+
+    total = mass[-1]
+    below = mass[candidates]
+    rest = total - below
+    last = hist[candidates - 1]
+
+    edges = _group_edges(candidates, groups)
+    group_mass = np.diff(mass[edges], axis=1)
+    group_filled = np.diff(filled[edges], axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        group_mean = np.where(group_filled > 0, group_mass / group_filled, 1.0)
+        # The last bin lies in the last group, and q has it only where h has.
+        q_last = np.where(last > 0, _mean_of_last(mass, filled, candidates, groups), 0.0)
+        outliers = np.where(rest > 0, rest * np.log(q_last), 0.0)
+        p_log_p = entropy[candidates - 1] + _xlogx(last + rest)
+        p_log_q = np.sum(group_mass * np.log(group_mean), axis=1) + outliers
+        divergence: Floats = (p_log_p - p_log_q) / total + np.log(below / total)
+    divergence[np.isnan(divergence) | ((rest > 0) & (last == 0))] = np.inf
+    return divergence
+
+
+def _group_edges(candidates: npt.NDArray[np.int64], groups: int) -> npt.NDArray[np.int64]:
+    """First bin of every group of every candidate [n, g + 1]; bin j of i belongs to group floor(j N / i)."""
+    widest = int(candidates.max())
+    if groups >= widest:  # more groups than bins: every bin is its own, the edges past i are empty
+        return np.minimum(np.arange(widest + 1)[None, :], candidates[:, None])
+    ks = np.arange(groups + 1)[None, :]
+    return -(-ks * candidates[:, None] // groups)
+
+
+def _mean_of_last(
+    mass: Floats, filled: npt.NDArray[np.int64], candidates: npt.NDArray[np.int64], groups: int
+) -> Floats:
+    """Mean over the non-empty bins of the group that holds bin i - 1."""
+    group = (candidates - 1) * groups // candidates
+    start = -(-group * candidates // groups)
+    mean: Floats = (mass[candidates] - mass[start]) / (filled[candidates] - filled[start])
+    return mean
+
+
+def _xlogx(values: Floats) -> Floats:
+    return values * np.log(np.where(values > 0, values, 1.0))

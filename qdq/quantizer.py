@@ -1,0 +1,426 @@
+"""All quantize/dequantize arithmetic: `fake_quantize`, and `TensorQuantizer`, the module that applies it.
+
+With B the largest code and L the smallest (`formats.Format`), everything in float32:
+
+    scale = max(amax, 2^-24) / B
+    code  = clamp(round_half_even(x * (1 / scale)), L, B)
+    value = code * scale
+
+ONNX and TensorRT store the same scale, a divisor. The floor keeps a scale positive where amax is 0 (R-SCALE).
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from qdq.errors import ArgumentError, ArgumentTypeError, CalibrationError, StateError
+from qdq.formats import Format
+from qdq.observers import Calibrator, HistogramCalibrator, MaxCalibrator
+from qdq.observers.max import reduce_amax
+
+logger = logging.getLogger(__name__)
+
+AMAX_FLOOR = 2.0**-24
+_CALIB_METHODS = ("max", "histogram")
+
+# torch has no shape rule for this operator, and torch.export wants one as soon as a dimension is dynamic.
+_OPERATOR = "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams"
+if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{_OPERATOR}", "Meta"):
+    _library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    _library.impl(  # type: ignore[no-untyped-call]
+        _OPERATOR, lambda x, *_: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)), "Meta"
+    )
+
+
+@dataclass(frozen=True)
+class QuantDescriptor:
+    """How a tensor is quantized.
+
+    Args:
+        num_bits: Width in bits, 2 to 16.
+        name: A name for messages.
+        axis: The axis with a range for each index (negative counts from the end); None: one range per tensor.
+        amax: The range, if it is already known.
+        calib_method: What calibration collects by default: "max" or "histogram".
+        unsigned: Codes start at 0 (TensorRT refuses such formats, R-SYM).
+        narrow_range: Leave out the most negative code.
+
+    Raises:
+        ArgumentTypeError: A field of the wrong kind.
+        ArgumentError: A field with an impossible value.
+    """
+
+    num_bits: int = 8
+    name: str | None = None
+    axis: int | None = None
+    amax: float | Sequence[float] | None = None
+    calib_method: str = "max"
+    unsigned: bool = False
+    narrow_range: bool = False
+
+    def __post_init__(self) -> None:
+        for field, kinds in (("num_bits", int), ("axis", int | None), ("name", str | None)):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise ArgumentTypeError(
+                    f"{field} is {value!r}, of type {type(value).__name__}.", f"give {field} as {kinds}."
+                )
+        if self.calib_method not in _CALIB_METHODS:
+            raise ArgumentError(_unknown("calib_method", self.calib_method, _CALIB_METHODS), "use one of those.")
+        if isinstance(self.amax, np.ndarray | list):
+            object.__setattr__(self, "amax", tuple(np.asarray(self.amax, dtype=float).flatten().tolist()))
+        _ = self.format
+
+    @property
+    def format(self) -> Format:
+        """Codes and width as a `Format`."""
+        return Format(self.num_bits, self.unsigned, self.narrow_range)
+
+    def __str__(self) -> str:
+        place = "per-tensor" if self.axis is None else f"axis={self.axis}"
+        return f"QuantDescriptor({'unsigned ' if self.unsigned else ''}{self.num_bits}bit {place})"
+
+
+def compute_scale(amax: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Scale (a divisor, as in ONNX) of a range: float32, of the shape of `amax`, always positive."""
+    return amax.float().clamp_min(AMAX_FLOOR) / fmt.qmax
+
+
+def fake_quantize(
+    inputs: torch.Tensor, amax: torch.Tensor, fmt: Format | None = None, axis: int | None = None
+) -> torch.Tensor:
+    """Quantize and dequantize.
+
+    The gradient passes unchanged where the code is inside the range and is zero elsewhere (straight-through).
+    NaN stays NaN in evaluation on the CPU; torch's operators make the smallest code of it.
+
+    Args:
+        inputs: Any shape, float16, bfloat16, float32 or float64; computed in float32, cast back once.
+        amax: The range: one element, or as many as `inputs` has along `axis`.
+        fmt: The format, int8 by default.
+        axis: The axis that `amax` belongs to, None for one range.
+
+    Returns:
+        A tensor of the shape and type of `inputs`.
+
+    Raises:
+        ArgumentError: `axis` or the size of `amax` does not fit `inputs`.
+    """
+    fmt = fmt or Format()
+    if axis is not None:
+        axis = _checked_axis(inputs, amax, axis)
+    scale = compute_scale(amax, fmt).flatten() if axis is not None else compute_scale(amax, fmt).reshape(())
+    values = inputs if inputs.dtype == torch.float32 else inputs.float()
+    quantize = _by_operator if _needs_operator(values) else _by_arithmetic
+    return quantize(values, scale, fmt, axis).to(inputs.dtype)
+
+
+def _checked_axis(inputs: torch.Tensor, amax: torch.Tensor, axis: int) -> int:
+    if not -inputs.dim() <= axis < inputs.dim() or amax.numel() not in (1, inputs.shape[axis]):
+        raise ArgumentError(
+            f"axis {axis} with {amax.numel()} ranges does not fit a tensor of shape {tuple(inputs.shape)}.",
+            "give one range per index of an existing axis; for weights that is the output-channel axis.",
+        )
+    return axis % inputs.dim()
+
+
+def _needs_operator(values: torch.Tensor) -> bool:
+    """Whether to use torch's fake-quantize operators: what exports to Q/DQ and what has the gradient.
+
+    On a CPU without either need they cost five times the same arithmetic in place (they fill a mask for the
+    backward pass); the numbers are the same to the last bit.
+    """
+    if torch.compiler.is_compiling() or values.device.type != "cpu":
+        return True
+    return torch.is_grad_enabled() and values.requires_grad
+
+
+def _by_operator(values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None) -> torch.Tensor:
+    zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    if axis is None:
+        return torch.fake_quantize_per_tensor_affine(values, scale, zero_point, fmt.qmin, fmt.qmax)
+    scale, zero_point = (t.expand(values.shape[axis]).contiguous() for t in (scale, zero_point))
+    return torch.fake_quantize_per_channel_affine(values, scale, zero_point, axis, fmt.qmin, fmt.qmax)
+
+
+def _by_arithmetic(values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None) -> torch.Tensor:
+    return quantize_codes(values, scale, fmt, axis).mul_(_along(scale, values, axis))
+
+
+def quantize_codes(values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None = None) -> torch.Tensor:
+    """The integer codes of a float32 tensor, as float32.
+
+    Args:
+        values: Any shape.
+        scale: One element, or as many as `values` has along `axis`.
+        fmt: The format.
+        axis: The axis that `scale` belongs to, None for one scale.
+    """
+    return (values * _along(scale, values, axis).reciprocal()).round_().clamp_(fmt.qmin, fmt.qmax)
+
+
+def _along(scale: torch.Tensor, values: torch.Tensor, axis: int | None) -> torch.Tensor:
+    return scale if axis is None else scale.reshape([-1 if dim == axis else 1 for dim in range(values.dim())])
+
+
+class TensorQuantizer(nn.Module):
+    """Quantizes and dequantizes its input; collects ranges while calibrating; passes it through while disabled.
+
+    Without amax the range is dynamic: the maximum of the tensor at hand. `amax` is the buffer `_amax`, which exists
+    only once set, so that an uncalibrated quantizer adds nothing to a state dict.
+
+    Args:
+        quant_desc: Format, axis and the collector for calibration.
+        disabled: Start disabled.
+        if_quant: Start quantizing.
+        if_calib: Start collecting.
+    """
+
+    _amax: torch.Tensor
+
+    def __init__(
+        self,
+        quant_desc: QuantDescriptor | None = None,
+        disabled: bool = False,
+        if_quant: bool = True,
+        if_calib: bool = False,
+    ) -> None:
+        super().__init__()
+        desc = quant_desc or QuantDescriptor()
+        self.name = desc.name
+        self._num_bits = desc.num_bits
+        self._unsigned = desc.unsigned
+        self._narrow_range = desc.narrow_range
+        self._axis = desc.axis
+        self._disabled = disabled
+        self._if_quant = if_quant
+        self._if_calib = if_calib
+        self._calibrator: Calibrator | None = None
+        self.set_calib_method(desc.calib_method)
+        if desc.amax is not None:
+            self.amax = desc.amax
+
+    @property
+    def format(self) -> Format:
+        """Codes and width as a `Format`."""
+        return Format(self._num_bits, self._unsigned, self._narrow_range)
+
+    @property
+    def axis(self) -> int | None:
+        """The axis with a range for each index, or None."""
+        return self._axis
+
+    @property
+    def amax(self) -> torch.Tensor | None:
+        """The range as the buffer itself (edits in place take effect at once), or None before calibration."""
+        return self._buffers.get("_amax")
+
+    @amax.setter
+    def amax(self, value: float | Sequence[float] | np.ndarray[Any, Any] | torch.Tensor) -> None:
+        amax = torch.as_tensor(value).detach().float()
+        self._require_valid(amax)
+        if self.amax is None:
+            self.register_buffer("_amax", amax.clone())
+        elif self.amax.numel() == amax.numel():
+            self.amax.copy_(amax.reshape(self.amax.shape))
+        else:
+            raise StateError(
+                f"Changing shape when setting amax is not allowed: {self._label} has {tuple(self.amax.shape)}, "
+                f"the new value {tuple(amax.shape)}.",
+                "make a new quantizer for another axis.",
+            )
+
+    def _require_valid(self, amax: torch.Tensor) -> None:
+        if not bool((torch.isfinite(amax) & (amax >= 0)).all()):
+            raise ArgumentError(
+                f"amax of {self._label} holds NaN, Inf or a negative number: {_summary(amax)}.",
+                "a range is the largest absolute value: finite and not below 0.",
+            )
+        if self._axis is None and amax.numel() != 1:
+            raise ArgumentError(
+                f"{self._label} is per tensor, found an amax of shape {tuple(amax.shape)}.",
+                "give one number, or build the quantizer with the axis that the numbers belong to.",
+            )
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """Scale of the current range, a divisor as in ONNX, of the shape of amax.
+
+        Raises:
+            StateError: No amax yet.
+        """
+        if self.amax is None:
+            raise StateError(f"{self._label} has no amax.", "calibrate first (`calibrate_model`) or set `amax`.")
+        return compute_scale(self.amax, self.format)
+
+    @property
+    def _label(self) -> str:
+        return f"quantizer {self.name}" if self.name else "this quantizer"
+
+    def enable(self) -> None:
+        """Take part again in whatever was switched on."""
+        self._disabled = False
+
+    def disable(self) -> None:
+        """Return every input as it is."""
+        self._disabled = True
+
+    def enable_quant(self) -> None:
+        """Quantize from now on."""
+        self._if_quant = True
+
+    def disable_quant(self) -> None:
+        """Stop quantizing; collecting is not affected."""
+        self._if_quant = False
+
+    def enable_calib(self) -> None:
+        """Collect ranges from now on.
+
+        Raises:
+            StateError: There is no calibrator.
+        """
+        if self._calibrator is None:
+            raise StateError(f"Calibrator was not created for {self._label}.", "call `set_calib_method` first.")
+        self._if_calib = True
+
+    def disable_calib(self) -> None:
+        """Stop collecting; what was collected stays."""
+        self._if_calib = False
+
+    def set_calib_method(self, method: str) -> None:
+        """Start over with an empty "max" or "histogram" calibrator.
+
+        Raises:
+            ArgumentError: Another method, or a histogram for a per-channel quantizer.
+        """
+        if method not in _CALIB_METHODS:
+            raise ArgumentError(_unknown("calib_method", method, _CALIB_METHODS), "use one of those.")
+        kind = MaxCalibrator if method == "max" else HistogramCalibrator
+        self._calibrator = kind(self._num_bits, self._axis, self._unsigned)
+
+    def load_calib_amax(self, *args: Any, **kwargs: Any) -> None:
+        """Solve amax from what the calibrator collected and store it; arguments go to its `compute_amax`.
+
+        Raises:
+            StateError: No calibrator, or it saw no data.
+        """
+        if self._calibrator is None:
+            raise StateError(f"Calibrator not created for {self._label}.", "call `set_calib_method` first.")
+        amax = self._calibrator.compute_amax(*args, **kwargs)
+        if amax is None:
+            raise StateError(
+                f"Calibrator returned None: {self._label} saw no data.",
+                "feed batches that reach this layer between `enable_calib` and `load_calib_amax`.",
+            )
+        self.amax = amax
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Collect, quantize, both or neither; the same object comes back if there is nothing to do.
+
+        Args:
+            inputs: Any shape; per channel, the kept axis must be as long as amax.
+        """
+        if self._disabled:
+            return inputs
+        if self._if_calib and self._calibrator is not None:
+            self._collect(inputs, self._calibrator)
+        if not self._if_quant:
+            return inputs
+        return fake_quantize(inputs, self._range_for(inputs), self.format, self._axis)
+
+    def _collect(self, inputs: torch.Tensor, calibrator: Calibrator) -> None:
+        try:
+            calibrator.collect(inputs)
+        except CalibrationError as error:
+            raise CalibrationError(f"the input of {self._label}: {error.message}", error.fix) from None
+
+    def _range_for(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.amax is None:
+            return reduce_amax(inputs, self._axis)
+        if self.amax.device != inputs.device and not torch.compiler.is_compiling():
+            self._amax = self._amax.to(inputs.device)
+        return self._amax
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Create `_amax` where the checkpoint has one and this quantizer does not yet."""
+        incoming = state_dict.get(prefix + "_amax")
+        if incoming is not None:
+            self._require_valid(incoming)
+            if self.amax is None:
+                self.register_buffer("_amax", torch.empty_like(incoming, dtype=torch.float32))
+            elif self.amax.numel() == incoming.numel() == 1:  # [], [1] and [1, 1] say the same
+                state_dict[prefix + "_amax"] = incoming.reshape(self.amax.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """One line: format, place, range, calibrator, state."""
+        parts = [
+            "disabled" if self._disabled else "",
+            f"{'unsigned ' if self._unsigned else ''}{self._num_bits}bit",
+            "narrow" if self._narrow_range else "",
+            "per-tensor" if self._axis is None else f"axis={self._axis}",
+            f"amax={_summary(self.amax)}",
+            f"calibrator={type(self._calibrator).__name__}",
+            "quant" if self._if_quant else "",
+            "calib" if self._if_calib else "",
+        ]
+        return " ".join(part for part in parts if part)
+
+
+def _summary(amax: torch.Tensor | None) -> str:
+    if amax is None:
+        return "dynamic"
+    if amax.numel() == 1:
+        return f"{amax.item():.4f}"
+    return f"[{amax.min().item():.4f}, {amax.max().item():.4f}]({amax.numel()})"
+
+
+def _unknown(field: str, value: object, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(value), known, n=1)
+    hint = f", did you mean {close[0]!r}?" if close else ""
+    return f"{field} is {value!r}; known are {', '.join(map(repr, known))}{hint}"
+
+
+def named_quantizers(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
+    """All quantizers of a model with their dotted names; a shared one comes once."""
+    for name, module in model.named_modules():
+        if isinstance(module, TensorQuantizer):
+            yield name, module
+
+
+class _Switch:
+    """Sets `_disabled` of all quantizers at once; as a with-block, puts back on exit what each one had."""
+
+    def __init__(self, model: nn.Module, disabled: bool) -> None:
+        self._before = [(quantizer, quantizer._disabled) for _, quantizer in named_quantizers(model)]
+        for quantizer, _ in self._before:
+            quantizer._disabled = disabled
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        for quantizer, disabled in self._before:
+            quantizer._disabled = disabled
+
+
+def disable_quantization(model: nn.Module) -> _Switch:
+    """Turn every quantizer of a model, or of a part of one, off.
+
+    As a call it lasts; as a with-block (`with disable_quantization(model.layer1): ...`) each quantizer gets
+    back the state it had.
+    """
+    return _Switch(model, disabled=True)
+
+
+def enable_quantization(model: nn.Module) -> _Switch:
+    """Turn every quantizer of a model, or of a part of one, on; call or with-block as `disable_quantization`."""
+    return _Switch(model, disabled=False)

@@ -1,0 +1,163 @@
+"""What a run did, as one JSON file and one page of text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qdq.analyze import Analysis
+from qdq.build import BuildReport
+from qdq.calibrate import Range
+from qdq.check import CheckReport
+from qdq.evaluate import Evaluation
+from qdq.export import ExportReport
+from qdq.fold import FoldedPair
+from qdq.run import Run, to_jsonable, write_atomic, write_json
+from qdq.swap import SwapPlan
+
+REPORT_FILE = "report.json"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `write_report` wrote.
+
+    Args:
+        path: The JSON file.
+        summary: The numbers that decide, by name.
+        findings: What is not as it should be; empty if all is well.
+        text: The page that was printed.
+    """
+
+    path: Path
+    summary: dict[str, Any]
+    findings: tuple[str, ...]
+    text: str
+
+    @property
+    def exit_code(self) -> int:
+        """0 if there is nothing to say, else 1."""
+        return 1 if self.findings else 0
+
+
+def write_report(
+    run: Run,
+    *,
+    model: str,
+    data: dict[str, str],
+    folded: list[FoldedPair],
+    plan: SwapPlan,
+    ranges: list[Range],
+    analysis: Analysis,
+    exported: ExportReport,
+    check: CheckReport,
+    build: BuildReport,
+    evaluation: Evaluation,
+) -> Report:
+    """Write `report.json` and `report.txt` into the run folder, print the page and close the run.
+
+    Args:
+        run: The open run.
+        model: The model and its weights, in words.
+        data: What was calibrated and evaluated on, in words.
+        folded: From `fold_batchnorm`.
+        plan: From `swap_modules`.
+        ranges: From `calibrate_model`.
+        analysis: From `analyze_layers`.
+        exported: From `export_onnx`.
+        check: From `check_onnx`.
+        build: From `build_engine`.
+        evaluation: From `evaluate_outputs`.
+    """
+    run.finish()
+    findings = _find(plan, ranges, check, build)
+    summary = _summarize(folded, plan, ranges, analysis, check, build, evaluation)
+    sections = {
+        "model": model,
+        "data": data,
+        "summary": summary,
+        "findings": findings,
+        "evaluation": evaluation,
+        "analysis": analysis,
+        "fold": folded,
+        "swap": plan,
+        "calibration": ranges,
+        "export": exported,
+        "check": check,
+        "build": build,
+        "settings": run.settings,
+        "seed": run.seed,
+        "environment": run.environment,
+        "seconds": run.seconds,
+    }
+    text = _format(model, data, plan, analysis, check, build, evaluation, findings, run)
+    path = write_json(run.folder / REPORT_FILE, to_jsonable(sections))
+    write_atomic(run.folder / "report.txt", text + "\n")
+    print(f"\n{text}", flush=True)
+    return Report(path, summary, tuple(findings), text)
+
+
+def _find(plan: SwapPlan, ranges: list[Range], check: CheckReport, build: BuildReport) -> list[str]:
+    """What a person must know before shipping."""
+    findings = [f"{finding.rule} {finding.node}: {finding.message}" for finding in check.findings]
+    findings += [f"{r.name}: {r.note}" for r in ranges if r.note]
+    findings += [f"{layer.module}: {layer.reason}" for layer in build.missing_int8]
+    return findings
+
+
+def _summarize(
+    folded: list[FoldedPair],
+    plan: SwapPlan,
+    ranges: list[Range],
+    analysis: Analysis,
+    check: CheckReport,
+    build: BuildReport,
+    evaluation: Evaluation,
+) -> dict[str, Any]:
+    weighted = [module for module in plan.modules if module.weights and module.action != "float"]
+    return {
+        "batchnorms_folded": sum(pair.folded for pair in folded),
+        "batchnorms": len(folded),
+        "weighted_layers": len(weighted),
+        "weighted_layers_swapped": len(plan.weighted),
+        "missed_modules": [module.name for module in plan.of("missed")],
+        "float_layers": analysis.float_layers,
+        "layers_without_range": sorted({r.name.rpartition(".")[0] for r in ranges if r.note}),
+        "candidates": {candidate.name: candidate for candidate in evaluation.candidates},
+        "parity": check.parity,
+        "onnx_megabytes": check.file_bytes / 1e6,
+        "engine_megabytes": build.engine_bytes / 1e6,
+        "census_expected_int8": build.expected_int8,
+        "census_missing_int8": [layer.module for layer in build.missing_int8],
+    }
+
+
+def _format(
+    model: str,
+    data: dict[str, str],
+    plan: SwapPlan,
+    analysis: Analysis,
+    check: CheckReport,
+    build: BuildReport,
+    evaluation: Evaluation,
+    findings: list[str],
+    run: Run,
+) -> str:
+    blocks = [
+        ("Model", model),
+        ("Data", "\n".join(f"{use}: {what}" for use, what in data.items())),
+        ("Layers", plan.format_table()),
+        ("Sensitivity", analysis.format_table()),
+        ("Exported file", check.format_table()),
+        ("Engine", build.format_table()),
+        ("Result", evaluation.format_table()),
+        ("TensorRT", "\n".join(build.trtexec.values())),
+        ("Findings", "\n".join(findings) or "none: every layer that was left quantized runs in int8"),
+        ("Files", f"{run.folder} ({sum(run.seconds.values()):.0f} s)"),
+    ]
+    return "\n\n".join(f"{title}\n{_indent(body)}" for title, body in blocks)
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())

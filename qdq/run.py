@@ -1,0 +1,200 @@
+"""A run folder: seed, log file, environment, atomic writes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import random
+import secrets
+import sys
+import time
+from dataclasses import asdict, is_dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qdq.errors import ArgumentError
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "run.json"
+_PACKAGES = (
+    "qdq", "torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt",
+    "tensorrt-rtx-cu13", "numpy",
+)  # fmt: skip
+
+
+def write_atomic(path: Path, content: bytes | str) -> Path:
+    """Write a file so that at every moment it is absent, the old one or the whole new one.
+
+    On Linux the new content lives in a nameless file until it is complete, so that even `kill -9` leaves
+    nothing half-written behind; elsewhere in a hidden `.partial` file that is removed on any exception.
+
+    Raises:
+        ArgumentError: The folder cannot be written to.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write_nameless(partial, data)
+        except (AttributeError, OSError):  # no O_TMPFILE on this system or file system
+            partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as error:
+        raise ArgumentError(
+            f"cannot write {path}: {error.strerror or error}.", "choose a folder that you may write to."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+    return path
+
+
+def _write_nameless(path: Path, data: bytes) -> None:
+    """Write to an unnamed inode of the folder and link it under its name once it is whole."""
+    descriptor = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o644)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        os.link(f"/proc/self/fd/{file.fileno()}", path, follow_symlinks=True)
+
+
+class Run:
+    """A run folder while it is being filled; made by `start_run`.
+
+    Args:
+        folder: Where everything goes.
+        settings: What the run was asked to do, for the report.
+        seed: The seed of all random numbers.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], seed: int) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.seed = seed
+        self.environment = describe_environment()
+        self.seconds: dict[str, float] = {}
+        self._stage = ""
+        self._stage_began = time.perf_counter()
+
+    def stage(self, name: str) -> None:
+        """Say that the next stage begins; its time is taken until the next call or `finish`."""
+        self._end_stage()
+        self._stage, self._stage_began = name, time.perf_counter()
+        logger.info("stage %s", name)
+        print(f"== {name}", flush=True)
+        self._save("running")
+
+    def finish(self) -> None:
+        """Say that the last stage is over and the folder complete."""
+        self._end_stage()
+        self._stage = ""
+        self._save("finished")
+
+    def _end_stage(self) -> None:
+        if self._stage:
+            self.seconds[self._stage] = round(time.perf_counter() - self._stage_began, 2)
+
+    def _save(self, status: str) -> None:
+        write_json(
+            self.folder / STATE_FILE,
+            {"status": status, "stage": self._stage, "seed": self.seed, "settings": self.settings,
+             "environment": self.environment, "seconds": self.seconds},
+        )  # fmt: skip
+
+
+def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | None = None) -> Run:
+    """Open a run folder, set the seeds and send the log of qdq to `run.log` in it.
+
+    What an earlier run, finished or killed, left in the folder is removed, so that a folder never mixes two.
+
+    Args:
+        folder: Made if it does not exist.
+        seed: For Python, numpy and torch.
+        settings: What the run was asked to do, for the report.
+
+    Raises:
+        ArgumentError: The folder holds files that are not of a run, or cannot be written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        present = list(folder.iterdir())
+    except OSError as error:
+        raise ArgumentError(
+            f"cannot use {folder} as run folder: {error.strerror}.", "choose a folder that you may write to."
+        ) from error
+    if present and not (folder / STATE_FILE).is_file():
+        raise ArgumentError(
+            f"{folder} holds files, but no {STATE_FILE}: it is not a run folder, and a run empties its folder.",
+            "choose a new folder with --output.",
+        )
+    for path in sorted(present, key=lambda path: path.name == STATE_FILE):  # the state file last, in case of a kill
+        if path.is_file():
+            path.unlink()
+    set_seed(seed)
+    _log_to(folder / "run.log")
+    run = Run(folder, settings or {}, seed)
+    run._save("running")
+    return run
+
+
+def _log_to(path: Path) -> None:
+    root = logging.getLogger("qdq")
+    for handler in root.handlers[:]:
+        if isinstance(handler, logging.FileHandler):
+            root.removeHandler(handler)
+            handler.close()
+    file = logging.FileHandler(path, mode="w", encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root.addHandler(file)
+    root.setLevel(logging.INFO)
+
+
+def to_jsonable(value: Any) -> Any:
+    """Dataclasses, paths and numpy numbers as plain JSON values; what JSON has no word for becomes None."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return to_jsonable(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): to_jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [to_jsonable(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, np.generic | np.ndarray):
+        return to_jsonable(value.tolist())
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write a dataclass or plain value as indented JSON, atomically."""
+    return write_atomic(path, json.dumps(to_jsonable(value), indent=2) + "\n")
+
+
+def describe_environment() -> dict[str, str]:
+    """Versions of Python, of the machine and of the packages that change a result; no paths, no host names."""
+    versions = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python, numpy and torch (where it is loaded)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)

@@ -1,0 +1,374 @@
+"""Float layers exchanged for their quantized counterparts, in place, and back.
+
+A module keeps its identity: only its class changes and quantizers are attached. So parameters, hooks, flags, device,
+references from anywhere and modules used twice need no care.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.pooling import _AdaptiveAvgPoolNd
+
+from qdq.errors import ArgumentError, ArgumentTypeError
+from qdq.nn import QuantInputMixin, QuantMixin
+from qdq.nn.registry import _DEFAULT_QUANT_MAP, find_counterpart
+from qdq.quantizer import QuantDescriptor
+from qdq.trace import Contraction, ForwardTrace, trace_forward
+
+logger = logging.getLogger(__name__)
+
+Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+_NEVER_INT8 = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.EmbeddingBag, nn.PReLU)
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """What happens to one module, and why.
+
+    Args:
+        name: Dotted name.
+        type: Class of the float module.
+        action: "quantize"; "float" (left so on purpose); "missed" (multiplies matrices, and qdq cannot reach it).
+        reason: One sentence.
+        weights: Number of elements of its own parameters with two or more dimensions.
+    """
+
+    name: str
+    type: str
+    action: str
+    reason: str
+    weights: int
+
+
+@dataclass(frozen=True)
+class SwapPlan:
+    """Every module with weights or of a mapped type.
+
+    Args:
+        modules: In the order of `named_modules`.
+    """
+
+    modules: tuple[PlannedModule, ...]
+
+    def of(self, action: str) -> list[PlannedModule]:
+        """The modules with one action."""
+        return [module for module in self.modules if module.action == action]
+
+    @property
+    def weighted(self) -> list[PlannedModule]:
+        """The modules with weights that are quantized."""
+        return [module for module in self.of("quantize") if module.weights]
+
+    def format_table(self) -> str:
+        """The counts, then what is not quantized and why, alike modules in one line."""
+        counts = Counter(module.action for module in self.modules)
+        without_weights = counts["quantize"] - len(self.weighted)
+        lines = [
+            f"{len(self.weighted)} layers with weights quantized"
+            + (f" and {without_weights} without" if without_weights else "")
+            + f"; {counts['float']} modules left in float, {counts['missed']} missed"
+        ]
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        for module in self.of("missed") + self.of("float"):
+            groups.setdefault((module.action, module.type, module.reason), []).append(module.name or "the model")
+        for (action, kind, reason), names in groups.items():
+            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+            lines.append(f"  {action:6}  {len(names)} {kind} ({', '.join(names[:2])}{more}): {reason}")
+        return "\n".join(lines)
+
+
+def plan_swap(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    include: Iterable[Pattern] | None = None,
+    exclude: Iterable[Pattern] = (),
+) -> SwapPlan:
+    """The dry run of `swap_modules`: what would be quantized, what not, and why.
+
+    A pattern is a class, a callable `(name, module) -> bool`, or a string: a glob ("layer1.*") or, after "re:", a
+    regular expression for the whole dotted name. A name that matches stands for everything below it too.
+
+    Args:
+        model: A float model, or one that is partly swapped.
+        example_inputs: One batch (see `trace.call_model`). With it the model runs once, and modules whose weights are
+            used in another way than by calling them, and plain calls such as `F.conv2d`, are found too.
+        include: Only these; they are quantized even against a default rule. None: whatever the rules allow.
+        exclude: Not these, whatever else is said.
+
+    Returns:
+        The plan. A pattern that matches nothing is logged as a warning.
+
+    Raises:
+        ArgumentTypeError: A pattern of another kind.
+        ArgumentError: A regular expression that cannot be compiled.
+    """
+    trace = None if example_inputs is None else trace_forward(model, example_inputs)
+    included, excluded = _Matcher(include or (), "include"), _Matcher(exclude, "exclude")
+    planned = []
+    for name, module in model.named_modules():
+        if _is_candidate(module):
+            names = [other for other, m in model.named_modules(remove_duplicate=False) if m is module]
+            action, reason = _decide(
+                name,
+                module,
+                trace,
+                excluded.match(names, module),
+                included.match(names, module),
+                include is None,
+            )
+            planned.append(PlannedModule(name, _float_type(module).__name__, action, reason, _own_weights(module)))
+    planned.extend(_missed_calls(trace, model, {module.name for module in planned}))
+    included.warn_unused()
+    excluded.warn_unused()
+    return SwapPlan(tuple(planned))
+
+
+def swap_modules(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    include: Iterable[Pattern] | None = None,
+    exclude: Iterable[Pattern] = (),
+    input_desc: QuantDescriptor | None = None,
+    weight_desc: QuantDescriptor | None = None,
+) -> SwapPlan:
+    """Give every module of a mapped type, or of a subclass of one, its quantizers, in place.
+
+    Args:
+        model: A float model or any part of one (`model.layer1`).
+        example_inputs: As for `plan_swap`.
+        include: As for `plan_swap`.
+        exclude: As for `plan_swap`.
+        input_desc: How inputs are quantized; the default of each quantized class if None.
+        weight_desc: How weights are quantized; the default of each quantized class if None.
+
+    Returns:
+        The plan that was carried out; `missed` modules are logged as a warning.
+
+    Raises:
+        ArgumentTypeError: As for `plan_swap`.
+        ArgumentError: As for `plan_swap`.
+    """
+    plan = plan_swap(model, example_inputs, include=include, exclude=exclude)
+    modules = dict(model.named_modules())
+    for planned in plan.of("quantize"):
+        module = modules[planned.name]
+        if not isinstance(module, QuantInputMixin):
+            _swap_one(planned.name, module, input_desc, weight_desc)
+    if plan.of("missed"):
+        logger.warning("some modules multiply matrices in float:\n%s", plan.format_table())
+    return plan
+
+
+def restore_modules(model: nn.Module) -> int:
+    """Give the float model back: the former classes, no quantizers; parameters are as they are now.
+
+    Returns:
+        How many modules were restored.
+    """
+    swapped = [module for module in model.modules() if isinstance(module, QuantInputMixin)]
+    for module in swapped:
+        for attribute in module.quantizers():
+            delattr(module, attribute)
+        module.__class__ = module.float_class  # type: ignore[assignment]
+    return len(swapped)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantInputMixin]:
+    """The swapped modules by dotted name; a module used twice comes once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantInputMixin)}
+
+
+def _swap_one(
+    name: str, module: nn.Module, input_desc: QuantDescriptor | None, weight_desc: QuantDescriptor | None
+) -> None:
+    quant_class = find_counterpart(type(module))
+    assert quant_class is not None  # noqa: S101  # the plan has looked it up
+    reference = next(module.parameters(), None)
+    module.__class__ = quant_class
+    if isinstance(module, QuantMixin):
+        module.init_quantizer(input_desc, weight_desc)
+    elif isinstance(module, QuantInputMixin):
+        module.init_quantizer(input_desc)
+    assert isinstance(module, QuantInputMixin)  # noqa: S101
+    for attribute, quantizer in module.quantizers().items():
+        quantizer.name = f"{name}.{attribute}" if name else attribute
+        quantizer.train(module.training)
+        if reference is not None:
+            quantizer.to(reference.device)
+
+
+def _float_type(module: nn.Module) -> type[nn.Module]:
+    return module.float_class if isinstance(module, QuantInputMixin) else type(module)
+
+
+def _own_weights(module: nn.Module) -> int:
+    return sum(p.numel() for p in module._parameters.values() if p is not None and p.dim() >= 2)
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    has_parameters = any(p is not None for p in module._parameters.values())
+    return has_parameters or isinstance(module, QuantInputMixin) or find_counterpart(type(module)) is not None
+
+
+def _decide(
+    name: str, module: nn.Module, trace: ForwardTrace | None, excluded: str, included: str, include_all: bool
+) -> tuple[str, str]:
+    """Action and reason for one module."""
+    if isinstance(module, QuantInputMixin):
+        return "quantize", "already swapped"
+    counterpart = find_counterpart(type(module))
+    if counterpart is None:
+        return _decide_unmapped(name, module, trace)
+    if excluded:
+        return "float", f"excluded by {excluded}"
+    if not include_all and not included:
+        return "float", "not included"
+    if trace is not None and (missed := _reason_missed(name, module, trace)):
+        return "missed", missed
+    if not included and (rule := _rule_against(module)):
+        return "float", rule
+    mapped = next(entry.mod_name for entry in _DEFAULT_QUANT_MAP if issubclass(counterpart, entry.replace_mod))
+    if mapped == type(module).__name__:
+        return "quantize", f"{mapped} is in the map"
+    return "quantize", f"subclass of {mapped}, keeps its own forward"
+
+
+def _decide_unmapped(name: str, module: nn.Module, trace: ForwardTrace | None) -> tuple[str, str]:
+    """Action and reason for a module with parameters and no counterpart."""
+    if isinstance(module, _NEVER_INT8):
+        return "float", "normalisation, embedding or activation: no int8 counterpart (R-LN, R-SM)"
+    calls = [] if trace is None else [c for c in trace.contractions if c.module == name]
+    if calls:
+        return "missed", _describe_calls(module, calls)
+    if _own_weights(module) == 0 or trace is not None:
+        return "float", "its parameters are added or multiplied element by element"
+    return "missed", (
+        f"{type(module).__name__} has weights of its own and no counterpart in the map; give example inputs to see "
+        "how it uses them, or add one with register_module"
+    )
+
+
+def _describe_calls(module: nn.Module, calls: list[Contraction]) -> str:
+    functions = ", ".join(sorted({call.function for call in calls}))
+    return f"{type(module).__name__}.forward calls {functions} directly; only modules are swapped"
+
+
+def _reason_missed(name: str, module: nn.Module, trace: ForwardTrace) -> str:
+    """Why swapping this module would change nothing, seen from how it was used; "" if it would."""
+    weight = module._parameters.get("weight")
+    used_by = [c.module for c in trace.contractions if weight is not None and id(weight) in c.parameters]
+    if trace.calls[name] == 0:
+        if used_by:
+            return "its own forward never runs: the module around it reads its weight directly"
+        return "it does not run on the example inputs"
+    calls_something = any(c.module == name for c in trace.contractions)
+    if calls_something and name not in used_by:
+        return "its forward transforms the weight before using it, so that a quantized weight is not what runs"
+    return ""
+
+
+def _rule_against(module: nn.Module) -> str:
+    """The default rule that leaves a mapped module in float, "" if none does; `include` overrides it."""
+    if isinstance(module, _ConvTransposeNd):
+        return "transposed convolution: int8 kernels are missing, wrong or slow (R-CT-3)"
+    if isinstance(module, nn.Conv3d):
+        return "3-D convolution: int8 is fragile (R-CONV-7)"
+    if isinstance(module, _ConvNd) and 1 < module.groups < module.in_channels:
+        return "grouped convolution: TensorRT splits it into one kernel a group (R-CONV-4)"
+    if isinstance(module, _AdaptiveAvgPoolNd) and set(_as_tuple(module.output_size)) == {1}:
+        return "global average pooling: a tiny tensor that stays float (R-GAP)"
+    return ""
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, Iterable) else (value,)
+
+
+def _missed_calls(trace: ForwardTrace | None, model: nn.Module, planned: set[str]) -> list[PlannedModule]:
+    """Modules without parameters of their own whose forward multiplies matrices."""
+    if trace is None:
+        return []
+    modules = dict(model.named_modules())
+    names = dict.fromkeys(c.module for c in trace.contractions if c.module not in planned)
+    return [
+        PlannedModule(
+            name,
+            type(modules[name]).__name__,
+            "missed",
+            _describe_calls(modules[name], [c for c in trace.contractions if c.module == name]),
+            0,
+        )
+        for name in names
+    ]
+
+
+class _Matcher:
+    """Patterns that remember whether they matched anything."""
+
+    def __init__(self, patterns: Iterable[Pattern], option: str) -> None:
+        if isinstance(patterns, str | type):
+            patterns = (patterns,)
+        self._option = option
+        self._tests: list[tuple[str, Callable[[list[str], nn.Module], bool]]] = [
+            (_describe(pattern), _compile(pattern)) for pattern in patterns
+        ]
+        self._used: set[str] = set()
+
+    def match(self, names: list[str], module: nn.Module) -> str:
+        """The first pattern that matches, described, or ""."""
+        hits = [description for description, test in self._tests if test(names, module)]
+        self._used.update(hits)
+        return hits[0] if hits else ""
+
+    def warn_unused(self) -> None:
+        for description, _ in self._tests:
+            if description not in self._used:
+                logger.warning("%s pattern %s matches no module", self._option, description)
+
+
+def _describe(pattern: Pattern) -> str:
+    return repr(pattern) if isinstance(pattern, str) else getattr(pattern, "__name__", repr(pattern))
+
+
+def _compile(pattern: Pattern) -> Callable[[list[str], nn.Module], bool]:
+    if isinstance(pattern, str):
+        matches = _compile_name(pattern)
+        return lambda names, _: any(matches(part) for name in names for part in _self_and_parents(name))
+    if isinstance(pattern, type):
+        return lambda _, module: isinstance(module, pattern)
+    if callable(pattern):
+        return lambda names, module: any(pattern(name, module) for name in names)
+    raise ArgumentTypeError(
+        f"pattern {pattern!r} is of type {type(pattern).__name__}.",
+        "give a dotted name, a glob, 're:...', a module class or a callable (name, module) -> bool.",
+    )
+
+
+def _compile_name(pattern: str) -> Callable[[str], bool]:
+    if not pattern.startswith("re:"):
+        return lambda name: fnmatch.fnmatchcase(name, pattern)
+    try:
+        expression = re.compile(pattern[3:])
+    except re.error as error:
+        raise ArgumentError(
+            f"pattern {pattern!r} is no regular expression: {error}.",
+            "correct it, or leave out 're:' for a glob.",
+        ) from error
+    return lambda name: expression.fullmatch(name) is not None
+
+
+def _self_and_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[: end + 1]) for end in range(len(parts))]

@@ -1,0 +1,175 @@
+"""One recorded forward: which modules ran, who read whose output, which weights were used by plain functions.
+
+The record is of the real data flow, by the identity of tensors, so that it needs neither attribute names nor a model
+that torch.fx can trace. It holds for the path that the example inputs took.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as hooks
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_leaves
+
+# What multiplies matrices: the calls that TensorRT could run in int8.
+_CONTRACTIONS = frozenset(
+    {
+        *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+        *("linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum"),
+        *("scaled_dot_product_attention", "multi_head_attention_forward"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A matrix product or convolution that a module's forward called as a function.
+
+    Args:
+        module: Dotted name of the innermost module that made the call ("" for the model itself).
+        function: Name of the function, e.g. "conv2d".
+        parameters: Identities (`id`) of the parameters among its arguments.
+    """
+
+    module: str
+    function: str
+    parameters: frozenset[int]
+
+
+@dataclass
+class ForwardTrace:
+    """What one forward did.
+
+    Args:
+        calls: How often each module ran, by dotted name.
+        contractions: Matrix products and convolutions, in order.
+        only_reader: Module -> the module that alone read its output, where there is exactly one.
+    """
+
+    calls: Counter[str] = field(default_factory=Counter)
+    contractions: list[Contraction] = field(default_factory=list)
+    only_reader: dict[str, str] = field(default_factory=dict)
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Call a model on what a loader yields.
+
+    A tensor is the input; a mapping gives keyword arguments; of a tuple or list the first item is the input, as in
+    `(images, labels)`.
+    """
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(inputs[0])
+    return model(inputs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module gets its own training flag back."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+def trace_forward(model: nn.Module, inputs: Any) -> ForwardTrace:
+    """Run a model once in evaluation mode, without gradients, and record what it did.
+
+    Args:
+        model: Any module; its training flags are put back.
+        inputs: As for `call_model`; one small batch is enough.
+    """
+    recorder = _Recorder(model)
+    handles = [
+        hooks.register_module_forward_pre_hook(recorder.enter),
+        hooks.register_module_forward_hook(recorder.leave),
+    ]
+    try:
+        with evaluating(model), recorder:
+            outputs = call_model(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recorder.finish(outputs)
+
+
+class _Recorder(TorchFunctionMode):
+    """Sees every torch function (as a mode) and every module call (as global hooks)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._parameters = {id(parameter) for parameter in model.parameters()}
+        self._stack: list[str] = []
+        self._outputs: dict[int, tuple[str, torch.Tensor]] = {}  # holds the tensors, so that no id is used twice
+        self._readers: defaultdict[str, set[str]] = defaultdict(set)
+        self._given: dict[str, int] = {}
+        self._trace = ForwardTrace()
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        name = self._names.get(id(module))
+        if name is None:
+            return
+        self._stack.append(name)
+        self._trace.calls[name] += 1
+        for tensor in _tensors(args):
+            if id(tensor) in self._outputs:
+                self._given[name] = id(tensor)
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        name = self._names.get(id(module))
+        if name is None:
+            return
+        self._stack.pop()
+        is_leaf = next(module.children(), None) is None
+        if isinstance(output, torch.Tensor) and (is_leaf or id(output) not in self._outputs):
+            self._outputs[id(output)] = (name, output)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        arguments = list(_tensors((args, kwargs or {})))
+        result = func(*args, **(kwargs or {}))
+        if next(_tensors(result), None) is not None:  # sizes and flags are no reading of the values
+            self._record(func, arguments)
+        return result
+
+    def _record(self, func: Callable[..., Any], arguments: list[torch.Tensor]) -> None:
+        here = self._stack[-1] if self._stack else ""
+        for tensor in arguments:
+            if id(tensor) in self._outputs:
+                self._readers[self._outputs[id(tensor)][0]].add(here)
+        function = getattr(func, "__name__", resolve_name(func) or "")
+        if function in _CONTRACTIONS:
+            used = self._parameters & {id(tensor) for tensor in arguments}
+            self._trace.contractions.append(Contraction(here, function, frozenset(used)))
+
+    def finish(self, outputs: Any) -> ForwardTrace:
+        returned = {id(tensor) for tensor in _tensors(outputs)}
+        for identity, (name, _) in self._outputs.items():
+            readers = self._readers[name]
+            if len(readers) == 1 and identity not in returned and self._trace.calls[name] == 1:
+                (reader,) = readers
+                if self._given.get(reader) == identity:
+                    self._trace.only_reader[name] = reader
+        return self._trace
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))

@@ -1,0 +1,1 @@
+"""All that knows TensorRT: finding it, building with it, reading what it built, and its command line."""

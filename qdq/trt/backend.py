@@ -1,0 +1,110 @@
+"""Find a TensorRT to build with: TensorRT-RTX, which needs no GPU, or TensorRT itself."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from qdq.errors import ArgumentError, DependencyError
+
+logger = logging.getLogger(__name__)
+
+# name of the backend -> module to import; the extra of qdq that installs it has the backend's name
+_MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One TensorRT that can build engines here.
+
+    Args:
+        name: `rtx` or `tensorrt`.
+        module: The imported Python package.
+    """
+
+    name: str
+    module: ModuleType
+
+    @property
+    def version(self) -> str:
+        """Version as the package states it, for example `1.7.1.116`."""
+        return str(self.module.__version__)
+
+    @property
+    def weakly_typed(self) -> bool:
+        """Whether networks are weakly typed unless asked otherwise: TensorRT before 11, never RTX."""
+        return self.name == "tensorrt" and int(self.version.partition(".")[0]) < 11
+
+
+def find_backend(name: str) -> Backend:
+    """Import the TensorRT to build with.
+
+    Args:
+        name: `rtx`, `tensorrt`, or `auto`: TensorRT where it is installed and can build (it needs a GPU),
+            TensorRT-RTX otherwise.
+
+    Raises:
+        ArgumentError: Another name.
+        DependencyError: The package is not installed or cannot build on this machine.
+    """
+    if name == "auto":
+        return _find_any()
+    if name not in _MODULES:
+        raise ArgumentError(f"backend {name!r} is unknown.", f"choose one of auto, {', '.join(sorted(_MODULES))}.")
+    return _load(name)
+
+
+def _find_any() -> Backend:
+    """TensorRT if it can build here, else TensorRT-RTX; says so when an installed TensorRT is passed over."""
+    try:
+        return _load("tensorrt")
+    except DependencyError as error:
+        if not isinstance(error.__cause__, ModuleNotFoundError):  # installed, but of no use here
+            logger.warning("%s Building with TensorRT-RTX instead.", error.message)
+    try:
+        return _load("rtx")
+    except DependencyError as error:
+        raise DependencyError(
+            f"no TensorRT can build here: {error.message}",
+            "pip install 'qdq[rtx]' (builds without a GPU) or 'qdq[tensorrt]' (needs one)",
+        ) from error
+
+
+def _load(name: str) -> Backend:
+    """Import a backend and prove that it can create a builder."""
+    package = _MODULES[name]
+    try:
+        module = importlib.import_module(package)
+    except (ImportError, OSError) as error:  # OSError: the package is there, a library of it is not
+        raise DependencyError(
+            f"the package {package} cannot be imported: {error}.", f"pip install 'qdq[{name}]'"
+        ) from error
+    log = make_logger(module)
+    try:
+        module.Builder(log)
+    except Exception as error:  # the bindings raise whatever pybind11 makes of a null pointer
+        cause = next((text for _, text in reversed(log.messages)), str(error))
+        raise DependencyError(
+            f"{package} {module.__version__} cannot build on this machine: {cause}.",
+            "choose backend 'rtx', which builds without a GPU."
+            if name == "tensorrt"
+            else "reinstall it: pip install --force-reinstall 'qdq[rtx]'",
+        ) from error
+    return Backend(name, module)
+
+
+def make_logger(module: ModuleType) -> Any:
+    """A logger for the given TensorRT that keeps every message as (severity, text) in `messages`."""
+
+    class Log(module.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            module.ILogger.__init__(self)
+            self.messages: list[tuple[str, str]] = []
+
+        def log(self, severity: Any, text: str) -> None:
+            self.messages.append((severity.name, text))
+
+    return Log()

@@ -1,0 +1,59 @@
+"""The exact trtexec commands that build and time a file on the target."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from qdq.trt.profiles import Profile
+
+# From TensorRT 11 on these are the defaults; given to 10 they make both measure the same.
+_PARITY_WITH_11 = ("--useCudaGraph", "--useSpinWait", "--noDataTransfers", "--separateProfileRun")
+
+
+def trtexec_lines(onnx: Path, engine: Path, profiles: Mapping[str, Profile], *, half: bool = False) -> dict[str, str]:
+    """Commands for a shell on the target, where TensorRT and its GPU are.
+
+    Both write beside the engine: a timing cache, the list of layers, a profile and the times of each run.
+
+    Args:
+        onnx: The ONNX file with Q/DQ.
+        engine: Where trtexec saves its engine.
+        profiles: Input name -> `min`, `opt` and `max` shape, for dynamic inputs only.
+        half: The graph has float16 tensors. Then its own types decide in TensorRT 10 as well
+            (`--stronglyTyped`); a float32 graph needs `--int8 --fp16` there. TensorRT 11 has no such flags.
+
+    Returns:
+        Command by major version: `tensorrt10` and `tensorrt11`.
+    """
+    before = ["trtexec", f"--onnx={onnx}", f"--saveEngine={engine}", *_shape_flags(profiles)]
+    after = [
+        f"--timingCacheFile={engine.with_suffix('.timing.cache')}",
+        "--memPoolSize=workspace:4096",  # MiB
+        "--builderOptimizationLevel=3",
+        "--profilingVerbosity=detailed",
+        "--dumpLayerInfo",
+        f"--exportLayerInfo={engine.with_suffix('.layers.json')}",
+        "--dumpProfile",
+        f"--exportProfile={engine.with_suffix('.profile.json')}",
+        f"--exportTimes={engine.with_suffix('.times.json')}",
+        "--warmUp=500",  # ms
+        "--duration=10",  # s
+    ]
+    types = ["--stronglyTyped"] if half else ["--int8", "--fp16"]
+    return {
+        "tensorrt10": shlex.join([*before, *types, *after, *_PARITY_WITH_11]),
+        "tensorrt11": shlex.join([*before, *after]),
+    }
+
+
+def _shape_flags(profiles: Mapping[str, Profile]) -> list[str]:
+    """`--minShapes=x:1x3x224x224 --optShapes=... --maxShapes=...`, nothing for static inputs."""
+    if not profiles:
+        return []
+    return [
+        f"--{kind}Shapes="
+        + ",".join(f"{name}:{'x'.join(map(str, profile[kind]))}" for name, profile in profiles.items())
+        for kind in ("min", "opt", "max")
+    ]

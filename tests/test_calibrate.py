@@ -1,0 +1,184 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from qdq import ArgumentError, Calibration, CalibrationError, calibrate_model, swap_modules
+from qdq.quantizer import named_quantizers
+
+
+def record_inputs(model, batches):
+    """What each convolution and linear layer of the float model sees: the independent truth."""
+    seen = {}
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(values) for name, values in seen.items()}
+
+
+@pytest.fixture
+def batches():
+    return [torch.randn(4, 3, 12, 12), torch.randn(2, 3, 12, 12) * 3]
+
+
+def test_max_is_the_maximum_of_the_float_model(residual, batches):
+    seen = record_inputs(residual, batches)
+    swap_modules(residual)
+    ranges = {r.name: r for r in calibrate_model(residual, batches, method="max")}
+    for name, values in seen.items():
+        layer = residual.get_submodule(name)
+        assert layer.input_quantizer.amax == values.abs().max()
+        assert ranges[f"{name}._input_quantizer"].amax == values.abs().max()
+        assert ranges[f"{name}._input_quantizer"].batches == 2
+        others = tuple(range(1, layer.weight.dim()))
+        assert torch.equal(layer.weight_quantizer.amax.flatten(), layer.weight.detach().abs().amax(others))
+
+
+@pytest.mark.parametrize("method", ["percentile", "mse", "entropy"])
+def test_histogram_methods_stay_inside_the_data(residual, batches, method):
+    seen = record_inputs(residual, batches)
+    swap_modules(residual)
+    calibrate_model(residual, batches, method=method)
+    for name, values in seen.items():
+        amax = residual.get_submodule(name).input_quantizer.amax.item()
+        assert 0 < amax <= values.abs().max() * 1.001
+
+
+def test_percentile_is_passed_on(residual, batches):
+    seen = record_inputs(residual, batches)
+    swap_modules(residual)
+    calibrate_model(residual, batches, method="percentile", percentile=90)
+    expected = np.quantile(seen["conv"].abs().numpy(), 0.9)
+    assert residual.conv.input_quantizer.amax.item() == pytest.approx(expected, rel=0.02)
+
+
+def test_states_and_modes_are_put_back(residual, batches):
+    swap_modules(residual)
+    residual.train()
+    residual.conv.eval()
+    calibrate_model(residual, batches)
+    assert residual.training
+    assert not residual.conv.training
+    assert residual.stem.training
+    assert all(q._if_quant and not q._if_calib for _, q in named_quantizers(residual))
+    assert residual.norm.num_batches_tracked == 0
+
+
+def test_excluded_layers_are_left_alone(residual, batches):
+    swap_modules(residual)
+    residual.conv.input_quantizer.disable()
+    residual.conv.weight_quantizer.disable()
+    names = {r.name for r in calibrate_model(residual, batches)}
+    assert not any(name.startswith("conv") for name in names)
+    assert residual.conv.input_quantizer.amax is None
+
+
+def test_calibrating_again_replaces_the_range(residual, batches):
+    swap_modules(residual)
+    calibrate_model(residual, batches, method="max")
+    calibrate_model(residual, [batches[0] * 0.1], method="max")
+    assert residual.stem.input_quantizer.amax == (batches[0] * 0.1).abs().max()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["max", "mse"])
+def test_nan_names_layer_and_batch(residual, batches, bad, method):
+    swap_modules(residual)
+    batches[1][0, 0, 0, 0] = bad
+    with pytest.raises(CalibrationError, match=r"batch 1: the input of quantizer stem\._input_quantizer: 1 of"):
+        calibrate_model(residual, batches, method=method)
+    assert all(q.amax is None and q._if_quant and not q._if_calib for _, q in named_quantizers(residual))
+
+
+def test_nan_in_a_weight_names_the_layer(residual, batches):
+    swap_modules(residual)
+    residual.head.weight.data[0, 0] = float("nan")
+    with pytest.raises(CalibrationError, match=r"head\.weight holds 1 NaN"):
+        calibrate_model(residual, batches)
+
+
+def test_empty_loader(residual):
+    swap_modules(residual)
+    with pytest.raises(CalibrationError, match="no batch reached"):
+        calibrate_model(residual, [])
+
+
+def test_nothing_to_calibrate(residual, batches):
+    with pytest.raises(ArgumentError, match="swap_modules"):
+        calibrate_model(residual, batches)
+
+
+@pytest.mark.parametrize(("options", "words"), [({"method": "kl"}, "kl"), ({"percentile": 101}, "101")])
+def test_bad_options(residual, batches, options, words):
+    swap_modules(residual)
+    with pytest.raises(ArgumentError, match=words):
+        calibrate_model(residual, batches, **options)
+
+
+@pytest.mark.parametrize("method", ["max", "entropy"])
+def test_layer_without_data_is_left_in_float_and_named(batches, method, caplog):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    model.spare = nn.Linear(4, 4)
+    model.forward = lambda x: model[0](x)
+    swap_modules(model)
+    ranges = calibrate_model(model, batches, method=method)
+    notes = {r.name: r.note for r in ranges if r.note}
+    assert set(notes) == {"spare._input_quantizer", "spare._weight_quantizer"}
+    assert "saw no batch" in notes["spare._input_quantizer"]
+    assert model.spare.input_quantizer._disabled
+    assert model.spare.weight_quantizer._disabled
+    assert "spare (it saw no batch" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["max", "mse", "percentile", "entropy"])
+def test_zeros_only_are_left_in_float_and_named(method, caplog):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    nn.init.zeros_(model[0].weight)
+    nn.init.constant_(model[0].bias, -1)
+    swap_modules(model)
+    x = torch.randn(8, 4)
+    ranges = calibrate_model(model, [x], method=method)
+    assert {r.name for r in ranges if "zeros only" in r.note} == {"2._input_quantizer", "2._weight_quantizer"}
+    assert "zeros only" in caplog.text
+    assert torch.isfinite(model(x)).all()
+
+
+def test_dead_channel_gets_a_positive_scale(batches):
+    layer = nn.Conv2d(3, 4, 1)
+    layer.weight.data[2] = 0
+    swap_modules(layer)
+    calibrate_model(layer, batches)
+    assert layer.weight_quantizer.amax.flatten()[2] == 0
+    assert (layer.weight_quantizer.scale > 0).all()
+    assert torch.isfinite(layer(batches[0])).all()
+
+
+def test_with_block_and_any_forward(residual, batches):
+    swap_modules(residual)
+    with Calibration(residual, "max") as calibration:
+        for batch in batches:
+            residual.head(residual.pool(residual.conv(residual.stem(batch))).flatten(1))
+    assert len(calibration.ranges) == 6
+
+
+def test_block_that_raises_touches_nothing(residual, batches):
+    swap_modules(residual)
+    residual.head = nn.Linear(3, 3)  # does not fit what comes before
+    with pytest.raises(RuntimeError, match="shapes"), Calibration(residual):
+        residual(batches[0])
+    assert all(q.amax is None and not q._if_calib for _, q in named_quantizers(residual))
+
+
+def test_batches_of_pairs_and_dictionaries(residual, batches):
+    swap_modules(residual)
+    calibrate_model(residual, [(batch, torch.zeros(4)) for batch in batches], method="max")
+    first = residual.stem.input_quantizer.amax.clone()
+    calibrate_model(residual, [{"images": batch} for batch in batches], method="max")
+    assert residual.stem.input_quantizer.amax == first

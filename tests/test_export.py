@@ -1,0 +1,244 @@
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qdq import ArgumentError, ExportError, calibrate_model, check_onnx, export_onnx, predict, swap_modules
+from qdq.quantizer import QuantDescriptor, disable_quantization, named_quantizers
+
+
+def graph_of(path):
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    return model.graph
+
+
+def constants(graph):
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+
+def nodes(graph, *kinds):
+    return [node for node in graph.node if node.op_type in kinds]
+
+
+def run(path, images):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+
+
+def test_every_quantizer_becomes_a_pair(quantized, images, tmp_path):
+    report = export_onnx(quantized, images, tmp_path / "model.onnx")
+    graph = graph_of(report.path)
+    assert len(nodes(graph, "QuantizeLinear")) == report.quantize_nodes == 3
+    assert len(nodes(graph, "DequantizeLinear")) == report.dequantize_nodes == 6
+    assert report.layers == {"stem": ["stem/Conv"], "conv": ["conv/Conv"], "head": ["head/Gemm"]}
+    assert not nodes(graph, "BatchNormalization", "Identity")
+
+
+def test_numbers_in_the_file_are_those_of_the_quantizers(quantized, images, tmp_path):
+    graph = graph_of(export_onnx(quantized, images, tmp_path / "model.onnx").path)
+    values = constants(graph)
+    for name, quantizer in named_quantizers(quantized):
+        scale, zero_point = values[f"{name}.scale"], values[f"{name}.zero_point"]
+        np.testing.assert_array_equal(scale, quantizer.scale.numpy().reshape(scale.shape))
+        assert scale.shape == (() if quantizer.axis is None else (quantizer.amax.numel(),))
+        assert zero_point.dtype == np.int8
+        assert zero_point.shape == scale.shape
+        assert not zero_point.any()
+    for name in ("stem", "conv", "head"):
+        layer = quantized.get_submodule(name)
+        scale = layer.weight_quantizer.scale
+        codes = values[f"{name}.weight"]
+        assert codes.dtype == np.int8
+        expected = layer.weight_quantizer(layer.weight).detach()
+        np.testing.assert_array_equal(torch.from_numpy(codes.copy()).float() * scale, expected)
+    assert all(
+        "axis" in {a.name for a in node.attribute} for node in nodes(graph, "QuantizeLinear", "DequantizeLinear")
+    )
+
+
+def test_amax_of_shape_one_is_written_as_scalar(quantized, images, tmp_path):
+    quantized.conv.input_quantizer._amax = quantized.conv.input_quantizer._amax.reshape(1)
+    graph = graph_of(export_onnx(quantized, images, tmp_path / "model.onnx").path)
+    assert constants(graph)["conv._input_quantizer.scale"].shape == ()
+
+
+@pytest.mark.parametrize("weights", ["int8", "float"])
+def test_same_numbers_in_onnx_runtime(quantized, images, tmp_path, weights):
+    path = export_onnx(quantized, images, tmp_path / "model.onnx", weights=weights).path
+    expected = predict(quantized, [images])
+    report = check_onnx(path, expected=expected, found=predict(path, [images]))
+    assert report.findings == ()
+    assert report.parity.cosine > 1 - 1e-6
+    np.testing.assert_allclose(run(path, images), expected, atol=0.05 * np.abs(expected).max())
+
+
+def test_float_weights_are_kept_on_request(quantized, images, tmp_path):
+    int8 = export_onnx(quantized, images, tmp_path / "int8.onnx")
+    floats = export_onnx(quantized, images, tmp_path / "float.onnx", weights="float")
+    assert floats.quantize_nodes == floats.dequantize_nodes == 6
+    assert constants(graph_of(floats.path))["conv.weight"].dtype == np.float32
+    assert int8.file_bytes < floats.file_bytes
+
+
+@pytest.mark.parametrize("opset", [18, 19, 20, 21, 23])
+def test_opsets(quantized, images, tmp_path, opset):
+    report = export_onnx(quantized, images, tmp_path / "model.onnx", opset=opset)
+    assert {entry.domain: entry.version for entry in onnx.load(report.path).opset_import}[""] == opset
+    np.testing.assert_allclose(run(report.path, images), predict(quantized, [images]), rtol=0.1, atol=0.05)
+
+
+def test_batch_is_dynamic_by_default(quantized, images, tmp_path):
+    report = export_onnx(quantized, images[:1], tmp_path / "model.onnx")
+    assert isinstance(report.inputs["images"][0], str)
+    for size in (1, 3, 7):
+        assert run(report.path, torch.randn(size, 3, 12, 12)).shape == (size, 5)
+
+
+def test_static_batch(quantized, images, tmp_path):
+    assert export_onnx(quantized, images, tmp_path / "m.onnx", dynamic_batch=False).inputs == {"images": [4, 3, 12, 12]}
+
+
+def test_fixed_batch_is_refused_by_name(tmp_path):
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(12, 3)
+
+        def forward(self, features):
+            return self.head(features.reshape(4, 12))
+
+    model, x = Fixed(), torch.randn(4, 3, 4)
+    swap_modules(model)
+    calibrate_model(model, [x])
+    with pytest.raises(ExportError, match=r"batch|captur"):
+        export_onnx(model, x, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+    assert export_onnx(model, x, tmp_path / "model.onnx", dynamic_batch=False).file_bytes
+
+
+def test_disabled_layers_leave_no_trace(quantized, images, tmp_path):
+    disable_quantization(quantized.conv)
+    report = export_onnx(quantized, images, tmp_path / "model.onnx")
+    assert (report.quantize_nodes, report.dequantize_nodes) == (2, 4)
+    assert "conv" not in report.layers
+    assert constants(graph_of(report.path))["conv.weight"].dtype == np.float32
+
+
+def test_subclass_with_padding(tmp_path):
+    class SamePad(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(F.pad(x, [0, 1, 0, 1]), self.weight, self.bias, self.stride)
+
+    model, x = nn.Sequential(SamePad(3, 8, 3, stride=2)), torch.randn(2, 3, 9, 9)
+    swap_modules(model, x)
+    calibrate_model(model, [x])
+    path = export_onnx(model, x, tmp_path / "model.onnx").path
+    graph = graph_of(path)
+    (conv,) = nodes(graph, "Conv")
+    # The quantizer stands before the padding, so that the exporter can fold the Pad into the convolution (R-CONV-6).
+    assert next(list(a.ints) for a in conv.attribute if a.name == "pads") == [0, 0, 1, 1]
+    assert [node.op_type for node in graph.node].count("Pad") == 0
+    np.testing.assert_allclose(run(path, x), predict(model, [x]), atol=0.05)
+
+
+def test_linear_over_a_sequence(tmp_path):
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 8)), torch.randn(2, 5, 16)
+    swap_modules(model)
+    calibrate_model(model, [x])
+    report = export_onnx(model, x, tmp_path / "model.onnx")
+    assert set(report.layers) == {"0", "2"}
+    np.testing.assert_allclose(run(report.path, x), predict(model, [x]), atol=0.05)
+
+
+def test_a_module_used_twice(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.layer(torch.relu(self.layer(x)))
+
+    model, x = Twice(), torch.randn(4, 8)
+    swap_modules(model)
+    calibrate_model(model, [x])
+    report = export_onnx(model, x, tmp_path / "model.onnx")
+    assert len(report.layers["layer"]) == 2
+    np.testing.assert_allclose(run(report.path, x), predict(model, [x]), atol=0.05)
+
+
+def test_exporting_changes_nothing_in_the_model(quantized, images, tmp_path):
+    quantized.train()
+    before = {name: tensor.clone() for name, tensor in quantized.state_dict().items()}
+    export_onnx(quantized, images, tmp_path / "model.onnx")
+    assert quantized.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in quantized.state_dict().items())
+
+
+def test_no_path_of_the_machine_in_the_file(quantized, images, tmp_path):
+    content = export_onnx(quantized, images, tmp_path / "model.onnx").path.read_bytes()
+    assert b"site-packages" not in content
+    assert b".py" not in content
+    assert onnx.load_from_string(content).producer_name == "qdq"
+
+
+class TestRefused:
+    def refused(self, model, images, tmp_path, words):
+        with pytest.raises(ExportError, match=words):
+            export_onnx(model, images, tmp_path / "model.onnx")
+        assert not list(tmp_path.iterdir())
+
+    def test_without_amax(self, residual, images, tmp_path):
+        swap_modules(residual)
+        self.refused(residual, images, tmp_path, r"6 quantizers have no amax: stem\._input_quantizer")
+
+    def test_unsigned(self, residual, images, tmp_path):
+        swap_modules(residual, input_desc=QuantDescriptor(unsigned=True))
+        calibrate_model(residual, [images])
+        self.refused(residual, images, tmp_path, r"stem\._input_quantizer cannot .*R-SYM")
+
+    def test_four_bit(self, residual, images, tmp_path):
+        swap_modules(residual, weight_desc=QuantDescriptor(4, axis=0))
+        calibrate_model(residual, [images])
+        self.refused(residual, images, tmp_path, "not 4 bit")
+
+    def test_narrow_range_of_an_activation(self, residual, images, tmp_path):
+        swap_modules(residual, input_desc=QuantDescriptor(narrow_range=True))
+        calibrate_model(residual, [images])
+        self.refused(residual, images, tmp_path, "narrow_range")
+
+    def test_still_calibrating(self, quantized, images, tmp_path):
+        quantized.conv.input_quantizer.enable_calib()
+        self.refused(quantized, images, tmp_path, r"calibrating.*conv\._input_quantizer")
+
+    def test_broken_amax(self, quantized, images, tmp_path):
+        quantized.conv.input_quantizer._amax.fill_(float("nan"))
+        self.refused(quantized, images, tmp_path, "NaN")
+
+    def test_model_that_torch_cannot_capture(self, images, tmp_path):
+        class Branch(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(12, 3)
+
+            def forward(self, x):
+                return self.layer(x) if x.sum() > 0 else self.layer(-x)
+
+        model = Branch()
+        swap_modules(model)
+        calibrate_model(model, [images])
+        self.refused(model, images, tmp_path, "torch.export cannot capture")
+
+    @pytest.mark.parametrize("option", [{"opset": 9}, {"weights": "int4"}])
+    def test_options(self, quantized, images, tmp_path, option):
+        with pytest.raises(ArgumentError, match=str(next(iter(option.values())))):
+            export_onnx(quantized, images, tmp_path / "model.onnx", **option)
+
+    def test_folder_that_cannot_be_written(self, quantized, images, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ArgumentError, match="cannot write"):
+            export_onnx(quantized, images, tmp_path / "file" / "model.onnx")

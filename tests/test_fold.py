@@ -1,0 +1,177 @@
+import pytest
+import torch
+from torch import nn
+
+from qdq import fold_batchnorm
+
+
+def randomize(model):
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.5)
+            module.running_var.uniform_(0.3, 2)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 2)
+                nn.init.normal_(module.bias)
+    return model.eval()
+
+
+def check(model, x, folded):
+    """Every BatchNorm says what became of it, and the outputs are those of before."""
+    model = randomize(model)
+    with torch.no_grad():
+        before = model(x)
+    pairs = fold_batchnorm(model, x)
+    with torch.no_grad():
+        after = model(x)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+    assert [pair.folded for pair in pairs] == folded, pairs
+    remaining = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    assert remaining == len(set(map(id, [p for p in pairs if not p.folded])))
+    return pairs
+
+
+LAYERS = [
+    (lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8)), (2, 3, 9)),
+    (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)), (2, 3, 9, 9)),
+    (lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.BatchNorm2d(8, affine=False)), (2, 4, 9, 9)),
+    (lambda: nn.Sequential(nn.Conv3d(3, 4, 2), nn.BatchNorm3d(4)), (2, 3, 4, 4, 4)),
+    (lambda: nn.Sequential(nn.ConvTranspose2d(6, 4, 3, groups=2), nn.BatchNorm2d(4)), (2, 6, 5, 5)),
+    (lambda: nn.Sequential(nn.ConvTranspose1d(3, 4, 3, bias=False), nn.BatchNorm1d(4)), (2, 3, 5)),
+    (lambda: nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8)), (5, 3)),
+]
+
+
+@pytest.mark.parametrize(("build", "shape"), LAYERS)
+def test_every_kind_of_layer(build, shape):
+    check(build(), torch.randn(shape), [True])
+
+
+def test_names_do_not_matter():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.zebra = nn.BatchNorm2d(4)  # declared before the convolution it follows
+            self.apple = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return self.zebra(self.apple(x))
+
+    (pair,) = check(Model(), torch.randn(2, 3, 4, 4), [True])
+    assert (pair.batchnorm, pair.layer) == ("zebra", "apple")
+
+
+def test_order_of_declaration_does_not_matter():
+    class Model(nn.Module):  # looks like conv, norm; runs norm, conv
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.conv(self.norm(x))
+
+    check(Model(), torch.randn(2, 3, 4, 4), [False])
+
+
+def read_twice(self, x):
+    y = self.conv(x)
+    return self.norm(y) + y
+
+
+def changed_between(self, x):
+    return self.norm(self.conv(x).relu_())
+
+
+def used_twice(self, x):
+    return self.norm(self.conv(self.norm(self.conv(x))))
+
+
+def returned_too(self, x):
+    y = self.conv(x)
+    return torch.cat([self.norm(y), y])
+
+
+def never(self, x):
+    return self.conv(x)
+
+
+def functional_reader(self, x):
+    y = self.conv(x)
+    return self.norm(y) * torch.sigmoid(y).mean()
+
+
+@pytest.mark.parametrize("forward", [read_twice, changed_between, used_twice, returned_too, never, functional_reader])
+def test_left_alone_where_folding_would_change_something(forward):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+            self.norm = nn.BatchNorm2d(3)
+
+    Model.forward = forward
+    (pair,) = check(Model(), torch.randn(2, 3, 4, 4), [False])
+    assert pair.reason
+
+
+def test_output_returned_in_a_tuple_is_seen():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return {"norm": self.norm(y), "raw": [y]}
+
+    (pair,) = fold_batchnorm(Model().eval(), torch.randn(2, 3, 4, 4))
+    assert not pair.folded
+
+
+def test_weight_standardization_is_noticed(caplog):
+    class StdConv(nn.Conv2d):
+        def forward(self, x):
+            weight = self.weight / self.weight.std((1, 2, 3), keepdim=True)
+            return nn.functional.conv2d(x, weight, self.bias)
+
+    (pair,) = check(nn.Sequential(StdConv(3, 4, 3), nn.BatchNorm2d(4)), torch.randn(2, 3, 9, 9), [False])
+    assert "own way" in pair.reason
+    assert "1 BatchNorm stay" in caplog.text
+
+
+def test_linear_over_a_sequence_is_not_confused():
+    # BatchNorm1d normalises dimension 1, the sequence, which happens to be as long as the features
+    check(nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8)), torch.randn(2, 8, 3), [False])
+
+
+def test_hooks_keep_their_layer_as_it_is():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model[0].register_forward_hook(lambda *_: None)
+    (pair,) = check(model, torch.randn(2, 3, 4, 4), [False])
+    assert "hooks" in pair.reason
+
+
+def test_training_flags_and_requires_grad_survive():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
+    model[1].eval()
+    model[0].weight.requires_grad_(False)
+    fold_batchnorm(model, torch.randn(2, 3, 4, 4))
+    assert model.training
+    assert model[0].training
+    assert not model[1].training
+    assert not model[0].weight.requires_grad
+
+
+def test_real_network(lite0):
+    import copy
+
+    model = copy.deepcopy(lite0.module)
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        before = model(x)
+        pairs = fold_batchnorm(model, x)
+        after = model(x)
+    assert len(pairs) == 49
+    assert all(pair.folded for pair in pairs)
+    assert (before - after).abs().max() <= 1e-4 * before.abs().max()

@@ -1,0 +1,360 @@
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import qdq.nn as qnn
+from qdq import ArgumentError, ArgumentTypeError, plan_swap, register_module, restore_modules, swap_modules
+from qdq.nn.registry import _DEFAULT_QUANT_MAP
+from qdq.quantizer import QuantDescriptor, TensorQuantizer, fake_quantize
+from qdq.swap import quantized_layers
+
+NAMES = [
+    *("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Linear"),
+    *("AvgPool1d", "AvgPool2d", "AvgPool3d", "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d"),
+]
+LAYERS = [
+    (lambda: nn.Conv1d(3, 4, 3, padding="same"), (2, 3, 8)),
+    (lambda: nn.Conv2d(3, 4, 3, stride=2, padding=1, dilation=2), (2, 3, 9, 9)),
+    (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), (2, 3, 9, 9)),
+    (lambda: nn.Conv2d(3, 4, 3, padding=2, padding_mode="circular"), (2, 3, 9, 9)),
+    (lambda: nn.Conv2d(4, 8, 3, groups=4), (2, 4, 9, 9)),
+    (lambda: nn.Conv3d(3, 4, 2), (2, 3, 4, 4, 4)),
+    (lambda: nn.ConvTranspose1d(3, 4, 3, stride=2, output_padding=1), (2, 3, 8)),
+    (lambda: nn.ConvTranspose2d(3, 4, 3, bias=False), (2, 3, 5, 5)),
+    (lambda: nn.ConvTranspose3d(3, 4, 2), (2, 3, 4, 4, 4)),
+    (lambda: nn.Linear(6, 4), (2, 5, 6)),
+    (lambda: nn.AvgPool1d(2), (2, 3, 8)),
+    (lambda: nn.AvgPool2d(2, count_include_pad=False, padding=1), (2, 3, 8, 8)),
+    (lambda: nn.AvgPool3d(2), (2, 3, 4, 4, 4)),
+    (lambda: nn.AdaptiveAvgPool1d(3), (2, 3, 8)),
+    (lambda: nn.AdaptiveAvgPool2d((1, 1)), (2, 3, 8, 8)),
+    (lambda: nn.AdaptiveAvgPool3d(2), (2, 3, 4, 4, 4)),
+]
+
+
+class SamePadConv(nn.Conv2d):
+    """A subclass with a forward of its own, as EfficientNet-Lite has."""
+
+    def forward(self, x):
+        x = F.pad(x, [0, 1, 0, 1])
+        return F.conv2d(x, self.weight, self.bias, self.stride)
+
+
+def test_map_holds_the_specified_layers():
+    assert [entry.mod_name for entry in _DEFAULT_QUANT_MAP if entry.orig_mod is nn] == NAMES
+
+
+@pytest.mark.parametrize(("build", "shape"), LAYERS)
+def test_equals_the_torch_layer_on_quantized_operands(build, shape):
+    layer = build().eval()
+    expected_layer = copy.deepcopy(layer)
+    x = torch.randn(shape)
+    swap_modules(layer, include=["*"])
+    if hasattr(layer, "weight"):
+        axis = layer.weight_quantizer.axis
+        others = [d for d in range(layer.weight.dim()) if d != axis]
+        amax = expected_layer.weight.detach().abs().amax(others)
+        assert axis == (1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0)
+        expected_layer.weight.data = fake_quantize(expected_layer.weight.detach(), amax, axis=axis)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected_layer(fake_quantize(x, x.abs().max())))
+
+
+@pytest.mark.parametrize(("build", "shape"), LAYERS)
+def test_restores_exactly(build, shape):
+    layer = build()
+    before, kind = dict(vars(layer)), type(layer)
+    parameters, state = dict(layer.named_parameters()), copy.deepcopy(layer.state_dict())
+    swap_modules(layer, include=["*"])
+    assert type(layer) is not kind
+    assert isinstance(layer, kind)
+    assert restore_modules(layer) == 1
+    assert type(layer) is kind
+    assert vars(layer).keys() == before.keys()
+    assert all(parameters[name] is p for name, p in layer.named_parameters())
+    assert layer.state_dict().keys() == state.keys()
+    assert not any(isinstance(m, TensorQuantizer) for m in layer.modules())
+
+
+def test_uncalibrated_state_dict_is_the_float_one(residual, images):
+    before = residual.state_dict().keys()
+    swap_modules(residual, images)
+    assert residual.state_dict().keys() == before
+
+
+def test_subclass_keeps_its_forward():
+    layer = SamePadConv(3, 4, 2).eval()
+    x = torch.randn(2, 3, 5, 5)
+    plan = swap_modules(layer, x)
+    assert "subclass of Conv2d" in plan.modules[0].reason
+    assert type(layer).__name__ == "QuantSamePadConv"
+    assert isinstance(layer, SamePadConv)
+    assert isinstance(layer, qnn.QuantConv2d)
+    weight = fake_quantize(layer.weight.detach(), layer.weight.detach().abs().amax((1, 2, 3)), axis=0)
+    expected = F.conv2d(F.pad(fake_quantize(x, x.abs().max()), [0, 1, 0, 1]), weight, layer.bias)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
+
+
+def test_subclass_survives_deepcopy_and_pickle():
+    layer = SamePadConv(3, 4, 2).eval()
+    swap_modules(layer)
+    layer.input_quantizer.amax = 1.0
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    x = torch.randn(2, 3, 5, 5)
+    for twin in (copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
+        assert type(twin) is type(layer)
+        assert torch.equal(twin(x), layer(x))
+
+
+def test_everything_about_a_module_survives(residual):
+    calls = []
+    handle = residual.conv.register_forward_hook(lambda *_: calls.append(1))
+    residual.conv.train()
+    residual.stem.weight.requires_grad_(False)
+    module, weight = residual.conv, residual.conv.weight
+    optimizer = torch.optim.SGD(residual.parameters(), 0.1)
+    swap_modules(residual)
+    assert residual.conv is module
+    assert residual.conv.weight is weight
+    assert residual.conv.training
+    assert residual.conv.input_quantizer.training
+    assert not residual.stem.weight.requires_grad
+    assert not residual.stem.training
+    assert any(p is weight for group in optimizer.param_groups for p in group["params"])
+    residual(torch.randn(1, 3, 8, 8))
+    assert calls == [1]
+    handle.remove()
+
+
+def test_dtype_survives():
+    layer = nn.Linear(4, 4).to(torch.bfloat16)
+    swap_modules(layer)
+    assert layer(torch.randn(2, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_module_used_twice_is_swapped_once():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.ReLU())})
+    plan = swap_modules(model)
+    assert len(plan.weighted) == 1
+    assert model["b"][0] is model["a"] is shared
+    assert list(quantized_layers(model)) == ["a"]
+
+
+def test_exclusion_by_another_name_of_the_same_module():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
+    assert not plan_swap(model, exclude=["b"]).weighted
+
+
+def test_swapping_twice_changes_nothing(residual):
+    swap_modules(residual)
+    quantizer = residual.conv.input_quantizer
+    plan = swap_modules(residual)
+    assert residual.conv.input_quantizer is quantizer
+    assert {m.reason for m in plan.weighted} == {"already swapped"}
+
+
+def test_by_hand_on_a_part(residual):
+    swap_modules(residual.conv)
+    assert list(quantized_layers(residual)) == ["conv"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ["stem", "conv", "head"]),
+        ({"exclude": ["conv"]}, ["stem", "head"]),
+        ({"exclude": ["*e*"]}, ["conv"]),
+        ({"exclude": ["re:s.em"]}, ["conv", "head"]),
+        ({"exclude": ["re:s"]}, ["stem", "conv", "head"]),  # the whole name, not its beginning
+        ({"exclude": [nn.Linear]}, ["stem", "conv"]),
+        ({"exclude": [lambda name, module: getattr(module, "in_channels", 0) == 3]}, ["conv", "head"]),
+        ({"include": ["conv", nn.Linear]}, ["conv", "head"]),
+        ({"include": ["*"]}, ["stem", "conv", "pool", "head"]),  # the pool against its default rule
+        ({"include": ["*"], "exclude": ["pool", "head"]}, ["stem", "conv"]),
+    ],
+)
+def test_include_and_exclude(residual, options, expected):
+    swap_modules(residual, **options)
+    assert list(quantized_layers(residual)) == expected
+
+
+def test_a_name_stands_for_everything_below_it():
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2))
+    assert [m.name for m in plan_swap(model, exclude=["0"]).weighted] == ["1"]
+
+
+def test_pattern_without_match_is_said(residual, caplog):
+    plan_swap(residual, exclude=["layer7"])
+    assert "exclude pattern 'layer7' matches no module" in caplog.text
+
+
+def test_bad_patterns(residual):
+    with pytest.raises(ArgumentError, match="no regular expression"):
+        plan_swap(residual, exclude=["re:("])
+    with pytest.raises(ArgumentTypeError, match="type int"):
+        plan_swap(residual, exclude=[3])
+
+
+@pytest.mark.parametrize(
+    ("layer", "rule"),
+    [
+        (nn.ConvTranspose2d(16, 16, 2), "R-CT-3"),
+        (nn.Conv3d(16, 16, 3), "R-CONV-7"),
+        (nn.Conv2d(32, 32, 3, groups=4), "R-CONV-4"),
+        (nn.AdaptiveAvgPool2d(1), "R-GAP"),
+    ],
+)
+def test_default_rules_leave_float_and_say_why(layer, rule):
+    (planned,) = plan_swap(layer).modules
+    assert planned.action == "float"
+    assert rule in planned.reason
+    assert plan_swap(layer, include=["*"]).modules[0].action == "quantize"
+
+
+def test_depthwise_is_quantized():
+    assert plan_swap(nn.Conv2d(32, 32, 3, groups=32)).weighted
+
+
+class TestMissed:
+    def missed(self, model, x):
+        return {m.name: m.reason for m in plan_swap(model, x).of("missed")}
+
+    def test_functional_convolution_with_own_weight(self):
+        class Own(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.kernel = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+            def forward(self, x):
+                return F.conv2d(x, self.kernel)
+
+        model = nn.Sequential(Own(), nn.Conv2d(4, 4, 1))
+        assert "conv2d" in self.missed(model, torch.randn(1, 3, 8, 8))["0"]
+        assert self.missed(model, None).keys() == {"0"}  # without a run its weights are still named
+
+    def test_matmul_without_parameters(self):
+        class Attention(nn.Module):
+            def forward(self, x):
+                return x @ x.transpose(1, 2)
+
+        missed = self.missed(nn.Sequential(nn.Linear(4, 4), Attention()), torch.randn(2, 3, 4))
+        assert missed.keys() == {"1"}
+
+    def test_multihead_attention_reads_its_projection_directly(self):
+        model = nn.MultiheadAttention(8, 2, batch_first=True)
+        wrapper = nn.Module()
+        wrapper.attention = model
+        wrapper.forward = lambda x: wrapper.attention(x, x, x)[0]
+        missed = self.missed(wrapper, torch.randn(1, 3, 8))
+        assert missed.keys() == {"attention", "attention.out_proj"}
+        assert "never runs" in missed["attention.out_proj"]
+
+    def test_forward_that_transforms_its_weight(self):
+        class StdConv(nn.Conv2d):
+            def forward(self, x):
+                return F.conv2d(x, self.weight / self.weight.std(), self.bias)
+
+        assert "transforms the weight" in self.missed(nn.Sequential(StdConv(3, 4, 3)), torch.randn(1, 3, 8, 8))["0"]
+
+    def test_layer_that_does_not_run(self):
+        model = nn.Sequential(nn.Linear(4, 4))
+        model.spare = nn.Linear(4, 4)
+        model.forward = lambda x: model[0](x)
+        assert "does not run" in self.missed(model, torch.randn(1, 4))["spare"]
+
+    def test_elementwise_parameters_are_not_missed(self):
+        class Scale(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.gamma = nn.Parameter(torch.ones(1, 4))
+
+            def forward(self, x):
+                return x * self.gamma
+
+        assert not self.missed(nn.Sequential(nn.Linear(4, 4), Scale()), torch.randn(1, 4))
+
+    def test_swap_warns(self, caplog):
+        class Attention(nn.Module):
+            def forward(self, x):
+                return x @ x.transpose(1, 2)
+
+        swap_modules(nn.Sequential(nn.Linear(4, 4), Attention()), torch.randn(2, 3, 4))
+        assert "Attention.forward calls" in caplog.text
+
+
+class TestRegister:
+    @pytest.fixture(autouse=True)
+    def _restore_map(self):
+        size = len(_DEFAULT_QUANT_MAP)
+        yield
+        del _DEFAULT_QUANT_MAP[size:]
+
+    def test_decorator_extends_the_map(self):
+        class Upsample2(nn.Upsample):
+            pass
+
+        globals()["Upsample2"] = Upsample2  # registered classes live in a module
+
+        @register_module(Upsample2)
+        class QuantUpsample2(qnn.QuantInputMixin, Upsample2):
+            pass
+
+        layer = Upsample2(scale_factor=2)
+        swap_modules(layer)
+        assert type(layer) is QuantUpsample2
+        x = torch.randn(1, 2, 3, 3)
+        assert torch.equal(layer(x), F.interpolate(fake_quantize(x, x.abs().max()), scale_factor=2))
+
+    def test_class_that_is_no_subclass_is_refused(self):
+        with pytest.raises(ArgumentTypeError, match="cannot stand for Upsample"):
+
+            @register_module(nn.Upsample)
+            class Other(nn.Module):
+                pass
+
+
+def test_descriptors_can_be_given(residual):
+    swap_modules(residual, input_desc=QuantDescriptor(4), weight_desc=QuantDescriptor(4, axis=0))
+    assert residual.conv.input_quantizer.format.num_bits == residual.conv.weight_quantizer.format.num_bits == 4
+
+
+def test_constructor_of_a_quantized_layer():
+    layer = qnn.QuantConv2d(3, 4, 3, padding=1, bias=False, quant_desc_weight=QuantDescriptor())
+    assert layer.weight_quantizer.axis is None
+    assert layer(torch.randn(1, 3, 4, 4)).shape == (1, 4, 4, 4)
+
+
+def test_weight_is_put_back_after_an_exception():
+    layer = nn.Conv2d(3, 4, 3)
+    swap_modules(layer)
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(1, 5, 8, 8))
+    assert layer.weight is layer._parameters["weight"]
+
+
+def test_gradients_reach_weights_and_inputs(residual, images):
+    swap_modules(residual, images)
+    residual(images.requires_grad_()).sum().backward()
+    assert residual.stem.weight.grad.abs().sum() > 0
+    assert images.grad.abs().sum() > 0
+
+
+def test_real_network_fifty_of_fifty(lite0):
+    model = copy.deepcopy(lite0.module)
+    plan = swap_modules(model, torch.randn(1, 3, 224, 224))
+    assert len(plan.weighted) == 50
+    assert not plan.of("missed")
+    assert sum("subclass of Conv2d" in m.reason for m in plan.weighted) == 49
+    assert "50 layers with weights quantized" in plan.format_table()
+    assert restore_modules(model) == 50
+    for (name, a), (_, b) in zip(model.named_modules(), lite0.module.named_modules(), strict=True):
+        assert type(a) is type(b), name
