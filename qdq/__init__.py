@@ -18,7 +18,7 @@ _HOMES = {
         "ArgumentError", "ArgumentTypeError", "BuildError", "CalibrationError", "CheckError", "DataError",
         "DependencyError", "ExportError", "ModelError", "QdqError", "StateError",
     ),
-    "evaluate": ("Evaluation", "evaluate_outputs", "predict"),
+    "evaluate": ("Evaluation", "evaluate_outputs", "measure_tie_floor", "predict"),
     "export": ("ExportReport", "export_onnx"),
     "fold": ("fold_batchnorm",),
     "formats": ("Format",),

@@ -21,6 +21,7 @@ from qdq.errors import QdqError as QdqError
 from qdq.errors import StateError as StateError
 from qdq.evaluate import Evaluation as Evaluation
 from qdq.evaluate import evaluate_outputs as evaluate_outputs
+from qdq.evaluate import measure_tie_floor as measure_tie_floor
 from qdq.evaluate import predict as predict
 from qdq.export import ExportReport as ExportReport
 from qdq.export import export_onnx as export_onnx

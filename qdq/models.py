@@ -179,6 +179,8 @@ def load_model(model: str = PACKAGED_MODEL, weights: str = "DEFAULT", seed: int 
                 num_classes = trained_for
                 module = architecture.build(num_classes, chosen.preprocess.crop_size)
             _load_state(module, state, model, description)
+        else:
+            _fill_zero_weights(module)
     return LoadedModel(
         name=model,
         module=module.eval().to(memory_format=torch.channels_last),  # a third faster on CPUs
@@ -187,6 +189,13 @@ def load_model(model: str = PACKAGED_MODEL, weights: str = "DEFAULT", seed: int 
         num_classes=num_classes,
         categories=chosen.categories if num_classes == len(chosen.categories) else None,
     )
+
+
+def _fill_zero_weights(module: nn.Module) -> None:
+    """Give layers that start at zero (the head of a ViT) random weights too; all outputs would be zero otherwise."""
+    for parameter in module.parameters():
+        if parameter.dim() >= 2 and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 With B the largest code and L the smallest (`formats.Format`), everything in float32:
 
-    scale = max(amax, 2^-24) / B
+    scale = max(amax, 2^-64) / B
     code  = clamp(round_half_even(x * (1 / scale)), L, B)
     value = code * scale
 
@@ -28,7 +28,7 @@ from qdq.observers.max import reduce_amax
 
 logger = logging.getLogger(__name__)
 
-AMAX_FLOOR = 2.0**-24
+AMAX_FLOOR = 2.0**-64
 _CALIB_METHODS = ("max", "histogram")
 
 # torch has no shape rule for this operator, and torch.export wants one as soon as a dimension is dynamic.

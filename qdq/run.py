@@ -64,7 +64,8 @@ def _write_nameless(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-        os.link(f"/proc/self/fd/{file.fileno()}", path, follow_symlinks=True)
+        # With a folder descriptor (unused: the path is absolute) Python calls linkat, which follows the link in /proc.
+        os.link(f"/proc/self/fd/{file.fileno()}", path, src_dir_fd=file.fileno(), follow_symlinks=True)
 
 
 class Run:

@@ -12,6 +12,10 @@ import onnxruntime
 from qdq.errors import CheckError
 from qdq.metrics import Array, agreement, cosine, max_abs_difference, sqnr_db
 
+# A correct file of a shallow network lies far above the first figure; deep int8 networks amplify ties to about it.
+MIN_SQNR_DB = 30.0
+TIE_MARGIN_DB = 3.0
+
 
 class OnnxModel:
     """An ONNX file as a function of arrays.
@@ -71,8 +75,8 @@ class Parity:
         cosine: Cosine of all outputs as one vector.
         sqnr_db: SQNR in dB of ONNX Runtime against torch.
         agreement: Share of samples with the same largest output, 0..1.
-        exact: Share of samples whose outputs differ by float rounding only (1e-4 of their largest value): what
-            remains in the others are codes that rounded to the other side of a tie.
+        exact: Share of samples whose outputs differ by float rounding only (1e-4 of their largest value).
+        tie_floor_db: SQNR in dB that rounding ties alone leave (`evaluate.measure_tie_floor`), None if not measured.
     """
 
     images: int
@@ -81,9 +85,15 @@ class Parity:
     sqnr_db: float
     agreement: float
     exact: float
+    tie_floor_db: float | None
+
+    @property
+    def required_sqnr_db(self) -> float:
+        """The least SQNR in dB of a correct file: 30, or 3 below what ties alone leave where that is less."""
+        return MIN_SQNR_DB if self.tie_floor_db is None else min(MIN_SQNR_DB, self.tie_floor_db - TIE_MARGIN_DB)
 
 
-def measure_parity(expected: Array, found: Array) -> Parity:
+def measure_parity(expected: Array, found: Array, tie_floor_db: float | None = None) -> Parity:
     """Compare outputs `[N, ...]` of the same inputs, torch's first."""
     rows = np.asarray(expected, np.float64).reshape(len(expected), -1)
     others = np.asarray(found, np.float64).reshape(len(found), -1)
@@ -95,6 +105,7 @@ def measure_parity(expected: Array, found: Array) -> Parity:
         sqnr_db=sqnr_db(rows, others),
         agreement=agreement(rows, others),
         exact=float(near.mean()),
+        tie_floor_db=tie_floor_db,
     )
 
 

@@ -36,7 +36,9 @@ def evaluate_files(
     _, images = load_images(data_dir, loaded, evaluation=eval_images, batch_size=batch_size, seed=seed)
     outputs = {"float": predict(loaded.module, images)}
     outputs |= {path.name: predict(path, images) for path in onnx}
-    evaluation = evaluate_outputs(outputs, images.labels, files={"float": loaded.module, **{path.name: path for path in onnx}})
+    evaluation = evaluate_outputs(
+        outputs, images.labels, files={"float": loaded.module, **{path.name: path for path in onnx}}
+    )
     print(evaluation.format_table())
     if images.labels is None:
         print(f"no top-1: {images.label_note}")

@@ -1,0 +1,55 @@
+"""The public surface, and what importing it costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qdq
+
+STUB = Path(qdq.__file__).with_suffix(".pyi")
+
+
+def test_stub_and_lazy_table_say_the_same():
+    names = {
+        alias.asname
+        for node in ast.parse(STUB.read_text()).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert names == set(qdq._HOME_OF)
+
+
+def test_every_name_loads_and_hides_no_module():
+    for name in qdq._HOME_OF:
+        assert getattr(qdq, name) is not None
+        assert not (Path(qdq.__file__).parent / f"{name}.py").exists()
+        assert not (Path(qdq.__file__).parent / name).exists()
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match="quantise"):
+        qdq.quantise  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-c", "import qdq"],
+        ["-m", "qdq.cli.main", "--help"],
+        ["-c", "import qdq.check, qdq.build, qdq.cli.check, qdq.cli.build, qdq.cli.env"],
+    ],
+)
+def test_light_imports(command):
+    script = "import sys, runpy\n"
+    if command[0] == "-c":
+        script += command[1]
+    else:
+        script += "from qdq.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass"
+    script += (
+        "\nprint('heavy:', [m for m in ('torch', 'torchvision', 'tensorrt_rtx', 'matplotlib') if m in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert output.strip().endswith("heavy: []")
