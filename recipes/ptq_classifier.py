@@ -63,21 +63,17 @@ def ptq_classifier(
     run.stage("analyze")
     subset = calibration.subset(analysis_images)
     analysis = qdq.analyze_layers(net.module, subset, max_float_layers=max_float_layers, target_sqnr=target_sqnr)
-    name = f"{len(analysis.float_layers)} layers float"
-    logits[name] = qdq.predict(net.module, images)
+    logits["mixed"] = qdq.predict(net.module, images)
     run.stage("export and check")
-    exported = qdq.export_onnx(net.module, example, run.folder / "model.onnx")
-    logits["ONNX"] = qdq.predict(exported.path, images)
+    onnx = qdq.export_onnx(net.module, example, run.folder / "model.onnx")
+    logits["ONNX"] = qdq.predict(onnx.path, images)
     floor = qdq.measure_tie_floor(net.module, images.subset(128))
-    check = qdq.check_onnx(exported.path, expected=logits[name], found=logits["ONNX"], tie_floor_db=floor)
+    check = qdq.check_onnx(onnx.path, expected=logits["mixed"], found=logits["ONNX"], tie_floor_db=floor)
     run.stage("build")
-    engine = qdq.build_engine(exported.path, backend=backend.name, sm=sm)
-    evaluation = qdq.evaluate_outputs(logits, images.labels, files={"float": net.module, "ONNX": exported.path})
-    return qdq.write_report(
-        run, model=f"{net.name}, {net.weights}", data={"calibration": calibration.description},
-        folded=folded, plan=plan, ranges=ranges, analysis=analysis, exported=exported, check=check,
-        build=engine, evaluation=evaluation,
-    ).exit_code  # fmt: skip
+    engine = qdq.build_engine(onnx.path, backend=backend.name, sm=sm)
+    table = qdq.evaluate_outputs(logits, images.labels, files={"float": net.module, "ONNX": onnx.path})
+    report = qdq.write_report(run, net, calibration, images, folded, plan, ranges, analysis, onnx, check, engine, table)
+    return report.exit_code
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ python tools/try_classifiers.py [--models resnet50 mobilenet_v3_large vit_b_16] 
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
+from json import loads
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,14 @@ def try_classifiers(
     *,
     models: tuple[str, ...] = ("resnet50", "mobilenet_v3_large", "vit_b_16"),
     max_float_layers: int = 0,
-    json_file: Path | None = None,
+    json: Path | None = None,
 ) -> int:
     """Run the recipe on each model and print one line for it; exit code 1 if one of them had findings.
 
     Args:
         models: Names of torchvision classifiers.
         max_float_layers: Layers to leave in float; 0 skips the search.
-        json_file: Also write the lines there.
+        json: Also write the lines there.
     """
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -39,8 +39,8 @@ def try_classifiers(
             rows.append(_try(model, images, Path(folder) / model, max_float_layers))
     for row in rows:
         print(row)
-    if json_file:
-        write_json(json_file, rows)
+    if json:
+        write_json(json, rows)
     return 1 if any(row["findings"] for row in rows) else 0
 
 
@@ -61,7 +61,7 @@ def _try(model: str, images: Path, output: Path, max_float_layers: int) -> dict[
         model=model, weights="random", data_dir=images, output=output, calib_images=8, eval_images=8,
         analysis_images=2, batch_size=4, max_float_layers=max_float_layers,
     )  # fmt: skip
-    report = json.loads((output / "report.json").read_text())
+    report = loads((output / "report.json").read_text())
     summary = report["summary"]
     return {
         "model": model,

@@ -5,7 +5,7 @@ python tools/verify_demo.py runs/demo/report.json [--json FILE]
 
 from __future__ import annotations
 
-import json
+from json import loads
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +13,25 @@ from qdq.cli.main import run_command
 from qdq.run import write_json
 
 
-def verify_demo(report: Path, /, *, json_file: Path | None = None) -> int:
+def verify_demo(report: Path, /, *, json: Path | None = None) -> int:
     """Print one line for each promised figure: what was promised, what was reached.
 
     Args:
         report: The report.json of a demo run.
-        json_file: Also write the lines there.
+        json: Also write the lines there.
     """
-    summary = json.loads(report.read_text())["summary"]
+    summary = loads(report.read_text())["summary"]
     lines = list(_compare(summary))
     for line in lines:
         print(f"{'ok  ' if line['ok'] else 'MISS'}  {line['what']}: {line['reached']} (promised {line['promised']})")
-    if json_file:
-        write_json(json_file, lines)
+    if json:
+        write_json(json, lines)
     return 0 if all(line["ok"] for line in lines) else 1
 
 
 def _compare(summary: dict[str, Any]) -> list[dict[str, Any]]:
     all_int8 = summary["candidates"]["all int8"]
-    mixed = summary["candidates"][f"{len(summary['float_layers'])} layers float"]
+    mixed = summary["candidates"]["mixed"]
     rows = [
         ("weighted layers swapped", summary["weighted_layers_swapped"], "==", 50),
         ("all int8: SQNR dB", all_int8["sqnr_db"], ">=", 17.3),

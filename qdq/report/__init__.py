@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qdq.analyze import Analysis
 from qdq.build import BuildReport
@@ -15,6 +15,10 @@ from qdq.export import ExportReport
 from qdq.fold import FoldedPair
 from qdq.run import Run, to_jsonable, write_atomic, write_json
 from qdq.swap import SwapPlan
+
+if TYPE_CHECKING:
+    from qdq.data import ImageBatches
+    from qdq.models import LoadedModel
 
 REPORT_FILE = "report.json"
 
@@ -43,9 +47,9 @@ class Report:
 
 def write_report(
     run: Run,
-    *,
-    model: str,
-    data: dict[str, str],
+    model: LoadedModel,
+    calibration: ImageBatches,
+    images: ImageBatches,
     folded: list[FoldedPair],
     plan: SwapPlan,
     ranges: list[Range],
@@ -59,8 +63,9 @@ def write_report(
 
     Args:
         run: The open run.
-        model: The model and its weights, in words.
-        data: What was calibrated and evaluated on, in words.
+        model: From `load_model`.
+        calibration: What was calibrated on.
+        images: What was evaluated on.
         folded: From `fold_batchnorm`.
         plan: From `swap_modules`.
         ranges: From `calibrate_model`.
@@ -71,10 +76,12 @@ def write_report(
         evaluation: From `evaluate_outputs`.
     """
     run.finish()
+    title = f"{model.name}, {model.weights}"
+    data = {"calibration": calibration.description, "evaluation": images.description, "labels": images.label_note}
     findings = _find(plan, ranges, check, build)
     summary = _summarize(folded, plan, ranges, analysis, check, build, evaluation)
     sections = {
-        "model": model,
+        "model": title,
         "data": data,
         "summary": summary,
         "findings": findings,
@@ -91,7 +98,7 @@ def write_report(
         "environment": run.environment,
         "seconds": run.seconds,
     }
-    text = _format(model, data, plan, analysis, check, build, evaluation, findings, run)
+    text = _format(title, data, plan, analysis, check, build, evaluation, findings, run)
     path = write_json(run.folder / REPORT_FILE, to_jsonable(sections))
     write_atomic(run.folder / "report.txt", text + "\n")
     print(f"\n{text}", flush=True)
@@ -134,7 +141,7 @@ def _summarize(
 
 
 def _format(
-    model: str,
+    title: str,
     data: dict[str, str],
     plan: SwapPlan,
     analysis: Analysis,
@@ -145,15 +152,15 @@ def _format(
     run: Run,
 ) -> str:
     blocks = [
-        ("Model", model),
+        ("Model", title),
         ("Data", "\n".join(f"{use}: {what}" for use, what in data.items())),
         ("Layers", plan.format_table()),
         ("Sensitivity", analysis.format_table()),
         ("Exported file", check.format_table()),
         ("Engine", build.format_table()),
         ("Result", evaluation.format_table()),
-        ("TensorRT", "\n".join(build.trtexec.values())),
-        ("Findings", "\n".join(findings) or "none: every layer that was left quantized runs in int8"),
+        ("On the target", "\n".join(f"# {version}\n{line}" for version, line in build.trtexec.items())),
+        ("Findings", "\n".join(findings) or "none"),
         ("Files", f"{run.folder} ({sum(run.seconds.values()):.0f} s)"),
     ]
     return "\n\n".join(f"{title}\n{_indent(body)}" for title, body in blocks)
