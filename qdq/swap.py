@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -166,6 +167,7 @@ def swap_modules(
         module = modules[planned.name]
         if not isinstance(module, QuantInputMixin):
             _swap_one(planned.name, module, input_desc, weight_desc)
+    _switch_fast_path(model)
     if plan.of("missed"):
         logger.warning("some modules multiply matrices in float:\n%s", plan.format_table())
     return plan
@@ -182,6 +184,7 @@ def restore_modules(model: nn.Module) -> int:
         for attribute in module.quantizers():
             delattr(module, attribute)
         module.__class__ = module.float_class  # type: ignore[assignment]
+    _switch_fast_path(model)
     return len(swapped)
 
 
@@ -207,6 +210,21 @@ def _swap_one(
         quantizer.train(module.training)
         if reference is not None:
             quantizer.to(reference.device)
+
+
+def _switch_fast_path(model: nn.Module) -> None:
+    """Have transformer layers call their swapped children.
+
+    In evaluation `nn.TransformerEncoderLayer` hands the weights of its linear layers to one fused kernel, and
+    quantization would be passed over in silence. It does so only where it knows its activation.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            swapped = any(isinstance(child, QuantInputMixin) for child in module.children())
+            activation = module.activation
+            is_relu = activation is F.relu or isinstance(activation, nn.ReLU)
+            is_gelu = activation is F.gelu or isinstance(activation, nn.GELU)
+            module.activation_relu_or_gelu = 0 if swapped else 1 if is_relu else 2 if is_gelu else 0
 
 
 def _float_type(module: nn.Module) -> type[nn.Module]:

@@ -291,6 +291,22 @@ class TestMissed:
         assert "Attention.forward calls" in caplog.text
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu", torch.tanh])
+def test_fused_transformer_layer_does_not_pass_over_quantization(activation):
+    model = nn.TransformerEncoderLayer(8, 2, 16, activation=activation, batch_first=True, dropout=0).eval()
+    before = dict(vars(model))
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        expected = model(x)
+        swap_modules(model, x)
+        assert set(quantized_layers(model)) == {"linear1", "linear2"}
+        found = model(x)
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(model(x).detach(), found, atol=1e-3, rtol=0)  # with gradients torch never fuses
+    restore_modules(model)
+    assert {key: vars(model)[key] for key in before} == before
+
+
 class TestRegister:
     @pytest.fixture(autouse=True)
     def _restore_map(self):
