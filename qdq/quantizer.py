@@ -148,6 +148,10 @@ def _by_operator(values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: i
     if axis is None:
         return torch.fake_quantize_per_tensor_affine(values, scale, zero_point, fmt.qmin, fmt.qmax)
     scale, zero_point = (t.expand(values.shape[axis]).contiguous() for t in (scale, zero_point))
+    if not torch.compiler.is_compiling():
+        # This operator casts to int64 before it clamps: a huge value in a channel of tiny range would change its sign.
+        bound = _along(scale * 2.0**40, values, axis)
+        values = torch.clamp(values, -bound, bound)
     return torch.fake_quantize_per_channel_affine(values, scale, zero_point, axis, fmt.qmin, fmt.qmax)
 
 

@@ -108,6 +108,14 @@ def test_other_types_are_rounded_once(dtype, amax):
         same_bits(found.detach().float(), expected.float())
 
 
+def test_per_channel_operator_saturates_on_the_right_side():
+    x = torch.tensor([[1e30, -1e30, 5.0]], requires_grad=True)
+    found = fake_quantize(x, torch.tensor([1e-12]), axis=0)
+    same_bits(found.detach(), reference(x.detach(), [1e-12], Format(), 0))
+    found.sum().backward()
+    assert x.grad.tolist() == [[0, 0, 0]]
+
+
 def test_rounds_half_to_even():
     x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, -2.5])
     assert fake_quantize(x, torch.tensor(127.0)).tolist() == [0, 2, 2, 0, -2, -2]
