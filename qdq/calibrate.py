@@ -77,7 +77,9 @@ class Calibration:
         if method == "percentile":
             self._solver_arguments["percentile"] = percentile
         self._layers = {
-            name: layer for name, layer in quantized_layers(model).items() if not layer.input_quantizer._disabled
+            name: layer
+            for name, layer in quantized_layers(model).items()
+            if not all(quantizer._disabled for quantizer in layer.quantizers().values())
         }
         if not self._layers:
             raise ArgumentError(
@@ -103,27 +105,27 @@ class Calibration:
             self._solve()
 
     def _solve(self) -> None:
-        if not any(_batches_of(layer.input_quantizer) for layer in self._layers.values()):
+        collecting = [layer.input_quantizer for layer in self._layers.values() if not layer.input_quantizer._disabled]
+        if collecting and not any(map(_batches_of, collecting)):
             raise CalibrationError(
                 "no batch reached any quantizer.", "give at least one batch, and one that the model runs on."
             )
-        weights = {
-            name: _weight_amax(name, layer) for name, layer in self._layers.items() if isinstance(layer, QuantMixin)
-        }
+        weights = {name: _weight_amax(name, layer) for name, layer in self._layers.items() if _has_weight(layer)}
         left: list[str] = []
         for name, layer in self._layers.items():
             if note := _reason_without_range(layer.input_quantizer):
                 left.append(f"{name} ({note})")
                 for attribute, quantizer in layer.quantizers().items():
                     quantizer.disable()
-                    self.ranges.append(Range(f"{name}.{attribute}", None, self._method, 0, f"left in float: {note}"))
+                    self.ranges.append(Range(_join(name, attribute), None, self._method, 0, f"left in float: {note}"))
                 continue
-            quantizer = layer.input_quantizer
-            quantizer.load_calib_amax(**self._solver_arguments)
-            self._record(f"{name}._input_quantizer", quantizer, self._method)
-            if isinstance(layer, QuantMixin):
-                layer.weight_quantizer.amax = weights[name]
-                self._record(f"{name}._weight_quantizer", layer.weight_quantizer, "max")
+            if not layer.input_quantizer._disabled:
+                layer.input_quantizer.load_calib_amax(**self._solver_arguments)
+                self._record(_join(name, "_input_quantizer"), layer.input_quantizer, self._method)
+            if name in weights:
+                quantizer = layer.quantizers()["_weight_quantizer"]
+                quantizer.amax = weights[name]
+                self._record(_join(name, "_weight_quantizer"), quantizer, "max")
         if left:
             logger.warning("%d layers have no usable range and are left in float: %s", len(left), "; ".join(left))
 
@@ -162,6 +164,10 @@ def calibrate_model(
     return calibration.ranges
 
 
+def _join(layer: str, attribute: str) -> str:
+    return f"{layer}.{attribute}" if layer else attribute
+
+
 def _restore(quantizer: TensorQuantizer, if_quant: bool, if_calib: bool) -> None:
     quantizer._if_quant, quantizer._if_calib = if_quant, if_calib
 
@@ -171,10 +177,16 @@ def _batches_of(quantizer: TensorQuantizer) -> int:
 
 
 def _reason_without_range(quantizer: TensorQuantizer) -> str:
+    if quantizer._disabled:
+        return ""
     if _batches_of(quantizer) == 0:
         return "it saw no batch: the layer did not run, or another module reads its weight directly"
     assert quantizer._calibrator is not None  # noqa: S101
     return "it saw zeros only" if quantizer._calibrator.saw_zeros_only() else ""
+
+
+def _has_weight(layer: QuantInputMixin) -> bool:
+    return isinstance(layer, QuantMixin) and not layer.weight_quantizer._disabled
 
 
 def _weight_amax(name: str, layer: QuantInputMixin) -> torch.Tensor:
@@ -184,7 +196,7 @@ def _weight_amax(name: str, layer: QuantInputMixin) -> torch.Tensor:
     if not bool(torch.isfinite(amax).all()):
         bad = int((~torch.isfinite(weight)).sum())
         raise CalibrationError(
-            f"{name}.weight holds {bad} NaN or Inf of {weight.numel()} values.",
+            f"{_join(name, 'weight')} holds {bad} NaN or Inf of {weight.numel()} values.",
             "load other weights: this model was broken before quantization.",
         )
     return amax

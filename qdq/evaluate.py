@@ -55,8 +55,9 @@ class Evaluation:
 
     def format_table(self) -> str:
         """The table as text."""
-        width = max(len(candidate.name) for candidate in self.candidates)
-        lines = [f"{'on ' + str(self.images) + ' images':{width}}   top-1   top-5  agreement  SQNR dB       MB"]
+        title = f"on {self.images} images"
+        width = max(len(title), *(len(candidate.name) for candidate in self.candidates))
+        lines = [f"{title:{width}}   top-1   top-5  agreement  SQNR dB       MB"]
         for c in self.candidates:
             sqnr = "      -" if np.isinf(c.sqnr_db) else f"{c.sqnr_db:7.2f}"
             size = "      -" if c.megabytes is None else f"{c.megabytes:7.2f}"

@@ -135,8 +135,8 @@ def _checked_axis(inputs: torch.Tensor, amax: torch.Tensor, axis: int) -> int:
 def _needs_operator(values: torch.Tensor) -> bool:
     """Whether to use torch's fake-quantize operators: what exports to Q/DQ and what has the gradient.
 
-    On a CPU without either need they cost five times the same arithmetic in place (they fill a mask for the
-    backward pass); the numbers are the same to the last bit.
+    On a CPU without either need they cost three to five times the same arithmetic in place, because they fill a mask
+    for the backward pass (tools/bench_forward.py); the numbers are the same to the last bit.
     """
     if torch.compiler.is_compiling() or values.device.type != "cpu":
         return True

@@ -116,18 +116,15 @@ def plan_swap(
     """
     trace = None if example_inputs is None else trace_forward(model, example_inputs)
     included, excluded = _Matcher(include or (), "include"), _Matcher(exclude, "exclude")
+    names_of: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names_of.setdefault(module, []).append(name)
     planned = []
-    for name, module in model.named_modules():
+    for module, names in names_of.items():
         if _is_candidate(module):
-            names = [other for other, m in model.named_modules(remove_duplicate=False) if m is module]
-            action, reason = _decide(
-                name,
-                module,
-                trace,
-                excluded.match(names, module),
-                included.match(names, module),
-                include is None,
-            )
+            name = names[0]
+            exclusion, inclusion = excluded.match(names, module), included.match(names, module)
+            action, reason = _decide(name, module, trace, exclusion, inclusion, include is None)
             planned.append(PlannedModule(name, _float_type(module).__name__, action, reason, _own_weights(module)))
     planned.extend(_missed_calls(trace, model, {module.name for module in planned}))
     included.warn_unused()

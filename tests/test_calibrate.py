@@ -80,6 +80,15 @@ def test_excluded_layers_are_left_alone(residual, batches):
     assert residual.conv.input_quantizer.amax is None
 
 
+def test_weights_alone(residual, batches):
+    swap_modules(residual)
+    for layer in (residual.stem, residual.conv, residual.head):
+        layer.input_quantizer.disable()
+    ranges = calibrate_model(residual, batches)
+    assert {r.name for r in ranges} == {f"{name}._weight_quantizer" for name in ("stem", "conv", "head")}
+    assert residual.conv.input_quantizer.amax is None
+
+
 def test_calibrating_again_replaces_the_range(residual, batches):
     swap_modules(residual)
     calibrate_model(residual, batches, method="max")
