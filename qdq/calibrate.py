@@ -70,7 +70,9 @@ class Calibration:
                 "choose one of them with --calib-method (or method=).",
             )
         if not 0 < percentile <= 100:
-            raise ArgumentError(f"percentile is {percentile}; it must be in 0..100.", "99.99 is the usual choice.")
+            raise ArgumentError(
+                f"percentile is {percentile}; it must be above 0 and at most 100.", "99.99 is the usual choice."
+            )
         self._model = model
         self._method = method
         self._solver_arguments: dict[str, Any] = {} if method == "max" else {"method": method}

@@ -17,7 +17,7 @@ from qdq.check import OnnxModel
 from qdq.errors import ArgumentError, DataError
 from qdq.metrics import Array, agreement, sqnr_db, top_k
 from qdq.quantizer import named_quantizers
-from qdq.trace import call_model, evaluating
+from qdq.trace import call_model, evaluating, split_inputs
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,9 @@ def predict(model: nn.Module | Path | str, batches: Iterable[Any]) -> Array:
             with evaluating(model):
                 outputs.append(_first(call_model(model, batch)))
         elif onnx_model is not None:
-            images = batch[0] if isinstance(batch, tuple | list) else batch
-            outputs.append(onnx_model(np.asarray(images))[0])
+            args, kwargs = split_inputs(batch)
+            arrays = args or [kwargs[name] for name in onnx_model.inputs if name in kwargs]
+            outputs.append(onnx_model(*map(np.asarray, arrays))[0])
     if not outputs:
         raise DataError("there is no batch to predict.", "give at least one image.")
     return np.concatenate(outputs)
@@ -101,7 +102,8 @@ def measure_tie_floor(model: nn.Module, batches: Iterable[Any]) -> float:
 
     The model is run twice, the second time with the input of every quantizer larger by 2^-22 of itself, about what
     another order of summation in float32 changes. A float model hardly notices; a quantized one does, because values
-    next to a tie round to the other code and later layers carry that on. No other runtime comes closer than this.
+    next to a tie round to the other code and later layers carry that on. Another runtime may land a little above or
+    below this, not far above.
 
     Args:
         model: A calibrated model.
@@ -170,7 +172,7 @@ def _megabytes(source: Path | nn.Module | None) -> float | None:
         return None
     if isinstance(source, Path):
         return source.stat().st_size / 1e6
-    return float(sum(tensor.numel() * tensor.element_size() for tensor in source.state_dict().values()) / 1e6)
+    return float(sum(tensor.numel() * tensor.element_size() for tensor in source.parameters()) / 1e6)
 
 
 def _percent(share: float | None) -> str:

@@ -6,7 +6,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 import qdq
 from qdq.check.rules import find_violations
@@ -30,7 +31,7 @@ from qdq.nn import QuantMixin
 from qdq.quantizer import named_quantizers, quantize_codes
 from qdq.run import write_atomic
 from qdq.swap import quantized_layers
-from qdq.trace import evaluating
+from qdq.trace import evaluating, split_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def export_onnx(
 
     Args:
         model: A swapped and calibrated model. Disabled quantizers leave no trace in the file.
-        example_inputs: A tensor `[B, ...]`, or a tuple of the model's positional inputs.
+        example_inputs: One batch, as for `calibrate_model`: a tensor `[B, ...]`, `(inputs, labels)` or a dictionary.
         path: Where to write.
         opset: 18 to 23; 19 is the first with fp16 scales, and TensorRT 10.0 still reads it.
         dynamic_batch: Leave the first dimension of every input open.
@@ -96,8 +97,7 @@ def export_onnx(
     if weights not in ("int8", "float"):
         raise ArgumentError(f"weights is {weights!r}; known are 'int8' and 'float'.", "use 'int8'.")
     _require_exportable(model)
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    exported = _capture(model, inputs, opset, dynamic_batch)
+    exported = _capture(model, example_inputs, opset, dynamic_batch)
     if dynamic_batch:
         _require_dynamic_batch(exported)
     passes: list[ir.passes.InPlacePass] = [NameNodes()]
@@ -106,7 +106,7 @@ def export_onnx(
     run_passes(exported, [*passes, RemoveUnusedNodesPass(), ClearMetadataAndDocStringPass()])
     layers = _require_complete(model, exported)
     exported.producer_name, exported.producer_version = "qdq", qdq.__version__
-    content = ir.to_proto(exported).SerializeToString(deterministic=True)
+    content = _serialize(exported)
     write_atomic(path, content)
     quantize_nodes, dequantize_nodes = count_qdq(exported)
     return ExportReport(path, opset, len(content), _input_shapes(exported), quantize_nodes, dequantize_nodes, layers)
@@ -139,32 +139,41 @@ def _require_exportable(model: nn.Module) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch's exporter from printing steps and from warning about its own future."""
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+    """Keep torch's exporter from printing steps and from warning about its own future; an error says enough."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 
 
-def _capture(model: nn.Module, inputs: tuple[Any, ...], opset: int, dynamic_batch: bool) -> ir.Model:
-    dynamic = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs) if dynamic_batch else None
-    if dynamic_batch and any(tensor.shape[0] < 2 for tensor in inputs):
-        # torch.export takes a size of 1 for a constant
-        inputs = tuple(torch.cat([tensor, tensor]) for tensor in inputs)
+def _capture(model: nn.Module, example_inputs: Any, opset: int, dynamic_batch: bool) -> ir.Model:
+    if dynamic_batch:  # torch.export takes a size of 1 for a constant
+        example_inputs = tree_map_only(
+            torch.Tensor, lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t, example_inputs
+        )
+    args, kwargs = split_inputs(example_inputs)
+    dynamic: Any = None
+    if dynamic_batch:
+        batch = {0: torch.export.Dim.DYNAMIC}
+        dynamic = dict.fromkeys(kwargs, batch) if kwargs else (batch,) * len(args)
     try:
         with _quiet(), evaluating(model):
             program = torch.onnx.export(
-                model, inputs, dynamo=True, opset_version=opset, dynamic_shapes=dynamic, verbose=False
+                model, args, kwargs=kwargs, dynamo=True, opset_version=opset, dynamic_shapes=dynamic, verbose=False
             )
     except Exception as error:  # torch raises many kinds here
-        cause = error.__cause__ or error
-        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise ExportError(
-            f"torch.export cannot capture the model: {reason}",
+            f"torch.export cannot capture the model: {_summarize(error.__cause__ or error)}",
             "change the forward as torch says, or try dynamic_batch=False if it names a dimension.",
         ) from error
     if program is None:
         raise ExportError("torch.onnx.export returned nothing.", "update torch to 2.11 or newer.")
     return program.model
+
+
+def _summarize(error: BaseException) -> str:
+    """The beginning of a long message in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else f"{text[:400]} ..."
 
 
 def _require_dynamic_batch(model: ir.Model) -> None:
@@ -203,6 +212,15 @@ def _require_complete(model: nn.Module, exported: ir.Model) -> dict[str, list[st
         first = findings[0]
         raise ExportError(f"{len(findings)} rule violations; {first.rule} at {first.node}: {first.message}.", first.fix)
     return {name: [node.name for node in nodes[name]] for name in sorted(expected)}
+
+
+def _serialize(model: ir.Model) -> bytes:
+    try:
+        return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+    except Exception as error:  # protobuf's own type where a message is over 2 GB
+        raise ExportError(
+            f"the model does not fit one ONNX file: {error}.", "files of 2 GB and more are not written yet."
+        ) from error
 
 
 def _input_shapes(model: ir.Model) -> dict[str, list[int | str]]:

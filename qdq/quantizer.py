@@ -117,6 +117,8 @@ def fake_quantize(
     fmt = fmt or Format()
     if axis is not None:
         axis = _checked_axis(inputs, amax, axis)
+    if amax.numel() == 1:  # a scale of shape [1] costs TensorRT-RTX the int8 kernel (R-SHAPE)
+        axis = None
     scale = compute_scale(amax, fmt).flatten() if axis is not None else compute_scale(amax, fmt).reshape(())
     values = inputs if inputs.dtype == torch.float32 else inputs.float()
     quantize = _by_operator if _needs_operator(values) else _by_arithmetic

@@ -77,7 +77,7 @@ class SwapPlan:
         lines = [
             f"{len(self.weighted)} layers with weights quantized"
             + (f" and {without_weights} without" if without_weights else "")
-            + f"; {counts['float']} modules left in float, {counts['missed']} missed"
+            + f"; left in float: {counts['float']}, missed: {counts['missed']}"
         ]
         groups: dict[tuple[str, str, str], list[str]] = {}
         for module in self.of("missed") + self.of("float"):
@@ -283,7 +283,8 @@ def _describe_calls(module: nn.Module, calls: list[Contraction]) -> str:
 def _reason_missed(name: str, module: nn.Module, trace: ForwardTrace) -> str:
     """Why swapping this module would change nothing, seen from how it was used; "" if it would."""
     weight = module._parameters.get("weight")
-    used_by = [c.module for c in trace.contractions if weight is not None and id(weight) in c.parameters]
+    memory = None if weight is None else weight.untyped_storage().data_ptr()
+    used_by = [c.module for c in trace.contractions if memory in c.storages]
     if trace.calls[name] == 0:
         if used_by:
             return "its own forward never runs: the module around it reads its weight directly"

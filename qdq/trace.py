@@ -7,7 +7,7 @@ that torch.fx can trace. It holds for the path that the example inputs took.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,12 +35,12 @@ class Contraction:
     Args:
         module: Dotted name of the innermost module that made the call ("" for the model itself).
         function: Name of the function, e.g. "conv2d".
-        parameters: Identities (`id`) of the parameters among its arguments.
+        storages: Addresses of the memory of its arguments; a parameter or a view of one is known by it.
     """
 
     module: str
     function: str
-    parameters: frozenset[int]
+    storages: frozenset[int]
 
 
 @dataclass
@@ -58,17 +58,21 @@ class ForwardTrace:
     only_reader: dict[str, str] = field(default_factory=dict)
 
 
-def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call a model on what a loader yields.
+def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments for a model, from what a loader yields.
 
     A tensor is the input; a mapping gives keyword arguments; of a tuple or list the first item is the input, as in
     `(images, labels)`.
     """
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    if isinstance(inputs, tuple | list):
-        return model(inputs[0])
-    return model(inputs)
+    if isinstance(inputs, tuple | list) and inputs:
+        inputs = inputs[0]
+    return ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Call a model on what a loader yields, see `split_inputs`."""
+    args, kwargs = split_inputs(inputs)
+    return model(*args, **kwargs)
 
 
 @contextmanager
@@ -111,7 +115,6 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._parameters = {id(parameter) for parameter in model.parameters()}
         self._stack: list[str] = []
         self._outputs: dict[int, tuple[str, torch.Tensor]] = {}  # holds the tensors, so that no id is used twice
         self._readers: defaultdict[str, set[str]] = defaultdict(set)
@@ -157,8 +160,8 @@ class _Recorder(TorchFunctionMode):
                 self._readers[self._outputs[id(tensor)][0]].add(here)
         function = getattr(func, "__name__", resolve_name(func) or "")
         if function in _CONTRACTIONS:
-            used = self._parameters & {id(tensor) for tensor in arguments}
-            self._trace.contractions.append(Contraction(here, function, frozenset(used)))
+            storages = frozenset(tensor.untyped_storage().data_ptr() for tensor in arguments)
+            self._trace.contractions.append(Contraction(here, function, storages))
 
     def finish(self, outputs: Any) -> ForwardTrace:
         returned = {id(tensor) for tensor in _tensors(outputs)}

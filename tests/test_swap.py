@@ -265,6 +265,15 @@ class TestMissed:
 
         assert "transforms the weight" in self.missed(nn.Sequential(StdConv(3, 4, 3)), torch.randn(1, 3, 8, 8))["0"]
 
+    def test_view_of_the_weight_is_the_weight(self):
+        class Transposed(nn.Linear):
+            def forward(self, x):
+                return x @ self.weight.T + self.bias
+
+        plan = plan_swap(nn.Sequential(Transposed(4, 3)), torch.randn(2, 4))
+        assert not plan.of("missed")
+        assert len(plan.weighted) == 1
+
     def test_layer_that_does_not_run(self):
         model = nn.Sequential(nn.Linear(4, 4))
         model.spare = nn.Linear(4, 4)

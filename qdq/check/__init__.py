@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
 from qdq.check.parity import OnnxModel as OnnxModel
 from qdq.check.parity import Parity as Parity
-from qdq.check.parity import measure_parity
+from qdq.check.parity import measure_parity, require_file
 from qdq.check.rules import Finding as Finding
 from qdq.check.rules import find_violations
 from qdq.errors import CheckError
@@ -50,13 +51,15 @@ class CheckReport:
             f"{self.quantize_nodes} Q and {self.dequantize_nodes} DQ nodes",
             f"{int8} of {len(self.weighted)} convolutions and matrix products have int8 operands",
         ]
+        if not self.quantize_nodes + self.dequantize_nodes:
+            lines.append("nothing is quantized: the file holds no QuantizeLinear and no DequantizeLinear")
         if self.parity:
             p = self.parity
             lines.append(
                 f"against torch on {p.images} images: same top-1 {p.agreement:.1%}, SQNR {p.sqnr_db:.1f} dB, "
                 f"cosine {p.cosine:.6f}, max abs {p.max_abs:.3g}, equal but for float rounding {p.exact:.1%}"
             )
-            if p.tie_floor_db is not None:
+            if p.tie_floor_db is not None and np.isfinite(p.tie_floor_db):
                 lines.append(
                     f"torch against itself, quantizer inputs nudged by 2e-7: SQNR {p.tie_floor_db:.1f} dB; "
                     "so much is rounding ties"
@@ -112,8 +115,7 @@ def load_onnx(path: Path) -> ir.Model:
     Raises:
         CheckError: The file is missing, empty, truncated, or no valid ONNX.
     """
-    if not path.is_file():
-        raise CheckError(f"{path} is no file.", "give the path of an .onnx file.")
+    require_file(path)
     try:
         onnx.checker.check_model(str(path), full_check=True)
         model = ir.load(path)

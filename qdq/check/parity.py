@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class OnnxModel:
     """
 
     def __init__(self, path: Path) -> None:
+        require_file(path)
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.log_severity_level = 3
@@ -58,8 +60,10 @@ class OnnxModel:
         try:
             outputs: list[Array] = self._session.run(None, dict(zip(self.inputs, inputs, strict=True)))
         except Exception as error:
+            given = ", ".join(f"{list(np.shape(array))} {np.asarray(array).dtype}" for array in inputs)
+            expected = ", ".join(f"{v.name} {v.shape} {v.type}" for v in self._session.get_inputs())
             raise CheckError(
-                f"ONNX Runtime cannot run {self.path}: {_first_line(error)}; its inputs are {self.inputs}.",
+                f"ONNX Runtime cannot run {self.path}: {_first_line(error)}; given {given}, its inputs are {expected}.",
                 "give inputs of these shapes and types, or export with them.",
             ) from error
         return outputs
@@ -109,5 +113,19 @@ def measure_parity(expected: Array, found: Array, tie_floor_db: float | None = N
     )
 
 
+def require_file(path: Path) -> None:
+    """Refuse what is no file with something in it: the parsers' own words for that do not help.
+
+    Raises:
+        CheckError: The path is a folder, an empty file or nothing.
+    """
+    if path.is_file() and path.stat().st_size:
+        return
+    found = "is a folder" if path.is_dir() else "is empty" if path.is_file() else "does not exist"
+    raise CheckError(f"{path} {found}; expected an ONNX file.", "check the path, or export the model again.")
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    """Its first line without ONNX Runtime's "[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : "."""
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip())
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

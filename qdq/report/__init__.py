@@ -75,7 +75,7 @@ def write_report(
         build: From `build_engine`.
         evaluation: From `evaluate_outputs`.
     """
-    run.finish()
+    run.stage("report")
     title = f"{model.name}, {model.weights}"
     data = {"calibration": calibration.description, "evaluation": images.description, "labels": images.label_note}
     findings = _find(plan, ranges, check, build)
@@ -101,6 +101,7 @@ def write_report(
     text = _format(title, data, plan, analysis, check, build, evaluation, findings, run)
     path = write_json(run.folder / REPORT_FILE, to_jsonable(sections))
     write_atomic(run.folder / "report.txt", text + "\n")
+    run.finish()
     print(f"\n{text}", flush=True)
     return Report(path, summary, tuple(findings), text)
 
