@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ from tqdm import tqdm
 from qdq.errors import ArgumentError, DataError, StateError
 from qdq.metrics import Array, sqnr_db
 from qdq.nn import QuantInputMixin
-from qdq.quantizer import disable_quantization, enable_quantization
+from qdq.quantizer import disable_quantization
 from qdq.run import write_json
 from qdq.swap import quantized_layers
-from qdq.trace import call_model, evaluating
+from qdq.trace import call_model, evaluating, require_batches
 
 MODES = ("one-at-a-time", "leave-one-out")
 Metric = Callable[[nn.Module], float]
@@ -148,6 +148,7 @@ def analyze_layers(
         raise ArgumentError("target_metric is given, but no metric.", "pass metric= as well.")
     if max_float_layers < 0:
         raise ArgumentError(f"max_float_layers is {max_float_layers}.", "give 0 (rank only) or more.")
+    require_batches(batches)
     layers = _active_layers(model)
     kept = list(batches)
     if not kept:
@@ -157,13 +158,15 @@ def analyze_layers(
     ranked = _rank(model, layers, probe, mode)
     steps: list[Step] = []
     reached = _reached(base_sqnr, base_metric, target_sqnr, target_metric)
-    for entry in tqdm(ranked[:max_float_layers], desc="leave in float", unit="layer", disable=None):
-        if reached:
-            break
-        disable_quantization(layers[entry.name])
-        sqnr, value = probe.measure()
-        steps.append(Step(entry.name, sqnr, value))
-        reached = _reached(sqnr, value, target_sqnr, target_metric)
+    with ExitStack() as undo:  # an interrupted search leaves the model as it was
+        for entry in tqdm(ranked[:max_float_layers], desc="leave in float", unit="layer", disable=None):
+            if reached:
+                break
+            undo.push(disable_quantization(layers[entry.name]))
+            sqnr, value = probe.measure()
+            steps.append(Step(entry.name, sqnr, value))
+            reached = _reached(sqnr, value, target_sqnr, target_metric)
+        undo.pop_all()
     stopped_by = reached or f"{len(steps)} of at most {max_float_layers} layers are in float"
     return Analysis(mode, probe.images, base_sqnr, base_metric, tuple(ranked), tuple(steps), stopped_by)
 
@@ -171,10 +174,16 @@ def analyze_layers(
 def _rank(model: nn.Module, layers: dict[str, QuantInputMixin], probe: _Probe, mode: str) -> list[LayerSensitivity]:
     """Every layer measured alone, most sensitive first."""
     measured = []
-    with disable_quantization(model) if mode == "one-at-a-time" else nullcontext():
-        for name, layer in tqdm(layers.items(), desc="analyze", unit="layer", disable=None):
-            with enable_quantization(layer) if mode == "one-at-a-time" else disable_quantization(layer):
+    for name, layer in tqdm(layers.items(), desc="analyze", unit="layer", disable=None):
+        if mode == "leave-one-out":
+            with disable_quantization(layer):
                 measured.append(LayerSensitivity(name, *probe.measure()))
+            continue
+        active = [quantizer for quantizer in layer.quantizers().values() if not quantizer._disabled]
+        with disable_quantization(model):
+            for quantizer in active:
+                quantizer.enable()
+            measured.append(LayerSensitivity(name, *probe.measure()))
     measured.sort(key=lambda entry: (entry.metric or 0.0, entry.sqnr_db), reverse=mode == "leave-one-out")
     return measured
 
@@ -211,7 +220,7 @@ class _Probe:
         self._metric = metric
         with disable_quantization(model):
             self._reference = self._outputs()
-        self.images = sum(next(iter(_floats(batch))).shape[0] for batch in batches)
+        self.images = sum(_rows(batch) for batch in batches)
 
     def measure(self) -> tuple[float, float | None]:
         sqnr = sqnr_db(self._reference, self._outputs())
@@ -233,6 +242,11 @@ class _Probe:
                     for output in _floats(call_model(self._model, batch))
                 ]
             )
+
+
+def _rows(batch: Any) -> int:
+    """Samples in a batch: the first dimension of its first tensor that has one."""
+    return next((leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim()), 1)
 
 
 def _floats(tree: Any) -> list[torch.Tensor]:

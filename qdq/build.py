@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import onnx_ir as ir
 
 from qdq.errors import ArgumentError, BuildError, DependencyError
 from qdq.graph.coverage import list_weighted_nodes
-from qdq.run import write_atomic
+from qdq.run import require_writable, write_atomic
 from qdq.trt.backend import Backend, find_backend
 from qdq.trt.builder import build_plan
 from qdq.trt.census import LayerCensus, take_census
@@ -83,6 +86,8 @@ class BuildReport:
         summary = f"int8: {found} of {self.expected_int8} expected"
         if extra := self.int8 - found:
             summary += f", and {extra} more"
+        if not self.expected_int8:
+            summary += ": nothing in the file is quantized"
         target = "this GPU" if self.sm is None else f"SM {self.sm}"
         lines += [f"warning: {text}" for text in self.warnings]
         lines.append(
@@ -139,7 +144,8 @@ def build_engine(
     target = sm if found.name == "rtx" else None
 
     start = time.perf_counter()
-    plan = build_plan(found, onnx_path, profiles, target)
+    with _interrupts_deferred():
+        plan = build_plan(found, onnx_path, profiles, target)
     seconds = time.perf_counter() - start
     write_atomic(engine, plan.engine)
     return BuildReport(
@@ -157,6 +163,23 @@ def build_engine(
     )
 
 
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Hold Ctrl-C back until TensorRT is done: raised in its log callback, the interrupt would be printed and lost."""
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only that one is interrupted
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    received: list[int] = []
+    former = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+    if received:
+        raise KeyboardInterrupt
+
+
 def _find_backend(name: str, lines: Mapping[str, str]) -> Backend:
     """Find the backend; where there is none, the error still carries the way to build on the target."""
     try:
@@ -172,7 +195,8 @@ def _find_backend(name: str, lines: Mapping[str, str]) -> Backend:
 def _load(path: Path) -> ir.Model:
     """Read an ONNX file, and name nameless nodes as TensorRT's parser will."""
     if not path.is_file():
-        raise ArgumentError(f"there is no file {path}.", "give an ONNX file, as `qdq export` writes it.")
+        found = f"there is no file {path}" + (": it is a folder" if path.is_dir() else "")
+        raise ArgumentError(f"{found}.", "give an ONNX file, such as the model.onnx that `qdq ptq` writes.")
     try:
         model = ir.load(path)
     except Exception as error:  # protobuf, onnx_ir and the file system each raise their own
@@ -242,4 +266,5 @@ def _engine_path(onnx_path: Path, output: Path | str | None, backend: str) -> Pa
         raise ArgumentError(f"{path} is a folder.", f"name a file in it, such as {path / 'model.engine'}.")
     if path.resolve() == onnx_path.resolve():
         raise ArgumentError(f"{path} is the ONNX file itself.", "choose another name for the engine.")
+    require_writable(path)
     return path

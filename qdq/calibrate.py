@@ -13,11 +13,11 @@ from torch import nn
 from tqdm import tqdm
 
 from qdq.errors import ArgumentError, CalibrationError
-from qdq.nn import QuantInputMixin, QuantMixin
+from qdq.nn import QuantMixin
 from qdq.observers.max import reduce_amax
 from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.swap import quantized_layers
-from qdq.trace import call_model, evaluating
+from qdq.trace import call_model, evaluating, require_batches
 
 logger = logging.getLogger(__name__)
 
@@ -78,27 +78,31 @@ class Calibration:
         self._solver_arguments: dict[str, Any] = {} if method == "max" else {"method": method}
         if method == "percentile":
             self._solver_arguments["percentile"] = percentile
-        self._layers = {
-            name: layer
+        weights = {
+            id(layer.weight_quantizer): (name, layer)
             for name, layer in quantized_layers(model).items()
-            if not all(quantizer._disabled for quantizer in layer.quantizers().values())
+            if isinstance(layer, QuantMixin)
         }
-        if not self._layers:
+        enabled = {name: quantizer for name, quantizer in named_quantizers(model) if not quantizer._disabled}
+        if not enabled:
             raise ArgumentError(
                 "the model has no enabled quantizer.", "call swap_modules first (or enable_quantization)."
             )
+        self._weights = {name: weights[id(q)] for name, q in enabled.items() if id(q) in weights}
+        # Everything else collects: the inputs of layers, and quantizers that stand in a forward by hand.
+        self._collecting = {name: quantizer for name, quantizer in enabled.items() if name not in self._weights}
         self.ranges: list[Range] = []
 
     def __enter__(self) -> Calibration:
-        self._exits = ExitStack()
-        self._exits.enter_context(evaluating(self._model))
-        for _, quantizer in named_quantizers(self._model):
-            self._exits.callback(_restore, quantizer, quantizer._if_quant, quantizer._if_calib)
-            quantizer._if_quant = quantizer._if_calib = False
-        for layer in self._layers.values():
-            quantizer = layer.input_quantizer
-            quantizer.set_calib_method("max" if self._method == "max" else "histogram")
-            quantizer.enable_calib()
+        with ExitStack() as exits:
+            exits.enter_context(evaluating(self._model))
+            for _, quantizer in named_quantizers(self._model):
+                exits.callback(_restore, quantizer, quantizer._if_quant, quantizer._if_calib)
+                quantizer._if_quant = quantizer._if_calib = False
+            for quantizer in self._collecting.values():
+                quantizer.set_calib_method("max" if self._method == "max" else "histogram")
+                quantizer.enable_calib()
+            self._exits = exits.pop_all()
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
@@ -107,34 +111,37 @@ class Calibration:
             self._solve()
 
     def _solve(self) -> None:
-        collecting = [layer.input_quantizer for layer in self._layers.values() if not layer.input_quantizer._disabled]
-        if collecting and not any(map(_batches_of, collecting)):
+        if self._collecting and not any(map(_batches_of, self._collecting.values())):
             raise CalibrationError(
                 "no batch reached any quantizer.", "give at least one batch, and one that the model runs on."
             )
-        weights = {name: _weight_amax(name, layer) for name, layer in self._layers.items() if _has_weight(layer)}
-        left: list[str] = []
-        for name, layer in self._layers.items():
-            if note := _reason_without_range(layer.input_quantizer):
-                left.append(f"{name} ({note})")
-                for attribute, quantizer in layer.quantizers().items():
-                    quantizer.disable()
-                    self.ranges.append(Range(_join(name, attribute), None, self._method, 0, f"left in float: {note}"))
-                continue
-            if not layer.input_quantizer._disabled:
-                layer.input_quantizer.load_calib_amax(**self._solver_arguments)
-                self._record(_join(name, "_input_quantizer"), layer.input_quantizer, self._method)
-            if name in weights:
-                quantizer = layer.quantizers()["_weight_quantizer"]
-                quantizer.amax = weights[name]
-                self._record(_join(name, "_weight_quantizer"), quantizer, "max")
+        weights = {name: _weight_amax(layer_name, layer) for name, (layer_name, layer) in self._weights.items()}
+        left: dict[str, str] = {}
+        for name, quantizer in self._collecting.items():
+            if note := _reason_without_range(quantizer):
+                left[name] = note
+                # both operands or none (R-CONV-2)
+                left |= {
+                    other: note for other, (_, layer) in self._weights.items() if layer.input_quantizer is quantizer
+                }
+            else:
+                quantizer.load_calib_amax(**self._solver_arguments)
+                self._record(name, quantizer, self._method, _batches_of(quantizer))
+        for name, (_, layer) in self._weights.items():
+            if name not in left:
+                layer.weight_quantizer.amax = weights[name]
+                self._record(name, layer.weight_quantizer, "max", 0)
+        quantizers = dict(named_quantizers(self._model))
+        for name, note in left.items():
+            quantizers[name].disable()
+            self.ranges.append(Range(name, None, self._method, 0, f"left in float: {note}"))
         if left:
-            logger.warning("%d layers have no usable range and are left in float: %s", len(left), "; ".join(left))
+            names = "; ".join(f"{name} ({note})" for name, note in left.items() if name in self._collecting)
+            logger.warning("some quantizers have no usable range, what they belong to is left in float: %s", names)
 
-    def _record(self, name: str, quantizer: TensorQuantizer, method: str) -> None:
+    def _record(self, name: str, quantizer: TensorQuantizer, method: str, batches: int) -> None:
         assert quantizer.amax is not None  # noqa: S101
         values = quantizer.amax.flatten().tolist()
-        batches = 0 if name.endswith("_weight_quantizer") else _batches_of(quantizer)
         self.ranges.append(Range(name, values[0] if quantizer.axis is None else values, method, batches))
 
 
@@ -157,6 +164,7 @@ def calibrate_model(
         ArgumentError: As for `Calibration`.
         CalibrationError: As for `Calibration`.
     """
+    require_batches(batches)
     with Calibration(model, method, percentile) as calibration:
         for number, batch in enumerate(tqdm(batches, desc="calibrate", unit="batch", disable=None)):
             try:
@@ -164,10 +172,6 @@ def calibrate_model(
             except CalibrationError as error:
                 raise CalibrationError(f"batch {number}: {error.message}", error.fix) from None
     return calibration.ranges
-
-
-def _join(layer: str, attribute: str) -> str:
-    return f"{layer}.{attribute}" if layer else attribute
 
 
 def _restore(quantizer: TensorQuantizer, if_quant: bool, if_calib: bool) -> None:
@@ -179,26 +183,20 @@ def _batches_of(quantizer: TensorQuantizer) -> int:
 
 
 def _reason_without_range(quantizer: TensorQuantizer) -> str:
-    if quantizer._disabled:
-        return ""
     if _batches_of(quantizer) == 0:
         return "it saw no batch: the layer did not run, or another module reads its weight directly"
     assert quantizer._calibrator is not None  # noqa: S101
     return "it saw zeros only" if quantizer._calibrator.saw_zeros_only() else ""
 
 
-def _has_weight(layer: QuantInputMixin) -> bool:
-    return isinstance(layer, QuantMixin) and not layer.weight_quantizer._disabled
-
-
-def _weight_amax(name: str, layer: QuantInputMixin) -> torch.Tensor:
+def _weight_amax(name: str, layer: QuantMixin) -> torch.Tensor:
     weight = layer._parameters["weight"]
-    assert weight is not None and isinstance(layer, QuantMixin)  # noqa: S101
+    assert weight is not None  # noqa: S101
     amax = reduce_amax(weight, layer.weight_quantizer.axis)
     if not bool(torch.isfinite(amax).all()):
         bad = int((~torch.isfinite(weight)).sum())
         raise CalibrationError(
-            f"{_join(name, 'weight')} holds {bad} NaN or Inf of {weight.numel()} values.",
+            f"{name or 'the model'}.weight holds {bad} NaN or Inf of {weight.numel()} values.",
             "load other weights: this model was broken before quantization.",
         )
     return amax

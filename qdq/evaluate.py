@@ -17,7 +17,7 @@ from qdq.check import OnnxModel
 from qdq.errors import ArgumentError, DataError
 from qdq.metrics import Array, agreement, sqnr_db, top_k
 from qdq.quantizer import named_quantizers
-from qdq.trace import call_model, evaluating, split_inputs
+from qdq.trace import call_model, evaluating, require_batches, split_inputs
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def predict(model: nn.Module | Path | str, batches: Iterable[Any]) -> Array:
         DataError: No batch.
         CheckError: The ONNX file cannot be run on them.
     """
+    require_batches(batches)
     onnx_model = None if isinstance(model, nn.Module) else OnnxModel(Path(model))
     outputs = []
     label = "predict (torch)" if onnx_model is None else "predict (onnx)"

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 import qdq
 from qdq.check.rules import find_violations
@@ -114,6 +114,12 @@ def export_onnx(
 
 def _require_exportable(model: nn.Module) -> None:
     """Refuse, all at once, quantizers that cannot become int8 Q/DQ."""
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if others := types - {torch.float32, torch.float16}:
+        raise ExportError(
+            f"the model has {', '.join(map(str, others))} parameters; float32 and float16 can be exported.",
+            "call model.float() before swap_modules.",
+        )
     enabled = {name: q for name, q in named_quantizers(model) if not q._disabled}
     if collecting := [name for name, q in enabled.items() if q._if_calib or not q._if_quant]:
         raise ExportError(
@@ -128,7 +134,7 @@ def _require_exportable(model: nn.Module) -> None:
     for name, quantizer in enabled.items():
         if reason := quantizer.format.tensorrt_reason:
             raise ExportError(f"{name} cannot be written for TensorRT: {reason}.", "use signed 8 bit here.")
-        if quantizer.format.narrow_range and not name.endswith("_weight_quantizer"):
+        if quantizer.format.narrow_range:
             raise ExportError(
                 f"{name} has narrow_range, and ONNX and TensorRT clamp to -128 (R-RANGE).",
                 "set narrow_range=False and evaluate again.",
@@ -153,8 +159,8 @@ def _capture(model: nn.Module, example_inputs: Any, opset: int, dynamic_batch: b
     args, kwargs = split_inputs(example_inputs)
     dynamic: Any = None
     if dynamic_batch:
-        batch = {0: torch.export.Dim.DYNAMIC}
-        dynamic = dict.fromkeys(kwargs, batch) if kwargs else (batch,) * len(args)
+        args_dynamic, kwargs_dynamic = tree_map(_batch_of, args), tree_map(_batch_of, kwargs)
+        dynamic = kwargs_dynamic if kwargs else args_dynamic
     try:
         with _quiet(), evaluating(model):
             program = torch.onnx.export(
@@ -168,6 +174,11 @@ def _capture(model: nn.Module, example_inputs: Any, opset: int, dynamic_batch: b
     if program is None:
         raise ExportError("torch.onnx.export returned nothing.", "update torch to 2.11 or newer.")
     return program.model
+
+
+def _batch_of(value: Any) -> dict[int, str] | None:
+    """The dynamic dimension of one input, by name; None for flags and scalars."""
+    return {0: "batch"} if isinstance(value, torch.Tensor) and value.dim() else None
 
 
 def _summarize(error: BaseException) -> str:

@@ -6,6 +6,7 @@ Folding comes before calibration: it changes the range of every output channel o
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils._pytree import tree_map_only
 
 from qdq.trace import call_model, evaluating, trace_forward
 
@@ -101,6 +103,10 @@ def _reason_against(batchnorm: _BatchNorm, layer: nn.Module | None, calls: int) 
         return "its input is not the output of one layer that nothing else reads"
     if not isinstance(layer, _ConvNd | nn.Linear):
         return f"it follows {type(layer).__name__}, not a convolution or linear layer"
+    if hasattr(layer, "_weight_quantizer"):
+        return "the layer is quantized already: call fold_batchnorm before swap_modules"
+    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        return "the weight of the layer is computed from others, it is no parameter"
     if batchnorm.running_mean is None:
         return "it has no running statistics"
     if batchnorm.num_features != _output_channels(layer):
@@ -117,37 +123,38 @@ def _output_channels(layer: nn.Module) -> int:
 def _find_changed(
     model: nn.Module, example_inputs: Any, candidates: dict[str, str], modules: dict[str, nn.Module]
 ) -> set[str]:
-    """The BatchNorms whose output the folded layer does not reproduce on the example inputs."""
-    layer_inputs: dict[str, tuple[Any, ...]] = {}
+    """The BatchNorms whose output the folded layer does not reproduce on noise of the shape of its real input."""
     changed: set[str] = set()
+    with ExitStack() as hooks:
+        for batchnorm, layer in candidates.items():
 
-    def compare(batchnorm: str, layer: str, expected: torch.Tensor) -> None:
-        module = modules[layer]
-        before = module._parameters.copy()
-        _fold(module, modules[batchnorm])
-        found = module.forward(*layer_inputs.pop(layer))
-        module._parameters = before
-        error = (found - expected).abs().max()
-        if not bool(error <= _TOLERANCE * expected.abs().max()):
-            changed.add(batchnorm)
+            def probe(
+                module: nn.Module, args: Any, kwargs: Any, name: str = batchnorm, norm: nn.Module = modules[batchnorm]
+            ) -> None:
+                noise = tree_map_only(torch.Tensor, _noise_like, (args, kwargs))
+                if not _folds_exactly(module, norm, *noise):
+                    changed.add(name)
 
-    handles = []
-    for batchnorm, layer in candidates.items():
-        handles.append(
-            modules[layer].register_forward_pre_hook(lambda _, args, layer=layer: layer_inputs.__setitem__(layer, args))
-        )
-        handles.append(
-            modules[batchnorm].register_forward_hook(
-                lambda _, __, out, pair=(batchnorm, layer): compare(pair[0], pair[1], out)
-            )
-        )
-    try:
+            hooks.callback(modules[layer].register_forward_pre_hook(probe, with_kwargs=True).remove)
         with evaluating(model):
             call_model(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return changed
+
+
+def _noise_like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor).normal_(generator=torch.Generator(tensor.device).manual_seed(0))
+
+
+def _folds_exactly(layer: nn.Module, batchnorm: nn.Module, args: Any, kwargs: Any) -> bool:
+    expected = batchnorm.forward(layer.forward(*args, **kwargs))
+    before = layer._parameters.copy()
+    try:
+        _fold(layer, batchnorm)
+        found = layer.forward(*args, **kwargs)
+    finally:
+        layer._parameters = before
+    error = (found - expected).abs().max()
+    return bool(error <= _TOLERANCE * expected.abs().max())
 
 
 def _fold(layer: nn.Module, batchnorm: nn.Module) -> None:

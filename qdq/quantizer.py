@@ -29,6 +29,7 @@ from qdq.observers.max import reduce_amax
 logger = logging.getLogger(__name__)
 
 AMAX_FLOOR = 2.0**-64
+_FLOAT16_MAX = torch.finfo(torch.float16).max
 _CALIB_METHODS = ("max", "histogram")
 
 # torch has no shape rule for this operator, and torch.export wants one as soon as a dimension is dynamic.
@@ -122,7 +123,10 @@ def fake_quantize(
     scale = compute_scale(amax, fmt).flatten() if axis is not None else compute_scale(amax, fmt).reshape(())
     values = inputs if inputs.dtype == torch.float32 else inputs.float()
     quantize = _by_operator if _needs_operator(values) else _by_arithmetic
-    return quantize(values, scale, fmt, axis).to(inputs.dtype)
+    result = quantize(values, scale, fmt, axis)
+    if inputs.dtype == torch.float16 and not torch.compiler.is_compiling():
+        result = result.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)  # code -128 lies beyond a range near the largest float16
+    return result.to(inputs.dtype)
 
 
 def _checked_axis(inputs: torch.Tensor, amax: torch.Tensor, axis: int) -> int:
@@ -152,7 +156,7 @@ def _by_operator(values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: i
     scale, zero_point = (t.expand(values.shape[axis]).contiguous() for t in (scale, zero_point))
     if not torch.compiler.is_compiling():
         # This operator casts to int64 before it clamps: a huge value in a channel of tiny range would change its sign.
-        bound = _along(scale * 2.0**40, values, axis)
+        bound = _along((scale * 2.0**40).clamp_max(1e38), values, axis)
         values = torch.clamp(values, -bound, bound)
     return torch.fake_quantize_per_channel_affine(values, scale, zero_point, axis, fmt.qmin, fmt.qmax)
 
@@ -235,6 +239,8 @@ class TensorQuantizer(nn.Module):
         self._require_valid(amax)
         if self.amax is None:
             self.register_buffer("_amax", amax.clone())
+        elif self.amax.is_inference() and self.amax.shape == amax.shape:
+            self._amax = amax.clone()
         elif self.amax.numel() == amax.numel():
             self.amax.copy_(amax.reshape(self.amax.shape))
         else:
@@ -245,7 +251,7 @@ class TensorQuantizer(nn.Module):
             )
 
     def _require_valid(self, amax: torch.Tensor) -> None:
-        if not bool((torch.isfinite(amax) & (amax >= 0)).all()):
+        if not amax.is_meta and not bool((torch.isfinite(amax) & (amax >= 0)).all()):
             raise ArgumentError(
                 f"amax of {self._label} holds NaN, Inf or a negative number: {_summary(amax)}.",
                 "a range is the largest absolute value: finite and not below 0.",
@@ -355,6 +361,14 @@ class TensorQuantizer(nn.Module):
             self._amax = self._amax.to(inputs.device)
         return self._amax
 
+    def _apply(self, fn: Any, recurse: bool = True) -> TensorQuantizer:
+        """Follow the module to another device; a range stays float32 in a model of halves."""
+        before = self.amax
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if before is not None and self._amax.dtype != torch.float32:
+            self._amax = before.to(self._amax.device)
+        return self
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Create `_amax` where the checkpoint has one and this quantizer does not yet."""
         incoming = state_dict.get(prefix + "_amax")
@@ -384,6 +398,8 @@ class TensorQuantizer(nn.Module):
 def _summary(amax: torch.Tensor | None) -> str:
     if amax is None:
         return "dynamic"
+    if amax.is_meta:
+        return "meta"
     if amax.numel() == 1:
         return f"{amax.item():.4f}"
     return f"[{amax.min().item():.4f}, {amax.max().item():.4f}]({amax.numel()})"

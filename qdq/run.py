@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import platform
 import random
 import secrets
 import sys
+import tempfile
 import time
 from dataclasses import asdict, is_dataclass
 from importlib import metadata
@@ -48,9 +50,7 @@ def write_atomic(path: Path, content: bytes | str) -> Path:
             partial.write_bytes(data)
         os.replace(partial, path)
     except OSError as error:
-        raise ArgumentError(
-            f"cannot write {path}: {error.strerror or error}.", "choose a folder that you may write to."
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -66,6 +66,25 @@ def _write_nameless(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
         # With a folder descriptor (unused: the path is absolute) Python calls linkat, which follows the link in /proc.
         os.link(f"/proc/self/fd/{file.fileno()}", path, src_dir_fd=file.fileno(), follow_symlinks=True)
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a file that could not be written, before the work whose result it is.
+
+    Raises:
+        ArgumentError: It is a folder, or its folder cannot be written to.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "Is a directory")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> ArgumentError:
+    return ArgumentError(f"cannot write {path}: {error.strerror or error}.", "choose a file that you may write to.")
 
 
 class Run:
@@ -123,29 +142,39 @@ def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | N
         settings: What the run was asked to do, for the report.
 
     Raises:
-        ArgumentError: The folder holds files that are not of a run, or cannot be written to.
+        ArgumentError: The folder holds files that are not of a run, or cannot be written to; a seed below 0 or
+            above 2^32 - 1.
     """
     folder = Path(folder)
+    if not 0 <= seed < 2**32:  # what numpy takes
+        raise ArgumentError(f"seed is {seed}; it must be 0 to {2**32 - 1}.", "choose another seed.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         present = list(folder.iterdir())
     except OSError as error:
-        raise ArgumentError(
-            f"cannot use {folder} as run folder: {error.strerror}.", "choose a folder that you may write to."
-        ) from error
+        raise _unusable(folder, error) from error
     if present and not (folder / STATE_FILE).is_file():
         raise ArgumentError(
             f"{folder} holds files, but no {STATE_FILE}: it is not a run folder, and a run empties its folder.",
             "choose a new folder with --output.",
         )
-    for path in sorted(present, key=lambda path: path.name == STATE_FILE):  # the state file last, in case of a kill
-        if path.is_file():
-            path.unlink()
-    set_seed(seed)
-    _log_to(folder / "run.log")
     run = Run(folder, settings or {}, seed)
-    run._save("running")
+    run._save("running")  # before anything else is touched: killed at any moment, the folder is still known as a run's
+    try:
+        for path in present:
+            if path.is_file() and path.name != STATE_FILE:
+                path.unlink()
+        _log_to(folder / "run.log")
+    except OSError as error:
+        raise _unusable(folder, error) from error
+    set_seed(seed)
     return run
+
+
+def _unusable(folder: Path, error: OSError) -> ArgumentError:
+    return ArgumentError(
+        f"cannot use {folder} as run folder: {error.strerror}.", "choose a folder that you may write to."
+    )
 
 
 def _log_to(path: Path) -> None:

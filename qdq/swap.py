@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd
+from torch.nn.parameter import UninitializedParameter
 
 from qdq.errors import ArgumentError, ArgumentTypeError
 from qdq.nn import QuantInputMixin, QuantMixin
@@ -42,6 +42,7 @@ class PlannedModule:
         action: "quantize"; "float" (left so on purpose); "missed" (multiplies matrices, and qdq cannot reach it).
         reason: One sentence.
         weights: Number of elements of its own parameters with two or more dimensions.
+        mapped: Whether its class, or a base of it, is in `_DEFAULT_QUANT_MAP`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class PlannedModule:
     action: str
     reason: str
     weights: int
+    mapped: bool
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,9 @@ def plan_swap(
             name = names[0]
             exclusion, inclusion = excluded.match(names, module), included.match(names, module)
             action, reason = _decide(name, module, trace, exclusion, inclusion, include is None)
-            planned.append(PlannedModule(name, _float_type(module).__name__, action, reason, _own_weights(module)))
+            float_type = _float_type(module)
+            mapped = find_counterpart(float_type) is not None
+            planned.append(PlannedModule(name, float_type.__name__, action, reason, _own_weights(module), mapped))
     planned.extend(_missed_calls(trace, model, {module.name for module in planned}))
     included.warn_unused()
     excluded.warn_unused()
@@ -213,15 +217,17 @@ def _switch_fast_path(model: nn.Module) -> None:
     """Have transformer layers call their swapped children.
 
     In evaluation `nn.TransformerEncoderLayer` hands the weights of its linear layers to one fused kernel, and
-    quantization would be passed over in silence. It does so only where it knows its activation.
+    quantization would be passed over in silence. It does so only where it knows its activation. The layer itself must
+    be part of `model`: swapping its linear layers one by one leaves the fused kernel in place.
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             swapped = any(isinstance(child, QuantInputMixin) for child in module.children())
-            activation = module.activation
-            is_relu = activation is F.relu or isinstance(activation, nn.ReLU)
-            is_gelu = activation is F.gelu or isinstance(activation, nn.GELU)
-            module.activation_relu_or_gelu = 0 if swapped else 1 if is_relu else 2 if is_gelu else 0
+            if swapped and "_fused_activation" not in vars(module):
+                vars(module)["_fused_activation"] = module.activation_relu_or_gelu
+                module.activation_relu_or_gelu = 0
+            elif not swapped and "_fused_activation" in vars(module):
+                module.activation_relu_or_gelu = vars(module).pop("_fused_activation")
 
 
 def _float_type(module: nn.Module) -> type[nn.Module]:
@@ -229,7 +235,13 @@ def _float_type(module: nn.Module) -> type[nn.Module]:
 
 
 def _own_weights(module: nn.Module) -> int:
-    return sum(p.numel() for p in module._parameters.values() if p is not None and p.dim() >= 2)
+    parameters = [p for p in module._parameters.values() if p is not None]
+    return sum(p.numel() for p in parameters if not isinstance(p, UninitializedParameter) and p.dim() >= 2)
+
+
+def _has_own_weight(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and not isinstance(weight, UninitializedParameter)
 
 
 def _is_candidate(module: nn.Module) -> bool:
@@ -250,6 +262,8 @@ def _decide(
         return "float", f"excluded by {excluded}"
     if not include_all and not included:
         return "float", "not included"
+    if issubclass(counterpart, QuantMixin) and not _has_own_weight(module):
+        return "missed", "its weight is computed or not initialized yet; remove the parametrization, or run it once"
     if trace is not None and (missed := _reason_missed(name, module, trace)):
         return "missed", missed
     if not included and (rule := _rule_against(module)):
@@ -324,7 +338,8 @@ def _missed_calls(trace: ForwardTrace | None, model: nn.Module, planned: set[str
             type(modules[name]).__name__,
             "missed",
             _describe_calls(modules[name], [c for c in trace.contractions if c.module == name]),
-            0,
+            weights=0,
+            mapped=False,
         )
         for name in names
     ]
@@ -334,7 +349,7 @@ class _Matcher:
     """Patterns that remember whether they matched anything."""
 
     def __init__(self, patterns: Iterable[Pattern], option: str) -> None:
-        if isinstance(patterns, str | type):
+        if isinstance(patterns, str | type) or not isinstance(patterns, Iterable):
             patterns = (patterns,)
         self._option = option
         self._tests: list[tuple[str, Callable[[list[str], nn.Module], bool]]] = [

@@ -18,12 +18,15 @@ from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
+from qdq.errors import ArgumentTypeError
+
 # What multiplies matrices: the calls that TensorRT could run in int8.
 _CONTRACTIONS = frozenset(
     {
         *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
         *("linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum"),
-        *("scaled_dot_product_attention", "multi_head_attention_forward"),
+        *("tensordot", "scaled_dot_product_attention", "multi_head_attention_forward"),
+        *("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
     }
 )
 
@@ -56,6 +59,18 @@ class ForwardTrace:
     calls: Counter[str] = field(default_factory=Counter)
     contractions: list[Contraction] = field(default_factory=list)
     only_reader: dict[str, str] = field(default_factory=dict)
+
+
+def require_batches(batches: Any) -> None:
+    """Refuse a single tensor or dictionary where batches are expected: iterating it would give its rows or its keys.
+
+    Raises:
+        ArgumentTypeError: With what to pass instead.
+    """
+    if isinstance(batches, torch.Tensor | Mapping):
+        raise ArgumentTypeError(
+            f"batches is one {type(batches).__name__}; expected something that yields batches.", "pass [batch]."
+        )
 
 
 def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import qdq
-from qdq.cli.main import run_command
+from qdq.cli.main import NonNegativeInt, PositiveFloat, PositiveInt, UInt32, run_command
 
 
 def ptq_classifier(
@@ -20,14 +20,14 @@ def ptq_classifier(
     output: Path = Path("runs/ptq"),
     exclude: tuple[str, ...] = (),
     calib_method: Literal["max", "percentile", "entropy", "mse"] = "mse",
-    calib_images: int = 128,
-    eval_images: int = 500,
-    analysis_images: int = 32,
-    max_float_layers: int = 4,
-    target_sqnr: float | None = None,
-    batch_size: int = 16,
+    calib_images: PositiveInt = 128,
+    eval_images: PositiveInt = 500,
+    analysis_images: PositiveInt = 32,
+    max_float_layers: NonNegativeInt = 4,
+    target_sqnr: PositiveFloat | None = None,
+    batch_size: PositiveInt = 16,
     sm: int = 89,
-    seed: int = 0,
+    seed: UInt32 = 0,
 ) -> int:
     """Quantize a classifier, leave its most sensitive layers in float, export, check and build it.
 
@@ -48,7 +48,7 @@ def ptq_classifier(
         seed: Of weights, crops and the choice of images.
     """
     run = qdq.start_run(output, seed=seed, settings=dict(locals()))
-    backend = qdq.find_backend("auto")
+    backend = qdq.find_backend("auto", sm)
     run.stage("load")
     net = qdq.load_model(model, weights, seed)
     calibration, images = qdq.load_images(data_dir, net, calib_images, eval_images, batch_size, seed)

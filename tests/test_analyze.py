@@ -95,6 +95,27 @@ def test_disabled_layers_stay_so_and_are_not_ranked(quantized, batches):
     assert quantized.conv.input_quantizer._disabled
 
 
+def test_disabled_quantizer_of_a_layer_stays_so(quantized, batches):
+    quantized.conv.input_quantizer.disable()
+    analyze_layers(quantized, batches)
+    assert quantized.conv.input_quantizer._disabled
+    assert not quantized.conv.weight_quantizer._disabled
+
+
+def test_interruption_leaves_the_model_as_it_was(quantized, batches):
+    calls = []
+
+    def metric(model):
+        calls.append(1)
+        if len(calls) == 6:  # all int8, three layers, then the second step of the search
+            raise KeyboardInterrupt
+        return 0.0
+
+    with pytest.raises(KeyboardInterrupt):
+        analyze_layers(quantized, batches, metric=metric, max_float_layers=3)
+    assert not any(q._disabled for _, q in named_quantizers(quantized))
+
+
 def test_table_and_json(quantized, batches, tmp_path):
     analysis = analyze_layers(quantized, batches, max_float_layers=1)
     table = analysis.format_table(rows=2)

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from qdq import ArgumentError, Calibration, CalibrationError, calibrate_model, swap_modules
-from qdq.quantizer import named_quantizers
+from qdq import ArgumentError, ArgumentTypeError, Calibration, CalibrationError, calibrate_model, swap_modules
+from qdq.quantizer import QuantDescriptor, TensorQuantizer, named_quantizers
 
 
 def record_inputs(model, batches):
@@ -80,6 +80,42 @@ def test_excluded_layers_are_left_alone(residual, batches):
     assert residual.conv.input_quantizer.amax is None
 
 
+def test_quantizer_placed_by_hand_is_calibrated():
+    class Shortcut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.residual_quantizer = TensorQuantizer()
+
+        def forward(self, x):
+            return self.layer(x) + self.residual_quantizer(x)
+
+    model, x = Shortcut(), torch.randn(3, 4)
+    swap_modules(model)
+    calibrate_model(model, [x], method="max")
+    assert model.residual_quantizer.amax == x.abs().max()
+
+
+def test_refusal_on_entry_puts_states_back(residual, batches):
+    swap_modules(residual, input_desc=QuantDescriptor(axis=1))
+    with pytest.raises(ArgumentError, match="per tensor"):
+        calibrate_model(residual, batches, method="mse")
+    assert all(q._if_quant and not q._if_calib for _, q in named_quantizers(residual))
+
+
+def test_inference_mode_and_then_without(residual, batches):
+    swap_modules(residual)
+    with torch.inference_mode():
+        calibrate_model(residual, batches)
+    calibrate_model(residual, batches)
+
+
+def test_one_tensor_is_no_loader(residual, batches):
+    swap_modules(residual)
+    with pytest.raises(ArgumentTypeError, match="one Tensor"):
+        calibrate_model(residual, batches[0])
+
+
 def test_weights_alone(residual, batches):
     swap_modules(residual)
     for layer in (residual.stem, residual.conv, residual.head):
@@ -143,7 +179,7 @@ def test_layer_without_data_is_left_in_float_and_named(batches, method, caplog):
     assert "saw no batch" in notes["spare._input_quantizer"]
     assert model.spare.input_quantizer._disabled
     assert model.spare.weight_quantizer._disabled
-    assert "spare (it saw no batch" in caplog.text
+    assert "spare._input_quantizer (it saw no batch" in caplog.text
 
 
 @pytest.mark.parametrize("method", ["max", "mse", "percentile", "entropy"])

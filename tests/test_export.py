@@ -93,9 +93,34 @@ def test_opsets(quantized, images, tmp_path, opset):
 
 def test_batch_is_dynamic_by_default(quantized, images, tmp_path):
     report = export_onnx(quantized, images[:1], tmp_path / "model.onnx")
-    assert isinstance(report.inputs["images"][0], str)
+    assert report.inputs["images"][0] == "batch"
     for size in (1, 3, 7):
         assert run(report.path, torch.randn(size, 3, 12, 12)).shape == (size, 5)
+
+
+def test_flags_among_the_inputs(tmp_path):
+    class Flagged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x, scale=None):
+            return self.layer(x) if scale is None else self.layer(x) * scale
+
+    model, batch = Flagged(), {"x": torch.randn(2, 4), "scale": None}
+    swap_modules(model, batch)
+    calibrate_model(model, [batch])
+    inputs = export_onnx(model, batch, tmp_path / "model.onnx").inputs
+    assert inputs.keys() == {"x"}
+    assert isinstance(inputs["x"][0], str)
+
+
+def test_module_names_with_slashes(tmp_path):
+    model, x = nn.Sequential(nn.ModuleDict({"a/b": nn.Linear(4, 4)})["a/b"]), torch.randn(2, 4)
+    model.add_module("c/d", nn.Linear(4, 4))
+    swap_modules(model)
+    calibrate_model(model, [x])
+    assert set(export_onnx(model, x, tmp_path / "model.onnx").layers) == {"0", "c/d"}
 
 
 def test_static_batch(quantized, images, tmp_path):
@@ -223,14 +248,22 @@ class TestRefused:
         calibrate_model(residual, [images])
         self.refused(residual, images, tmp_path, "not 4 bit")
 
-    def test_narrow_range_of_an_activation(self, residual, images, tmp_path):
-        swap_modules(residual, input_desc=QuantDescriptor(narrow_range=True))
+    @pytest.mark.parametrize("operand", ["input_desc", "weight_desc"])
+    def test_narrow_range(self, residual, images, tmp_path, operand):
+        axis = 0 if operand == "weight_desc" else None
+        swap_modules(residual, **{operand: QuantDescriptor(axis=axis, narrow_range=True)})
         calibrate_model(residual, [images])
         self.refused(residual, images, tmp_path, "narrow_range")
 
     def test_still_calibrating(self, quantized, images, tmp_path):
         quantized.conv.input_quantizer.enable_calib()
         self.refused(quantized, images, tmp_path, r"calibrating.*conv\._input_quantizer")
+
+    def test_bfloat16(self, images, tmp_path):
+        model = nn.Conv2d(3, 4, 1).bfloat16()
+        swap_modules(model)
+        calibrate_model(model, [images.bfloat16()])
+        self.refused(model, images.bfloat16(), tmp_path, "bfloat16")
 
     def test_broken_amax(self, quantized, images, tmp_path):
         quantized.conv.input_quantizer._amax.fill_(float("nan"))

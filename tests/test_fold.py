@@ -145,6 +145,45 @@ def test_linear_over_a_sequence_is_not_confused():
     check(nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8)), torch.randn(2, 8, 3), [False])
 
 
+def test_uninformative_example_does_not_hide_it():
+    class StdConv(nn.Conv2d):
+        def forward(self, x):
+            weight = self.weight / self.weight.std((1, 2, 3), keepdim=True)
+            return nn.functional.conv2d(x, weight, self.bias)
+
+    model = randomize(nn.Sequential(StdConv(3, 4, 3), nn.BatchNorm2d(4)))
+    (pair,) = fold_batchnorm(model, torch.zeros(1, 3, 9, 9))
+    assert not pair.folded
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_computed_weights_stay(wrap):
+    (pair,) = check(nn.Sequential(wrap(nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(4)), torch.randn(2, 3, 4, 4), [False])
+    assert "computed" in pair.reason
+
+
+def test_layer_called_by_keyword():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.conv(input=x))
+
+    check(Model(), torch.randn(2, 3, 4, 4), [True])
+
+
+def test_after_swapping_it_says_so():
+    from qdq import swap_modules
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    swap_modules(model)
+    (pair,) = fold_batchnorm(model, torch.randn(2, 3, 4, 4))
+    assert "before swap_modules" in pair.reason
+
+
 def test_hooks_keep_their_layer_as_it_is():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     model[0].register_forward_hook(lambda *_: None)

@@ -116,6 +116,16 @@ def test_per_channel_operator_saturates_on_the_right_side():
     assert x.grad.tolist() == [[0, 0, 0]]
 
 
+def test_largest_halves_stay_finite():
+    x = torch.tensor([-65504.0, 65504.0], dtype=torch.float16)
+    assert torch.isfinite(fake_quantize(x, torch.tensor(65196.0))).all()
+
+
+def test_per_channel_operator_at_the_end_of_float32():
+    x = torch.tensor([[float("inf"), float("-inf"), 3e38]], requires_grad=True)
+    same_bits(fake_quantize(x, torch.tensor([3e38]), axis=0).detach(), reference(x.detach(), [3e38], Format(), 0))
+
+
 def test_rounds_half_to_even():
     x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, -2.5])
     assert fake_quantize(x, torch.tensor(127.0)).tolist() == [0, 2, 2, 0, -2, -2]
@@ -245,6 +255,16 @@ class TestTensorQuantizer:
         twin = copy.deepcopy(quantizer)
         twin.amax = 2.0
         assert quantizer.amax == 1
+
+    def test_range_stays_float32_in_a_model_of_halves(self):
+        quantizer = TensorQuantizer(QuantDescriptor(amax=70000.0)).half()
+        assert quantizer.amax.dtype == torch.float32
+        assert quantizer.amax == 70000
+        assert torch.isfinite(quantizer(torch.tensor([60000.0], dtype=torch.float16))).all()
+
+    def test_meta_device(self):
+        quantizer = TensorQuantizer(QuantDescriptor(amax=1.0)).to("meta")
+        assert "meta" in repr(quantizer)
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

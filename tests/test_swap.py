@@ -200,8 +200,9 @@ def test_pattern_without_match_is_said(residual, caplog):
 def test_bad_patterns(residual):
     with pytest.raises(ArgumentError, match="no regular expression"):
         plan_swap(residual, exclude=["re:("])
-    with pytest.raises(ArgumentTypeError, match="type int"):
-        plan_swap(residual, exclude=[3])
+    for patterns in (3, [3]):
+        with pytest.raises(ArgumentTypeError, match="type int"):
+            plan_swap(residual, exclude=patterns)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +265,19 @@ class TestMissed:
                 return F.conv2d(x, self.weight / self.weight.std(), self.bias)
 
         assert "transforms the weight" in self.missed(nn.Sequential(StdConv(3, 4, 3)), torch.randn(1, 3, 8, 8))["0"]
+
+    @pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+    def test_computed_weight(self, wrap):
+        model = nn.Sequential(wrap(nn.Linear(4, 4)), nn.Linear(4, 4))
+        assert "computed" in self.missed(model, None)["0"]
+        assert len(swap_modules(model, torch.randn(2, 4)).weighted) == 1
+
+    def test_lazy_layer(self):
+        assert "not initialized" in self.missed(nn.Sequential(nn.LazyLinear(4)), None)["0"]
+
+    def test_recurrent_layer(self):
+        model = nn.LSTM(4, 4)
+        assert "lstm" in self.missed(model, torch.randn(3, 2, 4))[""]
 
     def test_view_of_the_weight_is_the_weight(self):
         class Transposed(nn.Linear):
@@ -339,6 +353,16 @@ class TestRegister:
         x = torch.randn(1, 2, 3, 3)
         assert torch.equal(layer(x), F.interpolate(fake_quantize(x, x.abs().max()), scale_factor=2))
 
+    def test_class_that_cannot_be_found_by_name_is_refused(self):
+        class Local(nn.Upsample):
+            pass
+
+        with pytest.raises(ArgumentTypeError, match="top of a module"):
+
+            @register_module(Local)
+            class QuantLocal(qnn.QuantInputMixin, Local):
+                pass
+
     def test_class_that_is_no_subclass_is_refused(self):
         with pytest.raises(ArgumentTypeError, match="cannot stand for Upsample"):
 
@@ -356,6 +380,16 @@ def test_constructor_of_a_quantized_layer():
     layer = qnn.QuantConv2d(3, 4, 3, padding=1, bias=False, quant_desc_weight=QuantDescriptor())
     assert layer.weight_quantizer.axis is None
     assert layer(torch.randn(1, 3, 4, 4)).shape == (1, 4, 4, 4)
+
+
+def test_input_by_another_name():
+    class Own(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    layer, x = Own(4, 4), torch.randn(2, 4)
+    swap_modules(layer)
+    assert torch.equal(layer(x=x), layer(x))
 
 
 def test_weight_is_put_back_after_an_exception():

@@ -16,6 +16,7 @@ from qdq.metrics import Array, agreement, cosine, max_abs_difference, sqnr_db
 # A correct file of a shallow network lies far above the first figure; deep int8 networks amplify ties to about it.
 MIN_SQNR_DB = 30.0
 TIE_MARGIN_DB = 3.0
+NEVER_BELOW_DB = 15.0
 
 
 class OnnxModel:
@@ -93,8 +94,10 @@ class Parity:
 
     @property
     def required_sqnr_db(self) -> float:
-        """The least SQNR in dB of a correct file: 30, or 3 below what ties alone leave where that is less."""
-        return MIN_SQNR_DB if self.tie_floor_db is None else min(MIN_SQNR_DB, self.tie_floor_db - TIE_MARGIN_DB)
+        """The least SQNR in dB of a correct file: 30, or 3 below what ties alone leave, but never below 15."""
+        if self.tie_floor_db is None:
+            return MIN_SQNR_DB
+        return max(NEVER_BELOW_DB, min(MIN_SQNR_DB, self.tie_floor_db - TIE_MARGIN_DB))
 
 
 def measure_parity(expected: Array, found: Array, tie_floor_db: float | None = None) -> Parity:

@@ -10,8 +10,6 @@ import onnx_ir as ir
 
 from qdq.graph.coverage import WEIGHTED_OPS, dequantizer_of
 
-_OUTPUT_AXIS = {"Conv": 0, "ConvTranspose": 1}
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -36,7 +34,7 @@ def find_violations(model: ir.Model) -> list[Finding]:
     for node in model.graph:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             findings.extend(_check_pair_member(node))
-        elif node.op_type in WEIGHTED_OPS:
+        elif node.op_type in WEIGHTED_OPS and node.domain == "":
             findings.extend(_check_weighted(node))
     return findings
 
@@ -53,14 +51,14 @@ def _check_pair_member(node: ir.Node) -> Iterator[Finding]:
     zero_point = node.inputs[2] if len(node.inputs) > 2 else None
     zeros = ir.convenience.get_const_tensor(zero_point) if zero_point else None
     if zeros is None or zeros.dtype != ir.DataType.INT8 or np.any(zeros.numpy()):
-        found = "missing" if zeros is None else f"{zeros.dtype.name}, not all zero or not INT8"
+        found = "missing" if zeros is None else "not zero" if np.any(zeros.numpy()) else f"{zeros.dtype.name}, not INT8"
         yield Finding("QDQ102", name, f"the zero point is {found} (R-SYM)", "write an int8 zero point of zero.")
     if values.shape == (1,):
         yield Finding(
             "QDQ103", name, "a per-tensor scale has shape [1]; TensorRT-RTX then runs in float (R-SHAPE)",
             "write it as a 0-D scalar.",
         )  # fmt: skip
-    elif values.ndim and node.op_type == "QuantizeLinear" and not _is_constant(node.inputs[0]):
+    elif values.ndim and node.op_type == "QuantizeLinear" and not _is_constant(node.inputs[0]):  # a float weight may
         yield Finding("QDQ104", name, f"an activation has {values.size} scales (R-ACT-PC)", "use one per tensor.")
     if "axis" not in node.attributes and values.ndim:
         yield Finding("QDQ105", name, "the axis is not written down (R-AXIS)", "write the axis attribute.")
@@ -75,16 +73,30 @@ def _check_weighted(node: ir.Node) -> Iterator[Finding]:
             "QDQ110", name, f"only the {which} is quantized, so it runs in float with extra kernels (R-CONV-2)",
             "quantize both or none.",
         )  # fmt: skip
-    if weight is None or node.op_type not in _OUTPUT_AXIS:
+    if weight is not None and node.inputs[1] in weight.outputs:  # a Transpose between them would move the axis
+        yield from _check_axis(node, weight)
+
+
+def _check_axis(node: ir.Node, weight: ir.Node) -> Iterator[Finding]:
+    scale, codes, axis = weight.inputs[1], weight.inputs[0], weight.attributes.get("axis")
+    scales = ir.convenience.get_const_tensor(scale) if scale else None
+    if scales is None or scales.size == 1 or axis is None or codes is None or codes.shape is None:
         return
-    scale = ir.convenience.get_const_tensor(weight.inputs[1]) if weight.inputs[1] else None
-    axis = weight.attributes.get("axis")
-    if scale is not None and scale.size > 1 and axis is not None and axis.as_int() != _OUTPUT_AXIS[node.op_type]:
+    rank = len(codes.shape)
+    found, expected = axis.as_int() % rank, _output_axis(node, rank)
+    if found != expected:
         yield Finding(
-            "QDQ105", name, f"the weight has scales on axis {axis.as_int()}, not on its output channels (R-AXIS)",
-            f"quantize the weight on axis {_OUTPUT_AXIS[node.op_type]}.",
+            "QDQ105", node.name or "", f"the weight has scales on axis {found}, not on its output channels (R-AXIS)",
+            f"quantize the weight on axis {expected}.",
         )  # fmt: skip
 
 
+def _output_axis(node: ir.Node, rank: int) -> int:
+    """Where the output channels of a weight lie."""
+    if node.op_type == "Gemm":
+        return 0 if node.attributes.get_int("transB", 0) else 1
+    return {"Conv": 0, "ConvTranspose": 1, "MatMul": rank - 1}[node.op_type]
+
+
 def _is_constant(value: ir.Value | None) -> bool:
-    return value is not None and value.const_value is not None
+    return value is not None and ir.convenience.get_const_tensor(value) is not None

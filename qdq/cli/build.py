@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -13,32 +13,40 @@ def build(
     /,
     *,
     output: Annotated[Path | None, Parameter(alias="-o")] = None,
-    backend: str = "auto",
+    backend: Literal["auto", "rtx", "tensorrt"] = "auto",
     sm: int = 89,
     min_shapes: str | None = None,
     opt_shapes: str | None = None,
     max_shapes: str | None = None,
     json: Path | None = None,
 ) -> int:
-    """Build an engine and say which layers run in int8.
+    """Build a TensorRT engine and say which layers run in int8. Needs no torch.
 
     Prints each layer that does not run in int8 with the reason, and the trtexec commands for the target.
-    Exit code 1 when a quantized layer does not run in int8.
+    Exit code 1 when a quantized layer does not run in int8, 2 when no engine can be built.
+
+    Such as:
+
+        qdq build runs/ptq/model.onnx
+        qdq build model.onnx -o model.engine --sm 86 --min-shapes x:1x3x224x224 --max-shapes x:32x3x224x224
 
     Args:
         onnx: ONNX file with Q/DQ.
         output: Engine file. Default: beside the ONNX file, ending in .rtx.engine or .engine.
         backend: rtx (TensorRT-RTX, no GPU needed), tensorrt (needs one), or auto.
         sm: Compute capability that TensorRT-RTX builds for, 89 for 8.9.
-        min_shapes: Smallest shapes of dynamic inputs, INPUT:DIMxDIM...,INPUT:...
+        min_shapes: Smallest shapes of dynamic inputs, INPUT:DIMxDIM...,INPUT:... Where only the batch is dynamic
+            and no shapes are given: 1, 8 and 16.
         opt_shapes: Usual shapes of dynamic inputs, likewise.
         max_shapes: Largest shapes of dynamic inputs, likewise.
-        json: Write the whole report to this file too.
+        json: Also write the report to this file.
     """
     from qdq.build import build_engine
-    from qdq.run import write_json
+    from qdq.run import require_writable, write_json
     from qdq.trt.profiles import parse_shapes
 
+    if json is not None:
+        require_writable(json)
     shapes = [None if text is None else parse_shapes(text) for text in (min_shapes, opt_shapes, max_shapes)]
     report = build_engine(
         onnx, output, backend=backend, sm=sm,

@@ -8,8 +8,12 @@ from pathlib import Path
 def env(*, json: Path | None = None) -> int:
     """Versions of everything that changes a result, and which engines can be built here.
 
+    Such as:
+
+        qdq env --json env.json
+
     Args:
-        json: Also write it there.
+        json: Also write the versions to this file.
     """
     from qdq.run import describe_environment, write_json
 
@@ -20,6 +24,6 @@ def env(*, json: Path | None = None) -> int:
     backends = {"tensorrt-rtx-cu13": "TensorRT-RTX, without a GPU", "tensorrt": "TensorRT, on this GPU"}
     can = [what for package, what in backends.items() if environment[package] != "not installed"]
     print(f"builds: {' and '.join(can) or 'no engine; install it with: pip install qdq[rtx]'}")
-    if json:
+    if json is not None:
         write_json(json, environment)
     return 0

@@ -4,44 +4,59 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cyclopts.types import PositiveInt, UInt32
+
 
 def evaluate_files(
     *onnx: Path,
     model: str = "efficientnet_lite0",
     weights: str = "DEFAULT",
     data_dir: Path | None = None,
-    eval_images: int = 500,
-    batch_size: int = 16,
-    seed: int = 0,
+    eval_images: PositiveInt = 500,
+    batch_size: PositiveInt = 16,
+    seed: UInt32 = 0,
     json: Path | None = None,
 ) -> int:
     """Accuracy of a float model and of ONNX files made from it, on the same images.
+
+    Prints top-1 and top-5 where labels are known, and how far each file is from the float model: how often both name
+    the same class, and the SQNR. Of a folder without train and val, images that `qdq ptq` calibrates on are left out.
+
+    Such as:
+
+        qdq eval runs/ptq/model.onnx
+        qdq eval a.onnx b.onnx --model resnet50 --data-dir /data/imagenet
 
     Args:
         onnx: ONNX files, run by ONNX Runtime on the CPU; none evaluates the model alone.
         model: The float model they are compared with: efficientnet_lite0 or any torchvision classifier.
         weights: DEFAULT, a torchvision name, random, or the path of a checkpoint.
-        data_dir: ImageFolder; the packaged photographs if left out.
+        data_dir: ImageFolder, with train and val or without; the packaged photographs if left out.
         eval_images: How many images.
         batch_size: Images a batch.
-        seed: For the choice and the crops of images.
-        json: Also write the table there.
+        seed: Of random weights, and of the choice and the crops of images.
+        json: Also write the table to this file.
     """
+    from qdq.check import OnnxModel
     from qdq.data import load_images
     from qdq.evaluate import evaluate_outputs, predict
     from qdq.models import load_model
-    from qdq.run import write_json
+    from qdq.run import require_writable, write_json
 
+    if json is not None:
+        require_writable(json)
+    for path in onnx:
+        OnnxModel(path)  # a bad file is refused now, not after the float model has run
     loaded = load_model(model, weights, seed)
     _, images = load_images(data_dir, loaded, evaluation=eval_images, batch_size=batch_size, seed=seed)
-    outputs = {"float": predict(loaded.module, images)}
-    outputs |= {path.name: predict(path, images) for path in onnx}
+    found = {str(path): predict(path, images) for path in onnx}  # the whole path: runs name their files alike
+    outputs = {"float": predict(loaded.module, images), **found}
     evaluation = evaluate_outputs(
-        outputs, images.labels, files={"float": loaded.module, **{path.name: path for path in onnx}}
+        outputs, images.labels, files={"float": loaded.module, **{str(path): path for path in onnx}}
     )
     print(evaluation.format_table())
     if images.labels is None:
         print(f"no top-1: {images.label_note}")
-    if json:
+    if json is not None:
         write_json(json, evaluation)
     return 0

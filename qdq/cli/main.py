@@ -1,6 +1,6 @@
 """`qdq VERB ...`, and `run_command` for recipes: arguments in, exit code out, errors in one line.
 
-Exit codes: 0 clean, 1 findings, 2 wrong usage, data or environment, 130 interrupted.
+Exit codes: 0 clean, 1 findings, 2 wrong usage, data or environment (or a fault of qdq), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,37 +10,48 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import cyclopts
+
+# For the signatures of recipes: a number that cannot be meant is refused before any work begins.
+from cyclopts.types import NonNegativeInt as NonNegativeInt
+from cyclopts.types import PositiveFloat as PositiveFloat
+from cyclopts.types import PositiveInt as PositiveInt
+from cyclopts.types import UInt32 as UInt32
 
 import qdq
 from qdq.errors import QdqError
 
-_HELP = "From a trained PyTorch model to a verified TensorRT int8 engine."
+_HELP = """From a trained PyTorch model to a verified TensorRT int8 engine.
+
+Such as:
+
+    qdq ptq --model resnet50 --data-dir /data/imagenet --output runs/resnet50
+    qdq check runs/resnet50/model.onnx
+    qdq build runs/resnet50/model.onnx --sm 86
+    qdq eval runs/resnet50/model.onnx --model resnet50 --data-dir /data/imagenet
+"""
 _VERBOSE = ("-v", "--verbose")
 _QUIET = ("-q", "--quiet")
 _EPILOGUE = (
-    "Everywhere: -v shows more, and the traceback of an error; -q shows errors only. "
-    "Exit codes: 0 clean, 1 findings, 2 wrong usage, data or environment."
+    "Everywhere: -v shows the log, and the traceback of an error; -q hides warnings. "
+    "Exit codes: 0 clean, 1 findings, 2 wrong usage, data or environment, 130 interrupted."
 )
 
 
 def make_app() -> cyclopts.App:
-    """All subcommands; the module of each is loaded when it is called or asked for help."""
-    app = cyclopts.App(name="qdq", help=_HELP, help_epilogue=_EPILOGUE, version=qdq.__version__)
-    app.command(
-        "qdq.cli.ptq:ptq",
-        name="ptq",
-        help="The whole way: fold, swap, calibrate, analyze, export, check, build, report.",
-    )
-    app.command("qdq.cli.check:check", name="check", help="Is a QDQ ONNX file valid, and as TensorRT wants it?")
-    app.command("qdq.cli.build:build", name="build", help="Build a TensorRT engine and count what runs in int8.")
-    app.command(
-        "qdq.cli.eval:evaluate_files",
-        name="eval",
-        help="Accuracy of a model and of ONNX files on the same images.",
-    )
-    app.command("qdq.cli.env:env", name="env", help="Versions and what can be built here.")
+    """All subcommands; what they need is imported when they are called."""
+    from qdq.cli.build import build
+    from qdq.cli.check import check
+    from qdq.cli.env import env
+    from qdq.cli.eval import evaluate_files
+    from qdq.cli.ptq import ptq  # the recipe, which imports this module
+
+    app = _new_app("qdq", help=_HELP)
+    verbs = {"ptq": ptq, "check": check, "build": build, "eval": evaluate_files, "env": env}
+    for position, (name, command) in enumerate(verbs.items()):
+        app.command(command, name=name, sort_key=position)
     return app
 
 
@@ -55,29 +66,57 @@ def run_command(command: Callable[..., int]) -> None:
     Args:
         command: Returns the exit code.
     """
-    app = cyclopts.App(help_epilogue=_EPILOGUE, version=qdq.__version__)
+    app = _new_app(Path(sys.argv[0]).name)
     app.default(command)
     _run(app, sys.argv[1:])
+
+
+def _new_app(name: str, help: str | None = None) -> cyclopts.App:
+    return cyclopts.App(
+        name=name,
+        help=help,
+        help_epilogue=_EPILOGUE,
+        version=qdq.__version__,
+        default_parameter=cyclopts.Parameter(negative=(), consume_multiple=True, show_default=_show_default),
+        suppress_keyboard_interrupt=False,  # it is reported in `_run`
+    )
+
+
+def _show_default(value: object) -> str | None:
+    return None if value in (None, ()) else str(value)  # the help says what leaving it out means
 
 
 def _run(app: cyclopts.App, argv: list[str]) -> None:
     _keep_freed_memory()
     verbose, quiet = _take(argv, _VERBOSE), _take(argv, _QUIET)
-    _log_to_console(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
+    handler = _log_to_console(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
     try:
-        code = app(argv, result_action="return_value")
+        code = app(argv, result_action="return_value", exit_on_error=False, print_error=False)
+    except cyclopts.CycloptsError as error:
+        message = str(error)
+        command = " ".join([app.name[0], *(error.command_chain or ())])
+        code = _fail(message[:1].lower() + message[1:], f"see {command} --help")
     except QdqError as error:
         if verbose:
             traceback.print_exc()
-        print(f"error: {error.message}\n  fix: {error.fix}", file=sys.stderr)
-        code = 2
+        code = _fail(error.message, error.fix)
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted: every file written so far is complete; run the same command again",
-            file=sys.stderr,
-        )
+        print("\ninterrupted: every file written so far is complete; run the same command again", file=sys.stderr)
         code = 130
+    except Exception as error:  # Python's exit code 1 would say "findings"
+        traceback.print_exc()
+        code = _fail(
+            f"{type(error).__name__}: {error}", "this is a fault of qdq; please report it with the lines above."
+        )
+    finally:
+        logging.getLogger("qdq").removeHandler(handler)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, fix: str) -> int:
+    """Print what is wrong and what to do, each on one line."""
+    print(f"error: {' '.join(message.split())}\n  fix: {' '.join(fix.split())}", file=sys.stderr)
+    return 2
 
 
 def _keep_freed_memory() -> None:
@@ -98,8 +137,11 @@ def _take(argv: list[str], flags: tuple[str, ...]) -> bool:
     return bool(found)
 
 
-def _log_to_console(level: int) -> None:
+def _log_to_console(level: int) -> logging.Handler:
     handler = logging.StreamHandler()
     handler.setLevel(level)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    logging.getLogger("qdq").addHandler(handler)
+    logger = logging.getLogger("qdq")
+    logger.addHandler(handler)
+    logger.setLevel(level)  # a run folder, which logs more, lowers it
+    return handler

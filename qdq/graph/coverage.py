@@ -52,7 +52,8 @@ def list_weighted_nodes(model: ir.Model) -> list[WeightedNode]:
 
 def module_of(node: ir.Node) -> str:
     """Dotted name of the torch module that a node came from (see `graph.names`)."""
-    return (node.name or "").partition("/")[0]
+    name = node.name or ""
+    return name.rpartition("/")[0] if "/" in name else name
 
 
 def dequantizer_of(value: ir.Value | None) -> ir.Node | None:

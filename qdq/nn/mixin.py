@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from qdq.quantizer import QuantDescriptor, TensorQuantizer
@@ -47,8 +46,11 @@ class QuantInputMixin(nn.Module):
         """The quantizers of this layer by attribute name."""
         return {"_input_quantizer": self._input_quantizer}
 
-    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The layer's own forward on the quantized input."""
+    def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward on the quantized input; a subclass may call that by another name."""
+        if input is None and kwargs:
+            name = next(iter(kwargs))
+            return super().forward(**{**kwargs, name: self._input_quantizer(kwargs[name])})
         return super().forward(self._input_quantizer(input), *args, **kwargs)
 
 
@@ -95,7 +97,7 @@ class QuantMixin(QuantInputMixin):
         """The quantizers of this layer by attribute name."""
         return {"_input_quantizer": self._input_quantizer, "_weight_quantizer": self._weight_quantizer}
 
-    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward on the quantized input and weight."""
         with self._quantized_weight():
             return super().forward(input, *args, **kwargs)

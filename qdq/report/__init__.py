@@ -123,7 +123,7 @@ def _summarize(
     build: BuildReport,
     evaluation: Evaluation,
 ) -> dict[str, Any]:
-    weighted = [module for module in plan.modules if module.weights and module.action != "float"]
+    weighted = [module for module in plan.modules if module.weights and (module.mapped or module.action == "missed")]
     return {
         "batchnorms_folded": sum(pair.folded for pair in folded),
         "batchnorms": len(folded),

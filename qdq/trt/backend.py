@@ -39,22 +39,46 @@ class Backend:
         return self.name == "tensorrt" and int(self.version.partition(".")[0]) < 11
 
 
-def find_backend(name: str) -> Backend:
+def find_backend(name: str, sm: int | None = None) -> Backend:
     """Import the TensorRT to build with.
 
     Args:
         name: `rtx`, `tensorrt`, or `auto`: TensorRT where it is installed and can build (it needs a GPU),
             TensorRT-RTX otherwise.
+        sm: Compute capability that TensorRT-RTX shall build for, so that a wrong one fails here and not in the
+            build; TensorRT builds for the GPU at hand.
 
     Raises:
-        ArgumentError: Another name.
+        ArgumentError: Another name, or a compute capability that TensorRT-RTX does not have.
         DependencyError: The package is not installed or cannot build on this machine.
     """
-    if name == "auto":
-        return _find_any()
-    if name not in _MODULES:
+    if name != "auto" and name not in _MODULES:
         raise ArgumentError(f"backend {name!r} is unknown.", f"choose one of auto, {', '.join(sorted(_MODULES))}.")
-    return _load(name)
+    backend = _find_any() if name == "auto" else _load(name)
+    if backend.name == "rtx" and sm is not None:
+        find_compute_capability(backend.module, sm)
+    return backend
+
+
+def find_compute_capability(trt: Any, sm: int) -> Any:
+    """The enumerator of TensorRT-RTX for a compute capability.
+
+    Args:
+        trt: The package.
+        sm: 89 for 8.9.
+
+    Raises:
+        ArgumentError: It has no such compute capability.
+    """
+    known = {name: value for name, value in trt.ComputeCapability.__members__.items() if name[:2] == "SM"}
+    if f"SM{sm}" not in known:
+        raise ArgumentError(
+            f"TensorRT-RTX {trt.__version__} cannot build for SM {sm}; "
+            f"it knows {', '.join(name[2:] for name in known)}.",
+            "choose one of these (a GeForce or RTX workstation GPU); for data-centre GPUs such as SM 90 and "
+            "SM 100 use the trtexec line that `qdq build` prints, or backend 'tensorrt', on such a machine.",
+        )
+    return known[f"SM{sm}"]
 
 
 def _find_any() -> Backend:

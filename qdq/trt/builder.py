@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdq.errors import ArgumentError, BuildError
-from qdq.trt.backend import Backend, make_logger
+from qdq.errors import BuildError
+from qdq.trt.backend import Backend, find_compute_capability, make_logger
 from qdq.trt.kernels import Kernel, parse_build_log, parse_layer_json
 from qdq.trt.profiles import Profile
 
@@ -65,7 +65,7 @@ def build_plan(backend: Backend, onnx_path: Path, profiles: Mapping[str, Profile
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
     else:
         config.num_compute_capabilities = 1
-        config.set_compute_capability(_compute_capability(trt, sm), 0)
+        config.set_compute_capability(find_compute_capability(trt, sm), 0)
     network = builder.create_network(_network_flags(backend))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(onnx_path)):
@@ -86,19 +86,6 @@ def _network_flags(backend: Backend) -> int:
     if not backend.weakly_typed:
         return 0
     return 1 << int(backend.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-
-
-def _compute_capability(trt: Any, sm: int) -> Any:
-    """The enumerator of RTX for a compute capability."""
-    known = {name: value for name, value in trt.ComputeCapability.__members__.items() if name[:2] == "SM"}
-    if f"SM{sm}" not in known:
-        raise ArgumentError(
-            f"TensorRT-RTX {trt.__version__} cannot build for SM {sm}; "
-            f"it knows {', '.join(name[2:] for name in known)}.",
-            "choose one of these (a GeForce or RTX workstation GPU); for data-centre GPUs such as SM 90 and "
-            "SM 100 use the trtexec line that `qdq build` prints, or backend 'tensorrt', on such a machine.",
-        )
-    return known[f"SM{sm}"]
 
 
 def _parse_failure(onnx_path: Path, errors: list[Any]) -> BuildError:

@@ -1,0 +1,327 @@
+"""`qdq` as it is called: output, files, exit codes, one line for what is wrong."""
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from qdq import export_onnx
+from qdq.cli import main as cli
+from qdq.errors import ArgumentError
+
+FLOAT = """
+<ir_version: 9, opset_import: ["": 19]>
+g (float[N,3,8,8] x) => (float[N,4,8,8] y)
+<float[4,3,1,1] w = {1,2,3,4,5,6,7,8,9,10,11,12}>
+{
+    y = Conv(x, w)
+}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _log():
+    """The handlers of the log as they were."""
+    logger = logging.getLogger("qdq")
+    handlers, level = logger.handlers[:], logger.level
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def qdq(capsys):
+    """Call it; exit code, stdout and stderr."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as exit:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return exit.value.code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def model(quantized, images, tmp_path):
+    return export_onnx(quantized, images, tmp_path / "model.onnx").path
+
+
+@pytest.fixture
+def float_model(tmp_path):
+    ir.save(ir.from_onnx_text(FLOAT), tmp_path / "float.onnx")
+    return tmp_path / "float.onnx"
+
+
+class TestHelp:
+    def test_of_all(self, qdq):
+        code, out, _ = qdq("--help")
+        assert code == 0
+        for words in ("ptq", "check", "build", "eval", "env", "qdq check runs", "Exit codes: 0 clean, 1 findings"):
+            assert words in out
+        assert qdq()[:2] == (0, out)
+
+    @pytest.mark.parametrize("verb", ["ptq", "check", "build", "eval", "env"])
+    def test_of_each_verb_explains_every_flag(self, qdq, verb):
+        code, out, _ = qdq(verb, "--help")
+        assert code == 0
+        assert "Exit codes" in out
+        assert "[default: ()]" not in out
+        assert "--no-" not in out and "--empty-" not in out
+        rows = [line.strip("│ ") for line in out.splitlines() if line.startswith("│ --")]
+        assert rows
+        for row in rows:
+            assert len(row.split("  ", 1)) == 2, row  # the flag, then words
+
+    def test_version(self, qdq):
+        import qdq as package
+
+        assert qdq("--version") == (0, f"{package.__version__}\n", "")
+
+    def test_as_module(self):
+        output = subprocess.run([sys.executable, "-m", "qdq", "--version"], capture_output=True, text=True, check=True)
+        assert output.stdout.strip()
+
+
+class TestWrongUsage:
+    @pytest.mark.parametrize(
+        ("arguments", "found", "fix"),
+        [
+            (["nonsense"], 'unknown command "nonsense"', "see qdq --help"),
+            (["check"], "ONNX requires an argument", "see qdq check --help"),
+            (["check", "a.onnx", "b.onnx"], "b.onnx", "see qdq check --help"),
+            (["build", "a.onnx", "--sm", "old"], 'unable to convert "old" into int', "see qdq build --help"),
+            (["build", "a.onnx", "--backend", "cuda"], 'invalid value "cuda" for --backend', "see qdq build --help"),
+            (["eval", "--batch-size", "0"], 'invalid value "0" for --batch-size', "see qdq eval --help"),
+            (["eval", "--eval-images", "-3"], 'invalid value "-3" for --eval-images', "see qdq eval --help"),
+            (["env", "--nonsense"], "unknown option: --nonsense", "see qdq env --help"),
+        ],
+    )
+    def test_is_one_line_and_the_help_to_see(self, qdq, arguments, found, fix):
+        code, out, err = qdq(*arguments)
+        error, hint = err.splitlines()
+        assert (code, out) == (2, "")
+        assert error.startswith("error: ")
+        assert found in error
+        assert hint == f"  fix: {fix}"
+
+    def test_list_takes_several_at_once_or_one_by_one(self, monkeypatch):
+        seen = []
+
+        def recipe(*, exclude: tuple[str, ...] = ()) -> int:
+            seen.append(exclude)
+            return 1
+
+        for argv in (["--exclude", "a", "b"], ["--exclude", "a", "--exclude", "b"]):
+            monkeypatch.setattr(sys, "argv", ["recipe.py", *argv])
+            with pytest.raises(SystemExit) as exit:
+                cli.run_command(recipe)
+            assert exit.value.code == 1
+        assert seen == [("a", "b"), ("a", "b")]
+
+
+class TestErrors:
+    @staticmethod
+    def run(monkeypatch, capsys, error, *arguments):
+        def recipe() -> int:
+            """Fails."""
+            raise error
+
+        monkeypatch.setattr(sys, "argv", ["recipe.py", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            cli.run_command(recipe)
+        return exit.value.code, capsys.readouterr().err
+
+    def test_of_qdq_is_two_lines(self, monkeypatch, capsys):
+        code, err = self.run(monkeypatch, capsys, ArgumentError("found this\nand that.", "do this."))
+        assert (code, err) == (2, "error: found this and that.\n  fix: do this.\n")
+
+    def test_of_qdq_with_its_traceback(self, monkeypatch, capsys):
+        code, err = self.run(monkeypatch, capsys, ArgumentError("found.", "do."), "-v")
+        assert code == 2
+        assert "Traceback" in err
+        assert err.endswith("error: found.\n  fix: do.\n")
+
+    def test_that_nobody_foresaw_shows_where_and_is_no_finding(self, monkeypatch, capsys):
+        code, err = self.run(monkeypatch, capsys, ZeroDivisionError("oops"))
+        assert code == 2
+        assert "Traceback" in err
+        assert "error: ZeroDivisionError: oops\n  fix: this is a fault of qdq" in err
+
+    def test_interrupt(self, monkeypatch, capsys):
+        code, err = self.run(monkeypatch, capsys, KeyboardInterrupt())
+        assert code == 130
+        assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("flags", "shown"), [([], "wl"), (["-v"], "iwl"), (["-q"], ""), (["--quiet"], "")])
+def test_how_much_of_the_log_is_shown(monkeypatch, capsys, flags, shown):
+    def recipe() -> int:
+        logger = logging.getLogger("qdq.somewhere")
+        logger.info("info-line")
+        logger.warning("warning-line")
+        return 0
+
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *flags])
+    with pytest.raises(SystemExit):
+        cli.run_command(recipe)
+    err = capsys.readouterr().err
+    assert ("info-line" in err, "warning-line" in err) == ("i" in shown, "w" in shown)
+
+
+class TestEnv:
+    def test_names_versions(self, qdq, tmp_path):
+        code, out, _ = qdq("env", "--json", tmp_path / "env.json")
+        assert code == 0
+        written = json.loads((tmp_path / "env.json").read_text())
+        assert written["numpy"] == np.__version__
+        assert all(name in out and version in out for name, version in written.items())
+        assert "builds: " in out
+
+
+class TestCheck:
+    def test_clean(self, qdq, model, tmp_path):
+        code, out, _ = qdq("check", model, "--json", tmp_path / "new" / "check.json")
+        assert code == 0
+        assert "3 of 3 convolutions and matrix products have int8 operands" in out
+        assert json.loads((tmp_path / "new" / "check.json").read_text())["findings"] == []
+
+    def test_nothing_quantized_is_said(self, qdq, float_model):
+        code, out, _ = qdq("check", float_model)
+        assert code == 0
+        assert "nothing is quantized" in out
+
+    def test_finding(self, qdq, tmp_path, model):
+        broken = ir.load(model)
+        broken.graph.initializers["conv._input_quantizer.scale"].const_value = ir.tensor(np.float32(0))
+        ir.save(broken, tmp_path / "broken.onnx")
+        code, out, _ = qdq("check", tmp_path / "broken.onnx")
+        assert code == 1
+        assert "QDQ101 conv._input_quantizer/QuantizeLinear: a scale is zero" in out
+
+    def test_no_file_and_no_onnx(self, qdq, tmp_path):
+        (tmp_path / "text.onnx").write_text("text")
+        for path, found in ((tmp_path / "missing.onnx", "does not exist"), (tmp_path / "text.onnx", "no valid ONNX")):
+            code, out, err = qdq("check", path)
+            assert (code, out) == (2, "")
+            assert found in err
+
+    def test_report_that_cannot_be_written_is_refused_first(self, qdq, model, tmp_path):
+        code, out, err = qdq("check", model, "--json", tmp_path)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"error: cannot write {tmp_path}: Is a directory.")
+
+
+@pytest.mark.trt
+class TestBuild:
+    @pytest.fixture(autouse=True)
+    def _rtx(self):
+        pytest.importorskip("tensorrt_rtx", reason="needs the extra 'rtx'")
+
+    def test_engine_census_and_lines(self, qdq, model, tmp_path):
+        shapes = ["--min-shapes", "images:1x3x12x12", "--max-shapes", "images:4x3x12x12"]
+        code, out, _ = qdq("build", model, "-o", tmp_path / "e", *shapes, "--sm", 86, "--json", tmp_path / "b.json")
+        assert code == 0
+        assert (tmp_path / "e").stat().st_size > 0
+        assert "int8: 3 of 3 expected" in out
+        assert "# on the target, TensorRT 10\ntrtexec --onnx=" in out
+        written = json.loads((tmp_path / "b.json").read_text())
+        assert written["sm"] == 86
+        assert written["profiles"]["images"]["max"] == [4, 3, 12, 12]
+
+    def test_nothing_quantized_is_said(self, qdq, float_model):
+        code, out, _ = qdq("build", float_model)
+        assert code == 0
+        assert "nothing in the file is quantized" in out
+
+    @pytest.mark.parametrize(
+        ("arguments", "found"),
+        [
+            (["--sm", "77"], "cannot build for SM 77"),
+            (["-o", "/dev/null/e"], "cannot write /dev/null/e"),
+            (["--json", "/dev/null/e"], "cannot write /dev/null/e"),
+            (["--min-shapes", "x"], "'x' is no shape"),
+            (["--min-shapes", "y:1x3x12x12"], "names y"),
+        ],
+    )
+    def test_bad_input(self, qdq, model, arguments, found):
+        code, out, err = qdq("build", model, *arguments)
+        assert (code, out) == (2, "")
+        assert found in err.splitlines()[0]
+        assert not model.with_suffix(".rtx.engine").exists()
+
+    @pytest.mark.parametrize("content", [None, b"", b"text"])
+    def test_no_onnx(self, qdq, tmp_path, content):
+        if content is not None:
+            (tmp_path / "bad.onnx").write_bytes(content)
+        code, _, err = qdq("build", tmp_path / "bad.onnx")
+        assert code == 2
+        assert len(err.splitlines()) == 2
+
+    def test_interrupt_is_not_lost_in_the_builder(self, qdq, model, monkeypatch):
+        from qdq import build
+
+        real = build.build_plan
+
+        def interrupted(*arguments):
+            signal.raise_signal(signal.SIGINT)
+            return real(*arguments)
+
+        monkeypatch.setattr(build, "build_plan", interrupted)
+        assert qdq("build", model)[0] == 130
+        assert not model.with_suffix(".rtx.engine").exists()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+class TestEval:
+    @pytest.fixture
+    def data(self, tmp_path):
+        """Eight random images of two classes."""
+        image = pytest.importorskip("PIL.Image", reason="needs the extra 'demo'")
+        pytest.importorskip("torchvision", reason="needs the extra 'demo'")
+        random = np.random.default_rng(0)
+        for index in range(8):
+            path = tmp_path / "data" / str(index % 2) / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+        return ["--model", "squeezenet1_1", "--weights", "random", "--data-dir", tmp_path / "data"]
+
+    def test_two_files_of_one_name(self, qdq, data, tmp_path):
+        from qdq import load_model
+
+        net = load_model("squeezenet1_1", "random")
+        paths = [tmp_path / name / "model.onnx" for name in ("a", "b")]
+        for path in paths:
+            path.parent.mkdir()
+            program = torch.onnx.export(net.module, (torch.randn(2, 3, 224, 224),), dynamo=True, verbose=False,
+                                        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))  # fmt: skip
+            program.save(path)
+        code, out, _ = qdq("eval", *paths, *data, "--json", tmp_path / "eval.json")
+        assert code == 0
+        rows = json.loads((tmp_path / "eval.json").read_text())["candidates"]
+        assert [row["name"] for row in rows] == ["float", *map(str, paths)]
+        assert all(row["agreement"] == 1 for row in rows)
+        assert all(row["sqnr_db"] > 100 for row in rows[1:])
+        assert rows[1]["megabytes"] == pytest.approx(paths[0].stat().st_size / 1e6)
+        assert all(row["name"] in out for row in rows)
+
+    def test_file_of_other_images(self, qdq, data, float_model):
+        code, _, err = qdq("eval", float_model, *data)
+        assert code == 2
+        assert "given [6, 3, 224, 224] float32, its inputs are x ['N', 3, 8, 8]" in err
+
+    @pytest.mark.parametrize(
+        ("content", "found"), [(None, "does not exist"), (b"", "is empty"), (b"text", "ONNX Runtime cannot load")]
+    )
+    def test_bad_file_is_refused_before_any_work(self, qdq, tmp_path, content, found):
+        if content is not None:
+            (tmp_path / "bad.onnx").write_bytes(content)
+        code, _, err = qdq("eval", tmp_path / "bad.onnx", "--model", "no such model")
+        assert code == 2
+        assert found in err

@@ -1,0 +1,110 @@
+"""Predictions, the tie floor and the table, against figures computed by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from qdq import ArgumentError, CheckError, DataError, evaluate_outputs, export_onnx, measure_tie_floor, predict
+from qdq.metrics import sqnr_db
+
+
+class Doubled(nn.Module):
+    """Gives its outputs as a detector would."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, x):
+        assert not self.training
+        return self.wrap(2 * x)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda y: y, lambda y: (y, None), lambda y: {"logits": y, "other": 0 * y}, lambda y: [{"a": [y]}]]
+)
+@pytest.mark.parametrize("pack", [lambda x: x, lambda x: (x, torch.zeros(2)), lambda x: {"x": x}])
+def test_predict_takes_what_loaders_and_models_give(wrap, pack):
+    batches = [torch.randn(2, 3), torch.randn(1, 3)]
+    model = Doubled(wrap).train()
+    found = predict(model, map(pack, batches))
+    np.testing.assert_array_equal(found, 2 * torch.cat(batches).numpy())
+    assert model.training
+
+
+def test_predict_is_float32_whatever_the_model_computes_in():
+    assert predict(nn.Linear(3, 2).bfloat16(), [torch.zeros(1, 3, dtype=torch.bfloat16)]).dtype == np.float32
+
+
+def test_predict_of_nothing():
+    with pytest.raises(DataError, match="no batch"):
+        predict(nn.Identity(), [])
+
+
+def test_predict_file_and_module_alike(quantized, images, tmp_path):
+    path = export_onnx(quantized, images, tmp_path / "model.onnx").path
+    batches = [(images, None), (images[:1], None)]
+    from_file, from_torch = predict(path, batches), predict(quantized, batches)
+    assert from_file.shape == from_torch.shape == (5, 5)
+    assert sqnr_db(from_torch, from_file) > 30
+    with pytest.raises(CheckError, match=r"given \[4, 3, 12\] float32"):
+        predict(str(path), [images[..., 0]])
+
+
+def test_tie_floor_of_a_float_model_is_float_rounding(residual, images):
+    assert measure_tie_floor(residual, [images]) == math.inf  # no quantizer, so nothing is nudged
+
+
+def test_tie_floor_sees_ties_and_leaves_no_hook(quantized, images):
+    with torch.no_grad():
+        scale = quantized.stem.input_quantizer.scale
+        on_ties = (torch.floor(images / scale) + 0.5) * scale * (1 - 2**-24)  # the nudge takes half of them over
+    before = predict(quantized, [images])
+    assert measure_tie_floor(quantized, [on_ties]) < measure_tie_floor(quantized, [torch.zeros_like(images)])
+    np.testing.assert_array_equal(predict(quantized, [images]), before)
+    with pytest.raises(DataError):
+        measure_tie_floor(quantized, [])
+
+
+class TestTable:
+    reference = np.array([[3.0, 1, 2, 0, 0, 0], [0.0, 1, 5, 2, 3, 4], [9.0, 1, 2, 3, 4, 5]])
+
+    def test_figures(self):
+        other = self.reference.copy()
+        other[0] = [1, 3, 2, 0, 0, 0]
+        evaluation = evaluate_outputs({"float": self.reference, "int8": other}, [0, 0, 1])
+        first, second = evaluation.candidates
+        assert evaluation.images == 3
+        assert (first.top1, first.agreement, first.sqnr_db) == (pytest.approx(1 / 3), 1, math.inf)
+        assert first.top5 == pytest.approx(1 / 3)  # the label of the other two is their smallest
+        assert (second.top1, second.agreement) == (0, pytest.approx(2 / 3))
+        signal, noise = (self.reference**2).sum(), 2 * 2**2
+        assert second.sqnr_db == pytest.approx(10 * math.log10(signal / noise))
+
+    def test_without_labels(self):
+        (only,) = evaluate_outputs({"float": self.reference}).candidates
+        assert (only.top1, only.top5, only.megabytes) == (None, None, None)
+
+    def test_sizes(self, tmp_path):
+        (tmp_path / "file").write_bytes(b"x" * 1500)
+        module = nn.Linear(1000, 250)  # with its bias 250250 float32 values
+        outputs = {"float": self.reference, "file": self.reference, "none": self.reference}
+        evaluation = evaluate_outputs(outputs, files={"float": module, "file": tmp_path / "file"})
+        assert [c.megabytes for c in evaluation.candidates] == [pytest.approx(1.001), pytest.approx(0.0015), None]
+
+    def test_text(self):
+        text = evaluate_outputs({"float": self.reference, "int8": self.reference * 1.1}, [0, 2, 0]).format_table()
+        head, first, second = text.splitlines()
+        assert head.split() == ["on", "3", "images", "top-1", "top-5", "agreement", "SQNR", "dB", "MB"]
+        assert first.split() == ["float", "100.0%", "100.0%", "100.0%", "-", "-"]
+        assert second.split() == ["int8", "100.0%", "100.0%", "100.0%", "20.00", "-"]
+        assert len({len(line) for line in (head, first, second)}) == 1
+
+    def test_nothing_and_different_shapes(self):
+        with pytest.raises(ArgumentError, match="no outputs"):
+            evaluate_outputs({})
+        with pytest.raises(ArgumentError, match="different shapes"):
+            evaluate_outputs({"a": self.reference, "b": self.reference[:2]})

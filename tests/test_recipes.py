@@ -1,0 +1,197 @@
+"""The recipe as a person runs it: to the end, with bad input, interrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+pytest.importorskip("torchvision", reason="needs the extra 'demo'")
+pytest.importorskip("tensorrt_rtx", reason="needs the extra 'rtx'")
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "ptq_classifier.py"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+SMALL = [
+    *("--model", "squeezenet1_1", "--weights", "random", "--calib-images", "4", "--eval-images", "4"),
+    *("--analysis-images", "2", "--batch-size", "2", "--max-float-layers", "0"),
+]
+WRITTEN = ["model.onnx", "model.rtx.engine", "report.json", "report.txt", "run.json", "run.log"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Eight random images of two classes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for index in range(8):
+        path = folder / str(index % 2) / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def start(*arguments):
+    command = [sys.executable, str(RECIPE), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+def stop_at(stage, delay, number, *arguments):
+    """Send a signal some seconds into a stage; exit code and stderr."""
+    process = start(*arguments)
+    while line := process.stdout.readline():
+        if line == f"== {stage}\n":
+            break
+    time.sleep(delay)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+def assert_whole(folder):
+    """Nothing half-written."""
+    for path in folder.iterdir():
+        assert path.name in WRITTEN
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        if path.suffix == ".onnx":
+            onnx.checker.check_model(str(path), full_check=True)
+
+
+def test_the_recipe_stays_one_page():
+    assert len(RECIPE.read_text().splitlines()) <= 80
+
+
+@pytest.mark.slow
+@pytest.mark.trt
+def test_interrupted_at_every_stage_then_whole(tmp_path, pictures):
+    folder = tmp_path / "run"
+    arguments = [*SMALL, "--data-dir", pictures, "--output", folder]
+    for stage, delay in (("load", 0.5), ("calibrate", 0.0), ("export and check", 1.5), ("build", 0.1)):
+        code, errors = stop_at(stage, delay, signal.SIGINT, *arguments)
+        assert code == 130, errors
+        assert errors.strip().splitlines() == [
+            "interrupted: every file written so far is complete; run the same command again"
+        ]
+        assert_whole(folder)
+    for stage, delay in (("load", 0.0), ("analyze", 0.1), ("export and check", 2.5), ("build", 0.3)):
+        assert stop_at(stage, delay, signal.SIGKILL, *arguments)[0] == -signal.SIGKILL
+        assert_whole(folder)
+        assert json.loads((folder / "run.json").read_text())["status"] == "running"
+
+    (folder / "stale.onnx").write_text("left by an earlier run")
+    process = start(*arguments)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert sorted(path.name for path in folder.iterdir()) == WRITTEN
+    assert_whole(folder)
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["summary"]["weighted_layers_swapped"] == 26
+    assert report["summary"]["census_missing_int8"] == []
+    assert report["findings"] == []
+
+
+def empty_folder(tmp_path):
+    (tmp_path / "data" / "cat").mkdir(parents=True)
+    return ["--data-dir", tmp_path / "data"]
+
+
+def text_as_image(tmp_path):
+    (tmp_path / "data" / "cat").mkdir(parents=True)
+    for name in ("a.png", "b.png"):
+        (tmp_path / "data" / "cat" / name).write_text("no image")
+    return ["--data-dir", tmp_path / "data"]
+
+
+def foreign_checkpoint(tmp_path):
+    torch.save({"conv.weight": torch.zeros(1, 3, 3, 3)}, tmp_path / "other.pth")
+    return ["--weights", tmp_path / "other.pth"]
+
+
+def foreign_folder(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    return ["--output", tmp_path / "mine"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--model", "resnet5"], "unknown model 'resnet5'"),
+        (["--data-dir", "missing"], "missing does not exist"),
+        (empty_folder, "hold no image"),
+        (text_as_image, "expected an image, found text"),
+        (foreign_checkpoint, "does not fit squeezenet1_1"),
+        (foreign_folder, "it is not a run folder"),
+        (["--output", "/dev/null/run"], "cannot use /dev/null/run as run folder"),
+        (["--weights", "nonsense"], "unknown weights 'nonsense'"),
+        (["--sm", "77"], "cannot build for SM 77"),
+        (["--batch-size", "0"], 'invalid value "0" for --batch-size'),
+        (["--calib-images", "-3"], 'invalid value "-3" for --calib-images'),
+        (["--max-float-layers", "-1"], 'invalid value "-1" for --max-float-layers'),
+        (["--target-sqnr", "nan"], 'invalid value "nan" for --target-sqnr'),
+        (["--seed", "-1"], 'invalid value "-1" for --seed'),
+        (["--calib-method", "nonsense"], 'invalid value "nonsense" for --calib-method'),
+        (["--nonsense"], "unknown option: --nonsense"),
+        (["--batch-size"], "--batch-size requires an argument"),
+        (["stray"], "stray"),
+    ],
+)
+@pytest.mark.parametrize("program", ["recipe", "qdq ptq"])
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, program, arguments, found):
+    from qdq.cli import main
+    from qdq.cli.recipes import load_recipe
+
+    monkeypatch.chdir(tmp_path)
+    given = arguments(tmp_path) if callable(arguments) else arguments
+    defaults = {"--model": "squeezenet1_1", "--weights": "random", "--output": "run"}
+    argv = [str(a) for a in given] + [part for pair in defaults.items() if pair[0] not in given for part in pair]
+    argv.append("-q")  # how many images there are, and what labels, is told as a warning
+    monkeypatch.setattr(sys, "argv", [RECIPE.name, *argv])
+    run = {
+        "recipe": lambda: main.run_command(load_recipe("ptq_classifier").ptq_classifier),
+        "qdq ptq": lambda: main.main(["ptq", *argv]),
+    }
+    with pytest.raises(SystemExit) as exit:
+        run[program]()
+    assert exit.value.code == 2
+    captured = capsys.readouterr()
+    error, fix = captured.err.strip().splitlines()
+    assert error.startswith("error: ")
+    assert found in error
+    assert fix.startswith("  fix: ")
+    assert "== fold" not in captured.out
+
+
+def test_what_is_wrong_at_once_touches_no_earlier_run(tmp_path, monkeypatch):
+    from qdq.cli.main import main
+
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "model.onnx").write_text("of an earlier run")
+    with pytest.raises(SystemExit):
+        main(["ptq", "--batch-size", "0", "--output", str(tmp_path)])
+    assert (tmp_path / "model.onnx").exists()
+
+
+def test_weights_that_cannot_be_fetched(tmp_path, monkeypatch, capsys):
+    from qdq.cli.main import main
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty cache"))
+    # Port 9 of this machine refuses at once, whatever network there is.
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with pytest.raises(SystemExit) as exit:
+        main(["ptq", "--model", "squeezenet1_1", "--output", str(tmp_path / "run")])
+    assert exit.value.code == 2
+    error, fix = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith("error: cannot fetch the weights SqueezeNet1_1_Weights.IMAGENET1K_V1 from https://")
+    assert "--weights random" in fix

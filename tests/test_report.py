@@ -1,0 +1,112 @@
+"""The report of a whole small run: what stands in it is what the stages returned."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import qdq
+from qdq.check import Finding
+
+pytest.importorskip("torchvision", reason="needs the extra 'demo'")
+pytest.importorskip("tensorrt_rtx", reason="needs the extra 'rtx'")
+
+from qdq.data import ImageBatches
+from qdq.models import LoadedModel, Preprocess
+
+pytestmark = pytest.mark.trt
+
+
+@pytest.fixture
+def stages(residual, tmp_path):
+    """What every stage returned for the small network, as the arguments of `write_report`."""
+    net = LoadedModel("small", residual, "random", Preprocess(12, 12, (0.0,) * 3, (1.0,) * 3), 5, None)
+    calibration = ImageBatches(torch.randn(4, 3, 12, 12), None, 2, 4, "4 random images", "none")
+    images = ImageBatches(torch.randn(6, 3, 12, 12), [0, 1, 2, 3, 4, 0], 4, 6, "6 random images", "made up")
+    run = qdq.start_run(tmp_path / "run", seed=7, settings={"model": "small", "output": tmp_path})
+    run.stage("everything")
+    logits = {"float": qdq.predict(residual, images)}
+    folded = qdq.fold_batchnorm(residual, calibration.images)
+    plan = qdq.swap_modules(residual, calibration.images)
+    ranges = qdq.calibrate_model(residual, calibration, method="max")
+    analysis = qdq.analyze_layers(residual, calibration, max_float_layers=1)
+    logits["mixed"] = qdq.predict(residual, images)
+    exported = qdq.export_onnx(residual, calibration.images, run.folder / "model.onnx")
+    check = qdq.check_onnx(exported.path, expected=logits["mixed"], found=qdq.predict(exported.path, images))
+    build = qdq.build_engine(exported.path, backend="rtx")
+    evaluation = qdq.evaluate_outputs(logits, images.labels, files={"float": residual})
+    return {
+        "run": run, "model": net, "calibration": calibration, "images": images, "folded": folded, "plan": plan,
+        "ranges": ranges, "analysis": analysis, "exported": exported, "check": check, "build": build,
+        "evaluation": evaluation,
+    }  # fmt: skip
+
+
+def test_report_says_what_the_stages_found(stages, capsys):
+    report = qdq.write_report(**stages)
+    folder = stages["run"].folder
+    written = json.loads((folder / "report.json").read_text())
+    assert report.path == folder / "report.json"
+    assert written["model"] == "small, random"
+    assert written["data"] == {"calibration": "4 random images", "evaluation": "6 random images", "labels": "made up"}
+    assert written["settings"] == {"model": "small", "output": str(folder.parent)}
+    assert written["seed"] == 7
+    assert written["environment"]["torch"] == torch.__version__.partition("+")[0]
+    assert written["seconds"]["everything"] > 0
+
+    summary = written["summary"]
+    assert (summary["batchnorms"], summary["batchnorms_folded"]) == (1, 1)
+    assert (summary["weighted_layers"], summary["weighted_layers_swapped"]) == (3, 3)
+    assert summary["float_layers"] == stages["analysis"].float_layers
+    assert len(summary["float_layers"]) == 1
+    assert summary["census_expected_int8"] == 2  # three layers, one of them left in float
+    assert summary["census_missing_int8"] == written["findings"] == []
+    assert summary["missed_modules"] == summary["layers_without_range"] == []
+    assert summary["onnx_megabytes"] == pytest.approx((folder / "model.onnx").stat().st_size / 1e6)
+    assert summary["engine_megabytes"] == pytest.approx((folder / "model.rtx.engine").stat().st_size / 1e6)
+    assert summary["candidates"]["mixed"]["sqnr_db"] == pytest.approx(stages["evaluation"].candidates[1].sqnr_db)
+    assert summary["candidates"]["float"]["sqnr_db"] is None  # infinite: JSON has no word for it
+    assert summary["parity"]["images"] == 6
+
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+    assert (folder / "report.txt").read_text() == report.text + "\n"
+    assert report.text in capsys.readouterr().out
+    assert (report.findings, report.exit_code) == ((), 0)
+
+
+def test_page_has_every_section_in_order(stages):
+    text = qdq.write_report(**stages).text
+    titles = [line for line in text.splitlines() if line and not line.startswith(" ")]
+    expected = [
+        "Model",
+        "Data",
+        "Layers",
+        "Sensitivity",
+        "Exported file",
+        "Engine",
+        "Result",
+        "On the target",
+        "Findings",
+    ]
+    assert titles == [*expected, "Files"]
+    assert "Findings\n  none" in text
+
+
+def test_findings_of_every_kind_give_exit_code_1(stages):
+    check = replace(stages["check"], findings=(Finding("QDQ190", "model.onnx", "differs", "export again."),))
+    ranges = [replace(stages["ranges"][0], amax=None, note="left in float: it saw zeros only"), *stages["ranges"][1:]]
+    lost = next(layer for layer in stages["build"].layers if layer.expected_int8)
+    layers = [replace(layer, int8=False, reason="no int8 kernel") if layer is lost else layer
+              for layer in stages["build"].layers]  # fmt: skip
+    build = replace(stages["build"], layers=layers)
+    report = qdq.write_report(**{**stages, "check": check, "ranges": ranges, "build": build})
+    assert report.exit_code == 1
+    assert report.findings == (
+        "QDQ190 model.onnx: differs",
+        f"{ranges[0].name}: left in float: it saw zeros only",
+        f"{lost.module}: no int8 kernel",
+    )
+    assert report.summary["layers_without_range"] == [ranges[0].name.rpartition(".")[0]]
+    assert report.summary["census_missing_int8"] == [lost.module]
+    assert all(finding in report.text for finding in report.findings)
