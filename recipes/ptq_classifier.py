@@ -47,21 +47,21 @@ def ptq_classifier(
         sm: Compute capability to build for: 75, 80, 86, 89 or 120.
         seed: Of weights, crops and the choice of images.
     """
-    run = qdq.start_run(output, seed=seed, settings=dict(locals()))
+    settings = dict(locals())
     backend = qdq.find_backend("auto", sm)
-    run.stage("load")
     net = qdq.load_model(model, weights, seed)
-    calibration, images = qdq.load_images(data_dir, net, calib_images, eval_images, batch_size, seed)
-    example = calibration.images[:2]
-    logits = {"float": qdq.predict(net.module, images)}
+    calib, images = qdq.load_images(data_dir, net, calib_images, eval_images, batch_size, seed)
+    run = qdq.start_run(output, seed=seed, settings=settings)
+    run.stage("float")
+    logits, example = {"float": qdq.predict(net.module, images)}, calib.images[:2]
     run.stage("fold and swap")
     folded = qdq.fold_batchnorm(net.module, example)
     plan = qdq.swap_modules(net.module, example, exclude=exclude)
     run.stage("calibrate")
-    ranges = qdq.calibrate_model(net.module, calibration, method=calib_method)
+    ranges = qdq.calibrate_model(net.module, calib, method=calib_method)
     logits["all int8"] = qdq.predict(net.module, images)
     run.stage("analyze")
-    subset = calibration.subset(analysis_images)
+    subset = calib.subset(analysis_images)
     analysis = qdq.analyze_layers(net.module, subset, max_float_layers=max_float_layers, target_sqnr=target_sqnr)
     logits["mixed"] = qdq.predict(net.module, images)
     run.stage("export and check")
@@ -72,8 +72,8 @@ def ptq_classifier(
     run.stage("build")
     engine = qdq.build_engine(onnx.path, backend=backend.name, sm=sm)
     table = qdq.evaluate_outputs(logits, images.labels, files={"float": net.module, "ONNX": onnx.path})
-    report = qdq.write_report(run, net, calibration, images, folded, plan, ranges, analysis, onnx, check, engine, table)
-    return report.exit_code
+    stages = (folded, plan, ranges, analysis, onnx, check, engine, table)
+    return qdq.write_report(run, net, calib, images, *stages).exit_code
 
 
 if __name__ == "__main__":

@@ -134,18 +134,18 @@ def test_sample_labels_and_descriptions():
     assert counts[609] == 6
     assert calibration.labels is None
     assert [labels for _, labels in calibration] == [None]
-    assert "12 random-resized crops (area 25% to 100%, seed 0) of 12 photographs" in calibration.description
+    assert "12 random-resized crops (area 25% to 100%, seed 0) of 8 photographs" in calibration.description
     assert "60 random-resized crops" in evaluation.description
     assert "20 labelled ImageNet photographs in foolbox 3.3.4" in evaluation.description
 
 
 def test_photographs_of_calibration_are_colourful_and_all_used():
-    calibration, _ = load_sample_images(make_model(), 12, 1)
+    calibration, _ = load_sample_images(make_model(), 8, 1)
     images = all_images(calibration)
-    assert len(images.flatten(1).unique(dim=0)) == 12
+    assert len(images.flatten(1).unique(dim=0)) == 8
     scaled = images * torch.tensor([0.2, 0.3, 0.4])[:, None, None] + torch.tensor([0.5, 0.4, 0.3])[:, None, None]
     grey = (scaled.amax(1) - scaled.amin(1)).amax((1, 2)) < 0.01
-    assert grey.sum() == 4
+    assert not grey.any()
 
 
 def test_model_with_other_classes_gets_no_sample_labels():

@@ -151,7 +151,8 @@ def test_fetched_weights_give_the_logits_of_torchvisions_builder(hub, name):
     loaded = load_model(name)
     images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        assert torch.equal(loaded.module(images), expected(images))
+        # the same weights in another memory format: sums in another order
+        torch.testing.assert_close(loaded.module(images), expected(images), rtol=1e-4, atol=1e-5)
     assert not any("aux" in key for key in loaded.module.state_dict())
 
 

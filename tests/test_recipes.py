@@ -75,14 +75,14 @@ def test_the_recipe_stays_one_page():
 def test_interrupted_at_every_stage_then_whole(tmp_path, pictures):
     folder = tmp_path / "run"
     arguments = [*SMALL, "--data-dir", pictures, "--output", folder]
-    for stage, delay in (("load", 0.5), ("calibrate", 0.0), ("export and check", 1.5), ("build", 0.1)):
+    for stage, delay in (("float", 0.2), ("calibrate", 0.0), ("export and check", 1.5), ("build", 0.1)):
         code, errors = stop_at(stage, delay, signal.SIGINT, *arguments)
         assert code == 130, errors
         assert errors.strip().splitlines() == [
             "interrupted: every file written so far is complete; run the same command again"
         ]
         assert_whole(folder)
-    for stage, delay in (("load", 0.0), ("analyze", 0.1), ("export and check", 2.5), ("build", 0.3)):
+    for stage, delay in (("float", 0.0), ("analyze", 0.1), ("export and check", 2.5), ("build", 0.3)):
         assert stop_at(stage, delay, signal.SIGKILL, *arguments)[0] == -signal.SIGKILL
         assert_whole(folder)
         assert json.loads((folder / "run.json").read_text())["status"] == "running"
