@@ -58,7 +58,7 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> list[FoldedPair]:
     layer_before = {reader: name for name, reader in trace.only_reader.items()}
     pairs = []
     for name, module in modules.items():
-        if isinstance(module, _BatchNorm):
+        if _is_batchnorm(module):
             layer = layer_before.get(name, "")
             reason = _reason_against(module, modules.get(layer) if layer else None, trace.calls[name])
             pairs.append(FoldedPair(name, layer, not reason, reason))
@@ -93,7 +93,14 @@ def _group_by_reason(pairs: list[FoldedPair]) -> dict[str, list[str]]:
     return groups
 
 
-def _reason_against(batchnorm: _BatchNorm, layer: nn.Module | None, calls: int) -> str:
+def _is_batchnorm(module: nn.Module) -> bool:
+    """Torch's own, or one with the same buffers: torchvision's detectors have a frozen one of their own."""
+    buffers = ("weight", "bias", "running_mean", "running_var")
+    has_buffers = all(isinstance(getattr(module, name, None), torch.Tensor) for name in buffers)
+    return isinstance(module, _BatchNorm) or (has_buffers and hasattr(module, "eps"))
+
+
+def _reason_against(batchnorm: Any, layer: nn.Module | None, calls: int) -> str:
     """Why this BatchNorm cannot be folded into this layer, or ""."""
     if calls == 0:
         return "it does not run on the example inputs"
@@ -109,8 +116,8 @@ def _reason_against(batchnorm: _BatchNorm, layer: nn.Module | None, calls: int) 
         return "the weight of the layer is computed from others, it is no parameter"
     if batchnorm.running_mean is None:
         return "it has no running statistics"
-    if batchnorm.num_features != _output_channels(layer):
-        return f"it normalises {batchnorm.num_features} channels, the layer before has {_output_channels(layer)}"
+    if (channels := batchnorm.running_mean.numel()) != _output_channels(layer):
+        return f"it normalises {channels} channels, the layer before has {_output_channels(layer)}"
     if layer._forward_hooks or batchnorm._forward_hooks or batchnorm._forward_pre_hooks:
         return "hooks are attached that would see other values"
     return ""
@@ -157,10 +164,9 @@ def _folds_exactly(layer: nn.Module, batchnorm: nn.Module, args: Any, kwargs: An
     return bool(error <= _TOLERANCE * expected.abs().max())
 
 
-def _fold(layer: nn.Module, batchnorm: nn.Module) -> None:
+def _fold(layer: nn.Module, batchnorm: Any) -> None:
     """W' = w g / sqrt(var + eps), b' = (b - mean) g / sqrt(var + eps) + beta, per output channel, in float64."""
-    assert isinstance(layer, _ConvNd | nn.Linear) and isinstance(batchnorm, _BatchNorm)  # noqa: S101
-    assert batchnorm.running_mean is not None and batchnorm.running_var is not None  # noqa: S101
+    assert isinstance(layer, _ConvNd | nn.Linear)  # noqa: S101
     weight, bias = layer.weight, layer.bias
     inverse_std = (batchnorm.running_var.double() + batchnorm.eps).rsqrt()
     gain = inverse_std if batchnorm.weight is None else batchnorm.weight.double() * inverse_std

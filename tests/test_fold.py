@@ -145,6 +145,20 @@ def test_linear_over_a_sequence_is_not_confused():
     check(nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8)), torch.randn(2, 8, 3), [False])
 
 
+def test_frozen_batchnorm_of_detectors():
+    ops = pytest.importorskip("torchvision.ops", reason="needs the extra 'demo'")
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), ops.FrozenBatchNorm2d(4))
+    for buffer in (model[1].running_mean, model[1].bias, model[1].weight):
+        buffer.normal_()
+    model[1].running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 3, 4, 4)
+    expected = model(x)
+    (pair,) = fold_batchnorm(model, x)
+    assert pair.folded
+    assert isinstance(model[1], nn.Identity)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_uninformative_example_does_not_hide_it():
     class StdConv(nn.Conv2d):
         def forward(self, x):

@@ -41,7 +41,7 @@ def find_violations(model: ir.Model) -> list[Finding]:
 
 def _check_pair_member(node: ir.Node) -> Iterator[Finding]:
     name = node.name or ""
-    scale = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] else None
+    scale = _constant(node.inputs[1])
     if scale is None:
         yield Finding("QDQ109", name, "the scale is computed in the graph (R-DYN)", "export with calibrated amax.")
         return
@@ -79,7 +79,7 @@ def _check_weighted(node: ir.Node) -> Iterator[Finding]:
 
 def _check_axis(node: ir.Node, weight: ir.Node) -> Iterator[Finding]:
     scale, codes, axis = weight.inputs[1], weight.inputs[0], weight.attributes.get("axis")
-    scales = ir.convenience.get_const_tensor(scale) if scale else None
+    scales = _constant(scale)
     if scales is None or scales.size == 1 or axis is None or codes is None or codes.shape is None:
         return
     rank = len(codes.shape)
@@ -96,6 +96,13 @@ def _output_axis(node: ir.Node, rank: int) -> int:
     if node.op_type == "Gemm":
         return 0 if node.attributes.get_int("transB", 0) else 1
     return {"Conv": 0, "ConvTranspose": 1, "MatMul": rank - 1}[node.op_type]
+
+
+def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor behind a value, also through the operators that only pass one on (R-DYN); None if it is computed."""
+    while value is not None and (node := value.producer()) is not None and node.op_type in ("Identity", "Cast"):
+        value = node.inputs[0]
+    return None if value is None else ir.convenience.get_const_tensor(value)
 
 
 def _is_constant(value: ir.Value | None) -> bool:

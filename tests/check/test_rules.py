@@ -165,3 +165,17 @@ def test_every_finding_says_what_and_how():
 def test_needs_no_torch():
     script = "import sys, qdq.check.rules; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_scale_behind_identity_is_constant():
+    model = ir.from_onnx_text("""
+    <ir_version: 9, opset_import: ["" : 19]>
+    graph (float[2,4] x) => (float[2,4] y)
+    <float s = {0.5}, int8 z = {0}>
+    {
+        t = Identity (s)
+        q = QuantizeLinear <axis = 1> (x, t, z)
+        y = DequantizeLinear <axis = 1> (q, t, z)
+    }
+    """)
+    assert find_violations(model) == []
