@@ -325,3 +325,21 @@ class TestEval:
         code, _, err = qdq("eval", tmp_path / "bad.onnx", "--model", "no such model")
         assert code == 2
         assert found in err
+
+
+def test_interrupt_that_native_code_turned_into_another_error(monkeypatch, capsys):
+    from qdq.cli import main
+
+    def command() -> int:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ImportError("initialization failed") from error
+
+    monkeypatch.setattr(main, "_keep_freed_memory", lambda: None)
+    monkeypatch.setattr(main, "_log_to_console", lambda level: None)
+    monkeypatch.setattr("sys.argv", ["recipe.py"])
+    with pytest.raises(SystemExit) as exit:
+        main.run_command(command)
+    assert exit.value.code == 130
+    assert capsys.readouterr().err.strip().startswith("interrupted")

@@ -92,25 +92,38 @@ def _run(app: cyclopts.App, argv: list[str]) -> None:
     handler = _log_to_console(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
     try:
         code = app(argv, result_action="return_value", exit_on_error=False, print_error=False)
-    except cyclopts.CycloptsError as error:
-        message = str(error)
-        command = " ".join([app.name[0], *(error.command_chain or ())])
-        code = _fail(message[:1].lower() + message[1:], f"see {command} --help")
-    except QdqError as error:
-        if verbose:
-            traceback.print_exc()
-        code = _fail(error.message, error.fix)
     except KeyboardInterrupt:
-        print("\ninterrupted: every file written so far is complete; run the same command again", file=sys.stderr)
-        code = 130
+        code = _report_interrupt()
     except Exception as error:  # Python's exit code 1 would say "findings"
-        traceback.print_exc()
-        code = _fail(
-            f"{type(error).__name__}: {error}", "this is a fault of qdq; please report it with the lines above."
-        )
-    finally:
-        logging.getLogger("qdq").removeHandler(handler)
+        code = _report_interrupt() if _comes_from_interrupt(error) else _report_error(error, app.name[0], verbose)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report_error(error: Exception, program: str, verbose: bool) -> int:
+    if isinstance(error, cyclopts.CycloptsError):
+        message = str(error)
+        command = " ".join([program, *(error.command_chain or ())])
+        return _fail(message[:1].lower() + message[1:], f"see {command} --help")
+    if verbose or not isinstance(error, QdqError):
+        traceback.print_exception(error)
+    if isinstance(error, QdqError):
+        return _fail(error.message, error.fix)
+    fix = "this is a fault of qdq; please report it with the lines above."
+    return _fail(f"{type(error).__name__}: {error}", fix)
+
+
+def _report_interrupt() -> int:
+    print("\ninterrupted: every file written so far is complete; run the same command again", file=sys.stderr)
+    return 130
+
+
+def _comes_from_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: native code that is being loaded makes an ImportError of it."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _fail(message: str, fix: str) -> int:
