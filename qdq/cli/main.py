@@ -96,6 +96,8 @@ def _run(app: cyclopts.App, argv: list[str]) -> None:
         code = _report_interrupt()
     except Exception as error:  # Python's exit code 1 would say "findings"
         code = _report_interrupt() if _comes_from_interrupt(error) else _report_error(error, app.name[0], verbose)
+    finally:
+        logging.getLogger("qdq").removeHandler(handler)
     sys.exit(code if isinstance(code, int) else 0)
 
 
