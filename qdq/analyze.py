@@ -96,7 +96,8 @@ class Analysis:
     def format_table(self, rows: int = 8) -> str:
         """The most sensitive layers and the steps taken, as text."""
         alone = "only this in int8" if self.mode == "one-at-a-time" else "only this in float"
-        width = max([len(layer.name) for layer in self.layers[:rows]] + [len("all layers in int8")])
+        names = [layer.name for layer in self.layers[:rows]] + [f"+ {step.layer} in float" for step in self.steps]
+        width = max(len(name) for name in [*names, "all layers in int8"])
         lines = [
             f"{self.mode} on {self.images} images",
             f"{alone:{width}}   SQNR dB" + ("" if self.metric is None else "    metric"),
