@@ -95,9 +95,8 @@ def _group_by_reason(pairs: list[FoldedPair]) -> dict[str, list[str]]:
 
 def _is_batchnorm(module: nn.Module) -> bool:
     """Torch's own, or one with the same buffers: torchvision's detectors have a frozen one of their own."""
-    buffers = ("weight", "bias", "running_mean", "running_var")
-    has_buffers = all(isinstance(getattr(module, name, None), torch.Tensor) for name in buffers)
-    return isinstance(module, _BatchNorm) or (has_buffers and hasattr(module, "eps"))
+    is_frozen = module._buffers.keys() >= {"weight", "bias", "running_mean", "running_var"} and hasattr(module, "eps")
+    return isinstance(module, _BatchNorm) or is_frozen
 
 
 def _reason_against(batchnorm: Any, layer: nn.Module | None, calls: int) -> str:

@@ -44,7 +44,7 @@ def ptq_classifier(
         max_float_layers: At most so many layers are left in float after the analysis.
         target_sqnr: Leave no more in float once the outputs reach this SQNR in dB.
         batch_size: Images a batch.
-        sm: Compute capability to build for: 75, 80, 86, 89 or 120.
+        sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121.
         seed: Of weights, crops and the choice of images.
     """
     settings = dict(locals())

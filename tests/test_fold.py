@@ -159,6 +159,11 @@ def test_frozen_batchnorm_of_detectors():
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_instance_norm_is_no_batchnorm():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.InstanceNorm2d(4, affine=True, track_running_stats=True)).eval()
+    assert fold_batchnorm(model, torch.randn(2, 3, 4, 4)) == []
+
+
 def test_uninformative_example_does_not_hide_it():
     class StdConv(nn.Conv2d):
         def forward(self, x):

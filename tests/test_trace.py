@@ -24,12 +24,14 @@ def test_contraction_knows_its_weight():
     assert model[1].weight.untyped_storage().data_ptr() not in first.storages
 
 
-class Shortcut(nn.Module):
+class Pair(nn.Module):
     def __init__(self):
         super().__init__()
         self.first = nn.Linear(3, 3)
         self.second = nn.Linear(3, 3)
 
+
+class Shortcut(Pair):
     def forward(self, x):
         y = self.first(x)
         return self.second(y) + y
@@ -55,12 +57,7 @@ def test_module_that_runs_twice():
     assert "layer" not in trace.only_reader
 
 
-class Returned(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(3, 3)
-        self.second = nn.Linear(3, 3)
-
+class Returned(Pair):
     def forward(self, x):
         y = self.first(x)
         return {"features": y, "logits": self.second(y)}
