@@ -36,13 +36,14 @@ def _log():
 
 
 @pytest.fixture
-def qdq(capsys):
-    """Call it; exit code, stdout and stderr."""
+def qdq(capsys, request):
+    """Call it; exit code, stdout and stderr, which a failing test also shows."""
 
     def call(*arguments):
         with pytest.raises(SystemExit) as exit:
             cli.main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
+        request.node.add_report_section("call", f"qdq {arguments[0] if arguments else ''}", captured.out + captured.err)
         return exit.value.code, captured.out, captured.err
 
     return call
