@@ -300,6 +300,8 @@ class TestTensorRTRefuses:
         path = g.save(tmp_path / "m.onnx", {"x": shape}, y)
         with pytest.raises(BuildError, match="'a/Gemm' for Turing"):
             build_engine(path, backend="rtx", sm=75)
+        # and the refusal leaves nothing behind in the process
+        assert not build_engine(conv_file(tmp_path / "conv.onnx"), backend="rtx", sm=86).missing_int8
 
 
 def _unusable_tensorrt():

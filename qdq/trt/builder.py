@@ -66,6 +66,8 @@ def build_plan(backend: Backend, onnx_path: Path, profiles: Mapping[str, Profile
     else:
         config.num_compute_capabilities = 1
         config.set_compute_capability(find_compute_capability(trt, sm), 0)
+        _forget_last_build(trt, builder, config)
+        log.messages.clear()
     network = builder.create_network(_network_flags(backend))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(onnx_path)):
@@ -79,6 +81,18 @@ def build_plan(backend: Backend, onnx_path: Path, profiles: Mapping[str, Profile
     if engine is None:
         raise _build_failure(onnx_path, log.messages)
     return Plan(bytes(engine), log.messages, None if sm is not None else _inspect(trt, log, engine))
+
+
+def _forget_last_build(trt: Any, builder: Any, config: Any) -> None:
+    """Build a network that does nothing.
+
+    TensorRT-RTX 1.7 keeps something of a build for SM 75 that failed and applies it to the next one of the process,
+    for whatever SM: its convolutions stay in float, in silence. The empty build (30 ms) takes that away.
+    """
+    network = builder.create_network(0)
+    output = network.add_identity(network.add_input("x", trt.float32, (1,))).get_output(0)
+    network.mark_output(output)
+    builder.build_serialized_network(network, config)
 
 
 def _network_flags(backend: Backend) -> int:
