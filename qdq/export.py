@@ -25,6 +25,7 @@ from qdq.errors import ArgumentError, ExportError
 from qdq.formats import Format
 from qdq.graph.coverage import WeightedNode, count_qdq, list_weighted_nodes
 from qdq.graph.names import NameNodes
+from qdq.graph.opset import HIGHEST, LOWEST, LowerOpset
 from qdq.graph.passes import run_passes
 from qdq.graph.weights import QuantizeWeights
 from qdq.nn import QuantMixin
@@ -35,10 +36,7 @@ from qdq.trace import evaluating, split_inputs
 
 logger = logging.getLogger(__name__)
 
-MIN_OPSET, MAX_OPSET = (
-    18,
-    23,
-)  # torch's exporter writes none below 18; TensorRT 10 and onnxruntime end near 23
+MIN_OPSET, MAX_OPSET = LOWEST, 23  # TensorRT 10 and onnxruntime end near 23
 
 
 @dataclass(frozen=True)
@@ -82,14 +80,15 @@ def export_onnx(
         model: A swapped and calibrated model. Disabled quantizers leave no trace in the file.
         example_inputs: One batch, as for `calibrate_model`: a tensor `[B, ...]`, `(inputs, labels)` or a dictionary.
         path: Where to write.
-        opset: 18 to 23; 19 is the first with fp16 scales, and TensorRT 10.0 still reads it.
+        opset: 13 to 23; 19 is the first with fp16 scales, and TensorRT 10.0 still reads it. Below 18 the model is
+            written at 18 and lowered, exactly or not at all.
         dynamic_batch: Leave the first dimension of every input open.
         weights: "int8" stores codes and a DQ; "float" stores float weights with Q and DQ (four times as large).
 
     Raises:
         ArgumentError: An option out of range.
         ExportError: A quantizer without amax or of a format that TensorRT refuses; a model that torch.export cannot
-            capture; a batch dimension that the model fixes; Q/DQ lost on the way.
+            capture; a batch dimension that the model fixes; operators newer than the opset; Q/DQ lost on the way.
     """
     path = Path(path)
     if not MIN_OPSET <= opset <= MAX_OPSET:
@@ -97,13 +96,16 @@ def export_onnx(
     if weights not in ("int8", "float"):
         raise ArgumentError(f"weights is {weights!r}; known are 'int8' and 'float'.", "use 'int8'.")
     _require_exportable(model)
-    exported = _capture(model, example_inputs, opset, dynamic_batch)
+    exported = _capture(model, example_inputs, max(opset, HIGHEST), dynamic_batch)  # torch writes none below
     if dynamic_batch:
         _require_dynamic_batch(exported)
     passes: list[ir.passes.InPlacePass] = [NameNodes()]
     if weights == "int8":
         passes.append(QuantizeWeights(_int8_codes))
-    run_passes(exported, [*passes, RemoveUnusedNodesPass(), ClearMetadataAndDocStringPass()])
+    passes += [RemoveUnusedNodesPass(), ClearMetadataAndDocStringPass()]
+    if opset < HIGHEST:
+        passes.append(LowerOpset(opset))
+    run_passes(exported, passes)
     layers = _require_complete(model, exported)
     exported.producer_name, exported.producer_version = "qdq", qdq.__version__
     content = _serialize(exported)
@@ -139,7 +141,7 @@ def _require_exportable(model: nn.Module) -> None:
                 f"{name} has narrow_range, and ONNX and TensorRT clamp to -128 (R-RANGE).",
                 "set narrow_range=False and evaluate again.",
             )
-        if not bool((torch.isfinite(quantizer.scale) & (quantizer.scale > 0)).all()):
+        if quantizer.amax is not None and not bool(torch.isfinite(quantizer.amax).all()):
             raise ExportError(f"{name} has an amax that is NaN or Inf.", "calibrate again.")
 
 
