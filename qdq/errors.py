@@ -4,6 +4,7 @@ QdqError
 ├── ArgumentError      (ValueError)    a value that cannot be meant: unknown name, out of range, wrong shape
 ├── ArgumentTypeError  (TypeError)     a value of the wrong kind
 ├── StateError         (RuntimeError)  calls in the wrong order, or a state that cannot be quantized
+├── UnsupportedError   (NotImplementedError)  a combination that qdq does not have
 ├── DependencyError    (ImportError)   a package that an extra would have installed
 ├── ModelError                         a model or checkpoint that cannot be loaded
 ├── DataError                          images or folders that cannot be used
@@ -46,6 +47,10 @@ class ArgumentTypeError(QdqError, TypeError):
 
 class StateError(QdqError, RuntimeError):
     """Calls in the wrong order, or a state that cannot be quantized."""
+
+
+class UnsupportedError(QdqError, NotImplementedError):
+    """A combination that qdq does not have."""
 
 
 class DependencyError(QdqError, ImportError):

@@ -128,6 +128,19 @@ def test_unknown_method():
         HistogramCalibrator(8, None, False).compute_amax("kl")
 
 
+@pytest.mark.parametrize("method", ["mse", "entropy"])
+def test_impossible_bins(method):
+    calibrator = HistogramCalibrator(8, None, False)
+    calibrator.collect(torch.randn(1000))
+    for wrong in ({"stride": 0}, {"start_bin": -1}):
+        with pytest.raises(ArgumentError, match="or more"):
+            calibrator.compute_amax(method, **wrong)
+    with pytest.raises(ArgumentTypeError, match="integer"):
+        calibrator.compute_amax(method, start_bin=64.0)
+    with pytest.raises(ArgumentError, match="num_bins"):
+        HistogramCalibrator(8, None, False, num_bins=0)
+
+
 class TestHistogram:
     def counts(self, batches, num_bins=64):
         calibrator = HistogramCalibrator(8, None, False, num_bins)
@@ -139,9 +152,8 @@ class TestHistogram:
         first, second = np.random.default_rng(0).normal(0, 1, (2, 5000)).astype(np.float32)
         calibrator = self.counts([first, second])
         edges = calibrator._calib_bin_edges.numpy()
-        expected, _ = np.histogram(np.abs(np.concatenate([first, second])), edges)
-        # a value within rounding of an edge may fall on either side
-        assert np.abs(calibrator._calib_hist.numpy() - expected).sum() <= 4
+        expected, _ = np.histogram(np.abs(np.concatenate([first, second])).astype(np.float64), edges)
+        assert np.array_equal(calibrator._calib_hist.numpy(), expected)
         assert calibrator._calib_hist.sum() == 10000
 
     def test_grows_by_whole_bins(self):
@@ -227,6 +239,23 @@ class TestMax:
         calibrator.collect(torch.ones(3, 2))
         with pytest.raises(StateError, match="amax shape changed"):
             calibrator.collect(torch.ones(4, 2))
+
+    @pytest.mark.parametrize("axis", [(0,), (0, 2), [-1, 1], (0, 1, 2), ()])
+    def test_several_axes(self, axis):
+        data = np.random.default_rng(0).normal(0, 1, (4, 5, 6)).astype(np.float32)
+        others = tuple({0, 1, 2} - {dim % 3 for dim in axis})
+        found = reduce_amax(torch.from_numpy(data), axis)
+        np.testing.assert_array_equal(found.numpy(), np.abs(data).max(others, keepdims=True))
+
+    @pytest.mark.parametrize(("axis", "shape"), [(2, (3, 4)), ((0, -3), (3, 4)), (0, ())])
+    def test_axis_out_of_range(self, axis, shape):
+        with pytest.raises(ArgumentError, match="out of range") as caught:
+            reduce_amax(torch.ones(shape), axis)
+        assert str(shape) in caught.value.message
+
+    def test_axis_of_another_kind(self):
+        with pytest.raises(ArgumentTypeError, match="axis is 'channel'"):
+            reduce_amax(torch.ones(3), "channel")
 
     def test_one_dimension(self):
         assert reduce_amax(torch.tensor([-3.0, 2.0]), 0).tolist() == [3, 2]

@@ -10,6 +10,9 @@ import onnx_ir as ir
 
 from qdq.graph.coverage import WEIGHTED_OPS, dequantizer_of
 
+UNCALIBRATED = "qdq.uncalibrated"
+"""Metadata key of a file that was exported before calibration: the quantizers whose ranges are those of one example."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -31,6 +34,14 @@ class Finding:
 def find_violations(model: ir.Model) -> list[Finding]:
     """All violations of the main graph, in graph order."""
     findings: list[Finding] = []
+    if names := model.metadata_props.get(UNCALIBRATED):
+        findings.append(
+            Finding(
+                "QDQ120", model.graph.name or "",
+                f"{len(names.split(','))} quantizers were exported before calibration, with the ranges of one example",
+                "calibrate and export again.",
+            )
+        )  # fmt: skip
     for node in model.graph:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             findings.extend(_check_pair_member(node))

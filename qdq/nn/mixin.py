@@ -46,6 +46,14 @@ class QuantInputMixin(nn.Module):
         """The quantizers of this layer by attribute name."""
         return {"_input_quantizer": self._input_quantizer}
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take ModelOpt's checkpoints too: the same buffers, in quantizers without the leading underscore."""
+        for name in self.quantizers():
+            theirs = f"{prefix}{name.removeprefix('_')}."
+            for key in [key for key in state_dict if key.startswith(theirs)]:
+                state_dict[f"{prefix}{name}.{key.removeprefix(theirs)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward on the quantized input; a subclass may call that by another name."""
         if input is None and kwargs:

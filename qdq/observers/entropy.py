@@ -6,20 +6,19 @@ pytorch-quantization, see `pytorch-quantization-api.md` section 4.
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import numpy.typing as npt
 
 from qdq.formats import Format
+from qdq.observers.search import candidate_bins
 
-logger = logging.getLogger(__name__)
 _CHUNK = 1 << 22  # elements of one intermediate matrix: 32 MB
+_NOISE = 1e-12  # divergences this close are equal but for rounding
 Floats = npt.NDArray[np.float64]
 
 
 def solve_entropy(
-    counts: npt.NDArray[np.integer], width: float, fmt: Format, stride: int = 1, start_bin: int = 128
+    counts: npt.NDArray[np.number], width: float, fmt: Format, stride: int = 1, start_bin: int = 128
 ) -> float:
     """Edge e_i with the smallest D(p || q); the last smallest wins.
 
@@ -41,16 +40,15 @@ def solve_entropy(
     hist = counts.astype(np.float64)
     if hist.size > 1:
         hist[0] = hist[1]  # the zeros of a ReLU say nothing about the range
-    if start_bin > hist.size or hist.sum() == 0:
-        logger.warning("only %d bins, start_bin is %d: the last edge is used as amax.", hist.size, start_bin)
+    candidates = candidate_bins(start_bin, stride, hist.size + 1, least=1)
+    if not candidates.size or hist.sum() == 0:
         return hist.size * width
-    candidates = np.arange(start_bin, hist.size + 1, stride)
     groups = fmt.qmax + 1
     rows = max(1, _CHUNK // min(groups, hist.size))
     divergence = np.concatenate(
         [_divergence(hist, candidates[at : at + rows], groups) for at in range(0, candidates.size, rows)]
     )
-    last_smallest = divergence.size - 1 - int(np.argmin(divergence[::-1]))
+    last_smallest = np.flatnonzero(divergence <= divergence.min() + _NOISE)[-1]
     return float(candidates[last_smallest] * width)
 
 

@@ -8,7 +8,7 @@ from qdq.errors import CalibrationError
 
 
 def require_finite(maximum: torch.Tensor, inputs: torch.Tensor) -> None:
-    """Refuse a batch whose maximum of |x| is NaN or Inf.
+    """Refuse a batch whose maximum of |x| in float32 is NaN or Inf.
 
     Only `maximum` is read on the way through; the elements are counted when there is something to say.
 
@@ -17,7 +17,7 @@ def require_finite(maximum: torch.Tensor, inputs: torch.Tensor) -> None:
     """
     if bool(torch.isfinite(maximum).all()):
         return
-    bad = int((~torch.isfinite(inputs)).sum())
+    bad = int((~torch.isfinite(inputs.float())).sum())
     raise CalibrationError(
         f"{bad} of {inputs.numel()} values are NaN or Inf; a range needs finite ones.",
         "run the float model on this batch: either the data or a layer before this one is broken.",

@@ -4,18 +4,42 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from qdq.errors import ArgumentError, ArgumentTypeError
 from qdq.formats import Format
 from qdq.observers.entropy import solve_entropy
 from qdq.observers.finite import require_finite
+from qdq.observers.max import reduce_amax
 from qdq.observers.mse import solve_mse
 from qdq.observers.percentile import solve_percentile
 
 # The histogram may grow to this many times `num_bins`; then neighbouring bins merge pairwise, so that data of
 # any ratio between first and largest batch fits.
 _MAX_GROWTH = 16
+
+# Elements that are put in bins at a time: what a CPU cache holds, and what a GPU has memory to spare for.
+_CHUNK = {"cpu": 1 << 16}
+_CHUNK_ELSEWHERE = 1 << 24
+
+
+def bin_of(values: torch.Tensor, width: torch.Tensor, num_bins: int) -> torch.Tensor:
+    """floor(|v| / width), the last edge counted to the last bin.
+
+    In float64, because the float32 quotient of a value just below an edge may round up to it; and by a tensor, because
+    torch multiplies by the reciprocal of a number on a GPU, which differs in the last bit.
+
+    Args:
+        values: Any shape, float32.
+        width: float64 with at least one dimension, on the device of the values; broadcasts.
+        num_bins: How many bins there are.
+
+    Returns:
+        int32, of the shape of `values`.
+    """
+    return values.double().abs_().div_(width).to(torch.int32).clamp_(max=num_bins - 1)
 
 
 class HistogramCalibrator:
@@ -40,6 +64,8 @@ class HistogramCalibrator:
                 f"histogram calibration only supports per tensor scaling, found axis={axis}.",
                 "use calib_method='max' for per-channel ranges.",
             )
+        if num_bins < 1:
+            raise ArgumentError(f"num_bins is {num_bins}; a histogram needs at least one bin.", "2048 is the default.")
         self._num_bits = num_bits
         self._axis = axis
         self._unsigned = unsigned
@@ -49,17 +75,22 @@ class HistogramCalibrator:
 
     def reset(self) -> None:
         """Forget all batches; the next one sets the bins anew."""
-        self._calib_hist: torch.Tensor | None = None
+        self._counts: torch.Tensor | None = None
         self._width = 0.0
-        self._zeros_before_width = 0
+        self._zeros: torch.Tensor | None = None  # those seen before there was a width, 0-D
         self.num_batches = 0
+
+    @property
+    def _calib_hist(self) -> torch.Tensor | None:
+        """Occupation of the bins; None before data."""
+        return self._counts
 
     @property
     def _calib_bin_edges(self) -> torch.Tensor | None:
         """Edges k * width, one more than there are bins; None before data."""
-        if self._calib_hist is None:
+        if self._counts is None:
             return None
-        return torch.arange(self._calib_hist.numel() + 1, dtype=torch.float64) * self._width
+        return torch.arange(self._counts.numel() + 1, dtype=torch.float64, device=self._counts.device) * self._width
 
     @torch.no_grad()
     def collect(self, inputs: torch.Tensor) -> None:
@@ -70,28 +101,29 @@ class HistogramCalibrator:
         """
         if inputs.numel() == 0:
             return
-        values = inputs.detach().abs().float().flatten()
-        maximum = values.max()
+        values = inputs.detach().float().flatten()
+        maximum = reduce_amax(values, None)
         require_finite(maximum, inputs)
         self.num_batches += 1
         if self._skip_zeros:
-            values = values[values > 0]
-        self._add(values, float(maximum))
+            values = values[values != 0]
+        if values.numel():
+            self._add(values, float(maximum))
 
     def _add(self, values: torch.Tensor, maximum: float) -> None:
-        if self._calib_hist is None:
+        if self._counts is None:
+            zeros = values.new_zeros((), dtype=torch.int64) if self._zeros is None else self._zeros
             if maximum == 0:  # no width can be chosen yet
-                self._zeros_before_width += values.numel()
+                self._zeros = zeros + values.numel()
                 return
             self._width = maximum / self._num_bins
-            self._calib_hist = torch.zeros(self._num_bins, dtype=torch.int64, device=values.device)
-            self._calib_hist[0] = self._zeros_before_width
-        hist = self._grow_to(self._calib_hist.to(values.device), maximum)
-        # A float32 quotient is exact enough for a bin, unless the width itself has left float32's normal range.
-        if self._width < torch.finfo(torch.float32).tiny:
-            values = values.double()
-        bins = (values / self._width).to(torch.int64).clamp_(max=hist.numel() - 1)
-        self._calib_hist = hist + torch.bincount(bins, minlength=hist.numel())
+            self._counts = values.new_zeros(self._num_bins, dtype=torch.int64)
+            self._counts[0] = zeros
+        hist = self._grow_to(self._counts.to(values.device), maximum)
+        width = torch.tensor([self._width], dtype=torch.float64, device=values.device)
+        for chunk in torch.split(values, _CHUNK.get(values.device.type, _CHUNK_ELSEWHERE)):
+            hist = hist + torch.bincount(bin_of(chunk, width, hist.numel()), minlength=hist.numel())
+        self._counts = hist
 
     def _grow_to(self, hist: torch.Tensor, maximum: float) -> torch.Tensor:
         """The histogram with enough bins for `maximum`; merges pairs where it would get too long."""
@@ -118,26 +150,37 @@ class HistogramCalibrator:
             A 0-D float32 tensor, 0 if all values were zero, None before data.
 
         Raises:
-            ArgumentTypeError: Unknown method.
-            ArgumentError: Percentile outside 0..100.
+            ArgumentTypeError: Unknown method, or a bin that is no integer.
+            ArgumentError: Percentile outside 0..100, impossible bins or format.
         """
         if method not in ("percentile", "mse", "entropy"):
             raise ArgumentTypeError(f"Unknown calibration method {method!r}.", "use 'percentile', 'mse' or 'entropy'.")
-        if self._calib_hist is None:
-            return torch.zeros(()) if self.num_batches else None
-        counts = self._calib_hist.cpu().numpy()
-        fmt = Format(self._num_bits, self._unsigned)
+        if self._counts is None:
+            return None if self._zeros is None else torch.zeros((), device=self._zeros.device)
+        if not bool(self._counts.any()):
+            return None
+        amax = self._solve(self._counts.cpu().numpy(), method, stride, start_bin, percentile)
+        return torch.tensor(amax, dtype=torch.float32, device=self._counts.device)
+
+    def _solve(
+        self, counts: npt.NDArray[np.number], method: str, stride: int, start_bin: int, percentile: float
+    ) -> float:
         if method == "percentile":
-            amax = solve_percentile(counts, self._width, percentile)
-        elif method == "mse":
-            amax = solve_mse(counts, self._width, fmt, stride, start_bin)
-        else:
-            amax = solve_entropy(counts, self._width, fmt, stride, start_bin)
-        return torch.tensor(amax, dtype=torch.float32, device=self._calib_hist.device)
+            return solve_percentile(counts, self._width, percentile)
+        if method == "mse":
+            return self._solve_mse(counts, stride, start_bin)
+        return solve_entropy(counts, self._width, self._format, stride, start_bin)
+
+    @property
+    def _format(self) -> Format:
+        return Format(self._num_bits, self._unsigned)
+
+    def _solve_mse(self, counts: npt.NDArray[np.number], stride: int, start_bin: int) -> float:
+        return solve_mse(counts, self._width, self._format, stride, start_bin)
 
     def saw_zeros_only(self) -> bool:
         """Whether there was data and all of it was zero."""
-        return self._calib_hist is None and self.num_batches > 0
+        return self._counts is None and self.num_batches > 0
 
     def __repr__(self) -> str:
         edges = self._calib_bin_edges

@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from qdq.errors import StateError
+from qdq.errors import ArgumentError, ArgumentTypeError, StateError
 from qdq.observers.finite import require_finite
 
+Axis = int | Sequence[int] | None
+"""The axes that are kept (negative ones count from the end); None: the whole tensor has one range."""
 
-def reduce_amax(inputs: torch.Tensor, axis: int | None) -> torch.Tensor:
-    """Maximum of |x| over all axes but the kept one.
+
+def reduce_amax(inputs: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Maximum of |x| over all axes but the kept ones.
 
     Args:
         inputs: Any shape, not empty.
-        axis: The axis to keep (negative counts from the end), or None for the whole tensor.
+        axis: The axis or axes to keep (negative counts from the end), or None for the whole tensor.
 
     Returns:
-        A float32 0-D tensor, or one of the rank of `inputs` with size 1 on every axis but `axis`.
+        A float32 0-D tensor, or one of the rank of `inputs` with size 1 on every axis that is not kept.
+
+    Raises:
+        ArgumentError: An axis that `inputs` does not have.
+        ArgumentTypeError: An axis that is no integer.
     """
     low, high = torch.aminmax(inputs.detach()) if axis is None else _aminmax_kept(inputs.detach(), axis)
-    return torch.maximum(low.abs(), high.abs()).float()
+    return torch.maximum(low.float().abs(), high.float().abs())
 
 
-def _aminmax_kept(inputs: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-    kept = axis % inputs.dim()
-    others = [dim for dim in range(inputs.dim()) if dim != kept]
+def _aminmax_kept(inputs: torch.Tensor, axis: int | Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    kept = _kept_axes(inputs, axis)
+    others = [dim for dim in range(inputs.dim()) if dim not in kept]
     if not others:
         return inputs, inputs
     return inputs.amin(others, keepdim=True), inputs.amax(others, keepdim=True)
+
+
+def _kept_axes(inputs: torch.Tensor, axis: int | Sequence[int]) -> set[int]:
+    """The axes counted from the start."""
+    axes = [axis] if isinstance(axis, int) else list(axis)
+    if not all(isinstance(dim, int) for dim in axes):
+        raise ArgumentTypeError(f"axis is {axis!r}; it must be None, an int or a sequence of ints.", "0 keeps axis 0.")
+    if not all(-inputs.dim() <= dim < inputs.dim() for dim in axes):
+        raise ArgumentError(
+            f"axis {axis} is out of range for a tensor of shape {tuple(inputs.shape)}.",
+            f"keep axes between {-inputs.dim()} and {inputs.dim() - 1}, or use axis=None for one range per tensor."
+            if inputs.dim()
+            else "a tensor without axes has one range: use axis=None.",
+        )
+    return {dim % inputs.dim() for dim in axes}
 
 
 class MaxCalibrator:
@@ -35,11 +59,11 @@ class MaxCalibrator:
 
     Args:
         num_bits: Width of the format; kept for scripts that read it, a maximum does not depend on it.
-        axis: The kept axis, or None for one maximum per tensor.
+        axis: The kept axis or axes, or None for one maximum per tensor.
         unsigned: As `num_bits`.
     """
 
-    def __init__(self, num_bits: int, axis: int | None, unsigned: bool) -> None:
+    def __init__(self, num_bits: int, axis: Axis, unsigned: bool) -> None:
         self._num_bits = num_bits
         self._axis = axis
         self._unsigned = unsigned
@@ -57,11 +81,19 @@ class MaxCalibrator:
         Raises:
             CalibrationError: NaN or Inf in the batch.
             StateError: The kept axis has another length than before.
+            ArgumentError: The batch does not have the kept axis.
         """
         if inputs.numel() == 0:
             return
-        amax = reduce_amax(inputs, self._axis)
+        amax = self._reduce(inputs)
         require_finite(amax, inputs)
+        self._merge(amax)
+        self.num_batches += 1
+
+    def _reduce(self, inputs: torch.Tensor) -> torch.Tensor:
+        return reduce_amax(inputs, self._axis)
+
+    def _merge(self, amax: torch.Tensor) -> None:
         if self._calib_amax is None:
             self._calib_amax = amax
         elif self._calib_amax.shape != amax.shape:
@@ -71,7 +103,6 @@ class MaxCalibrator:
             )
         else:
             self._calib_amax = torch.maximum(self._calib_amax, amax.to(self._calib_amax.device))
-        self.num_batches += 1
 
     def compute_amax(self) -> torch.Tensor | None:
         """The maximum so far as a copy, or None before any data."""

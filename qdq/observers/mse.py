@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import numpy.typing as npt
 
 from qdq.formats import Format
+from qdq.observers.search import candidate_bins
 
-logger = logging.getLogger(__name__)
 _CHUNK = 1 << 22  # elements of one intermediate matrix: 32 MB
+_NOISE = 4e-15  # of the sum of squares: errors this close are equal but for rounding
+Floats = npt.NDArray[np.float64]
 
 
 def solve_mse(
-    counts: npt.NDArray[np.integer], width: float, fmt: Format, stride: int = 1, start_bin: int = 128
+    counts: npt.NDArray[np.number], width: float, fmt: Format, stride: int = 1, start_bin: int = 128
 ) -> float:
-    """Bin centre a that minimises sum_j h_j (FQ(c_j; a) - c_j)^2 over the centres c_j; the first smallest wins.
-
-    FQ rounds |x| to multiples of a / qmax and clips at a, so for one a the centres fall into qmax + 1 intervals,
-    one a code. With prefix sums of h, h c and h c^2 each interval costs three subtractions, whatever its
-    length: n x qmax operations instead of n x n.
+    """Bin centre with the least squared error for an integer format; see `solve_mse_levels`.
 
     Args:
         counts: Occupation of the bins.
@@ -29,34 +25,67 @@ def solve_mse(
         stride: Step between candidates.
         start_bin: First candidate.
     """
+    return solve_mse_levels(counts, width, np.arange(fmt.qmax + 1.0), stride, start_bin)
+
+
+def solve_mse_levels(
+    counts: npt.NDArray[np.number],
+    width: float,
+    levels: Floats,
+    stride: int = 1,
+    start_bin: int = 128,
+    zero_below: float = 0.0,
+) -> float:
+    """Bin centre a that minimises sum_j h_j (FQ(c_j; a) - c_j)^2 over the centres c_j; the first smallest wins.
+
+    FQ rounds |x| to the nearest of the levels L_k, scaled so that the last one is a. For one a the centres fall into
+    as many intervals as there are levels, the k-th from s_k on. With H and F, the prefix sums of h and h c, and
+    summation by parts (u = a / L_last, differences to the level before, k from 1) the error is
+
+        sum h c^2 - 2 u (L_last F_end - sum (L_k - L_k-1) F(s_k)) + u^2 (L_last^2 H_end - sum (L_k^2 - L_k-1^2) H(s_k))
+
+    which costs two look-ups a level: n x levels operations instead of n x n. Where a centre lies in the middle of two
+    levels both give the same error, so that it does not matter how FQ breaks ties.
+
+    Args:
+        counts: Occupation of the bins.
+        width: Width of a bin.
+        levels: What FQ can represent before scaling, ascending from 0.
+        stride: Step between candidates.
+        start_bin: First candidate.
+        zero_below: FQ is 0 everywhere if a is not above this.
+    """
     size = counts.size
-    if start_bin >= size:
-        logger.warning("only %d bins, start_bin is %d: the last edge is used as amax.", size, start_bin)
+    candidates = candidate_bins(start_bin, stride, size, least=0)
+    if not candidates.size:
         return size * width
-    centres = np.arange(size, dtype=np.float64) + 0.5  # in units of the width
-    weights = counts.astype(np.float64)
-    prefix = np.zeros((3, size + 1))
-    for row, values in zip(prefix, (weights, weights * centres, weights * centres**2), strict=True):
-        np.cumsum(values, out=row[1:])
-
-    candidates = np.arange(start_bin, size, stride)
-    # Wide formats have more codes than bins; codes that hold no centre cost memory but change nothing.
-    rows = max(1, _CHUNK // (fmt.qmax + 1))
-    errors = np.concatenate(
-        [_errors(prefix, centres[candidates[at : at + rows]], fmt.qmax) for at in range(0, candidates.size, rows)]
+    centres = np.arange(size, dtype=np.float64) + 0.5  # in units of the width, in which the prefix sums are exact
+    prefix_h, prefix_f = np.zeros((2, size + 1))
+    np.cumsum(counts, out=prefix_h[1:])
+    np.cumsum(counts * centres, out=prefix_f[1:])
+    squares = float(np.sum(counts * centres**2))
+    # Formats with more levels than bins have many that hold no centre; they cost time but change nothing.
+    rows = max(1, _CHUNK // levels.size)
+    saved = np.concatenate(
+        [
+            _saved(prefix_h, prefix_f, centres[candidates[at : at + rows]], levels)
+            for at in range(0, candidates.size, rows)
+        ]
     )
-    return float(centres[candidates[int(np.argmin(errors))]] * width)
+    saved[centres[candidates] * width <= zero_below] = 0
+    first_best = int(np.argmax(saved >= saved.max() - _NOISE * squares))
+    return float(centres[candidates[first_best]] * width)
 
 
-def _errors(prefix: npt.NDArray[np.float64], amax: npt.NDArray[np.float64], qmax: int) -> npt.NDArray[np.float64]:
-    """Squared error for each candidate `amax` [n], in units of the bin width."""
-    size = prefix.shape[1] - 1
-    step = amax[:, None] / qmax
-    codes = np.arange(qmax + 1)
-    # Centre j + 0.5 has code k where (k - 0.5) step <= j + 0.5 < (k + 0.5) step; all beyond belong to qmax.
-    starts = np.clip(np.ceil((codes - 0.5) * step - 0.5), 0, size).astype(np.int64)
-    ends = np.concatenate([starts[:, 1:], np.full((amax.size, 1), size)], axis=1)
-    count, first, second = (row[ends] - row[starts] for row in prefix)
-    values = codes * step
-    errors: npt.NDArray[np.float64] = np.sum(second - 2 * values * first + values**2 * count, axis=1)
-    return errors
+def _saved(prefix_h: Floats, prefix_f: Floats, amax: Floats, levels: Floats) -> Floats:
+    """By how much the error of each `amax` [n] is below sum h c^2, that of erasing everything."""
+    unit = amax / levels[-1]
+    middles = (levels[1:] + levels[:-1]) / 2
+    # Bin j, with its centre at j + 0.5, has reached level k if j + 0.5 >= middle k.
+    starts = np.ceil(unit[:, None] * middles - 0.5)
+    np.clip(starts, 0, prefix_h.size - 1, out=starts)
+    bins = starts.astype(np.intp)
+    linear = levels[-1] * prefix_f[-1] - prefix_f[bins] @ np.diff(levels)
+    square = levels[-1] ** 2 * prefix_h[-1] - prefix_h[bins] @ np.diff(levels**2)
+    saved: Floats = unit * (2 * linear - unit * square)
+    return saved

@@ -12,7 +12,7 @@ from qdq.errors import ArgumentError
 logger = logging.getLogger(__name__)
 
 
-def solve_percentile(counts: npt.NDArray[np.integer], width: float, percentile: float) -> float:
+def solve_percentile(counts: npt.NDArray[np.number], width: float, percentile: float) -> float:
     """Left edge of the first bin at which the cumulative share reaches `percentile` percent.
 
     100 gives the last edge. If bin 0 is chosen (most values are zero), its right edge is used instead of 0, since

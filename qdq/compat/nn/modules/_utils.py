@@ -1,0 +1,201 @@
+"""The mixins of quantized modules: class-wide default descriptors, and quantizers made from them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any, ClassVar
+
+from torch import nn
+
+from qdq.compat.nn.modules.tensor_quantizer import TensorQuantizer
+from qdq.compat.tensor_quant import QuantDescriptor
+from qdq.errors import ArgumentError, ArgumentTypeError
+
+logger = logging.getLogger(__name__)
+
+_DESCRIPTORS = ("quant_desc_input", "quant_desc_weight")
+_FACTORY = ("device", "dtype")
+
+
+def pop_quant_desc_in_kwargs(quant_cls: type, input_only: bool = False, **kwargs: Any) -> Any:
+    """The descriptors for a module of `quant_cls`: from the keywords, else the defaults of the class.
+
+    Args:
+        quant_cls: A quantized class.
+        input_only: Return the input's descriptor alone.
+        **kwargs: `quant_desc_input`, `quant_desc_weight`.
+
+    Returns:
+        The input's descriptor, or the pair; a class without weights has None in second place (F34).
+
+    Raises:
+        TypeError: Other keywords ("Unused keys").
+    """
+    known = _DESCRIPTORS[:1] if input_only else _DESCRIPTORS
+    if unused := sorted(set(kwargs) - set(known)):
+        raise ArgumentTypeError(f"Unused keys: {unused}.", f"{quant_cls.__name__} takes {', '.join(known)}.")
+    desc_input, desc_weight = (kwargs.get(key, getattr(quant_cls, f"default_{key}", None)) for key in _DESCRIPTORS)
+    return desc_input if input_only else (desc_input, desc_weight)
+
+
+def split_kwargs(quant_cls: type, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a constructor's `**kwargs` into `device`, `dtype` for the float module and the descriptors.
+
+    Raises:
+        TypeError: Other keywords ("Unused keys").
+    """
+    input_only = issubclass(quant_cls, QuantInputMixin)
+    factory = {key: kwargs[key] for key in _FACTORY if key in kwargs}
+    given = {key: value for key, value in kwargs.items() if key not in _FACTORY}
+    found = pop_quant_desc_in_kwargs(quant_cls, input_only=input_only, **given)
+    return factory, dict(zip(_DESCRIPTORS, [found] if input_only else found, strict=False))
+
+
+def _require_fake(quant_cls: type, **descriptors: Any) -> None:
+    for key, desc in descriptors.items():
+        if not isinstance(desc, QuantDescriptor):
+            raise ArgumentTypeError(
+                f"{key} of {quant_cls.__name__} must be a QuantDescriptor, not {type(desc).__name__}.",
+                "build one with tensor_quant.QuantDescriptor(...), or leave the keyword out.",
+            )
+        if not desc.fake_quant:
+            raise ArgumentError(
+                f"Only fake quantization is supported in modules; {key} of {quant_cls.__name__} has fake_quant=False.",
+                "use a TensorQuantizer of your own for real codes.",
+            )
+
+
+def _set_default(quant_cls: type, name: str, value: Any) -> None:
+    if not isinstance(value, QuantDescriptor):
+        raise ArgumentError(
+            f"{value!r} is not an instance of QuantDescriptor but of {type(value).__name__}.",
+            "build one with tensor_quant.QuantDescriptor(...).",
+        )
+    setattr(quant_cls, name, copy.deepcopy(value))  # on this class: subclasses inherit it, siblings do not
+
+
+class QuantInputMixin:
+    """For modules whose input alone is quantized; a plain mixin, so that it may stand on either side of `nn.Module`."""
+
+    default_quant_desc_input: ClassVar[QuantDescriptor] = QuantDescriptor()
+    _input_quantizer: TensorQuantizer
+
+    @classmethod
+    def set_default_quant_desc_input(cls, value: QuantDescriptor) -> None:
+        """Set the default for modules of this class that are built from now on.
+
+        Raises:
+            ValueError: No `QuantDescriptor`.
+        """
+        _set_default(cls, "default_quant_desc_input", value)
+
+    def init_quantizer(self, quant_desc_input: QuantDescriptor) -> None:
+        """Attach the quantizer; any caller may (F33).
+
+        Raises:
+            TypeError: No `QuantDescriptor`.
+            ValueError: A descriptor without fake quantization.
+        """
+        _require_fake(type(self), quant_desc_input=quant_desc_input)
+        self._input_quantizer = TensorQuantizer(quant_desc_input)
+
+    @property
+    def input_quantizer(self) -> TensorQuantizer:
+        """The quantizer of the input."""
+        return self._input_quantizer
+
+
+class QuantMixin:
+    """For modules whose input and weight are quantized; no `QuantInputMixin`, scripts tell the two apart."""
+
+    default_quant_desc_input: ClassVar[QuantDescriptor] = QuantDescriptor()
+    default_quant_desc_weight: ClassVar[QuantDescriptor] = QuantDescriptor()
+    _input_quantizer: TensorQuantizer
+    _weight_quantizer: TensorQuantizer
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if reason := _hides_weight(cls):
+            logger.warning(
+                "%s.%s overrides forward and %s: its weight stays float. Call super().forward(input), or use "
+                "quant_input, quant_weight = self._quant(input); qdq.swap_modules keeps such a forward and quantizes.",
+                cls.__module__,
+                cls.__qualname__,
+                reason,
+            )
+
+    @classmethod
+    def set_default_quant_desc_input(cls, value: QuantDescriptor) -> None:
+        """Set the input's default for modules of this class that are built from now on.
+
+        Raises:
+            ValueError: No `QuantDescriptor`.
+        """
+        _set_default(cls, "default_quant_desc_input", value)
+
+    @classmethod
+    def set_default_quant_desc_weight(cls, value: QuantDescriptor) -> None:
+        """Set the weight's default for modules of this class that are built from now on.
+
+        Raises:
+            ValueError: No `QuantDescriptor`.
+        """
+        _set_default(cls, "default_quant_desc_weight", value)
+
+    def init_quantizer(
+        self, quant_desc_input: QuantDescriptor, quant_desc_weight: QuantDescriptor, num_layers: int | None = None
+    ) -> None:
+        """Attach the quantizers; any caller may (F33).
+
+        Args:
+            quant_desc_input: How the input is quantized.
+            quant_desc_weight: How the weight is quantized.
+            num_layers: Make this many of each instead, in `_input_quantizers` and `_weight_quantizers`.
+
+        Raises:
+            TypeError: No `QuantDescriptor`.
+            ValueError: A descriptor without fake quantization.
+        """
+        _require_fake(type(self), quant_desc_input=quant_desc_input, quant_desc_weight=quant_desc_weight)
+        if num_layers is None:
+            self._input_quantizer = TensorQuantizer(quant_desc_input)
+            self._weight_quantizer = TensorQuantizer(quant_desc_weight)
+        else:
+            self._input_quantizers = nn.ModuleList(TensorQuantizer(quant_desc_input) for _ in range(num_layers))
+            self._weight_quantizers = nn.ModuleList(TensorQuantizer(quant_desc_weight) for _ in range(num_layers))
+
+    @property
+    def input_quantizer(self) -> TensorQuantizer:
+        """The quantizer of the input."""
+        return self._input_quantizer
+
+    @property
+    def weight_quantizer(self) -> TensorQuantizer:
+        """The quantizer of the weight."""
+        return self._weight_quantizer
+
+
+_QUANTIZES = {
+    "_quant",
+    "_weight_quantizer",
+    "weight_quantizer",
+    "_weight_quantizers",
+    "quantizers",
+    "_quantized_weight",
+}
+
+
+def _hides_weight(cls: type) -> str:
+    """How the forward that a class defines itself passes by the weight's quantizer; "" if it does not.
+
+    Read from the names that its code uses: `self.weight` without any of the ways to a quantized one. A forward that
+    hands over to another forward is trusted.
+    """
+    code = getattr(cls.__dict__.get("forward"), "__code__", None)
+    if code is None or (not hasattr(cls, "weight") and "weight" not in code.co_names):
+        return ""
+    names = set(code.co_names)
+    if names & _QUANTIZES or "forward" in names:
+        return ""
+    return "reads self.weight directly" if "weight" in names else ""

@@ -1,0 +1,490 @@
+"""`TensorQuantizer` as pytorch-quantization has it."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+import sys
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]
+
+from qdq.compat import calib
+from qdq.compat.nn.modules.clip import Clip
+from qdq.compat.tensor_quant import (
+    E4M3,
+    E4M3_MAX,
+    Axis,
+    NumBits,
+    QuantDescriptor,
+    fake_tensor_quant,
+    is_capturing,
+    largest_code,
+    scaled_e4m3,
+    tensor_quant,
+)
+from qdq.errors import ArgumentError, ArgumentTypeError, ModelError, QdqError, StateError
+from qdq.formats import Format
+from qdq.observers.max import reduce_amax
+from qdq.quantizer import TensorQuantizer as CoreTensorQuantizer
+from qdq.quantizer import fake_quantize
+
+logger = logging.getLogger(__name__)
+
+_CALIBRATORS = {"max": calib.MaxCalibrator, "histogram": calib.HistogramCalibrator}
+
+
+def is_exporting() -> bool:
+    """Whether what runs becomes a file: values turn into Q/DQ then, by torch's own fake-quantize operators."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or bool(is_tracing())  # type: ignore[no-untyped-call]
+
+
+class TensorQuantizer(CoreTensorQuantizer):
+    """Quantizes its input, in the order pre-quant scale, calibrator, clip, quantization.
+
+    Every flag may be read and written as a plain attribute (`_disabled`, `_if_quant`, `_calibrator` ...).
+
+    Args:
+        quant_desc: Format, axes, range and calibrator.
+        disabled: Start disabled.
+        if_quant: Start quantizing.
+        if_clip: Start clipping (needs `learn_amax`).
+        if_calib: Start collecting.
+    """
+
+    use_fb_fake_quant: ClassVar[bool] = False
+    """torch's own fake quantization, full range: the export switch of pytorch-quantization 2.1."""
+    _enable_onnx_export: ClassVar[bool] = False
+
+    _pre_quant_scale: torch.Tensor
+    _calibrator: Any
+
+    def __init__(
+        self,
+        quant_desc: QuantDescriptor | None = None,
+        disabled: bool = False,
+        if_quant: bool = True,
+        if_clip: bool = False,
+        if_calib: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)
+        desc = QuantDescriptor() if quant_desc is None else quant_desc
+        self.name = desc.name
+        self._num_bits: NumBits = desc.num_bits  # type: ignore[assignment]  # also (4, 3)
+        self._fake_quant = desc.fake_quant
+        self._axis: Axis = desc.axis  # type: ignore[assignment]  # also several
+        self._scale_amax = desc.scale_amax
+        self._learn_amax = desc.learn_amax
+        self._unsigned = desc.unsigned
+        self._narrow_range = desc.narrow_range
+        self._scale: Any = 1.0 if desc.fake_quant else None
+        self._disabled = disabled
+        self._if_quant = if_quant
+        self._if_clip = if_clip
+        self._if_calib = if_calib
+        self._calibrator = None
+        self.set_calib_method(desc.calib_method)
+        if desc.amax is not None:
+            self.amax = desc.amax
+        if desc.learn_amax:
+            bound = 1.0 if desc.amax is None else float(np.max(desc.amax))
+            self.clip = Clip(-bound, bound, learn_min=True, learn_max=True)
+            self.enable_clip()
+
+    def set_calib_method(self, method: str) -> None:
+        """Start over with an empty "max" or "histogram" calibrator; another name leaves none, with a warning (F11)."""
+        kind = _CALIBRATORS.get(method)
+        if kind is None:
+            close = difflib.get_close_matches(method, _CALIBRATORS, n=1, cutoff=0)[0]
+            logger.warning(
+                "%s: calib_method %r is unknown, did you mean %r? There is no calibrator; ranges are dynamic.",
+                self._label, method, close,
+            )  # fmt: skip
+        self._calibrator = kind and kind(self._num_bits, self._axis, self._unsigned)
+
+    # -- fields ------------------------------------------------------------------------------------------------
+
+    @property
+    def num_bits(self) -> NumBits:
+        """Width of the codes, or (4, 3)."""
+        return self._num_bits
+
+    @num_bits.setter
+    def num_bits(self, value: NumBits) -> None:
+        self._num_bits = QuantDescriptor(num_bits=value).num_bits  # type: ignore[assignment]
+        if self._calibrator is not None:
+            self._calibrator._num_bits = value
+
+    @property
+    def unsigned(self) -> bool:
+        """Whether codes start at 0."""
+        return self._unsigned
+
+    @unsigned.setter
+    def unsigned(self, value: bool) -> None:
+        self._unsigned = value
+        if self._calibrator is not None:
+            self._calibrator._unsigned = value
+
+    @property
+    def narrow_range(self) -> bool:
+        """Whether the most negative code is left out."""
+        return self._narrow_range
+
+    @narrow_range.setter
+    def narrow_range(self, value: bool) -> None:
+        self._narrow_range = value
+
+    @property
+    def axis(self) -> Axis:  # type: ignore[override]
+        """The axes with a range for each index."""
+        return self._axis
+
+    @property
+    def fake_quant(self) -> bool:
+        """Whether values come back dequantized."""
+        return self._fake_quant
+
+    @property
+    def maxbound(self) -> float:
+        """The largest code, 448 for FP8."""
+        return E4M3_MAX if self._num_bits == E4M3 else largest_code(self._num_bits, self._unsigned)
+
+    @property
+    def scale(self) -> Any:
+        """The multiplier of the last real quantization; 1.0, with an error log, while quantization is fake."""
+        if self._fake_quant:
+            logger.error("%s quantizes and dequantizes: it has no scale of its own.", self._label)
+        return self._scale
+
+    @property
+    def step_size(self) -> torch.Tensor | None:
+        """Amax / largest code; None, with an error log, before there is an amax."""
+        if self.amax is None:
+            logger.error("%s has no amax: its step size is not defined.", self._label)
+            return None
+        return self.amax / self.maxbound
+
+    @property
+    def amax(self) -> torch.Tensor | None:
+        """The range as the buffer itself, None until set."""
+        return self._buffers.get("_amax")
+
+    @amax.setter
+    def amax(self, value: Any) -> None:
+        self._set_range("_amax", value)
+
+    @property
+    def pre_quant_scale(self) -> torch.Tensor | None:
+        """The factor on every input, None until set."""
+        return self._buffers.get("_pre_quant_scale")
+
+    @pre_quant_scale.setter
+    def pre_quant_scale(self, value: Any) -> None:
+        self._set_range("_pre_quant_scale", value)
+
+    def _set_range(self, buffer: str, value: Any) -> None:
+        """Create the buffer, or overwrite it in place."""
+        name = buffer.removeprefix("_")
+        if value is None:
+            logger.error("%s: setting %s to None is ignored; use disable() to stop quantizing.", self._label, name)
+            return
+        if isinstance(value, torch.Tensor):
+            logger.warning("%s: %s is set from a tensor; it is copied.", self._label, name)
+        self._store(buffer, _as_float(value, name))
+
+    def _store(self, buffer: str, value: torch.Tensor) -> None:
+        current = self._buffers.get(buffer)
+        if current is None:
+            self.register_buffer(buffer, value.clone())
+        elif current.shape == value.shape or current.numel() == value.numel() == 1:
+            current.copy_(value.reshape(current.shape))
+        else:
+            name = buffer.removeprefix("_")
+            raise StateError(
+                f"Changing shape when setting {name} is not allowed: {self._label} has {tuple(current.shape)}, "
+                f"the new value {tuple(value.shape)}.",
+                "make a new quantizer for another axis.",
+            )
+
+    # -- switches ----------------------------------------------------------------------------------------------
+
+    def enable_calib(self) -> None:
+        """Collect ranges from now on.
+
+        Raises:
+            ValueError: There is no calibrator.
+        """
+        if self._calibrator is None:
+            raise ArgumentError(f"Calibrator was not created for {self._label}.", "name one in calib_method.")
+        self._if_calib = True
+
+    def enable_clip(self) -> None:
+        """Clip from now on, and train the bounds.
+
+        Raises:
+            ValueError: The range is not learned.
+        """
+        self._switch_clip(True)
+
+    def disable_clip(self) -> None:
+        """Stop clipping, and freeze the bounds.
+
+        Raises:
+            ValueError: The range is not learned.
+        """
+        self._switch_clip(False)
+
+    def _switch_clip(self, on: bool) -> None:
+        if not self._learn_amax:
+            raise ArgumentError(
+                f"learn_amax is False: {self._label} has no clip stage.",
+                "build it with QuantDescriptor(learn_amax=True).",
+            )
+        self._if_clip = on
+        for bound in self.clip.parameters():
+            bound.requires_grad_(on)
+
+    # -- calibration -------------------------------------------------------------------------------------------
+
+    def load_calib_amax(self, *args: Any, strict: bool = True, **kwargs: Any) -> None:
+        """Solve amax from what the calibrator collected, and store it.
+
+        Args:
+            *args: For `compute_amax` of the calibrator.
+            strict: A calibrator without data is an error; else a warning, and amax becomes NaN.
+            **kwargs: As `args`.
+
+        Raises:
+            RuntimeError: No calibrator, or one without data.
+            TypeError: Arguments that this kind of calibrator does not take.
+        """
+        if self._calibrator is None:
+            raise StateError(f"Calibrator not created for {self._label}.", "name one in calib_method.")
+        if self._if_calib:
+            logger.warning(
+                "%s is still collecting while its amax is computed; call disable_calib() first.", self._label
+            )
+        amax = self._solve(*args, **kwargs)
+        if amax is None:
+            found = f"Calibrator returned None: {self._label} saw no data"
+            if strict:
+                raise StateError(f"{found}.", "feed batches that reach it between enable_calib and load_calib_amax.")
+            logger.warning("%s; its amax is NaN, and a forward through it or an export will be refused.", found)
+            amax = torch.tensor(math.nan)
+        self._store("_amax", amax.detach().float())
+
+    def _solve(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        try:
+            result: torch.Tensor | None = self._calibrator.compute_amax(*args, **kwargs)
+        except TypeError as error:
+            if isinstance(error, QdqError):
+                raise
+            raise ArgumentTypeError(
+                f"{type(self._calibrator).__name__} of {self._label}: {error}.",
+                'a max calibrator takes no arguments, a histogram one a method, such as method="mse".',
+            ) from error
+        return result
+
+    def init_learn_amax(self) -> None:
+        """Start the learned bounds at -amax and amax, the largest over channels.
+
+        Raises:
+            RuntimeError: The range is not learned, or there is none yet.
+        """
+        if not self._learn_amax:
+            raise StateError(
+                f"learn_amax is False: {self._label} learns no range.",
+                "build it with QuantDescriptor(learn_amax=True).",
+            )
+        if self.amax is None:
+            raise StateError(f"{self._label} has no amax to start from.", "call load_calib_amax first.")
+        bound = self.amax.max()
+        with torch.no_grad():
+            for parameter, value in zip(self.clip.parameters(), (-bound, bound), strict=True):
+                parameter.fill_(value)
+
+    # -- forward -----------------------------------------------------------------------------------------------
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Scale, collect, clip and quantize, as far as each is switched on; else the same object comes back.
+
+        Args:
+            inputs: Any shape.
+
+        Raises:
+            RuntimeError: Collecting without a calibrator, clipping without learned bounds, amax NaN.
+        """
+        if self._enable_onnx_export and not self._disabled and not is_capturing():
+            self._require_range()
+        if "_pre_quant_scale" in self._buffers:
+            inputs = inputs * self._pre_quant_scale.to(inputs)
+        if self._disabled:
+            return inputs
+        if self._if_calib and not is_exporting():
+            if self._calibrator is None:
+                raise StateError(f"Calibrator was not created for {self._label}.", "name one in calib_method.")
+            self._collect(inputs, self._calibrator)
+        if self._if_clip:
+            if not self._learn_amax:
+                raise StateError(
+                    f"Clip without learning the range is not implemented: {self._label}.", "set learn_amax."
+                )
+            inputs = self.clip(inputs)
+        return self._quantize(inputs) if self._if_quant else inputs
+
+    def _quantize(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self._learn_amax:
+            inputs = self.clip(inputs)
+        if is_exporting():
+            from qdq.compat.onnx_export import write_qdq  # the export knows quantizers, and they it only here
+
+            return write_qdq(self, inputs)
+        amax = self._get_amax(inputs)
+        if not is_capturing() and bool(torch.isnan(amax).any()):
+            self._refuse_nan()
+        if self._num_bits == E4M3:
+            return scaled_e4m3(inputs, amax)
+        if self._fake_quant and self.use_fb_fake_quant:
+            return fake_quantize(inputs, amax, Format(self._num_bits, self._unsigned), self._single_axis())
+        if self._fake_quant:
+            return fake_tensor_quant(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
+        codes, self._scale = tensor_quant(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
+        return codes
+
+    def _get_amax(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The range: learned, or the buffer, else the maximum of |x| at hand; times `scale_amax`."""
+        if self._learn_amax:
+            return torch.maximum(-self.clip.clip_value_min, self.clip.clip_value_max).detach()
+        if self.amax is None:
+            amax = reduce_amax(inputs, self._axis)
+            amax = amax.reshape(()) if amax.numel() == 1 else amax
+        else:
+            if self.amax.device != inputs.device and not is_capturing():
+                self._amax = self._amax.to(inputs.device)
+            amax = self._amax
+        return amax if self._scale_amax is None else amax * self._scale_amax
+
+    def _single_axis(self) -> int | None:
+        """The one kept axis that torch's operators can express.
+
+        Raises:
+            TypeError: There are several.
+        """
+        if isinstance(self._axis, tuple):
+            if len(self._axis) != 1:
+                raise ArgumentTypeError(
+                    f"{self._label} keeps the axes {self._axis}; torch and ONNX quantize along one.",
+                    "use one axis, or none.",
+                )
+            return self._axis[0]
+        return self._axis
+
+    def _require_range(self) -> None:
+        if self.amax is None or bool(torch.isnan(self._amax).any()):
+            root, _ = find_root(self)
+            from qdq.compat.onnx_export import require_ranges
+
+            require_ranges(root)
+
+    def _refuse_nan(self) -> None:
+        """Tell a range without data, which is an error, from inputs that are NaN, which are passed on."""
+        if not self._has_nan():
+            return
+        root, _ = find_root(self)
+        names = [name for name, q in root.named_modules() if isinstance(q, TensorQuantizer) and q._has_nan()]
+        raise StateError(
+            f"{len(names)} quantizers have amax NaN, because they were calibrated without data: {', '.join(names)}.",
+            "feed batches that reach them and call load_calib_amax again, or disable() them.",
+        )
+
+    def _has_nan(self) -> bool:
+        return not self._disabled and self.amax is not None and bool(torch.isnan(self._amax).any())
+
+    @property
+    def _label(self) -> str:
+        _, path = find_root(self)
+        return f"quantizer {path or self.name}" if path or self.name else "this quantizer"
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Refuse what pytorch-quantization pickled: its attributes are others, and half of them would be missing."""
+        if "name" not in state:
+            raise ModelError(
+                "this model was pickled as a whole by pytorch-quantization, whose classes are not these.",
+                "there, save model.state_dict(); here, build the model again and call load_state_dict.",
+            )
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+    def _require_valid(self, amax: torch.Tensor) -> None:
+        """Any range may be loaded: NaN marks what was calibrated without data, and forward refuses it."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Create `_pre_quant_scale` where the checkpoint has one; say where a range is missing in it."""
+        incoming = state_dict.get(prefix + "_pre_quant_scale")
+        if incoming is not None and self.pre_quant_scale is None:
+            self.register_buffer("_pre_quant_scale", torch.empty_like(incoming, dtype=torch.float32))
+        if self.amax is not None and prefix + "_amax" not in state_dict:
+            logger.error("%s has an amax and the checkpoint none for it: the present one stays.", prefix.rstrip("."))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Format, axes, range, calibrator, state, as pytorch-quantization prints them."""
+        if self._disabled:
+            return "disabled"
+        scale = self._scale if self._scale is None or isinstance(self._scale, float) else _short(self._scale)
+        parts = [
+            f"{'unsigned ' if self._unsigned else ''}{self._num_bits}bit",
+            "narrow" if self._narrow_range else "",
+            "fake" if self._fake_quant else "",
+            "per-tensor" if self._axis is None else f"axis={self._axis}",
+            f"amax={'dynamic' if self.amax is None else _short(self.amax)}",
+            f"*{self._scale_amax}" if self._scale_amax else "",
+            "pre_quant_scale" if self.pre_quant_scale is not None else "",
+            "learned" if self._learn_amax else "",
+            f"calibrator={type(self._calibrator).__name__}" if self._calibrator is not None else "",
+            f"scale={scale}" if scale is not None else "",
+            "quant" if self._if_quant else "",
+            "clip" if self._if_clip else "",
+            "calib" if self._if_calib else "",
+        ]
+        return " ".join(part for part in parts if part)
+
+
+def find_root(quantizer: nn.Module) -> tuple[nn.Module, str]:
+    """The outermost module that is running around a quantizer, and the quantizer's dotted name in it.
+
+    A quantizer does not know where it stands. When there is something to say about it, the forwards that led to it
+    are still on the call stack; without any, it is its own root and the name is empty.
+    """
+    root, frame = quantizer, sys._getframe(1)
+    while frame is not None:
+        candidate = frame.f_locals.get("self")
+        if isinstance(candidate, nn.Module) and any(module is quantizer for module in candidate.modules()):
+            root = candidate
+        frame = frame.f_back  # type: ignore[assignment]
+    return root, next((name for name, module in root.named_modules() if module is quantizer), "")
+
+
+def _as_float(value: Any, name: str) -> torch.Tensor:
+    try:
+        return torch.as_tensor(value).detach().float()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentTypeError(
+            f"{name} must be a number, list, ndarray or tensor; found {value!r} of type {type(value).__name__}.",
+            "give a range such as 2.5.",
+        ) from error
+
+
+def _short(amax: torch.Tensor) -> str:
+    """Four decimals; smallest, largest and number of several."""
+    if amax.is_meta:
+        return "meta"
+    if amax.numel() == 1:
+        return f"{amax.item():.4f}"
+    return f"[{amax.min().item():.4f}, {amax.max().item():.4f}]({amax.numel()})"

@@ -1,0 +1,3 @@
+"""Help for fine-tuning a quantized model."""
+
+from qdq.compat.optim import helper as helper

@@ -1,0 +1,170 @@
+"""Parameters by the pattern of their name, and weights replaced by what they are quantized to."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from qdq.errors import ArgumentError, ArgumentTypeError
+
+logger = logging.getLogger(__name__)
+
+Pattern = str | re.Pattern[str]
+
+
+def match_parameters(model: nn.Module, patterns: Iterable[Pattern]) -> Iterator[nn.Parameter]:
+    """The parameters whose name matches any of the patterns, each once, in the order of the model.
+
+    Args:
+        model: Any module.
+        patterns: Regular expressions, found anywhere in the dotted name (`re.search`). One that matches nothing
+            draws a warning.
+
+    Raises:
+        ArgumentTypeError: `model` is no module, or `patterns` no list of patterns.
+        ArgumentError: A pattern that is no regular expression.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"model is a {type(model).__name__}, not a module.", "pass a torch.nn.Module.")
+    compiled = _compile(patterns)
+    parameters = dict(model.named_parameters())
+    for pattern in compiled:
+        if not any(pattern.search(name) for name in parameters):
+            logger.warning("pattern %r matches no parameter", pattern.pattern)
+    found = [param for name, param in parameters.items() if any(pattern.search(name) for pattern in compiled)]
+    return iter(found)
+
+
+def _compile(patterns: Iterable[Pattern]) -> list[re.Pattern[str]]:
+    fix = 'give a list of regular expressions, such as ["layer1", "bias$"].'
+    if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+        raise ArgumentTypeError(f"patterns is {patterns!r}, of type {type(patterns).__name__}; expected a list.", fix)
+    compiled = []
+    for pattern in patterns:
+        if not isinstance(pattern, str | re.Pattern):
+            raise ArgumentTypeError(f"pattern {pattern!r} is a {type(pattern).__name__}, not a string.", fix)
+        try:
+            compiled.append(re.compile(pattern))
+        except re.error as error:
+            raise ArgumentError(
+                f"pattern {pattern!r} is no regular expression: {error}.", "escape its special characters by a \\."
+            ) from error
+    return compiled
+
+
+def freeze_parameters(model: nn.Module, patterns: Iterable[Pattern]) -> None:
+    """Set `requires_grad=False` on the parameters that `match_parameters` finds; its errors and warnings too."""
+    for param in match_parameters(model, patterns):
+        param.requires_grad = False
+
+
+def group_parameters(
+    model: nn.Module,
+    patterns_list: list[list[Pattern]],
+    lrs: Sequence[float] | None = None,
+    momentums: Sequence[float] | None = None,
+    weight_decays: Sequence[float] | None = None,
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer.
+
+    Args:
+        model: Any module.
+        patterns_list: For each group its list of patterns, as in `match_parameters`.
+        lrs: For each group "lr"; None leaves the key out.
+        momentums: For each group "momentum", likewise.
+        weight_decays: For each group "weight_decay", likewise.
+
+    Returns:
+        One dict a group; "params" is a list.
+
+    Raises:
+        ArgumentTypeError: `patterns_list` is no list of lists, or a list of values has another length.
+        ArgumentError: A pattern that is no regular expression.
+    """
+    if not isinstance(patterns_list, list) or not patterns_list or not all(isinstance(p, list) for p in patterns_list):
+        raise ArgumentTypeError(
+            f"patterns_list must be list of list of patterns, it is {patterns_list!r}.",
+            'give one list for each group, such as [["backbone"], ["head"]].',
+        )
+    options = {
+        "lr": ("lrs", lrs),
+        "momentum": ("momentums", momentums),
+        "weight_decay": ("weight_decays", weight_decays),
+    }
+    for argument, values in options.values():
+        _require_length(argument, values, len(patterns_list))
+    return [
+        {"params": list(match_parameters(model, patterns))}
+        | {key: values[group] for key, (_, values) in options.items() if values is not None}
+        for group, patterns in enumerate(patterns_list)
+    ]
+
+
+def _require_length(argument: str, values: object, expected: int) -> None:
+    if values is None:
+        return
+    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray) or len(values) != expected:
+        raise ArgumentTypeError(
+            f"len({argument}) must match len(patterns_list): {argument} is {values!r}, there are {expected} lists.",
+            f"give a list with {expected} values, one for each list of patterns.",
+        )
+
+
+@torch.no_grad()
+def quant_weight_inplace(model: nn.Module) -> None:
+    """Replace the weight of every module that has a weight quantizer by the quantized weight.
+
+    LSTM layers and cells are quantized as in their forward pass, both weights of a step together. A module whose
+    weights are not found is left as it is and named in a warning.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"model is a {type(model).__name__}, not a module.", "pass a torch.nn.Module.")
+    for name, module in model.named_modules():
+        for weight_names, quantizer in _weight_quantizers(module):
+            weights = [_stored(module, weight_name) for weight_name in weight_names]
+            found = [weight for weight in weights if weight is not None]
+            if len(found) == len(weight_names) > 0:
+                _quantize_inplace(found, quantizer)
+            else:
+                logger.warning("%s (%s): weights not found, left as they are", name or "model", type(module).__name__)
+
+
+def _weight_quantizers(module: nn.Module) -> Iterator[tuple[list[str], Callable[[torch.Tensor], torch.Tensor]]]:
+    """Each weight quantizer of a module, with the names of the weights that it quantizes; none if they are unknown."""
+    quantizers = getattr(module, "_weight_quantizers", None)
+    if quantizers:  # first: an LSTM shows its first one as `_weight_quantizer` too
+        steps = _steps(module)
+        names = (
+            [[f"weight_ih_{step}", f"weight_hh_{step}"] for step in steps] if len(steps) == len(quantizers) else [[]]
+        )
+        yield from zip(names, quantizers, strict=False)
+    elif (quantizer := getattr(module, "_weight_quantizer", None)) is not None:
+        is_cell = _stored(module, "weight") is None and _stored(module, "weight_ih") is not None
+        yield (["weight_ih", "weight_hh"] if is_cell else ["weight"]), quantizer
+
+
+def _steps(module: nn.Module) -> list[str]:
+    """Layers and directions of an LSTM as its weights are named, in the order of its quantizers."""
+    directions = ("", "_reverse") if getattr(module, "bidirectional", False) else ("",)
+    return [f"l{layer}{direction}" for layer in range(getattr(module, "num_layers", 0)) for direction in directions]
+
+
+def _stored(module: nn.Module, name: str) -> torch.Tensor | None:
+    """The tensor itself; None where it is absent, or computed of others (pruning, parametrization)."""
+    parameter = module._parameters.get(name)
+    return module._buffers.get(name) if parameter is None else parameter
+
+
+def _quantize_inplace(weights: list[torch.Tensor], quantizer: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    if len(weights) == 1:
+        weights[0].copy_(quantizer(weights[0]))
+        return
+    quantized = quantizer(torch.cat(weights, dim=1))
+    for weight, values in zip(weights, quantized.split_with_sizes([w.shape[1] for w in weights], dim=1), strict=True):
+        weight.copy_(values)

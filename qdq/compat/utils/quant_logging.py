@@ -1,0 +1,12 @@
+"""Logging. qdq logs through `logging.getLogger("qdq...")` alone and installs no handler when it is imported."""
+
+from __future__ import annotations
+
+import logging
+
+
+def reset_logger_handler() -> None:
+    """Remove all handlers of the root logger, so that a script can set up its own."""
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        root.removeHandler(handler)
