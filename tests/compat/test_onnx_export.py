@@ -204,12 +204,17 @@ def test_float_models_pass_through(inputs, tmp_path):
     assert torch.onnx.export.__name__ == "export"
 
 
-def test_enable_onnx_export_nests_and_survives_exceptions(network, inputs):
-    with pytest.raises(ZeroDivisionError), pytorch_quantization.enable_onnx_export():
+def _fail_in_nested_blocks():
+    with pytorch_quantization.enable_onnx_export():
         with pytorch_quantization.enable_onnx_export():
             pass
         assert TensorQuantizer._enable_onnx_export
         raise ZeroDivisionError
+
+
+def test_enable_onnx_export_nests_and_survives_exceptions(network, inputs):
+    with pytest.raises(ZeroDivisionError):
+        _fail_in_nested_blocks()
     assert not TensorQuantizer._enable_onnx_export
     with pytorch_quantization.enable_onnx_export(), pytest.raises(RuntimeError, match="4 quantizers have no amax"):
         network(inputs)

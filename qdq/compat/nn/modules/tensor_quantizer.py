@@ -73,6 +73,11 @@ class TensorQuantizer(CoreTensorQuantizer):
     ) -> None:
         nn.Module.__init__(self)
         desc = QuantDescriptor() if quant_desc is None else quant_desc
+        if not isinstance(desc, QuantDescriptor):
+            raise ArgumentTypeError(
+                f"quant_desc must be a QuantDescriptor, found {desc!r} of type {type(desc).__name__}.",
+                "give one of qdq.compat.tensor_quant, such as QuantDescriptor(num_bits=8).",
+            )
         self.name = desc.name
         self._num_bits: NumBits = desc.num_bits  # type: ignore[assignment]  # also (4, 3)
         self._fake_quant = desc.fake_quant
@@ -201,6 +206,8 @@ class TensorQuantizer(CoreTensorQuantizer):
         current = self._buffers.get(buffer)
         if current is None:
             self.register_buffer(buffer, value.clone())
+        elif current.is_inference() and current.numel() == value.numel():
+            self.register_buffer(buffer, value.reshape(current.shape).to(current.device, copy=True))
         elif current.shape == value.shape or current.numel() == value.numel() == 1:
             current.copy_(value.reshape(current.shape))
         else:
@@ -275,7 +282,7 @@ class TensorQuantizer(CoreTensorQuantizer):
             if strict:
                 raise StateError(f"{found}.", "feed batches that reach it between enable_calib and load_calib_amax.")
             logger.warning("%s; its amax is NaN, and a forward through it or an export will be refused.", found)
-            amax = torch.tensor(math.nan)
+            amax = torch.tensor(math.nan) if self.amax is None else torch.full_like(self.amax, math.nan)
         self._store("_amax", amax.detach().float())
 
     def _solve(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
