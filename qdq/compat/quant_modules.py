@@ -51,13 +51,17 @@ class QuantModuleReplacementHelper:
         Raises:
             TypeError: An entry that is no such triple.
         """
+        custom = [_checked_entry(entry) for entry in custom_map or ()]
+        if isinstance(float_module_list, str):
+            raise ArgumentTypeError(
+                f"float_module_list is the string {float_module_list!r}.", f"give a list: [{float_module_list!r}]."
+            )
         float_names = set(float_module_list or ())
-        if unknown := float_names - {entry.mod_name for entry in self.default_quant_map}:
+        if unknown := float_names - {entry.mod_name for entry in [*self.default_quant_map, *custom]}:
             logger.warning(
                 "%s: not in the map of quantized modules, so they stay float anyway; known are %s.",
                 ", ".join(sorted(unknown)), ", ".join(entry.mod_name for entry in self.default_quant_map),
             )  # fmt: skip
-        custom = [_checked_entry(entry) for entry in custom_map or ()]
         chosen = [entry for entry in self.default_quant_map if entry.mod_name not in float_names] + custom
         # a later entry for the same name wins
         self.quant_map = list({(id(entry.orig_mod), entry.mod_name): entry for entry in chosen}.values())

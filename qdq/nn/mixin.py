@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from qdq.errors import StateError
 from qdq.quantizer import QuantDescriptor, TensorQuantizer
 
 
@@ -115,12 +116,17 @@ class QuantMixin(QuantInputMixin):
         """Let `self.weight` be the quantized weight.
 
         Parameters live in `_parameters`, which is asked only when an instance has no such attribute: one in
-        `__dict__` goes before, and no parameter is moved or renamed.
+        `__dict__` goes before, and no parameter is moved or renamed. Pruning has an attribute there itself.
         """
-        weight = self._parameters["weight"]
-        assert weight is not None  # noqa: S101  # every registered layer has one
-        self.__dict__["weight"] = self._weight_quantizer(weight)
+        if isinstance(getattr(type(self), "weight", None), property):
+            raise StateError(
+                f"the weight of this {type(self).__name__} is parametrized: it is computed at every access.",
+                "call torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') first.",
+            )
+        former = {"weight": self.__dict__["weight"]} if "weight" in self.__dict__ else {}
+        self.__dict__["weight"] = self._weight_quantizer(self.weight)
         try:
             yield
         finally:
             del self.__dict__["weight"]
+            self.__dict__.update(former)

@@ -368,8 +368,7 @@ class TensorQuantizer(CoreTensorQuantizer):
         if self._learn_amax:
             return torch.maximum(-self.clip.clip_value_min, self.clip.clip_value_max).detach()
         if self.amax is None:
-            amax = reduce_amax(inputs, self._axis)
-            amax = amax.reshape(()) if amax.numel() == 1 else amax
+            amax = _dynamic_amax(inputs, self._axis)
         else:
             if self.amax.device != inputs.device and not is_capturing():
                 self._amax = self._amax.to(inputs.device)
@@ -476,6 +475,16 @@ def find_root(quantizer: nn.Module) -> tuple[nn.Module, str]:
             root = candidate
         frame = frame.f_back  # type: ignore[assignment]
     return root, next((name for name, module in root.named_modules() if module is quantizer), "")
+
+
+def _dynamic_amax(inputs: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """The maximum of |x| on the kept axes, float64 for float64 inputs, else float32; one element is 0-D."""
+    amax = reduce_amax(inputs, axis)
+    if inputs.dtype == torch.float64:
+        reduced = [dim for dim in range(inputs.dim()) if axis is None or amax.shape[dim] < inputs.shape[dim]]
+        amax = inputs.detach().abs()
+        amax = amax.amax(reduced, keepdim=True) if reduced else amax
+    return amax.reshape(()) if amax.numel() == 1 else amax
 
 
 def _as_float(value: Any, name: str) -> torch.Tensor:
