@@ -4,9 +4,14 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores; more threads only wait for each other
 
+import signal
+
 import pytest
 import torch
 from torch import nn
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; tests of Ctrl-C send real ones
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
