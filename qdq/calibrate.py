@@ -75,7 +75,7 @@ class Calibration:
             )
         self._model = model
         self._method = method
-        self._solver_arguments: dict[str, Any] = {} if method == "max" else {"method": method}
+        self._solver_arguments: dict[str, Any] = {"method": method}
         if method == "percentile":
             self._solver_arguments["percentile"] = percentile
         weights = {
@@ -91,6 +91,11 @@ class Calibration:
         self._weights = {name: weights[id(q)] for name, q in enabled.items() if id(q) in weights}
         # Everything else collects: the inputs of layers, and quantizers that stand in a forward by hand.
         self._collecting = {name: quantizer for name, quantizer in enabled.items() if name not in self._weights}
+        if maxima := [name for name, q in self._collecting.items() if self._method_of(q) != method]:
+            logger.warning(
+                "%d quantizers have a range for each index of an axis and take its maximum, not %s: %s",
+                len(maxima), method, ", ".join(maxima),
+            )  # fmt: skip
         self.ranges: list[Range] = []
 
     def __enter__(self) -> Calibration:
@@ -100,7 +105,7 @@ class Calibration:
                 exits.callback(_restore, quantizer, quantizer._if_quant, quantizer._if_calib)
                 quantizer._if_quant = quantizer._if_calib = False
             for quantizer in self._collecting.values():
-                quantizer.set_calib_method("max" if self._method == "max" else "histogram")
+                quantizer.set_calib_method("max" if self._method_of(quantizer) == "max" else "histogram")
                 quantizer.enable_calib()
             self._exits = exits.pop_all()
         return self
@@ -125,11 +130,12 @@ class Calibration:
                     other: note for other, (_, layer) in self._weights.items() if layer.input_quantizer is quantizer
                 }
             else:
-                quantizer.load_calib_amax(**self._solver_arguments)
-                self._record(name, quantizer, self._method, _batches_of(quantizer))
+                method = self._method_of(quantizer)
+                quantizer.load_calib_amax(**({} if method == "max" else self._solver_arguments))
+                self._record(name, quantizer, method, _batches_of(quantizer))
         for name, (_, layer) in self._weights.items():
             if name not in left:
-                layer.weight_quantizer.amax = weights[name]
+                layer.weight_quantizer.amax = weights[name].cpu().numpy()
                 self._record(name, layer.weight_quantizer, "max", 0)
         quantizers = dict(named_quantizers(self._model))
         for name, note in left.items():
@@ -138,6 +144,10 @@ class Calibration:
         if left:
             names = "; ".join(f"{name} ({note})" for name, note in left.items() if name in self._collecting)
             logger.warning("some quantizers have no usable range, what they belong to is left in float: %s", names)
+
+    def _method_of(self, quantizer: TensorQuantizer) -> str:
+        """Histograms are per tensor; a quantizer with an axis that is no layer's `_weight_quantizer` takes maxima."""
+        return self._method if quantizer.axis is None else "max"
 
     def _record(self, name: str, quantizer: TensorQuantizer, method: str, batches: int) -> None:
         assert quantizer.amax is not None  # noqa: S101

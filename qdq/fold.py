@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.linear import Linear
 from torch.utils._pytree import tree_map_only
 
 from qdq.trace import call_model, evaluating, trace_forward
@@ -107,7 +108,7 @@ def _reason_against(batchnorm: Any, layer: nn.Module | None, calls: int) -> str:
         return f"it runs {calls} times in one forward"
     if layer is None:
         return "its input is not the output of one layer that nothing else reads"
-    if not isinstance(layer, _ConvNd | nn.Linear):
+    if not isinstance(layer, _ConvNd | Linear):
         return f"it follows {type(layer).__name__}, not a convolution or linear layer"
     if hasattr(layer, "_weight_quantizer"):
         return "the layer is quantized already: call fold_batchnorm before swap_modules"
@@ -123,7 +124,7 @@ def _reason_against(batchnorm: Any, layer: nn.Module | None, calls: int) -> str:
 
 
 def _output_channels(layer: nn.Module) -> int:
-    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]
+    return int(layer.out_features if isinstance(layer, Linear) else layer.out_channels)  # type: ignore[arg-type]
 
 
 def _find_changed(
@@ -165,7 +166,7 @@ def _folds_exactly(layer: nn.Module, batchnorm: nn.Module, args: Any, kwargs: An
 
 def _fold(layer: nn.Module, batchnorm: Any) -> None:
     """W' = w g / sqrt(var + eps), b' = (b - mean) g / sqrt(var + eps) + beta, per output channel, in float64."""
-    assert isinstance(layer, _ConvNd | nn.Linear)  # noqa: S101
+    assert isinstance(layer, _ConvNd | Linear)  # noqa: S101
     weight, bias = layer.weight, layer.bias
     inverse_std = (batchnorm.running_var.double() + batchnorm.eps).rsqrt()
     gain = inverse_std if batchnorm.weight is None else batchnorm.weight.double() * inverse_std
@@ -178,7 +179,7 @@ def _fold(layer: nn.Module, batchnorm: Any) -> None:
     layer.bias = nn.Parameter(new_bias.to(weight.dtype).detach(), weight.requires_grad)
 
 
-def _per_output(layer: _ConvNd | nn.Linear, gain: torch.Tensor) -> torch.Tensor:
+def _per_output(layer: _ConvNd | Linear, gain: torch.Tensor) -> torch.Tensor:
     """The gain in a shape that multiplies each output channel of the weight."""
     rest = [1] * (layer.weight.dim() - 2)
     if not isinstance(layer, _ConvTransposeNd):

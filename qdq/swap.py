@@ -16,14 +16,14 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import Conv3d, _ConvNd, _ConvTransposeNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd
 from torch.nn.parameter import UninitializedParameter
 
 from qdq.errors import ArgumentError, ArgumentTypeError
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.nn.registry import _DEFAULT_QUANT_MAP, find_counterpart
-from qdq.quantizer import QuantDescriptor
+from qdq.quantizer import QuantDescriptor, disable_quantization
 from qdq.trace import Contraction, ForwardTrace, trace_forward
 
 logger = logging.getLogger(__name__)
@@ -177,10 +177,22 @@ def swap_modules(
 def restore_modules(model: nn.Module) -> int:
     """Give the float model back: the former classes, no quantizers; parameters are as they are now.
 
+    A module whose class was written as a quantized one (`class MyConv(QuantConv2d)`) has no float class of its own:
+    its quantizers are disabled, and a warning names it.
+
     Returns:
         How many modules were restored.
     """
-    swapped = [module for module in model.modules() if isinstance(module, QuantInputMixin)]
+    found = quantized_layers(model)
+    own = {name: module for name, module in found.items() if "float_class" not in vars(type(module))}
+    if own:
+        logger.warning(
+            "%d modules are of classes that only exist quantized; their quantizers are disabled instead: %s",
+            len(own), ", ".join(f"{name} ({type(module).__name__})" for name, module in own.items()),
+        )  # fmt: skip
+        for module in own.values():
+            disable_quantization(module)
+    swapped = [module for name, module in found.items() if name not in own]
     for module in swapped:
         for attribute in module.quantizers():
             delattr(module, attribute)
@@ -313,7 +325,7 @@ def _rule_against(module: nn.Module) -> str:
     """The default rule that leaves a mapped module in float, "" if none does; `include` overrides it."""
     if isinstance(module, _ConvTransposeNd):
         return "transposed convolution: int8 kernels are missing, wrong or slow (R-CT-3)"
-    if isinstance(module, nn.Conv3d):
+    if isinstance(module, Conv3d):
         return "3-D convolution: int8 is fragile (R-CONV-7)"
     if isinstance(module, _ConvNd) and 1 < module.groups < module.in_channels:
         return "grouped convolution: TensorRT splits it into one kernel a group (R-CONV-4)"

@@ -96,11 +96,12 @@ def test_quantizer_placed_by_hand_is_calibrated():
     assert model.residual_quantizer.amax == x.abs().max()
 
 
-def test_refusal_on_entry_puts_states_back(residual, batches):
-    swap_modules(residual, input_desc=QuantDescriptor(axis=1))
-    with pytest.raises(ArgumentError, match="per tensor"):
-        calibrate_model(residual, batches, method="mse")
-    assert all(q._if_quant and not q._if_calib for _, q in named_quantizers(residual))
+def test_a_quantizer_with_an_axis_takes_maxima_and_says_so(residual, batches, caplog):
+    swap_modules(residual, exclude=["head"], input_desc=QuantDescriptor(axis=1))
+    ranges = {r.name: r for r in calibrate_model(residual, batches, method="mse")}
+    torch.testing.assert_close(residual.stem.input_quantizer.amax.flatten(), torch.cat(batches).abs().amax((0, 2, 3)))
+    assert ranges["stem._input_quantizer"].method == "max"
+    assert "take its maximum, not mse: stem._input_quantizer" in caplog.text
 
 
 def test_inference_mode_and_then_without(residual, batches):

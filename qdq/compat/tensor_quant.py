@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import yaml
-from torch.jit import is_tracing  # type: ignore[attr-defined]
 
+from qdq.compat.capture import is_capturing
 from qdq.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 
 logger = logging.getLogger(__name__)
@@ -240,7 +240,14 @@ def _checked_amax(amax: Any) -> npt.NDArray[np.float32] | None:
             f"amax must be float, list or ndarray, found {amax!r} of type {type(amax).__name__}.",
             "write 2.0 for 2, and tensor.numpy() for a tensor.",
         )
-    return np.array(amax, dtype=np.float32)
+    try:
+        result = np.array(amax, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ArgumentTypeError(
+            f"amax must be float, list or ndarray of numbers, found {amax!r}.", "give 2.5."
+        ) from error
+    result.setflags(write=False)
+    return result
 
 
 def _checked_scale_amax(scale_amax: Any) -> float | None:
@@ -269,11 +276,6 @@ QUANT_DESC_8BIT_LINEAR_WEIGHT_PER_ROW = QuantDescriptor(num_bits=8, axis=0)
 QUANT_DESC_8BIT_CONVTRANSPOSE1D_WEIGHT_PER_CHANNEL = QuantDescriptor(num_bits=8, axis=1)
 QUANT_DESC_8BIT_CONVTRANSPOSE2D_WEIGHT_PER_CHANNEL = QuantDescriptor(num_bits=8, axis=1)
 QUANT_DESC_8BIT_CONVTRANSPOSE3D_WEIGHT_PER_CHANNEL = QuantDescriptor(num_bits=8, axis=1)
-
-
-def is_capturing() -> bool:
-    """Whether torch.export, torch.compile or the TorchScript tracer is at work: no reading of values then (F35)."""
-    return torch.compiler.is_compiling() or bool(is_tracing())  # type: ignore[no-untyped-call]
 
 
 def largest_code(num_bits: int, unsigned: bool) -> int:
@@ -393,9 +395,10 @@ def _quantize(inputs: torch.Tensor, amax: torch.Tensor, num_bits: int, unsigned:
     qmax = largest_code(num_bits, unsigned)
     qmin = 0 if unsigned else -qmax if narrow or num_bits == 0 else -qmax - 1
     empty = amax <= EPS
-    # a multiplier of 0 makes every code 0
-    multiplier = torch.where(empty, torch.zeros_like(amax), _divide(qmax, amax))
+    multiplier = _divide(qmax, amax)
     codes = (values * multiplier).round_().clamp_(qmin, qmax)
+    if is_capturing() or bool(empty.any()):
+        codes.masked_fill_(empty, 0)
     return _Quantized(codes, torch.where(empty | (multiplier == 0), torch.ones_like(amax), multiplier))
 
 
@@ -510,7 +513,7 @@ class FakeAffineTensorQuantFunction(torch.autograd.Function):
         ctx.save_for_backward(inputs, low, high)
         values = _computable(inputs)
         low, high = low.to(values), high.to(values)
-        if num_bits < 1:
+        if largest_code(num_bits, unsigned=True) == 0:
             raise ArgumentError(f"num_bits must be 1 or more, found {num_bits}.", "8 is the usual width.")
         if not is_capturing() and bool((low > high).any()):
             raise ArgumentError("min_range is above max_range.", "give the smaller bound first.")

@@ -61,8 +61,9 @@ def find_counterpart(float_class: type[nn.Module]) -> type[QuantInputMixin] | No
 
     For a subclass a class is made that quantizes and keeps the subclass's forward.
     """
+    # by the class itself: its name in `torch.nn` may be bound to something else at the moment (compat.initialize)
     table: dict[type, type[QuantInputMixin]] = {
-        getattr(entry.orig_mod, entry.mod_name): entry.replace_mod for entry in _DEFAULT_QUANT_MAP
+        entry.replace_mod.float_class: entry.replace_mod for entry in _DEFAULT_QUANT_MAP
     }
     for base in float_class.__mro__:
         if base in table:

@@ -17,7 +17,7 @@ def reduce_amax(inputs: torch.Tensor, axis: Axis) -> torch.Tensor:
     """Maximum of |x| over all axes but the kept ones.
 
     Args:
-        inputs: Any shape, not empty.
+        inputs: Any shape; where there is nothing to take the maximum of, it is 0.
         axis: The axis or axes to keep (negative counts from the end), or None for the whole tensor.
 
     Returns:
@@ -27,8 +27,16 @@ def reduce_amax(inputs: torch.Tensor, axis: Axis) -> torch.Tensor:
         ArgumentError: An axis that `inputs` does not have.
         ArgumentTypeError: An axis that is no integer.
     """
-    low, high = torch.aminmax(inputs.detach()) if axis is None else _aminmax_kept(inputs.detach(), axis)
+    low, high = _aminmax(inputs.detach()) if axis is None else _aminmax_kept(inputs.detach(), axis)
     return torch.maximum(low.float().abs(), high.float().abs())
+
+
+def _aminmax(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if inputs.numel() == 0:
+        zero = inputs.new_zeros(())
+        return zero, zero
+    low, high = torch.aminmax(inputs)
+    return low, high
 
 
 def _aminmax_kept(inputs: torch.Tensor, axis: int | Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,6 +44,9 @@ def _aminmax_kept(inputs: torch.Tensor, axis: int | Sequence[int]) -> tuple[torc
     others = [dim for dim in range(inputs.dim()) if dim not in kept]
     if not others:
         return inputs, inputs
+    if any(inputs.shape[dim] == 0 for dim in others):
+        zeros = inputs.new_zeros([size if dim in kept else 1 for dim, size in enumerate(inputs.shape)])
+        return zeros, zeros
     return inputs.amin(others, keepdim=True), inputs.amax(others, keepdim=True)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import qdq
 import qdq.compat as pytorch_quantization
 from qdq.compat import nn as quant_nn
 from qdq.compat import quant_modules
@@ -251,3 +252,29 @@ def test_helpers_nest():
     assert bound() == set(MAPPED) - {"Linear"}
     quant_modules.deactivate()
     assert is_float()
+
+
+def test_core_swap_while_torch_is_patched():
+    from torchvision.models import resnet18
+
+    model = resnet18()
+    expected = qdq.plan_swap(model)
+    quant_modules.initialize()
+    assert qdq.swap_modules(model) == expected
+    assert qdq.restore_modules(model) == 21
+    assert type(model.conv1) is FLOAT["Conv2d"]
+
+
+def test_restore_of_a_class_that_only_exists_quantized(caplog):
+    class Scaled(quant_nn.QuantLinear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = torch.nn.Sequential(quant_nn.QuantLinear(3, 3), Scaled(3, 3)).eval()
+    x = torch.randn(2, 3)
+    expected = 2 * F.linear(F.linear(x, model[0].weight, model[0].bias), model[1].weight, model[1].bias)
+    assert qdq.restore_modules(model) == 1
+    assert type(model[0]) is FLOAT["Linear"]
+    assert type(model[1]) is Scaled
+    assert "1 (Scaled)" in caplog.text
+    assert torch.equal(model(x), expected)

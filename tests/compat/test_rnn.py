@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
+from qdq import calibrate_model
 from qdq.compat import calib
 from qdq.compat import nn as quant_nn
 from qdq.compat.nn.modules import _utils
@@ -602,3 +603,28 @@ def test_what_does_not_fit_a_cell_is_told():
 def test_another_kind_of_numbers_is_told():
     with pytest.raises(ValueError, match=r"input is torch\.float64, the weights are torch\.float32"):
         QuantLSTM(FEATURES, HIDDEN)(torch.zeros(TIME, FEATURES, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", ["max", "entropy"])
+def test_calibrate_model_of_the_core(method):
+    _, quantized = make_pair(dtype=torch.float32)
+    x = torch.randn(TIME, BATCH, FEATURES)
+    ranges = {r.name: r for r in calibrate_model(quantized, [x], method=method)}
+    rows = torch.cat([quantized.weight_ih_l0, quantized.weight_hh_l0], dim=1).detach()
+    assert torch.equal(quantized._weight_quantizers[0].amax, rows.abs().amax(1, keepdim=True))
+    assert ranges["_weight_quantizers.0"].method == "max"
+    assert ranges["_input_quantizers.0"].method == method
+
+
+def test_narrow_weights_are_exported_where_no_code_gets_lost(tmp_path):
+    narrow = QuantDescriptor(axis=0, narrow_range=True)
+    quantized = QuantLSTM(FEATURES, HIDDEN, quant_desc_weight=narrow)
+    x = torch.randn(TIME, BATCH, FEATURES)
+    calibrated(quantized.eval(), x)
+    path = str(tmp_path / "lstm.onnx")
+    torch.onnx.export(quantized, (x,), path)
+    outputs = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"input": x.numpy()})
+    np.testing.assert_allclose(outputs[0], quantized(x)[0].detach().numpy(), atol=1e-5)
+    quantized._weight_quantizers[0].amax.mul_(0.5)
+    with pytest.raises(QdqError, match=r"_weight_quantizers\.0 has narrow_range"):
+        torch.onnx.export(quantized, (x,), path)

@@ -70,3 +70,15 @@ def test_whole_model_pickled_elsewhere_is_refused(calibrated):
     del state["name"]  # as the original has it
     with pytest.raises(ModelError, match=r"pickled as a whole.*state_dict"):
         quant_nn.TensorQuantizer.__new__(quant_nn.TensorQuantizer).__setstate__(state)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_one_number_in_any_shape(shape):
+    mine, theirs = (
+        quant_nn.TensorQuantizer(),
+        {"_amax": torch.full(shape, 2.0), "_pre_quant_scale": torch.full(shape, 3.0)},
+    )
+    mine.amax, mine.pre_quant_scale = 1.0, 1.0
+    mine.load_state_dict(theirs)
+    assert mine.amax.item() == 2.0
+    assert mine.pre_quant_scale.item() == 3.0

@@ -176,6 +176,40 @@ class TestProperties:
         assert float(q.scale) == 63.5
 
 
+class TestBadRanges:
+    def test_negative_range(self):
+        raises_ours(ValueError, "Negative values in amax", lambda: setattr(make(), "amax", [1.0, -2.0]))
+
+    def test_amax_as_an_attribute_becomes_the_buffer(self):
+        quantizer = make()
+        quantizer._amax = torch.tensor(2.0)
+        quantizer._pre_quant_scale = torch.tensor(0.5)
+        assert set(quantizer.state_dict()) == {"_amax", "_pre_quant_scale"}
+        quantizer.amax = 3.0
+        assert quantizer.amax == 3.0
+
+    def test_a_descriptor_is_read_only_to_the_last_number(self):
+        descriptor = QuantDescriptor(amax=[1.0, 2.0], axis=0)
+        with pytest.raises(ValueError, match="read-only"):
+            descriptor.amax[0] = 5.0
+        quantizer = TensorQuantizer(descriptor)
+        quantizer.amax.fill_(7.0)
+        assert descriptor.amax.tolist() == [1.0, 2.0]
+
+    def test_words_instead_of_a_range(self):
+        raises_ours(TypeError, "amax must be float, list or ndarray", lambda: QuantDescriptor(amax=["wide"]))
+
+    @pytest.mark.parametrize("axis", [None, 1, (0, 1)])
+    def test_nothing_in_nothing_out(self, axis):
+        empty = torch.empty(0, 3)
+        for fields in ({}, {"amax": 1.0}, {"unsigned": True}):
+            assert make(axis=axis, **fields)(empty).shape == (0, 3)
+
+    def test_infinity_in_a_range_of_zero(self):
+        x = torch.tensor([math.inf, -math.inf, 1.0])
+        assert make(amax=0.0)(x).tolist() == [0.0, 0.0, 0.0]
+
+
 class TestSwitches:
     def test_flags(self):
         q = TensorQuantizer()
@@ -347,6 +381,28 @@ class TestLoadCalibAmax:
         assert levels(caplog) == [logging.WARNING]
         assert "conv1" in caplog.text
         assert "collecting" in caplog.text
+
+    def test_one_warning_names_all_that_collect(self, caplog):
+        model = nn.Sequential(Pair(), Pair())
+        quantizers = [pair._input_quantizer for pair in model]
+        for quantizer in quantizers:
+            quantizer._if_calib = True
+        model(torch.ones(3))
+        for quantizer in quantizers:
+            quantizer.load_calib_amax()
+        assert levels(caplog) == [logging.WARNING]
+        assert "2 quantizers" in caplog.text
+        assert "0._input_quantizer, 1._input_quantizer" in caplog.text
+        quantizers[0].enable_calib()
+        quantizers[0].load_calib_amax()
+        assert len(caplog.records) == 2  # it starts over with every enable_calib()
+
+    def test_one_warning_names_all_without_data(self, caplog):
+        model = nn.Sequential(Pair(), Pair(calib_method="histogram"))
+        for pair in model:
+            pair._input_quantizer.load_calib_amax(strict=False, **({} if pair is model[0] else {"method": "entropy"}))
+        assert levels(caplog) == [logging.WARNING]
+        assert "0._input_quantizer, 0._weight_quantizer, 1._input_quantizer" in caplog.text
 
     def test_learned_over_channels(self):
         q = make(learn_amax=True)

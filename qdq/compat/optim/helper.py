@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from qdq.compat.nn.modules._utils import quantized_weights
 from qdq.errors import ArgumentError, ArgumentTypeError
 
 logger = logging.getLogger(__name__)
@@ -126,39 +127,11 @@ def quant_weight_inplace(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model is a {type(model).__name__}, not a module.", "pass a torch.nn.Module.")
     for name, module in model.named_modules():
-        for weight_names, quantizer in _weight_quantizers(module):
-            weights = [_stored(module, weight_name) for weight_name in weight_names]
-            found = [weight for weight in weights if weight is not None]
-            if len(found) == len(weight_names) > 0:
-                _quantize_inplace(found, quantizer)
+        for quantizer, weights in quantized_weights(module):
+            if weights:
+                _quantize_inplace(weights, quantizer)
             else:
                 logger.warning("%s (%s): weights not found, left as they are", name or "model", type(module).__name__)
-
-
-def _weight_quantizers(module: nn.Module) -> Iterator[tuple[list[str], Callable[[torch.Tensor], torch.Tensor]]]:
-    """Each weight quantizer of a module, with the names of the weights that it quantizes; none if they are unknown."""
-    quantizers = getattr(module, "_weight_quantizers", None)
-    if quantizers:  # first: an LSTM shows its first one as `_weight_quantizer` too
-        steps = _steps(module)
-        names = (
-            [[f"weight_ih_{step}", f"weight_hh_{step}"] for step in steps] if len(steps) == len(quantizers) else [[]]
-        )
-        yield from zip(names, quantizers, strict=False)
-    elif (quantizer := getattr(module, "_weight_quantizer", None)) is not None:
-        is_cell = _stored(module, "weight") is None and _stored(module, "weight_ih") is not None
-        yield (["weight_ih", "weight_hh"] if is_cell else ["weight"]), quantizer
-
-
-def _steps(module: nn.Module) -> list[str]:
-    """Layers and directions of an LSTM as its weights are named, in the order of its quantizers."""
-    directions = ("", "_reverse") if getattr(module, "bidirectional", False) else ("",)
-    return [f"l{layer}{direction}" for layer in range(getattr(module, "num_layers", 0)) for direction in directions]
-
-
-def _stored(module: nn.Module, name: str) -> torch.Tensor | None:
-    """The tensor itself; None where it is absent, or computed of others (pruning, parametrization)."""
-    parameter = module._parameters.get(name)
-    return module._buffers.get(name) if parameter is None else parameter
 
 
 def _quantize_inplace(weights: list[torch.Tensor], quantizer: Callable[[torch.Tensor], torch.Tensor]) -> None:

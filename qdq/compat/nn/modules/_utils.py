@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from qdq.compat.nn.modules.tensor_quantizer import TensorQuantizer
@@ -199,3 +201,37 @@ def _hides_weight(cls: type) -> str:
     if names & _QUANTIZES or "forward" in names:
         return ""
     return "reads self.weight directly" if "weight" in names else ""
+
+
+def quantized_weights(module: nn.Module) -> Iterator[tuple[TensorQuantizer, list[torch.Tensor]]]:
+    """Each weight quantizer of a module, with the stored weights that it quantizes, side by side on axis 1.
+
+    The list is empty where they are not found, or are computed of others (pruning, parametrization).
+    """
+    for quantizer, names in _weight_names(module):
+        weights = [weight for name in names if (weight := _stored(module, name)) is not None]
+        yield quantizer, weights if len(weights) == len(names) else []
+
+
+def _weight_names(module: nn.Module) -> Iterator[tuple[TensorQuantizer, list[str]]]:
+    quantizers = getattr(module, "_weight_quantizers", None)
+    if quantizers:  # first: an LSTM shows its first one as `_weight_quantizer` too
+        steps = _steps(module)
+        names = (
+            [[f"weight_ih_{step}", f"weight_hh_{step}"] for step in steps] if len(steps) == len(quantizers) else [[]]
+        )
+        yield from zip(quantizers, names, strict=False)
+    elif (quantizer := getattr(module, "_weight_quantizer", None)) is not None:
+        is_cell = _stored(module, "weight") is None and _stored(module, "weight_ih") is not None
+        yield quantizer, ["weight_ih", "weight_hh"] if is_cell else ["weight"]
+
+
+def _steps(module: nn.Module) -> list[str]:
+    """Layers and directions of an LSTM as its weights are named, in the order of its quantizers."""
+    directions = ("", "_reverse") if getattr(module, "bidirectional", False) else ("",)
+    return [f"l{layer}{direction}" for layer in range(getattr(module, "num_layers", 0)) for direction in directions]
+
+
+def _stored(module: nn.Module, name: str) -> torch.Tensor | None:
+    parameter = module._parameters.get(name)
+    return module._buffers.get(name) if parameter is None else parameter

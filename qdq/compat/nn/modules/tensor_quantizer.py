@@ -6,15 +6,18 @@ import difflib
 import logging
 import math
 import sys
+from collections.abc import Callable
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import nn
-from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from qdq.compat import calib
+from qdq.compat.capture import is_capturing, is_exporting
 from qdq.compat.nn.modules.clip import Clip
+from qdq.compat.qdq_nodes import Constants, write_qdq
 from qdq.compat.tensor_quant import (
     E4M3,
     E4M3_MAX,
@@ -22,7 +25,6 @@ from qdq.compat.tensor_quant import (
     NumBits,
     QuantDescriptor,
     fake_tensor_quant,
-    is_capturing,
     largest_code,
     scaled_e4m3,
     tensor_quant,
@@ -36,11 +38,7 @@ from qdq.quantizer import fake_quantize
 logger = logging.getLogger(__name__)
 
 _CALIBRATORS = {"max": calib.MaxCalibrator, "histogram": calib.HistogramCalibrator}
-
-
-def is_exporting() -> bool:
-    """Whether what runs becomes a file: values turn into Q/DQ then, by torch's own fake-quantize operators."""
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or bool(is_tracing())  # type: ignore[no-untyped-call]
+_RANGES = ("_amax", "_pre_quant_scale")
 
 
 class TensorQuantizer(CoreTensorQuantizer):
@@ -62,6 +60,8 @@ class TensorQuantizer(CoreTensorQuantizer):
 
     _pre_quant_scale: torch.Tensor
     _calibrator: Any
+    _export_constants: list[Constants]
+    _export_calls: int
 
     def __init__(
         self,
@@ -110,6 +110,13 @@ class TensorQuantizer(CoreTensorQuantizer):
                 self._label, method, close,
             )  # fmt: skip
         self._calibrator = kind and kind(self._num_bits, self._axis, self._unsigned)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """`_amax = tensor` makes the buffer where there is none yet; as a plain attribute it would be in the way."""
+        if name in _RANGES and isinstance(value, torch.Tensor) and name not in self._buffers:
+            self.register_buffer(name, value.detach())
+        else:
+            super().__setattr__(name, value)
 
     # -- fields ------------------------------------------------------------------------------------------------
 
@@ -177,7 +184,7 @@ class TensorQuantizer(CoreTensorQuantizer):
     @property
     def amax(self) -> torch.Tensor | None:
         """The range as the buffer itself, None until set."""
-        return self._buffers.get("_amax")
+        return self._buffers.get("_amax")  # again: torch.compile cannot follow super() to a property
 
     @amax.setter
     def amax(self, value: Any) -> None:
@@ -200,7 +207,13 @@ class TensorQuantizer(CoreTensorQuantizer):
             return
         if isinstance(value, torch.Tensor):
             logger.warning("%s: %s is set from a tensor; it is copied.", self._label, name)
-        self._store(buffer, _as_float(value, name))
+        values = _as_float(value, name)
+        if buffer == "_amax" and not values.is_meta and bool((values < 0).any()):
+            raise ArgumentError(
+                f"Negative values in amax of {self._label}: the smallest is {values.min().item()}.",
+                "a range is the largest absolute value.",
+            )
+        self._store(buffer, values)
 
     def _store(self, buffer: str, value: torch.Tensor) -> None:
         current = self._buffers.get(buffer)
@@ -229,6 +242,8 @@ class TensorQuantizer(CoreTensorQuantizer):
         if self._calibrator is None:
             raise ArgumentError(f"Calibrator was not created for {self._label}.", "name one in calib_method.")
         self._if_calib = True
+        _told_collecting.discard(self)
+        _told_empty.discard(self)
 
     def enable_clip(self) -> None:
         """Clip from now on, and train the bounds.
@@ -273,17 +288,37 @@ class TensorQuantizer(CoreTensorQuantizer):
         if self._calibrator is None:
             raise StateError(f"Calibrator not created for {self._label}.", "name one in calib_method.")
         if self._if_calib:
-            logger.warning(
-                "%s is still collecting while its amax is computed; call disable_calib() first.", self._label
+            self._warn_once(
+                _told_collecting,
+                lambda quantizer: quantizer._if_calib,
+                "%d quantizers are still collecting while amax is computed: %s. Call disable_calib() first.",
             )
         amax = self._solve(*args, **kwargs)
         if amax is None:
-            found = f"Calibrator returned None: {self._label} saw no data"
             if strict:
-                raise StateError(f"{found}.", "feed batches that reach it between enable_calib and load_calib_amax.")
-            logger.warning("%s; its amax is NaN, and a forward through it or an export will be refused.", found)
+                raise StateError(
+                    f"Calibrator returned None: {self._label} saw no data.",
+                    "feed batches that reach it between enable_calib and load_calib_amax.",
+                )
+            self._warn_once(
+                _told_empty,
+                lambda quantizer: getattr(quantizer._calibrator, "num_batches", None) == 0,
+                "Calibrator returned None: %d quantizers saw no data: %s. With strict=False their amax becomes NaN, "
+                "and a forward through one or an export will be refused.",
+            )
             amax = torch.tensor(math.nan) if self.amax is None else torch.full_like(self.amax, math.nan)
         self._store("_amax", amax.detach().float())
+
+    def _warn_once(
+        self, told: WeakSet[TensorQuantizer], applies: Callable[[TensorQuantizer], bool], message: str
+    ) -> None:
+        """One warning for all quantizers of the model that it applies to; scripts ask one after the other."""
+        if self in told:
+            return
+        quantizers = named_quantizers(find_root(self)[0])
+        names = {name: quantizer for name, quantizer in quantizers.items() if quantizer is self or applies(quantizer)}
+        told.update(names.values())
+        logger.warning(message, len(names), _join(names))
 
     def _solve(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         try:
@@ -326,7 +361,7 @@ class TensorQuantizer(CoreTensorQuantizer):
         Raises:
             RuntimeError: Collecting without a calibrator, clipping without learned bounds, amax NaN.
         """
-        if self._enable_onnx_export and not self._disabled and not is_capturing():
+        if self._enable_onnx_export and not is_capturing():
             self._require_range()
         if "_pre_quant_scale" in self._buffers:
             inputs = inputs * self._pre_quant_scale.to(inputs)
@@ -348,9 +383,7 @@ class TensorQuantizer(CoreTensorQuantizer):
         if self._learn_amax:
             inputs = self.clip(inputs)
         if is_exporting():
-            from qdq.compat.onnx_export import write_qdq  # the export knows quantizers, and they it only here
-
-            return write_qdq(self, inputs)
+            return self._write_qdq(inputs)
         amax = self._get_amax(inputs)
         if not is_capturing() and bool(torch.isnan(amax).any()):
             self._refuse_nan()
@@ -363,16 +396,32 @@ class TensorQuantizer(CoreTensorQuantizer):
         codes, self._scale = tensor_quant(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
         return codes
 
+    def _write_qdq(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Q/DQ with the constants that the export has prepared for this call."""
+        constants = self.__dict__.get("_export_constants")
+        if not constants:  # torch.export alone, or a quantizer that the example inputs did not reach
+            fmt = Format(self._num_bits, self._unsigned, self._narrow_range)  # type: ignore[arg-type]
+            return fake_quantize(inputs, self._get_amax(inputs), fmt, self._single_axis())
+        current = constants[self._export_calls % len(constants)]
+        self._export_calls += 1
+        return write_qdq(inputs, current, self._num_bits, self._unsigned, self._single_axis())
+
     def _get_amax(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The range: learned, or the buffer, else the maximum of |x| at hand; times `scale_amax`."""
+        """The range that holds for any input, else the maximum of |x| at hand times `scale_amax`."""
+        if self._learn_amax or self.amax is None:
+            amax = self.static_amax()
+            return self._scaled(_dynamic_amax(inputs, self._axis)) if amax is None else amax
+        if self.amax.device != inputs.device and not is_capturing():
+            self._amax = self._amax.to(inputs.device)
+        return self._scaled(self._amax)
+
+    def static_amax(self) -> torch.Tensor | None:
+        """The range that does not depend on the input: learned, or the buffer times `scale_amax`; None without one."""
         if self._learn_amax:
             return torch.maximum(-self.clip.clip_value_min, self.clip.clip_value_max).detach()
-        if self.amax is None:
-            amax = _dynamic_amax(inputs, self._axis)
-        else:
-            if self.amax.device != inputs.device and not is_capturing():
-                self._amax = self._amax.to(inputs.device)
-            amax = self._amax
+        return None if self.amax is None else self._scaled(self.amax)
+
+    def _scaled(self, amax: torch.Tensor) -> torch.Tensor:
         return amax if self._scale_amax is None else amax * self._scale_amax
 
     def _single_axis(self) -> int | None:
@@ -391,20 +440,27 @@ class TensorQuantizer(CoreTensorQuantizer):
         return self._axis
 
     def _require_range(self) -> None:
-        if self.amax is None or bool(torch.isnan(self._amax).any()):
-            root, _ = find_root(self)
-            from qdq.compat.onnx_export import require_ranges
+        """With `enable_onnx_export`, refuse a model with uncalibrated quantizers, naming all of them (F30)."""
+        if self.is_written() and not self.has_range():
+            quantizers = named_quantizers(find_root(self)[0])
+            raise missing_ranges({name: q for name, q in quantizers.items() if q.is_written() and not q.has_range()})
 
-            require_ranges(root)
+    def is_written(self) -> bool:
+        """Whether an export writes it."""
+        return self._if_quant and not self._disabled
+
+    def has_range(self) -> bool:
+        """Whether there is a range that does not depend on the input."""
+        amax = self.static_amax()
+        return amax is not None and not bool(torch.isnan(amax).any())
 
     def _refuse_nan(self) -> None:
         """Tell a range without data, which is an error, from inputs that are NaN, which are passed on."""
         if not self._has_nan():
             return
-        root, _ = find_root(self)
-        names = [name for name, q in root.named_modules() if isinstance(q, TensorQuantizer) and q._has_nan()]
+        names = {name: q for name, q in named_quantizers(find_root(self)[0]).items() if q._has_nan()}
         raise StateError(
-            f"{len(names)} quantizers have amax NaN, because they were calibrated without data: {', '.join(names)}.",
+            f"{len(names)} quantizers have amax NaN, because they were calibrated without data: {_join(names)}.",
             "feed batches that reach them and call load_calib_amax again, or disable() them.",
         )
 
@@ -435,6 +491,8 @@ class TensorQuantizer(CoreTensorQuantizer):
         incoming = state_dict.get(prefix + "_pre_quant_scale")
         if incoming is not None and self.pre_quant_scale is None:
             self.register_buffer("_pre_quant_scale", torch.empty_like(incoming, dtype=torch.float32))
+        elif incoming is not None and incoming.numel() == self._pre_quant_scale.numel() == 1:
+            state_dict[prefix + "_pre_quant_scale"] = incoming.reshape(self._pre_quant_scale.shape)
         if self.amax is not None and prefix + "_amax" not in state_dict:
             logger.error("%s has an amax and the checkpoint none for it: the present one stays.", prefix.rstrip("."))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -462,19 +520,44 @@ class TensorQuantizer(CoreTensorQuantizer):
         return " ".join(part for part in parts if part)
 
 
-def find_root(quantizer: nn.Module) -> tuple[nn.Module, str]:
-    """The outermost module that is running around a quantizer, and the quantizer's dotted name in it.
+_told_collecting: WeakSet[TensorQuantizer] = WeakSet()
+_told_empty: WeakSet[TensorQuantizer] = WeakSet()
 
-    A quantizer does not know where it stands. When there is something to say about it, the forwards that led to it
-    are still on the call stack; without any, it is its own root and the name is empty.
+
+def named_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
+    """All quantizers of a model by dotted name; a shared one comes once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, TensorQuantizer)}
+
+
+def missing_ranges(quantizers: dict[str, TensorQuantizer]) -> StateError:
+    """The error for quantizers without a range."""
+    return StateError(
+        f"{len(quantizers)} quantizers have no amax: {_join(quantizers)}.",
+        "feed batches with enable_calib(), then call load_calib_amax() on each (or qdq.calibrate_model), or "
+        "disable() those that shall stay float.",
+    )
+
+
+def find_root(quantizer: nn.Module) -> tuple[nn.Module, str]:
+    """The largest module at hand that holds a quantizer, and the quantizer's dotted name in it.
+
+    A quantizer does not know where it stands. When there is something to say about it, the functions that led to it
+    are still on the call stack, and one of them has the model in a variable; else it is its own root and has no name.
     """
-    root, frame = quantizer, sys._getframe(1)
+    root, size, frame = quantizer, 1, sys._getframe(1)
     while frame is not None:
-        candidate = frame.f_locals.get("self")
-        if isinstance(candidate, nn.Module) and any(module is quantizer for module in candidate.modules()):
-            root = candidate
+        for candidate in {
+            id(value): value for value in frame.f_locals.values() if isinstance(value, nn.Module)
+        }.values():
+            modules = list(candidate.modules())
+            if len(modules) > size and any(module is quantizer for module in modules):
+                root, size = candidate, len(modules)
         frame = frame.f_back  # type: ignore[assignment]
     return root, next((name for name, module in root.named_modules() if module is quantizer), "")
+
+
+def _join(quantizers: dict[str, TensorQuantizer]) -> str:
+    return ", ".join(name or quantizer.name or "this quantizer" for name, quantizer in quantizers.items())
 
 
 def _dynamic_amax(inputs: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -489,7 +572,7 @@ def _dynamic_amax(inputs: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 def _as_float(value: Any, name: str) -> torch.Tensor:
     try:
-        return torch.as_tensor(value).detach().float()
+        return torch.as_tensor(value.copy() if isinstance(value, np.ndarray) else value).detach().float()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentTypeError(
             f"{name} must be a number, list, ndarray or tensor; found {value!r} of type {type(value).__name__}.",

@@ -1,0 +1,63 @@
+"""The operators that both exporters write as QuantizeLinear and DequantizeLinear, with constant scales."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from qdq.compat.tensor_quant import E4M3, E4M3_MAX, NumBits
+from qdq.formats import Format
+from qdq.quantizer import compute_scale
+
+
+class Constants(NamedTuple):
+    """Scale (ONNX's, a divisor) and zero point of one call of a quantizer, 0-D or 1-D."""
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+
+def make_constants(amax: torch.Tensor, num_bits: NumBits, unsigned: bool, axis: int | None) -> Constants:
+    """The constants for a range; one element is 0-D (R-SHAPE), and no scale is 0 (R-SCALE)."""
+    if num_bits == E4M3:
+        scale = (amax.detach().float() / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+        return Constants(scale.reshape(()).clone(), torch.zeros((), dtype=torch.float8_e4m3fn))
+    scale = compute_scale(amax.detach(), Format(8, unsigned))
+    scale = scale.reshape(()) if axis is None or scale.numel() == 1 else scale.flatten()
+    return Constants(scale.clone(), torch.zeros_like(scale, dtype=torch.int32))
+
+
+def write_qdq(
+    inputs: torch.Tensor, constants: Constants, num_bits: NumBits, unsigned: bool, axis: int | None
+) -> torch.Tensor:
+    """Quantize and dequantize in the operators that become one pair of nodes.
+
+    Args:
+        inputs: Any shape; half and bfloat16 get a Cast to float32 before and back after.
+        constants: As `make_constants` made them.
+        num_bits: 8, or (4, 3).
+        unsigned: Codes start at 0.
+        axis: The axis that the scale belongs to.
+    """
+    scale, zero_point = (part.to(inputs.device) for part in constants)
+    values = inputs if inputs.dtype == torch.float32 else inputs.float()  # the tracer writes a Cast to the same type
+    fmt = Format(8, unsigned)
+    if num_bits == E4M3:
+        result = _write_fp8(values, scale, zero_point)
+    elif axis is None or scale.dim() == 0:
+        result = torch.fake_quantize_per_tensor_affine(values, scale, zero_point, fmt.qmin, fmt.qmax)
+    else:
+        axis %= inputs.dim()
+        result = torch.fake_quantize_per_channel_affine(values, scale, zero_point, axis, fmt.qmin, fmt.qmax)
+    return result if inputs.dtype == torch.float32 else result.to(inputs.dtype)
+
+
+def _write_fp8(values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    """For FP8 torch has no operator, so the ONNX ones are named."""
+    codes = torch.onnx.ops.symbolic(
+        "QuantizeLinear", (values, scale, zero_point), dtype=torch.float8_e4m3fn, shape=values.shape, version=19
+    )
+    return torch.onnx.ops.symbolic(
+        "DequantizeLinear", (codes, scale, zero_point), dtype=torch.float32, shape=values.shape, version=19
+    )
