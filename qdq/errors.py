@@ -2,14 +2,15 @@
 
 QdqError
 ├── ArgumentError      (ValueError)    a value that cannot be meant: unknown name, out of range, wrong shape
+│   └── ShapeError     (RuntimeError)  a size that does not fit, where torch raises RuntimeError
 ├── ArgumentTypeError  (TypeError)     a value of the wrong kind
 ├── StateError         (RuntimeError)  calls in the wrong order, or a state that cannot be quantized
 ├── UnsupportedError   (NotImplementedError)  a combination that qdq does not have
 ├── DependencyError    (ImportError)   a package that an extra would have installed
-├── ModelError                         a model or checkpoint that cannot be loaded
+├── ModelError         (RuntimeError)  a model or checkpoint that cannot be loaded
 ├── DataError                          images or folders that cannot be used
-├── CalibrationError                   no data, or data that gives no range
-├── ExportError                        a model that cannot become the ONNX file asked for
+├── CalibrationError   (ValueError)    no data, or data that gives no range
+├── ExportError        (RuntimeError)  a model that cannot become the ONNX file asked for
 ├── CheckError                         an ONNX file that cannot be read or run
 └── BuildError                         an ONNX file that TensorRT refuses
 
@@ -41,6 +42,10 @@ class ArgumentError(QdqError, ValueError):
     """A value that cannot be meant: an unknown name, out of range, of the wrong shape."""
 
 
+class ShapeError(ArgumentError, RuntimeError):
+    """A size that does not fit; torch raises RuntimeError for it, scripts may catch either."""
+
+
 class ArgumentTypeError(QdqError, TypeError):
     """A value of the wrong kind."""
 
@@ -57,7 +62,7 @@ class DependencyError(QdqError, ImportError):
     """A package that one of the extras would have installed."""
 
 
-class ModelError(QdqError):
+class ModelError(QdqError, RuntimeError):
     """A model or a checkpoint that cannot be loaded."""
 
 
@@ -65,11 +70,11 @@ class DataError(QdqError):
     """Images or folders that cannot be used."""
 
 
-class CalibrationError(QdqError):
+class CalibrationError(QdqError, ValueError):
     """No data to calibrate on, or data that gives no range."""
 
 
-class ExportError(QdqError):
+class ExportError(QdqError, RuntimeError):
     """A model that cannot become the ONNX file asked for."""
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from qdq.errors import ArgumentError, ArgumentTypeError, CalibrationError, StateError
 from qdq.formats import Format
@@ -144,7 +145,7 @@ def _needs_operator(values: torch.Tensor) -> bool:
     On a CPU without either need they cost three to five times the same arithmetic in place, because they fill a mask
     for the backward pass (tools/bench_forward.py); the numbers are the same to the last bit.
     """
-    if torch.compiler.is_compiling() or values.device.type != "cpu":
+    if torch.compiler.is_compiling() or is_tracing() or values.device.type != "cpu":  # type: ignore[no-untyped-call]
         return True
     return torch.is_grad_enabled() and values.requires_grad
 
@@ -373,7 +374,13 @@ class TensorQuantizer(nn.Module):
         """Create `_amax` where the checkpoint has one and this quantizer does not yet."""
         incoming = state_dict.get(prefix + "_amax")
         if incoming is not None:
+            if not isinstance(incoming, torch.Tensor):
+                raise ArgumentTypeError(
+                    f"{prefix}_amax in the checkpoint is a {type(incoming).__name__}, not a tensor.",
+                    "save it with torch.tensor(...).",
+                )
             self._require_valid(incoming)
+            state_dict[prefix + "_amax"] = incoming = incoming.float()
             if self.amax is None:
                 self.register_buffer("_amax", torch.empty_like(incoming, dtype=torch.float32))
             elif self.amax.numel() == incoming.numel() == 1:  # [], [1] and [1, 1] say the same

@@ -14,3 +14,8 @@ def is_capturing() -> bool:
 def is_exporting() -> bool:
     """Whether what runs becomes a file: values turn into Q/DQ then, by torch's own fake-quantize operators."""
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or bool(is_tracing())  # type: ignore[no-untyped-call]
+
+
+def is_tracing_for_onnx() -> bool:
+    """Whether the TorchScript exporter runs: what it sees of a range it writes as computed from the input."""
+    return torch.onnx.is_in_onnx_export() and bool(is_tracing())  # type: ignore[no-untyped-call]

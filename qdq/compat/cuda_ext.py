@@ -6,7 +6,7 @@ import torch
 
 from qdq.compat import tensor_quant
 from qdq.compat.tensor_quant import Range, _as_tensor
-from qdq.errors import ArgumentError
+from qdq.errors import ArgumentError, ArgumentTypeError
 
 
 @torch.no_grad()
@@ -22,7 +22,8 @@ def fake_tensor_quant_(
     inputs: torch.Tensor, amax: Range, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
 ) -> torch.Tensor:
     """As `tensor_quant.fake_tensor_quant`, in place."""
-    return inputs.copy_(tensor_quant.fake_tensor_quant(inputs, amax, num_bits, unsigned, narrow_range))
+    result = tensor_quant.fake_tensor_quant(inputs, amax, num_bits, unsigned, narrow_range)
+    return inputs.copy_(result)
 
 
 @torch.no_grad()
@@ -45,8 +46,11 @@ def fake_tensor_quant_with_axis(
         narrow_range: Leave out the most negative code.
 
     Raises:
+        TypeError: The axis is no integer.
         ValueError: Axis and amax do not fit the inputs.
     """
+    if not isinstance(axis, int):
+        raise ArgumentTypeError(f"axis is {axis!r}; expected an int.", "0 gives one range for each index of axis 0.")
     amax = _as_tensor(amax, inputs)
     if not -inputs.dim() <= axis < inputs.dim() or amax.shape != (inputs.shape[axis],):
         raise ArgumentError(

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import logging
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +28,7 @@ from qdq.compat.nn.modules._utils import quantized_weights
 from qdq.compat.nn.modules.tensor_quantizer import TensorQuantizer, missing_ranges, named_quantizers
 from qdq.compat.qdq_nodes import make_constants
 from qdq.compat.tensor_quant import E4M3
-from qdq.errors import ExportError
+from qdq.errors import ArgumentTypeError, ExportError
 from qdq.graph.opset import HIGHEST, LOWEST, LowerOpset
 from qdq.trace import evaluating
 
@@ -57,7 +60,7 @@ def export(model: Any, args: Any = (), f: Any = None, **kwargs: Any) -> Any:
     """`torch.onnx.export`; a model with quantizers becomes QDQ ONNX.
 
     Args:
-        model: Any model; one without enabled quantizers of `qdq.compat` is torch's business alone.
+        model: Any model; one without quantizers of `qdq.compat` is torch's business alone.
         args: As for torch.
         f: As for torch.
         **kwargs: As for torch; `opset_version` 13 and up, with both exporters.
@@ -67,22 +70,21 @@ def export(model: Any, args: Any = (), f: Any = None, **kwargs: Any) -> Any:
         TypeError: A quantizer that keeps several axes.
         ExportError: A format that ONNX cannot express at this opset, with the one that can.
     """
-    quantizers = _enabled_quantizers(model) if isinstance(model, nn.Module) else {}
-    if not quantizers:
+    if not isinstance(model, nn.Module) or not named_quantizers(model):
         return _torch_export(model, args, f, **kwargs)
+    quantizers = _enabled_quantizers(model)
     dynamo = kwargs.get("dynamo", True)
     opset = kwargs.get("opset_version")
     _require_expressible(model, quantizers, opset, dynamo)
     uncalibrated = {name: quantizer for name, quantizer in quantizers.items() if not quantizer.has_range()}
     if uncalibrated:
         _allow_example_ranges(uncalibrated)
-    with _constants(model, args, kwargs.get("kwargs"), quantizers, uncalibrated):
+    with _constants(model, args, kwargs.get("kwargs"), quantizers, uncalibrated), _float_weights(model, quantizers):
         if dynamo:
             return _export_dynamo(model, args, f, opset, list(uncalibrated), kwargs)
-        result = _torch_export(model, args, f, **kwargs)
-    if uncalibrated:
-        _mark_file(f, list(uncalibrated))
-    return result
+        if not uncalibrated:
+            return _torch_export(model, args, f, **kwargs)
+        return _export_marked(model, args, f, list(uncalibrated), kwargs)
 
 
 def _export_dynamo(
@@ -107,14 +109,41 @@ def _export_dynamo(
     return program
 
 
-def _mark_file(f: Any, uncalibrated: list[str]) -> None:
-    """Write into a file that its ranges are those of one example."""
-    proto = onnx.load_from_string(f.getvalue()) if isinstance(f, io.BytesIO) else onnx.load(f, load_external_data=False)
+def _export_marked(model: nn.Module, args: Any, f: Any, uncalibrated: list[str], kwargs: dict[str, Any]) -> Any:
+    """Export by the TorchScript exporter, and write into the file that its ranges are those of one example."""
+    is_path = isinstance(f, str | os.PathLike)
+    target = f if is_path else io.BytesIO()
+    result = _torch_export(model, args, target, **kwargs)
+    proto = onnx.load(f, load_external_data=False) if is_path else onnx.load_from_string(target.getvalue())
     proto.metadata_props.add(key=UNCALIBRATED, value=",".join(uncalibrated))
-    if isinstance(f, io.BytesIO):
-        f.seek(0)
-        f.truncate()
     onnx.save(proto, f)
+    return result
+
+
+@contextmanager
+def _float_weights(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -> Iterator[None]:
+    """Half weights as float32 while they are captured.
+
+    Q takes float32. A Cast of a weight would be folded, and its dotted name, by which rule scripts find the layer, be
+    lost with it; so the pair casts back instead. A weight that another module reads too stays half.
+    """
+    enabled = {id(quantizer) for quantizer in quantizers.values()}
+    readers = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    halves = [
+        (quantizer, weight, weight.data)
+        for module in model.modules()
+        for quantizer, weights in quantized_weights(module)
+        for weight in weights
+        if id(quantizer) in enabled and readers[id(weight)] == 1 and weight.dtype in (torch.float16, torch.bfloat16)
+    ]
+    try:
+        for quantizer, weight, values in halves:
+            weight.data, quantizer._export_dtype = values.float(), values.dtype
+        yield
+    finally:
+        for quantizer, weight, values in halves:
+            weight.data = values
+            vars(quantizer).pop("_export_dtype", None)
 
 
 def _enabled_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
@@ -144,13 +173,18 @@ def _require_expressible(
     model: nn.Module, quantizers: dict[str, TensorQuantizer], opset: int | None, dynamo: bool
 ) -> None:
     """Refuse what Q/DQ at this opset cannot say."""
+    if opset is not None and not isinstance(opset, int):
+        raise ArgumentTypeError(f"opset_version is {opset!r}; expected an int.", f"use {LOWEST} or above.")
     if opset is not None and opset < LOWEST:
         raise ExportError(
             f"opset {opset} has no QuantizeLinear with an axis.", f"export with opset_version={LOWEST} or above."
         )
-    weights = {id(quantizer): values for module in model.modules() for quantizer, values in quantized_weights(module)}
-    for name, quantizer in quantizers.items():
-        quantizer._single_axis()
+    weights: dict[int, list[list[torch.Tensor]]] = {}
+    for quantizer, parts in (found for module in model.modules() for found in quantized_weights(module)):
+        weights.setdefault(id(quantizer), []).append(parts)
+    for path, quantizer in quantizers.items():
+        name = path or quantizer.name or "this quantizer"
+        _require_one_range(name, quantizer)
         if not quantizer._fake_quant:
             raise ExportError(f"{name} gives codes (fake_quant=False), not Q/DQ.", "use fake quantization here.")
         if quantizer._num_bits == E4M3:
@@ -170,6 +204,15 @@ def _require_expressible(
         )  # fmt: skip
 
 
+def _require_one_range(name: str, quantizer: TensorQuantizer) -> None:
+    amax = quantizer.static_amax()
+    if quantizer._single_axis() is None and amax is not None and amax.numel() != 1:
+        raise ExportError(
+            f"{name} is per tensor and has {amax.numel()} ranges, of shape {tuple(amax.shape)}.",
+            "load a checkpoint into the kind of model that it comes from: build this one with the axis.",
+        )
+
+
 def _require_fp8(name: str, quantizer: TensorQuantizer, opset: int | None, dynamo: bool) -> None:
     if quantizer._axis is not None:
         raise ExportError(f"{name} is FP8 with an axis; FP8 is written per tensor only.", "use axis=None.")
@@ -182,10 +225,13 @@ def _require_fp8(name: str, quantizer: TensorQuantizer, opset: int | None, dynam
         )
 
 
-def _require_no_lowest_code(name: str, quantizer: TensorQuantizer, weights: list[torch.Tensor]) -> None:
+def _require_no_lowest_code(name: str, quantizer: TensorQuantizer, weights: list[list[torch.Tensor]]) -> None:
     """ONNX clamps to -128; that is the narrow range only where no value gets there."""
     amax = quantizer.static_amax()
-    if not weights or amax is None or bool((_joined(weights).abs().float() > amax.to(weights[0].device)).any()):
+    fits = amax is not None and all(
+        parts and bool((_joined(parts).abs().float() <= amax.to(parts[0].device)).all()) for parts in weights
+    )
+    if not weights or not fits:
         raise ExportError(
             f"{name} has narrow_range, and ONNX and TensorRT clamp to -128, not -127 (R-RANGE).",
             "set narrow_range=False and evaluate again; only weights inside their amax can keep it.",
@@ -206,9 +252,12 @@ def _constants(
 ) -> Iterator[None]:
     """Give every quantizer the constants for its calls, computed outside the capture."""
     recorded = _record_ranges(model, args, kwargs, list(uncalibrated.values())) if uncalibrated else {}
+    ulps = itertools.count()
     for name, quantizer in quantizers.items():
         amax = None if name in uncalibrated else quantizer.static_amax()
         ranges = recorded.get(id(quantizer), []) if amax is None else [amax]
+        if amax is None:  # exporters merge equal pairs on one tensor, and rule scripts look for each layer's own
+            ranges = [value * (1 + next(ulps) * torch.finfo(torch.float32).eps) for value in ranges]
         quantizer._export_constants = [
             make_constants(value, quantizer._num_bits, quantizer._unsigned, quantizer._single_axis())
             for value in ranges

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from qdq.compat.capture import is_capturing
-from qdq.errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from qdq.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ ScaledQuantDescriptor = QuantDescriptor
 
 
 def _checked_num_bits(num_bits: Any) -> NumBits:
-    if num_bits == E4M3 and isinstance(num_bits, tuple):
+    if isinstance(num_bits, tuple) and num_bits == E4M3:
         return E4M3
     if isinstance(num_bits, bool) or not isinstance(num_bits, int):
         raise ArgumentTypeError(
@@ -227,7 +227,7 @@ def _checked_num_bits(num_bits: Any) -> NumBits:
 def _checked_axis(axis: Any) -> Axis:
     if axis is None or (isinstance(axis, int) and not isinstance(axis, bool)):
         return axis
-    if isinstance(axis, Sequence) and not isinstance(axis, str) and all(isinstance(index, int) for index in axis):
+    if isinstance(axis, Sequence) and not isinstance(axis, str) and all(type(index) is int for index in axis):
         return tuple(axis)
     raise ArgumentTypeError(f"axis must be None, an int or a sequence of ints; found {axis!r}.", "axis=0, for one.")
 
@@ -390,6 +390,7 @@ def _quantize(inputs: torch.Tensor, amax: torch.Tensor, num_bits: int, unsigned:
     """Codes and scale in float32 (float64 for float64 inputs)."""
     values = _computable(inputs)
     amax = amax.detach().to(values)
+    _require_broadcasting(values, amax)
     if not is_capturing():
         _require_legal(values, amax, unsigned)
     qmax = largest_code(num_bits, unsigned)
@@ -414,6 +415,16 @@ def _computable(inputs: torch.Tensor) -> torch.Tensor:
         raise ArgumentTypeError(f"inputs must be a floating point tensor, found {found}.", "convert it with .float().")
     inputs = inputs.detach()
     return inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
+
+
+def _require_broadcasting(values: torch.Tensor, amax: torch.Tensor) -> None:
+    try:
+        torch.broadcast_shapes(values.shape, amax.shape)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise ShapeError(
+            f"amax of shape {tuple(amax.shape)} does not broadcast against inputs of shape {tuple(values.shape)}.",
+            "give one number, or one for each index of an axis, of size 1 on all others.",
+        ) from error
 
 
 def _require_legal(values: torch.Tensor, amax: torch.Tensor, unsigned: bool) -> None:

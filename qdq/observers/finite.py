@@ -1,10 +1,22 @@
-"""The one place that refuses NaN and Inf during calibration."""
+"""The one place that refuses what no range can be taken from: NaN, Inf, and what is no tensor."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from qdq.errors import CalibrationError
+from qdq.errors import ArgumentTypeError, CalibrationError
+
+
+def require_tensor(inputs: Any) -> None:
+    """Refuse anything but a tensor.
+
+    Raises:
+        ArgumentTypeError: With the type that was found.
+    """
+    if not isinstance(inputs, torch.Tensor):
+        raise ArgumentTypeError(f"the input is a {type(inputs).__name__}, not a tensor.", "pass a torch.Tensor.")
 
 
 def require_finite(maximum: torch.Tensor, inputs: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from qdq.errors import ArgumentError, ArgumentTypeError
 from qdq.formats import Format
 from qdq.observers.entropy import solve_entropy
-from qdq.observers.finite import require_finite
+from qdq.observers.finite import require_finite, require_tensor
 from qdq.observers.max import reduce_amax
 from qdq.observers.mse import solve_mse
 from qdq.observers.percentile import solve_percentile
@@ -99,6 +99,7 @@ class HistogramCalibrator:
         Raises:
             CalibrationError: NaN or Inf in the batch.
         """
+        require_tensor(inputs)
         if inputs.numel() == 0:
             return
         values = inputs.detach().float().flatten()

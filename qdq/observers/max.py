@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from qdq.errors import ArgumentError, ArgumentTypeError, StateError
-from qdq.observers.finite import require_finite
+from qdq.observers.finite import require_finite, require_tensor
 
 Axis = int | Sequence[int] | None
 """The axes that are kept (negative ones count from the end); None: the whole tensor has one range."""
@@ -94,6 +94,7 @@ class MaxCalibrator:
             StateError: The kept axis has another length than before.
             ArgumentError: The batch does not have the kept axis.
         """
+        require_tensor(inputs)
         if inputs.numel() == 0:
             return
         amax = self._reduce(inputs)

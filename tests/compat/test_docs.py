@@ -59,7 +59,7 @@ SPECIFIED = {
 # Names without an underscore that those modules share among themselves; scripts have no business with them.
 HELPERS = {
     *("find_root", "largest_code", "missing_ranges", "named_quantizers", "quantized_weights", "require_bound"),
-    *("round_e4m3", "split_kwargs", "ShapeError"),
+    *("round_e4m3", "split_kwargs"),
 }
 
 

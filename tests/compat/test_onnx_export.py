@@ -13,6 +13,7 @@ import qdq.compat as pytorch_quantization
 from qdq import calibrate_model, export_onnx
 from qdq.check import check_onnx
 from qdq.compat import nn as quant_nn
+from qdq.compat import onnx_export
 from qdq.compat.tensor_quant import QuantDescriptor
 from qdq.errors import ExportError, QdqError
 
@@ -224,3 +225,119 @@ def test_stages_of_qdq_take_such_a_model(calibrated, inputs, tmp_path):
     report = export_onnx(calibrated, inputs, tmp_path / "m.onnx")
     assert (report.quantize_nodes, report.dequantize_nodes) == (2, 4)
     assert difference(tmp_path / "m.onnx", calibrated, inputs) < 1e-5
+
+
+@EXPORTERS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_weights_keep_their_names(calibrated, inputs, tmp_path, dynamo, dtype):
+    half = calibrated.to(dtype)
+    before = {name: weight.clone() for name, weight in half.named_parameters()}
+    path = tmp_path / "m.onnx"
+    torch.onnx.export(half, inputs.to(dtype), path, dynamo=dynamo, opset_version=17)
+    model = onnx.load(path)
+    quantized = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    assert {"conv.weight", "head.weight"} <= quantized & {value.name for value in model.graph.initializer}
+    assert all(weight.dtype == dtype and torch.equal(weight, before[name]) for name, weight in half.named_parameters())
+    assert not any("_export_dtype" in vars(module) for module in half.modules())
+    if dtype == torch.float16:
+        assert difference(path, half, inputs.half()) < 2e-2
+
+
+@EXPORTERS
+def test_parallel_layers_keep_their_own_pairs_before_calibration(inputs, tmp_path, dynamo, fb_fake_quant):
+    class Fork(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = quant_nn.QuantConv2d(3, 4, 1), quant_nn.QuantConv2d(3, 4, 1)
+
+        def forward(self, x):
+            x = torch.relu(x)
+            return self.a(x) + self.b(x)
+
+    model = export(Fork().eval(), inputs, tmp_path / "m.onnx", dynamo=dynamo, opset_version=13)
+    assert count(model, "QuantizeLinear") == 4
+
+
+@EXPORTERS
+@pytest.mark.parametrize(("asked", "written"), [(13, 13), (17, 17), (20, 20)])
+def test_a_model_with_all_quantizers_disabled_gets_the_opset_asked_for(
+    calibrated, inputs, tmp_path, dynamo, asked, written
+):
+    for module in calibrated.modules():
+        if isinstance(module, TensorQuantizer):
+            module.disable()
+    model = export(calibrated, inputs, tmp_path / "m.onnx", dynamo=dynamo, opset_version=asked)
+    assert [entry.version for entry in model.opset_import if entry.domain == ""] == [written]
+    assert count(model, "QuantizeLinear") == 0
+
+
+def test_an_export_bound_before_the_import(calibrated, inputs, tmp_path):
+    with pytest.raises(RuntimeError, match=r"import qdq\.compat first"):
+        onnx_export._torch_export(calibrated, (inputs,), tmp_path / "m.onnx", dynamo=False)
+    onnx_export._torch_export(calibrated, (inputs,), tmp_path / "m.onnx", opset_version=18)
+    assert count(onnx.load(tmp_path / "m.onnx"), "QuantizeLinear") == 4
+    assert difference(tmp_path / "m.onnx", calibrated, inputs) < 1e-5
+
+
+def test_uncalibrated_into_an_open_file(network, inputs, tmp_path, fb_fake_quant):
+    with open(tmp_path / "m.onnx", "wb") as file:
+        torch.onnx.export(network, (inputs,), file, dynamo=False)
+    assert {finding.rule for finding in check_onnx(tmp_path / "m.onnx").findings} >= {"QDQ120"}
+
+
+@EXPORTERS
+def test_narrow_range_of_a_shared_quantizer_looks_at_every_weight(inputs, tmp_path, dynamo):
+    narrow = QuantDescriptor(axis=0, narrow_range=True)
+    model = nn.Sequential(*(quant_nn.QuantConv2d(3, 3, 1, quant_desc_weight=narrow) for _ in range(2))).eval()
+    model[1]._weight_quantizer = model[0]._weight_quantizer
+    calibrate_model(model, [inputs], method="max")
+    wide, tight = (0, 1) if model[0].weight.abs().max() > model[1].weight.abs().max() else (1, 0)
+    with torch.no_grad():
+        model[wide].weight.mul_(2 * model[0]._weight_quantizer.amax.max() / model[tight].weight.abs().max())
+    with pytest.raises(ExportError, match="narrow_range"):
+        torch.onnx.export(model, inputs, tmp_path / "m.onnx", dynamo=dynamo)
+
+
+def test_ranges_that_do_not_belong_to_the_axis(inputs, tmp_path):
+    flat = QuantDescriptor(axis=0, amax=[0.05, 0.1, 0.2])
+    model = nn.Sequential(quant_nn.QuantConv2d(3, 3, 3, quant_desc_weight=flat)).eval()
+    model[0]._input_quantizer.amax = 3.0
+    export(model, inputs, tmp_path / "m.onnx")
+    assert difference(tmp_path / "m.onnx", model, inputs) < 1e-5  # a flat list means the axis, in both
+
+    model[0]._weight_quantizer = TensorQuantizer(QuantDescriptor())
+    model.load_state_dict({**model.state_dict(), "0._weight_quantizer._amax": torch.ones(3, 1, 1, 1)}, strict=False)
+    with pytest.raises(RuntimeError, match=r"0\._weight_quantizer is per tensor and has 3 ranges"):
+        torch.onnx.export(model, inputs, tmp_path / "m.onnx")
+
+
+def test_words_for_an_opset(calibrated, inputs, tmp_path):
+    with pytest.raises(TypeError, match="opset_version is '13'"):
+        torch.onnx.export(calibrated, inputs, tmp_path / "m.onnx", opset_version="13")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "descriptor",
+    [
+        QuantDescriptor(amax=2.0),
+        QuantDescriptor(num_bits=(4, 3), amax=2.0),
+        QuantDescriptor(fake_quant=False, amax=2.0),
+        QuantDescriptor(num_bits=20, amax=2.0),
+        QuantDescriptor(axis=(0, 1)),
+    ],
+    ids=str,
+)
+def test_captured_equals_eager(descriptor, inputs):
+    quantizer = TensorQuantizer(descriptor)
+    expected = quantizer(inputs)
+    torch.testing.assert_close(torch.jit.trace(quantizer, inputs)(inputs), expected)
+    for strict in (True, False):
+        torch.testing.assert_close(torch.export.export(quantizer, (inputs,), strict=strict).module()(inputs), expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_compiled_and_traced_with_gradients(calibrated, inputs):
+    expected = calibrated(inputs)
+    torch.testing.assert_close(torch.compile(calibrated, fullgraph=True, backend="eager")(inputs), expected)
+    torch.testing.assert_close(torch.jit.trace(calibrated, inputs)(inputs), expected)

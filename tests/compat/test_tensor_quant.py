@@ -481,3 +481,24 @@ def test_autograd_classes():
         same(getattr(tensor_quant, name).apply(x, torch.tensor(1.0)), reference(x.numpy(), 1.0)[2])
     same(tensor_quant.FakeAffineTensorQuantFunction.apply(x, -1.0, 1.0), affine_reference(x.numpy(), -1, 1, 8))
     same(tensor_quant.ScaledE4M3Function.apply(x), e4m3(x).numpy())
+
+
+def test_a_range_that_does_not_fit_is_both_kinds_of_error():
+    for kind in (ValueError, RuntimeError, QdqError):
+        with pytest.raises(kind, match="does not broadcast"):
+            tensor_quant.fake_tensor_quant(torch.ones(3), torch.ones(7))
+
+
+@pytest.mark.parametrize("num_bits", [np.int64(8), np.array([4, 3]), [4, 3]])
+def test_widths_of_numpy_are_refused(num_bits):
+    with pytest.raises(TypeError, match="num_bits must be an int"):
+        tensor_quant.QuantDescriptor(num_bits)
+
+
+def test_words_for_an_axis_or_a_width():
+    with pytest.raises(TypeError, match="axis"):
+        cuda_ext.fake_tensor_quant_with_axis(torch.ones(3), torch.ones(3), "a")
+    with pytest.raises(TypeError, match="num_bits"):
+        tensor_quant.fake_affine_tensor_quant(torch.ones(3), 0.0, 2.0, (4, 3))
+    with pytest.raises(TypeError, match="floating point tensor"):
+        cuda_ext.fake_tensor_quant_([1.0], 1.0)

@@ -209,6 +209,32 @@ class TestBadRanges:
         x = torch.tensor([math.inf, -math.inf, 1.0])
         assert make(amax=0.0)(x).tolist() == [0.0, 0.0, 0.0]
 
+    @pytest.mark.parametrize("axis", [None, 0])
+    def test_a_range_of_nan_gives_way(self, axis):
+        quantizer = make(axis=axis)
+        quantizer.load_calib_amax(strict=False)
+        collect(quantizer, torch.randn(3, 5))
+        quantizer.load_calib_amax()
+        assert quantizer.amax.isfinite().all()
+        again = make(axis=axis)
+        again.load_calib_amax(strict=False)
+        again.load_state_dict(quantizer.state_dict())
+        assert torch.equal(again.amax, quantizer.amax)
+
+    @pytest.mark.parametrize("wrong", ["a", None, [1.0]])
+    def test_no_tensor(self, wrong):
+        raises_ours(TypeError, "not a tensor", lambda: make()(wrong))
+        for method in ("max", "histogram"):
+            raises_ours(
+                TypeError, "not a tensor", lambda method=method: make(calib_method=method)._calibrator.collect(wrong)
+            )
+
+    def test_half_in_a_checkpoint_is_stored_as_float32(self):
+        quantizer = make()
+        quantizer.load_state_dict({"_amax": torch.tensor(2.0, dtype=torch.float16)}, assign=True)
+        assert quantizer.amax.dtype == torch.float32
+        raises_ours(TypeError, "is a float, not a tensor", lambda: make().load_state_dict({"_amax": 1.0}))
+
 
 class TestSwitches:
     def test_flags(self):

@@ -109,7 +109,7 @@ class HistogramCalibrator(CoreHistogramCalibrator, _Calibrator):
     def _format(self) -> Format:
         if isinstance(self._num_bits, tuple):
             raise UnsupportedError(
-                f"num_bits={self._num_bits}: 'entropy' counts integer codes, and of FP8 only (4, 3) is known.",
+                f"num_bits={self._num_bits}: 'entropy' counts integer codes, which FP8 does not have.",
                 "use 'mse' or 'percentile' with (4, 3).",
             )
         return super()._format

@@ -16,15 +16,11 @@ from qdq.compat import tensor_quant
 from qdq.compat.nn.modules import _utils
 from qdq.compat.nn.modules.tensor_quantizer import TensorQuantizer
 from qdq.compat.tensor_quant import QuantDescriptor
-from qdq.errors import ArgumentError, ArgumentTypeError
+from qdq.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 State = tuple[torch.Tensor, torch.Tensor]
 """h and c."""
 Step = Callable[[torch.Tensor, State], State]
-
-
-class ShapeError(ArgumentError, RuntimeError):
-    """A size that does not fit; torch raises RuntimeError for it, scripts may catch either."""
 
 
 class QuantLSTM(_utils.QuantMixin, float_rnn.LSTM):

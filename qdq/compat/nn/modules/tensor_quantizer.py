@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from qdq.compat import calib
-from qdq.compat.capture import is_capturing, is_exporting
+from qdq.compat.capture import is_capturing, is_exporting, is_tracing_for_onnx
 from qdq.compat.nn.modules.clip import Clip
 from qdq.compat.qdq_nodes import Constants, write_qdq
 from qdq.compat.tensor_quant import (
@@ -31,6 +31,7 @@ from qdq.compat.tensor_quant import (
 )
 from qdq.errors import ArgumentError, ArgumentTypeError, ModelError, QdqError, StateError
 from qdq.formats import Format
+from qdq.observers.finite import require_tensor
 from qdq.observers.max import reduce_amax
 from qdq.quantizer import TensorQuantizer as CoreTensorQuantizer
 from qdq.quantizer import fake_quantize
@@ -62,6 +63,7 @@ class TensorQuantizer(CoreTensorQuantizer):
     _calibrator: Any
     _export_constants: list[Constants]
     _export_calls: int
+    _export_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -162,6 +164,17 @@ class TensorQuantizer(CoreTensorQuantizer):
         return self._fake_quant
 
     @property
+    def format(self) -> Format:
+        """Codes and width, of an integer format that can be stored.
+
+        Raises:
+            AttributeError: FP8, or a width that no file has.
+        """
+        if not isinstance(self._num_bits, int) or not 2 <= self._num_bits <= 16:
+            raise AttributeError(f"num_bits={self._num_bits} is no integer format of 2 to 16 bits.")
+        return super().format
+
+    @property
     def maxbound(self) -> float:
         """The largest code, 448 for FP8."""
         return E4M3_MAX if self._num_bits == E4M3 else largest_code(self._num_bits, self._unsigned)
@@ -217,7 +230,7 @@ class TensorQuantizer(CoreTensorQuantizer):
 
     def _store(self, buffer: str, value: torch.Tensor) -> None:
         current = self._buffers.get(buffer)
-        if current is None:
+        if current is None or bool(current.isnan().all()):  # NaN: calibrated without data, and whatever comes is better
             self.register_buffer(buffer, value.clone())
         elif current.is_inference() and current.numel() == value.numel():
             self.register_buffer(buffer, value.reshape(current.shape).to(current.device, copy=True))
@@ -367,6 +380,7 @@ class TensorQuantizer(CoreTensorQuantizer):
             inputs = inputs * self._pre_quant_scale.to(inputs)
         if self._disabled:
             return inputs
+        require_tensor(inputs)
         if self._if_calib and not is_exporting():
             if self._calibrator is None:
                 raise StateError(f"Calibrator was not created for {self._label}.", "name one in calib_method.")
@@ -382,8 +396,15 @@ class TensorQuantizer(CoreTensorQuantizer):
     def _quantize(self, inputs: torch.Tensor) -> torch.Tensor:
         if self._learn_amax:
             inputs = self.clip(inputs)
-        if is_exporting():
-            return self._write_qdq(inputs)
+        constants = self.__dict__.get("_export_constants")
+        if constants:
+            return self._write_qdq(inputs, constants)
+        if constants is None and is_tracing_for_onnx():
+            raise StateError(
+                "this export does not know about quantizers: torch.onnx.export was bound before qdq.compat was "
+                "imported, or another function of torch.onnx was called.",
+                "import qdq.compat first, or call torch.onnx.export(model, ...) by that name.",
+            )
         amax = self._get_amax(inputs)
         if not is_capturing() and bool(torch.isnan(amax).any()):
             self._refuse_nan()
@@ -391,20 +412,24 @@ class TensorQuantizer(CoreTensorQuantizer):
             return scaled_e4m3(inputs, amax)
         if self._fake_quant and self.use_fb_fake_quant:
             return fake_quantize(inputs, amax, Format(self._num_bits, self._unsigned), self._single_axis())
+        if self._fake_quant and is_exporting() and self._is_int8():  # the program that is captured may become ONNX
+            fmt = Format(8, self._unsigned, self._narrow_range)
+            return fake_quantize(inputs, amax, fmt, self._single_axis())
         if self._fake_quant:
             return fake_tensor_quant(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
         codes, self._scale = tensor_quant(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
         return codes
 
-    def _write_qdq(self, inputs: torch.Tensor) -> torch.Tensor:
+    def _is_int8(self) -> bool:
+        """Whether torch's operators, which become Q/DQ, can express it."""
+        return self._num_bits == 8 and (not isinstance(self._axis, tuple) or len(self._axis) == 1)
+
+    def _write_qdq(self, inputs: torch.Tensor, constants: list[Constants]) -> torch.Tensor:
         """Q/DQ with the constants that the export has prepared for this call."""
-        constants = self.__dict__.get("_export_constants")
-        if not constants:  # torch.export alone, or a quantizer that the example inputs did not reach
-            fmt = Format(self._num_bits, self._unsigned, self._narrow_range)  # type: ignore[arg-type]
-            return fake_quantize(inputs, self._get_amax(inputs), fmt, self._single_axis())
         current = constants[self._export_calls % len(constants)]
         self._export_calls += 1
-        return write_qdq(inputs, current, self._num_bits, self._unsigned, self._single_axis())
+        result = write_qdq(inputs, current, self._num_bits, self._unsigned, self._single_axis())
+        return result if self._export_dtype is None else result.to(self._export_dtype)
 
     def _get_amax(self, inputs: torch.Tensor) -> torch.Tensor:
         """The range that holds for any input, else the maximum of |x| at hand times `scale_amax`."""
@@ -413,7 +438,15 @@ class TensorQuantizer(CoreTensorQuantizer):
             return self._scaled(_dynamic_amax(inputs, self._axis)) if amax is None else amax
         if self.amax.device != inputs.device and not is_capturing():
             self._amax = self._amax.to(inputs.device)
-        return self._scaled(self._amax)
+        return self._scaled(self._along_axis(self._amax, inputs))
+
+    def _along_axis(self, amax: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        """A flat list of ranges in keep-dims shape; as it is it would broadcast along the last axis."""
+        if amax.dim() != 1 or amax.numel() == 1 or not isinstance(self._axis, int) or inputs.dim() < 2:
+            return amax
+        shape = [1] * inputs.dim()
+        shape[self._axis] = -1
+        return amax.reshape(shape)
 
     def static_amax(self) -> torch.Tensor | None:
         """The range that does not depend on the input: learned, or the buffer times `scale_amax`; None without one."""
@@ -488,6 +521,8 @@ class TensorQuantizer(CoreTensorQuantizer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Create `_pre_quant_scale` where the checkpoint has one; say where a range is missing in it."""
+        if self.amax is not None and self._has_nan() and prefix + "_amax" in state_dict:
+            del self._amax
         incoming = state_dict.get(prefix + "_pre_quant_scale")
         if incoming is not None and self.pre_quant_scale is None:
             self.register_buffer("_pre_quant_scale", torch.empty_like(incoming, dtype=torch.float32))
