@@ -13,6 +13,7 @@ _HOMES = {
     "build": ("BuildReport", "build_engine"),
     "calibrate": ("Calibration", "calibrate_model"),
     "check": ("CheckReport", "check_onnx"),
+    "check.rules": ("register_rule",),
     "data": ("load_images",),
     "errors": (
         "ArgumentError", "ArgumentTypeError", "BuildError", "CalibrationError", "CheckError", "DataError",
@@ -30,6 +31,7 @@ _HOMES = {
     "report": ("write_report",),
     "run": ("Run", "start_run"),
     "trt.backend": ("find_backend",),
+    "rewire": ("RewirePlan", "rewire_operations"),
     "swap": ("SwapPlan", "plan_swap", "restore_modules", "swap_modules"),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

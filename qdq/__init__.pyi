@@ -7,6 +7,7 @@ from qdq.calibrate import Calibration as Calibration
 from qdq.calibrate import calibrate_model as calibrate_model
 from qdq.check import CheckReport as CheckReport
 from qdq.check import check_onnx as check_onnx
+from qdq.check.rules import register_rule as register_rule
 from qdq.data import load_images as load_images
 from qdq.errors import ArgumentError as ArgumentError
 from qdq.errors import ArgumentTypeError as ArgumentTypeError
@@ -35,6 +36,8 @@ from qdq.quantizer import disable_quantization as disable_quantization
 from qdq.quantizer import enable_quantization as enable_quantization
 from qdq.quantizer import fake_quantize as fake_quantize
 from qdq.report import write_report as write_report
+from qdq.rewire import RewirePlan as RewirePlan
+from qdq.rewire import rewire_operations as rewire_operations
 from qdq.run import Run as Run
 from qdq.run import start_run as start_run
 from qdq.swap import SwapPlan as SwapPlan

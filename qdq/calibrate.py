@@ -79,9 +79,10 @@ class Calibration:
         if method == "percentile":
             self._solver_arguments["percentile"] = percentile
         weights = {
-            id(layer.weight_quantizer): (name, layer)
+            id(getattr(layer, attribute)): (name, layer, parameter)
             for name, layer in quantized_layers(model).items()
             if isinstance(layer, QuantMixin)
+            for attribute, parameter in layer.weights_of(layer).items()
         }
         enabled = {name: quantizer for name, quantizer in named_quantizers(model) if not quantizer._disabled}
         if not enabled:
@@ -92,7 +93,7 @@ class Calibration:
         # Everything else collects: the inputs of layers, and quantizers that stand in a forward by hand.
         self._collecting = {name: quantizer for name, quantizer in enabled.items() if name not in self._weights}
         if maxima := [name for name, q in self._collecting.items() if self._method_of(q) != method]:
-            logger.warning(
+            logger.info(
                 "%d quantizers have a range for each index of an axis and take its maximum, not %s: %s",
                 len(maxima), method, ", ".join(maxima),
             )  # fmt: skip
@@ -120,30 +121,36 @@ class Calibration:
             raise CalibrationError(
                 "no batch reached any quantizer.", "give at least one batch, and one that the model runs on."
             )
-        weights = {name: _weight_amax(layer_name, layer) for name, (layer_name, layer) in self._weights.items()}
-        left: dict[str, str] = {}
+        quantizers = dict(named_quantizers(self._model))
+        weights = {name: _weight_amax(*place, quantizers[name].axis) for name, place in self._weights.items()}
+        left = self._without_range()
         for name, quantizer in self._collecting.items():
-            if note := _reason_without_range(quantizer):
-                left[name] = note
-                # both operands or none (R-CONV-2)
-                left |= {
-                    other: note for other, (_, layer) in self._weights.items() if layer.input_quantizer is quantizer
-                }
-            else:
+            if name not in left:
                 method = self._method_of(quantizer)
                 quantizer.load_calib_amax(**({} if method == "max" else self._solver_arguments))
                 self._record(name, quantizer, method, _batches_of(quantizer))
-        for name, (_, layer) in self._weights.items():
+        for name, amax in weights.items():
             if name not in left:
-                layer.weight_quantizer.amax = weights[name].cpu().numpy()
-                self._record(name, layer.weight_quantizer, "max", 0)
-        quantizers = dict(named_quantizers(self._model))
+                quantizers[name].amax = amax.cpu().numpy()
+                self._record(name, quantizers[name], "max", 0)
         for name, note in left.items():
             quantizers[name].disable()
             self.ranges.append(Range(name, None, self._method, 0, f"left in float: {note}"))
         if left:
             names = "; ".join(f"{name} ({note})" for name, note in left.items() if name in self._collecting)
             logger.warning("some quantizers have no usable range, what they belong to is left in float: %s", names)
+
+    def _without_range(self) -> dict[str, str]:
+        """Quantizers that stay off and why: those that saw nothing, with all others of their layer (R-CONV-2)."""
+        left = {name: note for name, q in self._collecting.items() if (note := _reason_without_range(q))}
+        notes = {id(self._collecting[name]): note for name, note in left.items()}
+        names = {id(q): name for name, q in named_quantizers(self._model)}
+        for layer in quantized_layers(self._model).values():
+            own = [id(quantizer) for quantizer in layer.quantizers().values()]
+            if note := next((notes[identity] for identity in own if identity in notes), ""):
+                enabled = (names[identity] for identity in own)
+                left |= {name: left.get(name, note) for name in enabled if name in self._weights | self._collecting}
+        return left
 
     def _method_of(self, quantizer: TensorQuantizer) -> str:
         """Histograms are per tensor; a quantizer with an axis that is no layer's `_weight_quantizer` takes maxima."""
@@ -199,14 +206,14 @@ def _reason_without_range(quantizer: TensorQuantizer) -> str:
     return "it saw zeros only" if quantizer._calibrator.saw_zeros_only() else ""
 
 
-def _weight_amax(name: str, layer: QuantMixin) -> torch.Tensor:
-    weight = layer._parameters["weight"]
+def _weight_amax(name: str, layer: QuantMixin, parameter: str, axis: int | None) -> torch.Tensor:
+    weight = layer._parameters[parameter]
     assert weight is not None  # noqa: S101
-    amax = reduce_amax(weight, layer.weight_quantizer.axis)
+    amax = reduce_amax(weight, axis)
     if not bool(torch.isfinite(amax).all()):
         bad = int((~torch.isfinite(weight)).sum())
         raise CalibrationError(
-            f"{name or 'the model'}.weight holds {bad} NaN or Inf of {weight.numel()} values.",
+            f"{name or 'the model'}.{parameter} holds {bad} NaN or Inf of {weight.numel()} values.",
             "load other weights: this model was broken before quantization.",
         )
     return amax

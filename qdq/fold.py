@@ -6,6 +6,7 @@ Folding comes before calibration: it changes the range of every output channel o
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +81,7 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> list[FoldedPair]:
     for pair in pairs:
         if pair.folded:
             _fold(modules[pair.layer], modules[pair.batchnorm])
-            _replace_everywhere(model, modules[pair.batchnorm], nn.Identity())
+            _replace_everywhere(model, modules[pair.batchnorm], _rest_of(modules[pair.batchnorm]))
     for reason, names in _group_by_reason(pairs).items():
         logger.warning("%d BatchNorm stay (%s ...): %s", len(names), names[0], reason)
     return pairs
@@ -154,14 +155,24 @@ def _noise_like(tensor: torch.Tensor) -> torch.Tensor:
 
 def _folds_exactly(layer: nn.Module, batchnorm: nn.Module, args: Any, kwargs: Any) -> bool:
     expected = batchnorm.forward(layer.forward(*args, **kwargs))
+    rest = _rest_of(batchnorm)
     before = layer._parameters.copy()
     try:
         _fold(layer, batchnorm)
-        found = layer.forward(*args, **kwargs)
+        found = rest(layer.forward(*args, **kwargs))
     finally:
         layer._parameters = before
     error = (found - expected).abs().max()
     return bool(error <= _TOLERANCE * expected.abs().max())
+
+
+def _rest_of(batchnorm: nn.Module) -> nn.Module:
+    """What a BatchNorm does besides: timm's have an activation, and a dropout before it, under these names.
+
+    A guess, as any name is: `_folds_exactly` tries it.
+    """
+    rest = {name: child for name in ("drop", "act") if isinstance(child := getattr(batchnorm, name, None), nn.Module)}
+    return nn.Sequential(OrderedDict(rest)) if rest else nn.Identity()
 
 
 def _fold(layer: nn.Module, batchnorm: Any) -> None:

@@ -402,6 +402,61 @@ class TensorQuantizer(nn.Module):
         return " ".join(part for part in parts if part)
 
 
+class SharedQuantizer(TensorQuantizer):
+    """A quantizer with the range of another one: one tensor, or tensors that must agree, have one scale (R-FAN).
+
+    It is switched on and off, and collects, on its own; what it collects goes to the other one, whose range is saved
+    once and used by both. Without a buffer of its own it adds nothing to a state dict.
+
+    Args:
+        leader: The quantizer that has the range.
+    """
+
+    leader: TensorQuantizer
+
+    def __init__(self, leader: TensorQuantizer) -> None:
+        nn.Module.__init__(self)
+        vars(self)["leader"] = leader  # no submodule: it stands elsewhere in the model
+        self.name = None
+        self._disabled = False
+        self._if_quant = True
+        self._if_calib = False
+
+    @property
+    def format(self) -> Format:
+        """The leader's."""
+        return self.leader.format
+
+    @property
+    def amax(self) -> torch.Tensor | None:
+        """The leader's."""
+        return self.leader.amax
+
+    @amax.setter
+    def amax(self, value: Any) -> None:
+        self.leader.amax = value
+
+    @property
+    def _axis(self) -> int | None:  # type: ignore[override]
+        return self.leader._axis
+
+    @property
+    def _calibrator(self) -> Calibrator | None:  # type: ignore[override]
+        return self.leader._calibrator
+
+    def set_calib_method(self, method: str) -> None:
+        """The leader starts over."""
+        self.leader.set_calib_method(method)
+
+    def _range_for(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.leader._range_for(inputs)
+
+    def extra_repr(self) -> str:
+        """That of the leader, and whose range it is."""
+        state = "disabled " if self._disabled else ""
+        return f"{state}range of {self.leader.name or 'another'}: {self.leader.extra_repr()}"
+
+
 def _summary(amax: torch.Tensor | None) -> str:
     if amax is None:
         return "dynamic"

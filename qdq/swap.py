@@ -10,18 +10,22 @@ import fnmatch
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import Conv3d, _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.linear import Linear
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd
 from torch.nn.parameter import UninitializedParameter
 
+from qdq.dataflow import CONVOLUTIONS, Dataflow
+from qdq.defaults import reason_against_convolution, reason_against_linear
 from qdq.errors import ArgumentError, ArgumentTypeError
 from qdq.nn import QuantInputMixin, QuantMixin
+from qdq.nn.functions import QuantFunctionsMixin, remove_function_quantizers
 from qdq.nn.registry import _DEFAULT_QUANT_MAP, find_counterpart
 from qdq.quantizer import QuantDescriptor, disable_quantization
 from qdq.trace import Contraction, ForwardTrace, trace_forward
@@ -29,6 +33,12 @@ from qdq.trace import Contraction, ForwardTrace, trace_forward
 logger = logging.getLogger(__name__)
 
 Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+# What switches the fused kernel of a transformer off: class, attribute, value.
+_FAST_PATHS: tuple[tuple[type[nn.Module], str, Any], ...] = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+    (nn.TransformerEncoder, "use_nested_tensor", False),
+)
+_ACTIVATION_PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "baddbmm", "scaled_dot_product_attention"})
 _NEVER_INT8 = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.EmbeddingBag, nn.PReLU)
 
 
@@ -118,6 +128,7 @@ def plan_swap(
     """
     trace = None if example_inputs is None else trace_forward(model, example_inputs)
     included, excluded = _Matcher(include or (), "include"), _Matcher(exclude, "exclude")
+    rules = _DefaultRules(model, trace)
     names_of: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names_of.setdefault(module, []).append(name)
@@ -126,11 +137,14 @@ def plan_swap(
         if _is_candidate(module):
             name = names[0]
             exclusion, inclusion = excluded.match(names, module), included.match(names, module)
-            action, reason = _decide(name, module, trace, exclusion, inclusion, include is None)
+            action, reason = _decide(name, module, trace, rules, exclusion, inclusion, include is None)
             float_type = _float_type(module)
-            mapped = find_counterpart(float_type) is not None
+            counterpart = find_counterpart(float_type)
+            mapped = counterpart is not None
             planned.append(PlannedModule(name, float_type.__name__, action, reason, _own_weights(module), mapped))
-    planned.extend(_missed_calls(trace, model, {module.name for module in planned}))
+            if action == "quantize" and counterpart is not None and trace is not None:
+                trace.calls.update(f"{name}.{child}".lstrip(".") for child in counterpart.called_children)
+    planned.extend(_unplanned_calls(trace, model, rules, {module.name for module in planned}))
     included.warn_unused()
     excluded.warn_unused()
     return SwapPlan(tuple(planned))
@@ -181,7 +195,7 @@ def restore_modules(model: nn.Module) -> int:
     its quantizers are disabled, and a warning names it.
 
     Returns:
-        How many modules were restored.
+        How many layers were restored.
     """
     found = quantized_layers(model)
     own = {name: module for name, module in found.items() if "float_class" not in vars(type(module))}
@@ -197,6 +211,8 @@ def restore_modules(model: nn.Module) -> int:
         for attribute in module.quantizers():
             delattr(module, attribute)
         module.__class__ = module.float_class  # type: ignore[assignment]
+    for owner in [module for module in model.modules() if isinstance(module, QuantFunctionsMixin)]:
+        remove_function_quantizers(owner)
     _switch_fast_path(model)
     return len(swapped)
 
@@ -229,17 +245,21 @@ def _switch_fast_path(model: nn.Module) -> None:
     """Have transformer layers call their swapped children.
 
     In evaluation `nn.TransformerEncoderLayer` hands the weights of its linear layers to one fused kernel, and
-    quantization would be passed over in silence. It does so only where it knows its activation. The layer itself must
+    quantization would be passed over in silence. It does so only where it knows its activation. `nn.TransformerEncoder`
+    hands it nested tensors where there is padding, which nothing but that kernel takes. The layer itself must
     be part of `model`: swapping its linear layers one by one leaves the fused kernel in place.
     """
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            swapped = any(isinstance(child, QuantInputMixin) for child in module.children())
-            if swapped and "_fused_activation" not in vars(module):
-                vars(module)["_fused_activation"] = module.activation_relu_or_gelu
-                module.activation_relu_or_gelu = 0
-            elif not swapped and "_fused_activation" in vars(module):
-                module.activation_relu_or_gelu = vars(module).pop("_fused_activation")
+        for kind, attribute, off in _FAST_PATHS:
+            if not isinstance(module, kind):
+                continue
+            swapped = any(isinstance(inner, QuantInputMixin) for inner in module.modules())
+            kept = f"_float_{attribute}"
+            if swapped and kept not in vars(module):
+                vars(module)[kept] = getattr(module, attribute)
+                setattr(module, attribute, off)
+            elif not swapped and kept in vars(module):
+                setattr(module, attribute, vars(module).pop(kept))
 
 
 def _float_type(module: nn.Module) -> type[nn.Module]:
@@ -251,9 +271,19 @@ def _own_weights(module: nn.Module) -> int:
     return sum(p.numel() for p in parameters if not isinstance(p, UninitializedParameter) and p.dim() >= 2)
 
 
-def _has_own_weight(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is not None and not isinstance(weight, UninitializedParameter)
+def _initialized(model: nn.Module) -> Iterator[nn.Parameter]:
+    return (parameter for parameter in model.parameters() if not isinstance(parameter, UninitializedParameter))
+
+
+def _has_own_weights(module: nn.Module, counterpart: type[QuantMixin]) -> bool:
+    weights = [module._parameters.get(name) for name in counterpart.weights_of(module).values()]
+    return not any(weight is None or isinstance(weight, UninitializedParameter) for weight in weights)
+
+
+def _has_mapped_forward(module: nn.Module, counterpart: type[QuantInputMixin]) -> bool:
+    """Whether a module's forward is that of the class in the map, neither a subclass's nor bound to the instance."""
+    mapped = next(entry.replace_mod for entry in _DEFAULT_QUANT_MAP if issubclass(counterpart, entry.replace_mod))
+    return getattr(module.forward, "__func__", None) is mapped.float_class.forward
 
 
 def _is_candidate(module: nn.Module) -> bool:
@@ -262,23 +292,31 @@ def _is_candidate(module: nn.Module) -> bool:
 
 
 def _decide(
-    name: str, module: nn.Module, trace: ForwardTrace | None, excluded: str, included: str, include_all: bool
+    name: str,
+    module: nn.Module,
+    trace: ForwardTrace | None,
+    rules: _DefaultRules,
+    excluded: str,
+    included: str,
+    include_all: bool,
 ) -> tuple[str, str]:
     """Action and reason for one module."""
     if isinstance(module, QuantInputMixin):
         return "quantize", "already swapped"
     counterpart = find_counterpart(type(module))
     if counterpart is None:
-        return _decide_unmapped(name, module, trace)
+        return _decide_unmapped(name, module, trace, rules)
     if excluded:
         return "float", f"excluded by {excluded}"
     if not include_all and not included:
         return "float", "not included"
-    if issubclass(counterpart, QuantMixin) and not _has_own_weight(module):
+    if counterpart.replaces_forward and not _has_mapped_forward(module, counterpart):
+        return "missed", "its forward is not that of the class in the map, and swapping would replace it"
+    if issubclass(counterpart, QuantMixin) and not _has_own_weights(module, counterpart):
         return "missed", "its weight is computed or not initialized yet; remove the parametrization, or run it once"
-    if trace is not None and (missed := _reason_missed(name, module, trace)):
+    if trace is not None and (missed := _reason_missed(name, module, counterpart, trace)):
         return "missed", missed
-    if not included and (rule := _rule_against(module)):
+    if not included and (rule := rules.reason_against(name, module)):
         return "float", rule
     mapped = next(entry.mod_name for entry in _DEFAULT_QUANT_MAP if issubclass(counterpart, entry.replace_mod))
     if mapped == type(module).__name__:
@@ -286,13 +324,13 @@ def _decide(
     return "quantize", f"subclass of {mapped}, keeps its own forward"
 
 
-def _decide_unmapped(name: str, module: nn.Module, trace: ForwardTrace | None) -> tuple[str, str]:
+def _decide_unmapped(name: str, module: nn.Module, trace: ForwardTrace | None, rules: _DefaultRules) -> tuple[str, str]:
     """Action and reason for a module with parameters and no counterpart."""
     if isinstance(module, _NEVER_INT8):
         return "float", "normalisation, embedding or activation: no int8 counterpart (R-LN, R-SM)"
     calls = [] if trace is None else [c for c in trace.contractions if c.module == name]
     if calls:
-        return "missed", _describe_calls(module, calls)
+        return rules.describe_calls(module, calls)
     if _own_weights(module) == 0 or trace is not None:
         return "float", "its parameters are added or multiplied element by element"
     return "missed", (
@@ -301,16 +339,11 @@ def _decide_unmapped(name: str, module: nn.Module, trace: ForwardTrace | None) -
     )
 
 
-def _describe_calls(module: nn.Module, calls: list[Contraction]) -> str:
-    functions = ", ".join(sorted({call.function for call in calls}))
-    return f"{type(module).__name__}.forward calls {functions} directly; only modules are swapped"
-
-
-def _reason_missed(name: str, module: nn.Module, trace: ForwardTrace) -> str:
+def _reason_missed(name: str, module: nn.Module, counterpart: type[QuantInputMixin], trace: ForwardTrace) -> str:
     """Why swapping this module would change nothing, seen from how it was used; "" if it would."""
-    weight = module._parameters.get("weight")
-    memory = None if weight is None else weight.untyped_storage().data_ptr()
-    used_by = [c.module for c in trace.contractions if memory in c.storages]
+    names = counterpart.weights_of(module).values() if issubclass(counterpart, QuantMixin) else ()
+    memory = {weight.untyped_storage().data_ptr() for n in names if (weight := module._parameters.get(n)) is not None}
+    used_by = [c.module for c in trace.contractions if memory & c.storages]
     if trace.calls[name] == 0:
         if used_by:
             return "its own forward never runs: the module around it reads its weight directly"
@@ -321,39 +354,66 @@ def _reason_missed(name: str, module: nn.Module, trace: ForwardTrace) -> str:
     return ""
 
 
-def _rule_against(module: nn.Module) -> str:
-    """The default rule that leaves a mapped module in float, "" if none does; `include` overrides it."""
-    if isinstance(module, _ConvTransposeNd):
-        return "transposed convolution: int8 kernels are missing, wrong or slow (R-CT-3)"
-    if isinstance(module, Conv3d):
-        return "3-D convolution: int8 is fragile (R-CONV-7)"
-    if isinstance(module, _ConvNd) and 1 < module.groups < module.in_channels:
-        return "grouped convolution: TensorRT splits it into one kernel a group (R-CONV-4)"
-    if isinstance(module, _AdaptiveAvgPoolNd) and set(_as_tuple(module.output_size)) == {1}:
-        return "global average pooling: a tiny tensor that stays float (R-GAP)"
-    return ""
+class _DefaultRules:
+    """The rules that leave a mapped module in float; `include` overrides them.
+
+    Args:
+        model: The model that is planned.
+        trace: One forward of it, if there was one; without, only shapes speak.
+    """
+
+    def __init__(self, model: nn.Module, trace: ForwardTrace | None) -> None:
+        convolutions = (name for name, module in model.named_modules() if isinstance(module, _ConvNd))
+        self._first = next(convolutions, None)
+        self._writes_output: set[str] = set()
+        self._weights = {parameter.untyped_storage().data_ptr() for parameter in _initialized(model)}
+        if trace is not None:
+            flow = Dataflow(trace)
+            self._writes_output = flow.output_convolutions()
+            self._first = next((op.module for op in flow.operations if op.function in CONVOLUTIONS), self._first)
+
+    def describe_calls(self, module: nn.Module, calls: list[Contraction]) -> tuple[str, str]:
+        """Action and reason for a module whose forward multiplies matrices itself."""
+        if all(call.function in _ACTIVATION_PRODUCTS and not call.storages & self._weights for call in calls):
+            return "float", "product of two activations: int8 Q/DQ would break the fused attention kernel (R-MHA-2)"
+        functions = ", ".join(sorted({call.function for call in calls}))
+        return "missed", f"{type(module).__name__}.forward calls {functions} directly; see rewire_operations"
+
+    def reason_against(self, name: str, module: nn.Module) -> str:
+        """Why a module stays in float, "" if it does not."""
+        if isinstance(module, _ConvTransposeNd):
+            return "transposed convolution: int8 kernels are missing, wrong or slow (R-CT-3)"
+        if name in self._writes_output:
+            return "last convolution: it writes an output of the network (R-OUT)"
+        if isinstance(module, _ConvNd):
+            return reason_against_convolution(module.weight.shape, module.groups, name == self._first)
+        if isinstance(module, Linear):
+            return reason_against_linear(module.weight.shape)
+        if isinstance(module, nn.MultiheadAttention):
+            return reason_against_linear((module.embed_dim, min(module.kdim, module.vdim)))
+        if isinstance(module, _AdaptiveAvgPoolNd) and set(_as_tuple(module.output_size)) == {1}:
+            return "global average pooling: a tiny tensor that stays float (R-GAP)"
+        return ""
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, Iterable) else (value,)
 
 
-def _missed_calls(trace: ForwardTrace | None, model: nn.Module, planned: set[str]) -> list[PlannedModule]:
+def _unplanned_calls(
+    trace: ForwardTrace | None, model: nn.Module, rules: _DefaultRules, planned: set[str]
+) -> list[PlannedModule]:
     """Modules without parameters of their own whose forward multiplies matrices."""
     if trace is None:
         return []
     modules = dict(model.named_modules())
-    names = dict.fromkeys(c.module for c in trace.contractions if c.module not in planned)
+    calls: dict[str, list[Contraction]] = {}
+    for call in trace.contractions:
+        if call.module not in planned:
+            calls.setdefault(call.module, []).append(call)
     return [
-        PlannedModule(
-            name,
-            type(modules[name]).__name__,
-            "missed",
-            _describe_calls(modules[name], [c for c in trace.contractions if c.module == name]),
-            weights=0,
-            mapped=False,
-        )
-        for name in names
+        PlannedModule(name, type(modules[name]).__name__, *rules.describe_calls(modules[name], own), 0, mapped=False)
+        for name, own in calls.items()
     ]
 
 

@@ -46,6 +46,54 @@ class Contraction:
     storages: frozenset[int]
 
 
+@dataclass(frozen=True)
+class Operation:
+    """One torch function that took tensors and gave tensors.
+
+    Tensors are known by numbers; one that is changed in place gets a new number.
+
+    Args:
+        module: Dotted name of the innermost module that made the call ("" for the model itself).
+        function: Name of the function without underscores around it: "add" for `+`, `+=`, `torch.add`, `Tensor.add_`.
+        index: How many calls of that function the same run of the module made before.
+        inputs: The tensors among its arguments, in order.
+        outputs: The tensors it returned.
+        arguments: Its other arguments by keyword.
+    """
+
+    module: str
+    function: str
+    index: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    arguments: dict[str, Any]
+
+    @property
+    def site(self) -> str:
+        """The name of the call in its module: "add", then "add_1"."""
+        return f"{self.function}_{self.index}" if self.index else self.function
+
+    @property
+    def name(self) -> str:
+        """Dotted name of the call."""
+        return f"{self.module}.{self.site}" if self.module else self.site
+
+
+@dataclass(frozen=True)
+class ModuleRun:
+    """One call of a module.
+
+    Args:
+        module: Dotted name.
+        caller: Dotted name of the module whose forward made the call, None for the model itself.
+        inputs: The tensors among its positional arguments, numbered as in `Operation`.
+    """
+
+    module: str
+    caller: str | None
+    inputs: tuple[int, ...]
+
+
 @dataclass
 class ForwardTrace:
     """What one forward did.
@@ -54,11 +102,21 @@ class ForwardTrace:
         calls: How often each module ran, by dotted name.
         contractions: Matrix products and convolutions, in order.
         only_reader: Module -> the module that alone read its output, where there is exactly one.
+        operations: Every function on tensors, in order.
+        runs: Every call of a module, in order.
+        shapes: Shape of each tensor by its number.
+        inputs: Numbers of the tensors that the model was given.
+        outputs: Numbers of the tensors that it returned.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
     contractions: list[Contraction] = field(default_factory=list)
     only_reader: dict[str, str] = field(default_factory=dict)
+    operations: list[Operation] = field(default_factory=list)
+    runs: list[ModuleRun] = field(default_factory=list)
+    shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
 
 
 def require_batches(batches: Any) -> None:
@@ -131,6 +189,9 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self._names = {id(module): name for name, module in model.named_modules()}
         self._stack: list[str] = []
+        self._counters: list[Counter[str]] = [Counter()]
+        self._numbers: dict[int, int] = {}  # of tensors by identity
+        self._held: list[torch.Tensor] = []  # so that no identity is used twice
         self._outputs: dict[int, tuple[str, torch.Tensor]] = {}  # holds the tensors, so that no id is used twice
         self._readers: defaultdict[str, set[str]] = defaultdict(set)
         self._given: dict[str, int] = {}
@@ -140,7 +201,12 @@ class _Recorder(TorchFunctionMode):
         name = self._names.get(id(module))
         if name is None:
             return
+        caller = self._stack[-1] if self._stack else None
+        self._trace.runs.append(ModuleRun(name, caller, tuple(map(self._number, _tensors(args)))))
+        if caller is None and not self._trace.inputs:
+            self._trace.inputs = self._trace.runs[-1].inputs
         self._stack.append(name)
+        self._counters.append(Counter())
         self._trace.calls[name] += 1
         for tensor in _tensors(args):
             if id(tensor) in self._outputs:
@@ -151,6 +217,7 @@ class _Recorder(TorchFunctionMode):
         if name is None:
             return
         self._stack.pop()
+        self._counters.pop()
         is_leaf = next(module.children(), None) is None
         if isinstance(output, torch.Tensor) and (is_leaf or id(output) not in self._outputs):
             self._outputs[id(output)] = (name, output)
@@ -163,10 +230,33 @@ class _Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         arguments = list(_tensors((args, kwargs or {})))
+        numbers = tuple(map(self._number, arguments))  # before the call may change one in place
+        function = name_function(func)
+        index = self._counters[-1][function]
+        self._counters[-1][function] += 1
         result = func(*args, **(kwargs or {}))
-        if next(_tensors(result), None) is not None:  # sizes and flags are no reading of the values
+        changed = arguments[:1] if function == "setitem" else list(_tensors(result))
+        if changed:  # sizes and flags are no reading of the values
             self._record(func, arguments)
+            here = self._stack[-1] if self._stack else ""
+            outputs = tuple(self._renumber(tensor) for tensor in changed)
+            others = {str(key): value for key, value in (*enumerate(args), *(kwargs or {}).items())}
+            plain = {key: value for key, value in others.items() if next(_tensors(value), None) is None}
+            operation = Operation(here, function, index, numbers, outputs, plain)
+            self._trace.operations.append(operation)
         return result
+
+    def _number(self, tensor: torch.Tensor) -> int:
+        if id(tensor) not in self._numbers:
+            self._renumber(tensor)
+        return self._numbers[id(tensor)]
+
+    def _renumber(self, tensor: torch.Tensor) -> int:
+        """A number that no tensor has had; each stays in memory, so that its identity is not given to another."""
+        self._held.append(tensor)
+        number = self._numbers[id(tensor)] = len(self._held)
+        self._trace.shapes[number] = tuple(tensor.shape)
+        return number
 
     def _record(self, func: Callable[..., Any], arguments: list[torch.Tensor]) -> None:
         here = self._stack[-1] if self._stack else ""
@@ -179,6 +269,7 @@ class _Recorder(TorchFunctionMode):
             self._trace.contractions.append(Contraction(here, function, storages))
 
     def finish(self, outputs: Any) -> ForwardTrace:
+        self._trace.outputs = tuple(map(self._number, _tensors(outputs)))
         returned = {id(tensor) for tensor in _tensors(outputs)}
         for identity, (name, _) in self._outputs.items():
             readers = self._readers[name]
@@ -187,6 +278,21 @@ class _Recorder(TorchFunctionMode):
                 if self._given.get(reader) == identity:
                     self._trace.only_reader[name] = reader
         return self._trace
+
+
+_SAME_FUNCTION = {"iadd": "add", "radd": "add", "concat": "cat", "concatenate": "cat"}
+
+
+def name_function(func: Callable[..., Any]) -> str:
+    """One name for the operator, the function, the method and the method in place."""
+    name = str(getattr(func, "__name__", None) or resolve_name(func) or "").strip("_")
+    return _SAME_FUNCTION.get(name, name)
+
+
+def is_in_place(func: Callable[..., Any]) -> bool:
+    """Whether a function changes its first tensor: `add_`, `__iadd__`."""
+    name = str(getattr(func, "__name__", ""))
+    return name.startswith("__i") if name.endswith("__") else name.endswith("_")
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:

@@ -22,7 +22,7 @@ def _seed():
 class Residual(nn.Module):
     """Convolution, BatchNorm, shortcut, pooling, linear: small, with every kind of edge."""
 
-    def __init__(self, channels=16, classes=5):
+    def __init__(self, channels=16, classes=16):
         super().__init__()
         self.stem = nn.Conv2d(3, channels, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(channels)

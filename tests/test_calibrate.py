@@ -84,13 +84,13 @@ def test_quantizer_placed_by_hand_is_calibrated():
     class Shortcut(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = nn.Linear(4, 4)
+            self.layer = nn.Linear(16, 16)
             self.residual_quantizer = TensorQuantizer()
 
         def forward(self, x):
             return self.layer(x) + self.residual_quantizer(x)
 
-    model, x = Shortcut(), torch.randn(3, 4)
+    model, x = Shortcut(), torch.randn(3, 16)
     swap_modules(model)
     calibrate_model(model, [x], method="max")
     assert model.residual_quantizer.amax == x.abs().max()
@@ -98,7 +98,8 @@ def test_quantizer_placed_by_hand_is_calibrated():
 
 def test_a_quantizer_with_an_axis_takes_maxima_and_says_so(residual, batches, caplog):
     swap_modules(residual, exclude=["head"], input_desc=QuantDescriptor(axis=1))
-    ranges = {r.name: r for r in calibrate_model(residual, batches, method="mse")}
+    with caplog.at_level("INFO"):
+        ranges = {r.name: r for r in calibrate_model(residual, batches, method="mse")}
     torch.testing.assert_close(residual.stem.input_quantizer.amax.flatten(), torch.cat(batches).abs().amax((0, 2, 3)))
     assert ranges["stem._input_quantizer"].method == "max"
     assert "take its maximum, not mse: stem._input_quantizer" in caplog.text
@@ -170,8 +171,8 @@ def test_bad_options(residual, batches, options, words):
 
 @pytest.mark.parametrize("method", ["max", "entropy"])
 def test_layer_without_data_is_left_in_float_and_named(batches, method, caplog):
-    model = nn.Sequential(nn.Conv2d(3, 4, 1))
-    model.spare = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Conv2d(3, 16, 1))
+    model.spare = nn.Linear(16, 16)
     model.forward = lambda x: model[0](x)
     swap_modules(model)
     ranges = calibrate_model(model, batches, method=method)
@@ -185,11 +186,11 @@ def test_layer_without_data_is_left_in_float_and_named(batches, method, caplog):
 
 @pytest.mark.parametrize("method", ["max", "mse", "percentile", "entropy"])
 def test_zeros_only_are_left_in_float_and_named(method, caplog):
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
     nn.init.zeros_(model[0].weight)
     nn.init.constant_(model[0].bias, -1)
     swap_modules(model)
-    x = torch.randn(8, 4)
+    x = torch.randn(8, 16)
     ranges = calibrate_model(model, [x], method=method)
     assert {r.name for r in ranges if "zeros only" in r.note} == {"2._input_quantizer", "2._weight_quantizer"}
     assert "zeros only" in caplog.text
@@ -197,7 +198,7 @@ def test_zeros_only_are_left_in_float_and_named(method, caplog):
 
 
 def test_dead_channel_gets_a_positive_scale(batches):
-    layer = nn.Conv2d(3, 4, 1)
+    layer = nn.Conv2d(3, 16, 1)
     layer.weight.data[2] = 0
     swap_modules(layer)
     calibrate_model(layer, batches)

@@ -197,7 +197,7 @@ def test_layer_called_by_keyword():
 def test_after_swapping_it_says_so():
     from qdq import swap_modules
 
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16)).eval()
     swap_modules(model)
     (pair,) = fold_batchnorm(model, torch.randn(2, 3, 4, 4))
     assert "before swap_modules" in pair.reason
@@ -233,3 +233,31 @@ def test_real_network(lite0):
     assert len(pairs) == 49
     assert all(pair.folded for pair in pairs)
     assert (before - after).abs().max() <= 1e-4 * before.abs().max()
+
+
+class NormAct(nn.BatchNorm2d):
+    """As timm writes it: a BatchNorm with the activation behind it."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class NormSquare(NormAct):
+    def forward(self, x):
+        return super().forward(x).square()
+
+
+@pytest.mark.parametrize(("norm", "folded"), [(NormAct, True), (NormSquare, False)])
+def test_batchnorm_with_an_activation(norm, folded):
+    model, x = nn.Sequential(nn.Conv2d(3, 16, 3), norm(16), nn.Conv2d(16, 16, 3)), torch.randn(2, 3, 8, 8)
+    model(10 * x + 3)
+    model.eval()
+    expected = model(x)
+    (pair,) = fold_batchnorm(model, x)
+    assert pair.folded == folded
+    torch.testing.assert_close(model(x), expected)
+    assert isinstance(dict(model.named_modules())["1.act"], nn.ReLU)

@@ -13,6 +13,7 @@ from qdq.quantizer import QuantDescriptor, TensorQuantizer, fake_quantize
 from qdq.swap import quantized_layers
 
 NAMES = [
+    "MultiheadAttention",
     *("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Linear"),
     *("AvgPool1d", "AvgPool2d", "AvgPool3d", "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d"),
 ]
@@ -87,9 +88,9 @@ def test_uncalibrated_state_dict_is_the_float_one(residual, images):
 
 
 def test_subclass_keeps_its_forward():
-    layer = SamePadConv(3, 4, 2).eval()
+    layer = SamePadConv(3, 16, 2).eval()
     x = torch.randn(2, 3, 5, 5)
-    plan = swap_modules(layer, x)
+    plan = swap_modules(layer, x, include="*")  # a last convolution stays float by default
     assert "subclass of Conv2d" in plan.modules[0].reason
     assert type(layer).__name__ == "QuantSamePadConv"
     assert isinstance(layer, SamePadConv)
@@ -101,7 +102,7 @@ def test_subclass_keeps_its_forward():
 
 
 def test_subclass_survives_deepcopy_and_pickle():
-    layer = SamePadConv(3, 4, 2).eval()
+    layer = SamePadConv(3, 16, 2).eval()
     swap_modules(layer)
     layer.input_quantizer.amax = 1.0
     buffer = io.BytesIO()
@@ -134,13 +135,13 @@ def test_everything_about_a_module_survives(residual):
 
 
 def test_dtype_survives():
-    layer = nn.Linear(4, 4).to(torch.bfloat16)
+    layer = nn.Linear(16, 16).to(torch.bfloat16)
     swap_modules(layer)
-    assert layer(torch.randn(2, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert layer(torch.randn(2, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_a_module_used_twice_is_swapped_once():
-    shared = nn.Linear(4, 4)
+    shared = nn.Linear(16, 16)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.ReLU())})
     plan = swap_modules(model)
     assert len(plan.weighted) == 1
@@ -149,7 +150,7 @@ def test_a_module_used_twice_is_swapped_once():
 
 
 def test_exclusion_by_another_name_of_the_same_module():
-    shared = nn.Linear(4, 4)
+    shared = nn.Linear(16, 16)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
     assert not plan_swap(model, exclude=["b"]).weighted
 
@@ -188,7 +189,7 @@ def test_include_and_exclude(residual, options, expected):
 
 
 def test_a_name_stands_for_everything_below_it():
-    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2))
+    model = nn.Sequential(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), nn.Linear(16, 16))
     assert [m.name for m in plan_swap(model, exclude=["0"]).weighted] == ["1"]
 
 
@@ -211,14 +212,160 @@ def test_bad_patterns(residual):
         (nn.ConvTranspose2d(16, 16, 2), "R-CT-3"),
         (nn.Conv3d(16, 16, 3), "R-CONV-7"),
         (nn.Conv2d(32, 32, 3, groups=4), "R-CONV-4"),
+        (nn.Conv2d(8, 8, 3, groups=4), "R-CONV-4"),
+        (nn.Conv2d(3, 12, 3), "R-CONV-3"),
+        (nn.Conv2d(32, 32, 1, groups=32), "R-CONV-3"),
+        (nn.Conv1d(3, 4, 3), "R-CONV-3"),
+        (nn.Linear(15, 32), "R-MM-3"),
+        (nn.Linear(32, 15), "R-MM-3"),
+        (nn.MultiheadAttention(14, 2), "R-MM-3"),
+        (nn.MultiheadAttention(32, 2, kdim=8, vdim=32), "R-MM-3"),
+        (nn.MultiheadAttention(32, 2, kdim=32, vdim=8), "R-MM-3"),
         (nn.AdaptiveAvgPool2d(1), "R-GAP"),
     ],
 )
 def test_default_rules_leave_float_and_say_why(layer, rule):
-    (planned,) = plan_swap(layer).modules
+    planned = plan_swap(layer).modules[0]  # attention has a second one, its out_proj
     assert planned.action == "float"
     assert rule in planned.reason
     assert plan_swap(layer, include=["*"]).modules[0].action == "quantize"
+
+
+class TestOverridden:
+    """Every default gives way to a pattern that names the layer, and to no other."""
+
+    LAYERS = {  # noqa: RUF012
+        "transposed": (nn.ConvTranspose2d(16, 16, 2), "R-CT-3"),
+        "volume": (nn.Conv3d(16, 16, 3), "R-CONV-7"),
+        "grouped": (nn.Conv2d(32, 32, 3, groups=4), "R-CONV-4"),
+        "narrow": (nn.Conv2d(16, 10, 3, groups=2), "R-CONV-4"),
+        "odd": (nn.Conv2d(15, 17, 3), "R-CONV-3"),
+        "small": (nn.Linear(8, 16), "R-MM-3"),
+        "attention": (nn.MultiheadAttention(8, 2), "R-MM-3"),
+        "pool": (nn.AdaptiveAvgPool2d(1), "R-GAP"),
+    }
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_by_name(self, name):
+        model = nn.ModuleDict({key: copy.deepcopy(layer) for key, (layer, _) in self.LAYERS.items()})
+        before = {m.name: m for m in plan_swap(model).modules}
+        assert self.LAYERS[name][1] in before[name].reason
+        assert not {m.name for m in plan_swap(model).of("quantize")}
+        swap_modules(model, include=[name])
+        assert set(quantized_layers(model)) - {"attention.out_proj"} == {name}
+
+    def test_the_last_convolution(self):
+        model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval()
+        x = torch.randn(1, 3, 8, 8)
+        assert {m.name: m.action for m in plan_swap(model, x).modules} == {"0": "quantize", "2": "float"}
+        assert [m.name for m in plan_swap(model, x, include=["2"]).weighted] == ["2"]
+        assert [m.name for m in plan_swap(model, x, include=["*"]).weighted] == ["0", "2"]
+        assert [m.name for m in plan_swap(model, x, include=[nn.Conv2d], exclude=["2"]).weighted] == ["0"]
+
+
+class Detector(nn.Module):
+    """One box and one class convolution for each of two levels, joined as `[N, all positions, 4 + classes]`."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.down = nn.Conv2d(16, 32, 3, stride=2, padding=1)
+        self.levels = nn.ModuleList(nn.Conv2d(width, 32, 3, padding=1) for width in (16, 32))
+        self.boxes = nn.ModuleList(nn.Conv2d(32, 16, 1) for _ in range(2))
+        self.classes = nn.ModuleList(nn.Conv2d(32, 24, 1) for _ in range(2))
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        maps = [torch.relu(level(y)) for level, y in zip(self.levels, (x, torch.relu(self.down(x))), strict=True)]
+        boxes = torch.cat([box(y).flatten(2) for box, y in zip(self.boxes, maps, strict=True)], 2)
+        classes = torch.cat([head(y).flatten(2) for head, y in zip(self.classes, maps, strict=True)], 2)
+        return torch.cat([boxes * 8, classes.sigmoid()], 1).transpose(1, 2)
+
+
+class TestLastConvolution:
+    def last(self, model, x):
+        return {m.name for m in plan_swap(model.eval(), x).of("float") if "R-OUT" in m.reason}
+
+    def test_of_a_detection_head(self):
+        expected = {"boxes.0", "boxes.1", "classes.0", "classes.1"}
+        assert self.last(Detector(), torch.randn(1, 3, 16, 16)) == expected
+        plan = swap_modules(model := Detector().eval(), torch.randn(1, 3, 16, 16))
+        assert {m.name for m in plan.weighted} == {"stem", "down", "levels.0", "levels.1"}
+        assert set(quantized_layers(model)) == {"stem", "down", "levels.0", "levels.1"}
+
+    def test_without_example_inputs_nobody_knows(self):
+        assert self.last(Detector(), None) == set()
+        assert len(plan_swap(Detector()).weighted) == 8
+
+    def test_of_deeplab(self):
+        models = pytest.importorskip("torchvision.models", reason="needs the extra 'demo'")
+        model = models.segmentation.deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None)
+        x = torch.randn(1, 3, 64, 64)
+        assert self.last(model, x) == {"classifier.4"}
+        actions = {m.name: m.action for m in plan_swap(model, x).modules}
+        assert actions["backbone.0.0"] == "quantize"  # three channels in, and the first
+        assert actions["classifier.1"] == "quantize"
+
+    def test_of_ssdlite(self):
+        models = pytest.importorskip("torchvision.models", reason="needs the extra 'demo'")
+        model = models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
+        heads = [f"head.{kind}_head.module_list.{n}.1" for kind in ("classification", "regression") for n in range(6)]
+        names = dict(model.named_modules())
+        assert all(isinstance(names[name], nn.Conv2d) for name in heads)
+        assert self.last(model, torch.rand(1, 3, 64, 64)) == set(heads)
+
+    def test_of_a_level_of_one_pixel(self):
+        assert self.last(Detector(), torch.randn(1, 3, 2, 2)) == {"boxes.0", "boxes.1", "classes.0", "classes.1"}
+
+    def test_of_a_classifier_is_not_the_output(self):
+        models = pytest.importorskip("torchvision.models", reason="needs the extra 'demo'")
+        plan = plan_swap(models.squeezenet1_1(weights=None).eval(), torch.randn(1, 3, 64, 64))
+        assert len(plan.weighted) == 26  # all its convolutions; the last one is pooled
+
+    def test_residual_blocks_before_the_output_are_quantized(self):
+        class Restored(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.head, self.a, self.b = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
+
+            def forward(self, x):
+                x = self.head(x)
+                x = x + self.a(x).relu()
+                return x + self.b(x).relu()
+
+        assert self.last(Restored(), torch.randn(1, 16, 8, 8)) == {"b"}
+
+    def test_gate_of_one_pixel_is_not_the_output(self):
+        class Gated(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 16, 1), nn.Sigmoid())
+                self.conv = nn.Conv2d(16, 16, 3)
+
+            def forward(self, x):
+                return self.conv(x) * self.gate(x)
+
+        assert self.last(Gated(), torch.randn(1, 16, 8, 8)) == {"conv"}
+
+
+class TestFirstConvolution:
+    def test_with_three_channels_is_quantized(self):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1))
+        for x in (None, torch.randn(1, 3, 8, 8)):
+            assert [m.name for m in plan_swap(model, x).weighted] == ["0"]  # the second is as small, and not first
+
+    def test_is_the_one_that_runs_first(self):
+        class Backwards(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.second = nn.Conv2d(8, 8, 3)
+                self.first = nn.Conv2d(3, 8, 3)
+
+            def forward(self, x):
+                return self.second(self.first(x)).mean((2, 3))
+
+        assert [m.name for m in plan_swap(Backwards(), torch.randn(1, 3, 8, 8)).weighted] == ["first"]
+        assert [m.name for m in plan_swap(Backwards()).weighted] == ["second"]  # without a run, the first declared
 
 
 def test_depthwise_is_quantized():
@@ -247,17 +394,33 @@ class TestMissed:
             def forward(self, x):
                 return x @ x.transpose(1, 2)
 
-        missed = self.missed(nn.Sequential(nn.Linear(4, 4), Attention()), torch.randn(2, 3, 4))
+        missed = self.missed(nn.Sequential(nn.Linear(16, 16), Attention()), torch.randn(2, 3, 16))
         assert missed.keys() == {"1"}
 
     def test_multihead_attention_reads_its_projection_directly(self):
-        model = nn.MultiheadAttention(8, 2, batch_first=True)
         wrapper = nn.Module()
-        wrapper.attention = model
+        wrapper.attention = nn.MultiheadAttention(16, 2, batch_first=True)
         wrapper.forward = lambda x: wrapper.attention(x, x, x)[0]
-        missed = self.missed(wrapper, torch.randn(1, 3, 8))
-        assert missed.keys() == {"attention", "attention.out_proj"}
-        assert "never runs" in missed["attention.out_proj"]
+        x = torch.randn(1, 3, 16)
+        plan = plan_swap(wrapper, x, exclude=[nn.MultiheadAttention])
+        assert {m.name: m.action for m in plan.modules} == {"attention": "float", "attention.out_proj": "missed"}
+        assert "never runs" in plan.of("missed")[0].reason
+        plan = plan_swap(wrapper, x)  # the quantized attention calls it
+        assert [m.name for m in plan.weighted] == ["attention", "attention.out_proj"]
+
+    def test_layer_whose_weight_the_module_around_reads(self):
+        class Reads(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = nn.Linear(16, 16)
+
+            def forward(self, x):
+                return F.linear(x, self.inner.weight)
+
+        missed = self.missed(nn.Sequential(Reads()), torch.randn(2, 16))
+        assert missed.keys() == {"0", "0.inner"}
+        assert "calls linear directly; see rewire_operations" in missed["0"]
+        assert "never runs" in missed["0.inner"]
 
     def test_forward_that_transforms_its_weight(self):
         class StdConv(nn.Conv2d):
@@ -268,9 +431,9 @@ class TestMissed:
 
     @pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
     def test_computed_weight(self, wrap):
-        model = nn.Sequential(wrap(nn.Linear(4, 4)), nn.Linear(4, 4))
+        model = nn.Sequential(wrap(nn.Linear(16, 16)), nn.Linear(16, 16))
         assert "computed" in self.missed(model, None)["0"]
-        assert len(swap_modules(model, torch.randn(2, 4)).weighted) == 1
+        assert len(swap_modules(model, torch.randn(2, 16)).weighted) == 1
 
     def test_lazy_layer(self):
         assert "not initialized" in self.missed(nn.Sequential(nn.LazyLinear(4)), None)["0"]
@@ -284,7 +447,7 @@ class TestMissed:
             def forward(self, x):
                 return x @ self.weight.T + self.bias
 
-        plan = plan_swap(nn.Sequential(Transposed(4, 3)), torch.randn(2, 4))
+        plan = plan_swap(nn.Sequential(Transposed(32, 16)), torch.randn(2, 32))
         assert not plan.of("missed")
         assert len(plan.weighted) == 1
 
@@ -310,19 +473,19 @@ class TestMissed:
             def forward(self, x):
                 return x @ x.transpose(1, 2)
 
-        swap_modules(nn.Sequential(nn.Linear(4, 4), Attention()), torch.randn(2, 3, 4))
+        swap_modules(nn.Sequential(nn.Linear(16, 16), Attention()), torch.randn(2, 3, 16))
         assert "Attention.forward calls" in caplog.text
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", torch.tanh])
 def test_fused_transformer_layer_does_not_pass_over_quantization(activation):
-    model = nn.TransformerEncoderLayer(8, 2, 16, activation=activation, batch_first=True, dropout=0).eval()
+    model = nn.TransformerEncoderLayer(16, 2, 32, activation=activation, batch_first=True, dropout=0).eval()
     before = dict(vars(model))
-    x = torch.randn(2, 5, 8)
+    x = torch.randn(2, 5, 16)
     with torch.no_grad():
         expected = model(x)
         swap_modules(model, x)
-        assert set(quantized_layers(model)) == {"linear1", "linear2"}
+        assert set(quantized_layers(model)) == {"self_attn", "self_attn.out_proj", "linear1", "linear2"}
         found = model(x)
     assert not torch.equal(found, expected)
     torch.testing.assert_close(model(x).detach(), found, atol=1e-3, rtol=0)  # with gradients torch never fuses
@@ -387,13 +550,13 @@ def test_input_by_another_name():
         def forward(self, x):
             return super().forward(x)
 
-    layer, x = Own(4, 4), torch.randn(2, 4)
+    layer, x = Own(16, 16), torch.randn(2, 16)
     swap_modules(layer)
     assert torch.equal(layer(x=x), layer(x))
 
 
 def test_weight_is_put_back_after_an_exception():
-    layer = nn.Conv2d(3, 4, 3)
+    layer = nn.Conv2d(3, 16, 3)
     swap_modules(layer)
     with pytest.raises(RuntimeError):
         layer(torch.randn(1, 5, 8, 8))
@@ -417,3 +580,21 @@ def test_real_network_fifty_of_fifty(lite0):
     assert restore_modules(model) == 50
     for (name, a), (_, b) in zip(model.named_modules(), lite0.module.named_modules(), strict=True):
         assert type(a) is type(b), name
+
+
+def test_products_of_activations_are_float_on_purpose_and_those_with_weights_are_missed():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.mix = nn.Linear(16, 48), nn.Parameter(torch.randn(16, 16))
+
+        def forward(self, x):
+            return torch.nn.functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1))
+
+    class Mixed(Attention):
+        def forward(self, x):
+            return super().forward(x) @ self.mix
+
+    for kind, action in ((Attention, "float"), (Mixed, "missed")):
+        plan = plan_swap(nn.Sequential(kind()), torch.randn(2, 5, 16))
+        assert {m.name: m.action for m in plan.modules}["0"] == action

@@ -3,6 +3,7 @@
 Importing a file of this package registers its layers; a new layer is a new file and a line here.
 """
 
+from qdq.nn.attention import QuantMultiheadAttention as QuantMultiheadAttention
 from qdq.nn.conv import QuantConv1d as QuantConv1d
 from qdq.nn.conv import QuantConv2d as QuantConv2d
 from qdq.nn.conv import QuantConv3d as QuantConv3d

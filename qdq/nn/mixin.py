@@ -28,6 +28,10 @@ class QuantInputMixin(nn.Module):
 
     default_quant_desc_input: ClassVar[QuantDescriptor] = QuantDescriptor()
     float_class: ClassVar[type[nn.Module]]  # set by `register_module`
+    replaces_forward: ClassVar[bool] = False
+    """Whether the forward is written anew; a subclass of the float class with one of its own is then not swapped."""
+    called_children: ClassVar[tuple[str, ...]] = ()
+    """Modules inside that this class calls; the float class only reads their weights."""
     _input_quantizer: TensorQuantizer
 
     def __init__(self, *args: Any, quant_desc_input: QuantDescriptor | None = None, **kwargs: Any) -> None:
@@ -96,6 +100,11 @@ class QuantMixin(QuantInputMixin):
         """Attach both quantizers."""
         super().init_quantizer(quant_desc_input)
         self._weight_quantizer = TensorQuantizer(quant_desc_weight or self.default_quant_desc_weight)
+
+    @staticmethod
+    def weights_of(module: nn.Module) -> dict[str, str]:
+        """Attribute of each weight quantizer -> parameter it quantizes; also of a module that is not swapped."""
+        return {"_weight_quantizer": "weight"}
 
     @property
     def weight_quantizer(self) -> TensorQuantizer:

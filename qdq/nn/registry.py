@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from qdq.errors import ArgumentTypeError
 from qdq.nn.mixin import QuantInputMixin
 
 QuantClass = TypeVar("QuantClass", bound=type[QuantInputMixin])
+Derived = TypeVar("Derived", bound=nn.Module)
 
 
 class _quant_entry(NamedTuple):  # noqa: N801  # the name that scripts know
@@ -67,38 +69,33 @@ def find_counterpart(float_class: type[nn.Module]) -> type[QuantInputMixin] | No
     }
     for base in float_class.__mro__:
         if base in table:
-            return table[base] if base is float_class else _derive(table[base], float_class)
+            return table[base] if base is float_class else derive_class(table[base], float_class)
     return None
 
 
-_derived: dict[tuple[type, type], type[QuantInputMixin]] = {}
+_derived: dict[tuple[type, type], Any] = {}
 
 
-def _derive(quant_class: type[QuantInputMixin], float_class: type[nn.Module]) -> type[QuantInputMixin]:
+def derive_class(quant_class: type[Derived], float_class: type[nn.Module]) -> type[Derived]:
     """A class that quantizes as `quant_class` does and otherwise is `float_class`; one for each pair."""
     key = (quant_class, float_class)
     if key in _derived:
-        return _derived[key]
+        return cast("type[Derived]", _derived[key])
     body = {
         "float_class": float_class,
-        "__doc__": f"{float_class.__name__} quantized as {quant_class.__name__}, made by qdq when it was swapped.",
+        "__doc__": f"{float_class.__name__} quantized as {quant_class.__name__}, made by qdq.",
         "__module__": float_class.__module__,
-        "__reduce_ex__": _reduce_derived,
+        "__reduce_ex__": functools.partialmethod(_reduce_derived, quant_class),
     }
     _derived[key] = type(f"Quant{float_class.__name__}", (quant_class, float_class), body)
-    return _derived[key]
+    return cast("type[Derived]", _derived[key])
 
 
-def _reduce_derived(module: QuantInputMixin, protocol: Any) -> tuple[Any, ...]:
-    """Pickle by the float class: the made class has no place from which it could be imported."""
-    return _rebuild, (module.float_class,), module.__getstate__()  # type: ignore[no-untyped-call]
+def _reduce_derived(module: Any, quant_class: type[nn.Module], protocol: Any) -> tuple[Any, ...]:
+    """Pickle by both bases: the made class has no place from which it could be imported."""
+    return _rebuild, (quant_class, module.float_class), module.__getstate__()
 
 
-def _rebuild(float_class: type[nn.Module]) -> QuantInputMixin:
-    counterpart = find_counterpart(float_class)
-    if counterpart is None:
-        raise ArgumentTypeError(
-            f"{float_class.__name__} has no quantized counterpart any more.",
-            "import the module that registers it before unpickling.",
-        )
-    return counterpart.__new__(counterpart)
+def _rebuild(quant_class: type[nn.Module], float_class: type[nn.Module]) -> nn.Module:
+    derived = derive_class(quant_class, float_class)
+    return derived.__new__(derived)

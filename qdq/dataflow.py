@@ -1,0 +1,160 @@
+"""Which function read which tensor in one forward: what `trace` recorded, with questions answered."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from qdq.trace import ForwardTrace, Operation
+
+CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
+MAX_POOLINGS = frozenset({"max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d"})
+# They move or repeat values, and make no new ones; dropout does in training only.
+COPIES = frozenset(
+    {
+        *("reshape", "view", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze", "expand", "t"),
+        *("contiguous", "clone", "chunk", "split", "getitem", "narrow", "select", "movedim", "swapaxes", "repeat"),
+        *("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout", "roll", "unbind"),
+        *("channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "tensor_split", "detach", "view_as", "reshape_as"),
+        *("expand_as", "flip", "rot90", "index_select", "gather"),
+    }
+)
+_ACTIVATIONS = frozenset(
+    {
+        *("relu", "relu6", "leaky_relu", "hardtanh", "silu", "hardswish", "gelu", "mish", "elu", "celu", "selu"),
+        *("sigmoid", "hardsigmoid", "tanh", "softplus", "clamp", "prelu", "rrelu"),
+    }
+)
+_POOLS_ALL = frozenset({"mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool2d"})
+_PRODUCTS = frozenset({"linear", "matmul", "bmm", "scaled_dot_product_attention", "multi_head_attention_forward"})
+_LINEAR = frozenset({"batch_norm", "mul", "contiguous", "clone", "dropout", "detach"})
+
+
+class Dataflow:
+    """The functions of one forward and the tensors between them, known by number.
+
+    Args:
+        trace: What `trace_forward` recorded.
+    """
+
+    def __init__(self, trace: ForwardTrace) -> None:
+        self.operations = trace.operations
+        self.runs = trace.runs
+        self.inputs = frozenset(trace.inputs)
+        self.outputs = trace.outputs
+        self.shapes = trace.shapes
+        self._producers: dict[int, Operation] = {}
+        self._readers: dict[int, list[Operation]] = {}
+        self._modules_on: dict[int, list[str]] = {}
+        self._computed = set(trace.inputs)
+        for operation in trace.operations:
+            for value in operation.inputs:
+                self._readers.setdefault(value, []).append(operation)
+            for value in operation.outputs:
+                self._producers[value] = operation
+            if not self._computed.isdisjoint(operation.inputs):
+                self._computed.update(operation.outputs)
+        for run in trace.runs:
+            for value in run.inputs[:1]:
+                self._modules_on.setdefault(value, []).append(run.module)
+
+    def is_computed(self, value: int) -> bool:
+        """Whether a tensor depends on the input of the network; weights and other constants do not."""
+        return value in self._computed
+
+    def is_copy(self, operation: Operation) -> bool:
+        """Whether a function only moves or repeats values."""
+        if operation.function == "interpolate":
+            return operation.arguments.get("mode", operation.arguments.get("3", "nearest")) in (
+                "nearest",
+                "nearest-exact",
+            )
+        return operation.function in COPIES
+
+    def backbone_of(self, value: int, *, through_activations: bool = False) -> Operation | None:
+        """The convolution that a tensor comes from in a straight line: bias, BatchNorm and scaling fuse into it.
+
+        Args:
+            value: The tensor.
+            through_activations: Also behind activations, which do not fuse with what follows them (R-ADD-5).
+        """
+        while (operation := self._producers.get(value)) is not None:
+            if operation.function in CONVOLUTIONS:
+                return operation
+            passes = operation.function in _LINEAR or (through_activations and operation.function in _ACTIVATIONS)
+            computed = [other for other in operation.inputs if other in self._computed]
+            if not passes or len(computed) != 1:
+                return None
+            (value,) = computed
+        return None
+
+    def find_fork(self, first: int, second: int) -> tuple[int, int, int] | None:
+        """The nearest tensor that two others come from, and how many functions lie between it and each of them."""
+        one, other = self._distances(first), self._distances(second)
+        common = one.keys() & other.keys()
+        if not common:
+            return None
+        fork = min(common, key=lambda value: (one[value] + other[value], value))
+        return fork, one[fork], other[fork]
+
+    def output_convolutions(self) -> set[str]:
+        """Modules whose convolution writes an output of the network: nothing pools or multiplies behind it (R-OUT)."""
+        found: set[str] = set()
+        seen, queue = set(self.outputs), deque(self.outputs)
+        while queue:
+            producer = self._producers.get(queue.popleft())
+            if producer is None or producer.function in _POOLS_ALL | _PRODUCTS:
+                continue
+            if producer.function in CONVOLUTIONS:
+                if not self._reads_pooled(producer):  # a classifier may be a convolution of one pixel
+                    found.add(producer.module)
+                continue
+            fresh = [value for value in producer.inputs if value not in seen and not self._feeds_product(value)]
+            seen.update(fresh)
+            queue.extend(fresh)
+        return found
+
+    def _feeds_product(self, value: int) -> bool:
+        """Whether a convolution or product reads a tensor, perhaps behind activations: then it is no mere output."""
+        seen, queue = {value}, deque([value])
+        while queue:
+            for operation in self._readers.get(queue.popleft(), ()):
+                if operation.function in CONVOLUTIONS | _PRODUCTS:
+                    return True
+                passes = operation.function in _ACTIVATIONS | _LINEAR | MAX_POOLINGS | {"cat"}
+                fresh = [result for result in operation.outputs if passes and result not in seen]
+                seen.update(fresh)
+                queue.extend(fresh)
+        return False
+
+    def _reads_pooled(self, operation: Operation) -> bool:
+        """Whether the input of a function is a pooled map, perhaps behind activations and copies."""
+        producer = self._producers.get(operation.inputs[0])
+        while producer is not None and producer.function in _ACTIVATIONS | _LINEAR | COPIES:
+            producer = self._producers.get(producer.inputs[0])
+        return producer is not None and producer.function in _POOLS_ALL
+
+    def _distances(self, value: int) -> dict[int, int]:
+        """Every tensor that one depends on, with the smallest number of functions between."""
+        found, queue = {value: 0}, deque([value])
+        while queue:
+            here = queue.popleft()
+            producer = self._producers.get(here)
+            for before in producer.inputs if producer else ():
+                if before in self._computed and before not in found:
+                    found[before] = found[here] + 1
+                    queue.append(before)
+        return found
+
+    def layers_reading(self, value: int) -> Iterator[str]:
+        """Modules called on a tensor, as it is or behind activations, BatchNorm, copies, pooling and concats."""
+        seen, queue = {value}, deque([value])
+        while queue:
+            here = queue.popleft()
+            yield from self._modules_on.get(here, ())
+            for operation in self._readers.get(here, ()):
+                passes = operation.function in _ACTIVATIONS | _LINEAR | COPIES | MAX_POOLINGS | {"cat"}
+                for result in operation.outputs if passes else ():
+                    if result not in seen:
+                        seen.add(result)
+                        queue.append(result)
