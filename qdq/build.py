@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qdq.errors import ArgumentError, BuildError, DependencyError
-from qdq.graph.coverage import list_weighted_nodes
+from qdq.graph.coverage import Coverage, list_weighted_nodes, measure_coverage
 from qdq.run import require_writable, write_atomic
 from qdq.trt.backend import Backend, find_backend
 from qdq.trt.builder import build_plan
@@ -39,6 +39,7 @@ class BuildReport:
         seconds: Time of parsing and building.
         profiles: Dynamic input -> `min`, `opt` and `max` shape.
         layers: Every convolution and matrix product of the graph, in its order.
+        coverage: What was to be expected of them before the build.
         trtexec: Command for the target by version, `tensorrt10` and `tensorrt11`.
         warnings: Messages of the builder of severity WARNING and above, each once.
     """
@@ -52,6 +53,7 @@ class BuildReport:
     seconds: float
     profiles: dict[str, Profile]
     layers: list[LayerCensus]
+    coverage: Coverage
     trtexec: dict[str, str]
     warnings: list[str]
 
@@ -69,6 +71,13 @@ class BuildReport:
     def missing_int8(self) -> list[LayerCensus]:
         """Layers that were quantized but do not run in int8."""
         return [layer for layer in self.layers if layer.expected_int8 and not layer.int8]
+
+    @property
+    def int8_share(self) -> float | None:
+        """Part of the known MACs that runs in int8, 0..1; None where no size is known."""
+        running = {layer.node for layer in self.layers if layer.int8}
+        macs = sum(layer.macs or 0 for layer in self.coverage.layers if layer.name in running)
+        return macs / self.coverage.macs if self.coverage.macs else None
 
     def format_table(self) -> str:
         """One line for each layer that is not in int8 as expected, with the reason, then the summary."""
@@ -94,6 +103,8 @@ class BuildReport:
             f"{self.engine}: {self.engine_bytes / 1e6:.1f} MB, {self.backend} {self.backend_version}, "
             f"{target}, {self.seconds:.1f} s"
         )
+        if self.int8_share is not None and self.coverage.int8_share is not None:
+            lines.append(f"{self.int8_share:.1%} of all MACs in int8, {self.coverage.int8_share:.1%} were predicted")
         return "\n".join([*lines, summary])
 
 
@@ -158,6 +169,7 @@ def build_engine(
         seconds=seconds,
         profiles=profiles,
         layers=take_census(list_weighted_nodes(model), plan.kernels),
+        coverage=measure_coverage(model),
         trtexec=lines,
         warnings=plan.warnings,
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,26 +19,78 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from torch import nn
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 import qdq
+from qdq.calibrate import Range
+from qdq.check.parity import Parity, measure_parity
+from qdq.check.precision import measure_peaks, run_graph, run_rounded
 from qdq.check.rules import find_violations
-from qdq.errors import ArgumentError, ExportError
+from qdq.errors import ArgumentError, CheckError, ExportError
 from qdq.formats import Format
 from qdq.graph.coverage import WeightedNode, count_qdq, list_weighted_nodes
+from qdq.graph.fold_casts import FoldCasts
+from qdq.graph.fold_pad import FoldPad
+from qdq.graph.merge_constants import MergeConstants
+from qdq.graph.merge_pairs import MergePairs
+from qdq.graph.move_quantize import MoveQuantizeBeforeCopies
 from qdq.graph.names import NameNodes
 from qdq.graph.opset import HIGHEST, LOWEST, LowerOpset
 from qdq.graph.passes import run_passes
+from qdq.graph.precision import ConvertPrecision
+from qdq.graph.precision_rules import KeptNode
+from qdq.graph.remove_identities import RemoveIdentities
+from qdq.graph.save import save_model
 from qdq.graph.weights import QuantizeWeights
+from qdq.metrics import Array
 from qdq.nn import QuantMixin
 from qdq.quantizer import named_quantizers, quantize_codes
-from qdq.run import write_atomic
-from qdq.swap import quantized_layers
+from qdq.swap import SwapPlan, quantized_layers
 from qdq.trace import evaluating, split_inputs
 
 logger = logging.getLogger(__name__)
 
 MIN_OPSET, MAX_OPSET = LOWEST, 23  # TensorRT 10 and onnxruntime end near 23
+
+
+_PRECISIONS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+
+
+@dataclass(frozen=True)
+class PrecisionReport:
+    """What became of the float remainder (`export_onnx` with `precision`).
+
+    Args:
+        precision: "fp16" or "bf16".
+        kept: What stays float32, each with its reason.
+        casts: Number of Cast nodes in the file.
+        parity: Outputs of the file against those of the same graph in float32, both run by ONNX Runtime on the example
+            inputs, every 16 bit value rounded; of several outputs the one with the lowest SQNR. None if it could not be
+            measured.
+        not_measured: What could not be measured and why; empty if all was.
+    """
+
+    precision: str
+    kept: tuple[KeptNode, ...]
+    casts: int
+    parity: Parity | None
+    not_measured: tuple[str, ...]
+
+    def format_table(self) -> str:
+        """A line on how near it is to float32, and one for each reason to keep nodes."""
+        lines = []
+        if p := self.parity:
+            lines.append(
+                f"{self.precision} against fp32 on {p.images} example inputs: SQNR {p.sqnr_db:.1f} dB, "
+                f"cosine {p.cosine:.6f}, max abs {p.max_abs:.3g}, same largest output {p.agreement:.1%}"
+            )
+        lines += [f"{self.precision}: not measured: {text}" for text in self.not_measured]
+        groups: dict[str, list[str]] = {}
+        for entry in self.kept:
+            groups.setdefault(f"{entry.op_type}: {entry.reason}", []).append(entry.node)
+        lines.append(f"{len(self.kept)} nodes stay in fp32, {self.casts} Casts")
+        lines += [f"  {group}: {_list(names)}" for group, names in groups.items()]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -46,11 +100,12 @@ class ExportReport:
     Args:
         path: The file.
         opset: Its ONNX opset.
-        file_bytes: Its size.
+        file_bytes: Its size; above 2 GB that of `NAME.data`, which holds the weights then, included.
         inputs: Shape of each input; a dynamic dimension is a name.
         quantize_nodes: Number of QuantizeLinear nodes.
         dequantize_nodes: Number of DequantizeLinear nodes.
         layers: Every quantized layer of the model and the ONNX nodes it became.
+        precision: What became of the float remainder; None if it was left in fp32.
     """
 
     path: Path
@@ -60,6 +115,7 @@ class ExportReport:
     quantize_nodes: int
     dequantize_nodes: int
     layers: dict[str, list[str]]
+    precision: PrecisionReport | None = None
 
 
 def export_onnx(
@@ -70,6 +126,10 @@ def export_onnx(
     opset: int = 19,
     dynamic_batch: bool = True,
     weights: str = "int8",
+    precision: str = "fp32",
+    keep_io_types: bool = True,
+    calibration: Sequence[Range] | None = None,
+    plan: SwapPlan | None = None,
 ) -> ExportReport:
     """Export a calibrated model as QDQ ONNX for TensorRT.
 
@@ -84,6 +144,11 @@ def export_onnx(
             written at 18 and lowered, exactly or not at all.
         dynamic_batch: Leave the first dimension of every input open.
         weights: "int8" stores codes and a DQ; "float" stores float weights with Q and DQ (four times as large).
+        precision: Type of what is not int8: "fp32", "fp16" (opset 19 and above) or "bf16" (22 where there are
+            convolutions). Nodes that need float32 keep it; the report lists them.
+        keep_io_types: Inputs and outputs stay float32 whatever the precision.
+        calibration: What `calibrate_model` returned; its methods and number of batches go into the metadata.
+        plan: What `swap_modules` returned; every decision and its reason go into the metadata.
 
     Raises:
         ArgumentError: An option out of range.
@@ -95,23 +160,44 @@ def export_onnx(
         raise ArgumentError(f"opset is {opset}; it must be {MIN_OPSET} to {MAX_OPSET}.", "use 19.")
     if weights not in ("int8", "float"):
         raise ArgumentError(f"weights is {weights!r}; known are 'int8' and 'float'.", "use 'int8'.")
+    if precision not in _PRECISIONS:
+        raise ArgumentError(f"precision is {precision!r}; known are 'fp32', 'fp16' and 'bf16'.", "use 'fp16'.")
     _require_exportable(model)
     exported = _capture(model, example_inputs, max(opset, HIGHEST), dynamic_batch)  # torch writes none below
     if dynamic_batch:
         _require_dynamic_batch(exported)
-    passes: list[ir.passes.InPlacePass] = [NameNodes()]
-    if weights == "int8":
-        passes.append(QuantizeWeights(_int8_codes))
-    passes += [RemoveUnusedNodesPass(), ClearMetadataAndDocStringPass()]
-    if opset < HIGHEST:
-        passes.append(LowerOpset(opset))
-    run_passes(exported, passes)
+    run_passes(exported, _passes(opset, weights))
     layers = _require_complete(model, exported)
     exported.producer_name, exported.producer_version = "qdq", qdq.__version__
-    content = _serialize(exported)
-    write_atomic(path, content)
+    exported.metadata_props.update(_describe_origin(model, calibration, plan))
+    converted = None
+    if precision != "fp32":
+        converted = _convert(exported, example_inputs, precision, keep_io_types)
+        _require_complete(model, exported)
+    file_bytes = save_model(exported, path)
     quantize_nodes, dequantize_nodes = count_qdq(exported)
-    return ExportReport(path, opset, len(content), _input_shapes(exported), quantize_nodes, dequantize_nodes, layers)
+    return ExportReport(
+        path, opset, file_bytes, _input_shapes(exported), quantize_nodes, dequantize_nodes, layers, converted
+    )
+
+
+def _passes(opset: int, weights: str) -> list[ir.passes.InPlacePass]:
+    """The passes in their order; each alone keeps every number of the graph."""
+    passes: list[ir.passes.InPlacePass] = [
+        RemoveIdentities(),
+        NameNodes(),
+        MergePairs(),
+        MoveQuantizeBeforeCopies(),
+        MergePairs(),  # a pair that was moved may meet an equal one
+        FoldPad(),
+        FoldCasts(),
+    ]
+    if weights == "int8":
+        passes.append(QuantizeWeights(_int8_codes))
+    passes += [MergeConstants(), RemoveUnusedNodesPass(), ClearMetadataAndDocStringPass()]
+    if opset < HIGHEST:
+        passes.append(LowerOpset(opset))
+    return passes
 
 
 def _require_exportable(model: nn.Module) -> None:
@@ -221,19 +307,75 @@ def _require_complete(model: nn.Module, exported: ir.Model) -> dict[str, list[st
             f"{len(lost)} quantized layers have no Q/DQ in the exported graph: {_list(lost)}.",
             "check that they run on the example inputs; otherwise report the model.",
         )
-    if findings := [f for f in find_violations(exported) if f.rule != "QDQ110"]:
+    if findings := [f for f in find_violations(exported) if f.severity == "error"]:
         first = findings[0]
         raise ExportError(f"{len(findings)} rule violations; {first.rule} at {first.node}: {first.message}.", first.fix)
     return {name: [node.name for node in nodes[name]] for name in sorted(expected)}
 
 
-def _serialize(model: ir.Model) -> bytes:
+def _convert(exported: ir.Model, example_inputs: Any, precision: str, keep_io_types: bool) -> PrecisionReport:
+    """Convert the float remainder in place, and measure before and after on the example inputs."""
+    inputs = _arrays(exported, example_inputs)
+    not_measured: list[str] = []
+    peaks: dict[str, float] = {}
+    outputs: list[Array] = []
     try:
-        return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
-    except Exception as error:  # protobuf's own type where a message is over 2 GB
-        raise ExportError(
-            f"the model does not fit one ONNX file: {error}.", "files of 2 GB and more are not written yet."
-        ) from error
+        outputs = run_graph(exported, inputs)
+        if precision == "fp16":  # bfloat16 has the range of float32
+            peaks = measure_peaks(exported, inputs)
+    except CheckError as error:
+        not_measured.append(f"the range of values in fp32, so that none is kept for it: {error.message}")
+    graph_pass = ConvertPrecision(_PRECISIONS[precision], peaks=peaks, keep_io_types=keep_io_types)
+    run_passes(exported, [graph_pass])
+    parity = None
+    if outputs:
+        try:
+            parity = _worst_parity(outputs, run_rounded(exported, inputs))
+        except CheckError as error:
+            not_measured.append(f"the outputs in {precision}: {error.message}")
+    return PrecisionReport(precision, graph_pass.kept, graph_pass.casts, parity, tuple(not_measured))
+
+
+def _arrays(exported: ir.Model, example_inputs: Any) -> dict[str, Array]:
+    """The example as arrays by the names of the graph's inputs."""
+    args, kwargs = split_inputs(example_inputs)
+    names = [str(value.name) for value in exported.graph.inputs]
+    values = [kwargs[name] for name in names if name in kwargs] if kwargs else tree_leaves(args)
+    arrays = [value.detach().cpu().numpy() for value in values if isinstance(value, torch.Tensor)]
+    return dict(zip(names, arrays, strict=False))  # what the graph does not read is missing among its inputs
+
+
+def _worst_parity(expected: list[Array], found: list[Array]) -> Parity:
+    pairs = list(zip(expected, found, strict=True))
+    floats = [pair for pair in pairs if np.issubdtype(pair[0].dtype, np.floating)]
+    parities = [measure_parity(np.atleast_1d(e), np.atleast_1d(f)) for e, f in floats or pairs]
+    return min(parities, key=lambda parity: parity.sqnr_db)
+
+
+def _describe_origin(model: nn.Module, calibration: Sequence[Range] | None, plan: SwapPlan | None) -> dict[str, str]:
+    """What a file says of its making: nothing that differs between two exports of one model."""
+    digest = hashlib.sha256()
+    for name, quantizer in named_quantizers(model):
+        if not quantizer._disabled and quantizer.amax is not None:
+            digest.update(f"{name} {quantizer.axis} ".encode())
+            digest.update(quantizer.amax.detach().float().cpu().numpy().tobytes())
+    origin = {
+        "qdq.version": qdq.__version__,
+        "qdq.torch_version": torch.__version__,
+        "qdq.ranges_sha256": digest.hexdigest(),
+    }
+    if calibration is not None:
+        seen = [entry for entry in calibration if entry.batches]
+        facts = {
+            "methods": sorted({entry.method for entry in seen}),
+            "batches": max((entry.batches for entry in seen), default=0),
+            "left_in_float": {entry.name: entry.note for entry in calibration if entry.note},
+        }
+        origin["qdq.calibration"] = json.dumps(facts, sort_keys=True)
+    if plan is not None:
+        decisions = {module.name: [module.action, module.reason] for module in plan.modules}
+        origin["qdq.layers"] = json.dumps(decisions, sort_keys=True)
+    return origin
 
 
 def _input_shapes(model: ir.Model) -> dict[str, list[int | str]]:

@@ -13,6 +13,7 @@ import secrets
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, is_dataclass
 from importlib import metadata
 from pathlib import Path
@@ -31,23 +32,29 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def write_atomic(path: Path, content: bytes | str) -> Path:
+def write_atomic(path: Path, content: bytes | str | Callable[[], Iterable[bytes]]) -> Path:
     """Write a file so that at every moment it is absent, the old one or the whole new one.
 
     On Linux the new content lives in a nameless file until it is complete, so that even `kill -9` leaves
     nothing half-written behind; elsewhere in a hidden `.partial` file that is removed on any exception.
 
+    Args:
+        path: The file.
+        content: All of it, or what gives it part by part where it is large; that is called again after a failure.
+
     Raises:
         ArgumentError: The folder cannot be written to.
     """
     data = content.encode() if isinstance(content, str) else content
+    parts = (lambda: [data]) if isinstance(data, bytes) else data
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _write_nameless(partial, data)
+            _write_nameless(partial, parts())
         except (AttributeError, OSError):  # no O_TMPFILE on this system or file system
-            partial.write_bytes(data)
+            with partial.open("wb") as file:
+                file.writelines(parts())
         os.replace(partial, path)
     except OSError as error:
         raise _unwritable(path, error) from error
@@ -57,11 +64,11 @@ def write_atomic(path: Path, content: bytes | str) -> Path:
     return path
 
 
-def _write_nameless(path: Path, data: bytes) -> None:
+def _write_nameless(path: Path, parts: Iterable[bytes]) -> None:
     """Write to an unnamed inode of the folder and link it under its name once it is whole."""
     descriptor = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o644)
     with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
         # With a folder descriptor (unused: the path is absolute) Python calls linkat, which follows the link in /proc.

@@ -1,8 +1,7 @@
 """Post-training quantization of an image classifier: from trained weights to a checked int8 engine.
 
 python recipes/ptq_classifier.py
-python recipes/ptq_classifier.py --model resnet50 --weights DEFAULT --data-dir /data/imagenet
-python recipes/ptq_classifier.py --model mobilenet_v3_large --weights my.pth --data-dir pictures --exclude classifier
+python recipes/ptq_classifier.py --model resnet50 --weights my.pth --data-dir /data/imagenet --exclude fc
 """
 
 from pathlib import Path
@@ -54,9 +53,10 @@ def ptq_classifier(
     run = qdq.start_run(output, seed=seed, settings=settings)
     run.stage("float")
     logits, example = {"float": qdq.predict(net.module, images)}, calib.images[:2]
-    run.stage("fold and swap")
+    run.stage("fold, swap, rewire")
     folded = qdq.fold_batchnorm(net.module, example)
     plan = qdq.swap_modules(net.module, example, exclude=exclude)
+    rewired = qdq.rewire_operations(net.module, example)
     run.stage("calibrate")
     ranges = qdq.calibrate_model(net.module, calib, method=calib_method)
     logits["all int8"] = qdq.predict(net.module, images)
@@ -72,7 +72,7 @@ def ptq_classifier(
     run.stage("build")
     engine = qdq.build_engine(onnx.path, backend=backend.name, sm=sm)
     table = qdq.evaluate_outputs(logits, images.labels, files={"float": net.module, "ONNX": onnx.path})
-    stages = (folded, plan, ranges, analysis, onnx, check, engine, table)
+    stages = (folded, plan, rewired, ranges, analysis, onnx, check, engine, table)
     return qdq.write_report(run, net, calib, images, *stages).exit_code
 
 

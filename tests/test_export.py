@@ -71,7 +71,7 @@ def test_same_numbers_in_onnx_runtime(quantized, images, tmp_path, weights):
     path = export_onnx(quantized, images, tmp_path / "model.onnx", weights=weights).path
     expected = predict(quantized, [images])
     report = check_onnx(path, expected=expected, found=predict(path, [images]))
-    assert report.findings == ()
+    assert not [finding for finding in report.findings if finding.severity == "error"]
     assert report.parity.cosine > 1 - 1e-6
     np.testing.assert_allclose(run(path, images), expected, atol=0.05 * np.abs(expected).max())
 
@@ -95,19 +95,19 @@ def test_batch_is_dynamic_by_default(quantized, images, tmp_path):
     report = export_onnx(quantized, images[:1], tmp_path / "model.onnx")
     assert report.inputs["images"][0] == "batch"
     for size in (1, 3, 7):
-        assert run(report.path, torch.randn(size, 3, 12, 12)).shape == (size, 5)
+        assert run(report.path, torch.randn(size, 3, 12, 12)).shape == (size, 16)
 
 
 def test_flags_among_the_inputs(tmp_path):
     class Flagged(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = nn.Linear(4, 4)
+            self.layer = nn.Linear(16, 16)
 
         def forward(self, x, scale=None):
             return self.layer(x) if scale is None else self.layer(x) * scale
 
-    model, batch = Flagged(), {"x": torch.randn(2, 4), "scale": None}
+    model, batch = Flagged(), {"x": torch.randn(2, 16), "scale": None}
     swap_modules(model, batch)
     calibrate_model(model, [batch])
     inputs = export_onnx(model, batch, tmp_path / "model.onnx").inputs
@@ -116,8 +116,8 @@ def test_flags_among_the_inputs(tmp_path):
 
 
 def test_module_names_with_slashes(tmp_path):
-    model, x = nn.Sequential(nn.ModuleDict({"a/b": nn.Linear(4, 4)})["a/b"]), torch.randn(2, 4)
-    model.add_module("c/d", nn.Linear(4, 4))
+    model, x = nn.Sequential(nn.ModuleDict({"a/b": nn.Linear(16, 16)})["a/b"]), torch.randn(2, 16)
+    model.add_module("c/d", nn.Linear(16, 16))
     swap_modules(model)
     calibrate_model(model, [x])
     assert set(export_onnx(model, x, tmp_path / "model.onnx").layers) == {"0", "c/d"}
@@ -131,12 +131,12 @@ def test_fixed_batch_is_refused_by_name(tmp_path):
     class Fixed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.head = nn.Linear(12, 3)
+            self.head = nn.Linear(32, 16)
 
         def forward(self, features):
-            return self.head(features.reshape(4, 12))
+            return self.head(features.reshape(4, 32))
 
-    model, x = Fixed(), torch.randn(4, 3, 4)
+    model, x = Fixed(), torch.randn(4, 4, 8)
     swap_modules(model)
     calibrate_model(model, [x])
     with pytest.raises(ExportError, match=r"batch|captur"):
@@ -159,7 +159,7 @@ def test_subclass_with_padding(tmp_path):
             return F.conv2d(F.pad(x, [0, 1, 0, 1]), self.weight, self.bias, self.stride)
 
     model, x = nn.Sequential(SamePad(3, 8, 3, stride=2)), torch.randn(2, 3, 9, 9)
-    swap_modules(model, x)
+    swap_modules(model, x, include="*")
     calibrate_model(model, [x])
     path = export_onnx(model, x, tmp_path / "model.onnx").path
     graph = graph_of(path)
@@ -171,7 +171,7 @@ def test_subclass_with_padding(tmp_path):
 
 
 def test_linear_over_a_sequence(tmp_path):
-    model, x = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 8)), torch.randn(2, 5, 16)
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)), torch.randn(2, 5, 16)
     swap_modules(model)
     calibrate_model(model, [x])
     report = export_onnx(model, x, tmp_path / "model.onnx")
@@ -182,7 +182,7 @@ def test_linear_over_a_sequence(tmp_path):
 @pytest.mark.parametrize("layer", [nn.Conv2d(3, 1, 3), nn.Sequential(nn.Flatten(), nn.Linear(75, 1))])
 def test_one_output_channel(tmp_path, layer):
     x = torch.randn(2, 3, 5, 5)
-    swap_modules(layer)
+    swap_modules(layer, include="*")
     calibrate_model(layer, [x])
     path = export_onnx(layer, x, tmp_path / "model.onnx").path
     assert {tensor.shape for name, tensor in constants(graph_of(path)).items() if name.endswith("scale")} == {()}
@@ -200,12 +200,12 @@ def test_a_module_used_twice(tmp_path):
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = nn.Linear(8, 8)
+            self.layer = nn.Linear(16, 16)
 
         def forward(self, x):
             return self.layer(torch.relu(self.layer(x)))
 
-    model, x = Twice(), torch.randn(4, 8)
+    model, x = Twice(), torch.randn(4, 16)
     swap_modules(model)
     calibrate_model(model, [x])
     report = export_onnx(model, x, tmp_path / "model.onnx")
@@ -260,7 +260,7 @@ class TestRefused:
         self.refused(quantized, images, tmp_path, r"calibrating.*conv\._input_quantizer")
 
     def test_bfloat16(self, images, tmp_path):
-        model = nn.Conv2d(3, 4, 1).bfloat16()
+        model = nn.Conv2d(3, 16, 1).bfloat16()
         swap_modules(model)
         calibrate_model(model, [images.bfloat16()])
         self.refused(model, images.bfloat16(), tmp_path, "bfloat16")
@@ -273,7 +273,7 @@ class TestRefused:
         class Branch(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.layer = nn.Linear(12, 3)
+                self.layer = nn.Conv2d(3, 16, 1)
 
             def forward(self, x):
                 return self.layer(x) if x.sum() > 0 else self.layer(-x)

@@ -140,7 +140,7 @@ def test_all_pages_are_linked_from_the_readme():
 
 def test_rules_and_errors_are_documented():
     rules = (ROOT / "docs" / "rules.md").read_text()
-    sources = [*(ROOT / "qdq" / "check").glob("*.py"), ROOT / "qdq" / "swap.py"]
+    sources = [*(ROOT / "qdq" / "check").rglob("*.py"), ROOT / "qdq" / "swap.py"]
     raised = {rule for path in sources for rule in re.findall(r'"(QDQ\d+)"', path.read_text())}
     raised |= {rule for path in sources for rule in re.findall(r"\((R-[A-Z0-9-]+)", path.read_text())}
     assert {rule for rule in raised if rule not in rules} == set()

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.trt
 @pytest.fixture
 def stages(residual, tmp_path):
     """What every stage returned for the small network, as the arguments of `write_report`."""
-    net = LoadedModel("small", residual, "random", Preprocess(12, 12, (0.0,) * 3, (1.0,) * 3), 5, None)
+    net = LoadedModel("small", residual, "random", Preprocess(12, 12, (0.0,) * 3, (1.0,) * 3), 16, None)
     calibration = ImageBatches(torch.randn(4, 3, 12, 12), None, 2, 4, "4 random images", "none")
     images = ImageBatches(torch.randn(6, 3, 12, 12), [0, 1, 2, 3, 4, 0], 4, 6, "6 random images", "made up")
     run = qdq.start_run(tmp_path / "run", seed=7, settings={"model": "small", "output": tmp_path})
@@ -29,6 +29,7 @@ def stages(residual, tmp_path):
     logits = {"float": qdq.predict(residual, images)}
     folded = qdq.fold_batchnorm(residual, calibration.images)
     plan = qdq.swap_modules(residual, calibration.images)
+    rewired = qdq.rewire_operations(residual, calibration.images)
     ranges = qdq.calibrate_model(residual, calibration, method="max")
     analysis = qdq.analyze_layers(residual, calibration, max_float_layers=1)
     logits["mixed"] = qdq.predict(residual, images)
@@ -38,8 +39,8 @@ def stages(residual, tmp_path):
     evaluation = qdq.evaluate_outputs(logits, images.labels, files={"float": residual})
     return {
         "run": run, "model": net, "calibration": calibration, "images": images, "folded": folded, "plan": plan,
-        "ranges": ranges, "analysis": analysis, "exported": exported, "check": check, "build": build,
-        "evaluation": evaluation,
+        "rewired": rewired, "ranges": ranges, "analysis": analysis, "exported": exported, "check": check,
+        "build": build, "evaluation": evaluation,
     }  # fmt: skip
 
 
@@ -82,6 +83,7 @@ def test_page_has_every_section_in_order(stages):
         "Model",
         "Data",
         "Layers",
+        "Functions",
         "Sensitivity",
         "Exported file",
         "Engine",

@@ -119,3 +119,17 @@ def test_environment_names_versions_and_no_place():
     environment = describe_environment()
     assert environment["torch"].startswith("2.")
     assert not any("/" in value for value in environment.values())
+
+
+def test_a_large_file_in_parts(tmp_path, monkeypatch):
+    path = write_atomic(tmp_path / "file", lambda: iter([b"one ", b"two"]))
+    assert path.read_bytes() == b"one two"
+
+    def no_nameless_files(_, parts):
+        next(iter(parts))
+        raise OSError
+
+    monkeypatch.setattr("qdq.run._write_nameless", no_nameless_files)
+    write_atomic(path, lambda: iter([b"three ", b"four"]))
+    assert path.read_bytes() == b"three four"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnx_ir as ir
 
+from qdq.check.load import infer_shapes, invalid
+from qdq.check.load import load_onnx as load_onnx
 from qdq.check.parity import OnnxModel as OnnxModel
 from qdq.check.parity import Parity as Parity
-from qdq.check.parity import measure_parity, require_file
+from qdq.check.parity import measure_parity as measure_parity
+from qdq.check.rules import SEVERITIES, choose_rules, find_violations
 from qdq.check.rules import Finding as Finding
-from qdq.check.rules import find_violations
-from qdq.errors import CheckError
-from qdq.graph.coverage import WeightedNode, count_qdq, list_weighted_nodes
+from qdq.graph.coverage import Coverage, count_qdq, measure_coverage
 from qdq.metrics import Array
+
+_SHOWN_NODES = 5
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class CheckReport:
         file_bytes: Its size.
         quantize_nodes: Number of QuantizeLinear nodes.
         dequantize_nodes: Number of DequantizeLinear nodes.
-        weighted: Every Conv, ConvTranspose, Gemm and MatMul.
-        findings: Violations, empty if clean.
+        coverage: Every Conv, ConvTranspose, Gemm and MatMul: int8 or not, why, and its share of the work.
+        findings: Violations, infos among them.
         parity: Against torch, None if no outputs were given.
     """
 
@@ -39,17 +41,21 @@ class CheckReport:
     file_bytes: int
     quantize_nodes: int
     dequantize_nodes: int
-    weighted: tuple[WeightedNode, ...]
+    coverage: Coverage
     findings: tuple[Finding, ...]
     parity: Parity | None
 
+    @property
+    def problems(self) -> tuple[Finding, ...]:
+        """The findings that are no infos; none if the file is clean."""
+        return tuple(finding for finding in self.findings if finding.severity != "info")
+
     def format_table(self) -> str:
         """A few lines for a person."""
-        int8 = sum(node.expects_int8 for node in self.weighted)
         lines = [
             f"{self.path.name}: valid ONNX, opset {self.opset}, {self.file_bytes / 1e6:.2f} MB, "
             f"{self.quantize_nodes} Q and {self.dequantize_nodes} DQ nodes",
-            f"{int8} of {len(self.weighted)} convolutions and matrix products have int8 operands",
+            self.coverage.format_table(),
         ]
         if not self.quantize_nodes + self.dequantize_nodes:
             lines.append("nothing is quantized: the file holds no QuantizeLinear and no DequantizeLinear")
@@ -64,12 +70,33 @@ class CheckReport:
                     f"torch against itself, quantizer inputs nudged by 2e-7: SQNR {p.tie_floor_db:.1f} dB; "
                     "so much is rounding ties"
                 )
-        lines += [f"{f.rule} {f.node}: {f.message}. Fix: {f.fix}" for f in self.findings]
-        return "\n".join(lines)
+        return "\n".join([*lines, *_format_findings(self.findings)])
+
+
+def _format_findings(findings: tuple[Finding, ...]) -> Iterator[str]:
+    """One line a finding, the worst first; of many equal ones the first few nodes and how many more there are."""
+    groups: dict[tuple[int, str, str, str], list[str]] = {}
+    for finding in findings:
+        key = (SEVERITIES.index(finding.severity), finding.rule, finding.message, finding.fix)
+        groups.setdefault(key, []).append(finding.node)
+    for (severity, rule, message, fix), nodes in sorted(groups.items(), key=lambda item: item[0]):
+        for node in nodes[:_SHOWN_NODES]:
+            yield f"{rule} {SEVERITIES[severity]} {node}: {message}. Fix: {fix}"
+        if more := nodes[_SHOWN_NODES:]:
+            yield f"{rule} {SEVERITIES[severity]} ... and {len(more)} more nodes, {len(nodes)} in all: {message}."
+    if findings:
+        counts = [f"{sum(f.severity == s for f in findings)} {s}s" for s in SEVERITIES]
+        yield f"found {', '.join(counts)}; qdq check --explain {min(groups)[1]} says why"
 
 
 def check_onnx(
-    path: Path | str, *, expected: Array | None = None, found: Array | None = None, tie_floor_db: float | None = None
+    path: Path | str,
+    *,
+    expected: Array | None = None,
+    found: Array | None = None,
+    tie_floor_db: float | None = None,
+    select: Iterable[str] = (),
+    ignore: Iterable[str] = (),
 ) -> CheckReport:
     """Check a QDQ ONNX file.
 
@@ -78,18 +105,27 @@ def check_onnx(
         expected: Outputs of the torch model `[N, ...]`.
         found: Outputs of the file on the same inputs (`evaluate.predict`).
         tie_floor_db: What ties alone leave (`evaluate.measure_tie_floor`), so that they are not taken for a fault.
+        select: Ids of the only rules to apply, such as "QDQ112"; all if empty.
+        ignore: Ids of rules to leave out.
 
     Returns:
-        The report; it is clean if `findings` is empty.
+        The report; the file is clean if `problems` is empty.
 
     Raises:
+        ArgumentError: `select` or `ignore` name a rule that does not exist.
         CheckError: The file cannot be read, or is no valid ONNX.
     """
     path = Path(path)
-    model = load_onnx(path)
-    findings = find_violations(model)
+    rules = choose_rules(select, ignore)
+    loaded = load_onnx(path)
+    model = loaded.model
+    infer_shapes(model)
+    findings = find_violations(model, rules)
+    if loaded.type_error and not any(finding.severity == "error" for finding in findings):
+        raise invalid(path, loaded.type_error)  # no rule has said it better
     parity = None if expected is None or found is None else measure_parity(expected, found, tie_floor_db)
-    if parity and not parity.sqnr_db >= parity.required_sqnr_db:
+    chosen = {rule.id for rule in rules}
+    if parity and "QDQ190" in chosen and not parity.sqnr_db >= parity.required_sqnr_db:
         message = (
             f"ONNX Runtime and torch differ by more than rounding ties: SQNR {parity.sqnr_db:.1f} dB, "
             f"at least {parity.required_sqnr_db:.1f} was expected"
@@ -103,25 +139,7 @@ def check_onnx(
         file_bytes=path.stat().st_size,
         quantize_nodes=quantize_nodes,
         dequantize_nodes=dequantize_nodes,
-        weighted=tuple(list_weighted_nodes(model)),
+        coverage=measure_coverage(model),
         findings=tuple(findings),
         parity=parity,
     )
-
-
-def load_onnx(path: Path) -> ir.Model:
-    """Read a file and have `onnx.checker` look at all of it.
-
-    Raises:
-        CheckError: The file is missing, empty, truncated, or no valid ONNX.
-    """
-    require_file(path)
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-        model = ir.load(path)
-    except Exception as error:  # protobuf, onnx and onnx-ir each have their own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckError(f"{path} is no valid ONNX file: {reason}", "export it again.") from error
-    if not len(model.graph):
-        raise CheckError(f"{path} holds no ONNX graph.", "export it again: the file may be empty or truncated.")
-    return model

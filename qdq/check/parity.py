@@ -19,6 +19,11 @@ TIE_MARGIN_DB = 3.0
 NEVER_BELOW_DB = 15.0
 
 
+# Of ONNX Runtime 1.31. The first drops a ReLU6 in front of a quantizer of tiny range, the second makes one MaxPool of
+# a zero Pad and a MaxPool, which pads with the smallest number: both change what the file computes.
+_WRONG_OPTIMIZERS = ["ClipQuantRewrite", "Pad_Fusion"]
+
+
 class OnnxModel:
     """An ONNX file as a function of arrays.
 
@@ -37,7 +42,9 @@ class OnnxModel:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=_WRONG_OPTIMIZERS
+            )
         except Exception as error:  # its own exception types share no base
             raise CheckError(
                 f"ONNX Runtime cannot load {path}: {_first_line(error)}.", "export the model again."

@@ -164,7 +164,7 @@ def _allow_example_ranges(uncalibrated: dict[str, TensorQuantizer]) -> None:
         raise missing_ranges(uncalibrated)
     logger.warning(
         "%d quantizers have no amax: %s. Their scales are the ranges of the example inputs; the file shows the "
-        "structure and is not final: calibrate and export again (`qdq check` refuses it, QDQ120).",
+        "structure and is not final: calibrate and export again (`qdq check` refuses it, QDQ123).",
         len(uncalibrated), ", ".join(uncalibrated),
     )  # fmt: skip
 

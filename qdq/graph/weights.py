@@ -22,11 +22,11 @@ class QuantizeWeights(ir.passes.InPlacePass):
 
     def __init__(self, quantize: QuantizeFunction) -> None:
         super().__init__()
-        self.removed_q = 0
         self._quantize = quantize
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Convert every weight; `removed_q` counts them."""
+        self.removed_q = 0
         for node in list(model.graph):
             if node.op_type == "QuantizeLinear" and _constant_of(node, 0) is not None:
                 self._store(model.graph, node)

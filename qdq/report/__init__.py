@@ -13,6 +13,7 @@ from qdq.check import CheckReport
 from qdq.evaluate import Evaluation
 from qdq.export import ExportReport
 from qdq.fold import FoldedPair
+from qdq.rewire import RewirePlan
 from qdq.run import Run, to_jsonable, write_atomic, write_json
 from qdq.swap import SwapPlan
 
@@ -52,6 +53,7 @@ def write_report(
     images: ImageBatches,
     folded: list[FoldedPair],
     plan: SwapPlan,
+    rewired: RewirePlan,
     ranges: list[Range],
     analysis: Analysis,
     exported: ExportReport,
@@ -68,6 +70,7 @@ def write_report(
         images: What was evaluated on.
         folded: From `fold_batchnorm`.
         plan: From `swap_modules`.
+        rewired: From `rewire_operations`.
         ranges: From `calibrate_model`.
         analysis: From `analyze_layers`.
         exported: From `export_onnx`.
@@ -89,6 +92,7 @@ def write_report(
         "analysis": analysis,
         "fold": folded,
         "swap": plan,
+        "rewire": rewired,
         "calibration": ranges,
         "export": exported,
         "check": check,
@@ -98,7 +102,7 @@ def write_report(
         "environment": run.environment,
         "seconds": run.seconds,
     }
-    text = _format(title, data, plan, analysis, check, build, evaluation, findings, run)
+    text = _format(title, data, plan, rewired, analysis, check, build, evaluation, findings, run)
     path = write_json(run.folder / REPORT_FILE, to_jsonable(sections))
     write_atomic(run.folder / "report.txt", text + "\n")
     run.finish()
@@ -108,7 +112,7 @@ def write_report(
 
 def _find(plan: SwapPlan, ranges: list[Range], check: CheckReport, build: BuildReport) -> list[str]:
     """What a person must know before shipping."""
-    findings = [f"{finding.rule} {finding.node}: {finding.message}" for finding in check.findings]
+    findings = [f"{finding.rule} {finding.node}: {finding.message}" for finding in check.problems]
     findings += [f"{r.name}: {r.note}" for r in ranges if r.note]
     findings += [f"{layer.module}: {layer.reason}" for layer in build.missing_int8]
     return findings
@@ -145,6 +149,7 @@ def _format(
     title: str,
     data: dict[str, str],
     plan: SwapPlan,
+    rewired: RewirePlan,
     analysis: Analysis,
     check: CheckReport,
     build: BuildReport,
@@ -156,6 +161,7 @@ def _format(
         ("Model", title),
         ("Data", "\n".join(f"{use}: {what}" for use, what in data.items())),
         ("Layers", plan.format_table()),
+        ("Functions", rewired.format_table()),
         ("Sensitivity", analysis.format_table()),
         ("Exported file", check.format_table()),
         ("Engine", build.format_table()),

@@ -82,7 +82,7 @@ def test_every_opset(calibrated, inputs, tmp_path, dynamo, opset):
     assert count(model, "QuantizeLinear") == count(model, "DequantizeLinear") == 4
     assert {"conv.weight", "head.weight"} <= {value.name for value in model.graph.initializer}
     assert difference(tmp_path / "m.onnx", calibrated, inputs) < 1e-5
-    assert not check_onnx(tmp_path / "m.onnx").findings
+    assert not [f for f in check_onnx(tmp_path / "m.onnx").findings if f.severity == "error"]
 
 
 @EXPORTERS
@@ -113,7 +113,7 @@ def test_uncalibrated_structure(network, inputs, tmp_path, dynamo, fb_fake_quant
     assert sum("4 quantizers have no amax" in record.message for record in caplog.records) == 1
     assert count(model, "QuantizeLinear") == 4
     assert difference(tmp_path / "m.onnx", network, inputs) < 1e-5
-    assert "QDQ120" in {finding.rule for finding in check_onnx(tmp_path / "m.onnx").findings}
+    assert "QDQ123" in {finding.rule for finding in check_onnx(tmp_path / "m.onnx").findings}
     assert "_amax" not in "".join(network.state_dict())  # the model is as before
     assert all("_export_constants" not in vars(module) for module in network.modules())
 
@@ -136,7 +136,8 @@ def test_zero_range_and_one_element_amax(inputs, tmp_path, dynamo):
         TensorQuantizer(QuantDescriptor(amax=0.0)), TensorQuantizer(QuantDescriptor(amax=[2.0]))
     ).eval()
     export(model, inputs, tmp_path / "m.onnx", dynamo=dynamo, opset_version=13)
-    assert not check_onnx(tmp_path / "m.onnx").findings  # scales are positive and 0-D
+    findings = check_onnx(tmp_path / "m.onnx").findings
+    assert not [finding for finding in findings if finding.severity == "error"]  # scales are positive and 0-D
 
 
 def test_fp8_from_opset_19(inputs, tmp_path):
@@ -282,7 +283,7 @@ def test_an_export_bound_before_the_import(calibrated, inputs, tmp_path):
 def test_uncalibrated_into_an_open_file(network, inputs, tmp_path, fb_fake_quant):
     with open(tmp_path / "m.onnx", "wb") as file:
         torch.onnx.export(network, (inputs,), file, dynamo=False)
-    assert {finding.rule for finding in check_onnx(tmp_path / "m.onnx").findings} >= {"QDQ120"}
+    assert {finding.rule for finding in check_onnx(tmp_path / "m.onnx").findings} >= {"QDQ123"}
 
 
 @EXPORTERS

@@ -68,7 +68,7 @@ def test_exports(script, pairs, distance, tmp_path):
     )
     assert 1 - torch.cosine_similarity(found, expected, dim=0) <= distance
 
-    assert {finding.rule for finding in check_onnx(path).findings} >= {"QDQ120"}
+    assert {finding.rule for finding in check_onnx(path).findings} >= {"QDQ123"}
     pytest.importorskip("tensorrt_rtx", reason="needs the extra 'rtx'")
     report = build_engine(path, backend="rtx")
     assert not report.missing_int8

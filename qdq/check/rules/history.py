@@ -1,0 +1,54 @@
+"""What went wrong before the export: QDQ122, QDQ123 and QDQ190."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qdq.check.rules.registry import Flaw, register_rule
+from qdq.check.rules.view import GraphView, is_op, name_of
+
+UNCALIBRATED = "qdq.uncalibrated"
+"""Metadata key of a file that was exported before calibration: the quantizers whose ranges are those of one example."""
+
+
+@register_rule(
+    "QDQ122",
+    "warning",
+    "BatchNormalization stands behind a product with int8 weights (R-BN-FOLD).",
+    "TensorRT folds it into the weights after they got their scales. The scales are then those of other numbers.",
+    "[src] cuDLA, CenterPoint and Ultralytics fold first; folding changes the range of each channel",
+)
+def _batchnorm_is_not_folded(view: GraphView) -> Iterator[Flaw]:
+    for node in view.weighted:
+        if view.dequantizer(node.inputs[1]) is None:
+            continue
+        for reader in view.readers(node.outputs[0]):
+            if is_op(reader, "BatchNormalization"):
+                message = f"it follows {name_of(node)}, whose weights have scales from before it (R-BN-FOLD)"
+                yield Flaw(name_of(reader), message, "fold BatchNorm (fold_batchnorm) before calibration.")
+
+
+@register_rule(
+    "QDQ123",
+    "warning",
+    "Quantizers that never observed data.",
+    "Their scales are the ranges of one example, or a default. Only what qdq notes in its files can be seen here; "
+    "calibration itself names quantizers that saw nothing, or zeros only.",
+    "metadata that qdq.compat writes where a script exports the structure only",
+)
+def _quantizers_never_observed(view: GraphView) -> Iterator[Flaw]:
+    if names := view.model.metadata_props.get(UNCALIBRATED):
+        count = len(names.split(","))
+        message = f"{count} quantizers were exported before calibration, with the ranges of one example"
+        yield Flaw(view.model.graph.name or "", message, "calibrate and export again.")
+
+
+@register_rule(
+    "QDQ190",
+    "error",
+    "ONNX Runtime and torch differ by more than rounding ties.",
+    "The file does not compute what was evaluated.",
+    "measured by check_onnx where outputs of both are given; a file alone does not show it",
+)
+def _parity_is_lost(view: GraphView) -> Iterator[Flaw]:
+    yield from ()  # `check_onnx` raises it

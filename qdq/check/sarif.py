@@ -1,0 +1,52 @@
+"""Findings as SARIF 2.1.0, which code hosts and editors show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import qdq
+from qdq.check.rules import RULES, Finding
+
+_LEVELS = {"error": "error", "warning": "warning", "info": "note"}
+_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
+
+
+def format_sarif(path: Path, findings: tuple[Finding, ...]) -> dict[str, Any]:
+    """The log of one run over one file, as plain data.
+
+    Args:
+        path: The file that was checked.
+        findings: What was found.
+    """
+    ids = sorted(RULES)
+    uri = quote(path.as_posix())
+    rules = [
+        {
+            "id": rule.id,
+            "shortDescription": {"text": rule.title},
+            "fullDescription": {"text": rule.why},
+            "help": {"text": f"{rule.why} Evidence: {rule.evidence}."},
+            "defaultConfiguration": {"level": _LEVELS[rule.severity]},
+        }
+        for rule in (RULES[id] for id in ids)
+    ]
+    results = [
+        {
+            "ruleId": finding.rule,
+            "ruleIndex": ids.index(finding.rule),
+            "level": _LEVELS[finding.severity],
+            "message": {"text": f"{finding.node}: {finding.message}. Fix: {finding.fix}"},
+            "locations": [
+                {
+                    "physicalLocation": {"artifactLocation": {"uri": uri, "index": 0}},
+                    "logicalLocations": [{"name": finding.node, "kind": "element"}],
+                }
+            ],
+        }
+        for finding in findings
+    ]
+    driver = {"name": "qdq", "version": qdq.__version__, "rules": rules}
+    run = {"tool": {"driver": driver}, "artifacts": [{"location": {"uri": uri}}], "results": results}
+    return {"$schema": _SCHEMA, "version": "2.1.0", "runs": [run]}

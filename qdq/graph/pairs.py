@@ -1,0 +1,96 @@
+"""What the passes ask of Q and DQ nodes, and of constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+# Each output value is one of the input's values.
+COPY_OPS = frozenset({
+    "DepthToSpace", "Expand", "Flatten", "Gather", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile",
+    "Transpose", "Unsqueeze",
+})  # fmt: skip
+_IGNORED = frozenset({"axis", "saturate"})  # axis says nothing of one scale, saturate is for float8 only
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Everything that decides the numbers of a Q or DQ; equal values mean the same function.
+
+    Args:
+        scale: Type, shape and bytes of the scale.
+        zero_point: Likewise; empty where there is none.
+        axis: None for a scalar scale.
+        options: The other attributes.
+    """
+
+    scale: tuple[Any, ...]
+    zero_point: tuple[Any, ...]
+    axis: int | None
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def is_scalar(self) -> bool:
+        """One scale for the whole tensor, written as TensorRT wants it (R-SHAPE)."""
+        return self.axis is None
+
+
+def is_op(node: ir.Node | None, *op_types: str) -> bool:
+    """Whether a node is one of these operators of ONNX itself."""
+    return node is not None and node.op_type in op_types and node.domain in ("", "ai.onnx")
+
+
+def constant_of(value: ir.Value | None) -> npt.NDArray[Any] | None:
+    """The numbers of a constant; a graph input's are only a default, and so no constant."""
+    if value is None or value.is_graph_input():
+        return None
+    if (node := value.producer()) is not None and (
+        len(node.attributes) != 1 or any(attribute.is_ref() for attribute in node.attributes.values())
+    ):
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def input_of(node: ir.Node, position: int) -> ir.Value | None:
+    """An input that may be left out."""
+    return node.inputs[position] if position < len(node.inputs) else None
+
+
+def parameters_of(node: ir.Node) -> Parameters | None:
+    """The parameters of a Q or DQ; None for other nodes, and where they are not constant."""
+    if not is_op(node, "QuantizeLinear", "DequantizeLinear"):
+        return None
+    scale, zero_point = constant_of(input_of(node, 1)), constant_of(input_of(node, 2))
+    if scale is None or (zero_point is None and input_of(node, 2) is not None):
+        return None
+    if any(attribute.is_ref() for attribute in node.attributes.values()):
+        return None
+    return Parameters(
+        _freeze(scale),
+        () if zero_point is None else _freeze(zero_point),
+        node.attributes.get_int("axis", 1) if scale.ndim else None,
+        tuple(sorted((name, a.value) for name, a in node.attributes.items() if name not in _IGNORED)),
+    )
+
+
+def has_int8_zeros(node: ir.Node) -> bool:
+    """Whether the zero point of a Q or DQ is there, int8 and zero (R-SYM): then 0.0 stays 0.0."""
+    zero_point = constant_of(input_of(node, 2))
+    return zero_point is not None and zero_point.dtype == np.int8 and not zero_point.any()
+
+
+def remove_if_unused(value: ir.Value | None) -> None:
+    """Take an initializer away that nothing reads any more."""
+    if value is None or value.uses() or value.is_graph_output() or value.is_graph_input():
+        return
+    if value.is_initializer() and value.graph is not None:
+        value.graph.initializers.pop(str(value.name), None)
+
+
+def _freeze(array: npt.NDArray[Any]) -> tuple[Any, ...]:
+    return str(array.dtype), array.shape, array.tobytes()

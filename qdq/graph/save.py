@@ -1,0 +1,109 @@
+"""A model as a file: one up to protobuf's limit, the weights in a second one beside it above."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qdq.errors import ExportError
+from qdq.run import write_atomic
+
+_ONE_FILE_BYTES = 2**31 - 2**24  # protobuf ends at 2 GiB; the rest is for nodes and names
+_EXTERNAL_BYTES = 1024  # smaller tensors, such as scales and shapes, stay in the model
+_ALIGNMENT = 4096  # offsets that can be mapped into memory
+
+
+def save_model(model: ir.Model, path: Path) -> int:
+    """Write a model whole or not at all.
+
+    Weights of more than protobuf can hold go to `NAME.data` in the same folder, written before the model. The old
+    model, if any, goes before the old data are replaced: never does a model stand beside the data of another.
+
+    Args:
+        model: The model; its tensors stay as they are.
+        path: The file.
+
+    Returns:
+        Bytes of all that was written.
+
+    Raises:
+        ArgumentError: The folder cannot be written to.
+        ExportError: The model without its weights is too large.
+    """
+    values = [value for graph in model.graphs() for value in graph.initializers.values() if value.const_value]
+    if sum(_bytes_of(value) for value in values) < _ONE_FILE_BYTES:
+        content = serialize(model)
+        write_atomic(path, content)
+        return len(content)
+    data = path.with_name(f"{path.name}.data")
+    placed = _place([value for value in values if _bytes_of(value) >= _EXTERNAL_BYTES])
+    with _external(placed, data.name):
+        content = serialize(model)
+    partial = write_atomic(data.with_name(f".{data.name}.partial"), lambda: _chunks(placed))
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        os.replace(partial, data)
+    finally:
+        partial.unlink(missing_ok=True)
+    write_atomic(path, content)
+    return len(content) + data.stat().st_size
+
+
+def serialize(model: ir.Model) -> bytes:
+    try:
+        return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+    except Exception as error:  # protobuf's own type where a message is over 2 GB
+        raise ExportError(
+            f"the model does not fit one ONNX file even without its weights: {error}.",
+            "export parts of it, each to a file of its own.",
+        ) from error
+
+
+_Placed = list[tuple[ir.Value, int]]  # a tensor and its offset
+
+
+def _place(values: list[ir.Value]) -> _Placed:
+    placed, end = [], 0
+    for value in values:
+        start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        placed.append((value, start))
+        end = start + _bytes_of(value)
+    return placed
+
+
+def _chunks(placed: _Placed) -> Iterator[bytes]:
+    """The data file, one tensor at a time."""
+    end = 0
+    for value, start in placed:
+        assert value.const_value is not None  # noqa: S101  # save_model has looked
+        yield bytes(start - end)
+        content = value.const_value.tobytes()
+        yield content
+        end = start + len(content)
+
+
+@contextlib.contextmanager
+def _external(placed: _Placed, location: str) -> Iterator[None]:
+    """Tensors as references into a file, while the model is written."""
+    tensors = [value.const_value for value, _ in placed]
+    try:
+        for value, offset in placed:
+            tensor = value.const_value
+            assert tensor is not None  # noqa: S101
+            shape = ir.Shape(tensor.shape.numpy())
+            value.const_value = ir.ExternalTensor(
+                location, offset, _bytes_of(value), tensor.dtype, shape=shape, name=str(value.name)
+            )
+        yield
+    finally:
+        for (value, _), tensor in zip(placed, tensors, strict=True):
+            value.const_value = tensor
+
+
+def _bytes_of(value: ir.Value) -> int:
+    return 0 if value.const_value is None else value.const_value.nbytes

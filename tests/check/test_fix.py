@@ -1,0 +1,138 @@
+"""`--fix`: the file is clean afterwards, and ONNX Runtime computes the same numbers to the bit."""
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from qdq import check_onnx
+from qdq.check.fix import fix_onnx
+from qdq.errors import CheckError
+
+HEAD = '<ir_version: 9, opset_import: ["": 21]>\ng (float[N,2,4,4] x) => (float[N,3,4,4] y)\n'
+BODY = """{
+    [xq] a = QuantizeLinear(x, xs, xz)
+    [xd] b = DequantizeLinear(a, xs, xz)
+    [w] c = DequantizeLinear<axis=0>(w, ws, wz)
+    d = Conv(b, c)
+    y = Relu(d)
+}"""
+CONSTANTS = (
+    "<float xs = {0.03}, int8 xz = {0}, int8[3,2,1,1] w = {1,-2,3,-4,5,127}, float[3] ws = {0.1,0.2,0.3}, "
+    "int8[3] wz = {0,0,0}>\n"
+)
+SOUND = HEAD + CONSTANTS + BODY
+
+
+def replace(*replacements):
+    text = SOUND
+    for old, new in replacements:
+        assert old in text
+        text = text.replace(old, new)
+    return text
+
+
+CASES = {
+    "scale of shape [1]": (
+        replace(("float xs", "float[1] xs"), ("int8 xz", "int8[1] xz")), {"QDQ103": 2},
+    ),
+    "uint8 with zero point 128": (
+        replace(("int8 xz = {0}", "uint8 xz = {128}"), ("int8[3,2,1,1] w = {1,-2,3,-4,5,127}",
+                "uint8[3,2,1,1] w = {0,1,128,129,254,255}"), ("int8[3] wz = {0,0,0}", "uint8[3] wz = {128,128,128}")),
+        {"QDQ129": 2},
+    ),
+    "no zero point on the weight": (replace(("(w, ws, wz)", "(w, ws)")), {"QDQ102": 1}),
+    "axis 1 not written": (
+        replace(("<axis=0>(w, ws, wz)", "(w, ws, wz)"),
+                ("<float xs", "<float[2] vs = {0.1,0.2}, int8[2] vz = {0,0}, float xs"),
+                ("DequantizeLinear(w, ws, wz)", "DequantizeLinear(w, vs, vz)")),
+        {"QDQ105": 1},
+    ),
+    "duplicate pairs": (
+        replace(("d = Conv(b, c)", "[pq] p = QuantizeLinear(x, xs, xz)\n[pd] q = DequantizeLinear(p, xs, xz)\n"
+                 "e = Conv(b, c)\nf = Conv(q, c)\nd = Add(e, f)")),
+        {"QDQ120": 2},
+    ),
+    "pairs in a row": (
+        replace(("d = Conv(b, c)", "[pq] p = QuantizeLinear(b, xs, xz)\n[pd] q = DequantizeLinear(p, xs, xz)\n"
+                 "d = Conv(q, c)")),
+        {"QDQ120": 2},
+    ),
+}  # fmt: skip
+
+
+def run(path):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(0).normal(scale=3, size=(5, 2, 4, 4)).astype(np.float32)  # some beyond the range
+    return session.run(None, {"x": x})[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_numbers_and_no_finding_of_the_rule(tmp_path, case):
+    text, expected = CASES[case]
+    before, after = tmp_path / "before.onnx", tmp_path / "new" / "after.onnx"
+    ir.save(ir.from_onnx_text(text), before)
+    (rule,) = expected
+    assert rule in {finding.rule for finding in check_onnx(before).findings}
+    assert fix_onnx(before, after) == expected
+    findings = check_onnx(after).findings
+    if case != "axis 1 not written":  # written down, it is seen to be the wrong one, which only a new export mends
+        assert rule not in {finding.rule for finding in findings}
+    np.testing.assert_array_equal(run(after), run(before))
+    assert fix_onnx(after, after) == {}
+
+
+def test_sound_file_stays(tmp_path):
+    path = tmp_path / "m.onnx"
+    ir.save(ir.from_onnx_text(SOUND), path)
+    before = run(path)
+    assert fix_onnx(path, path) == {}
+    np.testing.assert_array_equal(run(path), before)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        replace(("int8 xz = {0}", "uint8 xz = {0}")),  # codes above 127 have no place in int8
+        replace(("int8 xz = {0}", "uint8 xz = {100}")),
+        replace(("(x, xs, xz)", "(x, xs)"), ("(a, xs, xz)", "(a, xs)")),
+    ],
+)  # fmt: skip
+def test_what_would_change_numbers_stays(tmp_path, text):
+    path = tmp_path / "m.onnx"
+    ir.save(ir.from_onnx_text(text), path)
+    assert fix_onnx(path, tmp_path / "out.onnx") == {}
+    assert any(finding.severity == "error" for finding in check_onnx(tmp_path / "out.onnx").findings)
+
+
+def test_square_weight_without_axis_stays(tmp_path):
+    text = replace(("int8[3,2,1,1] w = {1,-2,3,-4,5,127}", "int8[3,3,1,1] w = {1,2,3,4,5,6,7,8,9}"),
+                   ("[N,2,4,4]", "[N,3,4,4]"), ("<axis=0>(w", "(w"))  # fmt: skip
+    ir.save(ir.from_onnx_text(text), tmp_path / "m.onnx")
+    assert fix_onnx(tmp_path / "m.onnx", tmp_path / "out.onnx") == {}
+
+
+def test_other_readers_of_a_constant_keep_it(tmp_path):
+    text = replace(
+        ("float xs", "float[1] xs"), ("int8 xz", "int8[1] xz"), ("y = Relu(d)", "e = Mul(d, xs)\ny = Relu(e)")
+    )
+    ir.save(ir.from_onnx_text(text), tmp_path / "m.onnx")
+    fix_onnx(tmp_path / "m.onnx", tmp_path / "out.onnx")
+    np.testing.assert_array_equal(run(tmp_path / "out.onnx"), run(tmp_path / "m.onnx"))
+
+
+def test_weights_beside_the_file_come_along(tmp_path):
+    ir.save(ir.from_onnx_text(SOUND), tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
+    fix_onnx(tmp_path / "m.onnx", tmp_path / "new" / "m.onnx")
+    before = run(tmp_path / "m.onnx")
+    (tmp_path / "m.data").unlink()
+    np.testing.assert_array_equal(run(tmp_path / "new" / "m.onnx"), before)
+
+
+def test_no_onnx_leaves_no_file(tmp_path):
+    (tmp_path / "m.onnx").write_text("text")
+    with pytest.raises(CheckError):
+        fix_onnx(tmp_path / "m.onnx", tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()

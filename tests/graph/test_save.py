@@ -1,0 +1,108 @@
+import os
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from graph_text import read
+
+from qdq import ArgumentError, check_onnx
+from qdq.check import OnnxModel
+from qdq.graph import save
+from qdq.graph.save import save_model
+
+
+@pytest.fixture
+def model():
+    random = np.random.default_rng(0)
+    model = read("g (float[2,40] x, float[40,40] w, float[40,40] v) => (y) { c = MatMul (x, w) y = MatMul (c, v) }")
+    for value in list(model.graph.inputs)[1:]:
+        model.graph.inputs.remove(value)
+        value.const_value = ir.tensor(random.normal(size=(40, 40)).astype(np.float32), name=value.name)
+        model.graph.register_initializer(value)
+    return model
+
+
+@pytest.fixture
+def small_limit(monkeypatch):
+    monkeypatch.setattr(save, "_ONE_FILE_BYTES", 1000)
+
+
+def test_one_file_below_the_limit(model, tmp_path):
+    path = tmp_path / "model.onnx"
+    assert save_model(model, path) == path.stat().st_size
+    assert os.listdir(tmp_path) == ["model.onnx"]
+
+
+def test_weights_beside_the_model_above_it(model, tmp_path, small_limit, monkeypatch):
+    path = tmp_path / "model.onnx"
+    written = save_model(model, path)
+    assert sorted(os.listdir(tmp_path)) == ["model.onnx", "model.onnx.data"]
+    assert written == sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert path.stat().st_size < 1000
+    assert all(isinstance(value.const_value, ir.Tensor) for value in model.graph.initializers.values())
+
+    one = tmp_path / "one" / "model.onnx"
+    monkeypatch.undo()
+    save_model(model, one)
+    x = np.random.default_rng(1).normal(size=(2, 40)).astype(np.float32)
+    np.testing.assert_array_equal(OnnxModel(path)(x)[0], OnnxModel(one)(x)[0])
+    onnx.checker.check_model(str(path), full_check=True)
+    assert check_onnx(path).findings == check_onnx(one).findings
+
+
+def test_the_same_bytes_twice_and_no_path_in_them(model, tmp_path, small_limit):
+    for folder in ("a", "b"):
+        save_model(model, tmp_path / folder / "model.onnx")
+    for name in ("model.onnx", "model.onnx.data"):
+        content = (tmp_path / "a" / name).read_bytes()
+        assert content == (tmp_path / "b" / name).read_bytes()
+        assert str(tmp_path).encode() not in content
+
+
+@pytest.mark.parametrize("step", ["data", "replace", "model"])
+def test_an_export_that_dies_leaves_no_half(model, tmp_path, small_limit, monkeypatch, step):
+    path = tmp_path / "model.onnx"
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    if step == "data":
+        monkeypatch.setattr(save, "_chunks", die)
+    elif step == "replace":
+        monkeypatch.setattr(save.os, "replace", die)
+    else:
+        real = save.write_atomic
+        monkeypatch.setattr(save, "write_atomic", lambda target, c: die() if target == path else real(target, c))
+    with pytest.raises(KeyboardInterrupt):
+        save_model(model, path)
+    assert not path.exists()
+    assert set(os.listdir(tmp_path)) <= {"model.onnx.data"}
+
+
+def test_never_the_data_of_another_model(model, tmp_path, small_limit, monkeypatch):
+    path = tmp_path / "model.onnx"
+    save_model(model, path)
+    monkeypatch.setattr(save, "_chunks", lambda _: 1 / 0)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ZeroDivisionError):
+        save_model(model, path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_written(model, tmp_path, small_limit):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArgumentError, match="cannot write"):
+        save_model(model, tmp_path / "file" / "model.onnx")
+
+
+@pytest.mark.trt
+def test_tensorrt_reads_both_files(model, tmp_path, small_limit):
+    pytest.importorskip("tensorrt_rtx", reason="needs the extra 'rtx'")
+    from qdq import build_engine
+
+    for number, node in enumerate(model.graph):
+        node.name = f"node{number}"
+    path = tmp_path / "model.onnx"
+    save_model(model, path)
+    assert len(build_engine(path, backend="rtx").layers) == 2
