@@ -189,7 +189,8 @@ class _Decisions:
             return "float", f"excluded by {pattern!r}", ()
         if pattern := self._include.match(operation):
             computed = tuple(i for i, value in enumerate(operation.inputs) if self._flow.is_computed(value))
-            return self._attachable(operation, f"included by {pattern!r}", computed)
+            operands = (0, 1) if operation.function in _WEIGHTED else computed  # both or none (R-CONV-2)
+            return self._attachable(operation, f"included by {pattern!r}", operands)
         if operation.function == "add":
             return self._judge_add(operation)
         if operation.function in _WEIGHTED:

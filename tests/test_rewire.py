@@ -272,6 +272,20 @@ class TestWeights:
         expected = F.linear(fake_quantize(mixed, amax), proj, attention.proj.bias)
         torch.testing.assert_close(model(x), expected)
 
+    def test_small_product_with_a_weight(self):
+        class Small(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(8, WIDTH))
+
+            def forward(self, x):
+                return F.linear(x, self.weight)
+
+        for include, action, operands in (((), "float", ()), (["1.linear"], "quantize", (0, 1))):
+            model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), Small()), torch.randn(2, 5, WIDTH)
+            (operation,) = build(model, x, include=include).operations
+            assert (operation.action, operation.operands) == (action, operands)
+
     def test_included_by_name(self):
         model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), self.Attention()), torch.randn(2, 5, WIDTH)
         plan = build(model, x, include=["*.matmul"], exclude="1.linear_1")

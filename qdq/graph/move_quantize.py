@@ -9,7 +9,7 @@ from qdq.graph.pairs import COPY_OPS, Parameters, constant_of, has_int8_zeros, i
 
 # ONNX Runtime (1.31) sets a Q of its own behind a DQ in front of these and from opset 21 on refuses the graph for it:
 # "output_dtype INT8 does not match y_zero_point type UINT8" (onnxruntime #25526).
-_REFUSED_FROM_21 = frozenset({"MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
+_REFUSED_FROM_21 = frozenset({"Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 
 _Pair = tuple[ir.Value, ir.Node, list[ir.Node]]  # output of the copy, its Q, the DQ behind that
 
@@ -18,12 +18,13 @@ class MoveQuantizeBeforeCopies(ir.passes.InPlacePass):
     """Copy -> Q -> DQ becomes Q -> DQ -> Copy, where that changes no bit.
 
     One scale for the whole tensor and a zero point of zero make a pair a function of each value alone. So it can be
-    swapped with an operator that copies values, with Pad (whose constant must be 0, which a pair keeps), and with
-    MaxPool: a pair never changes the order of two values.
+    swapped with an operator that copies values, and with Pad (whose constant must be 0, which a pair keeps).
 
     Left alone: a copy with any other reader, which would see quantized values then; outputs of the graph; a copy whose
     input is read in float elsewhere, as the Q would become a kernel of its own there (but for Pad, which a convolution
-    can take in then); copies of constants; from opset 21 on what ONNX Runtime could not load any more.
+    can take in then); copies of constants; from opset 21 on what ONNX Runtime could not load any more. MaxPool commutes
+    too, but TensorRT moves the Q itself, and with a pair in front of it a residual Add behind it costs a second, float
+    MaxPool (tools/bench_engine.py, layer1.0 of ResNet-18).
     """
 
     def __init__(self) -> None:
@@ -65,8 +66,6 @@ class MoveQuantizeBeforeCopies(ir.passes.InPlacePass):
 def _copies_values(node: ir.Node) -> bool:
     if is_op(node, "Pad"):
         return node.attributes.get_string("mode", "constant") != "constant" or _pads_with_zero(node)
-    if is_op(node, "MaxPool"):
-        return _takes_real_maxima(node)
     return is_op(node, *COPY_OPS)
 
 
@@ -77,20 +76,6 @@ def _pads_with_zero(pad: ir.Node) -> bool:
         return True
     constant = constant_of(value)
     return constant is not None and not constant.any() and not np.signbit(constant).any()
-
-
-def _takes_real_maxima(pool: ir.Node) -> bool:
-    """Whether every window holds a value of the input, and only maxima are asked for.
-
-    A window that lies in the padding as a whole gives the lowest float, which a pair would clamp.
-    """
-    dilations = pool.attributes.get_ints("dilations", ())
-    indices = pool.outputs[1] if len(pool.outputs) > 1 else None
-    return (
-        pool.attributes.get_int("ceil_mode", 0) == 0
-        and all(size == 1 for size in dilations)
-        and (indices is None or not (indices.uses() or indices.is_graph_output()))
-    )
 
 
 def _pairs_behind(copy: ir.Node) -> list[_Pair]:
@@ -123,7 +108,7 @@ def _may_quantize(source: ir.Value, copy: ir.Node) -> bool:
         return True
     if source.is_graph_output():
         return False
-    return all(is_op(user, "MaxPool", "Pad", "QuantizeLinear", *COPY_OPS) for user, _ in source.uses())
+    return all(is_op(user, "Pad", "QuantizeLinear", *COPY_OPS) for user, _ in source.uses())
 
 
 def _is_movable(node: ir.Node, copy: ir.Node) -> bool:

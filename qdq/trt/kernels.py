@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ _LINE = re.compile(
     r".*Metadata: ?(?P<metadata>.*)"
 )
 _LINE_TYPE = re.compile(r"Datatype: (\w+), Format: ")
+_LINE_TENSOR = re.compile(r"Dimensions: \[(?P<dimensions>.*?)\], .*?Datatype: (?P<type>\w+), Format: ")
 # Entries are set apart by the ASCII characters unit and record separator; a node's name may hold brackets.
 _ONNX_NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f\s]*(?:\[ONNX Layer: |$))")
 
@@ -28,6 +30,10 @@ _TYPES = {
     "float": "Float", "fp32": "Float",
 }  # fmt: skip
 _WORD = re.compile(r"[a-z0-9]+")
+_BITS = {
+    "Int4": 4, "Int8": 8, "UInt8": 8, "Int32": 32, "Int64": 64, "Bool": 8, "FP8": 8, "Half": 16, "BFloat16": 16,
+    "Float": 32,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,9 @@ class Kernel:
         constant_types: Types of its constants, weights first.
         output_types: Types of what it writes.
         onnx_nodes: Names of the ONNX nodes it was made from.
+        input_bytes: Bytes of the tensors it reads, without constants and without what a memory format pads; None where
+            a dimension is open, a size is not told, or a type is not known.
+        output_bytes: Likewise of what it writes.
     """
 
     name: str
@@ -49,6 +58,8 @@ class Kernel:
     constant_types: tuple[str, ...]
     output_types: tuple[str, ...]
     onnx_nodes: tuple[str, ...]
+    input_bytes: int | None = None
+    output_bytes: int | None = None
 
 
 def parse_build_log(messages: Iterable[str]) -> list[Kernel]:
@@ -73,6 +84,8 @@ def parse_build_log(messages: Iterable[str]) -> list[Kernel]:
                     constant_types=tuple(_LINE_TYPE.findall(match["constants"])),
                     output_types=tuple(_LINE_TYPE.findall(match["outputs"])),
                     onnx_nodes=_onnx_nodes(match["metadata"]),
+                    input_bytes=_count_bytes(_tensors_of_line(match["inputs"])),
+                    output_bytes=_count_bytes(_tensors_of_line(match["outputs"])),
                 )
             )
     if not kernels:
@@ -113,7 +126,36 @@ def _kernel_of_layer(layer: Mapping[str, Any]) -> Kernel:
         output_types=tuple(map(_tensor_type, layer["Outputs"])),
         # layers that the parser did not annotate carry the nodes in their name
         onnx_nodes=_onnx_nodes(layer.get("Metadata", "")) or tuple(layer["Name"].split(" + ")),
+        input_bytes=_count_bytes(_tensors_of_json(layer["Inputs"])),
+        output_bytes=_count_bytes(_tensors_of_json(layer["Outputs"])),
     )
+
+
+_Tensor = tuple[Sequence[int] | None, str]  # dimensions, type
+
+
+def _tensors_of_line(text: str) -> Iterator[_Tensor]:
+    for tensor in _LINE_TENSOR.finditer(text):
+        sizes = [size.strip() for size in tensor["dimensions"].split(",") if size.strip()]
+        is_known = all(size.isdecimal() for size in sizes)  # -1: open
+        yield [int(size) for size in sizes] if is_known else None, tensor["type"]
+
+
+def _tensors_of_json(tensors: Iterable[Mapping[str, Any]]) -> Iterator[_Tensor]:
+    for tensor in tensors:
+        yield tensor.get("Dimensions"), _tensor_type(tensor)
+
+
+def _count_bytes(tensors: Iterable[_Tensor]) -> int | None:
+    """What tensors of these dimensions and types take together; None if that cannot be said."""
+    total = 0
+    for dimensions, dtype in tensors:
+        if dimensions is None or dtype not in _BITS:
+            return None
+        if not all(isinstance(size, int) and size >= 0 for size in dimensions):
+            return None
+        total += -(-math.prod(dimensions) * _BITS[dtype] // 8)
+    return total
 
 
 def _tensor_type(tensor: Mapping[str, Any]) -> str:

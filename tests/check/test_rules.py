@@ -142,6 +142,10 @@ BROKEN = {
         ["u"],
     ),
     "QDQ112 no pair": (swap(RESIDUAL, ("Add(c, rd)", "Add(c, r)")), ["a"]),
+    "QDQ112 behind a max pooling": (
+        swap(RESIDUAL, (op("a", "Add(c, rd)"), op("p", "MaxPool<kernel_shape=[1,1]>(rd)") + op("a", "Add(c, p)"))),
+        ["a"],
+    ),
     "QDQ112 both": (
         swap(RESIDUAL, (op("a", "Add(c, rd)"), pair("cd", "c") + op("a", "Add(cd, rd)"))), ["a"],
     ),

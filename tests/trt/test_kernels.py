@@ -8,9 +8,9 @@ from qdq.errors import BuildError
 from qdq.trt.kernels import Kernel, parse_build_log, parse_layer_json
 
 
-def _tensor(name, dtype):
+def _tensor(name, dtype, dimensions="-1,16,8,8"):
     return (
-        f"{{ Name: {name}, Dimensions: [-1,16,8,8], Strides: [1024,1,128,16], StrideOrder: [3,0,2,1], "
+        f"{{ Name: {name}, Dimensions: [{dimensions}], Strides: [1024,1,128,16], StrideOrder: [3,0,2,1], "
         f"Datatype: {dtype}, Format: (NHWC) Channel major format }}"
     )
 
@@ -38,8 +38,29 @@ def test_build_log():
             "layer1.0/Conv_myl0_2", "correlation", ("Int8",), ("Int8", "Float"), ("Half",),
             ("layer1.0/Conv", "DQ_1", "Q_1"),
         ),
-        Kernel("__mye1_myl0_3", "signal", (), (), (), ()),
+        Kernel("__mye1_myl0_3", "signal", (), (), (), (), 0, 0),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        ([("Int8", "1,16,8,8")], 1024),
+        ([("Half", "2,16"), ("Float", "3"), ("Int8", "")], 64 + 12 + 1),  # the last one is a scalar
+        ([("Int4", "3"), ("Int64", "1,0")], 2),
+        ([("Half", "2,16"), ("Float", "-1,3")], None),
+        ([("Float", "E0,3")], None),
+        ([("Complex", "2")], None),
+        ([], 0),
+    ],
+)
+def test_bytes_read_and_written(tensors, expected):
+    text = ", ".join(_tensor(f"t{i}", *tensor) for i, tensor in enumerate(tensors))
+    constant = _tensor("w", "Float", "7")
+    (written,) = parse_build_log([_line("k", "kgen", _tensor("x", "Int8", "5"), constant, text, "")])
+    (read,) = parse_build_log([_line("k", "kgen", text, constant, _tensor("y", "Int8", "5"), "")])
+    assert (written.input_bytes, written.output_bytes) == (5, expected)
+    assert (read.input_bytes, read.output_bytes) == (expected, 5)
 
 
 @pytest.mark.parametrize("separator", ["", "\x1e", "\x1f", "\x1f\x1e"])
@@ -104,8 +125,8 @@ TENSORRT_11 = {
 
 def test_layer_json_of_tensorrt_10():
     assert parse_layer_json(json.dumps(TENSORRT_10)) == [
-        Kernel("conv1 + relu1", "CaskConvolution", ("Int8",), ("Int8",), ("Float",), ("conv1", "relu1")),
-        Kernel("fc/Gemm_myl0_1", "gemm", ("Half",), ("Half",), ("Half",), ("fc/Gemm",)),
+        Kernel("conv1 + relu1", "CaskConvolution", ("Int8",), ("Int8",), ("Float",), ("conv1", "relu1"), 50176, 200704),
+        Kernel("fc/Gemm_myl0_1", "gemm", ("Half",), ("Half",), ("Half",), ("fc/Gemm",), 128, 20),
     ]
 
 

@@ -82,7 +82,8 @@ def _shortcut_is_wrong(view: GraphView) -> Iterator[Flaw]:
         if branch is None:
             continue
         faults = []
-        if not view.is_quantized(node.inputs[1 - branch]):
+        # a DQ -> MaxPool in front of an Add costs TensorRT-RTX a second, float MaxPool
+        if not view.is_quantized(node.inputs[1 - branch], MOVING_OPS):
             faults.append("no Q/DQ on its shortcut")
         if _before_pair(view, node.inputs[branch]) is not node.inputs[branch]:
             faults.append("Q/DQ on the branch of the convolution")

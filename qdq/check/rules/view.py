@@ -161,11 +161,11 @@ class GraphView:
         node = self.source(value, through)
         return node if node is not None and is_op(node, "DequantizeLinear") else None
 
-    def is_quantized(self, value: ir.Value | None) -> bool:
+    def is_quantized(self, value: ir.Value | None, through: Iterable[str] = COMMUTING_OPS) -> bool:
         """Whether a value comes from a DQ, or from a Concat of such values."""
-        node = self.source(value, COMMUTING_OPS)
+        node = self.source(value, through)
         if node is not None and is_op(node, "Concat"):
-            return all(self.is_quantized(operand) for operand in node.inputs)
+            return all(self.is_quantized(operand, through) for operand in node.inputs)
         return node is not None and is_op(node, "DequantizeLinear")
 
     def source(self, value: ir.Value | None, through: Iterable[str]) -> ir.Node | None:
