@@ -48,7 +48,7 @@ def test_predict_file_and_module_alike(quantized, images, tmp_path):
     path = export_onnx(quantized, images, tmp_path / "model.onnx").path
     batches = [(images, None), (images[:1], None)]
     from_file, from_torch = predict(path, batches), predict(quantized, batches)
-    assert from_file.shape == from_torch.shape == (5, 5)
+    assert from_file.shape == from_torch.shape == (5, 16)
     assert sqnr_db(from_torch, from_file) > 30
     with pytest.raises(CheckError, match=r"given \[4, 3, 12\] float32"):
         predict(str(path), [images[..., 0]])

@@ -165,7 +165,7 @@ class Network(nn.Module):
             *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
             *(nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(), nn.AvgPool2d(2)),
         )
-        self.head = nn.Linear(16, 5)
+        self.head = nn.Linear(16, 16)
 
     def forward(self, images):
         return self.head(self.features(images).mean((2, 3)))

@@ -36,7 +36,7 @@ def test_keys_are_those_of_pytorch_quantization(calibrated):
 
 def test_state_moves_to_qdq_and_back(calibrated, inputs):
     core = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
-    swap_modules(core)
+    swap_modules(core, include="*")
     core.load_state_dict(calibrated.state_dict())
     back = build()
     back.load_state_dict(core.state_dict())
