@@ -222,7 +222,9 @@ class _Decisions:
         if any(convolutions) and not any(backbones):
             names = " and ".join(sorted({main.module for main in convolutions if main}))
             return "float", f"its convolution {names} is in float", ()
-        shortcut = self._find_shortcut(operation, *backbones)
+        fork = self._flow.find_fork(first, second)
+        branches_off = fork and self._flow.backbone_of(fork[0]) in [main for main in convolutions if main]
+        shortcut = None if branches_off else _find_shortcut(backbones, fork)
         if shortcut is not None:
             return self._attachable(operation, "shortcut of a residual add, on that side only (R-ADD-1)", (shortcut,))
         if any(backbones):
@@ -234,17 +236,6 @@ class _Decisions:
             return "float", "nothing quantized reads the sum (R-ADD-4)", ()
         reason = "an activation stands before the add: both operands, with one scale (R-ADD-4, R-ADD-5)"
         return self._attachable(operation, reason, (0, 1))
-
-    def _find_shortcut(self, operation: Operation, first: Operation | None, second: Operation | None) -> int | None:
-        """Position of the shortcut: the operand without convolution, else the one nearer to where both part."""
-        if first is second:
-            return None
-        fork = self._flow.find_fork(*operation.inputs[:2])
-        if fork and self._flow.backbone_of(fork[0]) in (first or second, second or first):
-            return None
-        if first is None or second is None or fork is None:
-            return 0 if first is None else 1
-        return 0 if fork[1] < fork[2] else 1
 
     def _judge_weighted(self, operation: Operation) -> tuple[str, str, tuple[int, ...]]:
         """`F.linear` or `F.conv2d` on parameters: the input and the weight, or none (R-CONV-2)."""
@@ -280,6 +271,16 @@ class _Decisions:
             for value in operation.outputs
             for reader in self._flow.layers_reading(value)
         )
+
+
+def _find_shortcut(backbones: list[Operation | None], fork: tuple[int, int, int] | None) -> int | None:
+    """Position of the shortcut: the operand without convolution, else the one nearer to where both part (R-ADD-2)."""
+    first, second = backbones
+    if first is second:
+        return None
+    if first is None or second is None or fork is None:
+        return 0 if first is None else 1
+    return 0 if fork[1] < fork[2] else 1
 
 
 def _judge_by_kind(operation: Operation) -> tuple[str, str, tuple[int, ...]]:

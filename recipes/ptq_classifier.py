@@ -65,7 +65,7 @@ def ptq_classifier(
     analysis = qdq.analyze_layers(net.module, subset, max_float_layers=max_float_layers, target_sqnr=target_sqnr)
     logits["mixed"] = qdq.predict(net.module, images)
     run.stage("export and check")
-    onnx = qdq.export_onnx(net.module, example, run.folder / "model.onnx")
+    onnx = qdq.export_onnx(net.module, example, run.folder / "model.onnx", calibration=ranges, plan=plan)
     logits["ONNX"] = qdq.predict(onnx.path, images)
     floor = qdq.measure_tie_floor(net.module, images.subset(128))
     check = qdq.check_onnx(onnx.path, expected=logits["mixed"], found=logits["ONNX"], tie_floor_db=floor)

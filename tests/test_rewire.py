@@ -110,7 +110,7 @@ class TestResidual:
         (add,) = plan.of("quantize")
         assert add.operands == (0,)
 
-    def test_a_branch_right_behind_a_convolution_is_none(self, images):
+    def test_a_branch_right_behind_a_convolution_is_none(self, images, tmp_path):
         class Bottleneck(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -120,9 +120,15 @@ class TestResidual:
                 x = self.first(x)
                 return x + self.second(F.relu(x))
 
-        (add,) = [op for op in build(Network(Bottleneck()), images).operations if op.function == "add"]
-        assert add.action == "float"
-        assert "R-ADD-2" in add.reason
+        for exclude in ((), ["blocks.0.first"]):  # whether that convolution is int8 does not matter
+            model = Network(Bottleneck()).eval()
+            swap_modules(model, images, exclude=exclude)
+            (add,) = [op for op in rewire_operations(model, images).operations if op.function == "add"]
+            assert add.action == "float"
+            assert "R-ADD-2" in add.reason
+            calibrate_model(model, [images], method="max")
+            path = qdq.export_onnx(model, images, tmp_path / "m.onnx").path
+            assert not [f for f in qdq.check_onnx(path).findings if f.rule == "QDQ112"]
 
     def test_activation_before_the_add_quantizes_both_with_one_scale(self, images):
         class Yolo(Block):

@@ -113,7 +113,12 @@ def _find_branch(view: GraphView, add: ir.Node) -> int | None:
         branch = 0 if products[0] is not None else 1
         product = products[branch]
         # A convolution that the other side comes from is the beginning of the block, not its end (ConvNeXt).
-        return None if product is None or _depends_on(view, sources[1 - branch], product) else branch
+        if product is None or _depends_on(view, sources[1 - branch], product):
+            return None
+        # Nor is there a shortcut where the branch begins right behind a convolution, be it in float (R-ADD-2).
+        begin = view.source(sources[1 - branch], _EPILOGUE)
+        is_begin = begin is not None and is_op(begin, *_CONVOLUTIONS) and _depends_on(view, sources[branch], begin)
+        return None if is_begin else branch
     lengths = _lengths_to_ancestor(view, products[0], products[1])
     if lengths is None:
         return None
