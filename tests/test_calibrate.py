@@ -98,7 +98,7 @@ def test_quantizer_placed_by_hand_is_calibrated():
 
 def test_a_quantizer_with_an_axis_takes_maxima_and_says_so(residual, batches, caplog):
     swap_modules(residual, exclude=["head"], input_desc=QuantDescriptor(axis=1))
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="qdq.calibrate"):
         ranges = {r.name: r for r in calibrate_model(residual, batches, method="mse")}
     torch.testing.assert_close(residual.stem.input_quantizer.amax.flatten(), torch.cat(batches).abs().amax((0, 2, 3)))
     assert ranges["stem._input_quantizer"].method == "max"
