@@ -116,16 +116,9 @@ class Dataflow:
 
     def _feeds_product(self, value: int) -> bool:
         """Whether a convolution or product reads a tensor, perhaps behind activations: then it is no mere output."""
-        seen, queue = {value}, deque([value])
-        while queue:
-            for operation in self._readers.get(queue.popleft(), ()):
-                if operation.function in CONVOLUTIONS | _PRODUCTS:
-                    return True
-                passes = operation.function in _ACTIVATIONS | _LINEAR | MAX_POOLINGS | {"cat"}
-                fresh = [result for result in operation.outputs if passes and result not in seen]
-                seen.update(fresh)
-                queue.extend(fresh)
-        return False
+        passing = _ACTIVATIONS | _LINEAR | MAX_POOLINGS | {"cat"}
+        readers = (op for here in self._values_behind(value, passing) for op in self._readers.get(here, ()))
+        return any(operation.function in CONVOLUTIONS | _PRODUCTS for operation in readers)
 
     def _reads_pooled(self, operation: Operation) -> bool:
         """Whether the input of a function is a pooled map, perhaps behind activations and copies."""
@@ -148,13 +141,16 @@ class Dataflow:
 
     def layers_reading(self, value: int) -> Iterator[str]:
         """Modules called on a tensor, as it is or behind activations, BatchNorm, copies, pooling and concats."""
+        for here in self._values_behind(value, _ACTIVATIONS | _LINEAR | COPIES | MAX_POOLINGS | {"cat"}):
+            yield from self._modules_on.get(here, ())
+
+    def _values_behind(self, value: int, passing: frozenset[str]) -> Iterator[int]:
+        """A tensor and those that come from it through functions of some names only."""
         seen, queue = {value}, deque([value])
         while queue:
             here = queue.popleft()
-            yield from self._modules_on.get(here, ())
+            yield here
             for operation in self._readers.get(here, ()):
-                passes = operation.function in _ACTIVATIONS | _LINEAR | COPIES | MAX_POOLINGS | {"cat"}
-                for result in operation.outputs if passes else ():
-                    if result not in seen:
-                        seen.add(result)
-                        queue.append(result)
+                fresh = [result for result in operation.outputs if operation.function in passing and result not in seen]
+                seen.update(fresh)
+                queue.extend(fresh)

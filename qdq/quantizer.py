@@ -254,7 +254,7 @@ class TensorQuantizer(nn.Module):
     def _require_valid(self, amax: torch.Tensor) -> None:
         if not amax.is_meta and not bool((torch.isfinite(amax) & (amax >= 0)).all()):
             raise ArgumentError(
-                f"amax of {self._label} holds NaN, Inf or a negative number: {_summary(amax)}.",
+                f"amax of {self._label} holds NaN, Inf or a negative number: {summarize_amax(amax)}.",
                 "a range is the largest absolute value: finite and not below 0.",
             )
         if self._axis is None and amax.numel() != 1:
@@ -394,7 +394,7 @@ class TensorQuantizer(nn.Module):
             f"{'unsigned ' if self._unsigned else ''}{self._num_bits}bit",
             "narrow" if self._narrow_range else "",
             "per-tensor" if self._axis is None else f"axis={self._axis}",
-            f"amax={_summary(self.amax)}",
+            f"amax={summarize_amax(self.amax)}",
             f"calibrator={type(self._calibrator).__name__}",
             "quant" if self._if_quant else "",
             "calib" if self._if_calib else "",
@@ -457,7 +457,8 @@ class SharedQuantizer(TensorQuantizer):
         return f"{state}range of {self.leader.name or 'another'}: {self.leader.extra_repr()}"
 
 
-def _summary(amax: torch.Tensor | None) -> str:
+def summarize_amax(amax: torch.Tensor | None) -> str:
+    """A range in a few characters: four decimals; smallest, largest and number of several."""
     if amax is None:
         return "dynamic"
     if amax.is_meta:

@@ -14,7 +14,6 @@ from qdq.check.parity import require_file
 from qdq.errors import CheckError
 
 _LARGEST_FILE = 2**31  # protobuf, and with it shape inference, ends here
-_FIX = "export it again."
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def load_onnx(path: Path) -> LoadedModel:
 
 def invalid(path: Path, reason: str) -> CheckError:
     """The error of a file that is no valid ONNX."""
-    return CheckError(f"{path} is no valid ONNX file: {reason}", _FIX)
+    return CheckError(f"{path} is no valid ONNX file: {reason}", "export it again.")
 
 
 def infer_shapes(model: ir.Model) -> None:

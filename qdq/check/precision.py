@@ -31,7 +31,7 @@ def measure_peaks(model: ir.Model, inputs: Mapping[str, Array]) -> dict[str, flo
     Raises:
         CheckError: ONNX Runtime cannot run the model.
     """
-    copy = ir.from_proto(ir.to_proto(model))
+    copy = model.clone()
     graph = copy.graph
     made = [value for node in graph if node.op_type != "Constant" for value in node.outputs]
     values = [value for value in [*graph.inputs, *made] if value.dtype == ir.DataType.FLOAT]
@@ -61,7 +61,7 @@ def run_rounded(model: ir.Model, inputs: Mapping[str, Array]) -> list[Array]:
     Raises:
         CheckError: ONNX Runtime cannot run the model.
     """
-    copy = ir.from_proto(ir.to_proto(model))
+    copy = model.clone()
     axes = ir.Value(name="qdq.axes", const_value=ir.tensor(np.array([0]), name="qdq.axes"))
     copy.graph.register_initializer(axes)
     for node in list(copy.graph):

@@ -453,7 +453,17 @@ def _pass_inside(inputs: torch.Tensor, low: Any, high: Any, grad: torch.Tensor) 
     return torch.where((inputs >= low) & (inputs <= high), grad, torch.zeros_like(grad))
 
 
-class TensorQuantFunction(torch.autograd.Function):
+class _StraightThrough(torch.autograd.Function):
+    """The gradient of codes on a symmetric range."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Straight through where |x| <= amax."""
+        inputs, amax = ctx.saved_tensors
+        return _pass_inside(inputs, -amax, amax, grads[0]), None, None, None, None
+
+
+class TensorQuantFunction(_StraightThrough):
     """`tensor_quant` with its gradient."""
 
     @staticmethod
@@ -478,14 +488,8 @@ class TensorQuantFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(scale)
         return _cast_back(codes, inputs.dtype), scale
 
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Straight through where |x| <= amax."""
-        inputs, amax = ctx.saved_tensors
-        return _pass_inside(inputs, -amax, amax, grads[0]), None, None, None, None
 
-
-class FakeTensorQuantFunction(torch.autograd.Function):
+class FakeTensorQuantFunction(_StraightThrough):
     """`fake_tensor_quant` with its gradient."""
 
     @staticmethod
@@ -502,12 +506,6 @@ class FakeTensorQuantFunction(torch.autograd.Function):
         ctx.save_for_backward(inputs, amax)
         codes, scale = _quantize(inputs, amax, num_bits, unsigned, narrow_range)
         return _cast_back(codes.div_(scale), inputs.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Straight through where |x| <= amax."""
-        inputs, amax = ctx.saved_tensors
-        return _pass_inside(inputs, -amax, amax, grads[0]), None, None, None, None
 
 
 class LegacyFakeTensorQuantFunction(FakeTensorQuantFunction):

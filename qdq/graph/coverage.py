@@ -232,10 +232,14 @@ def _scales_outputs(node: ir.Node, dequantize: ir.Node) -> bool:
     shape = dequantize.outputs[0].shape
     if shape is None:
         return True
-    axis = dequantize.attributes.get_int("axis", 1) % len(shape)
+    return dequantize.attributes.get_int("axis", 1) % len(shape) == output_axis(node, len(shape))
+
+
+def output_axis(node: ir.Node, rank: int) -> int:
+    """Where the output channels of the weight of a weighted node lie, if it has so many dimensions (R-AXIS)."""
     if node.op_type == "Gemm":
-        return axis == (0 if node.attributes.get_int("transB", 0) else 1)
-    return axis == {"Conv": 0, "ConvTranspose": 1, "MatMul": len(shape) - 1}[node.op_type]
+        return 0 if node.attributes.get_int("transB", 0) else 1
+    return {"Conv": 0, "ConvTranspose": 1, "MatMul": rank - 1}[node.op_type]
 
 
 def _with_shapes(model: ir.Model) -> ir.Model:

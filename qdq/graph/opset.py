@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnx import defs
 
 from qdq.errors import ArgumentError, ExportError
+from qdq.graph.pairs import constant_of
 
 LOWEST, HIGHEST = 13, 18  # Q/DQ have an axis from 13 on; what changed after 18 has no rules here
 
@@ -354,13 +355,9 @@ def _remove_attributes(node: ir.Node, *names: str) -> None:
 
 
 def _constant(value: ir.Value | None) -> list[int] | None:
-    """The numbers of a constant; a graph input's are only a default."""
-    if value is None or value.is_graph_input():
-        return None
-    if (producer := value.producer()) and any(attribute.is_ref() for attribute in producer.attributes.values()):
-        return None
-    tensor = ir.convenience.get_const_tensor(value)
-    return None if tensor is None else [int(number) for number in tensor.numpy().ravel()]
+    """The whole numbers of a constant."""
+    array = constant_of(value)
+    return None if array is None else [int(number) for number in array.ravel()]
 
 
 def _remove_if_unused(value: ir.Value) -> None:

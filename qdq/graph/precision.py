@@ -10,11 +10,11 @@ from onnx import defs
 
 from qdq.errors import ArgumentError, ExportError
 from qdq.graph.coverage import WEIGHTED_OPS
+from qdq.graph.pairs import constant_of
 from qdq.graph.precision_rules import (
     KeptNode,
     Target,
     choose_kept,
-    constant_of,
     is_float,
     parameter_types,
     takes_either,

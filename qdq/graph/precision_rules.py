@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnx import defs
 
 from qdq.graph.coverage import WEIGHTED_OPS
+from qdq.graph.pairs import constant_of
 
 HEADROOM = 4.0
 """A measured value may grow so much on other inputs before it leaves the range of float16."""
@@ -121,14 +122,6 @@ def choose_kept(graph: ir.Graph, target: Target) -> dict[ir.Node, str]:
 def is_float(value: ir.Value | None) -> bool:
     """Whether a value is float32."""
     return value is not None and value.dtype == _FLOAT
-
-
-def constant_of(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
-    """The numbers of an initializer or Constant; a graph input's are only a default."""
-    if value is None or value.is_graph_input():
-        return None
-    tensor = ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
 
 
 def takes_either(node: ir.Node) -> bool:

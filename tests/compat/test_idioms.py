@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from field_scripts import collect_stats, compute_amax
 from torch import nn
 
 from qdq.compat import calib, quant_modules
@@ -127,41 +128,6 @@ class enable_quantization(disable_quantization):  # noqa: N801
 
 def quantizer_state(model):
     return {name: not m._disabled for name, m in model.named_modules() if isinstance(m, TensorQuantizer)}
-
-
-def collect_stats(model, loader, num_batches):
-    model.eval()
-    for _, module in model.named_modules():
-        if isinstance(module, TensorQuantizer):
-            if module._calibrator is not None:
-                module.disable_quant()
-                module.enable_calib()
-            else:
-                module.disable()
-    with torch.no_grad():
-        for i, images in enumerate(loader):
-            model(images)
-            if i >= num_batches:
-                break
-    for _, module in model.named_modules():
-        if isinstance(module, TensorQuantizer):
-            if module._calibrator is not None:
-                module.enable_quant()
-                module.disable_calib()
-            else:
-                module.enable()
-
-
-def compute_amax(model, device="cpu", **kwargs):
-    for name, module in model.named_modules():
-        if isinstance(module, TensorQuantizer):
-            if module._calibrator is not None:
-                if isinstance(module._calibrator, calib.MaxCalibrator):
-                    module.load_calib_amax()
-                else:
-                    module.load_calib_amax(**kwargs)
-                module._amax = module._amax.to(device)
-            print(f"{name:40}: {module}")
 
 
 class QuantAdd(torch.nn.Module, _utils.QuantMixin):

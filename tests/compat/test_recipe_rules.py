@@ -15,11 +15,12 @@ import onnxruntime
 import pytest
 import torch
 import torchvision
+from field_scripts import collect_stats, compute_amax
 from onnx import numpy_helper
 from torch import nn
 
-from qdq.compat import calib, quant_modules
 from qdq.compat import nn as quant_nn
+from qdq.compat import quant_modules
 from qdq.compat.nn.modules import _utils
 from qdq.compat.nn.modules.tensor_quantizer import TensorQuantizer
 from qdq.compat.tensor_quant import QuantDescriptor
@@ -313,39 +314,6 @@ def export_onnx(model, inputs, path, **options):
     with torch.no_grad():
         torch.onnx.export(model, inputs, path, opset_version=13, **options)
     quant_nn.TensorQuantizer.use_fb_fake_quant = False
-
-
-def collect_stats(model, loader, num_batches):
-    model.eval()
-    for _, module in model.named_modules():
-        if isinstance(module, TensorQuantizer):
-            if module._calibrator is not None:
-                module.disable_quant()
-                module.enable_calib()
-            else:
-                module.disable()
-    with torch.no_grad():
-        for i, images in enumerate(loader):
-            model(images)
-            if i >= num_batches:
-                break
-    for _, module in model.named_modules():
-        if isinstance(module, TensorQuantizer):
-            if module._calibrator is not None:
-                module.enable_quant()
-                module.disable_calib()
-            else:
-                module.enable()
-
-
-def compute_amax(model, **kwargs):
-    for _, module in model.named_modules():
-        if isinstance(module, TensorQuantizer) and module._calibrator is not None:
-            if isinstance(module._calibrator, calib.MaxCalibrator):
-                module.load_calib_amax()
-            else:
-                module.load_calib_amax(**kwargs)
-            module._amax = module._amax.to("cpu")
 
 
 def set_disabled(model, disabled):

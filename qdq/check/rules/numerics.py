@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from qdq.check.rules.registry import Flaw, register_rule
 from qdq.check.rules.view import COMMUTING_OPS, Array, GraphView, is_op, name_of
+from qdq.graph.coverage import output_axis
 
 _UNSIGNED = (ir.DataType.UINT8, ir.DataType.UINT16, ir.DataType.UINT4, ir.DataType.UINT2)
 _SIGNED = (ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1)
@@ -175,7 +176,7 @@ def _check_axis(view: GraphView, node: ir.Node, weight: ir.Node) -> Iterator[Fla
         return
     rank = len(codes)
     found = _follow_axis(node.inputs[1], weight, weight.attributes["axis"].as_int() % rank)
-    expected = _output_axis(node, rank)
+    expected = output_axis(node, rank)
     if found is not None and found != expected:
         message = f"the weight has scales on axis {found}, not on its output channels (R-AXIS)"
         yield Flaw(name_of(node), message, f"quantize the weight on axis {expected}.")
@@ -193,13 +194,6 @@ def _follow_axis(value: ir.Value | None, weight: ir.Node, axis: int) -> int | No
         elif not is_op(node, "Identity", "Cast"):
             return None
     return axis
-
-
-def _output_axis(node: ir.Node, rank: int) -> int:
-    """Where the output channels of a weight lie."""
-    if node.op_type == "Gemm":
-        return 0 if node.attributes.get_int("transB", 0) else 1
-    return {"Conv": 0, "ConvTranspose": 1, "MatMul": rank - 1}[node.op_type]
 
 
 @register_rule(

@@ -10,14 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qdq.graph import pairs
 from qdq.graph.coverage import WEIGHTED_OPS
+from qdq.graph.pairs import is_op as is_op
 
 Array = npt.NDArray[Any]
 
-COPY_OPS = frozenset({
-    "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze",
-    "Tile", "Transpose", "Unsqueeze",
-})  # fmt: skip
+COPY_OPS = pairs.COPY_OPS | {"Identity"}
 """Operators that only move values: Q and DQ pass through them (R-COPY)."""
 MOVING_OPS = COPY_OPS | {"Cast", "Dropout", "Pad"}
 COMMUTING_OPS = MOVING_OPS | {"MaxPool"}
@@ -193,11 +192,6 @@ class GraphView:
                     values += node.outputs
                 else:
                     yield node
-
-
-def is_op(node: ir.Node, *op_types: str) -> bool:
-    """Whether a node is one of these standard operators."""
-    return node.domain == "" and node.op_type in op_types
 
 
 def name_of(node: ir.Node) -> str:

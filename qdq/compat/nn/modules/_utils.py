@@ -77,20 +77,29 @@ def _set_default(quant_cls: type, name: str, value: Any) -> None:
     setattr(quant_cls, name, copy.deepcopy(value))  # on this class: subclasses inherit it, siblings do not
 
 
-class QuantInputMixin:
-    """For modules whose input alone is quantized; a plain mixin, so that it may stand on either side of `nn.Module`."""
+class _QuantizesInput:
+    """What both mixins have: the input's quantizer, and the class-wide default of its descriptor."""
 
     default_quant_desc_input: ClassVar[QuantDescriptor] = QuantDescriptor()
     _input_quantizer: TensorQuantizer
 
     @classmethod
     def set_default_quant_desc_input(cls, value: QuantDescriptor) -> None:
-        """Set the default for modules of this class that are built from now on.
+        """Set the input's default for modules of this class that are built from now on.
 
         Raises:
             ValueError: No `QuantDescriptor`.
         """
         _set_default(cls, "default_quant_desc_input", value)
+
+    @property
+    def input_quantizer(self) -> TensorQuantizer:
+        """The quantizer of the input."""
+        return self._input_quantizer
+
+
+class QuantInputMixin(_QuantizesInput):
+    """For modules whose input alone is quantized; a plain mixin, so that it may stand on either side of `nn.Module`."""
 
     def init_quantizer(self, quant_desc_input: QuantDescriptor) -> None:
         """Attach the quantizer; any caller may (F33).
@@ -102,18 +111,11 @@ class QuantInputMixin:
         _require_fake(type(self), quant_desc_input=quant_desc_input)
         self._input_quantizer = TensorQuantizer(quant_desc_input)
 
-    @property
-    def input_quantizer(self) -> TensorQuantizer:
-        """The quantizer of the input."""
-        return self._input_quantizer
 
-
-class QuantMixin:
+class QuantMixin(_QuantizesInput):
     """For modules whose input and weight are quantized; no `QuantInputMixin`, scripts tell the two apart."""
 
-    default_quant_desc_input: ClassVar[QuantDescriptor] = QuantDescriptor()
     default_quant_desc_weight: ClassVar[QuantDescriptor] = QuantDescriptor()
-    _input_quantizer: TensorQuantizer
     _weight_quantizer: TensorQuantizer
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -126,15 +128,6 @@ class QuantMixin:
                 cls.__qualname__,
                 reason,
             )
-
-    @classmethod
-    def set_default_quant_desc_input(cls, value: QuantDescriptor) -> None:
-        """Set the input's default for modules of this class that are built from now on.
-
-        Raises:
-            ValueError: No `QuantDescriptor`.
-        """
-        _set_default(cls, "default_quant_desc_input", value)
 
     @classmethod
     def set_default_quant_desc_weight(cls, value: QuantDescriptor) -> None:
@@ -166,11 +159,6 @@ class QuantMixin:
         else:
             self._input_quantizers = nn.ModuleList(TensorQuantizer(quant_desc_input) for _ in range(num_layers))
             self._weight_quantizers = nn.ModuleList(TensorQuantizer(quant_desc_weight) for _ in range(num_layers))
-
-    @property
-    def input_quantizer(self) -> TensorQuantizer:
-        """The quantizer of the input."""
-        return self._input_quantizer
 
     @property
     def weight_quantizer(self) -> TensorQuantizer:

@@ -34,7 +34,7 @@ from qdq.formats import Format
 from qdq.observers.finite import require_tensor
 from qdq.observers.max import reduce_amax
 from qdq.quantizer import TensorQuantizer as CoreTensorQuantizer
-from qdq.quantizer import fake_quantize
+from qdq.quantizer import fake_quantize, summarize_amax
 
 logger = logging.getLogger(__name__)
 
@@ -536,13 +536,13 @@ class TensorQuantizer(CoreTensorQuantizer):
         """Format, axes, range, calibrator, state, as pytorch-quantization prints them."""
         if self._disabled:
             return "disabled"
-        scale = self._scale if self._scale is None or isinstance(self._scale, float) else _short(self._scale)
+        scale = self._scale if self._scale is None or isinstance(self._scale, float) else summarize_amax(self._scale)
         parts = [
             f"{'unsigned ' if self._unsigned else ''}{self._num_bits}bit",
             "narrow" if self._narrow_range else "",
             "fake" if self._fake_quant else "",
             "per-tensor" if self._axis is None else f"axis={self._axis}",
-            f"amax={'dynamic' if self.amax is None else _short(self.amax)}",
+            f"amax={summarize_amax(self.amax)}",
             f"*{self._scale_amax}" if self._scale_amax else "",
             "pre_quant_scale" if self.pre_quant_scale is not None else "",
             "learned" if self._learn_amax else "",
@@ -613,12 +613,3 @@ def _as_float(value: Any, name: str) -> torch.Tensor:
             f"{name} must be a number, list, ndarray or tensor; found {value!r} of type {type(value).__name__}.",
             "give a range such as 2.5.",
         ) from error
-
-
-def _short(amax: torch.Tensor) -> str:
-    """Four decimals; smallest, largest and number of several."""
-    if amax.is_meta:
-        return "meta"
-    if amax.numel() == 1:
-        return f"{amax.item():.4f}"
-    return f"[{amax.min().item():.4f}, {amax.max().item():.4f}]({amax.numel()})"
