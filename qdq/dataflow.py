@@ -45,7 +45,6 @@ class Dataflow:
         self.shapes = trace.shapes
         self._producers: dict[int, Operation] = {}
         self._readers: dict[int, list[Operation]] = {}
-        self._modules_on: dict[int, list[str]] = {}
         self._computed = set(trace.inputs)
         for operation in trace.operations:
             for value in operation.inputs:
@@ -54,13 +53,16 @@ class Dataflow:
                 self._producers[value] = operation
             if not self._computed.isdisjoint(operation.inputs):
                 self._computed.update(operation.outputs)
-        for run in trace.runs:
-            for value in run.inputs[:1]:
-                self._modules_on.setdefault(value, []).append(run.module)
 
     def is_computed(self, value: int) -> bool:
         """Whether a tensor depends on the input of the network; weights and other constants do not."""
         return value in self._computed
+
+    def is_stored(self, value: int) -> bool:
+        """Whether a tensor is there before the forward, or a view of one that is: a parameter, not made from some."""
+        while (producer := self._producers.get(value)) is not None and producer.function in COPIES:
+            value = producer.inputs[0]
+        return producer is None
 
     def is_copy(self, operation: Operation) -> bool:
         """Whether a function only moves or repeats values."""
@@ -139,10 +141,10 @@ class Dataflow:
                     queue.append(before)
         return found
 
-    def layers_reading(self, value: int) -> Iterator[str]:
-        """Modules called on a tensor, as it is or behind activations, BatchNorm, copies, pooling and concats."""
+    def readers_behind(self, value: int) -> Iterator[Operation]:
+        """Functions on a tensor, as it is or behind activations, BatchNorm, copies, pooling and concats."""
         for here in self._values_behind(value, _ACTIVATIONS | _LINEAR | COPIES | MAX_POOLINGS | {"cat"}):
-            yield from self._modules_on.get(here, ())
+            yield from self._readers.get(here, ())
 
     def _values_behind(self, value: int, passing: frozenset[str]) -> Iterator[int]:
         """A tensor and those that come from it through functions of some names only."""

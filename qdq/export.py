@@ -31,6 +31,8 @@ from qdq.formats import Format
 from qdq.graph.coverage import WeightedNode, count_qdq, list_weighted_nodes
 from qdq.graph.fold_casts import FoldCasts
 from qdq.graph.fold_pad import FoldPad
+from qdq.graph.fold_weights import FoldWeights
+from qdq.graph.lower_einsum import LowerEinsum
 from qdq.graph.merge_constants import MergeConstants
 from qdq.graph.merge_pairs import MergePairs
 from qdq.graph.move_quantize import MoveQuantizeBeforeCopies
@@ -186,6 +188,8 @@ def _passes(opset: int, weights: str) -> list[ir.passes.InPlacePass]:
     passes: list[ir.passes.InPlacePass] = [
         RemoveIdentities(),
         NameNodes(),
+        FoldWeights(),
+        LowerEinsum(),
         MergePairs(),
         MoveQuantizeBeforeCopies(),
         MergePairs(),  # a pair that was moved may meet an equal one
@@ -293,9 +297,11 @@ def _int8_codes(
 
 def _require_complete(model: nn.Module, exported: ir.Model) -> dict[str, list[str]]:
     """Refuse a graph in which a quantized layer has no Q/DQ, or whose Q/DQ break a rule; say what became what."""
+    first_names = {id(module): name for name, module in model.named_modules()}
+    aliases = {name: first_names[id(module)] for name, module in model.named_modules(remove_duplicate=False)}
     nodes: dict[str, list[WeightedNode]] = {}
     for node in list_weighted_nodes(exported):
-        nodes.setdefault(node.module, []).append(node)
+        nodes.setdefault(aliases.get(node.module, node.module), []).append(node)
     expected = {
         name
         for name, layer in quantized_layers(model).items()

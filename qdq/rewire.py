@@ -7,8 +7,6 @@ readers (R-FAN), both sides of a copy or a max pooling (R-COPY, R-MP), all parts
 
 from __future__ import annotations
 
-import fnmatch
-import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,16 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from qdq.dataflow import MAX_POOLINGS, Dataflow
+from qdq.dataflow import CONVOLUTIONS, MAX_POOLINGS, Dataflow
 from qdq.defaults import reason_against_convolution, reason_against_linear
 from qdq.errors import ArgumentError
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.nn.functions import QuantFunctionsMixin, add_function_quantizers, name_quantizer
 from qdq.nn.registry import find_counterpart
+from qdq.patterns import Pattern, Patterns
 from qdq.quantizer import QuantDescriptor, SharedQuantizer, TensorQuantizer, disable_quantization
 from qdq.trace import Operation, trace_forward
-
-logger = logging.getLogger(__name__)
 
 SCALES = ("shared", "independent")
 _CONCATS = frozenset({"cat"})
@@ -93,8 +90,8 @@ def rewire_operations(
     example_inputs: Any,
     *,
     scales: str = "shared",
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
+    include: Iterable[Pattern] = (),
+    exclude: Iterable[Pattern] = (),
 ) -> RewirePlan:
     """Put quantizers in front of function calls, and have quantizers share ranges, as TensorRT wants them; in place.
 
@@ -106,14 +103,17 @@ def rewire_operations(
         example_inputs: One batch (see `trace.call_model`); the model runs on it once.
         scales: "shared": one scale for all readers of a tensor, for both sides of a copy or max pooling and for all
             parts of a concat. "independent": every quantizer its own, which is more accurate and slower.
-        include: Names or globs of calls ("encoder.*.matmul") that are quantized against a default rule.
-        exclude: Names or globs of calls that stay in float; also of modules, for all that they call.
+        include: Patterns (see `qdq.patterns`) of calls ("encoder.*.matmul") that are quantized against a default rule.
+        exclude: Patterns of calls that stay in float, or of modules, for all that they call; those that `swap_modules`
+            was given may be among them.
 
     Returns:
         The plan that was carried out. A pattern that matches nothing is logged as a warning.
 
     Raises:
-        ArgumentError: An unknown policy, a model without quantized layers, or one that is rewired already.
+        ArgumentError: An unknown policy, a model without quantized layers, or one that is rewired already; a regular
+            expression that cannot be compiled.
+        ArgumentTypeError: A pattern of another kind.
     """
     if scales not in SCALES:
         raise ArgumentError(f"scales is {scales!r}; known are {', '.join(SCALES)}.", "use 'shared'.")
@@ -124,43 +124,23 @@ def rewire_operations(
     with disable_quantization(model):
         flow = Dataflow(trace_forward(model, example_inputs))
     modules = dict(model.named_modules())
-    planned = _Decisions(modules, flow, _Names(include, "include"), _Names(exclude, "exclude")).decide()
+    planned = _Decisions(modules, flow, Patterns(include, "include"), Patterns(exclude, "exclude")).decide()
     places = _list_places(modules, flow, planned)
     _group_places(places, flow, planned, is_shared=scales == "shared")
     shared = _attach(modules, places, model.training)
     return RewirePlan(tuple(planned.values()), shared)
 
 
-class _Names:
-    """Patterns that remember whether they matched anything."""
-
-    def __init__(self, patterns: Iterable[str], option: str) -> None:
-        self._patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-        self._option = option
-        self._used: set[str] = set()
-
-    def match(self, operation: Operation) -> str:
-        """The first pattern that names a call or a module around it, or ""."""
-        parts = operation.name.split(".")
-        names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        hits = [p for p in self._patterns if any(fnmatch.fnmatchcase(name, p) for name in names)]
-        self._used.update(hits)
-        return hits[0] if hits else ""
-
-    def warn_unused(self) -> None:
-        for pattern in self._patterns:
-            if pattern not in self._used:
-                logger.warning("%s pattern %r matches no function call", self._option, pattern)
-
-
 class _Decisions:
     """What the rules say about every call."""
 
-    def __init__(self, modules: dict[str, nn.Module], flow: Dataflow, include: _Names, exclude: _Names) -> None:
+    def __init__(self, modules: dict[str, nn.Module], flow: Dataflow, include: Patterns, exclude: Patterns) -> None:
         self._modules = modules
         self._flow = flow
         self._include = include
         self._exclude = exclude
+        self._first = next((op for op in flow.operations if op.function in CONVOLUTIONS), None)
+        self._writes_output = flow.output_convolutions()
 
     def decide(self) -> dict[str, PlannedOperation]:
         """By the name of the call; the first call of a module that runs several times speaks for all."""
@@ -170,27 +150,30 @@ class _Decisions:
                 continue
             action, reason, operands = self._judge(operation)
             planned[operation.name] = PlannedOperation(operation.name, operation.function, action, reason, operands)
-        self._include.warn_unused()
-        self._exclude.warn_unused()
+        for name, module in self._modules.items():  # a pattern may mean a layer, which the swap has left alone
+            self._exclude.match([name], module)
+        self._include.warn_unused("function call")
+        self._exclude.warn_unused("function call and no module")
         return planned
 
     def _is_shown(self, operation: Operation) -> bool:
         """Whether a rule has something to say: a sum or product of two computed tensors, a concat, attention ..."""
-        if operation.function not in _SHOWN or isinstance(self._modules.get(operation.module), QuantInputMixin):
+        if operation.function not in _SHOWN or isinstance(self._modules[operation.module], QuantInputMixin):
             return False
         computed = [value for value in operation.inputs if self._flow.is_computed(value)]
         if operation.function in _WEIGHTED:  # with a layer around it the plan of the swap has said what happens
-            owner = self._modules.get(operation.module)
-            return len(computed) == 1 and (owner is None or find_counterpart(type(owner)) is None)
+            is_layer = find_counterpart(type(self._modules[operation.module])) is not None
+            return len(computed) == 1 and not (is_layer and self._flow.is_stored(operation.inputs[1]))
         return len(computed) >= (2 if operation.function in ("add", "mul") else 1)
 
     def _judge(self, operation: Operation) -> tuple[str, str, tuple[int, ...]]:
-        if pattern := self._exclude.match(operation):
-            return "float", f"excluded by {pattern!r}", ()
-        if pattern := self._include.match(operation):
+        owner = self._modules[operation.module]
+        if pattern := self._exclude.match([operation.name], owner):
+            return "float", f"excluded by {pattern}", ()
+        if pattern := self._include.match([operation.name], owner):
             computed = tuple(i for i, value in enumerate(operation.inputs) if self._flow.is_computed(value))
             operands = (0, 1) if operation.function in _WEIGHTED else computed  # both or none (R-CONV-2)
-            return self._attachable(operation, f"included by {pattern!r}", operands)
+            return self._attachable(operation, f"included by {pattern}", operands)
         if operation.function == "add":
             return self._judge_add(operation)
         if operation.function in _WEIGHTED:
@@ -205,8 +188,8 @@ class _Decisions:
         self, operation: Operation, reason: str, operands: tuple[int, ...]
     ) -> tuple[str, str, tuple[int, ...]]:
         """Quantize, unless the module's forward is out of reach."""
-        owner = self._modules.get(operation.module)
-        if owner is None or "forward" in vars(owner) or isinstance(owner, torch.jit.ScriptModule):
+        owner = self._modules[operation.module]
+        if "forward" in vars(owner) or isinstance(owner, torch.jit.ScriptModule):
             return "float", "out of reach: the forward of its module is bound to the instance, or scripted", ()
         return "quantize", reason, operands
 
@@ -238,16 +221,19 @@ class _Decisions:
         return self._attachable(operation, reason, (0, 1))
 
     def _judge_weighted(self, operation: Operation) -> tuple[str, str, tuple[int, ...]]:
-        """`F.linear` or `F.conv2d` on parameters: the input and the weight, or none (R-CONV-2)."""
+        """`F.linear` or `F.conv2d` on weights, as stored or computed: both operands, or none (R-CONV-2)."""
         weight = self._flow.shapes[operation.inputs[1]]
         if operation.function == "linear":
             reason = reason_against_linear(weight)
         else:
             groups = self._flow.shapes[operation.inputs[0]][1] // weight[1]
-            reason = reason_against_convolution(weight, groups, is_first=False)
+            reason = reason_against_convolution(weight, groups, is_first=operation is self._first)
+            if operation.module in self._writes_output:
+                reason = "last convolution: it writes an output of the network (R-OUT)"
         if reason:
             return "float", reason, ()
-        return self._attachable(operation, "a product with a weight, called as a function", (0, 1))
+        how = "called as a function" if self._flow.is_stored(operation.inputs[1]) else "which the forward computes"
+        return self._attachable(operation, f"a product with a weight, {how}", (0, 1))
 
     def _judge_resize(self, operation: Operation) -> tuple[str, str, tuple[int, ...]]:
         if not self._flow.is_copy(operation):
@@ -262,14 +248,18 @@ class _Decisions:
         return self._attachable(operation, "average pooling before an int8 layer: its input (R-AP)", (0,))
 
     def _is_quantized(self, operation: Operation) -> bool:
-        return isinstance(self._modules.get(operation.module), QuantMixin)
+        """Whether a product runs in int8, as a layer or as a call."""
+        if isinstance(self._modules[operation.module], QuantMixin):
+            return True
+        is_call = operation.function in _WEIGHTED and self._is_shown(operation)
+        return is_call and self._judge(operation)[0] == "quantize"
 
     def _feeds_quantized(self, operation: Operation) -> bool:
-        """Whether a quantized layer reads the result, as it is or through activations and copies."""
+        """Whether something quantized reads the result, as it is or through activations and copies."""
         return any(
-            isinstance(self._modules.get(reader), QuantInputMixin)
+            isinstance(self._modules[reader.module], QuantInputMixin) or self._is_quantized(reader)
             for value in operation.outputs
-            for reader in self._flow.layers_reading(value)
+            for reader in self._flow.readers_behind(value)
         )
 
 

@@ -6,11 +6,9 @@ references from anywhere and modules used twice need no care.
 
 from __future__ import annotations
 
-import fnmatch
 import logging
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +16,20 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import Linear
-from torch.nn.modules.pooling import _AdaptiveAvgPoolNd
+from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd
 from torch.nn.parameter import UninitializedParameter
 
 from qdq.dataflow import CONVOLUTIONS, Dataflow
 from qdq.defaults import reason_against_convolution, reason_against_linear
-from qdq.errors import ArgumentError, ArgumentTypeError
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.nn.functions import QuantFunctionsMixin, remove_function_quantizers
 from qdq.nn.registry import _DEFAULT_QUANT_MAP, find_counterpart
+from qdq.patterns import Pattern, Patterns
 from qdq.quantizer import QuantDescriptor, disable_quantization
 from qdq.trace import Contraction, ForwardTrace, trace_forward
 
 logger = logging.getLogger(__name__)
 
-Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 # What switches the fused kernel of a transformer off: class, attribute, value.
 _FAST_PATHS: tuple[tuple[type[nn.Module], str, Any], ...] = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
@@ -109,8 +106,7 @@ def plan_swap(
 ) -> SwapPlan:
     """The dry run of `swap_modules`: what would be quantized, what not, and why.
 
-    A pattern is a class, a callable `(name, module) -> bool`, or a string: a glob ("layer1.*") or, after "re:", a
-    regular expression for the whole dotted name. A name that matches stands for everything below it too.
+    What a pattern may be says `qdq.patterns`. A name that matches stands for everything below it too.
 
     Args:
         model: A float model, or one that is partly swapped.
@@ -127,7 +123,7 @@ def plan_swap(
         ArgumentError: A regular expression that cannot be compiled.
     """
     trace = None if example_inputs is None else trace_forward(model, example_inputs)
-    included, excluded = _Matcher(include or (), "include"), _Matcher(exclude, "exclude")
+    included, excluded = Patterns(include or (), "include"), Patterns(exclude, "exclude")
     rules = _DefaultRules(model, trace)
     names_of: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -145,8 +141,8 @@ def plan_swap(
             if action == "quantize" and counterpart is not None and trace is not None:
                 trace.calls.update(f"{name}.{child}".lstrip(".") for child in counterpart.called_children)
     planned.extend(_unplanned_calls(trace, model, rules, {module.name for module in planned}))
-    included.warn_unused()
-    excluded.warn_unused()
+    included.warn_unused("module")
+    excluded.warn_unused("module")
     return SwapPlan(tuple(planned))
 
 
@@ -350,7 +346,7 @@ def _reason_missed(name: str, module: nn.Module, counterpart: type[QuantInputMix
         return "it does not run on the example inputs"
     calls_something = any(c.module == name for c in trace.contractions)
     if calls_something and name not in used_by:
-        return "its forward transforms the weight before using it, so that a quantized weight is not what runs"
+        return "its forward transforms the weight and uses the result, which rewire_operations can quantize"
     return ""
 
 
@@ -367,10 +363,10 @@ class _DefaultRules:
         self._first = next(convolutions, None)
         self._writes_output: set[str] = set()
         self._weights = {parameter.untyped_storage().data_ptr() for parameter in _initialized(model)}
-        if trace is not None:
-            flow = Dataflow(trace)
-            self._writes_output = flow.output_convolutions()
-            self._first = next((op.module for op in flow.operations if op.function in CONVOLUTIONS), self._first)
+        self._flow = None if trace is None else Dataflow(trace)
+        if self._flow is not None:
+            self._writes_output = self._flow.output_convolutions()
+            self._first = next((op.module for op in self._flow.operations if op.function in CONVOLUTIONS), self._first)
 
     def describe_calls(self, module: nn.Module, calls: list[Contraction]) -> tuple[str, str]:
         """Action and reason for a module whose forward multiplies matrices itself."""
@@ -393,7 +389,17 @@ class _DefaultRules:
             return reason_against_linear((module.embed_dim, min(module.kdim, module.vdim)))
         if isinstance(module, _AdaptiveAvgPoolNd) and set(_as_tuple(module.output_size)) == {1}:
             return "global average pooling: a tiny tensor that stays float (R-GAP)"
+        if isinstance(module, _AvgPoolNd | _AdaptiveAvgPoolNd) and not self._feeds_product(name):
+            return "average pooling that no convolution or linear layer reads (R-AP)"
         return ""
+
+    def _feeds_product(self, name: str) -> bool:
+        """Whether a product that could run in int8 reads what a module makes; so it seems where nothing was traced."""
+        if self._flow is None:
+            return True
+        made = [value for operation in self._flow.operations if operation.module == name for value in operation.outputs]
+        readers = (reader for value in made for reader in self._flow.readers_behind(value))
+        return any(reader.function in CONVOLUTIONS | {"linear"} for reader in readers)
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
@@ -415,63 +421,3 @@ def _unplanned_calls(
         PlannedModule(name, type(modules[name]).__name__, *rules.describe_calls(modules[name], own), 0, mapped=False)
         for name, own in calls.items()
     ]
-
-
-class _Matcher:
-    """Patterns that remember whether they matched anything."""
-
-    def __init__(self, patterns: Iterable[Pattern], option: str) -> None:
-        if isinstance(patterns, str | type) or not isinstance(patterns, Iterable):
-            patterns = (patterns,)
-        self._option = option
-        self._tests: list[tuple[str, Callable[[list[str], nn.Module], bool]]] = [
-            (_describe(pattern), _compile(pattern)) for pattern in patterns
-        ]
-        self._used: set[str] = set()
-
-    def match(self, names: list[str], module: nn.Module) -> str:
-        """The first pattern that matches, described, or ""."""
-        hits = [description for description, test in self._tests if test(names, module)]
-        self._used.update(hits)
-        return hits[0] if hits else ""
-
-    def warn_unused(self) -> None:
-        for description, _ in self._tests:
-            if description not in self._used:
-                logger.warning("%s pattern %s matches no module", self._option, description)
-
-
-def _describe(pattern: Pattern) -> str:
-    return repr(pattern) if isinstance(pattern, str) else getattr(pattern, "__name__", repr(pattern))
-
-
-def _compile(pattern: Pattern) -> Callable[[list[str], nn.Module], bool]:
-    if isinstance(pattern, str):
-        matches = _compile_name(pattern)
-        return lambda names, _: any(matches(part) for name in names for part in _self_and_parents(name))
-    if isinstance(pattern, type):
-        return lambda _, module: isinstance(module, pattern)
-    if callable(pattern):
-        return lambda names, module: any(pattern(name, module) for name in names)
-    raise ArgumentTypeError(
-        f"pattern {pattern!r} is of type {type(pattern).__name__}.",
-        "give a dotted name, a glob, 're:...', a module class or a callable (name, module) -> bool.",
-    )
-
-
-def _compile_name(pattern: str) -> Callable[[str], bool]:
-    if not pattern.startswith("re:"):
-        return lambda name: fnmatch.fnmatchcase(name, pattern)
-    try:
-        expression = re.compile(pattern[3:])
-    except re.error as error:
-        raise ArgumentError(
-            f"pattern {pattern!r} is no regular expression: {error}.",
-            "correct it, or leave out 're:' for a glob.",
-        ) from error
-    return lambda name: expression.fullmatch(name) is not None
-
-
-def _self_and_parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[: end + 1]) for end in range(len(parts))]

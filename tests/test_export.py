@@ -213,6 +213,32 @@ def test_a_module_used_twice(tmp_path):
     np.testing.assert_allclose(run(report.path, x), predict(model, [x]), atol=0.05)
 
 
+def test_a_module_with_two_names(tmp_path):
+    """torch knows it by the name it was called by, qdq by the first one."""
+
+    class Inner(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return torch.relu(self.layer(x))
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+            self.inner = Inner(self.layer)
+
+        def forward(self, x):
+            return self.inner(x)
+
+    model, x = Outer(), torch.randn(4, 16)
+    swap_modules(model)
+    calibrate_model(model, [x])
+    assert list(export_onnx(model, x, tmp_path / "model.onnx").layers) == ["layer"]
+
+
 def test_exporting_changes_nothing_in_the_model(quantized, images, tmp_path):
     quantized.train()
     before = {name: tensor.clone() for name, tensor in quantized.state_dict().items()}

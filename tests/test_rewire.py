@@ -6,6 +6,7 @@ import random
 import threading
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import nn
 
 import qdq
 from qdq import ArgumentError, calibrate_model, fake_quantize, restore_modules, rewire_operations, swap_modules
+from qdq.check import OnnxModel
 from qdq.nn import QuantConv2d
 from qdq.nn.functions import QuantFunctionsMixin
 from qdq.quantizer import SharedQuantizer, TensorQuantizer, named_quantizers
@@ -291,6 +293,44 @@ class TestWeights:
             model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), Small()), torch.randn(2, 5, WIDTH)
             (operation,) = build(model, x, include=include).operations
             assert (operation.action, operation.operands) == (action, operands)
+
+    def test_weights_that_the_forward_computes(self, tmp_path):
+        class Standardized(nn.Conv2d):
+            def forward(self, x):
+                weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+                return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+        class Residual(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.stem = conv(3)
+                self.conv = Standardized(WIDTH, WIDTH, 3, padding=1)
+
+            def forward(self, x):
+                x = F.relu(self.stem(x))
+                return F.relu(self.conv(x) + x)
+
+        model, images = nn.Sequential(Residual(), conv(), nn.ReLU()).eval(), torch.randn(2, 3, 8, 8)
+        plan = build(model, images)
+        assert actions(plan) == {"0.conv.conv2d": "quantize", "0.add": "quantize"}
+        calibrate_model(model, [images])
+        block = model[0]
+        weight = block.conv.weight - block.conv.weight.mean((1, 2, 3), keepdim=True)
+        assert torch.allclose(block.conv._conv2d_input1_quantizer.amax.flatten(), weight.abs().amax((1, 2, 3)))
+        file = qdq.export_onnx(model, images, tmp_path / "model.onnx").path
+        assert not [finding for finding in qdq.check_onnx(file).findings if finding.severity != "info"]
+        stored = [value for value in onnx.load(file).graph.initializer if len(value.dims) == 4]
+        assert {value.data_type for value in stored if value.dims[0] == WIDTH} == {onnx.TensorProto.INT8}
+        with torch.no_grad():
+            expected = model(images).numpy()
+        np.testing.assert_allclose(OnnxModel(file)(images.numpy())[0], expected, atol=0.05)
+
+    def test_patterns_of_the_swap_are_no_mistake(self, images, caplog):
+        model = nn.Sequential(Network(Block()))
+        swap_modules(model, images, exclude=["0.head"])
+        rewire_operations(model, images, exclude=["0.head", "re:.*add", nn.Linear])
+        assert "matches no" not in caplog.text
+        assert not [name for name, _ in named_quantizers(model) if "add" in name]
 
     def test_included_by_name(self):
         model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), self.Attention()), torch.randn(2, 5, WIDTH)

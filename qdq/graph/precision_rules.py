@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnx import defs
 
 from qdq.graph.coverage import WEIGHTED_OPS
-from qdq.graph.pairs import constant_of
+from qdq.graph.pairs import COPY_OPS, constant_of, is_op
 
 HEADROOM = 4.0
 """A measured value may grow so much on other inputs before it leaves the range of float16."""
@@ -113,8 +113,11 @@ def choose_kept(graph: ir.Graph, target: Target) -> dict[ir.Node, str]:
         or (any(map(is_float, node.inputs)) and (node.op_type == "QuantizeLinear" or not takes_either(node)))
     ]
     kept = {node: reason for node in nodes if (reason := _reason(node, target))}
+    kept.update(_products_of_kept(nodes, kept))
     for node in _decomposed_normalizations(nodes):
         kept.setdefault(node, "part of a normalization written in single operators")
+    for node in _divisions_by_floored(nodes, target):
+        kept.setdefault(node, "divides by a value whose floor is zero in 16 bit")
     kept.update(dict.fromkeys(_regions_between(nodes, kept, target), "lies between nodes in float32"))
     return {node: kept[node] for node in nodes if node in kept}
 
@@ -239,6 +242,38 @@ def _by_range(node: ir.Node, target: Target) -> str | None:
     return next((reason for value in values if (reason := target.overflows(value))), None)
 
 
+def _products_of_kept(nodes: list[ir.Node], kept: Mapping[ir.Node, str]) -> dict[ir.Node, str]:
+    """Products with an operand whose DQ is kept, and all that dequantizes their operands.
+
+    TensorRT builds no int8 product from scales of two types ("type mismatch between matmul operand scales").
+    """
+    found: dict[ir.Node, str] = {}
+    while True:
+        new: dict[ir.Node, str] = {}
+        for product in (node for node in nodes if node.op_type in WEIGHTED_OPS):
+            behind = [node for value in product.inputs[:2] for node in _dequantizing(value)]
+            if not any(is_op(node, "DequantizeLinear") and (node in kept or node in found) for node in behind):
+                continue
+            reason = "an operand of its product has float32 scales, and the scales of both must be of one type"
+            new |= {node: reason for node in (*behind, product) if node not in kept and node not in found}
+        if not new:
+            return found
+        found |= new
+
+
+def _dequantizing(value: ir.Value | None) -> list[ir.Node]:
+    """A DQ and the copies between it and a value; nothing if there is no DQ."""
+    nodes: list[ir.Node] = []
+    while (node := _producer(value)) is not None:
+        nodes.append(node)
+        if is_op(node, "DequantizeLinear"):
+            return nodes
+        if not is_op(node, *COPY_OPS):
+            break
+        value = node.inputs[0]
+    return []
+
+
 def _decomposed_normalizations(nodes: list[ir.Node]) -> Iterator[ir.Node]:
     """All of x - mean(x), its square, the mean of that, epsilon, the root, and the division by it."""
     for root in nodes:
@@ -262,6 +297,18 @@ def _decomposed_normalizations(nodes: list[ir.Node]) -> Iterator[ir.Node]:
             yield user
             if user.op_type == "Reciprocal":
                 yield from user.outputs[0].consumers()
+
+
+def _divisions_by_floored(nodes: list[ir.Node], target: Target) -> Iterator[ir.Node]:
+    """Behind max(|x|, 1e-12): copies and roots of it up to the division, which 16 bit makes one by zero."""
+    pending = [node for node in nodes if is_op(node, "Clip", "Max", "Add") and _by_constant(node, target)]
+    while pending:
+        for user in pending.pop().outputs[0].consumers():
+            if is_op(user, "Div"):
+                yield user
+            elif is_op(user, "Sqrt", "Reciprocal", *COPY_OPS):
+                yield user
+                pending.append(user)
 
 
 def _producer(value: ir.Value | None) -> ir.Node | None:

@@ -256,6 +256,10 @@ BROKEN = {
 SOUND_TWINS = {
     "conv": SOUND,
     "product": PRODUCT,
+    "BatchNorm that cannot be folded": swap(
+        SOUND,
+        (op("y", "Relu(c)"), op("n", "BatchNormalization(c, b, b, b, b)") + op("sum", "Add(n, c)") + op("y", "Relu(sum)")),
+    ),
     "residual": RESIDUAL,
     "downsample": DOWNSAMPLE,
     "concat": CONCAT,

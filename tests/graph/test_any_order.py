@@ -10,13 +10,14 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qdq.graph.fold_casts import FoldCasts
 from qdq.graph.fold_pad import FoldPad
+from qdq.graph.fold_weights import FoldWeights
 from qdq.graph.merge_constants import MergeConstants
 from qdq.graph.merge_pairs import MergePairs
 from qdq.graph.move_quantize import MoveQuantizeBeforeCopies
 from qdq.graph.passes import run_passes
 from qdq.graph.remove_identities import RemoveIdentities
 
-PASSES = [FoldCasts, FoldPad, MergeConstants, MergePairs, MoveQuantizeBeforeCopies, RemoveIdentities]
+PASSES = [FoldCasts, FoldPad, FoldWeights, MergeConstants, MergePairs, MoveQuantizeBeforeCopies, RemoveIdentities]
 # Each makes a value of the same shape [1,4,6,6] from one or two such; {n} is a number of its own.
 STEPS = [
     "v{n} = Neg ({a})",

@@ -198,8 +198,23 @@ class TestPairs:
 
     def test_one_tiny_channel_of_a_weight(self):
         model, kept = convert(self.CONV.replace("{0.1, 0.2}", "{0.1, 0.00001}"))
-        assert kept == {"v": "1 of 2 scales lie below the smallest normal float16, down to 1e-05"}
+        assert kept.pop("v") == "1 of 2 scales lie below the smallest normal float16, down to 1e-05"
+        assert kept.keys() == {"d", "y"}  # the other operand and the product
         assert count_qdq(model) == (1, 2)
+
+    def test_both_operands_of_a_product_have_scales_of_one_type(self):
+        """Else TensorRT refuses: "type mismatch between matmul operand scales"."""
+        model, kept = convert(
+            "(float[2,4] x, float[2,4] a) => (float[2,4] y, float[2,4] z)"
+            " <float s = {1e-7}, float t = {0.1}, int8 o = {0}, int8[4,4] w = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7}>"
+            "{ q = QuantizeLinear (x, s, o) d = DequantizeLinear (q, s, o) e = DequantizeLinear (w, t, o)"
+            "  f = Transpose <perm = [1, 0]> (e) y = MatMul (d, f)"
+            "  p = QuantizeLinear (a, t, o) b = DequantizeLinear (p, t, o) h = DequantizeLinear (w, t, o)"
+            "  z = MatMul (b, h) }"
+        )
+        assert kept.keys() >= {"d", "e", "f", "y"}
+        assert not kept.keys() & {"b", "h", "z"}
+        assert {value(model, name).dtype for name in ("d", "e", "f")} == {FP32}
 
 
 class TestKept:
@@ -243,6 +258,17 @@ class TestKept:
         model, kept = convert(text, BF16, keep_io_types=False)
         assert set(kept) == {"m", "c", "s", "v", "w", "r", "d"}
         assert ops(model).count("Cast") == 2
+
+    @pytest.mark.parametrize("epsilon", ["1e-12", "0.01"])
+    def test_division_by_what_has_a_floor(self, epsilon):
+        """`F.normalize`: in float16 the floor is zero, and a row of zeros is divided by it."""
+        text = (
+            f"(float[2,4] x) => (float[2,4] y) <float low = {{{epsilon}}}, float[2,4] like = {{1,1,1,1,1,1,1,1}}>"
+            "{ n = ReduceL2 <keepdims = 1> (x) c = Clip (n, low) h = Shape (like) e = Expand (c, h) y = Div (x, e) }"
+        )
+        model, kept = convert(text, keep_io_types=False)
+        assert ({"c", "e", "y"} <= kept.keys()) == (epsilon == "1e-12")
+        assert np.isfinite(run(model, np.zeros((2, 4), np.float16))[0]).all()
 
     def test_large_reductions(self):
         for size, names in ((1024, set()), (1025, {"r"})):

@@ -22,8 +22,9 @@ def _batchnorm_is_not_folded(view: GraphView) -> Iterator[Flaw]:
     for node in view.weighted:
         if view.dequantizer(node.inputs[1]) is None:
             continue
-        for reader in view.readers(node.outputs[0]):
-            if is_op(reader, "BatchNormalization"):
+        readers = view.readers(node.outputs[0])
+        for reader in readers:
+            if is_op(reader, "BatchNormalization") and len(readers) == 1:  # else nobody can fold it
                 message = f"it follows {name_of(node)}, whose weights have scales from before it (R-BN-FOLD)"
                 yield Flaw(name_of(reader), message, "fold BatchNorm (fold_batchnorm) before calibration.")
 
