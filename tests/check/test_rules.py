@@ -258,7 +258,10 @@ SOUND_TWINS = {
     "product": PRODUCT,
     "BatchNorm that cannot be folded": swap(
         SOUND,
-        (op("y", "Relu(c)"), op("n", "BatchNormalization(c, b, b, b, b)") + op("sum", "Add(n, c)") + op("y", "Relu(sum)")),
+        (
+            op("y", "Relu(c)"),
+            op("n", "BatchNormalization(c, b, b, b, b)") + op("sum", "Add(n, c)") + op("y", "Relu(sum)"),
+        ),
     ),
     "residual": RESIDUAL,
     "downsample": DOWNSAMPLE,
