@@ -47,6 +47,7 @@ from qdq.graph.weights import QuantizeWeights
 from qdq.metrics import Array
 from qdq.nn import QuantMixin
 from qdq.quantizer import named_quantizers, quantize_codes
+from qdq.rewire import RewirePlan
 from qdq.swap import SwapPlan, quantized_layers
 from qdq.trace import evaluating, split_inputs
 
@@ -132,6 +133,7 @@ def export_onnx(
     keep_io_types: bool = True,
     calibration: Sequence[Range] | None = None,
     plan: SwapPlan | None = None,
+    rewired: RewirePlan | None = None,
 ) -> ExportReport:
     """Export a calibrated model as QDQ ONNX for TensorRT.
 
@@ -151,6 +153,7 @@ def export_onnx(
         keep_io_types: Inputs and outputs stay float32 whatever the precision.
         calibration: What `calibrate_model` returned; its methods and number of batches go into the metadata.
         plan: What `swap_modules` returned; every decision and its reason go into the metadata.
+        rewired: What `rewire_operations` returned; likewise.
 
     Raises:
         ArgumentError: An option out of range.
@@ -171,7 +174,7 @@ def export_onnx(
     run_passes(exported, _passes(opset, weights))
     layers = _require_complete(model, exported)
     exported.producer_name, exported.producer_version = "qdq", qdq.__version__
-    exported.metadata_props.update(_describe_origin(model, calibration, plan))
+    exported.metadata_props.update(_describe_origin(model, calibration, plan, rewired))
     converted = None
     if precision != "fp32":
         converted = _convert(exported, example_inputs, precision, keep_io_types)
@@ -358,7 +361,9 @@ def _worst_parity(expected: list[Array], found: list[Array]) -> Parity:
     return min(parities, key=lambda parity: parity.sqnr_db)
 
 
-def _describe_origin(model: nn.Module, calibration: Sequence[Range] | None, plan: SwapPlan | None) -> dict[str, str]:
+def _describe_origin(
+    model: nn.Module, calibration: Sequence[Range] | None, plan: SwapPlan | None, rewired: RewirePlan | None
+) -> dict[str, str]:
     """What a file says of its making: nothing that differs between two exports of one model."""
     digest = hashlib.sha256()
     for name, quantizer in named_quantizers(model):
@@ -381,6 +386,9 @@ def _describe_origin(model: nn.Module, calibration: Sequence[Range] | None, plan
     if plan is not None:
         decisions = {module.name: [module.action, module.reason] for module in plan.modules}
         origin["qdq.layers"] = json.dumps(decisions, sort_keys=True)
+    if rewired is not None:
+        decisions = {operation.name: [operation.action, operation.reason] for operation in rewired.operations}
+        origin["qdq.operations"] = json.dumps(decisions, sort_keys=True)
     return origin
 
 

@@ -24,6 +24,7 @@ def ptq_classifier(
     analysis_images: PositiveInt = 32,
     max_float_layers: NonNegativeInt = 4,
     target_sqnr: PositiveFloat | None = None,
+    precision: Literal["fp32", "fp16"] = "fp32",
     batch_size: PositiveInt = 16,
     sm: int = 89,
     seed: UInt32 = 0,
@@ -42,12 +43,12 @@ def ptq_classifier(
         analysis_images: Calibration images to measure the sensitivity on.
         max_float_layers: At most so many layers are left in float after the analysis.
         target_sqnr: Leave no more in float once the outputs reach this SQNR in dB.
+        precision: What is not int8 is exported in this type.
         batch_size: Images a batch.
         sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121.
         seed: Of weights, crops and the choice of images.
     """
-    settings = dict(locals())
-    backend = qdq.find_backend("auto", sm)
+    settings, backend = dict(locals()), qdq.find_backend("auto", sm)
     net = qdq.load_model(model, weights, seed)
     calib, images = qdq.load_images(data_dir, net, calib_images, eval_images, batch_size, seed)
     run = qdq.start_run(output, seed=seed, settings=settings)
@@ -56,7 +57,7 @@ def ptq_classifier(
     run.stage("fold, swap, rewire")
     folded = qdq.fold_batchnorm(net.module, example)
     plan = qdq.swap_modules(net.module, example, exclude=exclude)
-    rewired = qdq.rewire_operations(net.module, example)
+    rewired = qdq.rewire_operations(net.module, example, exclude=exclude)
     run.stage("calibrate")
     ranges = qdq.calibrate_model(net.module, calib, method=calib_method)
     logits["all int8"] = qdq.predict(net.module, images)
@@ -65,9 +66,11 @@ def ptq_classifier(
     analysis = qdq.analyze_layers(net.module, subset, max_float_layers=max_float_layers, target_sqnr=target_sqnr)
     logits["mixed"] = qdq.predict(net.module, images)
     run.stage("export and check")
-    onnx = qdq.export_onnx(net.module, example, run.folder / "model.onnx", calibration=ranges, plan=plan)
-    logits["ONNX"] = qdq.predict(onnx.path, images)
-    floor = qdq.measure_tie_floor(net.module, images.subset(128))
+    file = run.folder / "model.onnx"
+    onnx = qdq.export_onnx(
+        net.module, example, file, precision=precision, calibration=ranges, plan=plan, rewired=rewired
+    )
+    logits["ONNX"], floor = qdq.predict(onnx.path, images), qdq.measure_tie_floor(net.module, images.subset(128))
     check = qdq.check_onnx(onnx.path, expected=logits["mixed"], found=logits["ONNX"], tie_floor_db=floor)
     run.stage("build")
     engine = qdq.build_engine(onnx.path, backend=backend.name, sm=sm)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import qdq
-from qdq import calibrate_model, check_onnx, export_onnx, predict, swap_modules
+from qdq import calibrate_model, check_onnx, export_onnx, predict, rewire_operations, swap_modules
 from qdq.graph import save
 
 
@@ -34,13 +34,18 @@ def test_versions_and_ranges(quantized, images, tmp_path):
 
 def test_calibration_and_decisions(residual, images, tmp_path):
     plan = swap_modules(residual, images, exclude=["head"])
+    rewired = rewire_operations(residual, images)
     ranges = calibrate_model(residual, [images, images], method="max")
-    facts = metadata(export_onnx(residual, images, tmp_path / "model.onnx", calibration=ranges, plan=plan).path)
+    report = export_onnx(residual, images, tmp_path / "model.onnx", calibration=ranges, plan=plan, rewired=rewired)
+    facts = metadata(report.path)
     assert json.loads(facts["qdq.calibration"]) == {"methods": ["max"], "batches": 2, "left_in_float": {}}
     decisions = json.loads(facts["qdq.layers"])
     assert decisions["conv"][0] == "quantize"
     assert decisions["head"][0] == "float"
     assert "head" in decisions["head"][1]
+    operations = json.loads(facts["qdq.operations"])
+    assert operations == {o.name: [o.action, o.reason] for o in rewired.operations}
+    assert operations
 
 
 SCRIPT = """

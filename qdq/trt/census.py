@@ -155,5 +155,6 @@ def _why_missing(node: QuantizableNode, float_kernels: list[Kernel], namesakes: 
     return (
         f"{found}: its Q/DQ became kernels of their own. Usual causes: a scale of shape [1] instead of a "
         "scalar (R-SHAPE), weight scales along the wrong axis (R-AXIS), a GPU without the kernel (SM 75: no "
-        "int8 convolution). `qdq check` finds the first two."
+        "int8 convolution); `qdq check` finds the first two. A product whose result is cut into q, k and v may go "
+        "into a float kernel with what follows it; nothing in the file changes that."
     )
