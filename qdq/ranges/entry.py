@@ -35,15 +35,16 @@ class Entry:
 def amax_of_scale(scale: Floats, qmax: int) -> Floats:
     """The float32 amax that gives a scale back to the last bit (`quantizer.compute_scale`).
 
-    About one scale in 256 is the quotient of no float32 number and 127; of those the nearest neighbour is taken, one
-    unit in the last place away.
+    One scale in 129 is the quotient of no float32 number and 127, and so that of no calibration in float32; it comes
+    back one unit in the last place away.
 
     Args:
         scale: Positive, any shape.
         qmax: The largest code.
     """
     divisor = np.float32(qmax)
-    product = np.asarray(scale * divisor, np.float32)
+    with np.errstate(over="ignore"):  # infinity is refused where it is used
+        product = np.asarray(scale * divisor, np.float32)
     result = product.copy()
     for candidate in (np.nextafter(product, np.float32(0)), np.nextafter(product, np.float32(np.inf))):
         wrong = result / divisor != scale

@@ -72,8 +72,10 @@ def match_entries(model: nn.Module, places: Mapping[str, Sequence[Place]], entri
         entries: What the file says.
 
     Raises:
-        CalibrationError: Nothing matches.
+        CalibrationError: Nothing matches, or a weight that would have to stand in for an entry holds NaN or Inf.
     """
+    if not entries:
+        raise CalibrationError("it holds no range.", "check that it is the right file, and whole.")
     match = Match()
     used: set[str] = set()
     weights = _list_weights(model)
@@ -104,7 +106,7 @@ def match_entries(model: nn.Module, places: Mapping[str, Sequence[Place]], entri
         if name not in used
     }
     if not match.amaxes:
-        raise _nothing(places, entries, match)
+        raise _nothing(places, entries)
     return match
 
 
@@ -193,7 +195,7 @@ def _channels(quantizer: TensorQuantizer, found: _Found, shape: tuple[int, ...] 
     return channels.reshape([-1 if dim == axis % len(shape) else 1 for dim in range(len(shape))])
 
 
-def _nothing(places: Mapping[str, Sequence[Place]], entries: Mapping[str, Entry], match: Match) -> CalibrationError:
+def _nothing(places: Mapping[str, Sequence[Place]], entries: Mapping[str, Entry]) -> CalibrationError:
     sought = next((place.tensor for own in places.values() for place in own), None)
     name, entry = next(iter(entries.items()))
     reason = f" ({entry.problem})" if entry.problem else ""
