@@ -20,6 +20,7 @@ from qdq.graph.coverage import WEIGHTED_OPS, module_of, output_axis
 from qdq.graph.names import scope_of
 from qdq.graph.pairs import COPY_OPS, is_op
 from qdq.nn import QuantInputMixin, QuantMixin
+from qdq.nn.attention import QuantMultiheadAttention
 from qdq.nn.functions import QuantFunctionsMixin
 from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.ranges.aimet import MODULE_INPUT, MODULE_OUTPUT
@@ -112,7 +113,9 @@ class _Finder:
             attribute: _join(name, parameter)
             for attribute, parameter in (layer.weights_of(layer) if isinstance(layer, QuantMixin) else {}).items()
         }
-        # A layer with a forward of its own is several nodes; a graph tells them by the names of the quantizers only.
+        if isinstance(layer, QuantMultiheadAttention):
+            yield from self._find_projections(name, layer)
+        # A layer with a forward of its own is several nodes, and its quantizers are told by their names only.
         nodes = [] if layer.replaces_forward else self._entries_of(name, layer)
         given = MODULE_INPUT.format(name)
         for node in nodes:
@@ -125,6 +128,23 @@ class _Finder:
             yield layer.input_quantizer, Place(given, (given,), is_weight=False)
         for attribute, path in paths.items():
             yield quantizers[attribute], Place(path, (path,), is_weight=True)
+
+    def _find_projections(self, name: str, layer: QuantMultiheadAttention) -> Iterator[tuple[TensorQuantizer, Place]]:
+        """The inputs of attention: one product with weights for query, key and value that are one tensor, or several.
+
+        The float module computes `out_proj` in its own forward, last; the quantized one calls it as a module.
+        """
+        products = [node for node in self._entries_of(name, layer) if _is_constant(list(_upstream(node.inputs[1]))[-1])]
+        output = layer.out_proj
+        if products and not self._nodes.get(_join(name, "out_proj")):
+            last = products.pop()
+            if isinstance(output, QuantInputMixin):
+                yield output.input_quantizer, self._place(last.inputs[0])
+        if 1 <= len(products) <= 3:  # more are several runs, and nothing says which is whose
+            query, key, value = products[0], products[min(1, len(products) - 1)], products[-1]
+            yield layer.input_quantizer, self._place(query.inputs[0])
+            yield layer._key_quantizer, self._place(key.inputs[0])
+            yield layer._value_quantizer, self._place(value.inputs[0])
 
     def find_functions(self, name: str, module: QuantFunctionsMixin) -> Iterator[tuple[TensorQuantizer, Place]]:
         """The operands of the calls that a module's own forward makes."""

@@ -1,6 +1,8 @@
 """Ranges in and out: every format through every kind of ONNX file, against torch and numpy."""
 
+import contextlib
 import copy
+import io
 import json
 import struct
 import warnings
@@ -398,10 +400,35 @@ class TestQdqOnnx:
         qdq.export_onnx(model, images, tmp_path / "model.onnx", dynamic_batch=False)
         report = qdq.import_ranges(fresh, tmp_path / "model.onnx")
         expected, found = _scales(model), _scales(fresh)
-        assert {"linear1._weight_quantizer", "self_attn._weight_quantizer"} <= found.keys()
+        assert not report.missing and found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in found)
-        # query, key and value are one tensor here: those two quantizers leave no trace in the file
-        assert set(report.missing) == {"self_attn._key_quantizer", "self_attn._value_quantizer"}
+
+    @pytest.mark.parametrize("dynamo", [True, False])
+    @pytest.mark.parametrize("sources", [("x", "x", "x"), ("x", "y", "y"), ("x", "y", "z")])
+    def test_attention_of_the_float_graph(self, tmp_path, dynamo, sources):
+        """Against the tensors themselves: what each projection is given is an input of the network."""
+
+        class Attend(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+            def forward(self, x, y, z):
+                given = {"x": x, "y": y, "z": z}
+                return self.attention(*(given[name] for name in sources), need_weights=False)[0] + y.sum() + z.sum()
+
+        model, inputs = Attend().eval(), tuple(torch.randn(2, 5, 32) * factor for factor in (1.0, 2.0, 4.0))
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                model, inputs, tmp_path / "float.onnx", input_names=["x", "y", "z"], dynamo=dynamo, opset_version=18
+            )
+        document = {name: [-(n + 1.0), n + 1.0] for n, name in enumerate("xyz")}
+        (tmp_path / "ranges.json").write_text(json.dumps(document))
+        qdq.swap_modules(model, include=["*"])
+        report = qdq.import_ranges(model, tmp_path / "ranges.json", onnx=tmp_path / "float.onnx")
+        for attribute, source in zip(("_input", "_key", "_value"), sources, strict=True):
+            assert report.matched[f"attention.{attribute}_quantizer"] == document[source][1]
 
     def test_ranges_along_the_wrong_axis(self, tmp_path):
         """A square weight: the number of scales fits, the axis does not."""
