@@ -159,7 +159,8 @@ def export_ranges(model: nn.Module, path: Path | str, *, format: str, onnx: Path
     notes: dict[str, str] = {}
     content: str | None = None
     if format == _QDQ and document is not None:
-        left_out |= write_scales(document.graph, rows)
+        notes, refused = write_scales(document.graph, rows)
+        left_out |= refused
         rows = {name: row for name, row in rows.items() if name not in left_out}
     else:
         merged, notes = merge_rows(rows)

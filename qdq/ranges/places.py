@@ -42,7 +42,7 @@ _NODES_OF_FUNCTION = {
     "mean": ("ReduceMean", "GlobalAveragePool"),
     "mul": ("Mul",),
 }
-_WEIGHT_NAME = re.compile(r"(?:(.*)\.)?weight\b.*")
+_WEIGHT_NAME = re.compile(r"(?:(.*)\.)?weight(?:[._].*)?")  # ONNX Runtime adds "_quantized"
 
 
 @dataclass(frozen=True)

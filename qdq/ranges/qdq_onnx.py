@@ -65,7 +65,7 @@ def _axis_of(node: ir.Node) -> int:
     return axis if shape is None else axis % len(shape)
 
 
-def write_scales(graph: ir.Graph, rows: Mapping[str, Sequence[Row]]) -> dict[str, str]:
+def write_scales(graph: ir.Graph, rows: Mapping[str, Sequence[Row]]) -> tuple[dict[str, str], dict[str, str]]:
     """Set the scales of pairs in place; a pair that serves several quantizers gets the largest.
 
     Args:
@@ -73,8 +73,9 @@ def write_scales(graph: ir.Graph, rows: Mapping[str, Sequence[Row]]) -> dict[str
         rows: Quantizer -> what it has at each of its places.
 
     Returns:
-        Quantizer -> why its scale was not set.
+        Quantizer -> what its scale is not the same for, and quantizer -> why its scale was not set.
     """
+    notes: dict[str, str] = {}
     refused: dict[str, str] = {}
     users: dict[ir.Value, list[tuple[str, Row]]] = defaultdict(list)
     for name, own in rows.items():
@@ -93,7 +94,9 @@ def write_scales(graph: ir.Graph, rows: Mapping[str, Sequence[Row]]) -> dict[str
             refused |= {name: reason for name, _ in served}
         else:
             _set_scale(graph, node, scale)
-    return refused
+            smaller = [name for name, row in served if not np.array_equal(row.scale, scale)]
+            notes |= dict.fromkeys(smaller, "another quantizer of its pair has a larger range, which the pair has now")
+    return notes, refused
 
 
 def _reason_against(node: ir.Node, scale: Floats) -> str:

@@ -92,7 +92,8 @@ def test_scales_of_ranges_always_come_back():
 class TestTensorRT:
     def test_lines_are_hexadecimal_float32_scales(self, case, tmp_path):
         truth = _truth(case)
-        qdq.export_ranges(case.calibrated, tmp_path / "cache", format="tensorrt", onnx=case.files["dynamo"])
+        report = qdq.export_ranges(case.calibrated, tmp_path / "cache", format="tensorrt", onnx=case.files["dynamo"])
+        assert [report.written[name] for name in sorted(SHORTCUTS)] == [("relu",), ("relu_2",)]  # not the convolutions
         header, *lines = (tmp_path / "cache").read_text().splitlines()
         assert header.startswith("TRT-") and header.endswith("-EntropyCalibration2")
         found = dict(line.split(": ") for line in lines)
@@ -380,6 +381,34 @@ class TestQdqOnnx:
         report = qdq.export_ranges(case.calibrated, tmp_path / "new.onnx", format="qdq", onnx=case.files["qdq"])
         assert list(report.left_out) == ["stem._weight_quantizer"]
         assert "export the model again" in report.format_table()
+
+    def test_a_pair_of_several_quantizers_gets_the_largest(self, case, tmp_path):
+        shortcut = case.calibrated.layers[0]._add_quantizer
+        leader = case.calibrated.layers[0].conv1._input_quantizer
+        vars(shortcut)["leader"] = qdq.TensorQuantizer(qdq.QuantDescriptor(amax=2 * leader.amax.item()))
+        report = qdq.export_ranges(case.calibrated, tmp_path / "new.onnx", format="qdq", onnx=case.files["qdq"])
+        assert list(report.notes) == ["layers.0.conv1._input_quantizer"]
+        found = qdq.import_ranges(case.swapped, tmp_path / "new.onnx").matched
+        assert found["layers.0.conv1._input_quantizer"] == 2 * leader.amax.item()
+
+    @pytest.mark.parametrize("is_quantized", [False, True])
+    def test_nodes_without_names_are_known_by_their_weights(self, case, tmp_path, monkeypatch, is_quantized):
+        monkeypatch.chdir(tmp_path)
+        from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+
+        proto = onnx.load(case.files["dynamo"])
+        for node in proto.graph.node:
+            node.ClearField("name")
+            node.ClearField("metadata_props")
+        onnx.save(proto, "float.onnx")
+        if is_quantized:
+            quantize_static("float.onnx", "theirs.onnx", _reader(case), quant_format=QuantFormat.QDQ,
+                            activation_type=QuantType.QInt8, extra_options={"ActivationSymmetric": True})  # fmt: skip
+            report = qdq.import_ranges(case.swapped, "theirs.onnx")
+        else:
+            qdq.export_ranges(case.calibrated, "ranges.json", format="onnxruntime", onnx="float.onnx")
+            report = qdq.import_ranges(case.swapped, "ranges.json", onnx="float.onnx")
+        assert {name: report.matched[name] for name in ACTIVATIONS} == pytest.approx(_truth(case), rel=1e-5)
 
     def test_the_largest_range_of_those_that_share_it(self, case, tmp_path):
         """A file that was not made for shared scales has two for what the model has one for."""
