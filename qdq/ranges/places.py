@@ -17,7 +17,7 @@ import onnx_ir as ir
 from torch import nn
 
 from qdq.graph.coverage import WEIGHTED_OPS, module_of, output_axis
-from qdq.graph.names import scope_of
+from qdq.graph.names import SCOPES, scope_of
 from qdq.graph.pairs import COPY_OPS, is_op
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.nn.attention import QuantMultiheadAttention
@@ -103,7 +103,7 @@ class _Finder:
             self._owners[node] = owner
             if is_op(node, "DequantizeLinear"):
                 self._dequantizers[module_of(node)].append(node)
-            elif owner is not None and not is_op(node, "QuantizeLinear"):
+            elif owner is not None and not is_op(node, "QuantizeLinear") and _has_operands(node):
                 self._nodes[owner].append(node)
 
     def find_layer(self, name: str, layer: QuantInputMixin) -> Iterator[tuple[TensorQuantizer, Place]]:
@@ -179,7 +179,8 @@ class _Finder:
 
     def _is_inside(self, value: ir.Value | None, module: str) -> bool:
         producer = None if value is None else value.producer()
-        return producer is None or self._owners.get(producer) == module or _is_constant(value)
+        is_computed = producer is not None and self._owners.get(producer) == module
+        return value is None or is_computed or _is_constant(value)
 
     def _weight_place(self, node: ir.Node, *names: str) -> Place:
         value = node.inputs[1]
@@ -212,12 +213,12 @@ class _Finder:
 
     def _owner_of(self, node: ir.Node) -> str | None:
         """The torch module whose forward made a node, None if nothing says so."""
-        if node.metadata_props and (scope := scope_of(node)) in self._modules and scope:
+        if (scope := _read_scope(node)) and scope in self._modules:
             return scope
         name = node.name or ""
         if "/" in name and (module := self._module_of_path(name)) is not None:
             return module
-        if "pkg.torch.onnx.name_scopes" in node.metadata_props:
+        if scope == "":
             return ""
         return self._owner_of_weight(node) if is_op(node, *WEIGHTED_OPS) else None
 
@@ -239,6 +240,19 @@ class _Finder:
             if match is not None and (match[1] or "") in self._modules:
                 return match[1] or ""
         return None
+
+
+def _read_scope(node: ir.Node) -> str | None:
+    """What torch's exporter says of the module, "" for the model itself; None where it says nothing."""
+    try:
+        return scope_of(node) if SCOPES in node.metadata_props else None
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the metadata of others
+        return None
+
+
+def _has_operands(node: ir.Node) -> bool:
+    """Whether the inputs that are asked for are there."""
+    return len(node.inputs) > 0 and None not in node.inputs[: 2 if is_op(node, *WEIGHTED_OPS) else 1]
 
 
 def _upstream(value: ir.Value | None) -> Iterator[ir.Value]:

@@ -400,6 +400,7 @@ class TestQdqOnnx:
         for node in proto.graph.node:
             node.ClearField("name")
             node.ClearField("metadata_props")
+            node.metadata_props.add(key="another.tool", value="1")
         onnx.save(proto, "float.onnx")
         if is_quantized:
             quantize_static("float.onnx", "theirs.onnx", _reader(case), quant_format=QuantFormat.QDQ,
@@ -409,6 +410,26 @@ class TestQdqOnnx:
             qdq.export_ranges(case.calibrated, "ranges.json", format="onnxruntime", onnx="float.onnx")
             report = qdq.import_ranges(case.swapped, "ranges.json", onnx="float.onnx")
         assert {name: report.matched[name] for name in ACTIVATIONS} == pytest.approx(_truth(case), rel=1e-5)
+
+    def test_metadata_that_are_no_scopes(self, case, tmp_path):
+        proto = onnx.load(case.files["torchscript"])
+        for node, text in zip(proto.graph.node, ["[1", "7", "('", "[]", "{}"], strict=False):
+            node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=text)
+        onnx.save(proto, tmp_path / "float.onnx")
+        qdq.export_ranges(case.calibrated, tmp_path / "cache", format="tensorrt", onnx=tmp_path / "float.onnx")
+        report = qdq.import_ranges(case.swapped, tmp_path / "cache", onnx=tmp_path / "float.onnx")
+        assert set(report.matched) >= ACTIVATIONS
+
+    def test_pooling_of_the_input_of_the_network(self, tmp_path):
+        model = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(16, 16, 3, padding=1))
+        images = torch.randn(2, 16, 8, 8)
+        qdq.swap_modules(model, include=["*"])
+        fresh = copy.deepcopy(model)
+        qdq.calibrate_model(model, [images], method="max")
+        qdq.export_onnx(model, images, tmp_path / "model.onnx", dynamic_batch=False)
+        report = qdq.import_ranges(fresh, tmp_path / "model.onnx")
+        assert report.matched["0._input_quantizer"] == pytest.approx(images.abs().max().item())
+        assert not report.missing
 
     def test_the_largest_range_of_those_that_share_it(self, case, tmp_path):
         """A file that was not made for shared scales has two for what the model has one for."""
