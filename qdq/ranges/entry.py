@@ -33,23 +33,17 @@ class Entry:
 
 
 def amax_of_scale(scale: Floats, qmax: int) -> Floats:
-    """The float32 amax that gives a scale back to the last bit (`quantizer.compute_scale`).
+    """The float32 amax that gives a scale back (`quantizer.compute_scale`), to the last bit where there is one.
 
     One scale in 129 is the quotient of no float32 number and 127, and so that of no calibration in float32; it comes
-    back one unit in the last place away.
+    back one unit in the last place away. For all others the rounded product is such a number (tried for each mantissa).
 
     Args:
         scale: Positive, any shape.
         qmax: The largest code.
     """
-    divisor = np.float32(qmax)
     with np.errstate(over="ignore"):  # infinity is refused where it is used
-        product = np.asarray(scale * divisor, np.float32)
-    result = product.copy()
-    for candidate in (np.nextafter(product, np.float32(0)), np.nextafter(product, np.float32(np.inf))):
-        wrong = result / divisor != scale
-        result = np.where(wrong & (candidate / divisor == scale), candidate, result)
-    return np.asarray(result, np.float32)
+        return np.asarray(scale * np.float32(qmax), np.float32)
 
 
 def entry_of_codes(
