@@ -28,6 +28,7 @@ _HOMES = {
     "quantizer": (
         "QuantDescriptor", "TensorQuantizer", "disable_quantization", "enable_quantization", "fake_quantize",
     ),
+    "ranges": ("RangeExport", "RangeImport", "export_ranges", "import_ranges"),
     "report": ("write_report",),
     "run": ("Run", "start_run"),
     "trt.backend": ("find_backend",),

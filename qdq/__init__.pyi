@@ -35,6 +35,10 @@ from qdq.quantizer import TensorQuantizer as TensorQuantizer
 from qdq.quantizer import disable_quantization as disable_quantization
 from qdq.quantizer import enable_quantization as enable_quantization
 from qdq.quantizer import fake_quantize as fake_quantize
+from qdq.ranges import RangeExport as RangeExport
+from qdq.ranges import RangeImport as RangeImport
+from qdq.ranges import export_ranges as export_ranges
+from qdq.ranges import import_ranges as import_ranges
 from qdq.report import write_report as write_report
 from qdq.rewire import RewirePlan as RewirePlan
 from qdq.rewire import rewire_operations as rewire_operations

@@ -7,7 +7,7 @@ from collections import Counter
 
 import onnx_ir as ir
 
-_SCOPES = "pkg.torch.onnx.name_scopes"  # written by torch.onnx: the modules around a node, then the node itself
+SCOPES = "pkg.torch.onnx.name_scopes"  # written by torch.onnx: the modules around a node, then the node itself
 
 
 class NameNodes(ir.passes.InPlacePass):
@@ -31,7 +31,7 @@ class NameNodes(ir.passes.InPlacePass):
 
 def scope_of(node: ir.Node) -> str:
     """Dotted name of the torch module whose forward made the node; "" for the model itself."""
-    scopes = node.metadata_props.get(_SCOPES)
+    scopes = node.metadata_props.get(SCOPES)
     if not scopes:
         return ""
     modules = ast.literal_eval(scopes)[:-1]

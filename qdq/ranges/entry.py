@@ -1,0 +1,178 @@
+"""One entry of a range file, and the arithmetic between scales, bounds and amax."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qdq.errors import CalibrationError
+from qdq.quantizer import AMAX_FLOOR
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a file says of one tensor.
+
+    Args:
+        amax: The symmetric range: 0-D, or one number a channel.
+        axis: The axis of the channels where the file says it.
+        note: What was changed on the way to a symmetric range, "" if nothing.
+        problem: Why there is no range to use, "" if there is one.
+    """
+
+    amax: Floats = field(default_factory=lambda: np.zeros((), np.float32))
+    axis: int | None = None
+    note: str = ""
+    problem: str = ""
+
+
+def amax_of_scale(scale: Floats, qmax: int) -> Floats:
+    """The float32 amax that gives a scale back (`quantizer.compute_scale`), to the last bit where there is one.
+
+    One scale in 129 is the quotient of no float32 number and 127, and so that of no calibration in float32; it comes
+    back one unit in the last place away. For all others the rounded product is such a number (tried for each mantissa).
+
+    Args:
+        scale: Positive, any shape.
+        qmax: The largest code.
+    """
+    with np.errstate(over="ignore"):  # infinity is refused where it is used
+        return np.asarray(scale * np.float32(qmax), np.float32)
+
+
+def entry_of_codes(
+    place: str, scale: Floats, zero_point: npt.NDArray[Any], qmin: int, qmax: int, axis: int | None = None
+) -> Entry:
+    """The range of integer codes: `value = (code - zero_point) * scale`.
+
+    Args:
+        place: Where it stands in the file, for messages.
+        scale: 0-D or one a channel.
+        zero_point: As many as scales, or one.
+        qmin: The smallest code.
+        qmax: The largest one.
+        axis: The axis of the channels.
+
+    Raises:
+        CalibrationError: A scale that is NaN, infinite, negative or next to nothing.
+    """
+    scale = np.asarray(scale, np.float32)
+    if not np.any(scale):
+        return Entry(problem="its scale is 0: the tool found no range for it")
+    require_numbers(place, "scale", scale, smallest=AMAX_FLOOR / 2**15)
+    half = (qmax - qmin + 1) // 2
+    if np.all(zero_point == qmin + half):  # uint8 with 128 has the values of int8 with 0
+        amax = amax_of_scale(scale, half - 1)
+        require_numbers(place, "scale", amax, smallest=0.0)
+        return Entry(amax, axis, "" if half == 128 else f"from codes of {half.bit_length()} bit")
+    zero = np.asarray(zero_point, np.float64)
+    entry = entry_of_bounds(place, (qmin - zero) * scale, (qmax - zero) * scale)
+    return Entry(entry.amax, axis, entry.note, entry.problem)
+
+
+def entry_of_bounds(place: str, low: npt.NDArray[Any], high: npt.NDArray[Any]) -> Entry:
+    """The symmetric range around two bounds.
+
+    Args:
+        place: Where it stands in the file, for messages.
+        low: The smallest value, 0-D or one a channel.
+        high: The largest, of the same shape.
+
+    Raises:
+        CalibrationError: Bounds that are NaN, infinite or the wrong way round.
+    """
+    bounds = np.asarray([low, high], np.float64)
+    if not np.isfinite(bounds).all() or np.abs(bounds).max(initial=0.0) > np.finfo(np.float32).max:
+        raise CalibrationError(f"{place}: its range holds NaN or Inf.", "calibrate again with that tool.")
+    if np.any(bounds[0] > bounds[1]):
+        worst = np.argmax((bounds[0] - bounds[1]).reshape(-1))
+        first, last = bounds.reshape(2, -1)[:, worst]
+        raise CalibrationError(
+            f"{place}: the range {first:.6g} to {last:.6g} ends below where it begins.",
+            "calibrate again with that tool: the file was edited or damaged.",
+        )
+    amax = np.abs(bounds).max(axis=0).astype(np.float32)
+    if not np.any(amax):
+        return Entry(problem="its range is 0 to 0: the tool saw zeros only")
+    return Entry(amax, note=_asymmetry(bounds, amax))
+
+
+def _asymmetry(bounds: npt.NDArray[np.float64], amax: Floats) -> str:
+    """A note where TensorRT's symmetric codes cost what the file's would not; a step of int8 is no asymmetry."""
+    if np.all(np.abs(np.abs(bounds) - amax) <= amax / 100):
+        return ""
+    low, high = bounds[0].min(), bounds[1].max()
+    return f"{low:.4g} to {high:.4g} made symmetric: TensorRT takes no other"
+
+
+def require_numbers(place: str, what: str, values: Floats, *, smallest: float) -> None:
+    """Refuse numbers that no range has.
+
+    Raises:
+        CalibrationError: NaN, Inf, negative, or positive and below `smallest`.
+    """
+    bad = ~np.isfinite(values) | (values < 0) | ((values > 0) & (values < smallest))
+    if np.any(bad):
+        first = values[bad].flat[0] if values.ndim else values
+        raise CalibrationError(
+            f"{place}: the {what} is {first:.6g}; it must be positive and finite.",
+            "calibrate again with that tool: the file is damaged, cut off, or its calibration failed.",
+        )
+
+
+def add_entry(entries: dict[str, Entry], name: str, entry: Entry, place: str) -> None:
+    """Add what a file says of a tensor; saying the same twice is no contradiction.
+
+    Raises:
+        CalibrationError: The file says something else of it elsewhere.
+    """
+    known = entries.setdefault(name, entry)
+    if known is not entry and not (
+        np.array_equal(known.amax, entry.amax) and (known.axis, known.problem) == (entry.axis, entry.problem)
+    ):
+        raise CalibrationError(
+            f"{place}: {name} has two different ranges in one file.",
+            "remove one of them; was the file joined from two?",
+        )
+
+
+def number_array(place: str, value: Any) -> npt.NDArray[np.float64]:
+    """A JSON number or list of numbers as an array.
+
+    Raises:
+        CalibrationError: It is something else.
+    """
+    items = value if isinstance(value, list) else [value]
+    if not items or not all(isinstance(item, int | float) and not isinstance(item, bool) for item in items):
+        raise malformed(place, f"a number or a list of numbers is expected, found {_shorten(value)}")
+    try:
+        return np.asarray(value, np.float64)
+    except OverflowError as error:  # an integer of hundreds of digits
+        raise malformed(place, f"{_shorten(value)} is too large") from error
+
+
+def object_of(place: str, value: Any) -> Mapping[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CalibrationError: It is something else.
+    """
+    if not isinstance(value, dict):
+        raise malformed(place, f"an object is expected, found {_shorten(value)}")
+    return value
+
+
+def malformed(place: str, reason: str) -> CalibrationError:
+    """The error of a file that is not what its format says."""
+    return CalibrationError(f"{place}: {reason}.", "write the file again with that tool, and copy it whole.")
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]} ..."

@@ -1,0 +1,97 @@
+"""What a file format of ranges is asked for, and what the formats share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from qdq.errors import CalibrationError
+from qdq.formats import Format
+from qdq.quantizer import compute_scale
+from qdq.ranges.entry import Entry, Floats, malformed
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is written of one tensor.
+
+    Args:
+        tensor: Its name.
+        amax: The range: 0-D, or one number a channel.
+        axis: The axis of the channels, None for one range.
+        is_weight: Whether it is a weight.
+        format: The codes.
+        dequantize: The pair of the ONNX file that it stands for, if there is one.
+    """
+
+    tensor: str
+    amax: Floats
+    axis: int | None
+    is_weight: bool
+    format: Format
+    dequantize: ir.Node | None = None
+
+    @property
+    def scale(self) -> Floats:
+        """The scale of the range, of its shape."""
+        return compute_scale(torch.from_numpy(self.amax.copy()), self.format).numpy()
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """A format of range files that name tensors.
+
+    Args:
+        recognize: Whether a file's content is of this format.
+        read: The entries of a file.
+        write: A file of rows.
+    """
+
+    recognize: Callable[[bytes], bool]
+    read: Callable[[bytes], dict[str, Entry]]
+    write: Callable[[Sequence[Row]], str]
+
+
+def decode(content: bytes) -> str:
+    """The text of a file.
+
+    Raises:
+        CalibrationError: It is no UTF-8.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise malformed("the file", f"byte {error.start} is no UTF-8 text") from None
+
+
+def parse_json(content: bytes) -> Any:
+    """JSON as the standard has it: no NaN, no key twice.
+
+    Raises:
+        CalibrationError: It is no JSON, cut off, or says two things of one key.
+    """
+    try:
+        return json.loads(decode(content), parse_constant=_refuse_constant, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise malformed("the file", f"it is no JSON, or cut off: {error}") from None
+    except RecursionError:
+        raise malformed("the file", "its JSON is nested too deeply") from None
+
+
+def _refuse_constant(word: str) -> Any:
+    raise CalibrationError(f"the file holds {word}.", "calibrate again with that tool: some of its ranges are broken.")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if result.setdefault(key, value) != value:
+            raise CalibrationError(
+                f"{key} has two different ranges in one file.", "remove one of them; was the file joined from two?"
+            )
+    return result

@@ -1,0 +1,64 @@
+"""TensorRT's calibration cache: a header, then a line for each tensor with its scale.
+
+    TRT-101401-EntropyCalibration2
+    input: 3c010a14
+
+The number is the big-endian float32 scale (amax / 127) in hexadecimal, leading zeros left out; 0 where calibration
+found no range. TensorRT up to 10 reads it for implicit quantization; it holds no weights.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+
+from qdq.errors import CalibrationError
+from qdq.ranges.entry import Entry, add_entry, entry_of_codes, malformed
+from qdq.ranges.format import Row, decode
+
+_HEADER = "TRT-101401-EntropyCalibration2"  # of TensorRT 10.14.1; others want their own number there
+_LINE = re.compile(r"(?P<name>.+):\s*(?P<digits>[0-9a-fA-F]+)")
+
+
+def recognize(content: bytes) -> bool:
+    """Whether the first line is that of a calibration cache."""
+    return re.match(rb"TRT-\d+-\w+", content) is not None
+
+
+def read(content: bytes) -> dict[str, Entry]:
+    """The entries by tensor name.
+
+    Raises:
+        CalibrationError: No such file, a line of another form, or a scale that is none.
+    """
+    header, *lines = decode(content).splitlines() or [""]
+    if not recognize(header.encode()):
+        raise malformed("line 1", f"a calibration cache begins with TRT-VERSION-ALGORITHM, found {header[:60]!r}")
+    entries: dict[str, Entry] = {}
+    for number, line in enumerate(lines, start=2):
+        if not line.strip():
+            continue
+        match = _LINE.fullmatch(line.strip())
+        if match is None or len(match["digits"]) > 8:
+            raise malformed(f"line {number}", f"'TENSOR: up to 8 hexadecimal digits' is expected, found {line[:60]!r}")
+        (scale,) = struct.unpack("!f", bytes.fromhex(match["digits"].zfill(8)))
+        place = f"line {number} ({match['name']})"
+        entry = entry_of_codes(place, np.float32(scale), np.int64(0), -128, 127)  # type: ignore[arg-type]
+        add_entry(entries, match["name"], entry, place)
+    return entries
+
+
+def write(rows: Sequence[Row]) -> str:
+    """The file."""
+    lines = [_HEADER]
+    for row in rows:
+        if "\n" in row.tensor or "\r" in row.tensor:
+            raise CalibrationError(
+                f"the tensor name {row.tensor!r} holds a line break, which a calibration cache cannot.",
+                "rename the tensor in the ONNX file.",
+            )
+        lines.append(f"{row.tensor}: {struct.pack('!f', float(row.scale)).hex()}")
+    return "\n".join(lines) + "\n"
