@@ -34,15 +34,20 @@ def test_versions_and_ranges(quantized, images, tmp_path):
 
 def test_calibration_and_decisions(residual, images, tmp_path):
     plan = swap_modules(residual, images, exclude=["head"])
-    rewired = rewire_operations(residual, images)
     ranges = calibrate_model(residual, [images, images], method="max")
-    report = export_onnx(residual, images, tmp_path / "model.onnx", calibration=ranges, plan=plan, rewired=rewired)
-    facts = metadata(report.path)
+    facts = metadata(export_onnx(residual, images, tmp_path / "model.onnx", calibration=ranges, plan=plan).path)
     assert json.loads(facts["qdq.calibration"]) == {"methods": ["max"], "batches": 2, "left_in_float": {}}
     decisions = json.loads(facts["qdq.layers"])
     assert decisions["conv"][0] == "quantize"
     assert decisions["head"][0] == "float"
     assert "head" in decisions["head"][1]
+
+
+def test_decisions_on_function_calls(residual, images, tmp_path):
+    swap_modules(residual, images)
+    rewired = rewire_operations(residual, images)
+    calibrate_model(residual, [images], method="max")
+    facts = metadata(export_onnx(residual, images, tmp_path / "model.onnx", rewired=rewired).path)
     operations = json.loads(facts["qdq.operations"])
     assert operations == {o.name: [o.action, o.reason] for o in rewired.operations}
     assert operations
