@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json as json_module
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -75,7 +76,7 @@ def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
 
 def _has_all(row: dict[str, Any], precisions: tuple[str, ...]) -> bool:
     found = row.get("precisions", {})
-    return not is_countable(row) or all(p in found and "skipped" not in found[p] for p in precisions)
+    return not is_countable(row) or all(p in found for p in precisions)
 
 
 def _run_one(name: str, folder: Path, precision: tuple[str, ...], timeout: int) -> dict[str, Any]:
@@ -158,8 +159,6 @@ def find_faults(row: dict[str, Any]) -> list[str]:
     """What keeps a row from passing."""
     faults = [f"{row['stage']}: {row['error']}"] if row["error"] else []
     for precision, result in row["precisions"].items():
-        if "skipped" in result:
-            continue
         if findings := [f for f in result.get("findings", ()) if f["severity"] != "info"]:
             rules = Counter(f["rule"] for f in findings)
             faults.append(f"{precision} findings {dict(rules)}: {findings[0]['node']} {findings[0]['message']}")
@@ -195,13 +194,12 @@ def describe_notes(row: dict[str, Any]) -> list[str]:
         notes.append(f"float file in ONNX Runtime: {row['float_ort_error'][:120]}")
     elif row.get("float_sqnr_db", 999) < 60:
         notes.append(f"plain float file against torch {row['float_sqnr_db']} dB: torch's exporter or ONNX Runtime")
-    if (missed := len(row.get("missed", ()))) > 0:
-        notes.append(f"{missed} missed")
+    if products := row.get("float"):
+        rules = Counter(_shorten_reason(reason) for reason in products.values())
+        notes.append("float by rule: " + ", ".join(f"{count} {rule}" for rule, count in rules.most_common()))
     if (left := len(row.get("left_float", ()))) > 0:
         notes.append(f"{left} quantizers left float by calibration")
     for precision, result in row["precisions"].items():
-        if "skipped" in result:
-            notes.append(f"{precision} skipped: {result['skipped']}")
         if result.get("parity_ok") and result["sqnr_db"] < 30:
             notes.append(f"{precision} SQNR below 30 is rounding ties: their floor is {result['tie_floor_db']:.1f} dB")
         if unpredicted := result.get("unpredicted"):
@@ -213,11 +211,17 @@ def describe_notes(row: dict[str, Any]) -> list[str]:
     return notes
 
 
+def _shorten_reason(reason: str) -> str:
+    """The id of the rule that a reason names, or its beginning."""
+    found = re.search(r"\((R-[^)]+)\)", reason)
+    return found[1] if found else reason[:40]
+
+
 _COLUMNS = ("model", "int8/all", "MACs", "Q/DQ", "find", "SQNR", "floor", "RTX", "lost", "s", "verdict", "note")
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    results = [result for result in row["precisions"].values() if "skipped" not in result]
+    results = list(row["precisions"].values())
 
     def each(key: str, form: str = "{}") -> str:
         return "|".join(form.format(result[key]) if result.get(key) is not None else "-" for result in results) or "-"

@@ -9,7 +9,6 @@ what was found before it.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import logging
 import time
 import warnings
@@ -31,6 +30,7 @@ from qdq.quantizer import named_quantizers
 from qdq.run import write_json
 from qdq.trace import evaluating
 
+PRODUCTS = ("conv1d", "conv2d", "linear", "matmul", "bmm", "baddbmm", "scaled_dot_product_attention")
 SEED, BATCHES, BATCH_SIZE, OPSET = 0, 2, 4, 19
 ROW_FILE = "row.json"
 
@@ -116,11 +116,10 @@ class _Sweep:
         with self._stage("swap"):
             plan = qdq.swap_modules(model, batches[0])
             row["swapped"] = len(plan.weighted)
-            row["missed"] = [f"{module.name} ({module.type}): {module.reason}" for module in plan.of("missed")]
-        if hasattr(qdq, "rewire_operations"):
-            with self._stage("rewire"):
-                rewired = qdq.rewire_operations(model, batches[0])
-                row["rewired"] = {action: len(rewired.of(action)) for action in ("quantize", "share", "float")}
+        with self._stage("rewire"):
+            rewired = qdq.rewire_operations(model, batches[0])
+            row["rewired"] = {action: len(rewired.of(action)) for action in ("quantize", "share", "float")}
+            row["float"] = _list_float_products(plan, rewired)
         with self._stage("calibrate"):
             ranges = qdq.calibrate_model(model, batches)
             row["left_float"] = {r.name: r.note for r in ranges if r.note}
@@ -171,34 +170,28 @@ class _Sweep:
                 return kind
         return None
 
-    def _export(self, model: nn.Module, batches: list[Tensor], path: Path, options: dict[str, Any]) -> Any:
+    def _export(self, model: nn.Module, batches: list[Tensor], path: Path, precision: str) -> qdq.ExportReport:
         """Export with a dynamic batch, or a fixed one where plain float export cannot do better either."""
         dynamic = self.row.get("float_export") != "fixed"
         try:
-            return qdq.export_onnx(model, batches[0], path, opset=OPSET, dynamic_batch=dynamic, **options)
+            return qdq.export_onnx(model, batches[0], path, opset=OPSET, dynamic_batch=dynamic, precision=precision)
         except qdq.ExportError as error:
             if "float_export" not in self.row:
                 self.row["dynamic_qdq_error"] = describe_error(error)
                 self._export_float()
             if not dynamic or self.row["float_export"] != "fixed":
                 raise
-        return qdq.export_onnx(model, batches[0], path, opset=OPSET, dynamic_batch=False, **options)
+        return qdq.export_onnx(model, batches[0], path, opset=OPSET, dynamic_batch=False, precision=precision)
 
     def _try_precision(
         self, precision: str, model: nn.Module, batches: list[Tensor], expected: list[Tensor], result: dict[str, Any]
     ) -> None:
         path = self.folder / f"{precision}.onnx"
-        options: dict[str, Any] = {}
-        if "precision" in inspect.signature(qdq.export_onnx).parameters:
-            options["precision"] = precision
-        elif precision != "fp32":
-            result["skipped"] = "export_onnx has no parameter precision"
-            return
         with self._stage(f"{precision} export"):
-            report = self._export(model, batches, path, options)
+            report = self._export(model, batches, path, precision)
             result["int8_layers"] = sorted(report.layers)
             result["megabytes"] = round(report.file_bytes / 1e6, 2)
-            if converted := getattr(report, "precision", None):
+            if converted := report.precision:
                 result["kept"] = [str(kept) for kept in converted.kept][:20]
                 result["against_fp32_db"] = converted.parity.sqnr_db if converted.parity else None
         with self._stage(f"{precision} check"):
@@ -245,6 +238,19 @@ class _Sweep:
         # The product's limit is never below 15 dB; some random networks are more chaotic than that, as measured.
         result["required_db"] = min(parity.required_sqnr_db, result["tie_floor_db"] - TIE_MARGIN_DB)
         result["parity_ok"] = bool(parity.sqnr_db >= result["required_db"])
+
+
+def _list_float_products(plan: qdq.SwapPlan, rewired: qdq.RewirePlan) -> dict[str, str]:
+    """Name -> reason of every layer with weights, and of every product called as a function, that stays in float."""
+    calls = {call.name: call for call in rewired.operations if call.function in PRODUCTS}
+    found = {name: call.reason for name, call in calls.items() if call.action == "float"}
+    callers = {name.rpartition(".")[0] for name in calls}
+    layers = [module for module in plan.of("float") + plan.of("missed") if module.mapped and module.weights]
+    return found | {
+        module.name: module.reason
+        for module in layers
+        if callers.isdisjoint((module.name, module.name.rpartition(".")[0]))  # else the call itself is there
+    }
 
 
 class _Output(nn.Module):
