@@ -43,6 +43,7 @@ from qdq.graph.precision import ConvertPrecision
 from qdq.graph.precision_rules import KeptNode
 from qdq.graph.remove_identities import RemoveIdentities
 from qdq.graph.save import save_model
+from qdq.graph.transpose_keys import TransposeKeys
 from qdq.graph.weights import QuantizeWeights
 from qdq.metrics import Array
 from qdq.nn import QuantMixin
@@ -193,6 +194,7 @@ def _passes(opset: int, weights: str) -> list[ir.passes.InPlacePass]:
         NameNodes(),
         FoldWeights(),
         LowerEinsum(),
+        TransposeKeys(),
         MergePairs(),
         MoveQuantizeBeforeCopies(),
         MergePairs(),  # a pair that was moved may meet an equal one

@@ -18,11 +18,13 @@ class MoveQuantizeBeforeCopies(ir.passes.InPlacePass):
     """Copy -> Q -> DQ becomes Q -> DQ -> Copy, where that changes no bit.
 
     One scale for the whole tensor and a zero point of zero make a pair a function of each value alone. So it can be
-    swapped with an operator that copies values, and with Pad (whose constant must be 0, which a pair keeps).
+    swapped with an operator that copies values. Likewise with Pad, whose constant must be 0, which a pair keeps, where
+    only convolutions read it: they can take it in then.
 
     Left alone: a copy with any other reader, which would see quantized values then; outputs of the graph; a copy whose
-    input is read in float elsewhere, as the Q would become a kernel of its own there (but for Pad, which a convolution
-    can take in then); copies of constants; from opset 21 on what ONNX Runtime could not load any more. MaxPool commutes
+    input is read in float elsewhere, as the Q would become a kernel of its own there (but for Pad); copies of
+    constants; a Pad that stays a node, for TensorRT runs it in float behind the DQ, and the product loses int8 (the
+    windows of Swin); from opset 21 on what ONNX Runtime could not load any more. MaxPool commutes
     too, but TensorRT moves the Q itself, and with a pair in front of it a residual Add behind it costs a second, float
     MaxPool (tools/bench_engine.py, layer1.0 of ResNet-18).
     """
@@ -65,7 +67,7 @@ class MoveQuantizeBeforeCopies(ir.passes.InPlacePass):
 
 def _copies_values(node: ir.Node) -> bool:
     if is_op(node, "Pad"):
-        return node.attributes.get_string("mode", "constant") != "constant" or _pads_with_zero(node)
+        return node.attributes.get_string("mode", "constant") == "constant" and _pads_with_zero(node)
     return is_op(node, *COPY_OPS)
 
 
@@ -97,9 +99,15 @@ def _pairs_behind(copy: ir.Node) -> list[_Pair]:
                 return []
             if not all(_is_movable(node, copy) for node in nodes):
                 return []
+            if is_op(copy, "Pad") and not all(map(_feeds_convolutions, dequantizes)):
+                return []
             parameters.update(map(parameters_of, nodes))
             pairs.append((output, user, dequantizes))
     return pairs if len(parameters) == 1 else []
+
+
+def _feeds_convolutions(dequantize: ir.Node) -> bool:
+    return all(is_op(user, "Conv") and position == 0 for user, position in dequantize.outputs[0].uses())
 
 
 def _may_quantize(source: ir.Value, copy: ir.Node) -> bool:

@@ -16,8 +16,18 @@ from qdq.graph.merge_pairs import MergePairs
 from qdq.graph.move_quantize import MoveQuantizeBeforeCopies
 from qdq.graph.passes import run_passes
 from qdq.graph.remove_identities import RemoveIdentities
+from qdq.graph.transpose_keys import TransposeKeys
 
-PASSES = [FoldCasts, FoldPad, FoldWeights, MergeConstants, MergePairs, MoveQuantizeBeforeCopies, RemoveIdentities]
+PASSES = [
+    FoldCasts,
+    FoldPad,
+    FoldWeights,
+    MergeConstants,
+    MergePairs,
+    MoveQuantizeBeforeCopies,
+    RemoveIdentities,
+    TransposeKeys,
+]
 # Each makes a value of the same shape [1,4,6,6] from one or two such; {n} is a number of its own.
 STEPS = [
     "v{n} = Neg ({a})",
@@ -34,6 +44,7 @@ STEPS = [
     "l{n}, r{n} = Split <axis = 1, num_outputs = 2> ({a}) q{n} = QuantizeLinear (l{n}, s1, o)"
     " t{n} = QuantizeLinear (r{n}, s1, o) d{n} = DequantizeLinear (q{n}, s1, o)"
     " u{n} = DequantizeLinear (t{n}, s1, o) v{n} = Concat <axis = 1> (d{n}, u{n})",
+    "t{n} = Transpose <perm = [0, 1, 3, 2]> ({a}) v{n} = MatMul ({b}, t{n})",
     "h{n} = Cast <to = 10> ({a}) v{n} = Cast <to = 1> (h{n})",
     "h{n} = Cast <to = 10> ({a}) f{n} = Cast <to = 1> (h{n}) q{n} = QuantizeLinear (f{n}, s2, o)"
     " d{n} = DequantizeLinear (q{n}, s2, o) e{n} = Cast <to = 10> (d{n}) v{n} = Cast <to = 1> (e{n})",

@@ -25,27 +25,37 @@ COPIES = {
 }
 GRAPH = """
 g (float[1,4,4,4] x) => (y)
-<float s = {0.1}, int8 o = {%s}, float zero = {%s}, int64[1] i1 = {0}, int64[1] i2b = {1}, int64[2] i2 = {2, 1},
+<float s = {0.1}, int8 o = {%s}, float zero = {%s}, float[1,4,1,1] w = {1, 2, 3, 4},
+ int64[1] i1 = {0}, int64[1] i2b = {1}, int64[2] i2 = {2, 1},
  int64[3] i3 = {4, 8, 2}, int64[4] i4 = {2, 1, 1, 1}, int64[8] i8 = {0, 0, 1, 1, 0, 0, 1, 2}>
 {
     r = Neg (x)
     %s
     q = QuantizeLinear (c, s, o)
     d = DequantizeLinear (q, s, o)
-    y = Sin (d)
+    y = %s
 }
 """
 
 
-def copy_of(kind, zero_point=0, constant=0.0, opset=19):
-    return read(GRAPH % (zero_point, constant, COPIES[kind]), opset)
+def copy_of(kind, zero_point=0, constant=0.0, opset=19, reader=None):
+    reader = reader or ("Conv (d, w)" if "Pad" in kind else "Sin (d)")
+    return read(GRAPH % (zero_point, constant, COPIES[kind], reader), opset)
 
 
-@pytest.mark.parametrize("kind", COPIES)
+@pytest.mark.parametrize("kind", [kind for kind in COPIES if kind not in ("Pad edge", "Pad reflect")])
 def test_the_pair_moves_in_front_of(kind):
     model = apply(copy_of(kind), MoveQuantizeBeforeCopies())
-    assert ops(model) == ["Neg", "QuantizeLinear", "DequantizeLinear", kind.split()[0], "Sin"]
+    reader = "Conv" if "Pad" in kind else "Sin"
+    assert ops(model) == ["Neg", "QuantizeLinear", "DequantizeLinear", kind.split()[0], reader]
     assert model.graph.node(1).outputs[0].shape == [1, 4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reader"), [("Pad", "Sin (d)"), ("Pad edge", "Conv (d, w)"), ("Pad reflect", "Conv (d, w)")]
+)
+def test_padding_that_no_convolution_takes_in_stays_in_front(kind, reader):
+    assert ops(apply(copy_of(kind, reader=reader), MoveQuantizeBeforeCopies()))[1] == "Pad"
 
 
 @pytest.mark.parametrize("kind", COPIES)
@@ -75,7 +85,7 @@ def test_from_opset_21_onnx_runtime_still_loads_it_with_all_its_fusions(kind, op
     ],
 )
 def test_pools_stay(pool):
-    model = read(GRAPH % (0, 0, f"c = {pool} (r)"))
+    model = read(GRAPH % (0, 0, f"c = {pool} (r)", "Sin (d)"))
     assert ops(apply(model, MoveQuantizeBeforeCopies()))[1] == pool.split()[0]
 
 
@@ -97,8 +107,8 @@ def test_a_chain_and_a_split_with_all_its_pairs():
     }
     """)
     apply(model, MoveQuantizeBeforeCopies())
-    copies = ["Pad", "Reshape", "Split"]
-    assert ops(model) == ["Neg", "QuantizeLinear", "DequantizeLinear", *copies, "Sin", "Sin"]
+    pair = ["QuantizeLinear", "DequantizeLinear"]
+    assert ops(model) == ["Neg", "Pad", *pair, "Reshape", "Split", "Sin", "Sin"]  # the Pad would stay a node
 
 
 @pytest.mark.parametrize(
@@ -121,11 +131,12 @@ def test_other_readers_scales_and_outputs_stay(rest):
     assert ops(apply(model, MoveQuantizeBeforeCopies()))[1] == "Transpose"
 
 
-@pytest.mark.parametrize(("copy", "moves"), [("Transpose (x)", False), ("Pad (x, p)", True)])
+@pytest.mark.parametrize(("copy", "moves"), [("Transpose <perm = [0, 1, 3, 2]> (x)", False), ("Pad (x, p)", True)])
 def test_a_float_reader_in_front_of_the_copy(copy, moves):
     model = read(
-        "g (float[2,4] x) => (y, z) <float s = {0.1}, int8 o = {0}, int64[4] p = {0, 1, 0, 1}>"
-        "{ z = Neg (x) c = " + copy + " q = QuantizeLinear (c, s, o) d = DequantizeLinear (q, s, o) y = Neg (d) }"
+        "g (float[1,2,4,4] x) => (y, z)"
+        "<float s = {0.1}, int8 o = {0}, int64[8] p = {0, 0, 0, 1, 0, 0, 0, 1}, float[1,2,1,1] w = {1, 2}>"
+        "{ z = Neg (x) c = " + copy + " q = QuantizeLinear (c, s, o) d = DequantizeLinear (q, s, o) y = Conv (d, w) }"
     )
     assert (ops(apply(model, MoveQuantizeBeforeCopies()))[1] == "QuantizeLinear") is moves
 
