@@ -6,7 +6,7 @@ import torch
 
 from qdq.errors import CalibrationError
 from qdq.observers.finite import require_tensor
-from qdq.observers.statistics import LEAST_EXPONENT, NUM_BINS, TensorStatistics
+from qdq.observers.statistics import LEAST_EXPONENT, TensorStatistics
 from qdq.observers.summarize import Summary, add_counts, summarize
 
 
@@ -34,8 +34,7 @@ class TensorCollector:
         self._exponent = torch.tensor(LEAST_EXPONENT)
         self._channel_absmax: torch.Tensor | None = None
         self._records: dict[int, torch.Tensor] = {}  # float64 [7] by number of the batch
-        self._defects: dict[int, torch.Tensor] = {}
-        self._sizes: dict[int, int] = {}  # of the defective ones, for the message
+        self._defects: dict[int, torch.Tensor] = {}  # int64 [3] by number: `Summary.defects` and the size
 
     @property
     def num_batches(self) -> int:
@@ -99,7 +98,6 @@ class TensorCollector:
         """
         if self._counts is None:
             return TensorStatistics.empty()
-        assert NUM_BINS == self._counts.shape[1]
         self._raise_defects()
         numbers = sorted(self._records)
         channels = self._channel_absmax
@@ -113,9 +111,8 @@ class TensorCollector:
 
     def _raise_defects(self) -> None:
         for number, defects in self._defects.items():
-            count, first, size = defects.tolist()
-            if count:
-                error = _defective(defects[:2], size)
+            if int(defects[0]):
+                error = _defective(defects[:2], int(defects[2]))
                 raise CalibrationError(f"batch {number}: {error.message}", error.fix)
 
 

@@ -225,7 +225,7 @@ def coarsen(counts: Counts, steps: int) -> Counts:
 
 
 def exponent_of(absmax: float) -> int:
-    """k for a maximum of |x|, see `TensorStatistics`."""
+    """The exponent k for a maximum of |x|, see `TensorStatistics`."""
     return math.frexp(max(absmax, LEAST_ABSMAX))[1] - LOG_BINS
 
 

@@ -114,7 +114,7 @@ def add_counts(
 
 
 def _split_signs(both: torch.Tensor, negatives: torch.Tensor | int) -> torch.Tensor:
-    """Counts `[2, NUM_BINS]` from those of trunc(x 2^-k) = 1 - NUM_BINS ... NUM_BINS - 1, and how many x are below 0."""
+    """Counts `[2, NUM_BINS]` from those of trunc(x 2^-k), 1 - NUM_BINS to NUM_BINS - 1, and the number of x below 0."""
     counts = torch.stack([both[NUM_BINS - 1 :], both[:NUM_BINS].flip(0)])
     near_zero = negatives - both[: NUM_BINS - 1].sum()  # those whose bin is 0, which has no sign
     counts[0, 0] -= near_zero

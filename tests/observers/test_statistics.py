@@ -193,7 +193,9 @@ def test_not_finite_is_counted_and_located(bad, dtype):
         collector = TensorCollector()
         collector.collect(torch.ones(1, 3, 2, 2))
         before = collector.statistics()
-        with pytest.raises(CalibrationError, match=f"2 of 135000 values are NaN or Inf, the first at flat index {first};"):
+        with pytest.raises(
+            CalibrationError, match=f"2 of 135000 values are NaN or Inf, the first at flat index {first};"
+        ):
             collector.collect(layout)
         assert_same(before, collector.statistics())
 

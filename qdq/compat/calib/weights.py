@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from qdq.compat.calib.histogram import HistogramCalibrator
+from qdq.compat.calib.histogram import HistogramCalibrator, bin_of
 from qdq.errors import ArgumentTypeError, CalibrationError
 from qdq.observers.finite import require_finite
-from qdq.observers.histogram import bin_of
 
 logger = logging.getLogger(__name__)
 
