@@ -65,7 +65,9 @@ class TensorCollector:
 
     def _note_defects(self, number: int, defects: torch.Tensor, size: int) -> None:
         if defects.device.type != "cpu":
-            self._defects.setdefault(number, torch.cat([defects, defects.new_tensor([size])]))
+            found = torch.cat([defects, defects.new_tensor([size])])
+            before = self._defects.get(number, found)
+            self._defects[number] = torch.where(before[0] > 0, before, found)
 
     def _add(self, found: Summary) -> None:
         if self._counts is None:
