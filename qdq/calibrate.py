@@ -217,14 +217,14 @@ def _solve(
         raise CalibrationError(
             "no batch reached any quantizer.", "give at least one batch, and one that the model runs on."
         )
-    if options.method == BEST and not held:
+    if options.method == BEST and not any(gather_bytes(b"held" if held else b"")):  # one process may have none
         raise ArgumentError("method 'best' compares methods on data, and got no batch.", "pass held=[batch].")
     quantizers = dict(named_quantizers(model))
-    weights = {
-        name: solve_weight(f"{layer or 'the model'}.{parameter}", module._parameters[parameter],
-                           quantizers[name], options.weight_method)
-        for name, (layer, module, parameter) in collection.weights.items()
-    }  # fmt: skip
+    weights = {}
+    for name, (layer, module, parameter) in collection.weights.items():
+        label, weight = f"{layer or 'the model'}.{parameter}", module._parameters[parameter]
+        assert weight is not None  # noqa: S101
+        weights[name] = solve_weight(label, weight, quantizers[name], options.weight_method)
     left = _without_range(model, collection, statistics)
     with _all_or_none(model):
         for name, amax in weights.items():

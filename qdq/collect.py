@@ -376,7 +376,7 @@ def digest_batch(batch: Any) -> str:
     for leaf in tree_leaves(split_inputs(batch)):
         if isinstance(leaf, torch.Tensor):
             digest.update(f"{leaf.dtype} {list(leaf.shape)} ".encode())
-            digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -130,7 +130,7 @@ class Statistics:
             "limit": self.limit,
             "formats": {name: None if fmt is None else asdict(fmt) for name, fmt in self.formats.items()},
         }
-        return safetensors.save(arrays, {"format": _FORMAT, "facts": json.dumps(facts)})
+        return safetensors.save(arrays, {_FORMAT: json.dumps(facts)})  # one key: the order of several is random
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Statistics:
@@ -142,9 +142,7 @@ class Statistics:
         try:
             arrays = safetensors.load(content)
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            if header.get("__metadata__", {}).get("format") != _FORMAT:
-                raise DataError(f"its metadata do not say {_FORMAT!r}.", "give a file that `Statistics.save` wrote.")
-            facts = json.loads(header["__metadata__"]["facts"])
+            facts = json.loads(header.get("__metadata__", {})[_FORMAT])
             formats = {name: fmt and Format(**fmt) for name, fmt in facts.pop("formats").items()}
             parts: dict[str, dict[str, Any]] = {name: {} for name in formats}
             for key, array in arrays.items():

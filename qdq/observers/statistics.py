@@ -136,7 +136,8 @@ class TensorStatistics:
         """Histogram of |x| `[n]` up to the last occupied bin, at least one bin; unsigned: without negative values."""
         counts = self.counts[0] if unsigned else self.counts.sum(0)
         occupied = np.flatnonzero(counts)
-        return counts[: occupied[-1] + 1 if occupied.size else 1]
+        trimmed: Counts = counts[: occupied[-1] + 1 if occupied.size else 1]
+        return trimmed
 
     def shifted(self, by: int) -> TensorStatistics:
         """The same with all batch numbers larger by `by`."""
@@ -209,7 +210,7 @@ class TensorStatistics:
         if channels is not None and (channels.dtype != np.float32 or channels.ndim != 1):
             raise _damaged(f"channel_absmax is {channels.dtype}{list(channels.shape)}, not float32[C]")
         found = cls(counts, int(exponent[0]), channels, numbers, records)  # type: ignore[arg-type]  # checked above
-        if found.counts.min(initial=0) < 0 or not np.isfinite(found.records).all() or found.count != counts.sum():  # type: ignore[operator]
+        if found.counts.min(initial=0) < 0 or not np.isfinite(found.records).all() or found.count != counts.sum():
             raise _damaged("its counts contradict its records")
         return found
 

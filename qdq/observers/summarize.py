@@ -77,11 +77,12 @@ class _Matrix:
 def _as_matrices(values: torch.Tensor, channel_axis: int) -> list[_Matrix]:
     """The tensor in the order of memory without a copy; with gaps in memory, one copied slice at a time."""
     channel_axis %= values.dim()
-    order = sorted(range(values.dim()), key=lambda dim: (-values.stride(dim), dim))
+    strides = values.stride()
+    order = sorted(range(values.dim()), key=lambda dim: (-strides[dim], dim))
     sorted_view = values.permute(order)
     if not sorted_view.is_contiguous():
         others = [dim for dim in range(values.dim()) if dim != channel_axis and values.shape[dim] > 1]
-        parts = values.split(1, others[0]) if others else (values,)
+        parts = torch.split(values, 1, others[0]) if others else (values,)
         return [matrix for part in parts for matrix in _as_matrices(part.contiguous(), channel_axis)]
     position = order.index(channel_axis)
     shape = sorted_view.shape
@@ -254,7 +255,7 @@ def _on_device(values: torch.Tensor, matrices: list[_Matrix]) -> Summary:
     factor = ((127 - exponent) << 23).to(torch.int32).view(torch.float32)  # 2^-k to the last bit
     counts = torch.zeros(2, NUM_BINS, dtype=torch.int64, device=values.device)
     sums = torch.zeros(5, dtype=torch.float64, device=values.device)
-    for piece in (piece for matrix in matrices for piece in matrix.values.reshape(-1).split(_DEVICE_PIECE)):
+    for piece in (piece for matrix in matrices for piece in torch.split(matrix.values.reshape(-1), _DEVICE_PIECE)):
         single = piece.float()
         bins = (single * factor).trunc_()
         # 2 NUM_BINS bins of width 1 from -NUM_BINS on, of which the first stays empty

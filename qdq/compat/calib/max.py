@@ -71,7 +71,7 @@ class MaxCalibrator(_Calibrator):
         if self._track_amax:
             self._amaxs.append(amax.cpu().numpy().copy())
 
-    def compute_amax(self) -> torch.Tensor | None:  # type: ignore[override]  # scripts derive with any arguments
+    def compute_amax(self) -> torch.Tensor | None:
         """The maximum so far as a copy, or None before any data."""
         return None if self._calib_amax is None else self._calib_amax.clone()
 
