@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qdq import ArgumentError, ArgumentTypeError, CalibrationError
+from qdq.observers import summarize
 from qdq.observers.collector import TensorCollector
 from qdq.observers.statistics import LEAST_EXPONENT, NUM_BINS, TensorStatistics, coarsen, exponent_of
 
@@ -132,6 +133,52 @@ def test_parts_in_any_order_are_one_pass(batches, cut, random):
         assert whole.zeros == (values == 0).sum()
     else:
         assert whole.num_batches == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("relu", [False, True])
+def test_arithmetic_of_devices_is_that_of_the_cpu(dtype, relu, monkeypatch):
+    """What runs on a GPU, run here: the counts are the same, the sums but for the order of additions."""
+    batches = [torch.randn(2, 3, 50, 50) * 10**i for i in (0, 3, -6)]
+    batches = [(batch.relu() if relu else batch).to(dtype) for batch in batches]
+    expected = collect(batches)
+    monkeypatch.setattr(summarize, "_on_cpu", summarize._on_device)
+    monkeypatch.setattr(summarize, "_DEVICE_PIECE", 1000)
+    found = collect(batches)
+    assert found.exponent == expected.exponent
+    assert np.array_equal(found.counts, expected.counts)
+    assert np.array_equal(found.channel_absmax, expected.channel_absmax)
+    np.testing.assert_allclose(found.records, expected.records, rtol=1e-12, atol=1e-12 * expected.absmax)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu(dtype):
+    batches = [(torch.randn(2, 3, 200, 200) * 10**i).to(dtype) for i in (0, 3, -3)]
+    expected, collector = collect(batches), TensorCollector()
+    with torch.cuda.device(0):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for batch in [batch.cuda() for batch in batches]:
+                collector.collect(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found = collector.statistics()
+    assert found.exponent == expected.exponent
+    assert np.array_equal(found.counts, expected.counts)
+    np.testing.assert_allclose(found.records, expected.records, rtol=1e-9, atol=1e-9 * expected.absmax)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_reports_defects_at_the_end():
+    collector = TensorCollector()
+    for number, value in enumerate((1.0, math.nan, 1.0)):
+        collector.batch = number
+        collector.collect(torch.tensor([0.0, 2.0, value], device="cuda"))
+    with pytest.raises(CalibrationError, match="batch 1: 1 of 3 values are NaN or Inf, the first at flat index 2;"):
+        collector.statistics()
 
 
 def test_does_not_depend_on_the_number_of_threads():
