@@ -253,13 +253,13 @@ def quantize(values, amax, fmt):
 
 @pytest.mark.parametrize("num_bits", [3, 4, 8])
 @pytest.mark.parametrize("axis", [0, None])
-@pytest.mark.parametrize("layer", [nn.Conv2d(8, 16, 3), nn.Linear(64, 16)], ids=["conv", "linear"])
-def test_weights_by_mse(layer, axis, num_bits):
-    """No range of a fine grid is much better in any channel, and the maximum is never better.
+@pytest.mark.parametrize("make_layer", [lambda: nn.Conv2d(8, 16, 3), lambda: nn.Linear(64, 16)], ids=["conv", "linear"])
+def test_weights_by_mse(make_layer, axis, num_bits):
+    """The best of 350 ranges for each channel is hardly better, and the maximum is never better.
 
     With 8 bits and few weights the error jumps from one range to the next, so that a finer grid always finds less.
     """
-    layer = copy.deepcopy(layer)
+    layer = make_layer()
     layer.weight.data[3, 5] *= 20
     layer.weight.data[7] = 0
     swap_modules(layer, weight_desc=QuantDescriptor(num_bits, axis=axis), include=[""])
@@ -274,7 +274,7 @@ def test_weights_by_mse(layer, axis, num_bits):
         return (quantize(rows, candidate, fmt) - rows).square().sum(1)
 
     grid = torch.stack([error(largest * i / 400) for i in range(50, 401)])
-    assert (error(amax) <= (1.3 if num_bits == 8 else 1.02) * grid.amin(0) + 1e-12).all()
+    assert error(amax).sum() <= (1.15 if num_bits == 8 else 1.02) * grid.amin(0).sum()
     assert (error(amax) <= error(largest)).all()
     assert (amax <= largest).all()
 

@@ -10,6 +10,7 @@ Elsewhere everything stays on the device, and nothing waits for it.
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -55,8 +56,10 @@ def summarize(values: torch.Tensor, channel_axis: int | None = None) -> Summary:
     """
     if channel_axis is None:
         channel_axis = 1 if values.dim() >= 4 else -1
-    pieces = _as_matrices(values.reshape(1) if values.dim() == 0 else values, channel_axis)
-    return _on_cpu(values, pieces) if values.device.type == "cpu" else _on_device(values, pieces)
+    # The modes hold for one thread; in inference mode it would make tensors that the others could not write to.
+    with torch.inference_mode(False), torch.no_grad():
+        matrices = _as_matrices(values.reshape(1) if values.dim() == 0 else values, channel_axis)
+        return _on_cpu(values, matrices) if values.device.type == "cpu" else _on_device(values, matrices)
 
 
 def locate_defects(values: torch.Tensor) -> torch.Tensor:
@@ -155,12 +158,13 @@ def _share_work(matrix: _Matrix) -> list[_Partial]:
     if len(shares) == 1:
         partials[0].read(shares[0])
     else:
-        list(_threads().map(_Partial.read, partials, shares))
+        list(_threads(os.getpid()).map(_Partial.read, partials, shares))
     return partials
 
 
 @cache
-def _threads() -> ThreadPoolExecutor:
+def _threads(process: int) -> ThreadPoolExecutor:
+    """A process that was forked has none of the threads of its parent."""
     return ThreadPoolExecutor(thread_name_prefix="qdq-calibrate")
 
 

@@ -185,7 +185,7 @@ def test_laplace_and_gauss_minimize_the_integral(qmax):
 @pytest.mark.parametrize("method", SOLVERS)
 def test_every_method_and_width(method, num_bits, unsigned):
     fmt = Format(num_bits, unsigned)
-    for data in (torch.randn(3000), torch.full((5,), 0.3), torch.tensor([0.0, 0.0, 1e-30]), torch.tensor([1e30, 1e-3])):
+    for data in (torch.randn(500), torch.full((5,), 0.3), torch.tensor([0.0, 0.0, 1e-30]), torch.tensor([1e30, 1e-3])):
         amax = solve_amax(statistics_of(data), fmt, method)
         largest = float(data.max() if unsigned else data.abs().max())
         assert 0 < amax <= largest
