@@ -359,7 +359,7 @@ class TensorQuantizer(nn.Module):
             **options: As for `observers.solve.solve_amax`.
 
         Returns:
-            One number, or float32 `[C]` with an axis.
+            One number; with an axis float32, of the rank of the tensor with size 1 on all other axes.
 
         Raises:
             ArgumentError: As for `solve_amax`; another method than "max" with an axis.
@@ -373,7 +373,7 @@ class TensorQuantizer(nn.Module):
             )
         if statistics.channel_absmax is None:
             raise StateError(
-                f"the length of axis {self._axis} changed between batches at {self._label}.",
+                f"amax shape changed! Axis {self._axis} of {self._label} differs in length between batches.",
                 "feed batches whose kept axis always has the same length, or calibrate per tensor (axis=None).",
             )
         return statistics.channel_absmax

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import copy
 import json as json_format
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,19 +141,22 @@ def _time_collecting(model: nn.Module, batch: torch.Tensor, repeats: int) -> dic
     """Float and collecting passes in turn, so that what else the machine does falls on both."""
     collection = Collection(model)
     seconds: dict[str, list[float]] = {"float": [], "collect": []}
-    memory: dict[str, float] = {}
     with torch.no_grad():
-        for _ in range(repeats + 1):
-            with qdq.disable_quantization(model), _peak_memory(memory, "float"):
+        with qdq.disable_quantization(model):
+            float_peak = _peak_memory(lambda: [model(batch) for _ in range(2)])  # before anything has been collected
+        with collection:
+            collect_peak = _peak_memory(lambda: [model(batch) for _ in range(2)])
+        for _ in range(repeats):
+            with qdq.disable_quantization(model):
                 seconds["float"].append(_time(lambda: model(batch)))
-            with collection, _peak_memory(memory, "collect"):
+            with collection:
                 seconds["collect"].append(_time(lambda: model(batch)))
-    plain, collecting = (statistics.median(runs[1:]) for runs in seconds.values())
+    plain, collecting = map(statistics.median, seconds.values())
     return {
         "float_s": plain,
         "collect_s": collecting,
         "collect_ratio": collecting / plain,
-        "memory_mb": memory["collect"] - memory["float"],
+        "memory_mb": collect_peak - float_peak,
     }
 
 
@@ -168,23 +171,22 @@ def _time_forward(model: nn.Module, batch: torch.Tensor, repeats: int) -> dict[s
     return {"fake_quantized_s": fake, "fake_quantized_ratio": fake / plain}
 
 
-@contextmanager
-def _peak_memory(peaks: dict[str, float], name: str) -> Iterator[None]:
-    """The largest resident memory of this process in the block, in MB; the largest of all blocks of a name."""
-    done = threading.Event()
+def _peak_memory(run: Callable[[], object]) -> float:
+    """The largest resident memory of this process while something runs, in MB."""
+    done, samples = threading.Event(), [0]
 
     def watch() -> None:
         while not done.wait(0.002):
-            resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
-            peaks[name] = max(peaks.get(name, 0.0), resident)
+            samples.append(int(Path("/proc/self/statm").read_text().split()[1]))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        yield
+        run()
     finally:
         done.set()
         watcher.join()
+    return max(samples) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 # -- (d) ---------------------------------------------------------------------------------------------------------------

@@ -40,8 +40,8 @@ class TensorStatistics:
     Args:
         counts: int64 `[2, NUM_BINS]`, see above.
         exponent: k, the smallest with max|x| < NUM_BINS * 2^k that is not below LEAST_EXPONENT.
-        channel_absmax: float32 `[C]`, the maximum of |x| in each channel; None where the number of channels differs
-            from batch to batch, or before data.
+        channel_absmax: The maximum of |x| in each channel: float32, of the rank of the tensor with size 1 on all axes
+            but that of the channels; None before data, or where that shape differs from batch to batch.
         numbers: int64 `[B]`, the numbers of the batches, ascending.
         records: float64 `[B, 7]`, see RECORD.
     """
@@ -207,8 +207,8 @@ class TensorStatistics:
         for name, (array, dtype, shape) in expected.items():
             if array.dtype != dtype or array.shape != shape:
                 raise _damaged(f"{name} is {array.dtype}{list(array.shape)}, not {np.dtype(dtype)}{list(shape)}")
-        if channels is not None and (channels.dtype != np.float32 or channels.ndim != 1):
-            raise _damaged(f"channel_absmax is {channels.dtype}{list(channels.shape)}, not float32[C]")
+        if channels is not None and (channels.dtype != np.float32 or channels.size != max(channels.shape, default=0)):
+            raise _damaged(f"channel_absmax is {channels.dtype}{list(channels.shape)}, not float32 with one axis")
         found = cls(counts, int(exponent[0]), channels, numbers, records)  # type: ignore[arg-type]  # checked above
         if found.counts.min(initial=0) < 0 or not np.isfinite(found.records).all() or found.count != counts.sum():
             raise _damaged("its counts contradict its records")

@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -32,7 +32,7 @@ class Summary:
     Args:
         counts: int64 `[2, NUM_BINS]`.
         exponent: int64 `[]`, see `TensorStatistics`.
-        channel_absmax: float32 `[C]`.
+        channel_absmax: float32, of the rank of the values with size 1 on all axes but that of the channels.
         extremes: float64 `[2]`: the smallest and the largest value.
         sums: float64 `[5]`: sum of x, |x| and x^2, how many values, how many that are not zero.
         defects: int64 `[2]`: how many values are NaN or Inf, flat index of the first one; the rest holds for finite
@@ -58,8 +58,12 @@ def summarize(values: torch.Tensor, channel_axis: int | None = None) -> Summary:
         channel_axis = 1 if values.dim() >= 4 else -1
     # The modes hold for one thread; in inference mode it would make tensors that the others could not write to.
     with torch.inference_mode(False), torch.no_grad():
-        matrices = _as_matrices(values.reshape(1) if values.dim() == 0 else values, channel_axis)
-        return _on_cpu(values, matrices) if values.device.type == "cpu" else _on_device(values, matrices)
+        values = values.reshape(1) if values.dim() == 0 else values
+        matrices = _as_matrices(values, channel_axis)
+        found = _on_cpu(values, matrices) if values.device.type == "cpu" else _on_device(values, matrices)
+        shape = [1] * values.dim()
+        shape[channel_axis] = -1
+        return replace(found, channel_absmax=found.channel_absmax.reshape(shape))
 
 
 def locate_defects(values: torch.Tensor) -> torch.Tensor:

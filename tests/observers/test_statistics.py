@@ -79,7 +79,7 @@ def test_channels_in_any_layout(layout, axis):
     }[layout]()
     found = collect([data], channel_axis=axis)
     kept = 1 if axis is None else axis % 4
-    expected = data.abs().amax([dim for dim in range(4) if dim != kept])
+    expected = data.abs().amax([dim for dim in range(4) if dim != kept], keepdim=True)
     np.testing.assert_array_equal(found.channel_absmax, expected.numpy())
     assert np.array_equal(found.counts, collect([data.contiguous()]).counts)
     assert np.array_equal(reference_counts(data.numpy().ravel())[0], found.counts)
@@ -88,7 +88,7 @@ def test_channels_in_any_layout(layout, axis):
 @pytest.mark.parametrize(("shape", "kept"), [((4, 9), 1), ((2, 4, 9), 2), ((2, 3, 4, 5), 1), ((2, 3, 4, 5, 2), 1)])
 def test_channels_by_default(shape, kept):
     data = torch.randn(shape)
-    expected = data.abs().amax([dim for dim in range(len(shape)) if dim != kept])
+    expected = data.abs().amax([dim for dim in range(len(shape)) if dim != kept], keepdim=True)
     np.testing.assert_array_equal(collect([data]).channel_absmax, expected.numpy())
 
 
@@ -98,7 +98,7 @@ def test_channels_of_changing_number_are_given_up():
     one, two, three = (collect([part], [number]) for number, part in enumerate(parts))
     assert one.merge(two).merge(three).channel_absmax is None
     assert one.merge(three).merge(two).channel_absmax is None
-    assert one.merge(three).channel_absmax.tolist() == [1, 1, 1]
+    assert one.merge(three).channel_absmax.tolist() == [[1, 1, 1]]
 
 
 EXTREMES = [0.0, -0.0, 1.0, -1.0, 65504.0, -65504.0, 1e30, -1e30, 1e-40, -1e-45, 5e-20, 3.4e38, 2.0**-64, 4096.0, 1e-7]

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from qdq.compat.calib.bins import bin_of
 from qdq.compat.calib.calibrator import _Calibrator
 from qdq.compat.tensor_quant import E4M3, EPS
 from qdq.errors import ArgumentError, ArgumentTypeError, UnsupportedError
@@ -29,23 +30,6 @@ _MAX_GROWTH = 16
 # Elements that are put in bins at a time: what a CPU cache holds, and what a GPU has memory to spare for.
 _CHUNK = {"cpu": 1 << 16}
 _CHUNK_ELSEWHERE = 1 << 24
-
-
-def bin_of(values: torch.Tensor, width: torch.Tensor, num_bins: int) -> torch.Tensor:
-    """floor(|v| / width), the last edge counted to the last bin.
-
-    In float64, because the float32 quotient of a value just below an edge may round up to it; and by a tensor, because
-    torch multiplies by the reciprocal of a number on a GPU, which differs in the last bit.
-
-    Args:
-        values: Any shape, float32.
-        width: float64 with at least one dimension, on the device of the values; broadcasts.
-        num_bins: How many bins there are.
-
-    Returns:
-        int32, of the shape of `values`.
-    """
-    return values.double().abs_().div_(width).to(torch.int32).clamp_(max=num_bins - 1)
 
 
 class HistogramCalibrator(_Calibrator):
