@@ -11,10 +11,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "analyze": ("Analysis", "analyze_layers"),
     "build": ("BuildReport", "build_engine"),
-    "calibrate": ("Calibration", "calibrate_model"),
+    "calibrate": ("Calibration", "calibrate_model", "solve_ranges"),
     "check": ("CheckReport", "check_onnx"),
     "check.rules": ("register_rule",),
+    "collect": ("collect_statistics",),
     "data": ("load_images",),
+    "distributed": ("shard_batches",),
     "errors": (
         "ArgumentError", "ArgumentTypeError", "BuildError", "CalibrationError", "CheckError", "DataError",
         "DependencyError", "ExportError", "ModelError", "QdqError", "StateError",
@@ -31,6 +33,7 @@ _HOMES = {
     "ranges": ("RangeExport", "RangeImport", "export_ranges", "import_ranges"),
     "report": ("write_report",),
     "run": ("Run", "start_run"),
+    "statistics": ("Statistics",),
     "trt.backend": ("find_backend",),
     "rewire": ("RewirePlan", "rewire_operations"),
     "swap": ("SwapPlan", "plan_swap", "restore_modules", "swap_modules"),

@@ -5,10 +5,13 @@ from qdq.build import BuildReport as BuildReport
 from qdq.build import build_engine as build_engine
 from qdq.calibrate import Calibration as Calibration
 from qdq.calibrate import calibrate_model as calibrate_model
+from qdq.calibrate import solve_ranges as solve_ranges
 from qdq.check import CheckReport as CheckReport
 from qdq.check import check_onnx as check_onnx
 from qdq.check.rules import register_rule as register_rule
+from qdq.collect import collect_statistics as collect_statistics
 from qdq.data import load_images as load_images
+from qdq.distributed import shard_batches as shard_batches
 from qdq.errors import ArgumentError as ArgumentError
 from qdq.errors import ArgumentTypeError as ArgumentTypeError
 from qdq.errors import BuildError as BuildError
@@ -44,6 +47,7 @@ from qdq.rewire import RewirePlan as RewirePlan
 from qdq.rewire import rewire_operations as rewire_operations
 from qdq.run import Run as Run
 from qdq.run import start_run as start_run
+from qdq.statistics import Statistics as Statistics
 from qdq.swap import SwapPlan as SwapPlan
 from qdq.swap import plan_swap as plan_swap
 from qdq.swap import restore_modules as restore_modules

@@ -24,14 +24,16 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from qdq.errors import ArgumentError, ArgumentTypeError, CalibrationError, StateError
 from qdq.formats import Format
-from qdq.observers import Calibrator, HistogramCalibrator, MaxCalibrator
+from qdq.observers.collector import TensorCollector
 from qdq.observers.max import reduce_amax
+from qdq.observers.solve import solve_amax
+from qdq.observers.statistics import TensorStatistics
 
 logger = logging.getLogger(__name__)
 
 AMAX_FLOOR = 2.0**-64
 _FLOAT16_MAX = torch.finfo(torch.float16).max
-_CALIB_METHODS = ("max", "histogram")
+_CALIB_METHODS = {"max": "max", "histogram": "mse"}  # -> what `load_calib_amax` solves by default
 
 # torch has no shape rule for this operator, and torch.export wants one as soon as a dimension is dynamic.
 _OPERATOR = "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams"
@@ -51,7 +53,8 @@ class QuantDescriptor:
         name: A name for messages.
         axis: The axis with a range for each index (negative counts from the end); None: one range per tensor.
         amax: The range, if it is already known.
-        calib_method: What calibration collects by default: "max" or "histogram".
+        calib_method: How `load_calib_amax` solves the range by default: "max", or "histogram" for the least squared
+            error. Whatever it is, everything is collected.
         unsigned: Codes start at 0 (TensorRT refuses such formats, R-SYM).
         narrow_range: Leave out the most negative code.
 
@@ -76,7 +79,7 @@ class QuantDescriptor:
                     f"{field} is {value!r}, of type {type(value).__name__}.", f"give {field} as {kinds}."
                 )
         if self.calib_method not in _CALIB_METHODS:
-            raise ArgumentError(_unknown("calib_method", self.calib_method, _CALIB_METHODS), "use one of those.")
+            raise ArgumentError(_unknown("calib_method", self.calib_method, tuple(_CALIB_METHODS)), "use one of those.")
         if isinstance(self.amax, np.ndarray | list):
             object.__setattr__(self, "amax", tuple(np.asarray(self.amax, dtype=float).flatten().tolist()))
         _ = self.format
@@ -214,7 +217,7 @@ class TensorQuantizer(nn.Module):
         self._disabled = disabled
         self._if_quant = if_quant
         self._if_calib = if_calib
-        self._calibrator: Calibrator | None = None
+        self._calibrator: TensorCollector | None = None
         self.set_calib_method(desc.calib_method)
         if desc.amax is not None:
             self.amax = desc.amax
@@ -309,31 +312,71 @@ class TensorQuantizer(nn.Module):
         self._if_calib = False
 
     def set_calib_method(self, method: str) -> None:
-        """Start over with an empty "max" or "histogram" calibrator.
+        """Start over with an empty collector; "max" or "histogram" says how `load_calib_amax` solves by default.
 
         Raises:
             ArgumentError: Another method, or a histogram for a per-channel quantizer.
         """
         if method not in _CALIB_METHODS:
-            raise ArgumentError(_unknown("calib_method", method, _CALIB_METHODS), "use one of those.")
-        kind = MaxCalibrator if method == "max" else HistogramCalibrator
-        self._calibrator = kind(self._num_bits, self._axis, self._unsigned)
+            raise ArgumentError(_unknown("calib_method", method, tuple(_CALIB_METHODS)), "use one of those.")
+        if method == "histogram" and self._axis is not None:
+            raise ArgumentError(
+                f"{self._label} has axis={self._axis}; histograms are per tensor.",
+                "use calib_method='max' for per-channel ranges.",
+            )
+        self._default_method = _CALIB_METHODS[method]
+        self._calibrator = TensorCollector(self._axis)
 
-    def load_calib_amax(self, *args: Any, **kwargs: Any) -> None:
-        """Solve amax from what the calibrator collected and store it; arguments go to its `compute_amax`.
+    def load_calib_amax(self, method: str | None = None, **options: Any) -> None:
+        """Solve amax from what was collected and store it; may be called again with another method.
+
+        Args:
+            method: As for `observers.solve.solve_amax`; None: that of `set_calib_method`.
+            **options: As for `observers.solve.solve_amax`.
 
         Raises:
-            StateError: No calibrator, or it saw no data.
+            StateError: No collector, or it saw no data.
+            ArgumentError: As for `solve_amax`; another method than "max" for a per-channel quantizer.
         """
         if self._calibrator is None:
             raise StateError(f"Calibrator not created for {self._label}.", "call `set_calib_method` first.")
-        amax = self._calibrator.compute_amax(*args, **kwargs)
-        if amax is None:
+        statistics = self._calibrator.statistics()
+        if not statistics.num_batches:
             raise StateError(
-                f"Calibrator returned None: {self._label} saw no data.",
+                f"{self._label} saw no data.",
                 "feed batches that reach this layer between `enable_calib` and `load_calib_amax`.",
             )
-        self.amax = amax
+        self.amax = self.solve_range(statistics, method or self._default_method, **options)
+
+    def solve_range(
+        self, statistics: TensorStatistics, method: str, **options: Any
+    ) -> float | np.ndarray[Any, np.dtype[np.float32]]:
+        """The range that statistics give for the format and axis of this quantizer; nothing is stored.
+
+        Args:
+            statistics: Of the tensor that it quantizes.
+            method: As for `observers.solve.solve_amax`; with an axis only "max".
+            **options: As for `observers.solve.solve_amax`.
+
+        Returns:
+            One number; with an axis float32, of the rank of the tensor with size 1 on all other axes.
+
+        Raises:
+            ArgumentError: As for `solve_amax`; another method than "max" with an axis.
+            StateError: The axis had another length in another batch.
+        """
+        if self._axis is None:
+            return solve_amax(statistics, self.format, method, **options)
+        if method != "max":
+            raise ArgumentError(
+                f"{self._label} has axis={self._axis}; its ranges are maxima, not {method}.", "use method='max'."
+            )
+        if statistics.channel_absmax is None:
+            raise StateError(
+                f"amax shape changed! Axis {self._axis} of {self._label} differs in length between batches.",
+                "feed batches whose kept axis always has the same length, or calibrate per tensor (axis=None).",
+            )
+        return statistics.channel_absmax
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Collect, quantize, both or neither; the same object comes back if there is nothing to do.
@@ -349,7 +392,7 @@ class TensorQuantizer(nn.Module):
             return inputs
         return fake_quantize(inputs, self._range_for(inputs), self.format, self._axis)
 
-    def _collect(self, inputs: torch.Tensor, calibrator: Calibrator) -> None:
+    def _collect(self, inputs: torch.Tensor, calibrator: TensorCollector) -> None:
         try:
             calibrator.collect(inputs)
         except CalibrationError as error:
@@ -388,14 +431,13 @@ class TensorQuantizer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        """One line: format, place, range, calibrator, state."""
+        """One line: format, place, range, state."""
         parts = [
             "disabled" if self._disabled else "",
             f"{'unsigned ' if self._unsigned else ''}{self._num_bits}bit",
             "narrow" if self._narrow_range else "",
             "per-tensor" if self._axis is None else f"axis={self._axis}",
             f"amax={summarize_amax(self.amax)}",
-            f"calibrator={type(self._calibrator).__name__}",
             "quant" if self._if_quant else "",
             "calib" if self._if_calib else "",
         ]
@@ -441,7 +483,11 @@ class SharedQuantizer(TensorQuantizer):
         return self.leader._axis
 
     @property
-    def _calibrator(self) -> Calibrator | None:  # type: ignore[override]
+    def _default_method(self) -> str:  # type: ignore[override]
+        return self.leader._default_method
+
+    @property
+    def _calibrator(self) -> TensorCollector | None:  # type: ignore[override]
         return self.leader._calibrator
 
     def set_calib_method(self, method: str) -> None:

@@ -248,7 +248,7 @@ class TestTensorQuantizer:
             quantizer(torch.tensor([1.0, float("inf")]))
 
     def test_repr_says_what_it_does(self):
-        assert repr(TensorQuantizer()) == "TensorQuantizer(8bit per-tensor amax=dynamic calibrator=MaxCalibrator quant)"
+        assert repr(TensorQuantizer()) == "TensorQuantizer(8bit per-tensor amax=dynamic quant)"
 
     def test_survives_deepcopy(self):
         quantizer = TensorQuantizer(QuantDescriptor(amax=1.0))

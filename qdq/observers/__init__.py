@@ -1,10 +1,5 @@
 """What is collected of a tensor, and how its range is solved from that; the two are kept apart.
 
-Calibrators (`max.py`, `histogram.py`) see batches and remember statistics; solvers (`percentile.py`, `mse.py`,
-`entropy.py`) turn the counts of a histogram into amax and need no data.
+`TensorCollector` (torch) sees batches; `TensorStatistics` (numpy) is what it leaves, mergeable exactly; `solve_amax`
+turns that into amax by any of the methods in `solve.SOLVERS`, one a file, without data and without torch.
 """
-
-from qdq.observers.histogram import HistogramCalibrator as HistogramCalibrator
-from qdq.observers.max import MaxCalibrator as MaxCalibrator
-
-Calibrator = MaxCalibrator | HistogramCalibrator

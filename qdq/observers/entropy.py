@@ -12,7 +12,7 @@ import numpy.typing as npt
 from qdq.formats import Format
 from qdq.observers.search import candidate_bins
 
-_CHUNK = 1 << 22  # elements of one intermediate matrix: 32 MB
+_CHUNK = 1 << 15  # elements of one intermediate matrix, a core has it in its cache
 _NOISE = 1e-12  # divergences this close are equal but for rounding
 Floats = npt.NDArray[np.float64]
 

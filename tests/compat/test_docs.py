@@ -197,18 +197,17 @@ def test_scripts_side_by_side_agree(both, tmp_path):
     compat, core = ({name: q.amax for name, q in named_quantizers(namespace["model"])} for namespace in both)
     assert compat.keys() == core.keys()
     assert len(compat) == 7
-    for name, amax in compat.items():
-        assert torch.equal(amax.flatten(), core[name].flatten()), name
+    for name, amax in compat.items():  # the least squared error, over bins that are not the same
+        torch.testing.assert_close(amax.flatten(), core[name].flatten(), rtol=0 if "weight" in name else 0.02, atol=0)
 
-    images = both[0]["batches"][0].numpy()
+    images = both[0]["batches"][0]
     found = {}
-    for path in ("model_compat.onnx", "model_core.onnx"):
+    for path, namespace in zip(("model_compat.onnx", "model_core.onnx"), both, strict=True):
         session = onnxruntime.InferenceSession(tmp_path / path)
-        found[path] = session.run(None, {session.get_inputs()[0].name: images})[0]
-    with torch.no_grad():
-        found["torch"] = both[0]["model"](torch.from_numpy(images)).numpy()
-    step = float(compat["head._input_quantizer"]) / 127  # what a tie may move
-    for outputs in found.values():
-        assert np.abs(outputs - found["torch"]).max() <= step
-        assert np.corrcoef(outputs.ravel(), found["torch"].ravel())[0, 1] > 0.9999
+        found[path] = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+        with torch.no_grad():
+            expected = namespace["model"](images).numpy()
+        step = float(compat["head._input_quantizer"]) / 127  # what a tie may move
+        assert np.abs(found[path] - expected).max() <= step
+    assert np.corrcoef(*(outputs.ravel() for outputs in found.values()))[0, 1] > 0.9999
     assert (tmp_path / "model_core.onnx").stat().st_size < (tmp_path / "model_compat.onnx").stat().st_size

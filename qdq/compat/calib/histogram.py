@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from qdq.compat.calib.bins import bin_of
 from qdq.compat.calib.calibrator import _Calibrator
 from qdq.compat.tensor_quant import E4M3, EPS
-from qdq.errors import ArgumentError, UnsupportedError
+from qdq.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from qdq.formats import Format
-from qdq.observers import HistogramCalibrator as CoreHistogramCalibrator
-from qdq.observers.max import Axis
+from qdq.observers.entropy import solve_entropy
+from qdq.observers.finite import require_finite, require_tensor
+from qdq.observers.max import Axis, reduce_amax
 from qdq.observers.mse import solve_mse_levels
+from qdq.observers.percentile import solve_percentile
 
 logger = logging.getLogger(__name__)
 
+# The histogram may grow to this many times `num_bins`; then neighbouring bins merge pairwise, so that data of
+# any ratio between first and largest batch fits.
+_MAX_GROWTH = 16
 
-class HistogramCalibrator(CoreHistogramCalibrator, _Calibrator):
-    """Counts |x| in bins of equal width from 0.
+# Elements that are put in bins at a time: what a CPU cache holds, and what a GPU has memory to spare for.
+_CHUNK = {"cpu": 1 << 16}
+_CHUNK_ELSEWHERE = 1 << 24
+
+
+class HistogramCalibrator(_Calibrator):
+    """Counts |x| in bins of equal width from 0, on the device of the data.
+
+    The first batch with a non-zero value sets the width to `max / num_bins`; later, larger values append bins of
+    that width. Above 16 x `num_bins` neighbouring bins merge (the width doubles, counts stay exact).
 
     `_calib_hist` and `_calib_bin_edges` are views of one state: tensors if `_torch_hist`, else ndarrays. Both may be
     set, in either order.
@@ -37,9 +52,9 @@ class HistogramCalibrator(CoreHistogramCalibrator, _Calibrator):
 
     Raises:
         NotImplementedError: An axis.
+        ValueError: No bin.
     """
 
-    _num_bits: Any
     _axis: None
 
     def __init__(
@@ -59,8 +74,20 @@ class HistogramCalibrator(CoreHistogramCalibrator, _Calibrator):
             )
         if grow_method is not None:
             logger.warning("grow_method=%r is ignored: bins are appended as the data needs them.", grow_method)
+        if num_bins < 1:
+            raise ArgumentError(f"num_bins is {num_bins}; a histogram needs at least one bin.", "2048 is the default.")
+        super().__init__(num_bits, None, unsigned)
+        self._num_bins = num_bins
+        self._skip_zeros = skip_zeros
         self._torch_hist = torch_hist
-        super().__init__(num_bits, None, unsigned, num_bins=num_bins, skip_zeros=skip_zeros)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all batches; the next one sets the bins anew."""
+        self._counts: torch.Tensor | None = None
+        self._width = 0.0
+        self._zeros: torch.Tensor | None = None  # those seen before there was a width, 0-D
+        self.num_batches = 0
 
     @property
     def _calib_hist(self) -> Any:
@@ -79,7 +106,7 @@ class HistogramCalibrator(CoreHistogramCalibrator, _Calibrator):
     @property
     def _calib_bin_edges(self) -> Any:
         """Edges k * W, one more than there are bins; None before data."""
-        return self._as_shown(super()._calib_bin_edges)
+        return self._as_shown(self._edges())
 
     @_calib_bin_edges.setter
     def _calib_bin_edges(self, value: Any) -> None:
@@ -105,6 +132,91 @@ class HistogramCalibrator(CoreHistogramCalibrator, _Calibrator):
         self._counts = self._zeros = None
         self._width = 0.0
 
+    def _edges(self) -> torch.Tensor | None:
+        if self._counts is None:
+            return None
+        return torch.arange(self._counts.numel() + 1, dtype=torch.float64, device=self._counts.device) * self._width
+
+    @torch.no_grad()
+    def collect(self, inputs: torch.Tensor) -> None:
+        """Add the counts of one batch; an empty one changes nothing.
+
+        Raises:
+            CalibrationError: NaN or Inf in the batch.
+        """
+        require_tensor(inputs)
+        if inputs.numel() == 0:
+            return
+        values = inputs.detach().float().flatten()
+        maximum = reduce_amax(values, None)
+        require_finite(maximum, inputs)
+        self.num_batches += 1
+        if self._skip_zeros:
+            values = values[values != 0]
+        if values.numel():
+            self._add(values, float(maximum))
+
+    def _add(self, values: torch.Tensor, maximum: float) -> None:
+        if self._counts is None:
+            zeros = values.new_zeros((), dtype=torch.int64) if self._zeros is None else self._zeros
+            if maximum == 0:  # no width can be chosen yet
+                self._zeros = zeros + values.numel()
+                return
+            self._width = maximum / self._num_bins
+            self._counts = values.new_zeros(self._num_bins, dtype=torch.int64)
+            self._counts[0] = zeros
+        hist = self._grow_to(self._counts.to(values.device), maximum)
+        width = torch.tensor([self._width], dtype=torch.float64, device=values.device)
+        for chunk in torch.split(values, _CHUNK.get(values.device.type, _CHUNK_ELSEWHERE)):
+            hist = hist + torch.bincount(bin_of(chunk, width, hist.numel()), minlength=hist.numel())
+        self._counts = hist
+
+    def _grow_to(self, hist: torch.Tensor, maximum: float) -> torch.Tensor:
+        """The histogram with enough bins for `maximum`; merges pairs where it would get too long."""
+        while maximum / self._width > _MAX_GROWTH * self._num_bins:
+            if hist.numel() % 2:
+                hist = torch.cat([hist, hist.new_zeros(1)])
+            hist = hist.reshape(-1, 2).sum(1)
+            self._width *= 2
+        missing = math.ceil(maximum / self._width) - hist.numel()
+        return torch.cat([hist, hist.new_zeros(missing)]) if missing > 0 else hist
+
+    def compute_amax(
+        self, method: str, *, stride: int = 1, start_bin: int = 128, percentile: float = 99.99
+    ) -> torch.Tensor | None:
+        """Solve amax from the counts; may be called again with another method, the counts stay.
+
+        Args:
+            method: "percentile", "mse" or "entropy".
+            stride: Step between candidate bins ("mse", "entropy").
+            start_bin: First candidate bin ("mse", "entropy").
+            percentile: 0 to 100 ("percentile").
+
+        Returns:
+            A 0-D float32 tensor, 0 if all values were zero, None before data.
+
+        Raises:
+            ArgumentTypeError: Unknown method, or a bin that is no integer.
+            ArgumentError: Percentile outside 0..100, impossible bins or format.
+        """
+        if method not in ("percentile", "mse", "entropy"):
+            raise ArgumentTypeError(f"Unknown calibration method {method!r}.", "use 'percentile', 'mse' or 'entropy'.")
+        if self._counts is None:
+            return None if self._zeros is None else torch.zeros((), device=self._zeros.device)
+        if not bool(self._counts.any()):
+            return None
+        amax = self._solve(self._counts.cpu().numpy(), method, stride, start_bin, percentile)
+        return torch.tensor(amax, dtype=torch.float32, device=self._counts.device)
+
+    def _solve(
+        self, counts: npt.NDArray[np.number], method: str, stride: int, start_bin: int, percentile: float
+    ) -> float:
+        if method == "percentile":
+            return solve_percentile(counts, self._width, percentile)
+        if method == "mse":
+            return self._solve_mse(counts, stride, start_bin)
+        return solve_entropy(counts, self._width, self._format, stride, start_bin)
+
     @property
     def _format(self) -> Format:
         if isinstance(self._num_bits, tuple):
@@ -112,12 +224,18 @@ class HistogramCalibrator(CoreHistogramCalibrator, _Calibrator):
                 f"num_bits={self._num_bits}: 'entropy' counts integer codes, which FP8 does not have.",
                 "use 'mse' or 'percentile' with (4, 3).",
             )
-        return super()._format
+        return Format(self._num_bits, self._unsigned)
 
     def _solve_mse(self, counts: npt.NDArray[np.number], stride: int, start_bin: int) -> float:
         levels = _e4m3_levels() if self._num_bits == E4M3 else np.arange(self._format.qmax + 1.0)
         # `fake_tensor_quant` and `scaled_e4m3` give zeros where amax <= EPS
         return solve_mse_levels(counts, self._width, levels, stride, start_bin, zero_below=EPS)
+
+    def __repr__(self) -> str:
+        edges = self._calib_bin_edges
+        if edges is None:
+            return "HistogramCalibrator(calib_bin_edges=None)"
+        return f"HistogramCalibrator(calib_bin_edges=[0.000, ..., {float(edges[-1]):.3f}]({edges.numel()}))"
 
 
 def _e4m3_levels() -> npt.NDArray[np.float64]:

@@ -9,11 +9,12 @@ import numpy.typing as npt
 import torch
 
 from qdq.compat.calib.calibrator import _Calibrator
-from qdq.observers import MaxCalibrator as CoreMaxCalibrator
-from qdq.observers.max import Axis
+from qdq.errors import StateError
+from qdq.observers.finite import require_finite, require_tensor
+from qdq.observers.max import Axis, reduce_amax
 
 
-class MaxCalibrator(CoreMaxCalibrator, _Calibrator):
+class MaxCalibrator(_Calibrator):
     """Running maximum of |x|, in `_calib_amax`.
 
     Args:
@@ -23,34 +24,62 @@ class MaxCalibrator(CoreMaxCalibrator, _Calibrator):
         track_amax: Keep the maximum of every batch in `amaxs`.
     """
 
-    _num_bits: Any
-
     def __init__(self, num_bits: Any, axis: Axis, unsigned: bool, track_amax: bool = False) -> None:
-        self._track_amax = track_amax
         super().__init__(num_bits, axis, unsigned)
+        self._track_amax = track_amax
+        self.reset()
 
     def reset(self) -> None:
         """Forget all batches."""
-        super().reset()
+        self._calib_amax: torch.Tensor | None = None
         self._amaxs: list[npt.NDArray[np.float32]] = []
+        self.num_batches = 0
 
     @property
     def amaxs(self) -> list[npt.NDArray[np.float32]]:
         """The maximum of each batch; empty unless tracked."""
         return self._amaxs
 
-    def _reduce(self, inputs: torch.Tensor) -> torch.Tensor:
-        """One element is 0-D, whatever the axes."""
-        amax = super()._reduce(inputs)
-        return amax.reshape(()) if amax.numel() == 1 else amax
+    @torch.no_grad()
+    def collect(self, inputs: torch.Tensor) -> None:
+        """Take one batch into account; an empty one changes nothing.
+
+        Raises:
+            CalibrationError: NaN or Inf in the batch.
+            RuntimeError: The kept axis has another length than before.
+            ValueError: The batch does not have the kept axis.
+        """
+        require_tensor(inputs)
+        if inputs.numel() == 0:
+            return
+        amax = reduce_amax(inputs, self._axis)
+        amax = amax.reshape(()) if amax.numel() == 1 else amax  # one element is 0-D, whatever the axes
+        require_finite(amax, inputs)
+        self._merge(amax)
+        self.num_batches += 1
 
     def _merge(self, amax: torch.Tensor) -> None:
-        super()._merge(amax)
+        if self._calib_amax is None:
+            self._calib_amax = amax
+        elif self._calib_amax.shape != amax.shape:
+            raise StateError(
+                f"amax shape changed! It was {tuple(self._calib_amax.shape)}, this batch gives {tuple(amax.shape)}.",
+                "feed batches whose kept axis always has the same length, or calibrate per tensor (axis=None).",
+            )
+        else:
+            self._calib_amax = torch.maximum(self._calib_amax, amax.to(self._calib_amax.device))
         if self._track_amax:
             self._amaxs.append(amax.cpu().numpy().copy())
+
+    def compute_amax(self) -> torch.Tensor | None:
+        """The maximum so far as a copy, or None before any data."""
+        return None if self._calib_amax is None else self._calib_amax.clone()
 
     def __str__(self) -> str:
         return f"MaxCalibrator(track_amax={self._track_amax})"
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]} track_amax={self._track_amax})"
+        return (
+            f"MaxCalibrator(num_bits={self._num_bits} axis={self._axis} unsigned={self._unsigned} "
+            f"calib_amax={self._calib_amax} track_amax={self._track_amax})"
+        )

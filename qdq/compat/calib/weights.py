@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from qdq.compat.calib.bins import bin_of
 from qdq.compat.calib.histogram import HistogramCalibrator
 from qdq.errors import ArgumentTypeError, CalibrationError
 from qdq.observers.finite import require_finite
-from qdq.observers.histogram import bin_of
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,22 @@
+"""Which bin of equal width from 0 a value falls into."""
+
+from __future__ import annotations
+
+import torch
+
+
+def bin_of(values: torch.Tensor, width: torch.Tensor, num_bins: int) -> torch.Tensor:
+    """floor(|v| / width), the last edge counted to the last bin.
+
+    In float64, because the float32 quotient of a value just below an edge may round up to it; and by a tensor, because
+    torch multiplies by the reciprocal of a number on a GPU, which differs in the last bit.
+
+    Args:
+        values: Any shape, float32.
+        width: float64 with at least one dimension, on the device of the values; broadcasts.
+        num_bins: How many bins there are.
+
+    Returns:
+        int32, of the shape of `values`.
+    """
+    return values.double().abs_().div_(width).to(torch.int32).clamp_(max=num_bins - 1)

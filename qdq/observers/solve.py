@@ -1,0 +1,116 @@
+"""amax of a tensor from its statistics: one table of all methods; none needs data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from qdq.errors import ArgumentError
+from qdq.formats import Format
+from qdq.observers.aciq import gauss_ratio, laplace_ratio
+from qdq.observers.batch_maxima import average_maxima, moving_average
+from qdq.observers.entropy import solve_entropy
+from qdq.observers.mse import solve_mse
+from qdq.observers.percentile import solve_percentile
+from qdq.observers.statistics import TensorStatistics
+
+_MSE_OPERATIONS = 1 << 23  # candidates times levels; up to 12 bits every bin is a candidate
+
+Solver = Callable[..., float]
+
+
+def _max(statistics: TensorStatistics, fmt: Format) -> float:
+    return statistics.absmax
+
+
+def _percentile(statistics: TensorStatistics, fmt: Format, *, percentile: float = 99.99) -> float:
+    return solve_percentile(statistics.magnitudes(fmt.unsigned), statistics.width, percentile)
+
+
+def _entropy(statistics: TensorStatistics, fmt: Format) -> float:
+    counts = statistics.magnitudes(fmt.unsigned)
+    return solve_entropy(counts, statistics.width, fmt, start_bin=min(fmt.qmax + 1, counts.size))
+
+
+def _mse(statistics: TensorStatistics, fmt: Format) -> float:
+    counts = statistics.magnitudes(fmt.unsigned)
+    stride = 1 + counts.size * fmt.qmax // _MSE_OPERATIONS
+    return solve_mse(counts, statistics.width, fmt, stride, start_bin=(counts.size - 1) % stride)  # up to the last bin
+
+
+def _average_max(statistics: TensorStatistics, fmt: Format) -> float:
+    return average_maxima(statistics.batch_maxima)
+
+
+def _moving_average(statistics: TensorStatistics, fmt: Format, *, weight: float = 0.1) -> float:
+    if not 0 < weight <= 1:
+        raise ArgumentError(f"weight is {weight}; it must be above 0 and at most 1.", "0.1 is the default.")
+    return moving_average(statistics.batch_maxima, weight)
+
+
+def _mean_std(statistics: TensorStatistics, fmt: Format, *, num_std: float = 4.0) -> float:
+    if not num_std > 0:
+        raise ArgumentError(f"num_std is {num_std}; it must be above 0.", "4 is the default.")
+    return abs(statistics.mean) + num_std * statistics.std
+
+
+def _laplace(statistics: TensorStatistics, fmt: Format) -> float:
+    return laplace_ratio(fmt.qmax) * statistics.laplace_b
+
+
+def _gauss(statistics: TensorStatistics, fmt: Format) -> float:
+    return gauss_ratio(fmt.qmax) * statistics.gauss_sigma
+
+
+SOLVERS: dict[str, Solver] = {
+    "max": _max,
+    "percentile": _percentile,
+    "entropy": _entropy,
+    "mse": _mse,
+    "average_max": _average_max,
+    "mean_std": _mean_std,
+    "laplace": _laplace,
+    "gauss": _gauss,
+    "moving_average": _moving_average,
+}
+"""Method -> `(statistics, format, **options) -> amax`; what it gives is cut to the largest value by `solve_amax`."""
+
+
+def solve_amax(statistics: TensorStatistics, fmt: Format, method: str = "mse", **options: Any) -> float:
+    """The range of a tensor.
+
+    Args:
+        statistics: Of the tensor.
+        fmt: The format whose largest code amax is mapped to; for an unsigned one only values above 0 count.
+        method: A key of SOLVERS.
+        **options: `percentile` (0 to 100) of "percentile", `num_std` of "mean_std", `weight` of "moving_average".
+
+    Returns:
+        amax, not above the largest value that the format can mean; 0 if there was no such value, or no data.
+
+    Raises:
+        ArgumentError: An unknown method, an option that it does not have, or one out of range.
+    """
+    solver = require_solver(method)
+    known = getattr(solver, "__kwdefaults__", None) or {}
+    if unknown := sorted(options.keys() - known.keys()):
+        raise ArgumentError(
+            f"method {method!r} has no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}.",
+            "leave it out, or choose the method that it belongs to.",
+        )
+    largest = max(statistics.high, 0.0) if fmt.unsigned else statistics.absmax
+    return min(solver(statistics, fmt, **options), largest) if largest > 0 else 0.0
+
+
+def require_solver(method: str) -> Solver:
+    """The solver of a method.
+
+    Raises:
+        ArgumentError: An unknown method.
+    """
+    if method not in SOLVERS:
+        raise ArgumentError(
+            f"unknown calibration method {method!r}; known are {', '.join(SOLVERS)}.",
+            "choose one of them with --calib-method (or method=).",
+        )
+    return SOLVERS[method]

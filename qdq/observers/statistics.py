@@ -1,0 +1,234 @@
+"""What one pass over the data leaves of one tensor: plain numpy, mergeable exactly, all that any solver needs.
+
+The histogram counts |x| in bins of width 2^k, values from 0 on in row 0 and negative ones in row 1. Where a larger
+value comes, k grows by d and bin i becomes bin floor(i / 2^d): no count moves to a wrong bin, because floor(|x| 2^-k)
+is exact in float32 and floor(floor(a) / 2^d) = floor(a / 2^d). So the counts depend on the values only, neither on
+their order nor on how they were split. Sums are kept for each batch and added by `math.fsum`, which rounds once, so
+that they do not depend on the order either.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from qdq.errors import ArgumentError
+
+LOG_BINS = 12
+NUM_BINS = 1 << LOG_BINS
+"""Bins of a row; 2048 to 4096 of them are in use, whatever the data."""
+
+LEAST_ABSMAX = 2.0**-64
+"""Bins are no finer for smaller values: below it all ranges have the same scale (`quantizer.AMAX_FLOOR`)."""
+
+LEAST_EXPONENT = -63 - LOG_BINS
+
+RECORD = ("low", "high", "sum", "sum_abs", "sum_squares", "count", "nonzero")
+"""What is kept of one batch, in this order."""
+
+Counts = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class TensorStatistics:
+    """Statistics of all values of one tensor.
+
+    Args:
+        counts: int64 `[2, NUM_BINS]`, see above.
+        exponent: k, the smallest with max|x| < NUM_BINS * 2^k that is not below LEAST_EXPONENT.
+        channel_absmax: The maximum of |x| in each channel: float32, of the rank of the tensor with size 1 on all axes
+            but that of the channels; None before data, or where that shape differs from batch to batch.
+        numbers: int64 `[B]`, the numbers of the batches, ascending.
+        records: float64 `[B, 7]`, see RECORD.
+    """
+
+    counts: Counts
+    exponent: int
+    channel_absmax: npt.NDArray[np.float32] | None
+    numbers: Counts
+    records: Floats
+
+    @classmethod
+    def empty(cls) -> TensorStatistics:
+        """Statistics before any data; merging with them changes nothing."""
+        counts = np.zeros((2, NUM_BINS), np.int64)
+        return cls(counts, LEAST_EXPONENT, None, np.zeros(0, np.int64), np.zeros((0, len(RECORD))))
+
+    def _column(self, name: str) -> Floats:
+        column: Floats = self.records[:, RECORD.index(name)]
+        return column
+
+    @property
+    def width(self) -> float:
+        """Width of a bin."""
+        return math.ldexp(1.0, self.exponent)
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches reached the tensor."""
+        return len(self.numbers)
+
+    @property
+    def count(self) -> int:
+        """How many values."""
+        return round(math.fsum(self._column("count")))
+
+    @property
+    def zeros(self) -> int:
+        """How many of them are zero."""
+        return self.count - self.nonzero
+
+    @property
+    def nonzero(self) -> int:
+        """How many of them are not zero."""
+        return round(math.fsum(self._column("nonzero")))
+
+    @property
+    def low(self) -> float:
+        """The smallest value; 0 before data."""
+        return float(self._column("low").min()) if self.num_batches else 0.0
+
+    @property
+    def high(self) -> float:
+        """The largest value; 0 before data."""
+        return float(self._column("high").max()) if self.num_batches else 0.0
+
+    @property
+    def batch_maxima(self) -> Floats:
+        """Maximum of |x| in each batch `[B]`, in the order of the batches."""
+        maxima: Floats = np.maximum(-self._column("low"), self._column("high"))
+        return maxima
+
+    @property
+    def absmax(self) -> float:
+        """Maximum of |x|; 0 before data."""
+        return float(self.batch_maxima.max()) if self.num_batches else 0.0
+
+    @property
+    def mean(self) -> float:
+        """Mean of x; 0 before data."""
+        return math.fsum(self._column("sum")) / max(self.count, 1)
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of x around its mean; 0 before data."""
+        return math.sqrt(max(math.fsum(self._column("sum_squares")) / max(self.count, 1) - self.mean**2, 0.0))
+
+    @property
+    def laplace_b(self) -> float:
+        """Scale of the Laplace distribution around 0 that fits the non-zero values best: their mean |x|.
+
+        Around 0, because codes are symmetric and clip |x|; without zeros, because a ReLU makes a share of exact zeros,
+        which no range rounds or clips. Unlike the mean of |x - mean| it merges exactly.
+        """
+        return math.fsum(self._column("sum_abs")) / max(self.nonzero, 1)
+
+    @property
+    def gauss_sigma(self) -> float:
+        """Standard deviation of the Gauss distribution around 0 that fits the non-zero values, see `laplace_b`."""
+        return math.sqrt(math.fsum(self._column("sum_squares")) / max(self.nonzero, 1))
+
+    def magnitudes(self, unsigned: bool = False) -> Counts:
+        """Histogram of |x| `[n]` up to the last occupied bin, at least one bin; unsigned: without negative values."""
+        counts = self.counts[0] if unsigned else self.counts.sum(0)
+        occupied = np.flatnonzero(counts)
+        trimmed: Counts = counts[: occupied[-1] + 1 if occupied.size else 1]
+        return trimmed
+
+    def shifted(self, by: int) -> TensorStatistics:
+        """The same with all batch numbers larger by `by`."""
+        return TensorStatistics(self.counts, self.exponent, self.channel_absmax, self.numbers + by, self.records)
+
+    def merge(self, other: TensorStatistics) -> TensorStatistics:
+        """What one pass over the batches of both would have left.
+
+        Raises:
+            ArgumentError: A batch number is in both.
+        """
+        numbers = np.concatenate([self.numbers, other.numbers])
+        if np.unique(numbers).size != numbers.size:
+            raise ArgumentError(
+                "two statistics of the same batches cannot be merged: their batch numbers overlap.",
+                "merge files, which are numbered one behind the other, or statistics of different batches.",
+            )
+        order = np.argsort(numbers)
+        exponent = max(self.exponent, other.exponent)
+        return TensorStatistics(
+            counts=coarsen(self.counts, exponent - self.exponent) + coarsen(other.counts, exponent - other.exponent),
+            exponent=exponent,
+            channel_absmax=self._merge_channels(other),
+            numbers=numbers[order],
+            records=np.concatenate([self.records, other.records])[order],
+        )
+
+    def _merge_channels(self, other: TensorStatistics) -> npt.NDArray[np.float32] | None:
+        if not self.num_batches or not other.num_batches:
+            return self.channel_absmax if self.num_batches else other.channel_absmax
+        one, two = self.channel_absmax, other.channel_absmax
+        if one is None or two is None or one.shape != two.shape:
+            return None
+        maxima: npt.NDArray[np.float32] = np.maximum(one, two)
+        return maxima
+
+    def to_arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+        """All of it as arrays by name, for a file."""
+        channels = {} if self.channel_absmax is None else {"channel_absmax": self.channel_absmax}
+        return {
+            "counts": self.counts,
+            "exponent": np.array([self.exponent], np.int64),
+            "numbers": self.numbers,
+            "records": self.records,
+            **channels,
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, npt.NDArray[np.generic]]) -> TensorStatistics:
+        """The inverse of `to_arrays`.
+
+        Raises:
+            ArgumentError: An array is missing, or of another type or shape, or the counts contradict the records.
+        """
+        try:
+            counts, exponent = arrays["counts"], arrays["exponent"]
+            numbers, records = arrays["numbers"], arrays["records"]
+        except KeyError as error:
+            raise _damaged(f"{error.args[0]} is missing") from None
+        channels = arrays.get("channel_absmax")
+        expected = {
+            "counts": (counts, np.int64, (2, NUM_BINS)),
+            "exponent": (exponent, np.int64, (1,)),
+            "numbers": (numbers, np.int64, (len(numbers),)),
+            "records": (records, np.float64, (len(numbers), len(RECORD))),
+        }
+        for name, (array, dtype, shape) in expected.items():
+            if array.dtype != dtype or array.shape != shape:
+                raise _damaged(f"{name} is {array.dtype}{list(array.shape)}, not {np.dtype(dtype)}{list(shape)}")
+        if channels is not None and (channels.dtype != np.float32 or channels.size != max(channels.shape, default=0)):
+            raise _damaged(f"channel_absmax is {channels.dtype}{list(channels.shape)}, not float32 with one axis")
+        found = cls(counts, int(exponent[0]), channels, numbers, records)  # type: ignore[arg-type]  # checked above
+        if found.counts.min(initial=0) < 0 or not np.isfinite(found.records).all() or found.count != counts.sum():
+            raise _damaged("its counts contradict its records")
+        return found
+
+
+def coarsen(counts: Counts, steps: int) -> Counts:
+    """Counts `[2, NUM_BINS]` for bins that are 2^steps times as wide."""
+    if not steps:
+        return counts
+    coarse = np.zeros_like(counts)
+    factor = 1 << min(steps, LOG_BINS)
+    coarse[:, : NUM_BINS // factor] = counts.reshape(2, -1, factor).sum(2)
+    return coarse
+
+
+def exponent_of(absmax: float) -> int:
+    """The exponent k for a maximum of |x|, see `TensorStatistics`."""
+    return math.frexp(max(absmax, LEAST_ABSMAX))[1] - LOG_BINS
+
+
+def _damaged(what: str) -> ArgumentError:
+    return ArgumentError(f"these are no statistics of a tensor: {what}.", "collect them again.")

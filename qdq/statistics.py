@@ -1,0 +1,190 @@
+"""Statistics of all tensors of a model: in one file, merged exactly, solved again without data. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors
+
+from qdq.errors import ArgumentError, DataError, QdqError
+from qdq.formats import Format
+from qdq.observers.solve import SOLVERS, solve_amax
+from qdq.observers.statistics import TensorStatistics
+from qdq.run import write_atomic, write_json
+
+_FORMAT = "qdq calibration statistics 1"
+_SEPARATOR = "//"  # between the name of a quantizer and that of an array
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What calibration collected of a model, see `collect_statistics`.
+
+    Args:
+        tensors: Name of the quantizer -> statistics of what it quantizes.
+        formats: Name of the quantizer -> its format; None for one that is no integer format.
+        batches: How many batches were taken.
+        model: Fingerprint of the model: names, formats and shapes.
+        data: Digest of the first batch; "" if it is not known, or there was none.
+        complete: Whether the pass came to its end.
+        limit: How many batches the pass was to take at most; None: all.
+    """
+
+    tensors: dict[str, TensorStatistics]
+    formats: dict[str, Format | None]
+    batches: int = 0
+    model: str = ""
+    data: str = ""
+    complete: bool = True
+    limit: int | None = None
+
+    def merge(self, other: Statistics) -> Statistics:
+        """What one pass over the batches of both, those of `other` last, would have collected.
+
+        Raises:
+            ArgumentError: They are of different models.
+        """
+        numbers = [int(tensor.numbers[-1]) + 1 for tensor in self.tensors.values() if tensor.num_batches]
+        shift = max([self.batches, *numbers])
+        moved = {name: tensor.shifted(shift) for name, tensor in other.tensors.items()}
+        return merge_parts([self, replace(other, tensors=moved)])
+
+    def solve(self, name: str, method: str = "mse", **options: Any) -> float:
+        """The range of one tensor; see `observers.solve.solve_amax`.
+
+        Raises:
+            ArgumentError: No such quantizer, or as for `solve_amax`.
+        """
+        if name not in self.tensors:
+            raise ArgumentError(f"there are no statistics of {name!r}.", f"choose one of {', '.join(self.tensors)}.")
+        return solve_amax(self.tensors[name], self.formats[name] or Format(), method, **options)
+
+    def summarize(self) -> dict[str, Any]:
+        """What the JSON beside the file holds: of each tensor its figures, and the range by every method."""
+        return {
+            "batches": self.batches,
+            "complete": self.complete,
+            "tensors": {name: self._summarize_tensor(name) for name in self.tensors},
+        }
+
+    def _summarize_tensor(self, name: str) -> dict[str, Any]:
+        tensor, fmt = self.tensors[name], self.formats[name]
+        figures = ("count", "zeros", "num_batches", "low", "high", "absmax", "mean", "std", "laplace_b")
+        return {
+            **{figure: getattr(tensor, figure) for figure in figures},
+            "format": None if fmt is None else asdict(fmt),
+            "amax": {method: self.solve(name, method) for method in (SOLVERS if fmt else ("max",))},
+        }
+
+    def save(self, path: Path | str) -> Path:
+        """Write the file, and where the pass is complete a readable summary beside it (`.json`); both atomically.
+
+        Args:
+            path: Ends in `.safetensors`.
+
+        Raises:
+            ArgumentError: Another ending, or the folder cannot be written to.
+        """
+        path = require_suffix(path)
+        write_atomic(path, self.to_bytes())
+        if self.complete:
+            write_json(path.with_suffix(".json"), self.summarize())
+        return path
+
+    @classmethod
+    def load(cls, path: Path | str) -> Statistics:
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: The file cannot be read, or is of another kind.
+        """
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"cannot read {path}: {error.strerror or error}.", "give a file that `save` wrote."
+            ) from error
+        try:
+            return cls.from_bytes(content)
+        except DataError as error:
+            raise DataError(f"{path}: {error.message}", error.fix) from error
+
+    def to_bytes(self) -> bytes:
+        """The content of the file."""
+        arrays = {
+            f"{name}{_SEPARATOR}{part}": np.ascontiguousarray(array)
+            for name, tensor in self.tensors.items()
+            for part, array in tensor.to_arrays().items()
+        }
+        facts = {
+            "batches": self.batches,
+            "model": self.model,
+            "data": self.data,
+            "complete": self.complete,
+            "limit": self.limit,
+            "formats": {name: None if fmt is None else asdict(fmt) for name, fmt in self.formats.items()},
+        }
+        return safetensors.save(arrays, {_FORMAT: json.dumps(facts)})  # one key: the order of several is random
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Statistics:
+        """The inverse of `to_bytes`.
+
+        Raises:
+            DataError: The content is of another kind, or damaged.
+        """
+        try:
+            arrays = safetensors.load(content)
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            facts = json.loads(header.get("__metadata__", {})[_FORMAT])
+            formats = {name: fmt and Format(**fmt) for name, fmt in facts.pop("formats").items()}
+            parts: dict[str, dict[str, Any]] = {name: {} for name in formats}
+            for key, array in arrays.items():
+                name, _, part = key.rpartition(_SEPARATOR)
+                parts[name][part] = array
+            return cls({name: TensorStatistics.from_arrays(part) for name, part in parts.items()}, formats, **facts)
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = error.message if isinstance(error, QdqError) else str(error)
+            raise DataError(f"no calibration statistics: {reason}.", "collect them again.") from error
+
+
+def merge_parts(parts: Iterable[Statistics]) -> Statistics:
+    """The sum of parts whose batches are numbered apart, as those of several processes; exact in any order.
+
+    Raises:
+        ArgumentError: They are of different models, or batch numbers overlap.
+    """
+    merged, *others = parts
+    for other in others:
+        if other.model != merged.model or other.tensors.keys() != merged.tensors.keys():
+            missing = sorted(merged.tensors.keys() ^ other.tensors.keys())
+            raise ArgumentError(
+                "the statistics are of different models"
+                + (f": only one has {', '.join(missing[:3])}." if missing else ", formats or shapes."),
+                "merge statistics that were collected with the same quantized model.",
+            )
+        merged = replace(
+            merged,
+            tensors={name: tensor.merge(other.tensors[name]) for name, tensor in merged.tensors.items()},
+            batches=merged.batches + other.batches,
+            data=merged.data or other.data,
+            complete=merged.complete and other.complete,
+        )
+    return merged
+
+
+def require_suffix(path: Path | str) -> Path:
+    """Refuse a file name that does not end in `.safetensors`.
+
+    Raises:
+        ArgumentError: Another ending.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise ArgumentError(f"{path} does not end in .safetensors.", "name it calibration.safetensors, say.")
+    return Path(path)

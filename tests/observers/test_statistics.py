@@ -1,0 +1,291 @@
+"""Statistics against numpy in float64, and against themselves in another order or in parts."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qdq import ArgumentError, ArgumentTypeError, CalibrationError
+from qdq.observers import summarize
+from qdq.observers.collector import TensorCollector
+from qdq.observers.statistics import LEAST_EXPONENT, NUM_BINS, TensorStatistics, coarsen, exponent_of
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def collect(batches, numbers=None, **options):
+    collector = TensorCollector(**options)
+    for number, batch in zip(numbers or range(len(batches)), batches, strict=True):
+        collector.batch = number
+        collector.collect(batch)
+    return collector.statistics()
+
+
+def reference_counts(values):
+    """The histogram by its definition, in float64."""
+    magnitudes = np.abs(values.astype(np.float32).astype(np.float64))
+    exponent = LEAST_EXPONENT
+    while magnitudes.max() >= NUM_BINS * 2.0**exponent:
+        exponent += 1
+    bins = np.floor(magnitudes / 2.0**exponent).astype(int)
+    rows = [np.bincount(bins[where], minlength=NUM_BINS) for where in (values >= 0, values < 0)]
+    return np.stack(rows), exponent
+
+
+def assert_same(one, two):
+    assert one.exponent == two.exponent
+    assert np.array_equal(one.counts, two.counts)
+    assert np.array_equal(one.numbers, two.numbers)
+    assert np.array_equal(one.records, two.records)
+    assert (one.channel_absmax is None) == (two.channel_absmax is None)
+    assert one.channel_absmax is None or np.array_equal(one.channel_absmax, two.channel_absmax)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (7,), (3, 5), (2, 3, 4), (2, 3, 5, 5), (2, 8, 130, 131), (3, 40000), (2, 3, 2, 2, 2)], ids=str
+)
+@pytest.mark.parametrize("relu", [False, True])
+def test_equals_numpy(shape, dtype, relu):
+    data = (torch.randn(shape, dtype=torch.float64) * 3).to(dtype)
+    data = data.relu() if relu else data
+    found = collect([data])
+    values = data.float().double().numpy().ravel()
+    counts, exponent = reference_counts(values)
+    assert found.exponent == exponent
+    assert np.array_equal(found.counts, counts)
+    assert (found.low, found.high, found.absmax) == (values.min(), values.max(), np.abs(values).max())
+    assert (found.count, found.zeros) == (values.size, int((values == 0).sum()))
+    assert found.mean == pytest.approx(values.mean(), rel=1e-12, abs=1e-14)
+    assert found.std == pytest.approx(values.std(), rel=1e-9, abs=1e-7 * np.abs(values).max())
+    nonzero = values[values != 0]
+    assert found.laplace_b == pytest.approx(np.abs(nonzero).mean() if nonzero.size else 0, rel=1e-12)
+    assert found.gauss_sigma == pytest.approx(np.sqrt((nonzero**2).mean()) if nonzero.size else 0, rel=1e-12)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1, 2, 3, -1])
+@pytest.mark.parametrize("layout", ["rows", "channels last", "transposed", "every second", "expanded"])
+def test_channels_in_any_layout(layout, axis):
+    data = torch.randn(3, 6, 7, 5)
+    data = {
+        "rows": lambda: data,
+        "channels last": lambda: data.to(memory_format=torch.channels_last),
+        "transposed": lambda: data.transpose(1, 3),
+        "every second": lambda: data[:, ::2, 1:],
+        "expanded": lambda: data[:1].expand(3, -1, -1, -1),
+    }[layout]()
+    found = collect([data], channel_axis=axis)
+    kept = 1 if axis is None else axis % 4
+    expected = data.abs().amax([dim for dim in range(4) if dim != kept], keepdim=True)
+    np.testing.assert_array_equal(found.channel_absmax, expected.numpy())
+    assert np.array_equal(found.counts, collect([data.contiguous()]).counts)
+    assert np.array_equal(reference_counts(data.numpy().ravel())[0], found.counts)
+
+
+@pytest.mark.parametrize(("shape", "kept"), [((4, 9), 1), ((2, 4, 9), 2), ((2, 3, 4, 5), 1), ((2, 3, 4, 5, 2), 1)])
+def test_channels_by_default(shape, kept):
+    data = torch.randn(shape)
+    expected = data.abs().amax([dim for dim in range(len(shape)) if dim != kept], keepdim=True)
+    np.testing.assert_array_equal(collect([data]).channel_absmax, expected.numpy())
+
+
+def test_channels_of_changing_number_are_given_up():
+    parts = [torch.ones(2, 3), torch.ones(2, 4), torch.ones(2, 3)]
+    assert collect(parts).channel_absmax is None
+    one, two, three = (collect([part], [number]) for number, part in enumerate(parts))
+    assert one.merge(two).merge(three).channel_absmax is None
+    assert one.merge(three).merge(two).channel_absmax is None
+    assert one.merge(three).channel_absmax.tolist() == [[1, 1, 1]]
+
+
+EXTREMES = [0.0, -0.0, 1.0, -1.0, 65504.0, -65504.0, 1e30, -1e30, 1e-40, -1e-45, 5e-20, 3.4e38, 2.0**-64, 4096.0, 1e-7]
+BATCHES = st.lists(
+    st.lists(
+        st.one_of(st.sampled_from(EXTREMES), st.floats(-1e3, 1e3, width=32), st.floats(width=32, allow_nan=False)),
+        max_size=12,
+    ).map(lambda values: [value for value in values if math.isfinite(value)]),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(BATCHES, st.integers(0, 6), st.randoms(use_true_random=False))
+def test_parts_in_any_order_are_one_pass(batches, cut, random):
+    tensors = [torch.tensor(batch, dtype=torch.float32) for batch in batches]
+    whole = collect(tensors)
+    halves = [collect(part, list(range(start, start + len(part))))
+              for start, part in ((0, tensors[:cut]), (cut, tensors[cut:]))]  # fmt: skip
+    assert_same(halves[0].merge(halves[1]), whole)
+    assert_same(halves[1].merge(halves[0]), whole)
+    order = list(range(len(tensors)))
+    random.shuffle(order)
+    assert_same(collect([tensors[i] for i in order], order), whole)
+    values = np.array([value for batch in batches for value in batch], np.float32)
+    if values.size:
+        counts, exponent = reference_counts(values)
+        assert whole.exponent == exponent
+        assert np.array_equal(whole.counts, counts)
+        assert whole.absmax == np.abs(values).max()
+        assert whole.zeros == (values == 0).sum()
+    else:
+        assert whole.num_batches == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("relu", [False, True])
+def test_arithmetic_of_devices_is_that_of_the_cpu(dtype, relu, monkeypatch):
+    """What runs on a GPU, run here: the counts are the same, the sums but for the order of additions."""
+    batches = [torch.randn(2, 3, 50, 50) * 10**i for i in (0, 3, -6)]
+    batches = [(batch.relu() if relu else batch).to(dtype) for batch in batches]
+    expected = collect(batches)
+    monkeypatch.setattr(summarize, "_on_cpu", summarize._on_device)
+    monkeypatch.setattr(summarize, "_DEVICE_PIECE", 1000)
+    found = collect(batches)
+    assert found.exponent == expected.exponent
+    assert np.array_equal(found.counts, expected.counts)
+    assert np.array_equal(found.channel_absmax, expected.channel_absmax)
+    np.testing.assert_allclose(found.records, expected.records, rtol=1e-12, atol=1e-12 * expected.absmax)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu(dtype):
+    batches = [(torch.randn(2, 3, 200, 200) * 10**i).to(dtype) for i in (0, 3, -3)]
+    expected, collector = collect(batches), TensorCollector()
+    with torch.cuda.device(0):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for batch in [batch.cuda() for batch in batches]:
+                collector.collect(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found = collector.statistics()
+    assert found.exponent == expected.exponent
+    assert np.array_equal(found.counts, expected.counts)
+    np.testing.assert_allclose(found.records, expected.records, rtol=1e-9, atol=1e-9 * expected.absmax)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_reports_defects_at_the_end():
+    collector = TensorCollector()
+    for number, value in enumerate((1.0, math.nan, 1.0)):
+        collector.batch = number
+        collector.collect(torch.tensor([0.0, 2.0, value], device="cuda"))
+    with pytest.raises(CalibrationError, match="batch 1: 1 of 3 values are NaN or Inf, the first at flat index 2;"):
+        collector.statistics()
+
+
+def test_does_not_depend_on_the_number_of_threads():
+    data = [torch.randn(4, 16, 90, 90), torch.randn(4, 16, 90, 90) * 100]
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(collect(data))
+    finally:
+        torch.set_num_threads(before)
+    assert_same(found[0], found[1])
+    assert_same(found[0], found[2])
+
+
+def test_bins_in_use():
+    for absmax in (1e-3, 1.0, 2.0, 3.999999, 4.0, 65504.0, 3e38):
+        exponent = exponent_of(absmax)
+        assert NUM_BINS / 2 <= absmax / 2.0**exponent < NUM_BINS
+    assert exponent_of(0.0) == exponent_of(1e-30) == LEAST_EXPONENT
+
+
+def test_calls_with_one_number_are_one_batch():
+    one, two = torch.randn(3, 5), torch.randn(2, 5) * 4
+    found = collect([one, two], [7, 7])
+    assert found.num_batches == 1
+    assert found.batch_maxima.tolist() == [torch.cat([one, two]).abs().max()]
+    assert found.mean == pytest.approx(torch.cat([one, two]).double().mean().item())
+
+
+def test_without_numbers_every_call_is_a_batch():
+    collector = TensorCollector()
+    for value in (1.0, 3.0, 2.0):
+        collector.collect(torch.full((4,), value))
+    assert collector.statistics().batch_maxima.tolist() == [1, 3, 2]
+    collector.reset()
+    assert collector.num_batches == 0
+    assert collector.statistics().count == 0
+
+
+def test_the_tensor_is_left_as_it_is_in_any_mode(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for make in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with make():
+            data = torch.randn(2, 3, 200, 200, requires_grad=True)
+            before = data.detach().clone()
+            found = collect([data, data * 2])
+        assert torch.equal(data.detach(), before)
+        assert found.count == 2 * data.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_not_finite_is_counted_and_located(bad, dtype):
+    data = torch.randn(2, 3, 150, 150).to(dtype)
+    data[1, 2, 3, 4] = data[1, 2, 3, 9] = bad
+    first = np.ravel_multi_index((1, 2, 3, 4), data.shape)
+    for layout in (data, data.to(memory_format=torch.channels_last)):
+        collector = TensorCollector()
+        collector.collect(torch.ones(1, 3, 2, 2))
+        before = collector.statistics()
+        with pytest.raises(
+            CalibrationError, match=f"2 of 135000 values are NaN or Inf, the first at flat index {first};"
+        ):
+            collector.collect(layout)
+        assert_same(before, collector.statistics())
+
+
+def test_beyond_float32():
+    with pytest.raises(CalibrationError, match="1 of 2 values"):
+        collect([torch.tensor([1.0, 1e300], dtype=torch.float64)])
+
+
+def test_no_tensor():
+    with pytest.raises(ArgumentTypeError, match="not a tensor"):
+        collect([[1.0]])
+
+
+def test_same_batches_twice_are_no_merge():
+    found = collect([torch.ones(3)])
+    with pytest.raises(ArgumentError, match="overlap"):
+        found.merge(found)
+    assert found.merge(found.shifted(1)).count == 6
+
+
+def test_arrays_and_back():
+    found = collect([torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)])
+    assert_same(TensorStatistics.from_arrays(found.to_arrays()), found)
+    assert_same(TensorStatistics.from_arrays(TensorStatistics.empty().to_arrays()), TensorStatistics.empty())
+    for name, wrong in [
+        ("counts", np.zeros((2, 5), np.int64)),
+        ("counts", found.counts * 2),
+        ("counts", -found.counts),
+        ("exponent", np.zeros(1)),
+        ("numbers", np.zeros(9, np.int64)),
+        ("records", found.records * math.nan),
+        ("channel_absmax", np.zeros((2, 2))),
+    ]:
+        with pytest.raises(ArgumentError, match="no statistics"):
+            TensorStatistics.from_arrays(found.to_arrays() | {name: wrong})
+    with pytest.raises(ArgumentError, match="records is missing"):
+        TensorStatistics.from_arrays({name: a for name, a in found.to_arrays().items() if name != "records"})
+
+
+def test_coarsen():
+    counts = np.arange(2 * NUM_BINS, dtype=np.int64).reshape(2, -1)
+    assert coarsen(counts, 0) is counts
+    assert coarsen(counts, 1)[0, 3] == 6 + 7
+    assert coarsen(counts, 50)[1].tolist() == [counts[1].sum()] + [0] * (NUM_BINS - 1)

@@ -1,0 +1,304 @@
+"""Collecting: resumed after kill -9, merged from halves, shared by processes; always what one pass would have found."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+from small_model import make_batches, make_model
+from torch import nn
+
+import qdq
+from qdq import ArgumentError, CalibrationError, DataError, Statistics, collect_statistics, solve_ranges, swap_modules
+from qdq.observers.solve import SOLVERS
+
+METHODS = [*SOLVERS, "best"]
+
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
+
+
+def assert_same(one, two):
+    assert one.to_bytes() == two.to_bytes()
+
+
+def all_ranges(model, statistics, held):
+    return {method: solve_ranges(model, statistics, method=method, held=held) for method in METHODS}
+
+
+def test_saved_and_loaded(tmp_path):
+    found = collect_statistics(make_model(), make_batches(3))
+    path = found.save(tmp_path / "calibration.safetensors")
+    assert_same(Statistics.load(path), found)
+    summary = json.loads(path.with_suffix(".json").read_text())
+    entry = summary["tensors"]["0._input_quantizer"]
+    values = np.concatenate([batch.numpy().ravel() for batch in make_batches(3)])
+    assert entry["count"] == values.size
+    assert entry["absmax"] == np.abs(values).max()
+    assert entry["mean"] == pytest.approx(values.mean(dtype=np.float64))
+    assert entry["amax"].keys() == SOLVERS.keys()
+    assert summary["batches"] == 3
+
+
+def test_solving_again_needs_no_data(tmp_path):
+    model, batches = make_model(), make_batches(4)
+    found = collect_statistics(model, batches)
+    for method in SOLVERS:
+        expected = qdq.calibrate_model(make_model(), batches, method=method)
+        assert solve_ranges(model, found, method=method) == expected
+
+
+def test_halves_merge_to_one_pass():
+    model, batches = make_model(), make_batches(5)
+    whole = collect_statistics(model, batches)
+    first, second = collect_statistics(model, batches[:2]), collect_statistics(model, batches[2:])
+    assert_same(first.merge(second), whole)
+    assert all_ranges(model, first.merge(second), batches[:1]) == all_ranges(model, whole, batches[:1])
+
+
+def test_merge_of_other_models(residual):
+    swap_modules(residual)
+    other = collect_statistics(residual, [torch.randn(1, 3, 12, 12)])
+    with pytest.raises(ArgumentError, match="different models"):
+        collect_statistics(make_model(), make_batches(1)).merge(other)
+    with pytest.raises(ArgumentError, match="another model"):
+        solve_ranges(make_model(), other)
+
+
+class TestFile:
+    def test_kill_in_the_middle_and_resume(self, tmp_path):
+        path = tmp_path / "calibration.safetensors"
+        script = textwrap.dedent(
+            """
+            import os, signal, sys
+            import qdq.collect
+            from small_model import make_batches, make_model
+
+            def batches():
+                for i, batch in enumerate(make_batches(6)):
+                    if i == 4:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    yield batch
+
+            qdq.collect._SAVE_SECONDS = 0
+            qdq.collect_statistics(make_model(), batches(), statistics=sys.argv[1])
+            """
+        )
+        killed = subprocess.run([sys.executable, "-c", script, path], env=ENVIRONMENT, timeout=240)
+        assert killed.returncode == -signal.SIGKILL
+        begun = Statistics.load(path)
+        assert (begun.batches, begun.complete) == (4, False)
+        model, batches = make_model(), make_batches(6)
+        calls = []
+        model.register_forward_pre_hook(lambda *_: calls.append(1))
+        resumed = collect_statistics(model, batches, statistics=path)
+        assert len(calls) == 2
+        whole = collect_statistics(make_model(), batches)
+        assert_same(resumed, whole)
+        assert_same(Statistics.load(path), whole)
+        assert all_ranges(make_model(), resumed, batches[:1]) == all_ranges(make_model(), whole, batches[:1])
+
+    def test_a_finished_file_is_only_solved(self, tmp_path):
+        path, batches = tmp_path / "calibration.safetensors", make_batches(3)
+        first = qdq.calibrate_model(make_model(), batches, statistics=path)
+        model = make_model()
+        model.forward = None  # nothing may call it
+        assert qdq.calibrate_model(model, iter(batches), statistics=path) == first
+        assert qdq.calibrate_model(model, [], statistics=path) == first
+
+    def test_more_batches_than_before(self, tmp_path):
+        path, batches = tmp_path / "calibration.safetensors", make_batches(5)
+        assert collect_statistics(make_model(), batches, num_batches=2, statistics=path).batches == 2
+        whole = collect_statistics(make_model(), batches, statistics=path)
+        assert_same(whole, collect_statistics(make_model(), batches))
+        with pytest.raises(ArgumentError, match="holds 5 batches, 2 are asked for"):
+            collect_statistics(make_model(), batches, num_batches=2, statistics=path)
+
+    def test_another_model(self, tmp_path, residual):
+        path, batches = tmp_path / "calibration.safetensors", make_batches(2)
+        collect_statistics(make_model(), batches, statistics=path)
+        swap_modules(residual)
+        with pytest.raises(ArgumentError, match="another model"):
+            collect_statistics(residual, batches, statistics=path)
+
+    @pytest.mark.parametrize("complete", [True, False])
+    def test_other_data(self, tmp_path, complete):
+        path, batches = tmp_path / "calibration.safetensors", make_batches(4)
+        collect_statistics(make_model(), batches, num_batches=None if complete else 2, statistics=path)
+        with pytest.raises(ArgumentError, match="the first batch differs"):
+            collect_statistics(make_model(), batches[::-1], statistics=path)
+
+    def test_no_statistics(self, tmp_path):
+        with pytest.raises(ArgumentError, match=r"does not end in \.safetensors"):
+            collect_statistics(make_model(), make_batches(1), statistics=tmp_path / "ranges.json")
+        path = tmp_path / "calibration.safetensors"
+        for content in (
+            b"",
+            b"nonsense",
+            b"\x00" * 64,
+            save({"a": torch.ones(1)}),
+        ):
+            path.write_bytes(content)
+            with pytest.raises(DataError, match=r"calibration\.safetensors"):
+                collect_statistics(make_model(), make_batches(1), statistics=path)
+        whole = collect_statistics(make_model(), make_batches(1)).to_bytes()
+        for cut in (7, 100, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:cut])
+            with pytest.raises(DataError):
+                Statistics.load(path)
+        with pytest.raises(DataError, match="No such file"):
+            Statistics.load(tmp_path / "missing.safetensors")
+
+    def test_nan_keeps_what_was_saved(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("qdq.collect._SAVE_SECONDS", 0)
+        path, batches = tmp_path / "calibration.safetensors", make_batches(3)
+        batches[2][0] = float("nan")
+        with pytest.raises(CalibrationError, match=r"batch 2: the input of quantizer 0\._input_quantizer: 432 of"):
+            collect_statistics(make_model(), batches, statistics=path)
+        assert Statistics.load(path).batches == 2
+
+
+PROCESS = """
+    import sys
+    import qdq
+    from small_model import make_batches, make_model
+    from qdq.observers.solve import SOLVERS
+    from torch import distributed
+    rank, size, store, path, out = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+    distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=size)
+    model, batches = make_model(), make_batches(5)
+    %s
+    distributed.destroy_process_group()
+"""
+
+
+def run_processes(tmp_path, body, size=2):
+    script = textwrap.dedent(PROCESS) % textwrap.dedent(body).strip()
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(rank), str(size), str(tmp_path / "store"),
+             str(tmp_path / "calibration.safetensors"), str(tmp_path / f"{rank}")],
+            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=240)[0] for process in running]
+    return [process.returncode for process in running], outputs
+
+
+class TestProcesses:
+    def test_two_are_one(self, tmp_path):
+        codes, outputs = run_processes(
+            tmp_path,
+            """
+found = qdq.collect_statistics(model, qdq.shard_batches(batches), statistics=path)
+open(out, "wb").write(found.to_bytes())
+solved = {m: qdq.solve_ranges(model, found, method=m, held=batches[:1] if rank == 0 else batches[1:2])
+          for m in [*SOLVERS, "best"]}
+open(out + ".json", "w").write(repr(solved))
+with qdq.Calibration(model, "moving_average") as calibration:
+    for batch in qdq.shard_batches(batches):
+        model(batch)
+assert calibration.ranges == solved["moving_average"]
+""",
+        )
+        assert codes == [0, 0], outputs
+        whole = collect_statistics(make_model(), make_batches(5))
+        for rank in range(2):
+            assert (tmp_path / str(rank)).read_bytes() == whole.to_bytes()
+        assert_same(Statistics.load(tmp_path / "calibration.safetensors"), whole)
+        assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["calibration.safetensors"]
+        expected = repr(all_ranges(make_model(), whole, make_batches(5)[:2]))
+        assert [(tmp_path / f"{rank}.json").read_text() for rank in range(2)] == [expected] * 2
+
+    def test_uneven_shares_and_one_without_data(self, tmp_path):
+        codes, outputs = run_processes(
+            tmp_path,
+            """
+mine = [batches, [], batches[:1]][rank]
+ranges = qdq.calibrate_model(model, mine, method="best")
+open(out, "w").write(repr(ranges))
+""",
+            size=3,
+        )
+        assert codes == [0, 0, 0], outputs
+        assert len({(tmp_path / str(rank)).read_text() for rank in range(3)}) == 1
+        assert "note=''" in (tmp_path / "0").read_text()
+
+    def test_an_error_in_one_stops_all(self, tmp_path):
+        codes, outputs = run_processes(
+            tmp_path,
+            """
+if rank == 1:
+    batches[3][0] = float("nan")
+qdq.calibrate_model(model, qdq.shard_batches(batches))
+""",
+        )
+        assert codes == [1, 1]
+        assert "process 1 failed: CalibrationError: batch 3: the input of quantizer 0._input_quantizer" in outputs[0]
+        assert "values are NaN or Inf" in outputs[1]
+
+
+def test_shards():
+    assert list(qdq.shard_batches(range(4))) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("wrap", [lambda b: (b, None), lambda b: [b], lambda b: {"input": b}])
+def test_any_kind_of_batch(wrap, tmp_path):
+    path = tmp_path / "calibration.safetensors"
+    batches = make_batches(3)
+    expected = collect_statistics(make_model(), batches)
+    found = collect_statistics(make_model(), map(wrap, batches), statistics=path)
+    assert {n: t.counts.tobytes() for n, t in found.tensors.items()} == {
+        n: t.counts.tobytes() for n, t in expected.tensors.items()
+    }
+
+
+def test_an_endless_loader():
+    def endless():
+        while True:
+            yield from make_batches(2)
+
+    assert collect_statistics(make_model(), endless(), num_batches=5).batches == 5
+    with pytest.raises(ArgumentError, match="num_batches is 0"):
+        collect_statistics(make_model(), endless(), num_batches=0)
+
+
+def test_nothing_is_left_behind():
+    model = make_model()
+    before = {name: module._calibrator for name, module in model.named_modules() if hasattr(module, "_calibrator")}
+    collect_statistics(model, make_batches(2))
+    after = {name: module._calibrator for name, module in model.named_modules() if hasattr(module, "_calibrator")}
+    assert all(after[name] is before[name] for name in before)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+class Twice(nn.Module):
+    """One layer that runs twice: two calls, one batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.layer(self.layer(x) * 2)
+
+
+def test_a_layer_that_runs_twice():
+    model = Twice()
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        seen = torch.cat([x, model.layer(x) * 2])
+    swap_modules(model)
+    found = collect_statistics(model, [x, x]).tensors["layer._input_quantizer"]
+    assert found.num_batches == 2
+    assert found.count == 2 * seen.numel()
+    assert found.batch_maxima.tolist() == [seen.abs().max()] * 2
