@@ -14,7 +14,9 @@ _HOMES = {
     "calibrate": ("Calibration", "calibrate_model"),
     "check": ("CheckReport", "check_onnx"),
     "check.rules": ("register_rule",),
+    "correct_bias": ("BiasCorrection", "correct_bias"),
     "data": ("load_images",),
+    "equalize": ("Equalization", "equalize_layers"),
     "errors": (
         "ArgumentError", "ArgumentTypeError", "BuildError", "CalibrationError", "CheckError", "DataError",
         "DependencyError", "ExportError", "ModelError", "QdqError", "StateError",
@@ -29,6 +31,7 @@ _HOMES = {
         "QuantDescriptor", "TensorQuantizer", "disable_quantization", "enable_quantization", "fake_quantize",
     ),
     "report": ("write_report",),
+    "round_weights": ("Rounding", "round_weights"),
     "run": ("Run", "start_run"),
     "trt.backend": ("find_backend",),
     "rewire": ("RewirePlan", "rewire_operations"),

@@ -8,7 +8,11 @@ from qdq.calibrate import calibrate_model as calibrate_model
 from qdq.check import CheckReport as CheckReport
 from qdq.check import check_onnx as check_onnx
 from qdq.check.rules import register_rule as register_rule
+from qdq.correct_bias import BiasCorrection as BiasCorrection
+from qdq.correct_bias import correct_bias as correct_bias
 from qdq.data import load_images as load_images
+from qdq.equalize import Equalization as Equalization
+from qdq.equalize import equalize_layers as equalize_layers
 from qdq.errors import ArgumentError as ArgumentError
 from qdq.errors import ArgumentTypeError as ArgumentTypeError
 from qdq.errors import BuildError as BuildError
@@ -38,6 +42,8 @@ from qdq.quantizer import fake_quantize as fake_quantize
 from qdq.report import write_report as write_report
 from qdq.rewire import RewirePlan as RewirePlan
 from qdq.rewire import rewire_operations as rewire_operations
+from qdq.round_weights import Rounding as Rounding
+from qdq.round_weights import round_weights as round_weights
 from qdq.run import Run as Run
 from qdq.run import start_run as start_run
 from qdq.swap import SwapPlan as SwapPlan
