@@ -9,12 +9,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "adaround": ("Rounding", "round_weights"),
     "analyze": ("Analysis", "analyze_layers"),
     "build": ("BuildReport", "build_engine"),
     "calibrate": ("Calibration", "calibrate_model"),
     "check": ("CheckReport", "check_onnx"),
     "check.rules": ("register_rule",),
-    "correct_bias": ("BiasCorrection", "correct_bias"),
+    "correct": ("BiasCorrection", "correct_bias"),
     "data": ("load_images",),
     "equalize": ("Equalization", "equalize_layers"),
     "errors": (
@@ -31,7 +32,6 @@ _HOMES = {
         "QuantDescriptor", "TensorQuantizer", "disable_quantization", "enable_quantization", "fake_quantize",
     ),
     "report": ("write_report",),
-    "round_weights": ("Rounding", "round_weights"),
     "run": ("Run", "start_run"),
     "trt.backend": ("find_backend",),
     "rewire": ("RewirePlan", "rewire_operations"),

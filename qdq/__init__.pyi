@@ -1,4 +1,6 @@
 # The public API. What is not named here is reached by its module and may change.
+from qdq.adaround import Rounding as Rounding
+from qdq.adaround import round_weights as round_weights
 from qdq.analyze import Analysis as Analysis
 from qdq.analyze import analyze_layers as analyze_layers
 from qdq.build import BuildReport as BuildReport
@@ -8,8 +10,8 @@ from qdq.calibrate import calibrate_model as calibrate_model
 from qdq.check import CheckReport as CheckReport
 from qdq.check import check_onnx as check_onnx
 from qdq.check.rules import register_rule as register_rule
-from qdq.correct_bias import BiasCorrection as BiasCorrection
-from qdq.correct_bias import correct_bias as correct_bias
+from qdq.correct import BiasCorrection as BiasCorrection
+from qdq.correct import correct_bias as correct_bias
 from qdq.data import load_images as load_images
 from qdq.equalize import Equalization as Equalization
 from qdq.equalize import equalize_layers as equalize_layers
@@ -42,8 +44,6 @@ from qdq.quantizer import fake_quantize as fake_quantize
 from qdq.report import write_report as write_report
 from qdq.rewire import RewirePlan as RewirePlan
 from qdq.rewire import rewire_operations as rewire_operations
-from qdq.round_weights import Rounding as Rounding
-from qdq.round_weights import round_weights as round_weights
 from qdq.run import Run as Run
 from qdq.run import start_run as start_run
 from qdq.swap import SwapPlan as SwapPlan

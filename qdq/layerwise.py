@@ -70,7 +70,7 @@ class Product:
         Returns:
             `[groups, N, K]`, K in the order of the elements of one filter.
         """
-        inputs = self.arguments["input"]
+        inputs: torch.Tensor = self.arguments["input"]
         if self.function is F.linear:
             return inputs.flatten(0, -2)[positions][None]
         kernel = self.arguments["weight"].shape[2:]

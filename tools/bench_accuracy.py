@@ -43,9 +43,9 @@ def bench_accuracy(
         act(model)
         seconds = time.perf_counter() - began
         found = qdq.predict(model, evaluation)
-        row = {"name": name, "sqnr_db": sqnr_db(expected, found), "agreement": agreement(expected, found)}
-        rows.append({**row, "seconds": seconds})
-        print(f"{name:28} {row['sqnr_db']:6.2f} dB  {row['agreement']:6.1%}  {seconds:6.1f} s", flush=True)
+        sqnr, same = sqnr_db(expected, found), agreement(expected, found)
+        rows.append({"name": name, "sqnr_db": sqnr, "agreement": same, "seconds": seconds})
+        print(f"{name:28} {sqnr:6.2f} dB  {same:6.1%}  {seconds:6.1f} s", flush=True)
 
     def correct(model: nn.Module) -> None:
         reference = copy.deepcopy(model)
