@@ -1,7 +1,11 @@
+import contextlib
 import copy
+import io
 import itertools
 import logging
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -182,3 +186,12 @@ def test_residual_network_of_torchvision():
     assert not any(layer.reason for layer in report.layers)
     with disable_quantization(model):
         assert torch.isfinite(model(images)).all()
+
+
+def test_the_page_runs(residual, images):
+    page = Path(__file__).parents[1] / "docs" / "accuracy.md"
+    (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, page.name, "exec"), {"model": residual, "batches": [images, images + 1]})  # noqa: S102
+    assert "SQNR" in printed.getvalue()
