@@ -189,13 +189,11 @@ class _Problem:
         self._cross = shrink * cross / self.scale
         self._rest = (live * rest.square()).sum(-1) - self._mean_rest.square()
         self._ideal = weight.float().reshape(groups, -1, size) / self.scale  # the codes before rounding
-        fmt = quantizer.format
-        self.nearest = self._ideal.round().clamp(-fmt.qmax, fmt.qmax)
+        ends = max(quantizer.format.qmin, -quantizer.format.qmax), quantizer.format.qmax
+        self.nearest = self._ideal.round().clamp(*ends)
         fixed = (self._ideal - self.nearest).abs() < _FIXED  # the largest keeps its code, and so the range its value
         low = self._ideal.floor()
-        self._low, self._high = (
-            torch.where(fixed, self.nearest, bound.clamp(-fmt.qmax, fmt.qmax)) for bound in (low, low + 1)
-        )
+        self._low, self._high = (torch.where(fixed, self.nearest, bound.clamp(*ends)) for bound in (low, low + 1))
 
     def loss(self, codes: torch.Tensor) -> torch.Tensor:
         """Mean squared error of the output behind its best bias, summed over the filters."""

@@ -143,21 +143,20 @@ def _correct_empirically(model: nn.Module, reference: nn.Module, plan: LayerPlan
 def _correct_analytically(model: nn.Module, reference: nn.Module, plan: LayerPlan, inputs: Any) -> _Corrected:
     """One float forward; the product being linear, the mean of the input over samples gives that of the output."""
     done: list[CorrectedBias] = []
+    shifts: dict[str, torch.Tensor] = {}
     modules = dict(reference.named_modules())
 
-    def correct(name: str, _: nn.Module, product: Product) -> torch.Tensor:
+    def measure(name: str, _: nn.Module, product: Product) -> torch.Tensor:
         layer, output, weight = plan.layers[name], product.compute(), product.arguments["weight"]
         error = _quantized_weight(layer) - weight
         mean = product.arguments["input"].mean(0, keepdim=True)
-        shift = -_channel_means(product, product.compute(input=mean, weight=error, bias=None))
-        shifts[name] = shift
-        done.append(CorrectedBias(name, _relative(shift, _channel_means(product, output))))
+        shifts[name] = -_channel_means(product, product.compute(input=mean, weight=error, bias=None))
+        done.append(CorrectedBias(name, _relative(shifts[name], _channel_means(product, output))))
         return output
 
-    shifts: dict[str, torch.Tensor] = {}
     with disable_quantization(reference):
         layers = {name: modules[name] for name in plan.layers}
-        expected = flatten_outputs(visit_products(reference, layers, inputs, correct))
+        expected = flatten_outputs(visit_products(reference, layers, inputs, measure))
     for name, shift in shifts.items():
         add_to_bias(plan.layers[name], shift)
     return done, expected, run_flat(model, inputs)
