@@ -49,8 +49,8 @@ def bench_accuracy(
 
     def correct(model: nn.Module) -> None:
         reference = copy.deepcopy(model)
-        qdq.round_weights(model, few, reference=reference)
         qdq.correct_bias(model, few, reference=reference)
+        qdq.round_weights(model, few, reference=reference)
 
     calibrated = copy.deepcopy(net.module)
     measure("plain", calibrated, lambda model: _calibrate(model, calib, calib_method))
