@@ -9,14 +9,17 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "adaround": ("Rounding", "round_weights"),
     "analyze": ("Analysis", "analyze_layers"),
     "build": ("BuildReport", "build_engine"),
     "calibrate": ("Calibration", "calibrate_model", "solve_ranges"),
     "check": ("CheckReport", "check_onnx"),
     "check.rules": ("register_rule",),
     "collect": ("collect_statistics",),
+    "correct": ("BiasCorrection", "correct_bias"),
     "data": ("load_images",),
     "distributed": ("shard_batches",),
+    "equalize": ("Equalization", "equalize_layers"),
     "errors": (
         "ArgumentError", "ArgumentTypeError", "BuildError", "CalibrationError", "CheckError", "DataError",
         "DependencyError", "ExportError", "ModelError", "QdqError", "StateError",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from math import inf
 
 from qdq.trace import ForwardTrace, Operation
 
@@ -28,6 +29,19 @@ _ACTIVATIONS = frozenset(
 _POOLS_ALL = frozenset({"mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool2d"})
 _PRODUCTS = frozenset({"linear", "matmul", "bmm", "scaled_dot_product_attention", "multi_head_attention_forward"})
 _LINEAR = frozenset({"batch_norm", "mul", "contiguous", "clone", "dropout", "detach"})
+
+
+def clamp_of(operation: Operation) -> tuple[float, float] | None:
+    """Lower and upper bound of a function that clamps to constants; None for any other."""
+    if operation.function in ("relu", "relu6"):
+        return 0.0, 6.0 if operation.function == "relu6" else inf
+    names = {"hardtanh": ("min_val", "max_val"), "clamp": ("min", "max")}.get(operation.function)
+    if names is None or len(operation.inputs) != 1:  # a bound may be a tensor
+        return None
+    defaults = (-1.0, 1.0) if operation.function == "hardtanh" else (None, None)
+    given = operation.arguments
+    low, high = (given.get(n, given.get(str(i), d)) for i, (n, d) in enumerate(zip(names, defaults, strict=True), 1))
+    return -inf if low is None else float(low), inf if high is None else float(high)
 
 
 class Dataflow:
@@ -89,6 +103,13 @@ class Dataflow:
                 return None
             (value,) = computed
         return None
+
+    def passing_interval(self, value: int) -> tuple[float, float]:
+        """Between which values a tensor matters: what the ReLU or clamp passes on that alone reads it."""
+        readers = self._readers.get(value, [])
+        if len(readers) != 1 or value in self.outputs:
+            return -inf, inf
+        return clamp_of(readers[0]) or (-inf, inf)
 
     def find_fork(self, first: int, second: int) -> tuple[int, int, int] | None:
         """The nearest tensor that two others come from, and how many functions lie between it and each of them."""

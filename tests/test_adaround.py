@@ -1,0 +1,197 @@
+import contextlib
+import copy
+import io
+import itertools
+import logging
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qdq import calibrate_model, correct_bias, export_onnx, fold_batchnorm, restore_modules, round_weights, swap_modules
+from qdq.layerwise import Product
+from qdq.quantizer import disable_quantization, quantize_codes
+
+
+def codes_of(layer, weight=None):
+    weight = layer._parameters["weight"] if weight is None else weight
+    return quantize_codes(weight.detach(), layer.weight_quantizer.scale.flatten(), layer.weight_quantizer.format, 0)
+
+
+def test_learned_codes_reconstruct_better_and_stay_next_to_the_nearest(quantized, images):
+    reference = copy.deepcopy(quantized)
+    report = round_weights(quantized, [images])
+    assert report.after_db > report.before_db + 1
+    for name in ("stem", "conv", "head"):
+        layer = quantized.get_submodule(name)
+        codes, nearest = codes_of(layer), codes_of(layer, reference.get_submodule(name).weight)
+        assert (codes - nearest).abs().max() == 1
+        assert torch.equal(layer.weight_quantizer.amax, reference.get_submodule(name).weight_quantizer.amax)
+        values = codes * layer.weight_quantizer.scale.reshape(-1, *[1] * (codes.dim() - 1))
+        torch.testing.assert_close(layer._parameters["weight"].detach(), values)
+    assert all(0 < layer.changed < 0.6 and layer.error < 1 for layer in report.layers)
+
+
+def test_layer_beats_nearest_rounding_with_its_best_bias():
+    torch.manual_seed(1)
+    layer = nn.Linear(32, 16)
+    model = nn.Sequential(layer)
+    swap_modules(model, torch.zeros(2, 32))
+    layer._weight_quantizer._num_bits = 4
+    x = torch.randn(256, 32) @ torch.randn(32, 32)
+    calibrate_model(model, [x], method="max")
+    expected = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+
+    @torch.no_grad()
+    def error():
+        residual = expected - model(x).double()
+        return float((residual - residual.mean(0)).square().mean())
+
+    nearest = error()
+    report = round_weights(model, [x])
+    assert error() < 0.7 * nearest
+    assert report.layers[0].error < 0.8
+    assert (model(x).double() - expected).mean(0).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_small_filter_gets_the_best_codes_of_all():
+    layer = nn.Conv2d(2, 2, (1, 4), groups=2)
+    model = nn.Sequential(layer)
+    swap_modules(model, torch.zeros(2, 2, 4, 9), include=["0"])
+    layer._weight_quantizer._num_bits = 3
+    x = torch.randn(64, 2, 4, 9).cumsum(-1)
+    calibrate_model(model, [x], method="max")
+    weight, scale = layer.weight.detach().clone(), layer.weight_quantizer.scale.flatten()
+    expected = F.conv2d(x, weight, layer.bias.detach(), groups=2)
+    quantized_x = layer._input_quantizer(x)
+    ideal = weight.flatten(1) / scale[:, None]
+
+    def error(channel, codes):
+        kernel = (torch.tensor(codes, dtype=torch.float32) * scale[channel]).reshape(1, 1, 1, 4)
+        rest = expected[:, channel] - F.conv2d(quantized_x[:, channel : channel + 1], kernel)[:, 0]
+        return float(rest.double().var())
+
+    round_weights(model, [x])
+    for channel in range(2):
+        sides = [{max(math.floor(v), -3), min(math.ceil(v), 3)} for v in ideal[channel].tolist()]
+        best = min(error(channel, codes) for codes in itertools.product(*sides))
+        found = error(channel, codes_of(layer)[channel].flatten().tolist())
+        assert found <= 1.1 * best
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "shape", "weight"),
+    [
+        (F.conv2d, {"stride": 2, "padding": (1, 2), "dilation": (2, 1)}, (2, 4, 9, 8), (6, 4, 3, 3)),
+        (F.conv2d, {"padding": "same", "groups": 4}, (2, 4, 7, 8), (8, 1, 3, 5)),
+        (F.conv1d, {"padding": 1, "groups": 2}, (2, 4, 9), (6, 2, 3)),
+        (F.conv3d, {"padding": "valid"}, (1, 2, 4, 5, 4), (3, 2, 2, 3, 2)),
+        (F.linear, {}, (2, 5, 4), (3, 4)),
+    ],
+)
+def test_patches_times_weight_are_the_output(function, arguments, shape, weight):
+    x, w = torch.randn(shape, dtype=torch.float64), torch.randn(weight, dtype=torch.float64)
+    product = Product(function, {"input": x, "weight": w, "bias": None, **arguments})
+    output = product.compute()
+    rows = product.rows_of(output)
+    positions = torch.randperm(len(rows))[:7]
+    patches = product.patches_at(positions, output.shape)
+    found = patches @ w.reshape(product.groups, -1, patches.shape[-1]).transpose(1, 2)
+    torch.testing.assert_close(found.transpose(0, 1).reshape(len(positions), -1), rows[positions])
+
+
+def test_export_restore_and_recalibration_know_nothing(quantized, images, tmp_path):
+    round_weights(quantized, [images])
+    codes = codes_of(quantized.conv)
+    export_onnx(quantized, images, tmp_path / "net.onnx")
+    stored = [
+        onnx.numpy_helper.to_array(tensor)
+        for tensor in onnx.load(tmp_path / "net.onnx").graph.initializer
+        if list(tensor.dims) == list(codes.shape)
+    ]
+    assert any(np.array_equal(array, codes.numpy()) for array in stored)
+    restore_modules(quantized)
+    swap_modules(quantized, images)
+    calibrate_model(quantized, [images], method="max")
+    assert torch.equal(codes_of(quantized.conv), codes)
+
+
+def test_the_same_seed_gives_the_same_weights(quantized, images):
+    other = copy.deepcopy(quantized)
+    round_weights(quantized, [images])
+    round_weights(other, [images])
+    assert torch.equal(quantized.conv._parameters["weight"], other.conv._parameters["weight"])
+
+
+def test_reference_is_the_target(quantized, images):
+    reference = copy.deepcopy(quantized)
+    with torch.no_grad():
+        quantized.stem.bias.add_(0.5)
+    round_weights(quantized, [images], reference=reference)
+    torch.testing.assert_close(quantized.stem.bias, reference.stem.bias, atol=0.05, rtol=0)
+    report = correct_bias(quantized, [images], reference=reference)
+    assert report.before_db > 30
+
+
+def test_layers_that_run_twice_are_left_alone(images):
+    shared = nn.Conv2d(16, 16, 3, padding=1)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), shared, nn.ReLU(), shared, nn.Conv2d(16, 16, 1))
+    swap_modules(model, images, include=["*"])
+    calibrate_model(model, [images])
+    before = shared.weight.clone()
+    report = round_weights(model, [images], steps=10)
+    assert {entry.layer: entry.reason for entry in report.layers if entry.reason} == {
+        "1": "it runs 2 times in one forward"
+    }
+    assert torch.equal(shared.weight, before)
+
+
+def test_interrupt_keeps_what_is_done(quantized, images, monkeypatch, caplog):
+    from qdq.adaround import _Problem
+
+    logging.getLogger("qdq").setLevel(logging.WARNING)
+    descend, calls = _Problem.descend, []
+
+    def interrupted(self, codes):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return descend(self, codes)
+
+    before = {name: quantized.get_submodule(name).weight.clone() for name in ("stem", "conv")}
+    monkeypatch.setattr(_Problem, "descend", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        round_weights(quantized, [images], steps=5)
+    assert "1 of 3 layers are rounded" in caplog.text
+    assert not torch.equal(quantized.stem.weight, before["stem"])
+    assert torch.equal(quantized.conv.weight, before["conv"])
+    assert torch.isfinite(quantized(images)).all()
+
+
+def test_residual_network_of_torchvision():
+    torchvision = pytest.importorskip("torchvision", reason="needs the extra 'demo'")
+    model = torchvision.models.resnet18(num_classes=16).eval()
+    images = torch.randn(4, 3, 64, 64)
+    fold_batchnorm(model, images)
+    swap_modules(model, images)
+    calibrate_model(model, [images], method="max")
+    report = round_weights(model, [images], steps=0)
+    assert report.after_db > report.before_db + 3
+    assert not any(layer.reason for layer in report.layers)
+    with disable_quantization(model):
+        assert torch.isfinite(model(images)).all()
+
+
+def test_the_page_runs(residual, images):
+    page = Path(__file__).parents[1] / "docs" / "accuracy.md"
+    (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, page.name, "exec"), {"model": residual, "batches": [images, images + 1]})  # noqa: S102
+    assert "SQNR" in printed.getvalue()

@@ -1,0 +1,77 @@
+"""What the passes behind calibration are worth on EfficientNet-Lite0, all layers in int8, side by side in one run.
+
+python tools/bench_accuracy.py [--images 64] [--eval-images 500] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+import qdq
+from qdq.cli.main import run_command
+from qdq.data import ImageBatches
+from qdq.metrics import agreement, sqnr_db
+from qdq.run import describe_environment, write_json
+
+
+def bench_accuracy(
+    *, images: int = 64, eval_images: int = 500, calib_method: str = "mse", seed: int = 0, json: Path | None = None
+) -> int:
+    """Print SQNR and agreement with the float model for each pass alone and for all together, on the demo's data.
+
+    Args:
+        images: Calibration images that the passes use; ranges come from all 128.
+        eval_images: Images to measure on.
+        calib_method: How ranges are solved.
+        seed: Of the crops.
+        json: Also write the figures there.
+    """
+    net = qdq.load_model("efficientnet_lite0", seed=seed)
+    calib, evaluation = qdq.load_images(None, net, 128, eval_images, 16, seed)
+    few, example = calib.subset(images), calib.images[:2]
+    expected = qdq.predict(net.module, evaluation)
+    qdq.fold_batchnorm(net.module, example)
+    rows: list[dict[str, str | float]] = []
+
+    def measure(name: str, model: nn.Module, act: Callable[[nn.Module], object]) -> None:
+        began = time.perf_counter()
+        act(model)
+        seconds = time.perf_counter() - began
+        found = qdq.predict(model, evaluation)
+        sqnr, same = sqnr_db(expected, found), agreement(expected, found)
+        rows.append({"name": name, "sqnr_db": sqnr, "agreement": same, "seconds": seconds})
+        print(f"{name:28} {sqnr:6.2f} dB  {same:6.1%}  {seconds:6.1f} s", flush=True)
+
+    def correct(model: nn.Module) -> None:
+        reference = copy.deepcopy(model)
+        qdq.correct_bias(model, few, reference=reference)
+        qdq.round_weights(model, few, reference=reference)
+
+    calibrated = copy.deepcopy(net.module)
+    measure("plain", calibrated, lambda model: _calibrate(model, calib, calib_method))
+    analytic = "+ bias correction, analytic"
+    measure(analytic, copy.deepcopy(calibrated), lambda model: qdq.correct_bias(model, few, method="analytic"))
+    measure("+ bias correction, empirical", copy.deepcopy(calibrated), lambda model: qdq.correct_bias(model, few))
+    measure("+ AdaRound", copy.deepcopy(calibrated), lambda model: qdq.round_weights(model, few))
+    print(qdq.equalize_layers(net.module, few).format_table())
+    measure("+ equalization", net.module, lambda model: _calibrate(model, calib, calib_method))
+    measure("all three", net.module, correct)
+    if json:
+        write_json(json, {"images": images, "rows": rows, "environment": describe_environment()})
+    return 0
+
+
+def _calibrate(model: nn.Module, calib: ImageBatches, method: str) -> None:
+    example = calib.images[:2]
+    qdq.swap_modules(model, example)
+    qdq.rewire_operations(model, example)
+    qdq.calibrate_model(model, calib, method=method)
+
+
+if __name__ == "__main__":
+    run_command(bench_accuracy)
