@@ -9,17 +9,17 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "adaround": ("Rounding", "round_weights"),
+    "accuracy.adaround": ("Rounding", "round_weights"),
+    "accuracy.bias": ("BiasCorrection", "correct_bias"),
+    "accuracy.equalization": ("Equalization", "equalize_layers"),
     "analyze": ("Analysis", "analyze_layers"),
     "build": ("BuildReport", "build_engine"),
     "calibrate": ("Calibration", "calibrate_model", "solve_ranges"),
+    "calibrate.collect": ("collect_statistics",),
     "check": ("CheckReport", "check_onnx"),
     "check.rules": ("register_rule",),
-    "collect": ("collect_statistics",),
-    "correct": ("BiasCorrection", "correct_bias"),
     "data": ("load_images",),
     "distributed": ("shard_batches",),
-    "equalize": ("Equalization", "equalize_layers"),
     "errors": (
         "ArgumentError", "ArgumentTypeError", "BuildError", "CalibrationError", "CheckError", "DataError",
         "DependencyError", "ExportError", "ModelError", "QdqError", "StateError",
@@ -35,11 +35,11 @@ _HOMES = {
     ),
     "ranges": ("RangeExport", "RangeImport", "export_ranges", "import_ranges"),
     "report": ("write_report",),
+    "rewire": ("RewirePlan", "rewire_operations"),
     "run": ("Run", "start_run"),
     "statistics": ("Statistics",),
-    "trt.backend": ("find_backend",),
-    "rewire": ("RewirePlan", "rewire_operations"),
     "swap": ("SwapPlan", "plan_swap", "restore_modules", "swap_modules"),
+    "trt.backend": ("find_backend",),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

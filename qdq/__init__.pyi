@@ -1,6 +1,10 @@
 # The public API. What is not named here is reached by its module and may change.
-from qdq.adaround import Rounding as Rounding
-from qdq.adaround import round_weights as round_weights
+from qdq.accuracy.adaround import Rounding as Rounding
+from qdq.accuracy.adaround import round_weights as round_weights
+from qdq.accuracy.bias import BiasCorrection as BiasCorrection
+from qdq.accuracy.bias import correct_bias as correct_bias
+from qdq.accuracy.equalization import Equalization as Equalization
+from qdq.accuracy.equalization import equalize_layers as equalize_layers
 from qdq.analyze import Analysis as Analysis
 from qdq.analyze import analyze_layers as analyze_layers
 from qdq.build import BuildReport as BuildReport
@@ -8,16 +12,12 @@ from qdq.build import build_engine as build_engine
 from qdq.calibrate import Calibration as Calibration
 from qdq.calibrate import calibrate_model as calibrate_model
 from qdq.calibrate import solve_ranges as solve_ranges
+from qdq.calibrate.collect import collect_statistics as collect_statistics
 from qdq.check import CheckReport as CheckReport
 from qdq.check import check_onnx as check_onnx
 from qdq.check.rules import register_rule as register_rule
-from qdq.collect import collect_statistics as collect_statistics
-from qdq.correct import BiasCorrection as BiasCorrection
-from qdq.correct import correct_bias as correct_bias
 from qdq.data import load_images as load_images
 from qdq.distributed import shard_batches as shard_batches
-from qdq.equalize import Equalization as Equalization
-from qdq.equalize import equalize_layers as equalize_layers
 from qdq.errors import ArgumentError as ArgumentError
 from qdq.errors import ArgumentTypeError as ArgumentTypeError
 from qdq.errors import BuildError as BuildError

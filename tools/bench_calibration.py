@@ -29,8 +29,8 @@ from torch import nn
 
 import qdq
 from qdq.calibrate import CALIB_METHODS
+from qdq.calibrate.collect import Collection
 from qdq.cli.main import PositiveInt, run_command
-from qdq.collect import Collection
 from qdq.observers.entropy import solve_entropy
 from qdq.observers.solve import SOLVERS
 from qdq.run import describe_environment, write_json

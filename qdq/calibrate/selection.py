@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from qdq.collect import Collection, leader_of
+from qdq.calibrate.collect import Collection, leader_of
 from qdq.distributed import failing_together, gather_bytes
 from qdq.nn import QuantInputMixin
 from qdq.quantizer import TensorQuantizer, disable_quantization, fake_quantize, named_quantizers

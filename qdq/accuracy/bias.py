@@ -22,8 +22,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from qdq.errors import ArgumentError
-from qdq.layerwise import (
+from qdq.accuracy.layerwise import (
     LayerPlan,
     Product,
     add_to_bias,
@@ -34,6 +33,7 @@ from qdq.layerwise import (
     sample_outputs,
     visit_products,
 )
+from qdq.errors import ArgumentError
 from qdq.metrics import Array, sqnr_db
 from qdq.nn import QuantMixin
 from qdq.quantizer import disable_quantization, fake_quantize

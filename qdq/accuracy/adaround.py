@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from qdq.layerwise import (
+from qdq.accuracy.layerwise import (
     Product,
     Sample,
     add_to_bias,

@@ -16,16 +16,16 @@ from typing import Any
 
 from torch import nn
 
-from qdq.collect import Collection, collect_and_hold_out, fingerprint_model, format_of
+from qdq.calibrate.collect import Collection, collect_and_hold_out, fingerprint_model, format_of
+from qdq.calibrate.selection import select_methods
+from qdq.calibrate.weights import require_weight_method, solve_weight
 from qdq.distributed import failing_together, find_rank, gather_bytes
 from qdq.errors import ArgumentError, CalibrationError
 from qdq.observers.solve import SOLVERS
 from qdq.observers.statistics import TensorStatistics
 from qdq.quantizer import TensorQuantizer, named_quantizers
-from qdq.selection import select_methods
 from qdq.statistics import Statistics, merge_parts
 from qdq.swap import quantized_layers
-from qdq.weight_ranges import require_weight_method, solve_weight
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from qdq.observers.solve import SOLVERS
 METHODS = [*SOLVERS, "best"]
 
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
 
 
@@ -79,7 +79,7 @@ class TestFile:
         script = textwrap.dedent(
             """
             import os, signal, sys
-            import qdq.collect
+            import qdq.calibrate.collect
             from small_model import make_batches, make_model
 
             def batches():
@@ -88,7 +88,7 @@ class TestFile:
                         os.kill(os.getpid(), signal.SIGKILL)
                     yield batch
 
-            qdq.collect._SAVE_SECONDS = 0
+            qdq.calibrate.collect._SAVE_SECONDS = 0
             qdq.collect_statistics(make_model(), batches(), statistics=sys.argv[1])
             """
         )
@@ -158,7 +158,7 @@ class TestFile:
             Statistics.load(tmp_path / "missing.safetensors")
 
     def test_nan_keeps_what_was_saved(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("qdq.collect._SAVE_SECONDS", 0)
+        monkeypatch.setattr("qdq.calibrate.collect._SAVE_SECONDS", 0)
         path, batches = tmp_path / "calibration.safetensors", make_batches(3)
         batches[2][0] = float("nan")
         with pytest.raises(CalibrationError, match=r"batch 2: the input of quantizer 0\._input_quantizer: 432 of"):

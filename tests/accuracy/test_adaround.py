@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qdq import calibrate_model, correct_bias, export_onnx, fold_batchnorm, restore_modules, round_weights, swap_modules
-from qdq.layerwise import Product
+from qdq.accuracy.layerwise import Product
 from qdq.quantizer import disable_quantization, quantize_codes
 
 
@@ -153,7 +153,7 @@ def test_layers_that_run_twice_are_left_alone(images):
 
 
 def test_interrupt_keeps_what_is_done(quantized, images, monkeypatch, caplog):
-    from qdq.adaround import _Problem
+    from qdq.accuracy.adaround import _Problem
 
     logging.getLogger("qdq").setLevel(logging.WARNING)
     descend, calls = _Problem.descend, []
@@ -189,7 +189,7 @@ def test_residual_network_of_torchvision():
 
 
 def test_the_page_runs(residual, images):
-    page = Path(__file__).parents[1] / "docs" / "accuracy.md"
+    page = Path(__file__).parents[2] / "docs" / "accuracy.md"
     (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
