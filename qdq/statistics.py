@@ -107,7 +107,7 @@ class Statistics:
         return self.tensors[name].clipped_share(amax, fmt is not None and fmt.unsigned)
 
     def summarize(self) -> dict[str, Any]:
-        """What the JSON beside the file holds: of each tensor its figures, and by every method amax and what it clips."""
+        """What the JSON beside the file holds: figures of each tensor, and by every method amax and what it clips."""
         return {
             "batches": self.batches,
             "complete": self.complete,
@@ -174,6 +174,7 @@ class Statistics:
             "data": self.data,
             "complete": self.complete,
             "limit": self.limit,
+            "shared": self.shared,
             "formats": {name: None if fmt is None else asdict(fmt) for name, fmt in self.formats.items()},
         }
         return safetensors.save(arrays, {_FORMAT: json.dumps(facts)})  # one key: the order of several is random

@@ -56,7 +56,8 @@ def make_app() -> cyclopts.App:
     statistics = _new_app("calibrate", help="Show, merge or solve again what calibration saved. Needs no torch.")
     for command in (calibrate.show, calibrate.merge, calibrate.solve):
         statistics.command(command)
-    app.command(statistics, sort_key=1)
+    statistics.sort_key = 1  # behind ptq
+    app.command(statistics)
     return app
 
 
