@@ -17,7 +17,7 @@ from qdq.errors import ArgumentError
 from qdq.formats import Format
 from qdq.graph.save import save_model
 from qdq.graph.scales import list_scales, number_of, reason_against, set_scale
-from qdq.observers.statistics import LEAST_ABSMAX, TensorStatistics
+from qdq.observers.statistics import LEAST_ABSMAX
 from qdq.run import require_writable
 from qdq.statistics import Statistics
 
@@ -31,7 +31,7 @@ class Rescaling:
     Args:
         path: The file that was written.
         method: How the ranges were solved.
-        changed: Quantizer -> its scale before and now; of several channels the largest.
+        changed: Quantizer -> its scale before and now.
         unchanged: Quantizers whose scale was that already.
         refused: Quantizer -> why its scale is what it was.
         missing: Names of statistics without a scale in the file: left in float, or one pair serves several quantizers.
@@ -128,25 +128,16 @@ def _set_scales(
     for name, leader in known.items():
         values = scales[name]
         old = number_of(values[0])
-        amax = _amax_of_shape(statistics.tensors[leader], amaxes[leader], old.shape)
         fmt = statistics.formats[leader]
-        if amax is None or fmt is None:
-            refused[name] = "its channels, or its format, are not those of the statistics"
+        if old.shape or fmt is None:
+            refused[name] = "it has several scales, or no integer format in the statistics"
         elif not amaxes[leader]:
             refused[name] = "the statistics saw no value above 0 there"
-        elif reason := reason_against(values, scale := scale_of(amax, fmt)):
+        elif reason := reason_against(values, scale := scale_of(amaxes[leader], fmt)):
             refused[name] = reason
         elif set_scale(values, scale):
-            changed[name] = (float(old.max()), float(number_of(values[0]).max()))
+            changed[name] = (float(old), float(number_of(values[0])))
     return changed, refused
-
-
-def _amax_of_shape(tensor: TensorStatistics, amax: float, shape: tuple[int, ...]) -> npt.ArrayLike | None:
-    """One range, or the maximum of each channel, which is what calibration takes there whatever the method."""
-    if not shape:
-        return amax
-    channels = tensor.channel_absmax
-    return channels if channels is not None and channels.shape == shape else None
 
 
 def _update_origin(model: ir.Model, statistics: Statistics, rescaling: Rescaling) -> None:

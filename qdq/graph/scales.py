@@ -39,9 +39,8 @@ def _is_constant(value: ir.Value | None) -> bool:
 def reason_against(values: list[ir.Value], scale: npt.NDArray[np.float32]) -> str:
     """Why initializers cannot have a scale, "" if they can."""
     for value in values:
-        new = _as_stored(value, scale).astype(np.float64)
-        if not (np.isfinite(new) & (new > 0)).all():
-            return f"its scale {scale.max():.4g} does not fit {number_of(value).dtype}, the type in the file"
+        if not 0 < float(_as_stored(value, scale)) < np.inf:
+            return f"its scale {scale:.4g} does not fit {number_of(value).dtype}, the type in the file"
     return ""
 
 
@@ -50,7 +49,7 @@ def set_scale(values: list[ir.Value], scale: npt.NDArray[np.float32]) -> bool:
 
     Args:
         values: From `list_scales`.
-        scale: Of the shape that they have.
+        scale: 0-D, as they are.
     """
     changed = False
     for value in values:
