@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from qdq import Statistics, collect_statistics, export_onnx, solve_ranges, swap_modules
+from qdq import Statistics, collect_statistics, disable_quantization, export_onnx, solve_ranges
 from qdq.cli import main as cli
 from qdq.errors import ArgumentError
 
@@ -86,7 +87,7 @@ class TestHelp:
         assert "Exit codes" in out
         assert "[default: ()]" not in out
         assert "--no-" not in out and "--empty-" not in out
-        rows = [line.strip("│* ") for line in out.splitlines() if line.lstrip("│* ").startswith("--")]
+        rows = [line.strip("│* ") for line in out.splitlines() if re.match(r"│ (\*  )?--", line)]
         assert rows
         for row in rows:
             assert len(row.split("  ", 1)) == 2, row  # the flag, then words
@@ -266,9 +267,9 @@ class TestCalibrate:
         whole = collect_statistics(quantized, [images, 2 * images, 3 * images])
         assert both.read_bytes() == whole.to_bytes()
 
-    def test_merge_with_another_model(self, qdq, file, residual, images, tmp_path):
-        swap_modules(residual, images, exclude=["head"])
-        other = collect_statistics(residual, [images]).save(tmp_path / "other.safetensors")
+    def test_merge_with_another_model(self, qdq, file, quantized, images, tmp_path):
+        disable_quantization(quantized.head)
+        other = collect_statistics(quantized, [images]).save(tmp_path / "other.safetensors")
         code, _, err = qdq("calibrate", "merge", file, other, "-o", tmp_path / "both.safetensors")
         assert code == 2
         assert f"{other} does not fit {file}: the statistics are of different models: only one has head" in err

@@ -180,6 +180,8 @@ def test_in_place(prepared, images, tmp_path):
 def test_every_method_of_the_command_line_exists():
     from typing import get_args
 
-    from qdq.cli.calibrate import Method
+    from qdq.calibrate import CALIB_METHODS
+    from qdq.cli.calibrate import CalibMethod, Method
 
     assert get_args(Method) == tuple(SOLVERS)
+    assert get_args(CalibMethod) == CALIB_METHODS

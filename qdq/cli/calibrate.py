@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.types import PositiveFloat
 
-Method = Literal[
-    "max", "percentile", "entropy", "mse", "average_max", "mean_std", "laplace", "gauss", "moving_average"
-]  # fmt: skip
+Method = Literal["max", "percentile", "entropy", "mse", "average_max", "mean_std", "laplace", "gauss", "moving_average"]
+CalibMethod = Literal[Method, "best"]
+"""What `calibrate_model` knows, for the signatures of recipes; "best" needs the model."""
 
 
 def show(
