@@ -333,16 +333,17 @@ class TestCalibrate:
             assert "bad.safetensors" in err.splitlines()[0]
             assert len(err.splitlines()) == 2
 
-    def test_needs_no_torch(self, file, tmp_path):
+    def test_needs_no_torch(self, file, model, tmp_path):
         script = (
             "import sys; sys.modules['torch'] = None; from qdq.cli.calibrate import merge, show, solve\n"
             "from pathlib import Path; path, folder = Path(sys.argv[1]), Path(sys.argv[2])\n"
-            "assert show(path, plots=folder / 'p.html') == solve(path) == 0\n"
+            "assert show(path, plots=folder / 'p.html') == 0\n"
+            "assert solve(path, onnx=folder / 'model.onnx', output=folder / 'new.onnx') == 0\n"
             "assert merge(path, path, output=folder / 'm.safetensors') == 0\n"
-            "import qdq.rescale\n"
         )
+        assert model == tmp_path / "model.onnx"
         subprocess.run([sys.executable, "-c", script, str(file), str(tmp_path)], check=True)
-        assert (tmp_path / "p.html").exists()
+        assert (tmp_path / "p.html").exists() and (tmp_path / "new.onnx").exists()
 
 
 @pytest.mark.trt
