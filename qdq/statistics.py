@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
+from tqdm import tqdm
 
 from qdq.errors import ArgumentError, DataError, QdqError
 from qdq.formats import Format
 from qdq.observers.solve import SOLVERS, solve_amax
 from qdq.observers.statistics import TensorStatistics
 from qdq.run import write_atomic, write_json
+
+logger = logging.getLogger(__name__)
 
 _FORMAT = "qdq calibration statistics 1"
 _SEPARATOR = "//"  # between the name of a quantizer and that of an array
@@ -34,6 +39,7 @@ class Statistics:
         data: Digest of the first batch; "" if it is not known, or there was none.
         complete: Whether the pass came to its end.
         limit: How many batches the pass was to take at most; None: all.
+        shared: Name of a quantizer that uses the range of another -> name of that one, which is in `tensors`.
     """
 
     tensors: dict[str, TensorStatistics]
@@ -43,6 +49,7 @@ class Statistics:
     data: str = ""
     complete: bool = True
     limit: int | None = None
+    shared: dict[str, str] = field(default_factory=dict)
 
     def merge(self, other: Statistics) -> Statistics:
         """What one pass over the batches of both, those of `other` last, would have collected.
@@ -53,7 +60,25 @@ class Statistics:
         numbers = [int(tensor.numbers[-1]) + 1 for tensor in self.tensors.values() if tensor.num_batches]
         shift = max([self.batches, *numbers])
         moved = {name: tensor.shifted(shift) for name, tensor in other.tensors.items()}
-        return merge_parts([self, replace(other, tensors=moved)])
+        return replace(merge_parts([self, replace(other, tensors=moved)]), limit=None)  # no one pass took them
+
+    def select(self, pattern: str) -> Statistics:
+        """Those of the tensors whose quantizer has a name that fits.
+
+        Args:
+            pattern: A name, or a glob such as "layer1.*".
+
+        Raises:
+            ArgumentError: None fits.
+        """
+        tensors = {name: tensor for name, tensor in self.tensors.items() if fnmatchcase(name, pattern)}
+        if not tensors:
+            raise ArgumentError(
+                f"no tensor fits {pattern!r}; there are {_list(list(self.tensors))}.",
+                "give the name of a quantizer, or a glob such as '*._input_quantizer'.",
+            )
+        shared = {name: leader for name, leader in self.shared.items() if leader in tensors}
+        return replace(self, tensors=tensors, formats={name: self.formats[name] for name in tensors}, shared=shared)
 
     def solve(self, name: str, method: str = "mse", **options: Any) -> float:
         """The range of one tensor; see `observers.solve.solve_amax`.
@@ -65,21 +90,42 @@ class Statistics:
             raise ArgumentError(f"there are no statistics of {name!r}.", f"choose one of {', '.join(self.tensors)}.")
         return solve_amax(self.tensors[name], self.formats[name] or Format(), method, **options)
 
+    def solve_all(self, method: str = "mse", **options: Any) -> dict[str, float]:
+        """The range of every tensor by name; of one without integer format its maximum, as in calibration.
+
+        Raises:
+            ArgumentError: As for `solve_amax`.
+        """
+        return {
+            name: self.solve(name, method, **options) if fmt else self.solve(name, "max")
+            for name, fmt in self.formats.items()
+        }
+
+    def clipped_share(self, name: str, amax: float) -> float:
+        """Share of the values of a tensor beyond a range, see `TensorStatistics.clipped_share`."""
+        fmt = self.formats[name]
+        return self.tensors[name].clipped_share(amax, fmt is not None and fmt.unsigned)
+
     def summarize(self) -> dict[str, Any]:
-        """What the JSON beside the file holds: of each tensor its figures, and the range by every method."""
+        """What the JSON beside the file holds: figures of each tensor, and by every method amax and what it clips."""
         return {
             "batches": self.batches,
             "complete": self.complete,
-            "tensors": {name: self._summarize_tensor(name) for name in self.tensors},
+            "tensors": {
+                name: self._summarize_tensor(name)
+                for name in tqdm(self.tensors, desc="solve", unit="tensor", disable=None, leave=False)
+            },
         }
 
     def _summarize_tensor(self, name: str) -> dict[str, Any]:
         tensor, fmt = self.tensors[name], self.formats[name]
         figures = ("count", "zeros", "num_batches", "low", "high", "absmax", "mean", "std", "laplace_b")
+        ranges = {method: self.solve(name, method) for method in (SOLVERS if fmt else ("max",))}
         return {
             **{figure: getattr(tensor, figure) for figure in figures},
             "format": None if fmt is None else asdict(fmt),
-            "amax": {method: self.solve(name, method) for method in (SOLVERS if fmt else ("max",))},
+            "amax": ranges,
+            "clipped": {method: self.clipped_share(name, amax) for method, amax in ranges.items()},
         }
 
     def save(self, path: Path | str) -> Path:
@@ -128,6 +174,7 @@ class Statistics:
             "data": self.data,
             "complete": self.complete,
             "limit": self.limit,
+            "shared": self.shared,
             "formats": {name: None if fmt is None else asdict(fmt) for name, fmt in self.formats.items()},
         }
         return safetensors.save(arrays, {_FORMAT: json.dumps(facts)})  # one key: the order of several is random
@@ -177,6 +224,50 @@ def merge_parts(parts: Iterable[Statistics]) -> Statistics:
             complete=merged.complete and other.complete,
         )
     return merged
+
+
+def merge_files(paths: Sequence[Path | str], output: Path | str) -> Statistics:
+    """Write the sum of files into one; see `Statistics.merge`.
+
+    Args:
+        paths: Two or more files of complete passes over different data.
+        output: Where to write, ending in `.safetensors`; may be one of them.
+
+    Raises:
+        ArgumentError: Fewer than two files, a pass that is not complete, files of different models, another ending.
+        DataError: A file cannot be read, or is of another kind.
+    """
+    require_suffix(output)
+    if len(paths) < 2:
+        raise ArgumentError(f"{len(paths)} file was given; merging takes two or more.", "name all files to merge.")
+    merged = _load_complete(paths[0])
+    first_batches = {merged.data: paths[0]}
+    for path in paths[1:]:
+        part = _load_complete(path)
+        if part.data and part.data in first_batches:
+            twin = first_batches[part.data]
+            logger.warning("%s and %s begin with the same batch; the same data would count twice", twin, path)
+        first_batches[part.data] = path
+        try:
+            merged = merged.merge(part)
+        except ArgumentError as error:
+            raise ArgumentError(f"{path} does not fit {paths[0]}: {error.message}", error.fix) from None
+    merged.save(output)
+    return merged
+
+
+def _load_complete(path: Path | str) -> Statistics:
+    found = Statistics.load(path)
+    if not found.complete:
+        raise ArgumentError(
+            f"{path} holds a pass that was cut off after {found.batches} batches.",
+            "run the same calibration again, it goes on from there; then merge.",
+        )
+    return found
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def require_suffix(path: Path | str) -> Path:

@@ -5,9 +5,9 @@ python recipes/ptq_classifier.py --model resnet50 --weights my.pth --data-dir /d
 """
 
 from pathlib import Path
-from typing import Literal
 
 import qdq
+from qdq.cli.calibrate import CalibMethod
 from qdq.cli.main import NonNegativeInt, PositiveFloat, PositiveInt, UInt32, run_command
 
 
@@ -18,7 +18,7 @@ def ptq_classifier(
     data_dir: Path | None = None,
     output: Path = Path("runs/ptq"),
     exclude: tuple[str, ...] = (),
-    calib_method: Literal["max", "percentile", "entropy", "mse"] = "mse",
+    calib_method: CalibMethod = "mse",
     calib_images: PositiveInt = 128,
     eval_images: PositiveInt = 500,
     analysis_images: PositiveInt = 32,
@@ -37,7 +37,7 @@ def ptq_classifier(
         data_dir: ImageFolder, with train and val or without; the packaged photographs if left out.
         output: Run folder.
         exclude: Layers to keep in float: dotted names, globs or re:EXPRESSION.
-        calib_method: How the range of an activation is solved.
+        calib_method: How the range of an activation is solved; best: per layer what costs its output least.
         calib_images: Images to calibrate on.
         eval_images: Images to evaluate on.
         analysis_images: Calibration images to measure the sensitivity on.
@@ -59,7 +59,9 @@ def ptq_classifier(
     plan = qdq.swap_modules(net.module, example, exclude=exclude)
     rewired = qdq.rewire_operations(net.module, example, exclude=exclude)
     run.stage("calibrate")
-    ranges = qdq.calibrate_model(net.module, calib, method=calib_method)
+    ranges = qdq.calibrate_model(
+        net.module, calib, method=calib_method, statistics=run.folder / "calibration.safetensors"
+    )
     logits["all int8"] = qdq.predict(net.module, images)
     run.stage("analyze")
     subset = calib.subset(analysis_images)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from qdq import export_onnx
+from qdq import Statistics, collect_statistics, disable_quantization, export_onnx, solve_ranges
 from qdq.cli import main as cli
 from qdq.errors import ArgumentError
 
@@ -64,18 +65,29 @@ class TestHelp:
     def test_of_all(self, qdq):
         code, out, _ = qdq("--help")
         assert code == 0
-        for words in ("ptq", "check", "build", "eval", "env", "qdq check runs", "Exit codes: 0 clean, 1 findings"):
+        for words in (
+            "ptq",
+            "calibrate",
+            "check",
+            "build",
+            "eval",
+            "env",
+            "qdq check runs",
+            "Exit codes: 0 clean, 1 findings",
+        ):
             assert words in out
         assert qdq()[:2] == (0, out)
 
-    @pytest.mark.parametrize("verb", ["ptq", "check", "build", "eval", "env"])
+    @pytest.mark.parametrize(
+        "verb", ["ptq", "check", "build", "eval", "env", "calibrate show", "calibrate merge", "calibrate solve"]
+    )
     def test_of_each_verb_explains_every_flag(self, qdq, verb):
-        code, out, _ = qdq(verb, "--help")
+        code, out, _ = qdq(*verb.split(), "--help")
         assert code == 0
         assert "Exit codes" in out
         assert "[default: ()]" not in out
         assert "--no-" not in out and "--empty-" not in out
-        rows = [line.strip("│ ") for line in out.splitlines() if line.startswith("│ --")]
+        rows = [line.strip("│* ") for line in out.splitlines() if re.match(r"│ (\*  )?--", line)]
         assert rows
         for row in rows:
             assert len(row.split("  ", 1)) == 2, row  # the flag, then words
@@ -101,6 +113,10 @@ class TestWrongUsage:
             (["build", "a.onnx", "--backend", "cuda"], 'invalid value "cuda" for --backend', "see qdq build --help"),
             (["eval", "--batch-size", "0"], 'invalid value "0" for --batch-size', "see qdq eval --help"),
             (["eval", "--eval-images", "-3"], 'invalid value "-3" for --eval-images', "see qdq eval --help"),
+            (["calibrate", "nonsense"], 'unknown command "nonsense"', "see qdq calibrate --help"),
+            (["calibrate", "show"], "FILE", "see qdq calibrate show --help"),
+            (["calibrate", "merge", "a"], "--output", "see qdq calibrate merge --help"),
+            (["calibrate", "solve", "a", "--method", "best"], 'invalid value "best"', "see qdq calibrate solve --help"),
             (["env", "--nonsense"], "unknown option: --nonsense", "see qdq env --help"),
         ],
     )
@@ -218,6 +234,116 @@ class TestCheck:
         code, out, err = qdq("check", model, "--json", tmp_path)
         assert (code, out) == (2, "")
         assert err.startswith(f"error: cannot write {tmp_path}: Is a directory.")
+
+
+class TestCalibrate:
+    @pytest.fixture
+    def file(self, quantized, images, tmp_path):
+        return collect_statistics(quantized, [images, 2 * images]).save(tmp_path / "calibration.safetensors")
+
+    def test_show(self, qdq, file, tmp_path):
+        code, out, _ = qdq("calibrate", "show", file, "--plots", tmp_path / "p.html", "--json", tmp_path / "s.json")
+        assert code == 0
+        summary = json.loads((tmp_path / "s.json").read_text())
+        assert summary == json.loads(file.with_suffix(".json").read_text())
+        page = (tmp_path / "p.html").read_text()
+        for name, entry in summary["tensors"].items():
+            assert f"{entry['amax']['entropy']:.4g}" in out
+            assert name in out and name in page
+
+    def test_show_of_some(self, qdq, file):
+        _, out, _ = qdq("calibrate", "show", file, "--tensor", "conv.*")
+        assert "1 tensors, 2 batches" in out
+        assert "head" not in out
+        code, out, err = qdq("calibrate", "show", file, "--tensor", "nothing")
+        assert (code, out) == (2, "")
+        assert "no tensor fits 'nothing'" in err
+
+    def test_merge(self, qdq, file, quantized, images, tmp_path):
+        other = collect_statistics(quantized, [3 * images]).save(tmp_path / "other.safetensors")
+        both = tmp_path / "new" / "both.safetensors"
+        code, out, _ = qdq("calibrate", "merge", file, other, "-o", both)
+        assert (code, out) == (0, f"{both}: 3 tensors, 3 batches of 2 files\n")
+        whole = collect_statistics(quantized, [images, 2 * images, 3 * images])
+        assert both.read_bytes() == whole.to_bytes()
+
+    def test_merge_with_another_model(self, qdq, file, quantized, images, tmp_path):
+        disable_quantization(quantized.head)
+        other = collect_statistics(quantized, [images]).save(tmp_path / "other.safetensors")
+        code, _, err = qdq("calibrate", "merge", file, other, "-o", tmp_path / "both.safetensors")
+        assert code == 2
+        assert f"{other} does not fit {file}: the statistics are of different models: only one has head" in err
+        assert not (tmp_path / "both.safetensors").exists()
+
+    def test_solve(self, qdq, file, quantized, tmp_path):
+        code, out, _ = qdq("calibrate", "solve", file, "--method", "entropy", "--json", tmp_path / "r.json")
+        assert code == 0
+        ranges = solve_ranges(quantized, Statistics.load(file), method="entropy")
+        expected = {entry.name: entry.amax for entry in ranges if entry.batches}
+        found = json.loads((tmp_path / "r.json").read_text())
+        assert {name: np.float32(amax) for name, amax in found["amax"].items()} == expected
+        assert found["method"] == "entropy"
+        assert all(f"{amax:.6g}" in out for amax in expected.values())
+
+    def test_solve_into_a_file(self, qdq, file, model, tmp_path):
+        code, out, _ = qdq("calibrate", "solve", file, "--method", "percentile", "--percentile", 90,
+                           "--onnx", model, "-o", tmp_path / "new.onnx", "--json", tmp_path / "r.json")  # fmt: skip
+        assert code == 0
+        assert "new.onnx: 3 scales changed, 0 were the same (percentile)" in out
+        found = json.loads((tmp_path / "r.json").read_text())
+        scales = ir.load(tmp_path / "new.onnx").graph.initializers
+        for name, amax in found["amax"].items():
+            assert scales[f"{name}.scale"].const_value.numpy() == np.float32(amax) / np.float32(127)
+        assert found["onnx"]["changed"].keys() == found["amax"].keys()
+        assert qdq("check", tmp_path / "new.onnx", "--ignore", "QDQ112")[0] == 0
+
+    def test_solve_into_a_file_with_a_pair_that_has_no_statistics(self, qdq, file, model, tmp_path):
+        part = Statistics.load(file).select("conv.*").save(tmp_path / "part.safetensors")
+        code, out, _ = qdq("calibrate", "solve", part, "--method", "gauss", "--onnx", model, "-o", tmp_path / "n.onnx")
+        assert code == 1
+        assert "not changed: head._input_quantizer: the statistics do not have it" in out
+
+    @pytest.mark.parametrize(
+        ("arguments", "found"),
+        [
+            (["--onnx", "model.onnx"], "--onnx and --output go together"),
+            (["-o", "new.onnx"], "--onnx and --output go together"),
+            (["--percentile", "50"], "method 'mse' has no option percentile"),
+            (["--method", "percentile", "--percentile", "101"], "found 101"),
+            (["--percentile", "nan"], 'invalid value "nan" for --percentile'),
+            (["--json", "/dev/null/e"], "cannot write /dev/null/e"),
+            (["--onnx", "missing.onnx", "-o", "new.onnx"], "missing.onnx does not exist"),
+        ],
+    )
+    def test_bad_input(self, qdq, file, tmp_path, monkeypatch, arguments, found):
+        monkeypatch.chdir(tmp_path)
+        code, _, err = qdq("calibrate", "solve", file, *arguments)
+        assert code == 2
+        assert found in err.splitlines()[0]
+        assert not (tmp_path / "new.onnx").exists()
+
+    @pytest.mark.parametrize("content", [None, b"", b"text", b"\x08" + b"\0" * 15])
+    def test_no_statistics(self, qdq, tmp_path, content):
+        path = tmp_path / "bad.safetensors"
+        if content is not None:
+            path.write_bytes(content)
+        for arguments in (["show", path], ["solve", path], ["merge", path, path, "-o", tmp_path / "m.safetensors"]):
+            code, out, err = qdq("calibrate", *arguments)
+            assert (code, out) == (2, "")
+            assert "bad.safetensors" in err.splitlines()[0]
+            assert len(err.splitlines()) == 2
+
+    def test_needs_no_torch(self, file, model, tmp_path):
+        script = (
+            "import sys; sys.modules['torch'] = None; from qdq.cli.calibrate import merge, show, solve\n"
+            "from pathlib import Path; path, folder = Path(sys.argv[1]), Path(sys.argv[2])\n"
+            "assert show(path, plots=folder / 'p.html') == 0\n"
+            "assert solve(path, onnx=folder / 'model.onnx', output=folder / 'new.onnx') == 0\n"
+            "assert merge(path, path, output=folder / 'm.safetensors') == 0\n"
+        )
+        assert model == tmp_path / "model.onnx"
+        subprocess.run([sys.executable, "-c", script, str(file), str(tmp_path)], check=True)
+        assert (tmp_path / "p.html").exists() and (tmp_path / "new.onnx").exists()
 
 
 @pytest.mark.trt

@@ -24,7 +24,16 @@ SMALL = [
     *("--model", "squeezenet1_1", "--weights", "random", "--calib-images", "4", "--eval-images", "4"),
     *("--analysis-images", "2", "--batch-size", "2", "--max-float-layers", "0"),
 ]
-WRITTEN = ["model.onnx", "model.rtx.engine", "report.json", "report.txt", "run.json", "run.log"]
+WRITTEN = [
+    "calibration.json",
+    "calibration.safetensors",
+    "model.onnx",
+    "model.rtx.engine",
+    "report.json",
+    "report.txt",
+    "run.json",
+    "run.log",
+]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +83,7 @@ def test_the_recipe_stays_one_page():
 @pytest.mark.trt
 def test_interrupted_at_every_stage_then_whole(tmp_path, pictures):
     folder = tmp_path / "run"
-    arguments = [*SMALL, "--data-dir", pictures, "--output", folder]
+    arguments = [*SMALL, "--data-dir", pictures, "--output", folder, "--calib-method", "best"]
     for stage, delay in (("float", 0.2), ("calibrate", 0.0), ("export and check", 1.5), ("build", 0.1)):
         code, errors = stop_at(stage, delay, signal.SIGINT, *arguments)
         assert code == 130, errors

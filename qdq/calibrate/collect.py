@@ -128,7 +128,8 @@ class Collection:
                 raise CalibrationError(f"the input of quantizer {name}: {error.message}", error.fix) from None
         batches = max((int(tensor.numbers[-1]) + 1 for tensor in tensors.values() if tensor.num_batches), default=0)
         formats = {name: format_of(quantizers[name]) for name in tensors}
-        return Statistics(tensors, formats, batches, fingerprint_model(self._model))
+        shared = {name: leader for name, leader in self.leaders.items() if name != leader}
+        return Statistics(tensors, formats, batches, fingerprint_model(self._model), shared=shared)
 
 
 def collect_statistics(

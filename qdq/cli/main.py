@@ -42,6 +42,7 @@ _EPILOGUE = (
 
 def make_app() -> cyclopts.App:
     """All subcommands; what they need is imported when they are called."""
+    from qdq.cli import calibrate
     from qdq.cli.build import build
     from qdq.cli.check import check
     from qdq.cli.env import env
@@ -52,6 +53,11 @@ def make_app() -> cyclopts.App:
     verbs = {"ptq": ptq, "check": check, "build": build, "eval": evaluate_files, "env": env}
     for position, (name, command) in enumerate(verbs.items()):
         app.command(command, name=name, sort_key=position)
+    statistics = _new_app("calibrate", help="Show, merge or solve again what calibration saved. Needs no torch.")
+    for command in (calibrate.show, calibrate.merge, calibrate.solve):
+        statistics.command(command)
+    statistics.sort_key = 1  # behind ptq
+    app.command(statistics)
     return app
 
 

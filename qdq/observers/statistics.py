@@ -139,6 +139,21 @@ class TensorStatistics:
         trimmed: Counts = counts[: occupied[-1] + 1 if occupied.size else 1]
         return trimmed
 
+    def clipped_share(self, amax: float, unsigned: bool = False) -> float:
+        """Share of all values that lie beyond a range, 0 to 1; of the bin that amax is in, in proportion.
+
+        Args:
+            amax: The range.
+            unsigned: Count the values above 0 only.
+        """
+        counts = self.magnitudes(unsigned)
+        if not self.count or amax >= (self.high if unsigned else self.absmax):
+            return 0.0
+        bin_of_amax = min(int(amax / self.width), counts.size - 1)
+        inside = amax / self.width - bin_of_amax
+        beyond = int(counts[bin_of_amax + 1 :].sum()) + int(counts[bin_of_amax]) * (1 - inside)
+        return beyond / self.count
+
     def shifted(self, by: int) -> TensorStatistics:
         """The same with all batch numbers larger by `by`."""
         return TensorStatistics(self.counts, self.exponent, self.channel_absmax, self.numbers + by, self.records)

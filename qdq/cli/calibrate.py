@@ -1,0 +1,127 @@
+"""`qdq calibrate show|merge|solve`: what can be done with saved statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from cyclopts.types import PositiveFloat
+
+Method = Literal["max", "percentile", "entropy", "mse", "average_max", "mean_std", "laplace", "gauss", "moving_average"]
+CalibMethod = Literal[Method, "best"]
+"""What `calibrate_model` knows, for the signatures of recipes; "best" needs the model."""
+
+
+def show(
+    file: Path,
+    /,
+    *,
+    tensor: str = "*",
+    plots: Path | None = None,
+    json: Path | None = None,
+) -> int:
+    """Print what was collected of each tensor, its range by every method, and what that clips. Needs no torch.
+
+    Such as:
+
+        qdq calibrate show calibration.safetensors
+        qdq calibrate show calibration.safetensors --tensor "layer1.*" --plots layer1.html
+
+    Args:
+        file: Statistics that calibration saved.
+        tensor: Only those of these quantizers: a name or a glob.
+        plots: Also write a page of histograms to this file, .html.
+        json: Also write the figures to this file.
+    """
+    from qdq.run import require_writable, write_json
+    from qdq.show import format_statistics, write_plots
+    from qdq.statistics import Statistics
+
+    for path in (plots, json):
+        if path is not None:
+            require_writable(path)
+    statistics = Statistics.load(file).select(tensor)
+    summary = statistics.summarize()
+    print(format_statistics(summary))
+    if plots is not None:
+        write_plots(statistics, summary, plots)
+    if json is not None:
+        write_json(json, summary)
+    return 0
+
+
+def merge(*files: Path, output: Annotated[Path, Parameter(alias="-o")]) -> int:
+    """Merge statistics of one model on different data: what one pass over all of it would have collected.
+
+    Batches are numbered in the order of the files. Statistics of different models are refused. Needs no torch.
+
+    Such as:
+
+        qdq calibrate merge a.safetensors b.safetensors -o both.safetensors
+
+    Args:
+        files: Two or more files of statistics.
+        output: Where to write, .safetensors; a readable summary is written beside it, .json.
+    """
+    from qdq.run import require_writable
+    from qdq.statistics import merge_files
+
+    require_writable(output)
+    merged = merge_files(files, output)
+    print(f"{output}: {len(merged.tensors)} tensors, {merged.batches} batches of {len(files)} files")
+    return 0
+
+
+def solve(
+    file: Path,
+    /,
+    *,
+    method: Method = "mse",
+    percentile: PositiveFloat | None = None,
+    onnx: Path | None = None,
+    output: Annotated[Path | None, Parameter(alias="-o")] = None,
+    json: Path | None = None,
+) -> int:
+    """Solve every range again by a method, without data, model or torch; on request into an exported file.
+
+    Prints amax of each tensor and the share of the values beyond it. With --onnx, a copy of a file that qdq exported
+    gets the new scales; exit code 1 when some of its activations could not get theirs.
+
+    Such as:
+
+        qdq calibrate solve calibration.safetensors --method entropy
+        qdq calibrate solve calibration.safetensors --method percentile --percentile 99.9 --onnx model.onnx -o new.onnx
+
+    Args:
+        file: Statistics that calibration saved.
+        method: How a range is solved.
+        percentile: For the method percentile, up to 100; 99.99 if left out.
+        onnx: A file exported from the model that was calibrated; it stays as it is, unless --output names it.
+        output: Where to write the copy with the new scales.
+        json: Also write the ranges, and what changed in the copy, to this file.
+    """
+    from qdq.errors import ArgumentError
+    from qdq.rescale import rescale_onnx
+    from qdq.run import require_writable, write_json
+    from qdq.show import format_ranges
+    from qdq.statistics import Statistics
+
+    if (onnx is None) != (output is None):
+        raise ArgumentError(
+            "--onnx and --output go together.", "give the file to read and the one to write, or neither."
+        )
+    for path in (output, json):
+        if path is not None:
+            require_writable(path)
+    options = {} if percentile is None else {"percentile": percentile}
+    statistics = Statistics.load(file)
+    ranges = statistics.solve_all(method, **options)
+    print(format_ranges(statistics, ranges))
+    rescaling = None
+    if onnx is not None and output is not None:
+        rescaling = rescale_onnx(onnx, output, statistics, method=method, **options)
+        print(f"\n{rescaling.format_table()}")
+    if json is not None:
+        write_json(json, {"method": method, **options, "amax": ranges, "onnx": rescaling})
+    return 0 if rescaling is None or rescaling.is_whole else 1

@@ -1,0 +1,153 @@
+"""Ranges from saved statistics into an exported file: another method, without model, data or torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qdq.check.load import load_onnx
+from qdq.errors import ArgumentError
+from qdq.formats import Format
+from qdq.graph.save import save_model
+from qdq.graph.scales import list_scales, number_of, reason_against, set_scale
+from qdq.observers.statistics import LEAST_ABSMAX
+from qdq.run import require_writable
+from qdq.statistics import Statistics
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """Result of `rescale_onnx`.
+
+    Args:
+        path: The file that was written.
+        method: How the ranges were solved.
+        changed: Quantizer -> its scale before and now.
+        unchanged: Quantizers whose scale was that already.
+        refused: Quantizer -> why its scale is what it was.
+        missing: Names of statistics without a scale in the file: left in float, or one pair serves several quantizers.
+        unknown: Quantizers of the file that the statistics do not have; their scale is what it was.
+    """
+
+    path: Path
+    method: str
+    changed: dict[str, tuple[float, float]]
+    unchanged: tuple[str, ...]
+    refused: dict[str, str]
+    missing: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every activation of the file has its range from the statistics."""
+        return not self.refused and not self.unknown
+
+    def format_table(self) -> str:
+        """The counts, each change, and what was not matched."""
+        lines = [
+            f"{self.path}: {len(self.changed)} scales changed, {len(self.unchanged)} were the same ({self.method})"
+        ]
+        width = max(map(len, self.changed), default=0)
+        lines += [f"  {name:{width}}  {old:.6g} -> {new:.6g}" for name, (old, new) in self.changed.items()]
+        lines += [f"  not changed: {name}: {reason}" for name, reason in self.refused.items()]
+        lines += [f"  not changed: {name}: the statistics do not have it" for name in self.unknown]
+        lines += [f"  not in the file: {name} (in float there, or another quantizer's pair serves it)"
+                  for name in self.missing]  # fmt: skip
+        return "\n".join(lines)
+
+
+def rescale_onnx(
+    path: Path | str, output: Path | str, statistics: Statistics, *, method: str = "mse", **options: Any
+) -> Rescaling:
+    """Write a copy of a file that `export_onnx` made, its activations with ranges solved from statistics.
+
+    The scales are those that `solve_ranges` and a new export would give. Weights stay as they are. The metadata say
+    the new method; the fingerprint of the ranges, which includes weights, is left out.
+
+    Args:
+        path: The file.
+        output: Where to write; may be `path`. The file is written whole or not at all.
+        statistics: Of the model that was exported.
+        method: As for `observers.solve.solve_amax`.
+        **options: Likewise.
+
+    Raises:
+        ArgumentError: As for `solve_amax`; no scale of the file belongs to the statistics; `output` cannot be written.
+        CheckError: The file cannot be read, or is no valid ONNX.
+    """
+    path, output = Path(path), Path(output)
+    require_writable(output)
+    model = load_onnx(path).model
+    scales = list_scales(model.graph)
+    leaders = {name: statistics.shared.get(name, name) for name in scales}
+    known = {name: leader for name, leader in leaders.items() if leader in statistics.tensors}
+    if not known:
+        raise ArgumentError(
+            f"none of the {len(scales)} scales of activations in {path} belongs to a quantizer of the statistics.",
+            "give a file that qdq exported from the model that was calibrated.",
+        )
+    changed, refused = _set_scales(statistics, scales, known, statistics.solve_all(method, **options))
+    rescaling = Rescaling(
+        path=output,
+        method=method,
+        changed=changed,
+        unchanged=tuple(name for name in known if name not in changed and name not in refused),
+        refused=refused,
+        missing=tuple(name for name in statistics.tensors if name not in known.values()),
+        unknown=tuple(name for name in scales if name not in known),
+    )
+    _update_origin(model, statistics, rescaling)
+    ir.external_data.load_to_model(model)  # so that the copy may lie in another folder, or in the place of the file
+    save_model(model, output)
+    return rescaling
+
+
+def scale_of(amax: npt.ArrayLike, fmt: Format) -> Floats:
+    """`quantizer.compute_scale` without torch; the same to the last bit."""
+    scale: Floats = np.asarray(
+        np.maximum(np.asarray(amax, np.float32), np.float32(LEAST_ABSMAX)) / np.float32(fmt.qmax)
+    )
+    return scale
+
+
+def _set_scales(
+    statistics: Statistics, scales: Mapping[str, list[ir.Value]], known: Mapping[str, str], amaxes: Mapping[str, float]
+) -> tuple[dict[str, tuple[float, float]], dict[str, str]]:
+    """Set them in place; the old and the new scale of each that changed, and why others could not be set."""
+    changed: dict[str, tuple[float, float]] = {}
+    refused: dict[str, str] = {}
+    for name, leader in known.items():
+        values = scales[name]
+        old = number_of(values[0])
+        fmt = statistics.formats[leader]
+        if old.shape or fmt is None:
+            refused[name] = "it has several scales, or no integer format in the statistics"
+        elif not amaxes[leader]:
+            refused[name] = "the statistics saw no value above 0 there"
+        elif reason := reason_against(values, scale := scale_of(amaxes[leader], fmt)):
+            refused[name] = reason
+        elif set_scale(values, scale):
+            changed[name] = (float(old), float(number_of(values[0])))
+    return changed, refused
+
+
+def _update_origin(model: ir.Model, statistics: Statistics, rescaling: Rescaling) -> None:
+    """What the metadata say of the calibration, see `export.export_onnx`."""
+    model.metadata_props.pop("qdq.ranges_sha256", None)
+    try:
+        facts = dict(json.loads(model.metadata_props["qdq.calibration"]))
+        before = set(facts["methods"]) if not rescaling.is_whole else set()
+    except (KeyError, TypeError, ValueError):
+        return
+    facts["methods"] = sorted(before | {rescaling.method})
+    facts["batches"] = max(tensor.num_batches for tensor in statistics.tensors.values())
+    model.metadata_props["qdq.calibration"] = json.dumps(facts, sort_keys=True)
