@@ -5,6 +5,7 @@ python recipes/ptq_classifier.py --model resnet50 --weights my.pth --data-dir /d
 """
 
 from pathlib import Path
+from typing import Literal
 
 import qdq
 from qdq.cli.calibrate import CalibMethod
