@@ -254,6 +254,17 @@ class TestOverridden:
         swap_modules(model, include=[name])
         assert set(quantized_layers(model)) - {"attention.out_proj"} == {name}
 
+    def test_average_pooling_counts_by_who_reads_it(self):
+        def action(*behind):
+            model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.AvgPool2d(2), *behind).eval()
+            found = {module.name: module for module in plan_swap(model, torch.randn(1, 3, 10, 10)).modules}["1"]
+            return found.action, "R-AP" in found.reason
+
+        assert action(nn.ReLU(), nn.Conv2d(16, 16, 3)) == ("quantize", False)
+        assert action(nn.Flatten(), nn.Linear(256, 16)) == ("quantize", False)
+        assert action(nn.Softmax(1)) == ("float", True)
+        assert action(nn.ReLU()) == ("float", True)
+
     def test_the_last_convolution(self):
         model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval()
         x = torch.randn(1, 3, 8, 8)

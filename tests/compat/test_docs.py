@@ -162,8 +162,8 @@ class Network(nn.Module):
     def __init__(self):
         super().__init__()
         self.features = nn.Sequential(
-            *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
-            *(nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(), nn.AvgPool2d(2)),
+            *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AvgPool2d(2)),
+            *(nn.Conv2d(8, 16, 3, stride=2), nn.ReLU()),
         )
         self.head = nn.Linear(16, 16)
 
