@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 AMAX_FLOOR = 2.0**-64
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 _CALIB_METHODS = {"max": "max", "histogram": "mse"}  # -> what `load_calib_amax` solves by default
+_PIECE = 1 << 17  # elements: what a CPU cache holds beside the result
 
 # torch has no shape rule for this operator, and torch.export wants one as soon as a dimension is dynamic.
 _OPERATOR = "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams"
@@ -166,7 +167,13 @@ def _by_operator(values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: i
 
 
 def _by_arithmetic(values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None) -> torch.Tensor:
-    return quantize_codes(values, scale, fmt, axis).mul_(_along(scale, values, axis))
+    """Large tensors in pieces that a cache holds, so that memory is read once and written once."""
+    if axis is not None or values.numel() <= _PIECE or not values.is_contiguous():
+        return quantize_codes(values, scale, fmt, axis).mul_(_along(scale, values, axis))
+    result = torch.empty_like(values)
+    for piece, place in zip(values.view(-1).split(_PIECE), result.view(-1).split(_PIECE), strict=True):
+        torch.mul(quantize_codes(piece, scale, fmt), scale, out=place)
+    return result
 
 
 def quantize_codes(values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None = None) -> torch.Tensor:

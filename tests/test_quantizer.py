@@ -116,6 +116,16 @@ def test_per_channel_operator_saturates_on_the_right_side():
     assert x.grad.tolist() == [[0, 0, 0]]
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_large_tensors_in_pieces(layout):
+    """The numbers of torch's own operator, whichever way the memory is walked."""
+    x = (3 * torch.randn(2, 16, 96, 97)).to(memory_format=layout)
+    found = fake_quantize(x, torch.tensor(4.0))
+    expected = torch.fake_quantize_per_tensor_affine(x, 4 / 127, 0, -128, 127)
+    assert found.is_contiguous(memory_format=layout)
+    assert torch.equal(found, expected)
+
+
 def test_largest_halves_stay_finite():
     x = torch.tensor([-65504.0, 65504.0], dtype=torch.float16)
     assert torch.isfinite(fake_quantize(x, torch.tensor(65196.0))).all()
