@@ -171,7 +171,7 @@ def _by_arithmetic(values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis:
     if axis is not None or values.numel() <= _PIECE or not values.is_contiguous():
         return quantize_codes(values, scale, fmt, axis).mul_(_along(scale, values, axis))
     result = torch.empty_like(values)
-    for piece, place in zip(values.view(-1).split(_PIECE), result.view(-1).split(_PIECE), strict=True):
+    for piece, place in zip(torch.split(values.view(-1), _PIECE), torch.split(result.view(-1), _PIECE), strict=True):
         torch.mul(quantize_codes(piece, scale, fmt), scale, out=place)
     return result
 

@@ -245,16 +245,19 @@ def _by_range(node: ir.Node, target: Target) -> str | None:
 def _products_of_kept(nodes: list[ir.Node], kept: Mapping[ir.Node, str]) -> dict[ir.Node, str]:
     """Products with an operand whose DQ is kept, and all that dequantizes their operands.
 
-    TensorRT builds no int8 product from scales of two types ("type mismatch between matmul operand scales").
+    TensorRT builds no int8 product then ("type mismatch between matmul operand scales"); but for a convolution whose
+    weight alone has float32 scales, with a Cast behind its DQ.
     """
     found: dict[ir.Node, str] = {}
     while True:
         new: dict[ir.Node, str] = {}
         for product in (node for node in nodes if node.op_type in WEIGHTED_OPS):
-            behind = [node for value in product.inputs[:2] for node in _dequantizing(value)]
-            if not any(is_op(node, "DequantizeLinear") and (node in kept or node in found) for node in behind):
+            operands = [_dequantizing(value) for value in product.inputs[:2]]
+            decisive = operands[:1] if is_op(product, "Conv", "ConvTranspose") else operands
+            if not any(node in kept or node in found for path in decisive for node in path[-1:]):
                 continue
             reason = "an operand of its product has float32 scales, and the scales of both must be of one type"
+            behind = [node for path in operands for node in path]
             new |= {node: reason for node in (*behind, product) if node not in kept and node not in found}
         if not new:
             return found
@@ -262,7 +265,7 @@ def _products_of_kept(nodes: list[ir.Node], kept: Mapping[ir.Node, str]) -> dict
 
 
 def _dequantizing(value: ir.Value | None) -> list[ir.Node]:
-    """A DQ and the copies between it and a value; nothing if there is no DQ."""
+    """The copies between a DQ and a value, then the DQ; nothing if there is none."""
     nodes: list[ir.Node] = []
     while (node := _producer(value)) is not None:
         nodes.append(node)
