@@ -26,7 +26,7 @@ from qdq.nn.functions import QuantFunctionsMixin, remove_function_quantizers
 from qdq.nn.registry import _DEFAULT_QUANT_MAP, find_counterpart
 from qdq.patterns import Pattern, Patterns
 from qdq.quantizer import QuantDescriptor, disable_quantization
-from qdq.trace import Contraction, ForwardTrace, trace_forward
+from qdq.trace import Contraction, ForwardTrace, Operation, trace_forward
 
 logger = logging.getLogger(__name__)
 
@@ -362,6 +362,7 @@ class _DefaultRules:
         convolutions = (name for name, module in model.named_modules() if isinstance(module, _ConvNd))
         self._first = next(convolutions, None)
         self._writes_output: set[str] = set()
+        self._modules = dict(model.named_modules())
         self._weights = {parameter.untyped_storage().data_ptr() for parameter in _initialized(model)}
         self._flow = None if trace is None else Dataflow(trace)
         if self._flow is not None:
@@ -390,16 +391,22 @@ class _DefaultRules:
         if isinstance(module, _AdaptiveAvgPoolNd) and set(_as_tuple(module.output_size)) == {1}:
             return "global average pooling: a tiny tensor that stays float (R-GAP)"
         if isinstance(module, _AvgPoolNd | _AdaptiveAvgPoolNd) and not self._feeds_product(name):
-            return "average pooling that no convolution or linear layer reads (R-AP)"
+            return "average pooling that no int8 layer reads (R-AP)"
         return ""
 
     def _feeds_product(self, name: str) -> bool:
-        """Whether a product that could run in int8 reads what a module makes; so it seems where nothing was traced."""
+        """Whether a product that no rule leaves in float reads what a module makes; so it seems without a trace."""
         if self._flow is None:
             return True
         made = [value for operation in self._flow.operations if operation.module == name for value in operation.outputs]
-        readers = (reader for value in made for reader in self._flow.readers_behind(value))
-        return any(reader.function in CONVOLUTIONS | {"linear"} for reader in readers)
+        readers = {
+            reader.module for value in made for reader in self._flow.readers_behind(value) if _multiplies(reader)
+        }
+        return any(not self.reason_against(reader, self._modules[reader]) for reader in readers)
+
+
+def _multiplies(operation: Operation) -> bool:
+    return operation.function in CONVOLUTIONS | {"linear"}
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

@@ -263,6 +263,7 @@ class TestOverridden:
         assert action(nn.ReLU(), nn.Conv2d(16, 16, 3)) == ("quantize", False)
         assert action(nn.Flatten(), nn.Linear(256, 16)) == ("quantize", False)
         assert action(nn.Softmax(1)) == ("float", True)
+        assert action(nn.ReLU(), nn.Conv2d(16, 6, 3, groups=2)) == ("float", True)  # that one stays in float (R-CONV-4)
         assert action(nn.ReLU()) == ("float", True)
 
     def test_the_last_convolution(self):
