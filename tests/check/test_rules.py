@@ -263,6 +263,9 @@ SOUND_TWINS = {
             op("n", "BatchNormalization(c, b, b, b, b)") + op("sum", "Add(n, c)") + op("y", "Relu(sum)"),
         ),
     ),
+    "downsample, and a gain behind the convolution": swap(
+        DOWNSAMPLE, (op("a", "Add(c2, dsd)"), op("gain", "Mul(c2, s)") + op("a", "Add(gain, dsd)"))
+    ),
     "residual": RESIDUAL,
     "downsample": DOWNSAMPLE,
     "concat": CONCAT,

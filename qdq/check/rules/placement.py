@@ -20,8 +20,13 @@ _EPILOGUE = ("BatchNormalization", "Identity", "Cast")
 
 
 def _producing_product(view: GraphView, value: ir.Value | None, kinds: tuple[str, ...]) -> ir.Node | None:
-    """The int8 product of the kinds named that a value comes straight from, through BatchNormalization only."""
+    """The int8 product of the kinds named that a value comes straight from: BatchNormalization and factors fuse."""
     node = view.source(value, _EPILOGUE)
+    while node is not None and is_op(node, "Mul"):
+        computed = [operand for operand in node.inputs if view.is_computed(operand)]
+        if len(computed) != 1:
+            return None
+        node = view.source(computed[0], _EPILOGUE)
     if node is None or not is_op(node, *kinds):
         return None
     return node if all(view.is_quantized(operand) for operand in node.inputs[:2]) else None
