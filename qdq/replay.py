@@ -35,6 +35,7 @@ from qdq.trace import call_model, evaluating, is_in_place
 CACHE_BYTES = 2 * 2**30
 _FIRST_REPLAYED = 2**40  # numbers of tensors that replays compute: above those of any recording
 _SLOT = "_qdq_slot"
+_Compute = Callable[[list[torch.Tensor]], tuple[list[Any], TreeSpec]]
 _METADATA = frozenset(
     {
         *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_sparse"),
@@ -69,7 +70,7 @@ class _Output:
     Args:
         number: Of a new tensor.
         shell: Has its shape, type and device.
-        argument: Position of the argument that is returned as it is; -1 for a new tensor.
+        argument: Position among the tensors that went in of the one that is returned as it is; -1 for a new tensor.
     """
 
     number: int
@@ -82,19 +83,19 @@ class _Call:
     """One recorded call.
 
     Args:
-        compute: From the arguments, flat, to the result.
-        arguments: The arguments, flat: a `_Slot` without value for each tensor.
-        target: Position of the argument that is changed in place; -1 if there is none.
-        changed: Number of what that one is then.
+        compute: From the tensors that go in to the result, flat, and its structure.
+        inputs: Numbers of the tensors that go in.
+        in_place: Whether and how it changes the first of them, see `_Recording._answer`.
+        changed: Number of what that one is then; -1 if it stays what it is.
         outputs: The result, flat: an `_Output` for each tensor.
         spec: How the result is put together.
         quantizer: The quantizer that was called, None for a torch function.
         is_pure: Whether the result may be handed out again.
     """
 
-    compute: Callable[[list[Any]], Any]
-    arguments: list[Any]
-    target: int
+    compute: _Compute
+    inputs: list[int]
+    in_place: str
     changed: int
     outputs: list[Any]
     spec: TreeSpec
@@ -102,15 +103,10 @@ class _Call:
     is_pure: bool
 
     @property
-    def inputs(self) -> list[int]:
-        """Numbers of the tensors that it reads."""
-        return [argument.number for argument in self.arguments if isinstance(argument, _Slot)]
-
-    @property
     def made(self) -> list[int]:
         """Numbers of the tensors that it makes."""
         new = [output.number for output in self.outputs if isinstance(output, _Output) and output.argument < 0]
-        return new if self.target < 0 else [*new, self.changed]
+        return new if self.changed < 0 else [*new, self.changed]
 
 
 class Replay:
@@ -130,39 +126,38 @@ class Replay:
         is_script = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
         self.reason = "a part of the model is TorchScript" if is_script else ""
         """Why forwards are computed in full, "" if they are replayed."""
+        self._planned: tuple[dict[str, tuple[int, ...]], _Plan] | None = None
 
-    def evaluate(self, batch: Any, variants: Mapping[str, Sequence[TensorQuantizer]]) -> Iterator[tuple[str, Any]]:
-        """The outputs on a batch, with the quantizers as they are and with some of them switched.
+    def evaluate(
+        self, batch: Any, variants: Mapping[str, Sequence[TensorQuantizer]], measure: Callable[[str, Any], None]
+    ) -> None:
+        """Measure the outputs on a batch, with the quantizers as they are and with some of them switched.
 
         Args:
             batch: As for `trace.call_model`.
             variants: Name -> the quantizers that are switched, from on to off and from off to on.
-
-        Yields:
-            "" with the outputs of the model as it is, then the name of each variant with its outputs, in the order in
-            which the quantizers are met.
+            measure: Is given "" and the outputs of the model as it is, then the name of each variant and its outputs,
+                in the order in which the quantizers are met.
         """
         with evaluating(self._model):
             plain = call_model(self._model, batch)
-        yield "", plain
-        recording = self._record(batch, plain, variants) if len(variants) > 1 else None
-        for name in recording.order if recording else variants:
-            with evaluating(self._model), _switched(variants[name]):
-                outputs = call_model(self._model, batch) if recording is None else self._replay(recording, batch)
-            yield name, outputs
-            if recording:
-                recording.free_after(name)
+            measure("", plain)
+            recording = self._record(batch, plain, variants) if len(variants) > 1 else None
+            for name in recording.order if recording else variants:
+                with _switched(variants[name]):
+                    outputs = call_model(self._model, batch) if recording is None else self._replay(recording, batch)
+                measure(name, outputs)
+                if recording:
+                    recording.free_after(name)
 
     def _record(self, batch: Any, plain: Any, variants: Mapping[str, Sequence[TensorQuantizer]]) -> _Recording | None:
         """The recording of a batch with all values that the variants read; None, with the reason, if there is none."""
         if self.reason:
             return None
         try:
-            with evaluating(self._model):
-                structure = _Recording(self._model, self._cache_bytes)
-                structure.record(batch)
-                recording = _Recording(self._model, self._cache_bytes, structure.plan(variants))
-                outputs = recording.record(batch)
+            plan = self._plan(batch, variants)
+            recording = _Recording(self._model, self._cache_bytes, plan)
+            outputs = recording.record(batch)
         except Exception as error:  # the plain forward went through: whatever this is, it is not the model's fault
             self.reason = str(error) if isinstance(error, _NotReplayableError) else f"recording fails: {error!r}"
             return None
@@ -170,6 +165,15 @@ class Replay:
             self.reason = "a recorded forward differs from a plain one: random numbers, or views changed in place"
             return None
         return recording
+
+    def _plan(self, batch: Any, variants: Mapping[str, Sequence[TensorQuantizer]]) -> _Plan:
+        """What is kept; the first batch with the same variants tells it, for a recording without values."""
+        key = {name: tuple(map(id, quantizers)) for name, quantizers in variants.items()}
+        if self._planned is None or self._planned[0] != key:
+            structure = _Recording(self._model, self._cache_bytes)
+            structure.record(batch)
+            self._planned = (key, structure.plan(variants))
+        return self._planned[1]
 
     def _replay(self, recording: _Recording, batch: Any) -> Any:
         try:
@@ -205,6 +209,7 @@ class _Recording(TorchFunctionMode):
     def __init__(self, model: nn.Module, cache_bytes: int, plan: _Plan | None = None) -> None:
         super().__init__()
         self._model = model
+        self._quantizers = [quantizer for _, quantizer in named_quantizers(model)]
         self._plan = plan or _Plan()
         self._values = _Values(cache_bytes)
         self._sequence: list[_Call] = []
@@ -283,23 +288,23 @@ class _Recording(TorchFunctionMode):
     @contextmanager
     def _watching(self) -> Iterator[None]:
         """Have the quantizers of the model ask here: each is one call, whatever it computes."""
-        quantizers = [quantizer for _, quantizer in named_quantizers(self._model)]
         try:
-            for quantizer in quantizers:
+            for quantizer in self._quantizers:
                 vars(quantizer)["forward"] = functools.partial(self._quantize, quantizer)
             yield
         finally:
-            for quantizer in quantizers:
+            for quantizer in self._quantizers:
                 vars(quantizer).pop("forward", None)
 
     def _quantize(self, quantizer: TensorQuantizer, inputs: torch.Tensor) -> Any:
-        def compute(arguments: list[Any]) -> torch.Tensor:
-            result = type(quantizer).forward(quantizer, arguments[0])
-            return result.view_as(result) if result is arguments[0] else result  # a number of its own while off, too
+        def compute(tensors: list[torch.Tensor]) -> tuple[list[Any], TreeSpec]:
+            result = type(quantizer).forward(quantizer, tensors[0])
+            # While it is off its result has a number of its own, too.
+            return tree_flatten(result.view_as(result) if result is tensors[0] else result)
 
         key = ("quantizer", id(quantizer), quantizer._disabled, quantizer._if_quant)
         with torch._C.DisableTorchFunction():
-            return self._answer(key, compute, [inputs], quantizer=quantizer)
+            return self._answer(key, (inputs,), compute, quantizer=quantizer)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -312,44 +317,55 @@ class _Recording(TorchFunctionMode):
             return iter(self.__torch_function__(torch.Tensor.unbind, types, args))
         if name == "__set__" or kwargs.get("out") is not None:
             raise _NotReplayableError("the model has a function write into a tensor that it gives it")
-        leaves, spec = tree_flatten((args, kwargs))
-
-        def compute(arguments: list[Any]) -> Any:
-            args, kwargs = tree_unflatten(arguments, spec)
-            return func(*args, **kwargs)
-
-        return self._answer((func, spec), compute, leaves, in_place=_changes_argument(func, args, kwargs))
+        place = _inplace_position(func)
+        if kwargs.get("inplace") or (len(args) > place >= 0 and args[place]):
+            args = tuple(False if position == place else each for position, each in enumerate(args))
+            kwargs = {key: False if key == "inplace" else each for key, each in kwargs.items()}
+            compute = functools.partial(_call_function, func, args, kwargs)
+            return self._answer((func, "in place"), (args, kwargs), compute, in_place="result")
+        compute = functools.partial(_call_function, func, args, kwargs)
+        return self._answer(func, (args, kwargs), compute, in_place="copy" if _changes_argument(func, name) else "")
 
     def _answer(
         self,
         function: Hashable,
-        compute: Callable[[list[Any]], Any],
-        leaves: list[Any],
+        given: tuple[Any, ...],
+        compute: _Compute,
         *,
-        in_place: bool = False,
+        in_place: str = "",
         quantizer: TensorQuantizer | None = None,
     ) -> Any:
-        """The result of a call: the recorded one, if all that goes in is what went in then."""
-        slots = [self._slot(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        key = self._key(function, slots)
+        """The result of a call: the recorded one, if all that goes in is what went in then.
+
+        Args:
+            function: What tells it from other functions.
+            given: Its arguments.
+            compute: Computes it.
+            in_place: "copy" if it changes its first tensor, of which it gets a copy then; "result" if its result is
+                what its first tensor is afterwards; "" if it changes nothing.
+            quantizer: The quantizer that it is.
+        """
+        tensors: list[torch.Tensor] = []
+        shape = _comparable(given, tensors)
+        slots = [self._slot(tensor) for tensor in tensors]
+        key = self._key(function, shape, slots)
         call = None if key is None or self._is_recording else self._calls.get(key)
         if call is not None:
-            if call.target >= 0:
-                _rebind(self._rebound, leaves[call.target], _Slot(call.changed))
-            return tree_unflatten([_hand_out(output, leaves) for output in call.outputs], call.spec)
-        target = next((place for place, slot in enumerate(slots) if isinstance(slot, _Slot)), -1) if in_place else -1
-        call, results = self._compute(compute, slots, target, quantizer, key is not None)
-        if call.target >= 0:
-            _rebind(self._rebound, leaves[call.target], _Slot(call.changed, results.pop()))
+            if call.changed >= 0:
+                self._rebind(tensors[0], _Slot(call.changed))
+            return _put_together([_hand_out(output, tensors) for output in call.outputs], call.spec)
+        call, results = self._compute(compute, slots, in_place if slots else "", quantizer, key is not None)
+        if call.changed >= 0:
+            self._rebind(tensors[0], _Slot(call.changed, results.pop()))
         if self._is_recording:
             self._remember(key, call)
-        handed = [_hand_out(output, leaves, result) for output, result in zip(call.outputs, results, strict=True)]
-        return tree_unflatten(handed, call.spec)
+        handed = [_hand_out(output, tensors, result) for output, result in zip(call.outputs, results, strict=True)]
+        return _put_together(handed, call.spec)
 
-    def _key(self, function: Hashable, slots: list[Any]) -> Hashable | None:
+    def _key(self, function: Hashable, shape: Hashable, slots: list[_Slot]) -> Hashable | None:
         """What tells a call from others: function, arguments, and how many equal ones came before."""
+        key = (function, shape, *[slot.number for slot in slots])
         try:
-            key = (function, tuple(map(_comparable, slots)))
             self._seen[key] += 1
         except TypeError:  # an argument that cannot be hashed
             return None
@@ -357,31 +373,31 @@ class _Recording(TorchFunctionMode):
 
     def _compute(
         self,
-        compute: Callable[[list[Any]], Any],
-        slots: list[Any],
-        target: int,
+        compute: _Compute,
+        slots: list[_Slot],
+        in_place: str,
         quantizer: TensorQuantizer | None,
         has_key: bool,
     ) -> tuple[_Call, list[Any]]:
         """A call that is not in the recording, and its results; the last one is what it changed in place."""
-        arguments = [self._value(slot) if isinstance(slot, _Slot) else slot for slot in slots]
-        results, spec, arguments = _run(compute, arguments, target)
-        outputs = [self._describe(result, arguments) for result in results]
+        before = [self._value(slot) for slot in slots]
+        results, spec, after = _run(compute, before, in_place)
+        outputs = [self._describe(result, after) for result in results]
         changed = -1
-        if target >= 0:
-            if arguments[target].shape != self._value(slots[target]).shape:
+        if in_place:
+            if after[0].shape != before[0].shape:
                 raise _NotReplayableError("the model changes the shape of a tensor in place")
-            results.append(arguments[target])
-            changed = self._number(arguments[target])
-        bare = [_Slot(slot.number) if isinstance(slot, _Slot) else slot for slot in slots]
+            results.append(after[0])
+            changed = self._number(after[0])
         is_pure = has_key and all(isinstance(output, (_Output, *_SCALARS)) for output in outputs)
-        return _Call(compute, bare, target, changed, outputs, spec, quantizer, is_pure), results
+        inputs = [slot.number for slot in slots]
+        return _Call(compute, inputs, in_place, changed, outputs, spec, quantizer, is_pure), results
 
-    def _describe(self, result: Any, arguments: list[Any]) -> Any:
+    def _describe(self, result: Any, tensors: list[torch.Tensor]) -> Any:
         if not isinstance(result, torch.Tensor):
             return result
-        place = next((place for place, argument in enumerate(arguments) if argument is result), -1)
-        return _Output(-1, result, place) if place >= 0 else _Output(self._number(result), _shell_of(result))
+        place = next((place for place, tensor in enumerate(tensors) if tensor is result), -1)
+        return _Output(-1, _NO_SHELL, place) if place >= 0 else _Output(self._number(result), _shell_of(result))
 
     def _number(self, value: torch.Tensor) -> int:
         number = next(self._numbers)
@@ -392,9 +408,6 @@ class _Recording(TorchFunctionMode):
     def _remember(self, key: Hashable, call: _Call) -> None:
         self._sequence.append(call)
         self._makers.update(dict.fromkeys(call.made, call))
-        for output in call.outputs:
-            if isinstance(output, _Output) and output.argument >= 0:
-                output.shell = _NO_SHELL  # holds an argument alive otherwise
         if call.is_pure:
             self._calls[key] = call
 
@@ -411,6 +424,13 @@ class _Recording(TorchFunctionMode):
                 self._external_values[slot.number] = tensor
         return known[id(tensor)][1]
 
+    def _rebind(self, tensor: torch.Tensor, slot: _Slot) -> None:
+        """Have a tensor that the model holds stand for another value from now on."""
+        if _SLOT in tensor.__dict__:
+            tensor.__dict__[_SLOT] = slot
+        else:
+            self._rebound[id(tensor)] = slot
+
     def _value(self, slot: _Slot) -> torch.Tensor:
         """The tensor of a number: at hand, kept, or computed anew by the call that made it."""
         if slot.value is not None:
@@ -423,11 +443,9 @@ class _Recording(TorchFunctionMode):
     def _make_again(self, number: int) -> torch.Tensor:
         """Only where a forward takes another path than the recorded one does it read what was not kept."""
         call = self._makers[number]
-        arguments = [self._value(each) if isinstance(each, _Slot) else each for each in call.arguments]
-        results, _, arguments = _run(call.compute, arguments, call.target)
+        results, _, after = _run(call.compute, [self._value(_Slot(each)) for each in call.inputs], call.in_place)
         if number == call.changed:
-            changed: torch.Tensor = arguments[call.target]
-            return changed
+            return after[0]
         numbers = [output.number if isinstance(output, _Output) else None for output in call.outputs]
         result: torch.Tensor = results[numbers.index(number)]
         return result
@@ -496,39 +514,77 @@ def _map_to_file(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _run(
-    compute: Callable[[list[Any]], Any], arguments: list[Any], target: int
-) -> tuple[list[Any], TreeSpec, list[Any]]:
-    """The results of a call, flat, with their structure; and its arguments, of which one was copied and changed."""
-    if target >= 0:
-        arguments = [each.clone() if place == target else each for place, each in enumerate(arguments)]
-    versions = [_version(each) for place, each in enumerate(arguments) if place != target]
-    results, spec = tree_flatten(compute(arguments))
-    if versions != [_version(each) for place, each in enumerate(arguments) if place != target]:
+    compute: _Compute, tensors: list[torch.Tensor], in_place: str
+) -> tuple[list[Any], TreeSpec, list[torch.Tensor]]:
+    """The results of a call, flat, their structure, and what the tensors are that went in afterwards.
+
+    Raises:
+        _NotReplayableError: It changed another one than it should.
+    """
+    if in_place == "copy":
+        tensors = [tensors[0].clone(), *tensors[1:]]
+    kept = tensors[in_place == "copy" :]
+    versions = list(map(_version, kept))
+    results, spec = compute(tensors)
+    if versions != list(map(_version, kept)):
         raise _NotReplayableError("the model has a function change a tensor in place, and its name does not say so")
-    return results, spec, arguments
+    return results, spec, [results[0], *tensors[1:]] if in_place == "result" else tensors
 
 
-def _version(value: Any) -> int:
-    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
-def _hand_out(output: Any, leaves: list[Any], value: Any = None) -> Any:
+def _call_function(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]
+) -> tuple[list[Any], TreeSpec]:
+    values = iter(tensors)
+    return tree_flatten(func(*_substitute(args, values), **_substitute(kwargs, values)))
+
+
+def _substitute(tree: Any, values: Iterator[torch.Tensor]) -> Any:
+    """The same arguments with other tensors, in the order of `_comparable`."""
+    if isinstance(tree, torch.Tensor):
+        return next(values)
+    if isinstance(tree, dict):
+        return {key: _substitute(each, values) for key, each in tree.items()}
+    if type(tree) in (tuple, list):
+        return type(tree)(_substitute(each, values) for each in tree)
+    return tree
+
+
+def _comparable(tree: Any, tensors: list[torch.Tensor]) -> Hashable:
+    """Arguments without their tensors, which are collected, as something to compare."""
+    if isinstance(tree, torch.Tensor):
+        tensors.append(tree)
+        return torch.Tensor
+    if isinstance(tree, dict):
+        return (dict, *[(key, _comparable(each, tensors)) for key, each in tree.items()])
+    if type(tree) in (tuple, list):
+        return (type(tree), *[_comparable(each, tensors) for each in tree])
+    if isinstance(tree, slice):
+        bounds = (tree.start, tree.stop, tree.step)
+        if any(isinstance(bound, torch.Tensor) for bound in bounds):
+            raise _NotReplayableError("the model slices by a tensor")
+        return (slice, *bounds)
+    if isinstance(tree, (tuple, list)) and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(tree)):
+        raise _NotReplayableError(f"the model gives a function tensors in a {type(tree).__name__}")
+    return (type(tree), tree)
+
+
+def _hand_out(output: Any, tensors: list[torch.Tensor], value: Any = None) -> Any:
     """What the model gets as a result: a stand-in, or the argument that comes back."""
     if not isinstance(output, _Output):
         return output
     if output.argument >= 0:
-        return leaves[output.argument]
+        return tensors[output.argument]
     stand_in = output.shell.detach()
     stand_in.__dict__[_SLOT] = _Slot(output.number, value)
     return stand_in
 
 
-def _rebind(rebound: dict[int, _Slot], tensor: torch.Tensor, slot: _Slot) -> None:
-    """Have a tensor that the model holds stand for another value from now on."""
-    if _SLOT in tensor.__dict__:
-        tensor.__dict__[_SLOT] = slot
-    else:
-        rebound[id(tensor)] = slot
+def _put_together(results: list[Any], spec: TreeSpec) -> Any:
+    return results[0] if spec.is_leaf() else tree_unflatten(results, spec)
 
 
 def _shell_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -540,27 +596,14 @@ def _shell_of(tensor: torch.Tensor) -> torch.Tensor:
 _NO_SHELL = torch.empty(0)
 
 
-def _comparable(leaf: Any) -> Hashable:
-    if isinstance(leaf, _Slot):
-        return ("tensor", leaf.number)
-    if isinstance(leaf, slice):
-        if any(isinstance(each, torch.Tensor) for each in (leaf.start, leaf.stop, leaf.step)):
-            raise _NotReplayableError("the model slices by a tensor")
-        return ("slice", leaf.start, leaf.stop, leaf.step)
-    return (type(leaf), leaf)
-
-
-def _changes_argument(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a function changes its first tensor: `add_`, `+=`, `x[0] = 1`, `F.relu(x, inplace=True)`."""
-    name = str(getattr(func, "__name__", ""))
-    if name == "__setitem__" or (is_in_place(func) and name not in _NOT_IN_PLACE):
-        return True
-    place = _inplace_position(func)
-    return bool(kwargs.get("inplace", len(args) > place >= 0 and args[place]))
+def _changes_argument(func: Callable[..., Any], name: str) -> bool:
+    """Whether a function changes its first tensor: `add_`, `+=`, `x[0] = 1`."""
+    return name == "__setitem__" or (is_in_place(func) and name not in _NOT_IN_PLACE)
 
 
 @functools.cache
 def _inplace_position(func: Callable[..., Any]) -> int:
+    """Position of the argument that has `F.relu` and others work in place; -1 if there is none."""
     try:
         return list(inspect.signature(func).parameters).index("inplace")
     except (TypeError, ValueError):  # native functions tell nothing; theirs have names of their own
