@@ -129,22 +129,22 @@ class Replay:
         self._planned: tuple[dict[str, tuple[int, ...]], _Plan] | None = None
 
     def evaluate(
-        self, batch: Any, variants: Mapping[str, Sequence[TensorQuantizer]], measure: Callable[[str, Any], None]
+        self, batch: Any, variants: Mapping[str, Sequence[TensorQuantizer]], measure: Callable[[str | None, Any], None]
     ) -> None:
         """Measure the outputs on a batch, with the quantizers as they are and with some of them switched.
 
         Args:
             batch: As for `trace.call_model`.
             variants: Name -> the quantizers that are switched, from on to off and from off to on.
-            measure: Is given "" and the outputs of the model as it is, then the name of each variant and its outputs,
-                in the order in which the quantizers are met.
+            measure: Is given None and the outputs of the model as it is, then the name of each variant and its
+                outputs, in the order in which the quantizers are met.
         """
         with evaluating(self._model):
             plain = call_model(self._model, batch)
-            measure("", plain)
+            measure(None, plain)
             recording = self._record(batch, plain, variants) if len(variants) > 1 else None
             for name in recording.order if recording else variants:
-                with _switched(variants[name]):
+                with flipped(variants[name]):
                     outputs = call_model(self._model, batch) if recording is None else self._replay(recording, batch)
                 measure(name, outputs)
                 if recording:
@@ -611,7 +611,7 @@ def _inplace_position(func: Callable[..., Any]) -> int:
 
 
 @contextmanager
-def _switched(quantizers: Sequence[TensorQuantizer]) -> Iterator[None]:
+def flipped(quantizers: Sequence[TensorQuantizer]) -> Iterator[None]:
     """Some quantizers in the other state."""
     with ExitStack() as undo:
         for quantizer in dict.fromkeys(quantizers):
