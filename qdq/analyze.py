@@ -512,11 +512,10 @@ class _Probe:
 
         if mine:
             self.replay.evaluate(self.batches[index], {name: variants[name] for name in mine if name is not None}, keep)
-        measured = self._ranks.merge(missing, fresh)
-        return {
-            name: np.asarray(known[name]) if name in known and name not in measured else measured[name]
-            for name in names
-        }
+        for name, rows in self._ranks.merge(missing, fresh).items():
+            self._journal.learn([state, name, index], rows.tolist())
+            known[name] = rows
+        return {name: np.asarray(rows) for name, rows in known.items()}
 
     def _call_metric(
         self, state: list[str], variants: Mapping[str, Sequence[TensorQuantizer]]
@@ -533,8 +532,10 @@ class _Probe:
                 raise StateError(f"the metric {self.metric.name} is NaN.", "have it return a number.")
             self._journal.add([state, name, "metric"], value)
             fresh[name] = np.asarray(value)
-        measured = self._ranks.merge(missing, fresh)
-        return {name: float(measured[name] if name in measured else known[name]) for name in names}
+        for name, value in self._ranks.merge(missing, fresh).items():
+            self._journal.learn([state, name, "metric"], float(value))
+            known[name] = found
+        return known
 
 
 class _Search:
@@ -588,7 +589,8 @@ class _Search:
         """The model in int8, each measured unit alone, and all units, most sensitive first."""
         is_alone = self._mode == "one-at-a-time"
         base = self._probe.measure([], {})[None]
-        energies = self._screen() if self._confirm is not None and self._confirm < len(self._units) else {}
+        is_screened = self._confirm is not None and self._confirm < len(self._units)
+        energies = self._screen(self._units) if is_screened else {}
         names = sorted(self._units, key=lambda name: -energies.get(name, 0.0))[: self._confirm]
         variants = {name: self._units[name].quantizers for name in self._units if name in set(names)}
         with disable_quantization(self._model) if is_alone else nullcontext():
@@ -604,9 +606,19 @@ class _Search:
         rest.sort(key=lambda each: each.sqnr_db, reverse=not is_alone)
         return base, alone, exact + rest
 
-    def _screen(self) -> dict[str, float]:
+    def _screen(self, names: Iterable[str]) -> dict[str, float]:
         probe = self._probe
-        return screen_units(self._model, probe.batches, probe.references, list(self._units.values()), self._mode)
+        return screen_units(
+            self._model, probe.batches, probe.references, [self._units[name] for name in names], self._mode
+        )
+
+    def _measure_most_promising(self, chosen: list[str], names: list[str]) -> dict[str, _Value]:
+        """Units without which the model as it is now is measured: all, or those that a new estimate puts first."""
+        if self._confirm is not None and self._confirm < len(names):
+            energies = self._screen(names)
+            names = sorted(names, key=lambda name: -energies[name])[: max(self._confirm, 1)]
+        values = self._probe.measure(chosen, {name: self._units[name].quantizers for name in names})
+        return {str(name): value for name, value in values.items() if name is not None}
 
     def _guess(self, name: str, base: _Value, energy: float) -> LayerSensitivity:
         sqnr = estimate_sqnr(self._mode, base.rows, energy)
@@ -658,19 +670,18 @@ class _Search:
         """Leave units in float one by one until something ends it."""
         steps: list[Step] = []
         current = base
-        pool = [entry.name for entry in ranked if entry.is_exact or self._mode == "one-at-a-time"]
         while True:
             chosen = [step.layer for step in steps]
-            pool = [name for name in pool if name not in chosen and self._fits(chosen, name)]
+            pool = [entry.name for entry in ranked if entry.name not in chosen and self._fits(chosen, entry.name)]
             if reason := self._reason_to_stop(current, chosen, pool):
                 return steps, reason
             if self._mode == "leave-one-out":
-                variants = {name: self._units[name].quantizers for name in pool}
-                values = {str(n): v for n, v in self._probe.measure(chosen, variants).items() if n} if chosen else alone
-                best = max(pool, key=lambda name: self._worth(name, values[name], current))
+                values = {name: alone[name] for name in pool if name in alone and not chosen}
+                values = values or self._measure_most_promising(chosen, pool)
+                best = max(values, key=lambda name: self._worth(name, values[name], current))
                 if self._order(values[best]) <= self._order(current):
                     return steps, "no further layer improves the outputs"
-                self._points |= {(*chosen, name): value for name, value in values.items() if name in pool}
+                self._points |= {(*chosen, name): value for name, value in values.items()}
                 _switch_off(self._units[best].quantizers, undo)
                 current = values[best]
             else:

@@ -55,9 +55,13 @@ class Journal:
         """What was measured, None if nothing was."""
         return self._known.get(_as_key(key))
 
+    def learn(self, key: list[Any], value: Any) -> None:
+        """Know what another process measured, and has in its own file."""
+        self._known[_as_key(key)] = value
+
     def add(self, key: list[Any], value: Any) -> None:
         """Keep a measurement; it is in the file when this returns."""
-        self._known[_as_key(key)] = value
+        self.learn(key, value)
         if self._file is not None:
             entry = {"fingerprint": self._fingerprint, "key": key, "value": value}
             self._file.write(json.dumps(entry) + "\n")

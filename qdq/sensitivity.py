@@ -154,7 +154,7 @@ def _as_rows(tensors: list[torch.Tensor], rows: int) -> torch.Tensor:
 
 
 def _scores(output: torch.Tensor) -> torch.Tensor:
-    """Scores `[N, classes]` of the first output: classes are the last dimension, of images `[B, C, H, W]` the second."""
+    """Scores `[N, classes]` of the first output; classes are its last dimension, of `[B, C, H, W]` the second."""
     scores = output.detach().double()
     if scores.dim() > 3:
         scores = scores.movedim(1, -1)

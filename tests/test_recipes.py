@@ -24,7 +24,16 @@ SMALL = [
     *("--model", "squeezenet1_1", "--weights", "random", "--calib-images", "4", "--eval-images", "4"),
     *("--analysis-images", "2", "--batch-size", "2", "--max-float-layers", "0"),
 ]
-WRITTEN = ["model.onnx", "model.rtx.engine", "report.json", "report.txt", "run.json", "run.log"]
+WRITTEN = [
+    "analysis.jsonl",
+    "model.onnx",
+    "model.rtx.engine",
+    "plan.yaml",
+    "report.json",
+    "report.txt",
+    "run.json",
+    "run.log",
+]
 
 
 @pytest.fixture(scope="module")
