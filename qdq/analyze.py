@@ -346,7 +346,9 @@ def _pin(
     fixed: dict[str, str] = {}
     for pattern, precision in pinned.items():
         test = Patterns([pattern], "pinned")
-        hits = [unit for unit in units if test.match([unit.name], modules.get(unit.name, model))]
+        hits = [unit for unit in units if unit.name == pattern] or [
+            unit for unit in units if test.match([unit.name], modules.get(unit.name, model))
+        ]
         if not hits and pattern not in modules:
             raise ArgumentError(f"{pattern!r} is pinned, but matches no quantized layer.", "correct the name.")
         fixed.update({unit.name: precision for unit in hits})
@@ -532,9 +534,9 @@ class _Probe:
                 raise StateError(f"the metric {self.metric.name} is NaN.", "have it return a number.")
             self._journal.add([state, name, "metric"], value)
             fresh[name] = np.asarray(value)
-        for name, value in self._ranks.merge(missing, fresh).items():
-            self._journal.learn([state, name, "metric"], float(value))
-            known[name] = found
+        for name, found in self._ranks.merge(missing, fresh).items():
+            known[name] = float(found)
+            self._journal.learn([state, name, "metric"], known[name])
         return known
 
 
