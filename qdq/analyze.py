@@ -168,7 +168,9 @@ class Analysis:
         """The most sensitive units and the steps taken, as text."""
         alone = "only this in int8" if self.mode == "one-at-a-time" else "only this in float"
         names = [layer.name for layer in self.layers[:rows]] + [f"+ {step.layer} in float" for step in self.steps]
-        width = max(len(name) for name in [*names, "all layers in int8"])
+        is_pinned = "float" in self.pinned.values()
+        everything = "pinned ones in float, others in int8" if is_pinned else "all layers in int8"
+        width = max(len(name) for name in [*names, everything])
         lines = [
             f"{self.mode} on {self.images} images",
             f"{alone:{width}}   SQNR dB" + ("" if self.metric is None else f"    {self.metric_name}"),
@@ -176,7 +178,7 @@ class Analysis:
         ]
         if len(self.layers) > rows:
             lines.append(f"... and {len(self.layers) - rows} less sensitive ones")
-        lines.append(_row("all layers in int8", width, self.sqnr_db, self.metric))
+        lines.append(_row(everything, width, self.sqnr_db, self.metric))
         lines += [_row(f"+ {step.layer} in float", width, step.sqnr_db, step.metric) for step in self.steps]
         return "\n".join([*lines, f"stopped: {self.stopped_by}"])
 
@@ -700,7 +702,7 @@ class _Search:
             return reason
         count, limit = sum(len(self._units[name].layers) for name in chosen), self._limits.max_float_layers
         if count >= limit or not pool:
-            more = "" if count >= limit else "; none that is left fits"
+            more = "" if count >= limit else "; no other one fits" if self._units else "; all layers are pinned"
             return f"{count} of at most {limit} layers are in float{more}"
         if chosen and self._limits.budget is not None and self._probe.is_over:
             return f"the budget of {self._limits.budget:g} s is used up"

@@ -5,6 +5,7 @@ first order its share of the error of the outputs is J e, with J the derivative 
 backward pass gives J^T v for one v, and with it the product v . J e = (J^T v) . e, without J.
 
 - "one-at-a-time": the model is in float, v is random with variance 1, and the mean of (v . J e)^2 is the energy of J e.
+  Half of the batches are enough for that.
 - "leave-one-out": the model is in int8. Without a unit the error E of its outputs becomes E - J e, and its energy falls
   by 2 E . J e less that of J e: one product with v = 2 E and one with a random v.
 """
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from qdq.nn import QuantInputMixin
 from qdq.quantizer import TensorQuantizer, disable_quantization, named_quantizers
@@ -44,10 +46,12 @@ def screen_units(
     """
     random = torch.Generator().manual_seed(0)
     totals = dict.fromkeys((unit.name for unit in units), 0.0)
-    for batch, reference in zip(batches, references, strict=True):
+    used = batches[: -(-len(batches) // 2)] if mode == "one-at-a-time" else batches
+    for batch, reference in zip(used, references, strict=False):
         for name, energy in _screen_batch(model, batch, reference, units, mode, random).items():
             totals[name] += energy
-    return totals
+    scale = sum(map(count_rows, batches)) / sum(map(count_rows, used))
+    return {name: scale * energy for name, energy in totals.items()}
 
 
 def _screen_batch(
@@ -115,8 +119,10 @@ class _Taps:
             error = (other - here.detach()) if were_off else (here.detach() - other)
             if not isinstance(output, torch.Tensor) and not here.requires_grad:
                 return None
-            tapped = here if here.requires_grad else here.detach().requires_grad_()
-            tapped = tapped.view_as(tapped)  # what the model changes in place is another tensor
+            # Not a view: where the model changes one in place, its hook is lost. A quantizer that is off gives its input,
+            # which others read too.
+            is_own = here.requires_grad and all(here is not leaf for leaf in tree_leaves((args, kwargs)))
+            tapped = here if is_own else here.clone() if here.requires_grad else here.clone().requires_grad_().clone()
             tapped.register_hook(  # type: ignore[no-untyped-call]
                 lambda gradient: self._add(name, gradient, error)
             )

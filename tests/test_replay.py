@@ -1,11 +1,13 @@
 """Every state of the quantizers, replayed: the very bits of a full forward."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qdq import calibrate_model, disable_quantization, rewire_operations, swap_modules
+from qdq import analyze_layers, calibrate_model, disable_quantization, rewire_operations, swap_modules
 from qdq import replay as replay_module
 from qdq.quantizer import named_quantizers
 from qdq.replay import Replay, flipped
@@ -223,3 +225,12 @@ def test_torchvision(name):
     replay, found = replayed(model, batch, variants)
     assert replay.reason == ""
     assert_identical(model, batch, variants, found)
+
+
+@pytest.mark.parametrize("mode", ["one-at-a-time", "leave-one-out"])
+def test_the_screen_takes_what_the_replay_takes(mode):
+    batch = torch.randn(4, 3, 12, 12)
+    model = prepare(Branches(), batch)
+    layers = analyze_layers(model, [batch], mode=mode, confirm=0).layers
+    assert {layer.name for layer in layers} == set(variants_of(model, batch))
+    assert all(math.isfinite(layer.sqnr_db) for layer in layers)
