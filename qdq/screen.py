@@ -119,8 +119,8 @@ class _Taps:
             error = (other - here.detach()) if were_off else (here.detach() - other)
             if not isinstance(output, torch.Tensor) and not here.requires_grad:
                 return None
-            # Not a view: where the model changes one in place, its hook is lost. A quantizer that is off gives its input,
-            # which others read too.
+            # Not a view: where the model changes one in place, its hook is lost. A quantizer that is off gives what it
+            # was given, and others read that too.
             is_own = here.requires_grad and all(here is not leaf for leaf in tree_leaves((args, kwargs)))
             tapped = here if is_own else here.clone() if here.requires_grad else here.clone().requires_grad_().clone()
             tapped.register_hook(  # type: ignore[no-untyped-call]
