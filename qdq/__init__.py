@@ -30,6 +30,7 @@ _HOMES = {
     "formats": ("Format",),
     "models": ("load_model",),
     "nn": ("register_module",),
+    "plan": ("Plan", "apply_plan", "diff_plans", "load_plan", "save_plan"),
     "quantizer": (
         "QuantDescriptor", "TensorQuantizer", "disable_quantization", "enable_quantization", "fake_quantize",
     ),

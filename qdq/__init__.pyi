@@ -39,6 +39,11 @@ from qdq.fold import fold_batchnorm as fold_batchnorm
 from qdq.formats import Format as Format
 from qdq.models import load_model as load_model
 from qdq.nn import register_module as register_module
+from qdq.plan import Plan as Plan
+from qdq.plan import apply_plan as apply_plan
+from qdq.plan import diff_plans as diff_plans
+from qdq.plan import load_plan as load_plan
+from qdq.plan import save_plan as save_plan
 from qdq.quantizer import QuantDescriptor as QuantDescriptor
 from qdq.quantizer import TensorQuantizer as TensorQuantizer
 from qdq.quantizer import disable_quantization as disable_quantization

@@ -26,6 +26,7 @@ from qdq.errors import ArgumentError
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "run.json"
+JOURNAL_FILE = "analysis.jsonl"  # kept from an earlier run: its lines say what they were measured on
 _PACKAGES = (
     "qdq", "torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt",
     "tensorrt-rtx-cu13", "numpy",
@@ -169,7 +170,7 @@ def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | N
     run._save("running")  # before anything else is touched: killed at any moment, the folder is still known as a run's
     try:
         for path in present:
-            if path.is_file() and path.name != STATE_FILE:
+            if path.is_file() and path.name not in (STATE_FILE, JOURNAL_FILE):
                 path.unlink()
         _log_to(folder / "run.log")
     except OSError as error:

@@ -19,6 +19,7 @@ def ptq_classifier(
     data_dir: Path | None = None,
     output: Path = Path("runs/ptq"),
     exclude: tuple[str, ...] = (),
+    plan: Path | None = None,
     calib_method: CalibMethod = "mse",
     calib_images: PositiveInt = 128,
     eval_images: PositiveInt = 500,
@@ -38,6 +39,7 @@ def ptq_classifier(
         data_dir: ImageFolder, with train and val or without; the packaged photographs if left out.
         output: Run folder.
         exclude: Layers to keep in float: dotted names, globs or re:EXPRESSION.
+        plan: YAML of an earlier run, perhaps edited: the layers that it names run as it says.
         calib_method: How the range of an activation is solved; best: per layer what costs its output least.
         calib_images: Images to calibrate on.
         eval_images: Images to evaluate on.
@@ -50,6 +52,7 @@ def ptq_classifier(
         seed: Of weights, crops and the choice of images.
     """
     settings, backend = dict(locals()), qdq.find_backend("auto", sm)
+    pinned = qdq.load_plan(plan).precisions if plan else None
     net = qdq.load_model(model, weights, seed)
     calib, images = qdq.load_images(data_dir, net, calib_images, eval_images, batch_size, seed)
     run = qdq.start_run(output, seed=seed, settings=settings)
@@ -57,7 +60,7 @@ def ptq_classifier(
     logits, example = {"float": qdq.predict(net.module, images)}, calib.images[:2]
     run.stage("fold, swap, rewire")
     folded = qdq.fold_batchnorm(net.module, example)
-    plan = qdq.swap_modules(net.module, example, exclude=exclude)
+    swapped = qdq.swap_modules(net.module, example, exclude=exclude)
     rewired = qdq.rewire_operations(net.module, example, exclude=exclude)
     run.stage("calibrate")
     ranges = qdq.calibrate_model(
@@ -66,19 +69,23 @@ def ptq_classifier(
     logits["all int8"] = qdq.predict(net.module, images)
     run.stage("analyze")
     subset = calib.subset(analysis_images)
-    analysis = qdq.analyze_layers(net.module, subset, max_float_layers=max_float_layers, target_sqnr=target_sqnr)
+    journal = run.folder / "analysis.jsonl"
+    analysis = qdq.analyze_layers(
+        net.module, subset, pinned=pinned, max_float_layers=max_float_layers, target_sqnr=target_sqnr, path=journal
+    )
+    qdq.save_plan(analysis.plan, run.folder / "plan.yaml")
     logits["mixed"] = qdq.predict(net.module, images)
     run.stage("export and check")
     file = run.folder / "model.onnx"
     onnx = qdq.export_onnx(
-        net.module, example, file, precision=precision, calibration=ranges, plan=plan, rewired=rewired
+        net.module, example, file, precision=precision, calibration=ranges, plan=swapped, rewired=rewired
     )
     logits["ONNX"], floor = qdq.predict(onnx.path, images), qdq.measure_tie_floor(net.module, images.subset(128))
     check = qdq.check_onnx(onnx.path, expected=logits["mixed"], found=logits["ONNX"], tie_floor_db=floor)
     run.stage("build")
     engine = qdq.build_engine(onnx.path, backend=backend.name, sm=sm)
     table = qdq.evaluate_outputs(logits, images.labels, files={"float": net.module, "ONNX": onnx.path})
-    stages = (folded, plan, rewired, ranges, analysis, onnx, check, engine, table)
+    stages = (folded, swapped, rewired, ranges, analysis, onnx, check, engine, table)
     return qdq.write_report(run, net, calib, images, *stages).exit_code
 
 

@@ -47,17 +47,23 @@ def make_app() -> cyclopts.App:
     from qdq.cli.check import check
     from qdq.cli.env import env
     from qdq.cli.eval import evaluate_files
+    from qdq.cli.plan import plan
     from qdq.cli.ptq import ptq  # the recipe, which imports this module
 
     app = _new_app("qdq", help=_HELP)
-    verbs = {"ptq": ptq, "check": check, "build": build, "eval": evaluate_files, "env": env}
-    for position, (name, command) in enumerate(verbs.items()):
-        app.command(command, name=name, sort_key=position)
     statistics = _new_app("calibrate", help="Show, merge or solve again what calibration saved. Needs no torch.")
     for command in (calibrate.show, calibrate.merge, calibrate.solve):
         statistics.command(command)
-    statistics.sort_key = 1  # behind ptq
-    app.command(statistics)
+    verbs = {
+        "ptq": ptq, "calibrate": statistics, "check": check, "build": build, "eval": evaluate_files, "plan": plan,
+        "env": env,
+    }  # fmt: skip
+    for position, (name, command) in enumerate(verbs.items()):
+        if isinstance(command, cyclopts.App):
+            command.sort_key = position
+            app.command(command)
+        else:
+            app.command(command, name=name, sort_key=position)
     return app
 
 

@@ -1,0 +1,78 @@
+"""Measurements that survive `kill -9`: one line each, in files that several processes and several runs may share."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from qdq.errors import ArgumentError
+
+
+class Journal:
+    """Measurements by key, of one fingerprint; those of others stay in the file and are not seen.
+
+    Args:
+        path: The file, made if it does not exist; None keeps nothing.
+        fingerprint: What the measurements depend on: model, data, options.
+        rank: Number of this process; each but the first writes into a file of its own beside `path`.
+
+    Raises:
+        ArgumentError: The file cannot be written.
+    """
+
+    def __init__(self, path: Path | None, fingerprint: str, rank: int = 0) -> None:
+        self._fingerprint = fingerprint
+        self._known: dict[str, Any] = {}
+        self._file: IO[str] | None = None
+        if path is None:
+            return
+        for other in sorted(path.parent.glob(f"{path.stem}*{path.suffix}")):
+            self._read(other)
+        own = path.with_suffix(f".{rank}{path.suffix}") if rank else path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            is_torn = own.is_file() and own.stat().st_size > 0 and not own.read_bytes().endswith(b"\n")
+            self._file = own.open("a", encoding="utf-8")
+            if is_torn:
+                self._file.write("\n")
+        except OSError as error:
+            raise ArgumentError(
+                f"cannot write {own}: {error.strerror or error}.", "choose a file that you may write to."
+            ) from error
+
+    def _read(self, path: Path) -> None:
+        with contextlib.suppress(OSError):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # the torn line of a killed process
+                    entry = json.loads(line)
+                    if entry["fingerprint"] == self._fingerprint:
+                        self._known[_as_key(entry["key"])] = entry["value"]
+
+    def get(self, key: list[Any]) -> Any:
+        """What was measured, None if nothing was."""
+        return self._known.get(_as_key(key))
+
+    def learn(self, key: list[Any], value: Any) -> None:
+        """Know what another process measured, and has in its own file."""
+        self._known[_as_key(key)] = value
+
+    def add(self, key: list[Any], value: Any) -> None:
+        """Keep a measurement; it is in the file when this returns."""
+        self.learn(key, value)
+        if self._file is not None:
+            entry = {"fingerprint": self._fingerprint, "key": key, "value": value}
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _as_key(key: list[Any]) -> str:
+    return json.dumps(key)

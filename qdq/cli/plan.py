@@ -1,0 +1,31 @@
+"""`qdq plan`: what runs in int8 and what in float."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cyclopts
+
+plan = cyclopts.App(name="plan", help="Plans: which layer runs in int8 and which in float (plan.yaml of a run).")
+
+
+@plan.command
+def diff(before: Path, after: Path, /) -> int:
+    """Where two plans differ. Exit code 1 if they do. Needs no torch.
+
+    Such as:
+
+        qdq plan diff runs/a/plan.yaml runs/b/plan.yaml
+
+    Args:
+        before: The first plan.
+        after: The second plan.
+    """
+    from qdq.plan import diff_plans, load_plan
+
+    changes = diff_plans(load_plan(before), load_plan(after))
+    width = max((len(change.name) for change in changes), default=0)
+    for change in changes:
+        print(f"{change.name:{width}}  {change.before or 'not named'} -> {change.after or 'not named'}")
+    print(f"{len(changes)} layers differ")
+    return 1 if changes else 0

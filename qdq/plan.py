@@ -1,0 +1,167 @@
+"""Which layer runs in int8 and which in float, as a YAML file that a person can read, edit and apply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from qdq.errors import ArgumentError, DataError
+from qdq.run import write_atomic
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PRECISIONS = ("int8", "float")
+_HEAD = """# qdq plan: which layer runs in int8 and which in float. Edit `precision`, then apply it: qdq ptq --plan FILE
+# gain: what the outputs gained when the layer alone went to float, in the unit of the metric.
+"""
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """What is decided for a layer or a call.
+
+    Args:
+        precision: "int8" or "float".
+        reason: Why, in one sentence.
+        gain: What leaving it in float gained in the measurement, None where nothing was measured.
+    """
+
+    precision: str
+    reason: str = ""
+    gain: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decision for a model.
+
+    Args:
+        layers: Dotted name of a layer, or of a function call with quantizers -> what is decided.
+        metric: What the gains are in.
+    """
+
+    layers: Mapping[str, PlanEntry] = field(default_factory=dict)
+    metric: str = "sqnr"
+
+    @property
+    def precisions(self) -> dict[str, str]:
+        """Layer -> "int8" or "float"."""
+        return {name: entry.precision for name, entry in self.layers.items()}
+
+
+@dataclass(frozen=True)
+class PlanChange:
+    """A layer on which two plans differ; None where a plan does not name it.
+
+    Args:
+        name: The layer.
+        before: Its precision in the first plan.
+        after: Its precision in the second.
+    """
+
+    name: str
+    before: str | None
+    after: str | None
+
+
+def save_plan(plan: Plan, path: Path | str) -> Path:
+    """Write a plan as YAML, atomically."""
+    layers = {
+        name: {
+            "precision": entry.precision,
+            **({"gain": round(float(entry.gain), 6)} if entry.gain is not None else {}),
+            **({"reason": entry.reason} if entry.reason else {}),
+        }
+        for name, entry in plan.layers.items()
+    }
+    text = yaml.safe_dump({"metric": plan.metric, "layers": layers}, sort_keys=False, allow_unicode=True, width=10**6)
+    return write_atomic(Path(path), _HEAD + text)
+
+
+def load_plan(path: Path | str) -> Plan:
+    """Read a plan.
+
+    Raises:
+        DataError: The file cannot be read, is no plan, or has keys that a plan has not.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the plan {path}: {error}.", "give the plan.yaml of a run.") from error
+    except yaml.YAMLError as error:
+        raise DataError(
+            f"{path} is no YAML: {' '.join(str(error).split())}.", "mend the line that it names."
+        ) from error
+    _require_keys(path, "the plan", content, {"layers"}, {"metric"})
+    if not isinstance(content["layers"], dict) or not isinstance(content.get("metric", ""), str):
+        raise DataError(f"{path}: layers is no mapping, or metric no name.", "see docs/analyze.md for the form.")
+    layers = {str(name): _read_entry(path, str(name), value) for name, value in content["layers"].items()}
+    return Plan(layers, content.get("metric", "sqnr"))
+
+
+def _read_entry(path: Path, name: str, value: Any) -> PlanEntry:
+    if isinstance(value, str):  # "conv1: float" is enough
+        value = {"precision": value}
+    _require_keys(path, name, value, {"precision"}, {"reason", "gain"})
+    precision, reason, gain = value["precision"], value.get("reason", ""), value.get("gain")
+    if precision not in PRECISIONS:
+        raise DataError(f"{path}: the precision of {name} is {precision!r}.", "write int8 or float.")
+    is_number = isinstance(gain, int | float) and not isinstance(gain, bool)
+    if not isinstance(reason, str) or not (gain is None or is_number):
+        raise DataError(f"{path}: the reason of {name} is no text, or its gain no number.", "correct or remove them.")
+    return PlanEntry(precision, reason, None if gain is None else float(gain))
+
+
+def _require_keys(path: Path, what: str, value: Any, required: set[str], optional: set[str]) -> None:
+    known = ", ".join(sorted(required | optional))
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: {what} is no mapping.", f"its keys are {known}.")
+    if unknown := [str(key) for key in value if key not in required | optional]:
+        raise DataError(f"{path}: {what} has the unknown keys {', '.join(unknown)}.", f"known are {known}.")
+    if missing := sorted(required - value.keys()):
+        raise DataError(f"{path}: {what} lacks {', '.join(missing)}.", f"its keys are {known}.")
+
+
+def diff_plans(before: Plan, after: Plan) -> list[PlanChange]:
+    """Where two plans differ in precision, in the order of the first plan, then of the second."""
+    first, second = before.precisions, after.precisions
+    names = dict.fromkeys([*first, *second])
+    changes = (PlanChange(name, first.get(name), second.get(name)) for name in names)
+    return [change for change in changes if change.before != change.after]
+
+
+def apply_plan(model: nn.Module, plan: Plan, example_inputs: Any) -> list[str]:
+    """Switch the quantizers of a model as a plan says: those of float layers off, of int8 layers on.
+
+    What exists only for a layer, the quantizer on the shortcut of the residual add behind it, goes with it. Layers
+    that the plan does not name stay as they are.
+
+    Args:
+        model: A swapped (and rewired) model.
+        plan: The plan.
+        example_inputs: One batch (see `trace.call_model`).
+
+    Returns:
+        The layers that the plan leaves in float.
+
+    Raises:
+        ArgumentError: The plan names what is not quantized in this model; nothing is switched then.
+    """
+    from qdq.units import find_all_quantizers  # with torch, which reading and comparing plans does not need
+
+    found = find_all_quantizers(model, example_inputs)
+    if unknown := [name for name in plan.layers if name not in found]:
+        raise ArgumentError(
+            f"the plan names {', '.join(unknown[:5])}, which the model does not quantize.",
+            "the plan is of another model, or a name is misspelt.",
+        )
+    for name, entry in plan.layers.items():
+        for quantizer in found[name]:
+            quantizer._disabled = entry.precision == "float"
+    return [name for name, entry in plan.layers.items() if entry.precision == "float"]

@@ -1,0 +1,205 @@
+"""What can be left in float by itself: a layer with what exists only for it, a call, or a group of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qdq.dataflow import Dataflow
+from qdq.errors import ArgumentError, StateError
+from qdq.nn import QuantInputMixin
+from qdq.nn.functions import QuantFunctionsMixin
+from qdq.patterns import Pattern, Patterns
+from qdq.quantizer import SharedQuantizer, TensorQuantizer, disable_quantization
+from qdq.swap import quantized_layers
+from qdq.trace import trace_forward
+
+GROUPS = ("block", "shared")
+_NUMBERED = re.compile(r"(?:.*_)?\d+")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Quantizers that are switched together.
+
+    Args:
+        name: Of the layer, call or group.
+        layers: The layers in it, and calls that stand for themselves, by dotted name.
+        calls: Calls whose quantizers are there only for these layers, by dotted name.
+        quantizers: The quantizers that are on.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    calls: tuple[str, ...]
+    quantizers: tuple[TensorQuantizer, ...]
+
+
+def find_units(model: nn.Module, batch: Any) -> list[Unit]:
+    """Everything in a model that is quantized, each layer by itself.
+
+    The quantizer on the shortcut of a residual add is there so that the convolution before the add can run in int8
+    with it (R-ADD-1); it belongs to that convolution. Other calls with quantizers are units of their own.
+
+    Args:
+        model: A calibrated model; quantizers that are off are left out.
+        batch: One batch; the model runs on it once if it was rewired.
+
+    Raises:
+        StateError: No layer is quantized, or one has no amax.
+    """
+    active: dict[str, list[TensorQuantizer]] = {}
+    for name in _list_quantized(model):
+        quantizers = [quantizer for quantizer in _quantizers_of(model, name) if not quantizer._disabled]
+        for quantizer in quantizers:
+            if quantizer.amax is None:
+                raise StateError(f"{quantizer.name or name} has no amax.", "call calibrate_model first.")
+        if quantizers:
+            active[name] = quantizers
+    if not active:
+        raise StateError("no layer of the model is quantized.", "call swap_modules and calibrate_model first.")
+    owners = _find_owners(model, batch, active)
+    calls: dict[str, list[str]] = {}
+    for call, layer in owners.items():
+        calls.setdefault(layer, []).append(call)
+    return [
+        Unit(
+            name,
+            (name,),
+            tuple(calls.get(name, ())),
+            tuple(quantizer for each in (name, *calls.get(name, ())) for quantizer in active[each]),
+        )
+        for name in active
+        if name not in owners
+    ]
+
+
+def group_units(model: nn.Module, units: list[Unit], groups: str | Sequence[Pattern] | None) -> list[Unit]:
+    """Units joined to larger ones.
+
+    Args:
+        model: The model.
+        units: What is joined.
+        groups: None: nothing. "block": layers of one block, the part of their names up to the first number. "shared":
+            layers whose inputs have one range. Patterns (see `qdq.patterns`): each makes a group of what it matches,
+            the rest stays by itself.
+
+    Raises:
+        ArgumentError: Unknown groups, or a pattern that matches nothing.
+    """
+    if groups is None:
+        return units
+    if groups == "block":
+        return _merge(units, [_block_of(unit.name) for unit in units])
+    if groups == "shared":
+        return _merge(units, _shared_keys(units))
+    if isinstance(groups, str):
+        raise ArgumentError(f"groups is {groups!r}; known are {', '.join(GROUPS)}.", "or give patterns, in a list.")
+    return _merge(units, _pattern_keys(model, units, groups))
+
+
+def find_all_quantizers(model: nn.Module, batch: Any) -> dict[str, list[TensorQuantizer]]:
+    """Layer or call -> the quantizers that go with it, on or off.
+
+    Args:
+        model: A swapped model.
+        batch: As for `find_units`.
+    """
+    own = {name: _quantizers_of(model, name) for name in _list_quantized(model)}
+    result = {name: list(quantizers) for name, quantizers in own.items()}
+    for call, layer in _find_owners(model, batch, own).items():
+        result[layer] += own[call]
+    return result
+
+
+def _quantizers_of(model: nn.Module, name: str) -> list[TensorQuantizer]:
+    """The quantizers of a layer or of a call, by its dotted name."""
+    modules = dict(model.named_modules())
+    module = modules.get(name)
+    if isinstance(module, QuantInputMixin):
+        return list(module.quantizers().values())
+    owner, _, site = name.rpartition(".")
+    functions = modules[owner]
+    assert isinstance(functions, QuantFunctionsMixin)  # noqa: S101  # the name comes from `_list_quantized`
+    return [getattr(functions, attribute) for attribute in functions._function_quantizers[site].values()]
+
+
+def _list_quantized(model: nn.Module) -> list[str]:
+    """Dotted names of all layers and calls that have quantizers, on or off."""
+    return [*quantized_layers(model), *(name for name, _ in _quantized_calls(model))]
+
+
+def _quantized_calls(model: nn.Module) -> Iterator[tuple[str, dict[int, str]]]:
+    for owner, module in model.named_modules():
+        if isinstance(module, QuantFunctionsMixin):
+            for site, operands in module._function_quantizers.items():
+                yield f"{owner}.{site}".lstrip("."), operands
+
+
+def _find_owners(model: nn.Module, batch: Any, active: dict[str, list[TensorQuantizer]]) -> dict[str, str]:
+    """Residual add -> the convolution that its quantizer is there for."""
+    shortcuts = {name: next(iter(operands)) for name, operands in _quantized_calls(model) if len(operands) == 1}
+    if not any(name in active for name in shortcuts):
+        return {}
+    with disable_quantization(model):
+        flow = Dataflow(trace_forward(model, batch))
+    owners = {}
+    for operation in flow.operations:
+        if operation.function == "add" and operation.name in active and operation.name in shortcuts:
+            convolution = flow.backbone_of(operation.inputs[1 - shortcuts[operation.name]])
+            if convolution is not None and convolution.module in active:
+                owners[operation.name] = convolution.module
+    return owners
+
+
+def _block_of(name: str) -> str:
+    parts = name.split(".")
+    numbered = next((end for end, part in enumerate(parts) if _NUMBERED.fullmatch(part)), len(parts))
+    return ".".join(parts[: numbered + 1])
+
+
+def _shared_keys(units: list[Unit]) -> list[str]:
+    """The name of the first unit with the same range at its input."""
+    first: dict[int, str] = {}
+    keys = []
+    for unit in units:
+        quantizer = unit.quantizers[0]
+        leader = quantizer.leader if isinstance(quantizer, SharedQuantizer) else quantizer
+        keys.append(first.setdefault(id(leader), unit.name))
+    return keys
+
+
+def _pattern_keys(model: nn.Module, units: list[Unit], patterns: Sequence[Pattern]) -> list[str]:
+    modules = dict(model.named_modules())
+    keys = [unit.name for unit in units]
+    for pattern in patterns:
+        test = Patterns([pattern], "groups")
+        hits = [
+            place
+            for place, unit in enumerate(units)
+            if keys[place] == unit.name and test.match([unit.name], modules.get(unit.name, model))
+        ]
+        if not hits:
+            raise ArgumentError(f"the pattern {pattern!r} of groups matches no quantized layer.", "correct it.")
+        for place in hits:
+            keys[place] = f"group {pattern}"
+    return keys
+
+
+def _merge(units: list[Unit], keys: list[str]) -> list[Unit]:
+    members: dict[str, list[Unit]] = {}
+    for unit, key in zip(units, keys, strict=True):
+        members.setdefault(key, []).append(unit)
+    return [
+        Unit(
+            key,
+            tuple(name for unit in group for name in unit.layers),
+            tuple(name for unit in group for name in unit.calls),
+            tuple(quantizer for unit in group for quantizer in unit.quantizers),
+        )
+        for key, group in members.items()
+    ]

@@ -1,0 +1,497 @@
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from qdq import (
+    ArgumentError,
+    DataError,
+    StateError,
+    analyze_layers,
+    calibrate_model,
+    enable_quantization,
+    rewire_operations,
+    swap_modules,
+)
+from qdq.analyze.replay import flipped
+from qdq.metrics import sqnr_db
+from qdq.quantizer import disable_quantization, named_quantizers
+from qdq.swap import quantized_layers, restore_modules
+from qdq.units import find_units, group_units
+
+
+@pytest.fixture
+def batches():
+    return [torch.randn(4, 3, 12, 12), torch.randn(4, 3, 12, 12)]
+
+
+def outputs(model, batches):
+    with torch.no_grad():
+        return torch.cat([model(batch) for batch in batches]).numpy()
+
+
+@pytest.mark.parametrize("mode", ["one-at-a-time", "leave-one-out"])
+def test_equals_a_loop_over_copies(quantized, batches, mode):
+    analysis = analyze_layers(quantized, batches, mode=mode)
+    reference = copy.deepcopy(quantized)
+    restore_modules(reference)
+    expected = outputs(reference, batches)
+    assert analysis.sqnr_db == pytest.approx(sqnr_db(expected, outputs(quantized, batches)), abs=1e-6)
+    assert {layer.name for layer in analysis.layers} == {"stem", "conv", "head"}
+    for layer in analysis.layers:
+        twin = copy.deepcopy(quantized)
+        if mode == "one-at-a-time":
+            for name in {"stem", "conv", "head"} - {layer.name}:
+                restore_modules(twin.get_submodule(name))
+        else:
+            restore_modules(twin.get_submodule(layer.name))
+        assert layer.sqnr_db == pytest.approx(sqnr_db(expected, outputs(twin, batches)), abs=1e-6)
+    order = [layer.sqnr_db for layer in analysis.layers]
+    assert order == sorted(order, reverse=mode == "leave-one-out")
+
+
+def test_only_ranks_by_default(quantized, batches):
+    analysis = analyze_layers(quantized, batches)
+    assert analysis.float_layers == []
+    assert not any(q._disabled for _, q in named_quantizers(quantized))
+
+
+def test_switches_the_worst_off(quantized, batches):
+    analysis = analyze_layers(quantized, batches, max_float_layers=2)
+    assert len(analysis.float_layers) == 2
+    assert analysis.float_layers[0] == analysis.layers[0].name
+    for name, layer in quantized_layers(quantized).items():
+        assert layer.input_quantizer._disabled == (name in analysis.float_layers)
+        assert layer.weight_quantizer._disabled == (name in analysis.float_layers)
+    assert analysis.steps[-1].sqnr_db > analysis.sqnr_db
+
+
+def test_all_layers_off_is_the_float_model(quantized, batches):
+    analysis = analyze_layers(quantized, batches, max_float_layers=10)
+    assert len(analysis.steps) == 3
+    assert analysis.steps[-1].sqnr_db == float("inf")
+
+
+def test_stops_at_the_target(quantized, batches):
+    base = analyze_layers(quantized, batches)
+    target = base.sqnr_db + 0.01
+    analysis = analyze_layers(quantized, batches, target_sqnr=target, max_float_layers=3)
+    assert len(analysis.steps) == 1
+    assert "reaches the target" in analysis.stopped_by
+
+
+def test_target_reached_before_the_first_step(quantized, batches):
+    analysis = analyze_layers(quantized, batches, target_sqnr=1.0, max_float_layers=3)
+    assert analysis.float_layers == []
+
+
+@pytest.mark.parametrize("mode", ["one-at-a-time", "leave-one-out"])
+def test_metric_of_the_caller_ranks(quantized, batches, mode):
+    def metric(model):
+        # a metric that likes float "head" best, whatever the SQNR says
+        return float(model.head.input_quantizer._disabled)
+
+    options = {"metric": metric, "target_metric": 1.0, "max_float_layers": 3, "mode": mode}
+    analysis = analyze_layers(quantized, batches, **options)
+    assert analysis.layers[0].name == "head"
+    assert analysis.float_layers == ["head"]
+    assert analysis.metric == 0
+
+
+def test_disabled_layers_stay_so_and_are_not_ranked(quantized, batches):
+    disable_quantization(quantized.conv)
+    analysis = analyze_layers(quantized, batches)
+    assert {layer.name for layer in analysis.layers} == {"stem", "head"}
+    assert quantized.conv.input_quantizer._disabled
+
+
+def test_disabled_quantizer_of_a_layer_stays_so(quantized, batches):
+    quantized.conv.input_quantizer.disable()
+    analyze_layers(quantized, batches)
+    assert quantized.conv.input_quantizer._disabled
+    assert not quantized.conv.weight_quantizer._disabled
+
+
+def test_interruption_leaves_the_model_as_it_was(quantized, batches):
+    calls = []
+
+    def metric(model):
+        calls.append(1)
+        if len(calls) == 6:  # all int8, three layers, then the second step of the search
+            raise KeyboardInterrupt
+        return 0.0
+
+    with pytest.raises(KeyboardInterrupt):
+        analyze_layers(quantized, batches, metric=metric, max_float_layers=3)
+    assert not any(q._disabled for _, q in named_quantizers(quantized))
+
+
+def test_table_and_json(quantized, batches, tmp_path):
+    analysis = analyze_layers(quantized, batches, max_float_layers=1)
+    table = analysis.format_table(rows=2)
+    assert analysis.layers[0].name in table
+    assert "1 less sensitive" in table
+    content = json.loads(analysis.save(tmp_path / "analysis.json").read_text())
+    assert [layer["name"] for layer in content["layers"]] == [layer.name for layer in analysis.layers]
+
+
+def test_bad_input(quantized, residual, batches):
+    with pytest.raises(DataError, match="no batch"):
+        analyze_layers(quantized, [])
+    with pytest.raises(ArgumentError, match="one-at-a-time"):
+        analyze_layers(quantized, batches, mode="loo")
+    with pytest.raises(ArgumentError, match="target_metric"):
+        analyze_layers(quantized, batches, target_metric=0.5)
+    with pytest.raises(ArgumentError, match="-1"):
+        analyze_layers(quantized, batches, max_float_layers=-1)
+
+
+def test_uncalibrated(residual, batches):
+    with pytest.raises(StateError, match="no layer"):
+        analyze_layers(residual, batches)
+    swap_modules(residual)
+    with pytest.raises(StateError, match="no amax"):
+        analyze_layers(residual, batches)
+
+
+def test_nan_outputs_are_an_error(quantized, batches):
+    quantized.head.bias.data[0] = float("nan")
+    with pytest.raises(StateError, match="NaN"):
+        analyze_layers(quantized, batches)
+
+
+class Deep(nn.Module):
+    """Three residual blocks and a head: shortcuts, groups and a clear order of sensitivity."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"a": nn.Conv2d(16, 16, 3, padding=1), "b": nn.Conv2d(16, 16, 3, padding=1)})
+            for _ in range(3)
+        )
+        self.head = nn.Linear(16, 16)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        for block in self.blocks:
+            x = x + block["b"](torch.relu(block["a"](x)))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture
+def deep():
+    model = Deep().eval()
+    data = [torch.randn(4, 3, 10, 10) for _ in range(3)]
+    swap_modules(model, data[0], include=["*"])
+    rewire_operations(model, data[0])
+    calibrate_model(model, data, method="max")
+    return model, data
+
+
+def reference_of(model, batches):
+    with disable_quantization(model):
+        return outputs(model, batches)
+
+
+def naive(model, batches, units, mode):
+    """SQNR of every unit alone by a loop of full evaluations."""
+    reference, found = reference_of(model, batches), {}
+    for unit in units:
+        if mode == "one-at-a-time":
+            with disable_quantization(model):
+                for quantizer in unit.quantizers:
+                    quantizer.enable()
+                found[unit.name] = sqnr_db(reference, outputs(model, batches))
+        else:
+            with flipped(unit.quantizers):
+                found[unit.name] = sqnr_db(reference, outputs(model, batches))
+    return found
+
+
+@pytest.mark.parametrize("mode", ["one-at-a-time", "leave-one-out"])
+@pytest.mark.parametrize("groups", [None, "block", "shared", ["blocks.*.a", "re:stem|head"]])
+def test_equals_the_naive_loop(deep, mode, groups):
+    model, batches = deep
+    units = group_units(model, find_units(model, batches[0]), groups)
+    expected = naive(model, batches, units, mode)
+    analysis = analyze_layers(model, batches, mode=mode, groups=groups)
+    assert analysis.full_evaluations == ""
+    assert {layer.name: layer.sqnr_db for layer in analysis.layers} == pytest.approx(expected, abs=1e-9)
+    assert all(layer.gain_low <= layer.gain_high for layer in analysis.layers)
+
+
+def test_a_shortcut_goes_with_its_convolution(deep):
+    model, batches = deep
+    units = {unit.name: unit for unit in find_units(model, batches[0])}
+    for block in range(3):
+        assert units[f"blocks.{block}.b"].calls == (("add", "add_1", "add_2")[block],)
+    assert "add" not in units
+    analyze_layers(model, batches, pinned={"blocks.1.b": "float"})
+    assert model._add_1_quantizer._disabled
+    assert not model._add_quantizer._disabled
+
+
+def test_groups(deep):
+    model, batches = deep
+    units = group_units(model, find_units(model, batches[0]), "block")
+    assert {unit.name: unit.layers for unit in units} == {
+        "stem": ("stem",),
+        **{f"blocks.{n}": (f"blocks.{n}.a", f"blocks.{n}.b") for n in range(3)},
+        "head": ("head",),
+    }
+    with pytest.raises(ArgumentError, match="matches no quantized layer"):
+        analyze_layers(model, batches, groups=["nothing.*"])
+    with pytest.raises(ArgumentError, match="blocks"):
+        analyze_layers(model, batches, groups="blocks")
+
+
+def expected_metric(name, reference, found, labels):
+    reference, found = reference.astype(np.float64), found.astype(np.float64)
+    if name == "cosine":
+        return (reference * found).sum() / np.linalg.norm(reference) / np.linalg.norm(found)
+    if name == "top1":
+        return (found.argmax(1) == labels).mean()
+
+    def softmax(x):
+        return np.exp(x - x.max(1, keepdims=True)) / np.exp(x - x.max(1, keepdims=True)).sum(1, keepdims=True)
+
+    p, q = softmax(reference), softmax(found)
+    return (p * np.log(p / q)).sum(1).mean()
+
+
+@pytest.mark.parametrize("name", ["cosine", "kl", "top1"])
+def test_metrics_of_the_outputs(deep, name):
+    model, images = deep
+    labels = torch.randint(0, 16, (12,))
+    batches = list(zip(images, labels.split(4), strict=True))
+    reference, found = reference_of(model, images), outputs(model, images)
+    analysis = analyze_layers(model, batches, metric=name, mode="leave-one-out")
+    assert analysis.metric == pytest.approx(expected_metric(name, reference, found, labels.numpy()), rel=1e-6)
+    best = analysis.layers[0]
+    sign = -1 if name == "kl" else 1
+    assert best.gain == pytest.approx(sign * (best.metric - analysis.metric))
+    assert best.gain == max(layer.gain for layer in analysis.layers)
+    assert name in analysis.format_table()
+
+
+def test_a_metric_that_is_better_when_lower(deep):
+    model, batches = deep
+
+    def loss(model):
+        return float(len([q for _, q in named_quantizers(model) if not q._disabled]))
+
+    options = {"metric": loss, "higher_is_better": False, "mode": "leave-one-out"}
+    analysis = analyze_layers(model, batches, max_float_layers=1, **options)
+    assert analysis.steps[0].metric < analysis.metric  # a residual convolution has three quantizers
+    assert analysis.layers[0].gain == 3
+    assert analysis.metric_name.endswith("loss")
+
+
+def test_bootstrap_holds_the_gain_and_narrows_with_more_samples(deep):
+    model, _ = deep
+    widths = []
+    for count in (2, 20):
+        analysis = analyze_layers(model, [torch.randn(4, 3, 10, 10) for _ in range(count)], mode="leave-one-out")
+        assert all(layer.gain_low <= layer.gain <= layer.gain_high for layer in analysis.layers)
+        widths.append(np.mean([layer.gain_high - layer.gain_low for layer in analysis.layers]))
+    assert widths[1] < widths[0]
+    assert analyze_layers(model, [torch.randn(1, 3, 10, 10)]).layers[0].gain_low is None
+
+
+def test_greedy_measures_anew_after_each_step(deep):
+    model, batches = deep
+    reference = reference_of(model, batches)
+    units = find_units(model, batches[0])
+    chosen = []
+    with ExitStack() as states:
+        for _ in range(3):
+            found = {}
+            for unit in units:
+                if unit.name not in chosen:
+                    with flipped(unit.quantizers):
+                        found[unit.name] = sqnr_db(reference, outputs(model, batches))
+            chosen.append(max(found, key=found.get))
+            states.enter_context(flipped(next(unit.quantizers for unit in units if unit.name == chosen[-1])))
+        last = max(found.values())
+    analysis = analyze_layers(model, batches, mode="leave-one-out", max_float_layers=3)
+    assert [step.layer for step in analysis.steps] == chosen
+    assert analysis.steps[-1].sqnr_db == pytest.approx(last, abs=1e-9)
+    assert sqnr_db(reference, outputs(model, batches)) == pytest.approx(last, abs=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["one-at-a-time", "leave-one-out"])
+def test_screen_and_confirm(deep, mode):
+    model, batches = deep
+    model.blocks[1]["a"].weight_quantizer.amax = model.blocks[1]["a"].weight_quantizer.amax * 40  # a bad range
+    exact = analyze_layers(model, batches, mode=mode)
+    assert exact.layers[0].name == "blocks.1.a"
+    screened = analyze_layers(model, batches, mode=mode, confirm=0)
+    assert screened.layers[0].name == "blocks.1.a"
+    assert not any(layer.is_exact for layer in screened.layers)
+    confirmed = analyze_layers(model, batches, mode=mode, confirm=2, max_float_layers=1)
+    assert [layer.is_exact for layer in confirmed.layers] == [True, True] + [False] * 6
+    known = {layer.name: layer.sqnr_db for layer in exact.layers}
+    assert all(layer.sqnr_db == pytest.approx(known[layer.name]) for layer in confirmed.layers[:2])
+    assert confirmed.float_layers == ["blocks.1.a"]
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_estimate_is_the_energy_of_the_error(deep):
+    """With one layer in int8, a linear rest and many samples the estimate is what is measured."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)).eval()
+    batches = [torch.randn(20000, 16)]
+    swap_modules(model, batches[0], include=["0"])
+    calibrate_model(model, batches, method="max")
+    (layer,) = analyze_layers(model, batches, confirm=0).layers
+    (exact,) = analyze_layers(model, batches).layers
+    assert layer.sqnr_db == pytest.approx(exact.sqnr_db, abs=0.2)
+
+
+def test_pinned(deep):
+    model, batches = deep
+    analysis = analyze_layers(model, batches, pinned={"stem": "float", "blocks.*": "int8"}, max_float_layers=4)
+    assert [layer.name for layer in analysis.layers] == ["head"]
+    assert analysis.float_layers == ["stem", "head"]
+    assert analysis.plan.precisions["blocks.0.a"] == "int8"
+    with pytest.raises(ArgumentError, match="steam"):
+        analyze_layers(model, batches, pinned={"steam": "float"})
+    with pytest.raises(ArgumentError, match="fp16"):
+        analyze_layers(model, batches, pinned={"stem": "fp16"})
+
+
+def test_costs_and_the_pareto_front(deep):
+    model, batches = deep
+    analysis = analyze_layers(model, batches, mode="leave-one-out", max_float_layers=3, gpu="orin")
+    macs = {layer.name: layer.macs for layer in analysis.layers}
+    assert macs["stem"] == 4 * 10 * 10 * 16 * 3 * 9
+    assert macs["head"] == 4 * 16 * 16
+    front = analysis.pareto
+    assert [point.cost for point in front] == sorted(point.cost for point in front)
+    assert [point.sqnr_db for point in front] == sorted(point.sqnr_db for point in front)
+    assert front[0].float_layers == ()
+    with pytest.raises(ArgumentError, match="a100"):
+        analyze_layers(model, batches, gpu="voodoo2")
+
+
+def test_costs_from_an_engine(deep, tmp_path):
+    model, batches = deep
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps([{"count": 3}, {"name": "/stem/Conv + /Relu", "averageMs": 0.5}]))
+    layers = {layer.name: layer for layer in analyze_layers(model, batches, profile=path).layers}
+    assert layers["stem"].cost == pytest.approx(500)
+    path.write_text("{}")
+    with pytest.raises(DataError, match="no layer"):
+        analyze_layers(model, batches, profile=path)
+    path.write_text("not json")
+    with pytest.raises(DataError, match="no engine profile"):
+        analyze_layers(model, batches, profile=path)
+
+
+def test_share_drop_and_budget(deep):
+    model, batches = deep
+    analysis = analyze_layers(model, batches, max_float_layers=9, max_float_share=0.2)
+    macs = {layer.name: layer.macs for layer in analysis.layers}
+    assert 0 < sum(macs[name] for name in analysis.float_layers) <= 0.2 * sum(macs.values())
+    enable_quantization(model)
+    reached = analyze_layers(model, batches, metric="kl", target_drop=1e9, max_float_layers=3)
+    assert not reached.steps and "worse than the float model" in reached.stopped_by
+    short = analyze_layers(model, batches, max_float_layers=3, budget=1e-9)
+    assert short.images == 4 and len(short.steps) <= 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"budget": 0}, {"confirm": -1}, {"max_float_share": 1.5}, {"metric": "accuracy"}, {"target_drop": 1.0}],
+)
+def test_more_bad_input(deep, options):
+    with pytest.raises(ArgumentError):
+        analyze_layers(*deep, **options)
+
+
+def test_top1_without_labels(deep):
+    with pytest.raises(DataError, match="label"):
+        analyze_layers(*deep, metric="top1")
+
+
+def test_a_journal_is_read_and_a_torn_line_ignored(deep, tmp_path):
+    model, batches = deep
+    path = tmp_path / "analysis.jsonl"
+    whole = analyze_layers(model, batches, path=path)
+    lines = path.read_text().splitlines()
+    assert len(lines) == (1 + 1 + 8) * 3
+    path.write_text("\n".join(lines[:7]) + "\n" + lines[8][:30])
+    assert analyze_layers(model, batches, path=path) == whole
+    assert len(path.read_text().splitlines()) == len(lines) + 1
+    model.head.bias.data += 1  # another model: nothing that is known holds
+    other = analyze_layers(model, batches, path=path)
+    assert other.sqnr_db != whole.sqnr_db
+    with pytest.raises(ArgumentError, match="cannot write"):
+        analyze_layers(model, batches, path=tmp_path)
+
+
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_analyze import Deep
+from qdq import analyze_layers, calibrate_model, rewire_operations, swap_modules
+torch.manual_seed(0)
+model, data = Deep().eval(), [torch.randn(4, 3, 10, 10) for _ in range(3)]
+swap_modules(model, data[0], include=["*"])
+rewire_operations(model, data[0])
+calibrate_model(model, data, method="max")
+path = Path(sys.argv[2])
+print("ready", flush=True)
+analysis = analyze_layers(model, data, mode="leave-one-out", max_float_layers=3, path=path / "analysis.jsonl")
+analysis.save(path / f"result{sys.argv[3]}.json")
+"""
+
+
+def run_script(folder, rank="", **environment):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment}
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(folder), rank]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+@pytest.mark.slow
+def test_killed_five_times_it_is_the_uninterrupted_one(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_script(whole).wait(timeout=120) == 0
+    random = np.random.default_rng(0)
+    lines = len((whole / "analysis.jsonl").read_text().splitlines())
+    for stop in sorted(random.integers(1, lines, 5)):
+        process = run_script(killed)
+        journal = killed / "analysis.jsonl"
+        while process.poll() is None and (not journal.is_file() or journal.read_bytes().count(b"\n") < stop):
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+    assert run_script(killed).wait(timeout=120) == 0
+    assert (killed / "result.json").read_text() == (whole / "result.json").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_come_to_the_result_of_one(tmp_path):
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    assert run_script(whole).wait(timeout=120) == 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    processes = [run_script(shared, str(rank), RANK=str(rank), **address) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    expected = (whole / "result.json").read_text()
+    assert (shared / "result0.json").read_text() == expected
+    assert (shared / "result1.json").read_text() == expected
+    assert (shared / "analysis.1.jsonl").is_file()

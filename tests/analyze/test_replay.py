@@ -1,0 +1,236 @@
+"""Every state of the quantizers, replayed: the very bits of a full forward."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qdq import analyze_layers, calibrate_model, disable_quantization, rewire_operations, swap_modules
+from qdq import replay as replay_module
+from qdq.analyze.replay import Replay, flipped
+from qdq.quantizer import named_quantizers
+from qdq.trace import call_model, evaluating
+from qdq.units import find_units
+
+
+class Branches(nn.Module):
+    """A stem with everything behind it that data can do: residual, concat, a shared layer, in place, several inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.left = nn.Conv2d(16, 16, 3, padding=1)
+        self.right = nn.Conv2d(16, 16, 1)
+        self.shared = nn.Conv2d(16, 16, 3, padding=1)
+        self.mix = nn.Conv2d(32, 16, 1)
+        self.act = nn.ReLU(inplace=True)
+        self.cap = nn.ReLU6(inplace=True)
+        self.head = nn.Linear(16, 16)
+
+    def forward(self, images, bias=None):
+        x = self.act(self.stem(images))
+        a = self.cap(self.left(x))
+        a += x
+        b = F.relu(self.right(x), inplace=True)
+        x = torch.cat([a, self.shared(b)], 1)
+        x = self.shared(self.mix(x))
+        first, second = x.chunk(2, 1)
+        x = torch.cat([first * second.sigmoid(), second], 1)
+        mean = x.mean((2, 3))
+        mean.mul_(2)
+        if bias is not None:
+            mean = mean + bias
+        rows = [row * 1.5 for row in mean]
+        return {"scores": self.head(torch.stack(rows)), "size": mean.shape[0]}
+
+
+class Statements(nn.Module):
+    """Writes in place as statements: the result of the call is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.second = nn.Linear(16, 16)
+
+    def forward(self, x):
+        x = self.first(x)
+        same = x
+        x.add_(1)
+        x[:, 0] = 3.0
+        F.relu(x, inplace=True)
+        return self.second(x) + same
+
+
+class OnAView(Statements):
+    """Writes through a view, which identities do not show."""
+
+    def forward(self, x):
+        x = self.first(x)
+        x[:, :4].mul_(2)
+        return self.second(x)
+
+
+class Noise(Statements):
+    def forward(self, x):
+        return self.second(self.first(x) + torch.rand(16))
+
+
+class Choice(Statements):
+    """Another path where the numbers say so, and a cache on the module."""
+
+    def forward(self, x):
+        x = self.first(x)
+        if x.sum().item() > float(self.limit):
+            return self.second(x)
+        return self.second(x.abs() + 1)
+
+
+def prepare(model, batch, rewire=True):
+    model.eval()
+    swap_modules(model, batch, include=["*"])
+    if rewire:
+        rewire_operations(model, batch)
+    calibrate_model(model, [batch], method="max")
+    return model
+
+
+def replayed(model, batch, variants, **options):
+    replay, found = Replay(model, **options), {}
+    replay.evaluate(batch, variants, found.__setitem__)
+    return replay, found
+
+
+def assert_identical(model, batch, variants, found):
+    assert set(found) == {None, *variants}
+    for name, outputs in found.items():
+        with evaluating(model), flipped(variants[name] if name is not None else ()):
+            expected = call_model(model, batch)
+        tensors = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs.values())
+        wanted = [expected] if isinstance(expected, torch.Tensor) else list(expected.values())
+        for one, other in zip(tensors, wanted, strict=True):
+            assert torch.equal(one, other) if isinstance(other, torch.Tensor) else one == other, name
+
+
+def variants_of(model, batch):
+    return {unit.name: unit.quantizers for unit in find_units(model, batch)}
+
+
+@pytest.mark.parametrize("is_float", [False, True])
+def test_branches(is_float):
+    batch = torch.randn(4, 3, 12, 12)
+    model = prepare(Branches(), batch)
+    variants = variants_of(model, batch)
+    assert len(variants) >= 6
+    if is_float:
+        disable_quantization(model)
+    replay, found = replayed(model, batch, variants)
+    assert replay.reason == ""
+    assert_identical(model, batch, variants, found)
+
+
+def test_several_inputs_by_keyword():
+    batch = {"images": torch.randn(2, 3, 8, 8), "bias": torch.randn(16)}
+    model = prepare(Branches(), batch)
+    variants = variants_of(model, batch)
+    replay, found = replayed(model, batch, variants)
+    assert replay.reason == ""
+    assert_identical(model, batch, variants, found)
+
+
+def test_statements_in_place():
+    batch = torch.randn(4, 16)
+    model = prepare(Statements(), batch, rewire=False)
+    variants = variants_of(model, batch)
+    replay, found = replayed(model, batch, variants)
+    assert replay.reason == ""
+    assert_identical(model, batch, variants, found)
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(OnAView, "differs from a plain one"), (Noise, "random numbers")])
+def test_what_cannot_be_replayed_is_evaluated_in_full(kind, reason):
+    batch = torch.randn(4, 16)
+    model = prepare(kind(), batch, rewire=False)
+    variants = variants_of(model, batch)
+    replay, found = replayed(model, batch, variants)
+    assert reason in replay.reason
+    if kind is OnAView:
+        assert_identical(model, batch, variants, found)
+
+
+def test_another_path_through_the_model():
+    batch = torch.randn(4, 16)
+    model = Choice()
+    model.limit = float("-inf")
+    prepare(model, batch, rewire=False)
+    variants = {**variants_of(model, batch), "both": [q for _, q in named_quantizers(model)]}
+    with evaluating(model):
+        sums = {}
+        for name in variants:
+            with flipped(variants[name]):
+                sums[name] = model.first(batch).sum().item()
+        base = model.first(batch).sum().item()
+    model.limit = (base + sums["first"]) / 2  # the two states of `first` take different paths
+    replay, found = replayed(model, batch, variants)
+    assert replay.reason == ""
+    assert_identical(model, batch, variants, found)
+
+
+def test_values_on_disk_are_the_same(monkeypatch):
+    mapped = []
+    original = replay_module._map_to_file
+    monkeypatch.setattr(replay_module, "_map_to_file", lambda tensor: mapped.append(1) or original(tensor))
+    batch = torch.randn(4, 3, 12, 12)
+    model = prepare(Branches(), batch)
+    variants = variants_of(model, batch)
+    _, found = replayed(model, batch, variants, cache_bytes=1000)
+    assert mapped
+    assert_identical(model, batch, variants, found)
+
+
+def test_only_what_changes_is_computed(monkeypatch):
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(10)))
+    batch = torch.randn(4, 16)
+    prepare(model, batch, rewire=False)
+    variants = variants_of(model, batch)
+    calls = []
+    run = replay_module._run
+
+    def count(compute, tensors, in_place):
+        calls.append(len(tensors) > 1)
+        return run(compute, tensors, in_place)
+
+    monkeypatch.setattr(replay_module, "_run", count)
+    replayed(model, batch, variants)
+    assert sum(calls) == 10 + 10 + sum(range(1, 11))  # two recordings, then each layer and what follows it
+
+
+def test_the_model_is_as_it_was():
+    batch = torch.randn(4, 3, 12, 12)
+    model = prepare(Branches(), batch).train()
+    before = {name: (vars(q).get("forward"), q._disabled) for name, q in named_quantizers(model)}
+    replayed(model, batch, variants_of(model, batch))
+    assert model.training
+    assert {name: (vars(q).get("forward"), q._disabled) for name, q in named_quantizers(model)} == before
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "googlenet"])
+def test_torchvision(name):
+    torchvision = pytest.importorskip("torchvision", reason="needs the extra 'demo'")
+    options = {"init_weights": False} if name == "googlenet" else {}
+    batch = torch.randn(2, 3, 64, 64)
+    model = prepare(torchvision.models.get_model(name, weights=None, **options), batch)
+    variants = dict(list(variants_of(model, batch).items())[::6])
+    replay, found = replayed(model, batch, variants)
+    assert replay.reason == ""
+    assert_identical(model, batch, variants, found)
+
+
+@pytest.mark.parametrize("mode", ["one-at-a-time", "leave-one-out"])
+def test_the_screen_takes_what_the_replay_takes(mode):
+    batch = torch.randn(4, 3, 12, 12)
+    model = prepare(Branches(), batch)
+    layers = analyze_layers(model, [batch], mode=mode, confirm=0).layers
+    assert {layer.name for layer in layers} == set(variants_of(model, batch))
+    assert all(math.isfinite(layer.sqnr_db) for layer in layers)

@@ -1,0 +1,129 @@
+"""The decision as a file: written, edited, read, compared, applied."""
+
+import pytest
+import torch
+from torch import nn
+
+from qdq import (
+    ArgumentError,
+    DataError,
+    Plan,
+    analyze_layers,
+    apply_plan,
+    calibrate_model,
+    diff_plans,
+    load_plan,
+    rewire_operations,
+    save_plan,
+    swap_modules,
+)
+from qdq.cli.main import main
+from qdq.plan import PlanChange, PlanEntry
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return self.head(torch.relu(self.conv(x) + x)).mean((2, 3))
+
+
+@pytest.fixture
+def block():
+    batch = torch.randn(4, 3, 8, 8)
+    model = Block().eval()
+    swap_modules(model, batch, include=["*"])
+    rewire_operations(model, batch)
+    calibrate_model(model, [batch], method="max")
+    return model, batch
+
+
+def test_round_trip(tmp_path):
+    names = {
+        "a.b": PlanEntry("float", "the worst: it's #1", 1.25),
+        "": PlanEntry("int8"),
+        "<script>": PlanEntry("int8"),
+    }
+    plan = Plan(names, "kl")
+    path = save_plan(plan, tmp_path / "plan.yaml")
+    assert load_plan(path) == plan
+    assert path.read_text().startswith("# qdq plan")
+
+
+def test_a_short_form_is_enough(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text("layers:\n  conv: float\n  head: {precision: int8}\n")
+    assert load_plan(path).precisions == {"conv": "float", "head": "int8"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("layers: [1, 2]", "no mapping"),
+        ("layer: {}", "unknown keys layer"),
+        ("metric: kl", "lacks layers"),
+        ("layers: {a: {precision: fp16}}", "fp16"),
+        ("layers: {a: {precision: int8, gian: 1}}", "gian"),
+        ("layers: {a: {reason: x}}", "lacks precision"),
+        ("layers: {a: {precision: int8, gain: big}}", "gain"),
+        ("layers: {a: 3}", "no mapping"),
+        ("a: [", "no YAML"),
+        ("", "no mapping"),
+        ("!!python/object/apply:os.getcwd []", "no YAML"),
+    ],
+)
+def test_bad_files(tmp_path, text, message):
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_plan(path)
+    with pytest.raises(DataError, match="cannot read"):
+        load_plan(tmp_path / "missing.yaml")
+
+
+def test_apply_is_what_the_analysis_did(block, tmp_path):
+    model, batch = block
+    analysis = analyze_layers(model, [batch], max_float_layers=2, pinned={"conv": "float"})
+    states = {name: module._disabled for name, module in model.named_modules() if hasattr(module, "_disabled")}
+    assert states["_add_quantizer"]  # there only for `conv`
+    path = save_plan(analysis.plan, tmp_path / "plan.yaml")
+    for module in model.modules():
+        if hasattr(module, "_disabled"):
+            module._disabled = False
+    assert sorted(apply_plan(model, load_plan(path), batch)) == sorted(analysis.float_layers)
+    assert {n: m._disabled for n, m in model.named_modules() if hasattr(m, "_disabled")} == states
+    apply_plan(model, Plan({"conv": PlanEntry("int8")}), batch)
+    assert not model._add_quantizer._disabled
+
+
+def test_apply_refuses_what_the_model_has_not(block):
+    model, batch = block
+    with pytest.raises(ArgumentError, match="nose"):
+        apply_plan(model, Plan({"conv": PlanEntry("float"), "nose": PlanEntry("float")}), batch)
+    assert not model.conv.input_quantizer._disabled
+
+
+def test_diff(tmp_path, capsys):
+    one = Plan({"a": PlanEntry("int8"), "b": PlanEntry("float"), "c": PlanEntry("int8")})
+    other = Plan({"b": PlanEntry("int8", "edited"), "c": PlanEntry("int8", gain=2.0), "d": PlanEntry("float")})
+    assert diff_plans(one, other) == [
+        PlanChange("a", "int8", None),
+        PlanChange("b", "float", "int8"),
+        PlanChange("d", None, "float"),
+    ]
+    paths = [str(save_plan(plan, tmp_path / name)) for plan, name in ((one, "one.yaml"), (other, "other.yaml"))]
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "diff", *paths])
+    assert stop.value.code == 1
+    assert "b  float -> int8" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "diff", paths[0], paths[0]])
+    assert stop.value.code == 0
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "diff", paths[0], "missing.yaml"])
+    assert stop.value.code == 2
