@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qdq import analyze_layers, calibrate_model, disable_quantization, rewire_operations, swap_modules
-from qdq import replay as replay_module
+from qdq.analyze import replay as replay_module
 from qdq.analyze.replay import Replay, flipped
 from qdq.quantizer import named_quantizers
 from qdq.trace import call_model, evaluating
