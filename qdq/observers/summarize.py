@@ -1,8 +1,8 @@
 """Statistics of one tensor at hand, on whatever device it is.
 
-On a CPU the tensor is read once, in pieces that stay in a core's cache, by as many threads as torch uses: a piece goes
-through all of the arithmetic before the next one is touched. A piece is too small for torch to split among threads,
-and pieces are added up in their order, so that the sums do not depend on the number of threads.
+On a CPU the tensor is read once, in pieces that stay in a cache: a piece goes through all of the arithmetic before
+the next one is touched. A piece is too small for torch to split among threads, so that the sums do not depend on how
+many there are. (Threads of our own made it slower: they wait for each other at Python's lock.)
 
 Elsewhere everything stays on the device, and nothing waits for it.
 """
@@ -10,12 +10,9 @@ Elsewhere everything stays on the device, and nothing waits for it.
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 
@@ -134,7 +131,9 @@ def _split_signs(both: torch.Tensor, negatives: torch.Tensor | int) -> torch.Ten
 
 
 def _on_cpu(values: torch.Tensor, matrices: list[_Matrix]) -> Summary:
-    partials = [partial for matrix in matrices for partial in _share_work(matrix)]
+    partials = [_Partial(matrix) for matrix in matrices]
+    for partial in partials:
+        partial.read()
     low, high = min(p.low for p in partials), max(p.high for p in partials)
     if math.isnan(sum(p.low for p in partials)):
         low = high = math.nan
@@ -151,25 +150,6 @@ def _on_cpu(values: torch.Tensor, matrices: list[_Matrix]) -> Summary:
         sums=torch.tensor(sums or [math.nan] * 5, dtype=torch.float64),
         defects=locate_defects(values) if math.isnan(low) else torch.zeros(2, dtype=torch.int64),
     )
-
-
-def _share_work(matrix: _Matrix) -> list[_Partial]:
-    """The pieces of a matrix in order, among as many threads as torch uses."""
-    tiles = list(_tiles(*matrix.values.shape))
-    share = -(-len(tiles) // min(torch.get_num_threads(), len(tiles)))
-    shares = [tiles[start : start + share] for start in range(0, len(tiles), share)]
-    partials = [_Partial(matrix) for _ in shares]
-    if len(shares) == 1:
-        partials[0].read(shares[0])
-    else:
-        list(_threads(os.getpid()).map(_Partial.read, partials, shares))
-    return partials
-
-
-@cache
-def _threads(process: int) -> ThreadPoolExecutor:
-    """A process that was forked has none of the threads of its parent."""
-    return ThreadPoolExecutor(thread_name_prefix="qdq-calibrate")
 
 
 def _tiles(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
@@ -195,7 +175,7 @@ _scratch = _Scratch()
 
 
 class _Partial:
-    """What one thread found in its pieces of a matrix."""
+    """What was found in the pieces of a matrix."""
 
     def __init__(self, matrix: _Matrix) -> None:
         self._matrix = matrix
@@ -206,9 +186,9 @@ class _Partial:
         self.sums: list[tuple[float, ...]] = []
 
     @torch.no_grad()
-    def read(self, tiles: list[tuple[slice, slice]]) -> None:
-        """Take pieces into account, up to the first with NaN or Inf; that makes `low` and `high` NaN."""
-        for rows, columns in tiles:
+    def read(self) -> None:
+        """Take all pieces into account, up to the first with NaN or Inf; that makes `low` and `high` NaN."""
+        for rows, columns in _tiles(*self._matrix.values.shape):
             piece = _as_float32(self._matrix.values[rows, columns])
             low, high = self._read_extremes(piece, columns if self._dim == 0 else rows)
             if not (math.isfinite(low) and math.isfinite(high)):
