@@ -120,9 +120,9 @@ class Dataflow:
         fork = min(common, key=lambda value: (one[value] + other[value], value))
         return fork, one[fork], other[fork]
 
-    def output_convolutions(self) -> set[str]:
-        """Modules whose convolution writes an output of the network: nothing pools or multiplies behind it (R-OUT)."""
-        found: set[str] = set()
+    def output_convolutions(self) -> list[Operation]:
+        """Convolutions that write an output of the network: nothing pools or multiplies behind them (R-OUT)."""
+        found: list[Operation] = []
         seen, queue = set(self.outputs), deque(self.outputs)
         while queue:
             producer = self._producers.get(queue.popleft())
@@ -130,7 +130,7 @@ class Dataflow:
                 continue
             if producer.function in CONVOLUTIONS:
                 if not self._reads_pooled(producer):  # a classifier may be a convolution of one pixel
-                    found.add(producer.module)
+                    found.append(producer)
                 continue
             fresh = [value for value in producer.inputs if value not in seen and not self._feeds_product(value)]
             seen.update(fresh)

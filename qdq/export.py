@@ -190,11 +190,11 @@ def export_onnx(
 def _passes(opset: int, weights: str) -> list[ir.passes.InPlacePass]:
     """The passes in their order; each alone keeps every number of the graph."""
     passes: list[ir.passes.InPlacePass] = [
-        RemoveIdentities(),
-        NameNodes(),
         FoldWeights(),
+        RemoveIdentities(),
         LowerEinsum(),
         TransposeKeys(),
+        NameNodes(),
         MergePairs(),
         MoveQuantizeBeforeCopies(),
         MergePairs(),  # a pair that was moved may meet an equal one

@@ -140,7 +140,7 @@ class _Decisions:
         self._include = include
         self._exclude = exclude
         self._first = next((op for op in flow.operations if op.function in CONVOLUTIONS), None)
-        self._writes_output = flow.output_convolutions()
+        self._writes_output = {operation.name for operation in flow.output_convolutions()}
 
     def decide(self) -> dict[str, PlannedOperation]:
         """By the name of the call; the first call of a module that runs several times speaks for all."""
@@ -228,7 +228,7 @@ class _Decisions:
         else:
             groups = self._flow.shapes[operation.inputs[0]][1] // weight[1]
             reason = reason_against_convolution(weight, groups, is_first=operation is self._first)
-            if operation.module in self._writes_output:
+            if operation.name in self._writes_output:
                 reason = "last convolution: it writes an output of the network (R-OUT)"
         if reason:
             return "float", reason, ()

@@ -366,7 +366,7 @@ class _DefaultRules:
         self._weights = {parameter.untyped_storage().data_ptr() for parameter in _initialized(model)}
         self._flow = None if trace is None else Dataflow(trace)
         if self._flow is not None:
-            self._writes_output = self._flow.output_convolutions()
+            self._writes_output = {operation.module for operation in self._flow.output_convolutions()}
             self._first = next((op.module for op in self._flow.operations if op.function in CONVOLUTIONS), self._first)
 
     def describe_calls(self, module: nn.Module, calls: list[Contraction]) -> tuple[str, str]:

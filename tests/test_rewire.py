@@ -325,6 +325,21 @@ class TestWeights:
             expected = model(images).numpy()
         np.testing.assert_allclose(OnnxModel(file)(images.numpy())[0], expected, atol=0.05)
 
+    def test_only_the_last_of_several_called_convolutions_writes_the_output(self):
+        class Functional(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.stem = conv(3)
+                self.first, self.last = (nn.Parameter(torch.randn(WIDTH, WIDTH, 3, 3)) for _ in range(2))
+
+            def forward(self, x):
+                x = F.relu(F.conv2d(F.relu(self.stem(x)), self.first, padding=1))
+                return F.relu(F.conv2d(x, self.last, padding=1))
+
+        plan = build(Functional().eval(), torch.randn(2, 3, 8, 8))
+        assert actions(plan) == {"conv2d": "quantize", "conv2d_1": "float"}
+        assert "R-OUT" in plan.operations[1].reason
+
     def test_patterns_of_the_swap_are_no_mistake(self, images, caplog):
         model = nn.Sequential(Network(Block()))
         swap_modules(model, images, exclude=["0.head"])

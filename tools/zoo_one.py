@@ -249,7 +249,7 @@ def _list_float_products(plan: qdq.SwapPlan, rewired: qdq.RewirePlan) -> dict[st
     return found | {
         module.name: module.reason
         for module in layers
-        if callers.isdisjoint((module.name, module.name.rpartition(".")[0]))  # else the call itself is there
+        if module.name not in callers and "reads its weight directly" not in module.reason  # else the call is there
     }
 
 

@@ -31,9 +31,18 @@ class FoldPad(ir.passes.InPlacePass):
 
 def _padding_before(conv: ir.Node) -> tuple[ir.Node, list[int]] | None:
     """The Pad in front of a Conv and the `pads` of both together; None where they cannot become one."""
-    value, weight = conv.inputs[0], conv.inputs[1]
+    value = conv.inputs[0]
     pad = None if value is None else value.producer()
-    if pad is None or not is_op(pad, "Pad") or pad.graph is not conv.graph or weight is None or weight.shape is None:
+    if pad is None or not is_op(pad, "Pad") or pad.graph is not conv.graph:
+        return None
+    pads = join_pads(conv, pad)
+    return None if pads is None else (pad, pads)
+
+
+def join_pads(conv: ir.Node, pad: ir.Node) -> list[int] | None:
+    """The `pads` of a Conv that takes in a Pad, wherever the two stand; None if it cannot."""
+    weight = conv.inputs[1]
+    if weight is None or weight.shape is None:
         return None
     if conv.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         return None
@@ -42,7 +51,7 @@ def _padding_before(conv: ir.Node) -> tuple[ir.Node, list[int]] | None:
     if added is None:
         return None
     own = conv.attributes.get_ints("pads", ()) or [0] * len(added)
-    return pad, [one + other for one, other in zip(own, added, strict=True)]
+    return [one + other for one, other in zip(own, added, strict=True)]
 
 
 def _spatial_zeros(pad: ir.Node, rank: int) -> list[int] | None:

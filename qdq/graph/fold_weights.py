@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 from onnxscript.optimizer import fold_constants
 
-from qdq.graph.pairs import constant_of, is_op
+from qdq.graph.pairs import COPY_OPS, constant_of, is_op
 
 
 class FoldWeights(ir.passes.InPlacePass):
@@ -22,13 +22,13 @@ class FoldWeights(ir.passes.InPlacePass):
         nodes = {node for value in _list_weights(model.graph) for node in _computing(value)}
         if not nodes:
             return ir.passes.PassResult(model, modified=False)
-        fold_constants(
+        result = fold_constants(
             model,
             onnx_shape_inference=False,
             output_size_limit=sys.maxsize,
             should_fold=nodes.__contains__,
         )
-        return ir.passes.PassResult(model, modified=True)
+        return ir.passes.PassResult(model, modified=result.modified)
 
 
 def _list_weights(graph: ir.Graph) -> Iterator[ir.Value | None]:
@@ -40,7 +40,10 @@ def _list_weights(graph: ir.Graph) -> Iterator[ir.Value | None]:
 
 
 def _computing(weight: ir.Value | None) -> Iterator[ir.Node]:
-    """The nodes that make a value, if all that they start from is constant; Q/DQ are never computed away."""
+    """The nodes that make a value, if all that they start from is constant.
+
+    Q/DQ are never computed away, and a parameter that is only moved stays one: others may read it too.
+    """
     found: dict[ir.Node, None] = {}
     values = [weight]
     while values:
@@ -53,4 +56,5 @@ def _computing(weight: ir.Value | None) -> Iterator[ir.Node]:
         if node not in found:
             found[node] = None
             values.extend(node.inputs)
-    yield from found
+    if not all(is_op(node, "Cast", *COPY_OPS) for node in found):
+        yield from found

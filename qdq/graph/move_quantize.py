@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from qdq.graph.fold_pad import join_pads
 from qdq.graph.pairs import COPY_OPS, Parameters, constant_of, has_int8_zeros, input_of, is_op, parameters_of
 
 # ONNX Runtime (1.31) sets a Q of its own behind a DQ in front of these and from opset 21 on refuses the graph for it:
@@ -99,15 +100,17 @@ def _pairs_behind(copy: ir.Node) -> list[_Pair]:
                 return []
             if not all(_is_movable(node, copy) for node in nodes):
                 return []
-            if is_op(copy, "Pad") and not all(map(_feeds_convolutions, dequantizes)):
+            if is_op(copy, "Pad") and not all(_feeds_convolutions(node, copy) for node in dequantizes):
                 return []
             parameters.update(map(parameters_of, nodes))
             pairs.append((output, user, dequantizes))
     return pairs if len(parameters) == 1 else []
 
 
-def _feeds_convolutions(dequantize: ir.Node) -> bool:
-    return all(is_op(user, "Conv") and position == 0 for user, position in dequantize.outputs[0].uses())
+def _feeds_convolutions(dequantize: ir.Node, pad: ir.Node) -> bool:
+    """Whether only convolutions read it, and each can take in the Pad."""
+    readers = dequantize.outputs[0].uses()
+    return all(is_op(user, "Conv") and position == 0 and join_pads(user, pad) is not None for user, position in readers)
 
 
 def _may_quantize(source: ir.Value, copy: ir.Node) -> bool:

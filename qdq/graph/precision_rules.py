@@ -303,15 +303,19 @@ def _decomposed_normalizations(nodes: list[ir.Node]) -> Iterator[ir.Node]:
 
 
 def _divisions_by_floored(nodes: list[ir.Node], target: Target) -> Iterator[ir.Node]:
-    """Behind max(|x|, 1e-12): copies and roots of it up to the division, which 16 bit makes one by zero."""
-    pending = [node for node in nodes if is_op(node, "Clip", "Max", "Add") and _by_constant(node, target)]
+    """Behind max(|x|, 1e-12): copies, roots and products of it up to the division, which 16 bit makes one by zero."""
+    floors = [node for node in nodes if is_op(node, "Clip", "Max", "Add") and _by_constant(node, target)]
+    pending = [(node, False) for node in floors]  # and whether 1 / x has been taken already
+    seen: set[ir.Node] = set()
     while pending:
-        for user in pending.pop().outputs[0].consumers():
-            if is_op(user, "Div"):
-                yield user
-            elif is_op(user, "Sqrt", "Reciprocal", *COPY_OPS):
-                yield user
-                pending.append(user)
+        node, is_inverse = pending.pop()
+        for user in node.outputs[0].consumers():
+            if user in seen or not is_op(user, "Div", "Mul", "Sqrt", "Reciprocal", *COPY_OPS):
+                continue
+            seen.add(user)
+            yield user
+            if not is_op(user, "Div") and not (is_inverse and is_op(user, "Mul")):
+                pending.append((user, is_inverse or is_op(user, "Reciprocal")))
 
 
 def _producer(value: ir.Value | None) -> ir.Node | None:

@@ -43,7 +43,7 @@ def _rewrite(graph: ir.Graph, product: ir.Node, transpose: ir.Node) -> bool:
     source = transpose.inputs[0]
     assert source is not None and source.dtype is not None  # noqa: S101  # _transpose_of_keys has looked
     sizes = list(source.shape or ())[1:]
-    if not sizes or not all(isinstance(size, int) for size in sizes):
+    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
         return False
     *middle, tokens, features = (int(size) for size in sizes if isinstance(size, int))
     name = product.outputs[0].name

@@ -9,7 +9,7 @@ from qdq.graph.passes import run_passes
 GRAPH = """
 g (float[1,2,4,4] x) => (y)
 <float[3,2,1,1] w = {{1, 2, 3, 4, 5, 6}}, float[1] m = {{3.5}}, float s = {{0.1}}, int8 o = {{0}},
- float[3] t = {{0.1, 0.2, 0.3}}, int8[3] p = {{0, 0, 0}}>
+ int64[4] sizes = {{3, 2, 1, 1}}, float[3] t = {{0.1, 0.2, 0.3}}, int8[3] p = {{0, 0, 0}}>
 {{ {} }}
 """
 CENTRED = "c = Sub (w, m) n = Mul (c, c)"
@@ -26,6 +26,8 @@ PAIR = "q = QuantizeLinear <axis = 0> (n, t, p) d = DequantizeLinear <axis = 0> 
         # nobody's weight: it stays computed
         ("c = Sub (w, m) r = ReduceMean <keepdims = 0> (c) y = Add (x, r)", ["Sub", "ReduceMean", "Add"]),
         ("y = Conv (x, w)", ["Conv"]),
+        # only moved: an embedding may be the same parameter
+        ("n = Reshape (w, sizes) y = Conv (x, n)", ["Reshape", "Conv"]),
     ],
 )
 def test_computed_weights(body, left):

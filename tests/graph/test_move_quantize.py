@@ -51,6 +51,17 @@ def test_the_pair_moves_in_front_of(kind):
     assert model.graph.node(1).outputs[0].shape == [1, 4, 4, 4]
 
 
+@pytest.mark.parametrize("amounts", ["0, 1, 0, 0, 0, 2, 0, 0", "0, 0, -1, 0, 0, 0, 0, 0"])
+def test_padding_of_channels_or_cropping_stays_in_front(amounts):
+    text = GRAPH.replace("int64[8] i8 = {0, 0, 1, 1, 0, 0, 1, 2}", f"int64[8] i8 = {{{amounts}}}")
+    weight = (
+        "float[1,7,1,1] w = {1, 2, 3, 4, 5, 6, 7}" if amounts.startswith("0, 1") else "float[1,4,1,1] w = {1, 2, 3, 4}"
+    )
+    text = text.replace("float[1,4,1,1] w = {1, 2, 3, 4}", weight)
+    model = read(text % (0, 0.0, COPIES["Pad"], "Conv (d, w)"))
+    assert ops(apply(model, MoveQuantizeBeforeCopies()))[1] == "Pad"
+
+
 @pytest.mark.parametrize(
     ("kind", "reader"), [("Pad", "Sin (d)"), ("Pad edge", "Conv (d, w)"), ("Pad reflect", "Conv (d, w)")]
 )

@@ -269,6 +269,18 @@ class TestKept:
         assert ({"c", "e", "y"} <= kept.keys()) == (epsilon == "1e-12")
         assert np.isfinite(run(model, np.zeros((2, 4), np.float16))[0]).all()
 
+    @pytest.mark.parametrize("division", ["y = Div (x, p)", "r = Reciprocal (p) y = Mul (x, r)"])
+    def test_division_by_a_product_of_floors(self, division):
+        """Cosine similarity written out; ONNX Runtime computes this in float32 and would not show it."""
+        text = (
+            "(float[2,4] x) => (float[2,4] y) <float low = {1e-8}>"
+            "{ n = ReduceL2 <keepdims = 1> (x) c = Clip (n, low) p = Mul (c, c) " + division + " }"
+        )
+        model, kept = convert(text, keep_io_types=False)
+        assert {"c", "p", "y"} <= kept.keys()
+        (found,) = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": np.zeros((2, 4), np.float16)})
+        assert np.isfinite(found).all()
+
     def test_large_reductions(self):
         for size, names in ((1024, set()), (1025, {"r"})):
             head = f"(float[2,{size}] x) => (float[2,1] y) <int64[1] a = {{1}}>"
