@@ -28,6 +28,7 @@ from qdq.trace import Operation, trace_forward
 SCALES = ("shared", "independent")
 _CONCATS = frozenset({"cat"})
 _ATTENTION = frozenset({"matmul", "bmm", "baddbmm", "scaled_dot_product_attention", "multi_head_attention_forward"})
+_MATRIX = frozenset({"matmul", "bmm"})  # of two activations mostly
 _POOLINGS = frozenset({"avg_pool1d", "avg_pool2d", "avg_pool3d"})
 _WEIGHTED = frozenset({"linear", "conv1d", "conv2d"})  # input, weight with outputs first, bias
 _SHOWN = _WEIGHTED | _CONCATS | _ATTENTION | _POOLINGS | MAX_POOLINGS | {"add", "interpolate", "mul", "mean"}
@@ -172,7 +173,7 @@ class _Decisions:
             return "float", f"excluded by {pattern}", ()
         if pattern := self._include.match([operation.name], owner):
             computed = tuple(i for i, value in enumerate(operation.inputs) if self._flow.is_computed(value))
-            operands = (0, 1) if operation.function in _WEIGHTED else computed  # both or none (R-CONV-2)
+            operands = (0, 1) if operation.function in _WEIGHTED | _MATRIX else computed  # both or none (R-CONV-2)
             return self._attachable(operation, f"included by {pattern}", operands)
         if operation.function == "add":
             return self._judge_add(operation)
@@ -182,6 +183,8 @@ class _Decisions:
             return self._judge_resize(operation)
         if operation.function in _POOLINGS:
             return self._judge_pooling(operation)
+        if operation.function in _MATRIX and not all(map(self._flow.is_computed, operation.inputs[:2])):
+            return "float", "product with a weight by `@`: called as F.linear it would be quantized, or include it", ()
         return _judge_by_kind(operation)
 
     def _attachable(

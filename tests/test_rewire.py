@@ -325,6 +325,24 @@ class TestWeights:
             expected = model(images).numpy()
         np.testing.assert_allclose(OnnxModel(file)(images.numpy())[0], expected, atol=0.05)
 
+    def test_products_with_a_parameter_by_operator(self, tmp_path):
+        class Projection(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer, self.weight = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+            def forward(self, x):
+                return self.layer(x) @ self.weight
+
+        model, x = Projection().eval(), torch.randn(4, WIDTH)
+        (operation,) = build(copy.deepcopy(model), x).operations
+        assert (operation.action, "F.linear" in operation.reason) == ("float", True)
+        (operation,) = build(model, x, include=["matmul"]).operations
+        assert operation.operands == (0, 1)
+        calibrate_model(model, [x])
+        found = qdq.check_onnx(qdq.export_onnx(model, x, tmp_path / "model.onnx").path)
+        assert [layer.int8 for layer in found.coverage.layers] == [True, True]
+
     def test_only_the_last_of_several_called_convolutions_writes_the_output(self):
         class Functional(nn.Module):
             def __init__(self):
