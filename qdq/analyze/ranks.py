@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import torch.distributed as dist
+
+from qdq.distributed import find_rank, gather_bytes
 
 Item = TypeVar("Item")
 
@@ -25,9 +27,8 @@ class Ranks:
         is_started = dist.is_available() and dist.is_initialized()
         if not is_started and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
             dist.init_process_group("gloo")
-            self._is_owner = is_started = True
-        if is_started:
-            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+            self._is_owner = True
+        self.rank, self.size = find_rank()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -40,16 +41,11 @@ class Ranks:
 
     def wait(self) -> None:
         """Until all processes are here."""
-        if self.size > 1:
-            dist.barrier()
+        gather_bytes(b"")
 
     def any(self, flag: bool) -> bool:
         """Whether a flag is set in any process."""
-        if self.size == 1:
-            return flag
-        flags = torch.tensor(int(flag))
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return bool(flags)
+        return any(gather_bytes(b"set" if flag else b""))
 
     def merge(
         self, names: Sequence[Item], found: Mapping[Item, npt.NDArray[np.float64]]
@@ -58,19 +54,15 @@ class Ranks:
 
         Args:
             names: Everything that was shared out.
-            found: The part of this process; all arrays have one shape.
+            found: The part of this process.
         """
         if self.size == 1 or not names:
             return dict(found)
-        shapes = torch.zeros(3, dtype=torch.int64)  # dimensions and size: a process may have found nothing
-        example = next(iter(found.values()), None)
-        if example is not None:
-            shapes[: example.ndim + 1] = torch.tensor([example.ndim, *example.shape])
-        dist.all_reduce(shapes, dist.ReduceOp.MAX)
-        shape = shapes[1 : 1 + int(shapes[0])].tolist()
-        total = torch.zeros(len(names), *shape, dtype=torch.float64)
-        for place, name in enumerate(names):
-            if name in found:
-                total[place] = torch.from_numpy(np.asarray(found[name]))
-        dist.all_reduce(total)
-        return {name: total[place].numpy() for place, name in enumerate(names)}
+        own, places = io.BytesIO(), [place for place, name in enumerate(names) if name in found]
+        np.savez(own, np.array(places, np.int64), *(found[names[place]] for place in places))
+        merged: dict[Item, npt.NDArray[np.float64]] = {}
+        for content in gather_bytes(own.getvalue()):
+            part = np.load(io.BytesIO(content), allow_pickle=False)
+            where, *arrays = (part[key] for key in part.files)
+            merged |= {names[place]: array for place, array in zip(where, arrays, strict=True)}
+        return merged

@@ -15,7 +15,7 @@ from qdq.graph.pairs import COPY_OPS, constant_of, has_int8_zeros, parameters_of
 WEIGHTED_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # A DQ in front of these still reaches the operator behind them: they move or pad values, they make no new ones.
 # TensorRT-RTX 1.7 computes a convolution behind each of them in int8.
-_TRANSPARENT_OPS = COPY_OPS | {"Cast", "Identity", "MaxPool", "Pad"}
+TRANSPARENT_OPS = COPY_OPS | {"Cast", "Identity", "MaxPool", "Pad"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def dequantizer_of(value: ir.Value | None) -> ir.Node | None:
     while value is not None and (node := value.producer()) is not None:
         if node.op_type == "DequantizeLinear":
             return node
-        if node.op_type not in _TRANSPARENT_OPS:
+        if node.op_type not in TRANSPARENT_OPS:
             return None
         value = node.inputs[0]
     return None

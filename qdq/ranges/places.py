@@ -16,16 +16,16 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from torch import nn
 
-from qdq.graph.coverage import WEIGHTED_OPS, module_of, output_axis
+from qdq.graph.coverage import TRANSPARENT_OPS, WEIGHTED_OPS, module_of, output_axis
 from qdq.graph.names import SCOPES, scope_of
-from qdq.graph.pairs import COPY_OPS, is_op
+from qdq.graph.pairs import is_op
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.nn.attention import QuantMultiheadAttention
 from qdq.nn.functions import QuantFunctionsMixin
 from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.ranges.aimet import MODULE_INPUT, MODULE_OUTPUT
 
-_SAME_RANGE = ("QuantizeLinear", "DequantizeLinear", "Cast", "Identity", "MaxPool", "Pad", *COPY_OPS)
+_SAME_RANGE = ("QuantizeLinear", "DequantizeLinear", *TRANSPARENT_OPS)
 _NODES_OF_FUNCTION = {
     "add": ("Add",),
     "avg_pool1d": ("AveragePool",),
