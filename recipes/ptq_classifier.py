@@ -21,7 +21,7 @@ def ptq_classifier(
     exclude: tuple[str, ...] = (),
     plan: Path | None = None,
     calib_method: CalibMethod = "mse",
-    calib_images: PositiveInt = 128,
+    calib_batches: PositiveInt = 8,
     eval_images: PositiveInt = 500,
     analysis_images: PositiveInt = 32,
     max_float_layers: NonNegativeInt = 4,
@@ -41,7 +41,7 @@ def ptq_classifier(
         exclude: Layers to keep in float: dotted names, globs or re:EXPRESSION.
         plan: YAML of an earlier run, perhaps edited: the layers that it names run as it says.
         calib_method: How the range of an activation is solved; best: per layer what costs its output least.
-        calib_images: Images to calibrate on.
+        calib_batches: Batches to calibrate on.
         eval_images: Images to evaluate on.
         analysis_images: Calibration images to measure the sensitivity on.
         max_float_layers: At most so many layers are left in float after the analysis.
@@ -54,7 +54,7 @@ def ptq_classifier(
     settings, backend = dict(locals()), qdq.find_backend("auto", sm)
     pinned = qdq.load_plan(plan).precisions if plan else None
     net = qdq.load_model(model, weights, seed)
-    calib, images = qdq.load_images(data_dir, net, calib_images, eval_images, batch_size, seed)
+    calib, images = qdq.load_images(data_dir, net, calib_batches * batch_size, eval_images, batch_size, seed)
     run = qdq.start_run(output, seed=seed, settings=settings)
     run.stage("float")
     logits, example = {"float": qdq.predict(net.module, images)}, calib.images[:2]

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "ptq_classifier.py"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 SMALL = [
-    *("--model", "squeezenet1_1", "--weights", "random", "--calib-images", "4", "--eval-images", "4"),
+    *("--model", "squeezenet1_1", "--weights", "random", "--calib-batches", "2", "--eval-images", "4"),
     *("--analysis-images", "2", "--batch-size", "2", "--max-float-layers", "0"),
 ]
 WRITTEN = [
@@ -147,7 +147,7 @@ def foreign_folder(tmp_path):
         (["--weights", "nonsense"], "unknown weights 'nonsense'"),
         (["--sm", "77"], "cannot build for SM 77"),
         (["--batch-size", "0"], 'invalid value "0" for --batch-size'),
-        (["--calib-images", "-3"], 'invalid value "-3" for --calib-images'),
+        (["--calib-batches", "-3"], 'invalid value "-3" for --calib-batches'),
         (["--max-float-layers", "-1"], 'invalid value "-1" for --max-float-layers'),
         (["--target-sqnr", "nan"], 'invalid value "nan" for --target-sqnr'),
         (["--seed", "-1"], 'invalid value "-1" for --seed'),

@@ -58,7 +58,7 @@ def _try(model: str, images: Path, output: Path, max_float_layers: int) -> dict[
     recipe = load_recipe("ptq_classifier").ptq_classifier
     began = time.perf_counter()
     code = recipe(
-        model=model, weights="random", data_dir=images, output=output, calib_images=8, eval_images=8,
+        model=model, weights="random", data_dir=images, output=output, calib_batches=2, eval_images=8,
         analysis_images=2, batch_size=4, max_float_layers=max_float_layers,
     )  # fmt: skip
     report = loads((output / "report.json").read_text())

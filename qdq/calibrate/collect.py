@@ -22,7 +22,7 @@ from qdq.distributed import failing_together, find_rank, gather_bytes
 from qdq.errors import ArgumentError, CalibrationError
 from qdq.formats import Format
 from qdq.nn import QuantMixin
-from qdq.observers.collector import TensorCollector
+from qdq.observers.collector import TensorCollector, TensorReader
 from qdq.quantizer import SharedQuantizer, TensorQuantizer, named_quantizers
 from qdq.run import require_writable
 from qdq.statistics import Statistics, merge_parts, require_suffix
@@ -79,7 +79,7 @@ class Collection:
             if isinstance(layer, _ConvNd)
             for quantizer in layer.quantizers().values()
         }
-        collectors = {}
+        reader, collectors = TensorReader(), {}
         for name, quantizer in self.collecting.items():
             leader = leader_of(quantizer)
             axis = leader.axis
@@ -88,7 +88,8 @@ class Collection:
                     f"{name} has the axes {axis}; calibration knows ranges per tensor and along one axis.",
                     "collect by hand with its own calibrator (enable_calib, load_calib_amax).",
                 )
-            collectors[self.leaders[name]] = TensorCollector(of_convolutions.get(id(leader)) if axis is None else axis)
+            channels = of_convolutions.get(id(leader)) if axis is None else axis
+            collectors[self.leaders[name]] = TensorCollector(channels, reader)
         return collectors
 
     def __enter__(self) -> Collection:

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from qdq.errors import CalibrationError
 from qdq.observers.finite import require_tensor
 from qdq.observers.statistics import LEAST_EXPONENT, TensorStatistics
 from qdq.observers.summarize import Summary, add_counts, summarize
+
+
+class TensorReader:
+    """Summaries of tensors; one that several collectors see, as the input of a block and its shortcut, is read once."""
+
+    def __init__(self) -> None:
+        self._found: MutableMapping[torch.Tensor, tuple[object, Summary]] = WeakIdKeyDictionary()
+
+    def read(self, inputs: torch.Tensor, channel_axis: int | None) -> Summary:
+        """As `summarize`."""
+        if inputs.is_inference():  # nobody could tell whether it has been changed since
+            return summarize(inputs, channel_axis)
+        state = inputs._version, channel_axis
+        if inputs not in self._found or self._found[inputs][0] != state:
+            self._found[inputs] = state, summarize(inputs.detach(), channel_axis)
+        return self._found[inputs][1]
 
 
 class TensorCollector:
@@ -23,8 +42,9 @@ class TensorCollector:
             batch of its own.
     """
 
-    def __init__(self, channel_axis: int | None = None) -> None:
+    def __init__(self, channel_axis: int | None = None, reader: TensorReader | None = None) -> None:
         self.channel_axis = channel_axis
+        self._reader = reader or TensorReader()
         self.batch: int | None = None
         self.reset()
 
@@ -56,7 +76,7 @@ class TensorCollector:
         if inputs.numel() == 0:
             return
         number = self.batch if self.batch is not None else max(self._records, default=-1) + 1
-        found = summarize(inputs.detach(), self.channel_axis)
+        found = self._reader.read(inputs, self.channel_axis)
         if inputs.device.type == "cpu" and int(found.defects[0]):
             raise _defective(found.defects, inputs.numel())
         self._note_defects(number, found.defects, inputs.numel())

@@ -1,8 +1,8 @@
 """Statistics of one tensor at hand, on whatever device it is.
 
-On a CPU the tensor is read once, in pieces that stay in a cache: a piece goes through all of the arithmetic before
-the next one is touched. A piece is too small for torch to split among threads, so that the sums do not depend on how
-many there are. (Threads of our own made it slower: they wait for each other at Python's lock.)
+On a CPU extremes and sums are found by torch's threads for all values, then bins in pieces that stay in a cache, by one
+thread. (More threads were tried for these. Our own wait for each other at Python's lock; torch's save little, and on a
+busy machine each of so many short operations waits for the slowest.)
 
 Elsewhere everything stays on the device, and nothing waits for it.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,9 @@ import torch
 from qdq.observers.statistics import LEAST_ABSMAX, LEAST_EXPONENT, LOG_BINS, NUM_BINS, exponent_of
 
 _PIECE = (1 << 15) - 64  # torch shares work of 2^15 elements and more among threads
+_CHUNK = 8 * _PIECE
+_TURNS = 2
+_ROW = 1 << 11
 _DEVICE_PIECE = 1 << 24  # float32 counts are exact up to here
 
 
@@ -96,6 +99,17 @@ def _as_matrices(values: torch.Tensor, channel_axis: int) -> list[_Matrix]:
     return [_Matrix(sorted_view.reshape(-1, inner), shape[position], False)]
 
 
+def _channel_extremes(matrices: list[_Matrix]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Minimum and maximum of each channel, float32 `[C]`; they do not depend on how torch shares the work."""
+    lows, highs = ([_reduce(matrix, reduction) for matrix in matrices] for reduction in (torch.amin, torch.amax))
+    return torch.stack(lows).amin(0), torch.stack(highs).amax(0)
+
+
+def _reduce(matrix: _Matrix, reduction: Callable[..., torch.Tensor]) -> torch.Tensor:
+    reduced: torch.Tensor = reduction(matrix.values, 0 if matrix.channels_are_columns else 1)
+    return reduction(reduced.reshape(-1, matrix.channels), 0).float()
+
+
 # -- histograms ------------------------------------------------------------------------------------------------------
 
 
@@ -131,113 +145,131 @@ def _split_signs(both: torch.Tensor, negatives: torch.Tensor | int) -> torch.Ten
 
 
 def _on_cpu(values: torch.Tensor, matrices: list[_Matrix]) -> Summary:
-    partials = [_Partial(matrix) for matrix in matrices]
-    for partial in partials:
-        partial.read()
-    low, high = min(p.low for p in partials), max(p.high for p in partials)
-    if math.isnan(sum(p.low for p in partials)):
-        low = high = math.nan
-    histograms = [(counts, exponent) for partial in partials for exponent, counts in partial.counts.items()]
-    counts, exponent = torch.zeros(2, NUM_BINS, dtype=torch.int64), torch.tensor(LEAST_EXPONENT)
-    for others, other_exponent in histograms:
-        counts, exponent = add_counts(counts, exponent, others, torch.tensor(other_exponent))
-    sums = [math.fsum(column) for column in zip(*(piece for p in partials for piece in p.sums), strict=True)]
+    lows, highs = _channel_extremes(matrices)
+    low, high = float(lows.amin()), float(highs.amax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return _only_defects(values, lows)
+    counter = _Counter(exponent_of(max(-low, high)), signed=low < 0)
+    for matrix in matrices:
+        counter.read(matrix.values)
     return Summary(
-        counts=counts,
-        exponent=exponent,
-        channel_absmax=torch.stack([partial.fold_channels() for partial in partials]).amax(0),
+        counts=counter.counts(),
+        exponent=torch.tensor(counter.exponent),
+        channel_absmax=torch.maximum(-lows, highs),
         extremes=torch.tensor([low, high], dtype=torch.float64),
-        sums=torch.tensor(sums or [math.nan] * 5, dtype=torch.float64),
-        defects=locate_defects(values) if math.isnan(low) else torch.zeros(2, dtype=torch.int64),
+        sums=torch.tensor(counter.sums(), dtype=torch.float64),
+        defects=torch.zeros(2, dtype=torch.int64),
     )
 
 
-def _tiles(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    """Pieces that a core's cache holds: several rows, or a part of one."""
-    height, length = max(1, _PIECE // columns), min(columns, _PIECE)
-    for row in range(0, rows, height):
-        for column in range(0, columns, length):
-            yield slice(row, min(row + height, rows)), slice(column, min(column + length, columns))
+def _only_defects(values: torch.Tensor, channels: torch.Tensor) -> Summary:
+    return Summary(
+        counts=torch.zeros(2, NUM_BINS, dtype=torch.int64),
+        exponent=torch.tensor(LEAST_EXPONENT),
+        channel_absmax=torch.full_like(channels, math.nan),
+        extremes=torch.full((2,), math.nan, dtype=torch.float64),
+        sums=torch.full((5,), math.nan, dtype=torch.float64),
+        defects=locate_defects(values),
+    )
 
 
-class _Scratch(threading.local):
-    """Memory for one piece, one set a thread: fresh memory for every result costs more than the arithmetic."""
+class _Buffers(threading.local):
+    """Memory for what is at hand, one set a thread: fresh memory for every result costs more than the arithmetic."""
 
     def __init__(self) -> None:
         with torch.inference_mode(False):  # else it could not be written to outside of that mode
-            self.values = torch.empty(_PIECE)
-            self.single = torch.empty(_PIECE)
-            self.bins = torch.empty(_PIECE, dtype=torch.int32)
-            self.wide = torch.empty(_PIECE, dtype=torch.float64)
+            self.converted, self.single = torch.empty(_PIECE), torch.empty(_PIECE)
+            self.signs = torch.empty(_PIECE, dtype=torch.int32)
+            self.bins = torch.empty(_CHUNK, dtype=torch.int16)
 
 
-_scratch = _Scratch()
+_buffers = _Buffers()
 
 
-class _Partial:
-    """What was found in the pieces of a matrix."""
+class _Counter:
+    """Counts bins of finite values and adds the values up.
 
-    def __init__(self, matrix: _Matrix) -> None:
-        self._matrix = matrix
-        self._dim = 0 if matrix.channels_are_columns else 1
-        self._absmax = torch.zeros(matrix.values.shape[1 - self._dim])  # of each column or row
-        self.low, self.high = math.inf, -math.inf
-        self.counts: dict[int, torch.Tensor] = {}  # by exponent
-        self.sums: list[tuple[float, ...]] = []
+    Neighbours are counted in two histograms by turns: after a ReLU they often share a bin, and a core waits for one
+    addition to a place before it begins the next.
 
-    @torch.no_grad()
-    def read(self) -> None:
-        """Take all pieces into account, up to the first with NaN or Inf; that makes `low` and `high` NaN."""
-        for rows, columns in _tiles(*self._matrix.values.shape):
-            piece = _as_float32(self._matrix.values[rows, columns])
-            low, high = self._read_extremes(piece, columns if self._dim == 0 else rows)
-            if not (math.isfinite(low) and math.isfinite(high)):
-                self.low = self.high = math.nan
-                return
-            self._count(piece.view(-1), low, exponent_of(max(-low, high)))
+    Args:
+        exponent: Of the width of a bin; no value is beyond the last one.
+        signed: Whether there are values below 0.
+    """
 
-    def _read_extremes(self, piece: torch.Tensor, place: slice) -> tuple[float, float]:
-        lows, highs = piece.amin(self._dim), piece.amax(self._dim)
-        absmax = self._absmax[place]
-        torch.maximum(absmax, torch.maximum(-lows, highs), out=absmax)
-        low, high = float(lows.amin()), float(highs.amax())
-        self.low, self.high = min(self.low, low), max(self.high, high)
-        return low, high
+    def __init__(self, exponent: int, signed: bool) -> None:
+        self.exponent, self._signed = exponent, signed
+        first = 1 - NUM_BINS if signed else 0
+        self._counts = torch.zeros(_TURNS, NUM_BINS - first, dtype=torch.int64)
+        starts = torch.arange(_TURNS, dtype=torch.int16) * self._counts.shape[1] - first
+        self._starts = starts.repeat(_PIECE // _TURNS)
+        self._sums: list[tuple[float, float]] = []  # of x and x^2
+        self._negative_sums: list[float] = []
+        self._size = self._positives = self._negatives = 0
 
-    def _count(self, values: torch.Tensor, low: float, exponent: int) -> None:
-        size = values.numel()
-        single, bins, wide = _scratch.single[:size], _scratch.bins[:size], _scratch.wide[:size].copy_(values)
-        bins.copy_(torch.mul(values, math.ldexp(1.0, -exponent), out=single))
-        # The sign from the bits, once + 0.0 has made 0.0 of -0.0; torch.sign takes ten times as long.
-        signs = torch.add(values, 0.0, out=single).view(torch.int32).clamp_(-1, 1)
-        counts = self.counts.setdefault(exponent, torch.zeros(2, NUM_BINS, dtype=torch.int64))
-        total, balance = float(wide.sum()), int(signs.sum(dtype=torch.int32))
-        if low >= 0:
-            total_abs, nonzero = total, balance
-            counts[0] += torch.bincount(bins, minlength=NUM_BINS)
-        else:
-            total_abs, nonzero = float(wide.abs_().sum()), int(signs.abs_().sum(dtype=torch.int32))
-            both = torch.bincount(bins.add_(NUM_BINS - 1), minlength=2 * NUM_BINS - 1)
-            counts += _split_signs(both, (nonzero - balance) // 2)
-        self.sums.append((total, total_abs, float(wide.mul_(wide).sum()), size, nonzero))
+    def read(self, values: torch.Tensor) -> None:
+        """Take values into account."""
+        values = values.view(-1)
+        at_once = self._can_be_summed(values)
+        if at_once:
+            self._sum(values)
+        for chunk in torch.split(values, _CHUNK):
+            bins = _buffers.bins[: chunk.numel()]
+            for piece, place in zip(torch.split(chunk, _PIECE), torch.split(bins, _PIECE), strict=True):
+                if piece.dtype != torch.float32:
+                    piece = _buffers.converted[: piece.numel()].copy_(piece)
+                if not at_once:
+                    self._sum(piece if self._can_be_summed(piece) else piece.double())
+                self._find_bins(piece, place)
+            self._counts += torch.bincount(bins, minlength=self._counts.numel()).view_as(self._counts)
+        self._size += values.numel()
 
-    def fold_channels(self) -> torch.Tensor:
-        """Maximum of |x| in each channel `[C]`."""
-        return self._absmax.reshape(-1, self._matrix.channels).amax(0)
+    def _can_be_summed(self, values: torch.Tensor) -> bool:
+        """Whether the squares of values as large as the largest one are far from the ends of their type."""
+        return values.dtype == torch.float32 and abs(self.exponent + LOG_BINS) <= 40
+
+    def _sum(self, values: torch.Tensor) -> None:
+        """In rows, which torch gives to one thread each, so that nothing depends on how many there are."""
+        whole = values.numel() // _ROW * _ROW
+        for rows in (values[:whole].view(-1, _ROW), values[whole:].view(1, -1)):
+            squares = torch.linalg.vector_norm(rows, dim=1).double().square_()
+            self._sums += zip(rows.sum(1).tolist(), squares.tolist(), strict=True)
+
+    def _find_bins(self, piece: torch.Tensor, bins: torch.Tensor) -> None:
+        single = _buffers.single[: piece.numel()]
+        self._positives += _count_positives(piece)
+        if self._signed:
+            torch.neg(piece, out=single)
+            self._negatives += _count_positives(single)
+            self._negative_sums.append(float(single.clamp_(0).sum()))
+        torch.mul(piece, math.ldexp(1.0, -self.exponent), out=single)
+        bins.copy_(single).add_(self._starts[: piece.numel()])  # the copy rounds towards 0
+
+    def counts(self) -> torch.Tensor:
+        """As `Summary.counts`."""
+        counts = self._counts.sum(0)
+        if self._signed:
+            return _split_signs(counts, self._negatives)
+        return torch.stack([counts, torch.zeros_like(counts)])
+
+    def sums(self) -> list[float]:
+        """As `Summary.sums`."""
+        total, squares = (math.fsum(column) for column in zip(*self._sums, strict=True))
+        total_abs = total + 2 * math.fsum(self._negative_sums)
+        return [total, total_abs, squares, self._size, self._positives + self._negatives]
 
 
-def _as_float32(piece: torch.Tensor) -> torch.Tensor:
-    if piece.dtype == torch.float32:
-        return piece
-    return _scratch.values[: piece.numel()].view(piece.shape).copy_(piece)
+def _count_positives(values: torch.Tensor) -> int:
+    """How many are above 0, from the bits: it takes a third of the time of a comparison."""
+    signs = torch.clamp(values.view(torch.int32), 0, 1, out=_buffers.signs[: values.numel()])
+    return int(signs.sum(dtype=torch.int32))
 
 
 # -- other devices ---------------------------------------------------------------------------------------------------
 
 
 def _on_device(values: torch.Tensor, matrices: list[_Matrix]) -> Summary:
-    lows, highs = (torch.stack([_reduce(m, reduction) for m in matrices]) for reduction in (torch.amin, torch.amax))
-    lows, highs = lows.amin(0), highs.amax(0)
+    lows, highs = _channel_extremes(matrices)
     channel_absmax = torch.maximum(-lows, highs)
     exponent = _exponent_on_device(channel_absmax.amax())
     factor = ((127 - exponent) << 23).to(torch.int32).view(torch.float32)  # 2^-k to the last bit
@@ -255,12 +287,6 @@ def _on_device(values: torch.Tensor, matrices: list[_Matrix]) -> Summary:
         )
     extremes = torch.stack([lows.amin(), highs.amax()]).double()
     return Summary(counts, exponent, channel_absmax, extremes, sums, locate_defects(values))
-
-
-def _reduce(matrix: _Matrix, reduction: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """Minimum or maximum of each channel `[C]`."""
-    reduced: torch.Tensor = reduction(matrix.values, 0 if matrix.channels_are_columns else 1)
-    return reduction(reduced.reshape(-1, matrix.channels), 0).float()
 
 
 def _exponent_on_device(absmax: torch.Tensor) -> torch.Tensor:
