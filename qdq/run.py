@@ -26,7 +26,8 @@ from qdq.errors import ArgumentError
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "run.json"
-JOURNAL_FILE = "analysis.jsonl"  # kept from an earlier run: its lines say what they were measured on
+JOURNAL_FILE = "analysis.jsonl"  # kept from any earlier run: its lines say what they were measured on
+STATISTICS_FILES = ("calibration.safetensors", "calibration.json")  # kept where a run that was cut off is begun again
 _PACKAGES = (
     "qdq", "torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt",
     "tensorrt-rtx-cu13", "numpy",
@@ -127,6 +128,22 @@ class Run:
         self._stage = ""
         self._save("finished")
 
+    def is_begun(self) -> bool:
+        """Whether the folder holds this very run, not finished."""
+        try:
+            earlier = json.loads((self.folder / STATE_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return (
+            isinstance(earlier, dict) and earlier.get("status") == "running" and earlier | self._describe() == earlier
+        )
+
+    def _describe(self) -> dict[str, Any]:
+        described: dict[str, Any] = to_jsonable(
+            {"seed": self.seed, "settings": self.settings, "environment": self.environment}
+        )
+        return described
+
     def _end_stage(self) -> None:
         if self._stage:
             self.seconds[self._stage] = round(time.perf_counter() - self._stage_began, 2)
@@ -134,15 +151,15 @@ class Run:
     def _save(self, status: str) -> None:
         write_json(
             self.folder / STATE_FILE,
-            {"status": status, "stage": self._stage, "seed": self.seed, "settings": self.settings,
-             "environment": self.environment, "seconds": self.seconds},
-        )  # fmt: skip
+            {"status": status, "stage": self._stage, **self._describe(), "seconds": self.seconds},
+        )
 
 
 def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | None = None) -> Run:
     """Open a run folder, set the seeds and send the log of qdq to `run.log` in it.
 
-    What an earlier run, finished or killed, left in the folder is removed, so that a folder never mixes two.
+    What an earlier run left in the folder is removed, so that a folder never mixes two. What it had measured stays:
+    its analysis, and, where it was cut off and had the same settings, seed and versions, what it had collected.
 
     Args:
         folder: Made if it does not exist.
@@ -167,10 +184,11 @@ def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | N
             "choose a new folder with --output.",
         )
     run = Run(folder, settings or {}, seed)
+    kept = {STATE_FILE, JOURNAL_FILE, *(STATISTICS_FILES if run.is_begun() else ())}
     run._save("running")  # before anything else is touched: killed at any moment, the folder is still known as a run's
     try:
         for path in present:
-            if path.is_file() and path.name not in (STATE_FILE, JOURNAL_FILE):
+            if path.is_file() and path.name not in kept:
                 path.unlink()
         _log_to(folder / "run.log")
     except OSError as error:

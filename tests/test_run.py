@@ -94,6 +94,30 @@ def test_run_folder_is_emptied_of_an_earlier_run(tmp_path):
     assert json.loads((again.folder / "run.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.parametrize(
+    ("change", "kept"), [({}, True), ({"seed": 4}, False), ({"settings": {"model": "y"}}, False)], ids=str
+)
+def test_what_was_collected_is_kept_for_the_same_run_only(tmp_path, change, kept):
+    options = {"seed": 3, "settings": {"model": "x", "output": tmp_path}}
+    run = start_run(tmp_path / "run", **options)
+    write_atomic(run.folder / "calibration.safetensors", "half")
+    write_atomic(run.folder / "model.onnx", "stale")
+    again = start_run(tmp_path / "run", **(options | change))
+    assert (again.folder / "calibration.safetensors").exists() == kept
+    assert not (again.folder / "model.onnx").exists()
+    again.finish()
+    start_run(tmp_path / "run", **(options | change))
+    assert not (again.folder / "calibration.safetensors").exists()
+
+
+def test_a_damaged_state_is_no_begun_run(tmp_path):
+    run = start_run(tmp_path / "run")
+    write_atomic(run.folder / "calibration.safetensors", "half")
+    for damaged in ("{", "[]", "null"):
+        (run.folder / "run.json").write_text(damaged)
+        assert not run.is_begun()
+
+
 def test_foreign_folder_is_not_emptied(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ArgumentError, match="not a run folder"):

@@ -181,7 +181,7 @@ def collect_and_hold_out(
     with failing_together():
         found = finished or _collect(model, collection, stream, file)
         if finished:
-            file.require_same_data(finished, stream)
+            file.require_same_sources(model, finished, stream)
     if not finished:
         found = replace(merge_parts(map(Statistics.from_bytes, gather_bytes(found.to_bytes()))), complete=True)
         file.finish(found)
@@ -198,8 +198,8 @@ def _collect(model: nn.Module, collection: Collection, stream: _Stream, file: _F
     with collection:
         for local, batch in enumerate(tqdm(stream, desc="calibrate", unit="batch", disable=None)):
             if local == 0:
-                data = digest_batch(batch)
-                file.require_data(before, data)
+                data = digest_sources(model, batch)
+                file.require_sources(before, data)
             if local < done:
                 continue
             number = local * size + rank
@@ -319,27 +319,28 @@ class _File:
             )
         return found
 
-    def require_data(self, begun: Statistics | None, digest: str) -> None:
-        """Refuse a first batch that is not the one of the earlier run.
+    def require_sources(self, begun: Statistics | None, digest: str) -> None:
+        """Refuse weights or a first batch that are not those of the earlier run.
 
         Raises:
-            ArgumentError: It differs.
+            ArgumentError: They differ.
         """
         if begun and begun.data and begun.data != digest:
             raise ArgumentError(
-                f"{self._path} was collected from other data: the first batch differs.",
-                "give the same batches in the same order (no shuffling without a seed), or choose another file.",
+                f"{self._path} was collected from other weights or other data: their digest differs.",
+                "give the same weights and the same batches in the same order (no shuffling without a seed), or "
+                "remove the file, or choose another one.",
             )
 
-    def require_same_data(self, finished: Statistics, stream: _Stream) -> None:
-        """As `require_data`, where nothing is left to collect; no batch at all is fine.
+    def require_same_sources(self, model: nn.Module, finished: Statistics, stream: _Stream) -> None:
+        """As `require_sources`, where nothing is left to collect; no batch at all is fine.
 
         Raises:
-            ArgumentError: The first batch differs.
+            ArgumentError: The weights or the first batch differ.
         """
         first = next(iter(stream), None) if self._rank == 0 else None
         if first is not None:
-            self.require_data(finished, digest_batch(first))
+            self.require_sources(finished, digest_sources(model, first))
 
     def is_due(self) -> bool:
         """Whether it is time to save again."""
@@ -372,13 +373,13 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
     return ((name, q) for name, q in named_quantizers(model) if not isinstance(q, SharedQuantizer))
 
 
-def digest_batch(batch: Any) -> str:
-    """Digest of the tensors that a model is called with."""
+def digest_sources(model: nn.Module, batch: Any) -> str:
+    """Digest of the parameters and of the tensors that the model is called with: what every statistic comes from."""
     digest = hashlib.sha256()
-    for leaf in tree_leaves(split_inputs(batch)):
-        if isinstance(leaf, torch.Tensor):
-            digest.update(f"{leaf.dtype} {list(leaf.shape)} ".encode())
-            digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for tensor in (*model.parameters(), *tree_leaves(split_inputs(batch))):
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

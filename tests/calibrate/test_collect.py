@@ -133,8 +133,17 @@ class TestFile:
     def test_other_data(self, tmp_path, complete):
         path, batches = tmp_path / "calibration.safetensors", make_batches(4)
         collect_statistics(make_model(), batches, num_batches=None if complete else 2, statistics=path)
-        with pytest.raises(ArgumentError, match="the first batch differs"):
+        with pytest.raises(ArgumentError, match="other weights or other data"):
             collect_statistics(make_model(), batches[::-1], statistics=path)
+
+    @pytest.mark.parametrize("complete", [True, False])
+    def test_other_weights(self, tmp_path, complete):
+        path, batches = tmp_path / "calibration.safetensors", make_batches(4)
+        collect_statistics(make_model(), batches, num_batches=None if complete else 2, statistics=path)
+        other = make_model()
+        next(other.parameters()).data *= 1.001
+        with pytest.raises(ArgumentError, match="other weights or other data"):
+            collect_statistics(other, batches, statistics=path)
 
     def test_no_statistics(self, tmp_path):
         with pytest.raises(ArgumentError, match=r"does not end in \.safetensors"):
