@@ -77,12 +77,18 @@ def _write_nameless(path: Path, parts: Iterable[bytes]) -> None:
         os.link(f"/proc/self/fd/{file.fileno()}", path, src_dir_fd=file.fileno(), follow_symlinks=True)
 
 
-def require_writable(path: Path) -> None:
+def require_writable(path: Path, *inputs: Path) -> None:
     """Refuse a file that could not be written, before the work whose result it is.
 
+    Args:
+        path: The file.
+        inputs: Files that the work reads, and that must stay as they are.
+
     Raises:
-        ArgumentError: It is a folder, or its folder cannot be written to.
+        ArgumentError: It is a folder, its folder cannot be written to, or it is one of the inputs.
     """
+    if path.resolve() in {each.resolve() for each in inputs}:
+        raise ArgumentError(f"{path} is what is read; it would be lost.", "choose another file to write.")
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "Is a directory")

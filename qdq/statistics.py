@@ -36,7 +36,7 @@ class Statistics:
         formats: Name of the quantizer -> its format; None for one that is no integer format.
         batches: How many batches were taken.
         model: Fingerprint of the model: names, formats and shapes.
-        data: Digest of the first batch; "" if it is not known, or there was none.
+        data: Digest of the weights and the first batch; "" if it is not known, or there was none.
         complete: Whether the pass came to its end.
         limit: How many batches the pass was to take at most; None: all.
         shared: Name of a quantizer that uses the range of another -> name of that one, which is in `tensors`.
@@ -141,6 +141,8 @@ class Statistics:
         write_atomic(path, self.to_bytes())
         if self.complete:
             write_json(path.with_suffix(".json"), self.summarize())
+        else:
+            path.with_suffix(".json").unlink(missing_ok=True)  # of an earlier pass
         return path
 
     @classmethod

@@ -251,6 +251,18 @@ class TestCalibrate:
             assert f"{entry['amax']['entropy']:.4g}" in out
             assert name in out and name in page
 
+    def test_no_input_is_overwritten(self, qdq, file, tmp_path):
+        before = file.read_bytes()
+        for arguments in (
+            ("show", file, "--plots", file),
+            ("show", file, "--json", file),
+            ("solve", file, "--json", file),
+        ):
+            code, _, err = qdq("calibrate", *arguments)
+            assert code == 2
+            assert "is what is read; it would be lost" in err
+        assert file.read_bytes() == before
+
     def test_show_of_some(self, qdq, file):
         _, out, _ = qdq("calibrate", "show", file, "--tensor", "conv.*")
         assert "1 tensors, 2 batches" in out

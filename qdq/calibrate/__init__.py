@@ -26,6 +26,7 @@ from qdq.observers.statistics import TensorStatistics
 from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.statistics import Statistics, merge_parts
 from qdq.swap import quantized_layers
+from qdq.trace import require_batches
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +71,9 @@ class _Options:
                 f"unknown calibration method {self.method!r}; known are {', '.join(CALIB_METHODS)}.",
                 "choose one of them with --calib-method (or method=).",
             )
-        if not 0 < self.percentile <= 100:
+        if not isinstance(self.percentile, int | float) or not 0 < self.percentile <= 100:
             raise ArgumentError(
-                f"percentile is {self.percentile}; it must be above 0 and at most 100.", "99.99 is the usual choice."
+                f"percentile is {self.percentile!r}; it must be above 0 and at most 100.", "99.99 is the usual choice."
             )
         require_weight_method(self.weight_method)
 
@@ -113,12 +114,12 @@ class Calibration:
         self._options = _Options(method, percentile, weight_method)
         self._model = model
         self._collection = Collection(model)
+        self._numbers: Iterator[int] | None = None
         self.ranges: list[Range] = []
         self.statistics: Statistics | None = None
 
     def __enter__(self) -> Calibration:
-        rank, size = find_rank()
-        numbers = itertools.count(rank, size)
+        self._numbers = numbers = self._numbers or itertools.count(*find_rank())  # goes on when the block runs again
         self._exits = ExitStack()
         self._exits.enter_context(failing_together())
         self._exits.enter_context(self._collection)
@@ -169,6 +170,7 @@ def calibrate_model(
         DataError: As for `collect_statistics`.
     """
     options = _Options(method, percentile, weight_method)
+    require_batches(held)
     needs_held = method == BEST and held is None
     found, last = collect_and_hold_out(model, batches, num_batches, statistics, hold_out=needs_held)
     return _solve(model, Collection(model), found, options, last if held is None else list(held))
@@ -206,6 +208,9 @@ def solve_ranges(
             "the statistics are of another model: names, formats or shapes differ.",
             "swap and rewire the model as it was when they were collected, or collect them anew.",
         )
+    require_batches(held)
+    if not statistics.complete:
+        logger.warning("the statistics are of a pass that was cut off after %d batches", statistics.batches)
     return _solve(model, Collection(model), statistics, options, list(held))
 
 
@@ -219,7 +224,14 @@ def _solve(
         )
     if options.method == BEST and not any(gather_bytes(b"held" if held else b"")):  # one process may have none
         raise ArgumentError("method 'best' compares methods on data, and got no batch.", "pass held=[batch].")
+    if unknown := [name for name, leader in collection.leaders.items() if leader not in statistics.tensors]:
+        raise ArgumentError(
+            f"there are no statistics of {', '.join(unknown[:3])}: it was off while they were collected.",
+            "collect anew, or disable it.",
+        )
     quantizers = dict(named_quantizers(model))
+    if off := [name for name, quantizer in quantizers.items() if quantizer._disabled]:
+        logger.info("%d quantizers are off and get no range: %s", len(off), ", ".join(off))
     weights = {}
     for name, (layer, module, parameter) in collection.weights.items():
         label, weight = f"{layer or 'the model'}.{parameter}", module._parameters[parameter]
@@ -271,7 +283,10 @@ def _choose_methods(
         for name, tensor in plain.items()
         if tensor.num_batches
     }  # fmt: skip
-    return methods | select_methods(model, collection, candidates, held)  # type: ignore[arg-type]
+    chosen = select_methods(model, collection, candidates, held)  # type: ignore[arg-type]
+    if unreached := [name for name in candidates if name not in chosen]:
+        logger.warning("no batch held out reached %s; mse is taken there", ", ".join(unreached))
+    return methods | dict.fromkeys(unreached, "mse") | chosen
 
 
 def _set_range(

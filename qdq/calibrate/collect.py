@@ -69,6 +69,7 @@ class Collection:
         self.collecting = {name: quantizer for name, quantizer in enabled.items() if name not in self.weights}
         names = {id(quantizer): name for name, quantizer in named_quantizers(model)}
         self.leaders = {name: names[id(leader_of(q))] for name, q in self.collecting.items()}
+        self._reader = TensorReader()
         self._collectors = self._make_collectors()
 
     def _make_collectors(self) -> dict[str, TensorCollector]:
@@ -79,7 +80,7 @@ class Collection:
             if isinstance(layer, _ConvNd)
             for quantizer in layer.quantizers().values()
         }
-        reader, collectors = TensorReader(), {}
+        collectors = {}
         for name, quantizer in self.collecting.items():
             leader = leader_of(quantizer)
             axis = leader.axis
@@ -89,7 +90,7 @@ class Collection:
                     "collect by hand with its own calibrator (enable_calib, load_calib_amax).",
                 )
             channels = of_convolutions.get(id(leader)) if axis is None else axis
-            collectors[self.leaders[name]] = TensorCollector(channels, reader)
+            collectors[self.leaders[name]] = TensorCollector(channels, self._reader)
         return collectors
 
     def __enter__(self) -> Collection:
@@ -111,6 +112,7 @@ class Collection:
 
     def begin_batch(self, number: int) -> None:
         """Say that what comes belongs to the batch with this number."""
+        self._reader.forget()
         for collector in self._collectors.values():
             collector.batch = number
 
@@ -172,8 +174,8 @@ def collect_and_hold_out(
     """
     with failing_together():
         require_batches(batches)
-        if num_batches is not None and num_batches < 1:
-            raise ArgumentError(f"num_batches is {num_batches}.", "give 1 or more, or leave it out to take all.")
+        if num_batches is not None and (not isinstance(num_batches, int) or num_batches < 1):
+            raise ArgumentError(f"num_batches is {num_batches!r}.", "give 1 or more, or leave it out to take all.")
         collection = Collection(model)
         file = _File(path, fingerprint_model(model), num_batches)
     finished = file.load_finished()
@@ -184,8 +186,10 @@ def collect_and_hold_out(
             file.require_same_sources(model, finished, stream)
     if not finished:
         found = replace(merge_parts(map(Statistics.from_bytes, gather_bytes(found.to_bytes()))), complete=True)
-        file.finish(found)
-    return found, stream.read_held()
+        if found.batches:  # a pass without any is none: the next one begins anew
+            file.finish(found)
+    with failing_together():
+        return found, stream.read_held()
 
 
 def _collect(model: nn.Module, collection: Collection, stream: _Stream, file: _File) -> Statistics:
@@ -194,13 +198,14 @@ def _collect(model: nn.Module, collection: Collection, stream: _Stream, file: _F
     rank, size = find_rank()
     done = before.batches if before else 0
     result = before or collection.statistics()
-    data = ""
+    data, seen = "", 0
     with collection:
         for local, batch in enumerate(tqdm(stream, desc="calibrate", unit="batch", disable=None)):
             if local == 0:
                 data = digest_sources(model, batch)
                 file.require_sources(before, data)
-            if local < done:
+            seen = local + 1
+            if seen <= done:
                 continue
             number = local * size + rank
             collection.begin_batch(number)
@@ -208,9 +213,14 @@ def _collect(model: nn.Module, collection: Collection, stream: _Stream, file: _F
                 call_model(model, batch)
             except CalibrationError as error:
                 raise CalibrationError(f"batch {number}: {error.message}", error.fix) from None
-            done = local + 1
+            done = seen
             if file.is_due():
                 file.save(_joined(before, collection.statistics(), done, data, complete=False))
+        if seen < done:
+            raise ArgumentError(
+                f"an earlier run of this pass had taken {done} batches, now there are {seen}.",
+                "give the same batches in the same order, or remove the file.",
+            )
         result = _joined(before, collection.statistics(), done, data, complete=True)
     return replace(result, limit=file.limit)
 
@@ -374,10 +384,12 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
 
 
 def digest_sources(model: nn.Module, batch: Any) -> str:
-    """Digest of the parameters and of the tensors that the model is called with: what every statistic comes from."""
+    """Digest of parameters, buffers and the tensors that the model is called with: what every statistic comes from."""
     digest = hashlib.sha256()
-    for tensor in (*model.parameters(), *tree_leaves(split_inputs(batch))):
-        if isinstance(tensor, torch.Tensor):
+    layers = [module for module in model.modules() if not isinstance(module, TensorQuantizer)]
+    states = (tensor for layer in layers for of in (layer.parameters, layer.buffers) for tensor in of(recurse=False))
+    for tensor in (*states, *tree_leaves(split_inputs(batch))):
+        if isinstance(tensor, torch.Tensor) and not tensor.is_meta:  # weights that are elsewhere are not read
             digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from qdq.calibrate.collect import Collection, leader_of
 from qdq.distributed import failing_together, gather_bytes
+from qdq.errors import CalibrationError
 from qdq.nn import QuantInputMixin
 from qdq.quantizer import TensorQuantizer, disable_quantization, fake_quantize, named_quantizers
 from qdq.swap import quantized_layers
@@ -38,22 +39,33 @@ def select_methods(model: nn.Module, collection: Collection, candidates: Candida
         held: Batches; in several processes each its own, the errors add up.
 
     Returns:
-        Name -> method. A range that no batch reached gets the first method.
+        Name -> method; without those that no batch reached.
+
+    Raises:
+        CalibrationError: NaN or Inf in an output.
     """
     trials = _Trials(collection, candidates)
     with failing_together(), disable_quantization(model), evaluating(model), trials.watching(model):
         for batch in held:
             call_model(model, batch)
-    errors = _add_up(trials.errors, candidates)
-    return {name: min(amaxes, key=lambda m, name=name: errors[name, m]) for name, amaxes in candidates.items()}  # type: ignore[misc]
+    errors = _add_up(trials.errors)
+    if broken := sorted({name for (name, _), error in errors.items() if not math.isfinite(error)}):
+        raise CalibrationError(
+            f"the batches held out give NaN or Inf behind {', '.join(broken[:3])}; no method can be chosen by them.",
+            "run the float model on them: either the data or a layer before is broken.",
+        )
+    reached = [name for name, amaxes in candidates.items() if all((name, method) in errors for method in amaxes)]
+    return {name: min(candidates[name], key=lambda m, name=name: errors[name, m]) for name in reached}  # type: ignore[misc]
 
 
-def _add_up(errors: Mapping[tuple[str, str], list[float]], candidates: Candidates) -> dict[tuple[str, str], float]:
+def _add_up(errors: Mapping[tuple[str, str], list[float]]) -> dict[tuple[str, str], float]:
     """The sums of the errors of all processes; the same in each."""
-    keys = [(name, method) for name, amaxes in candidates.items() for method in amaxes]
-    own = np.array([math.fsum(errors[key]) if key in errors else 0.0 for key in keys])
-    parts = [np.frombuffer(part) for part in gather_bytes(own.tobytes())]
-    return {key: math.fsum(column) for key, column in zip(keys, zip(*parts, strict=True), strict=True)}
+    own = json.dumps([[*key, found] for key, found in errors.items()])
+    collected: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+    for part in gather_bytes(own.encode()):
+        for name, method, found in json.loads(part):
+            collected[name, method] += found
+    return {key: math.fsum(found) for key, found in collected.items()}
 
 
 class _Trials:

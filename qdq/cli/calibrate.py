@@ -40,7 +40,7 @@ def show(
 
     for path in (plots, json):
         if path is not None:
-            require_writable(path)
+            require_writable(path, file)
     statistics = Statistics.load(file).select(tensor)
     summary = statistics.summarize()
     print(format_statistics(summary))
@@ -111,11 +111,14 @@ def solve(
         raise ArgumentError(
             "--onnx and --output go together.", "give the file to read and the one to write, or neither."
         )
-    for path in (output, json):
-        if path is not None:
-            require_writable(path)
+    if output is not None:
+        require_writable(output, file)
+    if json is not None:
+        require_writable(json, *(path for path in (file, onnx, output) if path is not None))
     options = {} if percentile is None else {"percentile": percentile}
     statistics = Statistics.load(file)
+    if not statistics.complete:
+        print(f"{file} holds a pass that was cut off after {statistics.batches} batches\n")
     ranges = statistics.solve_all(method, **options)
     print(format_ranges(statistics, ranges))
     rescaling = None

@@ -57,9 +57,11 @@ def check(
         raise ArgumentError("ONNX requires an argument.", "see qdq check --help")
     selected, ignored = _split(select), _split(ignore)
     choose_rules(selected, ignored)  # before anything is written
-    for path in (fix, json, sarif):
+    if fix is not None:
+        require_writable(fix)
+    for path in (json, sarif):
         if path is not None:
-            require_writable(path)
+            require_writable(path, onnx)
     if fix is not None:
         mended = fix_onnx(onnx, fix)
         print(f"{fix}: " + (", ".join(f"{n} nodes of {rule}" for rule, n in mended.items()) or "nothing") + " mended")

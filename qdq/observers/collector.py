@@ -14,10 +14,17 @@ from qdq.observers.summarize import Summary, add_counts, summarize
 
 
 class TensorReader:
-    """Summaries of tensors; one that several collectors see, as the input of a block and its shortcut, is read once."""
+    """Summaries of the tensors of one batch: the input of a block, which its shortcut sees too, is read once.
+
+    Between batches `forget` must be called: a caller may fill the memory of an input again, and no tensor tells.
+    """
 
     def __init__(self) -> None:
         self._found: MutableMapping[torch.Tensor, tuple[object, Summary]] = WeakIdKeyDictionary()
+
+    def forget(self) -> None:
+        """Read all tensors anew."""
+        self._found.clear()
 
     def read(self, inputs: torch.Tensor, channel_axis: int | None) -> Summary:
         """As `summarize`."""
@@ -25,7 +32,7 @@ class TensorReader:
             return summarize(inputs, channel_axis)
         state = inputs._version, channel_axis
         if inputs not in self._found or self._found[inputs][0] != state:
-            self._found[inputs] = state, summarize(inputs.detach(), channel_axis)
+            self._found[inputs] = state, summarize(inputs, channel_axis)
         return self._found[inputs][1]
 
 
@@ -36,6 +43,7 @@ class TensorCollector:
 
     Args:
         channel_axis: The axis of the channels; None: 1 of four and more dimensions, else the last.
+        reader: What several collectors of one pass share; None: every tensor is read, whoever has read it before.
 
     Attributes:
         batch: Number of the batch at hand; several calls with one number count as one batch. None: every call is a
@@ -44,7 +52,7 @@ class TensorCollector:
 
     def __init__(self, channel_axis: int | None = None, reader: TensorReader | None = None) -> None:
         self.channel_axis = channel_axis
-        self._reader = reader or TensorReader()
+        self._read = summarize if reader is None else reader.read
         self.batch: int | None = None
         self.reset()
 
@@ -76,7 +84,7 @@ class TensorCollector:
         if inputs.numel() == 0:
             return
         number = self.batch if self.batch is not None else max(self._records, default=-1) + 1
-        found = self._reader.read(inputs, self.channel_axis)
+        found = self._read(inputs, self.channel_axis)
         if inputs.device.type == "cpu" and int(found.defects[0]):
             raise _defective(found.defects, inputs.numel())
         self._note_defects(number, found.defects, inputs.numel())

@@ -37,8 +37,8 @@ def solve_percentile(counts: npt.NDArray[np.number], width: float, percentile: f
     chosen = int(np.searchsorted(cumulative, percentile / 100))
     if chosen == 0:
         logger.warning(
-            "percentile %s falls into the bin of the smallest values; its right edge is used. "
-            "Collect with skip_zeros=True or use method 'max'.",
+            "percentile %s falls into the bin of the smallest values; its right edge is used. Method 'max' or 'mse' "
+            "keeps more of a tensor that is mostly zeros.",
             percentile,
         )
         chosen = 1

@@ -16,6 +16,8 @@ from qdq.observers.statistics import TensorStatistics
 
 _MSE_OPERATIONS = 1 << 23  # candidates times levels; up to 12 bits every bin is a candidate
 
+_LARGEST_CLIPPED_SHARE = 0.5  # of entropy
+
 Solver = Callable[..., float]
 
 
@@ -29,7 +31,10 @@ def _percentile(statistics: TensorStatistics, fmt: Format, *, percentile: float 
 
 def _entropy(statistics: TensorStatistics, fmt: Format) -> float:
     counts = statistics.magnitudes(fmt.unsigned)
-    return solve_entropy(counts, statistics.width, fmt, start_bin=min(fmt.qmax + 1, counts.size))
+    amax = solve_entropy(counts, statistics.width, fmt, start_bin=min(fmt.qmax + 1, counts.size))
+    # Where there is next to nothing near 0, the divergence is least for ranges that clip next to everything.
+    clipped = statistics.clipped_share(amax, fmt.unsigned)
+    return amax if clipped <= _LARGEST_CLIPPED_SHARE else counts.size * statistics.width
 
 
 def _mse(statistics: TensorStatistics, fmt: Format) -> float:
@@ -39,13 +44,13 @@ def _mse(statistics: TensorStatistics, fmt: Format) -> float:
 
 
 def _average_max(statistics: TensorStatistics, fmt: Format) -> float:
-    return average_maxima(statistics.batch_maxima)
+    return average_maxima(statistics.batch_maxima(fmt.unsigned))
 
 
 def _moving_average(statistics: TensorStatistics, fmt: Format, *, weight: float = 0.1) -> float:
     if not 0 < weight <= 1:
         raise ArgumentError(f"weight is {weight}; it must be above 0 and at most 1.", "0.1 is the default.")
-    return moving_average(statistics.batch_maxima, weight)
+    return moving_average(statistics.batch_maxima(fmt.unsigned), weight)
 
 
 def _mean_std(statistics: TensorStatistics, fmt: Format, *, num_std: float = 4.0) -> float:

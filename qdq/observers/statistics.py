@@ -97,16 +97,15 @@ class TensorStatistics:
         """The largest value; 0 before data."""
         return float(self._column("high").max()) if self.num_batches else 0.0
 
-    @property
-    def batch_maxima(self) -> Floats:
-        """Maximum of |x| in each batch `[B]`, in the order of the batches."""
-        maxima: Floats = np.maximum(-self._column("low"), self._column("high"))
+    def batch_maxima(self, unsigned: bool = False) -> Floats:
+        """Maximum of |x| in each batch `[B]`, in the order of the batches; unsigned: of the values above 0."""
+        maxima: Floats = np.maximum(0.0 if unsigned else -self._column("low"), self._column("high"))
         return maxima
 
     @property
     def absmax(self) -> float:
         """Maximum of |x|; 0 before data."""
-        return float(self.batch_maxima.max()) if self.num_batches else 0.0
+        return float(self.batch_maxima().max()) if self.num_batches else 0.0
 
     @property
     def mean(self) -> float:

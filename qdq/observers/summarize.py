@@ -241,7 +241,7 @@ class _Counter:
         if self._signed:
             torch.neg(piece, out=single)
             self._negatives += _count_positives(single)
-            self._negative_sums.append(float(single.clamp_(0).sum()))
+            self._negative_sums.append(float(single.clamp_(0).sum(dtype=torch.float64)))
         torch.mul(piece, math.ldexp(1.0, -self.exponent), out=single)
         bins.copy_(single).add_(self._starts[: piece.numel()])  # the copy rounds towards 0
 

@@ -1,4 +1,6 @@
 import copy
+import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -171,6 +173,74 @@ def test_empty_loader(residual):
         calibrate_model(residual, [])
 
 
+def test_an_empty_loader_leaves_no_file_behind(residual, batches, tmp_path):
+    swap_modules(residual)
+    path = tmp_path / "calibration.safetensors"
+    with pytest.raises(CalibrationError, match="no batch reached"):
+        calibrate_model(residual, [], statistics=path)
+    assert not path.exists()
+    assert calibrate_model(residual, batches, statistics=path)
+
+
+def test_memory_of_an_input_that_is_filled_again(residual):
+    swap_modules(residual)
+    memory = np.ones((1, 3, 8, 8), np.float32)
+    data = torch.from_numpy(memory)
+    with Calibration(residual, "max") as calibration:
+        for value in (1, 10, 100):
+            memory[:] = value
+            residual(data)
+    assert calibration.ranges[0].amax == 100
+
+
+def test_a_mask_of_the_least_float(tmp_path):
+    model = nn.Sequential(nn.Linear(16, 16)).eval()
+    swap_modules(model)
+    data = torch.randn(4, 16)
+    data[:, :2] = torch.finfo(torch.float32).min
+    ranges = calibrate_model(model, [data], method="max", statistics=tmp_path / "s.safetensors")
+    assert ranges[0].amax == torch.finfo(torch.float32).max
+
+
+def test_what_was_off_while_collecting_is_named(residual, batches):
+    swap_modules(residual)
+    names = dict(named_quantizers(residual))
+    layer = next(iter(names)).rpartition(".")[0]
+    own = [quantizer for name, quantizer in names.items() if name.startswith(f"{layer}.")]
+    for quantizer in own:
+        quantizer.disable()
+    found = collect_statistics(residual, batches)
+    for quantizer in own:
+        quantizer.enable()
+    with pytest.raises(ArgumentError, match=f"no statistics of {layer}._input_quantizer: it was off"):
+        solve_ranges(residual, found)
+
+
+def test_other_batchnorm_statistics_are_other_sources(batches, tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3)).eval()
+    swap_modules(model)
+    calibrate_model(model, batches, statistics=tmp_path / "s.safetensors")
+    model[1].running_var.fill_(1e-4)
+    with pytest.raises(ArgumentError, match="other weights or other data"):
+        calibrate_model(model, batches, statistics=tmp_path / "s.safetensors")
+
+
+def test_a_pass_that_was_cut_off_is_said(residual, batches, caplog):
+    swap_modules(residual)
+    found = dataclasses.replace(collect_statistics(residual, batches), complete=False)
+    solve_ranges(residual, found)
+    assert f"cut off after {len(batches)} batches" in caplog.text
+
+
+def test_a_second_block_goes_on_counting(residual, batches):
+    swap_modules(residual)
+    calibration = Calibration(residual)
+    for _ in range(2):
+        with calibration:
+            residual(batches[0])
+    assert calibration.statistics.batches == 2
+
+
 def test_nothing_to_calibrate(residual, batches):
     with pytest.raises(ArgumentError, match="swap_modules"):
         calibrate_model(residual, batches)
@@ -339,6 +409,30 @@ def test_best_holds_out_the_last_batch(residual, batches):
     assert ranges["stem._input_quantizer"].amax <= torch.cat(batches).abs().max()
     one = {r.name: r for r in calibrate_model(residual, batches[:1], method="best")}
     assert one["stem._input_quantizer"].batches == 1
+
+
+def test_best_refuses_what_it_cannot_compare_on(residual, batches):
+    swap_modules(residual)
+    with pytest.raises(CalibrationError, match="held out give NaN or Inf"):
+        calibrate_model(residual, [*batches, torch.full_like(batches[0], math.nan)], method="best")
+    with pytest.raises(ArgumentTypeError, match="pass \\[batch\\]"):
+        calibrate_model(residual, batches, method="best", held=batches[0])
+
+
+def test_best_of_what_no_held_batch_reaches_is_named(images, caplog):
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(3, 16, 3)
+
+        def forward(self, x):
+            return self.a(x) if x.shape[0] == 1 else self.a(x) + self.b(x)
+
+    model = Gate().eval()
+    swap_modules(model)
+    ranges = calibrate_model(model, [images], method="best", held=[images[:1]])
+    assert {r.name: r.method for r in ranges}["b._input_quantizer"] == "mse"
+    assert "no batch held out reached b._input_quantizer; mse is taken there" in caplog.text
 
 
 def test_best_needs_data(residual, batches):

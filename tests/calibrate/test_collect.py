@@ -136,6 +136,12 @@ class TestFile:
         with pytest.raises(ArgumentError, match="other weights or other data"):
             collect_statistics(make_model(), batches[::-1], statistics=path)
 
+    def test_fewer_batches_than_before(self, tmp_path):
+        path, batches = tmp_path / "calibration.safetensors", make_batches(3)
+        collect_statistics(make_model(), batches, num_batches=2, statistics=path)
+        with pytest.raises(ArgumentError, match="had taken 2 batches, now there are 1"):
+            collect_statistics(make_model(), batches[:1], statistics=path)
+
     @pytest.mark.parametrize("complete", [True, False])
     def test_other_weights(self, tmp_path, complete):
         path, batches = tmp_path / "calibration.safetensors", make_batches(4)
@@ -310,4 +316,4 @@ def test_a_layer_that_runs_twice():
     found = collect_statistics(model, [x, x]).tensors["layer._input_quantizer"]
     assert found.num_batches == 2
     assert found.count == 2 * seen.numel()
-    assert found.batch_maxima.tolist() == [seen.abs().max()] * 2
+    assert found.batch_maxima().tolist() == [seen.abs().max()] * 2

@@ -261,3 +261,16 @@ class TestReduceAmax:
 
     def test_one_dimension(self):
         assert reduce_amax(torch.tensor([-3.0, 2.0]), 0).tolist() == [3, 2]
+
+
+def test_unsigned_maxima_are_of_the_values_above_zero():
+    batches = [torch.tensor([-100.0, 1.7]), torch.tensor([-100.0, 1.0])]
+    found, unsigned = statistics_of(*batches), Format(unsigned=True)
+    assert solve_amax(found, unsigned, "average_max") == pytest.approx(1.35)
+    assert solve_amax(found, unsigned, "moving_average") == pytest.approx(1.63)
+
+
+@pytest.mark.parametrize("data", [1 + torch.rand(10_000), torch.full((100,), 3.0)], ids=["away from 0", "constant"])
+def test_entropy_does_not_clip_everything(data):
+    found = statistics_of(data)
+    assert found.clipped_share(solve_amax(found, Format(), "entropy")) <= 0.5

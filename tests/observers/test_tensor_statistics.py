@@ -102,7 +102,24 @@ def test_channels_of_changing_number_are_given_up():
     assert one.merge(three).channel_absmax.tolist() == [[1, 1, 1]]
 
 
-EXTREMES = [0.0, -0.0, 1.0, -1.0, 65504.0, -65504.0, 1e30, -1e30, 1e-40, -1e-45, 5e-20, 3.4e38, 2.0**-64, 4096.0, 1e-7]
+EXTREMES = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    65504.0,
+    -65504.0,
+    1e30,
+    -1e30,
+    1e-40,
+    -1e-45,
+    5e-20,
+    3.4e38,
+    -3.4e38,
+    2.0**-64,
+    4096.0,
+    1e-7,
+]
 BATCHES = st.lists(
     st.lists(
         st.one_of(st.sampled_from(EXTREMES), st.floats(-1e3, 1e3, width=32), st.floats(width=32, allow_nan=False)),
@@ -125,6 +142,7 @@ def test_parts_in_any_order_are_one_pass(batches, cut, random):
     order = list(range(len(tensors)))
     random.shuffle(order)
     assert_same(collect([tensors[i] for i in order], order), whole)
+    assert_same(TensorStatistics.from_arrays(whole.to_arrays()), whole)
     values = np.array([value for batch in batches for value in batch], np.float32)
     if values.size:
         counts, exponent = reference_counts(values)
@@ -196,11 +214,23 @@ def test_a_tensor_is_read_again_once_it_has_changed(monkeypatch):
     assert len(read) == 3
     assert two.statistics().low < 0
     assert two.statistics().records[1, 0] == 0
+    reader.forget()
+    two.collect(data)
+    assert len(read) == 4
     with torch.inference_mode():
         frozen = torch.randn(3)
         one.collect(frozen)
         one.collect(frozen.neg_())
     assert one.statistics().records[2, 0] == -one.statistics().records[1, 1]
+
+
+def test_memory_that_is_filled_again_is_read_again():
+    memory, collector = np.ones((2, 3), np.float32), TensorCollector()
+    data = torch.from_numpy(memory)
+    for value in (1, 10, 100):
+        memory[:] = value
+        collector.collect(data)
+    assert collector.statistics().batch_maxima().tolist() == [1, 10, 100]
 
 
 def test_does_not_depend_on_the_number_of_threads():
@@ -228,7 +258,7 @@ def test_calls_with_one_number_are_one_batch():
     one, two = torch.randn(3, 5), torch.randn(2, 5) * 4
     found = collect([one, two], [7, 7])
     assert found.num_batches == 1
-    assert found.batch_maxima.tolist() == [torch.cat([one, two]).abs().max()]
+    assert found.batch_maxima().tolist() == [torch.cat([one, two]).abs().max()]
     assert found.mean == pytest.approx(torch.cat([one, two]).double().mean().item())
 
 
@@ -236,7 +266,7 @@ def test_without_numbers_every_call_is_a_batch():
     collector = TensorCollector()
     for value in (1.0, 3.0, 2.0):
         collector.collect(torch.full((4,), value))
-    assert collector.statistics().batch_maxima.tolist() == [1, 3, 2]
+    assert collector.statistics().batch_maxima().tolist() == [1, 3, 2]
     collector.reset()
     assert collector.num_batches == 0
     assert collector.statistics().count == 0
