@@ -52,7 +52,7 @@ def ptq_classifier(
         seed: Of weights, crops and the choice of images.
     """
     settings, backend = dict(locals()), qdq.find_backend("auto", sm)
-    pinned = qdq.load_plan(plan).precisions if plan else None
+    pinned = qdq.load_plan(plan) if plan else None
     net = qdq.load_model(model, weights, seed)
     calib, images = qdq.load_images(data_dir, net, calib_batches * batch_size, eval_images, batch_size, seed)
     run = qdq.start_run(output, seed=seed, settings=settings)
