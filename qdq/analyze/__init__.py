@@ -239,7 +239,7 @@ def analyze_layers(
             have one range) or patterns, each of which makes a group.
         pinned: Layer, or pattern of layers -> "int8" or "float": decided already, neither ranked nor changed. Or the
             plan of an earlier analysis.
-        confirm: Rank by an estimate for about three evaluations, and measure only so many units exactly; None
+        confirm: Rank by an estimate for one to two evaluations, and measure only so many units exactly; None
             measures all.
         target_sqnr: Stop when the SQNR reaches this many dB.
         target_metric: Stop when the metric reaches this value.

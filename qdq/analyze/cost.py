@@ -21,7 +21,7 @@ from qdq.trace import call_model, evaluating
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak rates of a GPU, dense, from NVIDIA's data sheets and architecture white papers.
+    """Peak rates of a GPU, dense, as NVIDIA's data sheets give them.
 
     Args:
         int8: int8 operations a second, in 10^12.
@@ -35,6 +35,9 @@ class Gpu:
 
 
 # Where a data sheet gives rates with sparsity, half of them; consumer cards: fp16 with fp16 sums.
+# Checked in November 2026 against tables that others publish of NVIDIA's data sheets: all of a100, h100, l40s and t4,
+# int8 of orin (170 with sparsity) and rtx4090, fp16 of rtx3090, and every bandwidth. a10 and l4: tensor cores x
+# operations x clock. int8 of rtx3090 is twice its fp16, fp16 of orin and rtx4090 half of int8, as these chips have it.
 GPUS = {
     "a10": Gpu(250, 125, 600),
     "a100": Gpu(624, 312, 2039),  # SXM, 80 GB
