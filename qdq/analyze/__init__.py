@@ -25,7 +25,15 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from qdq.analyze.cost import LayerCost, SwitchCost, count_costs, estimate_times, load_times
+from qdq.analyze.cost import (
+    LayerCost,
+    SwitchCost,
+    count_costs,
+    estimate_times,
+    find_gpu,
+    load_times,
+    read_profile,
+)
 from qdq.analyze.journal import Journal
 from qdq.analyze.ranks import Ranks
 from qdq.analyze.replay import CACHE_BYTES, Replay, flipped
@@ -183,7 +191,11 @@ class Analysis:
             lines.append(f"... and {len(self.layers) - rows} less sensitive ones")
         lines.append(_row(everything, width, self.sqnr_db, self.metric))
         lines += [_row(f"+ {step.layer} in float", width, step.sqnr_db, step.metric) for step in self.steps]
-        return "\n".join([*lines, f"stopped: {self.stopped_by}"])
+        lines.append(f"stopped: {self.stopped_by}")
+        if self.pareto:
+            lines.append("no measured choice is better and cheaper than one of these (microseconds, SQNR dB):")
+            lines += [f"{p.cost:10.1f}  {p.sqnr_db:7.2f}  {', '.join(p.float_layers) or 'none'}" for p in self.pareto]
+        return "\n".join(lines)
 
     def save(self, path: Path) -> Path:
         """Write the analysis as JSON."""
@@ -285,6 +297,34 @@ def analyze_layers(
             journal.close()
         undo.pop_all()
     return analysis
+
+
+def check_options(
+    *,
+    mode: str = MODES[0],
+    metric: str | Metric | None = None,
+    confirm: int | None = None,
+    target_sqnr: float | None = None,
+    target_metric: float | None = None,
+    target_drop: float | None = None,
+    max_float_layers: int = 0,
+    max_float_share: float | None = None,
+    budget: float | None = None,
+    gpu: str | None = None,
+    profile: Path | str | None = None,
+) -> None:
+    """Refuse arguments of `analyze_layers` that cannot be meant, before the work that precedes it.
+
+    Raises:
+        ArgumentError: As there; patterns that match nothing are seen only with the model.
+        DataError: The profile cannot be read.
+    """
+    limits = Limits(max_float_layers, target_sqnr, target_metric, target_drop, max_float_share, budget)
+    _check_arguments(mode, _choose_metric(metric, None), limits, confirm, {})
+    if gpu is not None:
+        find_gpu(gpu)
+    if profile is not None:
+        read_profile(Path(profile))
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,17 @@ class SwitchCost:
     float16: float
 
 
+def find_gpu(name: str) -> Gpu:
+    """The rates of a GPU.
+
+    Raises:
+        ArgumentError: It is not in `GPUS`.
+    """
+    if name not in GPUS:
+        raise ArgumentError(f"gpu is {name!r}; known are {', '.join(GPUS)}.", "use one of those, or give a profile.")
+    return GPUS[name]
+
+
 def count_costs(model: nn.Module, batch: Any) -> dict[str, LayerCost]:
     """Arithmetic and traffic of every module, counted in one forward in float.
 
@@ -131,9 +142,7 @@ def estimate_times(costs: dict[str, LayerCost], gpu: str) -> dict[str, SwitchCos
     Raises:
         ArgumentError: An unknown GPU.
     """
-    rates = GPUS.get(gpu)
-    if rates is None:
-        raise ArgumentError(f"gpu is {gpu!r}; known are {', '.join(GPUS)}.", "use one of those, or give a profile.")
+    rates = find_gpu(gpu)
     return {
         name: SwitchCost(
             max(2 * cost.macs / rates.int8 / 1e6, cost.values / rates.bandwidth / 1e3),
@@ -141,6 +150,21 @@ def estimate_times(costs: dict[str, LayerCost], gpu: str) -> dict[str, SwitchCos
         )
         for name, cost in costs.items()
     }
+
+
+def read_profile(path: Path) -> list[tuple[str, float]]:
+    """Kernels of an engine and their times in milliseconds, from JSON of trtexec `--exportProfile`.
+
+    Raises:
+        DataError: Not such a file.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return [(str(entry["name"]), float(entry["averageMs"])) for entry in entries if "averageMs" in entry]
+    except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{path} is no engine profile: {error}.", "write one with trtexec --exportProfile=FILE --dumpProfile."
+        ) from error
 
 
 def load_times(path: Path, names: Sequence[str]) -> dict[str, SwitchCost]:
@@ -156,13 +180,7 @@ def load_times(path: Path, names: Sequence[str]) -> dict[str, SwitchCost]:
     Raises:
         DataError: Not such a file, or none of the layers is in it.
     """
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        kernels = [(str(entry["name"]), float(entry["averageMs"])) for entry in entries if "averageMs" in entry]
-    except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{path} is no engine profile: {error}.", "write one with trtexec --exportProfile=FILE --dumpProfile."
-        ) from error
+    kernels = read_profile(path)
     times: dict[str, float] = {}
     for kernel, milliseconds in kernels:
         parts = kernel.replace("/", ".").replace("+", " ").replace(":", " ").split()

@@ -1,4 +1,6 @@
 import copy
+import dataclasses
+import inspect
 import json
 import os
 import socket
@@ -25,6 +27,7 @@ from qdq import (
 )
 from qdq.analyze.replay import flipped
 from qdq.analyze.screen import screen_units
+from qdq.cli.analyze import AnalysisOptions
 from qdq.metrics import sqnr_db
 from qdq.quantizer import disable_quantization, named_quantizers
 from qdq.swap import quantized_layers, restore_modules
@@ -408,6 +411,7 @@ def test_costs_and_the_pareto_front(deep):
     assert [point.cost for point in front] == sorted(point.cost for point in front)
     assert [point.sqnr_db for point in front] == sorted(point.sqnr_db for point in front)
     assert front[0].float_layers == ()
+    assert analysis.format_table().splitlines()[-1].split()[1] == f"{front[-1].sqnr_db:.2f}"
     with pytest.raises(ArgumentError, match="a100"):
         analyze_layers(model, batches, gpu="voodoo2")
 
@@ -436,6 +440,18 @@ def test_share_drop_and_budget(deep):
     assert not reached.steps and "worse than the float model" in reached.stopped_by
     short = analyze_layers(model, batches, max_float_layers=3, budget=1e-9)
     assert short.images == 4 and len(short.steps) <= 1
+
+
+def test_options_of_the_command_line_are_arguments():
+    """Every option says the same to `analyze_layers` as the argument of its name."""
+    parameters = inspect.signature(analyze_layers).parameters
+    options = AnalysisOptions()
+    assert {field.name for field in dataclasses.fields(options)} < parameters.keys()
+    for name, value in options.as_arguments().items():
+        default = 4 if name == "max_float_layers" else parameters[name].default
+        assert (value or None) == (default or None) or (name, value) == ("metric", "sqnr"), name
+    assert AnalysisOptions(groups=("block",)).as_arguments()["groups"] == "block"
+    assert AnalysisOptions(groups=("block*", "head")).as_arguments()["groups"] == ["block*", "head"]
 
 
 @pytest.mark.parametrize(
