@@ -247,6 +247,8 @@ def _measure_sqnr_drop(judged: _Facts, other: _Facts | None) -> tuple[float, str
 
 def _compare(found: float, base: float, unit: str) -> str:
     sign = "%" if unit == "points" else unit
+    if abs(base - found) <= _ROUNDING:
+        return f"{found:.2f} {sign}, as that of"
     return f"{found:.2f} {sign}, {abs(base - found):.2f} {unit} {'below' if found < base else 'above'}"
 
 

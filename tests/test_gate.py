@@ -64,6 +64,7 @@ def test_against_a_baseline():
     better = gate_run(GOOD, baseline=WORSE, max_drop=0)
     assert better.passed
     assert "0.80 points above the baseline" in better.checks[0].message
+    assert "as that of the baseline" in gate_run(GOOD, baseline=GOOD, max_drop=0).checks[0].message
 
 
 def test_exit_code_and_reasons(capsys):
