@@ -28,6 +28,7 @@ _HOMES = {
     "export": ("ExportReport", "export_onnx"),
     "fold": ("fold_batchnorm",),
     "formats": ("Format",),
+    "gate": ("GateReport", "gate_run"),
     "models": ("load_model",),
     "nn": ("register_module",),
     "plan": ("Plan", "apply_plan", "diff_plans", "load_plan", "save_plan"),

@@ -37,6 +37,8 @@ from qdq.export import ExportReport as ExportReport
 from qdq.export import export_onnx as export_onnx
 from qdq.fold import fold_batchnorm as fold_batchnorm
 from qdq.formats import Format as Format
+from qdq.gate import GateReport as GateReport
+from qdq.gate import gate_run as gate_run
 from qdq.models import load_model as load_model
 from qdq.nn import register_module as register_module
 from qdq.plan import Plan as Plan

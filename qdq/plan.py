@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 PRECISIONS = ("int8", "float")
+_PINNED, _EARLIER = "pinned", "; earlier: "
 _HEAD = """# qdq plan: which layer runs in int8 and which in float. Edit `precision`, then apply it: qdq ptq --plan FILE
 # gain: what the outputs gained when the layer alone went to float, in the unit of the metric.
 """
@@ -52,6 +53,21 @@ class Plan:
     def precisions(self) -> dict[str, str]:
         """Layer -> "int8" or "float"."""
         return {name: entry.precision for name, entry in self.layers.items()}
+
+    def pin(self, name: str, precision: str, metric: str) -> PlanEntry:
+        """The entry of a layer that was pinned after this plan: what is known of it stays, and that it was pinned.
+
+        Args:
+            name: The layer; one that this plan does not name has no history.
+            precision: What it is pinned to.
+            metric: What gains are in from now on; a gain in another metric becomes part of the reason.
+        """
+        entry = self.layers.get(name, PlanEntry(precision))
+        known = entry.reason.removeprefix(_PINNED).removeprefix(_EARLIER)
+        gain = entry.gain
+        if gain is not None and metric != self.metric:
+            known, gain = f"{known}{', ' if known else ''}gain {gain:g} in {self.metric}", None
+        return PlanEntry(precision, f"{_PINNED}{_EARLIER}{known}" if known else _PINNED, gain)
 
 
 @dataclass(frozen=True)

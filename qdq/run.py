@@ -26,6 +26,7 @@ from qdq.errors import ArgumentError
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "run.json"
+REPORT_FILE = "report.json"
 JOURNAL_FILE = "analysis.jsonl"  # kept from any earlier run: its lines say what they were measured on
 STATISTICS_FILES = ("calibration.safetensors", "calibration.json")  # kept where a run that was cut off is begun again
 _PACKAGES = (

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 import qdq
+from qdq.cli.analyze import AnalysisOptions
 from qdq.cli.calibrate import CalibMethod
-from qdq.cli.main import NonNegativeInt, PositiveFloat, PositiveInt, UInt32, run_command
+from qdq.cli.main import PositiveInt, UInt32, run_command
 
 
 def ptq_classifier(
@@ -24,8 +25,7 @@ def ptq_classifier(
     calib_batches: PositiveInt = 8,
     eval_images: PositiveInt = 500,
     analysis_images: PositiveInt = 32,
-    max_float_layers: NonNegativeInt = 4,
-    target_sqnr: PositiveFloat | None = None,
+    analysis: AnalysisOptions = AnalysisOptions(),
     precision: Literal["fp32", "fp16"] = "fp32",
     batch_size: PositiveInt = 16,
     sm: int = 89,
@@ -44,15 +44,14 @@ def ptq_classifier(
         calib_batches: Batches to calibrate on.
         eval_images: Images to evaluate on.
         analysis_images: Calibration images to measure the sensitivity on.
-        max_float_layers: At most so many layers are left in float after the analysis.
-        target_sqnr: Leave no more in float once the outputs reach this SQNR in dB.
+        analysis: How the analysis ranks and chooses.
         precision: What is not int8 is exported in this type.
         batch_size: Images a batch.
         sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121.
         seed: Of weights, crops and the choice of images.
     """
-    settings, backend = dict(locals()), qdq.find_backend("auto", sm)
-    pinned = qdq.load_plan(plan).precisions if plan else None
+    settings, backend, options = dict(locals()), qdq.find_backend("auto", sm), analysis.as_arguments()
+    pinned = qdq.load_plan(plan) if plan else None
     net = qdq.load_model(model, weights, seed)
     calib, images = qdq.load_images(data_dir, net, calib_batches * batch_size, eval_images, batch_size, seed)
     run = qdq.start_run(output, seed=seed, settings=settings)
@@ -70,10 +69,8 @@ def ptq_classifier(
     run.stage("analyze")
     subset = calib.subset(analysis_images)
     journal = run.folder / "analysis.jsonl"
-    analysis = qdq.analyze_layers(
-        net.module, subset, pinned=pinned, max_float_layers=max_float_layers, target_sqnr=target_sqnr, path=journal
-    )
-    qdq.save_plan(analysis.plan, run.folder / "plan.yaml")
+    found = qdq.analyze_layers(net.module, subset, pinned=pinned, path=journal, **options)
+    qdq.save_plan(found.plan, run.folder / "plan.yaml")
     logits["mixed"] = qdq.predict(net.module, images)
     run.stage("export and check")
     file = run.folder / "model.onnx"
@@ -85,7 +82,7 @@ def ptq_classifier(
     run.stage("build")
     engine = qdq.build_engine(onnx.path, backend=backend.name, sm=sm)
     table = qdq.evaluate_outputs(logits, images.labels, files={"float": net.module, "ONNX": onnx.path})
-    stages = (folded, swapped, rewired, ranges, analysis, onnx, check, engine, table)
+    stages = (folded, swapped, rewired, ranges, found, onnx, check, engine, table)
     return qdq.write_report(run, net, calib, images, *stages).exit_code
 
 

@@ -39,7 +39,7 @@ def test_unknown_name():
     [
         ["-c", "import qdq"],
         ["-m", "qdq.cli.main", "--help"],
-        ["-c", "import qdq.check, qdq.build, qdq.statistics, qdq.cli.check, qdq.cli.build, qdq.cli.env"],
+        ["-c", "import qdq.check, qdq.build, qdq.gate, qdq.statistics, qdq.cli.check, qdq.cli.build, qdq.cli.env"],
     ],
 )
 def test_light_imports(command):

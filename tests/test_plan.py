@@ -8,6 +8,7 @@ from qdq import (
     ArgumentError,
     DataError,
     Plan,
+    TensorQuantizer,
     analyze_layers,
     apply_plan,
     calibrate_model,
@@ -127,3 +128,28 @@ def test_diff(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["plan", "diff", paths[0], "missing.yaml"])
     assert stop.value.code == 2
+
+
+def test_a_plan_that_pins_keeps_what_was_measured(block, tmp_path):
+    model, batch = block
+    first = analyze_layers(model, [batch], max_float_layers=1).plan
+    (worst,) = [name for name, entry in first.layers.items() if entry.precision == "float"]
+    edited = Plan({**first.layers, worst: PlanEntry("int8", first.layers[worst].reason, first.layers[worst].gain)})
+    model.apply(lambda module: module.enable() if isinstance(module, TensorQuantizer) else None)
+
+    path = save_plan(edited, tmp_path / "plan.yaml")
+    for _ in range(3):  # a plan of a plan of a plan says it once
+        path = save_plan(analyze_layers(model, [batch], pinned=load_plan(path)).plan, path)
+    second = load_plan(path)
+    assert second.precisions == edited.precisions
+    for name, entry in second.layers.items():
+        assert entry.gain == pytest.approx(first.layers[name].gain, abs=1e-6)
+        assert entry.reason == f"pinned; earlier: {first.layers[name].reason}"
+
+    other = analyze_layers(model, [batch], metric="kl", pinned=second).plan
+    assert other.metric == "kl"
+    entry = other.layers[worst]
+    assert entry.gain is None
+    assert entry.reason.startswith("pinned; earlier: step 1 of the search")
+    assert entry.reason.endswith(f"gain {second.layers[worst].gain:g} in sqnr")
+    assert analyze_layers(model, [batch], pinned={worst: "int8"}).plan.layers[worst] == PlanEntry("int8", "pinned")

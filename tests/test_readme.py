@@ -96,13 +96,13 @@ def test_commands_exist(page):
 
 def test_flags_exist(capsys, monkeypatch):
     pytest.importorskip("torchvision", reason="needs the extra 'demo'")
-    known = {verb: _help(capsys, monkeypatch, verb) for verb in ("ptq", "check", "build", "eval", "env")}
+    known = {verb: _help(capsys, monkeypatch, verb) for verb in ("ptq", "check", "build", "eval", "gate", "env")}
     parts = ("show", "merge", "solve")
     known["calibrate"] = "".join(_help(capsys, monkeypatch, "calibrate", part) for part in parts)
     lines = [line for page in PAGES for block in _fences(page.read_text(), "bash") for line in block.splitlines()]
     for line in lines:
         if match := re.match(r"qdq ([a-z]+)(.*)", line):
-            for flag in re.findall(r"(?<=\s)--?[a-z][a-z-]*", match[2].partition("#")[0]):
+            for flag in re.findall(r"(?<=\s)--?[a-z][a-z0-9-]*", match[2].partition("#")[0]):
                 assert re.search(rf"{flag}\b", known[match[1]]), line
     everything = "".join(known.values()) + _help(capsys, monkeypatch)
     for flag in re.findall(r"`(--[a-z][a-z-]+)`", _section("The command line")):

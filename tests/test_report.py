@@ -61,6 +61,8 @@ def test_report_says_what_the_stages_found(stages, capsys):
     assert (summary["weighted_layers"], summary["weighted_layers_swapped"]) == (3, 3)
     assert summary["float_layers"] == stages["analysis"].float_layers
     assert len(summary["float_layers"]) == 1
+    assert summary["int8_macs"] == pytest.approx(stages["build"].int8_share)
+    assert qdq.gate_run(folder, min_agreement=0, min_int8_macs=summary["int8_macs"], max_size=1).passed
     assert summary["census_expected_int8"] == 2  # three layers, one of them left in float
     assert summary["census_missing_int8"] == written["findings"] == []
     assert summary["missed_modules"] == summary["layers_without_range"] == []

@@ -25,7 +25,15 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from qdq.analyze.cost import LayerCost, SwitchCost, count_costs, estimate_times, load_times
+from qdq.analyze.cost import (
+    LayerCost,
+    SwitchCost,
+    count_costs,
+    estimate_times,
+    find_gpu,
+    load_times,
+    read_profile,
+)
 from qdq.analyze.journal import Journal
 from qdq.analyze.ranks import Ranks
 from qdq.analyze.replay import CACHE_BYTES, Replay, flipped
@@ -129,6 +137,7 @@ class Analysis:
         pareto: The sets that were measured and that no other one beats in cost and quality, cheapest first; empty
             without `gpu` and `profile`.
         full_evaluations: Why layers were evaluated in full; "" if they were replayed.
+        earlier: The plan that `pinned` came from; None if it came from none.
     """
 
     mode: str
@@ -142,6 +151,7 @@ class Analysis:
     pinned: Mapping[str, str] = field(default_factory=dict)
     pareto: tuple[MixedPoint, ...] = ()
     full_evaluations: str = ""
+    earlier: Plan | None = None
 
     @property
     def float_layers(self) -> list[str]:
@@ -151,9 +161,10 @@ class Analysis:
 
     @property
     def plan(self) -> Plan:
-        """The decision, for `save_plan`."""
+        """The decision, for `save_plan`; what is pinned keeps the gain and the reason of the plan it came from."""
         chosen = {step.layer: number for number, step in enumerate(self.steps, 1)}
-        entries = {name: PlanEntry(precision, "pinned") for name, precision in self.pinned.items()}
+        earlier = self.earlier or Plan()
+        entries = {name: earlier.pin(name, precision, self.metric_name) for name, precision in self.pinned.items()}
         for rank, unit in enumerate(self.layers, 1):
             how = "measured" if unit.is_exact else "estimated"
             reason = f"{self.mode}: rank {rank} of {len(self.layers)}, {how}"
@@ -180,7 +191,11 @@ class Analysis:
             lines.append(f"... and {len(self.layers) - rows} less sensitive ones")
         lines.append(_row(everything, width, self.sqnr_db, self.metric))
         lines += [_row(f"+ {step.layer} in float", width, step.sqnr_db, step.metric) for step in self.steps]
-        return "\n".join([*lines, f"stopped: {self.stopped_by}"])
+        lines.append(f"stopped: {self.stopped_by}")
+        if self.pareto:
+            lines.append("no measured choice is better and cheaper than one of these (microseconds, SQNR dB):")
+            lines += [f"{p.cost:10.1f}  {p.sqnr_db:7.2f}  {', '.join(p.float_layers) or 'none'}" for p in self.pareto]
+        return "\n".join(lines)
 
     def save(self, path: Path) -> Path:
         """Write the analysis as JSON."""
@@ -207,7 +222,7 @@ def analyze_layers(
     metric: str | Metric | None = None,
     higher_is_better: bool | None = None,
     groups: str | Sequence[Pattern] | None = None,
-    pinned: Mapping[str, str] | None = None,
+    pinned: Mapping[str, str] | Plan | None = None,
     confirm: int | None = None,
     target_sqnr: float | None = None,
     target_metric: float | None = None,
@@ -234,8 +249,9 @@ def analyze_layers(
         higher_is_better: Direction of a function; True if not given. The others have their own.
         groups: What is left in float together: None (each layer by itself), "block", "shared" (layers whose inputs
             have one range) or patterns, each of which makes a group.
-        pinned: Layer, or pattern of layers -> "int8" or "float": decided already, neither ranked nor changed.
-        confirm: Rank by an estimate for about three evaluations, and measure only so many units exactly; None
+        pinned: Layer, or pattern of layers -> "int8" or "float": decided already, neither ranked nor changed. Or the
+            plan of an earlier analysis.
+        confirm: Rank by an estimate for one to two evaluations, and measure only so many units exactly; None
             measures all.
         target_sqnr: Stop when the SQNR reaches this many dB.
         target_metric: Stop when the metric reaches this value.
@@ -254,16 +270,18 @@ def analyze_layers(
         DataError: No batch, "top1" without labels, or a file that is no profile.
         StateError: No layer is quantized, one has no amax, or the outputs hold NaN.
     """
+    earlier = pinned if isinstance(pinned, Plan) else None
+    precisions = pinned.precisions if isinstance(pinned, Plan) else pinned or {}
     chosen = _choose_metric(metric, higher_is_better)
     limits = Limits(max_float_layers, target_sqnr, target_metric, target_drop, max_float_share, budget)
-    _check_arguments(mode, chosen, limits, confirm, pinned)
+    _check_arguments(mode, chosen, limits, confirm, precisions)
     require_batches(batches)
     kept = list(batches)
     if not kept:
         raise DataError("there is no batch to analyze on.", "give at least one, for instance of the calibration data.")
     began = time.monotonic()
     with ExitStack() as undo:  # an interrupted search leaves the model as it was
-        units, fixed = _pin(model, find_units(model, kept[0]), pinned or {}, undo)
+        units, fixed = _pin(model, find_units(model, kept[0]), precisions, undo)
         units = group_units(model, units, groups)
         costs = count_costs(model, kept[0]) if gpu or profile or max_float_share is not None else {}
         times = _estimate(costs, gpu, profile, units)
@@ -275,10 +293,38 @@ def analyze_layers(
             replay = Replay(model, cache_bytes=cache_bytes)
             deadline = math.inf if budget is None else began + budget
             probe = _Probe(model, kept, chosen, journal, ranks, replay, deadline)
-            analysis = _Search(model, probe, units, mode, limits, costs, times, confirm).run(undo, fixed)
+            analysis = _Search(model, probe, units, mode, limits, costs, times, confirm).run(undo, fixed, earlier)
             journal.close()
         undo.pop_all()
     return analysis
+
+
+def check_options(
+    *,
+    mode: str = MODES[0],
+    metric: str | Metric | None = None,
+    confirm: int | None = None,
+    target_sqnr: float | None = None,
+    target_metric: float | None = None,
+    target_drop: float | None = None,
+    max_float_layers: int = 0,
+    max_float_share: float | None = None,
+    budget: float | None = None,
+    gpu: str | None = None,
+    profile: Path | str | None = None,
+) -> None:
+    """Refuse arguments of `analyze_layers` that cannot be meant, before the work that precedes it.
+
+    Raises:
+        ArgumentError: As there; patterns that match nothing are seen only with the model.
+        DataError: The profile cannot be read.
+    """
+    limits = Limits(max_float_layers, target_sqnr, target_metric, target_drop, max_float_share, budget)
+    _check_arguments(mode, _choose_metric(metric, None), limits, confirm, {})
+    if gpu is not None:
+        find_gpu(gpu)
+    if profile is not None:
+        read_profile(Path(profile))
 
 
 @dataclass(frozen=True)
@@ -317,7 +363,7 @@ def _choose_metric(metric: str | Metric | None, higher_is_better: bool | None) -
 
 
 def _check_arguments(
-    mode: str, metric: _Chosen, limits: Limits, confirm: int | None, pinned: Mapping[str, str] | None
+    mode: str, metric: _Chosen, limits: Limits, confirm: int | None, pinned: Mapping[str, str]
 ) -> None:
     if mode not in MODES:
         raise ArgumentError(f"mode is {mode!r}; known are {', '.join(MODES)}.", "use 'one-at-a-time'.")
@@ -332,7 +378,7 @@ def _check_arguments(
         raise ArgumentError(f"max_float_share is {limits.max_float_share}.", "give a share, 0 to 1.")
     if limits.budget is not None and not limits.budget > 0:
         raise ArgumentError(f"budget is {limits.budget} seconds.", "give more than 0.")
-    for name, precision in (pinned or {}).items():
+    for name, precision in pinned.items():
         if precision not in PRECISIONS:
             raise ArgumentError(f"{name} is pinned to {precision!r}.", "pin to 'int8' or 'float'.")
 
@@ -569,7 +615,7 @@ class _Search:
         self._points: dict[tuple[str, ...], _Value] = {}
         self._float_metric: float | None = None
 
-    def run(self, undo: ExitStack, pinned: dict[str, str]) -> Analysis:
+    def run(self, undo: ExitStack, pinned: dict[str, str], earlier: Plan | None) -> Analysis:
         """Rank, then choose; what is switched off is undone by `undo`."""
         base, alone, ranked = self._rank()
         if self._limits.target_drop is not None:
@@ -587,6 +633,7 @@ class _Search:
             pinned=pinned,
             pareto=self._front() if self._times else (),
             full_evaluations=self._probe.replay.reason,
+            earlier=earlier,
         )
 
     def _rank(self) -> tuple[_Value, dict[str, _Value], list[LayerSensitivity]]:

@@ -21,7 +21,7 @@ from qdq.trace import call_model, evaluating
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak rates of a GPU, dense, from NVIDIA's data sheets and architecture white papers.
+    """Peak rates of a GPU, dense, as NVIDIA's data sheets give them.
 
     Args:
         int8: int8 operations a second, in 10^12.
@@ -35,6 +35,9 @@ class Gpu:
 
 
 # Where a data sheet gives rates with sparsity, half of them; consumer cards: fp16 with fp16 sums.
+# Checked in November 2026 against tables that others publish of NVIDIA's data sheets: all of a100, h100, l40s and t4,
+# int8 of orin (170 with sparsity) and rtx4090, fp16 of rtx3090, and every bandwidth. a10 and l4: tensor cores x
+# operations x clock. int8 of rtx3090 is twice its fp16, fp16 of orin and rtx4090 half of int8, as these chips have it.
 GPUS = {
     "a10": Gpu(250, 125, 600),
     "a100": Gpu(624, 312, 2039),  # SXM, 80 GB
@@ -72,6 +75,17 @@ class SwitchCost:
 
     int8: float
     float16: float
+
+
+def find_gpu(name: str) -> Gpu:
+    """The rates of a GPU.
+
+    Raises:
+        ArgumentError: It is not in `GPUS`.
+    """
+    if name not in GPUS:
+        raise ArgumentError(f"gpu is {name!r}; known are {', '.join(GPUS)}.", "use one of those, or give a profile.")
+    return GPUS[name]
 
 
 def count_costs(model: nn.Module, batch: Any) -> dict[str, LayerCost]:
@@ -128,9 +142,7 @@ def estimate_times(costs: dict[str, LayerCost], gpu: str) -> dict[str, SwitchCos
     Raises:
         ArgumentError: An unknown GPU.
     """
-    rates = GPUS.get(gpu)
-    if rates is None:
-        raise ArgumentError(f"gpu is {gpu!r}; known are {', '.join(GPUS)}.", "use one of those, or give a profile.")
+    rates = find_gpu(gpu)
     return {
         name: SwitchCost(
             max(2 * cost.macs / rates.int8 / 1e6, cost.values / rates.bandwidth / 1e3),
@@ -138,6 +150,21 @@ def estimate_times(costs: dict[str, LayerCost], gpu: str) -> dict[str, SwitchCos
         )
         for name, cost in costs.items()
     }
+
+
+def read_profile(path: Path) -> list[tuple[str, float]]:
+    """Kernels of an engine and their times in milliseconds, from JSON of trtexec `--exportProfile`.
+
+    Raises:
+        DataError: Not such a file.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return [(str(entry["name"]), float(entry["averageMs"])) for entry in entries if "averageMs" in entry]
+    except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{path} is no engine profile: {error}.", "write one with trtexec --exportProfile=FILE --dumpProfile."
+        ) from error
 
 
 def load_times(path: Path, names: Sequence[str]) -> dict[str, SwitchCost]:
@@ -153,13 +180,7 @@ def load_times(path: Path, names: Sequence[str]) -> dict[str, SwitchCost]:
     Raises:
         DataError: Not such a file, or none of the layers is in it.
     """
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        kernels = [(str(entry["name"]), float(entry["averageMs"])) for entry in entries if "averageMs" in entry]
-    except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{path} is no engine profile: {error}.", "write one with trtexec --exportProfile=FILE --dumpProfile."
-        ) from error
+    kernels = read_profile(path)
     times: dict[str, float] = {}
     for kernel, milliseconds in kernels:
         parts = kernel.replace("/", ".").replace("+", " ").replace(":", " ").split()

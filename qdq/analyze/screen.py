@@ -4,10 +4,14 @@ Each unit makes an error e where it stands: the output of its layer in int8 less
 first order its share of the error of the outputs is J e, with J the derivative of the outputs by that place. A
 backward pass gives J^T v for one v, and with it the product v . J e = (J^T v) . e, without J.
 
-- "one-at-a-time": the model is in float, v is random with variance 1, and the mean of (v . J e)^2 is the energy of J e.
-  Half of the batches are enough for that.
-- "leave-one-out": the model is in int8. Without a unit the error E of its outputs becomes E - J e, and its energy falls
-  by 2 E . J e less that of J e: one product with v = 2 E and one with a random v.
+- "one-at-a-time": the model is in float and v is random with variance 1. Then the mean of (v . J e)^2 is the energy of
+  J e. With errors of different channels taken to be independent (each has weights of its own), it is the sum of the
+  energies of the channels: a mean over many squares where v is drawn once.
+- "leave-one-out": the model is in int8 and v = E, the error of its outputs. Without a unit E becomes E - J e, and its
+  energy falls by 2 E . J e less that of J e. E is the sum of the errors of all units; as far as they are independent
+  either of these energies is E . J e, and so is the difference.
+
+Half of the batches are enough for either.
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ def screen_units(
     """
     random = torch.Generator().manual_seed(0)
     totals = dict.fromkeys((unit.name for unit in units), 0.0)
-    used = batches[: -(-len(batches) // 2)] if mode == "one-at-a-time" else batches
+    used = batches[: -(-len(batches) // 2)]
     for batch, reference in zip(used, references, strict=False):
         for name, energy in _screen_batch(model, batch, reference, units, mode, random).items():
             totals[name] += energy
@@ -58,36 +62,32 @@ def _screen_batch(
     model: nn.Module, batch: Any, reference: Any, units: Sequence[Unit], mode: str, random: torch.Generator
 ) -> dict[str, float]:
     is_alone = mode == "one-at-a-time"
-    taps = _Taps(count_rows(batch))
+    taps = _Taps(power=2 if is_alone else 1)
     with evaluating(model), torch.enable_grad(), _frozen(model), taps.attached(model, units):
         with disable_quantization(model) if is_alone else _straight_through(model):
             outputs = floats_of(call_model(model, batch))
-        probes = [torch.randn(out.shape, generator=random).to(out.device, out.dtype) for out in outputs]
-        own = {name: float(shares.square().sum()) for name, shares in taps.multiply(outputs, probes).items()}
         if is_alone:
-            return own
-        errors = [2 * (out - expected).detach() for out, expected in zip(outputs, floats_of(reference), strict=True)]
-        return {name: float(shares.sum()) - own[name] for name, shares in taps.multiply(outputs, errors).items()}
+            vectors = [torch.randn(out.shape, generator=random).to(out.device, out.dtype) for out in outputs]
+        else:
+            pairs = zip(outputs, floats_of(reference), strict=True)
+            vectors = [(out - expected).detach() for out, expected in pairs]
+        wanted = [(out, vector) for out, vector in zip(outputs, vectors, strict=True) if out.requires_grad]
+        if wanted:
+            torch.autograd.backward([out for out, _ in wanted], [vector for _, vector in wanted])
+    return taps.shares
 
 
 class _Taps:
     """Hooks that measure errors in the forward and multiply them with the gradient in the backward.
 
     Args:
-        rows: Number of samples.
+        power: Of the products, one for each sample and channel, that are added up.
     """
 
-    def __init__(self, rows: int) -> None:
-        self._rows = rows
-        self._shares: dict[str, torch.Tensor] = {}
-
-    def multiply(self, outputs: list[torch.Tensor], vectors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The product v . J e of each unit that ran, for each sample."""
-        self._shares = {}
-        wanted = [(out, vector) for out, vector in zip(outputs, vectors, strict=True) if out.requires_grad]
-        if wanted:
-            torch.autograd.backward([out for out, _ in wanted], [vector for _, vector in wanted], retain_graph=True)
-        return self._shares
+    def __init__(self, power: int) -> None:
+        self._power = power
+        self.shares: dict[str, float] = {}
+        """The sum for each unit that ran."""
 
     @contextmanager
     def attached(self, model: nn.Module, units: Sequence[Unit]) -> Iterator[None]:
@@ -131,10 +131,11 @@ class _Taps:
         return hook
 
     def _add(self, name: str, gradient: torch.Tensor, error: torch.Tensor) -> None:
-        """One call's share, a sum for each sample where samples are the first dimension."""
-        rows = self._rows if error.shape[0] % self._rows == 0 else 1
-        share = torch.linalg.vecdot(gradient.reshape(rows, -1), error.reshape(rows, -1)).double()
-        self._shares[name] = self._shares[name] + share if name in self._shares else share
+        """One call's share. Channels are the last dimension, of `[B, C, H, W]` the second."""
+        products = gradient * error
+        if products.dim() > 2:
+            products = products.flatten(2).sum(2) if products.dim() > 3 else products.sum(1)
+        self.shares[name] = self.shares.get(name, 0.0) + float(products.double().pow(self._power).sum())
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -47,6 +47,7 @@ def make_app() -> cyclopts.App:
     from qdq.cli.check import check
     from qdq.cli.env import env
     from qdq.cli.eval import evaluate_files
+    from qdq.cli.gate import gate
     from qdq.cli.plan import plan
     from qdq.cli.ptq import ptq  # the recipe, which imports this module
 
@@ -55,8 +56,8 @@ def make_app() -> cyclopts.App:
     for command in (calibrate.show, calibrate.merge, calibrate.solve):
         statistics.command(command)
     verbs = {
-        "ptq": ptq, "calibrate": statistics, "check": check, "build": build, "eval": evaluate_files, "plan": plan,
-        "env": env,
+        "ptq": ptq, "calibrate": statistics, "check": check, "build": build, "eval": evaluate_files, "gate": gate,
+        "plan": plan, "env": env,
     }  # fmt: skip
     for position, (name, command) in enumerate(verbs.items()):
         if isinstance(command, cyclopts.App):

@@ -14,14 +14,12 @@ from qdq.evaluate import Evaluation
 from qdq.export import ExportReport
 from qdq.fold import FoldedPair
 from qdq.rewire import RewirePlan
-from qdq.run import Run, to_jsonable, write_atomic, write_json
+from qdq.run import REPORT_FILE, Run, to_jsonable, write_atomic, write_json
 from qdq.swap import SwapPlan
 
 if TYPE_CHECKING:
     from qdq.data import ImageBatches
     from qdq.models import LoadedModel
-
-REPORT_FILE = "report.json"
 
 
 @dataclass(frozen=True)
@@ -140,6 +138,7 @@ def _summarize(
         "parity": check.parity,
         "onnx_megabytes": check.file_bytes / 1e6,
         "engine_megabytes": build.engine_bytes / 1e6,
+        "int8_macs": build.int8_share,
         "census_expected_int8": build.expected_int8,
         "census_missing_int8": [layer.module for layer in build.missing_int8],
     }

@@ -1,4 +1,6 @@
 import copy
+import dataclasses
+import inspect
 import json
 import os
 import socket
@@ -24,6 +26,8 @@ from qdq import (
     swap_modules,
 )
 from qdq.analyze.replay import flipped
+from qdq.analyze.screen import screen_units
+from qdq.cli.analyze import AnalysisOptions
 from qdq.metrics import sqnr_db
 from qdq.quantizer import disable_quantization, named_quantizers
 from qdq.swap import quantized_layers, restore_modules
@@ -347,15 +351,42 @@ def test_screen_and_confirm(deep, mode):
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_estimate_is_the_energy_of_the_error(deep):
-    """With one layer in int8, a linear rest and many samples the estimate is what is measured."""
-    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)).eval()
-    batches = [torch.randn(20000, 16)]
-    swap_modules(model, batches[0], include=["0"])
-    calibrate_model(model, batches, method="max")
-    (layer,) = analyze_layers(model, batches, confirm=0).layers
-    (exact,) = analyze_layers(model, batches).layers
-    assert layer.sqnr_db == pytest.approx(exact.sqnr_db, abs=0.2)
+@pytest.fixture
+def two_layers():
+    """Two linear layers in int8, samples, and by plain products: the error of each, and of the outputs."""
+    model, batch = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)).eval(), torch.randn(20000, 16)
+    exact = copy.deepcopy(model).double()
+    swap_modules(model, batch, include=["*"])
+    calibrate_model(model, [batch], method="max")
+    with torch.no_grad():
+        hidden = model[0](batch)
+        first = hidden.double() - exact[0](batch.double())
+        second = model[1](hidden).double() - exact[1](hidden.double())
+        outputs = model[1](hidden).double() - exact(batch.double())
+    return model, batch, first, second, outputs
+
+
+def screened(model, batch, mode):
+    with disable_quantization(model), torch.no_grad():
+        reference = model(batch)
+    return screen_units(model, [batch], [reference], find_units(model, batch), mode)
+
+
+def test_the_estimate_alone_is_the_energy_of_the_error_of_each_channel(two_layers):
+    """Behind a linear layer the error of channel c is multiplied by column c of the weight."""
+    model, batch, first, second, _ = two_layers
+    found = screened(model, batch, "one-at-a-time")
+    columns = model[1].weight.detach().double().square().sum(0)
+    assert found["0"] == pytest.approx(float((first.square() * columns).sum()), rel=0.03)  # one draw for each sample
+    assert found["1"] == pytest.approx(float(second.square().sum()), rel=0.03)
+
+
+def test_the_estimate_without_a_layer_is_its_part_of_the_error(two_layers):
+    model, batch, first, second, outputs = two_layers
+    found = screened(model, batch, "leave-one-out")
+    weight = model[1].weight_quantizer(model[1].weight).detach().double()
+    assert found["0"] == pytest.approx(float((outputs * (first @ weight.T)).sum()), rel=1e-3)
+    assert found["1"] == pytest.approx(float((outputs * second).sum()), rel=1e-3)
 
 
 def test_pinned(deep):
@@ -380,6 +411,7 @@ def test_costs_and_the_pareto_front(deep):
     assert [point.cost for point in front] == sorted(point.cost for point in front)
     assert [point.sqnr_db for point in front] == sorted(point.sqnr_db for point in front)
     assert front[0].float_layers == ()
+    assert analysis.format_table().splitlines()[-1].split()[1] == f"{front[-1].sqnr_db:.2f}"
     with pytest.raises(ArgumentError, match="a100"):
         analyze_layers(model, batches, gpu="voodoo2")
 
@@ -408,6 +440,18 @@ def test_share_drop_and_budget(deep):
     assert not reached.steps and "worse than the float model" in reached.stopped_by
     short = analyze_layers(model, batches, max_float_layers=3, budget=1e-9)
     assert short.images == 4 and len(short.steps) <= 1
+
+
+def test_options_of_the_command_line_are_arguments():
+    """Every option says the same to `analyze_layers` as the argument of its name."""
+    parameters = inspect.signature(analyze_layers).parameters
+    options = AnalysisOptions()
+    assert {field.name for field in dataclasses.fields(options)} < parameters.keys()
+    for name, value in options.as_arguments().items():
+        default = 4 if name == "max_float_layers" else parameters[name].default
+        assert (value or None) == (default or None) or (name, value) == ("metric", "sqnr"), name
+    assert AnalysisOptions(groups=("block",)).as_arguments()["groups"] == "block"
+    assert AnalysisOptions(groups=("block*", "head")).as_arguments()["groups"] == ["block*", "head"]
 
 
 @pytest.mark.parametrize(

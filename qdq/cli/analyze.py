@@ -1,0 +1,58 @@
+"""How a recipe's sensitivity analysis ranks and chooses, as options of its command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cyclopts import Parameter
+from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveFloat
+
+
+@Parameter(name="*")  # --mode, not --analysis-options.mode
+@dataclass(frozen=True)
+class AnalysisOptions:
+    """Options of `analyze_layers` that a command line can say.
+
+    Args:
+        max_float_layers: At most so many layers are left in float after the analysis.
+        target_sqnr: Leave no more in float once the outputs reach this SQNR in dB.
+        mode: A layer is measured with only it in int8, or with only it in float.
+        metric: What ranks the layers; top1 needs calibration images with labels.
+        groups: Left in float together: block, shared (one range at their inputs), or patterns that each make a group.
+        confirm: Rank by an estimate, and measure only so many layers exactly; all if left out.
+        target_metric: Leave no more in float once the metric reaches this value.
+        target_drop: Leave no more in float once the metric is worse than the float model's by no more than this.
+        max_float_share: At most this share of the multiplications is left in float, 0 to 1.
+        budget: Begin no further batch or step of the analysis after so many seconds.
+        gpu: Choose by gain for each microsecond on this GPU: a10, a100, h100, l4, l40s, orin, rtx3090, rtx4090, t4.
+        profile: Likewise by times of an engine, the JSON that trtexec exports as its profile.
+    """
+
+    max_float_layers: NonNegativeInt = 4
+    target_sqnr: PositiveFloat | None = None
+    mode: Literal["one-at-a-time", "leave-one-out"] = "one-at-a-time"
+    metric: Literal["sqnr", "cosine", "kl", "top1"] = "sqnr"
+    groups: tuple[str, ...] = ()
+    confirm: NonNegativeInt | None = None
+    target_metric: float | None = None
+    target_drop: NonNegativeFloat | None = None
+    max_float_share: NonNegativeFloat | None = None
+    budget: PositiveFloat | None = None
+    gpu: str | None = None
+    profile: Path | None = None
+
+    def as_arguments(self) -> dict[str, Any]:
+        """The arguments of `analyze_layers`, refused here, before any work, where they cannot be meant.
+
+        Raises:
+            ArgumentError: An unknown GPU, a share above 1, a target for a metric that is not given.
+            DataError: The profile cannot be read.
+        """
+        from qdq.analyze import check_options
+
+        arguments = dict(vars(self))
+        groups = arguments.pop("groups")
+        check_options(**arguments)
+        return {**arguments, "groups": groups[0] if groups in (("block",), ("shared",)) else list(groups) or None}

@@ -1,0 +1,313 @@
+"""Is a run good enough to ship? Limits held against its report.json, for CI; needs no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from qdq.errors import ArgumentError, DataError
+from qdq.run import REPORT_FILE
+
+_ROUNDING = 1e-9  # of float64: 84.8 - 84.4 is no more than 0.4
+_SHOWN_LAYERS = 3
+
+
+@dataclass(frozen=True)
+class GateCheck:
+    """One limit and what was found.
+
+    Args:
+        name: The limit as the command line spells it, "max-drop".
+        limit: Its value, in the unit of the limit (see `gate_run`).
+        found: What the run has, in the same unit.
+        passed: Whether the run keeps the limit.
+        message: What was found, where, and the limit, in one line.
+    """
+
+    name: str
+    limit: float
+    found: float
+    passed: bool
+    message: str
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """Result of `gate_run`.
+
+    Args:
+        run: The run, as it was given.
+        baseline: The run it was compared with, None without.
+        checks: Every limit that was asked for.
+    """
+
+    run: Path
+    baseline: Path | None
+    checks: tuple[GateCheck, ...]
+
+    @property
+    def failures(self) -> tuple[GateCheck, ...]:
+        """The limits that the run misses."""
+        return tuple(check for check in self.checks if not check.passed)
+
+    @property
+    def passed(self) -> bool:
+        """Whether it keeps all."""
+        return not self.failures
+
+    def format_table(self) -> str:
+        """One line a limit, then the verdict."""
+        lines = [f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.message}" for check in self.checks]
+        verdict = f"{_plain(self.run)}: {len(self.failures)} of {len(self.checks)} limits missed"
+        return "\n".join([*lines, verdict])
+
+
+def gate_run(
+    run: Path | str,
+    *,
+    baseline: Path | str | None = None,
+    max_drop: float | None = None,
+    max_sqnr_drop: float | None = None,
+    min_sqnr: float | None = None,
+    min_agreement: float | None = None,
+    min_int8_macs: float | None = None,
+    max_size: float | None = None,
+) -> GateReport:
+    """Hold limits against what a run found. Judged is its last candidate, the ONNX file in the recipe.
+
+    Args:
+        run: Run folder, or a copy of its report.json.
+        baseline: Another run, on the same images, likewise.
+        max_drop: Points of top-1 (0 to 100) that it may lie below the baseline; below its own float model without one.
+        max_sqnr_drop: Decibels of SQNR that it may lie below the baseline.
+        min_sqnr: Least SQNR of the outputs against the float model, in dB.
+        min_agreement: Least share of images (0 to 1) with the float model's top-1.
+        min_int8_macs: Least share of all multiplications (0 to 1) that runs in int8 in the engine.
+        max_size: Largest ONNX file, in MB (10^6 bytes).
+
+    Raises:
+        ArgumentError: No limit, one out of its range, or one of limit and baseline without the other.
+        DataError: No report, of other images than the baseline's, or without a fact that a limit asks for.
+    """
+    given = {
+        "max_drop": max_drop,
+        "max_sqnr_drop": max_sqnr_drop,
+        "min_sqnr": min_sqnr,
+        "min_agreement": min_agreement,
+        "min_int8_macs": min_int8_macs,
+        "max_size": max_size,
+    }
+    limits = {name: limit for name, limit in given.items() if limit is not None}
+    _check_limits(limits, has_baseline=baseline is not None)
+    judged = _Facts(Path(run))
+    other = None if baseline is None else _Facts(Path(baseline))
+    if other is not None:
+        _require_same_images(judged, other)
+    checks = tuple(_judge(name, limit, judged, other) for name, limit in limits.items())
+    return GateReport(Path(run), None if baseline is None else Path(baseline), checks)
+
+
+def format_junit(report: GateReport) -> bytes:
+    """The checks as JUnit XML, one test case a limit, as CI servers read it.
+
+    With the elements and attributes that Ant's schema requires and Jenkins' allows; the host is not told.
+    """
+    counts = {"tests": str(len(report.checks)), "failures": str(len(report.failures)), "errors": "0", "time": "0"}
+    root = ElementTree.Element("testsuites")
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+    names = {"name": "qdq gate", "package": "qdq", "id": "0", "timestamp": now, "hostname": "localhost"}
+    suite = ElementTree.SubElement(root, "testsuite", {**names, **counts})
+    ElementTree.SubElement(suite, "properties")
+    for check in report.checks:
+        attributes = {"classname": _plain(report.run), "name": check.name, "time": "0"}
+        case = ElementTree.SubElement(suite, "testcase", attributes)
+        if not check.passed:
+            failure = ElementTree.SubElement(case, "failure", {"type": "limit", "message": check.message})
+            failure.text = check.message
+    ElementTree.SubElement(suite, "system-out").text = report.format_table()
+    ElementTree.SubElement(suite, "system-err")
+    ElementTree.indent(root)
+    xml: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
+    return xml
+
+
+class _Facts:
+    """The report of a run; a fact that it lacks is an error, never a pass.
+
+    Args:
+        run: Run folder, or the file.
+
+    Raises:
+        DataError: No report, or none of a run.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        path = run / REPORT_FILE if run.is_dir() else run
+        try:
+            self._content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{path} does not exist: the run is not finished, or it is no run folder.",
+                "give the folder of a finished qdq ptq, or its report.json.",
+            ) from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(f"cannot read {path}: {error}.", "give the report.json of a run.") from error
+        rows = self.get("evaluation", "candidates")
+        if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "name" in row for row in rows):
+            raise DataError(f"{path} is no report of a run: it has no candidates.", "give the report.json of a run.")
+        self.reference: dict[str, Any] = rows[0]
+        self.result: dict[str, Any] = rows[-1]
+
+    def get(self, *keys: str) -> Any:
+        """A value by its keys from the top; None if one is missing."""
+        value = self._content
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def require(self, value: Any, what: str, fix: str) -> float:
+        """A number that is there and finite.
+
+        Raises:
+            DataError: It is not.
+        """
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise DataError(f"{self.run} has no {what} (found {value!r}), and a limit asks for it.", fix)
+        return float(value)
+
+    def top1(self, candidate: dict[str, Any]) -> float:
+        """In percent."""
+        what, fix = f"top-1 of {candidate['name']}", "evaluate on images with labels, or use min_agreement."
+        return 100 * self.require(candidate.get("top1"), what, fix)
+
+    def sqnr(self) -> float:
+        """Of the result, in dB."""
+        what, fix = f"finite SQNR of {self.result['name']}", "leave out the limit on the SQNR: nothing is quantized."
+        return self.require(self.result.get("sqnr_db"), what, fix)
+
+
+def _check_limits(limits: dict[str, float], *, has_baseline: bool) -> None:
+    if not limits:
+        raise ArgumentError("no limit is given, and without one every run passes.", "give --max-drop 0.5, say.")
+    for name, limit in limits.items():
+        low, high = _RANGES[name]
+        if not low <= limit <= high or math.isinf(limit):
+            share = ", a share" if high == 1 else ""
+            raise ArgumentError(
+                f"{name} is {limit:g}; it must lie between {low:g} and {high:g}{share}.", "correct the limit."
+            )
+    if "max_sqnr_drop" in limits and not has_baseline:
+        raise ArgumentError("max_sqnr_drop is given, but no baseline.", "give one, or use min_sqnr.")
+    if has_baseline and not limits.keys() & {"max_drop", "max_sqnr_drop"}:
+        raise ArgumentError(
+            "a baseline is given, but no limit that compares with it.", "add max_drop or max_sqnr_drop."
+        )
+
+
+def _require_same_images(judged: _Facts, other: _Facts) -> None:
+    places = (("evaluation", "images"), ("data", "evaluation"))
+    here, there = ([facts.get(*keys) for keys in places] for facts in (judged, other))
+    if here != there or None in here:
+        raise DataError(
+            f"the runs were not evaluated on the same images: {here[1]!r} and {there[1]!r}.",
+            "evaluate both with the same data, --eval-images and --seed.",
+        )
+
+
+def _judge(name: str, limit: float, judged: _Facts, other: _Facts | None) -> GateCheck:
+    found, text = _MEASURES[name](judged, other)
+    is_most = name.startswith("max")
+    passed = (found - limit if is_most else limit - found) <= _ROUNDING
+    if name == "min_int8_macs" and not passed:
+        text += _name_float_layers(judged)
+    bound = f"at {'most' if is_most else 'least'} {limit:g}"
+    return GateCheck(name.replace("_", "-"), limit, found, passed, _plain(f"{text}; {bound}{_UNITS.get(name, '')}"))
+
+
+def _measure_drop(judged: _Facts, other: _Facts | None) -> tuple[float, str]:
+    found = judged.top1(judged.result)
+    base = judged.top1(judged.reference) if other is None else other.top1(other.result)
+    whose = judged.reference["name"] if other is None else f"the baseline {other.run}"
+    return base - found, f"top-1 of {judged.result['name']} is {_compare(found, base, 'points')} {whose} ({base:.2f} %)"
+
+
+def _measure_sqnr_drop(judged: _Facts, other: _Facts | None) -> tuple[float, str]:
+    assert other is not None  # noqa: S101  # `_check_limits` has seen to it
+    found, base = judged.sqnr(), other.sqnr()
+    text = f"SQNR of {judged.result['name']} is {_compare(found, base, 'dB')} the baseline {other.run} ({base:.2f} dB)"
+    return base - found, text
+
+
+def _compare(found: float, base: float, unit: str) -> str:
+    sign = "%" if unit == "points" else unit
+    if abs(base - found) <= _ROUNDING:
+        return f"{found:.2f} {sign}, as that of"
+    return f"{found:.2f} {sign}, {abs(base - found):.2f} {unit} {'below' if found < base else 'above'}"
+
+
+def _measure_sqnr(judged: _Facts, other: _Facts | None) -> tuple[float, str]:
+    return judged.sqnr(), f"SQNR of {judged.result['name']} is {judged.sqnr():.2f} dB"
+
+
+def _measure_agreement(judged: _Facts, other: _Facts | None) -> tuple[float, str]:
+    name = judged.result["name"]
+    value = judged.require(judged.result.get("agreement"), f"agreement of {name}", "run qdq ptq again.")
+    return value, f"{name} agrees with {judged.reference['name']} on {value:.4f} of the images"
+
+
+def _measure_int8_macs(judged: _Facts, other: _Facts | None) -> tuple[float, str]:
+    fix = "run qdq ptq again, with an engine: runs of an earlier version lack it."
+    value = judged.require(judged.get("summary", "int8_macs"), "share of MACs in int8", fix)
+    return value, f"{value:.4f} of the multiplications run in int8"
+
+
+def _measure_size(judged: _Facts, other: _Facts | None) -> tuple[float, str]:
+    value = judged.require(judged.get("summary", "onnx_megabytes"), "size of its ONNX file", "run qdq ptq again.")
+    return value, f"the ONNX file has {value:.2f} MB"
+
+
+_MEASURES: dict[str, Callable[[_Facts, _Facts | None], tuple[float, str]]] = {
+    "max_drop": _measure_drop,
+    "max_sqnr_drop": _measure_sqnr_drop,
+    "min_sqnr": _measure_sqnr,
+    "min_agreement": _measure_agreement,
+    "min_int8_macs": _measure_int8_macs,
+    "max_size": _measure_size,
+}
+_RANGES = {
+    "max_drop": (0.0, 100.0),
+    "max_sqnr_drop": (0.0, math.inf),
+    "min_sqnr": (-math.inf, math.inf),
+    "min_agreement": (0.0, 1.0),
+    "min_int8_macs": (0.0, 1.0),
+    "max_size": (0.0, math.inf),
+}
+_UNITS = {"max_drop": " points", "max_sqnr_drop": " dB", "min_sqnr": " dB", "max_size": " MB"}
+
+
+def _name_float_layers(judged: _Facts) -> str:
+    """The layers with the most work that are not in int8, with the reason."""
+    sizes = {row.get("name"): row.get("share") or 0.0 for row in _rows(judged.get("build", "coverage", "layers"))}
+    rows = [row for row in _rows(judged.get("build", "layers")) if row.get("int8") is False]
+    rows.sort(key=lambda row: -sizes.get(row.get("node"), 0.0))
+    shown = [
+        f"{row.get('module') or row.get('node')} ({sizes.get(row.get('node'), 0.0):.4f}, {row.get('reason')})"
+        for row in rows[:_SHOWN_LAYERS]
+    ]
+    return f"; in float most of all {', '.join(shown)}" if shown else ""
+
+
+def _rows(value: Any) -> list[dict[str, Any]]:
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+
+
+def _plain(text: object) -> str:
+    """One line, without what a terminal or XML would not take: names are data."""
+    return "".join(character if character.isprintable() else "?" for character in str(text))

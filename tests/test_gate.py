@@ -1,0 +1,231 @@
+"""The gate on stored runs: what it lets through, what it stops and why, what it refuses to judge."""
+
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from qdq import DataError, gate_run
+from qdq.cli.main import main
+from qdq.gate import format_junit
+
+DATA = Path(__file__).parent / "data"
+GOOD, WORSE = DATA / "gate_good.json", DATA / "gate_worse.json"
+# What the stored runs hold: top-1 84.4 and 83.6 % (float 84.8), SQNR 22.25 and 17.5 dB, agreement 0.986 and 0.971,
+# int8 0.95 and 0.7 of the multiplications, 4.9 and 5.5 MB.
+
+
+def gate(capsys, *arguments):
+    with pytest.raises(SystemExit) as exit:
+        main(["gate", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return exit.value.code, captured.out, captured.err
+
+
+def changed(tmp_path, change, source=GOOD):
+    """A stored run with something in it changed."""
+    content = json.loads(source.read_text())
+    change(content)
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "missed"),
+    [
+        ("max_drop", 0.4, 0.39),  # 84.8 - 84.4: in floats 0.40000000000000036
+        ("min_sqnr", 22.25, 22.26),
+        ("min_agreement", 0.986, 0.987),
+        ("min_int8_macs", 0.95, 0.951),
+        ("max_size", 4.9, 4.89),
+    ],
+)
+def test_a_limit_is_kept_up_to_itself(name, kept, missed):
+    assert gate_run(GOOD, **{name: kept}).passed
+    report = gate_run(GOOD, **{name: missed})
+    assert not report.passed
+    (check,) = report.failures
+    assert check.name == name.replace("_", "-")
+    assert check.limit == missed
+    assert check.found == pytest.approx(kept)
+    assert f"{missed:g}" in check.message
+
+
+def test_against_a_baseline():
+    report = gate_run(WORSE, baseline=GOOD, max_drop=0.8, max_sqnr_drop=4.75)
+    assert report.passed
+    assert [check.found for check in report.checks] == pytest.approx([0.8, 4.75])
+    assert len(gate_run(WORSE, baseline=GOOD, max_drop=0.79, max_sqnr_drop=4.74).failures) == 2
+    better = gate_run(GOOD, baseline=WORSE, max_drop=0)
+    assert better.passed
+    assert "0.80 points above the baseline" in better.checks[0].message
+    assert "as that of the baseline" in gate_run(GOOD, baseline=GOOD, max_drop=0).checks[0].message
+
+
+def test_exit_code_and_reasons(capsys):
+    code, out, _ = gate(capsys, GOOD, "--max-drop", 0.5, "--min-int8-macs", 0.9)
+    assert code == 0
+    assert out.splitlines()[-1].endswith("0 of 2 limits missed")
+    code, out, _ = gate(capsys, WORSE, "--baseline", GOOD, "--max-drop", 0.5, "--min-sqnr", 17, "--min-int8-macs", 0.9)
+    assert code == 1
+    drop, sqnr, macs, verdict = out.splitlines()
+    assert drop.startswith("FAIL  max-drop: top-1 of ONNX is 83.60 %, 0.80 points below the baseline")
+    assert sqnr == "pass  min-sqnr: SQNR of ONNX is 17.50 dB; at least 17 dB"
+    assert "<script>alert(1)</script> (0.2500, the kernel takes fp16.), stem (0.0500, left in float" in macs
+    assert verdict.endswith("2 of 3 limits missed")
+
+
+def test_a_run_folder(tmp_path):
+    (tmp_path / "report.json").write_text(GOOD.read_text())
+    assert gate_run(tmp_path, min_sqnr=20).passed
+
+
+@pytest.mark.parametrize(
+    ("where", "limit"),
+    [
+        (("evaluation", "candidates", -1, "top1"), {"max_drop": 1}),
+        (("evaluation", "candidates", 0, "top1"), {"max_drop": 1}),
+        (("evaluation", "candidates", -1, "sqnr_db"), {"min_sqnr": 1}),
+        (("evaluation", "candidates", -1, "agreement"), {"min_agreement": 0.1}),
+        (("summary", "int8_macs"), {"min_int8_macs": 0}),
+        (("summary", "onnx_megabytes"), {"max_size": 100}),
+    ],
+)
+@pytest.mark.parametrize("value", [None, "missing", True, float("nan"), float("inf")])
+def test_a_fact_that_is_missing_never_passes(tmp_path, where, limit, value):
+    def change(content):
+        *keys, last = where
+        for key in keys:
+            content = content[key]
+        content[last] = value
+
+    path = changed(tmp_path, change)
+    with pytest.raises(DataError, match="a limit asks for it"):
+        gate_run(path, **limit)
+
+
+@pytest.mark.parametrize("key", ["summary", "evaluation", "build"])
+def test_a_section_that_is_missing(tmp_path, key):
+    path = changed(tmp_path, lambda content: content.pop(key))
+    if key == "build":  # only the reasons are in it
+        assert not gate_run(path, min_int8_macs=0.99).passed
+    else:
+        with pytest.raises(DataError):
+            gate_run(path, min_int8_macs=0.5)
+
+
+def test_runs_on_other_images_are_not_compared(tmp_path):
+    for section, key in (("evaluation", "images"), ("data", "evaluation")):
+        path = changed(tmp_path, lambda content, section=section, key=key: content[section].update({key: "others"}))
+        with pytest.raises(DataError, match="not evaluated on the same images"):
+            gate_run(GOOD, baseline=path, max_drop=1)
+
+
+@pytest.mark.parametrize(
+    ("limits", "found"),
+    [
+        ([], "no limit is given"),
+        (["--max-drop", "nan"], "max_drop is nan"),
+        (["--max-drop", "-1"], "max_drop is -1"),
+        (["--min-int8-macs", "90"], "between 0 and 1, a share"),
+        (["--max-size", "inf"], "max_size is inf"),
+        (["--max-sqnr-drop", "1"], "no baseline"),
+        (["--baseline", GOOD, "--min-sqnr", "1"], "no limit that compares with it"),
+        (["--max-drop", "half"], "invalid value for --max-drop"),
+        (["--nonsense"], "--nonsense"),
+        (["--min-sqnr", "1", "--junit", "/dev/null/gate.xml"], "cannot write /dev/null/gate.xml"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(capsys, limits, found):
+    code, out, errors = gate(capsys, GOOD, *limits)
+    assert code == 2
+    assert out == ""
+    error, fix = errors.splitlines()
+    assert found in error
+    assert fix.startswith("  fix: ")
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"evaluation": {"candidates": []}}', "[" * 10**5, "\xff"])
+def test_what_is_no_run(tmp_path, capsys, content):
+    if content is not None:
+        (tmp_path / "report.json").write_bytes(content.encode("latin-1"))
+    code, out, errors = gate(capsys, tmp_path, "--min-sqnr", 1)
+    assert code == 2
+    assert out == ""
+    assert "report.json" in errors.splitlines()[0]
+
+
+def assert_is_junit(xml):
+    """The rules of Ant's JUnit.xsd, which are those of Jenkins' junit-10.xsd and more; written out by hand."""
+    root = ElementTree.fromstring(xml)  # noqa: S314  # what the gate wrote
+    assert root.tag == "testsuites"
+    assert root.attrib == {}
+    (suite,) = root
+    assert suite.tag == "testsuite"
+    required = {"name", "timestamp", "hostname", "tests", "failures", "errors", "time", "package", "id"}
+    assert set(suite.attrib) == required
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", suite.get("timestamp"))
+    assert suite.get("hostname") == "localhost"
+    assert float(suite.get("time")) >= 0
+    tags = [child.tag for child in suite]
+    cases = suite.findall("testcase")
+    assert tags == ["properties", *["testcase"] * len(cases), "system-out", "system-err"]
+    assert int(suite.get("tests")) == len(cases)
+    assert int(suite.get("failures")) == len(suite.findall("testcase/failure"))
+    assert int(suite.get("errors")) == len(suite.findall("testcase/error")) == 0
+    for case in cases:
+        assert set(case.attrib) == {"name", "classname", "time"}
+        assert [child.tag for child in case] in ([], ["failure"])
+        for failure in case:
+            assert set(failure.attrib) == {"type", "message"}
+            assert failure.text == failure.get("message")
+    return cases
+
+
+def test_junit_and_json(tmp_path, capsys):
+    junit, written = tmp_path / "out" / "gate.xml", tmp_path / "gate.json"
+    code, out, _ = gate(
+        capsys, WORSE, "--min-sqnr", 17, "--min-int8-macs", 0.9, "--junit", junit, "--json", written
+    )  # fmt: skip
+    assert code == 1
+    good, bad = assert_is_junit(junit.read_bytes())
+    assert (good.get("name"), list(good)) == ("min-sqnr", [])
+    assert bad.get("name") == "min-int8-macs"
+    assert "<script>alert(1)</script>" in bad[0].text
+    assert bad[0].text in out
+    content = json.loads(written.read_text())
+    assert content["passed"] is False
+    assert [(check["name"], check["passed"]) for check in content["checks"]] == [
+        ("min-sqnr", True),
+        ("min-int8-macs", False),
+    ]
+    assert content["checks"][1]["found"] == pytest.approx(0.7)
+
+
+def test_names_are_data(tmp_path):
+    """What XML and terminals cannot take does not reach them."""
+    name = "a\x00b\x1b[31m]]>&\nc\ud800"
+
+    def change(content):
+        content["evaluation"]["candidates"][-1]["name"] = name
+        content["build"]["layers"][0] |= {"module": name, "int8": False}
+
+    report = gate_run(changed(tmp_path, change), min_sqnr=99, min_int8_macs=1)
+    table = report.format_table()
+    assert len(table.splitlines()) == 3
+    assert "a?b?[31m]]>&?c?" in table
+    cases = assert_is_junit(format_junit(report))
+    assert "a?b?[31m]]>&?c?" in cases[1][0].text
+
+
+def test_needs_no_torch():
+    script = (
+        "import sys; sys.modules['torch'] = None\n"
+        f"from qdq.cli.gate import gate\nfrom pathlib import Path\nsys.exit(gate(Path({str(GOOD)!r}), min_sqnr=20.0))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
