@@ -47,8 +47,10 @@ def make_app() -> cyclopts.App:
     from qdq.cli.check import check
     from qdq.cli.env import env
     from qdq.cli.eval import evaluate_files
+    from qdq.cli.explain import explain
     from qdq.cli.plan import plan
     from qdq.cli.ptq import ptq  # the recipe, which imports this module
+    from qdq.cli.report import report
 
     app = _new_app("qdq", help=_HELP)
     statistics = _new_app("calibrate", help="Show, merge or solve again what calibration saved. Needs no torch.")
@@ -56,7 +58,7 @@ def make_app() -> cyclopts.App:
         statistics.command(command)
     verbs = {
         "ptq": ptq, "calibrate": statistics, "check": check, "build": build, "eval": evaluate_files, "plan": plan,
-        "env": env,
+        "report": report, "explain": explain, "env": env,
     }  # fmt: skip
     for position, (name, command) in enumerate(verbs.items()):
         if isinstance(command, cyclopts.App):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qdq.report.facts import format_gain
 from qdq.report.load import StoredReport
 from qdq.report.records import LayerRecord, Sensitivity
 from qdq.show import round_numbers
@@ -67,7 +68,7 @@ def list_units(report: StoredReport) -> list[Sensitivity]:
 
 
 def unit_of_gain(report: StoredReport) -> str:
-    """ "dB", or the name of the metric."""
+    """What gains are in: dB, or the name of the metric."""
     name = str(report.data["analysis"]["metric_name"])
     return "dB" if name == "sqnr" else name
 
@@ -98,14 +99,6 @@ def draw_bars(report: StoredReport, count: int = BARS) -> Bars:
         )
 
     return Bars(tuple(map(draw, shown)), place(0.0), len(units) - len(shown), unit_of_gain(report))
-
-
-def format_gain(unit: Sensitivity) -> str:
-    """ "0.52 (0.41 to 0.63)"; of an estimate the SQNR."""
-    if unit.gain is None:
-        return "estimated" if unit.sqnr_db is None else f"estimated: SQNR {unit.sqnr_db:.2f} dB"
-    interval = "" if unit.low is None or unit.high is None else f" ({unit.low:.2g} to {unit.high:.2g})"
-    return f"{unit.gain:.3g}{interval}"
 
 
 @dataclass(frozen=True)
@@ -154,7 +147,7 @@ def draw_curve(report: StoredReport) -> Curve | None:
     analysis = report.data["analysis"]
     if analysis["pareto"]:
         sets = [(point["cost"], point["sqnr_db"], _name_set(point["float_layers"])) for point in analysis["pareto"]]
-        return _draw_curve(sets, "estimated time of what can be int8, in microseconds", 1.0)
+        return _draw_curve(sets, "Time of what can be int8, in microseconds", 1.0)
     shares = {layer.name: layer.macs_share for layer in report.layers}
     pinned = [name for name, precision in analysis["pinned"].items() if precision == "float"]
     chosen, sets = list(pinned), [(_sum_shares(shares, pinned), analysis["sqnr_db"], "all that may be int8 in int8")]
@@ -163,7 +156,7 @@ def draw_curve(report: StoredReport) -> Curve | None:
         sets.append((_sum_shares(shares, chosen), step["sqnr_db"], f"+ {step['layer']} in float"))
     if any(cost is None for cost, _, _ in sets):
         return None
-    return _draw_curve(sets, "multiplications of layers left in float by the analysis, in % of all", 100.0)
+    return _draw_curve(sets, "Multiplications that the analysis left in float, in % of all", 100.0)
 
 
 def _sum_shares(shares: dict[str, float | None], names: Sequence[str]) -> float | None:
@@ -190,7 +183,9 @@ def _draw_curve(sets: Sequence[tuple[float, float | None, str]], x_label: str, f
         return round(_PLOT_HEIGHT * (top - quality) / (top - bottom), 1)
 
     return Curve(
-        points=tuple(Point(across(cost), down(sqnr), f"{label}: {sqnr:.2f} dB at {cost:.4g}") for cost, sqnr, label in found),
+        points=tuple(
+            Point(across(cost), down(sqnr), f"{label}: {sqnr:.2f} dB at {cost:.4g}") for cost, sqnr, label in found
+        ),
         x_ticks=tuple(Tick(across(number), f"{number:.4g}") for number in round_numbers(right, left)),
         y_ticks=tuple(Tick(down(number), f"{number:.4g}") for number in round_numbers(top, bottom)),
         x_label=x_label,
@@ -244,7 +239,10 @@ def draw_network(layers: Sequence[LayerRecord]) -> Network:
     lanes = _assign_lanes([pair for pair in pairs if abs(pair[1] - pair[0]) > 1])
     x = _MARGIN + _LANE * (max(lanes.values(), default=-1) + 1)
     longest = max((len(layer.name) + len(layer.kind) for layer in layers), default=0)
-    ends = [Node("input of the network", "", None, "end", _y(0)), Node("output of the network", "", None, "end", _y(last))]
+    ends = [
+        Node("input of the network", "", None, "end", _y(0)),
+        Node("output of the network", "", None, "end", _y(last)),
+    ]
     nodes = [
         Node(layer.name, layer.kind, number, layer.precision, _y(number + 1)) for number, layer in enumerate(layers)
     ]
@@ -276,4 +274,5 @@ def _draw_edge(x: int, start: int, end: int, lane: int | None) -> str:
     if lane is None:
         return f"M{x} {top}V{bottom}"
     left, bend = x - _LANE * (lane + 1) - 4, 4 if bottom > top else -4
-    return f"M{x} {top}H{left + 4}Q{left} {top} {left} {top + bend}V{bottom - bend}Q{left} {bottom} {left + 4} {bottom}H{x}"
+    turn, down = left + 4, bottom - bend
+    return f"M{x} {top}H{turn}Q{left} {top} {left} {top + bend}V{down}Q{left} {bottom} {turn} {bottom}H{x}"

@@ -186,7 +186,9 @@ def _find_owners(found: Mapping[str, list[TensorQuantizer]], entries: Mapping[st
     for call in found:
         if call in entries and entries[call].is_call:
             identities = set(map(id, found[call]))
-            owners.update({call: layer for layer in layers if identities & set(map(id, found[layer]))})
+            for layer in layers:
+                if identities & set(map(id, found[layer])):
+                    owners[call] = layer
     return owners
 
 
@@ -298,7 +300,13 @@ class _Reasons:
         if entry.name in self._analysis.pinned:
             return "pinned layers are not measured"
         owner = self._owners.get(entry.name)
-        return f"measured with {owner}" if owner else "it was off when the analysis began" if not is_int8 else "not measured"
+        return (
+            f"measured with {owner}"
+            if owner
+            else "it was off when the analysis began"
+            if not is_int8
+            else "not measured"
+        )
 
     def _explain_step(self, number: int) -> str:
         steps = self._analysis.steps
@@ -309,8 +317,9 @@ class _Reasons:
         )
 
     def _explain_rank(self, unit: LayerSensitivity) -> str:
-        rank, how = self._analysis.layers.index(unit) + 1, "measured" if unit.is_exact else "estimated"
-        return f"rank {rank} of {len(self._analysis.layers)} in sensitivity ({how}); the search ended: {self._analysis.stopped_by}"
+        units = self._analysis.layers
+        rank, how = units.index(unit) + 1, "measured" if unit.is_exact else "estimated"
+        return f"rank {rank} of {len(units)} in sensitivity ({how}); the search ended: {self._analysis.stopped_by}"
 
 
 def _layers_of(step: Any) -> tuple[str, ...]:
@@ -418,7 +427,9 @@ def _with_weight(record: TensorRecord, weight: torch.Tensor, quantizer: TensorQu
     values = weight.detach().float()
     axis = quantizer._axis
     found = fake_quantize(values, amax, quantizer.format, axis)
-    limit = amax if axis is None else amax.reshape([-1 if dim == axis % values.dim() else 1 for dim in range(values.dim())])
+    limit = (
+        amax if axis is None else amax.reshape([-1 if dim == axis % values.dim() else 1 for dim in range(values.dim())])
+    )
     clipped = float((values.abs() > limit.to(values.device)).float().mean()) if values.numel() else 0.0
     unknown = {
         "methods": "weights are solved by their own methods, max and mse",
@@ -435,7 +446,7 @@ def _with_sqnr(record: TensorRecord, sqnr: float) -> TensorRecord:
 
 
 def _role_of(quantizer: str) -> str:
-    """ "input" of `conv._input_quantizer`."""
+    """What a quantizer is for: "input" of `conv._input_quantizer`."""
     return quantizer.rpartition(".")[2].removeprefix("_").removesuffix("_quantizer").replace("_", " ")
 
 

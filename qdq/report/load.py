@@ -72,7 +72,8 @@ def _missing(run: Path) -> ArgumentError:
         stage = str(state["stage"])
     except (OSError, ValueError, KeyError, TypeError):
         return ArgumentError(
-            f"{run} is no run folder: there is no {REPORT_FILE} in it.", "give the folder that `qdq ptq --output` wrote."
+            f"{run} is no run folder: there is no {REPORT_FILE} in it.",
+            "give the folder that `qdq ptq --output` wrote.",
         )
     return ArgumentError(f"the run {run} has written no report: it got as far as '{stage}'.", _AGAIN)
 
@@ -91,9 +92,7 @@ def parse_report(data: Any, path: Path) -> StoredReport:
         raise DataError(f"{path} is no report of a run.", "give the folder that `qdq ptq --output` wrote.")
     if data.get("format") != REPORT_FORMAT:
         found = data.get("format", "none")
-        raise DataError(
-            f"{path} is of another qdq: its format is {found!r}, this one reads {REPORT_FORMAT!r}.", _AGAIN
-        )
+        raise DataError(f"{path} is of another qdq: its format is {found!r}, this one reads {REPORT_FORMAT!r}.", _AGAIN)
     wrong = [name for name, kind in _SECTIONS.items() if not isinstance(data.get(name), kind)]
     if wrong:
         raise _damaged(path, f"{', '.join(wrong)} missing or of another kind")

@@ -154,12 +154,14 @@ def read_layer(entry: Mapping[str, Any]) -> LayerRecord:
     """
     tensors = tuple(_read_tensor(tensor) for tensor in entry["tensors"])
     sensitivity = None if entry["sensitivity"] is None else _read(Sensitivity, entry["sensitivity"])
-    return _read(LayerRecord, {**entry, "tensors": tensors, "sensitivity": sensitivity})
+    record: LayerRecord = _read(LayerRecord, {**entry, "tensors": tensors, "sensitivity": sensitivity})
+    return record
 
 
 def _read_tensor(entry: Mapping[str, Any]) -> TensorRecord:
     methods = {str(name): _read(MethodRange, found) for name, found in entry["methods"].items()}
-    return _read(TensorRecord, {**entry, "methods": methods})
+    record: TensorRecord = _read(TensorRecord, {**entry, "methods": methods})
+    return record
 
 
 def _read(kind: type[Any], entry: Mapping[str, Any]) -> Any:
