@@ -45,7 +45,7 @@ def describe_tensor(tensor: TensorRecord) -> list[Fact]:
         ("Quantizes", "yes" if tensor.is_on else "no, it is switched off"),
         ("Error", _known(tensor.sqnr_db, _sqnr, missing.get("sqnr_db"))),
         ("Clipped", _known(tensor.clipped, lambda part: format_share(part, 3), missing.get("clipped"))),
-        ("Same range as", ", ".join(tensor.shares) or "no other"),
+        ("Same range as", f"{', '.join(tensor.shares)}; figures are of all" if tensor.shares else "no other"),
     ]
 
 

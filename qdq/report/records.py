@@ -27,6 +27,8 @@ class MethodRange:
 class TensorRecord:
     """One quantizer of a layer and the tensor that it quantizes.
 
+    Where quantizers share a range, statistics of activations are of all their tensors together.
+
     Args:
         quantizer: Its dotted name.
         role: "input", "weight", or what the layer calls it.
