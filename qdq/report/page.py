@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,9 +36,14 @@ def render_report(report: StoredReport) -> str:
 
 def render(template: str, **values: Any) -> str:
     """A page from a template of this package."""
+    return _load_environment().get_template(template).render(**values)
+
+
+@functools.cache
+def _load_environment() -> jinja2.Environment:
     environment = load_templates(Path(__file__).parent / "templates")
     environment.filters.update(number=format_number, share=format_share, embed=_embed)
-    return environment.get_template(template).render(**values)
+    return environment
 
 
 def guarded(path: Path, make: Callable[[], Result]) -> Result:

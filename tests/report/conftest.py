@@ -1,7 +1,6 @@
 """One whole run of a small network with every kind of layer, and reports that were made up."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -63,12 +62,6 @@ def finished(tmp_path_factory):
     }  # fmt: skip
     qdq.write_report(run, **stages)
     return run.folder, stages
-
-
-@pytest.fixture
-def run_folder(finished, tmp_path):
-    """A copy of the run that a test may damage."""
-    return shutil.copytree(finished[0], tmp_path / "run")
 
 
 @pytest.fixture
