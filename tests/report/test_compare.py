@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from made_report import make_report
 
 from qdq import ArgumentError, compare_runs
 from qdq.cli.main import main
 from qdq.report.compare import render_comparison
 from qdq.report.load import load_report
-from made_report import make_report
 
 NAMES = [f"l{number}" for number in range(20)]
 

@@ -5,16 +5,16 @@ import subprocess
 import sys
 
 import pytest
+from made_report import make_report
 
 from qdq import ArgumentError, explain_layer
 from qdq.cli.main import main
 from qdq.report.load import load_report
-from made_report import make_report
 
 
 @pytest.mark.trt
 def test_the_text_holds_the_record(finished):
-    folder, stages = finished
+    folder, _ = finished
     for layer in load_report(folder).layers:
         found = explain_layer(folder, layer.name)
         assert found.layer == layer

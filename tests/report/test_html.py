@@ -1,16 +1,17 @@
 """The page as text: complete, self-contained, and nothing in it that a name could have smuggled in."""
 
+import itertools
 import json
 import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from made_report import make_report
 
 from qdq.report.charts import draw_bars, draw_curve, draw_network
 from qdq.report.load import load_report
 from qdq.report.page import render_report
-from made_report import make_report
 
 EVIL = '<script>alert("1")</script>'
 VOID = {"meta", "link", "input", "br"}
@@ -182,7 +183,9 @@ class TestCharts:
         names = [f"l{number}" for number in range(60)]
         made = make_report(names)
         for place, layer in enumerate(made["layers"]):
-            layer["reads"] = sorted({names[int(each)] for each in random.integers(max(place - 9, 0), max(place, 1), min(place, 3))})
+            layer["reads"] = sorted(
+                {names[int(each)] for each in random.integers(max(place - 9, 0), max(place, 1), min(place, 3))}
+            )
         network = draw_network(load_report(store(made)).layers)
         spans = {}
         for edge in network.edges:
@@ -191,4 +194,4 @@ class TestCharts:
         assert len(spans) > 3
         for lane in spans.values():
             lane.sort()
-            assert all(before[1] <= after[0] for before, after in zip(lane, lane[1:], strict=False))
+            assert all(before[1] <= after[0] for before, after in itertools.pairwise(lane))
