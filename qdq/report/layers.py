@@ -81,73 +81,78 @@ def describe_layers(
     entries = _list_entries(plan, rewired)
     found = find_all_quantizers(model, batch)
     owners = _find_owners(found, entries)
-    own = {name: _without_calls(name, found, owners) for name in found}
+    own = {name: _without_calls(name, found, owners) for name in found if name in entries}
     with disable_quantization(model):
-        flow = Dataflow(trace_forward(model, batch))
-    neighbours = _Neighbours(flow, entries)
-    tensors = _Tensors(model, list(ranges), rewired, statistics)
-    reasons = _Reasons(analysis, tensors.notes, owners)
-    outputs = _measure_outputs(model, batch, {name: own[name] for name in own if name in entries})
-    sensitivities = _list_sensitivities(analysis)
-    engine = _Engine(build, entries)
-    return [
-        _describe(
-            entries[name], own.get(name, []), neighbours, tensors, reasons, outputs, sensitivities, engine, float_bytes
-        )
-        for name in neighbours.order
-    ]
-
-
-def _describe(
-    entry: _Entry,
-    quantizers: list[TensorQuantizer],
-    neighbours: _Neighbours,
-    tensors: _Tensors,
-    reasons: _Reasons,
-    outputs: Mapping[str, float | str],
-    sensitivities: Mapping[str, Sensitivity],
-    engine: _Engine,
-    float_bytes: int,
-) -> LayerRecord:
-    is_int8 = entry.is_quantized and any(not quantizer._disabled for quantizer in quantizers)
-    reason = reasons.explain(entry, is_int8)
-    output = outputs.get(entry.name, "it has no quantizers" if not quantizers else "measured for layers only")
-    built = engine.describe(entry)
-    reads, feeds = neighbours.reads[entry.name], neighbours.feeds[entry.name]
-    unknown = {**built.unknown}
-    if isinstance(output, str):
-        unknown["output_sqnr_db"] = output
-    elif not math.isfinite(output):
-        unknown["output_sqnr_db"] = "no error: the output on the example is the same"
-    if entry.name not in sensitivities:
-        unknown["sensitivity"] = reasons.why_not_measured(entry, is_int8)
-    if not quantizers:
-        unknown["tensors"] = f"it was given no quantizers: {entry.reason}"
-    if not (reads or feeds or neighbours.touches(entry.name)):
-        unknown["neighbours"] = "it does not run on the example"
-    return LayerRecord(
-        name=entry.name,
-        kind=entry.kind,
-        is_call=entry.is_call,
-        precision="int8" if is_int8 else "float",
-        reason=reason,
-        rules=tuple(dict.fromkeys(_RULE.findall(reason))),
-        tensors=tuple(tensors.describe(entry.name, quantizer) for quantizer in quantizers),
-        sensitivity=sensitivities.get(entry.name),
-        output_sqnr_db=output if isinstance(output, float) and math.isfinite(output) else None,
-        macs=built.macs,
-        macs_share=built.share,
-        weights=entry.weights,
-        weight_bytes=entry.weights * (1 if is_int8 else float_bytes),
-        engine=built.precision,
-        kernels=built.kernels,
-        engine_note=built.note,
-        reads=reads,
-        feeds=feeds,
-        reads_input=entry.name in neighbours.reads_input,
-        writes_output=entry.name in neighbours.writes_output,
-        unknown=unknown,
+        neighbours = _Neighbours(Dataflow(trace_forward(model, batch)), entries)
+    knowledge = _Knowledge(
+        neighbours=neighbours,
+        tensors=_Tensors(model, ranges, rewired, statistics),
+        reasons=_Reasons(analysis, owners),
+        sensitivities=_list_sensitivities(analysis),
+        outputs=_measure_outputs(model, batch, own),
+        engine=_Engine(build, entries),
+        float_bytes=float_bytes,
     )
+    return [knowledge.describe(entries[name], own.get(name, [])) for name in neighbours.order]
+
+
+@dataclass(frozen=True)
+class _Knowledge:
+    """What is known of all layers, stage by stage."""
+
+    neighbours: _Neighbours
+    tensors: _Tensors
+    reasons: _Reasons
+    sensitivities: Mapping[str, Sensitivity]
+    outputs: Mapping[str, float | str]
+    engine: _Engine
+    float_bytes: int
+
+    def describe(self, entry: _Entry, quantizers: list[TensorQuantizer]) -> LayerRecord:
+        """All of it for one layer."""
+        is_int8 = entry.is_quantized and bool(quantizers) and not any(each._disabled for each in quantizers)
+        reason = self.reasons.explain(entry, is_int8, self.tensors.note_of(quantizers))
+        output = self.outputs.get(entry.name)
+        built = self.engine.describe(entry)
+        return LayerRecord(
+            name=entry.name,
+            kind=entry.kind,
+            is_call=entry.is_call,
+            precision="int8" if is_int8 else "float",
+            reason=reason,
+            rules=tuple(dict.fromkeys(_RULE.findall(reason))),
+            tensors=tuple(self.tensors.describe(entry.name, quantizer) for quantizer in quantizers),
+            sensitivity=self.sensitivities.get(entry.name),
+            output_sqnr_db=output if isinstance(output, float) and math.isfinite(output) else None,
+            macs=built.macs,
+            macs_share=built.share,
+            weights=entry.weights,
+            weight_bytes=entry.weights * (1 if is_int8 else self.float_bytes),
+            engine=built.precision,
+            kernels=built.kernels,
+            engine_note=built.note,
+            reads=self.neighbours.reads[entry.name],
+            feeds=self.neighbours.feeds[entry.name],
+            reads_input=entry.name in self.neighbours.reads_input,
+            writes_output=entry.name in self.neighbours.writes_output,
+            unknown={**built.unknown, **self._list_unknown(entry, quantizers, is_int8)},
+        )
+
+    def _list_unknown(self, entry: _Entry, quantizers: list[TensorQuantizer], is_int8: bool) -> dict[str, str]:
+        """Field -> why it holds nothing."""
+        unknown = {}
+        output = self.outputs.get(entry.name, "measured for layers only" if quantizers else "it has no quantizers")
+        if isinstance(output, str):
+            unknown["output_sqnr_db"] = output
+        elif not math.isfinite(output):
+            unknown["output_sqnr_db"] = "no error: the output on the example is the same"
+        if entry.name not in self.sensitivities:
+            unknown["sensitivity"] = self.reasons.why_not_measured(entry, is_int8)
+        if not quantizers:
+            unknown["tensors"] = f"it was given no quantizers: {entry.reason}"
+        if not self.neighbours.has_any(entry.name):
+            unknown["neighbours"] = "it does not run on the example"
+        return unknown
 
 
 def _list_entries(plan: SwapPlan, rewired: RewirePlan) -> dict[str, _Entry]:
@@ -235,9 +240,10 @@ class _Neighbours:
         self.writes_output = {source for value in flow.outputs for source in sources.get(value, {})}
         self.feeds = {name: tuple(other for other in self.order if name in self.reads[other]) for name in entries}
 
-    def touches(self, name: str) -> bool:
-        """Whether a layer reads the input of the network or writes an output."""
-        return name in self.reads_input or name in self.writes_output
+    def has_any(self, name: str) -> bool:
+        """Whether a layer reads or feeds anything."""
+        is_end = name in self.reads_input or name in self.writes_output
+        return is_end or bool(self.reads[name] or self.feeds[name])
 
     def _layer_of(self, operation: Operation) -> str | None:
         entry = self._entries.get(operation.name)
@@ -264,23 +270,25 @@ class _Reasons:
 
     Args:
         analysis: What the analysis decided.
-        notes: Layer -> why calibration left it in float.
         owners: Call -> the layer that it is there for.
     """
 
-    def __init__(self, analysis: Analysis, notes: Mapping[str, str], owners: Mapping[str, str]) -> None:
+    def __init__(self, analysis: Analysis, owners: Mapping[str, str]) -> None:
         self._analysis = analysis
-        self._notes = notes
         self._owners = owners
         self._units = {name: unit for unit in analysis.layers for name in unit.layers or (unit.name,)}
         self._steps = {name: number for number, step in enumerate(analysis.steps) for name in _layers_of(step)}
 
-    def explain(self, entry: _Entry, is_int8: bool) -> str:
-        """One sentence, or two."""
-        if not entry.is_quantized:
-            return entry.reason
-        if entry.name in self._notes:
-            return self._notes[entry.name]
+    def explain(self, entry: _Entry, is_int8: bool, note: str) -> str:
+        """One sentence, or two.
+
+        Args:
+            entry: The layer.
+            is_int8: What it runs in.
+            note: Why calibration left it in float; "" if it did not.
+        """
+        if not entry.is_quantized or note:
+            return note or entry.reason
         if entry.name in self._analysis.pinned:
             return f"pinned to {self._analysis.pinned[entry.name]} by the plan"
         if entry.name in self._steps:
@@ -347,13 +355,10 @@ class _Tensors:
         ranges: From `calibrate_model`.
         rewired: Who shares a range with whom.
         statistics: From calibration.
-
-    Attributes:
-        notes: Layer -> why calibration left it in float.
     """
 
     def __init__(
-        self, model: nn.Module, ranges: list[Range], rewired: RewirePlan, statistics: Statistics | None
+        self, model: nn.Module, ranges: Iterable[Range], rewired: RewirePlan, statistics: Statistics | None
     ) -> None:
         self._modules = dict(model.named_modules())
         self._ranges = {each.name: each for each in ranges}
@@ -362,7 +367,11 @@ class _Tensors:
         }
         self._statistics = statistics
         self._summary = {} if statistics is None else statistics.summarize()["tensors"]
-        self.notes = {each.name.rpartition(".")[0]: each.note for each in ranges if each.note}
+
+    def note_of(self, quantizers: Iterable[TensorQuantizer]) -> str:
+        """Why calibration left the layer with these in float; "" if it did not."""
+        found = (self._ranges.get(quantizer.name or "") for quantizer in quantizers)
+        return next((each.note for each in found if each and each.note), "")
 
     def describe(self, layer: str, quantizer: TensorQuantizer) -> TensorRecord:
         """One quantizer of a layer."""

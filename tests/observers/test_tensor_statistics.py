@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qdq import ArgumentError, ArgumentTypeError, CalibrationError
-from qdq.observers import collector as collector_module
 from qdq.formats import Format
+from qdq.observers import collector as collector_module
 from qdq.observers import summarize
 from qdq.observers.collector import TensorCollector, TensorReader
 from qdq.observers.statistics import LEAST_EXPONENT, NUM_BINS, TensorStatistics, coarsen, exponent_of
