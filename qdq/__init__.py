@@ -37,6 +37,8 @@ _HOMES = {
     ),
     "ranges": ("RangeExport", "RangeImport", "export_ranges", "import_ranges"),
     "report": ("write_report",),
+    "report.compare": ("compare_runs",),
+    "report.explain": ("explain_layer",),
     "rewire": ("RewirePlan", "rewire_operations"),
     "run": ("Run", "start_run"),
     "statistics": ("Statistics",),

@@ -56,6 +56,8 @@ from qdq.ranges import RangeImport as RangeImport
 from qdq.ranges import export_ranges as export_ranges
 from qdq.ranges import import_ranges as import_ranges
 from qdq.report import write_report as write_report
+from qdq.report.compare import compare_runs as compare_runs
+from qdq.report.explain import explain_layer as explain_layer
 from qdq.rewire import RewirePlan as RewirePlan
 from qdq.rewire import rewire_operations as rewire_operations
 from qdq.run import Run as Run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qdq.errors import ArgumentError, DataError
-from qdq.run import REPORT_FILE
+from qdq.report.load import read_report
 
 _ROUNDING = 1e-9  # of float64: 84.8 - 84.4 is no more than 0.4
 _SHOWN_LAYERS = 3
@@ -92,8 +91,8 @@ def gate_run(
         max_size: Largest ONNX file, in MB (10^6 bytes).
 
     Raises:
-        ArgumentError: No limit, one out of its range, or one of limit and baseline without the other.
-        DataError: No report, of other images than the baseline's, or without a fact that a limit asks for.
+        ArgumentError: No limit, one out of its range, or one of limit and baseline without the other; no report.
+        DataError: A damaged report, of other images than the baseline's, or without a fact that a limit asks for.
     """
     given = {
         "max_drop": max_drop,
@@ -144,21 +143,13 @@ class _Facts:
         run: Run folder, or the file.
 
     Raises:
-        DataError: No report, or none of a run.
+        ArgumentError: No report.
+        DataError: None of a run.
     """
 
     def __init__(self, run: Path) -> None:
         self.run = run
-        path = run / REPORT_FILE if run.is_dir() else run
-        try:
-            self._content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise DataError(
-                f"{path} does not exist: the run is not finished, or it is no run folder.",
-                "give the folder of a finished qdq ptq, or its report.json.",
-            ) from error
-        except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"cannot read {path}: {error}.", "give the report.json of a run.") from error
+        path, self._content = read_report(run)
         rows = self.get("evaluation", "candidates")
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "name" in row for row in rows):
             raise DataError(f"{path} is no report of a run: it has no candidates.", "give the report.json of a run.")

@@ -10,6 +10,7 @@ import os
 import platform
 import random
 import secrets
+import shlex
 import sys
 import tempfile
 import time
@@ -110,6 +111,11 @@ class Run:
         folder: Where everything goes.
         settings: What the run was asked to do, for the report.
         seed: The seed of all random numbers.
+
+    Attributes:
+        environment: From `describe_environment`.
+        command: From `describe_command`.
+        seconds: Stage -> how long it took.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], seed: int) -> None:
@@ -117,6 +123,7 @@ class Run:
         self.settings = settings
         self.seed = seed
         self.environment = describe_environment()
+        self.command = describe_command()
         self.seconds: dict[str, float] = {}
         self._stage = ""
         self._stage_began = time.perf_counter()
@@ -253,6 +260,13 @@ def describe_environment() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return versions
+
+
+def describe_command() -> str:
+    """How this process was called, for a shell; of a program only its name, of a script what was typed."""
+    program = sys.argv[0] if sys.argv else ""
+    start = ["python", program] if program.endswith(".py") else [Path(program).name]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def set_seed(seed: int) -> None:

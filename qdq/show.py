@@ -91,13 +91,18 @@ def write_plots(statistics: Statistics, summary: dict[str, Any], path: Path) -> 
     Raises:
         ArgumentError: The folder cannot be written to.
     """
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = load_templates(Path(__file__).parent)
     plots = [_plot(name, tensor, summary["tensors"][name]) for name, tensor in statistics.tensors.items()]
     page = environment.get_template("show.html").render(plots=plots, summary=summary, width=_WIDTH, height=_HEIGHT)
     return write_atomic(path, page)
+
+
+def load_templates(folder: Path) -> jinja2.Environment:
+    """The templates of a folder; what is put into them is escaped."""
+    loader = jinja2.FileSystemLoader(folder)
+    return jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
 
 
 @dataclass(frozen=True)
@@ -132,14 +137,14 @@ class _Plot:
 
 
 def _plot(name: str, tensor: TensorStatistics, entry: dict[str, Any]) -> _Plot:
-    columns, end = _histogram(tensor)
+    columns, end = tensor.histogram(_COLUMNS)
     decades = max(math.log10(columns.max(initial=0) + 1), 1)
     heights = np.log10(columns + 1) / decades * _HEIGHT
     return _Plot(
         name=name,
         figures=_figures(entry),
         outline=_outline(heights),
-        x_ticks=[_Tick(value / end * _WIDTH, f"{value:.4g}") for value in _round_numbers(end)],
+        x_ticks=[_Tick(value / end * _WIDTH, f"{value:.4g}") for value in round_numbers(end)],
         y_ticks=[
             _Tick(_HEIGHT * (1 - math.log10(10**decade + 1) / decades), f"{10**decade:,}")
             for decade in range(0, int(decades) + 1, max(1, int(decades) // 4))
@@ -153,15 +158,6 @@ def _plot(name: str, tensor: TensorStatistics, entry: dict[str, Any]) -> _Plot:
     )  # fmt: skip
 
 
-def _histogram(tensor: TensorStatistics) -> tuple[np.ndarray[Any, np.dtype[np.int64]], float]:
-    """Counts of |x| without zeros in up to _COLUMNS columns of equal width, and where the last one ends."""
-    counts = tensor.magnitudes().copy()
-    counts[0] -= min(tensor.zeros, int(counts[0]))
-    bins = -(-counts.size // _COLUMNS)
-    padded = np.pad(counts, (0, -counts.size % bins))
-    return padded.reshape(-1, bins).sum(1), padded.size * tensor.width
-
-
 def _outline(heights: Iterable[float]) -> str:
     """The filled steps of a histogram as an SVG path."""
     steps = [round(_HEIGHT - height) for height in heights]
@@ -170,8 +166,9 @@ def _outline(heights: Iterable[float]) -> str:
     return f"M0 {_HEIGHT}{path}V{_HEIGHT}Z"
 
 
-def _round_numbers(end: float) -> list[float]:
-    """About five round numbers from 0 to an end."""
-    power = 10.0 ** math.floor(math.log10(end))
-    step = next(step * power for step in (0.2, 0.5, 1, 2) if end / (step * power) <= 6)
-    return [number * step for number in range(int(end / step) + 1)]
+def round_numbers(end: float, start: float = 0.0) -> list[float]:
+    """About five round numbers from a start to an end above it."""
+    span = end - start
+    power = 10.0 ** math.floor(math.log10(span))
+    step = next(step * power for step in (0.2, 0.5, 1, 2) if span / (step * power) <= 6)
+    return [number * step for number in range(math.ceil(start / step - 1e-9), int(end / step) + 1)]

@@ -96,7 +96,8 @@ def test_commands_exist(page):
 
 def test_flags_exist(capsys, monkeypatch):
     pytest.importorskip("torchvision", reason="needs the extra 'demo'")
-    known = {verb: _help(capsys, monkeypatch, verb) for verb in ("ptq", "check", "build", "eval", "gate", "env")}
+    verbs = ("ptq", "check", "build", "eval", "report", "explain", "gate", "env")
+    known = {verb: _help(capsys, monkeypatch, verb) for verb in verbs}
     parts = ("show", "merge", "solve")
     known["calibrate"] = "".join(_help(capsys, monkeypatch, "calibrate", part) for part in parts)
     lines = [line for page in PAGES for block in _fences(page.read_text(), "bash") for line in block.splitlines()]

@@ -31,6 +31,7 @@ WRITTEN = [
     "model.onnx",
     "model.rtx.engine",
     "plan.yaml",
+    "report.html",
     "report.json",
     "report.txt",
     "run.json",

@@ -72,6 +72,11 @@ def test_report_says_what_the_stages_found(stages, capsys):
     assert summary["candidates"]["float"]["sqnr_db"] is None  # infinite: JSON has no word for it
     assert summary["parity"]["images"] == 6
 
+    assert [layer["name"] for layer in written["layers"]] == ["stem", "conv", "add", "pool", "head"]
+    assert written["command"] == stages["run"].command
+    assert report.page == folder / "report.html"
+    assert "small, random" in report.page.read_text()
+
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
     assert (folder / "report.txt").read_text() == report.text + "\n"
     assert report.text in capsys.readouterr().out

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qdq import ArgumentError, start_run
-from qdq.run import describe_environment, to_jsonable, write_atomic, write_json
+from qdq.run import describe_command, describe_environment, to_jsonable, write_atomic, write_json
 
 
 def test_write_replaces_whole(tmp_path):
@@ -157,3 +157,17 @@ def test_a_large_file_in_parts(tmp_path, monkeypatch):
     write_atomic(path, lambda: iter([b"three ", b"four"]))
     assert path.read_bytes() == b"three four"
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["/some/where/bin/qdq", "ptq", "--model", "a b"], "qdq ptq --model 'a b'"),
+        (["recipes/mine.py", "--seed", "1"], "python recipes/mine.py --seed 1"),
+        ([""], "''"),
+        ([], "''"),
+    ],
+)
+def test_command_for_a_shell(monkeypatch, argv, expected):
+    monkeypatch.setattr(sys, "argv", argv)
+    assert describe_command() == expected

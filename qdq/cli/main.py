@@ -47,17 +47,19 @@ def make_app() -> cyclopts.App:
     from qdq.cli.check import check
     from qdq.cli.env import env
     from qdq.cli.eval import evaluate_files
+    from qdq.cli.explain import explain
     from qdq.cli.gate import gate
     from qdq.cli.plan import plan
     from qdq.cli.ptq import ptq  # the recipe, which imports this module
+    from qdq.cli.report import report
 
     app = _new_app("qdq", help=_HELP)
     statistics = _new_app("calibrate", help="Show, merge or solve again what calibration saved. Needs no torch.")
     for command in (calibrate.show, calibrate.merge, calibrate.solve):
         statistics.command(command)
     verbs = {
-        "ptq": ptq, "calibrate": statistics, "check": check, "build": build, "eval": evaluate_files, "gate": gate,
-        "plan": plan, "env": env,
+        "ptq": ptq, "calibrate": statistics, "check": check, "build": build, "eval": evaluate_files, "report": report,
+        "explain": explain, "gate": gate, "plan": plan, "env": env,
     }  # fmt: skip
     for position, (name, command) in enumerate(verbs.items()):
         if isinstance(command, cyclopts.App):

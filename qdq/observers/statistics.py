@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qdq.errors import ArgumentError
+from qdq.formats import Format
 
 LOG_BINS = 12
 NUM_BINS = 1 << LOG_BINS
@@ -137,6 +138,33 @@ class TensorStatistics:
         occupied = np.flatnonzero(counts)
         trimmed: Counts = counts[: occupied[-1] + 1 if occupied.size else 1]
         return trimmed
+
+    def histogram(self, columns: int) -> tuple[Counts, float]:
+        """Counts of |x| without zeros in at most so many columns of equal width, and where the last one ends."""
+        counts = self.magnitudes().copy()
+        counts[0] -= min(self.zeros, int(counts[0]))
+        bins = -(-counts.size // columns)
+        padded = np.pad(counts, (0, -counts.size % bins))
+        return padded.reshape(-1, bins).sum(1), padded.size * self.width
+
+    def rounding_sqnr_db(self, amax: float, fmt: Format) -> float:
+        """Signal over error of quantizing these values with a range, in dB, each value taken for the centre of its bin.
+
+        Args:
+            amax: The range.
+            fmt: The format.
+
+        Returns:
+            `inf` where nothing is lost, as of zeros.
+        """
+        centres = (np.arange(NUM_BINS) + 0.5) * self.width
+        values = np.concatenate([centres, -centres])
+        counts = self.counts.reshape(-1).astype(np.float64)
+        counts[0] -= min(self.zeros, int(self.counts[0, 0]))  # zero is a code
+        scale = max(amax, LEAST_ABSMAX) / fmt.qmax
+        errors = np.clip(np.round(values / scale), fmt.qmin, fmt.qmax) * scale - values
+        noise, signal = float(counts @ errors**2), math.fsum(self._column("sum_squares"))
+        return 10 * math.log10(signal / noise) if noise and signal else math.inf
 
     def clipped_share(self, amax: float, unsigned: bool = False) -> float:
         """Share of all values that lie beyond a range, 0 to 1; of the bin that amax is in, in proportion.

@@ -1,4 +1,4 @@
-"""What a run did, as one JSON file and one page of text."""
+"""What a run did: `report.json`, one page of text, one page of HTML. Reading them again needs no torch."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdq.analyze import Analysis
-from qdq.build import BuildReport
-from qdq.calibrate import Range
-from qdq.check import CheckReport
-from qdq.evaluate import Evaluation
-from qdq.export import ExportReport
-from qdq.fold import FoldedPair
-from qdq.rewire import RewirePlan
-from qdq.run import REPORT_FILE, Run, to_jsonable, write_atomic, write_json
-from qdq.swap import SwapPlan
+from qdq.report.load import PAGE_FILE, REPORT_FORMAT, parse_report
+from qdq.report.page import render_report
+from qdq.run import REPORT_FILE, STATISTICS_FILES, Run, to_jsonable, write_atomic, write_json
+from qdq.statistics import Statistics
 
 if TYPE_CHECKING:
+    from qdq.analyze import Analysis
+    from qdq.build import BuildReport
+    from qdq.calibrate import Range
+    from qdq.check import CheckReport
     from qdq.data import ImageBatches
+    from qdq.evaluate import Evaluation
+    from qdq.export import ExportReport
+    from qdq.fold import FoldedPair
     from qdq.models import LoadedModel
+    from qdq.rewire import RewirePlan
+    from qdq.swap import SwapPlan
+
+_EXAMPLES = 8  # images that the layers are looked at with
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,14 @@ class Report:
 
     Args:
         path: The JSON file.
+        page: The HTML file.
         summary: The numbers that decide, by name.
         findings: What is not as it should be; empty if all is well.
         text: The page that was printed.
     """
 
     path: Path
+    page: Path
     summary: dict[str, Any]
     findings: tuple[str, ...]
     text: str
@@ -59,7 +66,9 @@ def write_report(
     build: BuildReport,
     evaluation: Evaluation,
 ) -> Report:
-    """Write `report.json` and `report.txt` into the run folder, print the page and close the run.
+    """Write `report.json`, `report.html` and `report.txt` into the run folder, print the latter and close the run.
+
+    Statistics that calibration saved in the folder as `calibration.safetensors` go into the description of the layers.
 
     Args:
         run: The open run.
@@ -76,12 +85,26 @@ def write_report(
         build: From `build_engine`.
         evaluation: From `evaluate_outputs`.
     """
+    from qdq.report.layers import describe_layers  # with torch, which reading a report does not need
+
     run.stage("report")
+    layers = describe_layers(
+        model.module,
+        calibration.images[:_EXAMPLES],
+        plan=plan,
+        rewired=rewired,
+        ranges=ranges,
+        analysis=analysis,
+        build=build,
+        statistics=_load_statistics(run.folder / STATISTICS_FILES[0]),
+        float_bytes=2 if exported.precision else 4,
+    )
     title = f"{model.name}, {model.weights}"
     data = {"calibration": calibration.description, "evaluation": images.description, "labels": images.label_note}
     findings = _find(plan, ranges, check, build)
     summary = _summarize(folded, plan, ranges, analysis, check, build, evaluation)
     sections = {
+        "format": REPORT_FORMAT,
         "model": title,
         "data": data,
         "summary": summary,
@@ -95,17 +118,25 @@ def write_report(
         "export": exported,
         "check": check,
         "build": build,
+        "layers": layers,
+        "command": run.command,
         "settings": run.settings,
         "seed": run.seed,
         "environment": run.environment,
         "seconds": run.seconds,
     }
     text = _format(title, data, plan, rewired, analysis, check, build, evaluation, findings, run)
-    path = write_json(run.folder / REPORT_FILE, to_jsonable(sections))
+    written = to_jsonable(sections)
+    path = write_json(run.folder / REPORT_FILE, written)
+    page = write_atomic(run.folder / PAGE_FILE, render_report(parse_report(written, path)))
     write_atomic(run.folder / "report.txt", text + "\n")
     run.finish()
     print(f"\n{text}", flush=True)
-    return Report(path, summary, tuple(findings), text)
+    return Report(path, page, summary, tuple(findings), text)
+
+
+def _load_statistics(path: Path) -> Statistics | None:
+    return Statistics.load(path) if path.is_file() else None
 
 
 def _find(plan: SwapPlan, ranges: list[Range], check: CheckReport, build: BuildReport) -> list[str]:
@@ -167,7 +198,7 @@ def _format(
         ("Result", evaluation.format_table()),
         ("On the target", "\n".join(f"# {version}\n{line}" for version, line in build.trtexec.items())),
         ("Findings", "\n".join(findings) or "none"),
-        ("Files", f"{run.folder} ({sum(run.seconds.values()):.0f} s)"),
+        ("Files", f"{run.folder} ({sum(run.seconds.values()):.0f} s); open {PAGE_FILE} in a browser"),
     ]
     return "\n\n".join(f"{title}\n{_indent(body)}" for title, body in blocks)
 

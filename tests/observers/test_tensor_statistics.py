@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qdq import ArgumentError, ArgumentTypeError, CalibrationError
+from qdq.formats import Format
 from qdq.observers import collector as collector_module
 from qdq.observers import summarize
 from qdq.observers.collector import TensorCollector, TensorReader
@@ -341,3 +342,38 @@ def test_coarsen():
     assert coarsen(counts, 0) is counts
     assert coarsen(counts, 1)[0, 3] == 6 + 7
     assert coarsen(counts, 50)[1].tolist() == [counts[1].sum()] + [0] * (NUM_BINS - 1)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 64, 5000])
+def test_histogram_of_a_few_columns(columns):
+    data = torch.cat([torch.randn(5000) * 3, torch.zeros(700)])
+    found = collect([data])
+    counts, end = found.histogram(columns)
+    assert counts.size <= columns
+    assert end >= found.absmax
+    assert counts.sum() == 5000
+    edges = np.arange(counts.size + 1) * (end / counts.size)
+    expected, _ = np.histogram(data[data != 0].abs().numpy(), edges)
+    assert counts.tolist() == expected.tolist()
+
+
+def test_histogram_before_data():
+    counts, _ = TensorStatistics.empty().histogram(64)
+    assert counts.sum() == 0
+
+
+@pytest.mark.parametrize("fmt", [Format(), Format(4), Format(8, unsigned=True), Format(8, narrow_range=True)], ids=str)
+@pytest.mark.parametrize("share", [0.2, 0.7, 1.0])
+def test_error_of_rounding_from_the_histogram(fmt, share):
+    data = torch.cat([torch.randn(20_000), torch.zeros(5_000)]).double()
+    data = data.abs() if fmt.unsigned else data
+    found, amax = collect([data]), share * float(data.abs().max())
+    scale = amax / fmt.qmax
+    rounded = (data / scale).round().clamp(fmt.qmin, fmt.qmax) * scale
+    expected = 10 * math.log10(float((data**2).sum() / ((data - rounded) ** 2).sum()))
+    assert found.rounding_sqnr_db(amax, fmt) == pytest.approx(expected, abs=0.05)
+
+
+def test_zeros_lose_nothing():
+    assert collect([torch.zeros(9)]).rounding_sqnr_db(1.0, Format()) == math.inf
+    assert TensorStatistics.empty().rounding_sqnr_db(1.0, Format()) == math.inf

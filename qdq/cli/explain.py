@@ -1,0 +1,29 @@
+"""`qdq explain`: why one layer is as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def explain(run: Path, layer: str, /, *, json: Path | None = None) -> int:
+    """Why a layer is int8 or float, with its ranges, errors, kernel and neighbours. Needs no torch.
+
+    Such as:
+
+        qdq explain runs/ptq _conv_stem
+
+    Args:
+        run: The folder of a run.
+        layer: Dotted name of a layer or of a function call, as in report.html.
+        json: Also write the record to this file.
+    """
+    from qdq.report.explain import explain_layer
+    from qdq.run import require_writable, write_json
+
+    if json is not None:
+        require_writable(json)
+    found = explain_layer(run, layer)
+    print(found.text)
+    if json is not None:
+        write_json(json, {"layer": found.layer, "neighbours": found.neighbours})
+    return 0

@@ -1,0 +1,46 @@
+"""`qdq report`: the page of a run again, or several runs side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+
+def report(*runs: Path, output: Annotated[Path | None, Parameter(alias="-o")] = None, json: Path | None = None) -> int:
+    """Write the page of a run again from its report.json, or one that compares several runs. Needs no torch.
+
+    Such as:
+
+        qdq report runs/ptq -o page.html
+        qdq report runs/mse runs/max -o compare.html
+
+    Args:
+        runs: One run folder, or several; the others are compared with the first.
+        output: The page; report.html in the folder if there is one run, comparison.html here if there are several.
+        json: Also write what the page shows to this file.
+    """
+    from qdq.errors import ArgumentError
+    from qdq.report.compare import compare_runs, render_comparison
+    from qdq.report.load import PAGE_FILE, load_report
+    from qdq.report.page import render_report
+    from qdq.run import require_writable, write_atomic, write_json
+
+    if not runs:
+        raise ArgumentError("no run was given.", "name one run folder, or several to compare them.")
+    shown: object
+    if len(runs) == 1:
+        loaded = load_report(runs[0])
+        default, shown, page = loaded.path.parent / PAGE_FILE, loaded.data, render_report(loaded)
+    else:
+        comparison = compare_runs(runs)
+        default, shown, page = Path("comparison.html"), comparison, render_comparison(comparison)
+    path = default if output is None else output
+    for each in (path, json):
+        if each is not None:
+            require_writable(each)
+    print(write_atomic(path, page))
+    if json is not None:
+        write_json(json, shown)
+    return 0

@@ -1,0 +1,117 @@
+"""What is known of a layer in words, for the page and for `qdq explain`; what is not known says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from qdq.report.records import LayerRecord, Sensitivity, TensorRecord
+
+Fact = tuple[str, str]
+
+
+def describe_layer(layer: LayerRecord, unit: str) -> list[Fact]:
+    """Term and text, what decides first.
+
+    Args:
+        layer: The record.
+        unit: What gains are in.
+    """
+    missing, found = layer.unknown, layer.sensitivity
+    why = missing.get("sensitivity", "there is no error, or it was only estimated")
+    sqnr = found.sqnr_db if found else None
+    size = f"{layer.weights:,}, {layer.weight_bytes:,} bytes in the file"
+    reads = [*["the input of the network"] * layer.reads_input, *layer.reads]
+    feeds = [*layer.feeds, *["an output of the network"] * layer.writes_output]
+    return [
+        ("Runs in", layer.precision),
+        ("Why", layer.reason),
+        ("Gain in float", _gain(found, unit) if found else _not_known(why)),
+        ("Outputs in that state", _known(sqnr, _sqnr, why)),
+        ("Own output in int8", _known(layer.output_sqnr_db, _sqnr, missing.get("output_sqnr_db"))),
+        ("Multiplications", _known(layer.macs, lambda macs: _work(macs, layer.macs_share), missing.get("macs"))),
+        ("Weights", size if layer.weights else "none of its own"),
+        ("Engine", _known(layer.engine, lambda kind: _engine(kind, layer.engine_note), missing.get("engine"))),
+        ("Kernel", ", ".join(layer.kernels) or _not_known(missing.get("engine", "the engine names none"))),
+        ("Reads", _list(reads, missing, "constants only")),
+        ("Feeds", _list(feeds, missing, "no layer reads it")),
+    ]
+
+
+def describe_tensor(tensor: TensorRecord) -> list[Fact]:
+    """Term and text of what one quantizer does."""
+    missing = tensor.unknown
+    return [
+        ("Range", _known(tensor.amax, lambda amax: _range(amax, tensor), missing.get("amax"))),
+        ("Quantizes", "yes" if tensor.is_on else "no, it is switched off"),
+        ("Error", _known(tensor.sqnr_db, _sqnr, missing.get("sqnr_db"))),
+        ("Clipped", _known(tensor.clipped, lambda part: format_share(part, 3), missing.get("clipped"))),
+        ("Same range as", f"{', '.join(tensor.shares)}; figures are of all" if tensor.shares else "no other"),
+    ]
+
+
+def title_of(tensor: TensorRecord) -> str:
+    """The role with a capital letter."""
+    return tensor.role[:1].upper() + tensor.role[1:]
+
+
+def format_number(value: float | None, form: str = ".4g", unknown: str = "–") -> str:
+    """A number in a few characters."""
+    return unknown if value is None else format(value, form)
+
+
+def format_share(value: float | None, digits: int = 1) -> str:
+    """0.123 as "12.3 %"; what is little is not shown as nothing."""
+    if value is None:
+        return "–"
+    least = 10.0**-digits
+    return f"< {least:g} %" if 0 < 100 * value < least / 2 else f"{100 * value:.{digits}f} %"
+
+
+def format_gain(unit: Sensitivity) -> str:
+    """Gain and interval, "0.52 (0.41 to 0.63)"; of an estimate the SQNR."""
+    if unit.gain is None:
+        return "estimated" if unit.sqnr_db is None else f"estimated: SQNR {unit.sqnr_db:.2f} dB"
+    interval = "" if unit.low is None or unit.high is None else f" ({unit.low:.2g} to {unit.high:.2g})"
+    return f"{unit.gain:.3g}{interval}"
+
+
+def _gain(found: Sensitivity, unit: str) -> str:
+    group = f", as the group {found.unit} of {len(found.layers)} layers" if len(found.layers) > 1 else ""
+    rank = f"rank {found.rank} of {found.units}, {'measured' if found.is_exact else 'estimated'}{group}"
+    if found.gain is None:
+        return rank
+    interval = (
+        "" if found.low is None or found.high is None else f" (95 % interval {found.low:.3g} to {found.high:.3g})"
+    )
+    return f"{found.gain:.3g} {unit}{interval}; {rank}"
+
+
+def _known(value: float | str | None, write: Callable[..., str], why: str | None) -> str:
+    return _not_known(why or "nothing was measured") if value is None else write(value)
+
+
+def _not_known(why: str) -> str:
+    return f"not known: {why}"
+
+
+def _sqnr(value: float) -> str:
+    return f"SQNR {value:.2f} dB"
+
+
+def _engine(kind: str, note: str) -> str:
+    return f"{kind}: {note}" if note else kind
+
+
+def _work(macs: int, share: float | None) -> str:
+    return f"{macs:,} a sample, {format_share(share, 2)} of all"
+
+
+def _range(amax: float, tensor: TensorRecord) -> str:
+    method = f" by {tensor.method}" if tensor.method else ""
+    if tensor.ranges > 1:
+        return f"{tensor.least_amax or 0.0:.4g} to {amax:.4g} in {tensor.ranges} channels{method}"
+    return f"{amax:.5g}{method}"
+
+
+def _list(names: Sequence[str], missing: Mapping[str, str], none: str) -> str:
+    return ", ".join(names) or f"nothing: {missing.get('neighbours', none)}"

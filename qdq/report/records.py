@@ -1,0 +1,194 @@
+"""What a run knows of one layer, as plain data: written by `layers.describe_layers`, read without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+HISTOGRAM_COLUMNS = 64
+
+
+@dataclass(frozen=True)
+class MethodRange:
+    """What a calibration method would choose.
+
+    Args:
+        amax: The range.
+        clipped: Share of the values beyond it, 0..1.
+    """
+
+    amax: float
+    clipped: float
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One quantizer of a layer and the tensor that it quantizes.
+
+    Where quantizers share a range, statistics of activations are of all their tensors together.
+
+    Args:
+        quantizer: Its dotted name.
+        role: "input", "weight", or what the layer calls it.
+        is_on: Whether it quantizes in the exported model.
+        amax: The range; of several the largest. None if there is none.
+        least_amax: The smallest of several ranges; `amax` if there is one.
+        ranges: How many ranges: one, or one for each channel.
+        method: How they were solved; "" if they were not.
+        sqnr_db: Signal over error of quantizing this tensor alone, in dB; None if not known or infinite.
+        clipped: Share of the values beyond the range, 0..1.
+        methods: Calibration method -> what it would choose.
+        histogram: Counts of |x| without zeros in columns of equal width.
+        histogram_end: Where the last column ends.
+        shares: The other quantizers that have the same range.
+        unknown: Field -> why it holds nothing.
+    """
+
+    quantizer: str
+    role: str
+    is_on: bool
+    amax: float | None
+    least_amax: float | None
+    ranges: int
+    method: str
+    sqnr_db: float | None
+    clipped: float | None
+    methods: Mapping[str, MethodRange]
+    histogram: tuple[int, ...]
+    histogram_end: float | None
+    shares: tuple[str, ...] = ()
+    unknown: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What the analysis says of a layer, or of the group that it was measured in.
+
+    Args:
+        unit: Name of what was measured.
+        layers: The layers in it.
+        rank: Its place, 1 is the most sensitive.
+        units: How many were ranked.
+        gain: What leaving it in float gains, in the unit of the metric; None if it was only estimated.
+        low: Lower end of the 95 % interval; None where there is none.
+        high: Its upper end.
+        sqnr_db: SQNR of the network's outputs in the state that was measured, in dB; None if infinite.
+        is_exact: Whether it was measured; otherwise estimated.
+    """
+
+    unit: str
+    layers: tuple[str, ...]
+    rank: int
+    units: int
+    gain: float | None
+    low: float | None
+    high: float | None
+    sqnr_db: float | None
+    is_exact: bool
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One layer, or one function call that a rule says something about.
+
+    Args:
+        name: Dotted name.
+        kind: Class of the module, or the function.
+        is_call: Whether it is a function call.
+        precision: "int8" or "float".
+        reason: Why.
+        rules: The rules that the reason names.
+        tensors: Its quantizers.
+        sensitivity: What the analysis found; None if it says nothing.
+        output_sqnr_db: Signal over error of the layer's own output on float inputs with all its quantizers on, in dB.
+        macs: Multiplications with an addition for one sample.
+        macs_share: Their part of the whole network's, 0..1.
+        weights: Number of weights.
+        weight_bytes: What they take in the exported file.
+        engine: "int8", "float" or "mixed" (several kernels): what the engine runs.
+        kernels: The engine's names of its kernels.
+        engine_note: What the census says of it.
+        reads: The layers whose outputs it reads, through whatever is no layer.
+        feeds: The layers that read its output.
+        reads_input: Whether it reads the input of the network.
+        writes_output: Whether an output of the network comes from it.
+        unknown: Field -> why it holds nothing.
+    """
+
+    name: str
+    kind: str
+    is_call: bool
+    precision: str
+    reason: str
+    rules: tuple[str, ...]
+    tensors: tuple[TensorRecord, ...]
+    sensitivity: Sensitivity | None
+    output_sqnr_db: float | None
+    macs: int | None
+    macs_share: float | None
+    weights: int
+    weight_bytes: int
+    engine: str | None
+    kernels: tuple[str, ...]
+    engine_note: str
+    reads: tuple[str, ...]
+    feeds: tuple[str, ...]
+    reads_input: bool
+    writes_output: bool
+    unknown: Mapping[str, str] = field(default_factory=dict)
+
+    def tensor(self, role: str) -> TensorRecord | None:
+        """The quantizer with a role; the first one for "input", whatever the layer calls it."""
+        named = next((tensor for tensor in self.tensors if tensor.role == role), None)
+        if named is None and role == "input":
+            return next((tensor for tensor in self.tensors if tensor.role != "weight"), None)
+        return named
+
+
+def read_layer(entry: Mapping[str, Any]) -> LayerRecord:
+    """The record that an entry of `layers` in `report.json` was written from.
+
+    Raises:
+        TypeError: A field is missing or unknown, or no mapping where there must be one.
+        ValueError: A number is not finite.
+    """
+    tensors = tuple(_read_tensor(tensor) for tensor in entry["tensors"])
+    sensitivity = None if entry["sensitivity"] is None else _read(Sensitivity, entry["sensitivity"])
+    record: LayerRecord = _read(LayerRecord, {**entry, "tensors": tensors, "sensitivity": sensitivity})
+    return record
+
+
+def _read_tensor(entry: Mapping[str, Any]) -> TensorRecord:
+    methods = {str(name): _read(MethodRange, found) for name, found in entry["methods"].items()}
+    record: TensorRecord = _read(TensorRecord, {**entry, "methods": methods})
+    return record
+
+
+def _read(kind: type[Any], entry: Mapping[str, Any]) -> Any:
+    """A dataclass from its fields; JSON has lists where it has tuples."""
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in dict(entry).items()}
+    for each in fields(kind):
+        value, declared = values.get(each.name), str(each.type)
+        if not _fits(value, declared):
+            raise TypeError(f"{each.name} is {value!r}, not {declared}")
+    return kind(**values)
+
+
+_KINDS: Mapping[str, type | tuple[type, ...]] = {
+    "str": str, "bool": bool, "int": int, "float": (int, float), "tuple": tuple, "Mapping": Mapping,
+}  # fmt: skip
+
+
+def _fits(value: Any, declared: str) -> bool:
+    """Whether a value is of a declared type, by the outermost name of each alternative."""
+    names = [part.strip().partition("[")[0] for part in declared.split("|")]
+    if value is None:
+        return "None" in names
+    if isinstance(value, bool):
+        return "bool" in names
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    known = [_KINDS[name] for name in names if name in _KINDS]
+    return not known or any(isinstance(value, kind) for kind in known)

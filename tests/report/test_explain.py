@@ -1,0 +1,84 @@
+"""`qdq explain`: all of a record in words, and names that are not there."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from made_report import make_report
+
+from qdq import ArgumentError, explain_layer
+from qdq.cli.main import main
+from qdq.report.load import load_report
+
+
+@pytest.mark.trt
+def test_the_text_holds_the_record(finished):
+    folder, _ = finished
+    for layer in load_report(folder).layers:
+        found = explain_layer(folder, layer.name)
+        assert found.layer == layer
+        assert found.text.splitlines()[0] == f"{layer.name} ({layer.kind})"
+        assert layer.reason in found.text
+        assert all(kernel in found.text for kernel in layer.kernels)
+        for tensor in layer.tensors:
+            assert tensor.quantizer in found.text
+            for method, each in tensor.methods.items():
+                assert f"by {method}" in found.text and f"{each.amax:.5g}" in found.text
+        for other, precision in found.neighbours.items():
+            assert f"{other} ({precision})" in found.text
+        assert "None" not in found.text and "nan" not in found.text
+    assert "same range as" not in explain_layer(folder, "head").text.lower()
+    assert "No ranges: it was given no quantizers: excluded by 'head'" in explain_layer(folder, "head").text
+    assert "the input of the network" in explain_layer(folder, "stem").text
+    assert "an output of the network" in explain_layer(folder, "head").text
+
+
+def test_misspelt_names_get_suggestions(store):
+    folder = store(make_report(["layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "fc"]))
+    with pytest.raises(ArgumentError, match=r"no layer 'layer1.0.conv'.*did you mean layer1.0.conv1, layer1.0.conv2"):
+        explain_layer(folder, "layer1.0.conv")
+    with pytest.raises(ArgumentError, match="did you mean fc"):
+        explain_layer(folder, "FC")
+    with pytest.raises(ArgumentError, match=r"report.html in the run folder lists all layers"):
+        explain_layer(folder, "zzzzzz")
+    with pytest.raises(ArgumentError, match="no layer ''"):
+        explain_layer(folder, "")
+
+
+def test_a_module_that_cannot_be_int8(store):
+    norm = {"name": "norm", "type": "LayerNorm", "action": "float", "reason": "no int8 counterpart (R-LN)"}
+    folder = store(make_report(["a"], swap={"modules": [norm]}))
+    with pytest.raises(ArgumentError, match=r"norm is a LayerNorm that cannot be int8: no int8 counterpart \(R-LN\)"):
+        explain_layer(folder, "norm")
+
+
+def call(capsys, *arguments):
+    with pytest.raises(SystemExit) as exit:
+        main([str(argument) for argument in arguments])
+    return exit.value.code, *capsys.readouterr()
+
+
+def test_command(store, tmp_path, capsys):
+    folder = store(make_report(["a", "b"]))
+    code, out, _ = call(capsys, "explain", folder, "b", "--json", tmp_path / "b.json")
+    assert code == 0 and out.startswith("b (Conv2d)\n")
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert written["layer"]["name"] == "b" and written["neighbours"] == {"a": "int8"}
+    code, _, errors = call(capsys, "explain", folder, "c")
+    assert code == 2 and len(errors.splitlines()) == 2
+    code, _, errors = call(capsys, "explain", tmp_path / "nowhere", "c")
+    assert code == 2 and "there is no" in errors
+
+
+@pytest.mark.parametrize("verb", ["explain", "report"])
+def test_commands_need_no_torch(store, verb):
+    folder = store(make_report(["a", "b"]))
+    arguments = [verb, str(folder), *(["a"] if verb == "explain" else [])]
+    script = (
+        "import sys\nfrom qdq.cli.main import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit as exit: print('code', exit.code)\n"
+        "print([name for name in ('torch', 'torchvision', 'onnx_ir', 'onnxruntime') if name in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-2:] == ["code 0", "[]"]

@@ -1,0 +1,197 @@
+"""The page as text: complete, self-contained, and nothing in it that a name could have smuggled in."""
+
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from made_report import make_report
+
+from qdq.report.charts import draw_bars, draw_curve, draw_network
+from qdq.report.load import load_report
+from qdq.report.page import render_report
+
+EVIL = '<script>alert("1")</script>'
+VOID = {"meta", "link", "input", "br"}
+OPTIONAL = {"th", "td", "tr", "li", "option"}  # in tables and lists their end may be left out
+
+
+class Outline(HTMLParser):
+    """Tags with their attributes; refuses an end that closes nothing."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], []
+        self.feed(page)
+        assert not [tag for tag in self.open if tag not in OPTIONAL], self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        while self.open[-1] != tag:
+            assert self.open.pop() in OPTIONAL, (tag, self.open)
+        self.open.pop()
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def attribute(self, name):
+        return [attributes[name] for _, attributes in self.tags if name in attributes]
+
+
+@pytest.fixture
+def page(store):
+    def render(names, **changes):
+        return render_report(load_report(store(make_report(names, **changes))))
+
+    return render
+
+
+def test_sections_stand_in_the_order_of_the_issue(page):
+    outline = Outline(page(["a", "b"], float_layers=["a"]))
+    sections = [attributes["id"] for tag, attributes in outline.tags if tag == "section"]
+    assert sections == [
+        "summary", "sensitivity", "cost", "layers", "network", "engine", "skipped", "environment",
+    ]  # fmt: skip
+    ids = outline.attribute("id")
+    assert len(ids) == len(set(ids))
+    inner = [target[1:] for target in outline.attribute("href") if target.startswith("#")]
+    assert set(inner) <= set(ids)
+    assert set(outline.attribute("aria-labelledby")) <= set(ids)
+
+
+def test_the_page_needs_nothing_else(page):
+    text = page(["a", "b"])
+    outline = Outline(text)
+    assert not outline.attribute("src")
+    assert all(target.startswith("#") or target == "data:," for target in outline.attribute("href"))
+    assert not re.search(r"@import|url\(", text)
+    policy = next(a["content"] for tag, a in outline.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+
+
+def test_every_head_of_a_table_has_a_scope(page):
+    outline = Outline(page(["a", "b"]))
+    assert all(attributes.get("scope") in ("col", "row") for tag, attributes in outline.tags if tag == "th")
+
+
+def test_names_are_data(page, store):
+    names = [EVIL, "a&b", "'\"x", "</script><b>", "<!--", "]]>", "\u2028"]
+    report = make_report(names, findings=[EVIL], command=EVIL, model=EVIL)
+    report["environment"] = {EVIL: EVIL}
+    text = render_report(load_report(store(report)))
+    assert EVIL not in text
+    outline = Outline(text)
+    assert [tag for tag, _ in outline.tags].count("script") == 2
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+    assert [entry["facts"][0][0] for entry in data] == ["Runs in"] * len(names)
+    shown = [attributes["data-value"] for tag, attributes in outline.tags if tag == "th" and "data-value" in attributes]
+    assert shown == names
+
+
+def test_numbers_that_decide_come_first(page):
+    text = page([f"l{number}" for number in range(10)], float_layers=["l0", "l1"])
+    figures = dict(re.findall(r'<dt>([^<]*)</dt><dd class="value">([^<]*)</dd>', text))
+    assert figures["layers in int8"] == "8 of 10"
+    assert figures["multiplications in int8"] == "80.0 %"
+    assert figures["SQNR of the outputs"] == "21.50 dB"
+    assert figures["same answer as float"] == "97.0 %"
+    assert figures["top-1"] == "79.0 %"
+    assert text.index("layers in int8") < text.index('id="sensitivity"')
+
+
+def test_300_layers_fit(page):
+    names = [f"features.stage{number // 30}.block{number}.expand_convolution" for number in range(300)]
+    text = page(names, float_layers=names[:4])
+    assert len(text.encode()) <= 3_000_000
+    assert text.count('<tr id="layer-') == 300
+    assert text.count("<rect") >= 300
+
+
+def test_no_layers_at_all(page):
+    text = page([])
+    assert "Nothing was ranked" in text
+    Outline(text)
+
+
+class TestCharts:
+    @pytest.fixture
+    def report(self, store):
+        return load_report(store(make_report([f"l{number}" for number in range(30)], float_layers=["l0"])))
+
+    def test_bars(self, report):
+        chart = draw_bars(report)
+        assert (len(chart.bars), chart.more, chart.zero, chart.unit) == (20, 10, 0.0, "dB")
+        gains = np.array([3 / (place + 1) for place in range(20)])
+        assert [bar.width for bar in chart.bars] == pytest.approx(100 * gains / 3.6, abs=0.01)
+        assert chart.bars[0].high == 100 and chart.bars[0].low == pytest.approx(100 * 2.4 / 3.6, abs=0.01)
+        assert [bar.is_float for bar in chart.bars] == [True] + [False] * 19
+
+    def test_a_loss_goes_to_the_left_of_zero(self, store):
+        made = make_report(["a", "b"])
+        for layer, gain in zip(made["layers"], (3.0, -1.0), strict=True):
+            layer["sensitivity"] |= {"gain": gain, "low": gain, "high": gain}
+        chart = draw_bars(load_report(store(made)))
+        assert chart.zero == 25
+        assert (chart.bars[1].left, chart.bars[1].width) == (0, 25)
+        assert (chart.bars[0].left, chart.bars[0].width) == (25, 75)
+
+    def test_curve_over_the_work_in_float(self, store):
+        names = [f"l{number}" for number in range(10)]
+        curve = draw_curve(load_report(store(make_report(names, float_layers=names[:2]))))
+        assert [point.label for point in curve.points] == [
+            "all that may be int8 in int8: 18.00 dB at 0",
+            "+ l0 in float: 20.00 dB at 10",
+            "+ l1 in float: 21.00 dB at 20",
+        ]
+        xs, ys = [point.x for point in curve.points], [point.y for point in curve.points]
+        assert np.diff(xs) == pytest.approx([np.diff(xs)[0]] * 2, abs=0.02)
+        assert np.diff(ys)[0] == pytest.approx(2 * np.diff(ys)[1], abs=0.2) and np.diff(ys)[1] < 0
+        assert all(0 <= tick.at <= 100 for tick in curve.x_ticks)
+        assert all(0 <= tick.at <= curve.height for tick in curve.y_ticks)
+
+    def test_curve_of_the_pareto_front(self, store):
+        points = [{"float_layers": [], "cost": 10.0, "sqnr_db": 18.0, "metric": None},
+                  {"float_layers": ["a"], "cost": 14.0, "sqnr_db": 21.0, "metric": None}]  # fmt: skip
+        made = make_report(["a", "b"])
+        made["analysis"]["pareto"] = points
+        curve = draw_curve(load_report(store(made)))
+        assert [point.label for point in curve.points] == [
+            "all in int8: 18.00 dB at 10", "1 units in float: a: 21.00 dB at 14",
+        ]  # fmt: skip
+
+    def test_no_curve_of_one_point(self, store):
+        assert draw_curve(load_report(store(make_report(["a"])))) is None
+
+    def test_network_of_a_chain(self, report):
+        network = draw_network(report.layers)
+        assert [node.name for node in network.nodes[1:-1]] == [layer.name for layer in report.layers]
+        assert len(network.edges) == 31
+        assert all(re.fullmatch(r"M14 \d+V\d+", edge) for edge in network.edges)
+        assert [node.colour for node in network.nodes[:3]] == ["end", "float", "int8"]
+
+    def test_lines_in_one_lane_never_overlap(self, store):
+        random = np.random.default_rng(0)
+        names = [f"l{number}" for number in range(60)]
+        made = make_report(names)
+        for place, layer in enumerate(made["layers"]):
+            layer["reads"] = sorted(
+                {names[int(each)] for each in random.integers(max(place - 9, 0), max(place, 1), min(place, 3))}
+            )
+        network = draw_network(load_report(store(made)).layers)
+        spans = {}
+        for edge in network.edges:
+            if match := re.match(r"M\d+ (\d+)H(\d+)Q.*V\d+Q\d+ (\d+)", edge):
+                spans.setdefault(match[2], []).append(sorted((int(match[1]), int(match[3]))))
+        assert len(spans) > 3
+        for lane in spans.values():
+            lane.sort()
+            assert all(before[1] <= after[0] for before, after in itertools.pairwise(lane))

@@ -1,0 +1,219 @@
+"""Records of layers against what the network, its data and the engine say themselves."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import qdq
+from qdq.nn import QuantInputMixin
+from qdq.quantizer import disable_quantization, named_quantizers
+from qdq.report.layers import NO_STATISTICS, describe_layers
+from qdq.report.load import load_report
+from qdq.report.records import read_layer
+from qdq.run import to_jsonable
+
+pytestmark = pytest.mark.trt
+
+
+def describe(stages, **changes):
+    given = {
+        "plan": stages["plan"], "rewired": stages["rewired"], "ranges": stages["ranges"],
+        "analysis": stages["analysis"], "build": stages["build"], "statistics": None, **changes,
+    }  # fmt: skip
+    found = describe_layers(stages["model"].module, stages["calibration"].images, **given)
+    return {layer.name: layer for layer in found}
+
+
+@pytest.fixture(scope="module")
+def layers(finished):
+    return {layer.name: layer for layer in load_report(finished[0]).layers}
+
+
+def decibels(expected, found):
+    expected, found = (np.asarray(each.detach(), np.float64) for each in (expected, found))
+    return 10 * math.log10((expected**2).sum() / ((expected - found) ** 2).sum())
+
+
+def test_order_and_neighbours(layers):
+    edges = {name: (layer.reads, layer.feeds) for name, layer in layers.items()}
+    assert edges == {
+        "stem": ((), ("conv", "add")),
+        "conv": (("stem",), ("add",)),
+        "add": (("conv", "stem"), ("conv2d",)),
+        "conv2d": (("add",), ("pool",)),
+        "pool": (("conv2d",), ("hidden",)),
+        "hidden": (("pool",), ("head",)),
+        "head": (("hidden",), ()),
+    }
+    assert list(layers) == list(edges)
+    assert [name for name, layer in layers.items() if layer.reads_input] == ["stem"]
+    assert [name for name, layer in layers.items() if layer.writes_output] == ["head"]
+
+
+def test_precision_is_that_of_the_quantizers_and_of_the_engine(finished, layers):
+    model = finished[1]["model"].module
+    modules = dict(model.named_modules())
+    for name, layer in layers.items():
+        module = modules.get(name)
+        if isinstance(module, QuantInputMixin):
+            on = not module.input_quantizer._disabled
+            assert (layer.precision == "int8") == on == layer.tensors[0].is_on, name
+        if layer.engine is not None:
+            assert layer.engine == layer.precision, name
+            assert layer.kernels, name
+    (step,) = finished[1]["analysis"].steps
+    assert layers[step.layer].precision == "float"
+    assert {layer.precision for layer in layers.values()} == {"int8", "float"}
+
+
+def test_reasons(finished, layers):
+    (step,) = finished[1]["analysis"].steps
+    assert layers[step.layer].reason.startswith("step 1 of 1 of the search left it in float: SQNR of the outputs ")
+    assert layers["hidden"].reason == "pinned to int8 by the plan"
+    assert layers["head"].reason == "excluded by 'head'"
+    assert layers["pool"].rules == ("R-GAP",)
+    assert "R-ADD-1" in layers["add"].rules or layers["add"].precision == "float"
+    other = next(name for name in ("stem", "conv", "conv2d") if name != step.layer)
+    assert "in sensitivity (measured); the search ended: 1 of at most 1 layers are in float" in layers[other].reason
+
+
+def test_a_call_in_float_says_which_layer_it_goes_with(finished):
+    stages = finished[1]
+    model = stages["model"].module
+    quantizers = dict(named_quantizers(model))
+    states = {name: quantizer._disabled for name, quantizer in quantizers.items()}
+    try:
+        for name in ("conv._input_quantizer", "conv._weight_quantizer", "_add_quantizer"):
+            quantizers[name]._disabled = True
+        analysis = replace(stages["analysis"], steps=())
+        found = describe(stages, analysis=analysis)
+    finally:
+        for name, state in states.items():
+            quantizers[name]._disabled = state
+    assert found["add"].reason == "it is there only for conv, which is in float"
+    assert found["conv"].reason == "its quantizers are switched off"
+
+
+def test_weights_are_measured_exactly(finished, layers):
+    conv = finished[1]["model"].module.conv
+    amax = conv.weight.detach().double().abs().amax((1, 2, 3), keepdim=True)
+    scale = amax / 127
+    expected = (conv.weight.double() / scale).round().clamp(-128, 127) * scale
+    weight = layers["conv"].tensor("weight")
+    assert weight.sqnr_db == pytest.approx(decibels(conv.weight, expected), abs=0.01)
+    assert (weight.ranges, weight.clipped) == (32, 0.0)
+    assert weight.amax == pytest.approx(float(amax.max()))
+    assert weight.least_amax == pytest.approx(float(amax.min()))
+    assert layers["conv"].weights == 32 * 32 * 9
+    assert layers["conv"].weight_bytes == 32 * 32 * 9 * (1 if layers["conv"].precision == "int8" else 4)
+    assert layers["head"].weight_bytes == 4 * 32 * 16
+
+
+def test_activations_are_measured_on_the_calibration_data(finished, layers):
+    stages = finished[1]
+    model, seen = stages["model"].module, []
+    hook = model.conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].double()))
+    with disable_quantization(model), torch.no_grad():
+        model(stages["calibration"].images)
+    hook.remove()
+    record = layers["conv"].tensor("input")
+    scale = record.amax / 127
+    found = (seen[0] / scale).round().clamp(-128, 127) * scale
+    assert record.sqnr_db == pytest.approx(decibels(seen[0], found), abs=0.1)
+    assert record.clipped == pytest.approx(float((seen[0].abs() > record.amax).double().mean()), abs=2e-4)
+    assert record.shares == ("_add_quantizer",)  # which reads the same tensor; it was collected at both
+    assert sum(record.histogram) == 2 * int((seen[0] != 0).sum())
+    assert 2 <= len(record.histogram) <= 64
+    counts, _ = np.histogram(seen[0].abs()[seen[0] != 0], bins=len(record.histogram), range=(0, record.histogram_end))
+    assert np.abs(2 * counts - record.histogram).sum() <= 8  # float32 against float64 on an edge
+    statistics = qdq.Statistics.load(finished[0] / "calibration.safetensors")
+    assert {name: each.amax for name, each in record.methods.items()} == {
+        method: pytest.approx(statistics.solve("conv._input_quantizer", method)) for method in record.methods
+    }
+    assert len(record.methods) == 9
+
+
+def test_output_of_a_layer_by_itself(finished, layers):
+    stages = finished[1]
+    conv = stages["model"].module.conv
+    inputs = torch.relu(torch.nn.functional.conv2d(
+        stages["calibration"].images, stages["model"].module.stem.weight, stages["model"].module.stem.bias, padding=1
+    ))  # fmt: skip
+    ranges = {record.role: record for record in layers["conv"].tensors}
+    scale = ranges["input"].amax / 127
+    rounded = (inputs.double() / scale).round().clamp(-128, 127) * scale
+    weight_scale = conv.weight.double().abs().amax((1, 2, 3), keepdim=True) / 127
+    weight = (conv.weight.double() / weight_scale).round().clamp(-128, 127) * weight_scale
+    bias = conv.bias.double()
+    expected = torch.nn.functional.conv2d(inputs.double(), conv.weight.double(), bias, padding=1)
+    found = torch.nn.functional.conv2d(rounded, weight, bias, padding=1)
+    assert layers["conv"].output_sqnr_db == pytest.approx(decibels(expected, found), abs=0.05)
+
+
+def test_macs(layers):
+    expected = {"stem": 144 * 32 * 27, "conv": 144 * 32 * 32 * 9, "conv2d": 144 * 32 * 32, "hidden": 1024, "head": 512}
+    assert {name: layers[name].macs for name in expected} == expected
+    assert sum(layer.macs_share or 0 for layer in layers.values()) == pytest.approx(1)
+
+
+def test_nothing_is_blank_without_a_reason(finished, layers):
+    without_statistics = describe(finished[1]).values()
+    for layer in [*layers.values(), *without_statistics]:
+        for field in ("sensitivity", "output_sqnr_db", "macs", "engine"):
+            assert getattr(layer, field) is not None or layer.unknown[field], (layer.name, field)
+        assert layer.tensors or layer.unknown["tensors"]
+        for tensor in layer.tensors:
+            for field in ("amax", "sqnr_db", "clipped"):
+                assert getattr(tensor, field) is not None or tensor.unknown[field], (tensor.quantizer, field)
+            assert tensor.methods or tensor.unknown["methods"]
+            assert tensor.histogram or tensor.unknown["histogram"]
+    inputs = [layer.tensor("input") for layer in without_statistics if layer.tensors]
+    assert {tensor.unknown["histogram"] for tensor in inputs} == {NO_STATISTICS}
+
+
+def test_describing_changes_nothing(finished):
+    stages = finished[1]
+    model = stages["model"].module.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    states = {name: quantizer._disabled for name, quantizer in named_quantizers(model)}
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    describe(stages)
+    assert model.training and all(module.training for module in model.modules())
+    model.eval()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {name: quantizer._disabled for name, quantizer in named_quantizers(model)} == states
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+def test_a_layer_that_does_not_run_and_one_without_range():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3)).eval()
+    model.spare = torch.nn.Conv2d(16, 16, 3)
+    model.forward = lambda images: model[2](model[1](model[0](images)) * 0)
+    batch = torch.randn(2, 3, 8, 8)
+    plan = qdq.swap_modules(model, include=["*"])
+    rewired = qdq.rewire_operations(model, batch)
+    ranges = qdq.calibrate_model(model, [batch])
+    analysis = qdq.Analysis("one-at-a-time", 2, 30.0, None, (), (), "nothing was asked for")
+    build = qdq.BuildReport(
+        onnx=None, engine=None, engine_bytes=0, backend="rtx", backend_version="", sm=89, seconds=0.0, profiles={},
+        layers=[], coverage=qdq.check.Coverage(()), trtexec={}, warnings=[],
+    )  # fmt: skip
+    found = describe_layers(model, batch, plan=plan, rewired=rewired, ranges=ranges, analysis=analysis, build=build,
+                            statistics=None)  # fmt: skip
+    records = {layer.name: layer for layer in found}
+    assert list(records)[-1] == "spare"
+    assert records["spare"].precision == "float"
+    assert "saw no batch" in records["spare"].reason
+    assert records["spare"].unknown["neighbours"] == "it does not run on the example"
+    assert records["2"].reason == "left in float: it saw zeros only"
+    assert records["2"].unknown["output_sqnr_db"] == "it has no range"
+    assert records["0"].engine is None and records["0"].unknown["engine"]
+
+
+def test_records_survive_json(layers):
+    for layer in layers.values():
+        assert read_layer(json.loads(json.dumps(to_jsonable(layer)))) == layer
