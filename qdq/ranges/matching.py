@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from qdq.errors import CalibrationError
+from qdq.errors import CalibrationError, StateError
 from qdq.nn import QuantMixin
 from qdq.observers.max import reduce_amax
 from qdq.quantizer import SharedQuantizer, TensorQuantizer, named_quantizers
@@ -39,7 +39,18 @@ class Match:
     weights: list[tuple[TensorQuantizer, torch.Tensor]] = field(default_factory=list)
 
     def apply(self) -> None:
-        """Give the quantizers their ranges."""
+        """Give the quantizers their ranges: all, or none where one cannot take its.
+
+        Raises:
+            StateError: A quantizer has a range of another shape.
+        """
+        for name, quantizer in self.quantizers.items():
+            if quantizer.amax is not None and quantizer.amax.numel() != self.amaxes[name].size:
+                raise StateError(
+                    f"{name} has {quantizer.amax.numel()} ranges now, and would get {self.amaxes[name].size}; no range "
+                    "of the model was changed.",
+                    "swap the model anew (restore_modules, swap_modules), and import before anything else sets amax.",
+                )
         for name, quantizer in self.quantizers.items():
             quantizer.amax = torch.from_numpy(self.amaxes[name].copy())
         for quantizer, amax in self.weights:
