@@ -354,9 +354,13 @@ def flatten_outputs(outputs: Any) -> Array:
     """All floating-point outputs as one flat array.
 
     Raises:
-        StateError: They hold NaN or Inf.
+        StateError: They hold NaN or Inf, or no floating-point tensor at all.
     """
     leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    if not leaves:
+        raise StateError(
+            "the model returns no floating-point tensor.", "have it return what stands before argmax or the like."
+        )
     flat = np.concatenate([leaf.detach().float().cpu().numpy().ravel() for leaf in leaves])
     if not np.isfinite(flat).all():
         raise StateError("the outputs of the model hold NaN or Inf.", "check the float model on the same batches.")
