@@ -11,6 +11,7 @@ from qdq import (
     StateError,
     calibrate_model,
     correct_bias,
+    restore_modules,
     round_weights,
     swap_modules,
 )
@@ -123,6 +124,26 @@ def test_what_is_left_alone_has_a_reason(residual, images):
     reasons = {layer.layer: layer.reason for layer in report.layers}
     assert reasons == {"stem": "", "head": "", "conv": "it is in float"}
     assert torch.equal(residual.conv.bias, before)
+
+
+@pytest.mark.parametrize("correct", [correct_bias, round_weights])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_with_a_new_bias_loads_in_a_swapped_model(plain, correct, assign):
+    model, data = plain
+    assert model[1].bias is None
+    correct(model, [data])
+    fresh = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, bias=False), nn.Flatten(), nn.Linear(1024, 16))
+    swap_modules(fresh.eval(), data)
+    fresh.load_state_dict(model.state_dict(), assign=assign)
+    assert isinstance(fresh[1].bias, nn.Parameter)
+    assert torch.equal(fresh(data), model(data))
+    assert "1.bias" in restored(model).state_dict()  # a float model needs the bias from its constructor
+
+
+def restored(model):
+    model = copy.deepcopy(model)
+    restore_modules(model)
+    return model
 
 
 class Attending(nn.Module):
