@@ -62,10 +62,10 @@ def largest_values(path, images):
     return {name: float(np.abs(value).max()) for name, value in {**found, given: images.numpy()}.items() if value.size}
 
 
-def swap(beside, images):
+def swap(beside, images, scales="independent"):
     model = Net(beside).eval()
     qdq.swap_modules(model, images)
-    qdq.rewire_operations(model, images, scales="independent")
+    qdq.rewire_operations(model, images, scales=scales)
     return model
 
 
@@ -97,6 +97,21 @@ def test_no_quantizer_has_the_range_of_another_tensor(tmp_path, beside, dynamo):
         assert [truth[tensor] for tensor in tensors] == pytest.approx([activations(calibrated)[name]], rel=1e-4)
     assert (call in written.written) == is_certain
     assert is_certain or "not matched" in written.left_out[call]
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_files_of_qdq(tmp_path, beside):
+    """The exporter merges the pair of the sum with that of the convolution that reads the same tensor."""
+    images = torch.randn(4, 16, 8, 8)
+    calibrated, fresh = swap(beside, images, "shared"), swap(beside, images, "shared")
+    qdq.calibrate_model(calibrated, [images], method="max")
+    qdq.export_onnx(calibrated, images, tmp_path / "qdq.onnx", dynamic_batch=False)
+    read = qdq.import_ranges(fresh, tmp_path / "qdq.onnx")
+    assert not read.missing
+    assert activations(fresh) == activations(calibrated)
+    written = qdq.export_ranges(calibrated, tmp_path / "new.json", format="onnxruntime", onnx=tmp_path / "qdq.onnx")
+    tensors = {name: written.written.get(name) for name in activations(calibrated) if name.startswith("_add")}
+    assert set(tensors.values()) <= {None, written.written["second._input_quantizer"]}
 
 
 class Several(nn.Module):
