@@ -128,7 +128,7 @@ def rewire_operations(
     planned = _Decisions(modules, flow, Patterns(include, "include"), Patterns(exclude, "exclude")).decide()
     places = _list_places(modules, flow, planned)
     _group_places(places, flow, planned, is_shared=scales == "shared")
-    shared = _attach(modules, places, model.training)
+    shared = _attach(modules, places, flow, model.training)
     return RewirePlan(tuple(planned.values()), shared)
 
 
@@ -379,7 +379,9 @@ def _list_places(modules: dict[str, nn.Module], flow: Dataflow, planned: dict[st
     return list(places.values())
 
 
-def _attach(modules: dict[str, nn.Module], places: list[_Place], is_training: bool) -> dict[str, tuple[str, ...]]:
+def _attach(
+    modules: dict[str, nn.Module], places: list[_Place], flow: Dataflow, is_training: bool
+) -> dict[str, tuple[str, ...]]:
     """Give every place its quantizer, and all places of a group one range.
 
     Returns:
@@ -402,7 +404,8 @@ def _attach(modules: dict[str, nn.Module], places: list[_Place], is_training: bo
         else:
             sites.setdefault(place.owner, {}).setdefault(place.site, {})[place.operand] = quantizer
     for owner, quantizers in sites.items():
-        add_function_quantizers(modules[owner], quantizers)
+        calls = [operation.site for operation in flow.operations if operation.module == owner]
+        add_function_quantizers(modules[owner], quantizers, calls)
     return {leader: tuple(names) for leader, names in shared.items()}
 
 

@@ -98,8 +98,9 @@ def round_weights(
     """Replace every weight by the value of its learned code, and its bias by the best for it; in place.
 
     Nearest rounding of the new weight gives the learned code, so that saving, restoring and exporting need to
-    know nothing. No code differs from the nearest by more than 1, and the ranges stay. A layer without a bias gets
-    one. Ctrl-C between two layers keeps those that are done.
+    know nothing. No code differs from the nearest by more than 1, and the ranges stay. A layer without a bias gets one,
+    which a swapped model takes from a state dict, a float one does not. Ctrl-C between two layers keeps those that are
+    done.
 
     Args:
         model: A calibrated model.

@@ -87,8 +87,8 @@ def correct_bias(
 ) -> BiasCorrection:
     """Shift the bias of every quantized layer so that quantization leaves the mean of its output channels; in place.
 
-    A layer without a bias gets one. The batches are joined into one, so that one forward can correct the layers in
-    their order; a few dozen images are enough.
+    A layer without a bias gets one, which a swapped model takes from a state dict, a float one does not. The batches
+    are joined into one, so that one forward can correct the layers in their order; a few dozen images are enough.
 
     Args:
         model: A calibrated model.

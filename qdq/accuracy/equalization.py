@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
-from math import inf
+from math import inf, log10
 from typing import Any
 
 import numpy as np
@@ -30,22 +30,23 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import Linear
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from qdq.accuracy.layerwise import drop_empty, flatten_outputs
+from qdq.calibrate import calibrate_model
 from qdq.dataflow import CONVOLUTIONS, MAX_POOLINGS, Dataflow, clamp_of
-from qdq.errors import DataError, StateError
-from qdq.metrics import sqnr_db
+from qdq.errors import StateError
+from qdq.metrics import Array, sqnr_db
 from qdq.nn import QuantInputMixin
-from qdq.trace import Operation, call_model, evaluating, require_batches, trace_forward
+from qdq.quantizer import disable_quantization
+from qdq.swap import quantized_layers, restore_modules, swap_modules
+from qdq.trace import ForwardTrace, Operation, call_model, evaluating, trace_forward
 
 logger = logging.getLogger(__name__)
 
-_COMMUTING = MAX_POOLINGS | frozenset(
-    {
-        *("leaky_relu", "dropout", "dropout2d", "contiguous", "clone", "detach"),
-        *("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
-    }
+_ELEMENTWISE = frozenset({"leaky_relu", "dropout", "dropout2d", "contiguous", "clone", "detach"})
+_POOLINGS = MAX_POOLINGS | frozenset(
+    {"avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"}
 )
 _EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 _STEPS = 127  # of a range, int8
@@ -79,17 +80,25 @@ class Equalization:
         tensors: In the order in which they are written.
         float_db: SQNR of the float outputs against those before, on the given batches, in dB: 100 and more is the
             rounding of float32.
+        before_db: SQNR of the int8 outputs against the float ones before, on the given batches, in dB: of the model as
+            `swap_modules` quantizes it on the first of them, with the largest values as ranges. None where it
+            quantizes nothing.
+        after_db: The same afterwards.
     """
 
     tensors: tuple[EqualizedTensor, ...]
     float_db: float
+    before_db: float | None
+    after_db: float | None
 
     def format_table(self) -> str:
         """How many tensors were equalized, what it did to the float model, and what was left alone and why."""
         done = [tensor for tensor in self.tensors if not tensor.reason]
+        measured = self.before_db is not None and self.after_db is not None
+        sqnr = f"SQNR in int8 {self.before_db:.2f} to {self.after_db:.2f} dB" if measured else "nothing to quantize"
         lines = [
-            f"{len(done)} of {len(self.tensors)} tensors equalized; the float model against itself before: "
-            f"{self.float_db:.1f} dB"
+            f"{len(done)} of {len(self.tensors)} tensors equalized: {sqnr}; "
+            f"the float model against itself before: {self.float_db:.1f} dB"
         ]
         groups: dict[str, list[str]] = {}
         for tensor in self.tensors:
@@ -103,30 +112,99 @@ def equalize_layers(model: nn.Module, batches: Iterable[Any]) -> Equalization:
     """Scale the channels between layers so that they use a common range better; in place.
 
     Call it after `fold_batchnorm` and before `swap_modules`. A tensor is left alone where one of its readers or writers
-    is no convolution or linear layer, where it is an output of the model, or where less noise is not to be expected.
+    is no convolution or linear layer, where a parameter of these is also used elsewhere, where it is an output of the
+    model, or where less noise is not to be expected. What moves the float outputs by more than rounding is put back.
 
     Args:
-        model: A float model.
+        model: A float model; its layers are quantized for a while, to measure what the pass is worth.
         batches: Iterated once and kept; as for `calibrate_model`.
 
     Returns:
-        What was done, and how exactly the float model was kept.
+        What was done, how exactly the float model was kept, and the SQNR in int8 before and after.
 
     Raises:
         ArgumentTypeError: One tensor or dictionary instead of batches.
-        DataError: No batch.
+        DataError: No batch with samples.
         StateError: The model is swapped already, or its outputs hold NaN or Inf.
     """
-    require_batches(batches)
-    kept = list(batches)
-    if not kept:
-        raise DataError("there is no batch to equalize on.", "give at least one, for instance of the calibration data.")
+    kept = drop_empty(batches)
     if any(isinstance(module, QuantInputMixin) for module in model.modules()):
         raise StateError("the model has quantized layers.", "call equalize_layers before swap_modules.")
     groups = _find_groups(model, kept[0])
-    before = _observe(model, kept, groups)
-    done = [_equalize(group) for group in groups]
-    return Equalization(tuple(done), sqnr_db(before, _observe(model, kept, [])))
+    expected = _observe(model, kept, groups)
+    swap_modules(model, kept[0])
+    try:
+        before_db = _measure_int8(model, kept, expected)
+        with disable_quantization(model):
+            done, float_db = _equalize_exactly(model, kept, groups, expected)
+        after_db = _measure_int8(model, kept, expected)
+    finally:
+        restore_modules(model)
+    return Equalization(tuple(done), float_db, before_db, after_db)
+
+
+def _measure_int8(model: nn.Module, batches: list[Any], expected: Array) -> float | None:
+    """SQNR of the swapped model with maxima for ranges, None where no layer is quantized."""
+    if not quantized_layers(model):
+        return None
+    calibrate_model(model, batches, method="max")
+    return _sqnr(expected, _observe(model, batches, []))
+
+
+def _sqnr(expected: Array, found: Array) -> float:
+    """In dB; minus infinity where the outputs are not even as many."""
+    return sqnr_db(expected, found) if found.shape == expected.shape else -inf
+
+
+def _equalize_exactly(
+    model: nn.Module, batches: list[Any], groups: list[_Group], expected: Array
+) -> tuple[list[EqualizedTensor], float]:
+    """All groups at once; if that moves the float outputs by more than rounding, one by one, without those that do."""
+    enough = _rounding_db(model)
+    with _undoing(groups) as undo:
+        done = [_equalize(group) for group in groups]
+        float_db = _sqnr(expected, _observe(model, batches, []))
+        if float_db >= enough:
+            return done, float_db
+        undo()
+    done, float_db = [], inf
+    for group in groups:
+        with _undoing([group]) as undo:
+            tensor = _equalize(group)
+            moved_db = float_db if tensor.reason else _sqnr(expected, _observe(model, batches, []))
+            if moved_db < enough:
+                undo()
+                reason = f"put back: it moved the float outputs, SQNR {moved_db:.1f} dB"
+                tensor = replace(tensor, exponent=0.0, predicted_db=0.0, reason=reason)
+            else:
+                float_db = moved_db
+        done.append(tensor)
+    return done, float_db
+
+
+def _rounding_db(model: nn.Module) -> float:
+    """SQNR that a hundred times the rounding of the parameters leaves; outputs are compared in float32."""
+    types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()} | {torch.float32}
+    return -20 * log10(100 * max(torch.finfo(dtype).eps for dtype in types))
+
+
+@contextmanager
+def _undoing(groups: list[_Group]) -> Iterator[Callable[[], None]]:
+    """Gives a function that puts the parameters of all layers back; so does any error or Ctrl-C inside."""
+    free = [group for group in groups if not group.reason]
+    layers = [layer for group in free for layer in (*group.writers.values(), *group.readers.values())]
+    saved = {id(p): (p, p.detach().clone()) for layer in layers for p in layer.parameters(recurse=False)}
+
+    @torch.no_grad()
+    def undo() -> None:
+        for parameter, values in saved.values():
+            parameter.copy_(values)
+
+    try:
+        yield undo
+    except BaseException:
+        undo()
+        raise
 
 
 @dataclass(frozen=True)
@@ -147,6 +225,7 @@ class _Group:
 
     writers: dict[str, Any] = field(default_factory=dict)
     readers: dict[str, Any] = field(default_factory=dict)
+    axes: set[int] = field(default_factory=set)
     reason: str = ""
     inputs: dict[str, _Seen] = field(default_factory=dict)
 
@@ -171,6 +250,7 @@ class _Groups:
         if one is not other:
             one.writers |= other.writers
             one.readers |= other.readers
+            one.axes |= other.axes
             one.reason = one.reason or other.reason
             self._parent[self.root(second)] = self.root(first)
         return one
@@ -188,36 +268,69 @@ class _Groups:
 def _find_groups(model: nn.Module, example_inputs: Any) -> list[_Group]:
     """Every tensor that a layer writes, in order; `reason` where it must stay as it is."""
     trace = trace_forward(model, example_inputs)
-    flow, modules, groups = Dataflow(trace), dict(model.named_modules()), _Groups()
-    weights = Counter(op.inputs[1] for op in flow.operations if op.function in CONVOLUTIONS | {"linear"})
-    produced = {value for op in flow.operations for value in op.outputs}
+    flow, layers, groups = Dataflow(trace), _Layers(model, trace), _Groups()
     groups.pin(flow.inputs, "it is an input of the model")
     for operation in flow.operations:
-        layer = modules.get(operation.module)
         computed = [value for value in operation.inputs if flow.is_computed(value)]
+        layer = layers.find(operation)
         if not computed:
             continue
-        if operation.function in CONVOLUTIONS | {"linear"} and (
-            trace.calls[operation.module] == 1 and _is_plain(layer) and len(computed) == 1
-            and weights[operation.inputs[1]] == 1 and operation.inputs[1] not in produced
-            and (operation.function != "linear" or len(flow.shapes[computed[0]]) == 2)
-        ):  # fmt: skip
-            groups.group(computed[0]).readers[operation.module] = layer
-            groups.group(operation.outputs[0]).writers[operation.module] = layer
-        else:
+        if layer is None:
             _pass_on(groups, flow, operation, computed)
+            continue
+        for value, role in ((computed[0], "readers"), (operation.outputs[0], "writers")):
+            group = groups.group(value)
+            getattr(group, role)[operation.module] = layer
+            group.axes.add(1 if operation.function in CONVOLUTIONS else len(flow.shapes[value]) - 1)
+        if reason := layers.reason_against(operation, computed, len(flow.shapes[computed[0]])):
+            groups.pin([*computed, *operation.outputs], reason)
     groups.pin(flow.outputs, "it is an output of the model")
     found = groups.all()
     for group in found:
         if not group.reason and not group.readers:
             group.reason = "no layer reads it"
+        elif not group.reason and len(group.axes) > 1:
+            group.reason = "what is around it counts channels along different axes"
     return found
 
 
-def _is_plain(layer: nn.Module | None) -> bool:
-    """Whether the weight is a parameter, outputs first."""
-    is_known = isinstance(layer, _ConvNd | Linear) and not isinstance(layer, _ConvTransposeNd)
-    return is_known and layer is not None and isinstance(layer._parameters.get("weight"), nn.Parameter)
+class _Layers:
+    """The convolutions and linear layers of a model, and which of them may be scaled."""
+
+    def __init__(self, model: nn.Module, trace: ForwardTrace) -> None:
+        self._modules = dict(model.named_modules())
+        self._runs = trace.calls
+        self._products = Counter(op.module for op in trace.operations if self.find(op))
+        self._uses = Counter(value for op in trace.operations for value in op.inputs)
+        self._produced = {value for op in trace.operations for value in op.outputs}
+        self._owners = Counter(
+            tensor.untyped_storage().data_ptr()
+            for module in self._modules.values()
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        )
+
+    def find(self, operation: Operation) -> nn.Module | None:
+        """The layer whose product an operation is."""
+        layer = self._modules.get(operation.module)
+        is_product = operation.function in CONVOLUTIONS | {"linear"}
+        return layer if is_product and isinstance(layer, _ConvNd | Linear) else None
+
+    def reason_against(self, operation: Operation, computed: list[int], dims: int) -> str:
+        """Why the layer of a product must stay as it is, "" if it may be scaled."""
+        name = operation.module
+        layer: Any = self._modules[name]
+        parameters = [p for p in (layer._parameters.get("weight"), layer._parameters.get("bias")) if p is not None]
+        if self._runs[name] > 1 or self._products[name] > 1:
+            return f"{name} runs several times in one forward"
+        if isinstance(layer, _ConvTransposeNd) or layer._parameters.get("weight") is None or len(computed) > 1:
+            return f"the weight of {name} is no plain parameter with the outputs first"
+        if self._produced.intersection(operation.inputs[1:]):
+            return f"{name} computes its weight or bias"
+        is_read = any(self._uses[value] > 1 for value in operation.inputs[1:])
+        if is_read or any(self._owners[p.untyped_storage().data_ptr()] > 1 for p in parameters):
+            return f"a parameter of {name} is used elsewhere too"
+        return "" if dims >= layer.weight.dim() else f"{name} is given no axis of samples"
 
 
 def _pass_on(groups: _Groups, flow: Dataflow, operation: Operation, computed: list[int]) -> None:
@@ -228,12 +341,12 @@ def _pass_on(groups: _Groups, flow: Dataflow, operation: Operation, computed: li
     if operation.function == "add" and len(others) == 1 and flow.shapes[others[0]] == shapes[0]:
         groups.join(first, others[0])
         groups.join(first, output)
-    elif not others and clamp == (0.0, inf):
+    elif not others and (clamp == (0.0, inf) or operation.function in _ELEMENTWISE):
         groups.join(first, output)
     elif clamp is not None:
         groups.pin([first, output], f"{operation.function} clamps it, and factors would move the bound")
-    elif not others and (operation.function in _COMMUTING or _keeps_channels(operation, shapes)):
-        groups.join(first, output)
+    elif not others and (operation.function in _POOLINGS or _keeps_channels(operation, shapes)):
+        groups.join(first, output).axes.add(1)
     else:
         groups.pin(
             [*computed, *operation.outputs], f"{operation.function} does not commute with factors of its channels"
@@ -254,27 +367,23 @@ def _keeps_channels(operation: Operation, shapes: list[tuple[int, ...]]) -> bool
     return False
 
 
-def _observe(model: nn.Module, batches: list[Any], groups: list[_Group]) -> Any:
+def _observe(model: nn.Module, batches: list[Any], groups: list[_Group]) -> Array:
     """Run all batches, collect what the groups need, return the outputs as one flat array."""
     with ExitStack() as hooks:
         for group in [group for group in groups if not group.reason]:
             for name, layer in group.readers.items():
                 hook = layer.register_forward_pre_hook(partial(_see_input, group, name), with_kwargs=True)
                 hooks.callback(hook.remove)
-        outputs: list[Any] = []
+        outputs: list[Array] = []
         with evaluating(model):
             for batch in tqdm(batches, desc="equalize" if groups else "verify", unit="batch", disable=None):
-                leaves = [leaf for leaf in tree_leaves(call_model(model, batch)) if isinstance(leaf, torch.Tensor)]
-                outputs += [leaf.float().cpu().numpy().ravel() for leaf in leaves if leaf.is_floating_point()]
-    flat = np.concatenate(outputs)
-    if not np.isfinite(flat).all():
-        raise StateError("the outputs of the model hold NaN or Inf.", "check the float model on the same batches.")
-    return flat
+                outputs.append(flatten_outputs(call_model(model, batch)))
+    return np.concatenate(outputs)
 
 
 def _see_input(group: _Group, name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
     x = next(iter((*args, *kwargs.values()))).detach().float()
-    rows = x.movedim(1, -1).flatten(0, -2)
+    rows = (x if isinstance(layer, Linear) else x.movedim(1, -1)).flatten(0, -2)
     seen = _Seen(rows.abs().amax(0), rows.double().square().sum(0), len(rows))
     group.inputs[name] = seen.merge(group.inputs[name]) if name in group.inputs else seen
 

@@ -8,8 +8,8 @@ and one forward does: each layer is corrected at the moment it runs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import keystr, tree_leaves, tree_map, tree_map_with_path
 
 from qdq.dataflow import Dataflow
-from qdq.errors import ArgumentError, DataError, StateError
+from qdq.errors import ArgumentError, DataError, QdqError, StateError
 from qdq.metrics import Array
 from qdq.nn import QuantMixin
 from qdq.quantizer import disable_quantization
@@ -50,6 +50,19 @@ class Product:
     def groups(self) -> int:
         """Its groups; 1 for a linear function."""
         return int(self.arguments.get("groups", 1))
+
+    def require_samples(self, layer: str) -> None:
+        """Refuse an input without an axis of samples.
+
+        Raises:
+            DataError: It has none; torch takes `[C, H, W]` and `[C]` too.
+        """
+        dims, weight = self.arguments["input"].dim(), self.arguments["weight"]
+        if dims < weight.dim():
+            raise DataError(
+                f"{layer} is given {dims} dimensions, {weight.dim()} or more are needed: the first is the samples.",
+                "give the model batches, for instance tensor[None].",
+            )
 
     def compute(self, **changed: Any) -> torch.Tensor:
         """The result, with some arguments exchanged."""
@@ -124,7 +137,9 @@ class _Visitor(TorchFunctionMode):
         if self._running and name_function(func) in _PRODUCTS:
             name, layer = self._running[-1]
             arguments = {**dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})}
-            if arguments["weight"] is layer.weight:  # in its forward the quantized one, see QuantMixin
+            if arguments["weight"] is getattr(
+                layer, "weight", None
+            ):  # in its forward the quantized one, see QuantMixin
                 function = getattr(F, name_function(func))
                 return self._visit(name, layer, Product(function, arguments))
         return func(*args, **(kwargs or {}))
@@ -153,6 +168,7 @@ def plan_layers(model: nn.Module, inputs: Any) -> LayerPlan:
         inputs: The model runs on two samples of them.
 
     Raises:
+        DataError: The model does not run on them, or they have no axis of samples.
         StateError: There is no quantized layer, or one has no range.
     """
     found = {name: layer for name, layer in quantized_layers(model).items() if isinstance(layer, QuantMixin)}
@@ -167,10 +183,12 @@ def plan_layers(model: nn.Module, inputs: Any) -> LayerPlan:
 
     def count(name: str, _: nn.Module, product: Product) -> torch.Tensor:
         calls[name] += 1
+        product.require_samples(name)
         return product.compute()
 
-    few = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf, inputs)
-    with disable_quantization(model):
+    size = _batch_size(inputs)
+    few = tree_map(lambda leaf: leaf[:2] if _is_by_sample(leaf, size) else leaf, inputs)
+    with disable_quantization(model), _explaining():
         visit_products(model, active, few, count)
         flow = Dataflow(trace_forward(model, few))
     layers = {name: active[name] for name, number in calls.items() if number == 1}
@@ -249,19 +267,36 @@ def sample_outputs(
     return samples, outputs
 
 
-def join_batches(batches: Iterable[Any]) -> Any:
-    """All batches as one, for `trace.call_model`.
+def drop_empty(batches: Iterable[Any]) -> list[Any]:
+    """The batches that hold samples.
 
     Raises:
         ArgumentTypeError: One tensor or dictionary instead of batches.
-        DataError: No batch, or batches that differ in shape.
+        DataError: There is none.
     """
     require_batches(batches)
-    split = [split_inputs(batch) for batch in batches]
-    if not split:
-        raise DataError("there is no batch.", "give at least one, for instance of the calibration data.")
+    given = list(batches)
+    kept = [batch for batch in given if all(tensor.numel() for tensor in _tensors_of(batch))]
+    if not kept:
+        found = f"all {len(given)} batches are empty" if given else "there is no batch"
+        raise DataError(f"{found}.", "give at least one with samples, for instance of the calibration data.")
+    return kept
+
+
+def join_batches(batches: Iterable[Any]) -> Any:
+    """All batches as one, for `trace.call_model`.
+
+    Tensors whose first size is that of the batch (of its first tensor) are joined along it. Anything else, as a table
+    of positions or a number, must be the same in every batch, and is kept once.
+
+    Raises:
+        ArgumentTypeError: One tensor or dictionary instead of batches.
+        DataError: No batch with samples, or batches that differ in anything else than their samples.
+    """
+    kept = drop_empty(batches)
+    sizes = [_batch_size(batch) for batch in kept]
     try:
-        args, kwargs = tree_map(lambda *leaves: _join(leaves), *split)
+        args, kwargs = tree_map_with_path(partial(_join, sizes), *map(split_inputs, kept))
     except (RuntimeError, ValueError) as error:
         raise DataError(
             f"the batches cannot be joined into one: {error}", "give batches that differ in their first size only."
@@ -269,14 +304,49 @@ def join_batches(batches: Iterable[Any]) -> Any:
     return kwargs or (args[0],)
 
 
-def _join(leaves: tuple[Any, ...]) -> Any:
-    first = leaves[0]
-    return torch.cat(leaves) if isinstance(first, torch.Tensor) and first.dim() else first
+def _join(sizes: list[int], path: Any, *leaves: Any) -> Any:
+    first, *others = leaves
+    if all(_is_by_sample(leaf, size) for leaf, size in zip(leaves, sizes, strict=True)):
+        return torch.cat(leaves)
+    is_tensor = isinstance(first, torch.Tensor)
+    if all(torch.equal(first, other) if is_tensor else first == other for other in others):
+        return first
+    raise DataError(
+        f"the input {keystr(path[1:])} differs between batches, and its first axis is not the samples.",
+        "give it the samples first, the same in every batch, or one batch only.",
+    )
+
+
+def _tensors_of(batch: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(split_inputs(batch)) if isinstance(leaf, torch.Tensor)]
+
+
+def _batch_size(batch: Any) -> int:
+    return next((len(tensor) for tensor in _tensors_of(batch) if tensor.dim()), 0)
+
+
+def _is_by_sample(leaf: Any, size: int) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and len(leaf) == size
+
+
+@contextmanager
+def _explaining() -> Iterator[None]:
+    """Say what joined batches need where a model does not run on them; it may raise anything."""
+    try:
+        yield
+    except QdqError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"the model does not run on the batches joined into one, or on two samples of it: {error}",
+            "call model(batch) to see that it runs; give every tensor the samples as its first axis, in batches that "
+            "differ in it only; give fewer samples where memory is short.",
+        ) from error
 
 
 def run_flat(model: nn.Module, inputs: Any) -> Array:
     """`flatten_outputs` of one forward."""
-    with evaluating(model):
+    with evaluating(model), _explaining():
         return flatten_outputs(call_model(model, inputs))
 
 
@@ -284,9 +354,13 @@ def flatten_outputs(outputs: Any) -> Array:
     """All floating-point outputs as one flat array.
 
     Raises:
-        StateError: They hold NaN or Inf.
+        StateError: They hold NaN or Inf, or no floating-point tensor at all.
     """
     leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    if not leaves:
+        raise StateError(
+            "the model returns no floating-point tensor.", "have it return what stands before argmax or the like."
+        )
     flat = np.concatenate([leaf.detach().float().cpu().numpy().ravel() for leaf in leaves])
     if not np.isfinite(flat).all():
         raise StateError("the outputs of the model hold NaN or Inf.", "check the float model on the same batches.")

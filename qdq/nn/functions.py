@@ -11,7 +11,7 @@ import functools
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +32,8 @@ class QuantFunctionsMixin(nn.Module):
     float_class: ClassVar[type[nn.Module]]
     _function_quantizers: dict[str, dict[int, str]]
     """Call ("add", "add_1") -> position among its tensors -> attribute that holds the quantizer."""
+    _function_calls: tuple[str, ...]
+    """All calls that one forward of the model makes of this module's forward, in order; from each run of the module."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Give the class its forward: the module's own, under its own signature, which torch.export reads."""
@@ -51,12 +53,15 @@ def name_quantizer(site: str, operand: int, count: int) -> str:
     return f"_{site}_quantizer" if count == 1 else f"_{site}_input{operand}_quantizer"
 
 
-def add_function_quantizers(module: nn.Module, quantizers: dict[str, dict[int, TensorQuantizer]]) -> None:
+def add_function_quantizers(
+    module: nn.Module, quantizers: dict[str, dict[int, TensorQuantizer]], calls: Sequence[str]
+) -> None:
     """Have a module quantize what it hands to functions; it keeps its identity, only its class changes.
 
     Args:
         module: Any module that is not quantized itself.
         quantizers: Call -> position among its tensors -> quantizer.
+        calls: All calls, those without quantizers too, in the order in which one forward of the model makes them.
     """
     sites: dict[str, dict[int, str]] = {}
     for site, operands in quantizers.items():
@@ -65,7 +70,7 @@ def add_function_quantizers(module: nn.Module, quantizers: dict[str, dict[int, T
             setattr(module, attribute, quantizer)
             sites.setdefault(site, {})[operand] = attribute
     module.__class__ = derive_class(QuantFunctionsMixin, type(module))
-    vars(module)["_function_quantizers"] = sites
+    vars(module).update(_function_quantizers=sites, _function_calls=tuple(calls))
 
 
 def remove_function_quantizers(module: QuantFunctionsMixin) -> None:
@@ -73,7 +78,7 @@ def remove_function_quantizers(module: QuantFunctionsMixin) -> None:
     for operands in module._function_quantizers.values():
         for attribute in operands.values():
             delattr(module, attribute)
-    del module._function_quantizers
+    del module._function_quantizers, module._function_calls
     module.__class__ = module.float_class  # type: ignore[assignment]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from qdq.errors import StateError
@@ -114,6 +115,13 @@ class QuantMixin(QuantInputMixin):
     def quantizers(self) -> dict[str, TensorQuantizer]:
         """The quantizers of this layer by attribute name."""
         return {"_input_quantizer": self._input_quantizer, "_weight_quantizer": self._weight_quantizer}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the bias too that `correct_bias` or `round_weights` has given to a layer without one."""
+        bias, weight = state_dict.get(f"{prefix}bias"), self._parameters.get("weight")
+        if bias is not None and weight is not None and self._parameters.get("bias", bias) is None:
+            self._parameters["bias"] = nn.Parameter(torch.zeros_like(bias, device=weight.device, dtype=weight.dtype))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward on the quantized input and weight."""

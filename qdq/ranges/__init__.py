@@ -115,6 +115,7 @@ def import_ranges(
         ArgumentError: An unknown format, a file that does not exist, `onnx` missing or one too many.
         CalibrationError: A file that is damaged or of no known format, a range that is none, or no entry that matches.
         CheckError: An ONNX file that cannot be read.
+        StateError: A quantizer has a range of another shape than the one it would get.
     """
     path = Path(path)
     content = _read_bytes(path)

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from qdq.errors import CalibrationError
+from qdq.errors import CalibrationError, StateError
 from qdq.nn import QuantMixin
 from qdq.observers.max import reduce_amax
 from qdq.quantizer import SharedQuantizer, TensorQuantizer, named_quantizers
 from qdq.ranges.entry import Entry, Floats, require_numbers
-from qdq.ranges.places import Place
+from qdq.ranges.places import Place, Places
 from qdq.swap import quantized_layers
 
 
@@ -39,7 +39,18 @@ class Match:
     weights: list[tuple[TensorQuantizer, torch.Tensor]] = field(default_factory=list)
 
     def apply(self) -> None:
-        """Give the quantizers their ranges."""
+        """Give the quantizers their ranges: all, or none where one cannot take its.
+
+        Raises:
+            StateError: A quantizer has a range of another shape.
+        """
+        for name, quantizer in self.quantizers.items():
+            if quantizer.amax is not None and quantizer.amax.numel() != self.amaxes[name].size:
+                raise StateError(
+                    f"{name} has {quantizer.amax.numel()} ranges now, and would get {self.amaxes[name].size}; no range "
+                    "of the model was changed.",
+                    "swap the model anew (restore_modules, swap_modules), and import before anything else sets amax.",
+                )
         for name, quantizer in self.quantizers.items():
             quantizer.amax = torch.from_numpy(self.amaxes[name].copy())
         for quantizer, amax in self.weights:
@@ -63,7 +74,7 @@ class _Found:
     place: Place
 
 
-def match_entries(model: nn.Module, places: Mapping[str, Sequence[Place]], entries: Mapping[str, Entry]) -> Match:
+def match_entries(model: nn.Module, places: Places, entries: Mapping[str, Entry]) -> Match:
     """Find the entries of all quantizers; the model stays as it is.
 
     Args:
@@ -83,7 +94,7 @@ def match_entries(model: nn.Module, places: Mapping[str, Sequence[Place]], entri
         enabled = {name: quantizer for name, quantizer in members.items() if not quantizer._disabled}
         disabled = [name for name in members if name not in enabled]
         match.missing |= dict.fromkeys(disabled, "it is disabled: its tensor stays in float")
-        found = [one for name in enabled for one in _find(places[name], entries)]
+        found = [one for name in enabled for one in _find(places.of[name], entries)]
         usable = [one for one in found if not one.entry.problem]
         first = next(iter(members.values()))
         weight = weights.get(id(first))
@@ -91,7 +102,7 @@ def match_entries(model: nn.Module, places: Mapping[str, Sequence[Place]], entri
             amax, note = _combine(first, usable, None if weight is None else tuple(weight.shape))
         except _Mismatch as mismatch:
             for name in enabled:
-                match.missing[name] = _why_not(places[name], found) or str(mismatch)
+                match.missing[name] = _why_not(places, name, found) or str(mismatch)
                 if weight is not None and first.amax is None:
                     match.weights.append((first, _maxima(name, weight, first.axis)))
                     match.missing[name] += "; the maximum of its weight was taken"
@@ -150,10 +161,10 @@ def _find(places: Sequence[Place], entries: Mapping[str, Entry]) -> Iterator[_Fo
             yield _Found(key, entries[key], place)
 
 
-def _why_not(places: Sequence[Place], found: Sequence[_Found]) -> str:
+def _why_not(places: Places, name: str, found: Sequence[_Found]) -> str:
     """Why there is no entry to use, "" if there is one."""
-    if not places:
-        return "no tensor of the ONNX file was found for it"
+    if not places.of[name]:
+        return places.reasons.get(name, "no tensor of the ONNX file was found for it")
     if not found:
         return "the file has no entry for its tensor"
     return "" if any(not one.entry.problem for one in found) else found[0].entry.problem
@@ -195,8 +206,8 @@ def _channels(quantizer: TensorQuantizer, found: _Found, shape: tuple[int, ...] 
     return channels.reshape([-1 if dim == axis % len(shape) else 1 for dim in range(len(shape))])
 
 
-def _nothing(places: Mapping[str, Sequence[Place]], entries: Mapping[str, Entry]) -> CalibrationError:
-    sought = next((place.tensor for own in places.values() for place in own), None)
+def _nothing(places: Places, entries: Mapping[str, Entry]) -> CalibrationError:
+    sought = next((place.tensor for own in places.of.values() for place in own), None)
     name, entry = next(iter(entries.items()))
     reason = f" ({entry.problem})" if entry.problem else ""
     looked = f"the first tensor that was looked for is {sought!r}" if sought else "no quantizer has a tensor there"

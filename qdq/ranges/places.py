@@ -1,9 +1,10 @@
 """Which tensors of an ONNX graph the quantizers of a torch model stand at, and what a range file may call them.
 
 A layer is found by its node: by the scopes that torch's exporter wrote down, by the name of the node (`MODULE/OP` of
-qdq, `/layer1/layer1.0/conv1/Conv` of the exporter before), or by the name of its weight. A function call is the n-th
-node of its kind in its module. What stands in front of the node is followed upwards through Q/DQ and operators that
-keep the range, so that the float graph, ONNX Runtime's QDQ graph and qdq's own all lead to the same quantizers.
+qdq, `/layer1/layer1.0/conv1/Conv` of the exporter before), or by the name of its weight. The quantizer of a function
+call is found by its own name in files of qdq, else by the node of the call where `ranges.calls` is sure of it. What
+stands in front of the node is followed upwards through Q/DQ and operators that keep the range, so that the float graph,
+ONNX Runtime's QDQ graph and qdq's own all lead to the same quantizers.
 """
 
 from __future__ import annotations
@@ -24,24 +25,9 @@ from qdq.nn.attention import QuantMultiheadAttention
 from qdq.nn.functions import QuantFunctionsMixin
 from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.ranges.aimet import MODULE_INPUT, MODULE_OUTPUT
+from qdq.ranges.calls import find_calls, function_of
 
 _SAME_RANGE = ("QuantizeLinear", "DequantizeLinear", *TRANSPARENT_OPS)
-_NODES_OF_FUNCTION = {
-    "add": ("Add",),
-    "avg_pool1d": ("AveragePool",),
-    "avg_pool2d": ("AveragePool",),
-    "avg_pool3d": ("AveragePool",),
-    "baddbmm": ("MatMul", "Gemm"),
-    "bmm": ("MatMul",),
-    "cat": ("Concat",),
-    "conv1d": ("Conv",),
-    "conv2d": ("Conv",),
-    "interpolate": ("Resize", "Upsample"),
-    "linear": ("Gemm", "MatMul"),
-    "matmul": ("MatMul",),
-    "mean": ("ReduceMean", "GlobalAveragePool"),
-    "mul": ("Mul",),
-}
 _WEIGHT_NAME = re.compile(r"(?:(.*)\.)?weight(?:[._].*)?")  # ONNX Runtime adds "_quantized"
 
 
@@ -64,8 +50,21 @@ class Place:
     dequantize: ir.Node | None = None
 
 
-def list_places(model: nn.Module, graph: ir.Graph | None = None) -> dict[str, list[Place]]:
-    """The places of every quantizer; those of a module that runs several times are several.
+@dataclass(frozen=True)
+class Places:
+    """Where the quantizers of a model stand.
+
+    Args:
+        of: Quantizer -> its places; those of a module that runs several times are several.
+        reasons: Quantizer of a function call -> why its call was not found in the graph.
+    """
+
+    of: dict[str, list[Place]]
+    reasons: dict[str, str]
+
+
+def list_places(model: nn.Module, graph: ir.Graph | None = None) -> Places:
+    """The places of every quantizer.
 
     Args:
         model: A swapped model.
@@ -86,7 +85,7 @@ def list_places(model: nn.Module, graph: ir.Graph | None = None) -> dict[str, li
             places[names[id(quantizer)]].append(place)
     for name in places:
         places[name] += finder.find_by_name(name, {place.tensor for place in places[name]})
-    return places
+    return Places(places, {name: reason for name, reason in finder.reasons.items() if not places[name]})
 
 
 class _Finder:
@@ -98,6 +97,7 @@ class _Finder:
         self._dequantizers: dict[str, list[ir.Node]] = defaultdict(list)
         self._owners: dict[ir.Node, str | None] = {}
         self._has_graph = graph is not None
+        self.reasons: dict[str, str] = {}
         for node in graph or ():
             owner = self._owner_of(node)
             self._owners[node] = owner
@@ -147,20 +147,20 @@ class _Finder:
             yield layer._value_quantizer, self._place(value.inputs[0])
 
     def find_functions(self, name: str, module: QuantFunctionsMixin) -> Iterator[tuple[TensorQuantizer, Place]]:
-        """The operands of the calls that a module's own forward makes."""
+        """The operands of the calls that a module's own forward makes, where the file does not name the quantizers."""
         for site, operands in module._function_quantizers.items():
-            function, _, number = re.fullmatch(r"(.*?)(_(\d+))?", site).groups()  # type: ignore[union-attr]
-            kinds = _NODES_OF_FUNCTION.get(function, ())
-            nodes = [node for node in self._nodes.get(name, []) if is_op(node, *kinds)]
-            index = int(number or 0)
-            for operand, attribute in operands.items() if index < len(nodes) else ():
-                node, quantizer = nodes[index], getattr(module, attribute)
-                if operand >= len(node.inputs):
-                    continue
-                if function in ("linear", "conv1d", "conv2d") and operand == 1:
-                    yield quantizer, self._weight_place(node)
-                elif not _is_constant(node.inputs[operand]):
-                    yield quantizer, self._place(node.inputs[operand])
+            function = function_of(site)
+            calls, reason = find_calls(function, module._function_calls, self._nodes.get(name, []))
+            nodes = [node for called, node in calls if called == site]
+            for operand, attribute in operands.items():
+                quantizer, path = getattr(module, attribute), _join(name, attribute)
+                if reason and self._has_graph:
+                    self.reasons[path] = reason
+                for node in () if self._dequantizers.get(path) else nodes:
+                    if function in ("linear", "conv1d", "conv2d") and operand == 1:
+                        yield quantizer, self._weight_place(node)
+                    elif operand < len(node.inputs) and not _is_constant(node.inputs[operand]):
+                        yield quantizer, self._place(node.inputs[operand])
 
     def find_by_name(self, quantizer: str, known: set[str]) -> Iterator[Place]:
         """Pairs that are called after the quantizer itself, as in files that qdq wrote."""

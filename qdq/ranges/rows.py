@@ -10,11 +10,11 @@ from torch import nn
 
 from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.ranges.format import Row
-from qdq.ranges.places import Place
+from qdq.ranges.places import Place, Places
 
 
 def list_rows(
-    model: nn.Module, places: Mapping[str, Sequence[Place]], *, holds_channels: bool, int8_only: bool
+    model: nn.Module, places: Places, *, holds_channels: bool, int8_only: bool
 ) -> tuple[dict[str, list[Row]], dict[str, str]]:
     """The rows of every quantizer that can be written, and why the others cannot.
 
@@ -27,11 +27,14 @@ def list_rows(
     rows: dict[str, list[Row]] = {}
     left_out: dict[str, str] = {}
     for name, quantizer in named_quantizers(model):
-        reason = _reason_against(quantizer, places[name], holds_channels=holds_channels, int8_only=int8_only)
+        own = places.of[name]
+        reason = _reason_against(quantizer, own, holds_channels=holds_channels, int8_only=int8_only)
+        if not reason and not own:
+            reason = places.reasons.get(name, "no tensor with a name is known for it")
         if reason:
             left_out[name] = reason
         else:
-            rows[name] = [_row(quantizer, place) for place in places[name]]
+            rows[name] = [_row(quantizer, place) for place in own]
     return rows, left_out
 
 
@@ -49,7 +52,7 @@ def _reason_against(
         return quantizer.format.tensorrt_reason
     if not holds_channels and (quantizer.axis is not None or any(place.is_weight for place in places)):
         return "weights and ranges a channel have no place in such a file; tools take them from the weights"
-    return "" if places else "no tensor with a name is known for it"
+    return ""
 
 
 def _row(quantizer: TensorQuantizer, place: Place) -> Row:

@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from qdq import ArgumentError, ArgumentTypeError, DataError, StateError, calibrate_model, correct_bias, swap_modules
+from qdq import (
+    ArgumentError,
+    ArgumentTypeError,
+    DataError,
+    StateError,
+    calibrate_model,
+    correct_bias,
+    restore_modules,
+    round_weights,
+    swap_modules,
+)
 from qdq.check.rules import find_violations
 from qdq.quantizer import disable_quantization, fake_quantize
 
@@ -114,6 +124,120 @@ def test_what_is_left_alone_has_a_reason(residual, images):
     reasons = {layer.layer: layer.reason for layer in report.layers}
     assert reasons == {"stem": "", "head": "", "conv": "it is in float"}
     assert torch.equal(residual.conv.bias, before)
+
+
+@pytest.mark.parametrize("correct", [correct_bias, round_weights])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_with_a_new_bias_loads_in_a_swapped_model(plain, correct, assign):
+    model, data = plain
+    assert model[1].bias is None
+    correct(model, [data])
+    fresh = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, bias=False), nn.Flatten(), nn.Linear(1024, 16))
+    swap_modules(fresh.eval(), data)
+    fresh.load_state_dict(model.state_dict(), assign=assign)
+    assert isinstance(fresh[1].bias, nn.Parameter)
+    assert torch.equal(fresh(data), model(data))
+    assert "1.bias" in restored(model).state_dict()  # a float model needs the bias from its constructor
+
+
+def restored(model):
+    model = copy.deepcopy(model)
+    restore_modules(model)
+    return model
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("correct", [correct_bias, round_weights])
+def test_attention_is_left_alone(correct):
+    torch.manual_seed(0)
+    model, data = Attending().eval(), torch.randn(16, 5, 32)
+    swap_modules(model, data)
+    calibrate_model(model, [data])
+    packed = model.attention.in_proj_weight.detach().clone()
+    report = correct(model, [data])
+    reasons = {layer.layer: layer.reason for layer in report.layers}
+    assert "does not run" in reasons.pop("attention")
+    assert set(reasons.values()) == {""} and set(reasons) >= {"first", "last"}
+    assert torch.equal(model.attention.in_proj_weight, packed)
+    assert report.after_db > report.before_db
+
+
+class Shifted(nn.Module):
+    """Its dictionary holds a table of positions and a number beside the samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x, positions, factor):
+        return self.last(torch.relu(self.first(factor * x + positions)))
+
+
+@pytest.fixture
+def shifted():
+    torch.manual_seed(0)
+    model, positions = Shifted().eval(), torch.randn(6, 16)
+    batches = [{"x": torch.randn(n, 6, 16), "positions": positions.clone(), "factor": 2.0} for n in (4, 3)]
+    swap_modules(model, batches[0])
+    calibrate_model(model, batches)
+    return model, batches
+
+
+@pytest.mark.parametrize("correct", [correct_bias, round_weights])
+def test_inputs_without_samples_are_kept_once(shifted, correct):
+    model, batches = shifted
+    other = copy.deepcopy(model)
+    joined = {**batches[0], "x": torch.cat([batch["x"] for batch in batches])}
+    correct(other, [joined])
+    correct(model, [*batches, {**batches[0], "x": torch.empty(0, 6, 16)}])
+    assert torch.equal(model.first.bias, other.first.bias)
+    assert torch.equal(model.last.weight, other.last.weight)
+
+
+@pytest.mark.parametrize("correct", [correct_bias, round_weights])
+@pytest.mark.parametrize(("key", "value"), [("factor", 3.0), ("positions", torch.zeros(6, 16))])
+def test_inputs_without_samples_that_differ_are_named(shifted, correct, key, value):
+    model, batches = shifted
+    with pytest.raises(DataError, match=f"{key}.* differs between batches") as caught:
+        correct(model, [batches[0], {**batches[1], key: value}])
+    assert "samples first" in caught.value.fix
+
+
+def test_a_table_as_long_as_the_batch_is_taken_for_samples(shifted):
+    model, batches = shifted
+    batches = [{**batches[0], "x": torch.randn(6, 6, 16)} for _ in range(2)]
+    with pytest.raises(DataError, match="does not run on the batches joined") as caught:
+        correct_bias(model, batches)
+    assert "first axis" in caught.value.fix
+
+
+@pytest.mark.parametrize("correct", [correct_bias, round_weights])
+@pytest.mark.parametrize(
+    ("layer", "data", "message"),
+    [
+        (nn.Linear(16, 32), torch.randn(16), "0 is given 1 dimensions, 2 or more are needed"),
+        (nn.Linear(16, 32), torch.randn(0, 16), "all 1 batches are empty"),
+        (nn.Conv2d(16, 16, 3), torch.randn(16, 8, 8), "0 is given 3 dimensions, 4 or more are needed"),
+        (nn.Conv2d(2, 16, 3), torch.randn(2, 8, 8), "0 is given 3 dimensions, 4 or more are needed"),
+    ],
+)
+def test_batches_without_an_axis_of_samples(correct, layer, data, message):
+    model = nn.Sequential(layer, nn.ReLU())
+    swap_modules(model, include=["0"])
+    calibrate_model(model, [data if data.numel() else torch.randn(4, 16)])
+    with pytest.raises(DataError, match=message) as caught:
+        correct(model, [data])
+    assert caught.value.fix
 
 
 def test_refusals(residual, images):

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -119,6 +120,142 @@ def test_structures_that_need_care(kind):
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     done = {tensor.written_by for tensor in report.tensors if not tensor.reason}
     assert done <= {"shared": set(), "tied": set(), "fork": {("two",)}, "dead": {("one",), ("two",)}}[kind]
+
+
+class Reads(nn.Module):
+    """A parameter of the second convolution has another reader, of which its own call knows nothing."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.first, self.second, self.third = (nn.Conv2d(16, 16, 1) for _ in range(3))
+        if how == "bias":
+            self.third.bias = self.second.bias
+        if how == "memory":
+            self.third.weight = nn.Parameter(self.second.weight.detach())
+        unbalance(self.first)
+
+    def forward(self, x):
+        x = torch.relu(self.second(torch.relu(self.first(x))))
+        weight = self.second.weight[:, :, 0, 0]
+        if self.how == "matmul":
+            x = torch.relu(x.movedim(1, -1) @ weight).movedim(-1, 1)
+        if self.how == "t":
+            x = torch.relu(nn.functional.linear(x.movedim(1, -1), weight.t())).movedim(-1, 1)
+        return self.third(x)
+
+
+@pytest.mark.parametrize("how", ["bias", "memory", "matmul", "t"])
+def test_parameters_with_another_reader_stay(how):
+    model, data = Reads(how).double().eval(), torch.randn(4, 16, 6, 6, dtype=torch.float64)
+    if how == "memory":
+        model.third.weight.data = model.second.weight.data  # `double` has made two of it
+    before, expected = copy.deepcopy(model.state_dict()), model(data)
+    report = equalize_layers(model, [data])
+    assert torch.equal(model(data), expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    reasons = {tensor.written_by: tensor.reason for tensor in report.tensors}
+    assert reasons[("first",)] == "a parameter of second is used elsewhere too"
+
+
+class Hidden(nn.Module):
+    """Reads a weight behind torch's back: no function call shows it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(*(nn.Conv2d(16, 16, 1) for _ in range(4)))
+        unbalance(self.layers[0])
+        unbalance(self.layers[2])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x * (1 + np.abs(np.asarray(self.layers[0].weight.tolist())).max())
+
+
+def test_what_moves_the_float_outputs_is_put_back():
+    model, data = Hidden().double().eval(), torch.randn(4, 16, 6, 6, dtype=torch.float64)
+    expected = model(data)
+    report = equalize_layers(model, [data])
+    torch.testing.assert_close(model(data), expected, rtol=1e-10, atol=1e-10)
+    first, *others = report.tensors
+    assert first.written_by == ("layers.0",)
+    assert "put back" in first.reason and first.exponent == 0
+    assert any(not tensor.reason for tensor in others)
+    assert report.float_db > 100
+
+
+def test_interrupt_puts_everything_back(chain, monkeypatch):
+    before, calls = copy.deepcopy(chain.state_dict()), []
+
+    def measure(*_):
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qdq.accuracy.equalization._sqnr", measure)
+    monkeypatch.setattr("qdq.accuracy.equalization._measure_int8", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        equalize_layers(chain, [torch.randn(4, 3, 8, 8)])
+    assert calls and type(chain.stem) is nn.Conv2d
+    assert all(torch.equal(value, before[name]) for name, value in chain.state_dict().items())
+
+
+def test_linear_layers_on_tokens():
+    """Channels are the last axis there; a pooling between two of them runs over tokens and pools channels."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.AvgPool1d(2), nn.Linear(16, 16)).eval()
+    with torch.no_grad():
+        factors = 10 ** torch.linspace(-2, 1, 32)
+        model[0].weight.mul_(factors[:, None])
+        model[0].bias.mul_(factors)
+    model, data = model.double(), torch.randn(8, 32, 16, dtype=torch.float64)  # as many tokens as channels
+    expected = model(2 * data)
+    report = equalize_layers(model, [data])
+    torch.testing.assert_close(model(2 * data), expected, rtol=1e-10, atol=1e-10)
+    assert [tensor.reason for tensor in report.tensors] == [
+        "",
+        "what is around it counts channels along different axes",
+        "it is an output of the model",
+    ]
+    assert report.after_db > report.before_db + 1
+
+
+def test_the_reported_sqnr_is_that_of_int8(chain):
+    data = torch.randn(16, 3, 8, 8)
+    expected = chain(data).detach().numpy()
+    before = copy.deepcopy(chain)
+    report = equalize_layers(chain, [data])
+    for model, reported in ((before, report.before_db), (chain, report.after_db)):
+        assert not any("Quant" in type(module).__name__ for module in model.modules())
+        swap_modules(model, data)
+        calibrate_model(model, [data], method="max")
+        assert reported == pytest.approx(sqnr_db(expected, predict(model, [data])), abs=1e-3)
+    assert f"{report.before_db:.2f} to {report.after_db:.2f} dB" in report.format_table()
+
+
+@pytest.mark.parametrize(
+    ("layer", "data", "message"),
+    [
+        (nn.Linear(16, 16), torch.randn(16), "no axis of samples"),
+        (nn.Conv2d(16, 16, 3), torch.randn(16, 8, 8), "no axis"),
+    ],
+)
+def test_inputs_without_an_axis_of_samples_are_left_alone(layer, data, message):
+    model = nn.Sequential(layer, nn.ReLU(), copy.deepcopy(layer)).eval()
+    expected = model(data)
+    report = equalize_layers(model, [data])
+    assert all(message in tensor.reason for tensor in report.tensors)
+    assert torch.equal(model(data), expected)
+
+
+def test_empty_batches_are_skipped(chain):
+    other, data = copy.deepcopy(chain), torch.randn(4, 3, 8, 8)
+    report = equalize_layers(chain, [data[:0], data])
+    assert report.tensors == equalize_layers(other, [data]).tensors
+    with pytest.raises(DataError, match="all 2 batches are empty"):
+        equalize_layers(chain, [data[:0], data[:0]])
 
 
 def test_residual_network_of_torchvision():

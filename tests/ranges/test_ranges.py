@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import qdq
-from qdq.errors import ArgumentError, CalibrationError
+from qdq.errors import ArgumentError, CalibrationError, StateError
 from qdq.quantizer import SharedQuantizer, compute_scale, named_quantizers
 from qdq.ranges import FORMATS
 from qdq.ranges.entry import amax_of_scale
@@ -494,6 +494,15 @@ class TestQdqOnnx:
         onnx.save(proto, tmp_path / "model.onnx")
         report = qdq.import_ranges(fresh, tmp_path / "model.onnx")
         assert "axis 1" in report.missing["0._weight_quantizer"] and "2._weight_quantizer" in report.matched
+
+
+def test_a_quantizer_that_cannot_take_its_range_keeps_the_others_from_theirs(case):
+    case.swapped.fc._weight_quantizer.amax = torch.tensor(1.0)  # one number; the file has one a channel
+    with pytest.raises(StateError, match=r"fc\._weight_quantizer has 1 ranges now, and would get 32") as caught:
+        qdq.import_ranges(case.swapped, case.files["qdq"])
+    assert caught.value.fix
+    assert list(_scales(case.swapped)) == ["fc._weight_quantizer"]
+    assert _amax(case.swapped, "fc._weight_quantizer") == 1.0
 
 
 def test_disabled_quantizers_stay_as_they_are(case, tmp_path):
