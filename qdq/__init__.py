@@ -31,6 +31,10 @@ _HOMES = {
     "models": ("load_model",),
     "nn": ("register_module",),
     "plan": ("Plan", "apply_plan", "diff_plans", "load_plan", "save_plan"),
+    "qat": ("Tuning", "finetune"),
+    "qat.checkpoint": ("load_tuned", "save_tuned"),
+    "qat.losses": ("Distillation", "cross_entropy"),
+    "qat.schedule": ("Schedule",),
     "quantizer": (
         "QuantDescriptor", "TensorQuantizer", "disable_quantization", "enable_quantization", "fake_quantize",
     ),

@@ -177,7 +177,7 @@ class _StraightThrough(torch.autograd.Function):
     """Keeps what it is given, not a mask: the layer before has mostly kept the same tensor for its own gradient."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None, range_rule: str
     ) -> torch.Tensor:
         ctx.save_for_backward(values, scale)
@@ -185,7 +185,7 @@ class _StraightThrough(torch.autograd.Function):
         return _by_arithmetic(values, scale, fmt, axis)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
         values, scale = ctx.saved_tensors
         fmt, axis, range_rule = ctx.how
@@ -206,7 +206,8 @@ def _pass_inside(
 ) -> torch.Tensor:
     low, high = (fmt.qmin - 0.5) * scale, (fmt.qmax + 0.5) * scale
     if axis is None:  # one kernel, which is all that this costs beside the arithmetic
-        return torch.ops.aten.hardtanh_backward(grad, values, low.item(), high.item())
+        result: torch.Tensor = torch.ops.aten.hardtanh_backward(grad, values, low.item(), high.item())
+        return result
     return grad * ((values > _along(low, values, axis)) & (values < _along(high, values, axis)))
 
 
