@@ -197,7 +197,7 @@ class _StraightThrough(torch.autograd.Function):
 def _straight_through(
     values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None, range_rule: str
 ) -> torch.Tensor:
-    result: torch.Tensor = _StraightThrough.apply(values, scale, fmt, axis, range_rule)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _StraightThrough.apply(values, scale, fmt, axis, range_rule)
     return result
 
 
