@@ -204,11 +204,14 @@ def _straight_through(
 def _pass_inside(
     grad: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None
 ) -> torch.Tensor:
-    low, high = (fmt.qmin - 0.5) * scale, (fmt.qmax + 0.5) * scale
-    if axis is None:  # one kernel, which is all that this costs beside the arithmetic
-        result: torch.Tensor = torch.ops.aten.hardtanh_backward(grad, values, low.item(), high.item())
-        return result
-    return grad * ((values > _along(low, values, axis)) & (values < _along(high, values, axis)))
+    """The gradient where the code is inside; this kernel of another function does it in one pass."""
+    low, high = fmt.qmin - 0.5, fmt.qmax + 0.5
+    if axis is None:
+        step = scale.item()
+        result: torch.Tensor = torch.ops.aten.hardtanh_backward(grad, values, low * step, high * step)
+    else:
+        result = torch.ops.aten.hardtanh_backward(grad, values * _along(scale.reciprocal(), values, axis), low, high)
+    return result
 
 
 def _reduce_to_scale(
@@ -319,7 +322,7 @@ class TensorQuantizer(nn.Module):
         While it is learned, a tensor of its own.
         """
         log2_amax = self._parameters.get("_log2_amax")
-        return self._buffers.get("_amax") if log2_amax is None else log2_amax.exp2()
+        return self._buffers.get("_amax") if log2_amax is None else from_log2(log2_amax)
 
     @amax.setter
     def amax(self, value: float | Sequence[float] | np.ndarray[Any, Any] | torch.Tensor) -> None:
@@ -382,7 +385,7 @@ class TensorQuantizer(nn.Module):
             reached = self._parameters.pop("_log2_amax")
             assert reached is not None  # noqa: S101
             self._range_rule = None
-            self.register_buffer("_amax", reached.detach().exp2())
+            self.register_buffer("_amax", from_log2(reached.detach()))
 
     @property
     def scale(self) -> torch.Tensor:
@@ -634,6 +637,11 @@ class SharedQuantizer(TensorQuantizer):
         """That of the leader, and whose range it is."""
         state = "disabled " if self._disabled else ""
         return f"{state}range of {self.leader.name or 'another'}: {self.leader.extra_repr()}"
+
+
+def from_log2(log2_amax: torch.Tensor) -> torch.Tensor:
+    """The range that a learned parameter stands for; never below the floor."""
+    return log2_amax.clamp_min(math.log2(AMAX_FLOOR)).exp2()
 
 
 def summarize_amax(amax: torch.Tensor | None) -> str:

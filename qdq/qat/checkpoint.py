@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import nn
 
 from qdq.errors import DataError, ModelError
-from qdq.quantizer import named_quantizers
+from qdq.quantizer import from_log2, named_quantizers
 from qdq.run import write_atomic
 
 MODEL_FORMAT = "qdq fine-tuned model 1"
@@ -78,7 +78,7 @@ def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict with ranges as buffers, also while they are learned; copies."""
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     learned = [name for name in state if name.endswith("._log2_amax")]
-    return state | {name.replace("._log2_amax", "._amax"): state.pop(name).exp2() for name in learned}
+    return state | {name.replace("._log2_amax", "._amax"): from_log2(state.pop(name)) for name in learned}
 
 
 def load_tuned(model: nn.Module, path: Path | str) -> dict[str, Any]:
