@@ -33,7 +33,7 @@ class Distillation:
         mse: Squared error of the outputs over the squares of the float ones; 0.01 is an SQNR of 20 dB.
         kl: Kullback-Leibler divergence of the classes, for outputs `[N, classes]`; others have none.
         features: Squared error of the outputs of `layers` over the squares of the float ones, averaged over the layers.
-        layers: Patterns (see `qdq.patterns`) of the modules that `features` compares.
+        layers: Patterns (see `qdq.patterns`) of the modules that `features` compares; of nested ones the outermost.
 
     Raises:
         ArgumentError: A weight below 0, no weight above 0, or features without layers.
@@ -153,7 +153,8 @@ def _find_layers(model: nn.Module, patterns: Sequence[Pattern]) -> list[str]:
     if not patterns:
         return []
     wanted = Patterns(patterns, "layers")
-    found = [name for name, module in model.named_modules() if wanted.match([name], module)]
+    matched = [name for name, module in model.named_modules() if wanted.match([name], module)]
+    found = [name for name in matched if name.rpartition(".")[0] not in matched]  # a match counts for all below it
     if not found:
         raise ArgumentError("no module fits the layers of the distillation.", "see named_modules() for the names.")
     wanted.warn_unused("module")

@@ -139,6 +139,24 @@ def test_quantization_grows_layer_by_layer(quantized):
     assert [len(names) for names in on] == sorted(len(names) for names in on)
 
 
+def test_features_are_compared_where_that_is_asked_for(four_bits):
+    teacher = copy.deepcopy(four_bits)
+    qdq.restore_modules(teacher)
+    batches, before = make_batches(), state_of(four_bits)
+    with torch.no_grad():
+        found, expected = (model.stem(batches[0]).double().flatten(1) for model in (four_bits, teacher))
+    error = ((found - expected).square().sum(1) / expected.square().sum(1)).mean()
+    distillation = Distillation(mse=0, kl=0, features=2, layers=["st*"])
+    tuning = finetune(four_bits, batches, distillation=distillation, teacher=teacher, schedule=FAST)
+    assert tuning.losses[0] == pytest.approx(2 * float(error), rel=1e-5)
+    changed = {name for name, tensor in state_of(four_bits).items() if not torch.equal(tensor, before[name])}
+    assert changed == {"stem.weight", "stem.bias"}
+    with pytest.raises(ArgumentError, match="no module fits the layers"):
+        finetune(four_bits, make_batches(1), distillation=Distillation(features=1, layers=["nothing"]))
+    with pytest.raises(ArgumentError, match="go together"):
+        Distillation(features=1)
+
+
 def test_labels(quantized):
     batches = [(images, torch.arange(8)) for images in make_batches(1)]
     tuning = finetune(quantized, batches, loss=cross_entropy, distillation=None, schedule=Schedule(steps=60, lr=1e-2))
