@@ -18,7 +18,7 @@ _HOMES = {
     "calibrate.collect": ("collect_statistics",),
     "check": ("CheckReport", "check_onnx"),
     "check.rules": ("register_rule",),
-    "data": ("load_images",),
+    "data": ("load_images", "load_training_images"),
     "distributed": ("shard_batches",),
     "errors": (
         "ArgumentError", "ArgumentTypeError", "BuildError", "CalibrationError", "CheckError", "DataError",

@@ -17,6 +17,7 @@ from qdq.check import CheckReport as CheckReport
 from qdq.check import check_onnx as check_onnx
 from qdq.check.rules import register_rule as register_rule
 from qdq.data import load_images as load_images
+from qdq.data import load_training_images as load_training_images
 from qdq.distributed import shard_batches as shard_batches
 from qdq.errors import ArgumentError as ArgumentError
 from qdq.errors import ArgumentTypeError as ArgumentTypeError
