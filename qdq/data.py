@@ -153,7 +153,7 @@ class CropBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         order = torch.randperm(self.num_images) % len(self.files)
-        for chosen in order.split(self.batch_size):
+        for chosen in torch.split(order, self.batch_size):
             labels = None if self.labels is None else torch.tensor([self.labels[index] for index in chosen.tolist()])
             yield self._crop([self.files[index] for index in chosen.tolist()]), labels
 

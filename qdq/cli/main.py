@@ -49,14 +49,15 @@ def make_app() -> cyclopts.App:
     from qdq.cli.eval import evaluate_files
     from qdq.cli.plan import plan
     from qdq.cli.ptq import ptq  # the recipe, which imports this module
+    from qdq.cli.qat import qat
 
     app = _new_app("qdq", help=_HELP)
     statistics = _new_app("calibrate", help="Show, merge or solve again what calibration saved. Needs no torch.")
     for command in (calibrate.show, calibrate.merge, calibrate.solve):
         statistics.command(command)
     verbs = {
-        "ptq": ptq, "calibrate": statistics, "check": check, "build": build, "eval": evaluate_files, "plan": plan,
-        "env": env,
+        "ptq": ptq, "qat": qat, "calibrate": statistics, "check": check, "build": build, "eval": evaluate_files,
+        "plan": plan, "env": env,
     }  # fmt: skip
     for position, (name, command) in enumerate(verbs.items()):
         if isinstance(command, cyclopts.App):

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from qdq.calibrate.collect import digest_batch
 from qdq.distributed import find_rank
 from qdq.errors import ArgumentError, DataError, StateError
 from qdq.evaluate import predict
@@ -152,6 +153,8 @@ def finetune(
         "weights": digest_weights(model), "schedule": asdict(schedule), "steps": total, "ranges": ranges,
         "train": train, "distillation": repr(distillation), "layers": repr(layers), "amp": amp, "seed": seed,
     }  # fmt: skip
+    if folder is not None:
+        settings["data"] = _digest_first_batch(batches, seed)
     trainer = Trainer(model, objective, schedule, total, ranges=ranges, train=train, layers=layers, amp=amp)
     with ExitStack() as exits:
         exits.callback(trainer.finish)
@@ -230,6 +233,15 @@ def _iterate(
         if not taken:
             raise DataError("there is no batch to train on.", "give batches that can be iterated over again.")
         epoch, skipped, random_state = epoch + 1, 0, {}
+
+
+def _digest_first_batch(batches: Iterable[Any], seed: int) -> str:
+    """What tells one training set from another; "" where looking would use a batch up."""
+    if iter(batches) is batches:
+        return ""
+    with _keeping_random_state():
+        _begin_epoch(batches, seed, 0)
+        return next((digest_batch(batch) for batch in batches), "")
 
 
 def _begin_epoch(batches: Any, seed: int, epoch: int) -> None:

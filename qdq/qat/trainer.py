@@ -255,8 +255,9 @@ def copy_float(model: nn.Module) -> nn.Module:
 
 
 def digest_weights(model: nn.Module) -> str:
-    """What tells one trained model from another: names, formats, shapes and values of the weights."""
-    digest = hashlib.sha256(fingerprint_model(model).encode())
+    """What tells one trained model from another: names, formats, float layers, shapes and values of the weights."""
+    off = [name for name, quantizer in named_quantizers(model) if quantizer._disabled]
+    digest = hashlib.sha256(f"{fingerprint_model(model)} {off}".encode())
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
         values = parameter.detach().to("cpu", torch.float32, memory_format=torch.contiguous_format)
