@@ -23,7 +23,8 @@ class Schedule:
     Args:
         steps: Number of optimizer steps; None: `epochs` times the number of batches.
         epochs: Passes over the batches where `steps` is None.
-        lr: Largest learning rate of weights and biases, for Adam.
+        lr: Largest learning rate of weights, for Adam.
+        bias_lr: That of parameters with one dimension: biases, which no code holds in place, and factors of BatchNorm.
         range_lr: That of log2 of learned ranges: a step changes a range by about this share of itself.
         warm_up: Share of the steps in which the rates rise.
         tune_ranges: Share of the steps after which learned and observed ranges stay as they are.
@@ -39,6 +40,7 @@ class Schedule:
     steps: int | None = None
     epochs: int = 1
     lr: float = 1e-5
+    bias_lr: float = 1e-4
     range_lr: float = 1e-3
     warm_up: float = 0.05
     tune_ranges: float = 0.8
@@ -52,7 +54,7 @@ class Schedule:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ArgumentError(f"{name} is {value}; it must be 1 or more.", f"pass a positive {name}.")
-        for name in ("lr", "range_lr", "max_norm"):
+        for name in ("lr", "bias_lr", "range_lr", "max_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ArgumentError(f"{name} is {getattr(self, name)}; it must be above 0.", f"pass a positive {name}.")
         for name in _SHARES:

@@ -113,9 +113,10 @@ class Trainer:
         if not self._parameters:
             return None
         learned = set(self._ranges.parameters.values())
-        weights = [p for p in self._parameters.values() if p not in learned]
+        weights = [p for p in self._parameters.values() if p not in learned and p.dim() > 1]
+        biases = [p for p in self._parameters.values() if p not in learned and p.dim() <= 1]
         scales = [p for p in self._parameters.values() if p in learned]
-        rates = ((weights, self._schedule.lr), (scales, self._schedule.range_lr))
+        rates = ((weights, self._schedule.lr), (biases, self._schedule.bias_lr), (scales, self._schedule.range_lr))
         return torch.optim.Adam([{"params": params, "lr": lr, "largest_lr": lr} for params, lr in rates if params])
 
     @property
