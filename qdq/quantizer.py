@@ -180,18 +180,21 @@ class _StraightThrough(torch.autograd.Function):
     def forward(
         ctx: Any, values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None, range_rule: str
     ) -> torch.Tensor:
-        ctx.save_for_backward(values, scale)
+        result = _by_arithmetic(values, scale, fmt, axis)
+        ctx.save_for_backward(values, scale, result if scale.requires_grad else None)
         ctx.how = fmt, axis, range_rule
-        return _by_arithmetic(values, scale, fmt, axis)
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
-        values, scale = ctx.saved_tensors
+        values, scale, result = ctx.saved_tensors
         fmt, axis, range_rule = ctx.how
-        of_values = _pass_inside(grad, values, scale, fmt, axis) if ctx.needs_input_grad[0] else None
-        of_scale = _reduce_to_scale(grad, values, scale, fmt, axis, range_rule) if ctx.needs_input_grad[1] else None
-        return of_values, of_scale, None, None, None
+        of_values = _pass_inside(grad, values, scale, fmt, axis)
+        of_scale = None
+        if result is not None:
+            of_scale = _reduce_to_scale(grad, of_values, values, result, scale, fmt, axis, range_rule)
+        return of_values if ctx.needs_input_grad[0] else None, of_scale, None, None, None
 
 
 def _straight_through(
@@ -215,16 +218,27 @@ def _pass_inside(
 
 
 def _reduce_to_scale(
-    grad: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None, range_rule: str
+    grad: torch.Tensor,
+    of_values: torch.Tensor,
+    values: torch.Tensor,
+    result: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: Format,
+    axis: int | None,
+    range_rule: str,
 ) -> torch.Tensor:
-    """The gradient of the scale: the code where it is clipped, inside the rounding error in steps (or nothing)."""
-    steps = values / _along(scale, values, axis)
-    codes = steps.round().clamp_(fmt.qmin, fmt.qmax)
-    is_inside = (steps > fmt.qmin - 0.5) & (steps < fmt.qmax + 0.5)
-    slope = torch.where(is_inside, 0.0 if range_rule == "pact" else codes - steps, codes)
-    others = [dim for dim in range(values.dim()) if dim != axis]
-    total = (grad * slope).sum(others) if others else grad * slope
-    return total.reshape(scale.shape) / math.sqrt(values.numel() / scale.numel() * fmt.qmax)
+    """The gradient of the scale, from that of the result and the part of it that passes to the values.
+
+    d result / d scale is result / scale where the code is clipped; inside it is (result - values) / scale, the rounding
+    error, for "lsq", and left out for "pact".
+    """
+    if range_rule == "lsq":
+        moved = torch.addcmul(grad * result, of_values, values, value=-1)
+    else:
+        moved = (grad - of_values) * result
+    others = [dim for dim in range(moved.dim()) if dim != axis]
+    total = (moved.sum(others) if others else moved).reshape(scale.shape)
+    return total / (scale * math.sqrt(moved.numel() / scale.numel() * fmt.qmax))
 
 
 def _by_operator(values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None) -> torch.Tensor:

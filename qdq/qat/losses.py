@@ -14,7 +14,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from qdq.errors import ArgumentError, StateError
+from qdq.nn import QuantMixin
 from qdq.patterns import Pattern, Patterns
+from qdq.swap import quantized_layers
 from qdq.trace import call_model
 
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -33,7 +35,9 @@ class Distillation:
         mse: Squared error of the outputs over the squares of the float ones; 0.01 is an SQNR of 20 dB.
         kl: Kullback-Leibler divergence of the classes, for outputs `[N, classes]`; others have none.
         features: Squared error of the outputs of `layers` over the squares of the float ones, averaged over the layers.
+            It holds the model to what the float one does inside, which keeps it from learning few images by heart.
         layers: Patterns (see `qdq.patterns`) of the modules that `features` compares; of nested ones the outermost.
+            Empty: the layers with a quantized weight.
 
     Raises:
         ArgumentError: A weight below 0, no weight above 0, or features without layers.
@@ -41,7 +45,7 @@ class Distillation:
 
     mse: float = 1.0
     kl: float = 1.0
-    features: float = 0.0
+    features: float = 1.0
     layers: Sequence[Pattern] = ()
 
     def __post_init__(self) -> None:
@@ -51,11 +55,8 @@ class Distillation:
                 raise ArgumentError(f"{name} is {weight}; a weight of a loss is 0 or more.", f"pass another {name}.")
         if not any(weights.values()):
             raise ArgumentError("all weights of the distillation are 0.", "pass distillation=None to leave it out.")
-        if bool(self.features) != bool(self.layers):
-            raise ArgumentError(
-                "features and layers of the distillation go together, and one of them is missing.",
-                "for instance Distillation(features=1, layers=['*.conv2']).",
-            )
+        if self.layers and not self.features:
+            raise ArgumentError("features is 0, so layers say nothing.", "give features a weight, or no layers.")
 
 
 def cross_entropy(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
@@ -82,7 +83,7 @@ class Objective:
         if loss is None and distillation is None:
             raise ArgumentError("there is no loss: no loss function and no distillation.", "give one of them.")
         self._model, self._teacher, self._loss, self._distillation = model, teacher, loss, distillation
-        self._layers = [] if distillation is None else _find_layers(model, distillation.layers)
+        self._layers = _find_layers(model, distillation.layers) if distillation and distillation.features else []
 
     def __call__(self, batch: Any) -> torch.Tensor:
         """The loss, a float32 scalar with its gradient.
@@ -151,7 +152,7 @@ def _recording(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, li
 
 def _find_layers(model: nn.Module, patterns: Sequence[Pattern]) -> list[str]:
     if not patterns:
-        return []
+        return [name for name, layer in quantized_layers(model).items() if isinstance(layer, QuantMixin)]
     wanted = Patterns(patterns, "layers")
     matched = [name for name, module in model.named_modules() if wanted.match([name], module)]
     found = [name for name in matched if name.rpartition(".")[0] not in matched]  # a match counts for all below it

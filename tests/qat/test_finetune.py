@@ -153,8 +153,10 @@ def test_features_are_compared_where_that_is_asked_for(four_bits):
     assert changed == {"stem.weight", "stem.bias"}
     with pytest.raises(ArgumentError, match="no module fits the layers"):
         finetune(four_bits, make_batches(1), distillation=Distillation(features=1, layers=["nothing"]))
-    with pytest.raises(ArgumentError, match="go together"):
-        Distillation(features=1)
+    with pytest.raises(ArgumentError, match="layers say nothing"):
+        Distillation(features=0, layers=["stem"])
+    with pytest.raises(ArgumentError, match="all weights"):
+        Distillation(mse=0, kl=0, features=0)
 
 
 def test_labels(quantized):
