@@ -2,6 +2,8 @@
 
 import copy
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -9,9 +11,10 @@ import torch
 from torch import nn
 
 import qdq
-from qdq.errors import ArgumentError, ArgumentTypeError, DataError, StateError
+from qdq.errors import ArgumentError, ArgumentTypeError, DataError, DependencyError, StateError
 from qdq.metrics import sqnr_db
 from qdq.qat import Distillation, Schedule, cross_entropy, finetune
+from qdq.qat.watch import OscillationWatch
 from qdq.quantizer import named_quantizers
 
 
@@ -244,3 +247,67 @@ def test_an_uncalibrated_model_is_refused(residual, images):
     qdq.swap_modules(residual, images)
     with pytest.raises(StateError, match="have no range"):
         finetune(residual, [images])
+
+
+def test_scalars_go_to_tensorboard(quantized, tmp_path, monkeypatch):
+    """Against a stand-in with the one method that is called: the package is an extra."""
+    scalars = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            assert folder == str(tmp_path / "tensorboard")
+
+        def add_scalar(self, name, value, step):
+            scalars.append((name, value, step))
+
+        def close(self):
+            scalars.append("closed")
+
+    stand_in = types.ModuleType("torch.utils.tensorboard")
+    stand_in.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+    tuning = finetune(
+        quantized, make_batches(), schedule=Schedule(steps=4), held=make_batches(1), folder=tmp_path, tensorboard=True,
+        measure_every=2,
+    )  # fmt: skip
+    assert scalars.pop() == "closed"
+    named = {name: {step: value for other, value, step in scalars if other == name} for name, _, _ in scalars}
+    assert list(named["loss"].values()) == list(tuning.losses)
+    assert named["metric"] == {m.step: m.metric for m in tuning.curve}
+    assert list(named["lr"]) == [1, 2, 3, 4]
+    assert named["amax/stem._input_quantizer"] == dict.fromkeys((0, 2, 4), quantized.stem.input_quantizer.amax.item())
+
+
+def test_tensorboard_that_is_not_installed(quantized, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(DependencyError, match="tensorboard is not installed") as error:
+        finetune(quantized, make_batches(1), folder=tmp_path, tensorboard=True)
+    assert "qdq[tensorboard]" in error.value.fix
+
+
+def test_oscillating_weights_and_bad_ranges_are_reported(quantized):
+    quantized.head.input_quantizer.amax = 1e-4
+    quantized.conv.input_quantizer.amax = 1e4
+    tuning = finetune(quantized, make_batches(), schedule=Schedule(steps=40, lr=3e-2, warm_up=0))
+    reasons = {each.quantizer: each.reason for each in tuning.bad_ranges}
+    assert "are clipped" in reasons["head._input_quantizer"]
+    assert reasons["conv._input_quantizer"] == "every code is 0"
+    assert "stem._input_quantizer" not in reasons
+    assert "head._input_quantizer: " in tuning.format_table()
+
+
+def test_the_watch_counts_codes_that_turn_back(quantized):
+    weight, step = quantized.head.weight, quantized.head.weight_quantizer.scale.flatten()[:, None]
+    with torch.no_grad():
+        codes = (weight / step).round().clamp(-100, 100)
+        weight.copy_(codes * step)
+        watch = OscillationWatch(quantized)
+        # codes of three filters in turn: the first turns back twice, the second once, the third never
+        for offsets in ([1, 1, 1], [0, 2, 2], [1, 1, 3]):
+            moved = codes.clone()
+            moved[:3] += torch.tensor(offsets)[:, None]
+            weight.copy_(moved * step)
+            watch.after_step()
+    (found,) = watch.find()
+    assert found.layer == "head"
+    assert found.share == pytest.approx(1 / 16)
