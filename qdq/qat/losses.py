@@ -115,10 +115,17 @@ def _distance(distillation: Distillation, outputs: Any, targets: Any) -> torch.T
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Mean over the samples of noise over signal, 10^(-SQNR / 10); both `[N, ...]`."""
-    samples = found.shape[0] if found.dim() else 1
-    found, expected = found.float().reshape(samples, -1), expected.float().reshape(samples, -1)
-    noise, signal = (found - expected).square().sum(1), expected.square().sum(1)
+    found, expected = found.float(), expected.float()
+    noise, signal = _energy(found - expected), _energy(expected)
     return (noise / signal.clamp_min(_TINY)).mean()
+
+
+def _energy(values: torch.Tensor) -> torch.Tensor:
+    """Sum of squares of each sample, in one pass over the memory as it lies."""
+    if values.dim() < 2:
+        return values.square()
+    norm: torch.Tensor = torch.linalg.vector_norm(values, dim=tuple(range(1, values.dim())))
+    return norm.square()
 
 
 def divergence(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
