@@ -79,7 +79,7 @@ class TestHelp:
         assert qdq()[:2] == (0, out)
 
     @pytest.mark.parametrize(
-        "verb", ["ptq", "check", "build", "eval", "env", "calibrate show", "calibrate merge", "calibrate solve"]
+        "verb", ["ptq", "qat", "check", "build", "eval", "env", "calibrate show", "calibrate merge", "calibrate solve"]
     )
     def test_of_each_verb_explains_every_flag(self, qdq, verb):
         code, out, _ = qdq(*verb.split(), "--help")
