@@ -209,7 +209,7 @@ def _pass_inside(
 ) -> torch.Tensor:
     """The gradient where the code is inside; this kernel of another function does it in one pass."""
     low, high = fmt.qmin - 0.5, fmt.qmax + 0.5
-    if axis is None:
+    if axis is None and values.device.type == "cpu":  # on a GPU reading the scale would wait for it
         step = scale.item()
         result: torch.Tensor = torch.ops.aten.hardtanh_backward(grad, values, low * step, high * step)
     else:

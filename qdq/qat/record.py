@@ -27,6 +27,7 @@ from qdq.qat.checkpoint import (
 from qdq.qat.ranges import describe_ranges
 from qdq.qat.trainer import Trainer
 from qdq.run import require_writable
+from qdq.trace import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,9 @@ class Record:
         step = self._trainer.step
         recent = self.losses[self.curve[-1].step :] if self.curve else []
         loss = sum(recent) / len(recent) if recent else None
-        self.curve.append(Measurement(step, float(self._metric(self._trainer.model)), loss, self._trainer.lr))
+        with evaluating(self._trainer.model):
+            metric = float(self._metric(self._trainer.model))
+        self.curve.append(Measurement(step, metric, loss, self._trainer.lr))
         if self.best is self.curve[-1]:
             self._best = plain_state(self._trainer.model)
             if self._folder and self._is_first:
