@@ -151,11 +151,12 @@ def finetune(
     objective = Objective(model, teacher, loss, distillation)
     settings = {
         "weights": digest_weights(model), "schedule": asdict(schedule), "steps": total, "ranges": ranges,
-        "train": train, "distillation": repr(distillation), "layers": repr(layers), "amp": amp, "seed": seed,
+        "train": train, "distillation": repr(distillation), "amp": amp, "seed": seed,
     }  # fmt: skip
     if folder is not None:
         settings["data"] = _digest_first_batch(batches, seed)
     trainer = Trainer(model, objective, schedule, total, ranges=ranges, train=train, layers=layers, amp=amp)
+    settings["layers"] = trainer.digest_trained()
     with ExitStack() as exits:
         exits.callback(trainer.finish)
         every = measure_every or max(total // _MEASUREMENTS, 1)
@@ -165,9 +166,9 @@ def finetune(
         stopped, batch = _run(trainer, record, batches, seed, schedule.patience)
         best_step = record.finish()
         if batch is None:  # the run in the folder was finished before
-            batch = next(iter(batches))
+            batch = next(iter(batches), None)
     oscillating = trainer.watch.find() if trainer.watch else ()
-    bad_ranges = find_bad_ranges(model, batch)
+    bad_ranges = () if batch is None else find_bad_ranges(model, trainer.place(batch))
     tuning = Tuning(
         tuple(record.losses), tuple(record.curve), best_step, stopped, oscillating, bad_ranges, record.seconds
     )

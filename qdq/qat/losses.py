@@ -17,7 +17,7 @@ from qdq.errors import ArgumentError, StateError
 from qdq.nn import QuantMixin
 from qdq.patterns import Pattern, Patterns
 from qdq.swap import quantized_layers
-from qdq.trace import call_model
+from qdq.trace import call_model, evaluating
 
 Loss = Callable[[Any, Any], torch.Tensor]
 """`(outputs of the model, batch) -> scalar`, the mean over the samples of the batch."""
@@ -69,7 +69,7 @@ class Objective:
 
     Args:
         model: The quantized model.
-        teacher: The float model, in evaluation mode; None without distillation.
+        teacher: The float model; None without distillation.
         loss: The task's.
         distillation: The distance to the teacher.
 
@@ -98,7 +98,7 @@ class Objective:
         if self._loss is not None:
             total = total + _require_scalar(self._loss(outputs, batch))
         if self._distillation is not None and self._teacher is not None:
-            with torch.no_grad(), _recording(self._teacher, self._layers) as expected:
+            with evaluating(self._teacher), _recording(self._teacher, self._layers) as expected:
                 targets = call_model(self._teacher, batch)
             total = total + _distance(self._distillation, outputs, targets)
             if self._layers:

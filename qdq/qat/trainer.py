@@ -124,6 +124,14 @@ class Trainer:
         """Learning rate of weights in the last step, 0 before the first."""
         return self._schedule.lr * self._schedule.rate_at(self.step - 1, self.total) if self.step else 0.0
 
+    def digest_trained(self) -> str:
+        """What tells one choice of parameters from another."""
+        return hashlib.sha256("\n".join(self._parameters).encode()).hexdigest()[:16]
+
+    def place(self, batch: Any) -> Any:
+        """A batch on the device of the model."""
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self._device), batch)
+
     def run_step(self, batch: Any) -> float:
         """Train on one batch; gives the loss before the update, the mean over the samples of all processes.
 
@@ -131,7 +139,7 @@ class Trainer:
             StateError: The loss or a gradient is NaN or Inf; the model is as it was before.
             DataError: A batch that cannot be shared among processes.
         """
-        own, samples = shard_samples(tree_map_only(torch.Tensor, lambda t: t.to(self._device), batch))
+        own, samples = shard_samples(self.place(batch))
         if self.step >= self._tune_ranges * self.total:
             self._stop_ranges()
         if self._watch is None and self.step >= (1 - _WATCHED) * self.total and self._parameters:

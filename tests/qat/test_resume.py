@@ -74,6 +74,10 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     qdq.finetune(make_model(), [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path)
     with pytest.raises(ArgumentError, match="other settings: schedule, steps"):
         qdq.finetune(make_model(), [make_images(8, 6)], schedule=qdq.Schedule(steps=3), folder=tmp_path)
+    with pytest.raises(ArgumentError, match="other settings: layers"):
+        qdq.finetune(make_model(), [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path, layers=["0"])
+    with pytest.raises(ArgumentError, match="other settings: data"):
+        qdq.finetune(make_model(), [make_images(8, 8)], schedule=qdq.Schedule(steps=2), folder=tmp_path)
     other = make_model()
     with torch.no_grad():
         other[0].weight.mul_(2)
