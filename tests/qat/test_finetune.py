@@ -311,3 +311,36 @@ def test_the_watch_counts_codes_that_turn_back(quantized):
     (found,) = watch.find()
     assert found.layer == "head"
     assert found.share == pytest.approx(1 / 16)
+
+
+def test_a_gradient_that_is_nan_names_the_parameter_and_restores_the_best(quantized):
+    before = state_of(quantized)
+    calls = []
+
+    def breaks(outputs, _):
+        calls.append(1)
+        return (outputs * 0).sum().sqrt() if len(calls) > 5 else -outputs.square().mean()
+
+    with pytest.raises(StateError, match=r"the gradient of stem.weight is NaN or Inf in step 6"):
+        finetune(quantized, make_batches(), loss=breaks, distillation=None, schedule=FAST, held=make_batches(1, seed=2))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(quantized).items())
+
+
+def test_interrupted_it_leaves_a_whole_model(quantized, tmp_path):
+    before = state_of(quantized)
+    steps = []
+
+    def interrupt(*_):
+        steps.append(torch.is_grad_enabled())
+        if sum(steps) > 3:
+            raise KeyboardInterrupt
+
+    hook = quantized.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(quantized, make_batches(), ranges="lsq", schedule=FAST, folder=tmp_path)
+    hook.remove()
+    assert state_of(quantized).keys() == before.keys()
+    assert all(parameter.requires_grad for parameter in quantized.parameters())
+    assert not any(quantizer._forward_pre_hooks for _, quantizer in named_quantizers(quantized))
+    quantized.load_state_dict(before)
+    assert len(finetune(quantized, make_batches(), ranges="lsq", schedule=FAST, folder=tmp_path).losses) == 30
