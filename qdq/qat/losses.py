@@ -18,6 +18,7 @@ from qdq.nn import QuantMixin
 from qdq.patterns import Pattern, Patterns
 from qdq.swap import quantized_layers
 from qdq.trace import call_model, evaluating
+from qdq.units import name_block
 
 Loss = Callable[[Any, Any], torch.Tensor]
 """`(outputs of the model, batch) -> scalar`, the mean over the samples of the batch."""
@@ -37,7 +38,7 @@ class Distillation:
         features: Squared error of the outputs of `layers` over the squares of the float ones, averaged over the layers.
             It holds the model to what the float one does inside, which keeps it from learning few images by heart.
         layers: Patterns (see `qdq.patterns`) of the modules that `features` compares; of nested ones the outermost.
-            Empty: the layers with a quantized weight.
+            Empty: the blocks that hold layers with a quantized weight, `layer1.0` say (see `units.name_block`).
 
     Raises:
         ArgumentError: A weight below 0, no weight above 0, or features without layers.
@@ -159,7 +160,7 @@ def _recording(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, li
 
 def _find_layers(model: nn.Module, patterns: Sequence[Pattern]) -> list[str]:
     if not patterns:
-        return [name for name, layer in quantized_layers(model).items() if isinstance(layer, QuantMixin)]
+        return _find_blocks(model)
     wanted = Patterns(patterns, "layers")
     matched = [name for name, module in model.named_modules() if wanted.match([name], module)]
     found = [name for name in matched if name.rpartition(".")[0] not in matched]  # a match counts for all below it
@@ -167,6 +168,14 @@ def _find_layers(model: nn.Module, patterns: Sequence[Pattern]) -> list[str]:
         raise ArgumentError("no module fits the layers of the distillation.", "see named_modules() for the names.")
     wanted.warn_unused("module")
     return found
+
+
+def _find_blocks(model: nn.Module) -> list[str]:
+    """The block of each layer with a quantized weight; the layer itself where that is a list, which has no output."""
+    layers = [name for name, layer in quantized_layers(model).items() if isinstance(layer, QuantMixin)]
+    lists = (nn.ModuleList, nn.ModuleDict)
+    blocks = {name: name_block(name) for name in layers}
+    return list(dict.fromkeys(n if isinstance(model.get_submodule(b), lists) else b for n, b in blocks.items()))
 
 
 def _floats(tree: Any) -> list[torch.Tensor]:

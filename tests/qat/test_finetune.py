@@ -14,6 +14,7 @@ import qdq
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError, DependencyError, StateError
 from qdq.metrics import sqnr_db
 from qdq.qat import Distillation, Schedule, cross_entropy, finetune
+from qdq.qat.losses import _find_layers
 from qdq.qat.watch import OscillationWatch
 from qdq.quantizer import named_quantizers
 
@@ -156,6 +157,16 @@ def test_features_are_compared_where_that_is_asked_for(four_bits):
     assert changed == {"stem.weight", "stem.bias"}
     with pytest.raises(ArgumentError, match="no module fits the layers"):
         finetune(four_bits, make_batches(1), distillation=Distillation(features=1, layers=["nothing"]))
+    lists = nn.ModuleDict(
+        {"a": nn.ModuleList([nn.Conv2d(16, 16, 1)]), "b": nn.Sequential(nn.Linear(16, 16), nn.ReLU())}
+    )
+    qdq.swap_modules(lists)
+    assert _find_layers(lists, []) == ["a.0", "b.0"]
+    blocks = nn.ModuleDict(
+        {"stage": nn.ModuleList([nn.ModuleList([nn.Conv2d(16, 16, 1)]), nn.Sequential(nn.Conv2d(16, 16, 1))])}
+    )
+    qdq.swap_modules(blocks)
+    assert _find_layers(blocks, []) == ["stage.0.0", "stage.1"]
     with pytest.raises(ArgumentError, match="layers say nothing"):
         Distillation(features=0, layers=["stem"])
     with pytest.raises(ArgumentError, match="all weights"):
