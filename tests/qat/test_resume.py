@@ -3,13 +3,13 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tuned_run import make_images, make_model, run
 
 import qdq
 from qdq.errors import ArgumentError, DataError, ModelError
@@ -17,9 +17,6 @@ from qdq.quantizer import named_quantizers
 
 SCRIPT = Path(__file__).with_name("tuned_run.py")
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(SCRIPT.parent))
-
-from tuned_run import make_images, make_model, run  # noqa: E402
 
 
 def start(*arguments, **environment):
@@ -41,10 +38,7 @@ def test_killed_anywhere_and_resumed_gives_the_same_losses_and_weights(tmp_path)
 
 def test_two_processes_give_what_one_gives(tmp_path):
     alone = run(None, bits=8)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    together = {"WORLD_SIZE": "2", "STORE": str(tmp_path / "store")}
     processes = [start("-", tmp_path / "shared.json", RANK=str(rank), **together) for rank in range(2)]
     assert [process.wait(120) for process in processes] == [0, 0]
     shared = json.loads((tmp_path / "shared.json").read_text())

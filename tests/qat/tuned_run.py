@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import distributed, nn
@@ -42,9 +43,9 @@ class Noisy(torch.utils.data.Dataset):
         return self.images[index] + 0.1 * torch.randn(3, 12, 12)
 
 
+@patch.object(qdq.qat.record, "_SAVE_SECONDS", -1.0)
 def run(folder, die_at=None, bits=4):
     """20 steps of 8 images, the state saved after each; perhaps killed while it runs."""
-    qdq.qat.record._SAVE_SECONDS = -1.0
     model = make_model(bits)
     loader = torch.utils.data.DataLoader(Noisy(), batch_size=8, shuffle=True)
     if die_at is not None:
@@ -75,7 +76,8 @@ def run(folder, die_at=None, bits=4):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if "RANK" in os.environ:
-        distributed.init_process_group("gloo")
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        distributed.init_process_group("gloo", init_method="file://" + os.environ["STORE"], rank=rank, world_size=size)
     die_at = int(sys.argv[3]) if len(sys.argv) > 3 else None
     result = run(Path(sys.argv[1]), die_at) if sys.argv[1] != "-" else run(None, bits=8)
     if os.environ.get("RANK", "0") == "0":
