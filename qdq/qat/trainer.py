@@ -146,8 +146,9 @@ class Trainer:
             self._watch = OscillationWatch(self.model)
         with self._live_modules(), torch.set_grad_enabled(self._optimizer is not None):
             loss = self._forward_backward(own, samples)
+            self._require_finite(loss, own)
         if self._optimizer is not None:
-            self._update(self._optimizer, loss, own)
+            self._update(self._optimizer)
         self._ranges.after_step()
         if self._watch:
             self._watch.after_step()
@@ -156,22 +157,29 @@ class Trainer:
 
     @contextmanager
     def _live_modules(self) -> Iterator[None]:
-        """BatchNorm in training mode while it is live; the quantizers whose turn has not come off."""
-        share = self.step / self.total
+        """BatchNorm in training mode while it is live; the quantizers whose turn has not come are off."""
+        live = self._batchnorms if self.step < self._live_batchnorm * self.total else []
+        statistics = [(buffer, buffer.clone()) for module in live for buffer in module.buffers()]
         with ExitStack() as exits:
-            for module in self._batchnorms if share < self._live_batchnorm else ():
+            for module in live:
                 exits.callback(module.eval)
                 module.train()
-            count = (
-                math.ceil((self.step + 1) / (self._schedule.grow * self.total) * len(self._growing))
-                if (self._growing)
-                else 0
-            )
-            for group in self._growing[count:]:
-                for quantizer in group:
-                    exits.callback(quantizer.enable)
-                    quantizer.disable()
-            yield
+            for quantizer in self._find_waiting():
+                exits.callback(quantizer.enable)
+                quantizer.disable()
+            try:
+                yield
+            except StateError:
+                for buffer, before in statistics:  # a forward with NaN has changed them
+                    buffer.copy_(before)
+                raise
+
+    def _find_waiting(self) -> list[TensorQuantizer]:
+        """The quantizers that are not yet on while the quantized share grows."""
+        if not self._growing:
+            return []
+        share = (self.step + 1) / (self._schedule.grow * self.total)
+        return [quantizer for group in self._growing[math.ceil(share * len(self._growing)) :] for quantizer in group]
 
     def _forward_backward(self, batch: Any, samples: int) -> float:
         """Gradients of the mean loss over the samples of all processes; gives that loss."""
@@ -186,12 +194,18 @@ class Trainer:
             return float(loss.detach())
         return _average_gradients(list(self._parameters.values()), loss.detach(), samples)
 
-    def _update(self, optimizer: torch.optim.Optimizer, loss: float, batch: Any) -> None:
+    def _require_finite(self, loss: float, batch: Any) -> None:
+        """Clip the gradient, and refuse NaN and Inf.
+
+        Raises:
+            StateError: With the layer or the parameter.
+        """
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._schedule.max_norm)
         if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
-            raise StateError(
-                self._explain_nonfinite(loss, batch), "lower the learning rate (lr), or look at that layer."
-            )
+            found = self._explain_nonfinite(loss, batch)
+            raise StateError(found, "lower the learning rate (lr), or look at what is named.")
+
+    def _update(self, optimizer: torch.optim.Optimizer) -> None:
         rate = self._schedule.rate_at(self.step, self.total)
         for group in optimizer.param_groups:
             group["lr"] = group["largest_lr"] * rate
@@ -203,7 +217,7 @@ class Trainer:
             return f"the gradient of {bad[0] if bad else 'a weight'} is NaN or Inf in step {self.step + 1}."
         layer = find_nonfinite(self.model, batch)
         where = (
-            f"it begins in {layer}" if layer else "no layer makes it of finite inputs: look at the batch and the loss"
+            f"it begins in {layer}" if layer else "no layer makes it of finite inputs, so the batch or the loss does"
         )
         return f"the loss is {loss} in step {self.step + 1}; {where}."
 

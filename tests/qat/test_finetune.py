@@ -337,6 +337,16 @@ def test_a_gradient_that_is_nan_names_the_parameter_and_restores_the_best(quanti
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(quantized).items())
 
 
+@pytest.mark.parametrize("train", ["all", "batchnorm"])
+def test_a_batch_with_nan_leaves_the_statistics_of_batchnorm(residual, images, train):
+    qdq.swap_modules(residual, images)
+    qdq.calibrate_model(residual, [images])
+    before = state_of(residual)
+    with pytest.raises(StateError, match="the loss is nan in step 1; no layer makes it of finite inputs"):
+        finetune(residual, [images * math.nan], schedule=FAST, train=train)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(residual).items())
+
+
 def test_interrupted_it_leaves_a_whole_model(quantized, tmp_path):
     before = state_of(quantized)
     steps = []
