@@ -27,7 +27,7 @@ def qat_classifier(
     loss: Literal["distill", "labels", "both"] = "distill",
     ranges: Literal["frozen", "lsq", "pact", "ema"] = "frozen",
     steps: PositiveInt | None = None,
-    epochs: PositiveInt = 4,
+    epochs: PositiveInt = 8,
     lr: PositiveFloat = 1e-5,
     batch_size: PositiveInt = 16,
     sm: int = 89,
