@@ -18,7 +18,7 @@ _HOMES = {
     "calibrate.collect": ("collect_statistics",),
     "check": ("CheckReport", "check_onnx"),
     "check.rules": ("register_rule",),
-    "data": ("load_images",),
+    "data": ("load_images", "load_training_images"),
     "distributed": ("shard_batches",),
     "errors": (
         "ArgumentError", "ArgumentTypeError", "BuildError", "CalibrationError", "CheckError", "DataError",
@@ -32,6 +32,10 @@ _HOMES = {
     "models": ("load_model",),
     "nn": ("register_module",),
     "plan": ("Plan", "apply_plan", "diff_plans", "load_plan", "save_plan"),
+    "qat": ("Tuning", "finetune"),
+    "qat.checkpoint": ("load_tuned", "save_tuned"),
+    "qat.losses": ("Distillation", "cross_entropy"),
+    "qat.schedule": ("Schedule",),
     "quantizer": (
         "QuantDescriptor", "TensorQuantizer", "disable_quantization", "enable_quantization", "fake_quantize",
     ),

@@ -17,6 +17,7 @@ from qdq.check import CheckReport as CheckReport
 from qdq.check import check_onnx as check_onnx
 from qdq.check.rules import register_rule as register_rule
 from qdq.data import load_images as load_images
+from qdq.data import load_training_images as load_training_images
 from qdq.distributed import shard_batches as shard_batches
 from qdq.errors import ArgumentError as ArgumentError
 from qdq.errors import ArgumentTypeError as ArgumentTypeError
@@ -46,6 +47,13 @@ from qdq.plan import apply_plan as apply_plan
 from qdq.plan import diff_plans as diff_plans
 from qdq.plan import load_plan as load_plan
 from qdq.plan import save_plan as save_plan
+from qdq.qat import Tuning as Tuning
+from qdq.qat import finetune as finetune
+from qdq.qat.checkpoint import load_tuned as load_tuned
+from qdq.qat.checkpoint import save_tuned as save_tuned
+from qdq.qat.losses import Distillation as Distillation
+from qdq.qat.losses import cross_entropy as cross_entropy
+from qdq.qat.schedule import Schedule as Schedule
 from qdq.quantizer import QuantDescriptor as QuantDescriptor
 from qdq.quantizer import TensorQuantizer as TensorQuantizer
 from qdq.quantizer import disable_quantization as disable_quantization

@@ -1,7 +1,8 @@
-"""Images to calibrate and to evaluate on: the packaged photographs, or an image folder."""
+"""Images to calibrate, to evaluate and to train on: the packaged photographs, or an image folder."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ EVALUATION_IMAGES = 500
 CACHE_BYTES = 2**30
 """Sets of float32 images up to this size are preprocessed once and held, larger ones anew in every pass."""
 
+_SAMPLE_CROPS = 1024  # of the packaged photographs in a pass of training
 _CROP_SCALE = (0.25, 1.0)  # share of a photograph's area; smaller parts often miss what the label names
 _CROP_RATIO = (3 / 4, 4 / 3)  # width to height, as in training on ImageNet
 
@@ -121,6 +123,97 @@ class _LazyImages:
         return stacked
 
 
+@dataclass(frozen=True, eq=False)
+class CropBatches:
+    """Random-resized crops of images, half of them mirrored, as batches to train on; every pass draws others.
+
+    Iterating gives `(images, labels)` as `ImageBatches` does. Order and crops are drawn from torch's global generator.
+
+    Args:
+        files: The images.
+        labels: Class index of each, or None.
+        preprocess: Gives crop size and normalization.
+        batch_size: Crops a batch.
+        num_images: Crops in a pass; they go through the images in turn.
+        description: Source and number, for the report.
+
+    Raises:
+        ArgumentError: A number below 1.
+    """
+
+    files: list[Path] = field(repr=False)
+    labels: list[int] | None = field(repr=False)
+    preprocess: Preprocess
+    batch_size: int
+    num_images: int
+    description: str
+
+    def __post_init__(self) -> None:
+        _check_positive(batch_size=self.batch_size, num_images=self.num_images)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        order = torch.randperm(self.num_images) % len(self.files)
+        for chosen in torch.split(order, self.batch_size):
+            labels = None if self.labels is None else torch.tensor([self.labels[index] for index in chosen.tolist()])
+            yield self._crop([self.files[index] for index in chosen.tolist()]), labels
+
+    def _crop(self, files: list[Path]) -> Tensor:
+        from torchvision.transforms import RandomResizedCrop
+
+        with ThreadPoolExecutor() as pool:  # decoding frees the GIL; what is random is drawn here, in one order
+            photographs = list(pool.map(_read_cached, files))
+            boxes = [RandomResizedCrop.get_params(image, list(_CROP_SCALE), list(_CROP_RATIO)) for image in photographs]
+            crops = torch.stack(list(pool.map(self.preprocess.crop, photographs, boxes)))
+        is_mirrored = torch.rand(len(crops), 1, 1, 1) < 0.5
+        return torch.where(is_mirrored, crops.flip(-1), crops).contiguous(memory_format=torch.channels_last)
+
+    def __len__(self) -> int:
+        return -(-self.num_images // self.batch_size)
+
+
+def load_training_images(
+    data_dir: str | Path | None,
+    model: LoadedModel,
+    num_images: int | None = None,
+    calibration: int = CALIBRATION_IMAGES,
+    evaluation: int = EVALUATION_IMAGES,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> CropBatches:
+    """Images to train on, none of which `load_images` evaluates on when it is called with the same arguments.
+
+    Without a folder these are the photographs that `load_images` calibrates on, without labels. With `data_dir`/train
+    and `data_dir`/val they are all images of the first; with a single folder all but those to evaluate on.
+
+    Args:
+        data_dir: The folder, or None for the packaged photographs.
+        model: Gives crop size, normalization and classes.
+        num_images: Crops in a pass; None: one of each image, or 1024 of the packaged photographs.
+        calibration: As for `load_images`.
+        evaluation: As for `load_images`.
+        batch_size: Crops a batch.
+        seed: As for `load_images`.
+
+    Raises:
+        ArgumentError: As for `load_images`.
+        DataError: As for `load_images`.
+        DependencyError: As for `load_images`.
+    """
+    _check_positive(calibration=calibration, evaluation=evaluation, batch_size=batch_size)
+    if data_dir is None:
+        files = _find_calibration_photographs()
+        count = _SAMPLE_CROPS if num_images is None else num_images
+        description = f"random crops of the {len(files)} photographs that are calibrated on, {count} a pass"
+        return CropBatches(files, None, model.preprocess, batch_size, count, description)
+    folders, label_of, _ = _open_folder(data_dir, model)
+    images = _shuffle_folders(Path(data_dir), folders, calibration, evaluation, seed)
+    chosen = images[0] if len(folders) > 1 else [*images[0], *images[1][evaluation:]]
+    labels = None if label_of is None else [label_of[name] for _, name in chosen]
+    count = len(chosen) if num_images is None else num_images
+    description = f"random crops of {len(chosen)} images in {folders[0].path}, {count} a pass"
+    return CropBatches([file for file, _ in chosen], labels, model.preprocess, batch_size, count, description)
+
+
 def load_images(
     data_dir: str | Path | None,
     model: LoadedModel,
@@ -177,11 +270,7 @@ def load_sample_images(
         DependencyError: One of the three packages is not installed.
     """
     _check_positive(calibration=calibration, evaluation=evaluation, batch_size=batch_size)
-    files = [
-        file
-        for (package, module, folder), names in _CALIBRATION_FILES.items()
-        for file in _find_packaged(package, module, folder, names)
-    ]
+    files = _find_calibration_photographs()
     crops = f"random-resized crops (area {_CROP_SCALE[0]:.0%} to {_CROP_SCALE[1]:.0%}, seed {seed})"
     sources = " and ".join(f"{package} {metadata.version(package)}" for package, _, _ in _CALIBRATION_FILES)
     calibration_set = ImageBatches(
@@ -242,25 +331,12 @@ def load_image_folder(
         DataError: A folder that is missing, unreadable or empty, or a file that is no image.
     """
     _check_positive(calibration=calibration, evaluation=evaluation, batch_size=batch_size)
-    root = Path(data_dir)
-    if not root.is_dir():
-        found = "is a file" if root.is_file() else "does not exist"
-        raise DataError(f"{root} {found}; expected a folder of class folders.", "check --data-dir.")
-    try:
-        folders = _find_splits(root)
-    except OSError as error:
-        raise DataError(f"cannot read {root}: {error}.", "check the permissions of the folder.") from error
-    classes = sorted({name for folder in folders for name in folder.classes})
-    label_of, label_note = _match_classes(classes, model)
+    folders, label_of, label_note = _open_folder(data_dir, model)
     if label_of is None:
         logger.warning("labels: %s", label_note)
-
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = [_shuffle(folder.images, generator) for folder in folders]
-    if len(folders) == 1:
-        folders, shuffled = folders * 2, _share(root, shuffled[0], calibration, evaluation)
+    shuffled = _shuffle_folders(Path(data_dir), folders, calibration, evaluation, seed)
     sets = []
-    for folder, images, asked in zip(folders, shuffled, (calibration, evaluation), strict=True):
+    for folder, images, asked in zip((folders * 2)[-2:], shuffled, (calibration, evaluation), strict=True):
         chosen = images[:asked]
         description = f"{len(chosen)} of {len(folder.images)} images in {folder.path}, drawn with seed {seed}"
         if len(chosen) < asked:
@@ -271,6 +347,35 @@ def load_image_folder(
         images_of_set = _cache(_load_files(files, model.preprocess), len(files), model.preprocess)
         sets.append(ImageBatches(images_of_set, labels, batch_size, len(files), description, label_note))
     return sets[0], sets[1]
+
+
+def _open_folder(data_dir: str | Path, model: LoadedModel) -> tuple[list[_Folder], dict[str, int] | None, str]:
+    """The one or two folders of images, the class of each class folder, and how that was found."""
+    root = Path(data_dir)
+    if not root.is_dir():
+        found = "is a file" if root.is_file() else "does not exist"
+        raise DataError(f"{root} {found}; expected a folder of class folders.", "check --data-dir.")
+    try:
+        folders = _find_splits(root)
+    except OSError as error:
+        raise DataError(f"cannot read {root}: {error}.", "check the permissions of the folder.") from error
+    classes = sorted({name for folder in folders for name in folder.classes})
+    return folders, *_match_classes(classes, model)
+
+
+def _shuffle_folders(
+    root: Path, folders: list[_Folder], calibration: int, evaluation: int, seed: int
+) -> list[list[tuple[Path, str]]]:
+    """Images to calibrate and to evaluate on, more of both than are used; no image is in both."""
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = [_shuffle(folder.images, generator) for folder in folders]
+    return _share(root, shuffled[0], calibration, evaluation) if len(folders) == 1 else shuffled
+
+
+@functools.lru_cache(maxsize=16)
+def _read_cached(path: Path) -> Image.Image:
+    """The packaged photographs are few, and each is cropped over and over."""
+    return read_image(path)
 
 
 def read_image(path: Path) -> Image.Image:
@@ -333,6 +438,14 @@ def _find_packaged(package: str, module: str, folder: str, patterns: tuple[str, 
             )
         files += found
     return files
+
+
+def _find_calibration_photographs() -> list[Path]:
+    return [
+        file
+        for (package, module, folder), names in _CALIBRATION_FILES.items()
+        for file in _find_packaged(package, module, folder, names)
+    ]
 
 
 def _crop_photographs(

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from qdq.errors import CalibrationError
+from qdq.errors import CalibrationError, DataError
 
 
 def find_rank() -> tuple[int, int]:
@@ -65,3 +66,40 @@ def failing_together() -> Iterator[None]:
             raise CalibrationError(
                 f"process {rank} failed: {message.decode(errors='replace')}", "see the output of that process."
             )
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of the tensors of all processes, in place; all must call it with the same shape."""
+    if find_rank()[1] > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def max_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The largest of the tensors of all processes, element by element and in place; all must call it."""
+    if find_rank()[1] > 1:
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+    return tensor
+
+
+def shard_samples(batch: Any) -> tuple[Any, int]:
+    """Every n-th sample of a batch, different ones in each of n processes, and how many these are.
+
+    Args:
+        batch: Tensors `[B, ...]` of one B, in tuples, lists or dictionaries.
+
+    Raises:
+        DataError: Several processes, and no tensor, or tensors that differ in their first size.
+    """
+    rank, size = find_rank()
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+    lengths = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
+    if size == 1:
+        return batch, max(lengths, default=1)
+    if len(lengths) != 1 or lengths == {0}:
+        raise DataError(
+            f"a batch cannot be shared among {size} processes: its tensors have the first sizes {sorted(lengths)}.",
+            "give batches whose tensors all have one row a sample, or run one process.",
+        )
+    own = tree_map_only(torch.Tensor, lambda tensor: tensor[rank::size], batch)
+    return own, len(range(rank, lengths.pop(), size))

@@ -1,6 +1,8 @@
 """BatchNorm folded into the convolution or linear layer before it (R-BN-FOLD).
 
 Folding comes before calibration: it changes the range of every output channel of the weight, and TensorRT folds anyway.
+A BatchNorm that was live in fine-tuning is folded afterwards: the range of each output channel of the quantized weight
+is then scaled with it, and the codes stay as they are.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import Linear
 from torch.utils._pytree import tree_map_only
 
+from qdq.nn import QuantMixin
+from qdq.quantizer import disable_quantization
 from qdq.trace import call_model, evaluating, trace_forward
 
 logger = logging.getLogger(__name__)
@@ -49,7 +53,7 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> list[FoldedPair]:
     BatchNorm becomes `nn.Identity`; the layer gets a bias if it had none.
 
     Args:
-        model: A float model with trained running statistics.
+        model: A model with trained running statistics: a float one, or one fine-tuned with live BatchNorm.
         example_inputs: One batch, as the model is called with (see `trace.call_model`).
 
     Returns:
@@ -80,6 +84,7 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> list[FoldedPair]:
     ]
     for pair in pairs:
         if pair.folded:
+            _scale_range(modules[pair.layer], modules[pair.batchnorm])
             _fold(modules[pair.layer], modules[pair.batchnorm])
             _replace_everywhere(model, modules[pair.batchnorm], _rest_of(modules[pair.batchnorm]))
     for reason, names in _group_by_reason(pairs).items():
@@ -111,8 +116,8 @@ def _reason_against(batchnorm: Any, layer: nn.Module | None, calls: int) -> str:
         return "its input is not the output of one layer that nothing else reads"
     if not isinstance(layer, _ConvNd | Linear):
         return f"it follows {type(layer).__name__}, not a convolution or linear layer"
-    if hasattr(layer, "_weight_quantizer"):
-        return "the layer is quantized already: call fold_batchnorm before swap_modules"
+    if isinstance(layer, QuantMixin) and not _has_range_per_output(layer):
+        return "the layer is quantized, its weight without a range for each output: fold before swap_modules"
     if not isinstance(layer._parameters.get("weight"), nn.Parameter):
         return "the weight of the layer is computed from others, it is no parameter"
     if batchnorm.running_mean is None:
@@ -154,14 +159,15 @@ def _noise_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _folds_exactly(layer: nn.Module, batchnorm: nn.Module, args: Any, kwargs: Any) -> bool:
-    expected = batchnorm.forward(layer.forward(*args, **kwargs))
     rest = _rest_of(batchnorm)
     before = layer._parameters.copy()
-    try:
-        _fold(layer, batchnorm)
-        found = rest(layer.forward(*args, **kwargs))
-    finally:
-        layer._parameters = before
+    with disable_quantization(layer):  # a weight next to a tie may get another code
+        expected = batchnorm.forward(layer.forward(*args, **kwargs))
+        try:
+            _fold(layer, batchnorm)
+            found = rest(layer.forward(*args, **kwargs))
+        finally:
+            layer._parameters = before
     error = (found - expected).abs().max()
     return bool(error <= _TOLERANCE * expected.abs().max())
 
@@ -179,8 +185,7 @@ def _fold(layer: nn.Module, batchnorm: Any) -> None:
     """W' = w g / sqrt(var + eps), b' = (b - mean) g / sqrt(var + eps) + beta, per output channel, in float64."""
     assert isinstance(layer, _ConvNd | Linear)  # noqa: S101
     weight, bias = layer.weight, layer.bias
-    inverse_std = (batchnorm.running_var.double() + batchnorm.eps).rsqrt()
-    gain = inverse_std if batchnorm.weight is None else batchnorm.weight.double() * inverse_std
+    gain = _gain_of(batchnorm)
     beta = 0.0 if batchnorm.bias is None else batchnorm.bias.double()
     old_bias = 0.0 if bias is None else bias.double()
     new_bias = (old_bias - batchnorm.running_mean.double()) * gain + beta
@@ -188,6 +193,24 @@ def _fold(layer: nn.Module, batchnorm: Any) -> None:
         (weight.double() * _per_output(layer, gain)).to(weight.dtype).detach(), weight.requires_grad
     )
     layer.bias = nn.Parameter(new_bias.to(weight.dtype).detach(), weight.requires_grad)
+
+
+def _gain_of(batchnorm: Any) -> torch.Tensor:
+    inverse_std: torch.Tensor = (batchnorm.running_var.double() + batchnorm.eps).rsqrt()
+    return inverse_std if batchnorm.weight is None else batchnorm.weight.double() * inverse_std
+
+
+def _has_range_per_output(layer: QuantMixin) -> bool:
+    if isinstance(layer, _ConvTransposeNd):
+        return layer.weight_quantizer.axis in (1, 1 - layer.weight.dim()) and layer.groups == 1
+    weight = layer._parameters["weight"]
+    return weight is not None and layer.weight_quantizer.axis in (0, -weight.dim())
+
+
+def _scale_range(layer: nn.Module, batchnorm: Any) -> None:
+    """The range of each output channel times what its weights are multiplied with."""
+    if isinstance(layer, QuantMixin) and (amax := layer.weight_quantizer.amax) is not None:
+        layer.weight_quantizer.amax = (amax.double() * _gain_of(batchnorm).abs().reshape(amax.shape)).float()
 
 
 def _per_output(layer: _ConvNd | Linear, gain: torch.Tensor) -> torch.Tensor:

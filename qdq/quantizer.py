@@ -6,6 +6,10 @@ With B the largest code and L the smallest (`formats.Format`), everything in flo
     code  = clamp(round_half_even(x * (1 / scale)), L, B)
     value = code * scale
 
+The gradient passes where the code is inside the range (straight-through; Bengio, Leonard, Courville, arXiv 1308.3432).
+A range that is learned has the gradient of LSQ (Esser et al., ICLR 2020, arXiv 1902.08153) or of PACT (Choi et al.,
+arXiv 1805.06085).
+
 ONNX and TensorRT store the same scale, a divisor. The floor keeps a scale positive where amax is 0 (R-SCALE).
 """
 
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from qdq.errors import ArgumentError, ArgumentTypeError, CalibrationError, StateError
@@ -33,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 AMAX_FLOOR = 2.0**-64
 _FLOAT16_MAX = torch.finfo(torch.float16).max
+RANGE_RULES = ("lsq", "pact")
 _CALIB_METHODS = {"max": "max", "histogram": "mse"}  # -> what `load_calib_amax` solves by default
 _PIECE = 1 << 17  # elements: what a CPU cache holds beside the result
 
@@ -101,18 +108,25 @@ def compute_scale(amax: torch.Tensor, fmt: Format) -> torch.Tensor:
 
 
 def fake_quantize(
-    inputs: torch.Tensor, amax: torch.Tensor, fmt: Format | None = None, axis: int | None = None
+    inputs: torch.Tensor,
+    amax: torch.Tensor,
+    fmt: Format | None = None,
+    axis: int | None = None,
+    *,
+    range_rule: str = "lsq",
 ) -> torch.Tensor:
     """Quantize and dequantize.
 
     The gradient passes unchanged where the code is inside the range and is zero elsewhere (straight-through).
-    NaN stays NaN in evaluation on the CPU; torch's operators make the smallest code of it.
+    NaN stays NaN on the CPU; torch's operators make the smallest code of it.
 
     Args:
         inputs: Any shape, float16, bfloat16, float32 or float64; computed in float32, cast back once.
         amax: The range: one element, or as many as `inputs` has along `axis`.
         fmt: The format, int8 by default.
         axis: The axis that `amax` belongs to, None for one range.
+        range_rule: The gradient of `amax` where it requires one. "lsq": of rounding and clipping; "pact": of clipping
+            alone. Both are divided by sqrt(N B), N elements a range (LSQ, section 2.2), to be of the size of others.
 
     Returns:
         A tensor of the shape and type of `inputs`.
@@ -127,8 +141,7 @@ def fake_quantize(
         axis = None
     scale = compute_scale(amax, fmt).flatten() if axis is not None else compute_scale(amax, fmt).reshape(())
     values = inputs if inputs.dtype == torch.float32 else inputs.float()
-    quantize = _by_operator if _needs_operator(values) else _by_arithmetic
-    result = quantize(values, scale, fmt, axis)
+    result = _quantize_values(values, scale, fmt, axis, range_rule)
     if inputs.dtype == torch.float16 and not torch.compiler.is_compiling():
         result = result.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)  # code -128 lies beyond a range near the largest float16
     return result.to(inputs.dtype)
@@ -143,15 +156,89 @@ def _checked_axis(inputs: torch.Tensor, amax: torch.Tensor, axis: int) -> int:
     return axis % inputs.dim()
 
 
-def _needs_operator(values: torch.Tensor) -> bool:
-    """Whether to use torch's fake-quantize operators: what exports to Q/DQ and what has the gradient.
+def _quantize_values(
+    values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None, range_rule: str
+) -> torch.Tensor:
+    """By torch's operators where they are needed: they export to Q/DQ, and on a GPU they are one kernel.
 
-    On a CPU without either need they cost three to five times the same arithmetic in place, because they fill a mask
-    for the backward pass (tools/bench_forward.py); the numbers are the same to the last bit.
+    On a CPU they cost three to five times the same arithmetic in place, because they fill a mask for the backward pass
+    (tools/bench_forward.py); the numbers are the same to the last bit. They know no gradient of the scale.
     """
+    if torch.is_grad_enabled() and scale.requires_grad:
+        return _straight_through(values, scale, fmt, axis, range_rule)
     if torch.compiler.is_compiling() or is_tracing() or values.device.type != "cpu":  # type: ignore[no-untyped-call]
-        return True
-    return torch.is_grad_enabled() and values.requires_grad
+        return _by_operator(values, scale, fmt, axis)
+    if torch.is_grad_enabled() and values.requires_grad:
+        return _straight_through(values, scale, fmt, axis, range_rule)
+    return _by_arithmetic(values, scale, fmt, axis)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Keeps what it is given, not a mask: the layer before has mostly kept the same tensor for its own gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None, range_rule: str
+    ) -> torch.Tensor:
+        result = _by_arithmetic(values, scale, fmt, axis)
+        ctx.save_for_backward(values, scale, result if scale.requires_grad else None)
+        ctx.how = fmt, axis, range_rule
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
+        values, scale, result = ctx.saved_tensors
+        fmt, axis, range_rule = ctx.how
+        of_values = _pass_inside(grad, values, scale, fmt, axis)
+        of_scale = None
+        if result is not None:
+            of_scale = _reduce_to_scale(grad, of_values, values, result, scale, fmt, axis, range_rule)
+        return of_values if ctx.needs_input_grad[0] else None, of_scale, None, None, None
+
+
+def _straight_through(
+    values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None, range_rule: str
+) -> torch.Tensor:
+    result: torch.Tensor = _StraightThrough.apply(values, scale, fmt, axis, range_rule)
+    return result
+
+
+def _pass_inside(
+    grad: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None
+) -> torch.Tensor:
+    """The gradient where the code is inside; this kernel of another function does it in one pass."""
+    low, high = fmt.qmin - 0.5, fmt.qmax + 0.5
+    if axis is None and values.device.type == "cpu":  # on a GPU reading the scale would wait for it
+        step = scale.item()
+        result: torch.Tensor = torch.ops.aten.hardtanh_backward(grad, values, low * step, high * step)
+    else:
+        result = torch.ops.aten.hardtanh_backward(grad, values * _along(scale.reciprocal(), values, axis), low, high)
+    return result
+
+
+def _reduce_to_scale(
+    grad: torch.Tensor,
+    of_values: torch.Tensor,
+    values: torch.Tensor,
+    result: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: Format,
+    axis: int | None,
+    range_rule: str,
+) -> torch.Tensor:
+    """The gradient of the scale, from that of the result and the part of it that passes to the values.
+
+    d result / d scale is result / scale where the code is clipped; inside it is (result - values) / scale, the rounding
+    error, for "lsq", and left out for "pact".
+    """
+    if range_rule == "lsq":
+        moved = torch.addcmul(grad * result, of_values, values, value=-1)
+    else:
+        moved = (grad - of_values) * result
+    others = [dim for dim in range(moved.dim()) if dim != axis]
+    total = (moved.sum(others) if others else moved).reshape(scale.shape)
+    return total / (scale * math.sqrt(moved.numel() / scale.numel() * fmt.qmax))
 
 
 def _by_operator(values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None) -> torch.Tensor:
@@ -168,7 +255,7 @@ def _by_operator(values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: i
 
 def _by_arithmetic(values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None) -> torch.Tensor:
     """Large tensors in pieces that a cache holds, so that memory is read once and written once."""
-    if axis is not None or values.numel() <= _PIECE or not values.is_contiguous():
+    if axis is not None or values.numel() <= _PIECE or not values.is_contiguous() or values.device.type != "cpu":
         return quantize_codes(values, scale, fmt, axis).mul_(_along(scale, values, axis))
     result = torch.empty_like(values)
     for piece, place in zip(torch.split(values.view(-1), _PIECE), torch.split(result.view(-1), _PIECE), strict=True):
@@ -196,7 +283,8 @@ class TensorQuantizer(nn.Module):
     """Quantizes and dequantizes its input; collects ranges while calibrating; passes it through while disabled.
 
     Without amax the range is dynamic: the maximum of the tensor at hand. `amax` is the buffer `_amax`, which exists
-    only once set, so that an uncalibrated quantizer adds nothing to a state dict.
+    only once set, so that an uncalibrated quantizer adds nothing to a state dict. While the range is learned it is the
+    parameter `_log2_amax` instead: no step of any optimizer can make it negative, and every step is relative to it.
 
     Args:
         quant_desc: Format, axis and the collector for calibration.
@@ -206,6 +294,8 @@ class TensorQuantizer(nn.Module):
     """
 
     _amax: torch.Tensor
+    _range_rule: str | None = None
+    """The gradient of a learned range, see `fake_quantize`; None while it is not learned."""
 
     def __init__(
         self,
@@ -241,13 +331,19 @@ class TensorQuantizer(nn.Module):
 
     @property
     def amax(self) -> torch.Tensor | None:
-        """The range as the buffer itself (edits in place take effect at once), or None before calibration."""
-        return self._buffers.get("_amax")
+        """The range as the buffer itself (edits in place take effect at once), or None before calibration.
+
+        While it is learned, a tensor of its own.
+        """
+        log2_amax = self._parameters.get("_log2_amax")
+        return self._buffers.get("_amax") if log2_amax is None else from_log2(log2_amax)
 
     @amax.setter
     def amax(self, value: float | Sequence[float] | np.ndarray[Any, Any] | torch.Tensor) -> None:
         amax = torch.as_tensor(value).detach().float()
         self._require_valid(amax)
+        if self._range_rule is not None:
+            raise StateError(f"the range of {self._label} is being learned.", "call keep_range first.")
         if self.amax is None:
             self.register_buffer("_amax", amax.clone())
         elif self.amax.is_inference() and self.amax.shape == amax.shape:
@@ -272,6 +368,38 @@ class TensorQuantizer(nn.Module):
                 f"{self._label} is per tensor, found an amax of shape {tuple(amax.shape)}.",
                 "give one number, or build the quantizer with the axis that the numbers belong to.",
             )
+
+    def learn_range(self, rule: str = "lsq") -> nn.Parameter:
+        """Make the range a parameter, log2 of amax, until `keep_range`.
+
+        Args:
+            rule: The gradient of the range, "lsq" or "pact", see `fake_quantize`.
+
+        Returns:
+            The parameter, of the shape of amax.
+
+        Raises:
+            ArgumentError: Another rule.
+            StateError: No amax yet.
+        """
+        if rule not in RANGE_RULES:
+            raise ArgumentError(_unknown("rule", rule, RANGE_RULES), "use one of those.")
+        if self.amax is None:
+            raise StateError(f"{self._label} has no amax to start from.", "calibrate first (`calibrate_model`).")
+        start = self.amax.detach().clamp_min(AMAX_FLOOR).log2()
+        self._buffers.pop("_amax", None)
+        self._parameters.pop("_log2_amax", None)
+        self.register_parameter("_log2_amax", parameter := nn.Parameter(start))
+        self._range_rule = rule
+        return parameter
+
+    def keep_range(self) -> None:
+        """End `learn_range`: the range that was reached is the buffer again; nothing where it was not learned."""
+        if self._range_rule is not None:
+            reached = self._parameters.pop("_log2_amax")
+            assert reached is not None  # noqa: S101
+            self._range_rule = None
+            self.register_buffer("_amax", from_log2(reached.detach()))
 
     @property
     def scale(self) -> torch.Tensor:
@@ -397,7 +525,8 @@ class TensorQuantizer(nn.Module):
             self._collect(inputs, self._calibrator)
         if not self._if_quant:
             return inputs
-        return fake_quantize(inputs, self._range_for(inputs), self.format, self._axis)
+        amax = self._range_for(inputs)
+        return fake_quantize(inputs, amax, self.format, self._axis, range_rule=self._range_rule or RANGE_RULES[0])
 
     def _collect(self, inputs: torch.Tensor, calibrator: TensorCollector) -> None:
         try:
@@ -408,13 +537,15 @@ class TensorQuantizer(nn.Module):
     def _range_for(self, inputs: torch.Tensor) -> torch.Tensor:
         if self.amax is None:
             return reduce_amax(inputs, self._axis)
+        if self._range_rule is not None:
+            return self.amax
         if self.amax.device != inputs.device and not torch.compiler.is_compiling():
             self._amax = self._amax.to(inputs.device)
         return self._amax
 
     def _apply(self, fn: Any, recurse: bool = True) -> TensorQuantizer:
         """Follow the module to another device; a range stays float32 in a model of halves."""
-        before = self.amax
+        before = self._buffers.get("_amax")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if before is not None and self._amax.dtype != torch.float32:
             self._amax = before.to(self._amax.device)
@@ -485,6 +616,18 @@ class SharedQuantizer(TensorQuantizer):
     def amax(self, value: Any) -> None:
         self.leader.amax = value
 
+    def learn_range(self, rule: str = "lsq") -> nn.Parameter:
+        """The leader's is learned."""
+        return self.leader.learn_range(rule)
+
+    def keep_range(self) -> None:
+        """The leader keeps its."""
+        self.leader.keep_range()
+
+    @property
+    def _range_rule(self) -> str | None:  # type: ignore[override]
+        return self.leader._range_rule
+
     @property
     def _axis(self) -> int | None:  # type: ignore[override]
         return self.leader._axis
@@ -508,6 +651,11 @@ class SharedQuantizer(TensorQuantizer):
         """That of the leader, and whose range it is."""
         state = "disabled " if self._disabled else ""
         return f"{state}range of {self.leader.name or 'another'}: {self.leader.extra_repr()}"
+
+
+def from_log2(log2_amax: torch.Tensor) -> torch.Tensor:
+    """The range that a learned parameter stands for; never below the floor."""
+    return log2_amax.clamp_min(math.log2(AMAX_FLOOR)).exp2()
 
 
 def summarize_amax(amax: torch.Tensor | None) -> str:

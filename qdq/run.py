@@ -11,6 +11,7 @@ import platform
 import random
 import secrets
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -30,6 +31,7 @@ STATE_FILE = "run.json"
 REPORT_FILE = "report.json"
 JOURNAL_FILE = "analysis.jsonl"  # kept from any earlier run: its lines say what they were measured on
 STATISTICS_FILES = ("calibration.safetensors", "calibration.json")  # kept where a run that was cut off is begun again
+TUNING_FOLDER = "tuning"  # likewise
 _PACKAGES = (
     "qdq", "torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt",
     "tensorrt-rtx-cu13", "numpy",
@@ -198,11 +200,13 @@ def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | N
             "choose a new folder with --output.",
         )
     run = Run(folder, settings or {}, seed)
-    kept = {STATE_FILE, JOURNAL_FILE, *(STATISTICS_FILES if run.is_begun() else ())}
+    kept = {STATE_FILE, JOURNAL_FILE, *((*STATISTICS_FILES, TUNING_FOLDER) if run.is_begun() else ())}
     run._save("running")  # before anything else is touched: killed at any moment, the folder is still known as a run's
     try:
         for path in present:
-            if path.is_file() and path.name not in kept:
+            if path.name == TUNING_FOLDER and path.name not in kept:
+                shutil.rmtree(path)
+            elif path.is_file() and path.name not in kept:
                 path.unlink()
         _log_to(folder / "run.log")
     except OSError as error:

@@ -94,7 +94,7 @@ def group_units(model: nn.Module, units: list[Unit], groups: str | Sequence[Patt
     if groups is None:
         return units
     if groups == "block":
-        return _merge(units, [_block_of(unit.name) for unit in units])
+        return _merge(units, [name_block(unit.name) for unit in units])
     if groups == "shared":
         return _merge(units, _shared_keys(units))
     if isinstance(groups, str):
@@ -156,7 +156,8 @@ def _find_owners(model: nn.Module, batch: Any, active: dict[str, list[TensorQuan
     return owners
 
 
-def _block_of(name: str) -> str:
+def name_block(name: str) -> str:
+    """The block of a layer: the part of its name up to the first number, all of it where there is none."""
     parts = name.split(".")
     numbered = next((end for end, part in enumerate(parts) if _NUMBERED.fullmatch(part)), len(parts))
     return ".".join(parts[: numbered + 1])

@@ -81,7 +81,7 @@ class TestHelp:
     @pytest.mark.parametrize(
         "verb",
         [
-            *("ptq", "check", "build", "eval", "report", "explain", "env"),
+            *("ptq", "qat", "check", "build", "eval", "report", "explain", "gate", "env"),
             *("calibrate show", "calibrate merge", "calibrate solve"),
         ],
     )

@@ -16,7 +16,14 @@ from torch import nn
 from torchvision.transforms import Compose, Normalize, RandomResizedCrop, ToTensor
 
 from qdq import data
-from qdq.data import ImageBatches, load_image_folder, load_images, load_sample_images, read_image
+from qdq.data import (
+    ImageBatches,
+    load_image_folder,
+    load_images,
+    load_sample_images,
+    load_training_images,
+    read_image,
+)
 from qdq.errors import ArgumentError, DataError, DependencyError
 from qdq.models import LoadedModel, Preprocess, load_model
 
@@ -398,3 +405,66 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     Image.new("L", (20, 30), 128).convert(mode).save(file := tmp_path / f"image.{'tif' if mode == 'CMYK' else 'png'}")
     image = read_image(file)
     assert (image.mode, image.size) == ("RGB", (20, 30))
+
+
+# ---- training
+
+
+def seeded(batches, seed=0):
+    torch.manual_seed(seed)
+    return all_images(batches)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_no_image_is_trained_on_and_evaluated_on(tmp_path, split):
+    if split:
+        make_folder(tmp_path / "train", cat=5, dog=7)
+        make_folder(tmp_path / "val", cat=3, dog=2)
+    else:
+        make_folder(tmp_path, cat=8, dog=9)
+    arguments = (tmp_path, make_model(num_classes=2))
+    calibration, evaluation = load_images(*arguments, 4, 5, 2)
+    training = load_training_images(*arguments, None, 4, 5, 2)
+    seen = colours(training)
+    assert training.num_images == len(seen) == 12
+    assert not seen & colours(evaluation)
+    assert colours(calibration) <= seen
+    label_of = {
+        tuple(image[:, 0, 0].tolist()): label for batch in training for image, label in zip(*batch, strict=True)
+    }
+    files = [path for path in tmp_path.rglob("*.png") if "val" not in path.parts]
+    expected = {tuple(read_training(path)): int(path.parent.name == "dog") for path in files}
+    assert label_of == {colour: expected[colour] for colour in seen}
+
+
+def read_training(path):
+    return make_model().preprocess.normalize(read_image(path))[:, 0, 0].tolist()
+
+
+def test_every_pass_draws_other_crops_and_the_seed_decides():
+    model = make_model()
+    training = load_training_images(None, model, 20, batch_size=8)
+    assert len(training) == 3
+    first = seeded(training)
+    assert first.shape == (20, 3, 32, 32)
+    assert torch.equal(seeded(training), first)
+    assert not torch.equal(all_images(training), first)
+    assert not torch.equal(seeded(training, 1), first)
+
+
+def test_half_of_the_crops_are_mirrored(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        image = Image.new("RGB", (64, 64), "black")
+        image.paste("white", (32, 0, 64, 64))
+        image.save(tmp_path / name / "0.png")
+        image.save(tmp_path / name / "1.png")
+    images = seeded(load_training_images(tmp_path, make_model(num_classes=2), 200, 1, 1, 50))
+    is_mirrored = images[:, :, :, :4].mean((1, 2, 3)) > images[:, :, :, -4:].mean((1, 2, 3))
+    assert 60 < int(is_mirrored.sum()) < 140
+
+
+@pytest.mark.parametrize("name", ["num_images", "calibration", "evaluation", "batch_size"])
+def test_numbers_for_training_must_be_positive(name):
+    with pytest.raises(ArgumentError, match=f"{name} is 0"):
+        load_training_images(None, make_model(), **{name: 0})

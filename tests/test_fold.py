@@ -194,13 +194,15 @@ def test_layer_called_by_keyword():
     check(Model(), torch.randn(2, 3, 4, 4), [True])
 
 
-def test_after_swapping_it_says_so():
-    from qdq import swap_modules
+@pytest.mark.parametrize(("axis", "folds"), [(0, True), (-4, True), (None, False), (1, False)])
+def test_after_swapping_the_weight_must_have_a_range_for_each_output(axis, folds):
+    from qdq import QuantDescriptor, swap_modules
 
     model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16)).eval()
-    swap_modules(model)
+    swap_modules(model, weight_desc=QuantDescriptor(axis=axis))
     (pair,) = fold_batchnorm(model, torch.randn(2, 3, 4, 4))
-    assert "before swap_modules" in pair.reason
+    assert pair.folded == folds
+    assert folds or "before swap_modules" in pair.reason
 
 
 def test_hooks_keep_their_layer_as_it_is():

@@ -14,6 +14,7 @@ from qdq.nn import QuantConv2d
 from qdq.quantizer import (
     AMAX_FLOOR,
     QuantDescriptor,
+    SharedQuantizer,
     TensorQuantizer,
     _by_arithmetic,
     _by_operator,
@@ -110,7 +111,7 @@ def test_other_types_are_rounded_once(dtype, amax):
 
 def test_per_channel_operator_saturates_on_the_right_side():
     x = torch.tensor([[1e30, -1e30, 5.0]], requires_grad=True)
-    found = fake_quantize(x, torch.tensor([1e-12]), axis=0)
+    found = _by_operator(x, compute_scale(torch.tensor([1e-12]), Format()), Format(), 0)
     same_bits(found.detach(), reference(x.detach(), [1e-12], Format(), 0))
     found.sum().backward()
     assert x.grad.tolist() == [[0, 0, 0]]
@@ -317,3 +318,86 @@ class TestSwitch:
         with pytest.raises(RuntimeError, match="inside"), disable_quantization(model):
             raise RuntimeError("inside")
         assert not any(self.flags(model))
+
+
+def learned_by_torch(values, amax, fmt, axis):
+    """Value, gradient of the input and of the range by autograd, in float64, as LSQ writes them."""
+    x, a = values.double().requires_grad_(), amax.double().requires_grad_()
+    scale = a / fmt.qmax
+    along = scale if axis is None else scale.reshape([-1 if d == axis else 1 for d in range(x.dim())])
+    steps = (x / along).clamp(fmt.qmin - 0.5, fmt.qmax + 0.5)  # a value inside its code's half step is not clipped
+    codes = (x / along).round().clamp(fmt.qmin, fmt.qmax)
+    found = (steps + (codes - steps).detach()) * along
+    weights = torch.arange(x.numel(), dtype=torch.float64).reshape(x.shape).sin()
+    (found * weights).sum().backward()
+    return found.detach(), x.grad, a.grad, weights
+
+
+@pytest.mark.parametrize("fmt", [Format(), Format(4), Format(8, unsigned=True)], ids=str)
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_the_gradient_of_a_learned_range_is_that_of_lsq(axis, fmt):
+    x = torch.randn(5, 4, 3)
+    amax = torch.tensor(1.3) if axis is None else torch.rand(x.shape[axis]) + 0.7
+    expected, of_inputs, of_range, weights = learned_by_torch(x, amax, fmt, axis)
+    inputs, learned = x.clone().requires_grad_(), amax.clone().requires_grad_()
+    found = fake_quantize(inputs, learned, fmt, axis)
+    (found * weights).sum().backward()
+    assert torch.allclose(found.double(), expected, atol=1e-6)
+    assert torch.allclose(inputs.grad.double(), of_inputs, atol=1e-6)
+    count = x.numel() / amax.numel()
+    assert torch.allclose(learned.grad.double() * (count * fmt.qmax) ** 0.5, of_range, atol=1e-4)
+
+
+def test_the_gradient_of_pact_is_that_of_what_is_clipped():
+    x, amax = torch.tensor([-3.0, -0.31, 0.2, 1.5, 2.0]), torch.tensor(1.0, requires_grad=True)
+    (fake_quantize(x, amax, Format(8, narrow_range=True), range_rule="pact") * torch.arange(1, 6)).sum().backward()
+    assert amax.grad.item() * (5 * 127) ** 0.5 == pytest.approx(-1 + 4 + 5)
+
+
+@pytest.mark.parametrize("axis", [None, 1])
+def test_the_gradient_of_the_input_is_that_of_torchs_operators(axis):
+    x = (3 * torch.randn(6, 5, 7, 7)).requires_grad_()
+    other, weights = x.detach().clone().requires_grad_(), torch.randn(6, 5, 7, 7)
+    amax = torch.tensor(2.0) if axis is None else torch.rand(5) + 1
+    (fake_quantize(x, amax, axis=axis) * weights).sum().backward()
+    (_by_operator(other, compute_scale(amax, Format()), Format(), axis) * weights).sum().backward()
+    assert torch.equal(x.grad, other.grad)
+    assert 0.01 < (x.grad == 0).float().mean() < 0.9
+
+
+class TestLearnedRange:
+    def test_there_and_back(self):
+        quantizer = TensorQuantizer(QuantDescriptor(amax=[1.0, 0.0, 3.0], axis=0))
+        parameter = quantizer.learn_range()
+        assert list(quantizer.parameters()) == [parameter]
+        assert "_amax" not in quantizer.state_dict()
+        quantizer.keep_range()
+        assert quantizer.state_dict().keys() == {"_amax"}
+        assert torch.allclose(quantizer.amax, torch.tensor([1.0, 2.0**-64, 3.0]))
+        quantizer.keep_range()
+
+    def test_no_step_makes_it_negative(self):
+        quantizer = TensorQuantizer(QuantDescriptor(amax=1.0))
+        optimizer = torch.optim.SGD([quantizer.learn_range("pact")], lr=1e5)
+        for _ in range(5):
+            optimizer.zero_grad()
+            quantizer(torch.tensor([5.0, 6.0])).sum().backward()
+            optimizer.step()
+        assert quantizer.amax.item() == AMAX_FLOOR
+
+    def test_who_shares_a_range_learns_the_same(self):
+        leader = TensorQuantizer(QuantDescriptor(amax=1.0))
+        parameter = leader.learn_range()
+        SharedQuantizer(leader)(torch.tensor([5.0])).sum().backward()
+        assert parameter.grad.item() > 0
+
+    def test_misuse_teaches(self):
+        quantizer = TensorQuantizer()
+        with pytest.raises(StateError, match="no amax to start from"):
+            quantizer.learn_range()
+        quantizer.amax = 1.0
+        with pytest.raises(ArgumentError, match=r"rule is 'lsqq'.*did you mean 'lsq'"):
+            quantizer.learn_range("lsqq")
+        quantizer.learn_range()
+        with pytest.raises(StateError, match="being learned"):
+            quantizer.amax = 2.0

@@ -96,7 +96,7 @@ def test_commands_exist(page):
 
 def test_flags_exist(capsys, monkeypatch):
     pytest.importorskip("torchvision", reason="needs the extra 'demo'")
-    verbs = ("ptq", "check", "build", "eval", "report", "explain", "gate", "env")
+    verbs = ("ptq", "qat", "check", "build", "eval", "report", "explain", "gate", "env")
     known = {verb: _help(capsys, monkeypatch, verb) for verb in verbs}
     parts = ("show", "merge", "solve")
     known["calibrate"] = "".join(_help(capsys, monkeypatch, "calibrate", part) for part in parts)
@@ -111,6 +111,8 @@ def test_flags_exist(capsys, monkeypatch):
     for flag in re.findall(r"--[a-z-]+[a-z]", known["ptq"]):
         if flag not in ("--help", "--version", "--empty-exclude"):
             assert flag in _section("The command line"), f"README does not name {flag} of qdq ptq"
+    for flag in ("--loss", "--ranges", "--steps", "--epochs", "--lr"):
+        assert flag in known["qat"], flag
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -19,6 +19,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "ptq_classifier.py"
+TUNING = ROOT / "recipes" / "qat_classifier.py"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 SMALL = [
     *("--model", "squeezenet1_1", "--weights", "random", "--calib-batches", "2", "--eval-images", "4"),
@@ -51,14 +52,14 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def start(*arguments):
-    command = [sys.executable, str(RECIPE), *map(str, arguments)]
+def start(*arguments, recipe=RECIPE):
+    command = [sys.executable, str(recipe), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
 
 
-def stop_at(stage, delay, number, *arguments):
+def stop_at(stage, delay, number, *arguments, recipe=RECIPE):
     """Send a signal some seconds into a stage; exit code and stderr."""
-    process = start(*arguments)
+    process = start(*arguments, recipe=recipe)
     while line := process.stdout.readline():
         if line == f"== {stage}\n":
             break
@@ -78,8 +79,9 @@ def assert_whole(folder):
             onnx.checker.check_model(str(path), full_check=True)
 
 
-def test_the_recipe_stays_one_page():
-    assert len(RECIPE.read_text().splitlines()) <= 100
+@pytest.mark.parametrize("recipe", [RECIPE, TUNING], ids=lambda path: path.stem)
+def test_the_recipe_stays_one_page(recipe):
+    assert len(recipe.read_text().splitlines()) <= 100
 
 
 @pytest.mark.slow
@@ -110,6 +112,30 @@ def test_interrupted_at_every_stage_then_whole(tmp_path, pictures):
     assert report["summary"]["weighted_layers_swapped"] == 26
     assert report["summary"]["census_missing_int8"] == []
     assert report["findings"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.trt
+def test_fine_tuning_interrupted_then_whole(tmp_path, pictures):
+    folder = tmp_path / "run"
+    arguments = [
+        *("--model", "squeezenet1_1", "--weights", "random", "--calib-batches", "2", "--eval-images", "4"),
+        *("--batch-size", "2", "--steps", "6", "--data-dir", pictures, "--output", folder, "--loss", "both"),
+    ]
+    code, errors = stop_at("fine-tune", 1.0, signal.SIGINT, *arguments, recipe=TUNING)
+    assert code == 130, errors
+    assert stop_at("fine-tune", 0.5, signal.SIGKILL, *arguments, recipe=TUNING)[0] == -signal.SIGKILL
+    process = start(*arguments, recipe=TUNING)
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert "6 steps" in output
+    assert {path.name for path in (folder / "tuning").iterdir()} == {
+        "best.safetensors", "last.safetensors", "state.safetensors", "tuning.json",
+    }  # fmt: skip
+    report = json.loads((folder / "report.json").read_text())
+    assert report["summary"]["weighted_layers_swapped"] == report["summary"]["census_expected_int8"] == 26
+    assert report["summary"]["census_missing_int8"] == []
+    assert [row["name"] for row in report["evaluation"]["candidates"]] == ["float", "calibrated", "fine-tuned", "ONNX"]
 
 
 def empty_folder(tmp_path):
@@ -188,6 +214,29 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, pr
     assert found in error
     assert fix.startswith("  fix: ")
     assert "== fold" not in captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--steps", "0"], 'invalid value "0" for --steps'),
+        (["--lr", "-1"], 'invalid value "-1.0" for --lr'),
+        (["--loss", "hinge"], 'invalid value "hinge" for --loss'),
+        (["--ranges", "free"], 'invalid value "free" for --ranges'),
+        (["--plan", "missing.yaml"], "cannot read the plan missing.yaml"),
+    ],
+)
+def test_bad_input_of_fine_tuning(tmp_path, monkeypatch, capsys, arguments, found):
+    from qdq.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        main(["qat", "--model", "squeezenet1_1", "--weights", "random", *arguments])
+    assert exit.value.code == 2
+    error, fix = capsys.readouterr().err.strip().splitlines()
+    assert found in error
+    assert fix.startswith("  fix: ")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_wrong_at_once_touches_no_earlier_run(tmp_path, monkeypatch):

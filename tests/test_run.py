@@ -101,9 +101,11 @@ def test_what_was_collected_is_kept_for_the_same_run_only(tmp_path, change, kept
     options = {"seed": 3, "settings": {"model": "x", "output": tmp_path}}
     run = start_run(tmp_path / "run", **options)
     write_atomic(run.folder / "calibration.safetensors", "half")
+    write_atomic(run.folder / "tuning" / "state.safetensors", "half")
     write_atomic(run.folder / "model.onnx", "stale")
     again = start_run(tmp_path / "run", **(options | change))
     assert (again.folder / "calibration.safetensors").exists() == kept
+    assert (again.folder / "tuning").exists() == kept
     assert not (again.folder / "model.onnx").exists()
     again.finish()
     start_run(tmp_path / "run", **(options | change))

@@ -51,6 +51,7 @@ def make_app() -> cyclopts.App:
     from qdq.cli.gate import gate
     from qdq.cli.plan import plan
     from qdq.cli.ptq import ptq  # the recipe, which imports this module
+    from qdq.cli.qat import qat
     from qdq.cli.report import report
 
     app = _new_app("qdq", help=_HELP)
@@ -58,8 +59,8 @@ def make_app() -> cyclopts.App:
     for command in (calibrate.show, calibrate.merge, calibrate.solve):
         statistics.command(command)
     verbs = {
-        "ptq": ptq, "calibrate": statistics, "check": check, "build": build, "eval": evaluate_files, "report": report,
-        "explain": explain, "gate": gate, "plan": plan, "env": env,
+        "ptq": ptq, "qat": qat, "calibrate": statistics, "check": check, "build": build, "eval": evaluate_files,
+        "report": report, "explain": explain, "gate": gate, "plan": plan, "env": env,
     }  # fmt: skip
     for position, (name, command) in enumerate(verbs.items()):
         if isinstance(command, cyclopts.App):

@@ -1,0 +1,268 @@
+"""Fine-tuning (QAT): win back what quantization lost, with labels or without, and export as before.
+
+The forward is fake-quantized as ever, and the gradient passes straight through (see `qdq.quantizer`). By default the
+ranges of calibration stay and the float model teaches the quantized one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from qdq.calibrate.collect import digest_sources
+from qdq.distributed import find_rank
+from qdq.errors import ArgumentError, DataError, StateError
+from qdq.evaluate import predict
+from qdq.metrics import sqnr_db
+from qdq.patterns import Pattern
+from qdq.qat.checkpoint import load_tuned, pack_random, save_tuned, unpack_random
+from qdq.qat.losses import Distillation, Loss, Objective, cross_entropy
+from qdq.qat.ranges import require_ranges
+from qdq.qat.record import Measurement, Record
+from qdq.qat.schedule import Schedule
+from qdq.qat.trainer import Trainer, copy_float, digest_weights
+from qdq.qat.watch import BadRange, Oscillation, find_bad_ranges
+from qdq.run import set_seed, write_json
+from qdq.trace import require_batches
+
+__all__ = ["Distillation", "Schedule", "Tuning", "cross_entropy", "finetune", "load_tuned", "save_tuned"]
+
+SUMMARY_FILE = "tuning.json"
+_MEASUREMENTS = 10  # of the metric, where nothing else is said
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Result of `finetune`.
+
+    Args:
+        losses: Loss of each step.
+        curve: The metric before, between and after; empty where there is none.
+        best_step: The step whose weights the model has now.
+        stopped: Why it ended before the last step, "" if it did not.
+        oscillating: Layers whose weights went back and forth between two codes, see `OscillationWatch`.
+        bad_ranges: Ranges that do not fit what they quantize.
+        seconds: Time of all steps, without measurements.
+    """
+
+    losses: tuple[float, ...]
+    curve: tuple[Measurement, ...]
+    best_step: int
+    stopped: str
+    oscillating: tuple[Oscillation, ...]
+    bad_ranges: tuple[BadRange, ...]
+    seconds: float
+
+    def format_table(self) -> str:
+        """The curve, then what does not look right."""
+        steps = len(self.losses)
+        lines = [
+            f"{steps} steps, {self.seconds / max(steps, 1):.2f} s a step; the model is that of step {self.best_step}"
+            + (f"; {self.stopped}" if self.stopped else ""),
+            "   step   metric     loss        lr",
+        ]
+        for m in self.curve:
+            loss = "       -" if m.loss is None else f"{m.loss:8.5f}"
+            lines.append(f"  {m.step:5d}  {m.metric:7.2f}  {loss}  {m.lr:8.1e}")
+        for each in self.oscillating:
+            lines.append(f"  {each.layer}: {each.share:.1%} of its weights oscillate between two codes")
+        return "\n".join(lines + [f"  {each.quantizer}: {each.reason}" for each in self.bad_ranges])
+
+
+def finetune(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss: Loss | None = None,
+    distillation: Distillation | None = Distillation(),  # noqa: B008  # frozen
+    teacher: nn.Module | None = None,
+    schedule: Schedule = Schedule(),  # noqa: B008  # frozen
+    ranges: str = "frozen",
+    train: str = "all",
+    layers: Iterable[Pattern] | None = None,
+    held: Iterable[Any] | None = None,
+    metric: Callable[[nn.Module], float] | None = None,
+    measure_every: int | None = None,
+    folder: Path | str | None = None,
+    tensorboard: bool = False,
+    amp: bool = False,
+    seed: int = 0,
+) -> Tuning:
+    """Train a calibrated model with its quantizers on, in place.
+
+    The model stays in evaluation mode (no dropout), but for live BatchNorm at first. Under `torchrun` every process
+    passes the same batches and takes its share of the samples of each; the gradients are the mean over all samples, so
+    that the result is that of one process. With `folder`, a run that was killed goes on where it was when it is called
+    again in the same way, with the same losses.
+
+    Args:
+        model: A calibrated model, on its device. At the end it has the weights with the best metric, or the last ones.
+        batches: What the model is called with (see `trace.call_model`), iterated over again in every epoch: a
+            DataLoader, a list. The seed and the number of the epoch seed the random numbers that it shuffles with;
+            `set_epoch(epoch)` of it, or of its sampler, is called where there is one.
+        loss: `(outputs, batch) -> scalar`, the mean over the samples: `cross_entropy`, or that of a detector. None:
+            distillation alone, which needs no labels.
+        distillation: The distance to the teacher; None leaves it out.
+        teacher: The float model; None: the model as it is now, with its quantizers off.
+        schedule: Length and learning rates.
+        ranges: "frozen", "lsq", "pact" or "ema", see `RangeTuning`.
+        train: "all", "ranges" (learned ranges only) or "batchnorm" (the statistics of live BatchNorm only).
+        layers: Patterns (see `qdq.patterns`) of modules; only what is in them is trained. None: everything.
+        held: Batches that are not trained on; the metric is the SQNR of the first output against the teacher's, in dB.
+        metric: `model -> number`, higher is better, instead.
+        measure_every: Steps between two measurements; None: a tenth of all.
+        folder: Keeps the state of the run, the best and the last model and a summary; a run that is finished is read.
+        tensorboard: Write loss, metric, learning rate and ranges as scalars into `folder`/tensorboard.
+        amp: Compute in bfloat16 where torch.autocast does so; weights and quantizers stay in float32.
+        seed: Of the order of the data.
+
+    Returns:
+        Losses, the curve of the metric, and what did not look right.
+
+    Raises:
+        ArgumentError: Options that do not go together or are out of range; a folder that cannot be written to, or that
+            holds a run of another model or with other settings.
+        ArgumentTypeError: One tensor or dictionary instead of batches.
+        DataError: No batch; a batch that cannot be shared among processes.
+        DependencyError: `tensorboard` without the package.
+        StateError: A quantizer has no range; the loss or a gradient is NaN or Inf, with the layer in which it began.
+            The model then has its best, or else its last good weights.
+    """
+    require_batches(batches)
+    require_ranges(model)
+    if not 0 <= seed < 2**32:
+        raise ArgumentError(f"seed is {seed}; it must be 0 to {2**32 - 1}.", "choose another seed.")
+    if measure_every is not None and measure_every < 1:
+        raise ArgumentError(f"measure_every is {measure_every}; it must be 1 or more.", "leave it out.")
+    if teacher is None and (distillation is not None or held is not None):
+        teacher = copy_float(model)
+    if metric is None and held is not None and teacher is not None:
+        metric = _make_metric(teacher, held)
+    total = schedule.count_steps(batches)
+    objective = Objective(model, teacher, loss, distillation)
+    settings = {
+        "weights": digest_weights(model), "schedule": asdict(schedule), "steps": total, "ranges": ranges,
+        "train": train, "distillation": repr(distillation), "amp": amp, "seed": seed,
+    }  # fmt: skip
+    if folder is not None:
+        settings["data"] = _digest_sources(model, batches, seed)
+    trainer = Trainer(model, objective, schedule, total, ranges=ranges, train=train, layers=layers, amp=amp)
+    settings["layers"] = trainer.digest_trained()
+    with ExitStack() as exits:
+        exits.callback(trainer.finish)
+        every = measure_every or max(total // _MEASUREMENTS, 1)
+        record = Record(trainer, metric, every, None if folder is None else Path(folder), settings, tensorboard)
+        exits.callback(record.close)
+        exits.enter_context(_keeping_random_state())
+        stopped, batch = _run(trainer, record, batches, seed, schedule.patience)
+        best_step = record.finish()
+        if batch is None:  # the run in the folder was finished before
+            batch = next(iter(batches), None)
+    oscillating = trainer.watch.find() if trainer.watch else ()
+    bad_ranges = () if batch is None else find_bad_ranges(model, trainer.place(batch))
+    tuning = Tuning(
+        tuple(record.losses), tuple(record.curve), best_step, stopped, oscillating, bad_ranges, record.seconds
+    )
+    if folder is not None and find_rank()[0] == 0:
+        write_json(Path(folder) / SUMMARY_FILE, tuning)
+    return tuning
+
+
+def _run(trainer: Trainer, record: Record, batches: Iterable[Any], seed: int, patience: int | None) -> tuple[str, Any]:
+    """All steps that are left; why they ended early ("" if they did not), and the last batch."""
+    random_state = record.resume()
+    if not record.losses:
+        record.measure()
+    stopped, batch = _reason_to_stop(record, patience), None
+    stream = _iterate(batches, seed, record.epoch, random_state)
+    with tqdm(total=trainer.total, initial=trainer.step, desc="fine-tune", unit="step", disable=None) as progress:
+        while trainer.step < trainer.total and not stopped:
+            batch, epoch = next(stream)
+            began = time.perf_counter()
+            try:
+                loss = trainer.run_step(batch)
+            except StateError:
+                record.restore_best()
+                raise
+            record.add_step(loss, epoch, time.perf_counter() - began)
+            progress.update()
+            progress.set_postfix_str(_describe(record), refresh=False)
+            stopped = _reason_to_stop(record, patience)
+    return stopped, batch
+
+
+def _describe(record: Record) -> str:
+    metric = f", metric {record.curve[-1].metric:.2f}" if record.curve else ""
+    return f"loss {record.losses[-1]:.4g}{metric}"
+
+
+def _reason_to_stop(record: Record, patience: int | None) -> str:
+    if patience is None or record.count_without_gain() < patience:
+        return ""
+    return f"stopped: {patience} measurements in a row were not better"
+
+
+def _iterate(
+    batches: Iterable[Any], seed: int, begin: tuple[int, int], random_state: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[Any, tuple[int, int]]]:
+    """Batches without end, each with its epoch and how many of that epoch have been taken with it.
+
+    Each epoch seeds all random numbers by itself, so that it can be begun anew and skipped to where a run was.
+
+    Raises:
+        DataError: An epoch without a batch.
+    """
+    epoch, skipped = begin
+    while True:
+        _begin_epoch(batches, seed, epoch)
+        taken = 0
+        for taken, batch in enumerate(batches, 1):
+            if taken <= skipped:
+                if taken == skipped and random_state:
+                    unpack_random(random_state)
+                continue
+            yield batch, (epoch, taken)
+        if not taken:
+            raise DataError("there is no batch to train on.", "give batches that can be iterated over again.")
+        epoch, skipped, random_state = epoch + 1, 0, {}
+
+
+def _digest_sources(model: nn.Module, batches: Iterable[Any], seed: int) -> str:
+    """What tells one model and training set from another; "" where looking would use a batch up."""
+    if iter(batches) is batches:
+        return ""
+    with _keeping_random_state():
+        _begin_epoch(batches, seed, 0)
+        return next((digest_sources(model, batch) for batch in batches), "")
+
+
+def _begin_epoch(batches: Any, seed: int, epoch: int) -> None:
+    set_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
+    for owner in (batches, getattr(batches, "sampler", None)):
+        if set_epoch := getattr(owner, "set_epoch", None):
+            set_epoch(epoch)
+
+
+@contextmanager
+def _keeping_random_state() -> Iterator[None]:
+    before = pack_random()
+    try:
+        yield
+    finally:
+        unpack_random(before)
+
+
+def _make_metric(teacher: nn.Module, held: Iterable[Any]) -> Callable[[nn.Module], float]:
+    """SQNR of the first output against the teacher's, in dB."""
+    kept = list(held)
+    expected = predict(teacher, kept)
+    return lambda model: sqnr_db(expected, predict(model, kept))

@@ -1,0 +1,150 @@
+"""Files of fine-tuning: the model, and the state from which a killed run goes on. safetensors, whole or absent."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from qdq.errors import DataError, ModelError
+from qdq.quantizer import from_log2, named_quantizers
+from qdq.run import write_atomic
+
+MODEL_FORMAT = "qdq fine-tuned model 1"
+STATE_FORMAT = "qdq fine-tuning state 1"
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any]) -> Path:
+    """Write tensors and what belongs to them as one file, atomically.
+
+    Args:
+        path: The file.
+        tensors: By name; tied ones are written once for each name.
+        facts: What JSON can hold; it stands in the metadata of the file.
+
+    Raises:
+        ArgumentError: The folder cannot be written to.
+    """
+    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    return write_atomic(path, save(own, {"qdq": json.dumps(facts)}))
+
+
+def load_tensors(path: Path, form: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote.
+
+    Args:
+        path: The file.
+        form: What the entry "format" of its facts must be.
+
+    Raises:
+        DataError: The file cannot be read, or is of another kind.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get("qdq", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}.", "give a file that finetune wrote.") from error
+    if not isinstance(facts, dict) or facts.get("format") != form:
+        raise DataError(f"{path} is no {form!r} file.", "give a file that this version of finetune wrote.")
+    return tensors, facts
+
+
+def save_tuned(model: nn.Module, path: Path | str, facts: dict[str, Any] | None = None) -> Path:
+    """Write weights and ranges of a quantized model, and which of its quantizers are off.
+
+    Args:
+        model: A calibrated model.
+        path: Ends in `.safetensors`; the keys in it are those of the state dict.
+        facts: What else to say about it.
+
+    Raises:
+        ArgumentError: The folder cannot be written to.
+    """
+    disabled = [name for name, quantizer in named_quantizers(model) if quantizer._disabled]
+    return save_tensors(Path(path), plain_state(model), {"format": MODEL_FORMAT, "disabled": disabled, **(facts or {})})
+
+
+def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict with ranges as buffers, also while they are learned; copies."""
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    learned = [name for name in state if name.endswith("._log2_amax")]
+    return state | {name.replace("._log2_amax", "._amax"): from_log2(state.pop(name)) for name in learned}
+
+
+def load_tuned(model: nn.Module, path: Path | str) -> dict[str, Any]:
+    """Give a model the weights, ranges and float layers that `save_tuned` or `finetune` wrote, in place.
+
+    Args:
+        model: The model, folded, swapped and rewired as it was then; it need not be calibrated.
+        path: The file.
+
+    Returns:
+        What else the file says: step and metric.
+
+    Raises:
+        DataError: The file cannot be read, or is of another kind.
+        ModelError: It is of another model; nothing is changed then.
+    """
+    tensors, facts = load_tensors(Path(path), MODEL_FORMAT)
+    quantizers = dict(named_quantizers(model))
+    own = {name for name in model.state_dict() if not name.endswith("._amax")}
+    theirs = {name for name in tensors if name.rpartition("._amax")[0] not in quantizers}
+    if different := sorted(own ^ theirs) + [name for name in facts["disabled"] if name not in quantizers]:
+        raise ModelError(
+            f"{path} is of another model: {', '.join(different[:3])} and {max(len(different) - 3, 0)} more differ.",
+            "fold, swap and rewire the model in the same way as before fine-tuning.",
+        )
+    _require_shapes(model, tensors, path)
+    model.load_state_dict(tensors, strict=False)
+    for name, quantizer in quantizers.items():
+        quantizer._disabled = name in facts["disabled"]
+    return {key: value for key, value in facts.items() if key not in ("format", "disabled")}
+
+
+def _require_shapes(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path | str) -> None:
+    for name, own in model.state_dict().items():
+        if name in tensors and tensors[name].numel() != own.numel():
+            raise ModelError(
+                f"{path}: {name} has the shape {tuple(tensors[name].shape)}, the model {tuple(own.shape)}.",
+                "load the architecture that was fine-tuned.",
+            )
+
+
+def pack_random() -> dict[str, torch.Tensor]:
+    """The state of the random numbers of Python, numpy and torch."""
+    version, words, gauss = random.getstate()
+    assert version == 3  # noqa: S101  # since Python 3.2
+    numpy_state = np.random.get_state(legacy=False)
+    assert isinstance(numpy_state, dict)  # noqa: S101
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(words, dtype=torch.int64),
+        "numpy": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+        "numpy position": torch.tensor(numpy_state["state"]["pos"]),
+        "gauss": torch.tensor([np.nan if gauss is None else gauss, numpy_state["gauss"]], dtype=torch.float64),
+        "numpy has gauss": torch.tensor(numpy_state["has_gauss"]),
+    }
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def unpack_random(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Undo `pack_random`."""
+    python_gauss, numpy_gauss = tensors["gauss"].tolist()
+    random.setstate((3, tuple(tensors["python"].tolist()), None if math.isnan(python_gauss) else python_gauss))
+    key, position = tensors["numpy"].numpy().astype(np.uint32), int(tensors["numpy position"])
+    np.random.set_state(("MT19937", key, position, int(tensors["numpy has gauss"]), numpy_gauss))
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])

@@ -1,0 +1,125 @@
+"""Which ranges change during fine-tuning, and how: none, learned by gradient, or followed by a moving average."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from qdq.calibrate.collect import Collection
+from qdq.calibrate.weights import solve_weight
+from qdq.distributed import max_over_ranks
+from qdq.errors import ArgumentError, StateError
+from qdq.observers.max import reduce_amax
+from qdq.quantizer import RANGE_RULES, TensorQuantizer, named_quantizers
+
+RANGE_METHODS = ("frozen", *RANGE_RULES, "ema")
+_DECAY = 0.99  # of the moving average, as in torch.ao's observer for training
+
+
+class RangeTuning:
+    """The ranges of a model while they are tuned, until `stop`.
+
+    "lsq" learns the ranges of inputs and weights (Esser et al., arXiv 1902.08153), "pact" those of inputs, by what they
+    clip (Choi et al., arXiv 1805.06085); the quantizers hold them as parameters meanwhile. With "ema" the range of an
+    input is the moving average of the largest value of each batch, and that of a weight its largest value (Jacob et
+    al., CVPR 2018, arXiv 1712.05877). "frozen" changes none.
+
+    Args:
+        model: A calibrated model.
+        method: One of `RANGE_METHODS`.
+
+    Attributes:
+        parameters: What an optimizer has to learn, by dotted name; empty after `stop`.
+
+    Raises:
+        ArgumentError: Another method, or no quantizer is on.
+        StateError: A quantizer that is on has no range.
+    """
+
+    def __init__(self, model: nn.Module, method: str) -> None:
+        require_range_method(method)
+        require_ranges(model)
+        quantizers, collection = dict(named_quantizers(model)), Collection(model)
+        self._weights = {
+            quantizers[name]: (f"{layer}.{parameter}", module, parameter)
+            for name, (layer, module, parameter) in collection.weights.items()
+        }
+        self._inputs = [quantizers[name] for name in dict.fromkeys(collection.leaders.values())]
+        self._exits = ExitStack()
+        self.parameters: dict[str, nn.Parameter] = {}
+        self._largest: dict[TensorQuantizer, torch.Tensor] = {}
+        self._follows = method == "ema"
+        if method in RANGE_RULES:
+            learned = [*self._inputs, *(self._weights if method == "lsq" else ())]
+            names = {quantizer: name for name, quantizer in quantizers.items()}
+            for quantizer in learned:
+                self.parameters[f"{names[quantizer]}._log2_amax"] = quantizer.learn_range(method)
+                self._exits.callback(quantizer.keep_range)
+        elif self._follows:
+            for name, leader in collection.leaders.items():
+                self._watch(quantizers[name], quantizers[leader])
+
+    def _watch(self, quantizer: TensorQuantizer, leader: TensorQuantizer) -> None:
+        """Keep the largest value that a step shows to a quantizer, for the one that has its range."""
+
+        def see(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            if torch.is_grad_enabled():  # not while the metric is measured
+                largest = reduce_amax(inputs[0], leader.axis)
+                known = self._largest.get(leader)
+                self._largest[leader] = largest if known is None else torch.maximum(known, largest)
+
+        self._exits.callback(quantizer.register_forward_pre_hook(see).remove)
+
+    def after_step(self) -> None:
+        """Have ranges follow what the step has shown, where they do."""
+        if not self._follows:
+            return
+        for quantizer in self._inputs:
+            assert quantizer.amax is not None  # noqa: S101
+            largest = max_over_ranks(self._largest.get(quantizer, torch.zeros_like(quantizer.amax)))
+            if largest.any():  # else the step did not reach it
+                quantizer.amax = _DECAY * quantizer.amax + (1 - _DECAY) * largest.reshape(quantizer.amax.shape)
+        self._largest.clear()
+        for quantizer, (label, layer, parameter) in self._weights.items():
+            weight = layer._parameters[parameter]
+            assert weight is not None  # noqa: S101
+            quantizer.amax = solve_weight(label, weight, quantizer, "max")
+
+    def stop(self) -> None:
+        """Leave every range as it is now, a buffer as before; may be called again."""
+        self._exits.close()
+        self.parameters, self._follows = {}, False
+
+
+def require_range_method(method: str) -> None:
+    """Refuse an unknown method.
+
+    Raises:
+        ArgumentError: With the known ones.
+    """
+    if method not in RANGE_METHODS:
+        raise ArgumentError(f"unknown range method {method!r}; known are {', '.join(RANGE_METHODS)}.", "use 'frozen'.")
+
+
+def require_ranges(model: nn.Module) -> None:
+    """Refuse a model of which a quantizer that is on has no range.
+
+    Raises:
+        StateError: With the names of some.
+    """
+    without = [name for name, q in named_quantizers(model) if not q._disabled and q.amax is None]
+    if without:
+        some = ", ".join(without[:3]) + (" ..." if len(without) > 3 else "")
+        raise StateError(f"{len(without)} quantizers have no range: {some}.", "call calibrate_model first.")
+
+
+def describe_ranges(model: nn.Module) -> dict[str, Any]:
+    """Largest range of each quantizer that is on, by its name."""
+    return {
+        name: float(quantizer.amax.max())
+        for name, quantizer in named_quantizers(model)
+        if not quantizer._disabled and quantizer.amax is not None
+    }

@@ -1,0 +1,318 @@
+"""One step of fine-tuning after the other: which modules are live, gradient, update."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
+
+from qdq.calibrate.collect import fingerprint_model
+from qdq.distributed import find_rank, shard_samples, sum_over_ranks
+from qdq.errors import ArgumentError, StateError
+from qdq.patterns import Pattern, Patterns
+from qdq.qat.losses import Objective
+from qdq.qat.ranges import RangeTuning
+from qdq.qat.schedule import Schedule
+from qdq.qat.watch import OscillationWatch, find_nonfinite
+from qdq.quantizer import TensorQuantizer, named_quantizers
+from qdq.swap import restore_modules
+
+TRAINED = ("all", "ranges", "batchnorm")
+_WATCHED = 0.25  # last share of the steps in which oscillating weights are looked for
+
+
+class Trainer:
+    """What changes the model.
+
+    Between two steps the model is in evaluation mode with all its quantizers on, and may be measured or saved.
+
+    Args:
+        model: A calibrated model, on its device.
+        objective: Its loss.
+        schedule: Length and learning rates.
+        total: Number of steps.
+        ranges: As for `finetune`.
+        train: As for `finetune`.
+        layers: As for `finetune`.
+        amp: As for `finetune`.
+
+    Attributes:
+        step: How many steps are done.
+
+    Raises:
+        ArgumentError: Unknown options, or nothing to train.
+        StateError: A quantizer has no range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        schedule: Schedule,
+        total: int,
+        *,
+        ranges: str = "frozen",
+        train: str = "all",
+        layers: Iterable[Pattern] | None = None,
+        amp: bool = False,
+    ) -> None:
+        if train not in TRAINED:
+            raise ArgumentError(f"train is {train!r}; known are {', '.join(TRAINED)}.", "use 'all'.")
+        chosen = _choose_modules(model, layers)
+        self.model, self.total, self.step = model, total, 0
+        self._objective, self._schedule, self._amp = objective, schedule, amp
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._exits = ExitStack()
+        self._ranges = RangeTuning(model, ranges)
+        self._exits.callback(self._ranges.stop)
+        self._freeze_mode()
+        self._batchnorms = [module for module in chosen if isinstance(module, _BatchNorm)]
+        self._parameters = self._choose_parameters(chosen, train)
+        if not self._parameters and not (train == "batchnorm" and self._batchnorms):
+            self.finish()
+            raise ArgumentError("there is nothing to train.", _FIXES[train])
+        # what is all that is trained is trained to the end
+        self._live_batchnorm = 1.0 if train == "batchnorm" else schedule.tune_batchnorm
+        self._tune_ranges = 1.0 if train == "ranges" else schedule.tune_ranges
+        self._optimizer = self._make_optimizer()
+        self._growing = _group_by_owner(model) if schedule.grow else []
+        self._watch: OscillationWatch | None = None
+
+    def _freeze_mode(self) -> None:
+        """Evaluation mode and no gradients, until `finish` puts back what was."""
+        for module in self.model.modules():
+            self._exits.callback(setattr, module, "training", module.training)
+        for parameter in self.model.parameters():
+            self._exits.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
+        self.model.eval()
+
+    def _choose_parameters(self, modules: set[nn.Module], train: str) -> dict[str, nn.Parameter]:
+        learned = set(self._ranges.parameters.values())
+        owners = {p: module for module in modules for p in module._parameters.values() if p is not None}
+        chosen = {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter in owners
+            and parameter.is_floating_point()
+            and (train == "all" or (train == "ranges" and parameter in learned))
+        }
+        for parameter in chosen.values():
+            parameter.requires_grad_(True)
+        return chosen
+
+    def _make_optimizer(self) -> torch.optim.Optimizer | None:
+        if not self._parameters:
+            return None
+        learned = set(self._ranges.parameters.values())
+        weights = [p for p in self._parameters.values() if p not in learned and p.dim() > 1]
+        biases = [p for p in self._parameters.values() if p not in learned and p.dim() <= 1]
+        scales = [p for p in self._parameters.values() if p in learned]
+        rates = ((weights, self._schedule.lr), (biases, self._schedule.bias_lr), (scales, self._schedule.range_lr))
+        return torch.optim.Adam([{"params": params, "lr": lr, "largest_lr": lr} for params, lr in rates if params])
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of weights in the last step, 0 before the first."""
+        return self._schedule.lr * self._schedule.rate_at(self.step - 1, self.total) if self.step else 0.0
+
+    def digest_trained(self) -> str:
+        """What tells one choice of parameters from another."""
+        return hashlib.sha256("\n".join(self._parameters).encode()).hexdigest()[:16]
+
+    def place(self, batch: Any) -> Any:
+        """A batch on the device of the model."""
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self._device), batch)
+
+    def run_step(self, batch: Any) -> float:
+        """Train on one batch; gives the loss before the update, the mean over the samples of all processes.
+
+        Raises:
+            StateError: The loss or a gradient is NaN or Inf; the model is as it was before.
+            DataError: A batch that cannot be shared among processes.
+        """
+        own, samples = shard_samples(self.place(batch))
+        if self.step >= self._tune_ranges * self.total:
+            self._stop_ranges()
+        if self._watch is None and self.step >= (1 - _WATCHED) * self.total and self._parameters:
+            self._watch = OscillationWatch(self.model)
+        with self._live_modules(), torch.set_grad_enabled(self._optimizer is not None):
+            loss = self._forward_backward(own, samples)
+            self._require_finite(loss, own)
+        if self._optimizer is not None:
+            self._update(self._optimizer)
+        self._ranges.after_step()
+        if self._watch:
+            self._watch.after_step()
+        self.step += 1
+        return loss
+
+    @contextmanager
+    def _live_modules(self) -> Iterator[None]:
+        """BatchNorm in training mode while it is live; the quantizers whose turn has not come are off."""
+        live = self._batchnorms if self.step < self._live_batchnorm * self.total else []
+        statistics = [(buffer, buffer.clone()) for module in live for buffer in module.buffers()]
+        with ExitStack() as exits:
+            for module in live:
+                exits.callback(module.eval)
+                module.train()
+            for quantizer in self._find_waiting():
+                exits.callback(quantizer.enable)
+                quantizer.disable()
+            try:
+                yield
+            except StateError:
+                for buffer, before in statistics:  # a forward with NaN has changed them
+                    buffer.copy_(before)
+                raise
+
+    def _find_waiting(self) -> list[TensorQuantizer]:
+        """The quantizers that are not yet on while the quantized share grows."""
+        if not self._growing:
+            return []
+        share = (self.step + 1) / (self._schedule.grow * self.total)
+        return [quantizer for group in self._growing[math.ceil(share * len(self._growing)) :] for quantizer in group]
+
+    def _forward_backward(self, batch: Any, samples: int) -> float:
+        """Gradients of the mean loss over the samples of all processes; gives that loss."""
+        loss = torch.zeros((), device=self._device)
+        if samples:
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._amp):
+                loss = self._objective(batch)
+            if self._optimizer is not None:
+                self._optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+        if find_rank()[1] == 1:
+            return float(loss.detach())
+        return _average_gradients(list(self._parameters.values()), loss.detach(), samples)
+
+    def _require_finite(self, loss: float, batch: Any) -> None:
+        """Clip the gradient, and refuse NaN and Inf.
+
+        Raises:
+            StateError: With the layer or the parameter.
+        """
+        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._schedule.max_norm)
+        if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
+            found = self._explain_nonfinite(loss, batch)
+            raise StateError(found, "lower the learning rate (lr), or look at what is named.")
+
+    def _update(self, optimizer: torch.optim.Optimizer) -> None:
+        rate = self._schedule.rate_at(self.step, self.total)
+        for group in optimizer.param_groups:
+            group["lr"] = group["largest_lr"] * rate
+        optimizer.step()
+
+    def _explain_nonfinite(self, loss: float, batch: Any) -> str:
+        if math.isfinite(loss):
+            bad = [n for n, p in self._parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+            return f"the gradient of {bad[0] if bad else 'a weight'} is NaN or Inf in step {self.step + 1}."
+        layer = find_nonfinite(self.model, batch)
+        where = (
+            f"it begins in {layer}" if layer else "no layer makes it of finite inputs, so the batch or the loss does"
+        )
+        return f"the loss is {loss} in step {self.step + 1}; {where}."
+
+    def _stop_ranges(self) -> None:
+        for name in self._ranges.parameters:
+            self._parameters.pop(name, None)
+        self._ranges.stop()
+
+    def pack(self) -> dict[str, torch.Tensor]:
+        """Model and optimizer as tensors, from which `unpack` goes on exactly."""
+        model = {f"model//{name}": tensor for name, tensor in self.model.state_dict().items()}
+        states = self._optimizer.state if self._optimizer else {}
+        return model | {
+            f"optimizer//{name}//{key}": torch.as_tensor(value)
+            for name, parameter in self._parameters.items()
+            for key, value in states.get(parameter, {}).items()
+        }
+
+    def unpack(self, tensors: Mapping[str, torch.Tensor], step: int) -> None:
+        """Go on where another trainer of the same model and options packed itself, after so many steps."""
+        if not any(name.endswith("._log2_amax") for name in tensors):
+            self._stop_ranges()
+        self.model.load_state_dict(
+            {k.removeprefix("model//"): t for k, t in tensors.items() if k.startswith("model//")}
+        )
+        for name, parameter in self._parameters.items():
+            prefix = f"optimizer//{name}//"
+            state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            if self._optimizer and state:  # Adam keeps its count of steps on the CPU
+                moved = {key: t.to(parameter.device) if t.dim() else t for key, t in state.items()}
+                self._optimizer.state[parameter] = moved
+        self.step = step
+
+    @property
+    def watch(self) -> OscillationWatch | None:
+        """What saw the weights of the last steps; None where too few were taken."""
+        return self._watch
+
+    def finish(self) -> None:
+        """Put back modes and flags, and leave the ranges as they are; may be called again."""
+        self._exits.close()
+
+
+_FIXES = {
+    "all": "check the patterns in layers.",
+    "ranges": "learn ranges with ranges='lsq' or 'pact', and check the patterns in layers.",
+    "batchnorm": "the model has no BatchNorm, or it is folded: tune it before fold_batchnorm.",
+}
+
+
+def copy_float(model: nn.Module) -> nn.Module:
+    """The float model of a quantized one, on its own."""
+    teacher = copy.deepcopy(model)
+    restore_modules(teacher)
+    for _, quantizer in named_quantizers(teacher):  # of classes that exist only quantized
+        quantizer.disable()
+    return teacher.eval().requires_grad_(False)
+
+
+def digest_weights(model: nn.Module) -> str:
+    """What tells one trained model from another: names, formats, float layers, shapes and values of the weights."""
+    off = [name for name, quantizer in named_quantizers(model) if quantizer._disabled]
+    digest = hashlib.sha256(f"{fingerprint_model(model)} {off}".encode())
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        values = parameter.detach().to("cpu", torch.float32, memory_format=torch.contiguous_format)
+        digest.update(values.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _choose_modules(model: nn.Module, patterns: Iterable[Pattern] | None) -> set[nn.Module]:
+    if patterns is None:
+        return set(model.modules())
+    wanted = Patterns(patterns, "layers")
+    chosen = [module for name, module in model.named_modules() if wanted.match([name], module)]
+    wanted.warn_unused("module")
+    return {inner for module in chosen for inner in module.modules()}
+
+
+def _group_by_owner(model: nn.Module) -> list[list[TensorQuantizer]]:
+    """The quantizers that are on, those of one module together, in the order of the modules."""
+    groups: dict[str, list[TensorQuantizer]] = {}
+    for name, quantizer in named_quantizers(model):
+        if not quantizer._disabled:
+            groups.setdefault(name.rpartition(".")[0], []).append(quantizer)
+    return list(groups.values())
+
+
+def _average_gradients(parameters: list[nn.Parameter], loss: torch.Tensor, samples: int) -> float:
+    """Replace the gradients by the mean over the samples of all processes; gives that mean of the loss."""
+    grads = [torch.zeros_like(p) if p.grad is None or not samples else p.grad for p in parameters]
+    flat = torch.cat([*(grad.flatten() for grad in grads), loss.reshape(1).to(loss.dtype)]) * samples
+    count = sum_over_ranks(torch.tensor(float(samples), device=flat.device))
+    flat = sum_over_ranks(flat) / count
+    pieces = torch.split(flat[:-1], [grad.numel() for grad in grads])
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        parameter.grad = piece.reshape(parameter.shape).clone()
+    return float(flat[-1])

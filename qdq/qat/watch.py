@@ -1,0 +1,151 @@
+"""What may go wrong without a sign: oscillating weights, ranges that do not fit; and where NaN began."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from qdq.calibrate.collect import Collection
+from qdq.quantizer import TensorQuantizer, named_quantizers, quantize_codes
+from qdq.trace import call_model, evaluating
+
+_REVERSALS = 2  # so often must a code turn back to be called oscillating
+_SHARE = 0.01  # of the weights of a layer that oscillate, to be reported
+_CLIPPED = 0.5  # share of the values beyond the range, to be reported
+_UNUSED = 1 / 8  # of the range at most is used: 3 bits are lost
+
+
+@dataclass(frozen=True)
+class Oscillation:
+    """Weights of a layer that went back and forth between two codes.
+
+    Args:
+        layer: Dotted name.
+        share: Share of its weights, 0..1.
+    """
+
+    layer: str
+    share: float
+
+
+@dataclass(frozen=True)
+class BadRange:
+    """A range that does not fit what it quantizes.
+
+    Args:
+        quantizer: Dotted name.
+        reason: What is wrong with it.
+    """
+
+    quantizer: str
+    reason: str
+
+
+class OscillationWatch:
+    """Counts for each weight how often its code changed back (Nagel et al., ICML 2022, arXiv 2203.11086, section 3.2).
+
+    Args:
+        model: A calibrated model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        quantizers = dict(named_quantizers(model))
+        self._weights = [
+            (layer, module, parameter, quantizers[name])
+            for name, (layer, module, parameter) in Collection(model).weights.items()
+        ]
+        self._codes = list(self._quantize())
+        self._direction = [torch.zeros_like(codes, dtype=torch.int8) for codes in self._codes]
+        self._reversals = [torch.zeros_like(codes, dtype=torch.uint8) for codes in self._codes]
+
+    @torch.no_grad()
+    def _quantize(self) -> Iterator[torch.Tensor]:
+        for _, module, parameter, quantizer in self._weights:
+            weight = module._parameters[parameter]
+            assert weight is not None  # noqa: S101
+            scale = quantizer.scale if quantizer.axis is None else quantizer.scale.flatten()
+            yield quantize_codes(weight.float(), scale, quantizer.format, _positive(quantizer.axis, weight)).short()
+
+    def after_step(self) -> None:
+        """Compare the codes with those before the step."""
+        for index, codes in enumerate(self._quantize()):
+            moved = (codes - self._codes[index]).sign().to(torch.int8)
+            back = (moved != 0) & (moved == -self._direction[index])
+            self._reversals[index] += back & (self._reversals[index] < 255)
+            self._direction[index] = torch.where(moved != 0, moved, self._direction[index])
+            self._codes[index] = codes
+
+    def find(self) -> tuple[Oscillation, ...]:
+        """The layers in which more than 1 % of the weights oscillated, worst first."""
+        shares = [float((reversals >= _REVERSALS).float().mean()) for reversals in self._reversals]
+        found = [Oscillation(layer, share) for (layer, *_), share in zip(self._weights, shares, strict=True)]
+        return tuple(sorted((each for each in found if each.share > _SHARE), key=lambda each: -each.share))
+
+
+def _positive(axis: int | None, tensor: torch.Tensor) -> int | None:
+    return None if axis is None else axis % tensor.dim()
+
+
+def find_bad_ranges(model: nn.Module, batch: Any) -> tuple[BadRange, ...]:
+    """The inputs whose range is far too small or too large for a batch: most is clipped, or most codes are unused.
+
+    Args:
+        model: A calibrated model.
+        batch: As for `trace.call_model`.
+    """
+    found: list[BadRange] = []
+    with ExitStack() as hooks:
+        for name in Collection(model).collecting:
+            quantizer = model.get_submodule(name)
+            assert isinstance(quantizer, TensorQuantizer)  # noqa: S101
+
+            def look(module: Any, inputs: tuple[torch.Tensor, ...], name: str = name) -> None:
+                if reason := _judge(module, inputs[0].float().abs()):
+                    found.append(BadRange(name, reason))
+
+            hooks.callback(quantizer.register_forward_pre_hook(look).remove)
+        with evaluating(model):
+            call_model(model, batch)
+    return tuple(found)
+
+
+def _judge(quantizer: TensorQuantizer, values: torch.Tensor) -> str:
+    """What is wrong with a range, "" if nothing is."""
+    amax = quantizer.amax
+    if amax is None or not values.numel():
+        return ""
+    axis = _positive(quantizer.axis, values)
+    bound = amax.flatten() if axis is None else amax.reshape([-1 if d == axis else 1 for d in range(values.dim())])
+    clipped, used = float((values > bound).float().mean()), float((values / bound.clamp_min(1e-30)).max())
+    if clipped > _CLIPPED:
+        return f"{clipped:.0%} of the values are clipped"
+    if used * quantizer.format.qmax < 0.5:
+        return "every code is 0"
+    return f"the largest value uses {used:.1%} of the range" if used < _UNUSED else ""
+
+
+def find_nonfinite(model: nn.Module, batch: Any) -> str:
+    """Dotted name of the first module that makes NaN or Inf of finite inputs; "" if none does."""
+    found: list[str] = []
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+
+            def look(_: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
+                if not found and _is_finite(inputs) and not _is_finite(output):
+                    found.append(name or "the model")
+
+            hooks.callback(module.register_forward_hook(look).remove)
+        with evaluating(model):
+            call_model(model, batch)
+    return found[0] if found else ""
+
+
+def _is_finite(tree: Any) -> bool:
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

@@ -1,0 +1,100 @@
+"""Fine-tuning of a quantized image classifier: from trained weights to a checked int8 engine, labels or not.
+
+python recipes/qat_classifier.py
+python recipes/qat_classifier.py --model resnet50 --data-dir /data/imagenet --loss both --plan runs/ptq/plan.yaml
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import qdq
+from qdq.cli.calibrate import CalibMethod
+from qdq.cli.main import NonNegativeInt, PositiveFloat, PositiveInt, UInt32, run_command
+
+
+def qat_classifier(
+    *,
+    model: str = "efficientnet_lite0",
+    weights: str = "DEFAULT",
+    data_dir: Path | None = None,
+    output: Path = Path("runs/qat"),
+    exclude: tuple[str, ...] = (),
+    plan: Path | None = None,
+    calib_method: CalibMethod = "mse",
+    calib_batches: PositiveInt = 8,
+    eval_images: PositiveInt = 500,
+    max_float_layers: NonNegativeInt = 0,
+    loss: Literal["distill", "labels", "both"] = "distill",
+    ranges: Literal["frozen", "lsq", "pact", "ema"] = "frozen",
+    steps: PositiveInt | None = None,
+    epochs: PositiveInt = 8,
+    lr: PositiveFloat = 1e-5,
+    batch_size: PositiveInt = 16,
+    sm: int = 89,
+    seed: UInt32 = 0,
+) -> int:
+    """Quantize a classifier, fine-tune what is in int8, export, check and build it; the same call goes on when killed.
+
+    Args:
+        model: efficientnet_lite0 (its weights are packaged) or any torchvision classifier.
+        weights: DEFAULT, a torchvision name, random, or the path of a checkpoint.
+        data_dir: ImageFolder, with train and val or without; the packaged photographs if left out.
+        output: Run folder.
+        exclude: Layers to keep in float: dotted names, globs or re:EXPRESSION.
+        plan: YAML of an earlier run, perhaps edited: the layers that it names run as it says.
+        calib_method: How the range of an activation is solved; best: per layer what costs its output least.
+        calib_batches: Batches to calibrate on, and to train on.
+        eval_images: Images to evaluate on.
+        max_float_layers: At most so many layers are left in float after the analysis.
+        loss: The float model teaches the quantized one (no labels), the labels do, or both.
+        ranges: Ranges stay as calibrated, are learned (lsq, pact), or follow the data (ema).
+        steps: Optimizer steps; left out: as many as the epochs have.
+        epochs: Passes over the training images.
+        lr: Largest learning rate.
+        batch_size: Images a batch.
+        sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121.
+        seed: Of weights, crops and the choice of images.
+    """
+    settings, backend = dict(locals()), qdq.find_backend("auto", sm)
+    pinned = qdq.load_plan(plan) if plan else None
+    net = qdq.load_model(model, weights, seed)
+    calib_images = calib_batches * batch_size
+    calib, images = qdq.load_images(data_dir, net, calib_images, eval_images, batch_size, seed)
+    train = qdq.load_training_images(data_dir, net, None, calib_images, eval_images, batch_size, seed)
+    run = qdq.start_run(output, seed=seed, settings=settings)
+    run.stage("float")
+    logits, example = {"float": qdq.predict(net.module, images)}, calib.images[:2]
+    run.stage("fold, swap, rewire")
+    folded = qdq.fold_batchnorm(net.module, example)
+    swapped = qdq.swap_modules(net.module, example, exclude=exclude)
+    rewired = qdq.rewire_operations(net.module, example, exclude=exclude)
+    run.stage("calibrate")
+    collected = run.folder / "calibration.safetensors"
+    solved = qdq.calibrate_model(net.module, calib, method=calib_method, statistics=collected)
+    logits["calibrated"] = qdq.predict(net.module, images)
+    run.stage("analyze")
+    journal, subset = run.folder / "analysis.jsonl", calib.subset(32)
+    analysis = qdq.analyze_layers(net.module, subset, pinned=pinned, max_float_layers=max_float_layers, path=journal)
+    qdq.save_plan(analysis.plan, run.folder / "plan.yaml")
+    run.stage("fine-tune")
+    tuned = qdq.finetune(
+        net.module, train, loss=None if loss == "distill" else qdq.cross_entropy, ranges=ranges, held=subset, seed=seed,
+        distillation=None if loss == "labels" else qdq.Distillation(), folder=run.folder / "tuning",
+        schedule=qdq.Schedule(steps=steps, epochs=epochs, lr=lr),
+    )  # fmt: skip
+    print(tuned.format_table())
+    logits["fine-tuned"] = qdq.predict(net.module, images)
+    run.stage("export and check")
+    file = run.folder / "model.onnx"
+    onnx = qdq.export_onnx(net.module, example, file, calibration=solved, plan=swapped, rewired=rewired)
+    logits["ONNX"], floor = qdq.predict(onnx.path, images), qdq.measure_tie_floor(net.module, images.subset(128))
+    check = qdq.check_onnx(onnx.path, expected=logits["fine-tuned"], found=logits["ONNX"], tie_floor_db=floor)
+    run.stage("build")
+    engine = qdq.build_engine(onnx.path, backend=backend.name, sm=sm)
+    table = qdq.evaluate_outputs(logits, images.labels, files={"float": net.module, "ONNX": onnx.path})
+    stages = (folded, swapped, rewired, solved, analysis, onnx, check, engine, table)
+    return qdq.write_report(run, net, calib, images, *stages).exit_code
+
+
+if __name__ == "__main__":
+    run_command(qat_classifier)

@@ -1,0 +1,367 @@
+"""Fine-tuning as a user calls it."""
+
+import copy
+import math
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import qdq
+from qdq.errors import ArgumentError, ArgumentTypeError, DataError, DependencyError, StateError
+from qdq.metrics import sqnr_db
+from qdq.qat import Distillation, Schedule, cross_entropy, finetune
+from qdq.qat.losses import _find_layers
+from qdq.qat.watch import OscillationWatch
+from qdq.quantizer import named_quantizers
+
+
+def make_batches(count=6, size=8, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, 3, 12, 12, generator=generator) for _ in range(count)]
+
+
+FAST = Schedule(steps=30, lr=1e-3)
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.fixture
+def four_bits(residual, images):
+    """The small network with 4-bit weights and inputs."""
+    qdq.fold_batchnorm(residual, images)
+    narrow = {"input_desc": qdq.QuantDescriptor(4), "weight_desc": qdq.QuantDescriptor(4, axis=0)}
+    qdq.swap_modules(residual, images, **narrow)
+    qdq.calibrate_model(residual, make_batches(4, seed=3))
+    return residual
+
+
+def test_distillation_brings_the_outputs_nearer_to_the_float_model(four_bits):
+    quantized = four_bits
+    reference = copy.deepcopy(quantized)
+    qdq.restore_modules(reference)
+    held = make_batches(2, seed=2)
+    expected, before = qdq.predict(reference, held), qdq.predict(quantized, held)
+    tuning = finetune(quantized, make_batches(), schedule=Schedule(steps=60, lr=3e-3), held=held)
+    after = qdq.predict(quantized, held)
+    assert sqnr_db(expected, after) > sqnr_db(expected, before) + 2
+    assert tuning.curve[0].metric == pytest.approx(sqnr_db(expected, before))
+    assert max(m.metric for m in tuning.curve) == pytest.approx(sqnr_db(expected, after))
+    assert len(tuning.losses) == 60
+    assert "60 steps" in tuning.format_table()
+
+
+def test_the_model_is_left_as_it_was_but_for_the_weights(quantized):
+    quantized.train()
+    quantized.pool.eval()
+    quantized.head.weight.requires_grad_(False)
+    modes = {name: module.training for name, module in quantized.named_modules()}
+    state = torch.get_rng_state()
+    ranges = {name: q.amax.clone() for name, q in named_quantizers(quantized)}
+    before = state_of(quantized)
+    finetune(quantized, make_batches(2), schedule=FAST)
+    assert {name: module.training for name, module in quantized.named_modules()} == modes
+    assert not quantized.head.weight.requires_grad
+    assert quantized.stem.weight.requires_grad
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(q.amax, ranges[name]) for name, q in named_quantizers(quantized))
+    assert state_of(quantized).keys() == before.keys()
+    assert not torch.equal(quantized.stem.weight, before["stem.weight"])
+
+
+def test_the_same_seed_gives_the_same_losses(quantized):
+    other = copy.deepcopy(quantized)
+    data = torch.utils.data.DataLoader(torch.cat(make_batches()), batch_size=8, shuffle=True)
+    first, second = (finetune(model, data, schedule=FAST).losses for model in (quantized, other))
+    assert first == second
+    assert len(set(first)) == len(first)
+
+
+@pytest.mark.parametrize("method", ["lsq", "pact", "ema"])
+def test_ranges_change_where_that_is_asked_for(quantized, method):
+    before = {name: q.amax.clone() for name, q in named_quantizers(quantized)}
+    schedule = Schedule(steps=20, lr=1e-3, range_lr=1e-2)
+    finetune(quantized, [3 * batch for batch in make_batches()], schedule=schedule, ranges=method)
+    for name, quantizer in named_quantizers(quantized):
+        assert isinstance(quantizer._buffers["_amax"], torch.Tensor)
+        assert not list(quantizer.parameters())
+        assert quantizer.amax.shape == before[name].shape
+        assert (quantizer.amax > 0).all()
+        is_weight = name.endswith("_weight_quantizer")
+        assert torch.equal(quantizer.amax, before[name]) == (method == "pact" and is_weight), name
+
+
+def test_training_only_ranges_keeps_the_weights(quantized):
+    before = state_of(quantized)
+    finetune(quantized, make_batches(), schedule=Schedule(steps=10, range_lr=1e-2), ranges="lsq", train="ranges")
+    changed = {name for name, tensor in state_of(quantized).items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all(name.endswith("_amax") for name in changed)
+
+
+def test_training_named_layers_keeps_the_others(quantized):
+    before = state_of(quantized)
+    finetune(quantized, make_batches(), schedule=FAST, layers=["head", "stem"])
+    changed = {name for name, tensor in state_of(quantized).items() if not torch.equal(tensor, before[name])}
+    assert changed == {"stem.weight", "stem.bias", "head.weight", "head.bias"}
+
+
+def test_training_only_batchnorm_changes_its_statistics(residual, images):
+    qdq.swap_modules(residual, images)
+    qdq.calibrate_model(residual, [images])
+    before = state_of(residual)
+    finetune(residual, make_batches(), schedule=Schedule(steps=4), train="batchnorm")
+    changed = {name for name, tensor in state_of(residual).items() if not torch.equal(tensor, before[name])}
+    assert changed == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+
+
+def test_live_batchnorm_keeps_its_statistics_after_its_share(residual, images):
+    qdq.swap_modules(residual, images)
+    qdq.calibrate_model(residual, [images])
+    before = int(residual.norm.num_batches_tracked)
+    finetune(residual, make_batches(), schedule=Schedule(steps=10, tune_batchnorm=0.3))
+    assert int(residual.norm.num_batches_tracked) == before + 3
+
+
+def test_quantization_grows_layer_by_layer(quantized):
+    on = []
+    layers = {"stem": quantized.stem, "conv": quantized.conv, "head": quantized.head}
+
+    def look(*_):
+        if torch.is_grad_enabled():
+            on.append([name for name, layer in layers.items() if not layer._weight_quantizer._disabled])
+
+    quantized.register_forward_pre_hook(look)
+    finetune(quantized, make_batches(), schedule=Schedule(steps=8, grow=0.5))
+    assert on[0] == ["stem"]
+    assert on[-5:] == [["stem", "conv", "head"]] * 5
+    assert [len(names) for names in on] == sorted(len(names) for names in on)
+
+
+def test_features_are_compared_where_that_is_asked_for(four_bits):
+    teacher = copy.deepcopy(four_bits)
+    qdq.restore_modules(teacher)
+    batches, before = make_batches(), state_of(four_bits)
+    with torch.no_grad():
+        found, expected = (model.stem(batches[0]).double().flatten(1) for model in (four_bits, teacher))
+    error = ((found - expected).square().sum(1) / expected.square().sum(1)).mean()
+    distillation = Distillation(mse=0, kl=0, features=2, layers=["st*"])
+    tuning = finetune(four_bits, batches, distillation=distillation, teacher=teacher, schedule=FAST)
+    assert tuning.losses[0] == pytest.approx(2 * float(error), rel=1e-5)
+    changed = {name for name, tensor in state_of(four_bits).items() if not torch.equal(tensor, before[name])}
+    assert changed == {"stem.weight", "stem.bias"}
+    with pytest.raises(ArgumentError, match="no module fits the layers"):
+        finetune(four_bits, make_batches(1), distillation=Distillation(features=1, layers=["nothing"]))
+    lists = nn.ModuleDict(
+        {"a": nn.ModuleList([nn.Conv2d(16, 16, 1)]), "b": nn.Sequential(nn.Linear(16, 16), nn.ReLU())}
+    )
+    qdq.swap_modules(lists)
+    assert _find_layers(lists, []) == ["a.0", "b.0"]
+    blocks = nn.ModuleDict(
+        {"stage": nn.ModuleList([nn.ModuleList([nn.Conv2d(16, 16, 1)]), nn.Sequential(nn.Conv2d(16, 16, 1))])}
+    )
+    qdq.swap_modules(blocks)
+    assert _find_layers(blocks, []) == ["stage.0.0", "stage.1"]
+    with pytest.raises(ArgumentError, match="layers say nothing"):
+        Distillation(features=0, layers=["stem"])
+    with pytest.raises(ArgumentError, match="all weights"):
+        Distillation(mse=0, kl=0, features=0)
+
+
+def test_labels(quantized):
+    batches = [(images, torch.arange(8)) for images in make_batches(1)]
+    tuning = finetune(quantized, batches, loss=cross_entropy, distillation=None, schedule=Schedule(steps=60, lr=1e-2))
+    assert tuning.losses[-1] < tuning.losses[0] - 0.5
+
+
+def test_early_stop_keeps_the_best(quantized):
+    values = iter([1.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+    kept = []
+
+    def metric(model):
+        kept.append(model.stem.weight.detach().clone())
+        return next(values)
+
+    schedule = Schedule(steps=100, lr=1e-3, patience=3)
+    tuning = finetune(quantized, make_batches(), metric=metric, measure_every=2, schedule=schedule)
+    assert [m.metric for m in tuning.curve] == [1, 5, 4, 3, 2]
+    assert tuning.best_step == 2
+    assert "3 measurements" in tuning.stopped
+    assert torch.equal(quantized.stem.weight, kept[1])
+
+
+def test_nan_stops_with_the_layer_and_keeps_good_weights(quantized):
+    batches = make_batches(3)
+    calls = []
+
+    class Breaks(nn.Module):
+        def forward(self, x):
+            calls.append(1)
+            return x * math.nan if len(calls) > 8 else x
+
+    quantized.pool = nn.Sequential(quantized.pool, Breaks())
+    with pytest.raises(StateError, match=r"loss is nan in step \d; it begins in pool.1") as error:
+        finetune(quantized, batches, schedule=FAST, distillation=Distillation(), teacher=copy.deepcopy(quantized))
+    assert "learning rate" in error.value.fix
+    assert all(torch.isfinite(p).all() for p in quantized.parameters())
+
+
+def test_amp(quantized):
+    tuning = finetune(quantized, make_batches(), schedule=Schedule(steps=3), amp=True)
+    assert np.isfinite(tuning.losses).all()
+    assert quantized.stem.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"ranges": "lqs"}, ArgumentError, "unknown range method 'lqs'"),
+        ({"train": "scales"}, ArgumentError, "train is 'scales'"),
+        ({"train": "ranges"}, ArgumentError, "nothing to train"),
+        ({"train": "batchnorm"}, ArgumentError, "nothing to train"),
+        ({"layers": ["nothing"]}, ArgumentError, "nothing to train"),
+        ({"distillation": None}, ArgumentError, "no loss"),
+        ({"seed": -1}, ArgumentError, "seed is -1"),
+        ({"measure_every": 0}, ArgumentError, "measure_every is 0"),
+        ({"tensorboard": True}, ArgumentError, "needs a folder"),
+        ({"loss": lambda outputs, batch: outputs}, ArgumentError, "expected a scalar"),
+        ({"batches": torch.ones(2, 3, 12, 12)}, ArgumentTypeError, "one Tensor"),
+        ({"batches": []}, ArgumentError, "no batch"),
+        ({"batches": iter([]), "schedule": Schedule(steps=2)}, DataError, "no batch"),
+        ({"batches": iter([])}, ArgumentError, "no length"),
+    ],
+)
+def test_bad_input_teaches_and_changes_nothing(quantized, options, error, message):
+    before = state_of(quantized)
+    with pytest.raises(error, match=message):
+        finetune(quantized, **{"batches": make_batches(1), **options})
+    after = state_of(quantized)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert quantized.stem.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    "options", [{"steps": 0}, {"epochs": 0}, {"lr": 0.0}, {"lr": math.nan}, {"warm_up": 1.5}, {"patience": 0}]
+)
+def test_a_schedule_refuses_what_cannot_be_meant(options):
+    with pytest.raises(ArgumentError, match=next(iter(options))):
+        Schedule(**options)
+
+
+def test_an_uncalibrated_model_is_refused(residual, images):
+    qdq.swap_modules(residual, images)
+    with pytest.raises(StateError, match="have no range"):
+        finetune(residual, [images])
+
+
+def test_scalars_go_to_tensorboard(quantized, tmp_path, monkeypatch):
+    """Against a stand-in with the one method that is called: the package is an extra."""
+    scalars = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            assert folder == str(tmp_path / "tensorboard")
+
+        def add_scalar(self, name, value, step):
+            scalars.append((name, value, step))
+
+        def close(self):
+            scalars.append("closed")
+
+    stand_in = types.ModuleType("torch.utils.tensorboard")
+    stand_in.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+    tuning = finetune(
+        quantized, make_batches(), schedule=Schedule(steps=4), held=make_batches(1), folder=tmp_path, tensorboard=True,
+        measure_every=2,
+    )  # fmt: skip
+    assert scalars.pop() == "closed"
+    named = {name: {step: value for other, value, step in scalars if other == name} for name, _, _ in scalars}
+    assert list(named["loss"].values()) == list(tuning.losses)
+    assert named["metric"] == {m.step: m.metric for m in tuning.curve}
+    assert list(named["lr"]) == [1, 2, 3, 4]
+    assert named["amax/stem._input_quantizer"] == dict.fromkeys((0, 2, 4), quantized.stem.input_quantizer.amax.item())
+
+
+def test_tensorboard_that_is_not_installed(quantized, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(DependencyError, match="tensorboard is not installed") as error:
+        finetune(quantized, make_batches(1), folder=tmp_path, tensorboard=True)
+    assert "qdq[tensorboard]" in error.value.fix
+
+
+def test_oscillating_weights_and_bad_ranges_are_reported(quantized):
+    quantized.head.input_quantizer.amax = 1e-4
+    quantized.conv.input_quantizer.amax = 1e4
+    tuning = finetune(quantized, make_batches(), schedule=Schedule(steps=40, lr=3e-2, warm_up=0))
+    reasons = {each.quantizer: each.reason for each in tuning.bad_ranges}
+    assert "are clipped" in reasons["head._input_quantizer"]
+    assert reasons["conv._input_quantizer"] == "every code is 0"
+    assert "stem._input_quantizer" not in reasons
+    assert "head._input_quantizer: " in tuning.format_table()
+
+
+def test_the_watch_counts_codes_that_turn_back(quantized):
+    weight, step = quantized.head.weight, quantized.head.weight_quantizer.scale.flatten()[:, None]
+    with torch.no_grad():
+        codes = (weight / step).round().clamp(-100, 100)
+        weight.copy_(codes * step)
+        watch = OscillationWatch(quantized)
+        # codes of three filters in turn: the first turns back twice, the second once, the third never
+        for offsets in ([1, 1, 1], [0, 2, 2], [1, 1, 3]):
+            moved = codes.clone()
+            moved[:3] += torch.tensor(offsets)[:, None]
+            weight.copy_(moved * step)
+            watch.after_step()
+    (found,) = watch.find()
+    assert found.layer == "head"
+    assert found.share == pytest.approx(1 / 16)
+
+
+def test_a_gradient_that_is_nan_names_the_parameter_and_restores_the_best(quantized):
+    before = state_of(quantized)
+    calls = []
+
+    def breaks(outputs, _):
+        calls.append(1)
+        return (outputs * 0).sum().sqrt() if len(calls) > 5 else -outputs.square().mean()
+
+    with pytest.raises(StateError, match=r"the gradient of stem.weight is NaN or Inf in step 6"):
+        finetune(quantized, make_batches(), loss=breaks, distillation=None, schedule=FAST, held=make_batches(1, seed=2))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(quantized).items())
+
+
+@pytest.mark.parametrize("train", ["all", "batchnorm"])
+def test_a_batch_with_nan_leaves_the_statistics_of_batchnorm(residual, images, train):
+    qdq.swap_modules(residual, images)
+    qdq.calibrate_model(residual, [images])
+    before = state_of(residual)
+    with pytest.raises(StateError, match="the loss is nan in step 1; no layer makes it of finite inputs"):
+        finetune(residual, [images * math.nan], schedule=FAST, train=train)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(residual).items())
+
+
+def test_interrupted_it_leaves_a_whole_model(quantized, tmp_path):
+    before = state_of(quantized)
+    steps = []
+
+    def interrupt(*_):
+        steps.append(torch.is_grad_enabled())
+        if sum(steps) > 3:
+            raise KeyboardInterrupt
+
+    hook = quantized.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(quantized, make_batches(), ranges="lsq", schedule=FAST, folder=tmp_path)
+    hook.remove()
+    assert state_of(quantized).keys() == before.keys()
+    assert all(parameter.requires_grad for parameter in quantized.parameters())
+    assert not any(quantizer._forward_pre_hooks for _, quantizer in named_quantizers(quantized))
+    quantized.load_state_dict(before)
+    assert len(finetune(quantized, make_batches(), ranges="lsq", schedule=FAST, folder=tmp_path).losses) == 30

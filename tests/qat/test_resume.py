@@ -1,0 +1,99 @@
+"""Runs that are killed, shared among processes, or read by another one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tuned_run import make_images, make_model, run
+
+import qdq
+from qdq.errors import ArgumentError, DataError, ModelError
+from qdq.quantizer import named_quantizers
+
+SCRIPT = Path(__file__).with_name("tuned_run.py")
+ROOT = Path(__file__).parents[2]
+
+
+def start(*arguments, **environment):
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen([sys.executable, str(SCRIPT), *map(str, arguments)], env=variables)
+
+
+def test_killed_anywhere_and_resumed_gives_the_same_losses_and_weights(tmp_path):
+    whole = run(tmp_path / "whole")
+    # in the first epoch, at its end, and after the ranges are no longer learned (16 of 20 steps)
+    for die_at in (3, 2, 12):
+        assert start(tmp_path / "killed", tmp_path / "none", die_at).wait(120) == -signal.SIGKILL
+    resumed = run(tmp_path / "killed")
+    assert resumed == whole
+    assert json.loads((tmp_path / "killed" / "tuning.json").read_text())["losses"] == list(whole["losses"])
+    again = run(tmp_path / "killed")  # finished: read, not run
+    assert again == whole
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    alone = run(None, bits=8)
+    together = {"WORLD_SIZE": "2", "STORE": str(tmp_path / "store")}
+    processes = [start("-", tmp_path / "shared.json", RANK=str(rank), **together) for rank in range(2)]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    shared = json.loads((tmp_path / "shared.json").read_text())
+    assert shared["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    start_weights = make_model(8).state_dict()
+    assert max(float((torch.tensor(w) - start_weights[n]).abs().max()) for n, w in alone["weights"].items()) > 1e-3
+    for name, weight in alone["weights"].items():
+        assert torch.allclose(torch.tensor(shared["weights"][name]), torch.tensor(weight), atol=1e-4, rtol=1e-3), name
+
+
+def test_another_process_reads_the_model_with_its_float_layers(tmp_path):
+    model = make_model()
+    model[2]._input_quantizer.disable()
+    model[2]._weight_quantizer.disable()
+    qdq.finetune(model, [make_images(8, 6)], schedule=qdq.Schedule(steps=3, lr=1e-3), folder=tmp_path)
+    fresh = make_model()
+    for _, quantizer in named_quantizers(fresh):
+        quantizer._buffers.pop("_amax")  # it need not be calibrated
+    facts = qdq.load_tuned(fresh, tmp_path / "last.safetensors")
+    assert facts == {"step": 3}
+    images = make_images(4, 9)
+    assert torch.equal(fresh(images), model(images))
+    assert [q._disabled for _, q in named_quantizers(fresh)] == [q._disabled for _, q in named_quantizers(model)]
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    qdq.finetune(make_model(), [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path)
+    with pytest.raises(ArgumentError, match="other settings: schedule, steps"):
+        qdq.finetune(make_model(), [make_images(8, 6)], schedule=qdq.Schedule(steps=3), folder=tmp_path)
+    with pytest.raises(ArgumentError, match="other settings: layers"):
+        qdq.finetune(make_model(), [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path, layers=["0"])
+    with pytest.raises(ArgumentError, match="other settings: data"):
+        qdq.finetune(make_model(), [make_images(8, 8)], schedule=qdq.Schedule(steps=2), folder=tmp_path)
+    other = make_model()
+    with torch.no_grad():
+        other[0].weight.mul_(2)
+    with pytest.raises(ArgumentError, match="other settings: weights"):
+        qdq.finetune(other, [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", b"\x00" * 100])
+def test_damaged_files_teach(tmp_path, content):
+    (tmp_path / "state.safetensors").write_bytes(content)
+    with pytest.raises(DataError, match="cannot read"):
+        qdq.finetune(make_model(), [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path)
+    with pytest.raises(DataError, match="cannot read"):
+        qdq.load_tuned(make_model(), tmp_path / "state.safetensors")
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    path = qdq.save_tuned(make_model(), tmp_path / "model.safetensors")
+    other = torch.nn.Sequential(*list(make_model())[:-1])
+    with pytest.raises(ModelError, match=r"another model: 5\.") as error:
+        qdq.load_tuned(other, path)
+    assert "swap" in error.value.fix
+    qdq.finetune(make_model(), [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path / "run")
+    with pytest.raises(DataError, match="no 'qdq fine-tuned model 1' file"):
+        qdq.load_tuned(make_model(), tmp_path / "run" / "state.safetensors")

@@ -1,0 +1,86 @@
+"""A small run of fine-tuning in a process of its own: python tuned_run.py FOLDER OUT [crash-at-step]."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import distributed, nn
+
+import qdq
+import qdq.qat.record
+from qdq.quantizer import named_quantizers
+
+
+def make_model(bits=4):
+    """Calibrated; with 4-bit weights there is something to win."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)
+    ).eval()
+    qdq.swap_modules(model, weight_desc=qdq.QuantDescriptor(bits, axis=0))
+    qdq.calibrate_model(model, [make_images(8, 5)])
+    return model
+
+
+def make_images(count, seed):
+    return torch.randn(count, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Images with noise from the global generators, as augmentation has it."""
+
+    def __init__(self):
+        self.images = make_images(39, 6)  # the last batch is uneven
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index] + 0.1 * torch.randn(3, 12, 12)
+
+
+@patch.object(qdq.qat.record, "_SAVE_SECONDS", -1.0)
+def run(folder, die_at=None, bits=4):
+    """20 steps of 8 images, the state saved after each; perhaps killed while it runs."""
+    model = make_model(bits)
+    loader = torch.utils.data.DataLoader(Noisy(), batch_size=8, shuffle=True)
+    if die_at is not None:
+        calls = []
+
+        def die(*_):
+            calls.append(torch.is_grad_enabled())
+            if sum(calls) > die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        model.register_forward_pre_hook(die)
+    held = make_images(16, 7)
+    tuning = qdq.finetune(
+        model,
+        loader,
+        loss=lambda outputs, _: (outputs - 1).square().mean(),
+        ranges="lsq",
+        schedule=qdq.Schedule(steps=20, lr=1e-4, range_lr=1e-3),
+        metric=lambda model: -float((model(held) - 1).square().mean().detach()),
+        folder=folder,
+    )
+    weights = {name: tensor.tolist() for name, tensor in model.state_dict().items()}
+    ranges_found = {name: q.amax.tolist() for name, q in named_quantizers(model)}
+    curve = [(m.step, m.metric, m.loss, m.lr) for m in tuning.curve]
+    return {"losses": tuning.losses, "curve": curve, "best": tuning.best_step, "weights": weights, "amax": ranges_found}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if "RANK" in os.environ:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        distributed.init_process_group("gloo", init_method="file://" + os.environ["STORE"], rank=rank, world_size=size)
+    die_at = int(sys.argv[3]) if len(sys.argv) > 3 else None
+    result = run(Path(sys.argv[1]), die_at) if sys.argv[1] != "-" else run(None, bits=8)
+    if os.environ.get("RANK", "0") == "0":
+        Path(sys.argv[2]).write_text(json.dumps(result))
+    if "RANK" in os.environ:
+        distributed.destroy_process_group()

@@ -1,0 +1,166 @@
+"""What a step of fine-tuning costs beside a float step, and what fine-tuning wins on scikit-learn's digits.
+
+python tools/bench_qat.py [--modelopt-python PATH] [--torchao-python PATH] [--digits] [--json FILE]
+
+Steps are of ResNet-18 with SGD. Each tool is compared with the float model that it starts from, in one process and in
+turns; times are CPU times of the process, medians.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import qdq
+from qdq.cli.main import PositiveInt, run_command
+from qdq.run import describe_environment, write_json
+
+_AIM = 1.2
+# Runs in an interpreter that may have neither qdq nor its version of torch.
+_PEER = """
+import json, sys, time, warnings
+warnings.simplefilter("ignore")
+import torch, torchvision
+tool, batch_size, repeats, path = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+torch.manual_seed(0)
+images = torch.randn(batch_size, 3, 224, 224)
+model = torchvision.models.resnet18().train()
+if tool == "ModelOpt":
+    import modelopt.torch.quantization as mtq
+    quantized = mtq.quantize(torchvision.models.resnet18().train(), mtq.INT8_DEFAULT_CFG, lambda m: m(images))
+else:
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+    from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
+    config = get_symmetric_quantization_config(is_per_channel=True, is_qat=True)
+    exported = torch.export.export(torchvision.models.resnet18().train(), (images,)).module()
+    quantized = prepare_qat_pt2e(exported, XNNPACKQuantizer().set_global(config))
+pairs = [(m, torch.optim.SGD(m.parameters(), 1e-5, momentum=0.9), []) for m in (model, quantized)]
+for _ in range(repeats + 1):
+    for m, optimizer, seconds in pairs:
+        began = time.process_time()
+        optimizer.zero_grad()
+        m(images).square().mean().backward()
+        optimizer.step()
+        seconds.append(time.process_time() - began)
+json.dump([seconds[1:] for _, _, seconds in pairs], open(path, "w"))
+"""
+
+
+@dataclass
+class Row:
+    """What a step costs.
+
+    Args:
+        name: The tool.
+        float_seconds: Median of a float step.
+        seconds: Median of a quantized one.
+    """
+
+    name: str
+    float_seconds: float
+    seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """Quantized by float."""
+        return self.seconds / self.float_seconds
+
+
+def bench_qat(
+    *,
+    batch_size: PositiveInt = 16,
+    repeats: PositiveInt = 5,
+    digits: bool = False,
+    json: Path | None = None,
+    modelopt_python: Path | None = None,
+    torchao_python: Path | None = None,
+) -> int:
+    """Time training steps of ResNet-18 side by side; with `digits` also run the recipe of the digits.
+
+    Args:
+        batch_size: Images a step.
+        repeats: Steps of each; the median is shown.
+        digits: Also train the small networks of recipes/qat_digits.py, three seeds each (minutes).
+        json: Also write the figures there.
+        modelopt_python: Interpreter that has ModelOpt and torchvision.
+        torchao_python: Interpreter that has torchao and torchvision.
+    """
+    rows = [
+        _time_own(f"qdq, {kind}", batch_size, repeats, kind) for kind in ("BatchNorm folded", "BatchNorm live", "LSQ")
+    ]
+    peers = {"ModelOpt": modelopt_python, "torchao": torchao_python}
+    rows += [_time_peer(name, python, batch_size, repeats) for name, python in peers.items() if python]
+    print(f"{'ResNet-18, batch ' + str(batch_size):24}  float s  step s  ratio (aim {_AIM})")
+    for row in rows:
+        print(f"{row.name:24}  {row.float_seconds:7.3f}  {row.seconds:6.3f}  {row.ratio:5.3f}")
+    lines = [line for network in ("resnet", "mobilenet") for line in _run_digits(network)] if digits else []
+    if json:
+        write_json(json, {"rows": rows, "digits": lines, "environment": describe_environment()})
+    return 0
+
+
+def _time_own(name: str, batch_size: int, repeats: int, kind: str) -> Row:
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    images = torch.randn(batch_size, 3, 224, 224)
+    plain, quantized = resnet18().eval(), resnet18().eval()
+    if kind != "BatchNorm live":
+        for model in (plain, quantized):
+            qdq.fold_batchnorm(model, images[:2])
+    qdq.swap_modules(quantized, images[:2])
+    qdq.rewire_operations(quantized, images[:2])
+    qdq.calibrate_model(quantized, [images[:4]], method="max")
+    if kind == "LSQ":
+        for module in quantized.modules():
+            if isinstance(module, qdq.TensorQuantizer):
+                module.learn_range()
+    pairs = [
+        (model.train(), torch.optim.SGD(model.parameters(), 1e-5, momentum=0.9), list[float]())
+        for model in (plain, quantized)
+    ]
+    for _ in range(repeats + 1):
+        for model, optimizer, seconds in pairs:
+            seconds.append(_time_step(model, optimizer, images))
+    return Row(name, *(statistics.median(seconds[1:]) for _, _, seconds in pairs))
+
+
+def _time_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor) -> float:
+    began = time.process_time()
+    optimizer.zero_grad()
+    model(images).square().mean().backward()
+    optimizer.step()
+    return time.process_time() - began
+
+
+def _time_peer(name: str, python: Path, batch_size: int, repeats: int) -> Row:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "seconds.json")
+        subprocess.run(
+            [str(python), "-c", _PEER, name, str(batch_size), str(repeats), str(path)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        return Row(name, *map(statistics.median, json_module.loads(path.read_text())))
+
+
+def _run_digits(network: str) -> list[str]:
+    recipe = Path(__file__).parents[1] / "recipes" / "qat_digits.py"
+    command = [sys.executable, str(recipe), "--network", network, "-q"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    print(done.stdout, end="")
+    return done.stdout.splitlines()
+
+
+if __name__ == "__main__":
+    run_command(bench_qat)
