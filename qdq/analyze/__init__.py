@@ -40,12 +40,12 @@ from qdq.analyze.replay import CACHE_BYTES, Replay, flipped
 from qdq.analyze.screen import estimate_sqnr, screen_units
 from qdq.analyze.sensitivity import METRICS, SQNR, OutputMetric, Statistics, collect, count_rows, draw_sums, reduce_rows
 from qdq.errors import ArgumentError, DataError, StateError
-from qdq.patterns import Pattern, Patterns
+from qdq.patterns import Pattern
 from qdq.plan import PRECISIONS, Plan, PlanEntry
 from qdq.quantizer import TensorQuantizer, disable_quantization, named_quantizers
 from qdq.run import write_json
 from qdq.trace import call_model, evaluating, require_batches
-from qdq.units import Unit, find_units, group_units
+from qdq.units import Unit, find_units, group_units, match_precisions
 
 MODES = ("one-at-a-time", "leave-one-out")
 Metric = Callable[[nn.Module], float]
@@ -386,20 +386,8 @@ def _check_arguments(
 def _pin(
     model: nn.Module, units: list[Unit], pinned: Mapping[str, str], undo: ExitStack
 ) -> tuple[list[Unit], dict[str, str]]:
-    """What is left to decide, and what is decided; float layers are switched off.
-
-    A name in `pinned` that is no unit may be a layer that is off already.
-    """
-    modules = dict(model.named_modules())
-    fixed: dict[str, str] = {}
-    for pattern, precision in pinned.items():
-        test = Patterns([pattern], "pinned")
-        hits = [unit for unit in units if unit.name == pattern] or [
-            unit for unit in units if test.match([unit.name], modules.get(unit.name, model))
-        ]
-        if not hits and pattern not in modules:
-            raise ArgumentError(f"{pattern!r} is pinned, but matches no quantized layer.", "correct the name.")
-        fixed.update({unit.name: precision for unit in hits})
+    """What is left to decide, and what is decided; float layers are switched off."""
+    fixed = match_precisions(model, [unit.name for unit in units], pinned)
     for unit in units:
         if fixed.get(unit.name) == "float":
             _switch_off(unit.quantizers, undo)
