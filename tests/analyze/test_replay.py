@@ -228,6 +228,20 @@ def test_torchvision(name):
 
 
 @pytest.mark.parametrize("mode", ["one-at-a-time", "leave-one-out"])
+def test_resnet50(mode):
+    """Every tenth unit, against full forwards."""
+    torchvision = pytest.importorskip("torchvision", reason="needs the extra 'demo'")
+    batch = torch.randn(2, 3, 64, 64)
+    model = prepare(torchvision.models.resnet50(weights=None), batch)
+    variants = dict(list(variants_of(model, batch).items())[::10])
+    if mode == "one-at-a-time":
+        disable_quantization(model)
+    replay, found = replayed(model, batch, variants)
+    assert replay.reason == ""
+    assert_identical(model, batch, variants, found)
+
+
+@pytest.mark.parametrize("mode", ["one-at-a-time", "leave-one-out"])
 def test_the_screen_takes_what_the_replay_takes(mode):
     batch = torch.randn(4, 3, 12, 12)
     model = prepare(Branches(), batch)
