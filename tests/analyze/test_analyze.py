@@ -2,7 +2,6 @@ import copy
 import dataclasses
 import inspect
 import json
-import math
 import os
 import socket
 import subprocess
