@@ -585,7 +585,10 @@ class _Probe:
     @property
     def is_over(self) -> bool:
         """Whether the time is, for any process."""
-        return self.deadline < math.inf and self._ranks.any(time.monotonic() >= self.deadline)
+        return self._is_past(self.deadline)
+
+    def _is_past(self, moment: float) -> bool:
+        return moment < math.inf and self._ranks.any(time.monotonic() >= moment)
 
     def measure(
         self, state: list[str], variants: Mapping[str, Sequence[TensorQuantizer]], *, may_cut: bool = False
@@ -604,7 +607,7 @@ class _Probe:
         self._until = (time.monotonic() + self.deadline) / 2 if self.metric.function else self.deadline
         with tqdm(total=len(names) * len(self.batches), desc="analyze", unit="forward", disable=None) as progress:
             for index in range(len(self.batches)):
-                is_late = bool(index) and self._until < math.inf and self._ranks.any(time.monotonic() >= self._until)
+                is_late = index > 0 and self._is_past(self._until)
                 found = {} if is_late else self._measure_batch(index, state, variants, progress)
                 is_cut = len(found) < len(names)
                 if is_cut and not may_cut:
@@ -617,7 +620,9 @@ class _Probe:
                     break
         self._until = self.deadline
         complete = {name: tuple(each) for name, each in parts.items() if each}
-        metrics = self._call_metric(state, {name: variants[name] for name in complete if name is not None})
+        metrics: Mapping[str | None, float | None] = dict.fromkeys(complete)
+        if self.metric.function:
+            metrics = self._call_metric(state, {name: variants[name] for name in complete if name is not None})
         if len(metrics) < len(complete) and not may_cut:
             return {}
         return {name: self._reduce(each, metrics[name]) for name, each in complete.items() if name in metrics}
@@ -634,7 +639,7 @@ class _Probe:
         """The chosen metric of the float model."""
         if self.metric.function is not None:
             with disable_quantization(self._model):
-                return float(self._call_metric(["float"], {})[None] or 0.0)
+                return self._call_metric(["float"], {})[None]
         pairs = zip(self.batches, self.references, strict=True)
         rows = [collect(self.metric.outputs, batch, reference, reference) for batch, reference in pairs]
         return reduce_rows(self.metric.outputs, np.concatenate(rows))[1]
@@ -695,11 +700,9 @@ class _Probe:
 
     def _call_metric(
         self, state: list[str], variants: Mapping[str, Sequence[TensorQuantizer]]
-    ) -> dict[str | None, float | None]:
-        """What the function gives in each state, that of the model as it is in any case; None if there is none."""
+    ) -> dict[str | None, float]:
+        """What the function gives in each state; some are missing when the time is up, never the model as it is."""
         names: list[str | None] = [None, *variants]
-        if self.metric.function is None:
-            return dict.fromkeys(names)
         known = {name: self._recall_metric([state, name, "metric"]) for name in names}
         missing = [name for name in names if known[name] is None]
         fresh: dict[str | None, Statistics] = {}
