@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from qdq.errors import ArgumentError, DataError
+from qdq.errors import DataError
 from qdq.run import write_atomic
 
 if TYPE_CHECKING:
@@ -18,8 +20,24 @@ if TYPE_CHECKING:
 PRECISIONS = ("int8", "float")
 _PINNED, _EARLIER = "pinned", "; earlier: "
 _HEAD = """# qdq plan: which layer runs in int8 and which in float. Edit `precision`, then apply it: qdq ptq --plan FILE
-# gain: what the outputs gained when the layer alone went to float, in the unit of the metric.
+# gain: how much the metric improves when this layer alone goes from int8 to float. "leave-one-out" measures that,
+# "one-at-a-time" estimates it from the layer's own error, as if the errors of all layers were independent.
 """
+
+
+class _Loader(yaml.SafeLoader):
+    """Names are what is written: not 1.1 for `1.10`, nor true for `yes`; and none stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping with the text of each key."""
+        result: dict[Any, Any] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is no name", key.start_mark)
+            if key.value in result:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands here twice", key.start_mark)
+            result[key.value] = self.construct_object(value, deep=deep)
+        return result
 
 
 @dataclass(frozen=True)
@@ -90,7 +108,7 @@ def save_plan(plan: Plan, path: Path | str) -> Path:
     layers = {
         name: {
             "precision": entry.precision,
-            **({"gain": round(float(entry.gain), 6)} if entry.gain is not None else {}),
+            **({} if entry.gain is None else {"gain": _round(entry.gain)}),
             **({"reason": entry.reason} if entry.reason else {}),
         }
         for name, entry in plan.layers.items()
@@ -99,18 +117,24 @@ def save_plan(plan: Plan, path: Path | str) -> Path:
     return write_atomic(Path(path), _HEAD + text)
 
 
+def _round(gain: float) -> float | None:
+    """Null for the gain of the one layer that makes all of the error: no number says it."""
+    return round(float(gain), 6) if math.isfinite(gain) else None
+
+
 def load_plan(path: Path | str) -> Plan:
     """Read a plan.
 
     Raises:
-        DataError: The file cannot be read, is no plan, or has keys that a plan has not.
+        DataError: The file cannot be read, is no plan, names a layer twice, or has keys that a plan has not.
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the plan {path}: {error}.", "give the plan.yaml of a run.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        # PyYAML's own constructors end in any of these: `!!int abc`, a date that is none, thousands of brackets
         raise DataError(
             f"{path} is no YAML: {' '.join(str(error).split())}.", "mend the line that it names."
         ) from error
@@ -128,10 +152,14 @@ def _read_entry(path: Path, name: str, value: Any) -> PlanEntry:
     precision, reason, gain = value["precision"], value.get("reason", ""), value.get("gain")
     if precision not in PRECISIONS:
         raise DataError(f"{path}: the precision of {name} is {precision!r}.", "write int8 or float.")
-    is_number = isinstance(gain, int | float) and not isinstance(gain, bool)
-    if not isinstance(reason, str) or not (gain is None or is_number):
+    if not isinstance(reason, str) or not (gain is None or _is_finite(gain)):
         raise DataError(f"{path}: the reason of {name} is no text, or its gain no number.", "correct or remove them.")
     return PlanEntry(precision, reason, None if gain is None else float(gain))
+
+
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max  # an int may be larger than any float
 
 
 def _require_keys(path: Path, what: str, value: Any, required: set[str], optional: set[str]) -> None:
@@ -160,24 +188,21 @@ def apply_plan(model: nn.Module, plan: Plan, example_inputs: Any) -> list[str]:
 
     Args:
         model: A swapped (and rewired) model.
-        plan: The plan.
+        plan: The plan; its names may be patterns (see `qdq.patterns`). A name goes before patterns.
         example_inputs: One batch (see `trace.call_model`).
 
     Returns:
         The layers that the plan leaves in float.
 
     Raises:
-        ArgumentError: The plan names what is not quantized in this model; nothing is switched then.
+        ArgumentError: The plan names what is not quantized in this model, or its patterns contradict each other;
+            nothing is switched then.
     """
-    from qdq.units import find_all_quantizers  # with torch, which reading and comparing plans does not need
+    from qdq.units import find_all_quantizers, match_precisions  # with torch, which reading plans does not need
 
     found = find_all_quantizers(model, example_inputs)
-    if unknown := [name for name in plan.layers if name not in found]:
-        raise ArgumentError(
-            f"the plan names {', '.join(unknown[:5])}, which the model does not quantize.",
-            "the plan is of another model, or a name is misspelt.",
-        )
-    for name, entry in plan.layers.items():
+    precisions = match_precisions(model, list(found), plan.precisions)
+    for name, precision in precisions.items():
         for quantizer in found[name]:
-            quantizer._disabled = entry.precision == "float"
-    return [name for name, entry in plan.layers.items() if entry.precision == "float"]
+            quantizer._disabled = precision == "float"
+    return [name for name, precision in precisions.items() if precision == "float"]

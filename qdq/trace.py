@@ -59,6 +59,7 @@ class Operation:
         inputs: The tensors among its arguments, in order.
         outputs: The tensors it returned.
         arguments: Its other arguments by keyword.
+        metered: How far the meter of `trace_forward` went meanwhile.
     """
 
     module: str
@@ -67,6 +68,7 @@ class Operation:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     arguments: dict[str, Any]
+    metered: int = 0
 
     @property
     def site(self) -> str:
@@ -161,14 +163,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def trace_forward(model: nn.Module, inputs: Any) -> ForwardTrace:
+def trace_forward(model: nn.Module, inputs: Any, meter: Callable[[], int] | None = None) -> ForwardTrace:
     """Run a model once in evaluation mode, without gradients, and record what it did.
 
     Args:
         model: Any module; its training flags are put back.
         inputs: As for `call_model`; one small batch is enough.
+        meter: A count that is read before and after each function, of its arithmetic say.
     """
-    recorder = _Recorder(model)
+    recorder = _Recorder(model, meter or (lambda: 0))
     handles = [
         hooks.register_module_forward_pre_hook(recorder.enter),
         hooks.register_module_forward_hook(recorder.leave),
@@ -185,8 +188,9 @@ def trace_forward(model: nn.Module, inputs: Any) -> ForwardTrace:
 class _Recorder(TorchFunctionMode):
     """Sees every torch function (as a mode) and every module call (as global hooks)."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, meter: Callable[[], int]) -> None:
         super().__init__()
+        self._meter = meter
         self._names = {id(module): name for name, module in model.named_modules()}
         self._stack: list[str] = []
         self._counters: list[Counter[str]] = [Counter()]
@@ -234,7 +238,9 @@ class _Recorder(TorchFunctionMode):
         function = name_function(func)
         index = self._counters[-1][function]
         self._counters[-1][function] += 1
+        before = self._meter()
         result = func(*args, **(kwargs or {}))
+        metered = self._meter() - before
         changed = arguments[:1] if function == "setitem" else list(_tensors(result))
         if changed:  # sizes and flags are no reading of the values
             self._record(func, arguments)
@@ -242,7 +248,7 @@ class _Recorder(TorchFunctionMode):
             outputs = tuple(self._renumber(tensor) for tensor in changed)
             others = {str(key): value for key, value in (*enumerate(args), *(kwargs or {}).items())}
             plain = {key: value for key, value in others.items() if next(_tensors(value), None) is None}
-            operation = Operation(here, function, index, numbers, outputs, plain)
+            operation = Operation(here, function, index, numbers, outputs, plain, metered)
             self._trace.operations.append(operation)
         return result
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from qdq.dataflow import Dataflow
 from qdq.errors import ArgumentError, StateError
 from qdq.nn import QuantInputMixin
 from qdq.nn.functions import QuantFunctionsMixin
+from qdq.nn.registry import find_counterpart
 from qdq.patterns import Pattern, Patterns
 from qdq.quantizer import SharedQuantizer, TensorQuantizer, disable_quantization
 from qdq.swap import quantized_layers
@@ -116,6 +117,46 @@ def find_all_quantizers(model: nn.Module, batch: Any) -> dict[str, list[TensorQu
     return result
 
 
+def match_precisions(model: nn.Module, names: Sequence[str], precisions: Mapping[str, str]) -> dict[str, str]:
+    """What a plan says of each layer that it means; a name goes before patterns.
+
+    Args:
+        model: A swapped model.
+        names: Its layers and calls that a plan may name.
+        precisions: Name or pattern (see `qdq.patterns`) -> "int8" or "float".
+
+    Returns:
+        Layer -> "int8" or "float". A layer that was never swapped is in float already: a plan may say so.
+
+    Raises:
+        ArgumentError: A name that matches nothing, or patterns that contradict each other.
+    """
+    modules = dict(model.named_modules())
+    result: dict[str, str] = {}
+    meant_by: dict[str, str] = {}
+    for pattern in sorted(precisions, key=lambda pattern: pattern not in names):  # stable: names, then patterns
+        test, precision = Patterns([pattern], "plan"), precisions[pattern]
+        hits = [pattern] if pattern in names else [n for n in names if test.match([n], modules.get(n, model))]
+        if not hits and not (precision == "float" and _is_float_layer(modules.get(pattern))):
+            raise ArgumentError(
+                f"the plan says {precision} for {pattern!r}, which is nothing that is quantized here.",
+                "correct or remove the name: it is misspelt, of another model, excluded, or switched off.",
+            )
+        for name in hits:
+            before = meant_by.setdefault(name, pattern)
+            if result.setdefault(name, precision) != precision and before != name:
+                raise ArgumentError(
+                    f"the patterns {before!r} and {pattern!r} say float and int8 for {name}.",
+                    "have only one of them match it, or name it by itself.",
+                )
+    return result
+
+
+def _is_float_layer(module: nn.Module | None) -> bool:
+    """Whether a module could be quantized, and is not or no longer."""
+    return module is not None and (isinstance(module, QuantInputMixin) or find_counterpart(type(module)) is not None)
+
+
 def _quantizers_of(model: nn.Module, name: str) -> list[TensorQuantizer]:
     """The quantizers of a layer or of a call, by its dotted name."""
     modules = dict(model.named_modules())
@@ -179,14 +220,15 @@ def _pattern_keys(model: nn.Module, units: list[Unit], patterns: Sequence[Patter
     keys = [unit.name for unit in units]
     for pattern in patterns:
         test = Patterns([pattern], "groups")
-        hits = [
-            place
-            for place, unit in enumerate(units)
-            if keys[place] == unit.name and test.match([unit.name], modules.get(unit.name, model))
-        ]
-        if not hits:
-            raise ArgumentError(f"the pattern {pattern!r} of groups matches no quantized layer.", "correct it.")
-        for place in hits:
+        hits = [place for place, unit in enumerate(units) if test.match([unit.name], modules.get(unit.name, model))]
+        left = [place for place in hits if keys[place] == units[place].name]
+        if not left:
+            raise ArgumentError(
+                f"the pattern {pattern!r} of groups matches "
+                + ("only layers of the groups before it." if hits else "no quantized layer."),
+                "remove it, or put it before them." if hits else "correct it.",
+            )
+        for place in left:
             keys[place] = f"group {pattern}"
     return keys
 

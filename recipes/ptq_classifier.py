@@ -54,6 +54,7 @@ def ptq_classifier(
     pinned = qdq.load_plan(plan) if plan else None
     net = qdq.load_model(model, weights, seed)
     calib, images = qdq.load_images(data_dir, net, calib_batches * batch_size, eval_images, batch_size, seed)
+    analysis.check_labels(calib.labels)
     run = qdq.start_run(output, seed=seed, settings=settings)
     run.stage("float")
     logits, example = {"float": qdq.predict(net.module, images)}, calib.images[:2]

@@ -76,6 +76,18 @@ def test_a_short_form_is_enough(tmp_path):
         ("a: [", "no YAML"),
         ("", "no mapping"),
         ("!!python/object/apply:os.getcwd []", "no YAML"),
+        ("layers: {a: float, b: int8, a: int8}", "'a' stands here twice"),
+        ("layers: {a: {precision: int8, precision: float}}", "'precision' stands here twice"),
+        ("layers: {[a]: float}", "a key is no name"),
+        ("layers: !!int abc", "no YAML"),
+        ("layers: {a: !!float x}", "no YAML"),
+        ("layers: {a: !!bool x}", "no YAML"),
+        ("layers: {a: 2001-99-99}", "no YAML"),
+        ("layers: {a: !!timestamp x}", "no YAML"),
+        ("layers: {a: " + "[" * 3000 + "]" * 3000 + "}", "no YAML"),
+        ("layers: {a: {precision: int8, gain: .nan}}", "gain"),
+        ("layers: {a: {precision: int8, gain: -.inf}}", "gain"),
+        ("layers: {a: {precision: int8, gain: 1" + "0" * 400 + "}}", "gain"),
     ],
 )
 def test_bad_files(tmp_path, text, message):
@@ -85,6 +97,54 @@ def test_bad_files(tmp_path, text, message):
         load_plan(path)
     with pytest.raises(DataError, match="cannot read"):
         load_plan(tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize("name", ["1.10", "yes", "~", "0x10", "1e3", "2001-01-01", "1:30", "<<", "a: b", " a"])
+def test_a_name_is_what_is_written(tmp_path, name):
+    path = save_plan(Plan({name: PlanEntry("int8")}), tmp_path / "plan.yaml")
+    assert list(load_plan(path).layers) == [name]
+    if name.strip() == name and ": " not in name:
+        path.write_text(f"layers:\n  {name}: float\n")
+        assert list(load_plan(path).layers) == [name]
+
+
+def test_an_infinite_gain_is_null_in_the_file(tmp_path):
+    path = save_plan(Plan({"a": PlanEntry("int8", gain=float("inf"))}), tmp_path / "plan.yaml")
+    assert "gain: null" in path.read_text()
+    assert load_plan(path).layers["a"].gain is None
+
+
+def test_patterns_mean_the_same_to_apply_and_to_the_analysis(block):
+    model, batch = block
+    plan = Plan({"*": PlanEntry("int8"), "conv": PlanEntry("float")})  # the name goes before the pattern
+    assert analyze_layers(model, [batch], pinned=dict(reversed(plan.precisions.items()))).float_layers == ["conv"]
+    model.apply(lambda module: module.enable() if isinstance(module, TensorQuantizer) else None)
+    assert apply_plan(model, plan, batch) == ["conv"]
+    assert model.conv.input_quantizer._disabled and not model.stem.input_quantizer._disabled
+
+
+@pytest.mark.parametrize(
+    ("precisions", "message"),
+    [
+        ({"s*": "float", "*m": "int8"}, "'s\\*' and '\\*m' say float and int8 for stem"),
+        ({"act": "int8"}, "'act'"),
+        ({"act": "float"}, "'act'"),
+        ({"left": "int8"}, "'left'"),
+    ],
+)
+def test_what_cannot_be_obeyed_is_refused(precisions, message):
+    batch = torch.randn(4, 16)
+    parts = {"stem": nn.Linear(16, 16), "act": nn.ReLU(), "left": nn.Linear(16, 16)}
+    model = nn.Sequential()
+    for name, part in parts.items():
+        model.add_module(name, part)
+    swap_modules(model.eval(), batch, include=["*"], exclude=["left"])
+    calibrate_model(model, [batch], method="max")
+    with pytest.raises(ArgumentError, match=message):
+        analyze_layers(model, [batch], pinned=precisions)
+    with pytest.raises(ArgumentError, match=message):
+        apply_plan(model, Plan({name: PlanEntry(precision) for name, precision in precisions.items()}), batch)
+    assert apply_plan(model, Plan({"left": PlanEntry("float")}), batch) == []  # it is in float
 
 
 def test_apply_is_what_the_analysis_did(block, tmp_path):

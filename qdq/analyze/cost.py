@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qdq.errors import ArgumentError, DataError
 from qdq.quantizer import disable_quantization
-from qdq.trace import call_model, evaluating
+from qdq.trace import trace_forward
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Gpu:
     fp16: float
     bandwidth: float
 
+
+_PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum"})
 
 # Where a data sheet gives rates with sparsity, half of them; consumer cards: fp16 with fp16 sums.
 # Checked in November 2026 against tables that others publish of NVIDIA's data sheets: all of a100, h100, l40s and t4,
@@ -89,14 +94,14 @@ def find_gpu(name: str) -> Gpu:
 
 
 def count_costs(model: nn.Module, batch: Any) -> dict[str, LayerCost]:
-    """Arithmetic and traffic of every module, counted in one forward in float.
+    """Arithmetic and traffic of every module and of every function call, counted in one forward in float.
 
     Args:
         model: Any module.
         batch: As for `trace.call_model`.
 
     Returns:
-        Dotted name -> what it does, for modules that multiply matrices.
+        Dotted name -> what it does, for what multiplies matrices; "" is the whole model.
     """
     values: dict[str, int] = {}
     counter = FlopCounterMode(display=False)
@@ -104,15 +109,19 @@ def count_costs(model: nn.Module, batch: Any) -> dict[str, LayerCost]:
         for name, module in model.named_modules():
             handle = module.register_forward_hook(_Traffic(name, values), with_kwargs=True)
             undo.callback(handle.remove)
-        with disable_quantization(model), evaluating(model), counter:
-            call_model(model, batch)
-    root = type(model).__name__
-    flops = {path.removeprefix(root).lstrip("."): sum(by.values()) for path, by in counter.get_flop_counts().items()}
-    return {
-        name: LayerCost(int(flops[name]) // 2, values[name])
-        for name, _ in model.named_modules()
-        if flops.get(name) and name in values
-    }
+        with disable_quantization(model), counter:
+            trace = trace_forward(model, batch, counter.get_total_flops)
+    macs: Counter[str] = Counter()
+    for operation in filter(lambda operation: operation.metered, trace.operations):
+        macs.update(dict.fromkeys({operation.name, *_self_and_parents(operation.module)}, operation.metered // 2))
+        moved = sum(math.prod(trace.shapes[number]) for number in (*operation.inputs, *operation.outputs))
+        values[operation.name] = values.get(operation.name, 0) + moved
+    return {name: LayerCost(count, values[name]) for name, count in macs.items() if name in values}
+
+
+def _self_and_parents(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[:end]) for end in range(len(parts) + 1)}
 
 
 class _Traffic:
@@ -156,26 +165,34 @@ def read_profile(path: Path) -> list[tuple[str, float]]:
     """Kernels of an engine and their times in milliseconds, from JSON of trtexec `--exportProfile`.
 
     Raises:
-        DataError: Not such a file.
+        DataError: Not such a file, or a time in it is no time.
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        return [(str(entry["name"]), float(entry["averageMs"])) for entry in entries if "averageMs" in entry]
-    except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError) as error:
+        kernels = [(str(entry["name"]), float(entry["averageMs"])) for entry in entries if "averageMs" in entry]
+    except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(
             f"{path} is no engine profile: {error}.", "write one with trtexec --exportProfile=FILE --dumpProfile."
         ) from error
+    for name, milliseconds in kernels:
+        if not 0 <= milliseconds < math.inf:
+            raise DataError(
+                f"{path}: averageMs of {name} is {milliseconds:g}.", "profile the engine again, with trtexec."
+            )
+    return kernels
 
 
-def load_times(path: Path, names: Sequence[str]) -> dict[str, SwitchCost]:
+def load_times(path: Path, names: Sequence[str], modules: Collection[str]) -> dict[str, SwitchCost]:
     """Measured times of layers, from a profile of an int8 engine (trtexec `--exportProfile`).
 
-    A kernel counts for the layer whose dotted name stands in its name. In fp16 a layer is taken to need twice the time
-    of int8: twice the bytes, and half the rate of the tensor cores.
+    TensorRT names a kernel after the ONNX nodes in it, and qdq a node after its module: `layer1.0.conv1/Conv`. The
+    time of a kernel is shared by all layers in it. In fp16 a layer is taken to need twice the time of int8: twice the
+    bytes, and half the rate of the tensor cores.
 
     Args:
         path: JSON: a list of objects with `name` and `averageMs`.
-        names: Dotted names of the layers.
+        names: Dotted names of layers and calls.
+        modules: Dotted names of all modules; what is not among them is a call.
 
     Raises:
         DataError: Not such a file, or none of the layers is in it.
@@ -183,8 +200,8 @@ def load_times(path: Path, names: Sequence[str]) -> dict[str, SwitchCost]:
     kernels = read_profile(path)
     times: dict[str, float] = {}
     for kernel, milliseconds in kernels:
-        parts = kernel.replace("/", ".").replace("+", " ").replace(":", " ").split()
-        hits = [name for name in names if any(_stands_in(name, part) for part in parts)]
+        nodes = re.split(r"[\s+:,()\[\]{}]+", kernel)
+        hits = {name for node in nodes for name in _find_layers(node, names, modules)}
         for name in hits:
             times[name] = times.get(name, 0.0) + 1000 * milliseconds / len(hits)
     if not times:
@@ -194,7 +211,21 @@ def load_times(path: Path, names: Sequence[str]) -> dict[str, SwitchCost]:
     return {name: SwitchCost(time, 2 * time) for name, time in times.items()}
 
 
-def _stands_in(name: str, text: str) -> bool:
-    """Whether a dotted name stands in a text as a whole."""
-    dotted, wanted = f".{text.strip('.,[](){}')}.", f".{name}."
-    return wanted in dotted
+def _find_layers(node: str, names: Sequence[str], modules: Collection[str]) -> list[str]:
+    """The layer that an ONNX node is part of; of a product outside of layers, the calls in its module."""
+    scope, slash, operation = node.rpartition("/")
+    module = _join_scopes(scope) if slash else node
+    if inside := [name for name in _self_and_parents(module) if name and name in names and name in modules]:
+        return [max(inside, key=len)]
+    is_product = bool(slash) and re.sub(r"_\d+$", "", operation) in _PRODUCTS
+    return [n for n in names if is_product and n not in modules and n.rpartition(".")[0] == module]
+
+
+def _join_scopes(scope: str) -> str:
+    """`layer1.0.conv1` of qdq's `layer1.0.conv1`, and of torch's own `/layer1/layer1.0/conv1`."""
+    joined: list[str] = []
+    for part in filter(None, scope.split("/")):
+        if joined and part.startswith(f"{joined[-1]}."):
+            joined.pop()
+        joined.append(part)
+    return ".".join(joined)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 from pathlib import Path
@@ -29,8 +30,8 @@ class Journal:
         self._file: IO[str] | None = None
         if path is None:
             return
-        for other in sorted(path.parent.glob(f"{path.stem}*{path.suffix}")):
-            self._read(other)
+        for other in sorted(path.parent.glob(f"{glob.escape(path.stem)}*{glob.escape(path.suffix)}")):
+            self._known |= self._read(other)
         own = path.with_suffix(f".{rank}{path.suffix}") if rank else path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,13 +44,18 @@ class Journal:
                 f"cannot write {own}: {error.strerror or error}.", "choose a file that you may write to."
             ) from error
 
-    def _read(self, path: Path) -> None:
+    def _read(self, path: Path) -> dict[str, Any]:
+        known: dict[str, Any] = {}
         with contextlib.suppress(OSError):
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # the torn line of a killed process
+                # the torn line of a killed process, or whatever else stands there
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                     entry = json.loads(line)
-                    if entry["fingerprint"] == self._fingerprint:
-                        self._known[_as_key(entry["key"])] = entry["value"]
+                    if entry["fingerprint"] == self._fingerprint and entry["key"] is None:
+                        known.clear()
+                    elif entry["fingerprint"] == self._fingerprint:
+                        known[_as_key(entry["key"])] = entry["value"]
+        return known
 
     def get(self, key: list[Any]) -> Any:
         """What was measured, None if nothing was."""
@@ -62,6 +68,14 @@ class Journal:
     def add(self, key: list[Any], value: Any) -> None:
         """Keep a measurement; it is in the file when this returns."""
         self.learn(key, value)
+        self._write(key, value)
+
+    def forget(self) -> None:
+        """Know nothing any more; nor does whoever reads the file later."""
+        self._known.clear()
+        self._write(None, None)
+
+    def _write(self, key: list[Any] | None, value: Any) -> None:
         if self._file is not None:
             entry = {"fingerprint": self._fingerprint, "key": key, "value": value}
             self._file.write(json.dumps(entry) + "\n")

@@ -28,13 +28,19 @@ from torch.utils._pytree import tree_leaves
 from qdq.analyze.replay import flipped
 from qdq.analyze.sensitivity import Statistics, count_rows, floats_of
 from qdq.nn import QuantInputMixin
+from qdq.nn.functions import running_inside
 from qdq.quantizer import TensorQuantizer, disable_quantization, named_quantizers
 from qdq.trace import call_model, evaluating
 from qdq.units import Unit
 
 
 def screen_units(
-    model: nn.Module, batches: Sequence[Any], references: Sequence[Any], units: Sequence[Unit], mode: str
+    model: nn.Module,
+    batches: Sequence[Any],
+    references: Sequence[Any],
+    units: Sequence[Unit],
+    mode: str,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Energy of the error of the outputs that each unit adds ("one-at-a-time") or takes away ("leave-one-out").
 
@@ -44,14 +50,18 @@ def screen_units(
         references: The outputs of the float model on them.
         units: What is ranked.
         mode: See above.
+        is_over: Asked before each batch but the first: whether the rest is left out.
 
     Returns:
         Unit -> energy, in the squared unit of the outputs, summed over all samples.
     """
     random = torch.Generator().manual_seed(0)
     totals = dict.fromkeys((unit.name for unit in units), 0.0)
-    used = batches[: -(-len(batches) // 2)]
-    for batch, reference in zip(used, references, strict=False):
+    used: list[Any] = []
+    for batch, reference in list(zip(batches, references, strict=True))[: -(-len(batches) // 2)]:
+        if used and is_over():
+            break
+        used.append(batch)
         for name, energy in _screen_batch(model, batch, reference, units, mode, random).items():
             totals[name] += energy
     scale = sum(map(count_rows, batches)) / sum(map(count_rows, used))
@@ -113,7 +123,7 @@ class _Taps:
             if not found:
                 return None
             were_off = all(quantizer._disabled for quantizer in quantizers)
-            with torch.no_grad(), flipped(quantizers):
+            with torch.no_grad(), flipped(quantizers), running_inside(module):
                 other = floats_of(type(module).forward(module, *args, **kwargs))[0]
             here = found[0]
             error = (other - here.detach()) if were_off else (here.detach() - other)

@@ -65,12 +65,26 @@ def _collect_kl(pair: _Pair) -> list[torch.Tensor]:
 
 def _collect_top1(pair: _Pair) -> list[torch.Tensor]:
     if pair.labels is None or pair.labels.shape != pair.scores.shape[:1]:
-        raise DataError(
-            "the metric 'top1' needs a label for each sample.",
-            "give batches of (images, labels), or use 'kl', which needs none.",
-        )
+        raise _lacks_labels()
     hits = (pair.scores.argmax(1) == pair.labels.to(pair.scores.device)).double()
     return [hits, torch.ones_like(hits)]
+
+
+def _lacks_labels() -> DataError:
+    return DataError(
+        "the metric 'top1' needs a label for each sample.",
+        "give batches of (images, labels), or use 'kl', which needs none.",
+    )
+
+
+def require_labels(metric: OutputMetric, batch: Any) -> None:
+    """Refuse a batch without labels if the metric needs them, before the work.
+
+    Raises:
+        DataError: It has none.
+    """
+    if metric is METRICS["top1"] and _labels_of(batch) is None:
+        raise _lacks_labels()
 
 
 def _reduce_sqnr(sums: Statistics) -> Statistics:
@@ -107,10 +121,8 @@ def collect(metric: OutputMetric, batch: Any, reference: Any, outputs: Any) -> S
         reference: Outputs of the float model.
         outputs: Outputs of the model as it is.
     """
-    rows = count_rows(batch)
+    rows = find_rows(batch, reference)
     expected, found = floats_of(reference), floats_of(outputs)
-    if not all(tensor.dim() and tensor.shape[0] == rows for tensor in expected):
-        rows = 1
     pair = _Pair(
         _as_rows(expected, rows), _as_rows(found, rows), _scores(expected[0]), _scores(found[0]), _labels_of(batch)
     )
@@ -126,6 +138,18 @@ def reduce_rows(metric: OutputMetric, rows: Statistics) -> tuple[float, float]:
     sums = rows.sum(0)
     own = SQNR.reduce(sums) if metric is SQNR else metric.reduce(sums[2:])
     return float(SQNR.reduce(sums)), float(own)
+
+
+def find_rows(batch: Any, reference: Any) -> int:
+    """Rows that `collect` gives: one a sample, or one where the outputs do not tell the samples apart."""
+    rows = count_rows(batch)
+    return rows if all(tensor.dim() and tensor.shape[0] == rows for tensor in floats_of(reference)) else 1
+
+
+def count_columns(metric: OutputMetric) -> int:
+    """How many columns `collect` gives."""
+    own = {"sqnr": 0, "cosine": 3, "kl": 2, "top1": 2}
+    return 2 + own[metric.name]
 
 
 def draw_sums(rows: Statistics) -> Statistics:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveFloat
+
+from qdq.errors import ArgumentError
 
 
 @Parameter(name="*")  # --mode, not --analysis-options.mode
@@ -16,7 +19,7 @@ class AnalysisOptions:
     """Options of `analyze_layers` that a command line can say.
 
     Args:
-        max_float_layers: At most so many layers are left in float after the analysis.
+        max_float_layers: At most so many layers are left in float by the analysis.
         target_sqnr: Leave no more in float once the outputs reach this SQNR in dB.
         mode: A layer is measured with only it in int8, or with only it in float.
         metric: What ranks the layers; top1 needs calibration images with labels.
@@ -24,8 +27,8 @@ class AnalysisOptions:
         confirm: Rank by an estimate, and measure only so many layers exactly; all if left out.
         target_metric: Leave no more in float once the metric reaches this value.
         target_drop: Leave no more in float once the metric is worse than the float model's by no more than this.
-        max_float_share: At most this share of the multiplications is left in float, 0 to 1.
-        budget: Begin no further batch or step of the analysis after so many seconds.
+        max_float_share: At most this share of all multiplications is in float, 0 to 1, excluded layers included.
+        budget: Seconds; what the analysis has not measured by then stays in int8.
         gpu: Choose by gain for each microsecond on this GPU: a10, a100, h100, l4, l40s, orin, rtx3090, rtx4090, t4.
         profile: Likewise by times of an engine, the JSON that trtexec exports as its profile.
     """
@@ -43,11 +46,24 @@ class AnalysisOptions:
     gpu: str | None = None
     profile: Path | None = None
 
+    def check_labels(self, labels: Sequence[int] | None) -> None:
+        """Refuse top1 where the calibration images have no labels, before any work.
+
+        Raises:
+            ArgumentError: They have none.
+        """
+        if self.metric == "top1" and labels is None:
+            raise ArgumentError(
+                "--metric top1 needs calibration images with labels, and these have none.",
+                "give --data-dir with a folder for each class, or use --metric kl, which needs none.",
+            )
+
     def as_arguments(self) -> dict[str, Any]:
         """The arguments of `analyze_layers`, refused here, before any work, where they cannot be meant.
 
         Raises:
-            ArgumentError: An unknown GPU, a share above 1, a target for a metric that is not given.
+            ArgumentError: An unknown GPU, a share above 1, a target for a metric that is not given, or options that
+                contradict each other.
             DataError: The profile cannot be read.
         """
         from qdq.analyze import check_options

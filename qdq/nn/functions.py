@@ -11,7 +11,8 @@ import functools
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -165,6 +166,19 @@ class _ModuleHooks:
 
 
 _module_hooks = _ModuleHooks()
+
+
+@contextmanager
+def running_inside(module: nn.Module) -> Iterator[None]:
+    """A block whose functions are those of a module, not of the forward around it.
+
+    For hooks that run their module once more: torch calls them when the module has ended.
+    """
+    _enter_module(module, ())
+    try:
+        yield
+    finally:
+        _leave_module(module, (), None)
 
 
 def _enter_module(module: nn.Module, args: Any) -> None:

@@ -21,6 +21,7 @@ from qdq.calibrate import Range
 from qdq.dataflow import Dataflow
 from qdq.metrics import sqnr_db
 from qdq.nn import QuantInputMixin, QuantMixin
+from qdq.nn.functions import running_inside
 from qdq.quantizer import SharedQuantizer, TensorQuantizer, disable_quantization, fake_quantize
 from qdq.report.records import HISTOGRAM_COLUMNS, LayerRecord, MethodRange, Sensitivity, TensorRecord
 from qdq.rewire import PlannedOperation, RewirePlan
@@ -486,7 +487,7 @@ def _compare_outputs(name: str, own: list[TensorQuantizer], result: dict[str, fl
     """A hook that runs the layer once more, quantized; of several calls the worst counts."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        with flipped(own):
+        with flipped(own), running_inside(module):
             found = module.forward(*args, **kwargs)
         expected, quantized = floats_of(output), floats_of(found)
         if not expected:

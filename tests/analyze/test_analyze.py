@@ -25,6 +25,7 @@ from qdq import (
     rewire_operations,
     swap_modules,
 )
+from qdq.analyze import MODES, check_options
 from qdq.analyze.replay import flipped
 from qdq.analyze.screen import screen_units
 from qdq.cli.analyze import AnalysisOptions
@@ -456,11 +457,120 @@ def test_options_of_the_command_line_are_arguments():
 
 @pytest.mark.parametrize(
     "options",
-    [{"budget": 0}, {"confirm": -1}, {"max_float_share": 1.5}, {"metric": "accuracy"}, {"target_drop": 1.0}],
+    [
+        {"budget": 0},
+        {"budget": float("nan")},
+        {"confirm": -1},
+        {"confirm": 1.5},
+        {"max_float_share": 1.5},
+        {"max_float_share": float("nan")},
+        {"max_float_share": 0.5, "max_float_layers": 0},
+        {"metric": "accuracy"},
+        {"target_drop": 1.0},
+        {"target_drop": -1.0, "metric": "kl"},
+        {"target_drop": float("nan"), "metric": "kl"},
+        {"target_metric": float("inf"), "metric": "kl"},
+        {"target_sqnr": float("nan")},
+        {"target_sqnr": 20.0, "max_float_layers": 0},
+        {"max_float_layers": 2.5},
+        {"max_float_layers": True},
+        {"gpu": "orin", "profile": "profile.json"},
+        {"groups": ["blocks.*", "blocks.1.*"]},
+    ],
 )
 def test_more_bad_input(deep, options):
+    options = {"max_float_layers": 2, **options}
     with pytest.raises(ArgumentError):
         analyze_layers(*deep, **options)
+    if "groups" not in options:  # patterns are compared with the model; the rest is refused before there is one
+        with pytest.raises(ArgumentError):
+            check_options(**options)
+
+
+def test_a_pattern_behind_a_larger_one_says_so(deep):
+    with pytest.raises(ArgumentError, match="only layers of the groups before it"):
+        analyze_layers(*deep, groups=["blocks.*", "blocks.1.*"])
+
+
+def test_top1_is_refused_before_the_recipe_begins():
+    with pytest.raises(ArgumentError, match="labels"):
+        AnalysisOptions(metric="top1").check_labels(None)
+    AnalysisOptions(metric="top1").check_labels([1, 2])
+    AnalysisOptions().check_labels(None)
+
+
+@pytest.mark.parametrize("value", [None, torch.tensor([1.0, 2.0]), float("nan"), "much"])
+def test_a_function_that_gives_no_number(deep, value):
+    with pytest.raises(StateError, match="have it return a number"):
+        analyze_layers(*deep, metric=lambda _: value)
+
+
+def energies_of(model, batches, units):
+    """Error of the outputs with all units in int8, and with each of them alone, of every sample."""
+    reference = reference_of(model, batches).astype(np.float64)
+    all_of_them = ((outputs(model, batches) - reference) ** 2).sum(1)
+    alone = {}
+    for unit in units:
+        with disable_quantization(model), flipped(unit.quantizers):
+            alone[unit.name] = ((outputs(model, batches) - reference) ** 2).sum(1)
+    return all_of_them, alone
+
+
+def test_the_gain_of_a_layer_alone_is_what_sqnr_rises_without_its_error(deep):
+    model, batches = deep
+    noise, alone = energies_of(model, batches, find_units(model, batches[0]))
+    total = max(noise.sum(), sum(alone.values()).sum())
+    for layer in analyze_layers(model, batches).layers:
+        expected = -10 * np.log10(1 - alone[layer.name].sum() / total)
+        assert layer.gain == pytest.approx(expected, rel=1e-6)
+        assert layer.gain_low <= layer.gain <= layer.gain_high
+
+
+def test_both_modes_mean_the_same_by_gain(deep):
+    """Of one layer with most of the error the estimate is close to the measurement."""
+    model, batches = deep
+    model.blocks[1]["a"].weight_quantizer.amax = model.blocks[1]["a"].weight_quantizer.amax * 40
+    (estimated, *_), (measured, *_) = (analyze_layers(model, batches, mode=mode).layers for mode in MODES)
+    assert estimated.name == measured.name
+    assert estimated.gain == pytest.approx(measured.gain, rel=0.25)
+    steps = analyze_layers(model, batches, max_float_layers=1)
+    assert steps.plan.layers[measured.name].reason == (
+        f"step 1 of the search: sqnr {steps.sqnr_db:.4g} -> {steps.steps[0].sqnr_db:.4g}; "
+        "one-at-a-time: rank 1 of 8, measured"
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_layer_makes_all_of_the_error(mode):
+    model, batches = nn.Sequential(nn.Linear(16, 16), nn.ReLU()).eval(), [torch.randn(4, 16)]
+    swap_modules(model, batches[0], include=["*"])
+    calibrate_model(model, batches, method="max")
+    (layer,) = analyze_layers(model, batches, mode=mode).layers
+    assert layer.gain == float("inf")
+    assert layer.gain_low == layer.gain_high == float("inf")
+
+
+def test_where_there_is_no_error_nothing_is_gained(deep):
+    model, batches = deep
+    model.head.weight.data.zero_()
+    model.head.bias.data.zero_()
+    assert {layer.gain for layer in analyze_layers(model, batches).layers} == {0.0}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_that_makes_it_worse_is_not_taken(deep, mode):
+    model, batches = deep
+    reference = torch.tensor(reference_of(model, batches[:1]))
+
+    def distance(model):
+        return float((torch.tensor(outputs(model, batches[:1])) - reference).abs().sum())
+
+    analysis = analyze_layers(model, batches, metric=distance, mode=mode, max_float_layers=8)  # more is "better"
+    values = [analysis.metric, *(step.metric for step in analysis.steps)]
+    assert values == sorted(values)
+    assert len(analysis.steps) < 8
+    assert analysis.stopped_by == "no further layer improves the outputs"
+    assert distance(model) == values[-1]
 
 
 def test_top1_without_labels(deep):

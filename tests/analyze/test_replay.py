@@ -228,9 +228,46 @@ def test_torchvision(name):
 
 
 @pytest.mark.parametrize("mode", ["one-at-a-time", "leave-one-out"])
+def test_resnet50(mode):
+    """Every tenth unit, against full forwards."""
+    torchvision = pytest.importorskip("torchvision", reason="needs the extra 'demo'")
+    batch = torch.randn(2, 3, 64, 64)
+    model = prepare(torchvision.models.resnet50(weights=None), batch)
+    variants = dict(list(variants_of(model, batch).items())[::10])
+    if mode == "one-at-a-time":
+        disable_quantization(model)
+    replay, found = replayed(model, batch, variants)
+    assert replay.reason == ""
+    assert_identical(model, batch, variants, found)
+
+
+@pytest.mark.parametrize("mode", ["one-at-a-time", "leave-one-out"])
 def test_the_screen_takes_what_the_replay_takes(mode):
     batch = torch.randn(4, 3, 12, 12)
     model = prepare(Branches(), batch)
     layers = analyze_layers(model, [batch], mode=mode, confirm=0).layers
     assert {layer.name for layer in layers} == set(variants_of(model, batch))
     assert all(math.isfinite(layer.sqnr_db) for layer in layers)
+
+
+class Called(nn.Module):
+    """A layer, then a function that is quantized, in one forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(32, 64)
+        self.weight = nn.Parameter(torch.randn(32, 64) / 8)
+        self.last = nn.Linear(32, 16)
+
+    def forward(self, x):
+        return self.last(torch.relu(F.linear(torch.relu(self.first(x)), self.weight)))
+
+
+@pytest.mark.parametrize("mode", ["one-at-a-time", "leave-one-out"])
+def test_the_screen_runs_a_layer_before_a_quantized_call(mode):
+    batch = torch.randn(64, 32)
+    model = prepare(Called(), batch)
+    exact = {layer.name: layer.sqnr_db for layer in analyze_layers(model, [batch], mode=mode).layers}
+    found = {layer.name: layer.sqnr_db for layer in analyze_layers(model, [batch], mode=mode, confirm=0).layers}
+    assert set(found) == {"first", "linear", "last"}
+    assert found == pytest.approx(exact, abs=1.5)

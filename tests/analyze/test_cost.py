@@ -1,0 +1,136 @@
+"""What layers and calls cost: counted, and read from a profile."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qdq import ArgumentError, DataError, analyze_layers, calibrate_model, rewire_operations, swap_modules
+from qdq.analyze.cost import count_costs, load_times
+
+
+class Calls(nn.Module):
+    """Products by functions, in the model and in a part of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Linear(32, 32)
+        self.weight = nn.Parameter(torch.randn(32, 32) / 6)
+
+    def forward(self, x):
+        q = self.query(x)
+        attention = torch.softmax(torch.matmul(q, q.transpose(1, 2)) / 6, -1)
+        return F.linear(torch.matmul(attention, q), self.weight)
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = Calls()
+        self.head = nn.Linear(32, 16)
+
+    def forward(self, x):
+        y = self.part(x)
+        return self.head(y + F.scaled_dot_product_attention(y, y, y))
+
+
+B, T, D = 4, 16, 32
+
+
+def test_calls_are_counted():
+    costs = count_costs(Outer().eval(), torch.randn(B, T, D))
+    expected = {
+        "part.query": B * T * D * D,
+        "part.matmul": B * T * T * D,
+        "part.matmul_1": B * T * T * D,
+        "part.linear": B * T * D * D,
+        "scaled_dot_product_attention": 2 * B * T * T * D,
+        "head": B * T * D * 16,
+    }
+    assert {name: costs[name].macs for name in expected} == expected
+    assert costs[""].macs == sum(expected.values())
+    assert costs["part"].macs == sum(value for name, value in expected.items() if name.startswith("part."))
+    assert costs["part.linear"].values == 2 * B * T * D + D * D
+    assert costs["part.query"].values == 2 * B * T * D + D * D + D
+
+
+@pytest.fixture
+def called():
+    model, batches = Calls().eval(), [torch.randn(B, T, D) for _ in range(2)]
+    swap_modules(model, batches[0], include=["*"])
+    rewire_operations(model, batches[0])
+    calibrate_model(model, batches, method="max")
+    return model, batches
+
+
+def test_calls_cost_time_and_a_share(called):
+    model, batches = called
+    analysis = analyze_layers(model, batches, gpu="orin")
+    assert {layer.name for layer in analysis.layers} == {"query", "linear"}
+    assert all(layer.macs and layer.cost for layer in analysis.layers)
+    nothing = analyze_layers(model, batches, max_float_share=0.0, max_float_layers=9)
+    assert nothing.float_layers == []
+
+
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_the_share_holds_what_is_float_already(is_pinned):
+    model, batch = nn.Sequential(*(nn.Linear(16, 16) for _ in range(5))).eval(), torch.randn(4, 16)
+    swap_modules(model, batch, include=["*"], exclude=[] if is_pinned else ["0", "1"])
+    calibrate_model(model, [batch], method="max")
+    pinned = {"0": "float", "1": "float", "2": "int8"} if is_pinned else {"2": "int8"}
+    options = {"pinned": pinned, "max_float_layers": 5}
+    over = analyze_layers(model, [batch], max_float_share=0.3, **options)
+    assert over.steps == ()
+    assert over.stopped_by == "0.4 of the multiplications are in float already, at most 0.3"
+    assert len(analyze_layers(model, [batch], max_float_share=0.6, **options).steps) == 1
+    model.apply(lambda module: module.enable() if hasattr(module, "_disabled") else None)
+    by_count = analyze_layers(model, [batch], **{**options, "max_float_layers": 1})
+    assert len(by_count.steps) == 1  # beyond what was decided before
+
+
+def write(path, **times):
+    path.write_text(json.dumps([{"count": 1}, *({"name": n, "averageMs": t} for n, t in times.items())]))
+    return path
+
+
+def test_a_kernel_is_of_the_layers_whose_whole_names_it_has(tmp_path):
+    names = ["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer1.0.conv10", "block", "part.linear", "linear"]
+    modules = {"", "layer1", "layer1.0", "part", *names[:5]}
+    kernels = {
+        "conv1/Conv": 1.0,
+        "layer1.0.conv1/Conv + layer1.0/Relu": 2.0,
+        "/layer1/layer1.0/conv2/Conv + /layer1/layer1.0/Relu_1": 4.0,
+        "layer1.0.conv10/Conv_2": 8.0,
+        "Reformatting CopyNode for Input Tensor 0 to block/act/Relu": 16.0,
+        "part/Gemm": 32.0,
+        "part/Relu": 64.0,
+        "/MatMul": 128.0,
+        "layer1.0.conv1/Conv + layer1.0.conv2/Conv": 256.0,
+        "nothing/Conv": 512.0,
+    }
+    times = load_times(write(tmp_path / "profile.json", **kernels), names, modules)
+    assert {name: cost.int8 for name, cost in times.items()} == {
+        "conv1": 1000,
+        "layer1.0.conv1": 2000 + 128000,
+        "layer1.0.conv2": 4000 + 128000,
+        "layer1.0.conv10": 8000,
+        "block": 16000,
+        "part.linear": 32000,
+        "linear": 128000,
+    }
+
+
+@pytest.mark.parametrize("time", [float("nan"), -3.0, float("inf")])
+def test_a_time_that_is_none_is_refused(called, tmp_path, time):
+    model, batches = called
+    path = write(tmp_path / "profile.json", query=time)
+    with pytest.raises(DataError, match="averageMs of query"):
+        analyze_layers(model, batches, profile=path)
+
+
+def test_a_gpu_and_a_profile_are_one_too_many(called, tmp_path):
+    model, batches = called
+    with pytest.raises(ArgumentError, match="both gpu and profile"):
+        analyze_layers(model, batches, gpu="orin", profile=write(tmp_path / "profile.json", query=1.0))
