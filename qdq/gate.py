@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qdq.errors import ArgumentError, DataError
-from qdq.report.load import read_report
+from qdq.report.load import guarded, plain, read_report
 
 _ROUNDING = 1e-9  # of float64: 84.8 - 84.4 is no more than 0.4
 _SHOWN_LAYERS = 3
@@ -63,7 +63,7 @@ class GateReport:
     def format_table(self) -> str:
         """One line a limit, then the verdict."""
         lines = [f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.message}" for check in self.checks]
-        verdict = f"{_plain(self.run)}: {len(self.failures)} of {len(self.checks)} limits missed"
+        verdict = f"{plain(self.run)}: {len(self.failures)} of {len(self.checks)} limits missed"
         return "\n".join([*lines, verdict])
 
 
@@ -108,7 +108,7 @@ def gate_run(
     other = None if baseline is None else _Facts(Path(baseline))
     if other is not None:
         _require_same_images(judged, other)
-    checks = tuple(_judge(name, limit, judged, other) for name, limit in limits.items())
+    checks = guarded(judged.path, lambda: tuple(_judge(name, limit, judged, other) for name, limit in limits.items()))
     return GateReport(Path(run), None if baseline is None else Path(baseline), checks)
 
 
@@ -124,7 +124,7 @@ def format_junit(report: GateReport) -> bytes:
     suite = ElementTree.SubElement(root, "testsuite", {**names, **counts})
     ElementTree.SubElement(suite, "properties")
     for check in report.checks:
-        attributes = {"classname": _plain(report.run), "name": check.name, "time": "0"}
+        attributes = {"classname": plain(report.run), "name": check.name, "time": "0"}
         case = ElementTree.SubElement(suite, "testcase", attributes)
         if not check.passed:
             failure = ElementTree.SubElement(case, "failure", {"type": "limit", "message": check.message})
@@ -149,10 +149,12 @@ class _Facts:
 
     def __init__(self, run: Path) -> None:
         self.run = run
-        path, self._content = read_report(run)
+        self.path, self._content = read_report(run)
         rows = self.get("evaluation", "candidates")
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "name" in row for row in rows):
-            raise DataError(f"{path} is no report of a run: it has no candidates.", "give the report.json of a run.")
+            raise DataError(
+                f"{self.path} is no report of a run: it has no candidates.", "give the report.json of a run."
+            )
         self.reference: dict[str, Any] = rows[0]
         self.result: dict[str, Any] = rows[-1]
 
@@ -219,7 +221,7 @@ def _judge(name: str, limit: float, judged: _Facts, other: _Facts | None) -> Gat
     if name == "min_int8_macs" and not passed:
         text += _name_float_layers(judged)
     bound = f"at {'most' if is_most else 'least'} {limit:g}"
-    return GateCheck(name.replace("_", "-"), limit, found, passed, _plain(f"{text}; {bound}{_UNITS.get(name, '')}"))
+    return GateCheck(name.replace("_", "-"), limit, found, passed, plain(f"{text}; {bound}{_UNITS.get(name, '')}"))
 
 
 def _measure_drop(judged: _Facts, other: _Facts | None) -> tuple[float, str]:
@@ -297,8 +299,3 @@ def _name_float_layers(judged: _Facts) -> str:
 
 def _rows(value: Any) -> list[dict[str, Any]]:
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
-
-
-def _plain(text: object) -> str:
-    """One line, without what a terminal or XML would not take: names are data."""
-    return "".join(character if character.isprintable() else "?" for character in str(text))

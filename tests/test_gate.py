@@ -105,7 +105,8 @@ def test_a_fact_that_is_missing_never_passes(tmp_path, where, limit, value):
         content[last] = value
 
     path = changed(tmp_path, change)
-    with pytest.raises(DataError, match="a limit asks for it"):
+    is_json = not isinstance(value, float)
+    with pytest.raises(DataError, match="a limit asks for it" if is_json else "cannot be read: (nan|inf) is no number"):
         gate_run(path, **limit)
 
 

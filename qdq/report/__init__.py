@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdq.report.load import PAGE_FILE, REPORT_FORMAT, parse_report
+from qdq.report.load import PAGE_FILE, REPORT_FORMAT, load_report, plain
 from qdq.report.page import render_report
-from qdq.run import REPORT_FILE, STATISTICS_FILES, Run, to_jsonable, write_atomic, write_json
+from qdq.run import REPORT_FILE, STATISTICS_FILES, Run, write_atomic, write_json
 from qdq.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -126,9 +126,8 @@ def write_report(
         "seconds": run.seconds,
     }
     text = _format(title, data, plan, rewired, analysis, check, build, evaluation, findings, run)
-    written = to_jsonable(sections)
-    path = write_json(run.folder / REPORT_FILE, written)
-    page = write_atomic(run.folder / PAGE_FILE, render_report(parse_report(written, path)))
+    path = write_json(run.folder / REPORT_FILE, sections)
+    page = write_atomic(run.folder / PAGE_FILE, render_report(load_report(path)))
     write_atomic(run.folder / "report.txt", text + "\n")
     run.finish()
     print(f"\n{text}", flush=True)
@@ -200,7 +199,8 @@ def _format(
         ("Findings", "\n".join(findings) or "none"),
         ("Files", f"{run.folder} ({sum(run.seconds.values()):.0f} s); open {PAGE_FILE} in a browser"),
     ]
-    return "\n\n".join(f"{title}\n{_indent(body)}" for title, body in blocks)
+    text = "\n\n".join(f"{title}\n{_indent(body)}" for title, body in blocks)
+    return "\n".join(map(plain, text.split("\n")))
 
 
 def _indent(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from typing import Any
 from qdq.errors import ArgumentError
 from qdq.report.charts import list_units, unit_of_gain
 from qdq.report.facts import format_gain, format_share
-from qdq.report.load import StoredReport, load_report
-from qdq.report.page import guarded, int8_layers, int8_share, render
+from qdq.report.load import StoredReport, guarded, load_report
+from qdq.report.page import int8_layers, int8_share, render
 from qdq.report.records import LayerRecord, Sensitivity
 
 TOLERANCE = 0.01  # ranges that differ by less are taken for the same
@@ -122,7 +123,9 @@ def compare_runs(runs: Sequence[Path | str]) -> Comparison:
     if len(runs) < 2:
         raise ArgumentError(f"{len(runs)} run was given; a comparison takes two or more.", "name another run folder.")
     reports = [load_report(run) for run in runs]
-    return guarded(reports[0].path, lambda: _compare(reports))
+    for report in reports:  # a damaged one by itself: the error names its file
+        guarded(report.path, functools.partial(_compare, [report]))
+    return _compare(reports)
 
 
 def render_comparison(comparison: Comparison) -> str:

@@ -9,19 +9,20 @@ from qdq.report.records import LayerRecord, Sensitivity, TensorRecord
 Fact = tuple[str, str]
 
 
-def describe_layer(layer: LayerRecord, unit: str) -> list[Fact]:
+def describe_layer(layer: LayerRecord, unit: str, neighbours: Mapping[str, str] | None = None) -> list[Fact]:
     """Term and text, what decides first.
 
     Args:
         layer: The record.
         unit: What gains are in.
+        neighbours: What the layers that it reads or feeds run in, to be said with their names.
     """
     missing, found = layer.unknown, layer.sensitivity
     why = missing.get("sensitivity", "there is no error, or it was only estimated")
     sqnr = found.sqnr_db if found else None
     size = f"{layer.weights:,}, {layer.weight_bytes:,} bytes in the file"
-    reads = [*["the input of the network"] * layer.reads_input, *layer.reads]
-    feeds = [*layer.feeds, *["an output of the network"] * layer.writes_output]
+    reads = [*["the input of the network"] * layer.reads_input, *_name(layer.reads, neighbours)]
+    feeds = [*_name(layer.feeds, neighbours), *["an output of the network"] * layer.writes_output]
     return [
         ("Runs in", layer.precision),
         ("Why", layer.reason),
@@ -111,6 +112,10 @@ def _range(amax: float, tensor: TensorRecord) -> str:
     if tensor.ranges > 1:
         return f"{tensor.least_amax or 0.0:.4g} to {amax:.4g} in {tensor.ranges} channels{method}"
     return f"{amax:.5g}{method}"
+
+
+def _name(names: Sequence[str], precisions: Mapping[str, str] | None) -> Sequence[str]:
+    return names if precisions is None else [f"{name} ({precisions.get(name, 'not known')})" for name in names]
 
 
 def _list(names: Sequence[str], missing: Mapping[str, str], none: str) -> str:

@@ -53,6 +53,21 @@ def test_a_module_that_cannot_be_int8(store):
         explain_layer(folder, "norm")
 
 
+def test_names_reach_no_terminal_as_they_are(store):
+    name = "a\x1b[31m\nb"
+    found = explain_layer(store(make_report([name, "c"])), name).text
+    assert found.startswith("a?[31m?b (Conv2d)\n  Runs in")
+    assert "\x1b" not in found and "\n  Feeds                  c (int8)" in found
+
+
+def test_neighbours_with_commas_in_their_names(store):
+    names = ["a, b", "b", "c"]
+    report = make_report(names, float_layers=["a, b"])
+    report["layers"][1]["reads_input"] = True
+    found = explain_layer(store(report), "b").text
+    assert "  Reads                  the input of the network, a, b (float)\n" in found
+
+
 def call(capsys, *arguments):
     with pytest.raises(SystemExit) as exit:
         main([str(argument) for argument in arguments])
