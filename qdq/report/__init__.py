@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from qdq.export import ExportReport
     from qdq.fold import FoldedPair
     from qdq.models import LoadedModel
+    from qdq.report.records import LayerRecord
     from qdq.rewire import RewirePlan
-    from qdq.swap import SwapPlan
+    from qdq.swap import PlannedModule, SwapPlan
 
 _EXAMPLES = 8  # images that the layers are looked at with
 
@@ -102,7 +103,7 @@ def write_report(
     title = f"{model.name}, {model.weights}"
     data = {"calibration": calibration.description, "evaluation": images.description, "labels": images.label_note}
     findings = _find(plan, ranges, check, build)
-    summary = _summarize(folded, plan, ranges, analysis, check, build, evaluation)
+    summary = _summarize(folded, plan, layers, ranges, analysis, check, build, evaluation)
     sections = {
         "format": REPORT_FORMAT,
         "model": title,
@@ -125,7 +126,8 @@ def write_report(
         "environment": run.environment,
         "seconds": run.seconds,
     }
-    text = _format(title, data, plan, rewired, analysis, check, build, evaluation, findings, run)
+    shown = replace(plan, modules=_without_decided(plan, summary["missed_modules"]))
+    text = _format(title, data, shown, rewired, analysis, check, build, evaluation, findings, run)
     path = write_json(run.folder / REPORT_FILE, sections)
     page = write_atomic(run.folder / PAGE_FILE, render_report(load_report(path)))
     write_atomic(run.folder / "report.txt", text + "\n")
@@ -149,19 +151,21 @@ def _find(plan: SwapPlan, ranges: list[Range], check: CheckReport, build: BuildR
 def _summarize(
     folded: list[FoldedPair],
     plan: SwapPlan,
+    layers: list[LayerRecord],
     ranges: list[Range],
     analysis: Analysis,
     check: CheckReport,
     build: BuildReport,
     evaluation: Evaluation,
 ) -> dict[str, Any]:
-    weighted = [module for module in plan.modules if module.weights and (module.mapped or module.action == "missed")]
+    weighted = [layer for layer in layers if layer.weights]
+    names = {layer.name for layer in layers}
     return {
         "batchnorms_folded": sum(pair.folded for pair in folded),
         "batchnorms": len(folded),
         "weighted_layers": len(weighted),
-        "weighted_layers_swapped": len(plan.weighted),
-        "missed_modules": [module.name for module in plan.of("missed")],
+        "weighted_layers_swapped": sum(bool(layer.tensors) for layer in weighted),
+        "missed_modules": [module.name for module in plan.of("missed") if module.name in names],
         "float_layers": analysis.float_layers,
         "layers_without_range": sorted({r.name.rpartition(".")[0] for r in ranges if r.note}),
         "candidates": {candidate.name: candidate for candidate in evaluation.candidates},
@@ -172,6 +176,11 @@ def _summarize(
         "census_expected_int8": build.expected_int8,
         "census_missing_int8": [layer.module for layer in build.missing_int8],
     }
+
+
+def _without_decided(plan: SwapPlan, missed: list[str]) -> tuple[PlannedModule, ...]:
+    """The modules of a plan but those whose products all stand among the functions."""
+    return tuple(module for module in plan.modules if module.action != "missed" or module.name in missed)
 
 
 def _format(

@@ -58,6 +58,12 @@ def _unknown(report: StoredReport, name: str) -> ArgumentError:
     modules = {str(module["name"]): module for module in report.data["swap"]["modules"]}
     if name in modules:
         found = modules[name]
+        calls = [layer.name for layer in report.layers if layer.is_call and layer.name.rpartition(".")[0] == name]
+        if found["action"] == "missed" and calls:
+            return ArgumentError(
+                f"{name or 'the model'} is a {found['type']} that stands there with its calls.",
+                f"choose one of {', '.join(calls)}.",
+            )
         return ArgumentError(
             f"{name} is a {found['type']} that cannot be int8: {found['reason']}.",
             "layers that can are in report.html; choose one of them.",

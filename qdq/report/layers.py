@@ -26,7 +26,7 @@ from qdq.report.records import HISTOGRAM_COLUMNS, LayerRecord, MethodRange, Sens
 from qdq.rewire import PlannedOperation, RewirePlan
 from qdq.statistics import Statistics
 from qdq.swap import PlannedModule, SwapPlan
-from qdq.trace import Operation, call_model, evaluating, trace_forward
+from qdq.trace import ForwardTrace, Operation, call_model, evaluating, trace_forward
 from qdq.trt.census import LayerCensus
 from qdq.units import find_all_quantizers
 
@@ -78,12 +78,14 @@ def describe_layers(
     Returns:
         The records in the order in which the layers run; those that do not run come last.
     """
-    entries = _list_entries(plan, rewired)
+    with disable_quantization(model):
+        trace = trace_forward(model, batch)
+    flow = Dataflow(trace)
+    entries = _list_entries(model, plan, rewired, trace, flow)
     found = find_all_quantizers(model, batch)
     owners = _find_owners(found, entries)
     own = {name: _without_calls(name, found, owners) for name in found if name in entries}
-    with disable_quantization(model):
-        neighbours = _Neighbours(Dataflow(trace_forward(model, batch)), entries)
+    neighbours = _Neighbours(flow, entries)
     knowledge = _Knowledge(
         neighbours=neighbours,
         tensors=_Tensors(model, ranges, rewired, statistics),
@@ -155,20 +157,50 @@ class _Knowledge:
         return unknown
 
 
-def _list_entries(plan: SwapPlan, rewired: RewirePlan) -> dict[str, _Entry]:
+def _list_entries(
+    model: nn.Module, plan: SwapPlan, rewired: RewirePlan, trace: ForwardTrace, flow: Dataflow
+) -> dict[str, _Entry]:
     """What could be int8: modules of mapped types, missed ones, and calls that are quantized or left in float.
 
-    A missed module whose products the rewiring has decided about stands there with its calls.
+    A missed module all of whose products the rewiring has decided about stands there with its calls.
     """
     calls = [operation for operation in rewired.operations if operation.action != "share"]
-    decided = {_owner_of(call) for call in calls if call.function in _PRODUCTS}
+    weights = _weigh_calls(flow)
+    missed = _find_missed(model, plan, calls, trace)
     modules = [
-        module
-        for module in plan.modules
-        if module.mapped or (module.action == "missed" and module.name not in decided)
-    ]  # fmt: skip
-    entries = [_entry_of_module(module) for module in modules] + [_entry_of_call(call) for call in calls]
+        module for module in plan.modules if module.name in missed or (module.mapped and module.action != "missed")
+    ]
+    entries = [_entry_of_module(module) for module in modules]
+    entries += [_entry_of_call(call, weights.get(call.name, 0)) for call in calls]
     return {entry.name: entry for entry in entries}
+
+
+def _weigh_calls(flow: Dataflow) -> dict[str, int]:
+    """Product -> number of weights that it was given: matrices that do not depend on the input of the network."""
+    return {
+        call.name: sum(
+            math.prod(shape)
+            for value in call.inputs
+            if not flow.is_computed(value) and len(shape := flow.shapes[value]) >= 2
+        )
+        for call in flow.operations
+        if call.function in _PRODUCTS
+    }
+
+
+def _find_missed(
+    model: nn.Module, plan: SwapPlan, calls: Iterable[PlannedOperation], trace: ForwardTrace
+) -> frozenset[str]:
+    """The missed modules with a product, in their own forward or with their weights, that no call stands for."""
+    decided = {(_owner_of(call), call.function) for call in calls}
+    modules = dict(model.named_modules())
+
+    def is_missed(name: str) -> bool:
+        own = {weight.untyped_storage().data_ptr() for weight in modules[name].parameters(recurse=False)}
+        products = [each for each in trace.contractions if each.module == name or own & each.storages]
+        return not products or any((each.module, each.function.strip("_")) not in decided for each in products)
+
+    return frozenset(module.name for module in plan.of("missed") if is_missed(module.name))
 
 
 def _entry_of_module(module: PlannedModule) -> _Entry:
@@ -176,8 +208,8 @@ def _entry_of_module(module: PlannedModule) -> _Entry:
     return _Entry(module.name, module.type, False, module.mapped, is_quantized, module.reason, module.weights)
 
 
-def _entry_of_call(call: PlannedOperation) -> _Entry:
-    return _Entry(call.name, call.function, True, False, call.action == "quantize", call.reason, 0)
+def _entry_of_call(call: PlannedOperation, weights: int) -> _Entry:
+    return _Entry(call.name, call.function, True, False, call.action == "quantize", call.reason, weights)
 
 
 def _owner_of(call: PlannedOperation) -> str:

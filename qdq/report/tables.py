@@ -154,8 +154,9 @@ class Skipped:
 def list_skipped(report: StoredReport) -> list[Skipped]:
     """Whatever was left out by any stage, and why; what nobody wanted first."""
     data = report.data
+    missed = set(data["summary"]["missed_modules"])  # others stand there with their calls
     found = [("swap", m["type"], m["reason"], m["name"], m["action"] == "missed")
-             for m in data["swap"]["modules"] if m["action"] != "quantize"]  # fmt: skip
+             for m in data["swap"]["modules"] if m["action"] == "float" or m["name"] in missed]  # fmt: skip
     found += [("rewire", call["function"], call["reason"], call["name"], False)
               for call in data["rewire"]["operations"] if call["action"] == "float"]  # fmt: skip
     found += [
