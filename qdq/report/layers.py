@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from qdq.dataflow import Dataflow
 from qdq.metrics import sqnr_db
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.quantizer import SharedQuantizer, TensorQuantizer, disable_quantization, fake_quantize
-from qdq.report.records import HISTOGRAM_COLUMNS, LayerRecord, MethodRange, Sensitivity, TensorRecord
+from qdq.report.records import HISTOGRAM_COLUMNS, RULE, LayerRecord, MethodRange, Sensitivity, TensorRecord
 from qdq.rewire import PlannedOperation, RewirePlan
 from qdq.statistics import Statistics
 from qdq.swap import PlannedModule, SwapPlan
@@ -30,7 +29,6 @@ from qdq.trace import ForwardTrace, Operation, call_model, evaluating, trace_for
 from qdq.trt.census import LayerCensus
 from qdq.units import find_all_quantizers
 
-_RULE = re.compile(r"\bR-[A-Z]+(?:-[A-Z0-9]+)*\b")
 _PRODUCTS = frozenset({"conv1d", "conv2d", "conv3d", "linear", "matmul", "bmm", "baddbmm", "einsum"})
 NO_STATISTICS = "no calibration statistics in the run folder; give calibrate_model statistics=FILE"
 
@@ -122,7 +120,7 @@ class _Knowledge:
             is_call=entry.is_call,
             precision="int8" if is_int8 else "float",
             reason=reason,
-            rules=tuple(dict.fromkeys(_RULE.findall(reason))),
+            rules=tuple(dict.fromkeys(RULE.findall(reason))),
             tensors=tuple(self.tensors.describe(entry.name, quantizer) for quantizer in quantizers),
             sensitivity=self.sensitivities.get(entry.name),
             output_sqnr_db=output if isinstance(output, float) and math.isfinite(output) else None,
@@ -349,17 +347,31 @@ class _Reasons:
         )
 
     def _explain_step(self, number: int) -> str:
-        steps = self._analysis.steps
-        before = steps[number - 1].sqnr_db if number else self._analysis.sqnr_db
-        return (
-            f"step {number + 1} of {len(steps)} of the search left it in float: SQNR of the outputs "
-            f"{before:.2f} -> {steps[number].sqnr_db:.2f} dB"
-        )
+        steps, name = self._analysis.steps, self._analysis.metric_name
+        states = (steps[number - 1] if number else self._analysis, steps[number])
+        sqnr = " -> ".join(f"{state.sqnr_db:.2f}" for state in states)
+        metric = " -> ".join("" if state.metric is None else f"{state.metric:.4g}" for state in states)
+        what = "" if name == "sqnr" else f"{name} of the outputs {metric}, "
+        return f"step {number + 1} of {len(steps)} of the search left it in float: {what}SQNR of the outputs {sqnr} dB"
 
     def _explain_rank(self, unit: LayerSensitivity) -> str:
         units = self._analysis.layers
         rank, how = units.index(unit) + 1, "measured" if unit.is_exact else "estimated"
-        return f"rank {rank} of {len(units)} in sensitivity ({how}); the search ended: {self._analysis.stopped_by}"
+        where = f"rank {rank} of {len(units)} in sensitivity ({how})"
+        chosen = {step.layer for step in self._analysis.steps}
+        if not any(each.name in chosen for each in units[rank:]):
+            return f"{where}; the search ended: {self._analysis.stopped_by}"
+        return f"{where}, but passed over for less sensitive ones: {self._explain_passing(unit)}"
+
+    def _explain_passing(self, unit: LayerSensitivity) -> str:
+        """Why the search took less sensitive units; an analysis does not keep which limit stood in the way."""
+        layers = f"with its {len(unit.layers)} layers " if len(unit.layers) > 1 else ""
+        size = f"{layers}it did not fit the limits"
+        if unit.cost is not None:
+            return f"they gain more for a microsecond (it costs {unit.cost:.4g}), or {size}"
+        if self._analysis.mode == "leave-one-out":
+            return f"measured anew after a step they gained more, or {size}"
+        return size
 
 
 def _layers_of(step: Any) -> tuple[str, ...]:
@@ -373,8 +385,9 @@ def _list_sensitivities(analysis: Analysis) -> dict[str, Sensitivity]:
         layers = unit.layers or (unit.name,)
         sqnr = unit.sqnr_db if math.isfinite(unit.sqnr_db) else None
         record = Sensitivity(
-            unit.name, layers, rank, len(analysis.layers), unit.gain, unit.gain_low, unit.gain_high, sqnr, unit.is_exact
-        )
+            unit.name, layers, rank, len(analysis.layers), unit.gain, unit.gain_low, unit.gain_high, sqnr,
+            unit.is_exact, unit.metric, unit.cost,
+        )  # fmt: skip
         result.update(dict.fromkeys(layers, record))
     return result
 

@@ -12,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from qdq.report.charts import draw_bars, draw_curve, draw_network, list_units, unit_of_gain
-from qdq.report.facts import format_number, format_share
+from qdq.report.facts import format_number, format_share, format_state
 from qdq.report.load import StoredReport, guarded
 from qdq.report.tables import list_census, list_commands, list_details, list_rows, list_skipped
 from qdq.show import load_templates
@@ -152,10 +152,10 @@ def _headline(report: StoredReport) -> str:
     )
     analysis = data["analysis"]
     if analysis["steps"]:
-        last = analysis["steps"][-1]["sqnr_db"]
+        first, last = (format_state(state, analysis["metric_name"]) for state in (analysis, analysis["steps"][-1]))
+        what = "SQNR" if analysis["metric_name"] == "sqnr" else "quality"
         headline += (
-            f" The analysis left {len(analysis['steps'])} of {len(list_units(report))} in float, which took the SQNR "
-            f"on its {analysis['images']} images from {_decibels(analysis['sqnr_db'])} to {_decibels(last)}; it ended: "
-            f"{analysis['stopped_by']}."
+            f" The analysis left {len(analysis['steps'])} of {len(list_units(report))} in float, which took the {what} "
+            f"on its {analysis['images']} images from {first} to {last}; it ended: {analysis['stopped_by']}."
         )
     return headline

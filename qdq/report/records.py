@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 HISTOGRAM_COLUMNS = 64
+RULE = re.compile(r"\bR-[A-Z]+(?:-[A-Z0-9]+)*\b")  # in a reason
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,13 @@ class Sensitivity:
         layers: The layers in it.
         rank: Its place, 1 is the most sensitive.
         units: How many were ranked.
-        gain: What leaving it in float gains, in the unit of the metric; None if it was only estimated.
+        gain: What leaving it in float gains, in the unit of the metric; None if it was only estimated, or not finite.
         low: Lower end of the 95 % interval; None where there is none.
         high: Its upper end.
         sqnr_db: SQNR of the network's outputs in the state that was measured, in dB; None if infinite.
         is_exact: Whether it was measured; otherwise estimated.
+        metric: The chosen metric in that state; None if that is SQNR, or not finite.
+        cost: What it costs more in float than in int8, in microseconds; None if times were not asked for.
     """
 
     unit: str
@@ -87,6 +91,8 @@ class Sensitivity:
     high: float | None
     sqnr_db: float | None
     is_exact: bool
+    metric: float | None = None
+    cost: float | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,8 @@ def read_layer(entry: Any) -> LayerRecord:
     """The record that an entry of `layers` in `report.json` was written from.
 
     Raises:
-        TypeError: A field is missing or unknown, or of another kind.
+        TypeError: A field is missing, or of another kind.
+        KeyError: There is no such field.
     """
     record: LayerRecord = _read(LayerRecord, entry, "layer")
     return record
@@ -165,9 +172,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if isinstance(kind, type) and is_dataclass(kind):
         types = get_type_hints(kind)
         given = _require(value, dict, where)
-        if given.keys() != types.keys():
-            raise TypeError(f"{where} has the fields {', '.join(given)}; expected {', '.join(types)}")
-        return kind(**{name: _read(each, given[name], f"{where}.{name}") for name, each in types.items()})
+        return kind(**{name: _read(types[name], each, f"{where}.{name}") for name, each in given.items()})
     if get_origin(kind) is tuple:
         return tuple(_read(arguments[0], each, f"{where}[]") for each in _require(value, list, where))
     if get_origin(kind) is Mapping:

@@ -46,7 +46,8 @@ def _row(number: int, layer: LayerRecord) -> Row:
     entry, weight, found = layer.tensor("input"), layer.tensor("weight"), layer.sensitivity
     method = entry.method if entry and entry.method else None
     gain = found.gain if found else None
-    why_no_gain = layer.unknown.get("sensitivity", "only estimated, not measured")
+    is_exact = found is not None and found.is_exact
+    why_no_gain = layer.unknown.get("sensitivity", "not finite" if is_exact else "only estimated, not measured")
     cells = (
         _cell(gain, ".3g", why_no_gain),
         _cell_of(layer, entry, "amax", ".4g"),

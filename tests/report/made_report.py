@@ -62,7 +62,7 @@ def make_report(names, *, float_layers=(), seed=0, **changes):
          "share": 1 / len(names)} for name in names
     ]  # fmt: skip
     steps = [
-        {"layer": name, "sqnr_db": 20.0 + number, "metric": None, "layers": [name], "cost": None}
+        {"layer": name, "sqnr_db": 20.0 + number, "metric": 0.25 + number / 8, "layers": [name], "cost": None}
         for number, name in enumerate(float_layers)
     ]
     candidates = [

@@ -183,6 +183,7 @@ def test_a_comparison(opened, store):
 def test_300_layers(opened, store, record_property):
     layers = [f"features.stage{n // 30}.block{n}.expand_convolution" for n in range(300)]
     text = render_report(load_report(store(make_report(layers, float_layers=layers[:4]))))
+    assert len(text.encode()) <= 3_000_000
     began = time.perf_counter()
     with opened(text) as page:
         assert len(names(page)) == 300

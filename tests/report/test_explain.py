@@ -68,6 +68,25 @@ def test_neighbours_with_commas_in_their_names(store):
     assert "  Reads                  the input of the network, a, b (float)\n" in found
 
 
+def test_metric_cost_and_group(store):
+    report = make_report(["b2.a", "b2.b", "c"])
+    report["analysis"] |= {"metric_name": "kl"}
+    for layer in report["layers"][:2]:
+        layer["sensitivity"] |= {"unit": "group b2.*", "layers": ["b2.a", "b2.b"], "rank": 1}
+        layer["sensitivity"] |= {"metric": 0.125, "cost": 3.5, "gain": 0.5}
+    folder = store(report)
+    lines = [" ".join(line.split()) for line in explain_layer(folder, "b2.b").text.splitlines()]
+    assert (
+        "Gain in float 0.5 nats (95 % interval 1.2 to 1.8); rank 1 of 3, measured, in the group b2.* of 2 layers"
+        in lines
+    )
+    assert "Cost in float 3.5 microseconds more than in int8" in lines
+    assert "Outputs in that state 0.125 nats, SQNR 38.50 dB" in lines
+    assert "Cost in float" not in explain_layer(folder, "c").text
+    report["layers"][2]["sensitivity"]["gain"] = None
+    assert "not finite; rank 3 of 3, measured" in explain_layer(store(report, "infinite"), "c").text
+
+
 def call(capsys, *arguments):
     with pytest.raises(SystemExit) as exit:
         main([str(argument) for argument in arguments])

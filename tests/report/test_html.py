@@ -168,6 +168,39 @@ class TestCharts:
             "all in int8: 18.00 dB at 10", "1 units in float: a: 21.00 dB at 14",
         ]  # fmt: skip
 
+    def test_curve_of_the_metric_of_the_user(self, store):
+        made = make_report(["a", "b"], float_layers=["a"])
+        made["analysis"] |= {"metric_name": "mAP", "metric": 0.125}
+        report = load_report(store(made))
+        curve = draw_curve(report)
+        assert curve.y_label == "mAP"
+        assert [point.label for point in curve.points] == [
+            "all that may be int8 in int8: mAP 0.125, SQNR 18.00 dB at 0",
+            "+ a in float: mAP 0.25, SQNR 20.00 dB at 50",
+        ]
+        assert [tick.label for tick in curve.y_ticks][-1] == "0.25"
+        headline = "which took the quality on its 32 images from mAP 0.125, SQNR 18.00 dB to mAP 0.25, SQNR 20.00 dB;"
+        assert headline in render_report(report)
+        made["analysis"]["pareto"] = [
+            {"float_layers": [], "cost": 10.0, "sqnr_db": 18.0, "metric": 0.5},
+            {"float_layers": ["a"], "cost": 14.0, "sqnr_db": 21.0, "metric": 0.25},
+        ]
+        made["analysis"]["metric_name"] = "kl"
+        curve = draw_curve(load_report(store(made, "kl")))
+        assert curve.y_label == "kl, in nats" and curve.points[0].y < curve.points[1].y
+        assert curve.points[0].label == "all in int8: kl 0.5 nats, SQNR 18.00 dB at 10"
+
+    def test_an_infinite_gain_is_measured(self, store):
+        made = make_report(["a", "b"])
+        made["layers"][0]["sensitivity"] |= {"gain": None, "low": None, "high": None}
+        report = load_report(store(made))
+        first, second = draw_bars(report).bars
+        assert (first.label, first.width) == ("not finite", 100)
+        made["layers"][0]["sensitivity"]["is_exact"] = False
+        assert draw_bars(load_report(store(made, "other"))).bars[0].label == "estimated: SQNR 37.00 dB"
+        assert second.width < 100
+        assert "estimated" not in render_report(report)
+
     def test_no_curve_of_one_point(self, store):
         assert draw_curve(load_report(store(make_report(["a"])))) is None
 

@@ -88,6 +88,37 @@ def test_reasons(finished, layers):
     assert "in sensitivity (measured); the search ended: 1 of at most 1 layers are in float" in layers[other].reason
 
 
+def test_reasons_of_what_was_passed_over(finished):
+    """The step took the least sensitive unit: what stands before it did not fit, or cost too much."""
+    analysis = finished[1]["analysis"]
+    *first, last = sorted(analysis.layers, key=lambda unit: unit.name == analysis.steps[0].layer)
+
+    def explain(**changes):
+        units = (replace(first[0], **changes), *first[1:], last)
+        found = describe(finished[1], analysis=replace(analysis, layers=units, mode=changes.pop("mode", analysis.mode)))
+        return found[first[0].name].reason
+
+    start = f"rank 1 of {len(analysis.layers)} in sensitivity (measured), but passed over for less sensitive ones: "
+    assert explain().endswith(start + "it did not fit the limits")
+    assert explain(cost=12.5).endswith("they gain more for a microsecond (it costs 12.5), or it did not fit the limits")
+    both = (first[0].name, first[1].name)
+    assert explain(layers=both).endswith(": with its 2 layers it did not fit the limits")
+
+
+def test_what_the_metric_of_the_user_says(finished):
+    analysis = finished[1]["analysis"]
+    (step,) = analysis.steps
+    units = tuple(replace(unit, metric=0.25, cost=3.5) for unit in analysis.layers)
+    found = describe(finished[1], analysis=replace(
+        analysis, metric_name="mAP", metric=0.125, steps=(replace(step, metric=0.5),), layers=units
+    ))  # fmt: skip
+    reason = found[step.layer].reason
+    assert reason.startswith(
+        "step 1 of 1 of the search left it in float: mAP of the outputs 0.125 -> 0.5, SQNR of the "
+    )
+    assert found[step.layer].sensitivity.metric == 0.25 and found[step.layer].sensitivity.cost == 3.5
+
+
 def test_a_call_in_float_says_which_layer_it_goes_with(finished):
     stages = finished[1]
     model = stages["model"].module
