@@ -1,5 +1,6 @@
 """The report of a whole small run: what stands in it is what the stages returned."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -50,7 +51,10 @@ def test_report_says_what_the_stages_found(stages, capsys):
     written = json.loads((folder / "report.json").read_text())
     assert report.path == folder / "report.json"
     assert written["model"] == "small, random"
-    assert written["data"] == {"calibration": "4 random images", "evaluation": "6 random images", "labels": "made up"}
+    digest = hashlib.sha256(b"0,1,2,3,4,0").hexdigest()[:16]
+    assert written["data"] == {
+        "calibration": "4 random images", "evaluation": "6 random images", "labels": "made up", "labels_digest": digest,
+    }  # fmt: skip
     assert written["settings"] == {"model": "small", "output": str(folder.parent)}
     assert written["seed"] == 7
     assert written["environment"]["torch"] == torch.__version__.partition("+")[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,12 +104,13 @@ def write_report(
     )
     title = f"{model.name}, {model.weights}"
     data = {"calibration": calibration.description, "evaluation": images.description, "labels": images.label_note}
+    digest = {} if images.labels is None else {"labels_digest": _digest(images.labels)}
     findings = _find(plan, ranges, check, build)
     summary = _summarize(folded, plan, layers, ranges, analysis, check, build, evaluation)
     sections = {
         "format": REPORT_FORMAT,
         "model": title,
-        "data": data,
+        "data": {**data, **digest},
         "summary": summary,
         "findings": findings,
         "evaluation": evaluation,
@@ -134,6 +137,11 @@ def write_report(
     run.finish()
     print(f"\n{text}", flush=True)
     return Report(path, page, summary, tuple(findings), text)
+
+
+def _digest(labels: Sequence[int]) -> str:
+    """What tells one set of labelled images from another, wherever it lies, in 16 hexadecimal digits."""
+    return hashlib.sha256(",".join(map(str, labels)).encode()).hexdigest()[:16]
 
 
 def _load_statistics(path: Path) -> Statistics | None:

@@ -1,6 +1,7 @@
 """`qdq explain`: all of a record in words, and names that are not there."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -103,6 +104,18 @@ def test_command(store, tmp_path, capsys):
     assert code == 2 and len(errors.splitlines()) == 2
     code, _, errors = call(capsys, "explain", tmp_path / "nowhere", "c")
     assert code == 2 and "there is no" in errors
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes as POSIX has them")
+def test_who_reads_may_have_enough(store):
+    """As `qdq explain ... | head -0`."""
+    folder = store(make_report(["a"]))
+    script = f"from qdq.cli.main import main; main(['explain', {str(folder)!r}, 'a'])"
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as closed:
+        found = subprocess.run([sys.executable, "-c", script], stdout=closed, stderr=subprocess.PIPE, check=False)
+    assert (found.returncode, found.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize("verb", ["explain", "report"])
