@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qdq.report.load import PAGE_FILE, REPORT_FORMAT, load_report, plain
 from qdq.report.page import render_report
-from qdq.run import REPORT_FILE, STATISTICS_FILES, Run, write_atomic, write_json
+from qdq.run import REPORT_FILE, STATISTICS_FILES, Run, to_jsonable, write_atomic, write_json
 from qdq.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -28,6 +28,21 @@ if TYPE_CHECKING:
     from qdq.swap import PlannedModule, SwapPlan
 
 _EXAMPLES = 8  # images that the layers are looked at with
+
+
+class TuningResult(Protocol):
+    """What fine-tuning returned, a dataclass; see `write_report`."""
+
+    @property
+    def losses(self) -> Sequence[float]:
+        """Loss of each step."""
+
+    @property
+    def curve(self) -> Sequence[Any]:
+        """Measurements with `step` and `metric`, in order."""
+
+    def format_table(self) -> str:
+        """For a person."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,8 @@ def write_report(
     check: CheckReport,
     build: BuildReport,
     evaluation: Evaluation,
+    *,
+    tuning: TuningResult | None = None,
 ) -> Report:
     """Write `report.json`, `report.html` and `report.txt` into the run folder, print the latter and close the run.
 
@@ -87,6 +104,7 @@ def write_report(
         check: From `check_onnx`.
         build: From `build_engine`.
         evaluation: From `evaluate_outputs`.
+        tuning: From fine-tuning, where there was one.
     """
     from qdq.report.layers import describe_layers  # with torch, which reading a report does not need
 
@@ -118,6 +136,7 @@ def write_report(
         "fold": folded,
         "swap": plan,
         "rewire": rewired,
+        "tuning": None if tuning is None else {**to_jsonable(tuning), "text": tuning.format_table()},
         "calibration": ranges,
         "export": exported,
         "check": check,
@@ -130,7 +149,7 @@ def write_report(
         "seconds": run.seconds,
     }
     shown = replace(plan, modules=_without_decided(plan, summary["missed_modules"]))
-    text = _format(title, data, shown, rewired, analysis, check, build, evaluation, findings, run)
+    text = _format(title, data, shown, rewired, analysis, tuning, check, build, evaluation, findings, run)
     path = write_json(run.folder / REPORT_FILE, sections)
     page = write_atomic(run.folder / PAGE_FILE, render_report(load_report(path)))
     write_atomic(run.folder / "report.txt", text + "\n")
@@ -197,6 +216,7 @@ def _format(
     plan: SwapPlan,
     rewired: RewirePlan,
     analysis: Analysis,
+    tuning: TuningResult | None,
     check: CheckReport,
     build: BuildReport,
     evaluation: Evaluation,
@@ -209,6 +229,7 @@ def _format(
         ("Layers", plan.format_table()),
         ("Functions", rewired.format_table()),
         ("Sensitivity", analysis.format_table()),
+        *([] if tuning is None else [("Fine-tuning", tuning.format_table())]),
         ("Exported file", check.format_table()),
         ("Engine", build.format_table()),
         ("Result", evaluation.format_table()),

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qdq.report.facts import format_gain, format_state
+from qdq.report.facts import format_gain, format_number, format_state
 from qdq.report.load import StoredReport
 from qdq.report.records import LayerRecord, Sensitivity
 from qdq.show import round_numbers
@@ -18,6 +18,7 @@ BARS = 20
 _PLOT_HEIGHT = 220
 _ROW, _LANE, _MARGIN = 22, 9, 14  # of the network, in pixels
 _MOST_LANES = 40
+_LOSSES = 50  # points of the curve of the loss
 _Set = tuple[float | None, float | None, str]  # of float layers: cost, quality and words
 
 
@@ -153,7 +154,7 @@ def draw_curve(report: StoredReport) -> Curve | None:
 
     def describe(cost: float | None, state: Mapping[str, Any], what: str) -> _Set:
         value = state["sqnr_db" if metric == "sqnr" else "metric"]
-        return cost, value, f"{what}: {format_state(state, metric)}"
+        return cost, value, f"{what}: {format_state(state, metric)} at {format_number(cost)}"
 
     if analysis["pareto"]:
         sets = [describe(point["cost"], point, _name_set(point["float_layers"])) for point in analysis["pareto"]]
@@ -167,6 +168,31 @@ def draw_curve(report: StoredReport) -> Curve | None:
     if any(cost is None for cost, _, _ in sets):
         return None
     return _draw_curve(sets, "Multiplications that the analysis left in float, in % of all", quality)
+
+
+def draw_tuning(report: StoredReport) -> list[Curve]:
+    """The metric and the loss over the steps of fine-tuning, each where there are two points or more."""
+    tuning = report.data.get("tuning")
+    if tuning is None:
+        return []
+    metric = [(m["step"], m["metric"], f"step {m['step']}: {format_number(m['metric'])}") for m in tuning["curve"]]
+    curves = (
+        _draw_curve(metric, "Step", "The metric"),
+        _draw_curve(_average(tuning["losses"]), "Step", "Loss, as the mean of the steps up to a point"),
+    )
+    return [curve for curve in curves if curve is not None]
+
+
+def _average(losses: Sequence[float | None]) -> list[_Set]:
+    """Means of equally many steps, so that the longest training has no more than so many points."""
+    length = -(-len(losses) // _LOSSES) or 1
+    sets: list[_Set] = []
+    for start in range(0, len(losses), length):
+        part = [loss for loss in losses[start : start + length] if loss is not None]
+        if part:
+            end, mean = min(start + length, len(losses)), sum(part) / len(part)
+            sets.append((end, mean, f"step {end}: {mean:.4g}"))
+    return sets
 
 
 def _sum_shares(shares: dict[str, float | None], names: Sequence[str]) -> float | None:
@@ -194,7 +220,7 @@ def _draw_curve(sets: Sequence[_Set], x_label: str, y_label: str) -> Curve | Non
         return round(_PLOT_HEIGHT * (top - quality) / (top - bottom), 1)
 
     return Curve(
-        points=tuple(Point(across(cost), down(quality), f"{label} at {cost:.4g}") for cost, quality, label in found),
+        points=tuple(Point(across(cost), down(quality), label) for cost, quality, label in found),
         x_ticks=tuple(Tick(across(number), f"{number:.4g}") for number in round_numbers(right, left)),
         y_ticks=tuple(Tick(down(number), f"{number:.4g}") for number in round_numbers(top, bottom)),
         x_label=x_label,

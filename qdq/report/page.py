@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from qdq.report.charts import draw_bars, draw_curve, draw_network, list_units, unit_of_gain
+from qdq.report.charts import draw_bars, draw_curve, draw_network, draw_tuning, list_units, unit_of_gain
 from qdq.report.facts import format_number, format_share, format_state
 from qdq.report.load import StoredReport, guarded
 from qdq.report.tables import list_census, list_commands, list_details, list_rows, list_skipped
@@ -129,6 +129,8 @@ def _view(report: StoredReport) -> dict[str, Any]:
         "candidates": data["evaluation"]["candidates"],
         "bars": draw_bars(report),
         "curve": draw_curve(report),
+        "tuning": data.get("tuning"),
+        "tuning_curves": draw_tuning(report),
         "network": draw_network(report.layers),
         "rows": list_rows(report.layers),
         "kinds": sorted({layer.kind for layer in report.layers}),

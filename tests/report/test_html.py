@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from made_report import make_report
+from made_report import TUNING, make_report
 
-from qdq.report.charts import draw_bars, draw_curve, draw_network
+from qdq.report.charts import draw_bars, draw_curve, draw_network, draw_tuning
 from qdq.report.load import load_report
 from qdq.report.page import render_report
 
@@ -66,6 +66,14 @@ def test_sections_stand_in_the_order_of_the_issue(page):
     inner = [target[1:] for target in outline.attribute("href") if target.startswith("#")]
     assert set(inner) <= set(ids)
     assert set(outline.attribute("aria-labelledby")) <= set(ids)
+
+
+def test_fine_tuning_has_a_section_of_its_own(page):
+    text = page(["a"], tuning={**TUNING, "text": EVIL})
+    outline = Outline(text)
+    assert [attributes["id"] for tag, attributes in outline.tags if tag == "section"][3] == "tuning"
+    assert EVIL not in text and "Quantization with fine-tuning" in text
+    assert text.count("<circle") == 3 + 40 + 2  # the metric, three steps a point of the loss, the ends of the network
 
 
 def test_the_page_needs_nothing_else(page):
@@ -157,6 +165,17 @@ class TestCharts:
         assert np.diff(ys)[0] == pytest.approx(2 * np.diff(ys)[1], abs=0.2) and np.diff(ys)[1] < 0
         assert all(0 <= tick.at <= 100 for tick in curve.x_ticks)
         assert all(0 <= tick.at <= curve.height for tick in curve.y_ticks)
+
+    def test_curves_of_fine_tuning(self, store):
+        metric, loss = draw_tuning(load_report(store(make_report(["a"], tuning=TUNING))))
+        assert [point.label for point in metric.points] == ["step 0: 20", "step 60: 21", "step 120: 22"]
+        assert np.diff([point.y for point in metric.points]) == pytest.approx([-94.8, -94.8], abs=0.2)
+        losses = np.array(TUNING["losses"]).reshape(40, 3).mean(1)
+        assert [point.label for point in loss.points] == [
+            f"step {3 * number + 3}: {mean:.4g}" for number, mean in enumerate(losses)
+        ]
+        few = {**TUNING, "curve": TUNING["curve"][:1], "losses": [1.0, None]}
+        assert draw_tuning(load_report(store(make_report(["a"], tuning=few), "few"))) == []
 
     def test_curve_of_the_pareto_front(self, store):
         points = [{"float_layers": [], "cost": 10.0, "sqnr_db": 18.0, "metric": None},

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 
 import pytest
-from made_report import make_report
+from made_report import TUNING, make_report
 
 from qdq import ArgumentError, DataError, compare_runs, explain_layer, gate_run
 from qdq.gate import format_junit
@@ -81,7 +81,7 @@ def damage(report, path, change):
 def test_damage_anywhere_never_ends_in_a_traceback(store, change):
     """Of the page, of `explain` for a name that is there and one that is not, of a comparison and of the gate."""
     norm = {"name": "norm", "type": "LayerNorm", "action": "float", "reason": "no int8 counterpart"}
-    report = make_report(["a"], float_layers=["a"], swap={"modules": [norm]})
+    report = make_report(["a"], float_layers=["a"], swap={"modules": [norm]}, tuning=TUNING)
     good, folder = store(report, "good"), store(report)
     limits = {"max_drop": 5, "max_sqnr_drop": 1, "min_int8_macs": 0.5, "max_size": 1, "min_agreement": 0.5}
     readers = {
