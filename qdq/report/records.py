@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
@@ -170,7 +171,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if NoneType in arguments:
         return None if value is None else _read(arguments[0], value, where)
     if isinstance(kind, type) and is_dataclass(kind):
-        types = get_type_hints(kind)
+        types = _list_fields(kind)
         given = _require(value, dict, where)
         return kind(**{name: _read(types[name], each, f"{where}.{name}") for name, each in given.items()})
     if get_origin(kind) is tuple:
@@ -180,6 +181,12 @@ def _read(kind: Any, value: Any, where: str) -> Any:
             name: _read(arguments[1], each, f"{where}.{name}") for name, each in _require(value, dict, where).items()
         }
     return _require(value, (int, float) if kind is float else kind, where)
+
+
+@functools.cache
+def _list_fields(kind: type) -> dict[str, Any]:
+    """Field -> declared type."""
+    return get_type_hints(kind)
 
 
 def _require(value: Any, kind: Any, where: str) -> Any:
