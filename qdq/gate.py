@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from qdq.errors import ArgumentError, DataError
-from qdq.report.load import read_report
+from qdq.errors import ArgumentError, DataError, QdqError
+from qdq.report.load import guarded, plain, read_report
 
 _ROUNDING = 1e-9  # of float64: 84.8 - 84.4 is no more than 0.4
 _SHOWN_LAYERS = 3
+_DIGITS, _SHARE_DIGITS = 2, 4  # decimals of what is found, and of a share; more where it would look like the limit
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class GateReport:
     def format_table(self) -> str:
         """One line a limit, then the verdict."""
         lines = [f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.message}" for check in self.checks]
-        verdict = f"{_plain(self.run)}: {len(self.failures)} of {len(self.checks)} limits missed"
+        verdict = f"{plain(self.run)}: {len(self.failures)} of {len(self.checks)} limits missed"
         return "\n".join([*lines, verdict])
 
 
@@ -108,7 +109,7 @@ def gate_run(
     other = None if baseline is None else _Facts(Path(baseline))
     if other is not None:
         _require_same_images(judged, other)
-    checks = tuple(_judge(name, limit, judged, other) for name, limit in limits.items())
+    checks = guarded(judged.path, lambda: tuple(_judge(name, limit, judged, other) for name, limit in limits.items()))
     return GateReport(Path(run), None if baseline is None else Path(baseline), checks)
 
 
@@ -117,22 +118,46 @@ def format_junit(report: GateReport) -> bytes:
 
     With the elements and attributes that Ant's schema requires and Jenkins' allows; the host is not told.
     """
-    counts = {"tests": str(len(report.checks)), "failures": str(len(report.failures)), "errors": "0", "time": "0"}
-    root = ElementTree.Element("testsuites")
+    root, suite = _new_suite(tests=len(report.checks), failures=len(report.failures))
+    for check in report.checks:
+        _add_case(suite, report.run, check.name, "" if check.passed else "failure", "limit", check.message)
+    return _finish_suite(root, suite, report.format_table())
+
+
+def format_junit_error(run: Path | str, error: QdqError) -> bytes:
+    """A run that could not be judged as JUnit XML: one test case with an error.
+
+    Args:
+        run: The run, as it was given.
+        error: Why.
+    """
+    root, suite = _new_suite(tests=1, errors=1)
+    _add_case(suite, run, "gate", "error", type(error).__name__, plain(error))
+    return _finish_suite(root, suite, plain(error))
+
+
+def _new_suite(tests: int, failures: int = 0, errors: int = 0) -> tuple[Element, Element]:
+    root = Element("testsuites")
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
     names = {"name": "qdq gate", "package": "qdq", "id": "0", "timestamp": now, "hostname": "localhost"}
-    suite = ElementTree.SubElement(root, "testsuite", {**names, **counts})
-    ElementTree.SubElement(suite, "properties")
-    for check in report.checks:
-        attributes = {"classname": _plain(report.run), "name": check.name, "time": "0"}
-        case = ElementTree.SubElement(suite, "testcase", attributes)
-        if not check.passed:
-            failure = ElementTree.SubElement(case, "failure", {"type": "limit", "message": check.message})
-            failure.text = check.message
-    ElementTree.SubElement(suite, "system-out").text = report.format_table()
-    ElementTree.SubElement(suite, "system-err")
-    ElementTree.indent(root)
-    xml: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
+    counts = {"tests": str(tests), "failures": str(failures), "errors": str(errors), "time": "0"}
+    suite = SubElement(root, "testsuite", {**names, **counts})
+    SubElement(suite, "properties")
+    return root, suite
+
+
+def _add_case(suite: Element, run: Path | str, name: str, outcome: str, kind: str, message: str) -> None:
+    """One test case; `outcome` is "failure", "error", or "" if it passed."""
+    case = SubElement(suite, "testcase", {"classname": plain(run), "name": name, "time": "0"})
+    if outcome:
+        SubElement(case, outcome, {"type": kind, "message": message}).text = message
+
+
+def _finish_suite(root: Element, suite: Element, output: str) -> bytes:
+    SubElement(suite, "system-out").text = output
+    SubElement(suite, "system-err")
+    indent(root)
+    xml: bytes = tostring(root, encoding="utf-8", xml_declaration=True)
     return xml
 
 
@@ -149,10 +174,12 @@ class _Facts:
 
     def __init__(self, run: Path) -> None:
         self.run = run
-        path, self._content = read_report(run)
+        self.path, self._content = read_report(run)
         rows = self.get("evaluation", "candidates")
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "name" in row for row in rows):
-            raise DataError(f"{path} is no report of a run: it has no candidates.", "give the report.json of a run.")
+            raise DataError(
+                f"{self.path} is no report of a run: it has no candidates.", "give the report.json of a run."
+            )
         self.reference: dict[str, Any] = rows[0]
         self.result: dict[str, Any] = rows[-1]
 
@@ -203,68 +230,85 @@ def _check_limits(limits: dict[str, float], *, has_baseline: bool) -> None:
 
 
 def _require_same_images(judged: _Facts, other: _Facts) -> None:
-    places = (("evaluation", "images"), ("data", "evaluation"))
-    here, there = ([facts.get(*keys) for keys in places] for facts in (judged, other))
-    if here != there or None in here:
+    """As many images with the same labels; where a run holds no digest of them, the same accuracy in float.
+
+    Where the images lie does not matter, nor which float model was quantized.
+    """
+    counts = [facts.get("evaluation", "images") for facts in (judged, other)]
+    marks = [facts.get("data", "labels_digest") for facts in (judged, other)]
+    if None in marks:
+        marks = [[facts.reference.get(name) for name in ("top1", "top5")] for facts in (judged, other)]
+    if not isinstance(counts[0], int) or counts[0] != counts[1] or marks[0] != marks[1]:
         raise DataError(
-            f"the runs were not evaluated on the same images: {here[1]!r} and {there[1]!r}.",
+            f"the runs {judged.run} and {other.run} were not evaluated on the same images: {counts[0]!r} and "
+            f"{counts[1]!r} of them, known by {marks[0]!r} and {marks[1]!r} (labels, or top-1 and top-5 in float).",
             "evaluate both with the same data, --eval-images and --seed.",
         )
 
 
 def _judge(name: str, limit: float, judged: _Facts, other: _Facts | None) -> GateCheck:
-    found, text = _MEASURES[name](judged, other)
-    is_most = name.startswith("max")
+    measure, is_most = _MEASURES[name], name.startswith("max")
+    found, text = measure(judged, other, _DIGITS)
     passed = (found - limit if is_most else limit - found) <= _ROUNDING
+    if not passed:
+        found, text = measure(judged, other, _digits_apart(found, limit))
     if name == "min_int8_macs" and not passed:
         text += _name_float_layers(judged)
-    bound = f"at {'most' if is_most else 'least'} {limit:g}"
-    return GateCheck(name.replace("_", "-"), limit, found, passed, _plain(f"{text}; {bound}{_UNITS.get(name, '')}"))
+    bound = f"at {'most' if is_most else 'least'} {limit:.12g}"
+    return GateCheck(name.replace("_", "-"), limit, found, passed, plain(f"{text}; {bound}{_UNITS.get(name, '')}"))
 
 
-def _measure_drop(judged: _Facts, other: _Facts | None) -> tuple[float, str]:
+def _digits_apart(found: float, limit: float) -> int:
+    """Decimals with which two different numbers do not look the same."""
+    return next((digits for digits in range(_DIGITS, 12) if round(found, digits) != round(limit, digits)), 12)
+
+
+def _measure_drop(judged: _Facts, other: _Facts | None, digits: int) -> tuple[float, str]:
     found = judged.top1(judged.result)
     base = judged.top1(judged.reference) if other is None else other.top1(other.result)
     whose = judged.reference["name"] if other is None else f"the baseline {other.run}"
-    return base - found, f"top-1 of {judged.result['name']} is {_compare(found, base, 'points')} {whose} ({base:.2f} %)"
+    compared = _compare(found, base, "points", digits)
+    return base - found, f"top-1 of {judged.result['name']} is {compared} {whose} ({base:.{digits}f} %)"
 
 
-def _measure_sqnr_drop(judged: _Facts, other: _Facts | None) -> tuple[float, str]:
+def _measure_sqnr_drop(judged: _Facts, other: _Facts | None, digits: int) -> tuple[float, str]:
     assert other is not None  # noqa: S101  # `_check_limits` has seen to it
     found, base = judged.sqnr(), other.sqnr()
-    text = f"SQNR of {judged.result['name']} is {_compare(found, base, 'dB')} the baseline {other.run} ({base:.2f} dB)"
-    return base - found, text
+    compared = f"{_compare(found, base, 'dB', digits)} the baseline {other.run} ({base:.{digits}f} dB)"
+    return base - found, f"SQNR of {judged.result['name']} is {compared}"
 
 
-def _compare(found: float, base: float, unit: str) -> str:
+def _compare(found: float, base: float, unit: str, digits: int) -> str:
     sign = "%" if unit == "points" else unit
     if abs(base - found) <= _ROUNDING:
-        return f"{found:.2f} {sign}, as that of"
-    return f"{found:.2f} {sign}, {abs(base - found):.2f} {unit} {'below' if found < base else 'above'}"
+        return f"{found:.{digits}f} {sign}, as that of"
+    where = "below" if found < base else "above"
+    return f"{found:.{digits}f} {sign}, {abs(base - found):.{digits}f} {unit} {where}"
 
 
-def _measure_sqnr(judged: _Facts, other: _Facts | None) -> tuple[float, str]:
-    return judged.sqnr(), f"SQNR of {judged.result['name']} is {judged.sqnr():.2f} dB"
+def _measure_sqnr(judged: _Facts, other: _Facts | None, digits: int) -> tuple[float, str]:
+    return judged.sqnr(), f"SQNR of {judged.result['name']} is {judged.sqnr():.{digits}f} dB"
 
 
-def _measure_agreement(judged: _Facts, other: _Facts | None) -> tuple[float, str]:
+def _measure_agreement(judged: _Facts, other: _Facts | None, digits: int) -> tuple[float, str]:
     name = judged.result["name"]
     value = judged.require(judged.result.get("agreement"), f"agreement of {name}", "run qdq ptq again.")
-    return value, f"{name} agrees with {judged.reference['name']} on {value:.4f} of the images"
+    share = f"{value:.{max(digits, _SHARE_DIGITS)}f}"
+    return value, f"{name} agrees with {judged.reference['name']} on {share} of the images"
 
 
-def _measure_int8_macs(judged: _Facts, other: _Facts | None) -> tuple[float, str]:
+def _measure_int8_macs(judged: _Facts, other: _Facts | None, digits: int) -> tuple[float, str]:
     fix = "run qdq ptq again, with an engine: runs of an earlier version lack it."
     value = judged.require(judged.get("summary", "int8_macs"), "share of MACs in int8", fix)
-    return value, f"{value:.4f} of the multiplications run in int8"
+    return value, f"{value:.{max(digits, _SHARE_DIGITS)}f} of the multiplications run in int8"
 
 
-def _measure_size(judged: _Facts, other: _Facts | None) -> tuple[float, str]:
+def _measure_size(judged: _Facts, other: _Facts | None, digits: int) -> tuple[float, str]:
     value = judged.require(judged.get("summary", "onnx_megabytes"), "size of its ONNX file", "run qdq ptq again.")
-    return value, f"the ONNX file has {value:.2f} MB"
+    return value, f"the ONNX file has {value:.{digits}f} MB"
 
 
-_MEASURES: dict[str, Callable[[_Facts, _Facts | None], tuple[float, str]]] = {
+_MEASURES: dict[str, Callable[[_Facts, _Facts | None, int], tuple[float, str]]] = {
     "max_drop": _measure_drop,
     "max_sqnr_drop": _measure_sqnr_drop,
     "min_sqnr": _measure_sqnr,
@@ -297,8 +341,3 @@ def _name_float_layers(judged: _Facts) -> str:
 
 def _rows(value: Any) -> list[dict[str, Any]]:
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
-
-
-def _plain(text: object) -> str:
-    """One line, without what a terminal or XML would not take: names are data."""
-    return "".join(character if character.isprintable() else "?" for character in str(text))

@@ -105,7 +105,8 @@ def test_a_fact_that_is_missing_never_passes(tmp_path, where, limit, value):
         content[last] = value
 
     path = changed(tmp_path, change)
-    with pytest.raises(DataError, match="a limit asks for it"):
+    is_json = not isinstance(value, float)
+    with pytest.raises(DataError, match="a limit asks for it" if is_json else "cannot be read: (nan|inf) is no number"):
         gate_run(path, **limit)
 
 
@@ -120,10 +121,52 @@ def test_a_section_that_is_missing(tmp_path, key):
 
 
 def test_runs_on_other_images_are_not_compared(tmp_path):
-    for section, key in (("evaluation", "images"), ("data", "evaluation")):
-        path = changed(tmp_path, lambda content, section=section, key=key: content[section].update({key: "others"}))
+    def refuse(first, second):
         with pytest.raises(DataError, match="not evaluated on the same images"):
-            gate_run(GOOD, baseline=path, max_drop=1)
+            gate_run(first, baseline=second, max_drop=1)
+
+    refuse(GOOD, changed(tmp_path, lambda content: content["evaluation"].update(images=499)))
+    refuse(GOOD, changed(tmp_path, lambda content: content["evaluation"].pop("images")))
+    refuse(GOOD, changed(tmp_path, lambda content: content["evaluation"]["candidates"][0].update(top1=0.85)))
+    mine = tmp_path / "mine.json"
+    mine.write_text(changed(tmp_path, lambda content: content["data"].update(labels_digest="0123")).read_text())
+    refuse(mine, changed(tmp_path, lambda content: content["data"].update(labels_digest="4567")))
+
+
+def test_where_the_images_lie_and_what_was_quantized_does_not_matter(tmp_path):
+    def move(content):
+        content["data"]["evaluation"] = "500 of 500 images in /elsewhere, drawn with seed 0"
+
+    assert gate_run(GOOD, baseline=changed(tmp_path, move), max_drop=0).passed
+    mine = tmp_path / "mine.json"
+    mine.write_text(changed(tmp_path, lambda content: content["data"].update(labels_digest="0123")).read_text())
+    assert gate_run(GOOD, baseline=mine, max_drop=0).passed  # one of the two is from before there were digests
+
+    def retrain(content):
+        content["data"]["labels_digest"] = "0123"
+        content["evaluation"]["candidates"][0]["top1"] = 0.86
+
+    assert gate_run(changed(tmp_path, retrain), baseline=mine, max_drop=0).passed
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "limit", "said"),
+    [
+        (("evaluation", "candidates", -1, "sqnr_db"), 22.0456, {"min_sqnr": 22.05}, "22.046 dB; at least 22.05 dB"),
+        (("evaluation", "candidates", -1, "agreement"), 0.98999, {"min_agreement": 0.99}, "0.98999 of the images"),
+        (("summary", "onnx_megabytes"), 5.0000001, {"max_size": 5.0}, "5.0000001 MB; at most 5 MB"),
+        (("evaluation", "candidates", -1, "top1"), 0.8429999, {"max_drop": 0.5}, ", 0.50001 points below float"),
+    ],
+)
+def test_what_is_missed_by_little_does_not_look_like_the_limit(tmp_path, where, value, limit, said):
+    def change(content):
+        *keys, last = where
+        for key in keys:
+            content = content[key]
+        content[last] = value
+
+    (check,) = gate_run(changed(tmp_path, change), **limit).checks
+    assert not check.passed and said in check.message
 
 
 @pytest.mark.parametrize(
@@ -177,10 +220,10 @@ def assert_is_junit(xml):
     assert tags == ["properties", *["testcase"] * len(cases), "system-out", "system-err"]
     assert int(suite.get("tests")) == len(cases)
     assert int(suite.get("failures")) == len(suite.findall("testcase/failure"))
-    assert int(suite.get("errors")) == len(suite.findall("testcase/error")) == 0
+    assert int(suite.get("errors")) == len(suite.findall("testcase/error"))
     for case in cases:
         assert set(case.attrib) == {"name", "classname", "time"}
-        assert [child.tag for child in case] in ([], ["failure"])
+        assert [child.tag for child in case] in ([], ["failure"], ["error"])
         for failure in case:
             assert set(failure.attrib) == {"type", "message"}
             assert failure.text == failure.get("message")
@@ -205,6 +248,20 @@ def test_junit_and_json(tmp_path, capsys):
         ("min-int8-macs", False),
     ]
     assert content["checks"][1]["found"] == pytest.approx(0.7)
+
+
+def test_what_cannot_be_judged_leaves_no_green_result_behind(tmp_path, capsys):
+    junit, written = tmp_path / "gate.xml", tmp_path / "gate.json"
+    files = ("--junit", junit, "--json", written)
+    assert gate(capsys, GOOD, "--min-sqnr", 17, *files)[0] == 0
+    assert [len(case) for case in assert_is_junit(junit.read_bytes())] == [0]
+    code, out, _ = gate(capsys, tmp_path / "no\x1b run", "--min-sqnr", 17, *files)
+    assert (code, out) == (2, "")
+    (case,) = assert_is_junit(junit.read_bytes())
+    assert case[0].tag == "error" and case[0].get("type") == "ArgumentError"
+    assert "there is no" in case[0].text and "no? run" in case.get("classname")
+    content = json.loads(written.read_text())
+    assert content["passed"] is False and "there is no" in content["error"]
 
 
 def test_names_are_data(tmp_path):

@@ -1,7 +1,8 @@
 """The report of a whole small run: what stands in it is what the stages returned."""
 
+import hashlib
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -50,7 +51,10 @@ def test_report_says_what_the_stages_found(stages, capsys):
     written = json.loads((folder / "report.json").read_text())
     assert report.path == folder / "report.json"
     assert written["model"] == "small, random"
-    assert written["data"] == {"calibration": "4 random images", "evaluation": "6 random images", "labels": "made up"}
+    digest = hashlib.sha256(b"0,1,2,3,4,0").hexdigest()[:16]
+    assert written["data"] == {
+        "calibration": "4 random images", "evaluation": "6 random images", "labels": "made up", "labels_digest": digest,
+    }  # fmt: skip
     assert written["settings"] == {"model": "small", "output": str(folder.parent)}
     assert written["seed"] == 7
     assert written["environment"]["torch"] == torch.__version__.partition("+")[0]
@@ -100,6 +104,26 @@ def test_page_has_every_section_in_order(stages):
     ]
     assert titles == [*expected, "Files"]
     assert "Findings\n  none" in text
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What fine-tuning returns."""
+
+    losses: tuple[float, ...]
+    curve: tuple[dict[str, float], ...]
+
+    def format_table(self):
+        return "2 steps of fine-tuning"
+
+
+def test_fine_tuning_stands_in_all_three_files(stages):
+    tuned = Tuned((0.5, 0.25), ({"step": 0, "metric": 10.0}, {"step": 2, "metric": 20.0}))
+    report = qdq.write_report(**stages, tuning=tuned)
+    written = json.loads(report.path.read_text())["tuning"]
+    assert written == {"losses": [0.5, 0.25], "curve": list(tuned.curve), "text": "2 steps of fine-tuning"}
+    assert "Fine-tuning\n  2 steps of fine-tuning" in report.text
+    assert "step 2: 20" in report.page.read_text()
 
 
 def test_findings_of_every_kind_give_exit_code_1(stages):

@@ -21,8 +21,8 @@ def gate(
 ) -> int:
     """Hold limits against a run, in CI. Needs no torch.
 
-    Prints one line a limit. Exit code 1 when the run misses one, 2 when it lacks a fact that a limit asks for. Judged
-    is the ONNX file.
+    Prints one line a limit. Exit code 1 when the run misses one, 2 when it cannot be judged, as when it lacks a fact
+    that a limit asks for. Judged is the ONNX file.
 
     Such as:
 
@@ -40,22 +40,30 @@ def gate(
         junit: Also write the result to this file, as JUnit XML.
         json: Also write the result to this file.
     """
-    from qdq.gate import format_junit, gate_run
+    from qdq.errors import QdqError
+    from qdq.gate import format_junit, format_junit_error, gate_run
     from qdq.run import require_writable, to_jsonable, write_atomic, write_json
 
     for path in (junit, json):
         if path is not None:
             require_writable(path)
-    report = gate_run(
-        run,
-        baseline=baseline,
-        max_drop=max_drop,
-        max_sqnr_drop=max_sqnr_drop,
-        min_sqnr=min_sqnr,
-        min_agreement=min_agreement,
-        min_int8_macs=min_int8_macs,
-        max_size=max_size,
-    )
+    try:
+        report = gate_run(
+            run,
+            baseline=baseline,
+            max_drop=max_drop,
+            max_sqnr_drop=max_sqnr_drop,
+            min_sqnr=min_sqnr,
+            min_agreement=min_agreement,
+            min_int8_macs=min_int8_macs,
+            max_size=max_size,
+        )
+    except QdqError as error:  # results of an earlier run must not pass for this one's
+        if junit is not None:
+            write_atomic(junit, format_junit_error(run, error))
+        if json is not None:
+            write_json(json, {"passed": False, "error": str(error)})
+        raise
     print(report.format_table())
     if junit is not None:
         write_atomic(junit, format_junit(report))

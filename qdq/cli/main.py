@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -108,8 +110,12 @@ def _run(app: cyclopts.App, argv: list[str]) -> None:
     handler = _log_to_console(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
     try:
         code = app(argv, result_action="return_value", exit_on_error=False, print_error=False)
+        sys.stdout.flush()  # here, where an error of it is seen
     except KeyboardInterrupt:
         code = _report_interrupt()
+    except BrokenPipeError:  # as in `qdq explain ... | head`: who reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        code = 128 + signal.SIGPIPE
     except Exception as error:  # Python's exit code 1 would say "findings"
         code = _report_interrupt() if _comes_from_interrupt(error) else _report_error(error, app.name[0], verbose)
     finally:

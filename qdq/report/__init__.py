@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from qdq.report.load import PAGE_FILE, REPORT_FORMAT, parse_report
+from qdq.report.load import PAGE_FILE, REPORT_FORMAT, load_report, plain
 from qdq.report.page import render_report
 from qdq.run import REPORT_FILE, STATISTICS_FILES, Run, to_jsonable, write_atomic, write_json
 from qdq.statistics import Statistics
@@ -21,10 +23,26 @@ if TYPE_CHECKING:
     from qdq.export import ExportReport
     from qdq.fold import FoldedPair
     from qdq.models import LoadedModel
+    from qdq.report.records import LayerRecord
     from qdq.rewire import RewirePlan
-    from qdq.swap import SwapPlan
+    from qdq.swap import PlannedModule, SwapPlan
 
 _EXAMPLES = 8  # images that the layers are looked at with
+
+
+class TuningResult(Protocol):
+    """What fine-tuning returned, a dataclass; see `write_report`."""
+
+    @property
+    def losses(self) -> Sequence[float]:
+        """Loss of each step."""
+
+    @property
+    def curve(self) -> Sequence[Any]:
+        """Measurements with `step` and `metric`, in order."""
+
+    def format_table(self) -> str:
+        """For a person."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +83,8 @@ def write_report(
     check: CheckReport,
     build: BuildReport,
     evaluation: Evaluation,
+    *,
+    tuning: TuningResult | None = None,
 ) -> Report:
     """Write `report.json`, `report.html` and `report.txt` into the run folder, print the latter and close the run.
 
@@ -84,6 +104,7 @@ def write_report(
         check: From `check_onnx`.
         build: From `build_engine`.
         evaluation: From `evaluate_outputs`.
+        tuning: From fine-tuning, where there was one.
     """
     from qdq.report.layers import describe_layers  # with torch, which reading a report does not need
 
@@ -101,12 +122,13 @@ def write_report(
     )
     title = f"{model.name}, {model.weights}"
     data = {"calibration": calibration.description, "evaluation": images.description, "labels": images.label_note}
+    digest = {} if images.labels is None else {"labels_digest": _digest(images.labels)}
     findings = _find(plan, ranges, check, build)
-    summary = _summarize(folded, plan, ranges, analysis, check, build, evaluation)
+    summary = _summarize(folded, plan, layers, ranges, analysis, check, build, evaluation)
     sections = {
         "format": REPORT_FORMAT,
         "model": title,
-        "data": data,
+        "data": {**data, **digest},
         "summary": summary,
         "findings": findings,
         "evaluation": evaluation,
@@ -114,6 +136,7 @@ def write_report(
         "fold": folded,
         "swap": plan,
         "rewire": rewired,
+        "tuning": None if tuning is None else {**to_jsonable(tuning), "text": tuning.format_table()},
         "calibration": ranges,
         "export": exported,
         "check": check,
@@ -125,14 +148,19 @@ def write_report(
         "environment": run.environment,
         "seconds": run.seconds,
     }
-    text = _format(title, data, plan, rewired, analysis, check, build, evaluation, findings, run)
-    written = to_jsonable(sections)
-    path = write_json(run.folder / REPORT_FILE, written)
-    page = write_atomic(run.folder / PAGE_FILE, render_report(parse_report(written, path)))
+    shown = replace(plan, modules=_without_decided(plan, summary["missed_modules"]))
+    text = _format(title, data, shown, rewired, analysis, tuning, check, build, evaluation, findings, run)
+    path = write_json(run.folder / REPORT_FILE, sections)
+    page = write_atomic(run.folder / PAGE_FILE, render_report(load_report(path)))
     write_atomic(run.folder / "report.txt", text + "\n")
     run.finish()
     print(f"\n{text}", flush=True)
     return Report(path, page, summary, tuple(findings), text)
+
+
+def _digest(labels: Sequence[int]) -> str:
+    """What tells one set of labelled images from another, wherever it lies, in 16 hexadecimal digits."""
+    return hashlib.sha256(",".join(map(str, labels)).encode()).hexdigest()[:16]
 
 
 def _load_statistics(path: Path) -> Statistics | None:
@@ -150,19 +178,21 @@ def _find(plan: SwapPlan, ranges: list[Range], check: CheckReport, build: BuildR
 def _summarize(
     folded: list[FoldedPair],
     plan: SwapPlan,
+    layers: list[LayerRecord],
     ranges: list[Range],
     analysis: Analysis,
     check: CheckReport,
     build: BuildReport,
     evaluation: Evaluation,
 ) -> dict[str, Any]:
-    weighted = [module for module in plan.modules if module.weights and (module.mapped or module.action == "missed")]
+    weighted = [layer for layer in layers if layer.weights]
+    names = {layer.name for layer in layers}
     return {
         "batchnorms_folded": sum(pair.folded for pair in folded),
         "batchnorms": len(folded),
         "weighted_layers": len(weighted),
-        "weighted_layers_swapped": len(plan.weighted),
-        "missed_modules": [module.name for module in plan.of("missed")],
+        "weighted_layers_swapped": sum(bool(layer.tensors) for layer in weighted),
+        "missed_modules": [module.name for module in plan.of("missed") if module.name in names],
         "float_layers": analysis.float_layers,
         "layers_without_range": sorted({r.name.rpartition(".")[0] for r in ranges if r.note}),
         "candidates": {candidate.name: candidate for candidate in evaluation.candidates},
@@ -175,12 +205,18 @@ def _summarize(
     }
 
 
+def _without_decided(plan: SwapPlan, missed: list[str]) -> tuple[PlannedModule, ...]:
+    """The modules of a plan but those whose products all stand among the functions."""
+    return tuple(module for module in plan.modules if module.action != "missed" or module.name in missed)
+
+
 def _format(
     title: str,
     data: dict[str, str],
     plan: SwapPlan,
     rewired: RewirePlan,
     analysis: Analysis,
+    tuning: TuningResult | None,
     check: CheckReport,
     build: BuildReport,
     evaluation: Evaluation,
@@ -193,6 +229,7 @@ def _format(
         ("Layers", plan.format_table()),
         ("Functions", rewired.format_table()),
         ("Sensitivity", analysis.format_table()),
+        *([] if tuning is None else [("Fine-tuning", tuning.format_table())]),
         ("Exported file", check.format_table()),
         ("Engine", build.format_table()),
         ("Result", evaluation.format_table()),
@@ -200,7 +237,8 @@ def _format(
         ("Findings", "\n".join(findings) or "none"),
         ("Files", f"{run.folder} ({sum(run.seconds.values()):.0f} s); open {PAGE_FILE} in a browser"),
     ]
-    return "\n\n".join(f"{title}\n{_indent(body)}" for title, body in blocks)
+    text = "\n\n".join(f"{title}\n{_indent(body)}" for title, body in blocks)
+    return "\n".join(map(plain, text.split("\n")))
 
 
 def _indent(text: str) -> str:

@@ -5,10 +5,11 @@ Places across are in percent, so that a chart is as wide as the page and its let
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from qdq.report.facts import format_gain
+from qdq.report.facts import format_gain, format_number, format_state
 from qdq.report.load import StoredReport
 from qdq.report.records import LayerRecord, Sensitivity
 from qdq.show import round_numbers
@@ -17,6 +18,8 @@ BARS = 20
 _PLOT_HEIGHT = 220
 _ROW, _LANE, _MARGIN = 22, 9, 14  # of the network, in pixels
 _MOST_LANES = 40
+_LOSSES = 50  # points of the curve of the loss
+_Set = tuple[float | None, float | None, str]  # of float layers: cost, quality and words
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,9 @@ def list_units(report: StoredReport) -> list[Sensitivity]:
 
 
 def unit_of_gain(report: StoredReport) -> str:
-    """What gains are in: dB, or the name of the metric."""
+    """What gains are in: dB, nats, or the name of the metric."""
     name = str(report.data["analysis"]["metric_name"])
-    return "dB" if name == "sqnr" else name
+    return {"sqnr": "dB", "kl": "nats"}.get(name, name)
 
 
 def draw_bars(report: StoredReport, count: int = BARS) -> Bars:
@@ -86,7 +89,7 @@ def draw_bars(report: StoredReport, count: int = BARS) -> Bars:
         return round(100 * (value - low) / span, 2)
 
     def draw(unit: Sensitivity) -> Bar:
-        gain = unit.gain or 0.0
+        gain = unit.gain if unit.gain is not None else max(ends) if unit.is_exact else 0.0  # not finite: to the end
         return Bar(
             name=unit.unit,
             anchor=places[unit.layers[0]],
@@ -142,34 +145,68 @@ class Curve:
 def draw_curve(report: StoredReport) -> Curve | None:
     """The Pareto front if times were given, else the steps of the search over the share of the work in float.
 
-    None where there is one point only, or the size of a layer is not known.
+    Up goes what ranked, the SQNR or the metric of the user. None where there is one point only, or the size of a
+    layer is not known.
     """
-    analysis = report.data["analysis"]
+    analysis, unit = report.data["analysis"], unit_of_gain(report)
+    metric = analysis["metric_name"]
+    quality = "SQNR of the outputs, in dB" if metric == "sqnr" else metric if unit == metric else f"{metric}, in {unit}"
+
+    def describe(cost: float | None, state: Mapping[str, Any], what: str) -> _Set:
+        value = state["sqnr_db" if metric == "sqnr" else "metric"]
+        return cost, value, f"{what}: {format_state(state, metric)} at {format_number(cost)}"
+
     if analysis["pareto"]:
-        sets = [(point["cost"], point["sqnr_db"], _name_set(point["float_layers"])) for point in analysis["pareto"]]
-        return _draw_curve(sets, "Time of what can be int8, in microseconds", 1.0)
+        sets = [describe(point["cost"], point, _name_set(point["float_layers"])) for point in analysis["pareto"]]
+        return _draw_curve(sets, "Time of what can be int8, in microseconds", quality)
     shares = {layer.name: layer.macs_share for layer in report.layers}
     pinned = [name for name, precision in analysis["pinned"].items() if precision == "float"]
-    chosen, sets = list(pinned), [(_sum_shares(shares, pinned), analysis["sqnr_db"], "all that may be int8 in int8")]
+    chosen, sets = list(pinned), [describe(_sum_shares(shares, pinned), analysis, "all that may be int8 in int8")]
     for step in analysis["steps"]:
         chosen += step["layers"] or [step["layer"]]
-        sets.append((_sum_shares(shares, chosen), step["sqnr_db"], f"+ {step['layer']} in float"))
+        sets.append(describe(_sum_shares(shares, chosen), step, f"+ {step['layer']} in float"))
     if any(cost is None for cost, _, _ in sets):
         return None
-    return _draw_curve(sets, "Multiplications that the analysis left in float, in % of all", 100.0)
+    return _draw_curve(sets, "Multiplications that the analysis left in float, in % of all", quality)
+
+
+def draw_tuning(report: StoredReport) -> list[Curve]:
+    """The metric and the loss over the steps of fine-tuning, each where there are two points or more."""
+    tuning = report.data.get("tuning")
+    if tuning is None:
+        return []
+    metric = [(m["step"], m["metric"], f"step {m['step']}: {format_number(m['metric'])}") for m in tuning["curve"]]
+    curves = (
+        _draw_curve(metric, "Step", "The metric"),
+        _draw_curve(_average(tuning["losses"]), "Step", "Loss, as the mean of the steps up to a point"),
+    )
+    return [curve for curve in curves if curve is not None]
+
+
+def _average(losses: Sequence[float | None]) -> list[_Set]:
+    """Means of equally many steps, so that the longest training has no more than so many points."""
+    length = -(-len(losses) // _LOSSES) or 1
+    sets: list[_Set] = []
+    for start in range(0, len(losses), length):
+        part = [loss for loss in losses[start : start + length] if loss is not None]
+        if part:
+            end, mean = min(start + length, len(losses)), sum(part) / len(part)
+            sets.append((end, mean, f"step {end}: {mean:.4g}"))
+    return sets
 
 
 def _sum_shares(shares: dict[str, float | None], names: Sequence[str]) -> float | None:
+    """In percent; None if one is not known."""
     found = [shares.get(name, 0.0) for name in names]
-    return None if None in found else sum(share or 0.0 for share in found)
+    return None if None in found else 100 * sum(share or 0.0 for share in found)
 
 
 def _name_set(names: Sequence[str]) -> str:
     return f"{len(names)} units in float: {', '.join(names)}" if names else "all in int8"
 
 
-def _draw_curve(sets: Sequence[tuple[float, float | None, str]], x_label: str, factor: float) -> Curve | None:
-    found = [(cost * factor, sqnr, label) for cost, sqnr, label in sets if sqnr is not None]
+def _draw_curve(sets: Sequence[_Set], x_label: str, y_label: str) -> Curve | None:
+    found = [(cost, quality, label) for cost, quality, label in sets if cost is not None and quality is not None]
     if len(found) < 2:
         return None
     costs, qualities = [cost for cost, _, _ in found], [sqnr for _, sqnr, _ in found]
@@ -183,13 +220,11 @@ def _draw_curve(sets: Sequence[tuple[float, float | None, str]], x_label: str, f
         return round(_PLOT_HEIGHT * (top - quality) / (top - bottom), 1)
 
     return Curve(
-        points=tuple(
-            Point(across(cost), down(sqnr), f"{label}: {sqnr:.2f} dB at {cost:.4g}") for cost, sqnr, label in found
-        ),
+        points=tuple(Point(across(cost), down(quality), label) for cost, quality, label in found),
         x_ticks=tuple(Tick(across(number), f"{number:.4g}") for number in round_numbers(right, left)),
         y_ticks=tuple(Tick(down(number), f"{number:.4g}") for number in round_numbers(top, bottom)),
         x_label=x_label,
-        y_label="SQNR of the outputs, in dB",
+        y_label=y_label,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,11 +13,12 @@ from typing import Any
 from qdq.errors import ArgumentError
 from qdq.report.charts import list_units, unit_of_gain
 from qdq.report.facts import format_gain, format_share
-from qdq.report.load import StoredReport, load_report
-from qdq.report.page import guarded, int8_layers, int8_share, render
-from qdq.report.records import LayerRecord, Sensitivity
+from qdq.report.load import StoredReport, guarded, load_report
+from qdq.report.page import int8_layers, int8_share, render
+from qdq.report.records import RULE, LayerRecord, Sensitivity
 
 TOLERANCE = 0.01  # ranges that differ by less are taken for the same
+_FIGURES = re.compile(r"; rank |\b\d")
 _BARS = 12  # most sensitive units of each run
 
 
@@ -52,15 +55,19 @@ class LayerDifference:
         name: Dotted name.
         kind: Class or function.
         precisions: "int8" or "float".
+        reasons: Why.
         ranges: amax of its input.
-        methods: How that was solved.
+        weights: amax of its weight.
+        methods: How the range of the input was solved.
         gains: What leaving it in float gains.
     """
 
     name: str
     kind: str
     precisions: tuple[str | None, ...]
+    reasons: tuple[str | None, ...]
     ranges: tuple[float | None, ...]
+    weights: tuple[float | None, ...]
     methods: tuple[str | None, ...]
     gains: tuple[float | None, ...]
 
@@ -95,7 +102,7 @@ class Comparison:
         models: Their models.
         figures: The summary in numbers.
         settings: Settings, versions and seeds that differ.
-        layers: Layers whose precision, method or range differs.
+        layers: Layers whose precision, method, range or reason differs.
         sensitivity: The most sensitive units of any run.
         units: What gains are in, for each run.
     """
@@ -122,7 +129,9 @@ def compare_runs(runs: Sequence[Path | str]) -> Comparison:
     if len(runs) < 2:
         raise ArgumentError(f"{len(runs)} run was given; a comparison takes two or more.", "name another run folder.")
     reports = [load_report(run) for run in runs]
-    return guarded(reports[0].path, lambda: _compare(reports))
+    for report in reports:  # a damaged one by itself: the error names its file
+        guarded(report.path, functools.partial(_compare, [report]))
+    return _compare(reports)
 
 
 def render_comparison(comparison: Comparison) -> str:
@@ -205,22 +214,35 @@ def _list_layers(reports: Sequence[StoredReport]) -> list[LayerDifference]:
 
 def _describe_layer(layers: Sequence[LayerRecord | None]) -> LayerDifference:
     known = next(layer for layer in layers if layer)
-    inputs = [layer.tensor("input") if layer else None for layer in layers]
+    inputs, weights = ([layer.tensor(role) if layer else None for layer in layers] for role in ("input", "weight"))
     return LayerDifference(
         name=known.name,
         kind=known.kind,
         precisions=tuple(layer.precision if layer else None for layer in layers),
+        reasons=tuple(layer.reason if layer else None for layer in layers),
         ranges=tuple(tensor.amax if tensor else None for tensor in inputs),
+        weights=tuple(tensor.amax if tensor else None for tensor in weights),
         methods=tuple(tensor.method if tensor else None for tensor in inputs),
         gains=tuple(layer.sensitivity.gain if layer and layer.sensitivity else None for layer in layers),
     )
 
 
 def _differs(layer: LayerDifference) -> bool:
-    if len(set(layer.precisions)) > 1:
+    kinds = map(_kind_of_reason, layer.reasons)
+    if any(len(set(each)) > 1 for each in (layer.precisions, layer.methods, kinds)):
         return True
-    known = [amax for amax in layer.ranges if amax is not None]
-    return 0 < len(known) < len(layer.ranges) or max(known, default=0.0) > (1 + TOLERANCE) * min(known, default=0.0)
+    return any(map(_ranges_differ, (layer.ranges, layer.weights)))
+
+
+def _kind_of_reason(reason: str | None) -> tuple[str, ...]:
+    """What a reason says beside its figures: its rules, and the words before the first number."""
+    words = _FIGURES.split(reason or "")[0]
+    return words, *RULE.findall(reason or "")
+
+
+def _ranges_differ(ranges: Sequence[float | None]) -> bool:
+    known = [amax for amax in ranges if amax is not None]
+    return 0 < len(known) < len(ranges) or max(known, default=0.0) > (1 + TOLERANCE) * min(known, default=0.0)
 
 
 def _list_sensitivity(reports: Sequence[StoredReport]) -> list[SensitivityRow]:

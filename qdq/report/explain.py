@@ -9,7 +9,7 @@ from pathlib import Path
 from qdq.errors import ArgumentError
 from qdq.report.charts import unit_of_gain
 from qdq.report.facts import Fact, describe_layer, describe_tensor, format_share, title_of
-from qdq.report.load import StoredReport, load_report
+from qdq.report.load import StoredReport, guarded, load_report, plain
 from qdq.report.records import LayerRecord, TensorRecord
 
 _HINTS = 5
@@ -42,6 +42,10 @@ def explain_layer(run: Path | str, name: str) -> Explanation:
         DataError: As for `load_report`.
     """
     report = load_report(run)
+    return guarded(report.path, lambda: _explain(report, name))
+
+
+def _explain(report: StoredReport, name: str) -> Explanation:
     layers = {layer.name: layer for layer in report.layers}
     if name not in layers:
         raise _unknown(report, name)
@@ -54,6 +58,12 @@ def _unknown(report: StoredReport, name: str) -> ArgumentError:
     modules = {str(module["name"]): module for module in report.data["swap"]["modules"]}
     if name in modules:
         found = modules[name]
+        calls = [layer.name for layer in report.layers if layer.is_call and layer.name.rpartition(".")[0] == name]
+        if found["action"] == "missed" and calls:
+            return ArgumentError(
+                f"{name or 'the model'} is a {found['type']} that stands there with its calls.",
+                f"choose one of {', '.join(calls)}.",
+            )
         return ArgumentError(
             f"{name} is a {found['type']} that cannot be int8: {found['reason']}.",
             "layers that can are in report.html; choose one of them.",
@@ -66,21 +76,11 @@ def _unknown(report: StoredReport, name: str) -> ArgumentError:
 
 
 def _format(layer: LayerRecord, neighbours: dict[str, str], unit: str) -> str:
-    facts = [(term, _with_precision(term, text, layer, neighbours)) for term, text in describe_layer(layer, unit)]
-    blocks = [f"{layer.name or 'the model'} ({layer.kind})\n{_columns(facts)}"]
-    blocks += [f"{title_of(tensor)} ({tensor.quantizer})\n{_columns(_list_facts(tensor))}" for tensor in layer.tensors]
+    blocks = [_block(f"{layer.name or 'the model'} ({layer.kind})", describe_layer(layer, unit, neighbours))]
+    blocks += [_block(f"{title_of(tensor)} ({tensor.quantizer})", _list_facts(tensor)) for tensor in layer.tensors]
     if "tensors" in layer.unknown:
-        blocks.append(f"No ranges: {layer.unknown['tensors']}")
+        blocks.append(plain(f"No ranges: {layer.unknown['tensors']}"))
     return "\n\n".join(blocks)
-
-
-def _with_precision(term: str, text: str, layer: LayerRecord, neighbours: dict[str, str]) -> str:
-    """Each neighbour with what it runs in."""
-    names = {"Reads": layer.reads, "Feeds": layer.feeds}.get(term, ())
-    if not names:
-        return text
-    ends = [part for part in text.split(", ") if part not in names]
-    return ", ".join([*(f"{name} ({neighbours.get(name, 'not known')})" for name in names), *ends])
 
 
 def _list_facts(tensor: TensorRecord) -> list[Fact]:
@@ -98,6 +98,7 @@ def _list_facts(tensor: TensorRecord) -> list[Fact]:
     return facts
 
 
-def _columns(facts: list[Fact]) -> str:
-    width = max(len(term) for term, _ in facts)
-    return "\n".join(f"  {term:{width}}  {text}" for term, text in facts)
+def _block(title: str, facts: list[Fact]) -> str:
+    """A title, and below it a line of each fact."""
+    width = max(len(plain(term)) for term, _ in facts)
+    return "\n".join([plain(title), *(f"  {plain(term):{width}}  {plain(text)}" for term, text in facts)])

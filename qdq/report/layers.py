@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -23,15 +22,14 @@ from qdq.metrics import sqnr_db
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.nn.functions import running_inside
 from qdq.quantizer import SharedQuantizer, TensorQuantizer, disable_quantization, fake_quantize
-from qdq.report.records import HISTOGRAM_COLUMNS, LayerRecord, MethodRange, Sensitivity, TensorRecord
+from qdq.report.records import HISTOGRAM_COLUMNS, RULE, LayerRecord, MethodRange, Sensitivity, TensorRecord
 from qdq.rewire import PlannedOperation, RewirePlan
 from qdq.statistics import Statistics
 from qdq.swap import PlannedModule, SwapPlan
-from qdq.trace import Operation, call_model, evaluating, trace_forward
+from qdq.trace import ForwardTrace, Operation, call_model, evaluating, trace_forward
 from qdq.trt.census import LayerCensus
 from qdq.units import find_all_quantizers
 
-_RULE = re.compile(r"\bR-[A-Z]+(?:-[A-Z0-9]+)*\b")
 _PRODUCTS = frozenset({"conv1d", "conv2d", "conv3d", "linear", "matmul", "bmm", "baddbmm", "einsum"})
 NO_STATISTICS = "no calibration statistics in the run folder; give calibrate_model statistics=FILE"
 
@@ -79,12 +77,14 @@ def describe_layers(
     Returns:
         The records in the order in which the layers run; those that do not run come last.
     """
-    entries = _list_entries(plan, rewired)
+    with disable_quantization(model):
+        trace = trace_forward(model, batch)
+    flow = Dataflow(trace)
+    entries = _list_entries(model, plan, rewired, trace, flow)
     found = find_all_quantizers(model, batch)
     owners = _find_owners(found, entries)
     own = {name: _without_calls(name, found, owners) for name in found if name in entries}
-    with disable_quantization(model):
-        neighbours = _Neighbours(Dataflow(trace_forward(model, batch)), entries)
+    neighbours = _Neighbours(flow, entries)
     knowledge = _Knowledge(
         neighbours=neighbours,
         tensors=_Tensors(model, ranges, rewired, statistics),
@@ -121,7 +121,7 @@ class _Knowledge:
             is_call=entry.is_call,
             precision="int8" if is_int8 else "float",
             reason=reason,
-            rules=tuple(dict.fromkeys(_RULE.findall(reason))),
+            rules=tuple(dict.fromkeys(RULE.findall(reason))),
             tensors=tuple(self.tensors.describe(entry.name, quantizer) for quantizer in quantizers),
             sensitivity=self.sensitivities.get(entry.name),
             output_sqnr_db=output if isinstance(output, float) and math.isfinite(output) else None,
@@ -156,20 +156,50 @@ class _Knowledge:
         return unknown
 
 
-def _list_entries(plan: SwapPlan, rewired: RewirePlan) -> dict[str, _Entry]:
+def _list_entries(
+    model: nn.Module, plan: SwapPlan, rewired: RewirePlan, trace: ForwardTrace, flow: Dataflow
+) -> dict[str, _Entry]:
     """What could be int8: modules of mapped types, missed ones, and calls that are quantized or left in float.
 
-    A missed module whose products the rewiring has decided about stands there with its calls.
+    A missed module all of whose products the rewiring has decided about stands there with its calls.
     """
     calls = [operation for operation in rewired.operations if operation.action != "share"]
-    decided = {_owner_of(call) for call in calls if call.function in _PRODUCTS}
+    weights = _weigh_calls(flow)
+    missed = _find_missed(model, plan, calls, trace)
     modules = [
-        module
-        for module in plan.modules
-        if module.mapped or (module.action == "missed" and module.name not in decided)
-    ]  # fmt: skip
-    entries = [_entry_of_module(module) for module in modules] + [_entry_of_call(call) for call in calls]
+        module for module in plan.modules if module.name in missed or (module.mapped and module.action != "missed")
+    ]
+    entries = [_entry_of_module(module) for module in modules]
+    entries += [_entry_of_call(call, weights.get(call.name, 0)) for call in calls]
     return {entry.name: entry for entry in entries}
+
+
+def _weigh_calls(flow: Dataflow) -> dict[str, int]:
+    """Product -> number of weights that it was given: matrices that do not depend on the input of the network."""
+    return {
+        call.name: sum(
+            math.prod(shape)
+            for value in call.inputs
+            if not flow.is_computed(value) and len(shape := flow.shapes[value]) >= 2
+        )
+        for call in flow.operations
+        if call.function in _PRODUCTS
+    }
+
+
+def _find_missed(
+    model: nn.Module, plan: SwapPlan, calls: Iterable[PlannedOperation], trace: ForwardTrace
+) -> frozenset[str]:
+    """The missed modules with a product, in their own forward or with their weights, that no call stands for."""
+    decided = {(_owner_of(call), call.function) for call in calls}
+    modules = dict(model.named_modules())
+
+    def is_missed(name: str) -> bool:
+        own = {weight.untyped_storage().data_ptr() for weight in modules[name].parameters(recurse=False)}
+        products = [each for each in trace.contractions if each.module == name or own & each.storages]
+        return not products or any((each.module, each.function.strip("_")) not in decided for each in products)
+
+    return frozenset(module.name for module in plan.of("missed") if is_missed(module.name))
 
 
 def _entry_of_module(module: PlannedModule) -> _Entry:
@@ -177,8 +207,8 @@ def _entry_of_module(module: PlannedModule) -> _Entry:
     return _Entry(module.name, module.type, False, module.mapped, is_quantized, module.reason, module.weights)
 
 
-def _entry_of_call(call: PlannedOperation) -> _Entry:
-    return _Entry(call.name, call.function, True, False, call.action == "quantize", call.reason, 0)
+def _entry_of_call(call: PlannedOperation, weights: int) -> _Entry:
+    return _Entry(call.name, call.function, True, False, call.action == "quantize", call.reason, weights)
 
 
 def _owner_of(call: PlannedOperation) -> str:
@@ -318,17 +348,31 @@ class _Reasons:
         )
 
     def _explain_step(self, number: int) -> str:
-        steps = self._analysis.steps
-        before = steps[number - 1].sqnr_db if number else self._analysis.sqnr_db
-        return (
-            f"step {number + 1} of {len(steps)} of the search left it in float: SQNR of the outputs "
-            f"{before:.2f} -> {steps[number].sqnr_db:.2f} dB"
-        )
+        steps, name = self._analysis.steps, self._analysis.metric_name
+        states = (steps[number - 1] if number else self._analysis, steps[number])
+        sqnr = " -> ".join(f"{state.sqnr_db:.2f}" for state in states)
+        metric = " -> ".join("" if state.metric is None else f"{state.metric:.4g}" for state in states)
+        what = "" if name == "sqnr" else f"{name} of the outputs {metric}, "
+        return f"step {number + 1} of {len(steps)} of the search left it in float: {what}SQNR of the outputs {sqnr} dB"
 
     def _explain_rank(self, unit: LayerSensitivity) -> str:
         units = self._analysis.layers
         rank, how = units.index(unit) + 1, "measured" if unit.is_exact else "estimated"
-        return f"rank {rank} of {len(units)} in sensitivity ({how}); the search ended: {self._analysis.stopped_by}"
+        where = f"rank {rank} of {len(units)} in sensitivity ({how})"
+        chosen = {step.layer for step in self._analysis.steps}
+        if not any(each.name in chosen for each in units[rank:]):
+            return f"{where}; the search ended: {self._analysis.stopped_by}"
+        return f"{where}, but passed over for less sensitive ones: {self._explain_passing(unit)}"
+
+    def _explain_passing(self, unit: LayerSensitivity) -> str:
+        """Why the search took less sensitive units; an analysis does not keep which limit stood in the way."""
+        layers = f"with its {len(unit.layers)} layers " if len(unit.layers) > 1 else ""
+        size = f"{layers}it did not fit the limits"
+        if unit.cost is not None:
+            return f"they gain more for a microsecond (it costs {unit.cost:.4g}), or {size}"
+        if self._analysis.mode == "leave-one-out":
+            return f"measured anew after a step they gained more, or {size}"
+        return size
 
 
 def _layers_of(step: Any) -> tuple[str, ...]:
@@ -342,8 +386,9 @@ def _list_sensitivities(analysis: Analysis) -> dict[str, Sensitivity]:
         layers = unit.layers or (unit.name,)
         sqnr = unit.sqnr_db if math.isfinite(unit.sqnr_db) else None
         record = Sensitivity(
-            unit.name, layers, rank, len(analysis.layers), unit.gain, unit.gain_low, unit.gain_high, sqnr, unit.is_exact
-        )
+            unit.name, layers, rank, len(analysis.layers), unit.gain, unit.gain_low, unit.gain_high, sqnr,
+            unit.is_exact, unit.metric, unit.cost,
+        )  # fmt: skip
         result.update(dict.fromkeys(layers, record))
     return result
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from qdq.errors import ArgumentError, DataError
+from qdq.errors import ArgumentError, DataError, QdqError
 from qdq.report.records import LayerRecord, read_layer
 from qdq.run import REPORT_FILE, STATE_FILE
 
@@ -20,6 +21,9 @@ _SECTIONS: Mapping[str, type] = {
     "command": str, "settings": dict, "seed": int, "environment": dict, "seconds": dict,
 }  # fmt: skip
 _AGAIN = "run the same command again; it writes a new report."
+_MOST = 2**63  # no whole number of a report is larger, and Python's would not all fit a float
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -64,16 +68,49 @@ def read_report(run: Path | str) -> tuple[Path, Any]:
 
     Raises:
         ArgumentError: No such folder, no run, or one that has not come to its end.
-        DataError: The report cannot be read.
+        DataError: The report cannot be read, or holds a number that is not finite.
     """
     run = Path(run)
     path = run / REPORT_FILE if run.is_dir() else run
     if not path.is_file():
         raise _missing(run)
     try:
-        return path, json.loads(path.read_text(encoding="utf-8"))
+        return path, _clean(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}.", _AGAIN) from error
+
+
+def _clean(value: Any) -> Any:
+    """JSON whose text can be written as UTF-8: of half a surrogate pair, as in the name of a file, becomes "?".
+
+    Raises:
+        ValueError: A number is not finite, or too large.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, dict):
+        return {_clean(key): _clean(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    if (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) > _MOST):
+        raise ValueError(
+            f"{value:.4g} is no number of a report" if isinstance(value, float) else "a number is too large"
+        )
+    return value
+
+
+def guarded(path: Path, read: Callable[[], Result]) -> Result:
+    """What `read` returns of a report; if the report is not as it should be, the error names the file.
+
+    Raises:
+        DataError: Something is missing in the report, or is of another kind.
+    """
+    try:
+        return read()
+    except QdqError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
 
 
 def _missing(run: Path) -> ArgumentError:
@@ -108,11 +145,12 @@ def parse_report(data: Any, path: Path) -> StoredReport:
     wrong = [name for name, kind in _SECTIONS.items() if not isinstance(data.get(name), kind)]
     if wrong:
         raise _damaged(path, f"{', '.join(wrong)} missing or of another kind")
-    try:
-        layers = tuple(read_layer(entry) for entry in data["layers"])
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise _damaged(path, f"layers: {error}") from error
-    return StoredReport(path, data, layers)
+    return StoredReport(path, data, guarded(path, lambda: tuple(map(read_layer, data["layers"]))))
+
+
+def plain(text: object) -> str:
+    """One line without what a terminal, XML or UTF-8 would not take: names and paths are data."""
+    return "".join(character if character.isprintable() else "?" for character in str(text))
 
 
 def _damaged(path: Path, what: str) -> DataError:

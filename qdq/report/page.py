@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from qdq.errors import DataError
-from qdq.report.charts import draw_bars, draw_curve, draw_network, list_units, unit_of_gain
-from qdq.report.facts import format_number, format_share
-from qdq.report.load import StoredReport
+from qdq.report.charts import draw_bars, draw_curve, draw_network, draw_tuning, list_units, unit_of_gain
+from qdq.report.facts import format_number, format_share, format_state
+from qdq.report.load import StoredReport, guarded
 from qdq.report.tables import list_census, list_commands, list_details, list_rows, list_skipped
 from qdq.show import load_templates
-
-Result = TypeVar("Result")
 
 
 def render_report(report: StoredReport) -> str:
@@ -35,8 +31,15 @@ def render_report(report: StoredReport) -> str:
 
 
 def render(template: str, **values: Any) -> str:
-    """A page from a template of this package."""
-    return _load_environment().get_template(template).render(**values)
+    """A page from a template of this package.
+
+    Raises:
+        LookupError: A value has no such field.
+    """
+    try:
+        return _load_environment().get_template(template).render(**values)
+    except jinja2.UndefinedError as error:
+        raise LookupError(str(error)) from error
 
 
 @functools.cache
@@ -44,21 +47,6 @@ def _load_environment() -> jinja2.Environment:
     environment = load_templates(Path(__file__).parent / "templates")
     environment.filters.update(number=format_number, share=format_share, embed=_embed)
     return environment
-
-
-def guarded(path: Path, make: Callable[[], Result]) -> Result:
-    """What `make` returns; if a report is not as it should be, the error names the file.
-
-    Raises:
-        DataError: Something is missing in the report, or is of another kind.
-    """
-    try:
-        return make()
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, jinja2.UndefinedError) as error:
-        raise DataError(
-            f"{path} is damaged: {type(error).__name__}: {error}.",
-            "run the same command again; it writes a new report.",
-        ) from error
 
 
 def _embed(value: Any) -> Markup:
@@ -141,6 +129,8 @@ def _view(report: StoredReport) -> dict[str, Any]:
         "candidates": data["evaluation"]["candidates"],
         "bars": draw_bars(report),
         "curve": draw_curve(report),
+        "tuning": data.get("tuning"),
+        "tuning_curves": draw_tuning(report),
         "network": draw_network(report.layers),
         "rows": list_rows(report.layers),
         "kinds": sorted({layer.kind for layer in report.layers}),
@@ -164,10 +154,10 @@ def _headline(report: StoredReport) -> str:
     )
     analysis = data["analysis"]
     if analysis["steps"]:
-        last = analysis["steps"][-1]["sqnr_db"]
+        first, last = (format_state(state, analysis["metric_name"]) for state in (analysis, analysis["steps"][-1]))
+        what = "SQNR" if analysis["metric_name"] == "sqnr" else "quality"
         headline += (
-            f" The analysis left {len(analysis['steps'])} of {len(list_units(report))} in float, which took the SQNR "
-            f"on its {analysis['images']} images from {_decibels(analysis['sqnr_db'])} to {_decibels(last)}; it ended: "
-            f"{analysis['stopped_by']}."
+            f" The analysis left {len(analysis['steps'])} of {len(list_units(report))} in float, which took the {what} "
+            f"on its {analysis['images']} images from {first} to {last}; it ended: {analysis['stopped_by']}."
         )
     return headline

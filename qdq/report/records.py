@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import functools
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, is_dataclass
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 HISTOGRAM_COLUMNS = 64
+RULE = re.compile(r"\bR-[A-Z]+(?:-[A-Z0-9]+)*\b")  # in a reason
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,13 @@ class Sensitivity:
         layers: The layers in it.
         rank: Its place, 1 is the most sensitive.
         units: How many were ranked.
-        gain: What leaving it in float gains, in the unit of the metric; None if it was only estimated.
+        gain: What leaving it in float gains, in the unit of the metric; None if it was only estimated, or not finite.
         low: Lower end of the 95 % interval; None where there is none.
         high: Its upper end.
         sqnr_db: SQNR of the network's outputs in the state that was measured, in dB; None if infinite.
         is_exact: Whether it was measured; otherwise estimated.
+        metric: The chosen metric in that state; None if that is SQNR, or not finite.
+        cost: What it costs more in float than in int8, in microseconds; None if times were not asked for.
     """
 
     unit: str
@@ -87,6 +92,8 @@ class Sensitivity:
     high: float | None
     sqnr_db: float | None
     is_exact: bool
+    metric: float | None = None
+    cost: float | None = None
 
 
 @dataclass(frozen=True)
@@ -147,48 +154,42 @@ class LayerRecord:
         return named
 
 
-def read_layer(entry: Mapping[str, Any]) -> LayerRecord:
+def read_layer(entry: Any) -> LayerRecord:
     """The record that an entry of `layers` in `report.json` was written from.
 
     Raises:
-        TypeError: A field is missing or unknown, or no mapping where there must be one.
-        ValueError: A number is not finite.
+        TypeError: A field is missing, or of another kind.
+        KeyError: There is no such field.
     """
-    tensors = tuple(_read_tensor(tensor) for tensor in entry["tensors"])
-    sensitivity = None if entry["sensitivity"] is None else _read(Sensitivity, entry["sensitivity"])
-    record: LayerRecord = _read(LayerRecord, {**entry, "tensors": tensors, "sensitivity": sensitivity})
+    record: LayerRecord = _read(LayerRecord, entry, "layer")
     return record
 
 
-def _read_tensor(entry: Mapping[str, Any]) -> TensorRecord:
-    methods = {str(name): _read(MethodRange, found) for name, found in entry["methods"].items()}
-    record: TensorRecord = _read(TensorRecord, {**entry, "methods": methods})
-    return record
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """A value of a declared type from JSON, which has lists where it has tuples."""
+    arguments = get_args(kind)
+    if NoneType in arguments:
+        return None if value is None else _read(arguments[0], value, where)
+    if isinstance(kind, type) and is_dataclass(kind):
+        types = _list_fields(kind)
+        given = _require(value, dict, where)
+        return kind(**{name: _read(types[name], each, f"{where}.{name}") for name, each in given.items()})
+    if get_origin(kind) is tuple:
+        return tuple(_read(arguments[0], each, f"{where}[]") for each in _require(value, list, where))
+    if get_origin(kind) is Mapping:
+        return {
+            name: _read(arguments[1], each, f"{where}.{name}") for name, each in _require(value, dict, where).items()
+        }
+    return _require(value, (int, float) if kind is float else kind, where)
 
 
-def _read(kind: type[Any], entry: Mapping[str, Any]) -> Any:
-    """A dataclass from its fields; JSON has lists where it has tuples."""
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in dict(entry).items()}
-    for each in fields(kind):
-        value, declared = values.get(each.name), str(each.type)
-        if not _fits(value, declared):
-            raise TypeError(f"{each.name} is {value!r}, not {declared}")
-    return kind(**values)
+@functools.cache
+def _list_fields(kind: type) -> dict[str, Any]:
+    """Field -> declared type."""
+    return get_type_hints(kind)
 
 
-_KINDS: Mapping[str, type | tuple[type, ...]] = {
-    "str": str, "bool": bool, "int": int, "float": (int, float), "tuple": tuple, "Mapping": Mapping,
-}  # fmt: skip
-
-
-def _fits(value: Any, declared: str) -> bool:
-    """Whether a value is of a declared type, by the outermost name of each alternative."""
-    names = [part.strip().partition("[")[0] for part in declared.split("|")]
-    if value is None:
-        return "None" in names
-    if isinstance(value, bool):
-        return "bool" in names
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    known = [_KINDS[name] for name in names if name in _KINDS]
-    return not known or any(isinstance(value, kind) for kind in known)
+def _require(value: Any, kind: Any, where: str) -> Any:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{where} is {value!r:.40}")
+    return value

@@ -46,7 +46,8 @@ def _row(number: int, layer: LayerRecord) -> Row:
     entry, weight, found = layer.tensor("input"), layer.tensor("weight"), layer.sensitivity
     method = entry.method if entry and entry.method else None
     gain = found.gain if found else None
-    why_no_gain = layer.unknown.get("sensitivity", "only estimated, not measured")
+    is_exact = found is not None and found.is_exact
+    why_no_gain = layer.unknown.get("sensitivity", "not finite" if is_exact else "only estimated, not measured")
     cells = (
         _cell(gain, ".3g", why_no_gain),
         _cell_of(layer, entry, "amax", ".4g"),
@@ -154,8 +155,9 @@ class Skipped:
 def list_skipped(report: StoredReport) -> list[Skipped]:
     """Whatever was left out by any stage, and why; what nobody wanted first."""
     data = report.data
+    missed = set(data["summary"]["missed_modules"])  # others stand there with their calls
     found = [("swap", m["type"], m["reason"], m["name"], m["action"] == "missed")
-             for m in data["swap"]["modules"] if m["action"] != "quantize"]  # fmt: skip
+             for m in data["swap"]["modules"] if m["action"] == "float" or m["name"] in missed]  # fmt: skip
     found += [("rewire", call["function"], call["reason"], call["name"], False)
               for call in data["rewire"]["operations"] if call["action"] == "float"]  # fmt: skip
     found += [

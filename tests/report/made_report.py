@@ -10,6 +10,12 @@ from qdq.trt.census import LayerCensus
 METHODS = ("max", "percentile", "entropy", "mse", "average_max", "mean_std", "laplace", "gauss", "moving_average")
 
 
+TUNING = {
+    "losses": [1 / (1 + step) for step in range(120)], "best_step": 120, "text": "120 steps\n  step  metric",
+    "curve": [{"step": step, "metric": 20.0 + step / 60, "loss": None, "lr": 1e-4} for step in (0, 60, 120)],
+}  # fmt: skip
+
+
 def make_tensor(name, role, amax, numbers):
     is_weight = role == "weight"
     return {
@@ -62,7 +68,7 @@ def make_report(names, *, float_layers=(), seed=0, **changes):
          "share": 1 / len(names)} for name in names
     ]  # fmt: skip
     steps = [
-        {"layer": name, "sqnr_db": 20.0 + number, "metric": None, "layers": [name], "cost": None}
+        {"layer": name, "sqnr_db": 20.0 + number, "metric": 0.25 + number / 8, "layers": [name], "cost": None}
         for number, name in enumerate(float_layers)
     ]
     candidates = [

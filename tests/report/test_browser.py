@@ -150,6 +150,23 @@ def test_the_network_leads_to_the_layer(page):
     assert page.locator("#layer-4 + .details").count() == 1
 
 
+def test_a_link_shows_a_layer_that_was_filtered_out_and_opens_one_that_was_closed(page):
+    link = page.locator("#network a").nth(4)
+    page.locator("#find").fill("head")
+    link.click()
+    assert page.locator("#shown").text_content() == "2 of 6 layers"
+    page.locator("#layer-4 .more").click()
+    assert page.locator("#layer-4 + .details").count() == 0
+    link.click()  # the address is that of the layer already
+    assert page.locator("#layer-4 + .details").count() == 1
+
+
+def test_names_that_are_numbers_are_sorted_as_text(opened, store):
+    with opened(render_report(load_report(store(make_report(["b", "10", "9", "1e3", "a"]))))) as page:
+        page.locator("#table thead th").nth(1).get_by_role("button").click()
+        assert names(page) == ["1e3", "9", "10", "a", "b"]
+
+
 @pytest.mark.parametrize("width", [400, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_itself_never_scrolls_sideways(opened, store, width, scheme):
@@ -183,6 +200,7 @@ def test_a_comparison(opened, store):
 def test_300_layers(opened, store, record_property):
     layers = [f"features.stage{n // 30}.block{n}.expand_convolution" for n in range(300)]
     text = render_report(load_report(store(make_report(layers, float_layers=layers[:4]))))
+    assert len(text.encode()) <= 3_000_000
     began = time.perf_counter()
     with opened(text) as page:
         assert len(names(page)) == 300

@@ -40,6 +40,26 @@ def test_what_differs(runs):
     assert figures["findings"].texts == ("0", "0")
 
 
+def test_weights_methods_and_reasons_that_differ(store):
+    names = ["same", "weight", "method", "reason", "rule", "figures"]
+    first, second = make_report(names), make_report(names)
+    second["layers"][1]["tensors"][1]["amax"] = 0.6
+    second["layers"][2]["tensors"][0]["method"] = "max"
+    second["layers"][3]["reason"] = "included by '*'"
+    second["layers"][4]["reason"] = "Conv2d is in the map (R-CONV-3)"
+    for place, report in enumerate((first, second), 5):
+        report["layers"][5]["reason"] = (
+            f"step {place} of 9 of the search left it in float: SQNR of the outputs 1 -> 2 dB"
+        )
+    runs = [store(first, "first"), store(second, "second")]
+    found = compare_runs(runs)
+    assert [layer.name for layer in found.layers] == names[1:5]
+    assert found.layers[0].weights == (0.5, 0.6)
+    assert found.layers[1].methods == ("mse", "max")
+    page = render_comparison(found)
+    assert page.count("included by &#39;*&#39;") == 1 and "0.6" in page
+
+
 def test_sensitivity_of_both(runs):
     rows = compare_runs(runs).sensitivity
     assert [row.name for row in rows] == NAMES[:12]

@@ -1,6 +1,7 @@
 """`qdq explain`: all of a record in words, and names that are not there."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -53,6 +54,40 @@ def test_a_module_that_cannot_be_int8(store):
         explain_layer(folder, "norm")
 
 
+def test_names_reach_no_terminal_as_they_are(store):
+    name = "a\x1b[31m\nb"
+    found = explain_layer(store(make_report([name, "c"])), name).text
+    assert found.startswith("a?[31m?b (Conv2d)\n  Runs in")
+    assert "\x1b" not in found and "\n  Feeds                  c (int8)" in found
+
+
+def test_neighbours_with_commas_in_their_names(store):
+    names = ["a, b", "b", "c"]
+    report = make_report(names, float_layers=["a, b"])
+    report["layers"][1]["reads_input"] = True
+    found = explain_layer(store(report), "b").text
+    assert "  Reads                  the input of the network, a, b (float)\n" in found
+
+
+def test_metric_cost_and_group(store):
+    report = make_report(["b2.a", "b2.b", "c"])
+    report["analysis"] |= {"metric_name": "kl"}
+    for layer in report["layers"][:2]:
+        layer["sensitivity"] |= {"unit": "group b2.*", "layers": ["b2.a", "b2.b"], "rank": 1}
+        layer["sensitivity"] |= {"metric": 0.125, "cost": 3.5, "gain": 0.5}
+    folder = store(report)
+    lines = [" ".join(line.split()) for line in explain_layer(folder, "b2.b").text.splitlines()]
+    assert (
+        "Gain in float 0.5 nats (95 % interval 1.2 to 1.8); rank 1 of 3, measured, in the group b2.* of 2 layers"
+        in lines
+    )
+    assert "Cost in float 3.5 microseconds more than in int8" in lines
+    assert "Outputs in that state 0.125 nats, SQNR 38.50 dB" in lines
+    assert "Cost in float" not in explain_layer(folder, "c").text
+    report["layers"][2]["sensitivity"]["gain"] = None
+    assert "not finite; rank 3 of 3, measured" in explain_layer(store(report, "infinite"), "c").text
+
+
 def call(capsys, *arguments):
     with pytest.raises(SystemExit) as exit:
         main([str(argument) for argument in arguments])
@@ -69,6 +104,18 @@ def test_command(store, tmp_path, capsys):
     assert code == 2 and len(errors.splitlines()) == 2
     code, _, errors = call(capsys, "explain", tmp_path / "nowhere", "c")
     assert code == 2 and "there is no" in errors
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes as POSIX has them")
+def test_who_reads_may_have_enough(store):
+    """As `qdq explain ... | head -0`."""
+    folder = store(make_report(["a"]))
+    script = f"from qdq.cli.main import main; main(['explain', {str(folder)!r}, 'a'])"
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as closed:
+        found = subprocess.run([sys.executable, "-c", script], stdout=closed, stderr=subprocess.PIPE, check=False)
+    assert (found.returncode, found.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize("verb", ["explain", "report"])

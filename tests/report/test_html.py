@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from made_report import make_report
+from made_report import TUNING, make_report
 
-from qdq.report.charts import draw_bars, draw_curve, draw_network
+from qdq.report.charts import draw_bars, draw_curve, draw_network, draw_tuning
 from qdq.report.load import load_report
 from qdq.report.page import render_report
 
@@ -66,6 +66,14 @@ def test_sections_stand_in_the_order_of_the_issue(page):
     inner = [target[1:] for target in outline.attribute("href") if target.startswith("#")]
     assert set(inner) <= set(ids)
     assert set(outline.attribute("aria-labelledby")) <= set(ids)
+
+
+def test_fine_tuning_has_a_section_of_its_own(page):
+    text = page(["a"], tuning={**TUNING, "text": EVIL})
+    outline = Outline(text)
+    assert [attributes["id"] for tag, attributes in outline.tags if tag == "section"][3] == "tuning"
+    assert EVIL not in text and "Quantization with fine-tuning" in text
+    assert text.count("<circle") == 3 + 40 + 2  # the metric, three steps a point of the loss, the ends of the network
 
 
 def test_the_page_needs_nothing_else(page):
@@ -158,6 +166,17 @@ class TestCharts:
         assert all(0 <= tick.at <= 100 for tick in curve.x_ticks)
         assert all(0 <= tick.at <= curve.height for tick in curve.y_ticks)
 
+    def test_curves_of_fine_tuning(self, store):
+        metric, loss = draw_tuning(load_report(store(make_report(["a"], tuning=TUNING))))
+        assert [point.label for point in metric.points] == ["step 0: 20", "step 60: 21", "step 120: 22"]
+        assert np.diff([point.y for point in metric.points]) == pytest.approx([-94.8, -94.8], abs=0.2)
+        losses = np.array(TUNING["losses"]).reshape(40, 3).mean(1)
+        assert [point.label for point in loss.points] == [
+            f"step {3 * number + 3}: {mean:.4g}" for number, mean in enumerate(losses)
+        ]
+        few = {**TUNING, "curve": TUNING["curve"][:1], "losses": [1.0, None]}
+        assert draw_tuning(load_report(store(make_report(["a"], tuning=few), "few"))) == []
+
     def test_curve_of_the_pareto_front(self, store):
         points = [{"float_layers": [], "cost": 10.0, "sqnr_db": 18.0, "metric": None},
                   {"float_layers": ["a"], "cost": 14.0, "sqnr_db": 21.0, "metric": None}]  # fmt: skip
@@ -167,6 +186,39 @@ class TestCharts:
         assert [point.label for point in curve.points] == [
             "all in int8: 18.00 dB at 10", "1 units in float: a: 21.00 dB at 14",
         ]  # fmt: skip
+
+    def test_curve_of_the_metric_of_the_user(self, store):
+        made = make_report(["a", "b"], float_layers=["a"])
+        made["analysis"] |= {"metric_name": "mAP", "metric": 0.125}
+        report = load_report(store(made))
+        curve = draw_curve(report)
+        assert curve.y_label == "mAP"
+        assert [point.label for point in curve.points] == [
+            "all that may be int8 in int8: mAP 0.125, SQNR 18.00 dB at 0",
+            "+ a in float: mAP 0.25, SQNR 20.00 dB at 50",
+        ]
+        assert [tick.label for tick in curve.y_ticks][-1] == "0.25"
+        headline = "which took the quality on its 32 images from mAP 0.125, SQNR 18.00 dB to mAP 0.25, SQNR 20.00 dB;"
+        assert headline in render_report(report)
+        made["analysis"]["pareto"] = [
+            {"float_layers": [], "cost": 10.0, "sqnr_db": 18.0, "metric": 0.5},
+            {"float_layers": ["a"], "cost": 14.0, "sqnr_db": 21.0, "metric": 0.25},
+        ]
+        made["analysis"]["metric_name"] = "kl"
+        curve = draw_curve(load_report(store(made, "kl")))
+        assert curve.y_label == "kl, in nats" and curve.points[0].y < curve.points[1].y
+        assert curve.points[0].label == "all in int8: kl 0.5 nats, SQNR 18.00 dB at 10"
+
+    def test_an_infinite_gain_is_measured(self, store):
+        made = make_report(["a", "b"])
+        made["layers"][0]["sensitivity"] |= {"gain": None, "low": None, "high": None}
+        report = load_report(store(made))
+        first, second = draw_bars(report).bars
+        assert (first.label, first.width) == ("not finite", 100)
+        made["layers"][0]["sensitivity"]["is_exact"] = False
+        assert draw_bars(load_report(store(made, "other"))).bars[0].label == "estimated: SQNR 37.00 dB"
+        assert second.width < 100
+        assert "estimated" not in render_report(report)
 
     def test_no_curve_of_one_point(self, store):
         assert draw_curve(load_report(store(make_report(["a"])))) is None

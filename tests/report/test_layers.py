@@ -9,14 +9,21 @@ import pytest
 import torch
 
 import qdq
+from qdq.check import Coverage
 from qdq.nn import QuantInputMixin
 from qdq.quantizer import disable_quantization, named_quantizers
 from qdq.report.layers import NO_STATISTICS, describe_layers
 from qdq.report.load import load_report
+from qdq.report.page import int8_layers, list_figures, render_report
 from qdq.report.records import read_layer
+from qdq.report.tables import list_skipped
 from qdq.run import to_jsonable
 
 pytestmark = pytest.mark.trt
+NO_BUILD = qdq.BuildReport(
+    onnx=None, engine=None, engine_bytes=0, backend="rtx", backend_version="", sm=89, seconds=0.0, profiles={},
+    layers=[], coverage=Coverage(()), trtexec={}, warnings=[],
+)  # fmt: skip
 
 
 def describe(stages, **changes):
@@ -79,6 +86,37 @@ def test_reasons(finished, layers):
     assert "R-ADD-1" in layers["add"].rules or layers["add"].precision == "float"
     other = next(name for name in ("stem", "conv", "conv2d") if name != step.layer)
     assert "in sensitivity (measured); the search ended: 1 of at most 1 layers are in float" in layers[other].reason
+
+
+def test_reasons_of_what_was_passed_over(finished):
+    """The step took the least sensitive unit: what stands before it did not fit, or cost too much."""
+    analysis = finished[1]["analysis"]
+    *first, last = sorted(analysis.layers, key=lambda unit: unit.name == analysis.steps[0].layer)
+
+    def explain(**changes):
+        units = (replace(first[0], **changes), *first[1:], last)
+        found = describe(finished[1], analysis=replace(analysis, layers=units, mode=changes.pop("mode", analysis.mode)))
+        return found[first[0].name].reason
+
+    start = f"rank 1 of {len(analysis.layers)} in sensitivity (measured), but passed over for less sensitive ones: "
+    assert explain().endswith(start + "it did not fit the limits")
+    assert explain(cost=12.5).endswith("they gain more for a microsecond (it costs 12.5), or it did not fit the limits")
+    both = (first[0].name, first[1].name)
+    assert explain(layers=both).endswith(": with its 2 layers it did not fit the limits")
+
+
+def test_what_the_metric_of_the_user_says(finished):
+    analysis = finished[1]["analysis"]
+    (step,) = analysis.steps
+    units = tuple(replace(unit, metric=0.25, cost=3.5) for unit in analysis.layers)
+    found = describe(finished[1], analysis=replace(
+        analysis, metric_name="mAP", metric=0.125, steps=(replace(step, metric=0.5),), layers=units
+    ))  # fmt: skip
+    reason = found[step.layer].reason
+    assert reason.startswith(
+        "step 1 of 1 of the search left it in float: mAP of the outputs 0.125 -> 0.5, SQNR of the "
+    )
+    assert found[step.layer].sensitivity.metric == 0.25 and found[step.layer].sensitivity.cost == 3.5
 
 
 def test_a_call_in_float_says_which_layer_it_goes_with(finished):
@@ -160,6 +198,50 @@ def test_macs(layers):
     assert sum(layer.macs_share or 0 for layer in layers.values()) == pytest.approx(1)
 
 
+def test_calls_with_weights_are_layers_with_weights(finished, layers):
+    """The module around `F.conv2d(x, self.mix)` is none, and was not missed: its only product was decided."""
+    report = load_report(finished[0])
+    weighted = {name: layer.weights for name, layer in layers.items() if layer.weights}
+    assert weighted == {"stem": 864, "conv": 9216, "conv2d": 1024, "hidden": 1024, "head": 512}
+    assert layers["conv2d"].weight_bytes == 1024 * (1 if layers["conv2d"].precision == "int8" else 4)
+    summary = report.data["summary"]
+    assert (summary["weighted_layers"], summary["weighted_layers_swapped"], summary["missed_modules"]) == (5, 4, [])
+    assert int8_layers(report) == sum(layers[name].precision == "int8" for name in weighted) == 3
+    assert list_figures(report)[0].value == "3 of 5"
+    assert "3 of 5 layers with weights are int8" in render_report(report)
+    assert [module.name for module in finished[1]["plan"].of("missed")] == [""]
+    assert not [row for row in list_skipped(report) if row.stage == "swap" and row.is_bad]
+    assert "missed: 0" in (finished[0] / "report.txt").read_text()
+    with pytest.raises(qdq.ArgumentError, match=r"the model is a Branches that stands there .* choose one of .*conv2d"):
+        qdq.explain_layer(finished[0], "")
+
+
+def test_a_module_with_one_product_out_of_reach_is_missed_still():
+    """Of two products with its weights the rewiring decides about one; a layer read around its forward has one."""
+
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix, self.sum = (torch.nn.Parameter(torch.randn(32, 32)) for _ in range(2))
+            self.inner, self.first = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
+
+        def forward(self, x):
+            x = self.first(x)
+            x = torch.nn.functional.linear(x, self.mix) + torch.nn.functional.linear(x, self.inner.weight)
+            return torch.tensordot(x, self.sum, 1)
+
+    model, batch = Odd().eval(), torch.randn(4, 32)
+    plan = qdq.swap_modules(model, batch)
+    rewired = qdq.rewire_operations(model, batch)
+    assert {module.name for module in plan.of("missed")} == {"", "inner"}
+    analysis = qdq.Analysis("one-at-a-time", 4, 30.0, None, (), (), "nothing was asked for")
+    found = describe_layers(model, batch, plan=plan, rewired=rewired, ranges=qdq.calibrate_model(model, [batch]),
+                            analysis=analysis, build=NO_BUILD, statistics=None)  # fmt: skip
+    assert [(layer.name, layer.weights) for layer in found if layer.weights] == [
+        ("first", 1024), ("linear", 1024), ("linear_1", 1024), ("", 2048),
+    ]  # fmt: skip
+
+
 def test_nothing_is_blank_without_a_reason(finished, layers):
     without_statistics = describe(finished[1]).values()
     for layer in [*layers.values(), *without_statistics]:
@@ -198,11 +280,7 @@ def test_a_layer_that_does_not_run_and_one_without_range():
     rewired = qdq.rewire_operations(model, batch)
     ranges = qdq.calibrate_model(model, [batch])
     analysis = qdq.Analysis("one-at-a-time", 2, 30.0, None, (), (), "nothing was asked for")
-    build = qdq.BuildReport(
-        onnx=None, engine=None, engine_bytes=0, backend="rtx", backend_version="", sm=89, seconds=0.0, profiles={},
-        layers=[], coverage=qdq.check.Coverage(()), trtexec={}, warnings=[],
-    )  # fmt: skip
-    found = describe_layers(model, batch, plan=plan, rewired=rewired, ranges=ranges, analysis=analysis, build=build,
+    found = describe_layers(model, batch, plan=plan, rewired=rewired, ranges=ranges, analysis=analysis, build=NO_BUILD,
                             statistics=None)  # fmt: skip
     records = {layer.name: layer for layer in found}
     assert list(records)[-1] == "spare"

@@ -1,13 +1,15 @@
 """Reports that are missing, old or damaged end in one line that says what to do."""
 
-import contextlib
 import copy
 import json
+from collections import defaultdict
 
 import pytest
-from made_report import make_report
+from made_report import TUNING, make_report
 
-from qdq import ArgumentError, DataError
+from qdq import ArgumentError, DataError, compare_runs, explain_layer, gate_run
+from qdq.gate import format_junit
+from qdq.report.compare import render_comparison
 from qdq.report.load import load_report
 from qdq.report.page import render_report
 
@@ -55,6 +57,12 @@ def places(value, path=()):
             yield from places(item, (*path, number))
 
 
+WRONG = {
+    "text": "x", "number": 7, "nothing": None, "numbers": [1], "mapping": {"x": None}, "huge": 10**400,
+    "half a character": "\ud800",
+}  # fmt: skip
+
+
 def damage(report, path, change):
     """A copy with one place removed, or replaced by something else."""
     copied = copy.deepcopy(report)
@@ -64,19 +72,54 @@ def damage(report, path, change):
     if change == "removed":
         del parent[path[-1]]
     else:
-        parent[path[-1]] = {"text": "x", "number": 7, "nothing": None, "list": [None], "mapping": {"x": None}}[change]
+        parent[path[-1]] = WRONG[change]
     return copied
 
 
-@pytest.mark.parametrize("change", ["removed", "text", "number", "nothing", "list", "mapping"])
+@pytest.mark.parametrize("change", ["removed", *WRONG])
 def test_damage_anywhere_never_ends_in_a_traceback(store, change):
-    report = make_report(["a", "b"], float_layers=["a"])
-    errors = 0
-    folder = store(report)
+    """Of the page, of `explain` for a name that is there and one that is not, of a comparison and of the gate."""
+    norm = {"name": "norm", "type": "LayerNorm", "action": "float", "reason": "no int8 counterpart"}
+    report = make_report(["a"], float_layers=["a"], swap={"modules": [norm]}, tuning=TUNING)
+    tensor = report["layers"][0]["tensors"][0]
+    tensor["methods"] = {"mse": tensor["methods"]["mse"]}
+    good, folder = store(report, "good"), store(report)
+    limits = {"max_drop": 5, "max_sqnr_drop": 1, "min_int8_macs": 0.5, "max_size": 1, "min_agreement": 0.5}
+    readers = {
+        "page": lambda: render_report(load_report(folder)),
+        "explain": lambda: explain_layer(folder, "a").text,
+        "suggest": lambda: explain_layer(folder, "zzz").text,
+        "compare": lambda: render_comparison(compare_runs([good, folder])),
+        "gate": lambda: format_junit(gate_run(folder, baseline=good, **limits)).decode(),
+    }
+    errors = defaultdict(list)
     for path in places(report):
         (folder / "report.json").write_text(json.dumps(damage(report, path, change)))
-        with contextlib.suppress(DataError):  # what no one reads may be anything
-            render_report(load_report(folder))
-            continue
-        errors += 1
-    assert errors > 40
+        for name, read in readers.items():
+            try:
+                read().encode()  # as it is written and printed
+            except ArgumentError:
+                assert name in ("explain", "suggest")  # no such layer
+            except DataError as error:
+                errors[name].append(error.message)
+    for name, messages in errors.items():
+        assert all(str(folder) in message for message in messages)
+        assert name == "gate" or not [message for message in messages if str(good) in message]
+    if change != "half a character":
+        assert all(len(errors[name]) > 20 for name in ("page", "explain", "suggest", "compare")) and errors["gate"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "1" + "0" * 400, "1" + "0" * 5000])
+def test_numbers_that_no_report_has(store, number):
+    folder = store(make_report(["a"]))
+    path = folder / "report.json"
+    path.write_text(path.read_text().replace('"onnx_megabytes": 10.0', f'"onnx_megabytes": {number}'))
+    with pytest.raises(DataError, match=r"report\.json cannot be read"):
+        load_report(folder)
+
+
+def test_what_is_wrong_is_named(store):
+    report = make_report(["a"])
+    report["layers"][0]["tensors"][0]["methods"]["mse"]["amax"] = "x"
+    with pytest.raises(DataError, match=r"damaged: TypeError: layer.tensors\[\].methods.mse.amax is 'x'"):
+        load_report(store(report))

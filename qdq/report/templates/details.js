@@ -92,10 +92,14 @@ function openTarget() {
   const number = rows.findIndex((row) => `#${row.id}` === location.hash);
   if (number < 0) return;
   rows[number].hidden = false;
+  showCount();
   toggle(rows[number], layers[number], true);
   rows[number].scrollIntoView({block: "nearest"});
 }
 
 addEventListener("hashchange", openTarget);
+for (const link of document.querySelectorAll('a[href^="#layer-"]')) {
+  link.addEventListener("click", () => link.getAttribute("href") === location.hash && openTarget()); // of the place where one is already
+}
 filter();
 openTarget();

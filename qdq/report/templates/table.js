@@ -6,13 +6,12 @@ const rows = [...body.rows];
 
 function valueOf(row, column) {
   const text = row.cells[column].dataset.value;
-  const number = Number(text);
-  return text === "" ? null : Number.isNaN(number) ? text : number;
+  const isText = row.cells[column].tagName === "TH" || row.cells[column].classList.contains("text");
+  return text === "" ? null : isText ? text : Number(text);
 }
 
 function compare(one, other) {
-  if (typeof one === typeof other) return typeof one === "number" ? one - other : one.localeCompare(other, "en", {numeric: true});
-  return typeof one === "number" ? -1 : 1;
+  return typeof one === "number" ? one - other : one.localeCompare(other, "en", {numeric: true});
 }
 
 function sort(column, direction) {
@@ -48,14 +47,17 @@ const choices = [...document.querySelectorAll("#controls select")];
 
 function filter() {
   const words = find.value.toLowerCase().split(/\s+/).filter(Boolean);
-  let count = 0;
   for (const row of rows) {
     const text = (row.textContent + " " + (row.searchText || "")).toLowerCase();
     const isShown = words.every((word) => text.includes(word)) && choices.every((choice) => !choice.value || row.dataset[choice.id] === choice.value);
     row.hidden = !isShown;
     if (row.details) row.details.hidden = !isShown;
-    count += isShown;
   }
+  showCount();
+}
+
+function showCount() {
+  const count = rows.filter((row) => !row.hidden).length;
   document.getElementById("shown").textContent = `${count} of ${rows.length} layers`;
 }
 
