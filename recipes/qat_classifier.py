@@ -82,7 +82,6 @@ def qat_classifier(
         distillation=None if loss == "labels" else qdq.Distillation(), folder=run.folder / "tuning",
         schedule=qdq.Schedule(steps=steps, epochs=epochs, lr=lr),
     )  # fmt: skip
-    print(tuned.format_table())
     logits["fine-tuned"] = qdq.predict(net.module, images)
     run.stage("export and check")
     file = run.folder / "model.onnx"
@@ -93,7 +92,7 @@ def qat_classifier(
     engine = qdq.build_engine(onnx.path, backend=backend.name, sm=sm)
     table = qdq.evaluate_outputs(logits, images.labels, files={"float": net.module, "ONNX": onnx.path})
     stages = (folded, swapped, rewired, solved, analysis, onnx, check, engine, table)
-    return qdq.write_report(run, net, calib, images, *stages).exit_code
+    return qdq.write_report(run, net, calib, images, *stages, tuning=tuned).exit_code
 
 
 if __name__ == "__main__":
