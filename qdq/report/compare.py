@@ -71,6 +71,11 @@ class LayerDifference:
     methods: tuple[str | None, ...]
     gains: tuple[float | None, ...]
 
+    @property
+    def has_other_reason(self) -> bool:
+        """Whether the reasons differ in more than figures."""
+        return len(set(map(_kind_of_reason, self.reasons))) > 1
+
 
 @dataclass(frozen=True)
 class SensitivityRow:
@@ -228,8 +233,7 @@ def _describe_layer(layers: Sequence[LayerRecord | None]) -> LayerDifference:
 
 
 def _differs(layer: LayerDifference) -> bool:
-    kinds = map(_kind_of_reason, layer.reasons)
-    if any(len(set(each)) > 1 for each in (layer.precisions, layer.methods, kinds)):
+    if layer.has_other_reason or any(len(set(each)) > 1 for each in (layer.precisions, layer.methods)):
         return True
     return any(map(_ranges_differ, (layer.ranges, layer.weights)))
 

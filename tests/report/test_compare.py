@@ -57,6 +57,7 @@ def test_weights_methods_and_reasons_that_differ(store):
     assert found.layers[0].weights == (0.5, 0.6)
     assert found.layers[1].methods == ("mse", "max")
     page = render_comparison(found)
+    assert page.count("Conv2d is in the map") == 3  # where another reason stands beside it
     assert page.count("included by &#39;*&#39;") == 1 and "0.6" in page
 
 
