@@ -338,14 +338,11 @@ class _Reasons:
             return "only what is quantized is measured"
         if entry.name in self._analysis.pinned:
             return "pinned layers are not measured"
-        owner = self._owners.get(entry.name)
-        return (
-            f"measured with {owner}"
-            if owner
-            else "it was off when the analysis began"
-            if not is_int8
-            else "not measured"
-        )
+        if entry.name in self._analysis.unmeasured:
+            return "the budget of the analysis was used up"
+        if owner := self._owners.get(entry.name):
+            return f"measured with {owner}"
+        return "not measured" if is_int8 else "it was off when the analysis began"
 
     def _explain_step(self, number: int) -> str:
         steps, name = self._analysis.steps, self._analysis.metric_name
