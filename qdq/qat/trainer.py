@@ -238,8 +238,8 @@ class Trainer:
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], step: int) -> None:
         """Go on where another trainer of the same model and options packed itself, after so many steps."""
-        if not any(name.endswith("._log2_amax") for name in tensors):
-            self._stop_ranges()
+        if self._ranges.parameters and not any(name.endswith("._log2_amax") for name in tensors):
+            self._stop_ranges()  # they were no longer learned then
         self.model.load_state_dict(
             {k.removeprefix("model//"): t for k, t in tensors.items() if k.startswith("model//")}
         )

@@ -12,6 +12,7 @@ import torch
 from tuned_run import make_images, make_model, run
 
 import qdq
+import qdq.qat.record
 from qdq.errors import ArgumentError, DataError, ModelError
 from qdq.quantizer import named_quantizers
 
@@ -97,3 +98,30 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     qdq.finetune(make_model(), [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path / "run")
     with pytest.raises(DataError, match="no 'qdq fine-tuned model 1' file"):
         qdq.load_tuned(make_model(), tmp_path / "run" / "state.safetensors")
+
+
+def interrupt_at(model, step):
+    """Ctrl-C in the forward of a step, counted from 1."""
+    steps = []
+
+    def interrupt(*_):
+        steps.append(torch.is_grad_enabled())
+        if sum(steps) == step:
+            raise KeyboardInterrupt
+
+    return model.register_forward_pre_hook(interrupt)
+
+
+def test_ranges_that_follow_go_on_following_after_a_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(qdq.qat.record, "_SAVE_SECONDS", -1.0)
+    batches = [(1.0 + seed) * make_images(8, seed) for seed in range(3)]
+    options = {"ranges": "ema", "schedule": qdq.Schedule(steps=9, lr=1e-3)}
+    whole, resumed = make_model(8), make_model(8)
+    expected = qdq.finetune(whole, batches, **options).losses
+    interrupt_at(resumed, 4)
+    with pytest.raises(KeyboardInterrupt):
+        qdq.finetune(resumed, batches, folder=tmp_path, **options)
+    resumed = make_model(8)
+    assert qdq.finetune(resumed, batches, folder=tmp_path, **options).losses == expected
+    for (name, found), (_, truth) in zip(named_quantizers(resumed), named_quantizers(whole), strict=True):
+        assert torch.equal(found.amax, truth.amax), name
