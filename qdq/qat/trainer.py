@@ -21,7 +21,7 @@ from qdq.patterns import Pattern, Patterns
 from qdq.qat.losses import Objective
 from qdq.qat.ranges import RangeTuning
 from qdq.qat.schedule import Schedule
-from qdq.qat.watch import OscillationWatch, find_nonfinite
+from qdq.qat.watch import OscillationWatch, find_nonfinite, order_modules
 from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.swap import restore_modules
 
@@ -195,15 +195,17 @@ class Trainer:
         return _average_gradients(list(self._parameters.values()), loss.detach(), samples)
 
     def _require_finite(self, loss: float, batch: Any) -> None:
-        """Clip the gradient, and refuse NaN and Inf.
+        """Refuse NaN and Inf, and clip the gradient.
 
         Raises:
             StateError: With the layer or the parameter.
         """
-        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._schedule.max_norm)
+        grads = [p.grad for p in self._parameters.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
         if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
             found = self._explain_nonfinite(loss, batch)
             raise StateError(found, "lower the learning rate (lr), or look at what is named.")
+        nn.utils.clip_grads_with_norm_(self._parameters.values(), self._schedule.max_norm, norm)
 
     def _update(self, optimizer: torch.optim.Optimizer) -> None:
         rate = self._schedule.rate_at(self.step, self.total)
@@ -214,7 +216,11 @@ class Trainer:
     def _explain_nonfinite(self, loss: float, batch: Any) -> str:
         if math.isfinite(loss):
             bad = [n for n, p in self._parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
-            return f"the gradient of {bad[0] if bad else 'a weight'} is NaN or Inf in step {self.step + 1}."
+            if not bad:
+                return f"the norm of the gradient is too large for float32 in step {self.step + 1}."
+            order = {name: place for place, name in enumerate(order_modules(self.model, batch))}
+            first = max(bad, key=lambda name: order.get(name.rpartition(".")[0], -1))  # that the backward reached
+            return f"the gradient of {first} is NaN or Inf in step {self.step + 1}."
         layer = find_nonfinite(self.model, batch)
         where = (
             f"it begins in {layer}" if layer else "no layer makes it of finite inputs, so the batch or the loss does"
