@@ -23,7 +23,8 @@ from qdq.units import name_block
 Loss = Callable[[Any, Any], torch.Tensor]
 """`(outputs of the model, batch) -> scalar`, the mean over the samples of the batch."""
 
-_TINY = torch.finfo(torch.float32).tiny
+_QUIET = 1e-3  # of the mean energy of a batch; the error of a sample with less is measured against this
+_TINY = 1e-30  # an energy that stands for 0, far enough from the smallest float32 to divide by
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,15 @@ def _distance(distillation: Distillation, outputs: Any, targets: Any) -> torch.T
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Mean over the samples of noise over signal, 10^(-SQNR / 10); both `[N, ...]`."""
+    """Mean over the samples of noise over signal, 10^(-SQNR / 10); both `[N, ...]`; finite wherever the inputs are.
+
+    Against a sample that is nearly or quite 0, behind a ReLU say, an error would be infinite: the signal counts as at
+    least a thousandth of its mean over the batch, and as 1 where the whole batch is 0.
+    """
     found, expected = found.float(), expected.float()
     noise, signal = _energy(found - expected), _energy(expected)
-    return (noise / signal.clamp_min(_TINY)).mean()
+    signal = torch.maximum(signal, _QUIET * signal.mean())
+    return (noise / torch.where(signal > _TINY, signal, 1.0)).mean()
 
 
 def _energy(values: torch.Tensor) -> torch.Tensor:
