@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from qdq.calibrate.collect import digest_sources
@@ -24,15 +25,15 @@ from qdq.errors import ArgumentError, DataError, StateError
 from qdq.evaluate import predict
 from qdq.metrics import sqnr_db
 from qdq.patterns import Pattern
-from qdq.qat.checkpoint import load_tuned, pack_random, save_tuned, unpack_random
-from qdq.qat.losses import Distillation, Loss, Objective, cross_entropy
+from qdq.qat.checkpoint import keeping_random_state, load_tuned, save_tuned, unpack_random
+from qdq.qat.losses import Distillation, Loss, Objective, cross_entropy, require_scalar
 from qdq.qat.ranges import require_ranges
 from qdq.qat.record import Measurement, Record
 from qdq.qat.schedule import Schedule
 from qdq.qat.trainer import Trainer, copy_float, digest_weights
 from qdq.qat.watch import BadRange, Oscillation, find_bad_ranges
 from qdq.run import set_seed, write_json
-from qdq.trace import require_batches
+from qdq.trace import call_model, require_batches
 
 __all__ = ["Distillation", "Schedule", "Tuning", "cross_entropy", "finetune", "load_tuned", "save_tuned"]
 
@@ -117,7 +118,8 @@ def finetune(
         ranges: "frozen", "lsq", "pact" or "ema", see `RangeTuning`.
         train: "all", "ranges" (learned ranges only) or "batchnorm" (the statistics of live BatchNorm only).
         layers: Patterns (see `qdq.patterns`) of modules; only what is in them is trained. None: everything.
-        held: Batches that are not trained on; the metric is the SQNR of the first output against the teacher's, in dB.
+        held: Batches that are not trained on. The metric is what is trained for: with `loss` minus that loss, so
+            they need what it needs; else the SQNR of the first output against the teacher's, in dB.
         metric: `model -> number`, higher is better, instead.
         measure_every: Steps between two measurements; None: a tenth of all.
         folder: Keeps the state of the run, the best and the last model and a summary; a run that is finished is read.
@@ -143,10 +145,8 @@ def finetune(
         raise ArgumentError(f"seed is {seed}; it must be 0 to {2**32 - 1}.", "choose another seed.")
     if measure_every is not None and measure_every < 1:
         raise ArgumentError(f"measure_every is {measure_every}; it must be 1 or more.", "leave it out.")
-    if teacher is None and (distillation is not None or held is not None):
+    if teacher is None and distillation is not None:
         teacher = copy_float(model)
-    if metric is None and held is not None and teacher is not None:
-        metric = _make_metric(teacher, held)
     total = schedule.count_steps(batches)
     objective = Objective(model, teacher, loss, distillation)
     settings = {
@@ -159,10 +159,12 @@ def finetune(
     settings["layers"] = trainer.digest_trained()
     with ExitStack() as exits:
         exits.callback(trainer.finish)
+        exits.enter_context(keeping_random_state())
+        if metric is None and held is not None:
+            metric = _measure_loss(loss, held, trainer) if loss else _measure_distance(teacher, held)
         every = measure_every or max(total // _MEASUREMENTS, 1)
         record = Record(trainer, metric, every, None if folder is None else Path(folder), settings, tensorboard)
         exits.callback(record.close)
-        exits.enter_context(_keeping_random_state())
         stopped, batch = _run(trainer, record, batches, seed, schedule.patience)
         best_step = record.finish()
         if batch is None:  # the run in the folder was finished before
@@ -240,7 +242,7 @@ def _digest_sources(model: nn.Module, batches: Iterable[Any], seed: int) -> str:
     """What tells one model and training set from another; "" where looking would use a batch up."""
     if iter(batches) is batches:
         return ""
-    with _keeping_random_state():
+    with keeping_random_state():
         _begin_epoch(batches, seed, 0)
         return next((digest_sources(model, batch) for batch in batches), "")
 
@@ -252,17 +254,25 @@ def _begin_epoch(batches: Any, seed: int, epoch: int) -> None:
             set_epoch(epoch)
 
 
-@contextmanager
-def _keeping_random_state() -> Iterator[None]:
-    before = pack_random()
-    try:
-        yield
-    finally:
-        unpack_random(before)
-
-
-def _make_metric(teacher: nn.Module, held: Iterable[Any]) -> Callable[[nn.Module], float]:
+def _measure_distance(teacher: nn.Module | None, held: Iterable[Any]) -> Callable[[nn.Module], float]:
     """SQNR of the first output against the teacher's, in dB."""
+    assert teacher is not None  # noqa: S101  # without a loss there is distillation
     kept = list(held)
     expected = predict(teacher, kept)
     return lambda model: sqnr_db(expected, predict(model, kept))
+
+
+def _measure_loss(loss: Loss, held: Iterable[Any], trainer: Trainer) -> Callable[[nn.Module], float]:
+    """Minus the loss of the task, the mean over the samples."""
+    kept = [trainer.place(batch) for batch in held]
+    sizes = [_count_samples(batch) for batch in kept]
+
+    def measure(model: nn.Module) -> float:
+        losses = [float(require_scalar(loss(call_model(model, batch), batch))) for batch in kept]
+        return -float(np.average(losses, weights=sizes))
+
+    return measure
+
+
+def _count_samples(batch: Any) -> int:
+    return max((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim()), default=1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +149,13 @@ def unpack_random(tensors: Mapping[str, torch.Tensor]) -> None:
     torch.set_rng_state(tensors["torch"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
+
+
+@contextmanager
+def keeping_random_state() -> Iterator[None]:
+    """Random numbers go on after the block as if it had drawn none."""
+    before = pack_random()
+    try:
+        yield
+    finally:
+        unpack_random(before)

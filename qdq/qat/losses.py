@@ -98,7 +98,7 @@ class Objective:
             outputs = call_model(self._model, batch)
         total = torch.zeros((), device=_floats(outputs)[0].device)
         if self._loss is not None:
-            total = total + _require_scalar(self._loss(outputs, batch))
+            total = total + require_scalar(self._loss(outputs, batch))
         if self._distillation is not None and self._teacher is not None:
             with evaluating(self._teacher), _recording(self._teacher, self._layers) as expected:
                 targets = call_model(self._teacher, batch)
@@ -191,7 +191,12 @@ def _floats(tree: Any) -> list[torch.Tensor]:
     return tensors
 
 
-def _require_scalar(loss: Any) -> torch.Tensor:
+def require_scalar(loss: Any) -> torch.Tensor:
+    """What a loss function gave, as float32 without dimensions.
+
+    Raises:
+        ArgumentError: It is no scalar tensor.
+    """
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
         raise ArgumentError(f"the loss function gave {found}; expected a scalar tensor.", "return its mean.")

@@ -179,6 +179,18 @@ def test_labels(quantized):
     assert tuning.losses[-1] < tuning.losses[0] - 0.5
 
 
+def test_with_labels_the_best_is_what_has_the_smallest_loss(quantized):
+    batches = [(images, torch.arange(8)) for images in make_batches(1)]
+    held = [(images, torch.arange(len(images))) for images in (make_batches(1)[0], make_batches(1, 3, seed=2)[0])]
+    options = {"loss": cross_entropy, "distillation": None, "schedule": Schedule(steps=60, lr=1e-2)}
+    tuning = finetune(quantized, batches, held=held, **options)
+    with torch.no_grad():
+        losses = [float(nn.functional.cross_entropy(quantized(images), labels)) for images, labels in held]
+    assert tuning.curve[-1].metric > tuning.curve[0].metric
+    assert max(m.metric for m in tuning.curve) == pytest.approx(-(8 * losses[0] + 3 * losses[1]) / 11, rel=1e-5)
+    assert tuning.best_step > 0
+
+
 def test_early_stop_keeps_the_best(quantized):
     values = iter([1.0, 5.0, 4.0, 3.0, 2.0, 1.0])
     kept = []
