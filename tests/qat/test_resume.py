@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import Linear
 from tuned_run import make_images, make_model, run
 
 import qdq
@@ -92,11 +93,11 @@ def test_damaged_files_teach(tmp_path, content):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     path = qdq.save_tuned(make_model(), tmp_path / "model.safetensors")
     other = torch.nn.Sequential(*list(make_model())[:-1])
-    with pytest.raises(ModelError, match=r"another model: 5\.") as error:
+    with pytest.raises(ModelError, match=r"another model: 5\.bias is \[10\] there, absent here") as error:
         qdq.load_tuned(other, path)
     assert "swap" in error.value.fix
     qdq.finetune(make_model(), [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path / "run")
-    with pytest.raises(DataError, match="no 'qdq fine-tuned model 1' file"):
+    with pytest.raises(DataError, match="no 'qdq fine-tuned model 2' file"):
         qdq.load_tuned(make_model(), tmp_path / "run" / "state.safetensors")
 
 
@@ -125,3 +126,40 @@ def test_ranges_that_follow_go_on_following_after_a_resume(tmp_path, monkeypatch
     assert qdq.finetune(resumed, batches, folder=tmp_path, **options).losses == expected
     for (name, found), (_, truth) in zip(named_quantizers(resumed), named_quantizers(whole), strict=True):
         assert torch.equal(found.amax, truth.amax), name
+
+
+def build(layer, **options):
+    model = torch.nn.Sequential(layer).eval()
+    qdq.swap_modules(model, **options)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "message"),
+    [
+        (
+            Linear(16, 32, bias=False),
+            {"weight_desc": qdq.QuantDescriptor(4, axis=0)},
+            "is .8, False, False, 0.",
+        ),
+        (
+            Linear(16, 32, bias=False),
+            {"weight_desc": qdq.QuantDescriptor(8)},
+            "0. there, .8, False, False, None",
+        ),
+        (Linear(32, 16, bias=False), {}, r"0.weight is \[32, 16\] there, \[16, 32\] here"),
+        (Linear(16, 32), {}, "0.bias is absent there"),
+        (torch.nn.Identity(), {}, "0._input_quantizer is .* there, absent here"),
+    ],
+)
+def test_a_checkpoint_with_other_formats_or_shapes_changes_nothing(tmp_path, layer, options, message):
+    source = build(Linear(16, 32, bias=False))
+    qdq.calibrate_model(source, [torch.randn(4, 16)])
+    path = qdq.save_tuned(source, tmp_path / "model.safetensors")
+    model = build(layer, **options)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ModelError, match=message):
+        qdq.load_tuned(model, path)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
