@@ -123,6 +123,7 @@ def finetune(
         metric: `model -> number`, higher is better, instead.
         measure_every: Steps between two measurements; None: a tenth of all.
         folder: Keeps the state of the run, the best and the last model and a summary; a run that is finished is read.
+            Of `loss`, `metric` and patterns that are functions the names are compared, not what they compute.
         tensorboard: Write loss, metric, learning rate and ranges as scalars into `folder`/tensorboard.
         amp: Compute in bfloat16 where torch.autocast does so; weights and quantizers stay in float32.
         seed: Of the order of the data.
@@ -145,13 +146,15 @@ def finetune(
         raise ArgumentError(f"seed is {seed}; it must be 0 to {2**32 - 1}.", "choose another seed.")
     if measure_every is not None and measure_every < 1:
         raise ArgumentError(f"measure_every is {measure_every}; it must be 1 or more.", "leave it out.")
+    taught_by = "" if teacher is None else digest_weights(teacher)
     if teacher is None and distillation is not None:
         teacher = copy_float(model)
     total = schedule.count_steps(batches)
     objective = Objective(model, teacher, loss, distillation)
     settings = {
         "weights": digest_weights(model), "schedule": asdict(schedule), "steps": total, "ranges": ranges,
-        "train": train, "distillation": repr(distillation), "amp": amp, "seed": seed,
+        "train": train, "distillation": _describe_distillation(distillation), "teacher": taught_by,
+        "loss": _name(loss), "metric": _name(metric), "amp": amp, "seed": seed,
     }  # fmt: skip
     if folder is not None:
         settings["data"] = _digest_sources(model, batches, seed)
@@ -236,6 +239,23 @@ def _iterate(
         if not taken:
             raise DataError("there is no batch to train on.", "give batches that can be iterated over again.")
         epoch, skipped, random_state = epoch + 1, 0, {}
+
+
+def _describe_distillation(distillation: Distillation | None) -> Any:
+    """Weights and layers, in the same words in every process."""
+    if distillation is None:
+        return None
+    layers = distillation.layers
+    patterns = [layers] if isinstance(layers, str | type) or callable(layers) else layers
+    return {**vars(distillation), "layers": [each if isinstance(each, str) else _name(each) for each in patterns]}
+
+
+def _name(function: Any) -> str:
+    """Of a function, a class or an object that is called; "" of None. What it computes is not compared."""
+    if function is None:
+        return ""
+    name: str = getattr(function, "__qualname__", type(function).__qualname__)
+    return name
 
 
 def _digest_sources(model: nn.Module, batches: Iterable[Any], seed: int) -> str:

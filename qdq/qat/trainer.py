@@ -284,13 +284,12 @@ def copy_float(model: nn.Module) -> nn.Module:
 
 
 def digest_weights(model: nn.Module) -> str:
-    """What tells one trained model from another: names, formats, float layers, shapes and values of the weights."""
+    """What tells one calibrated model from another: names, formats, float layers, and all values of its state."""
     off = [name for name, quantizer in named_quantizers(model) if quantizer._disabled]
     digest = hashlib.sha256(f"{fingerprint_model(model)} {off}".encode())
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        values = parameter.detach().to("cpu", torch.float32, memory_format=torch.contiguous_format)
-        digest.update(values.contiguous().numpy().tobytes())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -81,6 +81,38 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         qdq.finetune(other, [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path)
 
 
+def mean_square(outputs, _):
+    return outputs.square().mean()
+
+
+def minus_mean_square(outputs, _):
+    return -outputs.square().mean()
+
+
+def test_a_folder_of_a_run_with_other_ranges_teacher_loss_or_metric_is_refused(tmp_path):
+    def tune(model=None, **options):
+        model, options = model or make_model(), {"loss": mean_square, **options}
+        return qdq.finetune(
+            model, [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path, **options
+        ).losses
+
+    first = tune(distillation=qdq.Distillation(layers=[lambda name, _: name == "2"]))
+    again = tune(distillation=qdq.Distillation(layers=[lambda name, _: name == "2"]))
+    assert again == first
+    recalibrated, teacher = make_model(), make_model()
+    recalibrated[0].input_quantizer.amax *= 0.5
+    distillation = qdq.Distillation(layers=[lambda name, _: name == "2"])
+    for changed, options in {
+        "weights": {"model": recalibrated},
+        "teacher": {"teacher": teacher},
+        "loss": {"loss": minus_mean_square},
+        "metric": {"metric": lambda _: 1.0},
+        "distillation": {"distillation": qdq.Distillation(layers=["2"])},
+    }.items():
+        with pytest.raises(ArgumentError, match=f"other settings: {changed}[.]"):
+            tune(**{"distillation": distillation, **options})
+
+
 @pytest.mark.parametrize("content", [b"", b"no tensors", b"\x00" * 100])
 def test_damaged_files_teach(tmp_path, content):
     (tmp_path / "state.safetensors").write_bytes(content)
