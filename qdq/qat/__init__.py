@@ -116,8 +116,10 @@ def finetune(
         teacher: The float model; None: the model as it is now, with its quantizers off.
         schedule: Length and learning rates.
         ranges: "frozen", "lsq", "pact" or "ema", see `RangeTuning`.
-        train: "all", "ranges" (learned ranges only) or "batchnorm" (the statistics of live BatchNorm only).
-        layers: Patterns (see `qdq.patterns`) of modules; only what is in them is trained. None: everything.
+        train: "all", "ranges" (learned ranges only) or "batchnorm" (the statistics of live BatchNorm only, no range).
+            Parameters with `requires_grad=False` stay as they are.
+        layers: Patterns (see `qdq.patterns`) of modules; only what is in them is trained, their ranges and the
+            statistics of their BatchNorm too. None: everything.
         held: Batches that are not trained on. The metric is what is trained for: with `loss` minus that loss, so
             they need what it needs; else the SQNR of the first output against the teacher's, in dB.
         metric: `model -> number`, higher is better, instead.

@@ -19,7 +19,7 @@ from qdq.distributed import find_rank, shard_samples, sum_over_ranks
 from qdq.errors import ArgumentError, StateError
 from qdq.patterns import Pattern, Patterns
 from qdq.qat.losses import Objective
-from qdq.qat.ranges import RangeTuning
+from qdq.qat.ranges import RangeTuning, require_range_method
 from qdq.qat.schedule import Schedule
 from qdq.qat.watch import OscillationWatch, find_nonfinite, order_modules
 from qdq.quantizer import TensorQuantizer, named_quantizers
@@ -71,11 +71,13 @@ class Trainer:
         self._objective, self._schedule, self._amp = objective, schedule, amp
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._exits = ExitStack()
-        self._ranges = RangeTuning(model, ranges)
+        require_range_method(ranges)
+        self._ranges = RangeTuning(model, "frozen" if train == "batchnorm" else ranges, chosen)
         self._exits.callback(self._ranges.stop)
-        self._freeze_mode()
-        self._batchnorms = [module for module in chosen if isinstance(module, _BatchNorm)]
+        live = chosen if train != "ranges" else set()
+        self._batchnorms = [module for module in live if isinstance(module, _BatchNorm)]
         self._parameters = self._choose_parameters(chosen, train)
+        self._freeze_mode()
         if not self._parameters and not (train == "batchnorm" and self._batchnorms):
             self.finish()
             raise ArgumentError("there is nothing to train.", _FIXES[train])
@@ -87,27 +89,25 @@ class Trainer:
         self._watch: OscillationWatch | None = None
 
     def _freeze_mode(self) -> None:
-        """Evaluation mode and no gradients, until `finish` puts back what was."""
+        """Evaluation mode, and gradients only of what is trained, until `finish` puts back what was."""
+        trained = set(self._parameters.values())
         for module in self.model.modules():
             self._exits.callback(setattr, module, "training", module.training)
         for parameter in self.model.parameters():
             self._exits.callback(parameter.requires_grad_, parameter.requires_grad)
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(parameter in trained)
         self.model.eval()
 
     def _choose_parameters(self, modules: set[nn.Module], train: str) -> dict[str, nn.Parameter]:
         learned = set(self._ranges.parameters.values())
         owners = {p: module for module in modules for p in module._parameters.values() if p is not None}
-        chosen = {
+        return {
             name: parameter
             for name, parameter in self.model.named_parameters()
             if parameter in owners
-            and parameter.is_floating_point()
+            and parameter.requires_grad
             and (train == "all" or (train == "ranges" and parameter in learned))
         }
-        for parameter in chosen.values():
-            parameter.requires_grad_(True)
-        return chosen
 
     def _make_optimizer(self) -> torch.optim.Optimizer | None:
         if not self._parameters:
@@ -268,7 +268,7 @@ class Trainer:
 
 
 _FIXES = {
-    "all": "check the patterns in layers.",
+    "all": "check the patterns in layers; parameters with requires_grad=False stay as they are.",
     "ranges": "learn ranges with ranges='lsq' or 'pact', and check the patterns in layers.",
     "batchnorm": "the model has no BatchNorm, or it is folded: tune it before fold_batchnorm.",
 }

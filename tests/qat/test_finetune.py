@@ -120,6 +120,32 @@ def test_training_only_batchnorm_changes_its_statistics(residual, images):
     assert changed == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
 
 
+def changed_by(model, **options):
+    before = state_of(model)
+    finetune(model, [3 * batch for batch in make_batches()], schedule=Schedule(steps=4, lr=1e-3), **options)
+    return {name for name, tensor in state_of(model).items() if not torch.equal(tensor, before[name])}
+
+
+@pytest.mark.parametrize("method", ["lsq", "pact", "ema"])
+def test_what_is_trained_does_not_change_the_rest(residual, images, method):
+    qdq.swap_modules(residual, images)
+    qdq.calibrate_model(residual, [images])
+    statistics = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    assert changed_by(copy.deepcopy(residual), ranges=method, train="batchnorm") == statistics
+    assert all(name.startswith("head.") for name in changed_by(copy.deepcopy(residual), ranges=method, layers=["head"]))
+    if method != "ema":
+        changed = changed_by(copy.deepcopy(residual), ranges=method, train="ranges")
+        assert changed
+        assert all(name.endswith("_amax") for name in changed)
+
+
+def test_a_parameter_that_is_frozen_stays(quantized):
+    quantized.stem.weight.requires_grad_(False)
+    changed = changed_by(quantized)
+    assert "stem.weight" not in changed
+    assert {"stem.bias", "conv.weight"} < changed
+
+
 def test_live_batchnorm_keeps_its_statistics_after_its_share(residual, images):
     qdq.swap_modules(residual, images)
     qdq.calibrate_model(residual, [images])
