@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from qdq.calibrate.collect import digest_sources
 from qdq.distributed import find_rank
-from qdq.errors import ArgumentError, DataError, StateError
+from qdq.errors import ArgumentError, DataError, QdqError
 from qdq.evaluate import predict
 from qdq.metrics import sqnr_db
 from qdq.patterns import Pattern
@@ -137,7 +137,7 @@ def finetune(
         ArgumentError: Options that do not go together or are out of range; a folder that cannot be written to, or that
             holds a run of another model or with other settings.
         ArgumentTypeError: One tensor or dictionary instead of batches.
-        DataError: No batch; a batch that cannot be shared among processes.
+        DataError: No batch, or none any more; a batch that cannot be shared among processes, or has no labels.
         DependencyError: `tensorboard` without the package.
         StateError: A quantizer has no range; the loss or a gradient is NaN or Inf, with the layer in which it began.
             The model then has its best, or else its last good weights.
@@ -193,11 +193,11 @@ def _run(trainer: Trainer, record: Record, batches: Iterable[Any], seed: int, pa
     stream = _iterate(batches, seed, record.epoch, random_state)
     with tqdm(total=trainer.total, initial=trainer.step, desc="fine-tune", unit="step", disable=None) as progress:
         while trainer.step < trainer.total and not stopped:
-            batch, epoch = next(stream)
-            began = time.perf_counter()
             try:
+                batch, epoch = next(stream)
+                began = time.perf_counter()
                 loss = trainer.run_step(batch)
-            except StateError:
+            except QdqError:
                 record.restore_best()
                 raise
             record.add_step(loss, epoch, time.perf_counter() - began)
@@ -239,7 +239,8 @@ def _iterate(
                 continue
             yield batch, (epoch, taken)
         if not taken:
-            raise DataError("there is no batch to train on.", "give batches that can be iterated over again.")
+            found = "the batches ran out: an iterator gives them once" if epoch else "there is no batch to train on"
+            raise DataError(f"{found}.", "give batches that can be iterated over again, a list or a DataLoader.")
         epoch, skipped, random_state = epoch + 1, 0, {}
 
 

@@ -44,7 +44,8 @@ class RangeTuning:
         require_range_method(method)
         require_ranges(model)
         within = set(model.modules()) if within is None else within
-        quantizers, collection = dict(named_quantizers(model)), Collection(model)
+        self._names = quantizers = dict(named_quantizers(model))
+        collection = Collection(model)
         self._weights = {
             quantizers[name]: (f"{layer}.{parameter}", module, parameter)
             for name, (layer, module, parameter) in collection.weights.items()
@@ -76,6 +77,18 @@ class RangeTuning:
                 self._largest[leader] = largest if known is None else torch.maximum(known, largest)
 
         self._exits.callback(quantizer.register_forward_pre_hook(see).remove)
+
+    def require_finite(self) -> None:
+        """Refuse what no range can follow, before anything is changed.
+
+        Raises:
+            StateError: A value of the step was NaN or Inf, with the quantizer.
+        """
+        bad = {q for q, largest in self._largest.items() if not bool(torch.isfinite(largest).all())}
+        if bad:
+            self._largest.clear()
+            name = next(name for name, quantizer in self._names.items() if quantizer in bad)
+            raise StateError(f"{name} was given NaN or Inf, and its range follows.", "look at the batch and the layer.")
 
     def after_step(self) -> None:
         """Have ranges follow what the step has shown, where they do."""

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from qdq.calibrate.collect import fingerprint_model
 from qdq.distributed import find_rank, shard_samples, sum_over_ranks
-from qdq.errors import ArgumentError, StateError
+from qdq.errors import ArgumentError, DataError, StateError
 from qdq.patterns import Pattern, Patterns
 from qdq.qat.losses import Objective
 from qdq.qat.ranges import RangeTuning, require_range_method
@@ -66,6 +66,10 @@ class Trainer:
     ) -> None:
         if train not in TRAINED:
             raise ArgumentError(f"train is {train!r}; known are {', '.join(TRAINED)}.", "use 'all'.")
+        if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+            raise StateError(
+                "in torch.inference_mode there are no gradients.", "make and tune it outside."
+            )
         chosen = _choose_modules(model, layers)
         self.model, self.total, self.step = model, total, 0
         self._objective, self._schedule, self._amp = objective, schedule, amp
@@ -129,15 +133,19 @@ class Trainer:
         return hashlib.sha256("\n".join(self._parameters).encode()).hexdigest()[:16]
 
     def place(self, batch: Any) -> Any:
-        """A batch on the device of the model."""
-        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self._device), batch)
+        """A batch on the device of the model; what inference mode made is copied, for it knows no gradient."""
+        return tree_map_only(
+            torch.Tensor,
+            lambda tensor: tensor.to(self._device) if not tensor.is_inference() else tensor.to(self._device, copy=True),
+            batch,
+        )
 
     def run_step(self, batch: Any) -> float:
         """Train on one batch; gives the loss before the update, the mean over the samples of all processes.
 
         Raises:
             StateError: The loss or a gradient is NaN or Inf; the model is as it was before.
-            DataError: A batch that cannot be shared among processes.
+            DataError: A batch that cannot be shared among processes, or of one sample with live BatchNorm.
         """
         own, samples = shard_samples(self.place(batch))
         if self.step >= self._tune_ranges * self.total:
@@ -147,6 +155,7 @@ class Trainer:
         with self._live_modules(), torch.set_grad_enabled(self._optimizer is not None):
             loss = self._forward_backward(own, samples)
             self._require_finite(loss, own)
+            self._ranges.require_finite()
         if self._optimizer is not None:
             self._update(self._optimizer)
         self._ranges.after_step()
@@ -169,9 +178,12 @@ class Trainer:
                 quantizer.disable()
             try:
                 yield
-            except StateError:
-                for buffer, before in statistics:  # a forward with NaN has changed them
+            except BaseException as error:
+                for buffer, before in statistics:  # the forward has changed them
                     buffer.copy_(before)
+                if live and "more than 1 value per channel" in str(error):
+                    found, fix = "live BatchNorm needs more than one sample.", "drop the last batch, or fold BatchNorm."
+                    raise DataError(f"step {self.step + 1}: {found}", fix) from error
                 raise
 
     def _find_waiting(self) -> list[TensorQuantizer]:

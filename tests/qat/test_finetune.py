@@ -292,6 +292,12 @@ def test_a_schedule_refuses_what_cannot_be_meant(options):
         Schedule(**options)
 
 
+@pytest.mark.parametrize("options", [{"steps": "3"}, {"steps": 2.5}, {"epochs": True}, {"lr": "1"}, {"grow": None}])
+def test_a_schedule_takes_numbers(options):
+    with pytest.raises(ArgumentTypeError, match=next(iter(options))):
+        Schedule(**options)
+
+
 def test_an_uncalibrated_model_is_refused(residual, images):
     qdq.swap_modules(residual, images)
     with pytest.raises(StateError, match="have no range"):
@@ -396,6 +402,68 @@ def test_a_batch_with_nan_leaves_the_statistics_of_batchnorm(residual, images, t
     with pytest.raises(StateError, match="the loss is nan in step 1; no layer makes it of finite inputs"):
         finetune(residual, [images * math.nan], schedule=FAST, train=train)
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(residual).items())
+
+
+@pytest.mark.parametrize(
+    ("batches", "options", "error", "message"),
+    [
+        ([make_batches(1)[0] * math.inf], {"ranges": "ema"}, StateError, "stem._input_quantizer was given NaN or Inf"),
+        (iter(make_batches(2)), {}, DataError, "the batches ran out"),
+    ],
+)
+def test_what_ends_early_leaves_the_best_weights(quantized, batches, options, error, message):
+    before = state_of(quantized)
+
+    def loss(outputs, _):  # finite even so
+        return sum(p.square().sum() for p in quantized.parameters()) + 0 * outputs.nan_to_num(0, 0, 0).sum()
+
+    values = iter(range(100, 0, -1))
+    with pytest.raises(error, match=message):
+        finetune(
+            quantized, batches, loss=loss, distillation=None, schedule=FAST, metric=lambda _: next(values), **options
+        )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(quantized).items())
+
+
+def test_one_sample_is_too_few_for_live_batchnorm():
+    model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16)).eval()
+    qdq.swap_modules(model)
+    qdq.calibrate_model(model, [torch.randn(8, 16)])
+    with pytest.raises(DataError, match="step 2: live BatchNorm needs more than one sample"):
+        finetune(model, [torch.randn(8, 16), torch.randn(1, 16)], schedule=Schedule(steps=4))
+
+
+def test_another_teacher_must_have_the_same_modules_and_outputs(quantized):
+    other = nn.Sequential(nn.Flatten(), nn.Linear(432, 16))
+    with pytest.raises(ArgumentError, match="the teacher has no"):
+        finetune(quantized, make_batches(1), teacher=other, schedule=FAST)
+    with pytest.raises(ArgumentError, match=r"the model gives \[\[8, \d+\]\], in the teacher \[\[8, 17\]\]"):
+        finetune(
+            quantized, make_batches(1), teacher=nn.Sequential(nn.Flatten(), nn.Linear(432, 17)), schedule=FAST,
+            distillation=Distillation(features=0),
+        )  # fmt: skip
+
+
+def test_distillation_that_applies_to_nothing_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3)).eval()
+    qdq.swap_modules(model)
+    qdq.calibrate_model(model, make_batches(1))
+    with pytest.raises(ArgumentError, match="the distillation is 0"):
+        finetune(model, make_batches(1), distillation=Distillation(mse=0, features=0), schedule=FAST)
+
+
+def test_inference_mode(quantized):
+    with torch.inference_mode():
+        batches = [batch + 0 for batch in make_batches(1)]
+        with pytest.raises(StateError, match="inference_mode"):
+            finetune(quantized, batches, schedule=FAST)
+    for method in ("frozen", "lsq"):
+        assert np.isfinite(finetune(quantized, batches, ranges=method, schedule=Schedule(steps=2)).losses).all()
+
+
+def test_images_without_labels_have_no_cross_entropy(quantized):
+    with pytest.raises(DataError, match="no labels"):
+        finetune(quantized, [(make_batches(1)[0], None)], loss=cross_entropy, distillation=None, schedule=FAST)
 
 
 def test_interrupted_it_leaves_a_whole_model(quantized, tmp_path):
