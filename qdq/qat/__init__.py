@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from qdq.calibrate.collect import digest_sources
 from qdq.distributed import find_rank
-from qdq.errors import ArgumentError, DataError, QdqError
+from qdq.errors import ArgumentError, DataError
 from qdq.evaluate import predict
 from qdq.metrics import sqnr_db
 from qdq.patterns import Pattern
@@ -103,7 +103,7 @@ def finetune(
     The model stays in evaluation mode (no dropout), but for live BatchNorm at first. Under `torchrun` every process
     passes the same batches and takes its share of the samples of each; the gradients are the mean over all samples, so
     that the result is that of one process. With `folder`, a run that was killed goes on where it was when it is called
-    again in the same way, with the same losses.
+    again in the same way, with the same losses; one that an error or Ctrl-C ends has lost no step.
 
     Args:
         model: A calibrated model, on its device. At the end it has the weights with the best metric, or the last ones.
@@ -197,8 +197,8 @@ def _run(trainer: Trainer, record: Record, batches: Iterable[Any], seed: int, pa
                 batch, epoch = next(stream)
                 began = time.perf_counter()
                 loss = trainer.run_step(batch)
-            except QdqError:
-                record.restore_best()
+            except BaseException:  # Ctrl-C too
+                record.abandon()
                 raise
             record.add_step(loss, epoch, time.perf_counter() - began)
             progress.update()

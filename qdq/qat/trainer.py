@@ -46,6 +46,7 @@ class Trainer:
 
     Attributes:
         step: How many steps are done.
+        intact: Whether the model is that of `step`; False within an update.
 
     Raises:
         ArgumentError: Unknown options, or nothing to train.
@@ -67,11 +68,9 @@ class Trainer:
         if train not in TRAINED:
             raise ArgumentError(f"train is {train!r}; known are {', '.join(TRAINED)}.", "use 'all'.")
         if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
-            raise StateError(
-                "in torch.inference_mode there are no gradients.", "make and tune it outside."
-            )
+            raise StateError("in torch.inference_mode there are no gradients.", "make and tune it outside.")
         chosen = _choose_modules(model, layers)
-        self.model, self.total, self.step = model, total, 0
+        self.model, self.total, self.step, self.intact = model, total, 0, True
         self._objective, self._schedule, self._amp = objective, schedule, amp
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._exits = ExitStack()
@@ -89,6 +88,8 @@ class Trainer:
         self._live_batchnorm = 1.0 if train == "batchnorm" else schedule.tune_batchnorm
         self._tune_ranges = 1.0 if train == "ranges" else schedule.tune_ranges
         self._optimizer = self._make_optimizer()
+        if self._optimizer:
+            self._exits.callback(self._optimizer.zero_grad)  # frees the gradients
         self._growing = _group_by_owner(model) if schedule.grow else []
         self._watch: OscillationWatch | None = None
 
@@ -156,12 +157,14 @@ class Trainer:
             loss = self._forward_backward(own, samples)
             self._require_finite(loss, own)
             self._ranges.require_finite()
+        self.intact = False
         if self._optimizer is not None:
             self._update(self._optimizer)
         self._ranges.after_step()
         if self._watch:
             self._watch.after_step()
         self.step += 1
+        self.intact = True
         return loss
 
     @contextmanager

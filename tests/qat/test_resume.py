@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import Linear
-from tuned_run import make_images, make_model, run
+from tuned_run import Noisy, make_images, make_model, run
 
 import qdq
 import qdq.qat.record
-from qdq.errors import ArgumentError, DataError, ModelError
+from qdq.errors import ArgumentError, DataError, ModelError, StateError
 from qdq.quantizer import named_quantizers
 
 SCRIPT = Path(__file__).with_name("tuned_run.py")
@@ -195,3 +195,55 @@ def test_a_checkpoint_with_other_formats_or_shapes_changes_nothing(tmp_path, lay
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("ranges", ["frozen", "lsq"])
+@pytest.mark.parametrize("measured", [True, False])
+def test_ctrl_c_loses_no_step(tmp_path, ranges, measured):
+    loader = torch.utils.data.DataLoader(Noisy(), batch_size=8, shuffle=True)
+    held = [make_images(4, 9)] if measured else None
+    options = {"ranges": ranges, "schedule": qdq.Schedule(steps=9, lr=1e-3), "held": held}
+    whole = make_model()
+    expected = qdq.finetune(whole, loader, **options)
+    interrupted = make_model()
+    interrupt_at(interrupted, 7)
+    with pytest.raises(KeyboardInterrupt):
+        qdq.finetune(interrupted, loader, folder=tmp_path, **options)
+    last = make_model()
+    assert qdq.load_tuned(last, tmp_path / "last.safetensors") == {"step": 6}
+    resumed, batches = make_model(), []
+    resumed.register_forward_pre_hook(lambda *_: batches.append(torch.is_grad_enabled()))
+    found = qdq.finetune(resumed, loader, folder=tmp_path, **options)
+    assert sum(batches) == 3
+    assert (found.losses, found.curve) == (expected.losses, expected.curve)
+    assert all(torch.equal(t, whole.state_dict()[n]) for n, t in resumed.state_dict().items())
+
+
+def test_a_loss_that_is_nan_leaves_the_last_good_model_in_the_folder(tmp_path):
+    model, calls = make_model(), []
+
+    def breaks(outputs, _):
+        calls.append(1)
+        return outputs.square().mean() * (float("nan") if len(calls) > 4 else 1)
+
+    options = {"loss": breaks, "distillation": None, "schedule": qdq.Schedule(steps=9, lr=1e-3)}
+    with pytest.raises(StateError, match="in step 5"):
+        qdq.finetune(model, [make_images(8, 6)], folder=tmp_path, **options)
+    loaded = make_model()
+    assert qdq.load_tuned(loaded, tmp_path / "last.safetensors") == {"step": 4}
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in loaded.state_dict().items())
+    assert (tmp_path / "state.safetensors").is_file()
+
+
+def test_measuring_draws_no_random_number_and_no_gradient_stays():
+    def tune(metric, held):
+        torch.manual_seed(3)
+        model, loader = make_model(), torch.utils.data.DataLoader(Noisy(), batch_size=8, shuffle=True)
+        before = torch.get_rng_state()
+        losses = qdq.finetune(model, loader, schedule=qdq.Schedule(steps=7), metric=metric, held=held).losses
+        assert torch.equal(torch.get_rng_state(), before)
+        assert all(parameter.grad is None for parameter in model.parameters())
+        return losses
+
+    held = torch.utils.data.DataLoader(Noisy(), batch_size=8, shuffle=True)
+    assert tune(None, None) == tune(None, held) == tune(lambda _: float(torch.rand(())), None)
