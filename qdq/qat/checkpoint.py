@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from qdq.calibrate.collect import format_of, leader_of
 from qdq.errors import DataError, ModelError
 from qdq.quantizer import from_log2, named_quantizers
 from qdq.run import write_atomic
@@ -76,9 +78,11 @@ def save_tuned(model: nn.Module, path: Path | str, facts: dict[str, Any] | None 
     return save_tensors(Path(path), plain_state(model), known | (facts or {}))
 
 
-def _describe_formats(model: nn.Module) -> dict[str, list[int | bool | None]]:
-    """Width, unsigned, narrow range and axis of each quantizer."""
-    return {name: [q._num_bits, q._unsigned, q._narrow_range, q.axis] for name, q in named_quantizers(model)}
+def _describe_formats(model: nn.Module) -> dict[str, list[Any]]:
+    """Width, unsigned, narrow range and axis of each quantizer, and the one that has its range."""
+    names = {quantizer: name for name, quantizer in named_quantizers(model)}
+    formats = {q: astuple(known) if (known := format_of(q)) else () for q in names}
+    return {name: [*formats[q], q.axis, names.get(leader_of(q))] for q, name in names.items()}
 
 
 def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:

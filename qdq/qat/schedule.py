@@ -55,7 +55,7 @@ class Schedule:
         for name in ("steps", "epochs", "patience"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | None):
-                raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}.", f"give a whole {name}.")
+                raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}.", "give an integer.")
             if value is not None and value < 1:
                 raise ArgumentError(f"{name} is {value}; it must be 1 or more.", f"pass a positive {name}.")
         for name in ("lr", "bias_lr", "range_lr", "max_norm", *_SHARES):

@@ -15,7 +15,7 @@ from tuned_run import Noisy, make_images, make_model, run
 import qdq
 import qdq.qat.record
 from qdq.errors import ArgumentError, DataError, ModelError, StateError
-from qdq.quantizer import named_quantizers
+from qdq.quantizer import SharedQuantizer, named_quantizers
 
 SCRIPT = Path(__file__).with_name("tuned_run.py")
 ROOT = Path(__file__).parents[2]
@@ -177,7 +177,7 @@ def build(layer, **options):
         (
             Linear(16, 32, bias=False),
             {"weight_desc": qdq.QuantDescriptor(8)},
-            "0. there, .8, False, False, None",
+            "0, .* there, .8, False, False, None",
         ),
         (Linear(32, 16, bias=False), {}, r"0.weight is \[32, 16\] there, \[16, 32\] here"),
         (Linear(16, 32), {}, "0.bias is absent there"),
@@ -247,3 +247,30 @@ def test_measuring_draws_no_random_number_and_no_gradient_stays():
 
     held = torch.utils.data.DataLoader(Noisy(), batch_size=8, shuffle=True)
     assert tune(None, None) == tune(None, held) == tune(lambda _: float(torch.rand(())), None)
+
+
+class Branches(torch.nn.Module):
+    """Two layers that read one tensor, and share its range once rewired."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (torch.nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        return self.a(x).relu() + self.b(x)
+
+
+def test_a_model_with_shared_ranges_is_saved_and_read(tmp_path):
+    images = torch.randn(4, 16, 8, 8)
+    models = [Branches().eval() for _ in range(3)]
+    for model in models:
+        qdq.swap_modules(model)
+    for model in models[:2]:
+        qdq.rewire_operations(model, images)
+    qdq.calibrate_model(models[0], [images])
+    assert any(isinstance(quantizer, SharedQuantizer) for _, quantizer in named_quantizers(models[0]))
+    qdq.finetune(models[0], [images], schedule=qdq.Schedule(steps=2), folder=tmp_path)
+    qdq.load_tuned(models[1], tmp_path / "last.safetensors")
+    assert torch.equal(models[1](images), models[0](images))
+    with pytest.raises(ModelError, match=r"_add_quantizer is .* there, absent here"):
+        qdq.load_tuned(models[2], tmp_path / "last.safetensors")
