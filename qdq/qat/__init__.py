@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,23 +16,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from qdq.calibrate.collect import digest_sources
 from qdq.distributed import find_rank
-from qdq.errors import ArgumentError, DataError, StateError
+from qdq.errors import ArgumentError, DataError
 from qdq.evaluate import predict
 from qdq.metrics import sqnr_db
 from qdq.patterns import Pattern
-from qdq.qat.checkpoint import load_tuned, pack_random, save_tuned, unpack_random
-from qdq.qat.losses import Distillation, Loss, Objective, cross_entropy
+from qdq.qat.checkpoint import keeping_random_state, load_tuned, save_tuned, unpack_random
+from qdq.qat.losses import Distillation, Loss, Objective, cross_entropy, require_scalar
 from qdq.qat.ranges import require_ranges
 from qdq.qat.record import Measurement, Record
 from qdq.qat.schedule import Schedule
 from qdq.qat.trainer import Trainer, copy_float, digest_weights
 from qdq.qat.watch import BadRange, Oscillation, find_bad_ranges
 from qdq.run import set_seed, write_json
-from qdq.trace import require_batches
+from qdq.trace import call_model, require_batches
 
 __all__ = ["Distillation", "Schedule", "Tuning", "cross_entropy", "finetune", "load_tuned", "save_tuned"]
 
@@ -102,7 +103,7 @@ def finetune(
     The model stays in evaluation mode (no dropout), but for live BatchNorm at first. Under `torchrun` every process
     passes the same batches and takes its share of the samples of each; the gradients are the mean over all samples, so
     that the result is that of one process. With `folder`, a run that was killed goes on where it was when it is called
-    again in the same way, with the same losses.
+    again in the same way, with the same losses; one that an error or Ctrl-C ends has lost no step.
 
     Args:
         model: A calibrated model, on its device. At the end it has the weights with the best metric, or the last ones.
@@ -115,12 +116,16 @@ def finetune(
         teacher: The float model; None: the model as it is now, with its quantizers off.
         schedule: Length and learning rates.
         ranges: "frozen", "lsq", "pact" or "ema", see `RangeTuning`.
-        train: "all", "ranges" (learned ranges only) or "batchnorm" (the statistics of live BatchNorm only).
-        layers: Patterns (see `qdq.patterns`) of modules; only what is in them is trained. None: everything.
-        held: Batches that are not trained on; the metric is the SQNR of the first output against the teacher's, in dB.
+        train: "all", "ranges" (learned ranges only) or "batchnorm" (the statistics of live BatchNorm only, no range).
+            Parameters with `requires_grad=False` stay as they are.
+        layers: Patterns (see `qdq.patterns`) of modules; only what is in them is trained, their ranges and the
+            statistics of their BatchNorm too. None: everything.
+        held: Batches that are not trained on. The metric is what is trained for: with `loss` minus that loss, so
+            they need what it needs; else the SQNR of the first output against the teacher's, in dB.
         metric: `model -> number`, higher is better, instead.
         measure_every: Steps between two measurements; None: a tenth of all.
         folder: Keeps the state of the run, the best and the last model and a summary; a run that is finished is read.
+            Of `loss`, `metric` and patterns that are functions the names are compared, not what they compute.
         tensorboard: Write loss, metric, learning rate and ranges as scalars into `folder`/tensorboard.
         amp: Compute in bfloat16 where torch.autocast does so; weights and quantizers stay in float32.
         seed: Of the order of the data.
@@ -132,7 +137,7 @@ def finetune(
         ArgumentError: Options that do not go together or are out of range; a folder that cannot be written to, or that
             holds a run of another model or with other settings.
         ArgumentTypeError: One tensor or dictionary instead of batches.
-        DataError: No batch; a batch that cannot be shared among processes.
+        DataError: No batch, or none any more; a batch that cannot be shared among processes, or has no labels.
         DependencyError: `tensorboard` without the package.
         StateError: A quantizer has no range; the loss or a gradient is NaN or Inf, with the layer in which it began.
             The model then has its best, or else its last good weights.
@@ -143,15 +148,15 @@ def finetune(
         raise ArgumentError(f"seed is {seed}; it must be 0 to {2**32 - 1}.", "choose another seed.")
     if measure_every is not None and measure_every < 1:
         raise ArgumentError(f"measure_every is {measure_every}; it must be 1 or more.", "leave it out.")
-    if teacher is None and (distillation is not None or held is not None):
+    taught_by = "" if teacher is None else digest_weights(teacher)
+    if teacher is None and distillation is not None:
         teacher = copy_float(model)
-    if metric is None and held is not None and teacher is not None:
-        metric = _make_metric(teacher, held)
     total = schedule.count_steps(batches)
     objective = Objective(model, teacher, loss, distillation)
     settings = {
         "weights": digest_weights(model), "schedule": asdict(schedule), "steps": total, "ranges": ranges,
-        "train": train, "distillation": repr(distillation), "amp": amp, "seed": seed,
+        "train": train, "distillation": _describe_distillation(distillation), "teacher": taught_by,
+        "loss": _name(loss), "metric": _name(metric), "amp": amp, "seed": seed,
     }  # fmt: skip
     if folder is not None:
         settings["data"] = _digest_sources(model, batches, seed)
@@ -159,10 +164,12 @@ def finetune(
     settings["layers"] = trainer.digest_trained()
     with ExitStack() as exits:
         exits.callback(trainer.finish)
+        exits.enter_context(keeping_random_state())
+        if metric is None and held is not None:
+            metric = _measure_loss(loss, held, trainer) if loss else _measure_distance(teacher, held)
         every = measure_every or max(total // _MEASUREMENTS, 1)
         record = Record(trainer, metric, every, None if folder is None else Path(folder), settings, tensorboard)
         exits.callback(record.close)
-        exits.enter_context(_keeping_random_state())
         stopped, batch = _run(trainer, record, batches, seed, schedule.patience)
         best_step = record.finish()
         if batch is None:  # the run in the folder was finished before
@@ -186,12 +193,12 @@ def _run(trainer: Trainer, record: Record, batches: Iterable[Any], seed: int, pa
     stream = _iterate(batches, seed, record.epoch, random_state)
     with tqdm(total=trainer.total, initial=trainer.step, desc="fine-tune", unit="step", disable=None) as progress:
         while trainer.step < trainer.total and not stopped:
-            batch, epoch = next(stream)
-            began = time.perf_counter()
             try:
+                batch, epoch = next(stream)
+                began = time.perf_counter()
                 loss = trainer.run_step(batch)
-            except StateError:
-                record.restore_best()
+            except BaseException:  # Ctrl-C too
+                record.abandon()
                 raise
             record.add_step(loss, epoch, time.perf_counter() - began)
             progress.update()
@@ -232,15 +239,33 @@ def _iterate(
                 continue
             yield batch, (epoch, taken)
         if not taken:
-            raise DataError("there is no batch to train on.", "give batches that can be iterated over again.")
+            found = "the batches ran out: an iterator gives them once" if epoch else "there is no batch to train on"
+            raise DataError(f"{found}.", "give batches that can be iterated over again, a list or a DataLoader.")
         epoch, skipped, random_state = epoch + 1, 0, {}
+
+
+def _describe_distillation(distillation: Distillation | None) -> Any:
+    """Weights and layers, in the same words in every process."""
+    if distillation is None:
+        return None
+    layers = distillation.layers
+    patterns = [layers] if isinstance(layers, str | type) or callable(layers) else layers
+    return {**vars(distillation), "layers": [each if isinstance(each, str) else _name(each) for each in patterns]}
+
+
+def _name(function: Any) -> str:
+    """Of a function, a class or an object that is called; "" of None. What it computes is not compared."""
+    if function is None:
+        return ""
+    name: str = getattr(function, "__qualname__", type(function).__qualname__)
+    return name
 
 
 def _digest_sources(model: nn.Module, batches: Iterable[Any], seed: int) -> str:
     """What tells one model and training set from another; "" where looking would use a batch up."""
     if iter(batches) is batches:
         return ""
-    with _keeping_random_state():
+    with keeping_random_state():
         _begin_epoch(batches, seed, 0)
         return next((digest_sources(model, batch) for batch in batches), "")
 
@@ -252,17 +277,25 @@ def _begin_epoch(batches: Any, seed: int, epoch: int) -> None:
             set_epoch(epoch)
 
 
-@contextmanager
-def _keeping_random_state() -> Iterator[None]:
-    before = pack_random()
-    try:
-        yield
-    finally:
-        unpack_random(before)
-
-
-def _make_metric(teacher: nn.Module, held: Iterable[Any]) -> Callable[[nn.Module], float]:
+def _measure_distance(teacher: nn.Module | None, held: Iterable[Any]) -> Callable[[nn.Module], float]:
     """SQNR of the first output against the teacher's, in dB."""
+    assert teacher is not None  # noqa: S101  # without a loss there is distillation
     kept = list(held)
     expected = predict(teacher, kept)
     return lambda model: sqnr_db(expected, predict(model, kept))
+
+
+def _measure_loss(loss: Loss, held: Iterable[Any], trainer: Trainer) -> Callable[[nn.Module], float]:
+    """Minus the loss of the task, the mean over the samples."""
+    kept = [trainer.place(batch) for batch in held]
+    sizes = [_count_samples(batch) for batch in kept]
+
+    def measure(model: nn.Module) -> float:
+        losses = [float(require_scalar(loss(call_model(model, batch), batch))) for batch in kept]
+        return -float(np.average(losses, weights=sizes))
+
+    return measure
+
+
+def _count_samples(batch: Any) -> int:
+    return max((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim()), default=1)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from qdq.calibrate.collect import format_of, leader_of
 from qdq.errors import DataError, ModelError
 from qdq.quantizer import from_log2, named_quantizers
 from qdq.run import write_atomic
 
-MODEL_FORMAT = "qdq fine-tuned model 1"
+MODEL_FORMAT = "qdq fine-tuned model 2"  # 1 did not say the formats
 STATE_FORMAT = "qdq fine-tuning state 1"
 
 
@@ -60,7 +63,7 @@ def load_tensors(path: Path, form: str) -> tuple[dict[str, torch.Tensor], dict[s
 
 
 def save_tuned(model: nn.Module, path: Path | str, facts: dict[str, Any] | None = None) -> Path:
-    """Write weights and ranges of a quantized model, and which of its quantizers are off.
+    """Write weights and ranges of a quantized model, the formats of its quantizers, and which of them are off.
 
     Args:
         model: A calibrated model.
@@ -71,7 +74,15 @@ def save_tuned(model: nn.Module, path: Path | str, facts: dict[str, Any] | None 
         ArgumentError: The folder cannot be written to.
     """
     disabled = [name for name, quantizer in named_quantizers(model) if quantizer._disabled]
-    return save_tensors(Path(path), plain_state(model), {"format": MODEL_FORMAT, "disabled": disabled, **(facts or {})})
+    known = {"format": MODEL_FORMAT, "disabled": disabled, "quantizers": _describe_formats(model)}
+    return save_tensors(Path(path), plain_state(model), known | (facts or {}))
+
+
+def _describe_formats(model: nn.Module) -> dict[str, list[Any]]:
+    """Width, unsigned, narrow range and axis of each quantizer, and the one that has its range."""
+    names = {quantizer: name for name, quantizer in named_quantizers(model)}
+    formats = {q: astuple(known) if (known := format_of(q)) else () for q in names}
+    return {name: [*formats[q], q.axis, names.get(leader_of(q))] for q, name in names.items()}
 
 
 def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -96,28 +107,39 @@ def load_tuned(model: nn.Module, path: Path | str) -> dict[str, Any]:
         ModelError: It is of another model; nothing is changed then.
     """
     tensors, facts = load_tensors(Path(path), MODEL_FORMAT)
+    _require_same(_describe_formats(model), facts["quantizers"], path)
     quantizers = dict(named_quantizers(model))
-    own = {name for name in model.state_dict() if not name.endswith("._amax")}
-    theirs = {name for name in tensors if name.rpartition("._amax")[0] not in quantizers}
-    if different := sorted(own ^ theirs) + [name for name in facts["disabled"] if name not in quantizers]:
-        raise ModelError(
-            f"{path} is of another model: {', '.join(different[:3])} and {max(len(different) - 3, 0)} more differ.",
-            "fold, swap and rewire the model in the same way as before fine-tuning.",
-        )
-    _require_shapes(model, tensors, path)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("._amax")}
+    weights = {name: tensor for name, tensor in tensors.items() if name.rpartition("._amax")[0] not in quantizers}
+    _require_same(_describe_shapes(state), _describe_shapes(weights), path)
+    for name, amax in tensors.items():
+        if (own := model.state_dict().get(name)) is not None and own.numel() != amax.numel():
+            _require_same(_describe_shapes({name: own}), _describe_shapes({name: amax}), path)
     model.load_state_dict(tensors, strict=False)
     for name, quantizer in quantizers.items():
         quantizer._disabled = name in facts["disabled"]
-    return {key: value for key, value in facts.items() if key not in ("format", "disabled")}
+    return {key: value for key, value in facts.items() if key not in ("format", "disabled", "quantizers")}
 
 
-def _require_shapes(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path | str) -> None:
-    for name, own in model.state_dict().items():
-        if name in tensors and tensors[name].numel() != own.numel():
-            raise ModelError(
-                f"{path}: {name} has the shape {tuple(tensors[name].shape)}, the model {tuple(own.shape)}.",
-                "load the architecture that was fine-tuned.",
-            )
+def _describe_shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _require_same(own: Mapping[str, Any], theirs: Mapping[str, Any], path: Path | str) -> None:
+    """Refuse a file in which a name is missing, is too many or stands for something else.
+
+    Raises:
+        ModelError: With the first of them.
+    """
+    different = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
+    if different:
+        first = different[0]
+        more = f" and {len(different) - 1} more differ" if len(different) > 1 else ""
+        raise ModelError(
+            f"{path} is of another model: {first} is {theirs.get(first, 'absent')} there, "
+            f"{own.get(first, 'absent')} here{more}.",
+            "fold, swap and rewire the model, with the same formats, as before fine-tuning.",
+        )
 
 
 def pack_random() -> dict[str, torch.Tensor]:
@@ -148,3 +170,13 @@ def unpack_random(tensors: Mapping[str, torch.Tensor]) -> None:
     torch.set_rng_state(tensors["torch"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
+
+
+@contextmanager
+def keeping_random_state() -> Iterator[None]:
+    """Random numbers go on after the block as if it had drawn none."""
+    before = pack_random()
+    try:
+        yield
+    finally:
+        unpack_random(before)

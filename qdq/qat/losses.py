@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from qdq.errors import ArgumentError, StateError
+from qdq.errors import ArgumentError, DataError, StateError
 from qdq.nn import QuantMixin
 from qdq.patterns import Pattern, Patterns
 from qdq.swap import quantized_layers
@@ -23,7 +23,8 @@ from qdq.units import name_block
 Loss = Callable[[Any, Any], torch.Tensor]
 """`(outputs of the model, batch) -> scalar`, the mean over the samples of the batch."""
 
-_TINY = torch.finfo(torch.float32).tiny
+_QUIET = 1e-3  # of the mean energy of a batch; the error of a sample with less is measured against this
+_TINY = 1e-30  # an energy that stands for 0, far enough from the smallest float32 to divide by
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,13 @@ class Distillation:
 
 
 def cross_entropy(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
-    """The task's loss of a classifier: logits `[N, classes]` against the labels of `(images, labels)`."""
+    """The task's loss of a classifier: logits `[N, classes]` against the labels of `(images, labels)`.
+
+    Raises:
+        DataError: The batch has no labels.
+    """
+    if not (isinstance(batch, tuple | list) and len(batch) > 1 and isinstance(batch[1], torch.Tensor)):
+        raise DataError("a batch has no labels.", "give batches (images, labels), or distil: loss=None.")
     return F.cross_entropy(outputs.float(), batch[1])
 
 
@@ -85,6 +92,8 @@ class Objective:
             raise ArgumentError("there is no loss: no loss function and no distillation.", "give one of them.")
         self._model, self._teacher, self._loss, self._distillation = model, teacher, loss, distillation
         self._layers = _find_layers(model, distillation.layers) if distillation and distillation.features else []
+        if teacher is not None and self._layers:
+            _require_layers(teacher, self._layers)
 
     def __call__(self, batch: Any) -> torch.Tensor:
         """The loss, a float32 scalar with its gradient.
@@ -97,7 +106,7 @@ class Objective:
             outputs = call_model(self._model, batch)
         total = torch.zeros((), device=_floats(outputs)[0].device)
         if self._loss is not None:
-            total = total + _require_scalar(self._loss(outputs, batch))
+            total = total + require_scalar(self._loss(outputs, batch))
         if self._distillation is not None and self._teacher is not None:
             with evaluating(self._teacher), _recording(self._teacher, self._layers) as expected:
                 targets = call_model(self._teacher, batch)
@@ -108,17 +117,24 @@ class Objective:
 
 
 def _distance(distillation: Distillation, outputs: Any, targets: Any) -> torch.Tensor:
-    pairs = list(zip(_floats(outputs), _floats(targets), strict=True))
+    pairs = _pair(_floats(outputs), _floats(targets), "the model")
     total = distillation.mse * torch.stack([relative_error(*pair) for pair in pairs]).mean()
     classes = [divergence(*pair) for pair in pairs if pair[0].dim() == 2]
+    if not (distillation.mse or distillation.features or classes):
+        raise ArgumentError("the distillation is 0: kl needs outputs [N, classes].", "give mse or features a weight.")
     return total + distillation.kl * torch.stack(classes).mean() if classes and distillation.kl else total
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Mean over the samples of noise over signal, 10^(-SQNR / 10); both `[N, ...]`."""
+    """Mean over the samples of noise over signal, 10^(-SQNR / 10); both `[N, ...]`; finite wherever the inputs are.
+
+    Against a sample that is nearly or quite 0, behind a ReLU say, an error would be infinite: the signal counts as at
+    least a thousandth of its mean over the batch, and as 1 where the whole batch is 0.
+    """
     found, expected = found.float(), expected.float()
     noise, signal = _energy(found - expected), _energy(expected)
-    return (noise / signal.clamp_min(_TINY)).mean()
+    signal = torch.maximum(signal, _QUIET * signal.mean())
+    return (noise / torch.where(signal > _TINY, signal, 1.0)).mean()
 
 
 def _energy(values: torch.Tensor) -> torch.Tensor:
@@ -136,12 +152,33 @@ def divergence(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 
 
 def _compare_features(found: dict[str, list[torch.Tensor]], expected: dict[str, list[torch.Tensor]]) -> torch.Tensor:
-    errors = [
-        relative_error(*pair) for name, outputs in expected.items() for pair in zip(found[name], outputs, strict=True)
-    ]
+    errors = [relative_error(*pair) for name, outputs in expected.items() for pair in _pair(found[name], outputs, name)]
     if not errors:
         raise StateError("none of the layers of the distillation ran.", "choose layers that the batches reach.")
     return torch.stack(errors).mean()
+
+
+def _pair(
+    found: list[torch.Tensor], expected: list[torch.Tensor], name: str
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Outputs of the two models side by side.
+
+    Raises:
+        ArgumentError: They differ in number or shape.
+    """
+    shapes, others = ([list(tensor.shape) for tensor in tensors] for tensors in (found, expected))
+    if shapes != others:
+        raise ArgumentError(f"{name} gives {shapes}, in the teacher {others}.", "give a teacher with the same outputs.")
+    return list(zip(found, expected, strict=True))
+
+
+def _require_layers(teacher: nn.Module, layers: Sequence[str]) -> None:
+    names = dict(teacher.named_modules())
+    if missing := [name for name in layers if name not in names]:
+        raise ArgumentError(
+            f"the teacher has no {', '.join(missing[:3])}, whose outputs are to be compared.",
+            "give a teacher with the same modules, or Distillation(features=0).",
+        )
 
 
 @contextmanager
@@ -185,7 +222,12 @@ def _floats(tree: Any) -> list[torch.Tensor]:
     return tensors
 
 
-def _require_scalar(loss: Any) -> torch.Tensor:
+def require_scalar(loss: Any) -> torch.Tensor:
+    """What a loss function gave, as float32 without dimensions.
+
+    Raises:
+        ArgumentError: It is no scalar tensor.
+    """
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
         raise ArgumentError(f"the loss function gave {found}; expected a scalar tensor.", "return its mean.")

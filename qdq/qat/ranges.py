@@ -30,6 +30,7 @@ class RangeTuning:
     Args:
         model: A calibrated model.
         method: One of `RANGE_METHODS`.
+        within: The modules whose quantizers are tuned; None: all. A range that is shared belongs to the first of them.
 
     Attributes:
         parameters: What an optimizer has to learn, by dotted name; empty after `stop`.
@@ -39,15 +40,19 @@ class RangeTuning:
         StateError: A quantizer that is on has no range.
     """
 
-    def __init__(self, model: nn.Module, method: str) -> None:
+    def __init__(self, model: nn.Module, method: str, within: set[nn.Module] | None = None) -> None:
         require_range_method(method)
         require_ranges(model)
-        quantizers, collection = dict(named_quantizers(model)), Collection(model)
+        within = set(model.modules()) if within is None else within
+        self._names = quantizers = dict(named_quantizers(model))
+        collection = Collection(model)
         self._weights = {
             quantizers[name]: (f"{layer}.{parameter}", module, parameter)
             for name, (layer, module, parameter) in collection.weights.items()
+            if quantizers[name] in within
         }
-        self._inputs = [quantizers[name] for name in dict.fromkeys(collection.leaders.values())]
+        leaders = {name: leader for name, leader in collection.leaders.items() if quantizers[leader] in within}
+        self._inputs = [quantizers[name] for name in dict.fromkeys(leaders.values())]
         self._exits = ExitStack()
         self.parameters: dict[str, nn.Parameter] = {}
         self._largest: dict[TensorQuantizer, torch.Tensor] = {}
@@ -59,7 +64,7 @@ class RangeTuning:
                 self.parameters[f"{names[quantizer]}._log2_amax"] = quantizer.learn_range(method)
                 self._exits.callback(quantizer.keep_range)
         elif self._follows:
-            for name, leader in collection.leaders.items():
+            for name, leader in leaders.items():
                 self._watch(quantizers[name], quantizers[leader])
 
     def _watch(self, quantizer: TensorQuantizer, leader: TensorQuantizer) -> None:
@@ -72,6 +77,18 @@ class RangeTuning:
                 self._largest[leader] = largest if known is None else torch.maximum(known, largest)
 
         self._exits.callback(quantizer.register_forward_pre_hook(see).remove)
+
+    def require_finite(self) -> None:
+        """Refuse what no range can follow, before anything is changed.
+
+        Raises:
+            StateError: A value of the step was NaN or Inf, with the quantizer.
+        """
+        bad = {q for q, largest in self._largest.items() if not bool(torch.isfinite(largest).all())}
+        if bad:
+            self._largest.clear()
+            name = next(name for name, quantizer in self._names.items() if quantizer in bad)
+            raise StateError(f"{name} was given NaN or Inf, and its range follows.", "look at the batch and the layer.")
 
     def after_step(self) -> None:
         """Have ranges follow what the step has shown, where they do."""

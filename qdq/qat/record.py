@@ -18,6 +18,7 @@ from qdq.errors import ArgumentError, DependencyError
 from qdq.qat.checkpoint import (
     MODEL_FORMAT,
     STATE_FORMAT,
+    keeping_random_state,
     load_tensors,
     pack_random,
     plain_state,
@@ -89,6 +90,7 @@ class Record:
         self._best: dict[str, torch.Tensor] | None = None
         self.losses: list[float] = []
         self.curve: list[Measurement] = []
+        self._random: dict[str, torch.Tensor] = {}
         self.epoch = (0, 0)
         self.seconds = 0.0
         if folder is not None:
@@ -106,6 +108,7 @@ class Record:
         self.losses.append(loss)
         self.epoch = epoch
         self.seconds += seconds
+        self._random = pack_random()  # as of this step: the next batch draws more
         step = self._trainer.step
         if self._writer:
             self._writer.add_scalar("loss", loss, step)
@@ -122,7 +125,7 @@ class Record:
         step = self._trainer.step
         recent = self.losses[self.curve[-1].step :] if self.curve else []
         loss = sum(recent) / len(recent) if recent else None
-        with evaluating(self._trainer.model):
+        with evaluating(self._trainer.model), keeping_random_state():
             metric = float(self._metric(self._trainer.model))
         self.curve.append(Measurement(step, metric, loss, self._trainer.lr))
         if self.best is self.curve[-1]:
@@ -149,7 +152,7 @@ class Record:
             "format": STATE_FORMAT, "settings": self._settings, "step": self._trainer.step, "epoch": self.epoch,
             "seconds": self.seconds, "curve": [vars(measurement) for measurement in self.curve],
         }  # fmt: skip
-        tensors = self._trainer.pack() | {f"random//{name}": tensor for name, tensor in pack_random().items()}
+        tensors = self._trainer.pack() | {f"random//{name}": tensor for name, tensor in self._random.items()}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         save_tensors(self._folder / STATE_FILE, tensors, facts)
 
@@ -178,7 +181,8 @@ class Record:
         if self.curve:
             self._best, _ = load_tensors(self._folder / BEST_FILE, MODEL_FORMAT)
         logger.info("%s: going on after step %d", path, facts["step"])
-        return {key.removeprefix("random//"): t for key, t in tensors.items() if key.startswith("random//")}
+        self._random = {key.removeprefix("random//"): t for key, t in tensors.items() if key.startswith("random//")}
+        return self._random
 
     def finish(self) -> int:
         """Write the last state and model, and give the model the best weights; gives their step."""
@@ -186,6 +190,13 @@ class Record:
         if self._folder and self._is_first:
             save_tuned(self._trainer.model, self._folder / LAST_FILE, {"step": self._trainer.step})
         return self.restore_best()
+
+    def abandon(self) -> None:
+        """After an error or Ctrl-C in a step: write what the last whole step left, and restore the best weights."""
+        if self.losses and self._trainer.intact and self._trainer.step == len(self.losses):
+            self.finish()
+        else:
+            self.restore_best()
 
     def restore_best(self) -> int:
         """Give the model the best weights, if the metric was measured; the step whose weights it has then."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sized
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
-from qdq.errors import ArgumentError
+from qdq.errors import ArgumentError, ArgumentTypeError
 
 _SHARES = ("warm_up", "tune_ranges", "tune_batchnorm", "grow")
 
@@ -35,6 +36,7 @@ class Schedule:
 
     Raises:
         ArgumentError: A number that cannot be meant.
+        ArgumentTypeError: No number, or none that counts.
     """
 
     steps: int | None = None
@@ -52,8 +54,14 @@ class Schedule:
     def __post_init__(self) -> None:
         for name in ("steps", "epochs", "patience"):
             value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | None):
+                raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}.", "give an integer.")
             if value is not None and value < 1:
                 raise ArgumentError(f"{name} is {value}; it must be 1 or more.", f"pass a positive {name}.")
+        for name in ("lr", "bias_lr", "range_lr", "max_norm", *_SHARES):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}.", f"give {name} as a number.")
         for name in ("lr", "bias_lr", "range_lr", "max_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ArgumentError(f"{name} is {getattr(self, name)}; it must be above 0.", f"pass a positive {name}.")

@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_map_only
 
 from qdq.calibrate.collect import fingerprint_model
 from qdq.distributed import find_rank, shard_samples, sum_over_ranks
-from qdq.errors import ArgumentError, StateError
+from qdq.errors import ArgumentError, DataError, StateError
 from qdq.patterns import Pattern, Patterns
 from qdq.qat.losses import Objective
-from qdq.qat.ranges import RangeTuning
+from qdq.qat.ranges import RangeTuning, require_range_method
 from qdq.qat.schedule import Schedule
-from qdq.qat.watch import OscillationWatch, find_nonfinite
+from qdq.qat.watch import OscillationWatch, find_nonfinite, order_modules
 from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.swap import restore_modules
 
@@ -46,6 +46,7 @@ class Trainer:
 
     Attributes:
         step: How many steps are done.
+        intact: Whether the model is that of `step`; False within an update.
 
     Raises:
         ArgumentError: Unknown options, or nothing to train.
@@ -66,16 +67,20 @@ class Trainer:
     ) -> None:
         if train not in TRAINED:
             raise ArgumentError(f"train is {train!r}; known are {', '.join(TRAINED)}.", "use 'all'.")
+        if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+            raise StateError("in torch.inference_mode there are no gradients.", "make and tune it outside.")
         chosen = _choose_modules(model, layers)
-        self.model, self.total, self.step = model, total, 0
+        self.model, self.total, self.step, self.intact = model, total, 0, True
         self._objective, self._schedule, self._amp = objective, schedule, amp
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._exits = ExitStack()
-        self._ranges = RangeTuning(model, ranges)
+        require_range_method(ranges)
+        self._ranges = RangeTuning(model, "frozen" if train == "batchnorm" else ranges, chosen)
         self._exits.callback(self._ranges.stop)
-        self._freeze_mode()
-        self._batchnorms = [module for module in chosen if isinstance(module, _BatchNorm)]
+        live = chosen if train != "ranges" else set()
+        self._batchnorms = [module for module in live if isinstance(module, _BatchNorm)]
         self._parameters = self._choose_parameters(chosen, train)
+        self._freeze_mode()
         if not self._parameters and not (train == "batchnorm" and self._batchnorms):
             self.finish()
             raise ArgumentError("there is nothing to train.", _FIXES[train])
@@ -83,31 +88,31 @@ class Trainer:
         self._live_batchnorm = 1.0 if train == "batchnorm" else schedule.tune_batchnorm
         self._tune_ranges = 1.0 if train == "ranges" else schedule.tune_ranges
         self._optimizer = self._make_optimizer()
+        if self._optimizer:
+            self._exits.callback(self._optimizer.zero_grad)  # frees the gradients
         self._growing = _group_by_owner(model) if schedule.grow else []
         self._watch: OscillationWatch | None = None
 
     def _freeze_mode(self) -> None:
-        """Evaluation mode and no gradients, until `finish` puts back what was."""
+        """Evaluation mode, and gradients only of what is trained, until `finish` puts back what was."""
+        trained = set(self._parameters.values())
         for module in self.model.modules():
             self._exits.callback(setattr, module, "training", module.training)
         for parameter in self.model.parameters():
             self._exits.callback(parameter.requires_grad_, parameter.requires_grad)
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(parameter in trained)
         self.model.eval()
 
     def _choose_parameters(self, modules: set[nn.Module], train: str) -> dict[str, nn.Parameter]:
         learned = set(self._ranges.parameters.values())
         owners = {p: module for module in modules for p in module._parameters.values() if p is not None}
-        chosen = {
+        return {
             name: parameter
             for name, parameter in self.model.named_parameters()
             if parameter in owners
-            and parameter.is_floating_point()
+            and parameter.requires_grad
             and (train == "all" or (train == "ranges" and parameter in learned))
         }
-        for parameter in chosen.values():
-            parameter.requires_grad_(True)
-        return chosen
 
     def _make_optimizer(self) -> torch.optim.Optimizer | None:
         if not self._parameters:
@@ -129,15 +134,19 @@ class Trainer:
         return hashlib.sha256("\n".join(self._parameters).encode()).hexdigest()[:16]
 
     def place(self, batch: Any) -> Any:
-        """A batch on the device of the model."""
-        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self._device), batch)
+        """A batch on the device of the model; what inference mode made is copied, for it knows no gradient."""
+        return tree_map_only(
+            torch.Tensor,
+            lambda tensor: tensor.to(self._device) if not tensor.is_inference() else tensor.to(self._device, copy=True),
+            batch,
+        )
 
     def run_step(self, batch: Any) -> float:
         """Train on one batch; gives the loss before the update, the mean over the samples of all processes.
 
         Raises:
             StateError: The loss or a gradient is NaN or Inf; the model is as it was before.
-            DataError: A batch that cannot be shared among processes.
+            DataError: A batch that cannot be shared among processes, or of one sample with live BatchNorm.
         """
         own, samples = shard_samples(self.place(batch))
         if self.step >= self._tune_ranges * self.total:
@@ -147,12 +156,15 @@ class Trainer:
         with self._live_modules(), torch.set_grad_enabled(self._optimizer is not None):
             loss = self._forward_backward(own, samples)
             self._require_finite(loss, own)
+            self._ranges.require_finite()
+        self.intact = False
         if self._optimizer is not None:
             self._update(self._optimizer)
         self._ranges.after_step()
         if self._watch:
             self._watch.after_step()
         self.step += 1
+        self.intact = True
         return loss
 
     @contextmanager
@@ -169,9 +181,12 @@ class Trainer:
                 quantizer.disable()
             try:
                 yield
-            except StateError:
-                for buffer, before in statistics:  # a forward with NaN has changed them
+            except BaseException as error:
+                for buffer, before in statistics:  # the forward has changed them
                     buffer.copy_(before)
+                if live and "more than 1 value per channel" in str(error):
+                    found, fix = "live BatchNorm needs more than one sample.", "drop the last batch, or fold BatchNorm."
+                    raise DataError(f"step {self.step + 1}: {found}", fix) from error
                 raise
 
     def _find_waiting(self) -> list[TensorQuantizer]:
@@ -195,15 +210,17 @@ class Trainer:
         return _average_gradients(list(self._parameters.values()), loss.detach(), samples)
 
     def _require_finite(self, loss: float, batch: Any) -> None:
-        """Clip the gradient, and refuse NaN and Inf.
+        """Refuse NaN and Inf, and clip the gradient.
 
         Raises:
             StateError: With the layer or the parameter.
         """
-        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._schedule.max_norm)
+        grads = [p.grad for p in self._parameters.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
         if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
             found = self._explain_nonfinite(loss, batch)
             raise StateError(found, "lower the learning rate (lr), or look at what is named.")
+        nn.utils.clip_grads_with_norm_(self._parameters.values(), self._schedule.max_norm, norm)
 
     def _update(self, optimizer: torch.optim.Optimizer) -> None:
         rate = self._schedule.rate_at(self.step, self.total)
@@ -214,7 +231,11 @@ class Trainer:
     def _explain_nonfinite(self, loss: float, batch: Any) -> str:
         if math.isfinite(loss):
             bad = [n for n, p in self._parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
-            return f"the gradient of {bad[0] if bad else 'a weight'} is NaN or Inf in step {self.step + 1}."
+            if not bad:
+                return f"the norm of the gradient is too large for float32 in step {self.step + 1}."
+            order = {name: place for place, name in enumerate(order_modules(self.model, batch))}
+            first = max(bad, key=lambda name: order.get(name.rpartition(".")[0], -1))  # that the backward reached
+            return f"the gradient of {first} is NaN or Inf in step {self.step + 1}."
         layer = find_nonfinite(self.model, batch)
         where = (
             f"it begins in {layer}" if layer else "no layer makes it of finite inputs, so the batch or the loss does"
@@ -238,8 +259,8 @@ class Trainer:
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], step: int) -> None:
         """Go on where another trainer of the same model and options packed itself, after so many steps."""
-        if not any(name.endswith("._log2_amax") for name in tensors):
-            self._stop_ranges()
+        if self._ranges.parameters and not any(name.endswith("._log2_amax") for name in tensors):
+            self._stop_ranges()  # they were no longer learned then
         self.model.load_state_dict(
             {k.removeprefix("model//"): t for k, t in tensors.items() if k.startswith("model//")}
         )
@@ -262,7 +283,7 @@ class Trainer:
 
 
 _FIXES = {
-    "all": "check the patterns in layers.",
+    "all": "check the patterns in layers; parameters with requires_grad=False stay as they are.",
     "ranges": "learn ranges with ranges='lsq' or 'pact', and check the patterns in layers.",
     "batchnorm": "the model has no BatchNorm, or it is folded: tune it before fold_batchnorm.",
 }
@@ -278,13 +299,12 @@ def copy_float(model: nn.Module) -> nn.Module:
 
 
 def digest_weights(model: nn.Module) -> str:
-    """What tells one trained model from another: names, formats, float layers, shapes and values of the weights."""
+    """What tells one calibrated model from another: names, formats, float layers, and all values of its state."""
     off = [name for name, quantizer in named_quantizers(model) if quantizer._disabled]
     digest = hashlib.sha256(f"{fingerprint_model(model)} {off}".encode())
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        values = parameter.detach().to("cpu", torch.float32, memory_format=torch.contiguous_format)
-        digest.update(values.contiguous().numpy().tobytes())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

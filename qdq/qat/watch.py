@@ -146,6 +146,17 @@ def find_nonfinite(model: nn.Module, batch: Any) -> str:
     return found[0] if found else ""
 
 
+def order_modules(model: nn.Module, batch: Any) -> list[str]:
+    """Dotted names of the modules in the order in which they return for a batch, of repeated calls each."""
+    returned: list[str] = []
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            hooks.callback(module.register_forward_hook(lambda *_, name=name: returned.append(name)).remove)
+        with evaluating(model):
+            call_model(model, batch)
+    return returned
+
+
 def _is_finite(tree: Any) -> bool:
     tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

@@ -120,6 +120,32 @@ def test_training_only_batchnorm_changes_its_statistics(residual, images):
     assert changed == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
 
 
+def changed_by(model, **options):
+    before = state_of(model)
+    finetune(model, [3 * batch for batch in make_batches()], schedule=Schedule(steps=4, lr=1e-3), **options)
+    return {name for name, tensor in state_of(model).items() if not torch.equal(tensor, before[name])}
+
+
+@pytest.mark.parametrize("method", ["lsq", "pact", "ema"])
+def test_what_is_trained_does_not_change_the_rest(residual, images, method):
+    qdq.swap_modules(residual, images)
+    qdq.calibrate_model(residual, [images])
+    statistics = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    assert changed_by(copy.deepcopy(residual), ranges=method, train="batchnorm") == statistics
+    assert all(name.startswith("head.") for name in changed_by(copy.deepcopy(residual), ranges=method, layers=["head"]))
+    if method != "ema":
+        changed = changed_by(copy.deepcopy(residual), ranges=method, train="ranges")
+        assert changed
+        assert all(name.endswith("_amax") for name in changed)
+
+
+def test_a_parameter_that_is_frozen_stays(quantized):
+    quantized.stem.weight.requires_grad_(False)
+    changed = changed_by(quantized)
+    assert "stem.weight" not in changed
+    assert {"stem.bias", "conv.weight"} < changed
+
+
 def test_live_batchnorm_keeps_its_statistics_after_its_share(residual, images):
     qdq.swap_modules(residual, images)
     qdq.calibrate_model(residual, [images])
@@ -177,6 +203,18 @@ def test_labels(quantized):
     batches = [(images, torch.arange(8)) for images in make_batches(1)]
     tuning = finetune(quantized, batches, loss=cross_entropy, distillation=None, schedule=Schedule(steps=60, lr=1e-2))
     assert tuning.losses[-1] < tuning.losses[0] - 0.5
+
+
+def test_with_labels_the_best_is_what_has_the_smallest_loss(quantized):
+    batches = [(images, torch.arange(8)) for images in make_batches(1)]
+    held = [(images, torch.arange(len(images))) for images in (make_batches(1)[0], make_batches(1, 3, seed=2)[0])]
+    options = {"loss": cross_entropy, "distillation": None, "schedule": Schedule(steps=60, lr=1e-2)}
+    tuning = finetune(quantized, batches, held=held, **options)
+    with torch.no_grad():
+        losses = [float(nn.functional.cross_entropy(quantized(images), labels)) for images, labels in held]
+    assert tuning.curve[-1].metric > tuning.curve[0].metric
+    assert max(m.metric for m in tuning.curve) == pytest.approx(-(8 * losses[0] + 3 * losses[1]) / 11, rel=1e-5)
+    assert tuning.best_step > 0
 
 
 def test_early_stop_keeps_the_best(quantized):
@@ -251,6 +289,12 @@ def test_bad_input_teaches_and_changes_nothing(quantized, options, error, messag
 )
 def test_a_schedule_refuses_what_cannot_be_meant(options):
     with pytest.raises(ArgumentError, match=next(iter(options))):
+        Schedule(**options)
+
+
+@pytest.mark.parametrize("options", [{"steps": "3"}, {"steps": 2.5}, {"epochs": True}, {"lr": "1"}, {"grow": None}])
+def test_a_schedule_takes_numbers(options):
+    with pytest.raises(ArgumentTypeError, match=next(iter(options))):
         Schedule(**options)
 
 
@@ -332,9 +376,22 @@ def test_a_gradient_that_is_nan_names_the_parameter_and_restores_the_best(quanti
         calls.append(1)
         return (outputs * 0).sum().sqrt() if len(calls) > 5 else -outputs.square().mean()
 
-    with pytest.raises(StateError, match=r"the gradient of stem.weight is NaN or Inf in step 6"):
-        finetune(quantized, make_batches(), loss=breaks, distillation=None, schedule=FAST, held=make_batches(1, seed=2))
+    with pytest.raises(StateError, match=r"the gradient of head.weight is NaN or Inf in step 6"):
+        finetune(
+            quantized, make_batches(), loss=breaks, distillation=None, schedule=FAST, metric=lambda _: 1.0 - len(calls)
+        )
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(quantized).items())
+
+
+@pytest.mark.parametrize("name", ["stem.bias", "conv.weight", "head.bias"])
+def test_the_only_gradient_that_is_inf_is_named(quantized, name):
+    parameter = quantized.get_parameter(name)
+
+    def breaks(outputs, _):
+        return outputs.mean() + (parameter * 0).sqrt().sum()
+
+    with pytest.raises(StateError, match=f"the gradient of {name} is NaN or Inf in step 1"):
+        finetune(quantized, make_batches(1), loss=breaks, distillation=None, schedule=FAST)
 
 
 @pytest.mark.parametrize("train", ["all", "batchnorm"])
@@ -345,6 +402,68 @@ def test_a_batch_with_nan_leaves_the_statistics_of_batchnorm(residual, images, t
     with pytest.raises(StateError, match="the loss is nan in step 1; no layer makes it of finite inputs"):
         finetune(residual, [images * math.nan], schedule=FAST, train=train)
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(residual).items())
+
+
+@pytest.mark.parametrize(
+    ("batches", "options", "error", "message"),
+    [
+        ([make_batches(1)[0] * math.inf], {"ranges": "ema"}, StateError, "stem._input_quantizer was given NaN or Inf"),
+        (iter(make_batches(2)), {}, DataError, "the batches ran out"),
+    ],
+)
+def test_what_ends_early_leaves_the_best_weights(quantized, batches, options, error, message):
+    before = state_of(quantized)
+
+    def loss(outputs, _):  # finite even so
+        return sum(p.square().sum() for p in quantized.parameters()) + 0 * outputs.nan_to_num(0, 0, 0).sum()
+
+    values = iter(range(100, 0, -1))
+    with pytest.raises(error, match=message):
+        finetune(
+            quantized, batches, loss=loss, distillation=None, schedule=FAST, metric=lambda _: next(values), **options
+        )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(quantized).items())
+
+
+def test_one_sample_is_too_few_for_live_batchnorm():
+    model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16)).eval()
+    qdq.swap_modules(model)
+    qdq.calibrate_model(model, [torch.randn(8, 16)])
+    with pytest.raises(DataError, match="step 2: live BatchNorm needs more than one sample"):
+        finetune(model, [torch.randn(8, 16), torch.randn(1, 16)], schedule=Schedule(steps=4))
+
+
+def test_another_teacher_must_have_the_same_modules_and_outputs(quantized):
+    other = nn.Sequential(nn.Flatten(), nn.Linear(432, 16))
+    with pytest.raises(ArgumentError, match="the teacher has no"):
+        finetune(quantized, make_batches(1), teacher=other, schedule=FAST)
+    with pytest.raises(ArgumentError, match=r"the model gives \[\[8, \d+\]\], in the teacher \[\[8, 17\]\]"):
+        finetune(
+            quantized, make_batches(1), teacher=nn.Sequential(nn.Flatten(), nn.Linear(432, 17)), schedule=FAST,
+            distillation=Distillation(features=0),
+        )  # fmt: skip
+
+
+def test_distillation_that_applies_to_nothing_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3)).eval()
+    qdq.swap_modules(model)
+    qdq.calibrate_model(model, make_batches(1))
+    with pytest.raises(ArgumentError, match="the distillation is 0"):
+        finetune(model, make_batches(1), distillation=Distillation(mse=0, features=0), schedule=FAST)
+
+
+def test_inference_mode(quantized):
+    with torch.inference_mode():
+        batches = [batch + 0 for batch in make_batches(1)]
+        with pytest.raises(StateError, match="inference_mode"):
+            finetune(quantized, batches, schedule=FAST)
+    for method in ("frozen", "lsq"):
+        assert np.isfinite(finetune(quantized, batches, ranges=method, schedule=Schedule(steps=2)).losses).all()
+
+
+def test_images_without_labels_have_no_cross_entropy(quantized):
+    with pytest.raises(DataError, match="no labels"):
+        finetune(quantized, [(make_batches(1)[0], None)], loss=cross_entropy, distillation=None, schedule=FAST)
 
 
 def test_interrupted_it_leaves_a_whole_model(quantized, tmp_path):

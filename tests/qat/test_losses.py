@@ -19,9 +19,37 @@ from qdq.quantizer import named_quantizers
 def test_relative_error(shape, dtype):
     found, expected = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     f, e = (t.double().numpy().reshape(5, -1) for t in (found, expected))
-    truth = (((f - e) ** 2).sum(1) / (e**2).sum(1)).mean()
+    signal = (e**2).sum(1)
+    truth = (((f - e) ** 2).sum(1) / np.maximum(signal, 1e-3 * signal.mean())).mean()
     assert float(relative_error(found, expected)) == pytest.approx(truth, rel=1e-5)
     assert float(relative_error(torch.zeros(shape), torch.zeros(shape))) == 0
+
+
+def test_a_sample_that_is_zero_in_the_float_model_costs_a_finite_loss():
+    expected = torch.randn(8, 6)
+    expected[2] = 0
+    found = (expected + 0.1).requires_grad_()
+    loss = relative_error(found, expected)
+    loss.backward()
+    signal = expected.double().numpy() ** 2
+    floor = 1e-3 * signal.sum(1).mean()
+    assert float(loss.detach()) == pytest.approx((0.06 / np.maximum(signal.sum(1), floor)).mean(), rel=1e-4)
+    assert torch.isfinite(found.grad).all()
+    assert float(relative_error(torch.ones(4, 6), torch.zeros(4, 6))) == pytest.approx(6)
+
+
+def test_distillation_survives_samples_that_a_relu_makes_zero():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
+    nn.init.constant_(model[0].bias, -0.9)
+    inputs = torch.randn(256, 16)
+    with torch.no_grad():
+        hidden = model[:2](inputs)
+    assert (hidden.abs().sum(1) == 0).any()
+    qdq.swap_modules(model)
+    qdq.calibrate_model(model, [inputs])
+    options = {"schedule": Schedule(steps=3), "distillation": qdq.Distillation(layers=["1"])}
+    assert np.isfinite(qdq.finetune(model, [inputs], **options).losses).all()
 
 
 def test_divergence():
