@@ -46,8 +46,7 @@ def qat_classifier(
         calib_batches: Batches to calibrate on, and to train on.
         eval_images: Images to evaluate on.
         max_float_layers: At most so many layers are left in float after the analysis.
-        loss: The float model teaches the quantized one (no labels), the labels do, or both. With labels every labelled
-            image but those to evaluate on is trained on, so the last weights are kept; else those with the best SQNR.
+        loss: The float model teaches the quantized one (no labels), the labels do, or both (then the last weights).
         ranges: Ranges stay as calibrated, are learned (lsq, pact), or follow the data (ema).
         steps: Optimizer steps; left out: as many as the epochs have.
         epochs: Passes over the training images.
@@ -80,9 +79,8 @@ def qat_classifier(
     run.stage("fine-tune")
     tuned = qdq.finetune(
         net.module, train, loss=None if loss == "distill" else qdq.cross_entropy, ranges=ranges, seed=seed,
-        held=subset if loss == "distill" else None,
         distillation=None if loss == "labels" else qdq.Distillation(), folder=run.folder / "tuning",
-        schedule=qdq.Schedule(steps=steps, epochs=epochs, lr=lr),
+        schedule=qdq.Schedule(steps=steps, epochs=epochs, lr=lr), held=subset if loss == "distill" else None,
     )  # fmt: skip
     logits["fine-tuned"] = qdq.predict(net.module, images)
     run.stage("export and check")
