@@ -38,7 +38,7 @@ def solve_percentile(counts: npt.NDArray[np.number], width: float, percentile: f
     if chosen == 0:
         logger.warning(
             "percentile %s falls into the bin of the smallest values; its right edge is used. Method 'max' or 'mse' "
-            "keeps more of a tensor that is mostly zeros.",
+            "keeps more of a tensor that is mostly zeros (in qdq.compat also skip_zeros=True).",
             percentile,
         )
         chosen = 1
