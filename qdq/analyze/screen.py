@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from qdq.analyze.replay import flipped
 from qdq.analyze.sensitivity import Statistics, count_rows, floats_of
 from qdq.nn import QuantInputMixin
-from qdq.nn.functions import running_inside
+from qdq.nn.functions import run_again
 from qdq.quantizer import TensorQuantizer, disable_quantization, named_quantizers
 from qdq.trace import call_model, evaluating
 from qdq.units import Unit
@@ -123,8 +123,8 @@ class _Taps:
             if not found:
                 return None
             were_off = all(quantizer._disabled for quantizer in quantizers)
-            with torch.no_grad(), flipped(quantizers), running_inside(module):
-                other = floats_of(type(module).forward(module, *args, **kwargs))[0]
+            with torch.no_grad(), flipped(quantizers):
+                other = floats_of(run_again(module, args, kwargs))[0]
             here = found[0]
             error = (other - here.detach()) if were_off else (here.detach() - other)
             if not isinstance(output, torch.Tensor) and not here.requires_grad:

@@ -17,6 +17,7 @@ from qdq.calibrate.collect import Collection, leader_of
 from qdq.distributed import failing_together, gather_bytes
 from qdq.errors import CalibrationError
 from qdq.nn import QuantInputMixin
+from qdq.nn.functions import run_again
 from qdq.quantizer import TensorQuantizer, disable_quantization, fake_quantize, named_quantizers
 from qdq.swap import quantized_layers
 from qdq.trace import call_model, evaluating
@@ -108,7 +109,7 @@ class _Trials:
                         exits.enter_context(_active(active))
                     for method, amax in self._candidates_of(name):
                         with _range(leader_of(quantizer), amax):
-                            self._note(name, method, output, layer.forward(*args, **kwargs))
+                            self._note(name, method, output, run_again(layer, args, kwargs))
             self._is_busy = False
 
         return hook

@@ -11,8 +11,7 @@ import functools
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -168,15 +167,14 @@ class _ModuleHooks:
 _module_hooks = _ModuleHooks()
 
 
-@contextmanager
-def running_inside(module: nn.Module) -> Iterator[None]:
-    """A block whose functions are those of a module, not of the forward around it.
+def run_again(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a module's forward, without hooks, from one of its own hooks.
 
-    For hooks that run their module once more: torch calls them when the module has ended.
+    torch calls these when the module has ended: what it runs now would count as calls of the forward around it.
     """
     _enter_module(module, ())
     try:
-        yield
+        return module.forward(*args, **kwargs)
     finally:
         _leave_module(module, (), None)
 

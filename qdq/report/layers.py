@@ -20,7 +20,7 @@ from qdq.calibrate import Range
 from qdq.dataflow import Dataflow
 from qdq.metrics import sqnr_db
 from qdq.nn import QuantInputMixin, QuantMixin
-from qdq.nn.functions import running_inside
+from qdq.nn.functions import run_again
 from qdq.quantizer import SharedQuantizer, TensorQuantizer, disable_quantization, fake_quantize
 from qdq.report.records import HISTOGRAM_COLUMNS, RULE, LayerRecord, MethodRange, Sensitivity, TensorRecord
 from qdq.rewire import PlannedOperation, RewirePlan
@@ -529,8 +529,8 @@ def _compare_outputs(name: str, own: list[TensorQuantizer], result: dict[str, fl
     """A hook that runs the layer once more, quantized; of several calls the worst counts."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        with flipped(own), running_inside(module):
-            found = module.forward(*args, **kwargs)
+        with flipped(own):
+            found = run_again(module, args, kwargs)
         expected, quantized = floats_of(output), floats_of(found)
         if not expected:
             result[name] = "its output holds no floating-point tensor"

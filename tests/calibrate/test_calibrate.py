@@ -20,7 +20,9 @@ from qdq import (
     swap_modules,
 )
 from qdq.calibrate import CALIB_METHODS
-from qdq.quantizer import QuantDescriptor, TensorQuantizer, named_quantizers
+from qdq.formats import Format
+from qdq.observers.solve import SOLVERS
+from qdq.quantizer import QuantDescriptor, TensorQuantizer, fake_quantize, named_quantizers
 
 
 def record_inputs(model, batches):
@@ -409,6 +411,37 @@ def test_best_holds_out_the_last_batch(residual, batches):
     assert ranges["stem._input_quantizer"].amax <= torch.cat(batches).abs().max()
     one = {r.name: r for r in calibrate_model(residual, batches[:1], method="best")}
     assert one["stem._input_quantizer"].batches == 1
+
+
+def test_best_tries_a_layer_without_counting_it_as_a_call_of_the_forward_around_it(caplog):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.weight = nn.Linear(16, 16), nn.Parameter(torch.randn(16, 16))
+
+        def forward(self, x):
+            return nn.functional.linear(self.layer(x).relu(), self.weight)
+
+    batches = [torch.randn(8, 16) for _ in range(3)]
+    model = Mixed().eval()
+    swap_modules(model)
+    rewire_operations(model, batches[0])
+    name = "_linear_input0_quantizer"
+    ranges = {r.name: r for r in calibrate_model(model, batches, method="best")}
+    assert "no batch held out reached" not in caplog.text
+    found = collect_statistics(model, batches[:-1])
+    seen = []
+    handle = model.layer.register_forward_hook(lambda *args: seen.append(args[2].relu()))
+    with torch.no_grad(), disable_quantization(model):
+        model(batches[-1])
+    handle.remove()
+    errors = {
+        method: float(
+            (fake_quantize(seen[0], torch.tensor(found.solve(name, method)), Format()) - seen[0]).square().sum()
+        )
+        for method in SOLVERS
+    }
+    assert ranges[name].method == min(errors, key=errors.get)
 
 
 def test_best_refuses_what_it_cannot_compare_on(residual, batches):
