@@ -180,20 +180,15 @@ class _StraightThrough(torch.autograd.Function):
     def forward(
         ctx: Any, values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None, range_rule: str
     ) -> torch.Tensor:
-        result = _by_arithmetic(values, scale, fmt, axis)
-        ctx.save_for_backward(values, scale, result if scale.requires_grad else None)
+        ctx.save_for_backward(values, scale)
         ctx.how = fmt, axis, range_rule
-        return result
+        return _by_arithmetic(values, scale, fmt, axis)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
-        values, scale, result = ctx.saved_tensors
-        fmt, axis, range_rule = ctx.how
-        of_values = _pass_inside(grad, values, scale, fmt, axis)
-        of_scale = None
-        if result is not None:
-            of_scale = _reduce_to_scale(grad, of_values, values, result, scale, fmt, axis, range_rule)
+        values, scale = ctx.saved_tensors
+        of_values, of_scale = _differentiate(grad, values, scale, *ctx.how, learns=ctx.needs_input_grad[1])
         return of_values if ctx.needs_input_grad[0] else None, of_scale, None, None, None
 
 
@@ -204,41 +199,48 @@ def _straight_through(
     return result
 
 
-def _pass_inside(
-    grad: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None
-) -> torch.Tensor:
-    """The gradient where the code is inside; this kernel of another function does it in one pass."""
-    low, high = fmt.qmin - 0.5, fmt.qmax + 0.5
-    if axis is None and values.device.type == "cpu":  # on a GPU reading the scale would wait for it
-        step = scale.item()
-        result: torch.Tensor = torch.ops.aten.hardtanh_backward(grad, values, low * step, high * step)
-    else:
-        result = torch.ops.aten.hardtanh_backward(grad, values * _along(scale.reciprocal(), values, axis), low, high)
-    return result
-
-
-def _reduce_to_scale(
+def _differentiate(
     grad: torch.Tensor,
-    of_values: torch.Tensor,
     values: torch.Tensor,
-    result: torch.Tensor,
     scale: torch.Tensor,
     fmt: Format,
     axis: int | None,
     range_rule: str,
-) -> torch.Tensor:
-    """The gradient of the scale, from that of the result and the part of it that passes to the values.
+    *,
+    learns: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradients of the values and, where it `learns`, of the scale.
 
-    d result / d scale is result / scale where the code is clipped; inside it is (result - values) / scale, the rounding
-    error, for "lsq", and left out for "pact".
+    That of a value passes where its code is inside, which a kernel of another function does in one pass over memory.
+    With u = value / scale and the code c, d result / d scale is c where it is clipped; inside it is c - u, the rounding
+    error, for "lsq", and 0 for "pact".
     """
-    if range_rule == "lsq":
-        moved = torch.addcmul(grad * result, of_values, values, value=-1)
-    else:
-        moved = (grad - of_values) * result
-    others = [dim for dim in range(moved.dim()) if dim != axis]
-    total = (moved.sum(others) if others else moved).reshape(scale.shape)
-    return total / (scale * math.sqrt(moved.numel() / scale.numel() * fmt.qmax))
+    low, high = fmt.qmin - 0.5, fmt.qmax + 0.5
+    of_values = torch.empty_like(values)
+    if not learns and axis is None and values.device.type == "cpu":  # on a GPU reading the scale would wait for it
+        width = scale.item()
+        torch.ops.aten.hardtanh_backward(grad, values, low * width, high * width, grad_input=of_values)
+        return of_values, None
+    sums = []
+    for step, gained, given, passed, ratio, codes in _cut(scale, axis, grad, values, of_values, scratch=2):
+        torch.mul(given, step.reciprocal(), out=ratio)
+        torch.ops.aten.hardtanh_backward(gained, ratio, low, high, grad_input=passed)
+        if learns:
+            torch.round(ratio, out=codes).clamp_(fmt.qmin, fmt.qmax)
+            if range_rule == "lsq":
+                codes.mul_(gained).addcmul_(passed, ratio, value=-1)
+            else:
+                codes.mul_(torch.sub(gained, passed, out=ratio))
+            sums.append(_sum_to_scale(codes, axis))
+    if not learns:
+        return of_values, None
+    total = torch.stack(sums).sum(0) if axis is None else torch.cat(sums)
+    return of_values, total.reshape(scale.shape) / math.sqrt(max(values.numel(), 1) / scale.numel() * fmt.qmax)
+
+
+def _sum_to_scale(values: torch.Tensor, axis: int | None) -> torch.Tensor:
+    others = [dim for dim in range(values.dim()) if dim != axis]
+    return values.sum(others) if others else values.clone()
 
 
 def _by_operator(values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None) -> torch.Tensor:
@@ -254,13 +256,35 @@ def _by_operator(values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: i
 
 
 def _by_arithmetic(values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None) -> torch.Tensor:
-    """Large tensors in pieces that a cache holds, so that memory is read once and written once."""
-    if axis is not None or values.numel() <= _PIECE or not values.is_contiguous() or values.device.type != "cpu":
-        return quantize_codes(values, scale, fmt, axis).mul_(_along(scale, values, axis))
     result = torch.empty_like(values)
-    for piece, place in zip(torch.split(values.view(-1), _PIECE), torch.split(result.view(-1), _PIECE), strict=True):
-        torch.mul(quantize_codes(piece, scale, fmt), scale, out=place)
+    for step, piece, place in _cut(scale, axis, values, result):
+        torch.mul(piece, step.reciprocal(), out=place).round_().clamp_(fmt.qmin, fmt.qmax).mul_(step)
     return result
+
+
+def _cut(
+    scale: torch.Tensor, axis: int | None, *tensors: torch.Tensor, scratch: int = 0
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Views of tensors of one shape in pieces that a cache holds, each behind its part of the scale, to broadcast.
+
+    Several operators on each piece then read and write memory once. Behind the pieces come `scratch` tensors of their
+    size, the same memory each time: new memory costs more than the arithmetic. A tensor that cannot be viewed so, or
+    that is on a GPU, is one piece.
+    """
+    values = tensors[0]
+    parts: list[tuple[torch.Tensor, ...]]
+    pieces = -(-values.numel() // _PIECE)
+    plain = values.device.type == "cpu" and all(tensor.is_contiguous() for tensor in tensors)
+    if pieces > 1 and plain and axis is None:
+        parts = [(scale,) * pieces, *(torch.split(tensor.view(-1), _PIECE) for tensor in tensors)]
+    elif pieces > 1 and plain and axis == 0:
+        rows = -(-len(values) // pieces)
+        parts = [torch.split(tensor, rows) for tensor in (_along(scale, values, axis), *tensors)]
+    else:
+        parts = [(tensor,) for tensor in (_along(scale, values, axis), *tensors)]
+    spare = [torch.empty_like(parts[1][0]) for _ in range(scratch)]
+    for step, *cut in zip(*parts, strict=True):
+        yield step, *cut, *(tensor[: len(cut[0])] if tensor.dim() else tensor for tensor in spare)
 
 
 def quantize_codes(values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None = None) -> torch.Tensor:

@@ -334,9 +334,11 @@ def learned_by_torch(values, amax, fmt, axis):
 
 
 @pytest.mark.parametrize("fmt", [Format(), Format(4), Format(8, unsigned=True)], ids=str)
-@pytest.mark.parametrize("axis", [None, 0, 1])
-def test_the_gradient_of_a_learned_range_is_that_of_lsq(axis, fmt):
-    x = torch.randn(5, 4, 3)
+@pytest.mark.parametrize(("shape", "axis"), [((5, 4, 3), None), ((5, 4, 3), 0), ((5, 4, 3), 1), ((50,), 0)])
+@pytest.mark.parametrize("piece", [1 << 17, 7])
+def test_the_gradient_of_a_learned_range_is_that_of_lsq(shape, axis, fmt, piece, monkeypatch):
+    monkeypatch.setattr("qdq.quantizer._PIECE", piece)  # in one piece, and in several of which the last is smaller
+    x = torch.randn(shape)
     amax = torch.tensor(1.3) if axis is None else torch.rand(x.shape[axis]) + 0.7
     expected, of_inputs, of_range, weights = learned_by_torch(x, amax, fmt, axis)
     inputs, learned = x.clone().requires_grad_(), amax.clone().requires_grad_()
@@ -346,6 +348,14 @@ def test_the_gradient_of_a_learned_range_is_that_of_lsq(axis, fmt):
     assert torch.allclose(inputs.grad.double(), of_inputs, atol=1e-6)
     count = x.numel() / amax.numel()
     assert torch.allclose(learned.grad.double() * (count * fmt.qmax) ** 0.5, of_range, atol=1e-4)
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_no_values_have_a_gradient_too(axis):
+    amax = torch.ones(()) if axis is None else torch.ones(3)
+    inputs = torch.zeros(3, 0).requires_grad_()
+    fake_quantize(inputs, amax.requires_grad_(), axis=axis).sum().backward()
+    assert not amax.grad.any()
 
 
 def test_the_gradient_of_pact_is_that_of_what_is_clipped():
