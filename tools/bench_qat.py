@@ -2,8 +2,9 @@
 
 python tools/bench_qat.py [--modelopt-python PATH] [--torchao-python PATH] [--digits] [--json FILE]
 
-Steps are of ResNet-18 with SGD. Each tool is compared with the float model that it starts from, in one process and in
-turns; times are CPU times of the process, medians.
+Steps are of ResNet-18. Each tool is compared with the float model that it starts from, in one process and in turns;
+times are CPU times of the process, medians. First a forward, a backward and a step of SGD, as peers can be measured;
+then whole steps of `finetune` (Adam, clipped gradient, looking for NaN) beside float steps with its optimizer and loss.
 """
 
 from __future__ import annotations
@@ -14,14 +15,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import qdq
 from qdq.cli.main import PositiveInt, run_command
+from qdq.qat.losses import Objective
+from qdq.qat.trainer import Trainer, copy_float
 from qdq.run import describe_environment, write_json
 
 _AIM = 1.2
@@ -94,52 +101,89 @@ def bench_qat(
         modelopt_python: Interpreter that has ModelOpt and torchvision.
         torchao_python: Interpreter that has torchao and torchvision.
     """
-    rows = [
-        _time_own(f"qdq, {kind}", batch_size, repeats, kind) for kind in ("BatchNorm folded", "BatchNorm live", "LSQ")
-    ]
+    rows = [_time_own(kind, batch_size, repeats) for kind in ("BatchNorm folded", "BatchNorm live", "LSQ")]
     peers = {"ModelOpt": modelopt_python, "torchao": torchao_python}
     rows += [_time_peer(name, python, batch_size, repeats) for name, python in peers.items() if python]
-    print(f"{'ResNet-18, batch ' + str(batch_size):24}  float s  step s  ratio (aim {_AIM})")
+    rows += [_time_finetune(kind, batch_size, repeats) for kind in ("labels", "labels, LSQ", "distillation")]
+    print(f"{'ResNet-18, batch ' + str(batch_size):26}  float s  step s  ratio (aim {_AIM})")
     for row in rows:
-        print(f"{row.name:24}  {row.float_seconds:7.3f}  {row.seconds:6.3f}  {row.ratio:5.3f}")
+        print(f"{row.name:26}  {row.float_seconds:7.3f}  {row.seconds:6.3f}  {row.ratio:5.3f}")
     lines = [line for network in ("resnet", "mobilenet") for line in _run_digits(network)] if digits else []
     if json:
         write_json(json, {"rows": rows, "digits": lines, "environment": describe_environment()})
     return 0
 
 
-def _time_own(name: str, batch_size: int, repeats: int, kind: str) -> Row:
+def _time_own(kind: str, batch_size: int, repeats: int) -> Row:
+    images = _draw_images(batch_size)
+    plain, quantized = _make_pair(images, fold=kind != "BatchNorm live")
+    if kind == "LSQ":
+        for module in quantized.modules():
+            if isinstance(module, qdq.TensorQuantizer):
+                module.learn_range()
+    steps = []
+    for model in (plain, quantized):
+        optimizer = torch.optim.SGD(model.train().parameters(), 1e-5, momentum=0.9)
+        steps.append(partial(_step, model, optimizer, images, lambda outputs: outputs.square().mean()))
+    return _time_pair(f"qdq, {kind}", steps[0], steps[1], repeats)
+
+
+def _time_finetune(kind: str, batch_size: int, repeats: int) -> Row:
+    images, labels = _draw_images(batch_size), torch.randint(0, 1000, (batch_size,))
+    plain, quantized = _make_pair(images, fold=True)
+    optimizer = torch.optim.Adam(plain.parameters(), 1e-5)
+    float_step = partial(_step, plain, optimizer, images, lambda logits: F.cross_entropy(logits, labels), max_norm=1.0)
+    schedule = qdq.Schedule(steps=repeats + 1)
+    if kind == "distillation":
+        objective = Objective(quantized, copy_float(quantized), None, qdq.Distillation())
+    else:
+        objective = Objective(quantized, None, qdq.cross_entropy, None)
+    trainer = Trainer(quantized, objective, schedule, repeats + 1, ranges="lsq" if "LSQ" in kind else "frozen")
+    return _time_pair(f"qdq.finetune, {kind}", float_step, partial(trainer.run_step, (images, labels)), repeats)
+
+
+def _draw_images(batch_size: int) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(batch_size, 3, 224, 224)
+
+
+def _make_pair(images: torch.Tensor, *, fold: bool) -> tuple[nn.Module, nn.Module]:
+    """A float model and a quantized one."""
     from torchvision.models import resnet18
 
-    torch.manual_seed(0)
-    images = torch.randn(batch_size, 3, 224, 224)
     plain, quantized = resnet18().eval(), resnet18().eval()
-    if kind != "BatchNorm live":
+    if fold:
         for model in (plain, quantized):
             qdq.fold_batchnorm(model, images[:2])
     qdq.swap_modules(quantized, images[:2])
     qdq.rewire_operations(quantized, images[:2])
     qdq.calibrate_model(quantized, [images[:4]], method="max")
-    if kind == "LSQ":
-        for module in quantized.modules():
-            if isinstance(module, qdq.TensorQuantizer):
-                module.learn_range()
-    pairs = [
-        (model.train(), torch.optim.SGD(model.parameters(), 1e-5, momentum=0.9), list[float]())
-        for model in (plain, quantized)
-    ]
-    for _ in range(repeats + 1):
-        for model, optimizer, seconds in pairs:
-            seconds.append(_time_step(model, optimizer, images))
-    return Row(name, *(statistics.median(seconds[1:]) for _, _, seconds in pairs))
+    return plain, quantized
 
 
-def _time_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor) -> float:
-    began = time.process_time()
+def _step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: torch.Tensor,
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    max_norm: float | None = None,
+) -> None:
     optimizer.zero_grad()
-    model(images).square().mean().backward()
+    loss(model(images)).backward()  # type: ignore[no-untyped-call]
+    if max_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     optimizer.step()
-    return time.process_time() - began
+
+
+def _time_pair(name: str, float_step: Callable[[], Any], step: Callable[[], Any], repeats: int) -> Row:
+    seconds: list[tuple[float, float]] = []
+    for _ in range(repeats + 1):
+        began = time.process_time()
+        float_step()
+        between = time.process_time()
+        step()
+        seconds.append((between - began, time.process_time() - between))
+    return Row(name, *map(statistics.median, zip(*seconds[1:], strict=True)))
 
 
 def _time_peer(name: str, python: Path, batch_size: int, repeats: int) -> Row:

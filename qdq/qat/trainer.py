@@ -248,14 +248,19 @@ class Trainer:
         self._ranges.stop()
 
     def pack(self) -> dict[str, torch.Tensor]:
-        """Model and optimizer as tensors, from which `unpack` goes on exactly."""
+        """Model, optimizer and what was seen of oscillations as tensors, from which `unpack` goes on exactly."""
         model = {f"model//{name}": tensor for name, tensor in self.model.state_dict().items()}
+        seen = {f"watch//{name}": tensor for name, tensor in self._watch.pack().items()} if self._watch else {}
         states = self._optimizer.state if self._optimizer else {}
-        return model | {
-            f"optimizer//{name}//{key}": torch.as_tensor(value)
-            for name, parameter in self._parameters.items()
-            for key, value in states.get(parameter, {}).items()
-        }
+        return (
+            model
+            | seen
+            | {
+                f"optimizer//{name}//{key}": torch.as_tensor(value)
+                for name, parameter in self._parameters.items()
+                for key, value in states.get(parameter, {}).items()
+            }
+        )
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], step: int) -> None:
         """Go on where another trainer of the same model and options packed itself, after so many steps."""
@@ -270,6 +275,9 @@ class Trainer:
             if self._optimizer and state:  # Adam keeps its count of steps on the CPU
                 moved = {key: t.to(parameter.device) if t.dim() else t for key, t in state.items()}
                 self._optimizer.state[parameter] = moved
+        if seen := {k.removeprefix("watch//"): t for k, t in tensors.items() if k.startswith("watch//")}:
+            self._watch = OscillationWatch(self.model)
+            self._watch.unpack(seen)
         self.step = step
 
     @property

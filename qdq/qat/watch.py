@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +80,16 @@ class OscillationWatch:
             self._reversals[index] += back & (self._reversals[index] < 255)
             self._direction[index] = torch.where(moved != 0, moved, self._direction[index])
             self._codes[index] = codes
+
+    def pack(self) -> dict[str, torch.Tensor]:
+        """What was seen, as tensors from which `unpack` goes on."""
+        seen = {"codes": self._codes, "direction": self._direction, "reversals": self._reversals}
+        return {f"{name}//{index}": tensor for name, tensors in seen.items() for index, tensor in enumerate(tensors)}
+
+    def unpack(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go on where another watch of the same model packed itself."""
+        for name, own in self.pack().items():
+            own.copy_(tensors[name])
 
     def find(self) -> tuple[Oscillation, ...]:
         """The layers in which more than 1 % of the weights oscillated, worst first."""

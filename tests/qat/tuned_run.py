@@ -12,6 +12,8 @@ from torch import distributed, nn
 
 import qdq
 import qdq.qat.record
+import qdq.qat.trainer
+import qdq.qat.watch
 from qdq.quantizer import named_quantizers
 
 
@@ -44,6 +46,8 @@ class Noisy(torch.utils.data.Dataset):
 
 
 @patch.object(qdq.qat.record, "_SAVE_SECONDS", -1.0)
+@patch.object(qdq.qat.trainer, "_WATCHED", 0.8)
+@patch.object(qdq.qat.watch, "_SHARE", -1.0)  # every layer is reported
 def run(folder, die_at=None, bits=4):
     """20 steps of 8 images, the state saved after each; perhaps killed while it runs."""
     model = make_model(bits)
@@ -70,7 +74,10 @@ def run(folder, die_at=None, bits=4):
     weights = {name: tensor.tolist() for name, tensor in model.state_dict().items()}
     ranges_found = {name: q.amax.tolist() for name, q in named_quantizers(model)}
     curve = [(m.step, m.metric, m.loss, m.lr) for m in tuning.curve]
-    return {"losses": tuning.losses, "curve": curve, "best": tuning.best_step, "weights": weights, "amax": ranges_found}
+    return {
+        "losses": tuning.losses, "curve": curve, "best": tuning.best_step, "weights": weights, "amax": ranges_found,
+        "oscillating": [(each.layer, each.share) for each in tuning.oscillating],
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
