@@ -26,14 +26,14 @@ from qdq.evaluate import predict
 from qdq.metrics import sqnr_db
 from qdq.patterns import Pattern
 from qdq.qat.checkpoint import keeping_random_state, load_tuned, save_tuned, unpack_random
-from qdq.qat.losses import Distillation, Loss, Objective, cross_entropy, require_scalar
+from qdq.qat.losses import Distillation, Loss, Objective, cross_entropy, run_with_loss
 from qdq.qat.ranges import require_ranges
 from qdq.qat.record import Measurement, Record
 from qdq.qat.schedule import Schedule
 from qdq.qat.trainer import Trainer, copy_float, digest_weights
 from qdq.qat.watch import BadRange, Oscillation, find_bad_ranges
 from qdq.run import set_seed, write_json
-from qdq.trace import call_model, require_batches
+from qdq.trace import require_batches
 
 __all__ = ["Distillation", "Schedule", "Tuning", "cross_entropy", "finetune", "load_tuned", "save_tuned"]
 
@@ -110,8 +110,9 @@ def finetune(
         batches: What the model is called with (see `trace.call_model`), iterated over again in every epoch: a
             DataLoader, a list. The seed and the number of the epoch seed the random numbers that it shuffles with;
             `set_epoch(epoch)` of it, or of its sampler, is called where there is one.
-        loss: `(outputs, batch) -> scalar`, the mean over the samples: `cross_entropy`, or that of a detector. None:
-            distillation alone, which needs no labels.
+        loss: `(outputs, batch) -> scalar`, the mean over the samples: `cross_entropy`, or that of a detector. "own":
+            what the model itself gives in training mode, see `losses.run_with_loss`. None: distillation alone, which
+            needs no labels.
         distillation: The distance to the teacher; None leaves it out.
         teacher: The float model; None: the model as it is now, with its quantizers off.
         schedule: Length and learning rates.
@@ -291,11 +292,16 @@ def _measure_loss(loss: Loss, held: Iterable[Any], trainer: Trainer) -> Callable
     sizes = [_count_samples(batch) for batch in kept]
 
     def measure(model: nn.Module) -> float:
-        losses = [float(require_scalar(loss(call_model(model, batch), batch))) for batch in kept]
+        losses = [float(run_with_loss(model, loss, batch)[1]) for batch in kept]
         return -float(np.average(losses, weights=sizes))
 
     return measure
 
 
 def _count_samples(batch: Any) -> int:
-    return max((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim()), default=1)
+    """Of a batch as `trace.call_model` takes it; detectors are given a list of images."""
+    inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if isinstance(inputs, list):
+        return len(inputs)
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    return max((len(tensor) for tensor in tensors), default=1)

@@ -6,11 +6,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
 from qdq.errors import ArgumentError, DataError, StateError
@@ -20,8 +22,8 @@ from qdq.swap import quantized_layers
 from qdq.trace import call_model, evaluating
 from qdq.units import name_block
 
-Loss = Callable[[Any, Any], torch.Tensor]
-"""`(outputs of the model, batch) -> scalar`, the mean over the samples of the batch."""
+Loss = Callable[[Any, Any], torch.Tensor] | Literal["own"]
+"""`(outputs of the model, batch) -> scalar`, the mean over the samples of the batch; "own": see `run_with_loss`."""
 
 _QUIET = 1e-3  # of the mean energy of a batch; the error of a sample with less is measured against this
 _TINY = 1e-30  # an energy that stands for 0, far enough from the smallest float32 to divide by
@@ -82,7 +84,7 @@ class Objective:
         distillation: The distance to the teacher.
 
     Raises:
-        ArgumentError: Neither of the two, or layers that the models do not have.
+        ArgumentError: Neither of the two, what does not go together, or layers that the models do not have.
     """
 
     def __init__(
@@ -90,6 +92,9 @@ class Objective:
     ) -> None:
         if loss is None and distillation is None:
             raise ArgumentError("there is no loss: no loss function and no distillation.", "give one of them.")
+        if loss == "own" and distillation is not None and (distillation.mse or distillation.kl):
+            found = "a model that gives its own loss gives no outputs to compare with the teacher's."
+            raise ArgumentError(found, "pass distillation=None, or Distillation(mse=0, kl=0) to compare the features.")
         self._model, self._teacher, self._loss, self._distillation = model, teacher, loss, distillation
         self._layers = _find_layers(model, distillation.layers) if distillation and distillation.features else []
         if teacher is not None and self._layers:
@@ -103,14 +108,12 @@ class Objective:
             StateError: A layer whose outputs are to be compared did not run.
         """
         with _recording(self._model, self._layers) as found:
-            outputs = call_model(self._model, batch)
-        total = torch.zeros((), device=_floats(outputs)[0].device)
-        if self._loss is not None:
-            total = total + require_scalar(self._loss(outputs, batch))
+            outputs, total = run_with_loss(self._model, self._loss, batch)
         if self._distillation is not None and self._teacher is not None:
             with evaluating(self._teacher), _recording(self._teacher, self._layers) as expected:
                 targets = call_model(self._teacher, batch)
-            total = total + _distance(self._distillation, outputs, targets)
+            if self._loss != "own":
+                total = total + _distance(self._distillation, outputs, targets)
             if self._layers:
                 total = total + self._distillation.features * _compare_features(found, expected)
         return total
@@ -222,7 +225,40 @@ def _floats(tree: Any) -> list[torch.Tensor]:
     return tensors
 
 
-def require_scalar(loss: Any) -> torch.Tensor:
+def run_with_loss(model: nn.Module, loss: Loss | None, batch: Any) -> tuple[Any, torch.Tensor]:
+    """The outputs of a model for a batch, and its loss as float32 without dimensions; 0 without one.
+
+    With "own" the model is called on all of the batch, `model(images, targets)`, in training mode, in which
+    torchvision's detectors give their losses; BatchNorm and Dropout stay in the mode that they are in. The loss is the
+    sum of what the model gives.
+
+    Raises:
+        ArgumentError: A loss that is no scalar, or outputs without a floating-point tensor.
+    """
+    if loss == "own":
+        with _training(model):
+            outputs = model(*batch) if isinstance(batch, tuple | list) else call_model(model, batch)
+        return outputs, torch.stack([_require_scalar(each) for each in _floats(outputs)]).sum()
+    outputs = call_model(model, batch)
+    if loss is None:
+        return outputs, torch.zeros((), device=_floats(outputs)[0].device)
+    return outputs, _require_scalar(loss(outputs, batch))
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Training mode for all but what would learn or drop something by itself."""
+    modes = {module: module.training for module in model.modules() if not isinstance(module, _NormBase | _DropoutNd)}
+    try:
+        for module in modes:
+            module.training = True
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _require_scalar(loss: Any) -> torch.Tensor:
     """What a loss function gave, as float32 without dimensions.
 
     Raises:

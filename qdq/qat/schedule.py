@@ -22,17 +22,17 @@ class Schedule:
     Judd, Zhang, Isaev, Micikevicius, arXiv 2004.09602, section 5.2).
 
     Args:
-        steps: Number of optimizer steps; None: `epochs` times the number of batches.
-        epochs: Passes over the batches where `steps` is None.
+        steps: Number of optimizer steps; left out: as many as the epochs have.
+        epochs: Passes over the batches where no steps are given.
         lr: Largest learning rate of weights, for Adam.
         bias_lr: That of parameters with one dimension: biases, which no code holds in place, and factors of BatchNorm.
         range_lr: That of log2 of learned ranges: a step changes a range by about this share of itself.
         warm_up: Share of the steps in which the rates rise.
         tune_ranges: Share of the steps after which learned and observed ranges stay as they are.
         tune_batchnorm: Share of the steps after which live BatchNorm keeps its statistics.
-        grow: Share of the steps over which quantization is switched on, layer by layer from the input on; 0: at once.
+        grow: Share of the steps over which quantization is switched on, layer by layer as the data flows; 0: at once.
         max_norm: Gradients with a larger norm are scaled down to it.
-        patience: Stop after so many measurements of the metric in a row without a better one; None: never.
+        patience: Stop after so many measurements of the metric in a row without a better one; left out: never.
 
     Raises:
         ArgumentError: A number that cannot be meant.
@@ -40,7 +40,7 @@ class Schedule:
     """
 
     steps: int | None = None
-    epochs: int = 1
+    epochs: int = 8
     lr: float = 1e-5
     bias_lr: float = 1e-4
     range_lr: float = 1e-3

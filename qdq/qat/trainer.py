@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -90,7 +90,7 @@ class Trainer:
         self._optimizer = self._make_optimizer()
         if self._optimizer:
             self._exits.callback(self._optimizer.zero_grad)  # frees the gradients
-        self._growing = _group_by_owner(model) if schedule.grow else []
+        self._growing: list[list[TensorQuantizer]] = []  # see `_find_waiting`
         self._watch: OscillationWatch | None = None
 
     def _freeze_mode(self) -> None:
@@ -153,6 +153,8 @@ class Trainer:
             self._stop_ranges()
         if self._watch is None and self.step >= (1 - _WATCHED) * self.total and self._parameters:
             self._watch = OscillationWatch(self.model)
+        if self._schedule.grow and not self._growing:
+            self._growing = _group_by_owner(self.model, order_modules(self.model, own))
         with self._live_modules(), torch.set_grad_enabled(self._optimizer is not None):
             loss = self._forward_backward(own, samples)
             self._require_finite(loss, own)
@@ -325,13 +327,14 @@ def _choose_modules(model: nn.Module, patterns: Iterable[Pattern] | None) -> set
     return {inner for module in chosen for inner in module.modules()}
 
 
-def _group_by_owner(model: nn.Module) -> list[list[TensorQuantizer]]:
-    """The quantizers that are on, those of one module together, in the order of the modules."""
+def _group_by_owner(model: nn.Module, order: Sequence[str]) -> list[list[TensorQuantizer]]:
+    """The quantizers that are on, those of one module together, in the order in which the modules return."""
     groups: dict[str, list[TensorQuantizer]] = {}
     for name, quantizer in named_quantizers(model):
         if not quantizer._disabled:
             groups.setdefault(name.rpartition(".")[0], []).append(quantizer)
-    return list(groups.values())
+    places = {name: place for place, name in reversed([*enumerate(order)])}  # of a module that runs again the first
+    return [groups[name] for name in sorted(groups, key=lambda name: places.get(name, len(order)))]
 
 
 def _average_gradients(parameters: list[nn.Parameter], loss: torch.Tensor, samples: int) -> float:

@@ -103,41 +103,55 @@ def _positive(axis: int | None, tensor: torch.Tensor) -> int | None:
 
 
 def find_bad_ranges(model: nn.Module, batch: Any) -> tuple[BadRange, ...]:
-    """The inputs whose range is far too small or too large for a batch: most is clipped, or most codes are unused.
+    """The ranges that are far too small or too large: most is clipped, or most codes are unused.
+
+    Those of inputs are judged by a batch; of weights, channels of zeros are left out.
 
     Args:
         model: A calibrated model.
         batch: As for `trace.call_model`.
     """
     found: list[BadRange] = []
+    collection = Collection(model)
     with ExitStack() as hooks:
-        for name in Collection(model).collecting:
+        for name in collection.collecting:
             quantizer = model.get_submodule(name)
             assert isinstance(quantizer, TensorQuantizer)  # noqa: S101
 
             def look(module: Any, inputs: tuple[torch.Tensor, ...], name: str = name) -> None:
-                if reason := _judge(module, inputs[0].float().abs()):
+                if reason := _judge(module, inputs[0], may_be_zero=False):
                     found.append(BadRange(name, reason))
 
             hooks.callback(quantizer.register_forward_pre_hook(look).remove)
         with evaluating(model):
             call_model(model, batch)
+    quantizers = dict(named_quantizers(model))
+    for name, (_, module, parameter) in collection.weights.items():
+        weight = module._parameters[parameter]
+        assert weight is not None  # noqa: S101
+        if reason := _judge(quantizers[name], weight.detach(), may_be_zero=True):
+            found.append(BadRange(name, reason))
     return tuple(found)
 
 
-def _judge(quantizer: TensorQuantizer, values: torch.Tensor) -> str:
-    """What is wrong with a range, "" if nothing is."""
-    amax = quantizer.amax
-    if amax is None or not values.numel():
+def _judge(quantizer: TensorQuantizer, values: torch.Tensor, *, may_be_zero: bool) -> str:
+    """What is wrong with a range, or with some of several; "" if nothing is."""
+    if quantizer.amax is None or not values.numel():
         return ""
-    axis = _positive(quantizer.axis, values)
-    bound = amax.flatten() if axis is None else amax.reshape([-1 if d == axis else 1 for d in range(values.dim())])
-    clipped, used = float((values > bound).float().mean()), float((values / bound.clamp_min(1e-30)).max())
-    if clipped > _CLIPPED:
-        return f"{clipped:.0%} of the values are clipped"
-    if used * quantizer.format.qmax < 0.5:
-        return "every code is 0"
-    return f"the largest value uses {used:.1%} of the range" if used < _UNUSED else ""
+    amax, axis = quantizer.amax.detach().flatten(), _positive(quantizer.axis, values)
+    rows = values.float().abs().reshape(1, -1) if axis is None else values.float().abs().movedim(axis, 0).flatten(1)
+    largest = rows.amax(1)
+    used = largest / amax.clamp_min(1e-30)
+    clipped = (rows > amax[:, None]).float().mean(1)
+    alive = largest > 0 if may_be_zero else torch.ones_like(largest, dtype=torch.bool)
+    for bad, reason in (
+        (clipped > _CLIPPED, f"{float(clipped.max()):.0%} of the values are clipped"),
+        (used * quantizer.format.qmax < 0.5, "every code is 0"),
+        (used < _UNUSED, f"the largest value uses {float(used.min()):.1%} of the range"),
+    ):
+        if count := int((bad & alive).sum()):
+            return reason if len(amax) == 1 else f"in {count} of {len(amax)} channels {reason}"
+    return ""
 
 
 def find_nonfinite(model: nn.Module, batch: Any) -> str:

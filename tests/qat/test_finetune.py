@@ -15,7 +15,7 @@ from qdq.errors import ArgumentError, ArgumentTypeError, DataError, DependencyEr
 from qdq.metrics import sqnr_db
 from qdq.qat import Distillation, Schedule, cross_entropy, finetune
 from qdq.qat.losses import _find_layers
-from qdq.qat.watch import OscillationWatch
+from qdq.qat.watch import OscillationWatch, find_bad_ranges
 from qdq.quantizer import named_quantizers
 
 
@@ -167,6 +167,28 @@ def test_quantization_grows_layer_by_layer(quantized):
     assert on[0] == ["stem"]
     assert on[-5:] == [["stem", "conv", "head"]] * 5
     assert [len(names) for names in on] == sorted(len(names) for names in on)
+
+
+def test_quantization_grows_in_the_order_in_which_layers_run():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.middle, self.first = (nn.Linear(32, 32) for _ in range(3))
+
+        def forward(self, x):
+            return self.last(self.middle(self.first(x)).relu())
+
+    model, inputs, on = Backwards(), torch.randn(6, 32), []
+    qdq.swap_modules(model)
+    qdq.calibrate_model(model, [inputs])
+
+    def look(*_):
+        if torch.is_grad_enabled():
+            on.append({name for name, layer in model.named_children() if not layer._weight_quantizer._disabled})
+
+    model.register_forward_pre_hook(look)
+    finetune(model, [inputs], schedule=Schedule(steps=3, grow=1.0))
+    assert on == [{"first"}, {"first", "middle"}, {"first", "middle", "last"}]
 
 
 def test_features_are_compared_where_that_is_asked_for(four_bits):
@@ -351,6 +373,23 @@ def test_oscillating_weights_and_bad_ranges_are_reported(quantized):
     assert "head._input_quantizer: " in tuning.format_table()
 
 
+def test_ranges_of_weights_are_judged_by_channel(quantized):
+    amax = quantized.conv.weight_quantizer.amax
+    amax[0] *= 1000
+    amax[1] /= 1000
+    amax[2:4] *= 20
+    with torch.no_grad():
+        quantized.stem.weight[5] = 0  # pruned: nothing is lost
+    reasons = {each.quantizer: each.reason for each in find_bad_ranges(quantized, make_batches(1)[0])}
+    assert reasons == {"conv._weight_quantizer": f"in 1 of {len(amax)} channels 100% of the values are clipped"}
+    amax[1] *= 1000
+    (found,) = find_bad_ranges(quantized, make_batches(1)[0])
+    assert found.reason == f"in 1 of {len(amax)} channels every code is 0"
+    amax[0] /= 1000
+    (found,) = find_bad_ranges(quantized, make_batches(1)[0])
+    assert found.reason == f"in 2 of {len(amax)} channels the largest value uses 5.0% of the range"
+
+
 def test_the_watch_counts_codes_that_turn_back(quantized):
     weight, step = quantized.head.weight, quantized.head.weight_quantizer.scale.flatten()[:, None]
     with torch.no_grad():
@@ -366,6 +405,64 @@ def test_the_watch_counts_codes_that_turn_back(quantized):
     (found,) = watch.find()
     assert found.layer == "head"
     assert found.share == pytest.approx(1 / 16)
+
+
+class Detector(nn.Module):
+    """Gives boxes, and in training mode losses, as torchvision's detectors do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, images, targets=None):
+        boxes = self.head(self.drop(self.norm(self.conv(torch.stack(images)))).mean((2, 3)))
+        if not self.training:
+            return [{"boxes": row} for row in boxes]
+        wanted = torch.stack([target["box"] for target in targets])
+        return {"box": (boxes - wanted).square().mean(), "size": boxes.abs().mean(), "count": torch.tensor(3)}
+
+
+def make_scenes(count=4):
+    images = [list(batch) for batch in make_batches(count, size=3)]
+    return [(batch, [{"box": image.mean((1, 2)).repeat(2)[:4]} for image in batch]) for batch in images]
+
+
+def test_a_model_that_gives_its_own_loss():
+    torch.manual_seed(0)
+    model, scenes = Detector().eval(), make_scenes()
+    qdq.swap_modules(model)
+    qdq.calibrate_model(model, scenes)
+    images, targets = scenes[0]
+    with torch.no_grad():
+        boxes = torch.stack([row["boxes"] for row in model(images)])  # without Dropout, BatchNorm as it is
+    wanted = torch.stack([target["box"] for target in targets])
+    first = float((boxes - wanted).square().mean() + boxes.abs().mean())
+    schedule = Schedule(steps=40, lr=1e-3, bias_lr=1e-2, tune_batchnorm=0)
+    features = Distillation(mse=0, kl=0, layers=["conv"])
+    tuning = finetune(model, scenes, loss="own", distillation=features, schedule=schedule, held=scenes[:1])
+    assert tuning.curve[0].metric == pytest.approx(-first, rel=1e-5)
+    assert tuning.losses[0] >= first
+    assert tuning.curve[-1].metric > 0.7 * tuning.curve[0].metric
+    assert not any(module.training for module in model.modules())
+    assert int(model.norm.num_batches_tracked) == 0
+    with pytest.raises(ArgumentError, match="gives no outputs to compare"):
+        finetune(model, scenes, loss="own", schedule=schedule)
+
+
+def test_a_detector_of_torchvision_learns_by_its_own_loss():
+    detection = pytest.importorskip("torchvision").models.detection
+    torch.manual_seed(0)
+    model = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3).eval()
+    target = {"boxes": torch.tensor([[8.0, 8, 50, 60], [20, 30, 90, 80]]), "labels": torch.tensor([1, 2])}
+    batch = [torch.rand(3, 96, 96), torch.rand(3, 96, 80)], [target, target]
+    qdq.fold_batchnorm(model, batch)
+    qdq.swap_modules(model, batch)
+    qdq.calibrate_model(model, [batch])
+    schedule = Schedule(steps=4, lr=1e-3, bias_lr=1e-3, warm_up=0)
+    tuning = finetune(model, [batch], loss="own", distillation=None, schedule=schedule)
+    assert tuning.losses[-1] < tuning.losses[0]
+    assert [sorted(boxes) for boxes in model(batch[0])] == [["boxes", "labels", "scores"]] * 2
 
 
 def test_a_gradient_that_is_nan_names_the_parameter_and_restores_the_best(quantized):
