@@ -1,17 +1,19 @@
-"""Several processes that calibrate one model, each on its share of the data (`torchrun`, gloo or nccl)."""
+"""Several processes that calibrate or fine-tune one model, each on its share of the data (`torchrun`, gloo or nccl)."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from qdq.errors import CalibrationError, DataError
+from qdq.errors import CalibrationError, DataError, QdqError, StateError
+from qdq.run import find_announced
 
 
 def find_rank() -> tuple[int, int]:
@@ -19,6 +21,35 @@ def find_rank() -> tuple[int, int]:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
+
+
+@contextmanager
+def joining_processes(device: torch.device) -> Iterator[None]:
+    """A block in which the processes that torchrun announces are one group; nothing where there is a group already.
+
+    The group is of gloo, with nccl for what lies on a GPU if the model does. It may be joined and left repeatedly.
+
+    Args:
+        device: Of the model; on a GPU each process needs one of its own.
+
+    Raises:
+        StateError: The other processes cannot be reached.
+    """
+    _, size = find_announced()
+    if size == 1 or not distributed.is_available() or distributed.is_initialized():
+        yield
+        return
+    try:
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise StateError(
+            f"WORLD_SIZE announces {size} processes, but they cannot be joined: {error}",
+            "start the script with torchrun, or unset WORLD_SIZE.",
+        ) from error
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 def shard_batches(batches: Iterable[Any]) -> Iterator[Any]:
@@ -32,53 +63,135 @@ def shard_batches(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def gather_bytes(content: bytes) -> list[bytes]:
-    """What each process gave, in the order of their ranks; all must call it. No pickle is involved."""
+    """What each process gave, in the order of their ranks; all must call it. No pickle is involved.
+
+    Raises:
+        StateError: Another process has gone.
+    """
     _, size = find_rank()
     if size == 1:
         return [content]
-    device = "cpu" if "gloo" in distributed.get_backend() else torch.device("cuda", torch.cuda.current_device())
-    length = torch.tensor([len(content)], device=device)
-    lengths = [torch.zeros_like(length) for _ in range(size)]
-    distributed.all_gather(lengths, length)
-    longest = max(1, max(int(other) for other in lengths))
-    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-    if content:
-        padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device)
-    gathered = [torch.empty_like(padded) for _ in range(size)]
-    distributed.all_gather(gathered, padded)
+    with _connected():
+        length = torch.tensor([len(content)], device=_find_device())
+        lengths = [torch.zeros_like(length) for _ in range(size)]
+        distributed.all_gather(lengths, length)
+        padded = _to_tensor(content, max(1, max(int(other) for other in lengths)))
+        gathered = [torch.empty_like(padded) for _ in range(size)]
+        distributed.all_gather(gathered, padded)
     return [other[: int(n)].cpu().numpy().tobytes() for other, n in zip(gathered, lengths, strict=True)]
 
 
-@contextmanager
-def failing_together() -> Iterator[None]:
-    """A block that ends in every process with an error if it does in one, so that none waits for another forever.
+def broadcast_bytes(content: bytes) -> bytes:
+    """What the first process gave, in all of them; all must call it.
 
     Raises:
-        CalibrationError: In the processes whose own block was fine, with the message of one that was not.
+        StateError: Another process has gone.
     """
+    if find_rank()[1] == 1:
+        return content
+    with _connected():
+        length = torch.tensor([len(content)], device=_find_device())
+        distributed.broadcast(length, 0)
+        tensor = _to_tensor(content[: int(length)], int(length))
+        distributed.broadcast(tensor, 0)
+    return tensor.cpu().numpy().tobytes()
+
+
+def broadcast_number(number: float) -> float:
+    """The number of the first process, to the last bit and NaN too, in all of them; all must call it."""
+    return float(broadcast_bytes(repr(float(number)).encode()))
+
+
+def read_together(path: Path) -> bytes:
+    """The content of a file that the first process reads for all; all must call it.
+
+    Raises:
+        OSError: The first process cannot read it.
+        StateError: In the others then.
+    """
+    with failing_together(StateError):
+        content = path.read_bytes() if find_rank()[0] == 0 else b""
+    return broadcast_bytes(content)
+
+
+def _find_device() -> torch.device:
+    """Where a tensor must lie for the backend of the group to send it."""
+    is_on_cpu = "gloo" in distributed.get_backend()
+    return torch.device("cpu") if is_on_cpu else torch.device("cuda", torch.cuda.current_device())
+
+
+def _to_tensor(content: bytes, length: int) -> torch.Tensor:
+    padded = torch.zeros(length, dtype=torch.uint8, device=_find_device())
+    if content:
+        padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(padded.device)
+    return padded
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """A block of collectives; what they raise when another process has gone becomes an error that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise StateError(
+            f"the connection to the other processes broke: {error}", "see the output of the one that ended first."
+        ) from error
+
+
+@contextmanager
+def failing_together(kind: type[QdqError] = CalibrationError) -> Iterator[None]:
+    """A block that ends in every process with an error if it does in one, so that none waits for another forever.
+
+    Args:
+        kind: What is raised in the processes whose own block was fine.
+
+    Raises:
+        QdqError: Of that kind, with the message of a process whose block was not fine.
+    """
+    failure = None
     try:
         yield
     except Exception as error:
-        gather_bytes(f"{type(error).__name__}: {error}".encode())
-        raise
-    for rank, message in enumerate(gather_bytes(b"")):
+        failure = error
+    raise_together(failure, kind)
+
+
+def raise_together(failure: Exception | None, kind: type[QdqError]) -> None:
+    """End every process with an error if one has failed; all must call it.
+
+    Args:
+        failure: What this process ends with; None: nothing of its own.
+        kind: What it is ended with if another one has failed.
+    """
+    try:
+        messages = gather_bytes(b"" if failure is None else f"{type(failure).__name__}: {failure}".encode())
+    except StateError:
+        if failure is None:
+            raise
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(messages):
         if message:
-            raise CalibrationError(
-                f"process {rank} failed: {message.decode(errors='replace')}", "see the output of that process."
-            )
+            raise kind(f"process {rank} failed: {message.decode(errors='replace')}", "see the output of that process.")
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of the tensors of all processes, in place; all must call it with the same shape."""
+    """The sum of the tensors of all processes, in place; all must call it with the same shape.
+
+    Raises:
+        StateError: Another process has gone.
+    """
     if find_rank()[1] > 1:
-        distributed.all_reduce(tensor)
+        with _connected():
+            distributed.all_reduce(tensor)
     return tensor
 
 
 def max_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The largest of the tensors of all processes, element by element and in place; all must call it."""
     if find_rank()[1] > 1:
-        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+        with _connected():
+            distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
     return tensor
 
 

@@ -38,6 +38,12 @@ _PACKAGES = (
 )  # fmt: skip
 
 
+def find_announced() -> tuple[int, int]:
+    """The number of this process and how many torchrun has started: (0, 1) without it."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    return (int(os.environ["RANK"]), size) if size > 1 and "RANK" in os.environ else (0, 1)
+
+
 def write_atomic(path: Path, content: bytes | str | Callable[[], Iterable[bytes]]) -> Path:
     """Write a file so that at every moment it is absent, the old one or the whole new one.
 

@@ -6,6 +6,8 @@ ranges of calibration stay and the float model teaches the quantized one.
 
 from __future__ import annotations
 
+import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -20,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from qdq.calibrate.collect import digest_sources
-from qdq.distributed import find_rank
-from qdq.errors import ArgumentError, DataError
+from qdq.distributed import failing_together, find_rank, gather_bytes, joining_processes
+from qdq.errors import ArgumentError, DataError, StateError
 from qdq.evaluate import predict
 from qdq.metrics import sqnr_db
 from qdq.patterns import Pattern
@@ -37,7 +39,13 @@ from qdq.trace import require_batches
 
 __all__ = ["Distillation", "Schedule", "Tuning", "cross_entropy", "finetune", "load_tuned", "save_tuned"]
 
+logger = logging.getLogger(__name__)
+
 SUMMARY_FILE = "tuning.json"
+_PERSISTENT = (
+    "the random numbers of persistent_workers go on from epoch to epoch and cannot be saved: where data draws some, "
+    "a run that is resumed sees other data; leave persistent_workers out for the same losses"
+)
 _MEASUREMENTS = 10  # of the metric, where nothing else is said
 
 
@@ -101,15 +109,18 @@ def finetune(
     """Train a calibrated model with its quantizers on, in place.
 
     The model stays in evaluation mode (no dropout), but for live BatchNorm at first. Under `torchrun` every process
-    passes the same batches and takes its share of the samples of each; the gradients are the mean over all samples, so
-    that the result is that of one process. With `folder`, a run that was killed goes on where it was when it is called
-    again in the same way, with the same losses; one that an error or Ctrl-C ends has lost no step.
+    passes the same model and batches and takes its share of the samples of each; the gradients are the mean over all
+    samples, so that the result is that of one process. The first process alone reads and writes files, and its metric
+    counts. The group of the processes is joined for the call, unless torch.distributed has one already.
+
+    With `folder`, a run that was killed goes on where it was when it is called again in the same way, with the same
+    losses; one that an error or Ctrl-C ends has lost no step.
 
     Args:
         model: A calibrated model, on its device. At the end it has the weights with the best metric, or the last ones.
         batches: What the model is called with (see `trace.call_model`), iterated over again in every epoch: a
-            DataLoader, a list. The seed and the number of the epoch seed the random numbers that it shuffles with;
-            `set_epoch(epoch)` of it, or of its sampler, is called where there is one.
+            DataLoader, a list. The seed and the number of the epoch seed the random numbers that it shuffles with, and
+            the `generator` of a DataLoader or its samplers; `set_epoch(epoch)` of them is called where there is one.
         loss: `(outputs, batch) -> scalar`, the mean over the samples: `cross_entropy`, or that of a detector. "own":
             what the model itself gives in training mode, see `losses.run_with_loss`. None: distillation alone, which
             needs no labels.
@@ -140,49 +151,79 @@ def finetune(
         ArgumentTypeError: One tensor or dictionary instead of batches.
         DataError: No batch, or none any more; a batch that cannot be shared among processes, or has no labels.
         DependencyError: `tensorboard` without the package.
-        StateError: A quantizer has no range; the loss or a gradient is NaN or Inf, with the layer in which it began.
-            The model then has its best, or else its last good weights.
+        StateError: A quantizer has no range; the loss or a gradient is NaN or Inf, with the layer in which it began;
+            the processes do not begin alike, or another one failed. The model then has its best, or else its last
+            good weights.
     """
-    require_batches(batches)
-    require_ranges(model)
+    with joining_processes(next((p.device for p in model.parameters()), torch.device("cpu"))):
+        with ExitStack() as exits:
+            exits.enter_context(keeping_random_state(_find_generators(batches)))
+            with failing_together(StateError):
+                require_batches(batches)
+                require_ranges(model)
+                _require_numbers(seed, measure_every)
+                taught_by = "" if teacher is None else digest_weights(teacher)
+                if teacher is None and distillation is not None:
+                    teacher = copy_float(model)
+                total = schedule.count_steps(batches)
+                settings = {
+                    "weights": digest_weights(model), "schedule": asdict(schedule), "steps": total, "ranges": ranges,
+                    "train": train, "distillation": _describe_distillation(distillation), "teacher": taught_by,
+                    "loss": _name(loss), "metric": _name(metric), "amp": amp, "seed": seed,
+                }  # fmt: skip
+                if folder is not None and getattr(batches, "persistent_workers", False):
+                    logger.warning(_PERSISTENT)
+                if folder is not None or find_rank()[1] > 1:
+                    settings["data"] = _digest_sources(model, batches, seed)
+                objective = Objective(model, teacher, loss, distillation)
+                trainer = Trainer(model, objective, schedule, total, ranges=ranges, train=train, layers=layers, amp=amp)
+                exits.callback(trainer.finish)
+                settings["layers"] = trainer.digest_trained()
+                if metric is None and held is not None:
+                    metric = _measure_loss(loss, held, trainer) if loss else _measure_distance(teacher, held)
+                every = measure_every or max(total // _MEASUREMENTS, 1)
+                record = Record(trainer, metric, every, None if folder is None else Path(folder), settings, tensorboard)
+                exits.callback(record.close)
+            measured = {"measure_every": every, "held": metric is not None, "folder": folder is not None}
+            _require_alike(settings | measured)
+            stopped, batch = _run(trainer, record, batches, seed, schedule.patience)
+            best_step = record.finish()
+            if batch is None:  # the run in the folder was finished before
+                batch = next(iter(batches), None)
+        oscillating = trainer.watch.find() if trainer.watch else ()
+        bad_ranges = () if batch is None else find_bad_ranges(model, trainer.place(batch))
+        tuning = Tuning(
+            tuple(record.losses), tuple(record.curve), best_step, stopped, oscillating, bad_ranges, record.seconds
+        )
+        if folder is not None and find_rank()[0] == 0:
+            write_json(Path(folder) / SUMMARY_FILE, tuning)
+    return tuning
+
+
+def _require_numbers(seed: int, measure_every: int | None) -> None:
+    """Refuse numbers that cannot be meant.
+
+    Raises:
+        ArgumentError: With the one.
+    """
     if not 0 <= seed < 2**32:
         raise ArgumentError(f"seed is {seed}; it must be 0 to {2**32 - 1}.", "choose another seed.")
     if measure_every is not None and measure_every < 1:
         raise ArgumentError(f"measure_every is {measure_every}; it must be 1 or more.", "leave it out.")
-    taught_by = "" if teacher is None else digest_weights(teacher)
-    if teacher is None and distillation is not None:
-        teacher = copy_float(model)
-    total = schedule.count_steps(batches)
-    objective = Objective(model, teacher, loss, distillation)
-    settings = {
-        "weights": digest_weights(model), "schedule": asdict(schedule), "steps": total, "ranges": ranges,
-        "train": train, "distillation": _describe_distillation(distillation), "teacher": taught_by,
-        "loss": _name(loss), "metric": _name(metric), "amp": amp, "seed": seed,
-    }  # fmt: skip
-    if folder is not None:
-        settings["data"] = _digest_sources(model, batches, seed)
-    trainer = Trainer(model, objective, schedule, total, ranges=ranges, train=train, layers=layers, amp=amp)
-    settings["layers"] = trainer.digest_trained()
-    with ExitStack() as exits:
-        exits.callback(trainer.finish)
-        exits.enter_context(keeping_random_state())
-        if metric is None and held is not None:
-            metric = _measure_loss(loss, held, trainer) if loss else _measure_distance(teacher, held)
-        every = measure_every or max(total // _MEASUREMENTS, 1)
-        record = Record(trainer, metric, every, None if folder is None else Path(folder), settings, tensorboard)
-        exits.callback(record.close)
-        stopped, batch = _run(trainer, record, batches, seed, schedule.patience)
-        best_step = record.finish()
-        if batch is None:  # the run in the folder was finished before
-            batch = next(iter(batches), None)
-    oscillating = trainer.watch.find() if trainer.watch else ()
-    bad_ranges = () if batch is None else find_bad_ranges(model, trainer.place(batch))
-    tuning = Tuning(
-        tuple(record.losses), tuple(record.curve), best_step, stopped, oscillating, bad_ranges, record.seconds
-    )
-    if folder is not None and find_rank()[0] == 0:
-        write_json(Path(folder) / SUMMARY_FILE, tuning)
-    return tuning
+
+
+def _require_alike(facts: dict[str, Any]) -> None:
+    """Refuse processes that do not begin with the same facts; all of them end then.
+
+    Raises:
+        StateError: With the names of those that differ.
+    """
+    first, *others = [json.loads(content) for content in gather_bytes(json.dumps(facts).encode())]
+    if different := [name for name in facts if any(other[name] != first[name] for other in others)]:
+        raise StateError(
+            f"the processes do not begin alike: {', '.join(different)} differ.",
+            "give all of them the same model, options and batches; each takes its share of every batch by itself.",
+        )
 
 
 def _run(trainer: Trainer, record: Record, batches: Iterable[Any], seed: int, patience: int | None) -> tuple[str, Any]:
@@ -192,10 +233,13 @@ def _run(trainer: Trainer, record: Record, batches: Iterable[Any], seed: int, pa
         record.measure()
     stopped, batch = _reason_to_stop(record, patience), None
     stream = _iterate(batches, seed, record.epoch, random_state)
-    with tqdm(total=trainer.total, initial=trainer.step, desc="fine-tune", unit="step", disable=None) as progress:
+    hidden = True if find_rank()[0] else None
+    with tqdm(total=trainer.total, initial=trainer.step, desc="fine-tune", unit="step", disable=hidden) as progress:
         while trainer.step < trainer.total and not stopped:
             try:
-                batch, epoch = next(stream)
+                with trainer.failing_together():
+                    record.save_when_due()
+                    batch, epoch = next(stream)
                 began = time.perf_counter()
                 loss = trainer.run_step(batch)
             except BaseException:  # Ctrl-C too
@@ -272,10 +316,27 @@ def _digest_sources(model: nn.Module, batches: Iterable[Any], seed: int) -> str:
 
 
 def _begin_epoch(batches: Any, seed: int, epoch: int) -> None:
-    set_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
-    for owner in (batches, getattr(batches, "sampler", None)):
+    """Seed the global random numbers and the generators of the batches, and tell samplers the epoch."""
+    common, own = (int(number) for number in np.random.SeedSequence([seed, epoch]).generate_state(2))
+    set_seed(common)
+    for generator in _find_generators(batches):
+        generator.manual_seed(own)
+    for owner in _find_samplers(batches):
         if set_epoch := getattr(owner, "set_epoch", None):
             set_epoch(epoch)
+
+
+def _find_generators(batches: Any) -> list[torch.Generator]:
+    """Random numbers that a DataLoader or its samplers have for themselves."""
+    owned = [getattr(owner, "generator", None) for owner in _find_samplers(batches)]
+    return [generator for generator in owned if isinstance(generator, torch.Generator)]
+
+
+def _find_samplers(batches: Any) -> list[Any]:
+    """The batches themselves, and what a DataLoader draws its order from."""
+    drawn = getattr(batches, "batch_sampler", None)
+    found = [batches, drawn, getattr(batches, "sampler", None), getattr(drawn, "sampler", None)]
+    return list({id(owner): owner for owner in found}.values())
 
 
 def _measure_distance(teacher: nn.Module | None, held: Iterable[Any]) -> Callable[[nn.Module], float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import nn
 
 from qdq.calibrate.collect import format_of, leader_of
@@ -41,25 +41,35 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: dict[st
     return write_atomic(path, save(own, {"qdq": json.dumps(facts)}))
 
 
-def load_tensors(path: Path, form: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_tensors(
+    path: Path, form: str, read: Callable[[Path], bytes] = Path.read_bytes
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote.
 
     Args:
         path: The file.
         form: What the entry "format" of its facts must be.
+        read: What gives its content.
 
     Raises:
         DataError: The file cannot be read, or is of another kind.
     """
     try:
-        with safe_open(str(path), framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("qdq", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        content = read(path)
+        tensors = load(content)
+        facts = json.loads(_read_metadata(content).get("qdq", "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise DataError(f"cannot read {path}: {error}.", "give a file that finetune wrote.") from error
     if not isinstance(facts, dict) or facts.get("format") != form:
         raise DataError(f"{path} is no {form!r} file.", "give a file that this version of finetune wrote.")
     return tensors, facts
+
+
+def _read_metadata(content: bytes) -> dict[str, str]:
+    """Of a safetensors file: the length of a header, then the header as JSON."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    metadata: dict[str, str] = json.loads(content[8:end]).get("__metadata__", {})
+    return metadata
 
 
 def save_tuned(model: nn.Module, path: Path | str, facts: dict[str, Any] | None = None) -> Path:
@@ -173,10 +183,12 @@ def unpack_random(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 @contextmanager
-def keeping_random_state() -> Iterator[None]:
-    """Random numbers go on after the block as if it had drawn none."""
-    before = pack_random()
+def keeping_random_state(generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
+    """Random numbers, those of the generators too, go on after the block as if it had drawn none."""
+    before, states = pack_random(), [(generator, generator.get_state()) for generator in generators]
     try:
         yield
     finally:
         unpack_random(before)
+        for generator, state in states:
+            generator.set_state(state)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qdq.distributed import find_rank
-from qdq.errors import ArgumentError, DependencyError
+from qdq.distributed import broadcast_number, failing_together, find_rank, read_together
+from qdq.errors import ArgumentError, DependencyError, StateError
 from qdq.qat.checkpoint import (
     MODEL_FORMAT,
     STATE_FORMAT,
@@ -54,7 +54,9 @@ class Measurement:
 
 
 class Record:
-    """Losses and measurements of a run, in memory and in its folder; files are written by the first process alone.
+    """Losses and measurements of a run, in memory and in its folder.
+
+    Of several processes the first alone reads and writes files, and its metric counts.
 
     Args:
         trainer: What trains the model.
@@ -93,9 +95,12 @@ class Record:
         self._random: dict[str, torch.Tensor] = {}
         self.epoch = (0, 0)
         self.seconds = 0.0
-        if folder is not None:
+        if folder is not None and self._is_first:
             require_writable(folder / STATE_FILE)
-        self._writer = _open_tensorboard(folder) if tensorboard and self._is_first else None
+        self._writes_scalars = tensorboard and self._is_first
+        self._writer: Any = None
+        if tensorboard:
+            _require_tensorboard(folder)
 
     @property
     def best(self) -> Measurement | None:
@@ -104,7 +109,11 @@ class Record:
         return max(usable, key=lambda each: each.metric, default=None)
 
     def add_step(self, loss: float, epoch: tuple[int, int], seconds: float) -> None:
-        """A step is done; `epoch` is the one it is of, and how many of its batches have been taken."""
+        """A step is done; `epoch` is the one it is of, and how many of its batches have been taken.
+
+        Raises:
+            StateError: The metric could not be measured in another process.
+        """
         self.losses.append(loss)
         self.epoch = epoch
         self.seconds += seconds
@@ -115,18 +124,30 @@ class Record:
             self._writer.add_scalar("lr", self._trainer.lr, step)
         if step % self._every == 0 or step == self._trainer.total:
             self.measure()
-        if time.monotonic() - self._saved > _SAVE_SECONDS:
-            self.save()
 
     def measure(self) -> None:
-        """Take the metric of the model as it is now, and keep the model if none was better."""
+        """Take the metric of the model as it is now, and keep the model if none was better.
+
+        Raises:
+            StateError: It could not be measured in another process.
+        """
         if self._metric is None:
             return
+        with failing_together(StateError):
+            metric = self._take_metric()
+        metric = broadcast_number(metric)
+        with failing_together(StateError):
+            self._add_measurement(metric)
+
+    def _take_metric(self) -> float:
+        assert self._metric is not None  # noqa: S101
+        with evaluating(self._trainer.model), keeping_random_state():
+            return float(self._metric(self._trainer.model))
+
+    def _add_measurement(self, metric: float) -> None:
         step = self._trainer.step
         recent = self.losses[self.curve[-1].step :] if self.curve else []
         loss = sum(recent) / len(recent) if recent else None
-        with evaluating(self._trainer.model), keeping_random_state():
-            metric = float(self._metric(self._trainer.model))
         self.curve.append(Measurement(step, metric, loss, self._trainer.lr))
         if self.best is self.curve[-1]:
             self._best = plain_state(self._trainer.model)
@@ -143,11 +164,18 @@ class Record:
         best = self.best
         return 0 if best is None else len(self.curve) - 1 - self.curve.index(best)
 
+    def save_when_due(self) -> None:
+        """Write the state of the run, if there is a step that has not been saved for long."""
+        if self.losses and time.monotonic() - self._saved > _SAVE_SECONDS:
+            self.save()
+
     def save(self) -> None:
         """Write the state of the run."""
         self._saved = time.monotonic()
         if self._folder is None or not self._is_first:
             return
+        if self._writer:
+            self._writer.flush()  # what the state has behind it must not be lost with the process
         facts = {
             "format": STATE_FORMAT, "settings": self._settings, "step": self._trainer.step, "epoch": self.epoch,
             "seconds": self.seconds, "curve": [vars(measurement) for measurement in self.curve],
@@ -163,10 +191,16 @@ class Record:
             ArgumentError: The run has other settings.
             DataError: Its file is damaged.
         """
-        path = None if self._folder is None else self._folder / STATE_FILE
-        if path is None or not path.is_file():
-            return {}
-        tensors, facts = load_tensors(path, STATE_FORMAT)
+        if self._folder is not None and broadcast_number((self._folder / STATE_FILE).is_file()):
+            self._go_on(self._folder)
+        if self._folder is not None and self._writes_scalars:
+            # what a killed run had written after the state that it goes on from is not shown
+            self._writer = _open_tensorboard(self._folder, self._trainer.step + 1 if self.losses else 0)
+        return self._random
+
+    def _go_on(self, folder: Path) -> None:
+        path = folder / STATE_FILE
+        tensors, facts = load_tensors(path, STATE_FORMAT, read_together)
         if facts["settings"] != self._settings:
             changed = [key for key, value in self._settings.items() if facts["settings"].get(key) != value]
             raise ArgumentError(
@@ -177,12 +211,10 @@ class Record:
         self.losses = tensors["losses"].tolist()
         self.curve = [Measurement(**each) for each in facts["curve"]]
         self.epoch, self.seconds = tuple(facts["epoch"]), facts["seconds"]
-        assert self._folder is not None  # noqa: S101
         if self.curve:
-            self._best, _ = load_tensors(self._folder / BEST_FILE, MODEL_FORMAT)
+            self._best, _ = load_tensors(folder / BEST_FILE, MODEL_FORMAT, read_together)
         logger.info("%s: going on after step %d", path, facts["step"])
         self._random = {key.removeprefix("random//"): t for key, t in tensors.items() if key.startswith("random//")}
-        return self._random
 
     def finish(self) -> int:
         """Write the last state and model, and give the model the best weights; gives their step."""
@@ -213,11 +245,23 @@ class Record:
             self._writer.close()
 
 
-def _open_tensorboard(folder: Path | None) -> Any:
+def _require_tensorboard(folder: Path | None) -> None:
+    """Refuse before the work what could not be written.
+
+    Raises:
+        ArgumentError: There is no folder.
+        DependencyError: tensorboard is not installed.
+    """
     if folder is None:
         raise ArgumentError("tensorboard needs a folder.", "pass folder=...")
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise DependencyError("tensorboard is not installed.", "pip install 'qdq[tensorboard]'") from error
-    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def _open_tensorboard(folder: Path, step: int) -> Any:
+    """What writes scalars; those of this step and later ones that are there already no longer count."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step)

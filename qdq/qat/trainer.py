@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from qdq.calibrate.collect import fingerprint_model
-from qdq.distributed import find_rank, shard_samples, sum_over_ranks
+from qdq.distributed import find_rank, raise_together, shard_samples, sum_over_ranks
 from qdq.errors import ArgumentError, DataError, StateError
 from qdq.patterns import Pattern, Patterns
 from qdq.qat.losses import Objective
@@ -78,7 +78,7 @@ class Trainer:
         self._ranges = RangeTuning(model, "frozen" if train == "batchnorm" else ranges, chosen)
         self._exits.callback(self._ranges.stop)
         live = chosen if train != "ranges" else set()
-        self._batchnorms = [module for module in live if isinstance(module, _BatchNorm)]
+        self._batchnorms = [m for m in model.modules() if m in live and isinstance(m, _BatchNorm)]
         self._parameters = self._choose_parameters(chosen, train)
         self._freeze_mode()
         if not self._parameters and not (train == "batchnorm" and self._batchnorms):
@@ -145,20 +145,23 @@ class Trainer:
         """Train on one batch; gives the loss before the update, the mean over the samples of all processes.
 
         Raises:
-            StateError: The loss or a gradient is NaN or Inf; the model is as it was before.
+            StateError: The loss or a gradient is NaN or Inf, or another process failed; the model is as it was before.
             DataError: A batch that cannot be shared among processes, or of one sample with live BatchNorm.
         """
-        own, samples = shard_samples(self.place(batch))
-        if self.step >= self._tune_ranges * self.total:
-            self._stop_ranges()
-        if self._watch is None and self.step >= (1 - _WATCHED) * self.total and self._parameters:
-            self._watch = OscillationWatch(self.model)
-        if self._schedule.grow and not self._growing:
-            self._growing = _group_by_owner(self.model, order_modules(self.model, own))
+        with self.failing_together():
+            self._stop_ranges_when_due()
+            batch = self.place(batch)
+            own, samples = shard_samples(batch)
+            if self._watch is None and self.step >= (1 - _WATCHED) * self.total and self._parameters:
+                self._watch = OscillationWatch(self.model)
+            if self._schedule.grow and not self._growing:
+                self._growing = _group_by_owner(self.model, order_modules(self.model, batch))
         with self._live_modules(), torch.set_grad_enabled(self._optimizer is not None):
-            loss = self._forward_backward(own, samples)
-            self._require_finite(loss, own)
-            self._ranges.require_finite()
+            with self.failing_together():
+                loss = self._forward_backward(own, samples)
+            if find_rank()[1] > 1:
+                loss = self._average(loss, samples)
+            self._require_finite(float(loss), own)
         self.intact = False
         if self._optimizer is not None:
             self._update(self._optimizer)
@@ -167,12 +170,28 @@ class Trainer:
             self._watch.after_step()
         self.step += 1
         self.intact = True
-        return loss
+        return float(loss)
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """A part of a step before its processes meet: an error in it ends the step in all of them, not in this alone.
+
+        Raises:
+            StateError: In the other processes, where they meet.
+        """
+        try:
+            yield
+        except Exception as error:
+            if find_rank()[1] > 1:
+                self._stop_ranges_when_due()  # those of the others are
+                with suppress(StateError):
+                    self._average(torch.zeros((), device=self._device), 0, error)
+            raise
 
     @contextmanager
     def _live_modules(self) -> Iterator[None]:
         """BatchNorm in training mode while it is live; the quantizers whose turn has not come are off."""
-        live = self._batchnorms if self.step < self._live_batchnorm * self.total else []
+        live = self._find_live()
         statistics = [(buffer, buffer.clone()) for module in live for buffer in module.buffers()]
         with ExitStack() as exits:
             for module in live:
@@ -191,6 +210,9 @@ class Trainer:
                     raise DataError(f"step {self.step + 1}: {found}", fix) from error
                 raise
 
+    def _find_live(self) -> list[_BatchNorm]:
+        return self._batchnorms if self.step < self._live_batchnorm * self.total else []
+
     def _find_waiting(self) -> list[TensorQuantizer]:
         """The quantizers that are not yet on while the quantized share grows."""
         if not self._growing:
@@ -198,18 +220,52 @@ class Trainer:
         share = (self.step + 1) / (self._schedule.grow * self.total)
         return [quantizer for group in self._growing[math.ceil(share * len(self._growing)) :] for quantizer in group]
 
-    def _forward_backward(self, batch: Any, samples: int) -> float:
-        """Gradients of the mean loss over the samples of all processes; gives that loss."""
-        loss = torch.zeros((), device=self._device)
-        if samples:
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._amp):
-                loss = self._objective(batch)
-            if self._optimizer is not None:
-                self._optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-        if find_rank()[1] == 1:
-            return float(loss.detach())
-        return _average_gradients(list(self._parameters.values()), loss.detach(), samples)
+    def _forward_backward(self, batch: Any, samples: int) -> torch.Tensor:
+        """Gradients of the mean loss over the samples of this process; gives that loss.
+
+        Raises:
+            StateError: The loss, or what a range follows, is NaN or Inf.
+        """
+        if self._optimizer is not None:
+            self._optimizer.zero_grad()
+        if not samples:
+            return torch.zeros((), device=self._device)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._amp):
+            loss = self._objective(batch)
+        if self._optimizer is not None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        loss = loss.detach()
+        if not bool(torch.isfinite(loss)):
+            raise self._explain_nonfinite(float(loss), batch)
+        self._ranges.require_finite()
+        return loss
+
+    def _average(self, loss: torch.Tensor, samples: int, failure: Exception | None = None) -> torch.Tensor:
+        """Replace gradients, and statistics of live BatchNorm, by their mean over the samples of all processes.
+
+        One collective carries all, and whether a process has failed: the number of its samples is NaN then.
+
+        Returns:
+            The mean of the loss.
+
+        Raises:
+            Exception: `failure`.
+            StateError: Another process has failed.
+        """
+        parameters = list(self._parameters.values())
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        statistics = [b for module in self._find_live() for b in module.buffers() if b.is_floating_point()]
+        own = [*gradients, *statistics, loss, torch.ones_like(loss)]
+        share = torch.cat([tensor.flatten() for tensor in own]) * (samples if failure is None else math.nan)
+        share = sum_over_ranks(share)
+        if share[-1].isnan():
+            raise_together(failure, StateError)
+        means = torch.split(share / share[-1], [tensor.numel() for tensor in own])
+        for parameter, mean in zip(parameters, means, strict=False):
+            parameter.grad = mean.reshape(parameter.shape).to(parameter.dtype, copy=True)
+        for buffer, mean in zip(statistics, means[len(parameters) :], strict=False):
+            buffer.copy_(mean.reshape(buffer.shape))
+        return means[-2]
 
     def _require_finite(self, loss: float, batch: Any) -> None:
         """Refuse NaN and Inf, and clip the gradient.
@@ -220,8 +276,7 @@ class Trainer:
         grads = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(grads)
         if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
-            found = self._explain_nonfinite(loss, batch)
-            raise StateError(found, "lower the learning rate (lr), or look at what is named.")
+            raise self._explain_nonfinite(loss, batch)
         nn.utils.clip_grads_with_norm_(self._parameters.values(), self._schedule.max_norm, norm)
 
     def _update(self, optimizer: torch.optim.Optimizer) -> None:
@@ -230,7 +285,10 @@ class Trainer:
             group["lr"] = group["largest_lr"] * rate
         optimizer.step()
 
-    def _explain_nonfinite(self, loss: float, batch: Any) -> str:
+    def _explain_nonfinite(self, loss: float, batch: Any) -> StateError:
+        return StateError(self._find_nonfinite(loss, batch), "lower the learning rate (lr), or look at what is named.")
+
+    def _find_nonfinite(self, loss: float, batch: Any) -> str:
         if math.isfinite(loss):
             bad = [n for n, p in self._parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
             if not bad:
@@ -243,6 +301,10 @@ class Trainer:
             f"it begins in {layer}" if layer else "no layer makes it of finite inputs, so the batch or the loss does"
         )
         return f"the loss is {loss} in step {self.step + 1}; {where}."
+
+    def _stop_ranges_when_due(self) -> None:
+        if self.step >= self._tune_ranges * self.total:
+            self._stop_ranges()
 
     def _stop_ranges(self) -> None:
         for name in self._ranges.parameters:
@@ -335,15 +397,3 @@ def _group_by_owner(model: nn.Module, order: Sequence[str]) -> list[list[TensorQ
             groups.setdefault(name.rpartition(".")[0], []).append(quantizer)
     places = {name: place for place, name in reversed([*enumerate(order)])}  # of a module that runs again the first
     return [groups[name] for name in sorted(groups, key=lambda name: places.get(name, len(order)))]
-
-
-def _average_gradients(parameters: list[nn.Parameter], loss: torch.Tensor, samples: int) -> float:
-    """Replace the gradients by the mean over the samples of all processes; gives that mean of the loss."""
-    grads = [torch.zeros_like(p) if p.grad is None or not samples else p.grad for p in parameters]
-    flat = torch.cat([*(grad.flatten() for grad in grads), loss.reshape(1).to(loss.dtype)]) * samples
-    count = sum_over_ranks(torch.tensor(float(samples), device=flat.device))
-    flat = sum_over_ranks(flat) / count
-    pieces = torch.split(flat[:-1], [grad.numel() for grad in grads])
-    for parameter, piece in zip(parameters, pieces, strict=True):
-        parameter.grad = piece.reshape(parameter.shape).clone()
-    return float(flat[-1])

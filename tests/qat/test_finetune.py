@@ -2,8 +2,6 @@
 
 import copy
 import math
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ import torch
 from torch import nn
 
 import qdq
-from qdq.errors import ArgumentError, ArgumentTypeError, DataError, DependencyError, StateError
+from qdq.errors import ArgumentError, ArgumentTypeError, DataError, StateError
 from qdq.metrics import sqnr_db
 from qdq.qat import Distillation, Schedule, cross_entropy, finetune
 from qdq.qat.losses import _find_layers
@@ -324,42 +322,6 @@ def test_an_uncalibrated_model_is_refused(residual, images):
     qdq.swap_modules(residual, images)
     with pytest.raises(StateError, match="have no range"):
         finetune(residual, [images])
-
-
-def test_scalars_go_to_tensorboard(quantized, tmp_path, monkeypatch):
-    """Against a stand-in with the one method that is called: the package is an extra."""
-    scalars = []
-
-    class SummaryWriter:
-        def __init__(self, folder):
-            assert folder == str(tmp_path / "tensorboard")
-
-        def add_scalar(self, name, value, step):
-            scalars.append((name, value, step))
-
-        def close(self):
-            scalars.append("closed")
-
-    stand_in = types.ModuleType("torch.utils.tensorboard")
-    stand_in.SummaryWriter = SummaryWriter
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
-    tuning = finetune(
-        quantized, make_batches(), schedule=Schedule(steps=4), held=make_batches(1), folder=tmp_path, tensorboard=True,
-        measure_every=2,
-    )  # fmt: skip
-    assert scalars.pop() == "closed"
-    named = {name: {step: value for other, value, step in scalars if other == name} for name, _, _ in scalars}
-    assert list(named["loss"].values()) == list(tuning.losses)
-    assert named["metric"] == {m.step: m.metric for m in tuning.curve}
-    assert list(named["lr"]) == [1, 2, 3, 4]
-    assert named["amax/stem._input_quantizer"] == dict.fromkeys((0, 2, 4), quantized.stem.input_quantizer.amax.item())
-
-
-def test_tensorboard_that_is_not_installed(quantized, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(DependencyError, match="tensorboard is not installed") as error:
-        finetune(quantized, make_batches(1), folder=tmp_path, tensorboard=True)
-    assert "qdq[tensorboard]" in error.value.fix
 
 
 def test_oscillating_weights_and_bad_ranges_are_reported(quantized):

@@ -1,4 +1,4 @@
-"""A small run of fine-tuning in a process of its own: python tuned_run.py FOLDER OUT [crash-at-step]."""
+"""A small run of fine-tuning in a process of its own: python tuned_run.py FOLDER OUT [crash-at-step [tensorboard]]."""
 
 import json
 import os
@@ -48,7 +48,7 @@ class Noisy(torch.utils.data.Dataset):
 @patch.object(qdq.qat.record, "_SAVE_SECONDS", -1.0)
 @patch.object(qdq.qat.trainer, "_WATCHED", 0.8)
 @patch.object(qdq.qat.watch, "_SHARE", -1.0)  # every layer is reported
-def run(folder, die_at=None, bits=4):
+def run(folder, die_at=None, bits=4, tensorboard=False):
     """20 steps of 8 images, the state saved after each; perhaps killed while it runs."""
     model = make_model(bits)
     loader = torch.utils.data.DataLoader(Noisy(), batch_size=8, shuffle=True)
@@ -70,6 +70,7 @@ def run(folder, die_at=None, bits=4):
         schedule=qdq.Schedule(steps=20, lr=1e-4, range_lr=1e-3),
         metric=lambda model: -float((model(held) - 1).square().mean().detach()),
         folder=folder,
+        tensorboard=tensorboard,
     )
     weights = {name: tensor.tolist() for name, tensor in model.state_dict().items()}
     ranges_found = {name: q.amax.tolist() for name, q in named_quantizers(model)}
@@ -86,7 +87,8 @@ if __name__ == "__main__":
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         distributed.init_process_group("gloo", init_method="file://" + os.environ["STORE"], rank=rank, world_size=size)
     die_at = int(sys.argv[3]) if len(sys.argv) > 3 else None
-    result = run(Path(sys.argv[1]), die_at) if sys.argv[1] != "-" else run(None, bits=8)
+    folder = None if sys.argv[1] == "-" else Path(sys.argv[1])
+    result = run(folder, die_at, bits=4 if folder else 8, tensorboard=len(sys.argv) > 4)
     if os.environ.get("RANK", "0") == "0":
         Path(sys.argv[2]).write_text(json.dumps(result))
     if "RANK" in os.environ:
