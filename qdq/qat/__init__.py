@@ -222,7 +222,8 @@ def _require_alike(facts: dict[str, Any]) -> None:
     if different := [name for name in facts if any(other[name] != first[name] for other in others)]:
         raise StateError(
             f"the processes do not begin alike: {', '.join(different)} differ.",
-            "give all of them the same model, options and batches; each takes its share of every batch by itself.",
+            "give all of them the same model (weights, ranges, formats, layers in float), options and "
+            "batches; each takes its share of every batch by itself.",
         )
 
 

@@ -1,4 +1,7 @@
-"""A small run of fine-tuning in a process of its own: python tuned_run.py FOLDER OUT [crash-at-step [tensorboard]]."""
+"""A small run of fine-tuning in a process of its own: python tuned_run.py FOLDER OUT [crash-at-step [tensorboard]].
+
+It kills itself in the step after crash-at-step; with a minus before it waits there forever.
+"""
 
 import json
 import os
@@ -57,8 +60,9 @@ def run(folder, die_at=None, bits=4, tensorboard=False):
 
         def die(*_):
             calls.append(torch.is_grad_enabled())
-            if sum(calls) > die_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if sum(calls) > abs(die_at):
+                print("waiting", flush=True)
+                signal.pause() if die_at < 0 else os.kill(os.getpid(), signal.SIGKILL)
 
         model.register_forward_pre_hook(die)
     held = make_images(16, 7)
@@ -83,7 +87,7 @@ def run(folder, die_at=None, bits=4, tensorboard=False):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if "RANK" in os.environ:
+    if "STORE" in os.environ:  # else finetune joins what torchrun announces
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         distributed.init_process_group("gloo", init_method="file://" + os.environ["STORE"], rank=rank, world_size=size)
     die_at = int(sys.argv[3]) if len(sys.argv) > 3 else None
@@ -91,5 +95,5 @@ if __name__ == "__main__":
     result = run(folder, die_at, bits=4 if folder else 8, tensorboard=len(sys.argv) > 4)
     if os.environ.get("RANK", "0") == "0":
         Path(sys.argv[2]).write_text(json.dumps(result))
-    if "RANK" in os.environ:
+    if "STORE" in os.environ:
         distributed.destroy_process_group()

@@ -1,0 +1,136 @@
+"""Fine-tuning in two processes: one start, one decision, one state, and an error in both where one has it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tuned_run import make_images, make_model
+
+import qdq
+from qdq.errors import StateError
+from qdq.qat.checkpoint import STATE_FORMAT, load_tensors
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+BOTH_SAY = "StateError: the processes do not begin alike: "
+
+
+def start_pair(script, arguments, store):
+    """Two processes with a group over gloo; `arguments` of each."""
+    environment = {**ENVIRONMENT, "WORLD_SIZE": "2", "STORE": str(store)}
+    return [
+        subprocess.Popen([sys.executable, HERE / script, *map(str, own)], env={**environment, "RANK": str(rank)})
+        for rank, own in enumerate(arguments)
+    ]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Case -> what each of the two processes made of it."""
+    out = tmp_path_factory.mktemp("cases") / "out"
+    processes = start_pair("process_cases.py", [[out], [out]], out.with_name("store"))
+    assert [process.wait(200) for process in processes] == [0, 0]
+    first, second = (json.loads(out.with_name(f"out.{rank}").read_text()) for rank in range(2))
+    return {name: (first[name], second[name]) for name in first}
+
+
+@pytest.mark.parametrize(
+    ("case", "different"),
+    [
+        ("other weights", "weights"),
+        ("other range", "weights"),
+        ("a layer off", "weights"),
+        ("other options", "schedule, amp"),
+        ("other batches", "data"),
+        ("other length", "steps"),
+        ("held in one", "held"),
+    ],
+)
+def test_processes_that_begin_differently_are_refused_in_all_of_them(found, case, different):
+    assert found[case][0] == found[case][1]
+    assert found[case][0].startswith(BOTH_SAY + different)
+
+
+@pytest.mark.parametrize(
+    ("case", "failing", "message"),
+    [
+        ("no range", 1, "StateError: 1 quantizers have no range: 0._input_quantizer"),
+        ("folder", 0, "ArgumentError: cannot write "),
+        ("metric fails", 1, "ValueError: not today"),
+        ("loader fails", 1, "OSError: the disk is gone"),
+        ("loader of the first fails as ranges stop", 0, "OSError: the disk is gone"),
+        ("loss fails", 1, "ValueError: not today"),
+        ("nan", 1, "StateError: the loss is nan in step 3; no layer makes it of finite inputs"),
+        ("nan in a range", 1, "StateError: 0._input_quantizer was given NaN or Inf"),
+        ("save fails", 0, "ArgumentError: cannot write: the disk is full"),
+    ],
+)
+def test_an_error_in_one_process_ends_the_other(found, case, failing, message):
+    assert found[case][failing].startswith(message)
+    assert found[case][1 - failing].startswith(f"StateError: process {failing} failed: {message}")
+
+
+def test_the_metric_of_the_first_process_decides_for_both(found):
+    first, second = found["metric of rank"]
+    assert first == second
+    assert first["metrics"] == [1, 3, 2, 2.5, 0]
+    assert (first["best"], first["stopped"]) == (1, "stopped: 3 measurements in a row were not better")
+
+
+@pytest.mark.parametrize("case", ["alike", "live batchnorm"])
+def test_the_models_stay_the_same_to_the_last_bit(found, case):
+    assert found[case][0] == found[case][1]
+
+
+def test_killed_in_two_processes_and_resumed_they_have_the_same_losses(tmp_path):
+    """The folder of the second process is another one, and empty: what the first one has counts."""
+
+    def run(folders, out, *die_at):
+        arguments = [[folder, out, *die_at] for folder in folders]
+        processes = start_pair("tuned_run.py", arguments, tmp_path / f"store {out.name} {die_at}")
+        return [process.wait(120) for process in processes]
+
+    assert run([tmp_path / "whole", tmp_path / "whole"], tmp_path / "whole.json") == [0, 0]
+    killed = [tmp_path / "killed", tmp_path / "other"]
+    assert run(killed, tmp_path / "none", 7) == [-signal.SIGKILL, -signal.SIGKILL]
+    assert load_tensors(killed[0] / "state.safetensors", STATE_FORMAT)[1]["step"] == 7
+    assert run(killed, tmp_path / "resumed.json") == [0, 0]
+    assert json.loads((tmp_path / "resumed.json").read_text()) == json.loads((tmp_path / "whole.json").read_text())
+    assert not killed[1].exists()
+
+
+@pytest.mark.slow
+def test_torchrun_that_is_stopped_leaves_whole_files_to_go_on_from(tmp_path):
+    """No group is made outside: `finetune` joins the one that torchrun announces."""
+    folder = tmp_path / "run"
+
+    def start(out, die_at):
+        command = [*TORCHRUN, HERE / "tuned_run.py", folder, out, str(die_at)]
+        return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    for number, steps, done in ((signal.SIGTERM, 5, 5), (signal.SIGINT, 7, 12)):
+        with start(tmp_path / "none", -steps) as process:
+            assert [process.stdout.readline() for _ in range(2)] == ["waiting\n"] * 2
+            process.send_signal(number)
+            assert process.wait(60) != 0
+        assert {path.name for path in folder.iterdir()} <= {"state.safetensors", "best.safetensors", "last.safetensors"}
+        assert load_tensors(folder / "state.safetensors", STATE_FORMAT)[1]["step"] == done
+    with start(tmp_path / "resumed.json", 99) as process:
+        assert process.wait(60) == 0
+    processes = start_pair("tuned_run.py", [[tmp_path / "whole", tmp_path / "whole.json"]] * 2, tmp_path / "store")
+    assert [process.wait(120) for process in processes] == [0, 0]
+    assert json.loads((tmp_path / "resumed.json").read_text()) == json.loads((tmp_path / "whole.json").read_text())
+
+
+def test_processes_that_cannot_be_joined(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(StateError, match="WORLD_SIZE announces 2 processes, but they cannot be joined") as error:
+        qdq.finetune(make_model(), [make_images(8, 6)])
+    assert "torchrun" in error.value.fix
