@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import json
@@ -124,9 +125,11 @@ class Run:
         environment: From `describe_environment`.
         command: From `describe_command`.
         seconds: Stage -> how long it took.
+        is_first: Whether this process is the one that reports: alone, or the first that torchrun started.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], seed: int) -> None:
+        self.is_first = find_announced()[0] == 0
         self.folder = folder
         self.settings = settings
         self.seed = seed
@@ -141,7 +144,8 @@ class Run:
         self._end_stage()
         self._stage, self._stage_began = name, time.perf_counter()
         logger.info("stage %s", name)
-        print(f"== {name}", flush=True)
+        if self.is_first:
+            print(f"== {name}", flush=True)
         self._save("running")
 
     def finish(self) -> None:
@@ -183,6 +187,9 @@ def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | N
     What an earlier run left in the folder is removed, so that a folder never mixes two. What it had measured stays:
     its analysis, and, where it was cut off and had the same settings, seed and versions, what it had collected.
 
+    Of the processes that torchrun starts the first has the folder. The others have an empty one each, which is removed
+    when they end, print no stages and log errors only.
+
     Args:
         folder: Made if it does not exist.
         seed: For Python, numpy and torch.
@@ -192,9 +199,11 @@ def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | N
         ArgumentError: The folder holds files that are not of a run, or cannot be written to; a seed below 0 or
             above 2^32 - 1.
     """
-    folder = Path(folder)
     if not 0 <= seed < 2**32:  # what numpy takes
         raise ArgumentError(f"seed is {seed}; it must be 0 to {2**32 - 1}.", "choose another seed.")
+    if find_announced()[0]:
+        return _start_silent_run(settings or {}, seed)
+    folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         present = list(folder.iterdir())
@@ -219,6 +228,15 @@ def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | N
         raise _unusable(folder, error) from error
     set_seed(seed)
     return run
+
+
+def _start_silent_run(settings: dict[str, Any], seed: int) -> Run:
+    """A run whose files nobody will read."""
+    folder = tempfile.TemporaryDirectory(prefix="qdq-")
+    atexit.register(folder.cleanup)
+    logging.getLogger("qdq").setLevel(logging.ERROR)
+    set_seed(seed)
+    return Run(Path(folder.name), settings, seed)
 
 
 def _unusable(folder: Path, error: OSError) -> ArgumentError:

@@ -1,7 +1,7 @@
 """Fine-tuning of a quantized image classifier: from trained weights to a checked int8 engine, labels or not.
 
 python recipes/qat_classifier.py
-python recipes/qat_classifier.py --model resnet50 --data-dir /data/imagenet --loss both --plan runs/ptq/plan.yaml
+torchrun --nproc-per-node 4 recipes/qat_classifier.py --model resnet50 --data-dir /data/imagenet --loss both --plan runs/ptq/plan.yaml
 """
 
 from pathlib import Path
@@ -69,7 +69,7 @@ def qat_classifier(
     swapped = qdq.swap_modules(net.module, example, exclude=exclude)
     rewired = qdq.rewire_operations(net.module, example, exclude=exclude)
     run.stage("calibrate")
-    collected = run.folder / "calibration.safetensors"
+    collected, file = run.folder / "calibration.safetensors", run.folder / "model.onnx"
     solved = qdq.calibrate_model(net.module, calib, method=calib_method, statistics=collected)
     logits["calibrated"] = qdq.predict(net.module, images)
     run.stage("analyze")
@@ -82,9 +82,10 @@ def qat_classifier(
         distillation=None if loss == "labels" else qdq.Distillation(), folder=run.folder / "tuning",
         schedule=qdq.Schedule(steps=steps, epochs=epochs, lr=lr), held=subset if loss == "distill" else None,
     )  # fmt: skip
+    if not run.is_first:
+        return 0  # torchrun: only the first process goes on
     logits["fine-tuned"] = qdq.predict(net.module, images)
     run.stage("export and check")
-    file = run.folder / "model.onnx"
     onnx = qdq.export_onnx(net.module, example, file, calibration=solved, plan=swapped, rewired=rewired)
     logits["ONNX"], floor = qdq.predict(onnx.path, images), qdq.measure_tie_floor(net.module, images.subset(128))
     check = qdq.check_onnx(onnx.path, expected=logits["fine-tuned"], found=logits["ONNX"], tie_floor_db=floor)
