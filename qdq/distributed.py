@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,17 @@ def find_rank() -> tuple[int, int]:
     return 0, 1
 
 
+_groups = itertools.count()  # the processes join and leave each group together, so they count alike
+
+
+@functools.cache
+def _open_store() -> Any:
+    """Where the processes that torchrun announces find each other; kept, for the first process may be its server."""
+    from torch.distributed.rendezvous import rendezvous  # there are builds of torch without it
+
+    return next(iter(rendezvous("env://")))[0]
+
+
 @contextmanager
 def joining_processes(device: torch.device) -> Iterator[None]:
     """A block in which the processes that torchrun announces are one group; nothing where there is a group already.
@@ -35,12 +47,15 @@ def joining_processes(device: torch.device) -> Iterator[None]:
     Raises:
         StateError: The other processes cannot be reached.
     """
-    _, size = find_announced()
+    rank, size = find_announced()
     if size == 1 or not distributed.is_available() or distributed.is_initialized():
         yield
         return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        # Under names of its own: those of the group before are still there, with the addresses of processes that left.
+        store = distributed.PrefixStore(f"qdq {next(_groups)}", _open_store())  # type: ignore[attr-defined]
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         raise StateError(
             f"WORLD_SIZE announces {size} processes, but they cannot be joined: {error}",

@@ -1,7 +1,7 @@
 """Fine-tuning of a quantized image classifier: from trained weights to a checked int8 engine, labels or not.
 
 python recipes/qat_classifier.py
-torchrun --nproc-per-node 4 recipes/qat_classifier.py --model resnet50 --data-dir /data/imagenet --loss both --plan runs/ptq/plan.yaml
+torchrun --nproc-per-node 4 recipes/qat_classifier.py --model resnet50 --data-dir /data/imagenet --loss both
 """
 
 from pathlib import Path

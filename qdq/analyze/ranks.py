@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch.distributed as dist
+import torch
 
-from qdq.distributed import find_rank, gather_bytes
+from qdq.distributed import find_rank, gather_bytes, joining_processes
 
 Item = TypeVar("Item")
 
@@ -21,19 +21,15 @@ class Ranks:
 
     def __init__(self) -> None:
         self.rank, self.size = 0, 1
-        self._is_owner = False
+        self._exits = ExitStack()
 
     def __enter__(self) -> Ranks:
-        is_started = dist.is_available() and dist.is_initialized()
-        if not is_started and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
-            dist.init_process_group("gloo")
-            self._is_owner = True
+        self._exits.enter_context(joining_processes(torch.device("cpu")))
         self.rank, self.size = find_rank()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._is_owner:
-            dist.destroy_process_group()
+        self._exits.close()
 
     def share(self, items: Sequence[Item]) -> list[Item]:
         """The items that this process does."""
