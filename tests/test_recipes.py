@@ -137,6 +137,30 @@ def test_fine_tuning_interrupted_then_whole(tmp_path, pictures):
     assert [row["name"] for row in report["evaluation"]["candidates"]] == ["float", "calibrated", "fine-tuned", "ONNX"]
 
 
+@pytest.mark.slow
+@pytest.mark.trt
+def test_fine_tuning_in_two_processes_gives_what_one_gives(tmp_path, pictures):
+    arguments = [
+        *("--model", "squeezenet1_1", "--weights", "random", "--calib-batches", "2", "--eval-images", "4"),
+        *("--batch-size", "4", "--steps", "4", "--data-dir", pictures, "--output"),
+    ]
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", TUNING]
+    process = start(*together[1:], *arguments, tmp_path / "two", recipe=together[0])
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert output.count("== calibrate") == output.count("== build") == output.count("4 steps") == 1
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {*WRITTEN, "tuning"}
+
+    process = start(*arguments, tmp_path / "one", recipe=TUNING)
+    while process.stdout.readline() != "== export and check\n":
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    two, one = (json.loads((tmp_path / name / "tuning" / "tuning.json").read_text()) for name in ("two", "one"))
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert [m["metric"] for m in two["curve"]] == pytest.approx([m["metric"] for m in one["curve"]], abs=1e-2)
+
+
 def empty_folder(tmp_path):
     (tmp_path / "data" / "cat").mkdir(parents=True)
     return ["--data-dir", tmp_path / "data"]

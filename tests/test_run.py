@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from qdq import ArgumentError, start_run
-from qdq.run import describe_command, describe_environment, to_jsonable, write_atomic, write_json
+from qdq.run import describe_command, describe_environment, find_announced, to_jsonable, write_atomic, write_json
 
 
 def test_write_replaces_whole(tmp_path):
@@ -173,3 +174,35 @@ def test_a_large_file_in_parts(tmp_path, monkeypatch):
 def test_command_for_a_shell(monkeypatch, argv, expected):
     monkeypatch.setattr(sys, "argv", argv)
     assert describe_command() == expected
+
+
+def test_of_the_processes_of_torchrun_only_the_first_has_the_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("precious")  # the first process refuses it
+    before = logging.getLogger("qdq").level
+    run = start_run(tmp_path / "run", seed=3)
+    drawn = np.random.rand()
+    run.stage("calibrate")
+    run.finish()
+    logging.getLogger("qdq").setLevel(before)
+    assert not run.is_first
+    assert capsys.readouterr().out == ""
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "thesis.tex"]
+    assert [path.name for path in run.folder.iterdir()] == ["run.json"]
+    monkeypatch.setenv("RANK", "0")
+    first = start_run(tmp_path / "first", seed=3)
+    assert first.is_first
+    assert drawn == np.random.rand()
+    first.stage("calibrate")
+    assert capsys.readouterr().out == "== calibrate\n"
+
+
+def test_ranks_that_nobody_announces_are_none(monkeypatch):
+    for variables in ({}, {"RANK": "3"}, {"WORLD_SIZE": "1", "RANK": "0"}, {"WORLD_SIZE": "4"}):
+        for name in ("RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert find_announced() == (0, 1)

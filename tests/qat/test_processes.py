@@ -127,6 +127,24 @@ def test_torchrun_that_is_stopped_leaves_whole_files_to_go_on_from(tmp_path):
     assert json.loads((tmp_path / "resumed.json").read_text()) == json.loads((tmp_path / "whole.json").read_text())
 
 
+LATE = """
+import os, time
+import torch
+from qdq.distributed import gather_bytes, joining_processes
+
+for number in range(3):
+    time.sleep(float(os.environ["RANK"]) if number else 0)
+    with joining_processes(torch.device("cpu")):
+        assert gather_bytes(bytes([number, int(os.environ["RANK"])])) == [bytes([number, 0]), bytes([number, 1])]
+"""
+
+
+def test_a_group_that_was_left_can_be_joined_again(tmp_path):
+    """The second process comes a second late, when the first has looked for it."""
+    (tmp_path / "late.py").write_text(LATE)
+    subprocess.run([*TORCHRUN, tmp_path / "late.py"], env=ENVIRONMENT, check=True, timeout=100)
+
+
 def test_processes_that_cannot_be_joined(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
