@@ -149,6 +149,8 @@ def finetune(
         raise ArgumentError(f"seed is {seed}; it must be 0 to {2**32 - 1}.", "choose another seed.")
     if measure_every is not None and measure_every < 1:
         raise ArgumentError(f"measure_every is {measure_every}; it must be 1 or more.", "leave it out.")
+    if schedule.patience is not None and metric is None and held is None:
+        raise ArgumentError("patience waits for a better metric, and there is none.", "give held, or a metric.")
     taught_by = "" if teacher is None else digest_weights(teacher)
     if teacher is None and distillation is not None:
         teacher = copy_float(model)
