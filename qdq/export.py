@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 import qdq
 from qdq.calibrate import Range
+from qdq.calibrate.collect import bytes_of
 from qdq.check.parity import Parity, measure_parity
 from qdq.check.precision import measure_peaks, run_graph, run_rounded
 from qdq.check.rules import find_violations
@@ -371,7 +372,7 @@ def _describe_origin(
     for name, quantizer in named_quantizers(model):
         if not quantizer._disabled and quantizer.amax is not None:
             digest.update(f"{name} {quantizer.axis} ".encode())
-            digest.update(quantizer.amax.detach().float().cpu().numpy().tobytes())
+            digest.update(bytes_of(quantizer.amax.float()))
     origin = {
         "qdq.version": qdq.__version__,
         "qdq.torch_version": torch.__version__,

@@ -51,6 +51,7 @@ from qdq.analyze.sensitivity import (
     reduce_rows,
     require_labels,
 )
+from qdq.calibrate.collect import bytes_of
 from qdq.errors import ArgumentError, DataError, StateError
 from qdq.patterns import Pattern
 from qdq.plan import PRECISIONS, Plan, PlanEntry
@@ -495,7 +496,7 @@ def _feed(digest: Any, name: str, value: Any) -> None:
         digest.update(repr(value).encode())
     elif value.numel():
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(bytes_of(value))
 
 
 @dataclass(frozen=True)
