@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import distributed
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from qdq.errors import CalibrationError, DataError, QdqError, StateError
 from qdq.run import find_announced
+from qdq.trace import tensors_of
 
 
 def find_rank() -> tuple[int, int]:
@@ -220,7 +221,7 @@ def shard_samples(batch: Any) -> tuple[Any, int]:
         DataError: Several processes, and no tensor, or tensors that differ in their first size.
     """
     rank, size = find_rank()
-    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+    tensors = tensors_of(batch)
     lengths = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
     if size == 1:
         return batch, max(lengths, default=1)

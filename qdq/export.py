@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 import qdq
 from qdq.calibrate import Range
+from qdq.calibrate.collect import bytes_of
 from qdq.check.parity import Parity, measure_parity
 from qdq.check.precision import measure_peaks, run_graph, run_rounded
 from qdq.check.rules import find_violations
@@ -46,6 +47,7 @@ from qdq.graph.save import save_model
 from qdq.graph.transpose_keys import TransposeKeys
 from qdq.graph.weights import QuantizeWeights
 from qdq.metrics import Array
+from qdq.names import group_names, list_names
 from qdq.nn import QuantMixin
 from qdq.quantizer import named_quantizers, quantize_codes
 from qdq.rewire import RewirePlan
@@ -89,11 +91,9 @@ class PrecisionReport:
                 f"cosine {p.cosine:.6f}, max abs {p.max_abs:.3g}, same largest output {p.agreement:.1%}"
             )
         lines += [f"{self.precision}: not measured: {text}" for text in self.not_measured]
-        groups: dict[str, list[str]] = {}
-        for entry in self.kept:
-            groups.setdefault(f"{entry.op_type}: {entry.reason}", []).append(entry.node)
+        groups = group_names((f"{entry.op_type}: {entry.reason}", entry.node) for entry in self.kept)
         lines.append(f"{len(self.kept)} nodes stay in fp32, {self.casts} Casts")
-        lines += [f"  {group}: {_list(names)}" for group, names in groups.items()]
+        lines += [f"  {group}: {list_names(names, 5)}" for group, names in groups.items()]
         return "\n".join(lines)
 
 
@@ -220,12 +220,12 @@ def _require_exportable(model: nn.Module) -> None:
     enabled = {name: q for name, q in named_quantizers(model) if not q._disabled}
     if collecting := [name for name, q in enabled.items() if q._if_calib or not q._if_quant]:
         raise ExportError(
-            f"{len(collecting)} quantizers are calibrating, not quantizing: {_list(collecting)}.",
+            f"{len(collecting)} quantizers are calibrating, not quantizing: {list_names(collecting, 5)}.",
             "leave the Calibration block (or call enable_quant and disable_calib) first.",
         )
     if missing := [name for name, q in enabled.items() if q.amax is None]:
         raise ExportError(
-            f"{len(missing)} quantizers have no amax: {_list(missing)}.",
+            f"{len(missing)} quantizers have no amax: {list_names(missing, 5)}.",
             "call calibrate_model, or disable_quantization for what shall stay float.",
         )
     for name, quantizer in enabled.items():
@@ -315,7 +315,7 @@ def _require_complete(model: nn.Module, exported: ir.Model) -> dict[str, list[st
     lost = [name for name in sorted(expected) if not any(node.expects_int8 for node in nodes.get(name, []))]
     if lost:
         raise ExportError(
-            f"{len(lost)} quantized layers have no Q/DQ in the exported graph: {_list(lost)}.",
+            f"{len(lost)} quantized layers have no Q/DQ in the exported graph: {list_names(lost, 5)}.",
             "check that they run on the example inputs; otherwise report the model.",
         )
     if findings := [f for f in find_violations(exported) if f.severity == "error"]:
@@ -371,7 +371,7 @@ def _describe_origin(
     for name, quantizer in named_quantizers(model):
         if not quantizer._disabled and quantizer.amax is not None:
             digest.update(f"{name} {quantizer.axis} ".encode())
-            digest.update(quantizer.amax.detach().float().cpu().numpy().tobytes())
+            digest.update(bytes_of(quantizer.amax.float()))
     origin = {
         "qdq.version": qdq.__version__,
         "qdq.torch_version": torch.__version__,
@@ -399,7 +399,3 @@ def _input_shapes(model: ir.Model) -> dict[str, list[int | str]]:
         str(value.name): [size if isinstance(size, int) else str(size) for size in value.shape or ()]
         for value in model.graph.inputs
     }
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import Linear
 from torch.utils._pytree import tree_map_only
 
+from qdq.names import group_names
 from qdq.nn import QuantMixin
 from qdq.quantizer import disable_quantization
 from qdq.trace import call_model, evaluating, trace_forward
@@ -87,17 +88,9 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> list[FoldedPair]:
             _scale_range(modules[pair.layer], modules[pair.batchnorm])
             _fold(modules[pair.layer], modules[pair.batchnorm])
             _replace_everywhere(model, modules[pair.batchnorm], _rest_of(modules[pair.batchnorm]))
-    for reason, names in _group_by_reason(pairs).items():
+    for reason, names in group_names((pair.reason, pair.batchnorm) for pair in pairs if not pair.folded).items():
         logger.warning("%d BatchNorm stay (%s ...): %s", len(names), names[0], reason)
     return pairs
-
-
-def _group_by_reason(pairs: list[FoldedPair]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for pair in pairs:
-        if not pair.folded:
-            groups.setdefault(pair.reason, []).append(pair.batchnorm)
-    return groups
 
 
 def _is_batchnorm(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from torch import nn
 from qdq.dataflow import CONVOLUTIONS, MAX_POOLINGS, Dataflow
 from qdq.defaults import reason_against_convolution, reason_against_linear
 from qdq.errors import ArgumentError
+from qdq.names import group_names, list_names
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.nn.functions import QuantFunctionsMixin, add_function_quantizers, name_quantizer
 from qdq.nn.registry import find_counterpart
@@ -77,12 +78,11 @@ class RewirePlan:
             f"{counts['quantize']} function calls quantized, {counts['float']} left in float; "
             f"{followers} quantizers use the range of {len(self.shared)} others"
         ]
-        groups: dict[tuple[str, str, str], list[str]] = {}
-        for operation in self.operations:
-            groups.setdefault((operation.action, operation.function, operation.reason), []).append(operation.name)
-        for (action, function, reason), names in groups.items():
-            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-            lines.append(f"  {action:8}  {len(names)} {function} ({', '.join(names[:2])}{more}): {reason}")
+        groups = group_names(((each.action, each.function, each.reason), each.name) for each in self.operations)
+        lines += [
+            f"  {action:8}  {len(names)} {function} ({list_names(names, 2)}): {reason}"
+            for (action, function, reason), names in groups.items()
+        ]
         return "\n".join(lines)
 
 

@@ -106,8 +106,8 @@ def load_templates(folder: Path) -> jinja2.Environment:
 
 
 @dataclass(frozen=True)
-class _Tick:
-    """A labelled place on an axis, in pixels from the left or from the top."""
+class Tick:
+    """A labelled place on an axis, from the left or from the top."""
 
     at: float
     label: str
@@ -126,13 +126,13 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Plot:
-    """All that the template draws of one tensor."""
+    """All that the template draws of one tensor; places in pixels."""
 
     name: str
     figures: dict[str, str]
     outline: str
-    x_ticks: list[_Tick]
-    y_ticks: list[_Tick]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
     lines: list[_Line]
 
 
@@ -144,9 +144,9 @@ def _plot(name: str, tensor: TensorStatistics, entry: dict[str, Any]) -> _Plot:
         name=name,
         figures=_figures(entry),
         outline=_outline(heights),
-        x_ticks=[_Tick(value / end * _WIDTH, f"{value:.4g}") for value in round_numbers(end)],
+        x_ticks=[Tick(value / end * _WIDTH, f"{value:.4g}") for value in round_numbers(end)],
         y_ticks=[
-            _Tick(_HEIGHT * (1 - math.log10(10**decade + 1) / decades), f"{10**decade:,}")
+            Tick(_HEIGHT * (1 - math.log10(10**decade + 1) / decades), f"{10**decade:,}")
             for decade in range(0, int(decades) + 1, max(1, int(decades) // 4))
             if math.log10(10**decade + 1) <= decades
         ],

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from qdq.errors import ArgumentError, DataError, QdqError
 from qdq.formats import Format
+from qdq.names import list_names
 from qdq.observers.solve import SOLVERS, solve_amax
 from qdq.observers.statistics import TensorStatistics
 from qdq.run import write_atomic, write_json
@@ -74,7 +75,7 @@ class Statistics:
         tensors = {name: tensor for name, tensor in self.tensors.items() if fnmatchcase(name, pattern)}
         if not tensors:
             raise ArgumentError(
-                f"no tensor fits {pattern!r}; there are {_list(list(self.tensors))}.",
+                f"no tensor fits {pattern!r}; there are {list_names(list(self.tensors), 3)}.",
                 "give the name of a quantizer, or a glob such as '*._input_quantizer'.",
             )
         shared = {name: leader for name, leader in self.shared.items() if leader in tensors}
@@ -266,10 +267,6 @@ def _load_complete(path: Path | str) -> Statistics:
             "run the same calibration again, it goes on from there; then merge.",
         )
     return found
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def require_suffix(path: Path | str) -> Path:

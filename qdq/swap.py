@@ -21,6 +21,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from qdq.dataflow import CONVOLUTIONS, Dataflow
 from qdq.defaults import reason_against_convolution, reason_against_linear
+from qdq.names import group_names, list_names
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.nn.functions import QuantFunctionsMixin, remove_function_quantizers
 from qdq.nn.registry import _DEFAULT_QUANT_MAP, find_counterpart
@@ -88,12 +89,12 @@ class SwapPlan:
             + (f" and {without_weights} without" if without_weights else "")
             + f"; left in float: {counts['float']}, missed: {counts['missed']}"
         ]
-        groups: dict[tuple[str, str, str], list[str]] = {}
-        for module in self.of("missed") + self.of("float"):
-            groups.setdefault((module.action, module.type, module.reason), []).append(module.name or "the model")
-        for (action, kind, reason), names in groups.items():
-            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-            lines.append(f"  {action:6}  {len(names)} {kind} ({', '.join(names[:2])}{more}): {reason}")
+        passed_over = self.of("missed") + self.of("float")
+        groups = group_names(((each.action, each.type, each.reason), each.name or "the model") for each in passed_over)
+        lines += [
+            f"  {action:6}  {len(names)} {kind} ({list_names(names, 2)}): {reason}"
+            for (action, kind, reason), names in groups.items()
+        ]
         return "\n".join(lines)
 
 

@@ -133,6 +133,16 @@ def require_batches(batches: Any) -> None:
         )
 
 
+def tensors_of(tree: Any) -> list[torch.Tensor]:
+    """The tensors of what a model takes or gives, in order; whatever else is in it is passed over."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def floats_of(tree: Any) -> list[torch.Tensor]:
+    """The floating-point tensors of what a model takes or gives, in order."""
+    return [tensor for tensor in tensors_of(tree) if tensor.is_floating_point()]
+
+
 def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments for a model, from what a loader yields.
 
@@ -206,13 +216,13 @@ class _Recorder(TorchFunctionMode):
         if name is None:
             return
         caller = self._stack[-1] if self._stack else None
-        self._trace.runs.append(ModuleRun(name, caller, tuple(map(self._number, _tensors(args)))))
+        self._trace.runs.append(ModuleRun(name, caller, tuple(map(self._number, tensors_of(args)))))
         if caller is None and not self._trace.inputs:
             self._trace.inputs = self._trace.runs[-1].inputs
         self._stack.append(name)
         self._counters.append(Counter())
         self._trace.calls[name] += 1
-        for tensor in _tensors(args):
+        for tensor in tensors_of(args):
             if id(tensor) in self._outputs:
                 self._given[name] = id(tensor)
 
@@ -233,7 +243,7 @@ class _Recorder(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        arguments = list(_tensors((args, kwargs or {})))
+        arguments = tensors_of((args, kwargs or {}))
         numbers = tuple(map(self._number, arguments))  # before the call may change one in place
         function = name_function(func)
         index = self._counters[-1][function]
@@ -241,13 +251,13 @@ class _Recorder(TorchFunctionMode):
         before = self._meter()
         result = func(*args, **(kwargs or {}))
         metered = self._meter() - before
-        changed = arguments[:1] if function == "setitem" else list(_tensors(result))
+        changed = arguments[:1] if function == "setitem" else tensors_of(result)
         if changed:  # sizes and flags are no reading of the values
             self._record(func, arguments)
             here = self._stack[-1] if self._stack else ""
             outputs = tuple(self._renumber(tensor) for tensor in changed)
             others = {str(key): value for key, value in (*enumerate(args), *(kwargs or {}).items())}
-            plain = {key: value for key, value in others.items() if next(_tensors(value), None) is None}
+            plain = {key: value for key, value in others.items() if not tensors_of(value)}
             operation = Operation(here, function, index, numbers, outputs, plain, metered)
             self._trace.operations.append(operation)
         return result
@@ -275,8 +285,8 @@ class _Recorder(TorchFunctionMode):
             self._trace.contractions.append(Contraction(here, function, storages))
 
     def finish(self, outputs: Any) -> ForwardTrace:
-        self._trace.outputs = tuple(map(self._number, _tensors(outputs)))
-        returned = {id(tensor) for tensor in _tensors(outputs)}
+        self._trace.outputs = tuple(map(self._number, tensors_of(outputs)))
+        returned = {id(tensor) for tensor in tensors_of(outputs)}
         for identity, (name, _) in self._outputs.items():
             readers = self._readers[name]
             if len(readers) == 1 and identity not in returned and self._trace.calls[name] == 1:
@@ -299,7 +309,3 @@ def is_in_place(func: Callable[..., Any]) -> bool:
     """Whether a function changes its first tensor: `add_`, `__iadd__`."""
     name = str(getattr(func, "__name__", ""))
     return name.startswith("__i") if name.endswith("__") else name.endswith("_")
-
-
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))

@@ -5,11 +5,11 @@ torchrun --nproc-per-node 4 recipes/qat_classifier.py --model resnet50 --data-di
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import qdq
 from qdq.cli.calibrate import CalibMethod
-from qdq.cli.main import NonNegativeInt, PositiveFloat, PositiveInt, UInt32, run_command
+from qdq.cli.main import NonNegativeInt, Parameter, PositiveInt, UInt32, run_command
 
 
 def qat_classifier(
@@ -26,9 +26,10 @@ def qat_classifier(
     max_float_layers: NonNegativeInt = 0,
     loss: Literal["distill", "labels", "both"] = "distill",
     ranges: Literal["frozen", "lsq", "pact", "ema"] = "frozen",
-    steps: PositiveInt | None = None,
-    epochs: PositiveInt = 8,
-    lr: PositiveFloat = 1e-5,
+    layers: tuple[str, ...] | None = None,
+    schedule: Annotated[qdq.Schedule, Parameter(name="*")] = qdq.Schedule(),  # noqa: B008  # frozen
+    amp: bool = False,
+    tensorboard: bool = False,
     batch_size: PositiveInt = 16,
     sm: int = 89,
     seed: UInt32 = 0,
@@ -48,39 +49,38 @@ def qat_classifier(
         max_float_layers: At most so many layers are left in float after the analysis.
         loss: The float model teaches the quantized one (no labels), the labels do, or both (then the last weights).
         ranges: Ranges stay as calibrated, are learned (lsq, pact), or follow the data (ema).
-        steps: Optimizer steps; left out: as many as the epochs have.
-        epochs: Passes over the training images.
-        lr: Largest learning rate.
+        layers: Layers to train alone, named as in exclude; left out: all.
+        schedule: Length and learning rates.
+        amp: Compute in bfloat16 where torch.autocast does so.
+        tensorboard: Write the curves into the run folder for TensorBoard.
         batch_size: Images a batch.
         sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121.
         seed: Of weights, crops and the choice of images.
     """
     settings, backend = dict(locals()), qdq.find_backend("auto", sm)
     pinned = qdq.load_plan(plan) if plan else None
-    net = qdq.load_model(model, weights, seed)
-    calib_images = calib_batches * batch_size
+    net, calib_images = qdq.load_model(model, weights, seed), calib_batches * batch_size
     calib, images = qdq.load_images(data_dir, net, calib_images, eval_images, batch_size, seed)
-    train = qdq.load_training_images(data_dir, net, None, calib_images, eval_images, batch_size, seed)
+    training = qdq.load_training_images(data_dir, net, None, calib_images, eval_images, batch_size, seed)
     run = qdq.start_run(output, seed=seed, settings=settings)
+    collected, journal, file = (run.folder / n for n in ("calibration.safetensors", "analysis.jsonl", "model.onnx"))
     run.stage("float")
-    logits, example = {"float": qdq.predict(net.module, images)}, calib.images[:2]
+    logits, example, subset = {"float": qdq.predict(net.module, images)}, calib.images[:2], calib.subset(32)
     run.stage("fold, swap, rewire")
     folded = qdq.fold_batchnorm(net.module, example)
     swapped = qdq.swap_modules(net.module, example, exclude=exclude)
     rewired = qdq.rewire_operations(net.module, example, exclude=exclude)
     run.stage("calibrate")
-    collected, file = run.folder / "calibration.safetensors", run.folder / "model.onnx"
     solved = qdq.calibrate_model(net.module, calib, method=calib_method, statistics=collected)
     logits["calibrated"] = qdq.predict(net.module, images)
     run.stage("analyze")
-    journal, subset = run.folder / "analysis.jsonl", calib.subset(32)
     analysis = qdq.analyze_layers(net.module, subset, pinned=pinned, max_float_layers=max_float_layers, path=journal)
     qdq.save_plan(analysis.plan, run.folder / "plan.yaml")
     run.stage("fine-tune")
     tuned = qdq.finetune(
-        net.module, train, loss=None if loss == "distill" else qdq.cross_entropy, ranges=ranges, seed=seed,
-        distillation=None if loss == "labels" else qdq.Distillation(), folder=run.folder / "tuning",
-        schedule=qdq.Schedule(steps=steps, epochs=epochs, lr=lr), held=subset if loss == "distill" else None,
+        net.module, training, loss=None if loss == "distill" else qdq.cross_entropy, ranges=ranges, seed=seed,
+        distillation=None if loss == "labels" else qdq.Distillation(), layers=layers, schedule=schedule, amp=amp,
+        held=subset if loss == "distill" else None, folder=run.folder / "tuning", tensorboard=tensorboard,
     )  # fmt: skip
     if not run.is_first:
         return 0  # torchrun: only the first process goes on

@@ -242,8 +242,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, pr
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
-        (["--steps", "0"], 'invalid value "0" for --steps'),
-        (["--lr", "-1"], 'invalid value "-1.0" for --lr'),
+        (["--steps", "0"], "steps is 0; it must be 1 or more"),
+        (["--lr", "-1"], "lr is -1.0; it must be above 0"),
         (["--loss", "hinge"], 'invalid value "hinge" for --loss'),
         (["--ranges", "free"], 'invalid value "free" for --ranges'),
         (["--plan", "missing.yaml"], "cannot read the plan missing.yaml"),

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qdq.trace import call_model, evaluating, trace_forward
+from qdq.trace import call_model, evaluating, floats_of, tensors_of, trace_forward
 
 
 def test_chain():
@@ -141,3 +141,11 @@ def test_evaluating_puts_the_flags_back_after_an_error():
     assert not block.__exit__(ValueError, ValueError("inside"), None)
     assert (model[0].training, model[1].training) == (True, False)
     assert torch.is_grad_enabled()
+
+
+def test_tensors_of_a_tree_in_order():
+    whole, half, number = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.float16), torch.zeros(())
+    tree = {"a": [whole, (half, "text", None)], "b": 1.0, "c": number}
+    assert [id(tensor) for tensor in tensors_of(tree)] == [id(whole), id(half), id(number)]
+    assert [id(tensor) for tensor in floats_of(tree)] == [id(half), id(number)]
+    assert tensors_of(None) == floats_of(whole) == []

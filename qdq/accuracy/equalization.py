@@ -37,6 +37,7 @@ from qdq.calibrate import calibrate_model
 from qdq.dataflow import CONVOLUTIONS, MAX_POOLINGS, Dataflow, clamp_of
 from qdq.errors import StateError
 from qdq.metrics import Array, sqnr_db
+from qdq.names import group_names
 from qdq.nn import QuantInputMixin
 from qdq.quantizer import disable_quantization
 from qdq.swap import quantized_layers, restore_modules, swap_modules
@@ -100,10 +101,7 @@ class Equalization:
             f"{len(done)} of {len(self.tensors)} tensors equalized: {sqnr}; "
             f"the float model against itself before: {self.float_db:.1f} dB"
         ]
-        groups: dict[str, list[str]] = {}
-        for tensor in self.tensors:
-            if tensor.reason:
-                groups.setdefault(tensor.reason, []).append(", ".join(tensor.written_by))
+        groups = group_names((each.reason, ", ".join(each.written_by)) for each in self.tensors if each.reason)
         lines += [f"  {len(names)} ({names[0]} ...): {reason}" for reason, names in groups.items()]
         return "\n".join(lines)
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import keystr, tree_leaves, tree_map, tree_map_with_path
+from torch.utils._pytree import keystr, tree_map, tree_map_with_path
 
 from qdq.dataflow import Dataflow
 from qdq.errors import ArgumentError, DataError, QdqError, StateError
@@ -27,7 +27,16 @@ from qdq.metrics import Array
 from qdq.nn import QuantMixin
 from qdq.quantizer import disable_quantization
 from qdq.swap import quantized_layers
-from qdq.trace import call_model, evaluating, name_function, require_batches, split_inputs, trace_forward
+from qdq.trace import (
+    call_model,
+    evaluating,
+    floats_of,
+    name_function,
+    require_batches,
+    split_inputs,
+    tensors_of,
+    trace_forward,
+)
 
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _PRODUCTS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
@@ -276,7 +285,7 @@ def drop_empty(batches: Iterable[Any]) -> list[Any]:
     """
     require_batches(batches)
     given = list(batches)
-    kept = [batch for batch in given if all(tensor.numel() for tensor in _tensors_of(batch))]
+    kept = [batch for batch in given if all(tensor.numel() for tensor in tensors_of(split_inputs(batch)))]
     if not kept:
         found = f"all {len(given)} batches are empty" if given else "there is no batch"
         raise DataError(f"{found}.", "give at least one with samples, for instance of the calibration data.")
@@ -317,12 +326,8 @@ def _join(sizes: list[int], path: Any, *leaves: Any) -> Any:
     )
 
 
-def _tensors_of(batch: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(split_inputs(batch)) if isinstance(leaf, torch.Tensor)]
-
-
 def _batch_size(batch: Any) -> int:
-    return next((len(tensor) for tensor in _tensors_of(batch) if tensor.dim()), 0)
+    return next((len(tensor) for tensor in tensors_of(split_inputs(batch)) if tensor.dim()), 0)
 
 
 def _is_by_sample(leaf: Any, size: int) -> bool:
@@ -356,7 +361,7 @@ def flatten_outputs(outputs: Any) -> Array:
     Raises:
         StateError: They hold NaN or Inf, or no floating-point tensor at all.
     """
-    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    leaves = floats_of(outputs)
     if not leaves:
         raise StateError(
             "the model returns no floating-point tensor.", "have it return what stands before argmax or the like."

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from qdq.errors import ArgumentError, DataError
 from qdq.quantizer import disable_quantization
-from qdq.trace import trace_forward
+from qdq.trace import tensors_of, trace_forward
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ class _Traffic:
         self._values = values
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        moved = sum(leaf.numel() for leaf in tree_leaves((args, kwargs, output)) if isinstance(leaf, torch.Tensor))
+        moved = sum(tensor.numel() for tensor in tensors_of((args, kwargs, output)))
         weights = sum(parameter.numel() for parameter in module.parameters(recurse=False))
         self._values[self._name] = self._values.get(self._name, 0) + moved + weights
 

@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from qdq.quantizer import TensorQuantizer, named_quantizers
-from qdq.trace import call_model, evaluating, is_in_place
+from qdq.trace import call_model, evaluating, is_in_place, tensors_of
 
 CACHE_BYTES = 2 * 2**30
 _FIRST_REPLAYED = 2**40  # numbers of tensors that replays compute: above those of any recording
@@ -230,7 +230,7 @@ class _Recording(TorchFunctionMode):
     def record(self, batch: Any) -> Any:
         """The outputs of the first forward."""
         outputs = self._forward(batch)
-        self._outputs = [self._slot(leaf).number for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+        self._outputs = [self._slot(tensor).number for tensor in tensors_of(outputs)]
         resolved = self._resolve(outputs)
         self._is_recording = False
         self._numbers = itertools.count(_FIRST_REPLAYED)
@@ -567,7 +567,7 @@ def _comparable(tree: Any, tensors: list[torch.Tensor]) -> Hashable:
         if any(isinstance(bound, torch.Tensor) for bound in bounds):
             raise _NotReplayableError("the model slices by a tensor")
         return (slice, *bounds)
-    if isinstance(tree, (tuple, list)) and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(tree)):
+    if isinstance(tree, (tuple, list)) and tensors_of(tree):
         raise _NotReplayableError(f"the model gives a function tensors in a {type(tree).__name__}")
     return (type(tree), tree)
 

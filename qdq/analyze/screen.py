@@ -26,11 +26,11 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from qdq.analyze.replay import flipped
-from qdq.analyze.sensitivity import Statistics, count_rows, floats_of
+from qdq.analyze.sensitivity import Statistics, count_rows
 from qdq.nn import QuantInputMixin
 from qdq.nn.functions import run_again
 from qdq.quantizer import TensorQuantizer, disable_quantization, named_quantizers
-from qdq.trace import call_model, evaluating
+from qdq.trace import call_model, evaluating, floats_of
 from qdq.units import Unit
 
 

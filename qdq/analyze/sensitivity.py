@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils._pytree import tree_leaves
 
 from qdq.errors import DataError
+from qdq.trace import floats_of, tensors_of
 
 Statistics = npt.NDArray[np.float64]
 """One row a sample, or one for a batch whose outputs do not tell its samples apart; the columns can be summed."""
@@ -165,12 +165,7 @@ def draw_sums(rows: Statistics) -> Statistics:
 
 def count_rows(batch: Any) -> int:
     """Samples in a batch: the first dimension of its first tensor that has one."""
-    return next((leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim()), 1)
-
-
-def floats_of(tree: Any) -> list[torch.Tensor]:
-    """The floating-point tensors of an output."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    return next((tensor.shape[0] for tensor in tensors_of(batch) if tensor.dim()), 1)
 
 
 def _as_rows(tensors: list[torch.Tensor], rows: int) -> torch.Tensor:

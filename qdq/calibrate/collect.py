@@ -391,8 +391,13 @@ def digest_sources(model: nn.Module, batch: Any) -> str:
     for tensor in (*states, *tree_leaves(split_inputs(batch))):
         if isinstance(tensor, torch.Tensor) and not tensor.is_meta:  # weights that are elsewhere are not read
             digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(bytes_of(tensor))
     return digest.hexdigest()
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The values of a tensor in the order of their indices, for a digest; says nothing of its shape or type."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def leader_of(quantizer: TensorQuantizer) -> TensorQuantizer:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from qdq.calibrate.collect import Collection, leader_of
 from qdq.distributed import failing_together, gather_bytes
@@ -20,7 +19,7 @@ from qdq.nn import QuantInputMixin
 from qdq.nn.functions import run_again
 from qdq.quantizer import TensorQuantizer, disable_quantization, fake_quantize, named_quantizers
 from qdq.swap import quantized_layers
-from qdq.trace import call_model, evaluating
+from qdq.trace import call_model, evaluating, floats_of
 
 Candidates = Mapping[str, Mapping[str, float]]
 """Name of the quantizer that has the range -> method -> amax."""
@@ -127,7 +126,7 @@ class _Trials:
         return self._candidates[self._collection.leaders[name]].items()
 
     def _note(self, name: str, method: str, expected: Any, found: Any) -> None:
-        pairs = list(zip(_floats(expected), _floats(found), strict=True))
+        pairs = list(zip(floats_of(expected), floats_of(found), strict=True))
         noise = math.fsum(float((one.double() - two.double()).square().sum()) for one, two in pairs)
         signal = math.fsum(float(one.double().square().sum()) for one, _ in pairs)
         self.errors[self._collection.leaders[name], method].append(noise / signal if signal else noise)
@@ -157,7 +156,3 @@ def _range(quantizer: TensorQuantizer, amax: float) -> Iterator[None]:
             del quantizer._buffers["_amax"]
         else:
             quantizer._buffers["_amax"] = before
-
-
-def _floats(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]

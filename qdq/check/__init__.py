@@ -17,6 +17,7 @@ from qdq.check.rules import SEVERITIES, choose_rules, find_violations
 from qdq.check.rules import Finding as Finding
 from qdq.graph.coverage import Coverage, count_qdq, measure_coverage
 from qdq.metrics import Array
+from qdq.names import group_names
 
 _SHOWN_NODES = 5
 
@@ -75,10 +76,9 @@ class CheckReport:
 
 def _format_findings(findings: tuple[Finding, ...]) -> Iterator[str]:
     """One line a finding, the worst first; of many equal ones the first few nodes and how many more there are."""
-    groups: dict[tuple[int, str, str, str], list[str]] = {}
-    for finding in findings:
-        key = (SEVERITIES.index(finding.severity), finding.rule, finding.message, finding.fix)
-        groups.setdefault(key, []).append(finding.node)
+    groups = group_names(
+        ((SEVERITIES.index(each.severity), each.rule, each.message, each.fix), each.node) for each in findings
+    )
     for (severity, rule, message, fix), nodes in sorted(groups.items(), key=lambda item: item[0]):
         for node in nodes[:_SHOWN_NODES]:
             yield f"{rule} {SEVERITIES[severity]} {node}: {message}. Fix: {fix}"

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import cyclopts
 
-# For the signatures of recipes: a number that cannot be meant is refused before any work begins.
+# For the signatures of recipes: the fields of a dataclass as flags of their own; and numbers, of which one that cannot
+# be meant is refused before any work begins.
+from cyclopts import Parameter as Parameter
 from cyclopts.types import NonNegativeInt as NonNegativeInt
-from cyclopts.types import PositiveFloat as PositiveFloat
 from cyclopts.types import PositiveInt as PositiveInt
 from cyclopts.types import UInt32 as UInt32
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from qdq.graph.pairs import COPY_OPS, constant_of, has_int8_zeros, parameters_of
+from qdq.names import list_names
 
 WEIGHTED_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # A DQ in front of these still reaches the operator behind them: they move or pad values, they make no new ones.
@@ -293,5 +294,4 @@ def _percent(share: float) -> str:
 
 
 def _names(layers: Sequence[LayerCoverage]) -> str:
-    more = f" and {len(layers) - 2} more" if len(layers) > 2 else ""
-    return ", ".join(layer.module or layer.name for layer in layers[:2]) + more
+    return list_names([layer.module or layer.name for layer in layers], 2)

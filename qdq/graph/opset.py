@@ -18,6 +18,7 @@ from onnx import defs
 
 from qdq.errors import ArgumentError, ExportError
 from qdq.graph.pairs import constant_of
+from qdq.names import group_names, list_names
 
 LOWEST, HIGHEST = 13, 18  # Q/DQ have an axis from 13 on; what changed after 18 has no rules here
 
@@ -154,13 +155,10 @@ def _type_name(found: ir.TypeProtocol | None) -> str | None:
 
 def _describe(obstacles: list[tuple[ir.Node, str]]) -> str:
     """Operators and why, each with the names of its nodes."""
-    groups: dict[str, list[str]] = {}
-    for node, reason in obstacles:
-        groups.setdefault(f"{node.op_type} ({reason})", []).append(node.name or "a node without name")
-    return ", ".join(
-        f"{group} at {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        for group, names in groups.items()
+    groups = group_names(
+        (f"{node.op_type} ({reason})", node.name or "a node without name") for node, reason in obstacles
     )
+    return ", ".join(f"{group} at {list_names(names, 5)}" for group, names in groups.items())
 
 
 def _same(node: ir.Node) -> None:

@@ -19,6 +19,7 @@ from qdq.graph.precision_rules import (
     parameter_types,
     takes_either,
 )
+from qdq.names import list_names
 
 NEWEST_OPSET = 23
 LOWEST_OPSET = 19
@@ -86,8 +87,7 @@ def _require_opset(graph: ir.Graph, target: Target) -> None:
 
     if found := lacking(target.opset):
         lowest = next(opset for opset in range(target.opset + 1, NEWEST_OPSET + 1) if not lacking(opset))
-        names = ", ".join(node.name or node.op_type for node in found[:5])
-        names += f" and {len(found) - 5} more" if len(found) > 5 else ""
+        names = list_names([node.name or node.op_type for node in found], 5)
         raise ExportError(
             f"{'/'.join(sorted({node.op_type for node in found}))} of opset {target.opset} has no {target.name}: "
             f"{names}; the lowest opset that has is {lowest}.",

@@ -162,6 +162,10 @@ def finetune(
                 require_batches(batches)
                 require_ranges(model)
                 _require_numbers(seed, measure_every)
+                if schedule.patience is not None and metric is None and held is None:
+                    raise ArgumentError(
+                        "patience waits for a better metric, and there is none.", "give held, or a metric."
+                    )
                 taught_by = "" if teacher is None else digest_weights(teacher)
                 if teacher is None and distillation is not None:
                     teacher = copy_float(model)

@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._pytree import tree_leaves
 
 from qdq.errors import ArgumentError, DataError, StateError
 from qdq.nn import QuantMixin
 from qdq.patterns import Pattern, Patterns
 from qdq.swap import quantized_layers
-from qdq.trace import call_model, evaluating
+from qdq.trace import call_model, evaluating, floats_of
 from qdq.units import name_block
 
 Loss = Callable[[Any, Any], torch.Tensor] | Literal["own"]
@@ -219,7 +218,7 @@ def _find_blocks(model: nn.Module) -> list[str]:
 
 
 def _floats(tree: Any) -> list[torch.Tensor]:
-    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    tensors = floats_of(tree)
     if not tensors:
         raise ArgumentError("the model, or a layer to compare, gives no floating-point tensor.", "use another loss.")
     return tensors

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
-from qdq.calibrate.collect import fingerprint_model
+from qdq.calibrate.collect import bytes_of, fingerprint_model
 from qdq.distributed import find_rank, raise_together, shard_samples, sum_over_ranks
 from qdq.errors import ArgumentError, DataError, StateError
 from qdq.patterns import Pattern, Patterns
@@ -376,7 +376,7 @@ def digest_weights(model: nn.Module) -> str:
     digest = hashlib.sha256(f"{fingerprint_model(model)} {off}".encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()[:16]
 
 

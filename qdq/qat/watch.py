@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from qdq.calibrate.collect import Collection
 from qdq.quantizer import TensorQuantizer, named_quantizers, quantize_codes
-from qdq.trace import call_model, evaluating
+from qdq.trace import call_model, evaluating, floats_of
 
 _REVERSALS = 2  # so often must a code turn back to be called oscillating
 _SHARE = 0.01  # of the weights of a layer that oscillate, to be reported
@@ -182,5 +181,4 @@ def order_modules(model: nn.Module, batch: Any) -> list[str]:
 
 
 def _is_finite(tree: Any) -> bool:
-    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    return all(bool(torch.isfinite(tensor).all()) for tensor in floats_of(tree))

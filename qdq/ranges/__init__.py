@@ -16,6 +16,7 @@ from torch import nn
 from qdq.check.load import load_onnx
 from qdq.errors import ArgumentError, CalibrationError, CheckError
 from qdq.graph.save import save_model
+from qdq.names import group_names, list_names
 from qdq.ranges import aimet, onnxruntime_json, tensorrt_cache
 from qdq.ranges.format import FileFormat
 from qdq.ranges.matching import match_entries
@@ -226,11 +227,6 @@ def _naming(path: Path, step: Callable[[], _Result]) -> _Result:
 
 def _group(title: str, reasons: Mapping[str, str]) -> list[str]:
     """A line for each reason with the names it stands for."""
-    groups: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        groups.setdefault(reason, []).append(name)
+    groups = group_names((reason, name) for name, reason in reasons.items())
     lines = [f"{title}: {len(reasons)}"] if reasons else []
-    for reason, names in groups.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        lines.append(f"  {len(names)}: {reason} ({', '.join(names[:3])}{more})")
-    return lines
+    return lines + [f"  {len(names)}: {reason} ({list_names(names, 3)})" for reason, names in groups.items()]

@@ -12,7 +12,7 @@ from typing import Any
 from qdq.report.facts import format_gain, format_number, format_state
 from qdq.report.load import StoredReport
 from qdq.report.records import LayerRecord, Sensitivity
-from qdq.show import round_numbers
+from qdq.show import Tick, round_numbers
 
 BARS = 20
 _PLOT_HEIGHT = 220
@@ -105,14 +105,6 @@ def draw_bars(report: StoredReport, count: int = BARS) -> Bars:
 
 
 @dataclass(frozen=True)
-class Tick:
-    """A labelled place on an axis: percent across, pixels down."""
-
-    at: float
-    label: str
-
-
-@dataclass(frozen=True)
 class Point:
     """A set of float layers: `x` in percent, `y` in pixels from the top."""
 
@@ -127,8 +119,8 @@ class Curve:
 
     Args:
         points: Cheapest first.
-        x_ticks: Along the cost.
-        y_ticks: Along the quality.
+        x_ticks: Along the cost, in percent.
+        y_ticks: Along the quality, in pixels from the top.
         x_label: What the cost is.
         y_label: What the quality is.
         height: In pixels.

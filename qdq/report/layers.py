@@ -14,7 +14,6 @@ from torch import nn
 
 from qdq.analyze import Analysis, LayerSensitivity
 from qdq.analyze.replay import flipped
-from qdq.analyze.sensitivity import floats_of
 from qdq.build import BuildReport
 from qdq.calibrate import Range
 from qdq.dataflow import Dataflow
@@ -26,7 +25,7 @@ from qdq.report.records import HISTOGRAM_COLUMNS, RULE, LayerRecord, MethodRange
 from qdq.rewire import PlannedOperation, RewirePlan
 from qdq.statistics import Statistics
 from qdq.swap import PlannedModule, SwapPlan
-from qdq.trace import ForwardTrace, Operation, call_model, evaluating, trace_forward
+from qdq.trace import ForwardTrace, Operation, call_model, evaluating, floats_of, trace_forward
 from qdq.trt.census import LayerCensus
 from qdq.units import find_all_quantizers
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qdq.names import group_names
 from qdq.observers.solve import SOLVERS
 from qdq.report.facts import describe_layer, describe_tensor, format_number, format_share, title_of
 from qdq.report.load import StoredReport
@@ -127,18 +128,18 @@ class CensusGroup:
 
 def list_census(layers: Iterable[Mapping[str, Any]]) -> list[CensusGroup]:
     """Alike layers of the engine together, those that are not as expected first."""
-    groups: dict[tuple[bool, str, str, str], list[str]] = {}
-    for layer in layers:
-        is_bad = layer["expected_int8"] and not layer["int8"]
-        verdict = "int8" if layer["int8"] else "NOT int8, though quantized" if is_bad else "float"
-        key = (not is_bad, verdict, layer["op_type"], layer["reason"])
-        groups.setdefault(key, []).append(layer["module"] or layer["node"])
-    return [
-        CensusGroup(op_type, verdict, reason or "as expected", tuple(names), not is_good)
-        for (is_good, verdict, op_type, reason), names in sorted(
-            groups.items(), key=lambda item: (item[0][0], -len(item[1]))
-        )
+    groups = [
+        CensusGroup(op_type, verdict, reason or "as expected", tuple(names), is_bad)
+        for (op_type, verdict, reason, is_bad), names in group_names(map(_judge, layers)).items()
     ]
+    return sorted(groups, key=lambda group: (not group.is_bad, -len(group.names)))
+
+
+def _judge(layer: Mapping[str, Any]) -> tuple[tuple[str, str, str, bool], str]:
+    """What is said of a layer of the engine, and its name."""
+    is_bad = layer["expected_int8"] and not layer["int8"]
+    verdict = "int8" if layer["int8"] else "NOT int8, though quantized" if is_bad else "float"
+    return (layer["op_type"], verdict, layer["reason"], is_bad), layer["module"] or layer["node"]
 
 
 @dataclass(frozen=True)
@@ -172,14 +173,12 @@ def list_skipped(report: StoredReport) -> list[Skipped]:
     found += [("check", f"{each['rule']} {each['severity']}", each["message"], each["node"], each["severity"] != "info")
               for each in data["check"]["findings"]]  # fmt: skip
     found += [("build", "warning", text, "engine", False) for text in data["build"]["warnings"]]
-    return _group(found)
-
-
-def _group(found: Iterable[tuple[str, str, str, str, bool]]) -> list[Skipped]:
-    groups: dict[tuple[str, str, str, bool], list[str]] = {}
-    for stage, what, reason, name, is_bad in found:
-        groups.setdefault((stage, what, reason, is_bad), []).append(name or "the model")
-    entries = [Skipped(stage, what, reason, tuple(names), bad) for (stage, what, reason, bad), names in groups.items()]
+    groups = group_names(
+        ((stage, what, reason, is_bad), name or "the model") for stage, what, reason, name, is_bad in found
+    )
+    entries = [
+        Skipped(stage, what, reason, tuple(names), is_bad) for (stage, what, reason, is_bad), names in groups.items()
+    ]
     return sorted(entries, key=lambda entry: not entry.is_bad)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 import qdq
 from qdq import ArgumentError, CalibrationError, DataError, Statistics, collect_statistics, solve_ranges, swap_modules
+from qdq.calibrate.collect import bytes_of
 from qdq.observers.solve import SOLVERS
 
 METHODS = [*SOLVERS, "best"]
@@ -317,3 +318,11 @@ def test_a_layer_that_runs_twice():
     assert found.num_batches == 2
     assert found.count == 2 * seen.numel()
     assert found.batch_maxima().tolist() == [seen.abs().max()] * 2
+
+
+def test_bytes_are_the_values_in_the_order_of_their_indices():
+    images = torch.randn(2, 3, 4, 5)
+    for same in (images, images.to(memory_format=torch.channels_last), nn.Parameter(images)):
+        assert bytes(bytes_of(same)) == images.numpy().tobytes()
+    assert bytes(bytes_of(torch.tensor(1.0, dtype=torch.bfloat16))) == b"\x80\x3f"
+    assert not bytes(bytes_of(torch.empty(0)))

@@ -427,6 +427,11 @@ def test_a_detector_of_torchvision_learns_by_its_own_loss():
     assert [sorted(boxes) for boxes in model(batch[0])] == [["boxes", "labels", "scores"]] * 2
 
 
+def test_patience_without_a_metric_is_refused(quantized):
+    with pytest.raises(ArgumentError, match="patience waits for a better metric"):
+        finetune(quantized, make_batches(1), schedule=Schedule(patience=2))
+
+
 def test_a_gradient_that_is_nan_names_the_parameter_and_restores_the_best(quantized):
     before = state_of(quantized)
     calls = []
