@@ -35,7 +35,6 @@ _HOMES = {
     "qat": ("Tuning", "finetune"),
     "qat.checkpoint": ("load_tuned", "save_tuned"),
     "qat.losses": ("Distillation", "cross_entropy"),
-    "qat.schedule": ("Schedule",),
     "quantizer": (
         "QuantDescriptor", "TensorQuantizer", "disable_quantization", "enable_quantization", "fake_quantize",
     ),
@@ -45,6 +44,7 @@ _HOMES = {
     "report.explain": ("explain_layer",),
     "rewire": ("RewirePlan", "rewire_operations"),
     "run": ("Run", "start_run"),
+    "schedule": ("Schedule",),
     "statistics": ("Statistics",),
     "swap": ("SwapPlan", "plan_swap", "restore_modules", "swap_modules"),
     "trt.backend": ("find_backend",),

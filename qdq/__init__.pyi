@@ -53,7 +53,6 @@ from qdq.qat.checkpoint import load_tuned as load_tuned
 from qdq.qat.checkpoint import save_tuned as save_tuned
 from qdq.qat.losses import Distillation as Distillation
 from qdq.qat.losses import cross_entropy as cross_entropy
-from qdq.qat.schedule import Schedule as Schedule
 from qdq.quantizer import QuantDescriptor as QuantDescriptor
 from qdq.quantizer import TensorQuantizer as TensorQuantizer
 from qdq.quantizer import disable_quantization as disable_quantization
@@ -70,6 +69,7 @@ from qdq.rewire import RewirePlan as RewirePlan
 from qdq.rewire import rewire_operations as rewire_operations
 from qdq.run import Run as Run
 from qdq.run import start_run as start_run
+from qdq.schedule import Schedule as Schedule
 from qdq.statistics import Statistics as Statistics
 from qdq.swap import SwapPlan as SwapPlan
 from qdq.swap import plan_swap as plan_swap

@@ -31,10 +31,10 @@ from qdq.qat.checkpoint import keeping_random_state, load_tuned, save_tuned, unp
 from qdq.qat.losses import Distillation, Loss, Objective, cross_entropy, run_with_loss
 from qdq.qat.ranges import require_ranges
 from qdq.qat.record import Measurement, Record
-from qdq.qat.schedule import Schedule
 from qdq.qat.trainer import Trainer, copy_float, digest_weights
 from qdq.qat.watch import BadRange, Oscillation, find_bad_ranges
 from qdq.run import set_seed, write_json
+from qdq.schedule import Schedule
 from qdq.trace import require_batches
 
 __all__ = ["Distillation", "Schedule", "Tuning", "cross_entropy", "finetune", "load_tuned", "save_tuned"]

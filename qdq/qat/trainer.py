@@ -20,9 +20,9 @@ from qdq.errors import ArgumentError, DataError, StateError
 from qdq.patterns import Pattern, Patterns
 from qdq.qat.losses import Objective
 from qdq.qat.ranges import RangeTuning, require_range_method
-from qdq.qat.schedule import Schedule
 from qdq.qat.watch import OscillationWatch, find_nonfinite, order_modules
 from qdq.quantizer import TensorQuantizer, named_quantizers
+from qdq.schedule import Schedule
 from qdq.swap import restore_modules
 
 TRAINED = ("all", "ranges", "batchnorm")

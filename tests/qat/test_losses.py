@@ -10,8 +10,8 @@ from torch import nn
 import qdq
 from qdq.errors import ArgumentError
 from qdq.qat.losses import divergence, relative_error
-from qdq.qat.schedule import Schedule
 from qdq.quantizer import named_quantizers
+from qdq.schedule import Schedule
 
 
 @pytest.mark.parametrize("shape", [(5,), (5, 7), (5, 3, 4, 6)])

@@ -1,4 +1,4 @@
-"""How long fine-tuning lasts, and what each of its steps may change."""
+"""How long fine-tuning lasts, and what each of its steps may change; without torch, for the command line."""
 
 from __future__ import annotations
 
