@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -94,16 +95,20 @@ class RangeTuning:
         """Have ranges follow what the step has shown, where they do."""
         if not self._follows:
             return
-        for quantizer in self._inputs:
-            assert quantizer.amax is not None  # noqa: S101
-            largest = max_over_ranks(self._largest.get(quantizer, torch.zeros_like(quantizer.amax)))
+        ranges = [amax for quantizer in self._inputs if (amax := quantizer.amax) is not None]
+        for quantizer, amax, largest in zip(self._inputs, ranges, self._share_largest(ranges), strict=True):
             if largest.any():  # else the step did not reach it
-                quantizer.amax = _DECAY * quantizer.amax + (1 - _DECAY) * largest.reshape(quantizer.amax.shape)
+                quantizer.amax = _DECAY * amax + (1 - _DECAY) * largest.reshape(amax.shape)
         self._largest.clear()
         for quantizer, (label, layer, parameter) in self._weights.items():
             weight = layer._parameters[parameter]
             assert weight is not None  # noqa: S101
             quantizer.amax = solve_weight(label, weight, quantizer, "max")
+
+    def _share_largest(self, ranges: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """The largest values of the step over all processes, 0 where it did not reach; one collective for all."""
+        own = [self._largest.get(q, torch.zeros_like(a)).flatten() for q, a in zip(self._inputs, ranges, strict=True)]
+        return torch.split(max_over_ranks(torch.cat(own)), [len(each) for each in own]) if own else ()
 
     def stop(self) -> None:
         """Leave every range as it is now, a buffer as before; may be called again."""

@@ -124,6 +124,7 @@ def cases():
     yield "nan in a range", lambda: tune(batches=broken_share(), ranges="ema", **finite)
     yield "save fails", lambda: tune(folder=FOLDER / "full")
     yield "live batchnorm", live_batchnorm
+    yield "ranges that follow", lambda: tune(batches=[(1 + n) * batch for n, batch in enumerate(BATCHES)], ranges="ema")
 
 
 def main():

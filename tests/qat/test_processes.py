@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tuned_run import make_images, make_model
 
 import qdq
 from qdq.errors import StateError
 from qdq.qat.checkpoint import STATE_FORMAT, load_tensors
+from qdq.quantizer import named_quantizers
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "OMP_NUM_THREADS": "1"}
@@ -82,9 +84,18 @@ def test_the_metric_of_the_first_process_decides_for_both(found):
     assert (first["best"], first["stopped"]) == (1, "stopped: 3 measurements in a row were not better")
 
 
-@pytest.mark.parametrize("case", ["alike", "live batchnorm"])
+@pytest.mark.parametrize("case", ["alike", "live batchnorm", "ranges that follow"])
 def test_the_models_stay_the_same_to_the_last_bit(found, case):
     assert found[case][0] == found[case][1]
+
+
+def test_ranges_follow_what_all_processes_see(found):
+    model, batches = make_model(8), [(1 + n) * make_images(8, n) for n in range(5)]
+    qdq.finetune(model, batches, ranges="ema", schedule=qdq.Schedule(steps=10, lr=1e-3))
+    state = found["ranges that follow"][0]["state"]
+    for name, quantizer in named_quantizers(model):
+        if quantizer.amax is not None:
+            assert torch.allclose(torch.tensor(state[f"{name}._amax"]), quantizer.amax, rtol=1e-4), name
 
 
 def test_killed_in_two_processes_and_resumed_they_have_the_same_losses(tmp_path):
