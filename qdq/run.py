@@ -187,8 +187,8 @@ def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | N
     What an earlier run left in the folder is removed, so that a folder never mixes two. What it had measured stays:
     its analysis, and, where it was cut off and had the same settings, seed and versions, what it had collected.
 
-    Of the processes that torchrun starts the first has the folder. The others have one each with the analysis in it,
-    which they share with the first, and which is removed when they end; they print no stages and log errors only.
+    Of the processes that torchrun starts the first has the folder. The others have one each, which is removed when they
+    end; they print no stages and log errors only.
 
     Args:
         folder: Made if it does not exist.
@@ -203,7 +203,7 @@ def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | N
         raise ArgumentError(f"seed is {seed}; it must be 0 to {2**32 - 1}.", "choose another seed.")
     folder = Path(folder)
     if find_announced()[0]:
-        return _start_silent_run(folder, settings or {}, seed)
+        return _start_silent_run(settings or {}, seed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         present = list(folder.iterdir())
@@ -230,12 +230,10 @@ def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | N
     return run
 
 
-def _start_silent_run(folder: Path, settings: dict[str, Any], seed: int) -> Run:
-    """A run whose files nobody will read; it knows what an earlier one in the folder measured, as the first does."""
+def _start_silent_run(settings: dict[str, Any], seed: int) -> Run:
+    """A run whose files nobody will read."""
     own = tempfile.TemporaryDirectory(prefix="qdq-")
     atexit.register(own.cleanup)
-    with contextlib.suppress(OSError):  # there was no earlier run, or the first process says what is wrong
-        shutil.copy(folder / JOURNAL_FILE, own.name)
     logging.getLogger("qdq").setLevel(logging.ERROR)
     set_seed(seed)
     return Run(Path(own.name), settings, seed)

@@ -191,8 +191,6 @@ def test_of_the_processes_of_torchrun_only_the_first_has_the_folder(tmp_path, mo
     assert capsys.readouterr().out == ""
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "thesis.tex"]
     assert [path.name for path in run.folder.iterdir()] == ["run.json"]
-    (tmp_path / "run" / "analysis.jsonl").write_text("measured")
-    assert (start_run(tmp_path / "run").folder / "analysis.jsonl").read_text() == "measured"
     monkeypatch.setenv("RANK", "0")
     first = start_run(tmp_path / "first", seed=3)
     assert first.is_first

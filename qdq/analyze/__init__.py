@@ -116,8 +116,7 @@ def analyze_layers(
         times = _estimate(model, costs, options, units)
         with Ranks() as ranks:
             fingerprint = fingerprint_analysis(model, kept, chosen.name, units)
-            journal = Journal(None if path is None else Path(path), fingerprint, ranks.rank)
-            ranks.wait()  # until all have read what is known
+            journal = Journal(None if path is None else Path(path), fingerprint, ranks)
             probe = Probe(model, kept, chosen, journal, ranks, Replay(model, cache_bytes=cache_bytes))
             search = Search(model, probe, units, options, costs, times, fixed, began)
             analysis = search.run(undo, earlier)

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+from qdq.analyze.ranks import Ranks
 from qdq.errors import ArgumentError
 
 
@@ -18,21 +19,23 @@ class Journal:
     Args:
         path: The file, made if it does not exist; None keeps nothing.
         fingerprint: What the measurements depend on: model, data, options.
-        rank: Number of this process; each but the first writes into a file of its own beside `path`.
+        ranks: The processes that share the work; each but the first writes into a file of its own beside `path`, and
+            each knows what any of them has read, for they may have other disks.
 
     Raises:
         ArgumentError: The file cannot be written.
     """
 
-    def __init__(self, path: Path | None, fingerprint: str, rank: int = 0) -> None:
+    def __init__(self, path: Path | None, fingerprint: str, ranks: Ranks) -> None:
         self._fingerprint = fingerprint
         self._known: dict[str, Any] = {}
         self._file: IO[str] | None = None
+        for other in sorted(path.parent.glob(f"{glob.escape(path.stem)}*{glob.escape(path.suffix)}")) if path else ():
+            self._known |= self._read(other)
+        self._known = ranks.unite(self._known)
         if path is None:
             return
-        for other in sorted(path.parent.glob(f"{glob.escape(path.stem)}*{glob.escape(path.suffix)}")):
-            self._known |= self._read(other)
-        own = path.with_suffix(f".{rank}{path.suffix}") if rank else path
+        own = path.with_suffix(f".{ranks.rank}{path.suffix}") if ranks.rank else path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             is_torn = own.is_file() and own.stat().st_size > 0 and not own.read_bytes().endswith(b"\n")

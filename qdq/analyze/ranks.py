@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +36,12 @@ class Ranks:
         """The items that this process does."""
         return list(items[self.rank :: self.size])
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        gather_bytes(b"")
+    def unite(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """What any process knows, the same in each of them; JSON."""
+        united: dict[str, Any] = {}
+        for content in gather_bytes(json.dumps(known).encode()):
+            united |= json.loads(content)
+        return united
 
     def any(self, flag: bool) -> bool:
         """Whether a flag is set in any process."""

@@ -635,16 +635,32 @@ def test_killed_five_times_it_is_the_uninterrupted_one(tmp_path):
     assert (killed / "result.json").read_text() == (whole / "result.json").read_text()
 
 
-@pytest.mark.slow
-def test_two_processes_come_to_the_result_of_one(tmp_path):
-    whole, shared = tmp_path / "whole", tmp_path / "shared"
-    assert run_script(whole).wait(timeout=120) == 0
+def run_pair(folders):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    processes = [run_script(shared, str(rank), RANK=str(rank), **address) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    processes = [run_script(folder, str(rank), RANK=str(rank), **address) for rank, folder in enumerate(folders)]
+    return [process.wait(timeout=120) for process in processes]
+
+
+@pytest.mark.slow
+def test_processes_on_two_disks_know_what_either_has_measured(tmp_path):
+    whole, first, second = tmp_path / "whole", tmp_path / "first", tmp_path / "second"
+    assert run_script(whole).wait(timeout=120) == 0
+    lines = (whole / "analysis.jsonl").read_text().splitlines(keepends=True)
+    first.mkdir()
+    (first / "analysis.jsonl").write_text("".join(lines[: len(lines) // 2]))  # that of a killed run; `second` has none
+    assert run_pair([first, second]) == [0, 0]
+    expected = (whole / "result.json").read_text()
+    assert (first / "result0.json").read_text() == (second / "result1.json").read_text() == expected
+
+
+@pytest.mark.slow
+def test_two_processes_come_to_the_result_of_one(tmp_path):
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    assert run_script(whole).wait(timeout=120) == 0
+    assert run_pair([shared, shared]) == [0, 0]
     expected = (whole / "result.json").read_text()
     assert (shared / "result0.json").read_text() == expected
     assert (shared / "result1.json").read_text() == expected
