@@ -254,15 +254,21 @@ class Trainer:
         """
         parameters = list(self._parameters.values())
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if parameter in self._ranges.of_inputs:  # it is divided by the root of the number of values of this share
+                gradient.mul_(math.sqrt(samples))
         statistics = [b for module in self._find_live() for b in module.buffers() if b.is_floating_point()]
-        own = [*gradients, *statistics, loss, torch.ones_like(loss)]
+        reached = torch.tensor([p.grad is not None for p in parameters], device=loss.device)
+        own = [*gradients, *statistics, reached, loss, torch.ones_like(loss)]
         share = torch.cat([tensor.flatten() for tensor in own]) * (samples if failure is None else math.nan)
         share = sum_over_ranks(share)
         if share[-1].isnan():
             raise_together(failure, StateError)
         means = torch.split(share / share[-1], [tensor.numel() for tensor in own])
-        for parameter, mean in zip(parameters, means, strict=False):
-            parameter.grad = mean.reshape(parameter.shape).to(parameter.dtype, copy=True)
+        for parameter, mean, is_reached in zip(parameters, means, means[-3].tolist(), strict=False):
+            whole = mean / share[-1].sqrt() if parameter in self._ranges.of_inputs else mean
+            # None, not 0: Adam goes on moving what has no gradient in a step
+            parameter.grad = whole.reshape(parameter.shape).to(parameter.dtype, copy=True) if is_reached else None
         for buffer, mean in zip(statistics, means[len(parameters) :], strict=False):
             buffer.copy_(mean.reshape(buffer.shape))
         return means[-2]
@@ -337,7 +343,7 @@ class Trainer:
             prefix = f"optimizer//{name}//"
             state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
             if self._optimizer and state:  # Adam keeps its count of steps on the CPU
-                moved = {key: t.to(parameter.device) if t.dim() else t for key, t in state.items()}
+                moved = {key: t if key == "step" else t.to(parameter.device) for key, t in state.items()}
                 self._optimizer.state[parameter] = moved
         if seen := {k.removeprefix("watch//"): t for k, t in tensors.items() if k.startswith("watch//")}:
             self._watch = OscillationWatch(self.model)
