@@ -49,7 +49,7 @@ class Trainer:
         intact: Whether the model is that of `step`; False within an update.
 
     Raises:
-        ArgumentError: Unknown options, or nothing to train.
+        ArgumentError: Unknown options, nothing to train, or weights in float16.
         StateError: A quantizer has no range.
     """
 
@@ -84,6 +84,10 @@ class Trainer:
         if not self._parameters and not (train == "batchnorm" and self._batchnorms):
             self.finish()
             raise ArgumentError("there is nothing to train.", _FIXES[train])
+        if any(p.dtype == torch.float16 for p in self._parameters.values()):
+            self.finish()
+            found = "the weights to train are float16, in which Adam divides by 0."
+            raise ArgumentError(found, "train the model in float32 (model.float()), with amp=True if you like.")
         # what is all that is trained is trained to the end
         self._live_batchnorm = 1.0 if train == "batchnorm" else schedule.tune_batchnorm
         self._tune_ranges = 1.0 if train == "ranges" else schedule.tune_ranges
@@ -224,6 +228,7 @@ class Trainer:
         """Gradients of the mean loss over the samples of this process; gives that loss.
 
         Raises:
+            ArgumentError: The loss has no gradient.
             StateError: The loss, or what a range follows, is NaN or Inf.
         """
         if self._optimizer is not None:
@@ -233,7 +238,11 @@ class Trainer:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._amp):
             loss = self._objective(batch)
         if self._optimizer is not None:
-            loss.backward()  # type: ignore[no-untyped-call]
+            if loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+            elif not self._find_waiting():  # while quantization grows, ranges may be out of reach
+                found = "the loss depends on nothing that is trained."
+                raise ArgumentError(found, "check the loss, and the patterns in layers.")
         loss = loss.detach()
         if not bool(torch.isfinite(loss)):
             raise self._explain_nonfinite(float(loss), batch)
