@@ -70,6 +70,7 @@ class Trainer:
         if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
             raise StateError("in torch.inference_mode there are no gradients.", "make and tune it outside.")
         chosen = _choose_modules(model, layers)
+        self._chosen = [name for name, module in model.named_modules() if module in chosen]
         self.model, self.total, self.step, self.intact = model, total, 0, True
         self._objective, self._schedule, self._amp = objective, schedule, amp
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -134,8 +135,8 @@ class Trainer:
         return self._schedule.lr * self._schedule.rate_at(self.step - 1, self.total) if self.step else 0.0
 
     def digest_trained(self) -> str:
-        """What tells one choice of parameters from another."""
-        return hashlib.sha256("\n".join(self._parameters).encode()).hexdigest()[:16]
+        """What tells one choice of modules and parameters from another."""
+        return hashlib.sha256("\n".join([*self._chosen, "", *self._parameters]).encode()).hexdigest()[:16]
 
     def place(self, batch: Any) -> Any:
         """A batch on the device of the model; what inference mode made is copied, for it knows no gradient."""

@@ -82,6 +82,22 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         qdq.finetune(other, [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path)
 
 
+def test_a_folder_of_a_run_that_trained_other_batchnorms_is_refused(tmp_path):
+    def tune(layers):
+        torch.manual_seed(0)
+        layer, norm = torch.nn.Conv2d, torch.nn.BatchNorm2d
+        model = torch.nn.Sequential(layer(3, 16, 3), norm(16), layer(16, 16, 3), norm(16)).eval()
+        qdq.swap_modules(model)
+        qdq.calibrate_model(model, [make_images(8, 5)])
+        options = {"schedule": qdq.Schedule(steps=2), "folder": tmp_path}
+        qdq.finetune(model, [make_images(8, 6)], train="batchnorm", layers=layers, **options)
+
+    tune(["1"])
+    tune(["1"])
+    with pytest.raises(ArgumentError, match=r"other settings: layers[.]"):
+        tune(["3"])
+
+
 def mean_square(outputs, _):
     return outputs.square().mean()
 
