@@ -26,6 +26,7 @@ from qdq.schedule import Schedule
 from qdq.swap import restore_modules
 
 TRAINED = ("all", "ranges", "batchnorm")
+_RANGE_EPS = 1e-12  # of Adam: gradients of ranges are about 1e-9, and with its 1e-8 they would hardly be learned
 _WATCHED = 0.25  # last share of the steps in which oscillating weights are looked for
 
 
@@ -127,7 +128,10 @@ class Trainer:
         biases = [p for p in self._parameters.values() if p not in learned and p.dim() <= 1]
         scales = [p for p in self._parameters.values() if p in learned]
         rates = ((weights, self._schedule.lr), (biases, self._schedule.bias_lr), (scales, self._schedule.range_lr))
-        return torch.optim.Adam([{"params": params, "lr": lr, "largest_lr": lr} for params, lr in rates if params])
+        groups = [{"params": params, "lr": lr, "largest_lr": lr} for params, lr in rates if params]
+        if scales:
+            groups[-1]["eps"] = _RANGE_EPS
+        return torch.optim.Adam(groups)
 
     @property
     def lr(self) -> float:
