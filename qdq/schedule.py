@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sized
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -77,11 +76,14 @@ class Schedule:
         """
         if self.steps is not None:
             return self.steps
-        if not isinstance(batches, Sized):
-            raise ArgumentError("the batches have no length, so epochs say nothing.", "give Schedule(steps=...).")
-        if not len(batches):
+        try:
+            count = len(batches)
+        except TypeError as error:  # a DataLoader has the method whether its data have a length or not
+            found = "the batches have no length, so epochs say nothing."
+            raise ArgumentError(found, "give Schedule(steps=...).") from error
+        if not count:
             raise ArgumentError("there is no batch to train on.", "give at least one batch.")
-        return self.epochs * len(batches)
+        return self.epochs * count
 
     def rate_at(self, step: int, total: int) -> float:
         """Share of the largest learning rate in step 0 ... total - 1: above 0, at most 1."""

@@ -44,7 +44,7 @@ def qat_classifier(
         exclude: Layers to keep in float: dotted names, globs or re:EXPRESSION.
         plan: YAML of an earlier run, perhaps edited: the layers that it names run as it says.
         calib_method: How the range of an activation is solved; best: per layer what costs its output least.
-        calib_batches: Batches to calibrate on, and to train on.
+        calib_batches: Batches to calibrate on.
         eval_images: Images to evaluate on.
         max_float_layers: At most so many layers are left in float after the analysis.
         loss: The float model teaches the quantized one (no labels), the labels do, or both (then the last weights).

@@ -6,6 +6,7 @@ ranges of calibration stay and the float model teaches the quantized one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -18,12 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from qdq.calibrate.collect import digest_sources
+from qdq.calibrate.collect import bytes_of
 from qdq.distributed import failing_together, find_rank, gather_bytes, joining_processes
-from qdq.errors import ArgumentError, DataError, StateError
+from qdq.errors import ArgumentError, ArgumentTypeError, DataError, StateError
 from qdq.evaluate import predict
 from qdq.metrics import sqnr_db
 from qdq.patterns import Pattern
@@ -33,9 +33,9 @@ from qdq.qat.ranges import require_ranges
 from qdq.qat.record import Measurement, Record
 from qdq.qat.trainer import Trainer, copy_float, digest_weights
 from qdq.qat.watch import BadRange, Oscillation, find_bad_ranges
-from qdq.run import set_seed, write_json
+from qdq.run import set_seed, to_jsonable, write_json
 from qdq.schedule import Schedule
-from qdq.trace import require_batches
+from qdq.trace import require_batches, tensors_of
 
 __all__ = ["Distillation", "Schedule", "Tuning", "cross_entropy", "finetune", "load_tuned", "save_tuned"]
 
@@ -132,8 +132,9 @@ def finetune(
             Parameters with `requires_grad=False` stay as they are.
         layers: Patterns (see `qdq.patterns`) of modules; only what is in them is trained, their ranges and the
             statistics of their BatchNorm too. None: everything.
-        held: Batches that are not trained on. The metric is what is trained for: with `loss` minus that loss, so
-            they need what it needs; else the SQNR of the first output against the teacher's, in dB.
+        held: Batches that are not trained on; read once, with the random numbers of `seed`. The metric is what is
+            trained for: with `loss` minus that loss, so they need what it needs; else the SQNR of the first output
+            against the teacher's, in dB.
         metric: `model -> number`, higher is better, instead.
         measure_every: Steps between two measurements; None: a tenth of all.
         folder: Keeps the state of the run, the best and the last model and a summary; a run that is finished is read.
@@ -146,10 +147,12 @@ def finetune(
         Losses, the curve of the metric, and what did not look right.
 
     Raises:
-        ArgumentError: Options that do not go together or are out of range; a folder that cannot be written to, or that
-            holds a run of another model or with other settings.
-        ArgumentTypeError: One tensor or dictionary instead of batches.
-        DataError: No batch, or none any more; a batch that cannot be shared among processes, or has no labels.
+        ArgumentError: Options that do not go together, have nothing to act on or are out of range; a loss that depends
+            on nothing that is trained; weights in float16; a folder that cannot be written to, or that holds a run of
+            another model or with other settings.
+        ArgumentTypeError: One tensor or dictionary instead of batches; a number of another kind.
+        DataError: No batch, or none any more, or none to measure on; a batch that cannot be shared among processes, or
+            has no labels; a damaged file in the folder.
         DependencyError: `tensorboard` without the package.
         StateError: A quantizer has no range; the loss or a gradient is NaN or Inf, with the layer in which it began;
             the processes do not begin alike, or another one failed. The model then has its best, or else its last
@@ -162,15 +165,12 @@ def finetune(
                 require_batches(batches)
                 require_ranges(model)
                 _require_numbers(seed, measure_every)
-                if schedule.patience is not None and metric is None and held is None:
-                    raise ArgumentError(
-                        "patience waits for a better metric, and there is none.", "give held, or a metric."
-                    )
+                _require_useful(teacher, distillation, schedule, measure_every, metric is not None or held is not None)
                 taught_by = "" if teacher is None else digest_weights(teacher)
                 if teacher is None and distillation is not None:
                     teacher = copy_float(model)
                 total = schedule.count_steps(batches)
-                settings = {
+                settings: dict[str, Any] = {
                     "weights": digest_weights(model), "schedule": asdict(schedule), "steps": total, "ranges": ranges,
                     "train": train, "distillation": _describe_distillation(distillation), "teacher": taught_by,
                     "loss": _name(loss), "metric": _name(metric), "amp": amp, "seed": seed,
@@ -178,18 +178,20 @@ def finetune(
                 if folder is not None and getattr(batches, "persistent_workers", False):
                     logger.warning(_PERSISTENT)
                 if folder is not None or find_rank()[1] > 1:
-                    settings["data"] = _digest_sources(model, batches, seed)
+                    settings["data"] = _digest_first(batches, seed)
                 objective = Objective(model, teacher, loss, distillation)
                 trainer = Trainer(model, objective, schedule, total, ranges=ranges, train=train, layers=layers, amp=amp)
                 exits.callback(trainer.finish)
                 settings["layers"] = trainer.digest_trained()
+                every = settings["measure_every"] = measure_every or max(total // _MEASUREMENTS, 1)
                 if metric is None and held is not None:
-                    metric = _measure_loss(loss, held, trainer) if loss else _measure_distance(teacher, held)
-                every = measure_every or max(total // _MEASUREMENTS, 1)
+                    kept = [trainer.place(batch) for batch in _read_held(held, seed)]
+                    settings["held"] = _digest_tensors(kept)
+                    metric = _measure_loss(loss, kept) if loss else _measure_distance(teacher, kept)
+                settings = to_jsonable(settings)
                 record = Record(trainer, metric, every, None if folder is None else Path(folder), settings, tensorboard)
                 exits.callback(record.close)
-            measured = {"measure_every": every, "held": metric is not None, "folder": folder is not None}
-            _require_alike(settings | measured)
+            _require_alike(settings | {"folder": folder is not None})
             stopped, batch = _run(trainer, record, batches, seed, schedule.patience)
             best_step = record.finish()
             if batch is None:  # the run in the folder was finished before
@@ -209,11 +211,39 @@ def _require_numbers(seed: int, measure_every: int | None) -> None:
 
     Raises:
         ArgumentError: With the one.
+        ArgumentTypeError: No integer.
     """
+    for name, value in (("seed", seed), ("measure_every", measure_every)):
+        if isinstance(value, bool) or not isinstance(value, int | None):
+            raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}.", "give an integer.")
     if not 0 <= seed < 2**32:
         raise ArgumentError(f"seed is {seed}; it must be 0 to {2**32 - 1}.", "choose another seed.")
     if measure_every is not None and measure_every < 1:
         raise ArgumentError(f"measure_every is {measure_every}; it must be 1 or more.", "leave it out.")
+
+
+def _require_useful(
+    teacher: nn.Module | None,
+    distillation: Distillation | None,
+    schedule: Schedule,
+    measure_every: int | None,
+    is_measured: bool,
+) -> None:
+    """Refuse what would change nothing.
+
+    Raises:
+        ArgumentError: With the option, and what it needs.
+    """
+    if teacher is not None and distillation is None:
+        raise ArgumentError(
+            "there is a teacher, but no distillation.", "leave the teacher out, or pass a Distillation."
+        )
+    if schedule.patience is not None and not is_measured:
+        raise ArgumentError("patience waits for a better metric, and there is none.", "give held, or a metric.")
+    if measure_every is not None and not is_measured:
+        raise ArgumentError(
+            "measure_every is given, and there is no metric.", "give held or a metric, or leave it out."
+        )
 
 
 def _require_alike(facts: dict[str, Any]) -> None:
@@ -223,7 +253,8 @@ def _require_alike(facts: dict[str, Any]) -> None:
         StateError: With the names of those that differ.
     """
     first, *others = [json.loads(content) for content in gather_bytes(json.dumps(facts).encode())]
-    if different := [name for name in facts if any(other[name] != first[name] for other in others)]:
+    names = dict.fromkeys(name for each in (first, *others) for name in each)
+    if different := [name for name in names if any(other.get(name) != first.get(name) for other in others)]:
         raise StateError(
             f"the processes do not begin alike: {', '.join(different)} differ.",
             "give all of them the same model (weights, ranges, formats, layers in float), options and "
@@ -311,13 +342,37 @@ def _name(function: Any) -> str:
     return name
 
 
-def _digest_sources(model: nn.Module, batches: Iterable[Any], seed: int) -> str:
-    """What tells one model and training set from another; "" where looking would use a batch up."""
+def _digest_first(batches: Iterable[Any], seed: int) -> str:
+    """What tells one training set from another: the first batch, labels too; "" where looking would use it up."""
     if iter(batches) is batches:
         return ""
     with keeping_random_state():
         _begin_epoch(batches, seed, 0)
-        return next((digest_sources(model, batch) for batch in batches), "")
+        return next((_digest_tensors(batch) for batch in batches), "")
+
+
+def _digest_tensors(tree: Any) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors_of(tree):
+        digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def _read_held(held: Iterable[Any], seed: int) -> list[Any]:
+    """The batches to measure on; where they are drawn at random, the same for a seed.
+
+    Raises:
+        ArgumentTypeError: One tensor or dictionary instead of batches.
+        DataError: There is none.
+    """
+    require_batches(held)
+    with keeping_random_state(_find_generators(held)):
+        _begin_epoch(held, seed, 0)
+        kept = list(held)
+    if not kept:
+        raise DataError("there is no batch to measure on.", "give held at least one batch, or leave it out.")
+    return kept
 
 
 def _begin_epoch(batches: Any, seed: int, epoch: int) -> None:
@@ -344,21 +399,19 @@ def _find_samplers(batches: Any) -> list[Any]:
     return list({id(owner): owner for owner in found}.values())
 
 
-def _measure_distance(teacher: nn.Module | None, held: Iterable[Any]) -> Callable[[nn.Module], float]:
+def _measure_distance(teacher: nn.Module | None, held: list[Any]) -> Callable[[nn.Module], float]:
     """SQNR of the first output against the teacher's, in dB."""
     assert teacher is not None  # noqa: S101  # without a loss there is distillation
-    kept = list(held)
-    expected = predict(teacher, kept)
-    return lambda model: sqnr_db(expected, predict(model, kept))
+    expected = predict(teacher, held)
+    return lambda model: sqnr_db(expected, predict(model, held))
 
 
-def _measure_loss(loss: Loss, held: Iterable[Any], trainer: Trainer) -> Callable[[nn.Module], float]:
+def _measure_loss(loss: Loss, held: list[Any]) -> Callable[[nn.Module], float]:
     """Minus the loss of the task, the mean over the samples."""
-    kept = [trainer.place(batch) for batch in held]
-    sizes = [_count_samples(batch) for batch in kept]
+    sizes = [_count_samples(batch) for batch in held]
 
     def measure(model: nn.Module) -> float:
-        losses = [float(run_with_loss(model, loss, batch)[1]) for batch in kept]
+        losses = [float(run_with_loss(model, loss, batch)[1]) for batch in held]
         return -float(np.average(losses, weights=sizes))
 
     return measure
@@ -369,5 +422,4 @@ def _count_samples(batch: Any) -> int:
     inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if isinstance(inputs, list):
         return len(inputs)
-    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-    return max((len(tensor) for tensor in tensors), default=1)
+    return max((len(tensor) for tensor in tensors_of(inputs) if tensor.dim()), default=1)

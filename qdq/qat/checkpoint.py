@@ -121,18 +121,24 @@ def load_tuned(model: nn.Module, path: Path | str) -> dict[str, Any]:
     quantizers = dict(named_quantizers(model))
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("._amax")}
     weights = {name: tensor for name, tensor in tensors.items() if name.rpartition("._amax")[0] not in quantizers}
-    _require_same(_describe_shapes(state), _describe_shapes(weights), path)
+    require_same_shapes(state, weights, path)
     for name, amax in tensors.items():
         if (own := model.state_dict().get(name)) is not None and own.numel() != amax.numel():
-            _require_same(_describe_shapes({name: own}), _describe_shapes({name: amax}), path)
+            require_same_shapes({name: own}, {name: amax}, path)
     model.load_state_dict(tensors, strict=False)
     for name, quantizer in quantizers.items():
         quantizer._disabled = name in facts["disabled"]
     return {key: value for key, value in facts.items() if key not in ("format", "disabled", "quantizers")}
 
 
-def _describe_shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in tensors.items()}
+def require_same_shapes(own: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], path: Path | str) -> None:
+    """Refuse a file whose tensors have other names or shapes than those of the model.
+
+    Raises:
+        ModelError: With the first of them.
+    """
+    shapes, others = ({name: list(tensor.shape) for name, tensor in of.items()} for of in (own, theirs))
+    _require_same(shapes, others, path)
 
 
 def _require_same(own: Mapping[str, Any], theirs: Mapping[str, Any], path: Path | str) -> None:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from qdq.errors import ArgumentError, DataError, StateError
+from qdq.errors import ArgumentError, ArgumentTypeError, DataError, StateError
 from qdq.nn import QuantMixin
 from qdq.patterns import Pattern, Patterns
 from qdq.swap import quantized_layers
@@ -43,7 +44,8 @@ class Distillation:
             Empty: the blocks that hold layers with a quantized weight, `layer1.0` say (see `units.name_block`).
 
     Raises:
-        ArgumentError: A weight below 0, no weight above 0, or features without layers.
+        ArgumentError: A weight below 0, no weight above 0, or layers without features.
+        ArgumentTypeError: A weight that is no number.
     """
 
     mse: float = 1.0
@@ -54,6 +56,10 @@ class Distillation:
     def __post_init__(self) -> None:
         weights = {"mse": self.mse, "kl": self.kl, "features": self.features}
         for name, weight in weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, Real):
+                raise ArgumentTypeError(
+                    f"{name} is {weight!r}, a {type(weight).__name__}.", f"give {name} as a number."
+                )
             if not 0 <= weight < float("inf"):
                 raise ArgumentError(f"{name} is {weight}; a weight of a loss is 0 or more.", f"pass another {name}.")
         if not any(weights.values()):
@@ -91,6 +97,8 @@ class Objective:
     ) -> None:
         if loss is None and distillation is None:
             raise ArgumentError("there is no loss: no loss function and no distillation.", "give one of them.")
+        if not (loss is None or loss == "own" or callable(loss)):
+            raise ArgumentError(f"loss is {loss!r}.", "give a function (outputs, batch) -> scalar, or 'own'.")
         if loss == "own" and distillation is not None and (distillation.mse or distillation.kl):
             found = "a model that gives its own loss gives no outputs to compare with the teacher's."
             raise ArgumentError(found, "pass distillation=None, or Distillation(mse=0, kl=0) to compare the features.")
@@ -109,7 +117,7 @@ class Objective:
         with _recording(self._model, self._layers) as found:
             outputs, total = run_with_loss(self._model, self._loss, batch)
         if self._distillation is not None and self._teacher is not None:
-            with evaluating(self._teacher), _recording(self._teacher, self._layers) as expected:
+            with _plain_attention(), evaluating(self._teacher), _recording(self._teacher, self._layers) as expected:
                 targets = call_model(self._teacher, batch)
             if self._loss != "own":
                 total = total + _distance(self._distillation, outputs, targets)
@@ -181,6 +189,17 @@ def _require_layers(teacher: nn.Module, layers: Sequence[str]) -> None:
             f"the teacher has no {', '.join(missing[:3])}, whose outputs are to be compared.",
             "give a teacher with the same modules, or Distillation(features=0).",
         )
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Without the fused kernel of transformer layers, between which tensors are nested where there is padding."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

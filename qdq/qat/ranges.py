@@ -35,6 +35,7 @@ class RangeTuning:
 
     Attributes:
         parameters: What an optimizer has to learn, by dotted name; empty after `stop`.
+        of_inputs: Those of them that are ranges of inputs; empty after `stop`.
 
     Raises:
         ArgumentError: Another method, or no quantizer is on.
@@ -56,14 +57,17 @@ class RangeTuning:
         self._inputs = [quantizers[name] for name in dict.fromkeys(leaders.values())]
         self._exits = ExitStack()
         self.parameters: dict[str, nn.Parameter] = {}
+        self.of_inputs: set[nn.Parameter] = set()
         self._largest: dict[TensorQuantizer, torch.Tensor] = {}
         self._follows = method == "ema"
         if method in RANGE_RULES:
             learned = [*self._inputs, *(self._weights if method == "lsq" else ())]
             names = {quantizer: name for name, quantizer in quantizers.items()}
             for quantizer in learned:
-                self.parameters[f"{names[quantizer]}._log2_amax"] = quantizer.learn_range(method)
+                self.parameters[f"{names[quantizer]}._log2_amax"] = parameter = quantizer.learn_range(method)
                 self._exits.callback(quantizer.keep_range)
+                if quantizer not in self._weights:
+                    self.of_inputs.add(parameter)
         elif self._follows:
             for name, leader in leaders.items():
                 self._watch(quantizers[name], quantizers[leader])
@@ -113,7 +117,7 @@ class RangeTuning:
     def stop(self) -> None:
         """Leave every range as it is now, a buffer as before; may be called again."""
         self._exits.close()
-        self.parameters, self._follows = {}, False
+        self.parameters, self.of_inputs, self._follows = {}, set(), False
 
 
 def require_range_method(method: str) -> None:

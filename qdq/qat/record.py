@@ -22,6 +22,7 @@ from qdq.qat.checkpoint import (
     load_tensors,
     pack_random,
     plain_state,
+    require_same_shapes,
     save_tensors,
     save_tuned,
 )
@@ -33,6 +34,7 @@ from qdq.trace import evaluating
 logger = logging.getLogger(__name__)
 
 STATE_FILE, BEST_FILE, LAST_FILE = "state.safetensors", "best.safetensors", "last.safetensors"
+SCALARS_FOLDER = "tensorboard"
 _SAVE_SECONDS = 30.0  # what a killed run loses at most
 
 
@@ -95,12 +97,13 @@ class Record:
         self._random: dict[str, torch.Tensor] = {}
         self.epoch = (0, 0)
         self.seconds = 0.0
-        if folder is not None and self._is_first:
-            require_writable(folder / STATE_FILE)
         self._writes_scalars = tensorboard and self._is_first
         self._writer: Any = None
         if tensorboard:
             _require_tensorboard(folder)
+        if folder is not None and self._is_first:
+            for path in (folder / STATE_FILE, *((folder / SCALARS_FOLDER / "events",) if tensorboard else ())):
+                require_writable(path)
 
     @property
     def best(self) -> Measurement | None:
@@ -123,7 +126,11 @@ class Record:
             self._writer.add_scalar("loss", loss, step)
             self._writer.add_scalar("lr", self._trainer.lr, step)
         if step % self._every == 0 or step == self._trainer.total:
-            self.measure()
+            try:
+                self.measure()
+            except BaseException:  # Ctrl-C too
+                self.restore_best()
+                raise
 
     def measure(self) -> None:
         """Take the metric of the model as it is now, and keep the model if none was better.
@@ -189,7 +196,8 @@ class Record:
 
         Raises:
             ArgumentError: The run has other settings.
-            DataError: Its file is damaged.
+            DataError: A file of it is damaged, or the best model is gone.
+            ModelError: The best model is of another run.
         """
         if self._folder is not None and broadcast_number((self._folder / STATE_FILE).is_file()):
             self._go_on(self._folder)
@@ -202,17 +210,19 @@ class Record:
         path = folder / STATE_FILE
         tensors, facts = load_tensors(path, STATE_FORMAT, read_together)
         if facts["settings"] != self._settings:
-            changed = [key for key, value in self._settings.items() if facts["settings"].get(key) != value]
+            names = self._settings | facts["settings"]
+            changed = [name for name in names if self._settings.get(name) != facts["settings"].get(name)]
             raise ArgumentError(
                 f"{path} is of a run with other settings: {', '.join(changed)}.",
                 "choose another folder, or remove it to start anew.",
             )
+        if facts["curve"]:
+            self._best, _ = load_tensors(folder / BEST_FILE, MODEL_FORMAT, read_together)
+            require_same_shapes(plain_state(self._trainer.model), self._best, folder / BEST_FILE)
         self._trainer.unpack(tensors, facts["step"])
         self.losses = tensors["losses"].tolist()
         self.curve = [Measurement(**each) for each in facts["curve"]]
         self.epoch, self.seconds = tuple(facts["epoch"]), facts["seconds"]
-        if self.curve:
-            self._best, _ = load_tensors(folder / BEST_FILE, MODEL_FORMAT, read_together)
         logger.info("%s: going on after step %d", path, facts["step"])
         self._random = {key.removeprefix("random//"): t for key, t in tensors.items() if key.startswith("random//")}
 
@@ -225,9 +235,10 @@ class Record:
 
     def abandon(self) -> None:
         """After an error or Ctrl-C in a step: write what the last whole step left, and restore the best weights."""
-        if self.losses and self._trainer.intact and self._trainer.step == len(self.losses):
-            self.finish()
-        else:
+        try:
+            if self.losses and self._trainer.intact and self._trainer.step == len(self.losses):
+                self.finish()
+        finally:  # the disk may be full
             self.restore_best()
 
     def restore_best(self) -> int:
@@ -264,4 +275,4 @@ def _open_tensorboard(folder: Path, step: int) -> Any:
     """What writes scalars; those of this step and later ones that are there already no longer count."""
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+    return SummaryWriter(str(folder / SCALARS_FOLDER), purge_step=step)

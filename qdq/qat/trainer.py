@@ -26,6 +26,7 @@ from qdq.schedule import Schedule
 from qdq.swap import restore_modules
 
 TRAINED = ("all", "ranges", "batchnorm")
+_RANGE_EPS = 1e-12  # of Adam: gradients of ranges are about 1e-9, and with its 1e-8 they would hardly be learned
 _WATCHED = 0.25  # last share of the steps in which oscillating weights are looked for
 
 
@@ -49,7 +50,7 @@ class Trainer:
         intact: Whether the model is that of `step`; False within an update.
 
     Raises:
-        ArgumentError: Unknown options, or nothing to train.
+        ArgumentError: Unknown options, nothing to train, or weights in float16.
         StateError: A quantizer has no range.
     """
 
@@ -70,6 +71,7 @@ class Trainer:
         if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
             raise StateError("in torch.inference_mode there are no gradients.", "make and tune it outside.")
         chosen = _choose_modules(model, layers)
+        self._chosen = [name for name, module in model.named_modules() if module in chosen]
         self.model, self.total, self.step, self.intact = model, total, 0, True
         self._objective, self._schedule, self._amp = objective, schedule, amp
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -84,6 +86,10 @@ class Trainer:
         if not self._parameters and not (train == "batchnorm" and self._batchnorms):
             self.finish()
             raise ArgumentError("there is nothing to train.", _FIXES[train])
+        if any(p.dtype == torch.float16 for p in self._parameters.values()):
+            self.finish()
+            found = "the weights to train are float16, in which Adam divides by 0."
+            raise ArgumentError(found, "train the model in float32 (model.float()), with amp=True if you like.")
         # what is all that is trained is trained to the end
         self._live_batchnorm = 1.0 if train == "batchnorm" else schedule.tune_batchnorm
         self._tune_ranges = 1.0 if train == "ranges" else schedule.tune_ranges
@@ -122,7 +128,10 @@ class Trainer:
         biases = [p for p in self._parameters.values() if p not in learned and p.dim() <= 1]
         scales = [p for p in self._parameters.values() if p in learned]
         rates = ((weights, self._schedule.lr), (biases, self._schedule.bias_lr), (scales, self._schedule.range_lr))
-        return torch.optim.Adam([{"params": params, "lr": lr, "largest_lr": lr} for params, lr in rates if params])
+        groups = [{"params": params, "lr": lr, "largest_lr": lr} for params, lr in rates if params]
+        if scales:
+            groups[-1]["eps"] = _RANGE_EPS
+        return torch.optim.Adam(groups)
 
     @property
     def lr(self) -> float:
@@ -130,8 +139,8 @@ class Trainer:
         return self._schedule.lr * self._schedule.rate_at(self.step - 1, self.total) if self.step else 0.0
 
     def digest_trained(self) -> str:
-        """What tells one choice of parameters from another."""
-        return hashlib.sha256("\n".join(self._parameters).encode()).hexdigest()[:16]
+        """What tells one choice of modules and parameters from another."""
+        return hashlib.sha256("\n".join([*self._chosen, "", *self._parameters]).encode()).hexdigest()[:16]
 
     def place(self, batch: Any) -> Any:
         """A batch on the device of the model; what inference mode made is copied, for it knows no gradient."""
@@ -224,6 +233,7 @@ class Trainer:
         """Gradients of the mean loss over the samples of this process; gives that loss.
 
         Raises:
+            ArgumentError: The loss has no gradient.
             StateError: The loss, or what a range follows, is NaN or Inf.
         """
         if self._optimizer is not None:
@@ -233,7 +243,11 @@ class Trainer:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._amp):
             loss = self._objective(batch)
         if self._optimizer is not None:
-            loss.backward()  # type: ignore[no-untyped-call]
+            if loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+            elif not self._find_waiting():  # while quantization grows, ranges may be out of reach
+                found = "the loss depends on nothing that is trained."
+                raise ArgumentError(found, "check the loss, and the patterns in layers.")
         loss = loss.detach()
         if not bool(torch.isfinite(loss)):
             raise self._explain_nonfinite(float(loss), batch)
@@ -254,15 +268,21 @@ class Trainer:
         """
         parameters = list(self._parameters.values())
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if parameter in self._ranges.of_inputs:  # it is divided by the root of the number of values of this share
+                gradient.mul_(math.sqrt(samples))
         statistics = [b for module in self._find_live() for b in module.buffers() if b.is_floating_point()]
-        own = [*gradients, *statistics, loss, torch.ones_like(loss)]
+        reached = torch.tensor([p.grad is not None for p in parameters], device=loss.device)
+        own = [*gradients, *statistics, reached, loss, torch.ones_like(loss)]
         share = torch.cat([tensor.flatten() for tensor in own]) * (samples if failure is None else math.nan)
         share = sum_over_ranks(share)
         if share[-1].isnan():
             raise_together(failure, StateError)
         means = torch.split(share / share[-1], [tensor.numel() for tensor in own])
-        for parameter, mean in zip(parameters, means, strict=False):
-            parameter.grad = mean.reshape(parameter.shape).to(parameter.dtype, copy=True)
+        for parameter, mean, is_reached in zip(parameters, means, means[-3].tolist(), strict=False):
+            whole = mean / share[-1].sqrt() if parameter in self._ranges.of_inputs else mean
+            # None, not 0: Adam goes on moving what has no gradient in a step
+            parameter.grad = whole.reshape(parameter.shape).to(parameter.dtype, copy=True) if is_reached else None
         for buffer, mean in zip(statistics, means[len(parameters) :], strict=False):
             buffer.copy_(mean.reshape(buffer.shape))
         return means[-2]
@@ -337,7 +357,7 @@ class Trainer:
             prefix = f"optimizer//{name}//"
             state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
             if self._optimizer and state:  # Adam keeps its count of steps on the CPU
-                moved = {key: t.to(parameter.device) if t.dim() else t for key, t in state.items()}
+                moved = {key: t if key == "step" else t.to(parameter.device) for key, t in state.items()}
                 self._optimizer.state[parameter] = moved
         if seen := {k.removeprefix("watch//"): t for k, t in tensors.items() if k.startswith("watch//")}:
             self._watch = OscillationWatch(self.model)

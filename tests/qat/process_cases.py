@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 from torch import distributed, nn
-from tuned_run import make_images, make_model
+from tuned_run import make_images, make_model, make_switched
 
 import qdq
 import qdq.qat.record
@@ -18,6 +18,8 @@ from qdq.distributed import gather_bytes
 
 RANK = int(os.environ["RANK"])
 BATCHES = [make_images(8, seed) for seed in range(5)]
+UNEVEN = [make_images(size, size) for size in (8, 7, 3)]
+LEARNING = qdq.Schedule(steps=10, lr=1e-3, range_lr=1e-2, max_norm=1e-3)
 FOLDER = Path(sys.argv[1]).parent
 
 
@@ -61,6 +63,10 @@ class Breaking:
             if number == self.at and self.rank == RANK:
                 raise OSError("the disk is gone")
             yield batch
+
+
+def mean_square(outputs, _):
+    return outputs.square().mean()
 
 
 def broken_share():
@@ -124,6 +130,8 @@ def cases():
     yield "nan in a range", lambda: tune(batches=broken_share(), ranges="ema", **finite)
     yield "save fails", lambda: tune(folder=FOLDER / "full")
     yield "live batchnorm", live_batchnorm
+    yield "learned ranges", lambda: tune(batches=UNEVEN, ranges="lsq", schedule=LEARNING)
+    yield "switched", lambda: tune(*make_switched(), loss=mean_square, distillation=None)
     yield "ranges that follow", lambda: tune(batches=[(1 + n) * batch for n, batch in enumerate(BATCHES)], ranges="ema")
 
 

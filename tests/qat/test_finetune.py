@@ -25,6 +25,13 @@ def make_batches(count=6, size=8, seed=1):
 FAST = Schedule(steps=30, lr=1e-3)
 
 
+class Endless(torch.utils.data.IterableDataset):
+    """Data without a length."""
+
+    def __iter__(self):
+        yield from make_batches(1)[0]
+
+
 def state_of(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -253,6 +260,20 @@ def test_early_stop_keeps_the_best(quantized):
     assert torch.equal(quantized.stem.weight, kept[1])
 
 
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
+def test_a_metric_that_fails_leaves_the_best(quantized, kind):
+    before, values = state_of(quantized), iter([5.0, 4.0])
+
+    def metric(_):
+        if (value := next(values, None)) is None:
+            raise kind("not today")
+        return value
+
+    with pytest.raises(kind, match="not today"):
+        finetune(quantized, make_batches(), metric=metric, measure_every=1, schedule=FAST)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(quantized).items())
+
+
 def test_nan_stops_with_the_layer_and_keeps_good_weights(quantized):
     batches = make_batches(3)
     calls = []
@@ -269,10 +290,83 @@ def test_nan_stops_with_the_layer_and_keeps_good_weights(quantized):
     assert all(torch.isfinite(p).all() for p in quantized.parameters())
 
 
-def test_amp(quantized):
-    tuning = finetune(quantized, make_batches(), schedule=Schedule(steps=3), amp=True)
+@pytest.mark.parametrize("amp", [False, True])
+def test_amp(quantized, amp):
+    types = []
+    quantized.conv.register_forward_hook(lambda _, __, outputs: types.append(outputs.dtype))
+    tuning = finetune(quantized, make_batches(), schedule=Schedule(steps=3), amp=amp)
+    assert set(types[:3]) == {torch.bfloat16 if amp else torch.float32}
     assert np.isfinite(tuning.losses).all()
     assert quantized.stem.weight.dtype == torch.float32
+
+
+def test_weights_in_float16_are_refused(quantized):
+    quantized.half()
+    with pytest.raises(ArgumentError, match="float16, in which Adam divides by 0"):
+        finetune(quantized, [batch.half() for batch in make_batches(1)], schedule=FAST)
+    assert all(torch.isfinite(tensor).all() for tensor in quantized.state_dict().values())
+
+
+@pytest.mark.parametrize("number", [np.float32(1e-3), np.float64(1e-3)])
+def test_numbers_of_numpy_are_numbers(quantized, number):
+    schedule, distillation = Schedule(steps=2, lr=number), Distillation(mse=number)
+    assert len(finetune(quantized, make_batches(1), schedule=schedule, distillation=distillation).losses) == 2
+
+
+def test_each_kind_of_parameter_has_its_own_rate(quantized):
+    """The first step of Adam moves each number by its rate, whatever its gradient."""
+    before = state_of(quantized)
+    amax = quantized.stem.input_quantizer.amax.clone()
+    schedule = Schedule(steps=1, lr=1e-4, bias_lr=1e-3, range_lr=1e-2, warm_up=0)
+    loss = {"loss": lambda outputs, _: 0.1 * outputs.square().mean(), "distillation": None}
+    finetune(quantized, make_batches(1), schedule=schedule, ranges="lsq", **loss)
+    for name, rate in (("head.weight", 1e-4), ("head.bias", 1e-3)):
+        moved = (quantized.get_parameter(name).detach() - before[name]).abs()
+        assert float(moved.max()) == pytest.approx(rate, rel=1e-2)
+    assert float((quantized.stem.input_quantizer.amax / amax).log2().abs()) == pytest.approx(1e-2, rel=1e-2)
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 1e9])
+def test_the_gradient_is_clipped(quantized, max_norm, monkeypatch):
+    norms, step = [], torch.optim.Adam.step
+
+    def look(optimizer, *arguments):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.cat([grad.flatten() for grad in grads]).norm()))
+        return step(optimizer, *arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", look)
+    loss = {"loss": lambda outputs, _: outputs.square().mean(), "distillation": None}
+    finetune(quantized, make_batches(1), schedule=Schedule(steps=2, max_norm=max_norm), **loss)
+    assert all(norm == pytest.approx(1e-3, rel=1e-3) if max_norm < 1 else norm > 1e-2 for norm in norms)
+
+
+def test_ranges_that_quantization_has_not_reached_yet_wait(quantized):
+    schedule = Schedule(steps=4, grow=1.0, range_lr=1e-2, tune_ranges=1.0)
+    before = quantized.head.input_quantizer.amax.clone()
+    options = {"ranges": "lsq", "train": "ranges", "layers": ["head"]}
+    assert len(finetune(quantized, make_batches(1), schedule=schedule, **options).losses) == 4
+    assert not torch.equal(quantized.head.input_quantizer.amax, before)
+
+
+def test_a_transformer_with_padding():
+    """Its float layers hand on nested tensors in evaluation mode, unless they are told not to."""
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)
+
+        def forward(self, x, padding=None):
+            return self.layers(x, src_key_padding_mask=padding)
+
+    model, padding = Encoder().eval(), torch.zeros(4, 7, dtype=torch.bool)
+    padding[1:, 5:] = True
+    batches = [{"x": torch.randn(4, 7, 32), "padding": padding}]
+    qdq.swap_modules(model, batches[0])
+    qdq.calibrate_model(model, batches)
+    assert np.isfinite(finetune(model, batches, schedule=Schedule(steps=2)).losses).all()
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 @pytest.mark.parametrize(
@@ -285,13 +379,26 @@ def test_amp(quantized):
         ({"layers": ["nothing"]}, ArgumentError, "nothing to train"),
         ({"distillation": None}, ArgumentError, "no loss"),
         ({"seed": -1}, ArgumentError, "seed is -1"),
+        ({"seed": "0"}, ArgumentTypeError, "seed is '0'"),
         ({"measure_every": 0}, ArgumentError, "measure_every is 0"),
+        ({"measure_every": 1.5}, ArgumentTypeError, "measure_every is 1.5"),
+        ({"measure_every": 1}, ArgumentError, "measure_every is given, and there is no metric"),
+        ({"loss": "hinge"}, ArgumentError, "loss is 'hinge'"),
+        ({"loss": cross_entropy, "distillation": None, "teacher": nn.Identity()}, ArgumentError, "no distillation"),
+        (
+            {"loss": lambda outputs, _: outputs.detach().mean(), "distillation": None},
+            ArgumentError,
+            "depends on nothing",
+        ),
+        ({"held": []}, DataError, "no batch to measure on"),
+        ({"held": torch.ones(2, 3, 12, 12)}, ArgumentTypeError, "one Tensor"),
         ({"tensorboard": True}, ArgumentError, "needs a folder"),
         ({"loss": lambda outputs, batch: outputs}, ArgumentError, "expected a scalar"),
         ({"batches": torch.ones(2, 3, 12, 12)}, ArgumentTypeError, "one Tensor"),
         ({"batches": []}, ArgumentError, "no batch"),
         ({"batches": iter([]), "schedule": Schedule(steps=2)}, DataError, "no batch"),
         ({"batches": iter([])}, ArgumentError, "no length"),
+        ({"batches": torch.utils.data.DataLoader(Endless())}, ArgumentError, "no length"),
     ],
 )
 def test_bad_input_teaches_and_changes_nothing(quantized, options, error, message):
@@ -328,6 +435,8 @@ def test_oscillating_weights_and_bad_ranges_are_reported(quantized):
     quantized.head.input_quantizer.amax = 1e-4
     quantized.conv.input_quantizer.amax = 1e4
     tuning = finetune(quantized, make_batches(), schedule=Schedule(steps=40, lr=3e-2, warm_up=0))
+    assert tuning.oscillating
+    assert f"{tuning.oscillating[0].layer}: {tuning.oscillating[0].share:.1%} of its weights" in tuning.format_table()
     reasons = {each.quantizer: each.reason for each in tuning.bad_ranges}
     assert "are clipped" in reasons["head._input_quantizer"]
     assert reasons["conv._input_quantizer"] == "every code is 0"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tuned_run import make_images, make_model
+from tuned_run import make_images, make_model, make_switched
 
 import qdq
 from qdq.errors import StateError
@@ -84,7 +84,7 @@ def test_the_metric_of_the_first_process_decides_for_both(found):
     assert (first["best"], first["stopped"]) == (1, "stopped: 3 measurements in a row were not better")
 
 
-@pytest.mark.parametrize("case", ["alike", "live batchnorm", "ranges that follow"])
+@pytest.mark.parametrize("case", ["alike", "live batchnorm", "ranges that follow", "learned ranges", "switched"])
 def test_the_models_stay_the_same_to_the_last_bit(found, case):
     assert found[case][0] == found[case][1]
 
@@ -96,6 +96,30 @@ def test_ranges_follow_what_all_processes_see(found):
     for name, quantizer in named_quantizers(model):
         if quantizer.amax is not None:
             assert torch.allclose(torch.tensor(state[f"{name}._amax"]), quantizer.amax, rtol=1e-4), name
+
+
+def assert_is_that_of_one_process(model, tuning, case):
+    assert case["losses"] == pytest.approx(tuning.losses, rel=1e-4)
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(torch.tensor(case["state"][name]), tensor, atol=1e-5, rtol=1e-4), name
+
+
+def test_learned_ranges_are_those_of_one_process_however_samples_are_shared(found):
+    """Clipping the gradient mixes ranges and weights: that of a range must have the size that it has in one process."""
+    model = make_model(8)
+    schedule = qdq.Schedule(steps=10, lr=1e-3, range_lr=1e-2, max_norm=1e-3)
+    tuning = qdq.finetune(model, [make_images(size, size) for size in (8, 7, 3)], ranges="lsq", schedule=schedule)
+    assert_is_that_of_one_process(model, tuning, found["learned ranges"][0])
+
+
+def test_what_a_batch_does_not_reach_is_not_moved(found):
+    """Adam moves a parameter whose gradient is 0, as its averages have it, but not one that has none."""
+    model, batches = make_switched()
+    tuning = qdq.finetune(
+        model, batches, loss=lambda outputs, _: outputs.square().mean(), distillation=None,
+        schedule=qdq.Schedule(steps=10, lr=1e-3),
+    )  # fmt: skip
+    assert_is_that_of_one_process(model, tuning, found["switched"][0])
 
 
 def test_killed_in_two_processes_and_resumed_they_have_the_same_losses(tmp_path):

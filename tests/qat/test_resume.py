@@ -82,6 +82,22 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         qdq.finetune(other, [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path)
 
 
+def test_a_folder_of_a_run_that_trained_other_batchnorms_is_refused(tmp_path):
+    def tune(layers):
+        torch.manual_seed(0)
+        layer, norm = torch.nn.Conv2d, torch.nn.BatchNorm2d
+        model = torch.nn.Sequential(layer(3, 16, 3), norm(16), layer(16, 16, 3), norm(16)).eval()
+        qdq.swap_modules(model)
+        qdq.calibrate_model(model, [make_images(8, 5)])
+        options = {"schedule": qdq.Schedule(steps=2), "folder": tmp_path}
+        qdq.finetune(model, [make_images(8, 6)], train="batchnorm", layers=layers, **options)
+
+    tune(["1"])
+    tune(["1"])
+    with pytest.raises(ArgumentError, match=r"other settings: layers[.]"):
+        tune(["3"])
+
+
 def mean_square(outputs, _):
     return outputs.square().mean()
 
@@ -112,6 +128,69 @@ def test_a_folder_of_a_run_with_other_ranges_teacher_loss_or_metric_is_refused(t
     }.items():
         with pytest.raises(ArgumentError, match=f"other settings: {changed}[.]"):
             tune(**{"distillation": distillation, **options})
+
+
+def test_a_folder_of_a_run_with_other_labels_or_held_batches_is_refused(tmp_path):
+    labelled = [(make_images(8, 6), torch.arange(8))]
+
+    def tune(batches=labelled, seed=0, **options):
+        options = {"loss": qdq.cross_entropy, "held": labelled, **options}
+        qdq.finetune(make_model(), batches, schedule=qdq.Schedule(steps=2), folder=tmp_path, seed=seed, **options)
+
+    tune()
+    for changed, options in {
+        "data": {"batches": [(labelled[0][0], labelled[0][1].flip(0))]},
+        "held": {"held": [(labelled[0][0], labelled[0][1].flip(0))]},
+        "measure_every": {"measure_every": 2},
+    }.items():
+        with pytest.raises(ArgumentError, match=f"other settings: {changed}[.]"):
+            tune(**options)
+    with pytest.raises(ArgumentError, match=r"other settings: .*held[.]"):
+        tune(held=None)
+
+
+def test_held_batches_that_are_drawn_at_random_are_those_of_the_seed():
+    def tune(state):
+        model, held = make_model(), torch.utils.data.DataLoader(Noisy(), batch_size=8, shuffle=True)
+        torch.manual_seed(state)
+        return qdq.finetune(model, [make_images(8, 6)], schedule=qdq.Schedule(steps=2), held=held).curve
+
+    assert tune(1) == tune(2)
+
+
+@pytest.mark.parametrize("replaced_by", [None, torch.nn.Linear(16, 16)])
+def test_a_best_model_that_is_gone_or_of_another_run_changes_nothing(tmp_path, replaced_by):
+    options = {"batches": [make_images(8, 6)], "schedule": qdq.Schedule(steps=2, lr=1e-3), "folder": tmp_path}
+    qdq.finetune(make_model(), held=[make_images(8, 7)], **options)
+    (tmp_path / "best.safetensors").unlink()
+    if replaced_by is not None:
+        other = build(replaced_by)
+        qdq.calibrate_model(other, [torch.randn(4, 16)])
+        qdq.save_tuned(other, tmp_path / "best.safetensors")
+    model, before = make_model(), make_model().state_dict()
+    with pytest.raises(DataError if replaced_by is None else ModelError, match=r"best\.safetensors"):
+        qdq.finetune(model, held=[make_images(8, 7)], **options)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_full_disk_leaves_the_best_model(tmp_path, monkeypatch):
+    def full(*_):
+        raise ArgumentError("cannot write: No space left on device.", "make room.")
+
+    model, before, values = make_model(), make_model().state_dict(), iter([5.0, 4.0, 3.0, 2.0])
+
+    def metric(_):
+        if (value := next(values)) == 3:
+            monkeypatch.setattr(qdq.qat.record, "save_tensors", full)
+            monkeypatch.setattr(qdq.qat.record, "_SAVE_SECONDS", -1.0)
+        return value
+
+    with pytest.raises(ArgumentError, match="No space left"):
+        qdq.finetune(
+            model, [make_images(8, 6)], schedule=qdq.Schedule(steps=9, lr=1e-3), metric=metric, measure_every=1,
+            folder=tmp_path,
+        )  # fmt: skip
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors", b"\x00" * 100])

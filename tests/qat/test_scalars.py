@@ -12,7 +12,7 @@ from tuned_run import make_images, make_model
 
 import qdq
 import qdq.qat.record
-from qdq.errors import DependencyError
+from qdq.errors import ArgumentError, DependencyError
 
 SCRIPT = Path(__file__).with_name("tuned_run.py")
 
@@ -93,6 +93,13 @@ def test_steps_after_the_state_that_a_run_goes_on_from_are_replaced(tmp_path, mo
     assert found[3][1] < before[3][1] / 1.5
     qdq.finetune(make_model(8), batches, loss=loss, **options)  # finished: read, not run
     assert read_scalars(tmp_path)["loss"] == found
+
+
+def test_a_file_in_the_place_of_its_folder_is_refused_at_once(tmp_path):
+    (tmp_path / "tensorboard").write_text("mine")
+    with pytest.raises(ArgumentError, match=r"cannot write .*tensorboard"):
+        qdq.finetune(make_model(), [make_images(8, 6)], folder=tmp_path, tensorboard=True)
+    assert (tmp_path / "tensorboard").read_text() == "mine"
 
 
 def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):

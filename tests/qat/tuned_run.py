@@ -31,6 +31,26 @@ def make_model(bits=4):
     return model
 
 
+class Switch(nn.Module):
+    """One of two layers, as the batch has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.low, self.high = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        return (self.high if x.mean() > 10 else self.low)(self.stem(x).relu())
+
+
+def make_switched():
+    """A model and batches of which each takes another way through it."""
+    torch.manual_seed(0)
+    model, batches = Switch().eval(), [torch.randn(size, 16) + 20 * (n % 2) for n, size in enumerate((8, 7, 5, 3))]
+    qdq.swap_modules(model)
+    qdq.calibrate_model(model, batches)
+    return model, batches
+
+
 def make_images(count, seed):
     return torch.randn(count, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
 
