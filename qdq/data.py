@@ -127,6 +127,8 @@ class _LazyImages:
 class CropBatches:
     """Random-resized crops of images, half of them mirrored, as batches to train on; every pass draws others.
 
+    Without labels half of the crops are blended with another one of the batch (mixup; Zhang, Cisse, Dauphin, Lopez-Paz,
+    ICLR 2018, arXiv 1710.09412): whoever is taught by outputs needs no label for that, and few photographs go further.
     Iterating gives `(images, labels)` as `ImageBatches` does. Order and crops are drawn from torch's global generator.
 
     Args:
@@ -165,10 +167,18 @@ class CropBatches:
             boxes = [RandomResizedCrop.get_params(image, list(_CROP_SCALE), list(_CROP_RATIO)) for image in photographs]
             crops = torch.stack(list(pool.map(self.preprocess.crop, photographs, boxes)))
         is_mirrored = torch.rand(len(crops), 1, 1, 1) < 0.5
-        return torch.where(is_mirrored, crops.flip(-1), crops).contiguous(memory_format=torch.channels_last)
+        crops = torch.where(is_mirrored, crops.flip(-1), crops)
+        return (_blend(crops) if self.labels is None else crops).contiguous(memory_format=torch.channels_last)
 
     def __len__(self) -> int:
         return -(-self.num_images // self.batch_size)
+
+
+def _blend(crops: Tensor) -> Tensor:
+    """Half of the crops as they are, the others each a random share of one and the rest of another."""
+    shape = (len(crops), 1, 1, 1)
+    share = torch.where(torch.rand(shape) < 0.5, torch.rand(shape), 1.0)
+    return torch.lerp(crops[torch.randperm(len(crops))], crops, share)
 
 
 def load_training_images(

@@ -17,6 +17,7 @@ from torchvision.transforms import Compose, Normalize, RandomResizedCrop, ToTens
 
 from qdq import data
 from qdq.data import (
+    CropBatches,
     ImageBatches,
     load_image_folder,
     load_images,
@@ -462,6 +463,19 @@ def test_half_of_the_crops_are_mirrored(tmp_path):
     images = seeded(load_training_images(tmp_path, make_model(num_classes=2), 200, 1, 1, 50))
     is_mirrored = images[:, :, :, :4].mean((1, 2, 3)) > images[:, :, :, -4:].mean((1, 2, 3))
     assert 60 < int(is_mirrored.sum()) < 140
+
+
+def test_without_labels_half_of_the_crops_are_blended_with_another(tmp_path):
+    make_folder(tmp_path, cat=400)
+    files, preprocess = sorted(tmp_path.rglob("*.png")), make_model().preprocess
+    plain = colours(CropBatches(files, [0] * 400, preprocess, 100, 400, "labelled"))
+    blended = torch.cat([images for images, _ in CropBatches(files, None, preprocess, 100, 400, "not labelled")])
+    assert all(torch.equal(image, image[:, :1, :1].expand_as(image)) for image in blended[:20])  # one share a crop
+    found = {tuple(image[:, 0, 0].tolist()) for image in blended}
+    assert 140 < len(found & plain) < 260
+    lowest, highest = torch.tensor(sorted(plain)).aminmax(dim=0)
+    values = blended[:, :, 0, 0]
+    assert ((values >= lowest - 1e-6) & (values <= highest + 1e-6)).all()
 
 
 @pytest.mark.parametrize("name", ["num_images", "calibration", "evaluation", "batch_size"])
