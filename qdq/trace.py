@@ -173,6 +173,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+def find_device(model: nn.Module) -> torch.device:
+    """Where the parameters of a model lie; the CPU for one without any."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 def trace_forward(model: nn.Module, inputs: Any, meter: Callable[[], int] | None = None) -> ForwardTrace:
     """Run a model once in evaluation mode, without gradients, and record what it did.
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from qdq.distributed import failing_together, find_rank, gather_bytes
@@ -27,7 +26,7 @@ from qdq.quantizer import SharedQuantizer, TensorQuantizer, named_quantizers
 from qdq.run import require_writable
 from qdq.statistics import Statistics, merge_parts, require_suffix
 from qdq.swap import quantized_layers
-from qdq.trace import call_model, evaluating, require_batches, split_inputs
+from qdq.trace import call_model, evaluating, require_batches, split_inputs, tensors_of
 
 logger = logging.getLogger(__name__)
 
@@ -385,13 +384,17 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
 
 def digest_sources(model: nn.Module, batch: Any) -> str:
     """Digest of parameters, buffers and the tensors that the model is called with: what every statistic comes from."""
-    digest = hashlib.sha256()
     layers = [module for module in model.modules() if not isinstance(module, TensorQuantizer)]
     states = (tensor for layer in layers for of in (layer.parameters, layer.buffers) for tensor in of(recurse=False))
-    for tensor in (*states, *tree_leaves(split_inputs(batch))):
-        if isinstance(tensor, torch.Tensor) and not tensor.is_meta:  # weights that are elsewhere are not read
-            digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-            digest.update(bytes_of(tensor))
+    return digest_tensors(tensor for tensor in (*states, *tensors_of(split_inputs(batch))) if not tensor.is_meta)
+
+
+def digest_tensors(tensors: Iterable[torch.Tensor]) -> str:
+    """Digest of types, shapes and values."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 

@@ -6,7 +6,6 @@ ranges of calibration stay and the float model teaches the quantized one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from qdq.calibrate.collect import bytes_of
+from qdq.calibrate.collect import digest_tensors
 from qdq.distributed import failing_together, find_rank, gather_bytes, joining_processes
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError, StateError
 from qdq.evaluate import predict
@@ -35,7 +34,7 @@ from qdq.qat.trainer import Trainer, copy_float, digest_weights
 from qdq.qat.watch import BadRange, Oscillation, find_bad_ranges
 from qdq.run import set_seed, to_jsonable, write_json
 from qdq.schedule import Schedule
-from qdq.trace import require_batches, tensors_of
+from qdq.trace import find_device, require_batches, tensors_of
 
 __all__ = ["Distillation", "Schedule", "Tuning", "cross_entropy", "finetune", "load_tuned", "save_tuned"]
 
@@ -158,44 +157,44 @@ def finetune(
             the processes do not begin alike, or another one failed. The model then has its best, or else its last
             good weights.
     """
-    with joining_processes(next((p.device for p in model.parameters()), torch.device("cpu"))):
-        with ExitStack() as exits:
-            exits.enter_context(keeping_random_state(_find_generators(batches)))
-            with failing_together(StateError):
-                require_batches(batches)
-                require_ranges(model)
-                _require_numbers(seed, measure_every)
-                _require_useful(teacher, distillation, schedule, measure_every, metric is not None or held is not None)
-                taught_by = "" if teacher is None else digest_weights(teacher)
-                if teacher is None and distillation is not None:
-                    teacher = copy_float(model)
-                total = schedule.count_steps(batches)
-                settings: dict[str, Any] = {
-                    "weights": digest_weights(model), "schedule": asdict(schedule), "steps": total, "ranges": ranges,
-                    "train": train, "distillation": _describe_distillation(distillation), "teacher": taught_by,
-                    "loss": _name(loss), "metric": _name(metric), "amp": amp, "seed": seed,
-                }  # fmt: skip
-                if folder is not None and getattr(batches, "persistent_workers", False):
-                    logger.warning(_PERSISTENT)
-                if folder is not None or find_rank()[1] > 1:
-                    settings["data"] = _digest_first(batches, seed)
-                objective = Objective(model, teacher, loss, distillation)
-                trainer = Trainer(model, objective, schedule, total, ranges=ranges, train=train, layers=layers, amp=amp)
-                exits.callback(trainer.finish)
-                settings["layers"] = trainer.digest_trained()
-                every = settings["measure_every"] = measure_every or max(total // _MEASUREMENTS, 1)
-                if metric is None and held is not None:
-                    kept = [trainer.place(batch) for batch in _read_held(held, seed)]
-                    settings["held"] = _digest_tensors(kept)
-                    metric = _measure_loss(loss, kept) if loss else _measure_distance(teacher, kept)
-                settings = to_jsonable(settings)
-                record = Record(trainer, metric, every, None if folder is None else Path(folder), settings, tensorboard)
-                exits.callback(record.close)
-            _require_alike(settings | {"folder": folder is not None})
-            stopped, batch = _run(trainer, record, batches, seed, schedule.patience)
-            best_step = record.finish()
-            if batch is None:  # the run in the folder was finished before
-                batch = next(iter(batches), None)
+    with joining_processes(find_device(model)), ExitStack() as exits:
+        exits.enter_context(keeping_random_state(_find_generators(batches)))
+        with failing_together(StateError):
+            require_batches(batches)
+            require_ranges(model)
+            _require_numbers(seed, measure_every)
+            _require_useful(teacher, distillation, schedule, measure_every, metric is not None or held is not None)
+            taught_by = "" if teacher is None else digest_weights(teacher)
+            if teacher is None and distillation is not None:
+                teacher = copy_float(model)
+            total = schedule.count_steps(batches)
+            settings: dict[str, Any] = {
+                "weights": digest_weights(model), "schedule": asdict(schedule), "steps": total, "ranges": ranges,
+                "train": train, "distillation": _describe_distillation(distillation), "teacher": taught_by,
+                "loss": _name(loss), "metric": _name(metric), "amp": amp, "seed": seed,
+            }  # fmt: skip
+            if folder is not None and getattr(batches, "persistent_workers", False):
+                logger.warning(_PERSISTENT)
+            if folder is not None or find_rank()[1] > 1:
+                settings["data"] = _digest_first(batches, seed)
+            objective = Objective(model, teacher, loss, distillation)
+            trainer = Trainer(model, objective, schedule, total, ranges=ranges, train=train, layers=layers, amp=amp)
+            exits.callback(trainer.finish)
+            settings["layers"] = trainer.digest_trained()
+            every = settings["measure_every"] = measure_every or max(total // _MEASUREMENTS, 1)
+            if metric is None and held is not None:
+                kept = [trainer.place(batch) for batch in _read_held(held, seed)]
+                settings["held"] = digest_tensors(tensors_of(kept))
+                metric = _measure_loss(loss, kept) if loss else _measure_distance(teacher, kept)
+            settings = to_jsonable(settings)
+            record = Record(trainer, metric, every, None if folder is None else Path(folder), settings, tensorboard)
+            exits.callback(record.close)
+        _require_alike(settings | {"folder": folder is not None})
+        stopped, batch = _run(trainer, record, batches, seed, schedule.patience)
+        best_step = record.finish()
+        if batch is None:  # the run in the folder was finished before
+            batch = next(iter(batches), None)
+        trainer.finish()
         oscillating = trainer.watch.find() if trainer.watch else ()
         bad_ranges = () if batch is None else find_bad_ranges(model, trainer.place(batch))
         tuning = Tuning(
@@ -348,15 +347,7 @@ def _digest_first(batches: Iterable[Any], seed: int) -> str:
         return ""
     with keeping_random_state():
         _begin_epoch(batches, seed, 0)
-        return next((_digest_tensors(batch) for batch in batches), "")
-
-
-def _digest_tensors(tree: Any) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors_of(tree):
-        digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(bytes_of(tensor))
-    return digest.hexdigest()
+        return next((digest_tensors(tensors_of(batch)) for batch in batches), "")
 
 
 def _read_held(held: Iterable[Any], seed: int) -> list[Any]:

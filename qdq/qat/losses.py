@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError, StateError
+from qdq.names import list_names
 from qdq.nn import QuantMixin
 from qdq.patterns import Pattern, Patterns
 from qdq.swap import quantized_layers
@@ -186,7 +187,7 @@ def _require_layers(teacher: nn.Module, layers: Sequence[str]) -> None:
     names = dict(teacher.named_modules())
     if missing := [name for name in layers if name not in names]:
         raise ArgumentError(
-            f"the teacher has no {', '.join(missing[:3])}, whose outputs are to be compared.",
+            f"the teacher has no {list_names(missing, 3)}, whose outputs are to be compared.",
             "give a teacher with the same modules, or Distillation(features=0).",
         )
 

@@ -13,6 +13,7 @@ from qdq.calibrate.collect import Collection
 from qdq.calibrate.weights import solve_weight
 from qdq.distributed import max_over_ranks
 from qdq.errors import ArgumentError, StateError
+from qdq.names import list_names
 from qdq.observers.max import reduce_amax
 from qdq.quantizer import RANGE_RULES, TensorQuantizer, named_quantizers
 
@@ -138,8 +139,8 @@ def require_ranges(model: nn.Module) -> None:
     """
     without = [name for name, q in named_quantizers(model) if not q._disabled and q.amax is None]
     if without:
-        some = ", ".join(without[:3]) + (" ..." if len(without) > 3 else "")
-        raise StateError(f"{len(without)} quantizers have no range: {some}.", "call calibrate_model first.")
+        found = f"{len(without)} quantizers have no range: {list_names(without, 3)}."
+        raise StateError(found, "call calibrate_model first.")
 
 
 def describe_ranges(model: nn.Module) -> dict[str, Any]:

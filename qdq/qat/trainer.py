@@ -24,6 +24,7 @@ from qdq.qat.watch import OscillationWatch, find_nonfinite, order_modules
 from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.schedule import Schedule
 from qdq.swap import restore_modules
+from qdq.trace import find_device
 
 TRAINED = ("all", "ranges", "batchnorm")
 _RANGE_EPS = 1e-12  # of Adam: gradients of ranges are about 1e-9, and with its 1e-8 they would hardly be learned
@@ -74,7 +75,7 @@ class Trainer:
         self._chosen = [name for name, module in model.named_modules() if module in chosen]
         self.model, self.total, self.step, self.intact = model, total, 0, True
         self._objective, self._schedule, self._amp = objective, schedule, amp
-        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._device = find_device(model)
         self._exits = ExitStack()
         require_range_method(ranges)
         self._ranges = RangeTuning(model, "frozen" if train == "batchnorm" else ranges, chosen)
