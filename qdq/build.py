@@ -13,8 +13,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qdq.errors import ArgumentError, BuildError, DependencyError
+from qdq.files import require_writable, write_atomic
 from qdq.graph.coverage import Coverage, list_weighted_nodes, measure_coverage
-from qdq.run import require_writable, write_atomic
 from qdq.trt.backend import Backend, find_backend
 from qdq.trt.builder import build_plan
 from qdq.trt.census import LayerCensus, take_census

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from qdq.errors import DataError
-from qdq.run import write_atomic
+from qdq.files import write_atomic
 
 if TYPE_CHECKING:
     from torch import nn

@@ -14,11 +14,11 @@ import onnx_ir as ir
 
 from qdq.check.load import load_onnx
 from qdq.errors import ArgumentError
+from qdq.files import require_writable
 from qdq.formats import Format
 from qdq.graph.save import save_model
 from qdq.graph.scales import list_scales, number_of, reason_against, set_scale
 from qdq.observers.statistics import LEAST_ABSMAX
-from qdq.run import require_writable
 from qdq.statistics import Statistics
 
 Floats = npt.NDArray[np.float32]

@@ -11,9 +11,9 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from qdq.files import write_atomic
 from qdq.observers.solve import SOLVERS
 from qdq.observers.statistics import TensorStatistics
-from qdq.run import write_atomic
 from qdq.statistics import Statistics
 
 _COLUMNS = 128  # of a plot; a file has up to 4096 bins

@@ -16,11 +16,11 @@ from safetensors import numpy as safetensors
 from tqdm import tqdm
 
 from qdq.errors import ArgumentError, DataError, QdqError
+from qdq.files import write_atomic, write_json
 from qdq.formats import Format
 from qdq.names import list_names
 from qdq.observers.solve import SOLVERS, solve_amax
 from qdq.observers.statistics import TensorStatistics
-from qdq.run import write_atomic, write_json
 
 logger = logging.getLogger(__name__)
 

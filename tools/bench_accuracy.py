@@ -15,8 +15,9 @@ from torch import nn
 import qdq
 from qdq.cli.main import run_command
 from qdq.data import ImageBatches
+from qdq.files import write_json
 from qdq.metrics import agreement, sqnr_db
-from qdq.run import describe_environment, write_json
+from qdq.run import describe_environment
 
 
 def bench_accuracy(

@@ -31,9 +31,10 @@ import qdq
 from qdq.calibrate import CALIB_METHODS
 from qdq.calibrate.collect import Collection
 from qdq.cli.main import PositiveInt, run_command
+from qdq.files import write_json
 from qdq.observers.entropy import solve_entropy
 from qdq.observers.solve import SOLVERS
-from qdq.run import describe_environment, write_json
+from qdq.run import describe_environment
 
 _BINS = 2048
 # Runs in an interpreter that may have neither qdq nor its version of torch.

@@ -21,7 +21,8 @@ from qdq.cli.main import run_command
 from qdq.compat import calib, quant_modules
 from qdq.compat import nn as quant_nn
 from qdq.compat.tensor_quant import EPS, QuantDescriptor
-from qdq.run import describe_environment, write_json
+from qdq.files import write_json
+from qdq.run import describe_environment
 
 _LEVELS = 128  # of 8 bit, signed: the codes 0 to 127
 _START_BIN = 128

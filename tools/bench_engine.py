@@ -33,8 +33,9 @@ import qdq
 from qdq.check.rules import SEVERITIES
 from qdq.cli.main import PositiveInt, run_command
 from qdq.errors import ArgumentError, DependencyError, QdqError
+from qdq.files import write_json
 from qdq.graph.coverage import list_weighted_nodes
-from qdq.run import describe_environment, write_json
+from qdq.run import describe_environment
 from qdq.trt.backend import Backend, find_backend
 from qdq.trt.builder import build_plan
 from qdq.trt.census import take_census

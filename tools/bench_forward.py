@@ -14,8 +14,9 @@ import torch
 
 import qdq
 from qdq.cli.main import run_command
+from qdq.files import write_json
 from qdq.quantizer import _by_arithmetic, _by_operator, compute_scale
-from qdq.run import describe_environment, write_json
+from qdq.run import describe_environment
 
 
 def bench_forward(*, repeats: int = 9, batch_size: int = 16, json: Path | None = None) -> int:

@@ -27,9 +27,10 @@ from torch import nn
 
 import qdq
 from qdq.cli.main import PositiveInt, run_command
+from qdq.files import write_json
 from qdq.qat.losses import Objective
 from qdq.qat.trainer import Trainer, copy_float
-from qdq.run import describe_environment, write_json
+from qdq.run import describe_environment
 
 _AIM = 1.2
 # Runs in an interpreter that may have neither qdq nor its version of torch.

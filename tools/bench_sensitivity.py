@@ -30,9 +30,10 @@ from qdq.analyze.replay import Replay, flipped
 from qdq.analyze.screen import screen_units
 from qdq.analyze.sensitivity import SQNR, collect, reduce_rows
 from qdq.cli.main import PositiveInt, run_command
+from qdq.files import write_json
 from qdq.metrics import sqnr_db
 from qdq.quantizer import disable_quantization
-from qdq.run import describe_environment, write_json
+from qdq.run import describe_environment
 from qdq.trace import call_model, evaluating
 from qdq.units import find_units
 

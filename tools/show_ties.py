@@ -13,8 +13,8 @@ import onnxruntime
 import qdq
 from qdq.check.parity import measure_parity
 from qdq.cli.main import run_command
+from qdq.files import write_json
 from qdq.metrics import Array
-from qdq.run import write_json
 
 
 def show_ties(onnx: Path, /, *, images: int = 128, json: Path | None = None) -> int:

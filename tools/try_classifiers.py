@@ -16,7 +16,7 @@ from PIL import Image
 
 from qdq.cli.main import run_command
 from qdq.cli.recipes import load_recipe
-from qdq.run import write_json
+from qdq.files import write_json
 
 
 def try_classifiers(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qdq.cli.main import run_command
-from qdq.run import write_json
+from qdq.files import write_json
 
 
 def verify_demo(report: Path, /, *, json: Path | None = None) -> int:

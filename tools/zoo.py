@@ -22,7 +22,8 @@ from typing import Any
 
 import qdq
 from qdq.cli.main import PositiveInt, run_command
-from qdq.run import describe_environment, write_json
+from qdq.files import write_json
+from qdq.run import describe_environment
 
 ROW_FILE = "row.json"
 # Failures that are no fault of qdq, by name, with the reason that the table prints. Everything else must pass.

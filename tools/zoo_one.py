@@ -25,9 +25,9 @@ import qdq
 from qdq.check import OnnxModel
 from qdq.check.parity import TIE_MARGIN_DB, measure_parity
 from qdq.cli.main import run_command
+from qdq.files import write_json
 from qdq.graph.coverage import compare_coverage
 from qdq.quantizer import named_quantizers
-from qdq.run import write_json
 from qdq.trace import evaluating
 
 PRODUCTS = ("conv1d", "conv2d", "linear", "matmul", "bmm", "baddbmm", "scaled_dot_product_attention")

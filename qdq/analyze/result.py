@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qdq.files import write_json
 from qdq.plan import Plan, PlanEntry
-from qdq.run import write_json
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from qdq.distributed import failing_together, find_rank, gather_bytes
 from qdq.errors import ArgumentError, CalibrationError
+from qdq.files import require_writable
 from qdq.formats import Format
 from qdq.nn import QuantMixin
 from qdq.observers.collector import TensorCollector, TensorReader
 from qdq.quantizer import SharedQuantizer, TensorQuantizer, named_quantizers
-from qdq.run import require_writable
 from qdq.statistics import Statistics, merge_parts, require_suffix
 from qdq.swap import quantized_layers
 from qdq.trace import call_model, evaluating, require_batches, split_inputs, tensors_of

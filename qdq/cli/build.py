@@ -42,7 +42,7 @@ def build(
         json: Also write the report to this file.
     """
     from qdq.build import build_engine
-    from qdq.run import require_writable, write_json
+    from qdq.files import require_writable, write_json
     from qdq.trt.profiles import parse_shapes
 
     if json is not None:

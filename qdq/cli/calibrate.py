@@ -34,7 +34,7 @@ def show(
         plots: Also write a page of histograms to this file, .html.
         json: Also write the figures to this file.
     """
-    from qdq.run import require_writable, write_json
+    from qdq.files import require_writable, write_json
     from qdq.show import format_statistics, write_plots
     from qdq.statistics import Statistics
 
@@ -64,7 +64,7 @@ def merge(*files: Path, output: Annotated[Path, Parameter(alias="-o")]) -> int:
         files: Two or more files of statistics.
         output: Where to write, .safetensors; a readable summary is written beside it, .json.
     """
-    from qdq.run import require_writable
+    from qdq.files import require_writable
     from qdq.statistics import merge_files
 
     require_writable(output)
@@ -102,8 +102,8 @@ def solve(
         json: Also write the ranges, and what changed in the copy, to this file.
     """
     from qdq.errors import ArgumentError
+    from qdq.files import require_writable, write_json
     from qdq.rescale import rescale_onnx
-    from qdq.run import require_writable, write_json
     from qdq.show import format_ranges
     from qdq.statistics import Statistics
 

@@ -48,7 +48,7 @@ def check(
     from qdq.check.rules import choose_rules, get_rule
     from qdq.check.sarif import format_sarif
     from qdq.errors import ArgumentError
-    from qdq.run import require_writable, write_json
+    from qdq.files import require_writable, write_json
 
     if explain is not None:
         print(get_rule(explain).explain())

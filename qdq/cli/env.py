@@ -15,7 +15,8 @@ def env(*, json: Path | None = None) -> int:
     Args:
         json: Also write the versions to this file.
     """
-    from qdq.run import describe_environment, write_json
+    from qdq.files import write_json
+    from qdq.run import describe_environment
 
     environment = describe_environment()
     width = max(map(len, environment))

@@ -40,8 +40,8 @@ def evaluate_files(
     from qdq.check import OnnxModel
     from qdq.data import load_images
     from qdq.evaluate import evaluate_outputs, predict
+    from qdq.files import require_writable, write_json
     from qdq.models import load_model
-    from qdq.run import require_writable, write_json
 
     if json is not None:
         require_writable(json)

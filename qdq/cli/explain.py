@@ -17,8 +17,8 @@ def explain(run: Path, layer: str, /, *, json: Path | None = None) -> int:
         layer: Dotted name of a layer or of a function call, as in report.html.
         json: Also write the record to this file.
     """
+    from qdq.files import require_writable, write_json
     from qdq.report.explain import explain_layer
-    from qdq.run import require_writable, write_json
 
     if json is not None:
         require_writable(json)

@@ -41,8 +41,8 @@ def gate(
         json: Also write the result to this file.
     """
     from qdq.errors import QdqError
+    from qdq.files import require_writable, to_jsonable, write_atomic, write_json
     from qdq.gate import format_junit, format_junit_error, gate_run
-    from qdq.run import require_writable, to_jsonable, write_atomic, write_json
 
     for path in (junit, json):
         if path is not None:

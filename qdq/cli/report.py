@@ -22,10 +22,10 @@ def report(*runs: Path, output: Annotated[Path | None, Parameter(alias="-o")] = 
         json: Also write what the page shows to this file.
     """
     from qdq.errors import ArgumentError
+    from qdq.files import require_writable, write_atomic, write_json
     from qdq.report.compare import compare_runs, render_comparison
     from qdq.report.load import PAGE_FILE, load_report
     from qdq.report.page import render_report
-    from qdq.run import require_writable, write_atomic, write_json
 
     if not runs:
         raise ArgumentError("no run was given.", "name one run folder, or several to compare them.")

@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qdq.errors import ExportError
-from qdq.run import write_atomic
+from qdq.files import write_atomic
 
 _ONE_FILE_BYTES = 2**31 - 2**24  # protobuf ends at 2 GiB; the rest is for nodes and names
 _EXTERNAL_BYTES = 1024  # smaller tensors, such as scales and shapes, stay in the model

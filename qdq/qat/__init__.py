@@ -24,6 +24,7 @@ from qdq.calibrate.collect import digest_tensors
 from qdq.distributed import failing_together, find_rank, gather_bytes, joining_processes
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError, StateError
 from qdq.evaluate import predict
+from qdq.files import to_jsonable, write_json
 from qdq.metrics import sqnr_db
 from qdq.patterns import Pattern
 from qdq.qat.checkpoint import keeping_random_state, load_tuned, save_tuned, unpack_random
@@ -32,7 +33,7 @@ from qdq.qat.ranges import require_ranges
 from qdq.qat.record import Measurement, Record
 from qdq.qat.trainer import Trainer, copy_float, digest_weights
 from qdq.qat.watch import BadRange, Oscillation, find_bad_ranges
-from qdq.run import set_seed, to_jsonable, write_json
+from qdq.run import set_seed
 from qdq.schedule import Schedule
 from qdq.trace import find_device, require_batches, tensors_of
 

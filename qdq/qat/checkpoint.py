@@ -19,8 +19,8 @@ from torch import nn
 
 from qdq.calibrate.collect import format_of, leader_of
 from qdq.errors import DataError, ModelError
+from qdq.files import write_atomic
 from qdq.quantizer import from_log2, named_quantizers
-from qdq.run import write_atomic
 
 MODEL_FORMAT = "qdq fine-tuned model 2"  # 1 did not say the formats
 STATE_FORMAT = "qdq fine-tuning state 1"

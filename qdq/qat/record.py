@@ -15,6 +15,7 @@ from torch import nn
 
 from qdq.distributed import broadcast_number, failing_together, find_rank, read_together
 from qdq.errors import ArgumentError, DependencyError, StateError
+from qdq.files import require_writable
 from qdq.qat.checkpoint import (
     MODEL_FORMAT,
     STATE_FORMAT,
@@ -28,7 +29,6 @@ from qdq.qat.checkpoint import (
 )
 from qdq.qat.ranges import describe_ranges
 from qdq.qat.trainer import Trainer
-from qdq.run import require_writable
 from qdq.trace import evaluating
 
 logger = logging.getLogger(__name__)

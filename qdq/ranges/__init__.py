@@ -15,6 +15,7 @@ from torch import nn
 
 from qdq.check.load import load_onnx
 from qdq.errors import ArgumentError, CalibrationError, CheckError
+from qdq.files import write_atomic
 from qdq.graph.save import save_model
 from qdq.names import group_names, list_names
 from qdq.ranges import aimet, onnxruntime_json, tensorrt_cache
@@ -23,7 +24,6 @@ from qdq.ranges.matching import match_entries
 from qdq.ranges.places import list_places
 from qdq.ranges.qdq_onnx import read_pairs, write_scales
 from qdq.ranges.rows import list_rows, merge_rows
-from qdq.run import write_atomic
 
 _QDQ = "qdq"
 _Result = TypeVar("_Result")

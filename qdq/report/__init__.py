@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from qdq.files import to_jsonable, write_atomic, write_json
 from qdq.report.load import PAGE_FILE, REPORT_FORMAT, load_report, plain
 from qdq.report.page import render_report
-from qdq.run import REPORT_FILE, STATISTICS_FILES, Run, to_jsonable, write_atomic, write_json
+from qdq.run import REPORT_FILE, STATISTICS_FILES, Run
 from qdq.statistics import Statistics
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import pytest
 from qdq import CheckError, check_onnx, export_onnx, predict
 from qdq.check import OnnxModel
 from qdq.check.parity import measure_parity
-from qdq.run import to_jsonable
+from qdq.files import to_jsonable
 
 FLOAT = """
 <ir_version: 9, opset_import: ["": 19]>

@@ -2,9 +2,9 @@
 
 import random
 
+from qdq.files import to_jsonable
 from qdq.report.load import REPORT_FORMAT
 from qdq.report.records import HISTOGRAM_COLUMNS
-from qdq.run import to_jsonable
 from qdq.trt.census import LayerCensus
 
 METHODS = ("max", "percentile", "entropy", "mse", "average_max", "mean_std", "laplace", "gauss", "moving_average")

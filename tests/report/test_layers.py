@@ -10,6 +10,7 @@ import torch
 
 import qdq
 from qdq.check import Coverage
+from qdq.files import to_jsonable
 from qdq.nn import QuantInputMixin
 from qdq.quantizer import disable_quantization, named_quantizers
 from qdq.report.layers import NO_STATISTICS, describe_layers
@@ -17,7 +18,6 @@ from qdq.report.load import load_report
 from qdq.report.page import int8_layers, list_figures, render_report
 from qdq.report.records import read_layer
 from qdq.report.tables import list_skipped
-from qdq.run import to_jsonable
 
 pytestmark = pytest.mark.trt
 NO_BUILD = qdq.BuildReport(
