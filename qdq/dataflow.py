@@ -6,29 +6,19 @@ from collections import deque
 from collections.abc import Iterator
 from math import inf
 
+from qdq.functions import (
+    ACTIVATIONS,
+    AVERAGES,
+    CONCATS,
+    CONTRACTIONS,
+    CONVOLUTIONS,
+    COPIES,
+    MAX_POOLINGS,
+    SCALINGS,
+)
 from qdq.trace import ForwardTrace, Operation
 
-CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
-MAX_POOLINGS = frozenset({"max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d"})
-# They move or repeat values, and make no new ones; dropout does in training only.
-COPIES = frozenset(
-    {
-        *("reshape", "view", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze", "expand", "t"),
-        *("contiguous", "clone", "chunk", "split", "getitem", "narrow", "select", "movedim", "swapaxes", "repeat"),
-        *("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout", "roll", "unbind"),
-        *("channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "tensor_split", "detach", "view_as", "reshape_as"),
-        *("expand_as", "flip", "rot90", "index_select", "gather"),
-    }
-)
-_ACTIVATIONS = frozenset(
-    {
-        *("relu", "relu6", "leaky_relu", "hardtanh", "silu", "hardswish", "gelu", "mish", "elu", "celu", "selu"),
-        *("sigmoid", "hardsigmoid", "tanh", "softplus", "clamp", "prelu", "rrelu"),
-    }
-)
-_POOLS_ALL = frozenset({"mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool2d"})
-_PRODUCTS = frozenset({"linear", "matmul", "bmm", "scaled_dot_product_attention", "multi_head_attention_forward"})
-_LINEAR = frozenset({"batch_norm", "mul", "contiguous", "clone", "dropout", "detach"})
+_FUSED = ACTIVATIONS | SCALINGS
 
 
 def clamp_of(operation: Operation) -> tuple[float, float] | None:
@@ -97,7 +87,7 @@ class Dataflow:
         while (operation := self._producers.get(value)) is not None:
             if operation.function in CONVOLUTIONS:
                 return operation
-            passes = operation.function in _LINEAR or (through_activations and operation.function in _ACTIVATIONS)
+            passes = operation.function in SCALINGS or (through_activations and operation.function in ACTIVATIONS)
             computed = [other for other in operation.inputs if other in self._computed]
             if not passes or len(computed) != 1:
                 return None
@@ -126,7 +116,7 @@ class Dataflow:
         seen, queue = set(self.outputs), deque(self.outputs)
         while queue:
             producer = self._producers.get(queue.popleft())
-            if producer is None or producer.function in _POOLS_ALL | _PRODUCTS:
+            if producer is None or producer.function in AVERAGES | (CONTRACTIONS - CONVOLUTIONS):
                 continue
             if producer.function in CONVOLUTIONS:
                 if not self._reads_pooled(producer):  # a classifier may be a convolution of one pixel
@@ -139,16 +129,16 @@ class Dataflow:
 
     def _feeds_product(self, value: int) -> bool:
         """Whether a convolution or product reads a tensor, perhaps behind activations: then it is no mere output."""
-        passing = _ACTIVATIONS | _LINEAR | MAX_POOLINGS | {"cat"}
+        passing = _FUSED | MAX_POOLINGS | CONCATS
         readers = (op for here in self._values_behind(value, passing) for op in self._readers.get(here, ()))
-        return any(operation.function in CONVOLUTIONS | _PRODUCTS for operation in readers)
+        return any(operation.function in CONTRACTIONS for operation in readers)
 
     def _reads_pooled(self, operation: Operation) -> bool:
         """Whether the input of a function is a pooled map, perhaps behind activations and copies."""
         producer = self._producers.get(operation.inputs[0])
-        while producer is not None and producer.function in _ACTIVATIONS | _LINEAR | COPIES:
+        while producer is not None and producer.function in _FUSED | COPIES:
             producer = self._producers.get(producer.inputs[0])
-        return producer is not None and producer.function in _POOLS_ALL
+        return producer is not None and producer.function in AVERAGES
 
     def _distances(self, value: int) -> dict[int, int]:
         """Every tensor that one depends on, with the smallest number of functions between."""
@@ -164,7 +154,7 @@ class Dataflow:
 
     def readers_behind(self, value: int) -> Iterator[Operation]:
         """Functions on a tensor, as it is or behind activations, BatchNorm, copies, pooling and concats."""
-        for here in self._values_behind(value, _ACTIVATIONS | _LINEAR | COPIES | MAX_POOLINGS | {"cat"}):
+        for here in self._values_behind(value, _FUSED | COPIES | MAX_POOLINGS | CONCATS):
             yield from self._readers.get(here, ())
 
     def _values_behind(self, value: int, passing: frozenset[str]) -> Iterator[int]:

@@ -15,9 +15,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from qdq.dataflow import CONVOLUTIONS, MAX_POOLINGS, Dataflow
+from qdq.dataflow import Dataflow
 from qdq.defaults import reason_against_convolution, reason_against_linear
 from qdq.errors import ArgumentError
+from qdq.functions import (
+    ATTENTION,
+    AVERAGE_POOLINGS,
+    CONCATS,
+    CONVOLUTIONS,
+    FUNCTIONS,
+    MATRIX_PRODUCTS,
+    MAX_POOLINGS,
+    WEIGHTED,
+)
 from qdq.names import group_names, list_names
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.nn.functions import QuantFunctionsMixin, add_function_quantizers, name_quantizer
@@ -27,12 +37,8 @@ from qdq.quantizer import QuantDescriptor, SharedQuantizer, TensorQuantizer, dis
 from qdq.trace import Operation, trace_forward
 
 SCALES = ("shared", "independent")
-_CONCATS = frozenset({"cat"})
-_ATTENTION = frozenset({"matmul", "bmm", "baddbmm", "scaled_dot_product_attention", "multi_head_attention_forward"})
-_MATRIX = frozenset({"matmul", "bmm"})  # of two activations mostly
-_POOLINGS = frozenset({"avg_pool1d", "avg_pool2d", "avg_pool3d"})
-_WEIGHTED = frozenset({"linear", "conv1d", "conv2d"})  # input, weight with outputs first, bias
-_SHOWN = _WEIGHTED | _CONCATS | _ATTENTION | _POOLINGS | MAX_POOLINGS | {"add", "interpolate", "mul", "mean"}
+_PRODUCTS = MATRIX_PRODUCTS | ATTENTION  # of two activations mostly
+_SHOWN = WEIGHTED | CONCATS | _PRODUCTS | AVERAGE_POOLINGS | MAX_POOLINGS | {"add", "interpolate", "mul", "mean"}
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,7 @@ class _Decisions:
         if operation.function not in _SHOWN or isinstance(self._modules[operation.module], QuantInputMixin):
             return False
         computed = [value for value in operation.inputs if self._flow.is_computed(value)]
-        if operation.function in _WEIGHTED:  # with a layer around it the plan of the swap has said what happens
+        if operation.function in WEIGHTED:  # with a layer around it the plan of the swap has said what happens
             is_layer = find_counterpart(type(self._modules[operation.module])) is not None
             return len(computed) == 1 and not (is_layer and self._flow.is_stored(operation.inputs[1]))
         return len(computed) >= (2 if operation.function in ("add", "mul") else 1)
@@ -172,20 +178,28 @@ class _Decisions:
         if pattern := self._exclude.match([operation.name], owner):
             return "float", f"excluded by {pattern}", ()
         if pattern := self._include.match([operation.name], owner):
-            computed = tuple(i for i, value in enumerate(operation.inputs) if self._flow.is_computed(value))
-            operands = (0, 1) if operation.function in _WEIGHTED | _MATRIX else computed  # both or none (R-CONV-2)
-            return self._attachable(operation, f"included by {pattern}", operands)
+            return self._attachable(operation, f"included by {pattern}", self._operands_of(operation))
         if operation.function == "add":
             return self._judge_add(operation)
-        if operation.function in _WEIGHTED:
+        if operation.function in WEIGHTED:
             return self._judge_weighted(operation)
         if operation.function == "interpolate":
             return self._judge_resize(operation)
-        if operation.function in _POOLINGS:
+        if operation.function in AVERAGE_POOLINGS:
             return self._judge_pooling(operation)
-        if operation.function in _MATRIX and not all(map(self._flow.is_computed, operation.inputs[:2])):
-            return "float", "product with a weight by `@`: called as F.linear it would be quantized, or include it", ()
+        if operation.function in MATRIX_PRODUCTS:
+            factors = [operation.inputs[position] for position in self._operands_of(operation)]
+            if not all(map(self._flow.is_computed, factors)):
+                return "float", f"product with a weight by {operation.function}: call F.linear, or include it", ()
         return _judge_by_kind(operation)
+
+    def _operands_of(self, operation: Operation) -> tuple[int, ...]:
+        """Positions of what an included call quantizes: of a product all factors, or none (R-CONV-2)."""
+        if factors := FUNCTIONS[operation.function].factors:
+            return factors
+        if operation.function in MATRIX_PRODUCTS:
+            return tuple(range(len(operation.inputs)))
+        return tuple(place for place, value in enumerate(operation.inputs) if self._flow.is_computed(value))
 
     def _attachable(
         self, operation: Operation, reason: str, operands: tuple[int, ...]
@@ -254,7 +268,7 @@ class _Decisions:
         """Whether a product runs in int8, as a layer or as a call."""
         if isinstance(self._modules[operation.module], QuantMixin):
             return True
-        is_call = operation.function in _WEIGHTED and self._is_shown(operation)
+        is_call = operation.function in WEIGHTED and self._is_shown(operation)
         return is_call and self._judge(operation)[0] == "quantize"
 
     def _feeds_quantized(self, operation: Operation) -> bool:
@@ -278,9 +292,9 @@ def _find_shortcut(backbones: list[Operation | None], fork: tuple[int, int, int]
 
 def _judge_by_kind(operation: Operation) -> tuple[str, str, tuple[int, ...]]:
     """Calls that get no quantizer of their own, whatever is around them."""
-    if operation.function in _ATTENTION:
+    if operation.function in _PRODUCTS:
         return "float", "product of two activations: int8 Q/DQ would break the fused attention kernel (R-MHA-2)", ()
-    if operation.function in _CONCATS:
+    if operation.function in CONCATS:
         return "share", "copies: quantizers before and behind it have one scale (R-CAT-1)", ()
     if operation.function in MAX_POOLINGS:
         return "share", "commutes with Q: quantizers before and behind it have one scale (R-MP)", ()
@@ -328,7 +342,7 @@ def _group_values(flow: Dataflow, planned: dict[str, PlannedOperation]) -> _Grou
         plan = planned.get(operation.name)
         if operation.function in MAX_POOLINGS or flow.is_copy(operation):
             groups.unite(operation.inputs[0], *operation.outputs)
-        elif operation.function in _CONCATS and not (plan and plan.action == "float"):
+        elif operation.function in CONCATS and not (plan and plan.action == "float"):
             groups.unite(*operation.inputs, *operation.outputs)
         elif operation.function == "add" and plan and len(plan.operands) > 1:
             groups.unite(*operation.inputs[:2])
@@ -373,7 +387,7 @@ def _list_places(modules: dict[str, nn.Module], flow: Dataflow, planned: dict[st
         for operand in operands:
             attribute = name_quantizer(operation.site, operand, len(operands))
             name = _join(operation.module, attribute)
-            is_weight = operation.function in _WEIGHTED and operand == 1
+            is_weight = operation.function in WEIGHTED and operand == 1
             place = _Place(name, [], None, operation.module, operation.site, operand, is_weight)
             places.setdefault(name, place).values.append(operation.inputs[operand])
     return list(places.values())

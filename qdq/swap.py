@@ -19,8 +19,9 @@ from torch.nn.modules.linear import Linear
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd
 from torch.nn.parameter import UninitializedParameter
 
-from qdq.dataflow import CONVOLUTIONS, Dataflow
+from qdq.dataflow import Dataflow
 from qdq.defaults import reason_against_convolution, reason_against_linear
+from qdq.functions import ATTENTION, CONVOLUTIONS, LINEAR, MATRIX_PRODUCTS
 from qdq.names import group_names, list_names
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.nn.functions import QuantFunctionsMixin, remove_function_quantizers
@@ -36,7 +37,6 @@ _FAST_PATHS: tuple[tuple[type[nn.Module], str, Any], ...] = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
     (nn.TransformerEncoder, "use_nested_tensor", False),
 )
-_ACTIVATION_PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "baddbmm", "scaled_dot_product_attention"})
 _NEVER_INT8 = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.EmbeddingBag, nn.PReLU)
 
 
@@ -372,7 +372,7 @@ class _DefaultRules:
 
     def describe_calls(self, module: nn.Module, calls: list[Contraction]) -> tuple[str, str]:
         """Action and reason for a module whose forward multiplies matrices itself."""
-        if all(call.function in _ACTIVATION_PRODUCTS and not call.storages & self._weights for call in calls):
+        if all(call.function in MATRIX_PRODUCTS | ATTENTION and not call.storages & self._weights for call in calls):
             return "float", "product of two activations: int8 Q/DQ would break the fused attention kernel (R-MHA-2)"
         functions = ", ".join(sorted({call.function for call in calls}))
         return "missed", f"{type(module).__name__}.forward calls {functions} directly; see rewire_operations"
@@ -407,7 +407,7 @@ class _DefaultRules:
 
 
 def _multiplies(operation: Operation) -> bool:
-    return operation.function in CONVOLUTIONS | {"linear"}
+    return operation.function in CONVOLUTIONS | LINEAR
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

@@ -19,16 +19,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
 from qdq.errors import ArgumentTypeError
-
-# What multiplies matrices: the calls that TensorRT could run in int8.
-_CONTRACTIONS = frozenset(
-    {
-        *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-        *("linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum"),
-        *("tensordot", "scaled_dot_product_attention", "multi_head_attention_forward"),
-        *("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
-    }
-)
+from qdq.functions import ALIASES, CONTRACTIONS
 
 
 @dataclass(frozen=True)
@@ -284,8 +275,8 @@ class _Recorder(TorchFunctionMode):
         for tensor in arguments:
             if id(tensor) in self._outputs:
                 self._readers[self._outputs[id(tensor)][0]].add(here)
-        function = getattr(func, "__name__", resolve_name(func) or "")
-        if function in _CONTRACTIONS:
+        function = name_function(func)
+        if function in CONTRACTIONS:
             storages = frozenset(tensor.untyped_storage().data_ptr() for tensor in arguments)
             self._trace.contractions.append(Contraction(here, function, storages))
 
@@ -301,16 +292,16 @@ class _Recorder(TorchFunctionMode):
         return self._trace
 
 
-_SAME_FUNCTION = {"iadd": "add", "radd": "add", "concat": "cat", "concatenate": "cat"}
-
-
 def name_function(func: Callable[..., Any]) -> str:
     """One name for the operator, the function, the method and the method in place."""
-    name = str(getattr(func, "__name__", None) or resolve_name(func) or "").strip("_")
-    return _SAME_FUNCTION.get(name, name)
+    name = str(getattr(func, "__name__", None) or resolve_name(func) or "")
+    if name == "__get__":  # of an attribute such as `Tensor.T`
+        name = str(getattr(getattr(func, "__self__", None), "__name__", name))
+    name = name.partition(".")[0].strip("_")  # torch.ops.aten.mm.default
+    return ALIASES.get(name, name)
 
 
 def is_in_place(func: Callable[..., Any]) -> bool:
     """Whether a function changes its first tensor: `add_`, `__iadd__`."""
-    name = str(getattr(func, "__name__", ""))
+    name = str(getattr(func, "__name__", "")).partition(".")[0]
     return name.startswith("__i") if name.endswith("__") else name.endswith("_")

@@ -34,8 +34,9 @@ from tqdm import tqdm
 
 from qdq.accuracy.layerwise import drop_empty, flatten_outputs
 from qdq.calibrate import calibrate_model
-from qdq.dataflow import CONVOLUTIONS, MAX_POOLINGS, Dataflow, clamp_of
+from qdq.dataflow import Dataflow, clamp_of
 from qdq.errors import StateError
+from qdq.functions import ACTIVATIONS, AVERAGES, CONVOLUTIONS, HOMOGENEOUS, IDENTITIES, LINEAR, MAX_POOLINGS
 from qdq.metrics import Array, sqnr_db
 from qdq.names import group_names
 from qdq.nn import QuantInputMixin
@@ -45,10 +46,8 @@ from qdq.trace import ForwardTrace, Operation, call_model, evaluating, trace_for
 
 logger = logging.getLogger(__name__)
 
-_ELEMENTWISE = frozenset({"leaky_relu", "dropout", "dropout2d", "contiguous", "clone", "detach"})
-_POOLINGS = MAX_POOLINGS | frozenset(
-    {"avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"}
-)
+_ELEMENTWISE = HOMOGENEOUS & (ACTIVATIONS | IDENTITIES)
+_POOLINGS = HOMOGENEOUS & (AVERAGES | MAX_POOLINGS)
 _EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 _STEPS = 127  # of a range, int8
 _LARGEST = 16.0  # factor; a channel that needs more is almost dead on the data, and may not be elsewhere
@@ -311,7 +310,7 @@ class _Layers:
     def find(self, operation: Operation) -> nn.Module | None:
         """The layer whose product an operation is."""
         layer = self._modules.get(operation.module)
-        is_product = operation.function in CONVOLUTIONS | {"linear"}
+        is_product = operation.function in CONVOLUTIONS | LINEAR
         return layer if is_product and isinstance(layer, _ConvNd | Linear) else None
 
     def reason_against(self, operation: Operation, computed: list[int], dims: int) -> str:

@@ -23,6 +23,7 @@ from torch.utils._pytree import keystr, tree_map, tree_map_with_path
 
 from qdq.dataflow import Dataflow
 from qdq.errors import ArgumentError, DataError, QdqError, StateError
+from qdq.functions import WEIGHTED
 from qdq.metrics import Array
 from qdq.nn import QuantMixin
 from qdq.quantizer import disable_quantization
@@ -39,7 +40,6 @@ from qdq.trace import (
 )
 
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_PRODUCTS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 _HIDDEN = 1e-2  # weight of an output that a clamp hides, so that a channel that is always hidden has some
 
 
@@ -143,7 +143,7 @@ class _Visitor(TorchFunctionMode):
         self._running.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if self._running and name_function(func) in _PRODUCTS:
+        if self._running and name_function(func) in WEIGHTED:
             name, layer = self._running[-1]
             arguments = {**dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})}
             if arguments["weight"] is getattr(
@@ -202,7 +202,7 @@ def plan_layers(model: nn.Module, inputs: Any) -> LayerPlan:
         flow = Dataflow(trace_forward(model, few))
     layers = {name: active[name] for name, number in calls.items() if number == 1}
     left = {name: _reason_against(name in active, calls[name]) for name in found if name not in layers}
-    behind = {op.module: flow.passing_interval(op.outputs[0]) for op in flow.operations if op.function in _PRODUCTS}
+    behind = {op.module: flow.passing_interval(op.outputs[0]) for op in flow.operations if op.function in WEIGHTED}
     return LayerPlan(layers, {name: behind[name] for name in layers}, left)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from qdq.errors import ArgumentError, DataError
+from qdq.functions import PRODUCT_OPERATORS
 from qdq.quantizer import disable_quantization
 from qdq.trace import tensors_of, trace_forward
 
@@ -34,8 +35,6 @@ class Gpu:
     fp16: float
     bandwidth: float
 
-
-_PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum"})
 
 # Where a data sheet gives rates with sparsity, half of them; consumer cards: fp16 with fp16 sums.
 # Checked in November 2026 against tables that others publish of NVIDIA's data sheets: all of a100, h100, l40s and t4,
@@ -215,7 +214,7 @@ def _find_layers(node: str, names: Sequence[str], modules: Collection[str]) -> l
     module = _join_scopes(scope) if slash else node
     if inside := [name for name in _self_and_parents(module) if name and name in names and name in modules]:
         return [max(inside, key=len)]
-    is_product = bool(slash) and re.sub(r"_\d+$", "", operation) in _PRODUCTS
+    is_product = bool(slash) and re.sub(r"_\d+$", "", operation) in PRODUCT_OPERATORS
     return [n for n in names if is_product and n not in modules and n.rpartition(".")[0] == module]
 
 

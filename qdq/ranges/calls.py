@@ -14,25 +14,11 @@ from itertools import pairwise
 
 import onnx_ir as ir
 
+from qdq.functions import FUNCTIONS
 from qdq.graph.pairs import is_op
 
 _HIERARCHY = "pkg.torch.onnx.class_hierarchy"  # written by torch.onnx: the classes around a node, then its operator
-_NODES_OF = {
-    "add": ("Add",),
-    "avg_pool1d": ("AveragePool",),
-    "avg_pool2d": ("AveragePool",),
-    "avg_pool3d": ("AveragePool",),
-    "baddbmm": ("MatMul", "Gemm"),
-    "bmm": ("MatMul",),
-    "cat": ("Concat",),
-    "conv1d": ("Conv",),
-    "conv2d": ("Conv",),
-    "interpolate": ("Resize", "Upsample"),
-    "linear": ("Gemm", "MatMul"),
-    "matmul": ("MatMul",),
-    "mean": ("ReduceMean", "GlobalAveragePool"),
-    "mul": ("Mul",),
-}
+_NODES_OF = {name: function.onnx for name, function in FUNCTIONS.items() if function.onnx}
 # What else those leave, and what others leave that are known not to be taken apart; any other may leave anything.
 _LEAVES_ALSO: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
@@ -45,7 +31,8 @@ _LEAVES_ALSO: dict[str, tuple[str, ...]] = {
     ),
     **dict.fromkeys(("flatten", "reshape", "view", "interpolate"), ("Concat",)),
     **dict.fromkeys(("add", "sub", "isub", "rsub", "imul", "rmul"), ("Mul",)),
-    **dict.fromkeys(("linear", "baddbmm"), ("Add", "Mul")),
+    **dict.fromkeys(("linear", "addmm", "baddbmm"), ("Add", "Mul")),
+    "einsum": ("Concat", "Gemm", "Mul"),
 }
 _OPERATORS = {"interpolate": r"upsample_\w+"}  # of torch's exporter, where they have another name
 

@@ -17,6 +17,7 @@ from qdq.analyze.replay import flipped
 from qdq.build import BuildReport
 from qdq.calibrate import Range
 from qdq.dataflow import Dataflow
+from qdq.functions import CONTRACTIONS, SINGLE_PRODUCTS
 from qdq.metrics import sqnr_db
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.nn.functions import run_again
@@ -29,7 +30,6 @@ from qdq.trace import ForwardTrace, Operation, call_model, evaluating, floats_of
 from qdq.trt.census import LayerCensus
 from qdq.units import find_all_quantizers
 
-_PRODUCTS = frozenset({"conv1d", "conv2d", "conv3d", "linear", "matmul", "bmm", "baddbmm", "einsum"})
 NO_STATISTICS = "no calibration statistics in the run folder; give calibrate_model statistics=FILE"
 
 
@@ -182,7 +182,7 @@ def _weigh_calls(flow: Dataflow) -> dict[str, int]:
             if not flow.is_computed(value) and len(shape := flow.shapes[value]) >= 2
         )
         for call in flow.operations
-        if call.function in _PRODUCTS
+        if call.function in CONTRACTIONS
     }
 
 
@@ -196,7 +196,7 @@ def _find_missed(
     def is_missed(name: str) -> bool:
         own = {weight.untyped_storage().data_ptr() for weight in modules[name].parameters(recurse=False)}
         products = [each for each in trace.contractions if each.module == name or own & each.storages]
-        return not products or any((each.module, each.function.strip("_")) not in decided for each in products)
+        return not products or any((each.module, each.function) not in decided for each in products)
 
     return frozenset(module.name for module in plan.of("missed") if is_missed(module.name))
 
@@ -280,7 +280,7 @@ class _Neighbours:
         if entry is not None and entry.is_call:
             return entry.name
         entry = self._entries.get(operation.module)
-        if entry is not None and not entry.is_layer and operation.function in _PRODUCTS:
+        if entry is not None and not entry.is_layer and operation.function in CONTRACTIONS:
             return entry.name
         return self._layer_around(operation.module)
 
@@ -567,7 +567,7 @@ class _Engine:
         for layer in build.layers:
             self._census.setdefault(layer.module, []).append(layer)
         self._sizes = {layer.name: layer for layer in build.coverage.layers}
-        products = (entry for entry in entries.values() if entry.is_call and entry.kind in _PRODUCTS)
+        products = (entry for entry in entries.values() if entry.is_call and entry.kind in SINGLE_PRODUCTS)
         self._calls: dict[str, list[str]] = {}
         for entry in products:
             self._calls.setdefault(entry.name.rpartition(".")[0], []).append(entry.name)
@@ -593,7 +593,7 @@ class _Engine:
         if not entry.is_call:
             nodes = self._census.get(entry.name, [])
             return nodes, "the census lists convolutions and matrix products, and this became none"
-        if entry.kind not in _PRODUCTS:
+        if entry.kind not in SINGLE_PRODUCTS:
             return [], "the census lists convolutions and matrix products only"
         owner = entry.name.rpartition(".")[0]
         nodes, calls = self._census.get(owner, []), self._calls[owner]
