@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from qdq.errors import ArgumentError, DataError, DependencyError
-from qdq.models import LoadedModel, Preprocess, describe_content, seeded_rng
+from qdq.models import LoadedModel, Preprocess, seeded_rng
+from qdq.weights import describe_content
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import codecs
 import contextlib
 import difflib
 import io
@@ -12,9 +10,8 @@ import os
 import re
 import socket
 import sys
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qdq.errors import DependencyError, ModelError
+from qdq.weights import StateDict, first_line, read_checkpoint, require_convertible, require_plain
 
 try:
     import torchvision
@@ -46,14 +44,10 @@ PACKAGED_MODEL = "efficientnet_lite0"
 _TIMEOUT_S = 30  # torch.hub itself would wait for a silent server for ever
 _SHOWN_KEYS = 3
 _CHECKPOINT_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors"}
-# Where training scripts put the state_dict. Averaged weights are used where there are no others.
-_NESTED_UNDER = ("state_dict", "model", "model_state_dict", "model_ema", "state_dict_ema")
 _WRAPPER_PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)+")  # DataParallel, torch.compile
 _AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")  # of GoogLeNet and Inception, used in training only
 _OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # names once had dots
 _COUNTER = "num_batches_tracked"  # absent from weights older than PyTorch 0.4.1, and not read in inference
-
-StateDict = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -150,8 +144,9 @@ def load_model(model: str = PACKAGED_MODEL, weights: str = "DEFAULT", seed: int 
     Args:
         model: Any classifier of torchvision by its name there, or "efficientnet_lite0", which is packaged.
         weights: "DEFAULT" (the best trained ones), "random", an entry of the model's torchvision weights such
-            as "IMAGENET1K_V1", or a checkpoint file: a state_dict, also under "state_dict", "model",
-            "model_state_dict", "model_ema" or "state_dict_ema". A name goes before a file that is called the
+            as "IMAGENET1K_V1", or a checkpoint file (`.safetensors` too): a state_dict, also under "state_dict",
+            "model", "model_state_dict", "model_ema" or "state_dict_ema". Its tensors are dense and finite, floats
+            where the model's are. A name goes before a file that is called the
             same (write ./random then). Another number of classes in a checkpoint changes the last layer.
         seed: Of the random weights. The global random state stays as it was.
 
@@ -167,13 +162,14 @@ def load_model(model: str = PACKAGED_MODEL, weights: str = "DEFAULT", seed: int 
     elif weights == "random":
         description = f"random (seed {seed})"
     else:
-        state, description = _read_checkpoint(_find_checkpoint(weights, architecture))
+        state, description = read_checkpoint(_find_checkpoint(weights, architecture))
 
     num_classes = len(chosen.categories)
     with seeded_rng(seed):
         module = architecture.build(num_classes, chosen.preprocess.crop_size)
         if state is not None:
-            state = _rename_keys(state)
+            state = _rename_keys(state, description)
+            require_plain(state, description)
             trained_for = _count_classes(module, num_classes, state)
             if trained_for != num_classes:
                 num_classes = trained_for
@@ -205,20 +201,6 @@ def seeded_rng(seed: int) -> Iterator[None]:
         # torch.manual_seed would reseed every GPU as well, and nothing would put those back.
         torch.default_generator.manual_seed(seed)
         yield
-
-
-def describe_content(path: Path) -> str:
-    """In words what an unreadable file holds: nothing, text (with its beginning) or something binary."""
-    with path.open("rb") as file:
-        start = file.read(64)
-    if not start:
-        return "an empty file"
-    try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(start)  # the last character may be cut in two
-    except UnicodeDecodeError:
-        return "unknown or damaged binary data"
-    words = " ".join(text.split())
-    return f"text beginning {words[:32]!r}" if words.isprintable() else "unknown or damaged binary data"
 
 
 def _packaged_architecture() -> _Architecture:
@@ -322,21 +304,15 @@ def _fetch(entry: Any) -> StateDict:
     except Exception as error:  # whatever a network, a proxy, a disk or a damaged file can raise
         if cached.exists():
             raise ModelError(
-                f"the cached weights {cached} cannot be read: {_first_line(error)}.",
+                f"the cached weights {cached} cannot be read: {first_line(error)}.",
                 "delete that file and run again.",
             ) from error
         raise ModelError(
-            f"cannot fetch the weights {entry} from {entry.url}: {_first_line(error)}.",
+            f"cannot fetch the weights {entry} from {entry.url}: {first_line(error)}.",
             "check the network, or pass --weights FILE (a checkpoint) or --weights random.",
         ) from error
     finally:
         socket.setdefaulttimeout(own_timeout)
-
-
-def _first_line(error: BaseException) -> str:
-    """The reason that an exception gives, on one line."""
-    text = str(error).strip().removeprefix("<urlopen error ").removesuffix(">")
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
 def _find_checkpoint(weights: str, architecture: _Architecture) -> Path:
@@ -359,67 +335,23 @@ def _find_checkpoint(weights: str, architecture: _Architecture) -> Path:
     )
 
 
-def _read_checkpoint(path: Path) -> tuple[StateDict, str]:
-    """The state_dict in a file, and in words where it was found.
+def _rename_keys(state: StateDict, source: str) -> StateDict:
+    """A state_dict in torchvision's present names, without wrappers and auxiliary heads.
 
     Raises:
-        ModelError: Not a checkpoint, one that needs code to be loaded, or one without a state_dict.
+        ModelError: Two tensors get the same name.
     """
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            # The Namespace is where torchvision's own training scripts keep their arguments: plain data.
-            warnings.simplefilter("ignore")  # what is wrong with the file is said below
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files make the unpickler raise anything, KeyError included
-        raise ModelError(
-            f"{path} is not a checkpoint of tensors only: found {_why_unreadable(path, error)}.",
-            "save the weights alone with torch.save(model.state_dict(), FILE).",
-        ) from error
-    place = ""
-    while isinstance(content, Mapping) and not _is_state_dict(content):
-        key = next((key for key in _NESTED_UNDER if isinstance(content.get(key), Mapping)), None)
-        if key is None:
-            break
-        content, place = content[key], f"{place}[{key}]"
-    if not _is_state_dict(content):
-        keys = ", ".join(map(str, list(content)[:_SHOWN_KEYS])) if isinstance(content, Mapping) else ""
-        found = f"a {type(content).__name__}" + (f" with the keys {keys}" if keys else "")
-        raise ModelError(
-            f"{path} holds no state_dict: found {found}, expected names and tensors, alone or under one of "
-            f"{', '.join(_NESTED_UNDER)}.",
-            "save the weights with torch.save(model.state_dict(), FILE).",
-        )
-    return content, f"checkpoint {path}{place}"
-
-
-def _is_state_dict(content: Any) -> bool:
-    return (
-        isinstance(content, Mapping)
-        and bool(content)
-        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
-    )
-
-
-def _why_unreadable(path: Path, error: Exception) -> str:
-    """Why torch.load(weights_only=True) refused a file, in a few words."""
-    text = str(error)
-    if refused := re.search(r"GLOBAL (\S+)", text):
-        return f"a pickled Python object ({refused[1]}), which could run code when loaded"
-    if "TorchScript" in text:
-        return "a TorchScript archive"
-    if isinstance(error, RuntimeError | OSError):  # the others name opcodes of the unpickler
-        return f"{describe_content(path)} ({_first_line(error).split('. ')[0]})"
-    return describe_content(path)
-
-
-def _rename_keys(state: StateDict) -> StateDict:
-    """A state_dict in torchvision's present names, without wrappers and auxiliary heads."""
     renamed: dict[str, Tensor] = {}
     for key, tensor in state.items():
         name = _OLD_DENSENET_KEY.sub(r"\1\2", _WRAPPER_PREFIX.sub("", key))
         # n_averaged is the counter that torch.optim.swa_utils.AveragedModel adds
-        if not name.startswith(_AUXILIARY_HEADS) and name != "n_averaged":
-            renamed[name] = tensor
+        if name.startswith(_AUXILIARY_HEADS) or name == "n_averaged":
+            continue
+        if name in renamed:
+            raise ModelError(
+                f"{source} holds {name} twice, with and without the prefix of a wrapper.", "save one state_dict alone."
+            )
+        renamed[name] = tensor
     return renamed
 
 
@@ -441,7 +373,7 @@ def _load_state(module: nn.Module, state: StateDict, model: str, source: str) ->
     """Put the tensors into the module.
 
     Raises:
-        ModelError: Names or shapes differ.
+        ModelError: Names or shapes differ, or values would.
     """
     own = module.state_dict()
     shapes = [
@@ -449,15 +381,22 @@ def _load_state(module: nn.Module, state: StateDict, model: str, source: str) ->
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
+    if not shapes:
+        require_convertible(state, own, source)
     if all(key in state or key.endswith(_COUNTER) for key in own):
         # Today's names, so today's version: MNASNet refuses tensors that do not say theirs.
         state = OrderedDict(state)
         state._metadata = own._metadata  # type: ignore[attr-defined]
     try:
         missing, unexpected = module.load_state_dict(state, strict=False)
-    except (RuntimeError, ValueError):  # other shapes, or a version that MNASNet cannot tell
+    except (RuntimeError, ValueError) as error:  # other shapes, or a version that MNASNet cannot tell
         missing = [key for key in own if key not in state]
         unexpected = [key for key in state if key not in own]
+        if not (missing or unexpected or shapes):
+            raise ModelError(
+                f"{source} cannot be loaded into {model}: {first_line(error)}.",
+                "save the weights again, from the model itself.",
+            ) from error
     missing = [key for key in missing if not key.endswith(_COUNTER)]
     if not (missing or unexpected or shapes):
         return

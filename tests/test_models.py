@@ -16,6 +16,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from qdq.errors import DependencyError, ModelError
@@ -292,6 +293,117 @@ def test_truncated_checkpoint(tmp_path):
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(ModelError, match="damaged"):
         load_model("squeezenet1_1", str(file))
+
+
+# ---- tensors that are none that a layer could take
+
+
+def state_of_resnet18(**changed):
+    return {**random_network("resnet18").state_dict(), **changed}
+
+
+NAME = "layer1.0.conv1.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda weight: weight.to_sparse(), r"no dense tensor \(sparse_coo\)"),
+        (lambda weight: weight.flatten(1).to_sparse_csr(), r"no dense tensor \(sparse_csr\)"),
+        (lambda weight: weight.to("meta"), "a meta tensor: a shape without values"),
+        (lambda weight: weight.long(), "int64, expected float32"),
+        (lambda weight: weight > 0, "bool, expected float32"),
+        (lambda weight: weight + 1j, r"complex \(complex64\)"),
+        (lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8), r"quantized \(qint8\)"),
+        (lambda weight: torch.nested.nested_tensor([weight[0], weight[1, :1]]), "a nested tensor"),
+        (lambda weight: weight[:0], r"empty \(shape \[0, 64, 3, 3\]\)"),
+        (lambda weight: weight.index_fill(0, torch.tensor(3), torch.nan), r"not finite in float32 \(NaN or Inf\)"),
+        (lambda weight: weight.index_fill(0, torch.tensor(3), -torch.inf), r"not finite in float32 \(NaN or Inf\)"),
+        (lambda weight: weight.double() + 1e300, r"not finite in float32 \(NaN or Inf\)"),
+    ],
+)
+def test_tensors_that_a_layer_cannot_take(tmp_path, change, words):
+    state = state_of_resnet18()
+    state[NAME] = change(state[NAME])
+    torch.save(state, file := tmp_path / "best.pth")
+    with pytest.raises(ModelError, match=rf"best.pth cannot be loaded: {NAME} is {words}\.") as caught:
+        load_model("resnet18", str(file))
+    assert "dense, finite" in caught.value.fix
+
+
+def test_a_head_without_classes(tmp_path):
+    state = state_of_resnet18(**{"fc.weight": torch.zeros(0, 512), "fc.bias": torch.zeros(0)})
+    torch.save(state, file := tmp_path / "best.pth")
+    with pytest.raises(ModelError, match=r"fc.weight is empty \(shape \[0, 512\]\), fc.bias is empty"):
+        load_model("resnet18", str(file))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_floats_of_other_widths_keep_their_values(tmp_path, dtype):
+    network = random_network("resnet18").to(dtype)
+    torch.save(network.state_dict(), file := tmp_path / "half.pth")
+    assert same_tensors(load_model("resnet18", str(file)).module, network.float())
+
+
+@pytest.mark.parametrize(("counter", "is_refused"), [(torch.tensor(7.0), False), (torch.tensor(7.5), True)])
+def test_a_counter_is_loaded_only_exactly(tmp_path, counter, is_refused):
+    torch.save(state_of_resnet18(**{"bn1.num_batches_tracked": counter}), file := tmp_path / "best.pth")
+    if is_refused:
+        with pytest.raises(ModelError, match=r"bn1\.num_batches_tracked is float32 with values that int64 cannot hold"):
+            load_model("resnet18", str(file))
+    else:
+        assert load_model("resnet18", str(file)).module.bn1.num_batches_tracked == 7
+
+
+def test_what_torch_refuses_is_no_random_model(tmp_path, monkeypatch):
+    torch.save(state_of_resnet18(), file := tmp_path / "best.pth")
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("whatever torch finds\nmore of it")
+
+    monkeypatch.setattr(nn.Module, "load_state_dict", refuse)
+    with pytest.raises(ModelError, match="cannot be loaded into resnet18: whatever torch finds"):
+        load_model("resnet18", str(file))
+
+
+def test_one_tensor_under_two_names(tmp_path):
+    state = state_of_resnet18()
+    state[f"module.{NAME}"] = state[NAME] + 1
+    torch.save(state, file := tmp_path / "best.pth")
+    with pytest.raises(ModelError, match=f"holds {NAME} twice"):
+        load_model("resnet18", str(file))
+
+
+def test_safetensors(tmp_path):
+    network = random_network("resnet18")
+    save_file(network.state_dict(), file := tmp_path / "best.safetensors")
+    assert same_tensors(load_model("resnet18", str(file)).module, network)
+    save_file({**network.state_dict(), NAME: network.state_dict()[NAME].long()}, file)
+    with pytest.raises(ModelError, match=f"{NAME} is int64, expected float32"):
+        load_model("resnet18", str(file))
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ModelError, match="not a checkpoint of tensors only"):
+        load_model("resnet18", str(file))
+
+
+def test_containers_that_contain_themselves(tmp_path):
+    content = {"epoch": 3}
+    content["model"] = {"state_dict": content}
+    torch.save(content, file := tmp_path / "best.pth")
+    with pytest.raises(ModelError, match=r"found a dict with the keys epoch, model under \[model\]\[state_dict\]"):
+        load_model("resnet18", str(file))
+    content["model"]["state_dict"] = {"model": state_of_resnet18(), "itself": content}
+    torch.save(content, file)
+    assert load_model("resnet18", str(file)).weights.endswith("[model][state_dict][model]")
+
+
+def test_deep_nesting_is_refused(tmp_path):
+    content = state_of_resnet18()
+    for _ in range(100):
+        content = {"model": content}
+    torch.save(content, file := tmp_path / "best.pth")
+    with pytest.raises(ModelError, match="holds no state_dict"):
+        load_model("resnet18", str(file))
 
 
 # ---- names
