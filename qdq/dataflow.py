@@ -103,12 +103,18 @@ class Dataflow:
 
     def find_fork(self, first: int, second: int) -> tuple[int, int, int] | None:
         """The nearest tensor that two others come from, and how many functions lie between it and each of them."""
-        one, other = self._distances(first), self._distances(second)
-        common = one.keys() & other.keys()
-        if not common:
-            return None
-        fork = min(common, key=lambda value: (one[value] + other[value], value))
-        return fork, one[fork], other[fork]
+        distances: tuple[dict[int, int], dict[int, int]] = ({first: 0}, {second: 0})
+        edges = [[first], [second]]
+        best = (0, first) if first == second else (inf, 0)
+        radius = 0
+        while radius < best[0] and any(edges):  # what is not seen yet is farther than the radius from one of them
+            radius += 1
+            for side, own in enumerate(distances):
+                edges[side] = self._step_back(edges[side], own)
+                common = [value for value in edges[side] if value in distances[1 - side]]
+                best = min([best, *((distances[0][value] + distances[1][value], value) for value in common)])
+        fork = best[1]
+        return (fork, distances[0][fork], distances[1][fork]) if best[0] < inf else None
 
     def output_convolutions(self) -> list[Operation]:
         """Convolutions that write an output of the network: nothing pools or multiplies behind them (R-OUT)."""
@@ -140,17 +146,16 @@ class Dataflow:
             producer = self._producers.get(producer.inputs[0])
         return producer is not None and producer.function in AVERAGES
 
-    def _distances(self, value: int) -> dict[int, int]:
-        """Every tensor that one depends on, with the smallest number of functions between."""
-        found, queue = {value: 0}, deque([value])
-        while queue:
-            here = queue.popleft()
-            producer = self._producers.get(here)
-            for before in producer.inputs if producer else ():
-                if before in self._computed and before not in found:
-                    found[before] = found[here] + 1
-                    queue.append(before)
-        return found
+    def _step_back(self, edge: list[int], distances: dict[int, int]) -> list[int]:
+        """Unseen tensors that those of an edge were computed from; they have a distance now."""
+        further: list[int] = []
+        for value in edge:
+            producer = self._producers.get(value)
+            for source in producer.inputs if producer else ():
+                if source in self._computed and source not in distances:
+                    distances[source] = distances[value] + 1
+                    further.append(source)
+        return further
 
     def readers_behind(self, value: int) -> Iterator[Operation]:
         """Functions on a tensor, as it is or behind activations, BatchNorm, copies, pooling and concats."""

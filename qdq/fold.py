@@ -83,11 +83,14 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> list[FoldedPair]:
         else FoldedPair(p.batchnorm, p.layer, p.folded, p.reason or f"folded into {p.layer}")
         for p in pairs
     ]
+    rests: dict[nn.Module, nn.Module] = {}
     for pair in pairs:
         if pair.folded:
-            _scale_range(modules[pair.layer], modules[pair.batchnorm])
-            _fold(modules[pair.layer], modules[pair.batchnorm])
-            _replace_everywhere(model, modules[pair.batchnorm], _rest_of(modules[pair.batchnorm]))
+            batchnorm = modules[pair.batchnorm]
+            _scale_range(modules[pair.layer], batchnorm)
+            _fold(modules[pair.layer], batchnorm)
+            rests[batchnorm] = _rest_of(batchnorm)
+    _replace_everywhere(model, rests)
     for reason, names in group_names((pair.reason, pair.batchnorm) for pair in pairs if not pair.folded).items():
         logger.warning("%d BatchNorm stay (%s ...): %s", len(names), names[0], reason)
     return pairs
@@ -216,9 +219,11 @@ def _per_output(layer: _ConvNd | Linear, gain: torch.Tensor) -> torch.Tensor:
     return blocks.reshape(layer.in_channels, -1, *rest)
 
 
-def _replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    new.train(old.training)
-    for parent in model.modules():
+def _replace_everywhere(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """Put modules in the place of others, wherever these stand."""
+    for old, new in replacements.items():
+        new.train(old.training)
+    for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
+            if child is not None and child in replacements:
+                parent._modules[name] = replacements[child]

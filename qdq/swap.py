@@ -125,7 +125,7 @@ def plan_swap(
     """
     trace = None if example_inputs is None else trace_forward(model, example_inputs)
     included, excluded = Patterns(include or (), "include"), Patterns(exclude, "exclude")
-    rules = _DefaultRules(model, trace)
+    rules, usage = _DefaultRules(model, trace), None if trace is None else _Usage(trace)
     names_of: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names_of.setdefault(module, []).append(name)
@@ -134,14 +134,14 @@ def plan_swap(
         if _is_candidate(module):
             name = names[0]
             exclusion, inclusion = excluded.match(names, module), included.match(names, module)
-            action, reason = _decide(name, module, trace, rules, exclusion, inclusion, include is None)
+            action, reason = _decide(name, module, usage, rules, exclusion, inclusion, include is None)
             float_type = _float_type(module)
             counterpart = find_counterpart(float_type)
             mapped = counterpart is not None
             planned.append(PlannedModule(name, float_type.__name__, action, reason, _own_weights(module), mapped))
-            if action == "quantize" and counterpart is not None and trace is not None:
-                trace.calls.update(f"{name}.{child}".lstrip(".") for child in counterpart.called_children)
-    planned.extend(_unplanned_calls(trace, model, rules, {module.name for module in planned}))
+            if action == "quantize" and counterpart is not None and usage is not None:
+                usage.runs.update(f"{name}.{child}".lstrip(".") for child in counterpart.called_children)
+    planned.extend(_unplanned_calls(usage, model, rules, {module.name for module in planned}))
     included.warn_unused("module")
     excluded.warn_unused("module")
     return SwapPlan(tuple(planned))
@@ -291,7 +291,7 @@ def _is_candidate(module: nn.Module) -> bool:
 def _decide(
     name: str,
     module: nn.Module,
-    trace: ForwardTrace | None,
+    usage: _Usage | None,
     rules: _DefaultRules,
     excluded: str,
     included: str,
@@ -302,7 +302,7 @@ def _decide(
         return "quantize", "already swapped"
     counterpart = find_counterpart(type(module))
     if counterpart is None:
-        return _decide_unmapped(name, module, trace, rules)
+        return _decide_unmapped(name, module, usage, rules)
     if excluded:
         return "float", f"excluded by {excluded}"
     if not include_all and not included:
@@ -311,7 +311,7 @@ def _decide(
         return "missed", "its forward is not that of the class in the map, and swapping would replace it"
     if issubclass(counterpart, QuantMixin) and not _has_own_weights(module, counterpart):
         return "missed", "its weight is computed or not initialized yet; remove the parametrization, or run it once"
-    if trace is not None and (missed := _reason_missed(name, module, counterpart, trace)):
+    if usage is not None and (missed := _reason_missed(name, module, counterpart, usage)):
         return "missed", missed
     if not included and (rule := rules.reason_against(name, module)):
         return "float", rule
@@ -321,14 +321,14 @@ def _decide(
     return "quantize", f"subclass of {mapped}, keeps its own forward"
 
 
-def _decide_unmapped(name: str, module: nn.Module, trace: ForwardTrace | None, rules: _DefaultRules) -> tuple[str, str]:
+def _decide_unmapped(name: str, module: nn.Module, usage: _Usage | None, rules: _DefaultRules) -> tuple[str, str]:
     """Action and reason for a module with parameters and no counterpart."""
     if isinstance(module, _NEVER_INT8):
         return "float", "normalisation, embedding or activation: no int8 counterpart (R-LN, R-SM)"
-    calls = [] if trace is None else [c for c in trace.contractions if c.module == name]
+    calls = [] if usage is None else usage.products.get(name, [])
     if calls:
         return rules.describe_calls(module, calls)
-    if _own_weights(module) == 0 or trace is not None:
+    if _own_weights(module) == 0 or usage is not None:
         return "float", "its parameters are added or multiplied element by element"
     return "missed", (
         f"{type(module).__name__} has weights of its own and no counterpart in the map; give example inputs to see "
@@ -336,19 +336,43 @@ def _decide_unmapped(name: str, module: nn.Module, trace: ForwardTrace | None, r
     )
 
 
-def _reason_missed(name: str, module: nn.Module, counterpart: type[QuantInputMixin], trace: ForwardTrace) -> str:
+def _reason_missed(name: str, module: nn.Module, counterpart: type[QuantInputMixin], usage: _Usage) -> str:
     """Why swapping this module would change nothing, seen from how it was used; "" if it would."""
     names = counterpart.weights_of(module).values() if issubclass(counterpart, QuantMixin) else ()
     memory = {weight.untyped_storage().data_ptr() for n in names if (weight := module._parameters.get(n)) is not None}
-    used_by = [c.module for c in trace.contractions if memory & c.storages]
-    if trace.calls[name] == 0:
+    used_by = usage.readers_of(memory)
+    if usage.runs[name] == 0:
         if used_by:
             return "its own forward never runs: the module around it reads its weight directly"
         return "it does not run on the example inputs"
-    calls_something = any(c.module == name for c in trace.contractions)
-    if calls_something and name not in used_by:
+    if name in usage.products and name not in used_by:
         return "its forward transforms the weight and uses the result, which rewire_operations can quantize"
     return ""
+
+
+class _Usage:
+    """How modules were used in one forward.
+
+    Args:
+        trace: The forward.
+
+    Attributes:
+        runs: How often each module ran, by dotted name.
+        products: Module -> the products that its forward called as functions.
+    """
+
+    def __init__(self, trace: ForwardTrace) -> None:
+        self.runs = trace.calls
+        self.products: dict[str, list[Contraction]] = {}
+        self._readers: dict[int, set[str]] = {}  # of each memory
+        for call in trace.contractions:
+            self.products.setdefault(call.module, []).append(call)
+            for storage in call.storages:
+                self._readers.setdefault(storage, set()).add(call.module)
+
+    def readers_of(self, memory: Iterable[int]) -> set[str]:
+        """Modules whose products read one of some tensors, by the addresses of their memory."""
+        return {module for address in memory for module in self._readers.get(address, ())}
 
 
 class _DefaultRules:
@@ -366,7 +390,10 @@ class _DefaultRules:
         self._modules = dict(model.named_modules())
         self._weights = {parameter.untyped_storage().data_ptr() for parameter in _initialized(model)}
         self._flow = None if trace is None else Dataflow(trace)
+        self._made: dict[str, list[int]] = {}  # module -> tensors that its functions make
         if self._flow is not None:
+            for operation in self._flow.operations:
+                self._made.setdefault(operation.module, []).extend(operation.outputs)
             self._writes_output = {operation.module for operation in self._flow.output_convolutions()}
             self._first = next((op.module for op in self._flow.operations if op.function in CONVOLUTIONS), self._first)
 
@@ -399,7 +426,7 @@ class _DefaultRules:
         """Whether a product that no rule leaves in float reads what a module makes; so it seems without a trace."""
         if self._flow is None:
             return True
-        made = [value for operation in self._flow.operations if operation.module == name for value in operation.outputs]
+        made = self._made.get(name, [])
         readers = {
             reader.module for value in made for reader in self._flow.readers_behind(value) if _multiplies(reader)
         }
@@ -415,17 +442,14 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def _unplanned_calls(
-    trace: ForwardTrace | None, model: nn.Module, rules: _DefaultRules, planned: set[str]
+    usage: _Usage | None, model: nn.Module, rules: _DefaultRules, planned: set[str]
 ) -> list[PlannedModule]:
     """Modules without parameters of their own whose forward multiplies matrices."""
-    if trace is None:
+    if usage is None:
         return []
     modules = dict(model.named_modules())
-    calls: dict[str, list[Contraction]] = {}
-    for call in trace.contractions:
-        if call.module not in planned:
-            calls.setdefault(call.module, []).append(call)
     return [
-        PlannedModule(name, type(modules[name]).__name__, *rules.describe_calls(modules[name], own), 0, mapped=False)
-        for name, own in calls.items()
+        PlannedModule(name, type(modules[name]).__name__, *rules.describe_calls(modules[name], calls), 0, mapped=False)
+        for name, calls in usage.products.items()
+        if name not in planned
     ]

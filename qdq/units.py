@@ -54,8 +54,8 @@ def find_units(model: nn.Module, batch: Any) -> list[Unit]:
         StateError: No layer is quantized, or one has no amax.
     """
     active: dict[str, list[TensorQuantizer]] = {}
-    for name in _list_quantized(model):
-        quantizers = [quantizer for quantizer in _quantizers_of(model, name) if not quantizer._disabled]
+    for name, own in _list_quantizers(model).items():
+        quantizers = [quantizer for quantizer in own if not quantizer._disabled]
         for quantizer in quantizers:
             if quantizer.amax is None:
                 raise StateError(f"{quantizer.name or name} has no amax.", "call calibrate_model first.")
@@ -110,7 +110,7 @@ def find_all_quantizers(model: nn.Module, batch: Any) -> dict[str, list[TensorQu
         model: A swapped model.
         batch: As for `find_units`.
     """
-    own = {name: _quantizers_of(model, name) for name in _list_quantized(model)}
+    own = _list_quantizers(model)
     result = {name: list(quantizers) for name, quantizers in own.items()}
     for call, layer in _find_owners(model, batch, own).items():
         result[layer] += own[call]
@@ -132,11 +132,12 @@ def match_precisions(model: nn.Module, names: Sequence[str], precisions: Mapping
         ArgumentError: A name that matches nothing, or patterns that contradict each other.
     """
     modules = dict(model.named_modules())
+    layers = frozenset(names)
     result: dict[str, str] = {}
     meant_by: dict[str, str] = {}
-    for pattern in sorted(precisions, key=lambda pattern: pattern not in names):  # stable: names, then patterns
+    for pattern in sorted(precisions, key=lambda pattern: pattern not in layers):  # stable: names, then patterns
         test, precision = Patterns([pattern], "plan"), precisions[pattern]
-        hits = [pattern] if pattern in names else [n for n in names if test.match([n], modules.get(n, model))]
+        hits = [pattern] if pattern in layers else [n for n in names if test.match([n], modules.get(n, model))]
         if not hits and not (precision == "float" and _is_float_layer(modules.get(pattern))):
             raise ArgumentError(
                 f"the plan says {precision} for {pattern!r}, which is nothing that is quantized here.",
@@ -157,28 +158,20 @@ def _is_float_layer(module: nn.Module | None) -> bool:
     return module is not None and (isinstance(module, QuantInputMixin) or find_counterpart(type(module)) is not None)
 
 
-def _quantizers_of(model: nn.Module, name: str) -> list[TensorQuantizer]:
-    """The quantizers of a layer or of a call, by its dotted name."""
-    modules = dict(model.named_modules())
-    module = modules.get(name)
-    if isinstance(module, QuantInputMixin):
-        return list(module.quantizers().values())
-    owner, _, site = name.rpartition(".")
-    functions = modules[owner]
-    assert isinstance(functions, QuantFunctionsMixin)  # noqa: S101  # the name comes from `_list_quantized`
-    return [getattr(functions, attribute) for attribute in functions._function_quantizers[site].values()]
+def _list_quantizers(model: nn.Module) -> dict[str, list[TensorQuantizer]]:
+    """Layers, then calls, by their dotted names -> their quantizers, on or off."""
+    layers = {name: list(layer.quantizers().values()) for name, layer in quantized_layers(model).items()}
+    calls = {name: list(operands.values()) for name, operands in _quantized_calls(model)}
+    return {**layers, **{name: quantizers for name, quantizers in calls.items() if name not in layers}}
 
 
-def _list_quantized(model: nn.Module) -> list[str]:
-    """Dotted names of all layers and calls that have quantizers, on or off."""
-    return [*quantized_layers(model), *(name for name, _ in _quantized_calls(model))]
-
-
-def _quantized_calls(model: nn.Module) -> Iterator[tuple[str, dict[int, str]]]:
+def _quantized_calls(model: nn.Module) -> Iterator[tuple[str, dict[int, TensorQuantizer]]]:
+    """Dotted names of calls, and the quantizers by the position of the operand."""
     for owner, module in model.named_modules():
         if isinstance(module, QuantFunctionsMixin):
             for site, operands in module._function_quantizers.items():
-                yield f"{owner}.{site}".lstrip("."), operands
+                quantizers = {position: getattr(module, attribute) for position, attribute in operands.items()}
+                yield f"{owner}.{site}".lstrip("."), quantizers
 
 
 def _find_owners(model: nn.Module, batch: Any, active: dict[str, list[TensorQuantizer]]) -> dict[str, str]:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,9 +196,14 @@ def load_times(path: Path, names: Sequence[str], modules: Collection[str]) -> di
     """
     kernels = read_profile(path)
     times: dict[str, float] = {}
+    layers = {name for name in names if name in modules}
+    calls: dict[str, list[str]] = {}  # module -> calls in it
+    for name in names:
+        if name not in modules:
+            calls.setdefault(name.rpartition(".")[0], []).append(name)
     for kernel, milliseconds in kernels:
         nodes = re.split(r"[\s+:,()\[\]{}]+", kernel)
-        hits = {name for node in nodes for name in _find_layers(node, names, modules)}
+        hits = {name for node in nodes for name in _find_layers(node, layers, calls)}
         for name in hits:
             times[name] = times.get(name, 0.0) + 1000 * milliseconds / len(hits)
     if not times:
@@ -208,14 +213,14 @@ def load_times(path: Path, names: Sequence[str], modules: Collection[str]) -> di
     return {name: SwitchCost(time, 2 * time) for name, time in times.items()}
 
 
-def _find_layers(node: str, names: Sequence[str], modules: Collection[str]) -> list[str]:
+def _find_layers(node: str, layers: Collection[str], calls: Mapping[str, list[str]]) -> list[str]:
     """The layer that an ONNX node is part of; of a product outside of layers, the calls in its module."""
     scope, slash, operation = node.rpartition("/")
     module = _join_scopes(scope) if slash else node
-    if inside := [name for name in _self_and_parents(module) if name and name in names and name in modules]:
+    if inside := [name for name in _self_and_parents(module) if name and name in layers]:
         return [max(inside, key=len)]
     is_product = bool(slash) and re.sub(r"_\d+$", "", operation) in PRODUCT_OPERATORS
-    return [n for n in names if is_product and n not in modules and n.rpartition(".")[0] == module]
+    return calls.get(module, []) if is_product else []
 
 
 def _join_scopes(scope: str) -> str:

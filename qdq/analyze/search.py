@@ -60,6 +60,10 @@ class Search:
         self._float_metric: float | None = None
         self._pinned = pinned
         self._began = began
+        int8_layers = [layer for unit in units for layer in unit.layers]
+        self._int8_time = sum(times[layer].int8 for layer in int8_layers if layer in times)
+        int8_layers += [name for name, precision in pinned.items() if precision == "int8"]
+        self._int8_macs = self._sum_macs(int8_layers)  # with no unit in float
         self._unmeasured: list[str] = []
         self._errors: Statistics = np.zeros(0)  # of each sample, the sum over all units that were measured alone
 
@@ -70,7 +74,8 @@ class Search:
         self._probe.prepare()
         base, alone, ranked = self._rank()
         self._probe.deadline = self._began + budget
-        self._unmeasured = [name for name in self._units if name not in {unit.name for unit in ranked}]
+        measured = {unit.name for unit in ranked}
+        self._unmeasured = [name for name in self._units if name not in measured]
         if self._options.target_drop is not None:
             self._float_metric = self._probe.measure_float()
         steps, stopped_by = self._choose(base, alone, ranked, undo)
@@ -97,7 +102,8 @@ class Search:
         is_screened = self._options.confirm is not None and self._options.confirm < len(self._units)
         energies = self._screen(self._units) if is_screened else {}
         names = sorted(self._units, key=lambda name: -energies.get(name, 0.0))[: self._options.confirm]
-        variants = {name: self._units[name].quantizers for name in self._units if name in set(names)}
+        to_measure = set(names)
+        variants = {name: unit.quantizers for name, unit in self._units.items() if name in to_measure}
         with disable_quantization(self._model) if is_alone else nullcontext():
             values = self._probe.measure(["float"] if is_alone else [], variants, may_cut=True) if variants else {}
         base = self._probe.cut(base)
@@ -258,10 +264,9 @@ class Search:
 
     def _float_share(self, chosen: Sequence[str]) -> float:
         """Share of all multiplications in float, of what was pinned or never quantized too."""
-        layers = [layer for name, unit in self._units.items() if name not in chosen for layer in unit.layers]
-        layers += [name for name, precision in self._pinned.items() if precision == "int8"]
         total = self._costs[""].macs if self._costs else 0
-        return (total - sum(self._costs[layer].macs for layer in layers if layer in self._costs)) / max(total, 1)
+        in_int8 = self._int8_macs - sum(self._macs(name) or 0 for name in chosen)
+        return (total - in_int8) / max(total, 1)
 
     def _worth(self, name: str, value: Value, current: Value) -> tuple[float, ...]:
         """What orders candidates: gain, with times gain for each microsecond."""
@@ -281,17 +286,18 @@ class Search:
         return max(self._cost(name) or 0.0, 1e-3)  # a nanosecond, for what costs nothing
 
     def _macs(self, name: str) -> int | None:
-        found = [self._costs[layer].macs for layer in self._units[name].layers if layer in self._costs]
-        return sum(found) if self._costs else None
+        return self._sum_macs(self._units[name].layers) if self._costs else None
+
+    def _sum_macs(self, layers: Iterable[str]) -> int:
+        return sum(self._costs[layer].macs for layer in layers if layer in self._costs)
 
     def _cost(self, name: str) -> float | None:
         found = [self._times[layer] for layer in self._units[name].layers if layer in self._times]
         return sum(time.float16 - time.int8 for time in found) if self._times else None
 
     def _total_cost(self, chosen: Sequence[str]) -> float | None:
-        layers = [layer for unit in self._units.values() for layer in unit.layers if layer in self._times]
         extra = sum(self._cost(name) or 0.0 for name in chosen)
-        return sum(self._times[layer].int8 for layer in layers) + extra if self._times else None
+        return self._int8_time + extra if self._times else None
 
     def _front(self) -> tuple[MixedPoint, ...]:
         """The Pareto front of all sets that were measured."""

@@ -26,7 +26,7 @@ from qdq.report.records import HISTOGRAM_COLUMNS, RULE, LayerRecord, MethodRange
 from qdq.rewire import PlannedOperation, RewirePlan
 from qdq.statistics import Statistics
 from qdq.swap import PlannedModule, SwapPlan
-from qdq.trace import ForwardTrace, Operation, call_model, evaluating, floats_of, trace_forward
+from qdq.trace import Contraction, ForwardTrace, Operation, call_model, evaluating, floats_of, trace_forward
 from qdq.trt.census import LayerCensus
 from qdq.units import find_all_quantizers
 
@@ -82,7 +82,7 @@ def describe_layers(
     entries = _list_entries(model, plan, rewired, trace, flow)
     found = find_all_quantizers(model, batch)
     owners = _find_owners(found, entries)
-    own = {name: _without_calls(name, found, owners) for name in found if name in entries}
+    own = _without_calls(found, owners, entries)
     neighbours = _Neighbours(flow, entries)
     knowledge = _Knowledge(
         neighbours=neighbours,
@@ -186,17 +186,35 @@ def _weigh_calls(flow: Dataflow) -> dict[str, int]:
     }
 
 
+@dataclass(frozen=True)
+class _Products:
+    """Some products: the modules that call them, and the memory that they read."""
+
+    modules: frozenset[str]
+    storages: frozenset[int]
+
+    @classmethod
+    def of(cls, calls: Iterable[Contraction]) -> _Products:
+        known = list(calls)
+        return cls(frozenset(call.module for call in known), frozenset().union(*(call.storages for call in known)))
+
+    def involve(self, module: str, storages: set[int]) -> bool:
+        """Whether a module calls one of them, or one reads its memory."""
+        return module in self.modules or not self.storages.isdisjoint(storages)
+
+
 def _find_missed(
     model: nn.Module, plan: SwapPlan, calls: Iterable[PlannedOperation], trace: ForwardTrace
 ) -> frozenset[str]:
     """The missed modules with a product, in their own forward or with their weights, that no call stands for."""
     decided = {(_owner_of(call), call.function) for call in calls}
     modules = dict(model.named_modules())
+    undecided = [call for call in trace.contractions if (call.module, call.function) not in decided]
+    every, rest = _Products.of(trace.contractions), _Products.of(undecided)
 
     def is_missed(name: str) -> bool:
         own = {weight.untyped_storage().data_ptr() for weight in modules[name].parameters(recurse=False)}
-        products = [each for each in trace.contractions if each.module == name or own & each.storages]
-        return not products or any((each.module, each.function) not in decided for each in products)
+        return not every.involve(name, own) or rest.involve(name, own)
 
     return frozenset(module.name for module in plan.of("missed") if is_missed(module.name))
 
@@ -216,23 +234,29 @@ def _owner_of(call: PlannedOperation) -> str:
 
 def _find_owners(found: Mapping[str, list[TensorQuantizer]], entries: Mapping[str, _Entry]) -> dict[str, str]:
     """Call -> the layer that its quantizer is there for (see `units.find_units`)."""
-    layers = [name for name in found if name in entries and not entries[name].is_call]
-    owners = {}
-    for call in found:
-        if call in entries and entries[call].is_call:
-            identities = set(map(id, found[call]))
-            for layer in layers:
-                if identities & set(map(id, found[layer])):
-                    owners[call] = layer
-    return owners
+    known = [name for name in found if name in entries]
+    layer_of = {quantizer: name for name in known if not entries[name].is_call for quantizer in found[name]}
+    return {
+        name: layer_of[quantizer]
+        for name in known
+        if entries[name].is_call
+        for quantizer in found[name]
+        if quantizer in layer_of
+    }
 
 
 def _without_calls(
-    name: str, found: Mapping[str, list[TensorQuantizer]], owners: Mapping[str, str]
-) -> list[TensorQuantizer]:
-    """The quantizers of a layer itself."""
-    others = {id(quantizer) for call, layer in owners.items() if layer == name for quantizer in found[call]}
-    return [quantizer for quantizer in found[name] if id(quantizer) not in others]
+    found: Mapping[str, list[TensorQuantizer]], owners: Mapping[str, str], entries: Mapping[str, _Entry]
+) -> dict[str, list[TensorQuantizer]]:
+    """Layer or call -> its own quantizers."""
+    of_calls: dict[str, set[TensorQuantizer]] = {}
+    for call, layer in owners.items():
+        of_calls.setdefault(layer, set()).update(found[call])
+    return {
+        name: [quantizer for quantizer in found[name] if quantizer not in of_calls.get(name, ())]
+        for name in found
+        if name in entries
+    }
 
 
 class _Neighbours:
@@ -268,7 +292,11 @@ class _Neighbours:
         self.reads_input = {name for name, others in reads.items() if None in others}
         self.reads = {name: tuple(each for each in others if each is not None) for name, others in reads.items()}
         self.writes_output = {source for value in flow.outputs for source in sources.get(value, {})}
-        self.feeds = {name: tuple(other for other in self.order if name in self.reads[other]) for name in entries}
+        feeds: dict[str, list[str]] = {name: [] for name in entries}
+        for reader in self.order:
+            for name in self.reads[reader]:
+                feeds[name].append(reader)
+        self.feeds = {name: tuple(readers) for name, readers in feeds.items()}
 
     def has_any(self, name: str) -> bool:
         """Whether a layer reads or feeds anything."""
@@ -308,6 +336,8 @@ class _Reasons:
         self._owners = owners
         self._units = {name: unit for unit in analysis.layers for name in unit.layers or (unit.name,)}
         self._steps = {name: number for number, step in enumerate(analysis.steps) for name in _layers_of(step)}
+        self._ranks = {unit.name: rank for rank, unit in enumerate(analysis.layers, 1)}
+        self._last_chosen = max((self._ranks.get(step.layer, 0) for step in analysis.steps), default=0)
 
     def explain(self, entry: _Entry, is_int8: bool, note: str) -> str:
         """One sentence, or two.
@@ -353,10 +383,9 @@ class _Reasons:
 
     def _explain_rank(self, unit: LayerSensitivity) -> str:
         units = self._analysis.layers
-        rank, how = units.index(unit) + 1, "measured" if unit.is_exact else "estimated"
+        rank, how = self._ranks[unit.name], "measured" if unit.is_exact else "estimated"
         where = f"rank {rank} of {len(units)} in sensitivity ({how})"
-        chosen = {step.layer for step in self._analysis.steps}
-        if not any(each.name in chosen for each in units[rank:]):
+        if self._last_chosen <= rank:
             return f"{where}; the search ended: {self._analysis.stopped_by}"
         return f"{where}, but passed over for less sensitive ones: {self._explain_passing(unit)}"
 
@@ -568,9 +597,10 @@ class _Engine:
             self._census.setdefault(layer.module, []).append(layer)
         self._sizes = {layer.name: layer for layer in build.coverage.layers}
         products = (entry for entry in entries.values() if entry.is_call and entry.kind in SINGLE_PRODUCTS)
-        self._calls: dict[str, list[str]] = {}
+        self._calls: dict[str, dict[str, int]] = {}  # module -> its calls, and which of them each is
         for entry in products:
-            self._calls.setdefault(entry.name.rpartition(".")[0], []).append(entry.name)
+            calls = self._calls.setdefault(entry.name.rpartition(".")[0], {})
+            calls[entry.name] = len(calls)
 
     def describe(self, entry: _Entry) -> _Built:
         """Type and kernels of a layer; MACs of the nodes that it became."""
@@ -599,4 +629,4 @@ class _Engine:
         nodes, calls = self._census.get(owner, []), self._calls[owner]
         if len(nodes) != len(calls):
             return [], f"its module became {len(nodes)} products in the file and made {len(calls)} calls"
-        return [nodes[calls.index(entry.name)]], ""
+        return [nodes[calls[entry.name]]], ""
