@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +16,12 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import qdq
 from qdq.calibrate import Range
 from qdq.calibrate.collect import bytes_of
+from qdq.capture import CapturedGraph, capture_graph
 from qdq.check.parity import Parity, measure_parity
 from qdq.check.precision import measure_peaks, run_graph, run_rounded
 from qdq.check.rules import find_violations
@@ -52,7 +50,7 @@ from qdq.nn import QuantMixin
 from qdq.quantizer import named_quantizers, quantize_codes
 from qdq.rewire import RewirePlan
 from qdq.swap import SwapPlan, quantized_layers
-from qdq.trace import evaluating, split_inputs
+from qdq.trace import split_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -169,10 +167,13 @@ def export_onnx(
     if precision not in _PRECISIONS:
         raise ArgumentError(f"precision is {precision!r}; known are 'fp32', 'fp16' and 'bf16'.", "use 'fp16'.")
     _require_exportable(model)
-    exported = _capture(model, example_inputs, max(opset, HIGHEST), dynamic_batch)  # torch writes none below
+    captured = _capture(model, example_inputs, max(opset, HIGHEST), dynamic_batch)  # torch writes none below
+    exported = captured.graph
     if dynamic_batch:
         _require_dynamic_batch(exported)
-    run_passes(exported, _passes(opset, weights))
+    naming = NameNodes(captured.scales, {name for name, _ in model.named_modules(remove_duplicate=False)})
+    run_passes(exported, _passes(opset, weights, naming))
+    _require_quantizers(captured.ran - naming.quantizers)
     layers = _require_complete(model, exported)
     exported.producer_name, exported.producer_version = "qdq", qdq.__version__
     exported.metadata_props.update(_describe_origin(model, calibration, plan, rewired))
@@ -187,14 +188,14 @@ def export_onnx(
     )
 
 
-def _passes(opset: int, weights: str) -> list[ir.passes.InPlacePass]:
+def _passes(opset: int, weights: str, naming: NameNodes) -> list[ir.passes.InPlacePass]:
     """The passes in their order; each alone keeps every number of the graph."""
     passes: list[ir.passes.InPlacePass] = [
         FoldWeights(),
         RemoveIdentities(),
         LowerEinsum(),
         TransposeKeys(),
-        NameNodes(),
+        naming,
         MergePairs(),
         MoveQuantizeBeforeCopies(),
         MergePairs(),  # a pair that was moved may meet an equal one
@@ -240,48 +241,13 @@ def _require_exportable(model: nn.Module) -> None:
             raise ExportError(f"{name} has an amax that is NaN or Inf.", "calibrate again.")
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch's exporter from printing steps and from warning about its own future; an error says enough."""
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _capture(model: nn.Module, example_inputs: Any, opset: int, dynamic_batch: bool) -> ir.Model:
+def _capture(model: nn.Module, example_inputs: Any, opset: int, dynamic_batch: bool) -> CapturedGraph:
     if dynamic_batch:  # torch.export takes a size of 1 for a constant
         example_inputs = tree_map_only(
             torch.Tensor, lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t, example_inputs
         )
     args, kwargs = split_inputs(example_inputs)
-    dynamic: Any = None
-    if dynamic_batch:
-        args_dynamic, kwargs_dynamic = tree_map(_batch_of, args), tree_map(_batch_of, kwargs)
-        dynamic = kwargs_dynamic if kwargs else args_dynamic
-    try:
-        with _quiet(), evaluating(model):
-            program = torch.onnx.export(
-                model, args, kwargs=kwargs, dynamo=True, opset_version=opset, dynamic_shapes=dynamic, verbose=False
-            )
-    except Exception as error:  # torch raises many kinds here
-        raise ExportError(
-            f"torch.export cannot capture the model: {_summarize(error.__cause__ or error)}",
-            "change the forward as torch says, or try dynamic_batch=False if it names a dimension.",
-        ) from error
-    if program is None:
-        raise ExportError("torch.onnx.export returned nothing.", "update torch to 2.11 or newer.")
-    return program.model
-
-
-def _batch_of(value: Any) -> dict[int, str] | None:
-    """The dynamic dimension of one input, by name; None for flags and scalars."""
-    return {0: "batch"} if isinstance(value, torch.Tensor) and value.dim() else None
-
-
-def _summarize(error: BaseException) -> str:
-    """The beginning of a long message in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else f"{text[:400]} ..."
+    return capture_graph(model, args, kwargs, opset, dynamic_batch=dynamic_batch)
 
 
 def _require_dynamic_batch(model: ir.Model) -> None:
@@ -300,6 +266,15 @@ def _int8_codes(
     return codes.to(torch.int8).numpy()
 
 
+def _require_quantizers(lost: Collection[str]) -> None:
+    """Refuse a graph without the Q/DQ of a quantizer that has quantized something."""
+    if lost:
+        raise ExportError(
+            f"{len(lost)} quantizers ran and have no Q/DQ in the exported graph: {', '.join(sorted(lost))}.",
+            "nothing that reaches an output reads what they quantize: return it, or disable_quantization there.",
+        )
+
+
 def _require_complete(model: nn.Module, exported: ir.Model) -> dict[str, list[str]]:
     """Refuse a graph in which a quantized layer has no Q/DQ, or whose Q/DQ break a rule; say what became what."""
     first_names = {id(module): name for name, module in model.named_modules()}
@@ -315,7 +290,7 @@ def _require_complete(model: nn.Module, exported: ir.Model) -> dict[str, list[st
     lost = [name for name in sorted(expected) if not any(node.expects_int8 for node in nodes.get(name, []))]
     if lost:
         raise ExportError(
-            f"{len(lost)} quantized layers have no Q/DQ in the exported graph: {list_names(lost, 5)}.",
+            f"{len(lost)} quantized layers have no Q/DQ in the exported graph: {', '.join(lost)}.",
             "check that they run on the example inputs; otherwise report the model.",
         )
     if findings := [f for f in find_violations(exported) if f.severity == "error"]:

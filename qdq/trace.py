@@ -146,9 +146,15 @@ def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call a model on what a loader yields, see `split_inputs`."""
+    """Call a model on what a loader yields, see `split_inputs`; one that `torch.compile` has wrapped, as it was."""
     args, kwargs = split_inputs(inputs)
-    return model(*args, **kwargs)
+    return unwrap_compiled(model)(*args, **kwargs)
+
+
+def unwrap_compiled(model: nn.Module) -> nn.Module:
+    """What `torch.compile` has wrapped; the model itself if it has not."""
+    wrapped = model._modules.get("_orig_mod")
+    return model if wrapped is None else wrapped
 
 
 @contextmanager

@@ -7,6 +7,7 @@ forward made before; what the modules inside call does not count.
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 import threading
@@ -15,12 +16,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.fx
 from torch import nn
 from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
+from qdq.errors import StateError
 from qdq.nn.registry import derive_class
 from qdq.quantizer import TensorQuantizer
 from qdq.trace import is_in_place, name_function
@@ -43,9 +46,59 @@ class QuantFunctionsMixin(nn.Module):
         @functools.wraps(own_forward)
         def forward(self: QuantFunctionsMixin, *args: Any, **kwargs: Any) -> Any:
             with _Watch(self):
-                return own_forward(self, *args, **kwargs)
+                return super(cls, self).forward(*args, **kwargs)  # a graph may have written another since
 
         cls.forward = forward
+
+
+class QuantGraphMixin(QuantFunctionsMixin):
+    """The same for a `torch.fx.GraphModule`, which writes its own forward and knows only the modules in its graph."""
+
+    _graph: torch.fx.Graph
+    _graph_calls: Counter[str]
+    """How often the graph calls each function that is quantized."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the plain graph, which has copies of the quantizers then."""
+        sites, calls = self._function_quantizers, self._function_calls
+        quantizers = {
+            site: {operand: copy.deepcopy(getattr(self, attribute), memo) for operand, attribute in operands.items()}
+            for site, operands in sites.items()
+        }
+        rewired_class = type(self)
+        self.__class__ = self.float_class  # type: ignore[assignment]
+        try:
+            twin = copy.deepcopy(self, memo)
+        finally:
+            self.__class__ = rewired_class
+        add_function_quantizers(twin, quantizers, calls)
+        return twin
+
+    def recompile(self) -> Any:
+        """Write the forward anew, as an evaluation graph that becomes a training graph does; the quantizers stay.
+
+        Raises:
+            StateError: The graph calls a quantized function more or less often: calls are known by number.
+        """
+        if _count_calls(self) != self._graph_calls:
+            raise StateError(
+                "the graph of a rewired GraphModule has other calls now: its quantizers stand at the former ones.",
+                "call restore_modules, change the graph, then swap, rewire and calibrate again.",
+            )
+        rewired_class = type(self)
+        self.__class__ = self.float_class  # type: ignore[assignment]  # that class gets the new forward
+        try:
+            return self.recompile()
+        finally:
+            self.__class__ = rewired_class
+
+
+def _count_calls(module: QuantGraphMixin) -> Counter[str]:
+    """How often the graph of a module calls each function that is quantized."""
+    functions = {_function_of(site) for site in module._function_quantizers}
+    calls = (node for node in module._graph.nodes if node.op in ("call_function", "call_method"))
+    names = (name_function(node.target) if callable(node.target) else node.target.strip("_") for node in calls)
+    return Counter(name for name in names if name in functions)
 
 
 def name_quantizer(site: str, operand: int, count: int) -> str:
@@ -69,8 +122,11 @@ def add_function_quantizers(
             attribute = name_quantizer(site, operand, len(operands))
             setattr(module, attribute, quantizer)
             sites.setdefault(site, {})[operand] = attribute
-    module.__class__ = derive_class(QuantFunctionsMixin, type(module))
+    mixin = QuantGraphMixin if isinstance(module, torch.fx.GraphModule) else QuantFunctionsMixin
+    module.__class__ = derive_class(mixin, type(module))
     vars(module).update(_function_quantizers=sites, _function_calls=tuple(calls))
+    if isinstance(module, QuantGraphMixin):
+        vars(module)["_graph_calls"] = _count_calls(module)
 
 
 def remove_function_quantizers(module: QuantFunctionsMixin) -> None:
@@ -79,7 +135,18 @@ def remove_function_quantizers(module: QuantFunctionsMixin) -> None:
         for attribute in operands.values():
             delattr(module, attribute)
     del module._function_quantizers, module._function_calls
+    vars(module).pop("_graph_calls", None)
     module.__class__ = module.float_class  # type: ignore[assignment]
+
+
+def _function_of(site: str) -> str:
+    """The function of a call: "add" of "add_1"."""
+    return re.sub(r"_\d+$", "", site)
+
+
+def _identify(module: nn.Module) -> int:
+    """The same for a module and for the proxies that torch.export hands out in its place: they have its attributes."""
+    return id(vars(module))
 
 
 _running = threading.local()  # `.watches`: those of the forwards that run in this thread, outermost first
@@ -92,8 +159,8 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._module = module
         self._sites = module._function_quantizers
-        self._functions = {re.sub(r"_\d+$", "", site) for site in self._sites}
-        self._inner = {id(inner) for inner in module.modules()}
+        self._functions = {_function_of(site) for site in self._sites}
+        self._inner = {_identify(inner) for inner in module.modules()}
         self._depth = 0  # how many modules inside this one are running
         self._counts: Counter[str] = Counter()
 
@@ -110,7 +177,7 @@ class _Watch(TorchFunctionMode):
 
     def count_module(self, module: nn.Module, step: int) -> None:
         """A module begins (1) or ends (-1); one that the forward has just made for itself is part of the forward."""
-        if id(module) in self._inner:
+        if _identify(module) in self._inner:
             self._depth += step
 
     def __torch_function__(
