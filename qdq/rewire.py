@@ -205,9 +205,8 @@ class _Decisions:
         self, operation: Operation, reason: str, operands: tuple[int, ...]
     ) -> tuple[str, str, tuple[int, ...]]:
         """Quantize, unless the module's forward is out of reach."""
-        owner = self._modules[operation.module]
-        if "forward" in vars(owner) or isinstance(owner, torch.jit.ScriptModule):
-            return "float", "out of reach: the forward of its module is bound to the instance, or scripted", ()
+        if isinstance(self._modules[operation.module], torch.jit.ScriptModule):
+            return "float", "out of reach: its module is scripted", ()
         return "quantize", reason, operands
 
     def _judge_add(self, operation: Operation) -> tuple[str, str, tuple[int, ...]]:

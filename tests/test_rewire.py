@@ -4,6 +4,7 @@ import copy
 import pickle
 import random
 import threading
+import types
 
 import numpy as np
 import onnx
@@ -493,13 +494,27 @@ class TestReach:
         expected = F.relu(block.conv2(F.relu(block.conv1(x))) + fake_quantize(x, block._add_quantizer.amax))
         assert torch.equal(block(x), expected)
 
-    def test_a_forward_bound_to_the_instance_is_named(self, images):
-        model = Network(Block()).eval()
+    @pytest.mark.parametrize("kind", ["closure", "method", "class's own"])
+    def test_a_forward_bound_to_the_instance(self, images, kind):
+        model = Network(Block(in_place=False)).eval()
         block = model.blocks[0]
-        block.forward = lambda x: block.conv2(F.relu(block.conv1(x))) + x
-        swap_modules(model, images)
-        plan = rewire_operations(model, images)
-        assert "out of reach" in next(op.reason for op in plan.operations if op.function == "add")
+        block.forward = {
+            "closure": lambda x: Block.forward(block, x),
+            "method": types.MethodType(Block.forward, block),
+            "class's own": lambda x: type(block).forward(block, x),
+        }[kind]
+        bound = block.forward
+        build(model, images)
+        x = F.relu(model.stem(images))
+        quantized = fake_quantize(x, block._add_quantizer.amax)
+        expected = F.relu(block.conv2(F.relu(block.conv1(x))) + quantized)
+        assert torch.equal(block(x), expected)
+        if kind == "method":
+            twin = copy.deepcopy(block)
+            twin.conv2.weight.mul_(2)
+            assert torch.equal(twin(x), F.relu(twin.conv2(F.relu(block.conv1(x))) + quantized))
+        restore_modules(model)
+        assert block.forward is bound
 
     def test_bad_requests(self, images, caplog):
         model = Network(Block()).eval()

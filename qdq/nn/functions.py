@@ -9,24 +9,29 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 import torch.fx
 from torch import nn
 from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint as checkpointing
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.hooks import RemovableHandle
 
 from qdq.errors import StateError
 from qdq.nn.registry import derive_class
 from qdq.quantizer import TensorQuantizer
 from qdq.trace import is_in_place, name_function
+
+logger = logging.getLogger(__name__)
 
 
 class QuantFunctionsMixin(nn.Module):
@@ -45,8 +50,7 @@ class QuantFunctionsMixin(nn.Module):
 
         @functools.wraps(own_forward)
         def forward(self: QuantFunctionsMixin, *args: Any, **kwargs: Any) -> Any:
-            with _Watch(self):
-                return super(cls, self).forward(*args, **kwargs)  # a graph may have written another since
+            return _run_watched(self, super(cls, self).forward, *args, **kwargs)  # a graph may have written another
 
         cls.forward = forward
 
@@ -106,6 +110,15 @@ def name_quantizer(site: str, operand: int, count: int) -> str:
     return f"_{site}_quantizer" if count == 1 else f"_{site}_input{operand}_quantizer"
 
 
+def _run_watched(module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a module's forward; one on the instance may call that of the class, and both are one forward."""
+    watches = vars(_running).get("watches", ())
+    if watches and watches[-1].is_in_forward_of(module):
+        return forward(*args, **kwargs)
+    with _Watch(module):
+        return forward(*args, **kwargs)
+
+
 def add_function_quantizers(
     module: nn.Module, quantizers: dict[str, dict[int, TensorQuantizer]], calls: Sequence[str]
 ) -> None:
@@ -122,6 +135,9 @@ def add_function_quantizers(
             attribute = name_quantizer(site, operand, len(operands))
             setattr(module, attribute, quantizer)
             sites.setdefault(site, {})[operand] = attribute
+    if (own_forward := vars(module).get("forward")) is not None:
+        watched = functools.partial(_run_watched, module, own_forward)  # copies with the module, as no closure does
+        vars(module)["forward"] = functools.update_wrapper(watched, own_forward)
     mixin = QuantGraphMixin if isinstance(module, torch.fx.GraphModule) else QuantFunctionsMixin
     module.__class__ = derive_class(mixin, type(module))
     vars(module).update(_function_quantizers=sites, _function_calls=tuple(calls))
@@ -136,6 +152,8 @@ def remove_function_quantizers(module: QuantFunctionsMixin) -> None:
             delattr(module, attribute)
     del module._function_quantizers, module._function_calls
     vars(module).pop("_graph_calls", None)
+    if (watched := vars(module).get("forward")) is not None:
+        vars(module)["forward"] = watched.args[1]
     module.__class__ = module.float_class  # type: ignore[assignment]
 
 
@@ -149,23 +167,34 @@ def _identify(module: nn.Module) -> int:
     return id(vars(module))
 
 
-_running = threading.local()  # `.watches`: those of the forwards that run in this thread, outermost first
+# The generators behind checkpoints without reentrant autograd: of torch 2.14, and of torch up to 2.13.
+_CHECKPOINT_GENERATORS = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
+
+# Of this thread: `.watches`, those of the forwards that run, outermost first; `.checkpoints`, how many of torch's run.
+_running = threading.local()
+_warned: WeakSet[nn.Module] = WeakSet()
 
 
 class _Watch(TorchFunctionMode):
-    """Quantizes tensors on their way into the functions that one forward calls itself."""
+    """Quantizes tensors on their way into the functions that one forward calls itself.
 
-    def __init__(self, module: QuantFunctionsMixin) -> None:
+    Args:
+        module: The module whose forward runs.
+        counts: How often it has called each function so far.
+    """
+
+    def __init__(self, module: QuantFunctionsMixin, counts: Mapping[str, int] | None = None) -> None:
         super().__init__()
-        self._module = module
+        self.module = module
+        self.counts: Counter[str] = Counter(counts)
         self._sites = module._function_quantizers
         self._functions = {_function_of(site) for site in self._sites}
         self._inner = {_identify(inner) for inner in module.modules()}
         self._depth = 0  # how many modules inside this one are running
-        self._counts: Counter[str] = Counter()
+        self._has_gradients = torch.is_grad_enabled()
 
     def __enter__(self) -> _Watch:
-        _module_hooks.acquire()
+        _torch_hooks.acquire()
         vars(_running).setdefault("watches", []).append(self)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -173,65 +202,160 @@ class _Watch(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         _running.watches.pop()
-        _module_hooks.release()
+        _torch_hooks.release()
+
+    def is_in_forward_of(self, module: nn.Module) -> bool:
+        """Whether the forward of a module runs, and none of the modules inside it."""
+        return not self.is_paused and _identify(self.module) == _identify(module)
 
     def count_module(self, module: nn.Module, step: int) -> None:
         """A module begins (1) or ends (-1); one that the forward has just made for itself is part of the forward."""
         if _identify(module) in self._inner:
-            self._depth += step
+            self.pause(step)
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether what runs is not the forward's own."""
+        return self._depth > 0
+
+    def pause(self, step: int) -> None:
+        """What runs now is not the forward's own (1), or no longer (-1)."""
+        self._depth += step
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         function = name_function(func)
-        if self._depth or function not in self._functions:
+        if self.is_paused or function not in self._functions:
             return func(*args, **kwargs)
-        index, self._counts[function] = self._counts[function], self._counts[function] + 1
+        index, self.counts[function] = self.counts[function], self.counts[function] + 1
         operands = self._sites.get(f"{function}_{index}" if index else function)
         return func(*args, **kwargs) if operands is None else self._call(func, args, kwargs, operands)
 
     def _call(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], operands: dict[int, str]
     ) -> Any:
+        self._warn_if_recomputed_elsewhere()
         leaves, structure = tree_flatten((args, kwargs))
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         given = [leaves[place] for place in places]
         for operand, attribute in operands.items():
-            leaves[places[operand]] = getattr(self._module, attribute)(given[operand])
+            leaves[places[operand]] = getattr(self.module, attribute)(given[operand])
         args, kwargs = tree_unflatten(leaves, structure)
         result = func(*args, **kwargs)
         if 0 in operands and is_in_place(func):
             return given[0].copy_(result)  # the tensor that was given changes, not its quantized copy
         return result
 
+    def _warn_if_recomputed_elsewhere(self) -> None:
+        """A checkpoint of another library runs the forward without gradients, then again where nothing watches."""
+        is_foreign = self._has_gradients and not torch.is_grad_enabled() and not vars(_running).get("checkpoints", 0)
+        if is_foreign and self.module not in _warned:
+            _warned.add(self.module)
+            logger.warning(
+                "%s calls a quantized function without gradients inside a forward that has them. If that is a "
+                "checkpoint of another library than torch, the backward pass computes it again without quantizers: use "
+                "torch.utils.checkpoint, or checkpoint whole modules.",
+                type(self.module).__name__,
+            )
 
-class _ModuleHooks:
-    """torch's hooks on all modules, there as long as any thread watches: each watch sees every begin with its end."""
+
+class _Recomputed:
+    """A function that `torch.utils.checkpoint` calls again in the backward pass, with the quantizers of the first time.
+
+    By then the forward around it has ended, and nothing would watch. So it goes on from where the forward was.
+
+    Args:
+        function: What is called.
+        has_run: Whether the first time is over, or is no business of this object.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, has_run: bool) -> None:
+        self._function = function
+        self._has_run = has_run
+        watches = vars(_running).get("watches", ())
+        self._started = [(watch.module, Counter(watch.counts)) for watch in watches if not watch.is_paused]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        state = vars(_running)
+        state["checkpoints"] = state.get("checkpoints", 0) + 1
+        try:
+            return self._run(*args, **kwargs)
+        finally:
+            state["checkpoints"] -= 1
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._has_run:
+            self._has_run = True
+            return self._function(*args, **kwargs)
+        interrupted = list(vars(_running).get("watches", ()))  # of a backward pass inside a forward
+        with ExitStack() as stack:
+            for watch in interrupted:
+                watch.pause(1)
+                stack.callback(watch.pause, -1)
+            for module, counts in self._started:
+                stack.enter_context(_Watch(module, counts))
+            return self._function(*args, **kwargs)
+
+
+def _recompute_watched(function: Callable[..., Any], *, has_run: bool) -> Callable[..., Any]:
+    return function if isinstance(function, _Recomputed) else _Recomputed(function, has_run=has_run)
+
+
+class _TorchHooks:
+    """What is changed in torch as long as any thread watches.
+
+    There are hooks on all modules: each watch sees every begin with its end. And both kinds of checkpoints are handed
+    functions that remember the watches.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
-        self._handles: list[RemovableHandle] = []
+        self._stack = ExitStack()
 
     def acquire(self) -> None:
         with self._lock:
             self._users += 1
             if self._users == 1:
-                self._handles = [
+                for handle in (
                     hooks.register_module_forward_pre_hook(_enter_module),
                     hooks.register_module_forward_hook(_leave_module, always_call=True),
-                ]
+                ):
+                    self._stack.callback(handle.remove)
+                self._stack.enter_context(_watched_checkpoints())
 
     def release(self) -> None:
         with self._lock:
             self._users -= 1
             if not self._users:
-                for handle in self._handles:
-                    handle.remove()
+                self._stack.close()
 
 
-_module_hooks = _ModuleHooks()
+@contextmanager
+def _watched_checkpoints() -> Iterator[None]:
+    """Torch offers no hook where a checkpoint begins: functions of `torch.utils.checkpoint` are exchanged."""
+    reentrant = checkpointing.CheckpointFunction
+    forward = reentrant.forward
+    generators = {name: vars(checkpointing)[name] for name in _CHECKPOINT_GENERATORS if name in vars(checkpointing)}
+
+    def run_reentrant(ctx: Any, function: Callable[..., Any], *args: Any) -> Any:
+        return forward(ctx, _recompute_watched(function, has_run=False), *args)  # type: ignore[no-untyped-call]
+
+    def generate(generator: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return generator(_recompute_watched(function, has_run=True), *args, **kwargs)
+
+    reentrant.forward = staticmethod(run_reentrant)  # type: ignore[method-assign]
+    vars(checkpointing).update({name: functools.partial(generate, own) for name, own in generators.items()})
+    try:
+        yield
+    finally:
+        reentrant.forward = staticmethod(forward)  # type: ignore[method-assign]
+        vars(checkpointing).update(generators)
+
+
+_torch_hooks = _TorchHooks()
 
 
 def run_again(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
