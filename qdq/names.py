@@ -21,7 +21,7 @@ def group_names(found: Iterable[tuple[_Key, str]]) -> dict[_Key, list[str]]:
     return dict(groups)
 
 
-def list_names(names: Sequence[str], most: int) -> str:
+def list_names(names: Sequence[str], most: int, separator: str = ", ") -> str:
     """`a, b and 3 more`: so many names at the most, then how many others there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return separator.join(names[:most]) + more

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,14 @@ class Entry:
         axis: The axis of the channels where the file says it.
         note: What was changed on the way to a symmetric range, "" if nothing.
         problem: Why there is no range to use, "" if there is one.
+        is_damaged: Whether the problem is numbers that no range has: an error where a quantizer stands at the tensor.
     """
 
     amax: Floats = field(default_factory=lambda: np.zeros((), np.float32))
     axis: int | None = None
     note: str = ""
     problem: str = ""
+    is_damaged: bool = False
 
 
 def amax_of_scale(scale: Floats, qmax: int) -> Floats:
@@ -47,56 +49,51 @@ def amax_of_scale(scale: Floats, qmax: int) -> Floats:
 
 
 def entry_of_codes(
-    place: str, scale: Floats, zero_point: npt.NDArray[Any], qmin: int, qmax: int, axis: int | None = None
+    scale: npt.ArrayLike, zero_point: npt.ArrayLike, qmin: int, qmax: int, axis: int | None = None
 ) -> Entry:
     """The range of integer codes: `value = (code - zero_point) * scale`.
 
+    A scale that is NaN, infinite, negative or next to nothing gives a damaged entry.
+
     Args:
-        place: Where it stands in the file, for messages.
         scale: 0-D or one a channel.
         zero_point: As many as scales, or one.
         qmin: The smallest code.
         qmax: The largest one.
         axis: The axis of the channels.
-
-    Raises:
-        CalibrationError: A scale that is NaN, infinite, negative or next to nothing.
     """
-    scale = np.asarray(scale, np.float32)
+    with np.errstate(over="ignore"):  # infinity is damage, as it is where the file has it
+        scale = np.asarray(scale, np.float32)
     if not np.any(scale):
         return Entry(problem="its scale is 0: the tool found no range for it")
-    require_numbers(place, "scale", scale, smallest=AMAX_FLOOR / 2**15)
-    half = (qmax - qmin + 1) // 2
-    if np.all(zero_point == qmin + half):  # uint8 with 128 has the values of int8 with 0
-        amax = amax_of_scale(scale, half - 1)
-        require_numbers(place, "scale", amax, smallest=0.0)
-        return Entry(amax, axis, "" if half == 128 else f"from codes of {half.bit_length()} bit")
+    if damage := describe_damage("scale", scale, smallest=AMAX_FLOOR / 2**15):
+        return Entry(problem=damage, is_damaged=True)
     zero = np.asarray(zero_point, np.float64)
-    entry = entry_of_bounds(place, (qmin - zero) * scale, (qmax - zero) * scale)
-    return Entry(entry.amax, axis, entry.note, entry.problem)
+    half = (qmax - qmin + 1) // 2
+    if np.all(zero == qmin + half):  # uint8 with 128 has the values of int8 with 0
+        amax = amax_of_scale(scale, half - 1)
+        if damage := describe_damage("scale", amax, smallest=0.0):
+            return Entry(problem=damage, is_damaged=True)
+        return Entry(amax, axis, "" if half == 128 else f"from codes of {half.bit_length()} bit")
+    return replace(entry_of_bounds((qmin - zero) * scale, (qmax - zero) * scale), axis=axis)
 
 
-def entry_of_bounds(place: str, low: npt.NDArray[Any], high: npt.NDArray[Any]) -> Entry:
+def entry_of_bounds(low: npt.ArrayLike, high: npt.ArrayLike) -> Entry:
     """The symmetric range around two bounds.
 
+    Bounds that are NaN, infinite or the wrong way round give a damaged entry.
+
     Args:
-        place: Where it stands in the file, for messages.
         low: The smallest value, 0-D or one a channel.
         high: The largest, of the same shape.
-
-    Raises:
-        CalibrationError: Bounds that are NaN, infinite or the wrong way round.
     """
     bounds = np.asarray([low, high], np.float64)
     if not np.isfinite(bounds).all() or np.abs(bounds).max(initial=0.0) > np.finfo(np.float32).max:
-        raise CalibrationError(f"{place}: its range holds NaN or Inf.", "calibrate again with that tool.")
+        return Entry(problem="its range holds NaN or Inf", is_damaged=True)
     if np.any(bounds[0] > bounds[1]):
         worst = np.argmax((bounds[0] - bounds[1]).reshape(-1))
         first, last = bounds.reshape(2, -1)[:, worst]
-        raise CalibrationError(
-            f"{place}: the range {first:.6g} to {last:.6g} ends below where it begins.",
-            "calibrate again with that tool: the file was edited or damaged.",
-        )
+        return Entry(problem=f"its range {first:.6g} to {last:.6g} ends below where it begins", is_damaged=True)
     amax = np.abs(bounds).max(axis=0).astype(np.float32)
     if not np.any(amax):
         return Entry(problem="its range is 0 to 0: the tool saw zeros only")
@@ -111,19 +108,12 @@ def _asymmetry(bounds: npt.NDArray[np.float64], amax: Floats) -> str:
     return f"{low:.4g} to {high:.4g} made symmetric: TensorRT takes no other"
 
 
-def require_numbers(place: str, what: str, values: Floats, *, smallest: float) -> None:
-    """Refuse numbers that no range has.
-
-    Raises:
-        CalibrationError: NaN, Inf, negative, or positive and below `smallest`.
-    """
+def describe_damage(what: str, values: Floats, *, smallest: float) -> str:
+    """The first number that no range has: NaN, Inf, negative, or positive and below `smallest`; "" if all are sound."""
     bad = ~np.isfinite(values) | (values < 0) | ((values > 0) & (values < smallest))
-    if np.any(bad):
-        first = values[bad].flat[0] if values.ndim else values
-        raise CalibrationError(
-            f"{place}: the {what} is {first:.6g}; it must be positive and finite.",
-            "calibrate again with that tool: the file is damaged, cut off, or its calibration failed.",
-        )
+    if not np.any(bad):
+        return ""
+    return f"its {what} is {values[bad].flat[0]:.6g}; it must be positive and finite"
 
 
 def add_entry(entries: dict[str, Entry], name: str, entry: Entry, place: str) -> None:

@@ -70,28 +70,25 @@ def decode(content: bytes) -> str:
 
 
 def parse_json(content: bytes) -> Any:
-    """JSON as the standard has it: no NaN, no key twice.
+    """JSON in which no key says two things; NaN and Infinity are numbers, as the tools that write them have it.
 
     Raises:
         CalibrationError: It is no JSON, cut off, or says two things of one key.
     """
     try:
-        return json.loads(decode(content), parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        return json.loads(decode(content), object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         raise malformed("the file", f"it is no JSON, or cut off: {error}") from None
     except RecursionError:
         raise malformed("the file", "its JSON is nested too deeply") from None
 
 
-def _refuse_constant(word: str) -> Any:
-    raise CalibrationError(f"the file holds {word}.", "calibrate again with that tool: some of its ranges are broken.")
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
-        if result.setdefault(key, value) != value:
+        if key in result and result[key] != value:
             raise CalibrationError(
                 f"{key} has two different ranges in one file.", "remove one of them; was the file joined from two?"
             )
+        result[key] = value
     return result

@@ -10,12 +10,15 @@ import torch
 from torch import nn
 
 from qdq.errors import CalibrationError, StateError
+from qdq.names import list_names
 from qdq.nn import QuantMixin
 from qdq.observers.max import reduce_amax
 from qdq.quantizer import SharedQuantizer, TensorQuantizer, named_quantizers
-from qdq.ranges.entry import Entry, Floats, require_numbers
+from qdq.ranges.entry import Entry, Floats, describe_damage
 from qdq.ranges.places import Place, Places
 from qdq.swap import quantized_layers
+
+_SHOWN = 20  # damaged entries in a message
 
 
 @dataclass
@@ -83,18 +86,21 @@ def match_entries(model: nn.Module, places: Places, entries: Mapping[str, Entry]
         entries: What the file says.
 
     Raises:
-        CalibrationError: Nothing matches, or a weight that would have to stand in for an entry holds NaN or Inf.
+        CalibrationError: Nothing matches, an entry that a quantizer would get holds numbers that no range has, or a
+            weight that would have to stand in for an entry holds NaN or Inf.
     """
     if not entries:
         raise CalibrationError("it holds no range.", "check that it is the right file, and whole.")
     match = Match()
     used: set[str] = set()
+    damage: dict[str, str] = {}
     weights = _list_weights(model)
     for members in _groups(model):
         enabled = {name: quantizer for name, quantizer in members.items() if not quantizer._disabled}
         disabled = [name for name in members if name not in enabled]
         match.missing |= dict.fromkeys(disabled, "it is disabled: its tensor stays in float")
         found = [one for name in enabled for one in _find(places.of[name], entries)]
+        damage |= {one.key: one.entry.problem for one in found if one.entry.is_damaged}
         usable = [one for one in found if not one.entry.problem]
         first = next(iter(members.values()))
         weight = weights.get(id(first))
@@ -111,6 +117,8 @@ def match_entries(model: nn.Module, places: Places, entries: Mapping[str, Entry]
         match.quantizers |= enabled
         match.amaxes |= dict.fromkeys(enabled, amax)
         match.notes |= dict.fromkeys(enabled, note) if note else {}
+    if damage:
+        raise _damaged(damage)
     match.unmatched |= {
         name: entry.problem or "no enabled quantizer of the model stands at it"
         for name, entry in entries.items()
@@ -149,7 +157,8 @@ def _list_weights(model: nn.Module) -> dict[int, nn.Parameter]:
 def _maxima(name: str, weight: nn.Parameter, axis: int | None) -> torch.Tensor:
     """The range that calibration gives a weight; most tools take it from the weight and write none down."""
     amax = reduce_amax(weight, axis)
-    require_numbers(f"the weight of {name}", "largest value", amax.cpu().numpy(), smallest=0.0)
+    if damage := describe_damage("largest value", amax.cpu().numpy(), smallest=0.0):
+        raise CalibrationError(f"the weight of {name}: {damage}.", "load the weights again; the checkpoint is damaged.")
     return amax
 
 
@@ -204,6 +213,14 @@ def _channels(quantizer: TensorQuantizer, found: _Found, shape: tuple[int, ...] 
     if shape is None:
         return channels
     return channels.reshape([-1 if dim == axis % len(shape) else 1 for dim in range(len(shape))])
+
+
+def _damaged(problems: Mapping[str, str]) -> CalibrationError:
+    texts = [f"{name}: {problem}" for name, problem in problems.items()]
+    return CalibrationError(
+        f"quantizers of the model would get what no range is: {list_names(texts, _SHOWN, '; ')}.",
+        "calibrate again with that tool: the file is damaged, cut off, or its calibration failed.",
+    )
 
 
 def _nothing(places: Places, entries: Mapping[str, Entry]) -> CalibrationError:

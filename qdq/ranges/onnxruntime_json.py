@@ -33,7 +33,7 @@ def read(content: bytes) -> dict[str, Entry]:
     """The entries by tensor name.
 
     Raises:
-        CalibrationError: Another structure, or bounds that are none.
+        CalibrationError: Another structure.
     """
     data = object_of("the file", parse_json(content))
     if data.get("CLS") == "TensorsData":
@@ -61,7 +61,7 @@ def _read_entry(name: str, value: Any) -> Entry:
         bounds = [_read_array(f"{name}, {key}", fields[key]) for key in ("lowest", "highest")]
     if bounds[0].shape != bounds[1].shape:
         raise malformed(name, f"{bounds[0].size} lowest and {bounds[1].size} highest values do not belong together")
-    return entry_of_bounds(name, *bounds)
+    return entry_of_bounds(*bounds)
 
 
 def _read_array(place: str, value: Any) -> npt.NDArray[np.float64]:

@@ -23,7 +23,7 @@ def read_pairs(graph: ir.Graph) -> dict[str, Entry]:
     The codes name it where they are stored, and where two Q of one tensor say different things.
 
     Raises:
-        CalibrationError: A scale that is NaN, infinite or negative.
+        CalibrationError: Two DequantizeLinear of the same codes have different scales.
     """
     found: dict[str, dict[str, Entry]] = defaultdict(dict)
     for node in graph:
@@ -55,8 +55,7 @@ def _read_node(node: ir.Node) -> Entry:
     values = scale.reshape(()) if is_scalar else scale
     qmin, qmax = _CODES[zero_point.dtype]
     axis = None if is_scalar else _axis_of(node)
-    place = f"{node.name or 'DequantizeLinear'}"
-    return entry_of_codes(place, values.astype(np.float32), zero_point.astype(np.int64), qmin, qmax, axis)
+    return entry_of_codes(values, zero_point, qmin, qmax, axis)
 
 
 def _axis_of(node: ir.Node) -> int:

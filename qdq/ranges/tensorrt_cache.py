@@ -3,6 +3,7 @@
     TRT-101401-EntropyCalibration2
     input: 3c010a14
 
+The header is `TRT-VERSION-ALGORITHM`; tools that write caches for any TensorRT of a generation put `8XXX` there.
 The number is the big-endian float32 scale (amax / 127) in hexadecimal, leading zeros left out; 0 where calibration
 found no range. TensorRT up to 10 reads it for implicit quantization; it holds no weights.
 """
@@ -12,8 +13,6 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Sequence
-
-import numpy as np
 
 from qdq.errors import CalibrationError
 from qdq.ranges.entry import Entry, add_entry, entry_of_codes, malformed
@@ -25,14 +24,14 @@ _LINE = re.compile(r"(?P<name>.+):\s*(?P<digits>[0-9a-fA-F]+)")
 
 def recognize(content: bytes) -> bool:
     """Whether the first line is that of a calibration cache."""
-    return re.match(rb"TRT-\d+-\w+", content) is not None
+    return re.match(rb"(\xef\xbb\xbf)?TRT-\w+-\w+", content) is not None
 
 
 def read(content: bytes) -> dict[str, Entry]:
     """The entries by tensor name.
 
     Raises:
-        CalibrationError: No such file, a line of another form, or a scale that is none.
+        CalibrationError: No such file, a line of another form, or two scales of one tensor.
     """
     header, *lines = decode(content).splitlines() or [""]
     if not recognize(header.encode()):
@@ -46,8 +45,7 @@ def read(content: bytes) -> dict[str, Entry]:
             raise malformed(f"line {number}", f"'TENSOR: up to 8 hexadecimal digits' is expected, found {line[:60]!r}")
         (scale,) = struct.unpack("!f", bytes.fromhex(match["digits"].zfill(8)))
         place = f"line {number} ({match['name']})"
-        entry = entry_of_codes(place, np.float32(scale), np.int64(0), -128, 127)  # type: ignore[arg-type]
-        add_entry(entries, match["name"], entry, place)
+        add_entry(entries, match["name"], entry_of_codes(scale, 0, -128, 127), place)
     return entries
 
 

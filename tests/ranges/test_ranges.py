@@ -131,7 +131,7 @@ class TestTensorRT:
             ("TRT-8401-EntropyCalibration2\nrelu 3c010a14\n", "line 2"),
             ("TRT-8401-EntropyCalibration2\nrelu: 3c01zz14\n", "line 2"),
             ("TRT-8401-EntropyCalibration2\nrelu: 3c010a1412\n", "line 2"),
-            ("TRT-8401-EntropyCalibration2\nx: 3c010a14\nrelu: 3c01\n", r"line 3 \(relu\).*scale is 2"),
+            ("TRT-8401-EntropyCalibration2\nx: 3c010a14\nrelu: 3c01\n", r"relu: its scale is 2"),
             ("TRT-8401-EntropyCalibration2\nrelu: 7fc00000\n", "scale is nan"),
             ("TRT-8401-EntropyCalibration2\nrelu: 7f800000\n", "scale is inf"),
             ("TRT-8401-EntropyCalibration2\nrelu: 7f7fffff\n", "scale is inf"),  # times 127
@@ -147,6 +147,22 @@ class TestTensorRT:
             qdq.import_ranges(case.swapped, tmp_path / "cache", onnx=case.files["dynamo"])
         assert caught.value.fix and str(tmp_path / "cache") in caught.value.message
         assert _scales(case.swapped) == {}
+
+    @pytest.mark.parametrize(
+        "header", ["TRT-8XXX-EntropyCalibration2 ", "TRT-100300-MinMaxCalibration", "\ufeffTRT-8601-LegacyCalibration"]
+    )
+    def test_headers_of_every_tool(self, case, tmp_path, header):
+        (tmp_path / "cache").write_text(f"{header}\nrelu: 3f800000\n", encoding="utf-8")
+        report = qdq.import_ranges(case.swapped, tmp_path / "cache", onnx=case.files["dynamo"])
+        assert report.format == "tensorrt" and report.matched["layers.0.conv1._input_quantizer"] == 127.0
+
+    @pytest.mark.parametrize("digits", ["7f800000", "ff800000", "7fc00000", "bc010a14", "2b", "0"])
+    def test_damage_is_an_error_only_where_a_quantizer_stands(self, case, tmp_path, digits):
+        """The mask of a transformer is -inf; nothing quantizes it."""
+        (tmp_path / "cache").write_text(f"TRT-8401-EntropyCalibration2\nrelu: 3f800000\nmask: {digits}\n")
+        report = qdq.import_ranges(case.swapped, tmp_path / "cache", onnx=case.files["dynamo"])
+        assert report.matched["layers.0.conv1._input_quantizer"] == 127.0
+        assert "its scale is" in report.unmatched["mask"] and "mask" in report.format_table()
 
     def test_the_same_line_twice_is_no_contradiction(self, case, tmp_path):
         (tmp_path / "cache").write_text("TRT-8401-EntropyCalibration2\nrelu: 3c010a14\nrelu: 3c010a14\n")
@@ -264,6 +280,19 @@ class TestONNXRuntime:
             qdq.import_ranges(case.swapped, tmp_path / "ranges.json", onnx=case.files["dynamo"])
         assert _scales(case.swapped) == {}
 
+    @pytest.mark.parametrize("bounds", ["-Infinity, 0.0", "NaN, 1.0", "1.0, -1.0", "-1e39, 0", "0, 0"])
+    def test_damage_is_an_error_only_where_a_quantizer_stands(self, case, tmp_path, bounds):
+        low, high = bounds.split(", ")
+        damaged = f'{{"CLS": "TensorData", "lowest": {low}, "highest": {high}}}'
+        sound = '{"CLS": "TensorData", "lowest": -2.0, "highest": 1.0}'
+        text = f'{{"CLS": "TensorsData", "data": {{"relu": {sound}, "mask": {damaged}}}}}'
+        (tmp_path / "ranges.json").write_text(text)
+        report = qdq.import_ranges(case.swapped, tmp_path / "ranges.json", onnx=case.files["dynamo"])
+        assert report.matched["layers.0.conv1._input_quantizer"] == 2.0 and "its range" in report.unmatched["mask"]
+        (tmp_path / "pairs.json").write_text(f'{{"relu": [-2.0, 1.0], "mask": [{bounds}]}}')
+        pairs = qdq.import_ranges(case.swapped, tmp_path / "pairs.json", onnx=case.files["dynamo"])
+        assert pairs.unmatched == report.unmatched
+
     def test_pairs_of_early_releases(self, case, tmp_path):
         (tmp_path / "calibration.json").write_text('{"relu": [-0.5, 2.0], "other": [0, 1]}')
         report = qdq.import_ranges(case.swapped, tmp_path / "calibration.json", onnx=case.files["dynamo"])
@@ -375,6 +404,19 @@ class TestQdqOnnx:
         before = ort.InferenceSession(case.files["qdq"]).run(None, {"x": case.images.numpy()})[0]
         assert not np.array_equal(outputs[0], before)
         onnx.checker.check_model(str(tmp_path / "new.onnx"))
+
+    @pytest.mark.parametrize("scale", [np.inf, np.nan, -1.0, 1e-42])
+    def test_damage_is_an_error_only_where_a_quantizer_stands(self, case, tmp_path, scale):
+        proto = onnx.load(case.files["qdq"])
+        quantize = next(n for n in proto.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "mean")
+        stored = next(one for one in proto.graph.initializer if one.name == quantize.input[1])
+        stored.CopyFrom(onnx.numpy_helper.from_array(np.float32(scale), stored.name))
+        onnx.save(proto, tmp_path / "damaged.onnx")
+        with pytest.raises(CalibrationError, match=r"damaged\.onnx: .*mean: its scale is"):
+            qdq.import_ranges(case.swapped, tmp_path / "damaged.onnx")
+        assert _scales(case.swapped) == {}
+        case.swapped.fc._input_quantizer.disable()
+        assert "its scale is" in qdq.import_ranges(case.swapped, tmp_path / "damaged.onnx").unmatched["mean"]
 
     def test_codes_of_another_scale_are_not_touched(self, case, tmp_path):
         case.calibrated.stem._weight_quantizer.amax.mul_(2)
