@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import yaml
 
-from qdq.errors import DataError
 from qdq.files import write_atomic
+from qdq.schema import read_yaml, validate
 
 if TYPE_CHECKING:
     from torch import nn
 
 PRECISIONS = ("int8", "float")
+_FIX = "correct it by hand, see docs/analyze.md for the form, or give the plan.yaml of a run."
 _PINNED, _EARLIER = "pinned", "; earlier: "
 _HEAD = """# qdq plan: which layer runs in int8 and which in float. Edit `precision`, then apply it: qdq ptq --plan FILE
 # gain: how much the metric improves when this layer alone goes from int8 to float. "leave-one-out" measures that,
@@ -25,19 +25,23 @@ _HEAD = """# qdq plan: which layer runs in int8 and which in float. Edit `precis
 """
 
 
-class _Loader(yaml.SafeLoader):
-    """Names are what is written: not 1.1 for `1.10`, nor true for `yes`; and none stands twice."""
+@dataclass(frozen=True)
+class _StoredEntry:
+    """An entry as it stands in the file."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping with the text of each key."""
-        result: dict[Any, Any] = {}
-        for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is no name", key.start_mark)
-            if key.value in result:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands here twice", key.start_mark)
-            result[key.value] = self.construct_object(value, deep=deep)
-        return result
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    precision: Literal["int8", "float"]
+    reason: str = ""
+    gain: float | None = None
+
+
+@dataclass(frozen=True)
+class _StoredPlan:
+    """A plan as it stands in the file."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    layers: dict[str, _StoredEntry]
+    metric: str = "sqnr"
 
 
 @dataclass(frozen=True)
@@ -128,48 +132,18 @@ def load_plan(path: Path | str) -> Plan:
     Raises:
         DataError: The file cannot be read, is no plan, names a layer twice, or has keys that a plan has not.
     """
-    path = Path(path)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  # a SafeLoader
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the plan {path}: {error}.", "give the plan.yaml of a run.") from error
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        # PyYAML's own constructors end in any of these: `!!int abc`, a date that is none, thousands of brackets
-        raise DataError(
-            f"{path} is no YAML: {' '.join(str(error).split())}.", "mend the line that it names."
-        ) from error
-    _require_keys(path, "the plan", content, {"layers"}, {"metric"})
-    if not isinstance(content["layers"], dict) or not isinstance(content.get("metric", ""), str):
-        raise DataError(f"{path}: layers is no mapping, or metric no name.", "see docs/analyze.md for the form.")
-    layers = {str(name): _read_entry(path, str(name), value) for name, value in content["layers"].items()}
-    return Plan(layers, content.get("metric", "sqnr"))
+    content = read_yaml(Path(path), _FIX)
+    if isinstance(content, dict) and isinstance(content.get("layers"), dict):
+        layers = {name: _write_out(entry) for name, entry in content["layers"].items()}
+        content = {**content, "layers": layers}
+    stored = validate(_StoredPlan, content, str(path), _FIX)
+    entries = {name: PlanEntry(entry.precision, entry.reason, entry.gain) for name, entry in stored.layers.items()}
+    return Plan(entries, stored.metric)
 
 
-def _read_entry(path: Path, name: str, value: Any) -> PlanEntry:
-    if isinstance(value, str):  # "conv1: float" is enough
-        value = {"precision": value}
-    _require_keys(path, name, value, {"precision"}, {"reason", "gain"})
-    precision, reason, gain = value["precision"], value.get("reason", ""), value.get("gain")
-    if precision not in PRECISIONS:
-        raise DataError(f"{path}: the precision of {name} is {precision!r}.", "write int8 or float.")
-    if not isinstance(reason, str) or not (gain is None or _is_finite(gain)):
-        raise DataError(f"{path}: the reason of {name} is no text, or its gain no number.", "correct or remove them.")
-    return PlanEntry(precision, reason, None if gain is None else float(gain))
-
-
-def _is_finite(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) <= sys.float_info.max  # an int may be larger than any float
-
-
-def _require_keys(path: Path, what: str, value: Any, required: set[str], optional: set[str]) -> None:
-    known = ", ".join(sorted(required | optional))
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: {what} is no mapping.", f"its keys are {known}.")
-    if unknown := [str(key) for key in value if key not in required | optional]:
-        raise DataError(f"{path}: {what} has the unknown keys {', '.join(unknown)}.", f"known are {known}.")
-    if missing := sorted(required - value.keys()):
-        raise DataError(f"{path}: {what} lacks {', '.join(missing)}.", f"its keys are {known}.")
+def _write_out(entry: Any) -> Any:
+    """`conv1: float` is enough."""
+    return {"precision": entry} if isinstance(entry, str) else entry
 
 
 def diff_plans(before: Plan, after: Plan) -> list[PlanChange]:

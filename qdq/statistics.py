@@ -8,23 +8,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from annotated_types import Ge
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 from tqdm import tqdm
 
-from qdq.errors import ArgumentError, DataError, QdqError
+from qdq.errors import ArgumentError, DataError
 from qdq.files import write_atomic, write_json
 from qdq.formats import Format
 from qdq.names import list_names
 from qdq.observers.solve import SOLVERS, solve_amax
 from qdq.observers.statistics import TensorStatistics
+from qdq.schema import digest_parts, parse_json, shorten, validate
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = "qdq calibration statistics 1"
+_FIX = "give a file that calibration saved, or collect the statistics again."
 _SEPARATOR = "//"  # between the name of a quantizer and that of an array
 
 
@@ -159,10 +162,7 @@ class Statistics:
             raise DataError(
                 f"cannot read {path}: {error.strerror or error}.", "give a file that `save` wrote."
             ) from error
-        try:
-            return cls.from_bytes(content)
-        except DataError as error:
-            raise DataError(f"{path}: {error.message}", error.fix) from error
+        return cls.from_bytes(content, str(path))
 
     def to_bytes(self) -> bytes:
         """The content of the file."""
@@ -180,28 +180,102 @@ class Statistics:
             "shared": self.shared,
             "formats": {name: None if fmt is None else asdict(fmt) for name, fmt in self.formats.items()},
         }
+        facts["digest"] = _digest(facts, arrays)
         return safetensors.save(arrays, {_FORMAT: json.dumps(facts)})  # one key: the order of several is random
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> Statistics:
+    def from_bytes(cls, content: bytes, source: str = "the content") -> Statistics:
         """The inverse of `to_bytes`.
+
+        Args:
+            content: What it returned.
+            source: What the content was read from, for messages.
 
         Raises:
             DataError: The content is of another kind, or damaged.
         """
         try:
             arrays = safetensors.load(content)
-            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            facts = json.loads(header.get("__metadata__", {})[_FORMAT])
-            formats = {name: fmt and Format(**fmt) for name, fmt in facts.pop("formats").items()}
-            parts: dict[str, dict[str, Any]] = {name: {} for name in formats}
-            for key, array in arrays.items():
-                name, _, part = key.rpartition(_SEPARATOR)
-                parts[name][part] = array
-            return cls({name: TensorStatistics.from_arrays(part) for name, part in parts.items()}, formats, **facts)
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = error.message if isinstance(error, QdqError) else str(error)
-            raise DataError(f"no calibration statistics: {reason}.", "collect them again.") from error
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:  # types that numpy has not
+            raise DataError(
+                f"{source} is no file of calibration statistics: {shorten(str(error), 100)}.", _FIX
+            ) from error
+        header = content[8 : 8 + int.from_bytes(content[:8], "little")].decode()
+        metadata = parse_json(header, f"the header of {source}", _FIX).get("__metadata__", {})
+        if _FORMAT not in metadata:
+            raise DataError(f"{source} holds no calibration statistics: it lacks {_FORMAT!r}.", _FIX)
+        facts = parse_json(metadata[_FORMAT], f"the metadata of {source}", _FIX)
+        stored = validate(_StoredFacts, facts, source, _FIX)
+        facts.pop("digest", None)
+        if stored.digest is not None and stored.digest != _digest(facts, arrays):
+            raise DataError(f"{source} is damaged: its digest is not that of its content.", _FIX)
+        try:
+            return cls(
+                tensors=_split_parts(stored, arrays),
+                formats={name: Format(**asdict(fmt)) if fmt else None for name, fmt in stored.formats.items()},
+                batches=stored.batches,
+                model=stored.model,
+                data=stored.data,
+                complete=stored.complete,
+                limit=stored.limit,
+                shared=stored.shared,
+            )
+        except ArgumentError as error:
+            raise DataError(f"{source} is damaged: {error.message}", _FIX) from error
+
+
+@dataclass(frozen=True)
+class _StoredFormat:
+    """A format as it stands in the file, with all of its fields."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    num_bits: int
+    unsigned: bool
+    narrow_range: bool
+
+
+@dataclass(frozen=True)
+class _StoredFacts:
+    """What stands beside the arrays; files of earlier versions have no digest."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    batches: Annotated[int, Ge(0)]
+    model: str
+    data: str
+    complete: bool
+    limit: Annotated[int, Ge(0)] | None
+    shared: dict[str, str]
+    formats: dict[str, _StoredFormat | None]
+    digest: str | None = None
+
+
+def _digest(facts: dict[str, Any], arrays: dict[str, Any]) -> str:
+    parts = {f"{name} {array.dtype} {array.shape}": array.reshape(-1).view(np.uint8) for name, array in arrays.items()}
+    return digest_parts(facts, {name: array.data for name, array in parts.items()})
+
+
+def _split_parts(stored: _StoredFacts, arrays: dict[str, Any]) -> dict[str, TensorStatistics]:
+    """The arrays of each tensor.
+
+    Raises:
+        ArgumentError: An array is missing, too many or damaged, or a range is shared that is not there.
+    """
+    parts: dict[str, dict[str, Any]] = {name: {} for name in stored.formats}
+    for key, array in arrays.items():
+        name, _, part = key.rpartition(_SEPARATOR)
+        if name not in parts:
+            raise ArgumentError(f"{shorten(name)!r} has statistics, but no format.", _FIX)
+        parts[name][part] = array
+    for name, leader in stored.shared.items():
+        if leader not in parts:
+            raise ArgumentError(f"{shorten(name)!r} shares the range of {shorten(leader)!r}, which is not there.", _FIX)
+    tensors = {}
+    for name, arrays_of_tensor in parts.items():
+        try:
+            tensors[name] = TensorStatistics.from_arrays(arrays_of_tensor)
+        except ArgumentError as error:
+            raise ArgumentError(f"{shorten(name)!r}: {error.message}", _FIX) from error
+    return tensors
 
 
 def merge_parts(parts: Iterable[Statistics]) -> Statistics:

@@ -1,16 +1,24 @@
-"""Measurements that survive `kill -9`: one line each, in files that several processes and several runs may share."""
+"""Measurements that survive `kill -9`: one line each, in files that several processes and several runs may share.
+
+Each line has a checksum. One that is damaged, or of a version without checksums, is not used: what it says is measured
+again. Nor is the line that a killed process left half written.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import IO, Any
 
 from qdq.analyze.ranks import Ranks
 from qdq.errors import ArgumentError
+
+logger = logging.getLogger(__name__)
 
 
 class Journal:
@@ -49,15 +57,32 @@ class Journal:
 
     def _read(self, path: Path) -> dict[str, Any]:
         known: dict[str, Any] = {}
+        unreadable, suspects = 0, set()
+        text = ""
         with contextlib.suppress(OSError):
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                # the torn line of a killed process, or whatever else stands there
-                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-                    entry = json.loads(line)
-                    if entry["fingerprint"] == self._fingerprint and entry["key"] is None:
-                        known.clear()
-                    elif entry["fingerprint"] == self._fingerprint:
-                        known[_as_key(entry["key"])] = entry["value"]
+            text = path.read_text(encoding="utf-8", errors="replace")
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+                fingerprint, key, value = entry["fingerprint"], entry["key"], entry["value"]
+                is_sound = entry.get("checksum") == _checksum(fingerprint, key, value)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                if line.endswith("}"):  # another end is that of a killed process
+                    unreadable += 1
+                    known.clear()  # it may be a line that forgets
+                continue
+            if key is None and (fingerprint == self._fingerprint or not is_sound):
+                known.clear()
+            if fingerprint != self._fingerprint:
+                continue
+            if not is_sound:
+                suspects.add(_as_key(key))
+            elif key is not None:
+                known[_as_key(key)] = value
+        if count := unreadable + len(suspects - known.keys()):
+            logger.warning(
+                "%s: %d lines are damaged or of an earlier version; what they say is measured again", path, count
+            )
         return known
 
     def get(self, key: list[Any]) -> Any:
@@ -81,6 +106,7 @@ class Journal:
     def _write(self, key: list[Any] | None, value: Any) -> None:
         if self._file is not None:
             entry = {"fingerprint": self._fingerprint, "key": key, "value": value}
+            entry["checksum"] = _checksum(**entry)
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -93,3 +119,8 @@ class Journal:
 
 def _as_key(key: list[Any]) -> str:
     return json.dumps(key)
+
+
+def _checksum(fingerprint: Any, key: Any, value: Any) -> str:
+    """What changes with any bit of a line, in 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps([fingerprint, key, value]).encode()).hexdigest()[:16]

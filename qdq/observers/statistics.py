@@ -26,6 +26,14 @@ LEAST_ABSMAX = 2.0**-64
 """Bins are no finer for smaller values: below it all ranges have the same scale (`quantizer.AMAX_FLOOR`)."""
 
 LEAST_EXPONENT = -63 - LOG_BINS
+MOST_EXPONENT = 128 - LOG_BINS
+"""Of the largest float32, which lies below 2^128."""
+
+MOST_COUNT = 2**49
+"""Values of a bin, and batches: fewer, so that sums over all bins are exact in int64."""
+
+MOST_SUM = 2.0**320
+"""Of the squares of 2^62 values of float32."""
 
 RECORD = ("low", "high", "sum", "sum_abs", "sum_squares", "count", "nonzero")
 """What is kept of one batch, in this order."""
@@ -243,18 +251,39 @@ class TensorStatistics:
         expected = {
             "counts": (counts, np.int64, (2, NUM_BINS)),
             "exponent": (exponent, np.int64, (1,)),
-            "numbers": (numbers, np.int64, (len(numbers),)),
-            "records": (records, np.float64, (len(numbers), len(RECORD))),
+            "numbers": (numbers, np.int64, (numbers.size,)),
+            "records": (records, np.float64, (numbers.size, len(RECORD))),
         }
         for name, (array, dtype, shape) in expected.items():
             if array.dtype != dtype or array.shape != shape:
                 raise _damaged(f"{name} is {array.dtype}{list(array.shape)}, not {np.dtype(dtype)}{list(shape)}")
+        if unknown := arrays.keys() - {*expected, "channel_absmax"}:
+            raise _damaged(f"{min(unknown)!r:.40} is none of its arrays")
+        if not LEAST_EXPONENT <= exponent[0] <= MOST_EXPONENT:
+            raise _damaged(f"exponent is {exponent[0]}, not {LEAST_EXPONENT} to {MOST_EXPONENT}")
+        tensor = cls(counts, int(exponent[0]), channels, numbers, records)  # type: ignore[arg-type]  # checked above
+        tensor._require_consistent()
+        return tensor
+
+    def _require_consistent(self) -> None:
+        """Raise ArgumentError where the arrays hold what no data gives, or contradict each other."""
+        channels = self.channel_absmax
         if channels is not None and (channels.dtype != np.float32 or channels.size != max(channels.shape, default=0)):
             raise _damaged(f"channel_absmax is {channels.dtype}{list(channels.shape)}, not float32 with one axis")
-        found = cls(counts, int(exponent[0]), channels, numbers, records)  # type: ignore[arg-type]  # checked above
-        if found.counts.min(initial=0) < 0 or not np.isfinite(found.records).all() or found.count != counts.sum():
+        if channels is not None and not (np.isfinite(channels) & (channels >= 0)).all():
+            raise _damaged("channel_absmax holds what no maximum is")
+        is_ascending = (np.diff(self.numbers, prepend=-1) > 0).all()
+        if not is_ascending or self.numbers.max(initial=0) >= MOST_COUNT:
+            raise _damaged("the numbers of its batches do not ascend from 0, or without end")
+        if not (np.abs(self.records) < MOST_SUM).all() or (self._column("low") > self._column("high")).any():
+            raise _damaged("its records are no sums of float32, or the lowest value lies above the highest")
+        values, nonzero = self._column("count"), self._column("nonzero")
+        if not ((nonzero >= 0) & (nonzero <= values)).all() or (self._column("sum_squares") < 0).any():
+            raise _damaged("its records count what cannot be")
+        if self.counts.min() < 0 or self.counts.max() >= MOST_COUNT or self.count != self.counts.sum():
             raise _damaged("its counts contradict its records")
-        return found
+        if self.absmax >= NUM_BINS * self.width:
+            raise _damaged(f"its largest value {self.absmax:g} lies beyond its last bin")
 
 
 def coarsen(counts: Counts, steps: int) -> Counts:

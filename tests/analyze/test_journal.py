@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -81,6 +82,38 @@ def test_values_of_a_function_of_another_form_are_not_read(chain, tmp_path, valu
     assert text != path.read_text()
     path.write_text(text)
     assert analyze_layers(model, batches, **options) == expected
+
+
+def test_any_flipped_bit_is_measured_again(chain, tmp_path, caplog):
+    model, batches = chain
+    path = tmp_path / "analysis.jsonl"
+    expected = analyze_layers(model, batches, path=path)
+    sound = path.read_bytes()
+    random = np.random.default_rng(0)
+    for place in random.choice(len(sound), 60, replace=False):
+        damaged = bytearray(sound)
+        damaged[place] ^= 1 << random.integers(8)
+        path.write_bytes(damaged)
+        assert analyze_layers(model, batches, path=path) == expected
+    path.write_text(re.sub(r'"value": \[\[\d', '"value": [[7', sound.decode(), count=1))  # a value that looks as good
+    caplog.clear()
+    assert analyze_layers(model, batches, path=path) == expected
+    (record,) = caplog.records
+    assert "1 lines are damaged" in record.getMessage()
+    caplog.clear()
+    assert analyze_layers(model, batches, path=path) == expected  # what was measured again replaces the line
+    assert not caplog.records
+
+
+def test_lines_of_a_version_without_checksums_are_measured_again(chain, tmp_path, caplog):
+    model, batches = chain
+    path = tmp_path / "analysis.jsonl"
+    expected = analyze_layers(model, batches, path=path)
+    lines = path.read_text().splitlines()
+    path.write_text("".join(re.sub(r', "checksum": "\w+"', "", line) + "\n" for line in lines))
+    assert analyze_layers(model, batches, path=path) == expected
+    assert len(path.read_text().splitlines()) == 2 * len(lines)
+    assert f"{len(lines)} lines are damaged or of an earlier version" in caplog.text
 
 
 def test_a_path_with_brackets(chain, tmp_path):
