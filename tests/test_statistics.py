@@ -1,5 +1,6 @@
 """Saved statistics: what they say of values, chosen by name, merged from files."""
 
+import json
 import logging
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from small_model import make_batches, make_model
 
-from qdq import ArgumentError, Statistics, collect_statistics, solve_ranges, swap_modules
+from qdq import ArgumentError, DataError, Statistics, collect_statistics, solve_ranges, swap_modules
 from qdq.formats import Format
 from qdq.observers.collector import TensorCollector
 from qdq.observers.solve import SOLVERS
@@ -149,3 +150,97 @@ class TestMergeFiles:
         with caplog.at_level(logging.WARNING, logger="qdq"):
             merge_files([*files, files[1]], tmp_path / "three.safetensors")
         assert [record.message.count("b.safetensors") for record in caplog.records] == [2]
+
+
+def edit_facts(content, change):
+    """The content of a file with the JSON beside its arrays edited."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    (key,) = header["__metadata__"]
+    header["__metadata__"][key] = change(header["__metadata__"][key])
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+
+class TestDamage:
+    @pytest.fixture
+    def content(self, files):
+        return files[0].read_bytes()
+
+    def test_any_flipped_bit_is_noticed(self, content):
+        random = np.random.default_rng(0)
+        header = 8 + int.from_bytes(content[:8], "little")
+        places = [*range(8, header), *random.integers(header, len(content), 200)]
+        for place in places:
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << random.integers(8)
+            with pytest.raises(DataError):
+                Statistics.from_bytes(bytes(damaged))
+
+    def test_files_of_a_version_without_digests_are_read(self, content):
+        old = edit_facts(content, lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "digest"}))
+        assert Statistics.from_bytes(old).to_bytes() == content
+
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("shared", None, "shared is null, expected: an object"),
+            ("shared", {"x": "y"}, "'x' shares the range of 'y', which is not there"),
+            ("formats", {"0._input_quantizer": {}}, "num_bits is missing"),
+            ("formats", {}, "has statistics, but no format"),
+            ("formats", {"a": None}, "has statistics, but no format"),
+            ("batches", -1, "batches is -1, expected: greater than or equal to 0"),
+            ("batches", 2.5, "batches is 2.5"),
+            ("complete", 1, "complete is 1"),
+            ("limit", "all", "limit is 'all'"),
+            ("model", ["x"], "model is a list of 1"),
+            ("more", 1, "more is unknown"),
+        ],
+    )
+    def test_facts_are_held_against_their_types(self, content, tmp_path, key, value, message):
+        def change(text):
+            facts = json.loads(text) | {key: value}
+            del facts["digest"]
+            return json.dumps(facts)
+
+        path = tmp_path / "damaged.safetensors"
+        path.write_bytes(edit_facts(content, change))
+        with pytest.raises(DataError, match=rf"damaged\.safetensors is damaged: .*{message}"):
+            Statistics.load(path)
+
+    @pytest.mark.parametrize("text", ["", "[" * 100_000, '{"batches": NaN}', "[]", "3"])
+    def test_facts_that_are_none(self, content, text):
+        with pytest.raises(DataError):
+            Statistics.from_bytes(edit_facts(content, lambda _: text))
+
+    @pytest.mark.parametrize(
+        ("name", "change", "message"),
+        [
+            ("exponent", lambda array: array + 2**62, "exponent is 46"),
+            ("exponent", lambda array: array - 1000, "exponent is -"),
+            ("exponent", lambda array: array.astype(np.int32), r"exponent is int32\[1\]"),
+            ("counts", lambda array: -array, "contradict"),
+            ("counts", lambda array: array[:, :7], r"counts is int64\[2, 7\]"),
+            ("counts", lambda array: np.full_like(array, 2**62), "contradict"),
+            ("numbers", lambda array: array[::-1].copy(), "do not ascend"),
+            ("numbers", lambda array: array + 2**62, "do not ascend"),
+            ("records", lambda array: array * np.nan, "no sums of float32"),
+            ("records", lambda array: np.full_like(array, 1e308), "no sums of float32"),
+            ("records", lambda array: array[:, ::-1].copy(), "lowest value lies above|count what"),
+            ("channel_absmax", lambda array: -array - 1, "no maximum"),
+        ],
+    )
+    def test_arrays_are_held_against_what_data_gives(self, content, name, change, message):
+        found = Statistics.from_bytes(content).tensors["0._input_quantizer"]
+        arrays = found.to_arrays()
+        with pytest.raises(ArgumentError, match=message):
+            type(found).from_arrays({**arrays, name: change(arrays[name])})
+
+    def test_arrays_that_are_missing_or_unknown(self, content):
+        found = Statistics.from_bytes(content).tensors["0._input_quantizer"]
+        arrays = found.to_arrays()
+        for name in ("counts", "exponent", "numbers", "records"):
+            with pytest.raises(ArgumentError, match=f"{name} is missing"):
+                type(found).from_arrays({key: value for key, value in arrays.items() if key != name})
+        with pytest.raises(ArgumentError, match="'more' is none of its arrays"):
+            type(found).from_arrays({**arrays, "more": arrays["counts"]})
