@@ -12,6 +12,8 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from qdq.errors import ArgumentError, DataError, QdqError
 from qdq.report.load import guarded, plain, read_report
+from qdq.report.sections import JudgedSections
+from qdq.schema import validate
 
 _ROUNDING = 1e-9  # of float64: 84.8 - 84.4 is no more than 0.4
 _SHOWN_LAYERS = 3
@@ -174,30 +176,28 @@ class _Facts:
 
     def __init__(self, run: Path) -> None:
         self.run = run
-        self.path, self._content = read_report(run)
-        rows = self.get("evaluation", "candidates")
-        if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "name" in row for row in rows):
-            raise DataError(
-                f"{self.path} is no report of a run: it has no candidates.", "give the report.json of a run."
-            )
-        self.reference: dict[str, Any] = rows[0]
-        self.result: dict[str, Any] = rows[-1]
+        self.path, content = read_report(run)
+        validate(JudgedSections, content, str(self.path), "give the report.json of a run, or run qdq ptq again.")
+        self._content: dict[str, Any] = content
+        candidates = content["evaluation"]["candidates"]
+        self.reference: dict[str, Any] = candidates[0]
+        self.result: dict[str, Any] = candidates[-1]
 
     def get(self, *keys: str) -> Any:
         """A value by its keys from the top; None if one is missing."""
-        value = self._content
+        value: Any = self._content
         for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
+            value = None if value is None else value.get(key)
         return value
 
-    def require(self, value: Any, what: str, fix: str) -> float:
-        """A number that is there and finite.
+    def require(self, value: float | None, what: str, fix: str) -> float:
+        """A number that is there.
 
         Raises:
             DataError: It is not.
         """
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise DataError(f"{self.run} has no {what} (found {value!r}), and a limit asks for it.", fix)
+        if value is None:
+            raise DataError(f"{self.run} has no {what}, and a limit asks for it.", fix)
         return float(value)
 
     def top1(self, candidate: dict[str, Any]) -> float:
@@ -238,7 +238,7 @@ def _require_same_images(judged: _Facts, other: _Facts) -> None:
     marks = [facts.get("data", "labels_digest") for facts in (judged, other)]
     if None in marks:
         marks = [[facts.reference.get(name) for name in ("top1", "top5")] for facts in (judged, other)]
-    if not isinstance(counts[0], int) or counts[0] != counts[1] or marks[0] != marks[1]:
+    if counts[0] is None or counts[0] != counts[1] or marks[0] != marks[1]:
         raise DataError(
             f"the runs {judged.run} and {other.run} were not evaluated on the same images: {counts[0]!r} and "
             f"{counts[1]!r} of them, known by {marks[0]!r} and {marks[1]!r} (labels, or top-1 and top-5 in float).",
@@ -329,15 +329,11 @@ _UNITS = {"max_drop": " points", "max_sqnr_drop": " dB", "min_sqnr": " dB", "max
 
 def _name_float_layers(judged: _Facts) -> str:
     """The layers with the most work that are not in int8, with the reason."""
-    sizes = {row.get("name"): row.get("share") or 0.0 for row in _rows(judged.get("build", "coverage", "layers"))}
-    rows = [row for row in _rows(judged.get("build", "layers")) if row.get("int8") is False]
+    sizes = {row["name"]: row["share"] or 0.0 for row in judged.get("build", "coverage", "layers") or ()}
+    rows = [row for row in judged.get("build", "layers") or () if row.get("int8") is False]
     rows.sort(key=lambda row: -sizes.get(row.get("node"), 0.0))
     shown = [
         f"{row.get('module') or row.get('node')} ({sizes.get(row.get('node'), 0.0):.4f}, {row.get('reason')})"
         for row in rows[:_SHOWN_LAYERS]
     ]
     return f"; in float most of all {', '.join(shown)}" if shown else ""
-
-
-def _rows(value: Any) -> list[dict[str, Any]]:
-    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []

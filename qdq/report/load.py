@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from qdq.errors import ArgumentError, DataError, QdqError
-from qdq.report.records import LayerRecord, read_layer
+from qdq.report.records import LayerRecord
+from qdq.report.sections import RunState, StoredSections
 from qdq.run import REPORT_FILE, STATE_FILE
+from qdq.schema import describe, read_json, shorten, validate
 
 PAGE_FILE = "report.html"
 REPORT_FORMAT = "qdq report 1"
-_SECTIONS: Mapping[str, type] = {
-    "model": str, "data": dict, "summary": dict, "findings": list, "evaluation": dict, "analysis": dict, "fold": list,
-    "swap": dict, "rewire": dict, "calibration": list, "export": dict, "check": dict, "build": dict, "layers": list,
-    "command": str, "settings": dict, "seed": int, "environment": dict, "seconds": dict,
-}  # fmt: skip
 _AGAIN = "run the same command again; it writes a new report."
-_MOST = 2**63  # no whole number of a report is larger, and Python's would not all fit a float
 
 Result = TypeVar("Result")
 
@@ -68,58 +63,38 @@ def read_report(run: Path | str) -> tuple[Path, Any]:
 
     Raises:
         ArgumentError: No such folder, no run, or one that has not come to its end.
-        DataError: The report cannot be read, or holds a number that is not finite.
+        DataError: The report cannot be read, or is no JSON of finite numbers.
     """
     run = Path(run)
-    path = run / REPORT_FILE if run.is_dir() else run
-    if not path.is_file():
+    path = run / REPORT_FILE if os.path.isdir(run) else run  # unlike those of Path, they take any name
+    if not os.path.isfile(path):
         raise _missing(run)
-    try:
-        return path, _clean(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read: {error}.", _AGAIN) from error
-
-
-def _clean(value: Any) -> Any:
-    """JSON whose text can be written as UTF-8: of half a surrogate pair, as in the name of a file, becomes "?".
-
-    Raises:
-        ValueError: A number is not finite, or too large.
-    """
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, dict):
-        return {_clean(key): _clean(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_clean(item) for item in value]
-    if (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) > _MOST):
-        raise ValueError(
-            f"{value:.4g} is no number of a report" if isinstance(value, float) else "a number is too large"
-        )
-    return value
+    return path, read_json(path, _AGAIN)
 
 
 def guarded(path: Path, read: Callable[[], Result]) -> Result:
-    """What `read` returns of a report; if the report is not as it should be, the error names the file.
+    """What `read` returns of a report; if values of it contradict each other, the error names the file.
+
+    That each value is there and of its type has been seen to by `parse_report`.
 
     Raises:
-        DataError: Something is missing in the report, or is of another kind.
+        DataError: A name that the report uses is not in it, or a number is missing that another one asks for.
     """
     try:
         return read()
     except QdqError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+        what = shorten(f"{type(error).__name__}: {error}", 200)
+        raise DataError(f"{path} is damaged: its entries contradict each other, {what}.", _AGAIN) from error
 
 
 def _missing(run: Path) -> ArgumentError:
-    if not run.exists():
-        return ArgumentError(f"there is no {run}.", "give the folder that `qdq ptq --output` wrote.")
+    if not os.path.exists(run):
+        return ArgumentError(f"there is no {shorten(str(run), 200)}.", "give the folder that `qdq ptq --output` wrote.")
     try:
-        state = json.loads((run / STATE_FILE).read_text(encoding="utf-8"))
-        stage = str(state["stage"])
-    except (OSError, ValueError, KeyError, TypeError):
+        stage = validate(RunState, read_json(run / STATE_FILE, _AGAIN), STATE_FILE, _AGAIN)["stage"]
+    except DataError:
         return ArgumentError(
             f"{run} is no run folder: there is no {REPORT_FILE} in it.",
             "give the folder that `qdq ptq --output` wrote.",
@@ -140,18 +115,12 @@ def parse_report(data: Any, path: Path) -> StoredReport:
     if not isinstance(data, dict) or not isinstance(data.get("summary"), dict):
         raise DataError(f"{path} is no report of a run.", "give the folder that `qdq ptq --output` wrote.")
     if data.get("format") != REPORT_FORMAT:
-        found = data.get("format", "none")
-        raise DataError(f"{path} is of another qdq: its format is {found!r}, this one reads {REPORT_FORMAT!r}.", _AGAIN)
-    wrong = [name for name, kind in _SECTIONS.items() if not isinstance(data.get(name), kind)]
-    if wrong:
-        raise _damaged(path, f"{', '.join(wrong)} missing or of another kind")
-    return StoredReport(path, data, guarded(path, lambda: tuple(map(read_layer, data["layers"]))))
+        found = describe(data.get("format", "none"))
+        raise DataError(f"{path} is of another qdq: its format is {found}, this one reads {REPORT_FORMAT!r}.", _AGAIN)
+    sections = validate(StoredSections, data, str(path), _AGAIN)
+    return StoredReport(path, data, tuple(sections["layers"]))
 
 
 def plain(text: object) -> str:
     """One line without what a terminal, XML or UTF-8 would not take: names and paths are data."""
     return "".join(character if character.isprintable() else "?" for character in str(text))
-
-
-def _damaged(path: Path, what: str) -> DataError:
-    return DataError(f"{path} is damaged: {what}.", _AGAIN)

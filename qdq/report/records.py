@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, is_dataclass
-from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from annotated_types import Ge, MinLen
 
 HISTOGRAM_COLUMNS = 64
 RULE = re.compile(r"\bR-[A-Z]+(?:-[A-Z0-9]+)*\b")  # in a reason
+Count = Annotated[int, Ge(0)]
+Size = Annotated[float, Ge(0)]
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ class MethodRange:
         clipped: Share of the values beyond it, 0..1.
     """
 
-    amax: float
-    clipped: float
+    amax: Size
+    clipped: Size
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,15 @@ class TensorRecord:
     quantizer: str
     role: str
     is_on: bool
-    amax: float | None
-    least_amax: float | None
-    ranges: int
+    amax: Size | None
+    least_amax: Size | None
+    ranges: Count
     method: str
     sqnr_db: float | None
-    clipped: float | None
+    clipped: Size | None
     methods: Mapping[str, MethodRange]
-    histogram: tuple[int, ...]
-    histogram_end: float | None
+    histogram: tuple[Count, ...]
+    histogram_end: Size | None
     shares: tuple[str, ...] = ()
     unknown: Mapping[str, str] = field(default_factory=dict)
 
@@ -84,9 +86,9 @@ class Sensitivity:
     """
 
     unit: str
-    layers: tuple[str, ...]
-    rank: int
-    units: int
+    layers: Annotated[tuple[str, ...], MinLen(1)]
+    rank: Annotated[int, Ge(1)]
+    units: Annotated[int, Ge(1)]
     gain: float | None
     low: float | None
     high: float | None
@@ -133,10 +135,10 @@ class LayerRecord:
     tensors: tuple[TensorRecord, ...]
     sensitivity: Sensitivity | None
     output_sqnr_db: float | None
-    macs: int | None
-    macs_share: float | None
-    weights: int
-    weight_bytes: int
+    macs: Count | None
+    macs_share: Size | None
+    weights: Count
+    weight_bytes: Count
     engine: str | None
     kernels: tuple[str, ...]
     engine_note: str
@@ -152,44 +154,3 @@ class LayerRecord:
         if named is None and role == "input":
             return next((tensor for tensor in self.tensors if tensor.role != "weight"), None)
         return named
-
-
-def read_layer(entry: Any) -> LayerRecord:
-    """The record that an entry of `layers` in `report.json` was written from.
-
-    Raises:
-        TypeError: A field is missing, or of another kind.
-        KeyError: There is no such field.
-    """
-    record: LayerRecord = _read(LayerRecord, entry, "layer")
-    return record
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """A value of a declared type from JSON, which has lists where it has tuples."""
-    arguments = get_args(kind)
-    if NoneType in arguments:
-        return None if value is None else _read(arguments[0], value, where)
-    if isinstance(kind, type) and is_dataclass(kind):
-        types = _list_fields(kind)
-        given = _require(value, dict, where)
-        return kind(**{name: _read(types[name], each, f"{where}.{name}") for name, each in given.items()})
-    if get_origin(kind) is tuple:
-        return tuple(_read(arguments[0], each, f"{where}[]") for each in _require(value, list, where))
-    if get_origin(kind) is Mapping:
-        return {
-            name: _read(arguments[1], each, f"{where}.{name}") for name, each in _require(value, dict, where).items()
-        }
-    return _require(value, (int, float) if kind is float else kind, where)
-
-
-@functools.cache
-def _list_fields(kind: type) -> dict[str, Any]:
-    """Field -> declared type."""
-    return get_type_hints(kind)
-
-
-def _require(value: Any, kind: Any, where: str) -> Any:
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(f"{where} is {value!r:.40}")
-    return value

@@ -121,5 +121,8 @@ def test_numbers_that_no_report_has(store, number):
 def test_what_is_wrong_is_named(store):
     report = make_report(["a"])
     report["layers"][0]["tensors"][0]["methods"]["mse"]["amax"] = "x"
-    with pytest.raises(DataError, match=r"damaged: TypeError: layer.tensors\[\].methods.mse.amax is 'x'"):
+    with pytest.raises(
+        DataError,
+        match=r"report\.json is damaged: layers\[0\]\.tensors\[0\]\.methods\.mse\.amax is 'x', expected: ",
+    ):
         load_report(store(report))

@@ -1,0 +1,287 @@
+"""What every reader of `report.json` relies on, as types: the file is held against them when it is read.
+
+More may stand in the file than is named here. What may be absent was not written by earlier versions.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from annotated_types import MinLen
+from typing_extensions import NotRequired, TypedDict
+
+from qdq.report.records import Count, LayerRecord, Size
+
+
+class Candidate(TypedDict):
+    """A model that was evaluated."""
+
+    name: str
+    top1: float | None
+    top5: float | None
+    agreement: float | None
+    sqnr_db: float | None
+    megabytes: Size | None
+
+
+class Evaluation(TypedDict):
+    """The section `evaluation`."""
+
+    images: Count
+    candidates: Annotated[list[Candidate], MinLen(1)]
+
+
+class Summary(TypedDict):
+    """The section `summary`."""
+
+    weighted_layers: Count
+    missed_modules: list[str]
+    candidates: Annotated[dict[str, Candidate], MinLen(1)]
+    onnx_megabytes: Size
+    engine_megabytes: Size
+    int8_macs: Size | None
+    census_expected_int8: Count
+    census_missing_int8: list[str]
+
+
+class State(TypedDict):
+    """The quality of the outputs in one state of the model."""
+
+    sqnr_db: float | None
+    metric: float | None
+
+
+class Step(State):
+    """A unit that was left in float."""
+
+    layer: str
+    layers: list[str]
+
+
+class Point(State):
+    """A set of float layers and its cost."""
+
+    float_layers: list[str]
+    cost: float
+
+
+class Analysis(State):
+    """The section `analysis`."""
+
+    mode: str
+    images: Count
+    steps: list[Step]
+    stopped_by: str
+    metric_name: str
+    pinned: dict[str, str]
+    pareto: list[Point]
+
+
+class Measurement(TypedDict):
+    """A point of fine-tuning at which it was evaluated."""
+
+    step: Count
+    metric: float | None
+
+
+class Tuning(TypedDict):
+    """The section `tuning`."""
+
+    losses: list[float | None]
+    curve: list[Measurement]
+    text: str
+
+
+class FoldedPair(TypedDict):
+    """An entry of `fold`."""
+
+    batchnorm: str
+    folded: bool
+    reason: str
+
+
+class Module(TypedDict):
+    """An entry of `swap.modules`."""
+
+    name: str
+    type: str
+    action: str
+    reason: str
+
+
+class Swap(TypedDict):
+    """The section `swap`."""
+
+    modules: list[Module]
+
+
+class Operation(TypedDict):
+    """An entry of `rewire.operations`."""
+
+    name: str
+    function: str
+    action: str
+    reason: str
+
+
+class Rewire(TypedDict):
+    """The section `rewire`."""
+
+    operations: list[Operation]
+
+
+class Range(TypedDict):
+    """An entry of `calibration`."""
+
+    name: str
+    note: str
+
+
+class Finding(TypedDict):
+    """An entry of `check.findings`."""
+
+    rule: str
+    severity: str
+    message: str
+    node: str
+
+
+class Check(TypedDict):
+    """The section `check`."""
+
+    path: str
+    findings: list[Finding]
+
+
+class CensusRow(TypedDict):
+    """An entry of `build.layers`."""
+
+    module: str
+    node: str
+    op_type: str
+    expected_int8: bool
+    int8: bool
+    reason: str
+
+
+class CoverageRow(TypedDict):
+    """An entry of `build.coverage.layers`."""
+
+    name: str
+    share: Size | None
+
+
+class Coverage(TypedDict):
+    """The entry `build.coverage`."""
+
+    layers: list[CoverageRow]
+
+
+class Build(TypedDict):
+    """The section `build`."""
+
+    backend: str
+    backend_version: str
+    sm: int | None
+    engine_bytes: Count
+    seconds: Size
+    layers: list[CensusRow]
+    coverage: Coverage
+    trtexec: dict[str, str]
+    warnings: list[str]
+
+
+class Data(TypedDict):
+    """The section `data`."""
+
+    calibration: str
+    evaluation: str
+    labels: str
+    labels_digest: NotRequired[str]
+
+
+class StoredSections(TypedDict):
+    """All of a report."""
+
+    format: str
+    model: str
+    data: Data
+    summary: Summary
+    findings: list[str]
+    evaluation: Evaluation
+    analysis: Analysis
+    fold: list[FoldedPair]
+    swap: Swap
+    rewire: Rewire
+    tuning: NotRequired[Tuning | None]
+    calibration: list[Range]
+    export: dict[str, Any]
+    check: Check
+    build: Build
+    layers: list[LayerRecord]
+    command: str
+    settings: dict[str, Any]
+    seed: Count
+    environment: dict[str, str]
+    seconds: dict[str, Size]
+
+
+class RunState(TypedDict):
+    """What is asked of the `run.json` of a run without a report."""
+
+    stage: str
+
+
+class JudgedCandidate(TypedDict):
+    """What the gate asks of a candidate."""
+
+    name: str
+    top1: NotRequired[float | None]
+    top5: NotRequired[float | None]
+    agreement: NotRequired[float | None]
+    sqnr_db: NotRequired[float | None]
+
+
+class JudgedEvaluation(TypedDict):
+    """What the gate asks of `evaluation`."""
+
+    images: NotRequired[Count]
+    candidates: Annotated[list[JudgedCandidate], MinLen(1)]
+
+
+class JudgedSummary(TypedDict, total=False):
+    """What the gate asks of `summary`."""
+
+    int8_macs: Size | None
+    onnx_megabytes: Size | None
+
+
+class JudgedData(TypedDict, total=False):
+    """What the gate asks of `data`."""
+
+    labels_digest: str | None
+
+
+class JudgedLayer(TypedDict, total=False):
+    """What the gate says of a layer that is in float."""
+
+    module: str
+    node: str
+    int8: bool
+    reason: str
+
+
+class JudgedBuild(TypedDict, total=False):
+    """What the gate asks of `build`."""
+
+    layers: list[JudgedLayer]
+    coverage: Coverage
+
+
+class JudgedSections(TypedDict):
+    """What the gate reads, in reports of earlier versions too; a fact that is not there is missed where it counts."""
+
+    evaluation: JudgedEvaluation
+    summary: NotRequired[JudgedSummary]
+    data: NotRequired[JudgedData]
+    build: NotRequired[JudgedBuild]
