@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -10,14 +9,17 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from typing_extensions import TypedDict
 
 from qdq.errors import ArgumentError, DataError
 from qdq.functions import PRODUCT_OPERATORS
 from qdq.quantizer import disable_quantization
+from qdq.schema import read_json, validate
 from qdq.trace import tensors_of, trace_forward
 
 
@@ -158,25 +160,25 @@ def estimate_times(costs: dict[str, LayerCost], gpu: str) -> dict[str, SwitchCos
     }
 
 
+class _ProfileRow(TypedDict, total=False):
+    """A kernel of a profile; the first row has a count instead."""
+
+    name: str
+    averageMs: Annotated[float, Ge(0)]  # the word of trtexec
+
+
 def read_profile(path: Path) -> list[tuple[str, float]]:
     """Kernels of an engine and their times in milliseconds, from JSON of trtexec `--exportProfile`.
 
     Raises:
         DataError: Not such a file, or a time in it is no time.
     """
+    fix = "write one with trtexec --exportProfile=FILE --dumpProfile."
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        kernels = [(str(entry["name"]), float(entry["averageMs"])) for entry in entries if "averageMs" in entry]
-    except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise DataError(
-            f"{path} is no engine profile: {error}.", "write one with trtexec --exportProfile=FILE --dumpProfile."
-        ) from error
-    for name, milliseconds in kernels:
-        if not 0 <= milliseconds < math.inf:
-            raise DataError(
-                f"{path}: averageMs of {name} is {milliseconds:g}.", "profile the engine again, with trtexec."
-            )
-    return kernels
+        rows = validate(list[_ProfileRow], read_json(path, fix), str(path), fix)
+    except DataError as error:
+        raise DataError(f"{path} is no engine profile: {error.message}", error.fix) from error
+    return [(row["name"], row["averageMs"]) for row in rows if "name" in row and "averageMs" in row]
 
 
 def load_times(path: Path, names: Sequence[str], modules: Collection[str]) -> dict[str, SwitchCost]:

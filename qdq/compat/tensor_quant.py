@@ -21,7 +21,8 @@ import torch
 import yaml
 
 from qdq.compat.capture import is_capturing
-from qdq.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError
+from qdq.errors import ArgumentError, ArgumentTypeError, DataError, ShapeError, UnsupportedError
+from qdq.schema import parse_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -165,9 +166,9 @@ class QuantDescriptor:
             ValueError: Not the YAML of a mapping.
         """
         try:
-            fields = yaml.safe_load(yaml_str)
-        except yaml.YAMLError as error:
-            raise ArgumentError(f"the text is no YAML: {error}.", "give what to_yaml() returned.") from error
+            fields = parse_yaml(yaml_str, "the text", "give what to_yaml() returned.")
+        except DataError as error:
+            raise ArgumentError(error.message, error.fix) from error
         if not isinstance(fields, dict):
             raise ArgumentError(
                 f"the YAML holds a {type(fields).__name__}, expected a mapping.", "give what to_yaml() returned."

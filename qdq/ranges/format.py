@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from qdq.errors import CalibrationError
+from qdq import schema
+from qdq.errors import CalibrationError, DataError
 from qdq.formats import Format
 from qdq.quantizer import compute_scale
 from qdq.ranges.entry import Entry, Floats, malformed
@@ -70,25 +70,14 @@ def decode(content: bytes) -> str:
 
 
 def parse_json(content: bytes) -> Any:
-    """JSON in which no key says two things; NaN and Infinity are numbers, as the tools that write them have it.
+    """The value of a JSON file; NaN and Infinity are numbers, as the tools that write them have it.
 
     Raises:
         CalibrationError: It is no JSON, cut off, or says two things of one key.
     """
     try:
-        return json.loads(decode(content), object_pairs_hook=_unique)
-    except json.JSONDecodeError as error:
-        raise malformed("the file", f"it is no JSON, or cut off: {error}") from None
-    except RecursionError:
-        raise malformed("the file", "its JSON is nested too deeply") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result and result[key] != value:
-            raise CalibrationError(
-                f"{key} has two different ranges in one file.", "remove one of them; was the file joined from two?"
-            )
-        result[key] = value
-    return result
+        return schema.parse_json(decode(content), "the file", "", finite=False)
+    except DataError as error:
+        raise CalibrationError(
+            error.message, "write the file again with that tool, and copy it whole; was it joined from two?"
+        ) from error

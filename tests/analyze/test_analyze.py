@@ -423,7 +423,7 @@ def test_costs_from_an_engine(deep, tmp_path):
     path.write_text(json.dumps([{"count": 3}, {"name": "/stem/Conv + /Relu", "averageMs": 0.5}]))
     layers = {layer.name: layer for layer in analyze_layers(model, batches, profile=path).layers}
     assert layers["stem"].cost == pytest.approx(500)
-    path.write_text("{}")
+    path.write_text("[]")
     with pytest.raises(DataError, match="no layer"):
         analyze_layers(model, batches, profile=path)
     path.write_text("not json")

@@ -267,7 +267,7 @@ class TestONNXRuntime:
             ('{"CLS": "TensorsData", "data": {"relu": {"lowest": NaN, "highest": 1}}}', "NaN"),
             ('{"relu": [1.0, -1.0]}', "ends below"),
             ('{"relu": [-1e39, 1.0]}', "NaN or Inf"),
-            ('{"relu": [-1.0, 1.0], "relu": [-2.0, 1.0]}', "two different ranges"),
+            ('{"relu": [-1.0, 1.0], "relu": [-2.0, 1.0]}', "'relu' has two values"),
             ('{"CLS": "TensorsData", "data": {"relu": {"lowest": "a", "highest": 1}}}', "a number"),
             ('{"CLS": "TensorsData", "data": {"relu": {"lowest": [1, 2], "highest": [1, 2, 3]}}}', "belong together"),
             ('{"relu": [0, 0]}', "zeros only"),
