@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
-from qdq.calibrate.collect import format_of, leader_of
+from qdq.calibrate.collect import bytes_of, format_of, leader_of
 from qdq.errors import DataError, ModelError
 from qdq.files import write_atomic
 from qdq.quantizer import from_log2, named_quantizers
+from qdq.schema import digest_parts, parse_json, shorten
 
 MODEL_FORMAT = "qdq fine-tuned model 2"  # 1 did not say the formats
 STATE_FORMAT = "qdq fine-tuning state 1"
@@ -38,7 +39,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: dict[st
         ArgumentError: The folder cannot be written to.
     """
     own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    return write_atomic(path, save(own, {"qdq": json.dumps(facts)}))
+    return write_atomic(path, save(own, {"qdq": json.dumps(facts | {"digest": _digest(own, facts)})}))
 
 
 def load_tensors(
@@ -54,22 +55,26 @@ def load_tensors(
     Raises:
         DataError: The file cannot be read, or is of another kind.
     """
+    fix = "give a file that finetune wrote, or remove it and begin again."
     try:
         content = read(path)
         tensors = load(content)
-        facts = json.loads(_read_metadata(content).get("qdq", "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}.", "give a file that finetune wrote.") from error
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise DataError(f"cannot read {path}: {shorten(str(error), 100)}.", fix) from error
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")].decode()
+    metadata = parse_json(header, f"the header of {path}", fix).get("__metadata__", {})
+    facts = parse_json(metadata.get("qdq", "{}"), f"the metadata of {path}", fix, finite=False)  # of a loss, say
     if not isinstance(facts, dict) or facts.get("format") != form:
         raise DataError(f"{path} is no {form!r} file.", "give a file that this version of finetune wrote.")
+    digest = facts.pop("digest", None)  # of earlier versions there is none
+    if digest is not None and digest != _digest(tensors, facts):
+        raise DataError(f"{path} is damaged: its digest is not that of its content.", fix)
     return tensors, facts
 
 
-def _read_metadata(content: bytes) -> dict[str, str]:
-    """Of a safetensors file: the length of a header, then the header as JSON."""
-    end = 8 + int.from_bytes(content[:8], "little")
-    metadata: dict[str, str] = json.loads(content[8:end]).get("__metadata__", {})
-    return metadata
+def _digest(tensors: Mapping[str, torch.Tensor], facts: dict[str, Any]) -> str:
+    parts = {f"{name} {tensor.dtype} {list(tensor.shape)}": bytes_of(tensor) for name, tensor in tensors.items()}
+    return digest_parts(json.loads(json.dumps(facts)), parts)
 
 
 def save_tuned(model: nn.Module, path: Path | str, facts: dict[str, Any] | None = None) -> Path:

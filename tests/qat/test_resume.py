@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import Linear
@@ -200,6 +201,20 @@ def test_damaged_files_teach(tmp_path, content):
         qdq.finetune(make_model(), [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path)
     with pytest.raises(DataError, match="cannot read"):
         qdq.load_tuned(make_model(), tmp_path / "state.safetensors")
+
+
+def test_any_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
+    path = qdq.save_tuned(make_model(), tmp_path / "model.safetensors", {"step": 3, "metric": float("nan")})
+    content = path.read_bytes()
+    random = np.random.default_rng(0)
+    for place in random.choice(len(content), 100, replace=False):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << random.integers(8)
+        path.write_bytes(damaged)
+        with pytest.raises(DataError):
+            qdq.load_tuned(make_model(), path)
+    path.write_bytes(content)
+    assert qdq.load_tuned(make_model(), path)["step"] == 3
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
