@@ -8,7 +8,7 @@ QdqError
 ├── UnsupportedError   (NotImplementedError)  a combination that qdq does not have
 ├── DependencyError    (ImportError)   a package that an extra would have installed
 ├── ModelError         (RuntimeError)  a model or checkpoint that cannot be loaded
-├── DataError                          images or folders that cannot be used
+├── DataError                          images, folders or files of qdq that cannot be used
 ├── CalibrationError   (ValueError)    no data, or data that gives no range
 ├── ExportError        (RuntimeError)  a model that cannot become the ONNX file asked for
 ├── CheckError                         an ONNX file that cannot be read or run
@@ -67,7 +67,7 @@ class ModelError(QdqError, RuntimeError):
 
 
 class DataError(QdqError):
-    """Images or folders that cannot be used."""
+    """Images, folders or files of qdq that cannot be used."""
 
 
 class CalibrationError(QdqError, ValueError):

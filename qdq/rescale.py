@@ -146,7 +146,7 @@ def _update_origin(model: ir.Model, statistics: Statistics, rescaling: Rescaling
     try:
         facts = dict(json.loads(model.metadata_props["qdq.calibration"]))
         before = set(facts["methods"]) if not rescaling.is_whole else set()
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):  # the metadata of others
         return
     facts["methods"] = sorted(before | {rescaling.method})
     facts["batches"] = max(tensor.num_batches for tensor in statistics.tensors.values())

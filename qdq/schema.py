@@ -109,7 +109,7 @@ def parse_yaml(text: str, source: str, fix: str) -> Any:
         raise DataError(f"{source} is no YAML: it is nested too deeply.", fix) from error
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
         # PyYAML's own constructors end in any of these: `!!int abc`, `!!float [1]`
-        message = " ".join(str(error).replace('in "<unicode string>"', "at").split())
+        message = " ".join(str(error).replace('in "<unicode string>",', "at").split())
         raise DataError(f"{source} is no YAML: {shorten(message, 300)}.", fix) from error
 
 

@@ -78,13 +78,11 @@ def test_reports(whole, tmp_path, run):
         ["report", damaged, "-o", tmp_path / "page.html", "--json", tmp_path / "page.json"],
         ["report", whole, damaged, "-o", tmp_path / "compare.html"],
         ["explain", damaged, "stem"],
-        ["explain", damaged, "sten"],
         ["gate", damaged, "--baseline", whole, *limits, "--junit", tmp_path / "gate.xml"],
-        ["gate", damaged, "--min-sqnr", 1, "--json", tmp_path / "gate.json"],
         ["gate", whole, "--baseline", damaged, *limits],
     ]  # fmt: skip
     sound = [[whole if part is damaged else part for part in command] for command in commands]
-    assert [run(*command) for command in sound] == [0, 0, 0, 2, 0, 0, 0]
+    assert [run(*command) for command in sound] == [0, 0, 0, 0, 0]
     for _ in range(COUNT):
         (damaged / "report.json").write_bytes(damage_json((whole / "report.json").read_bytes(), source))
         codes.update(run(*command) for command in commands)

@@ -205,16 +205,16 @@ def test_damaged_files_teach(tmp_path, content):
 
 def test_any_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
     path = qdq.save_tuned(make_model(), tmp_path / "model.safetensors", {"step": 3, "metric": float("nan")})
-    content = path.read_bytes()
+    content, model = path.read_bytes(), make_model()
     random = np.random.default_rng(0)
-    for place in random.choice(len(content), 100, replace=False):
+    for place in random.choice(len(content), 60, replace=False):
         damaged = bytearray(content)
         damaged[place] ^= 1 << random.integers(8)
         path.write_bytes(damaged)
         with pytest.raises(DataError):
-            qdq.load_tuned(make_model(), path)
+            qdq.load_tuned(model, path)
     path.write_bytes(content)
-    assert qdq.load_tuned(make_model(), path)["step"] == 3
+    assert qdq.load_tuned(model, path)["step"] == 3
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
