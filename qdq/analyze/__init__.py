@@ -89,7 +89,7 @@ def analyze_layers(
         gpu: Weigh the gain against the time of a layer on this GPU ("a100", "orin" ...; `qdq.analyze.cost.GPUS`).
         profile: The same, with times of an engine: JSON of trtexec `--exportProfile`.
         path: File to which every measurement is appended; an analysis that was killed goes on from it.
-        cache_bytes: Activations beyond this many bytes wait in temporary files.
+        cache_bytes: Of activations and quantized weights in memory; activations beyond it wait in temporary files.
 
     Raises:
         ArgumentError: An unknown name, a target for a metric that is not given, a number out of range, options that

@@ -7,7 +7,9 @@ no special case, and what is computed is exactly what depends on the quantizers 
 
 The model is handed stand-ins: tensors with the shape, type and device of the value and hardly any memory. Functions in
 place work on a copy, and their stand-in is renumbered. Of the values only those are kept that some later forward
-reads, as long as one does; beyond `cache_bytes` they lie in mapped temporary files.
+reads, as long as one does; beyond `cache_bytes` they lie in mapped temporary files. What depends on parameters alone is
+the same for every batch: fake-quantized weights are kept once, up to half of `cache_bytes`, and the rest is computed
+again where it is read.
 """
 
 from __future__ import annotations
@@ -117,12 +119,13 @@ class Replay:
 
     Args:
         model: Any module.
-        cache_bytes: Values beyond this many bytes wait in temporary files.
+        cache_bytes: Of values and weights in memory; values beyond it wait in temporary files.
     """
 
     def __init__(self, model: nn.Module, *, cache_bytes: int = CACHE_BYTES) -> None:
         self._model = model
-        self._cache_bytes = cache_bytes
+        self._memory = _Memory(cache_bytes)
+        self._weights = _Weights(self._memory, model)
         is_script = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
         self.reason = "a part of the model is TorchScript" if is_script else ""
         """Why forwards are computed in full, "" if they are replayed."""
@@ -143,34 +146,41 @@ class Replay:
             plain = call_model(self._model, batch)
             measure(None, plain)
             recording = self._record(batch, plain, variants) if len(variants) > 1 else None
-            for name in recording.order if recording else variants:
-                with flipped(variants[name]):
-                    outputs = call_model(self._model, batch) if recording is None else self._replay(recording, batch)
-                measure(name, outputs)
+            try:
+                for name in recording.order if recording else variants:
+                    with flipped(variants[name]):
+                        outputs = self._replay(recording, batch) if recording else call_model(self._model, batch)
+                    measure(name, outputs)
+                    if recording:
+                        recording.free_after(name)
+            finally:
                 if recording:
-                    recording.free_after(name)
+                    recording.close()
 
     def _record(self, batch: Any, plain: Any, variants: Mapping[str, Sequence[TensorQuantizer]]) -> _Recording | None:
         """The recording of a batch with all values that the variants read; None, with the reason, if there is none."""
         if self.reason:
             return None
-        try:
-            plan = self._plan(batch, variants)
-            recording = _Recording(self._model, self._cache_bytes, plan)
-            outputs = recording.record(batch)
-        except Exception as error:  # the plain forward went through: whatever this is, it is not the model's fault
-            self.reason = str(error) if isinstance(error, _NotReplayableError) else f"recording fails: {error!r}"
-            return None
-        if not _are_equal(plain, outputs):
-            self.reason = "a recorded forward differs from a plain one: random numbers, or views changed in place"
-            return None
-        return recording
+        with ExitStack() as undo:
+            try:
+                plan = self._plan(batch, variants)
+                recording = _Recording(self._model, self._memory, self._weights, plan)
+                undo.callback(recording.close)
+                outputs = recording.record(batch)
+            except Exception as error:  # the plain forward went through: whatever this is, it is not the model's fault
+                self.reason = str(error) if isinstance(error, _NotReplayableError) else f"recording fails: {error!r}"
+                return None
+            if not _are_equal(plain, outputs):
+                self.reason = "a recorded forward differs from a plain one: random numbers, or views changed in place"
+                return None
+            undo.pop_all()
+            return recording
 
     def _plan(self, batch: Any, variants: Mapping[str, Sequence[TensorQuantizer]]) -> _Plan:
         """What is kept; the first batch with the same variants tells it, for a recording without values."""
         key = {name: tuple(map(id, quantizers)) for name, quantizers in variants.items()}
         if self._planned is None or self._planned[0] != key:
-            structure = _Recording(self._model, self._cache_bytes)
+            structure = _Recording(self._model, self._memory, self._weights)
             structure.record(batch)
             self._planned = (key, structure.plan(variants))
         return self._planned[1]
@@ -202,16 +212,19 @@ class _Recording(TorchFunctionMode):
 
     Args:
         model: The model.
-        cache_bytes: As for `Replay`.
+        memory: What values and weights may take.
+        weights: Those of all recordings.
         plan: Which values are kept.
     """
 
-    def __init__(self, model: nn.Module, cache_bytes: int, plan: _Plan | None = None) -> None:
+    def __init__(self, model: nn.Module, memory: _Memory, weights: _Weights, plan: _Plan | None = None) -> None:
         super().__init__()
         self._model = model
         self._quantizers = [quantizer for _, quantizer in named_quantizers(model)]
         self._plan = plan or _Plan()
-        self._values = _Values(cache_bytes)
+        self._values = _Values(memory)
+        self._weights = weights
+        self._origins: dict[int, Hashable] = {}  # what values that depend on parameters alone were computed from
         self._sequence: list[_Call] = []
         self._calls: dict[Hashable, _Call] = {}
         self._makers: dict[int, _Call] = {}
@@ -246,6 +259,10 @@ class _Recording(TorchFunctionMode):
         for number in (self._plan.freed or {}).get(variant, ()):
             self._values.pop(number)
 
+    def close(self) -> None:
+        """Let go of all values."""
+        self._values.clear()
+
     def plan(self, variants: Mapping[str, Sequence[TensorQuantizer]]) -> _Plan:
         """What the variants read, if each takes the path of the recorded forward."""
         first: dict[str, int] = {}
@@ -255,7 +272,7 @@ class _Recording(TorchFunctionMode):
             first[name], reads[name] = self._simulate({id(quantizer) for quantizer in quantizers})
         order = tuple(sorted(variants, key=first.__getitem__))
         for name in order:
-            last_reader.update(dict.fromkeys(reads[name], name))
+            last_reader.update((number, name) for number in reads[name] if number not in self._origins)
         freed: dict[str, list[int]] = {}
         for number, name in last_reader.items():
             freed.setdefault(name, []).append(number)
@@ -354,7 +371,12 @@ class _Recording(TorchFunctionMode):
             if call.changed >= 0:
                 self._rebind(tensors[0], _Slot(call.changed))
             return _put_together([_hand_out(output, tensors) for output in call.outputs], call.spec)
+        origin = None if in_place or key is None else self._origin(function, shape, slots)
+        if origin is not None and quantizer is not None and not quantizer._disabled:
+            compute = functools.partial(self._weights.compute, origin, compute)
         call, results = self._compute(compute, slots, in_place if slots else "", quantizer, key is not None)
+        if origin is not None:
+            self._origins.update((number, (origin, place)) for place, number in enumerate(call.made))
         if call.changed >= 0:
             self._rebind(tensors[0], _Slot(call.changed, results.pop()))
         if self._is_recording:
@@ -370,6 +392,11 @@ class _Recording(TorchFunctionMode):
         except TypeError:  # an argument that cannot be hashed
             return None
         return (key, self._seen[key])
+
+    def _origin(self, function: Hashable, shape: Hashable, slots: list[_Slot]) -> Hashable | None:
+        """What a call computes if all that goes in depends on parameters alone; the same in every recording."""
+        origins = [self._origins.get(slot.number) for slot in slots]
+        return (function, shape, *origins) if origins and None not in origins else None
 
     def _compute(
         self,
@@ -420,6 +447,8 @@ class _Recording(TorchFunctionMode):
         if id(tensor) not in known:
             slot = _Slot(next(self._numbers), tensor)
             known[id(tensor)] = (tensor, slot)
+            if self._weights.is_parameter(tensor):
+                self._origins[slot.number] = (id(tensor), _version(tensor))
             if self._is_recording:
                 self._external_values[slot.number] = tensor
         return known[id(tensor)][1]
@@ -454,27 +483,73 @@ class _Recording(TorchFunctionMode):
         return tree_map_only(torch.Tensor, lambda tensor: self._value(self._slot(tensor)), outputs)
 
 
+class _Memory:
+    """What the values of a recording and the weights of all of them may take together.
+
+    Args:
+        limit: Bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+
+    def fits(self, size: int) -> bool:
+        """Whether so many bytes more stay within the limit."""
+        return self.used + size <= self.limit
+
+
+class _Weights:
+    """Fake-quantized weights, once for all batches; one that does not fit is computed where it is read.
+
+    Args:
+        memory: Where they have to fit; they take half of it at most.
+        model: Whose parameters and buffers they come from.
+    """
+
+    def __init__(self, memory: _Memory, model: nn.Module) -> None:
+        self._memory = memory
+        self._parameters = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+        self._results: dict[Hashable, tuple[list[Any], TreeSpec]] = {}
+        self._bytes = 0
+
+    def is_parameter(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a parameter or buffer; all are held here, so that no other has the identity."""
+        return self._parameters.get(id(tensor)) is tensor
+
+    def compute(self, origin: Hashable, compute: _Compute, tensors: list[torch.Tensor]) -> tuple[list[Any], TreeSpec]:
+        """The result of a quantizer, from its parameters or from here."""
+        if origin in self._results:
+            return self._results[origin]
+        results, spec = compute(tensors)
+        size = sum(_storage_of(tensor)[0] for tensor in results)
+        if self._bytes + size <= self._memory.limit // 2 and self._memory.fits(size):
+            self._results[origin] = (results, spec)
+            self._bytes += size
+            self._memory.used += size
+        return results, spec
+
+
 class _Values:
     """Tensors by number; those beyond a limit lie in files that are mapped into memory, and nowhere by name.
 
     Args:
-        limit: Bytes in memory.
+        memory: Where they have to fit.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, memory: _Memory) -> None:
+        self._memory = memory
         self._tensors: dict[int, torch.Tensor] = {}
         self._devices: dict[int, torch.device] = {}
         self._users: Counter[int] = Counter()  # of each storage: views share one
-        self._bytes = 0
 
     def __setitem__(self, number: int, tensor: torch.Tensor) -> None:
         size, storage = _storage_of(tensor)
-        if not self._users[storage] and self._bytes + size > self._limit and _is_dense(tensor):
+        if not self._users[storage] and size and not self._memory.fits(size):
             self._devices[number] = tensor.device
             self._tensors[number] = _map_to_file(tensor)
             return
-        self._bytes += 0 if self._users[storage] else size
+        self._memory.used += 0 if self._users[storage] else size
         self._users[storage] += 1
         self._tensors[number] = tensor
 
@@ -490,7 +565,12 @@ class _Values:
             return
         size, storage = _storage_of(tensor)
         self._users[storage] -= 1
-        self._bytes -= 0 if self._users[storage] else size
+        self._memory.used -= 0 if self._users[storage] else size
+
+    def clear(self) -> None:
+        """Let go of all of them."""
+        for number in list(self._tensors):
+            self.pop(number)
 
 
 def _storage_of(tensor: torch.Tensor) -> tuple[int, int]:
@@ -503,7 +583,13 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def _map_to_file(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in a file that vanishes with it, with the same strides, so that the same kernels read it."""
+    """A copy in a file that vanishes with it, with the same strides, so that the same kernels read it.
+
+    Where a tensor is a part of its memory, all of that is copied.
+    """
+    if not _is_dense(tensor):
+        whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+        return _map_to_file(whole).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
     descriptor, name = tempfile.mkstemp(prefix="qdq-replay-")
     os.close(descriptor)
     try:

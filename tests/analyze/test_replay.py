@@ -189,6 +189,99 @@ def test_values_on_disk_are_the_same(monkeypatch):
     assert_identical(model, batch, variants, found)
 
 
+class Standardized(nn.Linear):
+    """A layer that computes its weight."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean(1, keepdim=True)
+        return F.linear(x, weight, self.bias)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Standardized])
+@pytest.mark.parametrize(("cache_bytes", "kept"), [(2**30, 6), (2**23, 4), (2**20, 0)])
+@pytest.mark.parametrize("is_float", [False, True])
+def test_weights_are_kept_once_for_all_batches(monkeypatch, kind, cache_bytes, kept, is_float):
+    """Six weights of 1 MiB; half of the cache is theirs, and no file."""
+    mapped = []
+    original = replay_module._map_to_file
+    monkeypatch.setattr(replay_module, "_map_to_file", lambda tensor: mapped.append(tensor.nbytes) or original(tensor))
+    layers = [nn.Linear(512, 512), *(kind(512, 512) for _ in range(5))]
+    batches = [torch.randn(1, 512) for _ in range(3)]
+    model = prepare(nn.Sequential(*layers), batches[0])
+    variants = variants_of(model, batches[0])
+    if is_float:
+        disable_quantization(model)
+    replay, peak = Replay(model, cache_bytes=cache_bytes), 0
+
+    def measure(name, outputs):
+        nonlocal peak
+        found[name] = outputs
+        peak = max(peak, replay._memory.used)
+
+    for batch in batches:
+        found = {}
+        replay.evaluate(batch, variants, measure)
+        assert_identical(model, batch, variants, found)
+        assert replay._memory.used == kept * 2**20
+    assert replay.reason == ""
+    activations = 8 * 2 * 512 * 4  # those of a batch, before and behind their quantizers
+    assert peak <= min(kept * 2**20 + activations, cache_bytes)
+    assert sum(mapped) <= len(batches) * activations
+
+
+def test_a_weight_that_changes_between_batches_is_quantized_again():
+    batches = [torch.randn(4, 16), torch.randn(4, 16)]
+    model = prepare(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)), batches[0])
+    variants = variants_of(model, batches[0])
+    replay = Replay(model)
+    for batch in batches:
+        found = {}
+        replay.evaluate(batch, variants, found.__setitem__)
+        assert_identical(model, batch, variants, found)
+        with torch.no_grad():
+            model[0].weight.mul_(-0.5)
+        model[1].weight = nn.Parameter(torch.randn(16, 16))
+
+
+class Parts(Branches):
+    """Keeps views, and parts of larger tensors."""
+
+    def forward(self, images):
+        x = self.act(self.stem(images))
+        left, right = x.split(8, 1)
+        x = torch.cat([self.left(x)[:, ::2], right, left], 1)
+        return {"scores": self.head(self.shared(self.right(x[:, :16])).mean((2, 3)))}
+
+
+@pytest.mark.parametrize("limit", [20_000, 60_000, 150_000])
+def test_the_cache_holds_no_more_than_it_may(monkeypatch, limit):
+    batch = torch.randn(4, 3, 12, 12)
+    model = prepare(Parts(), batch)
+    variants = variants_of(model, batch)
+    stores, found, used = [], {}, []
+    begin = replay_module._Values.__init__
+
+    def remember(values, memory):
+        stores.append(values)
+        begin(values, memory)
+
+    def measure(name, outputs):
+        found[name] = outputs
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for store in stores
+            for number, tensor in store._tensors.items()
+            if number not in store._devices
+        }
+        used.append(sum(storages.values()) + replay._weights._bytes)
+
+    monkeypatch.setattr(replay_module._Values, "__init__", remember)
+    replay = Replay(model, cache_bytes=limit)
+    replay.evaluate(batch, variants, measure)
+    assert 0 < max(used) <= limit
+    assert_identical(model, batch, variants, found)
+
+
 def test_only_what_changes_is_computed(monkeypatch):
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(10)))
     batch = torch.randn(4, 16)
