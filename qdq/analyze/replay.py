@@ -10,6 +10,9 @@ place work on a copy, and their stand-in is renumbered. Of the values only those
 reads, as long as one does; beyond `cache_bytes` they lie in mapped temporary files. What depends on parameters alone is
 the same for every batch: fake-quantized weights are kept once, up to half of `cache_bytes`, and the rest is computed
 again where it is read.
+
+Small models spend more time on this bookkeeping than on arithmetic. So recordings are timed beside plain forwards, and
+where full forwards are faster they are what runs.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import inspect
 import itertools
 import os
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -37,6 +41,7 @@ from qdq.trace import call_model, evaluating, is_in_place, tensors_of
 CACHE_BYTES = 2 * 2**30
 _FIRST_REPLAYED = 2**40  # numbers of tensors that replays compute: above those of any recording
 _SLOT = "_qdq_slot"
+_Variants = Mapping[str, Sequence[TensorQuantizer]]
 _Compute = Callable[[list[torch.Tensor]], tuple[list[Any], TreeSpec]]
 _METADATA = frozenset(
     {
@@ -115,15 +120,18 @@ class Replay:
     """Evaluates a model on batches, each in several states of its quantizers.
 
     A model with modules of TorchScript, one that draws random numbers or one that changes views in place is evaluated
-    in full; `reason` says so then.
+    in full; `reason` says so then. So is one for which that is faster; the results are the same.
 
     Args:
         model: Any module.
         cache_bytes: Of values and weights in memory; values beyond it wait in temporary files.
+        always: Replay also where full forwards are faster.
     """
 
-    def __init__(self, model: nn.Module, *, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, model: nn.Module, *, cache_bytes: int = CACHE_BYTES, always: bool = False) -> None:
         self._model = model
+        self._always = always
+        self._bookkeeping = 0.0  # of a recording or a replay, in plain forwards
         self._memory = _Memory(cache_bytes)
         self._weights = _Weights(self._memory, model)
         is_script = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
@@ -131,9 +139,7 @@ class Replay:
         """Why forwards are computed in full, "" if they are replayed."""
         self._planned: tuple[dict[str, tuple[int, ...]], _Plan] | None = None
 
-    def evaluate(
-        self, batch: Any, variants: Mapping[str, Sequence[TensorQuantizer]], measure: Callable[[str | None, Any], None]
-    ) -> None:
+    def evaluate(self, batch: Any, variants: _Variants, measure: Callable[[str | None, Any], None]) -> None:
         """Measure the outputs on a batch, with the quantizers as they are and with some of them switched.
 
         Args:
@@ -143,9 +149,9 @@ class Replay:
                 outputs, in the order in which the quantizers are met.
         """
         with evaluating(self._model):
-            plain = call_model(self._model, batch)
+            plain, seconds = _time_outputs(functools.partial(call_model, self._model, batch))
             measure(None, plain)
-            recording = self._record(batch, plain, variants) if len(variants) > 1 else None
+            recording = self._record(batch, plain, seconds, variants) if self._pays(variants) else None
             try:
                 for name in recording.order if recording else variants:
                     with flipped(variants[name]):
@@ -157,39 +163,81 @@ class Replay:
                 if recording:
                     recording.close()
 
-    def _record(self, batch: Any, plain: Any, variants: Mapping[str, Sequence[TensorQuantizer]]) -> _Recording | None:
-        """The recording of a batch with all values that the variants read; None, with the reason, if there is none."""
-        if self.reason:
-            return None
+    def _pays(self, variants: _Variants) -> bool:
+        """Whether replays, with the recordings still to be made, take less time than so many full forwards.
+
+        A recording is a forward with bookkeeping; a replay has the bookkeeping, and on average half of the arithmetic.
+        """
+        if self.reason or self._always:
+            return not self.reason and len(variants) > 1
+        recordings = 1 if self._is_planned(variants) else 2
+        return self._cost(len(variants), recordings) < len(variants)
+
+    def _cost(self, replays: int, recordings: int) -> float:
+        """In plain forwards."""
+        return recordings * (1 + self._bookkeeping) + replays * (0.5 + self._bookkeeping)
+
+    def _record(self, batch: Any, plain: Any, seconds: float, variants: _Variants) -> _Recording | None:
+        """The recording of a batch with all values that the variants read.
+
+        Args:
+            batch: The batch.
+            plain: Outputs of a plain forward.
+            seconds: How long that took.
+            variants: As for `evaluate`.
+
+        Returns:
+            None if it cannot be made, which `reason` tells then, or if it does not pay.
+        """
         with ExitStack() as undo:
             try:
                 plan = self._plan(batch, variants)
                 recording = _Recording(self._model, self._memory, self._weights, plan)
                 undo.callback(recording.close)
-                outputs = recording.record(batch)
+                outputs, recorded = _time_outputs(functools.partial(recording.record, batch))
             except Exception as error:  # the plain forward went through: whatever this is, it is not the model's fault
                 self.reason = str(error) if isinstance(error, _NotReplayableError) else f"recording fails: {error!r}"
                 return None
             if not _are_equal(plain, outputs):
                 self.reason = "a recorded forward differs from a plain one: random numbers, or views changed in place"
                 return None
+            self._bookkeeping = max(recorded / max(seconds, 1e-9) - 1, 0.0)
+            if not self._always and self._cost(len(variants), recordings=0) >= len(variants):
+                return None
             undo.pop_all()
             return recording
 
-    def _plan(self, batch: Any, variants: Mapping[str, Sequence[TensorQuantizer]]) -> _Plan:
+    def _plan(self, batch: Any, variants: _Variants) -> _Plan:
         """What is kept; the first batch with the same variants tells it, for a recording without values."""
-        key = {name: tuple(map(id, quantizers)) for name, quantizers in variants.items()}
-        if self._planned is None or self._planned[0] != key:
+        if self._planned is None or not self._is_planned(variants):
             structure = _Recording(self._model, self._memory, self._weights)
-            structure.record(batch)
-            self._planned = (key, structure.plan(variants))
+            structure.record(batch)  # not timed: what torch and Python do once only would count
+            self._planned = (_identify(variants), structure.plan(variants))
         return self._planned[1]
+
+    def _is_planned(self, variants: _Variants) -> bool:
+        return self._planned is not None and self._planned[0] == _identify(variants)
 
     def _replay(self, recording: _Recording, batch: Any) -> Any:
         try:
             return recording.replay(batch)
         except Exception:  # another path through the model, say; if it is the model's own, it comes again
             return call_model(self._model, batch)
+
+
+def _identify(variants: _Variants) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(map(id, quantizers)) for name, quantizers in variants.items()}
+
+
+def _time_outputs(run: Callable[[], Any]) -> tuple[Any, float]:
+    """Outputs, and the seconds that this thread worked for them; of other devices, those until they were there."""
+    began, began_work = time.perf_counter(), time.thread_time()
+    outputs = run()
+    first = next(iter(tensors_of(outputs)), None)
+    if first is None or first.device.type == "cpu":
+        return outputs, time.thread_time() - began_work  # other processes do not count
+    first.flatten()[:1].cpu()  # waits for the device
+    return outputs, time.perf_counter() - began
 
 
 @dataclass(frozen=True)
@@ -263,7 +311,7 @@ class _Recording(TorchFunctionMode):
         """Let go of all values."""
         self._values.clear()
 
-    def plan(self, variants: Mapping[str, Sequence[TensorQuantizer]]) -> _Plan:
+    def plan(self, variants: _Variants) -> _Plan:
         """What the variants read, if each takes the path of the recorded forward."""
         first: dict[str, int] = {}
         last_reader: dict[int, str] = {}

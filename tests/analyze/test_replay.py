@@ -97,7 +97,7 @@ def prepare(model, batch, rewire=True):
 
 
 def replayed(model, batch, variants, **options):
-    replay, found = Replay(model, **options), {}
+    replay, found = Replay(model, always=True, **options), {}
     replay.evaluate(batch, variants, found.__setitem__)
     return replay, found
 
@@ -211,7 +211,7 @@ def test_weights_are_kept_once_for_all_batches(monkeypatch, kind, cache_bytes, k
     variants = variants_of(model, batches[0])
     if is_float:
         disable_quantization(model)
-    replay, peak = Replay(model, cache_bytes=cache_bytes), 0
+    replay, peak = Replay(model, cache_bytes=cache_bytes, always=True), 0
 
     def measure(name, outputs):
         nonlocal peak
@@ -233,7 +233,7 @@ def test_a_weight_that_changes_between_batches_is_quantized_again():
     batches = [torch.randn(4, 16), torch.randn(4, 16)]
     model = prepare(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)), batches[0])
     variants = variants_of(model, batches[0])
-    replay = Replay(model)
+    replay = Replay(model, always=True)
     for batch in batches:
         found = {}
         replay.evaluate(batch, variants, found.__setitem__)
@@ -276,7 +276,7 @@ def test_the_cache_holds_no_more_than_it_may(monkeypatch, limit):
         used.append(sum(storages.values()) + replay._weights._bytes)
 
     monkeypatch.setattr(replay_module._Values, "__init__", remember)
-    replay = Replay(model, cache_bytes=limit)
+    replay = Replay(model, cache_bytes=limit, always=True)
     replay.evaluate(batch, variants, measure)
     assert 0 < max(used) <= limit
     assert_identical(model, batch, variants, found)
@@ -297,6 +297,49 @@ def test_only_what_changes_is_computed(monkeypatch):
     monkeypatch.setattr(replay_module, "_run", count)
     replayed(model, batch, variants)
     assert sum(calls) == 10 + 10 + sum(range(1, 11))  # two recordings, then each layer and what follows it
+
+
+@pytest.mark.parametrize(("slowdown", "is_replayed"), [(1.2, True), (3.0, False)])
+def test_full_forwards_where_bookkeeping_costs_more_than_it_saves(monkeypatch, slowdown, is_replayed):
+    """The clock says how much longer a recording takes than a plain forward; the results are the same."""
+    batches = [torch.randn(4, 16) for _ in range(3)]
+    model = prepare(nn.Sequential(*(nn.Linear(16, 16) for _ in range(10))), batches[0])
+    variants = variants_of(model, batches[0])
+    counts = {"record": 0, "replay": 0}
+    for step in counts:
+        own = getattr(replay_module._Recording, step)
+
+        def count(recording, batch, step=step, own=own):
+            counts[step] += 1
+            return own(recording, batch)
+
+        monkeypatch.setattr(replay_module._Recording, step, count)
+
+    def tell_time(run):
+        recorded = counts["record"]
+        return run(), slowdown if counts["record"] > recorded else 1.0
+
+    monkeypatch.setattr(replay_module, "_time_outputs", tell_time)
+    replay = Replay(model)
+    for batch in batches:
+        found = {}
+        replay.evaluate(batch, variants, found.__setitem__)
+        assert_identical(model, batch, variants, found)
+        assert replay._memory.used == replay._weights._bytes
+    assert counts == ({"record": 4, "replay": 30} if is_replayed else {"record": 2, "replay": 0})
+    assert replay.reason == ""
+
+
+def test_few_variants_are_not_worth_a_recording(monkeypatch):
+    batch = torch.randn(4, 16)
+    model = prepare(nn.Sequential(*(nn.Linear(16, 16) for _ in range(4))), batch)
+    variants = variants_of(model, batch)
+    monkeypatch.setattr(replay_module, "_Recording", None)
+    found = {}
+    replay = Replay(model)
+    replay.evaluate(batch, variants, found.__setitem__)
+    assert_identical(model, batch, variants, found)
+    assert replay.reason == ""
 
 
 def test_the_model_is_as_it_was():
