@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from qdq.check import OnnxModel
+from qdq.check import OnnxModel, is_out_of_memory
 from qdq.errors import ArgumentError, DataError
 from qdq.metrics import Array, agreement, sqnr_db, top_k
 from qdq.quantizer import named_quantizers
-from qdq.trace import call_model, evaluating, require_batches, split_inputs
+from qdq.trace import call_model, evaluating, require_batches, split_inputs, tensors_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def predict(model: nn.Module | Path | str, batches: Iterable[Any]) -> Array:
         float array `[N, ...]`.
 
     Raises:
-        DataError: No batch.
+        DataError: No batch, or one for which memory is too short.
         CheckError: The ONNX file cannot be run on them.
     """
     require_batches(batches)
@@ -87,8 +87,7 @@ def predict(model: nn.Module | Path | str, batches: Iterable[Any]) -> Array:
     label = "predict (torch)" if onnx_model is None else "predict (onnx)"
     for batch in tqdm(batches, desc=label, unit="batch", disable=None):
         if isinstance(model, nn.Module):
-            with evaluating(model):
-                outputs.append(_first(call_model(model, batch)))
+            outputs.append(_run_module(model, batch))
         elif onnx_model is not None:
             args, kwargs = split_inputs(batch)
             arrays = args or [kwargs[name] for name in onnx_model.inputs if name in kwargs]
@@ -96,6 +95,24 @@ def predict(model: nn.Module | Path | str, batches: Iterable[Any]) -> Array:
     if not outputs:
         raise DataError("there is no batch to predict.", "give at least one image.")
     return np.concatenate(outputs)
+
+
+def _run_module(model: nn.Module, batch: Any) -> Array:
+    """First output of a module on one batch.
+
+    Raises:
+        DataError: Memory is too short.
+    """
+    try:
+        with evaluating(model):
+            return _first(call_model(model, batch))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors_of(split_inputs(batch)))
+        raise DataError(
+            f"memory is too short to run the model on a batch of {shapes}.", "give smaller batches, or free memory."
+        ) from error
 
 
 def measure_tie_floor(model: nn.Module, batches: Iterable[Any]) -> float:

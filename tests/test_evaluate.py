@@ -3,8 +3,11 @@
 import math
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
+from onnx import helper
 from torch import nn
 
 from qdq import ArgumentError, CheckError, DataError, evaluate_outputs, export_onnx, measure_tie_floor, predict
@@ -33,6 +36,41 @@ def test_predict_takes_what_loaders_and_models_give(wrap, pack):
     found = predict(model, map(pack, batches))
     np.testing.assert_array_equal(found, 2 * torch.cat(batches).numpy())
     assert model.training
+
+
+class Huge(nn.Module):
+    """64 TiB of values, which no allocator gives."""
+
+    def forward(self, x):
+        return torch.ones(2**22, 2**22) * x
+
+
+def test_a_batch_that_memory_does_not_hold(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"memory is too short to run the model on a batch of \[1\]") as caught:
+        predict(Huge(), [torch.ones(1)])
+    assert "smaller batches" in caught.value.fix
+    value = helper.make_tensor_value_info
+    sizes = helper.make_tensor("sizes", onnx.TensorProto.INT64, [2], [2**22, 2**22])
+    nodes = [helper.make_node("Expand", ["x", "sizes"], ["y"])]
+    graph = helper.make_graph(nodes, "huge", [value("x", 1, [1])], [value("y", 1, None)], [sizes])
+    opset = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), file := tmp_path / "huge.onnx")
+    with pytest.raises(CheckError, match=r"memory is too short to run .*huge.onnx on \[1\] float32") as caught:
+        predict(file, [torch.ones(1)])
+    assert "smaller batches" in caught.value.fix
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("std::bad_alloc")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    with pytest.raises(CheckError, match="memory is too short to load") as caught:
+        predict(file, [torch.ones(1)])
+    assert "export" not in caught.value.fix
+
+
+def test_other_errors_of_a_module_are_its_own():
+    with pytest.raises(RuntimeError, match="shape"):
+        predict(nn.Linear(3, 2), [torch.zeros(1, 4)])
 
 
 def test_predict_is_float32_whatever_the_model_computes_in():

@@ -12,6 +12,7 @@ from qdq.check.load import infer_shapes, invalid
 from qdq.check.load import load_onnx as load_onnx
 from qdq.check.parity import OnnxModel as OnnxModel
 from qdq.check.parity import Parity as Parity
+from qdq.check.parity import is_out_of_memory as is_out_of_memory
 from qdq.check.parity import measure_parity as measure_parity
 from qdq.check.rules import SEVERITIES, choose_rules, find_violations
 from qdq.check.rules import Finding as Finding

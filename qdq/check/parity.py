@@ -24,6 +24,11 @@ NEVER_BELOW_DB = 15.0
 _WRONG_OPTIMIZERS = ["ClipQuantRewrite", "Pad_Fusion"]
 
 
+_OUT_OF_MEMORY = re.compile(
+    r"bad[_ ]alloc|failed to allocate memory|not enough memory|can't allocate memory|out of memory", re.IGNORECASE
+)
+
+
 class OnnxModel:
     """An ONNX file as a function of arrays.
 
@@ -46,6 +51,11 @@ class OnnxModel:
                 str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=_WRONG_OPTIMIZERS
             )
         except Exception as error:  # its own exception types share no base
+            if is_out_of_memory(error):
+                raise CheckError(
+                    f"memory is too short to load {path} ({path.stat().st_size / 1e6:.0f} MB without external data).",
+                    "close other programs, or use a machine with more memory; the file itself may be sound.",
+                ) from error
             raise CheckError(
                 f"ONNX Runtime cannot load {path}: {_first_line(error)}.", "export the model again."
             ) from error
@@ -69,12 +79,21 @@ class OnnxModel:
             outputs: list[Array] = self._session.run(None, dict(zip(self.inputs, inputs, strict=True)))
         except Exception as error:
             given = ", ".join(f"{list(np.shape(array))} {np.asarray(array).dtype}" for array in inputs)
+            if is_out_of_memory(error):
+                raise CheckError(
+                    f"memory is too short to run {self.path} on {given}.", "give smaller batches, or free memory."
+                ) from error
             expected = ", ".join(f"{v.name} {v.shape} {v.type}" for v in self._session.get_inputs())
             raise CheckError(
                 f"ONNX Runtime cannot run {self.path}: {_first_line(error)}; given {given}, its inputs are {expected}.",
                 "give inputs of these shapes and types, or export with them.",
             ) from error
         return outputs
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of ONNX Runtime, torch or numpy says that memory is too short."""
+    return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 @dataclass(frozen=True)
