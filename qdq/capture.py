@@ -59,10 +59,10 @@ def capture_graph(
     Raises:
         ExportError: torch cannot capture the model.
     """
-    signature = _sign_call(model, args, kwargs)
-    arguments = signature.bind(*args, **kwargs).arguments
-    dynamic_shapes = tree_map(_batch_of, dict(arguments)) if dynamic_batch else None
     try:
+        signature = _sign_call(model, args, kwargs)
+        arguments = signature.bind(*args, **kwargs).arguments
+        dynamic_shapes = tree_map(_batch_of, dict(arguments)) if dynamic_batch else None
         with _quiet(), evaluating(model), _marked(model) as marks:
             program = torch.onnx.export(
                 _as_root(model, signature),
@@ -132,9 +132,10 @@ def _as_root(model: nn.Module, signature: inspect.Signature) -> nn.Module:
 
     torch runs a `GraphModule` that it is given node by node, and its forward is then never called.
     """
+    called = _unwrap(model)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return unwrap_compiled(model)(*args, **kwargs)
+        return called(*args, **kwargs)
 
     call.__signature__ = signature  # type: ignore[attr-defined]  # names the inputs of the graph
     body = {
@@ -147,6 +148,12 @@ def _as_root(model: nn.Module, signature: inspect.Signature) -> nn.Module:
     return root
 
 
+def _unwrap(model: nn.Module) -> nn.Module:
+    """What a wrapper calls that torch.export does not follow: of `torch.compile`, and of training in processes."""
+    model = unwrap_compiled(model)
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
 def _sign_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.Signature:
     """The arguments of one call, each a parameter of its own, also where the forward takes `*args` or `**kwargs`."""
     names = [*_name_positional(model, len(args)), *kwargs]
@@ -157,7 +164,7 @@ def _sign_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _name_positional(model: nn.Module, count: int) -> list[str]:
     """The names that the forward gives its first arguments; `args_0` for the first of `*args`."""
     names: list[str] = []
-    for parameter in inspect.signature(unwrap_compiled(model).forward).parameters.values():
+    for parameter in inspect.signature(_unwrap(model).forward).parameters.values():
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
             names += [f"{parameter.name}_{index}" for index in range(count - len(names))]
         elif parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):

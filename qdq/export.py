@@ -183,6 +183,12 @@ def export_onnx(
         _require_complete(model, exported)
     file_bytes = save_model(exported, path)
     quantize_nodes, dequantize_nodes = count_qdq(exported)
+    if not dequantize_nodes:
+        logger.warning(
+            "%s is a float model: no quantizer is enabled. swap_modules reaches layers, rewire_operations products "
+            "that are function calls.",
+            path,
+        )
     return ExportReport(
         path, opset, file_bytes, _input_shapes(exported), quantize_nodes, dequantize_nodes, layers, converted
     )

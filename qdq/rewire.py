@@ -7,6 +7,7 @@ readers (R-FAN), both sides of a copy or a max pooling (R-COPY, R-MP), all parts
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from qdq.nn.registry import find_counterpart
 from qdq.patterns import Pattern, Patterns
 from qdq.quantizer import QuantDescriptor, SharedQuantizer, TensorQuantizer, disable_quantization
 from qdq.trace import Operation, trace_forward
+
+logger = logging.getLogger(__name__)
 
 SCALES = ("shared", "independent")
 _PRODUCTS = MATRIX_PRODUCTS | ATTENTION  # of two activations mostly
@@ -106,7 +109,7 @@ def rewire_operations(
     an uncalibrated model until `calibrate_model` has run.
 
     Args:
-        model: A swapped model.
+        model: A swapped model; one whose products are all function calls has nothing to swap.
         example_inputs: One batch (see `trace.call_model`); the model runs on it once.
         scales: "shared": one scale for all readers of a tensor, for both sides of a copy or max pooling and for all
             parts of a concat. "independent": every quantizer its own, which is more accurate and slower.
@@ -118,24 +121,48 @@ def rewire_operations(
         The plan that was carried out. A pattern that matches nothing is logged as a warning.
 
     Raises:
-        ArgumentError: An unknown policy, a model without quantized layers, or one that is rewired already; a regular
-            expression that cannot be compiled.
+        ArgumentError: An unknown policy; a model with nothing quantized and no call to quantize, or one that is rewired
+            already; a regular expression that cannot be compiled.
         ArgumentTypeError: A pattern of another kind.
     """
     if scales not in SCALES:
         raise ArgumentError(f"scales is {scales!r}; known are {', '.join(SCALES)}.", "use 'shared'.")
-    if not any(isinstance(module, QuantInputMixin) for module in model.modules()):
-        raise ArgumentError("the model has no quantized layer.", "call swap_modules first.")
     if any(isinstance(module, QuantFunctionsMixin) for module in model.modules()):
         raise ArgumentError("the model is rewired already.", "call restore_modules, then swap and rewire again.")
     with disable_quantization(model):
         flow = Dataflow(trace_forward(model, example_inputs))
     modules = dict(model.named_modules())
     planned = _Decisions(modules, flow, Patterns(include, "include"), Patterns(exclude, "exclude")).decide()
+    if not any(isinstance(module, QuantInputMixin) for module in modules.values()):
+        _require_calls(modules, planned)
     places = _list_places(modules, flow, planned)
     _group_places(places, flow, planned, is_shared=scales == "shared")
     shared = _attach(modules, places, flow, model.training)
     return RewirePlan(tuple(planned.values()), shared)
+
+
+def _require_calls(modules: dict[str, nn.Module], planned: dict[str, PlannedOperation]) -> None:
+    """Of a model without quantized layers: some call is quantized; layers that a swap would reach are named."""
+    is_quantized = any(operation.action == "quantize" for operation in planned.values())
+    swappable = [name for name, module in modules.items() if _has_weight_to_swap(module)]
+    if is_quantized and swappable:
+        logger.warning(
+            "no layer is quantized, and swap_modules reaches %d: %s", len(swappable), list_names(swappable, 5)
+        )
+    elif swappable:
+        raise ArgumentError("the model has no quantized layer.", "call swap_modules first.")
+    elif not is_quantized:
+        raise ArgumentError(
+            "the model has no layer that swap_modules reaches, and no function call that a rule quantizes.",
+            "the plan of swap_modules says why; include=[...] overrides a rule, for calls such as 'head.linear'.",
+        )
+
+
+def _has_weight_to_swap(module: nn.Module) -> bool:
+    counterpart = find_counterpart(type(module))
+    if counterpart is None or not issubclass(counterpart, QuantMixin):
+        return False
+    return all(module._parameters.get(name) is not None for name in counterpart.weights_of(module).values())
 
 
 class _Decisions:

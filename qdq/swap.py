@@ -277,6 +277,13 @@ def _has_own_weights(module: nn.Module, counterpart: type[QuantMixin]) -> bool:
     return not any(weight is None or isinstance(weight, UninitializedParameter) for weight in weights)
 
 
+def _describe_missing_weight(module: nn.Module, counterpart: type[QuantMixin]) -> str:
+    weights = [module._parameters.get(name) for name in counterpart.weights_of(module).values()]
+    if any(isinstance(weight, UninitializedParameter) for weight in weights):
+        return "its weight is not initialized yet: run the model once, then swap"
+    return "its weight is computed: rewire_operations quantizes the product, or remove the parametrization"
+
+
 def _has_mapped_forward(module: nn.Module, counterpart: type[QuantInputMixin]) -> bool:
     """Whether a module's forward is that of the class in the map, neither a subclass's nor bound to the instance."""
     mapped = next(entry.replace_mod for entry in _DEFAULT_QUANT_MAP if issubclass(counterpart, entry.replace_mod))
@@ -310,7 +317,7 @@ def _decide(
     if counterpart.replaces_forward and not _has_mapped_forward(module, counterpart):
         return "missed", "its forward is not that of the class in the map, and swapping would replace it"
     if issubclass(counterpart, QuantMixin) and not _has_own_weights(module, counterpart):
-        return "missed", "its weight is computed or not initialized yet; remove the parametrization, or run it once"
+        return "missed", _describe_missing_weight(module, counterpart)
     if usage is not None and (missed := _reason_missed(name, module, counterpart, usage)):
         return "missed", missed
     if not included and (rule := rules.reason_against(name, module)):

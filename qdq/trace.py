@@ -6,6 +6,8 @@ that torch.fx can trace. It holds for the path that the example inputs took.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -146,9 +148,16 @@ def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call a model on what a loader yields, see `split_inputs`; one that `torch.compile` has wrapped, as it was."""
+    """Call a model on what a loader yields, see `split_inputs`.
+
+    What `torch.compile` has compiled runs as it was before, but in training: hooks and quantizers are to be seen.
+    """
     args, kwargs = split_inputs(inputs)
-    return unwrap_compiled(model)(*args, **kwargs)
+    if torch.is_grad_enabled() or "torch._dynamo" not in sys.modules:  # nothing can be compiled without
+        return model(*args, **kwargs)
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using `torch.compile\\(module\\)` when there are global hooks")
+        return unwrap_compiled(model)(*args, **kwargs)
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:

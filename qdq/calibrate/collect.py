@@ -62,7 +62,9 @@ class Collection:
         enabled = {name: quantizer for name, quantizer in named_quantizers(model) if not quantizer._disabled}
         if not enabled:
             raise ArgumentError(
-                "the model has no enabled quantizer.", "call swap_modules first (or enable_quantization)."
+                "the model has no enabled quantizer.",
+                "call swap_modules first, and rewire_operations for products that are function calls (or "
+                "enable_quantization).",
             )
         self.weights = {name: weights[id(q)] for name, q in enabled.items() if id(q) in weights}
         self.collecting = {name: quantizer for name, quantizer in enabled.items() if name not in self.weights}
