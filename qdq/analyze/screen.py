@@ -120,7 +120,7 @@ class _Taps:
     def _make_hook(self, name: str, quantizers: Sequence[TensorQuantizer]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             found = floats_of(output)
-            if not found:
+            if not found or not torch.is_grad_enabled():  # a layer inside one that is run again, or without gradients
                 return None
             were_off = all(quantizer._disabled for quantizer in quantizers)
             with torch.no_grad(), flipped(quantizers):

@@ -407,3 +407,29 @@ def test_the_screen_runs_a_layer_before_a_quantized_call(mode):
     found = {layer.name: layer.sqnr_db for layer in analyze_layers(model, [batch], mode=mode, confirm=0).layers}
     assert set(found) == {"first", "linear", "last"}
     assert found == pytest.approx(exact, abs=1.5)
+
+
+class Attentive(nn.Module):
+    """Attention, which calls a quantized layer of its own when the screen runs it again."""
+
+    def __init__(self, needs_weights):
+        super().__init__()
+        self.first = nn.Linear(32, 32)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.last = nn.Linear(32, 32)
+        self.needs_weights = needs_weights
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        return self.last(x + self.attention(x, x, x, need_weights=self.needs_weights)[0])
+
+
+@pytest.mark.parametrize("needs_weights", [True, False])
+@pytest.mark.parametrize("mode", ["one-at-a-time", "leave-one-out"])
+def test_the_screen_of_attention(mode, needs_weights):
+    batch = torch.randn(16, 8, 32)
+    model = prepare(Attentive(needs_weights), batch)
+    exact = {layer.name: layer.sqnr_db for layer in analyze_layers(model, [batch], mode=mode).layers}
+    screened = {layer.name: layer.sqnr_db for layer in analyze_layers(model, [batch], mode=mode, confirm=0).layers}
+    assert {"attention", "attention.out_proj"} <= set(screened)
+    assert screened == pytest.approx(exact, abs=2)
