@@ -13,13 +13,17 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qdq.errors import ArgumentError, BuildError, DependencyError
-from qdq.files import require_writable, write_atomic
+from qdq.files import guard_files, write_atomic
 from qdq.graph.coverage import Coverage, list_weighted_nodes, measure_coverage
+from qdq.graph.save import list_data_files
 from qdq.trt.backend import Backend, find_backend
 from qdq.trt.builder import build_plan
 from qdq.trt.census import LayerCensus, take_census
 from qdq.trt.profiles import Profile, Shape, solve_profiles
 from qdq.trt.trtexec import trtexec_lines
+
+ENGINE_SUFFIXES = {"rtx": ".rtx.engine", "tensorrt": ".engine"}
+"""What takes the place of `.onnx` in the name of the engine, for each backend."""
 
 # Operators that TensorRT folds between a constant and the scale of a Q/DQ; on ReduceMax, for one, it crashes.
 _FOLDED_INTO_SCALE = frozenset({"Cast", "Identity", "Mul", "Reshape"})
@@ -271,12 +275,6 @@ def _has_float16(model: ir.Model) -> bool:
 
 
 def _engine_path(onnx_path: Path, output: Path | str | None, backend: str) -> Path:
-    if output is None:
-        return onnx_path.with_suffix(".rtx.engine" if backend == "rtx" else ".engine")
-    path = Path(output)
-    if path.is_dir():
-        raise ArgumentError(f"{path} is a folder.", f"name a file in it, such as {path / 'model.engine'}.")
-    if path.resolve() == onnx_path.resolve():
-        raise ArgumentError(f"{path} is the ONNX file itself.", "choose another name for the engine.")
-    require_writable(path)
+    path = onnx_path.with_suffix(ENGINE_SUFFIXES[backend]) if output is None else Path(output)
+    guard_files(inputs=[onnx_path, *list_data_files(onnx_path)], outputs=[path])
     return path

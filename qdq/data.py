@@ -360,6 +360,15 @@ def load_image_folder(
     return sets[0], sets[1]
 
 
+def is_image_of(data_dir: Path | None, path: Path | None) -> bool:
+    """Whether a file is there and `load_image_folder` would take it for one of its images."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    if data_dir is None or path is None or not path.is_file():
+        return False
+    return path.suffix.lower() in IMG_EXTENSIONS and path.resolve().is_relative_to(data_dir.resolve())
+
+
 def _open_folder(data_dir: str | Path, model: LoadedModel) -> tuple[list[_Folder], dict[str, int] | None, str]:
     """The one or two folders of images, the class of each class folder, and how that was found."""
     root = Path(data_dir)

@@ -1,12 +1,16 @@
-"""Names in messages and tables: alike ones together, and of many the first few."""
+"""Names in messages and tables: what of them a terminal may show, alike ones together, of many the first few."""
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 _Key = TypeVar("_Key")
+
+MOST_CHARACTERS = 4000
+"""So much of a message is shown; our own with the commands for a target need half of it."""
 
 
 def group_names(found: Iterable[tuple[_Key, str]]) -> dict[_Key, list[str]]:
@@ -25,3 +29,28 @@ def list_names(names: Sequence[str], most: int, separator: str = ", ") -> str:
     """`a, b and 3 more`: so many names at the most, then how many others there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return separator.join(names[:most]) + more
+
+
+def printable(text: object, most: int = 200) -> str:
+    """Foreign text as a part of one line, in which it can do nothing to a terminal and cannot pass for another line.
+
+    Line ends, control characters, directions of writing and halves of surrogate pairs are escaped as in Python's
+    strings.
+
+    Args:
+        text: A name, a path or a message from a file, or what another library says of it.
+        most: Characters; the middle of a longer text is left out.
+    """
+    escaped = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text))
+    if len(escaped) <= most:
+        return escaped
+    head = (most - 3) // 2
+    return f"{escaped[:head]}...{escaped[len(escaped) - (most - 3 - head) :]}"
+
+
+class PrintableFormatter(logging.Formatter):
+    """A record of the log is one line, whatever names are in it; only a traceback below it has more."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's own name
+        record.message = printable(record.message, most=MOST_CHARACTERS)
+        return super().formatMessage(record)

@@ -14,9 +14,9 @@ import onnx_ir as ir
 
 from qdq.check.load import load_onnx
 from qdq.errors import ArgumentError
-from qdq.files import require_writable
+from qdq.files import guard_files
 from qdq.formats import Format
-from qdq.graph.save import save_model
+from qdq.graph.save import list_data_files, save_model
 from qdq.graph.scales import list_scales, number_of, reason_against, set_scale
 from qdq.observers.statistics import LEAST_ABSMAX
 from qdq.statistics import Statistics
@@ -85,7 +85,7 @@ def rescale_onnx(
         CheckError: The file cannot be read, or is no valid ONNX.
     """
     path, output = Path(path), Path(output)
-    require_writable(output)
+    guard_files(inputs=[path, *list_data_files(path)], outputs=[output], in_place=[(output, path)])
     model = load_onnx(path).model
     scales = list_scales(model.graph)
     leaders = {name: statistics.shared.get(name, name) for name in scales}

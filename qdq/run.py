@@ -1,8 +1,10 @@
-"""A run folder: seed, log file, environment."""
+"""A run folder: what is in it and may be removed from it, seed, log file, environment."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -10,9 +12,12 @@ import platform
 import random
 import shlex
 import shutil
+import stat
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,15 +25,52 @@ from typing import Any
 import numpy as np
 
 from qdq.errors import ArgumentError
-from qdq.files import to_jsonable, write_json
+from qdq.files import is_same_file, read_file, to_jsonable, write_json
+from qdq.names import PrintableFormatter, printable
 
 logger = logging.getLogger(__name__)
 
+RUN_FORMAT = "qdq run 1"
+"""Stands in `run.json` and proves that a folder is a run's."""
+
 STATE_FILE = "run.json"
+LOG_FILE = "run.log"
 REPORT_FILE = "report.json"
-JOURNAL_FILE = "analysis.jsonl"  # kept from any earlier run: its lines say what they were measured on
-STATISTICS_FILES = ("calibration.safetensors", "calibration.json")  # kept where a run that was cut off is begun again
-TUNING_FOLDER = "tuning"  # likewise
+PAGE_FILE = "report.html"
+JOURNAL_FILE = "analysis.jsonl"
+STATISTICS_FILES = ("calibration.safetensors", "calibration.json")
+TUNING_FOLDER = "tuning"
+
+_JOURNALS = (JOURNAL_FILE, "analysis.*.jsonl")  # kept from any earlier run: their lines say what they were measured on
+_STATISTICS = (*STATISTICS_FILES, "calibration.rank*of*.safetensors")  # kept where the same run is begun again
+_RUN_FILES = (
+    STATE_FILE,
+    LOG_FILE,
+    *_JOURNALS,
+    *_STATISTICS,
+    "plan.yaml",
+    "model.onnx",
+    "model.onnx.data",
+    "model.engine",
+    "model.rtx.engine",
+    REPORT_FILE,
+    PAGE_FILE,
+    "report.txt",
+    ".*.partial",  # of a process that was killed
+)
+"""Globs of what a run writes into its folder; nothing else in it is ever removed."""
+
+_TUNING_FILES = (
+    "state.safetensors",
+    "best.safetensors",
+    "last.safetensors",
+    "tuning.json",
+    "tensorboard/events.out.tfevents.*",
+    ".*.partial",
+)
+"""Likewise what fine-tuning writes into its own."""
+
+_FORMER_KEYS = {"status", "stage", "seed", "settings", "environment", "seconds"}  # of run.json before it had a format
 _PACKAGES = (
     "qdq", "torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt",
     "tensorrt-rtx-cu13", "numpy",
@@ -66,6 +108,7 @@ class Run:
         self.seconds: dict[str, float] = {}
         self._stage = ""
         self._stage_began = time.perf_counter()
+        self._log: logging.FileHandler | None = None
 
     def stage(self, name: str) -> None:
         """Say that the next stage begins; its time is taken until the next call or `finish`."""
@@ -77,20 +120,17 @@ class Run:
         self._save("running")
 
     def finish(self) -> None:
-        """Say that the last stage is over and the folder complete."""
+        """Say that the last stage is over and the folder complete; another run may have it now."""
         self._end_stage()
         self._stage = ""
         self._save("finished")
+        if self._log is not None:
+            _unlock(self._log)
 
     def is_begun(self) -> bool:
         """Whether the folder holds this very run, not finished."""
-        try:
-            earlier = json.loads((self.folder / STATE_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return (
-            isinstance(earlier, dict) and earlier.get("status") == "running" and earlier | self._describe() == earlier
-        )
+        earlier = _read_state(self.folder)
+        return earlier.get("status") == "running" and earlier | self._describe() == earlier
 
     def _describe(self) -> dict[str, Any]:
         described: dict[str, Any] = to_jsonable(
@@ -105,15 +145,25 @@ class Run:
     def _save(self, status: str) -> None:
         write_json(
             self.folder / STATE_FILE,
-            {"status": status, "stage": self._stage, **self._describe(), "seconds": self.seconds},
+            {
+                "format": RUN_FORMAT,
+                "status": status,
+                "stage": self._stage,
+                **self._describe(),
+                "seconds": self.seconds,
+            },
         )
 
 
 def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | None = None) -> Run:
     """Open a run folder, set the seeds and send the log of qdq to `run.log` in it.
 
-    What an earlier run left in the folder is removed, so that a folder never mixes two. What it had measured stays:
-    its analysis, and, where it was cut off and had the same settings, seed and versions, what it had collected.
+    What an earlier run wrote into the folder is removed, so that a folder never mixes two; every other file stays. So
+    does what the earlier run had measured: its analysis, and, where it was cut off and had the same settings, seed and
+    versions, what it had collected. A file that a setting names, such as the plan, stays until the run writes its own;
+    a copy of it is kept beside it, as `plan.input.yaml`.
+
+    Until `Run.finish` or the end of this process no other run can start in the folder.
 
     Of the processes that torchrun starts the first has the folder. The others have one each, which is removed when they
     end; they print no stages and log errors only.
@@ -124,38 +174,161 @@ def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | N
         settings: What the run was asked to do, for the report.
 
     Raises:
-        ArgumentError: The folder holds files that are not of a run, or cannot be written to; a seed below 0 or
-            above 2^32 - 1.
+        ArgumentError: As for `check_run_folder`; a seed below 0 or above 2^32 - 1.
     """
     if not 0 <= seed < 2**32:  # what numpy takes
         raise ArgumentError(f"seed is {seed}; it must be 0 to {2**32 - 1}.", "choose another seed.")
     folder = Path(folder)
     if find_announced()[0]:
         return _start_silent_run(settings or {}, seed)
+    check_run_folder(folder)
+    run = Run(folder, settings or {}, seed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        present = list(folder.iterdir())
-    except OSError as error:
-        raise _unusable(folder, error) from error
-    if present and not (folder / STATE_FILE).is_file():
-        raise ArgumentError(
-            f"{folder} holds files, but no {STATE_FILE}: it is not a run folder, and a run empties its folder.",
-            "choose a new folder with --output.",
-        )
-    run = Run(folder, settings or {}, seed)
-    kept = {STATE_FILE, JOURNAL_FILE, *((*STATISTICS_FILES, TUNING_FOLDER) if run.is_begun() else ())}
-    run._save("running")  # before anything else is touched: killed at any moment, the folder is still known as a run's
-    try:
-        for path in present:
-            if path.name == TUNING_FOLDER and path.name not in kept:
-                shutil.rmtree(path)
-            elif path.is_file() and path.name not in kept:
-                path.unlink()
-        _log_to(folder / "run.log")
+        run._log = _log_to(folder / LOG_FILE)
+        is_begun = run.is_begun()
+        run._save("running")  # before anything else is touched: killed at any moment, the folder is known as a run's
+        _empty(folder, _find_inputs(folder, run.settings), is_begun)
     except OSError as error:
         raise _unusable(folder, error) from error
     set_seed(seed)
     return run
+
+
+def check_run_folder(folder: Path | str) -> None:
+    """Refuse a folder in which no run can start, before the work whose results it is for; changes nothing.
+
+    Raises:
+        ArgumentError: The folder holds files and is no run's, is in use by another run, holds a link or the like where
+            a run writes a file, or cannot be written to.
+    """
+    folder = Path(folder)
+    try:
+        present = _list_folder(folder)
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        tempfile.TemporaryFile(dir=existing).close()
+    except (OSError, ValueError) as error:
+        raise _unusable(folder, error) from error
+    if _is_locked(folder / LOG_FILE):
+        raise ArgumentError(
+            f"another run is writing to {printable(folder)}.", "wait for its end, or choose another folder."
+        )
+    if not _is_run_folder(folder, present):
+        raise ArgumentError(
+            f"{printable(folder)} holds files and is not a run folder: it has no {STATE_FILE} that qdq wrote.",
+            "choose a new folder with --output; a run removes what an earlier run wrote.",
+        )
+    for path in present:
+        if not _is_what_a_run_writes(path):
+            raise ArgumentError(
+                f"{printable(path)} is a link or a folder where a run writes a file, or no folder where it makes one.",
+                "move it away, or choose another folder.",
+            )
+
+
+def _is_what_a_run_writes(path: Path) -> bool:
+    """Whether an entry of a run folder may stay or go; not a link, for what it leads to is somebody else's."""
+    mode = path.lstat().st_mode
+    if path.name == TUNING_FOLDER:
+        return stat.S_ISDIR(mode)
+    return stat.S_ISREG(mode) or not _is_own(path.name)
+
+
+def list_run_files(run: Path) -> list[Path]:
+    """What a run has written, but for the page that can be made again: what must not be overwritten where it is read.
+
+    Args:
+        run: A run folder, or the report in it.
+    """
+    folder = run if run.is_dir() else run.parent
+    with contextlib.suppress(OSError):
+        files = [path for path in _list_folder(folder) if _is_own(path.name) and path.name != PAGE_FILE]
+        return [*([] if run.is_dir() else [run]), *files, *_list_tuning(folder / TUNING_FOLDER)]
+    return [run]
+
+
+def _list_folder(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _list_tuning(folder: Path) -> list[Path]:
+    return [path for glob in _TUNING_FILES for path in folder.glob(glob)]
+
+
+def _is_own(name: str) -> bool:
+    """Whether a run writes a file of this name into its folder."""
+    return any(fnmatchcase(name, glob) for glob in _RUN_FILES)
+
+
+def _is_run_folder(folder: Path, present: list[Path]) -> bool:
+    state = _read_state(folder)
+    if state.get("format") == RUN_FORMAT:
+        return True
+    if state.keys() == _FORMER_KEYS and isinstance(state["environment"], dict) and "qdq" in state["environment"]:
+        return True
+    # a run that was killed before it wrote run.json has left an empty log at the most
+    return all(path.name == LOG_FILE and path.is_file() and path.stat().st_size == 0 for path in present)
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """What `run.json` says, nothing where it is absent or damaged."""
+    try:
+        state = json.loads(read_file(folder / STATE_FILE))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def _find_inputs(folder: Path, settings: dict[str, Any]) -> list[Path]:
+    """The files below a folder that any of the settings names."""
+    root = os.path.realpath(folder)
+    names = [text for text in _list_texts(to_jsonable(settings)) if text]
+    with contextlib.suppress(ValueError):  # a text that no path can be
+        return [Path(name) for name in names if _is_below(name, root) and os.path.isfile(name)]
+    return []
+
+
+def _list_texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _list_texts(list(value.values()))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _list_texts(item)
+
+
+def _is_below(name: str, root: str) -> bool:
+    return os.path.realpath(name).startswith(os.path.join(root, ""))
+
+
+def _empty(folder: Path, inputs: list[Path], is_begun: bool) -> None:
+    """Remove what an earlier run wrote and this one does not go on with."""
+    kept = (STATE_FILE, LOG_FILE, *_JOURNALS, *(_STATISTICS if is_begun else ()))
+    files = [path for path in _list_folder(folder) if _is_own(path.name)]
+    for path in files:
+        if any(is_same_file(path, file) for file in inputs):
+            _keep_copy(path, is_begun)
+        elif not any(fnmatchcase(path.name, glob) for glob in kept):
+            path.unlink()
+    if is_begun:
+        return
+    for path in _list_tuning(folder / TUNING_FOLDER):
+        if not any(is_same_file(path, file) for file in inputs):
+            path.unlink()
+    for place in (folder / TUNING_FOLDER / "tensorboard", folder / TUNING_FOLDER):
+        with contextlib.suppress(OSError):  # it is not there, or holds what a run has not written
+            place.rmdir()
+
+
+def _keep_copy(path: Path, is_begun: bool) -> None:
+    """A copy of what the run reads and will replace; begun again, it may be reading its own result."""
+    copy = path.with_name(f"{path.stem}.input{path.suffix}")
+    if not (is_begun and copy.exists()):
+        shutil.copyfile(path, copy)
 
 
 def _start_silent_run(settings: dict[str, Any], seed: int) -> Run:
@@ -167,22 +340,80 @@ def _start_silent_run(settings: dict[str, Any], seed: int) -> Run:
     return Run(Path(own.name), settings, seed)
 
 
-def _unusable(folder: Path, error: OSError) -> ArgumentError:
+def _unusable(folder: Path, error: OSError | ValueError) -> ArgumentError:
+    reason = getattr(error, "strerror", None) or error
     return ArgumentError(
-        f"cannot use {folder} as run folder: {error.strerror}.", "choose a folder that you may write to."
+        f"cannot use {printable(folder)} as run folder: {reason}.", "choose a folder that you may write to."
     )
 
 
-def _log_to(path: Path) -> None:
+def _log_to(path: Path) -> logging.FileHandler:
+    """Send the log of qdq to a file, and hold that file against other processes.
+
+    Raises:
+        BlockingIOError: Another process holds it.
+    """
     root = logging.getLogger("qdq")
-    for handler in root.handlers[:]:
-        if isinstance(handler, logging.FileHandler):
-            root.removeHandler(handler)
-            handler.close()
-    file = logging.FileHandler(path, mode="w", encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for handler in _list_logs():
+        root.removeHandler(handler)
+        handler.close()
+    file = logging.FileHandler(path, mode="a", encoding="utf-8")
+    _lock(file)
+    os.truncate(path, 0)
+    file.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root.addHandler(file)
     root.setLevel(logging.INFO)
+    return file
+
+
+def _list_logs() -> list[logging.FileHandler]:
+    return [handler for handler in logging.getLogger("qdq").handlers if isinstance(handler, logging.FileHandler)]
+
+
+def _lock(log: logging.FileHandler) -> None:
+    """Lock a log file until this process ends, however it ends.
+
+    Raises:
+        BlockingIOError: Another process has locked it.
+    """
+    if os.name != "posix" or log.stream is None:
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(log.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.close()
+        raise BlockingIOError(errno.EWOULDBLOCK, "another run is writing to it") from None
+    except OSError as error:  # a file system without locks
+        logger.warning("%s cannot be locked (%s); let no second run use the folder", log.baseFilename, error.strerror)
+
+
+def _unlock(log: logging.FileHandler) -> None:
+    if os.name != "posix" or log.stream is None:
+        return
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        fcntl.flock(log.stream, fcntl.LOCK_UN)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether another process has locked a log file; this one may start a second run in its own folder."""
+    if os.name != "posix" or not path.is_file():
+        return False
+    if any(is_same_file(Path(log.baseFilename), path) for log in _list_logs()):
+        return False
+    import fcntl
+
+    try:
+        with path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks, or a file of another user, which is said when it is opened
+        return False
+    return False
 
 
 def describe_environment() -> dict[str, str]:

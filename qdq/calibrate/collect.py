@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from qdq.distributed import failing_together, find_rank, gather_bytes
 from qdq.errors import ArgumentError, CalibrationError
-from qdq.files import require_writable
+from qdq.files import guard_files
 from qdq.formats import Format
 from qdq.nn import QuantMixin
 from qdq.observers.collector import TensorCollector, TensorReader
@@ -278,7 +278,7 @@ class _File:
         if self._path and self._size > 1:
             self._own = self._path.with_suffix(f".rank{self._rank}of{self._size}{self._path.suffix}")
         if self._own:
-            require_writable(self._own)
+            guard_files(outputs=[self._own, self._own.with_suffix(".json")])
 
     def load_finished(self) -> Statistics | None:
         """What the file holds if no batch is missing; the first process reads it for all.

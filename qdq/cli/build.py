@@ -41,12 +41,13 @@ def build(
         max_shapes: Largest shapes of dynamic inputs, likewise.
         json: Also write the report to this file.
     """
-    from qdq.build import build_engine
-    from qdq.files import require_writable, write_json
+    from qdq.build import ENGINE_SUFFIXES, build_engine
+    from qdq.files import guard_files, write_json
+    from qdq.graph.save import list_data_files
     from qdq.trt.profiles import parse_shapes
 
-    if json is not None:
-        require_writable(json)
+    engines = [output] if output else [onnx.with_suffix(suffix) for suffix in ENGINE_SUFFIXES.values()]
+    guard_files(inputs=[onnx, *list_data_files(onnx)], outputs=[json, *engines])
     shapes = [None if text is None else parse_shapes(text) for text in (min_shapes, opt_shapes, max_shapes)]
     report = build_engine(
         onnx, output, backend=backend, sm=sm,

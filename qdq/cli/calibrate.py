@@ -34,13 +34,11 @@ def show(
         plots: Also write a page of histograms to this file, .html.
         json: Also write the figures to this file.
     """
-    from qdq.files import require_writable, write_json
+    from qdq.files import guard_files, write_json
     from qdq.show import format_statistics, write_plots
     from qdq.statistics import Statistics
 
-    for path in (plots, json):
-        if path is not None:
-            require_writable(path, file)
+    guard_files(inputs=[file], outputs=[plots, json])
     statistics = Statistics.load(file).select(tensor)
     summary = statistics.summarize()
     print(format_statistics(summary))
@@ -64,10 +62,12 @@ def merge(*files: Path, output: Annotated[Path, Parameter(alias="-o")]) -> int:
         files: Two or more files of statistics.
         output: Where to write, .safetensors; a readable summary is written beside it, .json.
     """
-    from qdq.files import require_writable
+    from qdq.files import guard_files
     from qdq.statistics import merge_files
 
-    require_writable(output)
+    guard_files(
+        inputs=files, outputs=[output, output.with_suffix(".json")], in_place=[(output, file) for file in files]
+    )
     merged = merge_files(files, output)
     print(f"{output}: {len(merged.tensors)} tensors, {merged.batches} batches of {len(files)} files")
     return 0
@@ -102,7 +102,8 @@ def solve(
         json: Also write the ranges, and what changed in the copy, to this file.
     """
     from qdq.errors import ArgumentError
-    from qdq.files import require_writable, write_json
+    from qdq.files import guard_files, write_json
+    from qdq.graph.save import list_data_files
     from qdq.rescale import rescale_onnx
     from qdq.show import format_ranges
     from qdq.statistics import Statistics
@@ -111,10 +112,8 @@ def solve(
         raise ArgumentError(
             "--onnx and --output go together.", "give the file to read and the one to write, or neither."
         )
-    if output is not None:
-        require_writable(output, file)
-    if json is not None:
-        require_writable(json, *(path for path in (file, onnx, output) if path is not None))
+    weights = [] if onnx is None else list_data_files(onnx)
+    guard_files(inputs=[file, onnx, *weights], outputs=[output, json], in_place=[(output, onnx)])
     options = {} if percentile is None else {"percentile": percentile}
     statistics = Statistics.load(file)
     if not statistics.complete:

@@ -48,7 +48,8 @@ def check(
     from qdq.check.rules import choose_rules, get_rule
     from qdq.check.sarif import format_sarif
     from qdq.errors import ArgumentError
-    from qdq.files import require_writable, write_json
+    from qdq.files import guard_files, write_json
+    from qdq.graph.save import list_data_files
 
     if explain is not None:
         print(get_rule(explain).explain())
@@ -57,11 +58,7 @@ def check(
         raise ArgumentError("ONNX requires an argument.", "see qdq check --help")
     selected, ignored = _split(select), _split(ignore)
     choose_rules(selected, ignored)  # before anything is written
-    if fix is not None:
-        require_writable(fix)
-    for path in (json, sarif):
-        if path is not None:
-            require_writable(path, onnx)
+    guard_files(inputs=[onnx, *list_data_files(onnx)], outputs=[fix, json, sarif], in_place=[(fix, onnx)])
     if fix is not None:
         mended = fix_onnx(onnx, fix)
         print(f"{fix}: " + (", ".join(f"{n} nodes of {rule}" for rule, n in mended.items()) or "nothing") + " mended")

@@ -38,13 +38,15 @@ def evaluate_files(
         json: Also write the table to this file.
     """
     from qdq.check import OnnxModel
-    from qdq.data import load_images
+    from qdq.data import is_image_of, load_images
     from qdq.evaluate import evaluate_outputs, predict
-    from qdq.files import require_writable, write_json
+    from qdq.files import guard_files, write_json
+    from qdq.graph.save import list_data_files
     from qdq.models import load_model
 
-    if json is not None:
-        require_writable(json)
+    data_files = [file for path in onnx for file in list_data_files(path)]
+    image = json if is_image_of(data_dir, json) else None
+    guard_files(inputs=[*onnx, *data_files, data_dir, image, weights], outputs=[json])
     for path in onnx:
         OnnxModel(path)  # a bad file is refused now, not after the float model has run
     loaded = load_model(model, weights, seed)

@@ -21,8 +21,10 @@ def diff(before: Path, after: Path, /) -> int:
         before: The first plan.
         after: The second plan.
     """
+    from qdq.files import guard_files
     from qdq.plan import diff_plans, load_plan
 
+    guard_files(inputs=[before, after])
     changes = diff_plans(load_plan(before), load_plan(after))
     width = max((len(change.name) for change in changes), default=0)
     for change in changes:

@@ -22,24 +22,25 @@ def report(*runs: Path, output: Annotated[Path | None, Parameter(alias="-o")] = 
         json: Also write what the page shows to this file.
     """
     from qdq.errors import ArgumentError
-    from qdq.files import require_writable, write_atomic, write_json
+    from qdq.files import guard_files, write_atomic, write_json
     from qdq.report.compare import compare_runs, render_comparison
     from qdq.report.load import PAGE_FILE, load_report
     from qdq.report.page import render_report
+    from qdq.run import list_run_files
 
     if not runs:
         raise ArgumentError("no run was given.", "name one run folder, or several to compare them.")
+    folder = runs[0] if runs[0].is_dir() else runs[0].parent
+    default = folder / PAGE_FILE if len(runs) == 1 else Path("comparison.html")
+    path = default if output is None else output
+    guard_files(inputs=[file for run in runs for file in list_run_files(run)], outputs=[path, json])
     shown: object
     if len(runs) == 1:
         loaded = load_report(runs[0])
-        default, shown, page = loaded.path.parent / PAGE_FILE, loaded.data, render_report(loaded)
+        shown, page = loaded.data, render_report(loaded)
     else:
         comparison = compare_runs(runs)
-        default, shown, page = Path("comparison.html"), comparison, render_comparison(comparison)
-    path = default if output is None else output
-    for each in (path, json):
-        if each is not None:
-            require_writable(each)
+        shown, page = comparison, render_comparison(comparison)
     print(write_atomic(path, page))
     if json is not None:
         write_json(json, shown)

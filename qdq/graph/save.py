@@ -9,8 +9,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qdq.errors import ExportError
-from qdq.files import write_atomic
+from qdq.errors import ArgumentError, ExportError
+from qdq.files import is_replaceable, write_atomic
 
 _ONE_FILE_BYTES = 2**31 - 2**24  # protobuf ends at 2 GiB; the rest is for nodes and names
 _EXTERNAL_BYTES = 1024  # smaller tensors, such as scales and shapes, stay in the model
@@ -31,7 +31,7 @@ def save_model(model: ir.Model, path: Path) -> int:
         Bytes of all that was written.
 
     Raises:
-        ArgumentError: The folder cannot be written to.
+        ArgumentError: The folder cannot be written to; two files for what is no regular file.
         ExportError: The model without its weights is too large.
     """
     values = [value for graph in model.graphs() for value in graph.initializers.values() if value.const_value]
@@ -39,6 +39,11 @@ def save_model(model: ir.Model, path: Path) -> int:
         content = serialize(model)
         write_atomic(path, content)
         return len(content)
+    if not is_replaceable(path):
+        raise ArgumentError(
+            f"the model has more than 2 GB and takes two files, which {path} cannot hold.", "write to a regular file."
+        )
+    path = Path(os.path.realpath(path))  # the weights lie beside the file that a link leads to
     data = path.with_name(f"{path.name}.data")
     placed = _place([value for value in values if _bytes_of(value) >= _EXTERNAL_BYTES])
     with _external(placed, data.name):
@@ -52,6 +57,17 @@ def save_model(model: ir.Model, path: Path) -> int:
         partial.unlink(missing_ok=True)
     write_atomic(path, content)
     return len(content) + data.stat().st_size
+
+
+def list_data_files(path: Path) -> list[Path]:
+    """The files beside a model that hold its weights; none where the model cannot be read."""
+    try:
+        model = ir.load(path)
+    except Exception:  # protobuf and onnx_ir each raise their own; who uses the model says what is wrong with it
+        return []
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    tensors = [value.const_value for value in values]
+    return list({Path(tensor.path): None for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})
 
 
 def serialize(model: ir.Model) -> bytes:

@@ -15,7 +15,7 @@ from torch import nn
 
 from qdq.distributed import broadcast_number, failing_together, find_rank, read_together
 from qdq.errors import ArgumentError, DependencyError, StateError
-from qdq.files import require_writable
+from qdq.files import guard_files
 from qdq.qat.checkpoint import (
     MODEL_FORMAT,
     STATE_FORMAT,
@@ -102,8 +102,8 @@ class Record:
         if tensorboard:
             _require_tensorboard(folder)
         if folder is not None and self._is_first:
-            for path in (folder / STATE_FILE, *((folder / SCALARS_FOLDER / "events",) if tensorboard else ())):
-                require_writable(path)
+            scalars = folder / SCALARS_FOLDER / "events" if tensorboard else None
+            guard_files(outputs=[folder / STATE_FILE, folder / BEST_FILE, folder / LAST_FILE, scalars])
 
     @property
     def best(self) -> Measurement | None:

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 from qdq.errors import ArgumentError, DataError, QdqError
 from qdq.report.records import LayerRecord
 from qdq.report.sections import RunState, StoredSections
+from qdq.run import PAGE_FILE as PAGE_FILE
 from qdq.run import REPORT_FILE, STATE_FILE
 from qdq.schema import describe, read_json, shorten, validate
 
-PAGE_FILE = "report.html"
 REPORT_FORMAT = "qdq report 1"
 _AGAIN = "run the same command again; it writes a new report."
 

@@ -1,0 +1,216 @@
+"""Where output files may go: nothing that is read, and nothing that is somebody else's, is lost."""
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from qdq import ArgumentError, DataError
+from qdq.files import guard_files, write_atomic
+
+FLOAT = """
+<ir_version: 9, opset_import: ["": 19]>
+g (float[N,3,8,8] x) => (float[N,4,8,8] y)
+<float[4,3,1,1] w = {1,2,3,4,5,6,7,8,9,10,11,12}>
+{
+    y = Conv(x, w)
+}
+"""
+
+
+@pytest.fixture
+def model(tmp_path):
+    ir.save(ir.from_onnx_text(FLOAT), tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+@pytest.fixture
+def split_model(tmp_path):
+    """A model whose weights lie in a second file, of another name than its own."""
+    ir.save(ir.from_onnx_text(FLOAT), tmp_path / "split.onnx", external_data="weights.bin", size_threshold_bytes=0)
+    return tmp_path / "split.onnx"
+
+
+class TestGuard:
+    @pytest.fixture
+    def old(self, tmp_path):
+        path = tmp_path / "old"
+        path.write_text("precious")
+        return path
+
+    @pytest.fixture(params=["itself", "relative", "link", "hard link", "through a linked folder", "dots"])
+    def alias(self, request, old, tmp_path, monkeypatch):
+        """Another name of the same file."""
+        other = tmp_path / "other"
+        if request.param == "relative":
+            monkeypatch.chdir(tmp_path)
+            return Path("old")
+        if request.param == "link":
+            other.symlink_to(old)
+            return other
+        if request.param == "hard link":
+            other.hardlink_to(old)
+            return other
+        if request.param == "through a linked folder":
+            other.symlink_to(tmp_path)
+            return other / "old"
+        return tmp_path / "new" / ".." / "old" if request.param == "dots" else old
+
+    def test_what_is_read_is_not_written(self, old, alias, tmp_path):
+        (tmp_path / "new").mkdir()
+        with pytest.raises(ArgumentError, match="is what is read; it would be lost"):
+            guard_files(inputs=[old], outputs=[alias])
+
+    def test_nothing_is_written_twice(self, old, alias, tmp_path):
+        (tmp_path / "new").mkdir()
+        with pytest.raises(ArgumentError, match="is written twice"):
+            guard_files(outputs=[old, alias])
+
+    def test_two_new_files_that_are_one(self, tmp_path):
+        (tmp_path / "link").symlink_to(tmp_path)
+        with pytest.raises(ArgumentError, match="is written twice"):
+            guard_files(outputs=[tmp_path / "new", tmp_path / "link" / "new"])
+
+    def test_in_place_is_for_that_pair_alone(self, old, tmp_path):
+        guard_files(inputs=[old], outputs=[old, None], in_place=[(old, old)])
+        with pytest.raises(ArgumentError, match="is what is read"):
+            guard_files(inputs=[old], outputs=[tmp_path / "new", old], in_place=[(tmp_path / "new", old)])
+
+    def test_nothing_is_made(self, tmp_path):
+        guard_files(inputs=[tmp_path / "missing"], outputs=[tmp_path / "new" / "folder" / "file"])
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("name", "reason"),
+        [
+            (".", "Is a directory"),
+            ("old/file", "Not a directory"),
+            ("loop", "Too many levels of symbolic links"),
+            ("loop/file", "Too many levels of symbolic links"),
+            ("x" * 256, "File name too long"),
+            ("new/" + "x" * 256, "File name too long"),
+            ("x/" * 2500, "File name too long"),
+            ("a\0b", "null"),
+            ("socket", "it is a socket"),
+        ],
+        ids=lambda text: text[:20].replace("\0", "0"),
+    )
+    def test_what_cannot_be_written(self, tmp_path, old, name, reason):
+        (tmp_path / "loop").symlink_to(tmp_path / "loop")
+        listening = socket.socket(socket.AF_UNIX)
+        listening.bind(str(tmp_path / "socket"))
+        with pytest.raises(ArgumentError, match=reason) as caught:
+            guard_files(outputs=[tmp_path / name])
+        listening.close()
+        assert caught.value.message.startswith("cannot write ")
+        assert len(caught.value.message) < 300
+        assert old.read_text() == "precious"
+
+    def test_names_up_to_the_longest_can_be_written(self, tmp_path):
+        path = tmp_path / ("x" * 255)
+        guard_files(outputs=[path])
+        write_atomic(path, "new")
+        assert path.read_text() == "new"
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+    def test_a_file_that_is_protected(self, old):
+        old.chmod(0o444)
+        with pytest.raises(ArgumentError, match="Permission denied"):
+            guard_files(outputs=[old])
+
+    @pytest.mark.parametrize("kind", ["FIFO", "device"])
+    def test_what_has_no_end_is_not_read(self, tmp_path, kind):
+        path = Path("/dev/zero")
+        if kind == "FIFO":
+            path = tmp_path / "fifo"
+            os.mkfifo(path)
+        with pytest.raises(DataError, match=f"it is a {kind}, not a file"):
+            guard_files(inputs=[path])
+
+    def test_the_file_that_the_output_is_redirected_to(self, tmp_path):
+        script = "import sys; from pathlib import Path; from qdq.files import guard_files\n"
+        script += "guard_files(outputs=[Path(sys.argv[1])])"
+        for stream in ("stdout", "stderr"):
+            with (tmp_path / "out").open("w") as file:
+                code = subprocess.run(
+                    [sys.executable, "-c", script, tmp_path / "out"], **{"stderr": subprocess.PIPE, stream: file}
+                ).returncode
+            assert code == 1
+
+
+class TestWritingInto:
+    def test_a_link_is_followed_and_stays(self, tmp_path):
+        (tmp_path / "folder").mkdir()
+        target, link = tmp_path / "folder" / "file", tmp_path / "link"
+        link.symlink_to(Path("folder", "file"))
+        for content in ("first", "second"):  # dangling, then not
+            write_atomic(link, content)
+            assert link.is_symlink()
+            assert target.read_text() == content
+        assert [path.name for path in target.parent.iterdir()] == ["file"]
+
+    def test_the_mode_stays(self, tmp_path):
+        path = tmp_path / "file"
+        path.write_text("old")
+        path.chmod(0o640)
+        write_atomic(path, "new")
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+    def test_a_new_file_has_the_mode_of_the_user(self, tmp_path):
+        before = os.umask(0o027)
+        try:
+            path = write_atomic(tmp_path / "file", "new")
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+    def test_a_fifo_stays_one(self, tmp_path):
+        path = tmp_path / "fifo"
+        os.mkfifo(path)
+        received = []
+        reader = threading.Thread(target=lambda: received.append(path.read_text()))
+        reader.start()
+        write_atomic(path, "content")
+        reader.join(60)
+        assert received == ["content"]
+        assert stat.S_ISFIFO(path.stat().st_mode)
+
+    def test_a_fifo_that_nobody_reads(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("qdq.files._READER_SECONDS", 0)
+        os.mkfifo(tmp_path / "fifo")
+        with pytest.raises(ArgumentError, match="nobody reads it"):
+            write_atomic(tmp_path / "fifo", "content")
+
+    @pytest.mark.parametrize(("number", "error"), [(3, None), (7, "No space left on device")])
+    def test_a_device_stays_one(self, tmp_path, number, error):
+        """A copy of /dev/null and one of /dev/full."""
+        path = tmp_path / "device"
+        try:
+            os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, number))
+            path.open("wb").close()
+        except OSError:
+            pytest.skip("devices cannot be made here")
+        guard_files(outputs=[path, path])
+        if error is None:
+            write_atomic(path, "content")
+        else:
+            with pytest.raises(ArgumentError, match=error):
+                write_atomic(path, "content")
+        assert stat.S_ISCHR(path.stat().st_mode)
+
+    def test_the_standard_output_goes_on_behind_what_was_printed(self, tmp_path):
+        script = "import qdq.files as f; from pathlib import Path; print('table')\n"
+        script += "f.guard_files(outputs=[Path('/dev/stdout')]); f.write_atomic(Path('/dev/stdout'), 'json\\n')\n"
+        script += "print('end')"
+        for mode in ("wb", "ab"):
+            with (tmp_path / "out").open(mode) as file:
+                subprocess.run([sys.executable, "-c", script], stdout=file, check=True)
+        assert (tmp_path / "out").read_text() == "table\njson\nend\n" * 2
+        piped = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True)
+        assert piped.stdout == b"table\njson\nend\n"
