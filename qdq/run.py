@@ -285,10 +285,8 @@ def _read_state(folder: Path) -> dict[str, Any]:
 def _find_inputs(folder: Path, settings: dict[str, Any]) -> list[Path]:
     """The files below a folder that any of the settings names."""
     root = os.path.realpath(folder)
-    names = [text for text in _list_texts(to_jsonable(settings)) if text]
-    with contextlib.suppress(ValueError):  # a text that no path can be
-        return [Path(name) for name in names if _is_below(name, root) and os.path.isfile(name)]
-    return []
+    names = [text for text in _list_texts(to_jsonable(settings)) if text and "\0" not in text]
+    return [Path(name) for name in names if _is_below(name, root) and os.path.isfile(name)]
 
 
 def _list_texts(value: Any) -> Iterator[str]:

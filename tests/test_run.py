@@ -1,5 +1,6 @@
 import json
 import logging
+import subprocess
 import sys
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from qdq import ArgumentError, start_run
 from qdq.files import write_atomic
-from qdq.run import describe_command, describe_environment, find_announced
+from qdq.run import check_run_folder, describe_command, describe_environment, find_announced, list_run_files
 
 
 def test_run_folder_is_emptied_of_an_earlier_run(tmp_path):
@@ -48,11 +49,136 @@ def test_a_damaged_state_is_no_begun_run(tmp_path):
         assert not run.is_begun()
 
 
-def test_foreign_folder_is_not_emptied(tmp_path):
-    (tmp_path / "thesis.tex").write_text("precious")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("thesis.tex", "precious"),
+        ("run.json", '{"wandb": 1}'),
+        ("run.json", '{"format": "qdq run 999"}'),
+        ("run.json", '{"status": "running", "stage": "", "seed": 0, "settings": {}, "environment": {}, "seconds": {}}'),
+        ("run.json", "["),
+        ("run.json", "[" * 10**5),
+        ("run.log", "of another program"),
+    ],
+)
+def test_foreign_folder_is_not_emptied(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    (tmp_path / "model.onnx").write_text("precious")
     with pytest.raises(ArgumentError, match="not a run folder"):
         start_run(tmp_path)
-    assert (tmp_path / "thesis.tex").exists()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: content, "model.onnx": "precious"}
+
+
+def test_folder_of_the_former_version_is_a_run_folder(tmp_path):
+    state = {"status": "running", "stage": "float", "seed": 0, "settings": {}, "environment": {"qdq": "0.1.0"}}
+    (tmp_path / "run.json").write_text(json.dumps({**state, "seconds": {}}))
+    (tmp_path / "model.onnx").write_text("stale")
+    start_run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "run.log"]
+
+
+def test_a_run_that_was_killed_before_its_state_was_written_can_be_started_again(tmp_path):
+    (tmp_path / "run.log").write_text("")
+    start_run(tmp_path).finish()
+
+
+def test_only_what_a_run_writes_is_removed(tmp_path):
+    run = start_run(tmp_path)
+    stale = ["model.onnx", "model.onnx.data", "model.rtx.engine", "report.html", ".qdq-1234.partial"]
+    stale += ["tuning/best.safetensors", "tuning/tensorboard/events.out.tfevents.1"]
+    others = ["notes.txt", "mine.onnx", "images/0/a.png", "tuning/notes.txt", "analysis.jsonl", "analysis.1.jsonl"]
+    for name in (*stale, *others):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("old")
+    run.finish()
+    start_run(tmp_path, seed=1)
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {*others, "run.json", "run.log"}
+
+
+def test_what_a_setting_names_is_not_removed(tmp_path):
+    run = start_run(tmp_path)
+    names = ["plan.yaml", "model.profile.json", "tuning/best.safetensors", "images/0/a.png", "model.onnx"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    run.finish()
+    settings = {
+        "plan": tmp_path / "plan.yaml",
+        "analysis": {"profile": str(tmp_path / "." / "model.profile.json"), "groups": ["", "DEFAULT", "a\0b"]},
+        "weights": str(tmp_path / "tuning" / "best.safetensors"),
+        "data_dir": tmp_path / "images",
+    }
+    start_run(tmp_path, settings=settings)
+    assert not (tmp_path / "model.onnx").exists()
+    assert all((tmp_path / name).read_text() == name for name in names[:-1])
+
+
+def test_a_plan_that_the_run_replaces_is_kept_beside_it(tmp_path):
+    start_run(tmp_path).finish()
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("of the user")
+    for _ in range(2):  # the second time the run begins again, and reads what it wrote itself
+        run = start_run(tmp_path, settings={"plan": plan})
+        write_atomic(plan, "of the run")
+    assert (tmp_path / "plan.input.yaml").read_text() == "of the user"
+    run.finish()
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "report.json", "tuning", "run.log", "calibration.safetensors"])
+def test_a_link_where_a_run_writes_is_refused(tmp_path, name):
+    start_run(tmp_path / "run").finish()
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "run" / name).unlink(missing_ok=True)
+    (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
+    with pytest.raises(ArgumentError, match="is a link"):
+        start_run(tmp_path / "run")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+HOLD = """
+import sys, time
+from qdq.run import start_run
+run = start_run(sys.argv[1])
+(run.folder / "model.onnx").write_text("half")
+print("started", flush=True)
+time.sleep(600)
+"""
+
+
+def test_of_two_runs_in_one_folder_the_second_is_refused_until_the_first_has_ended(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "started\n"
+        for start in (start_run, check_run_folder):
+            with pytest.raises(ArgumentError, match="another run is writing to"):
+                start(tmp_path)
+        assert (tmp_path / "model.onnx").read_text() == "half"
+    finally:
+        process.kill()
+        process.communicate()
+    start_run(tmp_path).finish()
+    subprocess.run([sys.executable, "-c", HOLD.replace("600", "0"), tmp_path], check=True)
+
+
+def test_a_folder_that_no_run_can_use_is_left_as_it_is(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 256), tmp_path / ("x/" * 2500)):
+        with pytest.raises(ArgumentError, match="cannot use"):
+            check_run_folder(folder)
+    check_run_folder(tmp_path / "new" / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_a_run_wrote_can_be_listed(tmp_path):
+    run = start_run(tmp_path / "run")
+    for name in ("report.json", "report.html", "notes.txt", "tuning/best.safetensors"):
+        write_atomic(run.folder / name, "")
+    expected = {"run.json", "run.log", "report.json", "best.safetensors"}
+    assert {path.name for path in list_run_files(run.folder)} == expected
+    assert {path.name for path in list_run_files(run.folder / "report.json")} == expected
+    assert list_run_files(tmp_path / "missing" / "report.json") == [tmp_path / "missing" / "report.json"]
+    run.finish()
 
 
 def test_run_folder_that_is_a_file(tmp_path):
