@@ -214,6 +214,10 @@ def _load(path: Path) -> ir.Model:
         found = f"there is no file {path}" + (": it is a folder" if path.is_dir() else "")
         raise ArgumentError(f"{found}.", "give an ONNX file, such as the model.onnx that `qdq ptq` writes.")
     try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise BuildError(f"the name of {path} is not UTF-8, as ONNX needs it.", "rename the file or folder.") from None
+    try:
         model = ir.load(path)
     except Exception as error:  # protobuf, onnx_ir and the file system each raise their own
         raise BuildError(

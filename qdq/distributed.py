@@ -14,6 +14,7 @@ from torch import distributed
 from torch.utils._pytree import tree_map_only
 
 from qdq.errors import CalibrationError, DataError, QdqError, StateError
+from qdq.files import read_file
 from qdq.run import find_announced
 from qdq.trace import tensors_of
 
@@ -126,7 +127,7 @@ def read_together(path: Path) -> bytes:
         StateError: In the others then.
     """
     with failing_together(StateError):
-        content = path.read_bytes() if find_rank()[0] == 0 else b""
+        content = read_file(path) if find_rank()[0] == 0 else b""
     return broadcast_bytes(content)
 
 

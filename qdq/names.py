@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 _Key = TypeVar("_Key")
 
 MOST_CHARACTERS = 4000
 """So much of a message is shown; our own with the commands for a target need half of it."""
+
+_MOST_IN_TABLE = 500
 
 
 def group_names(found: Iterable[tuple[_Key, str]]) -> dict[_Key, list[str]]:
@@ -46,6 +50,22 @@ def printable(text: object, most: int = 200) -> str:
         return escaped
     head = (most - 3) // 2
     return f"{escaped[:head]}...{escaped[len(escaped) - (most - 3 - head) :]}"
+
+
+def make_printable(value: Any) -> Any:
+    """A copy of a report for its table: as it is, but for every text and path in it, which is printable."""
+    if isinstance(value, str):
+        return printable(value, most=_MOST_IN_TABLE)
+    if isinstance(value, Path):
+        return Path(printable(value, most=_MOST_IN_TABLE))
+    if is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in fields(value) if field.init]
+        return replace(value, **{name: make_printable(getattr(value, name)) for name in names})
+    if isinstance(value, dict):
+        return {make_printable(key): make_printable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(make_printable(item) for item in value)
+    return value
 
 
 class PrintableFormatter(logging.Formatter):

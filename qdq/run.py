@@ -240,10 +240,10 @@ def list_run_files(run: Path) -> list[Path]:
     Args:
         run: A run folder, or the report in it.
     """
-    folder = run if run.is_dir() else run.parent
+    folder = run if os.path.isdir(run) else run.parent
     with contextlib.suppress(OSError):
         files = [path for path in _list_folder(folder) if _is_own(path.name) and path.name != PAGE_FILE]
-        return [*([] if run.is_dir() else [run]), *files, *_list_tuning(folder / TUNING_FOLDER)]
+        return [*([] if folder == run else [run]), *files, *_list_tuning(folder / TUNING_FOLDER)]
     return [run]
 
 

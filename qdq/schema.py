@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 import yaml
 
 from qdq.errors import DataError
+from qdq.files import read_mode
 
 _Kind = TypeVar("_Kind")
 _MOST_BYTES = 2**30  # of JSON: a report of 10,000 layers has 2**26
@@ -40,6 +41,7 @@ def read_text(path: Path, fix: str, most_bytes: int = _MOST_BYTES) -> str:
         DataError: It cannot be read, is too large or no UTF-8.
     """
     try:
+        read_mode(path)
         with path.open("rb") as file:
             content = file.read(most_bytes + 1)
         if len(content) > most_bytes:

@@ -17,7 +17,7 @@ from safetensors import numpy as safetensors
 from tqdm import tqdm
 
 from qdq.errors import ArgumentError, DataError
-from qdq.files import write_atomic, write_json
+from qdq.files import read_file, write_atomic, write_json
 from qdq.formats import Format
 from qdq.names import list_names
 from qdq.observers.solve import SOLVERS, solve_amax
@@ -157,7 +157,7 @@ class Statistics:
             DataError: The file cannot be read, or is of another kind.
         """
         try:
-            content = Path(path).read_bytes()
+            content = read_file(path)
         except OSError as error:
             raise DataError(
                 f"cannot read {path}: {error.strerror or error}.", "give a file that `save` wrote."

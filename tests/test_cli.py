@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import signal
 import subprocess
@@ -117,6 +118,18 @@ class TestWrongUsage:
             (["build", "a.onnx", "--backend", "cuda"], 'invalid value "cuda" for --backend', "see qdq build --help"),
             (["eval", "--batch-size", "0"], 'invalid value "0" for --batch-size', "see qdq eval --help"),
             (["eval", "--eval-images", "-3"], 'invalid value "-3" for --eval-images', "see qdq eval --help"),
+            (["eval", "--eval-images", "1.5"], 'unable to convert "1.5" into int', "see qdq eval --help"),
+            (["eval", "--eval-images", "1e3"], 'unable to convert "1e3" into int', "see qdq eval --help"),
+            (["eval", "--batch-size", "inf"], 'unable to convert "inf" into int', "see qdq eval --help"),
+            (["eval", "--batch-size", "nan"], 'unable to convert "nan" into int', "see qdq eval --help"),
+            (["eval", "--seed", "2.0"], 'unable to convert "2.0" into int', "see qdq eval --help"),
+            (["eval", "--batch-size", "99999999999"], "99999999999 is more than 4294967295", "see qdq eval --help"),
+            (["eval", "--batch-size", "9" * 5000], "unable to convert", "see qdq eval --help"),
+            (["build", "a.onnx", "--sm", "8.9"], 'unable to convert "8.9" into int', "see qdq build --help"),
+            (["qat", "--steps", "1.5"], 'unable to convert "1.5" into int', "see qdq qat --help"),
+            (["qat", "--epochs", "1.5"], 'unable to convert "1.5" into int', "see qdq qat --help"),
+            (["ptq", "--confirm", "0.5"], 'unable to convert "0.5" into int', "see qdq ptq --help"),
+            (["ptq", "--max-float-layers", "0.5"], 'unable to convert "0.5" into int', "see qdq ptq --help"),
             (["calibrate", "nonsense"], 'unknown command "nonsense"', "see qdq calibrate --help"),
             (["calibrate", "show"], "FILE", "see qdq calibrate show --help"),
             (["calibrate", "merge", "a"], "--output", "see qdq calibrate merge --help"),
@@ -194,6 +207,93 @@ def test_how_much_of_the_log_is_shown(monkeypatch, capsys, flags, shown):
         cli.run_command(recipe)
     err = capsys.readouterr().err
     assert ("info-line" in err, "warning-line" in err) == ("i" in shown, "w" in shown)
+
+
+class TestStreams:
+    """Wherever the shell sends what is printed."""
+
+    @staticmethod
+    def run(redirection, *arguments):
+        command = ["bash", "-c", f'"$@" {redirection}', "bash", sys.executable, "-m", "qdq", *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        return result.returncode, result.stderr
+
+    @pytest.mark.parametrize(
+        ("arguments", "code"), [(["env"], 0), (["--help"], 0), (["plan", "diff", "a", "b"], 2), (["nonsense"], 2)]
+    )
+    @pytest.mark.parametrize("redirection", [">&-", ">&- 2>&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+    def test_closed_or_full_where_nothing_is_lost(self, redirection, arguments, code):
+        found, errors = self.run(redirection, *arguments)
+        assert found == code
+        assert "Traceback" not in errors
+
+    @pytest.mark.parametrize("arguments", [["env"], ["--help"]])
+    def test_full(self, arguments):
+        code, errors = self.run(">/dev/full", *arguments)
+        assert code == 2
+        assert errors == (
+            "error: cannot write or print the result: No space left on device.\n"
+            "  fix: make room, or send it elsewhere.\n"
+        )
+
+    @pytest.mark.parametrize("arguments", [["env"], ["--help"]])
+    def test_who_reads_has_enough(self, arguments):
+        code, errors = self.run("| true; exit ${PIPESTATUS[0]}", *arguments)
+        assert (code, errors) == (141, "")
+
+    def test_a_closed_output_takes_no_number_of_a_file_that_is_written(self, tmp_path):
+        assert self.run(f">&- 2>&- --json {tmp_path / 'env.json'}", "env")[0] == 0
+        assert json.loads((tmp_path / "env.json").read_text())["numpy"] == np.__version__
+
+    def test_letters_that_the_output_does_not_have(self, tmp_path):
+        command = [sys.executable, "-m", "qdq", "plan", "diff", tmp_path / "größe", tmp_path / "b"]
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert result.returncode == 2
+        assert "gr\\xf6\\xdfe" in result.stderr
+        assert len(result.stderr.splitlines()) == 2
+
+
+class TestNames:
+    """Names that cannot be of a file."""
+
+    COMMANDS = (
+        ["check", "NAME"],
+        ["build", "NAME"],
+        ["eval", "NAME"],
+        ["eval", "--weights", "NAME", "--model", "squeezenet1_1"],
+        ["report", "NAME"],
+        ["report", "NAME", "NAME"],
+        ["explain", "NAME", "layer"],
+        ["gate", "NAME", "--max-drop", "1"],
+        ["plan", "diff", "NAME", "NAME"],
+        ["calibrate", "show", "NAME"],
+        ["calibrate", "solve", "NAME"],
+        ["calibrate", "merge", "NAME", "NAME", "-o", "new.safetensors"],
+        ["env", "--json", "NAME"],
+    )
+
+    @pytest.mark.parametrize("arguments", COMMANDS, ids=lambda arguments: " ".join(arguments[:2]))
+    @pytest.mark.parametrize("kind", ["long", "loop", "FIFO", "not UTF-8", "new\nline"])
+    def test_are_one_line(self, qdq, tmp_path, monkeypatch, kind, arguments):
+        if "eval" in arguments:
+            pytest.importorskip("torchvision", reason="needs the extra 'demo'")
+        monkeypatch.chdir(tmp_path)
+        name = {"long": "x" * 5000, "not UTF-8": "missing/\udcff", "new\nline": "missing\nerror: faked/x"}.get(
+            kind, kind
+        )
+        if kind == "loop":
+            (tmp_path / "loop").symlink_to("loop")
+        elif kind == "FIFO":
+            os.mkfifo(tmp_path / "FIFO")
+        if arguments[0] == "env" and kind not in ("long", "loop"):
+            pytest.skip("can be written")
+        code, out, err = qdq(*[name if argument == "NAME" else argument for argument in arguments])
+        error, fix = err.splitlines()
+        assert (code, out) == (2, "")
+        assert error.startswith("error: ") and fix.startswith("  fix: ")
+        assert err.replace("\n", "").isprintable()
+        assert len(error) < 500
 
 
 class TestEnv:

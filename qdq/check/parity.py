@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import numpy as np
 import onnxruntime
 
 from qdq.errors import CheckError
+from qdq.files import read_mode
 from qdq.metrics import Array, agreement, cosine, max_abs_difference, sqnr_db
+from qdq.names import printable
 
 # A correct file of a shallow network lies far above the first figure; deep int8 networks amplify ties to about it.
 MIN_SQNR_DB = 30.0
@@ -146,12 +149,22 @@ def require_file(path: Path) -> None:
     """Refuse what is no file with something in it: the parsers' own words for that do not help.
 
     Raises:
-        CheckError: The path is a folder, an empty file or nothing.
+        CheckError: The path is a folder, a device, an empty file or nothing, or none that the parsers can be given.
     """
-    if path.is_file() and path.stat().st_size:
-        return
-    found = "is a folder" if path.is_dir() else "is empty" if path.is_file() else "does not exist"
-    raise CheckError(f"{path} {found}; expected an ONNX file.", "check the path, or export the model again.")
+    try:
+        mode, size = read_mode(path), path.stat().st_size
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise CheckError(f"the name of {path} is not UTF-8, as ONNX needs it.", "rename the file or folder.") from None
+    except (FileNotFoundError, NotADirectoryError):
+        found = "does not exist"
+    except OSError as error:
+        found = f"cannot be read: {error.strerror}"
+    else:
+        if stat.S_ISREG(mode) and size:
+            return
+        found = "is empty" if stat.S_ISREG(mode) else "is a folder"
+    raise CheckError(f"{printable(path)} {found}; expected an ONNX file.", "check the path, or export the model again.")
 
 
 def _first_line(error: Exception) -> str:

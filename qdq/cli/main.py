@@ -6,13 +6,16 @@ Exit codes: 0 clean, 1 findings, 2 wrong usage, data or environment (or a fault 
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, get_args
 
 import cyclopts
 
@@ -25,6 +28,7 @@ from cyclopts.types import UInt32 as UInt32
 
 import qdq
 from qdq.errors import QdqError
+from qdq.names import MOST_CHARACTERS, PrintableFormatter, printable
 
 _HELP = """From a trained PyTorch model to a verified TensorRT int8 engine.
 
@@ -37,6 +41,8 @@ Such as:
 """
 _VERBOSE = ("-v", "--verbose")
 _QUIET = ("-q", "--quiet")
+_WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,20}")
+_LARGEST_NUMBER = 2**32 - 1  # a seed; nobody has as many images
 _EPILOGUE = (
     "Everywhere: -v shows the log, and the traceback of an error; -q hides warnings. "
     "Exit codes: 0 clean, 1 findings, 2 wrong usage, data or environment, 130 interrupted."
@@ -96,7 +102,9 @@ def _new_app(name: str, help: str | None = None) -> cyclopts.App:
         help=help,
         help_epilogue=_EPILOGUE,
         version=qdq.__version__,
-        default_parameter=cyclopts.Parameter(negative=(), consume_multiple=True, show_default=_show_default),
+        default_parameter=cyclopts.Parameter(
+            negative=(), consume_multiple=True, show_default=_show_default, converter=_convert
+        ),
         suppress_keyboard_interrupt=False,  # it is reported in `_run`
     )
 
@@ -105,8 +113,20 @@ def _show_default(value: object) -> str | None:
     return None if value in (None, ()) else str(value)  # the help says what leaving it out means
 
 
+def _convert(type_: Any, tokens: Any) -> Any:
+    """As cyclopts, but a whole number is one: cyclopts rounds 1.5, and takes numbers of any length."""
+    if int in (type_, *get_args(type_)):
+        for token in tokens:
+            if not _WHOLE_NUMBER.fullmatch(token.value):
+                raise cyclopts.CoercionError(token=token, target_type=int)
+            if abs(int(token.value)) > _LARGEST_NUMBER:
+                raise ValueError(f"{token.value} is more than {_LARGEST_NUMBER}.")
+    return cyclopts.convert(type_, tokens)
+
+
 def _run(app: cyclopts.App, argv: list[str]) -> None:
     _keep_freed_memory()
+    _prepare_streams()
     verbose, quiet = _take(argv, _VERBOSE), _take(argv, _QUIET)
     handler = _log_to_console(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
     try:
@@ -114,9 +134,8 @@ def _run(app: cyclopts.App, argv: list[str]) -> None:
         sys.stdout.flush()  # here, where an error of it is seen
     except KeyboardInterrupt:
         code = _report_interrupt()
-    except BrokenPipeError:  # as in `qdq explain ... | head`: who reads has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-        code = 128 + signal.SIGPIPE
+    except SystemExit as error:  # rich, which prints the help, ends the process where nobody reads on
+        code = _STOPPED_READING if isinstance(error.__context__, BrokenPipeError) else error.code
     except Exception as error:  # Python's exit code 1 would say "findings"
         code = _report_interrupt() if _comes_from_interrupt(error) else _report_error(error, app.name[0], verbose)
     finally:
@@ -124,21 +143,67 @@ def _run(app: cyclopts.App, argv: list[str]) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+_STOPPED_READING = 128 + signal.SIGPIPE
+_LOST_OUTPUT = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+
+
+def _prepare_streams() -> None:
+    """Have a place for all that is printed, whatever the shell has left of it, and print every text somehow."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # `>&-`: the next file that is opened would get this number, and what libraries print
+            _discard(number)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _discard(number: int) -> None:
+    """Send what is printed to an open file nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    if nowhere != number:
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+
+
 def _report_error(error: Exception, program: str, verbose: bool) -> int:
     if isinstance(error, cyclopts.CycloptsError):
         message = str(error)
         command = " ".join([program, *(error.command_chain or ())])
         return _fail(message[:1].lower() + message[1:], f"see {command} --help")
-    if verbose or not isinstance(error, QdqError):
-        traceback.print_exception(error)
+    if isinstance(error, OSError) and error.filename is None and error.errno in _LOST_OUTPUT:
+        return _report_lost_output(error)
+    if verbose or not _is_foreseen(error):
+        _print_error("".join(traceback.format_exception(error)).rstrip())
     if isinstance(error, QdqError):
         return _fail(error.message, error.fix)
+    if isinstance(error, OSError) and error.filename is not None:
+        return _fail(f"cannot use {printable(error.filename)}: {error.strerror}.", "choose another file.")
     fix = "this is a fault of qdq; please report it with the lines above."
     return _fail(f"{type(error).__name__}: {error}", fix)
 
 
+def _is_foreseen(error: Exception) -> bool:
+    """Whether the message alone says enough: ours, or that the system refuses a file."""
+    return isinstance(error, QdqError) or (isinstance(error, OSError) and error.filename is not None)
+
+
+def _report_lost_output(error: OSError) -> int:
+    """A file that is open takes nothing any more: the standard output, most of all."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard(sys.stdout.fileno())  # Python flushes once more at its end
+    if error.errno == errno.EPIPE:  # as in `qdq explain ... | head`: who reads has enough
+        return _STOPPED_READING
+    return _fail(f"cannot write or print the result: {error.strerror}.", "make room, or send it elsewhere.")
+
+
 def _report_interrupt() -> int:
-    print("\ninterrupted: every file written so far is complete; run the same command again", file=sys.stderr)
+    _print_error("\ninterrupted: every file written so far is complete; run the same command again")
     return 130
 
 
@@ -153,8 +218,16 @@ def _comes_from_interrupt(error: BaseException | None) -> bool:
 
 def _fail(message: str, fix: str) -> int:
     """Print what is wrong and what to do, each on one line."""
-    print(f"error: {' '.join(message.split())}\n  fix: {' '.join(fix.split())}", file=sys.stderr)
+    texts = [printable(" ".join(text.split()), most=MOST_CHARACTERS) for text in (message, fix)]
+    _print_error(f"error: {texts[0]}\n  fix: {texts[1]}")
     return 2
+
+
+def _print_error(text: str) -> None:
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:  # there is no place left to say it
+        _discard(sys.stderr.fileno())
 
 
 def _keep_freed_memory() -> None:
@@ -178,7 +251,7 @@ def _take(argv: list[str], flags: tuple[str, ...]) -> bool:
 def _log_to_console(level: int) -> logging.Handler:
     handler = logging.StreamHandler()
     handler.setLevel(level)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(PrintableFormatter("%(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("qdq")
     logger.addHandler(handler)
     logger.setLevel(level)  # a run folder, which logs more, lowers it

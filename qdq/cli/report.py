@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -30,10 +31,12 @@ def report(*runs: Path, output: Annotated[Path | None, Parameter(alias="-o")] = 
 
     if not runs:
         raise ArgumentError("no run was given.", "name one run folder, or several to compare them.")
-    folder = runs[0] if runs[0].is_dir() else runs[0].parent
+    read = [file for run in runs for file in list_run_files(run)]
+    guard_files(inputs=read)
+    folder = runs[0] if os.path.isdir(runs[0]) else runs[0].parent
     default = folder / PAGE_FILE if len(runs) == 1 else Path("comparison.html")
     path = default if output is None else output
-    guard_files(inputs=[file for run in runs for file in list_run_files(run)], outputs=[path, json])
+    guard_files(inputs=read, outputs=[path, json])
     shown: object
     if len(runs) == 1:
         loaded = load_report(runs[0])

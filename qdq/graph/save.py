@@ -61,6 +61,8 @@ def save_model(model: ir.Model, path: Path) -> int:
 
 def list_data_files(path: Path) -> list[Path]:
     """The files beside a model that hold its weights; none where the model cannot be read."""
+    if not os.path.isfile(path):  # a FIFO has no end
+        return []
     try:
         model = ir.load(path)
     except Exception:  # protobuf and onnx_ir each raise their own; who uses the model says what is wrong with it

@@ -19,7 +19,7 @@ from torch import nn
 
 from qdq.calibrate.collect import bytes_of, format_of, leader_of
 from qdq.errors import DataError, ModelError
-from qdq.files import write_atomic
+from qdq.files import read_file, write_atomic
 from qdq.quantizer import from_log2, named_quantizers
 from qdq.schema import digest_parts, parse_json, shorten
 
@@ -43,7 +43,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: dict[st
 
 
 def load_tensors(
-    path: Path, form: str, read: Callable[[Path], bytes] = Path.read_bytes
+    path: Path, form: str, read: Callable[[Path], bytes] = read_file
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote.
 

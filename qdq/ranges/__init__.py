@@ -15,7 +15,7 @@ from torch import nn
 
 from qdq.check.load import load_onnx
 from qdq.errors import ArgumentError, CalibrationError, CheckError
-from qdq.files import write_atomic
+from qdq.files import read_file, write_atomic
 from qdq.graph.save import save_model
 from qdq.names import group_names, list_names
 from qdq.ranges import aimet, onnxruntime_json, tensorrt_cache
@@ -196,7 +196,7 @@ def _require_onnx(format: str, onnx: Path | str | None, *, may_lack: bool, may_h
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
         raise ArgumentError(f"cannot read {path}: {error.strerror or error}.", "check the path.") from error
 
