@@ -43,7 +43,7 @@ _HOMES = {
     "report.compare": ("compare_runs",),
     "report.explain": ("explain_layer",),
     "rewire": ("RewirePlan", "rewire_operations"),
-    "run": ("Run", "start_run"),
+    "run": ("Run", "check_run_folder", "start_run"),
     "schedule": ("Schedule",),
     "statistics": ("Statistics",),
     "swap": ("SwapPlan", "plan_swap", "restore_modules", "swap_modules"),

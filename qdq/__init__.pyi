@@ -68,6 +68,7 @@ from qdq.report.explain import explain_layer as explain_layer
 from qdq.rewire import RewirePlan as RewirePlan
 from qdq.rewire import rewire_operations as rewire_operations
 from qdq.run import Run as Run
+from qdq.run import check_run_folder as check_run_folder
 from qdq.run import start_run as start_run
 from qdq.schedule import Schedule as Schedule
 from qdq.statistics import Statistics as Statistics

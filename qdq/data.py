@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qdq.errors import ArgumentError, DataError, DependencyError
+from qdq.files import read_mode
 from qdq.models import LoadedModel, Preprocess, seeded_rng
 from qdq.weights import describe_content
 
@@ -407,6 +409,7 @@ def read_image(path: Path) -> Image.Image:
     from PIL import Image, UnidentifiedImageError
 
     try:
+        read_mode(path)
         with Image.open(path) as image:
             return image.convert("RGB")
     except Exception as error:  # Pillow's readers of the many formats raise whatever comes to them
@@ -533,17 +536,21 @@ def _scan(folder: Path) -> _Folder:
             f"move the images to {folder / 'CLASS'}/, or check --data-dir.",
         )
     dataset = ImageFolder(folder, allow_empty=True)
-    if not dataset.samples:
+    samples = [(Path(file), dataset.classes[index]) for file, index in dataset.samples if os.path.isfile(file)]
+    if len(samples) < len(dataset.samples):
+        skipped = [file for file, _ in dataset.samples if not os.path.isfile(file)]
+        logger.warning("no files, and left out: %s", _some(skipped))
+    if not samples:
         raise DataError(
             f"the {len(dataset.classes)} class folders of {folder} ({_some(dataset.classes)}) hold no image; "
             f"expected files named {suffixes}.",
             "add images, or check --data-dir.",
         )
-    used = {index for _, index in dataset.samples}
-    empty = [name for index, name in enumerate(dataset.classes) if index not in used]
+    used = {name for _, name in samples}
+    empty = [name for name in dataset.classes if name not in used]
     if empty:
         logger.warning("class folders without an image in %s: %s", folder, _some(empty))
-    return _Folder(folder, dataset.classes, [(Path(file), dataset.classes[i]) for file, i in dataset.samples])
+    return _Folder(folder, dataset.classes, samples)
 
 
 def _some(names: list[str]) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from qdq.errors import ArgumentError, DataError, QdqError
-from qdq.report.load import guarded, plain, read_report
+from qdq.names import MOST_CHARACTERS, printable
+from qdq.report.load import guarded, read_report
 from qdq.report.sections import JudgedSections
 from qdq.schema import validate
 
@@ -66,7 +67,7 @@ class GateReport:
     def format_table(self) -> str:
         """One line a limit, then the verdict."""
         lines = [f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.message}" for check in self.checks]
-        verdict = f"{plain(self.run)}: {len(self.failures)} of {len(self.checks)} limits missed"
+        verdict = f"{printable(self.run)}: {len(self.failures)} of {len(self.checks)} limits missed"
         return "\n".join([*lines, verdict])
 
 
@@ -134,8 +135,8 @@ def format_junit_error(run: Path | str, error: QdqError) -> bytes:
         error: Why.
     """
     root, suite = _new_suite(tests=1, errors=1)
-    _add_case(suite, run, "gate", "error", type(error).__name__, plain(error))
-    return _finish_suite(root, suite, plain(error))
+    _add_case(suite, run, "gate", "error", type(error).__name__, printable(error, MOST_CHARACTERS))
+    return _finish_suite(root, suite, printable(error, MOST_CHARACTERS))
 
 
 def _new_suite(tests: int, failures: int = 0, errors: int = 0) -> tuple[Element, Element]:
@@ -150,7 +151,7 @@ def _new_suite(tests: int, failures: int = 0, errors: int = 0) -> tuple[Element,
 
 def _add_case(suite: Element, run: Path | str, name: str, outcome: str, kind: str, message: str) -> None:
     """One test case; `outcome` is "failure", "error", or "" if it passed."""
-    case = SubElement(suite, "testcase", {"classname": plain(run), "name": name, "time": "0"})
+    case = SubElement(suite, "testcase", {"classname": printable(run), "name": name, "time": "0"})
     if outcome:
         SubElement(case, outcome, {"type": kind, "message": message}).text = message
 
@@ -255,7 +256,13 @@ def _judge(name: str, limit: float, judged: _Facts, other: _Facts | None) -> Gat
     if name == "min_int8_macs" and not passed:
         text += _name_float_layers(judged)
     bound = f"at {'most' if is_most else 'least'} {limit:.12g}"
-    return GateCheck(name.replace("_", "-"), limit, found, passed, plain(f"{text}; {bound}{_UNITS.get(name, '')}"))
+    return GateCheck(
+        name.replace("_", "-"),
+        limit,
+        found,
+        passed,
+        printable(f"{text}; {bound}{_UNITS.get(name, '')}", MOST_CHARACTERS),
+    )
 
 
 def _digits_apart(found: float, limit: float) -> int:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from qdq.errors import ArgumentError
-from qdq.files import is_same_file, read_file, to_jsonable, write_json
+from qdq.files import guard_files, is_same_file, read_file, to_jsonable, write_json
 from qdq.names import PrintableFormatter, printable
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ _RUN_FILES = (
     LOG_FILE,
     *_JOURNALS,
     *_STATISTICS,
+    "calibration*.damaged.safetensors",
     "plan.yaml",
     "model.onnx",
     "model.onnx.data",
@@ -174,14 +175,14 @@ def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | N
         settings: What the run was asked to do, for the report.
 
     Raises:
-        ArgumentError: As for `check_run_folder`; a seed below 0 or above 2^32 - 1.
+        ArgumentError: As for `check_run_folder`, and DataError; a seed below 0 or above 2^32 - 1.
     """
     if not 0 <= seed < 2**32:  # what numpy takes
         raise ArgumentError(f"seed is {seed}; it must be 0 to {2**32 - 1}.", "choose another seed.")
     folder = Path(folder)
     if find_announced()[0]:
         return _start_silent_run(settings or {}, seed)
-    check_run_folder(folder)
+    check_run_folder(folder, settings)
     run = Run(folder, settings or {}, seed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -195,14 +196,20 @@ def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | N
     return run
 
 
-def check_run_folder(folder: Path | str) -> None:
+def check_run_folder(folder: Path | str, settings: dict[str, Any] | None = None) -> None:
     """Refuse a folder in which no run can start, before the work whose results it is for; changes nothing.
 
+    Args:
+        folder: As for `start_run`.
+        settings: Likewise; the files that they name are looked at too.
+
     Raises:
+        DataError: A setting names a device, a FIFO or a link that leads nowhere.
         ArgumentError: The folder holds files and is no run's, is in use by another run, holds a link or the like where
             a run writes a file, or cannot be written to.
     """
     folder = Path(folder)
+    guard_files(inputs=[name for name in _list_names(settings or {}) if os.path.lexists(name)])
     try:
         present = _list_folder(folder)
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
@@ -285,8 +292,12 @@ def _read_state(folder: Path) -> dict[str, Any]:
 def _find_inputs(folder: Path, settings: dict[str, Any]) -> list[Path]:
     """The files below a folder that any of the settings names."""
     root = os.path.realpath(folder)
-    names = [text for text in _list_texts(to_jsonable(settings)) if text and "\0" not in text]
-    return [Path(name) for name in names if _is_below(name, root) and os.path.isfile(name)]
+    return [Path(name) for name in _list_names(settings) if _is_below(name, root) and os.path.isfile(name)]
+
+
+def _list_names(settings: dict[str, Any]) -> list[str]:
+    """The texts among settings that could be paths."""
+    return [text for text in _list_texts(to_jsonable(settings)) if text and "\0" not in text]
 
 
 def _list_texts(value: Any) -> Iterator[str]:

@@ -12,6 +12,7 @@ import jinja2
 import numpy as np
 
 from qdq.files import write_atomic
+from qdq.names import printable
 from qdq.observers.solve import SOLVERS
 from qdq.observers.statistics import TensorStatistics
 from qdq.statistics import Statistics
@@ -28,9 +29,11 @@ def format_statistics(summary: dict[str, Any]) -> str:
     """
     tensors: dict[str, dict[str, Any]] = summary["tensors"]
     methods = list(dict.fromkeys(method for entry in tensors.values() for method in entry["amax"]))
-    figures = [[name, *_figures(entry).values()] for name, entry in tensors.items()]
-    amax = [[name, *(_cell(e["amax"].get(m), "{:.4g}") for m in methods)] for name, e in tensors.items()]
-    clipped = [[name, *(_cell(e["clipped"].get(m), "{:.3%}") for m in methods)] for name, e in tensors.items()]
+    figures = [[printable(name), *_figures(entry).values()] for name, entry in tensors.items()]
+    amax = [[printable(name), *(_cell(e["amax"].get(m), "{:.4g}") for m in methods)] for name, e in tensors.items()]
+    clipped = [
+        [printable(name), *(_cell(e["clipped"].get(m), "{:.3%}") for m in methods)] for name, e in tensors.items()
+    ]
     state = "" if summary["complete"] else "; the pass was cut off, what follows is of a part of the data"
     return "\n\n".join([
         f"{len(tensors)} tensors, {summary['batches']} batches{state}",
@@ -48,7 +51,7 @@ def format_ranges(statistics: Statistics, ranges: Mapping[str, float]) -> str:
         ranges: From `Statistics.solve_all`.
     """
     rows = [
-        [name, f"{amax:.6g}", f"{statistics.clipped_share(name, amax):.3%}"] for name, amax in ranges.items()
+        [printable(name), f"{amax:.6g}", f"{statistics.clipped_share(name, amax):.3%}"] for name, amax in ranges.items()
     ]  # fmt: skip
     return format_columns([["tensor", "amax", "clipped"], *rows])
 

@@ -11,6 +11,7 @@ import qdq
 from qdq.cli.analyze import AnalysisOptions
 from qdq.cli.calibrate import CalibMethod
 from qdq.cli.main import PositiveInt, UInt32, run_command
+from qdq.cli.refusals import check_layers
 
 
 def ptq_classifier(
@@ -50,9 +51,13 @@ def ptq_classifier(
         sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121.
         seed: Of weights, crops and the choice of images.
     """
-    settings, backend, options = dict(locals()), qdq.find_backend("auto", sm), analysis.as_arguments()
+    settings = dict(locals())
+    qdq.check_run_folder(output, settings)
+    backend = qdq.find_backend("auto", sm)
+    options = analysis.as_arguments()
     pinned = qdq.load_plan(plan) if plan else None
     net = qdq.load_model(model, weights, seed)
+    check_layers(net, exclude=exclude, plan=pinned, groups=options["groups"])
     calib, images = qdq.load_images(data_dir, net, calib_batches * batch_size, eval_images, batch_size, seed)
     analysis.check_labels(calib.labels)
     run = qdq.start_run(output, seed=seed, settings=settings)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import qdq
 from qdq.cli.calibrate import CalibMethod
 from qdq.cli.main import NonNegativeInt, Parameter, PositiveInt, UInt32, run_command
+from qdq.cli.refusals import check_layers, check_tuning
 
 
 def qat_classifier(
@@ -57,11 +58,16 @@ def qat_classifier(
         sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121.
         seed: Of weights, crops and the choice of images.
     """
-    settings, backend = dict(locals()), qdq.find_backend("auto", sm)
+    settings = dict(locals())
+    qdq.check_run_folder(output, settings)
+    backend = qdq.find_backend("auto", sm)
     pinned = qdq.load_plan(plan) if plan else None
-    net, calib_images = qdq.load_model(model, weights, seed), calib_batches * batch_size
-    calib, images = qdq.load_images(data_dir, net, calib_images, eval_images, batch_size, seed)
+    net = qdq.load_model(model, weights, seed)
+    check_layers(net, exclude=exclude, plan=pinned, layers=layers)
+    calib_images = calib_batches * batch_size
     training = qdq.load_training_images(data_dir, net, None, calib_images, eval_images, batch_size, seed)
+    check_tuning(loss, training.labels, schedule, tensorboard=tensorboard)
+    calib, images = qdq.load_images(data_dir, net, calib_images, eval_images, batch_size, seed)
     run = qdq.start_run(output, seed=seed, settings=settings)
     collected, journal, file = (run.folder / n for n in ("calibration.safetensors", "analysis.jsonl", "model.onnx"))
     run.stage("float")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -319,6 +320,18 @@ def check_refused(folder, *words, model=None):
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_file_is_left_out_and_named(tmp_path, caplog):
+    folder = make_folder(tmp_path, a=4, b=4)
+    os.mkfifo(folder / "a" / "fifo.png")  # whoever opens it waits for ever
+    (folder / "b" / "nowhere.jpg").symlink_to("missing")
+    (folder / "b" / "linked.png").symlink_to(folder / "a" / "1.png")
+    calibration, evaluation = load_image_folder(folder, make_model(2), 4, 5)
+    assert calibration.num_images + evaluation.num_images == 9
+    assert f"no files, and left out: {folder / 'a' / 'fifo.png'}, {folder / 'b' / 'nowhere.jpg'}" in caplog.text
+    with pytest.raises(DataError, match="it is a FIFO, not a file"):
+        read_image(folder / "a" / "fifo.png")
 
 
 def test_missing_folder(tmp_path):

@@ -1,6 +1,8 @@
 """Where output files may go: nothing that is read, and nothing that is somebody else's, is lost."""
 
+import json
 import os
+import shlex
 import socket
 import stat
 import subprocess
@@ -12,6 +14,7 @@ import onnx_ir as ir
 import pytest
 
 from qdq import ArgumentError, DataError
+from qdq.cli.main import main
 from qdq.files import guard_files, write_atomic
 
 FLOAT = """
@@ -28,13 +31,6 @@ g (float[N,3,8,8] x) => (float[N,4,8,8] y)
 def model(tmp_path):
     ir.save(ir.from_onnx_text(FLOAT), tmp_path / "model.onnx")
     return tmp_path / "model.onnx"
-
-
-@pytest.fixture
-def split_model(tmp_path):
-    """A model whose weights lie in a second file, of another name than its own."""
-    ir.save(ir.from_onnx_text(FLOAT), tmp_path / "split.onnx", external_data="weights.bin", size_threshold_bytes=0)
-    return tmp_path / "split.onnx"
 
 
 class TestGuard:
@@ -214,3 +210,164 @@ class TestWritingInto:
         assert (tmp_path / "out").read_text() == "table\njson\nend\n" * 2
         piped = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True)
         assert piped.stdout == b"table\njson\nend\n"
+
+
+def call(capsys, *arguments):
+    with pytest.raises(SystemExit) as exit:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return exit.value.code, captured.out, captured.err
+
+
+def snapshot(folder):
+    """Every entry below a folder: kind, and content or what it leads to."""
+    entries = {}
+    for path in folder.rglob("*"):
+        mode = path.lstat().st_mode
+        content = path.read_bytes() if stat.S_ISREG(mode) else os.readlink(path) if stat.S_ISLNK(mode) else b""
+        entries[path.relative_to(folder).as_posix()] = (stat.S_IFMT(mode), content)
+    return entries
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """One of every kind of file that a command reads."""
+    folder = tmp_path_factory.mktemp("inputs")
+    ir.save(ir.from_onnx_text(FLOAT), folder / "model.onnx")
+    ir.save(ir.from_onnx_text(FLOAT), folder / "split.onnx", external_data="weights.bin", size_threshold_bytes=0)
+    (folder / "calibration.safetensors").write_text("statistics")
+    for name in ("run", "base"):
+        (folder / name).mkdir()
+        (folder / name / "run.json").write_text(json.dumps({"format": "qdq run 1", "stage": ""}))
+        (folder / name / "report.json").write_text("{}")
+        (folder / name / "model.onnx").write_text("of the run")
+        (folder / name / "tuning").mkdir()
+        (folder / name / "tuning" / "best.safetensors").write_text("of the run")
+    (folder / "data" / "0").mkdir(parents=True)
+    (folder / "data" / "0" / "a.png").write_text("image")
+    (folder / "folder").mkdir()
+    os.mkfifo(folder / "fifo")
+    (folder / "loop").symlink_to("loop")
+    (folder / "link.onnx").symlink_to("model.onnx")
+    (folder / "hard.onnx").hardlink_to(folder / "model.onnx")
+    (folder / "report link").symlink_to("run/report.json")
+    return folder
+
+
+READ, TWICE = "is what is read; it would be lost", "is written twice"
+REFUSED = [
+    # check
+    ("check model.onnx --json model.onnx", READ),
+    ("check model.onnx --sarif ./folder/../model.onnx", READ),
+    ("check model.onnx --json link.onnx", READ),
+    ("check model.onnx --json hard.onnx", READ),
+    ("check link.onnx --json model.onnx", READ),
+    ("check split.onnx --json weights.bin", READ),
+    ("check split.onnx --fix weights.bin", READ),
+    ("check model.onnx --json new --sarif new", TWICE),
+    ("check model.onnx --fix new --sarif folder/../new", TWICE),
+    ("check model.onnx --fix model.onnx --json model.onnx", "model.onnx"),
+    ("check model.onnx --json folder", "Is a directory"),
+    ("check model.onnx --sarif loop", "Too many levels"),
+    ("check model.onnx --json model.onnx/new", "Not a directory"),
+    ("check fifo --json new", "it is a FIFO"),
+    ("check /dev/zero", "it is a device"),
+    # build
+    ("build model.onnx --json model.onnx", READ),
+    ("build model.onnx -o hard.onnx", READ),
+    ("build model.onnx -o new --json new", TWICE),
+    ("build model.onnx --json model.rtx.engine", TWICE),
+    ("build split.onnx -o weights.bin", READ),
+    ("build fifo", "it is a FIFO"),
+    # calibrate
+    ("calibrate show calibration.safetensors --json calibration.safetensors", READ),
+    ("calibrate show calibration.safetensors --plots new --json new", TWICE),
+    ("calibrate solve calibration.safetensors --json calibration.safetensors", READ),
+    ("calibrate solve calibration.safetensors --onnx model.onnx -o calibration.safetensors", READ),
+    ("calibrate solve calibration.safetensors --onnx model.onnx -o new --json model.onnx", READ),
+    ("calibrate solve calibration.safetensors --onnx model.onnx -o model.onnx --json model.onnx", "model.onnx"),
+    ("calibrate solve calibration.safetensors --onnx split.onnx -o weights.bin", READ),
+    ("calibrate merge calibration.safetensors calibration.safetensors -o folder", "Is a directory"),
+    # report, explain, gate
+    ("report run -o run/report.json", READ),
+    ("report run --json run/report.json", READ),
+    ("report run/report.json -o run/model.onnx", READ),
+    ("report run --json run/report.html", TWICE),
+    ("report run base -o base/report.json", READ),
+    ("report run --json run/tuning/best.safetensors", READ),
+    ("explain run layer --json run/report.json", READ),
+    ("explain run layer --json run/run.json", READ),
+    ("gate run --max-drop 1 --junit run/report.json", READ),
+    ("gate run --max-drop 1 --json report\\ link", READ),
+    ("gate run --max-drop 1 --baseline base --json base/report.json", READ),
+    ("gate run --max-drop 1 --junit new --json new", TWICE),
+    ("gate fifo --max-drop 1", "it is a FIFO"),
+    # plan, env, eval
+    ("plan diff fifo fifo", "it is a FIFO"),
+    ("env --json folder", "Is a directory"),
+    ("eval model.onnx --json model.onnx", READ),
+    ("eval split.onnx --json weights.bin", READ),
+    ("eval --data-dir data --json data/0/a.png", READ),
+    ("eval --weights model.onnx --json hard.onnx", READ),
+    ("eval --data-dir fifo", "it is a FIFO"),
+    # recipes
+    ("ptq --output folder/../model.onnx", "as run folder: Not a directory"),
+    ("ptq --output data", "is not a run folder"),
+    ("ptq --output loop", "Too many levels"),
+    ("ptq --output new --plan fifo", "it is a FIFO"),
+    ("ptq --output new --profile fifo", "it is a FIFO"),
+    ("ptq --output new --weights fifo", "it is a FIFO"),
+    ("ptq --output new --data-dir fifo", "it is a FIFO"),
+    ("qat --output data", "is not a run folder"),
+    ("qat --output new --plan fifo", "it is a FIFO"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), REFUSED)
+def test_commands_refuse_what_would_be_lost(inputs, capsys, monkeypatch, line, reason):
+    arguments = shlex.split(line)
+    if arguments[0] in ("eval", "ptq", "qat"):
+        pytest.importorskip("torchvision", reason="needs the extra 'demo'")
+    monkeypatch.chdir(inputs)
+    before = snapshot(inputs)
+    code, out, err = call(capsys, *arguments)
+    error, fix = err.splitlines()
+    assert (code, out) == (2, "")
+    assert error.startswith("error: ") and reason in error
+    assert fix.startswith("  fix: ")
+    assert snapshot(inputs) == before
+
+
+@pytest.mark.parametrize("line", ["check model.onnx --json OUT", "env --json OUT", "check model.onnx --sarif OUT"])
+def test_commands_write_into_what_is_no_file(model, capsys, monkeypatch, tmp_path, line):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo")
+    received = []
+    reader = threading.Thread(target=lambda: received.append(Path(tmp_path, "fifo").read_text()))
+    reader.start()
+    assert call(capsys, *line.replace("OUT", "fifo").split())[0] == 0
+    reader.join(60)
+    assert json.loads(received[0])
+    assert stat.S_ISFIFO(os.stat("fifo").st_mode)
+    Path("link.json").symlink_to("target.json")
+    assert call(capsys, *line.replace("OUT", "link.json").split())[0] == 0
+    assert Path("link.json").is_symlink() and json.loads(Path("target.json").read_text())
+    assert call(capsys, *line.replace("OUT", "/dev/null").split())[0] == 0
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_commands_say_what_a_full_device_does_not_take(model, capsys):
+    code, _, err = call(capsys, "check", model, "--json", "/dev/full")
+    assert code == 2
+    assert err.splitlines()[0] == "error: cannot write /dev/full: No space left on device."
+
+
+def test_two_results_may_go_nowhere(model, capsys):
+    assert call(capsys, "check", model, "--json", "/dev/null", "--sarif", "/dev/null")[0] == 0
+
+
+def test_in_place(model, capsys):
+    before = model.read_bytes()
+    assert call(capsys, "check", model, "--fix", model)[0] == 0
+    assert ir.load(model).graph.name == ir.from_onnx_text(FLOAT).graph.name
+    assert len(model.read_bytes()) > len(before) // 2

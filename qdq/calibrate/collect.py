@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -12,18 +13,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
 from qdq.distributed import failing_together, find_rank, gather_bytes
-from qdq.errors import ArgumentError, CalibrationError
+from qdq.errors import ArgumentError, CalibrationError, DataError
 from qdq.files import guard_files
 from qdq.formats import Format
 from qdq.nn import QuantMixin
 from qdq.observers.collector import TensorCollector, TensorReader
 from qdq.quantizer import SharedQuantizer, TensorQuantizer, named_quantizers
+from qdq.statistics import _FORMAT as STATISTICS_FORMAT
 from qdq.statistics import Statistics, merge_parts, require_suffix
 from qdq.swap import quantized_layers
 from qdq.trace import call_model, evaluating, require_batches, split_inputs, tensors_of
@@ -160,7 +163,7 @@ def collect_statistics(
         ArgumentError: Nothing to calibrate; a file of another model, of other data or of more batches.
         ArgumentTypeError: `batches` is one tensor or dictionary.
         CalibrationError: NaN or Inf in the data, with the quantizer and the batch; another process failed.
-        DataError: The file is damaged, or no such file.
+        DataError: The file is of another kind. A damaged one is renamed, and a warning says so.
     """
     return collect_and_hold_out(model, batches, num_batches, statistics, hold_out=False)[0]
 
@@ -285,12 +288,13 @@ class _File:
 
         Raises:
             ArgumentError: It is of another model, holds more batches, or one process has begun what several go on with.
-            DataError: It is damaged.
+            DataError: It is of another kind.
         """
         content = b""
         with failing_together():
             if self._path and self._rank == 0 and self._path.is_file():
-                content = Statistics.load(self._path).to_bytes()
+                statistics = _load_or_set_aside(self._path)
+                content = b"" if statistics is None else statistics.to_bytes()
         content = gather_bytes(content)[0]
         if not content:
             return None
@@ -314,11 +318,12 @@ class _File:
 
         Raises:
             ArgumentError: It is of another model.
-            DataError: It is damaged.
+            DataError: It is of another kind.
         """
-        if not self._own or not self._own.is_file():
+        statistics = _load_or_set_aside(self._own) if self._own and self._own.is_file() else None
+        if statistics is None:
             return None
-        begun = self._require_same_model(Statistics.load(self._own))
+        begun = self._require_same_model(statistics)
         logger.info("%s holds %d batches; going on with the next", self._own, begun.batches)
         return begun
 
@@ -370,6 +375,32 @@ class _File:
                 whole.save(self._path)
         if self._own and self._own != self._path:
             self._own.unlink(missing_ok=True)
+
+
+def _load_or_set_aside(path: Path) -> Statistics | None:
+    """What a file of statistics holds; a damaged one is renamed, and the pass begins anew.
+
+    Raises:
+        DataError: The file is of another kind.
+    """
+    try:
+        return Statistics.load(path)
+    except DataError as error:
+        if _is_of_another_kind(path):
+            raise
+        aside = path.with_name(f"{path.stem}.damaged{path.suffix}")
+        os.replace(path, aside)
+        logger.warning("%s It is now %s, and everything is collected again.", error.message, aside.name)
+        return None
+
+
+def _is_of_another_kind(path: Path) -> bool:
+    """Whether a file is whole and not of statistics: it is somebody else's, and must not be touched."""
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            return STATISTICS_FORMAT not in (file.metadata() or {})
+    except (OSError, safetensors.SafetensorError):
+        return False
 
 
 def fingerprint_model(model: nn.Module) -> str:

@@ -44,6 +44,7 @@ def build(
     from qdq.build import ENGINE_SUFFIXES, build_engine
     from qdq.files import guard_files, write_json
     from qdq.graph.save import list_data_files
+    from qdq.names import MOST_CHARACTERS, make_printable, printable
     from qdq.trt.profiles import parse_shapes
 
     engines = [output] if output else [onnx.with_suffix(suffix) for suffix in ENGINE_SUFFIXES.values()]
@@ -53,9 +54,9 @@ def build(
         onnx, output, backend=backend, sm=sm,
         min_shapes=shapes[0], opt_shapes=shapes[1], max_shapes=shapes[2],
     )  # fmt: skip
-    print(report.format_table())
+    print(make_printable(report).format_table())
     for version, command in report.trtexec.items():
-        print(f"\n# on the target, TensorRT {version.removeprefix('tensorrt')}\n{command}")
+        print(f"\n# on the target, TensorRT {version.removeprefix('tensorrt')}\n{printable(command, MOST_CHARACTERS)}")
     if json is not None:
         write_json(json, report)
     return 1 if report.missing_int8 else 0

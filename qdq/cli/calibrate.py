@@ -63,13 +63,14 @@ def merge(*files: Path, output: Annotated[Path, Parameter(alias="-o")]) -> int:
         output: Where to write, .safetensors; a readable summary is written beside it, .json.
     """
     from qdq.files import guard_files
+    from qdq.names import printable
     from qdq.statistics import merge_files
 
     guard_files(
         inputs=files, outputs=[output, output.with_suffix(".json")], in_place=[(output, file) for file in files]
     )
     merged = merge_files(files, output)
-    print(f"{output}: {len(merged.tensors)} tensors, {merged.batches} batches of {len(files)} files")
+    print(f"{printable(output)}: {len(merged.tensors)} tensors, {merged.batches} batches of {len(files)} files")
     return 0
 
 
@@ -104,6 +105,7 @@ def solve(
     from qdq.errors import ArgumentError
     from qdq.files import guard_files, write_json
     from qdq.graph.save import list_data_files
+    from qdq.names import make_printable, printable
     from qdq.rescale import rescale_onnx
     from qdq.show import format_ranges
     from qdq.statistics import Statistics
@@ -117,13 +119,13 @@ def solve(
     options = {} if percentile is None else {"percentile": percentile}
     statistics = Statistics.load(file)
     if not statistics.complete:
-        print(f"{file} holds a pass that was cut off after {statistics.batches} batches\n")
+        print(f"{printable(file)} holds a pass that was cut off after {statistics.batches} batches\n")
     ranges = statistics.solve_all(method, **options)
     print(format_ranges(statistics, ranges))
     rescaling = None
     if onnx is not None and output is not None:
         rescaling = rescale_onnx(onnx, output, statistics, method=method, **options)
-        print(f"\n{rescaling.format_table()}")
+        print(f"\n{make_printable(rescaling).format_table()}")
     if json is not None:
         write_json(json, {"method": method, **options, "amax": ranges, "onnx": rescaling})
     return 0 if rescaling is None or rescaling.is_whole else 1

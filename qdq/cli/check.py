@@ -50,6 +50,7 @@ def check(
     from qdq.errors import ArgumentError
     from qdq.files import guard_files, write_json
     from qdq.graph.save import list_data_files
+    from qdq.names import make_printable, printable
 
     if explain is not None:
         print(get_rule(explain).explain())
@@ -61,9 +62,13 @@ def check(
     guard_files(inputs=[onnx, *list_data_files(onnx)], outputs=[fix, json, sarif], in_place=[(fix, onnx)])
     if fix is not None:
         mended = fix_onnx(onnx, fix)
-        print(f"{fix}: " + (", ".join(f"{n} nodes of {rule}" for rule, n in mended.items()) or "nothing") + " mended")
+        print(
+            f"{printable(fix)}: "
+            + (", ".join(f"{n} nodes of {rule}" for rule, n in mended.items()) or "nothing")
+            + " mended"
+        )
     report = check_onnx(onnx if fix is None else fix, select=selected, ignore=ignored)
-    print(report.format_table())
+    print(make_printable(report).format_table())
     if json is not None:
         write_json(json, report)
     if sarif is not None:

@@ -43,6 +43,7 @@ def evaluate_files(
     from qdq.files import guard_files, write_json
     from qdq.graph.save import list_data_files
     from qdq.models import load_model
+    from qdq.names import MOST_CHARACTERS, make_printable, printable
 
     data_files = [file for path in onnx for file in list_data_files(path)]
     image = json if is_image_of(data_dir, json) else None
@@ -56,9 +57,9 @@ def evaluate_files(
     evaluation = evaluate_outputs(
         outputs, images.labels, files={"float": loaded.module, **{str(path): path for path in onnx}}
     )
-    print(evaluation.format_table())
+    print(make_printable(evaluation).format_table())
     if images.labels is None:
-        print(f"no top-1: {images.label_note}")
+        print(f"no top-1: {printable(images.label_note, MOST_CHARACTERS)}")
     if json is not None:
         write_json(json, evaluation)
     return 0

@@ -22,12 +22,14 @@ def diff(before: Path, after: Path, /) -> int:
         after: The second plan.
     """
     from qdq.files import guard_files
+    from qdq.names import printable
     from qdq.plan import diff_plans, load_plan
 
     guard_files(inputs=[before, after])
     changes = diff_plans(load_plan(before), load_plan(after))
-    width = max((len(change.name) for change in changes), default=0)
-    for change in changes:
-        print(f"{change.name:{width}}  {change.before or 'not named'} -> {change.after or 'not named'}")
+    names = [printable(change.name) for change in changes]
+    width = max(map(len, names), default=0)
+    for name, change in zip(names, changes, strict=True):
+        print(f"{name:{width}}  {change.before or 'not named'} -> {change.after or 'not named'}")
     print(f"{len(changes)} layers differ")
     return 1 if changes else 0

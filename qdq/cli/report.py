@@ -24,6 +24,7 @@ def report(*runs: Path, output: Annotated[Path | None, Parameter(alias="-o")] = 
     """
     from qdq.errors import ArgumentError
     from qdq.files import guard_files, write_atomic, write_json
+    from qdq.names import MOST_CHARACTERS, printable
     from qdq.report.compare import compare_runs, render_comparison
     from qdq.report.load import PAGE_FILE, load_report
     from qdq.report.page import render_report
@@ -44,7 +45,7 @@ def report(*runs: Path, output: Annotated[Path | None, Parameter(alias="-o")] = 
     else:
         comparison = compare_runs(runs)
         shown, page = comparison, render_comparison(comparison)
-    print(write_atomic(path, page))
+    print(printable(write_atomic(path, page), MOST_CHARACTERS))
     if json is not None:
         write_json(json, shown)
     return 0

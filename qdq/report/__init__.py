@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qdq.files import to_jsonable, write_atomic, write_json
-from qdq.report.load import PAGE_FILE, REPORT_FORMAT, load_report, plain
+from qdq.names import MOST_CHARACTERS, make_printable, printable
+from qdq.report.load import PAGE_FILE, REPORT_FORMAT, load_report
 from qdq.report.page import render_report
 from qdq.run import REPORT_FILE, STATISTICS_FILES, Run
 from qdq.statistics import Statistics
@@ -224,9 +225,12 @@ def _format(
     findings: list[str],
     run: Run,
 ) -> str:
+    plan, rewired, analysis, tuning, check, build, evaluation = make_printable(
+        (plan, rewired, analysis, tuning, check, build, evaluation)
+    )
     blocks = [
         ("Model", title),
-        ("Data", "\n".join(f"{use}: {what}" for use, what in data.items())),
+        ("Data", "\n".join(f"{use}: {printable(what, MOST_CHARACTERS)}" for use, what in data.items())),
         ("Layers", plan.format_table()),
         ("Functions", rewired.format_table()),
         ("Sensitivity", analysis.format_table()),
@@ -235,11 +239,11 @@ def _format(
         ("Engine", build.format_table()),
         ("Result", evaluation.format_table()),
         ("On the target", "\n".join(f"# {version}\n{line}" for version, line in build.trtexec.items())),
-        ("Findings", "\n".join(findings) or "none"),
+        ("Findings", "\n".join(printable(finding, MOST_CHARACTERS) for finding in findings) or "none"),
         ("Files", f"{run.folder} ({sum(run.seconds.values()):.0f} s); open {PAGE_FILE} in a browser"),
     ]
     text = "\n\n".join(f"{title}\n{_indent(body)}" for title, body in blocks)
-    return "\n".join(map(plain, text.split("\n")))
+    return "\n".join(printable(line, MOST_CHARACTERS) for line in text.split("\n"))
 
 
 def _indent(text: str) -> str:

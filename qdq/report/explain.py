@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdq.errors import ArgumentError
+from qdq.names import MOST_CHARACTERS, printable
 from qdq.report.charts import unit_of_gain
 from qdq.report.facts import Fact, describe_layer, describe_tensor, format_share, title_of
-from qdq.report.load import StoredReport, guarded, load_report, plain
+from qdq.report.load import StoredReport, guarded, load_report
 from qdq.report.records import LayerRecord, TensorRecord
 
 _HINTS = 5
@@ -79,7 +80,7 @@ def _format(layer: LayerRecord, neighbours: dict[str, str], unit: str) -> str:
     blocks = [_block(f"{layer.name or 'the model'} ({layer.kind})", describe_layer(layer, unit, neighbours))]
     blocks += [_block(f"{title_of(tensor)} ({tensor.quantizer})", _list_facts(tensor)) for tensor in layer.tensors]
     if "tensors" in layer.unknown:
-        blocks.append(plain(f"No ranges: {layer.unknown['tensors']}"))
+        blocks.append(printable(f"No ranges: {layer.unknown['tensors']}", MOST_CHARACTERS))
     return "\n\n".join(blocks)
 
 
@@ -100,5 +101,6 @@ def _list_facts(tensor: TensorRecord) -> list[Fact]:
 
 def _block(title: str, facts: list[Fact]) -> str:
     """A title, and below it a line of each fact."""
-    width = max(len(plain(term)) for term, _ in facts)
-    return "\n".join([plain(title), *(f"  {plain(term):{width}}  {plain(text)}" for term, text in facts)])
+    width = max(len(printable(term)) for term, _ in facts)
+    lines = [f"  {printable(term):{width}}  {printable(text, MOST_CHARACTERS)}" for term, text in facts]
+    return "\n".join([printable(title), *lines])

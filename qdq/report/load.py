@@ -119,8 +119,3 @@ def parse_report(data: Any, path: Path) -> StoredReport:
         raise DataError(f"{path} is of another qdq: its format is {found}, this one reads {REPORT_FORMAT!r}.", _AGAIN)
     sections = validate(StoredSections, data, str(path), _AGAIN)
     return StoredReport(path, data, tuple(sections["layers"]))
-
-
-def plain(text: object) -> str:
-    """One line without what a terminal, XML or UTF-8 would not take: names and paths are data."""
-    return "".join(character if character.isprintable() else "?" for character in str(text))

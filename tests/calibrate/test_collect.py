@@ -156,15 +156,10 @@ class TestFile:
         with pytest.raises(ArgumentError, match=r"does not end in \.safetensors"):
             collect_statistics(make_model(), make_batches(1), statistics=tmp_path / "ranges.json")
         path = tmp_path / "calibration.safetensors"
-        for content in (
-            b"",
-            b"nonsense",
-            b"\x00" * 64,
-            save({"a": torch.ones(1)}),
-        ):
-            path.write_bytes(content)
-            with pytest.raises(DataError, match=r"calibration\.safetensors"):
-                collect_statistics(make_model(), make_batches(1), statistics=path)
+        path.write_bytes(content := save({"a": torch.ones(1)}))  # somebody's weights
+        with pytest.raises(DataError, match=r"calibration\.safetensors"):
+            collect_statistics(make_model(), make_batches(1), statistics=path)
+        assert path.read_bytes() == content
         whole = collect_statistics(make_model(), make_batches(1)).to_bytes()
         for cut in (7, 100, len(whole) // 2, len(whole) - 1):
             path.write_bytes(whole[:cut])
@@ -172,6 +167,18 @@ class TestFile:
                 Statistics.load(path)
         with pytest.raises(DataError, match="No such file"):
             Statistics.load(tmp_path / "missing.safetensors")
+
+    @pytest.mark.parametrize("damage", ["empty", "nonsense", "zeros", "cut", "flipped"])
+    def test_a_damaged_file_is_set_aside(self, tmp_path, caplog, damage):
+        path = tmp_path / "calibration.safetensors"
+        whole = collect_statistics(make_model(), make_batches(2), statistics=path).to_bytes()
+        flipped = whole.replace(b"batches", b"batcheS", 1)
+        contents = {"empty": b"", "nonsense": b"nonsense", "zeros": bytes(64), "cut": whole[:-1], "flipped": flipped}
+        path.write_bytes(contents[damage])
+        assert collect_statistics(make_model(), make_batches(2), statistics=path).to_bytes() == whole
+        assert path.read_bytes() == whole
+        assert (tmp_path / "calibration.damaged.safetensors").read_bytes() == contents[damage]
+        assert "It is now calibration.damaged.safetensors, and everything is collected again" in caplog.text
 
     def test_nan_keeps_what_was_saved(self, tmp_path, monkeypatch):
         monkeypatch.setattr("qdq.calibrate.collect._SAVE_SECONDS", 0)
