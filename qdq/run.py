@@ -326,7 +326,9 @@ def _empty(folder: Path, inputs: list[Path], is_begun: bool) -> None:
     if is_begun:
         return
     for path in _list_tuning(folder / TUNING_FOLDER):
-        if not any(is_same_file(path, file) for file in inputs):
+        if any(is_same_file(path, file) for file in inputs):
+            _keep_copy(path, is_begun)
+        else:
             path.unlink()
     for place in (folder / TUNING_FOLDER / "tensorboard", folder / TUNING_FOLDER):
         with contextlib.suppress(OSError):  # it is not there, or holds what a run has not written

@@ -112,6 +112,7 @@ def test_what_a_setting_names_is_not_removed(tmp_path):
     start_run(tmp_path, settings=settings)
     assert not (tmp_path / "model.onnx").exists()
     assert all((tmp_path / name).read_text() == name for name in names[:-1])
+    assert (tmp_path / "tuning" / "best.input.safetensors").read_text() == "tuning/best.safetensors"
 
 
 def test_a_plan_that_the_run_replaces_is_kept_beside_it(tmp_path):
