@@ -37,6 +37,7 @@ EVALUATION_IMAGES = 500
 CACHE_BYTES = 2**30
 """Sets of float32 images up to this size are preprocessed once and held, larger ones anew in every pass."""
 
+_MOST_CROPS = 10**6  # of the packaged photographs; their places are drawn at once
 _SAMPLE_CROPS = 1024  # of the packaged photographs in a pass of training
 _CROP_SCALE = (0.25, 1.0)  # share of a photograph's area; smaller parts often miss what the label names
 _CROP_RATIO = (3 / 4, 4 / 3)  # width to height, as in training on ImageNet
@@ -279,10 +280,15 @@ def load_sample_images(
         The sets to calibrate and to evaluate on; no photograph is in both.
 
     Raises:
-        ArgumentError: A number below 1.
+        ArgumentError: A number below 1 or above a million.
         DependencyError: One of the three packages is not installed.
     """
     _check_positive(calibration=calibration, evaluation=evaluation, batch_size=batch_size)
+    if max(calibration, evaluation) > _MOST_CROPS:
+        raise ArgumentError(
+            f"{max(calibration, evaluation)} crops of a few photographs are asked for.",
+            f"ask for {_MOST_CROPS} or fewer, or pass --data-dir with images of your own.",
+        )
     files = _find_calibration_photographs()
     crops = f"random-resized crops (area {_CROP_SCALE[0]:.0%} to {_CROP_SCALE[1]:.0%}, seed {seed})"
     sources = " and ".join(f"{package} {metadata.version(package)}" for package, _, _ in _CALIBRATION_FILES)

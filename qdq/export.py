@@ -26,6 +26,7 @@ from qdq.check.parity import Parity, measure_parity
 from qdq.check.precision import measure_peaks, run_graph, run_rounded
 from qdq.check.rules import find_violations
 from qdq.errors import ArgumentError, CheckError, ExportError
+from qdq.files import guard_files
 from qdq.formats import Format
 from qdq.graph.coverage import WeightedNode, count_qdq, list_weighted_nodes
 from qdq.graph.fold_casts import FoldCasts
@@ -166,6 +167,7 @@ def export_onnx(
         raise ArgumentError(f"weights is {weights!r}; known are 'int8' and 'float'.", "use 'int8'.")
     if precision not in _PRECISIONS:
         raise ArgumentError(f"precision is {precision!r}; known are 'fp32', 'fp16' and 'bf16'.", "use 'fp16'.")
+    guard_files(outputs=[path])  # capturing and converting take minutes
     _require_exportable(model)
     captured = _capture(model, example_inputs, max(opset, HIGHEST), dynamic_batch)  # torch writes none below
     exported = captured.graph

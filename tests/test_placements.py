@@ -10,9 +10,11 @@ import sys
 import threading
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import pytest
 
+import qdq
 from qdq import ArgumentError, DataError
 from qdq.cli.main import main
 from qdq.files import guard_files, write_atomic
@@ -371,3 +373,21 @@ def test_in_place(model, capsys):
     assert call(capsys, "check", model, "--fix", model)[0] == 0
     assert ir.load(model).graph.name == ir.from_onnx_text(FLOAT).graph.name
     assert len(model.read_bytes()) > len(before) // 2
+
+
+def test_functions_refuse_before_their_work(quantized, images, tmp_path, monkeypatch):
+    path = qdq.export_onnx(quantized, images, tmp_path / "model.onnx").path
+    content = path.read_bytes()
+
+    def capture(*_):
+        raise AssertionError("the work has begun")
+
+    monkeypatch.setattr("qdq.export._capture", capture)
+    for output in (tmp_path, tmp_path / ("x" * 256), path / "file"):
+        with pytest.raises(ArgumentError, match="cannot write"):
+            qdq.export_onnx(quantized, images, output)
+    with pytest.raises(ArgumentError, match="is what is read"):
+        qdq.export_ranges(quantized, path, format="onnxruntime", onnx=path)
+    assert path.read_bytes() == content
+    qdq.export_ranges(quantized, path, format="qdq", onnx=path)
+    assert ir.load(path).graph.name == ir.from_proto(onnx.load_from_string(content)).graph.name

@@ -205,6 +205,8 @@ def bad_pattern(tmp_path):
         (unknown_layer, "the plan says float for 'features.99'"),
         (bad_pattern, "'re:(' is no regular expression"),
         (["--eval-images", "1.5"], 'unable to convert "1.5" into int'),
+        (["--eval-images", "4000000000"], "4000000000 crops of a few photographs are asked for"),
+        (["--batch-size", "4000000000"], "crops of a few photographs are asked for"),
         (["--model", "resnet5"], "unknown model 'resnet5'"),
         (["--data-dir", "missing"], "missing does not exist"),
         (empty_folder, "hold no image"),

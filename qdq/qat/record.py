@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from qdq.distributed import broadcast_number, failing_together, find_rank, read_together
-from qdq.errors import ArgumentError, DependencyError, StateError
+from qdq.errors import ArgumentError, DataError, DependencyError, StateError
 from qdq.files import guard_files
 from qdq.qat.checkpoint import (
     MODEL_FORMAT,
@@ -208,7 +208,10 @@ class Record:
 
     def _go_on(self, folder: Path) -> None:
         path = folder / STATE_FILE
-        tensors, facts = load_tensors(path, STATE_FORMAT, read_together)
+        try:
+            tensors, facts = load_tensors(path, STATE_FORMAT, read_together)
+        except DataError as error:
+            raise DataError(error.message, "remove the file to begin anew, or choose another folder.") from error
         if facts["settings"] != self._settings:
             names = self._settings | facts["settings"]
             changed = [name for name in names if self._settings.get(name) != facts["settings"].get(name)]

@@ -15,8 +15,8 @@ from torch import nn
 
 from qdq.check.load import load_onnx
 from qdq.errors import ArgumentError, CalibrationError, CheckError
-from qdq.files import read_file, write_atomic
-from qdq.graph.save import save_model
+from qdq.files import guard_files, read_file, write_atomic
+from qdq.graph.save import list_data_files, save_model
 from qdq.names import group_names, list_names
 from qdq.ranges import aimet, onnxruntime_json, tensorrt_cache
 from qdq.ranges.format import FileFormat
@@ -154,6 +154,8 @@ def export_ranges(model: nn.Module, path: Path | str, *, format: str, onnx: Path
     """
     path = Path(path)
     _require_onnx(_known(format), onnx, may_lack=format == "aimet-0.6.1", may_have=True)
+    data_files = [] if onnx is None else list_data_files(Path(onnx))
+    guard_files(inputs=[onnx, *data_files], outputs=[path], in_place=[(path, onnx)] if format == _QDQ else [])
     document = None if onnx is None else load_onnx(Path(onnx)).model
     places = list_places(model, None if document is None else document.graph)
     holds_channels = format not in ("tensorrt", "onnxruntime")

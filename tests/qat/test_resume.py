@@ -197,8 +197,9 @@ def test_a_full_disk_leaves_the_best_model(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", [b"", b"no tensors", b"\x00" * 100])
 def test_damaged_files_teach(tmp_path, content):
     (tmp_path / "state.safetensors").write_bytes(content)
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="cannot read") as error:
         qdq.finetune(make_model(), [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path)
+    assert "remove the file to begin anew" in error.value.fix
     with pytest.raises(DataError, match="cannot read"):
         qdq.load_tuned(make_model(), tmp_path / "state.safetensors")
 
