@@ -26,6 +26,7 @@ from qdq.schema import digest_parts, parse_json, shorten, validate
 
 logger = logging.getLogger(__name__)
 
+_SUMMARY_KEYS = {"batches", "complete", "tensors"}
 _FORMAT = "qdq calibration statistics 1"
 _FIX = "give a file that calibration saved, or collect the statistics again."
 _SEPARATOR = "//"  # between the name of a quantizer and that of an array
@@ -139,9 +140,10 @@ class Statistics:
             path: Ends in `.safetensors`.
 
         Raises:
-            ArgumentError: Another ending, or the folder cannot be written to.
+            ArgumentError: Another ending; the folder cannot be written to; a file that is no summary lies beside it.
         """
         path = require_suffix(path)
+        require_place_of_summary(path)
         write_atomic(path, self.to_bytes())
         if self.complete:
             write_json(path.with_suffix(".json"), self.summarize())
@@ -315,6 +317,7 @@ def merge_files(paths: Sequence[Path | str], output: Path | str) -> Statistics:
         DataError: A file cannot be read, or is of another kind.
     """
     require_suffix(output)
+    require_place_of_summary(Path(output))
     if len(paths) < 2:
         raise ArgumentError(f"{len(paths)} file was given; merging takes two or more.", "name all files to merge.")
     merged = _load_complete(paths[0])
@@ -341,6 +344,24 @@ def _load_complete(path: Path | str) -> Statistics:
             "run the same calibration again, it goes on from there; then merge.",
         )
     return found
+
+
+def require_place_of_summary(path: Path) -> None:
+    """Refuse a file of statistics beside which somebody else's JSON has the name of its summary.
+
+    Raises:
+        ArgumentError: It would be replaced.
+    """
+    summary = path.with_suffix(".json")
+    try:
+        content = json.loads(read_file(summary))
+    except (OSError, ValueError, RecursionError):  # there is none, or it is damaged
+        return
+    if not isinstance(content, dict) or not content.keys() >= _SUMMARY_KEYS:
+        raise ArgumentError(
+            f"{summary} is no summary of statistics, and the one of {path.name} would replace it.",
+            "choose another name.",
+        )
 
 
 def require_suffix(path: Path | str) -> Path:

@@ -27,7 +27,7 @@ from qdq.nn import QuantMixin
 from qdq.observers.collector import TensorCollector, TensorReader
 from qdq.quantizer import SharedQuantizer, TensorQuantizer, named_quantizers
 from qdq.statistics import _FORMAT as STATISTICS_FORMAT
-from qdq.statistics import Statistics, merge_parts, require_suffix
+from qdq.statistics import Statistics, merge_parts, require_place_of_summary, require_suffix
 from qdq.swap import quantized_layers
 from qdq.trace import call_model, evaluating, require_batches, split_inputs, tensors_of
 
@@ -282,6 +282,7 @@ class _File:
             self._own = self._path.with_suffix(f".rank{self._rank}of{self._size}{self._path.suffix}")
         if self._own:
             guard_files(outputs=[self._own, self._own.with_suffix(".json")])
+            require_place_of_summary(self._own)
 
     def load_finished(self) -> Statistics | None:
         """What the file holds if no batch is missing; the first process reads it for all.

@@ -180,6 +180,18 @@ class TestFile:
         assert (tmp_path / "calibration.damaged.safetensors").read_bytes() == contents[damage]
         assert "It is now calibration.damaged.safetensors, and everything is collected again" in caplog.text
 
+    def test_the_json_of_somebody_else_is_not_replaced(self, tmp_path):
+        path, other = tmp_path / "report.safetensors", tmp_path / "report.json"
+        for content in ('{"format": "qdq report 1"}', "[]", "3"):
+            other.write_text(content)
+            with pytest.raises(ArgumentError, match=r"report\.json is no summary of statistics"):
+                collect_statistics(make_model(), make_batches(1), statistics=path)
+            assert other.read_text() == content
+        other.write_text("{")  # damaged: it blocks nothing
+        collect_statistics(make_model(), make_batches(1), statistics=path)
+        collect_statistics(make_model(), make_batches(1)).save(path)
+        assert json.loads(other.read_text())["batches"] == 1
+
     def test_nan_keeps_what_was_saved(self, tmp_path, monkeypatch):
         monkeypatch.setattr("qdq.calibrate.collect._SAVE_SECONDS", 0)
         path, batches = tmp_path / "calibration.safetensors", make_batches(3)
