@@ -202,6 +202,7 @@ def write_atomic(path: Path, content: bytes | str | Callable[[], Iterable[bytes]
 
     Raises:
         ArgumentError: It cannot be written.
+        BrokenPipeError: It is the standard output, and nobody reads it any more.
     """
     data = content.encode() if isinstance(content, str) else content
     parts = (lambda: [data]) if isinstance(data, bytes) else data
@@ -209,6 +210,8 @@ def write_atomic(path: Path, content: bytes | str | Callable[[], Iterable[bytes]
     try:
         write(path, parts)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _find_descriptor(path) == 1:
+            raise  # as of all that is printed: who reads has enough
         raise _unwritable(path, error) from error
     return path
 

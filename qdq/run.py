@@ -109,7 +109,7 @@ class Run:
         self.seconds: dict[str, float] = {}
         self._stage = ""
         self._stage_began = time.perf_counter()
-        self._log: logging.FileHandler | None = None
+        self._lock: _Lock | None = None
 
     def stage(self, name: str) -> None:
         """Say that the next stage begins; its time is taken until the next call or `finish`."""
@@ -125,8 +125,8 @@ class Run:
         self._end_stage()
         self._stage = ""
         self._save("finished")
-        if self._log is not None:
-            _unlock(self._log)
+        if self._lock is not None:
+            self._lock.release()
 
     def is_begun(self) -> bool:
         """Whether the folder holds this very run, not finished."""
@@ -186,7 +186,8 @@ def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | N
     run = Run(folder, settings or {}, seed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        run._log = _log_to(folder / LOG_FILE)
+        run._lock = _take_lock(folder / LOG_FILE)
+        _log_to(folder / LOG_FILE)
         is_begun = run.is_begun()
         run._save("running")  # before anything else is touched: killed at any moment, the folder is known as a run's
         _empty(folder, _find_inputs(folder, run.settings), is_begun)
@@ -358,71 +359,74 @@ def _unusable(folder: Path, error: OSError | ValueError) -> ArgumentError:
     )
 
 
-def _log_to(path: Path) -> logging.FileHandler:
-    """Send the log of qdq to a file, and hold that file against other processes.
-
-    Raises:
-        BlockingIOError: Another process holds it.
-    """
+def _log_to(path: Path) -> None:
     root = logging.getLogger("qdq")
-    for handler in _list_logs():
-        root.removeHandler(handler)
-        handler.close()
-    file = logging.FileHandler(path, mode="a", encoding="utf-8")
-    _lock(file)
-    os.truncate(path, 0)
+    for handler in root.handlers[:]:
+        if isinstance(handler, logging.FileHandler):
+            root.removeHandler(handler)
+            handler.close()
+    file = logging.FileHandler(path, mode="w", encoding="utf-8")
     file.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root.addHandler(file)
     root.setLevel(logging.INFO)
-    return file
 
 
-def _list_logs() -> list[logging.FileHandler]:
-    return [handler for handler in logging.getLogger("qdq").handlers if isinstance(handler, logging.FileHandler)]
+class _Lock:
+    """A lock on a file until this process ends, however it ends; processes that it forks do not have it.
 
-
-def _lock(log: logging.FileHandler) -> None:
-    """Lock a log file until this process ends, however it ends.
+    Args:
+        path: The file, made if it does not exist.
 
     Raises:
         BlockingIOError: Another process has locked it.
     """
-    if os.name != "posix" or log.stream is None:
-        return
-    import fcntl
 
-    try:
-        fcntl.flock(log.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        log.close()
-        raise BlockingIOError(errno.EWOULDBLOCK, "another run is writing to it") from None
-    except OSError as error:  # a file system without locks
-        logger.warning("%s cannot be locked (%s); let no second run use the folder", log.baseFilename, error.strerror)
+    def __init__(self, path: Path) -> None:
+        self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if os.name != "posix":
+            return
+        import fcntl
+
+        os.register_at_fork(after_in_child=self.release)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise BlockingIOError(errno.EWOULDBLOCK, "another run is writing to it") from None
+        except OSError as error:  # a file system without locks
+            logger.warning("%s cannot be locked (%s); let no second run use the folder", path, error.strerror)
+
+    def is_of(self, path: Path) -> bool:
+        """Whether it is held on this file."""
+        return self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), path.stat())
+
+    def release(self) -> None:
+        """Let others have it; may be called again."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)  # of a forked process this is a copy, without which the lock stays
+            self._descriptor = None
 
 
-def _unlock(log: logging.FileHandler) -> None:
-    if os.name != "posix" or log.stream is None:
-        return
-    import fcntl
+_held: _Lock | None = None  # this process has one run at a time
 
-    with contextlib.suppress(OSError):
-        fcntl.flock(log.stream, fcntl.LOCK_UN)
+
+def _take_lock(path: Path) -> _Lock:
+    global _held
+    if _held is not None:
+        _held.release()
+    _held = _Lock(path)
+    return _held
 
 
 def _is_locked(path: Path) -> bool:
     """Whether another process has locked a log file; this one may start a second run in its own folder."""
-    if os.name != "posix" or not path.is_file():
+    if not path.is_file() or (_held is not None and _held.is_of(path)):
         return False
-    if any(is_same_file(Path(log.baseFilename), path) for log in _list_logs()):
-        return False
-    import fcntl
-
     try:
-        with path.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _Lock(path).release()
     except BlockingIOError:
         return True
-    except OSError:  # a file system without locks, or a file of another user, which is said when it is opened
+    except OSError:  # a file of another user, which is said when it is opened
         return False
     return False
 

@@ -1,5 +1,7 @@
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
 
@@ -160,6 +162,33 @@ def test_of_two_runs_in_one_folder_the_second_is_refused_until_the_first_has_end
         process.communicate()
     start_run(tmp_path).finish()
     subprocess.run([sys.executable, "-c", HOLD.replace("600", "0"), tmp_path], check=True)
+
+
+FORK = """
+import os, sys, time
+from qdq.run import start_run
+run = start_run(sys.argv[1])
+if not os.fork():
+    print("started", flush=True)  # the child has let go of what it inherited
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_that_is_left_over_does_not_hold_the_folder(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORK, tmp_path], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert process.stdout.readline() == "started\n"
+        with pytest.raises(ArgumentError, match="another run is writing to"):
+            start_run(tmp_path)
+        process.kill()
+        process.wait()
+        start_run(tmp_path).finish()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
 
 
 def test_a_folder_that_no_run_can_use_is_left_as_it_is(tmp_path):
