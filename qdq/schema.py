@@ -19,6 +19,7 @@ import yaml
 
 from qdq.errors import DataError
 from qdq.files import read_mode
+from qdq.names import printable
 
 _Kind = TypeVar("_Kind")
 _MOST_BYTES = 2**30  # of JSON: a report of 10,000 layers has 2**26
@@ -112,7 +113,7 @@ def parse_yaml(text: str, source: str, fix: str) -> Any:
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
         # PyYAML's own constructors end in any of these: `!!int abc`, `!!float [1]`
         message = " ".join(str(error).replace('in "<unicode string>",', "at").split())
-        raise DataError(f"{source} is no YAML: {shorten(message, 300)}.", fix) from error
+        raise DataError(f"{source} is no YAML: {printable(message, 300)}.", fix) from error
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -132,7 +133,7 @@ class _PlainLoader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key is no name", key.start_mark)
             if key.value in result:
-                what = f"{shorten(key.value)!r} stands here twice"
+                what = f"'{printable(key.value, _SHOWN)}' stands here twice"
                 raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
             result[key.value] = self.construct_object(value, deep=deep)
         return result
@@ -152,7 +153,7 @@ def _join_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         for key, value in pairs:
             if result[key] != value:
-                raise ValueError(f"{shorten(key)!r} has two values in one object")
+                raise ValueError(f"'{printable(key, _SHOWN)}' has two values in one object")
     return result
 
 
@@ -219,7 +220,7 @@ def _adapter(kind: Any) -> Any:
 
 def _describe_errors(errors: list[Any]) -> str:
     first, *others = sorted(errors, key=lambda error: error["type"] not in _UNKNOWN)  # of a typo rather than what lacks
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{shorten(part)}" for part in first["loc"])
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{printable(part, _SHOWN)}" for part in first["loc"])
     place = place.removeprefix(".") or "the whole"
     if first["type"] == "missing":
         text = f"{place} is missing"
@@ -234,18 +235,12 @@ def _describe_errors(errors: list[Any]) -> str:
 def describe(value: Any) -> str:
     """What a foreign value is, in a few characters whatever is in it."""
     if isinstance(value, str):
-        return repr(shorten(value))
+        return f"'{printable(value, _SHOWN)}'"
     if isinstance(value, Mapping):
         return f"an object of {len(value)} entries"
     if isinstance(value, list | tuple):
         return f"a list of {len(value)}"
-    return "null" if value is None else shorten(json.dumps(value))
-
-
-def shorten(text: str, most: int = _SHOWN) -> str:
-    """The beginning of a foreign text, without what a terminal would obey."""
-    shown = text if len(text) <= most else f"{text[:most]}..."
-    return "".join(character if character.isprintable() else "?" for character in shown)
+    return "null" if value is None else printable(json.dumps(value), _SHOWN)
 
 
 def digest_parts(facts: Mapping[str, Any], parts: Mapping[str, memoryview]) -> str:

@@ -19,10 +19,10 @@ from tqdm import tqdm
 from qdq.errors import ArgumentError, DataError
 from qdq.files import read_file, write_atomic, write_json
 from qdq.formats import Format
-from qdq.names import list_names
+from qdq.names import list_names, printable
 from qdq.observers.solve import SOLVERS, solve_amax
 from qdq.observers.statistics import TensorStatistics
-from qdq.schema import digest_parts, parse_json, shorten, validate
+from qdq.schema import digest_parts, parse_json, validate
 
 logger = logging.getLogger(__name__)
 
@@ -199,9 +199,7 @@ class Statistics:
         try:
             arrays = safetensors.load(content)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:  # types that numpy has not
-            raise DataError(
-                f"{source} is no file of calibration statistics: {shorten(str(error), 100)}.", _FIX
-            ) from error
+            raise DataError(f"{source} is no file of calibration statistics: {printable(error, 100)}.", _FIX) from error
         header = content[8 : 8 + int.from_bytes(content[:8], "little")].decode()
         metadata = parse_json(header, f"the header of {source}", _FIX).get("__metadata__", {})
         if _FORMAT not in metadata:
@@ -266,17 +264,19 @@ def _split_parts(stored: _StoredFacts, arrays: dict[str, Any]) -> dict[str, Tens
     for key, array in arrays.items():
         name, _, part = key.rpartition(_SEPARATOR)
         if name not in parts:
-            raise ArgumentError(f"{shorten(name)!r} has statistics, but no format.", _FIX)
+            raise ArgumentError(f"'{printable(name)}' has statistics, but no format.", _FIX)
         parts[name][part] = array
     for name, leader in stored.shared.items():
         if leader not in parts:
-            raise ArgumentError(f"{shorten(name)!r} shares the range of {shorten(leader)!r}, which is not there.", _FIX)
+            raise ArgumentError(
+                f"'{printable(name)}' shares the range of '{printable(leader)}', which is not there.", _FIX
+            )
     tensors = {}
     for name, arrays_of_tensor in parts.items():
         try:
             tensors[name] = TensorStatistics.from_arrays(arrays_of_tensor)
         except ArgumentError as error:
-            raise ArgumentError(f"{shorten(name)!r}: {error.message}", _FIX) from error
+            raise ArgumentError(f"'{printable(name)}': {error.message}", _FIX) from error
     return tensors
 
 

@@ -20,8 +20,9 @@ from torch import nn
 from qdq.calibrate.collect import bytes_of, format_of, leader_of
 from qdq.errors import DataError, ModelError
 from qdq.files import read_file, write_atomic
+from qdq.names import printable
 from qdq.quantizer import from_log2, named_quantizers
-from qdq.schema import digest_parts, parse_json, shorten
+from qdq.schema import digest_parts, parse_json
 
 MODEL_FORMAT = "qdq fine-tuned model 2"  # 1 did not say the formats
 STATE_FORMAT = "qdq fine-tuning state 1"
@@ -60,7 +61,7 @@ def load_tensors(
         content = read(path)
         tensors = load(content)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise DataError(f"cannot read {path}: {shorten(str(error), 100)}.", fix) from error
+        raise DataError(f"cannot read {path}: {printable(error, 100)}.", fix) from error
     header = content[8 : 8 + int.from_bytes(content[:8], "little")].decode()
     metadata = parse_json(header, f"the header of {path}", fix).get("__metadata__", {})
     facts = parse_json(metadata.get("qdq", "{}"), f"the metadata of {path}", fix, finite=False)  # of a loss, say

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qdq.errors import ArgumentError, DataError, QdqError
+from qdq.names import printable
 from qdq.report.records import LayerRecord
 from qdq.report.sections import RunState, StoredSections
 from qdq.run import PAGE_FILE as PAGE_FILE
 from qdq.run import REPORT_FILE, STATE_FILE
-from qdq.schema import describe, read_json, shorten, validate
+from qdq.schema import describe, read_json, validate
 
 REPORT_FORMAT = "qdq report 1"
 _AGAIN = "run the same command again; it writes a new report."
@@ -85,13 +86,13 @@ def guarded(path: Path, read: Callable[[], Result]) -> Result:
     except QdqError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        what = shorten(f"{type(error).__name__}: {error}", 200)
+        what = printable(f"{type(error).__name__}: {error}")
         raise DataError(f"{path} is damaged: its entries contradict each other, {what}.", _AGAIN) from error
 
 
 def _missing(run: Path) -> ArgumentError:
     if not os.path.exists(run):
-        return ArgumentError(f"there is no {shorten(str(run), 200)}.", "give the folder that `qdq ptq --output` wrote.")
+        return ArgumentError(f"there is no {printable(run)}.", "give the folder that `qdq ptq --output` wrote.")
     try:
         stage = validate(RunState, read_json(run / STATE_FILE, _AGAIN), STATE_FILE, _AGAIN)["stage"]
     except DataError:
