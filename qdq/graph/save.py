@@ -7,12 +7,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
 from qdq.errors import ArgumentError, ExportError
 from qdq.files import is_replaceable, write_atomic
 
-_ONE_FILE_BYTES = 2**31 - 2**24  # protobuf ends at 2 GiB; the rest is for nodes and names
+_PROTOBUF_BYTES = 2**31
+_ONE_FILE_BYTES = _PROTOBUF_BYTES - 2**24  # the rest is for nodes and names
 _EXTERNAL_BYTES = 1024  # smaller tensors, such as scales and shapes, stay in the model
 _ALIGNMENT = 4096  # offsets that can be mapped into memory
 
@@ -36,9 +38,10 @@ def save_model(model: ir.Model, path: Path) -> int:
     """
     values = [value for graph in model.graphs() for value in graph.initializers.values() if value.const_value]
     if sum(_bytes_of(value) for value in values) < _ONE_FILE_BYTES:
-        content = serialize(model)
-        write_atomic(path, content)
-        return len(content)
+        with _explaining_size():
+            parts = _Parts(model)
+        write_atomic(path, lambda: parts)
+        return parts.size
     if not is_replaceable(path):
         raise ArgumentError(
             f"the model has more than 2 GB and takes two files, which {path} cannot hold.", "write to a regular file."
@@ -72,9 +75,82 @@ def list_data_files(path: Path) -> list[Path]:
     return list({Path(tensor.path): None for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})
 
 
+class _Parts:
+    """One file, part by part: the same bytes as of the whole message, of which memory holds one tensor at a time.
+
+    Args:
+        model: The model.
+
+    Attributes:
+        size: Bytes of all parts.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        large = [value for value in model.graph.initializers.values() if _bytes_of(value) >= _EXTERNAL_BYTES]
+        with _external([(value, 0) for value in large], ""):
+            proto = ir.to_proto(model)
+        values = {value.name: value for value in large}
+        tensors = [(values.get(tensor.name), tensor) for tensor in proto.graph.initializer]
+        sizes = [(_tensor_proto(value) if value else tensor).ByteSize() for value, tensor in tensors]
+        heads = [_head_of(onnx.GraphProto, "initializer", size) for size in sizes]
+        self._tensors = [(head, value, tensor) for head, (value, tensor) in zip(heads, tensors, strict=True)]
+        self._graph_start, self._graph_end = _around(proto.graph, "initializer")
+        graph_size = len(self._graph_start) + sum(map(len, heads)) + sum(sizes) + len(self._graph_end)
+        start, self._end = _around(proto, "graph")
+        self._start = start + _head_of(onnx.ModelProto, "graph", graph_size)
+        self.size: int = len(self._start) + graph_size + len(self._end)
+        if self.size >= _PROTOBUF_BYTES:
+            raise ValueError(f"{self.size / 1e9:.2f} GB")
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self._start + self._graph_start
+        for head, value, tensor in self._tensors:
+            yield head
+            yield (_tensor_proto(value) if value else tensor).SerializeToString(deterministic=True)
+        yield self._graph_end + self._end
+
+
+def _tensor_proto(value: ir.Value) -> onnx.TensorProto:
+    tensor = value.const_value
+    assert tensor is not None  # noqa: S101  # save_model has looked
+    tensor.name = value.name
+    return ir.to_proto(tensor)
+
+
+def _around(message: onnx.ModelProto | onnx.GraphProto, name: str) -> tuple[bytes, bytes]:
+    """The bytes of a message before and behind one of its fields: they stand in the order of the numbers."""
+    number = message.DESCRIPTOR.fields_by_name[name].number
+    sides = []
+    for is_outside in (number.__le__, number.__ge__):
+        side = type(message)()
+        side.CopyFrom(message)
+        for field in message.DESCRIPTOR.fields:
+            if is_outside(field.number):
+                side.ClearField(field.name)
+        sides.append(side.SerializeToString(deterministic=True))
+    return sides[0], sides[1]
+
+
+def _head_of(kind: type[onnx.ModelProto | onnx.GraphProto], name: str, size: int) -> bytes:
+    """What stands before a message of so many bytes in a field of another: number, type and length, 7 bits a byte."""
+    content = bytearray()
+    for value in (kind.DESCRIPTOR.fields_by_name[name].number << 3 | 2, size):
+        while value >= 128:
+            content.append(value & 127 | 128)
+            value >>= 7
+        content.append(value)
+    return bytes(content)
+
+
 def serialize(model: ir.Model) -> bytes:
-    try:
+    with _explaining_size():
         return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+@contextlib.contextmanager
+def _explaining_size() -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # protobuf's own type where a message is over 2 GB
         raise ExportError(
             f"the model does not fit one ONNX file even without its weights: {error}.",

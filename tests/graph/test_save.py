@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -32,6 +34,47 @@ def test_one_file_below_the_limit(model, tmp_path):
     path = tmp_path / "model.onnx"
     assert save_model(model, path) == path.stat().st_size
     assert os.listdir(tmp_path) == ["model.onnx"]
+
+
+def test_the_bytes_are_those_of_protobuf(model, tmp_path):
+    for names in ([], ["more", "scale"]):
+        for name in names:
+            value = ir.val(name, const_value=ir.tensor(np.arange(300 if name == "more" else 3, dtype=np.float32)))
+            model.graph.register_initializer(value)
+        model.metadata_props["about"] = "a model"
+        model.graph.doc_string = "a graph"
+        expected = ir.to_proto(model).SerializeToString(deterministic=True)
+        size = save_model(model, tmp_path / "model.onnx")
+        assert (tmp_path / "model.onnx").read_bytes() == expected
+        assert size == len(expected)
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+import onnx_ir as ir
+from qdq.graph.save import save_model
+
+x = ir.Value(name="x", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.FLOAT))
+values = [ir.val(f"w{i}", const_value=ir.tensor(np.full(5 * 2**18, i, np.float32))) for i in range(40)]
+nodes = [ir.node("Add", [x, value]) for value in values]
+graph = ir.Graph([x], [nodes[-1].outputs[0]], nodes=nodes, initializers=values, opset_imports={"": 18}, name="g")
+model = ir.Model(graph, ir_version=10)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+size = save_model(model, Path(sys.argv[1]))
+print(size, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts kilobytes")
+def test_memory_holds_a_few_tensors_and_no_second_model(tmp_path):
+    """40 tensors of 5 MiB; each is there twice while it is written."""
+    command = [sys.executable, "-c", MEASURED, str(tmp_path / "model.onnx")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    size, more = map(int, result.stdout.split())
+    assert size > 200 * 2**20
+    assert more < size / 4
 
 
 def test_weights_beside_the_model_above_it(model, tmp_path, small_limit, monkeypatch):
