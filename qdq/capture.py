@@ -8,8 +8,11 @@ two are alike, and whatever the exporter does to the graph, the scale of a Q sti
 
 from __future__ import annotations
 
+import enum
 import inspect
 import io
+import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -19,13 +22,29 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from qdq.errors import ExportError
 from qdq.graph.names import QuantizerScale
 from qdq.quantizer import TensorQuantizer, named_quantizers
-from qdq.trace import evaluating, unwrap_compiled
+from qdq.trace import evaluating, name_leaves, unwrap_compiled
 
+logger = logging.getLogger(__name__)
+
+_CONSTANTS = (
+    bool
+    | int
+    | float
+    | complex
+    | str
+    | bytes
+    | None
+    | torch.dtype
+    | torch.device
+    | torch.layout
+    | torch.memory_format
+    | enum.Enum
+)
 _MARK_UNIT = 2.0**60  # no range of a real tensor; times a number of 17 bits and 127 it is exact in float32
 
 
@@ -59,18 +78,17 @@ def capture_graph(
     Raises:
         ExportError: torch cannot capture the model.
     """
+    call = _describe_call(_unwrap(model), args, kwargs)
+    tensors = call.tensors
+    dynamic_shapes = {name: {0: "batch"} if tensor.dim() else None for name, tensor in tensors.items()}
     try:
-        signature = _sign_call(model, args, kwargs)
-        arguments = signature.bind(*args, **kwargs).arguments
-        dynamic_shapes = tree_map(_batch_of, dict(arguments)) if dynamic_batch else None
         with _quiet(), evaluating(model), _marked(model) as marks:
             program = torch.onnx.export(
-                _as_root(model, signature),
-                args,
-                kwargs=kwargs,
+                _as_root(model, call),
+                tuple(tensors.values()),
                 dynamo=True,
                 opset_version=opset,
-                dynamic_shapes=dynamic_shapes,
+                dynamic_shapes=dynamic_shapes if dynamic_batch else None,
                 verbose=False,
             )
     except Exception as error:  # torch raises many kinds here
@@ -80,6 +98,16 @@ def capture_graph(
         ) from error
     if program is None:
         raise ExportError("torch.onnx.export returned nothing.", "update torch to 2.11 or newer.")
+    if not program.model.graph.outputs:
+        raise ExportError(
+            f"the model returns no tensor: {', '.join(call.left_out) or 'nothing'}.",
+            "export a module that returns some.",
+        )
+    if call.left_out:
+        logger.warning("outputs that are no tensors are not in the file: %s", ", ".join(call.left_out))
+    names = {name.lower(): name for name in tensors}  # torch writes small letters
+    for value in program.model.graph.inputs:
+        value.name = names.get(str(value.name), value.name)
     scales = {mark.scale: _scale_of(mark) for mark in marks}
     ran = frozenset(mark.name for mark in marks if mark.has_run)
     return CapturedGraph(program.model, scales, ran)
@@ -127,20 +155,85 @@ def _scale_of(mark: _Mark) -> QuantizerScale:
     return QuantizerScale(mark.name, scale.reshape(() if is_per_tensor else -1).numpy())
 
 
-def _as_root(model: nn.Module, signature: inspect.Signature) -> nn.Module:
+class _Call:
+    """The call of a model on its example, as a function of the tensors alone, each with a name.
+
+    Flags and texts among the arguments are those of the example. Of what the model returns the tensors are left.
+
+    Args:
+        model: What is called.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Raises:
+        ExportError: An argument that is neither a tensor nor a constant.
+    """
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._model = model
+        self._leaves, self._structure = tree_flatten((args, kwargs))
+        named = name_leaves(dict(zip(_name_positional(model, len(args)), args, strict=True)) | kwargs)
+        for name, leaf in named.items():
+            _require_constant(name, leaf)
+        self._is_tensor = [isinstance(leaf, torch.Tensor) for leaf in self._leaves]
+        self.tensors = {_as_identifier(name): leaf for name, leaf in named.items() if isinstance(leaf, torch.Tensor)}
+        self.left_out: list[str] = []
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """One parameter for each tensor."""
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        return inspect.Signature([inspect.Parameter(name, kind) for name in self.tensors])
+
+    def __call__(self, *tensors: torch.Tensor) -> Any:
+        given = iter(tensors)
+        leaves = [
+            next(given) if is_tensor else leaf for leaf, is_tensor in zip(self._leaves, self._is_tensor, strict=True)
+        ]
+        args, kwargs = tree_unflatten(leaves, self._structure)
+        outputs = tree_leaves(self._model(*args, **kwargs))
+        others = [(index, leaf) for index, leaf in enumerate(outputs) if not isinstance(leaf, torch.Tensor)]
+        self.left_out = [f"number {index} ({type(leaf).__name__})" for index, leaf in others if leaf is not None]
+        return tuple(leaf for leaf in outputs if isinstance(leaf, torch.Tensor))
+
+
+def _describe_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    try:
+        return _Call(model, args, kwargs)
+    except ValueError as error:  # more arguments than the forward has; a container that torch cannot take apart
+        raise ExportError(
+            f"the example inputs cannot be named: {_summarize(error)}.",
+            "give tensors, in lists, tuples and dictionaries, as the forward takes them.",
+        ) from error
+
+
+def _require_constant(name: str, leaf: Any) -> None:
+    if not isinstance(leaf, torch.Tensor | _CONSTANTS):
+        raise ExportError(
+            f"the argument {name} is a {type(leaf).__name__}; expected tensors, numbers and texts, in lists, tuples "
+            "and dictionaries.",
+            "wrap the model in a module whose forward takes tensors and makes that argument of them.",
+        )
+
+
+def _as_identifier(name: str) -> str:
+    name = re.sub(r"\W", "_", name)
+    return name if name.isidentifier() else f"_{name}"
+
+
+def _as_root(model: nn.Module, call: _Call) -> nn.Module:
     """A module that has all the model has and calls it: with its hooks, its own `__call__`, whatever its forward is.
 
     torch runs a `GraphModule` that it is given node by node, and its forward is then never called.
     """
-    called = _unwrap(model)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return called(*args, **kwargs)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return call(*call.signature.bind(*args, **kwargs).args)
 
-    call.__signature__ = signature  # type: ignore[attr-defined]  # names the inputs of the graph
+    forward.__signature__ = call.signature  # type: ignore[attr-defined]  # names the inputs of the graph
     body = {
-        "__call__": lambda _, *args, **kwargs: call(*args, **kwargs),
-        "forward": property(lambda _: call),
+        "__call__": lambda _, *args, **kwargs: forward(*args, **kwargs),
+        "forward": property(lambda _: forward),
         "training": False,  # a compiled module has none of its own
     }
     root: nn.Module = object.__new__(type("Root", (nn.Module,), body))
@@ -154,17 +247,10 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
-def _sign_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.Signature:
-    """The arguments of one call, each a parameter of its own, also where the forward takes `*args` or `**kwargs`."""
-    names = [*_name_positional(model, len(args)), *kwargs]
-    kinds = [inspect.Parameter.POSITIONAL_OR_KEYWORD] * len(args) + [inspect.Parameter.KEYWORD_ONLY] * len(kwargs)
-    return inspect.Signature([inspect.Parameter(name, kind) for name, kind in zip(names, kinds, strict=True)])
-
-
 def _name_positional(model: nn.Module, count: int) -> list[str]:
     """The names that the forward gives its first arguments; `args_0` for the first of `*args`."""
     names: list[str] = []
-    for parameter in inspect.signature(_unwrap(model).forward).parameters.values():
+    for parameter in inspect.signature(model.forward).parameters.values():
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
             names += [f"{parameter.name}_{index}" for index in range(count - len(names))]
         elif parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
@@ -178,11 +264,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
-
-
-def _batch_of(value: Any) -> dict[int, str] | None:
-    """The dynamic dimension of one input, by name; None for flags and scalars."""
-    return {0: "batch"} if isinstance(value, torch.Tensor) and value.dim() else None
 
 
 def _summarize(error: BaseException) -> str:

@@ -9,15 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from qdq.check import OnnxModel, is_out_of_memory
-from qdq.errors import ArgumentError, DataError
+from qdq.errors import ArgumentError, ArgumentTypeError, DataError
 from qdq.metrics import Array, agreement, sqnr_db, top_k
 from qdq.quantizer import named_quantizers
-from qdq.trace import call_model, evaluating, require_batches, split_inputs, tensors_of
+from qdq.trace import (
+    call_model,
+    evaluating,
+    name_leaves,
+    require_batches,
+    require_model,
+    split_inputs,
+    tensors_of,
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,10 @@ def predict(model: nn.Module | Path | str, batches: Iterable[Any]) -> Array:
         DataError: No batch, or one for which memory is too short.
         CheckError: The ONNX file cannot be run on them.
     """
+    if not isinstance(model, str | Path | nn.Module):
+        raise ArgumentTypeError(
+            f"model is of type {type(model).__name__}.", "pass a module, or the path of an ONNX file."
+        )
     require_batches(batches)
     onnx_model = None if isinstance(model, nn.Module) else OnnxModel(Path(model))
     outputs = []
@@ -90,7 +102,8 @@ def predict(model: nn.Module | Path | str, batches: Iterable[Any]) -> Array:
             outputs.append(_run_module(model, batch))
         elif onnx_model is not None:
             args, kwargs = split_inputs(batch)
-            arrays = args or [kwargs[name] for name in onnx_model.inputs if name in kwargs]
+            named = name_leaves(kwargs)
+            arrays = tree_leaves(args) if args else [named[name] for name in onnx_model.inputs if name in named]
             outputs.append(onnx_model(*map(np.asarray, arrays))[0])
     if not outputs:
         raise DataError("there is no batch to predict.", "give at least one image.")
@@ -133,6 +146,8 @@ def measure_tie_floor(model: nn.Module, batches: Iterable[Any]) -> float:
     Raises:
         DataError: No batch.
     """
+    require_model(model)
+    require_batches(batches)
     kept = list(batches)
     expected = predict(model, kept)
     with ExitStack() as hooks:
@@ -178,10 +193,7 @@ def evaluate_outputs(
 
 
 def _first(output: Any) -> Array:
-    first = output
-    while not isinstance(first, torch.Tensor):
-        first = next(iter(first.values() if isinstance(first, Mapping) else first))
-    array: Array = first.detach().float().cpu().numpy()
+    array: Array = tensors_of(output)[0].detach().float().cpu().numpy()
     return array
 
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 import qdq
 from qdq.calibrate import Range
@@ -25,7 +25,7 @@ from qdq.capture import CapturedGraph, capture_graph
 from qdq.check.parity import Parity, measure_parity
 from qdq.check.precision import measure_peaks, run_graph, run_rounded
 from qdq.check.rules import find_violations
-from qdq.errors import ArgumentError, CheckError, ExportError
+from qdq.errors import ArgumentError, ArgumentTypeError, CheckError, ExportError
 from qdq.files import guard_files
 from qdq.formats import Format
 from qdq.graph.coverage import WeightedNode, count_qdq, list_weighted_nodes
@@ -51,7 +51,7 @@ from qdq.nn import QuantMixin
 from qdq.quantizer import named_quantizers, quantize_codes
 from qdq.rewire import RewirePlan
 from qdq.swap import SwapPlan, quantized_layers
-from qdq.trace import split_inputs
+from qdq.trace import name_leaves, require_model, split_inputs, tensors_of
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +160,9 @@ def export_onnx(
         ExportError: A quantizer without amax or of a format that TensorRT refuses; a model that torch.export cannot
             capture; a batch dimension that the model fixes; operators newer than the opset; Q/DQ lost on the way.
     """
+    require_model(model)
+    if not isinstance(path, str | Path):
+        raise ArgumentTypeError(f"path is of type {type(path).__name__}.", "give the name of the file to write.")
     path = Path(path)
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise ArgumentError(f"opset is {opset}; it must be {MIN_OPSET} to {MAX_OPSET}.", "use 19.")
@@ -220,6 +223,11 @@ def _passes(opset: int, weights: str, naming: NameNodes) -> list[ir.passes.InPla
 
 def _require_exportable(model: nn.Module) -> None:
     """Refuse, all at once, quantizers that cannot become int8 Q/DQ."""
+    if scripted := [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]:
+        raise ExportError(
+            f"torch.export cannot capture scripted modules (TorchScript): {list_names(scripted, 5)}.",
+            "use the Python modules that they were made from.",
+        )
     types = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if others := types - {torch.float32, torch.float16}:
         raise ExportError(
@@ -255,6 +263,11 @@ def _capture(model: nn.Module, example_inputs: Any, opset: int, dynamic_batch: b
             torch.Tensor, lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t, example_inputs
         )
     args, kwargs = split_inputs(example_inputs)
+    if not tensors_of((args, kwargs)):
+        raise ArgumentTypeError(
+            f"the example inputs, of type {type(example_inputs).__name__}, hold no tensor.",
+            "pass one batch: a tensor, (inputs, labels), or a dictionary of keyword arguments.",
+        )
     return capture_graph(model, args, kwargs, opset, dynamic_batch=dynamic_batch)
 
 
@@ -334,9 +347,10 @@ def _arrays(exported: ir.Model, example_inputs: Any) -> dict[str, Array]:
     """The example as arrays by the names of the graph's inputs."""
     args, kwargs = split_inputs(example_inputs)
     names = [str(value.name) for value in exported.graph.inputs]
-    values = [kwargs[name] for name in names if name in kwargs] if kwargs else tree_leaves(args)
-    arrays = [value.detach().cpu().numpy() for value in values if isinstance(value, torch.Tensor)]
-    return dict(zip(names, arrays, strict=False))  # what the graph does not read is missing among its inputs
+    named = {name: leaf for name, leaf in name_leaves(kwargs).items() if isinstance(leaf, torch.Tensor)}
+    if not kwargs:  # what the graph does not read is missing among its inputs
+        named = dict(zip(names, tensors_of(args), strict=False))
+    return {name: named[name].detach().cpu().numpy() for name in names if name in named}
 
 
 def _worst_parity(expected: list[Array], found: list[Array]) -> Parity:

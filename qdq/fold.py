@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from qdq.names import group_names
 from qdq.nn import QuantMixin
 from qdq.quantizer import disable_quantization
-from qdq.trace import call_model, evaluating, trace_forward
+from qdq.trace import ForwardTrace, call_model, evaluating, require_model, trace_forward
 
 logger = logging.getLogger(__name__)
 _TOLERANCE = 1e-3  # relative to the largest output: rounding of float32, far below any change of meaning
@@ -60,6 +60,7 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> list[FoldedPair]:
     Returns:
         One entry for each BatchNorm of the model, in the order of its modules.
     """
+    require_model(model)
     trace = trace_forward(model, example_inputs)
     modules = dict(model.named_modules())
     layer_before = {reader: name for name, reader in trace.only_reader.items()}
@@ -68,6 +69,8 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> list[FoldedPair]:
         if _is_batchnorm(module):
             layer = layer_before.get(name, "")
             reason = _reason_against(module, modules.get(layer) if layer else None, trace.calls[name])
+            if not layer and trace.calls[name] == 1:
+                reason = _describe_shared(name, modules, trace) or reason
             pairs.append(FoldedPair(name, layer, not reason, reason))
 
     candidates = {pair.batchnorm: pair.layer for pair in pairs if pair.folded}
@@ -98,6 +101,8 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> list[FoldedPair]:
 
 def _is_batchnorm(module: nn.Module) -> bool:
     """Torch's own, or one with the same buffers: torchvision's detectors have a frozen one of their own."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False  # nothing inside it can be changed
     is_frozen = module._buffers.keys() >= {"weight", "bias", "running_mean", "running_var"} and hasattr(module, "eps")
     return isinstance(module, _BatchNorm) or is_frozen
 
@@ -122,6 +127,16 @@ def _reason_against(batchnorm: Any, layer: nn.Module | None, calls: int) -> str:
         return f"it normalises {channels} channels, the layer before has {_output_channels(layer)}"
     if layer._forward_hooks or batchnorm._forward_hooks or batchnorm._forward_pre_hooks:
         return "hooks are attached that would see other values"
+    return ""
+
+
+def _describe_shared(batchnorm: str, modules: dict[str, nn.Module], trace: ForwardTrace) -> str:
+    """That the layer before a BatchNorm runs several times, as one head on several levels does; "" if it does not."""
+    (read,) = (run.inputs[:1] for run in trace.runs if run.module == batchnorm)
+    makers = {operation.module for operation in trace.operations if not set(read).isdisjoint(operation.outputs)}
+    for name in makers:
+        if isinstance(modules[name], _ConvNd | Linear) and trace.calls[name] > 1:
+            return f"{name} before it runs {trace.calls[name]} times in one forward: a fold would change each of them"
     return ""
 
 

@@ -172,8 +172,10 @@ def apply_plan(model: nn.Module, plan: Plan, example_inputs: Any) -> list[str]:
         ArgumentError: The plan names what is not quantized in this model, or its patterns contradict each other;
             nothing is switched then.
     """
+    from qdq.trace import require_model
     from qdq.units import find_all_quantizers, match_precisions  # with torch, which reading plans does not need
 
+    require_model(model)
     found = find_all_quantizers(model, example_inputs)
     precisions = match_precisions(model, list(found), plan.precisions)
     for name, precision in precisions.items():

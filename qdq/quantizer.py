@@ -710,6 +710,8 @@ class _Switch:
     """Sets `_disabled` of all quantizers at once; as a with-block, puts back on exit what each one had."""
 
     def __init__(self, model: nn.Module, disabled: bool) -> None:
+        if not isinstance(model, nn.Module):
+            raise ArgumentTypeError(f"model is of type {type(model).__name__}.", "pass a torch.nn.Module.")
         self._before = [(quantizer, quantizer._disabled) for _, quantizer in named_quantizers(model)]
         for quantizer, _ in self._before:
             quantizer._disabled = disabled

@@ -35,7 +35,7 @@ from qdq.nn.functions import QuantFunctionsMixin, add_function_quantizers, name_
 from qdq.nn.registry import find_counterpart
 from qdq.patterns import Pattern, Patterns
 from qdq.quantizer import QuantDescriptor, SharedQuantizer, TensorQuantizer, disable_quantization
-from qdq.trace import Operation, trace_forward
+from qdq.trace import Operation, require_model, trace_forward
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +125,7 @@ def rewire_operations(
             already; a regular expression that cannot be compiled.
         ArgumentTypeError: A pattern of another kind.
     """
+    require_model(model)
     if scales not in SCALES:
         raise ArgumentError(f"scales is {scales!r}; known are {', '.join(SCALES)}.", "use 'shared'.")
     if any(isinstance(module, QuantFunctionsMixin) for module in model.modules()):

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -21,14 +22,15 @@ from torch.nn.parameter import UninitializedParameter
 
 from qdq.dataflow import Dataflow
 from qdq.defaults import reason_against_convolution, reason_against_linear
-from qdq.functions import ATTENTION, CONVOLUTIONS, LINEAR, MATRIX_PRODUCTS
+from qdq.errors import ArgumentTypeError
+from qdq.functions import ATTENTION, CONVOLUTIONS, LINEAR, MATRIX_PRODUCTS, WEIGHTED
 from qdq.names import group_names, list_names
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.nn.functions import QuantFunctionsMixin, remove_function_quantizers
 from qdq.nn.registry import _DEFAULT_QUANT_MAP, find_counterpart
 from qdq.patterns import Pattern, Patterns
 from qdq.quantizer import QuantDescriptor, disable_quantization
-from qdq.trace import Contraction, ForwardTrace, Operation, trace_forward
+from qdq.trace import Contraction, ForwardTrace, Operation, require_model, trace_forward
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +125,7 @@ def plan_swap(
         ArgumentTypeError: A pattern of another kind.
         ArgumentError: A regular expression that cannot be compiled.
     """
+    require_model(model)
     trace = None if example_inputs is None else trace_forward(model, example_inputs)
     included, excluded = Patterns(include or (), "include"), Patterns(exclude, "exclude")
     rules, usage = _DefaultRules(model, trace), None if trace is None else _Usage(trace)
@@ -173,6 +176,9 @@ def swap_modules(
         ArgumentTypeError: As for `plan_swap`.
         ArgumentError: As for `plan_swap`.
     """
+    for desc in (input_desc, weight_desc):
+        if not isinstance(desc, QuantDescriptor | None):
+            raise ArgumentTypeError(f"a descriptor is of type {type(desc).__name__}.", "pass a QuantDescriptor.")
     plan = plan_swap(model, example_inputs, include=include, exclude=exclude)
     modules = dict(model.named_modules())
     for planned in plan.of("quantize"):
@@ -194,6 +200,7 @@ def restore_modules(model: nn.Module) -> int:
     Returns:
         How many layers were restored.
     """
+    require_model(model)
     found = quantized_layers(model)
     own = {name: module for name, module in found.items() if "float_class" not in vars(type(module))}
     if own:
@@ -332,10 +339,16 @@ def _decide_unmapped(name: str, module: nn.Module, usage: _Usage | None, rules: 
     """Action and reason for a module with parameters and no counterpart."""
     if isinstance(module, _NEVER_INT8):
         return "float", "normalisation, embedding or activation: no int8 counterpart (R-LN, R-SM)"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "missed", "scripted: cannot be quantized; use the Python module"
     calls = [] if usage is None else usage.products.get(name, [])
     if calls:
         return rules.describe_calls(module, calls)
-    if _own_weights(module) == 0 or usage is not None:
+    if usage is not None:
+        functions = usage.functions.get(name)
+        called = list_names(list(functions), 3) if functions else "nothing"
+        return "float", f"its own forward calls {called}: no matrix product that runs in int8"
+    if _own_weights(module) == 0:
         return "float", "its parameters are added or multiplied element by element"
     return "missed", (
         f"{type(module).__name__} has weights of its own and no counterpart in the map; give example inputs to see "
@@ -366,11 +379,15 @@ class _Usage:
     Attributes:
         runs: How often each module ran, by dotted name.
         products: Module -> the products that its forward called as functions.
+        functions: Module -> the functions that its forward called, each once.
     """
 
     def __init__(self, trace: ForwardTrace) -> None:
         self.runs = trace.calls
         self.products: dict[str, list[Contraction]] = {}
+        self.functions: dict[str, dict[str, None]] = {}
+        for operation in trace.operations:
+            self.functions.setdefault(operation.module, {})[operation.function] = None
         self._readers: dict[int, set[str]] = {}  # of each memory
         for call in trace.contractions:
             self.products.setdefault(call.module, []).append(call)
@@ -409,7 +426,9 @@ class _DefaultRules:
         if all(call.function in MATRIX_PRODUCTS | ATTENTION and not call.storages & self._weights for call in calls):
             return "float", "product of two activations: int8 Q/DQ would break the fused attention kernel (R-MHA-2)"
         functions = ", ".join(sorted({call.function for call in calls}))
-        return "missed", f"{type(module).__name__}.forward calls {functions} directly; see rewire_operations"
+        is_reached = any(call.function in WEIGHTED | MATRIX_PRODUCTS for call in calls)
+        hint = "see rewire_operations" if is_reached else "rewire_operations does not reach it"
+        return "missed", f"{type(module).__name__}.forward calls {functions} directly; {hint}"
 
     def reason_against(self, name: str, module: nn.Module) -> str:
         """Why a module stays in float, "" if it does not."""

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.fx
 from torch import nn
 from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten_with_path, tree_leaves
 
 from qdq.errors import ArgumentTypeError
 from qdq.functions import ALIASES, CONTRACTIONS
@@ -114,12 +115,46 @@ class ForwardTrace:
     outputs: tuple[int, ...] = ()
 
 
+def require_model(model: Any) -> None:
+    """Refuse what no quantizer can be put into.
+
+    Raises:
+        ArgumentTypeError: No module, a scripted one, or a graph of operators; with what to pass instead.
+    """
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"of type {type(model).__name__}"
+        raise ArgumentTypeError(f"model is {what}; expected a torch.nn.Module.", "pass the module itself.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ArgumentTypeError(
+            "the model is scripted (TorchScript): it cannot be quantized.",
+            "use the Python module that it was made from.",
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, torch.fx.GraphModule) and _has_operators(module):
+            raise ArgumentTypeError(
+                f"{name or 'the model'} is a graph of operators, as torch.export makes it, and has no layers.",
+                "use the Python module that was exported.",
+            )
+
+
+def _has_operators(module: torch.fx.GraphModule) -> bool:
+    """Whether a graph calls the operators behind torch's functions, as no code that is traced does."""
+    targets = (node.target for node in module.graph.nodes)
+    return any(isinstance(target, torch._ops.OpOverload) and target.namespace == "aten" for target in targets)
+
+
 def require_batches(batches: Any) -> None:
     """Refuse a single tensor or dictionary where batches are expected: iterating it would give its rows or its keys.
 
     Raises:
         ArgumentTypeError: With what to pass instead.
     """
+    is_iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    if isinstance(batches, str | bytes | nn.Module) or not is_iterable:
+        raise ArgumentTypeError(
+            f"batches is of type {type(batches).__name__}; expected something that yields batches.",
+            "pass a list of batches, or a DataLoader.",
+        )
     if isinstance(batches, torch.Tensor | Mapping):
         raise ArgumentTypeError(
             f"batches is one {type(batches).__name__}; expected something that yields batches.", "pass [batch]."
@@ -145,6 +180,18 @@ def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, tuple | list) and inputs:
         inputs = inputs[0]
     return ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
+
+
+def name_leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Every leaf of named arguments by its path, as the inputs of a graph are called: `images_0`, `boxes_left`."""
+    leaves, _ = tree_flatten_with_path(dict(arguments))
+    return {"_".join(_describe_key(key) for key in path): leaf for path, leaf in leaves}
+
+
+def _describe_key(key: Any) -> str:
+    if isinstance(key, MappingKey):
+        return str(key.key)
+    return str(key.idx) if isinstance(key, SequenceKey) else str(getattr(key, "name", key))
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
@@ -191,7 +238,15 @@ def trace_forward(model: nn.Module, inputs: Any, meter: Callable[[], int] | None
         model: Any module; its training flags are put back.
         inputs: As for `call_model`; one small batch is enough.
         meter: A count that is read before and after each function, of its arithmetic say.
+
+    Raises:
+        ArgumentTypeError: The inputs hold no tensor.
     """
+    if not tensors_of(split_inputs(inputs)):
+        raise ArgumentTypeError(
+            f"the example inputs, of type {type(inputs).__name__}, hold no tensor.",
+            "pass one batch: a tensor, (inputs, labels), or a dictionary of keyword arguments.",
+        )
     recorder = _Recorder(model, meter or (lambda: 0))
     handles = [
         hooks.register_module_forward_pre_hook(recorder.enter),

@@ -39,6 +39,7 @@ from qdq.accuracy.layerwise import (
 from qdq.metrics import Array, sqnr_db
 from qdq.nn import QuantMixin
 from qdq.quantizer import TensorQuantizer
+from qdq.trace import require_model
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,7 @@ def round_weights(
         DataError: No batch, or batches that differ in shape.
         StateError: No layer is quantized, one has no range, or the outputs hold NaN or Inf.
     """
+    require_model(model)
     inputs = join_batches(batches)
     plan = plan_layers(model, inputs)
     before = run_flat(model, inputs)

@@ -37,6 +37,7 @@ from qdq.errors import ArgumentError
 from qdq.metrics import Array, sqnr_db
 from qdq.nn import QuantMixin
 from qdq.quantizer import disable_quantization, fake_quantize
+from qdq.trace import require_model
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ def correct_bias(
     """
     if method not in METHODS:
         raise ArgumentError(f"method is {method!r}; known are {', '.join(METHODS)}.", "use 'empirical'.")
+    require_model(model)
     inputs = join_batches(batches)
     plan = plan_layers(model, inputs)
     before = run_flat(model, inputs)

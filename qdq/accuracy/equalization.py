@@ -42,7 +42,7 @@ from qdq.names import group_names
 from qdq.nn import QuantInputMixin
 from qdq.quantizer import disable_quantization
 from qdq.swap import quantized_layers, restore_modules, swap_modules
-from qdq.trace import ForwardTrace, Operation, call_model, evaluating, trace_forward
+from qdq.trace import ForwardTrace, Operation, call_model, evaluating, require_model, trace_forward
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +124,7 @@ def equalize_layers(model: nn.Module, batches: Iterable[Any]) -> Equalization:
         DataError: No batch with samples.
         StateError: The model is swapped already, or its outputs hold NaN or Inf.
     """
+    require_model(model)
     kept = drop_empty(batches)
     if any(isinstance(module, QuantInputMixin) for module in model.modules()):
         raise StateError("the model has quantized layers.", "call equalize_layers before swap_modules.")

@@ -31,7 +31,7 @@ from qdq.analyze.sensitivity import count_rows, require_labels
 from qdq.errors import ArgumentError, DataError
 from qdq.patterns import Pattern
 from qdq.plan import PRECISIONS, Plan
-from qdq.trace import require_batches
+from qdq.trace import require_batches, require_model
 from qdq.units import Unit, find_units, group_units, match_precisions
 
 __all__ = ["MODES", "Analysis", "LayerSensitivity", "MixedPoint", "Step", "analyze_layers", "check_options"]
@@ -97,6 +97,7 @@ def analyze_layers(
         DataError: No batch, "top1" without labels, or a file that is no profile.
         StateError: No layer is quantized, one has no amax, the outputs hold NaN, or a function gives no number.
     """
+    require_model(model)
     options = Options(
         mode=mode, metric=metric, higher_is_better=higher_is_better, confirm=confirm, target_sqnr=target_sqnr,
         target_metric=target_metric, target_drop=target_drop, max_float_layers=max_float_layers,

@@ -20,13 +20,13 @@ from qdq.calibrate.collect import Collection, collect_and_hold_out, fingerprint_
 from qdq.calibrate.selection import select_methods
 from qdq.calibrate.weights import require_weight_method, solve_weight
 from qdq.distributed import failing_together, find_rank, gather_bytes
-from qdq.errors import ArgumentError, CalibrationError
+from qdq.errors import ArgumentError, ArgumentTypeError, CalibrationError
 from qdq.observers.solve import SOLVERS
 from qdq.observers.statistics import TensorStatistics
 from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.statistics import Statistics, merge_parts
 from qdq.swap import quantized_layers
-from qdq.trace import require_batches
+from qdq.trace import require_batches, require_model
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +111,7 @@ class Calibration:
                 "a with-block has no batch to compare methods on.",
                 "use calibrate_model, or solve_ranges(model, calibration.statistics, method='best', held=...).",
             )
+        require_model(model)
         self._options = _Options(method, percentile, weight_method)
         self._model = model
         self._collection = Collection(model)
@@ -170,7 +171,8 @@ def calibrate_model(
         DataError: As for `collect_statistics`.
     """
     options = _Options(method, percentile, weight_method)
-    require_batches(held)
+    if held is not None:
+        require_batches(held)
     needs_held = method == BEST and held is None
     found, last = collect_and_hold_out(model, batches, num_batches, statistics, hold_out=needs_held)
     return _solve(model, Collection(model), found, options, last if held is None else list(held))
@@ -202,6 +204,12 @@ def solve_ranges(
         ArgumentError: As for `calibrate_model`; statistics of another model; "best" without a batch.
         CalibrationError: NaN or Inf in a weight; statistics without any batch.
     """
+    require_model(model)
+    if not isinstance(statistics, Statistics):
+        raise ArgumentTypeError(
+            f"statistics is of type {type(statistics).__name__}; expected Statistics.",
+            "pass what collect_statistics or Statistics.load gives.",
+        )
     options = _Options(method, percentile, weight_method)
     if statistics.model != fingerprint_model(model):
         raise ArgumentError(

@@ -29,7 +29,7 @@ from qdq.quantizer import SharedQuantizer, TensorQuantizer, named_quantizers
 from qdq.statistics import _FORMAT as STATISTICS_FORMAT
 from qdq.statistics import Statistics, merge_parts, require_place_of_summary, require_suffix
 from qdq.swap import quantized_layers
-from qdq.trace import call_model, evaluating, require_batches, split_inputs, tensors_of
+from qdq.trace import call_model, evaluating, require_batches, require_model, split_inputs, tensors_of
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +177,7 @@ def collect_and_hold_out(
         The statistics, and the batches that were held out, at most one.
     """
     with failing_together():
+        require_model(model)
         require_batches(batches)
         if num_batches is not None and (not isinstance(num_batches, int) or num_batches < 1):
             raise ArgumentError(f"num_batches is {num_batches!r}.", "give 1 or more, or leave it out to take all.")

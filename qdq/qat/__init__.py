@@ -35,7 +35,7 @@ from qdq.qat.trainer import Trainer, copy_float, digest_weights
 from qdq.qat.watch import BadRange, Oscillation, find_bad_ranges
 from qdq.run import set_seed
 from qdq.schedule import Schedule
-from qdq.trace import find_device, require_batches, tensors_of
+from qdq.trace import find_device, require_batches, require_model, tensors_of
 
 __all__ = ["Distillation", "Schedule", "Tuning", "cross_entropy", "finetune", "load_tuned", "save_tuned"]
 
@@ -158,6 +158,7 @@ def finetune(
             the processes do not begin alike, or another one failed. The model then has its best, or else its last
             good weights.
     """
+    require_model(model)
     with joining_processes(find_device(model)), ExitStack() as exits:
         exits.enter_context(keeping_random_state(_find_generators(batches)))
         with failing_together(StateError):

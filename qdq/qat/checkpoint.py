@@ -23,6 +23,7 @@ from qdq.files import read_file, write_atomic
 from qdq.names import printable
 from qdq.quantizer import from_log2, named_quantizers
 from qdq.schema import digest_parts, parse_json
+from qdq.trace import require_model
 
 MODEL_FORMAT = "qdq fine-tuned model 2"  # 1 did not say the formats
 STATE_FORMAT = "qdq fine-tuning state 1"
@@ -89,6 +90,7 @@ def save_tuned(model: nn.Module, path: Path | str, facts: dict[str, Any] | None 
     Raises:
         ArgumentError: The folder cannot be written to.
     """
+    require_model(model)
     disabled = [name for name, quantizer in named_quantizers(model) if quantizer._disabled]
     known = {"format": MODEL_FORMAT, "disabled": disabled, "quantizers": _describe_formats(model)}
     return save_tensors(Path(path), plain_state(model), known | (facts or {}))
@@ -122,6 +124,7 @@ def load_tuned(model: nn.Module, path: Path | str) -> dict[str, Any]:
         DataError: The file cannot be read, or is of another kind.
         ModelError: It is of another model; nothing is changed then.
     """
+    require_model(model)
     tensors, facts = load_tensors(Path(path), MODEL_FORMAT)
     _require_same(_describe_formats(model), facts["quantizers"], path)
     quantizers = dict(named_quantizers(model))

@@ -24,6 +24,7 @@ from qdq.ranges.matching import match_entries
 from qdq.ranges.places import list_places
 from qdq.ranges.qdq_onnx import read_pairs, write_scales
 from qdq.ranges.rows import list_rows, merge_rows
+from qdq.trace import require_model
 
 _QDQ = "qdq"
 _Result = TypeVar("_Result")
@@ -118,6 +119,7 @@ def import_ranges(
         CheckError: An ONNX file that cannot be read.
         StateError: A quantizer has a range of another shape than the one it would get.
     """
+    require_model(model)
     path = Path(path)
     content = _read_bytes(path)
     format = _recognize(path, content) if format is None else _known(format)
@@ -152,6 +154,7 @@ def export_ranges(model: nn.Module, path: Path | str, *, format: str, onnx: Path
         CalibrationError: No quantizer has a range that the file could hold.
         CheckError: `onnx` cannot be read.
     """
+    require_model(model)
     path = Path(path)
     _require_onnx(_known(format), onnx, may_lack=format == "aimet-0.6.1", may_have=True)
     data_files = [] if onnx is None else list_data_files(Path(onnx))
