@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+
+import onnx_ir as ir
 
 from qdq.check.rules.registry import Flaw, register_rule
 from qdq.check.rules.view import GraphView, is_op, name_of
@@ -19,14 +22,24 @@ UNCALIBRATED = "qdq.uncalibrated"
     "[src] cuDLA, CenterPoint and Ultralytics fold first; folding changes the range of each channel",
 )
 def _batchnorm_is_not_folded(view: GraphView) -> Iterator[Flaw]:
-    for node in view.weighted:
-        if view.dequantizer(node.inputs[1]) is None:
+    sources = {node: _source_of_weight(view, node) for node in view.weighted}
+    uses = Counter(source for source in sources.values() if source is not None)
+    for node, source in sources.items():
+        if source is None or uses[source] > 1:  # a fold would change what the other products read
             continue
         readers = view.readers(node.outputs[0])
         for reader in readers:
             if is_op(reader, "BatchNormalization") and len(readers) == 1:  # else nobody can fold it
                 message = f"it follows {name_of(node)}, whose weights have scales from before it (R-BN-FOLD)"
                 yield Flaw(name_of(reader), message, "fold BatchNorm (fold_batchnorm) before calibration.")
+
+
+def _source_of_weight(view: GraphView, node: ir.Node) -> ir.Value | None:
+    """The stored weight, or the codes of it, behind the DQ in front of a product; None where there is no DQ."""
+    dequantize = view.dequantizer(node.inputs[1])
+    codes = None if dequantize is None else dequantize.inputs[0]
+    quantize = None if codes is None else codes.producer()
+    return quantize.inputs[0] if is_op(quantize, "QuantizeLinear") and quantize is not None else codes
 
 
 @register_rule(
