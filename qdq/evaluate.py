@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from qdq.check import OnnxModel, is_out_of_memory
+from qdq.check import OnnxModel, Session, is_out_of_memory
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError
 from qdq.metrics import Array, agreement, sqnr_db, top_k
 from qdq.quantizer import named_quantizers
@@ -75,17 +75,20 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def predict(model: nn.Module | Path | str, batches: Iterable[Any]) -> Array:
+def predict(model: nn.Module | Path | str, batches: Iterable[Any], *, session: Session = "plain") -> Array:
     """First output of a model on all batches.
 
     Args:
         model: A module, or the path of an ONNX file (run by ONNX Runtime on the CPU).
         batches: As for `trace.call_model`: tensors or `(images, labels)`.
+        session: Of ONNX Runtime: "plain" computes what the file says, "default" is what its users have
+            (`check.OnnxModel`). A module needs none.
 
     Returns:
         float array `[N, ...]`.
 
     Raises:
+        ArgumentError: Another session.
         DataError: No batch, or one for which memory is too short.
         CheckError: The ONNX file cannot be run on them.
     """
@@ -94,7 +97,7 @@ def predict(model: nn.Module | Path | str, batches: Iterable[Any]) -> Array:
             f"model is of type {type(model).__name__}.", "pass a module, or the path of an ONNX file."
         )
     require_batches(batches)
-    onnx_model = None if isinstance(model, nn.Module) else OnnxModel(Path(model))
+    onnx_model = None if isinstance(model, nn.Module) else OnnxModel(Path(model), session=session)
     outputs = []
     label = "predict (torch)" if onnx_model is None else "predict (onnx)"
     for batch in tqdm(batches, desc=label, unit="batch", disable=None):

@@ -41,6 +41,7 @@ from qdq.graph.opset import HIGHEST, LOWEST, LowerOpset
 from qdq.graph.passes import run_passes
 from qdq.graph.precision import ConvertPrecision
 from qdq.graph.precision_rules import KeptNode
+from qdq.graph.raise_scales import RaiseWeightScales
 from qdq.graph.remove_identities import RemoveIdentities
 from qdq.graph.save import save_model
 from qdq.graph.transpose_keys import TransposeKeys
@@ -200,7 +201,7 @@ def export_onnx(
 
 
 def _passes(opset: int, weights: str, naming: NameNodes) -> list[ir.passes.InPlacePass]:
-    """The passes in their order; each alone keeps every number of the graph."""
+    """The passes in their order; each alone keeps every number, `RaiseWeightScales` up to rounding in float32."""
     passes: list[ir.passes.InPlacePass] = [
         FoldWeights(),
         RemoveIdentities(),
@@ -212,6 +213,7 @@ def _passes(opset: int, weights: str, naming: NameNodes) -> list[ir.passes.InPla
         MergePairs(),  # a pair that was moved may meet an equal one
         FoldPad(),
         FoldCasts(),
+        RaiseWeightScales(),
     ]
     if weights == "int8":
         passes.append(QuantizeWeights(_int8_codes))

@@ -10,7 +10,8 @@ The gradient passes where the code is inside the range (straight-through; Bengio
 A range that is learned has the gradient of LSQ (Esser et al., ICLR 2020, arXiv 1902.08153) or of PACT (Choi et al.,
 arXiv 1805.06085).
 
-ONNX and TensorRT store the same scale, a divisor. The floor keeps a scale positive where amax is 0 (R-SCALE).
+ONNX and TensorRT store the same scale, a divisor. The floor keeps a scale positive where amax is 0 (R-SCALE); what an
+exported file has there says `graph.raise_scales`.
 """
 
 from __future__ import annotations

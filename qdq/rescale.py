@@ -16,6 +16,7 @@ from qdq.check.load import load_onnx
 from qdq.errors import ArgumentError
 from qdq.files import guard_files
 from qdq.formats import Format
+from qdq.graph.raise_scales import RaiseWeightScales
 from qdq.graph.save import list_data_files, save_model
 from qdq.graph.scales import list_scales, number_of, reason_against, set_scale
 from qdq.observers.statistics import LEAST_ABSMAX
@@ -70,8 +71,9 @@ def rescale_onnx(
 ) -> Rescaling:
     """Write a copy of a file that `export_onnx` made, its activations with ranges solved from statistics.
 
-    The scales are those that `solve_ranges` and a new export would give. Weights stay as they are. The metadata say
-    the new method; the fingerprint of the ranges, which includes weights, is left out.
+    The scales are those that `solve_ranges` and a new export would give. Weights stay as they are, unless a bias needs
+    a larger scale (`graph.raise_scales`). The metadata say the new method; the fingerprint of the ranges, which
+    includes weights, is left out.
 
     Args:
         path: The file.
@@ -106,6 +108,7 @@ def rescale_onnx(
         unknown=tuple(name for name in scales if name not in known),
     )
     _update_origin(model, statistics, rescaling)
+    RaiseWeightScales()(model)  # a bias may not fit the new scale of its input
     ir.external_data.load_to_model(model)  # so that the copy may lie in another folder, or in the place of the file
     save_model(model, output)
     return rescaling

@@ -84,7 +84,10 @@ def ptq_classifier(
         net.module, example, file, precision=precision, calibration=ranges, plan=swapped, rewired=rewired
     )
     logits["ONNX"], floor = qdq.predict(onnx.path, images), qdq.measure_tie_floor(net.module, images.subset(128))
-    check = qdq.check_onnx(onnx.path, expected=logits["mixed"], found=logits["ONNX"], tie_floor_db=floor)
+    by_default = qdq.predict(onnx.path, images, session="default")
+    check = qdq.check_onnx(
+        onnx.path, expected=logits["mixed"], found=logits["ONNX"], found_default=by_default, tie_floor_db=floor
+    )
     run.stage("build")
     engine = qdq.build_engine(onnx.path, backend=backend.name, sm=sm)
     table = qdq.evaluate_outputs(logits, images.labels, files={"float": net.module, "ONNX": onnx.path})

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from qdq.check.load import load_onnx
 from qdq.graph.merge_pairs import MergePairs
+from qdq.graph.raise_scales import RaiseWeightScales
 from qdq.graph.repair import MakeCodesSigned, MakeScalesScalar, WriteAxes, WriteZeroPoints
 from qdq.graph.save import save_model
 
@@ -24,8 +25,8 @@ def fix_onnx(path: Path | str, output: Path | str) -> dict[str, int]:
     """Write a copy of a QDQ ONNX file without the flaws that can be mended with every number kept.
 
     That are: per-tensor scales of shape [1] (QDQ103), a missing axis that the shape leaves no choice about (QDQ105),
-    uint8 codes whose zero point is 128 (QDQ129), DQ of int8 codes without zero point (QDQ102), and equal pairs on one
-    tensor or in a row (QDQ120).
+    uint8 codes whose zero point is 128 (QDQ129), DQ of int8 codes without zero point (QDQ102), scales of weight
+    channels that are all zero (QDQ140), and equal pairs on one tensor or in a row (QDQ120).
 
     Args:
         path: The file.
@@ -44,6 +45,9 @@ def fix_onnx(path: Path | str, output: Path | str) -> dict[str, int]:
         repair = make()
         repair(model)
         counts[rule] = len(repair.changed)
+    dead = RaiseWeightScales(only_dead=True)
+    dead(model)
+    counts["QDQ140"] = len(set(dead.changed))
     merge = MergePairs()
     merge(model)
     counts["QDQ120"] = merge.removed_q + merge.removed_dq

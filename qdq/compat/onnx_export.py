@@ -17,9 +17,11 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
 from torch import nn
 
@@ -30,6 +32,8 @@ from qdq.compat.qdq_nodes import make_constants
 from qdq.compat.tensor_quant import E4M3
 from qdq.errors import ArgumentTypeError, ExportError
 from qdq.graph.opset import HIGHEST, LOWEST, LowerOpset
+from qdq.graph.raise_scales import RaiseWeightScales
+from qdq.graph.save import save_model, serialize
 from qdq.trace import evaluating
 
 logger = logging.getLogger(__name__)
@@ -82,9 +86,7 @@ def export(model: Any, args: Any = (), f: Any = None, **kwargs: Any) -> Any:
     with _constants(model, args, kwargs.get("kwargs"), quantizers, uncalibrated), _float_weights(model, quantizers):
         if dynamo:
             return _export_dynamo(model, args, f, opset, list(uncalibrated), kwargs)
-        if not uncalibrated:
-            return _torch_export(model, args, f, **kwargs)
-        return _export_marked(model, args, f, list(uncalibrated), kwargs)
+        return _export_script(model, args, f, list(uncalibrated), kwargs)
 
 
 def _export_dynamo(
@@ -93,6 +95,7 @@ def _export_dynamo(
     """Export, then edit what torch has made, then save as torch would."""
     written = opset if opset is None else max(opset, HIGHEST)
     program = _torch_export(model, args, None, **{**kwargs, "opset_version": written})
+    RaiseWeightScales()(program.model)
     if opset is not None and opset < HIGHEST:
         LowerOpset(opset)(program.model)
     if uncalibrated:
@@ -100,23 +103,37 @@ def _export_dynamo(
     if isinstance(f, io.BytesIO):
         onnx.save(program.model_proto, f)
     elif f is not None:
+        _save(program, f, kwargs)
+    return program
+
+
+def _save(program: torch.onnx.ONNXProgram, f: Any, kwargs: dict[str, Any]) -> None:
+    """One file up to protobuf's limit; torch itself, which puts all weights beside it, where a script asks for that."""
+    if "external_data" in kwargs or not kwargs.get("export_params", True) or kwargs.get("keep_initializers_as_inputs"):
         program.save(
             f,
             include_initializers=kwargs.get("export_params", True),
             keep_initializers_as_inputs=kwargs.get("keep_initializers_as_inputs", False),
             external_data=kwargs.get("external_data", True),
         )
-    return program
+    else:
+        save_model(program.model, Path(f))
 
 
-def _export_marked(model: nn.Module, args: Any, f: Any, uncalibrated: list[str], kwargs: dict[str, Any]) -> Any:
-    """Export by the TorchScript exporter, and write into the file that its ranges are those of one example."""
-    is_path = isinstance(f, str | os.PathLike)
-    target = f if is_path else io.BytesIO()
-    result = _torch_export(model, args, target, **kwargs)
-    proto = onnx.load(f, load_external_data=False) if is_path else onnx.load_from_string(target.getvalue())
-    proto.metadata_props.add(key=UNCALIBRATED, value=",".join(uncalibrated))
-    onnx.save(proto, f)
+def _export_script(model: nn.Module, args: Any, f: Any, uncalibrated: list[str], kwargs: dict[str, Any]) -> Any:
+    """Export by the TorchScript exporter, then edit the file that it has written."""
+    path = Path(f) if isinstance(f, str | os.PathLike) else None
+    buffer = io.BytesIO()
+    result = _torch_export(model, args, buffer if path is None else path, **kwargs)
+    written = ir.from_proto(onnx.load_from_string(buffer.getvalue())) if path is None else ir.load(path)
+    changed = RaiseWeightScales()(written).modified
+    if uncalibrated:  # its ranges are those of one example
+        written.metadata_props[UNCALIBRATED] = ",".join(uncalibrated)
+    if path is None:
+        f.write(serialize(written) if changed or uncalibrated else buffer.getvalue())
+    elif changed or uncalibrated:
+        ir.external_data.load_to_model(written)
+        save_model(written, path)
     return result
 
 

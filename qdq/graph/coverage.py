@@ -10,7 +10,7 @@ from typing import Protocol
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from qdq.graph.pairs import COPY_OPS, constant_of, has_int8_zeros, parameters_of
+from qdq.graph.pairs import COPY_OPS, constant_of, has_int8_zeros, is_op, parameters_of
 from qdq.names import list_names
 
 WEIGHTED_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -241,6 +241,20 @@ def output_axis(node: ir.Node, rank: int) -> int:
     if node.op_type == "Gemm":
         return 0 if node.attributes.get_int("transB", 0) else 1
     return {"Conv": 0, "ConvTranspose": 1, "MatMul": rank - 1}[node.op_type]
+
+
+def follow_axis(value: ir.Value | None, weight: ir.Node, axis: int) -> int | None:
+    """Where an axis of a DQ's output lies in a value that comes from it; None if that cannot be said."""
+    path = []
+    while value is not None and (node := value.producer()) is not None and node is not weight:
+        path.append(node)
+        value = node.inputs[0]
+    for node in reversed(path):
+        if is_op(node, "Transpose") and (perm := node.attributes.get("perm")) is not None:
+            axis = list(perm.as_ints()).index(axis)
+        elif not is_op(node, "Identity", "Cast"):
+            return None
+    return axis
 
 
 def _with_shapes(model: ir.Model) -> ir.Model:

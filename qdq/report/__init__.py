@@ -199,6 +199,7 @@ def _summarize(
         "layers_without_range": sorted({r.name.rpartition(".")[0] for r in ranges if r.note}),
         "candidates": {candidate.name: candidate for candidate in evaluation.candidates},
         "parity": check.parity,
+        "default_parity": check.default_parity,
         "onnx_megabytes": check.file_bytes / 1e6,
         "engine_megabytes": build.engine_bytes / 1e6,
         "int8_macs": build.int8_share,

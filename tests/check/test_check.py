@@ -6,8 +6,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qdq import CheckError, check_onnx, export_onnx, predict
+from qdq import ArgumentError, CheckError, check_onnx, export_onnx, predict
 from qdq.check import OnnxModel
+from qdq.check.fix import fix_onnx
 from qdq.check.parity import measure_parity
 from qdq.files import to_jsonable
 
@@ -18,6 +19,22 @@ g (float[N,3] x, float[3] z) => (float[N,2] y)
 {
     s = Add(x, z)
     [product] y = MatMul(s, w)
+}
+"""
+
+CLIPPED_BIAS = """
+<ir_version: 9, opset_import: ["": 19]>
+g (float[N,2,4,4] x) => (float[N,3,4,4] y)
+<float xs = {0.03}, float ys = {0.05}, int8 z = {0}, int8[3,2,1,1] w = {1,-2,0,0,5,127},
+ float[3] ws = {0.01,4e-22,0.01}, int8[3] wz = {0,0,0}, float[3] bias = {0.1,0.7,-0.2}>
+{
+    [xq] a = QuantizeLinear(x, xs, z)
+    [xd] b = DequantizeLinear(a, xs, z)
+    [w] c = DequantizeLinear<axis=0>(w, ws, wz)
+    [conv] d = Conv(b, c, bias)
+    e = Relu(d)
+    [yq] f = QuantizeLinear(e, ys, z)
+    [yd] y = DequantizeLinear(f, ys, z)
 }
 """
 
@@ -167,6 +184,37 @@ class TestParity:
         report = check_onnx(float_file, expected=expected, found=expected * (1 + error), tie_floor_db=floor)
         assert [finding.rule for finding in report.findings] == rules
         assert ("rounding ties" in report.format_table()) == bool(rules or floor)
+
+    @pytest.mark.parametrize(
+        ("error", "floor", "rules"),
+        [(0.01, None, []), (0.1, None, ["QDQ191"]), (0.1, 22.0, []), (np.nan, 22.0, ["QDQ191"])],
+    )
+    def test_191_when_the_default_session_is_another_program(self, float_file, error, floor, rules):
+        plain = np.ones((4, 2))
+        outputs = {"expected": plain, "found": plain, "found_default": plain * (1 + error)}
+        report = check_onnx(float_file, **outputs, tie_floor_db=floor)
+        assert [(finding.rule, finding.severity) for finding in report.findings] == [
+            (rule, "warning") for rule in rules
+        ]
+        assert report.default_parity.images == 4
+        assert "default session against the plain one on 4 images" in report.format_table()
+        assert not check_onnx(float_file, **outputs, tie_floor_db=floor, ignore=["QDQ191"]).findings
+
+    def test_a_bias_that_onnxruntime_clips(self, tmp_path):
+        """A convolution with a dead channel as a file may have it: only the default session loses the bias."""
+        ir.save(ir.from_onnx_text(CLIPPED_BIAS), tmp_path / "m.onnx")
+        x = [np.random.default_rng(0).normal(size=(2, 2, 4, 4)).astype(np.float32)]
+        plain, default = (predict(tmp_path / "m.onnx", x, session=session) for session in ("plain", "default"))
+        report = check_onnx(tmp_path / "m.onnx", expected=plain, found=plain, found_default=default)
+        assert {"QDQ140", "QDQ191"} <= {finding.rule for finding in report.problems}
+        assert report.default_parity.max_abs > 0.5
+        fix_onnx(tmp_path / "m.onnx", tmp_path / "mended.onnx")
+        for session in ("plain", "default"):
+            np.testing.assert_allclose(predict(tmp_path / "mended.onnx", x, session=session), plain, atol=0.051)
+
+    def test_another_session(self, float_file):
+        with pytest.raises(ArgumentError, match="'plain' and 'default'"):
+            predict(float_file, [np.zeros((1, 3, 8, 8), np.float32)], session="fast")
 
 
 def test_parity_does_not_use_optimizers_that_change_the_numbers(tmp_path):

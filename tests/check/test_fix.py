@@ -32,7 +32,13 @@ def replace(*replacements):
     return text
 
 
+DEAD_CHANNEL = replace(
+    ("w = {1,-2,3,-4,5,127}", "w = {1,-2,0,0,5,127}"),
+    ("ws = {0.1,0.2,0.3}", "ws = {0.1,4e-22,0.3}, float[3] bias = {0.1,0.7,0.2}"),
+    ("Conv(b, c)", "Conv(b, c, bias)"),
+)
 CASES = {
+    "bias of a channel of zeros": (DEAD_CHANNEL, {"QDQ140": 1}),
     "scale of shape [1]": (
         replace(("float xs", "float[1] xs"), ("int8 xz", "int8[1] xz")), {"QDQ103": 2},
     ),

@@ -342,3 +342,54 @@ def test_a_model_compiled_and_traced_with_gradients(calibrated, inputs):
     expected = calibrated(inputs)
     torch.testing.assert_close(torch.compile(calibrated, fullgraph=True, backend="eager")(inputs), expected)
     torch.testing.assert_close(torch.jit.trace(calibrated, inputs)(inputs), expected)
+
+
+class DeadChannel(nn.Module):
+    """A channel of zeros with a bias, in front of another quantizer: ONNX Runtime makes its bias an int32."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = quant_nn.QuantConv2d(3, 8, 3)
+        self.up = quant_nn.QuantConvTranspose2d(8, 8, 3)
+        self.head = quant_nn.QuantConv2d(8, 4, 1)
+        with torch.no_grad():
+            self.conv.weight[1] = 0
+            self.up.weight[:, 1] = 0
+            self.conv.bias[1] = self.up.bias[1] = 0.7
+
+    def forward(self, x):
+        return self.head(torch.relu(self.up(torch.relu(self.conv(x)))))
+
+
+@EXPORTERS
+@pytest.mark.parametrize("opset", [13, 19])
+def test_dead_channel_in_onnxruntimes_default_session(inputs, tmp_path, dynamo, opset):
+    model = DeadChannel().eval()
+    calibrate_model(model, [inputs], method="max")
+    export(model, inputs, tmp_path / "m.onnx", dynamo=dynamo, opset_version=opset)
+    assert difference(tmp_path / "m.onnx", model, inputs) < 0.01
+    buffer = io.BytesIO()
+    torch.onnx.export(model, inputs, buffer, dynamo=dynamo, opset_version=opset)
+    assert difference(buffer.getvalue(), model, inputs) < 0.01
+    assert not [f for f in check_onnx(tmp_path / "m.onnx").findings if f.rule in ("QDQ101", "QDQ140")]
+
+
+def test_small_models_are_one_file(calibrated, inputs, tmp_path):
+    path = tmp_path / "m.onnx"
+    torch.onnx.export(calibrated, inputs, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+    moved = path.rename(tmp_path / "moved.onnx")
+    assert difference(moved, calibrated, inputs) < 1e-5
+
+
+def test_weights_go_beside_a_file_that_is_too_large_or_where_a_script_asks_for_it(
+    calibrated, inputs, tmp_path, monkeypatch
+):
+    torch.onnx.export(calibrated, inputs, tmp_path / "asked.onnx", external_data=True)
+    assert (tmp_path / "asked.onnx.data").exists()
+    monkeypatch.setattr("qdq.graph.save._ONE_FILE_BYTES", 1000)
+    monkeypatch.setattr("qdq.graph.save._EXTERNAL_BYTES", 100)
+    torch.onnx.export(calibrated, inputs, tmp_path / "large.onnx")
+    assert (tmp_path / "large.onnx.data").exists()
+    for name in ("asked", "large"):
+        assert difference(tmp_path / f"{name}.onnx", calibrated, inputs) < 1e-5

@@ -1,4 +1,4 @@
-"""What went wrong before the export: QDQ122, QDQ123 and QDQ190."""
+"""What went wrong before the export: QDQ122, QDQ123, QDQ190 and QDQ191."""
 
 from __future__ import annotations
 
@@ -65,4 +65,16 @@ def _quantizers_never_observed(view: GraphView) -> Iterator[Flaw]:
     "measured by check_onnx where outputs of both are given; a file alone does not show it",
 )
 def _parity_is_lost(view: GraphView) -> Iterator[Flaw]:
+    yield from ()  # `check_onnx` raises it
+
+
+@register_rule(
+    "QDQ191",
+    "warning",
+    "ONNX Runtime's default session and the file as it is written differ by more than rounding ties.",
+    "The default session fuses Q/DQ into integer operators. Where that changes the numbers, who runs the file there "
+    "gets others than those that were evaluated.",
+    "measured by check_onnx where outputs of both sessions are given; a file alone does not show it",
+)
+def _default_session_differs(view: GraphView) -> Iterator[Flaw]:
     yield from ()  # `check_onnx` raises it
