@@ -49,7 +49,7 @@ from qdq.graph.weights import QuantizeWeights
 from qdq.metrics import Array
 from qdq.names import group_names, list_names
 from qdq.nn import QuantMixin
-from qdq.quantizer import named_quantizers, quantize_codes
+from qdq.quantizer import TensorQuantizer, named_quantizers, quantize_codes
 from qdq.rewire import RewirePlan
 from qdq.swap import SwapPlan, quantized_layers
 from qdq.trace import name_leaves, require_model, split_inputs, tensors_of
@@ -255,8 +255,29 @@ def _require_exportable(model: nn.Module) -> None:
                 f"{name} has narrow_range, and ONNX and TensorRT clamp to -128 (R-RANGE).",
                 "set narrow_range=False and evaluate again.",
             )
-        if quantizer.amax is not None and not bool(torch.isfinite(quantizer.amax).all()):
-            raise ExportError(f"{name} has an amax that is NaN or Inf.", "calibrate again.")
+    _require_numbers(model, enabled)
+
+
+def _require_numbers(model: nn.Module, enabled: dict[str, TensorQuantizer]) -> None:
+    """Refuse, all at once, ranges without a scale, and parameters that int8 has no codes for."""
+    layers = [layer for layer in quantized_layers(model).values() if isinstance(layer, QuantMixin)]
+    weights = {
+        id(getattr(layer, attribute)): layer._parameters.get(parameter)
+        for layer in layers
+        for attribute, parameter in layer.weights_of(layer).items()
+    }
+    reasons = {name: q.reason_against_range(weights.get(id(q))) for name, q in enabled.items()}
+    wrong = [f"{name} {reason}" for name, reason in reasons.items() if reason]
+    of_layers = {id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)}
+    for name, parameter in model.named_parameters():
+        broken = parameter.isnan() | parameter.isinf() if id(parameter) in of_layers else parameter.isnan()
+        if bool(broken.any()):
+            wrong.append(f"{name} holds {int(broken.sum())} NaN or Inf")
+    if wrong:
+        raise ExportError(
+            f"{len(wrong)} ranges and parameters cannot be written: {'; '.join(wrong)}.",
+            "load sound weights, then calibrate again (calibrate_model).",
+        )
 
 
 def _capture(model: nn.Module, example_inputs: Any, opset: int, dynamic_batch: bool) -> CapturedGraph:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from qdq.names import group_names
 from qdq.nn import QuantMixin
-from qdq.quantizer import disable_quantization
+from qdq.quantizer import disable_quantization, own_tensor
 from qdq.trace import ForwardTrace, call_model, evaluating, require_model, trace_forward
 
 logger = logging.getLogger(__name__)
@@ -200,10 +200,9 @@ def _fold(layer: nn.Module, batchnorm: Any) -> None:
     beta = 0.0 if batchnorm.bias is None else batchnorm.bias.double()
     old_bias = 0.0 if bias is None else bias.double()
     new_bias = (old_bias - batchnorm.running_mean.double()) * gain + beta
-    layer.weight = nn.Parameter(
-        (weight.double() * _per_output(layer, gain)).to(weight.dtype).detach(), weight.requires_grad
-    )
-    layer.bias = nn.Parameter(new_bias.to(weight.dtype).detach(), weight.requires_grad)
+    new_weight = weight.double() * _per_output(layer, gain)
+    layer.weight = nn.Parameter(own_tensor(new_weight.to(weight.dtype)), weight.requires_grad)
+    layer.bias = nn.Parameter(own_tensor(new_bias.to(weight.dtype)), weight.requires_grad)
 
 
 def _gain_of(batchnorm: Any) -> torch.Tensor:

@@ -125,7 +125,8 @@ def fake_quantize(
         inputs: Any shape, float16, bfloat16, float32 or float64; computed in float32, cast back once.
         amax: The range: one element, or as many as `inputs` has along `axis`.
         fmt: The format, int8 by default.
-        axis: The axis that `amax` belongs to, None for one range.
+        axis: The axis that `amax` belongs to, None for one range. Where `amax` has the rank of `inputs`, its shape says
+            so itself.
         range_rule: The gradient of `amax` where it requires one. "lsq": of rounding and clipping; "pact": of clipping
             alone. Both are divided by sqrt(N B), N elements a range (LSQ, section 2.2), to be of the size of others.
 
@@ -136,6 +137,8 @@ def fake_quantize(
         ArgumentError: `axis` or the size of `amax` does not fit `inputs`.
     """
     fmt = fmt or Format()
+    if amax.dim() == inputs.dim():
+        axis = find_range_axis(amax, axis)
     if axis is not None:
         axis = _checked_axis(inputs, amax, axis)
     if amax.numel() == 1:  # a scale of shape [1] costs TensorRT-RTX the int8 kernel (R-SHAPE)
@@ -146,6 +149,25 @@ def fake_quantize(
     if inputs.dtype == torch.float16 and not torch.compiler.is_compiling():
         result = result.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)  # code -128 lies beyond a range near the largest float16
     return result.to(inputs.dtype)
+
+
+def find_range_axis(amax: torch.Tensor | None, axis: int | None) -> int | None:
+    """The axis that ranges belong to: the one that their shape keeps, such as 1 of `[1, K, 1, 1]`.
+
+    Args:
+        amax: The ranges, None before calibration.
+        axis: What holds where the shape does not say: for a list of ranges, for one range and for none.
+    """
+    if axis is None or amax is None or amax.dim() < 2:
+        return axis
+    kept = [dim for dim, size in enumerate(amax.shape) if size > 1]
+    return kept[0] if len(kept) == 1 else axis
+
+
+def own_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that can be changed outside of `torch.inference_mode` too, wherever it is made."""
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.detach().clone()
 
 
 def _checked_axis(inputs: torch.Tensor, amax: torch.Tensor, axis: int) -> int:
@@ -355,6 +377,11 @@ class TensorQuantizer(nn.Module):
         return self._axis
 
     @property
+    def range_axis(self) -> int | None:
+        """Where the present ranges lie, by their shape: those of a checkpoint may lie on another axis than `axis`."""
+        return find_range_axis(self.amax, self._axis)
+
+    @property
     def amax(self) -> torch.Tensor | None:
         """The range as the buffer itself (edits in place take effect at once), or None before calibration.
 
@@ -369,11 +396,11 @@ class TensorQuantizer(nn.Module):
         self._require_valid(amax)
         if self._range_rule is not None:
             raise StateError(f"the range of {self._label} is being learned.", "call keep_range first.")
-        if self.amax is None:
-            self.register_buffer("_amax", amax.clone())
-        elif self.amax.is_inference() and self.amax.shape == amax.shape:
-            self._amax = amax.clone()
-        elif self.amax.numel() == amax.numel():
+        if self.amax is None or self._mends_axis(amax):
+            self.register_buffer("_amax", own_tensor(amax))
+        elif self._is_along_present(amax):
+            if self.amax.is_inference():
+                self._amax = own_tensor(self.amax)
             self.amax.copy_(amax.reshape(self.amax.shape))
         else:
             raise StateError(
@@ -381,6 +408,22 @@ class TensorQuantizer(nn.Module):
                 f"the new value {tuple(amax.shape)}.",
                 "make a new quantizer for another axis.",
             )
+
+    def _mends_axis(self, amax: torch.Tensor) -> bool:
+        """Whether new ranges lie on the axis of this quantizer, and the present ones, of a checkpoint, on another."""
+        if not isinstance(self._axis, int) or self.amax is None or not amax.dim() == self.amax.dim() > 0:
+            return False
+        axis = self._axis % amax.dim()
+        return find_range_axis(self.amax, axis) != axis and find_range_axis(amax, axis) == axis
+
+    def _is_along_present(self, amax: torch.Tensor) -> bool:
+        """Whether new ranges have the number, and where their shape says so the axis, of the present ones."""
+        present = self.amax
+        assert present is not None  # noqa: S101  # the caller has looked
+        if present.numel() != amax.numel():
+            return False
+        axis = self.range_axis
+        return find_range_axis(amax, axis) == axis or amax.dim() != present.dim()
 
     def _require_valid(self, amax: torch.Tensor) -> None:
         if not amax.is_meta and not bool((torch.isfinite(amax) & (amax >= 0)).all()):
@@ -393,6 +436,28 @@ class TensorQuantizer(nn.Module):
                 f"{self._label} is per tensor, found an amax of shape {tuple(amax.shape)}.",
                 "give one number, or build the quantizer with the axis that the numbers belong to.",
             )
+
+    def reason_against_range(self, weight: torch.Tensor | None = None) -> str:
+        """What is wrong with the range, however it came into the buffer; "" if nothing is, or if there is none.
+
+        Args:
+            weight: What it quantizes, if that is a weight.
+        """
+        amax = self.amax
+        if amax is None or amax.is_meta:
+            return ""
+        if not bool(torch.isfinite(amax).all()):
+            return "has an amax of NaN or Inf"
+        if bool((amax < 0).any()):
+            return f"has a negative amax, {float(amax.min()):.3g}"
+        axis, shape = self.range_axis, tuple(amax.shape)
+        if amax.numel() == 1 or isinstance(axis, tuple):  # qdq.compat has ranges along several axes
+            return ""
+        if axis is None:
+            return f"is per tensor and has {amax.numel()} ranges, of shape {shape}"
+        if weight is not None and not (-weight.dim() <= axis < weight.dim() and amax.numel() == weight.shape[axis]):
+            return f"has an amax of shape {shape}, which does not fit axis {axis} of its weight {tuple(weight.shape)}"
+        return ""
 
     def learn_range(self, rule: str = "lsq") -> nn.Parameter:
         """Make the range a parameter, log2 of amax, until `keep_range`.
@@ -411,7 +476,7 @@ class TensorQuantizer(nn.Module):
             raise ArgumentError(_unknown("rule", rule, RANGE_RULES), "use one of those.")
         if self.amax is None:
             raise StateError(f"{self._label} has no amax to start from.", "calibrate first (`calibrate_model`).")
-        start = self.amax.detach().clamp_min(AMAX_FLOOR).log2()
+        start = own_tensor(self.amax.clamp_min(AMAX_FLOOR).log2())
         self._buffers.pop("_amax", None)
         self._parameters.pop("_log2_amax", None)
         self.register_parameter("_log2_amax", parameter := nn.Parameter(start))
@@ -424,7 +489,7 @@ class TensorQuantizer(nn.Module):
             reached = self._parameters.pop("_log2_amax")
             assert reached is not None  # noqa: S101
             self._range_rule = None
-            self.register_buffer("_amax", from_log2(reached.detach()))
+            self.register_buffer("_amax", own_tensor(from_log2(reached)))
 
     @property
     def scale(self) -> torch.Tensor:
@@ -565,7 +630,7 @@ class TensorQuantizer(nn.Module):
         if self._range_rule is not None:
             return self.amax
         if self.amax.device != inputs.device and not torch.compiler.is_compiling():
-            self._amax = self._amax.to(inputs.device)
+            self._amax = own_tensor(self._amax.to(inputs.device))
         return self._amax
 
     def _apply(self, fn: Any, recurse: bool = True) -> TensorQuantizer:
@@ -573,7 +638,7 @@ class TensorQuantizer(nn.Module):
         before = self._buffers.get("_amax")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if before is not None and self._amax.dtype != torch.float32:
-            self._amax = before.to(self._amax.device)
+            self._amax = own_tensor(before.to(self._amax.device))
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -588,10 +653,19 @@ class TensorQuantizer(nn.Module):
             self._require_valid(incoming)
             state_dict[prefix + "_amax"] = incoming = incoming.float()
             if self.amax is None:
-                self.register_buffer("_amax", torch.empty_like(incoming, dtype=torch.float32))
+                self.register_buffer("_amax", own_tensor(incoming))
+            elif self._lies_elsewhere(incoming):
+                self._amax = own_tensor(incoming.to(self.amax.device))
             elif self.amax.numel() == incoming.numel() == 1:  # [], [1] and [1, 1] say the same
                 state_dict[prefix + "_amax"] = incoming.reshape(self.amax.shape)
+            if self._range_rule is None and self._amax.is_inference():
+                self._amax = own_tensor(self._amax)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _lies_elsewhere(self, amax: torch.Tensor) -> bool:
+        """Whether ranges of a checkpoint keep another axis than the present ones, as 2.1 did for transposed weights."""
+        axes = [find_range_axis(ranges, None if self._axis is None else -1) for ranges in (self.amax, amax)]
+        return None not in axes and -1 not in axes and axes[0] != axes[1]
 
     def extra_repr(self) -> str:
         """One line: format, place, range, state."""

@@ -6,7 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qdq import ArgumentError, ExportError, calibrate_model, check_onnx, export_onnx, predict, swap_modules
+from qdq import (
+    ArgumentError,
+    ExportError,
+    calibrate_model,
+    check_onnx,
+    export_onnx,
+    predict,
+    rewire_operations,
+    swap_modules,
+)
 from qdq.quantizer import QuantDescriptor, disable_quantization, named_quantizers
 
 
@@ -319,3 +328,71 @@ class TestRefused:
         (tmp_path / "file").write_text("")
         with pytest.raises(ArgumentError, match="cannot write"):
             export_onnx(quantized, images, tmp_path / "file" / "model.onnx")
+
+
+class TestNumbersThatHaveNoCode:
+    """Refused before anything is captured, every one of them by name."""
+
+    @pytest.fixture
+    def model(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+        swap_modules(model, include="*")
+        calibrate_model(model, [torch.randn(2, 3, 12, 12)])
+        return model
+
+    def refuse(self, model, tmp_path):
+        with pytest.raises(ExportError) as caught:
+            export_onnx(model, torch.randn(2, 3, 12, 12), tmp_path / "model.onnx")
+        assert not list(tmp_path.iterdir())
+        return str(caught.value)
+
+    def test_all_at_once(self, model, tmp_path):
+        with torch.no_grad():
+            model[0].weight[1, 0, 0, 0] = torch.nan
+            model[2].weight[0] = torch.inf
+            model[4].bias[2] = torch.nan
+        model[0]._input_quantizer.amax.fill_(-1.0)
+        model[2]._input_quantizer.amax.fill_(torch.inf)
+        model[4]._weight_quantizer._amax = torch.ones(3)
+        message = self.refuse(model, tmp_path)
+        for text in (
+            "6 ranges and parameters", "0.weight holds 1 NaN or Inf", "2.weight holds 36 NaN", "4.bias holds 1 NaN",
+            "0._input_quantizer has a negative amax, -1", "2._input_quantizer has an amax of NaN or Inf",
+            "4._weight_quantizer has an amax of shape (3,), which does not fit axis 0 of its weight (4, 4, 3, 3)",
+        ):  # fmt: skip
+            assert text in message
+
+    def test_several_ranges_of_a_quantizer_per_tensor(self, model, tmp_path):
+        model[0]._input_quantizer._amax = torch.ones(3)
+        assert "0._input_quantizer is per tensor and has 3 ranges" in self.refuse(model, tmp_path)
+
+    @pytest.mark.parametrize("weights", ["int8", "float"])
+    def test_weight_that_the_forward_computes(self, tmp_path, weights):
+        class Standardized(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.stem = nn.Conv2d(8, 8, 3)
+                self.kernel = nn.Parameter(torch.randn(4, 8, 3, 3))
+
+            def forward(self, x):
+                mean, std = self.kernel.mean((1, 2, 3), keepdim=True), self.kernel.std((1, 2, 3), keepdim=True)
+                return F.relu(F.conv2d(self.stem(x), (self.kernel - mean) / std)).mean((2, 3))
+
+        model, images = Standardized().eval(), torch.randn(2, 8, 12, 12)
+        swap_modules(model, include="*")
+        rewire_operations(model, images, include="*")
+        calibrate_model(model, [images])
+        with torch.no_grad():
+            model.kernel[0] = 0  # 0 / 0
+        with pytest.raises(ExportError, match="NaN or Inf"):
+            export_onnx(model, images, tmp_path / "model.onnx", weights=weights)
+        assert not list(tmp_path.iterdir())
+
+    def test_ranges_that_are_set_or_loaded(self, model):
+        quantizer = model[0]._input_quantizer
+        for bad in (-1.0, torch.nan, torch.inf):
+            with pytest.raises(ArgumentError, match="NaN, Inf or a negative"):
+                quantizer.amax = bad
+            with pytest.raises(ArgumentError, match="NaN, Inf or a negative"):
+                quantizer.load_state_dict({"_amax": torch.tensor(bad)})

@@ -411,3 +411,27 @@ class TestLearnedRange:
         quantizer.learn_range()
         with pytest.raises(StateError, match="being learned"):
             quantizer.amax = 2.0
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (4, 4, 3, 3)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_shape_of_ranges_says_their_axis(shape, axis):
+    """Ranges of a checkpoint may lie on another axis than the quantizer has; a square weight fits both."""
+    weight = torch.randn(shape)
+    amax = weight.abs().amax([dim for dim in range(4) if dim != axis], keepdim=True)
+    expected = reference(weight, amax.flatten(), Format(), axis)
+    quantizer = TensorQuantizer(QuantDescriptor(axis=1 - axis))
+    quantizer.amax = amax
+    assert (quantizer.axis, quantizer.range_axis) == (1 - axis, axis)
+    same_bits(quantizer(weight), expected)
+    calibrated = TensorQuantizer(QuantDescriptor(axis=1 - axis))
+    calibrated.amax = weight.abs().amax([dim for dim in range(4) if dim == axis or dim > 1], keepdim=True)
+    with pytest.raises(StateError, match="Changing shape"):
+        calibrated.amax = amax
+    for loaded in (TensorQuantizer(QuantDescriptor(axis=1 - axis)), calibrated):
+        loaded.load_state_dict(quantizer.state_dict())
+        same_bits(loaded(weight), expected)
+        same_bits(loaded(weight.clone().requires_grad_()).detach(), expected)
+    own = weight.abs().amax([dim for dim in range(4) if dim == axis or dim > 1], keepdim=True)
+    loaded.amax = own  # calibrated again, on the axis of the quantizer
+    same_bits(loaded(weight), reference(weight, own.flatten(), Format(), 1 - axis))

@@ -36,6 +36,7 @@ from qdq.accuracy.layerwise import (
     sample_outputs,
     visit_products,
 )
+from qdq.errors import StateError
 from qdq.metrics import Array, sqnr_db
 from qdq.nn import QuantMixin
 from qdq.quantizer import TensorQuantizer
@@ -118,9 +119,11 @@ def round_weights(
     Raises:
         ArgumentTypeError: One tensor or dictionary instead of batches.
         DataError: No batch, or batches that differ in shape.
-        StateError: No layer is quantized, one has no range, or the outputs hold NaN or Inf.
+        StateError: No layer is quantized, one has no range, or the outputs hold NaN or Inf; in `torch.inference_mode`.
     """
     require_model(model)
+    if torch.is_inference_mode_enabled():
+        raise StateError("in torch.inference_mode there are no gradients.", "round the weights outside of it.")
     inputs = join_batches(batches)
     plan = plan_layers(model, inputs)
     before = run_flat(model, inputs)

@@ -26,7 +26,7 @@ from qdq.errors import ArgumentError, DataError, QdqError, StateError
 from qdq.functions import WEIGHTED
 from qdq.metrics import Array
 from qdq.nn import QuantMixin
-from qdq.quantizer import disable_quantization
+from qdq.quantizer import disable_quantization, own_tensor
 from qdq.swap import quantized_layers
 from qdq.trace import (
     call_model,
@@ -381,7 +381,8 @@ def add_to_bias(layer: Any, shift: torch.Tensor) -> None:
     """
     weight = layer._parameters["weight"]
     if layer.bias is None:
-        layer.bias = nn.Parameter(torch.zeros_like(weight.detach().flatten(1)[:, 0]), weight.requires_grad)
+        zeros = own_tensor(torch.zeros_like(weight.detach().flatten(1)[:, 0]))
+        layer.bias = nn.Parameter(zeros, weight.requires_grad)
     with torch.no_grad():
         layer.bias.copy_(layer.bias.double() + shift)
 

@@ -79,6 +79,7 @@ def export(model: Any, args: Any = (), f: Any = None, **kwargs: Any) -> Any:
     quantizers = _enabled_quantizers(model)
     dynamo = kwargs.get("dynamo", True)
     opset = kwargs.get("opset_version")
+    _require_numbers(model, quantizers)
     _require_expressible(model, quantizers, opset, dynamo)
     uncalibrated = {name: quantizer for name, quantizer in quantizers.items() if not quantizer.has_range()}
     if uncalibrated:
@@ -201,7 +202,7 @@ def _require_expressible(
         weights.setdefault(id(quantizer), []).append(parts)
     for path, quantizer in quantizers.items():
         name = path or quantizer.name or "this quantizer"
-        _require_one_range(name, quantizer)
+        quantizer._single_axis()
         if not quantizer._fake_quant:
             raise ExportError(f"{name} gives codes (fake_quant=False), not Q/DQ.", "use fake quantization here.")
         if quantizer._num_bits == E4M3:
@@ -213,6 +214,7 @@ def _require_expressible(
             )
         elif quantizer._narrow_range and not quantizer._unsigned and not quantizer.use_fb_fake_quant:
             _require_no_lowest_code(name, quantizer, weights.get(id(quantizer), []))
+    _warn_of_other_axes(model, quantizers)
     if unsigned := [name for name, quantizer in quantizers.items() if quantizer._unsigned]:
         logger.warning(
             "%d quantizers are unsigned and become uint8: %s. ONNX Runtime runs that; TensorRT takes it for int8 and "
@@ -221,12 +223,44 @@ def _require_expressible(
         )  # fmt: skip
 
 
-def _require_one_range(name: str, quantizer: TensorQuantizer) -> None:
-    amax = quantizer.static_amax()
-    if quantizer._single_axis() is None and amax is not None and amax.numel() != 1:
+def _require_numbers(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -> None:
+    """Refuse, all at once, ranges without a scale, and weights and biases that hold NaN or Inf.
+
+    A range that is NaN has been calibrated without data: it counts as none.
+    """
+    found = [(module, quantizer, parts) for module in model.modules() for quantizer, parts in quantized_weights(module)]
+    weights = {id(quantizer): parts[0] for _, quantizer, parts in found if len(parts) == 1}
+    calibrated = {name: quantizer for name, quantizer in quantizers.items() if quantizer.has_range()}
+    reasons = {name: q.reason_against_range(weights.get(id(q))) for name, q in calibrated.items()}
+    wrong = [f"{name} {reason}" for name, reason in reasons.items() if reason]
+    enabled = {id(quantizer) for quantizer in quantizers.values()}
+    of_layers = {id(p) for module, q, _ in found if id(q) in enabled for p in module.parameters(recurse=False)}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in of_layers and not bool(torch.isfinite(parameter).all()):
+            wrong.append(f"{name} holds {int((~torch.isfinite(parameter)).sum())} NaN or Inf")
+    if wrong:
         raise ExportError(
-            f"{name} is per tensor and has {amax.numel()} ranges, of shape {tuple(amax.shape)}.",
-            "load a checkpoint into the kind of model that it comes from: build this one with the axis.",
+            f"{len(wrong)} ranges and parameters cannot be written: {'; '.join(wrong)}.",
+            "load sound weights into the kind of model that they come from, then calibrate again.",
+        )
+
+
+def _warn_of_other_axes(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -> None:
+    """Name weights whose ranges do not lie where their quantizers have them, as 2.1 did for transposed convolutions."""
+    ranks = {id(q): parts[0].dim() for module in model.modules() for q, parts in quantized_weights(module) if parts}
+    elsewhere = [
+        name
+        for name, quantizer in quantizers.items()
+        if isinstance(quantizer._axis, int)
+        and id(quantizer) in ranks
+        and (quantizer._single_axis() or 0) % ranks[id(quantizer)] != quantizer._axis % ranks[id(quantizer)]
+    ]
+    if elsewhere:
+        logger.warning(
+            "%d weights have ranges on another axis than their output channels: %s. The file computes what the model "
+            'does, and TensorRT will not run it in int8 (QDQ105): call calib.calibrate_weights(model, "max") first.',
+            len(elsewhere),
+            ", ".join(elsewhere),
         )
 
 

@@ -12,25 +12,24 @@ from qdq.quantizer import compute_scale
 
 
 class Constants(NamedTuple):
-    """Scale (ONNX's, a divisor) and zero point of one call of a quantizer, 0-D or 1-D."""
+    """Scale (ONNX's, a divisor) and zero point of one call of a quantizer, 0-D or 1-D, and the axis of the latter."""
 
     scale: torch.Tensor
     zero_point: torch.Tensor
+    axis: int | None
 
 
 def make_constants(amax: torch.Tensor, num_bits: NumBits, unsigned: bool, axis: int | None) -> Constants:
     """The constants for a range; one element is 0-D (R-SHAPE), and no scale is 0 (R-SCALE)."""
     if num_bits == E4M3:
         scale = (amax.detach().float() / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
-        return Constants(scale.reshape(()).clone(), torch.zeros((), dtype=torch.float8_e4m3fn))
+        return Constants(scale.reshape(()).clone(), torch.zeros((), dtype=torch.float8_e4m3fn), None)
     scale = compute_scale(amax.detach(), Format(8, unsigned))
     scale = scale.reshape(()) if axis is None or scale.numel() == 1 else scale.flatten()
-    return Constants(scale.clone(), torch.zeros_like(scale, dtype=torch.int32))
+    return Constants(scale.clone(), torch.zeros_like(scale, dtype=torch.int32), axis if scale.dim() else None)
 
 
-def write_qdq(
-    inputs: torch.Tensor, constants: Constants, num_bits: NumBits, unsigned: bool, axis: int | None
-) -> torch.Tensor:
+def write_qdq(inputs: torch.Tensor, constants: Constants, num_bits: NumBits, unsigned: bool) -> torch.Tensor:
     """Quantize and dequantize in the operators that become one pair of nodes.
 
     Args:
@@ -38,17 +37,16 @@ def write_qdq(
         constants: As `make_constants` made them.
         num_bits: 8, or (4, 3).
         unsigned: Codes start at 0.
-        axis: The axis that the scale belongs to.
     """
-    scale, zero_point = (part.to(inputs.device) for part in constants)
+    scale, zero_point = constants.scale.to(inputs.device), constants.zero_point.to(inputs.device)
     values = inputs if inputs.dtype == torch.float32 else inputs.float()  # the tracer writes a Cast to the same type
     fmt = Format(8, unsigned)
     if num_bits == E4M3:
         result = _write_fp8(values, scale, zero_point)
-    elif axis is None or scale.dim() == 0:
+    elif constants.axis is None:
         result = torch.fake_quantize_per_tensor_affine(values, scale, zero_point, fmt.qmin, fmt.qmax)
     else:
-        axis %= inputs.dim()
+        axis = constants.axis % inputs.dim()
         result = torch.fake_quantize_per_channel_affine(values, scale, zero_point, axis, fmt.qmin, fmt.qmax)
     return result if inputs.dtype == torch.float32 else result.to(inputs.dtype)
 

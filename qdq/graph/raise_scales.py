@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qdq.errors import ExportError
 from qdq.graph.coverage import WEIGHTED_OPS, dequantizer_of, follow_axis, module_of, output_axis
 from qdq.graph.pairs import constant_of, input_of, is_op, remove_if_unused
+from qdq.names import list_names
 
 _BIAS_CODES = 2.0**30  # half of int32: the sum of products that the bias is added to needs room too
 # Of channels of zeros: the smallest that float16 holds with all digits (R-SCALE), so that the bias, in units of it and
@@ -44,11 +46,17 @@ class RaiseWeightScales(ir.passes.InPlacePass):
         self.removed_q = self.removed_dq = 0
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Change the weights of the main graph; `changed` names the DQ of each, `removed_*` count copies as -1."""
+        """Change the weights of the main graph; `changed` names the DQ of each, `removed_*` count copies as -1.
+
+        Raises:
+            ExportError: A weight holds NaN or Inf, so that its codes are those of another number.
+        """
         self.changed, self.removed_q, self.removed_dq = [], 0, 0
         nodes = list(model.graph)
-        for node in nodes if not self._only_dead else []:
-            if (weight := _read_weight(node)) is not None:
+        if not self._only_dead:
+            weights = [weight for node in nodes if (weight := _read_weight(node)) is not None]
+            _require_finite(weights)
+            for weight in weights:
                 self._raise(weight, np.where(weight.dead, _DEAD_SCALE, 0))
         for node in nodes:
             if (least := least_scale(node)) is not None:
@@ -142,6 +150,15 @@ class _Weight:
         if self.axis is None:
             return scale
         return scale.reshape([-1 if axis == self.axis else 1 for axis in range(self.numbers.ndim)])
+
+
+def _require_finite(weights: list[_Weight]) -> None:
+    broken = [str(w.quantize.name) for w in weights if w.quantize is not None and not np.isfinite(w.numbers).all()]
+    if broken:
+        raise ExportError(
+            f"{len(broken)} weights hold NaN or Inf, which int8 has no code for: {list_names(broken, 5)}.",
+            "look at the parameters that they are computed from.",
+        )
 
 
 def least_scale(node: ir.Node) -> Floats | None:

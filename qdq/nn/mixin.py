@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from qdq.errors import StateError
-from qdq.quantizer import QuantDescriptor, TensorQuantizer
+from qdq.quantizer import QuantDescriptor, TensorQuantizer, own_tensor
 
 
 class QuantInputMixin(nn.Module):
@@ -120,7 +120,8 @@ class QuantMixin(QuantInputMixin):
         """Take the bias too that `correct_bias` or `round_weights` has given to a layer without one."""
         bias, weight = state_dict.get(f"{prefix}bias"), self._parameters.get("weight")
         if bias is not None and weight is not None and self._parameters.get("bias", bias) is None:
-            self._parameters["bias"] = nn.Parameter(torch.zeros_like(bias, device=weight.device, dtype=weight.dtype))
+            zeros = torch.zeros_like(bias, device=weight.device, dtype=weight.dtype)
+            self._parameters["bias"] = nn.Parameter(own_tensor(zeros))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -69,7 +69,8 @@ class OscillationWatch:
             weight = module._parameters[parameter]
             assert weight is not None  # noqa: S101
             scale = quantizer.scale if quantizer.axis is None else quantizer.scale.flatten()
-            yield quantize_codes(weight.float(), scale, quantizer.format, _positive(quantizer.axis, weight)).short()
+            axis = _positive(quantizer.range_axis, weight)
+            yield quantize_codes(weight.float(), scale, quantizer.format, axis).short()
 
     def after_step(self) -> None:
         """Compare the codes with those before the step."""
@@ -137,7 +138,7 @@ def _judge(quantizer: TensorQuantizer, values: torch.Tensor, *, may_be_zero: boo
     """What is wrong with a range, or with some of several; "" if nothing is."""
     if quantizer.amax is None or not values.numel():
         return ""
-    amax, axis = quantizer.amax.detach().flatten(), _positive(quantizer.axis, values)
+    amax, axis = quantizer.amax.detach().flatten(), _positive(quantizer.range_axis, values)
     rows = values.float().abs().reshape(1, -1) if axis is None else values.float().abs().movedim(axis, 0).flatten(1)
     largest = rows.amax(1)
     used = largest / amax.clamp_min(1e-30)

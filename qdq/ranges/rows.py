@@ -59,7 +59,7 @@ def _row(quantizer: TensorQuantizer, place: Place) -> Row:
     assert quantizer.amax is not None  # noqa: S101  # `_reason_against` has looked
     amax = quantizer.amax.detach().float().cpu().numpy()
     amax = amax.reshape(()) if quantizer.axis is None else amax.reshape(-1)
-    return Row(place.tensor, amax, quantizer.axis, place.is_weight, quantizer.format, place.dequantize)
+    return Row(place.tensor, amax, quantizer.range_axis, place.is_weight, quantizer.format, place.dequantize)
 
 
 def merge_rows(rows: Mapping[str, Sequence[Row]]) -> tuple[list[Row], dict[str, str]]:

@@ -393,3 +393,24 @@ def test_weights_go_beside_a_file_that_is_too_large_or_where_a_script_asks_for_i
     assert (tmp_path / "large.onnx.data").exists()
     for name in ("asked", "large"):
         assert difference(tmp_path / f"{name}.onnx", calibrated, inputs) < 1e-5
+
+
+@EXPORTERS
+@pytest.mark.parametrize("fb", [False, True])
+def test_numbers_that_have_no_code_are_refused_all_at_once(calibrated, inputs, tmp_path, monkeypatch, dynamo, fb):
+    monkeypatch.setattr(TensorQuantizer, "use_fb_fake_quant", fb)
+    with torch.no_grad():
+        calibrated.conv.weight[0, 0, 0, 0] = torch.nan
+        calibrated.head.bias[1] = torch.inf
+    calibrated.conv._input_quantizer._amax.fill_(-1.0)
+    calibrated.head._input_quantizer.load_state_dict({"_amax": torch.tensor(torch.inf)})
+    calibrated.head._weight_quantizer._amax = torch.ones(3, 1)
+    with pytest.raises(ExportError) as caught:
+        torch.onnx.export(calibrated, inputs, tmp_path / "m.onnx", dynamo=dynamo)
+    for text in (
+        "5 ranges and parameters", "conv.weight holds 1 NaN or Inf", "head.bias holds 1 NaN or Inf",
+        "conv._input_quantizer has a negative amax, -1", "head._input_quantizer has an amax of NaN or Inf",
+        "head._weight_quantizer has an amax of shape (3, 1), which does not fit axis 0 of its weight (5, 8)",
+    ):  # fmt: skip
+        assert text in str(caught.value)
+    assert not (tmp_path / "m.onnx").exists()

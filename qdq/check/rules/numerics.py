@@ -180,7 +180,7 @@ def _check_axis(view: GraphView, node: ir.Node, weight: ir.Node) -> Iterator[Fla
     expected = output_axis(node, rank)
     if found is not None and found != expected:
         message = f"the weight has scales on axis {found}, not on its output channels (R-AXIS)"
-        yield Flaw(name_of(node), message, f"quantize the weight on axis {expected}.")
+        yield Flaw(name_of(node), message, f"quantize the weight on axis {expected}: calibrate it again.")
 
 
 @register_rule(

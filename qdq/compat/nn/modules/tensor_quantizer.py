@@ -34,7 +34,7 @@ from qdq.formats import Format
 from qdq.observers.finite import require_tensor
 from qdq.observers.max import reduce_amax
 from qdq.quantizer import TensorQuantizer as CoreTensorQuantizer
-from qdq.quantizer import fake_quantize, summarize_amax
+from qdq.quantizer import fake_quantize, find_range_axis, own_tensor, summarize_amax
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,8 @@ class TensorQuantizer(CoreTensorQuantizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """`_amax = tensor` makes the buffer where there is none yet; as a plain attribute it would be in the way."""
+        if name in _RANGES and isinstance(value, torch.Tensor) and value.is_inference():
+            value = own_tensor(value)  # a later load_state_dict writes into it
         if name in _RANGES and isinstance(value, torch.Tensor) and name not in self._buffers:
             self.register_buffer(name, value.detach())
         else:
@@ -231,9 +233,11 @@ class TensorQuantizer(CoreTensorQuantizer):
     def _store(self, buffer: str, value: torch.Tensor) -> None:
         current = self._buffers.get(buffer)
         if current is None or bool(current.isnan().all()):  # NaN: calibrated without data, and whatever comes is better
-            self.register_buffer(buffer, value.clone())
-        elif current.is_inference() and current.numel() == value.numel():
-            self.register_buffer(buffer, value.reshape(current.shape).to(current.device, copy=True))
+            self.register_buffer(buffer, own_tensor(value))
+        elif buffer == "_amax" and self._mends_axis(value):
+            self.register_buffer(buffer, own_tensor(value.to(current.device)))
+        elif current.is_inference() and (current.shape == value.shape or current.numel() == value.numel() == 1):
+            self.register_buffer(buffer, own_tensor(value.reshape(current.shape).to(current.device)))
         elif current.shape == value.shape or current.numel() == value.numel() == 1:
             current.copy_(value.reshape(current.shape))
         else:
@@ -428,7 +432,7 @@ class TensorQuantizer(CoreTensorQuantizer):
         """Q/DQ with the constants that the export has prepared for this call."""
         current = constants[self._export_calls % len(constants)]
         self._export_calls += 1
-        result = write_qdq(inputs, current, self._num_bits, self._unsigned, self._single_axis())
+        result = write_qdq(inputs, current, self._num_bits, self._unsigned)
         return result if self._export_dtype is None else result.to(self._export_dtype)
 
     def _get_amax(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -437,7 +441,7 @@ class TensorQuantizer(CoreTensorQuantizer):
             amax = self.static_amax()
             return self._scaled(_dynamic_amax(inputs, self._axis)) if amax is None else amax
         if self.amax.device != inputs.device and not is_capturing():
-            self._amax = self._amax.to(inputs.device)
+            self._amax = own_tensor(self._amax.to(inputs.device))
         return self._scaled(self._along_axis(self._amax, inputs))
 
     def _along_axis(self, amax: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
@@ -458,7 +462,8 @@ class TensorQuantizer(CoreTensorQuantizer):
         return amax if self._scale_amax is None else amax * self._scale_amax
 
     def _single_axis(self) -> int | None:
-        """The one kept axis that torch's operators can express.
+        """The one kept axis that torch's operators can express; where the ranges say by their shape that it is another
+        one, as those of 2.1 for transposed convolutions do, that one.
 
         Raises:
             TypeError: There are several.
@@ -470,7 +475,7 @@ class TensorQuantizer(CoreTensorQuantizer):
                     "use one axis, or none.",
                 )
             return self._axis[0]
-        return self._axis
+        return find_range_axis(self.amax, self._axis)
 
     def _require_range(self) -> None:
         """With `enable_onnx_export`, refuse a model with uncalibrated quantizers, naming all of them (F30)."""
@@ -525,7 +530,7 @@ class TensorQuantizer(CoreTensorQuantizer):
             del self._amax
         incoming = state_dict.get(prefix + "_pre_quant_scale")
         if incoming is not None and self.pre_quant_scale is None:
-            self.register_buffer("_pre_quant_scale", torch.empty_like(incoming, dtype=torch.float32))
+            self.register_buffer("_pre_quant_scale", own_tensor(incoming.float()))
         elif incoming is not None and incoming.numel() == self._pre_quant_scale.numel() == 1:
             state_dict[prefix + "_pre_quant_scale"] = incoming.reshape(self._pre_quant_scale.shape)
         if self.amax is not None and prefix + "_amax" not in state_dict:
