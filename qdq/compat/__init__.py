@@ -12,10 +12,10 @@ from qdq.compat import optim as optim
 from qdq.compat import quant_modules as quant_modules
 from qdq.compat import tensor_quant as tensor_quant
 from qdq.compat import utils as utils
+from qdq.compat import version as version
 from qdq.compat.quant_modules import deactivate as deactivate
 from qdq.compat.quant_modules import enable_onnx_export as enable_onnx_export
 from qdq.compat.quant_modules import initialize as initialize
-
-__version__ = "2.2.1"  # the version whose API this is; qdq has its own
+from qdq.compat.version import __version__ as __version__
 
 onnx_export.install()

@@ -13,17 +13,22 @@ from qdq.errors import ArgumentError, ArgumentTypeError
 def fake_tensor_quant(
     inputs: torch.Tensor, amax: Range, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
 ) -> torch.Tensor:
-    """As `tensor_quant.fake_tensor_quant`."""
-    return tensor_quant.fake_tensor_quant(inputs, amax, num_bits, unsigned, narrow_range)
+    """As `tensor_quant.fake_tensor_quant`; one range may have any shape."""
+    return tensor_quant.fake_tensor_quant(inputs, _flat(amax, inputs), num_bits, unsigned, narrow_range)
 
 
 @torch.no_grad()
 def fake_tensor_quant_(
     inputs: torch.Tensor, amax: Range, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
 ) -> torch.Tensor:
-    """As `tensor_quant.fake_tensor_quant`, in place."""
-    result = tensor_quant.fake_tensor_quant(inputs, amax, num_bits, unsigned, narrow_range)
-    return inputs.copy_(result)
+    """As `fake_tensor_quant`, in place."""
+    return inputs.copy_(fake_tensor_quant(inputs, amax, num_bits, unsigned, narrow_range))
+
+
+def _flat(amax: Range, inputs: torch.Tensor) -> torch.Tensor:
+    """One range as 0-D; several as they are."""
+    ranges = _as_tensor(amax, inputs)
+    return ranges.reshape(()) if ranges.numel() == 1 else ranges
 
 
 @torch.no_grad()
@@ -39,7 +44,7 @@ def fake_tensor_quant_with_axis(
 
     Args:
         inputs: Any shape.
-        amax: 1-D, as long as `inputs` along `axis`.
+        amax: As many ranges as `inputs` has along `axis`, in any shape.
         axis: The axis, negative ones count from the end.
         num_bits: Width of the codes.
         unsigned: Codes start at 0.
@@ -52,10 +57,10 @@ def fake_tensor_quant_with_axis(
     if not isinstance(axis, int):
         raise ArgumentTypeError(f"axis is {axis!r}; expected an int.", "0 gives one range for each index of axis 0.")
     amax = _as_tensor(amax, inputs)
-    if not -inputs.dim() <= axis < inputs.dim() or amax.shape != (inputs.shape[axis],):
+    if not -inputs.dim() <= axis < inputs.dim() or amax.numel() != inputs.shape[axis]:
         raise ArgumentError(
             f"axis {axis} with amax of shape {tuple(amax.shape)} does not fit inputs of shape {tuple(inputs.shape)}.",
-            "give a 1-D amax, as long as the inputs along an existing axis.",
+            "give as many ranges as the inputs have along an existing axis.",
         )
     shape = [1] * inputs.dim()
     shape[axis] = -1

@@ -404,6 +404,14 @@ def _quantize(inputs: torch.Tensor, amax: torch.Tensor, num_bits: int, unsigned:
     return _Quantized(codes, torch.where(empty | (multiplier == 0), torch.ones_like(amax), multiplier))
 
 
+def _tensor_quant(
+    inputs: torch.Tensor, amax: Range, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes in the type of the inputs and scale, without gradient; of half and bfloat16 the scale is float32."""
+    codes, scale = _quantize(inputs, _as_tensor(amax, inputs), num_bits, unsigned, narrow_range)
+    return _cast_back(codes, inputs.dtype), scale
+
+
 def _divide(largest: float, amax: torch.Tensor) -> torch.Tensor:
     """A quotient rounded once; torch makes number / tensor a reciprocal and a product, which round twice."""
     return torch.full_like(amax, largest) / amax

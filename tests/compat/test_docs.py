@@ -25,10 +25,13 @@ LAYERS = [
 LAYERS += ["Linear", "LSTM", "LSTMCell"]
 INSTANCE_NORMS = [f"QuantInstanceNorm{n}" for n in DIMENSIONS]
 SPECIFIED = {
-    "": "initialize deactivate enable_onnx_export __version__ calib cuda_ext nn optim quant_modules tensor_quant utils",
+    "": "initialize deactivate enable_onnx_export __version__ calib cuda_ext nn optim quant_modules tensor_quant utils "
+    "version",
+    "version": "__version__",
     "quant_modules": "initialize deactivate enable_onnx_export QuantModuleReplacementHelper _quant_entry "
     "_DEFAULT_QUANT_MAP _quant_module_helper_object",
     "tensor_quant": "QuantDescriptor ScaledQuantDescriptor tensor_quant fake_tensor_quant legacy_fake_tensor_quant "
+    "_tensor_quant "
     "fake_affine_tensor_quant scaled_e4m3 TensorQuantFunction FakeTensorQuantFunction LegacyFakeTensorQuantFunction "
     "FakeAffineTensorQuantFunction ScaledE4M3Function QUANT_DESC_8BIT_PER_TENSOR QUANT_DESC_UNSIGNED_8BIT_PER_TENSOR "
     "QUANT_DESC_8BIT_LINEAR_WEIGHT_PER_ROW "
@@ -37,7 +40,7 @@ SPECIFIED = {
     "calib": "MaxCalibrator HistogramCalibrator calibrate_weights calibrator max histogram",
     "calib.calibrator": "_Calibrator",
     "calib.max": "MaxCalibrator",
-    "calib.histogram": "HistogramCalibrator",
+    "calib.histogram": "HistogramCalibrator _compute_amax_mse _compute_amax_percentile _compute_amax_entropy",
     "nn": " ".join(
         ["TensorQuantizer Clip functional modules", *LAYERS, *(f"Quant{x}" for x in LAYERS), *INSTANCE_NORMS]
     ),

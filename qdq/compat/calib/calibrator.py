@@ -26,7 +26,7 @@ class _Calibrator:
         self._axis = axis
         self._unsigned = unsigned
 
-    def collect(self, inputs: torch.Tensor) -> None:
+    def collect(self, x: torch.Tensor) -> None:
         """Take one batch into account."""
         raise _not_overridden(self, "collect")
 

@@ -138,18 +138,18 @@ class HistogramCalibrator(_Calibrator):
         return torch.arange(self._counts.numel() + 1, dtype=torch.float64, device=self._counts.device) * self._width
 
     @torch.no_grad()
-    def collect(self, inputs: torch.Tensor) -> None:
+    def collect(self, x: torch.Tensor) -> None:
         """Add the counts of one batch; an empty one changes nothing.
 
         Raises:
             CalibrationError: NaN or Inf in the batch.
         """
-        require_tensor(inputs)
-        if inputs.numel() == 0:
+        require_tensor(x)
+        if x.numel() == 0:
             return
-        values = inputs.detach().float().flatten()
+        values = x.detach().float().flatten()
         maximum = reduce_amax(values, None)
-        require_finite(maximum, inputs)
+        require_finite(maximum, x)
         self.num_batches += 1
         if self._skip_zeros:
             values = values[values != 0]
@@ -242,3 +242,39 @@ def _e4m3_levels() -> npt.NDArray[np.float64]:
     """The numbers of the FP8 E4M3 grid from 0 to 448: the bytes 0 to 126 in order, 127 is NaN."""
     levels: npt.NDArray[np.float64] = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()
     return levels
+
+
+def _compute_amax_entropy(
+    calib_hist: Any, calib_bin_edges: Any, num_bits: Any, unsigned: bool, stride: int = 1, start_bin: int = 128
+) -> torch.Tensor | None:
+    """As `HistogramCalibrator.compute_amax("entropy")`, of a histogram at hand; None without one."""
+    calibrator = _calibrator_of(calib_hist, calib_bin_edges, num_bits, unsigned)
+    return None if calibrator is None else calibrator.compute_amax("entropy", stride=stride, start_bin=start_bin)
+
+
+def _compute_amax_mse(
+    calib_hist: Any, calib_bin_edges: Any, num_bits: Any, unsigned: bool, stride: int = 1, start_bin: int = 128
+) -> torch.Tensor | None:
+    """As `HistogramCalibrator.compute_amax("mse")`, of a histogram at hand; None without one."""
+    calibrator = _calibrator_of(calib_hist, calib_bin_edges, num_bits, unsigned)
+    return None if calibrator is None else calibrator.compute_amax("mse", stride=stride, start_bin=start_bin)
+
+
+def _compute_amax_percentile(calib_hist: Any, calib_bin_edges: Any, percentile: float) -> torch.Tensor | None:
+    """As `HistogramCalibrator.compute_amax("percentile")`, of a histogram at hand; None without one."""
+    calibrator = _calibrator_of(calib_hist, calib_bin_edges, 8, False)
+    return None if calibrator is None else calibrator.compute_amax("percentile", percentile=percentile)
+
+
+def _calibrator_of(counts: Any, edges: Any, num_bits: Any, unsigned: bool) -> HistogramCalibrator | None:
+    """A calibrator with the counts of others; tensors or ndarrays."""
+    if counts is None or edges is None:
+        return None
+    calibrator = HistogramCalibrator(num_bits, None, unsigned)
+    calibrator._calib_bin_edges = edges
+    if len(counts) != len(edges) - 1:
+        raise ArgumentError(
+            f"calib_hist has {len(counts)} bins, calib_bin_edges {len(edges)} numbers.", "give one edge more than bins."
+        )
+    calibrator._calib_hist = counts
+    return calibrator

@@ -41,7 +41,7 @@ class MaxCalibrator(_Calibrator):
         return self._amaxs
 
     @torch.no_grad()
-    def collect(self, inputs: torch.Tensor) -> None:
+    def collect(self, x: torch.Tensor) -> None:
         """Take one batch into account; an empty one changes nothing.
 
         Raises:
@@ -49,12 +49,12 @@ class MaxCalibrator(_Calibrator):
             RuntimeError: The kept axis has another length than before.
             ValueError: The batch does not have the kept axis.
         """
-        require_tensor(inputs)
-        if inputs.numel() == 0:
+        require_tensor(x)
+        if x.numel() == 0:
             return
-        amax = reduce_amax(inputs, self._axis)
+        amax = reduce_amax(x, self._axis)
         amax = amax.reshape(()) if amax.numel() == 1 else amax  # one element is 0-D, whatever the axes
-        require_finite(amax, inputs)
+        require_finite(amax, x)
         self._merge(amax)
         self.num_batches += 1
 
