@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from annotated_types import Ge
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,6 +38,38 @@ class Gpu:
     fp16: float
     bandwidth: float
 
+
+Shape = Sequence[int]
+
+
+def _count_attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _count_recurrent_layer(inputs: Shape, input_weight: Shape, hidden_weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(inputs[:-1]) * (math.prod(input_weight) + math.prod(hidden_weight))
+
+
+def _count_batched_sum(_: Shape, first: Shape, second: Shape, **__: Any) -> int:
+    return 2 * math.prod(first) * second[-1]
+
+
+def _count_matrix_vector(matrix: Shape, _: Shape, **__: Any) -> int:
+    return 2 * math.prod(matrix)
+
+
+def _count_bilinear(first: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(first[:-1]) * math.prod(weight)
+
+
+# Floating point operations of the kernels that torch's own counter does not know, from the shapes of their arguments.
+_FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention,
+    torch.ops.aten.mkldnn_rnn_layer: _count_recurrent_layer,
+    torch.ops.aten.addbmm: _count_batched_sum,
+    torch.ops.aten.mv: _count_matrix_vector,
+    torch.ops.aten._trilinear: _count_bilinear,
+}
 
 # Where a data sheet gives rates with sparsity, half of them; consumer cards: fp16 with fp16 sums.
 # Checked in November 2026 against tables that others publish of NVIDIA's data sheets: all of a100, h100, l40s and t4,
@@ -103,7 +136,7 @@ def count_costs(model: nn.Module, batch: Any) -> dict[str, LayerCost]:
         Dotted name -> what it does, for what multiplies matrices; "" is the whole model.
     """
     values: dict[str, int] = {}
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_FLOP_FORMULAS)
     with ExitStack() as undo:
         for name, module in model.named_modules():
             handle = module.register_forward_hook(_Traffic(name, values), with_kwargs=True)
