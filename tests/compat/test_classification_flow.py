@@ -21,6 +21,8 @@ from qdq.compat import nn as quant_nn
 from qdq.compat.nn.modules.tensor_quantizer import TensorQuantizer
 from qdq.compat.tensor_quant import QUANT_DESC_8BIT_PER_TENSOR, QuantDescriptor
 from qdq.errors import ExportError, QdqError
+from qdq.evaluate import measure_tie_floor, predict
+from qdq.metrics import sqnr_db
 
 datasets = pytest.importorskip("sklearn.datasets", reason="needs the extra 'demo'")
 
@@ -401,16 +403,13 @@ def test_flow(options, opset, weights, data, tmp_path, capsys):
     state = torch.load(tmp_path / f"resnet6-{last}.pth")
     reference = prepare_model(parse(["--weights", str(weights), *options]))
     reference.load_state_dict(state, strict=True)
+    batches = [images for images, _ in data[1]]
+    if "--dynamic" in options:
+        batches.append(batches[0][:3])
     session = onnxruntime.InferenceSession(path)
-    images = data[1][0][0]
-    batches = [images, images[:3]] if "--dynamic" in options else [images]
-    for batch in batches:
-        found = torch.from_numpy(session.run(["output"], {"input": batch.numpy()})[0])
-        with torch.no_grad():
-            expected = reference(batch)
-        # a value on the edge of two codes may go to either: single images differ, the most do not
-        close = (found - expected).abs().amax(1) < 1e-3 * expected.abs().max()
-        assert found.shape == expected.shape and close.float().mean() > 0.9
+    found = np.concatenate([session.run(["output"], {"input": images.numpy()})[0] for images in batches])
+    # A value on the edge of two codes may go to either on another processor, and later layers carry that on.
+    assert sqnr_db(predict(reference, batches), found) >= measure_tie_floor(reference, batches) - 3
 
 
 def test_finetuning_keeps_ranges(weights, data, tmp_path):
