@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,6 +151,9 @@ def _connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        # torch's frames hold the group. As long as they do, its threads go on after it is destroyed, into the end of
+        # the interpreter, where gloo may abort the process.
+        traceback.clear_frames(error.__traceback__)
         raise StateError(
             f"the connection to the other processes broke: {error}", "see the output of the one that ended first."
         ) from error

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from processes import Processes
 from torch import nn
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; tests of Ctrl-C send real ones
@@ -17,6 +18,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jo
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def processes():
+    """Starts processes, which end with the test."""
+    with Processes() as started:
+        yield started
 
 
 class Residual(nn.Module):

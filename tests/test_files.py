@@ -2,7 +2,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -54,7 +53,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_kill_while_writing_leaves_nothing_half_written(tmp_path):
+def test_kill_while_writing_leaves_nothing_half_written(tmp_path, processes):
     script = (
         "import sys; from pathlib import Path; from qdq.files import write_atomic\n"
         "print('go', flush=True)\n"
@@ -62,7 +61,7 @@ def test_kill_while_writing_leaves_nothing_half_written(tmp_path):
     )
     path = tmp_path / "file.bin"
     for delay in (0.05, 0.1, 0.15, 0.2):
-        process = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE)
+        process = processes.start("-c", script, path, stdout=subprocess.PIPE)
         process.stdout.readline()
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(delay)

@@ -2,10 +2,8 @@ import copy
 import dataclasses
 import inspect
 import json
-import os
 import socket
 import subprocess
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import Processes
 from torch import nn
 
 from qdq import (
@@ -606,62 +605,76 @@ swap_modules(model, data[0], include=["*"])
 rewire_operations(model, data[0])
 calibrate_model(model, data, method="max")
 path = Path(sys.argv[2])
-print("ready", flush=True)
 analysis = analyze_layers(model, data, mode="leave-one-out", max_float_layers=3, path=path / "analysis.jsonl")
 analysis.save(path / f"result{sys.argv[3]}.json")
 """
 
 
-def run_script(folder, rank="", **environment):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment}
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(folder), rank]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+PROCESSES = pytest.mark.xdist_group("processes of an analysis")  # they share the run that nobody stops
+
+
+@pytest.fixture
+def run_script(processes):
+    """Starts the script: folder, rank, environment."""
+
+    def start(folder, rank="", **environment):
+        arguments = ("-c", SCRIPT, Path(__file__).parent, folder, rank)
+        return processes.start(*arguments, environment=environment, stderr=subprocess.DEVNULL)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of the script, run once, by one process and to its end."""
+    folder = tmp_path_factory.mktemp("whole")
+    with Processes() as processes:
+        assert processes.start("-c", SCRIPT, Path(__file__).parent, folder, "").wait() == 0
+    return folder
 
 
 @pytest.mark.slow
-def test_killed_five_times_it_is_the_uninterrupted_one(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run_script(whole).wait(timeout=120) == 0
+@PROCESSES
+def test_killed_five_times_it_is_the_uninterrupted_one(tmp_path, run_script, whole):
     random = np.random.default_rng(0)
     lines = len((whole / "analysis.jsonl").read_text().splitlines())
     for stop in sorted(random.integers(1, lines, 5)):
-        process = run_script(killed)
-        journal = killed / "analysis.jsonl"
+        process = run_script(tmp_path)
+        journal = tmp_path / "analysis.jsonl"
         while process.poll() is None and (not journal.is_file() or journal.read_bytes().count(b"\n") < stop):
             time.sleep(0.001)
         process.kill()
         process.wait()
-    assert run_script(killed).wait(timeout=120) == 0
-    assert (killed / "result.json").read_text() == (whole / "result.json").read_text()
+    assert run_script(tmp_path).wait() == 0
+    assert (tmp_path / "result.json").read_text() == (whole / "result.json").read_text()
 
 
-def run_pair(folders):
+def run_pair(run_script, folders):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    processes = [run_script(folder, str(rank), RANK=str(rank), **address) for rank, folder in enumerate(folders)]
-    return [process.wait(timeout=120) for process in processes]
+    pair = [run_script(folder, str(rank), RANK=str(rank), **address) for rank, folder in enumerate(folders)]
+    return [process.wait() for process in pair]
 
 
 @pytest.mark.slow
-def test_processes_on_two_disks_know_what_either_has_measured(tmp_path):
-    whole, first, second = tmp_path / "whole", tmp_path / "first", tmp_path / "second"
-    assert run_script(whole).wait(timeout=120) == 0
+@PROCESSES
+def test_processes_on_two_disks_know_what_either_has_measured(tmp_path, run_script, whole):
+    first, second = tmp_path / "first", tmp_path / "second"
     lines = (whole / "analysis.jsonl").read_text().splitlines(keepends=True)
     first.mkdir()
     (first / "analysis.jsonl").write_text("".join(lines[: len(lines) // 2]))  # that of a killed run; `second` has none
-    assert run_pair([first, second]) == [0, 0]
+    assert run_pair(run_script, [first, second]) == [0, 0]
     expected = (whole / "result.json").read_text()
     assert (first / "result0.json").read_text() == (second / "result1.json").read_text() == expected
 
 
 @pytest.mark.slow
-def test_two_processes_come_to_the_result_of_one(tmp_path):
-    whole, shared = tmp_path / "whole", tmp_path / "shared"
-    assert run_script(whole).wait(timeout=120) == 0
-    assert run_pair([shared, shared]) == [0, 0]
+@PROCESSES
+def test_two_processes_come_to_the_result_of_one(tmp_path, run_script, whole):
+    assert run_pair(run_script, [tmp_path, tmp_path]) == [0, 0]
     expected = (whole / "result.json").read_text()
-    assert (shared / "result0.json").read_text() == expected
-    assert (shared / "result1.json").read_text() == expected
-    assert (shared / "analysis.1.jsonl").is_file()
+    assert (tmp_path / "result0.json").read_text() == expected
+    assert (tmp_path / "result1.json").read_text() == expected
+    assert (tmp_path / "analysis.1.jsonl").is_file()

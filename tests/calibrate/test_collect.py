@@ -1,12 +1,9 @@
 """Collecting: resumed after kill -9, merged from halves, shared by processes; always what one pass would have found."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,10 +18,6 @@ from qdq.calibrate.collect import bytes_of
 from qdq.observers.solve import SOLVERS
 
 METHODS = [*SOLVERS, "best"]
-
-
-HERE = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
 
 
 def assert_same(one, two):
@@ -75,7 +68,7 @@ def test_merge_of_other_models(residual):
 
 
 class TestFile:
-    def test_kill_in_the_middle_and_resume(self, tmp_path):
+    def test_kill_in_the_middle_and_resume(self, tmp_path, processes):
         path = tmp_path / "calibration.safetensors"
         script = textwrap.dedent(
             """
@@ -93,8 +86,7 @@ class TestFile:
             qdq.collect_statistics(make_model(), batches(), statistics=sys.argv[1])
             """
         )
-        killed = subprocess.run([sys.executable, "-c", script, path], env=ENVIRONMENT, timeout=240)
-        assert killed.returncode == -signal.SIGKILL
+        assert processes.start("-c", script, path).wait() == -signal.SIGKILL
         begun = Statistics.load(path)
         assert (begun.batches, begun.complete) == (4, False)
         model, batches = make_model(), make_batches(6)
@@ -202,36 +194,41 @@ class TestFile:
 
 
 PROCESS = """
-    import sys
-    import qdq
-    from small_model import make_batches, make_model
-    from qdq.observers.solve import SOLVERS
-    from torch import distributed
-    rank, size, store, path, out = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
-    distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=size)
+import sys
+import qdq
+from small_model import make_batches, make_model
+from qdq.observers.solve import SOLVERS
+from torch import distributed
+
+def run(rank, path, out):
     model, batches = make_model(), make_batches(5)
-    %s
+{body}
+
+rank, size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=size)
+try:
+    run(rank, *sys.argv[4:])
+finally:  # also after an error: gloo may abort a process that ends in a group
     distributed.destroy_process_group()
 """
 
 
-def run_processes(tmp_path, body, size=2):
-    script = textwrap.dedent(PROCESS) % textwrap.dedent(body).strip()
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), str(size), str(tmp_path / "store"),
-             str(tmp_path / "calibration.safetensors"), str(tmp_path / f"{rank}")],
-            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(size)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=240)[0] for process in running]
-    return [process.returncode for process in running], outputs
+def run_processes(processes, tmp_path, body, size=2):
+    """Exit codes and outputs, each process with a file of its own for them."""
+    script = PROCESS.format(body=textwrap.indent(textwrap.dedent(body).strip(), "    "))
+    running = []
+    for rank in range(size):
+        arguments = [rank, size, tmp_path / "store", tmp_path / "calibration.safetensors", tmp_path / f"{rank}"]
+        with (tmp_path / f"{rank}.txt").open("w") as output:
+            running.append(processes.start("-c", script, *arguments, stdout=output, stderr=subprocess.STDOUT))
+    codes = [process.wait() for process in running]
+    return codes, [(tmp_path / f"{rank}.txt").read_text() for rank in range(size)]
 
 
 class TestProcesses:
-    def test_two_are_one(self, tmp_path):
+    def test_two_are_one(self, tmp_path, processes):
         codes, outputs = run_processes(
+            processes,
             tmp_path,
             """
 found = qdq.collect_statistics(model, qdq.shard_batches(batches), statistics=path)
@@ -254,8 +251,9 @@ assert calibration.ranges == solved["moving_average"]
         expected = repr(all_ranges(make_model(), whole, make_batches(5)[:2]))
         assert [(tmp_path / f"{rank}.json").read_text() for rank in range(2)] == [expected] * 2
 
-    def test_uneven_shares_and_one_without_data(self, tmp_path):
+    def test_uneven_shares_and_one_without_data(self, tmp_path, processes):
         codes, outputs = run_processes(
+            processes,
             tmp_path,
             """
 mine = [batches, [], batches[:1]][rank]
@@ -268,8 +266,9 @@ open(out, "w").write(repr(ranges))
         assert len({(tmp_path / str(rank)).read_text() for rank in range(3)}) == 1
         assert "note=''" in (tmp_path / "0").read_text()
 
-    def test_an_error_in_one_stops_all(self, tmp_path):
+    def test_an_error_in_one_stops_all(self, tmp_path, processes):
         codes, outputs = run_processes(
+            processes,
             tmp_path,
             """
 if rank == 1:

@@ -9,8 +9,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from torch import distributed, nn
-from tuned_run import make_images, make_model, make_switched
+from torch import nn
+from tuned_run import joined_group, make_images, make_model, make_switched
 
 import qdq
 import qdq.qat.record
@@ -137,21 +137,24 @@ def cases():
 
 def main():
     torch.set_num_threads(1)
-    store = "file://" + os.environ["STORE"]
-    distributed.init_process_group("gloo", init_method=store, rank=RANK, world_size=2)
     found = {}
-    for name, case in cases():
-        with contextlib.ExitStack() as exits:
-            if name == "save fails":
-                exits.enter_context(patch.object(qdq.qat.record, "_SAVE_SECONDS", -1.0))
-                exits.enter_context(patch.object(qdq.qat.record.Record, "save", save_in_first))
-            try:
-                found[name] = case()
-            except Exception as error:
-                found[name] = f"{type(error).__name__}: {error}"
-        assert len(set(gather_bytes(name.encode()))) == 1  # both are at the same place, and can still speak
+    with joined_group():
+        for name, case in cases():
+            found[name] = run_case(name, case)
+            assert len(set(gather_bytes(name.encode()))) == 1  # both are at the same place, and can still speak
     Path(f"{sys.argv[1]}.{RANK}").write_text(json.dumps(found))
-    distributed.destroy_process_group()
+
+
+def run_case(name, case):
+    """What it gives, or the error that it ends with."""
+    with contextlib.ExitStack() as exits:
+        if name == "save fails":
+            exits.enter_context(patch.object(qdq.qat.record, "_SAVE_SECONDS", -1.0))
+            exits.enter_context(patch.object(qdq.qat.record.Record, "save", save_in_first))
+        try:
+            return case()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Fine-tuning in two processes: one start, one decision, one state, and an error in both where one has it."""
 
 import json
-import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import TORCHRUN, Processes, wait_for
 from tuned_run import make_images, make_model, make_switched
 
 import qdq
@@ -16,27 +17,19 @@ from qdq.errors import StateError
 from qdq.qat.checkpoint import STATE_FORMAT, load_tensors
 from qdq.quantizer import named_quantizers
 
-HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "OMP_NUM_THREADS": "1"}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+HERE = Path(__file__).parent
+TUNED_RUN = HERE / "tuned_run.py"
+pytestmark = pytest.mark.xdist_group("processes of fine-tuning")  # they share two runs
 BOTH_SAY = "StateError: the processes do not begin alike: "
-
-
-def start_pair(script, arguments, store):
-    """Two processes with a group over gloo; `arguments` of each."""
-    environment = {**ENVIRONMENT, "WORLD_SIZE": "2", "STORE": str(store)}
-    return [
-        subprocess.Popen([sys.executable, HERE / script, *map(str, own)], env={**environment, "RANK": str(rank)})
-        for rank, own in enumerate(arguments)
-    ]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """Case -> what each of the two processes made of it."""
     out = tmp_path_factory.mktemp("cases") / "out"
-    processes = start_pair("process_cases.py", [[out], [out]], out.with_name("store"))
-    assert [process.wait(200) for process in processes] == [0, 0]
+    with Processes() as processes:
+        pair = processes.start_pair([[HERE / "process_cases.py", out]] * 2, out.with_name("store"))
+        assert [process.wait() for process in pair] == [0, 0]
     first, second = (json.loads(out.with_name(f"out.{rank}").read_text()) for rank in range(2))
     return {name: (first[name], second[name]) for name in first}
 
@@ -122,44 +115,49 @@ def test_what_a_batch_does_not_reach_is_not_moved(found):
     assert_is_that_of_one_process(model, tuning, found["switched"][0])
 
 
-def test_killed_in_two_processes_and_resumed_they_have_the_same_losses(tmp_path):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What `tuned_run.py` gives in two processes that nobody stops."""
+    folder = tmp_path_factory.mktemp("whole")
+    with Processes() as processes:
+        pair = processes.start_pair([[TUNED_RUN, folder / "run", folder / "out.json"]] * 2, folder / "store")
+        assert [process.wait() for process in pair] == [0, 0]
+    return json.loads((folder / "out.json").read_text())
+
+
+def test_killed_in_two_processes_and_resumed_they_have_the_same_losses(tmp_path, processes, whole):
     """The folder of the second process is another one, and empty: what the first one has counts."""
 
     def run(folders, out, *die_at):
-        arguments = [[folder, out, *die_at] for folder in folders]
-        processes = start_pair("tuned_run.py", arguments, tmp_path / f"store {out.name} {die_at}")
-        return [process.wait(120) for process in processes]
+        arguments = [[TUNED_RUN, folder, out, *die_at] for folder in folders]
+        pair = processes.start_pair(arguments, tmp_path / f"store {out.name} {die_at}")
+        return [process.wait() for process in pair]
 
-    assert run([tmp_path / "whole", tmp_path / "whole"], tmp_path / "whole.json") == [0, 0]
     killed = [tmp_path / "killed", tmp_path / "other"]
     assert run(killed, tmp_path / "none", 7) == [-signal.SIGKILL, -signal.SIGKILL]
     assert load_tensors(killed[0] / "state.safetensors", STATE_FORMAT)[1]["step"] == 7
     assert run(killed, tmp_path / "resumed.json") == [0, 0]
-    assert json.loads((tmp_path / "resumed.json").read_text()) == json.loads((tmp_path / "whole.json").read_text())
+    assert json.loads((tmp_path / "resumed.json").read_text()) == whole
     assert not killed[1].exists()
 
 
 @pytest.mark.slow
-def test_torchrun_that_is_stopped_leaves_whole_files_to_go_on_from(tmp_path):
+def test_torchrun_that_is_stopped_leaves_whole_files_to_go_on_from(tmp_path, processes, whole):
     """No group is made outside: `finetune` joins the one that torchrun announces."""
     folder = tmp_path / "run"
 
     def start(out, die_at):
-        command = [*TORCHRUN, HERE / "tuned_run.py", folder, out, str(die_at)]
-        return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        return processes.start(*TORCHRUN, TUNED_RUN, folder, tmp_path / out, die_at, stderr=subprocess.DEVNULL)
 
     for number, steps, done in ((signal.SIGTERM, 5, 5), (signal.SIGINT, 7, 12)):
-        with start(tmp_path / "none", -steps) as process:
-            assert [process.stdout.readline() for _ in range(2)] == ["waiting\n"] * 2
-            process.send_signal(number)
-            assert process.wait(60) != 0
+        process = start(number.name, -steps)
+        wait_for([tmp_path / f"{number.name}.waiting.{rank}" for rank in range(2)], [process])
+        process.send_signal(number)
+        assert process.wait() != 0
         assert {path.name for path in folder.iterdir()} <= {"state.safetensors", "best.safetensors", "last.safetensors"}
         assert load_tensors(folder / "state.safetensors", STATE_FORMAT)[1]["step"] == done
-    with start(tmp_path / "resumed.json", 99) as process:
-        assert process.wait(60) == 0
-    processes = start_pair("tuned_run.py", [[tmp_path / "whole", tmp_path / "whole.json"]] * 2, tmp_path / "store")
-    assert [process.wait(120) for process in processes] == [0, 0]
-    assert json.loads((tmp_path / "resumed.json").read_text()) == json.loads((tmp_path / "whole.json").read_text())
+    assert start("resumed.json", 99).wait() == 0
+    assert json.loads((tmp_path / "resumed.json").read_text()) == whole
 
 
 LATE = """
@@ -174,10 +172,46 @@ for number in range(3):
 """
 
 
-def test_a_group_that_was_left_can_be_joined_again(tmp_path):
+def test_a_group_that_was_left_can_be_joined_again(tmp_path, processes):
     """The second process comes a second late, when the first has looked for it."""
     (tmp_path / "late.py").write_text(LATE)
-    subprocess.run([*TORCHRUN, tmp_path / "late.py"], env=ENVIRONMENT, check=True, timeout=100)
+    assert processes.start(*TORCHRUN, tmp_path / "late.py").wait() == 0
+
+
+LEFT_ALONE = """
+import os, sys
+from pathlib import Path
+import torch
+from qdq.distributed import joining_processes, max_over_ranks
+from qdq.errors import StateError
+
+try:
+    with joining_processes(torch.device("cpu")):
+        max_over_ranks(torch.ones(1))
+        if os.environ["RANK"] == "1":
+            os._exit(3)
+        max_over_ranks(torch.ones(1))
+except StateError as error:
+    held = error
+tasks = Path("/proc/self/task").iterdir()
+Path(sys.argv[1]).write_text(" ".join((task / "comm").read_text().strip() for task in tasks))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are listed in /proc")
+def test_a_group_whose_other_process_has_gone_leaves_no_thread(tmp_path, processes):
+    """Threads of gloo that are still there when the interpreter ends may abort the process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    pair = [
+        processes.start(
+            "-c", LEFT_ALONE, tmp_path / "threads", environment={**address, "WORLD_SIZE": "2", "RANK": str(rank)}
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait() for process in pair] == [0, 3]
+    assert "gloo" not in (tmp_path / "threads").read_text()
 
 
 def test_processes_that_cannot_be_joined(monkeypatch):

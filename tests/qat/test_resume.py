@@ -1,10 +1,7 @@
 """Runs that are killed, shared among processes, or read by another one."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,20 +16,15 @@ from qdq.errors import ArgumentError, DataError, ModelError, StateError
 from qdq.quantizer import SharedQuantizer, named_quantizers
 
 SCRIPT = Path(__file__).with_name("tuned_run.py")
-ROOT = Path(__file__).parents[2]
 
 
-def start(*arguments, **environment):
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen([sys.executable, str(SCRIPT), *map(str, arguments)], env=variables)
-
-
-def test_killed_anywhere_and_resumed_gives_the_same_losses_and_weights(tmp_path):
+def test_killed_anywhere_and_resumed_gives_the_same_losses_and_weights(tmp_path, processes):
     whole = run(tmp_path / "whole")
     assert any(share for _, share in whole["oscillating"])
     # in the first epoch, at its end, and after the ranges are no longer learned (16 of 20 steps)
     for die_at in (3, 2, 12):
-        assert start(tmp_path / "killed", tmp_path / "none", die_at).wait(120) == -signal.SIGKILL
+        process = processes.start(SCRIPT, tmp_path / "killed", tmp_path / "none", die_at)
+        assert process.wait() == -signal.SIGKILL
     resumed = run(tmp_path / "killed")
     assert resumed == whole
     assert json.loads((tmp_path / "killed" / "tuning.json").read_text())["losses"] == list(whole["losses"])
@@ -40,11 +32,10 @@ def test_killed_anywhere_and_resumed_gives_the_same_losses_and_weights(tmp_path)
     assert again == whole
 
 
-def test_two_processes_give_what_one_gives(tmp_path):
+def test_two_processes_give_what_one_gives(tmp_path, processes):
     alone = run(None, bits=8)
-    together = {"WORLD_SIZE": "2", "STORE": str(tmp_path / "store")}
-    processes = [start("-", tmp_path / "shared.json", RANK=str(rank), **together) for rank in range(2)]
-    assert [process.wait(120) for process in processes] == [0, 0]
+    pair = processes.start_pair([[SCRIPT, "-", tmp_path / "shared.json"]] * 2, tmp_path / "store")
+    assert [process.wait() for process in pair] == [0, 0]
     shared = json.loads((tmp_path / "shared.json").read_text())
     assert shared["losses"] == pytest.approx(alone["losses"], abs=1e-4)
     start_weights = make_model(8).state_dict()

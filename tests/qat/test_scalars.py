@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -50,11 +49,11 @@ def test_what_is_written_is_what_tensorboard_reads(tmp_path):
     assert "amax/2._weight_quantizer" in found
 
 
-def test_a_killed_run_that_is_resumed_shows_every_step_once(tmp_path):
+def test_a_killed_run_that_is_resumed_shows_every_step_once(tmp_path, processes):
     """What the state has behind it is on the disk."""
 
     def start(*arguments):
-        return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], check=False, timeout=120).returncode
+        return processes.start(SCRIPT, *arguments).wait()
 
     assert start(tmp_path, tmp_path / "none", 11, "tensorboard") == -signal.SIGKILL
     assert start(tmp_path, tmp_path / "found.json", 99, "tensorboard") == 0

@@ -1,8 +1,9 @@
 """A small run of fine-tuning in a process of its own: python tuned_run.py FOLDER OUT [crash-at-step [tensorboard]].
 
-It kills itself in the step after crash-at-step; with a minus before it waits there forever.
+It kills itself in the step after crash-at-step; with a minus before it waits there forever, and makes OUT.waiting.RANK.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -71,7 +72,7 @@ class Noisy(torch.utils.data.Dataset):
 @patch.object(qdq.qat.record, "_SAVE_SECONDS", -1.0)
 @patch.object(qdq.qat.trainer, "_WATCHED", 0.8)
 @patch.object(qdq.qat.watch, "_SHARE", -1.0)  # every layer is reported
-def run(folder, die_at=None, bits=4, tensorboard=False):
+def run(folder, die_at=None, bits=4, tensorboard=False, waiting=None):
     """20 steps of 8 images, the state saved after each; perhaps killed while it runs."""
     model = make_model(bits)
     loader = torch.utils.data.DataLoader(Noisy(), batch_size=8, shuffle=True)
@@ -81,8 +82,10 @@ def run(folder, die_at=None, bits=4, tensorboard=False):
         def die(*_):
             calls.append(torch.is_grad_enabled())
             if sum(calls) > abs(die_at):
-                print("waiting", flush=True)
-                signal.pause() if die_at < 0 else os.kill(os.getpid(), signal.SIGKILL)
+                if die_at > 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                waiting.touch()
+                signal.pause()
 
         model.register_forward_pre_hook(die)
     held = make_images(16, 7)
@@ -105,15 +108,31 @@ def run(folder, die_at=None, bits=4, tensorboard=False):
     }  # fmt: skip
 
 
-if __name__ == "__main__":
+@contextlib.contextmanager
+def joined_group():
+    """The group that a test asks for; destroyed also after an error: gloo may abort a process that ends in one."""
+    if "STORE" not in os.environ:  # finetune joins what torchrun announces
+        yield
+        return
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    distributed.init_process_group("gloo", init_method="file://" + os.environ["STORE"], rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def main():
     torch.set_num_threads(1)
-    if "STORE" in os.environ:  # else finetune joins what torchrun announces
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        distributed.init_process_group("gloo", init_method="file://" + os.environ["STORE"], rank=rank, world_size=size)
+    rank, out = os.environ.get("RANK", "0"), Path(sys.argv[2])
     die_at = int(sys.argv[3]) if len(sys.argv) > 3 else None
     folder = None if sys.argv[1] == "-" else Path(sys.argv[1])
-    result = run(folder, die_at, bits=4 if folder else 8, tensorboard=len(sys.argv) > 4)
-    if os.environ.get("RANK", "0") == "0":
-        Path(sys.argv[2]).write_text(json.dumps(result))
-    if "STORE" in os.environ:
-        distributed.destroy_process_group()
+    waiting = out.with_name(f"{out.name}.waiting.{rank}")
+    with joined_group():
+        result = run(folder, die_at, bits=4 if folder else 8, tensorboard=len(sys.argv) > 4, waiting=waiting)
+    if rank == "0":
+        out.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Processes that a test starts: none of them outlives the test, whatever becomes of it."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+_MARK = "QDQ_TEST_PROCESSES"
+
+
+class Processes:
+    """Starts programs, and ends them and all that they started when the with-block is left.
+
+    What belongs to a block is known by a variable in its environment. A process group is not enough: torchrun puts each
+    worker into a session of its own, where it goes on when torchrun is killed.
+    """
+
+    def __init__(self):
+        self._mark = f"{_MARK}={uuid.uuid4()}"
+        self._started = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        while running := self._find_running():
+            for process in running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            self._reap()
+            time.sleep(0.01)
+        self._reap()
+
+    def start(self, *arguments, environment=None, **options):
+        """Start Python with these arguments, for `subprocess.Popen`; the packages and this folder can be imported."""
+        name, value = self._mark.split("=")
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, sys.path)])
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, name: value, **(environment or {})}
+        command = [sys.executable, *map(str, arguments)]
+        process = subprocess.Popen(command, env=variables, start_new_session=True, **options)
+        self._started.append(process)
+        return process
+
+    def start_pair(self, arguments, store, **options):
+        """Start two processes with a group over gloo: RANK, WORLD_SIZE and STORE are in their environment."""
+        variables = {"WORLD_SIZE": "2", "STORE": str(store)}
+        return [
+            self.start(*own, environment={**variables, "RANK": str(rank)}, **options)
+            for rank, own in enumerate(arguments)
+        ]
+
+    def _find_running(self):
+        """The processes of this block and what they have started, dead ones apart."""
+        if not sys.platform.startswith("linux"):
+            return [process.pid for process in self._started if process.poll() is None]
+        mark, running = self._mark.encode(), []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has just ended, or is another user's
+                if mark in (folder / "environ").read_bytes().split(b"\0"):
+                    running.append(int(folder.name))
+        return running
+
+    def _reap(self):
+        for process in self._started:
+            process.poll()
+
+
+def wait_for(paths, processes):
+    """Wait until all files are there; an error if a process ends before."""
+    while not all(path.exists() for path in paths):
+        for process in processes:
+            assert process.poll() is None, f"{process.args} ended with {process.returncode}"
+        time.sleep(0.02)
