@@ -1,4 +1,4 @@
-# make demo: from nothing to a checked int8 engine; make test: the tests. Needs Python >= 3.10 and make, nothing else.
+# make demo: from nothing to a checked int8 engine; make test: the tests. Needs Python >= 3.11 and make, nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
 

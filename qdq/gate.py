@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
@@ -141,7 +141,7 @@ def format_junit_error(run: Path | str, error: QdqError) -> bytes:
 
 def _new_suite(tests: int, failures: int = 0, errors: int = 0) -> tuple[Element, Element]:
     root = Element("testsuites")
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
     names = {"name": "qdq gate", "package": "qdq", "id": "0", "timestamp": now, "hostname": "localhost"}
     counts = {"tests": str(tests), "failures": str(failures), "errors": str(errors), "time": "0"}
     suite = SubElement(root, "testsuite", {**names, **counts})
