@@ -1,11 +1,9 @@
 """The recipe as a person runs it: to the end, with bad input, interrupted."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +14,12 @@ import torch
 pytest.importorskip("torchvision", reason="needs the extra 'demo'")
 pytest.importorskip("tensorrt_rtx", reason="needs the extra 'rtx'")
 from PIL import Image
+from processes import TORCHRUN
+from stopped_recipe import Stop, run_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "ptq_classifier.py"
 TUNING = ROOT / "recipes" / "qat_classifier.py"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 SMALL = [
     *("--model", "squeezenet1_1", "--weights", "random", "--calib-batches", "2", "--eval-images", "4"),
     *("--analysis-images", "2", "--batch-size", "2", "--max-float-layers", "0"),
@@ -52,23 +51,6 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def start(*arguments, recipe=RECIPE):
-    command = [sys.executable, str(recipe), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-
-
-def stop_at(stage, delay, number, *arguments, recipe=RECIPE):
-    """Send a signal some seconds into a stage; exit code and stderr."""
-    process = start(*arguments, recipe=recipe)
-    while line := process.stdout.readline():
-        if line == f"== {stage}\n":
-            break
-    time.sleep(delay)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    return process.returncode, errors
-
-
 def assert_whole(folder):
     """Nothing half-written."""
     for path in folder.iterdir():
@@ -89,23 +71,22 @@ def test_the_recipe_stays_one_page(recipe):
 def test_interrupted_at_every_stage_then_whole(tmp_path, pictures):
     folder = tmp_path / "run"
     arguments = [*SMALL, "--data-dir", pictures, "--output", folder, "--calib-method", "best"]
-    for stage, delay in (("float", 0.2), ("calibrate", 0.0), ("export and check", 1.5), ("build", 0.1)):
-        code, errors = stop_at(stage, delay, signal.SIGINT, *arguments)
+    for stage, files in (("float", 0), ("calibrate", 1), ("build", 1)):
+        code, errors = run_recipe(RECIPE, arguments, tmp_path, Stop(stage, files, signal.SIGINT))
         assert code == 130, errors
         assert errors.strip().splitlines() == [
             "interrupted: every file written so far is complete; run the same command again"
         ]
         assert_whole(folder)
-    for stage, delay in (("float", 0.0), ("analyze", 0.1), ("export and check", 2.5), ("build", 0.3)):
-        assert stop_at(stage, delay, signal.SIGKILL, *arguments)[0] == -signal.SIGKILL
+    for stage, files in (("analyze", 1), ("export and check", 1), ("report", 1)):
+        assert run_recipe(RECIPE, arguments, tmp_path, Stop(stage, files, signal.SIGKILL))[0] == -signal.SIGKILL
         assert_whole(folder)
         assert json.loads((folder / "run.json").read_text())["status"] == "running"
 
     (folder / "report.html").write_text("left by an earlier run")
     (folder / "notes.txt").write_text("of the user")
-    process = start(*arguments)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    code, errors = run_recipe(RECIPE, arguments, tmp_path)
+    assert code == 0, errors
     (folder / "notes.txt").unlink()
     assert sorted(path.name for path in folder.iterdir()) == WRITTEN
     assert_whole(folder)
@@ -116,21 +97,21 @@ def test_interrupted_at_every_stage_then_whole(tmp_path, pictures):
     assert report["findings"] == []
 
 
+TUNED = ["--model", "squeezenet1_1", "--weights", "random", "--calib-batches", "2", "--eval-images", "4"]
+
+
 @pytest.mark.slow
 @pytest.mark.trt
 def test_fine_tuning_interrupted_then_whole(tmp_path, pictures):
     folder = tmp_path / "run"
-    arguments = [
-        *("--model", "squeezenet1_1", "--weights", "random", "--calib-batches", "2", "--eval-images", "4"),
-        *("--batch-size", "2", "--steps", "6", "--data-dir", pictures, "--output", folder, "--loss", "both"),
-    ]
-    code, errors = stop_at("fine-tune", 1.0, signal.SIGINT, *arguments, recipe=TUNING)
+    arguments = [*TUNED, "--batch-size", "2", "--steps", "6", "--data-dir", pictures, "--output", folder]
+    arguments += ["--loss", "both"]
+    code, errors = run_recipe(TUNING, arguments, tmp_path, Stop("fine-tune", 1, signal.SIGINT))
     assert code == 130, errors
-    assert stop_at("fine-tune", 0.5, signal.SIGKILL, *arguments, recipe=TUNING)[0] == -signal.SIGKILL
-    process = start(*arguments, recipe=TUNING)
-    output, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
-    assert "6 steps" in output
+    assert run_recipe(TUNING, arguments, tmp_path, Stop("fine-tune", 2, signal.SIGKILL))[0] == -signal.SIGKILL
+    code, errors = run_recipe(TUNING, arguments, tmp_path)
+    assert code == 0, errors
+    assert "6 steps" in (tmp_path / "output.txt").read_text()
     written = {path.name for path in (folder / "tuning").iterdir()}
     assert written == {"last.safetensors", "state.safetensors", "tuning.json"}  # with labels nothing is held out
     report = json.loads((folder / "report.json").read_text())
@@ -141,23 +122,17 @@ def test_fine_tuning_interrupted_then_whole(tmp_path, pictures):
 
 @pytest.mark.slow
 @pytest.mark.trt
-def test_fine_tuning_in_two_processes_gives_what_one_gives(tmp_path, pictures):
-    arguments = [
-        *("--model", "squeezenet1_1", "--weights", "random", "--calib-batches", "2", "--eval-images", "4"),
-        *("--batch-size", "4", "--steps", "4", "--data-dir", pictures, "--output"),
-    ]
-    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", TUNING]
-    process = start(*together[1:], *arguments, tmp_path / "two", recipe=together[0])
-    output, errors = process.communicate(timeout=200)
+def test_fine_tuning_in_two_processes_gives_what_one_gives(tmp_path, pictures, processes):
+    arguments = [*TUNED, "--batch-size", "4", "--steps", "4", "--data-dir", pictures, "--output"]
+    command = [*TORCHRUN, TUNING, *arguments, tmp_path / "two"]
+    process = processes.start(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    output, errors = process.communicate()
     assert process.returncode == 0, errors
     assert output.count("== calibrate") == output.count("== build") == output.count("4 steps") == 1
     assert {path.name for path in (tmp_path / "two").iterdir()} == {*WRITTEN, "tuning"}
 
-    process = start(*arguments, tmp_path / "one", recipe=TUNING)
-    while process.stdout.readline() != "== export and check\n":
-        assert process.poll() is None
-    process.kill()
-    process.communicate()
+    stop = Stop("export and check", 0, signal.SIGKILL)
+    assert run_recipe(TUNING, [*arguments, tmp_path / "one"], tmp_path, stop)[0] == -signal.SIGKILL
     two, one = (json.loads((tmp_path / name / "tuning" / "tuning.json").read_text()) for name in ("two", "one"))
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert [m["metric"] for m in two["curve"]] == pytest.approx([m["metric"] for m in one["curve"]], abs=1e-2)
