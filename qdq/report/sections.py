@@ -5,10 +5,10 @@ More may stand in the file than is named here. What may be absent was not writte
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from annotated_types import MinLen
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from qdq.report.records import Count, LayerRecord, Size
 

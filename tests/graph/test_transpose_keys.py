@@ -43,9 +43,9 @@ class Attention(nn.Module):
         self.norm, self.qkv, self.proj = nn.LayerNorm(96), nn.Linear(96, 288), nn.Linear(96, 96)
 
     def forward(self, x):
-        parts = self.qkv(self.norm(x)).reshape(len(x), 49, 3, 3, 32).permute(2, 0, 3, 1, 4)
+        parts = self.qkv(self.norm(x)).reshape(x.shape[0], 49, 3, 3, 32).permute(2, 0, 3, 1, 4)
         weights = (parts[0] @ parts[1].transpose(-2, -1)).softmax(-1)
-        return x + self.proj((weights @ parts[2]).transpose(1, 2).reshape(len(x), 49, 96))
+        return x + self.proj((weights @ parts[2]).transpose(1, 2).reshape(x.shape[0], 49, 96))
 
 
 @pytest.mark.trt
