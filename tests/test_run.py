@@ -1,7 +1,6 @@
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 
@@ -149,19 +148,17 @@ time.sleep(600)
 """
 
 
-def test_of_two_runs_in_one_folder_the_second_is_refused_until_the_first_has_ended(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "started\n"
-        for start in (start_run, check_run_folder):
-            with pytest.raises(ArgumentError, match="another run is writing to"):
-                start(tmp_path)
-        assert (tmp_path / "model.onnx").read_text() == "half"
-    finally:
-        process.kill()
-        process.communicate()
+def test_of_two_runs_in_one_folder_the_second_is_refused_until_the_first_has_ended(tmp_path, processes):
+    process = processes.start("-c", HOLD, tmp_path, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "started\n"
+    for start in (start_run, check_run_folder):
+        with pytest.raises(ArgumentError, match="another run is writing to"):
+            start(tmp_path)
+    assert (tmp_path / "model.onnx").read_text() == "half"
+    process.kill()
+    process.communicate()
     start_run(tmp_path).finish()
-    subprocess.run([sys.executable, "-c", HOLD.replace("600", "0"), tmp_path], check=True)
+    assert processes.start("-c", HOLD.replace("600", "0"), tmp_path, stdout=subprocess.DEVNULL).wait() == 0
 
 
 FORK = """
@@ -175,20 +172,15 @@ time.sleep(600)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_process_that_is_left_over_does_not_hold_the_folder(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", FORK, tmp_path], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        assert process.stdout.readline() == "started\n"
-        with pytest.raises(ArgumentError, match="another run is writing to"):
-            start_run(tmp_path)
-        process.kill()
-        process.wait()
-        start_run(tmp_path).finish()
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.stdout.close()
+def test_a_forked_process_that_is_left_over_does_not_hold_the_folder(tmp_path, processes):
+    process = processes.start("-c", FORK, tmp_path, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "started\n"
+    with pytest.raises(ArgumentError, match="another run is writing to"):
+        start_run(tmp_path)
+    process.kill()
+    process.wait()
+    start_run(tmp_path).finish()
+    process.stdout.close()
 
 
 def test_a_folder_that_no_run_can_use_is_left_as_it_is(tmp_path):
