@@ -1,4 +1,7 @@
-"""Parse an ONNX file and build a serialized engine from it, with TensorRT or TensorRT-RTX."""
+"""Parse an ONNX file and build a serialized engine from it, with TensorRT or TensorRT-RTX.
+
+Both are native code that a damaged file can crash, so they run in a process of their own.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdq.errors import BuildError
-from qdq.trt.backend import Backend, find_compute_capability, make_logger
+from qdq.child import Child, ChildCrashError
+from qdq.errors import ArgumentError, BuildError, QdqError
+from qdq.trt.backend import Backend, find_backend, find_compute_capability, make_logger
 from qdq.trt.kernels import Kernel, parse_build_log, parse_layer_json
 from qdq.trt.profiles import Profile
 
@@ -44,7 +48,7 @@ class Plan:
 
 
 def build_plan(backend: Backend, onnx_path: Path, profiles: Mapping[str, Profile], sm: int | None) -> Plan:
-    """Build an engine.
+    """Build an engine, in a process of its own.
 
     Args:
         backend: What to build with.
@@ -54,8 +58,38 @@ def build_plan(backend: Backend, onnx_path: Path, profiles: Mapping[str, Profile
 
     Raises:
         ArgumentError: TensorRT-RTX has no such compute capability.
-        BuildError: The parser or the builder refuses the file; names the nodes.
+        BuildError: The parser or the builder refuses the file, and names the nodes; or it crashes.
     """
+    request = {"backend": backend.name, "onnx": str(onnx_path), "profiles": profiles, "sm": sm}
+    try:
+        with Child("qdq.trt.builder:answer_build") as child:
+            answer, engine = child.call(request)
+    except ChildCrashError as died:
+        raise BuildError(
+            f"TensorRT crashed while it built {onnx_path}: {died.reason}.",
+            f"run `qdq check {onnx_path}` and mend what it names; if it names nothing, export parts of the model to "
+            "find the node, and report it to NVIDIA with the file.",
+        ) from died
+    if error := answer.get("error"):
+        kind = ArgumentError if error["kind"] == ArgumentError.__name__ else BuildError
+        raise kind(error["message"], error["fix"])
+    log = [(severity, text) for severity, text in answer["log"]]
+    return Plan(engine, log, answer["layer_json"])
+
+
+def answer_build(request: dict[str, Any], _: bytes) -> tuple[dict[str, Any], bytes]:
+    """The child's side of `build_plan`."""
+    try:
+        plan = _build(find_backend(request["backend"]), Path(request["onnx"]), request["profiles"], request["sm"])
+    except QdqError as error:
+        return {"error": {"kind": type(error).__name__, "message": error.message, "fix": error.fix}}, b""
+    except Exception as error:  # the bindings raise what pybind11 makes of it
+        failure = _build_failure(Path(request["onnx"]), [("ERROR", f"{type(error).__name__}: {error}")])
+        return {"error": {"kind": BuildError.__name__, "message": failure.message, "fix": failure.fix}}, b""
+    return {"log": plan.log, "layer_json": plan.layer_json}, plan.engine
+
+
+def _build(backend: Backend, onnx_path: Path, profiles: Mapping[str, Profile], sm: int | None) -> Plan:
     trt = backend.module
     log = make_logger(trt)
     builder = trt.Builder(log)
@@ -66,8 +100,6 @@ def build_plan(backend: Backend, onnx_path: Path, profiles: Mapping[str, Profile
     else:
         config.num_compute_capabilities = 1
         config.set_compute_capability(find_compute_capability(trt, sm), 0)
-        _forget_last_build(trt, builder, config)
-        log.messages.clear()
     network = builder.create_network(_network_flags(backend))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(onnx_path)):
@@ -81,18 +113,6 @@ def build_plan(backend: Backend, onnx_path: Path, profiles: Mapping[str, Profile
     if engine is None:
         raise _build_failure(onnx_path, log.messages)
     return Plan(bytes(engine), log.messages, None if sm is not None else _inspect(trt, log, engine))
-
-
-def _forget_last_build(trt: Any, builder: Any, config: Any) -> None:
-    """Build a network that does nothing.
-
-    TensorRT-RTX 1.7 keeps something of a build for SM 75 that failed and applies it to the next one of the process,
-    for whatever SM: its convolutions stay in float, in silence. The empty build (30 ms) takes that away.
-    """
-    network = builder.create_network(0)
-    output = network.add_identity(network.add_input("x", trt.float32, (1,))).get_output(0)
-    network.mark_output(output)
-    builder.build_serialized_network(network, config)
 
 
 def _network_flags(backend: Backend) -> int:
