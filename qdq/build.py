@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 
-from qdq.errors import ArgumentError, BuildError, DependencyError
+from qdq.check.facts import FileFacts
+from qdq.check.inspection import inspect_file
+from qdq.check.load import load_onnx
+from qdq.check.rules import choose_rules, find_violations
+from qdq.errors import ArgumentError, BuildError, CheckError, DependencyError
 from qdq.files import guard_files, write_atomic
 from qdq.graph.coverage import Coverage, list_weighted_nodes, measure_coverage
 from qdq.graph.save import list_data_files
+from qdq.graph.validate import CheckerVerdict
 from qdq.trt.backend import Backend, find_backend
 from qdq.trt.builder import build_plan
 from qdq.trt.census import LayerCensus, take_census
@@ -25,6 +27,8 @@ from qdq.trt.trtexec import trtexec_lines
 ENGINE_SUFFIXES = {"rtx": ".rtx.engine", "tensorrt": ".engine"}
 """What takes the place of `.onnx` in the name of the engine, for each backend."""
 
+# Rules that no file breaks which TensorRT builds. What else onnx's checker refuses, TensorRT may well read.
+_FATAL_RULES = ("QDQ205", "QDQ208")
 # Operators that TensorRT folds between a constant and the scale of a Q/DQ; on ReduceMax, for one, it crashes.
 _FOLDED_INTO_SCALE = frozenset({"Cast", "Identity", "Mul", "Reshape"})
 
@@ -45,7 +49,8 @@ class BuildReport:
         layers: Every convolution and matrix product of the graph, in its order.
         coverage: What was to be expected of them before the build.
         trtexec: Command for the target by version, `tensorrt10` and `tensorrt11`.
-        warnings: Messages of the builder of severity WARNING and above, each once.
+        warnings: What onnx's checker refuses and TensorRT does not; messages of the builder of severity WARNING and
+            above, each once.
     """
 
     onnx: Path
@@ -130,6 +135,8 @@ def build_engine(
 ) -> BuildReport:
     """Build a TensorRT engine and read from the builder which layers run in int8.
 
+    The file is checked first. The build runs in a process of its own: a crash is a `BuildError`, Ctrl-C ends it.
+
     Args:
         onnx_path: The ONNX file with Q/DQ.
         output: The engine file; beside the ONNX file when not given, ending in `.rtx.engine` or `.engine`.
@@ -144,11 +151,11 @@ def build_engine(
 
     Raises:
         ArgumentError: No such file, or shapes, backend or compute capability that cannot be meant.
-        BuildError: Not an ONNX file, a computed scale (R-DYN), or TensorRT refuses the graph.
+        BuildError: Not an ONNX file, a damaged one, a computed scale (R-DYN), or TensorRT refuses the graph or crashes.
         DependencyError: No TensorRT is installed, or it cannot build here.
     """
     onnx_path = Path(onnx_path)
-    model = _load(onnx_path)
+    model, facts = _load(onnx_path)
     _refuse_computed_scales(model)
     given = {"min": min_shapes or {}, "opt": opt_shapes or {}, "max": max_shapes or {}}
     profiles = solve_profiles(_read_inputs(model), given)
@@ -159,8 +166,11 @@ def build_engine(
     target = sm if found.name == "rtx" else None
 
     start = time.perf_counter()
-    with _interrupts_deferred():
+    refusal = _describe_refusal(facts.checker)
+    try:
         plan = build_plan(found, onnx_path, profiles, target)
+    except BuildError as error:
+        raise BuildError(" ".join([error.message, *refusal]), error.fix) from error
     seconds = time.perf_counter() - start
     write_atomic(engine, plan.engine)
     return BuildReport(
@@ -173,27 +183,10 @@ def build_engine(
         seconds=seconds,
         profiles=profiles,
         layers=take_census(list_weighted_nodes(model), plan.kernels),
-        coverage=measure_coverage(model),
+        coverage=measure_coverage(model, **facts.inference),
         trtexec=lines,
-        warnings=plan.warnings,
+        warnings=[*refusal, *plan.warnings],
     )
-
-
-@contextmanager
-def _interrupts_deferred() -> Iterator[None]:
-    """Hold Ctrl-C back until TensorRT is done: raised in its log callback, the interrupt would be printed and lost."""
-    in_main_thread = threading.current_thread() is threading.main_thread()  # only that one is interrupted
-    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    received: list[int] = []
-    former = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, former)
-    if received:
-        raise KeyboardInterrupt
 
 
 def _find_backend(name: str, lines: Mapping[str, str]) -> Backend:
@@ -208,28 +201,28 @@ def _find_backend(name: str, lines: Mapping[str, str]) -> Backend:
         ) from error
 
 
-def _load(path: Path) -> ir.Model:
-    """Read an ONNX file, and name nameless nodes as TensorRT's parser will."""
+def _load(path: Path) -> tuple[ir.Model, FileFacts]:
+    """Read an ONNX file, refuse a damaged one, and name nameless nodes as TensorRT's parser will."""
     if not path.is_file():
         found = f"there is no file {path}" + (": it is a folder" if path.is_dir() else "")
         raise ArgumentError(f"{found}.", "give an ONNX file, such as the model.onnx that `qdq ptq` writes.")
     try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise BuildError(f"the name of {path} is not UTF-8, as ONNX needs it.", "rename the file or folder.") from None
-    try:
-        model = ir.load(path)
-    except Exception as error:  # protobuf, onnx_ir and the file system each raise their own
-        raise BuildError(
-            f"{path} is no readable ONNX file: {error}.",
-            "give the .onnx file itself, complete; export or copy it again if it was cut off.",
-        ) from error
-    if len(model.graph) == 0:
-        raise BuildError(f"{path} holds no graph: it has no nodes.", "export it again; it may be empty.")
-    for node in model.graph:
+        loaded = load_onnx(path)
+    except CheckError as error:
+        raise BuildError(error.message, error.fix) from error
+    facts = inspect_file(loaded, ask_runtime=False)
+    for finding in find_violations(loaded.model, choose_rules(_FATAL_RULES), facts):
+        raise BuildError(f"{path} cannot be built ({finding.rule}): {finding.node}: {finding.message}.", finding.fix)
+    for node in loaded.model.graph:
         if not node.name and node.outputs:
             node.name = f"node_of_{node.outputs[0].name}"
-    return model
+    return loaded.model, facts
+
+
+def _describe_refusal(checker: CheckerVerdict) -> list[str]:
+    """What onnx's checker refuses, none if nothing."""
+    refusal = checker.structure or checker.types
+    return [f"onnx {checker.version} refuses the file: {refusal}."] if refusal else []
 
 
 def _read_inputs(model: ir.Model) -> dict[str, tuple[int | None, ...]]:
@@ -263,14 +256,19 @@ def _refuse_computed_scales(model: ir.Model) -> None:
 
 def _is_constant(value: ir.Value | None) -> bool:
     """An initializer or Constant, perhaps behind operators that TensorRT folds."""
-    if value is None or value.is_initializer():
-        return value is not None
-    node = value.producer()
-    if node is None:
-        return False
-    return node.op_type == "Constant" or (
-        node.op_type in _FOLDED_INTO_SCALE and all(_is_constant(operand) for operand in node.inputs)
-    )
+    visited: set[ir.Node] = set()
+    values = [value]
+    while values:
+        operand = values.pop()
+        if operand is not None and operand.is_initializer():
+            continue
+        node = operand.producer() if operand is not None else None
+        if node is None or node.op_type not in (*_FOLDED_INTO_SCALE, "Constant"):
+            return False
+        if node not in visited:
+            visited.add(node)
+            values += node.inputs
+    return True
 
 
 def _has_float16(model: ir.Model) -> bool:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import subprocess
 import sys
 import types
 
@@ -218,6 +219,42 @@ class TestReport:
         x = g.qdq("x", g.op("Mul", half, g.constant(np.float32(0.1))))
         y = g.op("Conv", x, g.weight(32, 16, 1, 1), name="a/Conv")
         assert build_engine(g.save(tmp_path / "m.onnx", {"x": [1, 16, 8, 8]}, y), backend="rtx").int8 == 1
+
+
+@needs_rtx
+class TestCrash:
+    """TensorRT runs in a process of its own, after a check."""
+
+    def test_what_crashes_it_is_one_error(self, tmp_path, monkeypatch):
+        """A Relu without output that nothing reads: no rule refuses it before."""
+        path = conv_file(tmp_path / "m.onnx")
+        model = onnx.load(path)
+        model.graph.node.append(helper.make_node("Relu", ["x"], [], name="no_output"))
+        onnx.save(model, path)
+        with pytest.raises(BuildError, match=r"TensorRT crashed .*SIGSEGV, a segmentation fault") as caught:
+            build_engine(path, backend="rtx")
+        assert "refuses the file" in caught.value.message  # what onnx's checker says of it
+        assert f"qdq check {path}" in caught.value.fix
+        assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+
+    def test_functions_that_call_themselves_are_refused_before(self, tmp_path):
+        path = conv_file(tmp_path / "m.onnx")
+        model = onnx.load(path)
+        opsets = [helper.make_opsetid("", 20), helper.make_opsetid("mine", 1)]
+        node = helper.make_node("F", ["p"], ["q"], domain="mine")
+        model.functions.append(helper.make_function("mine", "F", ["p"], ["q"], [node], opsets))
+        model.opset_import.append(opsets[1])
+        onnx.save(model, path)
+        with pytest.raises(BuildError, match=r"QDQ208\): F: the function calls itself"):
+            build_engine(path, backend="rtx")
+
+    def test_in_a_script_without_main_guard(self, tmp_path):
+        path = conv_file(tmp_path / "m.onnx")
+        script = tmp_path / "script.py"
+        script.write_text(f"import qdq\nprint(qdq.build_engine({str(path)!r}, backend='rtx').int8)\n")
+        (tmp_path / "json.py").write_text("raise ImportError('a module of the current folder')\n")
+        done = subprocess.run([sys.executable, "-P", script], capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
 class TestBadInput:

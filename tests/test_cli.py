@@ -509,18 +509,21 @@ class TestBuild:
         assert len(err.splitlines()) == 2
 
     def test_interrupt_is_not_lost_in_the_builder(self, qdq, model, monkeypatch):
-        from qdq import build
+        """It reaches the process that waits for the build, and ends the build."""
+        from qdq.trt import builder
 
-        real = build.build_plan
+        children = []
 
-        def interrupted(*arguments):
-            signal.raise_signal(signal.SIGINT)
-            return real(*arguments)
+        class Interrupted(builder.Child):
+            def _exchange(self, *arguments):
+                children.append(self)
+                signal.raise_signal(signal.SIGINT)
+                return super()._exchange(*arguments)
 
-        monkeypatch.setattr(build, "build_plan", interrupted)
+        monkeypatch.setattr(builder, "Child", Interrupted)
         assert qdq("build", model)[0] == 130
         assert not model.with_suffix(".rtx.engine").exists()
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert [child.is_running for child in children] == [False]
 
 
 class TestEval:

@@ -8,20 +8,48 @@ from pathlib import Path
 
 import numpy as np
 
-from qdq.check.load import infer_shapes, invalid
+from qdq.check.inspection import count_file_bytes, inspect_file
 from qdq.check.load import load_onnx as load_onnx
 from qdq.check.parity import OnnxModel as OnnxModel
 from qdq.check.parity import Parity as Parity
 from qdq.check.parity import Session as Session
 from qdq.check.parity import is_out_of_memory as is_out_of_memory
 from qdq.check.parity import measure_parity as measure_parity
-from qdq.check.rules import SEVERITIES, choose_rules, find_violations
+from qdq.check.rules import FILE_RULES, SEVERITIES, choose_rules, find_violations
 from qdq.check.rules import Finding as Finding
 from qdq.graph.coverage import Coverage, count_qdq, measure_coverage
+from qdq.graph.shapes import complete_shapes
 from qdq.metrics import Array
 from qdq.names import group_names
 
 _SHOWN_NODES = 5
+
+
+@dataclass(frozen=True)
+class Validity:
+    """What was done to find out whether a file is valid ONNX.
+
+    Args:
+        is_valid: Whether onnx and ONNX Runtime both accept it, and no rule about files says otherwise.
+        onnx_version: Of the onnx whose checker and inference were run.
+        onnx_refusal: What they refuse, None if nothing.
+        runtime_version: Of the ONNX Runtime that loaded the file, with its default options.
+        runtime_refusal: Why it did not, None if it did.
+    """
+
+    is_valid: bool
+    onnx_version: str
+    onnx_refusal: str | None
+    runtime_version: str
+    runtime_refusal: str | None
+
+    def format_table(self) -> str:
+        """One line for a person."""
+        onnx_says = "accepts it (checker, types and shapes)"
+        if self.onnx_refusal is not None:
+            onnx_says = "refuses it (QDQ202, QDQ203)"
+        runtime_says = "loads it" if self.runtime_refusal is None else "does not load it (QDQ201)"
+        return f"onnx {self.onnx_version} {onnx_says}; ONNX Runtime {self.runtime_version} {runtime_says}"
 
 
 @dataclass(frozen=True)
@@ -31,12 +59,13 @@ class CheckReport:
     Args:
         path: The file.
         opset: Its ONNX opset.
-        file_bytes: Its size.
+        file_bytes: Its size, with that of the data beside it.
         quantize_nodes: Number of QuantizeLinear nodes.
         dequantize_nodes: Number of DequantizeLinear nodes.
         coverage: Every Conv, ConvTranspose, Gemm and MatMul: int8 or not, why, and its share of the work.
         findings: Violations, infos among them.
         parity: Against torch, None if no outputs were given.
+        validity: Whether it is valid ONNX, and who says so.
         default_parity: Of ONNX Runtime's default session against the plain one, None if its outputs were not given.
     """
 
@@ -48,6 +77,7 @@ class CheckReport:
     coverage: Coverage
     findings: tuple[Finding, ...]
     parity: Parity | None
+    validity: Validity
     default_parity: Parity | None = None
 
     @property
@@ -57,9 +87,11 @@ class CheckReport:
 
     def format_table(self) -> str:
         """A few lines for a person."""
+        valid = "valid ONNX, " if self.validity.is_valid else ""
         lines = [
-            f"{self.path.name}: valid ONNX, opset {self.opset}, {self.file_bytes / 1e6:.2f} MB, "
+            f"{self.path.name}: {valid}opset {self.opset}, {self.file_bytes / 1e6:.2f} MB, "
             f"{self.quantize_nodes} Q and {self.dequantize_nodes} DQ nodes",
+            self.validity.format_table(),
             self.coverage.format_table(),
         ]
         if not self.quantize_nodes + self.dequantize_nodes:
@@ -110,6 +142,8 @@ def check_onnx(
 ) -> CheckReport:
     """Check a QDQ ONNX file.
 
+    onnx and ONNX Runtime look at it in a process of their own: a file that crashes them is a finding.
+
     Args:
         path: The file.
         expected: Outputs of the torch model `[N, ...]`.
@@ -124,16 +158,19 @@ def check_onnx(
 
     Raises:
         ArgumentError: `select` or `ignore` name a rule that does not exist.
-        CheckError: The file cannot be read, or is no valid ONNX.
+        CheckError: The file cannot be read as ONNX at all.
     """
     path = Path(path)
     rules = choose_rules(select, ignore)
     loaded = load_onnx(path)
-    model = loaded.model
-    infer_shapes(model)
-    findings = find_violations(model, rules)
-    if loaded.type_error and not any(finding.severity == "error" for finding in findings):
-        raise invalid(path, loaded.type_error)  # no rule has said it better
+    model, facts = loaded.model, inspect_file(loaded)
+    assert facts.runtime is not None  # noqa: S101  # it was asked
+    if not facts.checker.has_crashed:
+        complete_shapes(model, data_prop=facts.checker.can_propagate)
+    if facts.has_cycle:  # nobody can follow its values
+        rules = [rule for rule in rules if rule.id in FILE_RULES]
+    findings = find_violations(model, rules, facts)
+    flaws_of_file = find_violations(model, choose_rules(FILE_RULES), facts)
     parity = None if expected is None or found is None else measure_parity(expected, found, tie_floor_db)
     default_parity = (
         None if found is None or found_default is None else measure_parity(found, found_default, tie_floor_db)
@@ -145,13 +182,20 @@ def check_onnx(
     return CheckReport(
         path=path,
         opset=model.opset_imports.get("", 0),
-        file_bytes=path.stat().st_size,
+        file_bytes=count_file_bytes(loaded),
         quantize_nodes=quantize_nodes,
         dequantize_nodes=dequantize_nodes,
-        coverage=measure_coverage(model),
+        coverage=Coverage(()) if facts.has_cycle else measure_coverage(model, **facts.inference),
         findings=tuple(findings),
         parity=parity,
         default_parity=default_parity,
+        validity=Validity(
+            is_valid=all(flaw.severity == "info" and flaw.rule != "QDQ201" for flaw in flaws_of_file),
+            onnx_version=facts.checker.version,
+            onnx_refusal=facts.checker.structure or facts.checker.types,
+            runtime_version=facts.runtime.version,
+            runtime_refusal=facts.runtime.refusal,
+        ),
     )
 
 

@@ -23,9 +23,9 @@ def check(
 ) -> int:
     """Is a QDQ ONNX file valid, and its Q/DQ as TensorRT wants it? Needs no torch.
 
-    Prints what the file holds, then each broken rule (QDQ101 ...) with the node and the fix. A file without Q/DQ is
-    valid; that nothing in it is quantized is said. Exit code 1 when there are errors or warnings, 2 when the file is
-    no ONNX; infos do not count.
+    Prints what the file holds and who accepts it, then each broken rule (QDQ101 ...) with the node and the fix. A file
+    without Q/DQ may be valid; that nothing in it is quantized is said. Exit code 1 when there are errors or warnings, 2
+    when the file cannot be read as ONNX; infos do not count.
 
     Such as:
 
@@ -39,10 +39,15 @@ def check(
         ignore: Leave these rules out, likewise.
         explain: Print what a rule looks for, why, and how that is known.
         fix: Write a copy to this file in which what can be mended with every number kept is mended, and check that
-            copy. May be the file itself.
+            copy. May be the file itself, which stays untouched where there is nothing to mend.
         json: Also write the report to this file.
         sarif: Also write the findings to this file, as SARIF 2.1.0.
     """
+    from qdq.graph.validate import start_helper
+
+    if onnx is not None and explain is None:
+        start_helper()  # it loads its libraries while this process loads its own
+
     from qdq.check import check_onnx
     from qdq.check.fix import fix_onnx
     from qdq.check.rules import choose_rules, get_rule

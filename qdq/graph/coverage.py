@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
-from qdq.graph.pairs import COPY_OPS, constant_of, has_int8_zeros, is_op, parameters_of
+from qdq.graph.pairs import COPY_OPS, constant_of, has_int8_zeros, input_of, is_op, parameters_of
+from qdq.graph.shapes import infer_shapes
 from qdq.names import list_names
 
 WEIGHTED_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -53,9 +53,13 @@ def list_weighted_nodes(model: ir.Model) -> list[WeightedNode]:
             input_quantized=dequantizer_of(node.inputs[0]) is not None,
             weight_quantized=dequantizer_of(node.inputs[1]) is not None,
         )
-        for node in model.graph
-        if node.op_type in WEIGHTED_OPS and node.domain == ""
+        for node in _weighted(model)
     ]
+
+
+def _weighted(model: ir.Model) -> list[ir.Node]:
+    """The weighted nodes of the main graph that have both of their operands."""
+    return [node for node in model.graph if is_op(node, *WEIGHTED_OPS) and len(node.inputs) >= 2 and node.outputs]
 
 
 def module_of(node: ir.Node) -> str:
@@ -66,12 +70,15 @@ def module_of(node: ir.Node) -> str:
 
 def dequantizer_of(value: ir.Value | None) -> ir.Node | None:
     """The DequantizeLinear that a value comes from, looking through operators that only move values."""
-    while value is not None and (node := value.producer()) is not None:
-        if node.op_type == "DequantizeLinear":
+    visited = set()
+    while value is not None and value not in visited:
+        visited.add(value)  # a damaged graph may be a cycle
+        node = value.producer()
+        if node is None or is_op(node, "DequantizeLinear"):
             return node
-        if node.op_type not in TRANSPARENT_OPS:
+        if not is_op(node, *TRANSPARENT_OPS):
             return None
-        value = node.inputs[0]
+        value = input_of(node, 0)
     return None
 
 
@@ -169,14 +176,15 @@ class BuiltLayer(Protocol):
     def int8(self) -> bool: ...
 
 
-def measure_coverage(model: ir.Model) -> Coverage:
+def measure_coverage(model: ir.Model, *, may_infer: bool = True, data_prop: bool = True) -> Coverage:
     """Predict for every weighted node whether it runs in int8, and how much of the work it is.
 
     Args:
         model: The graph; it stays as it is. The open first dimension of its inputs counts as 1.
+        may_infer: Whether onnx may be asked for shapes; a damaged file can crash it.
+        data_prop: Whether it may follow the values of shape computations for that.
     """
-    sized = _with_shapes(model)
-    nodes = [node for node in sized.graph if node.op_type in WEIGHTED_OPS and node.domain == ""]
+    nodes = _weighted(_with_shapes(model, data_prop) if may_infer else model)
     macs = [_count_macs(node) for node in nodes]
     total = sum(number or 0 for number in macs)
     layers = []
@@ -215,7 +223,7 @@ def _obstacles(node: ir.Node) -> Iterator[str]:
     if node.op_type == "ConvTranspose":
         yield "TensorRT-RTX has no int8 kernel for it (R-CT-3)"
     for dequantize, which in ((activation, "input"), (weight, "weight")):
-        scale = constant_of(dequantize.inputs[1])
+        scale = constant_of(input_of(dequantize, 1))
         if scale is None or parameters_of(dequantize) is None:
             yield f"the {which} scale or zero point is computed in the graph (R-DYN)"
         elif scale.shape == (1,):
@@ -257,9 +265,12 @@ def follow_axis(value: ir.Value | None, weight: ir.Node, axis: int) -> int | Non
     return axis
 
 
-def _with_shapes(model: ir.Model) -> ir.Model:
+def _with_shapes(model: ir.Model, data_prop: bool) -> ir.Model:
     """A copy for one sample, with every shape that can be inferred."""
-    copy = model.clone()
+    try:
+        copy = model.clone()
+    except Exception:  # onnx-ir cannot copy what is damaged, a node that reads a value of nobody for one
+        return model
     batches = {
         str(value.shape[0].value): 1
         for value in copy.graph.inputs
@@ -269,7 +280,7 @@ def _with_shapes(model: ir.Model) -> ir.Model:
     for value in values:
         if value.shape is not None:
             value.shape = ir.Shape([_bind(size, batches) for size in value.shape])
-    ShapeInferencePass(check_type=False, strict_mode=False)(copy)
+    infer_shapes(copy, data_prop=data_prop)
     return copy
 
 

@@ -45,7 +45,7 @@ def is_op(node: ir.Node | None, *op_types: str) -> bool:
 
 
 def constant_of(value: ir.Value | None) -> npt.NDArray[Any] | None:
-    """The numbers of a constant; a graph input's are only a default, and so no constant."""
+    """The numbers of a constant, None if they cannot be read; a graph input's are only a default, so no constant."""
     if value is None or value.is_graph_input():
         return None
     if (node := value.producer()) is not None and (
@@ -53,7 +53,10 @@ def constant_of(value: ir.Value | None) -> npt.NDArray[Any] | None:
     ):
         return None
     tensor = ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
+    try:
+        return None if tensor is None else tensor.numpy()
+    except Exception:  # onnx-ir raises and asserts where data do not fit type and shape
+        return None
 
 
 def input_of(node: ir.Node, position: int) -> ir.Value | None:
@@ -78,8 +81,40 @@ def parameters_of(node: ir.Node) -> Parameters | None:
     )
 
 
+def code_type_of(node: ir.Node) -> ir.DataType | None:
+    """The type of the integers that a Q writes or a DQ reads; None if the file does not say."""
+    if input_of(node, 2) is not None:
+        return _element_type(input_of(node, 2))
+    if node.op_type == "DequantizeLinear":
+        return _element_type(input_of(node, 0))
+    written = node.attributes.get_int("output_dtype", 0)
+    return ir.DataType(written) if written else None
+
+
+def _element_type(value: ir.Value | None) -> ir.DataType | None:
+    """The type of a value, looking for it behind operators that only move values."""
+    visited = set()
+    while value is not None and value not in visited:
+        visited.add(value)
+        tensor = ir.convenience.get_const_tensor(value)
+        if tensor is not None:
+            return tensor.dtype
+        node = value.producer()
+        if node is not None and is_op(node, "QuantizeLinear"):
+            return code_type_of(node)  # reads the type of a zero point, which no Q makes
+        if node is None or not is_op(node, *COPY_OPS, "Identity", "MaxPool"):
+            return value.dtype
+        value = input_of(node, 0)
+    return None
+
+
 def has_int8_zeros(node: ir.Node) -> bool:
-    """Whether the zero point of a Q or DQ is there, int8 and zero (R-SYM): then 0.0 stays 0.0."""
+    """Whether a Q or DQ has int8 codes and a zero point of zero (R-SYM): then 0.0 stays 0.0.
+
+    Without a zero point it is zero, and the codes have the type that the node or its input says.
+    """
+    if input_of(node, 2) is None:
+        return code_type_of(node) == ir.DataType.INT8
     zero_point = constant_of(input_of(node, 2))
     return zero_point is not None and zero_point.dtype == np.int8 and not zero_point.any()
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qdq.graph.pairs import constant_of, input_of, is_op, remove_if_unused
+from qdq.graph.pairs import code_type_of, constant_of, input_of, is_op, remove_if_unused
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 
@@ -25,7 +25,7 @@ class _Repair(ir.passes.InPlacePass):
         self.changed = [
             node.name or str(node.outputs[0].name)
             for node in list(model.graph.all_nodes())
-            if is_op(node, *_PAIR) and self.repair(node)
+            if is_op(node, *_PAIR) and len(node.inputs) > 1 and self.repair(node)
         ]
         return ir.passes.PassResult(model, modified=bool(self.changed))
 
@@ -99,10 +99,10 @@ class WriteZeroPoints(_Repair):
 
     def repair(self, node: ir.Node) -> bool:
         """A Q without one is uint8: that would change its numbers."""
-        scale, codes = constant_of(node.inputs[1]), constant_of(node.inputs[0])
+        scale = constant_of(node.inputs[1])
         if not is_op(node, "DequantizeLinear") or input_of(node, 2) is not None or scale is None:
             return False
-        if codes is None or codes.dtype != np.int8:
+        if code_type_of(node) != ir.DataType.INT8:
             return False
         if len(node.inputs) < 3:
             node.resize_inputs(3)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from qdq.errors import ArgumentError, ExportError
 from qdq.files import is_replaceable, write_atomic
+from qdq.graph.shapes import silence_onnx_ir
 
 _PROTOBUF_BYTES = 2**31
 _ONE_FILE_BYTES = _PROTOBUF_BYTES - 2**24  # the rest is for nodes and names
@@ -67,7 +68,8 @@ def list_data_files(path: Path) -> list[Path]:
     if not os.path.isfile(path):  # a FIFO has no end
         return []
     try:
-        model = ir.load(path)
+        with silence_onnx_ir():
+            model = ir.load(path)
     except Exception:  # protobuf and onnx_ir each raise their own; who uses the model says what is wrong with it
         return []
     values = [value for graph in model.graphs() for value in graph.initializers.values()]
@@ -200,4 +202,9 @@ def _external(placed: _Placed, location: str) -> Iterator[None]:
 
 
 def _bytes_of(value: ir.Value) -> int:
-    return 0 if value.const_value is None else value.const_value.nbytes
+    tensor = value.const_value
+    if tensor is None:
+        return 0
+    if tensor.dtype == ir.DataType.STRING:
+        return sum(len(text) for text in tensor.numpy().ravel())
+    return tensor.nbytes

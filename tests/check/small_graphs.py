@@ -5,8 +5,8 @@ import re
 import numpy as np
 import onnx_ir as ir
 
-from qdq.check.load import infer_shapes
 from qdq.check.rules import find_violations
+from qdq.graph.shapes import complete_shapes
 
 
 def ints(count):
@@ -65,7 +65,7 @@ def load(text, infer=True):
     text = re.sub(r"(float16(?:\[[\d,]+\])?(?: \w+ =)? \{)([^}]*)", lambda m: m[1] + _bits(m[2]), text)
     model = ir.from_onnx_text(text)
     if infer:
-        infer_shapes(model)
+        complete_shapes(model)
     return model
 
 

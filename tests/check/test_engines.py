@@ -1,12 +1,12 @@
 """What the rules call an error or float, asked of TensorRT-RTX: it refuses the file, or the census shows float."""
 
-import subprocess
-import sys
-
 import onnx_ir as ir
 import pytest
 from small_graphs import AVGPOOL, MAXPOOL, PRODUCT, RESIDUAL, SOUND, load
 from test_rules import BROKEN, SOUND_TWINS
+
+from qdq import check_onnx
+from qdq.check.fix import fix_onnx
 
 pytestmark = pytest.mark.trt
 
@@ -17,6 +17,23 @@ FLOAT = {
 REFUSED = {
     "QDQ101 zero", "QDQ101 negative", "QDQ102 not zero", "QDQ107 weight", "QDQ107 bias", "QDQ108 bias",
     "QDQ108 operator", "QDQ105 other length", "QDQ129",
+}  # fmt: skip
+
+
+NO_ZERO_POINT = {
+    "weight": (SOUND.replace("(w, ws, wz)", "(w, ws)"), {"c_w"}),
+    "activation": (SOUND.replace("(xd_q, s, z)", "(xd_q, s)"), {"xd"}),
+    "both": (SOUND.replace("(w, ws, wz)", "(w, ws)").replace("(xd_q, s, z)", "(xd_q, s)"), {"c_w", "xd"}),
+    "type as attribute": (
+        SOUND.replace("QuantizeLinear(x, s, z)", "QuantizeLinear<output_dtype=3>(x, s)")
+        .replace("(xd_q, s, z)", "(xd_q, s)").replace('"": 19', '"": 21'),
+        {"xd"},
+    ),
+    "behind a copy": (
+        SOUND.replace("DequantizeLinear(xd_q, s, z)", "DequantizeLinear(moved, s)")
+        .replace("    [xd] xd", "    moved = Identity(xd_q)\n    [xd] xd"),
+        {"xd"},
+    ),
 }  # fmt: skip
 
 
@@ -55,7 +72,27 @@ def test_is_refused(build, case):
 
 def test_109_crashes_the_builder(tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="needs the extra 'rtx'")
+    from qdq.errors import BuildError
+    from qdq.trt.backend import find_backend
+    from qdq.trt.builder import build_plan
+
     ir.save(load(BROKEN["QDQ109"][0]), tmp_path / "m.onnx")
-    script = "import sys, qdq.build; qdq.build.build_engine(sys.argv[1], sys.argv[2], backend='rtx')"
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "m.onnx", tmp_path / "e"], capture_output=True)
-    assert done.returncode != 0
+    shapes = {"x": dict.fromkeys(("min", "opt", "max"), (1, 16, 4, 4))}
+    with pytest.raises(BuildError, match=r"TensorRT crashed .*SIGSEGV"):
+        build_plan(find_backend("rtx"), tmp_path / "m.onnx", shapes, 89)
+
+
+@pytest.mark.parametrize("case", NO_ZERO_POINT)
+def test_without_zero_points_linter_coverage_and_engine_say_the_same(tmp_path, build, case):
+    """int8 codes say that the zero point is 0; `--fix` writes it down and the engine stays as it is."""
+    text, missing = NO_ZERO_POINT[case]
+    report = build(text)
+    assert [layer.int8 for layer in report.layers] == [True]
+    assert [layer.int8 for layer in report.coverage.layers] == [True]
+    path = tmp_path / "model.onnx"
+    findings = {(f.node, f.severity) for f in check_onnx(path).findings if f.rule == "QDQ102"}
+    assert findings == {(node, "info") for node in missing}
+    assert fix_onnx(path, tmp_path / "mended.onnx") == {"QDQ102": len(missing)}
+    mended = check_onnx(tmp_path / "mended.onnx")
+    assert "QDQ102" not in {finding.rule for finding in mended.findings}
+    assert [layer.int8 for layer in mended.coverage.layers] == [True]

@@ -26,7 +26,8 @@ from small_graphs import (
     pair,
 )
 
-from qdq.check.rules import RULES, choose_rules, find_violations, get_rule, register_rule
+from qdq import check_onnx
+from qdq.check.rules import FILE_RULES, RULES, choose_rules, find_violations, get_rule, register_rule
 from qdq.check.rules.registry import Flaw
 from qdq.errors import ArgumentError
 
@@ -346,8 +347,30 @@ def test_sound_graphs(case):
     assert find(SOUND_TWINS[case]) == []
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "rule"),
+    [
+        ("float16 s = {0.5}", "int32 s = {1}", "QDQ101"),
+        ("float16 s = {0.5}", 'string s = {"one"}', "QDQ101"),
+        ("int8 z = {0}", "int8[3] z = {0,0,0}", "QDQ102"),
+        ("int8 z = {0}", 'string z = {"one"}', "QDQ102"),
+    ],
+)
+def test_scales_and_zero_points_of_another_type_or_length(tmp_path, old, new, rule, caplog, capfd):
+    """Named at their nodes, and nothing else is printed."""
+    assert old in SOUND
+    ir.save(load(SOUND.replace(old, new), infer=False), tmp_path / "m.onnx")
+    report = check_onnx(tmp_path / "m.onnx")
+    assert {"xd_q", "xd"} <= {finding.node for finding in report.findings if finding.rule == rule}
+    assert not [finding for finding in report.findings if "cannot be applied" in finding.message]
+    assert report.problems
+    assert caplog.text == ""
+    assert capfd.readouterr() == ("", "")
+
+
 def test_every_rule_has_a_broken_graph():
-    assert {case.split()[0] for case in BROKEN} == set(RULES) - {"QDQ190", "QDQ191"}  # need outputs: test_check.py
+    # QDQ190 and QDQ191 need outputs: test_check.py; the others a file: test_file.py
+    assert {case.split()[0] for case in BROKEN} == set(RULES) - {"QDQ190", "QDQ191"} - FILE_RULES
 
 
 @pytest.mark.parametrize("scale", ["nan", "inf"])

@@ -44,6 +44,8 @@ def _layer_has_no_kernel(view: GraphView) -> Iterator[Flaw]:
 
 def _weakness_of_conv(node: ir.Node, shape: list[int], is_first: bool) -> str:
     """Why a convolution has no good int8 kernel; "" if it has."""
+    if len(shape) < 3:  # no convolution (QDQ203)
+        return ""
     outputs, inputs, kernel = shape[0], shape[1], shape[2:]
     group = node.attributes.get_int("group", 1)
     channels = f"{inputs * group} -> {outputs} channels"

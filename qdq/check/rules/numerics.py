@@ -25,14 +25,17 @@ def _all_pairs(view: GraphView) -> list[ir.Node]:
 @register_rule(
     "QDQ101",
     "error",
-    "A scale is zero, negative, NaN or infinite; in fp16, too small (R-SCALE).",
+    "A scale is zero, negative, NaN, infinite or no float; in fp16, too small (R-SCALE).",
     "TensorRT's parser wants positive scales. An infinite one is accepted and destroys the layer's values. "
     "An fp16 scale below 6.1e-5 is subnormal and loses precision (a warning).",
     "[probe] parser error for 0, negative and NaN, none for +inf; [src] ModelOpt's guards",
 )
 def _scale_is_no_scale(view: GraphView) -> Iterator[Flaw]:
     for node in _all_pairs(view):
-        raw = view.constant(node.inputs[1])
+        dtype, raw = view.dtype(node.inputs[1]), view.constant(node.inputs[1])
+        if dtype is not None and not dtype.is_floating_point():
+            yield Flaw(name_of(node), f"a scale is {dtype.name}, not a float (R-SCALE)", "write it as float32.")
+            continue
         if raw is None:
             continue
         values = raw.astype(np.float64)
@@ -68,6 +71,8 @@ def _zero_point_is_not_zero(view: GraphView) -> Iterator[Flaw]:
             yield Flaw(name, f"the zero point is {code_type.name}, not INT8 (R-SYM)", fix)
         elif zeros is not None and np.any(zeros.astype(np.float32)):
             yield Flaw(name, "the zero point is not zero (R-SYM)", "quantize symmetrically.")
+        elif zeros is not None and (scale := view.constant(node.inputs[1])) is not None and zeros.size != scale.size:
+            yield Flaw(name, f"it has {zeros.size} zero points and {scale.size} scales", "write one for each scale.")
 
 
 @register_rule(

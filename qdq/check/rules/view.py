@@ -10,8 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qdq.check.facts import FileFacts
+from qdq.check.signatures import describe_misfit
 from qdq.graph import pairs
 from qdq.graph.coverage import WEIGHTED_OPS
+from qdq.graph.pairs import input_of
 from qdq.graph.pairs import is_op as is_op
 
 Array = npt.NDArray[Any]
@@ -28,10 +31,12 @@ class GraphView:
 
     Args:
         model: Not changed.
+        file: What is known of the file that it was read from; None for a model in memory.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, file: FileFacts | None = None) -> None:
         self.model = model
+        self.file = file
         self.opset = model.opset_imports.get("", 0)
         self.nodes: list[ir.Node] = [*model.graph.all_nodes()]
         for function in model.functions.values():
@@ -40,16 +45,22 @@ class GraphView:
         self._constants: dict[ir.Value, Array | None] = {}
 
     def select(self, *op_types: str) -> list[ir.Node]:
-        """Nodes of these standard operators, in graph order."""
+        """Nodes of these standard operators, in graph order, but for those of `misfits`."""
         return [node for op_type in op_types for node in self._by_op.get(op_type, [])]
 
     @cached_property
     def _by_op(self) -> dict[str, list[ir.Node]]:
         nodes: dict[str, list[ir.Node]] = {}
         for node in self.nodes:
-            if node.domain == "":
+            if node.domain == "" and node not in self.misfits:
                 nodes.setdefault(node.op_type, []).append(node)
         return nodes
+
+    @cached_property
+    def misfits(self) -> dict[ir.Node, str]:
+        """Nodes of standard operators without the inputs, outputs and attributes of their operator, and why."""
+        reasons = {node: describe_misfit(node, self.opset) for node in self.nodes}
+        return {node: reason for node, reason in reasons.items() if reason}
 
     @cached_property
     def quantizers(self) -> list[ir.Node]:
@@ -96,20 +107,26 @@ class GraphView:
         return self._constants[value]
 
     def _read(self, value: ir.Value) -> Array | None:
-        node = value.producer()
-        if node is not None and is_op(node, "Identity", "Cast"):
-            array = self.constant(node.inputs[0])
-            if array is None or node.op_type == "Identity":
-                return array
-            with np.errstate(over="ignore"):
-                return array.astype(ir.DataType(node.attributes["to"].as_int()).numpy())
-        tensor = ir.convenience.get_const_tensor(value)
-        return None if tensor is None else tensor.numpy()
+        casts = []
+        source: ir.Value | None = value
+        while source is not None and (node := source.producer()) is not None and is_op(node, "Identity", "Cast"):
+            if node.op_type == "Cast":
+                casts.append(ir.DataType(node.attributes.get_int("to", 0)))
+            source = input_of(node, 0)
+        try:
+            tensor = None if source is None else ir.convenience.get_const_tensor(source)
+            array = None if tensor is None or tensor.dtype == ir.DataType.STRING else tensor.numpy()
+            for dtype in reversed(casts):
+                with np.errstate(over="ignore", invalid="ignore"):
+                    array = None if array is None else array.astype(dtype.numpy())
+        except Exception:  # onnx-ir raises and asserts where data do not fit (QDQ205)
+            return None
+        return array
 
     def scale(self, node: ir.Node) -> Array | None:
         """The scales of a Q or DQ as float64."""
         array = self.constant(node.inputs[1])
-        return None if array is None else array.astype(np.float64)
+        return None if array is None or array.dtype.kind == "c" else array.astype(np.float64)
 
     def is_weight(self, node: ir.Node) -> bool:
         """Whether a Q or DQ has constants to work on, or the codes of constants."""
@@ -119,39 +136,38 @@ class GraphView:
 
     def shape(self, value: ir.Value | None) -> tuple[int | None, ...] | None:
         """The shape of a value, None for what is not known."""
-        if value is None:
-            return None
-        tensor = ir.convenience.get_const_tensor(value)
-        shape = value.shape if tensor is None else tensor.shape
-        if shape is None:
+        while value is not None:
+            tensor = ir.convenience.get_const_tensor(value)
+            shape = value.shape if tensor is None else tensor.shape
+            if shape is not None:
+                return tuple(size if isinstance(size, int) else None for size in shape)
             node = value.producer()
-            paired = node is not None and is_op(node, "QuantizeLinear", "DequantizeLinear", "Identity", "Cast")
-            return self.shape(node.inputs[0]) if node is not None and paired else None
-        return tuple(size if isinstance(size, int) else None for size in shape)
+            if node is None or not is_op(node, "QuantizeLinear", "DequantizeLinear", "Identity", "Cast"):
+                return None
+            value = input_of(node, 0)
+        return None
 
     def dtype(self, value: ir.Value | None) -> ir.DataType | None:
         """The type of a value; that of a DQ's output is that of its scale (R-CONV-2 in half precision)."""
-        if value is None:
-            return None
-        node = value.producer()
-        if node is not None and is_op(node, "DequantizeLinear"):
-            written = node.attributes.get("output_dtype")
-            return ir.DataType(written.as_int()) if written and written.as_int() else self.dtype(node.inputs[1])
-        if node is not None and is_op(node, "Cast"):
-            return ir.DataType(node.attributes["to"].as_int())
-        if node is not None and is_op(node, *COPY_OPS) and node.inputs:
-            return self.dtype(node.inputs[0])
-        tensor = ir.convenience.get_const_tensor(value)
-        return value.dtype if tensor is None else tensor.dtype
+        while value is not None:
+            node = value.producer()
+            if node is not None and is_op(node, "DequantizeLinear"):
+                if written := node.attributes.get_int("output_dtype", 0):
+                    return ir.DataType(written)
+                value = input_of(node, 1)
+            elif node is not None and is_op(node, "Cast"):
+                written = node.attributes.get_int("to", 0)
+                return ir.DataType(written) if written else None
+            elif node is not None and is_op(node, *COPY_OPS):
+                value = input_of(node, 0)
+            else:
+                tensor = ir.convenience.get_const_tensor(value)
+                return value.dtype if tensor is None else tensor.dtype
+        return None
 
     def code_type(self, node: ir.Node) -> ir.DataType | None:
         """The type of the integers that a Q writes or a DQ reads; None if the file does not say."""
-        if len(node.inputs) > 2 and node.inputs[2] is not None:
-            return self.dtype(node.inputs[2])
-        if node.op_type == "DequantizeLinear":
-            return self.dtype(node.inputs[0])
-        written = node.attributes.get("output_dtype")
-        return ir.DataType(written.as_int()) if written and written.as_int() else None
+        return pairs.code_type_of(node)
 
     # --- who feeds what -----------------------------------------------------------------------------------------
 
@@ -162,10 +178,16 @@ class GraphView:
 
     def is_quantized(self, value: ir.Value | None, through: Iterable[str] = COMMUTING_OPS) -> bool:
         """Whether a value comes from a DQ, or from a Concat of such values."""
-        node = self.source(value, through)
-        if node is not None and is_op(node, "Concat"):
-            return all(self.is_quantized(operand, through) for operand in node.inputs)
-        return node is not None and is_op(node, "DequantizeLinear")
+        visited: set[ir.Node] = set()
+        values = [value]
+        while values:
+            node = self.source(values.pop(), through)
+            if node is None or not is_op(node, "DequantizeLinear", "Concat"):
+                return False
+            if node.op_type == "Concat" and node not in visited:
+                visited.add(node)
+                values += node.inputs
+        return True
 
     def source(self, value: ir.Value | None, through: Iterable[str]) -> ir.Node | None:
         """The node behind a value, skipping the first inputs of the operators named."""
@@ -196,7 +218,7 @@ class GraphView:
 
 def name_of(node: ir.Node) -> str:
     """The name of a node; its output's where it has none."""
-    return node.name or str(node.outputs[0].name)
+    return node.name or (str(node.outputs[0].name) if node.outputs else f"a nameless {node.op_type}")
 
 
 def _attributes(node: ir.Node) -> Iterable[ir.Attr]:

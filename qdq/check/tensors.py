@@ -1,0 +1,135 @@
+"""Do the data of a constant fit its type and shape, in the file itself or in one beside it?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from onnx import TensorProto
+
+from qdq.graph.validate import iterate_graphs
+
+_COMPLEX = (TensorProto.COMPLEX64, TensorProto.COMPLEX128)
+
+
+@dataclass(frozen=True)
+class TensorFault:
+    """A constant that cannot be read.
+
+    Args:
+        name: Of the constant; of its node where it has none.
+        message: What does not fit.
+        tensor: The constant itself.
+    """
+
+    name: str
+    message: str
+    tensor: TensorProto
+
+
+def find_tensor_faults(proto: onnx.ModelProto, folder: Path) -> list[TensorFault]:
+    """Every constant whose data do not fit its type and shape.
+
+    Args:
+        proto: The model.
+        folder: Where its external data are.
+    """
+    faults = []
+    for name, tensor in list_tensors(proto):
+        if message := _describe_fault(tensor, folder):
+            faults.append(TensorFault(tensor.name or name, message, tensor))
+    return faults
+
+
+def list_tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, TensorProto]]:
+    """Every constant, and the name of its node."""
+    for graph in iterate_graphs(proto.graph):
+        yield from (("", tensor) for tensor in graph.initializer)
+        yield from _list_attributes(graph.node)
+    for function in proto.functions:
+        yield from _list_attributes(function.node)
+
+
+def _list_attributes(nodes: list[onnx.NodeProto]) -> Iterator[tuple[str, TensorProto]]:
+    for node in nodes:
+        name = node.name or (node.output[0] if node.output else "")
+        for attribute in node.attribute:
+            yield from ((name, tensor) for tensor in attribute.tensors)
+            if attribute.HasField("t"):
+                yield name, attribute.t
+
+
+def external_fields(tensor: TensorProto) -> dict[str, str]:
+    """`location`, `offset` and `length` of data in another file."""
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def count_bytes(tensor: TensorProto) -> int | None:
+    """How many bytes the data of a constant take by its type and shape; None for strings and unknown types."""
+    try:
+        bits: int = ir.DataType(tensor.data_type).bitwidth
+    except (TypeError, ValueError):  # no such type, or one without a size
+        return None
+    values: int = math.prod(tensor.dims)
+    return -(-values * bits // 8)
+
+
+def _describe_fault(tensor: TensorProto, folder: Path) -> str:
+    if tensor.data_type not in TensorProto.DataType.values() or tensor.data_type == TensorProto.UNDEFINED:
+        return f"its type is {tensor.data_type}, which ONNX does not have"
+    if any(size < 0 for size in tensor.dims):
+        return f"its shape is {list(tensor.dims)}"
+    size = count_bytes(tensor)
+    if tensor.data_location == TensorProto.EXTERNAL:
+        return _describe_external_fault(tensor, folder, size)
+    if tensor.HasField("raw_data"):
+        if size is None:
+            return "it holds strings as raw bytes"
+        if len(tensor.raw_data) != size:
+            return f"it has {len(tensor.raw_data)} bytes; its type and shape {list(tensor.dims)} take {size}"
+        return ""
+    return _describe_typed_fault(tensor)
+
+
+def _describe_typed_fault(tensor: TensorProto) -> str:
+    """Data as a list of numbers or strings."""
+    if _is_packed(tensor):
+        return ""
+    field = onnx.helper.tensor_dtype_to_field(tensor.data_type)
+    values = len(getattr(tensor, field))
+    expected = math.prod(tensor.dims) * (2 if tensor.data_type in _COMPLEX else 1)
+    shape = list(tensor.dims)
+    return "" if values == expected else f"it has {values} values in {field}; its shape {shape} takes {expected}"
+
+
+def _is_packed(tensor: TensorProto) -> bool:
+    """Whether one number of the list holds several values."""
+    return tensor.data_type != TensorProto.STRING and ir.DataType(tensor.data_type).bitwidth < 8
+
+
+def _describe_external_fault(tensor: TensorProto, folder: Path, size: int | None) -> str:
+    fields = external_fields(tensor)
+    location = fields.get("location", "")
+    path = folder / location
+    if not location or "\0" in location:
+        return "its data lie in another file, and which one is not said"
+    if Path(location).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+        return f"its data lie outside the folder of the model: {location}"
+    if not path.is_file():
+        return f"its data lie in {location}, and there is no such file"
+    try:
+        offset, length = int(fields.get("offset", 0)), int(fields.get("length", -1))
+    except ValueError:
+        return f"offset {fields.get('offset')!r} or length {fields.get('length')!r} of its data is no number"
+    available = path.stat().st_size - offset
+    if size is None:
+        return "it holds strings in another file"
+    if offset < 0 or available < size:
+        return f"{size} bytes at {offset} of {location} are its data, and that file has {path.stat().st_size}"
+    if "length" in fields and length != size:
+        return f"its data are {length} bytes of {location}; its type and shape {list(tensor.dims)} take {size}"
+    return ""
