@@ -4,8 +4,10 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from onnx import helper, numpy_helper
 
 from qdq import check_onnx
+from qdq.check import fix
 from qdq.check.fix import fix_onnx
 from qdq.errors import CheckError
 
@@ -135,6 +137,86 @@ def test_weights_beside_the_file_come_along(tmp_path):
     before = run(tmp_path / "m.onnx")
     (tmp_path / "m.data").unlink()
     np.testing.assert_array_equal(run(tmp_path / "new" / "m.onnx"), before)
+
+
+def write(folder, text, change=None):
+    model = ir.to_proto(ir.from_onnx_text(text))
+    if change is not None:
+        change(model)
+    folder.mkdir(exist_ok=True)
+    path = folder / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def add_sparse(model):
+    """A sparse weight that the graph adds: without it the file does not load."""
+    values = numpy_helper.from_array(np.float32([2]), "sparse")
+    indices = numpy_helper.from_array(np.array([1]), "indices")
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [4]))
+    model.graph.node[-1].output[0] = "before"
+    model.graph.node.append(helper.make_node("Add", ["before", "sparse"], ["y"]))
+
+
+def add_training(model):
+    model.training_info.add().algorithm.name = "train"
+
+
+SCALE_1 = replace(("float xs", "float[1] xs"), ("int8 xz", "int8[1] xz"))
+
+
+@pytest.mark.parametrize(("change", "lost"), [(add_sparse, "sparse_initializer"), (add_training, "training_info")])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_what_would_be_lost_is_refused(tmp_path, change, lost, in_place):
+    path = write(tmp_path / "a", SCALE_1, change)
+    content, expected = path.read_bytes(), run(path)
+    output = path if in_place else tmp_path / "out.onnx"
+    with pytest.raises(CheckError, match=lost):
+        fix_onnx(path, output)
+    assert path.read_bytes() == content
+    assert sorted(file.name for file in tmp_path.rglob("*.onnx")) == ["m.onnx"]
+    np.testing.assert_array_equal(run(path), expected)
+
+
+@pytest.mark.parametrize("change", [None, add_sparse, add_training])
+def test_nothing_to_mend_copies_every_byte(tmp_path, change):
+    path = write(tmp_path / "a", SOUND, change)
+    modified = path.stat().st_mtime_ns
+    assert fix_onnx(path, tmp_path / "out.onnx") == {}
+    assert (tmp_path / "out.onnx").read_bytes() == path.read_bytes()
+    assert fix_onnx(path, path) == {}
+    assert path.stat().st_mtime_ns == modified
+
+
+def test_a_mended_model_that_would_not_load_is_not_written(tmp_path, monkeypatch):
+    """A repair that goes wrong: the file stays."""
+
+    class Break(ir.passes.InPlacePass):
+        changed = ("xq",)
+
+        def call(self, model):
+            model.graph[0].op_type = "Nothing"
+            return ir.passes.PassResult(model, modified=True)
+
+    monkeypatch.setattr(fix, "_REPAIRS", (("QDQ103", Break),))
+    path = write(tmp_path / "a", SOUND)
+    content = path.read_bytes()
+    for output in (path, tmp_path / "out.onnx"):
+        with pytest.raises(CheckError, match="mended, it would be refused"):
+            fix_onnx(path, output)
+    assert path.read_bytes() == content
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_data_that_are_missing_are_refused(tmp_path):
+    ir.save(ir.from_onnx_text(SCALE_1), tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
+    content = (tmp_path / "m.onnx").read_bytes()
+    (tmp_path / "m.data").unlink()
+    for output in (tmp_path / "m.onnx", tmp_path / "out.onnx"):
+        with pytest.raises(CheckError, match="damaged"):
+            fix_onnx(tmp_path / "m.onnx", output)
+    assert (tmp_path / "m.onnx").read_bytes() == content
+    assert not (tmp_path / "out.onnx").exists()
 
 
 def test_no_onnx_leaves_no_file(tmp_path):
