@@ -1,0 +1,121 @@
+"""Does `qdq check` read what TensorRT-RTX builds? Tried on the models of the onnx wheel's backend tests.
+
+Usage: python tools/check_foreign.py [--every N] [--json FILE]
+
+The models are those files of `onnx/backend/test/data` that the wheel brings, and those that its operator tests make.
+Each is checked twice: as it is, and without the shapes of its outputs, as onnx-graphsurgeon writes them. TensorRT-RTX
+builds each in a process of its own. `refused_but_built` must be empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import onnx
+from onnx.backend.test.case.node import collect_testcases
+
+from qdq import BuildError, CheckError, QdqError, build_engine, check_onnx
+
+DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
+
+
+@dataclass
+class Figures:
+    """What was found.
+
+    Args:
+        models: How many were tried.
+        valid: How many are called valid ONNX.
+        built: How many TensorRT-RTX builds.
+        refused: Names that `qdq check` refuses.
+        refused_but_built: Those of them that TensorRT-RTX builds.
+        crashed: Names on which TensorRT-RTX crashed.
+        rules: How many models break each rule.
+        seconds_checking: Time of all checks.
+    """
+
+    models: int = 0
+    valid: int = 0
+    built: int = 0
+    refused: list[str] = field(default_factory=list)
+    refused_but_built: list[str] = field(default_factory=list)
+    crashed: list[str] = field(default_factory=list)
+    rules: Counter[str] = field(default_factory=Counter)
+    seconds_checking: float = 0.0
+
+
+def list_models() -> Iterator[tuple[str, onnx.ModelProto]]:
+    """Every model of the backend tests, by name."""
+    for path in sorted(DATA.rglob("*.onnx")):
+        yield str(path.relative_to(DATA)), onnx.load(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's, of the tests' own data
+        cases = collect_testcases(None)
+    for case in cases:
+        if case.model is not None:
+            yield case.name, case.model
+
+
+def drop_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose outputs have no shape."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for output in copy.graph.output:
+        if output.type.HasField("tensor_type"):
+            output.type.tensor_type.ClearField("shape")
+    return copy
+
+
+def try_model(name: str, model: onnx.ModelProto, folder: Path, figures: Figures) -> None:
+    """Check and build one model."""
+    path = folder / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    figures.models += 1
+    began = time.perf_counter()
+    is_refused = False
+    try:
+        report = check_onnx(path)
+        figures.valid += report.validity.is_valid
+        figures.rules.update({finding.rule for finding in report.findings})
+    except CheckError:
+        is_refused = True
+        figures.refused.append(name)
+    figures.seconds_checking += time.perf_counter() - began
+    try:
+        build_engine(path, folder / "engine", backend="rtx")
+        figures.built += 1
+        if is_refused:
+            figures.refused_but_built.append(name)
+    except BuildError as error:
+        if "TensorRT crashed" in error.message:
+            figures.crashed.append(name)
+    except QdqError:  # a dynamic input without shapes
+        pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--every", type=int, default=1, help="take only every N-th model")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args()
+    figures = Figures()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model in list(list_models())[:: options.every]:
+            try_model(name, model, Path(folder), figures)
+            try_model(f"{name} without shapes", drop_shapes(model), Path(folder), figures)
+    text = json.dumps(asdict(figures), indent=2)
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
