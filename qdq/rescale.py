@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qdq.check.load import load_onnx
+from qdq.check.load import load_onnx, require_whole
 from qdq.errors import ArgumentError
 from qdq.files import guard_files
 from qdq.formats import Format
@@ -84,11 +84,13 @@ def rescale_onnx(
 
     Raises:
         ArgumentError: As for `solve_amax`; no scale of the file belongs to the statistics; `output` cannot be written.
-        CheckError: The file cannot be read, or is no valid ONNX.
+        CheckError: The file cannot be read, or holds what would be lost.
     """
     path, output = Path(path), Path(output)
     guard_files(inputs=[path, *list_data_files(path)], outputs=[output], in_place=[(output, path)])
-    model = load_onnx(path).model
+    loaded = load_onnx(path)
+    require_whole(loaded)
+    model = loaded.model
     scales = list_scales(model.graph)
     leaders = {name: statistics.shared.get(name, name) for name in scales}
     known = {name: leader for name, leader in leaders.items() if leader in statistics.tensors}

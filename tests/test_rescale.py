@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -164,6 +165,18 @@ def test_other_model_or_no_model(prepared, images, tmp_path):
     (tmp_path / "text.onnx").write_text("text")
     with pytest.raises(CheckError, match="no valid ONNX"):
         rescale_onnx(tmp_path / "text.onnx", old, statistics)
+    assert old.read_bytes() == before
+
+
+def test_what_would_be_lost_is_refused(prepared, images, tmp_path):
+    model, statistics = prepared
+    old = export(model, statistics, images, tmp_path / "old.onnx", "mse")
+    proto = onnx.load(old)
+    proto.training_info.add().algorithm.name = "train"
+    onnx.save(proto, old)
+    before = old.read_bytes()
+    with pytest.raises(CheckError, match="training_info"):
+        rescale_onnx(old, old, statistics)
     assert old.read_bytes() == before
 
 

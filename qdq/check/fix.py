@@ -14,7 +14,7 @@ from qdq.check.inspection import inspect_file
 from qdq.check.load import LoadedModel, load_onnx, require_whole
 from qdq.check.tensors import list_tensors
 from qdq.errors import CheckError
-from qdq.files import write_atomic
+from qdq.files import is_same_file, write_atomic
 from qdq.graph.merge_pairs import MergePairs
 from qdq.graph.raise_scales import RaiseWeightScales
 from qdq.graph.repair import MakeCodesSigned, MakeScalesScalar, WriteAxes, WriteZeroPoints
@@ -57,7 +57,7 @@ def fix_onnx(path: Path | str, output: Path | str) -> dict[str, int]:
         raise _unmendable(path, "it is damaged (QDQ205, QDQ208)")
     counts = _mend(path, loaded.model)
     if not counts and _may_copy_bytes(loaded, output):
-        if output.resolve() != path.resolve():
+        if not is_same_file(output, path):
             write_atomic(output, path.read_bytes())
         return counts
     require_whole(load_onnx(path))  # as it was before the repairs

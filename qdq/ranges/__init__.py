@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from qdq.check.load import load_onnx
+from qdq.check.load import load_onnx, require_whole
 from qdq.errors import ArgumentError, CalibrationError, CheckError
 from qdq.files import guard_files, read_file, write_atomic
 from qdq.graph.save import list_data_files, save_model
@@ -152,14 +152,17 @@ def export_ranges(model: nn.Module, path: Path | str, *, format: str, onnx: Path
     Raises:
         ArgumentError: An unknown format, `onnx` missing, or a path that cannot be written.
         CalibrationError: No quantizer has a range that the file could hold.
-        CheckError: `onnx` cannot be read.
+        CheckError: `onnx` cannot be read, or holds what would be lost when it is written again.
     """
     require_model(model)
     path = Path(path)
     _require_onnx(_known(format), onnx, may_lack=format == "aimet-0.6.1", may_have=True)
     data_files = [] if onnx is None else list_data_files(Path(onnx))
     guard_files(inputs=[onnx, *data_files], outputs=[path], in_place=[(path, onnx)] if format == _QDQ else [])
-    document = None if onnx is None else load_onnx(Path(onnx)).model
+    loaded = None if onnx is None else load_onnx(Path(onnx))
+    if loaded is not None and format == _QDQ:
+        require_whole(loaded)
+    document = None if loaded is None else loaded.model
     places = list_places(model, None if document is None else document.graph)
     holds_channels = format not in ("tensorrt", "onnxruntime")
     rows, left_out = list_rows(model, places, holds_channels=holds_channels, int8_only=not format.startswith("aimet"))
