@@ -218,4 +218,4 @@ def _find_other_session(path: Path, parity: Parity | None) -> Finding | None:
         f"{parity.sqnr_db:.1f} dB, at least {parity.required_sqnr_db:.1f} was expected"
     )
     fix = "where ONNX Runtime runs the file, set session.disable_quant_qdq=1; TensorRT is not concerned."
-    return Finding("QDQ191", path.name, message, fix, "warning")
+    return Finding("QDQ191", path.name, message, fix, "info")
