@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from qdq.check import OnnxModel, Session, is_out_of_memory
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError
+from qdq.graph.save import list_data_files
 from qdq.metrics import Array, agreement, sqnr_db, top_k
 from qdq.quantizer import named_quantizers
 from qdq.trace import (
@@ -204,7 +205,8 @@ def _megabytes(source: Path | nn.Module | None) -> float | None:
     if source is None:
         return None
     if isinstance(source, Path):
-        return source.stat().st_size / 1e6
+        files = [source, *list_data_files(source)]
+        return sum(file.stat().st_size for file in files) / 1e6
     return float(sum(tensor.numel() * tensor.element_size() for tensor in source.parameters()) / 1e6)
 
 

@@ -133,6 +133,15 @@ class TestTable:
         evaluation = evaluate_outputs(outputs, files={"float": module, "file": tmp_path / "file"})
         assert [c.megabytes for c in evaluation.candidates] == [pytest.approx(1.001), pytest.approx(0.0015), None]
 
+    def test_size_counts_the_weights_beside_a_file(self, tmp_path):
+        weight = helper.make_tensor("w", 1, [1000], np.ones(1000, np.float32).tobytes(), raw=True)
+        vectors = [helper.make_tensor_value_info(name, 1, [1000]) for name in "xy"]
+        graph = helper.make_graph([helper.make_node("Add", ["x", "w"], ["y"])], "g", vectors[:1], vectors[1:], [weight])
+        path = tmp_path / "model.onnx"
+        onnx.save(helper.make_model(graph), path, save_as_external_data=True, location="weights", size_threshold=0)
+        (candidate,) = evaluate_outputs({"file": self.reference}, files={"file": path}).candidates
+        assert candidate.megabytes == pytest.approx((path.stat().st_size + 4000) / 1e6)
+
     def test_text(self):
         text = evaluate_outputs({"float": self.reference, "int8": self.reference * 1.1}, [0, 2, 0]).format_table()
         head, first, second = text.splitlines()
