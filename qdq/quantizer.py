@@ -763,6 +763,8 @@ def summarize_amax(amax: torch.Tensor | None) -> str:
         return "dynamic"
     if amax.is_meta:
         return "meta"
+    if torch.compiler.is_compiling():
+        return "traced"  # torch.export prints modules, and a value that is read then becomes part of the graph
     if amax.numel() == 1:
         return f"{amax.item():.4f}"
     return f"[{amax.min().item():.4f}, {amax.max().item():.4f}]({amax.numel()})"

@@ -396,3 +396,20 @@ class TestNumbersThatHaveNoCode:
                 quantizer.amax = bad
             with pytest.raises(ArgumentError, match="NaN, Inf or a negative"):
                 quantizer.load_state_dict({"_amax": torch.tensor(bad)})
+
+
+class Printing(nn.Sequential):
+    """Prints itself, as torch.export of torch 2.11 does."""
+
+    def forward(self, x):
+        assert "amax=" in repr(self)
+        return super().forward(x)
+
+
+def test_a_model_that_is_printed_while_it_is_captured(tmp_path):
+    model, images = Printing(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval(), torch.randn(2, 16, 8, 8)
+    swap_modules(model, include=["*"])
+    calibrate_model(model, [images], method="max")
+    file = export_onnx(model, images, tmp_path / "model.onnx").path
+    kinds = {node.op_type for node in onnx.load(file).graph.node}
+    assert kinds == {"QuantizeLinear", "DequantizeLinear", "Conv", "Relu"}
