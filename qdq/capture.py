@@ -234,6 +234,8 @@ def _as_root(model: nn.Module, call: _Call) -> nn.Module:
     body = {
         "__call__": lambda _, *args, **kwargs: forward(*args, **kwargs),
         "forward": property(lambda _: forward),
+        # torch looks up there where a module stands that runs, and the model runs
+        "named_modules": lambda _, *args, **kwargs: model.named_modules(*args, **kwargs),
         "training": False,  # a compiled module has none of its own
     }
     root: nn.Module = object.__new__(type("Root", (nn.Module,), body))
