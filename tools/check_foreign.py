@@ -14,15 +14,15 @@ import json
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
 from onnx.backend.test.case.node import collect_testcases
 
 from qdq import BuildError, CheckError, QdqError, build_engine, check_onnx
+from qdq.files import to_jsonable
 
 DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
 
@@ -48,7 +48,7 @@ class Figures:
     refused: list[str] = field(default_factory=list)
     refused_but_built: list[str] = field(default_factory=list)
     crashed: list[str] = field(default_factory=list)
-    rules: Counter[str] = field(default_factory=Counter)
+    rules: dict[str, int] = field(default_factory=dict)
     seconds_checking: float = 0.0
 
 
@@ -84,7 +84,8 @@ def try_model(name: str, model: onnx.ModelProto, folder: Path, figures: Figures)
     try:
         report = check_onnx(path)
         figures.valid += report.validity.is_valid
-        figures.rules.update({finding.rule for finding in report.findings})
+        for rule in {finding.rule for finding in report.findings}:
+            figures.rules[rule] = figures.rules.get(rule, 0) + 1
     except CheckError:
         is_refused = True
         figures.refused.append(name)
@@ -111,7 +112,7 @@ def main() -> None:
         for name, model in list(list_models())[:: options.every]:
             try_model(name, model, Path(folder), figures)
             try_model(f"{name} without shapes", drop_shapes(model), Path(folder), figures)
-    text = json.dumps(asdict(figures), indent=2)
+    text = json.dumps(to_jsonable(figures), indent=2)
     print(text)
     if options.json:
         options.json.write_text(text + "\n")

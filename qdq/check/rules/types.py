@@ -75,7 +75,7 @@ def _operator_is_unsupported(view: GraphView) -> Iterator[Flaw]:
 def _rest_is_fp32(view: GraphView) -> Iterator[Flaw]:
     if not view.quantizers + view.dequantizers:
         return
-    nodes = [n for n in view.nodes if view.is_computed(n.outputs[0]) and not _is_int8_member(n)]
+    nodes = [n for n in view.nodes if n.outputs and view.is_computed(n.outputs[0]) and not _is_int8_member(n)]
     floats = [n for n in nodes if n.outputs[0].dtype in _FLOATS]
     fp32 = [n for n in floats if n.outputs[0].dtype == ir.DataType.FLOAT]
     if fp32:

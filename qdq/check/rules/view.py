@@ -174,7 +174,7 @@ class GraphView:
     def dequantizer(self, value: ir.Value | None, through: Iterable[str] = COMMUTING_OPS) -> ir.Node | None:
         """The DQ that a value comes from, looking through operators that it reaches through."""
         node = self.source(value, through)
-        return node if node is not None and is_op(node, "DequantizeLinear") else None
+        return node if node is not None and self._is_sound(node, "DequantizeLinear") else None
 
     def is_quantized(self, value: ir.Value | None, through: Iterable[str] = COMMUTING_OPS) -> bool:
         """Whether a value comes from a DQ, or from a Concat of such values."""
@@ -182,12 +182,15 @@ class GraphView:
         values = [value]
         while values:
             node = self.source(values.pop(), through)
-            if node is None or not is_op(node, "DequantizeLinear", "Concat"):
+            if node is None or not self._is_sound(node, "DequantizeLinear", "Concat"):
                 return False
             if node.op_type == "Concat" and node not in visited:
                 visited.add(node)
                 values += node.inputs
         return True
+
+    def _is_sound(self, node: ir.Node, *op_types: str) -> bool:
+        return is_op(node, *op_types) and node not in self.misfits
 
     def source(self, value: ir.Value | None, through: Iterable[str]) -> ir.Node | None:
         """The node behind a value, skipping the first inputs of the operators named."""
