@@ -14,7 +14,7 @@ from qdq.check.inspection import inspect_file
 from qdq.check.load import load_onnx
 from qdq.check.rules import choose_rules, find_violations
 from qdq.errors import ArgumentError, BuildError, CheckError, DependencyError
-from qdq.files import guard_files, write_atomic
+from qdq.files import as_path, guard_files, write_atomic
 from qdq.graph.coverage import Coverage, list_weighted_nodes, measure_coverage
 from qdq.graph.save import list_data_files
 from qdq.graph.validate import CheckerVerdict
@@ -154,7 +154,7 @@ def build_engine(
         BuildError: Not an ONNX file, a damaged one, a computed scale (R-DYN), or TensorRT refuses the graph or crashes.
         DependencyError: No TensorRT is installed, or it cannot build here.
     """
-    onnx_path = Path(onnx_path)
+    onnx_path = as_path(onnx_path, "onnx_path")
     model, facts = _load(onnx_path)
     _refuse_computed_scales(model)
     given = {"min": min_shapes or {}, "opt": opt_shapes or {}, "max": max_shapes or {}}

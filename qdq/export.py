@@ -26,7 +26,7 @@ from qdq.check.parity import Parity, measure_parity
 from qdq.check.precision import measure_peaks, run_graph, run_rounded
 from qdq.check.rules import find_violations
 from qdq.errors import ArgumentError, ArgumentTypeError, CheckError, ExportError
-from qdq.files import guard_files
+from qdq.files import as_path, guard_files
 from qdq.formats import Format
 from qdq.graph.coverage import WeightedNode, count_qdq, list_weighted_nodes
 from qdq.graph.fold_casts import FoldCasts
@@ -162,9 +162,7 @@ def export_onnx(
             capture; a batch dimension that the model fixes; operators newer than the opset; Q/DQ lost on the way.
     """
     require_model(model)
-    if not isinstance(path, str | Path):
-        raise ArgumentTypeError(f"path is of type {type(path).__name__}.", "give the name of the file to write.")
-    path = Path(path)
+    path = as_path(path, "path")
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise ArgumentError(f"opset is {opset}; it must be {MIN_OPSET} to {MAX_OPSET}.", "use 19.")
     if weights not in ("int8", "float"):

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from qdq.errors import ArgumentError, DataError
+from qdq.errors import ArgumentError, ArgumentTypeError, DataError
 from qdq.names import printable
 
 _DESCRIPTOR_FOLDER = re.compile(r"/proc/(?:self|\d+)(?:/task/\d+)?/fd|/dev/fd")
@@ -30,6 +30,17 @@ _READER_SECONDS = 10.0  # a FIFO that nobody has opened by then is an error, not
 
 File = Path | str | None
 """A file of a command; None is an option that was not given."""
+
+
+def as_path(value: Path | str, what: str) -> Path:
+    """The path of a file or folder that was given as `what`.
+
+    Raises:
+        ArgumentTypeError: It is neither a path nor a text.
+    """
+    if not isinstance(value, str | Path):
+        raise ArgumentTypeError(f"{what} is of type {type(value).__name__}.", "give a path or the name of a file.")
+    return Path(value)
 
 
 def guard_files(

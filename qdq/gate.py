@@ -11,6 +11,7 @@ from typing import Any
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from qdq.errors import ArgumentError, DataError, QdqError
+from qdq.files import as_path
 from qdq.names import MOST_CHARACTERS, printable
 from qdq.report.load import guarded, read_report
 from qdq.report.sections import JudgedSections
@@ -108,12 +109,14 @@ def gate_run(
     }
     limits = {name: limit for name, limit in given.items() if limit is not None}
     _check_limits(limits, has_baseline=baseline is not None)
-    judged = _Facts(Path(run))
-    other = None if baseline is None else _Facts(Path(baseline))
+    run = as_path(run, "run")
+    baseline = None if baseline is None else as_path(baseline, "baseline")
+    judged = _Facts(run)
+    other = None if baseline is None else _Facts(baseline)
     if other is not None:
         _require_same_images(judged, other)
     checks = guarded(judged.path, lambda: tuple(_judge(name, limit, judged, other) for name, limit in limits.items()))
-    return GateReport(Path(run), None if baseline is None else Path(baseline), checks)
+    return GateReport(run, baseline, checks)
 
 
 def format_junit(report: GateReport) -> bytes:

@@ -20,7 +20,7 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
-from qdq.errors import DependencyError, ModelError
+from qdq.errors import ArgumentTypeError, DependencyError, ModelError
 from qdq.weights import StateDict, first_line, read_checkpoint, require_convertible, require_plain
 
 try:
@@ -153,7 +153,11 @@ def load_model(model: str = PACKAGED_MODEL, weights: str = "DEFAULT", seed: int 
     Raises:
         ModelError: Unknown model or weights; weights that cannot be fetched or read or do not fit the model.
         DependencyError: The packaged model is not installed.
+        ArgumentTypeError: `model` or `weights` is no text.
     """
+    for name, value in (("model", model), ("weights", weights)):
+        if not isinstance(value, str):
+            raise ArgumentTypeError(f"{name} is of type {type(value).__name__}.", "give its name as a text.")
     architecture = _packaged_architecture() if model == PACKAGED_MODEL else _torchvision_architecture(model)
     chosen = architecture.pretrained.get(weights, architecture.pretrained["DEFAULT"])
     state: StateDict | None = None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import yaml
 
-from qdq.files import write_atomic
+from qdq.files import as_path, write_atomic
 from qdq.schema import read_yaml, validate
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def save_plan(plan: Plan, path: Path | str) -> Path:
         for name, entry in plan.layers.items()
     }
     text = yaml.safe_dump({"metric": plan.metric, "layers": layers}, sort_keys=False, allow_unicode=True, width=10**6)
-    return write_atomic(Path(path), _HEAD + text)
+    return write_atomic(as_path(path, "path"), _HEAD + text)
 
 
 def _round(gain: float) -> float | None:
@@ -132,7 +132,7 @@ def load_plan(path: Path | str) -> Plan:
     Raises:
         DataError: The file cannot be read, is no plan, names a layer twice, or has keys that a plan has not.
     """
-    content = read_yaml(Path(path), _FIX)
+    content = read_yaml(as_path(path, "path"), _FIX)
     if isinstance(content, dict) and isinstance(content.get("layers"), dict):
         layers = {name: _write_out(entry) for name, entry in content["layers"].items()}
         content = {**content, "layers": layers}

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from qdq.check.load import load_onnx, require_whole
 from qdq.errors import ArgumentError
-from qdq.files import guard_files
+from qdq.files import as_path, guard_files
 from qdq.formats import Format
 from qdq.graph.raise_scales import RaiseWeightScales
 from qdq.graph.save import list_data_files, save_model
@@ -86,7 +86,7 @@ def rescale_onnx(
         ArgumentError: As for `solve_amax`; no scale of the file belongs to the statistics; `output` cannot be written.
         CheckError: The file cannot be read, or holds what would be lost.
     """
-    path, output = Path(path), Path(output)
+    path, output = as_path(path, "path"), as_path(output, "output")
     guard_files(inputs=[path, *list_data_files(path)], outputs=[output], in_place=[(output, path)])
     loaded = load_onnx(path)
     require_whole(loaded)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from qdq.errors import ArgumentError
-from qdq.files import guard_files, is_same_file, read_file, to_jsonable, write_json
+from qdq.files import as_path, guard_files, is_same_file, read_file, to_jsonable, write_json
 from qdq.names import PrintableFormatter, printable
 
 logger = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | N
     """
     if not 0 <= seed < 2**32:  # what numpy takes
         raise ArgumentError(f"seed is {seed}; it must be 0 to {2**32 - 1}.", "choose another seed.")
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     if find_announced()[0]:
         return _start_silent_run(settings or {}, seed)
     check_run_folder(folder, settings)
@@ -209,7 +209,7 @@ def check_run_folder(folder: Path | str, settings: dict[str, Any] | None = None)
         ArgumentError: The folder holds files and is no run's, is in use by another run, holds a link or the like where
             a run writes a file, or cannot be written to.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     guard_files(inputs=[name for name in _list_names(settings or {}) if os.path.lexists(name)])
     try:
         present = _list_folder(folder)

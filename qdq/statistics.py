@@ -17,7 +17,7 @@ from safetensors import numpy as safetensors
 from tqdm import tqdm
 
 from qdq.errors import ArgumentError, DataError
-from qdq.files import read_file, write_atomic, write_json
+from qdq.files import as_path, read_file, write_atomic, write_json
 from qdq.formats import Format
 from qdq.names import list_names, printable
 from qdq.observers.solve import SOLVERS, solve_amax
@@ -158,6 +158,7 @@ class Statistics:
         Raises:
             DataError: The file cannot be read, or is of another kind.
         """
+        path = as_path(path, "path")
         try:
             content = read_file(path)
         except OSError as error:
@@ -370,6 +371,7 @@ def require_suffix(path: Path | str) -> Path:
     Raises:
         ArgumentError: Another ending.
     """
-    if Path(path).suffix != ".safetensors":
+    path = as_path(path, "path")
+    if path.suffix != ".safetensors":
         raise ArgumentError(f"{path} does not end in .safetensors.", "name it calibration.safetensors, say.")
-    return Path(path)
+    return path

@@ -22,6 +22,8 @@ from qdq import (
     rewire_operations,
     swap_modules,
 )
+from qdq.check.fix import fix_onnx
+from qdq.rescale import rescale_onnx
 
 WIDTH = 16
 
@@ -145,6 +147,35 @@ def test_paths_that_cannot_be_written(path, quantized, x, tmp_path, monkeypatch)
     monkeypatch.setattr("qdq.export.capture_graph", None)  # it fails before any work
     with pytest.raises((ArgumentError, ArgumentTypeError)):
         export_onnx(quantized, x, path)
+
+
+@pytest.mark.parametrize("path", [None, 5, b"model.onnx", ["model.onnx"]])
+def test_what_is_no_path(path, quantized, tmp_path):
+    calls = {
+        "check_onnx": lambda: qdq.check_onnx(path),
+        "build_engine": lambda: qdq.build_engine(path),
+        "fix_onnx": lambda: fix_onnx(path, tmp_path / "mended.onnx"),
+        "rescale_onnx": lambda: rescale_onnx(path, tmp_path / "new.onnx", Statistics("", {}), method="mse"),
+        "load_plan": lambda: qdq.load_plan(path),
+        "save_plan": lambda: qdq.save_plan(qdq.Plan({}), path),
+        "Statistics.load": lambda: Statistics.load(path),
+        "import_ranges": lambda: qdq.import_ranges(quantized, path),
+        "export_ranges": lambda: qdq.export_ranges(quantized, path, format="aimet-0.6.1"),
+        "save_tuned": lambda: qdq.save_tuned(quantized, path),
+        "load_tuned": lambda: qdq.load_tuned(quantized, path),
+        "gate_run": lambda: qdq.gate_run(path, max_drop=1),
+        "explain_layer": lambda: qdq.explain_layer(path, "first"),
+        "compare_runs": lambda: qdq.compare_runs([path, path]),
+        "load_model": lambda: qdq.load_model(path),
+        "load_model, weights": lambda: qdq.load_model("resnet18", path),
+        "start_run": lambda: qdq.start_run(path),
+        "check_run_folder": lambda: qdq.check_run_folder(path),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ArgumentTypeError, match=r"is of type (NoneType|int|bytes|list)") as error:
+            call()
+        assert error.value.fix, name
+    assert not list(tmp_path.iterdir())
 
 
 def test_descriptors_and_statistics_of_another_kind(x):

@@ -17,6 +17,7 @@ from qdq.check.parity import is_out_of_memory as is_out_of_memory
 from qdq.check.parity import measure_parity as measure_parity
 from qdq.check.rules import FILE_RULES, SEVERITIES, choose_rules, find_violations
 from qdq.check.rules import Finding as Finding
+from qdq.files import as_path
 from qdq.graph.coverage import Coverage, count_qdq, measure_coverage
 from qdq.graph.shapes import complete_shapes
 from qdq.metrics import Array
@@ -160,7 +161,7 @@ def check_onnx(
         ArgumentError: `select` or `ignore` name a rule that does not exist.
         CheckError: The file cannot be read as ONNX at all.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     rules = choose_rules(select, ignore)
     loaded = load_onnx(path)
     model, facts = loaded.model, inspect_file(loaded)

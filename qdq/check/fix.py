@@ -14,7 +14,7 @@ from qdq.check.inspection import inspect_file
 from qdq.check.load import LoadedModel, load_onnx, require_whole
 from qdq.check.tensors import list_tensors
 from qdq.errors import CheckError
-from qdq.files import is_same_file, write_atomic
+from qdq.files import as_path, is_same_file, write_atomic
 from qdq.graph.merge_pairs import MergePairs
 from qdq.graph.raise_scales import RaiseWeightScales
 from qdq.graph.repair import MakeCodesSigned, MakeScalesScalar, WriteAxes, WriteZeroPoints
@@ -50,7 +50,7 @@ def fix_onnx(path: Path | str, output: Path | str) -> dict[str, int]:
         ArgumentError: The folder of `output` cannot be written to.
         CheckError: The file cannot be read, holds what would be lost on the way, or would be worse mended.
     """
-    path, output = Path(path), Path(output)
+    path, output = as_path(path, "path"), as_path(output, "output")
     loaded = load_onnx(path)
     facts = inspect_file(loaded)
     if facts.has_cycle or facts.tensor_faults:

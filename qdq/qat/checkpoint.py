@@ -19,7 +19,7 @@ from torch import nn
 
 from qdq.calibrate.collect import bytes_of, format_of, leader_of
 from qdq.errors import DataError, ModelError
-from qdq.files import read_file, write_atomic
+from qdq.files import as_path, read_file, write_atomic
 from qdq.names import printable
 from qdq.quantizer import from_log2, named_quantizers
 from qdq.schema import digest_parts, parse_json
@@ -93,7 +93,7 @@ def save_tuned(model: nn.Module, path: Path | str, facts: dict[str, Any] | None 
     require_model(model)
     disabled = [name for name, quantizer in named_quantizers(model) if quantizer._disabled]
     known = {"format": MODEL_FORMAT, "disabled": disabled, "quantizers": _describe_formats(model)}
-    return save_tensors(Path(path), plain_state(model), known | (facts or {}))
+    return save_tensors(as_path(path, "path"), plain_state(model), known | (facts or {}))
 
 
 def _describe_formats(model: nn.Module) -> dict[str, list[Any]]:
@@ -125,7 +125,7 @@ def load_tuned(model: nn.Module, path: Path | str) -> dict[str, Any]:
         ModelError: It is of another model; nothing is changed then.
     """
     require_model(model)
-    tensors, facts = load_tensors(Path(path), MODEL_FORMAT)
+    tensors, facts = load_tensors(as_path(path, "path"), MODEL_FORMAT)
     _require_same(_describe_formats(model), facts["quantizers"], path)
     quantizers = dict(named_quantizers(model))
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("._amax")}

@@ -15,7 +15,7 @@ from torch import nn
 
 from qdq.check.load import load_onnx, require_whole
 from qdq.errors import ArgumentError, CalibrationError, CheckError
-from qdq.files import guard_files, read_file, write_atomic
+from qdq.files import as_path, guard_files, read_file, write_atomic
 from qdq.graph.save import list_data_files, save_model
 from qdq.names import group_names, list_names
 from qdq.ranges import aimet, onnxruntime_json, tensorrt_cache
@@ -120,7 +120,7 @@ def import_ranges(
         StateError: A quantizer has a range of another shape than the one it would get.
     """
     require_model(model)
-    path = Path(path)
+    path = as_path(path, "path")
     content = _read_bytes(path)
     format = _recognize(path, content) if format is None else _known(format)
     _require_onnx(format, onnx, may_lack=format.startswith("aimet"))
@@ -155,7 +155,7 @@ def export_ranges(model: nn.Module, path: Path | str, *, format: str, onnx: Path
         CheckError: `onnx` cannot be read, or holds what would be lost when it is written again.
     """
     require_model(model)
-    path = Path(path)
+    path = as_path(path, "path")
     _require_onnx(_known(format), onnx, may_lack=format == "aimet-0.6.1", may_have=True)
     data_files = [] if onnx is None else list_data_files(Path(onnx))
     guard_files(inputs=[onnx, *data_files], outputs=[path], in_place=[(path, onnx)] if format == _QDQ else [])

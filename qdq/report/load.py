@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qdq.errors import ArgumentError, DataError, QdqError
+from qdq.files import as_path
 from qdq.names import printable
 from qdq.report.records import LayerRecord
 from qdq.report.sections import RunState, StoredSections
@@ -66,7 +67,7 @@ def read_report(run: Path | str) -> tuple[Path, Any]:
         ArgumentError: No such folder, no run, or one that has not come to its end.
         DataError: The report cannot be read, or is no JSON of finite numbers.
     """
-    run = Path(run)
+    run = as_path(run, "run")
     path = run / REPORT_FILE if os.path.isdir(run) else run  # unlike those of Path, they take any name
     if not os.path.isfile(path):
         raise _missing(run)
