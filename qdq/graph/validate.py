@@ -331,10 +331,11 @@ def _load(path: str) -> tuple[str | None, RefusalKind | None]:
 # What ONNX Runtime says where it is the one that lacks something.
 _LIMITS = re.compile(
     r"NOT_IMPLEMENTED|is not a registered function/op|No Op registered for|No opset import for domain"
-    r"|Unsupported model IR version|Current official support for domain|bad_alloc|Failed to allocate"
+    r"|Unsupported model IR version|Current official support for domain"
+    r"|bad_alloc|Failed to allocate|Failed to construct locale"
 )
 _RUNTIME_PREFIX = re.compile(r"^(\[ONNXRuntimeError\] : \d+ : \w+ : )?(Load model from .*? failed: ?)?")
-_RUNTIME_SOURCE = re.compile(r"/\S+\.(?:cc|h):\d+ .*?\)(?: const)? (?=[A-Za-z\"'(])")
+_RUNTIME_SOURCE = re.compile(r"/\S+\.(?:cc|h):\d+ (?:.*?\)(?: const)? (?=[A-Za-z\"'(]))?")
 
 
 def clean_runtime_message(message: str) -> str:
