@@ -248,7 +248,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, pr
         (["--layers", "re:("], "'re:(' is no regular expression"),
         (["--exclude", "re:("], "'re:(' is no regular expression"),
         (["--ranges", "free"], 'invalid value "free" for --ranges'),
-        (["--plan", "missing.yaml"], "cannot read the plan missing.yaml"),
+        (["--plan", "missing.yaml"], "cannot read missing.yaml"),
     ],
 )
 def test_bad_input_of_fine_tuning(tmp_path, monkeypatch, capsys, arguments, found):
