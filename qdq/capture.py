@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from qdq.errors import ExportError
 from qdq.graph.names import QuantizerScale
-from qdq.quantizer import TensorQuantizer, named_quantizers
+from qdq.quantizer import TensorQuantizer, compute_scale, named_quantizers
 from qdq.trace import evaluating, name_leaves, unwrap_compiled
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,9 @@ def _marked(model: nn.Module) -> Iterator[list[_Mark]]:
 
 
 def _scale_of(mark: _Mark) -> QuantizerScale:
-    scale = mark.quantizer.scale.detach().cpu()
+    amax = mark.quantizer.amax
+    assert amax is not None  # noqa: S101  # export_onnx has looked
+    scale = compute_scale(amax, mark.quantizer.format).detach().cpu()  # `scale` has another meaning in qdq.compat
     is_per_tensor = scale.numel() == 1  # a scale of shape [1] costs TensorRT-RTX the int8 kernel (R-SHAPE)
     return QuantizerScale(mark.name, scale.reshape(() if is_per_tensor else -1).numpy())
 

@@ -22,7 +22,8 @@ def fake_tensor_quant_(
     inputs: torch.Tensor, amax: Range, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
 ) -> torch.Tensor:
     """As `fake_tensor_quant`, in place."""
-    return inputs.copy_(fake_tensor_quant(inputs, amax, num_bits, unsigned, narrow_range))
+    quantized = fake_tensor_quant(inputs, amax, num_bits, unsigned, narrow_range)
+    return inputs.copy_(quantized)
 
 
 def _flat(amax: Range, inputs: torch.Tensor) -> torch.Tensor:

@@ -305,7 +305,8 @@ class TestIntegers:
                 assert isinstance(found.value, QdqError)
 
     @pytest.mark.parametrize(
-        ("axis", "amax"), [(2, [1.0, 1.0]), (0, [1.0, 1.0, 1.0]), (-3, [1.0, 1.0]), (0, [[1.0], [1.0]]), (0, 1.0)]
+        ("axis", "amax"),
+        [(2, [1.0, 1.0]), (0, [1.0, 1.0, 1.0]), (-3, [1.0, 1.0]), (0, [[1.0], [1.0], [1.0]]), (0, 1.0)],
     )
     def test_axis_that_does_not_fit(self, device, axis, amax):
         with pytest.raises(ValueError, match="does not fit") as found:
