@@ -1,3 +1,5 @@
+import numpy as np
+import onnx_ir as ir
 import pytest
 from graph_text import apply, ops, read
 
@@ -52,9 +54,12 @@ def test_back_to_back(scale, left):
     assert count_qdq(apply(read(DOUBLE % scale), MergePairs())) == (left, left)
 
 
-@pytest.mark.parametrize("scale", ["1e-44", "3e38"])
+@pytest.mark.parametrize("scale", [1e-44, 3e38])
 def test_a_scale_that_leaves_the_range_of_float_stays(scale):
-    assert count_qdq(apply(read(DOUBLE.replace("0.1", scale) % scale), MergePairs())) == (2, 2)
+    model = read(DOUBLE % 0.1)
+    for name in ("s", "t"):  # onnx 1.22 cannot read such a number in text
+        model.graph.initializers[name].const_value = ir.tensor(np.float32(scale))
+    assert count_qdq(apply(model, MergePairs())) == (2, 2)
 
 
 def test_zero_points_and_axes_count():
