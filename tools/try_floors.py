@@ -84,14 +84,23 @@ def read_floors(project: dict[str, Any]) -> dict[str, str]:
 
 
 def _install(folder: Path, floors: dict[str, str]) -> Path:
-    """An environment with the project at these versions; its Python."""
+    """An environment with the project at these versions; its Python.
+
+    Raises:
+        DependencyError: They do not go together.
+    """
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     python = folder / "bin" / "python"
     constraints = folder / "floors.txt"
     constraints.write_text("".join(f"{name}=={version}\n" for name, version in floors.items()), encoding="utf-8")
-    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    install = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
     project = f".[{','.join(_EXTRAS)},dev]"
-    subprocess.run([*install, "--constraint", str(constraints), "--editable", project], check=True, cwd=_ROOT)
+    command = [*install, "--constraint", str(constraints), "--editable", project]
+    if subprocess.run(command, check=False, cwd=_ROOT).returncode:
+        raise DependencyError(
+            "pip cannot install all lowest versions of pyproject.toml together.",
+            "raise the one that the conflict above names.",
+        )
     return python
 
 
