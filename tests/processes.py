@@ -29,13 +29,17 @@ class Processes:
         return self
 
     def __exit__(self, *error):
-        while running := self._find_running():
+        for process in self._started:
+            process.kill()
+            process.wait()
+        scans_without_any = 0
+        while scans_without_any < 2:  # one that is just starting has no environment yet
+            running = self._find_running()
             for process in running:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
-            self._reap()
+            scans_without_any = 0 if running else scans_without_any + 1
             time.sleep(0.01)
-        self._reap()
 
     def start(self, *arguments, environment=None, **options):
         """Start Python with these arguments, for `subprocess.Popen`; the packages and this folder can be imported."""
@@ -56,19 +60,13 @@ class Processes:
         ]
 
     def _find_running(self):
-        """The processes of this block and what they have started, dead ones apart."""
-        if not sys.platform.startswith("linux"):
-            return [process.pid for process in self._started if process.poll() is None]
+        """The processes with the mark of this block, dead ones apart; none where there is no /proc."""
         mark, running = self._mark.encode(), []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has just ended, or is another user's
                 if mark in (folder / "environ").read_bytes().split(b"\0"):
                     running.append(int(folder.name))
         return running
-
-    def _reap(self):
-        for process in self._started:
-            process.poll()
 
 
 def wait_for(paths, processes):
