@@ -12,7 +12,6 @@ import enum
 import inspect
 import io
 import logging
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -27,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from qdq.errors import ExportError
 from qdq.graph.names import QuantizerScale
 from qdq.quantizer import TensorQuantizer, compute_scale, named_quantizers
-from qdq.trace import evaluating, name_leaves, unwrap_compiled
+from qdq.trace import evaluating, make_identifiers, name_leaves, unwrap_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +53,13 @@ class CapturedGraph:
 
     Args:
         graph: The ONNX model; its Q and DQ have marks for scales.
+        names: Of the tensors of the example, in order; the graph has no input for one that it does not read.
         scales: Mark -> the quantizer that it stands for, of all that were enabled.
         ran: Names of the quantizers that quantized something while the model was captured.
     """
 
     graph: ir.Model
+    names: tuple[str, ...]
     scales: Mapping[float, QuantizerScale]
     ran: frozenset[str]
 
@@ -80,7 +81,8 @@ def capture_graph(
     """
     call = _describe_call(_unwrap(model), args, kwargs)
     tensors = call.tensors
-    dynamic_shapes = {name: {0: "batch"} if tensor.dim() else None for name, tensor in tensors.items()}
+    dimensions = [{0: "batch"} if tensor.dim() else None for tensor in tensors.values()]
+    dynamic_shapes = dict(zip(call.parameters, dimensions, strict=True))
     try:
         with _quiet(), evaluating(model), _marked(model) as marks:
             program = torch.onnx.export(
@@ -105,12 +107,12 @@ def capture_graph(
         )
     if call.left_out:
         logger.warning("outputs that are no tensors are not in the file: %s", ", ".join(call.left_out))
-    names = {name.lower(): name for name in tensors}  # torch writes small letters
+    names = dict(zip(call.parameters, tensors, strict=True))
     for value in program.model.graph.inputs:
         value.name = names.get(str(value.name), value.name)
     scales = {mark.scale: _scale_of(mark) for mark in marks}
     ran = frozenset(mark.name for mark in marks if mark.has_run)
-    return CapturedGraph(program.model, scales, ran)
+    return CapturedGraph(program.model, tuple(tensors), scales, ran)
 
 
 class _Mark:
@@ -178,19 +180,22 @@ class _Call:
         for name, leaf in named.items():
             _require_constant(name, leaf)
         self._is_tensor = [isinstance(leaf, torch.Tensor) for leaf in self._leaves]
-        self.tensors = {_as_identifier(name): leaf for name, leaf in named.items() if isinstance(leaf, torch.Tensor)}
+        self.tensors = {name: leaf for name, leaf in named.items() if isinstance(leaf, torch.Tensor)}
+        self.parameters = make_identifiers(name.lower() for name in self.tensors)
+        """The names of the tensors as torch writes them, in small letters."""
         self.left_out: list[str] = []
 
     @property
     def signature(self) -> inspect.Signature:
         """One parameter for each tensor."""
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        return inspect.Signature([inspect.Parameter(name, kind) for name in self.tensors])
+        return inspect.Signature([inspect.Parameter(name, kind) for name in self.parameters])
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
-        given = iter(tensors)
+        remaining = iter(tensors)
         leaves = [
-            next(given) if is_tensor else leaf for leaf, is_tensor in zip(self._leaves, self._is_tensor, strict=True)
+            next(remaining) if is_tensor else leaf
+            for leaf, is_tensor in zip(self._leaves, self._is_tensor, strict=True)
         ]
         args, kwargs = tree_unflatten(leaves, self._structure)
         outputs = tree_leaves(self._model(*args, **kwargs))
@@ -216,11 +221,6 @@ def _require_constant(name: str, leaf: Any) -> None:
             "and dictionaries.",
             "wrap the model in a module whose forward takes tensors and makes that argument of them.",
         )
-
-
-def _as_identifier(name: str) -> str:
-    name = re.sub(r"\W", "_", name)
-    return name if name.isidentifier() else f"_{name}"
 
 
 def _as_root(model: nn.Module, call: _Call) -> nn.Module:

@@ -52,7 +52,7 @@ from qdq.nn import QuantMixin
 from qdq.quantizer import TensorQuantizer, named_quantizers, quantize_codes
 from qdq.rewire import RewirePlan
 from qdq.swap import SwapPlan, quantized_layers
-from qdq.trace import name_leaves, require_model, split_inputs, tensors_of
+from qdq.trace import require_model, split_inputs, tensors_of
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ def export_onnx(
     exported.metadata_props.update(_describe_origin(model, calibration, plan, rewired))
     converted = None
     if precision != "fp32":
-        converted = _convert(exported, example_inputs, precision, keep_io_types)
+        converted = _convert(exported, _arrays(captured, example_inputs), precision, keep_io_types)
         _require_complete(model, exported)
     file_bytes = save_model(exported, path)
     quantize_nodes, dequantize_nodes = count_qdq(exported)
@@ -294,6 +294,8 @@ def _capture(model: nn.Module, example_inputs: Any, opset: int, dynamic_batch: b
 
 def _require_dynamic_batch(model: ir.Model) -> None:
     for number, value in enumerate(model.graph.inputs):
+        if value.shape is not None and not len(value.shape):
+            continue  # an input without dimensions has no batch
         if value.shape is None or isinstance(value.shape[0], int):
             raise ExportError(
                 f"the model fixes the batch of input {value.name} (number {number}) to {value.shape}.",
@@ -341,9 +343,8 @@ def _require_complete(model: nn.Module, exported: ir.Model) -> dict[str, list[st
     return {name: [node.name for node in nodes[name]] for name in sorted(expected)}
 
 
-def _convert(exported: ir.Model, example_inputs: Any, precision: str, keep_io_types: bool) -> PrecisionReport:
+def _convert(exported: ir.Model, inputs: dict[str, Array], precision: str, keep_io_types: bool) -> PrecisionReport:
     """Convert the float remainder in place, and measure before and after on the example inputs."""
-    inputs = _arrays(exported, example_inputs)
     not_measured: list[str] = []
     peaks: dict[str, float] = {}
     outputs: list[Array] = []
@@ -364,20 +365,17 @@ def _convert(exported: ir.Model, example_inputs: Any, precision: str, keep_io_ty
     return PrecisionReport(precision, graph_pass.kept, graph_pass.casts, parity, tuple(not_measured))
 
 
-def _arrays(exported: ir.Model, example_inputs: Any) -> dict[str, Array]:
+def _arrays(captured: CapturedGraph, example_inputs: Any) -> dict[str, Array]:
     """The example as arrays by the names of the graph's inputs."""
-    args, kwargs = split_inputs(example_inputs)
-    names = [str(value.name) for value in exported.graph.inputs]
-    named = {name: leaf for name, leaf in name_leaves(kwargs).items() if isinstance(leaf, torch.Tensor)}
-    if not kwargs:  # what the graph does not read is missing among its inputs
-        named = dict(zip(names, tensors_of(args), strict=False))
-    return {name: named[name].detach().cpu().numpy() for name in names if name in named}
+    tensors = dict(zip(captured.names, tensors_of(split_inputs(example_inputs)), strict=True))
+    names = [str(value.name) for value in captured.graph.graph.inputs]
+    return {name: tensors[name].detach().cpu().numpy() for name in names if name in tensors}
 
 
-def _worst_parity(expected: list[Array], found: list[Array]) -> Parity:
-    pairs = list(zip(expected, found, strict=True))
+def _worst_parity(expected: list[Array], outputs: list[Array]) -> Parity:
+    pairs = list(zip(expected, outputs, strict=True))
     floats = [pair for pair in pairs if np.issubdtype(pair[0].dtype, np.floating)]
-    parities = [measure_parity(np.atleast_1d(e), np.atleast_1d(f)) for e, f in floats or pairs]
+    parities = [measure_parity(np.atleast_1d(truth), np.atleast_1d(output)) for truth, output in floats or pairs]
     return min(parities, key=lambda parity: parity.sqnr_db)
 
 

@@ -6,12 +6,15 @@ that torch.fx can trace. It holds for the path that the example inputs took.
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -183,9 +186,30 @@ def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def name_leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Every leaf of named arguments by its path, as the inputs of a graph are called: `images_0`, `boxes_left`."""
+    """Every leaf of named arguments by its path, as the inputs of a graph are called: `images_0`, `boxes_left`.
+
+    The names are identifiers. No two are alike: of `a.b` and `a_b` the second is called `a_b_1`.
+    """
     leaves, _ = tree_flatten_with_path(dict(arguments))
-    return {"_".join(_describe_key(key) for key in path): leaf for path, leaf in leaves}
+    names = make_identifiers("_".join(_describe_key(key) for key in path) for path, _ in leaves)
+    return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
+
+
+def make_identifiers(texts: Iterable[str]) -> list[str]:
+    """A Python identifier for each text; one that repeats gets the smallest number that makes it unlike all others."""
+    identifiers = [_as_identifier(text) for text in texts]
+    taken: set[str] = set()
+    for index, name in enumerate(identifiers):
+        numbered = (f"{name}_{number}" for number in count(1))
+        if name in taken:
+            identifiers[index] = next(other for other in numbered if other not in {*taken, *identifiers})
+        taken.add(identifiers[index])
+    return identifiers
+
+
+def _as_identifier(text: str) -> str:
+    name = re.sub(r"\W", "_", text)
+    return name if name.isidentifier() and not iskeyword(name) else f"_{name}"
 
 
 def _describe_key(key: Any) -> str:

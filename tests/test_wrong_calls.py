@@ -289,6 +289,63 @@ def test_nested_inputs_and_other_outputs(forward, names, x, tmp_path, caplog):
     assert ("outputs that are no tensors" in caplog.text) == (forward in (to_number, to_text))
 
 
+def two_cases(self, x, X):  # noqa: N803
+    return self.net(x) + 2 * X
+
+
+def numbered(self, a_0, a):
+    return self.net(a_0) + 2 * a[0]
+
+
+def from_keys(self, tensors):
+    return self.net(tensors["a.b"]) + 2 * tensors["a_b"] + 3 * tensors["a_b_1"]
+
+
+def from_keywords(self, **tensors):
+    return self.net(tensors["if"]) + 2 * tensors["If"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("forward", "arguments", "names"),
+    [
+        (two_cases, lambda x: {"x": x, "X": x.flip(2)}, ["x", "X"]),
+        (two_cases, lambda x: {"X": x.flip(2), "x": x}, ["X", "x"]),
+        (numbered, lambda x: {"a_0": x, "a": [x.flip(2)]}, ["a_0", "a_0_1"]),
+        (from_keys, lambda x: {"tensors": {"a.b": x, "a_b": x.flip(2), "a_b_1": x.flip(3)}},
+         ["tensors_a_b", "tensors_a_b_2", "tensors_a_b_1"]),
+        (from_keywords, lambda x: {"if": x, "If": x.flip(2)}, ["_if", "If"]),
+    ],
+)  # fmt: skip
+def test_inputs_with_names_that_are_nearly_alike(forward, arguments, names, precision, x, tmp_path):
+    batch = arguments(x)
+    model = Nested(forward).eval()
+    swap_modules(model, batch, include="*")
+    calibrate_model(model, [batch], method="max")
+    report = export_onnx(model, batch, tmp_path / "model.onnx", precision=precision)
+    assert list(report.inputs) == names
+    expected = torch.from_numpy(predict(model, [batch]))
+    torch.testing.assert_close(torch.from_numpy(predict(report.path, [batch])), expected, rtol=0, atol=0.05)
+    if report.precision:
+        assert report.precision.parity.sqnr_db > 20  # inputs that are exchanged give about 0
+
+
+def scaled(self, x, k):
+    return self.net(x) * k
+
+
+@pytest.mark.parametrize("dynamic_batch", [True, False])
+def test_an_input_without_dimensions(dynamic_batch, x, tmp_path):
+    batch = {"x": x, "k": torch.tensor(2.0)}
+    model = Nested(scaled).eval()
+    swap_modules(model, batch, include="*")
+    calibrate_model(model, [batch], method="max")
+    report = export_onnx(model, batch, tmp_path / "model.onnx", dynamic_batch=dynamic_batch)
+    assert report.inputs == {"x": ["batch" if dynamic_batch else 2, WIDTH, 6, 6], "k": []}
+    expected = torch.from_numpy(predict(model, [batch]))
+    torch.testing.assert_close(torch.from_numpy(predict(report.path, [batch])), expected, rtol=0, atol=1e-2)
+
+
 def test_a_model_without_tensors_to_return(quantized, x, tmp_path):
     quantized.forward = lambda x: "done"
     with pytest.raises(ExportError, match=r"the model returns no tensor: number 0 \(str\)"):
