@@ -408,6 +408,21 @@ class TestIdentity:
         fresh.load_state_dict(model.state_dict(), strict=True)
         assert torch.equal(fresh(images), expected)
 
+    def test_a_graph_is_pickled_and_saved(self, images, tmp_path):
+        model = torch.fx.symbolic_trace(Network(Block(), Block(downsample=True)))
+        build(model, images)
+        expected = model(images)
+        torch.save(model, tmp_path / "model.pt")
+        for other in (pickle.loads(pickle.dumps(model)), torch.load(tmp_path / "model.pt", weights_only=False)):  # noqa: S301
+            assert isinstance(other, QuantFunctionsMixin) and isinstance(other, torch.fx.GraphModule)
+            assert torch.equal(other(images), expected)
+            assert set(other.state_dict()) == set(model.state_dict())
+            again = pickle.loads(pickle.dumps(copy.deepcopy(other)))  # noqa: S301
+            assert torch.equal(again(images), expected)
+            restore_modules(other)
+            assert not isinstance(other, QuantFunctionsMixin) and not torch.equal(other(images), expected)
+        assert torch.equal(model(images), expected)
+
     def test_a_copy_shares_with_itself_alone(self, images):
         model = Network(Block(downsample=True))
         build(model, images)
@@ -532,6 +547,48 @@ class TestReach:
         rewire_operations(model, images)
         with pytest.raises(ArgumentError, match="rewired already"):
             rewire_operations(model, images)
+
+
+def compile_whole(model):
+    return torch.compile(model, backend="eager")
+
+
+def compile_part(model):
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    return model
+
+
+def compile_in_place(model):
+    model.blocks[0].compile(backend="eager")
+    return model
+
+
+@pytest.fixture
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("compile_model", [compile_whole, compile_part, compile_in_place])
+@pytest.mark.parametrize("mode", ["evaluation", "with gradients", "training"])
+def test_a_compiled_model_computes_the_same(compile_model, mode, images):
+    model = Network(Block(), Block(downsample=True, in_place=False))
+    build(model, images)
+    model.train(mode == "training")
+    other = copy.deepcopy(model)
+    compiled = compile_model(other)
+    with torch.set_grad_enabled(mode != "evaluation"):
+        expected, outputs = model(images), compiled(images)
+        assert torch.equal(outputs, expected)
+        if mode != "evaluation":
+            expected.sum().backward()
+            outputs.sum().backward()
+    gradients = [parameter.grad for parameter in other.parameters()]
+    for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+        assert (gradient is None and parameter.grad is None) or torch.equal(gradient, parameter.grad)
 
 
 def random_network(seed):

@@ -11,6 +11,7 @@ from torch.utils import checkpoint as checkpointing
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from qdq import calibrate_model, rewire_operations, swap_modules
+from qdq.nn import functions
 from qdq.nn.functions import QuantFunctionsMixin
 
 WIDTH = 16
@@ -192,3 +193,17 @@ def test_a_checkpoint_of_another_library_is_told(model, x, caplog):
     caplog.clear()
     gradients(with_checkpoints(model, "reentrant"), x)
     assert not caplog.text
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "not reentrant", None])
+def test_a_checkpoint_that_torch_calls_otherwise_is_told_once(model, x, caplog, monkeypatch, kind):
+    monkeypatch.setattr(functions, "_CHECKPOINT_GENERATORS", ())
+    functions._warn_of_torch.cache_clear()
+    expected = gradients(model, x)
+    assert not caplog.text
+    if kind == "not reentrant":
+        with pytest.raises(checkpointing.CheckpointError):
+            gradients(with_checkpoints(model, kind), x)
+    elif kind:
+        require_equal(gradients(with_checkpoints(model, kind), x), expected)
+    assert caplog.text.count("another checkpoint than qdq knows") == (kind == "not reentrant")

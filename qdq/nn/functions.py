@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import logging
 import re
 import threading
@@ -69,12 +70,8 @@ class QuantGraphMixin(QuantFunctionsMixin):
             site: {operand: copy.deepcopy(getattr(self, attribute), memo) for operand, attribute in operands.items()}
             for site, operands in sites.items()
         }
-        rewired_class = type(self)
-        self.__class__ = self.float_class  # type: ignore[assignment]
-        try:
+        with self._as_float():
             twin = copy.deepcopy(self, memo)
-        finally:
-            self.__class__ = rewired_class
         add_function_quantizers(twin, quantizers, calls)
         return twin
 
@@ -89,12 +86,40 @@ class QuantGraphMixin(QuantFunctionsMixin):
                 "the graph of a rewired GraphModule has other calls now: its quantizers stand at the former ones.",
                 "call restore_modules, change the graph, then swap, rewire and calibrate again.",
             )
-        rewired_class = type(self)
-        self.__class__ = self.float_class  # type: ignore[assignment]  # that class gets the new forward
-        try:
+        with self._as_float():  # that class gets the new forward
             return self.recompile()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """The plain graph as torch pickles it, whose class cannot be imported, and the quantizers beside it."""
+        quantizers = {
+            site: {operand: getattr(self, attribute) for operand, attribute in operands.items()}
+            for site, operands in self._function_quantizers.items()
+        }
+        with self._as_float():
+            rebuild, arguments = self.__reduce__()[:2]
+        return _rebuild_graph, (rebuild, arguments, quantizers, self._function_calls)
+
+    @contextmanager
+    def _as_float(self) -> Iterator[None]:
+        """What torch does with the plain graph, it does within the block."""
+        rewired_class = type(self)
+        self.__class__ = self.float_class  # type: ignore[assignment]
+        try:
+            yield
         finally:
             self.__class__ = rewired_class
+
+
+def _rebuild_graph(
+    rebuild: Callable[..., nn.Module],
+    arguments: tuple[Any, ...],
+    quantizers: dict[str, dict[int, TensorQuantizer]],
+    calls: Sequence[str],
+) -> nn.Module:
+    """A rewired graph from its pickle."""
+    module = rebuild(*arguments)
+    add_function_quantizers(module, quantizers, calls)
+    return module
 
 
 def _count_calls(module: QuantGraphMixin) -> Counter[str]:
@@ -168,7 +193,11 @@ def _identify(module: nn.Module) -> int:
 
 
 # The generators behind checkpoints without reentrant autograd: of torch 2.14, and of torch up to 2.13.
-_CHECKPOINT_GENERATORS = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
+_CHECKPOINT_GENERATORS = tuple(
+    name
+    for name in ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
+    if name in vars(checkpointing)
+)
 
 # Of this thread: `.watches`, those of the forwards that run, outermost first; `.checkpoints`, how many of torch's run.
 _running = threading.local()
@@ -227,7 +256,8 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         function = name_function(func)
-        if self.is_paused or function not in self._functions:
+        is_paused = self._depth > 0  # torch.compile cannot read a property of a mode here
+        if is_paused or function not in self._functions:
             return func(*args, **kwargs)
         index, self.counts[function] = self.counts[function], self.counts[function] + 1
         operands = self._sites.get(f"{function}_{index}" if index else function)
@@ -239,17 +269,22 @@ class _Watch(TorchFunctionMode):
         self._warn_if_recomputed_elsewhere()
         leaves, structure = tree_flatten((args, kwargs))
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-        given = [leaves[place] for place in places]
+        tensors = [leaves[place] for place in places]
         for operand, attribute in operands.items():
-            leaves[places[operand]] = getattr(self.module, attribute)(given[operand])
+            leaves[places[operand]] = getattr(self.module, attribute)(tensors[operand])
         args, kwargs = tree_unflatten(leaves, structure)
         result = func(*args, **kwargs)
         if 0 in operands and is_in_place(func):
-            return given[0].copy_(result)  # the tensor that was given changes, not its quantized copy
+            return tensors[0].copy_(result)  # the tensor that was given changes, not its quantized copy
         return result
 
     def _warn_if_recomputed_elsewhere(self) -> None:
-        """A checkpoint of another library runs the forward without gradients, then again where nothing watches."""
+        """A checkpoint of another library runs the forward without gradients, then again where nothing watches.
+
+        So does one of a torch whose functions are not those that are exchanged here.
+        """
+        if not _CHECKPOINT_GENERATORS and not vars(_running).get("checkpoints", 0) and _is_in_checkpoint():
+            _warn_of_torch()
         is_foreign = self._has_gradients and not torch.is_grad_enabled() and not vars(_running).get("checkpoints", 0)
         if is_foreign and self.module not in _warned:
             _warned.add(self.module)
@@ -259,6 +294,25 @@ class _Watch(TorchFunctionMode):
                 "torch.utils.checkpoint, or checkpoint whole modules.",
                 type(self.module).__name__,
             )
+
+
+def _is_in_checkpoint() -> bool:
+    """Whether a function of `torch.utils.checkpoint` runs inside the innermost watched forward."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not _run_watched.__code__:
+        if frame.f_globals is vars(checkpointing):
+            return True
+        frame = frame.f_back
+    return False
+
+
+@functools.cache  # once
+def _warn_of_torch() -> None:
+    logger.warning(
+        "torch %s has another checkpoint than qdq knows: the backward pass computes functions inside of it again "
+        "without their quantizers. Use checkpoint(..., use_reentrant=True), or checkpoint whole modules.",
+        torch.__version__,
+    )
 
 
 class _Recomputed:
@@ -338,7 +392,7 @@ def _watched_checkpoints() -> Iterator[None]:
     """Torch offers no hook where a checkpoint begins: functions of `torch.utils.checkpoint` are exchanged."""
     reentrant = checkpointing.CheckpointFunction
     forward = reentrant.forward
-    generators = {name: vars(checkpointing)[name] for name in _CHECKPOINT_GENERATORS if name in vars(checkpointing)}
+    generators = {name: vars(checkpointing)[name] for name in _CHECKPOINT_GENERATORS}
 
     def run_reentrant(ctx: Any, function: Callable[..., Any], *args: Any) -> Any:
         return forward(ctx, _recompute_watched(function, has_run=False), *args)  # type: ignore[no-untyped-call]

@@ -81,12 +81,13 @@ def derive_class(quant_class: type[Derived], float_class: type[nn.Module]) -> ty
     key = (quant_class, float_class)
     if key in _derived:
         return cast("type[Derived]", _derived[key])
-    body = {
+    body: dict[str, Any] = {
         "float_class": float_class,
         "__doc__": f"{float_class.__name__} quantized as {quant_class.__name__}, made by qdq.",
         "__module__": float_class.__module__,
-        "__reduce_ex__": functools.partialmethod(_reduce_derived, quant_class),
     }
+    if quant_class.__reduce_ex__ is object.__reduce_ex__:
+        body["__reduce_ex__"] = functools.partialmethod(_reduce_derived, quant_class)
     _derived[key] = type(f"Quant{float_class.__name__}", (quant_class, float_class), body)
     return cast("type[Derived]", _derived[key])
 
