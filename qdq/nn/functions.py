@@ -95,9 +95,10 @@ class QuantGraphMixin(QuantFunctionsMixin):
             site: {operand: getattr(self, attribute) for operand, attribute in operands.items()}
             for site, operands in self._function_quantizers.items()
         }
+        graph: Any
         with self._as_float():
-            rebuild, arguments = self.__reduce__()[:2]
-        return _rebuild_graph, (rebuild, arguments, quantizers, self._function_calls)
+            graph = self.__reduce__()
+        return _rebuild_graph, (*graph, quantizers, self._function_calls)
 
     @contextmanager
     def _as_float(self) -> Iterator[None]:
@@ -193,7 +194,7 @@ def _identify(module: nn.Module) -> int:
 
 
 # The generators behind checkpoints without reentrant autograd: of torch 2.14, and of torch up to 2.13.
-_CHECKPOINT_GENERATORS = tuple(
+_CHECKPOINT_GENERATORS: tuple[str, ...] = tuple(
     name
     for name in ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
     if name in vars(checkpointing)
