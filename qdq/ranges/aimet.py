@@ -6,7 +6,8 @@ has `min` and `max`, or `scale` and `offset`, or all four, which then must agree
 
 The offset is the negative of the zero point of unsigned codes, `value = (code + offset) * scale` with codes from 0, so
 that it is never above 0; -128 says symmetric int8. Other tools write the zero point itself (AIMET for TensorFlow, where
-it may be one too small) or count signed codes (QNN). `min` and `max` tell which it is.
+it may be one too small) or count signed codes (QNN). `min` and `max` tell which it is. Without them a symmetric weight
+with offset 0 has signed codes; a symmetric activation with offset 0 may have either, and is noted.
 Source: the encoding format specification in AIMET's documentation, versions 0.4.0 to 2.1.0, and its examples.
 """
 
@@ -72,10 +73,11 @@ def read(content: bytes) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     contradictions: list[str] = []
     for section in _SECTIONS:
+        is_weight = section == "param_encodings"
         for name, encoding in _named(section, data.get(section, {})):
             place = f"{section}, {name}"
             try:
-                add_entry(entries, name, _read_encoding(place, encoding), place)
+                add_entry(entries, name, _read_encoding(place, encoding, is_weight), place)
             except _Contradiction as error:
                 contradictions.append(f"{name}: {error}")
     if contradictions:
@@ -105,18 +107,18 @@ def _named(section: str, content: Any) -> Iterator[tuple[str, Any]]:
                 yield f"{name}.{side}.{index}", inner
 
 
-def _read_encoding(place: str, encoding: Any) -> Entry:
+def _read_encoding(place: str, encoding: Any, is_weight: bool) -> Entry:
     if isinstance(encoding, list):
-        return _read_list(place, [object_of(place, one) for one in encoding])
+        return _read_list(place, [object_of(place, channel) for channel in encoding], is_weight)
     fields = object_of(place, encoding)
     if "output_dtype" in fields or "y_scale" in fields:
         return _read_version_2(place, fields)
     if "bw" in fields:
-        return _read_version_1(place, fields)
-    return _read_list(place, [fields])
+        return _read_version_1(place, fields, is_weight)
+    return _read_list(place, [fields], is_weight)
 
 
-def _read_list(place: str, encodings: Sequence[Mapping[str, Any]]) -> Entry:
+def _read_list(place: str, encodings: Sequence[Mapping[str, Any]], is_weight: bool) -> Entry:
     """Versions up to 0.6.1: an encoding for the tensor, or one for each channel."""
     if not encodings:
         raise malformed(place, "an encoding is expected, found an empty list")
@@ -127,20 +129,20 @@ def _read_list(place: str, encodings: Sequence[Mapping[str, Any]]) -> Entry:
     if any(fields.get("bitwidth") != first.get("bitwidth") for fields in encodings):
         raise malformed(place, "its channels differ in bitwidth")
     columns = {key: _column(place, encodings, key) for key in ("scale", "offset", "min", "max")}
-    return _read_numbers(place, columns, first.get("bitwidth"), _truth(first.get("is_symmetric")))
+    return _read_numbers(place, columns, first.get("bitwidth"), _truth(first.get("is_symmetric")), is_weight)
 
 
-def _read_version_1(place: str, fields: Mapping[str, Any]) -> Entry:
+def _read_version_1(place: str, fields: Mapping[str, Any], is_weight: bool) -> Entry:
     if problem := _other_than_integer(fields):
         return Entry(problem=problem)
     kind = fields.get("enc_type", "PER_TENSOR")
     if kind not in ("PER_TENSOR", "PER_CHANNEL"):
-        return Entry(problem=f"it is encoded {kind:.20}: a quantizer has one range, or one a channel")
+        return Entry(problem=f"it is encoded {kind!s:.20}: a quantizer has one range, or one a channel")
     shift = fields.get("zero_point_shift")
     if shift is not None and np.any(number_array(place, shift)):
         return Entry(problem="its codes are shifted by a fraction of a step; those of a quantizer are not")
     columns = {key: _column(place, [fields], key) for key in ("scale", "offset", "min", "max")}
-    return _read_numbers(place, columns, fields["bw"], _truth(fields.get("is_sym")))
+    return _read_numbers(place, columns, fields["bw"], _truth(fields.get("is_sym")), is_weight)
 
 
 def _read_version_2(place: str, fields: Mapping[str, Any]) -> Entry:
@@ -185,7 +187,9 @@ def _column(place: str, encodings: Sequence[Mapping[str, Any]], key: str) -> _Nu
     return array.reshape(()) if array.size == 1 else array
 
 
-def _read_numbers(place: str, columns: Mapping[str, _Numbers | None], bits: Any, is_symmetric: bool) -> Entry:
+def _read_numbers(
+    place: str, columns: Mapping[str, _Numbers | None], bits: Any, is_symmetric: bool, is_weight: bool
+) -> Entry:
     """The range of `scale` and `offset`, of `min` and `max`, or of all four."""
     scale, offset, low, high = (columns[key] for key in ("scale", "offset", "min", "max"))
     for some, other, names in ((scale, offset, ("scale", "offset")), (low, high, ("min", "max"))):
@@ -196,7 +200,7 @@ def _read_numbers(place: str, columns: Mapping[str, _Numbers | None], bits: Any,
         scale, offset = _pair_up(place, scale, offset)
         width = _bits(place, bits)
         if low is None or high is None:
-            return _read_codes(scale, offset, width, is_symmetric)
+            return _read_codes(scale, offset, width, is_symmetric, is_weight)
         _pair_up(place, scale, low)
         return _read_both(scale, offset, *_pair_up(place, low, high), width)
     if low is None or high is None:
@@ -204,7 +208,7 @@ def _read_numbers(place: str, columns: Mapping[str, _Numbers | None], bits: Any,
     return entry_of_bounds(*_pair_up(place, low, high))
 
 
-def _read_codes(scale: _Numbers, offset: _Numbers, bits: int, is_symmetric: bool) -> Entry:
+def _read_codes(scale: _Numbers, offset: _Numbers, bits: int, is_symmetric: bool, is_weight: bool) -> Entry:
     """The range of codes where nothing but the sign of the offset says how it is meant.
 
     Raises:
@@ -213,12 +217,17 @@ def _read_codes(scale: _Numbers, offset: _Numbers, bits: int, is_symmetric: bool
     half, steps = 2 ** (bits - 1), 2**bits - 1
     if is_symmetric and np.all(offset == 1 - half):  # strictly symmetric: -127 to 127
         return entry_of_codes(scale, 0, -half, half - 1)
+    if is_symmetric and np.all(offset == 0):
+        if is_weight:  # both signs: the codes are signed, as QNN writes them
+            return entry_of_codes(scale, 0, -half, half - 1)
+        meaning = (
+            "its symmetric codes with offset 0 were taken for unsigned; if they are signed, the range is half of it"
+        )
+        return _add_note(entry_of_codes(scale, 0, 0, steps), meaning)
     if np.all((offset >= -steps) & (offset <= 0)):
         return entry_of_codes(scale, -offset, 0, steps)
     if np.all((offset >= 0) & (offset <= steps)):
-        entry = entry_of_codes(scale, offset, 0, steps)
-        meaning = "its positive offset was taken for a zero point"
-        return replace(entry, note=f"{entry.note}; {meaning}" if entry.note else meaning)
+        return _add_note(entry_of_codes(scale, offset, 0, steps), "its positive offset was taken for a zero point")
     if not np.isfinite(offset).all():
         return entry_of_codes(scale, offset, 0, steps)  # says so
     outside = offset.flat[np.argmax(np.abs(offset))]
@@ -227,6 +236,10 @@ def _read_codes(scale: _Numbers, offset: _Numbers, bits: int, is_symmetric: bool
     raise _Contradiction(
         f"its offset is {outside:g}; with {bits} bit it lies between {-steps} and 0, or is a zero point up to {steps}"
     )
+
+
+def _add_note(entry: Entry, note: str) -> Entry:
+    return replace(entry, note=f"{entry.note}; {note}" if entry.note else note)
 
 
 def _read_both(scale: _Numbers, offset: _Numbers, low: _Numbers, high: _Numbers, bits: int) -> Entry:

@@ -76,6 +76,30 @@ def test_codes_without_bounds_are_enumerated(bounds, bits, sign):
     assert read(other, "1.0.0").amax == one.amax
 
 
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("version", ["0.6.1", "1.0.0"])
+def test_symmetric_codes_with_offset_0_and_no_bounds(bits, version):
+    """A weight has both signs, so that its codes are signed; an activation may have either, and is noted."""
+    encoding = {"bitwidth": bits, "is_symmetric": "True", "scale": 0.01, "offset": 0}
+    document = {"version": version, "activation_encodings": {"x": encoding}, "param_encodings": {"w": [encoding] * 2}}
+    if version == "1.0.0":
+        encoding = {"bw": bits, "is_sym": True, "enc_type": "PER_TENSOR", "scale": [0.01], "offset": [0]}
+        channels = {**encoding, "enc_type": "PER_CHANNEL", "scale": [0.01] * 2, "offset": [0] * 2}
+        document["activation_encodings"] = [{"name": "x", **encoding}]
+        document["param_encodings"] = [{"name": "w", **channels}]
+    entries = aimet.read(json.dumps(document).encode())
+    assert entries["w"].amax == pytest.approx([0.01 * (2 ** (bits - 1) - 1)] * 2, rel=1e-6)
+    assert "unsigned" not in entries["w"].note
+    assert entries["x"].amax == pytest.approx(0.01 * (2**bits - 1), rel=1e-6)
+    assert "taken for unsigned; if they are signed, the range is half of it" in entries["x"].note
+
+
+@pytest.mark.parametrize("kind", [5, None, ["PER_TENSOR"], {}, "PER_BLOCK"])
+def test_another_kind_of_encoding(kind):
+    entry = read({"bw": 8, "is_sym": False, "enc_type": kind, "scale": [0.01], "offset": [-3]}, "1.0.0")
+    assert "it is encoded" in entry.problem and str(kind)[:20] in entry.problem
+
+
 def test_the_examples_of_the_specification():
     """For TensorFlow (offset 126 and 11) and for PyTorch, with the bounds that stand there."""
     examples = [
