@@ -39,16 +39,17 @@ def read_checkpoint(path: Path) -> tuple[StateDict, str]:
     for _ in range(_DEEPEST):
         if not isinstance(content, Mapping) or is_state_dict(content):
             break
-        key = next((key for key in _NESTED_UNDER if isinstance(content.get(key), Mapping)), None)
+        nested = (key for key in _NESTED_UNDER if isinstance(content.get(key), Mapping) and content[key])
+        key = next(nested, None)
         if key is None:
             break
         content, place = content[key], f"{place}[{key}]"
     if not is_state_dict(content):
         keys = ", ".join(map(str, list(content)[:_SHOWN])) if isinstance(content, Mapping) else ""
         where = f" under {place}" if place else ""
-        found = f"a {type(content).__name__}" + (f" with the keys {keys}" if keys else "") + where
+        what = f"a {type(content).__name__}" + (f" with the keys {keys}" if keys else "") + where
         raise ModelError(
-            f"{path} holds no state_dict: found {found}, expected names and tensors, alone or under one of "
+            f"{path} holds no state_dict: found {what}, expected names and tensors, alone or under one of "
             f"{', '.join(_NESTED_UNDER)}.",
             "save the weights with torch.save(model.state_dict(), FILE).",
         )
@@ -91,7 +92,11 @@ def require_convertible(state: StateDict, own: StateDict, source: str) -> None:
     Raises:
         ModelError: With the first of them and what they are.
     """
-    flaws = {name: _describe_conversion(tensor, own[name]) for name, tensor in state.items() if name in own}
+    flaws = {
+        name: _describe_conversion(tensor, own[name]) or _describe_variance(name, tensor)
+        for name, tensor in state.items()
+        if name in own
+    }
     _refuse(flaws, source)
 
 
@@ -125,12 +130,21 @@ def _describe_conversion(tensor: Tensor, own: Tensor) -> str:
     """Why a tensor does not keep its values in the type of another; "" if it does."""
     if own.is_floating_point() and not tensor.is_floating_point():
         return f"{_short(tensor.dtype)}, expected {_short(own.dtype)}"
-    converted = tensor.to(own.dtype)
+    try:
+        converted = tensor.to(own.dtype)
+    except (NotImplementedError, RuntimeError):  # types of which torch knows the storage alone
+        return f"{_short(tensor.dtype)}, which torch cannot convert to {_short(own.dtype)}"
     if own.is_floating_point():
         is_lost = bool(own.isfinite().all()) and not bool(converted.isfinite().all())
         return f"not finite in {_short(own.dtype)} (NaN or Inf)" if is_lost else ""
     is_exact = torch.equal(converted.to(tensor.dtype), tensor)
     return "" if is_exact else f"{_short(tensor.dtype)} with values that {_short(own.dtype)} cannot hold"
+
+
+def _describe_variance(name: str, tensor: Tensor) -> str:
+    """Why a tensor is no variance where BatchNorm takes its root; "" if it is, or stands elsewhere."""
+    is_negative = name.rpartition(".")[2] == "running_var" and bool((tensor < 0).any())
+    return "negative: no variance is" if is_negative else ""
 
 
 def _short(kind: torch.dtype | torch.layout) -> str:

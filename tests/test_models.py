@@ -366,6 +366,31 @@ def test_what_torch_refuses_is_no_random_model(tmp_path, monkeypatch):
         load_model("resnet18", str(file))
 
 
+@pytest.mark.parametrize("key", [NAME, "bn1.num_batches_tracked"])
+def test_a_type_that_torch_only_stores(tmp_path, key):
+    state = state_of_resnet18()
+    packed = torch.zeros(state[key].shape, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    torch.save({**state, key: packed}, file := tmp_path / "best.pth")
+    with pytest.raises(ModelError, match=rf"{key} is float4_e2m1fn_x2, which torch cannot convert to"):
+        load_model("resnet18", str(file))
+
+
+def test_a_negative_variance(tmp_path):
+    variance = torch.ones(64)
+    variance[3] = -0.5
+    torch.save(state_of_resnet18(**{"bn1.running_var": variance}), file := tmp_path / "best.pth")
+    with pytest.raises(ModelError, match=r"bn1\.running_var is negative"):
+        load_model("resnet18", str(file))
+
+
+def test_an_empty_container_beside_a_full_one(tmp_path):
+    torch.save({"state_dict": {}, "model": state_of_resnet18()}, file := tmp_path / "best.pth")
+    assert load_model("resnet18", str(file)).weights.endswith("[model]")
+    torch.save({"state_dict": {}, "model": {}}, file)
+    with pytest.raises(ModelError, match="holds no state_dict"):
+        load_model("resnet18", str(file))
+
+
 def test_one_tensor_under_two_names(tmp_path):
     state = state_of_resnet18()
     state[f"module.{NAME}"] = state[NAME] + 1
