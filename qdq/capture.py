@@ -21,10 +21,12 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from qdq.errors import ExportError
 from qdq.graph.names import QuantizerScale
+from qdq.names import list_names
 from qdq.quantizer import TensorQuantizer, compute_scale, named_quantizers
 from qdq.trace import evaluating, make_identifiers, name_leaves, unwrap_compiled
 
@@ -84,7 +86,7 @@ def capture_graph(
     dimensions = [{0: "batch"} if tensor.dim() else None for tensor in tensors.values()]
     dynamic_shapes = dict(zip(call.parameters, dimensions, strict=True))
     try:
-        with _quiet(), evaluating(model), _marked(model) as marks:
+        with _quiet(), _inference_as_made(model), evaluating(model), _marked(model) as marks:
             program = torch.onnx.export(
                 _as_root(model, call),
                 tuple(tensors.values()),
@@ -96,7 +98,7 @@ def capture_graph(
     except Exception as error:  # torch raises many kinds here
         raise ExportError(
             f"torch.export cannot capture the model: {_summarize(error.__cause__ or error)}",
-            "change the forward as torch says, or try dynamic_batch=False if it names a dimension.",
+            _advise(model),
         ) from error
     if program is None:
         raise ExportError("torch.onnx.export returned nothing.", "update torch to 2.11 or newer.")
@@ -113,6 +115,23 @@ def capture_graph(
     scales = {mark.scale: _scale_of(mark) for mark in marks}
     ran = frozenset(mark.name for mark in marks if mark.has_run)
     return CapturedGraph(program.model, tuple(tensors), scales, ran)
+
+
+def _advise(model: nn.Module) -> str:
+    """What to do about a model that torch cannot capture."""
+    parametrized = [name or "the model" for name, module in model.named_modules() if is_parametrized(module)]
+    if parametrized:  # torch speaks of operators that no forward calls
+        return (
+            f"{list_names(parametrized, 5)} compute parameters from others: call "
+            "torch.nn.utils.parametrize.remove_parametrizations there, before swap_modules."
+        )
+    return "change the forward as torch says, or try dynamic_batch=False if it names a dimension."
+
+
+def _inference_as_made(model: nn.Module) -> torch.inference_mode:
+    """Inference mode for a model whose tensors were made there: torch refuses to capture it elsewhere."""
+    is_made_there = any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
+    return torch.inference_mode(is_made_there or torch.is_inference_mode_enabled())
 
 
 class _Mark:

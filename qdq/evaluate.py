@@ -177,7 +177,14 @@ def evaluate_outputs(
 
     Raises:
         ArgumentError: Nothing to compare, or different shapes.
+        ArgumentTypeError: Outputs without names, or labels that are no sequence.
     """
+    if not isinstance(outputs, Mapping):
+        raise ArgumentTypeError(
+            f"outputs is of type {type(outputs).__name__}; expected names with arrays.", "pass {'float': outputs}."
+        )
+    if labels is not None and (isinstance(labels, str) or not hasattr(labels, "__len__")):
+        raise ArgumentTypeError(f"labels is of type {type(labels).__name__}.", "pass a class for each image, or None.")
     if not outputs:
         raise ArgumentError("there are no outputs to evaluate.", "pass at least the reference.")
     reference = next(iter(outputs.values()))

@@ -158,17 +158,14 @@ def export_onnx(
 
     Raises:
         ArgumentError: An option out of range.
+        ArgumentTypeError: An argument of the wrong kind.
         ExportError: A quantizer without amax or of a format that TensorRT refuses; a model that torch.export cannot
             capture; a batch dimension that the model fixes; operators newer than the opset; Q/DQ lost on the way.
     """
     require_model(model)
     path = as_path(path, "path")
-    if not MIN_OPSET <= opset <= MAX_OPSET:
-        raise ArgumentError(f"opset is {opset}; it must be {MIN_OPSET} to {MAX_OPSET}.", "use 19.")
-    if weights not in ("int8", "float"):
-        raise ArgumentError(f"weights is {weights!r}; known are 'int8' and 'float'.", "use 'int8'.")
-    if precision not in _PRECISIONS:
-        raise ArgumentError(f"precision is {precision!r}; known are 'fp32', 'fp16' and 'bf16'.", "use 'fp16'.")
+    _require_options(opset, weights, precision, dynamic_batch=dynamic_batch, keep_io_types=keep_io_types)
+    _require_records(calibration, plan, rewired)
     guard_files(outputs=[path])  # capturing and converting take minutes
     _require_exportable(model)
     captured = _capture(model, example_inputs, max(opset, HIGHEST), dynamic_batch)  # torch writes none below
@@ -196,6 +193,34 @@ def export_onnx(
     return ExportReport(
         path, opset, file_bytes, _input_shapes(exported), quantize_nodes, dequantize_nodes, layers, converted
     )
+
+
+def _require_options(opset: Any, weights: Any, precision: Any, **flags: Any) -> None:
+    is_number = isinstance(opset, int | np.integer) and not isinstance(opset, bool)
+    if not is_number or not MIN_OPSET <= opset <= MAX_OPSET:
+        raise ArgumentError(f"opset is {opset!r}; it must be {MIN_OPSET} to {MAX_OPSET}.", "use 19.")
+    if weights not in ("int8", "float"):
+        raise ArgumentError(f"weights is {weights!r}; known are 'int8' and 'float'.", "use 'int8'.")
+    if precision not in tuple(_PRECISIONS):
+        raise ArgumentError(f"precision is {precision!r}; known are 'fp32', 'fp16' and 'bf16'.", "use 'fp16'.")
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ArgumentTypeError(f"{name} is {flag!r}; expected True or False.", "use True.")
+
+
+def _require_records(calibration: Any, plan: Any, rewired: Any) -> None:
+    """Refuse as record of an earlier step what no such step has returned."""
+    is_ranges = isinstance(calibration, Sequence) and all(isinstance(entry, Range) for entry in calibration)
+    for name, record, is_record, source in (
+        ("calibration", calibration, is_ranges, "calibrate_model"),
+        ("plan", plan, isinstance(plan, SwapPlan), "swap_modules"),
+        ("rewired", rewired, isinstance(rewired, RewirePlan), "rewire_operations"),
+    ):
+        if record is not None and not is_record:
+            raise ArgumentTypeError(
+                f"{name} is of type {type(record).__name__}; expected what {source} returns.",
+                f"pass that, or no {name}.",
+            )
 
 
 def _passes(opset: int, weights: str, naming: NameNodes) -> list[ir.passes.InPlacePass]:
@@ -268,7 +293,10 @@ def _require_numbers(model: nn.Module, enabled: dict[str, TensorQuantizer]) -> N
     wrong = [f"{name} {reason}" for name, reason in reasons.items() if reason]
     of_layers = {id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)}
     for name, parameter in model.named_parameters():
-        broken = parameter.isnan() | parameter.isinf() if id(parameter) in of_layers else parameter.isnan()
+        values = parameter.detach()  # what inference mode has made knows no gradient
+        broken = values.isnan()
+        if id(parameter) in of_layers:
+            broken |= values.isinf()
         if bool(broken.any()):
             wrong.append(f"{name} holds {int(broken.sum())} NaN or Inf")
     if wrong:

@@ -5,10 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import distributed, nn
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import orthogonal, weight_norm
+from torch.nn.utils.parametrize import remove_parametrizations
 from torch.optim.swa_utils import AveragedModel
 
-from qdq import ArgumentError, calibrate_model, export_onnx, rewire_operations, swap_modules
+from qdq import ArgumentError, ExportError, calibrate_model, export_onnx, rewire_operations, swap_modules
 from qdq.evaluate import predict
 from qdq.quantizer import named_quantizers
 
@@ -167,3 +168,24 @@ def test_nothing_to_rewire(x, caplog):
     model = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3), Functional()).eval()
     rewire_operations(model, x)
     assert "no layer is quantized, and swap_modules reaches 1: 0" in caplog.text
+
+
+class Orthogonal(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 16, 3), orthogonal(nn.Linear(16, 16))
+
+    def forward(self, x):
+        return self.last(torch.relu(self.conv(x)).mean((2, 3)))
+
+
+def test_a_parametrization_that_torch_cannot_write(tmp_path):
+    x = torch.randn(2, 3, 8, 8)
+    model = Orthogonal().eval()
+    swap_modules(model, x, include=["conv"])
+    calibrate_model(model, [x], method="max")
+    with pytest.raises(ExportError) as error:
+        export_onnx(model, x, tmp_path / "model.onnx")
+    assert error.value.fix.startswith("last compute") and "remove_parametrizations" in error.value.fix
+    remove_parametrizations(model.last, "weight")
+    assert export_onnx(model, x, tmp_path / "model.onnx").layers

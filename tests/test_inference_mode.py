@@ -1,5 +1,7 @@
 """What is made inside of `torch.inference_mode` can be loaded, calibrated and trained outside of it."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -75,6 +77,48 @@ def test_learned_rounding_says_that_it_needs_gradients(batches):
     model = make_calibrated(batches)
     with torch.inference_mode(), pytest.raises(qdq.StateError, match="inference_mode"):
         qdq.round_weights(model, batches)
+
+
+def test_a_model_made_there_is_exported_outside(batches, tmp_path):
+    model = make_calibrated(batches)
+    expected = qdq.export_onnx(model, batches[0], tmp_path / "expected.onnx").path
+    with torch.inference_mode():
+        copied, converted, built = copy.deepcopy(model), copy.deepcopy(model).double().float(), make_calibrated(batches)
+    for name, other in {"copied": copied, "converted": converted, "built": built}.items():
+        assert other[0].weight.is_inference()
+        path = qdq.export_onnx(other, batches[0], tmp_path / f"{name}.onnx", precision="fp16").path
+        assert qdq.export_onnx(other, batches[0], path).path.read_bytes() == expected.read_bytes(), name
+    with torch.inference_mode():
+        copied[0].weight[0] = float("nan")
+    with pytest.raises(qdq.ExportError, match="holds 27 NaN"):
+        qdq.export_onnx(copied, batches[0], tmp_path / "nan.onnx")
+
+
+def test_an_estimate_says_that_it_needs_gradients(batches):
+    model = make_calibrated(batches)
+    with torch.inference_mode():
+        built = make_calibrated(batches)
+        assert qdq.analyze_layers(model, batches).layers
+        with pytest.raises(qdq.StateError, match="inference_mode"):
+            qdq.analyze_layers(model, batches, confirm=1)
+    with pytest.raises(qdq.StateError, match="inference_mode"):
+        qdq.analyze_layers(built, batches, confirm=1)
+    assert qdq.analyze_layers(model, batches, confirm=1).layers
+
+
+def test_a_loaded_model(tmp_path):
+    module = qdq.load_model("squeezenet1_1", "random").module
+    torch.save(module.state_dict(), tmp_path / "weights.pt")
+    with torch.inference_mode():
+        modules = [
+            qdq.load_model("squeezenet1_1", weights).module for weights in ("random", str(tmp_path / "weights.pt"))
+        ]
+    for other in modules:
+        assert all(
+            torch.equal(parameter, value)
+            for parameter, value in zip(other.parameters(), module.parameters(), strict=True)
+        )
+        require_usable(other, torch.randn(2, 3, 64, 64))
 
 
 def test_imported_ranges(batches, tmp_path):

@@ -239,6 +239,37 @@ def test_the_reason_names_the_functions(x):
     assert reason == "its own forward calls mul: no matrix product that runs in int8"
 
 
+OPTIONS = {
+    "opset": ["19", 19.5, True, None, 12],
+    "weights": [[], "int4", None],
+    "precision": [["fp16"], "fp8", None, {}],
+    "dynamic_batch": ["yes", 1, None],
+    "keep_io_types": [3, "no", None],
+    "calibration": [5, "mse", [5]],
+    "plan": [5, []],
+    "rewired": [5, {}],
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_of_export_are_refused_before_any_work(option, quantized, x, tmp_path, monkeypatch):
+    monkeypatch.setattr("qdq.export.capture_graph", None)
+    for value in OPTIONS[option]:
+        with pytest.raises((ArgumentError, ArgumentTypeError), match=rf"^{option} is ") as error:
+            export_onnx(quantized, x, tmp_path / "model.onnx", **{option: value})
+        assert error.value.fix
+    assert not list(tmp_path.iterdir())
+
+
+def test_outputs_and_labels_of_another_kind():
+    for outputs in (5, None, torch.zeros(2, 3), [torch.zeros(2, 3)]):
+        with pytest.raises(ArgumentTypeError, match="outputs is of type"):
+            qdq.evaluate_outputs(outputs, 5)
+    for labels in (5, "01"):
+        with pytest.raises(ArgumentTypeError, match="labels is of type"):
+            qdq.evaluate_outputs({"float": torch.zeros(2, 3).numpy()}, labels)
+
+
 class Nested(nn.Module):
     """Lists and dictionaries go in; numbers and texts come out beside tensors."""
 

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from qdq.analyze.cost import LayerCost, SwitchCost, count_costs, estimate_times, load_times
@@ -28,7 +29,7 @@ from qdq.analyze.replay import CACHE_BYTES, Replay
 from qdq.analyze.result import Analysis, LayerSensitivity, MixedPoint, Step
 from qdq.analyze.search import Search, switch_off
 from qdq.analyze.sensitivity import count_rows, require_labels
-from qdq.errors import ArgumentError, DataError
+from qdq.errors import ArgumentError, DataError, StateError
 from qdq.patterns import Pattern
 from qdq.plan import PRECISIONS, Plan
 from qdq.trace import require_batches, require_model
@@ -95,9 +96,12 @@ def analyze_layers(
         ArgumentError: An unknown name, a target for a metric that is not given, a number out of range, options that
             contradict each other, a pattern that matches nothing, or a file that cannot be written.
         DataError: No batch, "top1" without labels, or a file that is no profile.
-        StateError: No layer is quantized, one has no amax, the outputs hold NaN, or a function gives no number.
+        StateError: No layer is quantized, one has no amax, the outputs hold NaN, or a function gives no number;
+            `confirm` in `torch.inference_mode`, or with a model that was made there.
     """
     require_model(model)
+    if confirm is not None:
+        _require_gradients(model)
     options = Options(
         mode=mode, metric=metric, higher_is_better=higher_is_better, confirm=confirm, target_sqnr=target_sqnr,
         target_metric=target_metric, target_drop=target_drop, max_float_layers=max_float_layers,
@@ -124,6 +128,15 @@ def analyze_layers(
             journal.close()
         undo.pop_all()
     return analysis
+
+
+def _require_gradients(model: nn.Module) -> None:
+    tensors = [*model.parameters(), *model.buffers()]
+    if torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in tensors):
+        raise StateError(
+            "in torch.inference_mode there are no gradients, by which confirm estimates.",
+            "make and analyze the model outside of it, or leave confirm out.",
+        )
 
 
 def check_options(**options: Any) -> None:
