@@ -16,7 +16,7 @@ from qdq.check.rules import choose_rules, find_violations
 from qdq.errors import ArgumentError, BuildError, CheckError, DependencyError
 from qdq.files import as_path, guard_files, write_atomic
 from qdq.graph.coverage import Coverage, list_weighted_nodes, measure_coverage
-from qdq.graph.save import list_data_files
+from qdq.graph.tensors import list_data_files
 from qdq.graph.validate import CheckerVerdict
 from qdq.trt.backend import Backend, find_backend
 from qdq.trt.builder import build_plan

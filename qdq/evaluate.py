@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from qdq.check import OnnxModel, Session, is_out_of_memory
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError
-from qdq.graph.save import list_data_files
+from qdq.graph.tensors import list_data_files
 from qdq.metrics import Array, agreement, sqnr_db, top_k
 from qdq.quantizer import named_quantizers
 from qdq.trace import (

@@ -17,8 +17,9 @@ from qdq.errors import ArgumentError
 from qdq.files import as_path, guard_files
 from qdq.formats import Format
 from qdq.graph.raise_scales import RaiseWeightScales
-from qdq.graph.save import list_data_files, save_model
+from qdq.graph.save import save_model
 from qdq.graph.scales import list_scales, number_of, reason_against, set_scale
+from qdq.graph.tensors import list_data_files
 from qdq.observers.statistics import LEAST_ABSMAX
 from qdq.statistics import Statistics
 

@@ -18,6 +18,7 @@ import qdq
 from qdq import ArgumentError, DataError
 from qdq.cli.main import main
 from qdq.files import guard_files, write_atomic
+from qdq.graph.tensors import list_data_files
 
 FLOAT = """
 <ir_version: 9, opset_import: ["": 19]>
@@ -33,6 +34,37 @@ g (float[N,3,8,8] x) => (float[N,4,8,8] y)
 def model(tmp_path):
     ir.save(ir.from_onnx_text(FLOAT), tmp_path / "model.onnx")
     return tmp_path / "model.onnx"
+
+
+def external(name, location):
+    """A constant of four bytes in another file."""
+    tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=[1])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    return tensor
+
+
+def test_data_of_every_constant_are_what_is_read(tmp_path):
+    """Of initializers and of attributes, in the graph, in bodies and in functions; also where onnx-ir refuses them."""
+
+    def constant(location):
+        return onnx.helper.make_node("Constant", [], [location], value=external("", location))
+
+    body = onnx.helper.make_graph([constant("in a body")], "b", [], [], [external("w", "of a body")])
+    node = onnx.helper.make_node("If", ["x"], ["y"], then_branch=body, else_branch=body)
+    inner = onnx.helper.make_graph([constant("in a body of a function")], "i", [], [])
+    nested = onnx.helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner)
+    opsets = [onnx.helper.make_opsetid("", 19)]
+    function = onnx.helper.make_function("own", "f", [], ["y"], [constant("in a function"), nested], opsets)
+    weights = [external("w", "weights"), external("v", "weights"), external("u", ""), external("t", "a\0b")]
+    graph = onnx.helper.make_graph([constant("in the graph"), node], "g", [], [], weights)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(onnx.helper.make_model(graph, functions=[function]).SerializeToString())
+    names = ["weights", "in the graph", "of a body", "in a body", "in a function", "in a body of a function"]
+    assert sorted(file.name for file in list_data_files(path)) == sorted(names)
+    assert {file.parent for file in list_data_files(path)} == {tmp_path}
+    path.write_text("no ONNX")
+    assert list_data_files(path) == list_data_files(tmp_path) == list_data_files(tmp_path / "missing") == []
 
 
 class TestGuard:
@@ -237,6 +269,11 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     ir.save(ir.from_onnx_text(FLOAT), folder / "model.onnx")
     ir.save(ir.from_onnx_text(FLOAT), folder / "split.onnx", external_data="weights.bin", size_threshold_bytes=0)
+    constant = onnx.helper.make_node("Constant", [], ["y"], value=external("", "constant.bin"))
+    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([constant], "g", [], [output])
+    (folder / "constant.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    (folder / "constant.bin").write_bytes(bytes(4))
     (folder / "calibration.safetensors").write_text("statistics")
     for name in ("run", "base"):
         (folder / name).mkdir()
@@ -266,6 +303,7 @@ REFUSED = [
     ("check link.onnx --json model.onnx", READ),
     ("check split.onnx --json weights.bin", READ),
     ("check split.onnx --fix weights.bin", READ),
+    ("check constant.onnx --json constant.bin", READ),
     ("check model.onnx --json new --sarif new", TWICE),
     ("check model.onnx --fix new --sarif folder/../new", TWICE),
     ("check model.onnx --fix model.onnx --json model.onnx", "model.onnx"),

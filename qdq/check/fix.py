@@ -12,13 +12,13 @@ import onnx_ir as ir
 from qdq.check.facts import FileFacts
 from qdq.check.inspection import inspect_file
 from qdq.check.load import LoadedModel, load_onnx, require_whole
-from qdq.check.tensors import list_tensors
 from qdq.errors import CheckError
 from qdq.files import as_path, is_same_file, write_atomic
 from qdq.graph.merge_pairs import MergePairs
 from qdq.graph.raise_scales import RaiseWeightScales
 from qdq.graph.repair import MakeCodesSigned, MakeScalesScalar, WriteAxes, WriteZeroPoints
 from qdq.graph.save import save_model
+from qdq.graph.tensors import list_tensors
 from qdq.graph.validate import first_line
 
 _REPAIRS: tuple[tuple[str, Callable[[], MakeScalesScalar | WriteAxes | MakeCodesSigned | WriteZeroPoints]], ...] = (

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qdq.check.facts import FileFacts
 from qdq.check.load import LoadedModel
-from qdq.check.tensors import external_fields, list_tensors
+from qdq.graph.tensors import external_fields, list_tensors
 from qdq.graph.validate import check_model, iterate_nodes, load_in_runtime
 
 

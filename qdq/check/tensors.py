@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto
 
-from qdq.graph.validate import iterate_graphs
+from qdq.graph.tensors import external_fields, list_tensors
 
 _COMPLEX = (TensorProto.COMPLEX64, TensorProto.COMPLEX128)
 
@@ -43,29 +42,6 @@ def find_tensor_faults(proto: onnx.ModelProto, folder: Path) -> list[TensorFault
         if message := _describe_fault(tensor, folder):
             faults.append(TensorFault(tensor.name or name, message, tensor))
     return faults
-
-
-def list_tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, TensorProto]]:
-    """Every constant, and the name of its node."""
-    for graph in iterate_graphs(proto.graph):
-        yield from (("", tensor) for tensor in graph.initializer)
-        yield from _list_attributes(graph.node)
-    for function in proto.functions:
-        yield from _list_attributes(function.node)
-
-
-def _list_attributes(nodes: list[onnx.NodeProto]) -> Iterator[tuple[str, TensorProto]]:
-    for node in nodes:
-        name = node.name or (node.output[0] if node.output else "")
-        for attribute in node.attribute:
-            yield from ((name, tensor) for tensor in attribute.tensors)
-            if attribute.HasField("t"):
-                yield name, attribute.t
-
-
-def external_fields(tensor: TensorProto) -> dict[str, str]:
-    """`location`, `offset` and `length` of data in another file."""
-    return {entry.key: entry.value for entry in tensor.external_data}
 
 
 def count_bytes(tensor: TensorProto) -> int | None:

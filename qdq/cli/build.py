@@ -43,7 +43,7 @@ def build(
     """
     from qdq.build import ENGINE_SUFFIXES, build_engine
     from qdq.files import guard_files, write_json
-    from qdq.graph.save import list_data_files
+    from qdq.graph.tensors import list_data_files
     from qdq.names import MOST_CHARACTERS, make_printable, printable
     from qdq.trt.profiles import parse_shapes
 

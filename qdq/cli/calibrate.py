@@ -104,7 +104,7 @@ def solve(
     """
     from qdq.errors import ArgumentError
     from qdq.files import guard_files, write_json
-    from qdq.graph.save import list_data_files
+    from qdq.graph.tensors import list_data_files
     from qdq.names import make_printable, printable
     from qdq.rescale import rescale_onnx
     from qdq.show import format_ranges

@@ -54,7 +54,7 @@ def check(
     from qdq.check.sarif import format_sarif
     from qdq.errors import ArgumentError
     from qdq.files import guard_files, write_json
-    from qdq.graph.save import list_data_files
+    from qdq.graph.tensors import list_data_files
     from qdq.names import make_printable, printable
 
     if explain is not None:

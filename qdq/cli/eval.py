@@ -41,7 +41,7 @@ def evaluate_files(
     from qdq.data import is_image_of, load_images
     from qdq.evaluate import evaluate_outputs, predict
     from qdq.files import guard_files, write_json
-    from qdq.graph.save import list_data_files
+    from qdq.graph.tensors import list_data_files
     from qdq.models import load_model
     from qdq.names import MOST_CHARACTERS, make_printable, printable
 

@@ -12,7 +12,6 @@ import onnx_ir as ir
 
 from qdq.errors import ArgumentError, ExportError
 from qdq.files import is_replaceable, write_atomic
-from qdq.graph.shapes import silence_onnx_ir
 
 _PROTOBUF_BYTES = 2**31
 _ONE_FILE_BYTES = _PROTOBUF_BYTES - 2**24  # the rest is for nodes and names
@@ -61,20 +60,6 @@ def save_model(model: ir.Model, path: Path) -> int:
         partial.unlink(missing_ok=True)
     write_atomic(path, content)
     return len(content) + data.stat().st_size
-
-
-def list_data_files(path: Path) -> list[Path]:
-    """The files beside a model that hold its weights; none where the model cannot be read."""
-    if not os.path.isfile(path):  # a FIFO has no end
-        return []
-    try:
-        with silence_onnx_ir():
-            model = ir.load(path)
-    except Exception:  # protobuf and onnx_ir each raise their own; who uses the model says what is wrong with it
-        return []
-    values = [value for graph in model.graphs() for value in graph.initializers.values()]
-    tensors = [value.const_value for value in values]
-    return list({Path(tensor.path): None for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})
 
 
 class _Parts:

@@ -16,7 +16,8 @@ from torch import nn
 from qdq.check.load import load_onnx, require_whole
 from qdq.errors import ArgumentError, CalibrationError, CheckError
 from qdq.files import as_path, guard_files, read_file, write_atomic
-from qdq.graph.save import list_data_files, save_model
+from qdq.graph.save import save_model
+from qdq.graph.tensors import list_data_files
 from qdq.names import group_names, list_names
 from qdq.ranges import aimet, onnxruntime_json, tensorrt_cache
 from qdq.ranges.format import FileFormat
