@@ -24,6 +24,9 @@ import numpy as np
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError
 from qdq.names import printable
 
+PARTIAL_GLOB = ".qdq-*.partial"
+"""What `write_atomic` may leave behind where the process is killed, on systems without nameless files."""
+
 _DESCRIPTOR_FOLDER = re.compile(r"/proc/(?:self|\d+)(?:/task/\d+)?/fd|/dev/fd")
 _MOST_LINKS = 40  # as Linux itself
 _READER_SECONDS = 10.0  # a FIFO that nobody has opened by then is an error, not a process that waits for ever
@@ -242,7 +245,8 @@ def is_replaceable(path: Path) -> bool:
 
 def _replace(path: Path, parts: Callable[[], Iterable[bytes]]) -> None:
     path = Path(os.path.realpath(path))
-    partial = path.with_name(f".qdq-{secrets.token_hex(4)}.partial")  # not the name: it may be as long as a name may be
+    # without the name of the file, which may be as long as a name may be
+    partial = path.with_name(PARTIAL_GLOB.replace("*", secrets.token_hex(4)))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from qdq.errors import ArgumentError
-from qdq.files import as_path, guard_files, is_same_file, read_file, to_jsonable, write_json
+from qdq.files import PARTIAL_GLOB, as_path, guard_files, is_same_file, read_file, to_jsonable, write_json
 from qdq.names import PrintableFormatter, printable
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,8 @@ _RUN_FILES = (
     REPORT_FILE,
     PAGE_FILE,
     "report.txt",
-    ".*.partial",  # of a process that was killed
+    PARTIAL_GLOB,  # of a process that was killed
+    ".model.onnx.data.partial",
 )
 """Globs of what a run writes into its folder; nothing else in it is ever removed."""
 
@@ -67,7 +68,7 @@ _TUNING_FILES = (
     "last.safetensors",
     "tuning.json",
     "tensorboard/events.out.tfevents.*",
-    ".*.partial",
+    PARTIAL_GLOB,
 )
 """Likewise what fine-tuning writes into its own."""
 

@@ -85,9 +85,11 @@ def test_a_run_that_was_killed_before_its_state_was_written_can_be_started_again
 
 def test_only_what_a_run_writes_is_removed(tmp_path):
     run = start_run(tmp_path)
-    stale = ["model.onnx", "model.onnx.data", "model.rtx.engine", "report.html", ".qdq-1234.partial"]
+    stale = ["model.onnx", "model.onnx.data", "model.rtx.engine", "report.html"]
     stale += ["tuning/best.safetensors", "tuning/tensorboard/events.out.tfevents.1"]
+    stale += [".qdq-1234.partial", ".model.onnx.data.partial", "tuning/.qdq-1234.partial"]
     others = ["notes.txt", "mine.onnx", "images/0/a.png", "tuning/notes.txt", "analysis.jsonl", "analysis.1.jsonl"]
+    others += [".download.partial", ".other.data.partial", "tuning/.download.partial"]
     for name in (*stale, *others):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("old")
