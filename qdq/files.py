@@ -27,7 +27,6 @@ from qdq.names import printable
 PARTIAL_GLOB = ".qdq-*.partial"
 """What `write_atomic` may leave behind where the process is killed, on systems without nameless files."""
 
-_DESCRIPTOR_FOLDER = re.compile(r"/proc/(?:self|\d+)(?:/task/\d+)?/fd|/dev/fd")
 _MOST_LINKS = 40  # as Linux itself
 _READER_SECONDS = 10.0  # a FIFO that nobody has opened by then is an error, not a process that waits for ever
 
@@ -194,12 +193,18 @@ def _find_descriptor(path: Path) -> int | None:
     """
     for _ in range(_MOST_LINKS):
         folder = os.path.realpath(path.parent)
-        if _DESCRIPTOR_FOLDER.fullmatch(folder) and path.name.isdecimal():
+        if _lists_descriptors(folder) and path.name.isdecimal():
             return int(path.name)
         if not path.is_symlink():
             return None
         path = Path(folder, os.readlink(path))
     return None
+
+
+def _lists_descriptors(folder: str) -> bool:
+    """Whether the open files of this process stand in a folder; those of another one have other numbers."""
+    this_process = re.escape(os.path.realpath("/proc/self"))
+    return folder == "/dev/fd" or re.fullmatch(rf"{this_process}(/task/\d+)?/fd", folder) is not None
 
 
 def write_atomic(path: Path, content: bytes | str | Callable[[], Iterable[bytes]]) -> Path:

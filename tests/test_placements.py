@@ -245,6 +245,26 @@ class TestWritingInto:
         piped = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True)
         assert piped.stdout == b"table\njson\nend\n"
 
+    @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux")
+    def test_an_open_file_of_another_process_is_not_ours(self, tmp_path, processes):
+        script = "import sys; file = open(sys.argv[1], 'a'); print(file.fileno(), flush=True); sys.stdin.read()"
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        process = processes.start("-c", script, tmp_path / "theirs", **pipes)
+        theirs = int(process.stdout.readline())
+        write_atomic(Path(f"/proc/{process.pid}/fd/{theirs}"), "content")
+        process.communicate()
+        assert (tmp_path / "theirs").read_text() == "content"
+
+    @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux")
+    @pytest.mark.parametrize("folder", ["/dev/fd", "/proc/self/fd", "/proc/thread-self/fd", f"/proc/{os.getpid()}/fd"])
+    def test_an_open_file_goes_on(self, tmp_path, folder):
+        with (tmp_path / "file").open("w") as file:
+            file.write("first ")
+            file.flush()
+            write_atomic(Path(folder, str(file.fileno())), "second ")
+            file.write("third")
+        assert (tmp_path / "file").read_text() == "first second third"
+
 
 def call(capsys, *arguments):
     with pytest.raises(SystemExit) as exit:
