@@ -16,7 +16,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +25,17 @@ from typing import Any
 import numpy as np
 
 from qdq.errors import ArgumentError
-from qdq.files import PARTIAL_GLOB, as_path, guard_files, is_same_file, read_file, to_jsonable, write_json
+from qdq.files import (
+    PARTIAL_GLOB,
+    File,
+    as_path,
+    guard_files,
+    is_replaceable,
+    is_same_file,
+    read_file,
+    to_jsonable,
+    write_json,
+)
 from qdq.names import PrintableFormatter, printable
 
 logger = logging.getLogger(__name__)
@@ -256,6 +266,43 @@ def list_run_files(run: Path) -> list[Path]:
     return [run]
 
 
+def guard_command(
+    *, inputs: Iterable[File] = (), outputs: Iterable[File] = (), in_place: Collection[tuple[File, File]] = ()
+) -> None:
+    """As `guard_files`, for a command that is no run: it does not replace what a run wrote either.
+
+    Args:
+        inputs: As for `guard_files`.
+        outputs: Likewise.
+        in_place: Likewise; the second file of a pair may also be one that is made again from what is read, such as the
+            engine beside a model.
+
+    Raises:
+        ArgumentError: As for `guard_files`; or an output is in a run folder, where a run writes a file.
+        DataError: As for `guard_files`.
+    """
+    written = [Path(path) for path in outputs if path is not None]
+    guard_files(inputs=inputs, outputs=written, in_place=in_place)
+    pairs = [(Path(first), Path(second)) for first, second in in_place if first and second]
+    for path in written:
+        replaces = any(path == first and is_same_file(first, second) for first, second in pairs)
+        if not replaces and is_replaceable(path) and _is_of_a_run(path):
+            raise ArgumentError(
+                f"{printable(path)} is a file of a run; it would be lost.", "choose another file to write."
+            )
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether a file, which need not exist, is one that the run of its folder writes."""
+    path = Path(os.path.realpath(path))
+    globs = (*_RUN_FILES, *(f"{TUNING_FOLDER}/{glob}" for glob in _TUNING_FILES))
+    for folder in list(path.parents)[:3]:
+        name = path.relative_to(folder).as_posix()
+        if any(fnmatchcase(name, glob) for glob in globs) and _is_state_of_a_run(_read_state(folder)):
+            return True
+    return False
+
+
 def _list_folder(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
@@ -273,13 +320,17 @@ def _is_own(name: str) -> bool:
 
 
 def _is_run_folder(folder: Path, present: list[Path]) -> bool:
-    state = _read_state(folder)
-    if state.get("format") == RUN_FORMAT:
-        return True
-    if state.keys() == _FORMER_KEYS and isinstance(state["environment"], dict) and "qdq" in state["environment"]:
+    if _is_state_of_a_run(_read_state(folder)):
         return True
     # a run that was killed before it wrote run.json has left an empty log at the most
     return all(path.name == LOG_FILE and path.is_file() and path.stat().st_size == 0 for path in present)
+
+
+def _is_state_of_a_run(state: dict[str, Any]) -> bool:
+    """Whether qdq, this version or an earlier one, wrote a `run.json`."""
+    if state.get("format") == RUN_FORMAT:
+        return True
+    return state.keys() == _FORMER_KEYS and isinstance(state["environment"], dict) and "qdq" in state["environment"]
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

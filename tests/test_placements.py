@@ -19,6 +19,7 @@ from qdq import ArgumentError, DataError
 from qdq.cli.main import main
 from qdq.files import guard_files, write_atomic
 from qdq.graph.tensors import list_data_files
+from qdq.run import guard_command
 
 FLOAT = """
 <ir_version: 9, opset_import: ["": 19]>
@@ -314,6 +315,7 @@ def inputs(tmp_path_factory):
 
 
 READ, TWICE = "is what is read; it would be lost", "is written twice"
+OF_A_RUN = "is a file of a run; it would be lost"
 REFUSED = [
     # check
     ("check model.onnx --json model.onnx", READ),
@@ -362,6 +364,27 @@ REFUSED = [
     ("gate run --max-drop 1 --baseline base --json base/report.json", READ),
     ("gate run --max-drop 1 --junit new --json new", TWICE),
     ("gate fifo --max-drop 1", "it is a FIFO"),
+    # what a run wrote
+    ("check run/model.onnx --json run/report.json", OF_A_RUN),
+    ("check model.onnx --json report\\ link", OF_A_RUN),
+    ("check model.onnx --json run/analysis.jsonl", OF_A_RUN),
+    ("check model.onnx --sarif run/tuning/best.safetensors", OF_A_RUN),
+    ("check model.onnx --fix run/plan.yaml", OF_A_RUN),
+    ("check model.onnx --fix run/model.onnx", OF_A_RUN),
+    ("build run/model.onnx -o run/run.log", OF_A_RUN),
+    ("build run/model.onnx --json run/report.json", OF_A_RUN),
+    ("build model.onnx -o run/model.rtx.engine", OF_A_RUN),
+    ("build run/model.onnx -o new --json run/model.rtx.engine", OF_A_RUN),
+    ("calibrate show calibration.safetensors --plots run/calibration.json", OF_A_RUN),
+    ("calibrate merge calibration.safetensors calibration.safetensors -o run/calibration.safetensors", OF_A_RUN),
+    ("calibrate solve calibration.safetensors --onnx model.onnx -o run/model.onnx", OF_A_RUN),
+    ("report run -o base/report.html", OF_A_RUN),
+    ("report run base -o run/report.html", OF_A_RUN),
+    ("report run -o new --json run/report.html", OF_A_RUN),
+    ("explain run layer --json base/report.json", OF_A_RUN),
+    ("gate run --max-drop 1 --junit base/report.txt", OF_A_RUN),
+    ("env --json run/run.json", OF_A_RUN),
+    ("eval model.onnx --json run/report.json", OF_A_RUN),
     # plan, env, eval
     ("plan diff fifo fifo", "it is a FIFO"),
     ("env --json folder", "Is a directory"),
@@ -431,6 +454,29 @@ def test_in_place(model, capsys):
     assert call(capsys, "check", model, "--fix", model)[0] == 0
     assert ir.load(model).graph.name == ir.from_onnx_text(FLOAT).graph.name
     assert len(model.read_bytes()) > len(before) // 2
+
+
+def test_what_a_command_makes_of_a_run_may_stand_in_its_folder(model, tmp_path):
+    run = qdq.start_run(tmp_path / "run")
+    run.finish()
+    mine, engine, page = (run.folder / name for name in ("check.json", "model.rtx.engine", "report.html"))
+    onnx_file = model.rename(run.folder / "model.onnx")
+    guard_command(inputs=[onnx_file], outputs=[onnx_file, mine], in_place=[(onnx_file, onnx_file)])
+    for path in (engine, page):
+        path.write_text("old")
+        guard_command(inputs=[onnx_file], outputs=[path], in_place=[(path, path)])
+    (run.folder / "run.json").write_text("of another program")
+    guard_command(outputs=[run.folder / "report.json"])
+
+
+def test_the_engine_beside_the_model_and_the_page_are_made_again(tmp_path, capsys):
+    qdq.start_run(tmp_path).finish()
+    for name in ("model.onnx", "model.rtx.engine", "report.json", "report.html"):
+        (tmp_path / name).write_text("of the run")
+    for line in ("build model.onnx", "build model.onnx -o model.rtx.engine", "report .", "report . -o report.html"):
+        words = [str(tmp_path / word) if word[0] == "." or "." in word else word for word in line.split()]
+        code, _, err = call(capsys, *words)
+        assert code == 2 and ("model.onnx is no" in err or "report.json cannot be read" in err), err
 
 
 def test_functions_refuse_before_their_work(quantized, images, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -42,13 +43,19 @@ def build(
         json: Also write the report to this file.
     """
     from qdq.build import ENGINE_SUFFIXES, build_engine
-    from qdq.files import guard_files, write_json
+    from qdq.files import write_json
     from qdq.graph.tensors import list_data_files
     from qdq.names import MOST_CHARACTERS, make_printable, printable
+    from qdq.run import guard_command
     from qdq.trt.profiles import parse_shapes
 
-    engines = [output] if output else [onnx.with_suffix(suffix) for suffix in ENGINE_SUFFIXES.values()]
-    guard_files(inputs=[onnx, *list_data_files(onnx)], outputs=[json, *engines])
+    defaults = [onnx.with_suffix(suffix) for suffix in ENGINE_SUFFIXES.values()]
+    engines = [output] if output else defaults
+    guard_command(
+        inputs=[onnx, *list_data_files(onnx)],
+        outputs=[json, *engines],
+        in_place=list(itertools.product(engines, defaults)),
+    )
     shapes = [None if text is None else parse_shapes(text) for text in (min_shapes, opt_shapes, max_shapes)]
     report = build_engine(
         onnx, output, backend=backend, sm=sm,

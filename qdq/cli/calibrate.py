@@ -34,11 +34,12 @@ def show(
         plots: Also write a page of histograms to this file, .html.
         json: Also write the figures to this file.
     """
-    from qdq.files import guard_files, write_json
+    from qdq.files import write_json
+    from qdq.run import guard_command
     from qdq.show import format_statistics, write_plots
     from qdq.statistics import Statistics
 
-    guard_files(inputs=[file], outputs=[plots, json])
+    guard_command(inputs=[file], outputs=[plots, json])
     statistics = Statistics.load(file).select(tensor)
     summary = statistics.summarize()
     print(format_statistics(summary))
@@ -62,11 +63,11 @@ def merge(*files: Path, output: Annotated[Path, Parameter(alias="-o")]) -> int:
         files: Two or more files of statistics.
         output: Where to write, .safetensors; a readable summary is written beside it, .json.
     """
-    from qdq.files import guard_files
     from qdq.names import printable
+    from qdq.run import guard_command
     from qdq.statistics import merge_files
 
-    guard_files(
+    guard_command(
         inputs=files, outputs=[output, output.with_suffix(".json")], in_place=[(output, file) for file in files]
     )
     merged = merge_files(files, output)
@@ -103,10 +104,11 @@ def solve(
         json: Also write the ranges, and what changed in the copy, to this file.
     """
     from qdq.errors import ArgumentError
-    from qdq.files import guard_files, write_json
+    from qdq.files import write_json
     from qdq.graph.tensors import list_data_files
     from qdq.names import make_printable, printable
     from qdq.rescale import rescale_onnx
+    from qdq.run import guard_command
     from qdq.show import format_ranges
     from qdq.statistics import Statistics
 
@@ -115,7 +117,7 @@ def solve(
             "--onnx and --output go together.", "give the file to read and the one to write, or neither."
         )
     weights = [] if onnx is None else list_data_files(onnx)
-    guard_files(inputs=[file, onnx, *weights], outputs=[output, json], in_place=[(output, onnx)])
+    guard_command(inputs=[file, onnx, *weights], outputs=[output, json], in_place=[(output, onnx)])
     options = {} if percentile is None else {"percentile": percentile}
     statistics = Statistics.load(file)
     if not statistics.complete:

@@ -53,9 +53,10 @@ def check(
     from qdq.check.rules import choose_rules, get_rule
     from qdq.check.sarif import format_sarif
     from qdq.errors import ArgumentError
-    from qdq.files import guard_files, write_json
+    from qdq.files import write_json
     from qdq.graph.tensors import list_data_files
     from qdq.names import make_printable, printable
+    from qdq.run import guard_command
 
     if explain is not None:
         print(get_rule(explain).explain())
@@ -64,7 +65,7 @@ def check(
         raise ArgumentError("ONNX requires an argument.", "see qdq check --help")
     selected, ignored = _split(select), _split(ignore)
     choose_rules(selected, ignored)  # before anything is written
-    guard_files(inputs=[onnx, *list_data_files(onnx)], outputs=[fix, json, sarif], in_place=[(fix, onnx)])
+    guard_command(inputs=[onnx, *list_data_files(onnx)], outputs=[fix, json, sarif], in_place=[(fix, onnx)])
     if fix is not None:
         mended = fix_onnx(onnx, fix)
         print(

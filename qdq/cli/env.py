@@ -15,10 +15,10 @@ def env(*, json: Path | None = None) -> int:
     Args:
         json: Also write the versions to this file.
     """
-    from qdq.files import guard_files, write_json
-    from qdq.run import describe_environment
+    from qdq.files import write_json
+    from qdq.run import describe_environment, guard_command
 
-    guard_files(outputs=[json])
+    guard_command(outputs=[json])
     environment = describe_environment()
     width = max(map(len, environment))
     for name, version in environment.items():

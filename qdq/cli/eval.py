@@ -40,14 +40,15 @@ def evaluate_files(
     from qdq.check import OnnxModel
     from qdq.data import is_image_of, load_images
     from qdq.evaluate import evaluate_outputs, predict
-    from qdq.files import guard_files, write_json
+    from qdq.files import write_json
     from qdq.graph.tensors import list_data_files
     from qdq.models import load_model
     from qdq.names import MOST_CHARACTERS, make_printable, printable
+    from qdq.run import guard_command
 
     data_files = [file for path in onnx for file in list_data_files(path)]
     image = json if is_image_of(data_dir, json) else None
-    guard_files(inputs=[*onnx, *data_files, data_dir, image, weights], outputs=[json])
+    guard_command(inputs=[*onnx, *data_files, data_dir, image, weights], outputs=[json])
     for path in onnx:
         OnnxModel(path)  # a bad file is refused now, not after the float model has run
     loaded = load_model(model, weights, seed)

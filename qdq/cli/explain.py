@@ -17,11 +17,11 @@ def explain(run: Path, layer: str, /, *, json: Path | None = None) -> int:
         layer: Dotted name of a layer or of a function call, as in report.html.
         json: Also write the record to this file.
     """
-    from qdq.files import guard_files, write_json
+    from qdq.files import write_json
     from qdq.report.explain import explain_layer
-    from qdq.run import list_run_files
+    from qdq.run import guard_command, list_run_files
 
-    guard_files(inputs=list_run_files(run), outputs=[json])
+    guard_command(inputs=list_run_files(run), outputs=[json])
     found = explain_layer(run, layer)
     print(found.text)
     if json is not None:

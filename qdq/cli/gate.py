@@ -41,12 +41,12 @@ def gate(
         json: Also write the result to this file.
     """
     from qdq.errors import QdqError
-    from qdq.files import guard_files, to_jsonable, write_atomic, write_json
+    from qdq.files import to_jsonable, write_atomic, write_json
     from qdq.gate import format_junit, format_junit_error, gate_run
-    from qdq.run import list_run_files
+    from qdq.run import guard_command, list_run_files
 
     read = [*list_run_files(run), *([] if baseline is None else list_run_files(baseline))]
-    guard_files(inputs=read, outputs=[junit, json])
+    guard_command(inputs=read, outputs=[junit, json])
     try:
         report = gate_run(
             run,

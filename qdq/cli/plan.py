@@ -21,11 +21,11 @@ def diff(before: Path, after: Path, /) -> int:
         before: The first plan.
         after: The second plan.
     """
-    from qdq.files import guard_files
     from qdq.names import printable
     from qdq.plan import diff_plans, load_plan
+    from qdq.run import guard_command
 
-    guard_files(inputs=[before, after])
+    guard_command(inputs=[before, after])
     changes = diff_plans(load_plan(before), load_plan(after))
     names = [printable(change.name) for change in changes]
     width = max(map(len, names), default=0)

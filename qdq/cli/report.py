@@ -23,21 +23,21 @@ def report(*runs: Path, output: Annotated[Path | None, Parameter(alias="-o")] = 
         json: Also write what the page shows to this file.
     """
     from qdq.errors import ArgumentError
-    from qdq.files import guard_files, write_atomic, write_json
+    from qdq.files import write_atomic, write_json
     from qdq.names import MOST_CHARACTERS, printable
     from qdq.report.compare import compare_runs, render_comparison
     from qdq.report.load import PAGE_FILE, load_report
     from qdq.report.page import render_report
-    from qdq.run import list_run_files
+    from qdq.run import guard_command, list_run_files
 
     if not runs:
         raise ArgumentError("no run was given.", "name one run folder, or several to compare them.")
     read = [file for run in runs for file in list_run_files(run)]
-    guard_files(inputs=read)
+    guard_command(inputs=read)
     folder = runs[0] if os.path.isdir(runs[0]) else runs[0].parent
     default = folder / PAGE_FILE if len(runs) == 1 else Path("comparison.html")
     path = default if output is None else output
-    guard_files(inputs=read, outputs=[path, json])
+    guard_command(inputs=read, outputs=[path, json], in_place=[(path, default)])
     shown: object
     if len(runs) == 1:
         loaded = load_report(runs[0])
