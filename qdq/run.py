@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict, is_dataclass
 from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 RUN_FORMAT = "qdq run 1"
 """Stands in `run.json` and proves that a folder is a run's."""
+
+_LOOKER_SECONDS = 10.0  # nobody looks that long whether a folder is in use
 
 STATE_FILE = "run.json"
 LOG_FILE = "run.log"
@@ -213,7 +216,7 @@ def check_run_folder(folder: Path | str, settings: dict[str, Any] | None = None)
 
     Args:
         folder: As for `start_run`.
-        settings: Likewise; the files that they name are looked at too.
+        settings: Likewise; those that are paths are looked at too, and `weights`.
 
     Raises:
         DataError: A setting names a device, a FIFO or a link that leads nowhere.
@@ -221,7 +224,7 @@ def check_run_folder(folder: Path | str, settings: dict[str, Any] | None = None)
             a run writes a file, or cannot be written to.
     """
     folder = as_path(folder, "folder")
-    guard_files(inputs=[name for name in _list_names(settings or {}) if os.path.lexists(name)])
+    guard_files(inputs=[path for path in _list_paths(settings or {}) if os.path.lexists(path)])
     try:
         present = _list_folder(folder)
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
@@ -348,6 +351,24 @@ def _find_inputs(folder: Path, settings: dict[str, Any]) -> list[Path]:
     return [Path(name) for name in _list_names(settings) if _is_below(name, root) and os.path.isfile(name)]
 
 
+def _list_paths(settings: dict[str, Any]) -> Iterator[Path]:
+    """The settings that are meant as paths; another text, such as the name of a model, may have a namesake."""
+    weights = settings.get("weights")
+    if isinstance(weights, str):
+        yield Path(weights)
+    values = list(settings.values())
+    while values:
+        value = values.pop()
+        if isinstance(value, Path):
+            yield value
+        elif is_dataclass(value) and not isinstance(value, type):
+            values.append(asdict(value))
+        elif isinstance(value, dict):
+            values += value.values()
+        elif isinstance(value, list | tuple):
+            values += value
+
+
 def _list_names(settings: dict[str, Any]) -> list[str]:
     """The texts among settings that could be paths."""
     return [text for text in _list_texts(to_jsonable(settings)) if text and "\0" not in text]
@@ -437,11 +458,9 @@ class _Lock:
         self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         if os.name != "posix":
             return
-        import fcntl
-
         os.register_at_fork(after_in_child=self.release)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _wait_for(self._descriptor)
         except BlockingIOError:
             self.release()
             raise BlockingIOError(errno.EWOULDBLOCK, "another run is writing to it") from None
@@ -475,12 +494,46 @@ def _is_locked(path: Path) -> bool:
     if not path.is_file() or (_held is not None and _held.is_of(path)):
         return False
     try:
-        _Lock(path).release()
+        with path.open("rb") as file:
+            _lock_shared(file.fileno())
     except BlockingIOError:
         return True
-    except OSError:  # a file of another user, which is said when it is opened
+    except OSError:  # a file of another user, which is said when it is opened; or a file system without locks
         return False
     return False
+
+
+def _wait_for(descriptor: int) -> None:
+    """Lock a file, as soon as no other process is looking whether it is locked.
+
+    Raises:
+        BlockingIOError: Another process has locked it.
+        OSError: The file system has no locks.
+    """
+    import fcntl
+
+    deadline = time.monotonic() + _LOOKER_SECONDS
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _lock_shared(descriptor)  # fails where a run has locked it, and not where others are looking
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def _lock_shared(descriptor: int) -> None:
+    """As who is looking does; many may at a time.
+
+    Raises:
+        BlockingIOError: Another process has locked it for itself.
+    """
+    if os.name == "posix":
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def describe_environment() -> dict[str, str]:

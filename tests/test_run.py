@@ -3,11 +3,14 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from qdq import ArgumentError, start_run
+from qdq import ArgumentError, DataError, start_run
 from qdq.files import write_atomic
 from qdq.run import check_run_folder, describe_command, describe_environment, find_announced, list_run_files
 
@@ -161,6 +164,35 @@ def test_of_two_runs_in_one_folder_the_second_is_refused_until_the_first_has_end
     process.communicate()
     start_run(tmp_path).finish()
     assert processes.start("-c", HOLD.replace("600", "0"), tmp_path, stdout=subprocess.DEVNULL).wait() == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs flock")
+def test_who_looks_whether_a_folder_is_in_use_does_not_have_it(tmp_path):
+    import fcntl
+
+    start_run(tmp_path).finish()
+    with (tmp_path / "run.log").open("rb") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        check_run_folder(tmp_path)
+        ending = threading.Timer(0.3, fcntl.flock, (looking, fcntl.LOCK_UN))
+        ending.start()
+        start_run(tmp_path).finish()
+        ending.join()
+
+
+def test_only_settings_that_are_paths_are_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("resnet50")
+    check_run_folder("run", {"model": "resnet50", "exclude": ("resnet50",), "options": {"mode": "resnet50"}})
+    options = Options(Path("resnet50"))
+    for settings in ({"plan": Path("resnet50")}, {"weights": "resnet50"}, {"options": options}, {"options": [options]}):
+        with pytest.raises(DataError, match="it is a FIFO"):
+            check_run_folder("run", settings)
+
+
+@dataclass
+class Options:
+    profile: Path
 
 
 FORK = """
