@@ -143,6 +143,8 @@ def _require_writable(path: Path) -> None:
             raise OSError(errno.EINVAL, f"it is a {'socket' if stat.S_ISSOCK(mode) else 'disk'}")
         elif not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, "Permission denied")
+        elif _is_read_only(_find_descriptor(path)):
+            raise PermissionError(errno.EBADF, "it is open for reading only")
         elif stat.S_ISREG(mode) and _find_descriptor(path) is None:
             _require_not_printed_to(path)
             tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
@@ -199,6 +201,14 @@ def _find_descriptor(path: Path) -> int | None:
             return None
         path = Path(folder, os.readlink(path))
     return None
+
+
+def _is_read_only(descriptor: int | None) -> bool:
+    if descriptor is None or os.name != "posix":
+        return False
+    import fcntl
+
+    return fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
 
 
 def _lists_descriptors(folder: str) -> bool:

@@ -332,6 +332,14 @@ REFUSED = [
     ("check model.onnx --json folder", "Is a directory"),
     ("check model.onnx --sarif loop", "Too many levels"),
     ("check model.onnx --json model.onnx/new", "Not a directory"),
+    ("check model.onnx --json model.onnx/", "model.onnx is no folder"),
+    ("check model.onnx --json link.onnx//", "link.onnx is no folder"),
+    ("check model.onnx/", "model.onnx is no folder"),
+    ("check model.onnx --json READ_ONLY", "it is open for reading only"),
+    ("check model.onnx --fix /dev/null", "is no regular file"),
+    ("check model.onnx --fix fifo", "is no regular file"),
+    ("check --explain QDQ101 --json new", "writes none"),
+    ("check model.onnx --explain QDQ101", "checks no file"),
     ("check fifo --json new", "it is a FIFO"),
     ("check /dev/zero", "it is a device"),
     # build
@@ -388,6 +396,7 @@ REFUSED = [
     # plan, env, eval
     ("plan diff fifo fifo", "it is a FIFO"),
     ("env --json folder", "Is a directory"),
+    ("env --json model.onnx/", "model.onnx is no folder"),
     ("eval model.onnx --json model.onnx", READ),
     ("eval split.onnx --json weights.bin", READ),
     ("eval --data-dir data --json data/0/a.png", READ),
@@ -413,7 +422,9 @@ def test_commands_refuse_what_would_be_lost(inputs, capsys, monkeypatch, line, r
         pytest.importorskip("torchvision", reason="needs the extra 'demo'")
     monkeypatch.chdir(inputs)
     before = snapshot(inputs)
-    code, out, err = call(capsys, *arguments)
+    with (inputs / "model.onnx").open() as file:
+        read_only = f"/dev/fd/{file.fileno()}"
+        code, out, err = call(capsys, *(read_only if word == "READ_ONLY" else word for word in arguments))
     error, fix = err.splitlines()
     assert (code, out) == (2, "")
     assert error.startswith("error: ") and reason in error

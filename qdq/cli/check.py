@@ -53,12 +53,14 @@ def check(
     from qdq.check.rules import choose_rules, get_rule
     from qdq.check.sarif import format_sarif
     from qdq.errors import ArgumentError
-    from qdq.files import write_json
+    from qdq.files import is_replaceable, write_json
     from qdq.graph.tensors import list_data_files
     from qdq.names import make_printable, printable
     from qdq.run import guard_command
 
     if explain is not None:
+        if onnx or fix or json or sarif or select or ignore:
+            raise ArgumentError("--explain checks no file and writes none.", "give it alone, with the id of a rule.")
         print(get_rule(explain).explain())
         return 0
     if onnx is None:
@@ -67,6 +69,10 @@ def check(
     choose_rules(selected, ignored)  # before anything is written
     guard_command(inputs=[onnx, *list_data_files(onnx)], outputs=[fix, json, sarif], in_place=[(fix, onnx)])
     if fix is not None:
+        if not is_replaceable(fix):
+            raise ArgumentError(
+                f"{printable(fix)} is no regular file, and the copy is checked there.", "choose another file to write."
+            )
         mended = fix_onnx(onnx, fix)
         print(
             f"{printable(fix)}: "

@@ -114,13 +114,21 @@ def _show_default(value: object) -> str | None:
 
 
 def _convert(type_: Any, tokens: Any) -> Any:
-    """As cyclopts, but a whole number is one: cyclopts rounds 1.5, and takes numbers of any length."""
+    """As cyclopts, but a whole number is one: cyclopts rounds 1.5, and takes numbers of any length.
+
+    Nor is `model.onnx/` the file `model.onnx`, which is what Python makes of it.
+    """
     if int in (type_, *get_args(type_)):
         for token in tokens:
             if not _WHOLE_NUMBER.fullmatch(token.value):
                 raise cyclopts.CoercionError(token=token, target_type=int)
             if abs(int(token.value)) > _LARGEST_NUMBER:
                 raise ValueError(f"{token.value} is more than {_LARGEST_NUMBER}.")
+    if Path in (type_, *get_args(type_)):
+        for token in tokens:
+            name = token.value.rstrip("/")
+            if name != token.value and os.path.lexists(name) and not os.path.isdir(name):
+                raise ValueError(f"{printable(name)} is no folder, as the slash behind it says.")
     return cyclopts.convert(type_, tokens)
 
 
