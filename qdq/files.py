@@ -227,13 +227,14 @@ def write_atomic(path: Path, content: bytes | str | Callable[[], Iterable[bytes]
 
     Args:
         path: The file.
-        content: All of it, or what gives it part by part where it is large; that is called again after a failure.
+        content: All of it, or what gives it part by part where it is large; that is called again after a failure. Of a
+            text, what UTF-8 cannot write (a part of the name of a file) is escaped as in Python's strings.
 
     Raises:
         ArgumentError: It cannot be written.
         BrokenPipeError: It is the standard output, and nobody reads it any more.
     """
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     parts = (lambda: [data]) if isinstance(data, bytes) else data
     write = _replace if is_replaceable(path) else _write_into
     try:

@@ -81,6 +81,11 @@ def test_json_of_everything(tmp_path):
     assert to_jsonable(3) == 3
 
 
+def test_a_text_that_utf_8_cannot_write(tmp_path):
+    name = os.fsdecode(b"run\xff")
+    assert write_atomic(tmp_path / "file", f"{name} \u00e4").read_text("utf-8") == "run\\udcff \u00e4"
+
+
 def test_a_large_file_in_parts(tmp_path, monkeypatch):
     path = write_atomic(tmp_path / "file", lambda: iter([b"one ", b"two"]))
     assert path.read_bytes() == b"one two"

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 from html.parser import HTMLParser
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from made_report import TUNING, make_report
 
+from qdq.cli.main import main
 from qdq.report.charts import draw_bars, draw_curve, draw_network, draw_tuning
 from qdq.report.load import load_report
 from qdq.report.page import render_report
@@ -53,6 +55,23 @@ def page(store):
         return render_report(load_report(store(make_report(names, **changes))))
 
     return render
+
+
+def test_a_folder_whose_name_is_not_utf_8(store, tmp_path, capsys):
+    folder = store(make_report(["a", "b"]), os.fsdecode(b"run\xff"))
+    other = store(make_report(["a", "b"]), "other")
+    commands = [
+        ["report", folder],
+        ["report", folder, other, "-o", tmp_path / "both.html", "--json", tmp_path / "both.json"],
+        ["gate", folder, "--max-size", "1e9", "--junit", tmp_path / "junit.xml"],
+        ["explain", folder, "a", "--json", tmp_path / "a.json"],
+    ]
+    for command in commands:
+        with pytest.raises(SystemExit) as exit:
+            main([str(word) for word in command])
+        assert exit.value.code == 0, capsys.readouterr().err
+    for page in (folder / "report.html", tmp_path / "both.html"):
+        assert r"run\udcff" in page.read_text("utf-8")
 
 
 def test_sections_stand_in_the_order_of_the_issue(page):
