@@ -57,7 +57,7 @@ def ptq_classifier(
     options = analysis.as_arguments()
     pinned = qdq.load_plan(plan) if plan else None
     net = qdq.load_model(model, weights, seed)
-    check_layers(net, exclude=exclude, plan=pinned, groups=options["groups"])
+    check_layers(net, exclude=exclude, plan=pinned, groups=options["groups"], profile=options["profile"])
     calib, images = qdq.load_images(data_dir, net, calib_batches * batch_size, eval_images, batch_size, seed)
     analysis.check_labels(calib.labels)
     run = qdq.start_run(output, seed=seed, settings=settings)

@@ -166,6 +166,11 @@ def unknown_layer(tmp_path):
     return ["--plan", tmp_path / "plan.yaml"]
 
 
+def foreign_profile(tmp_path):
+    (tmp_path / "profile.json").write_text('[{"count": 1}, {"name": "layer1.0.conv1/Conv", "averageMs": 1.0}]')
+    return ["--profile", tmp_path / "profile.json"]
+
+
 def bad_pattern(tmp_path):
     (tmp_path / "plan.yaml").write_text("layers: {'re:(': float}")
     return ["--plan", tmp_path / "plan.yaml"]
@@ -175,6 +180,9 @@ def bad_pattern(tmp_path):
     ("arguments", "found"),
     [
         (["--exclude", "re:("], "'re:(' is no regular expression"),
+        (["--exclude", "featurs.*"], "the pattern 'featurs.*' in exclude matches no module and no call"),
+        (["--exclude", "classifier", "nothing"], "the pattern 'nothing' in exclude matches no module and no call"),
+        (foreign_profile, "no layer of the model is named in the kernels"),
         (["--groups", "re:["], "'re:[' is no regular expression"),
         (["--groups", "no_such_*"], "the pattern 'no_such_*' of groups matches no quantized layer"),
         (unknown_layer, "the plan says float for 'features.99'"),
@@ -234,6 +242,16 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, pr
     assert captured.out == ""  # no stage has begun
 
 
+def test_calls_may_be_excluded():
+    import qdq
+    from qdq.cli.refusals import check_layers
+
+    net = qdq.load_model("resnet18", "random", 0)
+    check_layers(net, exclude=["layer1.0.add", "layer2.*", "fc"])
+    with pytest.raises(qdq.ArgumentError, match=r"'layer1\.0\.mul' in exclude"):
+        check_layers(net, exclude=["layer1.0.add", "layer1.0.mul"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
@@ -247,6 +265,9 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, pr
         (["--layers", "features.1"], "the pattern 'features.1' in layers matches no module"),
         (["--layers", "re:("], "'re:(' is no regular expression"),
         (["--exclude", "re:("], "'re:(' is no regular expression"),
+        (["--exclude", "no_such_layer"], "the pattern 'no_such_layer' in exclude matches no module and no call"),
+        (["--layers", "classifier.1", "--exclude", "classifier"], "'classifier.1' in layers matches is excluded"),
+        (["--layers", "classifier", "--exclude", "re:.*[.]1"], "'classifier' in layers matches is excluded"),
         (["--ranges", "free"], 'invalid value "free" for --ranges'),
         (["--plan", "missing.yaml"], "cannot read missing.yaml"),
     ],

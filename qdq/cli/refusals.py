@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qdq.errors import ArgumentError, DependencyError
@@ -14,6 +15,8 @@ from qdq.errors import ArgumentError, DependencyError
 _EXAMPLES = 2  # images
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from qdq.models import LoadedModel
     from qdq.plan import Plan
     from qdq.schedule import Schedule
@@ -26,24 +29,29 @@ def check_layers(
     plan: Plan | None = None,
     groups: str | Sequence[str] | None = None,
     layers: Sequence[str] | None = None,
+    profile: Path | None = None,
 ) -> None:
     """Refuse patterns that cannot be compiled, and names of layers that the quantized model will not have.
 
-    Nothing is calibrated for that: a copy of the model is swapped and rewired, on two images of noise, where a plan or
-    groups name layers.
+    Nothing is calibrated for that: a copy of the model is swapped and rewired, on two images of noise, where its
+    modules alone do not say whether a name is there.
 
     Args:
         net: The model; stays as it is.
-        exclude: As for `swap_modules`.
+        exclude: As for `swap_modules`; each pattern must match a module or a call.
         plan: As `pinned` of `analyze_layers`.
         groups: As for `analyze_layers`.
         layers: As for `finetune`.
+        profile: As for `analyze_layers`.
 
     Raises:
-        ArgumentError: A regular expression that is none; a name that matches nothing.
+        ArgumentError: A regular expression that is none; a name that matches nothing; layers of which none is left to
+            train.
+        DataError: The profile is of another model.
     """
     import torch
 
+    from qdq.analyze.cost import load_times
     from qdq.fold import fold_batchnorm
     from qdq.models import seeded_rng
     from qdq.patterns import Patterns
@@ -57,31 +65,63 @@ def check_layers(
     for option, names in options.items():
         Patterns(names, option)
     if layers is not None:
-        _require_parameters(net, layers)
-    if not precisions and not patterns:
+        _require_parameters(net, layers, exclude)
+    unknown = _list_unmatched(exclude, dict(net.module.named_modules()))
+    if not precisions and not patterns and not unknown and profile is None:
         return
     model = copy.deepcopy(net.module)
     with _silent(), seeded_rng(0):
         example = torch.randn(_EXAMPLES, 3, net.preprocess.crop_size, net.preprocess.crop_size)
         fold_batchnorm(model, example)
         swap_modules(model, example, exclude=exclude)
-        rewire_operations(model, example, exclude=exclude)
+        rewired = rewire_operations(model, example, exclude=exclude)
         names = list(find_all_quantizers(model, example))
+    modules = dict(model.named_modules())
+    calls = {operation.name: model for operation in rewired.operations}
+    if unknown := _list_unmatched(unknown, modules | calls):
+        raise ArgumentError(
+            f"the pattern {unknown[0]!r} in exclude matches no module and no call of {net.name}.", "correct it."
+        )
     pinned = match_precisions(model, names, precisions)
-    group_units(model, [Unit(name, (name,), (), ()) for name in names if name not in pinned], patterns or None)
+    free = [name for name in names if name not in pinned]
+    group_units(model, [Unit(name, (name,), (), ()) for name in free], patterns or None)
+    if profile is not None:
+        load_times(profile, free, modules)
 
 
-def _require_parameters(net: LoadedModel, layers: Sequence[str]) -> None:
-    """Refuse a pattern whose modules have nothing that could be trained."""
+def _list_unmatched(patterns: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """The patterns that match nothing among dotted names."""
     from qdq.patterns import Patterns
 
+    tests = {pattern: Patterns([pattern], "exclude") for pattern in patterns}
+    return [
+        pattern for pattern, test in tests.items() if not any(test.match([name], modules[name]) for name in modules)
+    ]
+
+
+def _require_parameters(net: LoadedModel, layers: Sequence[str], exclude: Sequence[str]) -> None:
+    """Refuse a pattern whose modules have nothing that could be trained, or are all left in float."""
+    from qdq.patterns import Patterns
+
+    excluded = Patterns(exclude, "exclude")
     for pattern in layers:
         test = Patterns([pattern], "layers")
-        modules = [module for name, module in net.module.named_modules() if test.match([name], module)]
-        if not any(parameter.requires_grad for module in modules for parameter in module.parameters()):
+        modules = {name: module for name, module in net.module.named_modules() if test.match([name], module)}
+        trained = {name: module for name, module in modules.items() if _has_trainable(module)}
+        if not trained:
             raise ArgumentError(
                 f"the pattern {pattern!r} in layers matches no module of {net.name} with parameters.", "correct it."
             )
+        if all(excluded.match([name], module) for name, module in trained.items()):
+            raise ArgumentError(
+                f"what the pattern {pattern!r} in layers matches is excluded, and stays in float.",
+                "leave it out of one of --layers and --exclude.",
+            )
+
+
+def _has_trainable(module: nn.Module) -> bool:
+    """Whether a module has a parameter of its own that can be trained."""
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
 
 def check_tuning(loss: str, labels: Sequence[int] | None, schedule: Schedule, *, tensorboard: bool) -> None:
