@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("int8", "float")
 _FIX = "correct it by hand, see docs/analyze.md for the form, or give the plan.yaml of a run."
+_FIX_MISSING = "give the plan.yaml of a run, or one in the form that docs/analyze.md shows."
 _PINNED, _EARLIER = "pinned", "; earlier: "
 _HEAD = """# qdq plan: which layer runs in int8 and which in float. Edit `precision`, then apply it: qdq ptq --plan FILE
 # gain: how much the metric improves when this layer alone goes from int8 to float. "leave-one-out" measures that,
@@ -132,7 +134,8 @@ def load_plan(path: Path | str) -> Plan:
     Raises:
         DataError: The file cannot be read, is no plan, names a layer twice, or has keys that a plan has not.
     """
-    content = read_yaml(as_path(path, "path"), _FIX)
+    path = as_path(path, "path")
+    content = read_yaml(path, _FIX if os.path.isfile(path) else _FIX_MISSING)
     if isinstance(content, dict) and isinstance(content.get("layers"), dict):
         layers = {name: _write_out(entry) for name, entry in content["layers"].items()}
         content = {**content, "layers": layers}

@@ -63,7 +63,8 @@ class Schedule:
                 raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}.", f"give {name} as a number.")
         for name in ("lr", "bias_lr", "range_lr", "max_norm"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ArgumentError(f"{name} is {getattr(self, name)}; it must be above 0.", f"pass a positive {name}.")
+                number = getattr(self, name)
+                raise ArgumentError(f"{name} is {number}; it must be above 0 and finite.", f"pass a positive {name}.")
         for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ArgumentError(f"{name} is {getattr(self, name)}; it is a share of the steps.", "give 0 to 1.")

@@ -216,3 +216,11 @@ def test_a_plan_that_pins_keeps_what_was_measured(block, tmp_path):
     assert entry.reason.startswith("pinned; earlier: step 1 of the search")
     assert entry.reason.endswith(f"gain {second.layers[worst].gain:g} in sqnr")
     assert analyze_layers(model, [batch], pinned={worst: "int8"}).plan.layers[worst] == PlanEntry("int8", "pinned")
+
+
+def test_a_plan_that_is_not_there_cannot_be_corrected(tmp_path):
+    (tmp_path / "damaged.yaml").write_text("layers: 1")
+    for name, fix in {"missing.yaml": "give the plan.yaml of a run", "damaged.yaml": "correct it by hand"}.items():
+        with pytest.raises(DataError) as caught:
+            load_plan(tmp_path / name)
+        assert caught.value.fix.startswith(fix)

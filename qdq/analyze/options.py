@@ -94,7 +94,7 @@ class Options:
         is_sqnr = self.chosen_metric.is_sqnr
         for name in ("target_metric", "target_drop"):
             if getattr(self, name) is not None and is_sqnr:
-                raise ArgumentError(f"{name} is given, but no metric.", "pass metric= as well, or use target_sqnr.")
+                raise ArgumentError(f"{name} is given, but no metric.", "choose a metric as well, or use target_sqnr.")
         for name in ("target_sqnr", "target_metric", "target_drop"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,5 +70,16 @@ class AnalysisOptions:
 
         arguments = dict(vars(self))
         groups = arguments.pop("groups")
-        check_options(**arguments)
+        try:
+            check_options(**arguments)
+        except ArgumentError as error:
+            raise ArgumentError(_name_options(error.message), _name_options(error.fix)) from error
         return {**arguments, "groups": groups[0] if groups in (("block",), ("shared",)) else list(groups) or None}
+
+
+def _name_options(text: str) -> str:
+    """A message of `analyze_layers` in the words of the command line."""
+    for field in fields(AnalysisOptions):
+        if "_" in field.name:  # the other names are words as well
+            text = text.replace(field.name, f"--{field.name.replace('_', '-')}")
+    return text

@@ -19,6 +19,7 @@ from qdq.schema import describe, read_json, validate
 
 REPORT_FORMAT = "qdq report 1"
 _AGAIN = "run the same command again; it writes a new report."
+_GIVE_FOLDER = "give the folder that `qdq ptq --output` wrote."
 
 Result = TypeVar("Result")
 
@@ -71,7 +72,7 @@ def read_report(run: Path | str) -> tuple[Path, Any]:
     path = run / REPORT_FILE if os.path.isdir(run) else run  # unlike those of Path, they take any name
     if not os.path.isfile(path):
         raise _missing(run)
-    return path, read_json(path, _AGAIN)
+    return path, read_json(path, _AGAIN if path.name == REPORT_FILE else _GIVE_FOLDER)
 
 
 def guarded(path: Path, read: Callable[[], Result]) -> Result:
@@ -93,13 +94,13 @@ def guarded(path: Path, read: Callable[[], Result]) -> Result:
 
 def _missing(run: Path) -> ArgumentError:
     if not os.path.exists(run):
-        return ArgumentError(f"there is no {printable(run)}.", "give the folder that `qdq ptq --output` wrote.")
+        return ArgumentError(f"there is no {printable(run)}.", _GIVE_FOLDER)
     try:
         stage = validate(RunState, read_json(run / STATE_FILE, _AGAIN), STATE_FILE, _AGAIN)["stage"]
     except DataError:
         return ArgumentError(
             f"{run} is no run folder: there is no {REPORT_FILE} in it.",
-            "give the folder that `qdq ptq --output` wrote.",
+            _GIVE_FOLDER,
         )
     return ArgumentError(f"the run {run} has written no report: it got as far as '{stage}'.", _AGAIN)
 
@@ -115,7 +116,7 @@ def parse_report(data: Any, path: Path) -> StoredReport:
         DataError: It does not.
     """
     if not isinstance(data, dict) or not isinstance(data.get("summary"), dict):
-        raise DataError(f"{path} is no report of a run.", "give the folder that `qdq ptq --output` wrote.")
+        raise DataError(f"{path} is no report of a run.", _GIVE_FOLDER)
     if data.get("format") != REPORT_FORMAT:
         found = describe(data.get("format", "none"))
         raise DataError(f"{path} is of another qdq: its format is {found}, this one reads {REPORT_FORMAT!r}.", _AGAIN)

@@ -126,3 +126,11 @@ def test_what_is_wrong_is_named(store):
         match=r"report\.json is damaged: layers\[0\]\.tensors\[0\]\.methods\.mse\.amax is 'x', expected: ",
     ):
         load_report(store(report))
+
+
+def test_a_file_of_a_run_that_is_no_report(tmp_path):
+    for name, fix in {"model.onnx": "give the folder", "report.json": "run the same command again"}.items():
+        (tmp_path / name).write_bytes(b"\x08\x0a\xff")
+        with pytest.raises(DataError) as caught:
+            load_report(tmp_path / name)
+        assert caught.value.fix.startswith(fix)
