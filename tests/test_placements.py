@@ -56,7 +56,7 @@ def test_data_of_every_constant_are_what_is_read(tmp_path):
     inner = onnx.helper.make_graph([constant("in a body of a function")], "i", [], [])
     nested = onnx.helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner)
     opsets = [onnx.helper.make_opsetid("", 19)]
-    function = onnx.helper.make_function("own", "f", [], ["y"], [constant("in a function"), nested], opsets)
+    function = onnx.helper.make_function("mine", "f", [], ["y"], [constant("in a function"), nested], opsets)
     weights = [external("w", "weights"), external("v", "weights"), external("u", ""), external("t", "a\0b")]
     graph = onnx.helper.make_graph([constant("in the graph"), node], "g", [], [], weights)
     path = tmp_path / "model.onnx"
@@ -338,8 +338,8 @@ REFUSED = [
     ("check model.onnx --json READ_ONLY", "it is open for reading only"),
     ("check model.onnx --fix /dev/null", "is no regular file"),
     ("check model.onnx --fix fifo", "is no regular file"),
-    ("check --explain QDQ101 --json new", "writes none"),
-    ("check model.onnx --explain QDQ101", "checks no file"),
+    ("check --explain QDQ101 --json new", "writes no file"),
+    ("check model.onnx --explain QDQ101 --fix new", "writes no file"),
     ("check fifo --json new", "it is a FIFO"),
     ("check /dev/zero", "it is a device"),
     # build

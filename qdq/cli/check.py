@@ -59,8 +59,8 @@ def check(
     from qdq.run import guard_command
 
     if explain is not None:
-        if onnx or fix or json or sarif or select or ignore:
-            raise ArgumentError("--explain checks no file and writes none.", "give it alone, with the id of a rule.")
+        if fix or json or sarif:
+            raise ArgumentError("--explain prints, and writes no file.", "leave out --fix, --json and --sarif.")
         print(get_rule(explain).explain())
         return 0
     if onnx is None:
