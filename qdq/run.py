@@ -253,7 +253,7 @@ def _is_what_a_run_writes(path: Path) -> bool:
     mode = path.lstat().st_mode
     if path.name == TUNING_FOLDER:
         return stat.S_ISDIR(mode)
-    return stat.S_ISREG(mode) or not _is_own(path.name)
+    return stat.S_ISREG(mode) or not _is_run_file(path.name)
 
 
 def list_run_files(run: Path) -> list[Path]:
@@ -264,7 +264,7 @@ def list_run_files(run: Path) -> list[Path]:
     """
     folder = run if os.path.isdir(run) else run.parent
     with contextlib.suppress(OSError):
-        files = [path for path in _list_folder(folder) if _is_own(path.name) and path.name != PAGE_FILE]
+        files = [path for path in _list_folder(folder) if _is_run_file(path.name) and path.name != PAGE_FILE]
         return [*([] if folder == run else [run]), *files, *_list_tuning(folder / TUNING_FOLDER)]
     return [run]
 
@@ -317,7 +317,7 @@ def _list_tuning(folder: Path) -> list[Path]:
     return [path for glob in _TUNING_FILES for path in folder.glob(glob)]
 
 
-def _is_own(name: str) -> bool:
+def _is_run_file(name: str) -> bool:
     """Whether a run writes a file of this name into its folder."""
     return any(fnmatchcase(name, glob) for glob in _RUN_FILES)
 
@@ -390,12 +390,12 @@ def _is_below(name: str, root: str) -> bool:
 
 def _empty(folder: Path, inputs: list[Path], is_begun: bool) -> None:
     """Remove what an earlier run wrote and this one does not go on with."""
-    kept = (STATE_FILE, LOG_FILE, *_JOURNALS, *(_STATISTICS if is_begun else ()))
-    files = [path for path in _list_folder(folder) if _is_own(path.name)]
+    staying = (STATE_FILE, LOG_FILE, *_JOURNALS, *(_STATISTICS if is_begun else ()))
+    files = [path for path in _list_folder(folder) if _is_run_file(path.name)]
     for path in files:
         if any(is_same_file(path, file) for file in inputs):
             _keep_copy(path, is_begun)
-        elif not any(fnmatchcase(path.name, glob) for glob in kept):
+        elif not any(fnmatchcase(path.name, glob) for glob in staying):
             path.unlink()
     if is_begun:
         return
@@ -418,11 +418,11 @@ def _keep_copy(path: Path, is_begun: bool) -> None:
 
 def _start_silent_run(settings: dict[str, Any], seed: int) -> Run:
     """A run whose files nobody will read."""
-    own = tempfile.TemporaryDirectory(prefix="qdq-")
-    atexit.register(own.cleanup)
+    folder = tempfile.TemporaryDirectory(prefix="qdq-")
+    atexit.register(folder.cleanup)
     logging.getLogger("qdq").setLevel(logging.ERROR)
     set_seed(seed)
-    return Run(Path(own.name), settings, seed)
+    return Run(Path(folder.name), settings, seed)
 
 
 def _unusable(folder: Path, error: OSError | ValueError) -> ArgumentError:

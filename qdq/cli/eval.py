@@ -53,8 +53,10 @@ def evaluate_files(
         OnnxModel(path)  # a bad file is refused now, not after the float model has run
     loaded = load_model(model, weights, seed)
     _, images = load_images(data_dir, loaded, evaluation=eval_images, batch_size=batch_size, seed=seed)
-    found = {str(path): predict(path, images) for path in onnx}  # the whole path: runs name their files alike
-    outputs = {"float": predict(loaded.module, images), **found}
+    outputs_of_files = {
+        str(path): predict(path, images) for path in onnx
+    }  # the whole path: runs name their files alike
+    outputs = {"float": predict(loaded.module, images), **outputs_of_files}
     evaluation = evaluate_outputs(
         outputs, images.labels, files={"float": loaded.module, **{str(path): path for path in onnx}}
     )

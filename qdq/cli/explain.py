@@ -22,8 +22,8 @@ def explain(run: Path, layer: str, /, *, json: Path | None = None) -> int:
     from qdq.run import guard_command, list_run_files
 
     guard_command(inputs=list_run_files(run), outputs=[json])
-    found = explain_layer(run, layer)
-    print(found.text)
+    explanation = explain_layer(run, layer)
+    print(explanation.text)
     if json is not None:
-        write_json(json, {"layer": found.layer, "neighbours": found.neighbours})
+        write_json(json, {"layer": explanation.layer, "neighbours": explanation.neighbours})
     return 0

@@ -251,9 +251,9 @@ def _keep_freed_memory() -> None:
 
 
 def _take(argv: list[str], flags: tuple[str, ...]) -> bool:
-    found = [argument for argument in argv if argument in flags]
+    matches = [argument for argument in argv if argument in flags]
     argv[:] = [argument for argument in argv if argument not in flags]
-    return bool(found)
+    return bool(matches)
 
 
 def _log_to_console(level: int) -> logging.Handler:
