@@ -12,6 +12,7 @@ from onnx import TensorProto
 
 from qdq.graph.tensors import external_fields, list_tensors
 
+_SHOWN_CHARACTERS = 100  # of a location
 _COMPLEX = (TensorProto.COMPLEX64, TensorProto.COMPLEX128)
 
 
@@ -90,22 +91,47 @@ def _is_packed(tensor: TensorProto) -> bool:
 def _describe_external_fault(tensor: TensorProto, folder: Path, size: int | None) -> str:
     fields = external_fields(tensor)
     location = fields.get("location", "")
-    path = folder / location
     if not location or "\0" in location:
         return "its data lie in another file, and which one is not said"
-    if Path(location).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
-        return f"its data lie outside the folder of the model: {location}"
-    if not path.is_file():
-        return f"its data lie in {location}, and there is no such file"
+    try:
+        if reason := _describe_location_fault(location, folder):
+            return reason
+        file_bytes = (folder / location).stat().st_size
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        return f"its data lie in {_shorten(location)}, which cannot be read: {_describe_cause(error)}"
     try:
         offset, length = int(fields.get("offset", 0)), int(fields.get("length", -1))
     except ValueError:
         return f"offset {fields.get('offset')!r} or length {fields.get('length')!r} of its data is no number"
-    available = path.stat().st_size - offset
     if size is None:
         return "it holds strings in another file"
-    if offset < 0 or available < size:
-        return f"{size} bytes at {offset} of {location} are its data, and that file has {path.stat().st_size}"
+    if offset < 0 or file_bytes - offset < size:
+        return f"{size} bytes at {offset} of {_shorten(location)} are its data, and that file has {file_bytes}"
     if "length" in fields and length != size:
-        return f"its data are {length} bytes of {location}; its type and shape {list(tensor.dims)} take {size}"
+        expected = f"its type and shape {list(tensor.dims)} take {size}"
+        return f"its data are {length} bytes of {_shorten(location)}; {expected}"
     return ""
+
+
+def _describe_location_fault(location: str, folder: Path) -> str:
+    """Why data may not lie there; the file system may raise errors of its own."""
+    path = folder / location
+    if Path(location).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+        return f"its data lie outside the folder of the model: {_shorten(location)}"
+    if path.is_file():
+        return ""
+    if path.exists():
+        return f"its data lie in {_shorten(location)}, which is a folder or a device and no file"
+    return f"its data lie in {_shorten(location)}, and there is no such file"
+
+
+def _describe_cause(error: Exception) -> str:
+    if isinstance(error, RuntimeError):  # its text holds the whole path
+        return "a loop of symbolic links"
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _shorten(location: str) -> str:
+    if len(location) <= _SHOWN_CHARACTERS:
+        return location
+    return f"{location[:_SHOWN_CHARACTERS]}... ({len(location)} characters)"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 
 import numpy as np
 import onnx
@@ -9,8 +10,10 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from qdq import check_onnx
+from qdq import build_engine, check_onnx
+from qdq.check.fix import fix_onnx
 from qdq.check.rules import FILE_RULES
+from qdq.errors import BuildError, CheckError
 from qdq.files import to_jsonable
 
 CASES = {}
@@ -99,6 +102,53 @@ def data_at_an_absolute_path(model):
     move_outside(model, location="/etc/hostname")
 
 
+@case("QDQ205")
+def data_behind_a_loop_of_links(model):
+    move_outside(model, location="loop.bin")
+
+
+@case("QDQ205")
+def data_below_a_loop_of_links(model):
+    move_outside(model, location="loop.bin/w.bin")
+
+
+@case("QDQ205")
+def data_at_a_location_of_5000_characters(model):
+    move_outside(model, location="w" * 5000)
+
+
+@case("QDQ205")
+def data_at_a_location_with_a_nul_byte(model):
+    move_outside(model, location="w\0.bin")
+
+
+@case("QDQ205")
+def data_in_a_folder(model):
+    move_outside(model, location="folder")
+
+
+@case("QDQ205")
+def data_below_a_file(model):
+    move_outside(model, location="w.bin/w.bin")
+
+
+@case("QDQ205")
+def data_in_a_pipe(model):
+    move_outside(model, location="pipe.bin")
+
+
+@case("QDQ205")
+def data_in_a_device(model):
+    move_outside(model, location="zero.bin")
+
+
+@case("QDQ205")
+def constant_node_with_data_behind_a_loop_of_links(model):
+    move_outside(model, location="loop.bin")
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["w"], name="const", value=model.graph.initializer[0]))
+    del model.graph.initializer[:]
+
+
 @case("QDQ206")
 def operator_with_a_typo(model):
     model.graph.node[1].op_type = "Softmaxx"
@@ -175,6 +225,11 @@ def save(model, folder):
     (folder / "w.bin").write_bytes(bytes(64))
     (folder.parent / "w.bin").write_bytes(bytes(64))
     path = folder / "m.onnx"
+    if not path.exists():
+        (folder / "loop.bin").symlink_to("loop.bin")
+        (folder / "zero.bin").symlink_to("/dev/zero")
+        (folder / "folder").mkdir()
+        os.mkfifo(folder / "pipe.bin")
     path.write_bytes(model.SerializeToString())
     return path
 
@@ -216,6 +271,18 @@ def test_damage_is_a_finding_and_never_called_valid(tmp_path, name, caplog, capf
     assert (report.validity.runtime_refusal is None) == loads(path)
     assert caplog.text == ""
     capfd.readouterr()  # what ONNX Runtime prints in this test
+
+
+@pytest.mark.parametrize("name", sorted(name for name, (_, rules) in CASES.items() if "QDQ205" in rules))
+def test_damaged_constants_are_neither_mended_nor_built(tmp_path, name):
+    model = sound_model()
+    CASES[name][0](model)
+    path = save(model, tmp_path / "m")
+    with pytest.raises(CheckError, match="QDQ205"):
+        fix_onnx(path, tmp_path / "fixed.onnx")
+    with pytest.raises(BuildError, match="QDQ205"):
+        build_engine(path)
+    assert not (tmp_path / "fixed.onnx").exists()
 
 
 def drop_shapes(model):
