@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import importlib
 import json
+import math
 import os
 import signal
 import struct
@@ -30,11 +31,13 @@ class ChildCrashError(Exception):
 
     Args:
         reason: What is known of its end, such as "it was ended by SIGSEGV".
+        is_timeout: Whether it did nothing wrong but take longer than it may.
     """
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, *, is_timeout: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.is_timeout = is_timeout
 
 
 class Child:
@@ -73,13 +76,17 @@ class Child:
         """Whether it can be called."""
         return self._process.poll() is None
 
-    def call(self, request: Any, blob: bytes = b"", *, seconds: float | None = None) -> tuple[Any, bytes]:
+    def call(
+        self, request: Any, blob: bytes = b"", *, seconds: float | None = None, cpu_seconds: int | None = None
+    ) -> tuple[Any, bytes]:
         """Have the function answer; Ctrl-C ends the process.
 
         Args:
             request: Any JSON value.
             blob: Any bytes.
             seconds: Longest time to wait for the answer; no limit if None.
+            cpu_seconds: Most processor time that the answer may take, however busy the machine is; no limit if None,
+                and on Windows.
 
         Raises:
             ChildCrashError: The process crashed, or was ended because it took too long.
@@ -88,17 +95,24 @@ class Child:
         if seconds is not None:
             timer.start()
         try:
-            answer = self._exchange(request, blob)
+            answer = self._exchange([request, cpu_seconds], blob)
         except BaseException:
             self.close()
             raise
         finally:
             timer.cancel()
         if answer is None:
-            reason = f"it took longer than {seconds:g} s" if self._is_expired else self._describe_end()
+            crash = self._explain_end(seconds, cpu_seconds)
             self.close()
-            raise ChildCrashError(reason)
+            raise crash
         return answer
+
+    def _explain_end(self, seconds: float | None, cpu_seconds: int | None) -> ChildCrashError:
+        if self._is_expired:
+            return ChildCrashError(f"it took longer than {seconds:g} s", is_timeout=True)
+        if cpu_seconds is not None and self._process.wait() == -getattr(signal, "SIGXCPU", 0):
+            return ChildCrashError(f"it took longer than {cpu_seconds} s of processor time", is_timeout=True)
+        return ChildCrashError(self._describe_end())
 
     def _expire(self) -> None:
         self._is_expired = True
@@ -156,6 +170,19 @@ def _read_frame(stream: IO[bytes]) -> tuple[Any, bytes] | None:
     return json.loads(text), blob
 
 
+def _limit_cpu(seconds: int | None) -> None:
+    """Let the system end this process after that much more processor time of all its threads."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    limit = resource.RLIM_INFINITY if seconds is None else math.ceil(usage.ru_utime + usage.ru_stime) + seconds
+    limits = [number for number in (limit, hard) if number != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_CPU, (min(limits, default=resource.RLIM_INFINITY), hard))
+
+
 def main() -> None:
     """Answer calls until the other end is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it ends this process
@@ -168,7 +195,9 @@ def main() -> None:
     module, _, name = sys.argv[1].partition(":")
     function = getattr(importlib.import_module(module), name)
     while (frame := _read_frame(sys.stdin.buffer)) is not None:
-        _write_frame(answers, *function(*frame))
+        (request, cpu_seconds), blob = frame
+        _limit_cpu(cpu_seconds)
+        _write_frame(answers, *function(request, blob))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ def answer(request, blob):
         raise ValueError("a reason")
     if request == "hang":
         time.sleep(1000)
+    if request == "work":
+        while True:
+            pass
     if request == "print":
         os.write(1, b"not between the frames")
         print("nor this")
@@ -63,6 +66,25 @@ def test_a_hang_is_ended():
     with pytest.raises(ChildCrashError, match=r"longer than 0\.5 s"):
         child.call("hang", seconds=0.5)
     assert is_gone(pid)
+
+
+def test_a_hang_is_no_crash():
+    with pytest.raises(ChildCrashError) as caught, Child(SELF) as child:
+        child.call("hang", seconds=0.5)
+    assert caught.value.is_timeout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_the_limit_of_processor_time_counts_work_and_no_waiting():
+    """What it used for an earlier call is not counted either."""
+    child = Child(SELF)
+    child.call("x", cpu_seconds=1)
+    with pytest.raises(ChildCrashError, match=r"longer than 0\.5 s") as waiting:
+        child.call("hang", seconds=0.5, cpu_seconds=1)
+    assert waiting.value.is_timeout
+    with pytest.raises(ChildCrashError, match="longer than 1 s of processor time") as working, Child(SELF) as other:
+        other.call("work", cpu_seconds=1)
+    assert working.value.is_timeout
 
 
 def test_ctrl_c_ends_it():

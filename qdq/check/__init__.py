@@ -34,8 +34,10 @@ class Validity:
         is_valid: Whether onnx and ONNX Runtime both accept it, and no rule about files says otherwise.
         onnx_version: Of the onnx whose checker and inference were run.
         onnx_refusal: What they refuse, None if nothing.
-        runtime_version: Of the ONNX Runtime that loaded the file, with its default options.
+        runtime_version: Of the ONNX Runtime that loaded the file, on one thread, without constant folding and
+            prepacking.
         runtime_refusal: Why it did not, None if it did.
+        onnx_limit: Why they came to no verdict, such as "it took longer than 60 s of processor time"; None if they did.
     """
 
     is_valid: bool
@@ -43,12 +45,15 @@ class Validity:
     onnx_refusal: str | None
     runtime_version: str
     runtime_refusal: str | None
+    onnx_limit: str | None = None
 
     def format_table(self) -> str:
         """One line for a person."""
         onnx_says = "accepts it (checker, types and shapes)"
         if self.onnx_refusal is not None:
             onnx_says = "refuses it (QDQ202, QDQ203)"
+        elif self.onnx_limit is not None:
+            onnx_says = "came to no verdict (QDQ202)"
         runtime_says = "loads it" if self.runtime_refusal is None else "does not load it (QDQ201)"
         return f"onnx {self.onnx_version} {onnx_says}; ONNX Runtime {self.runtime_version} {runtime_says}"
 
@@ -119,7 +124,8 @@ class CheckReport:
 def _format_findings(findings: tuple[Finding, ...]) -> Iterator[str]:
     """One line a finding, the worst first; of many equal ones the first few nodes and how many more there are."""
     groups = group_names(
-        ((SEVERITIES.index(each.severity), each.rule, each.message, each.fix), each.node) for each in findings
+        ((SEVERITIES.index(finding.severity), finding.rule, finding.message, finding.fix), finding.node)
+        for finding in findings
     )
     for (severity, rule, message, fix), nodes in sorted(groups.items(), key=lambda item: item[0]):
         for node in nodes[:_SHOWN_NODES]:
@@ -166,7 +172,7 @@ def check_onnx(
     loaded = load_onnx(path)
     model, facts = loaded.model, inspect_file(loaded)
     assert facts.runtime is not None  # noqa: S101  # it was asked
-    if not facts.checker.has_crashed:
+    if facts.checker.may_ask_again:
         complete_shapes(model, data_prop=facts.checker.can_propagate)
     if facts.has_cycle:  # nobody can follow its values
         rules = [rule for rule in rules if rule.id in FILE_RULES]
@@ -179,6 +185,7 @@ def check_onnx(
     measured = [_find_lost_parity(path, parity), _find_other_session(path, default_parity)]
     chosen = {rule.id for rule in rules}
     findings += [finding for finding in measured if finding is not None and finding.rule in chosen]
+    has_flaw = any(flaw.severity != "info" or flaw.rule == "QDQ201" for flaw in flaws_of_file)
     quantize_nodes, dequantize_nodes = count_qdq(model)
     return CheckReport(
         path=path,
@@ -191,11 +198,12 @@ def check_onnx(
         parity=parity,
         default_parity=default_parity,
         validity=Validity(
-            is_valid=all(flaw.severity == "info" and flaw.rule != "QDQ201" for flaw in flaws_of_file),
+            is_valid=facts.checker.limit is None and not has_flaw,
             onnx_version=facts.checker.version,
             onnx_refusal=facts.checker.structure or facts.checker.types,
             runtime_version=facts.runtime.version,
             runtime_refusal=facts.runtime.refusal,
+            onnx_limit=facts.checker.limit,
         ),
     )
 

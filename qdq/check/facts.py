@@ -40,4 +40,4 @@ class FileFacts:
     @property
     def inference(self) -> dict[str, bool]:
         """What `measure_coverage` may ask of onnx."""
-        return {"may_infer": not self.checker.has_crashed, "data_prop": self.checker.can_propagate}
+        return {"may_infer": self.checker.may_ask_again, "data_prop": self.checker.can_propagate}

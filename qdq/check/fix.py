@@ -109,6 +109,7 @@ def _require_sound(model: ir.Model, facts: FileFacts) -> None:
     verdicts = [
         (facts.checker.structure, mended.checker.structure),
         (facts.checker.types, mended.checker.types),
+        (facts.checker.limit, mended.checker.limit),
         (facts.runtime and facts.runtime.refusal, mended.runtime and mended.runtime.refusal),
     ]
     for before, after in verdicts:

@@ -22,7 +22,8 @@ from qdq.child import Child, ChildCrashError
 if TYPE_CHECKING:
     import onnx
 
-_LIMIT_SECONDS = 60.0
+_CPU_SECONDS = 60
+_WAIT_SECONDS = 600.0  # only for what waits and does not compute, however busy the machine is
 _INFERENCE_BYTES = 2**30
 _LARGEST_CONSTANT = 1024  # bytes; larger ones are no shapes, which alone inference reads
 _LARGEST_NESTED = 2**26  # bytes of a constant in a body that may be replaced by zeros
@@ -40,7 +41,8 @@ class CheckerVerdict:
         version: Of onnx.
         structure: What `onnx.checker` refuses, None if nothing.
         types: What shape and type inference refuses, None if nothing.
-        has_crashed: onnx ended the process, or took too long: do not call it on this file again.
+        has_crashed: onnx ended the process.
+        limit: Why onnx came to no verdict, such as "it took longer than 60 s of processor time"; None if it did.
         can_propagate: Whether inference may also follow the values of shape computations; they can grow without end.
     """
 
@@ -48,7 +50,13 @@ class CheckerVerdict:
     structure: str | None
     types: str | None
     has_crashed: bool = False
+    limit: str | None = None
     can_propagate: bool = True
+
+    @property
+    def may_ask_again(self) -> bool:
+        """Whether onnx comes to an end on this file, so that it may be called on it in this process."""
+        return not self.has_crashed and self.limit is None
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,8 @@ class RuntimeVerdict:
     Args:
         version: Of ONNX Runtime.
         refusal: Why it does not load the file, None if it does.
-        kind: "invalid" if the file is at fault, "limit" if ONNX Runtime lacks an operator or version; None if loaded.
+        kind: "invalid" if the file is at fault, "limit" if ONNX Runtime lacks an operator or version or took too long;
+            None if loaded.
         unknown_operators: Those of the operators asked for that it does not have, as `DOMAIN::OPERATOR`.
     """
 
@@ -84,7 +93,7 @@ class _Helper:
 
     def ask(self, request: dict[str, Any], blob: bytes = b"") -> dict[str, Any]:
         with self._lock:
-            answer, _ = self._start().call(request, blob, seconds=_LIMIT_SECONDS)
+            answer, _ = self._start().call(request, blob, seconds=_WAIT_SECONDS, cpu_seconds=_CPU_SECONDS)
         return dict(answer)
 
     def _start(self) -> Child:
@@ -126,6 +135,8 @@ def check_model(proto: onnx.ModelProto, unknown: Iterable[tuple[str, str]]) -> C
     except ChildCrashError as died:
         import onnx
 
+        if died.is_timeout:
+            return CheckerVerdict(onnx.__version__, None, None, limit=died.reason)
         return CheckerVerdict(onnx.__version__, f"onnx crashes on it: {died.reason}", None, has_crashed=True)
     return CheckerVerdict(**answer)
 
@@ -144,6 +155,8 @@ def load_in_runtime(path: Path, operators: Iterable[tuple[str, str]] = ()) -> Ru
     except ChildCrashError as died:
         import onnxruntime
 
+        if died.is_timeout:
+            return RuntimeVerdict(onnxruntime.__version__, died.reason, "limit", ())
         return RuntimeVerdict(onnxruntime.__version__, f"it crashes on it: {died.reason}", "invalid", ())
     return RuntimeVerdict(answer["version"], answer["refusal"], answer["kind"], tuple(answer["unknown_operators"]))
 
@@ -305,8 +318,10 @@ def _answer_load(request: dict[str, Any]) -> dict[str, Any]:
     refusal, kind = _load(request["path"])
     # private, but the only list of them; without it every operator counts as one that it has
     schemas: Any = getattr(onnxruntime.capi.onnxruntime_pybind11_state, "get_all_operator_schema", None)
-    known = None if schemas is None else {(schema.domain, schema.name) for schema in schemas()}
-    missing = [f"{domain}::{name}" for domain, name in request["operators"] if known and (domain, name) not in known]
+    available = None if schemas is None else {(schema.domain, schema.name) for schema in schemas()}
+    missing = [
+        f"{domain}::{name}" for domain, name in request["operators"] if available and (domain, name) not in available
+    ]
     return {"version": onnxruntime.__version__, "refusal": refusal, "kind": kind, "unknown_operators": missing}
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import sys
 
 import numpy as np
 import onnx
@@ -353,6 +354,25 @@ def test_the_size_counts_data_beside_the_file(tmp_path):
     move_outside(model)
     path = save(model, tmp_path / "m")
     assert check_onnx(path).file_bytes == path.stat().st_size + 64
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of processor time")
+def test_what_takes_too_long_is_not_judged(tmp_path, monkeypatch):
+    """Neither valid nor broken: nothing is said of the file, and nothing is called a crash."""
+    model = sound_model()
+    stack_constants(model)  # whose values onnx follows for seconds
+    path = save(model, tmp_path / "m")
+    monkeypatch.setattr("qdq.graph.validate._CPU_SECONDS", 0)
+    report = check_onnx(path)
+    assert not report.validity.is_valid
+    assert report.validity.onnx_refusal is None
+    assert "took longer than 0 s of processor time" in report.validity.onnx_limit
+    findings = [finding for finding in report.findings if finding.rule in ("QDQ201", "QDQ202", "QDQ203")]
+    assert {finding.severity for finding in findings} == {"info"}
+    text = report.format_table()
+    assert "valid ONNX" not in text
+    assert "crash" not in text
+    assert "came to no verdict" in text
 
 
 def test_a_rule_that_fails_is_a_finding(tmp_path):

@@ -23,8 +23,8 @@ _RUNTIME_NODE = re.compile(r"In Node, \(\"(.*?)\"|[Nn]ode \((.*?)\) Op|Name:'(.*
     "error",
     "ONNX Runtime does not load the file.",
     "Nobody can say what such a file computes; TensorRT's parser may refuse it, crash on it or read it in its own way. "
-    "Where ONNX Runtime lacks an operator or a kernel the file is not at fault: an info.",
-    "onnxruntime.InferenceSession with its default options, in a process of its own",
+    "Where ONNX Runtime lacks an operator or a kernel, or takes too long, the file is not at fault: an info.",
+    "onnxruntime.InferenceSession on one thread, without constant folding and prepacking, in a process of its own",
 )
 def _runtime_does_not_load(view: GraphView) -> Iterator[Flaw]:
     runtime = view.file.runtime if view.file else None
@@ -35,7 +35,8 @@ def _runtime_does_not_load(view: GraphView) -> Iterator[Flaw]:
     if runtime.kind == "invalid":
         yield Flaw(node, message, _EXPORT)
     else:
-        yield Flaw(node, message, "nothing, if the target has what is missing; numbers cannot be checked here.", "info")
+        fix = "nothing, if the target has what is missing here; numbers cannot be checked here."
+        yield Flaw(node, message, fix, "info")
 
 
 @register_rule(
@@ -43,16 +44,24 @@ def _runtime_does_not_load(view: GraphView) -> Iterator[Flaw]:
     "error",
     "onnx's checker refuses the file.",
     "The file is not as the ONNX standard says. What is only unusual, such as an output without shape, is left out "
-    "here (QDQ209).",
+    "here (QDQ209). Where the checker takes too long, nothing is known: an info.",
     "onnx.checker.check_model, in a process of its own",
 )
 def _checker_refuses(view: GraphView) -> Iterator[Flaw]:
-    if view.file is None or view.file.checker.structure is None:
+    if view.file is None:
         return
-    refusal = view.file.checker.structure
+    checker = view.file.checker
+    if checker.limit is not None:
+        message = f"onnx {checker.version} came to no verdict on the file: {checker.limit}"
+        yield Flaw(
+            view.file.path.name, message, "nothing, if the target builds it; a smaller file can be judged.", "info"
+        )
+    if checker.structure is None:
+        return
+    refusal = checker.structure
     if "topologically sorted" in refusal and not view.file.is_sorted:  # QDQ208, QDQ209
         return
-    message = f"onnx {view.file.checker.version} refuses the file: {refusal}"
+    message = f"onnx {checker.version} refuses the file: {refusal}"
     yield Flaw(_node_in(view.file, refusal), message, _EXPORT)
 
 
