@@ -100,9 +100,9 @@ class BuildReport:
             "  ".join([*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]])
             for row in rows
         ]
-        found = self.expected_int8 - len(self.missing_int8)
-        summary = f"int8: {found} of {self.expected_int8} expected"
-        if extra := self.int8 - found:
+        reached = self.expected_int8 - len(self.missing_int8)
+        summary = f"int8: {reached} of {self.expected_int8} expected"
+        if extra := self.int8 - reached:
             summary += f", and {extra} more"
         if not self.expected_int8:
             summary += ": nothing in the file is quantized"
@@ -161,14 +161,14 @@ def build_engine(
     profiles = solve_profiles(_read_inputs(model), given)
     # .plan: never the file written here, and no two versions can read one another's anyway
     lines = trtexec_lines(onnx_path, onnx_path.with_suffix(".plan"), profiles, half=_has_float16(model))
-    found = _find_backend(backend, lines)
-    engine = _engine_path(onnx_path, output, found.name)
-    target = sm if found.name == "rtx" else None
+    chosen_backend = _find_backend(backend, lines)
+    engine = _engine_path(onnx_path, output, chosen_backend.name)
+    target = sm if chosen_backend.name == "rtx" else None
 
     start = time.perf_counter()
     refusal = _describe_refusal(facts.checker)
     try:
-        plan = build_plan(found, onnx_path, profiles, target)
+        plan = build_plan(chosen_backend, onnx_path, profiles, target)
     except BuildError as error:
         raise BuildError(" ".join([error.message, *refusal]), error.fix) from error
     seconds = time.perf_counter() - start
@@ -177,8 +177,8 @@ def build_engine(
         onnx=onnx_path,
         engine=engine,
         engine_bytes=len(plan.engine),
-        backend=found.name,
-        backend_version=found.version,
+        backend=chosen_backend.name,
+        backend_version=chosen_backend.version,
         sm=target,
         seconds=seconds,
         profiles=profiles,
@@ -204,8 +204,8 @@ def _find_backend(name: str, lines: Mapping[str, str]) -> Backend:
 def _load(path: Path) -> tuple[ir.Model, FileFacts]:
     """Read an ONNX file, refuse a damaged one, and name nameless nodes as TensorRT's parser will."""
     if not path.is_file():
-        found = f"there is no file {path}" + (": it is a folder" if path.is_dir() else "")
-        raise ArgumentError(f"{found}.", "give an ONNX file, such as the model.onnx that `qdq ptq` writes.")
+        message = f"there is no file {path}" + (": it is a folder" if path.is_dir() else "")
+        raise ArgumentError(f"{message}.", "give an ONNX file, such as the model.onnx that `qdq ptq` writes.")
     try:
         loaded = load_onnx(path)
     except CheckError as error:
@@ -213,10 +213,23 @@ def _load(path: Path) -> tuple[ir.Model, FileFacts]:
     facts = inspect_file(loaded, ask_runtime=False)
     for finding in find_violations(loaded.model, choose_rules(_FATAL_RULES), facts):
         raise BuildError(f"{path} cannot be built ({finding.rule}): {finding.node}: {finding.message}.", finding.fix)
+    _refuse_without_verdict(path, facts.checker)
     for node in loaded.model.graph:
         if not node.name and node.outputs:
             node.name = f"node_of_{node.outputs[0].name}"
     return loaded.model, facts
+
+
+def _refuse_without_verdict(path: Path, checker: CheckerVerdict) -> None:
+    """Refuse what ends onnx's checker or keeps it busy: TensorRT has no limit, and it may take all memory."""
+    if checker.may_ask_again:
+        return
+    reason = checker.limit or checker.structure
+    raise BuildError(
+        f"{path} cannot be built: onnx's checker crashed on it or did not come to an end: {reason}.",
+        f"run `qdq check {path}` and mend what it names; if it names nothing, write the nodes of functions into the "
+        "graph, or build parts of the model to find the node.",
+    )
 
 
 def _describe_refusal(checker: CheckerVerdict) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from qdq.check.calls import is_expansion_too_large
 from qdq.check.facts import FileFacts
 from qdq.check.inspection import inspect_file
 from qdq.check.load import LoadedModel, load_onnx, require_whole
@@ -53,7 +54,7 @@ def fix_onnx(path: Path | str, output: Path | str) -> dict[str, int]:
     path, output = as_path(path, "path"), as_path(output, "output")
     loaded = load_onnx(path)
     facts = inspect_file(loaded)
-    if facts.has_cycle or facts.tensor_faults:
+    if facts.has_cycle or facts.tensor_faults or is_expansion_too_large(loaded.model):
         raise _unmendable(path, "it is damaged (QDQ205, QDQ208)")
     counts = _mend(path, loaded.model)
     if not counts and _may_copy_bytes(loaded, output):

@@ -8,10 +8,19 @@ import os
 import onnx
 import onnx_ir as ir
 
+from qdq.check.calls import is_expansion_too_large
 from qdq.check.facts import FileFacts
 from qdq.check.load import LoadedModel
 from qdq.graph.tensors import external_fields, list_tensors
-from qdq.graph.validate import check_model, iterate_nodes, load_in_runtime
+from qdq.graph.validate import (
+    CheckerVerdict,
+    RuntimeVerdict,
+    check_model,
+    iterate_nodes,
+    load_in_runtime,
+    skip_checker,
+    skip_runtime,
+)
 
 
 def inspect_file(loaded: LoadedModel, *, ask_runtime: bool = True) -> FileFacts:
@@ -23,6 +32,7 @@ def inspect_file(loaded: LoadedModel, *, ask_runtime: bool = True) -> FileFacts:
     """
     unknown = _list_unknown(loaded.proto)
     is_sorted, has_cycle = _sort(loaded.model)
+    checker, runtime = _ask(loaded, unknown, ask_runtime)
     return FileFacts(
         path=loaded.path,
         proto=loaded.proto,
@@ -31,9 +41,19 @@ def inspect_file(loaded: LoadedModel, *, ask_runtime: bool = True) -> FileFacts:
         has_cycle=has_cycle,
         unknown=unknown,
         tensor_faults=loaded.tensor_faults,
-        checker=check_model(loaded.proto, unknown),
-        runtime=load_in_runtime(loaded.path, unknown) if ask_runtime else None,
+        checker=checker,
+        runtime=runtime,
     )
+
+
+def _ask(
+    loaded: LoadedModel, unknown: frozenset[tuple[str, str]], ask_runtime: bool
+) -> tuple[CheckerVerdict, RuntimeVerdict | None]:
+    """What onnx and ONNX Runtime say; both write every call of a function out, so they do not get too many."""
+    if is_expansion_too_large(loaded.model):
+        reason = "it was not asked, as the functions of the file become too many nodes (QDQ208)"
+        return skip_checker(reason), skip_runtime(reason) if ask_runtime else None
+    return check_model(loaded.proto, unknown), load_in_runtime(loaded.path, unknown) if ask_runtime else None
 
 
 def _list_unknown(proto: onnx.ModelProto) -> frozenset[tuple[str, str]]:

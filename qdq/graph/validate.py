@@ -136,7 +136,7 @@ def check_model(proto: onnx.ModelProto, unknown: Iterable[tuple[str, str]]) -> C
         import onnx
 
         if died.is_timeout:
-            return CheckerVerdict(onnx.__version__, None, None, limit=died.reason)
+            return skip_checker(died.reason)
         return CheckerVerdict(onnx.__version__, f"onnx crashes on it: {died.reason}", None, has_crashed=True)
     return CheckerVerdict(**answer)
 
@@ -156,9 +156,23 @@ def load_in_runtime(path: Path, operators: Iterable[tuple[str, str]] = ()) -> Ru
         import onnxruntime
 
         if died.is_timeout:
-            return RuntimeVerdict(onnxruntime.__version__, died.reason, "limit", ())
+            return skip_runtime(died.reason)
         return RuntimeVerdict(onnxruntime.__version__, f"it crashes on it: {died.reason}", "invalid", ())
     return RuntimeVerdict(answer["version"], answer["refusal"], answer["kind"], tuple(answer["unknown_operators"]))
+
+
+def skip_checker(reason: str) -> CheckerVerdict:
+    """The verdict of a checker that came to none."""
+    import onnx
+
+    return CheckerVerdict(onnx.__version__, None, None, limit=reason)
+
+
+def skip_runtime(reason: str) -> RuntimeVerdict:
+    """The verdict of an ONNX Runtime that came to none."""
+    import onnxruntime
+
+    return RuntimeVerdict(onnxruntime.__version__, reason, "limit", ())
 
 
 # --- what is sent ---------------------------------------------------------------------------------------------------

@@ -124,11 +124,11 @@ def _network_flags(backend: Backend) -> int:
 
 def _parse_failure(onnx_path: Path, errors: list[Any]) -> BuildError:
     """What the parser refuses, by node."""
-    found = "; ".join(
+    reasons = "; ".join(
         f"node '{error.node_name()}' ({error.node_operator()}): {error.desc().strip()}" for error in errors
     )
     return BuildError(
-        f"TensorRT cannot parse {onnx_path}: {found or 'no reason given'}.",
+        f"TensorRT cannot parse {onnx_path}: {reasons or 'no reason given'}.",
         f"run `qdq check {onnx_path}`: its rules name the cause at that node; an operator that TensorRT does "
         "not have must be replaced in the model before the export.",
     )
@@ -136,9 +136,9 @@ def _parse_failure(onnx_path: Path, errors: list[Any]) -> BuildError:
 
 def _build_failure(onnx_path: Path, messages: list[tuple[str, str]]) -> BuildError:
     """Why the builder gave no engine, in its own words."""
-    found = "; ".join(text.strip() for severity, text in messages if severity in _ALARMS[1:])
+    reasons = "; ".join(text.strip() for severity, text in messages if severity in _ALARMS[1:])
     return BuildError(
-        f"TensorRT cannot build {onnx_path}: {found or 'no reason given'}.",
+        f"TensorRT cannot build {onnx_path}: {reasons or 'no reason given'}.",
         "leave the layer that it names in float, or choose another compute capability; "
         f"`qdq check {onnx_path}` names known causes.",
     )

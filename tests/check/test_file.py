@@ -16,6 +16,7 @@ from qdq.check.fix import fix_onnx
 from qdq.check.rules import FILE_RULES
 from qdq.errors import BuildError, CheckError
 from qdq.files import to_jsonable
+from qdq.graph.validate import CheckerVerdict
 
 CASES = {}
 
@@ -51,6 +52,18 @@ def move_outside(model, **fields):
     tensor.data_location = TensorProto.EXTERNAL
     for key, value in {"location": "w.bin", "offset": "0", "length": "64", **fields}.items():
         tensor.external_data.add(key=key, value=value)
+
+
+def call_doubling_functions(model, count):
+    """F0 calls F1 on the value that F1 gives, and so on: the last one is called 2^(count - 1) times."""
+    opsets = [helper.make_opsetid("", 19), helper.make_opsetid("mine", 1)]
+    for index in range(count - 1):
+        nodes = [helper.make_node(f"F{index + 1}", [x], [y], domain="mine") for x, y in ("pa", "aq")]
+        model.functions.append(helper.make_function("mine", f"F{index}", ["p"], ["q"], nodes, opsets))
+    last = helper.make_node("Relu", ["p"], ["q"])
+    model.functions.append(helper.make_function("mine", f"F{count - 1}", ["p"], ["q"], [last], opsets))
+    model.opset_import.append(opsets[1])
+    model.graph.node[1].CopyFrom(helper.make_node("F0", ["a"], ["y"], name="call", domain="mine"))
 
 
 @case("QDQ204")
@@ -284,6 +297,44 @@ def test_damaged_constants_are_neither_mended_nor_built(tmp_path, name):
     with pytest.raises(BuildError, match="QDQ205"):
         build_engine(path)
     assert not (tmp_path / "fixed.onnx").exists()
+
+
+@pytest.mark.parametrize("count", [24, 2000])  # 2^1999 has more digits than Python converts to a float
+@pytest.mark.parametrize("has_nodes", [True, False])
+def test_functions_that_double_are_refused_at_once(tmp_path, count, has_nodes):
+    """Neither onnx, ONNX Runtime nor TensorRT is asked: each would write all calls out."""
+    model = sound_model()
+    call_doubling_functions(model, count)
+    if not has_nodes:
+        del model.functions[-1].node[:]
+        model.functions[-1].output[:] = ["p"]
+    path = save(model, tmp_path / "m")
+    report = check_onnx(path)
+    assert {finding.rule for finding in report.problems} == {"QDQ208"}
+    assert "more than 1,000,000 nodes" in report.format_table()
+    assert not report.validity.is_valid
+    with pytest.raises(BuildError, match=r"QDQ208.*more than 1,000,000 nodes"):
+        build_engine(path)
+    with pytest.raises(CheckError, match="QDQ208"):
+        fix_onnx(path, tmp_path / "fixed.onnx")
+
+
+def test_functions_that_double_a_few_times_are_valid(tmp_path):
+    model = sound_model()
+    call_doubling_functions(model, 6)
+    path = save(model, tmp_path / "m")
+    assert loads(path)
+    assert check_onnx(path).validity.is_valid
+
+
+@pytest.mark.parametrize("verdict", [{"limit": "it took longer than 60 s"}, {"has_crashed": True}])
+def test_what_onnx_does_not_come_to_an_end_with_is_not_built(tmp_path, monkeypatch, verdict):
+    path = save(sound_model(), tmp_path / "m")
+    answer = CheckerVerdict(onnx.__version__, None, None, **verdict)
+    monkeypatch.setattr("qdq.check.inspection.check_model", lambda *_: answer)
+    with pytest.raises(BuildError, match="onnx's checker crashed on it or did not come to an end") as caught:
+        build_engine(path)
+    assert f"qdq check {path}" in caught.value.fix
 
 
 def drop_shapes(model):

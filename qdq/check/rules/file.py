@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import onnx
 import onnx_ir as ir
 
+from qdq.check.calls import LARGEST_EXPANSION, is_expansion_too_large, list_recursive_functions
 from qdq.check.facts import FileFacts
 from qdq.check.rules.registry import Flaw, Severity, register_rule
 from qdq.check.rules.view import GraphView, name_of
@@ -166,9 +167,12 @@ def _version_is_unknown(view: GraphView) -> Iterator[Flaw]:
 @register_rule(
     "QDQ208",
     "error",
-    "The graph cannot be computed: a cycle, a value that nothing provides, no output, or a function that calls itself.",
-    "No runtime can run it. TensorRT crashes on a function that calls itself.",
-    "[probe] a segmentation fault of TensorRT-RTX 1.7.1 on functions; the rest is refused",
+    "The graph cannot be computed: a cycle, a value that nothing provides, no output, a function that calls itself, or "
+    "functions that call others so often that a million nodes come of it.",
+    "No runtime can run it. TensorRT crashes on a function that calls itself. It writes every call out, as others do: "
+    "24 functions that call the next one twice are 16 million nodes.",
+    "[probe] TensorRT-RTX 1.7.1: a segmentation fault on functions that call themselves, no end on those that double; "
+    "the rest is refused",
 )
 def _graph_cannot_be_computed(view: GraphView) -> Iterator[Flaw]:
     graph = view.model.graph
@@ -185,30 +189,15 @@ def _graph_cannot_be_computed(view: GraphView) -> Iterator[Flaw]:
         for value in node.inputs:
             if value is not None and _is_dangling(value) and value.name not in sparse:
                 yield Flaw(name_of(node), f"nothing provides its input {value.name}", _EXPORT)
-    for function in _recursive_functions(view.model):
+    for function in list_recursive_functions(view.model):
         yield Flaw(function, "the function calls itself", "write its nodes into the graph instead.")
+    if is_expansion_too_large(view.model):
+        message = f"its calls of functions become more than {LARGEST_EXPANSION:,} nodes"
+        yield Flaw(name, message, "let each function call others once, or write its nodes into the graph instead.")
 
 
 def _is_dangling(value: ir.Value) -> bool:
     return value.producer() is None and not value.is_graph_input() and not value.is_initializer() and bool(value.name)
-
-
-def _recursive_functions(model: ir.Model) -> list[str]:
-    """Functions from which calls lead back to themselves."""
-    calls = {
-        key: {node.op_identifier() for node in function.all_nodes()} & model.functions.keys()
-        for key, function in model.functions.items()
-    }
-    names = []
-    for start in calls:
-        reached, waiting = set(), set(calls[start])
-        while waiting:
-            key = waiting.pop()
-            reached.add(key)
-            waiting |= calls[key] - reached
-        if start in reached:
-            names.append(start[1])
-    return names
 
 
 @register_rule(
