@@ -9,7 +9,7 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from qdq.graph.pairs import COPY_OPS, constant_of, has_int8_zeros, input_of, is_op, parameters_of
+from qdq.graph.pairs import COPY_OPS, constant_of, has_int8_zeros, has_reference, input_of, is_op, parameters_of
 from qdq.graph.shapes import infer_shapes
 from qdq.names import list_names
 
@@ -258,6 +258,8 @@ def follow_axis(value: ir.Value | None, weight: ir.Node, axis: int) -> int | Non
         path.append(node)
         value = node.inputs[0]
     for node in reversed(path):
+        if has_reference(node):
+            return None
         if is_op(node, "Transpose") and (perm := node.attributes.get("perm")) is not None:
             axis = list(perm.as_ints()).index(axis)
         elif not is_op(node, "Identity", "Cast"):

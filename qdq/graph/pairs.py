@@ -64,6 +64,11 @@ def input_of(node: ir.Node, position: int) -> ir.Value | None:
     return node.inputs[position] if position < len(node.inputs) else None
 
 
+def has_reference(node: ir.Node) -> bool:
+    """Whether an attribute refers to one of a function: its value is not known here."""
+    return any(attribute.is_ref() for attribute in node.attributes.values())
+
+
 def parameters_of(node: ir.Node) -> Parameters | None:
     """The parameters of a Q or DQ; None for other nodes, and where they are not constant."""
     if not is_op(node, "QuantizeLinear", "DequantizeLinear"):
@@ -71,7 +76,7 @@ def parameters_of(node: ir.Node) -> Parameters | None:
     scale, zero_point = constant_of(input_of(node, 1)), constant_of(input_of(node, 2))
     if scale is None or (zero_point is None and input_of(node, 2) is not None):
         return None
-    if any(attribute.is_ref() for attribute in node.attributes.values()):
+    if has_reference(node):
         return None
     return Parameters(
         _freeze(scale),

@@ -337,6 +337,44 @@ def test_what_onnx_does_not_come_to_an_end_with_is_not_built(tmp_path, monkeypat
     assert f"qdq check {path}" in caught.value.fix
 
 
+def refer(node, name, type_):
+    """Let an attribute refer to one of a function."""
+    for attribute in [attribute for attribute in node.attribute if attribute.name == name]:
+        node.attribute.remove(attribute)
+    node.attribute.add(name=name, type=type_, ref_attr_name="of_a_function")
+
+
+@pytest.mark.parametrize(
+    ("node", "name", "type_"),
+    [
+        ("conv", "group", onnx.AttributeProto.INT),
+        ("conv", "strides", onnx.AttributeProto.INTS),
+        ("conv", "auto_pad", onnx.AttributeProto.STRING),
+        ("quantize", "axis", onnx.AttributeProto.INT),
+        ("dequantize", "axis", onnx.AttributeProto.INT),
+        ("transpose", "perm", onnx.AttributeProto.INTS),
+        ("cast", "to", onnx.AttributeProto.INT),
+    ],
+)
+def test_a_reference_outside_of_functions_is_not_known(tmp_path, node, name, type_):
+    model = sound_model()
+    nodes = [
+        helper.make_node("QuantizeLinear", ["w", "s"], ["wq"], name="quantize", axis=0),
+        helper.make_node("DequantizeLinear", ["wq", "s"], ["wd"], name="dequantize", axis=0),
+        helper.make_node("Transpose", ["wd"], ["wt"], name="transpose", perm=[0, 1, 2, 3]),
+        helper.make_node("Cast", ["wt"], ["wc"], name="cast", to=TensorProto.FLOAT),
+        *model.graph.node,
+    ]
+    nodes[4].input[1] = "wc"
+    refer(next(item for item in nodes if item.name == node), name, type_)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.append(numpy_helper.from_array(np.full(4, 0.1, np.float32), "s"))
+    report = check_onnx(save(model, tmp_path / "m"))
+    assert not [finding for finding in report.findings if "cannot be applied" in finding.message]
+    assert not {finding.rule for finding in report.problems} & {"QDQ208", "QDQ210"}
+
+
 def drop_shapes(model):
     del model.graph.node[0], model.graph.initializer[:]  # of a convolution TensorRT wants the number of dimensions
     model.graph.node[0].CopyFrom(helper.make_node("Relu", ["x"], ["y"], name="relu"))

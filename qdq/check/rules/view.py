@@ -14,7 +14,7 @@ from qdq.check.facts import FileFacts
 from qdq.check.signatures import describe_misfit
 from qdq.graph import pairs
 from qdq.graph.coverage import WEIGHTED_OPS
-from qdq.graph.pairs import input_of
+from qdq.graph.pairs import has_reference, input_of
 from qdq.graph.pairs import is_op as is_op
 
 Array = npt.NDArray[Any]
@@ -45,14 +45,14 @@ class GraphView:
         self._constants: dict[ir.Value, Array | None] = {}
 
     def select(self, *op_types: str) -> list[ir.Node]:
-        """Nodes of these standard operators, in graph order, but for those of `misfits`."""
+        """Nodes of these standard operators, in graph order, but for those that are not `_is_readable`."""
         return [node for op_type in op_types for node in self._by_op.get(op_type, [])]
 
     @cached_property
     def _by_op(self) -> dict[str, list[ir.Node]]:
         nodes: dict[str, list[ir.Node]] = {}
         for node in self.nodes:
-            if node.domain == "" and node not in self.misfits:
+            if node.domain == "" and self._is_readable(node):
                 nodes.setdefault(node.op_type, []).append(node)
         return nodes
 
@@ -110,6 +110,8 @@ class GraphView:
         casts = []
         source: ir.Value | None = value
         while source is not None and (node := source.producer()) is not None and is_op(node, "Identity", "Cast"):
+            if has_reference(node):
+                return None
             if node.op_type == "Cast":
                 casts.append(ir.DataType(node.attributes.get_int("to", 0)))
             source = input_of(node, 0)
@@ -151,6 +153,8 @@ class GraphView:
         """The type of a value; that of a DQ's output is that of its scale (R-CONV-2 in half precision)."""
         while value is not None:
             node = value.producer()
+            if node is not None and has_reference(node):
+                return value.dtype
             if node is not None and is_op(node, "DequantizeLinear"):
                 if written := node.attributes.get_int("output_dtype", 0):
                     return ir.DataType(written)
@@ -190,7 +194,11 @@ class GraphView:
         return True
 
     def _is_sound(self, node: ir.Node, *op_types: str) -> bool:
-        return is_op(node, *op_types) and node not in self.misfits
+        return is_op(node, *op_types) and self._is_readable(node)
+
+    def _is_readable(self, node: ir.Node) -> bool:
+        """Whether it fits its operator and its attributes are numbers; a function's can be what each call says."""
+        return node not in self.misfits and not has_reference(node)
 
     def source(self, value: ir.Value | None, through: Iterable[str]) -> ir.Node | None:
         """The node behind a value, skipping the first inputs of the operators named."""
