@@ -282,7 +282,8 @@ def _with_shapes(model: ir.Model, data_prop: bool) -> ir.Model:
     for value in values:
         if value.shape is not None:
             value.shape = ir.Shape([_bind(size, batches) for size in value.shape])
-    infer_shapes(copy, data_prop=data_prop)
+    if any(_sizes(value) is None for value in values):
+        infer_shapes(copy, data_prop=data_prop)
     return copy
 
 

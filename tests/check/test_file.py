@@ -16,6 +16,7 @@ from qdq.check.fix import fix_onnx
 from qdq.check.rules import FILE_RULES
 from qdq.errors import BuildError, CheckError
 from qdq.files import to_jsonable
+from qdq.graph import coverage, shapes
 from qdq.graph.validate import CheckerVerdict
 
 CASES = {}
@@ -508,6 +509,18 @@ def chain_identities(model):
         model.graph.node.insert(index, helper.make_node("Identity", [name], [f"i{index}"]))
     conv = next(node for node in model.graph.node if node.op_type == "Conv")
     conv.input[1] = "i1499"
+
+
+def test_shapes_are_inferred_once(tmp_path, monkeypatch):
+    """Where the check could complete them, the coverage has nothing to ask."""
+    model = sound_model()
+    calls = []
+    infer = shapes.infer_shapes
+    for module in (shapes, coverage):
+        monkeypatch.setattr(module, "infer_shapes", lambda *args, **options: calls.append(infer(*args, **options)))
+    report = check_onnx(save(model, tmp_path / "m"))
+    assert len(calls) == 1
+    assert report.coverage.macs == 4 * 2 * 2 * 4
 
 
 @pytest.mark.parametrize("change", [stack_concats, stack_constants, chain_identities])
