@@ -338,9 +338,9 @@ class _Recorder(TorchFunctionMode):
         function = name_function(func)
         index = self._counters[-1][function]
         self._counters[-1][function] += 1
-        before = self._meter()
+        reading = self._meter()
         result = func(*args, **(kwargs or {}))
-        metered = self._meter() - before
+        metered = self._meter() - reading
         changed = arguments[:1] if function == "setitem" else tensors_of(result)
         if changed:  # sizes and flags are no reading of the values
             self._record(func, arguments)
