@@ -21,8 +21,17 @@ _HOMES = {
     "data": ("load_images", "load_training_images"),
     "distributed": ("shard_batches",),
     "errors": (
-        "ArgumentError", "ArgumentTypeError", "BuildError", "CalibrationError", "CheckError", "DataError",
-        "DependencyError", "ExportError", "ModelError", "QdqError", "StateError",
+        "ArgumentError",
+        "ArgumentTypeError",
+        "BuildError",
+        "CalibrationError",
+        "CheckError",
+        "DataError",
+        "DependencyError",
+        "ExportError",
+        "ModelError",
+        "QdqError",
+        "StateError",
     ),
     "evaluate": ("Evaluation", "evaluate_outputs", "measure_tie_floor", "predict"),
     "export": ("ExportReport", "export_onnx"),
@@ -36,7 +45,11 @@ _HOMES = {
     "qat.checkpoint": ("load_tuned", "save_tuned"),
     "qat.losses": ("Distillation", "cross_entropy"),
     "quantizer": (
-        "QuantDescriptor", "TensorQuantizer", "disable_quantization", "enable_quantization", "fake_quantize",
+        "QuantDescriptor",
+        "TensorQuantizer",
+        "disable_quantization",
+        "enable_quantization",
+        "fake_quantize",
     ),
     "ranges": ("RangeExport", "RangeImport", "export_ranges", "import_ranges"),
     "report": ("write_report",),
@@ -48,7 +61,7 @@ _HOMES = {
     "statistics": ("Statistics",),
     "swap": ("SwapPlan", "plan_swap", "restore_modules", "swap_modules"),
     "trt.backend": ("find_backend",),
-}  # fmt: skip
+}
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = sorted([*_HOME_OF, "__version__"])  # the literal list is in __init__.pyi

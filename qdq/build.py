@@ -97,7 +97,9 @@ class BuildReport:
         ]
         widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
         lines = [
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]])
+            "  ".join(
+                [*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]]
+            )
             for row in rows
         ]
         reached = self.expected_int8 - len(self.missing_int8)
@@ -113,7 +115,9 @@ class BuildReport:
             f"{target}, {self.seconds:.1f} s"
         )
         if self.int8_share is not None and self.coverage.int8_share is not None:
-            lines.append(f"{self.int8_share:.1%} of all MACs in int8, {self.coverage.int8_share:.1%} were predicted")
+            lines.append(
+                f"{self.int8_share:.1%} of all MACs in int8, {self.coverage.int8_share:.1%} were predicted"
+            )
         return "\n".join([*lines, summary])
 
 
@@ -160,7 +164,9 @@ def build_engine(
     given = {"min": min_shapes or {}, "opt": opt_shapes or {}, "max": max_shapes or {}}
     profiles = solve_profiles(_read_inputs(model), given)
     # .plan: never the file written here, and no two versions can read one another's anyway
-    lines = trtexec_lines(onnx_path, onnx_path.with_suffix(".plan"), profiles, half=_has_float16(model))
+    lines = trtexec_lines(
+        onnx_path, onnx_path.with_suffix(".plan"), profiles, half=_has_float16(model)
+    )
     chosen_backend = _find_backend(backend, lines)
     engine = _engine_path(onnx_path, output, chosen_backend.name)
     target = sm if chosen_backend.name == "rtx" else None
@@ -205,14 +211,19 @@ def _load(path: Path) -> tuple[ir.Model, FileFacts]:
     """Read an ONNX file, refuse a damaged one, and name nameless nodes as TensorRT's parser will."""
     if not path.is_file():
         message = f"there is no file {path}" + (": it is a folder" if path.is_dir() else "")
-        raise ArgumentError(f"{message}.", "give an ONNX file, such as the model.onnx that `qdq ptq` writes.")
+        raise ArgumentError(
+            f"{message}.", "give an ONNX file, such as the model.onnx that `qdq ptq` writes."
+        )
     try:
         loaded = load_onnx(path)
     except CheckError as error:
         raise BuildError(error.message, error.fix) from error
     facts = inspect_file(loaded, ask_runtime=False)
     for finding in find_violations(loaded.model, choose_rules(_FATAL_RULES), facts):
-        raise BuildError(f"{path} cannot be built ({finding.rule}): {finding.node}: {finding.message}.", finding.fix)
+        raise BuildError(
+            f"{path} cannot be built ({finding.rule}): {finding.node}: {finding.message}.",
+            finding.fix,
+        )
     _refuse_without_verdict(path, facts.checker)
     for node in loaded.model.graph:
         if not node.name and node.outputs:
@@ -285,7 +296,10 @@ def _is_constant(value: ir.Value | None) -> bool:
 
 
 def _has_float16(model: ir.Model) -> bool:
-    values = [*model.graph.initializers.values(), *(value for node in model.graph for value in node.outputs)]
+    values = [
+        *model.graph.initializers.values(),
+        *(value for node in model.graph for value in node.outputs),
+    ]
     return any(value.dtype == ir.DataType.FLOAT16 for value in values)
 
 

@@ -46,7 +46,9 @@ _CONSTANTS = (
     | torch.memory_format
     | enum.Enum
 )
-_MARK_UNIT = 2.0**60  # no range of a real tensor; times a number of 17 bits and 127 it is exact in float32
+_MARK_UNIT = (
+    2.0**60
+)  # no range of a real tensor; times a number of 17 bits and 127 it is exact in float32
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,12 @@ class CapturedGraph:
 
 
 def capture_graph(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int, *, dynamic_batch: bool
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    opset: int,
+    *,
+    dynamic_batch: bool,
 ) -> CapturedGraph:
     """Capture a model whose quantizers have ranges; they and the model are left as they were.
 
@@ -108,7 +115,9 @@ def capture_graph(
             "export a module that returns some.",
         )
     if call.left_out:
-        logger.warning("outputs that are no tensors are not in the file: %s", ", ".join(call.left_out))
+        logger.warning(
+            "outputs that are no tensors are not in the file: %s", ", ".join(call.left_out)
+        )
     names = dict(zip(call.parameters, tensors, strict=True))
     for value in program.model.graph.inputs:
         value.name = names.get(str(value.name), value.name)
@@ -119,7 +128,9 @@ def capture_graph(
 
 def _advise(model: nn.Module) -> str:
     """What to do about a model that torch cannot capture."""
-    parametrized = [name or "the model" for name, module in model.named_modules() if is_parametrized(module)]
+    parametrized = [
+        name or "the model" for name, module in model.named_modules() if is_parametrized(module)
+    ]
     if parametrized:  # torch speaks of operators that no forward calls
         return (
             f"{list_names(parametrized, 5)} compute parameters from others: call "
@@ -153,13 +164,20 @@ class _Mark:
         self.has_run = True
         amax = self.quantizer.amax
         shape = () if amax is None else amax.shape
-        return torch.full(shape, self.scale * self.quantizer.format.qmax, dtype=torch.float32, device=inputs.device)
+        return torch.full(
+            shape,
+            self.scale * self.quantizer.format.qmax,
+            dtype=torch.float32,
+            device=inputs.device,
+        )
 
 
 @contextmanager
 def _marked(model: nn.Module) -> Iterator[list[_Mark]]:
     """Give each enabled quantizer a range that tells it from all others."""
-    enabled = [(name, quantizer) for name, quantizer in named_quantizers(model) if not quantizer._disabled]
+    enabled = [
+        (name, quantizer) for name, quantizer in named_quantizers(model) if not quantizer._disabled
+    ]
     marks = [_Mark(name, quantizer, number) for number, (name, quantizer) in enumerate(enabled, 1)]
     try:
         for mark in marks:
@@ -173,8 +191,12 @@ def _marked(model: nn.Module) -> Iterator[list[_Mark]]:
 def _scale_of(mark: _Mark) -> QuantizerScale:
     amax = mark.quantizer.amax
     assert amax is not None  # noqa: S101  # export_onnx has looked
-    scale = compute_scale(amax, mark.quantizer.format).detach().cpu()  # `scale` has another meaning in qdq.compat
-    is_per_tensor = scale.numel() == 1  # a scale of shape [1] costs TensorRT-RTX the int8 kernel (R-SHAPE)
+    scale = (
+        compute_scale(amax, mark.quantizer.format).detach().cpu()
+    )  # `scale` has another meaning in qdq.compat
+    is_per_tensor = (
+        scale.numel() == 1
+    )  # a scale of shape [1] costs TensorRT-RTX the int8 kernel (R-SHAPE)
     return QuantizerScale(mark.name, scale.reshape(() if is_per_tensor else -1).numpy())
 
 
@@ -195,11 +217,15 @@ class _Call:
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._model = model
         self._leaves, self._structure = tree_flatten((args, kwargs))
-        named = name_leaves(dict(zip(_name_positional(model, len(args)), args, strict=True)) | kwargs)
+        named = name_leaves(
+            dict(zip(_name_positional(model, len(args)), args, strict=True)) | kwargs
+        )
         for name, leaf in named.items():
             _require_constant(name, leaf)
         self._is_tensor = [isinstance(leaf, torch.Tensor) for leaf in self._leaves]
-        self.tensors = {name: leaf for name, leaf in named.items() if isinstance(leaf, torch.Tensor)}
+        self.tensors = {
+            name: leaf for name, leaf in named.items() if isinstance(leaf, torch.Tensor)
+        }
         self.parameters = make_identifiers(name.lower() for name in self.tensors)
         """The names of the tensors as torch writes them, in small letters."""
         self.left_out: list[str] = []
@@ -218,15 +244,23 @@ class _Call:
         ]
         args, kwargs = tree_unflatten(leaves, self._structure)
         outputs = tree_leaves(self._model(*args, **kwargs))
-        others = [(index, leaf) for index, leaf in enumerate(outputs) if not isinstance(leaf, torch.Tensor)]
-        self.left_out = [f"number {index} ({type(leaf).__name__})" for index, leaf in others if leaf is not None]
+        others = [
+            (index, leaf)
+            for index, leaf in enumerate(outputs)
+            if not isinstance(leaf, torch.Tensor)
+        ]
+        self.left_out = [
+            f"number {index} ({type(leaf).__name__})" for index, leaf in others if leaf is not None
+        ]
         return tuple(leaf for leaf in outputs if isinstance(leaf, torch.Tensor))
 
 
 def _describe_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
     try:
         return _Call(model, args, kwargs)
-    except ValueError as error:  # more arguments than the forward has; a container that torch cannot take apart
+    except (
+        ValueError
+    ) as error:  # more arguments than the forward has; a container that torch cannot take apart
         raise ExportError(
             f"the example inputs cannot be named: {_summarize(error)}.",
             "give tensors, in lists, tuples and dictionaries, as the forward takes them.",
@@ -276,7 +310,10 @@ def _name_positional(model: nn.Module, count: int) -> list[str]:
     for parameter in inspect.signature(model.forward).parameters.values():
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
             names += [f"{parameter.name}_{index}" for index in range(count - len(names))]
-        elif parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
+        elif parameter.kind in (
+            inspect.Parameter.POSITIONAL_ONLY,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        ):
             names.append(parameter.name)
     return names[:count]
 

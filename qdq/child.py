@@ -52,7 +52,9 @@ class Child:
 
     def __init__(self, function: str) -> None:
         command = [sys.executable, "-m", "qdq.child", function]
-        if threading.current_thread() is threading.main_thread():  # the signal comes when the starting thread ends
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # the signal comes when the starting thread ends
             command.append(_DIES_WITH_PARENT)
         # The same modules as here, whatever stands in the current folder.
         paths = os.pathsep.join(str(path) or os.getcwd() for path in sys.path)
@@ -60,14 +62,21 @@ class Child:
         self._is_expired = False
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed in `close`
         self._process = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=environment,
         )
 
     def __enter__(self) -> Child:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -77,7 +86,12 @@ class Child:
         return self._process.poll() is None
 
     def call(
-        self, request: Any, blob: bytes = b"", *, seconds: float | None = None, cpu_seconds: int | None = None
+        self,
+        request: Any,
+        blob: bytes = b"",
+        *,
+        seconds: float | None = None,
+        cpu_seconds: int | None = None,
     ) -> tuple[Any, bytes]:
         """Have the function answer; Ctrl-C ends the process.
 
@@ -111,7 +125,9 @@ class Child:
         if self._is_expired:
             return ChildCrashError(f"it took longer than {seconds:g} s", is_timeout=True)
         if cpu_seconds is not None and self._process.wait() == -getattr(signal, "SIGXCPU", 0):
-            return ChildCrashError(f"it took longer than {cpu_seconds} s of processor time", is_timeout=True)
+            return ChildCrashError(
+                f"it took longer than {cpu_seconds} s of processor time", is_timeout=True
+            )
         return ChildCrashError(self._describe_end())
 
     def _expire(self) -> None:
@@ -139,7 +155,11 @@ class Child:
     def _describe_end(self) -> str:
         number = max(0, -self._process.wait())  # of the signal
         self._stderr.seek(0)
-        lines = [line for line in self._stderr.read().decode(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line
+            for line in self._stderr.read().decode(errors="replace").splitlines()
+            if line.strip()
+        ]
         last_words = f": {lines[-1].strip()}" if lines else ""
         if not number:
             return f"it ended with exit code {self._process.returncode}{last_words}"
@@ -178,7 +198,11 @@ def _limit_cpu(seconds: int | None) -> None:
 
     usage = resource.getrusage(resource.RUSAGE_SELF)
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    limit = resource.RLIM_INFINITY if seconds is None else math.ceil(usage.ru_utime + usage.ru_stime) + seconds
+    limit = (
+        resource.RLIM_INFINITY
+        if seconds is None
+        else math.ceil(usage.ru_utime + usage.ru_stime) + seconds
+    )
     limits = [number for number in (limit, hard) if number != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_CPU, (min(limits, default=resource.RLIM_INFINITY), hard))
 

@@ -39,7 +39,10 @@ CACHE_BYTES = 2**30
 
 _MOST_CROPS = 10**6  # of the packaged photographs; their places are drawn at once
 _SAMPLE_CROPS = 1024  # of the packaged photographs in a pass of training
-_CROP_SCALE = (0.25, 1.0)  # share of a photograph's area; smaller parts often miss what the label names
+_CROP_SCALE = (
+    0.25,
+    1.0,
+)  # share of a photograph's area; smaller parts often miss what the label names
 _CROP_RATIO = (3 / 4, 4 / 3)  # width to height, as in training on ImageNet
 
 # Natural photographs in colour: textures, microscope, telescope and text images have other statistics.
@@ -92,7 +95,10 @@ class ImageBatches:
         for start in range(0, self.num_images, self.batch_size):
             part = slice(start, min(start + self.batch_size, self.num_images))
             # A clone, so that a model that works in place cannot change what the next pass sees.
-            yield self.images[part].clone(), None if self.labels is None else torch.tensor(self.labels[part])
+            yield (
+                self.images[part].clone(),
+                None if self.labels is None else torch.tensor(self.labels[part]),
+            )
 
     def __len__(self) -> int:
         return -(-self.num_images // self.batch_size)
@@ -107,7 +113,9 @@ class ImageBatches:
         if n >= self.num_images:
             return self
         labels = None if self.labels is None else self.labels[:n]
-        return replace(self, labels=labels, num_images=n, description=f"the first {n} of: {self.description}")
+        return replace(
+            self, labels=labels, num_images=n, description=f"the first {n} of: {self.description}"
+        )
 
 
 class _LazyImages:
@@ -160,19 +168,30 @@ class CropBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         order = torch.randperm(self.num_images) % len(self.files)
         for chosen in torch.split(order, self.batch_size):
-            labels = None if self.labels is None else torch.tensor([self.labels[index] for index in chosen.tolist()])
+            labels = (
+                None
+                if self.labels is None
+                else torch.tensor([self.labels[index] for index in chosen.tolist()])
+            )
             yield self._crop([self.files[index] for index in chosen.tolist()]), labels
 
     def _crop(self, files: list[Path]) -> Tensor:
         from torchvision.transforms import RandomResizedCrop
 
-        with ThreadPoolExecutor() as pool:  # decoding frees the GIL; what is random is drawn here, in one order
+        with (
+            ThreadPoolExecutor() as pool
+        ):  # decoding frees the GIL; what is random is drawn here, in one order
             photographs = list(pool.map(_read_cached, files))
-            boxes = [RandomResizedCrop.get_params(image, list(_CROP_SCALE), list(_CROP_RATIO)) for image in photographs]
+            boxes = [
+                RandomResizedCrop.get_params(image, list(_CROP_SCALE), list(_CROP_RATIO))
+                for image in photographs
+            ]
             crops = torch.stack(list(pool.map(self.preprocess.crop, photographs, boxes)))
         is_mirrored = torch.rand(len(crops), 1, 1, 1) < 0.5
         crops = torch.where(is_mirrored, crops.flip(-1), crops)
-        return (_blend(crops) if self.labels is None else crops).contiguous(memory_format=torch.channels_last)
+        return (_blend(crops) if self.labels is None else crops).contiguous(
+            memory_format=torch.channels_last
+        )
 
     def __len__(self) -> int:
         return -(-self.num_images // self.batch_size)
@@ -217,7 +236,9 @@ def load_training_images(
     if data_dir is None:
         files = _find_calibration_photographs()
         count = _SAMPLE_CROPS if num_images is None else num_images
-        description = f"random crops of the {len(files)} photographs that are calibrated on, {count} a pass"
+        description = (
+            f"random crops of the {len(files)} photographs that are calibrated on, {count} a pass"
+        )
         return CropBatches(files, None, model.preprocess, batch_size, count, description)
     folders, label_of, _ = _open_folder(data_dir, model)
     images = _shuffle_folders(Path(data_dir), folders, calibration, evaluation, seed)
@@ -225,7 +246,9 @@ def load_training_images(
     labels = None if label_of is None else [label_of[name] for _, name in chosen]
     count = len(chosen) if num_images is None else num_images
     description = f"random crops of {len(chosen)} images in {folders[0].path}, {count} a pass"
-    return CropBatches([file for file, _ in chosen], labels, model.preprocess, batch_size, count, description)
+    return CropBatches(
+        [file for file, _ in chosen], labels, model.preprocess, batch_size, count, description
+    )
 
 
 def load_images(
@@ -291,7 +314,9 @@ def load_sample_images(
         )
     files = _find_calibration_photographs()
     crops = f"random-resized crops (area {_CROP_SCALE[0]:.0%} to {_CROP_SCALE[1]:.0%}, seed {seed})"
-    sources = " and ".join(f"{package} {metadata.version(package)}" for package, _, _ in _CALIBRATION_FILES)
+    sources = " and ".join(
+        f"{package} {metadata.version(package)}" for package, _, _ in _CALIBRATION_FILES
+    )
     calibration_set = ImageBatches(
         images=_crop_photographs(files, model.preprocess, calibration, seed),
         labels=None,
@@ -303,7 +328,10 @@ def load_sample_images(
 
     files = _find_packaged("foolbox", "foolbox", "data", ("imagenet_*.jpg",))
     source = f"foolbox {metadata.version('foolbox')}"
-    labels, label_note = None, f"none: the photographs have ImageNet's labels, {model.name} other classes"
+    labels, label_note = (
+        None,
+        f"none: the photographs have ImageNet's labels, {model.name} other classes",
+    )
     if model.num_classes == _IMAGENET_CLASSES:
         of_file = [int(file.stem.rpartition("_")[2]) for file in files]
         labels = [of_file[index % len(files)] for index in range(evaluation)]
@@ -355,16 +383,22 @@ def load_image_folder(
         logger.warning("labels: %s", label_note)
     shuffled = _shuffle_folders(Path(data_dir), folders, calibration, evaluation, seed)
     sets = []
-    for folder, images, asked in zip((folders * 2)[-2:], shuffled, (calibration, evaluation), strict=True):
+    for folder, images, asked in zip(
+        (folders * 2)[-2:], shuffled, (calibration, evaluation), strict=True
+    ):
         chosen = images[:asked]
-        description = f"{len(chosen)} of {len(folder.images)} images in {folder.path}, drawn with seed {seed}"
+        description = (
+            f"{len(chosen)} of {len(folder.images)} images in {folder.path}, drawn with seed {seed}"
+        )
         if len(chosen) < asked:
             description += f" ({asked} were asked for)"
             logger.warning("%s", description)
         files = [file for file, _ in chosen]
         labels = None if label_of is None else [label_of[name] for _, name in chosen]
         images_of_set = _cache(_load_files(files, model.preprocess), len(files), model.preprocess)
-        sets.append(ImageBatches(images_of_set, labels, batch_size, len(files), description, label_note))
+        sets.append(
+            ImageBatches(images_of_set, labels, batch_size, len(files), description, label_note)
+        )
     return sets[0], sets[1]
 
 
@@ -374,10 +408,14 @@ def is_image_of(data_dir: Path | None, path: Path | None) -> bool:
 
     if data_dir is None or path is None or not path.is_file():
         return False
-    return path.suffix.lower() in IMG_EXTENSIONS and path.resolve().is_relative_to(data_dir.resolve())
+    return path.suffix.lower() in IMG_EXTENSIONS and path.resolve().is_relative_to(
+        data_dir.resolve()
+    )
 
 
-def _open_folder(data_dir: str | Path, model: LoadedModel) -> tuple[list[_Folder], dict[str, int] | None, str]:
+def _open_folder(
+    data_dir: str | Path, model: LoadedModel
+) -> tuple[list[_Folder], dict[str, int] | None, str]:
     """The one or two folders of images, the class of each class folder, and how that was found."""
     root = Path(data_dir)
     if not root.is_dir():
@@ -386,7 +424,9 @@ def _open_folder(data_dir: str | Path, model: LoadedModel) -> tuple[list[_Folder
     try:
         folders = _find_splits(root)
     except OSError as error:
-        raise DataError(f"cannot read {root}: {error}.", "check the permissions of the folder.") from error
+        raise DataError(
+            f"cannot read {root}: {error}.", "check the permissions of the folder."
+        ) from error
     classes = sorted({name for folder in folders for name in folder.classes})
     return folders, *_match_classes(classes, model)
 
@@ -430,7 +470,9 @@ def read_image(path: Path) -> Image.Image:
 def _check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
-            raise ArgumentError(f"{name} is {number}; it must be 1 or more.", f"pass a positive {name}.")
+            raise ArgumentError(
+                f"{name} is {number}; it must be 1 or more.", f"pass a positive {name}."
+            )
 
 
 def _cache(load: Callable[[int], Tensor], count: int, preprocess: Preprocess) -> _Images:
@@ -489,10 +531,16 @@ def _crop_photographs(
     photographs = [read_image(file) for file in files]
     with seeded_rng(seed):  # torchvision draws from the global generator only
         boxes = [
-            RandomResizedCrop.get_params(photographs[index % len(files)], list(_CROP_SCALE), list(_CROP_RATIO))
+            RandomResizedCrop.get_params(
+                photographs[index % len(files)], list(_CROP_SCALE), list(_CROP_RATIO)
+            )
             for index in range(count)
         ]
-    return _cache(lambda index: preprocess.crop(photographs[index % len(files)], boxes[index]), count, preprocess)
+    return _cache(
+        lambda index: preprocess.crop(photographs[index % len(files)], boxes[index]),
+        count,
+        preprocess,
+    )
 
 
 @dataclass(frozen=True)
@@ -536,13 +584,21 @@ def _scan(folder: Path) -> _Folder:
     suffixes = ", ".join(IMG_EXTENSIONS)
     if not _class_folders(folder):
         images = [path for path in folder.iterdir() if path.suffix.lower() in IMG_EXTENSIONS]
-        found = f"{len(images)} images but no class folders" if images else "neither class folders nor images"
+        found = (
+            f"{len(images)} images but no class folders"
+            if images
+            else "neither class folders nor images"
+        )
         raise DataError(
             f"{folder} holds {found}; expected one folder a class, with images ({suffixes}) in it.",
             f"move the images to {folder / 'CLASS'}/, or check --data-dir.",
         )
     dataset = ImageFolder(folder, allow_empty=True)
-    samples = [(Path(file), dataset.classes[index]) for file, index in dataset.samples if os.path.isfile(file)]
+    samples = [
+        (Path(file), dataset.classes[index])
+        for file, index in dataset.samples
+        if os.path.isfile(file)
+    ]
     if len(samples) < len(dataset.samples):
         skipped = [file for file, _ in dataset.samples if not os.path.isfile(file)]
         logger.warning("no files, and left out: %s", _some(skipped))
@@ -593,7 +649,9 @@ def _match_classes(folders: list[str], model: LoadedModel) -> tuple[dict[str, in
     categories = {name: index for index, name in enumerate(model.categories or [])}
     spaced = {name: name.replace("_", " ") for name in folders}
     if all(name in categories for name in spaced.values()):
-        return {name: categories[spaced[name]] for name in folders}, "class folders are named by category"
+        return {
+            name: categories[spaced[name]] for name in folders
+        }, "class folders are named by category"
     if len(folders) == model.num_classes:
         in_order = {name: index for index, name in enumerate(folders)}
         return in_order, "class folders in sorted order are the classes"

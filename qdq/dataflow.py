@@ -30,7 +30,10 @@ def clamp_of(operation: Operation) -> tuple[float, float] | None:
         return None
     defaults = (-1.0, 1.0) if operation.function == "hardtanh" else (None, None)
     given = operation.arguments
-    low, high = (given.get(n, given.get(str(i), d)) for i, (n, d) in enumerate(zip(names, defaults, strict=True), 1))
+    low, high = (
+        given.get(n, given.get(str(i), d))
+        for i, (n, d) in enumerate(zip(names, defaults, strict=True), 1)
+    )
     return -inf if low is None else float(low), inf if high is None else float(high)
 
 
@@ -87,7 +90,9 @@ class Dataflow:
         while (operation := self._producers.get(value)) is not None:
             if operation.function in CONVOLUTIONS:
                 return operation
-            passes = operation.function in SCALINGS or (through_activations and operation.function in ACTIVATIONS)
+            passes = operation.function in SCALINGS or (
+                through_activations and operation.function in ACTIVATIONS
+            )
             computed = [other for other in operation.inputs if other in self._computed]
             if not passes or len(computed) != 1:
                 return None
@@ -107,12 +112,19 @@ class Dataflow:
         edges = [[first], [second]]
         best = (0, first) if first == second else (inf, 0)
         radius = 0
-        while radius < best[0] and any(edges):  # what is not seen yet is farther than the radius from one of them
+        while radius < best[0] and any(
+            edges
+        ):  # what is not seen yet is farther than the radius from one of them
             radius += 1
             for side, own in enumerate(distances):
                 edges[side] = self._step_back(edges[side], own)
                 common = [value for value in edges[side] if value in distances[1 - side]]
-                best = min([best, *((distances[0][value] + distances[1][value], value) for value in common)])
+                best = min(
+                    [
+                        best,
+                        *((distances[0][value] + distances[1][value], value) for value in common),
+                    ]
+                )
         fork = best[1]
         return (fork, distances[0][fork], distances[1][fork]) if best[0] < inf else None
 
@@ -125,10 +137,16 @@ class Dataflow:
             if producer is None or producer.function in AVERAGES | (CONTRACTIONS - CONVOLUTIONS):
                 continue
             if producer.function in CONVOLUTIONS:
-                if not self._reads_pooled(producer):  # a classifier may be a convolution of one pixel
+                if not self._reads_pooled(
+                    producer
+                ):  # a classifier may be a convolution of one pixel
                     found.append(producer)
                 continue
-            fresh = [value for value in producer.inputs if value not in seen and not self._feeds_product(value)]
+            fresh = [
+                value
+                for value in producer.inputs
+                if value not in seen and not self._feeds_product(value)
+            ]
             seen.update(fresh)
             queue.extend(fresh)
         return found
@@ -136,7 +154,9 @@ class Dataflow:
     def _feeds_product(self, value: int) -> bool:
         """Whether a convolution or product reads a tensor, perhaps behind activations: then it is no mere output."""
         passing = _FUSED | MAX_POOLINGS | CONCATS
-        readers = (op for here in self._values_behind(value, passing) for op in self._readers.get(here, ()))
+        readers = (
+            op for here in self._values_behind(value, passing) for op in self._readers.get(here, ())
+        )
         return any(operation.function in CONTRACTIONS for operation in readers)
 
     def _reads_pooled(self, operation: Operation) -> bool:
@@ -169,6 +189,10 @@ class Dataflow:
             here = queue.popleft()
             yield here
             for operation in self._readers.get(here, ()):
-                fresh = [result for result in operation.outputs if operation.function in passing and result not in seen]
+                fresh = [
+                    result
+                    for result in operation.outputs
+                    if operation.function in passing and result not in seen
+                ]
                 seen.update(fresh)
                 queue.extend(fresh)

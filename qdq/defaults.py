@@ -30,7 +30,11 @@ def reason_against_convolution(weight: Sequence[int], groups: int, is_first: boo
         fits = is_aligned and is_wide and len(set(kernel)) == 1
     else:
         fits = outputs % 8 == 0 and min(kernel) >= 3
-    return "" if fits else f"{inputs} to {outputs} channels, kernel {kernel}: no efficient int8 kernel (R-CONV-3)"
+    return (
+        ""
+        if fits
+        else f"{inputs} to {outputs} channels, kernel {kernel}: no efficient int8 kernel (R-CONV-3)"
+    )
 
 
 def reason_against_linear(weight: Sequence[int]) -> str:
@@ -40,5 +44,7 @@ def reason_against_linear(weight: Sequence[int]) -> str:
         weight: Shape `[outputs, inputs]`.
     """
     if min(weight) < MIN_MATMUL_SIZE:
-        return f"{weight[1]} to {weight[0]} features: a product this small is slower in int8 (R-MM-3)"
+        return (
+            f"{weight[1]} to {weight[0]} features: a product this small is slower in int8 (R-MM-3)"
+        )
     return ""

@@ -96,7 +96,9 @@ def gather_bytes(content: bytes) -> list[bytes]:
         padded = _to_tensor(content, max(1, max(int(other) for other in lengths)))
         gathered = [torch.empty_like(padded) for _ in range(size)]
         distributed.all_gather(gathered, padded)
-    return [other[: int(n)].cpu().numpy().tobytes() for other, n in zip(gathered, lengths, strict=True)]
+    return [
+        other[: int(n)].cpu().numpy().tobytes() for other, n in zip(gathered, lengths, strict=True)
+    ]
 
 
 def broadcast_bytes(content: bytes) -> bytes:
@@ -141,7 +143,9 @@ def _find_device() -> torch.device:
 def _to_tensor(content: bytes, length: int) -> torch.Tensor:
     padded = torch.zeros(length, dtype=torch.uint8, device=_find_device())
     if content:
-        padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(padded.device)
+        padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(
+            padded.device
+        )
     return padded
 
 
@@ -155,7 +159,8 @@ def _connected() -> Iterator[None]:
         # the interpreter, where gloo may abort the process.
         traceback.clear_frames(error.__traceback__)
         raise StateError(
-            f"the connection to the other processes broke: {error}", "see the output of the one that ended first."
+            f"the connection to the other processes broke: {error}",
+            "see the output of the one that ended first.",
         ) from error
 
 
@@ -185,7 +190,9 @@ def raise_together(failure: Exception | None, kind: type[QdqError]) -> None:
         kind: What it is ended with if another one has failed.
     """
     try:
-        messages = gather_bytes(b"" if failure is None else f"{type(failure).__name__}: {failure}".encode())
+        messages = gather_bytes(
+            b"" if failure is None else f"{type(failure).__name__}: {failure}".encode()
+        )
     except StateError:
         if failure is None:
             raise
@@ -193,7 +200,10 @@ def raise_together(failure: Exception | None, kind: type[QdqError]) -> None:
         raise failure
     for rank, message in enumerate(messages):
         if message:
-            raise kind(f"process {rank} failed: {message.decode(errors='replace')}", "see the output of that process.")
+            raise kind(
+                f"process {rank} failed: {message.decode(errors='replace')}",
+                "see the output of that process.",
+            )
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

@@ -76,7 +76,9 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def predict(model: nn.Module | Path | str, batches: Iterable[Any], *, session: Session = "plain") -> Array:
+def predict(
+    model: nn.Module | Path | str, batches: Iterable[Any], *, session: Session = "plain"
+) -> Array:
     """First output of a model on all batches.
 
     Args:
@@ -95,7 +97,8 @@ def predict(model: nn.Module | Path | str, batches: Iterable[Any], *, session: S
     """
     if not isinstance(model, str | Path | nn.Module):
         raise ArgumentTypeError(
-            f"model is of type {type(model).__name__}.", "pass a module, or the path of an ONNX file."
+            f"model is of type {type(model).__name__}.",
+            "pass a module, or the path of an ONNX file.",
         )
     require_batches(batches)
     onnx_model = None if isinstance(model, nn.Module) else OnnxModel(Path(model), session=session)
@@ -107,7 +110,11 @@ def predict(model: nn.Module | Path | str, batches: Iterable[Any], *, session: S
         elif onnx_model is not None:
             args, kwargs = split_inputs(batch)
             named = name_leaves(kwargs)
-            arrays = tree_leaves(args) if args else [named[name] for name in onnx_model.inputs if name in named]
+            arrays = (
+                tree_leaves(args)
+                if args
+                else [named[name] for name in onnx_model.inputs if name in named]
+            )
             outputs.append(onnx_model(*map(np.asarray, arrays))[0])
     if not outputs:
         raise DataError("there is no batch to predict.", "give at least one image.")
@@ -128,7 +135,8 @@ def _run_module(model: nn.Module, batch: Any) -> Array:
             raise
         shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors_of(split_inputs(batch)))
         raise DataError(
-            f"memory is too short to run the model on a batch of {shapes}.", "give smaller batches, or free memory."
+            f"memory is too short to run the model on a batch of {shapes}.",
+            "give smaller batches, or free memory.",
         ) from error
 
 
@@ -157,7 +165,9 @@ def measure_tie_floor(model: nn.Module, batches: Iterable[Any]) -> float:
     with ExitStack() as hooks:
         for name, quantizer in named_quantizers(model):
             if not name.endswith("_weight_quantizer"):
-                hook = quantizer.register_forward_pre_hook(lambda _, inputs: (inputs[0] * (1 + 2**-22), *inputs[1:]))
+                hook = quantizer.register_forward_pre_hook(
+                    lambda _, inputs: (inputs[0] * (1 + 2**-22), *inputs[1:])
+                )
                 hooks.callback(hook.remove)
         return sqnr_db(expected, predict(model, kept))
 
@@ -181,10 +191,13 @@ def evaluate_outputs(
     """
     if not isinstance(outputs, Mapping):
         raise ArgumentTypeError(
-            f"outputs is of type {type(outputs).__name__}; expected names with arrays.", "pass {'float': outputs}."
+            f"outputs is of type {type(outputs).__name__}; expected names with arrays.",
+            "pass {'float': outputs}.",
         )
     if labels is not None and (isinstance(labels, str) or not hasattr(labels, "__len__")):
-        raise ArgumentTypeError(f"labels is of type {type(labels).__name__}.", "pass a class for each image, or None.")
+        raise ArgumentTypeError(
+            f"labels is of type {type(labels).__name__}.", "pass a class for each image, or None."
+        )
     if not outputs:
         raise ArgumentError("there are no outputs to evaluate.", "pass at least the reference.")
     reference = next(iter(outputs.values()))
@@ -214,7 +227,9 @@ def _megabytes(source: Path | nn.Module | None) -> float | None:
     if isinstance(source, Path):
         files = [source, *list_data_files(source)]
         return sum(file.stat().st_size for file in files) / 1e6
-    return float(sum(tensor.numel() * tensor.element_size() for tensor in source.parameters()) / 1e6)
+    return float(
+        sum(tensor.numel() * tensor.element_size() for tensor in source.parameters()) / 1e6
+    )
 
 
 def _percent(share: float | None) -> str:

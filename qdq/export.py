@@ -91,7 +91,9 @@ class PrecisionReport:
                 f"cosine {p.cosine:.6f}, max abs {p.max_abs:.3g}, same largest output {p.agreement:.1%}"
             )
         lines += [f"{self.precision}: not measured: {text}" for text in self.not_measured]
-        groups = group_names((f"{entry.op_type}: {entry.reason}", entry.node) for entry in self.kept)
+        groups = group_names(
+            (f"{entry.op_type}: {entry.reason}", entry.node) for entry in self.kept
+        )
         lines.append(f"{len(self.kept)} nodes stay in fp32, {self.casts} Casts")
         lines += [f"  {group}: {list_names(names, 5)}" for group, names in groups.items()]
         return "\n".join(lines)
@@ -164,15 +166,21 @@ def export_onnx(
     """
     require_model(model)
     path = as_path(path, "path")
-    _require_options(opset, weights, precision, dynamic_batch=dynamic_batch, keep_io_types=keep_io_types)
+    _require_options(
+        opset, weights, precision, dynamic_batch=dynamic_batch, keep_io_types=keep_io_types
+    )
     _require_records(calibration, plan, rewired)
     guard_files(outputs=[path])  # capturing and converting take minutes
     _require_exportable(model)
-    captured = _capture(model, example_inputs, max(opset, HIGHEST), dynamic_batch)  # torch writes none below
+    captured = _capture(
+        model, example_inputs, max(opset, HIGHEST), dynamic_batch
+    )  # torch writes none below
     exported = captured.graph
     if dynamic_batch:
         _require_dynamic_batch(exported)
-    naming = NameNodes(captured.scales, {name for name, _ in model.named_modules(remove_duplicate=False)})
+    naming = NameNodes(
+        captured.scales, {name for name, _ in model.named_modules(remove_duplicate=False)}
+    )
     run_passes(exported, _passes(opset, weights, naming))
     _require_quantizers(captured.ran - naming.quantizers)
     layers = _require_complete(model, exported)
@@ -191,18 +199,29 @@ def export_onnx(
             path,
         )
     return ExportReport(
-        path, opset, file_bytes, _input_shapes(exported), quantize_nodes, dequantize_nodes, layers, converted
+        path,
+        opset,
+        file_bytes,
+        _input_shapes(exported),
+        quantize_nodes,
+        dequantize_nodes,
+        layers,
+        converted,
     )
 
 
 def _require_options(opset: Any, weights: Any, precision: Any, **flags: Any) -> None:
     is_number = isinstance(opset, int | np.integer) and not isinstance(opset, bool)
     if not is_number or not MIN_OPSET <= opset <= MAX_OPSET:
-        raise ArgumentError(f"opset is {opset!r}; it must be {MIN_OPSET} to {MAX_OPSET}.", "use 19.")
+        raise ArgumentError(
+            f"opset is {opset!r}; it must be {MIN_OPSET} to {MAX_OPSET}.", "use 19."
+        )
     if weights not in ("int8", "float"):
         raise ArgumentError(f"weights is {weights!r}; known are 'int8' and 'float'.", "use 'int8'.")
     if precision not in tuple(_PRECISIONS):
-        raise ArgumentError(f"precision is {precision!r}; known are 'fp32', 'fp16' and 'bf16'.", "use 'fp16'.")
+        raise ArgumentError(
+            f"precision is {precision!r}; known are 'fp32', 'fp16' and 'bf16'.", "use 'fp16'."
+        )
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise ArgumentTypeError(f"{name} is {flag!r}; expected True or False.", "use True.")
@@ -210,7 +229,9 @@ def _require_options(opset: Any, weights: Any, precision: Any, **flags: Any) -> 
 
 def _require_records(calibration: Any, plan: Any, rewired: Any) -> None:
     """Refuse as record of an earlier step what no such step has returned."""
-    is_ranges = isinstance(calibration, Sequence) and all(isinstance(entry, Range) for entry in calibration)
+    is_ranges = isinstance(calibration, Sequence) and all(
+        isinstance(entry, Range) for entry in calibration
+    )
     for name, record, is_record, source in (
         ("calibration", calibration, is_ranges, "calibrate_model"),
         ("plan", plan, isinstance(plan, SwapPlan), "swap_modules"),
@@ -248,7 +269,9 @@ def _passes(opset: int, weights: str, naming: NameNodes) -> list[ir.passes.InPla
 
 def _require_exportable(model: nn.Module) -> None:
     """Refuse, all at once, quantizers that cannot become int8 Q/DQ."""
-    if scripted := [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]:
+    if scripted := [
+        name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)
+    ]:
         raise ExportError(
             f"torch.export cannot capture scripted modules (TorchScript): {list_names(scripted, 5)}.",
             "use the Python modules that they were made from.",
@@ -272,7 +295,9 @@ def _require_exportable(model: nn.Module) -> None:
         )
     for name, quantizer in enabled.items():
         if reason := quantizer.format.tensorrt_reason:
-            raise ExportError(f"{name} cannot be written for TensorRT: {reason}.", "use signed 8 bit here.")
+            raise ExportError(
+                f"{name} cannot be written for TensorRT: {reason}.", "use signed 8 bit here."
+            )
         if quantizer.format.narrow_range:
             raise ExportError(
                 f"{name} has narrow_range, and ONNX and TensorRT clamp to -128 (R-RANGE).",
@@ -306,10 +331,14 @@ def _require_numbers(model: nn.Module, enabled: dict[str, TensorQuantizer]) -> N
         )
 
 
-def _capture(model: nn.Module, example_inputs: Any, opset: int, dynamic_batch: bool) -> CapturedGraph:
+def _capture(
+    model: nn.Module, example_inputs: Any, opset: int, dynamic_batch: bool
+) -> CapturedGraph:
     if dynamic_batch:  # torch.export takes a size of 1 for a constant
         example_inputs = tree_map_only(
-            torch.Tensor, lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t, example_inputs
+            torch.Tensor,
+            lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t,
+            example_inputs,
         )
     args, kwargs = split_inputs(example_inputs)
     if not tensors_of((args, kwargs)):
@@ -334,7 +363,9 @@ def _require_dynamic_batch(model: ir.Model) -> None:
 def _int8_codes(
     values: npt.NDArray[np.float32], scale: npt.NDArray[np.float32], axis: int | None
 ) -> npt.NDArray[np.int8]:
-    codes = quantize_codes(torch.from_numpy(values.copy()), torch.from_numpy(scale.copy()), Format(), axis)
+    codes = quantize_codes(
+        torch.from_numpy(values.copy()), torch.from_numpy(scale.copy()), Format(), axis
+    )
     return codes.to(torch.int8).numpy()
 
 
@@ -350,16 +381,24 @@ def _require_quantizers(lost: Collection[str]) -> None:
 def _require_complete(model: nn.Module, exported: ir.Model) -> dict[str, list[str]]:
     """Refuse a graph in which a quantized layer has no Q/DQ, or whose Q/DQ break a rule; say what became what."""
     first_names = {id(module): name for name, module in model.named_modules()}
-    aliases = {name: first_names[id(module)] for name, module in model.named_modules(remove_duplicate=False)}
+    aliases = {
+        name: first_names[id(module)]
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
     nodes: dict[str, list[WeightedNode]] = {}
     for node in list_weighted_nodes(exported):
         nodes.setdefault(aliases.get(node.module, node.module), []).append(node)
     expected = {
         name
         for name, layer in quantized_layers(model).items()
-        if isinstance(layer, QuantMixin) and not any(q._disabled for q in layer.quantizers().values())
+        if isinstance(layer, QuantMixin)
+        and not any(q._disabled for q in layer.quantizers().values())
     }
-    lost = [name for name in sorted(expected) if not any(node.expects_int8 for node in nodes.get(name, []))]
+    lost = [
+        name
+        for name in sorted(expected)
+        if not any(node.expects_int8 for node in nodes.get(name, []))
+    ]
     if lost:
         raise ExportError(
             f"{len(lost)} quantized layers have no Q/DQ in the exported graph: {', '.join(lost)}.",
@@ -367,11 +406,16 @@ def _require_complete(model: nn.Module, exported: ir.Model) -> dict[str, list[st
         )
     if findings := [f for f in find_violations(exported) if f.severity == "error"]:
         first = findings[0]
-        raise ExportError(f"{len(findings)} rule violations; {first.rule} at {first.node}: {first.message}.", first.fix)
+        raise ExportError(
+            f"{len(findings)} rule violations; {first.rule} at {first.node}: {first.message}.",
+            first.fix,
+        )
     return {name: [node.name for node in nodes[name]] for name in sorted(expected)}
 
 
-def _convert(exported: ir.Model, inputs: dict[str, Array], precision: str, keep_io_types: bool) -> PrecisionReport:
+def _convert(
+    exported: ir.Model, inputs: dict[str, Array], precision: str, keep_io_types: bool
+) -> PrecisionReport:
     """Convert the float remainder in place, and measure before and after on the example inputs."""
     not_measured: list[str] = []
     peaks: dict[str, float] = {}
@@ -381,7 +425,9 @@ def _convert(exported: ir.Model, inputs: dict[str, Array], precision: str, keep_
         if precision == "fp16":  # bfloat16 has the range of float32
             peaks = measure_peaks(exported, inputs)
     except CheckError as error:
-        not_measured.append(f"the range of values in fp32, so that none is kept for it: {error.message}")
+        not_measured.append(
+            f"the range of values in fp32, so that none is kept for it: {error.message}"
+        )
     graph_pass = ConvertPrecision(_PRECISIONS[precision], peaks=peaks, keep_io_types=keep_io_types)
     run_passes(exported, [graph_pass])
     parity = None
@@ -390,7 +436,9 @@ def _convert(exported: ir.Model, inputs: dict[str, Array], precision: str, keep_
             parity = _worst_parity(outputs, run_rounded(exported, inputs))
         except CheckError as error:
             not_measured.append(f"the outputs in {precision}: {error.message}")
-    return PrecisionReport(precision, graph_pass.kept, graph_pass.casts, parity, tuple(not_measured))
+    return PrecisionReport(
+        precision, graph_pass.kept, graph_pass.casts, parity, tuple(not_measured)
+    )
 
 
 def _arrays(captured: CapturedGraph, example_inputs: Any) -> dict[str, Array]:
@@ -403,12 +451,18 @@ def _arrays(captured: CapturedGraph, example_inputs: Any) -> dict[str, Array]:
 def _worst_parity(expected: list[Array], outputs: list[Array]) -> Parity:
     pairs = list(zip(expected, outputs, strict=True))
     floats = [pair for pair in pairs if np.issubdtype(pair[0].dtype, np.floating)]
-    parities = [measure_parity(np.atleast_1d(truth), np.atleast_1d(output)) for truth, output in floats or pairs]
+    parities = [
+        measure_parity(np.atleast_1d(truth), np.atleast_1d(output))
+        for truth, output in floats or pairs
+    ]
     return min(parities, key=lambda parity: parity.sqnr_db)
 
 
 def _describe_origin(
-    model: nn.Module, calibration: Sequence[Range] | None, plan: SwapPlan | None, rewired: RewirePlan | None
+    model: nn.Module,
+    calibration: Sequence[Range] | None,
+    plan: SwapPlan | None,
+    rewired: RewirePlan | None,
 ) -> dict[str, str]:
     """What a file says of its making: nothing that differs between two exports of one model."""
     digest = hashlib.sha256()
@@ -433,13 +487,17 @@ def _describe_origin(
         decisions = {module.name: [module.action, module.reason] for module in plan.modules}
         origin["qdq.layers"] = json.dumps(decisions, sort_keys=True)
     if rewired is not None:
-        decisions = {operation.name: [operation.action, operation.reason] for operation in rewired.operations}
+        decisions = {
+            operation.name: [operation.action, operation.reason] for operation in rewired.operations
+        }
         origin["qdq.operations"] = json.dumps(decisions, sort_keys=True)
     return origin
 
 
 def _input_shapes(model: ir.Model) -> dict[str, list[int | str]]:
     return {
-        str(value.name): [size if isinstance(size, int) else str(size) for size in value.shape or ()]
+        str(value.name): [
+            size if isinstance(size, int) else str(size) for size in value.shape or ()
+        ]
         for value in model.graph.inputs
     }

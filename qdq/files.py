@@ -28,7 +28,9 @@ PARTIAL_GLOB = ".qdq-*.partial"
 """What `write_atomic` may leave behind where the process is killed, on systems without nameless files."""
 
 _MOST_LINKS = 40  # as Linux itself
-_READER_SECONDS = 10.0  # a FIFO that nobody has opened by then is an error, not a process that waits for ever
+_READER_SECONDS = (
+    10.0  # a FIFO that nobody has opened by then is an error, not a process that waits for ever
+)
 
 File = Path | str | None
 """A file of a command; None is an option that was not given."""
@@ -41,12 +43,17 @@ def as_path(value: Path | str, what: str) -> Path:
         ArgumentTypeError: It is neither a path nor a text.
     """
     if not isinstance(value, str | Path):
-        raise ArgumentTypeError(f"{what} is of type {type(value).__name__}.", "give a path or the name of a file.")
+        raise ArgumentTypeError(
+            f"{what} is of type {type(value).__name__}.", "give a path or the name of a file."
+        )
     return Path(value)
 
 
 def guard_files(
-    *, inputs: Iterable[File] = (), outputs: Iterable[File] = (), in_place: Collection[tuple[File, File]] = ()
+    *,
+    inputs: Iterable[File] = (),
+    outputs: Iterable[File] = (),
+    in_place: Collection[tuple[File, File]] = (),
 ) -> None:
     """Refuse what a command cannot read or write, and what it would destroy, before it does any work.
 
@@ -72,17 +79,23 @@ def guard_files(
         _require_writable(path)
     for output, path in itertools.product(written, read):
         if is_same_file(output, path) and not _is_pair(output, path, in_place):
-            raise ArgumentError(f"{printable(output)} is what is read; it would be lost.", _OTHER_OUTPUT)
+            raise ArgumentError(
+                f"{printable(output)} is what is read; it would be lost.", _OTHER_OUTPUT
+            )
     for first, second in itertools.combinations(written, 2):
         if is_same_file(first, second) and not _is_character_device(first):
-            raise ArgumentError(f"{printable(first)} is written twice; one result would be lost.", _OTHER_OUTPUT)
+            raise ArgumentError(
+                f"{printable(first)} is written twice; one result would be lost.", _OTHER_OUTPUT
+            )
 
 
 _OTHER_OUTPUT = "choose another file to write."
 
 
 def _is_pair(output: Path, path: Path, pairs: Collection[tuple[File, File]]) -> bool:
-    return any((output, path) == (Path(first), Path(second)) for first, second in pairs if first and second)
+    return any(
+        (output, path) == (Path(first), Path(second)) for first, second in pairs if first and second
+    )
 
 
 def is_same_file(first: Path, second: Path) -> bool:
@@ -100,7 +113,9 @@ def _require_readable(path: Path) -> None:
         return
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot read {printable(path)}: {reason}.", "give the name of a file.") from error
+        raise DataError(
+            f"cannot read {printable(path)}: {reason}.", "give the name of a file."
+        ) from error
 
 
 def read_mode(path: Path) -> int:
@@ -214,7 +229,9 @@ def _is_read_only(descriptor: int | None) -> bool:
 def _lists_descriptors(folder: str) -> bool:
     """Whether the open files of this process stand in a folder; those of another one have other numbers."""
     this_process = re.escape(os.path.realpath("/proc/self"))
-    return folder == "/dev/fd" or re.fullmatch(rf"{this_process}(/task/\d+)?/fd", folder) is not None
+    return (
+        folder == "/dev/fd" or re.fullmatch(rf"{this_process}(/task/\d+)?/fd", folder) is not None
+    )
 
 
 def write_atomic(path: Path, content: bytes | str | Callable[[], Iterable[bytes]]) -> Path:
@@ -285,7 +302,9 @@ def _write_nameless(path: Path, parts: Iterable[bytes]) -> None:
         file.flush()
         os.fsync(file.fileno())
         # With a folder descriptor (unused: the path is absolute) Python calls linkat, which follows the link in /proc.
-        os.link(f"/proc/self/fd/{file.fileno()}", path, src_dir_fd=file.fileno(), follow_symlinks=True)
+        os.link(
+            f"/proc/self/fd/{file.fileno()}", path, src_dir_fd=file.fileno(), follow_symlinks=True
+        )
 
 
 def _hand_on_mode(old: Path, new: Path) -> None:
@@ -305,7 +324,9 @@ def _write_into(path: Path, parts: Callable[[], Iterable[bytes]]) -> None:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
-    with os.fdopen(os.dup(descriptor) if descriptor is not None else _open_for_writing(path), "wb") as file:
+    with os.fdopen(
+        os.dup(descriptor) if descriptor is not None else _open_for_writing(path), "wb"
+    ) as file:
         file.writelines(parts())
 
 
@@ -328,7 +349,9 @@ def _open_for_writing(path: Path) -> int:
 
 def _unwritable(path: Path, error: OSError | ValueError) -> ArgumentError:
     reason = getattr(error, "strerror", None) or error
-    return ArgumentError(f"cannot write {printable(path)}: {reason}.", "choose a file that you may write to.")
+    return ArgumentError(
+        f"cannot write {printable(path)}: {reason}.", "choose a file that you may write to."
+    )
 
 
 def to_jsonable(value: Any) -> Any:

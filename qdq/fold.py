@@ -26,7 +26,9 @@ from qdq.quantizer import disable_quantization, own_tensor
 from qdq.trace import ForwardTrace, call_model, evaluating, require_model, trace_forward
 
 logger = logging.getLogger(__name__)
-_TOLERANCE = 1e-3  # relative to the largest output: rounding of float32, far below any change of meaning
+_TOLERANCE = (
+    1e-3  # relative to the largest output: rounding of float32, far below any change of meaning
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> list[FoldedPair]:
     for name, module in modules.items():
         if _is_batchnorm(module):
             layer = layer_before.get(name, "")
-            reason = _reason_against(module, modules.get(layer) if layer else None, trace.calls[name])
+            reason = _reason_against(
+                module, modules.get(layer) if layer else None, trace.calls[name]
+            )
             if not layer and trace.calls[name] == 1:
                 reason = _describe_shared(name, modules, trace) or reason
             pairs.append(FoldedPair(name, layer, not reason, reason))
@@ -94,7 +98,9 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> list[FoldedPair]:
             _fold(modules[pair.layer], batchnorm)
             rests[batchnorm] = _rest_of(batchnorm)
     _replace_everywhere(model, rests)
-    for reason, names in group_names((pair.reason, pair.batchnorm) for pair in pairs if not pair.folded).items():
+    for reason, names in group_names(
+        (pair.reason, pair.batchnorm) for pair in pairs if not pair.folded
+    ).items():
         logger.warning("%d BatchNorm stay (%s ...): %s", len(names), names[0], reason)
     return pairs
 
@@ -103,7 +109,12 @@ def _is_batchnorm(module: nn.Module) -> bool:
     """Torch's own, or one with the same buffers: torchvision's detectors have a frozen one of their own."""
     if isinstance(module, torch.jit.ScriptModule):
         return False  # nothing inside it can be changed
-    is_frozen = module._buffers.keys() >= {"weight", "bias", "running_mean", "running_var"} and hasattr(module, "eps")
+    is_frozen = module._buffers.keys() >= {
+        "weight",
+        "bias",
+        "running_mean",
+        "running_var",
+    } and hasattr(module, "eps")
     return isinstance(module, _BatchNorm) or is_frozen
 
 
@@ -133,7 +144,11 @@ def _reason_against(batchnorm: Any, layer: nn.Module | None, calls: int) -> str:
 def _describe_shared(batchnorm: str, modules: dict[str, nn.Module], trace: ForwardTrace) -> str:
     """That the layer before a BatchNorm runs several times, as one head on several levels does; "" if it does not."""
     (read,) = (run.inputs[:1] for run in trace.runs if run.module == batchnorm)
-    makers = {operation.module for operation in trace.operations if not set(read).isdisjoint(operation.outputs)}
+    makers = {
+        operation.module
+        for operation in trace.operations
+        if not set(read).isdisjoint(operation.outputs)
+    }
     for name in makers:
         if isinstance(modules[name], _ConvNd | Linear) and trace.calls[name] > 1:
             return f"{name} before it runs {trace.calls[name]} times in one forward: a fold would change each of them"
@@ -153,7 +168,11 @@ def _find_changed(
         for batchnorm, layer in candidates.items():
 
             def probe(
-                module: nn.Module, args: Any, kwargs: Any, name: str = batchnorm, norm: nn.Module = modules[batchnorm]
+                module: nn.Module,
+                args: Any,
+                kwargs: Any,
+                name: str = batchnorm,
+                norm: nn.Module = modules[batchnorm],
             ) -> None:
                 noise = tree_map_only(torch.Tensor, _noise_like, (args, kwargs))
                 if not _folds_exactly(module, norm, *noise):
@@ -188,7 +207,11 @@ def _rest_of(batchnorm: nn.Module) -> nn.Module:
 
     A guess, as any name is: `_folds_exactly` tries it.
     """
-    rest = {name: child for name in ("drop", "act") if isinstance(child := getattr(batchnorm, name, None), nn.Module)}
+    rest = {
+        name: child
+        for name in ("drop", "act")
+        if isinstance(child := getattr(batchnorm, name, None), nn.Module)
+    }
     return nn.Sequential(OrderedDict(rest)) if rest else nn.Identity()
 
 
@@ -220,7 +243,9 @@ def _has_range_per_output(layer: QuantMixin) -> bool:
 def _scale_range(layer: nn.Module, batchnorm: Any) -> None:
     """The range of each output channel times what its weights are multiplied with."""
     if isinstance(layer, QuantMixin) and (amax := layer.weight_quantizer.amax) is not None:
-        layer.weight_quantizer.amax = (amax.double() * _gain_of(batchnorm).abs().reshape(amax.shape)).float()
+        layer.weight_quantizer.amax = (
+            amax.double() * _gain_of(batchnorm).abs().reshape(amax.shape)
+        ).float()
 
 
 def _per_output(layer: _ConvNd | Linear, gain: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,9 @@ class Format:
     def tensorrt_reason(self) -> str | None:
         """Why TensorRT cannot take this format as int8 Q/DQ, or None if it can."""
         if self.unsigned:
-            return "unsigned codes above 127 saturate in TensorRT, which reads uint8 as int8 (R-SYM)"
+            return (
+                "unsigned codes above 127 saturate in TensorRT, which reads uint8 as int8 (R-SYM)"
+            )
         if self.num_bits != 8:
             return f"TensorRT has int8 Q/DQ only, not {self.num_bits} bit; other widths stay a simulation"
         return None

@@ -70,9 +70,13 @@ FUNCTIONS: dict[str, Function] = {
     **_alike(Function("matrix product", (0, 1, 2)), "bilinear"),
     **_alike(Function("matrix product"), "chain_matmul linalg_multi_dot"),
     **_alike(Function("attention"), "scaled_dot_product_attention multi_head_attention_forward"),
-    **_alike(Function("recurrent"), "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"),
     **_alike(
-        Function("average pooling", onnx=("AveragePool",), is_homogeneous=True), "avg_pool1d avg_pool2d avg_pool3d"
+        Function("recurrent"),
+        "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell",
+    ),
+    **_alike(
+        Function("average pooling", onnx=("AveragePool",), is_homogeneous=True),
+        "avg_pool1d avg_pool2d avg_pool3d",
     ),
     **_alike(
         Function("adaptive average pooling", is_homogeneous=True),
@@ -157,5 +161,7 @@ SCALINGS = IDENTITIES | names_of("scaling")
 HOMOGENEOUS = frozenset(name for name, function in FUNCTIONS.items() if function.is_homogeneous)
 
 # ONNX operators that sum products, and the functions of which each call leaves exactly one of them.
-PRODUCT_OPERATORS = frozenset(operator for name in CONTRACTIONS for operator in FUNCTIONS[name].onnx)
+PRODUCT_OPERATORS = frozenset(
+    operator for name in CONTRACTIONS for operator in FUNCTIONS[name].onnx
+)
 SINGLE_PRODUCTS = frozenset(name for name in CONTRACTIONS if FUNCTIONS[name].onnx)

@@ -19,7 +19,10 @@ from qdq.schema import validate
 
 _ROUNDING = 1e-9  # of float64: 84.8 - 84.4 is no more than 0.4
 _SHOWN_LAYERS = 3
-_DIGITS, _SHARE_DIGITS = 2, 4  # decimals of what is found, and of a share; more where it would look like the limit
+_DIGITS, _SHARE_DIGITS = (
+    2,
+    4,
+)  # decimals of what is found, and of a share; more where it would look like the limit
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,10 @@ class GateReport:
 
     def format_table(self) -> str:
         """One line a limit, then the verdict."""
-        lines = [f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.message}" for check in self.checks]
+        lines = [
+            f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.message}"
+            for check in self.checks
+        ]
         verdict = f"{printable(self.run)}: {len(self.failures)} of {len(self.checks)} limits missed"
         return "\n".join([*lines, verdict])
 
@@ -115,7 +121,10 @@ def gate_run(
     other = None if baseline is None else _Facts(baseline)
     if other is not None:
         _require_same_images(judged, other)
-    checks = guarded(judged.path, lambda: tuple(_judge(name, limit, judged, other) for name, limit in limits.items()))
+    checks = guarded(
+        judged.path,
+        lambda: tuple(_judge(name, limit, judged, other) for name, limit in limits.items()),
+    )
     return GateReport(run, baseline, checks)
 
 
@@ -126,7 +135,9 @@ def format_junit(report: GateReport) -> bytes:
     """
     root, suite = _new_suite(tests=len(report.checks), failures=len(report.failures))
     for check in report.checks:
-        _add_case(suite, report.run, check.name, "" if check.passed else "failure", "limit", check.message)
+        _add_case(
+            suite, report.run, check.name, "" if check.passed else "failure", "limit", check.message
+        )
     return _finish_suite(root, suite, report.format_table())
 
 
@@ -145,14 +156,22 @@ def format_junit_error(run: Path | str, error: QdqError) -> bytes:
 def _new_suite(tests: int, failures: int = 0, errors: int = 0) -> tuple[Element, Element]:
     root = Element("testsuites")
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
-    names = {"name": "qdq gate", "package": "qdq", "id": "0", "timestamp": now, "hostname": "localhost"}
+    names = {
+        "name": "qdq gate",
+        "package": "qdq",
+        "id": "0",
+        "timestamp": now,
+        "hostname": "localhost",
+    }
     counts = {"tests": str(tests), "failures": str(failures), "errors": str(errors), "time": "0"}
     suite = SubElement(root, "testsuite", {**names, **counts})
     SubElement(suite, "properties")
     return root, suite
 
 
-def _add_case(suite: Element, run: Path | str, name: str, outcome: str, kind: str, message: str) -> None:
+def _add_case(
+    suite: Element, run: Path | str, name: str, outcome: str, kind: str, message: str
+) -> None:
     """One test case; `outcome` is "failure", "error", or "" if it passed."""
     case = SubElement(suite, "testcase", {"classname": printable(run), "name": name, "time": "0"})
     if outcome:
@@ -181,7 +200,12 @@ class _Facts:
     def __init__(self, run: Path) -> None:
         self.run = run
         self.path, content = read_report(run)
-        validate(JudgedSections, content, str(self.path), "give the report.json of a run, or run qdq ptq again.")
+        validate(
+            JudgedSections,
+            content,
+            str(self.path),
+            "give the report.json of a run, or run qdq ptq again.",
+        )
         self._content: dict[str, Any] = content
         candidates = content["evaluation"]["candidates"]
         self.reference: dict[str, Any] = candidates[0]
@@ -206,30 +230,42 @@ class _Facts:
 
     def top1(self, candidate: dict[str, Any]) -> float:
         """In percent."""
-        what, fix = f"top-1 of {candidate['name']}", "evaluate on images with labels, or use min_agreement."
+        what, fix = (
+            f"top-1 of {candidate['name']}",
+            "evaluate on images with labels, or use min_agreement.",
+        )
         return 100 * self.require(candidate.get("top1"), what, fix)
 
     def sqnr(self) -> float:
         """Of the result, in dB."""
-        what, fix = f"finite SQNR of {self.result['name']}", "leave out the limit on the SQNR: nothing is quantized."
+        what, fix = (
+            f"finite SQNR of {self.result['name']}",
+            "leave out the limit on the SQNR: nothing is quantized.",
+        )
         return self.require(self.result.get("sqnr_db"), what, fix)
 
 
 def _check_limits(limits: dict[str, float], *, has_baseline: bool) -> None:
     if not limits:
-        raise ArgumentError("no limit is given, and without one every run passes.", "give --max-drop 0.5, say.")
+        raise ArgumentError(
+            "no limit is given, and without one every run passes.", "give --max-drop 0.5, say."
+        )
     for name, limit in limits.items():
         low, high = _RANGES[name]
         if not low <= limit <= high or math.isinf(limit):
             share = ", a share" if high == 1 else ""
             raise ArgumentError(
-                f"{name} is {limit:g}; it must lie between {low:g} and {high:g}{share}.", "correct the limit."
+                f"{name} is {limit:g}; it must lie between {low:g} and {high:g}{share}.",
+                "correct the limit.",
             )
     if "max_sqnr_drop" in limits and not has_baseline:
-        raise ArgumentError("max_sqnr_drop is given, but no baseline.", "give one, or use min_sqnr.")
+        raise ArgumentError(
+            "max_sqnr_drop is given, but no baseline.", "give one, or use min_sqnr."
+        )
     if has_baseline and not limits.keys() & {"max_drop", "max_sqnr_drop"}:
         raise ArgumentError(
-            "a baseline is given, but no limit that compares with it.", "add max_drop or max_sqnr_drop."
+            "a baseline is given, but no limit that compares with it.",
+            "add max_drop or max_sqnr_drop.",
         )
 
 
@@ -241,7 +277,9 @@ def _require_same_images(judged: _Facts, other: _Facts) -> None:
     counts = [facts.get("evaluation", "images") for facts in (judged, other)]
     marks = [facts.get("data", "labels_digest") for facts in (judged, other)]
     if None in marks:
-        marks = [[facts.reference.get(name) for name in ("top1", "top5")] for facts in (judged, other)]
+        marks = [
+            [facts.reference.get(name) for name in ("top1", "top5")] for facts in (judged, other)
+        ]
     if counts[0] is None or counts[0] != counts[1] or marks[0] != marks[1]:
         raise DataError(
             f"the runs {judged.run} and {other.run} were not evaluated on the same images: {counts[0]!r} and "
@@ -270,7 +308,10 @@ def _judge(name: str, limit: float, judged: _Facts, other: _Facts | None) -> Gat
 
 def _digits_apart(found: float, limit: float) -> int:
     """Decimals with which two different numbers do not look the same."""
-    return next((digits for digits in range(_DIGITS, 12) if round(found, digits) != round(limit, digits)), 12)
+    return next(
+        (digits for digits in range(_DIGITS, 12) if round(found, digits) != round(limit, digits)),
+        12,
+    )
 
 
 def _measure_drop(judged: _Facts, other: _Facts | None, digits: int) -> tuple[float, str]:
@@ -278,13 +319,18 @@ def _measure_drop(judged: _Facts, other: _Facts | None, digits: int) -> tuple[fl
     base = judged.top1(judged.reference) if other is None else other.top1(other.result)
     whose = judged.reference["name"] if other is None else f"the baseline {other.run}"
     compared = _compare(found, base, "points", digits)
-    return base - found, f"top-1 of {judged.result['name']} is {compared} {whose} ({base:.{digits}f} %)"
+    return (
+        base - found,
+        f"top-1 of {judged.result['name']} is {compared} {whose} ({base:.{digits}f} %)",
+    )
 
 
 def _measure_sqnr_drop(judged: _Facts, other: _Facts | None, digits: int) -> tuple[float, str]:
     assert other is not None  # noqa: S101  # `_check_limits` has seen to it
     found, base = judged.sqnr(), other.sqnr()
-    compared = f"{_compare(found, base, 'dB', digits)} the baseline {other.run} ({base:.{digits}f} dB)"
+    compared = (
+        f"{_compare(found, base, 'dB', digits)} the baseline {other.run} ({base:.{digits}f} dB)"
+    )
     return base - found, f"SQNR of {judged.result['name']} is {compared}"
 
 
@@ -302,7 +348,9 @@ def _measure_sqnr(judged: _Facts, other: _Facts | None, digits: int) -> tuple[fl
 
 def _measure_agreement(judged: _Facts, other: _Facts | None, digits: int) -> tuple[float, str]:
     name = judged.result["name"]
-    value = judged.require(judged.result.get("agreement"), f"agreement of {name}", "run qdq ptq again.")
+    value = judged.require(
+        judged.result.get("agreement"), f"agreement of {name}", "run qdq ptq again."
+    )
     share = f"{value:.{max(digits, _SHARE_DIGITS)}f}"
     return value, f"{name} agrees with {judged.reference['name']} on {share} of the images"
 
@@ -314,7 +362,9 @@ def _measure_int8_macs(judged: _Facts, other: _Facts | None, digits: int) -> tup
 
 
 def _measure_size(judged: _Facts, other: _Facts | None, digits: int) -> tuple[float, str]:
-    value = judged.require(judged.get("summary", "onnx_megabytes"), "size of its ONNX file", "run qdq ptq again.")
+    value = judged.require(
+        judged.get("summary", "onnx_megabytes"), "size of its ONNX file", "run qdq ptq again."
+    )
     return value, f"the ONNX file has {value:.{digits}f} MB"
 
 
@@ -339,7 +389,9 @@ _UNITS = {"max_drop": " points", "max_sqnr_drop": " dB", "min_sqnr": " dB", "max
 
 def _name_float_layers(judged: _Facts) -> str:
     """The layers with the most work that are not in int8, with the reason."""
-    sizes = {row["name"]: row["share"] or 0.0 for row in judged.get("build", "coverage", "layers") or ()}
+    sizes = {
+        row["name"]: row["share"] or 0.0 for row in judged.get("build", "coverage", "layers") or ()
+    }
     rows = [row for row in judged.get("build", "layers") or () if row.get("int8") is False]
     rows.sort(key=lambda row: -sizes.get(row.get("node"), 0.0))
     shown = [

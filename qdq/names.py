@@ -45,7 +45,9 @@ def printable(text: object, most: int = 200) -> str:
         text: A name, a path or a message from a file, or what another library says of it.
         most: Characters; the middle of a longer text is left out.
     """
-    escaped = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text))
+    escaped = "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text)
+    )
     if len(escaped) <= most:
         return escaped
     head = (most - 3) // 2

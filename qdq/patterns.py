@@ -60,13 +60,17 @@ class Patterns:
 
 
 def _describe(pattern: Pattern) -> str:
-    return repr(pattern) if isinstance(pattern, str) else getattr(pattern, "__name__", repr(pattern))
+    return (
+        repr(pattern) if isinstance(pattern, str) else getattr(pattern, "__name__", repr(pattern))
+    )
 
 
 def _compile(pattern: Pattern) -> Callable[[list[str], nn.Module], bool]:
     if isinstance(pattern, str):
         matches = _compile_name(pattern)
-        return lambda names, _: any(matches(part) for name in names for part in _self_and_parents(name))
+        return lambda names, _: any(
+            matches(part) for name in names for part in _self_and_parents(name)
+        )
     if isinstance(pattern, type):
         return lambda _, module: isinstance(module, pattern)
     if callable(pattern):

@@ -119,7 +119,9 @@ def save_plan(plan: Plan, path: Path | str) -> Path:
         }
         for name, entry in plan.layers.items()
     }
-    text = yaml.safe_dump({"metric": plan.metric, "layers": layers}, sort_keys=False, allow_unicode=True, width=10**6)
+    text = yaml.safe_dump(
+        {"metric": plan.metric, "layers": layers}, sort_keys=False, allow_unicode=True, width=10**6
+    )
     return write_atomic(as_path(path, "path"), _HEAD + text)
 
 
@@ -140,7 +142,10 @@ def load_plan(path: Path | str) -> Plan:
         layers = {name: _write_out(entry) for name, entry in content["layers"].items()}
         content = {**content, "layers": layers}
     stored = validate(_StoredPlan, content, str(path), _FIX)
-    entries = {name: PlanEntry(entry.precision, entry.reason, entry.gain) for name, entry in stored.layers.items()}
+    entries = {
+        name: PlanEntry(entry.precision, entry.reason, entry.gain)
+        for name, entry in stored.layers.items()
+    }
     return Plan(entries, stored.metric)
 
 
@@ -176,7 +181,10 @@ def apply_plan(model: nn.Module, plan: Plan, example_inputs: Any) -> list[str]:
             nothing is switched then.
     """
     from qdq.trace import require_model
-    from qdq.units import find_all_quantizers, match_precisions  # with torch, which reading plans does not need
+    from qdq.units import (
+        find_all_quantizers,
+        match_precisions,
+    )  # with torch, which reading plans does not need
 
     require_model(model)
     found = find_all_quantizers(model, example_inputs)

@@ -49,7 +49,9 @@ _OPERATOR = "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams"
 if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{_OPERATOR}", "Meta"):
     _library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     _library.impl(  # type: ignore[no-untyped-call]
-        _OPERATOR, lambda x, *_: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)), "Meta"
+        _OPERATOR,
+        lambda x, *_: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)),
+        "Meta",
     )
 
 
@@ -85,12 +87,18 @@ class QuantDescriptor:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, kinds):
                 raise ArgumentTypeError(
-                    f"{field} is {value!r}, of type {type(value).__name__}.", f"give {field} as {kinds}."
+                    f"{field} is {value!r}, of type {type(value).__name__}.",
+                    f"give {field} as {kinds}.",
                 )
         if self.calib_method not in _CALIB_METHODS:
-            raise ArgumentError(_unknown("calib_method", self.calib_method, tuple(_CALIB_METHODS)), "use one of those.")
+            raise ArgumentError(
+                _unknown("calib_method", self.calib_method, tuple(_CALIB_METHODS)),
+                "use one of those.",
+            )
         if isinstance(self.amax, np.ndarray | list):
-            object.__setattr__(self, "amax", tuple(np.asarray(self.amax, dtype=float).flatten().tolist()))
+            object.__setattr__(
+                self, "amax", tuple(np.asarray(self.amax, dtype=float).flatten().tolist())
+            )
         _ = self.format
 
     @property
@@ -143,11 +151,17 @@ def fake_quantize(
         axis = _checked_axis(inputs, amax, axis)
     if amax.numel() == 1:  # a scale of shape [1] costs TensorRT-RTX the int8 kernel (R-SHAPE)
         axis = None
-    scale = compute_scale(amax, fmt).flatten() if axis is not None else compute_scale(amax, fmt).reshape(())
+    scale = (
+        compute_scale(amax, fmt).flatten()
+        if axis is not None
+        else compute_scale(amax, fmt).reshape(())
+    )
     values = inputs if inputs.dtype == torch.float32 else inputs.float()
     result = _quantize_values(values, scale, fmt, axis, range_rule)
     if inputs.dtype == torch.float16 and not torch.compiler.is_compiling():
-        result = result.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)  # code -128 lies beyond a range near the largest float16
+        result = result.clamp(
+            -_FLOAT16_MAX, _FLOAT16_MAX
+        )  # code -128 lies beyond a range near the largest float16
     return result.to(inputs.dtype)
 
 
@@ -201,7 +215,12 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None, range_rule: str
+        ctx: Any,
+        values: torch.Tensor,
+        scale: torch.Tensor,
+        fmt: Format,
+        axis: int | None,
+        range_rule: str,
     ) -> torch.Tensor:
         ctx.save_for_backward(values, scale)
         ctx.how = fmt, axis, range_rule
@@ -209,9 +228,13 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
+    def backward(
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
         values, scale = ctx.saved_tensors
-        of_values, of_scale = _differentiate(grad, values, scale, *ctx.how, learns=ctx.needs_input_grad[1])
+        of_values, of_scale = _differentiate(
+            grad, values, scale, *ctx.how, learns=ctx.needs_input_grad[1]
+        )
         return of_values if ctx.needs_input_grad[0] else None, of_scale, None, None, None
 
 
@@ -240,12 +263,18 @@ def _differentiate(
     """
     low, high = fmt.qmin - 0.5, fmt.qmax + 0.5
     of_values = torch.empty_like(values)
-    if not learns and axis is None and values.device.type == "cpu":  # on a GPU reading the scale would wait for it
+    if (
+        not learns and axis is None and values.device.type == "cpu"
+    ):  # on a GPU reading the scale would wait for it
         width = scale.item()
-        torch.ops.aten.hardtanh_backward(grad, values, low * width, high * width, grad_input=of_values)
+        torch.ops.aten.hardtanh_backward(
+            grad, values, low * width, high * width, grad_input=of_values
+        )
         return of_values, None
     sums = []
-    for step, gained, given, passed, ratio, codes in _cut(scale, axis, grad, values, of_values, scratch=2):
+    for step, gained, given, passed, ratio, codes in _cut(
+        scale, axis, grad, values, of_values, scratch=2
+    ):
         torch.mul(given, step.reciprocal(), out=ratio)
         torch.ops.aten.hardtanh_backward(gained, ratio, low, high, grad_input=passed)
         if learns:
@@ -258,7 +287,9 @@ def _differentiate(
     if not learns:
         return of_values, None
     total = torch.stack(sums).sum(0) if axis is None else torch.cat(sums)
-    return of_values, total.reshape(scale.shape) / math.sqrt(max(values.numel(), 1) / scale.numel() * fmt.qmax)
+    return of_values, total.reshape(scale.shape) / math.sqrt(
+        max(values.numel(), 1) / scale.numel() * fmt.qmax
+    )
 
 
 def _sum_to_scale(values: torch.Tensor, axis: int | None) -> torch.Tensor:
@@ -266,7 +297,9 @@ def _sum_to_scale(values: torch.Tensor, axis: int | None) -> torch.Tensor:
     return values.sum(others) if others else values.clone()
 
 
-def _by_operator(values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None) -> torch.Tensor:
+def _by_operator(
+    values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None
+) -> torch.Tensor:
     zero_point = torch.zeros_like(scale, dtype=torch.int32)
     if axis is None:
         return torch.fake_quantize_per_tensor_affine(values, scale, zero_point, fmt.qmin, fmt.qmax)
@@ -275,13 +308,19 @@ def _by_operator(values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: i
         # This operator casts to int64 before it clamps: a huge value in a channel of tiny range would change its sign.
         bound = _along((scale * 2.0**40).clamp_max(1e38), values, axis)
         values = torch.clamp(values, -bound, bound)
-    return torch.fake_quantize_per_channel_affine(values, scale, zero_point, axis, fmt.qmin, fmt.qmax)
+    return torch.fake_quantize_per_channel_affine(
+        values, scale, zero_point, axis, fmt.qmin, fmt.qmax
+    )
 
 
-def _by_arithmetic(values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None) -> torch.Tensor:
+def _by_arithmetic(
+    values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None
+) -> torch.Tensor:
     result = torch.empty_like(values)
     for step, piece, place in _cut(scale, axis, values, result):
-        torch.mul(piece, step.reciprocal(), out=place).round_().clamp_(fmt.qmin, fmt.qmax).mul_(step)
+        torch.mul(piece, step.reciprocal(), out=place).round_().clamp_(fmt.qmin, fmt.qmax).mul_(
+            step
+        )
     return result
 
 
@@ -310,7 +349,9 @@ def _cut(
         yield step, *cut, *(tensor[: len(cut[0])] if tensor.dim() else tensor for tensor in spare)
 
 
-def quantize_codes(values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None = None) -> torch.Tensor:
+def quantize_codes(
+    values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None = None
+) -> torch.Tensor:
     """The integer codes of a float32 tensor, as float32.
 
     Args:
@@ -323,7 +364,11 @@ def quantize_codes(values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis:
 
 
 def _along(scale: torch.Tensor, values: torch.Tensor, axis: int | None) -> torch.Tensor:
-    return scale if axis is None else scale.reshape([-1 if dim == axis else 1 for dim in range(values.dim())])
+    return (
+        scale
+        if axis is None
+        else scale.reshape([-1 if dim == axis else 1 for dim in range(values.dim())])
+    )
 
 
 class TensorQuantizer(nn.Module):
@@ -395,7 +440,9 @@ class TensorQuantizer(nn.Module):
         amax = torch.as_tensor(value).detach().float()
         self._require_valid(amax)
         if self._range_rule is not None:
-            raise StateError(f"the range of {self._label} is being learned.", "call keep_range first.")
+            raise StateError(
+                f"the range of {self._label} is being learned.", "call keep_range first."
+            )
         if self.amax is None or self._mends_axis(amax):
             self.register_buffer("_amax", own_tensor(amax))
         elif self._is_along_present(amax):
@@ -411,7 +458,11 @@ class TensorQuantizer(nn.Module):
 
     def _mends_axis(self, amax: torch.Tensor) -> bool:
         """Whether new ranges lie on the axis of this quantizer, and the present ones, of a checkpoint, on another."""
-        if not isinstance(self._axis, int) or self.amax is None or not amax.dim() == self.amax.dim() > 0:
+        if (
+            not isinstance(self._axis, int)
+            or self.amax is None
+            or not amax.dim() == self.amax.dim() > 0
+        ):
             return False
         axis = self._axis % amax.dim()
         return find_range_axis(self.amax, axis) != axis and find_range_axis(amax, axis) == axis
@@ -455,7 +506,9 @@ class TensorQuantizer(nn.Module):
             return ""
         if axis is None:
             return f"is per tensor and has {amax.numel()} ranges, of shape {shape}"
-        if weight is not None and not (-weight.dim() <= axis < weight.dim() and amax.numel() == weight.shape[axis]):
+        if weight is not None and not (
+            -weight.dim() <= axis < weight.dim() and amax.numel() == weight.shape[axis]
+        ):
             return f"has an amax of shape {shape}, which does not fit axis {axis} of its weight {tuple(weight.shape)}"
         return ""
 
@@ -475,7 +528,9 @@ class TensorQuantizer(nn.Module):
         if rule not in RANGE_RULES:
             raise ArgumentError(_unknown("rule", rule, RANGE_RULES), "use one of those.")
         if self.amax is None:
-            raise StateError(f"{self._label} has no amax to start from.", "calibrate first (`calibrate_model`).")
+            raise StateError(
+                f"{self._label} has no amax to start from.", "calibrate first (`calibrate_model`)."
+            )
         start = own_tensor(self.amax.clamp_min(AMAX_FLOOR).log2())
         self._buffers.pop("_amax", None)
         self._parameters.pop("_log2_amax", None)
@@ -499,7 +554,9 @@ class TensorQuantizer(nn.Module):
             StateError: No amax yet.
         """
         if self.amax is None:
-            raise StateError(f"{self._label} has no amax.", "calibrate first (`calibrate_model`) or set `amax`.")
+            raise StateError(
+                f"{self._label} has no amax.", "calibrate first (`calibrate_model`) or set `amax`."
+            )
         return compute_scale(self.amax, self.format)
 
     @property
@@ -529,7 +586,9 @@ class TensorQuantizer(nn.Module):
             StateError: There is no calibrator.
         """
         if self._calibrator is None:
-            raise StateError(f"Calibrator was not created for {self._label}.", "call `set_calib_method` first.")
+            raise StateError(
+                f"Calibrator was not created for {self._label}.", "call `set_calib_method` first."
+            )
         self._if_calib = True
 
     def disable_calib(self) -> None:
@@ -543,7 +602,9 @@ class TensorQuantizer(nn.Module):
             ArgumentError: Another method, or a histogram for a per-channel quantizer.
         """
         if method not in _CALIB_METHODS:
-            raise ArgumentError(_unknown("calib_method", method, tuple(_CALIB_METHODS)), "use one of those.")
+            raise ArgumentError(
+                _unknown("calib_method", method, tuple(_CALIB_METHODS)), "use one of those."
+            )
         if method == "histogram" and self._axis is not None:
             raise ArgumentError(
                 f"{self._label} has axis={self._axis}; histograms are per tensor.",
@@ -564,7 +625,9 @@ class TensorQuantizer(nn.Module):
             ArgumentError: As for `solve_amax`; another method than "max" for a per-channel quantizer.
         """
         if self._calibrator is None:
-            raise StateError(f"Calibrator not created for {self._label}.", "call `set_calib_method` first.")
+            raise StateError(
+                f"Calibrator not created for {self._label}.", "call `set_calib_method` first."
+            )
         statistics = self._calibrator.statistics()
         if not statistics.num_batches:
             raise StateError(
@@ -594,7 +657,8 @@ class TensorQuantizer(nn.Module):
             return solve_amax(statistics, self.format, method, **options)
         if method != "max":
             raise ArgumentError(
-                f"{self._label} has axis={self._axis}; its ranges are maxima, not {method}.", "use method='max'."
+                f"{self._label} has axis={self._axis}; its ranges are maxima, not {method}.",
+                "use method='max'.",
             )
         if statistics.channel_absmax is None:
             raise StateError(
@@ -616,13 +680,17 @@ class TensorQuantizer(nn.Module):
         if not self._if_quant:
             return inputs
         amax = self._range_for(inputs)
-        return fake_quantize(inputs, amax, self.format, self._axis, range_rule=self._range_rule or RANGE_RULES[0])
+        return fake_quantize(
+            inputs, amax, self.format, self._axis, range_rule=self._range_rule or RANGE_RULES[0]
+        )
 
     def _collect(self, inputs: torch.Tensor, calibrator: TensorCollector) -> None:
         try:
             calibrator.collect(inputs)
         except CalibrationError as error:
-            raise CalibrationError(f"the input of {self._label}: {error.message}", error.fix) from None
+            raise CalibrationError(
+                f"the input of {self._label}: {error.message}", error.fix
+            ) from None
 
     def _range_for(self, inputs: torch.Tensor) -> torch.Tensor:
         if self.amax is None:
@@ -664,7 +732,10 @@ class TensorQuantizer(nn.Module):
 
     def _lies_elsewhere(self, amax: torch.Tensor) -> bool:
         """Whether ranges of a checkpoint keep another axis than the present ones, as 2.1 did for transposed weights."""
-        axes = [find_range_axis(ranges, None if self._axis is None else -1) for ranges in (self.amax, amax)]
+        axes = [
+            find_range_axis(ranges, None if self._axis is None else -1)
+            for ranges in (self.amax, amax)
+        ]
         return None not in axes and -1 not in axes and axes[0] != axes[1]
 
     def extra_repr(self) -> str:
@@ -788,8 +859,12 @@ class _Switch:
 
     def __init__(self, model: nn.Module, disabled: bool) -> None:
         if not isinstance(model, nn.Module):
-            raise ArgumentTypeError(f"model is of type {type(model).__name__}.", "pass a torch.nn.Module.")
-        self._before = [(quantizer, quantizer._disabled) for _, quantizer in named_quantizers(model)]
+            raise ArgumentTypeError(
+                f"model is of type {type(model).__name__}.", "pass a torch.nn.Module."
+            )
+        self._before = [
+            (quantizer, quantizer._disabled) for _, quantizer in named_quantizers(model)
+        ]
         for quantizer, _ in self._before:
             quantizer._disabled = disabled
 

@@ -59,16 +59,25 @@ class Rescaling:
             f"{self.path}: {len(self.changed)} scales changed, {len(self.unchanged)} were the same ({self.method})"
         ]
         width = max(map(len, self.changed), default=0)
-        lines += [f"  {name:{width}}  {old:.6g} -> {new:.6g}" for name, (old, new) in self.changed.items()]
+        lines += [
+            f"  {name:{width}}  {old:.6g} -> {new:.6g}" for name, (old, new) in self.changed.items()
+        ]
         lines += [f"  not changed: {name}: {reason}" for name, reason in self.refused.items()]
         lines += [f"  not changed: {name}: the statistics do not have it" for name in self.unknown]
-        lines += [f"  not in the file: {name} (in float there, or another quantizer's pair serves it)"
-                  for name in self.missing]  # fmt: skip
+        lines += [
+            f"  not in the file: {name} (in float there, or another quantizer's pair serves it)"
+            for name in self.missing
+        ]
         return "\n".join(lines)
 
 
 def rescale_onnx(
-    path: Path | str, output: Path | str, statistics: Statistics, *, method: str = "mse", **options: Any
+    path: Path | str,
+    output: Path | str,
+    statistics: Statistics,
+    *,
+    method: str = "mse",
+    **options: Any,
 ) -> Rescaling:
     """Write a copy of a file that `export_onnx` made, its activations with ranges solved from statistics.
 
@@ -100,7 +109,9 @@ def rescale_onnx(
             f"none of the {len(scales)} scales of activations in {path} belongs to a quantizer of the statistics.",
             "give a file that qdq exported from the model that was calibrated.",
         )
-    changed, refused = _set_scales(statistics, scales, known, statistics.solve_all(method, **options))
+    changed, refused = _set_scales(
+        statistics, scales, known, statistics.solve_all(method, **options)
+    )
     rescaling = Rescaling(
         path=output,
         method=method,
@@ -112,7 +123,9 @@ def rescale_onnx(
     )
     _update_origin(model, statistics, rescaling)
     RaiseWeightScales()(model)  # a bias may not fit the new scale of its input
-    ir.external_data.load_to_model(model)  # so that the copy may lie in another folder, or in the place of the file
+    ir.external_data.load_to_model(
+        model
+    )  # so that the copy may lie in another folder, or in the place of the file
     save_model(model, output)
     return rescaling
 
@@ -126,7 +139,10 @@ def scale_of(amax: npt.ArrayLike, fmt: Format) -> Floats:
 
 
 def _set_scales(
-    statistics: Statistics, scales: Mapping[str, list[ir.Value]], known: Mapping[str, str], amaxes: Mapping[str, float]
+    statistics: Statistics,
+    scales: Mapping[str, list[ir.Value]],
+    known: Mapping[str, str],
+    amaxes: Mapping[str, float],
 ) -> tuple[dict[str, tuple[float, float]], dict[str, str]]:
     """Set them in place; the old and the new scale of each that changed, and why others could not be set."""
     changed: dict[str, tuple[float, float]] = {}

@@ -41,7 +41,14 @@ logger = logging.getLogger(__name__)
 
 SCALES = ("shared", "independent")
 _PRODUCTS = MATRIX_PRODUCTS | ATTENTION  # of two activations mostly
-_SHOWN = WEIGHTED | CONCATS | _PRODUCTS | AVERAGE_POOLINGS | MAX_POOLINGS | {"add", "interpolate", "mul", "mean"}
+_SHOWN = (
+    WEIGHTED
+    | CONCATS
+    | _PRODUCTS
+    | AVERAGE_POOLINGS
+    | MAX_POOLINGS
+    | {"add", "interpolate", "mul", "mean"}
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,9 @@ class RewirePlan:
             f"{counts['quantize']} function calls quantized, {counts['float']} left in float; "
             f"{followers} quantizers use the range of {len(self.shared)} others"
         ]
-        groups = group_names(((each.action, each.function, each.reason), each.name) for each in self.operations)
+        groups = group_names(
+            ((each.action, each.function, each.reason), each.name) for each in self.operations
+        )
         lines += [
             f"  {action:8}  {len(names)} {function} ({list_names(names, 2)}): {reason}"
             for (action, function, reason), names in groups.items()
@@ -127,13 +136,19 @@ def rewire_operations(
     """
     require_model(model)
     if scales not in SCALES:
-        raise ArgumentError(f"scales is {scales!r}; known are {', '.join(SCALES)}.", "use 'shared'.")
+        raise ArgumentError(
+            f"scales is {scales!r}; known are {', '.join(SCALES)}.", "use 'shared'."
+        )
     if any(isinstance(module, QuantFunctionsMixin) for module in model.modules()):
-        raise ArgumentError("the model is rewired already.", "call restore_modules, then swap and rewire again.")
+        raise ArgumentError(
+            "the model is rewired already.", "call restore_modules, then swap and rewire again."
+        )
     with disable_quantization(model):
         flow = Dataflow(trace_forward(model, example_inputs))
     modules = dict(model.named_modules())
-    planned = _Decisions(modules, flow, Patterns(include, "include"), Patterns(exclude, "exclude")).decide()
+    planned = _Decisions(
+        modules, flow, Patterns(include, "include"), Patterns(exclude, "exclude")
+    ).decide()
     if not any(isinstance(module, QuantInputMixin) for module in modules.values()):
         _require_calls(modules, planned)
     places = _list_places(modules, flow, planned)
@@ -148,7 +163,9 @@ def _require_calls(modules: dict[str, nn.Module], planned: dict[str, PlannedOper
     swappable = [name for name, module in modules.items() if _has_weight_to_swap(module)]
     if is_quantized and swappable:
         logger.warning(
-            "no layer is quantized, and swap_modules reaches %d: %s", len(swappable), list_names(swappable, 5)
+            "no layer is quantized, and swap_modules reaches %d: %s",
+            len(swappable),
+            list_names(swappable, 5),
         )
     elif swappable:
         raise ArgumentError("the model has no quantized layer.", "call swap_modules first.")
@@ -163,13 +180,17 @@ def _has_weight_to_swap(module: nn.Module) -> bool:
     counterpart = find_counterpart(type(module))
     if counterpart is None or not issubclass(counterpart, QuantMixin):
         return False
-    return all(module._parameters.get(name) is not None for name in counterpart.weights_of(module).values())
+    return all(
+        module._parameters.get(name) is not None for name in counterpart.weights_of(module).values()
+    )
 
 
 class _Decisions:
     """What the rules say about every call."""
 
-    def __init__(self, modules: dict[str, nn.Module], flow: Dataflow, include: Patterns, exclude: Patterns) -> None:
+    def __init__(
+        self, modules: dict[str, nn.Module], flow: Dataflow, include: Patterns, exclude: Patterns
+    ) -> None:
         self._modules = modules
         self._flow = flow
         self._include = include
@@ -184,8 +205,13 @@ class _Decisions:
             if operation.name in planned or not self._is_shown(operation):
                 continue
             action, reason, operands = self._judge(operation)
-            planned[operation.name] = PlannedOperation(operation.name, operation.function, action, reason, operands)
-        for name, module in self._modules.items():  # a pattern may mean a layer, which the swap has left alone
+            planned[operation.name] = PlannedOperation(
+                operation.name, operation.function, action, reason, operands
+            )
+        for (
+            name,
+            module,
+        ) in self._modules.items():  # a pattern may mean a layer, which the swap has left alone
             self._exclude.match([name], module)
         self._include.warn_unused("function call")
         self._exclude.warn_unused("function call and no module")
@@ -193,12 +219,18 @@ class _Decisions:
 
     def _is_shown(self, operation: Operation) -> bool:
         """Whether a rule has something to say: a sum or product of two computed tensors, a concat, attention ..."""
-        if operation.function not in _SHOWN or isinstance(self._modules[operation.module], QuantInputMixin):
+        if operation.function not in _SHOWN or isinstance(
+            self._modules[operation.module], QuantInputMixin
+        ):
             return False
         computed = [value for value in operation.inputs if self._flow.is_computed(value)]
-        if operation.function in WEIGHTED:  # with a layer around it the plan of the swap has said what happens
+        if (
+            operation.function in WEIGHTED
+        ):  # with a layer around it the plan of the swap has said what happens
             is_layer = find_counterpart(type(self._modules[operation.module])) is not None
-            return len(computed) == 1 and not (is_layer and self._flow.is_stored(operation.inputs[1]))
+            return len(computed) == 1 and not (
+                is_layer and self._flow.is_stored(operation.inputs[1])
+            )
         return len(computed) >= (2 if operation.function in ("add", "mul") else 1)
 
     def _judge(self, operation: Operation) -> tuple[str, str, tuple[int, ...]]:
@@ -206,7 +238,9 @@ class _Decisions:
         if pattern := self._exclude.match([operation.name], owner):
             return "float", f"excluded by {pattern}", ()
         if pattern := self._include.match([operation.name], owner):
-            return self._attachable(operation, f"included by {pattern}", self._operands_of(operation))
+            return self._attachable(
+                operation, f"included by {pattern}", self._operands_of(operation)
+            )
         if operation.function == "add":
             return self._judge_add(operation)
         if operation.function in WEIGHTED:
@@ -218,7 +252,11 @@ class _Decisions:
         if operation.function in MATRIX_PRODUCTS:
             factors = [operation.inputs[position] for position in self._operands_of(operation)]
             if not all(map(self._flow.is_computed, factors)):
-                return "float", f"product with a weight by {operation.function}: call F.linear, or include it", ()
+                return (
+                    "float",
+                    f"product with a weight by {operation.function}: call F.linear, or include it",
+                    (),
+                )
         return _judge_by_kind(operation)
 
     def _operands_of(self, operation: Operation) -> tuple[int, ...]:
@@ -227,7 +265,9 @@ class _Decisions:
             return factors
         if operation.function in MATRIX_PRODUCTS:
             return tuple(range(len(operation.inputs)))
-        return tuple(place for place, value in enumerate(operation.inputs) if self._flow.is_computed(value))
+        return tuple(
+            place for place, value in enumerate(operation.inputs) if self._flow.is_computed(value)
+        )
 
     def _attachable(
         self, operation: Operation, reason: str, operands: tuple[int, ...]
@@ -250,18 +290,30 @@ class _Decisions:
             names = " and ".join(sorted({main.module for main in convolutions if main}))
             return "float", f"its convolution {names} is in float", ()
         fork = self._flow.find_fork(first, second)
-        branches_off = fork and self._flow.backbone_of(fork[0]) in [main for main in convolutions if main]
+        branches_off = fork and self._flow.backbone_of(fork[0]) in [
+            main for main in convolutions if main
+        ]
         shortcut = None if branches_off else _find_shortcut(backbones, fork)
         if shortcut is not None:
-            return self._attachable(operation, "shortcut of a residual add, on that side only (R-ADD-1)", (shortcut,))
+            return self._attachable(
+                operation, "shortcut of a residual add, on that side only (R-ADD-1)", (shortcut,)
+            )
         if any(backbones):
-            return "float", "it branches off right behind a convolution: no residual add (R-ADD-2)", ()
-        behind = [self._flow.backbone_of(value, through_activations=True) for value in (first, second)]
+            return (
+                "float",
+                "it branches off right behind a convolution: no residual add (R-ADD-2)",
+                (),
+            )
+        behind = [
+            self._flow.backbone_of(value, through_activations=True) for value in (first, second)
+        ]
         if not any(main and self._is_quantized(main) for main in behind):
             return "float", "no operand comes from an int8 convolution (R-ADD-4)", ()
         if not self._feeds_quantized(operation):
             return "float", "nothing quantized reads the sum (R-ADD-4)", ()
-        reason = "an activation stands before the add: both operands, with one scale (R-ADD-4, R-ADD-5)"
+        reason = (
+            "an activation stands before the add: both operands, with one scale (R-ADD-4, R-ADD-5)"
+        )
         return self._attachable(operation, reason, (0, 1))
 
     def _judge_weighted(self, operation: Operation) -> tuple[str, str, tuple[int, ...]]:
@@ -276,7 +328,11 @@ class _Decisions:
                 reason = "last convolution: it writes an output of the network (R-OUT)"
         if reason:
             return "float", reason, ()
-        how = "called as a function" if self._flow.is_stored(operation.inputs[1]) else "which the forward computes"
+        how = (
+            "called as a function"
+            if self._flow.is_stored(operation.inputs[1])
+            else "which the forward computes"
+        )
         return self._attachable(operation, f"a product with a weight, {how}", (0, 1))
 
     def _judge_resize(self, operation: Operation) -> tuple[str, str, tuple[int, ...]]:
@@ -284,12 +340,16 @@ class _Decisions:
             return "float", "interpolates: its output is no copy of its input", ()
         if not self._feeds_quantized(operation):
             return "float", "nothing quantized reads it", ()
-        return self._attachable(operation, "copies values between int8 layers: its input (R-RSZ)", (0,))
+        return self._attachable(
+            operation, "copies values between int8 layers: its input (R-RSZ)", (0,)
+        )
 
     def _judge_pooling(self, operation: Operation) -> tuple[str, str, tuple[int, ...]]:
         if not self._feeds_quantized(operation):
             return "float", "nothing quantized reads it (R-AP)", ()
-        return self._attachable(operation, "average pooling before an int8 layer: its input (R-AP)", (0,))
+        return self._attachable(
+            operation, "average pooling before an int8 layer: its input (R-AP)", (0,)
+        )
 
     def _is_quantized(self, operation: Operation) -> bool:
         """Whether a product runs in int8, as a layer or as a call."""
@@ -307,7 +367,9 @@ class _Decisions:
         )
 
 
-def _find_shortcut(backbones: list[Operation | None], fork: tuple[int, int, int] | None) -> int | None:
+def _find_shortcut(
+    backbones: list[Operation | None], fork: tuple[int, int, int] | None
+) -> int | None:
     """Position of the shortcut: the operand without convolution, else the one nearer to where both part (R-ADD-2)."""
     first, second = backbones
     if first is second:
@@ -320,14 +382,22 @@ def _find_shortcut(backbones: list[Operation | None], fork: tuple[int, int, int]
 def _judge_by_kind(operation: Operation) -> tuple[str, str, tuple[int, ...]]:
     """Calls that get no quantizer of their own, whatever is around them."""
     if operation.function in _PRODUCTS:
-        return "float", "product of two activations: int8 Q/DQ would break the fused attention kernel (R-MHA-2)", ()
+        return (
+            "float",
+            "product of two activations: int8 Q/DQ would break the fused attention kernel (R-MHA-2)",
+            (),
+        )
     if operation.function in CONCATS:
         return "share", "copies: quantizers before and behind it have one scale (R-CAT-1)", ()
     if operation.function in MAX_POOLINGS:
         return "share", "commutes with Q: quantizers before and behind it have one scale (R-MP)", ()
     if operation.function == "mean":
         return "float", "global average: a tiny tensor that stays float (R-GAP)", ()
-    return "float", "a product of activations gets no Q/DQ, so that SiLU and gates stay fused (R-SILU, R-MUL)", ()
+    return (
+        "float",
+        "a product of activations gets no Q/DQ, so that SiLU and gates stay fused (R-SILU, R-MUL)",
+        (),
+    )
 
 
 class _Groups:
@@ -349,11 +419,15 @@ class _Groups:
             self._parents[self.find(value)] = root
 
 
-def _group_places(places: list[_Place], flow: Dataflow, planned: dict[str, PlannedOperation], is_shared: bool) -> None:
+def _group_places(
+    places: list[_Place], flow: Dataflow, planned: dict[str, PlannedOperation], is_shared: bool
+) -> None:
     """Say which places shall have one range; both operands of a quantized add always do (R-ADD-4)."""
     if not is_shared:
         for place in places:
-            place.group = _join(place.owner, place.site) if place.site.startswith("add") else place.name
+            place.group = (
+                _join(place.owner, place.site) if place.site.startswith("add") else place.name
+            )
         return
     groups = _group_values(flow, planned)
     for place in places:
@@ -401,7 +475,9 @@ class _Place:
     group: int | str = 0
 
 
-def _list_places(modules: dict[str, nn.Module], flow: Dataflow, planned: dict[str, PlannedOperation]) -> list[_Place]:
+def _list_places(
+    modules: dict[str, nn.Module], flow: Dataflow, planned: dict[str, PlannedOperation]
+) -> list[_Place]:
     """Layers first, so that the range of a group is saved with a layer."""
     places: dict[str, _Place] = {}
     for run in flow.runs:

@@ -54,8 +54,14 @@ JOURNAL_FILE = "analysis.jsonl"
 STATISTICS_FILES = ("calibration.safetensors", "calibration.json")
 TUNING_FOLDER = "tuning"
 
-_JOURNALS = (JOURNAL_FILE, "analysis.*.jsonl")  # kept from any earlier run: their lines say what they were measured on
-_STATISTICS = (*STATISTICS_FILES, "calibration.rank*of*.safetensors")  # kept where the same run is begun again
+_JOURNALS = (
+    JOURNAL_FILE,
+    "analysis.*.jsonl",
+)  # kept from any earlier run: their lines say what they were measured on
+_STATISTICS = (
+    *STATISTICS_FILES,
+    "calibration.rank*of*.safetensors",
+)  # kept where the same run is begun again
 _RUN_FILES = (
     STATE_FILE,
     LOG_FILE,
@@ -85,11 +91,26 @@ _TUNING_FILES = (
 )
 """Likewise what fine-tuning writes into its own."""
 
-_FORMER_KEYS = {"status", "stage", "seed", "settings", "environment", "seconds"}  # of run.json before it had a format
+_FORMER_KEYS = {
+    "status",
+    "stage",
+    "seed",
+    "settings",
+    "environment",
+    "seconds",
+}  # of run.json before it had a format
 _PACKAGES = (
-    "qdq", "torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt",
-    "tensorrt-rtx-cu13", "numpy",
-)  # fmt: skip
+    "qdq",
+    "torch",
+    "torchvision",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "numpy",
+)
 
 
 def find_announced() -> tuple[int, int]:
@@ -203,7 +224,9 @@ def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | N
         run._lock = _take_lock(folder / LOG_FILE)
         _log_to(folder / LOG_FILE)
         is_begun = run.is_begun()
-        run._save("running")  # before anything else is touched: killed at any moment, the folder is known as a run's
+        run._save(
+            "running"
+        )  # before anything else is touched: killed at any moment, the folder is known as a run's
         _empty(folder, _find_inputs(folder, run.settings), is_begun)
     except OSError as error:
         raise _unusable(folder, error) from error
@@ -227,13 +250,16 @@ def check_run_folder(folder: Path | str, settings: dict[str, Any] | None = None)
     guard_files(inputs=[path for path in _list_paths(settings or {}) if os.path.lexists(path)])
     try:
         present = _list_folder(folder)
-        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        existing = next(
+            parent for parent in (folder, *folder.absolute().parents) if parent.exists()
+        )
         tempfile.TemporaryFile(dir=existing).close()
     except (OSError, ValueError) as error:
         raise _unusable(folder, error) from error
     if _is_locked(folder / LOG_FILE):
         raise ArgumentError(
-            f"another run is writing to {printable(folder)}.", "wait for its end, or choose another folder."
+            f"another run is writing to {printable(folder)}.",
+            "wait for its end, or choose another folder.",
         )
     if not _is_run_folder(folder, present):
         raise ArgumentError(
@@ -264,13 +290,20 @@ def list_run_files(run: Path) -> list[Path]:
     """
     folder = run if os.path.isdir(run) else run.parent
     with contextlib.suppress(OSError):
-        files = [path for path in _list_folder(folder) if _is_run_file(path.name) and path.name != PAGE_FILE]
+        files = [
+            path
+            for path in _list_folder(folder)
+            if _is_run_file(path.name) and path.name != PAGE_FILE
+        ]
         return [*([] if folder == run else [run]), *files, *_list_tuning(folder / TUNING_FOLDER)]
     return [run]
 
 
 def guard_command(
-    *, inputs: Iterable[File] = (), outputs: Iterable[File] = (), in_place: Collection[tuple[File, File]] = ()
+    *,
+    inputs: Iterable[File] = (),
+    outputs: Iterable[File] = (),
+    in_place: Collection[tuple[File, File]] = (),
 ) -> None:
     """As `guard_files`, for a command that is no run: it does not replace what a run wrote either.
 
@@ -291,7 +324,8 @@ def guard_command(
         replaces = any(path == first and is_same_file(first, second) for first, second in pairs)
         if not replaces and is_replaceable(path) and _is_of_a_run(path):
             raise ArgumentError(
-                f"{printable(path)} is a file of a run; it would be lost.", "choose another file to write."
+                f"{printable(path)} is a file of a run; it would be lost.",
+                "choose another file to write.",
             )
 
 
@@ -301,7 +335,9 @@ def _is_of_a_run(path: Path) -> bool:
     globs = (*_RUN_FILES, *(f"{TUNING_FOLDER}/{glob}" for glob in _TUNING_FILES))
     for folder in list(path.parents)[:3]:
         name = path.relative_to(folder).as_posix()
-        if any(fnmatchcase(name, glob) for glob in globs) and _is_state_of_a_run(_read_state(folder)):
+        if any(fnmatchcase(name, glob) for glob in globs) and _is_state_of_a_run(
+            _read_state(folder)
+        ):
             return True
     return False
 
@@ -326,14 +362,20 @@ def _is_run_folder(folder: Path, present: list[Path]) -> bool:
     if _is_state_of_a_run(_read_state(folder)):
         return True
     # a run that was killed before it wrote run.json has left an empty log at the most
-    return all(path.name == LOG_FILE and path.is_file() and path.stat().st_size == 0 for path in present)
+    return all(
+        path.name == LOG_FILE and path.is_file() and path.stat().st_size == 0 for path in present
+    )
 
 
 def _is_state_of_a_run(state: dict[str, Any]) -> bool:
     """Whether qdq, this version or an earlier one, wrote a `run.json`."""
     if state.get("format") == RUN_FORMAT:
         return True
-    return state.keys() == _FORMER_KEYS and isinstance(state["environment"], dict) and "qdq" in state["environment"]
+    return (
+        state.keys() == _FORMER_KEYS
+        and isinstance(state["environment"], dict)
+        and "qdq" in state["environment"]
+    )
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
@@ -348,7 +390,11 @@ def _read_state(folder: Path) -> dict[str, Any]:
 def _find_inputs(folder: Path, settings: dict[str, Any]) -> list[Path]:
     """The files below a folder that any of the settings names."""
     root = os.path.realpath(folder)
-    return [Path(name) for name in _list_names(settings) if _is_below(name, root) and os.path.isfile(name)]
+    return [
+        Path(name)
+        for name in _list_names(settings)
+        if _is_below(name, root) and os.path.isfile(name)
+    ]
 
 
 def _list_paths(settings: dict[str, Any]) -> Iterator[Path]:
@@ -428,7 +474,8 @@ def _start_silent_run(settings: dict[str, Any], seed: int) -> Run:
 def _unusable(folder: Path, error: OSError | ValueError) -> ArgumentError:
     reason = getattr(error, "strerror", None) or error
     return ArgumentError(
-        f"cannot use {printable(folder)} as run folder: {reason}.", "choose a folder that you may write to."
+        f"cannot use {printable(folder)} as run folder: {reason}.",
+        "choose a folder that you may write to.",
     )
 
 
@@ -465,16 +512,22 @@ class _Lock:
             self.release()
             raise BlockingIOError(errno.EWOULDBLOCK, "another run is writing to it") from None
         except OSError as error:  # a file system without locks
-            logger.warning("%s cannot be locked (%s); let no second run use the folder", path, error.strerror)
+            logger.warning(
+                "%s cannot be locked (%s); let no second run use the folder", path, error.strerror
+            )
 
     def is_of(self, path: Path) -> bool:
         """Whether it is held on this file."""
-        return self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), path.stat())
+        return self._descriptor is not None and os.path.samestat(
+            os.fstat(self._descriptor), path.stat()
+        )
 
     def release(self) -> None:
         """Let others have it; may be called again."""
         if self._descriptor is not None:
-            os.close(self._descriptor)  # of a forked process this is a copy, without which the lock stays
+            os.close(
+                self._descriptor
+            )  # of a forked process this is a copy, without which the lock stays
             self._descriptor = None
 
 
@@ -498,7 +551,9 @@ def _is_locked(path: Path) -> bool:
             _lock_shared(file.fileno())
     except BlockingIOError:
         return True
-    except OSError:  # a file of another user, which is said when it is opened; or a file system without locks
+    except (
+        OSError
+    ):  # a file of another user, which is said when it is opened; or a file system without locks
         return False
     return False
 
@@ -517,7 +572,9 @@ def _wait_for(descriptor: int) -> None:
         try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _lock_shared(descriptor)  # fails where a run has locked it, and not where others are looking
+            _lock_shared(
+                descriptor
+            )  # fails where a run has locked it, and not where others are looking
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             if time.monotonic() > deadline:
                 raise
@@ -538,7 +595,10 @@ def _lock_shared(descriptor: int) -> None:
 
 def describe_environment() -> dict[str, str]:
     """Versions of Python, of the machine and of the packages that change a result; no paths, no host names."""
-    versions = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    versions = {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)

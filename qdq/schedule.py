@@ -54,20 +54,31 @@ class Schedule:
         for name in ("steps", "epochs", "patience"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | None):
-                raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}.", "give an integer.")
+                raise ArgumentTypeError(
+                    f"{name} is {value!r}, a {type(value).__name__}.", "give an integer."
+                )
             if value is not None and value < 1:
-                raise ArgumentError(f"{name} is {value}; it must be 1 or more.", f"pass a positive {name}.")
+                raise ArgumentError(
+                    f"{name} is {value}; it must be 1 or more.", f"pass a positive {name}."
+                )
         for name in ("lr", "bias_lr", "range_lr", "max_norm", *_SHARES):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real):
-                raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}.", f"give {name} as a number.")
+                raise ArgumentTypeError(
+                    f"{name} is {value!r}, a {type(value).__name__}.", f"give {name} as a number."
+                )
         for name in ("lr", "bias_lr", "range_lr", "max_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 number = getattr(self, name)
-                raise ArgumentError(f"{name} is {number}; it must be above 0 and finite.", f"pass a positive {name}.")
+                raise ArgumentError(
+                    f"{name} is {number}; it must be above 0 and finite.",
+                    f"pass a positive {name}.",
+                )
         for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
-                raise ArgumentError(f"{name} is {getattr(self, name)}; it is a share of the steps.", "give 0 to 1.")
+                raise ArgumentError(
+                    f"{name} is {getattr(self, name)}; it is a share of the steps.", "give 0 to 1."
+                )
 
     def count_steps(self, batches: Any) -> int:
         """Number of steps for these batches.
@@ -79,7 +90,9 @@ class Schedule:
             return self.steps
         try:
             count = len(batches)
-        except TypeError as error:  # a DataLoader has the method whether its data have a length or not
+        except (
+            TypeError
+        ) as error:  # a DataLoader has the method whether its data have a length or not
             found = "the batches have no length, so epochs say nothing."
             raise ArgumentError(found, "give Schedule(steps=...).") from error
         if not count:

@@ -26,7 +26,10 @@ _MOST_BYTES = 2**30  # of JSON: a report of 10,000 layers has 2**26
 _MOST_YAML_BYTES = 2**22  # PyYAML reads a megabyte in ten seconds
 _MOST_DEPTH = 64
 _MOST_INTEGER = 2**63
-_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # a key that the type has not, in pydantic's words
+_UNKNOWN = (
+    "extra_forbidden",
+    "unexpected_keyword_argument",
+)  # a key that the type has not, in pydantic's words
 _SHOWN = 40  # characters of a foreign text in a message
 
 
@@ -51,7 +54,9 @@ def read_text(path: Path, fix: str, most_bytes: int = _MOST_BYTES) -> str:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}.", fix) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} cannot be read: byte {error.start} is no UTF-8 text.", fix) from error
+        raise DataError(
+            f"{path} cannot be read: byte {error.start} is no UTF-8 text.", fix
+        ) from error
 
 
 def read_json(path: Path, fix: str) -> Any:
@@ -85,10 +90,14 @@ def parse_json(text: str, source: str, fix: str, *, finite: bool = True) -> Any:
         DataError: No JSON, two values of one key, a number that is not finite, or nested too deeply.
     """
     try:
-        return _clean(json.loads(text, object_pairs_hook=_join_pairs, parse_int=_read_integer), finite=finite)
+        return _clean(
+            json.loads(text, object_pairs_hook=_join_pairs, parse_int=_read_integer), finite=finite
+        )
     except json.JSONDecodeError as error:
         message = f"line {error.lineno}, column {error.colno}: {error.msg}"
-        raise DataError(f"{source} cannot be read: it is no JSON, or cut off, {message}.", fix) from error
+        raise DataError(
+            f"{source} cannot be read: it is no JSON, or cut off, {message}.", fix
+        ) from error
     except RecursionError as error:
         raise DataError(f"{source} cannot be read: it is nested too deeply.", fix) from error
     except ValueError as error:  # of `_join_pairs` and `_clean`
@@ -123,7 +132,9 @@ class _PlainLoader(yaml.SafeLoader):
         """A node, or the error that it is an alias."""
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(None, None, "an alias stands here; write out what it means", mark)
+            raise yaml.composer.ComposerError(
+                None, None, "an alias stands here; write out what it means", mark
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -131,7 +142,9 @@ class _PlainLoader(yaml.SafeLoader):
         result: dict[Any, Any] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is no name", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key is no name", key.start_mark
+                )
             if key.value in result:
                 what = f"'{printable(key.value, _SHOWN)}' stands here twice"
                 raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
@@ -204,7 +217,9 @@ def validate(kind: type[_Kind], value: Any, source: str, fix: str) -> _Kind:
     from pydantic import ValidationError  # 0.1 s, which only reading files needs
 
     try:
-        adapter = _adapter(cast(Any, kind))  # a type is hashable, of which the annotations of `cache` know nothing
+        adapter = _adapter(
+            cast(Any, kind)
+        )  # a type is hashable, of which the annotations of `cache` know nothing
         valid: _Kind = adapter.validate_json(json.dumps(value), strict=True)
         return valid
     except ValidationError as error:
@@ -219,8 +234,13 @@ def _adapter(kind: Any) -> Any:
 
 
 def _describe_errors(errors: list[Any]) -> str:
-    first, *others = sorted(errors, key=lambda error: error["type"] not in _UNKNOWN)  # of a typo rather than what lacks
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{printable(part, _SHOWN)}" for part in first["loc"])
+    first, *others = sorted(
+        errors, key=lambda error: error["type"] not in _UNKNOWN
+    )  # of a typo rather than what lacks
+    place = "".join(
+        f"[{part}]" if isinstance(part, int) else f".{printable(part, _SHOWN)}"
+        for part in first["loc"]
+    )
     place = place.removeprefix(".") or "the whole"
     if first["type"] == "missing":
         text = f"{place} is missing"
@@ -228,7 +248,9 @@ def _describe_errors(errors: list[Any]) -> str:
         text = f"{place} is unknown"
     else:
         expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-        text = f"{place} is {describe(first['input'])}, expected: {expected[:1].lower()}{expected[1:]}"
+        text = (
+            f"{place} is {describe(first['input'])}, expected: {expected[:1].lower()}{expected[1:]}"
+        )
     return text + (f"; {len(others)} more places are wrong" if others else "")
 
 

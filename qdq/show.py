@@ -30,17 +30,27 @@ def format_statistics(summary: dict[str, Any]) -> str:
     tensors: dict[str, dict[str, Any]] = summary["tensors"]
     methods = list(dict.fromkeys(method for entry in tensors.values() for method in entry["amax"]))
     figures = [[printable(name), *_figures(entry).values()] for name, entry in tensors.items()]
-    amax = [[printable(name), *(_cell(e["amax"].get(m), "{:.4g}") for m in methods)] for name, e in tensors.items()]
-    clipped = [
-        [printable(name), *(_cell(e["clipped"].get(m), "{:.3%}") for m in methods)] for name, e in tensors.items()
+    amax = [
+        [printable(name), *(_cell(e["amax"].get(m), "{:.4g}") for m in methods)]
+        for name, e in tensors.items()
     ]
-    state = "" if summary["complete"] else "; the pass was cut off, what follows is of a part of the data"
-    return "\n\n".join([
-        f"{len(tensors)} tensors, {summary['batches']} batches{state}",
-        format_columns([["values", "count", "zeros", "mean", "std", "max"], *figures]),
-        format_columns([["amax", *methods], *amax]),
-        format_columns([["clipped share", *methods], *clipped]),
-    ])  # fmt: skip
+    clipped = [
+        [printable(name), *(_cell(e["clipped"].get(m), "{:.3%}") for m in methods)]
+        for name, e in tensors.items()
+    ]
+    state = (
+        ""
+        if summary["complete"]
+        else "; the pass was cut off, what follows is of a part of the data"
+    )
+    return "\n\n".join(
+        [
+            f"{len(tensors)} tensors, {summary['batches']} batches{state}",
+            format_columns([["values", "count", "zeros", "mean", "std", "max"], *figures]),
+            format_columns([["amax", *methods], *amax]),
+            format_columns([["clipped share", *methods], *clipped]),
+        ]
+    )
 
 
 def format_ranges(statistics: Statistics, ranges: Mapping[str, float]) -> str:
@@ -51,8 +61,9 @@ def format_ranges(statistics: Statistics, ranges: Mapping[str, float]) -> str:
         ranges: From `Statistics.solve_all`.
     """
     rows = [
-        [printable(name), f"{amax:.6g}", f"{statistics.clipped_share(name, amax):.3%}"] for name, amax in ranges.items()
-    ]  # fmt: skip
+        [printable(name), f"{amax:.6g}", f"{statistics.clipped_share(name, amax):.3%}"]
+        for name, amax in ranges.items()
+    ]
     return format_columns([["tensor", "amax", "clipped"], *rows])
 
 
@@ -62,7 +73,9 @@ def format_columns(rows: Sequence[Sequence[str]]) -> str:
     lines = []
     for name, *cells in rows:
         columns = zip(cells, widths[1:], strict=True)
-        lines.append("  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in columns)]))
+        lines.append(
+            "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in columns)])
+        )
     return "\n".join(lines)
 
 
@@ -95,8 +108,12 @@ def write_plots(statistics: Statistics, summary: dict[str, Any], path: Path) -> 
         ArgumentError: The folder cannot be written to.
     """
     environment = load_templates(Path(__file__).parent)
-    plots = [_plot(name, tensor, summary["tensors"][name]) for name, tensor in statistics.tensors.items()]
-    page = environment.get_template("show.html").render(plots=plots, summary=summary, width=_WIDTH, height=_HEIGHT)
+    plots = [
+        _plot(name, tensor, summary["tensors"][name]) for name, tensor in statistics.tensors.items()
+    ]
+    page = environment.get_template("show.html").render(
+        plots=plots, summary=summary, width=_WIDTH, height=_HEIGHT
+    )
     return write_atomic(path, page)
 
 
@@ -104,7 +121,11 @@ def load_templates(folder: Path) -> jinja2.Environment:
     """The templates of a folder; what is put into them is escaped."""
     loader = jinja2.FileSystemLoader(folder)
     return jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 
@@ -154,11 +175,16 @@ def _plot(name: str, tensor: TensorStatistics, entry: dict[str, Any]) -> _Plot:
             if math.log10(10**decade + 1) <= decades
         ],
         lines=[
-            _Line(list(SOLVERS).index(method), method, amax / end * _WIDTH, f"{amax:.4g}",
-                  f"{entry['clipped'][method]:.3%}")
+            _Line(
+                list(SOLVERS).index(method),
+                method,
+                amax / end * _WIDTH,
+                f"{amax:.4g}",
+                f"{entry['clipped'][method]:.3%}",
+            )
             for method, amax in entry["amax"].items()
         ],
-    )  # fmt: skip
+    )
 
 
 def _outline(heights: Iterable[float]) -> str:

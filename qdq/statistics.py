@@ -62,10 +62,14 @@ class Statistics:
         Raises:
             ArgumentError: They are of different models.
         """
-        numbers = [int(tensor.numbers[-1]) + 1 for tensor in self.tensors.values() if tensor.num_batches]
+        numbers = [
+            int(tensor.numbers[-1]) + 1 for tensor in self.tensors.values() if tensor.num_batches
+        ]
         shift = max([self.batches, *numbers])
         moved = {name: tensor.shifted(shift) for name, tensor in other.tensors.items()}
-        return replace(merge_parts([self, replace(other, tensors=moved)]), limit=None)  # no one pass took them
+        return replace(
+            merge_parts([self, replace(other, tensors=moved)]), limit=None
+        )  # no one pass took them
 
     def select(self, pattern: str) -> Statistics:
         """Those of the tensors whose quantizer has a name that fits.
@@ -76,14 +80,21 @@ class Statistics:
         Raises:
             ArgumentError: None fits.
         """
-        tensors = {name: tensor for name, tensor in self.tensors.items() if fnmatchcase(name, pattern)}
+        tensors = {
+            name: tensor for name, tensor in self.tensors.items() if fnmatchcase(name, pattern)
+        }
         if not tensors:
             raise ArgumentError(
                 f"no tensor fits {pattern!r}; there are {list_names(list(self.tensors), 3)}.",
                 "give the name of a quantizer, or a glob such as '*._input_quantizer'.",
             )
         shared = {name: leader for name, leader in self.shared.items() if leader in tensors}
-        return replace(self, tensors=tensors, formats={name: self.formats[name] for name in tensors}, shared=shared)
+        return replace(
+            self,
+            tensors=tensors,
+            formats={name: self.formats[name] for name in tensors},
+            shared=shared,
+        )
 
     def solve(self, name: str, method: str = "mse", **options: Any) -> float:
         """The range of one tensor; see `observers.solve.solve_amax`.
@@ -92,7 +103,9 @@ class Statistics:
             ArgumentError: No such quantizer, or as for `solve_amax`.
         """
         if name not in self.tensors:
-            raise ArgumentError(f"there are no statistics of {name!r}.", f"choose one of {', '.join(self.tensors)}.")
+            raise ArgumentError(
+                f"there are no statistics of {name!r}.", f"choose one of {', '.join(self.tensors)}."
+            )
         return solve_amax(self.tensors[name], self.formats[name] or Format(), method, **options)
 
     def solve_all(self, method: str = "mse", **options: Any) -> dict[str, float]:
@@ -118,13 +131,25 @@ class Statistics:
             "complete": self.complete,
             "tensors": {
                 name: self._summarize_tensor(name)
-                for name in tqdm(self.tensors, desc="solve", unit="tensor", disable=None, leave=False)
+                for name in tqdm(
+                    self.tensors, desc="solve", unit="tensor", disable=None, leave=False
+                )
             },
         }
 
     def _summarize_tensor(self, name: str) -> dict[str, Any]:
         tensor, fmt = self.tensors[name], self.formats[name]
-        figures = ("count", "zeros", "num_batches", "low", "high", "absmax", "mean", "std", "laplace_b")
+        figures = (
+            "count",
+            "zeros",
+            "num_batches",
+            "low",
+            "high",
+            "absmax",
+            "mean",
+            "std",
+            "laplace_b",
+        )
         ranges = {method: self.solve(name, method) for method in (SOLVERS if fmt else ("max",))}
         return {
             **{figure: getattr(tensor, figure) for figure in figures},
@@ -181,10 +206,14 @@ class Statistics:
             "complete": self.complete,
             "limit": self.limit,
             "shared": self.shared,
-            "formats": {name: None if fmt is None else asdict(fmt) for name, fmt in self.formats.items()},
+            "formats": {
+                name: None if fmt is None else asdict(fmt) for name, fmt in self.formats.items()
+            },
         }
         facts["digest"] = _digest(facts, arrays)
-        return safetensors.save(arrays, {_FORMAT: json.dumps(facts)})  # one key: the order of several is random
+        return safetensors.save(
+            arrays, {_FORMAT: json.dumps(facts)}
+        )  # one key: the order of several is random
 
     @classmethod
     def from_bytes(cls, content: bytes, source: str = "the content") -> Statistics:
@@ -199,12 +228,21 @@ class Statistics:
         """
         try:
             arrays = safetensors.load(content)
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:  # types that numpy has not
-            raise DataError(f"{source} is no file of calibration statistics: {printable(error, 100)}.", _FIX) from error
+        except (
+            SafetensorError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ) as error:  # types that numpy has not
+            raise DataError(
+                f"{source} is no file of calibration statistics: {printable(error, 100)}.", _FIX
+            ) from error
         header = content[8 : 8 + int.from_bytes(content[:8], "little")].decode()
         metadata = parse_json(header, f"the header of {source}", _FIX).get("__metadata__", {})
         if _FORMAT not in metadata:
-            raise DataError(f"{source} holds no calibration statistics: it lacks {_FORMAT!r}.", _FIX)
+            raise DataError(
+                f"{source} holds no calibration statistics: it lacks {_FORMAT!r}.", _FIX
+            )
         facts = parse_json(metadata[_FORMAT], f"the metadata of {source}", _FIX)
         stored = validate(_StoredFacts, facts, source, _FIX)
         facts.pop("digest", None)
@@ -213,7 +251,10 @@ class Statistics:
         try:
             return cls(
                 tensors=_split_parts(stored, arrays),
-                formats={name: Format(**asdict(fmt)) if fmt else None for name, fmt in stored.formats.items()},
+                formats={
+                    name: Format(**asdict(fmt)) if fmt else None
+                    for name, fmt in stored.formats.items()
+                },
                 batches=stored.batches,
                 model=stored.model,
                 data=stored.data,
@@ -251,7 +292,10 @@ class _StoredFacts:
 
 
 def _digest(facts: dict[str, Any], arrays: dict[str, Any]) -> str:
-    parts = {f"{name} {array.dtype} {array.shape}": array.reshape(-1).view(np.uint8) for name, array in arrays.items()}
+    parts = {
+        f"{name} {array.dtype} {array.shape}": array.reshape(-1).view(np.uint8)
+        for name, array in arrays.items()
+    }
     return digest_parts(facts, {name: array.data for name, array in parts.items()})
 
 
@@ -270,7 +314,8 @@ def _split_parts(stored: _StoredFacts, arrays: dict[str, Any]) -> dict[str, Tens
     for name, leader in stored.shared.items():
         if leader not in parts:
             raise ArgumentError(
-                f"'{printable(name)}' shares the range of '{printable(leader)}', which is not there.", _FIX
+                f"'{printable(name)}' shares the range of '{printable(leader)}', which is not there.",
+                _FIX,
             )
     tensors = {}
     for name, arrays_of_tensor in parts.items():
@@ -293,12 +338,18 @@ def merge_parts(parts: Iterable[Statistics]) -> Statistics:
             missing = sorted(merged.tensors.keys() ^ other.tensors.keys())
             raise ArgumentError(
                 "the statistics are of different models"
-                + (f": only one has {', '.join(missing[:3])}." if missing else ", formats or shapes."),
+                + (
+                    f": only one has {', '.join(missing[:3])}."
+                    if missing
+                    else ", formats or shapes."
+                ),
                 "merge statistics that were collected with the same quantized model.",
             )
         merged = replace(
             merged,
-            tensors={name: tensor.merge(other.tensors[name]) for name, tensor in merged.tensors.items()},
+            tensors={
+                name: tensor.merge(other.tensors[name]) for name, tensor in merged.tensors.items()
+            },
             batches=merged.batches + other.batches,
             data=merged.data or other.data,
             complete=merged.complete and other.complete,
@@ -320,19 +371,25 @@ def merge_files(paths: Sequence[Path | str], output: Path | str) -> Statistics:
     require_suffix(output)
     require_place_of_summary(Path(output))
     if len(paths) < 2:
-        raise ArgumentError(f"{len(paths)} file was given; merging takes two or more.", "name all files to merge.")
+        raise ArgumentError(
+            f"{len(paths)} file was given; merging takes two or more.", "name all files to merge."
+        )
     merged = _load_complete(paths[0])
     first_batches = {merged.data: paths[0]}
     for path in paths[1:]:
         part = _load_complete(path)
         if part.data and part.data in first_batches:
             twin = first_batches[part.data]
-            logger.warning("%s and %s begin with the same batch; the same data would count twice", twin, path)
+            logger.warning(
+                "%s and %s begin with the same batch; the same data would count twice", twin, path
+            )
         first_batches[part.data] = path
         try:
             merged = merged.merge(part)
         except ArgumentError as error:
-            raise ArgumentError(f"{path} does not fit {paths[0]}: {error.message}", error.fix) from None
+            raise ArgumentError(
+                f"{path} does not fit {paths[0]}: {error.message}", error.fix
+            ) from None
     merged.save(output)
     return merged
 
@@ -373,5 +430,7 @@ def require_suffix(path: Path | str) -> Path:
     """
     path = as_path(path, "path")
     if path.suffix != ".safetensors":
-        raise ArgumentError(f"{path} does not end in .safetensors.", "name it calibration.safetensors, say.")
+        raise ArgumentError(
+            f"{path} does not end in .safetensors.", "name it calibration.safetensors, say."
+        )
     return path

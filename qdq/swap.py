@@ -92,7 +92,10 @@ class SwapPlan:
             + f"; left in float: {counts['float']}, missed: {counts['missed']}"
         ]
         passed_over = self.of("missed") + self.of("float")
-        groups = group_names(((each.action, each.type, each.reason), each.name or "the model") for each in passed_over)
+        groups = group_names(
+            ((each.action, each.type, each.reason), each.name or "the model")
+            for each in passed_over
+        )
         lines += [
             f"  {action:6}  {len(names)} {kind} ({list_names(names, 2)}): {reason}"
             for (action, kind, reason), names in groups.items()
@@ -137,13 +140,21 @@ def plan_swap(
         if _is_candidate(module):
             name = names[0]
             exclusion, inclusion = excluded.match(names, module), included.match(names, module)
-            action, reason = _decide(name, module, usage, rules, exclusion, inclusion, include is None)
+            action, reason = _decide(
+                name, module, usage, rules, exclusion, inclusion, include is None
+            )
             float_type = _float_type(module)
             counterpart = find_counterpart(float_type)
             mapped = counterpart is not None
-            planned.append(PlannedModule(name, float_type.__name__, action, reason, _own_weights(module), mapped))
+            planned.append(
+                PlannedModule(
+                    name, float_type.__name__, action, reason, _own_weights(module), mapped
+                )
+            )
             if action == "quantize" and counterpart is not None and usage is not None:
-                usage.runs.update(f"{name}.{child}".lstrip(".") for child in counterpart.called_children)
+                usage.runs.update(
+                    f"{name}.{child}".lstrip(".") for child in counterpart.called_children
+                )
     planned.extend(_unplanned_calls(usage, model, rules, {module.name for module in planned}))
     included.warn_unused("module")
     excluded.warn_unused("module")
@@ -178,7 +189,9 @@ def swap_modules(
     """
     for desc in (input_desc, weight_desc):
         if not isinstance(desc, QuantDescriptor | None):
-            raise ArgumentTypeError(f"a descriptor is of type {type(desc).__name__}.", "pass a QuantDescriptor.")
+            raise ArgumentTypeError(
+                f"a descriptor is of type {type(desc).__name__}.", "pass a QuantDescriptor."
+            )
     plan = plan_swap(model, example_inputs, include=include, exclude=exclude)
     modules = dict(model.named_modules())
     for planned in plan.of("quantize"):
@@ -202,12 +215,15 @@ def restore_modules(model: nn.Module) -> int:
     """
     require_model(model)
     found = quantized_layers(model)
-    own = {name: module for name, module in found.items() if "float_class" not in vars(type(module))}
+    own = {
+        name: module for name, module in found.items() if "float_class" not in vars(type(module))
+    }
     if own:
         logger.warning(
             "%d modules are of classes that only exist quantized; their quantizers are disabled instead: %s",
-            len(own), ", ".join(f"{name} ({type(module).__name__})" for name, module in own.items()),
-        )  # fmt: skip
+            len(own),
+            ", ".join(f"{name} ({type(module).__name__})" for name, module in own.items()),
+        )
         for module in own.values():
             disable_quantization(module)
     swapped = [module for name, module in found.items() if name not in own]
@@ -223,11 +239,18 @@ def restore_modules(model: nn.Module) -> int:
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantInputMixin]:
     """The swapped modules by dotted name; a module used twice comes once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantInputMixin)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantInputMixin)
+    }
 
 
 def _swap_one(
-    name: str, module: nn.Module, input_desc: QuantDescriptor | None, weight_desc: QuantDescriptor | None
+    name: str,
+    module: nn.Module,
+    input_desc: QuantDescriptor | None,
+    weight_desc: QuantDescriptor | None,
 ) -> None:
     quant_class = find_counterpart(type(module))
     assert quant_class is not None  # noqa: S101  # the plan has looked it up
@@ -272,16 +295,24 @@ def _float_type(module: nn.Module) -> type[nn.Module]:
 
 def _own_weights(module: nn.Module) -> int:
     parameters = [p for p in module._parameters.values() if p is not None]
-    return sum(p.numel() for p in parameters if not isinstance(p, UninitializedParameter) and p.dim() >= 2)
+    return sum(
+        p.numel() for p in parameters if not isinstance(p, UninitializedParameter) and p.dim() >= 2
+    )
 
 
 def _initialized(model: nn.Module) -> Iterator[nn.Parameter]:
-    return (parameter for parameter in model.parameters() if not isinstance(parameter, UninitializedParameter))
+    return (
+        parameter
+        for parameter in model.parameters()
+        if not isinstance(parameter, UninitializedParameter)
+    )
 
 
 def _has_own_weights(module: nn.Module, counterpart: type[QuantMixin]) -> bool:
     weights = [module._parameters.get(name) for name in counterpart.weights_of(module).values()]
-    return not any(weight is None or isinstance(weight, UninitializedParameter) for weight in weights)
+    return not any(
+        weight is None or isinstance(weight, UninitializedParameter) for weight in weights
+    )
 
 
 def _describe_missing_weight(module: nn.Module, counterpart: type[QuantMixin]) -> str:
@@ -293,13 +324,21 @@ def _describe_missing_weight(module: nn.Module, counterpart: type[QuantMixin]) -
 
 def _has_mapped_forward(module: nn.Module, counterpart: type[QuantInputMixin]) -> bool:
     """Whether a module's forward is that of the class in the map, neither a subclass's nor bound to the instance."""
-    mapped = next(entry.replace_mod for entry in _DEFAULT_QUANT_MAP if issubclass(counterpart, entry.replace_mod))
+    mapped = next(
+        entry.replace_mod
+        for entry in _DEFAULT_QUANT_MAP
+        if issubclass(counterpart, entry.replace_mod)
+    )
     return getattr(module.forward, "__func__", None) is mapped.float_class.forward
 
 
 def _is_candidate(module: nn.Module) -> bool:
     has_parameters = any(p is not None for p in module._parameters.values())
-    return has_parameters or isinstance(module, QuantInputMixin) or find_counterpart(type(module)) is not None
+    return (
+        has_parameters
+        or isinstance(module, QuantInputMixin)
+        or find_counterpart(type(module)) is not None
+    )
 
 
 def _decide(
@@ -322,20 +361,27 @@ def _decide(
     if not include_all and not included:
         return "float", "not included"
     if counterpart.replaces_forward and not _has_mapped_forward(module, counterpart):
-        return "missed", "its forward is not that of the class in the map, and swapping would replace it"
+        return (
+            "missed",
+            "its forward is not that of the class in the map, and swapping would replace it",
+        )
     if issubclass(counterpart, QuantMixin) and not _has_own_weights(module, counterpart):
         return "missed", _describe_missing_weight(module, counterpart)
     if usage is not None and (missed := _reason_missed(name, module, counterpart, usage)):
         return "missed", missed
     if not included and (rule := rules.reason_against(name, module)):
         return "float", rule
-    mapped = next(entry.mod_name for entry in _DEFAULT_QUANT_MAP if issubclass(counterpart, entry.replace_mod))
+    mapped = next(
+        entry.mod_name for entry in _DEFAULT_QUANT_MAP if issubclass(counterpart, entry.replace_mod)
+    )
     if mapped == type(module).__name__:
         return "quantize", f"{mapped} is in the map"
     return "quantize", f"subclass of {mapped}, keeps its own forward"
 
 
-def _decide_unmapped(name: str, module: nn.Module, usage: _Usage | None, rules: _DefaultRules) -> tuple[str, str]:
+def _decide_unmapped(
+    name: str, module: nn.Module, usage: _Usage | None, rules: _DefaultRules
+) -> tuple[str, str]:
     """Action and reason for a module with parameters and no counterpart."""
     if isinstance(module, _NEVER_INT8):
         return "float", "normalisation, embedding or activation: no int8 counterpart (R-LN, R-SM)"
@@ -356,10 +402,16 @@ def _decide_unmapped(name: str, module: nn.Module, usage: _Usage | None, rules: 
     )
 
 
-def _reason_missed(name: str, module: nn.Module, counterpart: type[QuantInputMixin], usage: _Usage) -> str:
+def _reason_missed(
+    name: str, module: nn.Module, counterpart: type[QuantInputMixin], usage: _Usage
+) -> str:
     """Why swapping this module would change nothing, seen from how it was used; "" if it would."""
     names = counterpart.weights_of(module).values() if issubclass(counterpart, QuantMixin) else ()
-    memory = {weight.untyped_storage().data_ptr() for n in names if (weight := module._parameters.get(n)) is not None}
+    memory = {
+        weight.untyped_storage().data_ptr()
+        for n in names
+        if (weight := module._parameters.get(n)) is not None
+    }
     used_by = usage.readers_of(memory)
     if usage.runs[name] == 0:
         if used_by:
@@ -408,23 +460,38 @@ class _DefaultRules:
     """
 
     def __init__(self, model: nn.Module, trace: ForwardTrace | None) -> None:
-        convolutions = (name for name, module in model.named_modules() if isinstance(module, _ConvNd))
+        convolutions = (
+            name for name, module in model.named_modules() if isinstance(module, _ConvNd)
+        )
         self._first = next(convolutions, None)
         self._writes_output: set[str] = set()
         self._modules = dict(model.named_modules())
-        self._weights = {parameter.untyped_storage().data_ptr() for parameter in _initialized(model)}
+        self._weights = {
+            parameter.untyped_storage().data_ptr() for parameter in _initialized(model)
+        }
         self._flow = None if trace is None else Dataflow(trace)
         self._made: dict[str, list[int]] = {}  # module -> tensors that its functions make
         if self._flow is not None:
             for operation in self._flow.operations:
                 self._made.setdefault(operation.module, []).extend(operation.outputs)
-            self._writes_output = {operation.module for operation in self._flow.output_convolutions()}
-            self._first = next((op.module for op in self._flow.operations if op.function in CONVOLUTIONS), self._first)
+            self._writes_output = {
+                operation.module for operation in self._flow.output_convolutions()
+            }
+            self._first = next(
+                (op.module for op in self._flow.operations if op.function in CONVOLUTIONS),
+                self._first,
+            )
 
     def describe_calls(self, module: nn.Module, calls: list[Contraction]) -> tuple[str, str]:
         """Action and reason for a module whose forward multiplies matrices itself."""
-        if all(call.function in MATRIX_PRODUCTS | ATTENTION and not call.storages & self._weights for call in calls):
-            return "float", "product of two activations: int8 Q/DQ would break the fused attention kernel (R-MHA-2)"
+        if all(
+            call.function in MATRIX_PRODUCTS | ATTENTION and not call.storages & self._weights
+            for call in calls
+        ):
+            return (
+                "float",
+                "product of two activations: int8 Q/DQ would break the fused attention kernel (R-MHA-2)",
+            )
         functions = ", ".join(sorted({call.function for call in calls}))
         is_reached = any(call.function in WEIGHTED | MATRIX_PRODUCTS for call in calls)
         hint = "see rewire_operations" if is_reached else "rewire_operations does not reach it"
@@ -437,7 +504,9 @@ class _DefaultRules:
         if name in self._writes_output:
             return "last convolution: it writes an output of the network (R-OUT)"
         if isinstance(module, _ConvNd):
-            return reason_against_convolution(module.weight.shape, module.groups, name == self._first)
+            return reason_against_convolution(
+                module.weight.shape, module.groups, name == self._first
+            )
         if isinstance(module, Linear):
             return reason_against_linear(module.weight.shape)
         if isinstance(module, nn.MultiheadAttention):
@@ -454,7 +523,10 @@ class _DefaultRules:
             return True
         made = self._made.get(name, [])
         readers = {
-            reader.module for value in made for reader in self._flow.readers_behind(value) if _multiplies(reader)
+            reader.module
+            for value in made
+            for reader in self._flow.readers_behind(value)
+            if _multiplies(reader)
         }
         return any(not self.reason_against(reader, self._modules[reader]) for reader in readers)
 
@@ -475,7 +547,13 @@ def _unplanned_calls(
         return []
     modules = dict(model.named_modules())
     return [
-        PlannedModule(name, type(modules[name]).__name__, *rules.describe_calls(modules[name], calls), 0, mapped=False)
+        PlannedModule(
+            name,
+            type(modules[name]).__name__,
+            *rules.describe_calls(modules[name], calls),
+            0,
+            mapped=False,
+        )
         for name, calls in usage.products.items()
         if name not in planned
     ]

@@ -125,8 +125,14 @@ def require_model(model: Any) -> None:
         ArgumentTypeError: No module, a scripted one, or a graph of operators; with what to pass instead.
     """
     if not isinstance(model, nn.Module):
-        what = f"the class {model.__name__}" if isinstance(model, type) else f"of type {type(model).__name__}"
-        raise ArgumentTypeError(f"model is {what}; expected a torch.nn.Module.", "pass the module itself.")
+        what = (
+            f"the class {model.__name__}"
+            if isinstance(model, type)
+            else f"of type {type(model).__name__}"
+        )
+        raise ArgumentTypeError(
+            f"model is {what}; expected a torch.nn.Module.", "pass the module itself."
+        )
     if isinstance(model, torch.jit.ScriptModule):
         raise ArgumentTypeError(
             "the model is scripted (TorchScript): it cannot be quantized.",
@@ -143,7 +149,10 @@ def require_model(model: Any) -> None:
 def _has_operators(module: torch.fx.GraphModule) -> bool:
     """Whether a graph calls the operators behind torch's functions, as no code that is traced does."""
     targets = (node.target for node in module.graph.nodes)
-    return any(isinstance(target, torch._ops.OpOverload) and target.namespace == "aten" for target in targets)
+    return any(
+        isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
+        for target in targets
+    )
 
 
 def require_batches(batches: Any) -> None:
@@ -160,7 +169,8 @@ def require_batches(batches: Any) -> None:
         )
     if isinstance(batches, torch.Tensor | Mapping):
         raise ArgumentTypeError(
-            f"batches is one {type(batches).__name__}; expected something that yields batches.", "pass [batch]."
+            f"batches is one {type(batches).__name__}; expected something that yields batches.",
+            "pass [batch].",
         )
 
 
@@ -202,7 +212,9 @@ def make_identifiers(texts: Iterable[str]) -> list[str]:
     for index, name in enumerate(identifiers):
         numbered = (f"{name}_{number}" for number in count(1))
         if name in taken:
-            identifiers[index] = next(other for other in numbered if other not in {*taken, *identifiers})
+            identifiers[index] = next(
+                other for other in numbered if other not in {*taken, *identifiers}
+            )
         taken.add(identifiers[index])
     return identifiers
 
@@ -224,10 +236,14 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     What `torch.compile` has compiled runs as it was before, but in training: hooks and quantizers are to be seen.
     """
     args, kwargs = split_inputs(inputs)
-    if torch.is_grad_enabled() or "torch._dynamo" not in sys.modules:  # nothing can be compiled without
+    if (
+        torch.is_grad_enabled() or "torch._dynamo" not in sys.modules
+    ):  # nothing can be compiled without
         return model(*args, **kwargs)
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Using `torch.compile\\(module\\)` when there are global hooks")
+        warnings.filterwarnings(
+            "ignore", "Using `torch.compile\\(module\\)` when there are global hooks"
+        )
         return unwrap_compiled(model)(*args, **kwargs)
 
 
@@ -255,7 +271,9 @@ def find_device(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def trace_forward(model: nn.Module, inputs: Any, meter: Callable[[], int] | None = None) -> ForwardTrace:
+def trace_forward(
+    model: nn.Module, inputs: Any, meter: Callable[[], int] | None = None
+) -> ForwardTrace:
     """Run a model once in evaluation mode, without gradients, and record what it did.
 
     Args:
@@ -296,7 +314,9 @@ class _Recorder(TorchFunctionMode):
         self._counters: list[Counter[str]] = [Counter()]
         self._numbers: dict[int, int] = {}  # of tensors by identity
         self._held: list[torch.Tensor] = []  # so that no identity is used twice
-        self._outputs: dict[int, tuple[str, torch.Tensor]] = {}  # holds the tensors, so that no id is used twice
+        self._outputs: dict[
+            int, tuple[str, torch.Tensor]
+        ] = {}  # holds the tensors, so that no id is used twice
         self._readers: defaultdict[str, set[str]] = defaultdict(set)
         self._given: dict[str, int] = {}
         self._trace = ForwardTrace()

@@ -58,11 +58,15 @@ def find_units(model: nn.Module, batch: Any) -> list[Unit]:
         quantizers = [quantizer for quantizer in own if not quantizer._disabled]
         for quantizer in quantizers:
             if quantizer.amax is None:
-                raise StateError(f"{quantizer.name or name} has no amax.", "call calibrate_model first.")
+                raise StateError(
+                    f"{quantizer.name or name} has no amax.", "call calibrate_model first."
+                )
         if quantizers:
             active[name] = quantizers
     if not active:
-        raise StateError("no layer of the model is quantized.", "call swap_modules and calibrate_model first.")
+        raise StateError(
+            "no layer of the model is quantized.", "call swap_modules and calibrate_model first."
+        )
     owners = _find_owners(model, batch, active)
     calls: dict[str, list[str]] = {}
     for call, layer in owners.items():
@@ -79,7 +83,9 @@ def find_units(model: nn.Module, batch: Any) -> list[Unit]:
     ]
 
 
-def group_units(model: nn.Module, units: list[Unit], groups: str | Sequence[Pattern] | None) -> list[Unit]:
+def group_units(
+    model: nn.Module, units: list[Unit], groups: str | Sequence[Pattern] | None
+) -> list[Unit]:
     """Units joined to larger ones.
 
     Args:
@@ -99,7 +105,9 @@ def group_units(model: nn.Module, units: list[Unit], groups: str | Sequence[Patt
     if groups == "shared":
         return _merge(units, _shared_keys(units))
     if isinstance(groups, str):
-        raise ArgumentError(f"groups is {groups!r}; known are {', '.join(GROUPS)}.", "or give patterns, in a list.")
+        raise ArgumentError(
+            f"groups is {groups!r}; known are {', '.join(GROUPS)}.", "or give patterns, in a list."
+        )
     return _merge(units, _pattern_keys(model, units, groups))
 
 
@@ -117,7 +125,9 @@ def find_all_quantizers(model: nn.Module, batch: Any) -> dict[str, list[TensorQu
     return result
 
 
-def match_precisions(model: nn.Module, names: Sequence[str], precisions: Mapping[str, str]) -> dict[str, str]:
+def match_precisions(
+    model: nn.Module, names: Sequence[str], precisions: Mapping[str, str]
+) -> dict[str, str]:
     """What a plan says of each layer that it means; a name goes before patterns.
 
     Args:
@@ -135,9 +145,15 @@ def match_precisions(model: nn.Module, names: Sequence[str], precisions: Mapping
     layers = frozenset(names)
     result: dict[str, str] = {}
     meant_by: dict[str, str] = {}
-    for pattern in sorted(precisions, key=lambda pattern: pattern not in layers):  # stable: names, then patterns
+    for pattern in sorted(
+        precisions, key=lambda pattern: pattern not in layers
+    ):  # stable: names, then patterns
         test, precision = Patterns([pattern], "plan"), precisions[pattern]
-        hits = [pattern] if pattern in layers else [n for n in names if test.match([n], modules.get(n, model))]
+        hits = (
+            [pattern]
+            if pattern in layers
+            else [n for n in names if test.match([n], modules.get(n, model))]
+        )
         if not hits and not (precision == "float" and _is_float_layer(modules.get(pattern))):
             raise ArgumentError(
                 f"the plan says {precision} for {pattern!r}, which is nothing that is quantized here.",
@@ -155,14 +171,21 @@ def match_precisions(model: nn.Module, names: Sequence[str], precisions: Mapping
 
 def _is_float_layer(module: nn.Module | None) -> bool:
     """Whether a module could be quantized, and is not or no longer."""
-    return module is not None and (isinstance(module, QuantInputMixin) or find_counterpart(type(module)) is not None)
+    return module is not None and (
+        isinstance(module, QuantInputMixin) or find_counterpart(type(module)) is not None
+    )
 
 
 def _list_quantizers(model: nn.Module) -> dict[str, list[TensorQuantizer]]:
     """Layers, then calls, by their dotted names -> their quantizers, on or off."""
-    layers = {name: list(layer.quantizers().values()) for name, layer in quantized_layers(model).items()}
+    layers = {
+        name: list(layer.quantizers().values()) for name, layer in quantized_layers(model).items()
+    }
     calls = {name: list(operands.values()) for name, operands in _quantized_calls(model)}
-    return {**layers, **{name: quantizers for name, quantizers in calls.items() if name not in layers}}
+    return {
+        **layers,
+        **{name: quantizers for name, quantizers in calls.items() if name not in layers},
+    }
 
 
 def _quantized_calls(model: nn.Module) -> Iterator[tuple[str, dict[int, TensorQuantizer]]]:
@@ -170,13 +193,21 @@ def _quantized_calls(model: nn.Module) -> Iterator[tuple[str, dict[int, TensorQu
     for owner, module in model.named_modules():
         if isinstance(module, QuantFunctionsMixin):
             for site, operands in module._function_quantizers.items():
-                quantizers = {position: getattr(module, attribute) for position, attribute in operands.items()}
+                quantizers = {
+                    position: getattr(module, attribute) for position, attribute in operands.items()
+                }
                 yield f"{owner}.{site}".lstrip("."), quantizers
 
 
-def _find_owners(model: nn.Module, batch: Any, active: dict[str, list[TensorQuantizer]]) -> dict[str, str]:
+def _find_owners(
+    model: nn.Module, batch: Any, active: dict[str, list[TensorQuantizer]]
+) -> dict[str, str]:
     """Residual add -> the convolution that its quantizer is there for."""
-    shortcuts = {name: next(iter(operands)) for name, operands in _quantized_calls(model) if len(operands) == 1}
+    shortcuts = {
+        name: next(iter(operands))
+        for name, operands in _quantized_calls(model)
+        if len(operands) == 1
+    }
     if not any(name in active for name in shortcuts):
         return {}
     with disable_quantization(model):
@@ -193,7 +224,9 @@ def _find_owners(model: nn.Module, batch: Any, active: dict[str, list[TensorQuan
 def name_block(name: str) -> str:
     """The block of a layer: the part of its name up to the first number, all of it where there is none."""
     parts = name.split(".")
-    numbered = next((end for end, part in enumerate(parts) if _NUMBERED.fullmatch(part)), len(parts))
+    numbered = next(
+        (end for end, part in enumerate(parts) if _NUMBERED.fullmatch(part)), len(parts)
+    )
     return ".".join(parts[: numbered + 1])
 
 
@@ -213,7 +246,11 @@ def _pattern_keys(model: nn.Module, units: list[Unit], patterns: Sequence[Patter
     keys = [unit.name for unit in units]
     for pattern in patterns:
         test = Patterns([pattern], "groups")
-        hits = [place for place, unit in enumerate(units) if test.match([unit.name], modules.get(unit.name, model))]
+        hits = [
+            place
+            for place, unit in enumerate(units)
+            if test.match([unit.name], modules.get(unit.name, model))
+        ]
         left = [place for place in hits if keys[place] == units[place].name]
         if not left:
             raise ArgumentError(

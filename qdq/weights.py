@@ -39,7 +39,9 @@ def read_checkpoint(path: Path) -> tuple[StateDict, str]:
     for _ in range(_DEEPEST):
         if not isinstance(content, Mapping) or is_state_dict(content):
             break
-        nested = (key for key in _NESTED_UNDER if isinstance(content.get(key), Mapping) and content[key])
+        nested = (
+            key for key in _NESTED_UNDER if isinstance(content.get(key), Mapping) and content[key]
+        )
         key = next(nested, None)
         if key is None:
             break
@@ -61,7 +63,9 @@ def is_state_dict(content: Any) -> bool:
     return (
         isinstance(content, Mapping)
         and bool(content)
-        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
+        and all(
+            isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+        )
     )
 
 
@@ -138,7 +142,11 @@ def _describe_conversion(tensor: Tensor, own: Tensor) -> str:
         is_lost = bool(own.isfinite().all()) and not bool(converted.isfinite().all())
         return f"not finite in {_short(own.dtype)} (NaN or Inf)" if is_lost else ""
     is_exact = torch.equal(converted.to(tensor.dtype), tensor)
-    return "" if is_exact else f"{_short(tensor.dtype)} with values that {_short(own.dtype)} cannot hold"
+    return (
+        ""
+        if is_exact
+        else f"{_short(tensor.dtype)} with values that {_short(own.dtype)} cannot hold"
+    )
 
 
 def _describe_variance(name: str, tensor: Tensor) -> str:
@@ -178,7 +186,9 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         return f"a pickled Python object ({refused[1]}), which could run code when loaded"
     if "TorchScript" in text:
         return "a TorchScript archive"
-    if isinstance(error, RuntimeError | OSError | SafetensorError):  # the others name opcodes of the unpickler
+    if isinstance(
+        error, RuntimeError | OSError | SafetensorError
+    ):  # the others name opcodes of the unpickler
         return f"{describe_content(path)} ({first_line(error).split('. ')[0]})"
     return describe_content(path)
 
@@ -190,11 +200,17 @@ def describe_content(path: Path) -> str:
     if not start:
         return "an empty file"
     try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(start)  # the last character may be cut in two
+        text = codecs.getincrementaldecoder("utf-8")().decode(
+            start
+        )  # the last character may be cut in two
     except UnicodeDecodeError:
         return "unknown or damaged binary data"
     words = " ".join(text.split())
-    return f"text beginning {words[:32]!r}" if words.isprintable() else "unknown or damaged binary data"
+    return (
+        f"text beginning {words[:32]!r}"
+        if words.isprintable()
+        else "unknown or damaged binary data"
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -57,8 +57,12 @@ def ptq_classifier(
     options = analysis.as_arguments()
     pinned = qdq.load_plan(plan) if plan else None
     net = qdq.load_model(model, weights, seed)
-    check_layers(net, exclude=exclude, plan=pinned, groups=options["groups"], profile=options["profile"])
-    calib, images = qdq.load_images(data_dir, net, calib_batches * batch_size, eval_images, batch_size, seed)
+    check_layers(
+        net, exclude=exclude, plan=pinned, groups=options["groups"], profile=options["profile"]
+    )
+    calib, images = qdq.load_images(
+        data_dir, net, calib_batches * batch_size, eval_images, batch_size, seed
+    )
     analysis.check_labels(calib.labels)
     run = qdq.start_run(output, seed=seed, settings=settings)
     run.stage("float")
@@ -81,16 +85,31 @@ def ptq_classifier(
     run.stage("export and check")
     file = run.folder / "model.onnx"
     onnx = qdq.export_onnx(
-        net.module, example, file, precision=precision, calibration=ranges, plan=swapped, rewired=rewired
+        net.module,
+        example,
+        file,
+        precision=precision,
+        calibration=ranges,
+        plan=swapped,
+        rewired=rewired,
     )
-    logits["ONNX"], floor = qdq.predict(onnx.path, images), qdq.measure_tie_floor(net.module, images.subset(128))
+    logits["ONNX"], floor = (
+        qdq.predict(onnx.path, images),
+        qdq.measure_tie_floor(net.module, images.subset(128)),
+    )
     by_default = qdq.predict(onnx.path, images, session="default")
     check = qdq.check_onnx(
-        onnx.path, expected=logits["mixed"], found=logits["ONNX"], found_default=by_default, tie_floor_db=floor
+        onnx.path,
+        expected=logits["mixed"],
+        found=logits["ONNX"],
+        found_default=by_default,
+        tie_floor_db=floor,
     )
     run.stage("build")
     engine = qdq.build_engine(onnx.path, backend=backend.name, sm=sm)
-    table = qdq.evaluate_outputs(logits, images.labels, files={"float": net.module, "ONNX": onnx.path})
+    table = qdq.evaluate_outputs(
+        logits, images.labels, files={"float": net.module, "ONNX": onnx.path}
+    )
     stages = (folded, swapped, rewired, ranges, found, onnx, check, engine, table)
     return qdq.write_report(run, net, calib, images, *stages).exit_code
 

@@ -65,13 +65,21 @@ def qat_classifier(
     net = qdq.load_model(model, weights, seed)
     check_layers(net, exclude=exclude, plan=pinned, layers=layers)
     calib_images = calib_batches * batch_size
-    training = qdq.load_training_images(data_dir, net, None, calib_images, eval_images, batch_size, seed)
+    training = qdq.load_training_images(
+        data_dir, net, None, calib_images, eval_images, batch_size, seed
+    )
     check_tuning(loss, training.labels, schedule, tensorboard=tensorboard)
     calib, images = qdq.load_images(data_dir, net, calib_images, eval_images, batch_size, seed)
     run = qdq.start_run(output, seed=seed, settings=settings)
-    collected, journal, file = (run.folder / n for n in ("calibration.safetensors", "analysis.jsonl", "model.onnx"))
+    collected, journal, file = (
+        run.folder / n for n in ("calibration.safetensors", "analysis.jsonl", "model.onnx")
+    )
     run.stage("float")
-    logits, example, subset = {"float": qdq.predict(net.module, images)}, calib.images[:2], calib.subset(32)
+    logits, example, subset = (
+        {"float": qdq.predict(net.module, images)},
+        calib.images[:2],
+        calib.subset(32),
+    )
     run.stage("fold, swap, rewire")
     folded = qdq.fold_batchnorm(net.module, example)
     swapped = qdq.swap_modules(net.module, example, exclude=exclude)
@@ -80,27 +88,49 @@ def qat_classifier(
     solved = qdq.calibrate_model(net.module, calib, method=calib_method, statistics=collected)
     logits["calibrated"] = qdq.predict(net.module, images)
     run.stage("analyze")
-    analysis = qdq.analyze_layers(net.module, subset, pinned=pinned, max_float_layers=max_float_layers, path=journal)
+    analysis = qdq.analyze_layers(
+        net.module, subset, pinned=pinned, max_float_layers=max_float_layers, path=journal
+    )
     qdq.save_plan(analysis.plan, run.folder / "plan.yaml")
     run.stage("fine-tune")
     tuned = qdq.finetune(
-        net.module, training, loss=None if loss == "distill" else qdq.cross_entropy, ranges=ranges, seed=seed,
-        distillation=None if loss == "labels" else qdq.Distillation(), layers=layers, schedule=schedule, amp=amp,
-        held=subset if loss == "distill" else None, folder=run.folder / "tuning", tensorboard=tensorboard,
-    )  # fmt: skip
+        net.module,
+        training,
+        loss=None if loss == "distill" else qdq.cross_entropy,
+        ranges=ranges,
+        seed=seed,
+        distillation=None if loss == "labels" else qdq.Distillation(),
+        layers=layers,
+        schedule=schedule,
+        amp=amp,
+        held=subset if loss == "distill" else None,
+        folder=run.folder / "tuning",
+        tensorboard=tensorboard,
+    )
     if not run.is_first:
         return 0  # torchrun: only the first process goes on
     logits["fine-tuned"] = qdq.predict(net.module, images)
     run.stage("export and check")
-    onnx = qdq.export_onnx(net.module, example, file, calibration=solved, plan=swapped, rewired=rewired)
-    logits["ONNX"], floor = qdq.predict(onnx.path, images), qdq.measure_tie_floor(net.module, images.subset(128))
+    onnx = qdq.export_onnx(
+        net.module, example, file, calibration=solved, plan=swapped, rewired=rewired
+    )
+    logits["ONNX"], floor = (
+        qdq.predict(onnx.path, images),
+        qdq.measure_tie_floor(net.module, images.subset(128)),
+    )
     by_default = qdq.predict(onnx.path, images, session="default")
     check = qdq.check_onnx(
-        onnx.path, expected=logits["fine-tuned"], found=logits["ONNX"], found_default=by_default, tie_floor_db=floor
+        onnx.path,
+        expected=logits["fine-tuned"],
+        found=logits["ONNX"],
+        found_default=by_default,
+        tie_floor_db=floor,
     )
     run.stage("build")
     engine = qdq.build_engine(onnx.path, backend=backend.name, sm=sm)
-    table = qdq.evaluate_outputs(logits, images.labels, files={"float": net.module, "ONNX": onnx.path})
+    table = qdq.evaluate_outputs(
+        logits, images.labels, files={"float": net.module, "ONNX": onnx.path}
+    )
     stages = (folded, swapped, rewired, solved, analysis, onnx, check, engine, table)
     return qdq.write_report(run, net, calib, images, *stages, tuning=tuned).exit_code
 

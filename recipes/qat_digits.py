@@ -23,7 +23,11 @@ class Block(nn.Module):
         super().__init__()
         inner, groups = (4 * width, 4 * width) if depthwise else (out, 1)
         first = conv(width, inner, 1) if depthwise else conv(width, inner, 3, stride)
-        middle = (nn.ReLU(), conv(inner, inner, 3, stride, groups), nn.ReLU()) if depthwise else (nn.ReLU(),)
+        middle = (
+            (nn.ReLU(), conv(inner, inner, 3, stride, groups), nn.ReLU())
+            if depthwise
+            else (nn.ReLU(),)
+        )
         self.body = nn.Sequential(first, *middle, conv(inner, out, 1 if depthwise else 3))
         self.skip = nn.Sequential() if (width, stride) == (out, 1) else conv(width, out, 1, stride)
         self.end = nn.Identity() if depthwise else nn.ReLU()
@@ -42,11 +46,18 @@ def conv(width: int, out: int, kernel: int, stride: int = 1, groups: int = 1) ->
 
 def make_network(depthwise: bool) -> nn.Sequential:
     """A small ResNet or MobileNet for 8 x 8 images and 10 classes."""
-    blocks = (Block(w, out, stride, depthwise) for w, out, stride in ((16, 16, 1), (16, 32, 2), (32, 32, 1)))
-    return nn.Sequential(conv(1, 16, 3), nn.ReLU(), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    blocks = (
+        Block(w, out, stride, depthwise)
+        for w, out, stride in ((16, 16, 1), (16, 32, 2), (32, 32, 1))
+    )
+    return nn.Sequential(
+        conv(1, 16, 3), nn.ReLU(), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
+    )
 
 
-def train(net: nn.Module, batches: torch.utils.data.DataLoader[tuple[torch.Tensor, ...]], epochs: int) -> None:
+def train(
+    net: nn.Module, batches: torch.utils.data.DataLoader[tuple[torch.Tensor, ...]], epochs: int
+) -> None:
     """As one trains in float: Adam, cosine."""
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(batches))
@@ -94,17 +105,27 @@ def qat_digits(
         for pair in bits:
             weight_bits, input_bits = map(int, pair.split(","))
             net = copy.deepcopy(trained)
-            weights, inputs = qdq.QuantDescriptor(weight_bits, axis=0), qdq.QuantDescriptor(input_bits)
+            weights, inputs = (
+                qdq.QuantDescriptor(weight_bits, axis=0),
+                qdq.QuantDescriptor(input_bits),
+            )
             qdq.swap_modules(net, test_images[:2], weight_desc=weights, input_desc=inputs)
             qdq.calibrate_model(net, [images[::2]])
             note(f"W{weight_bits}A{input_bits} calibrated", net)
             schedule = qdq.Schedule(
-                epochs=-(-epochs // 4), lr=1e-5 if pair == "8,8" else 1e-3, bias_lr=1e-3, range_lr=1e-2
+                epochs=-(-epochs // 4),
+                lr=1e-5 if pair == "8,8" else 1e-3,
+                bias_lr=1e-3,
+                range_lr=1e-2,
             )
-            qdq.finetune(net, batches, loss=qdq.cross_entropy, ranges="lsq", schedule=schedule, seed=seed)
+            qdq.finetune(
+                net, batches, loss=qdq.cross_entropy, ranges="lsq", schedule=schedule, seed=seed
+            )
             note(f"W{weight_bits}A{input_bits} fine-tuned", net)
     for name, values in accuracies.items():
-        print(f"{network:9} {name:16}  {statistics.mean(values):6.2f} %  +- {statistics.pstdev(values):.2f}")
+        print(
+            f"{network:9} {name:16}  {statistics.mean(values):6.2f} %  +- {statistics.pstdev(values):.2f}"
+        )
     return 0
 
 

@@ -8,13 +8,45 @@ from collections.abc import Iterator
 import yaml
 
 VALUES = (
-    None, True, False, 0, -1, 3.5, -1e300, 2**62, 10**40, "", "x", "float", "\x1b[2J\n", "x" * 5000, "\udcff",
-    [], {}, [None], [[[]]], {"": {}}, {"x": None}, [1, "2", 3.0],
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    3.5,
+    -1e300,
+    2**62,
+    10**40,
+    "",
+    "x",
+    "float",
+    "\x1b[2J\n",
+    "x" * 5000,
+    "\udcff",
+    [],
+    {},
+    [None],
+    [[[]]],
+    {"": {}},
+    {"x": None},
+    [1, "2", 3.0],
+)
 LITERALS = (
-    "NaN", "Infinity", "-Infinity", "1e999", "-0.0", "1" * 5000, "nul", "'x'", "[" * 5000, '{"a":' * 200, "\x00",
-)  # fmt: skip
-BOMB = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9 if n else ['x'] * 9)}]" for n in range(9))
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e999",
+    "-0.0",
+    "1" * 5000,
+    "nul",
+    "'x'",
+    "[" * 5000,
+    '{"a":' * 200,
+    "\x00",
+)
+BOMB = "\n".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9 if n else ['x'] * 9)}]" for n in range(9)
+)
 YAML_TEXTS = (
     "layers: &x {a: *x}\n",
     "layers:\n  a: &b {precision: int8}\n  c: *b\n",
@@ -41,9 +73,13 @@ YAML_TEXTS = (
     "&a *a",
 )
 PATTERNS = (  # of eight bytes: 2.0, infinity, NaN, -1, -1.8e308, the least denormal number
-    "0000000000000040", "000000000000f07f", "000000000000f8ff", "ffffffffffffffff", "ffffffffffffefff",
+    "0000000000000040",
+    "000000000000f07f",
+    "000000000000f8ff",
+    "ffffffffffffffff",
+    "ffffffffffffefff",
     "0100000000000080",
-)  # fmt: skip
+)
 
 
 def damage_bytes(content: bytes, source: random.Random) -> bytes:
@@ -56,15 +92,26 @@ def damage_bytes(content: bytes, source: random.Random) -> bytes:
             damaged[source.randrange(len(damaged))] ^= 1 << source.randrange(8)
         return bytes(damaged)
     return (
-        content[:place], content[place:], content[:place] + content, content[:place] + b"\xff\xfe" + content[place:],
-        content.decode("latin-1").encode("utf-16"), b"", b"\x00" * source.choice((1, 8, 4096)),
-    )[kind % 7]  # fmt: skip
+        content[:place],
+        content[place:],
+        content[:place] + content,
+        content[:place] + b"\xff\xfe" + content[place:],
+        content.decode("latin-1").encode("utf-16"),
+        b"",
+        b"\x00" * source.choice((1, 8, 4096)),
+    )[kind % 7]
 
 
 def list_places(value: object, path: tuple = ()) -> Iterator[tuple]:
     """Every place in a tree of plain values."""
     yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, item in items:
         yield from list_places(item, (*path, key))
 
@@ -106,9 +153,12 @@ def damage_json(content: bytes, source: random.Random) -> bytes:
         return damage_bytes(content, source)
     value = json.loads(content)
     if kind == 3:
-        text = json.dumps(damage_tree(value, random.Random(source.random()), list(list_places(value))))  # noqa: S311
+        generator = random.Random(source.random())  # noqa: S311
+        text = json.dumps(damage_tree(value, generator, list(list_places(value))))
         place = source.choice([n for n, character in enumerate(text) if character in ":[,"] or [0])
-        return f"{text[: place + 1]}{source.choice(LITERALS)}{text[place + 1 :]}".encode("utf-8", "surrogatepass")
+        return f"{text[: place + 1]}{source.choice(LITERALS)}{text[place + 1 :]}".encode(
+            "utf-8", "surrogatepass"
+        )
     return json.dumps(damage_tree(value, source, list(list_places(value)))).encode()
 
 
@@ -121,7 +171,9 @@ def damage_yaml(content: bytes, source: random.Random) -> bytes:
         return source.choice(YAML_TEXTS).encode()
     value = yaml.safe_load(content)
     damaged = damage_tree(value, source, list(list_places(value)))
-    return yaml.safe_dump(damaged, allow_unicode=source.random() < 0.5).encode("utf-8", "surrogatepass")
+    return yaml.safe_dump(damaged, allow_unicode=source.random() < 0.5).encode(
+        "utf-8", "surrogatepass"
+    )
 
 
 def split_safetensors(content: bytes) -> tuple[dict, bytes]:

@@ -45,7 +45,13 @@ class Processes:
         """Start Python with these arguments, for `subprocess.Popen`; the packages and this folder can be imported."""
         name, value = self._mark.split("=")
         paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, sys.path)])
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, name: value, **(environment or {})}
+        variables = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": paths,
+            name: value,
+            **(environment or {}),
+        }
         command = [sys.executable, *map(str, arguments)]
         process = subprocess.Popen(command, env=variables, start_new_session=True, **options)
         self._started.append(process)

@@ -9,9 +9,21 @@ from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["torch", "torchvision", "torch.onnx", "onnx", "onnxruntime", "onnxscript", "sklearn", "skimage", "tensorrt_rtx"]
+    [
+        "torch",
+        "torchvision",
+        "torch.onnx",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "sklearn",
+        "skimage",
+        "tensorrt_rtx",
+    ]
 )
-_NAMING = "os.link" if hasattr(os, "O_TMPFILE") else "os.rename"  # how a file that is whole gets its name
+_NAMING = (
+    "os.link" if hasattr(os, "O_TMPFILE") else "os.rename"
+)  # how a file that is whole gets its name
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,9 @@ class Stop:
 
 def run_recipe(recipe, arguments, folder, stop=None):
     """Exit code of a recipe, minus the number of the signal that killed it, and what it wrote to its error stream."""
-    process = _CONTEXT.Process(target=_run, args=(recipe, [*map(str, arguments)], folder, stop), daemon=True)
+    process = _CONTEXT.Process(
+        target=_run, args=(recipe, [*map(str, arguments)], folder, stop), daemon=True
+    )
     process.start()
     try:
         process.join()

@@ -43,7 +43,9 @@ def make_inputs(kind, layout, kdim=EMBED, vdim=EMBED):
 
     def tensor(length, width):
         shape = {"unbatched": (length, width), "batch first": (BATCH, length, width)}
-        return torch.randn(shape.get(layout, (length, BATCH, width)), dtype=torch.float64, requires_grad=True)
+        return torch.randn(
+            shape.get(layout, (length, BATCH, width)), dtype=torch.float64, requires_grad=True
+        )
 
     query = tensor(LENGTH, EMBED)
     if kind == "self":
@@ -98,10 +100,20 @@ def assert_equal(layer, swapped, inputs, **options):
 
 LAYOUTS = ("batch first", "sequence first", "unbatched")
 MASKS = (
-    "", "padding", "attention", "attention 3-D", "padding attention", "padding attention 3-D", "causal",
-    "causal padding", "float padding", "float attention", "float attention 3-D", "float padding attention 3-D",
+    "",
+    "padding",
+    "attention",
+    "attention 3-D",
+    "padding attention",
+    "padding attention 3-D",
+    "causal",
+    "causal padding",
+    "float padding",
+    "float attention",
+    "float attention 3-D",
+    "float padding attention 3-D",
     "float causal",
-)  # fmt: skip
+)
 
 
 class TestNumbers:
@@ -115,11 +127,18 @@ class TestNumbers:
         options = make_masks(masks, inputs, layout)
         for bias, extra in ((True, False), (False, True)):
             layer, swapped = make_attention(
-                batch_first=layout == "batch first", bias=bias, add_bias_kv=extra, add_zero_attn=extra
+                batch_first=layout == "batch first",
+                bias=bias,
+                add_bias_kv=extra,
+                add_zero_attn=extra,
             )
             with disable_quantization(swapped):
                 for need_weights, average in ((False, True), (True, True), (True, False)):
-                    arguments = {**options, "need_weights": need_weights, "average_attn_weights": average}
+                    arguments = {
+                        **options,
+                        "need_weights": need_weights,
+                        "average_attn_weights": average,
+                    }
                     if is_refused(layer, inputs, arguments):
                         assert is_refused(swapped, inputs, arguments)
                         continue
@@ -133,9 +152,13 @@ class TestNumbers:
         inputs = make_inputs(kind, layout, kdim or EMBED, vdim or EMBED)
         for bias in (True, False):
             layer, swapped = make_attention(
-                batch_first=layout == "batch first", bias=bias, kdim=kdim, vdim=vdim,
-                add_bias_kv=extra[0], add_zero_attn=extra[1],
-            )  # fmt: skip
+                batch_first=layout == "batch first",
+                bias=bias,
+                kdim=kdim,
+                vdim=vdim,
+                add_bias_kv=extra[0],
+                add_zero_attn=extra[1],
+            )
             with disable_quantization(swapped):
                 for need_weights in (True, False):
                     masks = make_masks("padding attention", inputs, layout)
@@ -159,7 +182,10 @@ class TestNumbers:
         padding = torch.tensor([[False] * 4, [False, False, True, True]])
         with disable_quantization(swapped), torch.no_grad():
             for options in ({}, {"key_padding_mask": padding}, {"need_weights": False}):
-                expected, found = layer.eval()(*inputs, **options), swapped.eval()(*inputs, **options)
+                expected, found = (
+                    layer.eval()(*inputs, **options),
+                    swapped.eval()(*inputs, **options),
+                )
                 torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
 
     def test_key_that_is_query_but_not_value(self):
@@ -170,7 +196,9 @@ class TestNumbers:
             assert_equal(layer, swapped, (query, query, value))
             assert_equal(layer, swapped, (query, value, query))
 
-    @pytest.mark.parametrize("options", [{"is_causal": True}, {"attn_mask": torch.zeros(3, 3, 3, 3)}])
+    @pytest.mark.parametrize(
+        "options", [{"is_causal": True}, {"attn_mask": torch.zeros(3, 3, 3, 3)}]
+    )
     def test_what_torch_refuses(self, options):
         layer, swapped = make_attention()
         inputs = make_inputs("self", "sequence first")
@@ -191,7 +219,9 @@ class Encoder(nn.Module):
 
     def __init__(self, width=64, **options):
         super().__init__()
-        layer = nn.TransformerEncoderLayer(width, 2, 2 * width, 0.0, "gelu", batch_first=True, **options)
+        layer = nn.TransformerEncoderLayer(
+            width, 2, 2 * width, 0.0, "gelu", batch_first=True, **options
+        )
         self.encoder = nn.TransformerEncoder(layer, 2)
 
     def forward(self, x, padding=None):
@@ -235,16 +265,22 @@ class TestSwap:
     def test_calibrated_saved_copied_restored(self, kdim):
         model = nn.MultiheadAttention(32, 4, kdim=kdim, vdim=kdim)
         keys = set(model.state_dict())
-        inputs = {name: torch.randn(5, 2, kdim or 32) for name in ("key", "value")} | {"query": torch.randn(5, 2, 32)}
+        inputs = {name: torch.randn(5, 2, kdim or 32) for name in ("key", "value")} | {
+            "query": torch.randn(5, 2, 32)
+        }
         swap_modules(model, inputs)
         assert set(model.state_dict()) == keys
         ranges = {entry.name: entry for entry in calibrate_model(model, [inputs], method="max")}
         assert {name for name in ranges if "out_proj" not in name} == set(model.quantizers())
         for attribute, parameter in model.weights_of(model).items():
             expected = getattr(model, parameter).detach().abs().amax(1)
-            torch.testing.assert_close(getattr(model, attribute).amax.flatten(), expected, atol=0, rtol=0)
+            torch.testing.assert_close(
+                getattr(model, attribute).amax.flatten(), expected, atol=0, rtol=0
+            )
             assert ranges[attribute].batches == 0
-        torch.testing.assert_close(model._key_quantizer.amax, inputs["key"].abs().max(), atol=0, rtol=0)
+        torch.testing.assert_close(
+            model._key_quantizer.amax, inputs["key"].abs().max(), atol=0, rtol=0
+        )
         assert {entry.name for entry in analyze_layers(model, [inputs]).layers} == {"", "out_proj"}
         expected, _ = model(**inputs)
 
@@ -264,10 +300,16 @@ class TestSwap:
         model = Encoder()
         x = torch.randn(2, 5, 64)
         swap_modules(model, x)
-        assert not any("saw no batch" in entry.note for entry in calibrate_model(model, [x], method="max"))
+        assert not any(
+            "saw no batch" in entry.note for entry in calibrate_model(model, [x], method="max")
+        )
         for layer in quantized_layers(model).values():
             if isinstance(layer, QuantMultiheadAttention):
-                assert layer._key_quantizer.amax == layer._value_quantizer.amax == layer.input_quantizer.amax
+                assert (
+                    layer._key_quantizer.amax
+                    == layer._value_quantizer.amax
+                    == layer.input_quantizer.amax
+                )
 
     def test_zeros_leave_the_whole_layer_in_float(self):
         model = nn.MultiheadAttention(32, 4)
@@ -281,7 +323,9 @@ class TestSwap:
         assert not plan.of("missed")
         assert len(plan.weighted) == 8
         plan = plan_swap(Encoder(), torch.randn(2, 5, 64), exclude=[nn.MultiheadAttention])
-        assert {m.name for m in plan.of("missed")} == {f"encoder.layers.{i}.self_attn.out_proj" for i in range(2)}
+        assert {m.name for m in plan.of("missed")} == {
+            f"encoder.layers.{i}.self_attn.out_proj" for i in range(2)
+        }
 
     def test_a_forward_of_its_own_is_not_replaced(self):
         class Rotary(nn.MultiheadAttention):
@@ -362,9 +406,12 @@ class TestExport:
         export_onnx(model, x, tmp_path / "m.onnx", precision="fp16")
         kernels = []
         monkeypatch.setattr(
-            "qdq.build.take_census", lambda nodes, built: kernels.extend(built) or take_census(nodes, built)
+            "qdq.build.take_census",
+            lambda nodes, built: kernels.extend(built) or take_census(nodes, built),
         )
         report = build_engine(tmp_path / "m.onnx", backend="rtx")
         assert not report.missing_int8
-        assert report.expected_int8 == (8 if build is Encoder else 11)  # key and value of a decoder are one product
+        assert report.expected_int8 == (
+            8 if build is Encoder else 11
+        )  # key and value of a decoder are one product
         assert sum(kernel.name.startswith("_gemm_mha") for kernel in kernels) == count

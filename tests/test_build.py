@@ -46,8 +46,13 @@ class Graph:
         return output
 
     def qdq(self, x, scale=SCALE, zero_point=ZERO_POINT, **axis):
-        operands = (self.constant(scale) if not isinstance(scale, str) else scale, self.constant(zero_point))
-        return self.op("DequantizeLinear", self.op("QuantizeLinear", x, *operands, **axis), *operands, **axis)
+        operands = (
+            self.constant(scale) if not isinstance(scale, str) else scale,
+            self.constant(zero_point),
+        )
+        return self.op(
+            "DequantizeLinear", self.op("QuantizeLinear", x, *operands, **axis), *operands, **axis
+        )
 
     def weight(self, *shape, axis=0, quantized=True):
         values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
@@ -58,14 +63,21 @@ class Graph:
         return self.qdq(self.constant(values), scale, zero_point, axis=axis)
 
     def save(self, path, inputs, output):
-        values = [helper.make_tensor_value_info(k, onnx.TensorProto.FLOAT, v) for k, v in inputs.items()]
+        values = [
+            helper.make_tensor_value_info(k, onnx.TensorProto.FLOAT, v) for k, v in inputs.items()
+        ]
         results = [helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None)]
         graph = helper.make_graph(self.nodes, "g", values, results, self.constants)
-        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+        onnx.save(
+            helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10),
+            path,
+        )
         return path
 
 
-def conv_file(path, *, scale=SCALE, on_input=True, on_weight=True, shape=("n", 16, 8, 8), name="a/Conv"):
+def conv_file(
+    path, *, scale=SCALE, on_input=True, on_weight=True, shape=("n", 16, 8, 8), name="a/Conv"
+):
     g = Graph()
     x = g.qdq("x", scale, np.zeros_like(scale, np.int8)) if on_input else "x"
     y = g.op("Conv", x, g.weight(32, 16, 3, 3, quantized=on_weight), name=name, pads=[1] * 4)
@@ -92,7 +104,9 @@ def _one_dimensional(g):
 
 def _matmul(g):
     w = g.op("Transpose", g.weight(64, 32), perm=[1, 0])
-    return ["n", 10, 32], g.op("Add", g.op("MatMul", g.qdq("x"), w, name="a/MatMul"), g.constant(np.ones(64, "f")))
+    return ["n", 10, 32], g.op(
+        "Add", g.op("MatMul", g.qdq("x"), w, name="a/MatMul"), g.constant(np.ones(64, "f"))
+    )
 
 
 def _gemm(g):
@@ -124,18 +138,24 @@ class TestCensus:
         """conv1, conv10 and conv100 are three layers, and the last one is not quantized."""
         g = Graph()
         x = g.op("Relu", g.op("Conv", g.qdq("x"), g.weight(32, 16, 1, 1), name="conv1/Conv"))
-        x = g.op("Relu", g.op("Conv", g.qdq(x), g.weight(32, 1, 3, 3), name="conv10/Conv", group=32))
+        x = g.op(
+            "Relu", g.op("Conv", g.qdq(x), g.weight(32, 1, 3, 3), name="conv10/Conv", group=32)
+        )
         x = g.op("Conv", x, g.weight(16, 32, 1, 1, quantized=False), name="conv100/Conv")
         report = build_engine(g.save(tmp_path / "m.onnx", {"x": ["n", 16, 8, 8]}, x), backend="rtx")
         assert [(layer.module, layer.expected_int8, layer.int8) for layer in report.layers] == [
-            ("conv1", True, True), ("conv10", True, True), ("conv100", False, False),
-        ]  # fmt: skip
+            ("conv1", True, True),
+            ("conv10", True, True),
+            ("conv100", False, False),
+        ]
         assert report.format_table().splitlines()[0].split()[:3] == ["conv100", "Conv", "float"]
         assert "int8: 2 of 2 expected" in report.format_table()
 
     def test_a_scale_of_shape_1_is_caught(self, tmp_path):
         """RTX builds it without a word, in float."""
-        report = build_engine(conv_file(tmp_path / "m.onnx", scale=np.float32([0.05])), backend="rtx")
+        report = build_engine(
+            conv_file(tmp_path / "m.onnx", scale=np.float32([0.05])), backend="rtx"
+        )
         (layer,) = report.missing_int8
         assert (layer.module, layer.expected_int8, layer.int8) == ("a", True, False)
         assert "R-SHAPE" in layer.reason
@@ -178,23 +198,33 @@ class TestReport:
         assert report.engine == tmp_path / "m.qdq.rtx.engine"
         assert report.engine.stat().st_size == report.engine_bytes > 0
         assert (report.backend, report.sm) == ("rtx", 89)
-        assert report.profiles == {"x": {"min": (1, 16, 8, 8), "opt": (8, 16, 8, 8), "max": (16, 16, 8, 8)}}
+        assert report.profiles == {
+            "x": {"min": (1, 16, 8, 8), "opt": (8, 16, 8, 8), "max": (16, 16, 8, 8)}
+        }
         assert "--optShapes=x:8x16x8x8" in report.trtexec["tensorrt11"]
         assert sorted(p.name for p in tmp_path.iterdir()) == ["m.qdq.onnx", "m.qdq.rtx.engine"]
 
     def test_given_shapes_and_output(self, tmp_path):
         path = conv_file(tmp_path / "m.onnx", shape=("n", 16, "h", "w"))
-        shapes = {kind: {"x": (size, 16, 32, 32)} for kind, size in (("min", 1), ("opt", 2), ("max", 4))}
+        shapes = {
+            kind: {"x": (size, 16, 32, 32)} for kind, size in (("min", 1), ("opt", 2), ("max", 4))
+        }
         report = build_engine(
-            path, tmp_path / "out" / "e.engine", backend="rtx",
-            min_shapes=shapes["min"], opt_shapes=shapes["opt"], max_shapes=shapes["max"],
-        )  # fmt: skip
+            path,
+            tmp_path / "out" / "e.engine",
+            backend="rtx",
+            min_shapes=shapes["min"],
+            opt_shapes=shapes["opt"],
+            max_shapes=shapes["max"],
+        )
         assert report.engine.is_file()
         assert report.profiles["x"] == {kind: shape["x"] for kind, shape in shapes.items()}
 
     def test_warnings_of_the_builder_are_kept_once(self, tmp_path):
         g = Graph()
-        x = g.qdq("x", np.float32(0.05), np.uint8(0))  # read as int8, with the same warning for Q and DQ
+        x = g.qdq(
+            "x", np.float32(0.05), np.uint8(0)
+        )  # read as int8, with the same warning for Q and DQ
         y = g.op("Conv", x, g.weight(32, 16, 1, 1), name="a/Conv")
         report = build_engine(g.save(tmp_path / "m.onnx", {"x": [1, 16, 8, 8]}, y), backend="rtx")
         (warning,) = report.warnings
@@ -203,7 +233,9 @@ class TestReport:
 
     def test_command(self, tmp_path, capsys):
         path = conv_file(tmp_path / "m.onnx")
-        assert build(path, output=tmp_path / "e.engine", backend="rtx", json=tmp_path / "r.json") == 0
+        assert (
+            build(path, output=tmp_path / "e.engine", backend="rtx", json=tmp_path / "r.json") == 0
+        )
         printed = capsys.readouterr().out
         assert "int8: 1 of 1 expected" in printed
         assert "\n# on the target, TensorRT 10\ntrtexec " in printed
@@ -215,10 +247,15 @@ class TestReport:
 
     def test_a_constant_scale_behind_folded_operators(self, tmp_path):
         g = Graph()
-        half = g.op("Cast", g.op("Identity", g.constant(np.float16(0.5))), to=onnx.TensorProto.FLOAT)
+        half = g.op(
+            "Cast", g.op("Identity", g.constant(np.float16(0.5))), to=onnx.TensorProto.FLOAT
+        )
         x = g.qdq("x", g.op("Mul", half, g.constant(np.float32(0.1))))
         y = g.op("Conv", x, g.weight(32, 16, 1, 1), name="a/Conv")
-        assert build_engine(g.save(tmp_path / "m.onnx", {"x": [1, 16, 8, 8]}, y), backend="rtx").int8 == 1
+        assert (
+            build_engine(g.save(tmp_path / "m.onnx", {"x": [1, 16, 8, 8]}, y), backend="rtx").int8
+            == 1
+        )
 
 
 @needs_rtx
@@ -231,7 +268,9 @@ class TestCrash:
         model = onnx.load(path)
         model.graph.node.append(helper.make_node("Relu", ["x"], [], name="no_output"))
         onnx.save(model, path)
-        with pytest.raises(BuildError, match=r"TensorRT crashed .*SIGSEGV, a segmentation fault") as caught:
+        with pytest.raises(
+            BuildError, match=r"TensorRT crashed .*SIGSEGV, a segmentation fault"
+        ) as caught:
             build_engine(path, backend="rtx")
         assert "refuses the file" in caught.value.message  # what onnx's checker says of it
         assert f"qdq check {path}" in caught.value.fix
@@ -251,9 +290,17 @@ class TestCrash:
     def test_in_a_script_without_main_guard(self, tmp_path):
         path = conv_file(tmp_path / "m.onnx")
         script = tmp_path / "script.py"
-        script.write_text(f"import qdq\nprint(qdq.build_engine({str(path)!r}, backend='rtx').int8)\n")
+        script.write_text(
+            f"import qdq\nprint(qdq.build_engine({str(path)!r}, backend='rtx').int8)\n"
+        )
         (tmp_path / "json.py").write_text("raise ImportError('a module of the current folder')\n")
-        done = subprocess.run([sys.executable, "-P", script], capture_output=True, text=True, cwd=tmp_path, check=False)
+        done = subprocess.run(
+            [sys.executable, "-P", script],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            check=False,
+        )
         assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
@@ -267,7 +314,9 @@ class TestBadInput:
         x = g.qdq("x", g.op("ReduceMax", source, keepdims=0))
         y = g.op("Conv", x, g.weight(32, 16, 1, 1), name="a/Conv")
         path = g.save(tmp_path / "m.onnx", {"x": [1, 16, 8, 8]}, y)
-        with pytest.raises(BuildError, match=r"scale of QuantizeLinear 'QuantizeLinear_\d+' .*R-DYN"):
+        with pytest.raises(
+            BuildError, match=r"scale of QuantizeLinear 'QuantizeLinear_\d+' .*R-DYN"
+        ):
             build_engine(path)
 
     def test_a_scale_that_is_an_input_is_refused(self, tmp_path):
@@ -278,7 +327,11 @@ class TestBadInput:
 
     def test_files_that_are_no_onnx(self, tmp_path):
         whole = conv_file(tmp_path / "m.onnx").read_bytes()
-        for name, content in (("cut", whole[: len(whole) // 2]), ("text", b"no model\n" * 9), ("empty", b"")):
+        for name, content in (
+            ("cut", whole[: len(whole) // 2]),
+            ("text", b"no model\n" * 9),
+            ("empty", b""),
+        ):
             path = tmp_path / f"{name}.onnx"
             path.write_bytes(content)
             with pytest.raises(BuildError, match=f"{name}.onnx") as caught:
@@ -326,7 +379,9 @@ class TestTensorRTRefuses:
 
     def test_a_node_that_the_parser_refuses(self, tmp_path):
         path = conv_file(tmp_path / "m.onnx", scale=np.float32(0))
-        with pytest.raises(BuildError, match=r"node 'QuantizeLinear_\d+' \(QuantizeLinear\): .*positive") as caught:
+        with pytest.raises(
+            BuildError, match=r"node 'QuantizeLinear_\d+' \(QuantizeLinear\): .*positive"
+        ) as caught:
             build_engine(path, backend="rtx")
         assert f"qdq check {path}" in caught.value.fix
         assert not path.with_suffix(".rtx.engine").exists()
@@ -338,7 +393,9 @@ class TestTensorRTRefuses:
         with pytest.raises(BuildError, match="'a/Gemm' for Turing"):
             build_engine(path, backend="rtx", sm=75)
         # and the refusal leaves nothing behind in the process
-        assert not build_engine(conv_file(tmp_path / "conv.onnx"), backend="rtx", sm=86).missing_int8
+        assert not build_engine(
+            conv_file(tmp_path / "conv.onnx"), backend="rtx", sm=86
+        ).missing_int8
 
 
 def _unusable_tensorrt():

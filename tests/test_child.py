@@ -27,7 +27,11 @@ def answer(request, blob):
     if request == "print":
         os.write(1, b"not between the frames")
         print("nor this")
-    return {"pid": os.getpid(), "main": sys.modules["__main__"].__spec__.name, "request": request}, blob[::-1]
+    return {
+        "pid": os.getpid(),
+        "main": sys.modules["__main__"].__spec__.name,
+        "request": request,
+    }, blob[::-1]
 
 
 def is_gone(pid):
@@ -51,7 +55,8 @@ def test_answers_and_leaves_no_process():
 
 
 @pytest.mark.parametrize(
-    ("request_", "reason"), [("crash", "SIGSEGV, a segmentation fault"), ("raise", "exit code 1: ValueError: a reason")]
+    ("request_", "reason"),
+    [("crash", "SIGSEGV, a segmentation fault"), ("raise", "exit code 1: ValueError: a reason")],
 )
 def test_a_crash_is_one_error(request_, reason):
     child = Child(SELF)
@@ -82,7 +87,10 @@ def test_the_limit_of_processor_time_counts_work_and_no_waiting():
     with pytest.raises(ChildCrashError, match=r"longer than 0\.5 s") as waiting:
         child.call("hang", seconds=0.5, cpu_seconds=1)
     assert waiting.value.is_timeout
-    with pytest.raises(ChildCrashError, match="longer than 1 s of processor time") as working, Child(SELF) as other:
+    with (
+        pytest.raises(ChildCrashError, match="longer than 1 s of processor time") as working,
+        Child(SELF) as other,
+    ):
         other.call("work", cpu_seconds=1)
     assert working.value.is_timeout
 
@@ -101,7 +109,9 @@ def test_ctrl_c_ends_it():
     assert is_gone(pid)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells a process of its parent's end"
+)
 def test_it_ends_with_a_parent_that_is_killed():
     script = f"""
 import sys

@@ -45,7 +45,9 @@ def qdq(capsys, request):
         with pytest.raises(SystemExit) as exit:
             cli.main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
-        request.node.add_report_section("call", f"qdq {arguments[0] if arguments else ''}", captured.out + captured.err)
+        request.node.add_report_section(
+            "call", f"qdq {arguments[0] if arguments else ''}", captured.out + captured.err
+        )
         return exit.value.code, captured.out, captured.err
 
     return call
@@ -103,7 +105,9 @@ class TestHelp:
         assert qdq("--version") == (0, f"{package.__version__}\n", "")
 
     def test_as_module(self):
-        output = subprocess.run([sys.executable, "-m", "qdq", "--version"], capture_output=True, text=True, check=True)
+        output = subprocess.run(
+            [sys.executable, "-m", "qdq", "--version"], capture_output=True, text=True, check=True
+        )
         assert output.stdout.strip()
 
 
@@ -114,26 +118,74 @@ class TestWrongUsage:
             (["nonsense"], 'unknown command "nonsense"', "see qdq --help"),
             (["check"], "ONNX requires an argument", "see qdq check --help"),
             (["check", "a.onnx", "b.onnx"], "b.onnx", "see qdq check --help"),
-            (["build", "a.onnx", "--sm", "old"], 'unable to convert "old" into int', "see qdq build --help"),
-            (["build", "a.onnx", "--backend", "cuda"], 'invalid value "cuda" for --backend', "see qdq build --help"),
-            (["eval", "--batch-size", "0"], 'invalid value "0" for --batch-size', "see qdq eval --help"),
-            (["eval", "--eval-images", "-3"], 'invalid value "-3" for --eval-images', "see qdq eval --help"),
-            (["eval", "--eval-images", "1.5"], 'unable to convert "1.5" into int', "see qdq eval --help"),
-            (["eval", "--eval-images", "1e3"], 'unable to convert "1e3" into int', "see qdq eval --help"),
-            (["eval", "--batch-size", "inf"], 'unable to convert "inf" into int', "see qdq eval --help"),
-            (["eval", "--batch-size", "nan"], 'unable to convert "nan" into int', "see qdq eval --help"),
+            (
+                ["build", "a.onnx", "--sm", "old"],
+                'unable to convert "old" into int',
+                "see qdq build --help",
+            ),
+            (
+                ["build", "a.onnx", "--backend", "cuda"],
+                'invalid value "cuda" for --backend',
+                "see qdq build --help",
+            ),
+            (
+                ["eval", "--batch-size", "0"],
+                'invalid value "0" for --batch-size',
+                "see qdq eval --help",
+            ),
+            (
+                ["eval", "--eval-images", "-3"],
+                'invalid value "-3" for --eval-images',
+                "see qdq eval --help",
+            ),
+            (
+                ["eval", "--eval-images", "1.5"],
+                'unable to convert "1.5" into int',
+                "see qdq eval --help",
+            ),
+            (
+                ["eval", "--eval-images", "1e3"],
+                'unable to convert "1e3" into int',
+                "see qdq eval --help",
+            ),
+            (
+                ["eval", "--batch-size", "inf"],
+                'unable to convert "inf" into int',
+                "see qdq eval --help",
+            ),
+            (
+                ["eval", "--batch-size", "nan"],
+                'unable to convert "nan" into int',
+                "see qdq eval --help",
+            ),
             (["eval", "--seed", "2.0"], 'unable to convert "2.0" into int', "see qdq eval --help"),
-            (["eval", "--batch-size", "99999999999"], "99999999999 is more than 4294967295", "see qdq eval --help"),
+            (
+                ["eval", "--batch-size", "99999999999"],
+                "99999999999 is more than 4294967295",
+                "see qdq eval --help",
+            ),
             (["eval", "--batch-size", "9" * 5000], "unable to convert", "see qdq eval --help"),
-            (["build", "a.onnx", "--sm", "8.9"], 'unable to convert "8.9" into int', "see qdq build --help"),
+            (
+                ["build", "a.onnx", "--sm", "8.9"],
+                'unable to convert "8.9" into int',
+                "see qdq build --help",
+            ),
             (["qat", "--steps", "1.5"], 'unable to convert "1.5" into int', "see qdq qat --help"),
             (["qat", "--epochs", "1.5"], 'unable to convert "1.5" into int', "see qdq qat --help"),
             (["ptq", "--confirm", "0.5"], 'unable to convert "0.5" into int', "see qdq ptq --help"),
-            (["ptq", "--max-float-layers", "0.5"], 'unable to convert "0.5" into int', "see qdq ptq --help"),
+            (
+                ["ptq", "--max-float-layers", "0.5"],
+                'unable to convert "0.5" into int',
+                "see qdq ptq --help",
+            ),
             (["calibrate", "nonsense"], 'unknown command "nonsense"', "see qdq calibrate --help"),
             (["calibrate", "show"], "FILE", "see qdq calibrate show --help"),
             (["calibrate", "merge", "a"], "--output", "see qdq calibrate merge --help"),
-            (["calibrate", "solve", "a", "--method", "best"], 'invalid value "best"', "see qdq calibrate solve --help"),
+            (
+                ["calibrate", "solve", "a", "--method", "best"],
+                'invalid value "best"',
+                "see qdq calibrate solve --help",
+            ),
             (["env", "--nonsense"], "unknown option: --nonsense", "see qdq env --help"),
         ],
     )
@@ -173,7 +225,9 @@ class TestErrors:
         return exit.value.code, capsys.readouterr().err
 
     def test_of_qdq_is_two_lines(self, monkeypatch, capsys):
-        code, err = self.run(monkeypatch, capsys, ArgumentError("found this\nand that.", "do this."))
+        code, err = self.run(
+            monkeypatch, capsys, ArgumentError("found this\nand that.", "do this.")
+        )
         assert (code, err) == (2, "error: found this and that.\n  fix: do this.\n")
 
     def test_of_qdq_with_its_traceback(self, monkeypatch, capsys):
@@ -194,7 +248,9 @@ class TestErrors:
         assert len(err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize(("flags", "shown"), [([], "wl"), (["-v"], "iwl"), (["-q"], ""), (["--quiet"], "")])
+@pytest.mark.parametrize(
+    ("flags", "shown"), [([], "wl"), (["-v"], "iwl"), (["-q"], ""), (["--quiet"], "")]
+)
 def test_how_much_of_the_log_is_shown(monkeypatch, capsys, flags, shown):
     def recipe() -> int:
         logger = logging.getLogger("qdq.somewhere")
@@ -214,14 +270,26 @@ class TestStreams:
 
     @staticmethod
     def run(redirection, *arguments):
-        command = ["bash", "-c", f'"$@" {redirection}', "bash", sys.executable, "-m", "qdq", *arguments]
+        command = [
+            "bash",
+            "-c",
+            f'"$@" {redirection}',
+            "bash",
+            sys.executable,
+            "-m",
+            "qdq",
+            *arguments,
+        ]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         return result.returncode, result.stderr
 
     @pytest.mark.parametrize(
-        ("arguments", "code"), [(["env"], 0), (["--help"], 0), (["plan", "diff", "a", "b"], 2), (["nonsense"], 2)]
+        ("arguments", "code"),
+        [(["env"], 0), (["--help"], 0), (["plan", "diff", "a", "b"], 2), (["nonsense"], 2)],
     )
-    @pytest.mark.parametrize("redirection", [">&-", ">&- 2>&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+    @pytest.mark.parametrize(
+        "redirection", [">&-", ">&- 2>&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"]
+    )
     def test_closed_or_full_where_nothing_is_lost(self, redirection, arguments, code):
         found, errors = self.run(redirection, *arguments)
         assert found == code
@@ -248,7 +316,9 @@ class TestStreams:
     def test_letters_that_the_output_does_not_have(self, tmp_path):
         command = [sys.executable, "-m", "qdq", "plan", "diff", tmp_path / "größe", tmp_path / "b"]
         environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        result = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment
+        )
         assert result.returncode == 2
         assert "gr\\xf6\\xdfe" in result.stderr
         assert len(result.stderr.splitlines()) == 2
@@ -279,9 +349,11 @@ class TestNames:
         if "eval" in arguments:
             pytest.importorskip("torchvision", reason="needs the extra 'demo'")
         monkeypatch.chdir(tmp_path)
-        name = {"long": "x" * 5000, "not UTF-8": "missing/\udcff", "new\nline": "missing\nerror: faked/x"}.get(
-            kind, kind
-        )
+        name = {
+            "long": "x" * 5000,
+            "not UTF-8": "missing/\udcff",
+            "new\nline": "missing\nerror: faked/x",
+        }.get(kind, kind)
         if kind == "loop":
             (tmp_path / "loop").symlink_to("loop")
         elif kind == "FIFO":
@@ -308,7 +380,9 @@ class TestEnv:
 
 class TestCheck:
     def test_clean(self, qdq, model, tmp_path):
-        code, out, _ = qdq("check", model, "--ignore", "QDQ112", "--json", tmp_path / "new" / "check.json")
+        code, out, _ = qdq(
+            "check", model, "--ignore", "QDQ112", "--json", tmp_path / "new" / "check.json"
+        )
         assert code == 0
         assert "int8 expected: 3 of 3 convolutions and matrix products" in out
         findings = json.loads((tmp_path / "new" / "check.json").read_text())["findings"]
@@ -321,7 +395,9 @@ class TestCheck:
 
     def test_finding(self, qdq, tmp_path, model):
         broken = ir.load(model)
-        broken.graph.initializers["conv._input_quantizer.scale"].const_value = ir.tensor(np.float32(0))
+        broken.graph.initializers["conv._input_quantizer.scale"].const_value = ir.tensor(
+            np.float32(0)
+        )
         ir.save(broken, tmp_path / "broken.onnx")
         code, out, _ = qdq("check", tmp_path / "broken.onnx")
         assert code == 1
@@ -329,7 +405,10 @@ class TestCheck:
 
     def test_no_file_and_no_onnx(self, qdq, tmp_path):
         (tmp_path / "text.onnx").write_text("text")
-        for path, found in ((tmp_path / "missing.onnx", "does not exist"), (tmp_path / "text.onnx", "no valid ONNX")):
+        for path, found in (
+            (tmp_path / "missing.onnx", "does not exist"),
+            (tmp_path / "text.onnx", "no valid ONNX"),
+        ):
             code, out, err = qdq("check", path)
             assert (code, out) == (2, "")
             assert found in err
@@ -343,10 +422,14 @@ class TestCheck:
 class TestCalibrate:
     @pytest.fixture
     def file(self, quantized, images, tmp_path):
-        return collect_statistics(quantized, [images, 2 * images]).save(tmp_path / "calibration.safetensors")
+        return collect_statistics(quantized, [images, 2 * images]).save(
+            tmp_path / "calibration.safetensors"
+        )
 
     def test_show(self, qdq, file, tmp_path):
-        code, out, _ = qdq("calibrate", "show", file, "--plots", tmp_path / "p.html", "--json", tmp_path / "s.json")
+        code, out, _ = qdq(
+            "calibrate", "show", file, "--plots", tmp_path / "p.html", "--json", tmp_path / "s.json"
+        )
         assert code == 0
         summary = json.loads((tmp_path / "s.json").read_text())
         assert summary == json.loads(file.with_suffix(".json").read_text())
@@ -388,11 +471,16 @@ class TestCalibrate:
         other = collect_statistics(quantized, [images]).save(tmp_path / "other.safetensors")
         code, _, err = qdq("calibrate", "merge", file, other, "-o", tmp_path / "both.safetensors")
         assert code == 2
-        assert f"{other} does not fit {file}: the statistics are of different models: only one has head" in err
+        assert (
+            f"{other} does not fit {file}: the statistics are of different models: only one has head"
+            in err
+        )
         assert not (tmp_path / "both.safetensors").exists()
 
     def test_solve(self, qdq, file, quantized, tmp_path):
-        code, out, _ = qdq("calibrate", "solve", file, "--method", "entropy", "--json", tmp_path / "r.json")
+        code, out, _ = qdq(
+            "calibrate", "solve", file, "--method", "entropy", "--json", tmp_path / "r.json"
+        )
         assert code == 0
         ranges = solve_ranges(quantized, Statistics.load(file), method="entropy")
         expected = {entry.name: entry.amax for entry in ranges if entry.batches}
@@ -402,8 +490,21 @@ class TestCalibrate:
         assert all(f"{amax:.6g}" in out for amax in expected.values())
 
     def test_solve_into_a_file(self, qdq, file, model, tmp_path):
-        code, out, _ = qdq("calibrate", "solve", file, "--method", "percentile", "--percentile", 90,
-                           "--onnx", model, "-o", tmp_path / "new.onnx", "--json", tmp_path / "r.json")  # fmt: skip
+        code, out, _ = qdq(
+            "calibrate",
+            "solve",
+            file,
+            "--method",
+            "percentile",
+            "--percentile",
+            90,
+            "--onnx",
+            model,
+            "-o",
+            tmp_path / "new.onnx",
+            "--json",
+            tmp_path / "r.json",
+        )
         assert code == 0
         assert "new.onnx: 3 scales changed, 0 were the same (percentile)" in out
         found = json.loads((tmp_path / "r.json").read_text())
@@ -415,7 +516,17 @@ class TestCalibrate:
 
     def test_solve_into_a_file_with_a_pair_that_has_no_statistics(self, qdq, file, model, tmp_path):
         part = Statistics.load(file).select("conv.*").save(tmp_path / "part.safetensors")
-        code, out, _ = qdq("calibrate", "solve", part, "--method", "gauss", "--onnx", model, "-o", tmp_path / "n.onnx")
+        code, out, _ = qdq(
+            "calibrate",
+            "solve",
+            part,
+            "--method",
+            "gauss",
+            "--onnx",
+            model,
+            "-o",
+            tmp_path / "n.onnx",
+        )
         assert code == 1
         assert "not changed: head._input_quantizer: the statistics do not have it" in out
 
@@ -443,7 +554,11 @@ class TestCalibrate:
         path = tmp_path / "bad.safetensors"
         if content is not None:
             path.write_bytes(content)
-        for arguments in (["show", path], ["solve", path], ["merge", path, path, "-o", tmp_path / "m.safetensors"]):
+        for arguments in (
+            ["show", path],
+            ["solve", path],
+            ["merge", path, path, "-o", tmp_path / "m.safetensors"],
+        ):
             code, out, err = qdq("calibrate", *arguments)
             assert (code, out) == (2, "")
             assert "bad.safetensors" in err.splitlines()[0]
@@ -470,7 +585,9 @@ class TestBuild:
 
     def test_engine_census_and_lines(self, qdq, model, tmp_path):
         shapes = ["--min-shapes", "images:1x3x12x12", "--max-shapes", "images:4x3x12x12"]
-        code, out, _ = qdq("build", model, "-o", tmp_path / "e", *shapes, "--sm", 86, "--json", tmp_path / "b.json")
+        code, out, _ = qdq(
+            "build", model, "-o", tmp_path / "e", *shapes, "--sm", 86, "--json", tmp_path / "b.json"
+        )
         assert code == 0
         assert (tmp_path / "e").stat().st_size > 0
         assert "int8: 3 of 3 expected" in out
@@ -546,8 +663,13 @@ class TestEval:
         paths = [tmp_path / name / "model.onnx" for name in ("a", "b")]
         for path in paths:
             path.parent.mkdir()
-            program = torch.onnx.export(net.module, (torch.randn(2, 3, 224, 224),), dynamo=True, verbose=False,
-                                        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))  # fmt: skip
+            program = torch.onnx.export(
+                net.module,
+                (torch.randn(2, 3, 224, 224),),
+                dynamo=True,
+                verbose=False,
+                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+            )
             program.save(path)
         code, out, _ = qdq("eval", *paths, *data, "--json", tmp_path / "eval.json")
         assert code == 0
@@ -564,7 +686,8 @@ class TestEval:
         assert "given [6, 3, 224, 224] float32, its inputs are x ['N', 3, 8, 8]" in err
 
     @pytest.mark.parametrize(
-        ("content", "found"), [(None, "does not exist"), (b"", "is empty"), (b"text", "ONNX Runtime cannot load")]
+        ("content", "found"),
+        [(None, "does not exist"), (b"", "is empty"), (b"text", "ONNX Runtime cannot load")],
     )
     def test_bad_file_is_refused_before_any_work(self, qdq, tmp_path, content, found):
         if content is not None:

@@ -37,7 +37,10 @@ def whole(tmp_path):
     folder = tmp_path / "whole"
     folder.mkdir()
     (folder / "report.json").write_text(json.dumps(report))
-    save_plan(Plan({"stem": PlanEntry("float", "worst", 1.5), "block.conv": PlanEntry("int8")}), folder / "plan.yaml")
+    save_plan(
+        Plan({"stem": PlanEntry("float", "worst", 1.5), "block.conv": PlanEntry("int8")}),
+        folder / "plan.yaml",
+    )
     tensors = {}
     for name in ("0._input_quantizer", "2._input_quantizer"):
         collector = TensorCollector()
@@ -59,7 +62,9 @@ def run(capsys):
         with pytest.raises(SystemExit) as caught:
             main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
-        assert caught.value.code in (0, 1, 2) and "Traceback" not in err and "fault of qdq" not in err
+        assert (
+            caught.value.code in (0, 1, 2) and "Traceback" not in err and "fault of qdq" not in err
+        )
         assert not re.search(r"\bnan\b", out)
         if caught.value.code == 2:
             assert re.fullmatch(r"(WARNING .*\n)*error: .*\n  fix: .+\n", err) and len(err) < 8000
@@ -73,18 +78,31 @@ def test_reports(whole, tmp_path, run):
     source, codes = random.Random(SEED), Counter()  # noqa: S311
     damaged = tmp_path / "damaged"
     damaged.mkdir()
-    limits = ["--max-drop", 5, "--max-sqnr-drop", 1, "--min-int8-macs", 0.5, "--max-size", 100, "--min-agreement", 0.5]
+    limits = [
+        "--max-drop",
+        5,
+        "--max-sqnr-drop",
+        1,
+        "--min-int8-macs",
+        0.5,
+        "--max-size",
+        100,
+        "--min-agreement",
+        0.5,
+    ]
     commands = [
         ["report", damaged, "-o", tmp_path / "page.html", "--json", tmp_path / "page.json"],
         ["report", whole, damaged, "-o", tmp_path / "compare.html"],
         ["explain", damaged, "stem"],
         ["gate", damaged, "--baseline", whole, *limits, "--junit", tmp_path / "gate.xml"],
         ["gate", whole, "--baseline", damaged, *limits],
-    ]  # fmt: skip
+    ]
     sound = [[whole if part is damaged else part for part in command] for command in commands]
     assert [run(*command) for command in sound] == [0, 0, 0, 0, 0]
     for _ in range(COUNT):
-        (damaged / "report.json").write_bytes(damage_json((whole / "report.json").read_bytes(), source))
+        (damaged / "report.json").write_bytes(
+            damage_json((whole / "report.json").read_bytes(), source)
+        )
         codes.update(run(*command) for command in commands)
     assert codes[2] > COUNT
 
@@ -92,7 +110,9 @@ def test_reports(whole, tmp_path, run):
 def test_runs_without_a_report(tmp_path, run):
     source = random.Random(SEED)  # noqa: S311
     for _ in range(20):
-        (tmp_path / "run.json").write_bytes(damage_json(b'{"status": "running", "stage": "analyze"}', source))
+        (tmp_path / "run.json").write_bytes(
+            damage_json(b'{"status": "running", "stage": "analyze"}', source)
+        )
         assert run("report", tmp_path) == run("explain", tmp_path, "a") == 2
 
 
@@ -102,7 +122,12 @@ def test_plans(whole, tmp_path, run):
     assert run("plan", "diff", whole / "plan.yaml", whole / "plan.yaml") == 0
     for _ in range(COUNT):
         damaged.write_bytes(damage_yaml((whole / "plan.yaml").read_bytes(), source))
-        codes.update([run("plan", "diff", whole / "plan.yaml", damaged), run("plan", "diff", damaged, damaged)])
+        codes.update(
+            [
+                run("plan", "diff", whole / "plan.yaml", damaged),
+                run("plan", "diff", damaged, damaged),
+            ]
+        )
     assert codes[2] > COUNT
 
 
@@ -110,11 +135,21 @@ def test_statistics(whole, tmp_path, run):
     source, codes = random.Random(SEED), Counter()  # noqa: S311
     sound, damaged = whole / "calibration.safetensors", tmp_path / "damaged.safetensors"
     commands = [
-        ["calibrate", "show", damaged, "--json", tmp_path / "show.json", "--plots", tmp_path / "show.html"],
+        [
+            "calibrate",
+            "show",
+            damaged,
+            "--json",
+            tmp_path / "show.json",
+            "--plots",
+            tmp_path / "show.html",
+        ],
         ["calibrate", "merge", sound, damaged, "-o", tmp_path / "merged.safetensors"],
         ["calibrate", "solve", damaged, "--method", "entropy", "--json", tmp_path / "solve.json"],
     ]
-    assert [run(*(sound if part is damaged else part for part in command)) for command in commands] == [0, 0, 0]
+    assert [
+        run(*(sound if part is damaged else part for part in command)) for command in commands
+    ] == [0, 0, 0]
     for _ in range(COUNT):
         damaged.write_bytes(damage_statistics(sound.read_bytes(), source))
         codes.update(run(*command) for command in commands)
@@ -132,9 +167,14 @@ def test_what_is_no_file(whole, tmp_path, run, kind):
         place.symlink_to(place)
     statistics = whole / "calibration.safetensors"
     for command in (
-        ["report", place], ["report", whole, place], ["explain", place, "stem"], ["gate", place, "--max-drop", 1],
-        ["gate", whole, "--baseline", place, "--max-drop", 1], ["plan", "diff", place, place],
-        ["calibrate", "show", place], ["calibrate", "solve", place],
+        ["report", place],
+        ["report", whole, place],
+        ["explain", place, "stem"],
+        ["gate", place, "--max-drop", 1],
+        ["gate", whole, "--baseline", place, "--max-drop", 1],
+        ["plan", "diff", place, place],
+        ["calibrate", "show", place],
+        ["calibrate", "solve", place],
         ["calibrate", "merge", statistics, place, "-o", tmp_path / "m.safetensors"],
-    ):  # fmt: skip
+    ):
         assert run(*command) == 2

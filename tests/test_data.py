@@ -66,7 +66,9 @@ def colours(batches: ImageBatches) -> set[tuple[float, ...]]:
 
 
 def test_batches_are_the_same_in_every_pass():
-    batches = ImageBatches(torch.arange(7.0).view(7, 1, 1, 1), [*range(7)], 3, 7, "seven", "numbers")
+    batches = ImageBatches(
+        torch.arange(7.0).view(7, 1, 1, 1), [*range(7)], 3, 7, "seven", "numbers"
+    )
     assert len(batches) == 3
     assert [images.flatten().tolist() for images, _ in batches] == [[0, 1, 2], [3, 4, 5], [6]]
     assert [labels.tolist() for _, labels in batches] == [[0, 1, 2], [3, 4, 5], [6]]
@@ -77,7 +79,9 @@ def test_batches_are_the_same_in_every_pass():
 
 
 def test_subset_is_the_first_images():
-    batches = ImageBatches(torch.arange(7.0).view(7, 1, 1, 1), [*range(7)], 3, 7, "seven", "numbers")
+    batches = ImageBatches(
+        torch.arange(7.0).view(7, 1, 1, 1), [*range(7)], 3, 7, "seven", "numbers"
+    )
     part = batches.subset(4)
     assert (part.num_images, len(part), part.description) == (4, 2, "the first 4 of: seven")
     assert all_images(part).flatten().tolist() == [0, 1, 2, 3]
@@ -100,7 +104,9 @@ def test_crops_are_those_of_torchvision():
     crop = RandomResizedCrop(32, scale=(0.25, 1.0))
     transform = Compose([crop, ToTensor(), Normalize(model.preprocess.mean, model.preprocess.std)])
     folder = Path(importlib.util.find_spec("foolbox").origin).parent / "data"
-    photographs = [Image.open(path).convert("RGB") for path in sorted(folder.glob("imagenet_*.jpg"))]
+    photographs = [
+        Image.open(path).convert("RGB") for path in sorted(folder.glob("imagenet_*.jpg"))
+    ]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         expected = torch.stack([transform(photographs[index % 20]) for index in range(45)])
@@ -139,11 +145,16 @@ def test_sample_labels_and_descriptions():
     calibration, evaluation = load_sample_images(make_model(), 12, 60, batch_size=16)
     assert all_labels(evaluation.subset(4)) == [243, 559, 438, 990]  # imagenet_00_243.jpg and so on
     counts = torch.bincount(torch.tensor(all_labels(evaluation)))
-    assert counts[counts > 0].tolist() == [3] * 7 + [3] * 5 + [6] + [3] * 6  # two photographs are of class 609
+    assert (
+        counts[counts > 0].tolist() == [3] * 7 + [3] * 5 + [6] + [3] * 6
+    )  # two photographs are of class 609
     assert counts[609] == 6
     assert calibration.labels is None
     assert [labels for _, labels in calibration] == [None]
-    assert "12 random-resized crops (area 25% to 100%, seed 0) of 8 photographs" in calibration.description
+    assert (
+        "12 random-resized crops (area 25% to 100%, seed 0) of 8 photographs"
+        in calibration.description
+    )
     assert "60 random-resized crops" in evaluation.description
     assert "20 labelled ImageNet photographs in foolbox 3.3.4" in evaluation.description
 
@@ -152,7 +163,10 @@ def test_photographs_of_calibration_are_colourful_and_all_used():
     calibration, _ = load_sample_images(make_model(), 8, 1)
     images = all_images(calibration)
     assert len(images.flatten(1).unique(dim=0)) == 8
-    scaled = images * torch.tensor([0.2, 0.3, 0.4])[:, None, None] + torch.tensor([0.5, 0.4, 0.3])[:, None, None]
+    scaled = (
+        images * torch.tensor([0.2, 0.3, 0.4])[:, None, None]
+        + torch.tensor([0.5, 0.4, 0.3])[:, None, None]
+    )
     grey = (scaled.amax(1) - scaled.amin(1)).amax((1, 2)) < 0.01
     assert not grey.any()
 
@@ -167,7 +181,9 @@ def test_packaged_model_recognises_the_crops():
     model = load_model()
     _, evaluation = load_sample_images(model, 1, 100, batch_size=50)
     with torch.inference_mode():
-        hits = sum(int((model.module(images).argmax(1) == labels).sum()) for images, labels in evaluation)
+        hits = sum(
+            int((model.module(images).argmax(1) == labels).sum()) for images, labels in evaluation
+        )
     assert 78 <= hits <= 92  # 424 of 500
 
 
@@ -183,17 +199,23 @@ def test_sample_images_import_no_heavy_package():
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
-@pytest.mark.parametrize(("module", "package"), [("foolbox", "foolbox"), ("skimage", "scikit-image")])
+@pytest.mark.parametrize(
+    ("module", "package"), [("foolbox", "foolbox"), ("skimage", "scikit-image")]
+)
 def test_package_of_photographs_not_installed(monkeypatch, module, package):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == module else find(name)
+    )
     with pytest.raises(DependencyError, match=f"need {package}, which is not installed") as caught:
         load_sample_images(make_model(), 1, 1)
     assert "pip install 'qdq[demo]'" in caught.value.fix
 
 
 @pytest.mark.parametrize("name", ["calibration", "evaluation", "batch_size"])
-@pytest.mark.parametrize("loader", [load_sample_images, lambda model, **n: load_image_folder(".", model, **n)])
+@pytest.mark.parametrize(
+    "loader", [load_sample_images, lambda model, **n: load_image_folder(".", model, **n)]
+)
 def test_numbers_must_be_positive(loader, name):
     with pytest.raises(ArgumentError, match=f"{name} is 0"):
         loader(make_model(), **{name: 0})
@@ -201,7 +223,10 @@ def test_numbers_must_be_positive(loader, name):
 
 def test_load_images_takes_the_folder_or_the_packaged_photographs(tmp_path):
     make_folder(tmp_path, cat=3, dog=3)
-    assert str(tmp_path) in load_images(tmp_path, make_model(), 2, 3, batch_size=1, seed=4)[1].description
+    assert (
+        str(tmp_path)
+        in load_images(tmp_path, make_model(), 2, 3, batch_size=1, seed=4)[1].description
+    )
     evaluation = load_images(None, make_model(), 2, 3, batch_size=2, seed=4)[1]
     expected = load_sample_images(make_model(), 2, 3, seed=4)[1]
     assert (evaluation.description, len(evaluation)) == (expected.description, 2)
@@ -238,7 +263,9 @@ def test_train_and_val_are_used_for_what_they_are(tmp_path):
     calibration, evaluation = load_image_folder(tmp_path, model, 12, 10)
     green = {round(colour[1], 3) for colour in colours(calibration)}
     assert green == {round((0 - 0.4) / 0.3, 3)}
-    assert {round(colour[1], 3) for colour in colours(evaluation)} == {round((100 / 255 - 0.4) / 0.3, 3)}
+    assert {round(colour[1], 3) for colour in colours(evaluation)} == {
+        round((100 / 255 - 0.4) / 0.3, 3)
+    }
     assert (calibration.num_images, evaluation.num_images) == (12, 10)
     assert calibration.description.startswith(f"12 of 18 images in {tmp_path / 'train'}")
 
@@ -272,7 +299,10 @@ def test_fewer_images_than_asked_for_are_all_used_and_said_so(tmp_path, caplog):
     assert not colours(calibration) & colours(evaluation)
     assert "8 of 10 images" in evaluation.description
     assert "(512 were asked for)" in evaluation.description
-    assert [record.message for record in caplog.records] == [calibration.description, evaluation.description]
+    assert [record.message for record in caplog.records] == [
+        calibration.description,
+        evaluation.description,
+    ]
 
 
 # ---- image folders: labels
@@ -282,7 +312,12 @@ def test_fewer_images_than_asked_for_are_all_used_and_said_so(tmp_path, caplog):
     ("model", "classes", "expected", "note"),
     [
         (make_model(1000), {"3": 2, "20": 2}, {3, 20}, "named by class index"),
-        (make_model(1000, CATEGORIES), {"dalmatian": 2, "Egyptian_cat": 2}, {251, 285}, "named by category"),
+        (
+            make_model(1000, CATEGORIES),
+            {"dalmatian": 2, "Egyptian_cat": 2},
+            {251, 285},
+            "named by category",
+        ),
         (make_model(2), {"n02110341": 2, "n02124075": 2}, {0, 1}, "sorted order"),
         (make_model(2), {"1": 2, "2": 2}, {0, 1}, "sorted order"),
     ],
@@ -306,7 +341,10 @@ def test_labels_that_cannot_be_matched(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "qdq"):
         _, evaluation = load_image_folder(tmp_path, make_model(1000, CATEGORIES), 1, 3)
     assert [labels for _, labels in evaluation] == [None]
-    assert "top-1 cannot be measured: tiny has 1000 classes, the data 2 class folders" in evaluation.label_note
+    assert (
+        "top-1 cannot be measured: tiny has 1000 classes, the data 2 class folders"
+        in evaluation.label_note
+    )
     assert evaluation.label_note.endswith(": n01440764")
     assert evaluation.label_note in caplog.text
 
@@ -329,7 +367,10 @@ def test_what_is_no_file_is_left_out_and_named(tmp_path, caplog):
     (folder / "b" / "linked.png").symlink_to(folder / "a" / "1.png")
     calibration, evaluation = load_image_folder(folder, make_model(2), 4, 5)
     assert calibration.num_images + evaluation.num_images == 9
-    assert f"no files, and left out: {folder / 'a' / 'fifo.png'}, {folder / 'b' / 'nowhere.jpg'}" in caplog.text
+    assert (
+        f"no files, and left out: {folder / 'a' / 'fifo.png'}, {folder / 'b' / 'nowhere.jpg'}"
+        in caplog.text
+    )
     with pytest.raises(DataError, match="it is a FIFO, not a file"):
         read_image(folder / "a" / "fifo.png")
 
@@ -344,7 +385,9 @@ def test_file_instead_of_a_folder(tmp_path):
 
 
 def test_empty_folder(tmp_path):
-    check_refused(tmp_path, f"{tmp_path} holds neither class folders nor images", "one folder a class")
+    check_refused(
+        tmp_path, f"{tmp_path} holds neither class folders nor images", "one folder a class"
+    )
 
 
 def test_empty_class_folders(tmp_path):
@@ -368,7 +411,9 @@ def test_images_without_class_folders(tmp_path):
 @pytest.mark.parametrize("present", ["train", "val"])
 def test_only_one_of_train_and_val(tmp_path, present):
     make_folder(tmp_path / present, cat=3, dog=3)
-    check_refused(tmp_path, f"{tmp_path / present} has class folders", f"--data-dir {tmp_path / present}")
+    check_refused(
+        tmp_path, f"{tmp_path / present} has class folders", f"--data-dir {tmp_path / present}"
+    )
 
 
 def test_a_class_called_train_is_a_class(tmp_path):
@@ -416,7 +461,9 @@ def test_file_that_is_no_image_in_a_streamed_set(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
-    Image.new("L", (20, 30), 128).convert(mode).save(file := tmp_path / f"image.{'tif' if mode == 'CMYK' else 'png'}")
+    Image.new("L", (20, 30), 128).convert(mode).save(
+        file := tmp_path / f"image.{'tif' if mode == 'CMYK' else 'png'}"
+    )
     image = read_image(file)
     assert (image.mode, image.size) == ("RGB", (20, 30))
 
@@ -444,7 +491,9 @@ def test_no_image_is_trained_on_and_evaluated_on(tmp_path, split):
     assert not seen & colours(evaluation)
     assert colours(calibration) <= seen
     label_of = {
-        tuple(image[:, 0, 0].tolist()): label for batch in training for image, label in zip(*batch, strict=True)
+        tuple(image[:, 0, 0].tolist()): label
+        for batch in training
+        for image, label in zip(*batch, strict=True)
     }
     files = [path for path in tmp_path.rglob("*.png") if "val" not in path.parts]
     expected = {tuple(read_training(path)): int(path.parent.name == "dog") for path in files}
@@ -482,8 +531,12 @@ def test_without_labels_half_of_the_crops_are_blended_with_another(tmp_path):
     make_folder(tmp_path, cat=400)
     files, preprocess = sorted(tmp_path.rglob("*.png")), make_model().preprocess
     plain = colours(CropBatches(files, [0] * 400, preprocess, 100, 400, "labelled"))
-    blended = torch.cat([images for images, _ in CropBatches(files, None, preprocess, 100, 400, "not labelled")])
-    assert all(torch.equal(image, image[:, :1, :1].expand_as(image)) for image in blended[:20])  # one share a crop
+    blended = torch.cat(
+        [images for images, _ in CropBatches(files, None, preprocess, 100, 400, "not labelled")]
+    )
+    assert all(
+        torch.equal(image, image[:, :1, :1].expand_as(image)) for image in blended[:20]
+    )  # one share a crop
     found = {tuple(image[:, 0, 0].tolist()) for image in blended}
     assert 140 < len(found & plain) < 260
     lowest, highest = torch.tensor(sorted(plain)).aminmax(dim=0)

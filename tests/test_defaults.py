@@ -84,8 +84,12 @@ def test_convolution(weight, groups, is_first, rule):
 
 
 def test_reason_names_the_sizes():
-    assert reason_against_convolution((12, 3, 3, 5), 1, True).startswith("3 to 12 channels, kernel [3, 5]: ")
-    assert reason_against_convolution((12, 1, 3, 3), 12, False).startswith("12 to 12 channels, kernel [3, 3]: ")
+    assert reason_against_convolution((12, 3, 3, 5), 1, True).startswith(
+        "3 to 12 channels, kernel [3, 5]: "
+    )
+    assert reason_against_convolution((12, 1, 3, 3), 12, False).startswith(
+        "12 to 12 channels, kernel [3, 3]: "
+    )
     assert reason_against_linear((10, 1280)).startswith("1280 to 10 features: ")
 
 

@@ -10,7 +10,15 @@ import torch
 from onnx import helper
 from torch import nn
 
-from qdq import ArgumentError, CheckError, DataError, evaluate_outputs, export_onnx, measure_tie_floor, predict
+from qdq import (
+    ArgumentError,
+    CheckError,
+    DataError,
+    evaluate_outputs,
+    export_onnx,
+    measure_tie_floor,
+    predict,
+)
 from qdq.metrics import sqnr_db
 
 
@@ -27,7 +35,13 @@ class Doubled(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda y: y, lambda y: (y, None), lambda y: {"logits": y, "other": 0 * y}, lambda y: [{"a": [y]}]]
+    "wrap",
+    [
+        lambda y: y,
+        lambda y: (y, None),
+        lambda y: {"logits": y, "other": 0 * y},
+        lambda y: [{"a": [y]}],
+    ],
 )
 @pytest.mark.parametrize("pack", [lambda x: x, lambda x: (x, torch.zeros(2)), lambda x: {"x": x}])
 def test_predict_takes_what_loaders_and_models_give(wrap, pack):
@@ -46,7 +60,9 @@ class Huge(nn.Module):
 
 
 def test_a_batch_that_memory_does_not_hold(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match=r"memory is too short to run the model on a batch of \[1\]") as caught:
+    with pytest.raises(
+        DataError, match=r"memory is too short to run the model on a batch of \[1\]"
+    ) as caught:
         predict(Huge(), [torch.ones(1)])
     assert "smaller batches" in caught.value.fix
     value = helper.make_tensor_value_info
@@ -54,8 +70,12 @@ def test_a_batch_that_memory_does_not_hold(tmp_path, monkeypatch):
     nodes = [helper.make_node("Expand", ["x", "sizes"], ["y"])]
     graph = helper.make_graph(nodes, "huge", [value("x", 1, [1])], [value("y", 1, None)], [sizes])
     opset = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), file := tmp_path / "huge.onnx")
-    with pytest.raises(CheckError, match=r"memory is too short to run .*huge.onnx on \[1\] float32") as caught:
+    onnx.save(
+        helper.make_model(graph, opset_imports=opset, ir_version=10), file := tmp_path / "huge.onnx"
+    )
+    with pytest.raises(
+        CheckError, match=r"memory is too short to run .*huge.onnx on \[1\] float32"
+    ) as caught:
         predict(file, [torch.ones(1)])
     assert "smaller batches" in caught.value.fix
 
@@ -74,7 +94,10 @@ def test_other_errors_of_a_module_are_its_own():
 
 
 def test_predict_is_float32_whatever_the_model_computes_in():
-    assert predict(nn.Linear(3, 2).bfloat16(), [torch.zeros(1, 3, dtype=torch.bfloat16)]).dtype == np.float32
+    assert (
+        predict(nn.Linear(3, 2).bfloat16(), [torch.zeros(1, 3, dtype=torch.bfloat16)]).dtype
+        == np.float32
+    )
 
 
 def test_predict_of_nothing():
@@ -99,9 +122,13 @@ def test_tie_floor_of_a_float_model_is_float_rounding(residual, images):
 def test_tie_floor_sees_ties_and_leaves_no_hook(quantized, images):
     with torch.no_grad():
         scale = quantized.stem.input_quantizer.scale
-        on_ties = (torch.floor(images / scale) + 0.5) * scale * (1 - 2**-24)  # the nudge takes half of them over
+        on_ties = (
+            (torch.floor(images / scale) + 0.5) * scale * (1 - 2**-24)
+        )  # the nudge takes half of them over
     before = predict(quantized, [images])
-    assert measure_tie_floor(quantized, [on_ties]) < measure_tie_floor(quantized, [torch.zeros_like(images)])
+    assert measure_tie_floor(quantized, [on_ties]) < measure_tie_floor(
+        quantized, [torch.zeros_like(images)]
+    )
     np.testing.assert_array_equal(predict(quantized, [images]), before)
     with pytest.raises(DataError):
         measure_tie_floor(quantized, [])
@@ -131,21 +158,45 @@ class TestTable:
         module = nn.Linear(1000, 250)  # with its bias 250250 float32 values
         outputs = {"float": self.reference, "file": self.reference, "none": self.reference}
         evaluation = evaluate_outputs(outputs, files={"float": module, "file": tmp_path / "file"})
-        assert [c.megabytes for c in evaluation.candidates] == [pytest.approx(1.001), pytest.approx(0.0015), None]
+        assert [c.megabytes for c in evaluation.candidates] == [
+            pytest.approx(1.001),
+            pytest.approx(0.0015),
+            None,
+        ]
 
     def test_size_counts_the_weights_beside_a_file(self, tmp_path):
         weight = helper.make_tensor("w", 1, [1000], np.ones(1000, np.float32).tobytes(), raw=True)
         vectors = [helper.make_tensor_value_info(name, 1, [1000]) for name in "xy"]
-        graph = helper.make_graph([helper.make_node("Add", ["x", "w"], ["y"])], "g", vectors[:1], vectors[1:], [weight])
+        graph = helper.make_graph(
+            [helper.make_node("Add", ["x", "w"], ["y"])], "g", vectors[:1], vectors[1:], [weight]
+        )
         path = tmp_path / "model.onnx"
-        onnx.save(helper.make_model(graph), path, save_as_external_data=True, location="weights", size_threshold=0)
+        onnx.save(
+            helper.make_model(graph),
+            path,
+            save_as_external_data=True,
+            location="weights",
+            size_threshold=0,
+        )
         (candidate,) = evaluate_outputs({"file": self.reference}, files={"file": path}).candidates
         assert candidate.megabytes == pytest.approx((path.stat().st_size + 4000) / 1e6)
 
     def test_text(self):
-        text = evaluate_outputs({"float": self.reference, "int8": self.reference * 1.1}, [0, 2, 0]).format_table()
+        text = evaluate_outputs(
+            {"float": self.reference, "int8": self.reference * 1.1}, [0, 2, 0]
+        ).format_table()
         head, first, second = text.splitlines()
-        assert head.split() == ["on", "3", "images", "top-1", "top-5", "agreement", "SQNR", "dB", "MB"]
+        assert head.split() == [
+            "on",
+            "3",
+            "images",
+            "top-1",
+            "top-5",
+            "agreement",
+            "SQNR",
+            "dB",
+            "MB",
+        ]
         assert first.split() == ["float", "100.0%", "100.0%", "100.0%", "-", "-"]
         assert second.split() == ["int8", "100.0%", "100.0%", "100.0%", "20.00", "-"]
         assert len({len(line) for line in (head, first, second)}) == 1

@@ -65,7 +65,8 @@ def test_numbers_in_the_file_are_those_of_the_quantizers(quantized, images, tmp_
         expected = layer.weight_quantizer(layer.weight).detach()
         np.testing.assert_array_equal(torch.from_numpy(codes.copy()).float() * scale, expected)
     assert all(
-        "axis" in {a.name for a in node.attribute} for node in nodes(graph, "QuantizeLinear", "DequantizeLinear")
+        "axis" in {a.name for a in node.attribute}
+        for node in nodes(graph, "QuantizeLinear", "DequantizeLinear")
     )
 
 
@@ -96,8 +97,12 @@ def test_float_weights_are_kept_on_request(quantized, images, tmp_path):
 @pytest.mark.parametrize("opset", [18, 19, 20, 21, 23])
 def test_opsets(quantized, images, tmp_path, opset):
     report = export_onnx(quantized, images, tmp_path / "model.onnx", opset=opset)
-    assert {entry.domain: entry.version for entry in onnx.load(report.path).opset_import}[""] == opset
-    np.testing.assert_allclose(run(report.path, images), predict(quantized, [images]), rtol=0.1, atol=0.05)
+    assert {entry.domain: entry.version for entry in onnx.load(report.path).opset_import}[
+        ""
+    ] == opset
+    np.testing.assert_allclose(
+        run(report.path, images), predict(quantized, [images]), rtol=0.1, atol=0.05
+    )
 
 
 def test_batch_is_dynamic_by_default(quantized, images, tmp_path):
@@ -133,7 +138,9 @@ def test_module_names_with_slashes(tmp_path):
 
 
 def test_static_batch(quantized, images, tmp_path):
-    assert export_onnx(quantized, images, tmp_path / "m.onnx", dynamic_batch=False).inputs == {"images": [4, 3, 12, 12]}
+    assert export_onnx(quantized, images, tmp_path / "m.onnx", dynamic_batch=False).inputs == {
+        "images": [4, 3, 12, 12]
+    }
 
 
 def test_fixed_batch_is_refused_by_name(tmp_path):
@@ -188,13 +195,17 @@ def test_linear_over_a_sequence(tmp_path):
     np.testing.assert_allclose(run(report.path, x), predict(model, [x]), atol=0.05)
 
 
-@pytest.mark.parametrize("layer", [nn.Conv2d(3, 1, 3), nn.Sequential(nn.Flatten(), nn.Linear(75, 1))])
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(3, 1, 3), nn.Sequential(nn.Flatten(), nn.Linear(75, 1))]
+)
 def test_one_output_channel(tmp_path, layer):
     x = torch.randn(2, 3, 5, 5)
     swap_modules(layer, include="*")
     calibrate_model(layer, [x])
     path = export_onnx(layer, x, tmp_path / "model.onnx").path
-    assert {tensor.shape for name, tensor in constants(graph_of(path)).items() if name.endswith("scale")} == {()}
+    assert {
+        tensor.shape for name, tensor in constants(graph_of(path)).items() if name.endswith("scale")
+    } == {()}
     np.testing.assert_allclose(run(path, x), predict(layer, [x]), atol=0.05)
 
 
@@ -202,7 +213,9 @@ def test_dictionaries_and_pairs(quantized, images, tmp_path):
     for batch in ({"images": images}, (images, torch.zeros(4)), [images[:1]]):
         report = export_onnx(quantized, batch, tmp_path / "model.onnx")
         assert isinstance(report.inputs["images"][0], str)
-        np.testing.assert_allclose(predict(report.path, [batch]), predict(quantized, [batch]), atol=0.05)
+        np.testing.assert_allclose(
+            predict(report.path, [batch]), predict(quantized, [batch]), atol=0.05
+        )
 
 
 def test_a_module_used_twice(tmp_path):
@@ -271,7 +284,9 @@ class TestRefused:
 
     def test_without_amax(self, residual, images, tmp_path):
         swap_modules(residual)
-        self.refused(residual, images, tmp_path, r"6 quantizers have no amax: stem\._input_quantizer")
+        self.refused(
+            residual, images, tmp_path, r"6 quantizers have no amax: stem\._input_quantizer"
+        )
 
     def test_unsigned(self, residual, images, tmp_path):
         swap_modules(residual, input_desc=QuantDescriptor(unsigned=True))
@@ -336,7 +351,9 @@ class TestNumbersThatHaveNoCode:
     @pytest.fixture
     def model(self):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)
+        )
         swap_modules(model, include="*")
         calibrate_model(model, [torch.randn(2, 3, 12, 12)])
         return model
@@ -357,10 +374,14 @@ class TestNumbersThatHaveNoCode:
         model[4]._weight_quantizer._amax = torch.ones(3)
         message = self.refuse(model, tmp_path)
         for text in (
-            "6 ranges and parameters", "0.weight holds 1 NaN or Inf", "2.weight holds 36 NaN", "4.bias holds 1 NaN",
-            "0._input_quantizer has a negative amax, -1", "2._input_quantizer has an amax of NaN or Inf",
+            "6 ranges and parameters",
+            "0.weight holds 1 NaN or Inf",
+            "2.weight holds 36 NaN",
+            "4.bias holds 1 NaN",
+            "0._input_quantizer has a negative amax, -1",
+            "2._input_quantizer has an amax of NaN or Inf",
             "4._weight_quantizer has an amax of shape (3,), which does not fit axis 0 of its weight (4, 4, 3, 3)",
-        ):  # fmt: skip
+        ):
             assert text in message
 
     def test_several_ranges_of_a_quantizer_per_tensor(self, model, tmp_path):
@@ -376,7 +397,10 @@ class TestNumbersThatHaveNoCode:
                 self.kernel = nn.Parameter(torch.randn(4, 8, 3, 3))
 
             def forward(self, x):
-                mean, std = self.kernel.mean((1, 2, 3), keepdim=True), self.kernel.std((1, 2, 3), keepdim=True)
+                mean, std = (
+                    self.kernel.mean((1, 2, 3), keepdim=True),
+                    self.kernel.std((1, 2, 3), keepdim=True),
+                )
                 return F.relu(F.conv2d(self.stem(x), (self.kernel - mean) / std)).mean((2, 3))
 
         model, images = Standardized().eval(), torch.randn(2, 8, 12, 12)
@@ -407,7 +431,10 @@ class Printing(nn.Sequential):
 
 
 def test_a_model_that_is_printed_while_it_is_captured(tmp_path):
-    model, images = Printing(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval(), torch.randn(2, 16, 8, 8)
+    model, images = (
+        Printing(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval(),
+        torch.randn(2, 16, 8, 8),
+    )
     swap_modules(model, include=["*"])
     calibrate_model(model, [images], method="max")
     file = export_onnx(model, images, tmp_path / "model.onnx").path

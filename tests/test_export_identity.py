@@ -55,7 +55,12 @@ class Block(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.norm, self.second, self.identity = conv(), nn.BatchNorm2d(WIDTH), conv(), conv(1)
+        self.first, self.norm, self.second, self.identity = (
+            conv(),
+            nn.BatchNorm2d(WIDTH),
+            conv(),
+            conv(1),
+        )
 
     def forward(self, x):
         return torch.relu(self.second(torch.relu(self.norm(self.first(x)))) + self.identity(x))
@@ -254,7 +259,9 @@ MODELS = {
     "symbolic trace": lambda: torch.fx.symbolic_trace(Chain()),
     "residual symbolic trace": lambda: torch.fx.symbolic_trace(Residual()),
     "fx fuse": lambda: fuse(Residual().eval()),
-    "feature extractor": lambda: create_feature_extractor(Residual().eval(), {"blocks.0": "low", "last": "high"}),
+    "feature extractor": lambda: create_feature_extractor(
+        Residual().eval(), {"blocks.0": "low", "last": "high"}
+    ),
     "copied graph": lambda: copy.deepcopy(torch.fx.symbolic_trace(Residual())),
     "nested graphs": Nested,
     "yolo": yolo,
@@ -303,9 +310,13 @@ def require_identity(model, x, path):
     quantizers = dict(named_quantizers(model))
     scales = scales_in(report.path)
     for name, scale in scales.items():
-        np.testing.assert_array_equal(scale, quantizers[name].scale.numpy().reshape(scale.shape), err_msg=name)
+        np.testing.assert_array_equal(
+            scale, quantizers[name].scale.numpy().reshape(scale.shape), err_msg=name
+        )
     is_weight = {name: name.endswith("_weight_quantizer") for name in quantizers}
-    assert {name for name in quantizers if is_weight[name]} == {name for name in scales if is_weight[name]}
+    assert {name for name in quantizers if is_weight[name]} == {
+        name for name in scales if is_weight[name]
+    }
     with torch.no_grad():
         result = call_model(model, x)
     expected = list(result.values()) if isinstance(result, dict) else [result]
@@ -366,6 +377,10 @@ def test_every_lost_quantizer_is_named(x, tmp_path):
 
     with pytest.raises(ExportError, match="quantizers ran and have no Q/DQ") as error:
         export_onnx(prepare(Forgetful(), x), x, tmp_path / "model.onnx")
-    for name in ("blocks.0._add_quantizer", "blocks.1._add_quantizer", "blocks.1.identity._weight_quantizer"):
+    for name in (
+        "blocks.0._add_quantizer",
+        "blocks.1._add_quantizer",
+        "blocks.1.identity._weight_quantizer",
+    ):
         assert name in str(error.value)
     assert not list(tmp_path.iterdir())

@@ -19,7 +19,9 @@ from qdq.graph import save
 
 
 def metadata(path):
-    return {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
+    return {
+        entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props
+    }
 
 
 def test_versions_and_ranges(quantized, images, tmp_path):
@@ -35,8 +37,14 @@ def test_versions_and_ranges(quantized, images, tmp_path):
 def test_calibration_and_decisions(residual, images, tmp_path):
     plan = swap_modules(residual, images, exclude=["head"])
     ranges = calibrate_model(residual, [images, images], method="max")
-    facts = metadata(export_onnx(residual, images, tmp_path / "model.onnx", calibration=ranges, plan=plan).path)
-    assert json.loads(facts["qdq.calibration"]) == {"methods": ["max"], "batches": 2, "left_in_float": {}}
+    facts = metadata(
+        export_onnx(residual, images, tmp_path / "model.onnx", calibration=ranges, plan=plan).path
+    )
+    assert json.loads(facts["qdq.calibration"]) == {
+        "methods": ["max"],
+        "batches": 2,
+        "left_in_float": {},
+    }
     decisions = json.loads(facts["qdq.layers"])
     assert decisions["conv"][0] == "quantize"
     assert decisions["head"][0] == "float"
@@ -74,8 +82,11 @@ def test_two_processes_write_the_same_bytes(tmp_path):
         path = tmp_path / seed / "model.onnx"
         subprocess.run(
             [sys.executable, "-c", SCRIPT, str(path)],
-            env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True, cwd=tmp_path,
-        )  # fmt: skip
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            cwd=tmp_path,
+        )
         digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
         content = path.read_bytes()
         assert str(tmp_path).encode() not in content
@@ -87,7 +98,11 @@ def test_a_model_of_two_files(quantized, images, tmp_path, monkeypatch):
     one = export_onnx(quantized, images, tmp_path / "one.onnx")
     monkeypatch.setattr(save, "_ONE_FILE_BYTES", 1000)
     two = export_onnx(quantized, images, tmp_path / "two.onnx")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["one.onnx", "two.onnx", "two.onnx.data"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "one.onnx",
+        "two.onnx",
+        "two.onnx.data",
+    ]
     assert two.file_bytes == two.path.stat().st_size + (tmp_path / "two.onnx.data").stat().st_size
     assert check_onnx(two.path).findings == check_onnx(one.path).findings
     np.testing.assert_array_equal(predict(one.path, [images]), predict(two.path, [images]))

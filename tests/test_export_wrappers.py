@@ -9,7 +9,14 @@ from torch.nn.utils.parametrizations import orthogonal, weight_norm
 from torch.nn.utils.parametrize import remove_parametrizations
 from torch.optim.swa_utils import AveragedModel
 
-from qdq import ArgumentError, ExportError, calibrate_model, export_onnx, rewire_operations, swap_modules
+from qdq import (
+    ArgumentError,
+    ExportError,
+    calibrate_model,
+    export_onnx,
+    rewire_operations,
+    swap_modules,
+)
 from qdq.evaluate import predict
 from qdq.quantizer import named_quantizers
 
@@ -19,7 +26,10 @@ WIDTH = 16
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Conv2d(WIDTH, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+        self.first, self.second = (
+            nn.Conv2d(WIDTH, 32, 3, padding=1),
+            nn.Conv2d(32, 32, 3, padding=1),
+        )
 
     def forward(self, x, offset=None):
         x = self.second(torch.relu(self.first(x)))
@@ -77,7 +87,9 @@ def require_dynamic(model, batch, smaller, path):
     assert {shape[0] for shape in report.inputs.values()} == {"batch"}
     assert len(report.layers) >= 2
     expected = predict(model, [smaller])
-    np.testing.assert_allclose(predict(path, [smaller]), expected, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        predict(path, [smaller]), expected, atol=1e-4 * np.abs(expected).max()
+    )
     return report
 
 
@@ -126,7 +138,10 @@ class Normalized(nn.Module):
 class Functional(nn.Module):
     def __init__(self):
         super().__init__()
-        self.kernel, self.weight = nn.Parameter(torch.randn(32, WIDTH, 3, 3)), nn.Parameter(torch.randn(32, 32))
+        self.kernel, self.weight = (
+            nn.Parameter(torch.randn(32, WIDTH, 3, 3)),
+            nn.Parameter(torch.randn(32, 32)),
+        )
 
     def forward(self, x):
         return F.linear(torch.relu(F.conv2d(x, self.kernel)).mean((2, 3)), self.weight)
@@ -143,7 +158,9 @@ def test_a_model_of_function_calls_alone(build, x, tmp_path, caplog):
     plan = swap_modules(model, x)
     assert all("rewire_operations" in module.reason for module in plan.of("missed"))
     rewired = rewire_operations(model, x)
-    products = [operation for operation in rewired.operations if operation.function in ("conv2d", "linear")]
+    products = [
+        operation for operation in rewired.operations if operation.function in ("conv2d", "linear")
+    ]
     assert products
     assert all(operation.action == "quantize" for operation in products)
     calibrate_model(model, [x], method="max")
@@ -152,7 +169,9 @@ def test_a_model_of_function_calls_alone(build, x, tmp_path, caplog):
     assert report.dequantize_nodes == len(list(named_quantizers(model))) == 2 * len(products)
     assert "float model" not in caplog.text
     expected = predict(model, [x])
-    np.testing.assert_allclose(predict(report.path, [x]), expected, atol=0.01 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        predict(report.path, [x]), expected, atol=0.01 * np.abs(expected).max()
+    )
 
 
 def test_a_float_file_is_told(x, tmp_path, caplog):
@@ -186,6 +205,8 @@ def test_a_parametrization_that_torch_cannot_write(tmp_path):
     calibrate_model(model, [x], method="max")
     with pytest.raises(ExportError) as error:
         export_onnx(model, x, tmp_path / "model.onnx")
-    assert error.value.fix.startswith("last compute") and "remove_parametrizations" in error.value.fix
+    assert (
+        error.value.fix.startswith("last compute") and "remove_parametrizations" in error.value.fix
+    )
     remove_parametrizations(model.last, "weight")
     assert export_onnx(model, x, tmp_path / "model.onnx").layers

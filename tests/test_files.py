@@ -83,7 +83,9 @@ def test_json_of_everything(tmp_path):
 
 def test_a_text_that_utf_8_cannot_write(tmp_path):
     name = os.fsdecode(b"run\xff")
-    assert write_atomic(tmp_path / "file", f"{name} \u00e4").read_text("utf-8") == "run\\udcff \u00e4"
+    assert (
+        write_atomic(tmp_path / "file", f"{name} \u00e4").read_text("utf-8") == "run\\udcff \u00e4"
+    )
 
 
 def test_a_large_file_in_parts(tmp_path, monkeypatch):

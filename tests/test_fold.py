@@ -34,7 +34,10 @@ def check(model, x, folded):
 LAYERS = [
     (lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8)), (2, 3, 9)),
     (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)), (2, 3, 9, 9)),
-    (lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.BatchNorm2d(8, affine=False)), (2, 4, 9, 9)),
+    (
+        lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.BatchNorm2d(8, affine=False)),
+        (2, 4, 9, 9),
+    ),
     (lambda: nn.Sequential(nn.Conv3d(3, 4, 2), nn.BatchNorm3d(4)), (2, 3, 4, 4, 4)),
     (lambda: nn.Sequential(nn.ConvTranspose2d(6, 4, 3, groups=2), nn.BatchNorm2d(4)), (2, 6, 5, 5)),
     (lambda: nn.Sequential(nn.ConvTranspose1d(3, 4, 3, bias=False), nn.BatchNorm1d(4)), (2, 3, 5)),
@@ -101,7 +104,9 @@ def functional_reader(self, x):
     return self.norm(y) * torch.sigmoid(y).mean()
 
 
-@pytest.mark.parametrize("forward", [read_twice, changed_between, used_twice, returned_too, never, functional_reader])
+@pytest.mark.parametrize(
+    "forward", [read_twice, changed_between, used_twice, returned_too, never, functional_reader]
+)
 def test_left_alone_where_folding_would_change_something(forward):
     class Model(nn.Module):
         def __init__(self):
@@ -135,7 +140,9 @@ def test_weight_standardization_is_noticed(caplog):
             weight = self.weight / self.weight.std((1, 2, 3), keepdim=True)
             return nn.functional.conv2d(x, weight, self.bias)
 
-    (pair,) = check(nn.Sequential(StdConv(3, 4, 3), nn.BatchNorm2d(4)), torch.randn(2, 3, 9, 9), [False])
+    (pair,) = check(
+        nn.Sequential(StdConv(3, 4, 3), nn.BatchNorm2d(4)), torch.randn(2, 3, 9, 9), [False]
+    )
     assert "own way" in pair.reason
     assert "1 BatchNorm stay" in caplog.text
 
@@ -160,7 +167,9 @@ def test_frozen_batchnorm_of_detectors():
 
 
 def test_instance_norm_is_no_batchnorm():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.InstanceNorm2d(4, affine=True, track_running_stats=True)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+    ).eval()
     assert fold_batchnorm(model, torch.randn(2, 3, 4, 4)) == []
 
 
@@ -175,9 +184,13 @@ def test_uninformative_example_does_not_hide_it():
     assert not pair.folded
 
 
-@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize(
+    "wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm]
+)
 def test_computed_weights_stay(wrap):
-    (pair,) = check(nn.Sequential(wrap(nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(4)), torch.randn(2, 3, 4, 4), [False])
+    (pair,) = check(
+        nn.Sequential(wrap(nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(4)), torch.randn(2, 3, 4, 4), [False]
+    )
     assert "computed" in pair.reason
 
 
@@ -255,7 +268,10 @@ class NormSquare(NormAct):
 
 @pytest.mark.parametrize(("norm", "folded"), [(NormAct, True), (NormSquare, False)])
 def test_batchnorm_with_an_activation(norm, folded):
-    model, x = nn.Sequential(nn.Conv2d(3, 16, 3), norm(16), nn.Conv2d(16, 16, 3)), torch.randn(2, 3, 8, 8)
+    model, x = (
+        nn.Sequential(nn.Conv2d(3, 16, 3), norm(16), nn.Conv2d(16, 16, 3)),
+        torch.randn(2, 3, 8, 8),
+    )
     model(10 * x + 3)
     model.eval()
     expected = model(x)

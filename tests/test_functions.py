@@ -52,8 +52,12 @@ PRODUCTS = {
     "torch.addmm": lambda x: torch.addmm(torch.zeros(8), rows(x), MATRIX),
     "Tensor.addmm": lambda x: torch.zeros(8).addmm(rows(x), MATRIX),
     "Tensor.addmm_": lambda x: torch.zeros(len(rows(x)), 8).addmm_(rows(x), MATRIX),
-    "torch.baddbmm": lambda x: torch.baddbmm(torch.zeros(1), batch_of_rows(x), MATRIX.expand(len(x), -1, -1)),
-    "torch.addbmm": lambda x: torch.addbmm(torch.zeros(1), batch_of_rows(x), MATRIX.expand(len(x), -1, -1)),
+    "torch.baddbmm": lambda x: torch.baddbmm(
+        torch.zeros(1), batch_of_rows(x), MATRIX.expand(len(x), -1, -1)
+    ),
+    "torch.addbmm": lambda x: torch.addbmm(
+        torch.zeros(1), batch_of_rows(x), MATRIX.expand(len(x), -1, -1)
+    ),
     "torch.mv": lambda x: torch.mv(rows(x), MATRIX[:, 0]),
     "Tensor.mv": lambda x: rows(x).mv(MATRIX[:, 0]),
     "torch.addmv": lambda x: torch.addmv(torch.zeros(1), rows(x), MATRIX[:, 0]),
@@ -64,7 +68,9 @@ PRODUCTS = {
     "torch.linalg.vecdot": lambda x: torch.linalg.vecdot(rows(x), MATRIX[:, 0]),
     "F.linear": lambda x: F.linear(rows(x), MATRIX.T),
     "F.bilinear": lambda x: F.bilinear(rows(x), rows(x), SQUARE.expand(4, -1, -1)),
-    "F.scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(*[batch_of_rows(x)] * 3),
+    "F.scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(
+        *[batch_of_rows(x)] * 3
+    ),
     "torch.lstm_cell": lambda x: nn.LSTMCell(32, 4)(rows(x)),
 }
 AVERAGED = {
@@ -91,7 +97,9 @@ MAXIMA = {
     "F.max_pool3d": lambda x: F.max_pool3d(x[:, None], 2),
     "F.adaptive_max_pool1d": lambda x: F.adaptive_max_pool1d(x.flatten(2), 1),
     "F.adaptive_max_pool2d": lambda x: F.adaptive_max_pool2d(x, 1),
-    "F.adaptive_max_pool2d with indices": lambda x: F.adaptive_max_pool2d(x, 1, return_indices=True)[0],
+    "F.adaptive_max_pool2d with indices": lambda x: F.adaptive_max_pool2d(
+        x, 1, return_indices=True
+    )[0],
     "F.adaptive_max_pool3d": lambda x: F.adaptive_max_pool3d(x[:, None], 2),
 }
 ACTIVATED = {
@@ -113,9 +121,13 @@ SMALLER = {
     "F.conv2d": lambda x: F.conv2d(x, FILTERS),
     "torch.conv2d": lambda x: torch.conv2d(x, FILTERS),
     "F.conv3d": lambda x: F.conv3d(x[:, :, None], FILTERS[..., None]),
-    "F.conv_transpose1d": lambda x: F.conv_transpose1d(x.flatten(2), FILTERS.transpose(0, 1)[..., 0]),
+    "F.conv_transpose1d": lambda x: F.conv_transpose1d(
+        x.flatten(2), FILTERS.transpose(0, 1)[..., 0]
+    ),
     "F.conv_transpose2d": lambda x: F.conv_transpose2d(x, FILTERS.transpose(0, 1)),
-    "F.conv_transpose3d": lambda x: F.conv_transpose3d(x[:, :, None], FILTERS.transpose(0, 1)[..., None]),
+    "F.conv_transpose3d": lambda x: F.conv_transpose3d(
+        x[:, :, None], FILTERS.transpose(0, 1)[..., None]
+    ),
 }
 
 
@@ -173,10 +185,21 @@ def test_every_product_is_recorded(spelling):
     assert set(calls) <= CONTRACTIONS
 
 
-FACTORS = ["torch.mm", "torch.addmm", "torch.addmv", "torch.bmm", "torch.baddbmm", "torch.addbmm", "torch.mv", "@"]
+FACTORS = [
+    "torch.mm",
+    "torch.addmm",
+    "torch.addmv",
+    "torch.bmm",
+    "torch.baddbmm",
+    "torch.addbmm",
+    "torch.mv",
+    "@",
+]
 
 
-@pytest.mark.parametrize("spelling", [*FACTORS, "torch.einsum", "torch.tensordot", "torch.linalg.multi_dot"])
+@pytest.mark.parametrize(
+    "spelling", [*FACTORS, "torch.einsum", "torch.tensordot", "torch.linalg.multi_dot"]
+)
 def test_an_included_product_quantizes_all_its_factors_and_no_bias(spelling):
     model = Tailed(PRODUCTS[spelling]).eval()
     x = torch.randn(2, 16, 8, 8)
@@ -198,10 +221,13 @@ def test_a_product_with_a_weight_says_so(spelling):
     assert "product with a weight" in reason
 
 
-@pytest.mark.parametrize("product", [torch.mm, torch.matmul, lambda a, b: torch.einsum("ij,jk->ik", a, b), torch.inner])
+@pytest.mark.parametrize(
+    "product", [torch.mm, torch.matmul, lambda a, b: torch.einsum("ij,jk->ik", a, b), torch.inner]
+)
 def test_a_product_of_two_activations_is_no_missed_weight(product):
     plan = plan_swap(
-        Tailed(lambda x: product(x[0, :, 0], x[1, :, 0].T.contiguous().T)).eval(), torch.zeros(2, 16, 36, 36)
+        Tailed(lambda x: product(x[0, :, 0], x[1, :, 0].T.contiguous().T)).eval(),
+        torch.zeros(2, 16, 36, 36),
     )
     assert not plan.of("missed")
 
@@ -209,7 +235,11 @@ def test_a_product_of_two_activations_is_no_missed_weight(product):
 def test_operators_methods_and_synonyms_have_one_name():
     x = torch.ones(2, 2)
     assert name_function(torch.concat) == name_function(torch.concatenate) == "cat"
-    assert name_function(torch.Tensor.__matmul__) == name_function(torch.Tensor.__rmatmul__) == "matmul"
+    assert (
+        name_function(torch.Tensor.__matmul__)
+        == name_function(torch.Tensor.__rmatmul__)
+        == "matmul"
+    )
     assert name_function(torch.Tensor.__imul__) == name_function(torch.multiply) == "mul"
     assert name_function(torch.Tensor.T.__get__) == "T"
     assert name_function(type(x).clip_) == name_function(torch.clamp) == "clamp"
@@ -230,7 +260,11 @@ ARGUMENTS = {
 
 def call(name, x):
     torch.manual_seed(0)
-    function = next(found for space in (F, torch, torch.Tensor) if (found := getattr(space, name, None)) is not None)
+    function = next(
+        found
+        for space in (F, torch, torch.Tensor)
+        if (found := getattr(space, name, None)) is not None
+    )
     if not callable(function):
         return x.data
     extra = next((make(x) for part, make in ARGUMENTS.items() if part in name), ())
@@ -239,7 +273,9 @@ def call(name, x):
 
 
 def input_of(name):
-    dims = {"1": (2, 4, 8), "3": (2, 4, 8, 8, 8)}.get(name[name.find("pool") + 4 : name.find("pool") + 5], (2, 4, 8, 8))
+    dims = {"1": (2, 4, 8), "3": (2, 4, 8, 8, 8)}.get(
+        name[name.find("pool") + 4 : name.find("pool") + 5], (2, 4, 8, 8)
+    )
     dims = (2, 4, 8) if name == "dropout1d" else (2, 4, 4, 8, 8) if name == "dropout3d" else dims
     return torch.randn(dims, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 

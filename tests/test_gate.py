@@ -71,12 +71,28 @@ def test_exit_code_and_reasons(capsys):
     code, out, _ = gate(capsys, GOOD, "--max-drop", 0.5, "--min-int8-macs", 0.9)
     assert code == 0
     assert out.splitlines()[-1].endswith("0 of 2 limits missed")
-    code, out, _ = gate(capsys, WORSE, "--baseline", GOOD, "--max-drop", 0.5, "--min-sqnr", 17, "--min-int8-macs", 0.9)
+    code, out, _ = gate(
+        capsys,
+        WORSE,
+        "--baseline",
+        GOOD,
+        "--max-drop",
+        0.5,
+        "--min-sqnr",
+        17,
+        "--min-int8-macs",
+        0.9,
+    )
     assert code == 1
     drop, sqnr, macs, verdict = out.splitlines()
-    assert drop.startswith("FAIL  max-drop: top-1 of ONNX is 83.60 %, 0.80 points below the baseline")
+    assert drop.startswith(
+        "FAIL  max-drop: top-1 of ONNX is 83.60 %, 0.80 points below the baseline"
+    )
     assert sqnr == "pass  min-sqnr: SQNR of ONNX is 17.50 dB; at least 17 dB"
-    assert "<script>alert(1)</script> (0.2500, the kernel takes fp16.), stem (0.0500, left in float" in macs
+    assert (
+        "<script>alert(1)</script> (0.2500, the kernel takes fp16.), stem (0.0500, left in float"
+        in macs
+    )
     assert verdict.endswith("2 of 3 limits missed")
 
 
@@ -105,8 +121,14 @@ def test_a_fact_that_is_missing_never_passes(tmp_path, where, limit, value):
         content[last] = value
 
     path = changed(tmp_path, change)
-    message = {None: "a limit asks for it", "missing": "is 'missing', expected", True: "is true, expected"}
-    with pytest.raises(DataError, match=message.get(value, "cannot be read: (nan|inf) is no number")):
+    message = {
+        None: "a limit asks for it",
+        "missing": "is 'missing', expected",
+        True: "is true, expected",
+    }
+    with pytest.raises(
+        DataError, match=message.get(value, "cannot be read: (nan|inf) is no number")
+    ):
         gate_run(path, **limit)
 
 
@@ -127,9 +149,14 @@ def test_runs_on_other_images_are_not_compared(tmp_path):
 
     refuse(GOOD, changed(tmp_path, lambda content: content["evaluation"].update(images=499)))
     refuse(GOOD, changed(tmp_path, lambda content: content["evaluation"].pop("images")))
-    refuse(GOOD, changed(tmp_path, lambda content: content["evaluation"]["candidates"][0].update(top1=0.85)))
+    refuse(
+        GOOD,
+        changed(tmp_path, lambda content: content["evaluation"]["candidates"][0].update(top1=0.85)),
+    )
     mine = tmp_path / "mine.json"
-    mine.write_text(changed(tmp_path, lambda content: content["data"].update(labels_digest="0123")).read_text())
+    mine.write_text(
+        changed(tmp_path, lambda content: content["data"].update(labels_digest="0123")).read_text()
+    )
     refuse(mine, changed(tmp_path, lambda content: content["data"].update(labels_digest="4567")))
 
 
@@ -139,8 +166,12 @@ def test_where_the_images_lie_and_what_was_quantized_does_not_matter(tmp_path):
 
     assert gate_run(GOOD, baseline=changed(tmp_path, move), max_drop=0).passed
     mine = tmp_path / "mine.json"
-    mine.write_text(changed(tmp_path, lambda content: content["data"].update(labels_digest="0123")).read_text())
-    assert gate_run(GOOD, baseline=mine, max_drop=0).passed  # one of the two is from before there were digests
+    mine.write_text(
+        changed(tmp_path, lambda content: content["data"].update(labels_digest="0123")).read_text()
+    )
+    assert gate_run(
+        GOOD, baseline=mine, max_drop=0
+    ).passed  # one of the two is from before there were digests
 
     def retrain(content):
         content["data"]["labels_digest"] = "0123"
@@ -152,10 +183,25 @@ def test_where_the_images_lie_and_what_was_quantized_does_not_matter(tmp_path):
 @pytest.mark.parametrize(
     ("where", "value", "limit", "said"),
     [
-        (("evaluation", "candidates", -1, "sqnr_db"), 22.0456, {"min_sqnr": 22.05}, "22.046 dB; at least 22.05 dB"),
-        (("evaluation", "candidates", -1, "agreement"), 0.98999, {"min_agreement": 0.99}, "0.98999 of the images"),
+        (
+            ("evaluation", "candidates", -1, "sqnr_db"),
+            22.0456,
+            {"min_sqnr": 22.05},
+            "22.046 dB; at least 22.05 dB",
+        ),
+        (
+            ("evaluation", "candidates", -1, "agreement"),
+            0.98999,
+            {"min_agreement": 0.99},
+            "0.98999 of the images",
+        ),
         (("summary", "onnx_megabytes"), 5.0000001, {"max_size": 5.0}, "5.0000001 MB; at most 5 MB"),
-        (("evaluation", "candidates", -1, "top1"), 0.8429999, {"max_drop": 0.5}, ", 0.50001 points below float"),
+        (
+            ("evaluation", "candidates", -1, "top1"),
+            0.8429999,
+            {"max_drop": 0.5},
+            ", 0.50001 points below float",
+        ),
     ],
 )
 def test_what_is_missed_by_little_does_not_look_like_the_limit(tmp_path, where, value, limit, said):
@@ -193,7 +239,9 @@ def test_wrong_usage_is_one_line_and_exit_code_2(capsys, limits, found):
     assert fix.startswith("  fix: ")
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", '{"evaluation": {"candidates": []}}', "[" * 10**5, "\xff"])
+@pytest.mark.parametrize(
+    "content", [None, "", "[]", '{"evaluation": {"candidates": []}}', "[" * 10**5, "\xff"]
+)
 def test_what_is_no_run(tmp_path, capsys, content):
     if content is not None:
         (tmp_path / "report.json").write_bytes(content.encode("latin-1"))
@@ -210,7 +258,17 @@ def assert_is_junit(xml):
     assert root.attrib == {}
     (suite,) = root
     assert suite.tag == "testsuite"
-    required = {"name", "timestamp", "hostname", "tests", "failures", "errors", "time", "package", "id"}
+    required = {
+        "name",
+        "timestamp",
+        "hostname",
+        "tests",
+        "failures",
+        "errors",
+        "time",
+        "package",
+        "id",
+    }
     assert set(suite.attrib) == required
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", suite.get("timestamp"))
     assert suite.get("hostname") == "localhost"
@@ -234,7 +292,7 @@ def test_junit_and_json(tmp_path, capsys):
     junit, written = tmp_path / "out" / "gate.xml", tmp_path / "gate.json"
     code, out, _ = gate(
         capsys, WORSE, "--min-sqnr", 17, "--min-int8-macs", 0.9, "--junit", junit, "--json", written
-    )  # fmt: skip
+    )
     assert code == 1
     good, bad = assert_is_junit(junit.read_bytes())
     assert (good.get("name"), list(good)) == ("min-sqnr", [])

@@ -95,12 +95,21 @@ def count_stages(blocks: int) -> dict[str, int]:
     run("find quantizers", lambda: find_all_quantizers(model, x))
     analysis = run(
         "analyze",
-        lambda: qdq.analyze_layers(model, [x], confirm=1, max_float_layers=1, max_float_share=0.9, gpu="a100"),
+        lambda: qdq.analyze_layers(
+            model, [x], confirm=1, max_float_layers=1, max_float_share=0.9, gpu="a100"
+        ),
     )
     run(
         "report",
         lambda: describe_layers(
-            model, x, plan=plan, rewired=rewired, ranges=ranges, analysis=analysis, build=NO_BUILD, statistics=None
+            model,
+            x,
+            plan=plan,
+            rewired=rewired,
+            ranges=ranges,
+            analysis=analysis,
+            build=NO_BUILD,
+            statistics=None,
         ),
     )
     return counts
@@ -123,7 +132,9 @@ def test_instructions_grow_with_the_layers(counts, stage):
 
 def test_times_of_a_profile_are_looked_up(tmp_path):
     def count(layers):
-        names = [f"layer{number}" for number in range(layers)] + [f"block{number}.matmul" for number in range(layers)]
+        names = [f"layer{number}" for number in range(layers)] + [
+            f"block{number}.matmul" for number in range(layers)
+        ]
         kernels = [{"name": f"{name}/Conv", "averageMs": 1.0} for name in names[:layers]]
         kernels += [{"name": f"block{number}/MatMul", "averageMs": 1.0} for number in range(layers)]
         (file := tmp_path / "profile.json").write_text(str(kernels).replace("'", '"'))

@@ -14,7 +14,12 @@ from qdq.compat.tensor_quant import QuantDescriptor
 
 def make_float():
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, bias=False)]
+    layers = [
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 3, bias=False),
+    ]
     return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(4, 4, 1)).eval()
 
 
@@ -83,11 +88,17 @@ def test_a_model_made_there_is_exported_outside(batches, tmp_path):
     model = make_calibrated(batches)
     expected = qdq.export_onnx(model, batches[0], tmp_path / "expected.onnx").path
     with torch.inference_mode():
-        copied, converted, built = copy.deepcopy(model), copy.deepcopy(model).double().float(), make_calibrated(batches)
+        copied, converted, built = (
+            copy.deepcopy(model),
+            copy.deepcopy(model).double().float(),
+            make_calibrated(batches),
+        )
     for name, other in {"copied": copied, "converted": converted, "built": built}.items():
         assert other[0].weight.is_inference()
         path = qdq.export_onnx(other, batches[0], tmp_path / f"{name}.onnx", precision="fp16").path
-        assert qdq.export_onnx(other, batches[0], path).path.read_bytes() == expected.read_bytes(), name
+        assert (
+            qdq.export_onnx(other, batches[0], path).path.read_bytes() == expected.read_bytes()
+        ), name
     with torch.inference_mode():
         copied[0].weight[0] = float("nan")
     with pytest.raises(qdq.ExportError, match="holds 27 NaN"):
@@ -111,7 +122,8 @@ def test_a_loaded_model(tmp_path):
     torch.save(module.state_dict(), tmp_path / "weights.pt")
     with torch.inference_mode():
         modules = [
-            qdq.load_model("squeezenet1_1", weights).module for weights in ("random", str(tmp_path / "weights.pt"))
+            qdq.load_model("squeezenet1_1", weights).module
+            for weights in ("random", str(tmp_path / "weights.pt"))
         ]
     for other in modules:
         assert all(
@@ -128,15 +140,21 @@ def test_imported_ranges(batches, tmp_path):
     qdq.swap_modules(fresh, include="*")
     with torch.inference_mode():
         qdq.import_ranges(fresh, onnx)
-    assert torch.equal(fresh[3]._weight_quantizer.scale.flatten(), model[3]._weight_quantizer.scale.flatten())
+    assert torch.equal(
+        fresh[3]._weight_quantizer.scale.flatten(), model[3]._weight_quantizer.scale.flatten()
+    )
     require_usable(fresh, batches[0])
 
 
 @pytest.mark.parametrize("method", ["max", "histogram"])
 def test_compat(batches, method):
     descriptor = QuantDescriptor(calib_method=method)
-    model = nn.Sequential(quant_nn.QuantConv2d(3, 8, 3, quant_desc_input=descriptor), quant_nn.QuantConv2d(8, 4, 1))
-    quantizers = [module for module in model.modules() if isinstance(module, quant_nn.TensorQuantizer)]
+    model = nn.Sequential(
+        quant_nn.QuantConv2d(3, 8, 3, quant_desc_input=descriptor), quant_nn.QuantConv2d(8, 4, 1)
+    )
+    quantizers = [
+        module for module in model.modules() if isinstance(module, quant_nn.TensorQuantizer)
+    ]
     for quantizer in quantizers:
         quantizer.disable_quant()
         quantizer.enable_calib()
@@ -147,7 +165,9 @@ def test_compat(batches, method):
         for quantizer in quantizers:
             quantizer.enable_quant()
             quantizer.disable_calib()
-            is_histogram = isinstance(quantizer._calibrator, pytorch_quantization.calib.HistogramCalibrator)
+            is_histogram = isinstance(
+                quantizer._calibrator, pytorch_quantization.calib.HistogramCalibrator
+            )
             quantizer.load_calib_amax(**({"method": "mse"} if is_histogram else {}))
             quantizer._amax = quantizer._amax.to("cpu")
             quantizer.pre_quant_scale = 1.0

@@ -39,8 +39,12 @@ def test_against_plain_loops(pair):
     signal, noise = sum(x * x for x in a), sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
     assert sqnr_db(reference, other) == pytest.approx(10 * math.log10(signal / noise))
     product = sum(x * y for x, y in zip(a, b, strict=True))
-    assert cosine(reference, other) == pytest.approx(product / math.sqrt(signal * sum(y * y for y in b)))
-    assert max_abs_difference(reference, other) == max(abs(x - y) for x, y in zip(a, b, strict=True))
+    assert cosine(reference, other) == pytest.approx(
+        product / math.sqrt(signal * sum(y * y for y in b))
+    )
+    assert max_abs_difference(reference, other) == max(
+        abs(x - y) for x, y in zip(a, b, strict=True)
+    )
     rows = zip(reference.tolist(), other.tolist(), strict=True)
     same = [row.index(max(row)) == counterpart.index(max(counterpart)) for row, counterpart in rows]
     assert agreement(reference, other) == pytest.approx(sum(same) / 50)

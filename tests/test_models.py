@@ -62,7 +62,9 @@ def same_tensors(first: nn.Module, second: nn.Module) -> bool:
 
 def test_packaged_weights_recognise_17_of_20_photographs(lite0, photographs):
     labels = [int(path.stem.split("_")[-1]) for path in photographs]
-    images = torch.stack([lite0.preprocess(Image.open(path).convert("RGB")) for path in photographs])
+    images = torch.stack(
+        [lite0.preprocess(Image.open(path).convert("RGB")) for path in photographs]
+    )
     with torch.inference_mode():
         found = lite0.module(images).argmax(1).tolist()
     assert sum(a == b for a, b in zip(found, labels, strict=True)) == 17
@@ -89,7 +91,9 @@ def test_packaged_model_not_installed(monkeypatch):
 
 def test_torchvision_not_installed():
     code = "import sys; sys.modules['torchvision'] = None\nimport qdq.models"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("qdq.errors.DependencyError: torchvision cannot be imported")
     assert "pip install 'qdq[demo]'" in last
@@ -144,8 +148,13 @@ def test_fetched_weights_give_the_logits_of_torchvisions_builder(hub, name):
     options = {"aux_logits": True, "init_weights": False} if name == "googlenet" else {}
     state = random_network(name, **options).state_dict()
     if name == "densenet121":
-        state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
-        state = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", key): v for key, v in state.items()}
+        state = {
+            key: value for key, value in state.items() if not key.endswith("num_batches_tracked")
+        }
+        state = {
+            re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", key): v
+            for key, v in state.items()
+        }
         assert any(".norm.1." in key for key in state)
     put_weights(hub, torchvision.models.get_model_weights(name).DEFAULT, state)
     expected = torchvision.models.get_model(name, weights="DEFAULT").eval()
@@ -163,7 +172,9 @@ def test_named_weights_bring_their_own_image_size(monkeypatch):
     monkeypatch.setattr(enum, "get_state_dict", lambda self, **_: network.state_dict())
     loaded = load_model("vit_b_16", "IMAGENET1K_SWAG_E2E_V1")
     assert loaded.preprocess.crop_size == 384
-    assert torch.equal(loaded.module.state_dict()["encoder.pos_embedding"], network.encoder.pos_embedding)
+    assert torch.equal(
+        loaded.module.state_dict()["encoder.pos_embedding"], network.encoder.pos_embedding
+    )
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
@@ -193,12 +204,18 @@ def test_inception_has_one_output_and_no_auxiliary_layers():
         (lambda state: state, ""),
         (lambda state: dict(state), ""),
         (lambda state: {"state_dict": state, "epoch": 3}, "[state_dict]"),
-        (lambda state: {"model": state, "model_ema": {}, "args": argparse.Namespace(lr=0.1)}, "[model]"),
+        (
+            lambda state: {"model": state, "model_ema": {}, "args": argparse.Namespace(lr=0.1)},
+            "[model]",
+        ),
         (lambda state: {"model": {"state_dict": state}}, "[model][state_dict]"),
         (lambda state: {f"module.{key}": value for key, value in state.items()}, ""),
         (
             lambda state: {
-                "model_ema": {"n_averaged": torch.tensor(1), **{f"module.{k}": v for k, v in state.items()}}
+                "model_ema": {
+                    "n_averaged": torch.tensor(1),
+                    **{f"module.{k}": v for k, v in state.items()},
+                }
             },
             "[model_ema]",
         ),
@@ -241,7 +258,10 @@ def test_fine_tuned_checkpoint_brings_its_number_of_classes(tmp_path, name):
 
 def test_fine_tuned_packaged_model(tmp_path, lite0):
     state = lite0.module.state_dict()
-    state["_fc.weight"], state["_fc.bias"] = state["_fc.weight"][:5].clone(), state["_fc.bias"][:5].clone()
+    state["_fc.weight"], state["_fc.bias"] = (
+        state["_fc.weight"][:5].clone(),
+        state["_fc.bias"][:5].clone(),
+    )
     torch.save(state, file := tmp_path / "tuned.pt")
     loaded = load_model(weights=str(file))
     images = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
@@ -258,7 +278,9 @@ def test_checkpoint_for_another_model_is_named_with_its_differences(tmp_path):
     assert "missing (layer1.0.conv3.weight, " in message
     assert "layer1.0.conv1.weight is [64, 64, 3, 3], expected [64, 64, 1, 1]" in message
     assert "--model" in caught.value.fix
-    with pytest.raises(ModelError, match=r"122 unexpected \(conv1.weight, bn1.weight, bn1.bias, \.\.\.\)"):
+    with pytest.raises(
+        ModelError, match=r"122 unexpected \(conv1.weight, bn1.weight, bn1.bias, \.\.\.\)"
+    ):
         load_model(weights=str(file))
 
 
@@ -269,7 +291,10 @@ def test_checkpoint_for_another_model_is_named_with_its_differences(tmp_path):
         (b"learning rate: 0.1\n", "text beginning 'learning rate: 0.1'"),
         (bytes(range(256)), "binary data"),
         (nn.ReLU(), r"a pickled Python object \(torch.nn.modules.activation.ReLU\)"),
-        ({"epoch": 3, "optimizer": {}}, "no state_dict: found a dict with the keys epoch, optimizer"),
+        (
+            {"epoch": 3, "optimizer": {}},
+            "no state_dict: found a dict with the keys epoch, optimizer",
+        ),
         (torch.zeros(3), "no state_dict: found a Tensor"),
         ({}, "no state_dict: found a dict"),
     ],
@@ -314,10 +339,19 @@ NAME = "layer1.0.conv1.weight"
         (lambda weight: weight.long(), "int64, expected float32"),
         (lambda weight: weight > 0, "bool, expected float32"),
         (lambda weight: weight + 1j, r"complex \(complex64\)"),
-        (lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8), r"quantized \(qint8\)"),
+        (
+            lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8),
+            r"quantized \(qint8\)",
+        ),
         (lambda weight: weight[:0], r"empty \(shape \[0, 64, 3, 3\]\)"),
-        (lambda weight: weight.index_fill(0, torch.tensor(3), torch.nan), r"not finite in float32 \(NaN or Inf\)"),
-        (lambda weight: weight.index_fill(0, torch.tensor(3), -torch.inf), r"not finite in float32 \(NaN or Inf\)"),
+        (
+            lambda weight: weight.index_fill(0, torch.tensor(3), torch.nan),
+            r"not finite in float32 \(NaN or Inf\)",
+        ),
+        (
+            lambda weight: weight.index_fill(0, torch.tensor(3), -torch.inf),
+            r"not finite in float32 \(NaN or Inf\)",
+        ),
         (lambda weight: weight.double() + 1e300, r"not finite in float32 \(NaN or Inf\)"),
     ],
 )
@@ -325,7 +359,9 @@ def test_tensors_that_a_layer_cannot_take(tmp_path, change, words):
     state = state_of_resnet18()
     state[NAME] = change(state[NAME])
     torch.save(state, file := tmp_path / "best.pth")
-    with pytest.raises(ModelError, match=rf"best.pth cannot be loaded: {NAME} is {words}\.") as caught:
+    with pytest.raises(
+        ModelError, match=rf"best.pth cannot be loaded: {NAME} is {words}\."
+    ) as caught:
         load_model("resnet18", str(file))
     assert "dense, finite" in caught.value.fix
 
@@ -335,14 +371,18 @@ def test_a_nested_tensor(tmp_path):
     state = state_of_resnet18()
     state[NAME] = torch.nested.nested_tensor([state[NAME][0], state[NAME][1, :1]])
     torch.save(state, file := tmp_path / "best.pth")
-    with pytest.raises(ModelError, match=rf"{NAME} is a nested tensor|torch._utils._rebuild_nested_tensor"):
+    with pytest.raises(
+        ModelError, match=rf"{NAME} is a nested tensor|torch._utils._rebuild_nested_tensor"
+    ):
         load_model("resnet18", str(file))
 
 
 def test_a_head_without_classes(tmp_path):
     state = state_of_resnet18(**{"fc.weight": torch.zeros(0, 512), "fc.bias": torch.zeros(0)})
     torch.save(state, file := tmp_path / "best.pth")
-    with pytest.raises(ModelError, match=r"fc.weight is empty \(shape \[0, 512\]\), fc.bias is empty"):
+    with pytest.raises(
+        ModelError, match=r"fc.weight is empty \(shape \[0, 512\]\), fc.bias is empty"
+    ):
         load_model("resnet18", str(file))
 
 
@@ -353,11 +393,18 @@ def test_floats_of_other_widths_keep_their_values(tmp_path, dtype):
     assert same_tensors(load_model("resnet18", str(file)).module, network.float())
 
 
-@pytest.mark.parametrize(("counter", "is_refused"), [(torch.tensor(7.0), False), (torch.tensor(7.5), True)])
+@pytest.mark.parametrize(
+    ("counter", "is_refused"), [(torch.tensor(7.0), False), (torch.tensor(7.5), True)]
+)
 def test_a_counter_is_loaded_only_exactly(tmp_path, counter, is_refused):
-    torch.save(state_of_resnet18(**{"bn1.num_batches_tracked": counter}), file := tmp_path / "best.pth")
+    torch.save(
+        state_of_resnet18(**{"bn1.num_batches_tracked": counter}), file := tmp_path / "best.pth"
+    )
     if is_refused:
-        with pytest.raises(ModelError, match=r"bn1\.num_batches_tracked is float32 with values that int64 cannot hold"):
+        with pytest.raises(
+            ModelError,
+            match=r"bn1\.num_batches_tracked is float32 with values that int64 cannot hold",
+        ):
             load_model("resnet18", str(file))
     else:
         assert load_model("resnet18", str(file)).module.bn1.num_batches_tracked == 7
@@ -379,7 +426,9 @@ def test_a_type_that_torch_only_stores(tmp_path, key):
     state = state_of_resnet18()
     packed = torch.zeros(state[key].shape, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     torch.save({**state, key: packed}, file := tmp_path / "best.pth")
-    with pytest.raises(ModelError, match=rf"{key} is float4_e2m1fn_x2, which torch cannot convert to"):
+    with pytest.raises(
+        ModelError, match=rf"{key} is float4_e2m1fn_x2, which torch cannot convert to"
+    ):
         load_model("resnet18", str(file))
 
 
@@ -423,7 +472,9 @@ def test_containers_that_contain_themselves(tmp_path):
     content = {"epoch": 3}
     content["model"] = {"state_dict": content}
     torch.save(content, file := tmp_path / "best.pth")
-    with pytest.raises(ModelError, match=r"found a dict with the keys epoch, model under \[model\]\[state_dict\]"):
+    with pytest.raises(
+        ModelError, match=r"found a dict with the keys epoch, model under \[model\]\[state_dict\]"
+    ):
         load_model("resnet18", str(file))
     content["model"]["state_dict"] = {"model": state_of_resnet18(), "itself": content}
     torch.save(content, file)
@@ -462,13 +513,17 @@ def test_unknown_models(model, words):
 @pytest.mark.parametrize(
     ("model", "weights", "words"),
     [
-        ("resnet50", "IMAGENET1K_V9", "unknown weights 'IMAGENET1K_V9'.*IMAGENET1K_V2, DEFAULT, random"),
+        (
+            "resnet50",
+            "IMAGENET1K_V9",
+            "unknown weights 'IMAGENET1K_V9'.*IMAGENET1K_V2, DEFAULT, random",
+        ),
         ("efficientnet_lite0", "IMAGENET1K_V1", "expected DEFAULT, random or a checkpoint"),
         ("resnet18", "absent.pth", "there is no checkpoint absent.pth"),
         ("resnet18", "runs/best", "there is no checkpoint runs/best"),
         ("resnet18", ".", "is a folder"),
     ],
-)  # fmt: skip
+)
 def test_unknown_weights(model, weights, words):
     with pytest.raises(ModelError, match=words):
         load_model(model, weights)
@@ -521,7 +576,9 @@ def test_weights_that_cannot_be_fetched(hub, monkeypatch, capfd, answer, words):
 def test_damaged_cached_weights(hub):
     file = hub / torchvision.models.ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
     file.write_bytes(b"half a file")
-    with pytest.raises(ModelError, match=f"cached weights {re.escape(str(file))} cannot be read") as caught:
+    with pytest.raises(
+        ModelError, match=f"cached weights {re.escape(str(file))} cannot be read"
+    ) as caught:
         load_model("resnet18")
     assert "delete that file" in caught.value.fix
 

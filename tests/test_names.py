@@ -76,7 +76,10 @@ def test_a_report_for_its_table():
 
 def test_the_log_is_one_line_a_record():
     record = logging.LogRecord("qdq.x", logging.WARNING, "", 0, "%s is odd", (f"a\n{FAKE}",), None)
-    assert PrintableFormatter("%(levelname)s %(message)s").format(record) == rf"WARNING a\n{FAKE} is odd"
+    assert (
+        PrintableFormatter("%(levelname)s %(message)s").format(record)
+        == rf"WARNING a\n{FAKE} is odd"
+    )
 
 
 def make_file(path, name):
@@ -123,12 +126,16 @@ def assert_harmless(*texts):
 @pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
 def test_names_in_a_file_that_is_checked(tmp_path, capfd, name):
     path = make_file(tmp_path / "m.onnx", name)
-    code, out, err = call(capfd, "check", path, "--json", tmp_path / "c.json", "--sarif", tmp_path / "c.sarif")
+    code, out, err = call(
+        capfd, "check", path, "--json", tmp_path / "c.json", "--sarif", tmp_path / "c.sarif"
+    )
     assert (code, err) == (1, "")
     assert "QDQ102" in out
     assert_harmless(out)
     findings = json.loads((tmp_path / "c.json").read_text())["findings"]
-    assert any(name in finding["node"] for finding in findings)  # for programs the name is what it is
+    assert any(
+        name in finding["node"] for finding in findings
+    )  # for programs the name is what it is
     assert json.loads((tmp_path / "c.sarif").read_text())["runs"][0]["results"]
 
 
@@ -156,7 +163,9 @@ def test_names_in_statistics_and_plans(tmp_path, capfd, name, quantized, images)
     for plan, precision in (("a", "int8"), ("b", "float")):
         (tmp_path / f"{plan}.yaml").write_text(json.dumps({"layers": {name: precision}}))
     code, out, err = call(capfd, "plan", "diff", tmp_path / "a.yaml", tmp_path / "b.yaml")
-    assert code == (2 if name == HOSTILE["long"] else 1)  # a key of YAML has at most 1024 characters
+    assert code == (
+        2 if name == HOSTILE["long"] else 1
+    )  # a key of YAML has at most 1024 characters
     assert_harmless(out, err)
 
 

@@ -20,7 +20,11 @@ def test_every_quantized_layer_runs_in_int8(quantized, images, tmp_path, weights
 def test_layer_left_in_float_is_float_in_the_engine(quantized, images, tmp_path):
     disable_quantization(quantized.conv)
     report = build_engine(export_onnx(quantized, images, tmp_path / "model.onnx").path)
-    assert {layer.module: layer.int8 for layer in report.layers} == {"stem": True, "conv": False, "head": True}
+    assert {layer.module: layer.int8 for layer in report.layers} == {
+        "stem": True,
+        "conv": False,
+        "head": True,
+    }
     assert report.missing_int8 == []
     assert report.expected_int8 == 2
 

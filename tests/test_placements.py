@@ -51,21 +51,42 @@ def test_data_of_every_constant_are_what_is_read(tmp_path):
     def constant(location):
         return onnx.helper.make_node("Constant", [], [location], value=external("", location))
 
-    body = onnx.helper.make_graph([constant("in a body")], "b", [], [], [external("w", "of a body")])
+    body = onnx.helper.make_graph(
+        [constant("in a body")], "b", [], [], [external("w", "of a body")]
+    )
     node = onnx.helper.make_node("If", ["x"], ["y"], then_branch=body, else_branch=body)
     inner = onnx.helper.make_graph([constant("in a body of a function")], "i", [], [])
     nested = onnx.helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner)
     opsets = [onnx.helper.make_opsetid("", 19)]
-    function = onnx.helper.make_function("mine", "f", [], ["y"], [constant("in a function"), nested], opsets)
-    weights = [external("w", "weights"), external("v", "weights"), external("u", ""), external("t", "a\0b")]
+    function = onnx.helper.make_function(
+        "mine", "f", [], ["y"], [constant("in a function"), nested], opsets
+    )
+    weights = [
+        external("w", "weights"),
+        external("v", "weights"),
+        external("u", ""),
+        external("t", "a\0b"),
+    ]
     graph = onnx.helper.make_graph([constant("in the graph"), node], "g", [], [], weights)
     path = tmp_path / "model.onnx"
     path.write_bytes(onnx.helper.make_model(graph, functions=[function]).SerializeToString())
-    names = ["weights", "in the graph", "of a body", "in a body", "in a function", "in a body of a function"]
+    names = [
+        "weights",
+        "in the graph",
+        "of a body",
+        "in a body",
+        "in a function",
+        "in a body of a function",
+    ]
     assert sorted(file.name for file in list_data_files(path)) == sorted(names)
     assert {file.parent for file in list_data_files(path)} == {tmp_path}
     path.write_text("no ONNX")
-    assert list_data_files(path) == list_data_files(tmp_path) == list_data_files(tmp_path / "missing") == []
+    assert (
+        list_data_files(path)
+        == list_data_files(tmp_path)
+        == list_data_files(tmp_path / "missing")
+        == []
+    )
 
 
 class TestGuard:
@@ -75,7 +96,9 @@ class TestGuard:
         path.write_text("precious")
         return path
 
-    @pytest.fixture(params=["itself", "relative", "link", "hard link", "through a linked folder", "dots"])
+    @pytest.fixture(
+        params=["itself", "relative", "link", "hard link", "through a linked folder", "dots"]
+    )
     def alias(self, request, old, tmp_path, monkeypatch):
         """Another name of the same file."""
         other = tmp_path / "other"
@@ -111,7 +134,9 @@ class TestGuard:
     def test_in_place_is_for_that_pair_alone(self, old, tmp_path):
         guard_files(inputs=[old], outputs=[old, None], in_place=[(old, old)])
         with pytest.raises(ArgumentError, match="is what is read"):
-            guard_files(inputs=[old], outputs=[tmp_path / "new", old], in_place=[(tmp_path / "new", old)])
+            guard_files(
+                inputs=[old], outputs=[tmp_path / "new", old], in_place=[(tmp_path / "new", old)]
+            )
 
     def test_nothing_is_made(self, tmp_path):
         guard_files(inputs=[tmp_path / "missing"], outputs=[tmp_path / "new" / "folder" / "file"])
@@ -170,7 +195,8 @@ class TestGuard:
         for stream in ("stdout", "stderr"):
             with (tmp_path / "out").open("w") as file:
                 code = subprocess.run(
-                    [sys.executable, "-c", script, tmp_path / "out"], **{"stderr": subprocess.PIPE, stream: file}
+                    [sys.executable, "-c", script, tmp_path / "out"],
+                    **{"stderr": subprocess.PIPE, stream: file},
                 ).returncode
             assert code == 1
 
@@ -257,7 +283,9 @@ class TestWritingInto:
         assert (tmp_path / "theirs").read_text() == "content"
 
     @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux")
-    @pytest.mark.parametrize("folder", ["/dev/fd", "/proc/self/fd", "/proc/thread-self/fd", "/proc/PID/fd"])
+    @pytest.mark.parametrize(
+        "folder", ["/dev/fd", "/proc/self/fd", "/proc/thread-self/fd", "/proc/PID/fd"]
+    )
     def test_an_open_file_goes_on(self, tmp_path, folder):
         folder = folder.replace("PID", str(os.getpid()))
         with (tmp_path / "file").open("w") as file:
@@ -280,7 +308,13 @@ def snapshot(folder):
     entries = {}
     for path in folder.rglob("*"):
         mode = path.lstat().st_mode
-        content = path.read_bytes() if stat.S_ISREG(mode) else os.readlink(path) if stat.S_ISLNK(mode) else b""
+        content = (
+            path.read_bytes()
+            if stat.S_ISREG(mode)
+            else os.readlink(path)
+            if stat.S_ISLNK(mode)
+            else b""
+        )
         entries[path.relative_to(folder).as_posix()] = (stat.S_IFMT(mode), content)
     return entries
 
@@ -290,7 +324,12 @@ def inputs(tmp_path_factory):
     """One of every kind of file that a command reads."""
     folder = tmp_path_factory.mktemp("inputs")
     ir.save(ir.from_onnx_text(FLOAT), folder / "model.onnx")
-    ir.save(ir.from_onnx_text(FLOAT), folder / "split.onnx", external_data="weights.bin", size_threshold_bytes=0)
+    ir.save(
+        ir.from_onnx_text(FLOAT),
+        folder / "split.onnx",
+        external_data="weights.bin",
+        size_threshold_bytes=0,
+    )
     constant = onnx.helper.make_node("Constant", [], ["y"], value=external("", "constant.bin"))
     output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
     graph = onnx.helper.make_graph([constant], "g", [], [output])
@@ -356,7 +395,10 @@ REFUSED = [
     ("calibrate solve calibration.safetensors --json calibration.safetensors", READ),
     ("calibrate solve calibration.safetensors --onnx model.onnx -o calibration.safetensors", READ),
     ("calibrate solve calibration.safetensors --onnx model.onnx -o new --json model.onnx", READ),
-    ("calibrate solve calibration.safetensors --onnx model.onnx -o model.onnx --json model.onnx", "model.onnx"),
+    (
+        "calibrate solve calibration.safetensors --onnx model.onnx -o model.onnx --json model.onnx",
+        "model.onnx",
+    ),
     ("calibrate solve calibration.safetensors --onnx split.onnx -o weights.bin", READ),
     ("calibrate merge calibration.safetensors calibration.safetensors -o folder", "Is a directory"),
     # report, explain, gate
@@ -385,7 +427,10 @@ REFUSED = [
     ("build model.onnx -o run/model.rtx.engine", OF_A_RUN),
     ("build run/model.onnx -o new --json run/model.rtx.engine", OF_A_RUN),
     ("calibrate show calibration.safetensors --plots run/calibration.json", OF_A_RUN),
-    ("calibrate merge calibration.safetensors calibration.safetensors -o run/calibration.safetensors", OF_A_RUN),
+    (
+        "calibrate merge calibration.safetensors calibration.safetensors -o run/calibration.safetensors",
+        OF_A_RUN,
+    ),
     ("calibrate solve calibration.safetensors --onnx model.onnx -o run/model.onnx", OF_A_RUN),
     ("report run -o base/report.html", OF_A_RUN),
     ("report run base -o run/report.html", OF_A_RUN),
@@ -425,7 +470,9 @@ def test_commands_refuse_what_would_be_lost(inputs, capsys, monkeypatch, line, r
     before = snapshot(inputs)
     with (inputs / "model.onnx").open() as file:
         read_only = f"/dev/fd/{file.fileno()}"
-        code, out, err = call(capsys, *(read_only if word == "READ_ONLY" else word for word in arguments))
+        code, out, err = call(
+            capsys, *(read_only if word == "READ_ONLY" else word for word in arguments)
+        )
     error, fix = err.splitlines()
     assert (code, out) == (2, "")
     assert error.startswith("error: ") and reason in error
@@ -433,7 +480,9 @@ def test_commands_refuse_what_would_be_lost(inputs, capsys, monkeypatch, line, r
     assert snapshot(inputs) == before
 
 
-@pytest.mark.parametrize("line", ["check model.onnx --json OUT", "env --json OUT", "check model.onnx --sarif OUT"])
+@pytest.mark.parametrize(
+    "line", ["check model.onnx --json OUT", "env --json OUT", "check model.onnx --sarif OUT"]
+)
 def test_commands_write_into_what_is_no_file(model, capsys, monkeypatch, tmp_path, line):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("fifo")
@@ -471,7 +520,9 @@ def test_in_place(model, capsys):
 def test_what_a_command_makes_of_a_run_may_stand_in_its_folder(model, tmp_path):
     run = qdq.start_run(tmp_path / "run")
     run.finish()
-    mine, engine, page = (run.folder / name for name in ("check.json", "model.rtx.engine", "report.html"))
+    mine, engine, page = (
+        run.folder / name for name in ("check.json", "model.rtx.engine", "report.html")
+    )
     onnx_file = model.rename(run.folder / "model.onnx")
     guard_command(inputs=[onnx_file], outputs=[onnx_file, mine], in_place=[(onnx_file, onnx_file)])
     for path in (engine, page):
@@ -485,8 +536,15 @@ def test_the_engine_beside_the_model_and_the_page_are_made_again(tmp_path, capsy
     qdq.start_run(tmp_path).finish()
     for name in ("model.onnx", "model.rtx.engine", "report.json", "report.html"):
         (tmp_path / name).write_text("of the run")
-    for line in ("build model.onnx", "build model.onnx -o model.rtx.engine", "report .", "report . -o report.html"):
-        words = [str(tmp_path / word) if word[0] == "." or "." in word else word for word in line.split()]
+    for line in (
+        "build model.onnx",
+        "build model.onnx -o model.rtx.engine",
+        "report .",
+        "report . -o report.html",
+    ):
+        words = [
+            str(tmp_path / word) if word[0] == "." or "." in word else word for word in line.split()
+        ]
         code, _, err = call(capsys, *words)
         assert code == 2 and ("model.onnx is no" in err or "report.json cannot be read" in err), err
 

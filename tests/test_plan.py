@@ -102,7 +102,9 @@ def test_bad_files(tmp_path, text, message):
         load_plan(tmp_path / "missing.yaml")
 
 
-@pytest.mark.parametrize("name", ["1.10", "yes", "~", "0x10", "1e3", "2001-01-01", "1:30", "<<", "a: b", " a"])
+@pytest.mark.parametrize(
+    "name", ["1.10", "yes", "~", "0x10", "1e3", "2001-01-01", "1:30", "<<", "a: b", " a"]
+)
 def test_a_name_is_what_is_written(tmp_path, name):
     path = save_plan(Plan({name: PlanEntry("int8")}), tmp_path / "plan.yaml")
     assert list(load_plan(path).layers) == [name]
@@ -119,8 +121,12 @@ def test_an_infinite_gain_is_null_in_the_file(tmp_path):
 
 def test_patterns_mean_the_same_to_apply_and_to_the_analysis(block):
     model, batch = block
-    plan = Plan({"*": PlanEntry("int8"), "conv": PlanEntry("float")})  # the name goes before the pattern
-    assert analyze_layers(model, [batch], pinned=dict(reversed(plan.precisions.items()))).float_layers == ["conv"]
+    plan = Plan(
+        {"*": PlanEntry("int8"), "conv": PlanEntry("float")}
+    )  # the name goes before the pattern
+    assert analyze_layers(
+        model, [batch], pinned=dict(reversed(plan.precisions.items()))
+    ).float_layers == ["conv"]
     model.apply(lambda module: module.enable() if isinstance(module, TensorQuantizer) else None)
     assert apply_plan(model, plan, batch) == ["conv"]
     assert model.conv.input_quantizer._disabled and not model.stem.input_quantizer._disabled
@@ -146,14 +152,22 @@ def test_what_cannot_be_obeyed_is_refused(precisions, message):
     with pytest.raises(ArgumentError, match=message):
         analyze_layers(model, [batch], pinned=precisions)
     with pytest.raises(ArgumentError, match=message):
-        apply_plan(model, Plan({name: PlanEntry(precision) for name, precision in precisions.items()}), batch)
+        apply_plan(
+            model,
+            Plan({name: PlanEntry(precision) for name, precision in precisions.items()}),
+            batch,
+        )
     assert apply_plan(model, Plan({"left": PlanEntry("float")}), batch) == []  # it is in float
 
 
 def test_apply_is_what_the_analysis_did(block, tmp_path):
     model, batch = block
     analysis = analyze_layers(model, [batch], max_float_layers=2, pinned={"conv": "float"})
-    states = {name: module._disabled for name, module in model.named_modules() if hasattr(module, "_disabled")}
+    states = {
+        name: module._disabled
+        for name, module in model.named_modules()
+        if hasattr(module, "_disabled")
+    }
     assert states["_add_quantizer"]  # there only for `conv`
     path = save_plan(analysis.plan, tmp_path / "plan.yaml")
     for module in model.modules():
@@ -174,13 +188,22 @@ def test_apply_refuses_what_the_model_has_not(block):
 
 def test_diff(tmp_path, capsys):
     one = Plan({"a": PlanEntry("int8"), "b": PlanEntry("float"), "c": PlanEntry("int8")})
-    other = Plan({"b": PlanEntry("int8", "edited"), "c": PlanEntry("int8", gain=2.0), "d": PlanEntry("float")})
+    other = Plan(
+        {
+            "b": PlanEntry("int8", "edited"),
+            "c": PlanEntry("int8", gain=2.0),
+            "d": PlanEntry("float"),
+        }
+    )
     assert diff_plans(one, other) == [
         PlanChange("a", "int8", None),
         PlanChange("b", "float", "int8"),
         PlanChange("d", None, "float"),
     ]
-    paths = [str(save_plan(plan, tmp_path / name)) for plan, name in ((one, "one.yaml"), (other, "other.yaml"))]
+    paths = [
+        str(save_plan(plan, tmp_path / name))
+        for plan, name in ((one, "one.yaml"), (other, "other.yaml"))
+    ]
     with pytest.raises(SystemExit) as stop:
         main(["plan", "diff", *paths])
     assert stop.value.code == 1
@@ -197,7 +220,12 @@ def test_a_plan_that_pins_keeps_what_was_measured(block, tmp_path):
     model, batch = block
     first = analyze_layers(model, [batch], max_float_layers=1).plan
     (worst,) = [name for name, entry in first.layers.items() if entry.precision == "float"]
-    edited = Plan({**first.layers, worst: PlanEntry("int8", first.layers[worst].reason, first.layers[worst].gain)})
+    edited = Plan(
+        {
+            **first.layers,
+            worst: PlanEntry("int8", first.layers[worst].reason, first.layers[worst].gain),
+        }
+    )
     model.apply(lambda module: module.enable() if isinstance(module, TensorQuantizer) else None)
 
     path = save_plan(edited, tmp_path / "plan.yaml")
@@ -215,12 +243,17 @@ def test_a_plan_that_pins_keeps_what_was_measured(block, tmp_path):
     assert entry.gain is None
     assert entry.reason.startswith("pinned; earlier: step 1 of the search")
     assert entry.reason.endswith(f"gain {second.layers[worst].gain:g} in sqnr")
-    assert analyze_layers(model, [batch], pinned={worst: "int8"}).plan.layers[worst] == PlanEntry("int8", "pinned")
+    assert analyze_layers(model, [batch], pinned={worst: "int8"}).plan.layers[worst] == PlanEntry(
+        "int8", "pinned"
+    )
 
 
 def test_a_plan_that_is_not_there_cannot_be_corrected(tmp_path):
     (tmp_path / "damaged.yaml").write_text("layers: 1")
-    for name, fix in {"missing.yaml": "give the plan.yaml of a run", "damaged.yaml": "correct it by hand"}.items():
+    for name, fix in {
+        "missing.yaml": "give the plan.yaml of a run",
+        "damaged.yaml": "correct it by hand",
+    }.items():
         with pytest.raises(DataError) as caught:
             load_plan(tmp_path / name)
         assert caught.value.fix.startswith(fix)

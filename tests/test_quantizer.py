@@ -26,7 +26,9 @@ from qdq.quantizer import (
 
 FORMATS = [
     Format(bits, unsigned, narrow)
-    for bits, unsigned, narrow in itertools.product((2, 3, 4, 8, 12, 16), (False, True), (False, True))
+    for bits, unsigned, narrow in itertools.product(
+        (2, 3, 4, 8, 12, 16), (False, True), (False, True)
+    )
 ]
 
 
@@ -51,10 +53,30 @@ def same_bits(found, expected):
 
 def edge_values(amax, fmt):
     scale = np.float32(max(amax, AMAX_FLOOR)) / np.float32(fmt.qmax)
-    ties = (np.arange(-fmt.qmax - 3, fmt.qmax + 3, max(1, fmt.qmax // 64), dtype=np.float64) + 0.5) * scale
-    neighbours = [np.nextafter(ties.astype(np.float32), side) for side in (np.float32("-inf"), np.float32("inf"))]
-    extremes = [0.0, -0.0, amax, -amax, 1e-45, -1e-45, 1.1e-38, 1e30, -1e30, 3.4e38, np.inf, -np.inf]
-    return np.concatenate([ties, *neighbours, extremes, np.random.default_rng(0).normal(0, amax or 1, 500)])
+    ties = (
+        np.arange(-fmt.qmax - 3, fmt.qmax + 3, max(1, fmt.qmax // 64), dtype=np.float64) + 0.5
+    ) * scale
+    neighbours = [
+        np.nextafter(ties.astype(np.float32), side)
+        for side in (np.float32("-inf"), np.float32("inf"))
+    ]
+    extremes = [
+        0.0,
+        -0.0,
+        amax,
+        -amax,
+        1e-45,
+        -1e-45,
+        1.1e-38,
+        1e30,
+        -1e30,
+        3.4e38,
+        np.inf,
+        -np.inf,
+    ]
+    return np.concatenate(
+        [ties, *neighbours, extremes, np.random.default_rng(0).normal(0, amax or 1, 500)]
+    )
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
@@ -88,7 +110,9 @@ def test_any_numbers(values, amax, fmt):
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1, 3])
-@pytest.mark.parametrize("fmt", [Format(), Format(4), Format(8, narrow_range=True), Format(8, unsigned=True)], ids=str)
+@pytest.mark.parametrize(
+    "fmt", [Format(), Format(4), Format(8, narrow_range=True), Format(8, unsigned=True)], ids=str
+)
 def test_per_channel(axis, fmt):
     x = torch.randn(5, 4, 3, 6) * 3
     amax = torch.rand(x.shape[axis]) * 3
@@ -134,7 +158,10 @@ def test_largest_halves_stay_finite():
 
 def test_per_channel_operator_at_the_end_of_float32():
     x = torch.tensor([[float("inf"), float("-inf"), 3e38]], requires_grad=True)
-    same_bits(fake_quantize(x, torch.tensor([3e38]), axis=0).detach(), reference(x.detach(), [3e38], Format(), 0))
+    same_bits(
+        fake_quantize(x, torch.tensor([3e38]), axis=0).detach(),
+        reference(x.detach(), [3e38], Format(), 0),
+    )
 
 
 def test_rounds_half_to_even():
@@ -173,7 +200,9 @@ def test_format_refuses_widths(bits):
         QuantDescriptor(num_bits=bits)
 
 
-@pytest.mark.parametrize("field", [{"num_bits": 8.0}, {"num_bits": True}, {"axis": "0"}, {"name": 3}])
+@pytest.mark.parametrize(
+    "field", [{"num_bits": 8.0}, {"num_bits": True}, {"axis": "0"}, {"name": 3}]
+)
 def test_descriptor_refuses_kinds(field):
     with pytest.raises(ArgumentTypeError, match=next(iter(field))):
         QuantDescriptor(**field)
@@ -185,7 +214,10 @@ def test_descriptor_names_the_nearest_method():
 
 
 def test_descriptor_is_a_value():
-    a, b = QuantDescriptor(4, axis=0, amax=[1.0, 2.0]), QuantDescriptor(4, axis=0, amax=np.array([1.0, 2.0]))
+    a, b = (
+        QuantDescriptor(4, axis=0, amax=[1.0, 2.0]),
+        QuantDescriptor(4, axis=0, amax=np.array([1.0, 2.0])),
+    )
     assert a == b
     assert hash(a) == hash(b)
 
@@ -254,7 +286,9 @@ class TestTensorQuantizer:
             TensorQuantizer().load_calib_amax()
 
     def test_nan_while_calibrating_names_the_quantizer(self):
-        quantizer = TensorQuantizer(QuantDescriptor(name="conv1._input_quantizer"), if_calib=True, if_quant=False)
+        quantizer = TensorQuantizer(
+            QuantDescriptor(name="conv1._input_quantizer"), if_calib=True, if_quant=False
+        )
         with pytest.raises(CalibrationError, match=r"conv1\._input_quantizer: 1 of 2 values"):
             quantizer(torch.tensor([1.0, float("inf")]))
 
@@ -282,7 +316,9 @@ class TestTensorQuantizer:
     def test_same_bits_on_the_gpu(self):
         for fmt in FORMATS:
             x = torch.from_numpy(edge_values(1.3, fmt).astype(np.float32))
-            same_bits(fake_quantize(x.cuda(), torch.tensor(1.3).cuda(), fmt).cpu(), reference(x, 1.3, fmt))
+            same_bits(
+                fake_quantize(x.cuda(), torch.tensor(1.3).cuda(), fmt).cpu(), reference(x, 1.3, fmt)
+            )
         quantizer = TensorQuantizer(QuantDescriptor(amax=1.0))
         quantizer(torch.ones(3).cuda())
         assert quantizer.amax.is_cuda
@@ -290,7 +326,9 @@ class TestTensorQuantizer:
 
 class TestSwitch:
     def model(self):
-        return nn.Sequential(QuantConv2d(3, 8, 3), nn.Sequential(QuantConv2d(8, 8, 3), QuantConv2d(8, 8, 3)))
+        return nn.Sequential(
+            QuantConv2d(3, 8, 3), nn.Sequential(QuantConv2d(8, 8, 3), QuantConv2d(8, 8, 3))
+        )
 
     def flags(self, model):
         return [m._disabled for m in model.modules() if isinstance(m, TensorQuantizer)]
@@ -324,8 +362,12 @@ def learned_by_torch(values, amax, fmt, axis):
     """Value, gradient of the input and of the range by autograd, in float64, as LSQ writes them."""
     x, a = values.double().requires_grad_(), amax.double().requires_grad_()
     scale = a / fmt.qmax
-    along = scale if axis is None else scale.reshape([-1 if d == axis else 1 for d in range(x.dim())])
-    steps = (x / along).clamp(fmt.qmin - 0.5, fmt.qmax + 0.5)  # a value inside its code's half step is not clipped
+    along = (
+        scale if axis is None else scale.reshape([-1 if d == axis else 1 for d in range(x.dim())])
+    )
+    steps = (x / along).clamp(
+        fmt.qmin - 0.5, fmt.qmax + 0.5
+    )  # a value inside its code's half step is not clipped
     codes = (x / along).round().clamp(fmt.qmin, fmt.qmax)
     found = (steps + (codes - steps).detach()) * along
     weights = torch.arange(x.numel(), dtype=torch.float64).reshape(x.shape).sin()
@@ -334,10 +376,14 @@ def learned_by_torch(values, amax, fmt, axis):
 
 
 @pytest.mark.parametrize("fmt", [Format(), Format(4), Format(8, unsigned=True)], ids=str)
-@pytest.mark.parametrize(("shape", "axis"), [((5, 4, 3), None), ((5, 4, 3), 0), ((5, 4, 3), 1), ((50,), 0)])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((5, 4, 3), None), ((5, 4, 3), 0), ((5, 4, 3), 1), ((50,), 0)]
+)
 @pytest.mark.parametrize("piece", [1 << 17, 7])
 def test_the_gradient_of_a_learned_range_is_that_of_lsq(shape, axis, fmt, piece, monkeypatch):
-    monkeypatch.setattr("qdq.quantizer._PIECE", piece)  # in one piece, and in several of which the last is smaller
+    monkeypatch.setattr(
+        "qdq.quantizer._PIECE", piece
+    )  # in one piece, and in several of which the last is smaller
     x = torch.randn(shape)
     amax = torch.tensor(1.3) if axis is None else torch.rand(x.shape[axis]) + 0.7
     expected, of_inputs, of_range, weights = learned_by_torch(x, amax, fmt, axis)
@@ -360,7 +406,9 @@ def test_no_values_have_a_gradient_too(axis):
 
 def test_the_gradient_of_pact_is_that_of_what_is_clipped():
     x, amax = torch.tensor([-3.0, -0.31, 0.2, 1.5, 2.0]), torch.tensor(1.0, requires_grad=True)
-    (fake_quantize(x, amax, Format(8, narrow_range=True), range_rule="pact") * torch.arange(1, 6)).sum().backward()
+    (
+        fake_quantize(x, amax, Format(8, narrow_range=True), range_rule="pact") * torch.arange(1, 6)
+    ).sum().backward()
     assert amax.grad.item() * (5 * 127) ** 0.5 == pytest.approx(-1 + 4 + 5)
 
 
@@ -425,7 +473,9 @@ def test_the_shape_of_ranges_says_their_axis(shape, axis):
     assert (quantizer.axis, quantizer.range_axis) == (1 - axis, axis)
     same_bits(quantizer(weight), expected)
     calibrated = TensorQuantizer(QuantDescriptor(axis=1 - axis))
-    calibrated.amax = weight.abs().amax([dim for dim in range(4) if dim == axis or dim > 1], keepdim=True)
+    calibrated.amax = weight.abs().amax(
+        [dim for dim in range(4) if dim == axis or dim > 1], keepdim=True
+    )
     with pytest.raises(StateError, match="Changing shape"):
         calibrated.amax = amax
     for loaded in (TensorQuantizer(QuantDescriptor(axis=1 - axis)), calibrated):

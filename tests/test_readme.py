@@ -16,7 +16,12 @@ from qdq.cli.main import main, make_app
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
 
 
@@ -38,12 +43,19 @@ def _run(code, namespace):
 def _shape(text):
     """Lines without numbers and columns, sorted: with another torch two close layers may change places."""
     lines = [line for line in text.splitlines() if ".engine: " not in line]
-    return sorted(re.sub(r"[\s-]+", " ", re.sub(r"s?\d+(\.\d+)?(e[+-]\d+)?|\binf\b", "#", line)) for line in lines)
+    return sorted(
+        re.sub(r"[\s-]+", " ", re.sub(r"s?\d+(\.\d+)?(e[+-]\d+)?|\binf\b", "#", line))
+        for line in lines
+    )
 
 
 def test_tour_runs_and_prints_what_it_shows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```)?", _section("A tour"), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```)?",
+        _section("A tour"),
+        re.MULTILINE | re.DOTALL,
+    )
     assert len(blocks) >= 9
     namespace = {"__name__": "__main__"}
     for code, expected in blocks:
@@ -100,7 +112,12 @@ def test_flags_exist(capsys, monkeypatch):
     known = {verb: _help(capsys, monkeypatch, verb) for verb in verbs}
     parts = ("show", "merge", "solve")
     known["calibrate"] = "".join(_help(capsys, monkeypatch, "calibrate", part) for part in parts)
-    lines = [line for page in PAGES for block in _fences(page.read_text(), "bash") for line in block.splitlines()]
+    lines = [
+        line
+        for page in PAGES
+        for block in _fences(page.read_text(), "bash")
+        for line in block.splitlines()
+    ]
     for line in lines:
         if match := re.match(r"qdq ([a-z]+)(.*)", line):
             for flag in re.findall(r"(?<=\s)--?[a-z][a-z0-9-]*", match[2].partition("#")[0]):
@@ -147,7 +164,9 @@ def test_rules_and_errors_are_documented():
     rules = (ROOT / "docs" / "rules.md").read_text()
     sources = [*(ROOT / "qdq" / "check").rglob("*.py"), ROOT / "qdq" / "swap.py"]
     raised = {rule for path in sources for rule in re.findall(r'"(QDQ\d+)"', path.read_text())}
-    raised |= {rule for path in sources for rule in re.findall(r"\((R-[A-Z0-9-]+)", path.read_text())}
+    raised |= {
+        rule for path in sources for rule in re.findall(r"\((R-[A-Z0-9-]+)", path.read_text())
+    }
     assert {rule for rule in raised if rule not in rules} == set()
     named = set(re.findall(r"\| (QDQ\d+) \|", rules))
     assert named == {rule for rule in raised if rule.startswith("QDQ")}

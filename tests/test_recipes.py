@@ -21,7 +21,16 @@ ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "ptq_classifier.py"
 TUNING = ROOT / "recipes" / "qat_classifier.py"
 SMALL = [
-    *("--model", "squeezenet1_1", "--weights", "random", "--calib-batches", "2", "--eval-images", "4"),
+    *(
+        "--model",
+        "squeezenet1_1",
+        "--weights",
+        "random",
+        "--calib-batches",
+        "2",
+        "--eval-images",
+        "4",
+    ),
     *("--analysis-images", "2", "--batch-size", "2", "--max-float-layers", "0"),
 ]
 WRITTEN = [
@@ -79,7 +88,10 @@ def test_interrupted_at_every_stage_then_whole(tmp_path, pictures):
         ]
         assert_whole(folder)
     for stage, files in (("analyze", 1), ("export and check", 1), ("report", 1)):
-        assert run_recipe(RECIPE, arguments, tmp_path, Stop(stage, files, signal.SIGKILL))[0] == -signal.SIGKILL
+        assert (
+            run_recipe(RECIPE, arguments, tmp_path, Stop(stage, files, signal.SIGKILL))[0]
+            == -signal.SIGKILL
+        )
         assert_whole(folder)
         assert json.loads((folder / "run.json").read_text())["status"] == "running"
 
@@ -97,27 +109,62 @@ def test_interrupted_at_every_stage_then_whole(tmp_path, pictures):
     assert report["findings"] == []
 
 
-TUNED = ["--model", "squeezenet1_1", "--weights", "random", "--calib-batches", "2", "--eval-images", "4"]
+TUNED = [
+    "--model",
+    "squeezenet1_1",
+    "--weights",
+    "random",
+    "--calib-batches",
+    "2",
+    "--eval-images",
+    "4",
+]
 
 
 @pytest.mark.slow
 @pytest.mark.trt
 def test_fine_tuning_interrupted_then_whole(tmp_path, pictures):
     folder = tmp_path / "run"
-    arguments = [*TUNED, "--batch-size", "2", "--steps", "6", "--data-dir", pictures, "--output", folder]
+    arguments = [
+        *TUNED,
+        "--batch-size",
+        "2",
+        "--steps",
+        "6",
+        "--data-dir",
+        pictures,
+        "--output",
+        folder,
+    ]
     arguments += ["--loss", "both"]
     code, errors = run_recipe(TUNING, arguments, tmp_path, Stop("fine-tune", 1, signal.SIGINT))
     assert code == 130, errors
-    assert run_recipe(TUNING, arguments, tmp_path, Stop("fine-tune", 2, signal.SIGKILL))[0] == -signal.SIGKILL
+    assert (
+        run_recipe(TUNING, arguments, tmp_path, Stop("fine-tune", 2, signal.SIGKILL))[0]
+        == -signal.SIGKILL
+    )
     code, errors = run_recipe(TUNING, arguments, tmp_path)
     assert code == 0, errors
     assert "6 steps" in (tmp_path / "output.txt").read_text()
     written = {path.name for path in (folder / "tuning").iterdir()}
-    assert written == {"last.safetensors", "state.safetensors", "tuning.json"}  # with labels nothing is held out
+    assert written == {
+        "last.safetensors",
+        "state.safetensors",
+        "tuning.json",
+    }  # with labels nothing is held out
     report = json.loads((folder / "report.json").read_text())
-    assert report["summary"]["weighted_layers_swapped"] == report["summary"]["census_expected_int8"] == 26
+    assert (
+        report["summary"]["weighted_layers_swapped"]
+        == report["summary"]["census_expected_int8"]
+        == 26
+    )
     assert report["summary"]["census_missing_int8"] == []
-    assert [row["name"] for row in report["evaluation"]["candidates"]] == ["float", "calibrated", "fine-tuned", "ONNX"]
+    assert [row["name"] for row in report["evaluation"]["candidates"]] == [
+        "float",
+        "calibrated",
+        "fine-tuned",
+        "ONNX",
+    ]
 
 
 @pytest.mark.slow
@@ -133,9 +180,14 @@ def test_fine_tuning_in_two_processes_gives_what_one_gives(tmp_path, pictures, p
 
     stop = Stop("export and check", 0, signal.SIGKILL)
     assert run_recipe(TUNING, [*arguments, tmp_path / "one"], tmp_path, stop)[0] == -signal.SIGKILL
-    two, one = (json.loads((tmp_path / name / "tuning" / "tuning.json").read_text()) for name in ("two", "one"))
+    two, one = (
+        json.loads((tmp_path / name / "tuning" / "tuning.json").read_text())
+        for name in ("two", "one")
+    )
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
-    assert [m["metric"] for m in two["curve"]] == pytest.approx([m["metric"] for m in one["curve"]], abs=1e-2)
+    assert [m["metric"] for m in two["curve"]] == pytest.approx(
+        [m["metric"] for m in one["curve"]], abs=1e-2
+    )
 
 
 def empty_folder(tmp_path):
@@ -167,7 +219,9 @@ def unknown_layer(tmp_path):
 
 
 def foreign_profile(tmp_path):
-    (tmp_path / "profile.json").write_text('[{"count": 1}, {"name": "layer1.0.conv1/Conv", "averageMs": 1.0}]')
+    (tmp_path / "profile.json").write_text(
+        '[{"count": 1}, {"name": "layer1.0.conv1/Conv", "averageMs": 1.0}]'
+    )
     return ["--profile", tmp_path / "profile.json"]
 
 
@@ -180,8 +234,14 @@ def bad_pattern(tmp_path):
     ("arguments", "found"),
     [
         (["--exclude", "re:("], "'re:(' is no regular expression"),
-        (["--exclude", "featurs.*"], "the pattern 'featurs.*' in exclude matches no module and no call"),
-        (["--exclude", "classifier", "nothing"], "the pattern 'nothing' in exclude matches no module and no call"),
+        (
+            ["--exclude", "featurs.*"],
+            "the pattern 'featurs.*' in exclude matches no module and no call",
+        ),
+        (
+            ["--exclude", "classifier", "nothing"],
+            "the pattern 'nothing' in exclude matches no module and no call",
+        ),
         (foreign_profile, "no layer of the model is named in the kernels"),
         (["--groups", "re:["], "'re:[' is no regular expression"),
         (["--groups", "no_such_*"], "the pattern 'no_such_*' of groups matches no quantized layer"),
@@ -218,14 +278,18 @@ def bad_pattern(tmp_path):
     ],
 )
 @pytest.mark.parametrize("program", ["recipe", "qdq ptq"])
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, program, arguments, found):
+def test_bad_input_is_one_line_and_exit_code_2(
+    tmp_path, monkeypatch, capsys, program, arguments, found
+):
     from qdq.cli import main
     from qdq.cli.recipes import load_recipe
 
     monkeypatch.chdir(tmp_path)
     given = arguments(tmp_path) if callable(arguments) else arguments
     defaults = {"--model": "squeezenet1_1", "--weights": "random", "--output": "run"}
-    argv = [str(a) for a in given] + [part for pair in defaults.items() if pair[0] not in given for part in pair]
+    argv = [str(a) for a in given] + [
+        part for pair in defaults.items() if pair[0] not in given for part in pair
+    ]
     argv.append("-q")  # how many images there are, and what labels, is told as a warning
     monkeypatch.setattr(sys, "argv", [RECIPE.name, *argv])
     run = {
@@ -267,9 +331,18 @@ def test_calls_may_be_excluded():
         (["--layers", "features.1"], "the pattern 'features.1' in layers matches no module"),
         (["--layers", "re:("], "'re:(' is no regular expression"),
         (["--exclude", "re:("], "'re:(' is no regular expression"),
-        (["--exclude", "no_such_layer"], "the pattern 'no_such_layer' in exclude matches no module and no call"),
-        (["--layers", "classifier.1", "--exclude", "classifier"], "'classifier.1' in layers matches is excluded"),
-        (["--layers", "classifier", "--exclude", "re:.*[.]1"], "'classifier' in layers matches is excluded"),
+        (
+            ["--exclude", "no_such_layer"],
+            "the pattern 'no_such_layer' in exclude matches no module and no call",
+        ),
+        (
+            ["--layers", "classifier.1", "--exclude", "classifier"],
+            "'classifier.1' in layers matches is excluded",
+        ),
+        (
+            ["--layers", "classifier", "--exclude", "re:.*[.]1"],
+            "'classifier' in layers matches is excluded",
+        ),
         (["--ranges", "free"], 'invalid value "free" for --ranges'),
         (["--plan", "missing.yaml"], "cannot read missing.yaml"),
     ],
@@ -303,7 +376,9 @@ def test_patience_where_nothing_is_measured(tmp_path, monkeypatch, capsys, pictu
 
 
 @pytest.mark.parametrize("verb", ["ptq", "qat"])
-def test_what_is_read_from_the_run_folder_is_still_there_when_the_run_ends(tmp_path, monkeypatch, capsys, verb):
+def test_what_is_read_from_the_run_folder_is_still_there_when_the_run_ends(
+    tmp_path, monkeypatch, capsys, verb
+):
     import qdq
     from qdq.cli.main import main
 
@@ -312,12 +387,36 @@ def test_what_is_read_from_the_run_folder_is_still_there_when_the_run_ends(tmp_p
     plan = "layers: {features.0: float}  # a note of the user"
     for name in ("classifier.1", "features.3.squeeze"):
         plan = plan.replace("}", f", {name}: int8}}")
-    kernels = [{"name": "features.3.squeeze", "averageMs": 0.1}, {"name": "features.3.expand1x1", "averageMs": 0.1}]
-    contents = {"plan.yaml": plan, "model.profile.json": json.dumps(kernels), "notes.txt": "of the user"}
+    kernels = [
+        {"name": "features.3.squeeze", "averageMs": 0.1},
+        {"name": "features.3.expand1x1", "averageMs": 0.1},
+    ]
+    contents = {
+        "plan.yaml": plan,
+        "model.profile.json": json.dumps(kernels),
+        "notes.txt": "of the user",
+    }
     for name, content in (contents | {"model.onnx": "stale"}).items():
         (folder / name).write_text(content)
-    options = ["--model", "squeezenet1_1", "--weights", "random", "--eval-images", "2", "--calib-batches", "1"]
-    options += ["--batch-size", "2", "--plan", str(folder / "plan.yaml"), "--output", str(folder), "-q"]
+    options = [
+        "--model",
+        "squeezenet1_1",
+        "--weights",
+        "random",
+        "--eval-images",
+        "2",
+        "--calib-batches",
+        "1",
+    ]
+    options += [
+        "--batch-size",
+        "2",
+        "--plan",
+        str(folder / "plan.yaml"),
+        "--output",
+        str(folder),
+        "-q",
+    ]
     options += ["--profile", str(folder / "model.profile.json")] if verb == "ptq" else []
 
     def stop(*_):
@@ -353,5 +452,7 @@ def test_weights_that_cannot_be_fetched(tmp_path, monkeypatch, capsys):
         main(["ptq", "--model", "squeezenet1_1", "--output", str(tmp_path / "run")])
     assert exit.value.code == 2
     error, fix = capsys.readouterr().err.strip().splitlines()
-    assert error.startswith("error: cannot fetch the weights SqueezeNet1_1_Weights.IMAGENET1K_V1 from https://")
+    assert error.startswith(
+        "error: cannot fetch the weights SqueezeNet1_1_Weights.IMAGENET1K_V1 from https://"
+    )
     assert "--weights random" in fix

@@ -22,9 +22,13 @@ pytestmark = pytest.mark.trt
 @pytest.fixture
 def stages(residual, tmp_path):
     """What every stage returned for the small network, as the arguments of `write_report`."""
-    net = LoadedModel("small", residual, "random", Preprocess(12, 12, (0.0,) * 3, (1.0,) * 3), 16, None)
+    net = LoadedModel(
+        "small", residual, "random", Preprocess(12, 12, (0.0,) * 3, (1.0,) * 3), 16, None
+    )
     calibration = ImageBatches(torch.randn(4, 3, 12, 12), None, 2, 4, "4 random images", "none")
-    images = ImageBatches(torch.randn(6, 3, 12, 12), [0, 1, 2, 3, 4, 0], 4, 6, "6 random images", "made up")
+    images = ImageBatches(
+        torch.randn(6, 3, 12, 12), [0, 1, 2, 3, 4, 0], 4, 6, "6 random images", "made up"
+    )
     run = qdq.start_run(tmp_path / "run", seed=7, settings={"model": "small", "output": tmp_path})
     run.stage("everything")
     logits = {"float": qdq.predict(residual, images)}
@@ -35,14 +39,26 @@ def stages(residual, tmp_path):
     analysis = qdq.analyze_layers(residual, calibration, max_float_layers=1)
     logits["mixed"] = qdq.predict(residual, images)
     exported = qdq.export_onnx(residual, calibration.images, run.folder / "model.onnx")
-    check = qdq.check_onnx(exported.path, expected=logits["mixed"], found=qdq.predict(exported.path, images))
+    check = qdq.check_onnx(
+        exported.path, expected=logits["mixed"], found=qdq.predict(exported.path, images)
+    )
     build = qdq.build_engine(exported.path, backend="rtx")
     evaluation = qdq.evaluate_outputs(logits, images.labels, files={"float": residual})
     return {
-        "run": run, "model": net, "calibration": calibration, "images": images, "folded": folded, "plan": plan,
-        "rewired": rewired, "ranges": ranges, "analysis": analysis, "exported": exported, "check": check,
-        "build": build, "evaluation": evaluation,
-    }  # fmt: skip
+        "run": run,
+        "model": net,
+        "calibration": calibration,
+        "images": images,
+        "folded": folded,
+        "plan": plan,
+        "rewired": rewired,
+        "ranges": ranges,
+        "analysis": analysis,
+        "exported": exported,
+        "check": check,
+        "build": build,
+        "evaluation": evaluation,
+    }
 
 
 def test_report_says_what_the_stages_found(stages, capsys):
@@ -53,8 +69,11 @@ def test_report_says_what_the_stages_found(stages, capsys):
     assert written["model"] == "small, random"
     digest = hashlib.sha256(b"0,1,2,3,4,0").hexdigest()[:16]
     assert written["data"] == {
-        "calibration": "4 random images", "evaluation": "6 random images", "labels": "made up", "labels_digest": digest,
-    }  # fmt: skip
+        "calibration": "4 random images",
+        "evaluation": "6 random images",
+        "labels": "made up",
+        "labels_digest": digest,
+    }
     assert written["settings"] == {"model": "small", "output": str(folder.parent)}
     assert written["seed"] == 7
     assert written["environment"]["torch"] == torch.__version__.partition("+")[0]
@@ -66,13 +85,19 @@ def test_report_says_what_the_stages_found(stages, capsys):
     assert summary["float_layers"] == stages["analysis"].float_layers
     assert len(summary["float_layers"]) == 1
     assert summary["int8_macs"] == pytest.approx(stages["build"].int8_share)
-    assert qdq.gate_run(folder, min_agreement=0, min_int8_macs=summary["int8_macs"], max_size=1).passed
+    assert qdq.gate_run(
+        folder, min_agreement=0, min_int8_macs=summary["int8_macs"], max_size=1
+    ).passed
     assert summary["census_expected_int8"] == 2  # three layers, one of them left in float
     assert summary["census_missing_int8"] == written["findings"] == []
     assert summary["missed_modules"] == summary["layers_without_range"] == []
     assert summary["onnx_megabytes"] == pytest.approx((folder / "model.onnx").stat().st_size / 1e6)
-    assert summary["engine_megabytes"] == pytest.approx((folder / "model.rtx.engine").stat().st_size / 1e6)
-    assert summary["candidates"]["mixed"]["sqnr_db"] == pytest.approx(stages["evaluation"].candidates[1].sqnr_db)
+    assert summary["engine_megabytes"] == pytest.approx(
+        (folder / "model.rtx.engine").stat().st_size / 1e6
+    )
+    assert summary["candidates"]["mixed"]["sqnr_db"] == pytest.approx(
+        stages["evaluation"].candidates[1].sqnr_db
+    )
     assert summary["candidates"]["float"]["sqnr_db"] is None  # infinite: JSON has no word for it
     assert summary["parity"]["images"] == 6
 
@@ -121,17 +146,28 @@ def test_fine_tuning_stands_in_all_three_files(stages):
     tuned = Tuned((0.5, 0.25), ({"step": 0, "metric": 10.0}, {"step": 2, "metric": 20.0}))
     report = qdq.write_report(**stages, tuning=tuned)
     written = json.loads(report.path.read_text())["tuning"]
-    assert written == {"losses": [0.5, 0.25], "curve": list(tuned.curve), "text": "2 steps of fine-tuning"}
+    assert written == {
+        "losses": [0.5, 0.25],
+        "curve": list(tuned.curve),
+        "text": "2 steps of fine-tuning",
+    }
     assert "Fine-tuning\n  2 steps of fine-tuning" in report.text
     assert "step 2: 20" in report.page.read_text()
 
 
 def test_findings_of_every_kind_give_exit_code_1(stages):
-    check = replace(stages["check"], findings=(Finding("QDQ190", "model.onnx", "differs", "export again."),))
-    ranges = [replace(stages["ranges"][0], amax=None, note="left in float: it saw zeros only"), *stages["ranges"][1:]]
+    check = replace(
+        stages["check"], findings=(Finding("QDQ190", "model.onnx", "differs", "export again."),)
+    )
+    ranges = [
+        replace(stages["ranges"][0], amax=None, note="left in float: it saw zeros only"),
+        *stages["ranges"][1:],
+    ]
     lost = next(layer for layer in stages["build"].layers if layer.expected_int8)
-    layers = [replace(layer, int8=False, reason="no int8 kernel") if layer is lost else layer
-              for layer in stages["build"].layers]  # fmt: skip
+    layers = [
+        replace(layer, int8=False, reason="no int8 kernel") if layer is lost else layer
+        for layer in stages["build"].layers
+    ]
     build = replace(stages["build"], layers=layers)
     report = qdq.write_report(**{**stages, "check": check, "ranges": ranges, "build": build})
     assert report.exit_code == 1

@@ -10,7 +10,16 @@ import torch
 from torch import nn
 
 import qdq
-from qdq import ArgumentError, CheckError, Format, Statistics, check_onnx, collect_statistics, export_onnx, solve_ranges
+from qdq import (
+    ArgumentError,
+    CheckError,
+    Format,
+    Statistics,
+    check_onnx,
+    collect_statistics,
+    export_onnx,
+    solve_ranges,
+)
 from qdq.observers.solve import SOLVERS
 from qdq.observers.statistics import TensorStatistics
 from qdq.quantizer import compute_scale
@@ -48,7 +57,9 @@ def export(model, statistics, images, path, method, **options):
 def test_scale_is_that_of_the_quantizer_to_the_last_bit():
     amax = np.float32(10) ** np.random.default_rng(0).uniform(-30, 30, 20_000).astype(np.float32)
     for fmt in (Format(), Format(4), Format(8, unsigned=True), Format(16)):
-        np.testing.assert_array_equal(scale_of(amax, fmt), compute_scale(torch.from_numpy(amax), fmt).numpy())
+        np.testing.assert_array_equal(
+            scale_of(amax, fmt), compute_scale(torch.from_numpy(amax), fmt).numpy()
+        )
         assert scale_of(0.0, fmt) == compute_scale(torch.tensor(0.0), fmt).item() > 0
 
 
@@ -69,7 +80,11 @@ def test_is_a_new_export(prepared, images, tmp_path, method):
     assert "qdq.ranges_sha256" not in metadata[0]
     del metadata[1]["qdq.ranges_sha256"]
     assert metadata[0] == metadata[1]
-    assert not [finding for finding in check_onnx(tmp_path / "new.onnx").findings if finding.severity == "error"]
+    assert not [
+        finding
+        for finding in check_onnx(tmp_path / "new.onnx").findings
+        if finding.severity == "error"
+    ]
 
 
 def test_a_quantizer_that_shares_a_range_gets_it(tmp_path):
@@ -78,7 +93,11 @@ def test_a_quantizer_that_shares_a_range_gets_it(tmp_path):
     class Branches(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.c = nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(32, 32, 3)
+            self.a, self.b, self.c = (
+                nn.Conv2d(16, 16, 3),
+                nn.Conv2d(16, 16, 3, padding=1),
+                nn.Conv2d(32, 32, 3),
+            )
 
         def forward(self, x):
             x = torch.relu(self.a(x))
@@ -89,7 +108,9 @@ def test_a_quantizer_that_shares_a_range_gets_it(tmp_path):
     qdq.rewire_operations(model, images)
     statistics = collect_statistics(model, [images])
     old = export(model, statistics, images, tmp_path / "old.onnx", "max")
-    assert any(f"{name}.scale" in initializers(old) for name in statistics.shared), "the case that is to be tested"
+    assert any(f"{name}.scale" in initializers(old) for name in statistics.shared), (
+        "the case that is to be tested"
+    )
     fresh = export(model, statistics, images, tmp_path / "fresh.onnx", "gauss")
     rescaling = rescale_onnx(old, tmp_path / "new.onnx", statistics, method="gauss")
     assert rescaling.is_whole
@@ -100,7 +121,9 @@ def test_a_quantizer_that_shares_a_range_gets_it(tmp_path):
 def test_halves(prepared, images, tmp_path, method):
     model, statistics = prepared
     old = export(model, statistics, images, tmp_path / "old.onnx", "mse", precision="fp16")
-    assert any(name.endswith(".scale.fp16") for name in initializers(old)), "the case that is to be tested"
+    assert any(name.endswith(".scale.fp16") for name in initializers(old)), (
+        "the case that is to be tested"
+    )
     fresh = export(model, statistics, images, tmp_path / "fresh.onnx", method, precision="fp16")
     assert rescale_onnx(old, tmp_path / "new.onnx", statistics, method=method).is_whole
     assert_same_numbers(tmp_path / "new.onnx", fresh)
@@ -109,8 +132,11 @@ def test_halves(prepared, images, tmp_path, method):
 def test_range_that_halves_cannot_hold_is_refused(prepared, images, tmp_path):
     model, statistics = prepared
     old = export(model, statistics, images, tmp_path / "old.onnx", "mse", precision="fp16")
-    huge = Statistics({name: scaled(tensor, 1e9) for name, tensor in statistics.tensors.items()},
-                      statistics.formats, shared=statistics.shared)  # fmt: skip
+    huge = Statistics(
+        {name: scaled(tensor, 1e9) for name, tensor in statistics.tensors.items()},
+        statistics.formats,
+        shared=statistics.shared,
+    )
     rescaling = rescale_onnx(old, tmp_path / "new.onnx", huge, method="max")
     assert not rescaling.is_whole
     assert all("does not fit float16" in reason for reason in rescaling.refused.values())
@@ -122,7 +148,9 @@ def test_range_that_halves_cannot_hold_is_refused(prepared, images, tmp_path):
 def scaled(tensor, factor):
     records = tensor.records.copy()
     records[:, :2] *= factor  # low and high
-    return TensorStatistics(tensor.counts, tensor.exponent, tensor.channel_absmax, tensor.numbers, records)
+    return TensorStatistics(
+        tensor.counts, tensor.exponent, tensor.channel_absmax, tensor.numbers, records
+    )
 
 
 def test_what_does_not_match_is_named(prepared, images, tmp_path):
@@ -130,8 +158,10 @@ def test_what_does_not_match_is_named(prepared, images, tmp_path):
     old = export(model, statistics, images, tmp_path / "old.onnx", "mse")
     first, second, *_ = statistics.tensors
     part = statistics.select(first)
-    moved = Statistics({first: part.tensors[first], "elsewhere": statistics.tensors[second]},
-                       {first: Format(), "elsewhere": Format()})  # fmt: skip
+    moved = Statistics(
+        {first: part.tensors[first], "elsewhere": statistics.tensors[second]},
+        {first: Format(), "elsewhere": Format()},
+    )
     rescaling = rescale_onnx(old, tmp_path / "new.onnx", moved, method="max")
     assert set(rescaling.changed) == {first}
     assert rescaling.missing == ("elsewhere",)
@@ -147,7 +177,9 @@ def test_tensor_of_zeros_keeps_its_scale(prepared, images, tmp_path):
     model, statistics = prepared
     old = export(model, statistics, images, tmp_path / "old.onnx", "mse")
     nothing = {name: TensorStatistics.empty() for name in statistics.tensors}
-    rescaling = rescale_onnx(old, tmp_path / "new.onnx", Statistics(nothing, statistics.formats), method="mse")
+    rescaling = rescale_onnx(
+        old, tmp_path / "new.onnx", Statistics(nothing, statistics.formats), method="mse"
+    )
     assert set(rescaling.refused.values()) == {"the statistics saw no value above 0 there"}
     assert_same_numbers(tmp_path / "new.onnx", old)
 
@@ -214,6 +246,12 @@ def test_a_bias_fits_the_new_scale_of_its_input(tmp_path):
     model[1]._input_quantizer.amax = 1.0
     path = export_onnx(model, images, tmp_path / "old.onnx").path
     rescale_onnx(path, tmp_path / "new.onnx", statistics, method="max")
-    assert not [finding for finding in check_onnx(tmp_path / "new.onnx").findings if finding.rule == "QDQ140"]
-    plain, default = (qdq.predict(tmp_path / "new.onnx", [images], session=name) for name in ("plain", "default"))
+    assert not [
+        finding
+        for finding in check_onnx(tmp_path / "new.onnx").findings
+        if finding.rule == "QDQ140"
+    ]
+    plain, default = (
+        qdq.predict(tmp_path / "new.onnx", [images], session=name) for name in ("plain", "default")
+    )
     np.testing.assert_allclose(default, plain, atol=0.01)

@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import qdq
-from qdq import ArgumentError, calibrate_model, fake_quantize, restore_modules, rewire_operations, swap_modules
+from qdq import (
+    ArgumentError,
+    calibrate_model,
+    fake_quantize,
+    restore_modules,
+    rewire_operations,
+    swap_modules,
+)
 from qdq.check import OnnxModel
 from qdq.nn import QuantConv2d
 from qdq.nn.functions import QuantFunctionsMixin
@@ -90,18 +97,27 @@ class TestResidual:
         assert plan.shared == {"blocks.0.conv1._input_quantizer": ("blocks.0._add_quantizer",)}
         block = model.blocks[0]
         x = F.relu(model.stem(images))
-        expected = block.conv2(F.relu(block.conv1(x))) + fake_quantize(x, block.conv1.input_quantizer.amax)
+        expected = block.conv2(F.relu(block.conv1(x))) + fake_quantize(
+            x, block.conv1.input_quantizer.amax
+        )
         assert torch.equal(block(x), F.relu(expected))
 
     def test_downsample_has_its_own_and_parallel_convolutions_share(self, images):
         model = Network(Block(downsample=True))
         plan = build(model, images)
-        assert plan.shared == {"blocks.0.conv1._input_quantizer": ("blocks.0.downsample._input_quantizer",)}
+        assert plan.shared == {
+            "blocks.0.conv1._input_quantizer": ("blocks.0.downsample._input_quantizer",)
+        }
         block = model.blocks[0]
         x = F.relu(model.stem(images))
         identity = block.downsample(x)
-        assert block._add_quantizer.amax not in (block.conv1.input_quantizer.amax, block.conv2.input_quantizer.amax)
-        expected = block.conv2(F.relu(block.conv1(x))) + fake_quantize(identity, block._add_quantizer.amax)
+        assert block._add_quantizer.amax not in (
+            block.conv1.input_quantizer.amax,
+            block.conv2.input_quantizer.amax,
+        )
+        expected = block.conv2(F.relu(block.conv1(x))) + fake_quantize(
+            identity, block._add_quantizer.amax
+        )
         assert torch.equal(block(x), F.relu(expected))
 
     def test_the_longer_branch_is_no_shortcut_on_either_side(self, images):
@@ -126,7 +142,9 @@ class TestResidual:
         for exclude in ((), ["blocks.0.first"]):  # whether that convolution is int8 does not matter
             model = Network(Bottleneck()).eval()
             swap_modules(model, images, exclude=exclude)
-            (add,) = [op for op in rewire_operations(model, images).operations if op.function == "add"]
+            (add,) = [
+                op for op in rewire_operations(model, images).operations if op.function == "add"
+            ]
             assert add.action == "float"
             assert "R-ADD-2" in add.reason
             calibrate_model(model, [images], method="max")
@@ -156,13 +174,18 @@ class TestResidual:
         model = Network(Block()).eval()
         swap_modules(model, images, exclude=["blocks.0.conv2"])
         plan = rewire_operations(model, images)
-        assert "blocks.0.conv2 is in float" in next(op.reason for op in plan.operations if op.function == "add")
+        assert "blocks.0.conv2 is in float" in next(
+            op.reason for op in plan.operations if op.function == "add"
+        )
 
     def test_float_branch_beside_an_int8_one_is_the_shortcut(self, images):
         class Reparametrized(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.wide, self.scale = conv(), conv(size=1, groups=WIDTH)  # R-CONV-3 leaves the second in float
+                self.wide, self.scale = (
+                    conv(),
+                    conv(size=1, groups=WIDTH),
+                )  # R-CONV-3 leaves the second in float
 
             def forward(self, x):
                 return F.relu(self.wide(x) + self.scale(x))
@@ -183,14 +206,19 @@ class TestResidual:
                 return self.conv(x) + self.offset + x
 
         plan = build(Outside(), images)
-        assert [op.reason for op in plan.operations] == ["an operand is the input of the network (R-ADD-2)"]
+        assert [op.reason for op in plan.operations] == [
+            "an operand is the input of the network (R-ADD-2)"
+        ]
 
     def test_a_block_that_runs_twice_has_one_range(self, images):
         block = Block()
         model = Network(block, block)
         build(model, images)
         x = F.relu(model.stem(images))
-        assert block.conv1.input_quantizer.amax >= torch.maximum(x.abs().max(), block(x).abs().max()) * 0.99
+        assert (
+            block.conv1.input_quantizer.amax
+            >= torch.maximum(x.abs().max(), block(x).abs().max()) * 0.99
+        )
         assert sum(isinstance(q, SharedQuantizer) for _, q in named_quantizers(model)) == 1
 
 
@@ -227,12 +255,16 @@ class TestSharing:
         quantized = block.downsample(x)
         with qdq.disable_quantization(block.conv1):
             assert torch.equal(block.downsample(x), quantized)
-            assert torch.equal(block.conv1(x), F.conv2d(x, block.conv1.weight, block.conv1.bias, padding=1))
+            assert torch.equal(
+                block.conv1(x), F.conv2d(x, block.conv1.weight, block.conv1.bias, padding=1)
+            )
 
     def test_formats_that_differ_do_not_share(self, images):
         model = Network(Block(downsample=True)).eval()
         swap_modules(model, images, include="*")
-        model.blocks[0].downsample._input_quantizer = TensorQuantizer(qdq.QuantDescriptor(num_bits=4))
+        model.blocks[0].downsample._input_quantizer = TensorQuantizer(
+            qdq.QuantDescriptor(num_bits=4)
+        )
         assert rewire_operations(model, images).shared == {}
 
     def test_nearest_upsampling_copies_and_bilinear_does_not(self, images):
@@ -258,25 +290,36 @@ class TestWeights:
 
         def forward(self, x):
             q, k, v = F.linear(x, self.qkv.weight, self.qkv.bias).chunk(3, -1)
-            return F.linear((q @ k.transpose(-2, -1)).softmax(-1) @ v, self.proj.weight, self.proj.bias)
+            return F.linear(
+                (q @ k.transpose(-2, -1)).softmax(-1) @ v, self.proj.weight, self.proj.bias
+            )
 
     def test_linear_as_a_function(self):
-        model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), self.Attention()), torch.randn(2, 5, WIDTH)
+        model, x = (
+            nn.Sequential(nn.Linear(WIDTH, WIDTH), self.Attention()),
+            torch.randn(2, 5, WIDTH),
+        )
         plan = build(model, x)
         assert actions(plan) == {
-            "1.linear": "quantize", "1.matmul": "float", "1.matmul_1": "float", "1.linear_1": "quantize",
-        }  # fmt: skip
+            "1.linear": "quantize",
+            "1.matmul": "float",
+            "1.matmul_1": "float",
+            "1.linear_1": "quantize",
+        }
         attention = model[1]
         weight = attention.qkv.weight
         amax = weight.detach().abs().amax(1)
         assert torch.equal(attention._linear_input1_quantizer.amax.flatten(), amax)
         hidden = model[0](x)
         quantized = (
-            fake_quantize(hidden, attention._linear_input0_quantizer.amax), fake_quantize(weight, amax, axis=0)
-        )  # fmt: skip
+            fake_quantize(hidden, attention._linear_input0_quantizer.amax),
+            fake_quantize(weight, amax, axis=0),
+        )
         q, k, v = F.linear(*quantized, attention.qkv.bias).chunk(3, -1)
         mixed = (q @ k.transpose(-2, -1)).softmax(-1) @ v
-        proj = fake_quantize(attention.proj.weight, attention.proj.weight.detach().abs().amax(1), axis=0)
+        proj = fake_quantize(
+            attention.proj.weight, attention.proj.weight.detach().abs().amax(1), axis=0
+        )
         amax = attention._linear_1_input0_quantizer.amax
         expected = F.linear(fake_quantize(mixed, amax), proj, attention.proj.bias)
         torch.testing.assert_close(model(x), expected)
@@ -317,11 +360,17 @@ class TestWeights:
         calibrate_model(model, [images])
         block = model[0]
         weight = block.conv.weight - block.conv.weight.mean((1, 2, 3), keepdim=True)
-        assert torch.allclose(block.conv._conv2d_input1_quantizer.amax.flatten(), weight.abs().amax((1, 2, 3)))
+        assert torch.allclose(
+            block.conv._conv2d_input1_quantizer.amax.flatten(), weight.abs().amax((1, 2, 3))
+        )
         file = qdq.export_onnx(model, images, tmp_path / "model.onnx").path
-        assert not [finding for finding in qdq.check_onnx(file).findings if finding.severity != "info"]
+        assert not [
+            finding for finding in qdq.check_onnx(file).findings if finding.severity != "info"
+        ]
         stored = [value for value in onnx.load(file).graph.initializer if len(value.dims) == 4]
-        assert {value.data_type for value in stored if value.dims[0] == WIDTH} == {onnx.TensorProto.INT8}
+        assert {value.data_type for value in stored if value.dims[0] == WIDTH} == {
+            onnx.TensorProto.INT8
+        }
         with torch.no_grad():
             expected = model(images).numpy()
         np.testing.assert_allclose(OnnxModel(file)(images.numpy())[0], expected, atol=0.05)
@@ -330,7 +379,10 @@ class TestWeights:
         class Projection(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.layer, self.weight = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.randn(WIDTH, WIDTH))
+                self.layer, self.weight = (
+                    nn.Linear(WIDTH, WIDTH),
+                    nn.Parameter(torch.randn(WIDTH, WIDTH)),
+                )
 
             def forward(self, x):
                 return self.layer(x) @ self.weight
@@ -349,7 +401,9 @@ class TestWeights:
             def __init__(self):
                 super().__init__()
                 self.stem = conv(3)
-                self.first, self.last = (nn.Parameter(torch.randn(WIDTH, WIDTH, 3, 3)) for _ in range(2))
+                self.first, self.last = (
+                    nn.Parameter(torch.randn(WIDTH, WIDTH, 3, 3)) for _ in range(2)
+                )
 
             def forward(self, x):
                 x = F.relu(F.conv2d(F.relu(self.stem(x)), self.first, padding=1))
@@ -367,11 +421,16 @@ class TestWeights:
         assert not [name for name, _ in named_quantizers(model) if "add" in name]
 
     def test_included_by_name(self):
-        model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), self.Attention()), torch.randn(2, 5, WIDTH)
+        model, x = (
+            nn.Sequential(nn.Linear(WIDTH, WIDTH), self.Attention()),
+            torch.randn(2, 5, WIDTH),
+        )
         plan = build(model, x, include=["*.matmul"], exclude="1.linear_1")
         assert actions(plan)["1.matmul"] == "quantize"
         assert actions(plan)["1.linear_1"] == "float"
-        assert {"_matmul_input0_quantizer", "_matmul_input1_quantizer"} <= dict(model[1].named_children()).keys()
+        assert {"_matmul_input0_quantizer", "_matmul_input1_quantizer"} <= dict(
+            model[1].named_children()
+        ).keys()
 
 
 class TestIdentity:
@@ -387,7 +446,10 @@ class TestIdentity:
 
     def test_restored(self, images):
         model = Network(Block(), Block(downsample=True)).eval()
-        before, expected = {name: (type(m), set(vars(m))) for name, m in model.named_modules()}, model(images)
+        before, expected = (
+            {name: (type(m), set(vars(m))) for name, m in model.named_modules()},
+            model(images),
+        )
         build(model, images)
         assert not torch.equal(model(images), expected)
         restore_modules(model)
@@ -413,14 +475,21 @@ class TestIdentity:
         build(model, images)
         expected = model(images)
         torch.save(model, tmp_path / "model.pt")
-        for other in (pickle.loads(pickle.dumps(model)), torch.load(tmp_path / "model.pt", weights_only=False)):  # noqa: S301
-            assert isinstance(other, QuantFunctionsMixin) and isinstance(other, torch.fx.GraphModule)
+        for other in (
+            pickle.loads(pickle.dumps(model)),  # noqa: S301
+            torch.load(tmp_path / "model.pt", weights_only=False),
+        ):
+            assert isinstance(other, QuantFunctionsMixin) and isinstance(
+                other, torch.fx.GraphModule
+            )
             assert torch.equal(other(images), expected)
             assert set(other.state_dict()) == set(model.state_dict())
             again = pickle.loads(pickle.dumps(copy.deepcopy(other)))  # noqa: S301
             assert torch.equal(again(images), expected)
             restore_modules(other)
-            assert not isinstance(other, QuantFunctionsMixin) and not torch.equal(other(images), expected)
+            assert not isinstance(other, QuantFunctionsMixin) and not torch.equal(
+                other(images), expected
+            )
         assert torch.equal(model(images), expected)
 
     def test_a_copy_shares_with_itself_alone(self, images):
@@ -428,7 +497,10 @@ class TestIdentity:
         build(model, images)
         other = copy.deepcopy(model)
         other.blocks[0].conv1.input_quantizer.amax.mul_(2)
-        assert other.blocks[0].downsample.input_quantizer.amax == 2 * model.blocks[0].downsample.input_quantizer.amax
+        assert (
+            other.blocks[0].downsample.input_quantizer.amax
+            == 2 * model.blocks[0].downsample.input_quantizer.amax
+        )
 
     def test_isinstance_and_type_name(self, images):
         model = Network(Block())
@@ -475,7 +547,9 @@ class TestIdentity:
             thread.start()
         for thread in threads:
             thread.join()
-        assert all(torch.equal(output, expected) for outputs in found.values() for output in outputs)
+        assert all(
+            torch.equal(output, expected) for outputs in found.values() for output in outputs
+        )
 
 
 class TestReach:
@@ -486,7 +560,9 @@ class TestReach:
                 self.inner, self.conv = Block(), conv()
 
             def forward(self, x):
-                return self.conv(self.inner(x)) + x  # the first add of this forward, the second that runs
+                return (
+                    self.conv(self.inner(x)) + x
+                )  # the first add of this forward, the second that runs
 
         model = Network(Outer())
         plan = build(model, images)
@@ -506,7 +582,9 @@ class TestReach:
         build(model, images)
         x = F.relu(model.stem(images))
         block = model.blocks[0]
-        expected = F.relu(block.conv2(F.relu(block.conv1(x))) + fake_quantize(x, block._add_quantizer.amax))
+        expected = F.relu(
+            block.conv2(F.relu(block.conv1(x))) + fake_quantize(x, block._add_quantizer.amax)
+        )
         assert torch.equal(block(x), expected)
 
     @pytest.mark.parametrize("kind", ["closure", "method", "class's own"])
@@ -570,7 +648,9 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 @pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.parametrize("compile_model", [compile_whole, compile_part, compile_in_place])
 @pytest.mark.parametrize("mode", ["evaluation", "with gradients", "training"])
@@ -588,7 +668,9 @@ def test_a_compiled_model_computes_the_same(compile_model, mode, images):
             outputs.sum().backward()
     gradients = [parameter.grad for parameter in other.parameters()]
     for gradient, parameter in zip(gradients, model.parameters(), strict=True):
-        assert (gradient is None and parameter.grad is None) or torch.equal(gradient, parameter.grad)
+        assert (gradient is None and parameter.grad is None) or torch.equal(
+            gradient, parameter.grad
+        )
 
 
 def random_network(seed):
@@ -602,7 +684,10 @@ def random_network(seed):
             self.layers = nn.ModuleList(conv(size=choose.choice([1, 3])) for _ in range(6))
             self.wide = nn.ModuleList(conv(2 * WIDTH) for _ in range(3))
             self.steps = [
-                (choose.choice(["residual", "concat", "branch", "pool", "again", "silu"]), choose.randrange(6))
+                (
+                    choose.choice(["residual", "concat", "branch", "pool", "again", "silu"]),
+                    choose.randrange(6),
+                )
                 for _ in range(5)
             ]
 

@@ -149,7 +149,10 @@ def test_checkpoints_around_whole_blocks(model, x):
     inner.blocks = Sequence()
     inner.add_module("kept", blocks)
     results = gradients(inner, x)
-    by_name = {name.replace("kept", "blocks"): parameter.grad for name, parameter in inner.named_parameters()}
+    by_name = {
+        name.replace("kept", "blocks"): parameter.grad
+        for name, parameter in inner.named_parameters()
+    }
     require_equal([results[0], *(by_name[name] for name, _ in model.named_parameters())], expected)
 
 

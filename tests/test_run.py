@@ -12,7 +12,13 @@ import pytest
 
 from qdq import ArgumentError, DataError, start_run
 from qdq.files import write_atomic
-from qdq.run import check_run_folder, describe_command, describe_environment, find_announced, list_run_files
+from qdq.run import (
+    check_run_folder,
+    describe_command,
+    describe_environment,
+    find_announced,
+    list_run_files,
+)
 
 
 def test_run_folder_is_emptied_of_an_earlier_run(tmp_path):
@@ -28,7 +34,9 @@ def test_run_folder_is_emptied_of_an_earlier_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "kept"), [({}, True), ({"seed": 4}, False), ({"settings": {"model": "y"}}, False)], ids=str
+    ("change", "kept"),
+    [({}, True), ({"seed": 4}, False), ({"settings": {"model": "y"}}, False)],
+    ids=str,
 )
 def test_what_was_collected_is_kept_for_the_same_run_only(tmp_path, change, kept):
     options = {"seed": 3, "settings": {"model": "x", "output": tmp_path}}
@@ -59,7 +67,10 @@ def test_a_damaged_state_is_no_begun_run(tmp_path):
         ("thesis.tex", "precious"),
         ("run.json", '{"wandb": 1}'),
         ("run.json", '{"format": "qdq run 999"}'),
-        ("run.json", '{"status": "running", "stage": "", "seed": 0, "settings": {}, "environment": {}, "seconds": {}}'),
+        (
+            "run.json",
+            '{"status": "running", "stage": "", "seed": 0, "settings": {}, "environment": {}, "seconds": {}}',
+        ),
         ("run.json", "["),
         ("run.json", "[" * 10**5),
         ("run.log", "of another program"),
@@ -70,11 +81,20 @@ def test_foreign_folder_is_not_emptied(tmp_path, name, content):
     (tmp_path / "model.onnx").write_text("precious")
     with pytest.raises(ArgumentError, match="not a run folder"):
         start_run(tmp_path)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: content, "model.onnx": "precious"}
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        name: content,
+        "model.onnx": "precious",
+    }
 
 
 def test_folder_of_the_former_version_is_a_run_folder(tmp_path):
-    state = {"status": "running", "stage": "float", "seed": 0, "settings": {}, "environment": {"qdq": "0.1.0"}}
+    state = {
+        "status": "running",
+        "stage": "float",
+        "seed": 0,
+        "settings": {},
+        "environment": {"qdq": "0.1.0"},
+    }
     (tmp_path / "run.json").write_text(json.dumps({**state, "seconds": {}}))
     (tmp_path / "model.onnx").write_text("stale")
     start_run(tmp_path)
@@ -91,7 +111,14 @@ def test_only_what_a_run_writes_is_removed(tmp_path):
     stale = ["model.onnx", "model.onnx.data", "model.rtx.engine", "report.html"]
     stale += ["tuning/best.safetensors", "tuning/tensorboard/events.out.tfevents.1"]
     stale += [".qdq-1234.partial", ".model.onnx.data.partial", "tuning/.qdq-1234.partial"]
-    others = ["notes.txt", "mine.onnx", "images/0/a.png", "tuning/notes.txt", "analysis.jsonl", "analysis.1.jsonl"]
+    others = [
+        "notes.txt",
+        "mine.onnx",
+        "images/0/a.png",
+        "tuning/notes.txt",
+        "analysis.jsonl",
+        "analysis.1.jsonl",
+    ]
     others += [".download.partial", ".other.data.partial", "tuning/.download.partial"]
     for name in (*stale, *others):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -104,14 +131,23 @@ def test_only_what_a_run_writes_is_removed(tmp_path):
 
 def test_what_a_setting_names_is_not_removed(tmp_path):
     run = start_run(tmp_path)
-    names = ["plan.yaml", "model.profile.json", "tuning/best.safetensors", "images/0/a.png", "model.onnx"]
+    names = [
+        "plan.yaml",
+        "model.profile.json",
+        "tuning/best.safetensors",
+        "images/0/a.png",
+        "model.onnx",
+    ]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     run.finish()
     settings = {
         "plan": tmp_path / "plan.yaml",
-        "analysis": {"profile": str(tmp_path / "." / "model.profile.json"), "groups": ["", "DEFAULT", "a\0b"]},
+        "analysis": {
+            "profile": str(tmp_path / "." / "model.profile.json"),
+            "groups": ["", "DEFAULT", "a\0b"],
+        },
         "weights": str(tmp_path / "tuning" / "best.safetensors"),
         "data_dir": tmp_path / "images",
     }
@@ -132,7 +168,9 @@ def test_a_plan_that_the_run_replaces_is_kept_beside_it(tmp_path):
     run.finish()
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "report.json", "tuning", "run.log", "calibration.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["model.onnx", "report.json", "tuning", "run.log", "calibration.safetensors"]
+)
 def test_a_link_where_a_run_writes_is_refused(tmp_path, name):
     start_run(tmp_path / "run").finish()
     (tmp_path / "precious").write_text("precious")
@@ -153,7 +191,9 @@ time.sleep(600)
 """
 
 
-def test_of_two_runs_in_one_folder_the_second_is_refused_until_the_first_has_ended(tmp_path, processes):
+def test_of_two_runs_in_one_folder_the_second_is_refused_until_the_first_has_ended(
+    tmp_path, processes
+):
     process = processes.start("-c", HOLD, tmp_path, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "started\n"
     for start in (start_run, check_run_folder):
@@ -163,7 +203,10 @@ def test_of_two_runs_in_one_folder_the_second_is_refused_until_the_first_has_end
     process.kill()
     process.communicate()
     start_run(tmp_path).finish()
-    assert processes.start("-c", HOLD.replace("600", "0"), tmp_path, stdout=subprocess.DEVNULL).wait() == 0
+    assert (
+        processes.start("-c", HOLD.replace("600", "0"), tmp_path, stdout=subprocess.DEVNULL).wait()
+        == 0
+    )
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs flock")
@@ -183,9 +226,16 @@ def test_who_looks_whether_a_folder_is_in_use_does_not_have_it(tmp_path):
 def test_only_settings_that_are_paths_are_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("resnet50")
-    check_run_folder("run", {"model": "resnet50", "exclude": ("resnet50",), "options": {"mode": "resnet50"}})
+    check_run_folder(
+        "run", {"model": "resnet50", "exclude": ("resnet50",), "options": {"mode": "resnet50"}}
+    )
     options = Options(Path("resnet50"))
-    for settings in ({"plan": Path("resnet50")}, {"weights": "resnet50"}, {"options": options}, {"options": [options]}):
+    for settings in (
+        {"plan": Path("resnet50")},
+        {"weights": "resnet50"},
+        {"options": options},
+        {"options": [options]},
+    ):
         with pytest.raises(DataError, match="it is a FIFO"):
             check_run_folder("run", settings)
 
@@ -219,7 +269,12 @@ def test_a_forked_process_that_is_left_over_does_not_hold_the_folder(tmp_path, p
 
 def test_a_folder_that_no_run_can_use_is_left_as_it_is(tmp_path):
     (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 256), tmp_path / ("x/" * 2500)):
+    for folder in (
+        tmp_path / "file",
+        tmp_path / "file" / "run",
+        tmp_path / ("x" * 256),
+        tmp_path / ("x/" * 2500),
+    ):
         with pytest.raises(ArgumentError, match="cannot use"):
             check_run_folder(folder)
     check_run_folder(tmp_path / "new" / "run")
@@ -233,7 +288,9 @@ def test_what_a_run_wrote_can_be_listed(tmp_path):
     expected = {"run.json", "run.log", "report.json", "best.safetensors"}
     assert {path.name for path in list_run_files(run.folder)} == expected
     assert {path.name for path in list_run_files(run.folder / "report.json")} == expected
-    assert list_run_files(tmp_path / "missing" / "report.json") == [tmp_path / "missing" / "report.json"]
+    assert list_run_files(tmp_path / "missing" / "report.json") == [
+        tmp_path / "missing" / "report.json"
+    ]
     run.finish()
 
 

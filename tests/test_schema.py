@@ -8,10 +8,20 @@ import numpy as np
 import pytest
 
 from qdq import DataError
-from qdq.schema import describe, digest_parts, parse_json, parse_yaml, read_json, read_yaml, validate
+from qdq.schema import (
+    describe,
+    digest_parts,
+    parse_json,
+    parse_yaml,
+    read_json,
+    read_yaml,
+    validate,
+)
 
 # Nine lines of nine aliases each: 9^9 texts
-BOMB = "a0: &a0 x\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10))
+BOMB = "a0: &a0 x\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)
+)
 
 
 @dataclass(frozen=True)
@@ -51,11 +61,15 @@ class TestJson:
         assert caught.value.fix == "mend it." and len(caught.value.message) < 200
 
     def test_what_other_tools_write(self):
-        value = parse_json('{"a": NaN, "b": -Infinity, "c": 1' + "0" * 400 + "}", "a.json", "", finite=False)
+        value = parse_json(
+            '{"a": NaN, "b": -Infinity, "c": 1' + "0" * 400 + "}", "a.json", "", finite=False
+        )
         assert np.isnan(value["a"]) and value["b"] == -np.inf and value["c"] == np.inf
 
     def test_texts_can_be_written(self):
-        assert parse_json('{"\\ud800": ["x\\udfff", "\\ud83d\\ude00"]}', "a.json", "") == {"?": ["x?", "\U0001f600"]}
+        assert parse_json('{"\\ud800": ["x\\udfff", "\\ud83d\\ude00"]}', "a.json", "") == {
+            "?": ["x?", "\U0001f600"]
+        }
 
     def test_files(self, tmp_path):
         path = tmp_path / "a.json"
@@ -107,7 +121,9 @@ class TestYaml:
 class TestValidate:
     def test_the_type_itself(self):
         value = {"layers": {"a": {"count": 1, "names": ["x"]}, "b": {"count": 2, "gain": 1}}}
-        assert validate(Outer, value, "f", "") == Outer({"a": Inner(1, names=("x",)), "b": Inner(2, gain=1.0)})
+        assert validate(Outer, value, "f", "") == Outer(
+            {"a": Inner(1, names=("x",)), "b": Inner(2, gain=1.0)}
+        )
 
     @pytest.mark.parametrize(
         ("inner", "message"),
@@ -119,7 +135,10 @@ class TestValidate:
             ({"count": None}, "layers.a.count is null, expected: a valid integer"),
             ({"count": 1, "gain": {"x": 1}}, "layers.a.gain is an object of 1 entries"),
             ({"count": 1, "kind": "fp16"}, "layers.a.kind is 'fp16', expected: 'int8' or 'float'"),
-            ({"count": 1, "names": ["x", 3]}, r"layers.a.names\[1\] is 3, expected: a valid string"),
+            (
+                {"count": 1, "names": ["x", 3]},
+                r"layers.a.names\[1\] is 3, expected: a valid string",
+            ),
             ({"coumt": 1}, "layers.a.coumt is unknown; 1 more places are wrong"),
             ([1], "layers.a is a list of 1, expected: an object"),
         ],
@@ -145,6 +164,9 @@ def test_a_digest_changes_with_every_bit():
     facts, parts = {"a": 1}, {"x f4 (2,)": memoryview(bytes(8)), "y f4 (0,)": memoryview(b"")}
     digest = digest_parts(facts, parts)
     assert digest == digest_parts(facts, dict(reversed(parts.items())))
-    others = [({"a": 2}, parts), (facts, {**parts, "x f4 (2,)": memoryview(b"\1" + bytes(7))}),
-              (facts, {"x f8 (2,)": parts["x f4 (2,)"], "y f4 (0,)": parts["y f4 (0,)"]})]  # fmt: skip
+    others = [
+        ({"a": 2}, parts),
+        (facts, {**parts, "x f4 (2,)": memoryview(b"\1" + bytes(7))}),
+        (facts, {"x f8 (2,)": parts["x f4 (2,)"], "y f4 (0,)": parts["y f4 (0,)"]}),
+    ]
     assert len({digest, *(digest_parts(*other) for other in others)}) == 4

@@ -21,7 +21,11 @@ def export(model, x, path, **options):
 
 def codes_in(path):
     initializers = onnx.load(path).graph.initializer
-    return [value.name for value in initializers if value.data_type == onnx.TensorProto.INT8 and len(value.dims) > 1]
+    return [
+        value.name
+        for value in initializers
+        if value.data_type == onnx.TensorProto.INT8 and len(value.dims) > 1
+    ]
 
 
 @pytest.fixture
@@ -34,7 +38,11 @@ def x():
 def test_weights_that_differ_by_a_factor(factor, weights, x, tmp_path):
     """Their codes are equal, and each layer has its own."""
     model = nn.Sequential(*(nn.Conv2d(WIDTH, WIDTH, 3, padding=1) for _ in range(2))).eval()
-    scale = 2.0 ** torch.arange(WIDTH).remainder(5) if factor == "of each channel" else torch.tensor(factor)
+    scale = (
+        2.0 ** torch.arange(WIDTH).remainder(5)
+        if factor == "of each channel"
+        else torch.tensor(factor)
+    )
     with torch.no_grad():
         model[1].weight.copy_(model[0].weight * scale.reshape(-1, 1, 1, 1))
     path = export(model, x, tmp_path / "model.onnx", weights=weights).path
@@ -64,7 +72,10 @@ class Head(nn.Module):
             norm.running_mean.normal_()
 
     def forward(self, x):
-        return sum(norm(self.conv(level)) for norm, level in zip(self.norms, (x, x * 2, x.relu()), strict=True))
+        return sum(
+            norm(self.conv(level))
+            for norm, level in zip(self.norms, (x, x * 2, x.relu()), strict=True)
+        )
 
 
 def test_a_layer_with_a_batchnorm_on_each_level(x, tmp_path):
@@ -77,6 +88,10 @@ def test_a_layer_with_a_batchnorm_on_each_level(x, tmp_path):
 
 
 def test_a_batchnorm_that_could_have_been_folded(x, tmp_path):
-    model = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3), nn.BatchNorm2d(WIDTH), nn.Conv2d(WIDTH, WIDTH, 3)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(WIDTH, WIDTH, 3), nn.BatchNorm2d(WIDTH), nn.Conv2d(WIDTH, WIDTH, 3)
+    ).eval()
     path = export(model, x, tmp_path / "model.onnx").path
-    assert [finding.rule for finding in check_onnx(path).findings if finding.rule == "QDQ122"] == ["QDQ122"]
+    assert [finding.rule for finding in check_onnx(path).findings if finding.rule == "QDQ122"] == [
+        "QDQ122"
+    ]

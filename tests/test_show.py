@@ -45,13 +45,16 @@ def test_tables(values):
         assert len(first) == len(SOLVERS) + 1
     entropy = found.solve("first", "entropy")
     cells = dict(zip(SOLVERS, clipped.splitlines()[1].split()[1:], strict=True))
-    assert float(cells["entropy"].rstrip("%")) == pytest.approx(100 * np.mean(np.abs(values) > entropy), abs=0.02)
+    assert float(cells["entropy"].rstrip("%")) == pytest.approx(
+        100 * np.mean(np.abs(values) > entropy), abs=0.02
+    )
     assert cells["max"] == "0.000%"
 
 
 def test_columns_are_aligned(values):
     lines = format_ranges(
-        statistics_of(a=collect(values), a_longer_name=collect([1.0])), {"a": 2.0, "a_longer_name": 1}
+        statistics_of(a=collect(values), a_longer_name=collect([1.0])),
+        {"a": 2.0, "a_longer_name": 1},
     )
     assert len({len(line) for line in lines.splitlines()}) == 1
 
@@ -71,12 +74,20 @@ def test_plot_has_the_histogram_and_every_range(values, tmp_path):
     outline = next(path.get("d") for path in plot.iter("path") if path.get("class") == "h")
     tops = [int(top) for top in re.findall(r"V(\d+)", outline)][:-1]
     edges = [int(edge) for edge in re.findall(r"H(\d+)", outline)]
-    end = found.tensors["a"].width * -(-len(found.tensors["a"].magnitudes()) // len(tops)) * len(tops)
+    end = (
+        found.tensors["a"].width * -(-len(found.tensors["a"].magnitudes()) // len(tops)) * len(tops)
+    )
     counts, _ = np.histogram(np.abs(values), bins=len(tops), range=(0, end))
-    assert np.argsort(counts, kind="stable").tolist()[0] in np.flatnonzero(np.array(tops) == max(tops))
+    assert np.argsort(counts, kind="stable").tolist()[0] in np.flatnonzero(
+        np.array(tops) == max(tops)
+    )
     assert np.corrcoef(np.log10(counts + 1), tops)[0, 1] < -0.999
     assert edges == sorted(edges) and edges[-1] == width
-    lines = {path.find("title").text: path for path in plot.iter("path") if path.get("class").startswith("l ")}
+    lines = {
+        path.find("title").text: path
+        for path in plot.iter("path")
+        if path.get("class").startswith("l ")
+    }
     for method in SOLVERS:
         amax = found.solve("a", method)
         at = float(re.match(r"M([\d.]+) ", lines[f"{method} {amax:.4g}"].get("d"))[1])
@@ -86,7 +97,16 @@ def test_plot_has_the_histogram_and_every_range(values, tmp_path):
 
 @pytest.mark.parametrize(
     "batches",
-    [[], [[0.0] * 9], [[1.0]], [[1e-30]], [[1e30, 1.0]], [[65504.0, -65504.0]], [[-3.0, -2.0]], [[1e-45] * 3]],
+    [
+        [],
+        [[0.0] * 9],
+        [[1.0]],
+        [[1e-30]],
+        [[1e30, 1.0]],
+        [[65504.0, -65504.0]],
+        [[-3.0, -2.0]],
+        [[1e-45] * 3],
+    ],
     ids=str,
 )
 def test_strange_tensors(batches, tmp_path):
@@ -110,8 +130,10 @@ def test_names_are_escaped_and_nothing_is_fetched(values, tmp_path):
 
 def test_300_tensors_stay_below_3_megabytes(values, tmp_path):
     tensor = collect(values, 9 * values[:100])
-    found = Statistics({f"layer{i}.block.conv._input_quantizer": tensor for i in range(300)},
-                       {f"layer{i}.block.conv._input_quantizer": Format() for i in range(300)})  # fmt: skip
+    found = Statistics(
+        {f"layer{i}.block.conv._input_quantizer": tensor for i in range(300)},
+        {f"layer{i}.block.conv._input_quantizer": Format() for i in range(300)},
+    )
     entry = found.select("layer0.*").summarize()["tensors"]["layer0.block.conv._input_quantizer"]
     summary = {"batches": 2, "complete": True, "tensors": dict.fromkeys(found.tensors, entry)}
     path = write_plots(found, summary, tmp_path / "page.html")

@@ -43,13 +43,17 @@ class TestClippedShare:
         magnitudes = np.maximum(values, 0) if unsigned else np.abs(values)
         bin_of_amax = np.floor(amax / found.width) * found.width
         in_bin = np.mean((magnitudes >= bin_of_amax) & (magnitudes < bin_of_amax + found.width))
-        assert found.clipped_share(amax, unsigned) == pytest.approx(np.mean(magnitudes > amax), abs=in_bin + 1e-12)
+        assert found.clipped_share(amax, unsigned) == pytest.approx(
+            np.mean(magnitudes > amax), abs=in_bin + 1e-12
+        )
 
     def test_at_the_edge_of_a_bin_it_is_exact(self):
         values = np.random.default_rng(1).standard_normal(5_000).astype(np.float32)
         found = collect(values)
         for number in (0, 1, 700, 2000):
-            assert found.clipped_share(number * found.width) == np.mean(np.abs(values) >= number * found.width)
+            assert found.clipped_share(number * found.width) == np.mean(
+                np.abs(values) >= number * found.width
+            )
 
     def test_nothing_lies_beyond_the_maximum(self):
         found = collect([-5.0, 1.0, 3.0])
@@ -64,11 +68,16 @@ class TestSelect:
         found = collect_statistics(make_model(), make_batches(1))
         assert list(found.select("0._input_quantizer").tensors) == ["0._input_quantizer"]
         assert list(found.select("*").tensors) == list(found.tensors)
-        assert found.select("[02].*").summarize()["tensors"].keys() == {"0._input_quantizer", "2._input_quantizer"}
+        assert found.select("[02].*").summarize()["tensors"].keys() == {
+            "0._input_quantizer",
+            "2._input_quantizer",
+        }
 
     def test_of_nothing(self):
         found = collect_statistics(make_model(), make_batches(1))
-        with pytest.raises(ArgumentError, match=r"no tensor fits 'layer\*'; there are 0\._input_quantizer"):
+        with pytest.raises(
+            ArgumentError, match=r"no tensor fits 'layer\*'; there are 0\._input_quantizer"
+        ):
             found.select("layer*")
 
 
@@ -76,7 +85,11 @@ def test_solve_all_is_what_the_model_gets():
     model = make_model()
     found = collect_statistics(model, make_batches(2))
     for method in SOLVERS:
-        ranges = {entry.name: entry.amax for entry in solve_ranges(model, found, method=method) if entry.batches}
+        ranges = {
+            entry.name: entry.amax
+            for entry in solve_ranges(model, found, method=method)
+            if entry.batches
+        }
         assert {name: np.float32(amax) for name, amax in found.solve_all(method).items()} == ranges
     assert found.solve_all("percentile", percentile=50.0) != found.solve_all("percentile")
 
@@ -102,7 +115,9 @@ def test_shared_ranges_are_named_in_the_file(residual, images):
     }
     assert shared
     names = {module: name for name, module in residual.named_modules()}
-    assert Statistics.from_bytes(found.to_bytes()).shared == {name: names[leader] for name, leader in shared.items()}
+    assert Statistics.from_bytes(found.to_bytes()).shared == {
+        name: names[leader] for name, leader in shared.items()
+    }
 
 
 class TestMergeFiles:
@@ -128,9 +143,12 @@ class TestMergeFiles:
 
     def test_of_other_models_says_which_file(self, files, residual, tmp_path):
         swap_modules(residual)
-        other = collect_statistics(residual, [torch.randn(1, 3, 12, 12)]).save(tmp_path / "other.safetensors")
+        other = collect_statistics(residual, [torch.randn(1, 3, 12, 12)]).save(
+            tmp_path / "other.safetensors"
+        )
         with pytest.raises(
-            ArgumentError, match=r"other\.safetensors does not fit .*a\.safetensors: .*different models"
+            ArgumentError,
+            match=r"other\.safetensors does not fit .*a\.safetensors: .*different models",
         ):
             merge_files([files[0], other], tmp_path / "both.safetensors")
         assert not (tmp_path / "both.safetensors").exists()
@@ -139,7 +157,9 @@ class TestMergeFiles:
         from dataclasses import replace
 
         cut = replace(Statistics.load(files[1]), complete=False).save(tmp_path / "cut.safetensors")
-        with pytest.raises(ArgumentError, match=r"cut\.safetensors holds a pass that was cut off after 3 batches"):
+        with pytest.raises(
+            ArgumentError, match=r"cut\.safetensors holds a pass that was cut off after 3 batches"
+        ):
             merge_files([files[0], cut], tmp_path / "both.safetensors")
 
     def test_of_one(self, files, tmp_path):
@@ -178,7 +198,10 @@ class TestDamage:
                 Statistics.from_bytes(bytes(damaged))
 
     def test_files_of_a_version_without_digests_are_read(self, content):
-        old = edit_facts(content, lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "digest"}))
+        old = edit_facts(
+            content,
+            lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "digest"}),
+        )
         assert Statistics.from_bytes(old).to_bytes() == content
 
     @pytest.mark.parametrize(
@@ -241,6 +264,8 @@ class TestDamage:
         arrays = found.to_arrays()
         for name in ("counts", "exponent", "numbers", "records"):
             with pytest.raises(ArgumentError, match=f"{name} is missing"):
-                type(found).from_arrays({key: value for key, value in arrays.items() if key != name})
+                type(found).from_arrays(
+                    {key: value for key, value in arrays.items() if key != name}
+                )
         with pytest.raises(ArgumentError, match="'more' is none of its arrays"):
             type(found).from_arrays({**arrays, "more": arrays["counts"]})

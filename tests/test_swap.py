@@ -7,15 +7,37 @@ import torch.nn.functional as F
 from torch import nn
 
 import qdq.nn as qnn
-from qdq import ArgumentError, ArgumentTypeError, plan_swap, register_module, restore_modules, swap_modules
+from qdq import (
+    ArgumentError,
+    ArgumentTypeError,
+    plan_swap,
+    register_module,
+    restore_modules,
+    swap_modules,
+)
 from qdq.nn.registry import _DEFAULT_QUANT_MAP
 from qdq.quantizer import QuantDescriptor, TensorQuantizer, fake_quantize
 from qdq.swap import quantized_layers
 
 NAMES = [
     "MultiheadAttention",
-    *("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Linear"),
-    *("AvgPool1d", "AvgPool2d", "AvgPool3d", "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d"),
+    *(
+        "Conv1d",
+        "Conv2d",
+        "Conv3d",
+        "ConvTranspose1d",
+        "ConvTranspose2d",
+        "ConvTranspose3d",
+        "Linear",
+    ),
+    *(
+        "AvgPool1d",
+        "AvgPool2d",
+        "AvgPool3d",
+        "AdaptiveAvgPool1d",
+        "AdaptiveAvgPool2d",
+        "AdaptiveAvgPool3d",
+    ),
 ]
 LAYERS = [
     (lambda: nn.Conv1d(3, 4, 3, padding="same"), (2, 3, 8)),
@@ -95,7 +117,9 @@ def test_subclass_keeps_its_forward():
     assert type(layer).__name__ == "QuantSamePadConv"
     assert isinstance(layer, SamePadConv)
     assert isinstance(layer, qnn.QuantConv2d)
-    weight = fake_quantize(layer.weight.detach(), layer.weight.detach().abs().amax((1, 2, 3)), axis=0)
+    weight = fake_quantize(
+        layer.weight.detach(), layer.weight.detach().abs().amax((1, 2, 3)), axis=0
+    )
     expected = F.conv2d(F.pad(fake_quantize(x, x.abs().max()), [0, 1, 0, 1]), weight, layer.bias)
     with torch.no_grad():
         assert torch.equal(layer(x), expected)
@@ -177,7 +201,10 @@ def test_by_hand_on_a_part(residual):
         ({"exclude": ["re:s.em"]}, ["conv", "head"]),
         ({"exclude": ["re:s"]}, ["stem", "conv", "head"]),  # the whole name, not its beginning
         ({"exclude": [nn.Linear]}, ["stem", "conv"]),
-        ({"exclude": [lambda name, module: getattr(module, "in_channels", 0) == 3]}, ["conv", "head"]),
+        (
+            {"exclude": [lambda name, module: getattr(module, "in_channels", 0) == 3]},
+            ["conv", "head"],
+        ),
         ({"include": ["conv", nn.Linear]}, ["conv", "head"]),
         ({"include": ["*"]}, ["stem", "conv", "pool", "head"]),  # the pool against its default rule
         ({"include": ["*"], "exclude": ["pool", "head"]}, ["stem", "conv"]),
@@ -247,7 +274,9 @@ class TestOverridden:
 
     @pytest.mark.parametrize("name", LAYERS)
     def test_by_name(self, name):
-        model = nn.ModuleDict({key: copy.deepcopy(layer) for key, (layer, _) in self.LAYERS.items()})
+        model = nn.ModuleDict(
+            {key: copy.deepcopy(layer) for key, (layer, _) in self.LAYERS.items()}
+        )
         before = {m.name: m for m in plan_swap(model).modules}
         assert self.LAYERS[name][1] in before[name].reason
         assert not {m.name for m in plan_swap(model).of("quantize")}
@@ -257,22 +286,33 @@ class TestOverridden:
     def test_average_pooling_counts_by_who_reads_it(self):
         def action(*behind):
             model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.AvgPool2d(2), *behind).eval()
-            found = {module.name: module for module in plan_swap(model, torch.randn(1, 3, 10, 10)).modules}["1"]
+            found = {
+                module.name: module
+                for module in plan_swap(model, torch.randn(1, 3, 10, 10)).modules
+            }["1"]
             return found.action, "R-AP" in found.reason
 
         assert action(nn.ReLU(), nn.Conv2d(16, 16, 3)) == ("quantize", False)
         assert action(nn.Flatten(), nn.Linear(256, 16)) == ("quantize", False)
         assert action(nn.Softmax(1)) == ("float", True)
-        assert action(nn.ReLU(), nn.Conv2d(16, 6, 3, groups=2)) == ("float", True)  # that one stays in float (R-CONV-4)
+        assert action(nn.ReLU(), nn.Conv2d(16, 6, 3, groups=2)) == (
+            "float",
+            True,
+        )  # that one stays in float (R-CONV-4)
         assert action(nn.ReLU()) == ("float", True)
 
     def test_the_last_convolution(self):
         model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval()
         x = torch.randn(1, 3, 8, 8)
-        assert {m.name: m.action for m in plan_swap(model, x).modules} == {"0": "quantize", "2": "float"}
+        assert {m.name: m.action for m in plan_swap(model, x).modules} == {
+            "0": "quantize",
+            "2": "float",
+        }
         assert [m.name for m in plan_swap(model, x, include=["2"]).weighted] == ["2"]
         assert [m.name for m in plan_swap(model, x, include=["*"]).weighted] == ["0", "2"]
-        assert [m.name for m in plan_swap(model, x, include=[nn.Conv2d], exclude=["2"]).weighted] == ["0"]
+        assert [
+            m.name for m in plan_swap(model, x, include=[nn.Conv2d], exclude=["2"]).weighted
+        ] == ["0"]
 
 
 class Detector(nn.Module):
@@ -288,9 +328,14 @@ class Detector(nn.Module):
 
     def forward(self, x):
         x = torch.relu(self.stem(x))
-        maps = [torch.relu(level(y)) for level, y in zip(self.levels, (x, torch.relu(self.down(x))), strict=True)]
+        maps = [
+            torch.relu(level(y))
+            for level, y in zip(self.levels, (x, torch.relu(self.down(x))), strict=True)
+        ]
         boxes = torch.cat([box(y).flatten(2) for box, y in zip(self.boxes, maps, strict=True)], 2)
-        classes = torch.cat([head(y).flatten(2) for head, y in zip(self.classes, maps, strict=True)], 2)
+        classes = torch.cat(
+            [head(y).flatten(2) for head, y in zip(self.classes, maps, strict=True)], 2
+        )
         return torch.cat([boxes * 8, classes.sigmoid()], 1).transpose(1, 2)
 
 
@@ -311,7 +356,9 @@ class TestLastConvolution:
 
     def test_of_deeplab(self):
         models = pytest.importorskip("torchvision.models", reason="needs the extra 'demo'")
-        model = models.segmentation.deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None)
+        model = models.segmentation.deeplabv3_mobilenet_v3_large(
+            weights=None, weights_backbone=None
+        )
         x = torch.randn(1, 3, 64, 64)
         assert self.last(model, x) == {"classifier.4"}
         actions = {m.name: m.action for m in plan_swap(model, x).modules}
@@ -321,13 +368,22 @@ class TestLastConvolution:
     def test_of_ssdlite(self):
         models = pytest.importorskip("torchvision.models", reason="needs the extra 'demo'")
         model = models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
-        heads = [f"head.{kind}_head.module_list.{n}.1" for kind in ("classification", "regression") for n in range(6)]
+        heads = [
+            f"head.{kind}_head.module_list.{n}.1"
+            for kind in ("classification", "regression")
+            for n in range(6)
+        ]
         names = dict(model.named_modules())
         assert all(isinstance(names[name], nn.Conv2d) for name in heads)
         assert self.last(model, torch.rand(1, 3, 64, 64)) == set(heads)
 
     def test_of_a_level_of_one_pixel(self):
-        assert self.last(Detector(), torch.randn(1, 3, 2, 2)) == {"boxes.0", "boxes.1", "classes.0", "classes.1"}
+        assert self.last(Detector(), torch.randn(1, 3, 2, 2)) == {
+            "boxes.0",
+            "boxes.1",
+            "classes.0",
+            "classes.1",
+        }
 
     def test_of_a_classifier_is_not_the_output(self):
         models = pytest.importorskip("torchvision.models", reason="needs the extra 'demo'")
@@ -351,7 +407,9 @@ class TestLastConvolution:
         class Gated(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 16, 1), nn.Sigmoid())
+                self.gate = nn.Sequential(
+                    nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 16, 1), nn.Sigmoid()
+                )
                 self.conv = nn.Conv2d(16, 16, 3)
 
             def forward(self, x):
@@ -364,7 +422,9 @@ class TestFirstConvolution:
     def test_with_three_channels_is_quantized(self):
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1))
         for x in (None, torch.randn(1, 3, 8, 8)):
-            assert [m.name for m in plan_swap(model, x).weighted] == ["0"]  # the second is as small, and not first
+            assert [m.name for m in plan_swap(model, x).weighted] == [
+                "0"
+            ]  # the second is as small, and not first
 
     def test_is_the_one_that_runs_first(self):
         class Backwards(nn.Module):
@@ -376,8 +436,12 @@ class TestFirstConvolution:
             def forward(self, x):
                 return self.second(self.first(x)).mean((2, 3))
 
-        assert [m.name for m in plan_swap(Backwards(), torch.randn(1, 3, 8, 8)).weighted] == ["first"]
-        assert [m.name for m in plan_swap(Backwards()).weighted] == ["second"]  # without a run, the first declared
+        assert [m.name for m in plan_swap(Backwards(), torch.randn(1, 3, 8, 8)).weighted] == [
+            "first"
+        ]
+        assert [m.name for m in plan_swap(Backwards()).weighted] == [
+            "second"
+        ]  # without a run, the first declared
 
 
 def test_depthwise_is_quantized():
@@ -415,7 +479,10 @@ class TestMissed:
         wrapper.forward = lambda x: wrapper.attention(x, x, x)[0]
         x = torch.randn(1, 3, 16)
         plan = plan_swap(wrapper, x, exclude=[nn.MultiheadAttention])
-        assert {m.name: m.action for m in plan.modules} == {"attention": "float", "attention.out_proj": "missed"}
+        assert {m.name: m.action for m in plan.modules} == {
+            "attention": "float",
+            "attention.out_proj": "missed",
+        }
         assert "never runs" in plan.of("missed")[0].reason
         plan = plan_swap(wrapper, x)  # the quantized attention calls it
         assert [m.name for m in plan.weighted] == ["attention", "attention.out_proj"]
@@ -439,9 +506,14 @@ class TestMissed:
             def forward(self, x):
                 return F.conv2d(x, self.weight / self.weight.std(), self.bias)
 
-        assert "transforms the weight" in self.missed(nn.Sequential(StdConv(3, 4, 3)), torch.randn(1, 3, 8, 8))["0"]
+        assert (
+            "transforms the weight"
+            in self.missed(nn.Sequential(StdConv(3, 4, 3)), torch.randn(1, 3, 8, 8))["0"]
+        )
 
-    @pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+    @pytest.mark.parametrize(
+        "wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm]
+    )
     def test_computed_weight(self, wrap):
         model = nn.Sequential(wrap(nn.Linear(16, 16)), nn.Linear(16, 16))
         assert "computed" in self.missed(model, None)["0"]
@@ -495,16 +567,25 @@ class TestMissed:
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", torch.tanh])
 def test_fused_transformer_layer_does_not_pass_over_quantization(activation):
-    model = nn.TransformerEncoderLayer(16, 2, 32, activation=activation, batch_first=True, dropout=0).eval()
+    model = nn.TransformerEncoderLayer(
+        16, 2, 32, activation=activation, batch_first=True, dropout=0
+    ).eval()
     before = dict(vars(model))
     x = torch.randn(2, 5, 16)
     with torch.no_grad():
         expected = model(x)
         swap_modules(model, x)
-        assert set(quantized_layers(model)) == {"self_attn", "self_attn.out_proj", "linear1", "linear2"}
+        assert set(quantized_layers(model)) == {
+            "self_attn",
+            "self_attn.out_proj",
+            "linear1",
+            "linear2",
+        }
         found = model(x)
     assert not torch.equal(found, expected)
-    torch.testing.assert_close(model(x).detach(), found, atol=1e-3, rtol=0)  # with gradients torch never fuses
+    torch.testing.assert_close(
+        model(x).detach(), found, atol=1e-3, rtol=0
+    )  # with gradients torch never fuses
     restore_modules(model)
     assert {key: vars(model)[key] for key in before} == before
 
@@ -552,7 +633,11 @@ class TestRegister:
 
 def test_descriptors_can_be_given(residual):
     swap_modules(residual, input_desc=QuantDescriptor(4), weight_desc=QuantDescriptor(4, axis=0))
-    assert residual.conv.input_quantizer.format.num_bits == residual.conv.weight_quantizer.format.num_bits == 4
+    assert (
+        residual.conv.input_quantizer.format.num_bits
+        == residual.conv.weight_quantizer.format.num_bits
+        == 4
+    )
 
 
 def test_constructor_of_a_quantized_layer():

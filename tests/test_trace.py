@@ -12,7 +12,10 @@ def test_chain():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
     trace = trace_forward(model, torch.randn(1, 3, 4, 4))
     assert trace.calls == {"": 1, "0": 1, "1": 1, "2": 1, "3": 1}
-    assert [(c.module, c.function) for c in trace.contractions] == [("0", "conv2d"), ("3", "conv2d")]
+    assert [(c.module, c.function) for c in trace.contractions] == [
+        ("0", "conv2d"),
+        ("3", "conv2d"),
+    ]
     assert trace.only_reader == {"0": "1", "1": "2", "2": "3"}
 
 
@@ -144,7 +147,11 @@ def test_evaluating_puts_the_flags_back_after_an_error():
 
 
 def test_tensors_of_a_tree_in_order():
-    whole, half, number = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.float16), torch.zeros(())
+    whole, half, number = (
+        torch.zeros(2, dtype=torch.int64),
+        torch.zeros(2, dtype=torch.float16),
+        torch.zeros(()),
+    )
     tree = {"a": [whole, (half, "text", None)], "b": 1.0, "c": number}
     assert [id(tensor) for tensor in tensors_of(tree)] == [id(whole), id(half), id(number)]
     assert [id(tensor) for tensor in floats_of(tree)] == [id(half), id(number)]

@@ -71,7 +71,9 @@ def calls_of(tmp_path, x):
         "measure_tie_floor": lambda model: qdq.measure_tie_floor(model, [x]),
         "export_onnx": lambda model: export_onnx(model, x, tmp_path / "model.onnx"),
         "import_ranges": lambda model: qdq.import_ranges(model, tmp_path / "no.cache"),
-        "export_ranges": lambda model: qdq.export_ranges(model, tmp_path / "no.json", format="aimet-0.6.1"),
+        "export_ranges": lambda model: qdq.export_ranges(
+            model, tmp_path / "no.json", format="aimet-0.6.1"
+        ),
         "save_tuned": lambda model: qdq.save_tuned(model, tmp_path / "tuned.safetensors"),
         "load_tuned": lambda model: qdq.load_tuned(model, tmp_path / "tuned.safetensors"),
         "apply_plan": lambda model: qdq.apply_plan(model, qdq.Plan({}), x),
@@ -109,7 +111,9 @@ def test_what_is_no_model(kind, x, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("batches", [5, None, "images", torch.zeros(2, WIDTH, 6, 6), {"x": 1}, nn.ReLU()])
+@pytest.mark.parametrize(
+    "batches", [5, None, "images", torch.zeros(2, WIDTH, 6, 6), {"x": 1}, nn.ReLU()]
+)
 def test_what_yields_no_batches(batches, quantized):
     functions = [
         calibrate_model,
@@ -155,7 +159,9 @@ def test_what_is_no_path(path, quantized, tmp_path):
         "check_onnx": lambda: qdq.check_onnx(path),
         "build_engine": lambda: qdq.build_engine(path),
         "fix_onnx": lambda: fix_onnx(path, tmp_path / "mended.onnx"),
-        "rescale_onnx": lambda: rescale_onnx(path, tmp_path / "new.onnx", Statistics("", {}), method="mse"),
+        "rescale_onnx": lambda: rescale_onnx(
+            path, tmp_path / "new.onnx", Statistics("", {}), method="mse"
+        ),
         "load_plan": lambda: qdq.load_plan(path),
         "save_plan": lambda: qdq.save_plan(qdq.Plan({}), path),
         "Statistics.load": lambda: Statistics.load(path),
@@ -172,7 +178,9 @@ def test_what_is_no_path(path, quantized, tmp_path):
         "check_run_folder": lambda: qdq.check_run_folder(path),
     }
     for name, call in calls.items():
-        with pytest.raises(ArgumentTypeError, match=r"is of type (NoneType|int|bytes|list)") as error:
+        with pytest.raises(
+            ArgumentTypeError, match=r"is of type (NoneType|int|bytes|list)"
+        ) as error:
             call()
         assert error.value.fix, name
     assert not list(tmp_path.iterdir())
@@ -197,7 +205,9 @@ def test_a_scripted_part(x, tmp_path):
     model = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.ReLU(), scripted(x)).eval()
     assert fold_batchnorm(model, x) == []
     plan = swap_modules(model, x, include="*")
-    assert {module.reason for module in plan.of("missed")} == {"scripted: cannot be quantized; use the Python module"}
+    assert {module.reason for module in plan.of("missed")} == {
+        "scripted: cannot be quantized; use the Python module"
+    }
     rewire_operations(model, x)
     calibrate_model(model, [x], method="max")
     with pytest.raises(ExportError, match=r"cannot capture scripted modules \(TorchScript\): 2"):
@@ -207,7 +217,10 @@ def test_a_scripted_part(x, tmp_path):
 class Deformed(nn.Module):
     def __init__(self):
         super().__init__()
-        self.offset, self.deform = nn.Conv2d(WIDTH, 18, 3, padding=1), DeformConv2d(WIDTH, WIDTH, 3, padding=1)
+        self.offset, self.deform = (
+            nn.Conv2d(WIDTH, 18, 3, padding=1),
+            DeformConv2d(WIDTH, WIDTH, 3, padding=1),
+        )
         self.last = nn.Conv2d(WIDTH, WIDTH, 1)
 
     def forward(self, x):
@@ -235,7 +248,9 @@ class Scaled(nn.Module):
 
 
 def test_the_reason_names_the_functions(x):
-    (reason,) = {module.reason for module in plan_swap(Scaled().eval(), x).modules if module.name == ""}
+    (reason,) = {
+        module.reason for module in plan_swap(Scaled().eval(), x).modules if module.name == ""
+    }
     assert reason == "its own forward calls mul: no matrix product that runs in int8"
 
 
@@ -316,7 +331,9 @@ def test_nested_inputs_and_other_outputs(forward, names, x, tmp_path, caplog):
     assert list(report.inputs) == names
     assert {shape[0] for shape in report.inputs.values()} == {"batch"}
     expected = torch.from_numpy(predict(model, [batch]))
-    torch.testing.assert_close(torch.from_numpy(predict(report.path, [batch])), expected, rtol=0, atol=1e-2)
+    torch.testing.assert_close(
+        torch.from_numpy(predict(report.path, [batch])), expected, rtol=0, atol=1e-2
+    )
     assert ("outputs that are no tensors" in caplog.text) == (forward in (to_number, to_text))
 
 
@@ -343,11 +360,14 @@ def from_keywords(self, **tensors):
         (two_cases, lambda x: {"x": x, "X": x.flip(2)}, ["x", "X"]),
         (two_cases, lambda x: {"X": x.flip(2), "x": x}, ["X", "x"]),
         (numbered, lambda x: {"a_0": x, "a": [x.flip(2)]}, ["a_0", "a_0_1"]),
-        (from_keys, lambda x: {"tensors": {"a.b": x, "a_b": x.flip(2), "a_b_1": x.flip(3)}},
-         ["tensors_a_b", "tensors_a_b_2", "tensors_a_b_1"]),
+        (
+            from_keys,
+            lambda x: {"tensors": {"a.b": x, "a_b": x.flip(2), "a_b_1": x.flip(3)}},
+            ["tensors_a_b", "tensors_a_b_2", "tensors_a_b_1"],
+        ),
         (from_keywords, lambda x: {"if": x, "If": x.flip(2)}, ["_if", "If"]),
     ],
-)  # fmt: skip
+)
 def test_inputs_with_names_that_are_nearly_alike(forward, arguments, names, precision, x, tmp_path):
     batch = arguments(x)
     model = Nested(forward).eval()
@@ -356,7 +376,9 @@ def test_inputs_with_names_that_are_nearly_alike(forward, arguments, names, prec
     report = export_onnx(model, batch, tmp_path / "model.onnx", precision=precision)
     assert list(report.inputs) == names
     expected = torch.from_numpy(predict(model, [batch]))
-    torch.testing.assert_close(torch.from_numpy(predict(report.path, [batch])), expected, rtol=0, atol=0.05)
+    torch.testing.assert_close(
+        torch.from_numpy(predict(report.path, [batch])), expected, rtol=0, atol=0.05
+    )
     if report.precision:
         assert report.precision.parity.sqnr_db > 20  # inputs that are exchanged give about 0
 
@@ -374,7 +396,9 @@ def test_an_input_without_dimensions(dynamic_batch, x, tmp_path):
     report = export_onnx(model, batch, tmp_path / "model.onnx", dynamic_batch=dynamic_batch)
     assert report.inputs == {"x": ["batch" if dynamic_batch else 2, WIDTH, 6, 6], "k": []}
     expected = torch.from_numpy(predict(model, [batch]))
-    torch.testing.assert_close(torch.from_numpy(predict(report.path, [batch])), expected, rtol=0, atol=1e-2)
+    torch.testing.assert_close(
+        torch.from_numpy(predict(report.path, [batch])), expected, rtol=0, atol=1e-2
+    )
 
 
 def test_a_model_without_tensors_to_return(quantized, x, tmp_path):

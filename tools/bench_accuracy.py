@@ -21,7 +21,12 @@ from qdq.run import describe_environment
 
 
 def bench_accuracy(
-    *, images: int = 64, eval_images: int = 500, calib_method: str = "mse", seed: int = 0, json: Path | None = None
+    *,
+    images: int = 64,
+    eval_images: int = 500,
+    calib_method: str = "mse",
+    seed: int = 0,
+    json: Path | None = None,
 ) -> int:
     """Print SQNR and agreement with the float model for each pass alone and for all together, on the demo's data.
 
@@ -56,8 +61,16 @@ def bench_accuracy(
     calibrated = copy.deepcopy(net.module)
     measure("plain", calibrated, lambda model: _calibrate(model, calib, calib_method))
     analytic = "+ bias correction, analytic"
-    measure(analytic, copy.deepcopy(calibrated), lambda model: qdq.correct_bias(model, few, method="analytic"))
-    measure("+ bias correction, empirical", copy.deepcopy(calibrated), lambda model: qdq.correct_bias(model, few))
+    measure(
+        analytic,
+        copy.deepcopy(calibrated),
+        lambda model: qdq.correct_bias(model, few, method="analytic"),
+    )
+    measure(
+        "+ bias correction, empirical",
+        copy.deepcopy(calibrated),
+        lambda model: qdq.correct_bias(model, few),
+    )
     measure("+ AdaRound", copy.deepcopy(calibrated), lambda model: qdq.round_weights(model, few))
     print(qdq.equalize_layers(net.module, few).format_table())
     measure("+ equalization", net.module, lambda model: _calibrate(model, calib, calib_method))

@@ -76,7 +76,10 @@ def bench_calibration(
     figures["resnet50"] = _bench_resnet(repeats)
     figures["efficientnet_lite0"] = _compare_methods(images)
     if json:
-        write_json(json, {**figures, "threads": torch.get_num_threads(), "environment": describe_environment()})
+        write_json(
+            json,
+            {**figures, "threads": torch.get_num_threads(), "environment": describe_environment()},
+        )
     return 0
 
 
@@ -105,7 +108,9 @@ def _run_modelopt(interpreter: Path, counts: np.ndarray, repeats: int) -> dict[s
         path = Path(folder, "counts.npy")
         np.save(path, counts)
         done = subprocess.run(
-            [str(interpreter), "-c", _MODELOPT, str(path), str(repeats)], capture_output=True, text=True
+            [str(interpreter), "-c", _MODELOPT, str(path), str(repeats)],
+            capture_output=True,
+            text=True,
         )
     if done.returncode:
         sys.exit(f"{interpreter} fails: {done.stderr.strip().splitlines()[-1]}")
@@ -144,7 +149,9 @@ def _time_collecting(model: nn.Module, batch: torch.Tensor, repeats: int) -> dic
     seconds: dict[str, list[float]] = {"float": [], "collect": []}
     with torch.no_grad():
         with qdq.disable_quantization(model):
-            float_peak = _peak_memory(lambda: [model(batch) for _ in range(2)])  # before anything has been collected
+            float_peak = _peak_memory(
+                lambda: [model(batch) for _ in range(2)]
+            )  # before anything has been collected
         with collection:
             collect_peak = _peak_memory(lambda: [model(batch) for _ in range(2)])
         for _ in range(repeats):
@@ -207,10 +214,14 @@ def _compare_methods(images: int) -> dict[str, dict[str, float]]:
     for weights in ("max", "mse"):
         for method in CALIB_METHODS:
             model = copy.deepcopy(net.module)
-            ranges = qdq.solve_ranges(model, everything, method=method, weight_method=weights, held=[held])
+            ranges = qdq.solve_ranges(
+                model, everything, method=method, weight_method=weights, held=[held]
+            )
             outputs[f"{method}, weights {weights}"] = qdq.predict(model, evaluation)
             if method == "best" and weights == "max":
-                chosen = {m: sum(r.method == m for r in ranges if "weight" not in r.name) for m in SOLVERS}
+                chosen = {
+                    m: sum(r.method == m for r in ranges if "weight" not in r.name) for m in SOLVERS
+                }
     table = qdq.evaluate_outputs(outputs, evaluation.labels)
     print(f"EfficientNet-Lite0, all layers int8; best took {chosen}\n{table.format_table()}")
     return {c.name: {"sqnr_db": c.sqnr_db, "agreement": c.agreement} for c in table.candidates}

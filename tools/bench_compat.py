@@ -47,7 +47,11 @@ def bench_compat(*, repeats: int = 9, batch_size: int = 8, json: Path | None = N
     """
     torch.manual_seed(0)
     with torch.no_grad():
-        rows = [*_bench_solvers(repeats), _bench_collect(batch_size, repeats), *_bench_network(batch_size, repeats)]
+        rows = [
+            *_bench_solvers(repeats),
+            _bench_collect(batch_size, repeats),
+            *_bench_network(batch_size, repeats),
+        ]
     print(f"{'work':<28}{'ms':>10}  {'beside it':<24}{'ms':>10}{'ratio':>9}  {'bin':<7}target")
     for row in rows:
         print(
@@ -153,11 +157,16 @@ def _bench_network(batch_size: int, repeats: int) -> list[dict[str, Any]]:
     plain = torchvision.models.resnet18(weights=None).eval()
     quantized = _build_quantized(plain)
     rows = []
-    for work, calibrating in (("histogram calibration pass", True), ("fake-quantized forward", False)):
+    for work, calibrating in (
+        ("histogram calibration pass", True),
+        ("fake-quantized forward", False),
+    ):
         for quantizer in _quantizers(quantized):
             quantizer._if_calib = calibrating
             quantizer._if_quant = not calibrating
-        milliseconds = _time_side_by_side([lambda: quantized(images), lambda: plain(images)], repeats)
+        milliseconds = _time_side_by_side(
+            [lambda: quantized(images), lambda: plain(images)], repeats
+        )
         rows.append(_row(work, "float forward", milliseconds))
         if calibrating:
             for quantizer in _quantizers(quantized):

@@ -170,7 +170,8 @@ def bench_engine(
         folder.mkdir(parents=True, exist_ok=True)
         bench = _Bench(model, size, batch, folder, notes)
         rows = [
-            _measure(path, name, seconds, backend, sm) for name, path, seconds in bench.write_files(modelopt_python)
+            _measure(path, name, seconds, backend, sm)
+            for name, path, seconds in bench.write_files(modelopt_python)
         ]
     _print_table(rows)
     for note in notes:
@@ -182,7 +183,12 @@ def bench_engine(
     )
     if json:
         settings = {"model": model, "size": size, "batch": batch, "sm": sm}
-        figures = {"rows": [asdict(row) for row in rows], "notes": notes, "settings": settings, "seconds": taken}
+        figures = {
+            "rows": [asdict(row) for row in rows],
+            "notes": notes,
+            "settings": settings,
+            "seconds": taken,
+        }
         write_json(json, {**figures, "environment": describe_environment()})
     return 0
 
@@ -218,23 +224,29 @@ class _Bench:
         np.save(batches, self._batches.numpy())
         cases: list[tuple[str, str, str, list[str]]] = [
             (
-                "ModelOpt, torch export", "modelopt_torch", _MODELOPT_TORCH,
+                "ModelOpt, torch export",
+                "modelopt_torch",
+                _MODELOPT_TORCH,
                 [self._name, str(self._weights), str(batches), "PATH", str(_OPSET)],
             ),
             *(
                 (
-                    f"ModelOpt, ONNX, {precision}", f"modelopt_onnx_{precision}", _MODELOPT_ONNX,
+                    f"ModelOpt, ONNX, {precision}",
+                    f"modelopt_onnx_{precision}",
+                    _MODELOPT_ONNX,
                     [str(self._folder / _FLOAT_FILE), str(batches), "PATH", precision],
                 )
                 for precision in ("fp32", "fp16")
             ),
-        ]  # fmt: skip
+        ]
         for name, file, script, arguments in cases:
             path, began = self._folder / f"{file}.onnx", time.perf_counter()
             filled = [str(path) if argument == "PATH" else argument for argument in arguments]
             try:
                 done = subprocess.run(
-                    [interpreter, "-c", _MODELOPT_HEAD + script, *filled], capture_output=True, text=True
+                    [interpreter, "-c", _MODELOPT_HEAD + script, *filled],
+                    capture_output=True,
+                    text=True,
                 )
             except OSError as error:
                 raise ArgumentError(
@@ -248,7 +260,9 @@ class _Bench:
                 return
             if done.returncode != 0:
                 last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                self._notes.append(f"{name}: left out, it fails with exit code {done.returncode}: {last}")
+                self._notes.append(
+                    f"{name}: left out, it fails with exit code {done.returncode}: {last}"
+                )
                 continue
             said = [line.partition(" ") for line in done.stdout.splitlines()]
             self._notes += [f"{name}: {text}" for word, _, text in said if word == "NOTE"]
@@ -259,19 +273,25 @@ class _Bench:
         began = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()), torch.inference_mode():
             torch.onnx.export(
-                self._model, (self._batches[0],), plain, dynamo=True, opset_version=_OPSET, external_data=False,
+                self._model,
+                (self._batches[0],),
+                plain,
+                dynamo=True,
+                opset_version=_OPSET,
+                external_data=False,
                 verbose=False,
-            )  # fmt: skip
+            )
         quant_pre_process(plain, source)  # folds BatchNorm, as its documentation asks for
         prepared = time.perf_counter() - began
         cases: list[tuple[str, str, dict[str, Any]]] = [
             ("ORT quantize_static, defaults", "ort_default", {}),
             ("ORT quantize_static, for TensorRT", "ort_tensorrt", _TENSORRT_OPTIONS),
             (
-                "the same, Conv and Gemm only", "ort_layers",
+                "the same, Conv and Gemm only",
+                "ort_layers",
                 {**_TENSORRT_OPTIONS, "op_types_to_quantize": ["Conv", "Gemm", "MatMul"]},
             ),
-        ]  # fmt: skip
+        ]
         for name, file, options in cases:
             path, began = self._folder / f"{file}.onnx", time.perf_counter()
             quantize_static(source, path, _Reader(source, self._batches.numpy()), **options)
@@ -288,9 +308,15 @@ class _Bench:
         for precision in ("fp32", "fp16"):
             path, began = self._folder / f"qdq_{precision}.onnx", time.perf_counter()
             qdq.export_onnx(
-                self._model, example, path, opset=_OPSET, dynamic_batch=False, precision=precision, calibration=ranges,
+                self._model,
+                example,
+                path,
+                opset=_OPSET,
+                dynamic_batch=False,
+                precision=precision,
+                calibration=ranges,
                 plan=plan,
-            )  # fmt: skip
+            )
             yield f"qdq, {precision}", path, prepared + time.perf_counter() - began
 
 
@@ -309,7 +335,9 @@ def _measure(path: Path, name: str, seconds: float, backend: Backend, sm: int) -
     """Lint a file and build it."""
     print(f"{name}: written in {seconds:.1f} s, building", file=sys.stderr)
     report = qdq.check_onnx(path)
-    row = Row(name, seconds, path.stat().st_size / 1e6, report.quantize_nodes, report.dequantize_nodes)
+    row = Row(
+        name, seconds, path.stat().st_size / 1e6, report.quantize_nodes, report.dequantize_nodes
+    )
     for severity in SEVERITIES:
         row.findings[severity] = dict(
             sorted(Counter(f.rule for f in report.findings if f.severity == severity).items())
@@ -326,14 +354,19 @@ def _measure(path: Path, name: str, seconds: float, backend: Backend, sm: int) -
     row.int8, row.layers = sum(layer.int8 for layer in census), len(census)
     row.kernels, row.engine_mb = len(writing), len(plan.engine) / 1e6
     row.written_mb = sum(_known(kernel, kernel.output_bytes) for kernel in writing) / 1e6
-    row.activation_mb = row.written_mb + sum(_known(kernel, kernel.input_bytes) for kernel in writing) / 1e6
+    row.activation_mb = (
+        row.written_mb + sum(_known(kernel, kernel.input_bytes) for kernel in writing) / 1e6
+    )
     row.census = [
         {
-            "name": kernel.name, "layer_type": kernel.layer_type, "types": kernel.output_types,
-            "read": kernel.input_bytes, "written": kernel.output_bytes,
+            "name": kernel.name,
+            "layer_type": kernel.layer_type,
+            "types": kernel.output_types,
+            "read": kernel.input_bytes,
+            "written": kernel.output_bytes,
         }
         for kernel in writing
-    ]  # fmt: skip
+    ]
     return row
 
 
@@ -401,11 +434,23 @@ def _targets(rows: list[Row]) -> tuple[str, ...]:
         return ("target: no peer built", *[""] * 10)
     size = min(row.onnx_mb for row in peers)
     int8 = max(row.int8 or 0 for row in peers)
-    written, activations = min(row.written_mb or 0 for row in peers), min(row.activation_mb or 0 for row in peers)
+    written, activations = (
+        min(row.written_mb or 0 for row in peers),
+        min(row.activation_mb or 0 for row in peers),
+    )
     return (
-        "target: best peer", f"<= {size:.1f}", "", "0/0/-", f">= {int8}", "", f"<= {written:.2f}",
-        f"<= {activations:.2f}", "", "", "",
-    )  # fmt: skip
+        "target: best peer",
+        f"<= {size:.1f}",
+        "",
+        "0/0/-",
+        f">= {int8}",
+        "",
+        f"<= {written:.2f}",
+        f"<= {activations:.2f}",
+        "",
+        "",
+        "",
+    )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ def bench_forward(*, repeats: int = 9, batch_size: int = 16, json: Path | None =
     model = qdq.load_model().module
     with torch.inference_mode():
         milliseconds = {
-            "one tensor, torch's operator": _median(lambda: _by_operator(tensor, scale, qdq.Format(), None), repeats),
+            "one tensor, torch's operator": _median(
+                lambda: _by_operator(tensor, scale, qdq.Format(), None), repeats
+            ),
             "one tensor, in-place arithmetic": _median(
                 lambda: _by_arithmetic(tensor, scale, qdq.Format(), None), repeats
             ),

@@ -102,14 +102,26 @@ def bench_qat(
         modelopt_python: Interpreter that has ModelOpt and torchvision.
         torchao_python: Interpreter that has torchao and torchvision.
     """
-    rows = [_time_own(kind, batch_size, repeats) for kind in ("BatchNorm folded", "BatchNorm live", "LSQ")]
+    rows = [
+        _time_own(kind, batch_size, repeats)
+        for kind in ("BatchNorm folded", "BatchNorm live", "LSQ")
+    ]
     peers = {"ModelOpt": modelopt_python, "torchao": torchao_python}
-    rows += [_time_peer(name, python, batch_size, repeats) for name, python in peers.items() if python]
-    rows += [_time_finetune(kind, batch_size, repeats) for kind in ("labels", "labels, LSQ", "distillation")]
+    rows += [
+        _time_peer(name, python, batch_size, repeats) for name, python in peers.items() if python
+    ]
+    rows += [
+        _time_finetune(kind, batch_size, repeats)
+        for kind in ("labels", "labels, LSQ", "distillation")
+    ]
     print(f"{'ResNet-18, batch ' + str(batch_size):26}  float s  step s  ratio (aim {_AIM})")
     for row in rows:
         print(f"{row.name:26}  {row.float_seconds:7.3f}  {row.seconds:6.3f}  {row.ratio:5.3f}")
-    lines = [line for network in ("resnet", "mobilenet") for line in _run_digits(network)] if digits else []
+    lines = (
+        [line for network in ("resnet", "mobilenet") for line in _run_digits(network)]
+        if digits
+        else []
+    )
     if json:
         write_json(json, {"rows": rows, "digits": lines, "environment": describe_environment()})
     return 0
@@ -125,7 +137,9 @@ def _time_own(kind: str, batch_size: int, repeats: int) -> Row:
     steps = []
     for model in (plain, quantized):
         optimizer = torch.optim.SGD(model.train().parameters(), 1e-5, momentum=0.9)
-        steps.append(partial(_step, model, optimizer, images, lambda outputs: outputs.square().mean()))
+        steps.append(
+            partial(_step, model, optimizer, images, lambda outputs: outputs.square().mean())
+        )
     return _time_pair(f"qdq, {kind}", steps[0], steps[1], repeats)
 
 
@@ -133,14 +147,25 @@ def _time_finetune(kind: str, batch_size: int, repeats: int) -> Row:
     images, labels = _draw_images(batch_size), torch.randint(0, 1000, (batch_size,))
     plain, quantized = _make_pair(images, fold=True)
     optimizer = torch.optim.Adam(plain.parameters(), 1e-5)
-    float_step = partial(_step, plain, optimizer, images, lambda logits: F.cross_entropy(logits, labels), max_norm=1.0)
+    float_step = partial(
+        _step,
+        plain,
+        optimizer,
+        images,
+        lambda logits: F.cross_entropy(logits, labels),
+        max_norm=1.0,
+    )
     schedule = qdq.Schedule(steps=repeats + 1)
     if kind == "distillation":
         objective = Objective(quantized, copy_float(quantized), None, qdq.Distillation())
     else:
         objective = Objective(quantized, None, qdq.cross_entropy, None)
-    trainer = Trainer(quantized, objective, schedule, repeats + 1, ranges="lsq" if "LSQ" in kind else "frozen")
-    return _time_pair(f"qdq.finetune, {kind}", float_step, partial(trainer.run_step, (images, labels)), repeats)
+    trainer = Trainer(
+        quantized, objective, schedule, repeats + 1, ranges="lsq" if "LSQ" in kind else "frozen"
+    )
+    return _time_pair(
+        f"qdq.finetune, {kind}", float_step, partial(trainer.run_step, (images, labels)), repeats
+    )
 
 
 def _draw_images(batch_size: int) -> torch.Tensor:
@@ -176,7 +201,9 @@ def _step(
     optimizer.step()
 
 
-def _time_pair(name: str, float_step: Callable[[], Any], step: Callable[[], Any], repeats: int) -> Row:
+def _time_pair(
+    name: str, float_step: Callable[[], Any], step: Callable[[], Any], repeats: int
+) -> Row:
     seconds: list[tuple[float, float]] = []
     for _ in range(repeats + 1):
         began = time.process_time()
@@ -202,7 +229,9 @@ def _time_peer(name: str, python: Path, batch_size: int, repeats: int) -> Row:
 def _run_digits(network: str) -> list[str]:
     recipe = Path(__file__).parents[1] / "recipes" / "qat_digits.py"
     command = [sys.executable, str(recipe), "--network", network, "-q"]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     print(done.stdout, end="")
     return done.stdout.splitlines()
 

@@ -124,17 +124,28 @@ def bench_sensitivity(
             f"{row.name:28} {row.seconds:8.1f} s {row.evaluations:7.1f} evaluations  differs {differs:>8} dB  "
             f"{row.overlap:2} of the exact top 10  {row.sqnr_db:6.2f} dB with {float_layers} in float"
         )
-    print(f"{model}, {len(bench.units)} layers, {images} images; all in int8: {bench.judge([]):.2f} dB")
+    print(
+        f"{model}, {len(bench.units)} layers, {images} images; all in int8: {bench.judge([]):.2f} dB"
+    )
     if json:
-        write_json(json, {"model": model, "images": images, "rows": [asdict(row) for row in rows],
-                          "environment": describe_environment()})  # fmt: skip
+        write_json(
+            json,
+            {
+                "model": model,
+                "images": images,
+                "rows": [asdict(row) for row in rows],
+                "environment": describe_environment(),
+            },
+        )
     return 0
 
 
 class _Bench:
     """One model, its images and the ways."""
 
-    def __init__(self, model: nn.Module, batches: list[Any], others: list[Any], float_layers: int) -> None:
+    def __init__(
+        self, model: nn.Module, batches: list[Any], others: list[Any], float_layers: int
+    ) -> None:
         self._model = model
         self._batches = batches
         self._others = others
@@ -159,7 +170,12 @@ class _Bench:
 
     def judge(self, layers: Sequence[str]) -> float:
         """SQNR on the other images with some layers in float."""
-        chosen = [quantizer for unit in self.units if unit.name in set(layers) for quantizer in unit.quantizers]
+        chosen = [
+            quantizer
+            for unit in self.units
+            if unit.name in set(layers)
+            for quantizer in unit.quantizers
+        ]
         with flipped(chosen):
             return sqnr_db(self._expected, qdq.predict(self._model, self._others))
 
@@ -167,7 +183,9 @@ class _Bench:
         """The naive loop, the replay and the screen."""
         is_alone = mode == "one-at-a-time"
         naive_seconds, naive = _timed(lambda: self._measure(is_alone, self._evaluate_naively))
-        replay_seconds, replayed = _timed(lambda: self._measure(is_alone, Replay(self._model).evaluate))
+        replay_seconds, replayed = _timed(
+            lambda: self._measure(is_alone, Replay(self._model).evaluate)
+        )
         screen_seconds, energies = _timed(
             lambda: screen_units(self._model, self._batches, self._references, self.units, mode)
         )
@@ -181,7 +199,9 @@ class _Bench:
             self._row(f"{mode}: screen", screen_seconds, screened, ranking, None),
         ]
 
-    def _row(self, name: str, seconds: float, found: list[str], exact: list[str], differs: float | None) -> Row:
+    def _row(
+        self, name: str, seconds: float, found: list[str], exact: list[str], differs: float | None
+    ) -> Row:
         overlap = len(set(found[:10]) & set(exact[:10]))
         judged = self.judge(found[: self._count])
         return Row(name, seconds, seconds / self._evaluation, found, differs, overlap, judged)
@@ -190,16 +210,26 @@ class _Bench:
         """SQNR of each layer alone, the same statistics whatever evaluates."""
         rows: dict[str | None, list[Any]] = {}
         variants = {unit.name: unit.quantizers for unit in self.units}
-        with flipped([quantizer for unit in self.units for quantizer in unit.quantizers] if is_alone else ()):
+        with flipped(
+            [quantizer for unit in self.units for quantizer in unit.quantizers] if is_alone else ()
+        ):
             for batch, reference in zip(self._batches, self._references, strict=True):
 
-                def keep(name: str | None, outputs: Any, batch: Any = batch, reference: Any = reference) -> None:
+                def keep(
+                    name: str | None, outputs: Any, batch: Any = batch, reference: Any = reference
+                ) -> None:
                     rows.setdefault(name, []).append(collect(SQNR, batch, reference, outputs))
 
                 evaluate(batch, variants, keep)
-        return {str(name): reduce_rows(SQNR, np.concatenate(parts))[0] for name, parts in rows.items() if name}
+        return {
+            str(name): reduce_rows(SQNR, np.concatenate(parts))[0]
+            for name, parts in rows.items()
+            if name
+        }
 
-    def _evaluate_naively(self, batch: Any, variants: dict[str, Any], measure: Callable[..., None]) -> None:
+    def _evaluate_naively(
+        self, batch: Any, variants: dict[str, Any], measure: Callable[..., None]
+    ) -> None:
         for name in (None, *variants):
             with evaluating(self._model), flipped(variants[name] if name else ()):
                 measure(name, call_model(self._model, batch))
@@ -209,13 +239,19 @@ class _Bench:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             torch.save(weights, folder / "weights.pt")
-            np.save(folder / "batches.npy", torch.stack([batch[0] for batch in self._batches]).numpy())
+            np.save(
+                folder / "batches.npy", torch.stack([batch[0] for batch in self._batches]).numpy()
+            )
             files = [str(folder / file) for file in ("weights.pt", "batches.npy", "scores.json")]
-            subprocess.run([str(python), "-c", _MODELOPT, name, *files], check=True, stdout=sys.stderr)
+            subprocess.run(
+                [str(python), "-c", _MODELOPT, name, *files], check=True, stdout=sys.stderr
+            )
             found = json_module.loads((folder / "scores.json").read_text())
         known = {unit.name for unit in self.units}
         ranking = [
-            layer for layer in sorted(found["scores"], key=lambda layer: -found["scores"][layer]) if layer in known
+            layer
+            for layer in sorted(found["scores"], key=lambda layer: -found["scores"][layer])
+            if layer in known
         ]
         return self._row("ModelOpt auto_quantize", found["seconds"], ranking, exact.ranking, None)
 

@@ -103,7 +103,9 @@ def try_model(name: str, model: onnx.ModelProto, folder: Path, figures: Figures)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--every", type=int, default=1, help="take only every N-th model")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()

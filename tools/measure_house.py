@@ -27,8 +27,29 @@ _PACKAGE = Path(__file__).resolve().parents[1] / "qdq"
 _LONG_FUNCTION = 60  # lines: about one screen
 # Words that refer to a thing without saying what it is.
 _PRONOUNS = frozenset(
-    "found own each other others kept given before after known one ones "
-    "it this that these those such what both same".split()
+    [
+        "found",
+        "own",
+        "each",
+        "other",
+        "others",
+        "kept",
+        "given",
+        "before",
+        "after",
+        "known",
+        "one",
+        "ones",
+        "it",
+        "this",
+        "that",
+        "these",
+        "those",
+        "such",
+        "what",
+        "both",
+        "same",
+    ]
 )
 
 _FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
@@ -192,7 +213,9 @@ def format_rows(rows: list[HouseRow]) -> str:
         "folder": [row.folder for row in rows],
         "files": [f"{row.files}" for row in rows],
         "functions": [f"{row.functions}" for row in rows],
-        "length: median / p95 / max": [f"{row.length_median:g} / {row.length_p95} / {row.length_max}" for row in rows],
+        "length: median / p95 / max": [
+            f"{row.length_median:g} / {row.length_p95} / {row.length_max}" for row in rows
+        ],
         "functions over 60 lines, %": [f"{row.long_percent:.1f}" for row in rows],
         "complexity per line": [f"{row.complexity_per_line:.3f}" for row in rows],
         "comprehensions per 100 statements": [f"{row.comprehensions:.2f}" for row in rows],

@@ -28,8 +28,12 @@ def show_ties(onnx: Path, /, *, images: int = 128, json: Path | None = None) -> 
     _, batches = qdq.load_images(None, qdq.load_model(), evaluation=images, batch_size=16)
     levels = onnxruntime.GraphOptimizationLevel
     arrays = [batch.numpy() for batch, _ in batches]
-    parity = measure_parity(_run(onnx, arrays, levels.ORT_DISABLE_ALL), _run(onnx, arrays, levels.ORT_ENABLE_ALL))
-    print(f"ONNX Runtime against itself, {images} images: SQNR {parity.sqnr_db:.1f} dB, top-1 {parity.agreement:.1%}")
+    parity = measure_parity(
+        _run(onnx, arrays, levels.ORT_DISABLE_ALL), _run(onnx, arrays, levels.ORT_ENABLE_ALL)
+    )
+    print(
+        f"ONNX Runtime against itself, {images} images: SQNR {parity.sqnr_db:.1f} dB, top-1 {parity.agreement:.1%}"
+    )
     if json:
         write_json(json, parity)
     return 0

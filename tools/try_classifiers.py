@@ -49,7 +49,9 @@ def _make_images(folder: Path, count: int) -> Path:
     random = np.random.default_rng(0)
     (folder / "noise").mkdir(parents=True)
     for number in range(count):
-        coarse = Image.fromarray(random.integers(0, 256, (2 ** (2 + number % 6),) * 2 + (3,), dtype=np.uint8))
+        coarse = Image.fromarray(
+            random.integers(0, 256, (2 ** (2 + number % 6),) * 2 + (3,), dtype=np.uint8)
+        )
         coarse.resize((256, 256)).save(folder / "noise" / f"{number:02}.png")
     return folder
 
@@ -58,9 +60,16 @@ def _try(model: str, images: Path, output: Path, max_float_layers: int) -> dict[
     recipe = load_recipe("ptq_classifier").ptq_classifier
     began = time.perf_counter()
     code = recipe(
-        model=model, weights="random", data_dir=images, output=output, calib_batches=2, eval_images=8,
-        analysis_images=2, batch_size=4, max_float_layers=max_float_layers,
-    )  # fmt: skip
+        model=model,
+        weights="random",
+        data_dir=images,
+        output=output,
+        calib_batches=2,
+        eval_images=8,
+        analysis_images=2,
+        batch_size=4,
+        max_float_layers=max_float_layers,
+    )
     report = loads((output / "report.json").read_text())
     summary = report["summary"]
     return {

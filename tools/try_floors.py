@@ -22,7 +22,10 @@ from qdq.errors import DependencyError
 from qdq.files import write_json
 
 _ROOT = Path(__file__).resolve().parents[1]
-_EXTRAS = ("demo", "rtx")  # with `dev`, whose tools are the newest: they are no part of what users install
+_EXTRAS = (
+    "demo",
+    "rtx",
+)  # with `dev`, whose tools are the newest: they are no part of what users install
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,16 @@ def read_floors(project: dict[str, Any]) -> dict[str, str]:
     """
     optional = project["optional-dependencies"]
     floors = {}
-    for text in [*project["dependencies"], *(line for extra in _EXTRAS for line in optional[extra])]:
+    for text in [
+        *project["dependencies"],
+        *(line for extra in _EXTRAS for line in optional[extra]),
+    ]:
         requirement = Requirement(text)
         versions = [part.version for part in requirement.specifier if part.operator in (">=", "==")]
         if not versions:
-            raise DependencyError(f"{text!r} in pyproject.toml has no lowest version.", "write NAME>=VERSION.")
+            raise DependencyError(
+                f"{text!r} in pyproject.toml has no lowest version.", "write NAME>=VERSION."
+            )
         floors[requirement.name] = versions[0]
     return floors
 
@@ -92,7 +100,9 @@ def _install(folder: Path, floors: dict[str, str]) -> Path:
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     python = folder / "bin" / "python"
     constraints = folder / "floors.txt"
-    constraints.write_text("".join(f"{name}=={version}\n" for name, version in floors.items()), encoding="utf-8")
+    constraints.write_text(
+        "".join(f"{name}=={version}\n" for name, version in floors.items()), encoding="utf-8"
+    )
     install = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
     project = f".[{','.join(_EXTRAS)},dev]"
     command = [*install, "--constraint", str(constraints), "--editable", project]

@@ -23,7 +23,9 @@ def verify_demo(report: Path, /, *, json: Path | None = None) -> int:
     summary = loads(report.read_text())["summary"]
     lines = list(_compare(summary))
     for line in lines:
-        print(f"{'ok  ' if line['ok'] else 'MISS'}  {line['what']}: {line['reached']} (promised {line['promised']})")
+        print(
+            f"{'ok  ' if line['ok'] else 'MISS'}  {line['what']}: {line['reached']} (promised {line['promised']})"
+        )
     if json:
         write_json(json, lines)
     return 0 if all(line["ok"] for line in lines) else 1
@@ -45,7 +47,12 @@ def _compare(summary: dict[str, Any]) -> list[dict[str, Any]]:
     ]
     holds = {"==": lambda a, b: a == b, ">=": lambda a, b: a >= b, "<=": lambda a, b: a <= b}
     return [
-        {"what": what, "reached": reached, "promised": f"{sign} {limit}", "ok": bool(holds[sign](reached, limit))}
+        {
+            "what": what,
+            "reached": reached,
+            "promised": f"{sign} {limit}",
+            "ok": bool(holds[sign](reached, limit)),
+        }
         for what, reached, sign, limit in rows
     ]
 

@@ -55,10 +55,16 @@ def zoo(
 
     names = select_models(models)
     if not names:
-        raise qdq.ArgumentError(f"no model matches {' '.join(models)}.", "look at the list in tools/zoo_models.py.")
+        raise qdq.ArgumentError(
+            f"no model matches {' '.join(models)}.", "look at the list in tools/zoo_models.py."
+        )
     rows = _read_rows(json) if resume and json else {}
     for number, name in enumerate(names, 1):
-        if name in rows and not verdict(rows[name]).startswith("FAIL") and _has_all(rows[name], precision):
+        if (
+            name in rows
+            and not verdict(rows[name]).startswith("FAIL")
+            and _has_all(rows[name], precision)
+        ):
             continue
         with tempfile.TemporaryDirectory() as scratch:
             folder = keep / name.replace("/", "_") if keep else Path(scratch)
@@ -87,7 +93,9 @@ def _run_one(name: str, folder: Path, precision: tuple[str, ...], timeout: int) 
     began = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ROW_FILE).unlink(missing_ok=True)
-    ended, peak_mb = _start(folder, timeout, [name, "--folder", str(folder), "--precision", *precision])
+    ended, peak_mb = _start(
+        folder, timeout, [name, "--folder", str(folder), "--precision", *precision]
+    )
     row: dict[str, Any] = {"name": name, "stage": "start", "error": None, "precisions": {}}
     if (folder / ROW_FILE).is_file():
         row = json_module.loads((folder / ROW_FILE).read_text())
@@ -109,7 +117,9 @@ def _start(folder: Path, timeout: int, arguments: list[str]) -> tuple[str, int]:
     log = folder / ("float_build.log" if "--build-float" in arguments else "log")
     command = [sys.executable, str(Path(__file__).with_name("zoo_one.py")), *arguments]
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             _die_first(process.pid)
             deadline = time.monotonic() + timeout
@@ -164,14 +174,20 @@ def find_faults(row: dict[str, Any]) -> list[str]:
     for precision, result in row["precisions"].items():
         if findings := [f for f in result.get("findings", ()) if f["severity"] != "info"]:
             rules = Counter(f["rule"] for f in findings)
-            faults.append(f"{precision} findings {dict(rules)}: {findings[0]['node']} {findings[0]['message']}")
+            faults.append(
+                f"{precision} findings {dict(rules)}: {findings[0]['node']} {findings[0]['message']}"
+            )
         if result.get("ort_error"):
             faults.append(f"{precision} ONNX Runtime: {result['ort_error']}")
         if result.get("parity_ok") is False and not _is_exporters(row, result):
-            faults.append(f"{precision} SQNR {result['sqnr_db']} dB, {result['required_db']:.1f} required")
+            faults.append(
+                f"{precision} SQNR {result['sqnr_db']} dB, {result['required_db']:.1f} required"
+            )
         if result.get("rtx_ok") is False and not result.get("rtx_float_refused"):
             faults.append(f"{precision} RTX: {result['rtx_error']}")
-    required = min(60.0, row.get("float_floor_db", 999.0) - 20)  # some random networks amplify rounding that much
+    required = min(
+        60.0, row.get("float_floor_db", 999.0) - 20
+    )  # some random networks amplify rounding that much
     if row.get("fold_sqnr_db", 999) < required:
         faults.append(f"folding changes the outputs: SQNR {row['fold_sqnr_db']} dB")
     if row.get("restored_sqnr_db", 999) < required:
@@ -192,19 +208,28 @@ def describe_notes(row: dict[str, Any]) -> list[str]:
     if row.get("float_export") == "fixed":
         notes.append("fixed batch, as in float")
     if row.get("batchnorm_warmed"):
-        notes.append("BatchNorm statistics from data" + (", still degenerate" if row.get("degenerate") else ""))
+        notes.append(
+            "BatchNorm statistics from data"
+            + (", still degenerate" if row.get("degenerate") else "")
+        )
     if row.get("float_ort_error"):
         notes.append(f"float file in ONNX Runtime: {row['float_ort_error'][:120]}")
     elif row.get("float_sqnr_db", 999) < 60:
-        notes.append(f"plain float file against torch {row['float_sqnr_db']} dB: torch's exporter or ONNX Runtime")
+        notes.append(
+            f"plain float file against torch {row['float_sqnr_db']} dB: torch's exporter or ONNX Runtime"
+        )
     if products := row.get("float"):
         rules = Counter(_shorten_reason(reason) for reason in products.values())
-        notes.append("float by rule: " + ", ".join(f"{count} {rule}" for rule, count in rules.most_common()))
+        notes.append(
+            "float by rule: " + ", ".join(f"{count} {rule}" for rule, count in rules.most_common())
+        )
     if (left := len(row.get("left_float", ()))) > 0:
         notes.append(f"{left} quantizers left float by calibration")
     for precision, result in row["precisions"].items():
         if result.get("parity_ok") and result["sqnr_db"] < 30:
-            notes.append(f"{precision} SQNR below 30 is rounding ties: their floor is {result['tie_floor_db']:.1f} dB")
+            notes.append(
+                f"{precision} SQNR below 30 is rounding ties: their floor is {result['tie_floor_db']:.1f} dB"
+            )
         if unpredicted := result.get("unpredicted"):
             counts = [f"{len(nodes)} {kind}" for kind, nodes in unpredicted.items() if nodes]
             if counts:
@@ -220,20 +245,42 @@ def _shorten_reason(reason: str) -> str:
     return found[1] if found else reason[:40]
 
 
-_COLUMNS = ("model", "int8/all", "MACs", "Q/DQ", "find", "SQNR", "floor", "RTX", "lost", "s", "verdict", "note")
+_COLUMNS = (
+    "model",
+    "int8/all",
+    "MACs",
+    "Q/DQ",
+    "find",
+    "SQNR",
+    "floor",
+    "RTX",
+    "lost",
+    "s",
+    "verdict",
+    "note",
+)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     results = list(row["precisions"].values())
 
     def each(key: str, form: str = "{}") -> str:
-        return "|".join(form.format(result[key]) if result.get(key) is not None else "-" for result in results) or "-"
+        return (
+            "|".join(
+                form.format(result[key]) if result.get(key) is not None else "-"
+                for result in results
+            )
+            or "-"
+        )
 
-    lost = "|".join(str(len(result["missing_int8"])) if "missing_int8" in result else "-" for result in results)
+    lost = "|".join(
+        str(len(result["missing_int8"])) if "missing_int8" in result else "-" for result in results
+    )
     return [
         row["name"],
         "|".join(f"{r.get('int8', '-')}/{r.get('weighted', '-')}" for r in results[:1]) or "-",
-        "|".join(f"{r['mac_share']:.0%}" for r in results[:1] if r.get("mac_share") is not None) or "-",
+        "|".join(f"{r['mac_share']:.0%}" for r in results[:1] if r.get("mac_share") is not None)
+        or "-",
         "|".join(f"{r.get('q', '-')}/{r.get('dq', '-')}" for r in results) or "-",
         "|".join(_count_findings(r) for r in results) or "-",
         each("sqnr_db", "{:.1f}"),
@@ -263,7 +310,12 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     lines = [list(_COLUMNS), *table]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS) - 2)]
     text = [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(line[:-2], widths, strict=True)), *line[-2:]]).rstrip()
+        "  ".join(
+            [
+                *(cell.ljust(width) for cell, width in zip(line[:-2], widths, strict=True)),
+                *line[-2:],
+            ]
+        ).rstrip()
         for line in lines
     ]
     counts = Counter(verdict(row).partition(":")[0] for row in rows)

@@ -54,11 +54,15 @@ class _Detector(nn.Module):
             return _tensors(detector.head(maps))
         outputs = _tensors(detector.rpn.head(maps))
         heads = detector.roi_heads
-        outputs += _tensors(heads.box_predictor(heads.box_head(nn.functional.adaptive_avg_pool2d(maps[0], 7))))
+        outputs += _tensors(
+            heads.box_predictor(heads.box_head(nn.functional.adaptive_avg_pool2d(maps[0], 7)))
+        )
         for kind in ("mask", "keypoint"):
             if getattr(heads, f"{kind}_head", None) is not None:
                 region = nn.functional.adaptive_avg_pool2d(maps[0], 14)
-                outputs += _tensors(getattr(heads, f"{kind}_predictor")(getattr(heads, f"{kind}_head")(region)))
+                outputs += _tensors(
+                    getattr(heads, f"{kind}_predictor")(getattr(heads, f"{kind}_head")(region))
+                )
         return outputs
 
 
@@ -92,7 +96,9 @@ def _video(name: str, frames: int, size: int) -> tuple[str, Entry]:
 
 def _timm(name: str, size: int, **options: Any) -> tuple[str, Entry]:
     def build() -> nn.Module:
-        module: nn.Module = importlib.import_module("timm").create_model(name, pretrained=False, **options)
+        module: nn.Module = importlib.import_module("timm").create_model(
+            name, pretrained=False, **options
+        )
         return module
 
     return f"timm/{name}", Entry(build, (3, size, size))
@@ -112,7 +118,9 @@ MODELS: dict[str, Entry] = dict(
         _torchvision("efficientnet_b0", 96),
         _torchvision("efficientnet_v2_s", 96),
         _torchvision("googlenet", 96, aux_logits=False, transform_input=True, init_weights=False),
-        _torchvision("inception_v3", 128, aux_logits=False, transform_input=True, init_weights=False),
+        _torchvision(
+            "inception_v3", 128, aux_logits=False, transform_input=True, init_weights=False
+        ),
         _torchvision("maxvit_t", 224),
         _torchvision("mnasnet0_5", 96),
         _torchvision("mobilenet_v2", 96),
@@ -244,7 +252,9 @@ def select_models(patterns: Iterable[str]) -> list[str]:
     """Names of the models that match a pattern, with or without the library in front, in the order of the list."""
     patterns = tuple(patterns) or ("*",)
     return [
-        name for name in MODELS if any(fnmatchcase(name, p) or fnmatchcase(name.partition("/")[2], p) for p in patterns)
+        name
+        for name in MODELS
+        if any(fnmatchcase(name, p) or fnmatchcase(name.partition("/")[2], p) for p in patterns)
     ]
 
 
@@ -253,11 +263,16 @@ def make_batches(shape: Shape, batches: int, batch_size: int) -> list[Tensor]:
     random = torch.Generator().manual_seed(0)
     images = []
     for number in range(batches * batch_size):
-        coarse = torch.randn(1, shape[0], *[min(side, 3 + number % 5) for side in shape[1:]], generator=random)
+        coarse = torch.randn(
+            1, shape[0], *[min(side, 3 + number % 5) for side in shape[1:]], generator=random
+        )
         smooth = nn.functional.interpolate(coarse, shape[1:])[0]
         fine = torch.randn(*shape, generator=random)
         images.append((0.7 + 0.1 * (number % 5)) * smooth + 0.5 * fine + 0.2 * (number % 3) - 0.2)
-    return [torch.stack(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
+    return [
+        torch.stack(images[start : start + batch_size])
+        for start in range(0, len(images), batch_size)
+    ]
 
 
 def revive(model: nn.Module) -> int:
@@ -270,7 +285,11 @@ def revive(model: nn.Module) -> int:
     """
     changed = 0
     for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2].endswith("bias") or parameter.numel() < 2 or parameter.abs().max() > 1e-3:
+        if (
+            name.rpartition(".")[2].endswith("bias")
+            or parameter.numel() < 2
+            or parameter.abs().max() > 1e-3
+        ):
             continue
         with torch.no_grad():
             if parameter.squeeze().dim() >= 2 or name.endswith("token"):

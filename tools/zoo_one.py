@@ -30,12 +30,22 @@ from qdq.graph.coverage import compare_coverage
 from qdq.quantizer import named_quantizers
 from qdq.trace import evaluating
 
-PRODUCTS = ("conv1d", "conv2d", "linear", "matmul", "bmm", "baddbmm", "scaled_dot_product_attention")
+PRODUCTS = (
+    "conv1d",
+    "conv2d",
+    "linear",
+    "matmul",
+    "bmm",
+    "baddbmm",
+    "scaled_dot_product_attention",
+)
 SEED, BATCHES, BATCH_SIZE, OPSET = 0, 2, 4, 19
 ROW_FILE = "row.json"
 
 
-def zoo_one(name: str, /, *, folder: Path, precision: tuple[str, ...] = ("fp32",), build_float: bool = False) -> int:
+def zoo_one(
+    name: str, /, *, folder: Path, precision: tuple[str, ...] = ("fp32",), build_float: bool = False
+) -> int:
     """Take one model through everything and write what was found to FOLDER/row.json.
 
     Args:
@@ -62,7 +72,13 @@ class _Sweep:
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
         self.folder = folder
-        self.row: dict[str, Any] = {"name": name, "code": hash_code(), "stage": "", "error": None, "seconds": {}}
+        self.row: dict[str, Any] = {
+            "name": name,
+            "code": hash_code(),
+            "stage": "",
+            "error": None,
+            "seconds": {},
+        }
         self.row |= {"precisions": {}}
 
     @contextmanager
@@ -106,7 +122,10 @@ class _Sweep:
         row = self.row
         with self._stage("float model"):
             model, batches, outputs = self._build()
-            row["input"], row["outputs"] = list(batches[0].shape[1:]), [list(output.shape[1:]) for output in outputs]
+            row["input"], row["outputs"] = (
+                list(batches[0].shape[1:]),
+                [list(output.shape[1:]) for output in outputs],
+            )
             nudged = forward(model, [batch * (1 + 2**-22) for batch in batches])
             row["float_floor_db"] = _worst(outputs, nudged)[0]
         with self._stage("fold"):
@@ -118,7 +137,9 @@ class _Sweep:
             row["swapped"] = len(plan.weighted)
         with self._stage("rewire"):
             rewired = qdq.rewire_operations(model, batches[0])
-            row["rewired"] = {action: len(rewired.of(action)) for action in ("quantize", "share", "float")}
+            row["rewired"] = {
+                action: len(rewired.of(action)) for action in ("quantize", "share", "float")
+            }
             row["float"] = _list_float_products(plan, rewired)
         with self._stage("calibrate"):
             ranges = qdq.calibrate_model(model, batches)
@@ -155,9 +176,13 @@ class _Sweep:
             try:
                 with evaluating(model):
                     program = torch.onnx.export(
-                        model, (batch,), dynamo=True, opset_version=OPSET, verbose=False,
+                        model,
+                        (batch,),
+                        dynamo=True,
+                        opset_version=OPSET,
+                        verbose=False,
                         dynamic_shapes=({0: "batch"},) if kind == "dynamic" else None,
-                    )  # fmt: skip
+                    )
                 assert program is not None  # noqa: S101
                 shape = program.model.graph.inputs[0].shape
                 if kind == "dynamic" and (shape is None or isinstance(shape[0], int)):
@@ -170,21 +195,32 @@ class _Sweep:
                 return kind
         return None
 
-    def _export(self, model: nn.Module, batches: list[Tensor], path: Path, precision: str) -> qdq.ExportReport:
+    def _export(
+        self, model: nn.Module, batches: list[Tensor], path: Path, precision: str
+    ) -> qdq.ExportReport:
         """Export with a dynamic batch, or a fixed one where plain float export cannot do better either."""
         dynamic = self.row.get("float_export") != "fixed"
         try:
-            return qdq.export_onnx(model, batches[0], path, opset=OPSET, dynamic_batch=dynamic, precision=precision)
+            return qdq.export_onnx(
+                model, batches[0], path, opset=OPSET, dynamic_batch=dynamic, precision=precision
+            )
         except qdq.ExportError as error:
             if "float_export" not in self.row:
                 self.row["dynamic_qdq_error"] = describe_error(error)
                 self._export_float()
             if not dynamic or self.row["float_export"] != "fixed":
                 raise
-        return qdq.export_onnx(model, batches[0], path, opset=OPSET, dynamic_batch=False, precision=precision)
+        return qdq.export_onnx(
+            model, batches[0], path, opset=OPSET, dynamic_batch=False, precision=precision
+        )
 
     def _try_precision(
-        self, precision: str, model: nn.Module, batches: list[Tensor], expected: list[Tensor], result: dict[str, Any]
+        self,
+        precision: str,
+        model: nn.Module,
+        batches: list[Tensor],
+        expected: list[Tensor],
+        result: dict[str, Any],
     ) -> None:
         path = self.folder / f"{precision}.onnx"
         with self._stage(f"{precision} export"):
@@ -200,9 +236,16 @@ class _Sweep:
             coverage = checked.coverage
             result["weighted"] = len(coverage.layers)
             result["int8"] = sum(layer.int8 for layer in coverage.layers)
-            result["mac_share"] = None if coverage.int8_share is None else round(coverage.int8_share, 4)
+            result["mac_share"] = (
+                None if coverage.int8_share is None else round(coverage.int8_share, 4)
+            )
             result["findings"] = [
-                {"rule": f.rule, "severity": str(getattr(f, "severity", "error")), "node": f.node, "message": f.message}
+                {
+                    "rule": f.rule,
+                    "severity": str(getattr(f, "severity", "error")),
+                    "node": f.node,
+                    "message": f.message,
+                }
                 for f in checked.findings
             ]
         with self._stage(f"{precision} parity"):
@@ -219,22 +262,31 @@ class _Sweep:
             else:
                 result["rtx_ok"], result["rtx_error"] = True, None
                 result["rtx_int8"] = built.int8
-                result["missing_int8"] = [f"{layer.node}: {layer.reason}" for layer in built.missing_int8]
+                result["missing_int8"] = [
+                    f"{layer.node}: {layer.reason}" for layer in built.missing_int8
+                ]
                 difference = compare_coverage(coverage, built.layers)
                 result["unpredicted"] = {"missing": difference.missing, "extra": difference.extra}
                 result["rtx_warnings"] = built.warnings[:5]
                 result["rtx_seconds"] = round(built.seconds, 1)
 
     def _compare(
-        self, precision: str, model: nn.Module, batches: list[Tensor], expected: list[Tensor], found: list[Tensor],
+        self,
+        precision: str,
+        model: nn.Module,
+        batches: list[Tensor],
+        expected: list[Tensor],
+        found: list[Tensor],
         result: dict[str, Any],
-    ) -> None:  # fmt: skip
+    ) -> None:
         result["sqnr_db"], worst = _worst(expected, found)
         if precision == "fp32":
             result["tie_floor_db"] = qdq.measure_tie_floor(_Output(model, worst), batches)
         else:
             result["tie_floor_db"] = _measure_half_floor(model, batches, expected, worst)
-        parity = measure_parity(expected[worst].numpy(), found[worst].numpy(), result["tie_floor_db"])
+        parity = measure_parity(
+            expected[worst].numpy(), found[worst].numpy(), result["tie_floor_db"]
+        )
         # The product's limit is never below 15 dB; some random networks are more chaotic than that, as measured.
         result["required_db"] = min(parity.required_sqnr_db, result["tie_floor_db"] - TIE_MARGIN_DB)
         result["parity_ok"] = bool(parity.sqnr_db >= result["required_db"])
@@ -245,11 +297,16 @@ def _list_float_products(plan: qdq.SwapPlan, rewired: qdq.RewirePlan) -> dict[st
     calls = {call.name: call for call in rewired.operations if call.function in PRODUCTS}
     found = {name: call.reason for name, call in calls.items() if call.action == "float"}
     callers = {name.rpartition(".")[0] for name in calls}
-    layers = [module for module in plan.of("float") + plan.of("missed") if module.mapped and module.weights]
+    layers = [
+        module
+        for module in plan.of("float") + plan.of("missed")
+        if module.mapped and module.weights
+    ]
     return found | {
         module.name: module.reason
         for module in layers
-        if module.name not in callers and "reads its weight directly" not in module.reason  # else the call is there
+        if module.name not in callers
+        and "reads its weight directly" not in module.reason  # else the call is there
     }
 
 
@@ -262,14 +319,22 @@ class _Output(nn.Module):
         self.number = number
 
     def forward(self, images: Tensor) -> Tensor:
-        leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(self.model(images)) if isinstance(leaf, Tensor)]
+        leaves = [
+            leaf
+            for leaf in torch.utils._pytree.tree_leaves(self.model(images))
+            if isinstance(leaf, Tensor)
+        ]
         return leaves[self.number]
 
 
-def _measure_half_floor(model: nn.Module, batches: list[Tensor], expected: list[Tensor], worst: int) -> float:
+def _measure_half_floor(
+    model: nn.Module, batches: list[Tensor], expected: list[Tensor], worst: int
+) -> float:
     """As `measure_tie_floor`, with quantizer inputs rounded to float16: what a remainder in fp16 alone changes."""
     handles = [
-        quantizer.register_forward_pre_hook(lambda _, inputs: (inputs[0].half().float(), *inputs[1:]))
+        quantizer.register_forward_pre_hook(
+            lambda _, inputs: (inputs[0].half().float(), *inputs[1:])
+        )
         for name, quantizer in named_quantizers(model)
         if not name.endswith("_weight_quantizer")
     ]
@@ -287,7 +352,10 @@ def _run_onnx(path: Path, batches: list[Tensor]) -> tuple[list[Tensor], str | No
         found = [onnx_model(batch.numpy()) for batch in batches]
     except qdq.CheckError as error:
         return [], describe_error(error)
-    return [torch.cat([torch.from_numpy(part).float() for part in parts]) for parts in zip(*found, strict=True)], None
+    return [
+        torch.cat([torch.from_numpy(part).float() for part in parts])
+        for parts in zip(*found, strict=True)
+    ], None
 
 
 def _worst(expected: list[Tensor], found: list[Tensor]) -> tuple[float, int]:

@@ -91,11 +91,18 @@ class Rounding:
             f"weights of {len(done)} layers rounded for their outputs, {changed:.1%} of the codes not to the nearest: "
             f"SQNR {self.before_db:.2f} to {self.after_db:.2f} dB"
         ]
-        return "\n".join(lines + [f"  {layer.layer}: {layer.reason}" for layer in self.layers if layer.reason])
+        return "\n".join(
+            lines + [f"  {layer.layer}: {layer.reason}" for layer in self.layers if layer.reason]
+        )
 
 
 def round_weights(
-    model: nn.Module, batches: Iterable[Any], *, steps: int = 300, seed: int = 0, reference: nn.Module | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    steps: int = 300,
+    seed: int = 0,
+    reference: nn.Module | None = None,
 ) -> Rounding:
     """Replace every weight by the value of its learned code, and its bias by the best for it; in place.
 
@@ -123,7 +130,9 @@ def round_weights(
     """
     require_model(model)
     if torch.is_inference_mode_enabled():
-        raise StateError("in torch.inference_mode there are no gradients.", "round the weights outside of it.")
+        raise StateError(
+            "in torch.inference_mode there are no gradients.", "round the weights outside of it."
+        )
     inputs = join_batches(batches)
     plan = plan_layers(model, inputs)
     before = run_flat(model, inputs)
@@ -134,7 +143,11 @@ def round_weights(
 
 
 def _round_in_order(
-    model: nn.Module, layers: dict[str, QuantMixin], samples: dict[str, Sample], inputs: Any, steps: int
+    model: nn.Module,
+    layers: dict[str, QuantMixin],
+    samples: dict[str, Sample],
+    inputs: Any,
+    steps: int,
 ) -> tuple[list[RoundedLayer], Array]:
     """One quantized forward in which each layer is rounded while it runs; also gives the outputs of the model."""
     done: list[RoundedLayer] = []
@@ -145,23 +158,31 @@ def _round_in_order(
             changed, error = _round_layer(layer, product, samples.pop(name), steps)
             done.append(RoundedLayer(name, changed, error))
             progress.update()
-            return product.compute(weight=layer.weight_quantizer(layer._parameters["weight"]), bias=layer.bias)
+            return product.compute(
+                weight=layer.weight_quantizer(layer._parameters["weight"]), bias=layer.bias
+            )
 
         try:
             return done, flatten_outputs(visit_products(model, layers, inputs, learn))
         except KeyboardInterrupt:
-            logger.warning("stopped: %d of %d layers are rounded and stay so", len(done), len(layers))
+            logger.warning(
+                "stopped: %d of %d layers are rounded and stay so", len(done), len(layers)
+            )
             raise
 
 
 @torch.no_grad()
-def _round_layer(layer: QuantMixin, product: Product, sample: Sample, steps: int) -> tuple[float, float]:
+def _round_layer(
+    layer: QuantMixin, product: Product, sample: Sample, steps: int
+) -> tuple[float, float]:
     """Round the weight of one layer and correct its bias; share of changed codes and relative error."""
     weight = layer._parameters["weight"]
     assert weight is not None  # noqa: S101
     problem = _Problem(weight, layer.weight_quantizer, product, sample)
     codes = problem.descend(problem.relax(steps) if steps else problem.nearest)
-    error = problem.loss(codes) / problem.loss(problem.nearest).clamp_min(torch.finfo(torch.float32).tiny)
+    error = problem.loss(codes) / problem.loss(problem.nearest).clamp_min(
+        torch.finfo(torch.float32).tiny
+    )
     shift = problem.best_shift(codes)
     weight.copy_((codes * problem.scale).reshape(weight.shape))
     add_to_bias(layer, shift)
@@ -178,12 +199,16 @@ class _Problem:
         sample: Outputs of the float model.
     """
 
-    def __init__(self, weight: torch.Tensor, quantizer: TensorQuantizer, product: Product, sample: Sample) -> None:
+    def __init__(
+        self, weight: torch.Tensor, quantizer: TensorQuantizer, product: Product, sample: Sample
+    ) -> None:
         output = product.compute(weight=weight)
         found = product.rows_of(output)[sample.positions].float()
         x = product.patches_at(sample.positions, output.shape).float()  # [groups, N, K]
         groups, count, size = x.shape
-        rest, live = (_by_group(rows, groups) for rows in (sample.rows - found, sample.weigh(found)))
+        rest, live = (
+            _by_group(rows, groups) for rows in (sample.rows - found, sample.weigh(found))
+        )
         self._mean_x, self._mean_rest = live @ x, (live * rest).sum(-1)
         # few positions say little about many weights: what lies beside the diagonal counts less then
         shrink = count / (count + size)
@@ -194,17 +219,25 @@ class _Problem:
         self.scale = quantizer.scale.reshape(-1, 1).expand(len(weight), 1).reshape(groups, -1, 1)
         self._cross = shrink * cross / self.scale
         self._rest = (live * rest.square()).sum(-1) - self._mean_rest.square()
-        self._ideal = weight.float().reshape(groups, -1, size) / self.scale  # the codes before rounding
+        self._ideal = (
+            weight.float().reshape(groups, -1, size) / self.scale
+        )  # the codes before rounding
         ends = max(quantizer.format.qmin, -quantizer.format.qmax), quantizer.format.qmax
         self.nearest = self._ideal.round().clamp(*ends)
-        fixed = (self._ideal - self.nearest).abs() < _FIXED  # the largest keeps its code, and so the range its value
+        fixed = (
+            self._ideal - self.nearest
+        ).abs() < _FIXED  # the largest keeps its code, and so the range its value
         low = self._ideal.floor()
-        self._low, self._high = (torch.where(fixed, self.nearest, bound.clamp(*ends)) for bound in (low, low + 1))
+        self._low, self._high = (
+            torch.where(fixed, self.nearest, bound.clamp(*ends)) for bound in (low, low + 1)
+        )
 
     def loss(self, codes: torch.Tensor) -> torch.Tensor:
         """Mean squared error of the output behind its best bias, summed over the filters."""
         error = codes - self._ideal
-        added = ((error @ self._gram - 2 * self._cross) * error).sum(-1) * self.scale[..., 0].square()
+        added = ((error @ self._gram - 2 * self._cross) * error).sum(-1) * self.scale[
+            ..., 0
+        ].square()
         return (added + self._rest).sum()
 
     def best_shift(self, codes: torch.Tensor) -> torch.Tensor:
@@ -217,14 +250,20 @@ class _Problem:
         share = ((self._ideal - self._low) / (self._high - self._low).clamp_min(1)).clamp(0, 1)
         logits = torch.logit((share - _GAMMA) / (_ZETA - _GAMMA)).requires_grad_()
         optimizer = torch.optim.Adam([logits], _LEARNING_RATE)
-        unit = (self._diagonal.mean(-1, keepdim=True) / 6).clamp_min(torch.finfo(torch.float32).tiny)
+        unit = (self._diagonal.mean(-1, keepdim=True) / 6).clamp_min(
+            torch.finfo(torch.float32).tiny
+        )
         span = self._high - self._low
         for step in range(steps):
             with torch.enable_grad():
                 up = (torch.sigmoid(logits) * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
-                objective = (up * self._gradient(self._low + up.detach() * span) * span / unit).sum()
+                objective = (
+                    up * self._gradient(self._low + up.detach() * span) * span / unit
+                ).sum()
                 if step >= _WARM_UP * steps:
-                    objective = objective + _WEIGHT * (1 - (2 * up - 1).abs() ** _anneal(step, steps)).sum()
+                    objective = (
+                        objective + _WEIGHT * (1 - (2 * up - 1).abs() ** _anneal(step, steps)).sum()
+                    )
                 (logits.grad,) = torch.autograd.grad(objective, logits)
             optimizer.step()
         return torch.where(torch.sigmoid(logits.detach()) > 0.5, self._high, self._low)
@@ -239,7 +278,9 @@ class _Problem:
             gain, index = (flip * slope + flip.square() * self._diagonal).min(-1)
             if not bool((gain < -tolerance).any()):
                 break
-            move = torch.where(gain < -tolerance, flip.gather(-1, index[..., None])[..., 0], 0.0)[..., None]
+            move = torch.where(gain < -tolerance, flip.gather(-1, index[..., None])[..., 0], 0.0)[
+                ..., None
+            ]
             codes.scatter_add_(-1, index[..., None], move)
             slope += 2 * move * self._gram[group, index]
         return codes

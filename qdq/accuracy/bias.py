@@ -80,11 +80,17 @@ class BiasCorrection:
         done = [layer for layer in self.layers if not layer.reason]
         sqnr = f"SQNR {self.before_db:.2f} to {self.after_db:.2f} dB"
         lines = [f"{self.method} bias correction of {len(done)} layers: {sqnr}"]
-        return "\n".join(lines + [f"  {layer.layer}: {layer.reason}" for layer in self.layers if layer.reason])
+        return "\n".join(
+            lines + [f"  {layer.layer}: {layer.reason}" for layer in self.layers if layer.reason]
+        )
 
 
 def correct_bias(
-    model: nn.Module, batches: Iterable[Any], *, method: str = "empirical", reference: nn.Module | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    method: str = "empirical",
+    reference: nn.Module | None = None,
 ) -> BiasCorrection:
     """Shift the bias of every quantized layer so that quantization leaves the mean of its output channels; in place.
 
@@ -108,7 +114,9 @@ def correct_bias(
         StateError: No layer is quantized, one has no range, or the outputs hold NaN or Inf.
     """
     if method not in METHODS:
-        raise ArgumentError(f"method is {method!r}; known are {', '.join(METHODS)}.", "use 'empirical'.")
+        raise ArgumentError(
+            f"method is {method!r}; known are {', '.join(METHODS)}.", "use 'empirical'."
+        )
     require_model(model)
     inputs = join_batches(batches)
     plan = plan_layers(model, inputs)
@@ -119,10 +127,14 @@ def correct_bias(
     return BiasCorrection(method, tuple(done), sqnr_db(expected, before), sqnr_db(expected, after))
 
 
-_Corrected = tuple[list[CorrectedBias], Array, Array]  # what was done; outputs of the reference, and those afterwards
+_Corrected = tuple[
+    list[CorrectedBias], Array, Array
+]  # what was done; outputs of the reference, and those afterwards
 
 
-def _correct_empirically(model: nn.Module, reference: nn.Module, plan: LayerPlan, inputs: Any) -> _Corrected:
+def _correct_empirically(
+    model: nn.Module, reference: nn.Module, plan: LayerPlan, inputs: Any
+) -> _Corrected:
     """Outputs of the float model first; then each layer in turn is corrected while it runs."""
     samples, expected = sample_outputs(reference, plan, inputs)
     done: list[CorrectedBias] = []
@@ -142,7 +154,9 @@ def _correct_empirically(model: nn.Module, reference: nn.Module, plan: LayerPlan
     return done, expected, after
 
 
-def _correct_analytically(model: nn.Module, reference: nn.Module, plan: LayerPlan, inputs: Any) -> _Corrected:
+def _correct_analytically(
+    model: nn.Module, reference: nn.Module, plan: LayerPlan, inputs: Any
+) -> _Corrected:
     """One float forward; the product being linear, the mean of the input over samples gives that of the output."""
     done: list[CorrectedBias] = []
     shifts: dict[str, torch.Tensor] = {}
@@ -152,7 +166,9 @@ def _correct_analytically(model: nn.Module, reference: nn.Module, plan: LayerPla
         layer, output, weight = plan.layers[name], product.compute(), product.arguments["weight"]
         error = _quantized_weight(layer) - weight
         mean = product.arguments["input"].mean(0, keepdim=True)
-        shifts[name] = -_channel_means(product, product.compute(input=mean, weight=error, bias=None))
+        shifts[name] = -_channel_means(
+            product, product.compute(input=mean, weight=error, bias=None)
+        )
         done.append(CorrectedBias(name, _relative(shifts[name], _channel_means(product, output))))
         return output
 

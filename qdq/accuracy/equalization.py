@@ -36,7 +36,15 @@ from qdq.accuracy.layerwise import drop_empty, flatten_outputs
 from qdq.calibrate import calibrate_model
 from qdq.dataflow import Dataflow, clamp_of
 from qdq.errors import StateError
-from qdq.functions import ACTIVATIONS, AVERAGES, CONVOLUTIONS, HOMOGENEOUS, IDENTITIES, LINEAR, MAX_POOLINGS
+from qdq.functions import (
+    ACTIVATIONS,
+    AVERAGES,
+    CONVOLUTIONS,
+    HOMOGENEOUS,
+    IDENTITIES,
+    LINEAR,
+    MAX_POOLINGS,
+)
 from qdq.metrics import Array, sqnr_db
 from qdq.names import group_names
 from qdq.nn import QuantInputMixin
@@ -50,7 +58,9 @@ _ELEMENTWISE = HOMOGENEOUS & (ACTIVATIONS | IDENTITIES)
 _POOLINGS = HOMOGENEOUS & (AVERAGES | MAX_POOLINGS)
 _EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 _STEPS = 127  # of a range, int8
-_LARGEST = 16.0  # factor; a channel that needs more is almost dead on the data, and may not be elsewhere
+_LARGEST = (
+    16.0  # factor; a channel that needs more is almost dead on the data, and may not be elsewhere
+)
 
 
 @dataclass(frozen=True)
@@ -95,12 +105,18 @@ class Equalization:
         """How many tensors were equalized, what it did to the float model, and what was left alone and why."""
         done = [tensor for tensor in self.tensors if not tensor.reason]
         measured = self.before_db is not None and self.after_db is not None
-        sqnr = f"SQNR in int8 {self.before_db:.2f} to {self.after_db:.2f} dB" if measured else "nothing to quantize"
+        sqnr = (
+            f"SQNR in int8 {self.before_db:.2f} to {self.after_db:.2f} dB"
+            if measured
+            else "nothing to quantize"
+        )
         lines = [
             f"{len(done)} of {len(self.tensors)} tensors equalized: {sqnr}; "
             f"the float model against itself before: {self.float_db:.1f} dB"
         ]
-        groups = group_names((each.reason, ", ".join(each.written_by)) for each in self.tensors if each.reason)
+        groups = group_names(
+            (each.reason, ", ".join(each.written_by)) for each in self.tensors if each.reason
+        )
         lines += [f"  {len(names)} ({names[0]} ...): {reason}" for reason, names in groups.items()]
         return "\n".join(lines)
 
@@ -127,7 +143,9 @@ def equalize_layers(model: nn.Module, batches: Iterable[Any]) -> Equalization:
     require_model(model)
     kept = drop_empty(batches)
     if any(isinstance(module, QuantInputMixin) for module in model.modules()):
-        raise StateError("the model has quantized layers.", "call equalize_layers before swap_modules.")
+        raise StateError(
+            "the model has quantized layers.", "call equalize_layers before swap_modules."
+        )
     groups = _find_groups(model, kept[0])
     expected = _observe(model, kept, groups)
     swap_modules(model, kept[0])
@@ -182,7 +200,9 @@ def _equalize_exactly(
 
 def _rounding_db(model: nn.Module) -> float:
     """SQNR that a hundred times the rounding of the parameters leaves; outputs are compared in float32."""
-    types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()} | {torch.float32}
+    types = {
+        parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()
+    } | {torch.float32}
     return -20 * log10(100 * max(torch.finfo(dtype).eps for dtype in types))
 
 
@@ -190,8 +210,12 @@ def _rounding_db(model: nn.Module) -> float:
 def _undoing(groups: list[_Group]) -> Iterator[Callable[[], None]]:
     """Gives a function that puts the parameters of all layers back; so does any error or Ctrl-C inside."""
     free = [group for group in groups if not group.reason]
-    layers = [layer for group in free for layer in (*group.writers.values(), *group.readers.values())]
-    saved = {id(p): (p, p.detach().clone()) for layer in layers for p in layer.parameters(recurse=False)}
+    layers = [
+        layer for group in free for layer in (*group.writers.values(), *group.readers.values())
+    ]
+    saved = {
+        id(p): (p, p.detach().clone()) for layer in layers for p in layer.parameters(recurse=False)
+    }
 
     @torch.no_grad()
     def undo() -> None:
@@ -214,7 +238,11 @@ class _Seen:
     rows: int
 
     def merge(self, other: _Seen) -> _Seen:
-        return _Seen(torch.maximum(self.largest, other.largest), self.energy + other.energy, self.rows + other.rows)
+        return _Seen(
+            torch.maximum(self.largest, other.largest),
+            self.energy + other.energy,
+            self.rows + other.rows,
+        )
 
 
 @dataclass
@@ -318,10 +346,18 @@ class _Layers:
         """Why the layer of a product must stay as it is, "" if it may be scaled."""
         name = operation.module
         layer: Any = self._modules[name]
-        parameters = [p for p in (layer._parameters.get("weight"), layer._parameters.get("bias")) if p is not None]
+        parameters = [
+            p
+            for p in (layer._parameters.get("weight"), layer._parameters.get("bias"))
+            if p is not None
+        ]
         if self._runs[name] > 1 or self._products[name] > 1:
             return f"{name} runs several times in one forward"
-        if isinstance(layer, _ConvTransposeNd) or layer._parameters.get("weight") is None or len(computed) > 1:
+        if (
+            isinstance(layer, _ConvTransposeNd)
+            or layer._parameters.get("weight") is None
+            or len(computed) > 1
+        ):
             return f"the weight of {name} is no plain parameter with the outputs first"
         if self._produced.intersection(operation.inputs[1:]):
             return f"{name} computes its weight or bias"
@@ -342,12 +378,15 @@ def _pass_on(groups: _Groups, flow: Dataflow, operation: Operation, computed: li
     elif not others and (clamp == (0.0, inf) or operation.function in _ELEMENTWISE):
         groups.join(first, output)
     elif clamp is not None:
-        groups.pin([first, output], f"{operation.function} clamps it, and factors would move the bound")
+        groups.pin(
+            [first, output], f"{operation.function} clamps it, and factors would move the bound"
+        )
     elif not others and (operation.function in _POOLINGS or _keeps_channels(operation, shapes)):
         groups.join(first, output).axes.add(1)
     else:
         groups.pin(
-            [*computed, *operation.outputs], f"{operation.function} does not commute with factors of its channels"
+            [*computed, *operation.outputs],
+            f"{operation.function} does not commute with factors of its channels",
         )
 
 
@@ -361,7 +400,11 @@ def _keeps_channels(operation: Operation, shapes: list[tuple[int, ...]]) -> bool
     if operation.function in ("flatten", "reshape", "view", "squeeze"):
         return before[:2] == after[:2] and np.prod(before) == np.prod(after)
     if operation.function == "mean":
-        return len(before) == 4 and after in (before[:2], (*before[:2], 1, 1)) and before[1] not in before[2:]
+        return (
+            len(before) == 4
+            and after in (before[:2], (*before[:2], 1, 1))
+            and before[1] not in before[2:]
+        )
     return False
 
 
@@ -370,11 +413,15 @@ def _observe(model: nn.Module, batches: list[Any], groups: list[_Group]) -> Arra
     with ExitStack() as hooks:
         for group in [group for group in groups if not group.reason]:
             for name, layer in group.readers.items():
-                hook = layer.register_forward_pre_hook(partial(_see_input, group, name), with_kwargs=True)
+                hook = layer.register_forward_pre_hook(
+                    partial(_see_input, group, name), with_kwargs=True
+                )
                 hooks.callback(hook.remove)
         outputs: list[Array] = []
         with evaluating(model):
-            for batch in tqdm(batches, desc="equalize" if groups else "verify", unit="batch", disable=None):
+            for batch in tqdm(
+                batches, desc="equalize" if groups else "verify", unit="batch", disable=None
+            ):
                 outputs.append(flatten_outputs(call_model(model, batch)))
     return np.concatenate(outputs)
 
@@ -397,7 +444,9 @@ def _equalize(group: _Group) -> EqualizedTensor:
     noise = {exponent: _noise(group, factors) for exponent, factors in candidates.items()}
     best = min(noise, key=lambda exponent: noise[exponent])
     if not noise[best] < 0.99 * base:
-        return EqualizedTensor(writers, readers, 0.0, 0.0, "no factors are predicted to lower the noise")
+        return EqualizedTensor(
+            writers, readers, 0.0, 0.0, "no factors are predicted to lower the noise"
+        )
     factors = candidates[best]
     for layer in group.writers.values():
         layer.weight.mul_(factors.reshape(-1, *[1] * (layer.weight.dim() - 1)))
@@ -415,7 +464,11 @@ def _factors(group: _Group, exponent: float) -> torch.Tensor:
     is_live = (ranges > 0) & (weights > 0)
     ranges, weights = (torch.where(is_live, values, values.max()) for values in (ranges, weights))
     factors = weights ** (1 - exponent) / ranges**exponent
-    factors = factors * (ranges.max() / (factors * ranges)[is_live].max()) if bool(is_live.any()) else factors
+    factors = (
+        factors * (ranges.max() / (factors * ranges)[is_live].max())
+        if bool(is_live.any())
+        else factors
+    )
     factors = factors.clamp(1 / _LARGEST, _LARGEST)
     return torch.where(is_live, factors, torch.ones_like(factors))
 
@@ -428,7 +481,11 @@ def _noise(group: _Group, factors: torch.Tensor) -> float:
         weight = (_by_input(layer, layer.weight) / _columns(layer, factors)).double()
         input_step = (factors * seen.largest).max().double() / _STEPS
         filter_steps = weight.abs().flatten(2).amax(2) / _STEPS  # [groups, filters]
-        squares = (factors.double().square() * seen.energy / seen.rows).reshape(len(weight), 1, -1).sum(-1)
+        squares = (
+            (factors.double().square() * seen.energy / seen.rows)
+            .reshape(len(weight), 1, -1)
+            .sum(-1)
+        )
         from_weight = (filter_steps.square() * squares).sum() * weight[0, 0, 0].numel()
         product *= float(input_step.square() * weight.square().sum() + from_weight)
     return product

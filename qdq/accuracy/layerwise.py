@@ -40,7 +40,9 @@ from qdq.trace import (
 )
 
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_HIDDEN = 1e-2  # weight of an output that a clamp hides, so that a channel that is always hidden has some
+_HIDDEN = (
+    1e-2  # weight of an output that a clamp hides, so that a channel that is always hidden has some
+)
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,13 @@ class Product:
         if self.function is F.linear:
             return inputs.flatten(0, -2)[positions][None]
         kernel = self.arguments["weight"].shape[2:]
-        stride, dilation = (_for_each(self.arguments.get(name, 1), len(kernel)) for name in ("stride", "dilation"))
+        stride, dilation = (
+            _for_each(self.arguments.get(name, 1), len(kernel)) for name in ("stride", "dilation")
+        )
         windows = F.pad(inputs, _padding(self.arguments.get("padding", 0), kernel, dilation))
-        for axis, (size, step, spread) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        for axis, (size, step, spread) in enumerate(
+            zip(kernel, stride, dilation, strict=True), start=2
+        ):
             windows = windows.unfold(axis, spread * (size - 1) + 1, step)[..., ::spread]
         pixels = windows.movedim(1, 1 + len(kernel))  # [B, out ..., Cin, kernel ...], a view
         patches = pixels[torch.unravel_index(positions, (shape[0], *shape[2:]))]
@@ -108,7 +114,9 @@ class Product:
 Visit = Callable[[str, nn.Module, Product], torch.Tensor]
 
 
-def visit_products(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Any, visit: Visit) -> Any:
+def visit_products(
+    model: nn.Module, layers: Mapping[str, nn.Module], inputs: Any, visit: Visit
+) -> Any:
     """Run a model once without gradients; the products of some layers are what `visit` returns.
 
     Args:
@@ -142,7 +150,9 @@ class _Visitor(TorchFunctionMode):
     def leave(self, *_: Any) -> None:
         self._running.pop()
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         if self._running and name_function(func) in WEIGHTED:
             name, layer = self._running[-1]
             arguments = {**dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})}
@@ -180,10 +190,20 @@ def plan_layers(model: nn.Module, inputs: Any) -> LayerPlan:
         DataError: The model does not run on them, or they have no axis of samples.
         StateError: There is no quantized layer, or one has no range.
     """
-    found = {name: layer for name, layer in quantized_layers(model).items() if isinstance(layer, QuantMixin)}
+    found = {
+        name: layer
+        for name, layer in quantized_layers(model).items()
+        if isinstance(layer, QuantMixin)
+    }
     if not found:
-        raise StateError("no layer of the model is quantized.", "call swap_modules and calibrate_model first.")
-    active = {n: layer for n, layer in found.items() if not any(q._disabled for q in layer.quantizers().values())}
+        raise StateError(
+            "no layer of the model is quantized.", "call swap_modules and calibrate_model first."
+        )
+    active = {
+        n: layer
+        for n, layer in found.items()
+        if not any(q._disabled for q in layer.quantizers().values())
+    }
     for name, layer in active.items():
         for attribute, quantizer in layer.quantizers().items():
             if quantizer.amax is None:
@@ -201,8 +221,14 @@ def plan_layers(model: nn.Module, inputs: Any) -> LayerPlan:
         visit_products(model, active, few, count)
         flow = Dataflow(trace_forward(model, few))
     layers = {name: active[name] for name, number in calls.items() if number == 1}
-    left = {name: _reason_against(name in active, calls[name]) for name in found if name not in layers}
-    behind = {op.module: flow.passing_interval(op.outputs[0]) for op in flow.operations if op.function in WEIGHTED}
+    left = {
+        name: _reason_against(name in active, calls[name]) for name in found if name not in layers
+    }
+    behind = {
+        op.module: flow.passing_interval(op.outputs[0])
+        for op in flow.operations
+        if op.function in WEIGHTED
+    }
     return LayerPlan(layers, {name: behind[name] for name in layers}, left)
 
 
@@ -270,9 +296,13 @@ def sample_outputs(
 
     modules = dict(model.named_modules())
     if missing := [name for name in plan.layers if name not in modules]:
-        raise ArgumentError(f"the reference has no module {missing[0]}.", "give a copy of the model itself.")
+        raise ArgumentError(
+            f"the reference has no module {missing[0]}.", "give a copy of the model itself."
+        )
     with disable_quantization(model):
-        outputs = flatten_outputs(visit_products(model, {n: modules[n] for n in plan.layers}, inputs, record))
+        outputs = flatten_outputs(
+            visit_products(model, {n: modules[n] for n in plan.layers}, inputs, record)
+        )
     return samples, outputs
 
 
@@ -285,10 +315,16 @@ def drop_empty(batches: Iterable[Any]) -> list[Any]:
     """
     require_batches(batches)
     given = list(batches)
-    kept = [batch for batch in given if all(tensor.numel() for tensor in tensors_of(split_inputs(batch)))]
+    kept = [
+        batch
+        for batch in given
+        if all(tensor.numel() for tensor in tensors_of(split_inputs(batch)))
+    ]
     if not kept:
         found = f"all {len(given)} batches are empty" if given else "there is no batch"
-        raise DataError(f"{found}.", "give at least one with samples, for instance of the calibration data.")
+        raise DataError(
+            f"{found}.", "give at least one with samples, for instance of the calibration data."
+        )
     return kept
 
 
@@ -308,7 +344,8 @@ def join_batches(batches: Iterable[Any]) -> Any:
         args, kwargs = tree_map_with_path(partial(_join, sizes), *map(split_inputs, kept))
     except (RuntimeError, ValueError) as error:
         raise DataError(
-            f"the batches cannot be joined into one: {error}", "give batches that differ in their first size only."
+            f"the batches cannot be joined into one: {error}",
+            "give batches that differ in their first size only.",
         ) from error
     return kwargs or (args[0],)
 
@@ -364,11 +401,15 @@ def flatten_outputs(outputs: Any) -> Array:
     leaves = floats_of(outputs)
     if not leaves:
         raise StateError(
-            "the model returns no floating-point tensor.", "have it return what stands before argmax or the like."
+            "the model returns no floating-point tensor.",
+            "have it return what stands before argmax or the like.",
         )
     flat = np.concatenate([leaf.detach().float().cpu().numpy().ravel() for leaf in leaves])
     if not np.isfinite(flat).all():
-        raise StateError("the outputs of the model hold NaN or Inf.", "check the float model on the same batches.")
+        raise StateError(
+            "the outputs of the model hold NaN or Inf.",
+            "check the float model on the same batches.",
+        )
     return flat
 
 
@@ -398,5 +439,7 @@ def _padding(padding: Any, kernel: torch.Size, dilation: tuple[int, ...]) -> lis
         totals = [spread * (size - 1) for size, spread in zip(kernel, dilation, strict=True)]
         sides = [(total // 2, total - total // 2) for total in totals]
     else:
-        sides = [(size, size) for size in _for_each(0 if padding == "valid" else padding, len(kernel))]
+        sides = [
+            (size, size) for size in _for_each(0 if padding == "valid" else padding, len(kernel))
+        ]
     return [size for side in reversed(sides) for size in side]

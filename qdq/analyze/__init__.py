@@ -35,7 +35,15 @@ from qdq.plan import PRECISIONS, Plan
 from qdq.trace import require_batches, require_model
 from qdq.units import Unit, find_units, group_units, match_precisions
 
-__all__ = ["MODES", "Analysis", "LayerSensitivity", "MixedPoint", "Step", "analyze_layers", "check_options"]
+__all__ = [
+    "MODES",
+    "Analysis",
+    "LayerSensitivity",
+    "MixedPoint",
+    "Step",
+    "analyze_layers",
+    "check_options",
+]
 
 
 def analyze_layers(
@@ -103,10 +111,19 @@ def analyze_layers(
     if confirm is not None:
         _require_gradients(model)
     options = Options(
-        mode=mode, metric=metric, higher_is_better=higher_is_better, confirm=confirm, target_sqnr=target_sqnr,
-        target_metric=target_metric, target_drop=target_drop, max_float_layers=max_float_layers,
-        max_float_share=max_float_share, budget=budget, gpu=gpu, profile=profile,
-    )  # fmt: skip
+        mode=mode,
+        metric=metric,
+        higher_is_better=higher_is_better,
+        confirm=confirm,
+        target_sqnr=target_sqnr,
+        target_metric=target_metric,
+        target_drop=target_drop,
+        max_float_layers=max_float_layers,
+        max_float_share=max_float_share,
+        budget=budget,
+        gpu=gpu,
+        profile=profile,
+    )
     earlier = pinned if isinstance(pinned, Plan) else None
     precisions = pinned.precisions if isinstance(pinned, Plan) else pinned or {}
     _require_precisions(precisions)
@@ -122,7 +139,9 @@ def analyze_layers(
         with Ranks() as ranks:
             fingerprint = fingerprint_analysis(model, kept, chosen.name, units)
             journal = Journal(None if path is None else Path(path), fingerprint, ranks)
-            probe = Probe(model, kept, chosen, journal, ranks, Replay(model, cache_bytes=cache_bytes))
+            probe = Probe(
+                model, kept, chosen, journal, ranks, Replay(model, cache_bytes=cache_bytes)
+            )
             search = Search(model, probe, units, options, costs, times, fixed, began)
             analysis = search.run(undo, earlier)
             journal.close()
@@ -162,7 +181,10 @@ def _keep_batches(batches: Iterable[Any]) -> list[Any]:
     require_batches(batches)
     kept = [batch for batch in batches if count_rows(batch)]
     if not kept:
-        raise DataError("there is no batch to analyze on.", "give at least one, for instance of the calibration data.")
+        raise DataError(
+            "there is no batch to analyze on.",
+            "give at least one, for instance of the calibration data.",
+        )
     return kept
 
 

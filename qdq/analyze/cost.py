@@ -46,7 +46,9 @@ def _count_attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any)
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-def _count_recurrent_layer(inputs: Shape, input_weight: Shape, hidden_weight: Shape, *_: Any, **__: Any) -> int:
+def _count_recurrent_layer(
+    inputs: Shape, input_weight: Shape, hidden_weight: Shape, *_: Any, **__: Any
+) -> int:
     return 2 * math.prod(inputs[:-1]) * (math.prod(input_weight) + math.prod(hidden_weight))
 
 
@@ -121,7 +123,9 @@ def find_gpu(name: str) -> Gpu:
         ArgumentError: It is not in `GPUS`.
     """
     if name not in GPUS:
-        raise ArgumentError(f"gpu is {name!r}; known are {', '.join(GPUS)}.", "use one of those, or give a profile.")
+        raise ArgumentError(
+            f"gpu is {name!r}; known are {', '.join(GPUS)}.", "use one of those, or give a profile."
+        )
     return GPUS[name]
 
 
@@ -145,8 +149,14 @@ def count_costs(model: nn.Module, batch: Any) -> dict[str, LayerCost]:
             trace = trace_forward(model, batch, counter.get_total_flops)
     macs: Counter[str] = Counter()
     for operation in filter(lambda operation: operation.metered, trace.operations):
-        macs.update(dict.fromkeys({operation.name, *_self_and_parents(operation.module)}, operation.metered // 2))
-        moved = sum(math.prod(trace.shapes[number]) for number in (*operation.inputs, *operation.outputs))
+        macs.update(
+            dict.fromkeys(
+                {operation.name, *_self_and_parents(operation.module)}, operation.metered // 2
+            )
+        )
+        moved = sum(
+            math.prod(trace.shapes[number]) for number in (*operation.inputs, *operation.outputs)
+        )
         values[operation.name] = values.get(operation.name, 0) + moved
     return {name: LayerCost(count, values[name]) for name, count in macs.items() if name in values}
 
@@ -243,7 +253,8 @@ def load_times(path: Path, names: Sequence[str], modules: Collection[str]) -> di
             times[name] = times.get(name, 0.0) + 1000 * milliseconds / len(hits)
     if not times:
         raise DataError(
-            f"no layer of the model is named in the kernels of {path}.", "profile the engine that qdq built of it."
+            f"no layer of the model is named in the kernels of {path}.",
+            "profile the engine that qdq built of it.",
         )
     return {name: SwitchCost(time, 2 * time) for name, time in times.items()}
 

@@ -15,10 +15,19 @@ from qdq.quantizer import named_quantizers
 from qdq.trace import trace_forward
 from qdq.units import Unit
 
-_PLAIN = (bool, int, float, complex, str, torch.dtype)  # arguments that print the same in every process
+_PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    torch.dtype,
+)  # arguments that print the same in every process
 
 
-def fingerprint_analysis(model: nn.Module, batches: Sequence[Any], metric: str, units: Sequence[Unit]) -> str:
+def fingerprint_analysis(
+    model: nn.Module, batches: Sequence[Any], metric: str, units: Sequence[Unit]
+) -> str:
     """What the measurements of an analysis depend on, in 16 hexadecimal digits.
 
     Args:
@@ -37,7 +46,9 @@ def fingerprint_analysis(model: nn.Module, batches: Sequence[Any], metric: str, 
             key: repr([leaf for leaf in tree_leaves(value) if isinstance(leaf, _PLAIN)])
             for key, value in operation.arguments.items()
         }
-        digest.update(f"{operation.name} {operation.inputs} {operation.outputs} {arguments}".encode())
+        digest.update(
+            f"{operation.name} {operation.inputs} {operation.outputs} {arguments}".encode()
+        )
     for leaf in tree_leaves(batches):
         _feed(digest, "batch", leaf)
     digest.update(repr([(unit.name, unit.layers, unit.calls) for unit in units]).encode())

@@ -38,7 +38,11 @@ class Journal:
         self._fingerprint = fingerprint
         self._known: dict[str, Any] = {}
         self._file: IO[str] | None = None
-        for other in sorted(path.parent.glob(f"{glob.escape(path.stem)}*{glob.escape(path.suffix)}")) if path else ():
+        for other in (
+            sorted(path.parent.glob(f"{glob.escape(path.stem)}*{glob.escape(path.suffix)}"))
+            if path
+            else ()
+        ):
             self._known |= self._read(other)
         self._known = ranks.unite(self._known)
         if path is None:
@@ -46,13 +50,16 @@ class Journal:
         own = path.with_suffix(f".{ranks.rank}{path.suffix}") if ranks.rank else path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            is_torn = own.is_file() and own.stat().st_size > 0 and not own.read_bytes().endswith(b"\n")
+            is_torn = (
+                own.is_file() and own.stat().st_size > 0 and not own.read_bytes().endswith(b"\n")
+            )
             self._file = own.open("a", encoding="utf-8")
             if is_torn:
                 self._file.write("\n")
         except OSError as error:
             raise ArgumentError(
-                f"cannot write {own}: {error.strerror or error}.", "choose a file that you may write to."
+                f"cannot write {own}: {error.strerror or error}.",
+                "choose a file that you may write to.",
             ) from error
 
     def _read(self, path: Path) -> dict[str, Any]:
@@ -81,7 +88,9 @@ class Journal:
                 known[_as_key(key)] = value
         if count := unreadable + len(suspects - known.keys()):
             logger.warning(
-                "%s: %d lines are damaged or of an earlier version; what they say is measured again", path, count
+                "%s: %d lines are damaged or of an earlier version; what they say is measured again",
+                path,
+                count,
             )
         return known
 

@@ -64,7 +64,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ArgumentError(f"mode is {self.mode!r}; known are {', '.join(MODES)}.", "use 'one-at-a-time'.")
+            raise ArgumentError(
+                f"mode is {self.mode!r}; known are {', '.join(MODES)}.", "use 'one-at-a-time'."
+            )
         self._check_targets()
         self._check_limits()
         self._check_costs()
@@ -82,11 +84,13 @@ class Options:
         known = METRICS.get("sqnr" if self.metric is None else self.metric)
         if known is None:
             raise ArgumentError(
-                f"metric is {self.metric!r}; known are {', '.join(METRICS)}.", "or pass a function of the model."
+                f"metric is {self.metric!r}; known are {', '.join(METRICS)}.",
+                "or pass a function of the model.",
             )
         if self.higher_is_better is not None and self.higher_is_better != known.higher_is_better:
             raise ArgumentError(
-                f"higher_is_better is {self.higher_is_better} for {known.name}.", "leave it out: it is known."
+                f"higher_is_better is {self.higher_is_better} for {known.name}.",
+                "leave it out: it is known.",
             )
         return ChosenMetric(known.name, known.higher_is_better, known)
 
@@ -94,25 +98,37 @@ class Options:
         is_sqnr = self.chosen_metric.is_sqnr
         for name in ("target_metric", "target_drop"):
             if getattr(self, name) is not None and is_sqnr:
-                raise ArgumentError(f"{name} is given, but no metric.", "choose a metric as well, or use target_sqnr.")
+                raise ArgumentError(
+                    f"{name} is given, but no metric.",
+                    "choose a metric as well, or use target_sqnr.",
+                )
         for name in ("target_sqnr", "target_metric", "target_drop"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise ArgumentError(f"{name} is {value}.", "give a finite number.")
         if self.target_drop is not None and self.target_drop < 0:
-            raise ArgumentError(f"target_drop is {self.target_drop}.", "give how much worse it may be, 0 or more.")
+            raise ArgumentError(
+                f"target_drop is {self.target_drop}.", "give how much worse it may be, 0 or more."
+            )
 
     def _check_limits(self) -> None:
         if type(self.max_float_layers) is not int or self.max_float_layers < 0:
             raise ArgumentError(
-                f"max_float_layers is {self.max_float_layers}.", "give a whole number, 0 (rank only) or more."
+                f"max_float_layers is {self.max_float_layers}.",
+                "give a whole number, 0 (rank only) or more.",
             )
         if self.confirm is not None and (type(self.confirm) is not int or self.confirm < 0):
-            raise ArgumentError(f"confirm is {self.confirm}.", "give the number of layers to measure, 0 or more.")
+            raise ArgumentError(
+                f"confirm is {self.confirm}.", "give the number of layers to measure, 0 or more."
+            )
         if self.max_float_share is not None and not 0 <= self.max_float_share <= 1:
-            raise ArgumentError(f"max_float_share is {self.max_float_share}.", "give a share, 0 to 1.")
+            raise ArgumentError(
+                f"max_float_share is {self.max_float_share}.", "give a share, 0 to 1."
+            )
         if self.budget is not None and not 0 < self.budget < math.inf:
-            raise ArgumentError(f"budget is {self.budget} seconds.", "give more than 0, or leave it out.")
+            raise ArgumentError(
+                f"budget is {self.budget} seconds.", "give more than 0, or leave it out."
+            )
         ends_search = ("target_sqnr", "target_metric", "target_drop", "max_float_share")
         given = [name for name in ends_search if getattr(self, name) is not None]
         if given and not self.max_float_layers:
@@ -123,7 +139,10 @@ class Options:
 
     def _check_costs(self) -> None:
         if self.gpu is not None and self.profile is not None:
-            raise ArgumentError("both gpu and profile are given.", "give one: the times of a profile need no roofline.")
+            raise ArgumentError(
+                "both gpu and profile are given.",
+                "give one: the times of a profile need no roofline.",
+            )
         if self.gpu is not None:
             find_gpu(self.gpu)
         if self.profile is not None:

@@ -17,7 +17,14 @@ from qdq.analyze.journal import Journal
 from qdq.analyze.options import ChosenMetric
 from qdq.analyze.ranks import Ranks
 from qdq.analyze.replay import Replay, flipped
-from qdq.analyze.sensitivity import Statistics, collect, count_columns, count_rows, find_rows, reduce_rows
+from qdq.analyze.sensitivity import (
+    Statistics,
+    collect,
+    count_columns,
+    count_rows,
+    find_rows,
+    reduce_rows,
+)
 from qdq.errors import StateError
 from qdq.quantizer import TensorQuantizer, disable_quantization
 from qdq.trace import call_model, evaluating
@@ -62,7 +69,13 @@ class Probe:
     """
 
     def __init__(
-        self, model: nn.Module, batches: list[Any], metric: ChosenMetric, journal: Journal, ranks: Ranks, replay: Replay
+        self,
+        model: nn.Module,
+        batches: list[Any],
+        metric: ChosenMetric,
+        journal: Journal,
+        ranks: Ranks,
+        replay: Replay,
     ) -> None:
         self.metric = metric
         self.replay = replay
@@ -118,7 +131,11 @@ class Probe:
         return moment < math.inf and self._ranks.any(time.monotonic() >= moment)
 
     def measure(
-        self, state: list[str], variants: Mapping[str, Sequence[TensorQuantizer]], *, may_cut: bool = False
+        self,
+        state: list[str],
+        variants: Mapping[str, Sequence[TensorQuantizer]],
+        *,
+        may_cut: bool = False,
     ) -> dict[str | None, Value]:
         """The model as it is (None), and with the quantizers of each variant switched; all on the same batches.
 
@@ -131,8 +148,12 @@ class Probe:
         names: list[str | None] = [None, *variants]
         parts: dict[str | None, list[Statistics]] = {name: [] for name in names}
         # A function is called after the batches, and needs time as well.
-        self._until = (time.monotonic() + self.deadline) / 2 if self.metric.function else self.deadline
-        with tqdm(total=len(names) * len(self.batches), desc="analyze", unit="forward", disable=None) as progress:
+        self._until = (
+            (time.monotonic() + self.deadline) / 2 if self.metric.function else self.deadline
+        )
+        with tqdm(
+            total=len(names) * len(self.batches), desc="analyze", unit="forward", disable=None
+        ) as progress:
             for index in range(len(self.batches)):
                 is_late = index > 0 and self._is_past(self._until)
                 found = {} if is_late else self._measure_batch(index, state, variants, progress)
@@ -149,14 +170,22 @@ class Probe:
         complete = {name: tuple(each) for name, each in parts.items() if each}
         metrics: Mapping[str | None, float | None] = dict.fromkeys(complete)
         if self.metric.function:
-            metrics = self._call_metric(state, {name: variants[name] for name in complete if name is not None})
+            metrics = self._call_metric(
+                state, {name: variants[name] for name in complete if name is not None}
+            )
         if len(metrics) < len(complete) and not may_cut:
             return {}
-        return {name: self._reduce(each, metrics[name]) for name, each in complete.items() if name in metrics}
+        return {
+            name: self._reduce(each, metrics[name])
+            for name, each in complete.items()
+            if name in metrics
+        }
 
     def cut(self, value: Value) -> Value:
         """A measurement, on the batches that are used now."""
-        return self._reduce(value.parts[: len(self.batches)], value.metric if self.metric.function else None)
+        return self._reduce(
+            value.parts[: len(self.batches)], value.metric if self.metric.function else None
+        )
 
     def _reduce(self, parts: tuple[Statistics, ...], metric: float | None) -> Value:
         sqnr, own = reduce_rows(self.metric.outputs, np.concatenate(parts))
@@ -168,7 +197,9 @@ class Probe:
             with disable_quantization(self._model):
                 return self._call_metric(["float"], {})[None]
         pairs = zip(self.batches, self.references, strict=True)
-        rows = [collect(self.metric.outputs, batch, reference, reference) for batch, reference in pairs]
+        rows = [
+            collect(self.metric.outputs, batch, reference, reference) for batch, reference in pairs
+        ]
         return reduce_rows(self.metric.outputs, np.concatenate(rows))[1]
 
     def _keep_only(self, count: int) -> None:
@@ -178,7 +209,8 @@ class Probe:
         rows = collect(self.metric.outputs, self.batches[index], self.references[index], outputs)
         if np.isnan(rows).any():
             raise StateError(
-                "the outputs of the model hold NaN.", "check the float model on the same batches: it must be finite."
+                "the outputs of the model hold NaN.",
+                "check the float model on the same batches: it must be finite.",
             )
         return rows
 
@@ -189,20 +221,31 @@ class Probe:
         except (TypeError, ValueError, OverflowError):
             return None
         index = key[-1]
-        shape = (find_rows(self.batches[index], self.references[index]), count_columns(self.metric.outputs))
+        shape = (
+            find_rows(self.batches[index], self.references[index]),
+            count_columns(self.metric.outputs),
+        )
         return rows if rows.shape == shape and not np.isnan(rows).any() else None
 
     def _recall_metric(self, key: list[Any]) -> float | None:
         value = self._journal.get(key)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+        is_number = (
+            isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+        )
         return float(value) if is_number else None
 
     def _measure_batch(
-        self, index: int, state: list[str], variants: Mapping[str, Sequence[TensorQuantizer]], progress: Any
+        self,
+        index: int,
+        state: list[str],
+        variants: Mapping[str, Sequence[TensorQuantizer]],
+        progress: Any,
     ) -> dict[str | None, Statistics]:
         """Statistics of each state on one batch; some are missing when the time is up."""
         names: list[str | None] = [None, *variants]
-        known = {name: rows for name in names if (rows := self._recall([state, name, index])) is not None}
+        known = {
+            name: rows for name in names if (rows := self._recall([state, name, index])) is not None
+        }
         missing = [name for name in names if name not in known]
         mine = self._ranks.share(missing)
         fresh: dict[str | None, Statistics] = {}
@@ -254,5 +297,8 @@ class Probe:
         except (TypeError, ValueError, RuntimeError):
             number = math.nan
         if math.isnan(number):
-            raise StateError(f"the metric {self.metric.name} gives {str(value)[:60]}.", "have it return a number.")
+            raise StateError(
+                f"the metric {self.metric.name} gives {str(value)[:60]}.",
+                "have it return a number.",
+            )
         return number

@@ -45,12 +45,44 @@ _Variants = Mapping[str, Sequence[TensorQuantizer]]
 _Compute = Callable[[list[torch.Tensor]], tuple[list[Any], TreeSpec]]
 _METADATA = frozenset(
     {
-        *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_sparse"),
-        *("is_quantized", "is_nested", "is_mps", "is_xpu", "is_leaf", "itemsize", "nbytes", "names", "grad_fn"),
+        *(
+            "shape",
+            "dtype",
+            "device",
+            "ndim",
+            "layout",
+            "requires_grad",
+            "is_cuda",
+            "is_cpu",
+            "is_meta",
+            "is_sparse",
+        ),
+        *(
+            "is_quantized",
+            "is_nested",
+            "is_mps",
+            "is_xpu",
+            "is_leaf",
+            "itemsize",
+            "nbytes",
+            "names",
+            "grad_fn",
+        ),
     }
 )
 _NOT_IN_PLACE = frozenset({"__index__", "__int__", "__invert__"})  # by their names they might be
-_SCALARS = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size, torch.layout)
+_SCALARS = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    torch.layout,
+)
 
 
 class _NotReplayableError(Exception):
@@ -112,7 +144,11 @@ class _Call:
     @property
     def made(self) -> list[int]:
         """Numbers of the tensors that it makes."""
-        new = [output.number for output in self.outputs if isinstance(output, _Output) and output.argument < 0]
+        new = [
+            output.number
+            for output in self.outputs
+            if isinstance(output, _Output) and output.argument < 0
+        ]
         return new if self.changed < 0 else [*new, self.changed]
 
 
@@ -128,7 +164,9 @@ class Replay:
         always: Replay also where full forwards are faster.
     """
 
-    def __init__(self, model: nn.Module, *, cache_bytes: int = CACHE_BYTES, always: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, *, cache_bytes: int = CACHE_BYTES, always: bool = False
+    ) -> None:
         self._model = model
         self._always = always
         self._bookkeeping = 0.0  # of a recording or a replay, in plain forwards
@@ -139,7 +177,9 @@ class Replay:
         """Why forwards are computed in full, "" if they are replayed."""
         self._planned: tuple[dict[str, tuple[int, ...]], _Plan] | None = None
 
-    def evaluate(self, batch: Any, variants: _Variants, measure: Callable[[str | None, Any], None]) -> None:
+    def evaluate(
+        self, batch: Any, variants: _Variants, measure: Callable[[str | None, Any], None]
+    ) -> None:
         """Measure the outputs on a batch, with the quantizers as they are and with some of them switched.
 
         Args:
@@ -151,11 +191,17 @@ class Replay:
         with evaluating(self._model):
             plain, seconds = _time_outputs(functools.partial(call_model, self._model, batch))
             measure(None, plain)
-            recording = self._record(batch, plain, seconds, variants) if self._pays(variants) else None
+            recording = (
+                self._record(batch, plain, seconds, variants) if self._pays(variants) else None
+            )
             try:
                 for name in recording.order if recording else variants:
                     with flipped(variants[name]):
-                        outputs = self._replay(recording, batch) if recording else call_model(self._model, batch)
+                        outputs = (
+                            self._replay(recording, batch)
+                            if recording
+                            else call_model(self._model, batch)
+                        )
                     measure(name, outputs)
                     if recording:
                         recording.free_after(name)
@@ -177,7 +223,9 @@ class Replay:
         """In plain forwards."""
         return recordings * (1 + self._bookkeeping) + replays * (0.5 + self._bookkeeping)
 
-    def _record(self, batch: Any, plain: Any, seconds: float, variants: _Variants) -> _Recording | None:
+    def _record(
+        self, batch: Any, plain: Any, seconds: float, variants: _Variants
+    ) -> _Recording | None:
         """The recording of a batch with all values that the variants read.
 
         Args:
@@ -196,7 +244,11 @@ class Replay:
                 undo.callback(recording.close)
                 outputs, recorded = _time_outputs(functools.partial(recording.record, batch))
             except Exception as error:  # the plain forward went through: whatever this is, it is not the model's fault
-                self.reason = str(error) if isinstance(error, _NotReplayableError) else f"recording fails: {error!r}"
+                self.reason = (
+                    str(error)
+                    if isinstance(error, _NotReplayableError)
+                    else f"recording fails: {error!r}"
+                )
                 return None
             if not _are_equal(plain, outputs):
                 self.reason = "a recorded forward differs from a plain one: random numbers, or views changed in place"
@@ -221,7 +273,9 @@ class Replay:
     def _replay(self, recording: _Recording, batch: Any) -> Any:
         try:
             return recording.replay(batch)
-        except Exception:  # another path through the model, say; if it is the model's own, it comes again
+        except (
+            Exception
+        ):  # another path through the model, say; if it is the model's own, it comes again
             return call_model(self._model, batch)
 
 
@@ -265,18 +319,24 @@ class _Recording(TorchFunctionMode):
         plan: Which values are kept.
     """
 
-    def __init__(self, model: nn.Module, memory: _Memory, weights: _Weights, plan: _Plan | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, memory: _Memory, weights: _Weights, plan: _Plan | None = None
+    ) -> None:
         super().__init__()
         self._model = model
         self._quantizers = [quantizer for _, quantizer in named_quantizers(model)]
         self._plan = plan or _Plan()
         self._values = _Values(memory)
         self._weights = weights
-        self._origins: dict[int, Hashable] = {}  # what values that depend on parameters alone were computed from
+        self._origins: dict[
+            int, Hashable
+        ] = {}  # what values that depend on parameters alone were computed from
         self._sequence: list[_Call] = []
         self._calls: dict[Hashable, _Call] = {}
         self._makers: dict[int, _Call] = {}
-        self._externals: dict[int, tuple[torch.Tensor, _Slot]] = {}  # parameters and inputs, by identity
+        self._externals: dict[
+            int, tuple[torch.Tensor, _Slot]
+        ] = {}  # parameters and inputs, by identity
         self._external_values: dict[int, torch.Tensor] = {}
         self._outputs: list[int] = []
         self._is_recording = True
@@ -320,7 +380,9 @@ class _Recording(TorchFunctionMode):
             first[name], reads[name] = self._simulate({id(quantizer) for quantizer in quantizers})
         order = tuple(sorted(variants, key=first.__getitem__))
         for name in order:
-            last_reader.update((number, name) for number in reads[name] if number not in self._origins)
+            last_reader.update(
+                (number, name) for number in reads[name] if number not in self._origins
+            )
         freed: dict[str, list[int]] = {}
         for number, name in last_reader.items():
             freed.setdefault(name, []).append(number)
@@ -332,7 +394,11 @@ class _Recording(TorchFunctionMode):
         changed: set[int] = set()
         reads: set[int] = set()
         for position, call in enumerate(self._sequence):
-            if call.is_pure and id(call.quantizer) not in switched and changed.isdisjoint(call.inputs):
+            if (
+                call.is_pure
+                and id(call.quantizer) not in switched
+                and changed.isdisjoint(call.inputs)
+            ):
                 continue
             if call.is_pure:
                 first = min(first, position)
@@ -343,7 +409,9 @@ class _Recording(TorchFunctionMode):
 
     def _begin(self) -> None:
         self._seen: Counter[Hashable] = Counter()
-        self._guests: dict[int, tuple[torch.Tensor, _Slot]] = {}  # what only this forward brings along
+        self._guests: dict[
+            int, tuple[torch.Tensor, _Slot]
+        ] = {}  # what only this forward brings along
         self._rebound: dict[int, _Slot] = {}  # externals that this forward has changed in place
 
     def _forward(self, batch: Any) -> Any:
@@ -372,16 +440,25 @@ class _Recording(TorchFunctionMode):
             return self._answer(key, (inputs,), compute, quantizer=quantizer)
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         name = str(getattr(func, "__name__", ""))
-        if name == "__get__" and getattr(getattr(func, "__self__", None), "__name__", "") in _METADATA:
+        if (
+            name == "__get__"
+            and getattr(getattr(func, "__self__", None), "__name__", "") in _METADATA
+        ):
             return func(*args, **kwargs)
         if func is torch.Tensor.__iter__:
             return iter(self.__torch_function__(torch.Tensor.unbind, types, args))
         if name == "__set__" or kwargs.get("out") is not None:
-            raise _NotReplayableError("the model has a function write into a tensor that it gives it")
+            raise _NotReplayableError(
+                "the model has a function write into a tensor that it gives it"
+            )
         place = _inplace_position(func)
         if kwargs.get("inplace") or (len(args) > place >= 0 and args[place]):
             args = tuple(False if position == place else each for position, each in enumerate(args))
@@ -389,7 +466,9 @@ class _Recording(TorchFunctionMode):
             compute = functools.partial(_call_function, func, args, kwargs)
             return self._answer((func, "in place"), (args, kwargs), compute, in_place="result")
         compute = functools.partial(_call_function, func, args, kwargs)
-        return self._answer(func, (args, kwargs), compute, in_place="copy" if _changes_argument(func, name) else "")
+        return self._answer(
+            func, (args, kwargs), compute, in_place="copy" if _changes_argument(func, name) else ""
+        )
 
     def _answer(
         self,
@@ -422,14 +501,21 @@ class _Recording(TorchFunctionMode):
         origin = None if in_place or key is None else self._origin(function, shape, slots)
         if origin is not None and quantizer is not None and not quantizer._disabled:
             compute = functools.partial(self._weights.compute, origin, compute)
-        call, results = self._compute(compute, slots, in_place if slots else "", quantizer, key is not None)
+        call, results = self._compute(
+            compute, slots, in_place if slots else "", quantizer, key is not None
+        )
         if origin is not None:
-            self._origins.update((number, (origin, place)) for place, number in enumerate(call.made))
+            self._origins.update(
+                (number, (origin, place)) for place, number in enumerate(call.made)
+            )
         if call.changed >= 0:
             self._rebind(tensors[0], _Slot(call.changed, results.pop()))
         if self._is_recording:
             self._remember(key, call)
-        handed = [_hand_out(output, tensors, result) for output, result in zip(call.outputs, results, strict=True)]
+        handed = [
+            _hand_out(output, tensors, result)
+            for output, result in zip(call.outputs, results, strict=True)
+        ]
         return _put_together(handed, call.spec)
 
     def _key(self, function: Hashable, shape: Hashable, slots: list[_Slot]) -> Hashable | None:
@@ -472,7 +558,11 @@ class _Recording(TorchFunctionMode):
         if not isinstance(result, torch.Tensor):
             return result
         place = next((place for place, tensor in enumerate(tensors) if tensor is result), -1)
-        return _Output(-1, _NO_SHELL, place) if place >= 0 else _Output(self._number(result), _shell_of(result))
+        return (
+            _Output(-1, _NO_SHELL, place)
+            if place >= 0
+            else _Output(self._number(result), _shell_of(result))
+        )
 
     def _number(self, value: torch.Tensor) -> int:
         number = next(self._numbers)
@@ -491,7 +581,9 @@ class _Recording(TorchFunctionMode):
         own: _Slot | None = tensor.__dict__.get(_SLOT) or self._rebound.get(id(tensor))
         if own is not None:
             return own
-        known = self._externals if id(tensor) in self._externals or self._is_recording else self._guests
+        known = (
+            self._externals if id(tensor) in self._externals or self._is_recording else self._guests
+        )
         if id(tensor) not in known:
             slot = _Slot(next(self._numbers), tensor)
             known[id(tensor)] = (tensor, slot)
@@ -520,10 +612,14 @@ class _Recording(TorchFunctionMode):
     def _make_again(self, number: int) -> torch.Tensor:
         """Only where a forward takes another path than the recorded one does it read what was not kept."""
         call = self._makers[number]
-        results, _, after = _run(call.compute, [self._value(_Slot(each)) for each in call.inputs], call.in_place)
+        results, _, after = _run(
+            call.compute, [self._value(_Slot(each)) for each in call.inputs], call.in_place
+        )
         if number == call.changed:
             return after[0]
-        numbers = [output.number if isinstance(output, _Output) else None for output in call.outputs]
+        numbers = [
+            output.number if isinstance(output, _Output) else None for output in call.outputs
+        ]
         result: torch.Tensor = results[numbers.index(number)]
         return result
 
@@ -557,7 +653,9 @@ class _Weights:
 
     def __init__(self, memory: _Memory, model: nn.Module) -> None:
         self._memory = memory
-        self._parameters = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+        self._parameters = {
+            id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())
+        }
         self._results: dict[Hashable, tuple[list[Any], TreeSpec]] = {}
         self._bytes = 0
 
@@ -565,7 +663,9 @@ class _Weights:
         """Whether a tensor is a parameter or buffer; all are held here, so that no other has the identity."""
         return self._parameters.get(id(tensor)) is tensor
 
-    def compute(self, origin: Hashable, compute: _Compute, tensors: list[torch.Tensor]) -> tuple[list[Any], TreeSpec]:
+    def compute(
+        self, origin: Hashable, compute: _Compute, tensors: list[torch.Tensor]
+    ) -> tuple[list[Any], TreeSpec]:
         """The result of a quantizer, from its parameters or from here."""
         if origin in self._results:
             return self._results[origin]
@@ -604,7 +704,11 @@ class _Values:
     def get(self, number: int) -> torch.Tensor | None:
         """The tensor, None if it is not here."""
         tensor = self._tensors.get(number)
-        return tensor if tensor is None or number not in self._devices else tensor.to(self._devices[number])
+        return (
+            tensor
+            if tensor is None or number not in self._devices
+            else tensor.to(self._devices[number])
+        )
 
     def pop(self, number: int) -> None:
         """Let go of a tensor, if it is here."""
@@ -627,7 +731,9 @@ def _storage_of(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    return tensor.numel() > 0 and torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+    return (
+        tensor.numel() > 0 and torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+    )
 
 
 def _map_to_file(tensor: torch.Tensor) -> torch.Tensor:
@@ -636,8 +742,12 @@ def _map_to_file(tensor: torch.Tensor) -> torch.Tensor:
     Where a tensor is a part of its memory, all of that is copied.
     """
     if not _is_dense(tensor):
-        whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
-        return _map_to_file(whole).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
+            tensor.untyped_storage()
+        )
+        return _map_to_file(whole).as_strided(
+            tensor.shape, tensor.stride(), tensor.storage_offset()
+        )
     descriptor, name = tempfile.mkstemp(prefix="qdq-replay-")
     os.close(descriptor)
     try:
@@ -661,7 +771,9 @@ def _run(
     versions = list(map(_version, kept))
     results, spec = compute(tensors)
     if versions != list(map(_version, kept)):
-        raise _NotReplayableError("the model has a function change a tensor in place, and its name does not say so")
+        raise _NotReplayableError(
+            "the model has a function change a tensor in place, and its name does not say so"
+        )
     return results, spec, [results[0], *tensors[1:]] if in_place == "result" else tensors
 
 
@@ -670,7 +782,10 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 def _call_function(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tensors: list[torch.Tensor],
 ) -> tuple[list[Any], TreeSpec]:
     values = iter(tensors)
     return tree_flatten(func(*_substitute(args, values), **_substitute(kwargs, values)))
@@ -722,8 +837,14 @@ def _put_together(results: list[Any], spec: TreeSpec) -> Any:
 
 
 def _shell_of(tensor: torch.Tensor) -> torch.Tensor:
-    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_nested:
-        raise _NotReplayableError(f"the model computes with tensors of the kind {type(tensor).__name__}")
+    if (
+        type(tensor) not in (torch.Tensor, nn.Parameter)
+        or tensor.layout is not torch.strided
+        or tensor.is_nested
+    ):
+        raise _NotReplayableError(
+            f"the model computes with tensors of the kind {type(tensor).__name__}"
+        )
     return torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
@@ -758,4 +879,6 @@ def _are_equal(first: Any, second: Any) -> bool:
     """Whether two results hold the same tensors, to the last bit."""
     pairs = list(zip(tree_leaves(first), tree_leaves(second), strict=False))
     tensors = [(one, other) for one, other in pairs if isinstance(one, torch.Tensor)]
-    return all(isinstance(other, torch.Tensor) and torch.equal(one, other) for one, other in tensors)
+    return all(
+        isinstance(other, torch.Tensor) and torch.equal(one, other) for one, other in tensors
+    )

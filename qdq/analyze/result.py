@@ -126,14 +126,24 @@ class Analysis:
         """The decision, for `save_plan`; what is pinned keeps the gain and the reason of the plan it came from."""
         steps = self._explain_steps()
         earlier = self.earlier or Plan()
-        entries = {name: earlier.pin(name, precision, self.metric_name) for name, precision in self.pinned.items()}
+        entries = {
+            name: earlier.pin(name, precision, self.metric_name)
+            for name, precision in self.pinned.items()
+        }
         for rank, unit in enumerate(self.layers, 1):
             how = "measured" if unit.is_exact else "estimated"
-            reason = f"{steps.get(unit.name, '')}{self.mode}: rank {rank} of {len(self.layers)}, {how}"
+            reason = (
+                f"{steps.get(unit.name, '')}{self.mode}: rank {rank} of {len(self.layers)}, {how}"
+            )
             precision = "float" if unit.name in steps else "int8"
             for name in unit.layers:
                 entries[name] = PlanEntry(precision, reason, unit.gain)
-        entries.update({name: PlanEntry("int8", "not measured: the budget was used up") for name in self.unmeasured})
+        entries.update(
+            {
+                name: PlanEntry("int8", "not measured: the budget was used up")
+                for name in self.unmeasured
+            }
+        )
         return Plan(entries, self.metric_name)
 
     def _explain_steps(self) -> dict[str, str]:
@@ -141,20 +151,25 @@ class Analysis:
         texts, before = {}, self.metric if self.metric is not None else self.sqnr_db
         for number, step in enumerate(self.steps, 1):
             after = step.metric if step.metric is not None else step.sqnr_db
-            texts[step.layer] = f"step {number} of the search: {self.metric_name} {before:.4g} -> {after:.4g}; "
+            texts[step.layer] = (
+                f"step {number} of the search: {self.metric_name} {before:.4g} -> {after:.4g}; "
+            )
             before = after
         return texts
 
     def format_table(self, rows: int = 8) -> str:
         """The most sensitive units and the steps taken, as text."""
         alone = "only this in int8" if self.mode == "one-at-a-time" else "only this in float"
-        names = [layer.name for layer in self.layers[:rows]] + [f"+ {step.layer} in float" for step in self.steps]
+        names = [layer.name for layer in self.layers[:rows]] + [
+            f"+ {step.layer} in float" for step in self.steps
+        ]
         is_pinned = "float" in self.pinned.values()
         everything = "pinned ones in float, others in int8" if is_pinned else "all layers in int8"
         width = max(len(name) for name in [*names, everything])
         lines = [
             f"{self.mode} on {self.images} images",
-            f"{alone:{width}}   SQNR dB" + ("" if self.metric is None else f"    {self.metric_name}"),
+            f"{alone:{width}}   SQNR dB"
+            + ("" if self.metric is None else f"    {self.metric_name}"),
             *(_row(layer.name, width, layer.sqnr_db, layer.metric) for layer in self.layers[:rows]),
         ]
         if len(self.layers) > rows:
@@ -162,11 +177,19 @@ class Analysis:
         if self.unmeasured:
             lines.append(f"not measured, the budget was used up: {', '.join(self.unmeasured)}")
         lines.append(_row(everything, width, self.sqnr_db, self.metric))
-        lines += [_row(f"+ {step.layer} in float", width, step.sqnr_db, step.metric) for step in self.steps]
+        lines += [
+            _row(f"+ {step.layer} in float", width, step.sqnr_db, step.metric)
+            for step in self.steps
+        ]
         lines.append(f"stopped: {self.stopped_by}")
         if self.pareto:
-            lines.append("no measured choice is better and cheaper than one of these (microseconds, SQNR dB):")
-            lines += [f"{p.cost:10.1f}  {p.sqnr_db:7.2f}  {', '.join(p.float_layers) or 'none'}" for p in self.pareto]
+            lines.append(
+                "no measured choice is better and cheaper than one of these (microseconds, SQNR dB):"
+            )
+            lines += [
+                f"{p.cost:10.1f}  {p.sqnr_db:7.2f}  {', '.join(p.float_layers) or 'none'}"
+                for p in self.pareto
+            ]
         return "\n".join(lines)
 
     def save(self, path: Path) -> Path:

@@ -69,7 +69,12 @@ def screen_units(
 
 
 def _screen_batch(
-    model: nn.Module, batch: Any, reference: Any, units: Sequence[Unit], mode: str, random: torch.Generator
+    model: nn.Module,
+    batch: Any,
+    reference: Any,
+    units: Sequence[Unit],
+    mode: str,
+    random: torch.Generator,
 ) -> dict[str, float]:
     is_alone = mode == "one-at-a-time"
     taps = _Taps(power=2 if is_alone else 1)
@@ -77,11 +82,16 @@ def _screen_batch(
         with disable_quantization(model) if is_alone else _straight_through(model):
             outputs = floats_of(call_model(model, batch))
         if is_alone:
-            vectors = [torch.randn(out.shape, generator=random).to(out.device, out.dtype) for out in outputs]
+            vectors = [
+                torch.randn(out.shape, generator=random).to(out.device, out.dtype)
+                for out in outputs
+            ]
         else:
             pairs = zip(outputs, floats_of(reference), strict=True)
             vectors = [(out - expected).detach() for out, expected in pairs]
-        wanted = [(out, vector) for out, vector in zip(outputs, vectors, strict=True) if out.requires_grad]
+        wanted = [
+            (out, vector) for out, vector in zip(outputs, vectors, strict=True) if out.requires_grad
+        ]
         if wanted:
             torch.autograd.backward([out for out, _ in wanted], [vector for _, vector in wanted])
     return taps.shares
@@ -105,22 +115,36 @@ class _Taps:
         modules = dict(model.named_modules())
         with ExitStack() as undo:
             for unit in units:
-                layers = [modules[name] for name in unit.layers if isinstance(modules.get(name), QuantInputMixin)]
+                layers = [
+                    modules[name]
+                    for name in unit.layers
+                    if isinstance(modules.get(name), QuantInputMixin)
+                ]
                 own = {id(quantizer) for layer in layers for quantizer in layer.modules()}
                 for layer in layers:
-                    quantizers = [each for each in unit.quantizers if any(each is inner for inner in layer.modules())]
+                    quantizers = [
+                        each
+                        for each in unit.quantizers
+                        if any(each is inner for inner in layer.modules())
+                    ]
                     hook = self._make_hook(unit.name, quantizers)
                     undo.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
                 for quantizer in unit.quantizers:
                     if id(quantizer) not in own:
                         hook = self._make_hook(unit.name, [quantizer])
-                        undo.callback(quantizer.register_forward_hook(hook, with_kwargs=True).remove)
+                        undo.callback(
+                            quantizer.register_forward_hook(hook, with_kwargs=True).remove
+                        )
             yield
 
     def _make_hook(self, name: str, quantizers: Sequence[TensorQuantizer]) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> Any:
             found = floats_of(output)
-            if not found or not torch.is_grad_enabled():  # a layer inside one that is run again, or without gradients
+            if (
+                not found or not torch.is_grad_enabled()
+            ):  # a layer inside one that is run again, or without gradients
                 return None
             were_off = all(quantizer._disabled for quantizer in quantizers)
             with torch.no_grad(), flipped(quantizers):
@@ -131,8 +155,16 @@ class _Taps:
                 return None
             # Not a view: where the model changes one in place, its hook is lost. A quantizer that is off gives what it
             # was given, and others read that too.
-            is_own = here.requires_grad and all(here is not leaf for leaf in tree_leaves((args, kwargs)))
-            tapped = here if is_own else here.clone() if here.requires_grad else here.clone().requires_grad_().clone()
+            is_own = here.requires_grad and all(
+                here is not leaf for leaf in tree_leaves((args, kwargs))
+            )
+            tapped = (
+                here
+                if is_own
+                else here.clone()
+                if here.requires_grad
+                else here.clone().requires_grad_().clone()
+            )
             tapped.register_hook(  # type: ignore[no-untyped-call]
                 lambda gradient: self._add(name, gradient, error)
             )
@@ -145,7 +177,9 @@ class _Taps:
         products = gradient * error
         if products.dim() > 2:
             products = products.flatten(2).sum(2) if products.dim() > 3 else products.sum(1)
-        self.shares[name] = self.shares.get(name, 0.0) + float(products.double().pow(self._power).sum())
+        self.shares[name] = self.shares.get(name, 0.0) + float(
+            products.double().pow(self._power).sum()
+        )
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -167,7 +201,9 @@ def _straight_through(model: nn.Module) -> Iterator[None]:
     quantizers = [quantizer for _, quantizer in named_quantizers(model)]
     try:
         for quantizer in quantizers:
-            vars(quantizer)["forward"] = lambda inputs, quantizer=quantizer: _StraightThrough.apply(inputs, quantizer)
+            vars(quantizer)["forward"] = lambda inputs, quantizer=quantizer: _StraightThrough.apply(
+                inputs, quantizer
+            )
         yield
     finally:
         for quantizer in quantizers:

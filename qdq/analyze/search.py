@@ -65,12 +65,16 @@ class Search:
         int8_layers += [name for name, precision in pinned.items() if precision == "int8"]
         self._int8_macs = self._sum_macs(int8_layers)  # with no unit in float
         self._unmeasured: list[str] = []
-        self._errors: Statistics = np.zeros(0)  # of each sample, the sum over all units that were measured alone
+        self._errors: Statistics = np.zeros(
+            0
+        )  # of each sample, the sum over all units that were measured alone
 
     def run(self, undo: ExitStack, earlier: Plan | None) -> Analysis:
         """Rank, then choose; what is switched off is undone by `undo`."""
         budget = math.inf if self._options.budget is None else self._options.budget
-        self._probe.deadline = self._began + budget * (_RANKING if self._options.max_float_layers else 1.0)
+        self._probe.deadline = self._began + budget * (
+            _RANKING if self._options.max_float_layers else 1.0
+        )
         self._probe.prepare()
         base, alone, ranked = self._rank()
         self._probe.deadline = self._began + budget
@@ -92,7 +96,9 @@ class Search:
             pareto=self._front() if self._times else (),
             full_evaluations=self._probe.replay.reason,
             earlier=earlier,
-            unmeasured=tuple(layer for name in self._unmeasured for layer in self._units[name].layers),
+            unmeasured=tuple(
+                layer for name in self._unmeasured for layer in self._units[name].layers
+            ),
         )
 
     def _rank(self) -> tuple[Value, dict[str, Value], list[LayerSensitivity]]:
@@ -101,11 +107,19 @@ class Search:
         base = self._probe.measure([], {}, may_cut=True)[None]
         is_screened = self._options.confirm is not None and self._options.confirm < len(self._units)
         energies = self._screen(self._units) if is_screened else {}
-        names = sorted(self._units, key=lambda name: -energies.get(name, 0.0))[: self._options.confirm]
+        names = sorted(self._units, key=lambda name: -energies.get(name, 0.0))[
+            : self._options.confirm
+        ]
         to_measure = set(names)
-        variants = {name: unit.quantizers for name, unit in self._units.items() if name in to_measure}
+        variants = {
+            name: unit.quantizers for name, unit in self._units.items() if name in to_measure
+        }
         with disable_quantization(self._model) if is_alone else nullcontext():
-            values = self._probe.measure(["float"] if is_alone else [], variants, may_cut=True) if variants else {}
+            values = (
+                self._probe.measure(["float"] if is_alone else [], variants, may_cut=True)
+                if variants
+                else {}
+            )
         base = self._probe.cut(base)
         reference = values.pop(None, base)
         alone = {str(name): value for name, value in values.items()}
@@ -114,7 +128,9 @@ class Search:
         self._points[()] = base
         self._errors = sum((value.rows[:, 1] for value in alone.values()), np.zeros(len(base.rows)))
         exact = [self._describe(name, value, base, reference) for name, value in alone.items()]
-        exact.sort(key=lambda each: (self._sign * (each.metric or 0.0), each.sqnr_db), reverse=not is_alone)
+        exact.sort(
+            key=lambda each: (self._sign * (each.metric or 0.0), each.sqnr_db), reverse=not is_alone
+        )
         rest = [self._guess(name, base, energies[name]) for name in energies if name not in alone]
         rest.sort(key=lambda each: each.sqnr_db, reverse=not is_alone)
         return base, alone, exact + rest
@@ -122,9 +138,13 @@ class Search:
     def _screen(self, names: Iterable[str]) -> dict[str, float]:
         probe = self._probe
         return screen_units(
-            self._model, probe.batches, probe.references, [self._units[name] for name in names], self._options.mode,
+            self._model,
+            probe.batches,
+            probe.references,
+            [self._units[name] for name in names],
+            self._options.mode,
             lambda: probe.is_over,
-        )  # fmt: skip
+        )
 
     def _measure_most_promising(self, chosen: list[str], names: list[str]) -> dict[str, Value]:
         """Units without which the model as it is now is measured: all, or those that a new estimate puts first."""
@@ -149,11 +169,20 @@ class Search:
     def _describe(self, name: str, value: Value, base: Value, reference: Value) -> LayerSensitivity:
         gain, low, high = self._gain(value, base, reference)
         return LayerSensitivity(
-            name, value.sqnr, self._shown(value), gain, low, high,
-            layers=self._units[name].layers, macs=self._macs(name), cost=self._cost(name),
-        )  # fmt: skip
+            name,
+            value.sqnr,
+            self._shown(value),
+            gain,
+            low,
+            high,
+            layers=self._units[name].layers,
+            macs=self._macs(name),
+            cost=self._cost(name),
+        )
 
-    def _gain(self, value: Value, base: Value, reference: Value) -> tuple[float, float | None, float | None]:
+    def _gain(
+        self, value: Value, base: Value, reference: Value
+    ) -> tuple[float, float | None, float | None]:
         """What a unit gains, with its interval."""
         is_alone = self._options.mode == "one-at-a-time"
         if self._metric.function is not None:
@@ -162,10 +191,15 @@ class Search:
         if not (is_alone and self._metric.is_sqnr):
             worse, better = (value, reference) if is_alone else (base, value)
             return self._interval(self._rise, worse.rows, better.rows)
-        return self._interval(_estimate_gain, np.column_stack([base.rows[:, 1], self._errors]), value.rows[:, 1:2])
+        return self._interval(
+            _estimate_gain, np.column_stack([base.rows[:, 1], self._errors]), value.rows[:, 1:2]
+        )
 
     def _interval(
-        self, gain: Callable[[Statistics, Statistics], Statistics], first: Statistics, second: Statistics
+        self,
+        gain: Callable[[Statistics, Statistics], Statistics],
+        first: Statistics,
+        second: Statistics,
     ) -> tuple[float, float | None, float | None]:
         """A gain from two sums over samples, and its ends over draws of the samples."""
         kind = float(gain(first.sum(0), second.sum(0)))
@@ -214,19 +248,28 @@ class Search:
             layers, cost = self._units[best].layers, self._total_cost([*chosen, best])
             steps.append(Step(best, current.sqnr, self._shown(current), layers, cost))
 
-    def _measure_next(self, chosen: list[str], pool: list[str], ranked: list[LayerSensitivity]) -> dict[str, Value]:
+    def _measure_next(
+        self, chosen: list[str], pool: list[str], ranked: list[LayerSensitivity]
+    ) -> dict[str, Value]:
         """The first unit of the ranking, with times the one with the largest gain for each microsecond."""
         gains = {entry.name: entry.gain or 0.0 for entry in ranked}
-        best = max(pool, key=lambda name: gains[name] / self._price(name)) if self._times else pool[0]
+        best = (
+            max(pool, key=lambda name: gains[name] / self._price(name)) if self._times else pool[0]
+        )
         with ExitStack() as trial:
             switch_off(self._units[best].quantizers, trial)
             values = self._probe.measure([*chosen, best], {})
         return {best: values[None]} if values else {}
 
-    def _reason_to_stop(self, current: Value, chosen: list[str], pool: list[str], refused: set[str]) -> str:
+    def _reason_to_stop(
+        self, current: Value, chosen: list[str], pool: list[str], refused: set[str]
+    ) -> str:
         if reason := self._reached(current):
             return reason
-        count, limit = sum(len(self._units[name].layers) for name in chosen), self._options.max_float_layers
+        count, limit = (
+            sum(len(self._units[name].layers) for name in chosen),
+            self._options.max_float_layers,
+        )
         share = self._options.max_float_share
         if limit and share is not None and self._float_share(chosen) > share:
             return f"{self._float_share(chosen):.3g} of the multiplications are in float already, at most {share:g}"
@@ -235,7 +278,13 @@ class Search:
         if count < limit and (self._probe.is_over or (self._unmeasured and not pool)):
             return self._used_up
         if count >= limit or not pool:
-            more = "" if count >= limit else "; no other one fits" if self._units else "; all layers are pinned"
+            more = (
+                ""
+                if count >= limit
+                else "; no other one fits"
+                if self._units
+                else "; all layers are pinned"
+            )
             return f"{count} of at most {limit} layers are in float{more}"
         return ""
 
@@ -260,7 +309,10 @@ class Search:
         names = [*chosen, name]
         if sum(len(self._units[each].layers) for each in names) > self._options.max_float_layers:
             return False
-        return self._options.max_float_share is None or self._float_share(names) <= self._options.max_float_share
+        return (
+            self._options.max_float_share is None
+            or self._float_share(names) <= self._options.max_float_share
+        )
 
     def _float_share(self, chosen: Sequence[str]) -> float:
         """Share of all multiplications in float, of what was pinned or never quantized too."""
@@ -301,7 +353,9 @@ class Search:
 
     def _front(self) -> tuple[MixedPoint, ...]:
         """The Pareto front of all sets that were measured."""
-        points = [(self._total_cost(names) or 0.0, names, value) for names, value in self._points.items()]
+        points = [
+            (self._total_cost(names) or 0.0, names, value) for names, value in self._points.items()
+        ]
         points.sort(key=lambda point: (point[0], [-part for part in self._order(point[2])]))
         front: list[MixedPoint] = []
         best = (-math.inf, -math.inf)

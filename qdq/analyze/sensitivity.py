@@ -54,7 +54,11 @@ def _collect_sqnr(pair: _Pair) -> list[torch.Tensor]:
 
 
 def _collect_cosine(pair: _Pair) -> list[torch.Tensor]:
-    return [(pair.reference * pair.outputs).sum(1), pair.reference.square().sum(1), pair.outputs.square().sum(1)]
+    return [
+        (pair.reference * pair.outputs).sum(1),
+        pair.reference.square().sum(1),
+        pair.outputs.square().sum(1),
+    ]
 
 
 def _collect_kl(pair: _Pair) -> list[torch.Tensor]:
@@ -124,7 +128,11 @@ def collect(metric: OutputMetric, batch: Any, reference: Any, outputs: Any) -> S
     rows = find_rows(batch, reference)
     expected, found = floats_of(reference), floats_of(outputs)
     pair = _Pair(
-        _as_rows(expected, rows), _as_rows(found, rows), _scores(expected[0]), _scores(found[0]), _labels_of(batch)
+        _as_rows(expected, rows),
+        _as_rows(found, rows),
+        _scores(expected[0]),
+        _scores(found[0]),
+        _labels_of(batch),
     )
     columns = _collect_sqnr(pair)
     if metric is not SQNR:
@@ -143,7 +151,11 @@ def reduce_rows(metric: OutputMetric, rows: Statistics) -> tuple[float, float]:
 def find_rows(batch: Any, reference: Any) -> int:
     """Rows that `collect` gives: one a sample, or one where the outputs do not tell the samples apart."""
     rows = count_rows(batch)
-    return rows if all(tensor.dim() and tensor.shape[0] == rows for tensor in floats_of(reference)) else 1
+    return (
+        rows
+        if all(tensor.dim() and tensor.shape[0] == rows for tensor in floats_of(reference))
+        else 1
+    )
 
 
 def count_columns(metric: OutputMetric) -> int:

@@ -73,7 +73,8 @@ class _Options:
             )
         if not isinstance(self.percentile, int | float) or not 0 < self.percentile <= 100:
             raise ArgumentError(
-                f"percentile is {self.percentile!r}; it must be above 0 and at most 100.", "99.99 is the usual choice."
+                f"percentile is {self.percentile!r}; it must be above 0 and at most 100.",
+                "99.99 is the usual choice.",
             )
         require_weight_method(self.weight_method)
 
@@ -104,7 +105,12 @@ class Calibration:
     """
 
     def __init__(
-        self, model: nn.Module, method: str = "mse", percentile: float = 99.99, *, weight_method: str = "max"
+        self,
+        model: nn.Module,
+        method: str = "mse",
+        percentile: float = 99.99,
+        *,
+        weight_method: str = "max",
     ) -> None:
         if method == BEST:
             raise ArgumentError(
@@ -120,11 +126,15 @@ class Calibration:
         self.statistics: Statistics | None = None
 
     def __enter__(self) -> Calibration:
-        self._numbers = numbers = self._numbers or itertools.count(*find_rank())  # goes on when the block runs again
+        self._numbers = numbers = self._numbers or itertools.count(
+            *find_rank()
+        )  # goes on when the block runs again
         self._exits = ExitStack()
         self._exits.enter_context(failing_together())
         self._exits.enter_context(self._collection)
-        hook = self._model.register_forward_pre_hook(lambda *_: self._collection.begin_batch(next(numbers)))
+        hook = self._model.register_forward_pre_hook(
+            lambda *_: self._collection.begin_batch(next(numbers))
+        )
         self._exits.callback(hook.remove)
         return self
 
@@ -218,21 +228,36 @@ def solve_ranges(
         )
     require_batches(held)
     if not statistics.complete:
-        logger.warning("the statistics are of a pass that was cut off after %d batches", statistics.batches)
+        logger.warning(
+            "the statistics are of a pass that was cut off after %d batches", statistics.batches
+        )
     return _solve(model, Collection(model), statistics, options, list(held))
 
 
 def _solve(
-    model: nn.Module, collection: Collection, statistics: Statistics, options: _Options, held: list[Any]
+    model: nn.Module,
+    collection: Collection,
+    statistics: Statistics,
+    options: _Options,
+    held: list[Any],
 ) -> list[Range]:
     """Set all ranges, or none if anything is wrong."""
-    if collection.collecting and not any(tensor.num_batches for tensor in statistics.tensors.values()):
+    if collection.collecting and not any(
+        tensor.num_batches for tensor in statistics.tensors.values()
+    ):
         raise CalibrationError(
-            "no batch reached any quantizer.", "give at least one batch, and one that the model runs on."
+            "no batch reached any quantizer.",
+            "give at least one batch, and one that the model runs on.",
         )
-    if options.method == BEST and not any(gather_bytes(b"held" if held else b"")):  # one process may have none
-        raise ArgumentError("method 'best' compares methods on data, and got no batch.", "pass held=[batch].")
-    if unknown := [name for name, leader in collection.leaders.items() if leader not in statistics.tensors]:
+    if options.method == BEST and not any(
+        gather_bytes(b"held" if held else b"")
+    ):  # one process may have none
+        raise ArgumentError(
+            "method 'best' compares methods on data, and got no batch.", "pass held=[batch]."
+        )
+    if unknown := [
+        name for name, leader in collection.leaders.items() if leader not in statistics.tensors
+    ]:
         raise ArgumentError(
             f"there are no statistics of {', '.join(unknown[:3])}: it was off while they were collected.",
             "collect anew, or disable it.",
@@ -256,18 +281,30 @@ def _solve(
             for name, quantizer in collection.collecting.items()
             if name not in left and (leader := collection.leaders[name])
         ]
-    ranges += [_record(quantizers[name], name, options.weight_method, 0) for name in weights if name not in left]
+    ranges += [
+        _record(quantizers[name], name, options.weight_method, 0)
+        for name in weights
+        if name not in left
+    ]
     for name, note in left.items():
         quantizers[name].disable()
         ranges.append(Range(name, None, options.method, 0, f"left in float: {note}"))
     if left:
-        names = "; ".join(f"{name} ({note})" for name, note in left.items() if name in collection.collecting)
-        logger.warning("some quantizers have no usable range, what they belong to is left in float: %s", names)
+        names = "; ".join(
+            f"{name} ({note})" for name, note in left.items() if name in collection.collecting
+        )
+        logger.warning(
+            "some quantizers have no usable range, what they belong to is left in float: %s", names
+        )
     return ranges
 
 
 def _choose_methods(
-    model: nn.Module, collection: Collection, statistics: Statistics, options: _Options, held: list[Any]
+    model: nn.Module,
+    collection: Collection,
+    statistics: Statistics,
+    options: _Options,
+    held: list[Any],
 ) -> dict[str, str]:
     """Name of the quantizer that has the range -> method; those with an axis, or no integer format, take maxima."""
     quantizers = dict(named_quantizers(model))
@@ -280,17 +317,21 @@ def _choose_methods(
     if maxima and options.method != "max":
         logger.info(
             "%d quantizers have a range for each index of an axis and take its maximum, not %s: %s",
-            len(maxima), options.method, ", ".join(maxima),
-        )  # fmt: skip
+            len(maxima),
+            options.method,
+            ", ".join(maxima),
+        )
     methods = dict.fromkeys(maxima, "max") | dict.fromkeys(plain, options.method)
     if options.method != BEST:
         return methods
     candidates = {
-        name: {method: quantizers[name].solve_range(tensor, method, **_solver_options(method, options))
-               for method in SOLVERS}
+        name: {
+            method: quantizers[name].solve_range(tensor, method, **_solver_options(method, options))
+            for method in SOLVERS
+        }
         for name, tensor in plain.items()
         if tensor.num_batches
-    }  # fmt: skip
+    }
     chosen = select_methods(model, collection, candidates, held)  # type: ignore[arg-type]
     if unreached := [name for name in candidates if name not in chosen]:
         logger.warning("no batch held out reached %s; mse is taken there", ", ".join(unreached))
@@ -317,10 +358,14 @@ def _record(quantizer: TensorQuantizer, name: str, method: str, batches: int) ->
     return Range(name, values[0] if quantizer.axis is None else values, method, batches)
 
 
-def _without_range(model: nn.Module, collection: Collection, statistics: Statistics) -> dict[str, str]:
+def _without_range(
+    model: nn.Module, collection: Collection, statistics: Statistics
+) -> dict[str, str]:
     """Quantizers that stay off and why: those that saw nothing, with all others of their layer (R-CONV-2)."""
     left = {
-        name: note for name, leader in collection.leaders.items() if (note := _reason_without_range(statistics, leader))
+        name: note
+        for name, leader in collection.leaders.items()
+        if (note := _reason_without_range(statistics, leader))
     }
     notes = {id(collection.collecting[name]): note for name, note in left.items()}
     names = {id(q): name for name, q in named_quantizers(model)}
@@ -328,7 +373,11 @@ def _without_range(model: nn.Module, collection: Collection, statistics: Statist
         own = [id(quantizer) for quantizer in layer.quantizers().values()]
         if note := next((notes[identity] for identity in own if identity in notes), ""):
             enabled = (names[identity] for identity in own)
-            left |= {n: left.get(n, note) for n in enabled if n in collection.weights or n in collection.collecting}
+            left |= {
+                n: left.get(n, note)
+                for n in enabled
+                if n in collection.weights or n in collection.collecting
+            }
     return left
 
 
@@ -338,7 +387,11 @@ def _reason_without_range(statistics: Statistics, leader: str) -> str:
         return "it saw no batch: the layer did not run, or another module reads its weight directly"
     if not tensor.absmax:
         return "it saw zeros only"
-    return "it saw no value above 0, and its format is unsigned" if fmt and fmt.unsigned and tensor.high <= 0 else ""
+    return (
+        "it saw no value above 0, and its format is unsigned"
+        if fmt and fmt.unsigned and tensor.high <= 0
+        else ""
+    )
 
 
 @contextmanager

@@ -29,7 +29,14 @@ from qdq.quantizer import SharedQuantizer, TensorQuantizer, named_quantizers
 from qdq.statistics import _FORMAT as STATISTICS_FORMAT
 from qdq.statistics import Statistics, merge_parts, require_place_of_summary, require_suffix
 from qdq.swap import quantized_layers
-from qdq.trace import call_model, evaluating, require_batches, require_model, split_inputs, tensors_of
+from qdq.trace import (
+    call_model,
+    evaluating,
+    require_batches,
+    require_model,
+    split_inputs,
+    tensors_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +69,11 @@ class Collection:
             if isinstance(layer, QuantMixin)
             for attribute, parameter in layer.weights_of(layer).items()
         }
-        enabled = {name: quantizer for name, quantizer in named_quantizers(model) if not quantizer._disabled}
+        enabled = {
+            name: quantizer
+            for name, quantizer in named_quantizers(model)
+            if not quantizer._disabled
+        }
         if not enabled:
             raise ArgumentError(
                 "the model has no enabled quantizer.",
@@ -70,7 +81,9 @@ class Collection:
                 "enable_quantization).",
             )
         self.weights = {name: weights[id(q)] for name, q in enabled.items() if id(q) in weights}
-        self.collecting = {name: quantizer for name, quantizer in enabled.items() if name not in self.weights}
+        self.collecting = {
+            name: quantizer for name, quantizer in enabled.items() if name not in self.weights
+        }
         names = {id(quantizer): name for name, quantizer in named_quantizers(model)}
         self.leaders = {name: names[id(leader_of(q))] for name, q in self.collecting.items()}
         self._reader = TensorReader()
@@ -132,8 +145,13 @@ class Collection:
             try:
                 tensors[name] = collector.statistics()
             except CalibrationError as error:
-                raise CalibrationError(f"the input of quantizer {name}: {error.message}", error.fix) from None
-        batches = max((int(tensor.numbers[-1]) + 1 for tensor in tensors.values() if tensor.num_batches), default=0)
+                raise CalibrationError(
+                    f"the input of quantizer {name}: {error.message}", error.fix
+                ) from None
+        batches = max(
+            (int(tensor.numbers[-1]) + 1 for tensor in tensors.values() if tensor.num_batches),
+            default=0,
+        )
         formats = {name: format_of(quantizers[name]) for name in tensors}
         shared = {name: leader for name, leader in self.leaders.items() if name != leader}
         return Statistics(tensors, formats, batches, fingerprint_model(self._model), shared=shared)
@@ -169,7 +187,12 @@ def collect_statistics(
 
 
 def collect_and_hold_out(
-    model: nn.Module, batches: Iterable[Any], num_batches: int | None, path: Path | str | None, *, hold_out: bool
+    model: nn.Module,
+    batches: Iterable[Any],
+    num_batches: int | None,
+    path: Path | str | None,
+    *,
+    hold_out: bool,
 ) -> tuple[Statistics, list[Any]]:
     """As `collect_statistics`; with `hold_out` the last batch is not collected but returned, unless it is the only one.
 
@@ -180,7 +203,9 @@ def collect_and_hold_out(
         require_model(model)
         require_batches(batches)
         if num_batches is not None and (not isinstance(num_batches, int) or num_batches < 1):
-            raise ArgumentError(f"num_batches is {num_batches!r}.", "give 1 or more, or leave it out to take all.")
+            raise ArgumentError(
+                f"num_batches is {num_batches!r}.", "give 1 or more, or leave it out to take all."
+            )
         collection = Collection(model)
         file = _File(path, fingerprint_model(model), num_batches)
     finished = file.load_finished()
@@ -190,7 +215,9 @@ def collect_and_hold_out(
         if finished:
             file.require_same_sources(model, finished, stream)
     if not finished:
-        found = replace(merge_parts(map(Statistics.from_bytes, gather_bytes(found.to_bytes()))), complete=True)
+        found = replace(
+            merge_parts(map(Statistics.from_bytes, gather_bytes(found.to_bytes()))), complete=True
+        )
         if found.batches:  # a pass without any is none: the next one begins anew
             file.finish(found)
     with failing_together():
@@ -230,7 +257,9 @@ def _collect(model: nn.Module, collection: Collection, stream: _Stream, file: _F
     return replace(result, limit=file.limit)
 
 
-def _joined(before: Statistics | None, now: Statistics, batches: int, data: str, *, complete: bool) -> Statistics:
+def _joined(
+    before: Statistics | None, now: Statistics, batches: int, data: str, *, complete: bool
+) -> Statistics:
     """What an earlier, killed run had collected with what this one has."""
     whole = merge_parts([before, now]) if before else now
     return replace(whole, batches=batches, data=data or whole.data, complete=complete)
@@ -280,7 +309,9 @@ class _File:
         self._rank, self._size = find_rank()
         self._own = self._path
         if self._path and self._size > 1:
-            self._own = self._path.with_suffix(f".rank{self._rank}of{self._size}{self._path.suffix}")
+            self._own = self._path.with_suffix(
+                f".rank{self._rank}of{self._size}{self._path.suffix}"
+            )
         if self._own:
             guard_files(outputs=[self._own, self._own.with_suffix(".json")])
             require_place_of_summary(self._own)
@@ -392,7 +423,9 @@ def _load_or_set_aside(path: Path) -> Statistics | None:
             raise
         aside = path.with_name(f"{path.stem}.damaged{path.suffix}")
         os.replace(path, aside)
-        logger.warning("%s It is now %s, and everything is collected again.", error.message, aside.name)
+        logger.warning(
+            "%s It is now %s, and everything is collected again.", error.message, aside.name
+        )
         return None
 
 
@@ -407,7 +440,10 @@ def _is_of_another_kind(path: Path) -> bool:
 
 def fingerprint_model(model: nn.Module) -> str:
     """Digest of what statistics depend on: names, formats and axes of quantizers, names and shapes of parameters."""
-    lines = [f"{name} {q._num_bits} {q._unsigned} {q._narrow_range} {q._axis}" for name, q in _owners(model)]
+    lines = [
+        f"{name} {q._num_bits} {q._unsigned} {q._narrow_range} {q._axis}"
+        for name, q in _owners(model)
+    ]
     lines += [f"{name} {list(parameter.shape)}" for name, parameter in model.named_parameters()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -420,8 +456,15 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
 def digest_sources(model: nn.Module, batch: Any) -> str:
     """Digest of parameters, buffers and the tensors that the model is called with: what every statistic comes from."""
     layers = [module for module in model.modules() if not isinstance(module, TensorQuantizer)]
-    states = (tensor for layer in layers for of in (layer.parameters, layer.buffers) for tensor in of(recurse=False))
-    return digest_tensors(tensor for tensor in (*states, *tensors_of(split_inputs(batch))) if not tensor.is_meta)
+    states = (
+        tensor
+        for layer in layers
+        for of in (layer.parameters, layer.buffers)
+        for tensor in of(recurse=False)
+    )
+    return digest_tensors(
+        tensor for tensor in (*states, *tensors_of(split_inputs(batch))) if not tensor.is_meta
+    )
 
 
 def digest_tensors(tensors: Iterable[torch.Tensor]) -> str:

@@ -25,7 +25,9 @@ Candidates = Mapping[str, Mapping[str, float]]
 """Name of the quantizer that has the range -> method -> amax."""
 
 
-def select_methods(model: nn.Module, collection: Collection, candidates: Candidates, held: list[Any]) -> dict[str, str]:
+def select_methods(
+    model: nn.Module, collection: Collection, candidates: Candidates, held: list[Any]
+) -> dict[str, str]:
     """Try every range on the layers that it is for, in one forward of the float model.
 
     The error of a layer is the squared difference of its output with this input and its weights quantized from its
@@ -54,8 +56,16 @@ def select_methods(model: nn.Module, collection: Collection, candidates: Candida
             f"the batches held out give NaN or Inf behind {', '.join(broken[:3])}; no method can be chosen by them.",
             "run the float model on them: either the data or a layer before is broken.",
         )
-    reached = [name for name, amaxes in candidates.items() if all((name, method) in errors for method in amaxes)]
-    return {name: min(candidates[name], key=lambda m, name=name: errors[name, m]) for name in reached}  # type: ignore[misc]
+    reached = [
+        name
+        for name, amaxes in candidates.items()
+        if all((name, method) in errors for method in amaxes)
+    ]
+    methods = {}
+    for name in reached:
+        error_of_method = {method: errors[name, method] for method in candidates[name]}
+        methods[name] = min(error_of_method, key=error_of_method.__getitem__)
+    return methods
 
 
 def _add_up(errors: Mapping[tuple[str, str], list[float]]) -> dict[tuple[str, str], float]:
@@ -75,7 +85,9 @@ class _Trials:
         self._collection = collection
         self._candidates = candidates
         self.errors: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-        self._is_busy = False  # a layer at trial may call layers inside it, whose hooks then have nothing to do
+        self._is_busy = (
+            False  # a layer at trial may call layers inside it, whose hooks then have nothing to do
+        )
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -89,16 +101,28 @@ class _Trials:
                 own = [(names[id(q)], q) for q in layer.quantizers().values() if id(q) in names]
                 of_layers |= {id(quantizer) for _, quantizer in own}
                 if own:
-                    active = [quantizer for quantizer in layer.quantizers().values() if id(quantizer) in weights]
-                    hook = layer.register_forward_hook(self._make_layer_hook(own, active), with_kwargs=True)
+                    active = [
+                        quantizer
+                        for quantizer in layer.quantizers().values()
+                        if id(quantizer) in weights
+                    ]
+                    hook = layer.register_forward_hook(
+                        self._make_layer_hook(own, active), with_kwargs=True
+                    )
                     exits.callback(hook.remove)
             for name, quantizer in collecting.items():
                 if id(quantizer) in names and id(quantizer) not in of_layers:
-                    exits.callback(quantizer.register_forward_hook(self._make_tensor_hook(name)).remove)
+                    exits.callback(
+                        quantizer.register_forward_hook(self._make_tensor_hook(name)).remove
+                    )
             yield
 
-    def _make_layer_hook(self, own: list[tuple[str, TensorQuantizer]], weights: list[TensorQuantizer]) -> Any:
-        def hook(layer: QuantInputMixin, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _make_layer_hook(
+        self, own: list[tuple[str, TensorQuantizer]], weights: list[TensorQuantizer]
+    ) -> Any:
+        def hook(
+            layer: QuantInputMixin, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
             if self._is_busy:
                 return
             self._is_busy = True
@@ -117,7 +141,9 @@ class _Trials:
         def hook(quantizer: TensorQuantizer, args: tuple[Any, ...], output: torch.Tensor) -> None:
             if not self._is_busy:
                 for method, amax in self._candidates_of(name):
-                    found = fake_quantize(output, torch.tensor(amax, device=output.device), quantizer.format)
+                    found = fake_quantize(
+                        output, torch.tensor(amax, device=output.device), quantizer.format
+                    )
                     self._note(name, method, output, found)
 
         return hook
@@ -129,7 +155,9 @@ class _Trials:
         pairs = list(zip(floats_of(expected), floats_of(found), strict=True))
         noise = math.fsum(float((one.double() - two.double()).square().sum()) for one, two in pairs)
         signal = math.fsum(float(one.double().square().sum()) for one, _ in pairs)
-        self.errors[self._collection.leaders[name], method].append(noise / signal if signal else noise)
+        self.errors[self._collection.leaders[name], method].append(
+            noise / signal if signal else noise
+        )
 
 
 @contextmanager

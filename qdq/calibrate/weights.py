@@ -23,11 +23,16 @@ def require_weight_method(method: str) -> None:
         ArgumentError: With the known ones.
     """
     if method not in WEIGHT_METHODS:
-        raise ArgumentError(f"unknown weight method {method!r}; known are {', '.join(WEIGHT_METHODS)}.", "use 'max'.")
+        raise ArgumentError(
+            f"unknown weight method {method!r}; known are {', '.join(WEIGHT_METHODS)}.",
+            "use 'max'.",
+        )
 
 
 @torch.no_grad()
-def solve_weight(label: str, weight: torch.Tensor, quantizer: TensorQuantizer, method: str) -> torch.Tensor:
+def solve_weight(
+    label: str, weight: torch.Tensor, quantizer: TensorQuantizer, method: str
+) -> torch.Tensor:
     """The range of a weight, per channel or per tensor as the axis of its quantizer says.
 
     Args:
@@ -67,14 +72,19 @@ def _search(weight: torch.Tensor, largest: torch.Tensor, fmt: Format) -> torch.T
     best = torch.ones_like(largest)
     least = measure(best)
     steps = [-i / _STEPS for i in range(1, _OCTAVES * _STEPS + 1)]
-    best, least = _descend(measure, best, least, [torch.full_like(best, 2.0**step) for step in steps])
+    best, least = _descend(
+        measure, best, least, [torch.full_like(best, 2.0**step) for step in steps]
+    )
     finer = [i / _STEPS**2 for i in range(1 - _STEPS, _STEPS) if i]
     best, _ = _descend(measure, best, least, [(best * 2.0**step).clamp_max(1) for step in finer])
     return largest * best
 
 
 def _descend(
-    measure: Callable[[torch.Tensor], torch.Tensor], best: torch.Tensor, least: torch.Tensor, shares: list[torch.Tensor]
+    measure: Callable[[torch.Tensor], torch.Tensor],
+    best: torch.Tensor,
+    least: torch.Tensor,
+    shares: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The better of `best` and any of `shares` in each channel, and its error."""
     for share in shares:

@@ -101,7 +101,9 @@ class CheckReport:
             self.coverage.format_table(),
         ]
         if not self.quantize_nodes + self.dequantize_nodes:
-            lines.append("nothing is quantized: the file holds no QuantizeLinear and no DequantizeLinear")
+            lines.append(
+                "nothing is quantized: the file holds no QuantizeLinear and no DequantizeLinear"
+            )
         if self.parity:
             p = self.parity
             lines.append(
@@ -124,7 +126,10 @@ class CheckReport:
 def _format_findings(findings: tuple[Finding, ...]) -> Iterator[str]:
     """One line a finding, the worst first; of many equal ones the first few nodes and how many more there are."""
     groups = group_names(
-        ((SEVERITIES.index(finding.severity), finding.rule, finding.message, finding.fix), finding.node)
+        (
+            (SEVERITIES.index(finding.severity), finding.rule, finding.message, finding.fix),
+            finding.node,
+        )
         for finding in findings
     )
     for (severity, rule, message, fix), nodes in sorted(groups.items(), key=lambda item: item[0]):
@@ -178,9 +183,13 @@ def check_onnx(
         rules = [rule for rule in rules if rule.id in FILE_RULES]
     findings = find_violations(model, rules, facts)
     flaws_of_file = find_violations(model, choose_rules(FILE_RULES), facts)
-    parity = None if expected is None or found is None else measure_parity(expected, found, tie_floor_db)
+    parity = (
+        None if expected is None or found is None else measure_parity(expected, found, tie_floor_db)
+    )
     default_parity = (
-        None if found is None or found_default is None else measure_parity(found, found_default, tie_floor_db)
+        None
+        if found is None or found_default is None
+        else measure_parity(found, found_default, tie_floor_db)
     )
     measured = [_find_lost_parity(path, parity), _find_other_session(path, default_parity)]
     chosen = {rule.id for rule in rules}

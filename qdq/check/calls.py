@@ -40,8 +40,13 @@ def is_expansion_too_large(model: ir.Model) -> bool:
     for key in order:
         nodes = sum(1 for _ in model.functions[key].all_nodes())
         size = 1 + nodes + sum(times * sizes[callee] for callee, times in calls[key].items())
-        sizes[key] = min(size, LARGEST_EXPANSION + 1)  # the true numbers can have thousands of digits
-    return sum(sizes.get(node.op_identifier(), 0) for node in model.graph.all_nodes()) > LARGEST_EXPANSION
+        sizes[key] = min(
+            size, LARGEST_EXPANSION + 1
+        )  # the true numbers can have thousands of digits
+    return (
+        sum(sizes.get(node.op_identifier(), 0) for node in model.graph.all_nodes())
+        > LARGEST_EXPANSION
+    )
 
 
 def _count_calls(model: ir.Model) -> dict[_Key, Counter[_Key]]:

@@ -22,7 +22,9 @@ from qdq.graph.save import save_model
 from qdq.graph.tensors import list_tensors
 from qdq.graph.validate import first_line
 
-_REPAIRS: tuple[tuple[str, Callable[[], MakeScalesScalar | WriteAxes | MakeCodesSigned | WriteZeroPoints]], ...] = (
+_REPAIRS: tuple[
+    tuple[str, Callable[[], MakeScalesScalar | WriteAxes | MakeCodesSigned | WriteZeroPoints]], ...
+] = (
     ("QDQ103", MakeScalesScalar),
     ("QDQ105", WriteAxes),
     ("QDQ129", MakeCodesSigned),
@@ -68,7 +70,10 @@ def fix_onnx(path: Path | str, output: Path | str) -> dict[str, int]:
 
 
 def _unmendable(path: Path, reason: str) -> CheckError:
-    return CheckError(f"{path} cannot be mended: {reason}.", "nothing is written; mend what `qdq check` names first.")
+    return CheckError(
+        f"{path} cannot be mended: {reason}.",
+        "nothing is written; mend what `qdq check` names first.",
+    )
 
 
 def _mend(path: Path, model: ir.Model) -> dict[str, int]:
@@ -94,13 +99,18 @@ def _may_copy_bytes(loaded: LoadedModel, output: Path) -> bool:
     """Whether the file works at the other place as it is: its data are in it, or beside both."""
     if output.resolve().parent == loaded.path.resolve().parent:
         return True
-    return not any(tensor.data_location == onnx.TensorProto.EXTERNAL for _, tensor in list_tensors(loaded.proto))
+    return not any(
+        tensor.data_location == onnx.TensorProto.EXTERNAL
+        for _, tensor in list_tensors(loaded.proto)
+    )
 
 
 def _require_sound(model: ir.Model, facts: FileFacts) -> None:
     """Refuse a mended model that cannot be written, or that onnx or ONNX Runtime refuses and accepted before."""
     try:
-        ir.external_data.load_to_model(model)  # the copy may lie in another folder, or in the place of the file
+        ir.external_data.load_to_model(
+            model
+        )  # the copy may lie in another folder, or in the place of the file
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "model.onnx"
             save_model(model, copy)

@@ -53,7 +53,9 @@ def _ask(
     if is_expansion_too_large(loaded.model):
         reason = "it was not asked, as the functions of the file become too many nodes (QDQ208)"
         return skip_checker(reason), skip_runtime(reason) if ask_runtime else None
-    return check_model(loaded.proto, unknown), load_in_runtime(loaded.path, unknown) if ask_runtime else None
+    return check_model(loaded.proto, unknown), load_in_runtime(
+        loaded.path, unknown
+    ) if ask_runtime else None
 
 
 def _list_unknown(proto: onnx.ModelProto) -> frozenset[tuple[str, str]]:
@@ -80,8 +82,14 @@ def _sort(model: ir.Model) -> tuple[bool, bool]:
 def count_file_bytes(loaded: LoadedModel) -> int:
     """Size of a model and of the files beside it that hold its data."""
     folder = loaded.path.parent
-    tensors = [tensor for _, tensor in list_tensors(loaded.proto) if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    files = {os.path.realpath(folder / external_fields(tensor).get("location", "")) for tensor in tensors}
+    tensors = [
+        tensor
+        for _, tensor in list_tensors(loaded.proto)
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    ]
+    files = {
+        os.path.realpath(folder / external_fields(tensor).get("location", "")) for tensor in tensors
+    }
     total = loaded.path.stat().st_size
     for path in files:
         with contextlib.suppress(OSError):

@@ -52,18 +52,26 @@ def load_onnx(path: Path) -> LoadedModel:
     if not proto.HasField("graph"):
         raise invalid(path, "it holds no graph")
     if not proto.graph.node:
-        raise CheckError(f"{path} holds no ONNX graph.", "export it again: the file may be empty or truncated.")
+        raise CheckError(
+            f"{path} holds no ONNX graph.", "export it again: the file may be empty or truncated."
+        )
     is_utf8 = not _make_readable(proto)
     faults = find_tensor_faults(proto, path.parent)
     for fault in faults:
-        fault.tensor.ClearField("external_data")  # onnx-ir refuses the file for a location that is none
+        fault.tensor.ClearField(
+            "external_data"
+        )  # onnx-ir refuses the file for a location that is none
         fault.tensor.ClearField("data_location")
     try:
         with silence_onnx_ir():
             model = ir.from_proto(proto)
         ir.external_data.set_base_dir(model.graph, os.path.dirname(path))
     except Exception as error:  # onnx-ir wraps what it finds, each time once more
-        reason = f"the constant {faults[0].name}: {faults[0].message}" if faults else first_line(_root_cause(error))
+        reason = (
+            f"the constant {faults[0].name}: {faults[0].message}"
+            if faults
+            else first_line(_root_cause(error))
+        )
         raise invalid(path, reason) from error
     return LoadedModel(path, proto, model, is_utf8, tuple(faults))
 
@@ -121,5 +129,8 @@ def _make_field_readable(message: Any, name: str, value: Any) -> bool:
     if not any(isinstance(text, bytes) for text in texts):
         return False
     del value[:]
-    value.extend(text.decode(errors="backslashreplace") if isinstance(text, bytes) else text for text in texts)
+    value.extend(
+        text.decode(errors="backslashreplace") if isinstance(text, bytes) else text
+        for text in texts
+    )
     return True

@@ -31,7 +31,8 @@ _WRONG_OPTIMIZERS = ["ClipQuantRewrite", "Pad_Fusion"]
 
 
 _OUT_OF_MEMORY = re.compile(
-    r"bad[_ ]alloc|failed to allocate memory|not enough memory|can't allocate memory|out of memory", re.IGNORECASE
+    r"bad[_ ]alloc|failed to allocate memory|not enough memory|can't allocate memory|out of memory",
+    re.IGNORECASE,
 )
 
 
@@ -51,7 +52,9 @@ class OnnxModel:
 
     def __init__(self, path: Path, *, session: Session = "plain") -> None:
         if session not in SESSIONS:
-            raise ArgumentError(f"session is {session!r}; known are 'plain' and 'default'.", "use 'plain'.")
+            raise ArgumentError(
+                f"session is {session!r}; known are 'plain' and 'default'.", "use 'plain'."
+            )
         require_file(path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -92,12 +95,17 @@ class OnnxModel:
             CheckError: The inputs do not fit, or an operator cannot run.
         """
         try:
-            outputs: list[Array] = self._session.run(None, dict(zip(self.inputs, inputs, strict=True)))
+            outputs: list[Array] = self._session.run(
+                None, dict(zip(self.inputs, inputs, strict=True))
+            )
         except Exception as error:
-            given = ", ".join(f"{list(np.shape(array))} {np.asarray(array).dtype}" for array in inputs)
+            given = ", ".join(
+                f"{list(np.shape(array))} {np.asarray(array).dtype}" for array in inputs
+            )
             if is_out_of_memory(error):
                 raise CheckError(
-                    f"memory is too short to run {self.path} on {given}.", "give smaller batches, or free memory."
+                    f"memory is too short to run {self.path} on {given}.",
+                    "give smaller batches, or free memory.",
                 ) from error
             expected = ", ".join(f"{v.name} {v.shape} {v.type}" for v in self._session.get_inputs())
             raise CheckError(
@@ -168,7 +176,9 @@ def require_file(path: Path) -> None:
         mode, size = read_mode(path), path.stat().st_size
         str(path).encode()
     except UnicodeEncodeError:
-        raise CheckError(f"the name of {path} is not UTF-8, as ONNX needs it.", "rename the file or folder.") from None
+        raise CheckError(
+            f"the name of {path} is not UTF-8, as ONNX needs it.", "rename the file or folder."
+        ) from None
     except (FileNotFoundError, NotADirectoryError):
         found = "does not exist"
     except OSError as error:
@@ -177,7 +187,10 @@ def require_file(path: Path) -> None:
         if stat.S_ISREG(mode) and size:
             return
         found = "is empty" if stat.S_ISREG(mode) else "is a folder"
-    raise CheckError(f"{printable(path)} {found}; expected an ONNX file.", "check the path, or export the model again.")
+    raise CheckError(
+        f"{printable(path)} {found}; expected an ONNX file.",
+        "check the path, or export the model again.",
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -41,7 +41,11 @@ def measure_peaks(model: ir.Model, inputs: Mapping[str, Array]) -> dict[str, flo
         peak = ir.node("ReduceMax", [magnitude.outputs[0]], attributes={"keepdims": 0})
         graph.extend([magnitude, peak])
         result = peak.outputs[0]
-        result.name, result.shape, result.type = f"{value.name}.peak", ir.Shape([]), ir.TensorType(ir.DataType.FLOAT)
+        result.name, result.shape, result.type = (
+            f"{value.name}.peak",
+            ir.Shape([]),
+            ir.TensorType(ir.DataType.FLOAT),
+        )
         graph.outputs.append(result)
     found = run_graph(copy, inputs)
     return {str(value.name): float(peak) for value, peak in zip(values, found, strict=True)}
@@ -96,7 +100,9 @@ def run_graph(model: ir.Model, inputs: Mapping[str, Array]) -> list[Array]:
         path = Path(folder) / "model.onnx"
         ir.save(model, path)
         runner = OnnxModel(path)
-        return runner(*(_typed(inputs[name], types[name]) for name in runner.inputs if name in inputs))
+        return runner(
+            *(_typed(inputs[name], types[name]) for name in runner.inputs if name in inputs)
+        )
 
 
 def _typed(array: Array, dtype: ir.DataType | None) -> Array:

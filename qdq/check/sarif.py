@@ -48,5 +48,9 @@ def format_sarif(path: Path, findings: tuple[Finding, ...]) -> dict[str, Any]:
         for finding in findings
     ]
     driver = {"name": "qdq", "version": qdq.__version__, "rules": rules}
-    run = {"tool": {"driver": driver}, "artifacts": [{"location": {"uri": uri}}], "results": results}
+    run = {
+        "tool": {"driver": driver},
+        "artifacts": [{"location": {"uri": uri}}],
+        "results": results,
+    }
     return {"$schema": _SCHEMA, "version": "2.1.0", "runs": [run]}

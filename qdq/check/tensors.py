@@ -56,7 +56,10 @@ def count_bytes(tensor: TensorProto) -> int | None:
 
 
 def _describe_fault(tensor: TensorProto, folder: Path) -> str:
-    if tensor.data_type not in TensorProto.DataType.values() or tensor.data_type == TensorProto.UNDEFINED:
+    if (
+        tensor.data_type not in TensorProto.DataType.values()
+        or tensor.data_type == TensorProto.UNDEFINED
+    ):
         return f"its type is {tensor.data_type}, which ONNX does not have"
     if any(size < 0 for size in tensor.dims):
         return f"its shape is {list(tensor.dims)}"
@@ -80,7 +83,11 @@ def _describe_typed_fault(tensor: TensorProto) -> str:
     values = len(getattr(tensor, field))
     expected = math.prod(tensor.dims) * (2 if tensor.data_type in _COMPLEX else 1)
     shape = list(tensor.dims)
-    return "" if values == expected else f"it has {values} values in {field}; its shape {shape} takes {expected}"
+    return (
+        ""
+        if values == expected
+        else f"it has {values} values in {field}; its shape {shape} takes {expected}"
+    )
 
 
 def _is_packed(tensor: TensorProto) -> bool:
@@ -97,8 +104,14 @@ def _describe_external_fault(tensor: TensorProto, folder: Path, size: int | None
         if reason := _describe_location_fault(location, folder):
             return reason
         file_bytes = (folder / location).stat().st_size
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        return f"its data lie in {_shorten(location)}, which cannot be read: {_describe_cause(error)}"
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # RuntimeError: a loop of links, before Python 3.13
+        return (
+            f"its data lie in {_shorten(location)}, which cannot be read: {_describe_cause(error)}"
+        )
     try:
         offset, length = int(fields.get("offset", 0)), int(fields.get("length", -1))
     except ValueError:

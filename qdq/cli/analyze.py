@@ -74,7 +74,10 @@ class AnalysisOptions:
             check_options(**arguments)
         except ArgumentError as error:
             raise ArgumentError(_name_options(error.message), _name_options(error.fix)) from error
-        return {**arguments, "groups": groups[0] if groups in (("block",), ("shared",)) else list(groups) or None}
+        return {
+            **arguments,
+            "groups": groups[0] if groups in (("block",), ("shared",)) else list(groups) or None,
+        }
 
 
 def _name_options(text: str) -> str:

@@ -56,14 +56,24 @@ def build(
         outputs=[json, *engines],
         in_place=list(itertools.product(engines, defaults)),
     )
-    shapes = [None if text is None else parse_shapes(text) for text in (min_shapes, opt_shapes, max_shapes)]
+    shapes = [
+        None if text is None else parse_shapes(text)
+        for text in (min_shapes, opt_shapes, max_shapes)
+    ]
     report = build_engine(
-        onnx, output, backend=backend, sm=sm,
-        min_shapes=shapes[0], opt_shapes=shapes[1], max_shapes=shapes[2],
-    )  # fmt: skip
+        onnx,
+        output,
+        backend=backend,
+        sm=sm,
+        min_shapes=shapes[0],
+        opt_shapes=shapes[1],
+        max_shapes=shapes[2],
+    )
     print(make_printable(report).format_table())
     for version, command in report.trtexec.items():
-        print(f"\n# on the target, TensorRT {version.removeprefix('tensorrt')}\n{printable(command, MOST_CHARACTERS)}")
+        print(
+            f"\n# on the target, TensorRT {version.removeprefix('tensorrt')}\n{printable(command, MOST_CHARACTERS)}"
+        )
     if json is not None:
         write_json(json, report)
     return 1 if report.missing_int8 else 0

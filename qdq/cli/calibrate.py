@@ -8,7 +8,17 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.types import PositiveFloat
 
-Method = Literal["max", "percentile", "entropy", "mse", "average_max", "mean_std", "laplace", "gauss", "moving_average"]
+Method = Literal[
+    "max",
+    "percentile",
+    "entropy",
+    "mse",
+    "average_max",
+    "mean_std",
+    "laplace",
+    "gauss",
+    "moving_average",
+]
 CalibMethod = Literal[Method, "best"]
 """What `calibrate_model` knows, for the signatures of recipes; "best" needs the model."""
 
@@ -68,10 +78,14 @@ def merge(*files: Path, output: Annotated[Path, Parameter(alias="-o")]) -> int:
     from qdq.statistics import merge_files
 
     guard_command(
-        inputs=files, outputs=[output, output.with_suffix(".json")], in_place=[(output, file) for file in files]
+        inputs=files,
+        outputs=[output, output.with_suffix(".json")],
+        in_place=[(output, file) for file in files],
     )
     merged = merge_files(files, output)
-    print(f"{printable(output)}: {len(merged.tensors)} tensors, {merged.batches} batches of {len(files)} files")
+    print(
+        f"{printable(output)}: {len(merged.tensors)} tensors, {merged.batches} batches of {len(files)} files"
+    )
     return 0
 
 
@@ -114,14 +128,17 @@ def solve(
 
     if (onnx is None) != (output is None):
         raise ArgumentError(
-            "--onnx and --output go together.", "give the file to read and the one to write, or neither."
+            "--onnx and --output go together.",
+            "give the file to read and the one to write, or neither.",
         )
     weights = [] if onnx is None else list_data_files(onnx)
     guard_command(inputs=[file, onnx, *weights], outputs=[output, json], in_place=[(output, onnx)])
     options = {} if percentile is None else {"percentile": percentile}
     statistics = Statistics.load(file)
     if not statistics.complete:
-        print(f"{printable(file)} holds a pass that was cut off after {statistics.batches} batches\n")
+        print(
+            f"{printable(file)} holds a pass that was cut off after {statistics.batches} batches\n"
+        )
     ranges = statistics.solve_all(method, **options)
     print(format_ranges(statistics, ranges))
     rescaling = None

@@ -60,18 +60,23 @@ def check(
 
     if explain is not None:
         if fix or json or sarif:
-            raise ArgumentError("--explain prints, and writes no file.", "leave out --fix, --json and --sarif.")
+            raise ArgumentError(
+                "--explain prints, and writes no file.", "leave out --fix, --json and --sarif."
+            )
         print(get_rule(explain).explain())
         return 0
     if onnx is None:
         raise ArgumentError("ONNX requires an argument.", "see qdq check --help")
     selected, ignored = _split(select), _split(ignore)
     choose_rules(selected, ignored)  # before anything is written
-    guard_command(inputs=[onnx, *list_data_files(onnx)], outputs=[fix, json, sarif], in_place=[(fix, onnx)])
+    guard_command(
+        inputs=[onnx, *list_data_files(onnx)], outputs=[fix, json, sarif], in_place=[(fix, onnx)]
+    )
     if fix is not None:
         if not is_replaceable(fix):
             raise ArgumentError(
-                f"{printable(fix)} is no regular file, and the copy is checked there.", "choose another file to write."
+                f"{printable(fix)} is no regular file, and the copy is checked there.",
+                "choose another file to write.",
             )
         mended = fix_onnx(onnx, fix)
         print(

@@ -23,7 +23,10 @@ def env(*, json: Path | None = None) -> int:
     width = max(map(len, environment))
     for name, version in environment.items():
         print(f"{name:{width}}  {version}")
-    backends = {"tensorrt-rtx-cu13": "TensorRT-RTX, without a GPU", "tensorrt": "TensorRT, on this GPU"}
+    backends = {
+        "tensorrt-rtx-cu13": "TensorRT-RTX, without a GPU",
+        "tensorrt": "TensorRT, on this GPU",
+    }
     can = [what for package, what in backends.items() if environment[package] != "not installed"]
     print(f"builds: {' and '.join(can) or 'no engine; install it with: pip install qdq[rtx]'}")
     if json is not None:

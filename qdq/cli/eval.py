@@ -52,7 +52,9 @@ def evaluate_files(
     for path in onnx:
         OnnxModel(path)  # a bad file is refused now, not after the float model has run
     loaded = load_model(model, weights, seed)
-    _, images = load_images(data_dir, loaded, evaluation=eval_images, batch_size=batch_size, seed=seed)
+    _, images = load_images(
+        data_dir, loaded, evaluation=eval_images, batch_size=batch_size, seed=seed
+    )
     outputs_of_files = {
         str(path): predict(path, images) for path in onnx
     }  # the whole path: runs name their files alike

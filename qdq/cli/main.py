@@ -64,13 +64,24 @@ def make_app() -> cyclopts.App:
     from qdq.cli.report import report
 
     app = _new_app("qdq", help=_HELP)
-    statistics = _new_app("calibrate", help="Show, merge or solve again what calibration saved. Needs no torch.")
+    statistics = _new_app(
+        "calibrate", help="Show, merge or solve again what calibration saved. Needs no torch."
+    )
     for command in (calibrate.show, calibrate.merge, calibrate.solve):
         statistics.command(command)
     verbs = {
-        "ptq": ptq, "qat": qat, "calibrate": statistics, "check": check, "build": build, "eval": evaluate_files,
-        "report": report, "explain": explain, "gate": gate, "plan": plan, "env": env,
-    }  # fmt: skip
+        "ptq": ptq,
+        "qat": qat,
+        "calibrate": statistics,
+        "check": check,
+        "build": build,
+        "eval": evaluate_files,
+        "report": report,
+        "explain": explain,
+        "gate": gate,
+        "plan": plan,
+        "env": env,
+    }
     for position, (name, command) in enumerate(verbs.items()):
         if isinstance(command, cyclopts.App):
             command.sort_key = position
@@ -136,16 +147,24 @@ def _run(app: cyclopts.App, argv: list[str]) -> None:
     _keep_freed_memory()
     _prepare_streams()
     verbose, quiet = _take(argv, _VERBOSE), _take(argv, _QUIET)
-    handler = _log_to_console(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
+    handler = _log_to_console(
+        logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
+    )
     try:
         code = app(argv, result_action="return_value", exit_on_error=False, print_error=False)
         sys.stdout.flush()  # here, where an error of it is seen
     except KeyboardInterrupt:
         code = _report_interrupt()
-    except SystemExit as error:  # rich, which prints the help, ends the process where nobody reads on
+    except (
+        SystemExit
+    ) as error:  # rich, which prints the help, ends the process where nobody reads on
         code = _STOPPED_READING if isinstance(error.__context__, BrokenPipeError) else error.code
     except Exception as error:  # Python's exit code 1 would say "findings"
-        code = _report_interrupt() if _comes_from_interrupt(error) else _report_error(error, app.name[0], verbose)
+        code = (
+            _report_interrupt()
+            if _comes_from_interrupt(error)
+            else _report_error(error, app.name[0], verbose)
+        )
     finally:
         logging.getLogger("qdq").removeHandler(handler)
     sys.exit(code if isinstance(code, int) else 0)
@@ -160,7 +179,9 @@ def _prepare_streams() -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         try:
             os.fstat(number)
-        except OSError:  # `>&-`: the next file that is opened would get this number, and what libraries print
+        except (
+            OSError
+        ):  # `>&-`: the next file that is opened would get this number, and what libraries print
             _discard(number)
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "w", closefd=False))
@@ -189,14 +210,18 @@ def _report_error(error: Exception, program: str, verbose: bool) -> int:
     if isinstance(error, QdqError):
         return _fail(error.message, error.fix)
     if isinstance(error, OSError) and error.filename is not None:
-        return _fail(f"cannot use {printable(error.filename)}: {error.strerror}.", "choose another file.")
+        return _fail(
+            f"cannot use {printable(error.filename)}: {error.strerror}.", "choose another file."
+        )
     fix = "this is a fault of qdq; please report it with the lines above."
     return _fail(f"{type(error).__name__}: {error}", fix)
 
 
 def _is_foreseen(error: Exception) -> bool:
     """Whether the message alone says enough: ours, or that the system refuses a file."""
-    return isinstance(error, QdqError) or (isinstance(error, OSError) and error.filename is not None)
+    return isinstance(error, QdqError) or (
+        isinstance(error, OSError) and error.filename is not None
+    )
 
 
 def _report_lost_output(error: OSError) -> int:
@@ -207,7 +232,9 @@ def _report_lost_output(error: OSError) -> int:
         _discard(sys.stdout.fileno())  # Python flushes once more at its end
     if error.errno == errno.EPIPE:  # as in `qdq explain ... | head`: who reads has enough
         return _STOPPED_READING
-    return _fail(f"cannot write or print the result: {error.strerror}.", "make room, or send it elsewhere.")
+    return _fail(
+        f"cannot write or print the result: {error.strerror}.", "make room, or send it elsewhere."
+    )
 
 
 def _report_interrupt() -> int:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import cyclopts
 
-plan = cyclopts.App(name="plan", help="Plans: which layer runs in int8 and which in float (plan.yaml of a run).")
+plan = cyclopts.App(
+    name="plan", help="Plans: which layer runs in int8 and which in float (plan.yaml of a run)."
+)
 
 
 @plan.command

@@ -26,4 +26,6 @@ def load_recipe(name: str) -> ModuleType:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             return module
-    raise DependencyError(f"recipe {name} is not installed.", "reinstall qdq from a wheel or a checkout.")
+    raise DependencyError(
+        f"recipe {name} is not installed.", "reinstall qdq from a wheel or a checkout."
+    )

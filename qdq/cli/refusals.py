@@ -61,7 +61,12 @@ def check_layers(
 
     patterns = [] if groups is None or isinstance(groups, str) else list(groups)
     precisions = {} if plan is None else plan.precisions
-    options = {"exclude": exclude, "plan": list(precisions), "groups": patterns, "layers": layers or ()}
+    options = {
+        "exclude": exclude,
+        "plan": list(precisions),
+        "groups": patterns,
+        "layers": layers or (),
+    }
     for option, names in options.items():
         Patterns(names, option)
     if layers is not None:
@@ -80,7 +85,8 @@ def check_layers(
     calls = {operation.name: model for operation in rewired.operations}
     if unknown := _list_unmatched(unknown, modules | calls):
         raise ArgumentError(
-            f"the pattern {unknown[0]!r} in exclude matches no module and no call of {net.name}.", "correct it."
+            f"the pattern {unknown[0]!r} in exclude matches no module and no call of {net.name}.",
+            "correct it.",
         )
     pinned = match_precisions(model, names, precisions)
     free = [name for name in names if name not in pinned]
@@ -95,7 +101,9 @@ def _list_unmatched(patterns: Sequence[str], modules: Mapping[str, nn.Module]) -
 
     tests = {pattern: Patterns([pattern], "exclude") for pattern in patterns}
     return [
-        pattern for pattern, test in tests.items() if not any(test.match([name], modules[name]) for name in modules)
+        pattern
+        for pattern, test in tests.items()
+        if not any(test.match([name], modules[name]) for name in modules)
     ]
 
 
@@ -106,11 +114,16 @@ def _require_parameters(net: LoadedModel, layers: Sequence[str], exclude: Sequen
     excluded = Patterns(exclude, "exclude")
     for pattern in layers:
         test = Patterns([pattern], "layers")
-        modules = {name: module for name, module in net.module.named_modules() if test.match([name], module)}
+        modules = {
+            name: module
+            for name, module in net.module.named_modules()
+            if test.match([name], module)
+        }
         trained = {name: module for name, module in modules.items() if _has_trainable(module)}
         if not trained:
             raise ArgumentError(
-                f"the pattern {pattern!r} in layers matches no module of {net.name} with parameters.", "correct it."
+                f"the pattern {pattern!r} in layers matches no module of {net.name} with parameters.",
+                "correct it.",
             )
         if all(excluded.match([name], module) for name, module in trained.items()):
             raise ArgumentError(
@@ -124,7 +137,9 @@ def _has_trainable(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
 
-def check_tuning(loss: str, labels: Sequence[int] | None, schedule: Schedule, *, tensorboard: bool) -> None:
+def check_tuning(
+    loss: str, labels: Sequence[int] | None, schedule: Schedule, *, tensorboard: bool
+) -> None:
     """Refuse options of fine-tuning that contradict each other or the data.
 
     Args:

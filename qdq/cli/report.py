@@ -9,7 +9,11 @@ from typing import Annotated
 from cyclopts import Parameter
 
 
-def report(*runs: Path, output: Annotated[Path | None, Parameter(alias="-o")] = None, json: Path | None = None) -> int:
+def report(
+    *runs: Path,
+    output: Annotated[Path | None, Parameter(alias="-o")] = None,
+    json: Path | None = None,
+) -> int:
     """Write the page of a run again from its report.json, or one that compares several runs. Needs no torch.
 
     Such as:

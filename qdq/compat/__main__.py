@@ -57,14 +57,20 @@ class _UsageError(ArgumentError):
 
 def _run(arguments: list[str]) -> None:
     if not arguments:
-        raise _UsageError("no script was given.", f"name a Python file, or -m and a module; {_SEE_HELP}")
+        raise _UsageError(
+            "no script was given.", f"name a Python file, or -m and a module; {_SEE_HELP}"
+        )
     target, *rest = arguments
     if target == "-m":
         if not rest:
-            raise _UsageError("-m needs the name of a module.", f"name it as in python -m; {_SEE_HELP}")
+            raise _UsageError(
+                "-m needs the name of a module.", f"name it as in python -m; {_SEE_HELP}"
+            )
         _run_module(rest[0], rest[1:])
     elif target.startswith("-"):
-        raise _UsageError(f"unknown option {target}.", f"options of the script come after its name; {_SEE_HELP}")
+        raise _UsageError(
+            f"unknown option {target}.", f"options of the script come after its name; {_SEE_HELP}"
+        )
     else:
         _run_script(target, rest)
 
@@ -76,14 +82,23 @@ def _run_script(script: str, arguments: list[str]) -> None:
             source = file.read()
     except OSError as error:
         raise _UsageError(
-            f"cannot read the script {script!r}: {error.strerror}.", "give the path of a Python file"
+            f"cannot read the script {script!r}: {error.strerror}.",
+            "give the path of a Python file",
         ) from error
     register_alias()
     sys.argv[:] = [script, *arguments]
-    if not sys.flags.isolated and not getattr(sys.flags, "safe_path", False):  # else nothing was put there
+    if not sys.flags.isolated and not getattr(
+        sys.flags, "safe_path", False
+    ):  # else nothing was put there
         sys.path[0] = os.path.dirname(os.path.realpath(path))
     code = compile(source, path, "exec", dont_inherit=True)
-    _execute(code, __file__=path, __loader__=SourceFileLoader("__main__", path), __package__=None, __spec__=None)
+    _execute(
+        code,
+        __file__=path,
+        __loader__=SourceFileLoader("__main__", path),
+        __package__=None,
+        __spec__=None,
+    )
 
 
 def _run_module(name: str, arguments: list[str]) -> None:
@@ -92,11 +107,19 @@ def _run_module(name: str, arguments: list[str]) -> None:
     spec = _find_spec(name)
     if spec.submodule_search_locations is not None:
         spec = _find_spec(f"{name}.__main__")
-    code = spec.loader.get_code(spec.name) if spec.loader and hasattr(spec.loader, "get_code") else None
+    code = (
+        spec.loader.get_code(spec.name)
+        if spec.loader and hasattr(spec.loader, "get_code")
+        else None
+    )
     if code is None:
-        raise _UsageError(f"module {name!r} is not written in Python.", f"name another; {_SEE_HELP}")
+        raise _UsageError(
+            f"module {name!r} is not written in Python.", f"name another; {_SEE_HELP}"
+        )
     sys.argv[0] = spec.origin or name
-    _execute(code, __file__=spec.origin, __loader__=spec.loader, __package__=spec.parent, __spec__=spec)
+    _execute(
+        code, __file__=spec.origin, __loader__=spec.loader, __package__=spec.parent, __spec__=spec
+    )
 
 
 def _find_spec(name: str) -> ModuleSpec:
@@ -109,7 +132,9 @@ def _find_spec(name: str) -> ModuleSpec:
     except ValueError:  # a module in memory only
         spec = None
     if spec is None:
-        fix = f"check the name, and that its folder is the current one or on PYTHONPATH; {_SEE_HELP}"
+        fix = (
+            f"check the name, and that its folder is the current one or on PYTHONPATH; {_SEE_HELP}"
+        )
         raise _UsageError(f"no module named {name!r}.", fix)
     return spec
 

@@ -11,15 +11,25 @@ from qdq.errors import ArgumentError, ArgumentTypeError
 
 @torch.no_grad()
 def fake_tensor_quant(
-    inputs: torch.Tensor, amax: Range, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
+    inputs: torch.Tensor,
+    amax: Range,
+    num_bits: int = 8,
+    unsigned: bool = False,
+    narrow_range: bool = True,
 ) -> torch.Tensor:
     """As `tensor_quant.fake_tensor_quant`; one range may have any shape."""
-    return tensor_quant.fake_tensor_quant(inputs, _flat(amax, inputs), num_bits, unsigned, narrow_range)
+    return tensor_quant.fake_tensor_quant(
+        inputs, _flat(amax, inputs), num_bits, unsigned, narrow_range
+    )
 
 
 @torch.no_grad()
 def fake_tensor_quant_(
-    inputs: torch.Tensor, amax: Range, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
+    inputs: torch.Tensor,
+    amax: Range,
+    num_bits: int = 8,
+    unsigned: bool = False,
+    narrow_range: bool = True,
 ) -> torch.Tensor:
     """As `fake_tensor_quant`, in place."""
     quantized = fake_tensor_quant(inputs, amax, num_bits, unsigned, narrow_range)
@@ -56,7 +66,9 @@ def fake_tensor_quant_with_axis(
         ValueError: Axis and amax do not fit the inputs.
     """
     if not isinstance(axis, int):
-        raise ArgumentTypeError(f"axis is {axis!r}; expected an int.", "0 gives one range for each index of axis 0.")
+        raise ArgumentTypeError(
+            f"axis is {axis!r}; expected an int.", "0 gives one range for each index of axis 0."
+        )
     amax = _as_tensor(amax, inputs)
     if not -inputs.dim() <= axis < inputs.dim() or amax.numel() != inputs.shape[axis]:
         raise ArgumentError(
@@ -65,7 +77,9 @@ def fake_tensor_quant_with_axis(
         )
     shape = [1] * inputs.dim()
     shape[axis] = -1
-    return tensor_quant.fake_tensor_quant(inputs, amax.reshape(shape), num_bits, unsigned, narrow_range)
+    return tensor_quant.fake_tensor_quant(
+        inputs, amax.reshape(shape), num_bits, unsigned, narrow_range
+    )
 
 
 @torch.no_grad()

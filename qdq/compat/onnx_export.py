@@ -81,17 +81,27 @@ def export(model: Any, args: Any = (), f: Any = None, **kwargs: Any) -> Any:
     opset = kwargs.get("opset_version")
     _require_numbers(model, quantizers)
     _require_expressible(model, quantizers, opset, dynamo)
-    uncalibrated = {name: quantizer for name, quantizer in quantizers.items() if not quantizer.has_range()}
+    uncalibrated = {
+        name: quantizer for name, quantizer in quantizers.items() if not quantizer.has_range()
+    }
     if uncalibrated:
         _allow_example_ranges(uncalibrated)
-    with _constants(model, args, kwargs.get("kwargs"), quantizers, uncalibrated), _float_weights(model, quantizers):
+    with (
+        _constants(model, args, kwargs.get("kwargs"), quantizers, uncalibrated),
+        _float_weights(model, quantizers),
+    ):
         if dynamo:
             return _export_dynamo(model, args, f, opset, list(uncalibrated), kwargs)
         return _export_script(model, args, f, list(uncalibrated), kwargs)
 
 
 def _export_dynamo(
-    model: nn.Module, args: Any, f: Any, opset: int | None, uncalibrated: list[str], kwargs: dict[str, Any]
+    model: nn.Module,
+    args: Any,
+    f: Any,
+    opset: int | None,
+    uncalibrated: list[str],
+    kwargs: dict[str, Any],
 ) -> Any:
     """Export, then edit what torch has made, then save as torch would."""
     written = opset if opset is None else max(opset, HIGHEST)
@@ -110,7 +120,11 @@ def _export_dynamo(
 
 def _save(program: torch.onnx.ONNXProgram, f: Any, kwargs: dict[str, Any]) -> None:
     """One file up to protobuf's limit; torch itself, which puts all weights beside it, where a script asks for that."""
-    if "external_data" in kwargs or not kwargs.get("export_params", True) or kwargs.get("keep_initializers_as_inputs"):
+    if (
+        "external_data" in kwargs
+        or not kwargs.get("export_params", True)
+        or kwargs.get("keep_initializers_as_inputs")
+    ):
         program.save(
             f,
             include_initializers=kwargs.get("export_params", True),
@@ -121,12 +135,16 @@ def _save(program: torch.onnx.ONNXProgram, f: Any, kwargs: dict[str, Any]) -> No
         save_model(program.model, Path(f))
 
 
-def _export_script(model: nn.Module, args: Any, f: Any, uncalibrated: list[str], kwargs: dict[str, Any]) -> Any:
+def _export_script(
+    model: nn.Module, args: Any, f: Any, uncalibrated: list[str], kwargs: dict[str, Any]
+) -> Any:
     """Export by the TorchScript exporter, then edit the file that it has written."""
     path = Path(f) if isinstance(f, str | os.PathLike) else None
     buffer = io.BytesIO()
     result = _torch_export(model, args, buffer if path is None else path, **kwargs)
-    written = ir.from_proto(onnx.load_from_string(buffer.getvalue())) if path is None else ir.load(path)
+    written = (
+        ir.from_proto(onnx.load_from_string(buffer.getvalue())) if path is None else ir.load(path)
+    )
     changed = RaiseWeightScales()(written).modified
     if uncalibrated:  # its ranges are those of one example
         written.metadata_props[UNCALIBRATED] = ",".join(uncalibrated)
@@ -146,13 +164,17 @@ def _float_weights(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -> 
     lost with it; so the pair casts back instead. A weight that another module reads too stays half.
     """
     enabled = {id(quantizer) for quantizer in quantizers.values()}
-    readers = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    readers = Counter(
+        id(weight) for module in model.modules() for weight in module._parameters.values()
+    )
     halves = [
         (quantizer, weight, weight.data)
         for module in model.modules()
         for quantizer, weights in quantized_weights(module)
         for weight in weights
-        if id(quantizer) in enabled and readers[id(weight)] == 1 and weight.dtype in (torch.float16, torch.bfloat16)
+        if id(quantizer) in enabled
+        and readers[id(weight)] == 1
+        and weight.dtype in (torch.float16, torch.bfloat16)
     ]
     try:
         for quantizer, weight, values in halves:
@@ -170,8 +192,9 @@ def _enabled_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
     if collecting := [name for name, q in quantizers.items() if q._if_calib and not q._disabled]:
         logger.warning(
             "%d quantizers are still collecting: %s. Call disable_calib() and enable_quant() before an export.",
-            len(collecting), ", ".join(collecting),
-        )  # fmt: skip
+            len(collecting),
+            ", ".join(collecting),
+        )
     return {name: quantizer for name, quantizer in quantizers.items() if quantizer.is_written()}
 
 
@@ -183,8 +206,9 @@ def _allow_example_ranges(uncalibrated: dict[str, TensorQuantizer]) -> None:
     logger.warning(
         "%d quantizers have no amax: %s. Their scales are the ranges of the example inputs; the file shows the "
         "structure and is not final: calibrate and export again (`qdq check` refuses it, QDQ123).",
-        len(uncalibrated), ", ".join(uncalibrated),
-    )  # fmt: skip
+        len(uncalibrated),
+        ", ".join(uncalibrated),
+    )
 
 
 def _require_expressible(
@@ -192,19 +216,26 @@ def _require_expressible(
 ) -> None:
     """Refuse what Q/DQ at this opset cannot say."""
     if opset is not None and not isinstance(opset, int):
-        raise ArgumentTypeError(f"opset_version is {opset!r}; expected an int.", f"use {LOWEST} or above.")
+        raise ArgumentTypeError(
+            f"opset_version is {opset!r}; expected an int.", f"use {LOWEST} or above."
+        )
     if opset is not None and opset < LOWEST:
         raise ExportError(
-            f"opset {opset} has no QuantizeLinear with an axis.", f"export with opset_version={LOWEST} or above."
+            f"opset {opset} has no QuantizeLinear with an axis.",
+            f"export with opset_version={LOWEST} or above.",
         )
     weights: dict[int, list[list[torch.Tensor]]] = {}
-    for quantizer, parts in (found for module in model.modules() for found in quantized_weights(module)):
+    for quantizer, parts in (
+        found for module in model.modules() for found in quantized_weights(module)
+    ):
         weights.setdefault(id(quantizer), []).append(parts)
     for path, quantizer in quantizers.items():
         name = path or quantizer.name or "this quantizer"
         quantizer._single_axis()
         if not quantizer._fake_quant:
-            raise ExportError(f"{name} gives codes (fake_quant=False), not Q/DQ.", "use fake quantization here.")
+            raise ExportError(
+                f"{name} gives codes (fake_quant=False), not Q/DQ.", "use fake quantization here."
+            )
         if quantizer._num_bits == E4M3:
             _require_fp8(name, quantizer, opset, dynamo)
         elif quantizer._num_bits != 8:
@@ -212,15 +243,18 @@ def _require_expressible(
                 f"{name} has {quantizer._num_bits} bits; QuantizeLinear stores int8.",
                 "use num_bits=8, or disable() it.",
             )
-        elif quantizer._narrow_range and not quantizer._unsigned and not quantizer.use_fb_fake_quant:
+        elif (
+            quantizer._narrow_range and not quantizer._unsigned and not quantizer.use_fb_fake_quant
+        ):
             _require_no_lowest_code(name, quantizer, weights.get(id(quantizer), []))
     _warn_of_other_axes(model, quantizers)
     if unsigned := [name for name, quantizer in quantizers.items() if quantizer._unsigned]:
         logger.warning(
             "%d quantizers are unsigned and become uint8: %s. ONNX Runtime runs that; TensorRT takes it for int8 and "
             "saturates codes above 127 (R-SYM): calibrate with a signed descriptor for it.",
-            len(unsigned), ", ".join(unsigned),
-        )  # fmt: skip
+            len(unsigned),
+            ", ".join(unsigned),
+        )
 
 
 def _require_numbers(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -> None:
@@ -228,13 +262,24 @@ def _require_numbers(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -
 
     A range that is NaN has been calibrated without data: it counts as none.
     """
-    found = [(module, quantizer, parts) for module in model.modules() for quantizer, parts in quantized_weights(module)]
+    found = [
+        (module, quantizer, parts)
+        for module in model.modules()
+        for quantizer, parts in quantized_weights(module)
+    ]
     weights = {id(quantizer): parts[0] for _, quantizer, parts in found if len(parts) == 1}
-    calibrated = {name: quantizer for name, quantizer in quantizers.items() if quantizer.has_range()}
+    calibrated = {
+        name: quantizer for name, quantizer in quantizers.items() if quantizer.has_range()
+    }
     reasons = {name: q.reason_against_range(weights.get(id(q))) for name, q in calibrated.items()}
     wrong = [f"{name} {reason}" for name, reason in reasons.items() if reason]
     enabled = {id(quantizer) for quantizer in quantizers.values()}
-    of_layers = {id(p) for module, q, _ in found if id(q) in enabled for p in module.parameters(recurse=False)}
+    of_layers = {
+        id(p)
+        for module, q, _ in found
+        if id(q) in enabled
+        for p in module.parameters(recurse=False)
+    }
     for name, parameter in model.named_parameters():
         if id(parameter) in of_layers and not bool(torch.isfinite(parameter).all()):
             wrong.append(f"{name} holds {int((~torch.isfinite(parameter)).sum())} NaN or Inf")
@@ -247,13 +292,19 @@ def _require_numbers(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -
 
 def _warn_of_other_axes(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -> None:
     """Name weights whose ranges do not lie where their quantizers have them, as 2.1 did for transposed convolutions."""
-    ranks = {id(q): parts[0].dim() for module in model.modules() for q, parts in quantized_weights(module) if parts}
+    ranks = {
+        id(q): parts[0].dim()
+        for module in model.modules()
+        for q, parts in quantized_weights(module)
+        if parts
+    }
     elsewhere = [
         name
         for name, quantizer in quantizers.items()
         if isinstance(quantizer._axis, int)
         and id(quantizer) in ranks
-        and (quantizer._single_axis() or 0) % ranks[id(quantizer)] != quantizer._axis % ranks[id(quantizer)]
+        and (quantizer._single_axis() or 0) % ranks[id(quantizer)]
+        != quantizer._axis % ranks[id(quantizer)]
     ]
     if elsewhere:
         logger.warning(
@@ -266,9 +317,14 @@ def _warn_of_other_axes(model: nn.Module, quantizers: dict[str, TensorQuantizer]
 
 def _require_fp8(name: str, quantizer: TensorQuantizer, opset: int | None, dynamo: bool) -> None:
     if quantizer._axis is not None:
-        raise ExportError(f"{name} is FP8 with an axis; FP8 is written per tensor only.", "use axis=None.")
+        raise ExportError(
+            f"{name} is FP8 with an axis; FP8 is written per tensor only.", "use axis=None."
+        )
     if not dynamo:
-        raise ExportError(f"{name} is FP8, which the TorchScript exporter cannot write.", "export with dynamo=True.")
+        raise ExportError(
+            f"{name} is FP8, which the TorchScript exporter cannot write.",
+            "export with dynamo=True.",
+        )
     if opset is not None and opset < _LOWEST_FP8_OPSET:
         raise ExportError(
             f"{name} is FP8, which QuantizeLinear of opset {opset} does not have.",
@@ -276,11 +332,14 @@ def _require_fp8(name: str, quantizer: TensorQuantizer, opset: int | None, dynam
         )
 
 
-def _require_no_lowest_code(name: str, quantizer: TensorQuantizer, weights: list[list[torch.Tensor]]) -> None:
+def _require_no_lowest_code(
+    name: str, quantizer: TensorQuantizer, weights: list[list[torch.Tensor]]
+) -> None:
     """ONNX clamps to -128; that is the narrow range only where no value gets there."""
     amax = quantizer.static_amax()
     fits = amax is not None and all(
-        parts and bool((_joined(parts).abs().float() <= amax.to(parts[0].device)).all()) for parts in weights
+        parts and bool((_joined(parts).abs().float() <= amax.to(parts[0].device)).all())
+        for parts in weights
     )
     if not weights or not fits:
         raise ExportError(
@@ -302,15 +361,21 @@ def _constants(
     uncalibrated: dict[str, TensorQuantizer],
 ) -> Iterator[None]:
     """Give every quantizer the constants for its calls, computed outside the capture."""
-    recorded = _record_ranges(model, args, kwargs, list(uncalibrated.values())) if uncalibrated else {}
+    recorded = (
+        _record_ranges(model, args, kwargs, list(uncalibrated.values())) if uncalibrated else {}
+    )
     ulps = itertools.count()
     for name, quantizer in quantizers.items():
         amax = None if name in uncalibrated else quantizer.static_amax()
         ranges = recorded.get(id(quantizer), []) if amax is None else [amax]
-        if amax is None:  # exporters merge equal pairs on one tensor, and rule scripts look for each layer's own
+        if (
+            amax is None
+        ):  # exporters merge equal pairs on one tensor, and rule scripts look for each layer's own
             ranges = [value * (1 + next(ulps) * torch.finfo(torch.float32).eps) for value in ranges]
         quantizer._export_constants = [
-            make_constants(value, quantizer._num_bits, quantizer._unsigned, quantizer._single_axis())
+            make_constants(
+                value, quantizer._num_bits, quantizer._unsigned, quantizer._single_axis()
+            )
             for value in ranges
         ]
         quantizer._export_calls = 0

@@ -19,17 +19,25 @@ class Constants(NamedTuple):
     axis: int | None
 
 
-def make_constants(amax: torch.Tensor, num_bits: NumBits, unsigned: bool, axis: int | None) -> Constants:
+def make_constants(
+    amax: torch.Tensor, num_bits: NumBits, unsigned: bool, axis: int | None
+) -> Constants:
     """The constants for a range; one element is 0-D (R-SHAPE), and no scale is 0 (R-SCALE)."""
     if num_bits == E4M3:
         scale = (amax.detach().float() / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
-        return Constants(scale.reshape(()).clone(), torch.zeros((), dtype=torch.float8_e4m3fn), None)
+        return Constants(
+            scale.reshape(()).clone(), torch.zeros((), dtype=torch.float8_e4m3fn), None
+        )
     scale = compute_scale(amax.detach(), Format(8, unsigned))
     scale = scale.reshape(()) if axis is None or scale.numel() == 1 else scale.flatten()
-    return Constants(scale.clone(), torch.zeros_like(scale, dtype=torch.int32), axis if scale.dim() else None)
+    return Constants(
+        scale.clone(), torch.zeros_like(scale, dtype=torch.int32), axis if scale.dim() else None
+    )
 
 
-def write_qdq(inputs: torch.Tensor, constants: Constants, num_bits: NumBits, unsigned: bool) -> torch.Tensor:
+def write_qdq(
+    inputs: torch.Tensor, constants: Constants, num_bits: NumBits, unsigned: bool
+) -> torch.Tensor:
     """Quantize and dequantize in the operators that become one pair of nodes.
 
     Args:
@@ -39,23 +47,37 @@ def write_qdq(inputs: torch.Tensor, constants: Constants, num_bits: NumBits, uns
         unsigned: Codes start at 0.
     """
     scale, zero_point = constants.scale.to(inputs.device), constants.zero_point.to(inputs.device)
-    values = inputs if inputs.dtype == torch.float32 else inputs.float()  # the tracer writes a Cast to the same type
+    values = (
+        inputs if inputs.dtype == torch.float32 else inputs.float()
+    )  # the tracer writes a Cast to the same type
     fmt = Format(8, unsigned)
     if num_bits == E4M3:
         result = _write_fp8(values, scale, zero_point)
     elif constants.axis is None:
-        result = torch.fake_quantize_per_tensor_affine(values, scale, zero_point, fmt.qmin, fmt.qmax)
+        result = torch.fake_quantize_per_tensor_affine(
+            values, scale, zero_point, fmt.qmin, fmt.qmax
+        )
     else:
         axis = constants.axis % inputs.dim()
-        result = torch.fake_quantize_per_channel_affine(values, scale, zero_point, axis, fmt.qmin, fmt.qmax)
+        result = torch.fake_quantize_per_channel_affine(
+            values, scale, zero_point, axis, fmt.qmin, fmt.qmax
+        )
     return result if inputs.dtype == torch.float32 else result.to(inputs.dtype)
 
 
 def _write_fp8(values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
     """For FP8 torch has no operator, so the ONNX ones are named."""
     codes = torch.onnx.ops.symbolic(
-        "QuantizeLinear", (values, scale, zero_point), dtype=torch.float8_e4m3fn, shape=values.shape, version=19
+        "QuantizeLinear",
+        (values, scale, zero_point),
+        dtype=torch.float8_e4m3fn,
+        shape=values.shape,
+        version=19,
     )
     return torch.onnx.ops.symbolic(
-        "DequantizeLinear", (codes, scale, zero_point), dtype=torch.float32, shape=values.shape, version=19
+        "DequantizeLinear",
+        (codes, scale, zero_point),
+        dtype=torch.float32,
+        shape=values.shape,
+        version=19,
     )

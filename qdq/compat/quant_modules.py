@@ -20,11 +20,23 @@ _quant_entry = namedtuple("quant_entry", "orig_mod mod_name replace_mod")  # typ
 _DEFAULT_QUANT_MAP: list[Any] = [
     _quant_entry(torch.nn, name, getattr(quant_nn, f"Quant{name}"))
     for name in (
-        "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Linear", "LSTM",
-        "LSTMCell", "AvgPool1d", "AvgPool2d", "AvgPool3d", "AdaptiveAvgPool1d", "AdaptiveAvgPool2d",
+        "Conv1d",
+        "Conv2d",
+        "Conv3d",
+        "ConvTranspose1d",
+        "ConvTranspose2d",
+        "ConvTranspose3d",
+        "Linear",
+        "LSTM",
+        "LSTMCell",
+        "AvgPool1d",
+        "AvgPool2d",
+        "AvgPool3d",
+        "AdaptiveAvgPool1d",
+        "AdaptiveAvgPool2d",
         "AdaptiveAvgPool3d",
     )
-]  # fmt: skip
+]
 
 
 class QuantModuleReplacementHelper:
@@ -40,7 +52,9 @@ class QuantModuleReplacementHelper:
         self.quant_map: list[Any] = []
 
     def prepare_state(
-        self, float_module_list: Iterable[str] | None = None, custom_map: Iterable[Sequence[Any]] | None = None
+        self,
+        float_module_list: Iterable[str] | None = None,
+        custom_map: Iterable[Sequence[Any]] | None = None,
     ) -> None:
         """Decide what to rebind.
 
@@ -54,17 +68,25 @@ class QuantModuleReplacementHelper:
         custom = [_checked_entry(entry) for entry in custom_map or ()]
         if isinstance(float_module_list, str):
             raise ArgumentTypeError(
-                f"float_module_list is the string {float_module_list!r}.", f"give a list: [{float_module_list!r}]."
+                f"float_module_list is the string {float_module_list!r}.",
+                f"give a list: [{float_module_list!r}].",
             )
         float_names = set(float_module_list or ())
-        if unknown := float_names - {entry.mod_name for entry in [*self.default_quant_map, *custom]}:
+        if unknown := float_names - {
+            entry.mod_name for entry in [*self.default_quant_map, *custom]
+        }:
             logger.warning(
                 "%s: not in the map of quantized modules, so they stay float anyway; known are %s.",
-                ", ".join(sorted(unknown)), ", ".join(entry.mod_name for entry in self.default_quant_map),
-            )  # fmt: skip
-        chosen = [entry for entry in self.default_quant_map if entry.mod_name not in float_names] + custom
+                ", ".join(sorted(unknown)),
+                ", ".join(entry.mod_name for entry in self.default_quant_map),
+            )
+        chosen = [
+            entry for entry in self.default_quant_map if entry.mod_name not in float_names
+        ] + custom
         # a later entry for the same name wins
-        self.quant_map = list({(id(entry.orig_mod), entry.mod_name): entry for entry in chosen}.values())
+        self.quant_map = list(
+            {(id(entry.orig_mod), entry.mod_name): entry for entry in chosen}.values()
+        )
 
     def apply_quant_modules(self) -> None:
         """Bind the quantized classes; the classes found first are remembered once (F1)."""
@@ -95,7 +117,8 @@ _quant_module_helper_object = QuantModuleReplacementHelper()
 
 
 def initialize(
-    float_module_list: Iterable[str] | None = None, custom_quant_modules: Iterable[Sequence[Any]] | None = None
+    float_module_list: Iterable[str] | None = None,
+    custom_quant_modules: Iterable[Sequence[Any]] | None = None,
 ) -> None:
     """Have `torch.nn` build quantized modules from now on.
 

@@ -68,11 +68,15 @@ class QuantDescriptor:
 
     def __init__(self, num_bits: NumBits = 8, name: str | None = None, **kwargs: Any) -> None:
         if unused := sorted(set(kwargs) - set(_DEFAULTS)):
-            raise ArgumentTypeError(f"Unused keys: {unused}.", f"a descriptor knows {', '.join(_DEFAULTS)}.")
+            raise ArgumentTypeError(
+                f"Unused keys: {unused}.", f"a descriptor knows {', '.join(_DEFAULTS)}."
+            )
         fields = {**_DEFAULTS, **kwargs}
         self._num_bits = _checked_num_bits(num_bits)
         if not isinstance(name, str | None):
-            raise ArgumentTypeError(f"name must be a string or None, found {type(name).__name__}.", "give a string.")
+            raise ArgumentTypeError(
+                f"name must be a string or None, found {type(name).__name__}.", "give a string."
+            )
         self._name = name
         self._fake_quant = bool(fields["fake_quant"])
         self._axis = _checked_axis(fields["axis"])
@@ -171,7 +175,8 @@ class QuantDescriptor:
             raise ArgumentError(error.message, error.fix) from error
         if not isinstance(fields, dict):
             raise ArgumentError(
-                f"the YAML holds a {type(fields).__name__}, expected a mapping.", "give what to_yaml() returned."
+                f"the YAML holds a {type(fields).__name__}, expected a mapping.",
+                "give what to_yaml() returned.",
             )
         if isinstance(fields.get("num_bits"), list):
             fields["num_bits"] = tuple(fields["num_bits"])
@@ -182,7 +187,13 @@ class QuantDescriptor:
     def _key(self) -> tuple[Any, ...]:
         amax = None if self._amax is None else (self._amax.shape, self._amax.tobytes())
         others = [getattr(self, field) for field in _DEFAULTS if field not in ("axis", "amax")]
-        return (self._num_bits, self._name, None if self._axis is None else _as_tuple(self._axis), amax, *others)
+        return (
+            self._num_bits,
+            self._name,
+            None if self._axis is None else _as_tuple(self._axis),
+            amax,
+            *others,
+        )
 
     def __eq__(self, other: object) -> bool:
         return self._key() == other._key() if isinstance(other, QuantDescriptor) else NotImplemented
@@ -228,9 +239,15 @@ def _checked_num_bits(num_bits: Any) -> NumBits:
 def _checked_axis(axis: Any) -> Axis:
     if axis is None or (isinstance(axis, int) and not isinstance(axis, bool)):
         return axis
-    if isinstance(axis, Sequence) and not isinstance(axis, str) and all(type(index) is int for index in axis):
+    if (
+        isinstance(axis, Sequence)
+        and not isinstance(axis, str)
+        and all(type(index) is int for index in axis)
+    ):
         return tuple(axis)
-    raise ArgumentTypeError(f"axis must be None, an int or a sequence of ints; found {axis!r}.", "axis=0, for one.")
+    raise ArgumentTypeError(
+        f"axis must be None, an int or a sequence of ints; found {axis!r}.", "axis=0, for one."
+    )
 
 
 def _checked_amax(amax: Any) -> npt.NDArray[np.float32] | None:
@@ -252,15 +269,21 @@ def _checked_amax(amax: Any) -> npt.NDArray[np.float32] | None:
 
 
 def _checked_scale_amax(scale_amax: Any) -> float | None:
-    if scale_amax is not None and (isinstance(scale_amax, bool) or not isinstance(scale_amax, int | float)):
-        raise ArgumentTypeError(f"scale_amax must be a number or None, found {scale_amax!r}.", "give a float.")
+    if scale_amax is not None and (
+        isinstance(scale_amax, bool) or not isinstance(scale_amax, int | float)
+    ):
+        raise ArgumentTypeError(
+            f"scale_amax must be a number or None, found {scale_amax!r}.", "give a float."
+        )
     return scale_amax
 
 
 def _checked_calib_method(method: Any) -> str:
     """Any string: a misspelt one is common in the wild, and the quantizer says what it does about it (F11)."""
     if not isinstance(method, str):
-        raise ArgumentTypeError(f"calib_method must be a string, found {method!r}.", "use 'max' or 'histogram'.")
+        raise ArgumentTypeError(
+            f"calib_method must be a string, found {method!r}.", "use 'max' or 'histogram'."
+        )
     return method
 
 
@@ -288,7 +311,8 @@ def largest_code(num_bits: int, unsigned: bool) -> int:
     """
     if isinstance(num_bits, bool) or not isinstance(num_bits, int | float):
         raise ArgumentTypeError(
-            f"num_bits must be an int here, found {num_bits!r}.", "use 8 for TensorRT, and scaled_e4m3 for (4, 3)."
+            f"num_bits must be an int here, found {num_bits!r}.",
+            "use 8 for TensorRT, and scaled_e4m3 for (4, 3).",
         )
     if num_bits < 0:
         raise ArgumentError(f"num_bits must be 0 or more, found {num_bits}.", "use 8 for TensorRT.")
@@ -303,7 +327,11 @@ def largest_code(num_bits: int, unsigned: bool) -> int:
 
 
 def tensor_quant(
-    inputs: torch.Tensor, amax: Range, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
+    inputs: torch.Tensor,
+    amax: Range,
+    num_bits: int = 8,
+    unsigned: bool = False,
+    narrow_range: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The codes of a tensor and the scale, a multiplier.
 
@@ -327,18 +355,30 @@ def tensor_quant(
 
 
 def fake_tensor_quant(
-    inputs: torch.Tensor, amax: Range, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
+    inputs: torch.Tensor,
+    amax: Range,
+    num_bits: int = 8,
+    unsigned: bool = False,
+    narrow_range: bool = True,
 ) -> torch.Tensor:
     """Quantize and dequantize; arguments, gradient and errors as `tensor_quant`, finite in float16 too."""
-    result: torch.Tensor = FakeTensorQuantFunction.apply(inputs, amax, num_bits, unsigned, narrow_range)
+    result: torch.Tensor = FakeTensorQuantFunction.apply(
+        inputs, amax, num_bits, unsigned, narrow_range
+    )
     return result
 
 
 def legacy_fake_tensor_quant(
-    inputs: torch.Tensor, amax: Range, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
+    inputs: torch.Tensor,
+    amax: Range,
+    num_bits: int = 8,
+    unsigned: bool = False,
+    narrow_range: bool = True,
 ) -> torch.Tensor:
     """The numbers of `fake_tensor_quant` under its former name."""
-    result: torch.Tensor = LegacyFakeTensorQuantFunction.apply(inputs, amax, num_bits, unsigned, narrow_range)
+    result: torch.Tensor = LegacyFakeTensorQuantFunction.apply(
+        inputs, amax, num_bits, unsigned, narrow_range
+    )
     return result
 
 
@@ -360,11 +400,18 @@ def fake_affine_tensor_quant(
         ValueError: A lower bound above the upper one, or no bits.
         TypeError: No floating point tensor.
     """
-    result: torch.Tensor = FakeAffineTensorQuantFunction.apply(inputs, min_range, max_range, num_bits)
+    result: torch.Tensor = FakeAffineTensorQuantFunction.apply(
+        inputs, min_range, max_range, num_bits
+    )
     return result
 
 
-def scaled_e4m3(inputs: torch.Tensor, amax: Range | None = None, E: int = 4, M: int = 3) -> torch.Tensor:  # noqa: N803
+def scaled_e4m3(
+    inputs: torch.Tensor,
+    amax: Range | None = None,
+    E: int = 4,  # noqa: N803 - the names of pytorch-quantization
+    M: int = 3,  # noqa: N803
+) -> torch.Tensor:
     """Round to the FP8 E4M3 grid after scaling amax to 448, and back.
 
     Args:
@@ -387,7 +434,9 @@ class _Quantized(NamedTuple):
     scale: torch.Tensor
 
 
-def _quantize(inputs: torch.Tensor, amax: torch.Tensor, num_bits: int, unsigned: bool, narrow: bool) -> _Quantized:
+def _quantize(
+    inputs: torch.Tensor, amax: torch.Tensor, num_bits: int, unsigned: bool, narrow: bool
+) -> _Quantized:
     """Codes and scale in float32 (float64 for float64 inputs)."""
     values = _computable(inputs)
     amax = amax.detach().to(values)
@@ -401,11 +450,17 @@ def _quantize(inputs: torch.Tensor, amax: torch.Tensor, num_bits: int, unsigned:
     codes = (values * multiplier).round_().clamp_(qmin, qmax)
     if is_capturing() or bool(empty.any()):
         codes.masked_fill_(empty, 0)
-    return _Quantized(codes, torch.where(empty | (multiplier == 0), torch.ones_like(amax), multiplier))
+    return _Quantized(
+        codes, torch.where(empty | (multiplier == 0), torch.ones_like(amax), multiplier)
+    )
 
 
 def _tensor_quant(
-    inputs: torch.Tensor, amax: Range, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
+    inputs: torch.Tensor,
+    amax: Range,
+    num_bits: int = 8,
+    unsigned: bool = False,
+    narrow_range: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes in the type of the inputs and scale, without gradient; of half and bfloat16 the scale is float32."""
     codes, scale = _quantize(inputs, _as_tensor(amax, inputs), num_bits, unsigned, narrow_range)
@@ -421,7 +476,9 @@ def _computable(inputs: torch.Tensor) -> torch.Tensor:
     """Inputs detached, half and bfloat16 as float32."""
     if not isinstance(inputs, torch.Tensor) or not inputs.is_floating_point():
         found = inputs.dtype if isinstance(inputs, torch.Tensor) else type(inputs).__name__
-        raise ArgumentTypeError(f"inputs must be a floating point tensor, found {found}.", "convert it with .float().")
+        raise ArgumentTypeError(
+            f"inputs must be a floating point tensor, found {found}.", "convert it with .float()."
+        )
     inputs = inputs.detach()
     return inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
 
@@ -488,7 +545,11 @@ class TensorQuantFunction(_StraightThrough):
         amax = _as_tensor(amax, inputs)
         ctx.save_for_backward(inputs, amax)
         codes, scale = _quantize(inputs, amax, num_bits, unsigned, narrow_range)
-        if inputs.dtype == torch.float16 and not is_capturing() and float(scale.max()) > torch.finfo(torch.float16).max:
+        if (
+            inputs.dtype == torch.float16
+            and not is_capturing()
+            and float(scale.max()) > torch.finfo(torch.float16).max
+        ):
             raise ArgumentError(
                 f"scale is too large for FP16: {float(scale.max())} with amax down to {float(amax.min())}.",
                 "quantize in float32, or use fake_tensor_quant, which keeps the scale in float32.",
@@ -525,14 +586,18 @@ class FakeAffineTensorQuantFunction(torch.autograd.Function):
     """`fake_affine_tensor_quant` with its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, min_range: Range, max_range: Range, num_bits: int = 8) -> torch.Tensor:
+    def forward(
+        ctx: Any, inputs: torch.Tensor, min_range: Range, max_range: Range, num_bits: int = 8
+    ) -> torch.Tensor:
         """As `fake_affine_tensor_quant`."""
         low, high = _as_tensor(min_range, inputs), _as_tensor(max_range, inputs)
         ctx.save_for_backward(inputs, low, high)
         values = _computable(inputs)
         low, high = low.to(values), high.to(values)
         if largest_code(num_bits, unsigned=True) == 0:
-            raise ArgumentError(f"num_bits must be 1 or more, found {num_bits}.", "8 is the usual width.")
+            raise ArgumentError(
+                f"num_bits must be 1 or more, found {num_bits}.", "8 is the usual width."
+            )
         if not is_capturing() and bool((low > high).any()):
             raise ArgumentError("min_range is above max_range.", "give the smaller bound first.")
         half = 2.0 ** (num_bits - 1)
@@ -562,7 +627,9 @@ class ScaledE4M3Function(torch.autograd.Function):
     ) -> torch.Tensor:
         """As `scaled_e4m3`."""
         if (E, M) != E4M3:
-            raise UnsupportedError(f"FP8 with E={E}, M={M}; only E=4, M=3 is known.", "use E=4 and M=3.")
+            raise UnsupportedError(
+                f"FP8 with E={E}, M={M}; only E=4, M=3 is known.", "use E=4 and M=3."
+            )
         amax = _as_tensor(E4M3_MAX if amax is None else amax, inputs)
         ctx.save_for_backward(inputs, amax)
         values = _computable(inputs)

@@ -29,7 +29,9 @@ def _compare(original: Any, copy: Any, path: str) -> Iterator[str]:
     for field, value in original.ListFields():
         name = f"{path}{field.name}"
         if field.type != field.TYPE_MESSAGE:
-            if value and value != "ai.onnx" and present.get(field.name) != value:  # "" and "ai.onnx" are one domain
+            if (
+                value and value != "ai.onnx" and present.get(field.name) != value
+            ):  # "" and "ai.onnx" are one domain
                 yield name
         elif field.name not in present:
             yield name

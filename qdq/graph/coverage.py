@@ -9,7 +9,15 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from qdq.graph.pairs import COPY_OPS, constant_of, has_int8_zeros, has_reference, input_of, is_op, parameters_of
+from qdq.graph.pairs import (
+    COPY_OPS,
+    constant_of,
+    has_int8_zeros,
+    has_reference,
+    input_of,
+    is_op,
+    parameters_of,
+)
 from qdq.graph.shapes import infer_shapes
 from qdq.names import list_names
 
@@ -59,7 +67,11 @@ def list_weighted_nodes(model: ir.Model) -> list[WeightedNode]:
 
 def _weighted(model: ir.Model) -> list[ir.Node]:
     """The weighted nodes of the main graph that have both of their operands."""
-    return [node for node in model.graph if is_op(node, *WEIGHTED_OPS) and len(node.inputs) >= 2 and node.outputs]
+    return [
+        node
+        for node in model.graph
+        if is_op(node, *WEIGHTED_OPS) and len(node.inputs) >= 2 and node.outputs
+    ]
 
 
 def module_of(node: ir.Node) -> str:
@@ -176,7 +188,9 @@ class BuiltLayer(Protocol):
     def int8(self) -> bool: ...
 
 
-def measure_coverage(model: ir.Model, *, may_infer: bool = True, data_prop: bool = True) -> Coverage:
+def measure_coverage(
+    model: ir.Model, *, may_infer: bool = True, data_prop: bool = True
+) -> Coverage:
     """Predict for every weighted node whether it runs in int8, and how much of the work it is.
 
     Args:
@@ -191,7 +205,11 @@ def measure_coverage(model: ir.Model, *, may_infer: bool = True, data_prop: bool
     for node, number in zip(nodes, macs, strict=True):
         reason = next(_obstacles(node), "")
         share = None if number is None else number / total if total else 0.0
-        layers.append(LayerCoverage(node.name or "", module_of(node), node.op_type, not reason, reason, number, share))
+        layers.append(
+            LayerCoverage(
+                node.name or "", module_of(node), node.op_type, not reason, reason, number, share
+            )
+        )
     return Coverage(tuple(layers))
 
 
@@ -232,7 +250,11 @@ def _obstacles(node: ir.Node) -> Iterator[str]:
             yield f"the {which} zero point is not an int8 zero (R-SYM)"
         elif scale.ndim and which == "input":
             yield f"its input has {scale.size} scales (R-ACT-PC)"
-        elif scale.ndim and dequantize.outputs[0] is node.inputs[1] and not _scales_outputs(node, dequantize):
+        elif (
+            scale.ndim
+            and dequantize.outputs[0] is node.inputs[1]
+            and not _scales_outputs(node, dequantize)
+        ):
             yield "the weight scales are not along its output channels (R-AXIS)"
 
 
@@ -271,12 +293,16 @@ def _with_shapes(model: ir.Model, data_prop: bool) -> ir.Model:
     """A copy for one sample, with every shape that can be inferred."""
     try:
         copy = model.clone()
-    except Exception:  # onnx-ir cannot copy what is damaged, a node that reads a value of nobody for one
+    except (
+        Exception
+    ):  # onnx-ir cannot copy what is damaged, a node that reads a value of nobody for one
         return model
     batches = {
         str(value.shape[0].value): 1
         for value in copy.graph.inputs
-        if value.shape and isinstance(value.shape[0], ir.SymbolicDim) and value.shape[0].value is not None
+        if value.shape
+        and isinstance(value.shape[0], ir.SymbolicDim)
+        and value.shape[0].value is not None
     }
     values = [*copy.graph.inputs, *(output for node in copy.graph for output in node.outputs)]
     for value in values:

@@ -14,7 +14,17 @@ _T = ir.DataType
 # Types whose every value the type on the left can hold.
 _HOLDS = {
     _T.FLOAT: {_T.FLOAT16, _T.BFLOAT16, _T.INT8, _T.UINT8, _T.INT16, _T.UINT16, _T.BOOL},
-    _T.DOUBLE: {_T.FLOAT16, _T.BFLOAT16, _T.FLOAT, _T.INT8, _T.UINT8, _T.INT16, _T.UINT16, _T.INT32, _T.BOOL},
+    _T.DOUBLE: {
+        _T.FLOAT16,
+        _T.BFLOAT16,
+        _T.FLOAT,
+        _T.INT8,
+        _T.UINT8,
+        _T.INT16,
+        _T.UINT16,
+        _T.INT32,
+        _T.BOOL,
+    },
     _T.INT32: {_T.INT8, _T.UINT8, _T.INT16, _T.UINT16, _T.BOOL},
     _T.INT64: {_T.INT8, _T.UINT8, _T.INT16, _T.UINT16, _T.INT32, _T.BOOL},
 }
@@ -60,7 +70,11 @@ def _shorten_chain(cast: ir.Node) -> bool:
     if before is None or not is_op(before, "Cast") or before.graph is not cast.graph:
         return False
     origin = before.inputs[0]
-    if origin is None or origin.dtype is None or origin.dtype not in _HOLDS.get(_target(before), ()):
+    if (
+        origin is None
+        or origin.dtype is None
+        or origin.dtype not in _HOLDS.get(_target(before), ())
+    ):
         return False
     cast.replace_input_with(0, origin)
     _remove_unread(before)
@@ -99,7 +113,9 @@ def _give_half(graph: ir.Graph, dequantize: ir.Node) -> bool:
         return False
     if not all(is_op(cast, "Cast") and _target(cast) == _T.FLOAT16 for cast in casts):
         return False
-    if any(cast.outputs[0].is_graph_output() for cast in casts) or not _halve_scale(graph, dequantize):
+    if any(cast.outputs[0].is_graph_output() for cast in casts) or not _halve_scale(
+        graph, dequantize
+    ):
         return False
     output.dtype = _T.FLOAT16
     for cast in casts:
@@ -120,7 +136,12 @@ def _halve_scale(graph: ir.Graph, node: ir.Node) -> bool:
     half = graph.initializers.get(name)
     if half is None:
         tensor = ir.tensor(numbers.astype(np.float16), name=name)
-        half = ir.Value(name=name, shape=ir.Shape(numbers.shape), type=ir.TensorType(_T.FLOAT16), const_value=tensor)
+        half = ir.Value(
+            name=name,
+            shape=ir.Shape(numbers.shape),
+            type=ir.TensorType(_T.FLOAT16),
+            const_value=tensor,
+        )
         graph.register_initializer(half)
     node.replace_input_with(1, half)
     remove_if_unused(scale)
@@ -135,5 +156,9 @@ def _fits_half(numbers: npt.NDArray[Any]) -> bool:
 
 
 def _remove_unread(node: ir.Node) -> None:
-    if node.graph is not None and not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
+    if (
+        node.graph is not None
+        and not node.outputs[0].uses()
+        and not node.outputs[0].is_graph_output()
+    ):
         node.graph.remove(node, safe=True)

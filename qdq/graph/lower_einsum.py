@@ -36,6 +36,8 @@ def _lower(equation: str) -> str:
     wanted = [letter.lower() if letter.lower() in free else "" for letter in capitals]
     others = iter([letter for letter in free if letter not in wanted])
     names = [name or next(others, "") for name in wanted]
-    if not all(names) or "->" not in equation:  # without an arrow the order of the letters says what comes out
+    if (
+        not all(names) or "->" not in equation
+    ):  # without an arrow the order of the letters says what comes out
         return equation
     return equation.translate(str.maketrans("".join(capitals), "".join(names)))

@@ -32,7 +32,9 @@ class MergeConstants(ir.passes.InPlacePass):
             if tensor is None or tensor.dtype == ir.DataType.STRING or _must_stay(value):
                 continue
             digest = hashlib.sha256(tensor.tobytes()).digest()
-            keeper = kept.setdefault((tensor.dtype, tuple(tensor.shape), digest, _scales_of(value)), value)
+            keeper = kept.setdefault(
+                (tensor.dtype, tuple(tensor.shape), digest, _scales_of(value)), value
+            )
             if keeper is value or ("." in str(value.name) and tensor.size <= _LARGE):
                 continue
             value.replace_all_uses_with(keeper)
@@ -43,7 +45,11 @@ class MergeConstants(ir.passes.InPlacePass):
 
 def _scales_of(value: ir.Value) -> frozenset[Parameters | None]:
     """What turns codes into numbers: the parameters of each DQ that reads them."""
-    return frozenset(parameters_of(user) for user, position in value.uses() if not position and is_op(user, *_PAIR))
+    return frozenset(
+        parameters_of(user)
+        for user, position in value.uses()
+        if not position and is_op(user, *_PAIR)
+    )
 
 
 def _must_stay(value: ir.Value) -> bool:

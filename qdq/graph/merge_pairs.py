@@ -60,7 +60,11 @@ def _undone_by(quantize: ir.Node, parameters: Parameters) -> ir.Node | None:
     """The DQ in front of a Q that gives back the very codes which the DQ reads."""
     value = quantize.inputs[0]
     dequantize = None if value is None else value.producer()
-    if not is_op(quantize, "QuantizeLinear") or dequantize is None or not is_op(dequantize, "DequantizeLinear"):
+    if (
+        not is_op(quantize, "QuantizeLinear")
+        or dequantize is None
+        or not is_op(dequantize, "DequantizeLinear")
+    ):
         return None
     if parameters_of(dequantize) != parameters or not _gives_codes_back(quantize):
         return None
@@ -77,10 +81,14 @@ def _gives_codes_back(node: ir.Node) -> bool:
     codes = node.outputs[0].dtype
     if codes is None:
         zero_point = constant_of(node.inputs[2]) if len(node.inputs) > 2 else None
-        codes = ir.DataType.UINT8 if zero_point is None else ir.DataType.from_numpy(zero_point.dtype)
+        codes = (
+            ir.DataType.UINT8 if zero_point is None else ir.DataType.from_numpy(zero_point.dtype)
+        )
     if codes not in (ir.DataType.INT8, ir.DataType.UINT8):
         return False
     if scale is None or scale.dtype not in (np.float16, np.float32):
         return False
     limits = np.finfo(scale.dtype)
-    return bool(np.all((scale >= limits.tiny) & (scale.astype(np.float64) * 256 <= float(limits.max))))
+    return bool(
+        np.all((scale >= limits.tiny) & (scale.astype(np.float64) * 256 <= float(limits.max)))
+    )

@@ -6,7 +6,15 @@ import numpy as np
 import onnx_ir as ir
 
 from qdq.graph.fold_pad import join_pads
-from qdq.graph.pairs import COPY_OPS, Parameters, constant_of, has_int8_zeros, input_of, is_op, parameters_of
+from qdq.graph.pairs import (
+    COPY_OPS,
+    Parameters,
+    constant_of,
+    has_int8_zeros,
+    input_of,
+    is_op,
+    parameters_of,
+)
 
 # ONNX Runtime (1.31) sets a Q of its own behind a DQ in front of these and from opset 21 on refuses the graph for it:
 # "output_dtype INT8 does not match y_zero_point type UINT8" (onnxruntime #25526).
@@ -68,7 +76,9 @@ class MoveQuantizeBeforeCopies(ir.passes.InPlacePass):
 
 def _copies_values(node: ir.Node) -> bool:
     if is_op(node, "Pad"):
-        return node.attributes.get_string("mode", "constant") == "constant" and _pads_with_zero(node)
+        return node.attributes.get_string("mode", "constant") == "constant" and _pads_with_zero(
+            node
+        )
     return is_op(node, *COPY_OPS)
 
 
@@ -84,7 +94,12 @@ def _pads_with_zero(pad: ir.Node) -> bool:
 def _pairs_behind(copy: ir.Node) -> list[_Pair]:
     """The equal pairs that read everything the copy gives; nothing where one reader is of another kind."""
     source = copy.inputs[0]
-    if source is None or constant_of(source) is not None or source.is_initializer() or not _may_quantize(source, copy):
+    if (
+        source is None
+        or constant_of(source) is not None
+        or source.is_initializer()
+        or not _may_quantize(source, copy)
+    ):
         return []
     pairs: list[_Pair] = []
     parameters: set[Parameters | None] = set()
@@ -100,7 +115,9 @@ def _pairs_behind(copy: ir.Node) -> list[_Pair]:
                 return []
             if not all(_is_movable(node, copy) for node in nodes):
                 return []
-            if is_op(copy, "Pad") and not all(_feeds_convolutions(node, copy) for node in dequantizes):
+            if is_op(copy, "Pad") and not all(
+                _feeds_convolutions(node, copy) for node in dequantizes
+            ):
                 return []
             parameters.update(map(parameters_of, nodes))
             pairs.append((output, user, dequantizes))
@@ -110,7 +127,10 @@ def _pairs_behind(copy: ir.Node) -> list[_Pair]:
 def _feeds_convolutions(dequantize: ir.Node, pad: ir.Node) -> bool:
     """Whether only convolutions read it, and each can take in the Pad."""
     readers = dequantize.outputs[0].uses()
-    return all(is_op(user, "Conv") and position == 0 and join_pads(user, pad) is not None for user, position in readers)
+    return all(
+        is_op(user, "Conv") and position == 0 and join_pads(user, pad) is not None
+        for user, position in readers
+    )
 
 
 def _may_quantize(source: ir.Value, copy: ir.Node) -> bool:

@@ -44,7 +44,9 @@ class NameNodes(ir.passes.InPlacePass):
     """
 
     def __init__(
-        self, scales: Mapping[float, QuantizerScale] | None = None, modules: Collection[str] = frozenset()
+        self,
+        scales: Mapping[float, QuantizerScale] | None = None,
+        modules: Collection[str] = frozenset(),
     ) -> None:
         super().__init__()
         self.quantizers: set[str] = set()
@@ -54,7 +56,9 @@ class NameNodes(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rename everything and put the scales in; types, shapes and other values stay."""
-        marked = {node: scale for node in model.graph if (scale := self._read_mark(node)) is not None}
+        marked = {
+            node: scale for node in model.graph if (scale := self._read_mark(node)) is not None
+        }
         self.quantizers = {scale.name for scale in marked.values()}
         places = {node: self._place_of(node, marked) for node in model.graph}
         used: Counter[str] = Counter()
@@ -126,12 +130,17 @@ def scope_of(node: ir.Node, modules: Collection[str] = frozenset()) -> str:
     return str(path)
 
 
-def _name_parameters(model: ir.Model, node: ir.Node, place: str, marked: QuantizerScale | None) -> None:
+def _name_parameters(
+    model: ir.Model, node: ir.Node, place: str, marked: QuantizerScale | None
+) -> None:
     """Give a node's scale and zero point the quantizer's name, as values of its own.
 
     The exporter shares equal constants between quantizers; here each gets its own, so that a name says whose it is.
     """
-    users = [node, *(user for user, _ in node.outputs[0].uses() if user.op_type == "DequantizeLinear")]
+    users = [
+        node,
+        *(user for user, _ in node.outputs[0].uses() if user.op_type == "DequantizeLinear"),
+    ]
     for position, suffix in ((1, "scale"), (2, "zero_point")):
         old = node.inputs[position]
         if old is None or old.const_value is None:
@@ -159,10 +168,17 @@ def _register(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
         number += 1
         candidate = f"{name}_{number}"
     tensor = ir.tensor(array, name=candidate)
-    value = ir.Value(name=candidate, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=candidate,
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )
     graph.register_initializer(value)
     return value
 
 
 def _is_equal(constant: npt.NDArray[Any] | None, array: npt.NDArray[Any]) -> bool:
-    return constant is not None and constant.dtype == array.dtype and np.array_equal(constant, array)
+    return (
+        constant is not None and constant.dtype == array.dtype and np.array_equal(constant, array)
+    )

@@ -45,7 +45,9 @@ class LowerOpset(ir.passes.InPlacePass):
     def __init__(self, target: int) -> None:
         super().__init__()
         if not LOWEST <= target <= HIGHEST:
-            raise ArgumentError(f"target is {target}; it must be {LOWEST} to {HIGHEST}.", f"use {LOWEST}.")
+            raise ArgumentError(
+                f"target is {target}; it must be {LOWEST} to {HIGHEST}.", f"use {LOWEST}."
+            )
         self._target = target
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -58,7 +60,9 @@ class LowerOpset(ir.passes.InPlacePass):
             )
         edits, obstacles = _plan(bodies, self._target)
         if obstacles:
-            lowest = next(n for n in range(self._target + 1, HIGHEST + 1) if not _plan(bodies, n)[1])
+            lowest = next(
+                n for n in range(self._target + 1, HIGHEST + 1) if not _plan(bodies, n)[1]
+            )
             raise ExportError(
                 f"opset {self._target} cannot express the model: {_describe(obstacles)}; "
                 f"the lowest opset that can is {lowest}.",
@@ -69,7 +73,9 @@ class LowerOpset(ir.passes.InPlacePass):
         for body in bodies:
             body.opset_imports[""] = self._target
             for node in body.all_nodes():
-                node.version = None  # torch notes the definition it used; now it is the one of the imports
+                node.version = (
+                    None  # torch notes the definition it used; now it is the one of the imports
+                )
         return ir.passes.PassResult(model, modified=bool(bodies))
 
 
@@ -82,7 +88,9 @@ def _bodies(model: ir.Model) -> Iterator[ir.Graph | ir.Function]:
     return chain([model.graph], model.functions.values())
 
 
-def _plan(bodies: Iterable[ir.Graph | ir.Function], target: int) -> tuple[list[_Edit], list[tuple[ir.Node, str]]]:
+def _plan(
+    bodies: Iterable[ir.Graph | ir.Function], target: int
+) -> tuple[list[_Edit], list[tuple[ir.Node, str]]]:
     """What to edit for a target, and which nodes stand in the way and why; changes nothing."""
     edits: list[_Edit] = []
     obstacles: list[tuple[ir.Node, str]] = []
@@ -104,7 +112,9 @@ def _edits_of(node: ir.Node, source: int, target: int) -> list[_Edit]:
         older = _schema(node.op_type, schema.since_version - 1)
         rule = _RULES.get((node.op_type, schema.since_version))
         if rule is None:
-            raise _UnfitError(f"{'new' if older is None else 'changed'} in opset {schema.since_version}")
+            raise _UnfitError(
+                f"{'new' if older is None else 'changed'} in opset {schema.since_version}"
+            )
         if edit := rule(node):
             edits.append(edit)
         schema = older
@@ -126,7 +136,9 @@ def _require_types(node: ir.Node, schema: Any) -> None:
     """Refuse types that the older definition does not list, or that it wants to be the same and are not."""
     bound: dict[str, str] = {}
     for values, parameters in ((node.inputs, schema.inputs), (node.outputs, schema.outputs)):
-        for value, parameter in zip(values, _repeat_variadic(parameters), strict=False):  # a rule removes the rest
+        for value, parameter in zip(
+            values, _repeat_variadic(parameters), strict=False
+        ):  # a rule removes the rest
             if value is None:
                 continue
             found = _type_name(value.type)
@@ -139,7 +151,9 @@ def _require_types(node: ir.Node, schema: Any) -> None:
 
 
 def _repeat_variadic(parameters: Sequence[Any]) -> Iterator[Any]:
-    is_variadic = bool(parameters) and parameters[-1].option == defs.OpSchema.FormalParameterOption.Variadic
+    is_variadic = (
+        bool(parameters) and parameters[-1].option == defs.OpSchema.FormalParameterOption.Variadic
+    )
     return chain(parameters, repeat(parameters[-1])) if is_variadic else iter(parameters)
 
 
@@ -156,7 +170,8 @@ def _type_name(found: ir.TypeProtocol | None) -> str | None:
 def _describe(obstacles: list[tuple[ir.Node, str]]) -> str:
     """Operators and why, each with the names of its nodes."""
     groups = group_names(
-        (f"{node.op_type} ({reason})", node.name or "a node without name") for node, reason in obstacles
+        (f"{node.op_type} ({reason})", node.name or "a node without name")
+        for node, reason in obstacles
     )
     return ", ".join(f"{group} at {list_names(names, 5)}" for group, names in groups.items())
 
@@ -203,7 +218,9 @@ def _copies_no_size(node: ir.Node) -> bool:
     if before is None or after is None:
         return False
     return all(
-        size != 0 if isinstance(size, int) else position < len(before) and _is_same_size(size, before[position])
+        size != 0
+        if isinstance(size, int)
+        else position < len(before) and _is_same_size(size, before[position])
         for position, size in enumerate(after)
     )
 
@@ -287,7 +304,9 @@ def _scatter_18(node: ir.Node) -> None:
 
 def _roi_align_16(node: ir.Node) -> _Edit | None:
     """10 does what 16 calls output_half_pixel, and the default of 16 is another."""
-    if (mode := _attribute(node, "coordinate_transformation_mode", "half_pixel")) != "output_half_pixel":
+    if (
+        mode := _attribute(node, "coordinate_transformation_mode", "half_pixel")
+    ) != "output_half_pixel":
         raise _UnfitError(f"coordinate_transformation_mode={mode}")
     return lambda: _remove_attributes(node, "coordinate_transformation_mode")
 
@@ -311,15 +330,31 @@ def _expand(node: ir.Node) -> _Edit:
     return edit
 
 
-_REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")  # ReduceSum: since 13
+_REDUCTIONS = (
+    "L1",
+    "L2",
+    "LogSum",
+    "LogSumExp",
+    "Max",
+    "Mean",
+    "Min",
+    "Prod",
+    "SumSquare",
+)  # ReduceSum: since 13
 
 # (operator, opset that changed it or brought it) -> how to say it in the opset before.
 # What is missing cannot be said; tests/graph/test_opset.py compares the table with all that ONNX changed.
 _RULES: dict[tuple[str, int], _Rule] = {
-    **dict.fromkeys([("Add", 14), ("Sub", 14), ("Mul", 14), ("Div", 14), ("Relu", 14), ("CumSum", 14)], _same),
-    **dict.fromkeys([("Identity", 14), ("Identity", 16), ("Pow", 15), ("BatchNormalization", 15)], _same),
+    **dict.fromkeys(
+        [("Add", 14), ("Sub", 14), ("Mul", 14), ("Div", 14), ("Relu", 14), ("CumSum", 14)], _same
+    ),
+    **dict.fromkeys(
+        [("Identity", 14), ("Identity", 16), ("Pow", 15), ("BatchNormalization", 15)], _same
+    ),
     **dict.fromkeys([("GreaterOrEqual", 16), ("LessOrEqual", 16), ("Where", 16)], _same),
-    **dict.fromkeys([("LeakyRelu", 16), ("PRelu", 16), ("If", 16), ("Loop", 16), ("Scan", 16)], _same),
+    **dict.fromkeys(
+        [("LeakyRelu", 16), ("PRelu", 16), ("If", 16), ("Loop", 16), ("Scan", 16)], _same
+    ),
     **dict.fromkeys([(f"Reduce{kind}", 18) for kind in _REDUCTIONS], _reduce_18),
     **dict.fromkeys([("LSTM", 14), ("GRU", 14), ("RNN", 14)], _without(layout=0)),
     **dict.fromkeys([("ScatterND", 18), ("ScatterElements", 18)], _scatter_18),
@@ -373,10 +408,14 @@ def _graph_of(node: ir.Node) -> ir.Graph:
     return node.graph
 
 
-def _like(node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], suffix: str = "") -> ir.Node:
+def _like(
+    node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], suffix: str = ""
+) -> ir.Node:
     """A node in place of part of another, with a name that says so."""
     suffix = suffix or op_type
-    made = ir.node(op_type, inputs, name=f"{node.name}_{suffix}", metadata_props=dict(node.metadata_props))
+    made = ir.node(
+        op_type, inputs, name=f"{node.name}_{suffix}", metadata_props=dict(node.metadata_props)
+    )
     made.outputs[0].name = f"{node.outputs[0].name}_{suffix}"
     return made
 
@@ -386,10 +425,15 @@ def _int64s(node: ir.Node, suffix: str, numbers: list[int]) -> ir.Node:
     made = _like(node, "Constant", [], suffix)
     tensor = ir.tensor(np.array(numbers, dtype=np.int64), name=made.outputs[0].name)
     made.attributes.add(ir.AttrTensor("value", tensor))
-    made.outputs[0].type, made.outputs[0].shape = ir.TensorType(tensor.dtype), ir.Shape([len(numbers)])
+    made.outputs[0].type, made.outputs[0].shape = (
+        ir.TensorType(tensor.dtype),
+        ir.Shape([len(numbers)]),
+    )
     return made
 
 
 def _replace(node: ir.Node, nodes: Sequence[ir.Node]) -> None:
     """Put nodes where one was; the output of the last takes its place."""
-    ir.convenience.replace_nodes_and_values(_graph_of(node), node, [node], nodes, node.outputs, nodes[-1].outputs)
+    ir.convenience.replace_nodes_and_values(
+        _graph_of(node), node, [node], nodes, node.outputs, nodes[-1].outputs
+    )

@@ -10,11 +10,25 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 # Each output value is one of the input's values.
-COPY_OPS = frozenset({
-    "DepthToSpace", "Expand", "Flatten", "Gather", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile",
-    "Transpose", "Unsqueeze",
-})  # fmt: skip
-_IGNORED = frozenset({"axis", "saturate"})  # axis says nothing of one scale, saturate is for float8 only
+COPY_OPS = frozenset(
+    {
+        "DepthToSpace",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Reshape",
+        "Slice",
+        "SpaceToDepth",
+        "Split",
+        "Squeeze",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+    }
+)
+_IGNORED = frozenset(
+    {"axis", "saturate"}
+)  # axis says nothing of one scale, saturate is for float8 only
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,8 @@ def constant_of(value: ir.Value | None) -> npt.NDArray[Any] | None:
     if value is None or value.is_graph_input():
         return None
     if (node := value.producer()) is not None and (
-        len(node.attributes) != 1 or any(attribute.is_ref() for attribute in node.attributes.values())
+        len(node.attributes) != 1
+        or any(attribute.is_ref() for attribute in node.attributes.values())
     ):
         return None
     tensor = ir.convenience.get_const_tensor(value)
@@ -82,7 +97,9 @@ def parameters_of(node: ir.Node) -> Parameters | None:
         _freeze(scale),
         () if zero_point is None else _freeze(zero_point),
         node.attributes.get_int("axis", 1) if scale.ndim else None,
-        tuple(sorted((name, a.value) for name, a in node.attributes.items() if name not in _IGNORED)),
+        tuple(
+            sorted((name, a.value) for name, a in node.attributes.items() if name not in _IGNORED)
+        ),
     )
 
 

@@ -47,18 +47,26 @@ class ConvertPrecision(ir.passes.InPlacePass):
     """
 
     def __init__(
-        self, dtype: ir.DataType, *, peaks: Mapping[str, float] | None = None, keep_io_types: bool = True
+        self,
+        dtype: ir.DataType,
+        *,
+        peaks: Mapping[str, float] | None = None,
+        keep_io_types: bool = True,
     ) -> None:
         super().__init__()
         if dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
-            raise ArgumentError(f"dtype is {dtype.name}; it must be FLOAT16 or BFLOAT16.", "use FLOAT16.")
+            raise ArgumentError(
+                f"dtype is {dtype.name}; it must be FLOAT16 or BFLOAT16.", "use FLOAT16."
+            )
         self.kept: tuple[KeptNode, ...] = ()
         self.casts = 0
         self._dtype, self._peaks, self._keep_io_types = dtype, peaks or {}, keep_io_types
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Decide, then retype, then connect; `kept` and `casts` tell what came out."""
-        target = Target(self._dtype, model.opset_imports.get("", 0), self._peaks, self._keep_io_types)
+        target = Target(
+            self._dtype, model.opset_imports.get("", 0), self._peaks, self._keep_io_types
+        )
         _require_opset(model.graph, target)
         kept = choose_kept(model.graph, target)
         rewriter = _Rewriter(model.graph, target, frozenset(kept))
@@ -83,10 +91,16 @@ def _require_opset(graph: ir.Graph, target: Target) -> None:
     nodes = [node for node in graph if node.op_type in WEIGHTED_OPS and node.domain == ""]
 
     def lacking(opset: int) -> list[ir.Node]:
-        return [node for node in nodes if not target.allows(set(defs.get_schema(node.op_type, opset).outputs[0].types))]
+        return [
+            node
+            for node in nodes
+            if not target.allows(set(defs.get_schema(node.op_type, opset).outputs[0].types))
+        ]
 
     if found := lacking(target.opset):
-        lowest = next(opset for opset in range(target.opset + 1, NEWEST_OPSET + 1) if not lacking(opset))
+        lowest = next(
+            opset for opset in range(target.opset + 1, NEWEST_OPSET + 1) if not lacking(opset)
+        )
         names = list_names([node.name or node.op_type for node in found], 5)
         raise ExportError(
             f"{'/'.join(sorted({node.op_type for node in found}))} of opset {target.opset} has no {target.name}: "
@@ -105,7 +119,9 @@ class _Rewriter:
         made = [value for node in graph if node.op_type != "Constant" for value in node.outputs]
         self._values = [value for value in [*graph.inputs, *made] if is_float(value)]
         self._float = frozenset(self._values)
-        self._indifferent = frozenset(node for node in graph if takes_either(node))  # while all is float32
+        self._indifferent = frozenset(
+            node for node in graph if takes_either(node)
+        )  # while all is float32
         self._converted: dict[ir.Value, ir.Value] = {}
 
     def retype(self) -> None:
@@ -150,7 +166,9 @@ class _Rewriter:
             return []
         parameters = parameter_types(node, self._target.opset)
         return [
-            (self._target.dtype if self._target.allows(types) else _FLOAT) if _is_ours(value, self._float) else None
+            (self._target.dtype if self._target.allows(types) else _FLOAT)
+            if _is_ours(value, self._float)
+            else None
             for value, types, is_input in parameters
             if is_input
         ]
@@ -159,7 +177,9 @@ class _Rewriter:
         value = node.inputs[position]
         if value is not None and wanted is not None and value.dtype != wanted:
             constant = constant_of(value)
-            node.replace_input_with(position, self._cast(value) if constant is None else self._convert(value, constant))
+            node.replace_input_with(
+                position, self._cast(value) if constant is None else self._convert(value, constant)
+            )
 
     def _connect_output(self, output: ir.Value) -> None:
         """The output keeps its name; the value behind it gets another."""
@@ -187,11 +207,17 @@ class _Rewriter:
         wanted = self._target.dtype if value.dtype == _FLOAT else _FLOAT
         producer = value.producer()
         cast = ir.node(
-            "Cast", [value], attributes={"to": wanted.value},
+            "Cast",
+            [value],
+            attributes={"to": wanted.value},
             name=f"{value.name if producer is None else producer.name}/Cast",
-        )  # fmt: skip
+        )
         result = cast.outputs[0]
-        result.name, result.shape, result.type = f"{value.name}.{_suffix(wanted)}", value.shape, ir.TensorType(wanted)
+        result.name, result.shape, result.type = (
+            f"{value.name}.{_suffix(wanted)}",
+            value.shape,
+            ir.TensorType(wanted),
+        )
         if producer is None:
             self._graph.insert_before(self._graph[0], cast)
         else:
@@ -204,9 +230,13 @@ class _Rewriter:
         """A 16 bit copy of a constant."""
         if value not in self._converted:
             name = f"{value.name}.{_suffix(self._target.dtype)}"
-            with np.errstate(over="ignore"):  # -inf of a mask; finite numbers that overflow were kept
+            with np.errstate(
+                over="ignore"
+            ):  # -inf of a mask; finite numbers that overflow were kept
                 tensor = ir.tensor(constant.astype(self._target.dtype.numpy()), name=name)
-            result = ir.Value(name=name, shape=value.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+            result = ir.Value(
+                name=name, shape=value.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
             self._graph.register_initializer(result)
             self._converted[value] = result
         return self._converted[value]

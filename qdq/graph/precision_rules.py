@@ -31,7 +31,16 @@ _NORMALIZATIONS = frozenset(
 _SOFTMAXES = frozenset({"Softmax", "LogSoftmax"})
 # What float16 overflows or underflows on other inputs than those measured; bfloat16 has the range of float32.
 _GROWING = frozenset(
-    {"Exp", "Pow", "CumSum", "ReduceSumSquare", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceProd"}
+    {
+        "Exp",
+        "Pow",
+        "CumSum",
+        "ReduceSumSquare",
+        "ReduceL2",
+        "ReduceLogSum",
+        "ReduceLogSumExp",
+        "ReduceProd",
+    }
 )
 _NEAR_ZERO = frozenset({"Sqrt", "Reciprocal", "Log"})
 _MEANS = frozenset({"ReduceMean", "ReduceSum", "GlobalAveragePool"})
@@ -110,7 +119,10 @@ def choose_kept(graph: ir.Graph, target: Target) -> dict[ir.Node, str]:
         node
         for node in graph
         if any(map(is_float, node.outputs))
-        or (any(map(is_float, node.inputs)) and (node.op_type == "QuantizeLinear" or not takes_either(node)))
+        or (
+            any(map(is_float, node.inputs))
+            and (node.op_type == "QuantizeLinear" or not takes_either(node))
+        )
     ]
     kept = {node: reason for node in nodes if (reason := _reason(node, target))}
     kept.update(_products_of_kept(nodes, kept))
@@ -118,7 +130,9 @@ def choose_kept(graph: ir.Graph, target: Target) -> dict[ir.Node, str]:
         kept.setdefault(node, "part of a normalization written in single operators")
     for node in _divisions_by_floored(nodes, target):
         kept.setdefault(node, "divides by a value whose floor is zero in 16 bit")
-    kept.update(dict.fromkeys(_regions_between(nodes, kept, target), "lies between nodes in float32"))
+    kept.update(
+        dict.fromkeys(_regions_between(nodes, kept, target), "lies between nodes in float32")
+    )
     return {node: kept[node] for node in nodes if node in kept}
 
 
@@ -137,9 +151,14 @@ def takes_either(node: ir.Node) -> bool:
 def parameter_types(node: ir.Node, opset: int) -> Iterator[tuple[ir.Value | None, set[str], bool]]:
     """Every input and output of a node with the types that its operator allows there, and whether it is an input."""
     schema = defs.get_schema(node.op_type, opset, node.domain)
-    for values, parameters, is_input in ((node.inputs, schema.inputs, True), (node.outputs, schema.outputs, False)):
+    for values, parameters, is_input in (
+        (node.inputs, schema.inputs, True),
+        (node.outputs, schema.outputs, False),
+    ):
         for position, value in enumerate(values):
-            parameter = parameters[min(position, len(parameters) - 1)]  # the last one may be variadic
+            parameter = parameters[
+                min(position, len(parameters) - 1)
+            ]  # the last one may be variadic
             yield value, set(parameter.types), is_input
 
 
@@ -153,7 +172,8 @@ def _by_types(node: ir.Node, target: Target) -> str | None:
     if node.domain not in ("", "ai.onnx") or not defs.has(node.op_type, target.opset, node.domain):
         return "not an operator of ONNX: its types are not known"
     if any(
-        attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()
+        attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+        for attribute in node.attributes.values()
     ):
         return "has a subgraph"
     if "dtype" in node.attributes:
@@ -162,7 +182,9 @@ def _by_types(node: ir.Node, target: Target) -> str | None:
     outputs = [types for value, types, is_input in parameters if is_float(value) and not is_input]
     if outputs:
         return (
-            None if all(map(target.allows, outputs)) else f"{node.op_type} has no {target.name} in ONNX {target.opset}"
+            None
+            if all(map(target.allows, outputs))
+            else f"{node.op_type} has no {target.name} in ONNX {target.opset}"
         )
     inputs = [types for value, types, is_input in parameters if is_float(value) and is_input]
     if not any(map(target.allows, inputs)):
@@ -205,7 +227,9 @@ def _by_size(node: ir.Node, target: Target) -> str | None:
     shape = data.shape if data is not None else None
     if shape is None:
         return "a reduction over an unknown number of values"
-    axes: Any = range(2, len(shape)) if node.op_type == "GlobalAveragePool" else _axes(node, len(shape))
+    axes: Any = (
+        range(2, len(shape)) if node.op_type == "GlobalAveragePool" else _axes(node, len(shape))
+    )
     sizes = [shape[int(axis)] for axis in axes] if axes is not None else [None]
     if not all(isinstance(size, int) for size in sizes):
         return "a reduction over an unknown number of values"
@@ -238,7 +262,9 @@ def _by_range(node: ir.Node, target: Target) -> str | None:
     """Inputs count as well: what is kept in front of a node would overflow in its Cast."""
     if node.op_type == "QuantizeLinear":  # takes the type of its input
         return None
-    values = [value for value in [*node.inputs, *node.outputs] if value is not None and is_float(value)]
+    values = [
+        value for value in [*node.inputs, *node.outputs] if value is not None and is_float(value)
+    ]
     return next((reason for value in values if (reason := target.overflows(value))), None)
 
 
@@ -258,7 +284,11 @@ def _products_of_kept(nodes: list[ir.Node], kept: Mapping[ir.Node, str]) -> dict
                 continue
             reason = "an operand of its product has float32 scales, and the scales of both must be of one type"
             behind = [node for path in operands for node in path]
-            new |= {node: reason for node in (*behind, product) if node not in kept and node not in found}
+            new |= {
+                node: reason
+                for node in (*behind, product)
+                if node not in kept and node not in found
+            }
         if not new:
             return found
         found |= new
@@ -295,7 +325,9 @@ def _decomposed_normalizations(nodes: list[ir.Node]) -> Iterator[ir.Node]:
             centered = _producer(square.inputs[0])
             if centered is not None and centered.op_type == "Sub":
                 before += [centered, _producer(centered.inputs[1])]
-        yield from (node for node in before if node is not None and node.op_type not in WEIGHTED_OPS)
+        yield from (
+            node for node in before if node is not None and node.op_type not in WEIGHTED_OPS
+        )
         for user in root.outputs[0].consumers():
             yield user
             if user.op_type == "Reciprocal":
@@ -304,7 +336,9 @@ def _decomposed_normalizations(nodes: list[ir.Node]) -> Iterator[ir.Node]:
 
 def _divisions_by_floored(nodes: list[ir.Node], target: Target) -> Iterator[ir.Node]:
     """Behind max(|x|, 1e-12): copies, roots and products of it up to the division, which 16 bit makes one by zero."""
-    floors = [node for node in nodes if is_op(node, "Clip", "Max", "Add") and _by_constant(node, target)]
+    floors = [
+        node for node in nodes if is_op(node, "Clip", "Max", "Add") and _by_constant(node, target)
+    ]
     pending = [(node, False) for node in floors]  # and whether 1 / x has been taken already
     seen: set[ir.Node] = set()
     while pending:
@@ -322,16 +356,24 @@ def _producer(value: ir.Value | None) -> ir.Node | None:
     return None if value is None else value.producer()
 
 
-def _regions_between(nodes: list[ir.Node], kept: Mapping[ir.Node, str], target: Target) -> set[ir.Node]:
+def _regions_between(
+    nodes: list[ir.Node], kept: Mapping[ir.Node, str], target: Target
+) -> set[ir.Node]:
     """Nodes where 16 bit would only add a Cast in front and one behind: all around them is float32 anyway.
 
     Matrix products are none of them: they belong in 16 bit.
     """
-    inside = {node for node in nodes if node not in kept and node.op_type not in (*WEIGHTED_OPS, "QuantizeLinear")}
+    inside = {
+        node
+        for node in nodes
+        if node not in kept and node.op_type not in (*WEIGHTED_OPS, "QuantizeLinear")
+    }
     while open_ := {node for node in inside if not _is_closed(node, inside | kept.keys(), target)}:
         inside -= open_
     found: set[ir.Node] = set()
-    frontier = list(kept)  # only what hangs together with a kept node: float32 inputs and outputs are no reason
+    frontier = list(
+        kept
+    )  # only what hangs together with a kept node: float32 inputs and outputs are no reason
     while frontier:
         node = frontier.pop()
         producers = [made for value in node.inputs if (made := _producer(value)) is not None]
@@ -354,7 +396,8 @@ def _is_closed(node: ir.Node, float32: AbstractSet[ir.Node], target: Target) -> 
         if value.is_graph_output() and not target.keep_io_types:
             return False
         if any(
-            user.graph is node.graph and user not in float32 and not takes_either(user) for user in value.consumers()
+            user.graph is node.graph and user not in float32 and not takes_either(user)
+            for user in value.consumers()
         ):
             return False
     return True

@@ -135,7 +135,9 @@ class _Weight:
 
     def raised(self, least: Floats, only_dead: bool) -> Floats:
         """The scale, no smaller than `least` where it may change."""
-        return np.asarray(np.where(self.dead | (not only_dead), np.maximum(self.scale, least), self.scale))
+        return np.asarray(
+            np.where(self.dead | (not only_dead), np.maximum(self.scale, least), self.scale)
+        )
 
     def numbers_for(self, scale: Floats) -> npt.NDArray[Any]:
         """What the file must hold where the scale becomes another: floats to quantize, or codes."""
@@ -153,7 +155,11 @@ class _Weight:
 
 
 def _require_finite(weights: list[_Weight]) -> None:
-    broken = [str(w.quantize.name) for w in weights if w.quantize is not None and not np.isfinite(w.numbers).all()]
+    broken = [
+        str(w.quantize.name)
+        for w in weights
+        if w.quantize is not None and not np.isfinite(w.numbers).all()
+    ]
     if broken:
         raise ExportError(
             f"{len(broken)} weights hold NaN or Inf, which int8 has no code for: {list_names(broken, 5)}.",
@@ -174,13 +180,20 @@ def least_scale(node: ir.Node) -> Floats | None:
     if weight is None or activation is None:
         return None
     scale, input_scale = constant_of(input_of(weight, 1)), constant_of(input_of(activation, 1))
-    if scale is None or input_scale is None or input_scale.size != 1 or not float(input_scale.reshape(())) > 0:
+    if (
+        scale is None
+        or input_scale is None
+        or input_scale.size != 1
+        or not float(input_scale.reshape(())) > 0
+    ):
         return None
     if scale.size > 1 and (bias.size % scale.size or not _is_along_outputs(node, weight)):
         return None
     # In a grouped transposed convolution several output channels have one scale.
     largest = np.abs(bias.astype(np.float64)).reshape(-1, scale.size).max(0)
-    return np.asarray(largest / (_BIAS_CODES * float(input_scale.reshape(()))), np.float64).reshape(scale.shape)
+    return np.asarray(largest / (_BIAS_CODES * float(input_scale.reshape(()))), np.float64).reshape(
+        scale.shape
+    )
 
 
 def _is_along_outputs(node: ir.Node, dequantize: ir.Node) -> bool:
@@ -196,7 +209,11 @@ def _is_along_outputs(node: ir.Node, dequantize: ir.Node) -> bool:
 
 def _read_weight(dequantize: ir.Node | None) -> _Weight | None:
     """The constant behind a DQ; None for other nodes, other types and other zero points."""
-    if dequantize is None or not is_op(dequantize, "DequantizeLinear") or not _is_symmetric(dequantize):
+    if (
+        dequantize is None
+        or not is_op(dequantize, "DequantizeLinear")
+        or not _is_symmetric(dequantize)
+    ):
         return None
     codes, scale = dequantize.inputs[0], constant_of(input_of(dequantize, 1))
     producer = None if codes is None else codes.producer()
@@ -206,9 +223,13 @@ def _read_weight(dequantize: ir.Node | None) -> _Weight | None:
         return None
     if quantize is None and numbers.dtype != np.int8:
         return None
-    if quantize is not None and (len(quantize.outputs[0].uses()) > 1 or not _is_pair(quantize, scale)):
+    if quantize is not None and (
+        len(quantize.outputs[0].uses()) > 1 or not _is_pair(quantize, scale)
+    ):
         return None
-    axis = dequantize.attributes.get_int("axis", 1) % max(numbers.ndim, 1) if scale.size > 1 else None
+    axis = (
+        dequantize.attributes.get_int("axis", 1) % max(numbers.ndim, 1) if scale.size > 1 else None
+    )
     if axis is not None and numbers.shape[axis] != scale.size:
         return None
     return _Weight(dequantize, quantize, numbers, scale.astype(np.float64), scale.dtype, axis)
@@ -230,7 +251,10 @@ def _is_pair(quantize: ir.Node, scale: npt.NDArray[Any]) -> bool:
 def _copy(node: ir.Node, value: ir.Value | None, suffix: str) -> ir.Node:
     output = node.outputs[0]
     copy = ir.node(
-        node.op_type, [value, *node.inputs[1:]], attributes=dict(node.attributes), name=f"{node.name}{suffix}"
+        node.op_type,
+        [value, *node.inputs[1:]],
+        attributes=dict(node.attributes),
+        name=f"{node.name}{suffix}",
     )
     copy.outputs[0].name = f"{output.name}{suffix}"
     copy.outputs[0].shape, copy.outputs[0].type = output.shape, output.type
@@ -251,7 +275,12 @@ def _set_constant(readers: list[ir.Node], position: int, array: npt.NDArray[Any]
         names = (f"{old.name}_{number}" for number in itertools.count(2))
         name = next(name for name in names if name not in graph.initializers)
         tensor = ir.tensor(array, name=name)
-        new = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        new = ir.Value(
+            name=name,
+            shape=ir.Shape(array.shape),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
         graph.register_initializer(new)
         for user in readers:
             if user.inputs[position] is old:

@@ -43,7 +43,12 @@ class MakeScalesScalar(_Repair):
         if scale is None or scale.shape != (1,):
             return False
         axis = node.attributes.get_int("axis", 1)
-        if shape is not None and "axis" in node.attributes and -len(shape) <= axis < len(shape) and shape[axis] == 1:
+        if (
+            shape is not None
+            and "axis" in node.attributes
+            and -len(shape) <= axis < len(shape)
+            and shape[axis] == 1
+        ):
             return False
         for position in (1, 2):
             old = constant_of(input_of(node, position))
@@ -58,7 +63,13 @@ class WriteAxes(_Repair):
     def repair(self, node: ir.Node) -> bool:
         """Without the attribute the axis is 1; where only another one fits, no runtime could run the file."""
         scale, shape = constant_of(node.inputs[1]), _shape_of(node)
-        if scale is None or scale.ndim != 1 or scale.size == 1 or "axis" in node.attributes or shape is None:
+        if (
+            scale is None
+            or scale.ndim != 1
+            or scale.size == 1
+            or "axis" in node.attributes
+            or shape is None
+        ):
             return False
         fitting = [axis for axis, size in enumerate(shape) if size == scale.size]
         if len(fitting) != 1:
@@ -86,7 +97,9 @@ class MakeCodesSigned(_Repair):
             _zero(node)
             return True
         readers = [reader for reader, _ in node.outputs[0].uses()]
-        if node.outputs[0].is_graph_output() or not all(is_op(r, _PAIR[1]) and _is_middle(r) for r in readers):
+        if node.outputs[0].is_graph_output() or not all(
+            is_op(r, _PAIR[1]) and _is_middle(r) for r in readers
+        ):
             return False
         for member in (node, *readers):
             _zero(member)
@@ -128,9 +141,15 @@ def _replace(node: ir.Node, position: int, array: npt.NDArray[Any]) -> None:
     old, graph = input_of(node, position), node.graph
     assert isinstance(graph, ir.Graph)  # noqa: S101  # repairs run on graphs, not on functions
     stem = f"{(old.name if old is not None else node.outputs[0].name) or 'constant'}.qdq"
-    name = next(name for n in range(len(graph.initializers) + 1) if (name := f"{stem}{n}") not in graph.initializers)
+    name = next(
+        name
+        for n in range(len(graph.initializers) + 1)
+        if (name := f"{stem}{n}") not in graph.initializers
+    )
     tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     graph.register_initializer(value)
     node.replace_input_with(position, value)
     remove_if_unused(old)

@@ -36,7 +36,12 @@ def save_model(model: ir.Model, path: Path) -> int:
         ArgumentError: The folder cannot be written to; two files for what is no regular file.
         ExportError: The model without its weights is too large.
     """
-    values = [value for graph in model.graphs() for value in graph.initializers.values() if value.const_value]
+    values = [
+        value
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value
+    ]
     if sum(_bytes_of(value) for value in values) < _ONE_FILE_BYTES:
         with _explaining_size():
             parts = _Parts(model)
@@ -44,7 +49,8 @@ def save_model(model: ir.Model, path: Path) -> int:
         return parts.size
     if not is_replaceable(path):
         raise ArgumentError(
-            f"the model has more than 2 GB and takes two files, which {path} cannot hold.", "write to a regular file."
+            f"the model has more than 2 GB and takes two files, which {path} cannot hold.",
+            "write to a regular file.",
         )
     path = Path(os.path.realpath(path))  # the weights lie beside the file that a link leads to
     data = path.with_name(f"{path.name}.data")
@@ -73,16 +79,26 @@ class _Parts:
     """
 
     def __init__(self, model: ir.Model) -> None:
-        large = [value for value in model.graph.initializers.values() if _bytes_of(value) >= _EXTERNAL_BYTES]
+        large = [
+            value
+            for value in model.graph.initializers.values()
+            if _bytes_of(value) >= _EXTERNAL_BYTES
+        ]
         with _external([(value, 0) for value in large], ""):
             proto = ir.to_proto(model)
         values = {value.name: value for value in large}
         tensors = [(values.get(tensor.name), tensor) for tensor in proto.graph.initializer]
-        sizes = [(_tensor_proto(value) if value else tensor).ByteSize() for value, tensor in tensors]
+        sizes = [
+            (_tensor_proto(value) if value else tensor).ByteSize() for value, tensor in tensors
+        ]
         heads = [_head_of(onnx.GraphProto, "initializer", size) for size in sizes]
-        self._tensors = [(head, value, tensor) for head, (value, tensor) in zip(heads, tensors, strict=True)]
+        self._tensors = [
+            (head, value, tensor) for head, (value, tensor) in zip(heads, tensors, strict=True)
+        ]
         self._graph_start, self._graph_end = _around(proto.graph, "initializer")
-        graph_size = len(self._graph_start) + sum(map(len, heads)) + sum(sizes) + len(self._graph_end)
+        graph_size = (
+            len(self._graph_start) + sum(map(len, heads)) + sum(sizes) + len(self._graph_end)
+        )
         start, self._end = _around(proto, "graph")
         self._start = start + _head_of(onnx.ModelProto, "graph", graph_size)
         self.size: int = len(self._start) + graph_size + len(self._end)

@@ -12,7 +12,9 @@ import onnx_ir as ir
 
 from qdq.graph.pairs import constant_of, is_op
 
-_NAME = re.compile(r"(?P<quantizer>.+)\.scale(\.fp16|\.bf16)?")  # the copies are of `ConvertPrecision`
+_NAME = re.compile(
+    r"(?P<quantizer>.+)\.scale(\.fp16|\.bf16)?"
+)  # the copies are of `ConvertPrecision`
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -27,7 +29,9 @@ def list_scales(graph: ir.Graph) -> dict[str, list[ir.Value]]:
         users = [user for user, position in value.uses() if position == 1 and is_op(user, *_PAIR)]
         if (match := _NAME.fullmatch(str(value.name))) and users and constant_of(value) is not None:
             scales[match["quantizer"]].append(value)
-            if any(is_op(user, "QuantizeLinear") and not _is_constant(user.inputs[0]) for user in users):
+            if any(
+                is_op(user, "QuantizeLinear") and not _is_constant(user.inputs[0]) for user in users
+            ):
                 quantizers.add(match["quantizer"])
     return {name: values for name, values in scales.items() if name in quantizers}
 
@@ -40,7 +44,9 @@ def reason_against(values: list[ir.Value], scale: npt.NDArray[np.float32]) -> st
     """Why initializers cannot have a scale, "" if they can."""
     for value in values:
         if not 0 < float(_as_stored(value, scale)) < np.inf:
-            return f"its scale {scale:.4g} does not fit {number_of(value).dtype}, the type in the file"
+            return (
+                f"its scale {scale:.4g} does not fit {number_of(value).dtype}, the type in the file"
+            )
     return ""
 
 

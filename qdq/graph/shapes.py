@@ -24,7 +24,12 @@ def silence_onnx_ir() -> Iterator[None]:
 
 def complete_shapes(model: ir.Model, *, data_prop: bool = True) -> None:
     """Infer shapes and types, in place, if any is not written down; see `infer_shapes`."""
-    values = [value for node in model.graph for value in node.outputs if value.uses() or value.is_graph_output()]
+    values = [
+        value
+        for node in model.graph
+        for value in node.outputs
+        if value.uses() or value.is_graph_output()
+    ]
     if not all(value.dtype is not None and value.shape is not None for value in values):
         infer_shapes(model, data_prop=data_prop)
 
@@ -42,7 +47,9 @@ def infer_shapes(model: ir.Model, *, data_prop: bool = True) -> None:
     try:
         with silence_onnx_ir():  # it logs a traceback where inference fails
             ShapeInferencePass(check_type=False, strict_mode=False, data_prop=data_prop)(model)
-    except Exception:  # a constant that cannot be written: the pass has then made inputs of all of them
+    except (
+        Exception
+    ):  # a constant that cannot be written: the pass has then made inputs of all of them
         graph.inputs.clear()
         graph.inputs.extend(inputs)
         for value, constant in zip(initializers, constants, strict=True):

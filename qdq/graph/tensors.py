@@ -47,6 +47,16 @@ def list_data_files(path: Path) -> list[Path]:
         proto = onnx.load_model_from_string(read_file(path))
     except Exception:  # protobuf has its own; who uses the model says what is wrong with it
         return []
-    tensors = [tensor for _, tensor in list_tensors(proto) if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    tensors = [
+        tensor
+        for _, tensor in list_tensors(proto)
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    ]
     locations = [os.fsdecode(external_fields(tensor).get("location", "")) for tensor in tensors]
-    return list({path.parent / location: None for location in locations if location and "\0" not in location})
+    return list(
+        {
+            path.parent / location: None
+            for location in locations
+            if location and "\0" not in location
+        }
+    )

@@ -31,12 +31,21 @@ def _transpose_of_keys(product: ir.Node) -> ir.Node | None:
     """The Transpose of the last two dimensions in front of the second operand of a product of two computed tensors."""
     query, keys = product.inputs
     transpose = None if keys is None else keys.producer()
-    if query is None or constant_of(query) is not None or transpose is None or not is_op(transpose, "Transpose"):
+    if (
+        query is None
+        or constant_of(query) is not None
+        or transpose is None
+        or not is_op(transpose, "Transpose")
+    ):
         return None
     perm = list(transpose.attributes["perm"].as_ints()) if "perm" in transpose.attributes else []
     swapped = [*range(len(perm) - 2), len(perm) - 1, len(perm) - 2]
     source = transpose.inputs[0]
-    return transpose if len(perm) > 3 and perm == swapped and source is not None and source.dtype else None
+    return (
+        transpose
+        if len(perm) > 3 and perm == swapped and source is not None and source.dtype
+        else None
+    )
 
 
 def _rewrite(graph: ir.Graph, product: ir.Node, transpose: ir.Node) -> bool:
@@ -61,9 +70,11 @@ def _rewrite(graph: ir.Graph, product: ir.Node, transpose: ir.Node) -> bool:
     value = source
     for number, (op_type, operand, perm, shape) in enumerate(steps):
         node = ir.node(
-            op_type, [value] if operand is None else [value, operand],
-            attributes={"perm": perm} if perm else {}, name=f"{product.name or name}/keys_{number}",
-        )  # fmt: skip
+            op_type,
+            [value] if operand is None else [value, operand],
+            attributes={"perm": perm} if perm else {},
+            name=f"{product.name or name}/keys_{number}",
+        )
         node.metadata_props.update(product.metadata_props)
         graph.insert_before(product, node)
         value = node.outputs[0]
@@ -77,6 +88,8 @@ def _rewrite(graph: ir.Graph, product: ir.Node, transpose: ir.Node) -> bool:
 
 def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     graph.register_initializer(value)
     return value

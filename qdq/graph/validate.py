@@ -93,7 +93,9 @@ class _Helper:
 
     def ask(self, request: dict[str, Any], blob: bytes = b"") -> dict[str, Any]:
         with self._lock:
-            answer, _ = self._start().call(request, blob, seconds=_WAIT_SECONDS, cpu_seconds=_CPU_SECONDS)
+            answer, _ = self._start().call(
+                request, blob, seconds=_WAIT_SECONDS, cpu_seconds=_CPU_SECONDS
+            )
         return dict(answer)
 
     def _start(self) -> Child:
@@ -137,7 +139,9 @@ def check_model(proto: onnx.ModelProto, unknown: Iterable[tuple[str, str]]) -> C
 
         if died.is_timeout:
             return skip_checker(died.reason)
-        return CheckerVerdict(onnx.__version__, f"onnx crashes on it: {died.reason}", None, has_crashed=True)
+        return CheckerVerdict(
+            onnx.__version__, f"onnx crashes on it: {died.reason}", None, has_crashed=True
+        )
     return CheckerVerdict(**answer)
 
 
@@ -157,8 +161,12 @@ def load_in_runtime(path: Path, operators: Iterable[tuple[str, str]] = ()) -> Ru
 
         if died.is_timeout:
             return skip_runtime(died.reason)
-        return RuntimeVerdict(onnxruntime.__version__, f"it crashes on it: {died.reason}", "invalid", ())
-    return RuntimeVerdict(answer["version"], answer["refusal"], answer["kind"], tuple(answer["unknown_operators"]))
+        return RuntimeVerdict(
+            onnxruntime.__version__, f"it crashes on it: {died.reason}", "invalid", ()
+        )
+    return RuntimeVerdict(
+        answer["version"], answer["refusal"], answer["kind"], tuple(answer["unknown_operators"])
+    )
 
 
 def skip_checker(reason: str) -> CheckerVerdict:
@@ -192,13 +200,21 @@ def _outline(proto: onnx.ModelProto, unknown: set[tuple[str, str]]) -> onnx.Mode
     graph.name = proto.graph.name
     declared = {value.name for value in graph.input}
     for tensor in proto.graph.initializer:
-        if tensor.data_location != onnx.TensorProto.EXTERNAL and tensor.ByteSize() <= _LARGEST_CONSTANT:
+        if (
+            tensor.data_location != onnx.TensorProto.EXTERNAL
+            and tensor.ByteSize() <= _LARGEST_CONSTANT
+        ):
             graph.initializer.append(tensor)
         elif tensor.name not in declared:
-            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+            graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            )
     for nested in iterate_graphs(graph):
         nested.name = nested.name or "graph"
-        for tensor in [*nested.initializer, *(a.t for node in nested.node for a in node.attribute if a.HasField("t"))]:
+        for tensor in [
+            *nested.initializer,
+            *(a.t for node in nested.node for a in node.attribute if a.HasField("t")),
+        ]:
             _fill_external(tensor)
     _import_domains(outline, unknown)
     return outline
@@ -270,7 +286,9 @@ def _answer_check(blob: bytes) -> dict[str, Any]:
     can_propagate, types = True, None
     try:
         with _limited_memory():
-            onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
+            onnx.shape_inference.infer_shapes(
+                proto, check_type=True, strict_mode=True, data_prop=True
+            )
     except MemoryError:
         can_propagate = False
         types = _infer_without_values(proto)
@@ -282,7 +300,12 @@ def _answer_check(blob: bytes) -> dict[str, Any]:
         onnx.checker.check_model(proto)
     except Exception as error:
         structure = first_line(error)
-    return {"version": onnx.__version__, "structure": structure, "types": types, "can_propagate": can_propagate}
+    return {
+        "version": onnx.__version__,
+        "structure": structure,
+        "types": types,
+        "can_propagate": can_propagate,
+    }
 
 
 def _infer_without_values(proto: onnx.ModelProto) -> str | None:
@@ -331,12 +354,21 @@ def _answer_load(request: dict[str, Any]) -> dict[str, Any]:
 
     refusal, kind = _load(request["path"])
     # private, but the only list of them; without it every operator counts as one that it has
-    schemas: Any = getattr(onnxruntime.capi.onnxruntime_pybind11_state, "get_all_operator_schema", None)
+    schemas: Any = getattr(
+        onnxruntime.capi.onnxruntime_pybind11_state, "get_all_operator_schema", None
+    )
     available = None if schemas is None else {(schema.domain, schema.name) for schema in schemas()}
     missing = [
-        f"{domain}::{name}" for domain, name in request["operators"] if available and (domain, name) not in available
+        f"{domain}::{name}"
+        for domain, name in request["operators"]
+        if available and (domain, name) not in available
     ]
-    return {"version": onnxruntime.__version__, "refusal": refusal, "kind": kind, "unknown_operators": missing}
+    return {
+        "version": onnxruntime.__version__,
+        "refusal": refusal,
+        "kind": kind,
+        "unknown_operators": missing,
+    }
 
 
 def _load(path: str) -> tuple[str | None, RefusalKind | None]:
@@ -345,14 +377,23 @@ def _load(path: str) -> tuple[str | None, RefusalKind | None]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.disable_prepacking", "1")  # copies of the weights that nobody runs
+    options.add_session_config_entry(
+        "session.disable_prepacking", "1"
+    )  # copies of the weights that nobody runs
     try:
         # without folding, which computes whatever is constant, however large it gets
         onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+            path,
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=["ConstantFolding"],
         )
     except Exception as error:  # its own types share no base
-        message = first_line(error) if isinstance(error, UnicodeDecodeError) else " ".join(str(error).split())
+        message = (
+            first_line(error)
+            if isinstance(error, UnicodeDecodeError)
+            else " ".join(str(error).split())
+        )
         return clean_runtime_message(message), "limit" if _LIMITS.search(message) else "invalid"
     return None, None
 
@@ -363,13 +404,18 @@ _LIMITS = re.compile(
     r"|Unsupported model IR version|Current official support for domain"
     r"|bad_alloc|Failed to allocate|Failed to construct locale"
 )
-_RUNTIME_PREFIX = re.compile(r"^(\[ONNXRuntimeError\] : \d+ : \w+ : )?(Load model from .*? failed: ?)?")
+_RUNTIME_PREFIX = re.compile(
+    r"^(\[ONNXRuntimeError\] : \d+ : \w+ : )?(Load model from .*? failed: ?)?"
+)
 _RUNTIME_SOURCE = re.compile(r"/\S+\.(?:cc|h):\d+ (?:.*?\)(?: const)? (?=[A-Za-z\"'(]))?")
 
 
 def clean_runtime_message(message: str) -> str:
     """The message of an exception of ONNX Runtime without its codes, the path and places in its source."""
-    return _RUNTIME_SOURCE.sub("", _RUNTIME_PREFIX.sub("", message)).strip().rstrip(".") or "no reason given"
+    return (
+        _RUNTIME_SOURCE.sub("", _RUNTIME_PREFIX.sub("", message)).strip().rstrip(".")
+        or "no reason given"
+    )
 
 
 def first_line(error: Exception) -> str:

@@ -10,7 +10,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 # Codes of a float array: (values, scale, axis) -> int8 array of the same shape.
-QuantizeFunction = Callable[[npt.NDArray[np.float32], npt.NDArray[np.float32], int | None], npt.NDArray[np.int8]]
+QuantizeFunction = Callable[
+    [npt.NDArray[np.float32], npt.NDArray[np.float32], int | None], npt.NDArray[np.int8]
+]
 
 
 class QuantizeWeights(ir.passes.InPlacePass):

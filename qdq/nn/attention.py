@@ -43,7 +43,11 @@ class QuantMultiheadAttention(QuantMixin, nn.MultiheadAttention):
         self._key_quantizer = TensorQuantizer(quant_desc_input or self.default_quant_desc_input)
         self._value_quantizer = TensorQuantizer(quant_desc_input or self.default_quant_desc_input)
         for attribute in list(self.weights_of(self))[1:]:
-            setattr(self, attribute, TensorQuantizer(quant_desc_weight or self.default_quant_desc_weight))
+            setattr(
+                self,
+                attribute,
+                TensorQuantizer(quant_desc_weight or self.default_quant_desc_weight),
+            )
 
     @staticmethod
     def weights_of(module: nn.Module) -> dict[str, str]:
@@ -98,23 +102,34 @@ class QuantMultiheadAttention(QuantMixin, nn.MultiheadAttention):
             return output, weights
         return output.squeeze(0), None if weights is None else weights.squeeze(0)
 
-    def _project(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    def _project(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> list[torch.Tensor]:
         """The three projections, in as few products as there are tensors."""
         q, k, v = self._quantize(query, key, value)
-        weights = [getattr(self, a)(getattr(self, name)) for a, name in self.weights_of(self).items()]
+        weights = [
+            getattr(self, a)(getattr(self, name)) for a, name in self.weights_of(self).items()
+        ]
         bias = self.in_proj_bias
         if len(weights) == 1 and q is k and k is v:
             return _unpack(F.linear(q, weights[0], bias), 3)
         if len(weights) == 1 and k is v:
             first, rest = slice(None, self.embed_dim), slice(self.embed_dim, None)
             b_q, b_kv = (None, None) if bias is None else (bias[first], bias[rest])
-            return [F.linear(q, weights[0][first], b_q), *_unpack(F.linear(k, weights[0][rest], b_kv), 2)]
+            return [
+                F.linear(q, weights[0][first], b_q),
+                *_unpack(F.linear(k, weights[0][rest], b_kv), 2),
+            ]
         if len(weights) == 1:
-            weights = [weights[0][n * self.embed_dim : (n + 1) * self.embed_dim] for n in range(3)]  # no Split
+            weights = [
+                weights[0][n * self.embed_dim : (n + 1) * self.embed_dim] for n in range(3)
+            ]  # no Split
         biases = (None, None, None) if bias is None else bias.chunk(3)
         return [F.linear(x, w, b) for x, w, b in zip((q, k, v), weights, biases, strict=True)]
 
-    def _quantize(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    def _quantize(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> list[torch.Tensor]:
         """Each tensor once: one that is given twice has one Q/DQ in the graph."""
         done: list[tuple[torch.Tensor, torch.Tensor]] = []
         result = []
@@ -137,13 +152,20 @@ class QuantMultiheadAttention(QuantMixin, nn.MultiheadAttention):
         return x.reshape(*x.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)
 
     def _merge_masks(
-        self, query: torch.Tensor, attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None
+        self,
+        query: torch.Tensor,
+        attn_mask: torch.Tensor | None,
+        key_padding_mask: torch.Tensor | None,
     ) -> torch.Tensor | None:
         """One mask to be added to the scores, `[1 or batch, 1 or heads, 1 or length, keys]`; None if there is none."""
         padding = _canonical(key_padding_mask, "key_padding_mask", query, attn_mask)
         mask = _canonical(attn_mask, "attn_mask", query)
         if mask is not None:
-            mask = mask[None, None] if mask.dim() == 2 else mask.reshape(-1, self.num_heads, *mask.shape[-2:])
+            mask = (
+                mask[None, None]
+                if mask.dim() == 2
+                else mask.reshape(-1, self.num_heads, *mask.shape[-2:])
+            )
         if padding is None:
             return mask
         padding = padding.view(-1, 1, 1, padding.shape[-1])
@@ -159,7 +181,15 @@ class QuantMultiheadAttention(QuantMixin, nn.MultiheadAttention):
             tokens.append((zeros, zeros))
         for key, value in tokens:
             k, v = (
-                torch.cat([x, token.reshape(1, self.num_heads, 1, self.head_dim).expand(x.shape[0], -1, -1, -1)], 2)
+                torch.cat(
+                    [
+                        x,
+                        token.reshape(1, self.num_heads, 1, self.head_dim).expand(
+                            x.shape[0], -1, -1, -1
+                        ),
+                    ],
+                    2,
+                )
                 for x, token in ((k, key), (v, value))
             )
             mask = None if mask is None else F.pad(mask, (0, 1))
@@ -185,7 +215,9 @@ def _unpack(packed: torch.Tensor, count: int) -> list[torch.Tensor]:
     return [parts[index] for index in range(count)]
 
 
-def _canonical(mask: torch.Tensor | None, name: str, query: torch.Tensor, other: Any = None) -> torch.Tensor | None:
+def _canonical(
+    mask: torch.Tensor | None, name: str, query: torch.Tensor, other: Any = None
+) -> torch.Tensor | None:
     """A mask as floats to be added: minus infinity where a boolean one is true."""
     return F._canonical_mask(
         mask=mask,

@@ -51,7 +51,9 @@ class QuantFunctionsMixin(nn.Module):
 
         @functools.wraps(own_forward)
         def forward(self: QuantFunctionsMixin, *args: Any, **kwargs: Any) -> Any:
-            return _run_watched(self, super(cls, self).forward, *args, **kwargs)  # a graph may have written another
+            return _run_watched(
+                self, super(cls, self).forward, *args, **kwargs
+            )  # a graph may have written another
 
         cls.forward = forward
 
@@ -67,7 +69,10 @@ class QuantGraphMixin(QuantFunctionsMixin):
         """A copy of the plain graph, which has copies of the quantizers then."""
         sites, calls = self._function_quantizers, self._function_calls
         quantizers = {
-            site: {operand: copy.deepcopy(getattr(self, attribute), memo) for operand, attribute in operands.items()}
+            site: {
+                operand: copy.deepcopy(getattr(self, attribute), memo)
+                for operand, attribute in operands.items()
+            }
             for site, operands in sites.items()
         }
         with self._as_float():
@@ -127,7 +132,10 @@ def _count_calls(module: QuantGraphMixin) -> Counter[str]:
     """How often the graph of a module calls each function that is quantized."""
     functions = {_function_of(site) for site in module._function_quantizers}
     calls = (node for node in module._graph.nodes if node.op in ("call_function", "call_method"))
-    names = (name_function(node.target) if callable(node.target) else node.target.strip("_") for node in calls)
+    names = (
+        name_function(node.target) if callable(node.target) else node.target.strip("_")
+        for node in calls
+    )
     return Counter(name for name in names if name in functions)
 
 
@@ -162,7 +170,9 @@ def add_function_quantizers(
             setattr(module, attribute, quantizer)
             sites.setdefault(site, {})[operand] = attribute
     if (own_forward := vars(module).get("forward")) is not None:
-        watched = functools.partial(_run_watched, module, own_forward)  # copies with the module, as no closure does
+        watched = functools.partial(
+            _run_watched, module, own_forward
+        )  # copies with the module, as no closure does
         vars(module)["forward"] = functools.update_wrapper(watched, own_forward)
     mixin = QuantGraphMixin if isinstance(module, torch.fx.GraphModule) else QuantFunctionsMixin
     module.__class__ = derive_class(mixin, type(module))
@@ -196,7 +206,10 @@ def _identify(module: nn.Module) -> int:
 # The generators behind checkpoints without reentrant autograd: of torch 2.14, and of torch up to 2.13.
 _CHECKPOINT_GENERATORS: tuple[str, ...] = tuple(
     name
-    for name in ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
+    for name in (
+        "_checkpoint_without_reentrant_generator_impl",
+        "_checkpoint_without_reentrant_generator",
+    )
     if name in vars(checkpointing)
 )
 
@@ -213,7 +226,9 @@ class _Watch(TorchFunctionMode):
         counts: How often it has called each function so far.
     """
 
-    def __init__(self, module: QuantFunctionsMixin, counts: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, module: QuantFunctionsMixin, counts: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__()
         self.module = module
         self.counts: Counter[str] = Counter(counts)
@@ -253,7 +268,11 @@ class _Watch(TorchFunctionMode):
         self._depth += step
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         function = name_function(func)
@@ -262,10 +281,16 @@ class _Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         index, self.counts[function] = self.counts[function], self.counts[function] + 1
         operands = self._sites.get(f"{function}_{index}" if index else function)
-        return func(*args, **kwargs) if operands is None else self._call(func, args, kwargs, operands)
+        return (
+            func(*args, **kwargs) if operands is None else self._call(func, args, kwargs, operands)
+        )
 
     def _call(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], operands: dict[int, str]
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        operands: dict[int, str],
     ) -> Any:
         self._warn_if_recomputed_elsewhere()
         leaves, structure = tree_flatten((args, kwargs))
@@ -276,7 +301,9 @@ class _Watch(TorchFunctionMode):
         args, kwargs = tree_unflatten(leaves, structure)
         result = func(*args, **kwargs)
         if 0 in operands and is_in_place(func):
-            return tensors[0].copy_(result)  # the tensor that was given changes, not its quantized copy
+            return tensors[0].copy_(
+                result
+            )  # the tensor that was given changes, not its quantized copy
         return result
 
     def _warn_if_recomputed_elsewhere(self) -> None:
@@ -284,9 +311,17 @@ class _Watch(TorchFunctionMode):
 
         So does one of a torch whose functions are not those that are exchanged here.
         """
-        if not _CHECKPOINT_GENERATORS and not vars(_running).get("checkpoints", 0) and _is_in_checkpoint():
+        if (
+            not _CHECKPOINT_GENERATORS
+            and not vars(_running).get("checkpoints", 0)
+            and _is_in_checkpoint()
+        ):
             _warn_of_torch()
-        is_foreign = self._has_gradients and not torch.is_grad_enabled() and not vars(_running).get("checkpoints", 0)
+        is_foreign = (
+            self._has_gradients
+            and not torch.is_grad_enabled()
+            and not vars(_running).get("checkpoints", 0)
+        )
         if is_foreign and self.module not in _warned:
             _warned.add(self.module)
             logger.warning(
@@ -330,7 +365,9 @@ class _Recomputed:
         self._function = function
         self._has_run = has_run
         watches = vars(_running).get("watches", ())
-        self._started = [(watch.module, Counter(watch.counts)) for watch in watches if not watch.is_paused]
+        self._started = [
+            (watch.module, Counter(watch.counts)) for watch in watches if not watch.is_paused
+        ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = vars(_running)
@@ -398,11 +435,15 @@ def _watched_checkpoints() -> Iterator[None]:
     def run_reentrant(ctx: Any, function: Callable[..., Any], *args: Any) -> Any:
         return forward(ctx, _recompute_watched(function, has_run=False), *args)  # type: ignore[no-untyped-call]
 
-    def generate(generator: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        generator: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         return generator(_recompute_watched(function, has_run=True), *args, **kwargs)
 
     reentrant.forward = staticmethod(run_reentrant)  # type: ignore[method-assign]
-    vars(checkpointing).update({name: functools.partial(generate, own) for name, own in generators.items()})
+    vars(checkpointing).update(
+        {name: functools.partial(generate, own) for name, own in generators.items()}
+    )
     try:
         yield
     finally:

@@ -35,7 +35,9 @@ class QuantInputMixin(nn.Module):
     """Modules inside that this class calls; the float class only reads their weights."""
     _input_quantizer: TensorQuantizer
 
-    def __init__(self, *args: Any, quant_desc_input: QuantDescriptor | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, quant_desc_input: QuantDescriptor | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.init_quantizer(quant_desc_input)
 
@@ -100,7 +102,9 @@ class QuantMixin(QuantInputMixin):
     ) -> None:
         """Attach both quantizers."""
         super().init_quantizer(quant_desc_input)
-        self._weight_quantizer = TensorQuantizer(quant_desc_weight or self.default_quant_desc_weight)
+        self._weight_quantizer = TensorQuantizer(
+            quant_desc_weight or self.default_quant_desc_weight
+        )
 
     @staticmethod
     def weights_of(module: nn.Module) -> dict[str, str]:
@@ -114,7 +118,10 @@ class QuantMixin(QuantInputMixin):
 
     def quantizers(self) -> dict[str, TensorQuantizer]:
         """The quantizers of this layer by attribute name."""
-        return {"_input_quantizer": self._input_quantizer, "_weight_quantizer": self._weight_quantizer}
+        return {
+            "_input_quantizer": self._input_quantizer,
+            "_weight_quantizer": self._weight_quantizer,
+        }
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the bias too that `correct_bias` or `round_weights` has given to a layer without one."""

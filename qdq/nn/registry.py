@@ -46,7 +46,11 @@ def register_module(float_class: type[nn.Module]) -> Callable[[QuantClass], Quan
             )
         quant_class.float_class = float_class
         name = float_class.__name__
-        home = torch.nn if getattr(torch.nn, name, None) is float_class else sys.modules[float_class.__module__]
+        home = (
+            torch.nn
+            if getattr(torch.nn, name, None) is float_class
+            else sys.modules[float_class.__module__]
+        )
         if getattr(home, name, None) is not float_class:
             raise ArgumentTypeError(
                 f"{name} is not found in its module {home.__name__}: the map looks classes up by name.",

@@ -62,7 +62,9 @@ class TensorCollector:
         self._exponent = torch.tensor(LEAST_EXPONENT)
         self._channel_absmax: torch.Tensor | None = None
         self._records: dict[int, torch.Tensor] = {}  # float64 [7] by number of the batch
-        self._defects: dict[int, torch.Tensor] = {}  # int64 [3] by number: `Summary.defects` and the size
+        self._defects: dict[
+            int, torch.Tensor
+        ] = {}  # int64 [3] by number: `Summary.defects` and the size
 
     @property
     def num_batches(self) -> int:
@@ -108,7 +110,9 @@ class TensorCollector:
         )
         if self._channel_absmax is not None:
             if self._channel_absmax.shape == found.channel_absmax.shape:
-                self._channel_absmax = torch.maximum(self._channel_absmax, found.channel_absmax.to(device))
+                self._channel_absmax = torch.maximum(
+                    self._channel_absmax, found.channel_absmax.to(device)
+                )
             else:
                 self._channel_absmax = None
 
@@ -116,7 +120,10 @@ class TensorCollector:
         record = torch.cat([found.extremes, found.sums])
         if (before := self._records.get(number)) is not None:
             record = record.to(before.device)
-            low, high = torch.minimum(before[:1], record[:1]), torch.maximum(before[1:2], record[1:2])
+            low, high = (
+                torch.minimum(before[:1], record[:1]),
+                torch.maximum(before[1:2], record[1:2]),
+            )
             record = torch.cat([low, high, before[2:] + record[2:]])
         self._records[number] = record
 

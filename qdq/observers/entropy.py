@@ -46,7 +46,10 @@ def solve_entropy(
     groups = fmt.qmax + 1
     rows = max(1, _CHUNK // min(groups, hist.size))
     divergence = np.concatenate(
-        [_divergence(hist, candidates[at : at + rows], groups) for at in range(0, candidates.size, rows)]
+        [
+            _divergence(hist, candidates[at : at + rows], groups)
+            for at in range(0, candidates.size, rows)
+        ]
     )
     last_smallest = np.flatnonzero(divergence <= divergence.min() + _NOISE)[-1]
     return float(candidates[last_smallest] * width)

@@ -16,7 +16,9 @@ def require_tensor(inputs: Any) -> None:
         ArgumentTypeError: With the type that was found.
     """
     if not isinstance(inputs, torch.Tensor):
-        raise ArgumentTypeError(f"the input is a {type(inputs).__name__}, not a tensor.", "pass a torch.Tensor.")
+        raise ArgumentTypeError(
+            f"the input is a {type(inputs).__name__}, not a tensor.", "pass a torch.Tensor."
+        )
 
 
 def require_finite(maximum: torch.Tensor, inputs: torch.Tensor) -> None:

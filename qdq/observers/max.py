@@ -38,13 +38,17 @@ def _aminmax(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return low, high
 
 
-def _aminmax_kept(inputs: torch.Tensor, axis: int | Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _aminmax_kept(
+    inputs: torch.Tensor, axis: int | Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     kept = _kept_axes(inputs, axis)
     others = [dim for dim in range(inputs.dim()) if dim not in kept]
     if not others:
         return inputs, inputs
     if any(inputs.shape[dim] == 0 for dim in others):
-        zeros = inputs.new_zeros([size if dim in kept else 1 for dim, size in enumerate(inputs.shape)])
+        zeros = inputs.new_zeros(
+            [size if dim in kept else 1 for dim, size in enumerate(inputs.shape)]
+        )
         return zeros, zeros
     return inputs.amin(others, keepdim=True), inputs.amax(others, keepdim=True)
 
@@ -53,7 +57,9 @@ def _kept_axes(inputs: torch.Tensor, axis: int | Sequence[int]) -> set[int]:
     """The axes counted from the start."""
     axes = [axis] if isinstance(axis, int) else list(axis)
     if not all(isinstance(dim, int) for dim in axes):
-        raise ArgumentTypeError(f"axis is {axis!r}; it must be None, an int or a sequence of ints.", "0 keeps axis 0.")
+        raise ArgumentTypeError(
+            f"axis is {axis!r}; it must be None, an int or a sequence of ints.", "0 keeps axis 0."
+        )
     if not all(-inputs.dim() <= dim < inputs.dim() for dim in axes):
         raise ArgumentError(
             f"axis {axis} is out of range for a tensor of shape {tuple(inputs.shape)}.",

@@ -59,7 +59,9 @@ def solve_mse_levels(
     candidates = candidate_bins(start_bin, stride, size, least=0)
     if not candidates.size:
         return size * width
-    centres = np.arange(size, dtype=np.float64) + 0.5  # in units of the width, in which the prefix sums are exact
+    centres = (
+        np.arange(size, dtype=np.float64) + 0.5
+    )  # in units of the width, in which the prefix sums are exact
     prefix_h, prefix_f = np.zeros((2, size + 1))
     np.cumsum(counts, out=prefix_h[1:])
     np.cumsum(counts * centres, out=prefix_f[1:])

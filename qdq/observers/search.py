@@ -28,9 +28,17 @@ def candidate_bins(start_bin: int, stride: int, stop: int, least: int) -> npt.ND
     """
     for name, value, smallest in (("stride", stride, 1), ("start_bin", start_bin, least)):
         if not isinstance(value, Integral):
-            raise ArgumentTypeError(f"{name} is {value!r}; it must be an integer.", "bins are counted from 0.")
+            raise ArgumentTypeError(
+                f"{name} is {value!r}; it must be an integer.", "bins are counted from 0."
+            )
         if value < smallest:
-            raise ArgumentError(f"{name} is {value}; it must be {smallest} or more.", "1 and 128 are the defaults.")
+            raise ArgumentError(
+                f"{name} is {value}; it must be {smallest} or more.", "1 and 128 are the defaults."
+            )
     if start_bin >= stop:
-        logger.warning("start_bin=%d is past the last bin to try, %d: the last edge is amax.", start_bin, stop - 1)
+        logger.warning(
+            "start_bin=%d is past the last bin to try, %d: the last edge is amax.",
+            start_bin,
+            stop - 1,
+        )
     return np.arange(start_bin, stop, stride)

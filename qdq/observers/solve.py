@@ -40,7 +40,9 @@ def _entropy(statistics: TensorStatistics, fmt: Format) -> float:
 def _mse(statistics: TensorStatistics, fmt: Format) -> float:
     counts = statistics.magnitudes(fmt.unsigned)
     stride = 1 + counts.size * fmt.qmax // _MSE_OPERATIONS
-    return solve_mse(counts, statistics.width, fmt, stride, start_bin=(counts.size - 1) % stride)  # up to the last bin
+    return solve_mse(
+        counts, statistics.width, fmt, stride, start_bin=(counts.size - 1) % stride
+    )  # up to the last bin
 
 
 def _average_max(statistics: TensorStatistics, fmt: Format) -> float:
@@ -49,7 +51,9 @@ def _average_max(statistics: TensorStatistics, fmt: Format) -> float:
 
 def _moving_average(statistics: TensorStatistics, fmt: Format, *, weight: float = 0.1) -> float:
     if not 0 < weight <= 1:
-        raise ArgumentError(f"weight is {weight}; it must be above 0 and at most 1.", "0.1 is the default.")
+        raise ArgumentError(
+            f"weight is {weight}; it must be above 0 and at most 1.", "0.1 is the default."
+        )
     return moving_average(statistics.batch_maxima(fmt.unsigned), weight)
 
 
@@ -81,7 +85,9 @@ SOLVERS: dict[str, Solver] = {
 """Method -> `(statistics, format, **options) -> amax`; what it gives is cut to the largest value by `solve_amax`."""
 
 
-def solve_amax(statistics: TensorStatistics, fmt: Format, method: str = "mse", **options: Any) -> float:
+def solve_amax(
+    statistics: TensorStatistics, fmt: Format, method: str = "mse", **options: Any
+) -> float:
     """The range of a tensor.
 
     Args:

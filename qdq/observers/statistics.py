@@ -124,7 +124,9 @@ class TensorStatistics:
     @property
     def std(self) -> float:
         """Standard deviation of x around its mean; 0 before data."""
-        return math.sqrt(max(math.fsum(self._column("sum_squares")) / max(self.count, 1) - self.mean**2, 0.0))
+        return math.sqrt(
+            max(math.fsum(self._column("sum_squares")) / max(self.count, 1) - self.mean**2, 0.0)
+        )
 
     @property
     def laplace_b(self) -> float:
@@ -191,7 +193,9 @@ class TensorStatistics:
 
     def shifted(self, by: int) -> TensorStatistics:
         """The same with all batch numbers larger by `by`."""
-        return TensorStatistics(self.counts, self.exponent, self.channel_absmax, self.numbers + by, self.records)
+        return TensorStatistics(
+            self.counts, self.exponent, self.channel_absmax, self.numbers + by, self.records
+        )
 
     def merge(self, other: TensorStatistics) -> TensorStatistics:
         """What one pass over the batches of both would have left.
@@ -208,7 +212,8 @@ class TensorStatistics:
         order = np.argsort(numbers)
         exponent = max(self.exponent, other.exponent)
         return TensorStatistics(
-            counts=coarsen(self.counts, exponent - self.exponent) + coarsen(other.counts, exponent - other.exponent),
+            counts=coarsen(self.counts, exponent - self.exponent)
+            + coarsen(other.counts, exponent - other.exponent),
             exponent=exponent,
             channel_absmax=self._merge_channels(other),
             numbers=numbers[order],
@@ -256,7 +261,9 @@ class TensorStatistics:
         }
         for name, (array, dtype, shape) in expected.items():
             if array.dtype != dtype or array.shape != shape:
-                raise _damaged(f"{name} is {array.dtype}{list(array.shape)}, not {np.dtype(dtype)}{list(shape)}")
+                raise _damaged(
+                    f"{name} is {array.dtype}{list(array.shape)}, not {np.dtype(dtype)}{list(shape)}"
+                )
         if unknown := arrays.keys() - {*expected, "channel_absmax"}:
             raise _damaged(f"{min(unknown)!r:.40} is none of its arrays")
         if not LEAST_EXPONENT <= exponent[0] <= MOST_EXPONENT:
@@ -268,19 +275,35 @@ class TensorStatistics:
     def _require_consistent(self) -> None:
         """Raise ArgumentError where the arrays hold what no data gives, or contradict each other."""
         channels = self.channel_absmax
-        if channels is not None and (channels.dtype != np.float32 or channels.size != max(channels.shape, default=0)):
-            raise _damaged(f"channel_absmax is {channels.dtype}{list(channels.shape)}, not float32 with one axis")
+        if channels is not None and (
+            channels.dtype != np.float32 or channels.size != max(channels.shape, default=0)
+        ):
+            raise _damaged(
+                f"channel_absmax is {channels.dtype}{list(channels.shape)}, not float32 with one axis"
+            )
         if channels is not None and not (np.isfinite(channels) & (channels >= 0)).all():
             raise _damaged("channel_absmax holds what no maximum is")
         is_ascending = (np.diff(self.numbers, prepend=-1) > 0).all()
         if not is_ascending or self.numbers.max(initial=0) >= MOST_COUNT:
             raise _damaged("the numbers of its batches do not ascend from 0, or without end")
-        if not (np.abs(self.records) < MOST_SUM).all() or (self._column("low") > self._column("high")).any():
-            raise _damaged("its records are no sums of float32, or the lowest value lies above the highest")
+        if (
+            not (np.abs(self.records) < MOST_SUM).all()
+            or (self._column("low") > self._column("high")).any()
+        ):
+            raise _damaged(
+                "its records are no sums of float32, or the lowest value lies above the highest"
+            )
         values, nonzero = self._column("count"), self._column("nonzero")
-        if not ((nonzero >= 0) & (nonzero <= values)).all() or (self._column("sum_squares") < 0).any():
+        if (
+            not ((nonzero >= 0) & (nonzero <= values)).all()
+            or (self._column("sum_squares") < 0).any()
+        ):
             raise _damaged("its records count what cannot be")
-        if self.counts.min() < 0 or self.counts.max() >= MOST_COUNT or self.count != self.counts.sum():
+        if (
+            self.counts.min() < 0
+            or self.counts.max() >= MOST_COUNT
+            or self.count != self.counts.sum()
+        ):
             raise _damaged("its counts contradict its records")
         if self.absmax >= NUM_BINS * self.width:
             raise _damaged(f"its largest value {self.absmax:g} lies beyond its last bin")

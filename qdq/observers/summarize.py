@@ -60,7 +60,11 @@ def summarize(values: torch.Tensor, channel_axis: int | None = None) -> Summary:
     with torch.inference_mode(False), torch.no_grad():
         values = values.reshape(1) if values.dim() == 0 else values
         matrices = _as_matrices(values, channel_axis)
-        found = _on_cpu(values, matrices) if values.device.type == "cpu" else _on_device(values, matrices)
+        found = (
+            _on_cpu(values, matrices)
+            if values.device.type == "cpu"
+            else _on_device(values, matrices)
+        )
         shape = [1] * values.dim()
         shape[channel_axis] = -1
         return replace(found, channel_absmax=found.channel_absmax.reshape(shape))
@@ -88,9 +92,13 @@ def _as_matrices(values: torch.Tensor, channel_axis: int) -> list[_Matrix]:
     order = sorted(range(values.dim()), key=lambda dim: (-strides[dim], dim))
     sorted_view = values.permute(order)
     if not sorted_view.is_contiguous():
-        others = [dim for dim in range(values.dim()) if dim != channel_axis and values.shape[dim] > 1]
+        others = [
+            dim for dim in range(values.dim()) if dim != channel_axis and values.shape[dim] > 1
+        ]
         parts = torch.split(values, 1, others[0]) if others else (values,)
-        return [matrix for part in parts for matrix in _as_matrices(part.contiguous(), channel_axis)]
+        return [
+            matrix for part in parts for matrix in _as_matrices(part.contiguous(), channel_axis)
+        ]
     position = order.index(channel_axis)
     shape = sorted_view.shape
     inner = math.prod(shape[position + 1 :])
@@ -101,7 +109,10 @@ def _as_matrices(values: torch.Tensor, channel_axis: int) -> list[_Matrix]:
 
 def _channel_extremes(matrices: list[_Matrix]) -> tuple[torch.Tensor, torch.Tensor]:
     """Minimum and maximum of each channel, float32 `[C]`; they do not depend on how torch shares the work."""
-    lows, highs = ([_reduce(matrix, reduction) for matrix in matrices] for reduction in (torch.amin, torch.amax))
+    lows, highs = (
+        [_reduce(matrix, reduction) for matrix in matrices]
+        for reduction in (torch.amin, torch.amax)
+    )
     return torch.stack(lows).amin(0), torch.stack(highs).amax(0)
 
 
@@ -215,13 +226,17 @@ class _Counter:
             self._sum(values)
         for chunk in torch.split(values, _CHUNK):
             bins = _buffers.bins[: chunk.numel()]
-            for piece, place in zip(torch.split(chunk, _PIECE), torch.split(bins, _PIECE), strict=True):
+            for piece, place in zip(
+                torch.split(chunk, _PIECE), torch.split(bins, _PIECE), strict=True
+            ):
                 if piece.dtype != torch.float32:
                     piece = _buffers.converted[: piece.numel()].copy_(piece)
                 if not at_once:
                     self._sum(piece if self._can_be_summed(piece) else piece.double())
                 self._find_bins(piece, place)
-            self._counts += torch.bincount(bins, minlength=self._counts.numel()).view_as(self._counts)
+            self._counts += torch.bincount(bins, minlength=self._counts.numel()).view_as(
+                self._counts
+            )
         self._size += values.numel()
 
     def _can_be_summed(self, values: torch.Tensor) -> bool:
@@ -275,7 +290,11 @@ def _on_device(values: torch.Tensor, matrices: list[_Matrix]) -> Summary:
     factor = ((127 - exponent) << 23).to(torch.int32).view(torch.float32)  # 2^-k to the last bit
     counts = torch.zeros(2, NUM_BINS, dtype=torch.int64, device=values.device)
     sums = torch.zeros(5, dtype=torch.float64, device=values.device)
-    for piece in (piece for matrix in matrices for piece in torch.split(matrix.values.reshape(-1), _DEVICE_PIECE)):
+    for piece in (
+        piece
+        for matrix in matrices
+        for piece in torch.split(matrix.values.reshape(-1), _DEVICE_PIECE)
+    ):
         single = piece.float()
         bins = (single * factor).trunc_()
         # 2 NUM_BINS bins of width 1 from -NUM_BINS on, of which the first stays empty
@@ -283,7 +302,13 @@ def _on_device(values: torch.Tensor, matrices: list[_Matrix]) -> Summary:
         counts += _split_signs(both, (single < 0).sum())
         wide = single.double()
         sums += torch.stack(
-            [wide.sum(), wide.abs().sum(), wide.square().sum(), wide.new_tensor(wide.numel()), (wide != 0).sum()]
+            [
+                wide.sum(),
+                wide.abs().sum(),
+                wide.square().sum(),
+                wide.new_tensor(wide.numel()),
+                (wide != 0).sum(),
+            ]
         )
     extremes = torch.stack([lows.amin(), highs.amax()]).double()
     return Summary(counts, exponent, channel_absmax, extremes, sums, locate_defects(values))

@@ -37,7 +37,15 @@ from qdq.run import set_seed
 from qdq.schedule import Schedule
 from qdq.trace import find_device, require_batches, require_model, tensors_of
 
-__all__ = ["Distillation", "Schedule", "Tuning", "cross_entropy", "finetune", "load_tuned", "save_tuned"]
+__all__ = [
+    "Distillation",
+    "Schedule",
+    "Tuning",
+    "cross_entropy",
+    "finetune",
+    "load_tuned",
+    "save_tuned",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +91,9 @@ class Tuning:
             loss = "       -" if m.loss is None else f"{m.loss:8.5f}"
             lines.append(f"  {m.step:5d}  {m.metric:7.2f}  {loss}  {m.lr:8.1e}")
         for each in self.oscillating:
-            lines.append(f"  {each.layer}: {each.share:.1%} of its weights oscillate between two codes")
+            lines.append(
+                f"  {each.layer}: {each.share:.1%} of its weights oscillate between two codes"
+            )
         return "\n".join(lines + [f"  {each.quantizer}: {each.reason}" for each in self.bad_ranges])
 
 
@@ -165,22 +175,45 @@ def finetune(
             require_batches(batches)
             require_ranges(model)
             _require_numbers(seed, measure_every)
-            _require_useful(teacher, distillation, schedule, measure_every, metric is not None or held is not None)
+            _require_useful(
+                teacher,
+                distillation,
+                schedule,
+                measure_every,
+                metric is not None or held is not None,
+            )
             taught_by = "" if teacher is None else digest_weights(teacher)
             if teacher is None and distillation is not None:
                 teacher = copy_float(model)
             total = schedule.count_steps(batches)
             settings: dict[str, Any] = {
-                "weights": digest_weights(model), "schedule": asdict(schedule), "steps": total, "ranges": ranges,
-                "train": train, "distillation": _describe_distillation(distillation), "teacher": taught_by,
-                "loss": _name(loss), "metric": _name(metric), "amp": amp, "seed": seed,
-            }  # fmt: skip
+                "weights": digest_weights(model),
+                "schedule": asdict(schedule),
+                "steps": total,
+                "ranges": ranges,
+                "train": train,
+                "distillation": _describe_distillation(distillation),
+                "teacher": taught_by,
+                "loss": _name(loss),
+                "metric": _name(metric),
+                "amp": amp,
+                "seed": seed,
+            }
             if folder is not None and getattr(batches, "persistent_workers", False):
                 logger.warning(_PERSISTENT)
             if folder is not None or find_rank()[1] > 1:
                 settings["data"] = _digest_first(batches, seed)
             objective = Objective(model, teacher, loss, distillation)
-            trainer = Trainer(model, objective, schedule, total, ranges=ranges, train=train, layers=layers, amp=amp)
+            trainer = Trainer(
+                model,
+                objective,
+                schedule,
+                total,
+                ranges=ranges,
+                train=train,
+                layers=layers,
+                amp=amp,
+            )
             exits.callback(trainer.finish)
             settings["layers"] = trainer.digest_trained()
             every = settings["measure_every"] = measure_every or max(total // _MEASUREMENTS, 1)
@@ -189,7 +222,14 @@ def finetune(
                 settings["held"] = digest_tensors(tensors_of(kept))
                 metric = _measure_loss(loss, kept) if loss else _measure_distance(teacher, kept)
             settings = to_jsonable(settings)
-            record = Record(trainer, metric, every, None if folder is None else Path(folder), settings, tensorboard)
+            record = Record(
+                trainer,
+                metric,
+                every,
+                None if folder is None else Path(folder),
+                settings,
+                tensorboard,
+            )
             exits.callback(record.close)
         _require_alike(settings | {"folder": folder is not None})
         stopped, batch = _run(trainer, record, batches, seed, schedule.patience)
@@ -200,7 +240,13 @@ def finetune(
         oscillating = trainer.watch.find() if trainer.watch else ()
         bad_ranges = () if batch is None else find_bad_ranges(model, trainer.place(batch))
         tuning = Tuning(
-            tuple(record.losses), tuple(record.curve), best_step, stopped, oscillating, bad_ranges, record.seconds
+            tuple(record.losses),
+            tuple(record.curve),
+            best_step,
+            stopped,
+            oscillating,
+            bad_ranges,
+            record.seconds,
         )
         if folder is not None and find_rank()[0] == 0:
             write_json(Path(folder) / SUMMARY_FILE, tuning)
@@ -216,11 +262,15 @@ def _require_numbers(seed: int, measure_every: int | None) -> None:
     """
     for name, value in (("seed", seed), ("measure_every", measure_every)):
         if isinstance(value, bool) or not isinstance(value, int | None):
-            raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}.", "give an integer.")
+            raise ArgumentTypeError(
+                f"{name} is {value!r}, a {type(value).__name__}.", "give an integer."
+            )
     if not 0 <= seed < 2**32:
         raise ArgumentError(f"seed is {seed}; it must be 0 to {2**32 - 1}.", "choose another seed.")
     if measure_every is not None and measure_every < 1:
-        raise ArgumentError(f"measure_every is {measure_every}; it must be 1 or more.", "leave it out.")
+        raise ArgumentError(
+            f"measure_every is {measure_every}; it must be 1 or more.", "leave it out."
+        )
 
 
 def _require_useful(
@@ -237,13 +287,17 @@ def _require_useful(
     """
     if teacher is not None and distillation is None:
         raise ArgumentError(
-            "there is a teacher, but no distillation.", "leave the teacher out, or pass a Distillation."
+            "there is a teacher, but no distillation.",
+            "leave the teacher out, or pass a Distillation.",
         )
     if schedule.patience is not None and not is_measured:
-        raise ArgumentError("patience waits for a better metric, and there is none.", "give held, or a metric.")
+        raise ArgumentError(
+            "patience waits for a better metric, and there is none.", "give held, or a metric."
+        )
     if measure_every is not None and not is_measured:
         raise ArgumentError(
-            "measure_every is given, and there is no metric.", "give held or a metric, or leave it out."
+            "measure_every is given, and there is no metric.",
+            "give held or a metric, or leave it out.",
         )
 
 
@@ -255,7 +309,9 @@ def _require_alike(facts: dict[str, Any]) -> None:
     """
     first, *others = [json.loads(content) for content in gather_bytes(json.dumps(facts).encode())]
     names = dict.fromkeys(name for each in (first, *others) for name in each)
-    if different := [name for name in names if any(other.get(name) != first.get(name) for other in others)]:
+    if different := [
+        name for name in names if any(other.get(name) != first.get(name) for other in others)
+    ]:
         raise StateError(
             f"the processes do not begin alike: {', '.join(different)} differ.",
             "give all of them the same model (weights, ranges, formats, layers in float), options and "
@@ -263,7 +319,9 @@ def _require_alike(facts: dict[str, Any]) -> None:
         )
 
 
-def _run(trainer: Trainer, record: Record, batches: Iterable[Any], seed: int, patience: int | None) -> tuple[str, Any]:
+def _run(
+    trainer: Trainer, record: Record, batches: Iterable[Any], seed: int, patience: int | None
+) -> tuple[str, Any]:
     """All steps that are left; why they ended early ("" if they did not), and the last batch."""
     random_state = record.resume()
     if not record.losses:
@@ -271,7 +329,9 @@ def _run(trainer: Trainer, record: Record, batches: Iterable[Any], seed: int, pa
     stopped, batch = _reason_to_stop(record, patience), None
     stream = _iterate(batches, seed, record.epoch, random_state)
     hidden = True if find_rank()[0] else None
-    with tqdm(total=trainer.total, initial=trainer.step, desc="fine-tune", unit="step", disable=hidden) as progress:
+    with tqdm(
+        total=trainer.total, initial=trainer.step, desc="fine-tune", unit="step", disable=hidden
+    ) as progress:
         while trainer.step < trainer.total and not stopped:
             try:
                 with trainer.failing_together():
@@ -301,7 +361,10 @@ def _reason_to_stop(record: Record, patience: int | None) -> str:
 
 
 def _iterate(
-    batches: Iterable[Any], seed: int, begin: tuple[int, int], random_state: Mapping[str, torch.Tensor]
+    batches: Iterable[Any],
+    seed: int,
+    begin: tuple[int, int],
+    random_state: Mapping[str, torch.Tensor],
 ) -> Iterator[tuple[Any, tuple[int, int]]]:
     """Batches without end, each with its epoch and how many of that epoch have been taken with it.
 
@@ -321,8 +384,14 @@ def _iterate(
                 continue
             yield batch, (epoch, taken)
         if not taken:
-            found = "the batches ran out: an iterator gives them once" if epoch else "there is no batch to train on"
-            raise DataError(f"{found}.", "give batches that can be iterated over again, a list or a DataLoader.")
+            found = (
+                "the batches ran out: an iterator gives them once"
+                if epoch
+                else "there is no batch to train on"
+            )
+            raise DataError(
+                f"{found}.", "give batches that can be iterated over again, a list or a DataLoader."
+            )
         epoch, skipped, random_state = epoch + 1, 0, {}
 
 
@@ -332,7 +401,10 @@ def _describe_distillation(distillation: Distillation | None) -> Any:
         return None
     layers = distillation.layers
     patterns = [layers] if isinstance(layers, str | type) or callable(layers) else layers
-    return {**vars(distillation), "layers": [each if isinstance(each, str) else _name(each) for each in patterns]}
+    return {
+        **vars(distillation),
+        "layers": [each if isinstance(each, str) else _name(each) for each in patterns],
+    }
 
 
 def _name(function: Any) -> str:
@@ -364,13 +436,17 @@ def _read_held(held: Iterable[Any], seed: int) -> list[Any]:
         _begin_epoch(held, seed, 0)
         kept = list(held)
     if not kept:
-        raise DataError("there is no batch to measure on.", "give held at least one batch, or leave it out.")
+        raise DataError(
+            "there is no batch to measure on.", "give held at least one batch, or leave it out."
+        )
     return kept
 
 
 def _begin_epoch(batches: Any, seed: int, epoch: int) -> None:
     """Seed the global random numbers and the generators of the batches, and tell samplers the epoch."""
-    common, own = (int(number) for number in np.random.SeedSequence([seed, epoch]).generate_state(2))
+    common, own = (
+        int(number) for number in np.random.SeedSequence([seed, epoch]).generate_state(2)
+    )
     set_seed(common)
     for generator in _find_generators(batches):
         generator.manual_seed(own)

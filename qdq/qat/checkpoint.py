@@ -40,8 +40,13 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: dict[st
     Raises:
         ArgumentError: The folder cannot be written to.
     """
-    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    return write_atomic(path, save(own, {"qdq": json.dumps(facts | {"digest": _digest(own, facts)})}))
+    own = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    return write_atomic(
+        path, save(own, {"qdq": json.dumps(facts | {"digest": _digest(own, facts)})})
+    )
 
 
 def load_tensors(
@@ -65,9 +70,13 @@ def load_tensors(
         raise DataError(f"cannot read {path}: {printable(error, 100)}.", fix) from error
     header = content[8 : 8 + int.from_bytes(content[:8], "little")].decode()
     metadata = parse_json(header, f"the header of {path}", fix).get("__metadata__", {})
-    facts = parse_json(metadata.get("qdq", "{}"), f"the metadata of {path}", fix, finite=False)  # of a loss, say
+    facts = parse_json(
+        metadata.get("qdq", "{}"), f"the metadata of {path}", fix, finite=False
+    )  # of a loss, say
     if not isinstance(facts, dict) or facts.get("format") != form:
-        raise DataError(f"{path} is no {form!r} file.", "give a file that this version of finetune wrote.")
+        raise DataError(
+            f"{path} is no {form!r} file.", "give a file that this version of finetune wrote."
+        )
     digest = facts.pop("digest", None)  # of earlier versions there is none
     if digest is not None and digest != _digest(tensors, facts):
         raise DataError(f"{path} is damaged: its digest is not that of its content.", fix)
@@ -75,7 +84,10 @@ def load_tensors(
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], facts: dict[str, Any]) -> str:
-    parts = {f"{name} {tensor.dtype} {list(tensor.shape)}": bytes_of(tensor) for name, tensor in tensors.items()}
+    parts = {
+        f"{name} {tensor.dtype} {list(tensor.shape)}": bytes_of(tensor)
+        for name, tensor in tensors.items()
+    }
     return digest_parts(json.loads(json.dumps(facts)), parts)
 
 
@@ -107,7 +119,9 @@ def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict with ranges as buffers, also while they are learned; copies."""
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     learned = [name for name in state if name.endswith("._log2_amax")]
-    return state | {name.replace("._log2_amax", "._amax"): from_log2(state.pop(name)) for name in learned}
+    return state | {
+        name.replace("._log2_amax", "._amax"): from_log2(state.pop(name)) for name in learned
+    }
 
 
 def load_tuned(model: nn.Module, path: Path | str) -> dict[str, Any]:
@@ -128,8 +142,14 @@ def load_tuned(model: nn.Module, path: Path | str) -> dict[str, Any]:
     tensors, facts = load_tensors(as_path(path, "path"), MODEL_FORMAT)
     _require_same(_describe_formats(model), facts["quantizers"], path)
     quantizers = dict(named_quantizers(model))
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("._amax")}
-    weights = {name: tensor for name, tensor in tensors.items() if name.rpartition("._amax")[0] not in quantizers}
+    state = {
+        name: tensor for name, tensor in model.state_dict().items() if not name.endswith("._amax")
+    }
+    weights = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name.rpartition("._amax")[0] not in quantizers
+    }
     require_same_shapes(state, weights, path)
     for name, amax in tensors.items():
         if (own := model.state_dict().get(name)) is not None and own.numel() != amax.numel():
@@ -137,16 +157,24 @@ def load_tuned(model: nn.Module, path: Path | str) -> dict[str, Any]:
     model.load_state_dict(tensors, strict=False)
     for name, quantizer in quantizers.items():
         quantizer._disabled = name in facts["disabled"]
-    return {key: value for key, value in facts.items() if key not in ("format", "disabled", "quantizers")}
+    return {
+        key: value
+        for key, value in facts.items()
+        if key not in ("format", "disabled", "quantizers")
+    }
 
 
-def require_same_shapes(own: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], path: Path | str) -> None:
+def require_same_shapes(
+    own: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], path: Path | str
+) -> None:
     """Refuse a file whose tensors have other names or shapes than those of the model.
 
     Raises:
         ModelError: With the first of them.
     """
-    shapes, others = ({name: list(tensor.shape) for name, tensor in of.items()} for of in (own, theirs))
+    shapes, others = (
+        {name: list(tensor.shape) for name, tensor in of.items()} for of in (own, theirs)
+    )
     _require_same(shapes, others, path)
 
 
@@ -156,7 +184,9 @@ def _require_same(own: Mapping[str, Any], theirs: Mapping[str, Any], path: Path 
     Raises:
         ModelError: With the first of them.
     """
-    different = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
+    different = sorted(
+        name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name)
+    )
     if different:
         first = different[0]
         more = f" and {len(different) - 1} more differ" if len(different) > 1 else ""
@@ -178,7 +208,9 @@ def pack_random() -> dict[str, torch.Tensor]:
         "python": torch.tensor(words, dtype=torch.int64),
         "numpy": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
         "numpy position": torch.tensor(numpy_state["state"]["pos"]),
-        "gauss": torch.tensor([np.nan if gauss is None else gauss, numpy_state["gauss"]], dtype=torch.float64),
+        "gauss": torch.tensor(
+            [np.nan if gauss is None else gauss, numpy_state["gauss"]], dtype=torch.float64
+        ),
         "numpy has gauss": torch.tensor(numpy_state["has_gauss"]),
     }
     if torch.cuda.is_available():
@@ -189,7 +221,9 @@ def pack_random() -> dict[str, torch.Tensor]:
 def unpack_random(tensors: Mapping[str, torch.Tensor]) -> None:
     """Undo `pack_random`."""
     python_gauss, numpy_gauss = tensors["gauss"].tolist()
-    random.setstate((3, tuple(tensors["python"].tolist()), None if math.isnan(python_gauss) else python_gauss))
+    random.setstate(
+        (3, tuple(tensors["python"].tolist()), None if math.isnan(python_gauss) else python_gauss)
+    )
     key, position = tensors["numpy"].numpy().astype(np.uint32), int(tensors["numpy position"])
     np.random.set_state(("MT19937", key, position, int(tensors["numpy has gauss"]), numpy_gauss))
     torch.set_rng_state(tensors["torch"])

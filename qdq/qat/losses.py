@@ -26,7 +26,9 @@ from qdq.units import name_block
 Loss = Callable[[Any, Any], torch.Tensor] | Literal["own"]
 """`(outputs of the model, batch) -> scalar`, the mean over the samples of the batch; "own": see `run_with_loss`."""
 
-_QUIET = 1e-3  # of the mean energy of a batch; the error of a sample with less is measured against this
+_QUIET = (
+    1e-3  # of the mean energy of a batch; the error of a sample with less is measured against this
+)
 _TINY = 1e-30  # an energy that stands for 0, far enough from the smallest float32 to divide by
 
 
@@ -62,11 +64,17 @@ class Distillation:
                     f"{name} is {weight!r}, a {type(weight).__name__}.", f"give {name} as a number."
                 )
             if not 0 <= weight < float("inf"):
-                raise ArgumentError(f"{name} is {weight}; a weight of a loss is 0 or more.", f"pass another {name}.")
+                raise ArgumentError(
+                    f"{name} is {weight}; a weight of a loss is 0 or more.", f"pass another {name}."
+                )
         if not any(weights.values()):
-            raise ArgumentError("all weights of the distillation are 0.", "pass distillation=None to leave it out.")
+            raise ArgumentError(
+                "all weights of the distillation are 0.", "pass distillation=None to leave it out."
+            )
         if self.layers and not self.features:
-            raise ArgumentError("features is 0, so layers say nothing.", "give features a weight, or no layers.")
+            raise ArgumentError(
+                "features is 0, so layers say nothing.", "give features a weight, or no layers."
+            )
 
 
 def cross_entropy(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
@@ -75,8 +83,12 @@ def cross_entropy(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
     Raises:
         DataError: The batch has no labels.
     """
-    if not (isinstance(batch, tuple | list) and len(batch) > 1 and isinstance(batch[1], torch.Tensor)):
-        raise DataError("a batch has no labels.", "give batches (images, labels), or distil: loss=None.")
+    if not (
+        isinstance(batch, tuple | list) and len(batch) > 1 and isinstance(batch[1], torch.Tensor)
+    ):
+        raise DataError(
+            "a batch has no labels.", "give batches (images, labels), or distil: loss=None."
+        )
     return F.cross_entropy(outputs.float(), batch[1])
 
 
@@ -94,17 +106,39 @@ class Objective:
     """
 
     def __init__(
-        self, model: nn.Module, teacher: nn.Module | None, loss: Loss | None, distillation: Distillation | None
+        self,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        loss: Loss | None,
+        distillation: Distillation | None,
     ) -> None:
         if loss is None and distillation is None:
-            raise ArgumentError("there is no loss: no loss function and no distillation.", "give one of them.")
+            raise ArgumentError(
+                "there is no loss: no loss function and no distillation.", "give one of them."
+            )
         if not (loss is None or loss == "own" or callable(loss)):
-            raise ArgumentError(f"loss is {loss!r}.", "give a function (outputs, batch) -> scalar, or 'own'.")
+            raise ArgumentError(
+                f"loss is {loss!r}.", "give a function (outputs, batch) -> scalar, or 'own'."
+            )
         if loss == "own" and distillation is not None and (distillation.mse or distillation.kl):
-            found = "a model that gives its own loss gives no outputs to compare with the teacher's."
-            raise ArgumentError(found, "pass distillation=None, or Distillation(mse=0, kl=0) to compare the features.")
-        self._model, self._teacher, self._loss, self._distillation = model, teacher, loss, distillation
-        self._layers = _find_layers(model, distillation.layers) if distillation and distillation.features else []
+            found = (
+                "a model that gives its own loss gives no outputs to compare with the teacher's."
+            )
+            raise ArgumentError(
+                found,
+                "pass distillation=None, or Distillation(mse=0, kl=0) to compare the features.",
+            )
+        self._model, self._teacher, self._loss, self._distillation = (
+            model,
+            teacher,
+            loss,
+            distillation,
+        )
+        self._layers = (
+            _find_layers(model, distillation.layers)
+            if distillation and distillation.features
+            else []
+        )
         if teacher is not None and self._layers:
             _require_layers(teacher, self._layers)
 
@@ -118,7 +152,11 @@ class Objective:
         with _recording(self._model, self._layers) as found:
             outputs, total = run_with_loss(self._model, self._loss, batch)
         if self._distillation is not None and self._teacher is not None:
-            with _plain_attention(), evaluating(self._teacher), _recording(self._teacher, self._layers) as expected:
+            with (
+                _plain_attention(),
+                evaluating(self._teacher),
+                _recording(self._teacher, self._layers) as expected,
+            ):
                 targets = call_model(self._teacher, batch)
             if self._loss != "own":
                 total = total + _distance(self._distillation, outputs, targets)
@@ -132,8 +170,15 @@ def _distance(distillation: Distillation, outputs: Any, targets: Any) -> torch.T
     total = distillation.mse * torch.stack([relative_error(*pair) for pair in pairs]).mean()
     classes = [divergence(*pair) for pair in pairs if pair[0].dim() == 2]
     if not (distillation.mse or distillation.features or classes):
-        raise ArgumentError("the distillation is 0: kl needs outputs [N, classes].", "give mse or features a weight.")
-    return total + distillation.kl * torch.stack(classes).mean() if classes and distillation.kl else total
+        raise ArgumentError(
+            "the distillation is 0: kl needs outputs [N, classes].",
+            "give mse or features a weight.",
+        )
+    return (
+        total + distillation.kl * torch.stack(classes).mean()
+        if classes and distillation.kl
+        else total
+    )
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
@@ -162,10 +207,18 @@ def divergence(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     return F.kl_div(found, expected, reduction="batchmean", log_target=True)
 
 
-def _compare_features(found: dict[str, list[torch.Tensor]], expected: dict[str, list[torch.Tensor]]) -> torch.Tensor:
-    errors = [relative_error(*pair) for name, outputs in expected.items() for pair in _pair(found[name], outputs, name)]
+def _compare_features(
+    found: dict[str, list[torch.Tensor]], expected: dict[str, list[torch.Tensor]]
+) -> torch.Tensor:
+    errors = [
+        relative_error(*pair)
+        for name, outputs in expected.items()
+        for pair in _pair(found[name], outputs, name)
+    ]
     if not errors:
-        raise StateError("none of the layers of the distillation ran.", "choose layers that the batches reach.")
+        raise StateError(
+            "none of the layers of the distillation ran.", "choose layers that the batches reach."
+        )
     return torch.stack(errors).mean()
 
 
@@ -179,7 +232,10 @@ def _pair(
     """
     shapes, others = ([list(tensor.shape) for tensor in tensors] for tensors in (found, expected))
     if shapes != others:
-        raise ArgumentError(f"{name} gives {shapes}, in the teacher {others}.", "give a teacher with the same outputs.")
+        raise ArgumentError(
+            f"{name} gives {shapes}, in the teacher {others}.",
+            "give a teacher with the same outputs.",
+        )
     return list(zip(found, expected, strict=True))
 
 
@@ -222,25 +278,37 @@ def _find_layers(model: nn.Module, patterns: Sequence[Pattern]) -> list[str]:
         return _find_blocks(model)
     wanted = Patterns(patterns, "layers")
     matched = [name for name, module in model.named_modules() if wanted.match([name], module)]
-    found = [name for name in matched if name.rpartition(".")[0] not in matched]  # a match counts for all below it
+    found = [
+        name for name in matched if name.rpartition(".")[0] not in matched
+    ]  # a match counts for all below it
     if not found:
-        raise ArgumentError("no module fits the layers of the distillation.", "see named_modules() for the names.")
+        raise ArgumentError(
+            "no module fits the layers of the distillation.", "see named_modules() for the names."
+        )
     wanted.warn_unused("module")
     return found
 
 
 def _find_blocks(model: nn.Module) -> list[str]:
     """The block of each layer with a quantized weight; the layer itself where that is a list, which has no output."""
-    layers = [name for name, layer in quantized_layers(model).items() if isinstance(layer, QuantMixin)]
+    layers = [
+        name for name, layer in quantized_layers(model).items() if isinstance(layer, QuantMixin)
+    ]
     lists = (nn.ModuleList, nn.ModuleDict)
     blocks = {name: name_block(name) for name in layers}
-    return list(dict.fromkeys(n if isinstance(model.get_submodule(b), lists) else b for n, b in blocks.items()))
+    return list(
+        dict.fromkeys(
+            n if isinstance(model.get_submodule(b), lists) else b for n, b in blocks.items()
+        )
+    )
 
 
 def _floats(tree: Any) -> list[torch.Tensor]:
     tensors = floats_of(tree)
     if not tensors:
-        raise ArgumentError("the model, or a layer to compare, gives no floating-point tensor.", "use another loss.")
+        raise ArgumentError(
+            "the model, or a layer to compare, gives no floating-point tensor.", "use another loss."
+        )
     return tensors
 
 
@@ -267,7 +335,11 @@ def run_with_loss(model: nn.Module, loss: Loss | None, batch: Any) -> tuple[Any,
 @contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
     """Training mode for all but what would learn or drop something by itself."""
-    modes = {module: module.training for module in model.modules() if not isinstance(module, _NormBase | _DropoutNd)}
+    modes = {
+        module: module.training
+        for module in model.modules()
+        if not isinstance(module, _NormBase | _DropoutNd)
+    }
     try:
         for module in modes:
             module.training = True
@@ -284,6 +356,10 @@ def _require_scalar(loss: Any) -> torch.Tensor:
         ArgumentError: It is no scalar tensor.
     """
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        found = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-        raise ArgumentError(f"the loss function gave {found}; expected a scalar tensor.", "return its mean.")
+        found = (
+            f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        )
+        raise ArgumentError(
+            f"the loss function gave {found}; expected a scalar tensor.", "return its mean."
+        )
     return loss.float().reshape(())

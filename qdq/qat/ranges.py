@@ -54,7 +54,11 @@ class RangeTuning:
             for name, (layer, module, parameter) in collection.weights.items()
             if quantizers[name] in within
         }
-        leaders = {name: leader for name, leader in collection.leaders.items() if quantizers[leader] in within}
+        leaders = {
+            name: leader
+            for name, leader in collection.leaders.items()
+            if quantizers[leader] in within
+        }
         self._inputs = [quantizers[name] for name in dict.fromkeys(leaders.values())]
         self._exits = ExitStack()
         self.parameters: dict[str, nn.Parameter] = {}
@@ -65,7 +69,9 @@ class RangeTuning:
             learned = [*self._inputs, *(self._weights if method == "lsq" else ())]
             names = {quantizer: name for name, quantizer in quantizers.items()}
             for quantizer in learned:
-                self.parameters[f"{names[quantizer]}._log2_amax"] = parameter = quantizer.learn_range(method)
+                self.parameters[f"{names[quantizer]}._log2_amax"] = parameter = (
+                    quantizer.learn_range(method)
+                )
                 self._exits.callback(quantizer.keep_range)
                 if quantizer not in self._weights:
                     self.of_inputs.add(parameter)
@@ -94,14 +100,19 @@ class RangeTuning:
         if bad:
             self._largest.clear()
             name = next(name for name, quantizer in self._names.items() if quantizer in bad)
-            raise StateError(f"{name} was given NaN or Inf, and its range follows.", "look at the batch and the layer.")
+            raise StateError(
+                f"{name} was given NaN or Inf, and its range follows.",
+                "look at the batch and the layer.",
+            )
 
     def after_step(self) -> None:
         """Have ranges follow what the step has shown, where they do."""
         if not self._follows:
             return
         ranges = [amax for quantizer in self._inputs if (amax := quantizer.amax) is not None]
-        for quantizer, amax, largest in zip(self._inputs, ranges, self._share_largest(ranges), strict=True):
+        for quantizer, amax, largest in zip(
+            self._inputs, ranges, self._share_largest(ranges), strict=True
+        ):
             if largest.any():  # else the step did not reach it
                 quantizer.amax = _DECAY * amax + (1 - _DECAY) * largest.reshape(amax.shape)
         self._largest.clear()
@@ -112,8 +123,13 @@ class RangeTuning:
 
     def _share_largest(self, ranges: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         """The largest values of the step over all processes, 0 where it did not reach; one collective for all."""
-        own = [self._largest.get(q, torch.zeros_like(a)).flatten() for q, a in zip(self._inputs, ranges, strict=True)]
-        return torch.split(max_over_ranks(torch.cat(own)), [len(each) for each in own]) if own else ()
+        own = [
+            self._largest.get(q, torch.zeros_like(a)).flatten()
+            for q, a in zip(self._inputs, ranges, strict=True)
+        ]
+        return (
+            torch.split(max_over_ranks(torch.cat(own)), [len(each) for each in own]) if own else ()
+        )
 
     def stop(self) -> None:
         """Leave every range as it is now, a buffer as before; may be called again."""
@@ -128,7 +144,10 @@ def require_range_method(method: str) -> None:
         ArgumentError: With the known ones.
     """
     if method not in RANGE_METHODS:
-        raise ArgumentError(f"unknown range method {method!r}; known are {', '.join(RANGE_METHODS)}.", "use 'frozen'.")
+        raise ArgumentError(
+            f"unknown range method {method!r}; known are {', '.join(RANGE_METHODS)}.",
+            "use 'frozen'.",
+        )
 
 
 def require_ranges(model: nn.Module) -> None:

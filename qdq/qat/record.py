@@ -103,7 +103,9 @@ class Record:
             _require_tensorboard(folder)
         if folder is not None and self._is_first:
             scalars = folder / SCALARS_FOLDER / "events" if tensorboard else None
-            guard_files(outputs=[folder / STATE_FILE, folder / BEST_FILE, folder / LAST_FILE, scalars])
+            guard_files(
+                outputs=[folder / STATE_FILE, folder / BEST_FILE, folder / LAST_FILE, scalars]
+            )
 
     @property
     def best(self) -> Measurement | None:
@@ -184,10 +186,16 @@ class Record:
         if self._writer:
             self._writer.flush()  # what the state has behind it must not be lost with the process
         facts = {
-            "format": STATE_FORMAT, "settings": self._settings, "step": self._trainer.step, "epoch": self.epoch,
-            "seconds": self.seconds, "curve": [vars(measurement) for measurement in self.curve],
-        }  # fmt: skip
-        tensors = self._trainer.pack() | {f"random//{name}": tensor for name, tensor in self._random.items()}
+            "format": STATE_FORMAT,
+            "settings": self._settings,
+            "step": self._trainer.step,
+            "epoch": self.epoch,
+            "seconds": self.seconds,
+            "curve": [vars(measurement) for measurement in self.curve],
+        }
+        tensors = self._trainer.pack() | {
+            f"random//{name}": tensor for name, tensor in self._random.items()
+        }
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         save_tensors(self._folder / STATE_FILE, tensors, facts)
 
@@ -203,7 +211,9 @@ class Record:
             self._go_on(self._folder)
         if self._folder is not None and self._writes_scalars:
             # what a killed run had written after the state that it goes on from is not shown
-            self._writer = _open_tensorboard(self._folder, self._trainer.step + 1 if self.losses else 0)
+            self._writer = _open_tensorboard(
+                self._folder, self._trainer.step + 1 if self.losses else 0
+            )
         return self._random
 
     def _go_on(self, folder: Path) -> None:
@@ -211,10 +221,14 @@ class Record:
         try:
             tensors, facts = load_tensors(path, STATE_FORMAT, read_together)
         except DataError as error:
-            raise DataError(error.message, "remove the file to begin anew, or choose another folder.") from error
+            raise DataError(
+                error.message, "remove the file to begin anew, or choose another folder."
+            ) from error
         if facts["settings"] != self._settings:
             names = self._settings | facts["settings"]
-            changed = [name for name in names if self._settings.get(name) != facts["settings"].get(name)]
+            changed = [
+                name for name in names if self._settings.get(name) != facts["settings"].get(name)
+            ]
             raise ArgumentError(
                 f"{path} is of a run with other settings: {', '.join(changed)}.",
                 "choose another folder, or remove it to start anew.",
@@ -227,7 +241,11 @@ class Record:
         self.curve = [Measurement(**each) for each in facts["curve"]]
         self.epoch, self.seconds = tuple(facts["epoch"]), facts["seconds"]
         logger.info("%s: going on after step %d", path, facts["step"])
-        self._random = {key.removeprefix("random//"): t for key, t in tensors.items() if key.startswith("random//")}
+        self._random = {
+            key.removeprefix("random//"): t
+            for key, t in tensors.items()
+            if key.startswith("random//")
+        }
 
     def finish(self) -> int:
         """Write the last state and model, and give the model the best weights; gives their step."""
@@ -271,7 +289,9 @@ def _require_tensorboard(folder: Path | None) -> None:
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
-        raise DependencyError("tensorboard is not installed.", "pip install 'qdq[tensorboard]'") from error
+        raise DependencyError(
+            "tensorboard is not installed.", "pip install 'qdq[tensorboard]'"
+        ) from error
 
 
 def _open_tensorboard(folder: Path, step: int) -> Any:

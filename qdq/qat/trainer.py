@@ -68,9 +68,13 @@ class Trainer:
         amp: bool = False,
     ) -> None:
         if train not in TRAINED:
-            raise ArgumentError(f"train is {train!r}; known are {', '.join(TRAINED)}.", "use 'all'.")
+            raise ArgumentError(
+                f"train is {train!r}; known are {', '.join(TRAINED)}.", "use 'all'."
+            )
         if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
-            raise StateError("in torch.inference_mode there are no gradients.", "make and tune it outside.")
+            raise StateError(
+                "in torch.inference_mode there are no gradients.", "make and tune it outside."
+            )
         chosen = _choose_modules(model, layers)
         self._chosen = [name for name, module in model.named_modules() if module in chosen]
         self.model, self.total, self.step, self.intact = model, total, 0, True
@@ -90,7 +94,9 @@ class Trainer:
         if any(p.dtype == torch.float16 for p in self._parameters.values()):
             self.finish()
             found = "the weights to train are float16, in which Adam divides by 0."
-            raise ArgumentError(found, "train the model in float32 (model.float()), with amp=True if you like.")
+            raise ArgumentError(
+                found, "train the model in float32 (model.float()), with amp=True if you like."
+            )
         # what is all that is trained is trained to the end
         self._live_batchnorm = 1.0 if train == "batchnorm" else schedule.tune_batchnorm
         self._tune_ranges = 1.0 if train == "ranges" else schedule.tune_ranges
@@ -112,7 +118,9 @@ class Trainer:
 
     def _choose_parameters(self, modules: set[nn.Module], train: str) -> dict[str, nn.Parameter]:
         learned = set(self._ranges.parameters.values())
-        owners = {p: module for module in modules for p in module._parameters.values() if p is not None}
+        owners = {
+            p: module for module in modules for p in module._parameters.values() if p is not None
+        }
         return {
             name: parameter
             for name, parameter in self.model.named_parameters()
@@ -128,7 +136,11 @@ class Trainer:
         weights = [p for p in self._parameters.values() if p not in learned and p.dim() > 1]
         biases = [p for p in self._parameters.values() if p not in learned and p.dim() <= 1]
         scales = [p for p in self._parameters.values() if p in learned]
-        rates = ((weights, self._schedule.lr), (biases, self._schedule.bias_lr), (scales, self._schedule.range_lr))
+        rates = (
+            (weights, self._schedule.lr),
+            (biases, self._schedule.bias_lr),
+            (scales, self._schedule.range_lr),
+        )
         groups = [{"params": params, "lr": lr, "largest_lr": lr} for params, lr in rates if params]
         if scales:
             groups[-1]["eps"] = _RANGE_EPS
@@ -137,17 +149,27 @@ class Trainer:
     @property
     def lr(self) -> float:
         """Learning rate of weights in the last step, 0 before the first."""
-        return self._schedule.lr * self._schedule.rate_at(self.step - 1, self.total) if self.step else 0.0
+        return (
+            self._schedule.lr * self._schedule.rate_at(self.step - 1, self.total)
+            if self.step
+            else 0.0
+        )
 
     def digest_trained(self) -> str:
         """What tells one choice of modules and parameters from another."""
-        return hashlib.sha256("\n".join([*self._chosen, "", *self._parameters]).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            "\n".join([*self._chosen, "", *self._parameters]).encode()
+        ).hexdigest()[:16]
 
     def place(self, batch: Any) -> Any:
         """A batch on the device of the model; what inference mode made is copied, for it knows no gradient."""
         return tree_map_only(
             torch.Tensor,
-            lambda tensor: tensor.to(self._device) if not tensor.is_inference() else tensor.to(self._device, copy=True),
+            lambda tensor: (
+                tensor.to(self._device)
+                if not tensor.is_inference()
+                else tensor.to(self._device, copy=True)
+            ),
             batch,
         )
 
@@ -162,7 +184,11 @@ class Trainer:
             self._stop_ranges_when_due()
             batch = self.place(batch)
             own, samples = shard_samples(batch)
-            if self._watch is None and self.step >= (1 - _WATCHED) * self.total and self._parameters:
+            if (
+                self._watch is None
+                and self.step >= (1 - _WATCHED) * self.total
+                and self._parameters
+            ):
                 self._watch = OscillationWatch(self.model)
             if self._schedule.grow and not self._growing:
                 self._growing = _group_by_owner(self.model, order_modules(self.model, batch))
@@ -216,7 +242,10 @@ class Trainer:
                 for buffer, before in statistics:  # the forward has changed them
                     buffer.copy_(before)
                 if live and "more than 1 value per channel" in str(error):
-                    found, fix = "live BatchNorm needs more than one sample.", "drop the last batch, or fold BatchNorm."
+                    found, fix = (
+                        "live BatchNorm needs more than one sample.",
+                        "drop the last batch, or fold BatchNorm.",
+                    )
                     raise DataError(f"step {self.step + 1}: {found}", fix) from error
                 raise
 
@@ -228,7 +257,11 @@ class Trainer:
         if not self._growing:
             return []
         share = (self.step + 1) / (self._schedule.grow * self.total)
-        return [quantizer for group in self._growing[math.ceil(share * len(self._growing)) :] for quantizer in group]
+        return [
+            quantizer
+            for group in self._growing[math.ceil(share * len(self._growing)) :]
+            for quantizer in group
+        ]
 
     def _forward_backward(self, batch: Any, samples: int) -> torch.Tensor:
         """Gradients of the mean loss over the samples of this process; gives that loss.
@@ -255,7 +288,9 @@ class Trainer:
         self._ranges.require_finite()
         return loss
 
-    def _average(self, loss: torch.Tensor, samples: int, failure: Exception | None = None) -> torch.Tensor:
+    def _average(
+        self, loss: torch.Tensor, samples: int, failure: Exception | None = None
+    ) -> torch.Tensor:
         """Replace gradients, and statistics of live BatchNorm, by their mean over the samples of all processes.
 
         One collective carries all, and whether a process has failed: the number of its samples is NaN then.
@@ -270,12 +305,18 @@ class Trainer:
         parameters = list(self._parameters.values())
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            if parameter in self._ranges.of_inputs:  # it is divided by the root of the number of values of this share
+            if (
+                parameter in self._ranges.of_inputs
+            ):  # it is divided by the root of the number of values of this share
                 gradient.mul_(math.sqrt(samples))
-        statistics = [b for module in self._find_live() for b in module.buffers() if b.is_floating_point()]
+        statistics = [
+            b for module in self._find_live() for b in module.buffers() if b.is_floating_point()
+        ]
         reached = torch.tensor([p.grad is not None for p in parameters], device=loss.device)
         own = [*gradients, *statistics, reached, loss, torch.ones_like(loss)]
-        share = torch.cat([tensor.flatten() for tensor in own]) * (samples if failure is None else math.nan)
+        share = torch.cat([tensor.flatten() for tensor in own]) * (
+            samples if failure is None else math.nan
+        )
         share = sum_over_ranks(share)
         if share[-1].isnan():
             raise_together(failure, StateError)
@@ -283,7 +324,11 @@ class Trainer:
         for parameter, mean, is_reached in zip(parameters, means, means[-3].tolist(), strict=False):
             whole = mean / share[-1].sqrt() if parameter in self._ranges.of_inputs else mean
             # None, not 0: Adam goes on moving what has no gradient in a step
-            parameter.grad = whole.reshape(parameter.shape).to(parameter.dtype, copy=True) if is_reached else None
+            parameter.grad = (
+                whole.reshape(parameter.shape).to(parameter.dtype, copy=True)
+                if is_reached
+                else None
+            )
         for buffer, mean in zip(statistics, means[len(parameters) :], strict=False):
             buffer.copy_(mean.reshape(buffer.shape))
         return means[-2]
@@ -307,19 +352,30 @@ class Trainer:
         optimizer.step()
 
     def _explain_nonfinite(self, loss: float, batch: Any) -> StateError:
-        return StateError(self._find_nonfinite(loss, batch), "lower the learning rate (lr), or look at what is named.")
+        return StateError(
+            self._find_nonfinite(loss, batch),
+            "lower the learning rate (lr), or look at what is named.",
+        )
 
     def _find_nonfinite(self, loss: float, batch: Any) -> str:
         if math.isfinite(loss):
-            bad = [n for n, p in self._parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+            bad = [
+                n
+                for n, p in self._parameters.items()
+                if p.grad is not None and not torch.isfinite(p.grad).all()
+            ]
             if not bad:
                 return f"the norm of the gradient is too large for float32 in step {self.step + 1}."
             order = {name: place for place, name in enumerate(order_modules(self.model, batch))}
-            first = max(bad, key=lambda name: order.get(name.rpartition(".")[0], -1))  # that the backward reached
+            first = max(
+                bad, key=lambda name: order.get(name.rpartition(".")[0], -1)
+            )  # that the backward reached
             return f"the gradient of {first} is NaN or Inf in step {self.step + 1}."
         layer = find_nonfinite(self.model, batch)
         where = (
-            f"it begins in {layer}" if layer else "no layer makes it of finite inputs, so the batch or the loss does"
+            f"it begins in {layer}"
+            if layer
+            else "no layer makes it of finite inputs, so the batch or the loss does"
         )
         return f"the loss is {loss} in step {self.step + 1}; {where}."
 
@@ -335,7 +391,11 @@ class Trainer:
     def pack(self) -> dict[str, torch.Tensor]:
         """Model, optimizer and what was seen of oscillations as tensors, from which `unpack` goes on exactly."""
         model = {f"model//{name}": tensor for name, tensor in self.model.state_dict().items()}
-        seen = {f"watch//{name}": tensor for name, tensor in self._watch.pack().items()} if self._watch else {}
+        seen = (
+            {f"watch//{name}": tensor for name, tensor in self._watch.pack().items()}
+            if self._watch
+            else {}
+        )
         states = self._optimizer.state if self._optimizer else {}
         return (
             model
@@ -356,11 +416,17 @@ class Trainer:
         )
         for name, parameter in self._parameters.items():
             prefix = f"optimizer//{name}//"
-            state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            state = {
+                key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)
+            }
             if self._optimizer and state:  # Adam keeps its count of steps on the CPU
-                moved = {key: t if key == "step" else t.to(parameter.device) for key, t in state.items()}
+                moved = {
+                    key: t if key == "step" else t.to(parameter.device) for key, t in state.items()
+                }
                 self._optimizer.state[parameter] = moved
-        if seen := {k.removeprefix("watch//"): t for k, t in tensors.items() if k.startswith("watch//")}:
+        if seen := {
+            k.removeprefix("watch//"): t for k, t in tensors.items() if k.startswith("watch//")
+        }:
             self._watch = OscillationWatch(self.model)
             self._watch.unpack(seen)
         self.step = step
@@ -416,5 +482,7 @@ def _group_by_owner(model: nn.Module, order: Sequence[str]) -> list[list[TensorQ
     for name, quantizer in named_quantizers(model):
         if not quantizer._disabled:
             groups.setdefault(name.rpartition(".")[0], []).append(quantizer)
-    places = {name: place for place, name in reversed([*enumerate(order)])}  # of a module that runs again the first
+    places = {
+        name: place for place, name in reversed([*enumerate(order)])
+    }  # of a module that runs again the first
     return [groups[name] for name in sorted(groups, key=lambda name: places.get(name, len(order)))]

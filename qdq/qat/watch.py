@@ -84,7 +84,11 @@ class OscillationWatch:
     def pack(self) -> dict[str, torch.Tensor]:
         """What was seen, as tensors from which `unpack` goes on."""
         seen = {"codes": self._codes, "direction": self._direction, "reversals": self._reversals}
-        return {f"{name}//{index}": tensor for name, tensors in seen.items() for index, tensor in enumerate(tensors)}
+        return {
+            f"{name}//{index}": tensor
+            for name, tensors in seen.items()
+            for index, tensor in enumerate(tensors)
+        }
 
     def unpack(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Go on where another watch of the same model packed itself."""
@@ -94,8 +98,13 @@ class OscillationWatch:
     def find(self) -> tuple[Oscillation, ...]:
         """The layers in which more than 1 % of the weights oscillated, worst first."""
         shares = [float((reversals >= _REVERSALS).float().mean()) for reversals in self._reversals]
-        found = [Oscillation(layer, share) for (layer, *_), share in zip(self._weights, shares, strict=True)]
-        return tuple(sorted((each for each in found if each.share > _SHARE), key=lambda each: -each.share))
+        found = [
+            Oscillation(layer, share)
+            for (layer, *_), share in zip(self._weights, shares, strict=True)
+        ]
+        return tuple(
+            sorted((each for each in found if each.share > _SHARE), key=lambda each: -each.share)
+        )
 
 
 def _positive(axis: int | None, tensor: torch.Tensor) -> int | None:
@@ -139,7 +148,11 @@ def _judge(quantizer: TensorQuantizer, values: torch.Tensor, *, may_be_zero: boo
     if quantizer.amax is None or not values.numel():
         return ""
     amax, axis = quantizer.amax.detach().flatten(), _positive(quantizer.range_axis, values)
-    rows = values.float().abs().reshape(1, -1) if axis is None else values.float().abs().movedim(axis, 0).flatten(1)
+    rows = (
+        values.float().abs().reshape(1, -1)
+        if axis is None
+        else values.float().abs().movedim(axis, 0).flatten(1)
+    )
     largest = rows.amax(1)
     used = largest / amax.clamp_min(1e-30)
     clipped = (rows > amax[:, None]).float().mean(1)
@@ -175,7 +188,9 @@ def order_modules(model: nn.Module, batch: Any) -> list[str]:
     returned: list[str] = []
     with ExitStack() as hooks:
         for name, module in model.named_modules():
-            hooks.callback(module.register_forward_hook(lambda *_, name=name: returned.append(name)).remove)
+            hooks.callback(
+                module.register_forward_hook(lambda *_, name=name: returned.append(name)).remove
+            )
         with evaluating(model):
             call_model(model, batch)
     return returned

@@ -31,7 +31,9 @@ _QDQ = "qdq"
 _Result = TypeVar("_Result")
 _FILE_FORMATS = {
     "tensorrt": FileFormat(tensorrt_cache.recognize, tensorrt_cache.read, tensorrt_cache.write),
-    "onnxruntime": FileFormat(onnxruntime_json.recognize, onnxruntime_json.read, onnxruntime_json.write),
+    "onnxruntime": FileFormat(
+        onnxruntime_json.recognize, onnxruntime_json.read, onnxruntime_json.write
+    ),
     "aimet": FileFormat(aimet.recognize, aimet.read, aimet.write_1_0_0),
     "aimet-0.6.1": FileFormat(aimet.recognize, aimet.read, aimet.write_0_6_1),
 }
@@ -61,12 +63,14 @@ class RangeImport:
 
     def format_table(self) -> str:
         """The counts, then what was changed or could not be matched, alike ones in one line."""
-        return "\n".join([
-            f"{self.path}: {self.format}, {len(self.matched)} quantizers have their range from it",
-            *_group("changed", self.notes),
-            *_group("quantizers without an entry", self.missing),
-            *_group("entries not used", self.unmatched),
-        ])  # fmt: skip
+        return "\n".join(
+            [
+                f"{self.path}: {self.format}, {len(self.matched)} quantizers have their range from it",
+                *_group("changed", self.notes),
+                *_group("quantizers without an entry", self.missing),
+                *_group("entries not used", self.unmatched),
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,13 @@ class RangeExport:
 
     def format_table(self) -> str:
         """The counts, then what was changed or left out, alike ones in one line."""
-        return "\n".join([
-            f"{self.path}: {self.format}, the ranges of {len(self.written)} quantizers",
-            *_group("changed", self.notes),
-            *_group("left out", self.left_out),
-        ])  # fmt: skip
+        return "\n".join(
+            [
+                f"{self.path}: {self.format}, the ranges of {len(self.written)} quantizers",
+                *_group("changed", self.notes),
+                *_group("left out", self.left_out),
+            ]
+        )
 
 
 def import_ranges(
@@ -130,13 +136,17 @@ def import_ranges(
         entries = _naming(path, lambda: read_pairs(graph))
     else:
         entries = _naming(path, lambda: _FILE_FORMATS[format].read(content))
-    places = list_places(model, graph if format == _QDQ else load_onnx(Path(onnx)).model.graph if onnx else None)
+    places = list_places(
+        model, graph if format == _QDQ else load_onnx(Path(onnx)).model.graph if onnx else None
+    )
     match = _naming(path, lambda: match_entries(model, places, entries))
     match.apply()
     return RangeImport(path, format, match.ranges(), match.notes, match.unmatched, match.missing)
 
 
-def export_ranges(model: nn.Module, path: Path | str, *, format: str, onnx: Path | str | None = None) -> RangeExport:
+def export_ranges(
+    model: nn.Module, path: Path | str, *, format: str, onnx: Path | str | None = None
+) -> RangeExport:
     """Write the ranges of a calibrated model for another tool; the file is written whole or not at all.
 
     Args:
@@ -159,14 +169,20 @@ def export_ranges(model: nn.Module, path: Path | str, *, format: str, onnx: Path
     path = as_path(path, "path")
     _require_onnx(_known(format), onnx, may_lack=format == "aimet-0.6.1", may_have=True)
     data_files = [] if onnx is None else list_data_files(Path(onnx))
-    guard_files(inputs=[onnx, *data_files], outputs=[path], in_place=[(path, onnx)] if format == _QDQ else [])
+    guard_files(
+        inputs=[onnx, *data_files],
+        outputs=[path],
+        in_place=[(path, onnx)] if format == _QDQ else [],
+    )
     loaded = None if onnx is None else load_onnx(Path(onnx))
     if loaded is not None and format == _QDQ:
         require_whole(loaded)
     document = None if loaded is None else loaded.model
     places = list_places(model, None if document is None else document.graph)
     holds_channels = format not in ("tensorrt", "onnxruntime")
-    rows, left_out = list_rows(model, places, holds_channels=holds_channels, int8_only=not format.startswith("aimet"))
+    rows, left_out = list_rows(
+        model, places, holds_channels=holds_channels, int8_only=not format.startswith("aimet")
+    )
     notes: dict[str, str] = {}
     content: str | None = None
     if format == _QDQ and document is not None:
@@ -178,7 +194,9 @@ def export_ranges(model: nn.Module, path: Path | str, *, format: str, onnx: Path
         content = _FILE_FORMATS[format].write(merged)
     if not rows:
         reason = next(iter(left_out.values()), "the model has no quantizer")
-        raise CalibrationError(f"no range to write: {reason}.", "calibrate, and give the ONNX file of this very model.")
+        raise CalibrationError(
+            f"no range to write: {reason}.", "calibrate, and give the ONNX file of this very model."
+        )
     if content is not None:
         write_atomic(path, content)
     elif document is not None:
@@ -189,13 +207,19 @@ def export_ranges(model: nn.Module, path: Path | str, *, format: str, onnx: Path
 
 def _known(format: str) -> str:
     if format not in FORMATS:
-        raise ArgumentError(f"format is {format!r}; known are {', '.join(FORMATS)}.", "choose one of them.")
+        raise ArgumentError(
+            f"format is {format!r}; known are {', '.join(FORMATS)}.", "choose one of them."
+        )
     return format
 
 
-def _require_onnx(format: str, onnx: Path | str | None, *, may_lack: bool, may_have: bool = False) -> None:
+def _require_onnx(
+    format: str, onnx: Path | str | None, *, may_lack: bool, may_have: bool = False
+) -> None:
     if format == _QDQ and onnx is not None and not may_have:
-        raise ArgumentError("a QDQ ONNX names its tensors itself; onnx= is one file too many.", "leave onnx= out.")
+        raise ArgumentError(
+            "a QDQ ONNX names its tensors itself; onnx= is one file too many.", "leave onnx= out."
+        )
     if onnx is None and not may_lack and (format != _QDQ or may_have):
         raise ArgumentError(
             f"the format {format} has the names of an ONNX file, and onnx= is not given.",
@@ -207,7 +231,9 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return read_file(path)
     except OSError as error:
-        raise ArgumentError(f"cannot read {path}: {error.strerror or error}.", "check the path.") from error
+        raise ArgumentError(
+            f"cannot read {path}: {error.strerror or error}.", "check the path."
+        ) from error
 
 
 def _recognize(path: Path, content: bytes) -> str:
@@ -238,4 +264,6 @@ def _group(title: str, reasons: Mapping[str, str]) -> list[str]:
     """A line for each reason with the names it stands for."""
     groups = group_names((reason, name) for name, reason in reasons.items())
     lines = [f"{title}: {len(reasons)}"] if reasons else []
-    return lines + [f"  {len(names)}: {reason} ({list_names(names, 3)})" for reason, names in groups.items()]
+    return lines + [
+        f"  {len(names)}: {reason} ({list_names(names, 3)})" for reason, names in groups.items()
+    ]

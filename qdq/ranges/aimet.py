@@ -24,7 +24,15 @@ import numpy.typing as npt
 
 from qdq.errors import CalibrationError
 from qdq.names import list_names
-from qdq.ranges.entry import Entry, add_entry, entry_of_bounds, entry_of_codes, malformed, number_array, object_of
+from qdq.ranges.entry import (
+    Entry,
+    add_entry,
+    entry_of_bounds,
+    entry_of_codes,
+    malformed,
+    number_array,
+    object_of,
+)
 from qdq.ranges.format import Row, parse_json
 
 _SECTIONS = ("activation_encodings", "param_encodings", "encodings")
@@ -103,7 +111,9 @@ def _named(section: str, content: Any) -> Iterator[tuple[str, Any]]:
             yield name, encoding
             continue
         for side in ("input", "output"):  # of a torch module
-            for index, inner in object_of(f"{section}, {name}.{side}", encoding.get(side, {})).items():
+            for index, inner in object_of(
+                f"{section}, {name}.{side}", encoding.get(side, {})
+            ).items():
                 yield f"{name}.{side}.{index}", inner
 
 
@@ -129,7 +139,9 @@ def _read_list(place: str, encodings: Sequence[Mapping[str, Any]], is_weight: bo
     if any(fields.get("bitwidth") != first.get("bitwidth") for fields in encodings):
         raise malformed(place, "its channels differ in bitwidth")
     columns = {key: _column(place, encodings, key) for key in ("scale", "offset", "min", "max")}
-    return _read_numbers(place, columns, first.get("bitwidth"), _truth(first.get("is_symmetric")), is_weight)
+    return _read_numbers(
+        place, columns, first.get("bitwidth"), _truth(first.get("is_symmetric")), is_weight
+    )
 
 
 def _read_version_1(place: str, fields: Mapping[str, Any], is_weight: bool) -> Entry:
@@ -137,10 +149,14 @@ def _read_version_1(place: str, fields: Mapping[str, Any], is_weight: bool) -> E
         return Entry(problem=problem)
     kind = fields.get("enc_type", "PER_TENSOR")
     if kind not in ("PER_TENSOR", "PER_CHANNEL"):
-        return Entry(problem=f"it is encoded {kind!s:.20}: a quantizer has one range, or one a channel")
+        return Entry(
+            problem=f"it is encoded {kind!s:.20}: a quantizer has one range, or one a channel"
+        )
     shift = fields.get("zero_point_shift")
     if shift is not None and np.any(number_array(place, shift)):
-        return Entry(problem="its codes are shifted by a fraction of a step; those of a quantizer are not")
+        return Entry(
+            problem="its codes are shifted by a fraction of a step; those of a quantizer are not"
+        )
     columns = {key: _column(place, [fields], key) for key in ("scale", "offset", "min", "max")}
     return _read_numbers(place, columns, fields["bw"], _truth(fields.get("is_sym")), is_weight)
 
@@ -151,17 +167,23 @@ def _read_version_2(place: str, fields: Mapping[str, Any]) -> Entry:
     if match is None:
         return Entry(problem=f"it is encoded as {dtype!s:.20}, which has no range")
     scales = fields.get("y_scale")
-    is_blocked = isinstance(scales, dict) or any(isinstance(item, list) for item in _as_list(scales))
+    is_blocked = isinstance(scales, dict) or any(
+        isinstance(item, list) for item in _as_list(scales)
+    )
     if is_blocked or "block_size" in fields or "per_block_int_scale" in fields:
         return Entry(problem="it is encoded in blocks: a quantizer has one range, or one a channel")
     if scales is None:
         return Entry(problem="it has no numbers, only a type")
     codes = _Codes(0 if match[1] else -(2 ** (int(match[2]) - 1)), -1, _bits(place, int(match[2])))
-    scale, zero_point = _pair_up(place, number_array(place, scales), number_array(place, fields.get("y_zero_point", 0)))
+    scale, zero_point = _pair_up(
+        place, number_array(place, scales), number_array(place, fields.get("y_zero_point", 0))
+    )
     qmax = codes.qmin + 2**codes.bits - 1
     if np.any((zero_point < codes.qmin) | (zero_point > qmax)):
         worst = zero_point.flat[np.argmax(np.abs(zero_point))]
-        raise _Contradiction(f"its zero point {worst:g} is no {dtype}, which ends at {codes.qmin} and {qmax}")
+        raise _Contradiction(
+            f"its zero point {worst:g} is no {dtype}, which ends at {codes.qmin} and {qmax}"
+        )
     axis = fields.get("axis") if scale.ndim else None
     if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
         raise malformed(place, f"its axis is {axis!r:.40}; a number is expected")
@@ -188,7 +210,11 @@ def _column(place: str, encodings: Sequence[Mapping[str, Any]], key: str) -> _Nu
 
 
 def _read_numbers(
-    place: str, columns: Mapping[str, _Numbers | None], bits: Any, is_symmetric: bool, is_weight: bool
+    place: str,
+    columns: Mapping[str, _Numbers | None],
+    bits: Any,
+    is_symmetric: bool,
+    is_weight: bool,
 ) -> Entry:
     """The range of `scale` and `offset`, of `min` and `max`, or of all four."""
     scale, offset, low, high = (columns[key] for key in ("scale", "offset", "min", "max"))
@@ -208,7 +234,9 @@ def _read_numbers(
     return entry_of_bounds(*_pair_up(place, low, high))
 
 
-def _read_codes(scale: _Numbers, offset: _Numbers, bits: int, is_symmetric: bool, is_weight: bool) -> Entry:
+def _read_codes(
+    scale: _Numbers, offset: _Numbers, bits: int, is_symmetric: bool, is_weight: bool
+) -> Entry:
     """The range of codes where nothing but the sign of the offset says how it is meant.
 
     Raises:
@@ -221,18 +249,24 @@ def _read_codes(scale: _Numbers, offset: _Numbers, bits: int, is_symmetric: bool
         if is_weight:  # both signs: the codes are signed, as QNN writes them
             return entry_of_codes(scale, 0, -half, half - 1)
         meaning = (
-            "its symmetric codes with offset 0 were taken for unsigned; if they are signed, the range is half of it"
+            "its symmetric codes with offset 0 were taken for unsigned; "
+            "if they are signed, the range is half of it"
         )
         return _add_note(entry_of_codes(scale, 0, 0, steps), meaning)
     if np.all((offset >= -steps) & (offset <= 0)):
         return entry_of_codes(scale, -offset, 0, steps)
     if np.all((offset >= 0) & (offset <= steps)):
-        return _add_note(entry_of_codes(scale, offset, 0, steps), "its positive offset was taken for a zero point")
+        return _add_note(
+            entry_of_codes(scale, offset, 0, steps),
+            "its positive offset was taken for a zero point",
+        )
     if not np.isfinite(offset).all():
         return entry_of_codes(scale, offset, 0, steps)  # says so
     outside = offset.flat[np.argmax(np.abs(offset))]
     if np.abs(outside) <= steps:
-        raise _Contradiction(f"its offsets have both signs, {np.min(offset):g} and {np.max(offset):g}")
+        raise _Contradiction(
+            f"its offsets have both signs, {np.min(offset):g} and {np.max(offset):g}"
+        )
     raise _Contradiction(
         f"its offset is {outside:g}; with {bits} bit it lies between {-steps} and 0, or is a zero point up to {steps}"
     )
@@ -242,7 +276,9 @@ def _add_note(entry: Entry, note: str) -> Entry:
     return replace(entry, note=f"{entry.note}; {note}" if entry.note else note)
 
 
-def _read_both(scale: _Numbers, offset: _Numbers, low: _Numbers, high: _Numbers, bits: int) -> Entry:
+def _read_both(
+    scale: _Numbers, offset: _Numbers, low: _Numbers, high: _Numbers, bits: int
+) -> Entry:
     """The range where both ways to say it are there: of the bounds, and exactly that of symmetric codes.
 
     Raises:
@@ -255,7 +291,10 @@ def _read_both(scale: _Numbers, offset: _Numbers, low: _Numbers, high: _Numbers,
         return entry
     tolerance = np.maximum(_ROUNDING_STEPS * scale, _ROUNDING_SPAN * (high - low))
     distance, nearest = min(
-        ((_distance(codes.bounds(scale, offset), low, high, tolerance), codes) for codes in _list_codes(bits)),
+        (
+            (_distance(codes.bounds(scale, offset), low, high, tolerance), codes)
+            for codes in _list_codes(bits)
+        ),
         key=lambda pair: pair[0],
     )
     if distance > 1:
@@ -278,7 +317,9 @@ def _list_codes(bits: int) -> list[_Codes]:
     return [_Codes(qmin, sign, bits) for qmin in (0, -half) for sign in (1, -1)]
 
 
-def _distance(bounds: tuple[_Numbers, _Numbers], low: _Numbers, high: _Numbers, tolerance: _Numbers) -> float:
+def _distance(
+    bounds: tuple[_Numbers, _Numbers], low: _Numbers, high: _Numbers, tolerance: _Numbers
+) -> float:
     """How far bounds lie apart in units of what rounding explains, in the worst channel."""
     apart = np.maximum(np.abs(bounds[0] - low), np.abs(bounds[1] - high))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -312,7 +353,9 @@ def _pair_up(place: str, values: _Numbers, others: _Numbers) -> tuple[_Numbers, 
     if others.size == 1:
         others = np.broadcast_to(others.reshape(()), values.shape)
     if values.shape != others.shape:
-        raise malformed(place, f"{values.size} and {others.size} of its numbers do not belong together")
+        raise malformed(
+            place, f"{values.size} and {others.size} of its numbers do not belong together"
+        )
     return values, others
 
 

@@ -23,9 +23,40 @@ _NODES_OF = {name: function.onnx for name, function in FUNCTIONS.items() if func
 _LEAVES_ALSO: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
-            *("abs", "chunk", "clamp", "clone", "contiguous", "detach", "dropout", "exp", "float", "getitem"),
-            *("hardtanh", "leaky_relu", "max_pool1d", "max_pool2d", "max_pool3d", "neg", "permute", "relu", "relu6"),
-            *("sigmoid", "softmax", "split", "sqrt", "squeeze", "tanh", "to", "transpose", "unsqueeze"),
+            *(
+                "abs",
+                "chunk",
+                "clamp",
+                "clone",
+                "contiguous",
+                "detach",
+                "dropout",
+                "exp",
+                "float",
+                "getitem",
+            ),
+            *(
+                "hardtanh",
+                "leaky_relu",
+                "max_pool1d",
+                "max_pool2d",
+                "max_pool3d",
+                "neg",
+                "permute",
+                "relu",
+                "relu6",
+            ),
+            *(
+                "sigmoid",
+                "softmax",
+                "split",
+                "sqrt",
+                "squeeze",
+                "tanh",
+                "to",
+                "transpose",
+                "unsqueeze",
+            ),
         ),
         (),
     ),
@@ -42,7 +73,9 @@ def function_of(site: str) -> str:
     return site if site in _NODES_OF or site in _LEAVES_ALSO else re.sub(r"_\d+$", "", site)
 
 
-def find_calls(function: str, calls: Sequence[str], nodes: Sequence[ir.Node]) -> tuple[list[tuple[str, ir.Node]], str]:
+def find_calls(
+    function: str, calls: Sequence[str], nodes: Sequence[ir.Node]
+) -> tuple[list[tuple[str, ir.Node]], str]:
     """The nodes of the calls of a function.
 
     Args:
@@ -59,14 +92,26 @@ def find_calls(function: str, calls: Sequence[str], nodes: Sequence[ir.Node]) ->
     operators = [_operator_of(node) for node in alike]
     if all(operators):
         pattern = _OPERATORS.get(function, re.escape(function))
-        alike = [n for n, name in zip(alike, operators, strict=True) if re.fullmatch(rf"aten\.{pattern}\.\w+", name)]
-    elif others := sorted({one for one in map(function_of, calls) if one != function and _may_leave(one, kinds)}):
-        return [], f"not matched: {', '.join(others)} of the same forward may leave {' or '.join(kinds)} too"
+        alike = [
+            n
+            for n, name in zip(alike, operators, strict=True)
+            if re.fullmatch(rf"aten\.{pattern}\.\w+", name)
+        ]
+    elif others := sorted(
+        {one for one in map(function_of, calls) if one != function and _may_leave(one, kinds)}
+    ):
+        return (
+            [],
+            f"not matched: {', '.join(others)} of the same forward may leave {' or '.join(kinds)} too",
+        )
     if len(alike) != len(sites):
         found = f"{len(alike)} {' or '.join(kinds)} in the ONNX file"
         return [], f"not matched: {found} for {len(sites)} calls of {function} in its forward"
     if not all(_is_before(*pair) for pair in pairwise(alike)):
-        return [], f"not matched: nothing says in which order the {len(alike)} {' or '.join(kinds)} were called"
+        return (
+            [],
+            f"not matched: nothing says in which order the {len(alike)} {' or '.join(kinds)} were called",
+        )
     return list(zip(sites, alike, strict=True)), ""
 
 
@@ -74,14 +119,22 @@ def _may_leave(function: str, kinds: Iterable[str]) -> bool:
     """Whether a function can leave nodes of these kinds."""
     if function not in _NODES_OF and function not in _LEAVES_ALSO:
         return True
-    return not set(kinds).isdisjoint((*_NODES_OF.get(function, ()), *_LEAVES_ALSO.get(function, ())))
+    return not set(kinds).isdisjoint(
+        (*_NODES_OF.get(function, ()), *_LEAVES_ALSO.get(function, ()))
+    )
 
 
 def _operator_of(node: ir.Node) -> str:
     """The operator of torch that a node was made for, "aten.add.Tensor"; "" where the file does not say so."""
     try:
         hierarchy = ast.literal_eval(node.metadata_props.get(_HIERARCHY, "[]"))
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the metadata of others
+    except (
+        ValueError,
+        SyntaxError,
+        TypeError,
+        MemoryError,
+        RecursionError,
+    ):  # the metadata of others
         return ""
     return str(hierarchy[-1]) if isinstance(hierarchy, list) and hierarchy else ""
 

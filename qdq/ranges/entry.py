@@ -93,7 +93,10 @@ def entry_of_bounds(low: npt.ArrayLike, high: npt.ArrayLike) -> Entry:
     if np.any(bounds[0] > bounds[1]):
         worst = np.argmax((bounds[0] - bounds[1]).reshape(-1))
         first, last = bounds.reshape(2, -1)[:, worst]
-        return Entry(problem=f"its range {first:.6g} to {last:.6g} ends below where it begins", is_damaged=True)
+        return Entry(
+            problem=f"its range {first:.6g} to {last:.6g} ends below where it begins",
+            is_damaged=True,
+        )
     amax = np.abs(bounds).max(axis=0).astype(np.float32)
     if not np.any(amax):
         return Entry(problem="its range is 0 to 0: the tool saw zeros only")
@@ -124,7 +127,8 @@ def add_entry(entries: dict[str, Entry], name: str, entry: Entry, place: str) ->
     """
     known = entries.setdefault(name, entry)
     if known is not entry and not (
-        np.array_equal(known.amax, entry.amax) and (known.axis, known.problem) == (entry.axis, entry.problem)
+        np.array_equal(known.amax, entry.amax)
+        and (known.axis, known.problem) == (entry.axis, entry.problem)
     ):
         raise CalibrationError(
             f"{place}: {name} has two different ranges in one file.",
@@ -139,8 +143,12 @@ def number_array(place: str, value: Any) -> npt.NDArray[np.float64]:
         CalibrationError: It is something else.
     """
     items = value if isinstance(value, list) else [value]
-    if not items or not all(isinstance(item, int | float) and not isinstance(item, bool) for item in items):
-        raise malformed(place, f"a number or a list of numbers is expected, found {_shorten(value)}")
+    if not items or not all(
+        isinstance(item, int | float) and not isinstance(item, bool) for item in items
+    ):
+        raise malformed(
+            place, f"a number or a list of numbers is expected, found {_shorten(value)}"
+        )
     try:
         return np.asarray(value, np.float64)
     except OverflowError as error:  # an integer of hundreds of digits
@@ -160,7 +168,9 @@ def object_of(place: str, value: Any) -> Mapping[str, Any]:
 
 def malformed(place: str, reason: str) -> CalibrationError:
     """The error of a file that is not what its format says."""
-    return CalibrationError(f"{place}: {reason}.", "write the file again with that tool, and copy it whole.")
+    return CalibrationError(
+        f"{place}: {reason}.", "write the file again with that tool, and copy it whole."
+    )
 
 
 def _shorten(value: Any) -> str:

@@ -79,5 +79,6 @@ def parse_json(content: bytes) -> Any:
         return schema.parse_json(decode(content), "the file", "", finite=False)
     except DataError as error:
         raise CalibrationError(
-            error.message, "write the file again with that tool, and copy it whole; was it joined from two?"
+            error.message,
+            "write the file again with that tool, and copy it whole; was it joined from two?",
         ) from error

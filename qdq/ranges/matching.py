@@ -61,7 +61,10 @@ class Match:
 
     def ranges(self) -> dict[str, float | list[float]]:
         """The ranges as plain numbers."""
-        return {name: amax.reshape(-1).tolist() if amax.ndim else amax.item() for name, amax in self.amaxes.items()}
+        return {
+            name: amax.reshape(-1).tolist() if amax.ndim else amax.item()
+            for name, amax in self.amaxes.items()
+        }
 
 
 class _Mismatch(Exception):  # noqa: N818  # never leaves this file
@@ -96,7 +99,9 @@ def match_entries(model: nn.Module, places: Places, entries: Mapping[str, Entry]
     damage: dict[str, str] = {}
     weights = _list_weights(model)
     for members in _groups(model):
-        enabled = {name: quantizer for name, quantizer in members.items() if not quantizer._disabled}
+        enabled = {
+            name: quantizer for name, quantizer in members.items() if not quantizer._disabled
+        }
         disabled = [name for name in members if name not in enabled]
         match.missing |= dict.fromkeys(disabled, "it is disabled: its tensor stays in float")
         found = [one for name in enabled for one in _find(places.of[name], entries)]
@@ -158,7 +163,9 @@ def _maxima(name: str, weight: nn.Parameter, axis: int | None) -> torch.Tensor:
     """The range that calibration gives a weight; most tools take it from the weight and write none down."""
     amax = reduce_amax(weight, axis)
     if damage := describe_damage("largest value", amax.cpu().numpy(), smallest=0.0):
-        raise CalibrationError(f"the weight of {name}: {damage}.", "load the weights again; the checkpoint is damaged.")
+        raise CalibrationError(
+            f"the weight of {name}: {damage}.", "load the weights again; the checkpoint is damaged."
+        )
     return amax
 
 
@@ -179,7 +186,9 @@ def _why_not(places: Places, name: str, found: Sequence[_Found]) -> str:
     return "" if any(not one.entry.problem for one in found) else found[0].entry.problem
 
 
-def _combine(quantizer: TensorQuantizer, found: Sequence[_Found], shape: tuple[int, ...] | None) -> tuple[Floats, str]:
+def _combine(
+    quantizer: TensorQuantizer, found: Sequence[_Found], shape: tuple[int, ...] | None
+) -> tuple[Floats, str]:
     """The range of all entries together, in the shape of the quantizer's, and what was changed."""
     if not found:
         raise _Mismatch("nothing found")
@@ -207,8 +216,14 @@ def _channels(quantizer: TensorQuantizer, found: _Found, shape: tuple[int, ...] 
     count = shape[axis] if shape is not None else known.numel() if known is not None else amax.size
     if amax.size not in (1, count):
         raise _Mismatch(f"the file has {amax.size} ranges for its {count} channels")
-    if amax.ndim and None not in (found.entry.axis, found.place.axis) and found.entry.axis != found.place.axis:
-        raise _Mismatch(f"the ranges of the file lie along axis {found.entry.axis}, not along the outputs (R-AXIS)")
+    if (
+        amax.ndim
+        and None not in (found.entry.axis, found.place.axis)
+        and found.entry.axis != found.place.axis
+    ):
+        raise _Mismatch(
+            f"the ranges of the file lie along axis {found.entry.axis}, not along the outputs (R-AXIS)"
+        )
     channels = np.broadcast_to(amax.reshape(-1), (count,))
     if shape is None:
         return channels
@@ -227,7 +242,11 @@ def _nothing(places: Places, entries: Mapping[str, Entry]) -> CalibrationError:
     sought = next((place.tensor for own in places.of.values() for place in own), None)
     name, entry = next(iter(entries.items()))
     reason = f" ({entry.problem})" if entry.problem else ""
-    looked = f"the first tensor that was looked for is {sought!r}" if sought else "no quantizer has a tensor there"
+    looked = (
+        f"the first tensor that was looked for is {sought!r}"
+        if sought
+        else "no quantizer has a tensor there"
+    )
     return CalibrationError(
         f"none of its {len(entries)} entries belongs to a quantizer of the model; the first is {name!r}{reason}, "
         f"{looked}.",

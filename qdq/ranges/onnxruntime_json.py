@@ -44,10 +44,16 @@ def read(content: bytes) -> dict[str, Entry]:
 def write(rows: Sequence[Row]) -> str:
     """The file, which `onnxruntime.quantization.load_tensors_data` reads."""
     tensors = {
-        row.tensor: {"lowest": _array(-row.amax), "highest": _array(row.amax), "CLS": "TensorData"} for row in rows
+        row.tensor: {"lowest": _array(-row.amax), "highest": _array(row.amax), "CLS": "TensorData"}
+        for row in rows
     }
     method = {"CLS": "CalibrationMethod", "value": "CalibrationMethod.MinMax"}
-    document = {"CLS": "TensorsData", "data": tensors, "calibration_method": method, "smooth_quant": False}
+    document = {
+        "CLS": "TensorsData",
+        "data": tensors,
+        "calibration_method": method,
+        "smooth_quant": False,
+    }
     return json.dumps(document, indent=1) + "\n"
 
 
@@ -60,7 +66,10 @@ def _read_entry(name: str, value: Any) -> Entry:
             return Entry(problem="the file has its distribution, but no lowest and highest value")
         bounds = [_read_array(f"{name}, {key}", fields[key]) for key in ("lowest", "highest")]
     if bounds[0].shape != bounds[1].shape:
-        raise malformed(name, f"{bounds[0].size} lowest and {bounds[1].size} highest values do not belong together")
+        raise malformed(
+            name,
+            f"{bounds[0].size} lowest and {bounds[1].size} highest values do not belong together",
+        )
     return entry_of_bounds(*bounds)
 
 
@@ -85,4 +94,8 @@ def _array(values: npt.NDArray[np.float32]) -> dict[str, Any]:
 
 
 def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(item, int | float) for item in value)
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(item, int | float) for item in value)
+    )

@@ -85,7 +85,9 @@ def list_places(model: nn.Module, graph: ir.Graph | None = None) -> Places:
             places[names[id(quantizer)]].append(place)
     for name in places:
         places[name] += finder.find_by_name(name, {place.tensor for place in places[name]})
-    return Places(places, {name: reason for name, reason in finder.reasons.items() if not places[name]})
+    return Places(
+        places, {name: reason for name, reason in finder.reasons.items() if not places[name]}
+    )
 
 
 class _Finder:
@@ -106,12 +108,16 @@ class _Finder:
             elif owner is not None and not is_op(node, "QuantizeLinear") and _has_operands(node):
                 self._nodes[owner].append(node)
 
-    def find_layer(self, name: str, layer: QuantInputMixin) -> Iterator[tuple[TensorQuantizer, Place]]:
+    def find_layer(
+        self, name: str, layer: QuantInputMixin
+    ) -> Iterator[tuple[TensorQuantizer, Place]]:
         """The input and the weights of a layer."""
         quantizers = layer.quantizers()
         paths = {
             attribute: _join(name, parameter)
-            for attribute, parameter in (layer.weights_of(layer) if isinstance(layer, QuantMixin) else {}).items()
+            for attribute, parameter in (
+                layer.weights_of(layer) if isinstance(layer, QuantMixin) else {}
+            ).items()
         }
         if isinstance(layer, QuantMultiheadAttention):
             yield from self._find_projections(name, layer)
@@ -129,12 +135,18 @@ class _Finder:
         for attribute, path in paths.items():
             yield quantizers[attribute], Place(path, (path,), is_weight=True)
 
-    def _find_projections(self, name: str, layer: QuantMultiheadAttention) -> Iterator[tuple[TensorQuantizer, Place]]:
+    def _find_projections(
+        self, name: str, layer: QuantMultiheadAttention
+    ) -> Iterator[tuple[TensorQuantizer, Place]]:
         """The inputs of attention: one product with weights for query, key and value that are one tensor, or several.
 
         The float module computes `out_proj` in its own forward, last; the quantized one calls it as a module.
         """
-        products = [node for node in self._entries_of(name, layer) if _is_constant(list(_upstream(node.inputs[1]))[-1])]
+        products = [
+            node
+            for node in self._entries_of(name, layer)
+            if _is_constant(list(_upstream(node.inputs[1]))[-1])
+        ]
         output = layer.out_proj
         if products and not self._nodes.get(_join(name, "out_proj")):
             last = products.pop()
@@ -146,7 +158,9 @@ class _Finder:
             yield layer._key_quantizer, self._place(key.inputs[0])
             yield layer._value_quantizer, self._place(value.inputs[0])
 
-    def find_functions(self, name: str, module: QuantFunctionsMixin) -> Iterator[tuple[TensorQuantizer, Place]]:
+    def find_functions(
+        self, name: str, module: QuantFunctionsMixin
+    ) -> Iterator[tuple[TensorQuantizer, Place]]:
         """The operands of the calls that a module's own forward makes, where the file does not name the quantizers."""
         for site, operands in module._function_quantizers.items():
             function = function_of(site)
@@ -165,7 +179,9 @@ class _Finder:
     def find_by_name(self, quantizer: str, known: set[str]) -> Iterator[Place]:
         """Pairs that are called after the quantizer itself, as in files that qdq wrote."""
         for node in self._dequantizers.get(quantizer, []):
-            place = self._place(node.outputs[0], is_weight=_is_constant(_float_value(node.outputs[0])))
+            place = self._place(
+                node.outputs[0], is_weight=_is_constant(_float_value(node.outputs[0]))
+            )
             if place.tensor not in known:
                 known.add(place.tensor)
                 yield place
@@ -200,7 +216,9 @@ class _Finder:
     ) -> Place:
         chain = list(_upstream(value))
         names += tuple(name for one in chain for name in self._names_of(one))
-        dequantize = next((one.producer() for one in chain if is_op(one.producer(), "DequantizeLinear")), None)
+        dequantize = next(
+            (one.producer() for one in chain if is_op(one.producer(), "DequantizeLinear")), None
+        )
         return Place(str(_float_value(value).name), names, is_weight, axis, dequantize)
 
     def _names_of(self, value: ir.Value) -> Iterator[str]:
@@ -246,13 +264,21 @@ def _read_scope(node: ir.Node) -> str | None:
     """What torch's exporter says of the module, "" for the model itself; None where it says nothing."""
     try:
         return scope_of(node) if SCOPES in node.metadata_props else None
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the metadata of others
+    except (
+        ValueError,
+        SyntaxError,
+        TypeError,
+        MemoryError,
+        RecursionError,
+    ):  # the metadata of others
         return None
 
 
 def _has_operands(node: ir.Node) -> bool:
     """Whether the inputs that are asked for are there."""
-    return len(node.inputs) > 0 and None not in node.inputs[: 2 if is_op(node, *WEIGHTED_OPS) else 1]
+    return (
+        len(node.inputs) > 0 and None not in node.inputs[: 2 if is_op(node, *WEIGHTED_OPS) else 1]
+    )
 
 
 def _upstream(value: ir.Value | None) -> Iterator[ir.Value]:
@@ -260,7 +286,9 @@ def _upstream(value: ir.Value | None) -> Iterator[ir.Value]:
     while value is not None:
         yield value
         producer = value.producer()
-        value = producer.inputs[0] if is_op(producer, *_SAME_RANGE) and producer is not None else None
+        value = (
+            producer.inputs[0] if is_op(producer, *_SAME_RANGE) and producer is not None else None
+        )
 
 
 def _float_value(value: ir.Value | None) -> ir.Value:

@@ -31,7 +31,11 @@ def read_pairs(graph: ir.Graph) -> dict[str, Entry]:
         if codes is None:
             continue
         quantize = codes.producer()
-        tensor = quantize.inputs[0] if quantize is not None and is_op(quantize, "QuantizeLinear") else codes
+        tensor = (
+            quantize.inputs[0]
+            if quantize is not None and is_op(quantize, "QuantizeLinear")
+            else codes
+        )
         name = str((tensor or codes).name)
         add_entry(found[name], str(codes.name), _read_node(node), f"{name} at {node.name}")
     entries: dict[str, Entry] = {}
@@ -50,7 +54,9 @@ def _read_node(node: ir.Node) -> Entry:
     if zero_point.dtype not in _CODES:
         return Entry(problem=f"its codes are {zero_point.dtype}, not of 8 bit")
     if scale.ndim > 1:
-        return Entry(problem="its scales are in blocks: a quantizer has one range, or one a channel")
+        return Entry(
+            problem="its scales are in blocks: a quantizer has one range, or one a channel"
+        )
     is_scalar = scale.size == 1
     values = scale.reshape(()) if is_scalar else scale
     qmin, qmax = _CODES[zero_point.dtype]
@@ -60,11 +66,16 @@ def _read_node(node: ir.Node) -> Entry:
 
 def _axis_of(node: ir.Node) -> int:
     """The axis of the channels, counted from the start where the rank is known."""
-    axis, shape = node.attributes.get_int("axis", 1), node.outputs[0].shape or (node.inputs[0] or node.outputs[0]).shape
+    axis, shape = (
+        node.attributes.get_int("axis", 1),
+        node.outputs[0].shape or (node.inputs[0] or node.outputs[0]).shape,
+    )
     return axis if shape is None else axis % len(shape)
 
 
-def write_scales(graph: ir.Graph, rows: Mapping[str, Sequence[Row]]) -> tuple[dict[str, str], dict[str, str]]:
+def write_scales(
+    graph: ir.Graph, rows: Mapping[str, Sequence[Row]]
+) -> tuple[dict[str, str], dict[str, str]]:
     """Set the scales of pairs in place; a pair that serves several quantizers gets the largest.
 
     Args:
@@ -88,13 +99,19 @@ def write_scales(graph: ir.Graph, rows: Mapping[str, Sequence[Row]]) -> tuple[di
         assert node is not None  # noqa: S101  # see above
         sizes = {row.amax.size for _, row in served}
         scale = np.max([row.scale for _, row in served], axis=0) if len(sizes) == 1 else None
-        reason = "quantizers of unlike channels share its pair" if scale is None else _reason_against(node, scale)
+        reason = (
+            "quantizers of unlike channels share its pair"
+            if scale is None
+            else _reason_against(node, scale)
+        )
         if reason or scale is None:
             refused |= {name: reason for name, _ in served}
         else:
             _set_scale(graph, node, scale)
             smaller = [name for name, row in served if not np.array_equal(row.scale, scale)]
-            notes |= dict.fromkeys(smaller, "another quantizer of its pair has a larger range, which the pair has now")
+            notes |= dict.fromkeys(
+                smaller, "another quantizer of its pair has a larger range, which the pair has now"
+            )
     return notes, refused
 
 
@@ -129,9 +146,11 @@ def _set_scale(graph: ir.Graph, node: ir.Node, scale: Floats) -> None:
     nodes = [*([] if quantize is None else [quantize]), *(user for user, _ in codes.uses())]
     name = _unused_name(graph, f"{codes.name}.scale")
     value = ir.Value(
-        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+        name=name,
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
         const_value=ir.tensor(array, name=name),
-    )  # fmt: skip
+    )
     graph.register_initializer(value)
     for one in nodes:
         if is_op(one, "QuantizeLinear", "DequantizeLinear"):

@@ -50,7 +50,9 @@ def _reason_against(
         return "its codes are unsigned or leave one out: a scale alone does not say so"
     if int8_only and quantizer.format.tensorrt_reason:
         return quantizer.format.tensorrt_reason
-    if not holds_channels and (quantizer.axis is not None or any(place.is_weight for place in places)):
+    if not holds_channels and (
+        quantizer.axis is not None or any(place.is_weight for place in places)
+    ):
         return "weights and ranges a channel have no place in such a file; tools take them from the weights"
     return ""
 
@@ -59,7 +61,14 @@ def _row(quantizer: TensorQuantizer, place: Place) -> Row:
     assert quantizer.amax is not None  # noqa: S101  # `_reason_against` has looked
     amax = quantizer.amax.detach().float().cpu().numpy()
     amax = amax.reshape(()) if quantizer.axis is None else amax.reshape(-1)
-    return Row(place.tensor, amax, quantizer.range_axis, place.is_weight, quantizer.format, place.dequantize)
+    return Row(
+        place.tensor,
+        amax,
+        quantizer.range_axis,
+        place.is_weight,
+        quantizer.format,
+        place.dequantize,
+    )
 
 
 def merge_rows(rows: Mapping[str, Sequence[Row]]) -> tuple[list[Row], dict[str, str]]:

@@ -18,7 +18,9 @@ from qdq.errors import CalibrationError
 from qdq.ranges.entry import Entry, add_entry, entry_of_codes, malformed
 from qdq.ranges.format import Row, decode
 
-_HEADER = "TRT-101401-EntropyCalibration2"  # of TensorRT 10.14.1; others want their own number there
+_HEADER = (
+    "TRT-101401-EntropyCalibration2"  # of TensorRT 10.14.1; others want their own number there
+)
 _LINE = re.compile(r"(?P<name>.+):\s*(?P<digits>[0-9a-fA-F]+)")
 
 
@@ -35,14 +37,20 @@ def read(content: bytes) -> dict[str, Entry]:
     """
     header, *lines = decode(content).splitlines() or [""]
     if not recognize(header.encode()):
-        raise malformed("line 1", f"a calibration cache begins with TRT-VERSION-ALGORITHM, found {header[:60]!r}")
+        raise malformed(
+            "line 1",
+            f"a calibration cache begins with TRT-VERSION-ALGORITHM, found {header[:60]!r}",
+        )
     entries: dict[str, Entry] = {}
     for number, line in enumerate(lines, start=2):
         if not line.strip():
             continue
         match = _LINE.fullmatch(line.strip())
         if match is None or len(match["digits"]) > 8:
-            raise malformed(f"line {number}", f"'TENSOR: up to 8 hexadecimal digits' is expected, found {line[:60]!r}")
+            raise malformed(
+                f"line {number}",
+                f"'TENSOR: up to 8 hexadecimal digits' is expected, found {line[:60]!r}",
+            )
         (scale,) = struct.unpack("!f", bytes.fromhex(match["digits"].zfill(8)))
         place = f"line {number} ({match['name']})"
         add_entry(entries, match["name"], entry_of_codes(scale, 0, -128, 127), place)

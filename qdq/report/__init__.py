@@ -108,7 +108,9 @@ def write_report(
         evaluation: From `evaluate_outputs`.
         tuning: From fine-tuning, where there was one.
     """
-    from qdq.report.layers import describe_layers  # with torch, which reading a report does not need
+    from qdq.report.layers import (
+        describe_layers,
+    )  # with torch, which reading a report does not need
 
     run.stage("report")
     layers = describe_layers(
@@ -123,7 +125,11 @@ def write_report(
         float_bytes=2 if exported.precision else 4,
     )
     title = f"{model.name}, {model.weights}"
-    data = {"calibration": calibration.description, "evaluation": images.description, "labels": images.label_note}
+    data = {
+        "calibration": calibration.description,
+        "evaluation": images.description,
+        "labels": images.label_note,
+    }
     digest = {} if images.labels is None else {"labels_digest": _digest(images.labels)}
     findings = _find(plan, ranges, check, build)
     summary = _summarize(folded, plan, layers, ranges, analysis, check, build, evaluation)
@@ -138,7 +144,9 @@ def write_report(
         "fold": folded,
         "swap": plan,
         "rewire": rewired,
-        "tuning": None if tuning is None else {**to_jsonable(tuning), "text": tuning.format_table()},
+        "tuning": None
+        if tuning is None
+        else {**to_jsonable(tuning), "text": tuning.format_table()},
         "calibration": ranges,
         "export": exported,
         "check": check,
@@ -151,7 +159,9 @@ def write_report(
         "seconds": run.seconds,
     }
     shown = replace(plan, modules=_without_decided(plan, summary["missed_modules"]))
-    text = _format(title, data, shown, rewired, analysis, tuning, check, build, evaluation, findings, run)
+    text = _format(
+        title, data, shown, rewired, analysis, tuning, check, build, evaluation, findings, run
+    )
     path = write_json(run.folder / REPORT_FILE, sections)
     page = write_atomic(run.folder / PAGE_FILE, render_report(load_report(path)))
     write_atomic(run.folder / "report.txt", text + "\n")
@@ -210,7 +220,9 @@ def _summarize(
 
 def _without_decided(plan: SwapPlan, missed: list[str]) -> tuple[PlannedModule, ...]:
     """The modules of a plan but those whose products all stand among the functions."""
-    return tuple(module for module in plan.modules if module.action != "missed" or module.name in missed)
+    return tuple(
+        module for module in plan.modules if module.action != "missed" or module.name in missed
+    )
 
 
 def _format(
@@ -231,7 +243,10 @@ def _format(
     )
     blocks = [
         ("Model", title),
-        ("Data", "\n".join(f"{use}: {printable(what, MOST_CHARACTERS)}" for use, what in data.items())),
+        (
+            "Data",
+            "\n".join(f"{use}: {printable(what, MOST_CHARACTERS)}" for use, what in data.items()),
+        ),
         ("Layers", plan.format_table()),
         ("Functions", rewired.format_table()),
         ("Sensitivity", analysis.format_table()),
@@ -239,9 +254,18 @@ def _format(
         ("Exported file", check.format_table()),
         ("Engine", build.format_table()),
         ("Result", evaluation.format_table()),
-        ("On the target", "\n".join(f"# {version}\n{line}" for version, line in build.trtexec.items())),
-        ("Findings", "\n".join(printable(finding, MOST_CHARACTERS) for finding in findings) or "none"),
-        ("Files", f"{run.folder} ({sum(run.seconds.values()):.0f} s); open {PAGE_FILE} in a browser"),
+        (
+            "On the target",
+            "\n".join(f"# {version}\n{line}" for version, line in build.trtexec.items()),
+        ),
+        (
+            "Findings",
+            "\n".join(printable(finding, MOST_CHARACTERS) for finding in findings) or "none",
+        ),
+        (
+            "Files",
+            f"{run.folder} ({sum(run.seconds.values()):.0f} s); open {PAGE_FILE} in a browser",
+        ),
     ]
     text = "\n\n".join(f"{title}\n{_indent(body)}" for title, body in blocks)
     return "\n".join(printable(line, MOST_CHARACTERS) for line in text.split("\n"))

@@ -66,7 +66,9 @@ class Bars:
 
 def list_units(report: StoredReport) -> list[Sensitivity]:
     """What was ranked, most sensitive first."""
-    units = {layer.sensitivity.rank: layer.sensitivity for layer in report.layers if layer.sensitivity}
+    units = {
+        layer.sensitivity.rank: layer.sensitivity for layer in report.layers if layer.sensitivity
+    }
     return [units[rank] for rank in sorted(units)]
 
 
@@ -82,14 +84,18 @@ def draw_bars(report: StoredReport, count: int = BARS) -> Bars:
     shown = units[:count]
     places = {layer.name: number for number, layer in enumerate(report.layers)}
     float_layers = {layer.name for layer in report.layers if layer.precision == "float"}
-    ends = [0.0] + [value for unit in shown for value in (unit.gain, unit.low, unit.high) if value is not None]
+    ends = [0.0] + [
+        value for unit in shown for value in (unit.gain, unit.low, unit.high) if value is not None
+    ]
     low, span = min(ends), max(max(ends) - min(ends), 1e-12)
 
     def place(value: float) -> float:
         return round(100 * (value - low) / span, 2)
 
     def draw(unit: Sensitivity) -> Bar:
-        gain = unit.gain if unit.gain is not None else max(ends) if unit.is_exact else 0.0  # not finite: to the end
+        gain = (
+            unit.gain if unit.gain is not None else max(ends) if unit.is_exact else 0.0
+        )  # not finite: to the end
         return Bar(
             name=unit.unit,
             anchor=places[unit.layers[0]],
@@ -142,24 +148,38 @@ def draw_curve(report: StoredReport) -> Curve | None:
     """
     analysis, unit = report.data["analysis"], unit_of_gain(report)
     metric = analysis["metric_name"]
-    quality = "SQNR of the outputs, in dB" if metric == "sqnr" else metric if unit == metric else f"{metric}, in {unit}"
+    quality = (
+        "SQNR of the outputs, in dB"
+        if metric == "sqnr"
+        else metric
+        if unit == metric
+        else f"{metric}, in {unit}"
+    )
 
     def describe(cost: float | None, state: Mapping[str, Any], what: str) -> _Set:
         value = state["sqnr_db" if metric == "sqnr" else "metric"]
         return cost, value, f"{what}: {format_state(state, metric)} at {format_number(cost)}"
 
     if analysis["pareto"]:
-        sets = [describe(point["cost"], point, _name_set(point["float_layers"])) for point in analysis["pareto"]]
+        sets = [
+            describe(point["cost"], point, _name_set(point["float_layers"]))
+            for point in analysis["pareto"]
+        ]
         return _draw_curve(sets, "Time of what can be int8, in microseconds", quality)
     shares = {layer.name: layer.macs_share for layer in report.layers}
     pinned = [name for name, precision in analysis["pinned"].items() if precision == "float"]
-    chosen, sets = list(pinned), [describe(_sum_shares(shares, pinned), analysis, "all that may be int8 in int8")]
+    chosen, sets = (
+        list(pinned),
+        [describe(_sum_shares(shares, pinned), analysis, "all that may be int8 in int8")],
+    )
     for step in analysis["steps"]:
         chosen += step["layers"] or [step["layer"]]
         sets.append(describe(_sum_shares(shares, chosen), step, f"+ {step['layer']} in float"))
     if any(cost is None for cost, _, _ in sets):
         return None
-    return _draw_curve(sets, "Multiplications that the analysis left in float, in % of all", quality)
+    return _draw_curve(
+        sets, "Multiplications that the analysis left in float, in % of all", quality
+    )
 
 
 def draw_tuning(report: StoredReport) -> list[Curve]:
@@ -167,10 +187,15 @@ def draw_tuning(report: StoredReport) -> list[Curve]:
     tuning = report.data.get("tuning")
     if tuning is None:
         return []
-    metric = [(m["step"], m["metric"], f"step {m['step']}: {format_number(m['metric'])}") for m in tuning["curve"]]
+    metric = [
+        (m["step"], m["metric"], f"step {m['step']}: {format_number(m['metric'])}")
+        for m in tuning["curve"]
+    ]
     curves = (
         _draw_curve(metric, "Step", "The metric"),
-        _draw_curve(_average(tuning["losses"]), "Step", "Loss, as the mean of the steps up to a point"),
+        _draw_curve(
+            _average(tuning["losses"]), "Step", "Loss, as the mean of the steps up to a point"
+        ),
     )
     return [curve for curve in curves if curve is not None]
 
@@ -198,7 +223,11 @@ def _name_set(names: Sequence[str]) -> str:
 
 
 def _draw_curve(sets: Sequence[_Set], x_label: str, y_label: str) -> Curve | None:
-    found = [(cost, quality, label) for cost, quality, label in sets if cost is not None and quality is not None]
+    found = [
+        (cost, quality, label)
+        for cost, quality, label in sets
+        if cost is not None and quality is not None
+    ]
     if len(found) < 2:
         return None
     costs, qualities = [cost for cost, _, _ in found], [sqnr for _, sqnr, _ in found]
@@ -213,7 +242,9 @@ def _draw_curve(sets: Sequence[_Set], x_label: str, y_label: str) -> Curve | Non
 
     return Curve(
         points=tuple(Point(across(cost), down(quality), label) for cost, quality, label in found),
-        x_ticks=tuple(Tick(across(number), f"{number:.4g}") for number in round_numbers(right, left)),
+        x_ticks=tuple(
+            Tick(across(number), f"{number:.4g}") for number in round_numbers(right, left)
+        ),
         y_ticks=tuple(Tick(down(number), f"{number:.4g}") for number in round_numbers(top, bottom)),
         x_label=x_label,
         y_label=y_label,
@@ -260,7 +291,12 @@ def draw_network(layers: Sequence[LayerRecord]) -> Network:
     """An arc diagram: what reads the layer before it hangs below it, other lines go round in lanes of their own."""
     rows = {layer.name: number for number, layer in enumerate(layers, 1)}
     last = len(layers) + 1
-    pairs = [(rows[other], rows[layer.name]) for layer in layers for other in layer.reads if other in rows]
+    pairs = [
+        (rows[other], rows[layer.name])
+        for layer in layers
+        for other in layer.reads
+        if other in rows
+    ]
     pairs += [(0, rows[layer.name]) for layer in layers if layer.reads_input]
     pairs += [(rows[layer.name], last) for layer in layers if layer.writes_output]
     lanes = _assign_lanes([pair for pair in pairs if abs(pair[1] - pair[0]) > 1])
@@ -271,10 +307,15 @@ def draw_network(layers: Sequence[LayerRecord]) -> Network:
         Node("output of the network", "", None, "end", _y(last)),
     ]
     nodes = [
-        Node(layer.name, layer.kind, number, layer.precision, _y(number + 1)) for number, layer in enumerate(layers)
+        Node(layer.name, layer.kind, number, layer.precision, _y(number + 1))
+        for number, layer in enumerate(layers)
     ]
-    edges = [_draw_edge(x, start, end, lanes.get((start, end))) for start, end in dict.fromkeys(pairs)]
-    return Network((ends[0], *nodes, ends[1]), tuple(edges), x, x + 40 + 8 * longest, _y(last) + _ROW)
+    edges = [
+        _draw_edge(x, start, end, lanes.get((start, end))) for start, end in dict.fromkeys(pairs)
+    ]
+    return Network(
+        (ends[0], *nodes, ends[1]), tuple(edges), x, x + 40 + 8 * longest, _y(last) + _ROW
+    )
 
 
 def _y(row: int) -> int:
@@ -287,7 +328,11 @@ def _assign_lanes(pairs: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int
     taken: list[list[tuple[int, int]]] = []
     for start, end in sorted(set(pairs), key=lambda pair: (abs(pair[1] - pair[0]), pair)):
         low, high = min(start, end), max(start, end)
-        free = (lane for lane, others in enumerate(taken) if all(high <= a or b <= low for a, b in others))
+        free = (
+            lane
+            for lane, others in enumerate(taken)
+            if all(high <= a or b <= low for a, b in others)
+        )
         lane = next(free, len(taken) if len(taken) < _MOST_LANES else _MOST_LANES - 1)
         if lane == len(taken):
             taken.append([])

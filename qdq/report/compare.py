@@ -132,7 +132,10 @@ def compare_runs(runs: Sequence[Path | str]) -> Comparison:
         DataError: As for `load_report`.
     """
     if len(runs) < 2:
-        raise ArgumentError(f"{len(runs)} run was given; a comparison takes two or more.", "name another run folder.")
+        raise ArgumentError(
+            f"{len(runs)} run was given; a comparison takes two or more.",
+            "name another run folder.",
+        )
     reports = [load_report(run) for run in runs]
     for report in reports:  # a damaged one by itself: the error names its file
         guarded(report.path, functools.partial(_compare, [report]))
@@ -142,7 +145,10 @@ def compare_runs(runs: Sequence[Path | str]) -> Comparison:
 def render_comparison(comparison: Comparison) -> str:
     """The page of a comparison."""
     return render(
-        "compare.html", title=f"{len(comparison.runs)} runs side by side", comparison=comparison, tolerance=TOLERANCE
+        "compare.html",
+        title=f"{len(comparison.runs)} runs side by side",
+        comparison=comparison,
+        tolerance=TOLERANCE,
     )
 
 
@@ -161,14 +167,18 @@ def _compare(reports: Sequence[StoredReport]) -> Comparison:
 def _name_runs(reports: Sequence[StoredReport]) -> tuple[str, ...]:
     """Names of the folders; of equal ones the path as it was given."""
     counts = Counter(report.name for report in reports)
-    return tuple(report.name if counts[report.name] == 1 else str(report.path.parent) for report in reports)
+    return tuple(
+        report.name if counts[report.name] == 1 else str(report.path.parent) for report in reports
+    )
 
 
 def _list_figures(reports: Sequence[StoredReport]) -> list[Figure]:
     final = [list(report.data["summary"]["candidates"].values())[-1] for report in reports]
     summaries = [report.data["summary"] for report in reports]
 
-    def figure(label: str, values: Sequence[float | None], write: Callable[[float], str], better: int) -> Figure:
+    def figure(
+        label: str, values: Sequence[float | None], write: Callable[[float], str], better: int
+    ) -> Figure:
         texts = tuple("not known" if value is None else write(value) for value in values)
         return Figure(label, tuple(values), texts, better)
 
@@ -179,9 +189,14 @@ def _list_figures(reports: Sequence[StoredReport]) -> list[Figure]:
         figure("same answer as float", [each["agreement"] for each in final], format_share, 1),
         figure("top-1", [each["top1"] for each in final], format_share, 1),
         figure(
-            "SQNR with all in int8, dB", [report.data["analysis"]["sqnr_db"] for report in reports], "{:.2f}".format, 1
+            "SQNR with all in int8, dB",
+            [report.data["analysis"]["sqnr_db"] for report in reports],
+            "{:.2f}".format,
+            1,
         ),
-        figure("ONNX file, MB", [each["onnx_megabytes"] for each in summaries], "{:.2f}".format, -1),
+        figure(
+            "ONNX file, MB", [each["onnx_megabytes"] for each in summaries], "{:.2f}".format, -1
+        ),
         figure("engine, MB", [each["engine_megabytes"] for each in summaries], "{:.2f}".format, -1),
         figure(
             "quantized, but not int8 in the engine",
@@ -189,8 +204,15 @@ def _list_figures(reports: Sequence[StoredReport]) -> list[Figure]:
             "{:.0f}".format,
             -1,
         ),
-        figure("findings", [len(report.data["findings"]) for report in reports], "{:.0f}".format, -1),
-        figure("seconds of the run", [sum(report.data["seconds"].values()) for report in reports], "{:.0f}".format, 0),
+        figure(
+            "findings", [len(report.data["findings"]) for report in reports], "{:.0f}".format, -1
+        ),
+        figure(
+            "seconds of the run",
+            [sum(report.data["seconds"].values()) for report in reports],
+            "{:.0f}".format,
+            0,
+        ),
     ]
 
 
@@ -207,7 +229,11 @@ def _list_settings(reports: Sequence[StoredReport]) -> list[Setting]:
     ]
     names = dict.fromkeys(name for each in found for name in each)
     settings = [Setting(name, tuple(each.get(name) for each in found)) for name in names]
-    return [setting for setting in settings if any(value != setting.values[0] for value in setting.values)]
+    return [
+        setting
+        for setting in settings
+        if any(value != setting.values[0] for value in setting.values)
+    ]
 
 
 def _list_layers(reports: Sequence[StoredReport]) -> list[LayerDifference]:
@@ -219,7 +245,9 @@ def _list_layers(reports: Sequence[StoredReport]) -> list[LayerDifference]:
 
 def _describe_layer(layers: Sequence[LayerRecord | None]) -> LayerDifference:
     known = next(layer for layer in layers if layer)
-    inputs, weights = ([layer.tensor(role) if layer else None for layer in layers] for role in ("input", "weight"))
+    inputs, weights = (
+        [layer.tensor(role) if layer else None for layer in layers] for role in ("input", "weight")
+    )
     return LayerDifference(
         name=known.name,
         kind=known.kind,
@@ -228,12 +256,16 @@ def _describe_layer(layers: Sequence[LayerRecord | None]) -> LayerDifference:
         ranges=tuple(tensor.amax if tensor else None for tensor in inputs),
         weights=tuple(tensor.amax if tensor else None for tensor in weights),
         methods=tuple(tensor.method if tensor else None for tensor in inputs),
-        gains=tuple(layer.sensitivity.gain if layer and layer.sensitivity else None for layer in layers),
+        gains=tuple(
+            layer.sensitivity.gain if layer and layer.sensitivity else None for layer in layers
+        ),
     )
 
 
 def _differs(layer: LayerDifference) -> bool:
-    if layer.has_other_reason or any(len(set(each)) > 1 for each in (layer.precisions, layer.methods)):
+    if layer.has_other_reason or any(
+        len(set(each)) > 1 for each in (layer.precisions, layer.methods)
+    ):
         return True
     return any(map(_ranges_differ, (layer.ranges, layer.weights)))
 
@@ -246,20 +278,30 @@ def _kind_of_reason(reason: str | None) -> tuple[str, ...]:
 
 def _ranges_differ(ranges: Sequence[float | None]) -> bool:
     known = [amax for amax in ranges if amax is not None]
-    return 0 < len(known) < len(ranges) or max(known, default=0.0) > (1 + TOLERANCE) * min(known, default=0.0)
+    return 0 < len(known) < len(ranges) or max(known, default=0.0) > (1 + TOLERANCE) * min(
+        known, default=0.0
+    )
 
 
 def _list_sensitivity(reports: Sequence[StoredReport]) -> list[SensitivityRow]:
     units = [{unit.unit: unit for unit in list_units(report)} for report in reports]
-    names = dict.fromkeys(name for rank in range(_BARS) for each in units for name in [*each][rank : rank + 1])
+    names = dict.fromkeys(
+        name for rank in range(_BARS) for each in units for name in [*each][rank : rank + 1]
+    )
     metrics = [unit_of_gain(report) for report in reports]
     longest: dict[str, float] = {}
     for metric, each in zip(metrics, units, strict=True):
-        longest[metric] = max([longest.get(metric, 0.0), *(unit.gain or 0.0 for unit in each.values())])
+        longest[metric] = max(
+            [longest.get(metric, 0.0), *(unit.gain or 0.0 for unit in each.values())]
+        )
     precisions = [{layer.name: layer.precision for layer in report.layers} for report in reports]
 
     def width(unit: Sensitivity | None, metric: str) -> float:
-        return round(100 * max(unit.gain or 0.0, 0.0) / longest[metric], 2) if unit and longest[metric] else 0.0
+        return (
+            round(100 * max(unit.gain or 0.0, 0.0) / longest[metric], 2)
+            if unit and longest[metric]
+            else 0.0
+        )
 
     def precision(unit: Sensitivity | None, each: dict[str, str]) -> str | None:
         return each.get(unit.layers[0]) if unit else None
@@ -267,12 +309,16 @@ def _list_sensitivity(reports: Sequence[StoredReport]) -> list[SensitivityRow]:
     rows = []
     for name in names:
         found = [each.get(name) for each in units]
-        rows.append(SensitivityRow(
-            name=name,
-            ranks=tuple(unit.rank if unit else None for unit in found),
-            gains=tuple(unit.gain if unit else None for unit in found),
-            precisions=tuple(map(precision, found, precisions)),
-            labels=tuple(format_gain(unit) if unit else "not measured" for unit in found),
-            widths=tuple(width(unit, metric) for unit, metric in zip(found, metrics, strict=True)),
-        ))  # fmt: skip
+        rows.append(
+            SensitivityRow(
+                name=name,
+                ranks=tuple(unit.rank if unit else None for unit in found),
+                gains=tuple(unit.gain if unit else None for unit in found),
+                precisions=tuple(map(precision, found, precisions)),
+                labels=tuple(format_gain(unit) if unit else "not measured" for unit in found),
+                widths=tuple(
+                    width(unit, metric) for unit, metric in zip(found, metrics, strict=True)
+                ),
+            )
+        )
     return rows

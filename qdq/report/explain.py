@@ -51,7 +51,9 @@ def _explain(report: StoredReport, name: str) -> Explanation:
     if name not in layers:
         raise _unknown(report, name)
     layer = layers[name]
-    neighbours = {other: layers[other].precision for other in (*layer.reads, *layer.feeds) if other in layers}
+    neighbours = {
+        other: layers[other].precision for other in (*layer.reads, *layer.feeds) if other in layers
+    }
     return Explanation(layer, neighbours, _format(layer, neighbours, unit_of_gain(report)))
 
 
@@ -59,7 +61,11 @@ def _unknown(report: StoredReport, name: str) -> ArgumentError:
     modules = {str(module["name"]): module for module in report.data["swap"]["modules"]}
     if name in modules:
         found = modules[name]
-        calls = [layer.name for layer in report.layers if layer.is_call and layer.name.rpartition(".")[0] == name]
+        calls = [
+            layer.name
+            for layer in report.layers
+            if layer.is_call and layer.name.rpartition(".")[0] == name
+        ]
         if found["action"] == "missed" and calls:
             return ArgumentError(
                 f"{name or 'the model'} is a {found['type']} that stands there with its calls.",
@@ -71,14 +77,27 @@ def _unknown(report: StoredReport, name: str) -> ArgumentError:
         )
     names = [layer.name for layer in report.layers]
     parts = [other for other in names if name and name.lower() in other.lower()]
-    close = list(dict.fromkeys([*parts, *difflib.get_close_matches(name, names, _HINTS, 0.5)]))[:_HINTS]
-    hint = f"did you mean {', '.join(close)}?" if close else "report.html in the run folder lists all layers."
+    close = list(dict.fromkeys([*parts, *difflib.get_close_matches(name, names, _HINTS, 0.5)]))[
+        :_HINTS
+    ]
+    hint = (
+        f"did you mean {', '.join(close)}?"
+        if close
+        else "report.html in the run folder lists all layers."
+    )
     return ArgumentError(f"the run {report.name} has no layer {name!r}.", hint)
 
 
 def _format(layer: LayerRecord, neighbours: dict[str, str], unit: str) -> str:
-    blocks = [_block(f"{layer.name or 'the model'} ({layer.kind})", describe_layer(layer, unit, neighbours))]
-    blocks += [_block(f"{title_of(tensor)} ({tensor.quantizer})", _list_facts(tensor)) for tensor in layer.tensors]
+    blocks = [
+        _block(
+            f"{layer.name or 'the model'} ({layer.kind})", describe_layer(layer, unit, neighbours)
+        )
+    ]
+    blocks += [
+        _block(f"{title_of(tensor)} ({tensor.quantizer})", _list_facts(tensor))
+        for tensor in layer.tensors
+    ]
     if "tensors" in layer.unknown:
         blocks.append(printable(f"No ranges: {layer.unknown['tensors']}", MOST_CHARACTERS))
     return "\n\n".join(blocks)
@@ -102,5 +121,7 @@ def _list_facts(tensor: TensorRecord) -> list[Fact]:
 def _block(title: str, facts: list[Fact]) -> str:
     """A title, and below it a line of each fact."""
     width = max(len(printable(term)) for term, _ in facts)
-    lines = [f"  {printable(term):{width}}  {printable(text, MOST_CHARACTERS)}" for term, text in facts]
+    lines = [
+        f"  {printable(term):{width}}  {printable(text, MOST_CHARACTERS)}" for term, text in facts
+    ]
     return "\n".join([printable(title), *lines])

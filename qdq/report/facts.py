@@ -10,7 +10,9 @@ from qdq.report.records import LayerRecord, Sensitivity, TensorRecord
 Fact = tuple[str, str]
 
 
-def describe_layer(layer: LayerRecord, unit: str, neighbours: Mapping[str, str] | None = None) -> list[Fact]:
+def describe_layer(
+    layer: LayerRecord, unit: str, neighbours: Mapping[str, str] | None = None
+) -> list[Fact]:
     """Term and text, what decides first.
 
     Args:
@@ -30,10 +32,21 @@ def describe_layer(layer: LayerRecord, unit: str, neighbours: Mapping[str, str] 
         *_describe_cost(found),
         ("Outputs in that state", _outputs(found, unit, why)),
         ("Own output in int8", _known(layer.output_sqnr_db, _sqnr, missing.get("output_sqnr_db"))),
-        ("Multiplications", _known(layer.macs, lambda macs: _work(macs, layer.macs_share), missing.get("macs"))),
+        (
+            "Multiplications",
+            _known(layer.macs, lambda macs: _work(macs, layer.macs_share), missing.get("macs")),
+        ),
         ("Weights", size if layer.weights else "none of its own"),
-        ("Engine", _known(layer.engine, lambda kind: _engine(kind, layer.engine_note), missing.get("engine"))),
-        ("Kernel", ", ".join(layer.kernels) or _not_known(missing.get("engine", "the engine names none"))),
+        (
+            "Engine",
+            _known(
+                layer.engine, lambda kind: _engine(kind, layer.engine_note), missing.get("engine")
+            ),
+        ),
+        (
+            "Kernel",
+            ", ".join(layer.kernels) or _not_known(missing.get("engine", "the engine names none")),
+        ),
         ("Reads", _list(reads, missing, "constants only")),
         ("Feeds", _list(feeds, missing, "no layer reads it")),
     ]
@@ -46,8 +59,14 @@ def describe_tensor(tensor: TensorRecord) -> list[Fact]:
         ("Range", _known(tensor.amax, lambda amax: _range(amax, tensor), missing.get("amax"))),
         ("Quantizes", "yes" if tensor.is_on else "no, it is switched off"),
         ("Error", _known(tensor.sqnr_db, _sqnr, missing.get("sqnr_db"))),
-        ("Clipped", _known(tensor.clipped, lambda part: format_share(part, 3), missing.get("clipped"))),
-        ("Same range as", f"{', '.join(tensor.shares)}; figures are of all" if tensor.shares else "no other"),
+        (
+            "Clipped",
+            _known(tensor.clipped, lambda part: format_share(part, 3), missing.get("clipped")),
+        ),
+        (
+            "Same range as",
+            f"{', '.join(tensor.shares)}; figures are of all" if tensor.shares else "no other",
+        ),
     ]
 
 
@@ -89,18 +108,24 @@ def format_gain(unit: Sensitivity) -> str:
         return "not finite"
     if unit.gain is None:
         return "estimated" if unit.sqnr_db is None else f"estimated: SQNR {unit.sqnr_db:.2f} dB"
-    interval = "" if unit.low is None or unit.high is None else f" ({unit.low:.2g} to {unit.high:.2g})"
+    interval = (
+        "" if unit.low is None or unit.high is None else f" ({unit.low:.2g} to {unit.high:.2g})"
+    )
     return f"{unit.gain:.3g}{interval}"
 
 
 def _gain(found: Sensitivity, unit: str) -> str:
-    name = found.unit if found.unit.startswith("group ") else f"group {found.unit}"  # of a pattern: "group layer1.*"
+    name = (
+        found.unit if found.unit.startswith("group ") else f"group {found.unit}"
+    )  # of a pattern: "group layer1.*"
     group = f", in the {name} of {len(found.layers)} layers" if len(found.layers) > 1 else ""
     rank = f"rank {found.rank} of {found.units}, {'measured' if found.is_exact else 'estimated'}{group}"
     if found.gain is None:
         return f"not finite; {rank}" if found.is_exact else rank
     interval = (
-        "" if found.low is None or found.high is None else f" (95 % interval {found.low:.3g} to {found.high:.3g})"
+        ""
+        if found.low is None or found.high is None
+        else f" (95 % interval {found.low:.3g} to {found.high:.3g})"
     )
     return f"{found.gain:.3g} {unit}{interval}; {rank}"
 
@@ -145,7 +170,11 @@ def _range(amax: float, tensor: TensorRecord) -> str:
 
 
 def _name(names: Sequence[str], precisions: Mapping[str, str] | None) -> Sequence[str]:
-    return names if precisions is None else [f"{name} ({precisions.get(name, 'not known')})" for name in names]
+    return (
+        names
+        if precisions is None
+        else [f"{name} ({precisions.get(name, 'not known')})" for name in names]
+    )
 
 
 def _list(names: Sequence[str], missing: Mapping[str, str], none: str) -> str:

@@ -22,11 +22,26 @@ from qdq.metrics import sqnr_db
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.nn.functions import run_again
 from qdq.quantizer import SharedQuantizer, TensorQuantizer, disable_quantization, fake_quantize
-from qdq.report.records import HISTOGRAM_COLUMNS, RULE, LayerRecord, MethodRange, Sensitivity, TensorRecord
+from qdq.report.records import (
+    HISTOGRAM_COLUMNS,
+    RULE,
+    LayerRecord,
+    MethodRange,
+    Sensitivity,
+    TensorRecord,
+)
 from qdq.rewire import PlannedOperation, RewirePlan
 from qdq.statistics import Statistics
 from qdq.swap import PlannedModule, SwapPlan
-from qdq.trace import Contraction, ForwardTrace, Operation, call_model, evaluating, floats_of, trace_forward
+from qdq.trace import (
+    Contraction,
+    ForwardTrace,
+    Operation,
+    call_model,
+    evaluating,
+    floats_of,
+    trace_forward,
+)
 from qdq.trt.census import LayerCensus
 from qdq.units import find_all_quantizers
 
@@ -110,7 +125,11 @@ class _Knowledge:
 
     def describe(self, entry: _Entry, quantizers: list[TensorQuantizer]) -> LayerRecord:
         """All of it for one layer."""
-        is_int8 = entry.is_quantized and bool(quantizers) and not any(each._disabled for each in quantizers)
+        is_int8 = (
+            entry.is_quantized
+            and bool(quantizers)
+            and not any(each._disabled for each in quantizers)
+        )
         reason = self.reasons.explain(entry, is_int8, self.tensors.note_of(quantizers))
         output = self.outputs.get(entry.name)
         built = self.engine.describe(entry)
@@ -138,10 +157,14 @@ class _Knowledge:
             unknown={**built.unknown, **self._list_unknown(entry, quantizers, is_int8)},
         )
 
-    def _list_unknown(self, entry: _Entry, quantizers: list[TensorQuantizer], is_int8: bool) -> dict[str, str]:
+    def _list_unknown(
+        self, entry: _Entry, quantizers: list[TensorQuantizer], is_int8: bool
+    ) -> dict[str, str]:
         """Field -> why it holds nothing."""
         unknown = {}
-        output = self.outputs.get(entry.name, "measured for layers only" if quantizers else "it has no quantizers")
+        output = self.outputs.get(
+            entry.name, "measured for layers only" if quantizers else "it has no quantizers"
+        )
         if isinstance(output, str):
             unknown["output_sqnr_db"] = output
         elif not math.isfinite(output):
@@ -166,7 +189,9 @@ def _list_entries(
     weights = _weigh_calls(flow)
     missed = _find_missed(model, plan, calls, trace)
     modules = [
-        module for module in plan.modules if module.name in missed or (module.mapped and module.action != "missed")
+        module
+        for module in plan.modules
+        if module.name in missed or (module.mapped and module.action != "missed")
     ]
     entries = [_entry_of_module(module) for module in modules]
     entries += [_entry_of_call(call, weights.get(call.name, 0)) for call in calls]
@@ -196,7 +221,10 @@ class _Products:
     @classmethod
     def of(cls, calls: Iterable[Contraction]) -> _Products:
         known = list(calls)
-        return cls(frozenset(call.module for call in known), frozenset().union(*(call.storages for call in known)))
+        return cls(
+            frozenset(call.module for call in known),
+            frozenset().union(*(call.storages for call in known)),
+        )
 
     def involve(self, module: str, storages: set[int]) -> bool:
         """Whether a module calls one of them, or one reads its memory."""
@@ -213,7 +241,10 @@ def _find_missed(
     every, rest = _Products.of(trace.contractions), _Products.of(undecided)
 
     def is_missed(name: str) -> bool:
-        own = {weight.untyped_storage().data_ptr() for weight in modules[name].parameters(recurse=False)}
+        own = {
+            weight.untyped_storage().data_ptr()
+            for weight in modules[name].parameters(recurse=False)
+        }
         return not every.involve(name, own) or rest.involve(name, own)
 
     return frozenset(module.name for module in plan.of("missed") if is_missed(module.name))
@@ -221,21 +252,29 @@ def _find_missed(
 
 def _entry_of_module(module: PlannedModule) -> _Entry:
     is_quantized = module.action == "quantize"
-    return _Entry(module.name, module.type, False, module.mapped, is_quantized, module.reason, module.weights)
+    return _Entry(
+        module.name, module.type, False, module.mapped, is_quantized, module.reason, module.weights
+    )
 
 
 def _entry_of_call(call: PlannedOperation, weights: int) -> _Entry:
-    return _Entry(call.name, call.function, True, False, call.action == "quantize", call.reason, weights)
+    return _Entry(
+        call.name, call.function, True, False, call.action == "quantize", call.reason, weights
+    )
 
 
 def _owner_of(call: PlannedOperation) -> str:
     return call.name.rpartition(".")[0]
 
 
-def _find_owners(found: Mapping[str, list[TensorQuantizer]], entries: Mapping[str, _Entry]) -> dict[str, str]:
+def _find_owners(
+    found: Mapping[str, list[TensorQuantizer]], entries: Mapping[str, _Entry]
+) -> dict[str, str]:
     """Call -> the layer that its quantizer is there for (see `units.find_units`)."""
     known = [name for name in found if name in entries]
-    layer_of = {quantizer: name for name in known if not entries[name].is_call for quantizer in found[name]}
+    layer_of = {
+        quantizer: name for name in known if not entries[name].is_call for quantizer in found[name]
+    }
     return {
         name: layer_of[quantizer]
         for name in known
@@ -246,7 +285,9 @@ def _find_owners(found: Mapping[str, list[TensorQuantizer]], entries: Mapping[st
 
 
 def _without_calls(
-    found: Mapping[str, list[TensorQuantizer]], owners: Mapping[str, str], entries: Mapping[str, _Entry]
+    found: Mapping[str, list[TensorQuantizer]],
+    owners: Mapping[str, str],
+    entries: Mapping[str, _Entry],
 ) -> dict[str, list[TensorQuantizer]]:
     """Layer or call -> its own quantizers."""
     of_calls: dict[str, set[TensorQuantizer]] = {}
@@ -277,11 +318,15 @@ class _Neighbours:
     def __init__(self, flow: Dataflow, entries: Mapping[str, _Entry]) -> None:
         self._entries = entries
         self._owners: dict[str, str | None] = {}
-        reads: dict[str, dict[str | None, None]] = {name: {} for name in entries}  # None: the input of the network
+        reads: dict[str, dict[str | None, None]] = {
+            name: {} for name in entries
+        }  # None: the input of the network
         sources: dict[int, dict[str | None, None]] = {value: {None: None} for value in flow.inputs}
         order: dict[str, None] = {}
         for operation in flow.operations:
-            before = {source: None for value in operation.inputs for source in sources.get(value, {})}
+            before = {
+                source: None for value in operation.inputs for source in sources.get(value, {})
+            }
             layer = self._layer_of(operation)
             if layer is not None:
                 order[layer] = None
@@ -290,7 +335,10 @@ class _Neighbours:
             sources.update(dict.fromkeys(operation.outputs, before))
         self.order = [*order, *(name for name in entries if name not in order)]
         self.reads_input = {name for name, others in reads.items() if None in others}
-        self.reads = {name: tuple(each for each in others if each is not None) for name, others in reads.items()}
+        self.reads = {
+            name: tuple(each for each in others if each is not None)
+            for name, others in reads.items()
+        }
         self.writes_output = {source for value in flow.outputs for source in sources.get(value, {})}
         feeds: dict[str, list[str]] = {name: [] for name in entries}
         for reader in self.order:
@@ -319,7 +367,9 @@ class _Neighbours:
             if entry is not None and entry.is_layer:
                 self._owners[module] = module
             else:
-                self._owners[module] = self._layer_around(module.rpartition(".")[0]) if module else None
+                self._owners[module] = (
+                    self._layer_around(module.rpartition(".")[0]) if module else None
+                )
         return self._owners[module]
 
 
@@ -334,10 +384,16 @@ class _Reasons:
     def __init__(self, analysis: Analysis, owners: Mapping[str, str]) -> None:
         self._analysis = analysis
         self._owners = owners
-        self._units = {name: unit for unit in analysis.layers for name in unit.layers or (unit.name,)}
-        self._steps = {name: number for number, step in enumerate(analysis.steps) for name in _layers_of(step)}
+        self._units = {
+            name: unit for unit in analysis.layers for name in unit.layers or (unit.name,)
+        }
+        self._steps = {
+            name: number for number, step in enumerate(analysis.steps) for name in _layers_of(step)
+        }
         self._ranks = {unit.name: rank for rank, unit in enumerate(analysis.layers, 1)}
-        self._last_chosen = max((self._ranks.get(step.layer, 0) for step in analysis.steps), default=0)
+        self._last_chosen = max(
+            (self._ranks.get(step.layer, 0) for step in analysis.steps), default=0
+        )
 
     def explain(self, entry: _Entry, is_int8: bool, note: str) -> str:
         """One sentence, or two.
@@ -355,7 +411,11 @@ class _Reasons:
             return self._explain_step(self._steps[entry.name])
         owner = self._owners.get(entry.name)
         if not is_int8:
-            return f"it is there only for {owner}, which is in float" if owner else "its quantizers are switched off"
+            return (
+                f"it is there only for {owner}, which is in float"
+                if owner
+                else "its quantizers are switched off"
+            )
         if owner:
             return f"{entry.reason}; it goes with {owner}"
         unit = self._units.get(entry.name)
@@ -377,7 +437,9 @@ class _Reasons:
         steps, name = self._analysis.steps, self._analysis.metric_name
         states = (steps[number - 1] if number else self._analysis, steps[number])
         sqnr = " -> ".join(f"{state.sqnr_db:.2f}" for state in states)
-        metric = " -> ".join("" if state.metric is None else f"{state.metric:.4g}" for state in states)
+        metric = " -> ".join(
+            "" if state.metric is None else f"{state.metric:.4g}" for state in states
+        )
         what = "" if name == "sqnr" else f"{name} of the outputs {metric}, "
         return f"step {number + 1} of {len(steps)} of the search left it in float: {what}SQNR of the outputs {sqnr} dB"
 
@@ -411,9 +473,18 @@ def _list_sensitivities(analysis: Analysis) -> dict[str, Sensitivity]:
         layers = unit.layers or (unit.name,)
         sqnr = unit.sqnr_db if math.isfinite(unit.sqnr_db) else None
         record = Sensitivity(
-            unit.name, layers, rank, len(analysis.layers), unit.gain, unit.gain_low, unit.gain_high, sqnr,
-            unit.is_exact, unit.metric, unit.cost,
-        )  # fmt: skip
+            unit.name,
+            layers,
+            rank,
+            len(analysis.layers),
+            unit.gain,
+            unit.gain_low,
+            unit.gain_high,
+            sqnr,
+            unit.is_exact,
+            unit.metric,
+            unit.cost,
+        )
         result.update(dict.fromkeys(layers, record))
     return result
 
@@ -429,12 +500,18 @@ class _Tensors:
     """
 
     def __init__(
-        self, model: nn.Module, ranges: Iterable[Range], rewired: RewirePlan, statistics: Statistics | None
+        self,
+        model: nn.Module,
+        ranges: Iterable[Range],
+        rewired: RewirePlan,
+        statistics: Statistics | None,
     ) -> None:
         self._modules = dict(model.named_modules())
         self._ranges = {each.name: each for each in ranges}
         self._groups = {
-            name: (leader, *followers) for leader, followers in rewired.shared.items() for name in (leader, *followers)
+            name: (leader, *followers)
+            for leader, followers in rewired.shared.items()
+            for name in (leader, *followers)
         }
         self._statistics = statistics
         self._summary = {} if statistics is None else statistics.summarize()["tensors"]
@@ -466,7 +543,10 @@ class _Tensors:
         )
         if amax is None:
             note = found.note if found and found.note else "it was not calibrated"
-            return replace(record, unknown=dict.fromkeys(("amax", "sqnr_db", "clipped", "methods", "histogram"), note))
+            return replace(
+                record,
+                unknown=dict.fromkeys(("amax", "sqnr_db", "clipped", "methods", "histogram"), note),
+            )
         weight = self._weight_of(layer, name)
         if weight is not None:
             return _with_weight(record, weight, quantizer)
@@ -480,10 +560,16 @@ class _Tensors:
         return None if parameter is None else module._parameters[parameter]
 
     def _with_statistics(self, record: TensorRecord, quantizer: TensorQuantizer) -> TensorRecord:
-        leader = quantizer.leader.name if isinstance(quantizer, SharedQuantizer) else record.quantizer
+        leader = (
+            quantizer.leader.name if isinstance(quantizer, SharedQuantizer) else record.quantizer
+        )
         if self._statistics is None or leader not in self._statistics.tensors:
-            why = NO_STATISTICS if self._statistics is None else "calibration collected nothing of it"
-            return replace(record, unknown=dict.fromkeys(("sqnr_db", "clipped", "methods", "histogram"), why))
+            why = (
+                NO_STATISTICS if self._statistics is None else "calibration collected nothing of it"
+            )
+            return replace(
+                record, unknown=dict.fromkeys(("sqnr_db", "clipped", "methods", "histogram"), why)
+            )
         tensor, amax = self._statistics.tensors[leader], record.amax or 0.0
         counts, end = tensor.histogram(HISTOGRAM_COLUMNS)
         summary = self._summary[leader]
@@ -491,7 +577,9 @@ class _Tensors:
             method: MethodRange(float(value), float(summary["clipped"][method]))
             for method, value in summary["amax"].items()
         }
-        record = replace(record, methods=methods, histogram=tuple(map(int, counts)), histogram_end=end)
+        record = replace(
+            record, methods=methods, histogram=tuple(map(int, counts)), histogram_end=end
+        )
         if record.ranges > 1:
             why = "it has a range for each channel, and the histogram is of all of them"
             return replace(record, unknown=dict.fromkeys(("sqnr_db", "clipped"), why))
@@ -500,7 +588,9 @@ class _Tensors:
         return _with_sqnr(replace(record, clipped=clipped), sqnr)
 
 
-def _with_weight(record: TensorRecord, weight: torch.Tensor, quantizer: TensorQuantizer) -> TensorRecord:
+def _with_weight(
+    record: TensorRecord, weight: torch.Tensor, quantizer: TensorQuantizer
+) -> TensorRecord:
     """A weight is known itself: its error is exact."""
     amax = quantizer.amax
     assert amax is not None  # noqa: S101  # the caller has looked
@@ -508,9 +598,13 @@ def _with_weight(record: TensorRecord, weight: torch.Tensor, quantizer: TensorQu
     axis = quantizer._axis
     found = fake_quantize(values, amax, quantizer.format, axis)
     limit = (
-        amax if axis is None else amax.reshape([-1 if dim == axis % values.dim() else 1 for dim in range(values.dim())])
+        amax
+        if axis is None
+        else amax.reshape([-1 if dim == axis % values.dim() else 1 for dim in range(values.dim())])
     )
-    clipped = float((values.abs() > limit.to(values.device)).float().mean()) if values.numel() else 0.0
+    clipped = (
+        float((values.abs() > limit.to(values.device)).float().mean()) if values.numel() else 0.0
+    )
     unknown = {
         "methods": "weights are solved by their own methods, max and mse",
         "histogram": "of weights the ranges of the channels count",
@@ -522,12 +616,17 @@ def _with_weight(record: TensorRecord, weight: torch.Tensor, quantizer: TensorQu
 def _with_sqnr(record: TensorRecord, sqnr: float) -> TensorRecord:
     if math.isfinite(sqnr):
         return replace(record, sqnr_db=sqnr)
-    return replace(record, unknown={**record.unknown, "sqnr_db": "no error: every value is a code, or all are zero"})
+    return replace(
+        record,
+        unknown={**record.unknown, "sqnr_db": "no error: every value is a code, or all are zero"},
+    )
 
 
 def _role_of(quantizer: str) -> str:
     """What a quantizer is for: "input" of `conv._input_quantizer`."""
-    return quantizer.rpartition(".")[2].removeprefix("_").removesuffix("_quantizer").replace("_", " ")
+    return (
+        quantizer.rpartition(".")[2].removeprefix("_").removesuffix("_quantizer").replace("_", " ")
+    )
 
 
 @torch.no_grad()
@@ -544,7 +643,9 @@ def _measure_outputs(
                 if any(quantizer.amax is None for quantizer in own):
                     result[name] = "it has no range"
                     continue
-                hook = module.register_forward_hook(_compare_outputs(name, own, result), with_kwargs=True)
+                hook = module.register_forward_hook(
+                    _compare_outputs(name, own, result), with_kwargs=True
+                )
                 hooks.callback(hook.remove)
         call_model(model, batch)
     for name in quantizers:
@@ -553,7 +654,9 @@ def _measure_outputs(
     return result
 
 
-def _compare_outputs(name: str, own: list[TensorQuantizer], result: dict[str, float | str]) -> Callable[..., None]:
+def _compare_outputs(
+    name: str, own: list[TensorQuantizer], result: dict[str, float | str]
+) -> Callable[..., None]:
     """A hook that runs the layer once more, quantized; of several calls the worst counts."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -564,7 +667,9 @@ def _compare_outputs(name: str, own: list[TensorQuantizer], result: dict[str, fl
             result[name] = "its output holds no floating-point tensor"
             return
         pairs = zip(expected, quantized, strict=True)
-        sqnr = min(sqnr_db(one.float().cpu().numpy(), other.float().cpu().numpy()) for one, other in pairs)
+        sqnr = min(
+            sqnr_db(one.float().cpu().numpy(), other.float().cpu().numpy()) for one, other in pairs
+        )
         before = result.get(name, math.inf)
         result[name] = min(before, sqnr) if isinstance(before, float) else sqnr
 
@@ -596,8 +701,12 @@ class _Engine:
         for layer in build.layers:
             self._census.setdefault(layer.module, []).append(layer)
         self._sizes = {layer.name: layer for layer in build.coverage.layers}
-        products = (entry for entry in entries.values() if entry.is_call and entry.kind in SINGLE_PRODUCTS)
-        self._calls: dict[str, dict[str, int]] = {}  # module -> its calls, and which of them each is
+        products = (
+            entry for entry in entries.values() if entry.is_call and entry.kind in SINGLE_PRODUCTS
+        )
+        self._calls: dict[
+            str, dict[str, int]
+        ] = {}  # module -> its calls, and which of them each is
         for entry in products:
             calls = self._calls.setdefault(entry.name.rpartition(".")[0], {})
             calls[entry.name] = len(calls)
@@ -628,5 +737,8 @@ class _Engine:
         owner = entry.name.rpartition(".")[0]
         nodes, calls = self._census.get(owner, []), self._calls[owner]
         if len(nodes) != len(calls):
-            return [], f"its module became {len(nodes)} products in the file and made {len(calls)} calls"
+            return (
+                [],
+                f"its module became {len(nodes)} products in the file and made {len(calls)} calls",
+            )
         return [nodes[calls[entry.name]]], ""

@@ -69,7 +69,9 @@ def read_report(run: Path | str) -> tuple[Path, Any]:
         DataError: The report cannot be read, or is no JSON of finite numbers.
     """
     run = as_path(run, "run")
-    path = run / REPORT_FILE if os.path.isdir(run) else run  # unlike those of Path, they take any name
+    path = (
+        run / REPORT_FILE if os.path.isdir(run) else run
+    )  # unlike those of Path, they take any name
     if not os.path.isfile(path):
         raise _missing(run)
     return path, read_json(path, _AGAIN if path.name == REPORT_FILE else _GIVE_FOLDER)
@@ -89,7 +91,9 @@ def guarded(path: Path, read: Callable[[], Result]) -> Result:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         what = printable(f"{type(error).__name__}: {error}")
-        raise DataError(f"{path} is damaged: its entries contradict each other, {what}.", _AGAIN) from error
+        raise DataError(
+            f"{path} is damaged: its entries contradict each other, {what}.", _AGAIN
+        ) from error
 
 
 def _missing(run: Path) -> ArgumentError:
@@ -102,7 +106,9 @@ def _missing(run: Path) -> ArgumentError:
             f"{run} is no run folder: there is no {REPORT_FILE} in it.",
             _GIVE_FOLDER,
         )
-    return ArgumentError(f"the run {run} has written no report: it got as far as '{stage}'.", _AGAIN)
+    return ArgumentError(
+        f"the run {run} has written no report: it got as far as '{stage}'.", _AGAIN
+    )
 
 
 def parse_report(data: Any, path: Path) -> StoredReport:
@@ -119,6 +125,9 @@ def parse_report(data: Any, path: Path) -> StoredReport:
         raise DataError(f"{path} is no report of a run.", _GIVE_FOLDER)
     if data.get("format") != REPORT_FORMAT:
         found = describe(data.get("format", "none"))
-        raise DataError(f"{path} is of another qdq: its format is {found}, this one reads {REPORT_FORMAT!r}.", _AGAIN)
+        raise DataError(
+            f"{path} is of another qdq: its format is {found}, this one reads {REPORT_FORMAT!r}.",
+            _AGAIN,
+        )
     sections = validate(StoredSections, data, str(path), _AGAIN)
     return StoredReport(path, data, tuple(sections["layers"]))

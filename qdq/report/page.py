@@ -11,7 +11,14 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from qdq.report.charts import draw_bars, draw_curve, draw_network, draw_tuning, list_units, unit_of_gain
+from qdq.report.charts import (
+    draw_bars,
+    draw_curve,
+    draw_network,
+    draw_tuning,
+    list_units,
+    unit_of_gain,
+)
 from qdq.report.facts import format_number, format_share, format_state
 from qdq.report.load import StoredReport, guarded
 from qdq.report.tables import list_census, list_commands, list_details, list_rows, list_skipped
@@ -80,10 +87,26 @@ def list_figures(report: StoredReport) -> list[Figure]:
     reference, final = rows[0], rows[-1]
     expected, missing = summary["census_expected_int8"], len(summary["census_missing_int8"])
     figures = [
-        Figure("layers in int8", f"{int8_layers(report)} of {summary['weighted_layers']}", "with weights, in the file"),
-        Figure("multiplications in int8", format_share(int8_share(report)), "in the engine, of those of known size"),
-        Figure("SQNR of the outputs", _decibels(final["sqnr_db"]), f"{final['name']} against {reference['name']}"),
-        Figure("same answer as float", format_share(final["agreement"]), f"on {data['evaluation']['images']} images"),
+        Figure(
+            "layers in int8",
+            f"{int8_layers(report)} of {summary['weighted_layers']}",
+            "with weights, in the file",
+        ),
+        Figure(
+            "multiplications in int8",
+            format_share(int8_share(report)),
+            "in the engine, of those of known size",
+        ),
+        Figure(
+            "SQNR of the outputs",
+            _decibels(final["sqnr_db"]),
+            f"{final['name']} against {reference['name']}",
+        ),
+        Figure(
+            "same answer as float",
+            format_share(final["agreement"]),
+            f"on {data['evaluation']['images']} images",
+        ),
     ]
     if final["top1"] is not None:
         change = 100 * (final["top1"] - reference["top1"])
@@ -154,7 +177,10 @@ def _headline(report: StoredReport) -> str:
     )
     analysis = data["analysis"]
     if analysis["steps"]:
-        first, last = (format_state(state, analysis["metric_name"]) for state in (analysis, analysis["steps"][-1]))
+        first, last = (
+            format_state(state, analysis["metric_name"])
+            for state in (analysis, analysis["steps"][-1])
+        )
         what = "SQNR" if analysis["metric_name"] == "sqnr" else "quality"
         headline += (
             f" The analysis left {len(analysis['steps'])} of {len(list_units(report))} in float, which took the {what} "

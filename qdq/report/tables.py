@@ -48,7 +48,9 @@ def _row(number: int, layer: LayerRecord) -> Row:
     method = entry.method if entry and entry.method else None
     gain = found.gain if found else None
     is_exact = found is not None and found.is_exact
-    why_no_gain = layer.unknown.get("sensitivity", "not finite" if is_exact else "only estimated, not measured")
+    why_no_gain = layer.unknown.get(
+        "sensitivity", "not finite" if is_exact else "only estimated, not measured"
+    )
     cells = (
         _cell(gain, ".3g", why_no_gain),
         _cell_of(layer, entry, "amax", ".4g"),
@@ -111,7 +113,9 @@ def _list_tensor(tensor: TensorRecord) -> dict[str, Any]:
         "histogram": tensor.histogram,
         "end": format_number(end),
         "methods": methods,
-        "note": f"No histogram: {tensor.unknown['histogram']}." if "histogram" in tensor.unknown else "",
+        "note": f"No histogram: {tensor.unknown['histogram']}."
+        if "histogram" in tensor.unknown
+        else "",
     }
 
 
@@ -157,27 +161,53 @@ def list_skipped(report: StoredReport) -> list[Skipped]:
     """Whatever was left out by any stage, and why; what nobody wanted first."""
     data = report.data
     missed = set(data["summary"]["missed_modules"])  # others stand there with their calls
-    found = [("swap", m["type"], m["reason"], m["name"], m["action"] == "missed")
-             for m in data["swap"]["modules"] if m["action"] == "float" or m["name"] in missed]  # fmt: skip
-    found += [("rewire", call["function"], call["reason"], call["name"], False)
-              for call in data["rewire"]["operations"] if call["action"] == "float"]  # fmt: skip
-    found += [
-        ("fold", "BatchNorm", pair["reason"], pair["batchnorm"], False) for pair in data["fold"] if not pair["folded"]
+    found = [
+        ("swap", m["type"], m["reason"], m["name"], m["action"] == "missed")
+        for m in data["swap"]["modules"]
+        if m["action"] == "float" or m["name"] in missed
     ]
     found += [
-        ("calibrate", "quantizer", each["note"], each["name"], True) for each in data["calibration"] if each["note"]
+        ("rewire", call["function"], call["reason"], call["name"], False)
+        for call in data["rewire"]["operations"]
+        if call["action"] == "float"
     ]
-    left = {name for step in data["analysis"]["steps"] for name in step["layers"] or [step["layer"]]}
+    found += [
+        ("fold", "BatchNorm", pair["reason"], pair["batchnorm"], False)
+        for pair in data["fold"]
+        if not pair["folded"]
+    ]
+    found += [
+        ("calibrate", "quantizer", each["note"], each["name"], True)
+        for each in data["calibration"]
+        if each["note"]
+    ]
+    left = {
+        name for step in data["analysis"]["steps"] for name in step["layers"] or [step["layer"]]
+    }
     left |= {name for name, precision in data["analysis"]["pinned"].items() if precision == "float"}
-    found += [("analyze", each.kind, each.reason, each.name, False) for each in report.layers if each.name in left]
-    found += [("check", f"{each['rule']} {each['severity']}", each["message"], each["node"], each["severity"] != "info")
-              for each in data["check"]["findings"]]  # fmt: skip
+    found += [
+        ("analyze", each.kind, each.reason, each.name, False)
+        for each in report.layers
+        if each.name in left
+    ]
+    found += [
+        (
+            "check",
+            f"{each['rule']} {each['severity']}",
+            each["message"],
+            each["node"],
+            each["severity"] != "info",
+        )
+        for each in data["check"]["findings"]
+    ]
     found += [("build", "warning", text, "engine", False) for text in data["build"]["warnings"]]
     groups = group_names(
-        ((stage, what, reason, is_bad), name or "the model") for stage, what, reason, name, is_bad in found
+        ((stage, what, reason, is_bad), name or "the model")
+        for stage, what, reason, name, is_bad in found
     )
     entries = [
-        Skipped(stage, what, reason, tuple(names), is_bad) for (stage, what, reason, is_bad), names in groups.items()
+        Skipped(stage, what, reason, tuple(names), is_bad)
+        for (stage, what, reason, is_bad), names in groups.items()
     ]
     return sorted(entries, key=lambda entry: not entry.is_bad)
 
@@ -191,10 +221,16 @@ def list_commands(report: StoredReport) -> list[tuple[str, str]]:
     own: Sequence[tuple[str, Sequence[str]]] = [
         ("check the file again", ["qdq", "check", onnx]),
         ("build the engine again", build),
-        ("why a layer is as it is", ["qdq", "explain", folder, report.layers[0].name if report.layers else "LAYER"]),
+        (
+            "why a layer is as it is",
+            ["qdq", "explain", folder, report.layers[0].name if report.layers else "LAYER"],
+        ),
     ]
     return [
         ("this run", data["command"]),
         *((purpose, shlex.join(command)) for purpose, command in own),
-        *((f"on the target, {version}", line) for version, line in data["build"]["trtexec"].items()),
+        *(
+            (f"on the target, {version}", line)
+            for version, line in data["build"]["trtexec"].items()
+        ),
     ]

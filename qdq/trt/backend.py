@@ -53,7 +53,9 @@ def find_backend(name: str, sm: int | None = None) -> Backend:
         DependencyError: The package is not installed or cannot build on this machine.
     """
     if name != "auto" and name not in _MODULES:
-        raise ArgumentError(f"backend {name!r} is unknown.", f"choose one of auto, {', '.join(sorted(_MODULES))}.")
+        raise ArgumentError(
+            f"backend {name!r} is unknown.", f"choose one of auto, {', '.join(sorted(_MODULES))}."
+        )
     backend = _find_any() if name == "auto" else _load(name)
     if backend.name == "rtx" and sm is not None:
         find_compute_capability(backend.module, sm)
@@ -70,7 +72,9 @@ def find_compute_capability(trt: Any, sm: int) -> Any:
     Raises:
         ArgumentError: It has no such compute capability.
     """
-    known = {name: value for name, value in trt.ComputeCapability.__members__.items() if name[:2] == "SM"}
+    known = {
+        name: value for name, value in trt.ComputeCapability.__members__.items() if name[:2] == "SM"
+    }
     if f"SM{sm}" not in known:
         raise ArgumentError(
             f"TensorRT-RTX {trt.__version__} cannot build for SM {sm}; "

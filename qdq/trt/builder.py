@@ -47,7 +47,9 @@ class Plan:
         return list(dict.fromkeys(text for severity, text in self.log if severity in _ALARMS))
 
 
-def build_plan(backend: Backend, onnx_path: Path, profiles: Mapping[str, Profile], sm: int | None) -> Plan:
+def build_plan(
+    backend: Backend, onnx_path: Path, profiles: Mapping[str, Profile], sm: int | None
+) -> Plan:
     """Build an engine, in a process of its own.
 
     Args:
@@ -80,16 +82,29 @@ def build_plan(backend: Backend, onnx_path: Path, profiles: Mapping[str, Profile
 def answer_build(request: dict[str, Any], _: bytes) -> tuple[dict[str, Any], bytes]:
     """The child's side of `build_plan`."""
     try:
-        plan = _build(find_backend(request["backend"]), Path(request["onnx"]), request["profiles"], request["sm"])
+        plan = _build(
+            find_backend(request["backend"]),
+            Path(request["onnx"]),
+            request["profiles"],
+            request["sm"],
+        )
     except QdqError as error:
-        return {"error": {"kind": type(error).__name__, "message": error.message, "fix": error.fix}}, b""
+        return {
+            "error": {"kind": type(error).__name__, "message": error.message, "fix": error.fix}
+        }, b""
     except Exception as error:  # the bindings raise what pybind11 makes of it
-        failure = _build_failure(Path(request["onnx"]), [("ERROR", f"{type(error).__name__}: {error}")])
-        return {"error": {"kind": BuildError.__name__, "message": failure.message, "fix": failure.fix}}, b""
+        failure = _build_failure(
+            Path(request["onnx"]), [("ERROR", f"{type(error).__name__}: {error}")]
+        )
+        return {
+            "error": {"kind": BuildError.__name__, "message": failure.message, "fix": failure.fix}
+        }, b""
     return {"log": plan.log, "layer_json": plan.layer_json}, plan.engine
 
 
-def _build(backend: Backend, onnx_path: Path, profiles: Mapping[str, Profile], sm: int | None) -> Plan:
+def _build(
+    backend: Backend, onnx_path: Path, profiles: Mapping[str, Profile], sm: int | None
+) -> Plan:
     trt = backend.module
     log = make_logger(trt)
     builder = trt.Builder(log)
@@ -125,7 +140,8 @@ def _network_flags(backend: Backend) -> int:
 def _parse_failure(onnx_path: Path, errors: list[Any]) -> BuildError:
     """What the parser refuses, by node."""
     reasons = "; ".join(
-        f"node '{error.node_name()}' ({error.node_operator()}): {error.desc().strip()}" for error in errors
+        f"node '{error.node_name()}' ({error.node_operator()}): {error.desc().strip()}"
+        for error in errors
     )
     return BuildError(
         f"TensorRT cannot parse {onnx_path}: {reasons or 'no reason given'}.",

@@ -11,8 +11,12 @@ from typing import Protocol
 from qdq.trt.kernels import Kernel
 
 # Kernels that do nothing but convolve or multiply matrices, in the words of RTX and of TensorRT
-_PRODUCT = re.compile(r"correlation|conv(?!ert)|gemm|matmul|matrix_?multiply|fully_?connected", re.IGNORECASE)
-_FUSED_NAME = "__myl_"  # of a fused kernel: followed by its operations, as in __myl_CastMulCastFcAdd_myl0_1
+_PRODUCT = re.compile(
+    r"correlation|conv(?!ert)|gemm|matmul|matrix_?multiply|fully_?connected", re.IGNORECASE
+)
+_FUSED_NAME = (
+    "__myl_"  # of a fused kernel: followed by its operations, as in __myl_CastMulCastFcAdd_myl0_1
+)
 
 
 class QuantizableNode(Protocol):
@@ -70,7 +74,9 @@ def take_census(nodes: Sequence[QuantizableNode], kernels: Sequence[Kernel]) -> 
         for name in kernel.onnx_nodes:
             by_node.setdefault(name, []).append(kernel)
     namesakes = Counter(node.name for node in nodes)
-    return [_judge(node, _products(by_node.get(node.name, [])), namesakes[node.name]) for node in nodes]
+    return [
+        _judge(node, _products(by_node.get(node.name, [])), namesakes[node.name]) for node in nodes
+    ]
 
 
 def _products(kernels: list[Kernel]) -> list[Kernel]:

@@ -19,21 +19,41 @@ _LINE = re.compile(
     r".*Metadata: ?(?P<metadata>.*)"
 )
 _LINE_TYPE = re.compile(r"Datatype: (\w+), Format: ")
-_LINE_TENSOR = re.compile(r"Dimensions: \[(?P<dimensions>.*?)\], .*?Datatype: (?P<type>\w+), Format: ")
+_LINE_TENSOR = re.compile(
+    r"Dimensions: \[(?P<dimensions>.*?)\], .*?Datatype: (?P<type>\w+), Format: "
+)
 # Entries are set apart by the ASCII characters unit and record separator; a node's name may hold brackets.
 _ONNX_NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f\s]*(?:\[ONNX Layer: |$))")
 
 # What the inspector calls a type, from "Half" to "Thirty-two wide channel vectorized row major Int8 format"
 _TYPES = {
-    "int4": "Int4", "int8": "Int8", "uint8": "UInt8", "int32": "Int32", "int64": "Int64", "bool": "Bool",
-    "fp8": "FP8", "half": "Half", "fp16": "Half", "bf16": "BFloat16", "bfloat16": "BFloat16",
-    "float": "Float", "fp32": "Float",
-}  # fmt: skip
+    "int4": "Int4",
+    "int8": "Int8",
+    "uint8": "UInt8",
+    "int32": "Int32",
+    "int64": "Int64",
+    "bool": "Bool",
+    "fp8": "FP8",
+    "half": "Half",
+    "fp16": "Half",
+    "bf16": "BFloat16",
+    "bfloat16": "BFloat16",
+    "float": "Float",
+    "fp32": "Float",
+}
 _WORD = re.compile(r"[a-z0-9]+")
 _BITS = {
-    "Int4": 4, "Int8": 8, "UInt8": 8, "Int32": 32, "Int64": 64, "Bool": 8, "FP8": 8, "Half": 16, "BFloat16": 16,
+    "Int4": 4,
+    "Int8": 8,
+    "UInt8": 8,
+    "Int32": 32,
+    "Int64": 64,
+    "Bool": 8,
+    "FP8": 8,
+    "Half": 16,
+    "BFloat16": 16,
     "Float": 32,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +93,9 @@ def parse_build_log(messages: Iterable[str]) -> list[Kernel]:
     """
     kernels = []
     for message in messages:
-        for line in message.split("\n"):  # not splitlines(): the separators of the metadata end lines for it
+        for line in message.split(
+            "\n"
+        ):  # not splitlines(): the separators of the metadata end lines for it
             if (match := _LINE.match(line)) is None:
                 continue
             kernels.append(

@@ -20,7 +20,9 @@ def parse_shapes(text: str) -> dict[str, Shape]:
     """
     shapes: dict[str, Shape] = {}
     for part in text.split(","):
-        name, colon, dims = part.strip().rpartition(":")  # the last colon: a name may hold others ("input:0")
+        name, colon, dims = part.strip().rpartition(
+            ":"
+        )  # the last colon: a name may hold others ("input:0")
         sizes = dims.split("x")
         if not colon or not name or not all(size.isdecimal() and int(size) > 0 for size in sizes):
             raise ArgumentError(

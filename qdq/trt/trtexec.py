@@ -12,7 +12,9 @@ from qdq.trt.profiles import Profile
 _PARITY_WITH_11 = ("--useCudaGraph", "--useSpinWait", "--noDataTransfers", "--separateProfileRun")
 
 
-def trtexec_lines(onnx: Path, engine: Path, profiles: Mapping[str, Profile], *, half: bool = False) -> dict[str, str]:
+def trtexec_lines(
+    onnx: Path, engine: Path, profiles: Mapping[str, Profile], *, half: bool = False
+) -> dict[str, str]:
     """Commands for a shell on the target, where TensorRT and its GPU are.
 
     Both write beside the engine: a timing cache, the list of layers, a profile and the times of each run.
@@ -54,6 +56,8 @@ def _shape_flags(profiles: Mapping[str, Profile]) -> list[str]:
         return []
     return [
         f"--{kind}Shapes="
-        + ",".join(f"{name}:{'x'.join(map(str, profile[kind]))}" for name, profile in profiles.items())
+        + ",".join(
+            f"{name}:{'x'.join(map(str, profile[kind]))}" for name, profile in profiles.items()
+        )
         for kind in ("min", "opt", "max")
     ]

@@ -14,14 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qdq import calibrate_model, correct_bias, export_onnx, fold_batchnorm, restore_modules, round_weights, swap_modules
+from qdq import (
+    calibrate_model,
+    correct_bias,
+    export_onnx,
+    fold_batchnorm,
+    restore_modules,
+    round_weights,
+    swap_modules,
+)
 from qdq.accuracy.layerwise import Product
 from qdq.quantizer import disable_quantization, quantize_codes
 
 
 def codes_of(layer, weight=None):
     weight = layer._parameters["weight"] if weight is None else weight
-    return quantize_codes(weight.detach(), layer.weight_quantizer.scale.flatten(), layer.weight_quantizer.format, 0)
+    return quantize_codes(
+        weight.detach(), layer.weight_quantizer.scale.flatten(), layer.weight_quantizer.format, 0
+    )
 
 
 def test_learned_codes_reconstruct_better_and_stay_next_to_the_nearest(quantized, images):
@@ -32,7 +42,9 @@ def test_learned_codes_reconstruct_better_and_stay_next_to_the_nearest(quantized
         layer = quantized.get_submodule(name)
         codes, nearest = codes_of(layer), codes_of(layer, reference.get_submodule(name).weight)
         assert (codes - nearest).abs().max() == 1
-        assert torch.equal(layer.weight_quantizer.amax, reference.get_submodule(name).weight_quantizer.amax)
+        assert torch.equal(
+            layer.weight_quantizer.amax, reference.get_submodule(name).weight_quantizer.amax
+        )
         values = codes * layer.weight_quantizer.scale.reshape(-1, *[1] * (codes.dim() - 1))
         torch.testing.assert_close(layer._parameters["weight"].detach(), values)
     assert all(0 < layer.changed < 0.6 and layer.error < 1 for layer in report.layers)
@@ -88,7 +100,12 @@ def test_a_small_filter_gets_the_best_codes_of_all():
 @pytest.mark.parametrize(
     ("function", "arguments", "shape", "weight"),
     [
-        (F.conv2d, {"stride": 2, "padding": (1, 2), "dilation": (2, 1)}, (2, 4, 9, 8), (6, 4, 3, 3)),
+        (
+            F.conv2d,
+            {"stride": 2, "padding": (1, 2), "dilation": (2, 1)},
+            (2, 4, 9, 8),
+            (6, 4, 3, 3),
+        ),
         (F.conv2d, {"padding": "same", "groups": 4}, (2, 4, 7, 8), (8, 1, 3, 5)),
         (F.conv1d, {"padding": 1, "groups": 2}, (2, 4, 9), (6, 2, 3)),
         (F.conv3d, {"padding": "valid"}, (1, 2, 4, 5, 4), (3, 2, 2, 3, 2)),
@@ -141,7 +158,9 @@ def test_reference_is_the_target(quantized, images):
 
 def test_layers_that_run_twice_are_left_alone(images):
     shared = nn.Conv2d(16, 16, 3, padding=1)
-    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), shared, nn.ReLU(), shared, nn.Conv2d(16, 16, 1))
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), shared, nn.ReLU(), shared, nn.Conv2d(16, 16, 1)
+    )
     swap_modules(model, images, include=["*"])
     calibrate_model(model, [images])
     before = shared.weight.clone()

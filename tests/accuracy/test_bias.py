@@ -22,7 +22,9 @@ from qdq.quantizer import disable_quantization, fake_quantize
 def layer_outputs(model, images, names):
     seen = {}
     handles = [
-        model.get_submodule(name).register_forward_hook(lambda _, args, out, name=name: seen.setdefault(name, out))
+        model.get_submodule(name).register_forward_hook(
+            lambda _, args, out, name=name: seen.setdefault(name, out)
+        )
         for name in names
     ]
     with torch.no_grad():
@@ -35,7 +37,9 @@ def layer_outputs(model, images, names):
 @pytest.fixture
 def plain():
     """Linear in its layers: nothing behind them hides an error."""
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, bias=False), nn.Flatten(), nn.Linear(1024, 16))
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, bias=False), nn.Flatten(), nn.Linear(1024, 16)
+    )
     swap_modules(model.eval(), torch.randn(2, 3, 12, 12))
     data = torch.rand(8, 3, 12, 12)
     calibrate_model(model, [data], method="max")
@@ -82,9 +86,13 @@ def test_analytic_is_the_formula_of_the_paper():
     data = torch.rand(64, 16)
     calibrate_model(model, [data], method="max")
     weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
-    error = fake_quantize(layer.weight.detach(), layer._weight_quantizer.amax, axis=0).double() - weight
+    error = (
+        fake_quantize(layer.weight.detach(), layer._weight_quantizer.amax, axis=0).double() - weight
+    )
     correct_bias(model, [data], method="analytic")
-    torch.testing.assert_close(layer.bias.double(), bias - error @ data.double().mean(0), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        layer.bias.double(), bias - error @ data.double().mean(0), atol=1e-6, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("method", ["empirical", "analytic"])
@@ -132,12 +140,16 @@ def test_a_state_dict_with_a_new_bias_loads_in_a_swapped_model(plain, correct, a
     model, data = plain
     assert model[1].bias is None
     correct(model, [data])
-    fresh = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, bias=False), nn.Flatten(), nn.Linear(1024, 16))
+    fresh = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, bias=False), nn.Flatten(), nn.Linear(1024, 16)
+    )
     swap_modules(fresh.eval(), data)
     fresh.load_state_dict(model.state_dict(), assign=assign)
     assert isinstance(fresh[1].bias, nn.Parameter)
     assert torch.equal(fresh(data), model(data))
-    assert "1.bias" in restored(model).state_dict()  # a float model needs the bias from its constructor
+    assert (
+        "1.bias" in restored(model).state_dict()
+    )  # a float model needs the bias from its constructor
 
 
 def restored(model):
@@ -187,7 +199,9 @@ class Shifted(nn.Module):
 def shifted():
     torch.manual_seed(0)
     model, positions = Shifted().eval(), torch.randn(6, 16)
-    batches = [{"x": torch.randn(n, 6, 16), "positions": positions.clone(), "factor": 2.0} for n in (4, 3)]
+    batches = [
+        {"x": torch.randn(n, 6, 16), "positions": positions.clone(), "factor": 2.0} for n in (4, 3)
+    ]
     swap_modules(model, batches[0])
     calibrate_model(model, batches)
     return model, batches
@@ -227,8 +241,16 @@ def test_a_table_as_long_as_the_batch_is_taken_for_samples(shifted):
     [
         (nn.Linear(16, 32), torch.randn(16), "0 is given 1 dimensions, 2 or more are needed"),
         (nn.Linear(16, 32), torch.randn(0, 16), "all 1 batches are empty"),
-        (nn.Conv2d(16, 16, 3), torch.randn(16, 8, 8), "0 is given 3 dimensions, 4 or more are needed"),
-        (nn.Conv2d(2, 16, 3), torch.randn(2, 8, 8), "0 is given 3 dimensions, 4 or more are needed"),
+        (
+            nn.Conv2d(16, 16, 3),
+            torch.randn(16, 8, 8),
+            "0 is given 3 dimensions, 4 or more are needed",
+        ),
+        (
+            nn.Conv2d(2, 16, 3),
+            torch.randn(2, 8, 8),
+            "0 is given 3 dimensions, 4 or more are needed",
+        ),
     ],
 )
 def test_batches_without_an_axis_of_samples(correct, layer, data, message):

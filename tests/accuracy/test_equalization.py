@@ -5,7 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-from qdq import DataError, StateError, calibrate_model, equalize_layers, fold_batchnorm, predict, swap_modules
+from qdq import (
+    DataError,
+    StateError,
+    calibrate_model,
+    equalize_layers,
+    fold_batchnorm,
+    predict,
+    swap_modules,
+)
 from qdq.metrics import sqnr_db
 
 
@@ -82,7 +90,13 @@ def test_int8_is_nearer_afterwards(chain):
 
 
 def test_no_op_with_a_reason():
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.SiLU(), nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.Conv2d(16, 4, 1))
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        nn.SiLU(),
+        nn.Conv2d(16, 16, 1),
+        nn.BatchNorm2d(16),
+        nn.Conv2d(16, 4, 1),
+    )
     before = copy.deepcopy(model.eval().state_dict())
     report = equalize_layers(model, [torch.randn(2, 3, 8, 8)])
     assert [tensor.reason for tensor in report.tensors] == [
@@ -119,7 +133,10 @@ def test_structures_that_need_care(kind):
     torch.testing.assert_close(model(data * 2), expected, rtol=1e-10, atol=1e-10)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     done = {tensor.written_by for tensor in report.tensors if not tensor.reason}
-    assert done <= {"shared": set(), "tied": set(), "fork": {("two",)}, "dead": {("one",), ("two",)}}[kind]
+    assert (
+        done
+        <= {"shared": set(), "tied": set(), "fork": {("two",)}, "dead": {("one",), ("two",)}}[kind]
+    )
 
 
 class Reads(nn.Module):
@@ -205,12 +222,17 @@ def test_interrupt_puts_everything_back(chain, monkeypatch):
 def test_linear_layers_on_tokens():
     """Channels are the last axis there; a pooling between two of them runs over tokens and pools channels."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.AvgPool1d(2), nn.Linear(16, 16)).eval()
+    model = nn.Sequential(
+        nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.AvgPool1d(2), nn.Linear(16, 16)
+    ).eval()
     with torch.no_grad():
         factors = 10 ** torch.linspace(-2, 1, 32)
         model[0].weight.mul_(factors[:, None])
         model[0].bias.mul_(factors)
-    model, data = model.double(), torch.randn(8, 32, 16, dtype=torch.float64)  # as many tokens as channels
+    model, data = (
+        model.double(),
+        torch.randn(8, 32, 16, dtype=torch.float64),
+    )  # as many tokens as channels
     expected = model(2 * data)
     report = equalize_layers(model, [data])
     torch.testing.assert_close(model(2 * data), expected, rtol=1e-10, atol=1e-10)
@@ -268,7 +290,9 @@ def test_residual_network_of_torchvision():
     report = equalize_layers(model, [images.double()])
     torch.testing.assert_close(model(images.double() * 2), expected, rtol=1e-8, atol=1e-8)
     stages = [tensor for tensor in report.tensors if len(tensor.written_by) > 1]
-    assert ("conv1", "layer1.0.conv2", "layer1.1.conv2") in {tuple(sorted(stage.written_by)) for stage in stages}
+    assert ("conv1", "layer1.0.conv2", "layer1.1.conv2") in {
+        tuple(sorted(stage.written_by)) for stage in stages
+    }
 
 
 def test_refusals(residual, images):

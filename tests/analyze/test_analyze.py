@@ -50,7 +50,9 @@ def test_equals_a_loop_over_copies(quantized, batches, mode):
     reference = copy.deepcopy(quantized)
     restore_modules(reference)
     expected = outputs(reference, batches)
-    assert analysis.sqnr_db == pytest.approx(sqnr_db(expected, outputs(quantized, batches)), abs=1e-6)
+    assert analysis.sqnr_db == pytest.approx(
+        sqnr_db(expected, outputs(quantized, batches)), abs=1e-6
+    )
     assert {layer.name for layer in analysis.layers} == {"stem", "conv", "head"}
     for layer in analysis.layers:
         twin = copy.deepcopy(quantized)
@@ -146,7 +148,9 @@ def test_table_and_json(quantized, batches, tmp_path):
     assert analysis.layers[0].name in table
     assert "1 less sensitive" in table
     content = json.loads(analysis.save(tmp_path / "analysis.json").read_text())
-    assert [layer["name"] for layer in content["layers"]] == [layer.name for layer in analysis.layers]
+    assert [layer["name"] for layer in content["layers"]] == [
+        layer.name for layer in analysis.layers
+    ]
 
 
 def test_bad_input(quantized, residual, batches):
@@ -181,7 +185,9 @@ class Deep(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 16, 3, padding=1)
         self.blocks = nn.ModuleList(
-            nn.ModuleDict({"a": nn.Conv2d(16, 16, 3, padding=1), "b": nn.Conv2d(16, 16, 3, padding=1)})
+            nn.ModuleDict(
+                {"a": nn.Conv2d(16, 16, 3, padding=1), "b": nn.Conv2d(16, 16, 3, padding=1)}
+            )
             for _ in range(3)
         )
         self.head = nn.Linear(16, 16)
@@ -231,7 +237,9 @@ def test_equals_the_naive_loop(deep, mode, groups):
     expected = naive(model, batches, units, mode)
     analysis = analyze_layers(model, batches, mode=mode, groups=groups)
     assert analysis.full_evaluations == ""
-    assert {layer.name: layer.sqnr_db for layer in analysis.layers} == pytest.approx(expected, abs=1e-9)
+    assert {layer.name: layer.sqnr_db for layer in analysis.layers} == pytest.approx(
+        expected, abs=1e-9
+    )
     assert all(layer.gain_low <= layer.gain_high for layer in analysis.layers)
 
 
@@ -268,7 +276,9 @@ def expected_metric(name, reference, found, labels):
         return (found.argmax(1) == labels).mean()
 
     def softmax(x):
-        return np.exp(x - x.max(1, keepdims=True)) / np.exp(x - x.max(1, keepdims=True)).sum(1, keepdims=True)
+        return np.exp(x - x.max(1, keepdims=True)) / np.exp(x - x.max(1, keepdims=True)).sum(
+            1, keepdims=True
+        )
 
     p, q = softmax(reference), softmax(found)
     return (p * np.log(p / q)).sum(1).mean()
@@ -281,7 +291,9 @@ def test_metrics_of_the_outputs(deep, name):
     batches = list(zip(images, labels.split(4), strict=True))
     reference, found = reference_of(model, images), outputs(model, images)
     analysis = analyze_layers(model, batches, metric=name, mode="leave-one-out")
-    assert analysis.metric == pytest.approx(expected_metric(name, reference, found, labels.numpy()), rel=1e-6)
+    assert analysis.metric == pytest.approx(
+        expected_metric(name, reference, found, labels.numpy()), rel=1e-6
+    )
     best = analysis.layers[0]
     sign = -1 if name == "kl" else 1
     assert best.gain == pytest.approx(sign * (best.metric - analysis.metric))
@@ -306,7 +318,9 @@ def test_bootstrap_holds_the_gain_and_narrows_with_more_samples(deep):
     model, _ = deep
     widths = []
     for count in (2, 20):
-        analysis = analyze_layers(model, [torch.randn(4, 3, 10, 10) for _ in range(count)], mode="leave-one-out")
+        analysis = analyze_layers(
+            model, [torch.randn(4, 3, 10, 10) for _ in range(count)], mode="leave-one-out"
+        )
         assert all(layer.gain_low <= layer.gain <= layer.gain_high for layer in analysis.layers)
         widths.append(np.mean([layer.gain_high - layer.gain_low for layer in analysis.layers]))
     assert widths[1] < widths[0]
@@ -326,7 +340,9 @@ def test_greedy_measures_anew_after_each_step(deep):
                     with flipped(unit.quantizers):
                         found[unit.name] = sqnr_db(reference, outputs(model, batches))
             chosen.append(max(found, key=found.get))
-            states.enter_context(flipped(next(unit.quantizers for unit in units if unit.name == chosen[-1])))
+            states.enter_context(
+                flipped(next(unit.quantizers for unit in units if unit.name == chosen[-1]))
+            )
         last = max(found.values())
     analysis = analyze_layers(model, batches, mode="leave-one-out", max_float_layers=3)
     assert [step.layer for step in analysis.steps] == chosen
@@ -337,7 +353,9 @@ def test_greedy_measures_anew_after_each_step(deep):
 @pytest.mark.parametrize("mode", ["one-at-a-time", "leave-one-out"])
 def test_screen_and_confirm(deep, mode):
     model, batches = deep
-    model.blocks[1]["a"].weight_quantizer.amax = model.blocks[1]["a"].weight_quantizer.amax * 40  # a bad range
+    model.blocks[1]["a"].weight_quantizer.amax = (
+        model.blocks[1]["a"].weight_quantizer.amax * 40
+    )  # a bad range
     exact = analyze_layers(model, batches, mode=mode)
     assert exact.layers[0].name == "blocks.1.a"
     screened = analyze_layers(model, batches, mode=mode, confirm=0)
@@ -348,7 +366,9 @@ def test_screen_and_confirm(deep, mode):
     known = {layer.name: layer.sqnr_db for layer in exact.layers}
     assert all(layer.sqnr_db == pytest.approx(known[layer.name]) for layer in confirmed.layers[:2])
     assert confirmed.float_layers == ["blocks.1.a"]
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert all(
+        parameter.requires_grad and parameter.grad is None for parameter in model.parameters()
+    )
 
 
 @pytest.fixture
@@ -377,7 +397,9 @@ def test_the_estimate_alone_is_the_energy_of_the_error_of_each_channel(two_layer
     model, batch, first, second, _ = two_layers
     found = screened(model, batch, "one-at-a-time")
     columns = model[1].weight.detach().double().square().sum(0)
-    assert found["0"] == pytest.approx(float((first.square() * columns).sum()), rel=0.03)  # one draw for each sample
+    assert found["0"] == pytest.approx(
+        float((first.square() * columns).sum()), rel=0.03
+    )  # one draw for each sample
     assert found["1"] == pytest.approx(float(second.square().sum()), rel=0.03)
 
 
@@ -391,7 +413,9 @@ def test_the_estimate_without_a_layer_is_its_part_of_the_error(two_layers):
 
 def test_pinned(deep):
     model, batches = deep
-    analysis = analyze_layers(model, batches, pinned={"stem": "float", "blocks.*": "int8"}, max_float_layers=4)
+    analysis = analyze_layers(
+        model, batches, pinned={"stem": "float", "blocks.*": "int8"}, max_float_layers=4
+    )
     assert [layer.name for layer in analysis.layers] == ["head"]
     assert analysis.float_layers == ["stem", "head"]
     assert analysis.plan.precisions["blocks.0.a"] == "int8"
@@ -481,7 +505,9 @@ def test_more_bad_input(deep, options):
     options = {"max_float_layers": 2, **options}
     with pytest.raises(ArgumentError):
         analyze_layers(*deep, **options)
-    if "groups" not in options:  # patterns are compared with the model; the rest is refused before there is one
+    if (
+        "groups" not in options
+    ):  # patterns are compared with the model; the rest is refused before there is one
         with pytest.raises(ArgumentError):
             check_options(**options)
 
@@ -529,7 +555,9 @@ def test_both_modes_mean_the_same_by_gain(deep):
     """Of one layer with most of the error the estimate is close to the measurement."""
     model, batches = deep
     model.blocks[1]["a"].weight_quantizer.amax = model.blocks[1]["a"].weight_quantizer.amax * 40
-    (estimated, *_), (measured, *_) = (analyze_layers(model, batches, mode=mode).layers for mode in MODES)
+    (estimated, *_), (measured, *_) = (
+        analyze_layers(model, batches, mode=mode).layers for mode in MODES
+    )
     assert estimated.name == measured.name
     assert estimated.gain == pytest.approx(measured.gain, rel=0.25)
     steps = analyze_layers(model, batches, max_float_layers=1)
@@ -564,7 +592,9 @@ def test_a_step_that_makes_it_worse_is_not_taken(deep, mode):
     def distance(model):
         return float((torch.tensor(outputs(model, batches[:1])) - reference).abs().sum())
 
-    analysis = analyze_layers(model, batches, metric=distance, mode=mode, max_float_layers=8)  # more is "better"
+    analysis = analyze_layers(
+        model, batches, metric=distance, mode=mode, max_float_layers=8
+    )  # more is "better"
     values = [analysis.metric, *(step.metric for step in analysis.steps)]
     assert values == sorted(values)
     assert len(analysis.steps) < 8
@@ -610,7 +640,9 @@ analysis.save(path / f"result{sys.argv[3]}.json")
 """
 
 
-PROCESSES = pytest.mark.xdist_group("processes of an analysis")  # they share the run that nobody stops
+PROCESSES = pytest.mark.xdist_group(
+    "processes of an analysis"
+)  # they share the run that nobody stops
 
 
 @pytest.fixture
@@ -641,7 +673,9 @@ def test_killed_five_times_it_is_the_uninterrupted_one(tmp_path, run_script, who
     for stop in sorted(random.integers(1, lines, 5)):
         process = run_script(tmp_path)
         journal = tmp_path / "analysis.jsonl"
-        while process.poll() is None and (not journal.is_file() or journal.read_bytes().count(b"\n") < stop):
+        while process.poll() is None and (
+            not journal.is_file() or journal.read_bytes().count(b"\n") < stop
+        ):
             time.sleep(0.001)
         process.kill()
         process.wait()
@@ -654,7 +688,10 @@ def run_pair(run_script, folders):
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    pair = [run_script(folder, str(rank), RANK=str(rank), **address) for rank, folder in enumerate(folders)]
+    pair = [
+        run_script(folder, str(rank), RANK=str(rank), **address)
+        for rank, folder in enumerate(folders)
+    ]
     return [process.wait() for process in pair]
 
 
@@ -664,7 +701,9 @@ def test_processes_on_two_disks_know_what_either_has_measured(tmp_path, run_scri
     first, second = tmp_path / "first", tmp_path / "second"
     lines = (whole / "analysis.jsonl").read_text().splitlines(keepends=True)
     first.mkdir()
-    (first / "analysis.jsonl").write_text("".join(lines[: len(lines) // 2]))  # that of a killed run; `second` has none
+    (first / "analysis.jsonl").write_text(
+        "".join(lines[: len(lines) // 2])
+    )  # that of a killed run; `second` has none
     assert run_pair(run_script, [first, second]) == [0, 0]
     expected = (whole / "result.json").read_text()
     assert (first / "result0.json").read_text() == (second / "result1.json").read_text() == expected

@@ -56,7 +56,9 @@ def test_gains_are_those_of_the_batches_that_were_used(timed, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_what_there_was_no_time_for_has_no_gain(timed, mode):
     model, batches = timed
-    whole = {layer.name: layer.sqnr_db for layer in analyze_layers(model, batches[:1], mode=mode).layers}
+    whole = {
+        layer.name: layer.sqnr_db for layer in analyze_layers(model, batches[:1], mode=mode).layers
+    }
     cut = analyze_layers(model, batches[:1], mode=mode, budget=8)
     assert 0 < len(cut.layers) < 5
     assert all(layer.sqnr_db == pytest.approx(whole[layer.name]) for layer in cut.layers)
@@ -74,7 +76,9 @@ def test_the_time_is_kept(timed, clock, mode, metric):
     model, batches = timed
     for budget in (0.5, 5, 20, 50):
         before = clock.now
-        analysis = analyze_layers(model, batches, mode=mode, metric=metric, budget=budget, max_float_layers=3)
+        analysis = analyze_layers(
+            model, batches, mode=mode, metric=metric, budget=budget, max_float_layers=3
+        )
         assert clock.now - before <= budget + 8
         assert all(layer.gain is not None for layer in analysis.layers)
         for _, quantizer in named_quantizers(model):

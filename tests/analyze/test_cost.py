@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qdq import ArgumentError, DataError, analyze_layers, calibrate_model, rewire_operations, swap_modules
+from qdq import (
+    ArgumentError,
+    DataError,
+    analyze_layers,
+    calibrate_model,
+    rewire_operations,
+    swap_modules,
+)
 from qdq.analyze.cost import count_costs, load_times
 
 
@@ -51,7 +58,9 @@ def test_calls_are_counted():
     }
     assert {name: costs[name].macs for name in expected} == expected
     assert costs[""].macs == sum(expected.values())
-    assert costs["part"].macs == sum(value for name, value in expected.items() if name.startswith("part."))
+    assert costs["part"].macs == sum(
+        value for name, value in expected.items() if name.startswith("part.")
+    )
     assert costs["part.linear"].values == 2 * B * T * D + D * D
     assert costs["part.query"].values == 2 * B * T * D + D * D + D
 
@@ -86,7 +95,10 @@ PROJECTIONS = 4 * B * T * D * D
         (Call(attend), ATTENTION),
         (Call(lambda x: attend(x, torch.zeros(T, T))), ATTENTION),
         (Call(lambda x: attend(x, torch.ones(T, T, dtype=torch.bool))), ATTENTION),
-        (nn.TransformerEncoderLayer(D, HEADS, 64, batch_first=True), PROJECTIONS + ATTENTION + 2 * B * T * D * 64),
+        (
+            nn.TransformerEncoderLayer(D, HEADS, 64, batch_first=True),
+            PROJECTIONS + ATTENTION + 2 * B * T * D * 64,
+        ),
         (nn.LSTM(D, 8, num_layers=2, bidirectional=True), 2 * B * T * 4 * 8 * ((D + 8) + (16 + 8))),
         (nn.GRU(D, 8), B * T * 3 * 8 * (D + 8)),
         (Call(lambda x: torch.addbmm(torch.zeros(T, T), x, MATRICES)), B * T * D * T),
@@ -94,7 +106,18 @@ PROJECTIONS = 4 * B * T * D * D
         (Call(lambda x: torch.einsum("btd,bsd->bts", x, x)), B * T * T * D),
         (Call(lambda x: F.bilinear(x, x, CUBE)), B * T * 5 * D * D),
     ],
-    ids=["attention", "mask", "boolean mask", "encoder", "lstm", "gru", "addbmm", "vector", "einsum", "bilinear"],
+    ids=[
+        "attention",
+        "mask",
+        "boolean mask",
+        "encoder",
+        "lstm",
+        "gru",
+        "addbmm",
+        "vector",
+        "einsum",
+        "bilinear",
+    ],
 )
 def test_products_are_counted_whatever_kernel_computes_them(model, macs):
     """torch's counter knows no fused kernel of the CPU; which kernel runs depends on the version of torch."""
@@ -136,12 +159,22 @@ def test_the_share_holds_what_is_float_already(is_pinned):
 
 
 def write(path, **times):
-    path.write_text(json.dumps([{"count": 1}, *({"name": n, "averageMs": t} for n, t in times.items())]))
+    path.write_text(
+        json.dumps([{"count": 1}, *({"name": n, "averageMs": t} for n, t in times.items())])
+    )
     return path
 
 
 def test_a_kernel_is_of_the_layers_whose_whole_names_it_has(tmp_path):
-    names = ["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer1.0.conv10", "block", "part.linear", "linear"]
+    names = [
+        "conv1",
+        "layer1.0.conv1",
+        "layer1.0.conv2",
+        "layer1.0.conv10",
+        "block",
+        "part.linear",
+        "linear",
+    ]
     modules = {"", "layer1", "layer1.0", "part", *names[:5]}
     kernels = {
         "conv1/Conv": 1.0,
@@ -178,4 +211,6 @@ def test_a_time_that_is_none_is_refused(called, tmp_path, time):
 def test_a_gpu_and_a_profile_are_one_too_many(called, tmp_path):
     model, batches = called
     with pytest.raises(ArgumentError, match="both gpu and profile"):
-        analyze_layers(model, batches, gpu="orin", profile=write(tmp_path / "profile.json", query=1.0))
+        analyze_layers(
+            model, batches, gpu="orin", profile=write(tmp_path / "profile.json", query=1.0)
+        )

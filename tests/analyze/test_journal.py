@@ -34,7 +34,8 @@ def chain():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("activation", torch.sin), ("scale", 1.001), ("factor", torch.linspace(-1, 3, 32))]
+    ("name", "value"),
+    [("activation", torch.sin), ("scale", 1.001), ("factor", torch.linspace(-1, 3, 32))],
 )
 def test_another_forward_is_another_model(chain, tmp_path, name, value):
     model, batches = chain
@@ -52,14 +53,28 @@ def test_another_forward_is_another_model(chain, tmp_path, name, value):
 def test_another_function_of_the_same_name(chain, tmp_path, mode):
     model, batches = chain
     path = tmp_path / "analysis.jsonl"
-    functions = [lambda m: float(m(batches[0]).abs().mean()), lambda m: 100 + float(m(batches[0]).std())]
+    functions = [
+        lambda m: float(m(batches[0]).abs().mean()),
+        lambda m: 100 + float(m(batches[0]).std()),
+    ]
     for function in functions:
         expected = analyze_layers(model, batches, metric=function, mode=mode)
         assert analyze_layers(model, batches, metric=function, mode=mode, path=path) == expected
 
 
 @pytest.mark.parametrize(
-    "value", ['"abc"', "[[1]]", "{}", "[[null, 1]]", "5", "[[NaN, 1]]", "[[1, 2]]", "1" + "0" * 400, "[[1], [1, 2]]"]
+    "value",
+    [
+        '"abc"',
+        "[[1]]",
+        "{}",
+        "[[null, 1]]",
+        "5",
+        "[[NaN, 1]]",
+        "[[1, 2]]",
+        "1" + "0" * 400,
+        "[[1], [1, 2]]",
+    ],
 )
 def test_lines_of_another_form_are_not_read(chain, tmp_path, value):
     model, batches = chain
@@ -95,13 +110,17 @@ def test_any_flipped_bit_is_measured_again(chain, tmp_path, caplog):
         damaged[place] ^= 1 << random.integers(8)
         path.write_bytes(damaged)
         assert analyze_layers(model, batches, path=path) == expected
-    path.write_text(re.sub(r'"value": \[\[\d', '"value": [[7', sound.decode(), count=1))  # a value that looks as good
+    path.write_text(
+        re.sub(r'"value": \[\[\d', '"value": [[7', sound.decode(), count=1)
+    )  # a value that looks as good
     caplog.clear()
     assert analyze_layers(model, batches, path=path) == expected
     (record,) = caplog.records
     assert "1 lines are damaged" in record.getMessage()
     caplog.clear()
-    assert analyze_layers(model, batches, path=path) == expected  # what was measured again replaces the line
+    assert (
+        analyze_layers(model, batches, path=path) == expected
+    )  # what was measured again replaces the line
     assert not caplog.records
 
 

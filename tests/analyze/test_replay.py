@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qdq import analyze_layers, calibrate_model, disable_quantization, rewire_operations, swap_modules
+from qdq import (
+    analyze_layers,
+    calibrate_model,
+    disable_quantization,
+    rewire_operations,
+    swap_modules,
+)
 from qdq.analyze import replay as replay_module
 from qdq.analyze.replay import Replay, flipped
 from qdq.quantizer import named_quantizers
@@ -110,7 +116,9 @@ def assert_identical(model, batch, variants, found):
         tensors = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs.values())
         wanted = [expected] if isinstance(expected, torch.Tensor) else list(expected.values())
         for one, other in zip(tensors, wanted, strict=True):
-            assert torch.equal(one, other) if isinstance(other, torch.Tensor) else one == other, name
+            assert torch.equal(one, other) if isinstance(other, torch.Tensor) else one == other, (
+                name
+            )
 
 
 def variants_of(model, batch):
@@ -148,7 +156,9 @@ def test_statements_in_place():
     assert_identical(model, batch, variants, found)
 
 
-@pytest.mark.parametrize(("kind", "reason"), [(OnAView, "differs from a plain one"), (Noise, "random numbers")])
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(OnAView, "differs from a plain one"), (Noise, "random numbers")]
+)
 def test_what_cannot_be_replayed_is_evaluated_in_full(kind, reason):
     batch = torch.randn(4, 16)
     model = prepare(kind(), batch, rewire=False)
@@ -180,7 +190,9 @@ def test_another_path_through_the_model():
 def test_values_on_disk_are_the_same(monkeypatch):
     mapped = []
     original = replay_module._map_to_file
-    monkeypatch.setattr(replay_module, "_map_to_file", lambda tensor: mapped.append(1) or original(tensor))
+    monkeypatch.setattr(
+        replay_module, "_map_to_file", lambda tensor: mapped.append(1) or original(tensor)
+    )
     batch = torch.randn(4, 3, 12, 12)
     model = prepare(Branches(), batch)
     variants = variants_of(model, batch)
@@ -204,7 +216,11 @@ def test_weights_are_kept_once_for_all_batches(monkeypatch, kind, cache_bytes, k
     """Six weights of 1 MiB; half of the cache is theirs, and no file."""
     mapped = []
     original = replay_module._map_to_file
-    monkeypatch.setattr(replay_module, "_map_to_file", lambda tensor: mapped.append(tensor.nbytes) or original(tensor))
+    monkeypatch.setattr(
+        replay_module,
+        "_map_to_file",
+        lambda tensor: mapped.append(tensor.nbytes) or original(tensor),
+    )
     layers = [nn.Linear(512, 512), *(kind(512, 512) for _ in range(5))]
     batches = [torch.randn(1, 512) for _ in range(3)]
     model = prepare(nn.Sequential(*layers), batches[0])
@@ -231,7 +247,9 @@ def test_weights_are_kept_once_for_all_batches(monkeypatch, kind, cache_bytes, k
 
 def test_a_weight_that_changes_between_batches_is_quantized_again():
     batches = [torch.randn(4, 16), torch.randn(4, 16)]
-    model = prepare(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)), batches[0])
+    model = prepare(
+        nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)), batches[0]
+    )
     variants = variants_of(model, batches[0])
     replay = Replay(model, always=True)
     for batch in batches:
@@ -296,11 +314,15 @@ def test_only_what_changes_is_computed(monkeypatch):
 
     monkeypatch.setattr(replay_module, "_run", count)
     replayed(model, batch, variants)
-    assert sum(calls) == 10 + 10 + sum(range(1, 11))  # two recordings, then each layer and what follows it
+    assert sum(calls) == 10 + 10 + sum(
+        range(1, 11)
+    )  # two recordings, then each layer and what follows it
 
 
 @pytest.mark.parametrize(("slowdown", "is_replayed"), [(1.2, True), (3.0, False)])
-def test_full_forwards_where_bookkeeping_costs_more_than_it_saves(monkeypatch, slowdown, is_replayed):
+def test_full_forwards_where_bookkeeping_costs_more_than_it_saves(
+    monkeypatch, slowdown, is_replayed
+):
     """The clock says how much longer a recording takes than a plain forward; the results are the same."""
     batches = [torch.randn(4, 16) for _ in range(3)]
     model = prepare(nn.Sequential(*(nn.Linear(16, 16) for _ in range(10))), batches[0])
@@ -348,7 +370,9 @@ def test_the_model_is_as_it_was():
     before = {name: (vars(q).get("forward"), q._disabled) for name, q in named_quantizers(model)}
     replayed(model, batch, variants_of(model, batch))
     assert model.training
-    assert {name: (vars(q).get("forward"), q._disabled) for name, q in named_quantizers(model)} == before
+    assert {
+        name: (vars(q).get("forward"), q._disabled) for name, q in named_quantizers(model)
+    } == before
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "googlenet"])
@@ -403,8 +427,13 @@ class Called(nn.Module):
 def test_the_screen_runs_a_layer_before_a_quantized_call(mode):
     batch = torch.randn(64, 32)
     model = prepare(Called(), batch)
-    exact = {layer.name: layer.sqnr_db for layer in analyze_layers(model, [batch], mode=mode).layers}
-    found = {layer.name: layer.sqnr_db for layer in analyze_layers(model, [batch], mode=mode, confirm=0).layers}
+    exact = {
+        layer.name: layer.sqnr_db for layer in analyze_layers(model, [batch], mode=mode).layers
+    }
+    found = {
+        layer.name: layer.sqnr_db
+        for layer in analyze_layers(model, [batch], mode=mode, confirm=0).layers
+    }
     assert set(found) == {"first", "linear", "last"}
     assert found == pytest.approx(exact, abs=1.5)
 
@@ -429,7 +458,12 @@ class Attentive(nn.Module):
 def test_the_screen_of_attention(mode, needs_weights):
     batch = torch.randn(16, 8, 32)
     model = prepare(Attentive(needs_weights), batch)
-    exact = {layer.name: layer.sqnr_db for layer in analyze_layers(model, [batch], mode=mode).layers}
-    screened = {layer.name: layer.sqnr_db for layer in analyze_layers(model, [batch], mode=mode, confirm=0).layers}
+    exact = {
+        layer.name: layer.sqnr_db for layer in analyze_layers(model, [batch], mode=mode).layers
+    }
+    screened = {
+        layer.name: layer.sqnr_db
+        for layer in analyze_layers(model, [batch], mode=mode, confirm=0).layers
+    }
     assert {"attention", "attention.out_proj"} <= set(screened)
     assert screened == pytest.approx(exact, abs=2)

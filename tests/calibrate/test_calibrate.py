@@ -29,7 +29,9 @@ def record_inputs(model, batches):
     """What each convolution and linear layer of the float model sees: the independent truth."""
     seen = {}
     handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: seen.setdefault(name, []).append(args[0])
+        )
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
     ]
@@ -56,7 +58,9 @@ def test_max_is_the_maximum_of_the_float_model(residual, batches):
         assert ranges[f"{name}._input_quantizer"].amax == values.abs().max()
         assert ranges[f"{name}._input_quantizer"].batches == 2
         others = tuple(range(1, layer.weight.dim()))
-        assert torch.equal(layer.weight_quantizer.amax.flatten(), layer.weight.detach().abs().amax(others))
+        assert torch.equal(
+            layer.weight_quantizer.amax.flatten(), layer.weight.detach().abs().amax(others)
+        )
 
 
 @pytest.mark.parametrize("method", [method for method in CALIB_METHODS if method != "max"])
@@ -118,7 +122,9 @@ def test_a_quantizer_with_an_axis_takes_maxima_and_says_so(residual, batches, ca
     swap_modules(residual, exclude=["head"], input_desc=QuantDescriptor(axis=1))
     with caplog.at_level("INFO", logger="qdq.calibrate"):
         ranges = {r.name: r for r in calibrate_model(residual, batches, method="mse")}
-    torch.testing.assert_close(residual.stem.input_quantizer.amax.flatten(), torch.cat(batches).abs().amax((0, 2, 3)))
+    torch.testing.assert_close(
+        residual.stem.input_quantizer.amax.flatten(), torch.cat(batches).abs().amax((0, 2, 3))
+    )
     assert ranges["stem._input_quantizer"].method == "max"
     assert "take its maximum, not mse: stem._input_quantizer" in caplog.text
 
@@ -141,7 +147,9 @@ def test_weights_alone(residual, batches):
     for layer in (residual.stem, residual.conv, residual.head):
         layer.input_quantizer.disable()
     ranges = calibrate_model(residual, batches)
-    assert {r.name for r in ranges} == {f"{name}._weight_quantizer" for name in ("stem", "conv", "head")}
+    assert {r.name for r in ranges} == {
+        f"{name}._weight_quantizer" for name in ("stem", "conv", "head")
+    }
     assert residual.conv.input_quantizer.amax is None
 
 
@@ -157,9 +165,13 @@ def test_calibrating_again_replaces_the_range(residual, batches):
 def test_nan_names_layer_and_batch(residual, batches, bad, method):
     swap_modules(residual)
     batches[1][0, 0, 0, 0] = bad
-    with pytest.raises(CalibrationError, match=r"batch 1: the input of quantizer stem\._input_quantizer: 1 of"):
+    with pytest.raises(
+        CalibrationError, match=r"batch 1: the input of quantizer stem\._input_quantizer: 1 of"
+    ):
         calibrate_model(residual, batches, method=method)
-    assert all(q.amax is None and q._if_quant and not q._if_calib for _, q in named_quantizers(residual))
+    assert all(
+        q.amax is None and q._if_quant and not q._if_calib for _, q in named_quantizers(residual)
+    )
 
 
 def test_nan_in_a_weight_names_the_layer(residual, batches):
@@ -214,7 +226,9 @@ def test_what_was_off_while_collecting_is_named(residual, batches):
     found = collect_statistics(residual, batches)
     for quantizer in own:
         quantizer.enable()
-    with pytest.raises(ArgumentError, match=f"no statistics of {layer}._input_quantizer: it was off"):
+    with pytest.raises(
+        ArgumentError, match=f"no statistics of {layer}._input_quantizer: it was off"
+    ):
         solve_ranges(residual, found)
 
 
@@ -248,7 +262,9 @@ def test_nothing_to_calibrate(residual, batches):
         calibrate_model(residual, batches)
 
 
-@pytest.mark.parametrize(("options", "words"), [({"method": "kl"}, "kl"), ({"percentile": 101}, "101")])
+@pytest.mark.parametrize(
+    ("options", "words"), [({"method": "kl"}, "kl"), ({"percentile": 101}, "101")]
+)
 def test_bad_options(residual, batches, options, words):
     swap_modules(residual)
     with pytest.raises(ArgumentError, match=words):
@@ -278,7 +294,10 @@ def test_zeros_only_are_left_in_float_and_named(method, caplog):
     swap_modules(model)
     x = torch.randn(8, 16)
     ranges = calibrate_model(model, [x], method=method)
-    assert {r.name for r in ranges if "zeros only" in r.note} == {"2._input_quantizer", "2._weight_quantizer"}
+    assert {r.name for r in ranges if "zeros only" in r.note} == {
+        "2._input_quantizer",
+        "2._weight_quantizer",
+    }
     assert "zeros only" in caplog.text
     assert torch.isfinite(model(x)).all()
 
@@ -325,7 +344,9 @@ def quantize(values, amax, fmt):
 
 @pytest.mark.parametrize("num_bits", [3, 4, 8])
 @pytest.mark.parametrize("axis", [0, None])
-@pytest.mark.parametrize("make_layer", [lambda: nn.Conv2d(8, 16, 3), lambda: nn.Linear(64, 16)], ids=["conv", "linear"])
+@pytest.mark.parametrize(
+    "make_layer", [lambda: nn.Conv2d(8, 16, 3), lambda: nn.Linear(64, 16)], ids=["conv", "linear"]
+)
 def test_weights_by_mse(make_layer, axis, num_bits):
     """The best of 350 ranges for each channel is hardly better, and the maximum is never better.
 
@@ -336,7 +357,10 @@ def test_weights_by_mse(make_layer, axis, num_bits):
     layer.weight.data[7] = 0
     swap_modules(layer, weight_desc=QuantDescriptor(num_bits, axis=axis), include=[""])
     shape = (2, 8, 9, 9) if isinstance(layer, nn.Conv2d) else (2, 64)
-    ranges = {r.name: r for r in calibrate_model(layer, [torch.randn(shape)], method="max", weight_method="mse")}
+    ranges = {
+        r.name: r
+        for r in calibrate_model(layer, [torch.randn(shape)], method="max", weight_method="mse")
+    }
     assert ranges["_weight_quantizer"].method == "mse"
     rows = layer.weight.detach().reshape(1 if axis is None else 16, -1)
     amax, fmt = layer.weight_quantizer.amax.reshape(-1, 1), layer.weight_quantizer.format
@@ -360,7 +384,9 @@ def test_best_is_the_best_of_every_layer(residual, batches):
         seen = record_inputs(residual, [held])
     chosen = {r.name: r for r in calibrate_model(residual, batches, method="best", held=[held])}
     candidates = {
-        method: {r.name: r.amax for r in calibrate_model(copy.deepcopy(residual), batches, method=method)}
+        method: {
+            r.name: r.amax for r in calibrate_model(copy.deepcopy(residual), batches, method=method)
+        }
         for method in CALIB_METHODS
         if method != "best"
     }
@@ -376,7 +402,10 @@ def test_best_is_the_best_of_every_layer(residual, batches):
                 errors[method] = (layer(values) - expected).double().square().sum().item()
         method = chosen[f"{name}._input_quantizer"].method
         assert errors[method] <= min(errors.values()) * (1 + 1e-9)
-        assert chosen[f"{name}._input_quantizer"].amax == candidates[method][f"{name}._input_quantizer"]
+        assert (
+            chosen[f"{name}._input_quantizer"].amax
+            == candidates[method][f"{name}._input_quantizer"]
+        )
 
 
 def test_best_of_quantizers_that_share_a_range_or_have_no_layer(images):
@@ -392,7 +421,11 @@ def rewired_block():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.stem, self.one, self.two = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+            self.stem, self.one, self.two = (
+                nn.Conv2d(3, 16, 1),
+                nn.Conv2d(16, 16, 3, padding=1),
+                nn.Conv2d(16, 16, 1),
+            )
 
         def forward(self, x):
             x = torch.relu(self.stem(x))
@@ -406,7 +439,9 @@ def rewired_block():
 
 def test_best_holds_out_the_last_batch(residual, batches):
     swap_modules(residual)
-    ranges = {r.name: r for r in calibrate_model(residual, [*batches, batches[0] * 99], method="best")}
+    ranges = {
+        r.name: r for r in calibrate_model(residual, [*batches, batches[0] * 99], method="best")
+    }
     assert ranges["stem._input_quantizer"].batches == 2
     assert ranges["stem._input_quantizer"].amax <= torch.cat(batches).abs().max()
     one = {r.name: r for r in calibrate_model(residual, batches[:1], method="best")}
@@ -437,7 +472,9 @@ def test_best_tries_a_layer_without_counting_it_as_a_call_of_the_forward_around_
     handle.remove()
     errors = {
         method: float(
-            (fake_quantize(seen[0], torch.tensor(found.solve(name, method)), Format()) - seen[0]).square().sum()
+            (fake_quantize(seen[0], torch.tensor(found.solve(name, method)), Format()) - seen[0])
+            .square()
+            .sum()
         )
         for method in SOLVERS
     }

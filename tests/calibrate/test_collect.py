@@ -13,7 +13,15 @@ from small_model import make_batches, make_model
 from torch import nn
 
 import qdq
-from qdq import ArgumentError, CalibrationError, DataError, Statistics, collect_statistics, solve_ranges, swap_modules
+from qdq import (
+    ArgumentError,
+    CalibrationError,
+    DataError,
+    Statistics,
+    collect_statistics,
+    solve_ranges,
+    swap_modules,
+)
 from qdq.calibrate.collect import bytes_of
 from qdq.observers.solve import SOLVERS
 
@@ -55,7 +63,9 @@ def test_halves_merge_to_one_pass():
     whole = collect_statistics(model, batches)
     first, second = collect_statistics(model, batches[:2]), collect_statistics(model, batches[2:])
     assert_same(first.merge(second), whole)
-    assert all_ranges(model, first.merge(second), batches[:1]) == all_ranges(model, whole, batches[:1])
+    assert all_ranges(model, first.merge(second), batches[:1]) == all_ranges(
+        model, whole, batches[:1]
+    )
 
 
 def test_merge_of_other_models(residual):
@@ -97,7 +107,9 @@ class TestFile:
         whole = collect_statistics(make_model(), batches)
         assert_same(resumed, whole)
         assert_same(Statistics.load(path), whole)
-        assert all_ranges(make_model(), resumed, batches[:1]) == all_ranges(make_model(), whole, batches[:1])
+        assert all_ranges(make_model(), resumed, batches[:1]) == all_ranges(
+            make_model(), whole, batches[:1]
+        )
 
     def test_a_finished_file_is_only_solved(self, tmp_path):
         path, batches = tmp_path / "calibration.safetensors", make_batches(3)
@@ -109,7 +121,9 @@ class TestFile:
 
     def test_more_batches_than_before(self, tmp_path):
         path, batches = tmp_path / "calibration.safetensors", make_batches(5)
-        assert collect_statistics(make_model(), batches, num_batches=2, statistics=path).batches == 2
+        assert (
+            collect_statistics(make_model(), batches, num_batches=2, statistics=path).batches == 2
+        )
         whole = collect_statistics(make_model(), batches, statistics=path)
         assert_same(whole, collect_statistics(make_model(), batches))
         with pytest.raises(ArgumentError, match="holds 5 batches, 2 are asked for"):
@@ -125,7 +139,9 @@ class TestFile:
     @pytest.mark.parametrize("complete", [True, False])
     def test_other_data(self, tmp_path, complete):
         path, batches = tmp_path / "calibration.safetensors", make_batches(4)
-        collect_statistics(make_model(), batches, num_batches=None if complete else 2, statistics=path)
+        collect_statistics(
+            make_model(), batches, num_batches=None if complete else 2, statistics=path
+        )
         with pytest.raises(ArgumentError, match="other weights or other data"):
             collect_statistics(make_model(), batches[::-1], statistics=path)
 
@@ -138,7 +154,9 @@ class TestFile:
     @pytest.mark.parametrize("complete", [True, False])
     def test_other_weights(self, tmp_path, complete):
         path, batches = tmp_path / "calibration.safetensors", make_batches(4)
-        collect_statistics(make_model(), batches, num_batches=None if complete else 2, statistics=path)
+        collect_statistics(
+            make_model(), batches, num_batches=None if complete else 2, statistics=path
+        )
         other = make_model()
         next(other.parameters()).data *= 1.001
         with pytest.raises(ArgumentError, match="other weights or other data"):
@@ -165,12 +183,23 @@ class TestFile:
         path = tmp_path / "calibration.safetensors"
         whole = collect_statistics(make_model(), make_batches(2), statistics=path).to_bytes()
         flipped = whole.replace(b"batches", b"batcheS", 1)
-        contents = {"empty": b"", "nonsense": b"nonsense", "zeros": bytes(64), "cut": whole[:-1], "flipped": flipped}
+        contents = {
+            "empty": b"",
+            "nonsense": b"nonsense",
+            "zeros": bytes(64),
+            "cut": whole[:-1],
+            "flipped": flipped,
+        }
         path.write_bytes(contents[damage])
-        assert collect_statistics(make_model(), make_batches(2), statistics=path).to_bytes() == whole
+        assert (
+            collect_statistics(make_model(), make_batches(2), statistics=path).to_bytes() == whole
+        )
         assert path.read_bytes() == whole
         assert (tmp_path / "calibration.damaged.safetensors").read_bytes() == contents[damage]
-        assert "It is now calibration.damaged.safetensors, and everything is collected again" in caplog.text
+        assert (
+            "It is now calibration.damaged.safetensors, and everything is collected again"
+            in caplog.text
+        )
 
     def test_the_json_of_somebody_else_is_not_replaced(self, tmp_path):
         path, other = tmp_path / "report.safetensors", tmp_path / "report.json"
@@ -188,7 +217,9 @@ class TestFile:
         monkeypatch.setattr("qdq.calibrate.collect._SAVE_SECONDS", 0)
         path, batches = tmp_path / "calibration.safetensors", make_batches(3)
         batches[2][0] = float("nan")
-        with pytest.raises(CalibrationError, match=r"batch 2: the input of quantizer 0\._input_quantizer: 432 of"):
+        with pytest.raises(
+            CalibrationError, match=r"batch 2: the input of quantizer 0\._input_quantizer: 432 of"
+        ):
             collect_statistics(make_model(), batches, statistics=path)
         assert Statistics.load(path).batches == 2
 
@@ -218,9 +249,17 @@ def run_processes(processes, tmp_path, body, size=2):
     script = PROCESS.format(body=textwrap.indent(textwrap.dedent(body).strip(), "    "))
     running = []
     for rank in range(size):
-        arguments = [rank, size, tmp_path / "store", tmp_path / "calibration.safetensors", tmp_path / f"{rank}"]
+        arguments = [
+            rank,
+            size,
+            tmp_path / "store",
+            tmp_path / "calibration.safetensors",
+            tmp_path / f"{rank}",
+        ]
         with (tmp_path / f"{rank}.txt").open("w") as output:
-            running.append(processes.start("-c", script, *arguments, stdout=output, stderr=subprocess.STDOUT))
+            running.append(
+                processes.start("-c", script, *arguments, stdout=output, stderr=subprocess.STDOUT)
+            )
     codes = [process.wait() for process in running]
     return codes, [(tmp_path / f"{rank}.txt").read_text() for rank in range(size)]
 
@@ -247,7 +286,9 @@ assert calibration.ranges == solved["moving_average"]
         for rank in range(2):
             assert (tmp_path / str(rank)).read_bytes() == whole.to_bytes()
         assert_same(Statistics.load(tmp_path / "calibration.safetensors"), whole)
-        assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["calibration.safetensors"]
+        assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
+            "calibration.safetensors"
+        ]
         expected = repr(all_ranges(make_model(), whole, make_batches(5)[:2]))
         assert [(tmp_path / f"{rank}.json").read_text() for rank in range(2)] == [expected] * 2
 
@@ -277,7 +318,10 @@ qdq.calibrate_model(model, qdq.shard_batches(batches))
 """,
         )
         assert codes == [1, 1]
-        assert "process 1 failed: CalibrationError: batch 3: the input of quantizer 0._input_quantizer" in outputs[0]
+        assert (
+            "process 1 failed: CalibrationError: batch 3: the input of quantizer 0._input_quantizer"
+            in outputs[0]
+        )
         assert "values are NaN or Inf" in outputs[1]
 
 
@@ -308,9 +352,17 @@ def test_an_endless_loader():
 
 def test_nothing_is_left_behind():
     model = make_model()
-    before = {name: module._calibrator for name, module in model.named_modules() if hasattr(module, "_calibrator")}
+    before = {
+        name: module._calibrator
+        for name, module in model.named_modules()
+        if hasattr(module, "_calibrator")
+    }
     collect_statistics(model, make_batches(2))
-    after = {name: module._calibrator for name, module in model.named_modules() if hasattr(module, "_calibrator")}
+    after = {
+        name: module._calibrator
+        for name, module in model.named_modules()
+        if hasattr(module, "_calibrator")
+    }
     assert all(after[name] is before[name] for name in before)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 

@@ -67,15 +67,30 @@ def _messages(message):
 
 
 _NUMBERS = [0, -1, 1, 3, 7, 99, -3, 2**31 - 1, 2**31, 2**62, -(2**63)]
-_TEXTS = ["", "x", "y", "a", "nobody", "Relu", "Conv", "a\x1b[31m\nb", "n" * 5000, "mine", "ai.onnx", "../secret.bin"]
+_TEXTS = [
+    "",
+    "x",
+    "y",
+    "a",
+    "nobody",
+    "Relu",
+    "Conv",
+    "a\x1b[31m\nb",
+    "n" * 5000,
+    "mine",
+    "ai.onnx",
+    "../secret.bin",
+]
 
 
 def change_field(model, rng):
     """Any scalar of any message becomes another one of its type."""
     targets = [
-        (message, field) for message in _messages(model) for field, _ in message.ListFields()
+        (message, field)
+        for message in _messages(model)
+        for field, _ in message.ListFields()
         if field.type != field.TYPE_MESSAGE
-    ]  # fmt: skip
+    ]
     message, field = rng.choice(targets)
     value = getattr(message, field.name)
     try:
@@ -84,7 +99,11 @@ def change_field(model, rng):
         elif isinstance(value, (int, float)):
             setattr(message, field.name, type(value)(rng.choice(_NUMBERS)))
         elif isinstance(value, bytes):
-            setattr(message, field.name, value[: rng.randrange(len(value) + 1)] + rng.randbytes(rng.randrange(4)))
+            setattr(
+                message,
+                field.name,
+                value[: rng.randrange(len(value) + 1)] + rng.randbytes(rng.randrange(4)),
+            )
         else:
             choices = _TEXTS if isinstance(value[0], str) else _NUMBERS
             value[rng.randrange(len(value))] = type(value[0])(rng.choice(choices))
@@ -100,9 +119,13 @@ def drop_field(model, rng):
 def double_field(model, rng):
     """A repeated field gets one of its items twice."""
     targets = [
-        value for message in _messages(model) for field, value in message.ListFields()
-        if not isinstance(value, (str, bytes, int, float)) and not hasattr(value, "ListFields") and len(value)
-    ]  # fmt: skip
+        value
+        for message in _messages(model)
+        for field, value in message.ListFields()
+        if not isinstance(value, (str, bytes, int, float))
+        and not hasattr(value, "ListFields")
+        and len(value)
+    ]
     value = rng.choice(targets)
     item = value[rng.randrange(len(value))]
     value.append(item)
@@ -147,8 +170,12 @@ def drop_constant(model, rng):
 def change_constant(model, rng):
     """Another type or shape, with or without the data for it."""
     tensor = rng.choice(model.graph.initializer)
-    dtype = rng.choice([np.float32, np.float64, np.int32, np.int64, np.uint8, np.float16, np.bool_, np.complex64])
-    shape = rng.choice([(), (1,), (2,), (3,), (0,), (3, 2, 1, 1), (2, 3, 1, 1), (1, 1, 1, 1, 1, 1), (128,)])
+    dtype = rng.choice(
+        [np.float32, np.float64, np.int32, np.int64, np.uint8, np.float16, np.bool_, np.complex64]
+    )
+    shape = rng.choice(
+        [(), (1,), (2,), (3,), (0,), (3, 2, 1, 1), (2, 3, 1, 1), (1, 1, 1, 1, 1, 1), (128,)]
+    )
     if rng.random() < 0.7:
         tensor.CopyFrom(numpy_helper.from_array(np.ones(shape, dtype), tensor.name))
     else:
@@ -162,15 +189,27 @@ def make_strings(model, rng):
 
 def enlarge(model, rng):
     tensor = rng.choice(model.graph.initializer)
-    tensor.dims[:] = rng.choice([[2**62], [2**31, 2**31], [-1], [2**20, 2**20], [0], [2**63 - 1, 0]])
+    tensor.dims[:] = rng.choice(
+        [[2**62], [2**31, 2**31], [-1], [2**20, 2**20], [0], [2**63 - 1, 0]]
+    )
 
 
 def change_group(model, rng):
     conv = next(node for node in model.graph.node if node.op_type == "Conv")
-    name, value = rng.choice([
-        ("group", -3), ("group", 0), ("group", 7), ("strides", [-1, 1]), ("dilations", [0, 0]), ("pads", [-9] * 4),
-        ("axis", -99), ("kernel_shape", [2**40, 1]), ("auto_pad", "WRONG"), ("group", "three"),
-    ])  # fmt: skip
+    name, value = rng.choice(
+        [
+            ("group", -3),
+            ("group", 0),
+            ("group", 7),
+            ("strides", [-1, 1]),
+            ("dilations", [0, 0]),
+            ("pads", [-9] * 4),
+            ("axis", -99),
+            ("kernel_shape", [2**40, 1]),
+            ("auto_pad", "WRONG"),
+            ("group", "three"),
+        ]
+    )
     conv.attribute.append(helper.make_attribute(name, value))
 
 
@@ -178,7 +217,9 @@ def change_axis(model, rng):
     for node in model.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             del node.attribute[:]
-            node.attribute.append(helper.make_attribute("axis", rng.choice([-99, -1, 0, 1, 4, 2**40])))
+            node.attribute.append(
+                helper.make_attribute("axis", rng.choice([-99, -1, 0, 1, 4, 2**40]))
+            )
 
 
 def change_versions(model, rng):
@@ -203,7 +244,9 @@ def lead_outside(model, rng):
     tensor.ClearField("int32_data")
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
-    location = rng.choice(["w.bin"] * 6 + ["../secret.bin", "/etc/passwd", "none.bin", "", ".", "w.bin\0"])
+    location = rng.choice(
+        ["w.bin"] * 6 + ["../secret.bin", "/etc/passwd", "none.bin", "", ".", "w.bin\0"]
+    )
     offset = rng.choice(["0", "0", "0", "-4", "4", "99999999999999999999", "zz", "4096", ""])
     length = rng.choice(["6", "6", "-6", "5", "99999999999999999999", "zz", ""])
     for key, value in (("location", location), ("offset", offset), ("length", length)):
@@ -223,11 +266,20 @@ def call_itself(model, rng):
 def nest(model, rng):
     """Bodies in bodies; onnx's own helper cannot make more than protobuf reads."""
     value = "x"
-    graph = helper.make_graph([helper.make_node("Identity", [value], ["o0"])], "b0", [], [_untyped("o0")])
+    graph = helper.make_graph(
+        [helper.make_node("Identity", [value], ["o0"])], "b0", [], [_untyped("o0")]
+    )
     for depth in range(1, rng.choice([3, 12, 24, 30])):
-        node = helper.make_node("If", ["condition"], [f"o{depth}"], then_branch=graph, else_branch=graph)
+        node = helper.make_node(
+            "If", ["condition"], [f"o{depth}"], then_branch=graph, else_branch=graph
+        )
         node.attribute[1].g.CopyFrom(
-            helper.make_graph([helper.make_node("Identity", [value], [f"e{depth}"])], "e", [], [_untyped(f"e{depth}")])
+            helper.make_graph(
+                [helper.make_node("Identity", [value], [f"e{depth}"])],
+                "e",
+                [],
+                [_untyped(f"e{depth}")],
+            )
         )
         graph = helper.make_graph([node], f"b{depth}", [], [_untyped(f"o{depth}")])
     model.graph.node.extend(graph.node)
@@ -240,14 +292,23 @@ def _untyped(name):
 
 def stack(model, rng):
     """So many operators in a row that whoever follows every path, or calls itself for each, comes to no end."""
-    operators = [("Concat", 2), ("Identity", 1), ("Relu", 1), ("Mul", 2), ("Transpose", 1), ("Add", 2)]
+    operators = [
+        ("Concat", 2),
+        ("Identity", 1),
+        ("Relu", 1),
+        ("Mul", 2),
+        ("Transpose", 1),
+        ("Add", 2),
+    ]
     op_type, inputs = rng.choice(operators)
     value, attributes = rng.choice(["x", "xd", "xs"]), {"axis": 0} if op_type == "Concat" else {}
     nodes = []
     for index in range(rng.choice([40, 40, 40, 1200])):
         nodes.append(helper.make_node(op_type, [value] * inputs, [f"s{index}"], **attributes))
         value = f"s{index}"
-    target = rng.choice([node for node in model.graph.node if node.op_type in ("Conv", "QuantizeLinear", "Relu")])
+    target = rng.choice(
+        [node for node in model.graph.node if node.op_type in ("Conv", "QuantizeLinear", "Relu")]
+    )
     target.input[min(rng.randrange(2), len(target.input) - 1)] = value
     model.graph.node.extend(nodes)  # out of order, too
 
@@ -263,11 +324,38 @@ def add_sparse(model, rng):
 
 
 CHANGES = (
-    flip_bytes, flip_bytes, flip_bytes, cut, splice, change_field, change_field, change_field, drop_field,
-    double_field, close_cycle, repeat_names, rename_value, rename_operator, shuffle_nodes, drop_constant,
-    change_constant, make_strings, enlarge, change_group, change_axis, change_versions, drop_outputs, spoil_text,
-    lead_outside, lead_outside, call_itself, nest, stack, stack, add_sparse,
-)  # fmt: skip
+    flip_bytes,
+    flip_bytes,
+    flip_bytes,
+    cut,
+    splice,
+    change_field,
+    change_field,
+    change_field,
+    drop_field,
+    double_field,
+    close_cycle,
+    repeat_names,
+    rename_value,
+    rename_operator,
+    shuffle_nodes,
+    drop_constant,
+    change_constant,
+    make_strings,
+    enlarge,
+    change_group,
+    change_axis,
+    change_versions,
+    drop_outputs,
+    spoil_text,
+    lead_outside,
+    lead_outside,
+    call_itself,
+    nest,
+    stack,
+    stack,
+    add_sparse,
+)
 
 
 def make_mutants(count: int, seed: int) -> list[Mutant]:
@@ -285,7 +373,11 @@ def make_mutants(count: int, seed: int) -> list[Mutant]:
         try:
             changed = change(model, rng)
             content = changed if isinstance(changed, bytes) else model.SerializeToString()
-        except (IndexError, StopIteration, ValueError):  # the first change has left nothing to change
+        except (
+            IndexError,
+            StopIteration,
+            ValueError,
+        ):  # the first change has left nothing to change
             content = model.SerializeToString()
         mutants.append(Mutant(name, content))
     return mutants

@@ -62,7 +62,9 @@ def graph(*lines, x="float16[N,16,4,4]", y="float16[N,16,4,4]", opset=19, consta
 
 def load(text, infer=True):
     """The model; ONNX text knows half precision as bits only."""
-    text = re.sub(r"(float16(?:\[[\d,]+\])?(?: \w+ =)? \{)([^}]*)", lambda m: m[1] + _bits(m[2]), text)
+    text = re.sub(
+        r"(float16(?:\[[\d,]+\])?(?: \w+ =)? \{)([^}]*)", lambda m: m[1] + _bits(m[2]), text
+    )
     model = ir.from_onnx_text(text)
     if infer:
         complete_shapes(model)
@@ -84,31 +86,64 @@ def find(text, *replacements):
 SOUND = graph(pair("xd", "x"), conv("c", "xd"), op("y", "Relu(c)"))
 PRODUCT = graph(
     pair("xd", "x"), matmul("c", "xd"), op("y", "Relu(c)"), x="float16[N,8,16]", y="float16[N,8,16]"
-)  # fmt: skip
+)
 RESIDUAL = graph(
     op("r", "Relu(x)"), pair("rd", "r"), conv("c", "rd"), op("a", "Add(c, rd)"), op("y", "Relu(a)")
-)  # fmt: skip
+)
 DOWNSAMPLE = graph(
-    op("r", "Relu(x)"), pair("rd", "r"),
-    conv("c1", "rd"), op("c1r", "Relu(c1)"), pair("c1d", "c1r"), conv("c2", "c1d"),
-    conv("ds", "rd"), pair("dsd", "ds", "t"),
-    op("a", "Add(c2, dsd)"), op("y", "Relu(a)"),
-)  # fmt: skip
+    op("r", "Relu(x)"),
+    pair("rd", "r"),
+    conv("c1", "rd"),
+    op("c1r", "Relu(c1)"),
+    pair("c1d", "c1r"),
+    conv("c2", "c1d"),
+    conv("ds", "rd"),
+    pair("dsd", "ds", "t"),
+    op("a", "Add(c2, dsd)"),
+    op("y", "Relu(a)"),
+)
 CONCAT = graph(
-    op("r", "Relu(x)"), pair("rd", "r"), conv("c", "rd"), op("cr", "Relu(c)"), pair("cd", "cr"),
-    op("k", "Concat<axis=2>(rd, cd)"), pair("kd", "k"), conv("c2", "kd"), op("y", "Relu(c2)"),
-)  # fmt: skip
+    op("r", "Relu(x)"),
+    pair("rd", "r"),
+    conv("c", "rd"),
+    op("cr", "Relu(c)"),
+    pair("cd", "cr"),
+    op("k", "Concat<axis=2>(rd, cd)"),
+    pair("kd", "k"),
+    conv("c2", "kd"),
+    op("y", "Relu(c2)"),
+)
 MAXPOOL = graph(
-    op("r", "Relu(x)"), pair("rd", "r"), op("p", "MaxPool<kernel_shape=[2,2]>(rd)"), pair("pd", "p"),
-    conv("c", "pd"), op("y", "Relu(c)"), y="float16[N,16,3,3]",
-)  # fmt: skip
+    op("r", "Relu(x)"),
+    pair("rd", "r"),
+    op("p", "MaxPool<kernel_shape=[2,2]>(rd)"),
+    pair("pd", "p"),
+    conv("c", "pd"),
+    op("y", "Relu(c)"),
+    y="float16[N,16,3,3]",
+)
 AVGPOOL = graph(
-    op("r", "Relu(x)"), pair("rd", "r"), op("p", "AveragePool<kernel_shape=[2,2]>(rd)"), pair("pd", "p"),
-    conv("c", "pd"), op("y", "Relu(c)"), y="float16[N,16,3,3]",
-)  # fmt: skip
+    op("r", "Relu(x)"),
+    pair("rd", "r"),
+    op("p", "AveragePool<kernel_shape=[2,2]>(rd)"),
+    pair("pd", "p"),
+    conv("c", "pd"),
+    op("y", "Relu(c)"),
+    y="float16[N,16,3,3]",
+)
 ATTENTION = graph(
-    pair("xd", "x"), matmul("q", "xd"), matmul("k", "xd"), matmul("v", "xd"),
-    op("kt", "Transpose<perm=[0,2,1]>(k)"), op("scores", "MatMul(q, kt)"), op("scaled", "Mul(scores, s)"),
-    op("p", "Softmax(scaled)"), op("o", "MatMul(p, v)"), pair("od", "o"), matmul("out", "od"), op("y", "Relu(out)"),
-    x="float16[N,8,16]", y="float16[N,8,16]",
-)  # fmt: skip
+    pair("xd", "x"),
+    matmul("q", "xd"),
+    matmul("k", "xd"),
+    matmul("v", "xd"),
+    op("kt", "Transpose<perm=[0,2,1]>(k)"),
+    op("scores", "MatMul(q, kt)"),
+    op("scaled", "Mul(scores, s)"),
+    op("p", "Softmax(scaled)"),
+    op("o", "MatMul(p, v)"),
+    pair("od", "o"),
+    matmul("out", "od"),
+    op("y", "Relu(out)"),
+    x="float16[N,8,16]",
+    y="float16[N,8,16]",
+)

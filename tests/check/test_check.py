@@ -52,7 +52,9 @@ def quantized_file(quantized, images, tmp_path):
 
 def test_exported_file_is_clean(quantized, images, quantized_file):
     found = predict(quantized_file, [images])
-    report = check_onnx(quantized_file, expected=predict(quantized, [images]), found=found, ignore=["QDQ112"])
+    report = check_onnx(
+        quantized_file, expected=predict(quantized, [images]), found=found, ignore=["QDQ112"]
+    )
     assert report.problems == ()
     assert {finding.rule for finding in report.findings} <= {"QDQ121", "QDQ124"}
     assert report.path == quantized_file
@@ -148,7 +150,9 @@ def test_onnx_model_computes_what_is_written(float_file):
     ],
 )
 def test_wrong_inputs_name_what_was_given_and_expected(float_file, inputs):
-    with pytest.raises(CheckError, match=r"its inputs are x \['N', 3\] tensor\(float\), z \[3\]") as error:
+    with pytest.raises(
+        CheckError, match=r"its inputs are x \['N', 3\] tensor\(float\), z \[3\]"
+    ) as error:
         OnnxModel(float_file)(*inputs)
     assert f"given {list(inputs[0].shape)} {inputs[0].dtype}" in error.value.message
     assert "ONNXRuntimeError" not in error.value.message
@@ -165,7 +169,9 @@ class TestParity:
         assert parity.exact == pytest.approx(1 / 3)
         assert parity.sqnr_db == pytest.approx(10 * np.log10(31 / (0.3**2 + 1.2**2)))
 
-    @pytest.mark.parametrize(("floor", "required"), [(None, 30), (50.0, 30), (33.0, 30), (25.0, 22), (np.inf, 30)])
+    @pytest.mark.parametrize(
+        ("floor", "required"), [(None, 30), (50.0, 30), (33.0, 30), (25.0, 22), (np.inf, 30)]
+    )
     def test_what_is_required(self, floor, required):
         assert measure_parity(np.ones((2, 2)), np.ones((2, 2)), floor).required_sqnr_db == required
 
@@ -181,7 +187,9 @@ class TestParity:
     )
     def test_190_when_the_file_is_worse_than_ties_allow(self, float_file, error, floor, rules):
         expected = np.ones((4, 2))
-        report = check_onnx(float_file, expected=expected, found=expected * (1 + error), tie_floor_db=floor)
+        report = check_onnx(
+            float_file, expected=expected, found=expected * (1 + error), tie_floor_db=floor
+        )
         assert [finding.rule for finding in report.findings] == rules
         assert ("rounding ties" in report.format_table()) == bool(rules or floor)
 
@@ -193,7 +201,9 @@ class TestParity:
         plain = np.ones((4, 2))
         outputs = {"expected": plain, "found": plain, "found_default": plain * (1 + error)}
         report = check_onnx(float_file, **outputs, tie_floor_db=floor)
-        assert [(finding.rule, finding.severity) for finding in report.findings] == [(rule, "info") for rule in rules]
+        assert [(finding.rule, finding.severity) for finding in report.findings] == [
+            (rule, "info") for rule in rules
+        ]
         assert report.default_parity.images == 4
         assert "default session against the plain one on 4 images" in report.format_table()
         assert not check_onnx(float_file, **outputs, tie_floor_db=floor, ignore=["QDQ191"]).findings
@@ -202,13 +212,17 @@ class TestParity:
         """A convolution with a dead channel as a file may have it: only the default session loses the bias."""
         ir.save(ir.from_onnx_text(CLIPPED_BIAS), tmp_path / "m.onnx")
         x = [np.random.default_rng(0).normal(size=(2, 2, 4, 4)).astype(np.float32)]
-        plain, default = (predict(tmp_path / "m.onnx", x, session=session) for session in ("plain", "default"))
+        plain, default = (
+            predict(tmp_path / "m.onnx", x, session=session) for session in ("plain", "default")
+        )
         report = check_onnx(tmp_path / "m.onnx", expected=plain, found=plain, found_default=default)
         assert {"QDQ140", "QDQ191"} <= {finding.rule for finding in report.findings}
         assert report.default_parity.max_abs > 0.5
         fix_onnx(tmp_path / "m.onnx", tmp_path / "mended.onnx")
         for session in ("plain", "default"):
-            np.testing.assert_allclose(predict(tmp_path / "mended.onnx", x, session=session), plain, atol=0.051)
+            np.testing.assert_allclose(
+                predict(tmp_path / "mended.onnx", x, session=session), plain, atol=0.051
+            )
 
     def test_another_session(self, float_file):
         with pytest.raises(ArgumentError, match="'plain' and 'default'"):

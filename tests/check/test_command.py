@@ -35,7 +35,8 @@ def save(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("case", "code"), [("QDQ102 not zero", 1), ("QDQ112 no pair", 1), ("QDQ121", 0), ("QDQ110 weight-only", 0)]
+    ("case", "code"),
+    [("QDQ102 not zero", 1), ("QDQ112 no pair", 1), ("QDQ121", 0), ("QDQ110 weight-only", 0)],
 )
 def test_exit_codes(qdq, save, case, code):
     found, out, _ = qdq(save(BROKEN[case][0]))
@@ -50,20 +51,35 @@ def test_clean_file(qdq, save):
 
 
 def test_many_equal_findings_are_folded(qdq, save):
-    lines = "".join(pair(f"p{i}", "x" if i == 0 else f"r{i - 1}") + op(f"r{i}", f"Relu(p{i})") for i in range(9))
+    lines = "".join(
+        pair(f"p{i}", "x" if i == 0 else f"r{i - 1}") + op(f"r{i}", f"Relu(p{i})") for i in range(9)
+    )
     text = graph(lines, op("y", "Neg(r8)")).replace("int8 z = {0}", "int8 z = {1}")
     code, out, _ = qdq(save(text))
     lines = [line for line in out.splitlines() if line.startswith("QDQ102")]
     assert code == 1
-    assert lines[0] == "QDQ102 error p0_q: the zero point is not zero (R-SYM). Fix: quantize symmetrically."
+    assert (
+        lines[0]
+        == "QDQ102 error p0_q: the zero point is not zero (R-SYM). Fix: quantize symmetrically."
+    )
     assert len(lines) == 6
-    assert lines[5] == "QDQ102 error ... and 13 more nodes, 18 in all: the zero point is not zero (R-SYM)."
-    assert out.splitlines()[-1] == "found 18 errors, 0 warnings, 0 infos; qdq check --explain QDQ102 says why"
+    assert (
+        lines[5]
+        == "QDQ102 error ... and 13 more nodes, 18 in all: the zero point is not zero (R-SYM)."
+    )
+    assert (
+        out.splitlines()[-1]
+        == "found 18 errors, 0 warnings, 0 infos; qdq check --explain QDQ102 says why"
+    )
 
 
 def test_worst_comes_first(qdq, save):
     _, out, _ = qdq(
-        save(BROKEN["QDQ112 no pair"][0].replace("int8 z = {0}", "int8 z = {1}").replace("float16", "float"))
+        save(
+            BROKEN["QDQ112 no pair"][0]
+            .replace("int8 z = {0}", "int8 z = {1}")
+            .replace("float16", "float")
+        )
     )
     severities = [line.split()[1] for line in out.splitlines() if line.startswith("QDQ")]
     assert severities == sorted(severities, key=["error", "warning", "info"].index)
@@ -100,13 +116,21 @@ def test_explain(qdq, id):
 
 
 def test_fix(qdq, tmp_path):
-    text = (HEAD + CONSTANTS + BODY).replace("float xs", "float[1] xs").replace("int8 xz", "int8[1] xz")
+    text = (
+        (HEAD + CONSTANTS + BODY)
+        .replace("float xs", "float[1] xs")
+        .replace("int8 xz", "int8[1] xz")
+    )
     ir.save(ir.from_onnx_text(text), tmp_path / "m.onnx")
     assert qdq(tmp_path / "m.onnx", "--ignore", "QDQ117")[0] == 1
     code, out, _ = qdq(tmp_path / "m.onnx", "--ignore", "QDQ117", "--fix", tmp_path / "out.onnx")
     assert (code, out.splitlines()[0]) == (0, f"{tmp_path / 'out.onnx'}: 2 nodes of QDQ103 mended")
     assert qdq(tmp_path / "m.onnx", "--ignore", "QDQ117", "--fix", tmp_path / "m.onnx")[0] == 0
-    assert qdq(tmp_path / "m.onnx", "--fix", tmp_path / "m.onnx")[1].splitlines()[0].endswith(": nothing mended")
+    assert (
+        qdq(tmp_path / "m.onnx", "--fix", tmp_path / "m.onnx")[1]
+        .splitlines()[0]
+        .endswith(": nothing mended")
+    )
 
 
 def test_json_and_sarif(qdq, save, tmp_path):
@@ -114,8 +138,9 @@ def test_json_and_sarif(qdq, save, tmp_path):
     assert qdq(path, "--json", tmp_path / "c.json", "--sarif", tmp_path / "c.sarif")[0] == 1
     written = json.loads((tmp_path / "c.json").read_text())
     assert [(f["rule"], f["severity"], f["node"]) for f in written["findings"]] == [
-        ("QDQ112", "warning", "a"), ("QDQ121", "info", "g"),
-    ]  # fmt: skip
+        ("QDQ112", "warning", "a"),
+        ("QDQ121", "info", "g"),
+    ]
     sarif = json.loads((tmp_path / "c.sarif").read_text())
     assert sarif == format_sarif(path, check_onnx(path).findings)
 

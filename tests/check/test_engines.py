@@ -11,30 +11,48 @@ from qdq.check.fix import fix_onnx
 pytestmark = pytest.mark.trt
 
 FLOAT = {
-    "QDQ103", "QDQ104", "QDQ105 other axis", "QDQ105 other axis of a matrix", "QDQ110 only the weight",
-    "QDQ105 not written", "QDQ110 only the input", "QDQ117 transposed",
-}  # fmt: skip
+    "QDQ103",
+    "QDQ104",
+    "QDQ105 other axis",
+    "QDQ105 other axis of a matrix",
+    "QDQ110 only the weight",
+    "QDQ105 not written",
+    "QDQ110 only the input",
+    "QDQ117 transposed",
+}
 REFUSED = {
-    "QDQ101 zero", "QDQ101 negative", "QDQ102 not zero", "QDQ107 weight", "QDQ107 bias", "QDQ108 bias",
-    "QDQ108 operator", "QDQ105 other length", "QDQ129",
-}  # fmt: skip
+    "QDQ101 zero",
+    "QDQ101 negative",
+    "QDQ102 not zero",
+    "QDQ107 weight",
+    "QDQ107 bias",
+    "QDQ108 bias",
+    "QDQ108 operator",
+    "QDQ105 other length",
+    "QDQ129",
+}
 
 
 NO_ZERO_POINT = {
     "weight": (SOUND.replace("(w, ws, wz)", "(w, ws)"), {"c_w"}),
     "activation": (SOUND.replace("(xd_q, s, z)", "(xd_q, s)"), {"xd"}),
-    "both": (SOUND.replace("(w, ws, wz)", "(w, ws)").replace("(xd_q, s, z)", "(xd_q, s)"), {"c_w", "xd"}),
+    "both": (
+        SOUND.replace("(w, ws, wz)", "(w, ws)").replace("(xd_q, s, z)", "(xd_q, s)"),
+        {"c_w", "xd"},
+    ),
     "type as attribute": (
         SOUND.replace("QuantizeLinear(x, s, z)", "QuantizeLinear<output_dtype=3>(x, s)")
-        .replace("(xd_q, s, z)", "(xd_q, s)").replace('"": 19', '"": 21'),
+        .replace("(xd_q, s, z)", "(xd_q, s)")
+        .replace('"": 19', '"": 21'),
         {"xd"},
     ),
     "behind a copy": (
-        SOUND.replace("DequantizeLinear(xd_q, s, z)", "DequantizeLinear(moved, s)")
-        .replace("    [xd] xd", "    moved = Identity(xd_q)\n    [xd] xd"),
+        SOUND.replace("DequantizeLinear(xd_q, s, z)", "DequantizeLinear(moved, s)").replace(
+            "    [xd] xd", "    moved = Identity(xd_q)\n    [xd] xd"
+        ),
         {"xd"},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -50,7 +68,9 @@ def build(tmp_path):
     return call
 
 
-@pytest.mark.parametrize("text", [SOUND, PRODUCT, RESIDUAL, MAXPOOL, AVGPOOL, SOUND_TWINS["transposed weight"]])
+@pytest.mark.parametrize(
+    "text", [SOUND, PRODUCT, RESIDUAL, MAXPOOL, AVGPOOL, SOUND_TWINS["transposed weight"]]
+)
 def test_sound_graphs_run_in_int8(build, text):
     layers = build(text).layers
     assert layers

@@ -59,10 +59,16 @@ def call_doubling_functions(model, count):
     """F0 calls F1 on the value that F1 gives, and so on: the last one is called 2^(count - 1) times."""
     opsets = [helper.make_opsetid("", 19), helper.make_opsetid("mine", 1)]
     for index in range(count - 1):
-        nodes = [helper.make_node(f"F{index + 1}", [x], [y], domain="mine") for x, y in ("pa", "aq")]
-        model.functions.append(helper.make_function("mine", f"F{index}", ["p"], ["q"], nodes, opsets))
+        nodes = [
+            helper.make_node(f"F{index + 1}", [x], [y], domain="mine") for x, y in ("pa", "aq")
+        ]
+        model.functions.append(
+            helper.make_function("mine", f"F{index}", ["p"], ["q"], nodes, opsets)
+        )
     last = helper.make_node("Relu", ["p"], ["q"])
-    model.functions.append(helper.make_function("mine", f"F{count - 1}", ["p"], ["q"], [last], opsets))
+    model.functions.append(
+        helper.make_function("mine", f"F{count - 1}", ["p"], ["q"], [last], opsets)
+    )
     model.opset_import.append(opsets[1])
     model.graph.node[1].CopyFrom(helper.make_node("F0", ["a"], ["y"], name="call", domain="mine"))
 
@@ -84,7 +90,9 @@ def raw_data_too_long(model):
 
 @case("QDQ205")
 def numbers_too_few(model):
-    model.graph.initializer[0].CopyFrom(TensorProto(name="w", data_type=1, dims=[4, 4, 1, 1], float_data=[1] * 15))
+    model.graph.initializer[0].CopyFrom(
+        TensorProto(name="w", data_type=1, dims=[4, 4, 1, 1], float_data=[1] * 15)
+    )
 
 
 @case("QDQ205")
@@ -160,7 +168,9 @@ def data_in_a_device(model):
 @case("QDQ205")
 def constant_node_with_data_behind_a_loop_of_links(model):
     move_outside(model, location="loop.bin")
-    model.graph.node.insert(0, helper.make_node("Constant", [], ["w"], name="const", value=model.graph.initializer[0]))
+    model.graph.node.insert(
+        0, helper.make_node("Constant", [], ["w"], name="const", value=model.graph.initializer[0])
+    )
     del model.graph.initializer[:]
 
 
@@ -288,7 +298,9 @@ def test_damage_is_a_finding_and_never_called_valid(tmp_path, name, caplog, capf
     capfd.readouterr()  # what ONNX Runtime prints in this test
 
 
-@pytest.mark.parametrize("name", sorted(name for name, (_, rules) in CASES.items() if "QDQ205" in rules))
+@pytest.mark.parametrize(
+    "name", sorted(name for name, (_, rules) in CASES.items() if "QDQ205" in rules)
+)
 def test_damaged_constants_are_neither_mended_nor_built(tmp_path, name):
     model = sound_model()
     CASES[name][0](model)
@@ -300,7 +312,9 @@ def test_damaged_constants_are_neither_mended_nor_built(tmp_path, name):
     assert not (tmp_path / "fixed.onnx").exists()
 
 
-@pytest.mark.parametrize("count", [24, 2000])  # 2^1999 has more digits than Python converts to a float
+@pytest.mark.parametrize(
+    "count", [24, 2000]
+)  # 2^1999 has more digits than Python converts to a float
 @pytest.mark.parametrize("has_nodes", [True, False])
 def test_functions_that_double_are_refused_at_once(tmp_path, count, has_nodes):
     """Neither onnx, ONNX Runtime nor TensorRT is asked: each would write all calls out."""
@@ -333,7 +347,9 @@ def test_what_onnx_does_not_come_to_an_end_with_is_not_built(tmp_path, monkeypat
     path = save(sound_model(), tmp_path / "m")
     answer = CheckerVerdict(onnx.__version__, None, None, **verdict)
     monkeypatch.setattr("qdq.check.inspection.check_model", lambda *_: answer)
-    with pytest.raises(BuildError, match="onnx's checker crashed on it or did not come to an end") as caught:
+    with pytest.raises(
+        BuildError, match="onnx's checker crashed on it or did not come to an end"
+    ) as caught:
         build_engine(path)
     assert f"qdq check {path}" in caught.value.fix
 
@@ -377,7 +393,10 @@ def test_a_reference_outside_of_functions_is_not_known(tmp_path, node, name, typ
 
 
 def drop_shapes(model):
-    del model.graph.node[0], model.graph.initializer[:]  # of a convolution TensorRT wants the number of dimensions
+    del (
+        model.graph.node[0],
+        model.graph.initializer[:],
+    )  # of a convolution TensorRT wants the number of dimensions
     model.graph.node[0].CopyFrom(helper.make_node("Relu", ["x"], ["y"], name="relu"))
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.ClearField("shape")
@@ -402,7 +421,9 @@ def write_latin_1(model):
 
 
 @pytest.mark.trt
-@pytest.mark.parametrize("change", [drop_shapes, drop_name, raise_ir_version, turn_nodes_around, write_latin_1])
+@pytest.mark.parametrize(
+    "change", [drop_shapes, drop_name, raise_ir_version, turn_nodes_around, write_latin_1]
+)
 def test_what_tensorrt_builds_is_read(tmp_path, change):
     """Unusual files get a report with the unusual in it."""
     trt = pytest.importorskip("tensorrt_rtx", reason="needs the extra 'rtx'")
@@ -426,7 +447,9 @@ def test_a_plugin_without_domain_is_read(tmp_path, name, severity):
     model.graph.output[0].name = "z"
     report = check_onnx(save(model, tmp_path / "m"))
     found = {(finding.rule, finding.node, finding.severity) for finding in report.findings}
-    assert found & {("QDQ206", "plugin", "info"), ("QDQ206", "plugin", "warning")} == {("QDQ206", "plugin", severity)}
+    assert found & {("QDQ206", "plugin", "info"), ("QDQ206", "plugin", "warning")} == {
+        ("QDQ206", "plugin", severity)
+    }
     assert "QDQ202" not in {finding.rule for finding in report.findings}
     assert not report.validity.is_valid
 
@@ -457,7 +480,9 @@ def test_what_takes_too_long_is_not_judged(tmp_path, monkeypatch):
     assert not report.validity.is_valid
     assert report.validity.onnx_refusal is None
     assert "took longer than 0 s of processor time" in report.validity.onnx_limit
-    findings = [finding for finding in report.findings if finding.rule in ("QDQ201", "QDQ202", "QDQ203")]
+    findings = [
+        finding for finding in report.findings if finding.rule in ("QDQ201", "QDQ202", "QDQ203")
+    ]
     assert {finding.severity for finding in findings} == {"info"}
     text = report.format_table()
     assert "valid ONNX" not in text
@@ -517,7 +542,9 @@ def test_shapes_are_inferred_once(tmp_path, monkeypatch):
     calls = []
     infer = shapes.infer_shapes
     for module in (shapes, coverage):
-        monkeypatch.setattr(module, "infer_shapes", lambda *args, **options: calls.append(infer(*args, **options)))
+        monkeypatch.setattr(
+            module, "infer_shapes", lambda *args, **options: calls.append(infer(*args, **options))
+        )
     report = check_onnx(save(model, tmp_path / "m"))
     assert len(calls) == 1
     assert report.coverage.macs == 4 * 2 * 2 * 4

@@ -42,38 +42,56 @@ DEAD_CHANNEL = replace(
 CASES = {
     "bias of a channel of zeros": (DEAD_CHANNEL, {"QDQ140": 1}),
     "scale of shape [1]": (
-        replace(("float xs", "float[1] xs"), ("int8 xz", "int8[1] xz")), {"QDQ103": 2},
+        replace(("float xs", "float[1] xs"), ("int8 xz", "int8[1] xz")),
+        {"QDQ103": 2},
     ),
     "uint8 with zero point 128": (
-        replace(("int8 xz = {0}", "uint8 xz = {128}"), ("int8[3,2,1,1] w = {1,-2,3,-4,5,127}",
-                "uint8[3,2,1,1] w = {0,1,128,129,254,255}"), ("int8[3] wz = {0,0,0}", "uint8[3] wz = {128,128,128}")),
+        replace(
+            ("int8 xz = {0}", "uint8 xz = {128}"),
+            ("int8[3,2,1,1] w = {1,-2,3,-4,5,127}", "uint8[3,2,1,1] w = {0,1,128,129,254,255}"),
+            ("int8[3] wz = {0,0,0}", "uint8[3] wz = {128,128,128}"),
+        ),
         {"QDQ129": 2},
     ),
     "no zero point on the weight": (replace(("(w, ws, wz)", "(w, ws)")), {"QDQ102": 1}),
     "axis 1 not written": (
-        replace(("<axis=0>(w, ws, wz)", "(w, ws, wz)"),
-                ("<float xs", "<float[2] vs = {0.1,0.2}, int8[2] vz = {0,0}, float xs"),
-                ("DequantizeLinear(w, ws, wz)", "DequantizeLinear(w, vs, vz)")),
+        replace(
+            ("<axis=0>(w, ws, wz)", "(w, ws, wz)"),
+            ("<float xs", "<float[2] vs = {0.1,0.2}, int8[2] vz = {0,0}, float xs"),
+            ("DequantizeLinear(w, ws, wz)", "DequantizeLinear(w, vs, vz)"),
+        ),
         {"QDQ105": 1},
     ),
     "duplicate pairs": (
-        replace(("d = Conv(b, c)", "[pq] p = QuantizeLinear(x, xs, xz)\n[pd] q = DequantizeLinear(p, xs, xz)\n"
-                 "e = Conv(b, c)\nf = Conv(q, c)\nd = Add(e, f)")),
+        replace(
+            (
+                "d = Conv(b, c)",
+                "[pq] p = QuantizeLinear(x, xs, xz)\n[pd] q = DequantizeLinear(p, xs, xz)\n"
+                "e = Conv(b, c)\nf = Conv(q, c)\nd = Add(e, f)",
+            )
+        ),
         {"QDQ120": 2},
     ),
     "pairs in a row": (
-        replace(("d = Conv(b, c)", "[pq] p = QuantizeLinear(b, xs, xz)\n[pd] q = DequantizeLinear(p, xs, xz)\n"
-                 "d = Conv(q, c)")),
+        replace(
+            (
+                "d = Conv(b, c)",
+                "[pq] p = QuantizeLinear(b, xs, xz)\n[pd] q = DequantizeLinear(p, xs, xz)\n"
+                "d = Conv(q, c)",
+            )
+        ),
         {"QDQ120": 2},
     ),
-}  # fmt: skip
+}
 
 
 def run(path):
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    x = np.random.default_rng(0).normal(scale=3, size=(5, 2, 4, 4)).astype(np.float32)  # some beyond the range
+    x = (
+        np.random.default_rng(0).normal(scale=3, size=(5, 2, 4, 4)).astype(np.float32)
+    )  # some beyond the range
     return session.run(None, {"x": x})[0]
 
 
@@ -86,7 +104,9 @@ def test_same_numbers_and_no_finding_of_the_rule(tmp_path, case):
     assert rule in {finding.rule for finding in check_onnx(before).findings}
     assert fix_onnx(before, after) == expected
     findings = check_onnx(after).findings
-    if case != "axis 1 not written":  # written down, it is seen to be the wrong one, which only a new export mends
+    if (
+        case != "axis 1 not written"
+    ):  # written down, it is seen to be the wrong one, which only a new export mends
         assert rule not in {finding.rule for finding in findings}
     np.testing.assert_array_equal(run(after), run(before))
     assert fix_onnx(after, after) == {}
@@ -107,24 +127,31 @@ def test_sound_file_stays(tmp_path):
         replace(("int8 xz = {0}", "uint8 xz = {100}")),
         replace(("(x, xs, xz)", "(x, xs)"), ("(a, xs, xz)", "(a, xs)")),
     ],
-)  # fmt: skip
+)
 def test_what_would_change_numbers_stays(tmp_path, text):
     path = tmp_path / "m.onnx"
     ir.save(ir.from_onnx_text(text), path)
     assert fix_onnx(path, tmp_path / "out.onnx") == {}
-    assert any(finding.severity == "error" for finding in check_onnx(tmp_path / "out.onnx").findings)
+    assert any(
+        finding.severity == "error" for finding in check_onnx(tmp_path / "out.onnx").findings
+    )
 
 
 def test_square_weight_without_axis_stays(tmp_path):
-    text = replace(("int8[3,2,1,1] w = {1,-2,3,-4,5,127}", "int8[3,3,1,1] w = {1,2,3,4,5,6,7,8,9}"),
-                   ("[N,2,4,4]", "[N,3,4,4]"), ("<axis=0>(w", "(w"))  # fmt: skip
+    text = replace(
+        ("int8[3,2,1,1] w = {1,-2,3,-4,5,127}", "int8[3,3,1,1] w = {1,2,3,4,5,6,7,8,9}"),
+        ("[N,2,4,4]", "[N,3,4,4]"),
+        ("<axis=0>(w", "(w"),
+    )
     ir.save(ir.from_onnx_text(text), tmp_path / "m.onnx")
     assert fix_onnx(tmp_path / "m.onnx", tmp_path / "out.onnx") == {}
 
 
 def test_other_readers_of_a_constant_keep_it(tmp_path):
     text = replace(
-        ("float xs", "float[1] xs"), ("int8 xz", "int8[1] xz"), ("y = Relu(d)", "e = Mul(d, xs)\ny = Relu(e)")
+        ("float xs", "float[1] xs"),
+        ("int8 xz", "int8[1] xz"),
+        ("y = Relu(d)", "e = Mul(d, xs)\ny = Relu(e)"),
     )
     ir.save(ir.from_onnx_text(text), tmp_path / "m.onnx")
     fix_onnx(tmp_path / "m.onnx", tmp_path / "out.onnx")
@@ -132,7 +159,12 @@ def test_other_readers_of_a_constant_keep_it(tmp_path):
 
 
 def test_weights_beside_the_file_come_along(tmp_path):
-    ir.save(ir.from_onnx_text(SOUND), tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
+    ir.save(
+        ir.from_onnx_text(SOUND),
+        tmp_path / "m.onnx",
+        external_data="m.data",
+        size_threshold_bytes=0,
+    )
     fix_onnx(tmp_path / "m.onnx", tmp_path / "new" / "m.onnx")
     before = run(tmp_path / "m.onnx")
     (tmp_path / "m.data").unlink()
@@ -165,7 +197,9 @@ def add_training(model):
 SCALE_1 = replace(("float xs", "float[1] xs"), ("int8 xz", "int8[1] xz"))
 
 
-@pytest.mark.parametrize(("change", "lost"), [(add_sparse, "sparse_initializer"), (add_training, "training_info")])
+@pytest.mark.parametrize(
+    ("change", "lost"), [(add_sparse, "sparse_initializer"), (add_training, "training_info")]
+)
 @pytest.mark.parametrize("in_place", [True, False])
 def test_what_would_be_lost_is_refused(tmp_path, change, lost, in_place):
     path = write(tmp_path / "a", SCALE_1, change)
@@ -209,7 +243,12 @@ def test_a_mended_model_that_would_not_load_is_not_written(tmp_path, monkeypatch
 
 
 def test_data_that_are_missing_are_refused(tmp_path):
-    ir.save(ir.from_onnx_text(SCALE_1), tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
+    ir.save(
+        ir.from_onnx_text(SCALE_1),
+        tmp_path / "m.onnx",
+        external_data="m.data",
+        size_threshold_bytes=0,
+    )
     content = (tmp_path / "m.onnx").read_bytes()
     (tmp_path / "m.data").unlink()
     for output in (tmp_path / "m.onnx", tmp_path / "out.onnx"):

@@ -39,8 +39,11 @@ class Loader:
         if self.process is None or self.process.poll() is not None:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", textwrap.dedent(LOADER)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            )  # fmt: skip
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
         self.process.stdin.write(f"{path}\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
@@ -82,14 +85,18 @@ def test_no_verdict_of_a_mutant_is_wrong(files, loader):
             continue
         text = report.format_table()
         failed = [finding for finding in report.findings if "cannot be applied" in finding.message]
-        if failed or (not loads and (report.validity.is_valid or "valid ONNX" in text or not report.problems)):
+        if failed or (
+            not loads and (report.validity.is_valid or "valid ONNX" in text or not report.problems)
+        ):
             wrong.append((name, loads, failed))
     assert wrong == []
 
 
 def test_a_fix_that_fails_writes_nothing_and_one_that_works_breaks_nothing(files, loader, tmp_path):
     wrong = []
-    for index, (name, path) in enumerate(list(files.items())[::2]):  # each loads the file three times
+    for index, (name, path) in enumerate(
+        list(files.items())[::2]
+    ):  # each loads the file three times
         output = tmp_path / "models" / f"{index}.onnx"
         try:
             fix_onnx(path, output)

@@ -15,9 +15,11 @@ from qdq.errors import BuildError
 
 SHAPE = (4, 3, 16, 16)
 FOR_TENSORRT = {
-    "per_channel": True, "activation_type": QuantType.QInt8, "weight_type": QuantType.QInt8,
+    "per_channel": True,
+    "activation_type": QuantType.QInt8,
+    "weight_type": QuantType.QInt8,
     "extra_options": {"ActivationSymmetric": True, "QuantizeBias": False},
-}  # fmt: skip
+}
 LAYERS_ONLY = {**FOR_TENSORRT, "op_types_to_quantize": ["Conv", "MatMul"]}
 
 
@@ -35,9 +37,12 @@ def float_file(tmp_path):
     """Two convolutions, a shortcut, max pooling, global pooling, a linear layer."""
     rng = np.random.default_rng(0)
     constants = {
-        "w0": rng.normal(size=(16, 3, 3, 3)), "b0": rng.normal(size=16),
-        "w1": rng.normal(size=(16, 16, 3, 3)), "b1": rng.normal(size=16), "w2": rng.normal(size=(16, 32)),
-    }  # fmt: skip
+        "w0": rng.normal(size=(16, 3, 3, 3)),
+        "b0": rng.normal(size=16),
+        "w1": rng.normal(size=(16, 16, 3, 3)),
+        "b1": rng.normal(size=16),
+        "w2": rng.normal(size=(16, 32)),
+    }
     nodes = [
         helper.make_node("Conv", ["x", "w0", "b0"], ["c0"], "conv0", pads=[1] * 4),
         helper.make_node("Relu", ["c0"], ["r0"], "relu0"),
@@ -54,7 +59,9 @@ def float_file(tmp_path):
     y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 32])
     graph = helper.make_graph(nodes, "net", [x], [y], initializers)
     path = tmp_path / "float.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9), path)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9), path
+    )
     return path
 
 
@@ -77,7 +84,9 @@ def build():
     from qdq.trt.census import take_census
 
     def call(path):
-        kernels = build_plan(find_backend("rtx"), path, {"x": dict.fromkeys(("min", "opt", "max"), SHAPE)}, 89).kernels
+        kernels = build_plan(
+            find_backend("rtx"), path, {"x": dict.fromkeys(("min", "opt", "max"), SHAPE)}, 89
+        ).kernels
         return kernels, take_census(list_weighted_nodes(ir.load(path)), kernels)
 
     return call
@@ -141,7 +150,9 @@ def test_defaults_of_onnxruntime_are_refused(quantize, build):
 @pytest.mark.trt
 def test_zero_points_alone_are_refused(quantize, build):
     path = quantize(extra_options={"QuantizeBias": False})
-    assert {finding.rule for finding in check_onnx(path).findings if finding.severity == "error"} == {"QDQ102"}
+    assert {
+        finding.rule for finding in check_onnx(path).findings if finding.severity == "error"
+    } == {"QDQ102"}
     with pytest.raises(BuildError, match=r"zero point"):
         build(path)
 
@@ -171,9 +182,16 @@ def quantizer(name, value, scale="float {0.05}", zero="int8 {0}", axis=""):
 
 def layer(name, value, call, channels=16):
     """A layer with both of its quantizers."""
-    scales, zeros = f"float[{channels}] {{{floats(channels, 0.01)}}}", f"int8[{channels}] {{{floats(channels, 0)}}}"
+    scales, zeros = (
+        f"float[{channels}] {{{floats(channels, 0.01)}}}",
+        f"int8[{channels}] {{{floats(channels, 0)}}}",
+    )
     weight = quantizer(f"{name}_weight", f"{name}_w", scales, zeros, "<axis=0>")
-    return quantizer(f"{name}_input", value) + weight + op(name, call.format(f"{name}_input_dq, {name}_weight_dq"))
+    return (
+        quantizer(f"{name}_input", value)
+        + weight
+        + op(name, call.format(f"{name}_input_dq, {name}_weight_dq"))
+    )
 
 
 def batchnorm(name, value):
@@ -191,20 +209,40 @@ WEIGHTS = {
     "fc": "32,16",
 }
 NORMS = ["b0", "b1", "b2", "b3", "bdown"]
-MODELOPT = "".join([
-    *[op(f"{n}_mean", "Identity(zeros)") + op(f"{n}_var", "Identity(ones)") for n in NORMS],  # equal ones are one
-    layer("c0", "x", CONV), batchnorm("b0", "c0"), op("r0", "Relu(b0)"),
-    quantizer("pool_input", "r0"), op("pool", "MaxPool<kernel_shape=[2,2], strides=[2,2]>(pool_input_dq)"),
-    layer("c1", "pool", CONV), batchnorm("b1", "c1"), op("r1", "Relu(b1)"),
-    # an identity shortcut around c2
-    layer("c2", "r1", CONV), op("c2_cast", "Cast<to=1>(r1)"), batchnorm("b2", "c2"),
-    op("add", "Add(b2, c2_cast)"), op("r2", "Relu(add)"),
-    # a convolution on the shortcut around c3
-    layer("c3", "r2", CONV), batchnorm("b3", "c3"), layer("down", "r2", POINT), batchnorm("bdown", "down"),
-    op("add_1", "Add(b3, bdown)"), op("r3", "Relu(add_1)"),
-    quantizer("gap_input", "r3"), op("gap", "GlobalAveragePool(gap_input_dq)"), op("flat", "Flatten<axis=1>(gap)"),
-    layer("fc", "flat", "Gemm<transB=1>({}, fc_b)", channels=32).replace("[fc] fc =", "[fc] y ="),
-])  # fmt: skip
+MODELOPT = "".join(
+    [
+        *[
+            op(f"{n}_mean", "Identity(zeros)") + op(f"{n}_var", "Identity(ones)") for n in NORMS
+        ],  # equal ones are one
+        layer("c0", "x", CONV),
+        batchnorm("b0", "c0"),
+        op("r0", "Relu(b0)"),
+        quantizer("pool_input", "r0"),
+        op("pool", "MaxPool<kernel_shape=[2,2], strides=[2,2]>(pool_input_dq)"),
+        layer("c1", "pool", CONV),
+        batchnorm("b1", "c1"),
+        op("r1", "Relu(b1)"),
+        # an identity shortcut around c2
+        layer("c2", "r1", CONV),
+        op("c2_cast", "Cast<to=1>(r1)"),
+        batchnorm("b2", "c2"),
+        op("add", "Add(b2, c2_cast)"),
+        op("r2", "Relu(add)"),
+        # a convolution on the shortcut around c3
+        layer("c3", "r2", CONV),
+        batchnorm("b3", "c3"),
+        layer("down", "r2", POINT),
+        batchnorm("bdown", "down"),
+        op("add_1", "Add(b3, bdown)"),
+        op("r3", "Relu(add_1)"),
+        quantizer("gap_input", "r3"),
+        op("gap", "GlobalAveragePool(gap_input_dq)"),
+        op("flat", "Flatten<axis=1>(gap)"),
+        layer("fc", "flat", "Gemm<transB=1>({}, fc_b)", channels=32).replace(
+            "[fc] fc =", "[fc] y ="
+        ),
+    ]
+)
 IN_MODELOPT = {
     "QDQ112": ["add", "add_1"],
     "QDQ120": ["down_input_q"],  # the same tensor and scale as c3_input_q
@@ -217,8 +255,13 @@ IN_MODELOPT = {
 @pytest.fixture
 def modelopt_file(tmp_path):
     def call(nodes=MODELOPT):
-        sizes = {name: int(np.prod([int(size) for size in shape.split(",")])) for name, shape in WEIGHTS.items()}
-        weights = [f"float[{shape}] {name}_w = {{{ints(sizes[name])}}}" for name, shape in WEIGHTS.items()]
+        sizes = {
+            name: int(np.prod([int(size) for size in shape.split(",")]))
+            for name, shape in WEIGHTS.items()
+        }
+        weights = [
+            f"float[{shape}] {name}_w = {{{ints(sizes[name])}}}" for name, shape in WEIGHTS.items()
+        ]
         rest = f"float[16] ones = {{{floats(16, 1.0)}}}, float[16] zeros = {{{floats(16, 0.0)}}}"
         text = (
             '<ir_version: 9, opset_import: ["": 19], producer_name: "pytorch">\n'
@@ -240,7 +283,9 @@ def test_modelopt_with_scales_of_shape_1(modelopt_file):
     """What both exporters make of a range that is a buffer of one element."""
     found = found_in(modelopt_file(MODELOPT.replace("float {0.05}", "float[1] {0.05}")))
     names = [*WEIGHTS, "pool", "gap"]
-    assert found == expect(**IN_MODELOPT, QDQ103=[f"{name}_input_{kind}" for name in names for kind in ("q", "dq")])
+    assert found == expect(
+        **IN_MODELOPT, QDQ103=[f"{name}_input_{kind}" for name in names for kind in ("q", "dq")]
+    )
 
 
 @pytest.mark.trt

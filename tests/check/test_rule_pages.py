@@ -11,7 +11,9 @@ DOCS = Path(__file__).parents[2] / "docs"
 SECTIONS = {
     match[1]: " ".join(match[2].split())
     for page in DOCS.glob("rules-*.md")
-    for match in re.finditer(r"^## (QDQ\d+)\n(.*?)(?=^## |\Z)", page.read_text(), re.MULTILINE | re.DOTALL)
+    for match in re.finditer(
+        r"^## (QDQ\d+)\n(.*?)(?=^## |\Z)", page.read_text(), re.MULTILINE | re.DOTALL
+    )
 }
 
 
@@ -31,6 +33,8 @@ def test_section_says_what_the_rule_says(id):
 def test_index_names_page_and_severity():
     index = (DOCS / "rules.md").read_text()
     for id, rule in RULES.items():
-        (row,) = re.findall(rf"^\| {id} \| (\w+) \| (.*) \| \[\w+\]\((.*)#(\w+)\) \|$", index, re.MULTILINE)
+        (row,) = re.findall(
+            rf"^\| {id} \| (\w+) \| (.*) \| \[\w+\]\((.*)#(\w+)\) \|$", index, re.MULTILINE
+        )
         assert (row[0], row[1], row[3]) == (rule.severity, rule.title.rstrip("."), id.lower())
         assert f"## {id}\n" in (DOCS / row[2]).read_text()

@@ -103,7 +103,9 @@ class TestBoth:
         calibrated._calibrator = cls(8, None, False)
         calibrated(torch.ones(10))
         calibrated.disable_calib()
-        arguments = {} if cls is calib.MaxCalibrator else {"method": "percentile", "percentile": 100}
+        arguments = (
+            {} if cls is calib.MaxCalibrator else {"method": "percentile", "percentile": 100}
+        )
         calibrated.load_calib_amax(**arguments)
         calibrated._calibrator.collect(torch.full((10,), 5.0))
         assert calibrated.amax == 1
@@ -138,7 +140,8 @@ class TestMax:
         np.testing.assert_array_equal(calibrator.compute_amax().cpu().numpy(), expected)
 
     @pytest.mark.parametrize(
-        ("shape", "axis"), [((4, 3), None), ((1, 3), 0), ((3, 1, 1), (1, -1)), ((4,), ()), ((), None)]
+        ("shape", "axis"),
+        [((4, 3), None), ((1, 3), 0), ((3, 1, 1), (1, -1)), ((4,), ()), ((), None)],
     )
     def test_one_element_is_0d(self, shape, axis, device):
         calibrator = calib.MaxCalibrator(8, axis, False)
@@ -146,7 +149,9 @@ class TestMax:
         assert calibrator.compute_amax().shape == ()
         assert calibrator.compute_amax() == 2
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.uint8])
+    @pytest.mark.parametrize(
+        "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.uint8]
+    )
     def test_types(self, dtype, device):
         calibrator = calib.MaxCalibrator(8, None, False)
         calibrator.collect(torch.tensor([-128, 3], device=device).to(dtype))
@@ -181,7 +186,9 @@ class TestMaxState:
             assert isinstance(caught.value, QdqError)
         assert len(calibrator.amaxs) == 1
 
-    @pytest.mark.parametrize(("axis", "shape"), [(2, (3, 4)), (-3, (3, 4)), ((0, 5), (3, 4)), (0, ())])
+    @pytest.mark.parametrize(
+        ("axis", "shape"), [(2, (3, 4)), (-3, (3, 4)), ((0, 5), (3, 4)), (0, ())]
+    )
     def test_axis_out_of_range(self, axis, shape):
         with pytest.raises(ValueError, match="out of range") as caught:
             calib.MaxCalibrator(8, axis, False).collect(torch.ones(shape))
@@ -231,16 +238,26 @@ class TestHistogramCounts:
         maximum = np.float32(scale * rng.uniform(1, 2))
         edges = (np.arange(num_bins + 1) * (float(maximum) / num_bins)).astype(np.float32)
         values = np.concatenate(
-            [rng.uniform(-maximum, maximum, 20000).astype(np.float32), edges, np.nextafter(edges, np.float32(0))]
+            [
+                rng.uniform(-maximum, maximum, 20000).astype(np.float32),
+                edges,
+                np.nextafter(edges, np.float32(0)),
+            ]
         )
         values = np.append(values[np.abs(values) < maximum], maximum)
         calibrator = calib.HistogramCalibrator(8, None, False, num_bins=num_bins)
         calibrator.collect(torch.from_numpy(values).to(device))
         width = float(maximum) / num_bins
-        bins = np.minimum(np.floor(np.abs(values).astype(np.float64) / width), num_bins - 1).astype(int)
+        bins = np.minimum(np.floor(np.abs(values).astype(np.float64) / width), num_bins - 1).astype(
+            int
+        )
         assert calibrator._calib_hist.device.type == device
-        assert np.array_equal(calibrator._calib_hist.cpu().numpy(), np.bincount(bins, minlength=num_bins))
-        assert np.array_equal(calibrator._calib_bin_edges.cpu().numpy(), np.arange(num_bins + 1) * width)
+        assert np.array_equal(
+            calibrator._calib_hist.cpu().numpy(), np.bincount(bins, minlength=num_bins)
+        )
+        assert np.array_equal(
+            calibrator._calib_bin_edges.cpu().numpy(), np.arange(num_bins + 1) * width
+        )
 
     def test_first_small_then_large(self, device):
         """Maxima 0.01, 10, 1e4 (and back): bounded bins, no count lost, the right amax."""
@@ -260,7 +277,9 @@ class TestHistogramCounts:
         assert 0 <= float(calibrator.compute_amax("percentile", percentile=100)) - 1e4 <= 2 * width
         assert 0 <= calibrator._calib_bin_edges[-1] - 1e4 <= 2 * width
         # the third batch is a quarter of the data and uniform: its percentiles are known
-        assert float(calibrator.compute_amax("percentile", percentile=95)) == pytest.approx(8e3, rel=0.02)
+        assert float(calibrator.compute_amax("percentile", percentile=95)) == pytest.approx(
+            8e3, rel=0.02
+        )
         assert float(calibrator.compute_amax("mse")) == pytest.approx(1e4, rel=0.01)
 
     def test_strides(self, device):
@@ -283,7 +302,9 @@ class TestHistogramState:
     @pytest.mark.parametrize("arguments", [{}, {"skip_zeros": True}, {"num_bins": 100}])
     def test_tensors_and_arrays_are_the_same(self, arguments):
         batches = [torch.randn(3000).relu() * factor for factor in (0, 1, 0.5, 3, 100)]
-        tensors, arrays = (histogram(*batches, torch_hist=flag, **arguments) for flag in (True, False))
+        tensors, arrays = (
+            histogram(*batches, torch_hist=flag, **arguments) for flag in (True, False)
+        )
         for name in ("_calib_hist", "_calib_bin_edges"):
             assert isinstance(getattr(tensors, name), torch.Tensor)
             assert isinstance(getattr(arrays, name), np.ndarray)
@@ -346,7 +367,9 @@ class TestHistogramState:
         assert torch.equal(calibrator._calib_hist, other._calib_hist)
         assert torch.allclose(calibrator._calib_bin_edges, other._calib_bin_edges)
         for method in METHODS:
-            assert float(calibrator.compute_amax(method)) == pytest.approx(float(other.compute_amax(method)))
+            assert float(calibrator.compute_amax(method)) == pytest.approx(
+                float(other.compute_amax(method))
+            )
         calibrator.collect(torch.ones(7))
         assert calibrator._calib_hist.sum() == 5007
 
@@ -367,7 +390,9 @@ class TestHistogramState:
         calibrator.collect(torch.ones(2))
         assert calibrator._calib_hist.sum() == 2
 
-    @pytest.mark.parametrize("edges", [[1.0], [], [0.0, 1.0, 4.0], [1.0, 2.0, 3.0], [0.0, -1.0], [0.0, np.nan]])
+    @pytest.mark.parametrize(
+        "edges", [[1.0], [], [0.0, 1.0, 4.0], [1.0, 2.0, 3.0], [0.0, -1.0], [0.0, np.nan]]
+    )
     def test_edges_that_are_none(self, edges):
         calibrator = histogram([1.0])
         with pytest.raises(ValueError, match="_calib_bin_edges") as caught:
@@ -399,7 +424,10 @@ class TestHistogramState:
 
     def test_texts(self):
         assert str(histogram()) == "HistogramCalibrator(calib_bin_edges=None)"
-        assert str(histogram([0.996])) == "HistogramCalibrator(calib_bin_edges=[0.000, ..., 0.996](2049))"
+        assert (
+            str(histogram([0.996]))
+            == "HistogramCalibrator(calib_bin_edges=[0.000, ..., 0.996](2049))"
+        )
 
 
 LAYERS = {
@@ -412,7 +440,11 @@ LAYERS = {
 
 
 def slices(weight, axis):
-    return [weight] if axis is None else [weight.select(axis, index) for index in range(weight.shape[axis])]
+    return (
+        [weight]
+        if axis is None
+        else [weight.select(axis, index) for index in range(weight.shape[axis])]
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -446,7 +478,9 @@ class TestWeights:
             amax = layer.weight_quantizer.amax
             assert amax.device.type == device
             assert torch.equal(amax.cpu().flatten(), torch.stack(expected))
-            kept = [layer.weight.shape[dim] if dim == axis else 1 for dim in range(layer.weight.dim())]
+            kept = [
+                layer.weight.shape[dim] if dim == axis else 1 for dim in range(layer.weight.dim())
+            ]
             assert list(amax.shape) == ([] if amax.numel() == 1 else kept)
 
     @pytest.mark.parametrize("kind", LAYERS)
@@ -455,7 +489,10 @@ class TestWeights:
         for perchannel in (True, False):
             layer.weight_quantizer.__dict__["_buffers"].clear()
             calib.calibrate_weights(layer, "max", perchannel)
-            expected = [part.abs().max() for part in slices(layer.weight.detach(), axis if perchannel else None)]
+            expected = [
+                part.abs().max()
+                for part in slices(layer.weight.detach(), axis if perchannel else None)
+            ]
             assert torch.equal(layer.weight_quantizer.amax.flatten(), torch.stack(expected))
 
     def test_a_channel_of_zeros(self, device):
@@ -475,7 +512,9 @@ class TestWeights:
 class TestWeightsOfModels:
     @pytest.fixture
     def model(self):
-        return nn.Sequential(quant_nn.QuantConv2d(3, 4, 3), nn.ReLU(), nn.Sequential(quant_nn.QuantLinear(4, 2)))
+        return nn.Sequential(
+            quant_nn.QuantConv2d(3, 4, 3), nn.ReLU(), nn.Sequential(quant_nn.QuantLinear(4, 2))
+        )
 
     def test_method(self, model):
         with pytest.raises(TypeError, match="Unsupported calibration method") as caught:

@@ -12,7 +12,9 @@ def test_solving_changes_nothing():
     calibrator = HistogramCalibrator(8, None, False)
     calibrator.collect(torch.randn(1000))
     before = calibrator._calib_hist.clone()
-    results = [calibrator.compute_amax(method) for method in ("entropy", "mse", "percentile", "entropy")]
+    results = [
+        calibrator.compute_amax(method) for method in ("entropy", "mse", "percentile", "entropy")
+    ]
     assert torch.equal(calibrator._calib_hist, before)
     assert results[0] == results[3]
 
@@ -46,7 +48,9 @@ class TestHistogram:
         first, second = np.random.default_rng(0).normal(0, 1, (2, 5000)).astype(np.float32)
         calibrator = self.counts([first, second])
         edges = calibrator._calib_bin_edges.numpy()
-        expected, _ = np.histogram(np.abs(np.concatenate([first, second])).astype(np.float64), edges)
+        expected, _ = np.histogram(
+            np.abs(np.concatenate([first, second])).astype(np.float64), edges
+        )
         assert np.array_equal(calibrator._calib_hist.numpy(), expected)
         assert calibrator._calib_hist.sum() == 10000
 

@@ -31,14 +31,19 @@ METHODS = [*[f"percentile-{p}" for p in PERCENTILES], "mse", "entropy"]
 BATCH, CALIB_BATCHES = 64, 4
 POINTS = 2.0  # Top1 that a stage may lose
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
 
 
 @pytest.fixture(autouse=True)
 def _restore():
     """The flow changes class defaults, and leaves them."""
     classes = [entry.replace_mod for entry in quant_modules._DEFAULT_QUANT_MAP]
-    saved = [(cls, {key: value for key, value in vars(cls).items() if key.startswith("default_")}) for cls in classes]
+    saved = [
+        (cls, {key: value for key, value in vars(cls).items() if key.startswith("default_")})
+        for cls in classes
+    ]
     yield
     quant_modules.deactivate()
     for cls, before in saved:
@@ -61,7 +66,9 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(c2)
         self.downsample = None
         if stride != 1 or c1 != c2:
-            self.downsample = nn.Sequential(torch.nn.Conv2d(c1, c2, 1, stride, bias=False), nn.BatchNorm2d(c2))
+            self.downsample = nn.Sequential(
+                torch.nn.Conv2d(c1, c2, 1, stride, bias=False), nn.BatchNorm2d(c2)
+            )
 
     def forward(self, x):
         identity = x if self.downsample is None else self.downsample(x)
@@ -132,7 +139,9 @@ def parse(argv):
     parser.add_argument("--num-finetune-epochs", type=int, default=0)
     parser.add_argument("--opset", type=int, default=None)
     parser.add_argument("--dynamic", action="store_true", help="batch size left open in the file")
-    parser.add_argument("--exporter", choices=["default", "dynamo", "torchscript"], default="default")
+    parser.add_argument(
+        "--exporter", choices=["default", "dynamo", "torchscript"], default="default"
+    )
     parser.add_argument("--threshold", type=float, default=-1.0)
     return parser.parse_args(argv)
 
@@ -160,7 +169,10 @@ def evaluate(model, batches):
 def evaluate_onnx(path, batches):
     session = onnxruntime.InferenceSession(path)
     name = session.get_inputs()[0].name
-    hits = sum(int((session.run(None, {name: x.numpy()})[0].argmax(1) == y.numpy()).sum()) for x, y in batches)
+    hits = sum(
+        int((session.run(None, {name: x.numpy()})[0].argmax(1) == y.numpy()).sum())
+        for x, y in batches
+    )
     return 100 * hits / sum(len(labels) for _, labels in batches)
 
 
@@ -205,7 +217,9 @@ def calibrate_model(args, model, data_loader, out_dir):
         return
     for percentile in PERCENTILES:
         compute_amax(model, method="percentile", percentile=percentile)
-        torch.save(model.state_dict(), out_dir / f"{args.model_name}-percentile-{percentile}-{images}.pth")
+        torch.save(
+            model.state_dict(), out_dir / f"{args.model_name}-percentile-{percentile}-{images}.pth"
+        )
     for method in ("mse", "entropy"):
         compute_amax(model, method=method)
         torch.save(model.state_dict(), out_dir / f"{args.model_name}-{method}-{images}.pth")
@@ -230,9 +244,15 @@ def export_onnx(args, model, path):
         options["dynamic_axes"] = {"input": {0: "batch"}, "output": {0: "batch"}}
     opset = args.opset or (12 if args.disable_pcq else 13)
     torch.onnx.export(
-        model, torch.randn(BATCH, 1, 16, 16), path, input_names=["input"], output_names=["output"],
-        opset_version=opset, do_constant_folding=True, **options,
-    )  # fmt: skip
+        model,
+        torch.randn(BATCH, 1, 16, 16),
+        path,
+        input_names=["input"],
+        output_names=["output"],
+        opset_version=opset,
+        do_constant_folding=True,
+        **options,
+    )
 
 
 def main(argv, data, out_dir):
@@ -306,7 +326,8 @@ def histograms(model):
     return {
         name: (module._calibrator._calib_hist.numpy(), module._calibrator._calib_bin_edges.numpy())
         for name, module in model.named_modules()
-        if isinstance(module, TensorQuantizer) and isinstance(module._calibrator, calib.HistogramCalibrator)
+        if isinstance(module, TensorQuantizer)
+        and isinstance(module._calibrator, calib.HistogramCalibrator)
     }
 
 
@@ -331,12 +352,18 @@ def test_checkpoints(disable_pcq, weights, data, tmp_path):
     calibrate_model(args, model, data[0], tmp_path)
     hook.remove()
     assert sum(len(x) for x in inputs) == samples == 256
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"resnet6-{m}-{samples}.pth" for m in METHODS)
-    states = {method: torch.load(tmp_path / f"resnet6-{method}-{samples}.pth") for method in METHODS}
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        f"resnet6-{m}-{samples}.pth" for m in METHODS
+    )
+    states = {
+        method: torch.load(tmp_path / f"resnet6-{method}-{samples}.pth") for method in METHODS
+    }
 
     found = histograms(model)
     assert sorted(found) == sorted(
-        f"{name}._input_quantizer" for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))
+        f"{name}._input_quantizer"
+        for name, m in model.named_modules()
+        if isinstance(m, (nn.Conv2d, nn.Linear))
     )
     assert found["conv1._input_quantizer"][0].sum() == samples * 16 * 16
     for name, (counts, edges) in found.items():
@@ -358,7 +385,10 @@ def test_checkpoints(disable_pcq, weights, data, tmp_path):
             weight = trained[f"{name}.weight"]
             axes = tuple(range(weight.dim())) if disable_pcq else tuple(range(1, weight.dim()))
             expected = weight.abs().amax(axes, keepdim=not disable_pcq)
-            assert all(torch.equal(state[f"{name}._weight_quantizer._amax"], expected) for state in states.values())
+            assert all(
+                torch.equal(state[f"{name}._weight_quantizer._amax"], expected)
+                for state in states.values()
+            )
     for state in states.values():  # everything but the ranges is what was trained
         assert set(state) - set(amaxes(state)) == set(trained)
         assert all(torch.equal(state[key], value) for key, value in trained.items())
@@ -381,10 +411,14 @@ FLOWS = [
 ]
 
 
-@pytest.mark.parametrize(("options", "opset"), FLOWS, ids=["finetuned", "per-tensor", "dynamic", "max"])
+@pytest.mark.parametrize(
+    ("options", "opset"), FLOWS, ids=["finetuned", "per-tensor", "dynamic", "max"]
+)
 def test_flow(options, opset, weights, data, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        sys.exit(main(["--weights", str(weights), "--threshold", str(POINTS), *options], data, tmp_path))
+        sys.exit(
+            main(["--weights", str(weights), "--threshold", str(POINTS), *options], data, tmp_path)
+        )
     stages = stages_of(capsys.readouterr().out)
     tuned = ["Finetuned"] if "--num-finetune-epochs" in options else []
     assert list(stages) == ["Initial", "Calibrated", *tuned, "ONNX"]
@@ -396,8 +430,12 @@ def test_flow(options, opset, weights, data, tmp_path, capsys):
     model = onnx.load(path)
     assert [o.version for o in model.opset_import if o.domain == ""] == [opset]
     kinds = [node.op_type for node in model.graph.node]
-    assert kinds.count("Conv") == 6 and kinds.count("QuantizeLinear") == kinds.count("DequantizeLinear")
-    assert kinds.count("QuantizeLinear") >= 14  # 7 weights and their inputs; two layers on one tensor may share a pair
+    assert kinds.count("Conv") == 6 and kinds.count("QuantizeLinear") == kinds.count(
+        "DequantizeLinear"
+    )
+    assert (
+        kinds.count("QuantizeLinear") >= 14
+    )  # 7 weights and their inputs; two layers on one tensor may share a pair
 
     last = "finetuned" if tuned else "max-256" if "max" in options else "entropy-256"
     state = torch.load(tmp_path / f"resnet6-{last}.pth")
@@ -407,13 +445,19 @@ def test_flow(options, opset, weights, data, tmp_path, capsys):
     if "--dynamic" in options:
         batches.append(batches[0][:3])
     session = onnxruntime.InferenceSession(path)
-    found = np.concatenate([session.run(["output"], {"input": images.numpy()})[0] for images in batches])
+    found = np.concatenate(
+        [session.run(["output"], {"input": images.numpy()})[0] for images in batches]
+    )
     # A value on the edge of two codes may go to either on another processor, and later layers carry that on.
     assert sqnr_db(predict(reference, batches), found) >= measure_tie_floor(reference, batches) - 3
 
 
 def test_finetuning_keeps_ranges(weights, data, tmp_path):
-    main(["--weights", str(weights), "--num-finetune-epochs", "2", "--exporter", "torchscript"], data, tmp_path)
+    main(
+        ["--weights", str(weights), "--num-finetune-epochs", "2", "--exporter", "torchscript"],
+        data,
+        tmp_path,
+    )
     before = torch.load(tmp_path / f"resnet6-entropy-{CALIB_BATCHES * BATCH}.pth")
     after = torch.load(tmp_path / "resnet6-finetuned.pth")
     assert list(after) == list(before) and len(amaxes(after)) == 15

@@ -56,13 +56,17 @@ def test_integers_take_the_type_of_the_bounds():
 
 def test_strides_zero_elements_and_nan():
     x = torch.randn(4, 6).t()[::2]
-    assert np.array_equal(clip(x, -0.3, 0.3).numpy(), np.clip(x.numpy(), np.float32(-0.3), np.float32(0.3)))
+    assert np.array_equal(
+        clip(x, -0.3, 0.3).numpy(), np.clip(x.numpy(), np.float32(-0.3), np.float32(0.3))
+    )
     assert clip(torch.empty(0, 3), -1, 1).shape == (0, 3)
     assert clip(torch.tensor([float("nan"), 5]), -1, 1).isnan().tolist() == [True, False]
 
 
 def test_gradients_against_finite_differences():
-    x = (torch.arange(-20, 20, dtype=torch.float64) / 10 + 0.05).requires_grad_()  # no value on a bound
+    x = (
+        torch.arange(-20, 20, dtype=torch.float64) / 10 + 0.05
+    ).requires_grad_()  # no value on a bound
     low, high = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (-0.7, [1.1]))
     assert torch.autograd.gradcheck(clip, (x, low, high))
     assert torch.autograd.gradgradcheck(clip, (x, low, high))
@@ -80,7 +84,9 @@ def test_values_on_a_bound_belong_to_the_bound():
 
 def test_bound_gradient_in_half_precision_does_not_overflow():
     op = Clip(-1.0, 1.0, learn_max=True)
-    op(torch.full((1000,), 2.0, dtype=torch.float16)).backward(torch.full((1000,), 100.0, dtype=torch.float16))
+    op(torch.full((1000,), 2.0, dtype=torch.float16)).backward(
+        torch.full((1000,), 100.0, dtype=torch.float16)
+    )
     assert op.clip_value_max.grad.item() == 100_000
     assert op.clip_value_max.grad.dtype == torch.float32
 
@@ -108,7 +114,9 @@ def test_one_element_of_any_kind_can_be_learned(value):
     op = Clip(-value, value, learn_min=True, learn_max=True)
     assert [op.clip_value_min.item(), op.clip_value_max.item()] == [-1.5, 1.5]
     assert op.clip_value_max.shape == np.shape(value)
-    assert np.array_equal(op(X).detach().numpy().reshape(-1), expected(X, -1.5, 1.5).astype(np.float32))
+    assert np.array_equal(
+        op(X).detach().numpy().reshape(-1), expected(X, -1.5, 1.5).astype(np.float32)
+    )
 
 
 def test_learned_parameter_is_not_the_array_it_came_from():
@@ -130,7 +138,9 @@ def test_other_bounds_cannot_be_learned(value):
 @pytest.mark.parametrize("value", ["1", None, [0.0]])
 def test_bounds_of_a_wrong_kind(value):
     for call in (lambda: clip(X, value, 1), lambda: Clip(value, 1)):
-        with pytest.raises(TypeError, match=r"clip_value_min is .*expected a number or a tensor") as error:
+        with pytest.raises(
+            TypeError, match=r"clip_value_min is .*expected a number or a tensor"
+        ) as error:
             call()
         assert isinstance(error.value, QdqError)
 
@@ -153,7 +163,9 @@ def test_learnable_bound_per_channel_is_refused_in_backward(which):
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning")
 def test_it_can_be_captured():
-    op = torch.nn.Sequential(Clip(-0.5, 0.5, learn_min=True, learn_max=True), Clip(-0.25, torch.tensor(0.3)))
+    op = torch.nn.Sequential(
+        Clip(-0.5, 0.5, learn_min=True, learn_max=True), Clip(-0.25, torch.tensor(0.3))
+    )
     program = torch.export.export(op, (X,))
     assert torch.equal(program.module()(X), op(X))
     with torch.no_grad():

@@ -20,7 +20,9 @@ ROOT = "qdq.compat"
 # What scripts import, module by module, written down from the documentation of pytorch-quantization.
 DIMENSIONS = ("1d", "2d", "3d")
 LAYERS = [
-    f"{kind}{n}" for kind in ("Conv", "ConvTranspose", "MaxPool", "AvgPool", "AdaptiveAvgPool") for n in DIMENSIONS
+    f"{kind}{n}"
+    for kind in ("Conv", "ConvTranspose", "MaxPool", "AvgPool", "AdaptiveAvgPool")
+    for n in DIMENSIONS
 ]
 LAYERS += ["Linear", "LSTM", "LSTMCell"]
 INSTANCE_NORMS = [f"QuantInstanceNorm{n}" for n in DIMENSIONS]
@@ -35,14 +37,23 @@ SPECIFIED = {
     "fake_affine_tensor_quant scaled_e4m3 TensorQuantFunction FakeTensorQuantFunction LegacyFakeTensorQuantFunction "
     "FakeAffineTensorQuantFunction ScaledE4M3Function QUANT_DESC_8BIT_PER_TENSOR QUANT_DESC_UNSIGNED_8BIT_PER_TENSOR "
     "QUANT_DESC_8BIT_LINEAR_WEIGHT_PER_ROW "
-    + " ".join(f"QUANT_DESC_8BIT_CONV{kind}{n}D_WEIGHT_PER_CHANNEL" for kind in ("", "TRANSPOSE") for n in (1, 2, 3)),
+    + " ".join(
+        f"QUANT_DESC_8BIT_CONV{kind}{n}D_WEIGHT_PER_CHANNEL"
+        for kind in ("", "TRANSPOSE")
+        for n in (1, 2, 3)
+    ),
     "cuda_ext": "fake_tensor_quant_ fake_tensor_quant fake_tensor_quant_with_axis fake_e4m3fy",
     "calib": "MaxCalibrator HistogramCalibrator calibrate_weights calibrator max histogram",
     "calib.calibrator": "_Calibrator",
     "calib.max": "MaxCalibrator",
     "calib.histogram": "HistogramCalibrator _compute_amax_mse _compute_amax_percentile _compute_amax_entropy",
     "nn": " ".join(
-        ["TensorQuantizer Clip functional modules", *LAYERS, *(f"Quant{x}" for x in LAYERS), *INSTANCE_NORMS]
+        [
+            "TensorQuantizer Clip functional modules",
+            *LAYERS,
+            *(f"Quant{x}" for x in LAYERS),
+            *INSTANCE_NORMS,
+        ]
     ),
     "nn.functional": "clip ClipFunction",
     "nn.modules": "tensor_quantizer _utils clip quant_linear quant_conv quant_pooling quant_instancenorm quant_rnn",
@@ -61,7 +72,14 @@ SPECIFIED = {
 }
 # Names without an underscore that those modules share among themselves; scripts have no business with them.
 HELPERS = {
-    *("find_root", "largest_code", "missing_ranges", "named_quantizers", "quantized_weights", "require_bound"),
+    *(
+        "find_root",
+        "largest_code",
+        "missing_ranges",
+        "named_quantizers",
+        "quantized_weights",
+        "require_bound",
+    ),
     *("round_e4m3", "split_kwargs"),
 }
 
@@ -109,7 +127,12 @@ def _public(module):
     home = f"{ROOT}." if hasattr(module, "__path__") else module.__name__
     for name, value in vars(module).items():
         origin = getattr(value, "__module__", None)
-        if not name.startswith("_") and name not in HELPERS and isinstance(origin, str) and origin.startswith(home):
+        if (
+            not name.startswith("_")
+            and name not in HELPERS
+            and isinstance(origin, str)
+            and origin.startswith(home)
+        ):
             yield name, value
 
 
@@ -125,9 +148,11 @@ def test_every_specified_name_is_in_the_table():
 def test_every_public_name_is_in_the_table():
     documented = {(name, id(getattr(_resolve(module), name))) for module, name in NAMED}
     missing = {
-        f"{module.__name__}.{name}" for module in map(_home, SPECIFIED) for name, value in _public(module)
+        f"{module.__name__}.{name}"
+        for module in map(_home, SPECIFIED)
+        for name, value in _public(module)
         if (name, id(value)) not in documented
-    }  # fmt: skip
+    }
     assert missing == set(), "add them to the table of docs/compat.md, or to HELPERS above"
 
 
@@ -154,7 +179,9 @@ def test_home_exists_in_qdq(names, home):
 
 
 def _scripts():
-    blocks = re.findall(r"^```python\n(.*?)^```", _section("Side by side"), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", _section("Side by side"), re.MULTILINE | re.DOTALL
+    )
     assert len(blocks) == 2
     return blocks
 
@@ -183,10 +210,18 @@ def _build_model():
 def both(tmp_path, monkeypatch):
     """The namespaces that the two scripts leave behind."""
     monkeypatch.chdir(tmp_path)
-    for entry in quant_modules._DEFAULT_QUANT_MAP:  # put back at the end: the script sets them for the process
-        monkeypatch.setattr(entry.replace_mod, "default_quant_desc_input", entry.replace_mod.default_quant_desc_input)
+    for entry in (
+        quant_modules._DEFAULT_QUANT_MAP
+    ):  # put back at the end: the script sets them for the process
+        monkeypatch.setattr(
+            entry.replace_mod,
+            "default_quant_desc_input",
+            entry.replace_mod.default_quant_desc_input,
+        )
     batches = [torch.randn(4, 3, 12, 12) for _ in range(3)]
-    namespaces = [{"__name__": "__main__", "build_model": _build_model, "batches": batches} for _ in range(2)]
+    namespaces = [
+        {"__name__": "__main__", "build_model": _build_model, "batches": batches} for _ in range(2)
+    ]
     try:
         for code, namespace in zip(_scripts(), namespaces, strict=True):
             exec(compile(code, "compat.md", "exec"), namespace)  # noqa: S102
@@ -197,11 +232,15 @@ def both(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_scripts_side_by_side_agree(both, tmp_path):
-    compat, core = ({name: q.amax for name, q in named_quantizers(namespace["model"])} for namespace in both)
+    compat, core = (
+        {name: q.amax for name, q in named_quantizers(namespace["model"])} for namespace in both
+    )
     assert compat.keys() == core.keys()
     assert len(compat) == 7
     for name, amax in compat.items():  # the least squared error, over bins that are not the same
-        torch.testing.assert_close(amax.flatten(), core[name].flatten(), rtol=0 if "weight" in name else 0.02, atol=0)
+        torch.testing.assert_close(
+            amax.flatten(), core[name].flatten(), rtol=0 if "weight" in name else 0.02, atol=0
+        )
 
     images = both[0]["batches"][0]
     found = {}
@@ -213,4 +252,6 @@ def test_scripts_side_by_side_agree(both, tmp_path):
         step = float(compat["head._input_quantizer"]) / 127  # what a tie may move
         assert np.abs(found[path] - expected).max() <= step
     assert np.corrcoef(*(outputs.ravel() for outputs in found.values()))[0, 1] > 0.9999
-    assert (tmp_path / "model_core.onnx").stat().st_size < (tmp_path / "model_compat.onnx").stat().st_size
+    assert (tmp_path / "model_core.onnx").stat().st_size < (
+        tmp_path / "model_compat.onnx"
+    ).stat().st_size

@@ -23,7 +23,10 @@ from qdq.compat.tensor_quant import QuantDescriptor, fake_tensor_quant
 def _restore():
     entries = list(quant_modules._DEFAULT_QUANT_MAP)
     classes = [entry.replace_mod for entry in entries]
-    saved = [(cls, {key: value for key, value in vars(cls).items() if key.startswith("default_")}) for cls in classes]
+    saved = [
+        (cls, {key: value for key, value in vars(cls).items() if key.startswith("default_")})
+        for cls in classes
+    ]
     yield
     quant_modules.deactivate()
     quant_modules._DEFAULT_QUANT_MAP[:] = entries
@@ -85,11 +88,18 @@ def ignored(policy, path):
         return False
     if callable(policy):
         return policy(path)
-    return any(path == item or re.match(item, path) for item in ([policy] if isinstance(policy, str) else policy))
+    return any(
+        path == item or re.match(item, path)
+        for item in ([policy] if isinstance(policy, str) else policy)
+    )
 
 
-def replace_to_quantization_module(model, ignore_policy=None, transfer=transfer_torch_to_quantization):
-    table = {id(getattr(e.orig_mod, e.mod_name)): e.replace_mod for e in quant_modules._DEFAULT_QUANT_MAP}
+def replace_to_quantization_module(
+    model, ignore_policy=None, transfer=transfer_torch_to_quantization
+):
+    table = {
+        id(getattr(e.orig_mod, e.mod_name)): e.replace_mod for e in quant_modules._DEFAULT_QUANT_MAP
+    }
 
     def walk(module, prefix=""):
         for name in module._modules:
@@ -127,15 +137,21 @@ class enable_quantization(disable_quantization):  # noqa: N801
 
 
 def quantizer_state(model):
-    return {name: not m._disabled for name, m in model.named_modules() if isinstance(m, TensorQuantizer)}
+    return {
+        name: not m._disabled for name, m in model.named_modules() if isinstance(m, TensorQuantizer)
+    }
 
 
 class QuantAdd(torch.nn.Module, _utils.QuantMixin):
     def __init__(self, quantization=True):
         super().__init__()
         if quantization:
-            self._input0_quantizer = TensorQuantizer(QuantDescriptor(num_bits=8, calib_method="histogram"))
-            self._input1_quantizer = TensorQuantizer(QuantDescriptor(num_bits=8, calib_method="histogram"))
+            self._input0_quantizer = TensorQuantizer(
+                QuantDescriptor(num_bits=8, calib_method="histogram")
+            )
+            self._input1_quantizer = TensorQuantizer(
+                QuantDescriptor(num_bits=8, calib_method="histogram")
+            )
             self._input0_quantizer._calibrator._torch_hist = True
             self._input1_quantizer._calibrator._torch_hist = True
             self._fake_quant = True
@@ -203,7 +219,9 @@ def loader():
 
 def set_defaults(method):
     for entry in quant_modules._DEFAULT_QUANT_MAP:
-        entry.replace_mod.set_default_quant_desc_input(QuantDescriptor(num_bits=8, calib_method=method))
+        entry.replace_mod.set_default_quant_desc_input(
+            QuantDescriptor(num_bits=8, calib_method=method)
+        )
 
 
 def quantized_net(method="max"):
@@ -224,12 +242,18 @@ def test_replace_resnet18(transfer):
     expected, keys = model(x), list(model.state_dict())
     replace_to_quantization_module(model, transfer=transfer)
     kinds = [type(m).__name__ for m in model.modules()]
-    assert kinds.count("QuantConv2d") == 20 and kinds.count("QuantLinear") == kinds.count("QuantAdaptiveAvgPool2d") == 1
+    assert (
+        kinds.count("QuantConv2d") == 20
+        and kinds.count("QuantLinear") == kinds.count("QuantAdaptiveAvgPool2d") == 1
+    )
     assert len(quantizers_of(model)) == 43 == kinds.count("TensorQuantizer")
     assert list(model.state_dict()) == keys
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
     for quantizer in quantizers_of(model).values():
-        assert not isinstance(quantizer._calibrator, calib.HistogramCalibrator) or quantizer._calibrator._torch_hist
+        assert (
+            not isinstance(quantizer._calibrator, calib.HistogramCalibrator)
+            or quantizer._calibrator._torch_hist
+        )
     with disable_quantization(model):
         assert torch.equal(model(x), expected)
     loss = model(x).sum()
@@ -270,7 +294,11 @@ def test_ignore_policy(policy, left):
     model = replace_to_quantization_module(Net(), policy)
     quantized = (_utils.QuantMixin, _utils.QuantInputMixin)
     kinds = (nn.Conv2d, nn.Linear, nn.AdaptiveAvgPool2d)
-    names = [name for name, m in model.named_modules() if isinstance(m, kinds) and not isinstance(m, quantized)]
+    names = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, kinds) and not isinstance(m, quantized)
+    ]
     assert sorted(names) == left
 
 
@@ -306,13 +334,21 @@ def test_extended_by_scripts():
 
     common = types.SimpleNamespace(Concat=Concat)
     entry = quant_modules._quant_entry
-    quant_modules._DEFAULT_QUANT_MAP.extend([entry(torch.nn, "SiLU", QuantSiLU), entry(common, "Concat", QuantConcat)])
-    model = replace_to_quantization_module(nn.ModuleList([nn.SiLU(), Concat(0), nn.Conv2d(1, 1, 1)]))
+    quant_modules._DEFAULT_QUANT_MAP.extend(
+        [entry(torch.nn, "SiLU", QuantSiLU), entry(common, "Concat", QuantConcat)]
+    )
+    model = replace_to_quantization_module(
+        nn.ModuleList([nn.SiLU(), Concat(0), nn.Conv2d(1, 1, 1)])
+    )
     assert [type(m) for m in model] == [QuantSiLU, QuantConcat, quant_nn.QuantConv2d]
-    assert model[1].d == 0 and isinstance(model[1]._input_quantizer._calibrator, calib.HistogramCalibrator)
+    assert model[1].d == 0 and isinstance(
+        model[1]._input_quantizer._calibrator, calib.HistogramCalibrator
+    )
     x = torch.randn(4, 4)
     xq = fake_tensor_quant(x, x.abs().max(), 8, False, False)
-    assert torch.equal(model[0](x), F.silu(xq)) and torch.equal(model[1]([x, x]), torch.cat([xq, xq]))
+    assert torch.equal(model[0](x), F.silu(xq)) and torch.equal(
+        model[1]([x, x]), torch.cat([xq, xq])
+    )
 
 
 def test_own_modules():
@@ -363,7 +399,10 @@ def test_replaced_forward():
                 module.addop = QuantAdd()
                 module.__class__.forward = forward
         assert not torch.equal(model(x), before)
-        with disable_quantization(model.blocks[0].addop), disable_quantization(model.blocks[10].addop):
+        with (
+            disable_quantization(model.blocks[0].addop),
+            disable_quantization(model.blocks[10].addop),
+        ):
             assert torch.equal(model(x), before)
         assert len([name for name in quantizers_of(model) if "addop" in name]) == 4
     finally:
@@ -415,10 +454,14 @@ def test_collect_and_compute_max(loader, capsys):
     compute_amax(model)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == len(quantizers_of(model)) == 13
-    assert printed[0].startswith("stem._input_quantizer".ljust(40) + ": TensorQuantizer(8bit fake per-tensor amax=")
+    assert printed[0].startswith(
+        "stem._input_quantizer".ljust(40) + ": TensorQuantizer(8bit fake per-tensor amax="
+    )
     assert model.stem._input_quantizer.amax == torch.stack(loader[:3]).abs().max()
     weight = model.stem.weight.detach()
-    assert torch.equal(model.stem._weight_quantizer.amax, weight.abs().amax((1, 2, 3), keepdim=True))
+    assert torch.equal(
+        model.stem._weight_quantizer.amax, weight.abs().amax((1, 2, 3), keepdim=True)
+    )
     state = model.state_dict()
     assert state["stem._weight_quantizer._amax"].numpy().dtype == "float32"
     assert len([key for key in state if key.endswith("_quantizer._amax")]) == 13
@@ -452,7 +495,11 @@ def test_histogram_methods(loader):
         assert torch.isfinite(model(x)).all()
     assert torch.equal(quantizer._calibrator._calib_hist, counts) and len(edges) == len(counts) + 1
     ordered = [float(results["percentile", p]) for p in (90, 99, 99.9, 100)]
-    assert ordered == sorted(ordered) and len(set(ordered)) > 2 and ordered[-1] == float(edges[-1].float())
+    assert (
+        ordered == sorted(ordered)
+        and len(set(ordered)) > 2
+        and ordered[-1] == float(edges[-1].float())
+    )
     assert quantizer.amax == results["percentile", 90]  # solved again on the same data
     assert 0 < results["mse",] <= edges[-1] and 0 < results["entropy",] <= edges[-1]
     with pytest.raises(TypeError):
@@ -477,7 +524,10 @@ def test_amax_search():
         errors[factor] = (model(x) - target).square().mean().item()
     assert quantizer._amax is buffer and errors[0.01] > errors[1.0]
     quantizer.amax.fill_(1.0)
-    assert quantizer._amax.item() == 1.0 and dict(model.named_buffers())["stem._input_quantizer._amax"] is buffer
+    assert (
+        quantizer._amax.item() == 1.0
+        and dict(model.named_buffers())["stem._input_quantizer._amax"] is buffer
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- sharing
@@ -500,16 +550,27 @@ def test_shared_quantizers(loader):
         hook.remove()
     compute_amax(model)
     amax = block.cv1._input_quantizer.amax
-    assert block.cv2._input_quantizer.amax is amax and amax == max(seen)  # the range covers all sharers
+    assert block.cv2._input_quantizer.amax is amax and amax == max(
+        seen
+    )  # the range covers all sharers
     state = model.state_dict()
     keys = [f"blocks.0.{name}._amax" for name in ("cv1._input_quantizer", "cv2._input_quantizer")]
     assert all(key in state and torch.equal(state[key], amax) for key in keys)
     assert "blocks.0.add_op._input1_quantizer._amax" in state
-    for again in (copy.deepcopy(model), torch.load(saved({"model": model}), weights_only=False)["model"]):
+    for again in (
+        copy.deepcopy(model),
+        torch.load(saved({"model": model}), weights_only=False)["model"],
+    ):
         shared = again.blocks[0]
-        assert shared.cv1._input_quantizer is shared.cv2._input_quantizer is shared.add_op._input0_quantizer
+        assert (
+            shared.cv1._input_quantizer
+            is shared.cv2._input_quantizer
+            is shared.add_op._input0_quantizer
+        )
         assert shared.cv1._input_quantizer is not block.cv1._input_quantizer
-        assert [name for name, _ in again.named_modules()] == [name for name, _ in model.named_modules()]
+        assert [name for name, _ in again.named_modules()] == [
+            name for name, _ in model.named_modules()
+        ]
         shared.cv1._input_quantizer._amax.fill_(0.5)
         assert shared.cv2._input_quantizer.amax == 0.5 and block.cv1._input_quantizer.amax == amax
         again.load_state_dict(torch.load(saved(state)), strict=True)
@@ -531,7 +592,9 @@ def finetune(model, loader, policy=None, schedule=None, epochs=2, callback=None)
     disable_quantization(teacher).apply()
     model.train().requires_grad_(True)
     pairs, rates = [], []
-    for (name, mine), (other_name, other) in zip(model.named_modules(), teacher.named_modules(), strict=True):
+    for (name, mine), (other_name, other) in zip(
+        model.named_modules(), teacher.named_modules(), strict=True
+    ):
         assert name == other_name
         if isinstance(mine, TensorQuantizer) or not name or (policy and policy(name, mine)):
             continue
@@ -545,8 +608,12 @@ def finetune(model, loader, policy=None, schedule=None, epochs=2, callback=None)
         rates.append(optimizer.param_groups[0]["lr"])
         outputs, targets, hooks = [], [], []
         for mine, other in pairs:
-            hooks.append(mine.register_forward_hook(lambda m, args, out, store=outputs: store.append(out)))
-            hooks.append(other.register_forward_hook(lambda m, args, out, store=targets: store.append(out)))
+            hooks.append(
+                mine.register_forward_hook(lambda m, args, out, store=outputs: store.append(out))
+            )
+            hooks.append(
+                other.register_forward_hook(lambda m, args, out, store=targets: store.append(out))
+            )
         for images in loader:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
                 model(images)
@@ -570,7 +637,9 @@ def test_finetune(loader):
     model = quantized_net()
     collect_stats(model, loader, 4)
     compute_amax(model)
-    ranges = {key: value.clone() for key, value in model.state_dict().items() if key.endswith("_amax")}
+    ranges = {
+        key: value.clone() for key, value in model.state_dict().items() if key.endswith("_amax")
+    }
     weights = {name: value.detach().clone() for name, value in model.named_parameters()}
     losses, rates = finetune(
         model,
@@ -583,8 +652,12 @@ def test_finetune(loader):
     assert rates == [1e-4, 5e-5] and len(losses) == 6 and losses[-1] < losses[0]
     state = model.state_dict()
     assert all(torch.equal(state[key], value) for key, value in ranges.items())
-    assert all(not torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
-    assert not any(m._forward_hooks for m in model.modules()) and all(quantizer_state(model).values())
+    assert all(
+        not torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters()
+    )
+    assert not any(m._forward_hooks for m in model.modules()) and all(
+        quantizer_state(model).values()
+    )
 
 
 def test_sensitivity(loader):

@@ -64,7 +64,9 @@ def launch(tmp_path):
     """Run `python ARGUMENTS` in the test's folder."""
 
     def run(*arguments, flags=("-m", "qdq.compat"), **environment):
-        path = os.pathsep.join([str(Path(qdq.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join(
+            [str(Path(qdq.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        )
         return subprocess.run(
             [sys.executable, *flags, *arguments],
             cwd=tmp_path,
@@ -132,12 +134,16 @@ def test_module_sees_what_it_would_under_python(launch, write):
 
 def test_safe_path_is_left_alone(launch, write):
     write("facts.py", FACTS)
-    plain, result = (launch("facts.py", flags=flags, PYTHONSAFEPATH="1") for flags in ((), ("-m", "qdq.compat")))
+    plain, result = (
+        launch("facts.py", flags=flags, PYTHONSAFEPATH="1") for flags in ((), ("-m", "qdq.compat"))
+    )
     assert (result.returncode, result.stdout) == (0, plain.stdout)
 
 
 def test_every_module_has_both_names_even_beside_the_real_package(launch, write):
-    write("pytorch_quantization/__init__.py", "raise SystemExit('the installed package was imported')")
+    write(
+        "pytorch_quantization/__init__.py", "raise SystemExit('the installed package was imported')"
+    )
     write("script.py", ALIAS)
     result = launch("script.py")
     assert (result.returncode, result.stdout, result.stderr) == (0, "answered\n", "")
@@ -159,12 +165,17 @@ def test_exception_of_the_script_is_shown_as_python_shows_it(launch, write):
 
 
 def test_excepthook_of_the_script_is_called(launch, write):
-    write("script.py", "import sys\nsys.excepthook = lambda kind, error, trace: print(kind.__name__)\n1 / 0\n")
+    write(
+        "script.py",
+        "import sys\nsys.excepthook = lambda kind, error, trace: print(kind.__name__)\n1 / 0\n",
+    )
     result = launch("script.py")
     assert (result.returncode, result.stdout, result.stderr) == (1, "ZeroDivisionError\n", "")
 
 
-@pytest.mark.parametrize("text", ["def f(:\n", "import sys; sys.exit(7)", "import sys; sys.exit('bye')", "exit()"])
+@pytest.mark.parametrize(
+    "text", ["def f(:\n", "import sys; sys.exit(7)", "import sys; sys.exit('bye')", "exit()"]
+)
 def test_syntax_errors_and_exits(launch, write, text):
     write("script.py", text)
     plain = launch("script.py", flags=())
@@ -182,8 +193,13 @@ def test_missing_import_of_a_package_on_the_way_is_its_own_error(launch, write):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_interrupt_ends_it_as_it_ends_python(launch, write):
-    write("script.py", "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
-    assert launch("script.py").returncode == launch("script.py", flags=()).returncode == -signal.SIGINT  # a shell's 130
+    write(
+        "script.py",
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n",
+    )
+    assert (
+        launch("script.py").returncode == launch("script.py", flags=()).returncode == -signal.SIGINT
+    )  # a shell's 130
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,19 @@ from torch import nn
 import qdq.compat as pytorch_quantization
 from qdq.compat import nn as quant_nn
 from qdq.compat import tensor_quant
-from qdq.compat.nn.modules import _utils, quant_conv, quant_instancenorm, quant_linear, quant_pooling
+from qdq.compat.nn.modules import (
+    _utils,
+    quant_conv,
+    quant_instancenorm,
+    quant_linear,
+    quant_pooling,
+)
 from qdq.compat.tensor_quant import QuantDescriptor
 from qdq.errors import QdqError
 
 CONV = (
-    "in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True, padding_mode='zeros'"
+    "in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True, "
+    "padding_mode='zeros'"
 )
 TRANSPOSE = (
     "in_channels, out_channels, kernel_size, stride=1, padding=0, output_padding=0, groups=1, bias=True, dilation=1, "
@@ -57,7 +64,12 @@ def least_args(name):
 
 # every argument of every class, in combinations that torch takes
 VARIANTS = {
-    "Linear": [{}, {"bias": False}, {"dtype": torch.float64}, {"device": "cpu", "dtype": torch.bfloat16}],
+    "Linear": [
+        {},
+        {"bias": False},
+        {"dtype": torch.float64},
+        {"device": "cpu", "dtype": torch.bfloat16},
+    ],
     "Conv": [
         {},
         {"stride": 2, "padding": 1, "bias": False},
@@ -77,7 +89,12 @@ VARIANTS = {
         {"groups": 2, "out_channels": 6, "bias": False, "dilation": 2},
         {"device": "cpu", "dtype": torch.float64, "stride": 3},
     ],
-    "MaxPool": [{}, {"stride": 1, "padding": 1, "dilation": 2}, {"return_indices": True}, {"ceil_mode": True}],
+    "MaxPool": [
+        {},
+        {"stride": 1, "padding": 1, "dilation": 2},
+        {"return_indices": True},
+        {"ceil_mode": True},
+    ],
     "AvgPool": [
         {},
         {"stride": 1, "padding": 1},
@@ -103,7 +120,9 @@ CASES = [
 def make_pair(name, variant):
     """A float layer, a quantized one with its parameters, and an input."""
     args, shape = least_args(name)
-    keys = [key for key in inspect.signature(getattr(nn, name).__init__).parameters if key != "self"]
+    keys = [
+        key for key in inspect.signature(getattr(nn, name).__init__).parameters if key != "self"
+    ]
     named = {**dict(zip(keys, args, strict=False)), **variant}
     original, quantized = getattr(nn, name)(**named), quant_class(name)(**named)
     with torch.no_grad():
@@ -134,7 +153,14 @@ def by_hand(name, layer, x, weight):
     if name.startswith("ConvTranspose"):
         function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
         return function(
-            x, weight, layer.bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
+            x,
+            weight,
+            layer.bias,
+            layer.stride,
+            layer.padding,
+            layer.output_padding,
+            layer.groups,
+            layer.dilation,
         )
     if name.startswith("Conv"):
         function, padding = (F.conv1d, F.conv2d, F.conv3d)[rank - 1], layer.padding
@@ -142,24 +168,44 @@ def by_hand(name, layer, x, weight):
             widths = []
             for axis in reversed(range(rank)):
                 total = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
-                widths += [total // 2, total - total // 2] if padding == "same" else [padding[axis]] * 2
+                widths += (
+                    [total // 2, total - total // 2] if padding == "same" else [padding[axis]] * 2
+                )
             x, padding = F.pad(x, widths, mode=layer.padding_mode), 0
         return function(x, weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
     if name.startswith("MaxPool"):
         return (F.max_pool1d, F.max_pool2d, F.max_pool3d)[rank - 1](
-            x, layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode, layer.return_indices
+            x,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.ceil_mode,
+            layer.return_indices,
         )
     if name.startswith("AvgPool"):
         last = (layer.divisor_override,) if rank > 1 else ()
         return (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[rank - 1](
-            x, layer.kernel_size, layer.stride, layer.padding, layer.ceil_mode, layer.count_include_pad, *last
+            x,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.ceil_mode,
+            layer.count_include_pad,
+            *last,
         )
     if name.startswith("Adaptive"):
         functions = F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d
         return functions[rank - 1](x, layer.output_size)
-    mean, var = (None, None) if layer.running_mean is None else (layer.running_mean.clone(), layer.running_var.clone())
+    mean, var = (
+        (None, None)
+        if layer.running_mean is None
+        else (layer.running_mean.clone(), layer.running_var.clone())
+    )
     train = layer.training or not layer.track_running_stats
-    return F.instance_norm(x, mean, var, layer.weight, layer.bias, train, layer.momentum or 0.0, layer.eps)
+    return F.instance_norm(
+        x, mean, var, layer.weight, layer.bias, train, layer.momentum or 0.0, layer.eps
+    )
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
@@ -172,7 +218,9 @@ def test_equal_to_torch(name, variant):
     expected = by_hand(name, quantized, quantized_x, weight)
     assert same(quantized(x), expected)
     if name in WEIGHTED:
-        assert isinstance(quantized.weight, nn.Parameter) and torch.equal(quantized.weight, original.weight)
+        assert isinstance(quantized.weight, nn.Parameter) and torch.equal(
+            quantized.weight, original.weight
+        )
         if name != "Linear":
             assert same(quantized._quant(x), (quantized_x, weight))
     else:
@@ -198,7 +246,9 @@ def test_weight_axis_and_gradient(name):
     _, quantized, x = make_pair(name, {})
     axis = 1 if "Transpose" in name else 0
     desc = quant_class(name).default_quant_desc_weight
-    kind = "LINEAR_WEIGHT_PER_ROW" if name == "Linear" else f"{name[:-1].upper()}D_WEIGHT_PER_CHANNEL"
+    kind = (
+        "LINEAR_WEIGHT_PER_ROW" if name == "Linear" else f"{name[:-1].upper()}D_WEIGHT_PER_CHANNEL"
+    )
     assert desc == getattr(tensor_quant, f"QUANT_DESC_8BIT_{kind}")
     assert quantized._weight_quantizer.axis in (axis, (axis,))
     assert quant_class(name).default_quant_desc_input == tensor_quant.QUANT_DESC_8BIT_PER_TENSOR
@@ -216,13 +266,21 @@ def test_signature(name):
     cls, base = quant_class(name), getattr(nn, name)
     parameters = list(inspect.signature(cls.__init__).parameters.values())
     assert parameters[-1].kind is inspect.Parameter.VAR_KEYWORD and parameters[-1].name == "kwargs"
-    plain = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters[1:-1]]
+    plain = [
+        p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters[1:-1]
+    ]
     assert ", ".join(plain) == SIGNATURES[name]
     args, _ = least_args(name)
     original = base(*args)
     # what converters do: each named parameter read off the float module
-    made = cls(**{p.name: getattr(original, p.name) is not None if p.name == "bias" else getattr(original, p.name)
-                  for p in parameters[1:-1]})  # fmt: skip
+    made = cls(
+        **{
+            p.name: getattr(original, p.name) is not None
+            if p.name == "bias"
+            else getattr(original, p.name)
+            for p in parameters[1:-1]
+        }
+    )
     assert made.extra_repr().split("\n")[0] == original.extra_repr()
     assert isinstance(made, base) and isinstance(made, cls)
     assert isinstance(made, _utils.QuantMixin if name in WEIGHTED else _utils.QuantInputMixin)
@@ -232,7 +290,9 @@ def test_signature(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_wrong_arguments(name):
     cls, (args, _) = quant_class(name), least_args(name)
-    wrong = ["quant_desc", "num_bits"] + (["device", "quant_desc_weight"] if name in INPUT_ONLY else [])
+    wrong = ["quant_desc", "num_bits"] + (
+        ["device", "quant_desc_weight"] if name in INPUT_ONLY else []
+    )
     for key in wrong:
         if key == "device" and name.startswith("Instance"):
             continue
@@ -276,7 +336,9 @@ def test_class_defaults(name, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_made_without_constructor(name):
-    original, quantized, x = make_pair(name, {"affine": True} if name.startswith("Instance") else {})
+    original, quantized, x = make_pair(
+        name, {"affine": True} if name.startswith("Instance") else {}
+    )
     cls = quant_class(name)
     made = cls.__new__(cls)
     for key, value in vars(original).items():
@@ -292,7 +354,9 @@ def test_made_without_constructor(name):
 
     attach()
     assert same(made(x), quantized(x))
-    assert all(new is old for new, old in zip(made.parameters(), original.parameters(), strict=True))
+    assert all(
+        new is old for new, old in zip(made.parameters(), original.parameters(), strict=True)
+    )
     assert made.input_quantizer is made._input_quantizer
     assert [key for key, _ in made.named_modules() if key] == (
         ["_input_quantizer", "_weight_quantizer"] if name in WEIGHTED else ["_input_quantizer"]
@@ -327,13 +391,19 @@ def test_init_quantizer_lists():
 
     layers = Layers()
     assert len(layers._input_quantizers) == len(layers._weight_quantizers) == 3
-    assert isinstance(layers._weight_quantizers, nn.ModuleList) and not hasattr(layers, "_weight_quantizer")
+    assert isinstance(layers._weight_quantizers, nn.ModuleList) and not hasattr(
+        layers, "_weight_quantizer"
+    )
     for count in (None, 2):
         with pytest.raises(ValueError, match="Only fake quantization is supported"):
-            layers.init_quantizer(QuantDescriptor(), QuantDescriptor(fake_quant=False), num_layers=count)
+            layers.init_quantizer(
+                QuantDescriptor(), QuantDescriptor(fake_quant=False), num_layers=count
+            )
 
 
-@pytest.mark.parametrize("base", [quant_conv._QuantConvNd, quant_conv._ConvNd, quant_nn.modules.quant_conv._ConvNd])
+@pytest.mark.parametrize(
+    "base", [quant_conv._QuantConvNd, quant_conv._ConvNd, quant_nn.modules.quant_conv._ConvNd]
+)
 def test_own_convolution(base):
     class Scaled(base):
         default_quant_desc_weight = QuantDescriptor(axis=0, num_bits=6)
@@ -346,14 +416,24 @@ def test_own_convolution(base):
 
         def forward(self, x):
             x, weight = self._quant(x)
-            return F.conv2d(x, weight * self.gain, self.bias, self.stride, self.padding, self.dilation, self.groups)
+            return F.conv2d(
+                x,
+                weight * self.gain,
+                self.bias,
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.groups,
+            )
 
     layer, x = Scaled(3, 4, 3), torch.randn(2, 3, 5, 5)
     layer = copy.deepcopy(layer)
     assert layer.weight_quantizer.num_bits == 6
     xq = tensor_quant.fake_tensor_quant(x, x.abs().max(), 8, False, False)
     weight = layer.weight.detach()
-    wq = tensor_quant.fake_tensor_quant(weight, weight.abs().amax((1, 2, 3), keepdim=True), 6, False, False)
+    wq = tensor_quant.fake_tensor_quant(
+        weight, weight.abs().amax((1, 2, 3), keepdim=True), 6, False, False
+    )
     assert torch.equal(layer(x), F.conv2d(xq, wq * 2.0, layer.bias, 1, 1))
     with pytest.raises(TypeError, match="Unused keys"):
         Scaled(3, 4, 3, gian=1.0)
@@ -365,12 +445,19 @@ def test_attached_class_method(monkeypatch):
     @classmethod
     def from_float(cls, layer):
         skip = {"self", "kwargs"}
-        values = {key: getattr(layer, key) for key in inspect.signature(cls.__init__).parameters if key not in skip}
+        values = {
+            key: getattr(layer, key)
+            for key in inspect.signature(cls.__init__).parameters
+            if key not in skip
+        }
         made = cls(**{**values, "bias": layer.bias is not None})
         made.load_state_dict(layer.state_dict())
         return made
 
-    original, x = nn.Conv2d(3, 4, (3, 1), padding="same", padding_mode="replicate", bias=False), torch.randn(1, 3, 4, 4)
+    original, x = (
+        nn.Conv2d(3, 4, (3, 1), padding="same", padding_mode="replicate", bias=False),
+        torch.randn(1, 3, 4, 4),
+    )
     monkeypatch.setattr(quant_nn.QuantConv2d, "from_float", from_float, raising=False)
     assert torch.equal(switched_off(quant_nn.QuantConv2d.from_float(original))(x), original(x))
 
@@ -394,7 +481,9 @@ TREE = {
     "fake_affine_tensor_quant scaled_e4m3 TensorQuantFunction FakeTensorQuantFunction LegacyFakeTensorQuantFunction "
     "FakeAffineTensorQuantFunction ScaledE4M3Function QUANT_DESC_8BIT_PER_TENSOR QUANT_DESC_UNSIGNED_8BIT_PER_TENSOR "
     "QUANT_DESC_8BIT_LINEAR_WEIGHT_PER_ROW "
-    + " ".join(f"QUANT_DESC_8BIT_CONV{t}{n}D_WEIGHT_PER_CHANNEL" for t in ("", "TRANSPOSE") for n in "123"),
+    + " ".join(
+        f"QUANT_DESC_8BIT_CONV{t}{n}D_WEIGHT_PER_CHANNEL" for t in ("", "TRANSPOSE") for n in "123"
+    ),
     "cuda_ext": "fake_tensor_quant_ fake_tensor_quant fake_tensor_quant_with_axis fake_e4m3fy",
     "calib": "MaxCalibrator HistogramCalibrator calibrate_weights calibrator max histogram",
     "calib.calibrator": "_Calibrator",
@@ -437,7 +526,9 @@ def test_aliases():
     assert issubclass(quant_conv._QuantConvTransposeNd, _utils.QuantMixin)
     assert issubclass(quant_nn.QuantConvTranspose2d, quant_conv._QuantConvTransposeNd)
     assert issubclass(quant_nn.QuantConv2d, quant_conv._QuantConvNd)
-    assert not hasattr(quant_nn, "InstanceNorm2d") and not hasattr(quant_instancenorm, "InstanceNorm2d")
+    assert not hasattr(quant_nn, "InstanceNorm2d") and not hasattr(
+        quant_instancenorm, "InstanceNorm2d"
+    )
     for name in NAMES:
         if not name.startswith("Instance"):
             assert getattr(quant_nn, name) is quant_class(name)
@@ -449,7 +540,9 @@ def test_pruned_weight_is_quantized_and_a_parametrized_one_refused():
     layer = quant_nn.QuantLinear(4, 3)
     inputs = torch.randn(2, 4)
     torch.nn.utils.prune.l1_unstructured(layer, "weight", amount=0.5)
-    expected = F.linear(layer._input_quantizer(inputs), layer._weight_quantizer(layer.weight), layer.bias)
+    expected = F.linear(
+        layer._input_quantizer(inputs), layer._weight_quantizer(layer.weight), layer.bias
+    )
     for _ in range(2):  # the pruned weight is there again after a forward
         assert torch.equal(layer(inputs), expected)
     layer = torch.nn.utils.parametrizations.weight_norm(quant_nn.QuantLinear(4, 3))

@@ -21,7 +21,9 @@ from qdq.errors import ExportError, QdqError
 EXPORTERS = pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 TensorQuantizer = quant_nn.TensorQuantizer
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
 
 
 class Network(nn.Module):
@@ -67,7 +69,12 @@ def difference(path, model, inputs):
     with torch.no_grad():
         expected = model(inputs)
     return (
-        (torch.from_numpy(session.run(None, {session.get_inputs()[0].name: inputs.numpy()})[0]) - expected).abs().max()
+        (
+            torch.from_numpy(session.run(None, {session.get_inputs()[0].name: inputs.numpy()})[0])
+            - expected
+        )
+        .abs()
+        .max()
     )
 
 
@@ -127,8 +134,11 @@ def test_half_and_disabled_and_shared(calibrated, inputs, tmp_path, dynamo):
     half = quant_nn.TensorQuantizer(QuantDescriptor(amax=2.0)).eval()
     model = export(half, inputs.half(), tmp_path / "h.onnx", dynamo=dynamo, opset_version=17)
     assert [node.op_type for node in model.graph.node if node.op_type != "Constant"] == [
-        "Cast", "QuantizeLinear", "DequantizeLinear", "Cast",
-    ]  # fmt: skip
+        "Cast",
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "Cast",
+    ]
 
 
 @EXPORTERS
@@ -138,7 +148,9 @@ def test_zero_range_and_one_element_amax(inputs, tmp_path, dynamo):
     ).eval()
     export(model, inputs, tmp_path / "m.onnx", dynamo=dynamo, opset_version=13)
     findings = check_onnx(tmp_path / "m.onnx").findings
-    assert not [finding for finding in findings if finding.severity == "error"]  # scales are positive and 0-D
+    assert not [
+        finding for finding in findings if finding.severity == "error"
+    ]  # scales are positive and 0-D
 
 
 def test_fp8_from_opset_19(inputs, tmp_path):
@@ -178,7 +190,9 @@ def test_narrow_weights_inside_their_range_are_written(calibrated, inputs, tmp_p
 
 
 def test_unsigned_is_said(inputs, tmp_path, caplog):
-    model = nn.Sequential(nn.ReLU(), TensorQuantizer(QuantDescriptor(unsigned=True, amax=2.0))).eval()
+    model = nn.Sequential(
+        nn.ReLU(), TensorQuantizer(QuantDescriptor(unsigned=True, amax=2.0))
+    ).eval()
     with caplog.at_level(logging.WARNING, "qdq"):
         export(model, inputs, tmp_path / "m.onnx")
     assert "uint8" in caplog.text
@@ -219,7 +233,10 @@ def test_enable_onnx_export_nests_and_survives_exceptions(network, inputs):
     with pytest.raises(ZeroDivisionError):
         _fail_in_nested_blocks()
     assert not TensorQuantizer._enable_onnx_export
-    with pytorch_quantization.enable_onnx_export(), pytest.raises(RuntimeError, match="4 quantizers have no amax"):
+    with (
+        pytorch_quantization.enable_onnx_export(),
+        pytest.raises(RuntimeError, match="4 quantizers have no amax"),
+    ):
         network(inputs)
 
 
@@ -238,15 +255,22 @@ def test_half_weights_keep_their_names(calibrated, inputs, tmp_path, dynamo, dty
     torch.onnx.export(half, inputs.to(dtype), path, dynamo=dynamo, opset_version=17)
     model = onnx.load(path)
     quantized = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
-    assert {"conv.weight", "head.weight"} <= quantized & {value.name for value in model.graph.initializer}
-    assert all(weight.dtype == dtype and torch.equal(weight, before[name]) for name, weight in half.named_parameters())
+    assert {"conv.weight", "head.weight"} <= quantized & {
+        value.name for value in model.graph.initializer
+    }
+    assert all(
+        weight.dtype == dtype and torch.equal(weight, before[name])
+        for name, weight in half.named_parameters()
+    )
     assert not any("_export_dtype" in vars(module) for module in half.modules())
     if dtype == torch.float16:
         assert difference(path, half, inputs.half()) < 2e-2
 
 
 @EXPORTERS
-def test_parallel_layers_keep_their_own_pairs_before_calibration(inputs, tmp_path, dynamo, fb_fake_quant):
+def test_parallel_layers_keep_their_own_pairs_before_calibration(
+    inputs, tmp_path, dynamo, fb_fake_quant
+):
     class Fork(nn.Module):
         def __init__(self):
             super().__init__()
@@ -290,12 +314,16 @@ def test_uncalibrated_into_an_open_file(network, inputs, tmp_path, fb_fake_quant
 @EXPORTERS
 def test_narrow_range_of_a_shared_quantizer_looks_at_every_weight(inputs, tmp_path, dynamo):
     narrow = QuantDescriptor(axis=0, narrow_range=True)
-    model = nn.Sequential(*(quant_nn.QuantConv2d(3, 3, 1, quant_desc_weight=narrow) for _ in range(2))).eval()
+    model = nn.Sequential(
+        *(quant_nn.QuantConv2d(3, 3, 1, quant_desc_weight=narrow) for _ in range(2))
+    ).eval()
     model[1]._weight_quantizer = model[0]._weight_quantizer
     calibrate_model(model, [inputs], method="max")
     wide, tight = (0, 1) if model[0].weight.abs().max() > model[1].weight.abs().max() else (1, 0)
     with torch.no_grad():
-        model[wide].weight.mul_(2 * model[0]._weight_quantizer.amax.max() / model[tight].weight.abs().max())
+        model[wide].weight.mul_(
+            2 * model[0]._weight_quantizer.amax.max() / model[tight].weight.abs().max()
+        )
     with pytest.raises(ExportError, match="narrow_range"):
         torch.onnx.export(model, inputs, tmp_path / "m.onnx", dynamo=dynamo)
 
@@ -305,10 +333,14 @@ def test_ranges_that_do_not_belong_to_the_axis(inputs, tmp_path):
     model = nn.Sequential(quant_nn.QuantConv2d(3, 3, 3, quant_desc_weight=flat)).eval()
     model[0]._input_quantizer.amax = 3.0
     export(model, inputs, tmp_path / "m.onnx")
-    assert difference(tmp_path / "m.onnx", model, inputs) < 1e-5  # a flat list means the axis, in both
+    assert (
+        difference(tmp_path / "m.onnx", model, inputs) < 1e-5
+    )  # a flat list means the axis, in both
 
     model[0]._weight_quantizer = TensorQuantizer(QuantDescriptor())
-    model.load_state_dict({**model.state_dict(), "0._weight_quantizer._amax": torch.ones(3, 1, 1, 1)}, strict=False)
+    model.load_state_dict(
+        {**model.state_dict(), "0._weight_quantizer._amax": torch.ones(3, 1, 1, 1)}, strict=False
+    )
     with pytest.raises(RuntimeError, match=r"0\._weight_quantizer is per tensor and has 3 ranges"):
         torch.onnx.export(model, inputs, tmp_path / "m.onnx")
 
@@ -335,7 +367,9 @@ def test_captured_equals_eager(descriptor, inputs):
     expected = quantizer(inputs)
     torch.testing.assert_close(torch.jit.trace(quantizer, inputs)(inputs), expected)
     for strict in (True, False):
-        torch.testing.assert_close(torch.export.export(quantizer, (inputs,), strict=strict).module()(inputs), expected)
+        torch.testing.assert_close(
+            torch.export.export(quantizer, (inputs,), strict=strict).module()(inputs), expected
+        )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -346,7 +380,8 @@ def test_a_model_compiled_and_traced_with_gradients(calibrated, inputs):
 
 
 @pytest.mark.skipif(
-    TorchVersion(torch.__version__) < "2.12", reason="torch 2.11 cannot follow a deletion from a module's __dict__"
+    TorchVersion(torch.__version__) < "2.12",
+    reason="torch 2.11 cannot follow a deletion from a module's __dict__",
 )
 def test_a_model_compiled_as_one_graph(calibrated, inputs):
     compiled = torch.compile(calibrated, fullgraph=True, backend="eager")
@@ -380,7 +415,9 @@ def test_dead_channel_in_onnxruntimes_default_session(inputs, tmp_path, dynamo, 
     buffer = io.BytesIO()
     torch.onnx.export(model, inputs, buffer, dynamo=dynamo, opset_version=opset)
     assert difference(buffer.getvalue(), model, inputs) < 0.01
-    assert not [f for f in check_onnx(tmp_path / "m.onnx").findings if f.rule in ("QDQ101", "QDQ140")]
+    assert not [
+        f for f in check_onnx(tmp_path / "m.onnx").findings if f.rule in ("QDQ101", "QDQ140")
+    ]
 
 
 def test_small_models_are_one_file(calibrated, inputs, tmp_path):
@@ -406,7 +443,9 @@ def test_weights_go_beside_a_file_that_is_too_large_or_where_a_script_asks_for_i
 
 @EXPORTERS
 @pytest.mark.parametrize("fb", [False, True])
-def test_numbers_that_have_no_code_are_refused_all_at_once(calibrated, inputs, tmp_path, monkeypatch, dynamo, fb):
+def test_numbers_that_have_no_code_are_refused_all_at_once(
+    calibrated, inputs, tmp_path, monkeypatch, dynamo, fb
+):
     monkeypatch.setattr(TensorQuantizer, "use_fb_fake_quant", fb)
     with torch.no_grad():
         calibrated.conv.weight[0, 0, 0, 0] = torch.nan
@@ -417,9 +456,12 @@ def test_numbers_that_have_no_code_are_refused_all_at_once(calibrated, inputs, t
     with pytest.raises(ExportError) as caught:
         torch.onnx.export(calibrated, inputs, tmp_path / "m.onnx", dynamo=dynamo)
     for text in (
-        "5 ranges and parameters", "conv.weight holds 1 NaN or Inf", "head.bias holds 1 NaN or Inf",
-        "conv._input_quantizer has a negative amax, -1", "head._input_quantizer has an amax of NaN or Inf",
+        "5 ranges and parameters",
+        "conv.weight holds 1 NaN or Inf",
+        "head.bias holds 1 NaN or Inf",
+        "conv._input_quantizer has a negative amax, -1",
+        "head._input_quantizer has an amax of NaN or Inf",
         "head._weight_quantizer has an amax of shape (3, 1), which does not fit axis 0 of its weight (5, 8)",
-    ):  # fmt: skip
+    ):
         assert text in str(caught.value)
     assert not (tmp_path / "m.onnx").exists()

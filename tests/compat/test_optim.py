@@ -11,7 +11,12 @@ from torch.nn.utils import prune
 
 from qdq.compat import nn as quant_nn
 from qdq.compat import optim
-from qdq.compat.optim.helper import freeze_parameters, group_parameters, match_parameters, quant_weight_inplace
+from qdq.compat.optim.helper import (
+    freeze_parameters,
+    group_parameters,
+    match_parameters,
+    quant_weight_inplace,
+)
 from qdq.errors import QdqError
 
 
@@ -76,20 +81,31 @@ def test_a_shared_parameter_comes_once(net):
 def test_a_pattern_that_matches_nothing_is_named(net, caplog):
     with caplog.at_level(logging.WARNING):
         freeze_parameters(net, ["bias", "layer9"])
-    assert [(r.levelname, r.name) for r in caplog.records] == [("WARNING", "qdq.compat.optim.helper")]
+    assert [(r.levelname, r.name) for r in caplog.records] == [
+        ("WARNING", "qdq.compat.optim.helper")
+    ]
     assert "'layer9'" in caplog.text
 
 
 def test_freeze_parameters(net):
     freeze_parameters(net, [r"^1\.", "bias"])
-    assert [name for name, param in net.named_parameters() if param.requires_grad] == ["0.weight", "2.weight"]
+    assert [name for name, param in net.named_parameters() if param.requires_grad] == [
+        "0.weight",
+        "2.weight",
+    ]
 
 
 def test_groups_feed_an_optimizer_again_and_again(net):
     groups = group_parameters(
-        net, [["^0"], ["^1", "^2"]], lrs=[0.5, 0.25], momentums=(0.9, 0.8), weight_decays=np.array([0, 1e-2])
+        net,
+        [["^0"], ["^1", "^2"]],
+        lrs=[0.5, 0.25],
+        momentums=(0.9, 0.8),
+        weight_decays=np.array([0, 1e-2]),
     )
-    assert [{key: value for key, value in group.items() if key != "params"} for group in groups] == [
+    assert [
+        {key: value for key, value in group.items() if key != "params"} for group in groups
+    ] == [
         {"lr": 0.5, "momentum": 0.9, "weight_decay": 0},
         {"lr": 0.25, "momentum": 0.8, "weight_decay": 1e-2},
     ]
@@ -110,7 +126,10 @@ def test_groups_feed_an_optimizer_again_and_again(net):
 
 
 def test_options_left_out_are_not_in_the_groups(net):
-    assert [set(group) for group in group_parameters(net, [["0"], ["2"]])] == [{"params"}, {"params"}]
+    assert [set(group) for group in group_parameters(net, [["0"], ["2"]])] == [
+        {"params"},
+        {"params"},
+    ]
     assert set(group_parameters(net, [["0"]], momentums=[0.9])[0]) == {"params", "momentum"}
 
 
@@ -124,7 +143,9 @@ def test_groups_want_lists_of_lists(net, patterns_list):
 @pytest.mark.parametrize("argument", ["lrs", "momentums", "weight_decays"])
 @pytest.mark.parametrize("values", [[0.1], [], [1, 2, 3], 0.1, "ab"])
 def test_groups_want_one_value_each(net, argument, values):
-    with pytest.raises(TypeError, match=re.escape(f"len({argument}) must match len(patterns_list)")) as error:
+    with pytest.raises(
+        TypeError, match=re.escape(f"len({argument}) must match len(patterns_list)")
+    ) as error:
         group_parameters(net, [["0"], ["2"]], **{argument: values})
     assert isinstance(error.value, QdqError)
 
@@ -163,7 +184,9 @@ def test_weights_become_their_quantized_values():
     for place in (0, 2):
         codes = weights[place] / floats[place].abs().amax(1, keepdim=True) * 8
         torch.testing.assert_close(codes, codes.round())
-        torch.testing.assert_close(weights[place], floats[place], atol=floats[place].abs().max().item() / 16, rtol=0)
+        torch.testing.assert_close(
+            weights[place], floats[place], atol=floats[place].abs().max().item() / 16, rtol=0
+        )
     assert all(torch.equal(layer.bias, bias) for layer, bias in zip(net, biases, strict=True))
     assert all(weight.requires_grad and weight.is_leaf for weight in weights)
 
@@ -189,8 +212,12 @@ def test_lstm_weights_are_quantized_together(layers, bidirectional):
         ih, hh = floats[f"weight_ih_{step}"], floats[f"weight_hh_{step}"]
         assert quantizer.seen == [(16, ih.shape[1] + 4)]
         amax = torch.maximum(ih.abs().amax(1), hh.abs().amax(1))[:, None]
-        assert torch.equal(getattr(lstm, f"weight_ih_{step}"), torch.round(ih / amax * 8) / 8 * amax)
-        assert torch.equal(getattr(lstm, f"weight_hh_{step}"), torch.round(hh / amax * 8) / 8 * amax)
+        assert torch.equal(
+            getattr(lstm, f"weight_ih_{step}"), torch.round(ih / amax * 8) / 8 * amax
+        )
+        assert torch.equal(
+            getattr(lstm, f"weight_hh_{step}"), torch.round(hh / amax * 8) / 8 * amax
+        )
         assert torch.equal(getattr(lstm, f"bias_ih_{step}"), floats[f"bias_ih_{step}"])
 
 
@@ -207,12 +234,20 @@ def test_quantized_modules_of_the_package_compute_the_same_afterwards(caplog):
         for module, inputs in calls.items():
             before, result = {n: p.clone() for n, p in module.named_parameters()}, module(*inputs)
             quant_weight_inplace(module)
-            changed = {name for name, param in module.named_parameters() if not torch.equal(param, before[name])}
+            changed = {
+                name
+                for name, param in module.named_parameters()
+                if not torch.equal(param, before[name])
+            }
             assert changed == {name for name in before if "weight" in name}
-            for quantizer in getattr(module, "_weight_quantizers", [getattr(module, "_weight_quantizer", None)]):
+            for quantizer in getattr(
+                module, "_weight_quantizers", [getattr(module, "_weight_quantizer", None)]
+            ):
                 if quantizer is not None:
                     quantizer.disable()
-            torch.testing.assert_close(module(*inputs), result)  # quantized in the forward, or once and for all
+            torch.testing.assert_close(
+                module(*inputs), result
+            )  # quantized in the forward, or once and for all
     assert caplog.records == []
 
 

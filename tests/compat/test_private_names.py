@@ -24,7 +24,9 @@ def test_modules_of_single_names():
     assert reduce_amax(torch.tensor([[1.0, -2.0], [0.5, 0.0]]), axis=0).tolist() == [[1.0, 2.0]]
 
 
-@pytest.mark.parametrize("calibrator", [MaxCalibrator(8, None, False), HistogramCalibrator(8, None, False)])
+@pytest.mark.parametrize(
+    "calibrator", [MaxCalibrator(8, None, False), HistogramCalibrator(8, None, False)]
+)
 def test_collect_by_keyword(calibrator):
     calibrator.collect(x=torch.tensor([0.5, -3.0]))
     assert calibrator.num_batches == 1
@@ -68,7 +70,9 @@ class TestSolversOfAHistogram:
             with np.errstate(divide="ignore"):
                 divergences.append(np.sum(p[alive] * np.log(p[alive] / q[alive])))
         last = len(divergences) - 1 - int(np.argmin(divergences[::-1]))
-        found = histogram._compute_amax_entropy(*counts_and_edges, 8, False, stride=1, start_bin=128)
+        found = histogram._compute_amax_entropy(
+            *counts_and_edges, 8, False, stride=1, start_bin=128
+        )
         assert found.item() == pytest.approx(edges[128 + last], rel=1e-6)
 
     def test_without_data(self):
@@ -85,7 +89,9 @@ class TestSolversOfAHistogram:
 def test_codes_and_scale(dtype):
     x = torch.randn(3, 4).to(dtype)
     codes, scale = tensor_quant._tensor_quant(x, torch.tensor([[1.0], [0.0], [2.0]]))
-    expected = (x.double() * torch.tensor([[127.0], [0.0], [63.5]]).double()).round().clamp(-127, 127)
+    expected = (
+        (x.double() * torch.tensor([[127.0], [0.0], [63.5]]).double()).round().clamp(-127, 127)
+    )
     assert torch.equal(codes.double(), expected)
     assert codes.dtype == dtype
     assert scale.flatten().tolist() == [127.0, 1.0, 63.5]

@@ -14,9 +14,17 @@ from qdq.compat import quant_modules
 from qdq.compat.nn.modules import _utils
 from qdq.errors import QdqError
 
-MAPPED = [f"{kind}{rank}d" for kind in ("Conv", "ConvTranspose", "AvgPool", "AdaptiveAvgPool") for rank in "123"]
+MAPPED = [
+    f"{kind}{rank}d"
+    for kind in ("Conv", "ConvTranspose", "AvgPool", "AdaptiveAvgPool")
+    for rank in "123"
+]
 MAPPED += ["Linear", "LSTM", "LSTMCell"]
-FLOAT = {name: getattr(torch.nn, name) for name in dir(torch.nn) if isinstance(getattr(torch.nn, name), type)}
+FLOAT = {
+    name: getattr(torch.nn, name)
+    for name in dir(torch.nn)
+    if isinstance(getattr(torch.nn, name), type)
+}
 
 
 @pytest.fixture(autouse=True)
@@ -48,13 +56,19 @@ class QuantSiLU(torch.nn.SiLU, _utils.QuantInputMixin):
 
 def test_map():
     entries = quant_modules._DEFAULT_QUANT_MAP
-    assert isinstance(entries, list) and sorted(entry.mod_name for entry in entries) == sorted(MAPPED)
+    assert isinstance(entries, list) and sorted(entry.mod_name for entry in entries) == sorted(
+        MAPPED
+    )
     for entry in entries:
-        assert entry.orig_mod is torch.nn and entry.replace_mod is getattr(quant_nn, f"Quant{entry.mod_name}")
+        assert entry.orig_mod is torch.nn and entry.replace_mod is getattr(
+            quant_nn, f"Quant{entry.mod_name}"
+        )
         assert entry == quant_modules._quant_entry(*entry) and type(entry).__name__ == "quant_entry"
     assert quant_modules._quant_entry._fields == ("orig_mod", "mod_name", "replace_mod")
     assert pytorch_quantization.initialize is quant_modules.initialize
-    assert isinstance(quant_modules._quant_module_helper_object, quant_modules.QuantModuleReplacementHelper)
+    assert isinstance(
+        quant_modules._quant_module_helper_object, quant_modules.QuantModuleReplacementHelper
+    )
 
 
 def test_on_and_off():
@@ -68,7 +82,9 @@ def test_on_and_off():
     assert isinstance(inside, FLOAT["Conv2d"])
     net = torch.nn.Sequential(inside, torch.nn.MaxPool2d(2), torch.nn.BatchNorm2d(4))
     quant_modules.deactivate()
-    assert is_float() and type(net[0]) is quant_nn.QuantConv2d and type(net[1]) is torch.nn.MaxPool2d
+    assert (
+        is_float() and type(net[0]) is quant_nn.QuantConv2d and type(net[1]) is torch.nn.MaxPool2d
+    )
     assert type(torch.nn.Conv2d(3, 4, 3)) is FLOAT["Conv2d"]
 
 
@@ -105,21 +121,35 @@ def test_unknown_float_name_is_warned(caplog):
 
 def test_custom_modules(caplog):
     models = types.SimpleNamespace(Concat=torch.nn.Identity)
-    quant_modules.initialize(["MaxPool2d"], [(torch.nn, "MaxPool2d", quant_nn.QuantMaxPool2d)])  # wins over the list
+    quant_modules.initialize(
+        ["MaxPool2d"], [(torch.nn, "MaxPool2d", quant_nn.QuantMaxPool2d)]
+    )  # wins over the list
     assert torch.nn.MaxPool2d is quant_nn.QuantMaxPool2d and not caplog.records
-    custom = [(torch.nn, "Linear", QuantSiLU), (models, "Concat", QuantSiLU), (torch.nn, "SiLU", QuantSiLU)]
+    custom = [
+        (torch.nn, "Linear", QuantSiLU),
+        (models, "Concat", QuantSiLU),
+        (torch.nn, "SiLU", QuantSiLU),
+    ]
     quant_modules.initialize(float_module_list=["Linear"], custom_quant_modules=custom)
-    assert torch.nn.Linear is QuantSiLU and models.Concat is QuantSiLU and type(torch.nn.SiLU()) is QuantSiLU
+    assert (
+        torch.nn.Linear is QuantSiLU
+        and models.Concat is QuantSiLU
+        and type(torch.nn.SiLU()) is QuantSiLU
+    )
     x = torch.randn(50)
     layer = torch.nn.SiLU()
-    assert torch.equal(layer(x), F.silu(layer._input_quantizer(x))) and not torch.equal(layer(x), F.silu(x))
+    assert torch.equal(layer(x), F.silu(layer._input_quantizer(x))) and not torch.equal(
+        layer(x), F.silu(x)
+    )
     quant_modules.deactivate()
     assert is_float() and models.Concat is torch.nn.Identity
     quant_modules.initialize()
     assert models.Concat is torch.nn.Identity and bound() == set(MAPPED)
 
 
-@pytest.mark.parametrize("wrong", [("SiLU", QuantSiLU), (torch.nn, "SiLUU", QuantSiLU), "SiLU", None, 3])
+@pytest.mark.parametrize(
+    "wrong", [("SiLU", QuantSiLU), (torch.nn, "SiLUU", QuantSiLU), "SiLU", None, 3]
+)
 def test_wrong_custom_entry(wrong):
     quant_modules.initialize()
     with pytest.raises(TypeError, match="no entry") as caught:
@@ -193,7 +223,9 @@ def test_derived_while_active(caplog):
     expected = F.conv2d(*through._quant(x), through.bias).relu()
     assert torch.equal(through(x), expected)
     padded = F.pad(plain._input_quantizer(x), [1] * 4, mode="reflect")
-    assert torch.equal(plain(x), F.conv2d(padded, plain._weight_quantizer(plain.weight), plain.bias))
+    assert torch.equal(
+        plain(x), F.conv2d(padded, plain._weight_quantizer(plain.weight), plain.bias)
+    )
     assert isinstance(Inner(2, 3), quant_nn.QuantLinear)
 
 
@@ -239,7 +271,9 @@ def test_helper_alone():
     helper.restore_float_modules()
     assert is_float()
     helper.prepare_state()
-    assert [entry.mod_name for entry in helper.quant_map] == [e.mod_name for e in quant_modules._DEFAULT_QUANT_MAP]
+    assert [entry.mod_name for entry in helper.quant_map] == [
+        e.mod_name for e in quant_modules._DEFAULT_QUANT_MAP
+    ]
 
 
 def test_helpers_nest():
@@ -272,7 +306,9 @@ def test_restore_of_a_class_that_only_exists_quantized(caplog):
 
     model = torch.nn.Sequential(quant_nn.QuantLinear(3, 3), Scaled(3, 3)).eval()
     x = torch.randn(2, 3)
-    expected = 2 * F.linear(F.linear(x, model[0].weight, model[0].bias), model[1].weight, model[1].bias)
+    expected = 2 * F.linear(
+        F.linear(x, model[0].weight, model[0].bias), model[1].weight, model[1].bias
+    )
     assert qdq.restore_modules(model) == 1
     assert type(model[0]) is FLOAT["Linear"]
     assert type(model[1]) is Scaled

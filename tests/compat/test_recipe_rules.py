@@ -27,15 +27,24 @@ from qdq.compat.tensor_quant import QuantDescriptor
 
 EXPORTERS = pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
 
 
 @pytest.fixture(autouse=True)
 def _restore():
     """Scripts leave class defaults, switches and rebound forwards behind."""
     classes = [entry.replace_mod for entry in quant_modules._DEFAULT_QUANT_MAP]
-    saved = [(cls, {key: value for key, value in vars(cls).items() if key.startswith("default_")}) for cls in classes]
-    blocks = (Bottleneck, torchvision.models.resnet.BasicBlock, torchvision.models.resnet.Bottleneck)
+    saved = [
+        (cls, {key: value for key, value in vars(cls).items() if key.startswith("default_")})
+        for cls in classes
+    ]
+    blocks = (
+        Bottleneck,
+        torchvision.models.resnet.BasicBlock,
+        torchvision.models.resnet.Bottleneck,
+    )
     forwards = [cls.forward for cls in blocks]
     yield
     TensorQuantizer.use_fb_fake_quant = False
@@ -127,7 +136,13 @@ class Yolo(nn.Module):
         seen = []
         for layer in self.model:
             source = layer.f
-            x = [seen[i] for i in source] if isinstance(source, list) else seen[source] if seen else x
+            x = (
+                [seen[i] for i in source]
+                if isinstance(source, list)
+                else seen[source]
+                if seen
+                else x
+            )
             x = layer(x)
             seen.append(x)
         return x
@@ -180,14 +195,18 @@ def transfer_torch_to_quantization(module, cls):
 
 
 def replace_to_quantization_module(model):
-    table = {id(getattr(e.orig_mod, e.mod_name)): e.replace_mod for e in quant_modules._DEFAULT_QUANT_MAP}
+    table = {
+        id(getattr(e.orig_mod, e.mod_name)): e.replace_mod for e in quant_modules._DEFAULT_QUANT_MAP
+    }
 
     def recursive(module):
         for name in module._modules:
             child = module._modules[name]
             recursive(child)
             if id(type(child)) in table:
-                module._modules[name] = transfer_torch_to_quantization(child, table[id(type(child))])
+                module._modules[name] = transfer_torch_to_quantization(
+                    child, table[id(type(child))]
+                )
 
     recursive(model)
 
@@ -201,8 +220,12 @@ class QuantAdd(nn.Module, _utils.QuantMixin):
     def __init__(self, quantization):
         super().__init__()
         if quantization:
-            self._input0_quantizer = TensorQuantizer(QuantDescriptor(num_bits=8, calib_method="histogram"))
-            self._input1_quantizer = TensorQuantizer(QuantDescriptor(num_bits=8, calib_method="histogram"))
+            self._input0_quantizer = TensorQuantizer(
+                QuantDescriptor(num_bits=8, calib_method="histogram")
+            )
+            self._input1_quantizer = TensorQuantizer(
+                QuantDescriptor(num_bits=8, calib_method="histogram")
+            )
             self._input0_quantizer._calibrator._torch_hist = True
             self._input1_quantizer._calibrator._torch_hist = True
             self._fake_quant = True
@@ -222,7 +245,11 @@ def bottleneck_quant_forward(self, x):
 
 def replace_bottleneck_forward(model):
     for _, module in model.named_modules():
-        if module.__class__.__name__ == "Bottleneck" and module.add and not hasattr(module, "addop"):
+        if (
+            module.__class__.__name__ == "Bottleneck"
+            and module.add
+            and not hasattr(module, "addop")
+        ):
             module.addop = QuantAdd(module.add)
             module.__class__.forward = bottleneck_quant_forward
 
@@ -266,7 +293,9 @@ def find_quantizer_pairs(path):
             for qnode in find_all_with_input_node(model, node.output[0]):
                 if qnode.op_type != "QuantizeLinear":
                     continue
-                name = find_quantize_conv_name(model, find_quantizelinear_conv(model, qnode).input[1])
+                name = find_quantize_conv_name(
+                    model, find_quantizelinear_conv(model, qnode).input[1]
+                )
                 if major is None:
                     major = name
                 else:
@@ -275,7 +304,14 @@ def find_quantizer_pairs(path):
                 continue
             for sub in model.graph.node:
                 if sub.op_type == "QuantizeLinear" and sub.input[0] in node.input:
-                    pairs.append([major, find_quantize_conv_name(model, find_quantizelinear_conv(model, sub).input[1])])
+                    pairs.append(
+                        [
+                            major,
+                            find_quantize_conv_name(
+                                model, find_quantizelinear_conv(model, sub).input[1]
+                            ),
+                        ]
+                    )
         elif node.op_type == "MaxPool":
             qnode = find_with_input_node(model, node.output[0])
             if qnode is None or qnode.op_type != "QuantizeLinear":
@@ -298,7 +334,9 @@ def apply_custom_rules_to_quantizer(model, export_onnx, path):
     export_onnx(model, path)
     pairs = find_quantizer_pairs(path)
     for major, sub in pairs:
-        get_attr_with_path(model, sub)._input_quantizer = get_attr_with_path(model, major)._input_quantizer
+        get_attr_with_path(model, sub)._input_quantizer = get_attr_with_path(
+            model, major
+        )._input_quantizer
     path.unlink()
     for _, module in model.named_modules():
         if module.__class__.__name__ == "Bottleneck" and module.add:
@@ -341,9 +379,14 @@ def exported_scales(path):
         if node.op_type in ("Conv", "Gemm", "MatMul"):
             dq = find_with_output_node(model, node.input[0])
             q = find_with_output_node(model, dq.input[0])
-            assert (dq.op_type, q.op_type) == ("DequantizeLinear", "QuantizeLinear") and dq.input[1] == q.input[1]
+            assert (dq.op_type, q.op_type) == ("DequantizeLinear", "QuantizeLinear") and dq.input[
+                1
+            ] == q.input[1]
             if node.op_type == "Conv":
-                scales[find_quantize_conv_name(model, node.input[1])] = (constant(model, q.input[1]), q.input[0])
+                scales[find_quantize_conv_name(model, node.input[1])] = (
+                    constant(model, q.input[1]),
+                    q.input[0],
+                )
     return scales
 
 
@@ -367,7 +410,9 @@ def make_quantized(fan_out, seed=0):
 
 def apply_rules(model, inputs, tmp_path, dynamo):
     return apply_custom_rules_to_quantizer(
-        model, lambda model, path: export_onnx(model, inputs, path, dynamo=dynamo), tmp_path / "quantization-temp.onnx"
+        model,
+        lambda model, path: export_onnx(model, inputs, path, dynamo=dynamo),
+        tmp_path / "quantization-temp.onnx",
     )
 
 
@@ -392,18 +437,26 @@ def test_rules_to_the_final_file(fan_out, dynamo, inputs, loader, tmp_path):
     assert list(model.state_dict()) == keys
     pairs = apply_rules(model, inputs, tmp_path, dynamo)
     assert list(model.state_dict()) == keys  # the temporary export leaves no range behind
-    assert sorted(pairs) == sorted([group[0], sub] for group in groups_of(model, fan_out) for sub in group[1:])
+    assert sorted(pairs) == sorted(
+        [group[0], sub] for group in groups_of(model, fan_out) for sub in group[1:]
+    )
     sharers = collections.defaultdict(list)
     for name, module in model.named_modules():
         if isinstance(module, quant_nn.QuantConv2d):
             sharers[id(module._input_quantizer)].append(name)
     shared = [sorted(group) for group in sharers.values() if len(group) > 1]
-    assert sorted(shared) == sorted(sorted(group) for group in groups_of(model, fan_out) if len(group) > 1)
+    assert sorted(shared) == sorted(
+        sorted(group) for group in groups_of(model, fan_out) if len(group) > 1
+    )
 
     seen, hooks = collections.defaultdict(list), []
     for name, module in model.named_modules():
         if isinstance(module, quant_nn.QuantConv2d):
-            hooks.append(module.register_forward_hook(lambda m, args, out, name=name: seen[name].append(args[0])))
+            hooks.append(
+                module.register_forward_hook(
+                    lambda m, args, out, name=name: seen[name].append(args[0])
+                )
+            )
     collect_stats(model, loader, len(loader))
     for hook in hooks:
         hook.remove()
@@ -413,24 +466,38 @@ def test_rules_to_the_final_file(fan_out, dynamo, inputs, loader, tmp_path):
     export_onnx(model, inputs, path, dynamo=dynamo)
     onnx.checker.check_model(path, full_check=True)
     scales = exported_scales(path)
-    assert sorted(scales) == sorted(name for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    assert sorted(scales) == sorted(
+        name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)
+    )
     for group in groups_of(model, fan_out):
         quantizer = get_attr_with_path(model, group[0])._input_quantizer
         values = torch.cat([x.flatten().abs() for name in group for x in seen[name]])
-        assert int(quantizer._calibrator._calib_hist.sum()) == values.numel()  # one histogram of all their data
+        assert (
+            int(quantizer._calibrator._calib_hist.sum()) == values.numel()
+        )  # one histogram of all their data
         assert quantizer._calibrator._calib_bin_edges[-1] >= values.max()
         for name in group:
             assert get_attr_with_path(model, name)._input_quantizer is quantizer
-            assert scales[name][0].shape == () and scales[name][0] == np.float32(quantizer.amax.numpy() / 127)
+            assert scales[name][0].shape == () and scales[name][0] == np.float32(
+                quantizer.amax.numpy() / 127
+            )
     tensors = collections.defaultdict(set)
     for group in groups_of(model, fan_out):
         for name in group:
             tensors[scales[name][1]].add(float(scales[name][0]))
-    assert all(len(values) == 1 for values in tensors.values())  # no tensor is quantized in two ways
-    assert len({float(scale) for scale, _ in scales.values()}) > len(GROUPS[fan_out])  # ranges are not all one
+    assert all(
+        len(values) == 1 for values in tensors.values()
+    )  # no tensor is quantized in two ways
+    assert len({float(scale) for scale, _ in scales.values()}) > len(
+        GROUPS[fan_out]
+    )  # ranges are not all one
 
     block = model.model[4]
-    assert block.addop._input0_quantizer is block.addop._input1_quantizer is block.cv1.conv._input_quantizer
+    assert (
+        block.addop._input0_quantizer
+        is block.addop._input1_quantizer
+        is block.cv1.conv._input_quantizer
+    )
 
     with torch.no_grad():
         expected = model(inputs)
@@ -507,7 +574,9 @@ def quantize_backbone(model):
         type(block).forward = basic_block_forward if basic else bottleneck_forward
         if block.downsample is not None:
             block.downsample[0]._input_quantizer = block.conv1._input_quantizer
-            block.residual_quantizer = TensorQuantizer(quant_nn.QuantConv2d.default_quant_desc_input)
+            block.residual_quantizer = TensorQuantizer(
+                quant_nn.QuantConv2d.default_quant_desc_input
+            )
         else:
             block.residual_quantizer = block.conv1._input_quantizer
     return model
@@ -542,7 +611,9 @@ RESIDUAL = {  # blocks with a downsample, blocks, convolutions
 }
 
 
-@pytest.mark.parametrize(("name", "dynamo"), [("resnet18", True), ("resnet18", False), ("resnet50", False)])
+@pytest.mark.parametrize(
+    ("name", "dynamo"), [("resnet18", True), ("resnet18", False), ("resnet50", False)]
+)
 def test_parallel_convs(name, dynamo, tmp_path):
     initialize()
     model = make_resnet(name)
@@ -553,7 +624,9 @@ def test_parallel_convs(name, dynamo, tmp_path):
     assert sorted(map(sorted, found)) == expected
 
 
-@pytest.mark.parametrize(("name", "dynamo"), [("resnet18", True), ("resnet18", False), ("resnet50", True)])
+@pytest.mark.parametrize(
+    ("name", "dynamo"), [("resnet18", True), ("resnet18", False), ("resnet50", True)]
+)
 def test_residual_quantizer(name, dynamo, tmp_path):
     downsampled, blocks, convs = RESIDUAL[name]
     initialize()
@@ -569,7 +642,9 @@ def test_residual_quantizer(name, dynamo, tmp_path):
     adds = [node for node in file.graph.node if node.op_type == "Add"]
     assert len(adds) == blocks
     for node in adds:  # the identity branch only
-        kinds = [getattr(find_with_output_node(file, source), "op_type", None) for source in node.input]
+        kinds = [
+            getattr(find_with_output_node(file, source), "op_type", None) for source in node.input
+        ]
         assert kinds.count("DequantizeLinear") == 1
     scales = exported_scales(path)
     assert len(scales) == convs

@@ -11,7 +11,12 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import (
+    PackedSequence,
+    pack_padded_sequence,
+    pack_sequence,
+    pad_packed_sequence,
+)
 
 from qdq import calibrate_model
 from qdq.compat import calib
@@ -97,7 +102,9 @@ def assert_same(found, expected):
 # -- quantizers off: torch's own LSTM ------------------------------------------------------------------------------
 
 OPTIONS = [
-    dict(zip(("num_layers", "bias", "batch_first", "bidirectional", "dropout"), values, strict=True))
+    dict(
+        zip(("num_layers", "bias", "batch_first", "bidirectional", "dropout"), values, strict=True)
+    )
     for values in itertools.product((1, 3), (True, False), (True, False), (True, False), (0, 0.4))
     if values[0] > 1 or values[-1] == 0
 ]
@@ -110,11 +117,15 @@ def make_inputs(form, options):
     if form == "unbatched":
         return torch.randn(TIME, FEATURES, dtype=torch.float64), tuple(part[:, 0] for part in state)
     batch_first = options.get("batch_first", False)
-    x = torch.randn(*((BATCH, TIME) if batch_first else (TIME, BATCH)), FEATURES, dtype=torch.float64)
+    x = torch.randn(
+        *((BATCH, TIME) if batch_first else (TIME, BATCH)), FEATURES, dtype=torch.float64
+    )
     if form == "padded":
         return x, state
     lengths = LENGTHS if form == "packed" else sorted(LENGTHS, reverse=True)
-    return pack_padded_sequence(x, lengths, batch_first=batch_first, enforce_sorted=form == "packed sorted"), state
+    return pack_padded_sequence(
+        x, lengths, batch_first=batch_first, enforce_sorted=form == "packed sorted"
+    ), state
 
 
 @pytest.mark.parametrize("form", ["padded", "unbatched", "packed", "packed sorted"])
@@ -174,7 +185,10 @@ def test_gradients_equal_torch_with_quantizers_off(form):
 def test_cell_equals_torch_with_quantizers_off(bias, shape):
     original, quantized = make_pair(QuantLSTMCell, bias=bias)
     switched_off(quantized)
-    x, h, c = (torch.randn(*shape, n, dtype=torch.float64, requires_grad=True) for n in (FEATURES, HIDDEN, HIDDEN))
+    x, h, c = (
+        torch.randn(*shape, n, dtype=torch.float64, requires_grad=True)
+        for n in (FEATURES, HIDDEN, HIDDEN)
+    )
     for hx in (None, (h, c)):
         expected, found = original(x, hx), quantized(x, hx)
         torch.testing.assert_close(found, expected)
@@ -195,7 +209,9 @@ def numpy_lstm(weights, x, amax=None):
     w_ih, w_hh, b_ih, b_hh = weights
     weight = np.concatenate([w_ih, w_hh], axis=1)
     if amax is not None:
-        weight = fake_quant(weight, np.float64(np.abs(weight).max(axis=1, keepdims=True).astype(np.float32)))
+        weight = fake_quant(
+            weight, np.float64(np.abs(weight).max(axis=1, keepdims=True).astype(np.float32))
+        )
     h = c = np.zeros((x.shape[1], w_hh.shape[1]))
     outputs, largest = [], 0.0
     for step in x:
@@ -228,8 +244,12 @@ def test_quantized_equals_numpy():
             index, order = 2 * layer + direction, slice(None, None, -1 if direction else 1)
             outputs, _, _, amax = numpy_lstm(weights_of(quantized, suffix), in_float[order])
             floats.append(outputs[order])
-            torch.testing.assert_close(quantized._input_quantizers[index].amax.double(), torch.tensor(amax))
-            outputs, h_last, c_last, _ = numpy_lstm(weights_of(quantized, suffix), expected[order], amax)
+            torch.testing.assert_close(
+                quantized._input_quantizers[index].amax.double(), torch.tensor(amax)
+            )
+            outputs, h_last, c_last, _ = numpy_lstm(
+                weights_of(quantized, suffix), expected[order], amax
+            )
             results.append(outputs[order])
             np.testing.assert_allclose(h[index].detach(), h_last, rtol=0, atol=1e-6)
             np.testing.assert_allclose(c[index].detach(), c_last, rtol=0, atol=1e-6)
@@ -242,7 +262,9 @@ def test_quantized_cell_equals_numpy():
     _, cell = make_pair(QuantLSTMCell)
     x = torch.randn(BATCH, FEATURES, dtype=torch.float64)
     calibrated(cell, x)
-    _, h, c, _ = numpy_lstm(weights_of(cell, ""), x[None].numpy(), np.float64(np.float32(x.abs().max())))
+    _, h, c, _ = numpy_lstm(
+        weights_of(cell, ""), x[None].numpy(), np.float64(np.float32(x.abs().max()))
+    )
     found = cell(x)
     np.testing.assert_allclose(found[0].detach(), h, rtol=0, atol=1e-6)
     np.testing.assert_allclose(found[1].detach(), c, rtol=0, atol=1e-6)
@@ -257,7 +279,9 @@ def test_gradients_pass_straight_through():
         quantizer.amax.mul_(1.01)  # float32: what is rounded down would clip the largest value
     quantized(x)[0].sum().backward()
     reference = nn.LSTM(FEATURES, HIDDEN, dtype=torch.float64)
-    reference.load_state_dict({name: value for name, value in quantized.state_dict().items() if "amax" not in name})
+    reference.load_state_dict(
+        {name: value for name, value in quantized.state_dict().items() if "amax" not in name}
+    )
     quant_weight_inplace(wrapped := copy.deepcopy(quantized))
     for name, parameter in reference.named_parameters():
         parameter.data.copy_(wrapped.get_parameter(name))
@@ -265,7 +289,9 @@ def test_gradients_pass_straight_through():
     reference(at)[0].sum().backward()
     torch.testing.assert_close(x.grad, at.grad, rtol=1e-6, atol=1e-9)
     for name, parameter in reference.named_parameters():
-        torch.testing.assert_close(quantized.get_parameter(name).grad, parameter.grad, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(
+            quantized.get_parameter(name).grad, parameter.grad, rtol=1e-6, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize("form", ["padded", "packed"])
@@ -314,10 +340,13 @@ def test_names_and_signatures():
 
 def test_descriptors_reach_every_quantizer():
     lstm = QuantLSTM(
-        FEATURES, HIDDEN, 2, bidirectional=True,
+        FEATURES,
+        HIDDEN,
+        2,
+        bidirectional=True,
         quant_desc_input=QuantDescriptor(num_bits=6, calib_method="histogram"),
         quant_desc_weight=QuantDescriptor(num_bits=4),
-    )  # fmt: skip
+    )
     assert [q.num_bits for q in lstm._input_quantizers] == [6] * 4
     assert [(q.num_bits, q.axis) for q in lstm._weight_quantizers] == [(4, None)] * 4
     with pytest.raises(TypeError, match="Unused keys"):
@@ -334,7 +363,10 @@ def test_state_dict(quant_class):
     original.load_state_dict(quantized.state_dict(), strict=True)
     calibrated(quantized, torch.randn(BATCH, FEATURES, dtype=torch.float64))
     state = quantized.state_dict()
-    prefixes = [f"_{kind}_quantizer" + ("s.0" if quant_class is QuantLSTM else "") for kind in ("input", "weight")]
+    prefixes = [
+        f"_{kind}_quantizer" + ("s.0" if quant_class is QuantLSTM else "")
+        for kind in ("input", "weight")
+    ]
     assert state.keys() - original.state_dict().keys() == {f"{prefix}._amax" for prefix in prefixes}
     assert state[f"{prefixes[0]}._amax"].shape == ()
     assert state[f"{prefixes[1]}._amax"].shape == (4 * HIDDEN, 1)
@@ -347,7 +379,11 @@ def test_state_dict(quant_class):
 
 def test_only_the_list_items_are_quantizers_of_an_lstm():
     _, quantized = make_pair(num_layers=2)
-    names = [name for name, module in quantized.named_modules() if isinstance(module, quant_nn.TensorQuantizer)]
+    names = [
+        name
+        for name, module in quantized.named_modules()
+        if isinstance(module, quant_nn.TensorQuantizer)
+    ]
     assert names == [f"_{kind}_quantizers.{i}" for kind in ("input", "weight") for i in range(2)]
 
 
@@ -398,7 +434,8 @@ def test_conversion_of_a_projection_is_refused():
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"method": "mse"}, {"method": "entropy"}, {"method": "percentile", "percentile": 99.9}]
+    "kwargs",
+    [{}, {"method": "mse"}, {"method": "entropy"}, {"method": "percentile", "percentile": 99.9}],
 )
 def test_calibration_as_the_recipes_do_it(kwargs):
     desc = QuantDescriptor(calib_method="histogram" if kwargs else "max")
@@ -411,7 +448,9 @@ def test_calibration_as_the_recipes_do_it(kwargs):
     assert 0 < lstm._input_quantizers[0].amax <= largest * (1 + 1e-6)
     assert lstm._input_quantizers[1].amax <= 1 + 1e-6  # h of the layer before
     for layer, quantizer in enumerate(lstm._weight_quantizers):
-        weight = torch.cat([lstm.get_parameter(f"weight_{kind}_l{layer}") for kind in ("ih", "hh")], dim=1)
+        weight = torch.cat(
+            [lstm.get_parameter(f"weight_{kind}_l{layer}") for kind in ("ih", "hh")], dim=1
+        )
         assert torch.equal(quantizer.amax, weight.abs().amax(1, keepdim=True).detach())
     if not kwargs:
         assert lstm._input_quantizers[0].amax == largest
@@ -488,7 +527,9 @@ def test_weights_are_quantized_in_place_as_in_forward():
 # -- capture -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}]
+)
 def test_exported_program_equals_eager(options):
     _, quantized = make_pair(dtype=torch.float32, **options)
     switched_off(quantized.eval())
@@ -505,7 +546,9 @@ def assert_same_float(found, expected):
 
 
 @pytest.mark.parametrize("dynamo", [True, False])
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}]
+)
 def test_onnx_agrees_with_torch(options, dynamo, tmp_path, recwarn):
     _, quantized = make_pair(dtype=torch.float32, **options)
     x = torch.randn(BATCH, TIME, FEATURES) if options else torch.randn(TIME, BATCH, FEATURES)
@@ -517,7 +560,9 @@ def test_onnx_agrees_with_torch(options, dynamo, tmp_path, recwarn):
     found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     expected = flatten(quantized(x))
     for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one, other.detach(), rtol=0, atol=2e-3)  # one code more or less in [x, h]
+        np.testing.assert_allclose(
+            one, other.detach(), rtol=0, atol=2e-3
+        )  # one code more or less in [x, h]
 
 
 def test_compiled_equals_eager():
@@ -537,7 +582,14 @@ def test_compiled_equals_eager():
 
 @pytest.mark.parametrize(
     "options",
-    [{"proj_size": 2}, {"proj_size": -1}, {"dropout": 1.5}, {"dropout": -0.1}, {"dropout": True}, {"dropout": "0.5"}],
+    [
+        {"proj_size": 2},
+        {"proj_size": -1},
+        {"dropout": 1.5},
+        {"dropout": -0.1},
+        {"dropout": True},
+        {"dropout": "0.5"},
+    ],
 )
 def test_impossible_options(options):
     with pytest.raises(ValueError, match=next(iter(options))) as raised:
@@ -558,7 +610,12 @@ GOOD = torch.zeros(2, BATCH, HIDDEN)
 @pytest.mark.parametrize(
     ("shape", "hx", "kind", "message"),
     [
-        ((TIME, BATCH, FEATURES), (GOOD[:1], GOOD), RuntimeError, r"hx: h has shape \(1, 3, 6\); expected \(2, 3, 6\)"),
+        (
+            (TIME, BATCH, FEATURES),
+            (GOOD[:1], GOOD),
+            RuntimeError,
+            r"hx: h has shape \(1, 3, 6\); expected \(2, 3, 6\)",
+        ),
         ((TIME, BATCH, FEATURES), (GOOD, GOOD[:, :1]), RuntimeError, "hx: c has shape"),
         ((TIME, BATCH, FEATURES), (GOOD[:, 0], GOOD[:, 0]), RuntimeError, "hx: h has shape"),
         ((TIME, FEATURES), (GOOD, GOOD), RuntimeError, r"expected \(2, 6\)"),
@@ -601,7 +658,9 @@ def test_what_does_not_fit_a_cell_is_told():
 
 
 def test_another_kind_of_numbers_is_told():
-    with pytest.raises(ValueError, match=r"input is torch\.float64, the weights are torch\.float32"):
+    with pytest.raises(
+        ValueError, match=r"input is torch\.float64, the weights are torch\.float32"
+    ):
         QuantLSTM(FEATURES, HIDDEN)(torch.zeros(TIME, FEATURES, dtype=torch.float64))
 
 
@@ -623,7 +682,9 @@ def test_narrow_weights_are_exported_where_no_code_gets_lost(tmp_path):
     calibrated(quantized.eval(), x)
     path = str(tmp_path / "lstm.onnx")
     torch.onnx.export(quantized, (x,), path)
-    outputs = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"input": x.numpy()})
+    outputs = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(
+        None, {"input": x.numpy()}
+    )
     np.testing.assert_allclose(outputs[0], quantized(x)[0].detach().numpy(), atol=1e-5)
     quantized._weight_quantizers[0].amax.mul_(0.5)
     with pytest.raises(QdqError, match=r"_weight_quantizers\.0 has narrow_range"):

@@ -55,13 +55,19 @@ def test_exports(script, pairs, distance, tmp_path):
     onnx.checker.check_model(path, full_check=True)
     model = onnx.load(path)
     assert [o.version for o in model.opset_import if o.domain == ""] == [13]
-    counts = [sum(node.op_type == kind for node in model.graph.node) for kind in ("QuantizeLinear", "DequantizeLinear")]
+    counts = [
+        sum(node.op_type == kind for node in model.graph.node)
+        for kind in ("QuantizeLinear", "DequantizeLinear")
+    ]
     assert counts == [pairs, pairs]
 
     saved = torch.load(f"{path}.pt", weights_only=True)
     inputs = saved["inputs"] if isinstance(saved["inputs"], tuple) else (saved["inputs"],)
     session = onnxruntime.InferenceSession(path)
-    feeds = {value.name: tensor.numpy() for value, tensor in zip(session.get_inputs(), inputs, strict=True)}
+    feeds = {
+        value.name: tensor.numpy()
+        for value, tensor in zip(session.get_inputs(), inputs, strict=True)
+    }
     found, expected = (
         torch.from_numpy(session.run(None, feeds)[0]).double().flatten(),
         saved["outputs"].double().flatten(),

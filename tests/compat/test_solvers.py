@@ -67,7 +67,9 @@ class Reference:
     def mse_errors(self, centres):
         for i in range(self.start_bin, len(centres), self.stride):
             scale = self.largest / centres[i]
-            quantized = np.minimum(np.rint(centres * scale), self.largest) / scale * (centres[i] > EPS)
+            quantized = (
+                np.minimum(np.rint(centres * scale), self.largest) / scale * (centres[i] > EPS)
+            )
             yield np.sum(self.counts * (quantized - centres) ** 2), i
 
     def entropy(self):
@@ -126,10 +128,17 @@ def case(kind, seed):
     split = seed >= 5 and seed % 2
     batches = np.split(data, [1500]) if split else [data]
     num_bins, start_bin = (2048, 128) if seed < 5 else (512, 64)
-    if kind == "outlier" and split:  # grows to 16 times as many: the definition takes the square of that
+    if (
+        kind == "outlier" and split
+    ):  # grows to 16 times as many: the definition takes the square of that
         num_bins, start_bin = 64, 16
     num_bits, unsigned = FORMATS[seed % 5]
-    return batches, {"num_bins": num_bins, "num_bits": num_bits, "unsigned": unsigned, "start_bin": start_bin}
+    return batches, {
+        "num_bins": num_bins,
+        "num_bits": num_bits,
+        "unsigned": unsigned,
+        "start_bin": start_bin,
+    }
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -178,21 +187,27 @@ class TestFP8:
     @pytest.fixture
     def calibrator(self):
         calibrator = calib.HistogramCalibrator((4, 3), None, False, num_bins=512)
-        calibrator.collect(torch.from_numpy(np.random.default_rng(0).standard_t(2, 5000).astype(np.float32)))
+        calibrator.collect(
+            torch.from_numpy(np.random.default_rng(0).standard_t(2, 5000).astype(np.float32))
+        )
         return calibrator
 
     def test_mse_by_scaled_e4m3(self, calibrator):
         edges, counts = calibrator._calib_bin_edges, calibrator._calib_hist
         centres = (edges[:-1] + edges[1:]) / 2
         errors = [
-            (counts * (scaled_e4m3(centres, centres[i]) - centres) ** 2).sum().item() for i in range(64, len(centres))
+            (counts * (scaled_e4m3(centres, centres[i]) - centres) ** 2).sum().item()
+            for i in range(64, len(centres))
         ]
         found = calibrator.compute_amax("mse", start_bin=64)
         assert float(found) == pytest.approx(float(centres[64 + int(np.argmin(errors))]), rel=1e-6)
 
     def test_percentile_needs_no_codes(self, calibrator):
         twin = calib.HistogramCalibrator(8, None, False, num_bins=512)
-        twin._calib_hist, twin._calib_bin_edges = calibrator._calib_hist, calibrator._calib_bin_edges
+        twin._calib_hist, twin._calib_bin_edges = (
+            calibrator._calib_hist,
+            calibrator._calib_bin_edges,
+        )
         assert calibrator.compute_amax("percentile") == twin.compute_amax("percentile")
 
     def test_entropy_is_refused(self, calibrator):
@@ -205,7 +220,9 @@ def test_ranges_that_the_quantizer_erases_are_no_better_than_each_other():
     """`fake_tensor_quant` gives zeros where amax <= 2^-24; the first of equal errors wins."""
     calibrator = calib.HistogramCalibrator(8, None, False, num_bins=256)
     calibrator.collect(torch.linspace(0, 2.0**-25, 1000))
-    assert calibrator.compute_amax("mse") == torch.tensor(128.5 * 2.0**-25 / 256, dtype=torch.float32)
+    assert calibrator.compute_amax("mse") == torch.tensor(
+        128.5 * 2.0**-25 / 256, dtype=torch.float32
+    )
 
 
 class TestTies:
@@ -219,7 +236,9 @@ class TestTies:
 
     def test_mse(self):
         counts = np.zeros(2000, dtype=int)
-        counts[10] = 5  # 10.5 = 7 (190.5 / 127) = 3 (444.5 / 127) = 1 (1333.5 / 127), without any error
+        counts[10] = (
+            5  # 10.5 = 7 (190.5 / 127) = 3 (444.5 / 127) = 1 (1333.5 / 127), without any error
+        )
         assert self.solved(counts, "mse") == 190.5
         assert self.solved(counts, "mse", start_bin=191) == 444.5
 
@@ -258,13 +277,16 @@ class TestArguments:
         self.refused(calibrator, ValueError, words, "percentile", percentile=percentile)
 
     @pytest.mark.parametrize(
-        "arguments", [{"stride": 0}, {"stride": -1}, {"start_bin": -1}, {"start_bin": 0, "method": "entropy"}]
+        "arguments",
+        [{"stride": 0}, {"stride": -1}, {"start_bin": -1}, {"start_bin": 0, "method": "entropy"}],
     )
     def test_bins(self, calibrator, arguments):
         self.refused(calibrator, ValueError, "or more", **({"method": "mse"} | arguments))
         self.refused(calibrator, TypeError, "integer", "mse", stride=1.5)
 
-    @pytest.mark.parametrize(("num_bits", "unsigned"), [(0, False), (1, False), (1, True), (17, False), (32, True)])
+    @pytest.mark.parametrize(
+        ("num_bits", "unsigned"), [(0, False), (1, False), (1, True), (17, False), (32, True)]
+    )
     def test_width_without_a_solver(self, num_bits, unsigned):
         calibrator = calib.HistogramCalibrator(num_bits, None, unsigned)
         calibrator.collect(torch.ones(3))

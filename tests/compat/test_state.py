@@ -14,7 +14,9 @@ from qdq.errors import ExportError, ModelError
 
 
 def build():
-    return nn.Sequential(quant_nn.QuantConv2d(3, 4, 3), nn.Flatten(), quant_nn.QuantLinear(4 * 36, 5)).eval()
+    return nn.Sequential(
+        quant_nn.QuantConv2d(3, 4, 3), nn.Flatten(), quant_nn.QuantLinear(4 * 36, 5)
+    ).eval()
 
 
 @pytest.fixture
@@ -31,7 +33,9 @@ def calibrated(inputs):
 
 def test_keys_are_those_of_pytorch_quantization(calibrated):
     added = set(calibrated.state_dict()) - set(build().state_dict())
-    assert added == {f"{layer}._{which}_quantizer._amax" for layer in (0, 2) for which in ("input", "weight")}
+    assert added == {
+        f"{layer}._{which}_quantizer._amax" for layer in (0, 2) for which in ("input", "weight")
+    }
     assert calibrated.state_dict()["0._weight_quantizer._amax"].shape == (4, 1, 1, 1)
     assert calibrated.state_dict()["0._input_quantizer._amax"].shape == ()
 
@@ -105,7 +109,9 @@ class TestRangesOnAnotherAxis:
         calibrated = copy.deepcopy(model)
         calibrate_model(calibrated, [inputs], method="max")
         checkpoint = calibrated.state_dict()
-        checkpoint["0._weight_quantizer._amax"] = model[0].weight.detach().abs().amax((1, 2, 3), keepdim=True)
+        checkpoint["0._weight_quantizer._amax"] = (
+            model[0].weight.detach().abs().amax((1, 2, 3), keepdim=True)
+        )
         result = calibrated if request.param else model
         result.load_state_dict(checkpoint)
         return result
@@ -123,15 +129,21 @@ class TestRangesOnAnotherAxis:
     def test_eager_and_file_agree(self, loaded, inputs, tmp_path, monkeypatch, caplog, fb, dynamo):
         monkeypatch.setattr(quant_nn.TensorQuantizer, "use_fb_fake_quant", fb)
         with torch.no_grad():
-            assert torch.allclose(loaded[0](inputs).double(), self.golden(loaded, inputs), atol=1e-5)
+            assert torch.allclose(
+                loaded[0](inputs).double(), self.golden(loaded, inputs), atol=1e-5
+            )
             expected = loaded(inputs)
         torch.onnx.export(loaded, inputs, tmp_path / "m.onnx", dynamo=dynamo)
-        assert torch.allclose(torch.from_numpy(predict(tmp_path / "m.onnx", [inputs])), expected, atol=1e-5)
+        assert torch.allclose(
+            torch.from_numpy(predict(tmp_path / "m.onnx", [inputs])), expected, atol=1e-5
+        )
         assert "1 weights have ranges on another axis" in caplog.text
         assert "0._weight_quantizer" in caplog.text
 
     def test_export_for_tensorrt_refuses_and_new_ranges_mend_it(self, loaded, inputs, tmp_path):
-        with pytest.raises(ExportError, match=r"axis 0, not on its output channels .* calibrate it again"):
+        with pytest.raises(
+            ExportError, match=r"axis 0, not on its output channels .* calibrate it again"
+        ):
             export_onnx(loaded, inputs, tmp_path / "m.onnx")
         calib.calibrate_weights(loaded, "max")
         assert loaded[0]._weight_quantizer.amax.shape[1] == loaded[0].out_channels

@@ -20,7 +20,11 @@ from qdq.errors import QdqError
 DEVICES = [
     "cpu",
     pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
     ),
 ]
 on_devices = pytest.mark.parametrize("device", DEVICES)
@@ -41,7 +45,9 @@ def reference(x, amax, num_bits=8, unsigned=False, narrow=True):
 
 def same(found, expected):
     """Equal to the last bit, the sign of zero aside."""
-    np.testing.assert_array_equal(found.detach().float().cpu().numpy() + 0.0, np.asarray(expected, np.float32) + 0.0)
+    np.testing.assert_array_equal(
+        found.detach().float().cpu().numpy() + 0.0, np.asarray(expected, np.float32) + 0.0
+    )
 
 
 class TestQuantDescriptor:
@@ -50,9 +56,15 @@ class TestQuantDescriptor:
         found = {name: getattr(d, name) for name in tensor_quant._DEFAULTS}
         assert (d.num_bits, d.name) == (8, None)
         assert found == {
-            "fake_quant": True, "axis": None, "amax": None, "learn_amax": False, "scale_amax": None,
-            "calib_method": "max", "unsigned": False, "narrow_range": False,
-        }  # fmt: skip
+            "fake_quant": True,
+            "axis": None,
+            "amax": None,
+            "learn_amax": False,
+            "scale_amax": None,
+            "calib_method": "max",
+            "unsigned": False,
+            "narrow_range": False,
+        }
         assert tensor_quant.ScaledQuantDescriptor is QuantDescriptor
 
     @pytest.mark.parametrize("field", ["num_bits", "name", *tensor_quant._DEFAULTS])
@@ -110,9 +122,15 @@ class TestQuantDescriptor:
         [
             ({}, "QuantDescriptor(8bit fake per-tensor)"),
             ({"axis": 0}, "QuantDescriptor(8bit fake axis=0)"),
-            ({"axis": (0, -1), "unsigned": True}, "QuantDescriptor(unsigned 8bit fake axis=(0, -1))"),
+            (
+                {"axis": (0, -1), "unsigned": True},
+                "QuantDescriptor(unsigned 8bit fake axis=(0, -1))",
+            ),
             ({"amax": 1.5}, "QuantDescriptor(8bit fake per-tensor amax=1.5 full_range)"),
-            ({"amax": 1.5, "narrow_range": True}, "QuantDescriptor(8bit fake per-tensor amax=1.5 narrow_range)"),
+            (
+                {"amax": 1.5, "narrow_range": True},
+                "QuantDescriptor(8bit fake per-tensor amax=1.5 narrow_range)",
+            ),
             (
                 {"learn_amax": True, "scale_amax": 0.9},
                 "QuantDescriptor(8bit fake per-tensor learn_amax scale_amax=0.9)",
@@ -126,11 +144,24 @@ class TestQuantDescriptor:
         assert named.endswith(text)
 
     ROUND_TRIPS = (
-        {}, {"num_bits": 4}, {"num_bits": (4, 3)}, {"name": "x"}, {"axis": 0}, {"axis": (0, -1)}, {"axis": [1]},
-        {"amax": 0.1}, {"amax": [1.0, 2.0]}, {"amax": np.array([[1.0], [0.1]], np.float32), "axis": 0},
-        {"calib_method": "histogram"}, {"narrow_range": True}, {"unsigned": True}, {"fake_quant": False},
-        {"learn_amax": True, "amax": 3.0}, {"scale_amax": 0.9}, {"axis": ()},
-    )  # fmt: skip
+        {},
+        {"num_bits": 4},
+        {"num_bits": (4, 3)},
+        {"name": "x"},
+        {"axis": 0},
+        {"axis": (0, -1)},
+        {"axis": [1]},
+        {"amax": 0.1},
+        {"amax": [1.0, 2.0]},
+        {"amax": np.array([[1.0], [0.1]], np.float32), "axis": 0},
+        {"calib_method": "histogram"},
+        {"narrow_range": True},
+        {"unsigned": True},
+        {"fake_quant": False},
+        {"learn_amax": True, "amax": 3.0},
+        {"scale_amax": 0.9},
+        {"axis": ()},
+    )
 
     @pytest.mark.parametrize("fields", ROUND_TRIPS, ids=str)
     def test_round_trips(self, fields):
@@ -190,8 +221,12 @@ class TestIntegers:
     @pytest.mark.parametrize("amax", [0.3, 127.0, 6.0, EPS, EPS * 1.01, 0.0, 1e30])
     def test_per_tensor(self, device, num_bits, unsigned, narrow, amax):
         rng = np.random.default_rng(0)
-        steps = np.arange(-300, 300) * amax / (2 ** (num_bits - 1 + unsigned) - 1) / 2  # ties among them
-        x = np.concatenate([rng.normal(0, amax or 1, 500), steps, [amax, -amax, 0, 1e30, -1e30]]).astype(np.float32)
+        steps = (
+            np.arange(-300, 300) * amax / (2 ** (num_bits - 1 + unsigned) - 1) / 2
+        )  # ties among them
+        x = np.concatenate(
+            [rng.normal(0, amax or 1, 500), steps, [amax, -amax, 0, 1e30, -1e30]]
+        ).astype(np.float32)
         x = np.abs(x) if unsigned else x
         inputs, bound = torch.tensor(x, device=device), torch.tensor(amax, device=device)
         args = (num_bits, unsigned, narrow)
@@ -202,7 +237,10 @@ class TestIntegers:
         assert scale.shape == ()
         for function in (fake_tensor_quant, legacy_fake_tensor_quant, cuda_ext.fake_tensor_quant):
             same(function(inputs, bound, *args), value)
-            same(function(inputs, amax, num_bits=num_bits, unsigned=unsigned, narrow_range=narrow), value)
+            same(
+                function(inputs, amax, num_bits=num_bits, unsigned=unsigned, narrow_range=narrow),
+                value,
+            )
         in_place = inputs.clone()
         assert cuda_ext.fake_tensor_quant_(in_place, bound, *args) is in_place
         same(in_place, value)
@@ -221,8 +259,17 @@ class TestIntegers:
         assert scale.shape == amax.shape
         same(scale, s)
         assert float(scale.view(-1)[0]) == 1
-        same(cuda_ext.fake_tensor_quant_with_axis(inputs, amax.reshape(-1), axis, 8, False, narrow), value)
-        keywords = {"inputs": inputs, "amax": amax.reshape(-1), "axis": axis, "num_bits": 8, "narrow_range": narrow}
+        same(
+            cuda_ext.fake_tensor_quant_with_axis(inputs, amax.reshape(-1), axis, 8, False, narrow),
+            value,
+        )
+        keywords = {
+            "inputs": inputs,
+            "amax": amax.reshape(-1),
+            "axis": axis,
+            "num_bits": 8,
+            "narrow_range": narrow,
+        }
         same(cuda_ext.fake_tensor_quant_with_axis(**keywords), value)
         cuda_ext.fake_tensor_quant_(inputs, amax, narrow_range=narrow)
         same(inputs, value)
@@ -281,7 +328,11 @@ class TestIntegers:
         [
             (([1.0], [-0.5]), ValueError, "Negative values in amax"),
             (([1.0, 2.0], [1.0, -1e-30]), ValueError, "Negative values in amax"),
-            (([1.0, -1e-9], 1.0, 8, True), TypeError, "Negative values encountered in unsigned quantization"),
+            (
+                ([1.0, -1e-9], 1.0, 8, True),
+                TypeError,
+                "Negative values encountered in unsigned quantization",
+            ),
             (([1.0], 1.0, (4, 3)), TypeError, "num_bits"),
             (([1.0], 1.0, -1), ValueError, "num_bits"),
             (([1.0], None), TypeError, "range"),
@@ -306,17 +357,30 @@ class TestIntegers:
 
     @pytest.mark.parametrize(
         ("axis", "amax"),
-        [(2, [1.0, 1.0]), (0, [1.0, 1.0, 1.0]), (-3, [1.0, 1.0]), (0, [[1.0], [1.0], [1.0]]), (0, 1.0)],
+        [
+            (2, [1.0, 1.0]),
+            (0, [1.0, 1.0, 1.0]),
+            (-3, [1.0, 1.0]),
+            (0, [[1.0], [1.0], [1.0]]),
+            (0, 1.0),
+        ],
     )
     def test_axis_that_does_not_fit(self, device, axis, amax):
         with pytest.raises(ValueError, match="does not fit") as found:
-            cuda_ext.fake_tensor_quant_with_axis(torch.ones(2, 3, device=device), torch.tensor(amax), axis)
+            cuda_ext.fake_tensor_quant_with_axis(
+                torch.ones(2, 3, device=device), torch.tensor(amax), axis
+            )
         assert isinstance(found.value, QdqError)
 
     def test_inputs_are_left_alone(self, device):
         x, amax = torch.randn(9, device=device), torch.tensor(0.5, device=device)
         before = x.clone()
-        for function in (tensor_quant.tensor_quant, fake_tensor_quant, cuda_ext.fake_tensor_quant, scaled_e4m3):
+        for function in (
+            tensor_quant.tensor_quant,
+            fake_tensor_quant,
+            cuda_ext.fake_tensor_quant,
+            scaled_e4m3,
+        ):
             function(x, amax)
         fake_affine_tensor_quant(x, -0.5, 0.5)
         cuda_ext.fake_e4m3fy(x)
@@ -326,10 +390,17 @@ class TestIntegers:
     def test_empty_and_double(self, device):
         assert fake_tensor_quant(torch.empty(0, 3, device=device), 1.0).shape == (0, 3)
         x = torch.randn(50, dtype=torch.float64)
-        found = fake_tensor_quant(x.to(device), torch.tensor(0.7, dtype=torch.float64, device=device))
+        found = fake_tensor_quant(
+            x.to(device), torch.tensor(0.7, dtype=torch.float64, device=device)
+        )
         s = 127 / 0.7
         assert found.dtype == torch.float64
-        assert_close(found.cpu(), torch.tensor(np.clip(np.rint(x.numpy() * s), -127, 127) / s), rtol=1e-15, atol=0)
+        assert_close(
+            found.cpu(),
+            torch.tensor(np.clip(np.rint(x.numpy() * s), -127, 127) / s),
+            rtol=1e-15,
+            atol=0,
+        )
 
 
 @on_devices
@@ -339,7 +410,12 @@ class TestGradients:
         x = torch.tensor([-1.5, -1.0, -0.2, 0.0, 1.0, 1.0078125], dtype=dtype, device=device)
         grad = torch.arange(1.0, 7.0, dtype=dtype, device=device)
         amax = torch.tensor(1.0, device=device, requires_grad=True)
-        for function in (fake_tensor_quant, legacy_fake_tensor_quant, scaled_e4m3, tensor_quant.tensor_quant):
+        for function in (
+            fake_tensor_quant,
+            legacy_fake_tensor_quant,
+            scaled_e4m3,
+            tensor_quant.tensor_quant,
+        ):
             inputs = x.clone().requires_grad_()
             result = function(inputs, amax)
             (result[0] if isinstance(result, tuple) else result).backward(grad)
@@ -428,7 +504,15 @@ class TestE4M3:
         grid = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
         ties = (grid[1:] + grid[:-1]) / 2
         near = [torch.nextafter(ties, torch.tensor(side)) for side in (-1.0, 1e9)]
-        x = torch.cat([grid, ties, *near, torch.randn(2000).abs() * 100, torch.tensor([449.0, 464.0, 480.0, 1e30])])
+        x = torch.cat(
+            [
+                grid,
+                ties,
+                *near,
+                torch.randn(2000).abs() * 100,
+                torch.tensor([449.0, 464.0, 480.0, 1e30]),
+            ]
+        )
         return torch.cat([x, -x])
 
     def test_without_scale(self, device):
@@ -480,7 +564,10 @@ def test_autograd_classes():
     same(codes / scale, reference(x.numpy(), 1.0)[2])
     for name in ("FakeTensorQuantFunction", "LegacyFakeTensorQuantFunction"):
         same(getattr(tensor_quant, name).apply(x, torch.tensor(1.0)), reference(x.numpy(), 1.0)[2])
-    same(tensor_quant.FakeAffineTensorQuantFunction.apply(x, -1.0, 1.0), affine_reference(x.numpy(), -1, 1, 8))
+    same(
+        tensor_quant.FakeAffineTensorQuantFunction.apply(x, -1.0, 1.0),
+        affine_reference(x.numpy(), -1, 1, 8),
+    )
     same(tensor_quant.ScaledE4M3Function.apply(x), e4m3(x).numpy())
 
 

@@ -18,7 +18,11 @@ from qdq.errors import QdqError
 DEVICES = [
     "cpu",
     pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
     ),
 ]
 on_devices = pytest.mark.parametrize("device", DEVICES)
@@ -59,7 +63,15 @@ class Pair(nn.Module):
 class TestConstruction:
     def test_defaults(self):
         q = TensorQuantizer()
-        attributes = ("_num_bits", "_fake_quant", "_axis", "_scale_amax", "_learn_amax", "_unsigned", "_narrow_range")
+        attributes = (
+            "_num_bits",
+            "_fake_quant",
+            "_axis",
+            "_scale_amax",
+            "_learn_amax",
+            "_unsigned",
+            "_narrow_range",
+        )
         assert [getattr(q, a) for a in attributes] == [8, True, None, None, False, False, False]
         flags = ("_disabled", "_if_quant", "_if_clip", "_if_calib")
         assert [getattr(q, flag) for flag in flags] == [False, True, False, False]
@@ -70,11 +82,16 @@ class TestConstruction:
         assert q.pre_quant_scale is None
         assert not list(q.state_dict())
         assert isinstance(q._calibrator, calib.MaxCalibrator)
-        assert (TensorQuantizer.use_fb_fake_quant, TensorQuantizer._enable_onnx_export) == (False, False)
+        assert (TensorQuantizer.use_fb_fake_quant, TensorQuantizer._enable_onnx_export) == (
+            False,
+            False,
+        )
         q = TensorQuantizer(QuantDescriptor(), True, False, True, True)
         assert [getattr(q, flag) for flag in flags] == [True, False, True, True]
 
-    @pytest.mark.parametrize(("method", "kind"), [("max", "MaxCalibrator"), ("histogram", "HistogramCalibrator")])
+    @pytest.mark.parametrize(
+        ("method", "kind"), [("max", "MaxCalibrator"), ("histogram", "HistogramCalibrator")]
+    )
     def test_calibrators(self, method, kind):
         c = make(calib_method=method, num_bits=4, unsigned=True)._calibrator
         assert type(c) is getattr(calib, kind)
@@ -86,7 +103,10 @@ class TestConstruction:
         assert "histogram" in caplog.text
         assert q._calibrator is None
         assert "calibrator" not in repr(q)
-        assert q(torch.tensor([1.0, -2.0])).tolist() == fake_tensor_quant(torch.tensor([1.0, -2.0]), 2.0).tolist()
+        assert (
+            q(torch.tensor([1.0, -2.0])).tolist()
+            == fake_tensor_quant(torch.tensor([1.0, -2.0]), 2.0).tolist()
+        )
 
     def test_wrong_descriptor(self):
         raises_ours(TypeError, "QuantDescriptor", lambda: TensorQuantizer(8))
@@ -97,7 +117,13 @@ class TestConstruction:
             ({}, {}, "8bit fake per-tensor amax=dynamic calibrator=MaxCalibrator scale=1.0 quant"),
             ({}, {"disabled": True}, "disabled"),
             (
-                {"axis": 0, "unsigned": True, "narrow_range": True, "amax": 2.64, "scale_amax": 0.9},
+                {
+                    "axis": 0,
+                    "unsigned": True,
+                    "narrow_range": True,
+                    "amax": 2.64,
+                    "scale_amax": 0.9,
+                },
                 {"if_calib": True},
                 "unsigned 8bit narrow fake axis=0 amax=2.6400 *0.9 calibrator=MaxCalibrator scale=1.0 quant calib",
             ),
@@ -125,7 +151,9 @@ class TestConstruction:
 
 class TestProperties:
     @pytest.mark.parametrize("buffer", ["amax", "pre_quant_scale"])
-    @pytest.mark.parametrize("value", [2, 2.5, [1.0, 2.0], np.array([[1.0], [2.0]]), torch.tensor([3.0]).double()])
+    @pytest.mark.parametrize(
+        "value", [2, 2.5, [1.0, 2.0], np.array([[1.0], [2.0]]), torch.tensor([3.0]).double()]
+    )
     def test_setters(self, buffer, value, caplog):
         q = TensorQuantizer()
         setattr(q, buffer, value)
@@ -158,7 +186,8 @@ class TestProperties:
         raises_ours(ValueError, "num_bits", lambda: setattr(q, "num_bits", -1))
 
     @pytest.mark.parametrize(
-        ("fields", "bound"), [({}, 127), ({"unsigned": True}, 255), ({"num_bits": 4}, 7), ({"num_bits": (4, 3)}, 448)]
+        ("fields", "bound"),
+        [({}, 127), ({"unsigned": True}, 255), ({"num_bits": 4}, 7), ({"num_bits": (4, 3)}, 448)],
     )
     def test_step_size(self, fields, bound, caplog):
         q = make(**fields)
@@ -178,7 +207,9 @@ class TestProperties:
 
 class TestBadRanges:
     def test_negative_range(self):
-        raises_ours(ValueError, "Negative values in amax", lambda: setattr(make(), "amax", [1.0, -2.0]))
+        raises_ours(
+            ValueError, "Negative values in amax", lambda: setattr(make(), "amax", [1.0, -2.0])
+        )
 
     def test_amax_as_an_attribute_becomes_the_buffer(self):
         quantizer = make()
@@ -197,7 +228,9 @@ class TestBadRanges:
         assert descriptor.amax.tolist() == [1.0, 2.0]
 
     def test_words_instead_of_a_range(self):
-        raises_ours(TypeError, "amax must be float, list or ndarray", lambda: QuantDescriptor(amax=["wide"]))
+        raises_ours(
+            TypeError, "amax must be float, list or ndarray", lambda: QuantDescriptor(amax=["wide"])
+        )
 
     @pytest.mark.parametrize("axis", [None, 1, (0, 1)])
     def test_nothing_in_nothing_out(self, axis):
@@ -226,20 +259,28 @@ class TestBadRanges:
         raises_ours(TypeError, "not a tensor", lambda: make()(wrong))
         for method in ("max", "histogram"):
             raises_ours(
-                TypeError, "not a tensor", lambda method=method: make(calib_method=method)._calibrator.collect(wrong)
+                TypeError,
+                "not a tensor",
+                lambda method=method: make(calib_method=method)._calibrator.collect(wrong),
             )
 
     def test_half_in_a_checkpoint_is_stored_as_float32(self):
         quantizer = make()
         quantizer.load_state_dict({"_amax": torch.tensor(2.0, dtype=torch.float16)}, assign=True)
         assert quantizer.amax.dtype == torch.float32
-        raises_ours(TypeError, "is a float, not a tensor", lambda: make().load_state_dict({"_amax": 1.0}))
+        raises_ours(
+            TypeError, "is a float, not a tensor", lambda: make().load_state_dict({"_amax": 1.0})
+        )
 
 
 class TestSwitches:
     def test_flags(self):
         q = TensorQuantizer()
-        for name, flag, on in (("", "_disabled", False), ("_quant", "_if_quant", True), ("_calib", "_if_calib", True)):
+        for name, flag, on in (
+            ("", "_disabled", False),
+            ("_quant", "_if_quant", True),
+            ("_calib", "_if_calib", True),
+        ):
             getattr(q, "disable" + name)()
             assert getattr(q, flag) is not on
             getattr(q, "enable" + name)()
@@ -273,7 +314,9 @@ class TestForward:
         assert torch.equal(q(x), fake_tensor_quant(x, amax * 0.5, narrow_range=False))
         assert q._get_amax(x).dtype == q._get_amax(x.half()).dtype == torch.float32
         q._scale_amax = None
-        assert torch.equal(q._get_amax(x.double() / 3).double(), (amax.double() / 3).reshape_as(q._get_amax(x)))
+        assert torch.equal(
+            q._get_amax(x.double() / 3).double(), (amax.double() / 3).reshape_as(q._get_amax(x))
+        )
 
     @pytest.mark.parametrize("axis", [3, -4, (0, 5)])
     def test_axis_out_of_range(self, device, axis):
@@ -286,7 +329,13 @@ class TestForward:
     def test_fake_and_real(self, device, narrow_range, unsigned, num_bits):
         x = torch.randn(3, 50, device=device) * 2
         x = x.abs() if unsigned else x
-        q = make(num_bits=num_bits, unsigned=unsigned, narrow_range=narrow_range, axis=0, amax=[[0.5], [1.0], [2.0]])
+        q = make(
+            num_bits=num_bits,
+            unsigned=unsigned,
+            narrow_range=narrow_range,
+            axis=0,
+            amax=[[0.5], [1.0], [2.0]],
+        )
         codes, scale = tensor_quant(x, q.amax.to(device), num_bits, unsigned, narrow_range)
         assert torch.equal(q(x), codes / scale)
         assert q.amax.device == x.device
@@ -356,7 +405,10 @@ class TestForward:
         assert x.grad.tolist() == [0, 1, 0, 0]
         assert [float(p.grad) for p in q.clip.parameters()] == [1, 2]
         q.disable_clip()
-        assert (q._if_clip, [p.requires_grad for p in q.clip.parameters()]) == (False, [False, False])
+        assert (q._if_clip, [p.requires_grad for p in q.clip.parameters()]) == (
+            False,
+            [False, False],
+        )
         q.enable_clip()
         assert (q._if_clip, [p.requires_grad for p in q.clip.parameters()]) == (True, [True, True])
         assert set(q.state_dict()) == {"_amax", "clip.clip_value_min", "clip.clip_value_max"}
@@ -426,7 +478,9 @@ class TestLoadCalibAmax:
     def test_one_warning_names_all_without_data(self, caplog):
         model = nn.Sequential(Pair(), Pair(calib_method="histogram"))
         for pair in model:
-            pair._input_quantizer.load_calib_amax(strict=False, **({} if pair is model[0] else {"method": "entropy"}))
+            pair._input_quantizer.load_calib_amax(
+                strict=False, **({} if pair is model[0] else {"method": "entropy"})
+            )
         assert levels(caplog) == [logging.WARNING]
         assert "0._input_quantizer, 0._weight_quantizer, 1._input_quantizer" in caplog.text
 

@@ -15,7 +15,13 @@ from qdq.compat.utils.quant_logging import reset_logger_handler
 from qdq.errors import QdqError
 
 X = torch.randn(3, 1, 4, 2, generator=torch.Generator().manual_seed(7))
-AXES = [None, 0, -1, *(axes for count in (1, 2, 3, 4) for axes in itertools.combinations(range(4), count)), (-1, 0)]
+AXES = [
+    None,
+    0,
+    -1,
+    *(axes for count in (1, 2, 3, 4) for axes in itertools.combinations(range(4), count)),
+    (-1, 0),
+]
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -41,7 +47,10 @@ def test_defaults_and_lists():
 def test_type_is_kept(dtype):
     result = reduce_amax((X * 10).to(dtype), (0, 2))
     assert result.dtype == dtype
-    assert np.array_equal(result.double().numpy(), (X * 10).to(dtype).double().abs().numpy().max((0, 2), keepdims=True))
+    assert np.array_equal(
+        result.double().numpy(),
+        (X * 10).to(dtype).double().abs().numpy().max((0, 2), keepdims=True),
+    )
 
 
 def test_no_gradient_and_no_shared_memory():

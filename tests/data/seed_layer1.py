@@ -17,7 +17,9 @@ def transfer_torch_to_quantization(module, quant_class):
 
     def __init__(self):
         if isinstance(self, quant_nn_utils.QuantInputMixin):
-            self.init_quantizer(quant_nn_utils.pop_quant_desc_in_kwargs(self.__class__, input_only=True))
+            self.init_quantizer(
+                quant_nn_utils.pop_quant_desc_in_kwargs(self.__class__, input_only=True)
+            )
         else:
             self.init_quantizer(*quant_nn_utils.pop_quant_desc_in_kwargs(self.__class__))
 
@@ -26,14 +28,18 @@ def transfer_torch_to_quantization(module, quant_class):
 
 
 def replace_to_quantization_module(model, ignore_policy=None):
-    table = {id(getattr(e.orig_mod, e.mod_name)): e.replace_mod for e in quant_modules._DEFAULT_QUANT_MAP}
+    table = {
+        id(getattr(e.orig_mod, e.mod_name)): e.replace_mod for e in quant_modules._DEFAULT_QUANT_MAP
+    }
 
     def walk(module, prefix=""):
         for name, child in module._modules.items():
             path = f"{prefix}.{name}" if prefix else name
             walk(child, path)
             if id(type(child)) in table and not (ignore_policy and re.match(ignore_policy, path)):
-                module._modules[name] = transfer_torch_to_quantization(child, table[id(type(child))])
+                module._modules[name] = transfer_torch_to_quantization(
+                    child, table[id(type(child))]
+                )
 
     walk(model)
 

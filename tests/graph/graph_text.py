@@ -13,7 +13,9 @@ HEADER = '<ir_version: 9, opset_import: ["" : %d]>\n'
 def read(text, opset=19):
     """A model from the text behind the header, with types and shapes inferred."""
     proto = onnx.parser.parse_model(HEADER % opset + text)
-    return ir.from_proto(onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True))
+    return ir.from_proto(
+        onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+    )
 
 
 def ops(model):
@@ -34,7 +36,8 @@ def compute(model, seed=0):
     random = np.random.default_rng(seed)
     types = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
     feed = {
-        value.name: (3 * random.normal(size=value.shape)).astype(types[value.type]) for value in session.get_inputs()
+        value.name: (3 * random.normal(size=value.shape)).astype(types[value.type])
+        for value in session.get_inputs()
     }
     return dict(zip([v.name for v in session.get_outputs()], session.run(None, feed), strict=True))
 

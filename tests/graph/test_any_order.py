@@ -48,7 +48,11 @@ STEPS = [
     "h{n} = Cast <to = 10> ({a}) v{n} = Cast <to = 1> (h{n})",
     "h{n} = Cast <to = 10> ({a}) f{n} = Cast <to = 1> (h{n}) q{n} = QuantizeLinear (f{n}, s2, o)"
     " d{n} = DequantizeLinear (q{n}, s2, o) e{n} = Cast <to = 10> (d{n}) v{n} = Cast <to = 1> (e{n})",
-    *[f"q{{n}} = QuantizeLinear ({{a}}, s{k}, o) v{{n}} = DequantizeLinear (q{{n}}, s{k}, o)" for k in (0, 1, 2)] * 3,
+    *[
+        f"q{{n}} = QuantizeLinear ({{a}}, s{k}, o) v{{n}} = DequantizeLinear (q{{n}}, s{k}, o)"
+        for k in (0, 1, 2)
+    ]
+    * 3,
 ]
 NUMBERS = ", ".join(f"{number:.4f}" for number in np.random.default_rng(0).normal(size=144))
 GRAPH = f"""

@@ -110,7 +110,8 @@ def test_against_the_engine():
     for layer, int8 in zip(expected, (True, True, False, False), strict=True):
         layer.int8 = int8
     built = [
-        SimpleNamespace(node=name, int8=int8) for name, int8 in [("a", True), ("b", False), ("c", True), ("e", True)]
+        SimpleNamespace(node=name, int8=int8)
+        for name, int8 in [("a", True), ("b", False), ("c", True), ("e", True)]
     ]
     difference = compare_coverage(SimpleNamespace(layers=expected), built)
     assert difference.missing == ("b",)
@@ -138,7 +139,9 @@ class Transformer(nn.Module):
 class Upsampler(nn.Sequential):
     def __init__(self):
         super().__init__(
-            nn.Conv2d(3, 8, 3, groups=1), nn.ConvTranspose2d(8, 6, 3, stride=2, groups=2), nn.Conv1d(1, 1, 1)
+            nn.Conv2d(3, 8, 3, groups=1),
+            nn.ConvTranspose2d(8, 6, 3, stride=2, groups=2),
+            nn.Conv1d(1, 1, 1),
         )
 
     def forward(self, x):
@@ -147,7 +150,13 @@ class Upsampler(nn.Sequential):
 
 @pytest.mark.parametrize(
     ("kind", "dynamic"),
-    [("resnet18", True), ("mobilenet_v2", False), (Transformer, True), (Transformer, False), (Upsampler, True)],
+    [
+        ("resnet18", True),
+        ("mobilenet_v2", False),
+        (Transformer, True),
+        (Transformer, False),
+        (Upsampler, True),
+    ],
 )
 def test_macs_are_those_that_torch_counts(kind, dynamic):
     torchvision = pytest.importorskip("torchvision", reason="needs the extra 'demo'")
@@ -157,7 +166,9 @@ def test_macs_are_those_that_torch_counts(kind, dynamic):
         model(x)
     shapes = ({0: "batch"},) if dynamic else None
     batch = torch.cat([x, x]) if dynamic else x
-    program = torch.onnx.export(model, (batch,), dynamo=True, dynamic_shapes=shapes, opset_version=18, verbose=False)
+    program = torch.onnx.export(
+        model, (batch,), dynamo=True, dynamic_shapes=shapes, opset_version=18, verbose=False
+    )
     coverage = measure_coverage(program.model)
     assert all(layer.macs for layer in coverage.layers)
     assert 2 * coverage.macs == counter.get_total_flops()

@@ -24,7 +24,9 @@ def test_a_cast_to_its_own_type_goes():
 )
 def test_chains(start, types, left):
     steps = " ".join(f"v{n + 1} = Cast <to = {kind}> (v{n})" for n, kind in enumerate(types))
-    model = read(f"g ({start}[50] x) => (y) {{ v0 = Identity (x) {steps} y = Abs (v{len(types)}) }}")
+    model = read(
+        f"g ({start}[50] x) => (y) {{ v0 = Identity (x) {steps} y = Abs (v{len(types)}) }}"
+    )
     apply(model, FoldCasts())
     assert [n.attributes.get_int("to") for n in model.graph if n.op_type == "Cast"] == left
 

@@ -22,9 +22,15 @@ PAIR = "q = QuantizeLinear <axis = 0> (n, t, p) d = DequantizeLinear <axis = 0> 
         (f"{CENTRED} {PAIR} y = Conv (x, d)", ["QuantizeLinear", "DequantizeLinear", "Conv"]),
         (f"{CENTRED} y = Conv (x, n)", ["Conv"]),
         # the weight of this one depends on the input
-        ("a = ReduceMean <keepdims = 1> (x) n = Mul (w, a) y = Conv (x, n)", ["ReduceMean", "Mul", "Conv"]),
+        (
+            "a = ReduceMean <keepdims = 1> (x) n = Mul (w, a) y = Conv (x, n)",
+            ["ReduceMean", "Mul", "Conv"],
+        ),
         # nobody's weight: it stays computed
-        ("c = Sub (w, m) r = ReduceMean <keepdims = 0> (c) y = Add (x, r)", ["Sub", "ReduceMean", "Add"]),
+        (
+            "c = Sub (w, m) r = ReduceMean <keepdims = 0> (c) y = Add (x, r)",
+            ["Sub", "ReduceMean", "Add"],
+        ),
         ("y = Conv (x, w)", ["Conv"]),
         # only moved: an embedding may be the same parameter
         ("n = Reshape (w, sizes) y = Conv (x, n)", ["Reshape", "Conv"]),

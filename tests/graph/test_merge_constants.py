@@ -28,7 +28,12 @@ def test_a_parameter_keeps_its_name():
 
 
 def test_small_parameters_stay_apart():
-    assert names(read(GRAPH), ("a", "one.bias"), ("b", "two.bias")) == {"one.bias", "two.bias", "c", "i"}
+    assert names(read(GRAPH), ("a", "one.bias"), ("b", "two.bias")) == {
+        "one.bias",
+        "two.bias",
+        "c",
+        "i",
+    }
 
 
 def test_scales_stay_apart():

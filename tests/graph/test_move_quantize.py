@@ -43,7 +43,9 @@ def copy_of(kind, zero_point=0, constant=0.0, opset=19, reader=None):
     return read(GRAPH % (zero_point, constant, COPIES[kind], reader), opset)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in COPIES if kind not in ("Pad edge", "Pad reflect")])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in COPIES if kind not in ("Pad edge", "Pad reflect")]
+)
 def test_the_pair_moves_in_front_of(kind):
     model = apply(copy_of(kind), MoveQuantizeBeforeCopies())
     reader = "Conv" if "Pad" in kind else "Sin"
@@ -55,7 +57,9 @@ def test_the_pair_moves_in_front_of(kind):
 def test_padding_of_channels_or_cropping_stays_in_front(amounts):
     text = GRAPH.replace("int64[8] i8 = {0, 0, 1, 1, 0, 0, 1, 2}", f"int64[8] i8 = {{{amounts}}}")
     weight = (
-        "float[1,7,1,1] w = {1, 2, 3, 4, 5, 6, 7}" if amounts.startswith("0, 1") else "float[1,4,1,1] w = {1, 2, 3, 4}"
+        "float[1,7,1,1] w = {1, 2, 3, 4, 5, 6, 7}"
+        if amounts.startswith("0, 1")
+        else "float[1,4,1,1] w = {1, 2, 3, 4}"
     )
     text = text.replace("float[1,4,1,1] w = {1, 2, 3, 4}", weight)
     model = read(text % (0, 0.0, COPIES["Pad"], "Conv (d, w)"))
@@ -63,7 +67,8 @@ def test_padding_of_channels_or_cropping_stays_in_front(amounts):
 
 
 @pytest.mark.parametrize(
-    ("kind", "reader"), [("Pad", "Sin (d)"), ("Pad edge", "Conv (d, w)"), ("Pad reflect", "Conv (d, w)")]
+    ("kind", "reader"),
+    [("Pad", "Sin (d)"), ("Pad edge", "Conv (d, w)"), ("Pad reflect", "Conv (d, w)")],
 )
 def test_padding_that_no_convolution_takes_in_stays_in_front(kind, reader):
     assert ops(apply(copy_of(kind, reader=reader), MoveQuantizeBeforeCopies()))[1] == "Pad"
@@ -76,7 +81,9 @@ def test_not_with_a_zero_point(kind):
 
 @pytest.mark.parametrize("constant", [1.0, -0.0])
 def test_not_before_padding_with_another_constant(constant):
-    assert ops(apply(copy_of("Pad zero", constant=constant), MoveQuantizeBeforeCopies()))[1] == "Pad"
+    assert (
+        ops(apply(copy_of("Pad zero", constant=constant), MoveQuantizeBeforeCopies()))[1] == "Pad"
+    )
 
 
 @pytest.mark.parametrize("opset", [21, 23])
@@ -85,7 +92,9 @@ def test_from_opset_21_onnx_runtime_still_loads_it_with_all_its_fusions(kind, op
     model = apply(copy_of(kind, opset=opset), MoveQuantizeBeforeCopies())
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,7 +128,15 @@ def test_a_chain_and_a_split_with_all_its_pairs():
     """)
     apply(model, MoveQuantizeBeforeCopies())
     pair = ["QuantizeLinear", "DequantizeLinear"]
-    assert ops(model) == ["Neg", "Pad", *pair, "Reshape", "Split", "Sin", "Sin"]  # the Pad would stay a node
+    assert ops(model) == [
+        "Neg",
+        "Pad",
+        *pair,
+        "Reshape",
+        "Split",
+        "Sin",
+        "Sin",
+    ]  # the Pad would stay a node
 
 
 @pytest.mark.parametrize(
@@ -142,12 +159,16 @@ def test_other_readers_scales_and_outputs_stay(rest):
     assert ops(apply(model, MoveQuantizeBeforeCopies()))[1] == "Transpose"
 
 
-@pytest.mark.parametrize(("copy", "moves"), [("Transpose <perm = [0, 1, 3, 2]> (x)", False), ("Pad (x, p)", True)])
+@pytest.mark.parametrize(
+    ("copy", "moves"), [("Transpose <perm = [0, 1, 3, 2]> (x)", False), ("Pad (x, p)", True)]
+)
 def test_a_float_reader_in_front_of_the_copy(copy, moves):
     model = read(
         "g (float[1,2,4,4] x) => (y, z)"
         "<float s = {0.1}, int8 o = {0}, int64[8] p = {0, 0, 0, 1, 0, 0, 0, 1}, float[1,2,1,1] w = {1, 2}>"
-        "{ z = Neg (x) c = " + copy + " q = QuantizeLinear (c, s, o) d = DequantizeLinear (q, s, o) y = Conv (d, w) }"
+        "{ z = Neg (x) c = "
+        + copy
+        + " q = QuantizeLinear (c, s, o) d = DequantizeLinear (q, s, o) y = Conv (d, w) }"
     )
     assert (ops(apply(model, MoveQuantizeBeforeCopies()))[1] == "QuantizeLinear") is moves
 

@@ -27,7 +27,9 @@ KEEP = "float[2,6,4] y"
 
 def read(text, opset=HIGHEST):
     """`(inputs) => (outputs) <constants> { nodes }` as a model, with types of inner values as torch has them."""
-    return ShapeInferencePass()(ir.from_onnx_text(f'<ir_version: 8, opset_import: ["": {opset}]> g {text}')).model
+    return ShapeInferencePass()(
+        ir.from_onnx_text(f'<ir_version: 8, opset_import: ["": {opset}]> g {text}')
+    ).model
 
 
 def run(model, named=2):
@@ -42,7 +44,9 @@ def run(model, named=2):
     for value in model.graph.inputs:
         shape = [size if isinstance(size, int) else named for size in value.shape]
         drawn = random.uniform(-4, 4, shape)
-        feeds[value.name] = (np.abs(drawn) + 0.5 if value.name == "positive" else drawn).astype(value.dtype.numpy())
+        feeds[value.name] = (np.abs(drawn) + 0.5 if value.name == "positive" else drawn).astype(
+            value.dtype.numpy()
+        )
     return session.run(None, feeds)
 
 
@@ -71,7 +75,10 @@ def reductions():
     for kind in REDUCTIONS:
         source = "float[2,6,4] positive" if kind.startswith("Log") else X
         name = source.split()[1]
-        yield f"Reduce{kind}", f"({source}) => (float[2,1,4] y) <int64[1] a = {{1}}> {{ y = Reduce{kind} ({name}, a) }}"
+        yield (
+            f"Reduce{kind}",
+            f"({source}) => (float[2,1,4] y) <int64[1] a = {{1}}> {{ y = Reduce{kind} ({name}, a) }}",
+        )
     for name, axes, attributes, out in (
         ("keepdims", "{1}", "keepdims = 0", "2,4"),
         ("negative", "{-1}", "keepdims = 1", "2,6,1"),
@@ -85,7 +92,10 @@ def reductions():
             f"({X}) => (float[{out}] y) <int64[{size}] a = {axes}> {{ y = ReduceMean <{attributes}> (x, a) }}",
         )
     yield "ReduceMean all", f"({X}) => (float[1,1,1] y) {{ y = ReduceMean (x) }}"
-    yield "ReduceMean node", f"({X}) => (float[2,1,4] y) {{ a = Constant <value_ints = [1]> () y = ReduceMean (x, a) }}"
+    yield (
+        "ReduceMean node",
+        f"({X}) => (float[2,1,4] y) {{ a = Constant <value_ints = [1]> () y = ReduceMean (x, a) }}",
+    )
     yield (
         "ReduceMean shared",
         f"({X}) => (float[2,1,4] y) <int64[1] a = {{1}}>"
@@ -104,14 +114,26 @@ def shapes():
         ("far", "<start = -9, end = 9>", 3),
         ("none", "<start = 2, end = 1>", 0),
     ):
-        yield f"Shape {name}", f"(float[N,6,4] x) => (int64[{size}] y) {{ y = Shape {attributes} (x) }}"
+        yield (
+            f"Shape {name}",
+            f"(float[N,6,4] x) => (int64[{size}] y) {{ y = Shape {attributes} (x) }}",
+        )
 
 
 # operator and form -> a model at opset 18
 CASES = {
-    **{op: f"({X}, {OTHER}) => ({KEEP}) {{ y = {op} (x, z) }}" for op in ("Add", "Sub", "Mul", "Div", "PRelu")},
-    **{op: f"({X}) => ({KEEP}) {{ y = {op} (x) }}" for op in ("Relu", "LeakyRelu", "Identity", "HardSwish", "Mish")},
-    **{op: f"({X}, {OTHER}) => (bool[2,6,4] y) {{ y = {op} (x, z) }}" for op in ("GreaterOrEqual", "LessOrEqual")},
+    **{
+        op: f"({X}, {OTHER}) => ({KEEP}) {{ y = {op} (x, z) }}"
+        for op in ("Add", "Sub", "Mul", "Div", "PRelu")
+    },
+    **{
+        op: f"({X}) => ({KEEP}) {{ y = {op} (x) }}"
+        for op in ("Relu", "LeakyRelu", "Identity", "HardSwish", "Mish")
+    },
+    **{
+        op: f"({X}, {OTHER}) => (bool[2,6,4] y) {{ y = {op} (x, z) }}"
+        for op in ("GreaterOrEqual", "LessOrEqual")
+    },
     **dict(reductions()),
     **dict(shapes()),
     "Pow": f"(float[2,6,4] positive, {OTHER}) => ({KEEP}) {{ y = Pow (positive, z) }}",
@@ -195,7 +217,9 @@ def test_rules_cover_all_that_onnx_changed():
     changes = {
         (schema.name, schema.since_version)
         for schema in defs.get_all_schemas_with_history()
-        if schema.domain == "" and LOWEST < schema.since_version <= HIGHEST and defs.has(schema.name, LOWEST, "")
+        if schema.domain == ""
+        and LOWEST < schema.since_version <= HIGHEST
+        and defs.has(schema.name, LOWEST, "")
     }
     assert set(_RULES) - changes == {("HardSwish", 14), ("Mish", 18)}
     assert changes - set(_RULES) == set()
@@ -214,7 +238,11 @@ REFUSED = {
         "BitwiseAnd (new in opset 18)",
         18,
     ),
-    "types": ("(int8[2] x, int8[2] z) => (int8[2] y) { y = Add (x, z) }", "Add (tensor(int8) came later)", 14),
+    "types": (
+        "(int8[2] x, int8[2] z) => (int8[2] y) { y = Add (x, z) }",
+        "Add (tensor(int8) came later)",
+        14,
+    ),
     "bfloat16": (
         "(bool[2] c, bfloat16[2] x, bfloat16[2] z) => (bfloat16[2] y) { y = Where (c, x, z) }",
         "Where (tensor(bfloat16) came later)",
@@ -335,7 +363,9 @@ def test_refused_with_the_opset_that_can(case):
     for number, node in enumerate(model.graph):
         node.name = f"node_{node.op_type}_{number}"
     before = ir.to_proto(model)
-    with pytest.raises(ExportError, match=re.escape(f"opset 13 cannot express the model: {message}")) as error:
+    with pytest.raises(
+        ExportError, match=re.escape(f"opset 13 cannot express the model: {message}")
+    ) as error:
         LowerOpset(13)(model)
     assert f"the lowest opset that can is {lowest}" in str(error.value)
     assert error.value.fix == f"export with opset {lowest} or above."
@@ -380,7 +410,9 @@ def test_functions():
 
 
 def test_an_argument_of_a_function_is_refused():
-    text = FUNCTION.format(arguments="<k = 1>", parameters="<k>", body="ReduceL1 <noop_with_empty_axes: int = @k>")
+    text = FUNCTION.format(
+        arguments="<k = 1>", parameters="<k>", body="ReduceL1 <noop_with_empty_axes: int = @k>"
+    )
     with pytest.raises(ExportError, match="noop_with_empty_axes is an argument of the function"):
         LowerOpset(13)(ir.from_onnx_text(text))
 
@@ -394,7 +426,9 @@ def test_models_that_need_nothing():
 
 def test_models_above_18_are_refused():
     model = read(f"({X}) => ({KEEP}) {{ y = Gelu (x) }}", opset=20)
-    with pytest.raises(ExportError, match=r"the model is of opset 20; only 18 and below can be lowered"):
+    with pytest.raises(
+        ExportError, match=r"the model is of opset 20; only 18 and below can be lowered"
+    ):
         LowerOpset(13)(model)
 
 
@@ -415,7 +449,9 @@ def test_names_and_origin_of_new_nodes():
 
 
 def exported(model, x, **options):
-    program = torch.onnx.export(model, (x,), dynamo=True, opset_version=18, verbose=False, **options)
+    program = torch.onnx.export(
+        model, (x,), dynamo=True, opset_version=18, verbose=False, **options
+    )
     return program.model
 
 
@@ -437,8 +473,14 @@ def test_batchnorm_lstm_and_upsampling_of_torch():
 
         def forward(self, x):
             x = nn.functional.interpolate(self.norm(x) * 2, scale_factor=2, mode="bilinear")
-            first, second = nn.functional.pad(x, (1, 1, 0, 0), mode="reflect").mean(1).chunk(2, dim=-1)
-            return self.lstm(nn.functional.mish(first - second)[..., :8].flip(1))[0].amax(dim=1).view(x.shape[0], -1)
+            first, second = (
+                nn.functional.pad(x, (1, 1, 0, 0), mode="reflect").mean(1).chunk(2, dim=-1)
+            )
+            return (
+                self.lstm(nn.functional.mish(first - second)[..., :8].flip(1))[0]
+                .amax(dim=1)
+                .view(x.shape[0], -1)
+            )
 
     model = exported(Mixed().eval(), torch.randn(2, 3, 8, 16), dynamic_shapes=({0: "batch"},))
     assert {"BatchNormalization", "LSTM", "Resize", "Pad"} <= {node.op_type for node in model.graph}
@@ -465,7 +507,9 @@ class TestExport:
         model, x = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), torch.randn(2, 4)
         swap_modules(model, include="*")
         calibrate_model(model, [x])
-        with pytest.raises(ExportError, match=r"LayerNormalization \(new in opset 17\) at 1/LayerNormalization"):
+        with pytest.raises(
+            ExportError, match=r"LayerNormalization \(new in opset 17\) at 1/LayerNormalization"
+        ):
             export_onnx(model, x, tmp_path / "model.onnx", opset=13)
         assert not (tmp_path / "model.onnx").exists()
         assert export_onnx(model, x, tmp_path / "model.onnx", opset=17).opset == 17

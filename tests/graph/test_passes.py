@@ -49,7 +49,11 @@ def test_names():
         "c/Conv",
     ]
     names = set(model.graph.initializers)
-    assert {"c._input_quantizer.scale", "c._input_quantizer.zero_point", "c._weight_quantizer.scale"} <= names
+    assert {
+        "c._input_quantizer.scale",
+        "c._input_quantizer.zero_point",
+        "c._weight_quantizer.scale",
+    } <= names
     assert "xs" not in names
 
 

@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from qdq import ArgumentError, ExportError, build_engine, calibrate_model, export_onnx, fold_batchnorm, swap_modules
+from qdq import (
+    ArgumentError,
+    ExportError,
+    build_engine,
+    calibrate_model,
+    export_onnx,
+    fold_batchnorm,
+    swap_modules,
+)
 from qdq.check.precision import measure_peaks, run_rounded
 from qdq.graph.coverage import count_qdq
 from qdq.graph.passes import run_passes
@@ -26,13 +34,16 @@ FP16, BF16, FP32 = ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
 def needs_rtx(test):
     missing = importlib.util.find_spec("tensorrt_rtx") is None
-    return pytest.mark.trt(pytest.mark.skipif(missing, reason="needs tensorrt_rtx: pip install 'qdq[rtx]'")(test))
+    return pytest.mark.trt(
+        pytest.mark.skipif(missing, reason="needs tensorrt_rtx: pip install 'qdq[rtx]'")(test)
+    )
 
 
 def read(text, opset=19):
     """`(inputs) => (outputs) <constants> { nodes }` as a model, nodes named by their outputs."""
     model = onnx.shape_inference.infer_shapes(
-        onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": {opset}]> g {text}'), strict_mode=True
+        onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": {opset}]> g {text}'),
+        strict_mode=True,
     )
     for node in model.graph.node:
         node.name = node.output[0]
@@ -80,7 +91,9 @@ class TestTypes:
         assert value(model, "w").const_value.numpy().dtype == np.float16
         assert value(model, "x").dtype == value(model, "y").dtype == FP32
 
-    @pytest.mark.parametrize(("dtype", "numpy_type"), [(FP16, np.float16), (BF16, ml_dtypes.bfloat16)])
+    @pytest.mark.parametrize(
+        ("dtype", "numpy_type"), [(FP16, np.float16), (BF16, ml_dtypes.bfloat16)]
+    )
     def test_io_in_16_bit_on_request(self, dtype, numpy_type):
         text = "(float[2,3] x) => (float[2,3] y) <float[3] w = {1, 2, 3}> { y = Mul (x, w) }"
         model, _ = convert(text, dtype, keep_io_types=False)
@@ -117,9 +130,12 @@ class TestTypes:
         assert ops(model) == ["Exp", "Shape", "ArgMax", "Relu"]
 
     def test_a_constant_with_readers_of_both_types(self):
-        model, _ = convert("""(float[2,3] x) => (float[2,3] y) <float[2,3] w = {1, 2, 3, 4, 5, 6}> {
+        model, _ = convert(
+            """(float[2,3] x) => (float[2,3] y) <float[2,3] w = {1, 2, 3, 4, 5, 6}> {
             t = Mul (x, w)  u = Softmax (w)  y = Add (t, u)
-        }""", keep_io_types=False)  # fmt: skip
+        }""",
+            keep_io_types=False,
+        )
         assert value(model, "w").dtype == FP32
         assert value(model, "w.fp16").dtype == FP16
 
@@ -147,7 +163,9 @@ class TestTypes:
         }""")
         assert kept["u"] == "has a subgraph"
         x = np.float32([[1, 2, 3], [4, 5, 6]])
-        np.testing.assert_array_equal(run(model, x, np.array(True))[0], (x * [1, 2, 3] + [1, 2, 3]) * [1, 2, 3])
+        np.testing.assert_array_equal(
+            run(model, x, np.array(True))[0], (x * [1, 2, 3] + [1, 2, 3]) * [1, 2, 3]
+        )
 
 
 class TestPairs:
@@ -161,7 +179,13 @@ class TestPairs:
 
     def test_float32_enters_through_the_pair_itself(self):
         model, kept = convert(self.CONV)
-        assert ops(model) == ["QuantizeLinear", "DequantizeLinear", "DequantizeLinear", "Conv", "Cast"]
+        assert ops(model) == [
+            "QuantizeLinear",
+            "DequantizeLinear",
+            "DequantizeLinear",
+            "Conv",
+            "Cast",
+        ]
         assert kept == {}
         scale, copy = value(model, "s"), value(model, "s.fp16")
         assert (scale.dtype, copy.dtype) == (FP32, FP16)
@@ -180,11 +204,15 @@ class TestPairs:
         (expected,) = ReferenceEvaluator(ir.to_proto(read(self.CONV))).run(None, {"x": x})
         model, _ = convert(self.CONV, **entry)
         given = x if entry["keep_io_types"] else x.astype(np.float16)
-        np.testing.assert_allclose(run(model, given)[0], expected, rtol=2e-3, atol=0.05)  # one code more or less
+        np.testing.assert_allclose(
+            run(model, given)[0], expected, rtol=2e-3, atol=0.05
+        )  # one code more or less
         (found,) = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": given})
         np.testing.assert_allclose(found, expected, rtol=2e-3, atol=0.05)
 
-    @pytest.mark.parametrize(("scale", "words"), [(1e-6, "smallest normal"), (1000, "codes reach 1.28e+05")])
+    @pytest.mark.parametrize(
+        ("scale", "words"), [(1e-6, "smallest normal"), (1000, "codes reach 1.28e+05")]
+    )
     def test_a_scale_that_float16_has_not(self, scale, words):
         text = f"""(float[1,2] x) => (float[1,2] y) <float s = {{{scale}}}, int8 z = {{0}}> {{
             r = Relu (x)  q = QuantizeLinear (r, s, z)  d = DequantizeLinear (q, s, z)  a = Abs (d)  y = Neg (a)
@@ -192,7 +220,15 @@ class TestPairs:
         model, kept = convert(text, keep_io_types=False)
         assert set(kept) == {"q", "d"}
         assert all(words in reason for reason in kept.values())
-        assert ops(model) == ["Relu", "Cast", "QuantizeLinear", "DequantizeLinear", "Cast", "Abs", "Neg"]
+        assert ops(model) == [
+            "Relu",
+            "Cast",
+            "QuantizeLinear",
+            "DequantizeLinear",
+            "Cast",
+            "Abs",
+            "Neg",
+        ]
         assert value(model, "s").const_value.numpy() == np.float32(scale)
         assert convert(text, BF16, keep_io_types=False)[1] == {}
 
@@ -240,12 +276,17 @@ class TestKept:
             assert ops(model) == ["Neg", *casts, node.split()[0], *casts, "Neg", "Neg"]
 
     def test_a_region_has_one_cast_in_and_one_out(self):
-        model, kept = convert("""(float[2,3] x) => (float[2,3] y) <float[3] w = {1, 2, 3}, int64[2] n = {3, 2}> {
+        model, kept = convert(
+            """(float[2,3] x) => (float[2,3] y) <float[3] w = {1, 2, 3}, int64[2] n = {3, 2}> {
             a = Neg (x)  s = Softmax (a)  t = Transpose (s)  r = Reshape (t, n)  u = Transpose (r)
             l = LayerNormalization (u, w)  y = Neg (l)
-        }""", keep_io_types=False)  # fmt: skip
+        }""",
+            keep_io_types=False,
+        )
         assert ops(model).count("Cast") == 2
-        assert {name for name, reason in kept.items() if reason == "lies between nodes in float32"} == {"t", "r", "u"}
+        assert {
+            name for name, reason in kept.items() if reason == "lies between nodes in float32"
+        } == {"t", "r", "u"}
 
     def test_decomposed_layernorm(self):
         text = """(float[2,8] x) => (float[2,8] y) <int64[1] a = {-1}, float e = {0.00001}, float two = {2},
@@ -278,7 +319,9 @@ class TestKept:
         )
         model, kept = convert(text, keep_io_types=False)
         assert {"c", "p", "y"} <= kept.keys()
-        (found,) = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": np.zeros((2, 4), np.float16)})
+        (found,) = ReferenceEvaluator(ir.to_proto(model)).run(
+            None, {"x": np.zeros((2, 4), np.float16)}
+        )
         assert np.isfinite(found).all()
 
     def test_large_reductions(self):
@@ -288,24 +331,32 @@ class TestKept:
             assert set(convert(text, keep_io_types=False)[1]) == names
 
     def test_resize_scales_stay_float32_and_the_data_does_not(self):
-        model, kept = convert("""(float[1,1,2,2] x) => (float[1,1,4,4] y) <float[4] s = {1, 1, 2, 2}> {
+        model, kept = (
+            convert("""(float[1,1,2,2] x) => (float[1,1,4,4] y) <float[4] s = {1, 1, 2, 2}> {
             y = Resize <mode = "linear"> (x, , s)
         }""")
+        )
         assert kept == {}
         assert value(model, "s").dtype == FP32
         assert ops(model) == ["Cast", "Resize", "Cast"]
 
     def test_operators_without_the_type(self):
-        model, kept = convert("""(float[1,2,4,4] x, float n) => (float[1,2,2,2] y, float[M] r)
+        model, kept = convert(
+            """(float[1,2,4,4] x, float n) => (float[1,2,2,2] y, float[M] r)
             <float o = {0}, float i = {1}> {
             t = Neg (x)  y = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (t)  r = Range (o, n, i)
-        }""", BF16, opset=19)  # fmt: skip
+        }""",
+            BF16,
+            opset=19,
+        )
         assert kept["y"] == "MaxPool has no bfloat16 in ONNX 19"
         assert kept["r"] == "Range has no bfloat16 in ONNX 19"
         assert value(model, "t").dtype == FP32  # lies between the input and a kept node
 
     def test_an_operator_of_others(self):
-        model = read("(float[2] x) => (float[2] y) { a = Neg (x) b = Neg (a) c = Neg (b) y = Neg (c) }")
+        model = read(
+            "(float[2] x) => (float[2] y) { a = Neg (x) b = Neg (a) c = Neg (b) y = Neg (c) }"
+        )
         node = model.graph[2]
         node.domain = "own"
         graph_pass = ConvertPrecision(FP16, keep_io_types=False)
@@ -313,10 +364,13 @@ class TestKept:
         assert [entry.node for entry in graph_pass.kept] == ["c"]
 
     def test_constants_that_do_not_fit(self):
-        model, kept = convert("""(float[3] x) => (float[3] y)
+        model, kept = convert(
+            """(float[3] x) => (float[3] y)
             <float e = {0.0000001}, float m = {-3.4e38}, float[3] w = {1, 0.0000001, 2}> {
             a = Neg (x)  b = Add (a, e)  c = Neg (b)  d = Max (c, m)  f = Neg (d)  y = Mul (f, w)
-        }""", keep_io_types=False)  # fmt: skip
+        }""",
+            keep_io_types=False,
+        )
         assert kept == {
             "b": "its constant e of 1e-07 is too small for float16",
             "c": "lies between nodes in float32",
@@ -359,7 +413,10 @@ class TestRefused:
     def test_bfloat16_convolution(self):
         model = read(TestPairs.CONV, 21)
         before = ir.to_proto(model)
-        with pytest.raises(ExportError, match="Conv of opset 21 has no bfloat16: y; the lowest opset that has is 22"):
+        with pytest.raises(
+            ExportError,
+            match="Conv of opset 21 has no bfloat16: y; the lowest opset that has is 22",
+        ):
             ConvertPrecision(BF16)(model)
         assert ir.to_proto(model) == before
         assert convert(TestPairs.CONV, BF16, opset=22)[1] == {}
@@ -371,7 +428,9 @@ class Attention(nn.Module):
         self.norm, self.qkv, self.out = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32)
 
     def forward(self, x):
-        q, k, v = self.qkv(self.norm(x)).reshape(x.shape[0], x.shape[1], 3, 2, 16).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(self.norm(x)).reshape(x.shape[0], x.shape[1], 3, 2, 16).permute(2, 0, 3, 1, 4)
+        )
         y = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(y.transpose(1, 2).flatten(2))
 
@@ -382,7 +441,9 @@ class Upsampling(nn.Module):
         self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
 
     def forward(self, x):
-        return self.second(F.interpolate(torch.relu(self.first(x)), scale_factor=2, mode="bilinear"))
+        return self.second(
+            F.interpolate(torch.relu(self.first(x)), scale_factor=2, mode="bilinear")
+        )
 
 
 class Huge(nn.Module):
@@ -432,7 +493,10 @@ NETWORKS = {
 
 def calibrated(kind):
     torch.manual_seed(0)
-    model, x = kind().eval(), torch.randn(2, 20, 32) if kind is Attention else torch.randn(2, 3, 12, 12)
+    model, x = (
+        kind().eval(),
+        torch.randn(2, 20, 32) if kind is Attention else torch.randn(2, 3, 12, 12),
+    )
     swap_modules(model, x)
     calibrate_model(model, [x], method="max")
     return model, x
@@ -453,7 +517,9 @@ def noise_db(expected, found):
 
 def session_run(path, *arrays):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return session.run(None, dict(zip([v.name for v in session.get_inputs()], arrays, strict=True)))[0]
+    return session.run(
+        None, dict(zip([v.name for v in session.get_inputs()], arrays, strict=True))
+    )[0]
 
 
 def codes(path):
@@ -471,7 +537,10 @@ class TestExport:
             assert any(op == op_type and words in reason for op, reason in kept)
         assert half.precision.not_measured == ()
         assert full.precision is None
-        assert (half.quantize_nodes, half.dequantize_nodes) == (full.quantize_nodes, full.dequantize_nodes)
+        assert (half.quantize_nodes, half.dequantize_nodes) == (
+            full.quantize_nodes,
+            full.dequantize_nodes,
+        )
         assert codes(half.path) == codes(full.path)
 
     def test_near_float32_in_onnx_runtime(self, exported):
@@ -485,14 +554,18 @@ class TestExport:
         """numpy rounds every value to float16; ONNX Runtime does so where the report measures."""
         _, x, full, half = exported
         feed = {next(iter(full.inputs)): x.numpy()}
-        (expected,), (found,) = (ReferenceEvaluator(str(report.path)).run(None, feed) for report in (full, half))
+        (expected,), (found,) = (
+            ReferenceEvaluator(str(report.path)).run(None, feed) for report in (full, half)
+        )
         assert noise_db(expected, found) < -30
 
     @needs_rtx
     def test_same_int8_layers_in_tensorrt_rtx(self, exported):
         _, _, full, half = exported
         before, after = (build_engine(report.path, backend="rtx") for report in (full, half))
-        layers = [[(layer.node, layer.int8) for layer in report.layers] for report in (before, after)]
+        layers = [
+            [(layer.node, layer.int8) for layer in report.layers] for report in (before, after)
+        ]
         assert layers[0] == layers[1]
         assert before.missing_int8 == after.missing_int8 == []
 
@@ -504,7 +577,9 @@ class TestExport:
             path = export_onnx(model, x, tmp_path / f"{precision}.onnx", precision=precision).path
             shape = {kind: tuple(x.shape) for kind in ("min", "opt", "max")}
             plan = build_plan(find_backend("rtx"), path, {"x": shape}, 89)
-            types.append([{*k.input_types, *k.constant_types, *k.output_types} for k in plan.kernels])
+            types.append(
+                [{*k.input_types, *k.constant_types, *k.output_types} for k in plan.kernels]
+            )
         assert not any("Half" in kernel for kernel in types[0])
         # the input's own Q reads float32; int8 convolutions of TensorRT-RTX write it, whatever the file says
         assert sum("Half" in kernel for kernel in types[1]) >= 3
@@ -538,14 +613,21 @@ class TestExport:
         _, _, _, half = exported
         lines = half.precision.format_table().splitlines()
         assert lines[0].startswith("fp16 against fp32 on 2 example inputs: SQNR ")
-        assert lines[1] == f"{len(half.precision.kept)} nodes stay in fp32, {half.precision.casts} Casts"
+        assert (
+            lines[1]
+            == f"{len(half.precision.kept)} nodes stay in fp32, {half.precision.casts} Casts"
+        )
 
     @pytest.mark.parametrize(
         ("options", "error", "words"),
         [
             ({"precision": "fp8"}, ArgumentError, "'fp8'"),
             ({"precision": "fp16", "opset": 18}, ExportError, "the lowest that has is 19"),
-            ({"precision": "bf16"}, ExportError, "stem/Conv, conv/Conv; the lowest opset that has is 22"),
+            (
+                {"precision": "bf16"},
+                ExportError,
+                "stem/Conv, conv/Conv; the lowest opset that has is 22",
+            ),
         ],
     )
     def test_refused(self, tmp_path, options, error, words):
@@ -563,7 +645,9 @@ def test_resnet50(tmp_path):
     fold_batchnorm(model, x)
     swap_modules(model, x)
     calibrate_model(model, [x], method="max")
-    full, half = (export_onnx(model, x, tmp_path / f"{p}.onnx", precision=p) for p in ("fp32", "fp16"))
+    full, half = (
+        export_onnx(model, x, tmp_path / f"{p}.onnx", precision=p) for p in ("fp32", "fp16")
+    )
     assert half.precision.kept == ()
     assert half.precision.casts == 1  # at the end; the input enters through its Q
     assert half.precision.parity.sqnr_db > 30

@@ -14,13 +14,23 @@ from qdq.quantizer import fake_quantize
 
 class Conv(nn.Sequential):
     def __init__(self):
-        super().__init__(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        super().__init__(
+            nn.Conv2d(3, 8, 3),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, groups=2),
+            nn.ReLU(),
+            nn.Conv2d(8, 4, 1),
+        )
 
 
 class Transposed(nn.Sequential):
     def __init__(self):
         super().__init__(
-            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 4, 1)
+            nn.Conv2d(3, 8, 3),
+            nn.ReLU(),
+            nn.ConvTranspose2d(8, 8, 3, groups=2),
+            nn.ReLU(),
+            nn.Conv2d(8, 4, 1),
         )
 
 
@@ -74,7 +84,9 @@ def require_torch_numbers(path, model, batch, step):
         error = np.abs(predict(path, [batch], session=session) - expected)
         assert error.max() < step
         assert np.median(error) < 1e-6
-    assert not [finding for finding in check_onnx(path).findings if finding.rule in ("QDQ101", "QDQ140")]
+    assert not [
+        finding for finding in check_onnx(path).findings if finding.rule in ("QDQ101", "QDQ140")
+    ]
 
 
 @pytest.mark.parametrize("weights", ["int8", "float"])
@@ -146,9 +158,13 @@ def test_a_weight_with_two_readers_keeps_its_numbers_for_the_other(tmp_path):
     assert graph_pass.removed_dq == -1
     ir.save(model, tmp_path / "after.onnx")
     x = np.random.default_rng(0).normal(size=(2, 2, 4, 4)).astype(np.float32)
-    for before, after in zip(*(OnnxModel(tmp_path / f"{name}.onnx")(x) for name in ("before", "after")), strict=True):
+    for before, after in zip(
+        *(OnnxModel(tmp_path / f"{name}.onnx")(x) for name in ("before", "after")), strict=True
+    ):
         np.testing.assert_allclose(after, before, atol=1e-7)
-    scales = [model.graph.node(name).inputs[1].const_value.numpy() for name in ("w", "w_for_second")]
+    scales = [
+        model.graph.node(name).inputs[1].const_value.numpy() for name in ("w", "w_for_second")
+    ]
     np.testing.assert_array_equal(scales[0], np.float32([0.01, 0.02]))
     assert (scales[1] * 1e-20 * 2.0**30 >= np.array([0.1, 0.7]) * 0.999).all()
 
@@ -172,5 +188,9 @@ def test_sound_scales_stay(tmp_path):
     path = export_onnx(model, batch, tmp_path / "model.onnx").path
     for name, layer in model.named_modules():
         if hasattr(layer, "_weight_quantizer"):
-            stored = ir.load(path).graph.initializers[f"{name}._weight_quantizer.scale"].const_value.numpy()
+            stored = (
+                ir.load(path)
+                .graph.initializers[f"{name}._weight_quantizer.scale"]
+                .const_value.numpy()
+            )
             np.testing.assert_array_equal(stored, layer._weight_quantizer.scale.flatten().numpy())

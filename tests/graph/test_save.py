@@ -17,10 +17,14 @@ from qdq.graph.save import save_model
 @pytest.fixture
 def model():
     random = np.random.default_rng(0)
-    model = read("g (float[2,40] x, float[40,40] w, float[40,40] v) => (y) { c = MatMul (x, w) y = MatMul (c, v) }")
+    model = read(
+        "g (float[2,40] x, float[40,40] w, float[40,40] v) => (y) { c = MatMul (x, w) y = MatMul (c, v) }"
+    )
     for value in list(model.graph.inputs)[1:]:
         model.graph.inputs.remove(value)
-        value.const_value = ir.tensor(random.normal(size=(40, 40)).astype(np.float32), name=value.name)
+        value.const_value = ir.tensor(
+            random.normal(size=(40, 40)).astype(np.float32), name=value.name
+        )
         model.graph.register_initializer(value)
     return model
 
@@ -39,7 +43,10 @@ def test_one_file_below_the_limit(model, tmp_path):
 def test_the_bytes_are_those_of_protobuf(model, tmp_path):
     for names in ([], ["more", "scale"]):
         for name in names:
-            value = ir.val(name, const_value=ir.tensor(np.arange(300 if name == "more" else 3, dtype=np.float32)))
+            value = ir.val(
+                name,
+                const_value=ir.tensor(np.arange(300 if name == "more" else 3, dtype=np.float32)),
+            )
             model.graph.register_initializer(value)
         model.metadata_props["about"] = "a model"
         model.graph.doc_string = "a graph"
@@ -83,7 +90,9 @@ def test_weights_beside_the_model_above_it(model, tmp_path, small_limit, monkeyp
     assert sorted(os.listdir(tmp_path)) == ["model.onnx", "model.onnx.data"]
     assert written == sum(file.stat().st_size for file in tmp_path.iterdir())
     assert path.stat().st_size < 1000
-    assert all(isinstance(value.const_value, ir.Tensor) for value in model.graph.initializers.values())
+    assert all(
+        isinstance(value.const_value, ir.Tensor) for value in model.graph.initializers.values()
+    )
 
     one = tmp_path / "one" / "model.onnx"
     monkeypatch.undo()
@@ -116,7 +125,9 @@ def test_an_export_that_dies_leaves_no_half(model, tmp_path, small_limit, monkey
         monkeypatch.setattr(save.os, "replace", die)
     else:
         real = save.write_atomic
-        monkeypatch.setattr(save, "write_atomic", lambda target, c: die() if target == path else real(target, c))
+        monkeypatch.setattr(
+            save, "write_atomic", lambda target, c: die() if target == path else real(target, c)
+        )
     with pytest.raises(KeyboardInterrupt):
         save_model(model, path)
     assert not path.exists()

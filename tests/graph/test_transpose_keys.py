@@ -25,8 +25,14 @@ def test_keys_are_transposed_with_the_heads_joined():
     ("text", "left"),
     [
         (GRAPH, ["Reshape", "Transpose", "Reshape", "Mul", "MatMul"]),  # an open batch
-        (GRAPH.replace("3,7,8", "3,M,8").replace("7,7", "M,M"), ["Transpose", "MatMul"]),  # an open length
-        (GRAPH.replace("[0, 1, 3, 2]", "[0, 2, 1, 3]").replace("3,7,8] k", "8,3,7] k"), ["Transpose", "MatMul"]),
+        (
+            GRAPH.replace("3,7,8", "3,M,8").replace("7,7", "M,M"),
+            ["Transpose", "MatMul"],
+        ),  # an open length
+        (
+            GRAPH.replace("[0, 1, 3, 2]", "[0, 2, 1, 3]").replace("3,7,8] k", "8,3,7] k"),
+            ["Transpose", "MatMul"],
+        ),
     ],
 )
 def test_what_is_rewritten(text, left):

@@ -48,7 +48,11 @@ def brute_entropy(counts, width, fmt, start_bin=128):
             continue
         p, q = reference / reference.sum(), candidate / candidate.sum()
         positive = p > 0
-        divergence = np.inf if np.any(q[positive] == 0) else np.sum(p[positive] * np.log(p[positive] / q[positive]))
+        divergence = (
+            np.inf
+            if np.any(q[positive] == 0)
+            else np.sum(p[positive] * np.log(p[positive] / q[positive]))
+        )
         if divergence <= best * (1 + 1e-12):
             best, edge = min(best, divergence), i
     return edge * width
@@ -90,21 +94,33 @@ def test_mse_equals_brute_force(kind, fmt):
     expected, errors = brute_mse(counts, width, fmt)
     found = solve_mse(counts, width, fmt)
     assert errors[round(found / width - 0.5) - 128] <= min(errors) * (1 + 1e-9)
-    assert abs(found - expected) <= width * 1.001 or errors[round(found / width - 0.5) - 128] == min(errors)
+    assert abs(found - expected) <= width * 1.001 or errors[
+        round(found / width - 0.5) - 128
+    ] == min(errors)
 
 
-@pytest.mark.parametrize("fmt", [Format(), Format(4), Format(8, unsigned=True), Format(12)], ids=str)
+@pytest.mark.parametrize(
+    "fmt", [Format(), Format(4), Format(8, unsigned=True), Format(12)], ids=str
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_entropy_equals_brute_force(kind, fmt):
     counts, width = histogram_of(samples(kind), 512)
-    assert solve_entropy(counts, width, fmt) == pytest.approx(brute_entropy(counts, width, fmt), abs=width * 1.001)
+    assert solve_entropy(counts, width, fmt) == pytest.approx(
+        brute_entropy(counts, width, fmt), abs=width * 1.001
+    )
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 1000), min_size=140, max_size=260).filter(lambda counts: sum(counts[1:]) > 0))
+@given(
+    st.lists(st.integers(0, 1000), min_size=140, max_size=260).filter(
+        lambda counts: sum(counts[1:]) > 0
+    )
+)
 def test_solvers_on_any_counts(counts):
     counts = np.array(counts)
-    assert solve_entropy(counts, 1.0, Format()) == pytest.approx(brute_entropy(counts, 1.0, Format()), abs=1.001)
+    assert solve_entropy(counts, 1.0, Format()) == pytest.approx(
+        brute_entropy(counts, 1.0, Format()), abs=1.001
+    )
     _, errors = brute_mse(counts, 1.0, Format())
     assert errors[int(solve_mse(counts, 1.0, Format()) - 0.5) - 128] <= min(errors) * (1 + 1e-9)
 
@@ -143,7 +159,9 @@ def test_entropy_of_500_random_histograms():
         assert solve_entropy(counts, 0.25, fmt, start_bin=start) == expected, (case, counts)
 
 
-@pytest.mark.parametrize("fmt", [Format(), Format(3), Format(8, unsigned=True), Format(6, unsigned=True)], ids=str)
+@pytest.mark.parametrize(
+    "fmt", [Format(), Format(3), Format(8, unsigned=True), Format(6, unsigned=True)], ids=str
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_mse_of_statistics_is_the_best_for_the_values(kind, fmt):
     """No range on a fine grid quantizes the data itself with less than 99 % of the error."""
@@ -155,13 +173,19 @@ def test_mse_of_statistics_is_the_best_for_the_values(kind, fmt):
         return np.sum((np.clip(np.rint(data / scale), -fmt.qmax, fmt.qmax) * scale - data) ** 2)
 
     found = solve_amax(statistics_of(data), fmt, "mse")
-    assert error(found) <= 1.01 * min(map(error, np.linspace(np.abs(data).max() / 400, np.abs(data).max(), 400)))
+    assert error(found) <= 1.01 * min(
+        map(error, np.linspace(np.abs(data).max() / 400, np.abs(data).max(), 400))
+    )
 
 
 def test_laplace_and_gauss_are_those_of_the_paper():
     """Banner et al. 2019, section 3.1: best amax for 2, 3, 4 bits with 2^bits levels."""
-    assert [laplace_ratio(2 ** (bits - 1)) for bits in (2, 3, 4)] == pytest.approx([2.83, 3.89, 5.03], abs=0.01)
-    assert [gauss_ratio(2 ** (bits - 1)) for bits in (2, 3, 4)] == pytest.approx([1.71, 2.15, 2.55], abs=0.01)
+    assert [laplace_ratio(2 ** (bits - 1)) for bits in (2, 3, 4)] == pytest.approx(
+        [2.83, 3.89, 5.03], abs=0.01
+    )
+    assert [gauss_ratio(2 ** (bits - 1)) for bits in (2, 3, 4)] == pytest.approx(
+        [1.71, 2.15, 2.55], abs=0.01
+    )
 
 
 @pytest.mark.parametrize("qmax", [1, 7, 127, 32767])
@@ -185,7 +209,12 @@ def test_laplace_and_gauss_minimize_the_integral(qmax):
 @pytest.mark.parametrize("method", SOLVERS)
 def test_every_method_and_width(method, num_bits, unsigned):
     fmt = Format(num_bits, unsigned)
-    for data in (torch.randn(500), torch.full((5,), 0.3), torch.tensor([0.0, 0.0, 1e-30]), torch.tensor([1e30, 1e-3])):
+    for data in (
+        torch.randn(500),
+        torch.full((5,), 0.3),
+        torch.tensor([0.0, 0.0, 1e-30]),
+        torch.tensor([1e30, 1e-3]),
+    ):
         amax = solve_amax(statistics_of(data), fmt, method)
         largest = float(data.max() if unsigned else data.abs().max())
         assert 0 < amax <= largest
@@ -200,12 +229,19 @@ def test_nothing_to_solve(method):
 
 
 def test_moments_and_maxima():
-    batches = [torch.tensor([1.0, -2.0, 0.5, 0.25]), torch.tensor([8.0, 1.0, 0.0, 0.0]), torch.tensor([4.0, 0.0])]
+    batches = [
+        torch.tensor([1.0, -2.0, 0.5, 0.25]),
+        torch.tensor([8.0, 1.0, 0.0, 0.0]),
+        torch.tensor([4.0, 0.0]),
+    ]
     found = statistics_of(*batches)
     values = torch.cat(batches).double()
     assert solve_amax(found, Format(), "max") == 8
     assert solve_amax(found, Format(), "average_max") == pytest.approx((2 + 8 + 4) / 3)
-    assert solve_amax(found, Format(), "moving_average", weight=0.5) == 0.5 * (0.5 * 2 + 0.5 * 8) + 0.5 * 4
+    assert (
+        solve_amax(found, Format(), "moving_average", weight=0.5)
+        == 0.5 * (0.5 * 2 + 0.5 * 8) + 0.5 * 4
+    )
     expected = values.mean() + 1.5 * values.std(correction=0)
     assert solve_amax(found, Format(), "mean_std", num_std=1.5) == pytest.approx(expected.item())
     assert solve_amax(found, Format(), "mean_std") == 8  # cut to the largest value
@@ -224,7 +260,9 @@ def test_unsigned_formats_do_not_see_negative_values():
     data = torch.cat([torch.rand(5000), torch.full((2000,), -0.9)])
     fmt = Format(8, unsigned=True)
     for method in ("percentile", "entropy", "mse"):
-        assert solve_amax(statistics_of(data), fmt, method) == solve_amax(statistics_of(data[data >= 0]), fmt, method)
+        assert solve_amax(statistics_of(data), fmt, method) == solve_amax(
+            statistics_of(data[data >= 0]), fmt, method
+        )
 
 
 def test_options():
@@ -270,7 +308,9 @@ def test_unsigned_maxima_are_of_the_values_above_zero():
     assert solve_amax(found, unsigned, "moving_average") == pytest.approx(1.63)
 
 
-@pytest.mark.parametrize("data", [1 + torch.rand(10_000), torch.full((100,), 3.0)], ids=["away from 0", "constant"])
+@pytest.mark.parametrize(
+    "data", [1 + torch.rand(10_000), torch.full((100,), 3.0)], ids=["away from 0", "constant"]
+)
 def test_entropy_does_not_clip_everything(data):
     found = statistics_of(data)
     assert found.clipped_share(solve_amax(found, Format(), "entropy")) <= 0.5

@@ -13,7 +13,13 @@ from qdq.formats import Format
 from qdq.observers import collector as collector_module
 from qdq.observers import summarize
 from qdq.observers.collector import TensorCollector, TensorReader
-from qdq.observers.statistics import LEAST_EXPONENT, NUM_BINS, TensorStatistics, coarsen, exponent_of
+from qdq.observers.statistics import (
+    LEAST_EXPONENT,
+    NUM_BINS,
+    TensorStatistics,
+    coarsen,
+    exponent_of,
+)
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -48,7 +54,19 @@ def assert_same(one, two):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape", [(), (1,), (7,), (3, 5), (2, 3, 4), (2, 3, 5, 5), (2, 8, 130, 131), (3, 40000), (2, 3, 2, 2, 2)], ids=str
+    "shape",
+    [
+        (),
+        (1,),
+        (7,),
+        (3, 5),
+        (2, 3, 4),
+        (2, 3, 5, 5),
+        (2, 8, 130, 131),
+        (3, 40000),
+        (2, 3, 2, 2, 2),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("relu", [False, True])
 def test_equals_numpy(shape, dtype, relu):
@@ -59,17 +77,25 @@ def test_equals_numpy(shape, dtype, relu):
     counts, exponent = reference_counts(values)
     assert found.exponent == exponent
     assert np.array_equal(found.counts, counts)
-    assert (found.low, found.high, found.absmax) == (values.min(), values.max(), np.abs(values).max())
+    assert (found.low, found.high, found.absmax) == (
+        values.min(),
+        values.max(),
+        np.abs(values).max(),
+    )
     assert (found.count, found.zeros) == (values.size, int((values == 0).sum()))
     assert found.mean == pytest.approx(values.mean(), abs=1e-7 * np.abs(values).mean())
     assert found.std == pytest.approx(values.std(), rel=1e-6, abs=1e-7 * np.abs(values).max())
     nonzero = values[values != 0]
     assert found.laplace_b == pytest.approx(np.abs(nonzero).mean() if nonzero.size else 0, rel=1e-6)
-    assert found.gauss_sigma == pytest.approx(np.sqrt((nonzero**2).mean()) if nonzero.size else 0, rel=1e-6)
+    assert found.gauss_sigma == pytest.approx(
+        np.sqrt((nonzero**2).mean()) if nonzero.size else 0, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("axis", [None, 0, 1, 2, 3, -1])
-@pytest.mark.parametrize("layout", ["rows", "channels last", "transposed", "every second", "expanded"])
+@pytest.mark.parametrize(
+    "layout", ["rows", "channels last", "transposed", "every second", "expanded"]
+)
 def test_channels_in_any_layout(layout, axis):
     data = torch.randn(3, 6, 7, 5)
     data = {
@@ -87,7 +113,9 @@ def test_channels_in_any_layout(layout, axis):
     assert np.array_equal(reference_counts(data.numpy().ravel())[0], found.counts)
 
 
-@pytest.mark.parametrize(("shape", "kept"), [((4, 9), 1), ((2, 4, 9), 2), ((2, 3, 4, 5), 1), ((2, 3, 4, 5, 2), 1)])
+@pytest.mark.parametrize(
+    ("shape", "kept"), [((4, 9), 1), ((2, 4, 9), 2), ((2, 3, 4, 5), 1), ((2, 3, 4, 5, 2), 1)]
+)
 def test_channels_by_default(shape, kept):
     data = torch.randn(shape)
     expected = data.abs().amax([dim for dim in range(len(shape)) if dim != kept], keepdim=True)
@@ -123,7 +151,11 @@ EXTREMES = [
 ]
 BATCHES = st.lists(
     st.lists(
-        st.one_of(st.sampled_from(EXTREMES), st.floats(-1e3, 1e3, width=32), st.floats(width=32, allow_nan=False)),
+        st.one_of(
+            st.sampled_from(EXTREMES),
+            st.floats(-1e3, 1e3, width=32),
+            st.floats(width=32, allow_nan=False),
+        ),
         max_size=12,
     ).map(lambda values: [value for value in values if math.isfinite(value)]),
     min_size=1,
@@ -136,8 +168,10 @@ BATCHES = st.lists(
 def test_parts_in_any_order_are_one_pass(batches, cut, random):
     tensors = [torch.tensor(batch, dtype=torch.float32) for batch in batches]
     whole = collect(tensors)
-    halves = [collect(part, list(range(start, start + len(part))))
-              for start, part in ((0, tensors[:cut]), (cut, tensors[cut:]))]  # fmt: skip
+    halves = [
+        collect(part, list(range(start, start + len(part))))
+        for start, part in ((0, tensors[:cut]), (cut, tensors[cut:]))
+    ]
     assert_same(halves[0].merge(halves[1]), whole)
     assert_same(halves[1].merge(halves[0]), whole)
     order = list(range(len(tensors)))
@@ -168,7 +202,9 @@ def test_arithmetic_of_devices_is_that_of_the_cpu(dtype, relu, monkeypatch):
     assert found.exponent == expected.exponent
     assert np.array_equal(found.counts, expected.counts)
     assert np.array_equal(found.channel_absmax, expected.channel_absmax)
-    np.testing.assert_allclose(found.records, expected.records, rtol=1e-6, atol=1e-6 * expected.absmax)
+    np.testing.assert_allclose(
+        found.records, expected.records, rtol=1e-6, atol=1e-6 * expected.absmax
+    )
 
 
 @pytest.mark.gpu
@@ -187,7 +223,9 @@ def test_gpu(dtype):
     found = collector.statistics()
     assert found.exponent == expected.exponent
     assert np.array_equal(found.counts, expected.counts)
-    np.testing.assert_allclose(found.records, expected.records, rtol=1e-6, atol=1e-6 * expected.absmax)
+    np.testing.assert_allclose(
+        found.records, expected.records, rtol=1e-6, atol=1e-6 * expected.absmax
+    )
 
 
 @pytest.mark.gpu
@@ -197,13 +235,17 @@ def test_gpu_reports_defects_at_the_end():
     for number, value in enumerate((1.0, math.nan, 1.0)):
         collector.batch = number
         collector.collect(torch.tensor([0.0, 2.0, value], device="cuda"))
-    with pytest.raises(CalibrationError, match="batch 1: 1 of 3 values are NaN or Inf, the first at flat index 2;"):
+    with pytest.raises(
+        CalibrationError, match="batch 1: 1 of 3 values are NaN or Inf, the first at flat index 2;"
+    ):
         collector.statistics()
 
 
 def test_a_tensor_is_read_again_once_it_has_changed(monkeypatch):
     read = []
-    monkeypatch.setattr(collector_module, "summarize", lambda *given: read.append(1) or summarize.summarize(*given))
+    monkeypatch.setattr(
+        collector_module, "summarize", lambda *given: read.append(1) or summarize.summarize(*given)
+    )
     reader, data = TensorReader(), torch.randn(2, 3, 4, 4)
     one, two = TensorCollector(reader=reader), TensorCollector(reader=reader)
     one.collect(data)
@@ -295,7 +337,8 @@ def test_not_finite_is_counted_and_located(bad, dtype):
         collector.collect(torch.ones(1, 3, 2, 2))
         before = collector.statistics()
         with pytest.raises(
-            CalibrationError, match=f"2 of 135000 values are NaN or Inf, the first at flat index {first};"
+            CalibrationError,
+            match=f"2 of 135000 values are NaN or Inf, the first at flat index {first};",
         ):
             collector.collect(layout)
         assert_same(before, collector.statistics())
@@ -321,7 +364,9 @@ def test_same_batches_twice_are_no_merge():
 def test_arrays_and_back():
     found = collect([torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)])
     assert_same(TensorStatistics.from_arrays(found.to_arrays()), found)
-    assert_same(TensorStatistics.from_arrays(TensorStatistics.empty().to_arrays()), TensorStatistics.empty())
+    assert_same(
+        TensorStatistics.from_arrays(TensorStatistics.empty().to_arrays()), TensorStatistics.empty()
+    )
     for name, wrong in [
         ("counts", np.zeros((2, 5), np.int64)),
         ("counts", found.counts * 2),
@@ -334,7 +379,9 @@ def test_arrays_and_back():
         with pytest.raises(ArgumentError, match="no statistics"):
             TensorStatistics.from_arrays(found.to_arrays() | {name: wrong})
     with pytest.raises(ArgumentError, match="records is missing"):
-        TensorStatistics.from_arrays({name: a for name, a in found.to_arrays().items() if name != "records"})
+        TensorStatistics.from_arrays(
+            {name: a for name, a in found.to_arrays().items() if name != "records"}
+        )
 
 
 def test_coarsen():
@@ -362,7 +409,9 @@ def test_histogram_before_data():
     assert counts.sum() == 0
 
 
-@pytest.mark.parametrize("fmt", [Format(), Format(4), Format(8, unsigned=True), Format(8, narrow_range=True)], ids=str)
+@pytest.mark.parametrize(
+    "fmt", [Format(), Format(4), Format(8, unsigned=True), Format(8, narrow_range=True)], ids=str
+)
 @pytest.mark.parametrize("share", [0.2, 0.7, 1.0])
 def test_error_of_rounding_from_the_histogram(fmt, share):
     data = torch.cat([torch.randn(20_000), torch.zeros(5_000)]).double()

@@ -97,7 +97,9 @@ def save_in_first(*_):
 
 def live_batchnorm(**options):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3)
+    ).eval()
     qdq.swap_modules(model)
     qdq.calibrate_model(model, BATCHES[:1])
     return tune(model, schedule=qdq.Schedule(steps=4), **options)
@@ -108,21 +110,33 @@ def cases():
     yield "other weights", lambda: tune(changed(lambda model: model[0].weight.mul_(2)))
     yield "other range", lambda: tune(changed(lambda model: model[0].input_quantizer.amax.mul_(2)))
     yield "a layer off", lambda: tune(changed(lambda model: model[0]._input_quantizer.disable()))
-    yield "other options", lambda: tune(schedule=qdq.Schedule(steps=10, lr=only_second(1e-4, 1e-3)), amp=RANK == 1)
+    yield (
+        "other options",
+        lambda: tune(schedule=qdq.Schedule(steps=10, lr=only_second(1e-4, 1e-3)), amp=RANK == 1),
+    )
     yield "other batches", lambda: tune(batches=BATCHES[RANK:])
     yield "other length", lambda: tune(batches=BATCHES[: 5 - RANK], schedule=qdq.Schedule())
     yield "held in one", lambda: tune(held=only_second(BATCHES[:1]))
-    yield "no range", lambda: tune(changed(lambda model: model[0]._input_quantizer._buffers.pop("_amax")))
+    yield (
+        "no range",
+        lambda: tune(changed(lambda model: model[0]._input_quantizer._buffers.pop("_amax"))),
+    )
     yield "folder", lambda: tune(folder=only_second(FOLDER / "run", Path("/dev/null/run")))
     yield (
         "metric of rank",
-        lambda: tune(metric=metric_of_rank(), measure_every=1, schedule=qdq.Schedule(steps=10, lr=1e-3, patience=3)),
+        lambda: tune(
+            metric=metric_of_rank(),
+            measure_every=1,
+            schedule=qdq.Schedule(steps=10, lr=1e-3, patience=3),
+        ),
     )
     yield "metric fails", lambda: tune(metric=raises_in_second)
     yield "loader fails", lambda: tune(batches=Breaking(3))
     yield (
         "loader of the first fails as ranges stop",
-        lambda: tune(batches=Breaking(8, rank=0), ranges="lsq", schedule=qdq.Schedule(steps=10, lr=1e-3)),
+        lambda: tune(
+            batches=Breaking(8, rank=0), ranges="lsq", schedule=qdq.Schedule(steps=10, lr=1e-3)
+        ),
     )
     yield "loss fails", lambda: tune(loss=raises_in_second)
     yield "nan", lambda: tune(batches=broken_share())
@@ -132,7 +146,10 @@ def cases():
     yield "live batchnorm", live_batchnorm
     yield "learned ranges", lambda: tune(batches=UNEVEN, ranges="lsq", schedule=LEARNING)
     yield "switched", lambda: tune(*make_switched(), loss=mean_square, distillation=None)
-    yield "ranges that follow", lambda: tune(batches=[(1 + n) * batch for n, batch in enumerate(BATCHES)], ranges="ema")
+    yield (
+        "ranges that follow",
+        lambda: tune(batches=[(1 + n) * batch for n, batch in enumerate(BATCHES)], ranges="ema"),
+    )
 
 
 def main():
@@ -141,7 +158,9 @@ def main():
     with joined_group():
         for name, case in cases():
             found[name] = run_case(name, case)
-            assert len(set(gather_bytes(name.encode()))) == 1  # both are at the same place, and can still speak
+            assert (
+                len(set(gather_bytes(name.encode()))) == 1
+            )  # both are at the same place, and can still speak
     Path(f"{sys.argv[1]}.{RANK}").write_text(json.dumps(found))
 
 

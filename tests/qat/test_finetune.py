@@ -103,8 +103,18 @@ def test_ranges_change_where_that_is_asked_for(quantized, method):
 
 def test_training_only_ranges_keeps_the_weights(quantized):
     before = state_of(quantized)
-    finetune(quantized, make_batches(), schedule=Schedule(steps=10, range_lr=1e-2), ranges="lsq", train="ranges")
-    changed = {name for name, tensor in state_of(quantized).items() if not torch.equal(tensor, before[name])}
+    finetune(
+        quantized,
+        make_batches(),
+        schedule=Schedule(steps=10, range_lr=1e-2),
+        ranges="lsq",
+        train="ranges",
+    )
+    changed = {
+        name
+        for name, tensor in state_of(quantized).items()
+        if not torch.equal(tensor, before[name])
+    }
     assert changed
     assert all(name.endswith("_amax") for name in changed)
 
@@ -112,7 +122,11 @@ def test_training_only_ranges_keeps_the_weights(quantized):
 def test_training_named_layers_keeps_the_others(quantized):
     before = state_of(quantized)
     finetune(quantized, make_batches(), schedule=FAST, layers=["head", "stem"])
-    changed = {name for name, tensor in state_of(quantized).items() if not torch.equal(tensor, before[name])}
+    changed = {
+        name
+        for name, tensor in state_of(quantized).items()
+        if not torch.equal(tensor, before[name])
+    }
     assert changed == {"stem.weight", "stem.bias", "head.weight", "head.bias"}
 
 
@@ -121,14 +135,23 @@ def test_training_only_batchnorm_changes_its_statistics(residual, images):
     qdq.calibrate_model(residual, [images])
     before = state_of(residual)
     finetune(residual, make_batches(), schedule=Schedule(steps=4), train="batchnorm")
-    changed = {name for name, tensor in state_of(residual).items() if not torch.equal(tensor, before[name])}
+    changed = {
+        name for name, tensor in state_of(residual).items() if not torch.equal(tensor, before[name])
+    }
     assert changed == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
 
 
 def changed_by(model, **options):
     before = state_of(model)
-    finetune(model, [3 * batch for batch in make_batches()], schedule=Schedule(steps=4, lr=1e-3), **options)
-    return {name for name, tensor in state_of(model).items() if not torch.equal(tensor, before[name])}
+    finetune(
+        model,
+        [3 * batch for batch in make_batches()],
+        schedule=Schedule(steps=4, lr=1e-3),
+        **options,
+    )
+    return {
+        name for name, tensor in state_of(model).items() if not torch.equal(tensor, before[name])
+    }
 
 
 @pytest.mark.parametrize("method", ["lsq", "pact", "ema"])
@@ -137,7 +160,10 @@ def test_what_is_trained_does_not_change_the_rest(residual, images, method):
     qdq.calibrate_model(residual, [images])
     statistics = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
     assert changed_by(copy.deepcopy(residual), ranges=method, train="batchnorm") == statistics
-    assert all(name.startswith("head.") for name in changed_by(copy.deepcopy(residual), ranges=method, layers=["head"]))
+    assert all(
+        name.startswith("head.")
+        for name in changed_by(copy.deepcopy(residual), ranges=method, layers=["head"])
+    )
     if method != "ema":
         changed = changed_by(copy.deepcopy(residual), ranges=method, train="ranges")
         assert changed
@@ -165,7 +191,9 @@ def test_quantization_grows_layer_by_layer(quantized):
 
     def look(*_):
         if torch.is_grad_enabled():
-            on.append([name for name, layer in layers.items() if not layer._weight_quantizer._disabled])
+            on.append(
+                [name for name, layer in layers.items() if not layer._weight_quantizer._disabled]
+            )
 
     quantized.register_forward_pre_hook(look)
     finetune(quantized, make_batches(), schedule=Schedule(steps=8, grow=0.5))
@@ -189,7 +217,13 @@ def test_quantization_grows_in_the_order_in_which_layers_run():
 
     def look(*_):
         if torch.is_grad_enabled():
-            on.append({name for name, layer in model.named_children() if not layer._weight_quantizer._disabled})
+            on.append(
+                {
+                    name
+                    for name, layer in model.named_children()
+                    if not layer._weight_quantizer._disabled
+                }
+            )
 
     model.register_forward_pre_hook(look)
     finetune(model, [inputs], schedule=Schedule(steps=3, grow=1.0))
@@ -201,22 +235,37 @@ def test_features_are_compared_where_that_is_asked_for(four_bits):
     qdq.restore_modules(teacher)
     batches, before = make_batches(), state_of(four_bits)
     with torch.no_grad():
-        found, expected = (model.stem(batches[0]).double().flatten(1) for model in (four_bits, teacher))
+        found, expected = (
+            model.stem(batches[0]).double().flatten(1) for model in (four_bits, teacher)
+        )
     error = ((found - expected).square().sum(1) / expected.square().sum(1)).mean()
     distillation = Distillation(mse=0, kl=0, features=2, layers=["st*"])
     tuning = finetune(four_bits, batches, distillation=distillation, teacher=teacher, schedule=FAST)
     assert tuning.losses[0] == pytest.approx(2 * float(error), rel=1e-5)
-    changed = {name for name, tensor in state_of(four_bits).items() if not torch.equal(tensor, before[name])}
+    changed = {
+        name
+        for name, tensor in state_of(four_bits).items()
+        if not torch.equal(tensor, before[name])
+    }
     assert changed == {"stem.weight", "stem.bias"}
     with pytest.raises(ArgumentError, match="no module fits the layers"):
-        finetune(four_bits, make_batches(1), distillation=Distillation(features=1, layers=["nothing"]))
+        finetune(
+            four_bits, make_batches(1), distillation=Distillation(features=1, layers=["nothing"])
+        )
     lists = nn.ModuleDict(
-        {"a": nn.ModuleList([nn.Conv2d(16, 16, 1)]), "b": nn.Sequential(nn.Linear(16, 16), nn.ReLU())}
+        {
+            "a": nn.ModuleList([nn.Conv2d(16, 16, 1)]),
+            "b": nn.Sequential(nn.Linear(16, 16), nn.ReLU()),
+        }
     )
     qdq.swap_modules(lists)
     assert _find_layers(lists, []) == ["a.0", "b.0"]
     blocks = nn.ModuleDict(
-        {"stage": nn.ModuleList([nn.ModuleList([nn.Conv2d(16, 16, 1)]), nn.Sequential(nn.Conv2d(16, 16, 1))])}
+        {
+            "stage": nn.ModuleList(
+                [nn.ModuleList([nn.Conv2d(16, 16, 1)]), nn.Sequential(nn.Conv2d(16, 16, 1))]
+            )
+        }
     )
     qdq.swap_modules(blocks)
     assert _find_layers(blocks, []) == ["stage.0.0", "stage.1"]
@@ -228,19 +277,32 @@ def test_features_are_compared_where_that_is_asked_for(four_bits):
 
 def test_labels(quantized):
     batches = [(images, torch.arange(8)) for images in make_batches(1)]
-    tuning = finetune(quantized, batches, loss=cross_entropy, distillation=None, schedule=Schedule(steps=60, lr=1e-2))
+    tuning = finetune(
+        quantized,
+        batches,
+        loss=cross_entropy,
+        distillation=None,
+        schedule=Schedule(steps=60, lr=1e-2),
+    )
     assert tuning.losses[-1] < tuning.losses[0] - 0.5
 
 
 def test_with_labels_the_best_is_what_has_the_smallest_loss(quantized):
     batches = [(images, torch.arange(8)) for images in make_batches(1)]
-    held = [(images, torch.arange(len(images))) for images in (make_batches(1)[0], make_batches(1, 3, seed=2)[0])]
+    held = [
+        (images, torch.arange(len(images)))
+        for images in (make_batches(1)[0], make_batches(1, 3, seed=2)[0])
+    ]
     options = {"loss": cross_entropy, "distillation": None, "schedule": Schedule(steps=60, lr=1e-2)}
     tuning = finetune(quantized, batches, held=held, **options)
     with torch.no_grad():
-        losses = [float(nn.functional.cross_entropy(quantized(images), labels)) for images, labels in held]
+        losses = [
+            float(nn.functional.cross_entropy(quantized(images), labels)) for images, labels in held
+        ]
     assert tuning.curve[-1].metric > tuning.curve[0].metric
-    assert max(m.metric for m in tuning.curve) == pytest.approx(-(8 * losses[0] + 3 * losses[1]) / 11, rel=1e-5)
+    assert max(m.metric for m in tuning.curve) == pytest.approx(
+        -(8 * losses[0] + 3 * losses[1]) / 11, rel=1e-5
+    )
     assert tuning.best_step > 0
 
 
@@ -285,7 +347,13 @@ def test_nan_stops_with_the_layer_and_keeps_good_weights(quantized):
 
     quantized.pool = nn.Sequential(quantized.pool, Breaks())
     with pytest.raises(StateError, match=r"loss is nan in step \d; it begins in pool.1") as error:
-        finetune(quantized, batches, schedule=FAST, distillation=Distillation(), teacher=copy.deepcopy(quantized))
+        finetune(
+            quantized,
+            batches,
+            schedule=FAST,
+            distillation=Distillation(),
+            teacher=copy.deepcopy(quantized),
+        )
     assert "learning rate" in error.value.fix
     assert all(torch.isfinite(p).all() for p in quantized.parameters())
 
@@ -310,7 +378,14 @@ def test_weights_in_float16_are_refused(quantized):
 @pytest.mark.parametrize("number", [np.float32(1e-3), np.float64(1e-3)])
 def test_numbers_of_numpy_are_numbers(quantized, number):
     schedule, distillation = Schedule(steps=2, lr=number), Distillation(mse=number)
-    assert len(finetune(quantized, make_batches(1), schedule=schedule, distillation=distillation).losses) == 2
+    assert (
+        len(
+            finetune(
+                quantized, make_batches(1), schedule=schedule, distillation=distillation
+            ).losses
+        )
+        == 2
+    )
 
 
 def test_each_kind_of_parameter_has_its_own_rate(quantized):
@@ -323,7 +398,9 @@ def test_each_kind_of_parameter_has_its_own_rate(quantized):
     for name, rate in (("head.weight", 1e-4), ("head.bias", 1e-3)):
         moved = (quantized.get_parameter(name).detach() - before[name]).abs()
         assert float(moved.max()) == pytest.approx(rate, rel=1e-2)
-    assert float((quantized.stem.input_quantizer.amax / amax).log2().abs()) == pytest.approx(1e-2, rel=1e-2)
+    assert float((quantized.stem.input_quantizer.amax / amax).log2().abs()) == pytest.approx(
+        1e-2, rel=1e-2
+    )
 
 
 @pytest.mark.parametrize("max_norm", [1e-3, 1e9])
@@ -331,14 +408,21 @@ def test_the_gradient_is_clipped(quantized, max_norm, monkeypatch):
     norms, step = [], torch.optim.Adam.step
 
     def look(optimizer, *arguments):
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = [
+            p.grad
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
         norms.append(float(torch.cat([grad.flatten() for grad in grads]).norm()))
         return step(optimizer, *arguments)
 
     monkeypatch.setattr(torch.optim.Adam, "step", look)
     loss = {"loss": lambda outputs, _: outputs.square().mean(), "distillation": None}
     finetune(quantized, make_batches(1), schedule=Schedule(steps=2, max_norm=max_norm), **loss)
-    assert all(norm == pytest.approx(1e-3, rel=1e-3) if max_norm < 1 else norm > 1e-2 for norm in norms)
+    assert all(
+        norm == pytest.approx(1e-3, rel=1e-3) if max_norm < 1 else norm > 1e-2 for norm in norms
+    )
 
 
 def test_ranges_that_quantization_has_not_reached_yet_wait(quantized):
@@ -355,7 +439,9 @@ def test_a_transformer_with_padding():
     class Encoder(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)
+            self.layers = nn.TransformerEncoder(
+                nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2
+            )
 
         def forward(self, x, padding=None):
             return self.layers(x, src_key_padding_mask=padding)
@@ -384,7 +470,11 @@ def test_a_transformer_with_padding():
         ({"measure_every": 1.5}, ArgumentTypeError, "measure_every is 1.5"),
         ({"measure_every": 1}, ArgumentError, "measure_every is given, and there is no metric"),
         ({"loss": "hinge"}, ArgumentError, "loss is 'hinge'"),
-        ({"loss": cross_entropy, "distillation": None, "teacher": nn.Identity()}, ArgumentError, "no distillation"),
+        (
+            {"loss": cross_entropy, "distillation": None, "teacher": nn.Identity()},
+            ArgumentError,
+            "no distillation",
+        ),
         (
             {"loss": lambda outputs, _: outputs.detach().mean(), "distillation": None},
             ArgumentError,
@@ -412,14 +502,17 @@ def test_bad_input_teaches_and_changes_nothing(quantized, options, error, messag
 
 
 @pytest.mark.parametrize(
-    "options", [{"steps": 0}, {"epochs": 0}, {"lr": 0.0}, {"lr": math.nan}, {"warm_up": 1.5}, {"patience": 0}]
+    "options",
+    [{"steps": 0}, {"epochs": 0}, {"lr": 0.0}, {"lr": math.nan}, {"warm_up": 1.5}, {"patience": 0}],
 )
 def test_a_schedule_refuses_what_cannot_be_meant(options):
     with pytest.raises(ArgumentError, match=next(iter(options))):
         Schedule(**options)
 
 
-@pytest.mark.parametrize("options", [{"steps": "3"}, {"steps": 2.5}, {"epochs": True}, {"lr": "1"}, {"grow": None}])
+@pytest.mark.parametrize(
+    "options", [{"steps": "3"}, {"steps": 2.5}, {"epochs": True}, {"lr": "1"}, {"grow": None}]
+)
 def test_a_schedule_takes_numbers(options):
     with pytest.raises(ArgumentTypeError, match=next(iter(options))):
         Schedule(**options)
@@ -436,7 +529,10 @@ def test_oscillating_weights_and_bad_ranges_are_reported(quantized):
     quantized.conv.input_quantizer.amax = 1e4
     tuning = finetune(quantized, make_batches(), schedule=Schedule(steps=40, lr=3e-2, warm_up=0))
     assert tuning.oscillating
-    assert f"{tuning.oscillating[0].layer}: {tuning.oscillating[0].share:.1%} of its weights" in tuning.format_table()
+    assert (
+        f"{tuning.oscillating[0].layer}: {tuning.oscillating[0].share:.1%} of its weights"
+        in tuning.format_table()
+    )
     reasons = {each.quantizer: each.reason for each in tuning.bad_ranges}
     assert "are clipped" in reasons["head._input_quantizer"]
     assert reasons["conv._input_quantizer"] == "every code is 0"
@@ -451,8 +547,12 @@ def test_ranges_of_weights_are_judged_by_channel(quantized):
     amax[2:4] *= 20
     with torch.no_grad():
         quantized.stem.weight[5] = 0  # pruned: nothing is lost
-    reasons = {each.quantizer: each.reason for each in find_bad_ranges(quantized, make_batches(1)[0])}
-    assert reasons == {"conv._weight_quantizer": f"in 1 of {len(amax)} channels 100% of the values are clipped"}
+    reasons = {
+        each.quantizer: each.reason for each in find_bad_ranges(quantized, make_batches(1)[0])
+    }
+    assert reasons == {
+        "conv._weight_quantizer": f"in 1 of {len(amax)} channels 100% of the values are clipped"
+    }
     amax[1] *= 1000
     (found,) = find_bad_ranges(quantized, make_batches(1)[0])
     assert found.reason == f"in 1 of {len(amax)} channels every code is 0"
@@ -491,12 +591,18 @@ class Detector(nn.Module):
         if not self.training:
             return [{"boxes": row} for row in boxes]
         wanted = torch.stack([target["box"] for target in targets])
-        return {"box": (boxes - wanted).square().mean(), "size": boxes.abs().mean(), "count": torch.tensor(3)}
+        return {
+            "box": (boxes - wanted).square().mean(),
+            "size": boxes.abs().mean(),
+            "count": torch.tensor(3),
+        }
 
 
 def make_scenes(count=4):
     images = [list(batch) for batch in make_batches(count, size=3)]
-    return [(batch, [{"box": image.mean((1, 2)).repeat(2)[:4]} for image in batch]) for batch in images]
+    return [
+        (batch, [{"box": image.mean((1, 2)).repeat(2)[:4]} for image in batch]) for batch in images
+    ]
 
 
 def test_a_model_that_gives_its_own_loss():
@@ -506,12 +612,16 @@ def test_a_model_that_gives_its_own_loss():
     qdq.calibrate_model(model, scenes)
     images, targets = scenes[0]
     with torch.no_grad():
-        boxes = torch.stack([row["boxes"] for row in model(images)])  # without Dropout, BatchNorm as it is
+        boxes = torch.stack(
+            [row["boxes"] for row in model(images)]
+        )  # without Dropout, BatchNorm as it is
     wanted = torch.stack([target["box"] for target in targets])
     first = float((boxes - wanted).square().mean() + boxes.abs().mean())
     schedule = Schedule(steps=40, lr=1e-3, bias_lr=1e-2, tune_batchnorm=0)
     features = Distillation(mse=0, kl=0, layers=["conv"])
-    tuning = finetune(model, scenes, loss="own", distillation=features, schedule=schedule, held=scenes[:1])
+    tuning = finetune(
+        model, scenes, loss="own", distillation=features, schedule=schedule, held=scenes[:1]
+    )
     assert tuning.curve[0].metric == pytest.approx(-first, rel=1e-5)
     assert tuning.losses[0] >= first
     assert tuning.curve[-1].metric > 0.7 * tuning.curve[0].metric
@@ -524,8 +634,13 @@ def test_a_model_that_gives_its_own_loss():
 def test_a_detector_of_torchvision_learns_by_its_own_loss():
     detection = pytest.importorskip("torchvision").models.detection
     torch.manual_seed(0)
-    model = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3).eval()
-    target = {"boxes": torch.tensor([[8.0, 8, 50, 60], [20, 30, 90, 80]]), "labels": torch.tensor([1, 2])}
+    model = detection.ssdlite320_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=3
+    ).eval()
+    target = {
+        "boxes": torch.tensor([[8.0, 8, 50, 60], [20, 30, 90, 80]]),
+        "labels": torch.tensor([1, 2]),
+    }
     batch = [torch.rand(3, 96, 96), torch.rand(3, 96, 80)], [target, target]
     qdq.fold_batchnorm(model, batch)
     qdq.swap_modules(model, batch)
@@ -551,7 +666,12 @@ def test_a_gradient_that_is_nan_names_the_parameter_and_restores_the_best(quanti
 
     with pytest.raises(StateError, match=r"the gradient of head.weight is NaN or Inf in step 6"):
         finetune(
-            quantized, make_batches(), loss=breaks, distillation=None, schedule=FAST, metric=lambda _: 1.0 - len(calls)
+            quantized,
+            make_batches(),
+            loss=breaks,
+            distillation=None,
+            schedule=FAST,
+            metric=lambda _: 1.0 - len(calls),
         )
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(quantized).items())
 
@@ -572,7 +692,9 @@ def test_a_batch_with_nan_leaves_the_statistics_of_batchnorm(residual, images, t
     qdq.swap_modules(residual, images)
     qdq.calibrate_model(residual, [images])
     before = state_of(residual)
-    with pytest.raises(StateError, match="the loss is nan in step 1; no layer makes it of finite inputs"):
+    with pytest.raises(
+        StateError, match="the loss is nan in step 1; no layer makes it of finite inputs"
+    ):
         finetune(residual, [images * math.nan], schedule=FAST, train=train)
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(residual).items())
 
@@ -580,7 +702,12 @@ def test_a_batch_with_nan_leaves_the_statistics_of_batchnorm(residual, images, t
 @pytest.mark.parametrize(
     ("batches", "options", "error", "message"),
     [
-        ([make_batches(1)[0] * math.inf], {"ranges": "ema"}, StateError, "stem._input_quantizer was given NaN or Inf"),
+        (
+            [make_batches(1)[0] * math.inf],
+            {"ranges": "ema"},
+            StateError,
+            "stem._input_quantizer was given NaN or Inf",
+        ),
         (iter(make_batches(2)), {}, DataError, "the batches ran out"),
     ],
 )
@@ -588,18 +715,29 @@ def test_what_ends_early_leaves_the_best_weights(quantized, batches, options, er
     before = state_of(quantized)
 
     def loss(outputs, _):  # finite even so
-        return sum(p.square().sum() for p in quantized.parameters()) + 0 * outputs.nan_to_num(0, 0, 0).sum()
+        return (
+            sum(p.square().sum() for p in quantized.parameters())
+            + 0 * outputs.nan_to_num(0, 0, 0).sum()
+        )
 
     values = iter(range(100, 0, -1))
     with pytest.raises(error, match=message):
         finetune(
-            quantized, batches, loss=loss, distillation=None, schedule=FAST, metric=lambda _: next(values), **options
+            quantized,
+            batches,
+            loss=loss,
+            distillation=None,
+            schedule=FAST,
+            metric=lambda _: next(values),
+            **options,
         )
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(quantized).items())
 
 
 def test_one_sample_is_too_few_for_live_batchnorm():
-    model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16)).eval()
+    model = nn.Sequential(
+        nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16)
+    ).eval()
     qdq.swap_modules(model)
     qdq.calibrate_model(model, [torch.randn(8, 16)])
     with pytest.raises(DataError, match="step 2: live BatchNorm needs more than one sample"):
@@ -610,11 +748,16 @@ def test_another_teacher_must_have_the_same_modules_and_outputs(quantized):
     other = nn.Sequential(nn.Flatten(), nn.Linear(432, 16))
     with pytest.raises(ArgumentError, match="the teacher has no"):
         finetune(quantized, make_batches(1), teacher=other, schedule=FAST)
-    with pytest.raises(ArgumentError, match=r"the model gives \[\[8, \d+\]\], in the teacher \[\[8, 17\]\]"):
+    with pytest.raises(
+        ArgumentError, match=r"the model gives \[\[8, \d+\]\], in the teacher \[\[8, 17\]\]"
+    ):
         finetune(
-            quantized, make_batches(1), teacher=nn.Sequential(nn.Flatten(), nn.Linear(432, 17)), schedule=FAST,
+            quantized,
+            make_batches(1),
+            teacher=nn.Sequential(nn.Flatten(), nn.Linear(432, 17)),
+            schedule=FAST,
             distillation=Distillation(features=0),
-        )  # fmt: skip
+        )
 
 
 def test_distillation_that_applies_to_nothing_is_refused():
@@ -622,7 +765,9 @@ def test_distillation_that_applies_to_nothing_is_refused():
     qdq.swap_modules(model)
     qdq.calibrate_model(model, make_batches(1))
     with pytest.raises(ArgumentError, match="the distillation is 0"):
-        finetune(model, make_batches(1), distillation=Distillation(mse=0, features=0), schedule=FAST)
+        finetune(
+            model, make_batches(1), distillation=Distillation(mse=0, features=0), schedule=FAST
+        )
 
 
 def test_inference_mode(quantized):
@@ -631,12 +776,20 @@ def test_inference_mode(quantized):
         with pytest.raises(StateError, match="inference_mode"):
             finetune(quantized, batches, schedule=FAST)
     for method in ("frozen", "lsq"):
-        assert np.isfinite(finetune(quantized, batches, ranges=method, schedule=Schedule(steps=2)).losses).all()
+        assert np.isfinite(
+            finetune(quantized, batches, ranges=method, schedule=Schedule(steps=2)).losses
+        ).all()
 
 
 def test_images_without_labels_have_no_cross_entropy(quantized):
     with pytest.raises(DataError, match="no labels"):
-        finetune(quantized, [(make_batches(1)[0], None)], loss=cross_entropy, distillation=None, schedule=FAST)
+        finetune(
+            quantized,
+            [(make_batches(1)[0], None)],
+            loss=cross_entropy,
+            distillation=None,
+            schedule=FAST,
+        )
 
 
 def test_interrupted_it_leaves_a_whole_model(quantized, tmp_path):
@@ -656,4 +809,9 @@ def test_interrupted_it_leaves_a_whole_model(quantized, tmp_path):
     assert all(parameter.requires_grad for parameter in quantized.parameters())
     assert not any(quantizer._forward_pre_hooks for _, quantizer in named_quantizers(quantized))
     quantized.load_state_dict(before)
-    assert len(finetune(quantized, make_batches(), ranges="lsq", schedule=FAST, folder=tmp_path).losses) == 30
+    assert (
+        len(
+            finetune(quantized, make_batches(), ranges="lsq", schedule=FAST, folder=tmp_path).losses
+        )
+        == 30
+    )

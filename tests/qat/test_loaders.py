@@ -24,16 +24,25 @@ class Indexed(torch.utils.data.Dataset):
 
 def with_generator(workers=0, **options):
     return DataLoader(
-        Indexed(), batch_size=8, shuffle=True, num_workers=workers, generator=torch.Generator(), **options
+        Indexed(),
+        batch_size=8,
+        shuffle=True,
+        num_workers=workers,
+        generator=torch.Generator(),
+        **options,
     )
 
 
 def with_sampler():
-    return DataLoader(Indexed(), batch_size=8, sampler=RandomSampler(Indexed(), generator=torch.Generator()))
+    return DataLoader(
+        Indexed(), batch_size=8, sampler=RandomSampler(Indexed(), generator=torch.Generator())
+    )
 
 
 def with_replacement():
-    sampler = RandomSampler(Indexed(), replacement=True, num_samples=39, generator=torch.Generator())
+    sampler = RandomSampler(
+        Indexed(), replacement=True, num_samples=39, generator=torch.Generator()
+    )
     return DataLoader(Indexed(), batch_sampler=BatchSampler(sampler, 8, False))
 
 

@@ -33,7 +33,9 @@ def test_a_sample_that_is_zero_in_the_float_model_costs_a_finite_loss():
     loss.backward()
     signal = expected.double().numpy() ** 2
     floor = 1e-3 * signal.sum(1).mean()
-    assert float(loss.detach()) == pytest.approx((0.06 / np.maximum(signal.sum(1), floor)).mean(), rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(
+        (0.06 / np.maximum(signal.sum(1), floor)).mean(), rel=1e-4
+    )
     assert torch.isfinite(found.grad).all()
     assert float(relative_error(torch.ones(4, 6), torch.zeros(4, 6))) == pytest.approx(6)
 
@@ -56,7 +58,9 @@ def test_divergence():
     found, expected = torch.randn(6, 10) * 3, torch.randn(6, 10) * 3
     p, q = (np.exp(t.double().numpy()) for t in (expected, found))
     p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
-    assert float(divergence(found, expected)) == pytest.approx((p * np.log(p / q)).sum(1).mean(), rel=1e-5)
+    assert float(divergence(found, expected)) == pytest.approx(
+        (p * np.log(p / q)).sum(1).mean(), rel=1e-5
+    )
 
 
 def test_gradients_of_equal_outputs_are_finite():
@@ -69,7 +73,9 @@ def test_the_rate_rises_then_falls_along_a_cosine():
     schedule = Schedule(steps=100, warm_up=0.1)
     rates = [schedule.rate_at(step, 100) for step in range(100)]
     assert rates[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
-    assert rates[10:] == pytest.approx([(1 + math.cos(math.pi * step / 90)) / 2 for step in range(90)])
+    assert rates[10:] == pytest.approx(
+        [(1 + math.cos(math.pi * step / 90)) / 2 for step in range(90)]
+    )
     assert Schedule(steps=1, warm_up=0).rate_at(0, 1) == 1
     assert all(0 < Schedule(steps=n).rate_at(step, n) <= 1 for n in (1, 2, 3) for step in range(n))
 
@@ -88,7 +94,11 @@ class Pair(nn.Module):
 
     def forward(self, x, mask=None):
         x = torch.relu(self.stem(x))
-        return {"boxes": self.left(x)[:, None].expand(-1, 2, -1), "scores": self.right(x), "count": len(x)}
+        return {
+            "boxes": self.left(x)[:, None].expand(-1, 2, -1),
+            "scores": self.right(x),
+            "count": len(x),
+        }
 
 
 def test_a_detector_with_several_outputs_and_its_own_loss():
@@ -132,7 +142,9 @@ def test_the_moving_average_of_the_largest_values(quantized):
         return float(len(calls.append(1) or calls))
 
     calls = []
-    qdq.finetune(quantized, batches, schedule=schedule, ranges="ema", metric=metric, measure_every=1)
+    qdq.finetune(
+        quantized, batches, schedule=schedule, ranges="ema", metric=metric, measure_every=1
+    )
     assert float(quantized.stem.input_quantizer.amax) == pytest.approx(expected)
     for layer in (quantized.stem, quantized.conv, quantized.head):
         largest = layer.weight.detach().abs().flatten(1).amax(1)

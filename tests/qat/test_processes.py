@@ -74,10 +74,15 @@ def test_the_metric_of_the_first_process_decides_for_both(found):
     first, second = found["metric of rank"]
     assert first == second
     assert first["metrics"] == [1, 3, 2, 2.5, 0]
-    assert (first["best"], first["stopped"]) == (1, "stopped: 3 measurements in a row were not better")
+    assert (first["best"], first["stopped"]) == (
+        1,
+        "stopped: 3 measurements in a row were not better",
+    )
 
 
-@pytest.mark.parametrize("case", ["alike", "live batchnorm", "ranges that follow", "learned ranges", "switched"])
+@pytest.mark.parametrize(
+    "case", ["alike", "live batchnorm", "ranges that follow", "learned ranges", "switched"]
+)
 def test_the_models_stay_the_same_to_the_last_bit(found, case):
     assert found[case][0] == found[case][1]
 
@@ -88,7 +93,9 @@ def test_ranges_follow_what_all_processes_see(found):
     state = found["ranges that follow"][0]["state"]
     for name, quantizer in named_quantizers(model):
         if quantizer.amax is not None:
-            assert torch.allclose(torch.tensor(state[f"{name}._amax"]), quantizer.amax, rtol=1e-4), name
+            assert torch.allclose(
+                torch.tensor(state[f"{name}._amax"]), quantizer.amax, rtol=1e-4
+            ), name
 
 
 def assert_is_that_of_one_process(model, tuning, case):
@@ -101,7 +108,9 @@ def test_learned_ranges_are_those_of_one_process_however_samples_are_shared(foun
     """Clipping the gradient mixes ranges and weights: that of a range must have the size that it has in one process."""
     model = make_model(8)
     schedule = qdq.Schedule(steps=10, lr=1e-3, range_lr=1e-2, max_norm=1e-3)
-    tuning = qdq.finetune(model, [make_images(size, size) for size in (8, 7, 3)], ranges="lsq", schedule=schedule)
+    tuning = qdq.finetune(
+        model, [make_images(size, size) for size in (8, 7, 3)], ranges="lsq", schedule=schedule
+    )
     assert_is_that_of_one_process(model, tuning, found["learned ranges"][0])
 
 
@@ -109,9 +118,12 @@ def test_what_a_batch_does_not_reach_is_not_moved(found):
     """Adam moves a parameter whose gradient is 0, as its averages have it, but not one that has none."""
     model, batches = make_switched()
     tuning = qdq.finetune(
-        model, batches, loss=lambda outputs, _: outputs.square().mean(), distillation=None,
+        model,
+        batches,
+        loss=lambda outputs, _: outputs.square().mean(),
+        distillation=None,
         schedule=qdq.Schedule(steps=10, lr=1e-3),
-    )  # fmt: skip
+    )
     assert_is_that_of_one_process(model, tuning, found["switched"][0])
 
 
@@ -120,7 +132,9 @@ def whole(tmp_path_factory):
     """What `tuned_run.py` gives in two processes that nobody stops."""
     folder = tmp_path_factory.mktemp("whole")
     with Processes() as processes:
-        pair = processes.start_pair([[TUNED_RUN, folder / "run", folder / "out.json"]] * 2, folder / "store")
+        pair = processes.start_pair(
+            [[TUNED_RUN, folder / "run", folder / "out.json"]] * 2, folder / "store"
+        )
         assert [process.wait() for process in pair] == [0, 0]
     return json.loads((folder / "out.json").read_text())
 
@@ -147,14 +161,20 @@ def test_torchrun_that_is_stopped_leaves_whole_files_to_go_on_from(tmp_path, pro
     folder = tmp_path / "run"
 
     def start(out, die_at):
-        return processes.start(*TORCHRUN, TUNED_RUN, folder, tmp_path / out, die_at, stderr=subprocess.DEVNULL)
+        return processes.start(
+            *TORCHRUN, TUNED_RUN, folder, tmp_path / out, die_at, stderr=subprocess.DEVNULL
+        )
 
     for number, steps, done in ((signal.SIGTERM, 5, 5), (signal.SIGINT, 7, 12)):
         process = start(number.name, -steps)
         wait_for([tmp_path / f"{number.name}.waiting.{rank}" for rank in range(2)], [process])
         process.send_signal(number)
         assert process.wait() != 0
-        assert {path.name for path in folder.iterdir()} <= {"state.safetensors", "best.safetensors", "last.safetensors"}
+        assert {path.name for path in folder.iterdir()} <= {
+            "state.safetensors",
+            "best.safetensors",
+            "last.safetensors",
+        }
         assert load_tensors(folder / "state.safetensors", STATE_FORMAT)[1]["step"] == done
     assert start("resumed.json", 99).wait() == 0
     assert json.loads((tmp_path / "resumed.json").read_text()) == whole
@@ -206,7 +226,10 @@ def test_a_group_whose_other_process_has_gone_leaves_no_thread(tmp_path, process
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     pair = [
         processes.start(
-            "-c", LEFT_ALONE, tmp_path / "threads", environment={**address, "WORLD_SIZE": "2", "RANK": str(rank)}
+            "-c",
+            LEFT_ALONE,
+            tmp_path / "threads",
+            environment={**address, "WORLD_SIZE": "2", "RANK": str(rank)},
         )
         for rank in range(2)
     ]
@@ -218,6 +241,8 @@ def test_processes_that_cannot_be_joined(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(StateError, match="WORLD_SIZE announces 2 processes, but they cannot be joined") as error:
+    with pytest.raises(
+        StateError, match="WORLD_SIZE announces 2 processes, but they cannot be joined"
+    ) as error:
         qdq.finetune(make_model(), [make_images(8, 6)])
     assert "torchrun" in error.value.fix

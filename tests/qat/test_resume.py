@@ -27,7 +27,9 @@ def test_killed_anywhere_and_resumed_gives_the_same_losses_and_weights(tmp_path,
         assert process.wait() == -signal.SIGKILL
     resumed = run(tmp_path / "killed")
     assert resumed == whole
-    assert json.loads((tmp_path / "killed" / "tuning.json").read_text())["losses"] == list(whole["losses"])
+    assert json.loads((tmp_path / "killed" / "tuning.json").read_text())["losses"] == list(
+        whole["losses"]
+    )
     again = run(tmp_path / "killed")  # finished: read, not run
     assert again == whole
 
@@ -39,16 +41,26 @@ def test_two_processes_give_what_one_gives(tmp_path, processes):
     shared = json.loads((tmp_path / "shared.json").read_text())
     assert shared["losses"] == pytest.approx(alone["losses"], abs=1e-4)
     start_weights = make_model(8).state_dict()
-    assert max(float((torch.tensor(w) - start_weights[n]).abs().max()) for n, w in alone["weights"].items()) > 1e-3
+    assert (
+        max(
+            float((torch.tensor(w) - start_weights[n]).abs().max())
+            for n, w in alone["weights"].items()
+        )
+        > 1e-3
+    )
     for name, weight in alone["weights"].items():
-        assert torch.allclose(torch.tensor(shared["weights"][name]), torch.tensor(weight), atol=1e-4, rtol=1e-3), name
+        assert torch.allclose(
+            torch.tensor(shared["weights"][name]), torch.tensor(weight), atol=1e-4, rtol=1e-3
+        ), name
 
 
 def test_another_process_reads_the_model_with_its_float_layers(tmp_path):
     model = make_model()
     model[2]._input_quantizer.disable()
     model[2]._weight_quantizer.disable()
-    qdq.finetune(model, [make_images(8, 6)], schedule=qdq.Schedule(steps=3, lr=1e-3), folder=tmp_path)
+    qdq.finetune(
+        model, [make_images(8, 6)], schedule=qdq.Schedule(steps=3, lr=1e-3), folder=tmp_path
+    )
     fresh = make_model()
     for _, quantizer in named_quantizers(fresh):
         quantizer._buffers.pop("_amax")  # it need not be calibrated
@@ -56,17 +68,29 @@ def test_another_process_reads_the_model_with_its_float_layers(tmp_path):
     assert facts == {"step": 3}
     images = make_images(4, 9)
     assert torch.equal(fresh(images), model(images))
-    assert [q._disabled for _, q in named_quantizers(fresh)] == [q._disabled for _, q in named_quantizers(model)]
+    assert [q._disabled for _, q in named_quantizers(fresh)] == [
+        q._disabled for _, q in named_quantizers(model)
+    ]
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
     qdq.finetune(make_model(), [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path)
     with pytest.raises(ArgumentError, match="other settings: schedule, steps"):
-        qdq.finetune(make_model(), [make_images(8, 6)], schedule=qdq.Schedule(steps=3), folder=tmp_path)
+        qdq.finetune(
+            make_model(), [make_images(8, 6)], schedule=qdq.Schedule(steps=3), folder=tmp_path
+        )
     with pytest.raises(ArgumentError, match="other settings: layers"):
-        qdq.finetune(make_model(), [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path, layers=["0"])
+        qdq.finetune(
+            make_model(),
+            [make_images(8, 6)],
+            schedule=qdq.Schedule(steps=2),
+            folder=tmp_path,
+            layers=["0"],
+        )
     with pytest.raises(ArgumentError, match="other settings: data"):
-        qdq.finetune(make_model(), [make_images(8, 8)], schedule=qdq.Schedule(steps=2), folder=tmp_path)
+        qdq.finetune(
+            make_model(), [make_images(8, 8)], schedule=qdq.Schedule(steps=2), folder=tmp_path
+        )
     other = make_model()
     with torch.no_grad():
         other[0].weight.mul_(2)
@@ -127,7 +151,14 @@ def test_a_folder_of_a_run_with_other_labels_or_held_batches_is_refused(tmp_path
 
     def tune(batches=labelled, seed=0, **options):
         options = {"loss": qdq.cross_entropy, "held": labelled, **options}
-        qdq.finetune(make_model(), batches, schedule=qdq.Schedule(steps=2), folder=tmp_path, seed=seed, **options)
+        qdq.finetune(
+            make_model(),
+            batches,
+            schedule=qdq.Schedule(steps=2),
+            folder=tmp_path,
+            seed=seed,
+            **options,
+        )
 
     tune()
     for changed, options in {
@@ -145,14 +176,20 @@ def test_held_batches_that_are_drawn_at_random_are_those_of_the_seed():
     def tune(state):
         model, held = make_model(), torch.utils.data.DataLoader(Noisy(), batch_size=8, shuffle=True)
         torch.manual_seed(state)
-        return qdq.finetune(model, [make_images(8, 6)], schedule=qdq.Schedule(steps=2), held=held).curve
+        return qdq.finetune(
+            model, [make_images(8, 6)], schedule=qdq.Schedule(steps=2), held=held
+        ).curve
 
     assert tune(1) == tune(2)
 
 
 @pytest.mark.parametrize("replaced_by", [None, torch.nn.Linear(16, 16)])
 def test_a_best_model_that_is_gone_or_of_another_run_changes_nothing(tmp_path, replaced_by):
-    options = {"batches": [make_images(8, 6)], "schedule": qdq.Schedule(steps=2, lr=1e-3), "folder": tmp_path}
+    options = {
+        "batches": [make_images(8, 6)],
+        "schedule": qdq.Schedule(steps=2, lr=1e-3),
+        "folder": tmp_path,
+    }
     qdq.finetune(make_model(), held=[make_images(8, 7)], **options)
     (tmp_path / "best.safetensors").unlink()
     if replaced_by is not None:
@@ -160,7 +197,9 @@ def test_a_best_model_that_is_gone_or_of_another_run_changes_nothing(tmp_path, r
         qdq.calibrate_model(other, [torch.randn(4, 16)])
         qdq.save_tuned(other, tmp_path / "best.safetensors")
     model, before = make_model(), make_model().state_dict()
-    with pytest.raises(DataError if replaced_by is None else ModelError, match=r"best\.safetensors"):
+    with pytest.raises(
+        DataError if replaced_by is None else ModelError, match=r"best\.safetensors"
+    ):
         qdq.finetune(model, held=[make_images(8, 7)], **options)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -179,9 +218,13 @@ def test_a_full_disk_leaves_the_best_model(tmp_path, monkeypatch):
 
     with pytest.raises(ArgumentError, match="No space left"):
         qdq.finetune(
-            model, [make_images(8, 6)], schedule=qdq.Schedule(steps=9, lr=1e-3), metric=metric, measure_every=1,
+            model,
+            [make_images(8, 6)],
+            schedule=qdq.Schedule(steps=9, lr=1e-3),
+            metric=metric,
+            measure_every=1,
             folder=tmp_path,
-        )  # fmt: skip
+        )
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -189,14 +232,18 @@ def test_a_full_disk_leaves_the_best_model(tmp_path, monkeypatch):
 def test_damaged_files_teach(tmp_path, content):
     (tmp_path / "state.safetensors").write_bytes(content)
     with pytest.raises(DataError, match="cannot read") as error:
-        qdq.finetune(make_model(), [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path)
+        qdq.finetune(
+            make_model(), [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path
+        )
     assert "remove the file to begin anew" in error.value.fix
     with pytest.raises(DataError, match="cannot read"):
         qdq.load_tuned(make_model(), tmp_path / "state.safetensors")
 
 
 def test_any_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
-    path = qdq.save_tuned(make_model(), tmp_path / "model.safetensors", {"step": 3, "metric": float("nan")})
+    path = qdq.save_tuned(
+        make_model(), tmp_path / "model.safetensors", {"step": 3, "metric": float("nan")}
+    )
     content, model = path.read_bytes(), make_model()
     random = np.random.default_rng(0)
     for place in random.choice(len(content), 60, replace=False):
@@ -212,10 +259,14 @@ def test_any_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     path = qdq.save_tuned(make_model(), tmp_path / "model.safetensors")
     other = torch.nn.Sequential(*list(make_model())[:-1])
-    with pytest.raises(ModelError, match=r"another model: 5\.bias is \[10\] there, absent here") as error:
+    with pytest.raises(
+        ModelError, match=r"another model: 5\.bias is \[10\] there, absent here"
+    ) as error:
         qdq.load_tuned(other, path)
     assert "swap" in error.value.fix
-    qdq.finetune(make_model(), [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path / "run")
+    qdq.finetune(
+        make_model(), [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path / "run"
+    )
     with pytest.raises(DataError, match="no 'qdq fine-tuned model 2' file"):
         qdq.load_tuned(make_model(), tmp_path / "run" / "state.safetensors")
 
@@ -243,7 +294,9 @@ def test_ranges_that_follow_go_on_following_after_a_resume(tmp_path, monkeypatch
         qdq.finetune(resumed, batches, folder=tmp_path, **options)
     resumed = make_model(8)
     assert qdq.finetune(resumed, batches, folder=tmp_path, **options).losses == expected
-    for (name, found), (_, truth) in zip(named_quantizers(resumed), named_quantizers(whole), strict=True):
+    for (name, found), (_, truth) in zip(
+        named_quantizers(resumed), named_quantizers(whole), strict=True
+    ):
         assert torch.equal(found.amax, truth.amax), name
 
 
@@ -271,7 +324,9 @@ def build(layer, **options):
         (torch.nn.Identity(), {}, "0._input_quantizer is .* there, absent here"),
     ],
 )
-def test_a_checkpoint_with_other_formats_or_shapes_changes_nothing(tmp_path, layer, options, message):
+def test_a_checkpoint_with_other_formats_or_shapes_changes_nothing(
+    tmp_path, layer, options, message
+):
     source = build(Linear(16, 32, bias=False))
     qdq.calibrate_model(source, [torch.randn(4, 16)])
     path = qdq.save_tuned(source, tmp_path / "model.safetensors")
@@ -325,9 +380,14 @@ def test_a_loss_that_is_nan_leaves_the_last_good_model_in_the_folder(tmp_path):
 def test_measuring_draws_no_random_number_and_no_gradient_stays():
     def tune(metric, held):
         torch.manual_seed(3)
-        model, loader = make_model(), torch.utils.data.DataLoader(Noisy(), batch_size=8, shuffle=True)
+        model, loader = (
+            make_model(),
+            torch.utils.data.DataLoader(Noisy(), batch_size=8, shuffle=True),
+        )
         before = torch.get_rng_state()
-        losses = qdq.finetune(model, loader, schedule=qdq.Schedule(steps=7), metric=metric, held=held).losses
+        losses = qdq.finetune(
+            model, loader, schedule=qdq.Schedule(steps=7), metric=metric, held=held
+        ).losses
         assert torch.equal(torch.get_rng_state(), before)
         assert all(parameter.grad is None for parameter in model.parameters())
         return losses
@@ -355,7 +415,9 @@ def test_a_model_with_shared_ranges_is_saved_and_read(tmp_path):
     for model in models[:2]:
         qdq.rewire_operations(model, images)
     qdq.calibrate_model(models[0], [images])
-    assert any(isinstance(quantizer, SharedQuantizer) for _, quantizer in named_quantizers(models[0]))
+    assert any(
+        isinstance(quantizer, SharedQuantizer) for _, quantizer in named_quantizers(models[0])
+    )
     qdq.finetune(models[0], [images], schedule=qdq.Schedule(steps=2), folder=tmp_path)
     qdq.load_tuned(models[1], tmp_path / "last.safetensors")
     assert torch.equal(models[1](images), models[0](images))

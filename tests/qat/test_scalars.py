@@ -19,7 +19,10 @@ SCRIPT = Path(__file__).with_name("tuned_run.py")
 def read_scalars(folder):
     """Name -> [(step, value)], in the order in which they stand, as TensorBoard shows them."""
     reader = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    return {name: [(event.step, event.value) for event in reader.Scalars(name)] for name in reader.Tags()["scalars"]}
+    return {
+        name: [(event.step, event.value) for event in reader.Scalars(name)]
+        for name in reader.Tags()["scalars"]
+    }
 
 
 def single(pairs):
@@ -36,9 +39,15 @@ def test_what_is_written_is_what_tensorboard_reads(tmp_path):
         return len(ranges) / 7
 
     tuning = qdq.finetune(
-        model, batches, schedule=qdq.Schedule(steps=4, lr=1e-3), ranges="ema", metric=metric, measure_every=2,
-        folder=tmp_path, tensorboard=True,
-    )  # fmt: skip
+        model,
+        batches,
+        schedule=qdq.Schedule(steps=4, lr=1e-3),
+        ranges="ema",
+        metric=metric,
+        measure_every=2,
+        folder=tmp_path,
+        tensorboard=True,
+    )
     found = read_scalars(tmp_path)
     assert found["loss"] == single(enumerate(tuning.losses, 1))
     assert found["metric"] == single([(0, 1 / 7), (2, 2 / 7), (4, 3 / 7)])

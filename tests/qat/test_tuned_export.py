@@ -20,7 +20,9 @@ def graph_of(path):
 
     graph = onnx.load(path).graph
     shapes = {constant.name: tuple(constant.dims) for constant in graph.initializer}
-    return [(node.op_type, node.name, [shapes.get(name) for name in node.input]) for node in graph.node]
+    return [
+        (node.op_type, node.name, [shapes.get(name) for name in node.input]) for node in graph.node
+    ]
 
 
 def prepare(model, images, *, fold):
@@ -53,13 +55,17 @@ def test_the_graph_is_that_of_a_calibrated_model(residual, images, tmp_path, ran
 
 def test_folding_after_fine_tuning_keeps_the_codes(residual, images):
     tuned = prepare(residual, images, fold=False)
-    torch.nn.init.constant_(residual.norm.weight[:3], -0.7)  # a negative factor turns the codes around
+    torch.nn.init.constant_(
+        residual.norm.weight[:3], -0.7
+    )  # a negative factor turns the codes around
     qdq.finetune(tuned, make_batches(3), schedule=qdq.Schedule(steps=6))
     gain = tuned.norm.weight.detach()
 
     def codes():
         quantizer = tuned.stem.weight_quantizer
-        return quantize_codes(tuned.stem.weight.detach(), quantizer.scale.flatten(), quantizer.format, 0)
+        return quantize_codes(
+            tuned.stem.weight.detach(), quantizer.scale.flatten(), quantizer.format, 0
+        )
 
     before, expected = codes(), tuned(images)
     qdq.fold_batchnorm(tuned, images)

@@ -25,7 +25,12 @@ def make_model(bits=4):
     """Calibrated; with 4-bit weights there is something to win."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)
+        nn.Conv2d(3, 16, 3),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 10),
     ).eval()
     qdq.swap_modules(model, weight_desc=qdq.QuantDescriptor(bits, axis=0))
     qdq.calibrate_model(model, [make_images(8, 5)])
@@ -46,7 +51,10 @@ class Switch(nn.Module):
 def make_switched():
     """A model and batches of which each takes another way through it."""
     torch.manual_seed(0)
-    model, batches = Switch().eval(), [torch.randn(size, 16) + 20 * (n % 2) for n, size in enumerate((8, 7, 5, 3))]
+    model, batches = (
+        Switch().eval(),
+        [torch.randn(size, 16) + 20 * (n % 2) for n, size in enumerate((8, 7, 5, 3))],
+    )
     qdq.swap_modules(model)
     qdq.calibrate_model(model, batches)
     return model, batches
@@ -103,9 +111,13 @@ def run(folder, die_at=None, bits=4, tensorboard=False, waiting=None):
     ranges_found = {name: q.amax.tolist() for name, q in named_quantizers(model)}
     curve = [(m.step, m.metric, m.loss, m.lr) for m in tuning.curve]
     return {
-        "losses": tuning.losses, "curve": curve, "best": tuning.best_step, "weights": weights, "amax": ranges_found,
+        "losses": tuning.losses,
+        "curve": curve,
+        "best": tuning.best_step,
+        "weights": weights,
+        "amax": ranges_found,
         "oscillating": [(each.layer, each.share) for each in tuning.oscillating],
-    }  # fmt: skip
+    }
 
 
 @contextlib.contextmanager
@@ -115,7 +127,9 @@ def joined_group():
         yield
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    distributed.init_process_group("gloo", init_method="file://" + os.environ["STORE"], rank=rank, world_size=size)
+    distributed.init_process_group(
+        "gloo", init_method="file://" + os.environ["STORE"], rank=rank, world_size=size
+    )
     try:
         yield
     finally:
@@ -129,7 +143,9 @@ def main():
     folder = None if sys.argv[1] == "-" else Path(sys.argv[1])
     waiting = out.with_name(f"{out.name}.waiting.{rank}")
     with joined_group():
-        result = run(folder, die_at, bits=4 if folder else 8, tensorboard=len(sys.argv) > 4, waiting=waiting)
+        result = run(
+            folder, die_at, bits=4 if folder else 8, tensorboard=len(sys.argv) > 4, waiting=waiting
+        )
     if rank == "0":
         out.write_text(json.dumps(result))
 

@@ -56,7 +56,9 @@ def _case(tmp_path_factory):
     files = {name: folder / f"{name}.onnx" for name in ("dynamo", "torchscript", "qdq")}
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        torch.onnx.export(network, (images,), files["dynamo"], dynamo=True, opset_version=19, verbose=False)
+        torch.onnx.export(
+            network, (images,), files["dynamo"], dynamo=True, opset_version=19, verbose=False
+        )
         torch.onnx.export(network, (images,), files["torchscript"], dynamo=False)
     swapped = copy.deepcopy(network)
     qdq.swap_modules(swapped, example_inputs=images)

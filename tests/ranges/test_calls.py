@@ -26,7 +26,9 @@ BESIDE = {
     "linear": lambda x, w: F.linear(x, w[:8, :8], w[0, :8]),
     "group_norm": lambda x, w: F.group_norm(x, 4, w[0], w[1]),
     "addcmul": lambda x, _: torch.addcmul(x, x, x),
-    "constant sum": lambda x, w: F.gelu(x, approximate="tanh") * (w + w)[0, 0],  # one Add less, others more
+    "constant sum": lambda x, w: (
+        F.gelu(x, approximate="tanh") * (w + w)[0, 0]
+    ),  # one Add less, others more
 }
 
 
@@ -58,8 +60,14 @@ def largest_values(path, images):
     session = ort.InferenceSession(proto.SerializeToString())
     given = session.get_inputs()[0].name
     values = session.run(None, {given: images.numpy()})
-    found = {output.name: value for output, value in zip(session.get_outputs(), values, strict=True)}
-    return {name: float(np.abs(value).max()) for name, value in {**found, given: images.numpy()}.items() if value.size}
+    found = {
+        output.name: value for output, value in zip(session.get_outputs(), values, strict=True)
+    }
+    return {
+        name: float(np.abs(value).max())
+        for name, value in {**found, given: images.numpy()}.items()
+        if value.size
+    }
 
 
 def swap(beside, images, scales="independent"):
@@ -70,7 +78,11 @@ def swap(beside, images, scales="independent"):
 
 
 def activations(model):
-    return {name: float(q.amax) for name, q in named_quantizers(model) if q.axis is None and q.amax is not None}
+    return {
+        name: float(q.amax)
+        for name, q in named_quantizers(model)
+        if q.axis is None and q.amax is not None
+    }
 
 
 @pytest.mark.parametrize("dynamo", [True, False])
@@ -79,7 +91,9 @@ def test_no_quantizer_has_the_range_of_another_tensor(tmp_path, beside, dynamo):
     images = torch.randn(4, 16, 8, 8)
     export_float(Net(beside).eval(), images, tmp_path / "float.onnx", dynamo)
     truth = largest_values(tmp_path / "float.onnx", images)
-    (tmp_path / "ranges.json").write_text(json.dumps({name: [-value, value] for name, value in truth.items()}))
+    (tmp_path / "ranges.json").write_text(
+        json.dumps({name: [-value, value] for name, value in truth.items()})
+    )
     calibrated, fresh = swap(beside, images), swap(beside, images)
     qdq.calibrate_model(calibrated, [images], method="max")
     (call,) = (name for name in activations(calibrated) if name.startswith("_add"))
@@ -92,9 +106,13 @@ def test_no_quantizer_has_the_range_of_another_tensor(tmp_path, beside, dynamo):
     assert (call in read.matched) == is_certain
     assert is_certain or "not matched" in read.missing[call]
 
-    written = qdq.export_ranges(calibrated, tmp_path / "new.json", format="onnxruntime", onnx=tmp_path / "float.onnx")
+    written = qdq.export_ranges(
+        calibrated, tmp_path / "new.json", format="onnxruntime", onnx=tmp_path / "float.onnx"
+    )
     for name, tensors in written.written.items():
-        assert [truth[tensor] for tensor in tensors] == pytest.approx([activations(calibrated)[name]], rel=1e-4)
+        assert [truth[tensor] for tensor in tensors] == pytest.approx(
+            [activations(calibrated)[name]], rel=1e-4
+        )
     assert (call in written.written) == is_certain
     assert is_certain or "not matched" in written.left_out[call]
 
@@ -109,8 +127,14 @@ def test_files_of_qdq(tmp_path, beside):
     read = qdq.import_ranges(fresh, tmp_path / "qdq.onnx")
     assert not read.missing
     assert activations(fresh) == activations(calibrated)
-    written = qdq.export_ranges(calibrated, tmp_path / "new.json", format="onnxruntime", onnx=tmp_path / "qdq.onnx")
-    tensors = {name: written.written.get(name) for name in activations(calibrated) if name.startswith("_add")}
+    written = qdq.export_ranges(
+        calibrated, tmp_path / "new.json", format="onnxruntime", onnx=tmp_path / "qdq.onnx"
+    )
+    tensors = {
+        name: written.written.get(name)
+        for name in activations(calibrated)
+        if name.startswith("_add")
+    }
     assert set(tensors.values()) <= {None, written.written["second._input_quantizer"]}
 
 
@@ -147,7 +171,9 @@ def twice(tmp_path):
         qdq.rewire_operations(model, images, scales="independent")
     qdq.calibrate_model(models[0], [images], method="max")
     truth = largest_values(tmp_path / "float.onnx", images)
-    (tmp_path / "ranges.json").write_text(json.dumps({name: [-value, value] for name, value in truth.items()}))
+    (tmp_path / "ranges.json").write_text(
+        json.dumps({name: [-value, value] for name, value in truth.items()})
+    )
     return models, tmp_path
 
 

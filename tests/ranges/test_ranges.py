@@ -21,11 +21,20 @@ from qdq.ranges import FORMATS
 from qdq.ranges.entry import amax_of_scale
 
 ACTIVATIONS = {
-    "stem._input_quantizer", "layers.0.conv1._input_quantizer", "layers.0.conv2._input_quantizer",
-    "layers.1.conv1._input_quantizer", "layers.1.conv2._input_quantizer", "fc._input_quantizer",
-}  # fmt: skip
-SHORTCUTS = {"layers.0._add_quantizer", "layers.1._add_quantizer"}  # each has the range of the conv1 beside it
-ONE_OF_EACH = [(name, link) for name in FORMATS if name != "qdq" for link in ("dynamo", "torchscript", "qdq")]
+    "stem._input_quantizer",
+    "layers.0.conv1._input_quantizer",
+    "layers.0.conv2._input_quantizer",
+    "layers.1.conv1._input_quantizer",
+    "layers.1.conv2._input_quantizer",
+    "fc._input_quantizer",
+}
+SHORTCUTS = {
+    "layers.0._add_quantizer",
+    "layers.1._add_quantizer",
+}  # each has the range of the conv1 beside it
+ONE_OF_EACH = [
+    (name, link) for name in FORMATS if name != "qdq" for link in ("dynamo", "torchscript", "qdq")
+]
 
 
 def _scales(model):
@@ -57,7 +66,9 @@ def test_round_trip_keeps_every_bit_of_the_scales(case, tmp_path, name, link):
     read = qdq.import_ranges(case.swapped, path, onnx=None if name == "qdq" else onnx_file)
     assert read.format == name.replace("-0.6.1", "")
     expected, found = _scales(case.calibrated), _scales(case.swapped)
-    assert found.keys() == expected.keys()  # weights that a file has no place for come from the weights
+    assert (
+        found.keys() == expected.keys()
+    )  # weights that a file has no place for come from the weights
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert set(read.matched) >= ACTIVATIONS | SHORTCUTS
     holds_weights = name not in ("tensorrt", "onnxruntime")
@@ -66,18 +77,24 @@ def test_round_trip_keeps_every_bit_of_the_scales(case, tmp_path, name, link):
 
 
 def test_what_was_imported_computes_as_what_was_exported(case, tmp_path):
-    qdq.export_ranges(case.calibrated, tmp_path / "cache", format="tensorrt", onnx=case.files["torchscript"])
+    qdq.export_ranges(
+        case.calibrated, tmp_path / "cache", format="tensorrt", onnx=case.files["torchscript"]
+    )
     qdq.import_ranges(case.swapped, tmp_path / "cache", onnx=case.files["torchscript"])
     assert torch.equal(case.swapped(case.images), case.calibrated(case.images))
 
 
 def test_scales_without_an_exact_amax_are_the_only_ones_that_move():
-    bits = np.random.default_rng(0).integers(80 << 23, 150 << 23, 20000, np.int32)  # any mantissa, 2^-47 to 2^23
+    bits = np.random.default_rng(0).integers(
+        80 << 23, 150 << 23, 20000, np.int32
+    )  # any mantissa, 2^-47 to 2^23
     scales = bits.view(np.float32)
     found = compute_scale(torch.from_numpy(amax_of_scale(scales, 127)), qdq.Format()).numpy()
     moved = found != scales
     assert np.abs(found.view(np.int32) - scales.view(np.int32)).max() <= 1
-    candidates = (scales * np.float32(127)).view(np.int32)[:, None] + np.arange(-8, 9, dtype=np.int32)
+    candidates = (scales * np.float32(127)).view(np.int32)[:, None] + np.arange(
+        -8, 9, dtype=np.int32
+    )
     has_one = (candidates.view(np.float32) / np.float32(127) == scales[:, None]).any(1)
     assert np.array_equal(moved, ~has_one)
     assert 0 < moved.mean() < 0.01
@@ -86,14 +103,21 @@ def test_scales_without_an_exact_amax_are_the_only_ones_that_move():
 def test_scales_of_ranges_always_come_back():
     amax = torch.rand(20000) * 2.0 ** torch.randint(-30, 20, (20000,))
     scale = compute_scale(amax, qdq.Format())
-    assert torch.equal(compute_scale(torch.from_numpy(amax_of_scale(scale.numpy(), 127)), qdq.Format()), scale)
+    assert torch.equal(
+        compute_scale(torch.from_numpy(amax_of_scale(scale.numpy(), 127)), qdq.Format()), scale
+    )
 
 
 class TestTensorRT:
     def test_lines_are_hexadecimal_float32_scales(self, case, tmp_path):
         truth = _truth(case)
-        report = qdq.export_ranges(case.calibrated, tmp_path / "cache", format="tensorrt", onnx=case.files["dynamo"])
-        assert [report.written[name] for name in sorted(SHORTCUTS)] == [("relu",), ("relu_2",)]  # not the convolutions
+        report = qdq.export_ranges(
+            case.calibrated, tmp_path / "cache", format="tensorrt", onnx=case.files["dynamo"]
+        )
+        assert [report.written[name] for name in sorted(SHORTCUTS)] == [
+            ("relu",),
+            ("relu_2",),
+        ]  # not the convolutions
         header, *lines = (tmp_path / "cache").read_text().splitlines()
         assert header.startswith("TRT-") and header.endswith("-EntropyCalibration2")
         found = dict(line.split(": ") for line in lines)
@@ -112,13 +136,22 @@ class TestTensorRT:
         report = qdq.import_ranges(case.swapped, cache, onnx=case.files["dynamo"])
         assert report.matched["layers.1.conv2._input_quantizer"] == 127.0
         assert (
-            report.matched["layers.0.conv1._input_quantizer"] == report.matched["layers.0._add_quantizer"] == 127 / 32
+            report.matched["layers.0.conv1._input_quantizer"]
+            == report.matched["layers.0._add_quantizer"]
+            == 127 / 32
         )
-        assert case.swapped.stem._input_quantizer.scale == struct.unpack(">f", bytes.fromhex("3c010a14"))[0]
+        assert (
+            case.swapped.stem._input_quantizer.scale
+            == struct.unpack(">f", bytes.fromhex("3c010a14"))[0]
+        )
         assert "scale is 0" in report.missing["layers.1.conv1._input_quantizer"]
         assert "no entry" in report.missing["fc._input_quantizer"]
         assert _amax(case.swapped, "fc._input_quantizer") is None
-        assert set(report.unmatched) == {"relu_2", "(Unnamed Layer* 64) [Shuffle]_output", "ns::conv"}
+        assert set(report.unmatched) == {
+            "relu_2",
+            "(Unnamed Layer* 64) [Shuffle]_output",
+            "ns::conv",
+        }
         table = report.format_table()
         assert "5 quantizers have their range" in table
         assert "(Unnamed Layer* 64)" in table and "fc._input_quantizer" in table
@@ -136,7 +169,10 @@ class TestTensorRT:
             ("TRT-8401-EntropyCalibration2\nrelu: 7f800000\n", "scale is inf"),
             ("TRT-8401-EntropyCalibration2\nrelu: 7f7fffff\n", "scale is inf"),  # times 127
             ("TRT-8401-EntropyCalibration2\nrelu: bc010a14\n", "scale is -0.007"),
-            ("TRT-8401-EntropyCalibration2\nrelu: 3c010a14\nrelu: 3d010a14\n", "two different ranges"),
+            (
+                "TRT-8401-EntropyCalibration2\nrelu: 3c010a14\nrelu: 3d010a14\n",
+                "two different ranges",
+            ),
             ("TRT-8401-EntropyCalibration2\nelsewhere: 3c010a14\n", "none of its 1 entries"),
             ("TRT-8401-EntropyCalibration2\nrelu: 0\n", "none of its 1 entries"),
         ],
@@ -149,24 +185,43 @@ class TestTensorRT:
         assert _scales(case.swapped) == {}
 
     @pytest.mark.parametrize(
-        "header", ["TRT-8XXX-EntropyCalibration2 ", "TRT-100300-MinMaxCalibration", "\ufeffTRT-8601-LegacyCalibration"]
+        "header",
+        [
+            "TRT-8XXX-EntropyCalibration2 ",
+            "TRT-100300-MinMaxCalibration",
+            "\ufeffTRT-8601-LegacyCalibration",
+        ],
     )
     def test_headers_of_every_tool(self, case, tmp_path, header):
         (tmp_path / "cache").write_text(f"{header}\nrelu: 3f800000\n", encoding="utf-8")
         report = qdq.import_ranges(case.swapped, tmp_path / "cache", onnx=case.files["dynamo"])
-        assert report.format == "tensorrt" and report.matched["layers.0.conv1._input_quantizer"] == 127.0
+        assert (
+            report.format == "tensorrt"
+            and report.matched["layers.0.conv1._input_quantizer"] == 127.0
+        )
 
     @pytest.mark.parametrize("digits", ["7f800000", "ff800000", "7fc00000", "bc010a14", "2b", "0"])
     def test_damage_is_an_error_only_where_a_quantizer_stands(self, case, tmp_path, digits):
         """The mask of a transformer is -inf; nothing quantizes it."""
-        (tmp_path / "cache").write_text(f"TRT-8401-EntropyCalibration2\nrelu: 3f800000\nmask: {digits}\n")
+        (tmp_path / "cache").write_text(
+            f"TRT-8401-EntropyCalibration2\nrelu: 3f800000\nmask: {digits}\n"
+        )
         report = qdq.import_ranges(case.swapped, tmp_path / "cache", onnx=case.files["dynamo"])
         assert report.matched["layers.0.conv1._input_quantizer"] == 127.0
         assert "its scale is" in report.unmatched["mask"] and "mask" in report.format_table()
 
     def test_the_same_line_twice_is_no_contradiction(self, case, tmp_path):
-        (tmp_path / "cache").write_text("TRT-8401-EntropyCalibration2\nrelu: 3c010a14\nrelu: 3c010a14\n")
-        assert len(qdq.import_ranges(case.swapped, tmp_path / "cache", onnx=case.files["dynamo"]).matched) == 2
+        (tmp_path / "cache").write_text(
+            "TRT-8401-EntropyCalibration2\nrelu: 3c010a14\nrelu: 3c010a14\n"
+        )
+        assert (
+            len(
+                qdq.import_ranges(
+                    case.swapped, tmp_path / "cache", onnx=case.files["dynamo"]
+                ).matched
+            )
+            == 2
+        )
 
 
 def _reader(case, name="x"):
@@ -194,7 +249,9 @@ class TestONNXRuntime:
         from onnxruntime.quantization.calibrate import save_tensors_data
         from onnxruntime.quantization.quant_utils import write_calibration_table
 
-        calibrator = create_calibrator(case.files["dynamo"], calibrate_method=CalibrationMethod[method])
+        calibrator = create_calibrator(
+            case.files["dynamo"], calibrate_method=CalibrationMethod[method]
+        )
         calibrator.collect_data(_reader(case))
         data = calibrator.compute_data()
         save_tensors_data(data, folder / "saved.json")
@@ -208,22 +265,47 @@ class TestONNXRuntime:
             assert report.matched["layers.0.conv2._input_quantizer"] == expected
             if method == "MinMax":
                 truth = _truth(case)
-                assert {name: report.matched[name] for name in truth} == pytest.approx(truth, rel=1e-5)
-                assert "made symmetric" in report.notes["layers.0.conv2._input_quantizer"]  # behind a ReLU
+                assert {name: report.matched[name] for name in truth} == pytest.approx(
+                    truth, rel=1e-5
+                )
+                assert (
+                    "made symmetric" in report.notes["layers.0.conv2._input_quantizer"]
+                )  # behind a ReLU
 
     def test_its_loader_and_its_quantizer_take_ours(self, case, folder):
-        from onnxruntime.quantization import QuantFormat, QuantType, load_tensors_data, quantize_static
+        from onnxruntime.quantization import (
+            QuantFormat,
+            QuantType,
+            load_tensors_data,
+            quantize_static,
+        )
 
-        qdq.export_ranges(case.calibrated, "ours.json", format="onnxruntime", onnx=case.files["dynamo"])
+        qdq.export_ranges(
+            case.calibrated, "ours.json", format="onnxruntime", onnx=case.files["dynamo"]
+        )
         loaded = load_tensors_data(folder / "ours.json")
         relu = case.calibrated.layers[0].conv1._input_quantizer
-        assert [value.item() for value in loaded["relu"].range_value] == [-relu.amax.item(), relu.amax.item()]
+        assert [value.item() for value in loaded["relu"].range_value] == [
+            -relu.amax.item(),
+            relu.amax.item(),
+        ]
         quantize_static(
-            case.files["dynamo"], "theirs.onnx", calibration_data_reader=None, calibration_cache_path="ours.json",
-            quant_format=QuantFormat.QDQ, activation_type=QuantType.QInt8, op_types_to_quantize=["Conv"],
-            extra_options={"ActivationSymmetric": True, "OpTypesToExcludeOutputQuantization": ["Conv"]},
-        )  # fmt: skip
-        initializers = {one.name: onnx.numpy_helper.to_array(one) for one in onnx.load("theirs.onnx").graph.initializer}
+            case.files["dynamo"],
+            "theirs.onnx",
+            calibration_data_reader=None,
+            calibration_cache_path="ours.json",
+            quant_format=QuantFormat.QDQ,
+            activation_type=QuantType.QInt8,
+            op_types_to_quantize=["Conv"],
+            extra_options={
+                "ActivationSymmetric": True,
+                "OpTypesToExcludeOutputQuantization": ["Conv"],
+            },
+        )
+        initializers = {
+            one.name: onnx.numpy_helper.to_array(one)
+            for one in onnx.load("theirs.onnx").graph.initializer
+        }
         assert initializers["relu_scale"] == pytest.approx(relu.scale.item(), rel=1e-6)
 
     @pytest.mark.parametrize("link", ["dynamo", "torchscript"])
@@ -232,26 +314,47 @@ class TestONNXRuntime:
 
         first = onnx.load(case.files[link]).graph.input[0].name
         quantize_static(
-            case.files[link], "theirs.onnx", _reader(case, first), quant_format=QuantFormat.QDQ, per_channel=True,
-            activation_type=QuantType.QInt8, weight_type=QuantType.QInt8, op_types_to_quantize=["Conv", "Gemm"],
+            case.files[link],
+            "theirs.onnx",
+            _reader(case, first),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=["Conv", "Gemm"],
             extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
-        )  # fmt: skip
+        )
         report = qdq.import_ranges(case.swapped, "theirs.onnx")
         assert report.format == "qdq" and not report.missing
-        scales = {one.name: onnx.numpy_helper.to_array(one) for one in onnx.load("theirs.onnx").graph.initializer}
+        scales = {
+            one.name: onnx.numpy_helper.to_array(one)
+            for one in onnx.load("theirs.onnx").graph.initializer
+        }
         own = _scales(case.swapped)
-        assert np.allclose(own["layers.1.conv1._weight_quantizer"], scales["layers.1.conv1.weight_scale"], rtol=2e-7)
-        assert own["stem._input_quantizer"].item() == pytest.approx(scales[f"{first}_scale"].item(), rel=2e-7)
-        assert {name: report.matched[name] for name in ACTIVATIONS} == pytest.approx(_truth(case), rel=1e-5)
+        assert np.allclose(
+            own["layers.1.conv1._weight_quantizer"],
+            scales["layers.1.conv1.weight_scale"],
+            rtol=2e-7,
+        )
+        assert own["stem._input_quantizer"].item() == pytest.approx(
+            scales[f"{first}_scale"].item(), rel=2e-7
+        )
+        assert {name: report.matched[name] for name in ACTIVATIONS} == pytest.approx(
+            _truth(case), rel=1e-5
+        )
         assert any("bias" in name for name in report.unmatched)
 
     def test_its_asymmetric_qdq_file_is_widened(self, case, folder):
         from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
         quantize_static(
-            case.files["dynamo"], "theirs.onnx", _reader(case), quant_format=QuantFormat.QDQ,
-            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-        )  # fmt: skip
+            case.files["dynamo"],
+            "theirs.onnx",
+            _reader(case),
+            quant_format=QuantFormat.QDQ,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
         report = qdq.import_ranges(case.swapped, "theirs.onnx")
         truth = _truth(case)
         assert {name: report.matched[name] for name in truth} == pytest.approx(truth, rel=0.01)
@@ -269,9 +372,15 @@ class TestONNXRuntime:
             ('{"relu": [-1e39, 1.0]}', "NaN or Inf"),
             ('{"relu": [-1.0, 1.0], "relu": [-2.0, 1.0]}', "'relu' has two values"),
             ('{"CLS": "TensorsData", "data": {"relu": {"lowest": "a", "highest": 1}}}', "a number"),
-            ('{"CLS": "TensorsData", "data": {"relu": {"lowest": [1, 2], "highest": [1, 2, 3]}}}', "belong together"),
+            (
+                '{"CLS": "TensorsData", "data": {"relu": {"lowest": [1, 2], "highest": [1, 2, 3]}}}',
+                "belong together",
+            ),
             ('{"relu": [0, 0]}', "zeros only"),
-            ('{"CLS": "TensorsData", "data": {"relu": {"avg": 0, "std": 1}}}', "no lowest and highest"),
+            (
+                '{"CLS": "TensorsData", "data": {"relu": {"avg": 0, "std": 1}}}',
+                "no lowest and highest",
+            ),
         ],
     )
     def test_damaged_files_change_nothing(self, case, tmp_path, text, message):
@@ -280,41 +389,74 @@ class TestONNXRuntime:
             qdq.import_ranges(case.swapped, tmp_path / "ranges.json", onnx=case.files["dynamo"])
         assert _scales(case.swapped) == {}
 
-    @pytest.mark.parametrize("bounds", ["-Infinity, 0.0", "NaN, 1.0", "1.0, -1.0", "-1e39, 0", "0, 0"])
+    @pytest.mark.parametrize(
+        "bounds", ["-Infinity, 0.0", "NaN, 1.0", "1.0, -1.0", "-1e39, 0", "0, 0"]
+    )
     def test_damage_is_an_error_only_where_a_quantizer_stands(self, case, tmp_path, bounds):
         low, high = bounds.split(", ")
         damaged = f'{{"CLS": "TensorData", "lowest": {low}, "highest": {high}}}'
         sound = '{"CLS": "TensorData", "lowest": -2.0, "highest": 1.0}'
         text = f'{{"CLS": "TensorsData", "data": {{"relu": {sound}, "mask": {damaged}}}}}'
         (tmp_path / "ranges.json").write_text(text)
-        report = qdq.import_ranges(case.swapped, tmp_path / "ranges.json", onnx=case.files["dynamo"])
-        assert report.matched["layers.0.conv1._input_quantizer"] == 2.0 and "its range" in report.unmatched["mask"]
+        report = qdq.import_ranges(
+            case.swapped, tmp_path / "ranges.json", onnx=case.files["dynamo"]
+        )
+        assert (
+            report.matched["layers.0.conv1._input_quantizer"] == 2.0
+            and "its range" in report.unmatched["mask"]
+        )
         (tmp_path / "pairs.json").write_text(f'{{"relu": [-2.0, 1.0], "mask": [{bounds}]}}')
         pairs = qdq.import_ranges(case.swapped, tmp_path / "pairs.json", onnx=case.files["dynamo"])
         assert pairs.unmatched == report.unmatched
 
     def test_pairs_of_early_releases(self, case, tmp_path):
         (tmp_path / "calibration.json").write_text('{"relu": [-0.5, 2.0], "other": [0, 1]}')
-        report = qdq.import_ranges(case.swapped, tmp_path / "calibration.json", onnx=case.files["dynamo"])
-        assert report.matched == {"layers.0.conv1._input_quantizer": 2.0, "layers.0._add_quantizer": 2.0}
+        report = qdq.import_ranges(
+            case.swapped, tmp_path / "calibration.json", onnx=case.files["dynamo"]
+        )
+        assert report.matched == {
+            "layers.0.conv1._input_quantizer": 2.0,
+            "layers.0._add_quantizer": 2.0,
+        }
         assert "-0.5 to 2 made symmetric" in report.notes["layers.0._add_quantizer"]
         assert list(report.unmatched) == ["other"]
 
 
 def _encoding(scale, **fields):
-    return {"bitwidth": 8, "dtype": "int", "is_symmetric": "True", "offset": -128, "scale": scale, **fields}
+    return {
+        "bitwidth": 8,
+        "dtype": "int",
+        "is_symmetric": "True",
+        "offset": -128,
+        "scale": scale,
+        **fields,
+    }
 
 
 def _version_1(name, scale, **fields):
-    return {"name": name, "bw": 8, "dtype": "INT", "enc_type": "PER_TENSOR", "is_sym": True, "offset": [-128.0],
-            "scale": scale, **fields}  # fmt: skip
+    return {
+        "name": name,
+        "bw": 8,
+        "dtype": "INT",
+        "enc_type": "PER_TENSOR",
+        "is_sym": True,
+        "offset": [-128.0],
+        "scale": scale,
+        **fields,
+    }
 
 
 class TestAimet:
     def _import(self, case, tmp_path, activations, params, version, link="dynamo"):
-        document = {"version": version, "activation_encodings": activations, "param_encodings": params}
+        document = {
+            "version": version,
+            "activation_encodings": activations,
+            "param_encodings": params,
+        }
         (tmp_path / "model.encodings").write_text(json.dumps(document))
-        return qdq.import_ranges(case.swapped, tmp_path / "model.encodings", onnx=case.files.get(link))
+        return qdq.import_ranges(
+            case.swapped, tmp_path / "model.encodings", onnx=case.files.get(link)
+        )
 
     def test_torch_encodings_name_modules(self, case, tmp_path):
         """Inputs need no graph; outputs are followed through it to the layers that read them."""
@@ -322,7 +464,10 @@ class TestAimet:
             "stem": {"input": {"0": _encoding(0.25)}, "output": {"0": _encoding(0.5)}},
             "layers.0.relu": {"output": {"0": _encoding(0.125, offset=0, is_symmetric="False")}},
         }
-        weights = {"stem.weight": [_encoding(2.0**-n) for n in range(16)], "stem.bias": [_encoding(1.0, bitwidth=32)]}
+        weights = {
+            "stem.weight": [_encoding(2.0**-n) for n in range(16)],
+            "stem.bias": [_encoding(1.0, bitwidth=32)],
+        }
         without = self._import(case, tmp_path, activations, weights, "0.6.1", link=None)
         assert without.matched["stem._input_quantizer"] == 127 * 0.25
         assert without.matched["stem._weight_quantizer"] == [127 * 2.0**-n for n in range(16)]
@@ -348,7 +493,9 @@ class TestAimet:
         assert report.matched["layers.0.conv2._input_quantizer"] == 32767 / 1024
         assert "16 bit" in report.notes["layers.0.conv2._input_quantizer"]
         assert report.matched["fc._weight_quantizer"] == [63.5] * 32
-        assert "floating point" in report.unmatched["relu_2"] and "LPBQ" in report.unmatched["relu_3"]
+        assert (
+            "floating point" in report.unmatched["relu_2"] and "LPBQ" in report.unmatched["relu_3"]
+        )
         assert "floating point" in report.missing["layers.1.conv1._input_quantizer"]
 
     def test_version_2(self, case, tmp_path):
@@ -356,17 +503,39 @@ class TestAimet:
             {"name": "x", "y_scale": 0.5, "output_dtype": "int8"},
             {"name": "relu", "y_scale": 0.5, "y_zero_point": 128, "output_dtype": "uint8"},
             {"name": "relu_1", "y_scale": 0.5, "y_zero_point": 0, "output_dtype": "uint8"},
-            {"name": "fc.weight", "y_scale": [0.5] * 32, "y_zero_point": [0] * 32, "axis": 0, "output_dtype": "int8"},
-            {"name": "stem.weight", "y_scale": [[0.5]] * 16, "axis": 1, "block_size": 32, "output_dtype": "int8"},
+            {
+                "name": "fc.weight",
+                "y_scale": [0.5] * 32,
+                "y_zero_point": [0] * 32,
+                "axis": 0,
+                "output_dtype": "int8",
+            },
+            {
+                "name": "stem.weight",
+                "y_scale": [[0.5]] * 16,
+                "axis": 1,
+                "block_size": 32,
+                "output_dtype": "int8",
+            },
         ]
-        (tmp_path / "model.encodings").write_text(json.dumps({"version": "2.0.0", "encodings": encodings}))
-        report = qdq.import_ranges(case.swapped, tmp_path / "model.encodings", onnx=case.files["dynamo"])
-        assert report.matched["stem._input_quantizer"] == report.matched["layers.0.conv1._input_quantizer"] == 63.5
+        (tmp_path / "model.encodings").write_text(
+            json.dumps({"version": "2.0.0", "encodings": encodings})
+        )
+        report = qdq.import_ranges(
+            case.swapped, tmp_path / "model.encodings", onnx=case.files["dynamo"]
+        )
+        assert (
+            report.matched["stem._input_quantizer"]
+            == report.matched["layers.0.conv1._input_quantizer"]
+            == 63.5
+        )
         assert report.matched["layers.0.conv2._input_quantizer"] == 127.5
         assert report.matched["fc._weight_quantizer"] == [63.5] * 32
         assert "in blocks" in report.missing["stem._weight_quantizer"]
-        assert torch.equal(_amax(case.swapped, "stem._weight_quantizer").flatten(),
-                           case.float.stem.weight.detach().abs().amax((1, 2, 3)))  # fmt: skip
+        assert torch.equal(
+            _amax(case.swapped, "stem._weight_quantizer").flatten(),
+            case.float.stem.weight.detach().abs().amax((1, 2, 3)),
+        )
 
     @pytest.mark.parametrize(
         ("activations", "message"),
@@ -393,7 +562,9 @@ class TestQdqOnnx:
         for name, quantizer in named_quantizers(case.calibrated):
             if name.endswith("_input_quantizer"):
                 quantizer.amax = quantizer.amax * 0.7
-        report = qdq.export_ranges(case.calibrated, tmp_path / "new.onnx", format="qdq", onnx=case.files["qdq"])
+        report = qdq.export_ranges(
+            case.calibrated, tmp_path / "new.onnx", format="qdq", onnx=case.files["qdq"]
+        )
         assert not report.left_out
         qdq.export_onnx(case.calibrated, case.images, tmp_path / "again.onnx", dynamic_batch=False)
         outputs = [
@@ -408,7 +579,9 @@ class TestQdqOnnx:
     @pytest.mark.parametrize("scale", [np.inf, np.nan, -1.0, 1e-42])
     def test_damage_is_an_error_only_where_a_quantizer_stands(self, case, tmp_path, scale):
         proto = onnx.load(case.files["qdq"])
-        quantize = next(n for n in proto.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "mean")
+        quantize = next(
+            n for n in proto.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "mean"
+        )
         stored = next(one for one in proto.graph.initializer if one.name == quantize.input[1])
         stored.CopyFrom(onnx.numpy_helper.from_array(np.float32(scale), stored.name))
         onnx.save(proto, tmp_path / "damaged.onnx")
@@ -416,25 +589,36 @@ class TestQdqOnnx:
             qdq.import_ranges(case.swapped, tmp_path / "damaged.onnx")
         assert _scales(case.swapped) == {}
         case.swapped.fc._input_quantizer.disable()
-        assert "its scale is" in qdq.import_ranges(case.swapped, tmp_path / "damaged.onnx").unmatched["mean"]
+        assert (
+            "its scale is"
+            in qdq.import_ranges(case.swapped, tmp_path / "damaged.onnx").unmatched["mean"]
+        )
 
     def test_codes_of_another_scale_are_not_touched(self, case, tmp_path):
         case.calibrated.stem._weight_quantizer.amax.mul_(2)
-        report = qdq.export_ranges(case.calibrated, tmp_path / "new.onnx", format="qdq", onnx=case.files["qdq"])
+        report = qdq.export_ranges(
+            case.calibrated, tmp_path / "new.onnx", format="qdq", onnx=case.files["qdq"]
+        )
         assert list(report.left_out) == ["stem._weight_quantizer"]
         assert "export the model again" in report.format_table()
 
     def test_a_pair_of_several_quantizers_gets_the_largest(self, case, tmp_path):
         shortcut = case.calibrated.layers[0]._add_quantizer
         leader = case.calibrated.layers[0].conv1._input_quantizer
-        vars(shortcut)["leader"] = qdq.TensorQuantizer(qdq.QuantDescriptor(amax=2 * leader.amax.item()))
-        report = qdq.export_ranges(case.calibrated, tmp_path / "new.onnx", format="qdq", onnx=case.files["qdq"])
+        vars(shortcut)["leader"] = qdq.TensorQuantizer(
+            qdq.QuantDescriptor(amax=2 * leader.amax.item())
+        )
+        report = qdq.export_ranges(
+            case.calibrated, tmp_path / "new.onnx", format="qdq", onnx=case.files["qdq"]
+        )
         assert list(report.notes) == ["layers.0.conv1._input_quantizer"]
         found = qdq.import_ranges(case.swapped, tmp_path / "new.onnx").matched
         assert found["layers.0.conv1._input_quantizer"] == 2 * leader.amax.item()
 
     @pytest.mark.parametrize("is_quantized", [False, True])
-    def test_nodes_without_names_are_known_by_their_weights(self, case, tmp_path, monkeypatch, is_quantized):
+    def test_nodes_without_names_are_known_by_their_weights(
+        self, case, tmp_path, monkeypatch, is_quantized
+    ):
         monkeypatch.chdir(tmp_path)
         from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
@@ -445,20 +629,32 @@ class TestQdqOnnx:
             node.metadata_props.add(key="another.tool", value="1")
         onnx.save(proto, "float.onnx")
         if is_quantized:
-            quantize_static("float.onnx", "theirs.onnx", _reader(case), quant_format=QuantFormat.QDQ,
-                            activation_type=QuantType.QInt8, extra_options={"ActivationSymmetric": True})  # fmt: skip
+            quantize_static(
+                "float.onnx",
+                "theirs.onnx",
+                _reader(case),
+                quant_format=QuantFormat.QDQ,
+                activation_type=QuantType.QInt8,
+                extra_options={"ActivationSymmetric": True},
+            )
             report = qdq.import_ranges(case.swapped, "theirs.onnx")
         else:
-            qdq.export_ranges(case.calibrated, "ranges.json", format="onnxruntime", onnx="float.onnx")
+            qdq.export_ranges(
+                case.calibrated, "ranges.json", format="onnxruntime", onnx="float.onnx"
+            )
             report = qdq.import_ranges(case.swapped, "ranges.json", onnx="float.onnx")
-        assert {name: report.matched[name] for name in ACTIVATIONS} == pytest.approx(_truth(case), rel=1e-5)
+        assert {name: report.matched[name] for name in ACTIVATIONS} == pytest.approx(
+            _truth(case), rel=1e-5
+        )
 
     def test_metadata_that_are_no_scopes(self, case, tmp_path):
         proto = onnx.load(case.files["torchscript"])
         for node, text in zip(proto.graph.node, ["[1", "7", "('", "[]", "{}"], strict=False):
             node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=text)
         onnx.save(proto, tmp_path / "float.onnx")
-        qdq.export_ranges(case.calibrated, tmp_path / "cache", format="tensorrt", onnx=tmp_path / "float.onnx")
+        qdq.export_ranges(
+            case.calibrated, tmp_path / "cache", format="tensorrt", onnx=tmp_path / "float.onnx"
+        )
         report = qdq.import_ranges(case.swapped, tmp_path / "cache", onnx=tmp_path / "float.onnx")
         assert set(report.matched) >= ACTIVATIONS
 
@@ -475,12 +671,21 @@ class TestQdqOnnx:
 
     def test_the_largest_range_of_those_that_share_it(self, case, tmp_path):
         """A file that was not made for shared scales has two for what the model has one for."""
-        leader, follower = case.swapped.layers[0].conv1._input_quantizer, case.swapped.layers[1]._add_quantizer
+        leader, follower = (
+            case.swapped.layers[0].conv1._input_quantizer,
+            case.swapped.layers[1]._add_quantizer,
+        )
         assert isinstance(follower, SharedQuantizer) and follower.leader is not leader
         vars(follower)["leader"] = leader
         (tmp_path / "ranges.json").write_text('{"relu": [-1.0, 1.0], "relu_2": [-3.0, 3.0]}')
-        report = qdq.import_ranges(case.swapped, tmp_path / "ranges.json", onnx=case.files["dynamo"])
-        assert report.matched["layers.0.conv1._input_quantizer"] == report.matched["layers.1._add_quantizer"] == 3.0
+        report = qdq.import_ranges(
+            case.swapped, tmp_path / "ranges.json", onnx=case.files["dynamo"]
+        )
+        assert (
+            report.matched["layers.0.conv1._input_quantizer"]
+            == report.matched["layers.1._add_quantizer"]
+            == 3.0
+        )
         assert "the largest range" in report.notes["layers.0.conv1._input_quantizer"]
 
     def test_attention_and_products_with_transposed_weights(self, tmp_path):
@@ -507,13 +712,25 @@ class TestQdqOnnx:
 
             def forward(self, x, y, z):
                 given = {"x": x, "y": y, "z": z}
-                return self.attention(*(given[name] for name in sources), need_weights=False)[0] + y.sum() + z.sum()
+                return (
+                    self.attention(*(given[name] for name in sources), need_weights=False)[0]
+                    + y.sum()
+                    + z.sum()
+                )
 
-        model, inputs = Attend().eval(), tuple(torch.randn(2, 5, 32) * factor for factor in (1.0, 2.0, 4.0))
+        model, inputs = (
+            Attend().eval(),
+            tuple(torch.randn(2, 5, 32) * factor for factor in (1.0, 2.0, 4.0)),
+        )
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             torch.onnx.export(
-                model, inputs, tmp_path / "float.onnx", input_names=["x", "y", "z"], dynamo=dynamo, opset_version=18
+                model,
+                inputs,
+                tmp_path / "float.onnx",
+                input_names=["x", "y", "z"],
+                dynamo=dynamo,
+                opset_version=18,
             )
         document = {name: [-(n + 1.0), n + 1.0] for n, name in enumerate("xyz")}
         (tmp_path / "ranges.json").write_text(json.dumps(document))
@@ -531,16 +748,25 @@ class TestQdqOnnx:
         qdq.calibrate_model(model, [images], method="max")
         qdq.export_onnx(model, images, tmp_path / "model.onnx", dynamic_batch=False)
         proto = onnx.load(tmp_path / "model.onnx")
-        node = next(node for node in proto.graph.node if node.name == "0._weight_quantizer/DequantizeLinear")
+        node = next(
+            node for node in proto.graph.node if node.name == "0._weight_quantizer/DequantizeLinear"
+        )
         next(one for one in node.attribute if one.name == "axis").i = 1
         onnx.save(proto, tmp_path / "model.onnx")
         report = qdq.import_ranges(fresh, tmp_path / "model.onnx")
-        assert "axis 1" in report.missing["0._weight_quantizer"] and "2._weight_quantizer" in report.matched
+        assert (
+            "axis 1" in report.missing["0._weight_quantizer"]
+            and "2._weight_quantizer" in report.matched
+        )
 
 
 def test_a_quantizer_that_cannot_take_its_range_keeps_the_others_from_theirs(case):
-    case.swapped.fc._weight_quantizer.amax = torch.tensor(1.0)  # one number; the file has one a channel
-    with pytest.raises(StateError, match=r"fc\._weight_quantizer has 1 ranges now, and would get 32") as caught:
+    case.swapped.fc._weight_quantizer.amax = torch.tensor(
+        1.0
+    )  # one number; the file has one a channel
+    with pytest.raises(
+        StateError, match=r"fc\._weight_quantizer has 1 ranges now, and would get 32"
+    ) as caught:
         qdq.import_ranges(case.swapped, case.files["qdq"])
     assert caught.value.fix
     assert list(_scales(case.swapped)) == ["fc._weight_quantizer"]
@@ -557,13 +783,18 @@ def test_disabled_quantizers_stay_as_they_are(case, tmp_path):
 def test_what_cannot_be_written_is_listed(case, tmp_path):
     case.calibrated.stem._input_quantizer.disable()
     del case.calibrated.fc._input_quantizer._amax
-    report = qdq.export_ranges(case.calibrated, tmp_path / "cache", format="tensorrt", onnx=case.files["dynamo"])
+    report = qdq.export_ranges(
+        case.calibrated, tmp_path / "cache", format="tensorrt", onnx=case.files["dynamo"]
+    )
     assert (
-        "disabled" in report.left_out["stem._input_quantizer"] and "no amax" in report.left_out["fc._input_quantizer"]
+        "disabled" in report.left_out["stem._input_quantizer"]
+        and "no amax" in report.left_out["fc._input_quantizer"]
     )
     assert report.written["layers.0.conv1._input_quantizer"] == ("relu",)
     with pytest.raises(CalibrationError, match="no amax"):
-        qdq.export_ranges(case.swapped, tmp_path / "other", format="tensorrt", onnx=case.files["dynamo"])
+        qdq.export_ranges(
+            case.swapped, tmp_path / "other", format="tensorrt", onnx=case.files["dynamo"]
+        )
     assert not (tmp_path / "other").exists()
 
 
@@ -579,12 +810,20 @@ def test_a_tensor_with_two_ranges_gets_the_larger(tmp_path):
     model, images = Fork(), torch.randn(4, 32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(model, (images,), tmp_path / "float.onnx", dynamo=False, input_names=["x"])
+        torch.onnx.export(
+            model, (images,), tmp_path / "float.onnx", dynamo=False, input_names=["x"]
+        )
     qdq.swap_modules(model, include=["*"])
     model.a._input_quantizer.amax, model.b._input_quantizer.amax = 1.0, 2.0
-    report = qdq.export_ranges(model, tmp_path / "cache", format="tensorrt", onnx=tmp_path / "float.onnx")
+    report = qdq.export_ranges(
+        model, tmp_path / "cache", format="tensorrt", onnx=tmp_path / "float.onnx"
+    )
     assert list(report.notes) == ["a._input_quantizer"] and "larger" in report.format_table()
-    assert (tmp_path / "cache").read_text().endswith(f"x: {struct.pack('>f', np.float32(2) / np.float32(127)).hex()}\n")
+    assert (
+        (tmp_path / "cache")
+        .read_text()
+        .endswith(f"x: {struct.pack('>f', np.float32(2) / np.float32(127)).hex()}\n")
+    )
 
 
 @pytest.mark.parametrize(
@@ -599,8 +838,15 @@ def test_a_tensor_with_two_ranges_gets_the_larger(tmp_path):
 )
 def test_wrong_calls(case, tmp_path, arguments, message):
     (tmp_path / "cache").write_text("TRT-8401-EntropyCalibration2\nrelu: 3c010a14\n")
-    paths = {**case.files, "absent": tmp_path / "absent", ".": tmp_path, "cache": tmp_path / "cache"}
-    arguments = {key: value if key == "format" else paths[value] for key, value in arguments.items()}
+    paths = {
+        **case.files,
+        "absent": tmp_path / "absent",
+        ".": tmp_path,
+        "cache": tmp_path / "cache",
+    }
+    arguments = {
+        key: value if key == "format" else paths[value] for key, value in arguments.items()
+    }
     with pytest.raises(ArgumentError, match=message):
         qdq.import_ranges(case.swapped, **arguments)
 
@@ -623,13 +869,18 @@ def test_damaged_bytes_end_in_an_error_of_qdq(case, tmp_path):
             qdq.export_ranges(case.calibrated, source, format=name, onnx=case.files["qdq"])
         content = source.read_bytes()
         for _ in range(25 if name != "qdq" else 5):
-            damaged = bytearray(content[: random.integers(1, len(content))] if random.random() < 0.5 else content)
+            damaged = bytearray(
+                content[: random.integers(1, len(content))] if random.random() < 0.5 else content
+            )
             damaged[random.integers(len(damaged))] = random.integers(256)
             (tmp_path / "damaged").write_bytes(damaged)
             model = copy.deepcopy(case.swapped)
             try:
                 qdq.import_ranges(
-                    model, tmp_path / "damaged", format=name, onnx=None if name == "qdq" else case.files["qdq"]
+                    model,
+                    tmp_path / "damaged",
+                    format=name,
+                    onnx=None if name == "qdq" else case.files["qdq"],
                 )
             except qdq.QdqError:
                 assert _scales(model) == {}

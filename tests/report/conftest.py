@@ -39,16 +39,22 @@ def finished(tmp_path_factory):
 
     torch.manual_seed(0)
     model = Branches().eval()
-    net = LoadedModel("branches", model, "random", Preprocess(12, 12, (0.0,) * 3, (1.0,) * 3), 16, None)
+    net = LoadedModel(
+        "branches", model, "random", Preprocess(12, 12, (0.0,) * 3, (1.0,) * 3), 16, None
+    )
     calibration = ImageBatches(torch.randn(8, 3, 12, 12), None, 4, 8, "8 random images", "none")
-    images = ImageBatches(torch.randn(6, 3, 12, 12), [0, 1, 2, 3, 4, 0], 4, 6, "6 random images", "made up")
+    images = ImageBatches(
+        torch.randn(6, 3, 12, 12), [0, 1, 2, 3, 4, 0], 4, 6, "6 random images", "made up"
+    )
     run = qdq.start_run(tmp_path_factory.mktemp("runs") / "small", settings={"model": "branches"})
     run.stage("everything")
     logits = {"float": qdq.predict(model, images)}
     folded = qdq.fold_batchnorm(model, calibration.images)
     plan = qdq.swap_modules(model, calibration.images, exclude=["head"])
     rewired = qdq.rewire_operations(model, calibration.images)
-    ranges = qdq.calibrate_model(model, calibration, statistics=run.folder / "calibration.safetensors")
+    ranges = qdq.calibrate_model(
+        model, calibration, statistics=run.folder / "calibration.safetensors"
+    )
     analysis = qdq.analyze_layers(model, calibration, max_float_layers=1, pinned={"hidden": "int8"})
     exported = qdq.export_onnx(model, calibration.images, run.folder / "model.onnx")
     logits["ONNX"] = qdq.predict(exported.path, images)
@@ -56,10 +62,19 @@ def finished(tmp_path_factory):
     build = qdq.build_engine(exported.path, backend="rtx")
     evaluation = qdq.evaluate_outputs(logits, images.labels, files={"float": model})
     stages = {
-        "model": net, "calibration": calibration, "images": images, "folded": folded, "plan": plan,
-        "rewired": rewired, "ranges": ranges, "analysis": analysis, "exported": exported, "check": check,
-        "build": build, "evaluation": evaluation,
-    }  # fmt: skip
+        "model": net,
+        "calibration": calibration,
+        "images": images,
+        "folded": folded,
+        "plan": plan,
+        "rewired": rewired,
+        "ranges": ranges,
+        "analysis": analysis,
+        "exported": exported,
+        "check": check,
+        "build": build,
+        "evaluation": evaluation,
+    }
     qdq.write_report(run, **stages)
     return run.folder, stages
 

@@ -11,15 +11,32 @@ from qdq.report.compare import compare_runs, render_comparison
 from qdq.report.load import load_report
 from qdq.report.page import render_report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra 'dev'")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH (apt-get install chromium)")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium on the PATH (apt-get install chromium)"
+)
 FLAGS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *(
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+    ),
     *("--disable-component-update", "--disable-sync"),
 ]
 EVIL = "<script>alert(1)</script>"
-NAMES = ["stem", EVIL, "</script><img src=x onerror=alert(2)>", "block.2.conv", "block.10.conv", "head"]
+NAMES = [
+    "stem",
+    EVIL,
+    "</script><img src=x onerror=alert(2)>",
+    "block.2.conv",
+    "block.10.conv",
+    "head",
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +61,12 @@ def opened(browser, tmp_path):
         page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda request: None if request.url == file.as_uri() else complaints.append(request.url))
+        page.on(
+            "request",
+            lambda request: (
+                None if request.url == file.as_uri() else complaints.append(request.url)
+            ),
+        )
         page.goto(file.as_uri())
         yield page
         page.wait_for_timeout(50)
@@ -56,7 +78,9 @@ def opened(browser, tmp_path):
 
 @pytest.fixture
 def page(opened, store):
-    with opened(render_report(load_report(store(make_report(NAMES, float_layers=[EVIL]))))) as shown:
+    with opened(
+        render_report(load_report(store(make_report(NAMES, float_layers=[EVIL]))))
+    ) as shown:
         yield shown
 
 
@@ -82,7 +106,12 @@ def test_sorting(page):
     layer.get_by_role("button").click()
     assert layer.get_attribute("aria-sort") == "ascending"
     shown = names(page)
-    assert shown.index("block.2.conv") < shown.index("block.10.conv") < shown.index("head") < shown.index("stem")
+    assert (
+        shown.index("block.2.conv")
+        < shown.index("block.10.conv")
+        < shown.index("head")
+        < shown.index("stem")
+    )
     layer.get_by_role("button").click()
     assert (layer.get_attribute("aria-sort"), names(page)) == ("descending", shown[::-1])
     gain.get_by_role("button").click()
@@ -162,7 +191,9 @@ def test_a_link_shows_a_layer_that_was_filtered_out_and_opens_one_that_was_close
 
 
 def test_names_that_are_numbers_are_sorted_as_text(opened, store):
-    with opened(render_report(load_report(store(make_report(["b", "10", "9", "1e3", "a"]))))) as page:
+    with opened(
+        render_report(load_report(store(make_report(["b", "10", "9", "1e3", "a"]))))
+    ) as page:
         page.locator("#table thead th").nth(1).get_by_role("button").click()
         assert names(page) == ["1e3", "9", "10", "a", "b"]
 
@@ -170,17 +201,24 @@ def test_names_that_are_numbers_are_sorted_as_text(opened, store):
 @pytest.mark.parametrize("width", [400, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_itself_never_scrolls_sideways(opened, store, width, scheme):
-    long = [f"model.backbone.features.stage{n}.block{n}.expand_convolution_with_a_long_name" for n in range(12)]
+    long = [
+        f"model.backbone.features.stage{n}.block{n}.expand_convolution_with_a_long_name"
+        for n in range(12)
+    ]
     with opened(render_report(load_report(store(make_report(long)))), color_scheme=scheme) as page:
         page.set_viewport_size({"width": width, "height": 800})
         page.locator(".more").first.click()
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-        lightness = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0]")
+        lightness = page.evaluate(
+            "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0]"
+        )
         assert (lightness > 128) == (scheme == "light")
 
 
 def test_without_javascript_the_numbers_are_there(opened, store):
-    with opened(render_report(load_report(store(make_report(NAMES)))), java_script_enabled=False) as page:
+    with opened(
+        render_report(load_report(store(make_report(NAMES)))), java_script_enabled=False
+    ) as page:
         assert page.locator("#table > tbody > tr").count() == len(NAMES)
         assert "need JavaScript" in page.locator("noscript p").inner_text()
         assert not page.locator("#controls").is_visible()
@@ -205,6 +243,8 @@ def test_300_layers(opened, store, record_property):
     with opened(text) as page:
         assert len(names(page)) == 300
         seconds = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd / 1000")
-        print(f"300 layers: {len(text.encode()) / 1e6:.2f} MB, loaded in {seconds:.2f} s, "
-              f"all rows read after {time.perf_counter() - began:.1f} s")  # fmt: skip
+        print(
+            f"300 layers: {len(text.encode()) / 1e6:.2f} MB, loaded in {seconds:.2f} s, "
+            f"all rows read after {time.perf_counter() - began:.1f} s"
+        )
         record_property("seconds", seconds)

@@ -17,7 +17,9 @@ NAMES = [f"l{number}" for number in range(20)]
 def runs(store):
     """The second run has another seed of its ranges' methods, one other range, one other precision, one more layer."""
     first = make_report(NAMES, float_layers=["l0"])
-    second = make_report([*NAMES, "more"], float_layers=["l0", "l3"], settings={"model": "made", "exclude": ["x"]})
+    second = make_report(
+        [*NAMES, "more"], float_layers=["l0", "l3"], settings={"model": "made", "exclude": ["x"]}
+    )
     second["layers"][5]["tensors"][0]["amax"] *= 1.5
     second["layers"][6]["tensors"][0]["amax"] *= 1.005  # within the tolerance
     second["summary"]["candidates"]["ONNX"]["sqnr_db"] = 24.0
@@ -28,8 +30,10 @@ def test_what_differs(runs):
     found = compare_runs(runs)
     assert found.runs == ("first", "second")
     assert {each.name: each.precisions for each in found.layers} == {
-        "l3": ("int8", "float"), "l5": ("int8", "int8"), "more": (None, "int8"),
-    }  # fmt: skip
+        "l3": ("int8", "float"),
+        "l5": ("int8", "int8"),
+        "more": (None, "int8"),
+    }
     ranges = {each.name: each.ranges for each in found.layers}
     assert ranges["l5"] == (7.0, 10.5)
     assert ranges["more"] == (None, 22.0)
@@ -87,7 +91,10 @@ def test_better_and_worse_are_said_in_words_too(runs):
 
 def test_names_are_data(store):
     evil = "<script>alert(1)</script>"
-    runs = [store(make_report([evil]), "one"), store(make_report([evil], float_layers=[evil], model=evil), "two")]
+    runs = [
+        store(make_report([evil]), "one"),
+        store(make_report([evil], float_layers=[evil], model=evil), "two"),
+    ]
     page = render_comparison(compare_runs(runs))
     assert evil not in page and page.count("<script") == 1
 
@@ -111,7 +118,11 @@ def test_command(runs, tmp_path, capsys, monkeypatch):
     code, out, _ = call(capsys, "report", *runs, "--json", tmp_path / "two.json")
     assert (code, out) == (0, "comparison.html\n")
     assert (tmp_path / "comparison.html").read_text() == render_comparison(compare_runs(runs))
-    assert [each["name"] for each in json.loads((tmp_path / "two.json").read_text())["layers"]] == ["l3", "l5", "more"]
+    assert [each["name"] for each in json.loads((tmp_path / "two.json").read_text())["layers"]] == [
+        "l3",
+        "l5",
+        "more",
+    ]
     code, _, errors = call(capsys, "report")
     assert code == 2 and "no run was given" in errors
     code, _, errors = call(capsys, "report", runs[0], "-o", tmp_path)

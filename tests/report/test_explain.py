@@ -30,14 +30,20 @@ def test_the_text_holds_the_record(finished):
             assert f"{other} ({precision})" in found.text
         assert "None" not in found.text and "nan" not in found.text
     assert "same range as" not in explain_layer(folder, "head").text.lower()
-    assert "No ranges: it was given no quantizers: excluded by 'head'" in explain_layer(folder, "head").text
+    assert (
+        "No ranges: it was given no quantizers: excluded by 'head'"
+        in explain_layer(folder, "head").text
+    )
     assert "the input of the network" in explain_layer(folder, "stem").text
     assert "an output of the network" in explain_layer(folder, "head").text
 
 
 def test_misspelt_names_get_suggestions(store):
     folder = store(make_report(["layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "fc"]))
-    with pytest.raises(ArgumentError, match=r"no layer 'layer1.0.conv'.*did you mean layer1.0.conv1, layer1.0.conv2"):
+    with pytest.raises(
+        ArgumentError,
+        match=r"no layer 'layer1.0.conv'.*did you mean layer1.0.conv1, layer1.0.conv2",
+    ):
         explain_layer(folder, "layer1.0.conv")
     with pytest.raises(ArgumentError, match="did you mean fc"):
         explain_layer(folder, "FC")
@@ -48,9 +54,17 @@ def test_misspelt_names_get_suggestions(store):
 
 
 def test_a_module_that_cannot_be_int8(store):
-    norm = {"name": "norm", "type": "LayerNorm", "action": "float", "reason": "no int8 counterpart (R-LN)"}
+    norm = {
+        "name": "norm",
+        "type": "LayerNorm",
+        "action": "float",
+        "reason": "no int8 counterpart (R-LN)",
+    }
     folder = store(make_report(["a"], swap={"modules": [norm]}))
-    with pytest.raises(ArgumentError, match=r"norm is a LayerNorm that cannot be int8: no int8 counterpart \(R-LN\)"):
+    with pytest.raises(
+        ArgumentError,
+        match=r"norm is a LayerNorm that cannot be int8: no int8 counterpart \(R-LN\)",
+    ):
         explain_layer(folder, "norm")
 
 
@@ -114,7 +128,9 @@ def test_who_reads_may_have_enough(store):
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "wb") as closed:
-        found = subprocess.run([sys.executable, "-c", script], stdout=closed, stderr=subprocess.PIPE, check=False)
+        found = subprocess.run(
+            [sys.executable, "-c", script], stdout=closed, stderr=subprocess.PIPE, check=False
+        )
     assert (found.returncode, found.stderr) == (141, b"")
 
 
@@ -127,5 +143,7 @@ def test_commands_need_no_torch(store, verb):
         f"try: main({arguments!r})\nexcept SystemExit as exit: print('code', exit.code)\n"
         "print([name for name in ('torch', 'torchvision', 'onnx_ir', 'onnxruntime') if name in sys.modules])"
     )
-    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
     assert output.splitlines()[-2:] == ["code 0", "[]"]

@@ -78,8 +78,15 @@ def test_sections_stand_in_the_order_of_the_issue(page):
     outline = Outline(page(["a", "b"], float_layers=["a"]))
     sections = [attributes["id"] for tag, attributes in outline.tags if tag == "section"]
     assert sections == [
-        "summary", "sensitivity", "cost", "layers", "network", "engine", "skipped", "environment",
-    ]  # fmt: skip
+        "summary",
+        "sensitivity",
+        "cost",
+        "layers",
+        "network",
+        "engine",
+        "skipped",
+        "environment",
+    ]
     ids = outline.attribute("id")
     assert len(ids) == len(set(ids))
     inner = [target[1:] for target in outline.attribute("href") if target.startswith("#")]
@@ -92,7 +99,9 @@ def test_fine_tuning_has_a_section_of_its_own(page):
     outline = Outline(text)
     assert [attributes["id"] for tag, attributes in outline.tags if tag == "section"][3] == "tuning"
     assert EVIL not in text and "Quantization with fine-tuning" in text
-    assert text.count("<circle") == 3 + 40 + 2  # the metric, three steps a point of the loss, the ends of the network
+    assert (
+        text.count("<circle") == 3 + 40 + 2
+    )  # the metric, three steps a point of the loss, the ends of the network
 
 
 def test_the_page_needs_nothing_else(page):
@@ -101,13 +110,20 @@ def test_the_page_needs_nothing_else(page):
     assert not outline.attribute("src")
     assert all(target.startswith("#") or target == "data:," for target in outline.attribute("href"))
     assert not re.search(r"@import|url\(", text)
-    policy = next(a["content"] for tag, a in outline.tags if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+    policy = next(
+        a["content"] for tag, a in outline.tags if a.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert (
+        policy
+        == "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+    )
 
 
 def test_every_head_of_a_table_has_a_scope(page):
     outline = Outline(page(["a", "b"]))
-    assert all(attributes.get("scope") in ("col", "row") for tag, attributes in outline.tags if tag == "th")
+    assert all(
+        attributes.get("scope") in ("col", "row") for tag, attributes in outline.tags if tag == "th"
+    )
 
 
 def test_names_are_data(page, store):
@@ -118,9 +134,15 @@ def test_names_are_data(page, store):
     assert EVIL not in text
     outline = Outline(text)
     assert [tag for tag, _ in outline.tags].count("script") == 2
-    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+    data = json.loads(
+        re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1]
+    )
     assert [entry["facts"][0][0] for entry in data] == ["Runs in"] * len(names)
-    shown = [attributes["data-value"] for tag, attributes in outline.tags if tag == "th" and "data-value" in attributes]
+    shown = [
+        attributes["data-value"]
+        for tag, attributes in outline.tags
+        if tag == "th" and "data-value" in attributes
+    ]
     assert shown == names
 
 
@@ -136,7 +158,9 @@ def test_numbers_that_decide_come_first(page):
 
 
 def test_300_layers_fit(page):
-    names = [f"features.stage{number // 30}.block{number}.expand_convolution" for number in range(300)]
+    names = [
+        f"features.stage{number // 30}.block{number}.expand_convolution" for number in range(300)
+    ]
     text = page(names, float_layers=names[:4])
     assert len(text.encode()) <= 3_000_000
     assert text.count('<tr id="layer-') == 300
@@ -152,14 +176,18 @@ def test_no_layers_at_all(page):
 class TestCharts:
     @pytest.fixture
     def report(self, store):
-        return load_report(store(make_report([f"l{number}" for number in range(30)], float_layers=["l0"])))
+        return load_report(
+            store(make_report([f"l{number}" for number in range(30)], float_layers=["l0"]))
+        )
 
     def test_bars(self, report):
         chart = draw_bars(report)
         assert (len(chart.bars), chart.more, chart.zero, chart.unit) == (20, 10, 0.0, "dB")
         gains = np.array([3 / (place + 1) for place in range(20)])
         assert [bar.width for bar in chart.bars] == pytest.approx(100 * gains / 3.6, abs=0.01)
-        assert chart.bars[0].high == 100 and chart.bars[0].low == pytest.approx(100 * 2.4 / 3.6, abs=0.01)
+        assert chart.bars[0].high == 100 and chart.bars[0].low == pytest.approx(
+            100 * 2.4 / 3.6, abs=0.01
+        )
         assert [bar.is_float for bar in chart.bars] == [True] + [False] * 19
 
     def test_a_loss_goes_to_the_left_of_zero(self, store):
@@ -187,8 +215,14 @@ class TestCharts:
 
     def test_curves_of_fine_tuning(self, store):
         metric, loss = draw_tuning(load_report(store(make_report(["a"], tuning=TUNING))))
-        assert [point.label for point in metric.points] == ["step 0: 20", "step 60: 21", "step 120: 22"]
-        assert np.diff([point.y for point in metric.points]) == pytest.approx([-94.8, -94.8], abs=0.2)
+        assert [point.label for point in metric.points] == [
+            "step 0: 20",
+            "step 60: 21",
+            "step 120: 22",
+        ]
+        assert np.diff([point.y for point in metric.points]) == pytest.approx(
+            [-94.8, -94.8], abs=0.2
+        )
         losses = np.array(TUNING["losses"]).reshape(40, 3).mean(1)
         assert [point.label for point in loss.points] == [
             f"step {3 * number + 3}: {mean:.4g}" for number, mean in enumerate(losses)
@@ -197,14 +231,17 @@ class TestCharts:
         assert draw_tuning(load_report(store(make_report(["a"], tuning=few), "few"))) == []
 
     def test_curve_of_the_pareto_front(self, store):
-        points = [{"float_layers": [], "cost": 10.0, "sqnr_db": 18.0, "metric": None},
-                  {"float_layers": ["a"], "cost": 14.0, "sqnr_db": 21.0, "metric": None}]  # fmt: skip
+        points = [
+            {"float_layers": [], "cost": 10.0, "sqnr_db": 18.0, "metric": None},
+            {"float_layers": ["a"], "cost": 14.0, "sqnr_db": 21.0, "metric": None},
+        ]
         made = make_report(["a", "b"])
         made["analysis"]["pareto"] = points
         curve = draw_curve(load_report(store(made)))
         assert [point.label for point in curve.points] == [
-            "all in int8: 18.00 dB at 10", "1 units in float: a: 21.00 dB at 14",
-        ]  # fmt: skip
+            "all in int8: 18.00 dB at 10",
+            "1 units in float: a: 21.00 dB at 14",
+        ]
 
     def test_curve_of_the_metric_of_the_user(self, store):
         made = make_report(["a", "b"], float_layers=["a"])
@@ -235,7 +272,9 @@ class TestCharts:
         first, second = draw_bars(report).bars
         assert (first.label, first.width) == ("not finite", 100)
         made["layers"][0]["sensitivity"]["is_exact"] = False
-        assert draw_bars(load_report(store(made, "other"))).bars[0].label == "estimated: SQNR 37.00 dB"
+        assert (
+            draw_bars(load_report(store(made, "other"))).bars[0].label == "estimated: SQNR 37.00 dB"
+        )
         assert second.width < 100
         assert "estimated" not in render_report(report)
 
@@ -244,7 +283,9 @@ class TestCharts:
 
     def test_network_of_a_chain(self, report):
         network = draw_network(report.layers)
-        assert [node.name for node in network.nodes[1:-1]] == [layer.name for layer in report.layers]
+        assert [node.name for node in network.nodes[1:-1]] == [
+            layer.name for layer in report.layers
+        ]
         assert len(network.edges) == 31
         assert all(re.fullmatch(r"M14 \d+V\d+", edge) for edge in network.edges)
         assert [node.colour for node in network.nodes[:3]] == ["end", "float", "int8"]
@@ -255,7 +296,10 @@ class TestCharts:
         made = make_report(names)
         for place, layer in enumerate(made["layers"]):
             layer["reads"] = sorted(
-                {names[int(each)] for each in random.integers(max(place - 9, 0), max(place, 1), min(place, 3))}
+                {
+                    names[int(each)]
+                    for each in random.integers(max(place - 9, 0), max(place, 1), min(place, 3))
+                }
             )
         network = draw_network(load_report(store(made)).layers)
         spans = {}

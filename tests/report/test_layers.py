@@ -21,16 +21,31 @@ from qdq.schema import validate
 
 pytestmark = pytest.mark.trt
 NO_BUILD = qdq.BuildReport(
-    onnx=None, engine=None, engine_bytes=0, backend="rtx", backend_version="", sm=89, seconds=0.0, profiles={},
-    layers=[], coverage=Coverage(()), trtexec={}, warnings=[],
-)  # fmt: skip
+    onnx=None,
+    engine=None,
+    engine_bytes=0,
+    backend="rtx",
+    backend_version="",
+    sm=89,
+    seconds=0.0,
+    profiles={},
+    layers=[],
+    coverage=Coverage(()),
+    trtexec={},
+    warnings=[],
+)
 
 
 def describe(stages, **changes):
     given = {
-        "plan": stages["plan"], "rewired": stages["rewired"], "ranges": stages["ranges"],
-        "analysis": stages["analysis"], "build": stages["build"], "statistics": None, **changes,
-    }  # fmt: skip
+        "plan": stages["plan"],
+        "rewired": stages["rewired"],
+        "ranges": stages["ranges"],
+        "analysis": stages["analysis"],
+        "build": stages["build"],
+        "statistics": None,
+        **changes,
+    }
     found = describe_layers(stages["model"].module, stages["calibration"].images, **given)
     return {layer.name: layer for layer in found}
 
@@ -79,13 +94,18 @@ def test_precision_is_that_of_the_quantizers_and_of_the_engine(finished, layers)
 
 def test_reasons(finished, layers):
     (step,) = finished[1]["analysis"].steps
-    assert layers[step.layer].reason.startswith("step 1 of 1 of the search left it in float: SQNR of the outputs ")
+    assert layers[step.layer].reason.startswith(
+        "step 1 of 1 of the search left it in float: SQNR of the outputs "
+    )
     assert layers["hidden"].reason == "pinned to int8 by the plan"
     assert layers["head"].reason == "excluded by 'head'"
     assert layers["pool"].rules == ("R-GAP",)
     assert "R-ADD-1" in layers["add"].rules or layers["add"].precision == "float"
     other = next(name for name in ("stem", "conv", "conv2d") if name != step.layer)
-    assert "in sensitivity (measured); the search ended: 1 of at most 1 layers are in float" in layers[other].reason
+    assert (
+        "in sensitivity (measured); the search ended: 1 of at most 1 layers are in float"
+        in layers[other].reason
+    )
 
 
 def test_reasons_of_what_was_passed_over(finished):
@@ -95,12 +115,17 @@ def test_reasons_of_what_was_passed_over(finished):
 
     def explain(**changes):
         units = (replace(first[0], **changes), *first[1:], last)
-        found = describe(finished[1], analysis=replace(analysis, layers=units, mode=changes.pop("mode", analysis.mode)))
+        found = describe(
+            finished[1],
+            analysis=replace(analysis, layers=units, mode=changes.pop("mode", analysis.mode)),
+        )
         return found[first[0].name].reason
 
     start = f"rank 1 of {len(analysis.layers)} in sensitivity (measured), but passed over for less sensitive ones: "
     assert explain().endswith(start + "it did not fit the limits")
-    assert explain(cost=12.5).endswith("they gain more for a microsecond (it costs 12.5), or it did not fit the limits")
+    assert explain(cost=12.5).endswith(
+        "they gain more for a microsecond (it costs 12.5), or it did not fit the limits"
+    )
     both = (first[0].name, first[1].name)
     assert explain(layers=both).endswith(": with its 2 layers it did not fit the limits")
 
@@ -109,14 +134,23 @@ def test_what_the_metric_of_the_user_says(finished):
     analysis = finished[1]["analysis"]
     (step,) = analysis.steps
     units = tuple(replace(unit, metric=0.25, cost=3.5) for unit in analysis.layers)
-    found = describe(finished[1], analysis=replace(
-        analysis, metric_name="mAP", metric=0.125, steps=(replace(step, metric=0.5),), layers=units
-    ))  # fmt: skip
+    found = describe(
+        finished[1],
+        analysis=replace(
+            analysis,
+            metric_name="mAP",
+            metric=0.125,
+            steps=(replace(step, metric=0.5),),
+            layers=units,
+        ),
+    )
     reason = found[step.layer].reason
     assert reason.startswith(
         "step 1 of 1 of the search left it in float: mAP of the outputs 0.125 -> 0.5, SQNR of the "
     )
-    assert found[step.layer].sensitivity.metric == 0.25 and found[step.layer].sensitivity.cost == 3.5
+    assert (
+        found[step.layer].sensitivity.metric == 0.25 and found[step.layer].sensitivity.cost == 3.5
+    )
 
 
 def test_a_call_in_float_says_which_layer_it_goes_with(finished):
@@ -147,7 +181,9 @@ def test_weights_are_measured_exactly(finished, layers):
     assert weight.amax == pytest.approx(float(amax.max()))
     assert weight.least_amax == pytest.approx(float(amax.min()))
     assert layers["conv"].weights == 32 * 32 * 9
-    assert layers["conv"].weight_bytes == 32 * 32 * 9 * (1 if layers["conv"].precision == "int8" else 4)
+    assert layers["conv"].weight_bytes == 32 * 32 * 9 * (
+        1 if layers["conv"].precision == "int8" else 4
+    )
     assert layers["head"].weight_bytes == 4 * 32 * 16
 
 
@@ -162,15 +198,22 @@ def test_activations_are_measured_on_the_calibration_data(finished, layers):
     scale = record.amax / 127
     found = (seen[0] / scale).round().clamp(-128, 127) * scale
     assert record.sqnr_db == pytest.approx(decibels(seen[0], found), abs=0.1)
-    assert record.clipped == pytest.approx(float((seen[0].abs() > record.amax).double().mean()), abs=2e-4)
-    assert record.shares == ("_add_quantizer",)  # which reads the same tensor; it was collected at both
+    assert record.clipped == pytest.approx(
+        float((seen[0].abs() > record.amax).double().mean()), abs=2e-4
+    )
+    assert record.shares == (
+        "_add_quantizer",
+    )  # which reads the same tensor; it was collected at both
     assert sum(record.histogram) == 2 * int((seen[0] != 0).sum())
     assert 2 <= len(record.histogram) <= 64
-    counts, _ = np.histogram(seen[0].abs()[seen[0] != 0], bins=len(record.histogram), range=(0, record.histogram_end))
+    counts, _ = np.histogram(
+        seen[0].abs()[seen[0] != 0], bins=len(record.histogram), range=(0, record.histogram_end)
+    )
     assert np.abs(2 * counts - record.histogram).sum() <= 8  # float32 against float64 on an edge
     statistics = qdq.Statistics.load(finished[0] / "calibration.safetensors")
     assert {name: each.amax for name, each in record.methods.items()} == {
-        method: pytest.approx(statistics.solve("conv._input_quantizer", method)) for method in record.methods
+        method: pytest.approx(statistics.solve("conv._input_quantizer", method))
+        for method in record.methods
     }
     assert len(record.methods) == 9
 
@@ -178,9 +221,14 @@ def test_activations_are_measured_on_the_calibration_data(finished, layers):
 def test_output_of_a_layer_by_itself(finished, layers):
     stages = finished[1]
     conv = stages["model"].module.conv
-    inputs = torch.relu(torch.nn.functional.conv2d(
-        stages["calibration"].images, stages["model"].module.stem.weight, stages["model"].module.stem.bias, padding=1
-    ))  # fmt: skip
+    inputs = torch.relu(
+        torch.nn.functional.conv2d(
+            stages["calibration"].images,
+            stages["model"].module.stem.weight,
+            stages["model"].module.stem.bias,
+            padding=1,
+        )
+    )
     ranges = {record.role: record for record in layers["conv"].tensors}
     scale = ranges["input"].amax / 127
     rounded = (inputs.double() / scale).round().clamp(-128, 127) * scale
@@ -193,7 +241,13 @@ def test_output_of_a_layer_by_itself(finished, layers):
 
 
 def test_macs(layers):
-    expected = {"stem": 144 * 32 * 27, "conv": 144 * 32 * 32 * 9, "conv2d": 144 * 32 * 32, "hidden": 1024, "head": 512}
+    expected = {
+        "stem": 144 * 32 * 27,
+        "conv": 144 * 32 * 32 * 9,
+        "conv2d": 144 * 32 * 32,
+        "hidden": 1024,
+        "head": 512,
+    }
     assert {name: layers[name].macs for name in expected} == expected
     assert sum(layer.macs_share or 0 for layer in layers.values()) == pytest.approx(1)
 
@@ -203,16 +257,25 @@ def test_calls_with_weights_are_layers_with_weights(finished, layers):
     report = load_report(finished[0])
     weighted = {name: layer.weights for name, layer in layers.items() if layer.weights}
     assert weighted == {"stem": 864, "conv": 9216, "conv2d": 1024, "hidden": 1024, "head": 512}
-    assert layers["conv2d"].weight_bytes == 1024 * (1 if layers["conv2d"].precision == "int8" else 4)
+    assert layers["conv2d"].weight_bytes == 1024 * (
+        1 if layers["conv2d"].precision == "int8" else 4
+    )
     summary = report.data["summary"]
-    assert (summary["weighted_layers"], summary["weighted_layers_swapped"], summary["missed_modules"]) == (5, 4, [])
+    assert (
+        summary["weighted_layers"],
+        summary["weighted_layers_swapped"],
+        summary["missed_modules"],
+    ) == (5, 4, [])
     assert int8_layers(report) == sum(layers[name].precision == "int8" for name in weighted) == 3
     assert list_figures(report)[0].value == "3 of 5"
     assert "3 of 5 layers with weights are int8" in render_report(report)
     assert [module.name for module in finished[1]["plan"].of("missed")] == [""]
     assert not [row for row in list_skipped(report) if row.stage == "swap" and row.is_bad]
     assert "missed: 0" in (finished[0] / "report.txt").read_text()
-    with pytest.raises(qdq.ArgumentError, match=r"the model is a Branches that stands there .* choose one of .*conv2d"):
+    with pytest.raises(
+        qdq.ArgumentError,
+        match=r"the model is a Branches that stands there .* choose one of .*conv2d",
+    ):
         qdq.explain_layer(finished[0], "")
 
 
@@ -227,7 +290,9 @@ def test_a_module_with_one_product_out_of_reach_is_missed_still():
 
         def forward(self, x):
             x = self.first(x)
-            x = torch.nn.functional.linear(x, self.mix) + torch.nn.functional.linear(x, self.inner.weight)
+            x = torch.nn.functional.linear(x, self.mix) + torch.nn.functional.linear(
+                x, self.inner.weight
+            )
             return torch.nn.functional.conv_transpose1d(x[..., None], self.sum[..., None])[..., 0]
 
     model, batch = Odd().eval(), torch.randn(4, 32)
@@ -235,11 +300,22 @@ def test_a_module_with_one_product_out_of_reach_is_missed_still():
     rewired = qdq.rewire_operations(model, batch)
     assert {module.name for module in plan.of("missed")} == {"", "inner"}
     analysis = qdq.Analysis("one-at-a-time", 4, 30.0, None, (), (), "nothing was asked for")
-    found = describe_layers(model, batch, plan=plan, rewired=rewired, ranges=qdq.calibrate_model(model, [batch]),
-                            analysis=analysis, build=NO_BUILD, statistics=None)  # fmt: skip
+    found = describe_layers(
+        model,
+        batch,
+        plan=plan,
+        rewired=rewired,
+        ranges=qdq.calibrate_model(model, [batch]),
+        analysis=analysis,
+        build=NO_BUILD,
+        statistics=None,
+    )
     assert [(layer.name, layer.weights) for layer in found if layer.weights] == [
-        ("first", 1024), ("linear", 1024), ("linear_1", 1024), ("", 2048),
-    ]  # fmt: skip
+        ("first", 1024),
+        ("linear", 1024),
+        ("linear_1", 1024),
+        ("", 2048),
+    ]
 
 
 def test_nothing_is_blank_without_a_reason(finished, layers):
@@ -250,7 +326,10 @@ def test_nothing_is_blank_without_a_reason(finished, layers):
         assert layer.tensors or layer.unknown["tensors"]
         for tensor in layer.tensors:
             for field in ("amax", "sqnr_db", "clipped"):
-                assert getattr(tensor, field) is not None or tensor.unknown[field], (tensor.quantizer, field)
+                assert getattr(tensor, field) is not None or tensor.unknown[field], (
+                    tensor.quantizer,
+                    field,
+                )
             assert tensor.methods or tensor.unknown["methods"]
             assert tensor.histogram or tensor.unknown["histogram"]
     inputs = [layer.tensor("input") for layer in without_statistics if layer.tensors]
@@ -272,7 +351,9 @@ def test_describing_changes_nothing(finished):
 
 
 def test_a_layer_that_does_not_run_and_one_without_range():
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3)).eval()
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3)
+    ).eval()
     model.spare = torch.nn.Conv2d(16, 16, 3)
     model.forward = lambda images: model[2](model[1](model[0](images)) * 0)
     batch = torch.randn(2, 3, 8, 8)
@@ -280,8 +361,16 @@ def test_a_layer_that_does_not_run_and_one_without_range():
     rewired = qdq.rewire_operations(model, batch)
     ranges = qdq.calibrate_model(model, [batch])
     analysis = qdq.Analysis("one-at-a-time", 2, 30.0, None, (), (), "nothing was asked for")
-    found = describe_layers(model, batch, plan=plan, rewired=rewired, ranges=ranges, analysis=analysis, build=NO_BUILD,
-                            statistics=None)  # fmt: skip
+    found = describe_layers(
+        model,
+        batch,
+        plan=plan,
+        rewired=rewired,
+        ranges=ranges,
+        analysis=analysis,
+        build=NO_BUILD,
+        statistics=None,
+    )
     records = {layer.name: layer for layer in found}
     assert list(records)[-1] == "spare"
     assert records["spare"].precision == "float"

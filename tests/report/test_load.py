@@ -20,7 +20,10 @@ def test_what_is_no_run(tmp_path):
     with pytest.raises(ArgumentError, match="is no run folder"):
         load_report(tmp_path)
     (tmp_path / "run.json").write_text('{"stage": "analyze", "status": "running"}')
-    with pytest.raises(ArgumentError, match=r"has written no report: it got as far as 'analyze'.*same command again"):
+    with pytest.raises(
+        ArgumentError,
+        match=r"has written no report: it got as far as 'analyze'.*same command again",
+    ):
         load_report(tmp_path)
 
 
@@ -58,9 +61,14 @@ def places(value, path=()):
 
 
 WRONG = {
-    "text": "x", "number": 7, "nothing": None, "numbers": [1], "mapping": {"x": None}, "huge": 10**400,
+    "text": "x",
+    "number": 7,
+    "nothing": None,
+    "numbers": [1],
+    "mapping": {"x": None},
+    "huge": 10**400,
     "half a character": "\ud800",
-}  # fmt: skip
+}
 
 
 def damage(report, path, change):
@@ -84,7 +92,13 @@ def test_damage_anywhere_never_ends_in_a_traceback(store, change):
     tensor = report["layers"][0]["tensors"][0]
     tensor["methods"] = {"mse": tensor["methods"]["mse"]}
     good, folder = store(report, "good"), store(report)
-    limits = {"max_drop": 5, "max_sqnr_drop": 1, "min_int8_macs": 0.5, "max_size": 1, "min_agreement": 0.5}
+    limits = {
+        "max_drop": 5,
+        "max_sqnr_drop": 1,
+        "min_int8_macs": 0.5,
+        "max_size": 1,
+        "min_agreement": 0.5,
+    }
     readers = {
         "page": lambda: render_report(load_report(folder)),
         "explain": lambda: explain_layer(folder, "a").text,
@@ -106,14 +120,19 @@ def test_damage_anywhere_never_ends_in_a_traceback(store, change):
         assert all(str(folder) in message for message in messages)
         assert name == "gate" or not [message for message in messages if str(good) in message]
     if change != "half a character":
-        assert all(len(errors[name]) > 20 for name in ("page", "explain", "suggest", "compare")) and errors["gate"]
+        assert (
+            all(len(errors[name]) > 20 for name in ("page", "explain", "suggest", "compare"))
+            and errors["gate"]
+        )
 
 
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "1" + "0" * 400, "1" + "0" * 5000])
 def test_numbers_that_no_report_has(store, number):
     folder = store(make_report(["a"]))
     path = folder / "report.json"
-    path.write_text(path.read_text().replace('"onnx_megabytes": 10.0', f'"onnx_megabytes": {number}'))
+    path.write_text(
+        path.read_text().replace('"onnx_megabytes": 10.0', f'"onnx_megabytes": {number}')
+    )
     with pytest.raises(DataError, match=r"report\.json cannot be read"):
         load_report(folder)
 
@@ -129,7 +148,10 @@ def test_what_is_wrong_is_named(store):
 
 
 def test_a_file_of_a_run_that_is_no_report(tmp_path):
-    for name, fix in {"model.onnx": "give the folder", "report.json": "run the same command again"}.items():
+    for name, fix in {
+        "model.onnx": "give the folder",
+        "report.json": "run the same command again",
+    }.items():
         (tmp_path / name).write_bytes(b"\x08\x0a\xff")
         with pytest.raises(DataError) as caught:
             load_report(tmp_path / name)

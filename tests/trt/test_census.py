@@ -11,8 +11,12 @@ def _node(name="conv1", op_type="Conv", *, on_input=True, on_weight=True):
     return WeightedNode(name, name.partition("/")[0], op_type, on_input, on_weight)
 
 
-def _kernel(nodes, inputs=("Int8",), constants=("Int8", "Float"), *, name="", layer_type="correlation"):
-    return Kernel(name or f"{nodes[0]}_myl0_1", layer_type, inputs, constants, ("Float",), tuple(nodes))
+def _kernel(
+    nodes, inputs=("Int8",), constants=("Int8", "Float"), *, name="", layer_type="correlation"
+):
+    return Kernel(
+        name or f"{nodes[0]}_myl0_1", layer_type, inputs, constants, ("Float",), tuple(nodes)
+    )
 
 
 def _one(node, *kernels):
@@ -20,7 +24,9 @@ def _one(node, *kernels):
     return layer
 
 
-@pytest.mark.parametrize("layer_type", ["correlation", "gemm", "CaskConvolution", "CaskGemmMatrixMultiply"])
+@pytest.mark.parametrize(
+    "layer_type", ["correlation", "gemm", "CaskConvolution", "CaskGemmMatrixMultiply"]
+)
 def test_int8_activation_and_weights(layer_type):
     layer = _one(_node(), _kernel(["conv1"], layer_type=layer_type))
     assert (layer.int8, layer.expected_int8, layer.reason) == (True, True, "")
@@ -28,7 +34,9 @@ def test_int8_activation_and_weights(layer_type):
 
 
 def test_two_int8_activations_are_int8():
-    assert _one(_node(op_type="MatMul"), _kernel(["conv1"], ("Int8", "Int8"), ("Float",), layer_type="gemm")).int8
+    assert _one(
+        _node(op_type="MatMul"), _kernel(["conv1"], ("Int8", "Int8"), ("Float",), layer_type="gemm")
+    ).int8
 
 
 @pytest.mark.parametrize(
@@ -60,8 +68,12 @@ def test_prefixes_are_other_nodes():
 
 def test_helper_kernels_do_not_decide():
     """RTX lists a convolution also under the kernels that quantize before and rescale after it."""
-    before = _kernel(["Q", "conv1"], ("Float",), ("Float",), name="__myl_MulRounCast_myl0_0", layer_type="kgen")
-    after = _kernel(["conv1", "relu"], ("Float",), ("Float",), name="__myl_MulAdd_myl0_2", layer_type="kgen")
+    before = _kernel(
+        ["Q", "conv1"], ("Float",), ("Float",), name="__myl_MulRounCast_myl0_0", layer_type="kgen"
+    )
+    after = _kernel(
+        ["conv1", "relu"], ("Float",), ("Float",), name="__myl_MulAdd_myl0_2", layer_type="kgen"
+    )
     assert _one(_node(), before, _kernel(["conv1"]), after).int8
     reformat = _kernel(["conv1"], ("Float",), (), name="Reformat", layer_type="Convert")
     assert _one(_node(), reformat, _kernel(["conv1"])).int8
@@ -74,7 +86,9 @@ def test_one_kernel_for_three_nodes():
 
 
 def test_all_kernels_of_a_node_must_be_int8():
-    layer = _one(_node(), _kernel(["conv1"]), _kernel(["conv1"], ("Float",), ("Float",), name="second"))
+    layer = _one(
+        _node(), _kernel(["conv1"]), _kernel(["conv1"], ("Float",), ("Float",), name="second")
+    )
     assert not layer.int8
     assert layer.kernel == "second"
 
@@ -88,7 +102,9 @@ def test_all_kernels_of_a_node_must_be_int8():
     ],
 )
 def test_fused_kernels(name, int8):
-    layer = _one(_node("fc/Gemm", "Gemm"), _kernel(["fc/Gemm"], name=name, layer_type="runtime_fusion"))
+    layer = _one(
+        _node("fc/Gemm", "Gemm"), _kernel(["fc/Gemm"], name=name, layer_type="runtime_fusion")
+    )
     assert layer.int8 is int8
     assert bool(layer.reason) is not int8
 
@@ -101,14 +117,20 @@ def test_a_removed_node_is_said():
 
 
 def test_nodes_of_one_name_cannot_be_told_apart():
-    layers = take_census([_node(), _node()], [_kernel(["conv1"]), _kernel(["conv1"], ("Float",), ("Float",))])
+    layers = take_census(
+        [_node(), _node()], [_kernel(["conv1"]), _kernel(["conv1"], ("Float",), ("Float",))]
+    )
     assert not any(layer.int8 for layer in layers)
     assert "2 nodes are named 'conv1'" in layers[0].reason
 
 
 @pytest.mark.parametrize(
     ("on_input", "on_weight", "reason"),
-    [(False, False, "no Q/DQ"), (True, False, "on its input only"), (False, True, "on its weight only")],
+    [
+        (False, False, "no Q/DQ"),
+        (True, False, "on its input only"),
+        (False, True, "on its weight only"),
+    ],
 )
 def test_why_left_in_float(on_input, on_weight, reason):
     node = _node(on_input=on_input, on_weight=on_weight)
@@ -125,5 +147,7 @@ def test_int8_that_nobody_expected_is_said():
 
 
 def test_deconvolution_has_its_own_reason():
-    layer = _one(_node(op_type="ConvTranspose"), _kernel(["conv1"], ("Float", "Float"), layer_type="deconv"))
+    layer = _one(
+        _node(op_type="ConvTranspose"), _kernel(["conv1"], ("Float", "Float"), layer_type="deconv")
+    )
     assert "R-CT-3" in layer.reason

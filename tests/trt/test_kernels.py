@@ -24,22 +24,31 @@ def _line(name, layer_type, inputs, constants, outputs, metadata):
 
 def test_build_log():
     conv = _line(
-        "layer1.0/Conv_myl0_2", "correlation", _tensor("a", "Int8"),
-        f"{_tensor('w', 'Int8')}, {_tensor('s', 'Float')}", _tensor("b", "Half"),
+        "layer1.0/Conv_myl0_2",
+        "correlation",
+        _tensor("a", "Int8"),
+        f"{_tensor('w', 'Int8')}, {_tensor('s', 'Float')}",
+        _tensor("b", "Half"),
         "[ONNX Layer: layer1.0/Conv]\x1e[ONNX Layer: DQ_1]\x1f[ONNX Layer: Q_1]",
-    )  # fmt: skip
+    )
     signal = (
         "Name: __mye1_myl0_3, LayerType: signal, Inputs: [], Constants: [], Outputs: [], TacticName: , "
         "StreamId: 0, EventId: 1, Metadata: "
     )
-    kernels = parse_build_log(["unrelated", "Layers:\n" + conv + "\n" + signal + "\n\nEngine Metadata:"])
+    kernels = parse_build_log(
+        ["unrelated", "Layers:\n" + conv + "\n" + signal + "\n\nEngine Metadata:"]
+    )
     assert kernels == [
         Kernel(
-            "layer1.0/Conv_myl0_2", "correlation", ("Int8",), ("Int8", "Float"), ("Half",),
+            "layer1.0/Conv_myl0_2",
+            "correlation",
+            ("Int8",),
+            ("Int8", "Float"),
+            ("Half",),
             ("layer1.0/Conv", "DQ_1", "Q_1"),
         ),
         Kernel("__mye1_myl0_3", "signal", (), (), (), (), 0, 0),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +66,9 @@ def test_build_log():
 def test_bytes_read_and_written(tensors, expected):
     text = ", ".join(_tensor(f"t{i}", *tensor) for i, tensor in enumerate(tensors))
     constant = _tensor("w", "Float", "7")
-    (written,) = parse_build_log([_line("k", "kgen", _tensor("x", "Int8", "5"), constant, text, "")])
+    (written,) = parse_build_log(
+        [_line("k", "kgen", _tensor("x", "Int8", "5"), constant, text, "")]
+    )
     (read,) = parse_build_log([_line("k", "kgen", text, constant, _tensor("y", "Int8", "5"), "")])
     assert (written.input_bytes, written.output_bytes) == (5, expected)
     assert (read.input_bytes, read.output_bytes) == (expected, 5)
@@ -67,7 +78,9 @@ def test_bytes_read_and_written(tensors, expected):
 @pytest.mark.parametrize("name", ["/model/blocks.0/conv[0][1]/Conv", "a, b] c", "x[2]"])
 def test_node_names_with_brackets_and_any_separator(name, separator):
     metadata = separator.join(f"[ONNX Layer: {node}]" for node in (name, "other", name))
-    line = _line("k", "gemm", _tensor("a", "Int8"), _tensor("w", "Int8"), _tensor("b", "Float"), metadata)
+    line = _line(
+        "k", "gemm", _tensor("a", "Int8"), _tensor("w", "Int8"), _tensor("b", "Float"), metadata
+    )
     assert parse_build_log([line])[0].onnx_nodes == (name, "other")
 
 
@@ -88,7 +101,13 @@ TENSORRT_10 = {
                     "Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format.",
                 }
             ],
-            "Outputs": [{"Name": "y", "Dimensions": [1, 64, 28, 28], "Format/Datatype": "Row major linear FP32"}],
+            "Outputs": [
+                {
+                    "Name": "y",
+                    "Dimensions": [1, 64, 28, 28],
+                    "Format/Datatype": "Row major linear FP32",
+                }
+            ],
             "Weights": {"Type": "Int8", "Count": 4096},
             "Bias": {"Type": "Float", "Count": 64},
             "TacticName": "sm80_xmma_fprop_implicit_gemm_i8i8_i8i32_f32",
@@ -125,18 +144,36 @@ TENSORRT_11 = {
 
 def test_layer_json_of_tensorrt_10():
     assert parse_layer_json(json.dumps(TENSORRT_10)) == [
-        Kernel("conv1 + relu1", "CaskConvolution", ("Int8",), ("Int8",), ("Float",), ("conv1", "relu1"), 50176, 200704),
+        Kernel(
+            "conv1 + relu1",
+            "CaskConvolution",
+            ("Int8",),
+            ("Int8",),
+            ("Float",),
+            ("conv1", "relu1"),
+            50176,
+            200704,
+        ),
         Kernel("fc/Gemm_myl0_1", "gemm", ("Half",), ("Half",), ("Half",), ("fc/Gemm",), 128, 20),
     ]
 
 
 def test_layer_json_of_tensorrt_11():
     assert parse_layer_json(json.dumps(TENSORRT_11)) == [
-        Kernel("conv1_myl0_1", "correlation", ("Int8",), ("Int8", "Float"), ("BFloat16",), ("conv1", "relu1"))
+        Kernel(
+            "conv1_myl0_1",
+            "correlation",
+            ("Int8",),
+            ("Int8", "Float"),
+            ("BFloat16",),
+            ("conv1", "relu1"),
+        )
     ]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"Layers": ["conv1 + relu1"]}', '{"Layers": [{"Name": "conv1"}]}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"Layers": ["conv1 + relu1"]}', '{"Layers": [{"Name": "conv1"}]}']
+)
 def test_layer_json_without_details_is_said(text):
     with pytest.raises(BuildError, match="cannot be read") as caught:
         parse_layer_json(text)

@@ -26,7 +26,9 @@ def test_flags_of_each_version():
     assert set(ten) - set(eleven) == {"--int8", "--fp16"} | parity
     assert not GONE_IN_11 & set(eleven)
     assert ten[0] == eleven[0] == "trtexec"
-    assert {"--onnx=m.onnx", "--saveEngine=m.plan", "--timingCacheFile=m.timing.cache"} <= set(eleven)
+    assert {"--onnx=m.onnx", "--saveEngine=m.plan", "--timingCacheFile=m.timing.cache"} <= set(
+        eleven
+    )
     assert {"--profilingVerbosity=detailed", "--exportLayerInfo=m.layers.json"} <= set(eleven)
     assert not any("Shapes" in flag for flag in eleven)
 
@@ -57,7 +59,9 @@ def test_parse_shapes():
     assert parse_shapes("x:7") == {"x": (7,)}
 
 
-@pytest.mark.parametrize("text", ["", "x", "x:", ":1x2", "1x3x224x224", "x:1x-3", "x:0x3", "x:1,5", "x:1xa", "x:1*3"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "x:", ":1x2", "1x3x224x224", "x:1x-3", "x:0x3", "x:1,5", "x:1xa", "x:1*3"]
+)
 def test_parse_shapes_teaches_its_syntax(text):
     with pytest.raises(ArgumentError, match="INPUT:DIMxDIM") as caught:
         parse_shapes(text)
@@ -74,7 +78,9 @@ def _solve(inputs, **given):
 
 
 def test_default_profile_is_for_the_batch_alone():
-    assert _solve({"x": (None, 3), "s": (4, 4)}) == {"x": {"min": (1, 3), "opt": (8, 3), "max": (16, 3)}}
+    assert _solve({"x": (None, 3), "s": (4, 4)}) == {
+        "x": {"min": (1, 3), "opt": (8, 3), "max": (16, 3)}
+    }
 
 
 @pytest.mark.parametrize(
@@ -89,7 +95,9 @@ def test_default_profile_is_for_the_batch_alone():
     ],
 )
 def test_missing_shapes_follow_the_given(given, expected):
-    profile = _solve({"x": (None, 3)}, **{kind: {"x": (size, 3)} for kind, size in given.items()})["x"]
+    profile = _solve({"x": (None, 3)}, **{kind: {"x": (size, 3)} for kind, size in given.items()})[
+        "x"
+    ]
     assert tuple(profile[kind][0] for kind in ("min", "opt", "max")) == expected
 
 

@@ -42,8 +42,14 @@ def find_violations(
     for rule in choose_rules() if rules is None else rules:
         try:
             for flaw in rule.find(view):
-                findings.append(Finding(rule.id, flaw.node, flaw.message, flaw.fix, flaw.severity or rule.severity))
-        except Exception as error:  # whatever a damaged graph makes of a rule, or of one that a user registered
+                findings.append(
+                    Finding(
+                        rule.id, flaw.node, flaw.message, flaw.fix, flaw.severity or rule.severity
+                    )
+                )
+        except (
+            Exception
+        ) as error:  # whatever a damaged graph makes of a rule, or of one that a user registered
             message = f"this rule cannot be applied to the graph ({type(error).__name__}: {error})"
             fix = "mend what the other rules name; if it stays, report it with the file."
             findings.append(Finding(rule.id, model.graph.name or "graph", message, fix, "warning"))

@@ -9,7 +9,12 @@ import onnx_ir as ir
 from qdq.check.rules.registry import Flaw, register_rule
 from qdq.check.rules.view import MOVING_OPS, GraphView, is_op, name_of
 
-_NORMALISATIONS = ("LayerNormalization", "GroupNormalization", "InstanceNormalization", "RMSNormalization")
+_NORMALISATIONS = (
+    "LayerNormalization",
+    "GroupNormalization",
+    "InstanceNormalization",
+    "RMSNormalization",
+)
 _BEFORE_SOFTMAX = MOVING_OPS | {"Add", "Div", "Mul", "Where", "QuantizeLinear", "DequantizeLinear"}
 _BEHIND_SOFTMAX = MOVING_OPS | {"QuantizeLinear", "DequantizeLinear", "Where"}
 _FIX = "leave it in float, and quantize the linear layers around it."
@@ -26,7 +31,11 @@ _FIX = "leave it in float, and quantize the linear layers around it."
 def _attention_is_quantized(view: GraphView) -> Iterator[Flaw]:
     for node in view.select("Softmax"):
         if parts := _quantized_attention(view, node):
-            yield Flaw(name_of(node), f"the attention around it is quantized: {', '.join(parts)} (R-MHA-2)", _FIX)
+            yield Flaw(
+                name_of(node),
+                f"the attention around it is quantized: {', '.join(parts)} (R-MHA-2)",
+                _FIX,
+            )
         elif view.dequantizer(node.inputs[0], MOVING_OPS) is not None:
             yield Flaw(name_of(node), "its input is quantized (R-SM)", _FIX)
     for node in view.select("Attention"):
@@ -44,7 +53,9 @@ def _attention_is_quantized(view: GraphView) -> Iterator[Flaw]:
 def _quantized_attention(view: GraphView, softmax: ir.Node) -> list[str]:
     """The parts of an attention that are quantized; none if the softmax is no attention's."""
     first = _score_product(view, softmax)
-    second = next((n for n in view.reached(softmax.outputs[0], _BEHIND_SOFTMAX) if is_op(n, "MatMul")), None)
+    second = next(
+        (n for n in view.reached(softmax.outputs[0], _BEHIND_SOFTMAX) if is_op(n, "MatMul")), None
+    )
     if first is None or second is None:
         return []
     path = [

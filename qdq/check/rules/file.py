@@ -16,7 +16,9 @@ from qdq.check.rules.view import GraphView, name_of
 from qdq.graph.validate import iterate_graphs
 
 _EXPORT = "export the model again, or mend the node in the tool that wrote it."
-_RUNTIME_NODE = re.compile(r"In Node, \(\"(.*?)\"|[Nn]ode \((.*?)\) Op|Name:'(.*?)'|node name: (.*?)\)")
+_RUNTIME_NODE = re.compile(
+    r"In Node, \(\"(.*?)\"|[Nn]ode \((.*?)\) Op|Name:'(.*?)'|node name: (.*?)\)"
+)
 
 
 @register_rule(
@@ -55,7 +57,10 @@ def _checker_refuses(view: GraphView) -> Iterator[Flaw]:
     if checker.limit is not None:
         message = f"onnx {checker.version} came to no verdict on the file: {checker.limit}"
         yield Flaw(
-            view.file.path.name, message, "nothing, if the target builds it; a smaller file can be judged.", "info"
+            view.file.path.name,
+            message,
+            "nothing, if the target builds it; a smaller file can be judged.",
+            "info",
         )
     if checker.structure is None:
         return
@@ -80,7 +85,9 @@ def _types_contradict(view: GraphView) -> Iterator[Flaw]:
     if view.file.unknown and "null" in refusal:  # a type that comes from an operator of others
         return
     message = f"types or shapes contradict one another: {refusal}"
-    yield Flaw(_node_in(view.file, refusal), message, "write the types and shapes that the operators give.")
+    yield Flaw(
+        _node_in(view.file, refusal), message, "write the types and shapes that the operators give."
+    )
 
 
 def _node_in(file: FileFacts, refusal: str) -> str:
@@ -102,7 +109,11 @@ def _names_are_not_unique(view: GraphView) -> Iterator[Flaw]:
         counts = Counter(node.name for node in graph if node.name)
         for name, count in counts.items():
             if count > 1:
-                yield Flaw(name, f"{count} nodes of graph {graph.name!r} have this name", "give each its own name.")
+                yield Flaw(
+                    name,
+                    f"{count} nodes of graph {graph.name!r} have this name",
+                    "give each its own name.",
+                )
 
 
 @register_rule(
@@ -115,7 +126,11 @@ def _names_are_not_unique(view: GraphView) -> Iterator[Flaw]:
 )
 def _data_do_not_fit(view: GraphView) -> Iterator[Flaw]:
     for fault in view.file.tensor_faults if view.file else ():
-        yield Flaw(fault.name, fault.message, "copy the data file beside the model, or export the model again.")
+        yield Flaw(
+            fault.name,
+            fault.message,
+            "copy the data file beside the model, or export the model again.",
+        )
 
 
 @register_rule(
@@ -134,7 +149,9 @@ def _operator_is_unknown(view: GraphView) -> Iterator[Flaw]:
         if (node.domain, node.op_type) in unknown:
             severity: Severity = "info" if node.op_type.endswith("_TRT") else "warning"
             domain = f" of {node.domain}" if node.domain else ""
-            message = f"the operator {node.op_type}{domain} is known to neither onnx nor ONNX Runtime"
+            message = (
+                f"the operator {node.op_type}{domain} is known to neither onnx nor ONNX Runtime"
+            )
             fix = "load the plugin on the target; if none is meant, mend the operator's name or domain."
             yield Flaw(name_of(node), message, fix, severity)
 
@@ -154,14 +171,27 @@ def _version_is_unknown(view: GraphView) -> Iterator[Flaw]:
     opset, newest = view.opset, onnx.defs.onnx_opset_version()
     fix = "export at an opset that your tools know, or update onnx."
     if opset > newest:
-        yield Flaw(name, f"opset {opset} is newer than {newest}, the newest that onnx {onnx.__version__} knows", fix)
+        yield Flaw(
+            name,
+            f"opset {opset} is newer than {newest}, the newest that onnx {onnx.__version__} knows",
+            fix,
+        )
     elif opset < 1 and any(node.domain == "" for node in view.nodes):
         yield Flaw(name, f"its opset is {opset or 'missing'}", fix, "error")
     if proto.ir_version > onnx.IR_VERSION:
         message = f"IR version {proto.ir_version} is newer than {onnx.IR_VERSION}, the newest that onnx knows"
-        yield Flaw(name, message, "write a lower ir_version; ONNX Runtime loads no newer one than it knows.")
+        yield Flaw(
+            name,
+            message,
+            "write a lower ir_version; ONNX Runtime loads no newer one than it knows.",
+        )
     elif proto.ir_version < 1:
-        yield Flaw(name, "it has no IR version", "write ir_version 10, which every current tool reads.", "error")
+        yield Flaw(
+            name,
+            "it has no IR version",
+            "write ir_version 10, which every current tool reads.",
+            "error",
+        )
 
 
 @register_rule(
@@ -180,11 +210,21 @@ def _graph_cannot_be_computed(view: GraphView) -> Iterator[Flaw]:
     if view.file is not None and view.file.has_cycle:
         yield Flaw(name, "a node reads what is computed from its own output", _EXPORT)
     if not graph.outputs:
-        yield Flaw(name, "the graph has no output", "name the values that the model returns as outputs.")
+        yield Flaw(
+            name, "the graph has no output", "name the values that the model returns as outputs."
+        )
     for output in graph.outputs:
-        if output.producer() is None and not output.is_graph_input() and not output.is_initializer():
+        if (
+            output.producer() is None
+            and not output.is_graph_input()
+            and not output.is_initializer()
+        ):
             yield Flaw(str(output.name), "nothing computes this output", _EXPORT)
-    sparse = {tensor.values.name for tensor in view.file.proto.graph.sparse_initializer} if view.file else set()
+    sparse = (
+        {tensor.values.name for tensor in view.file.proto.graph.sparse_initializer}
+        if view.file
+        else set()
+    )
     for node in graph.all_nodes():
         for value in node.inputs:
             if value is not None and _is_dangling(value) and value.name not in sparse:
@@ -193,11 +233,20 @@ def _graph_cannot_be_computed(view: GraphView) -> Iterator[Flaw]:
         yield Flaw(function, "the function calls itself", "write its nodes into the graph instead.")
     if is_expansion_too_large(view.model):
         message = f"its calls of functions become more than {LARGEST_EXPANSION:,} nodes"
-        yield Flaw(name, message, "let each function call others once, or write its nodes into the graph instead.")
+        yield Flaw(
+            name,
+            message,
+            "let each function call others once, or write its nodes into the graph instead.",
+        )
 
 
 def _is_dangling(value: ir.Value) -> bool:
-    return value.producer() is None and not value.is_graph_input() and not value.is_initializer() and bool(value.name)
+    return (
+        value.producer() is None
+        and not value.is_graph_input()
+        and not value.is_initializer()
+        and bool(value.name)
+    )
 
 
 @register_rule(
@@ -259,7 +308,11 @@ def _describe_convolution(view: GraphView, node: ir.Node) -> str:
     if image is None or len(image) < 3 or image[1] is None or outputs is None or inputs is None:
         return ""
     expected = outputs if node.op_type == "ConvTranspose" else inputs * group
-    return "" if image[1] == expected else f"its input has {image[1]} channels, and its weight is for {expected}"
+    return (
+        ""
+        if image[1] == expected
+        else f"its input has {image[1]} channels, and its weight is for {expected}"
+    )
 
 
 FILE_RULES = frozenset(f"QDQ{number}" for number in range(201, 211))

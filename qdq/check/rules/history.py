@@ -31,7 +31,9 @@ def _batchnorm_is_not_folded(view: GraphView) -> Iterator[Flaw]:
         for reader in readers:
             if is_op(reader, "BatchNormalization") and len(readers) == 1:  # else nobody can fold it
                 message = f"it follows {name_of(node)}, whose weights have scales from before it (R-BN-FOLD)"
-                yield Flaw(name_of(reader), message, "fold BatchNorm (fold_batchnorm) before calibration.")
+                yield Flaw(
+                    name_of(reader), message, "fold BatchNorm (fold_batchnorm) before calibration."
+                )
 
 
 def _source_of_weight(view: GraphView, node: ir.Node) -> ir.Value | None:
@@ -39,7 +41,9 @@ def _source_of_weight(view: GraphView, node: ir.Node) -> ir.Value | None:
     dequantize = view.dequantizer(node.inputs[1])
     codes = None if dequantize is None else dequantize.inputs[0]
     quantize = None if codes is None else codes.producer()
-    return quantize.inputs[0] if is_op(quantize, "QuantizeLinear") and quantize is not None else codes
+    return (
+        quantize.inputs[0] if is_op(quantize, "QuantizeLinear") and quantize is not None else codes
+    )
 
 
 @register_rule(
@@ -53,7 +57,9 @@ def _source_of_weight(view: GraphView, node: ir.Node) -> ir.Value | None:
 def _quantizers_never_observed(view: GraphView) -> Iterator[Flaw]:
     if names := view.model.metadata_props.get(UNCALIBRATED):
         count = len(names.split(","))
-        message = f"{count} quantizers were exported before calibration, with the ranges of one example"
+        message = (
+            f"{count} quantizers were exported before calibration, with the ranges of one example"
+        )
         yield Flaw(view.model.graph.name or "", message, "calibrate and export again.")
 
 

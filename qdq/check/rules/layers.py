@@ -34,7 +34,9 @@ def _layer_has_no_kernel(view: GraphView) -> Iterator[Flaw]:
         elif shape is None or None in shape:
             continue
         elif node.op_type == "Conv":
-            reason = _weakness_of_conv(node, [int(size or 0) for size in shape], node is convolutions[0])
+            reason = _weakness_of_conv(
+                node, [int(size or 0) for size in shape], node is convolutions[0]
+            )
         else:
             reason = _weakness_of_product(view, node, [int(size or 0) for size in shape])
         if reason:
@@ -55,7 +57,9 @@ def _weakness_of_conv(node: ir.Node, shape: list[int], is_first: bool) -> str:
         return f"a convolution in {group} groups (R-CONV-4)"
     if group > 1:
         sound = outputs % 8 == 0 and min(kernel) >= 3
-        return "" if sound else f"a depthwise convolution of {channels} and kernel {kernel} (R-CONV-3)"
+        return (
+            "" if sound else f"a depthwise convolution of {channels} and kernel {kernel} (R-CONV-3)"
+        )
     if outputs >= _MIN_CHANNELS and inputs >= _MIN_CHANNELS:
         return ""
     divisible = outputs % 8 == 0 or inputs % 8 == 0
@@ -90,12 +94,18 @@ def _output_is_quantized(view: GraphView) -> Iterator[Flaw]:
     fix = "analyze the layer, or leave it in float if accuracy is missing."
     for output in view.model.graph.outputs:
         producer = view.source(output, COMMUTING_OPS)
-        if producer is not None and is_op(producer, "DequantizeLinear") and view.is_computed(producer.inputs[0]):
+        if (
+            producer is not None
+            and is_op(producer, "DequantizeLinear")
+            and view.is_computed(producer.inputs[0])
+        ):
             message = f"the output {output.name} is rounded to int8 (R-OUT)"
             yield Flaw(name_of(producer), message, "take the pair in front of the output away.")
     for node in view.weighted:
         if all(view.is_quantized(value) for value in node.inputs[:2]) and _makes_output(view, node):
-            yield Flaw(name_of(node), "it makes an output of the model, and is quantized (R-OUT)", fix)
+            yield Flaw(
+                name_of(node), "it makes an output of the model, and is quantized (R-OUT)", fix
+            )
 
 
 def _makes_output(view: GraphView, node: ir.Node) -> bool:
@@ -106,7 +116,11 @@ def _makes_output(view: GraphView, node: ir.Node) -> bool:
             if value.is_graph_output():
                 return True
             for reader in view.readers(value):
-                if is_op(reader, *_BEFORE_OUTPUT) and reader not in seen and not _joins(view, reader):
+                if (
+                    is_op(reader, *_BEFORE_OUTPUT)
+                    and reader not in seen
+                    and not _joins(view, reader)
+                ):
                     seen.add(reader)
                     nodes.append(reader)
     return False

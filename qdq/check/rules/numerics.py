@@ -34,16 +34,27 @@ def _scale_is_no_scale(view: GraphView) -> Iterator[Flaw]:
     for node in _all_pairs(view):
         dtype, raw = view.dtype(node.inputs[1]), view.constant(node.inputs[1])
         if dtype is not None and not dtype.is_floating_point():
-            yield Flaw(name_of(node), f"a scale is {dtype.name}, not a float (R-SCALE)", "write it as float32.")
+            yield Flaw(
+                name_of(node),
+                f"a scale is {dtype.name}, not a float (R-SCALE)",
+                "write it as float32.",
+            )
             continue
         if raw is None:
             continue
         values = raw.astype(np.float64)
         if not np.all(np.isfinite(values) & (values > 0)):
-            yield Flaw(name_of(node), "a scale is zero, negative, NaN or Inf (R-SCALE)", "calibrate again.")
+            yield Flaw(
+                name_of(node), "a scale is zero, negative, NaN or Inf (R-SCALE)", "calibrate again."
+            )
         elif raw.dtype == np.float16 and np.any(values < _SMALLEST_NORMAL_HALF):
             message = f"the fp16 scale {values.min():.3g} is subnormal and imprecise (R-SCALE)"
-            yield Flaw(name_of(node), message, "keep this layer in fp32, or look why its range is tiny.", "warning")
+            yield Flaw(
+                name_of(node),
+                message,
+                "keep this layer in fp32, or look why its range is tiny.",
+                "warning",
+            )
 
 
 @register_rule(
@@ -60,9 +71,16 @@ def _zero_point_is_not_zero(view: GraphView) -> Iterator[Flaw]:
         name, code_type = name_of(node), view.code_type(node)
         if len(node.inputs) < 3 or node.inputs[2] is None:
             if node.op_type == "DequantizeLinear" and code_type in _SIGNED:
-                yield Flaw(name, "no zero point is written; with int8 codes that is zero (R-SYM)", fix, "info")
+                yield Flaw(
+                    name,
+                    "no zero point is written; with int8 codes that is zero (R-SYM)",
+                    fix,
+                    "info",
+                )
             elif code_type not in _SIGNED and code_type not in (*_UNSIGNED, ir.DataType.INT32):
-                yield Flaw(name, "the zero point is missing, which means uint8 in ONNX (R-SYM)", fix)
+                yield Flaw(
+                    name, "the zero point is missing, which means uint8 in ONNX (R-SYM)", fix
+                )
             continue
         zeros = view.constant(node.inputs[2])
         if code_type in (*_UNSIGNED, ir.DataType.INT32):  # QDQ129, QDQ108
@@ -71,8 +89,16 @@ def _zero_point_is_not_zero(view: GraphView) -> Iterator[Flaw]:
             yield Flaw(name, f"the zero point is {code_type.name}, not INT8 (R-SYM)", fix)
         elif zeros is not None and np.any(zeros.astype(np.float32)):
             yield Flaw(name, "the zero point is not zero (R-SYM)", "quantize symmetrically.")
-        elif zeros is not None and (scale := view.constant(node.inputs[1])) is not None and zeros.size != scale.size:
-            yield Flaw(name, f"it has {zeros.size} zero points and {scale.size} scales", "write one for each scale.")
+        elif (
+            zeros is not None
+            and (scale := view.constant(node.inputs[1])) is not None
+            and zeros.size != scale.size
+        ):
+            yield Flaw(
+                name,
+                f"it has {zeros.size} zero points and {scale.size} scales",
+                "write one for each scale.",
+            )
 
 
 @register_rule(
@@ -91,9 +117,10 @@ def _codes_are_unsigned(view: GraphView) -> Iterator[Flaw]:
         zeros = view.constant(node.inputs[2]) if len(node.inputs) > 2 else None
         found = "" if zeros is None else f" of {_describe(zeros)}"
         yield Flaw(
-            name_of(node), f"the zero point{found} is {code_type.name}; TensorRT reads int8 (R-SYM)",
+            name_of(node),
+            f"the zero point{found} is {code_type.name}; TensorRT reads int8 (R-SYM)",
             "quantize to signed, symmetric int8; --fix does it where the zero point is 128.",
-        )  # fmt: skip
+        )
 
 
 def _describe(array: Array) -> str:
@@ -137,7 +164,11 @@ def _activation_has_scales(view: GraphView) -> Iterator[Flaw]:
     for node in view.quantizers:
         scale = view.scale(node)
         if scale is not None and scale.size > 1 and not view.is_weight(node):
-            yield Flaw(name_of(node), f"an activation has {scale.size} scales (R-ACT-PC)", "use one per tensor.")
+            yield Flaw(
+                name_of(node),
+                f"an activation has {scale.size} scales (R-ACT-PC)",
+                "use one per tensor.",
+            )
 
 
 @register_rule(
@@ -185,7 +216,9 @@ def _check_axis(view: GraphView, node: ir.Node, weight: ir.Node) -> Iterator[Fla
     expected = output_axis(node, rank)
     if found is not None and found != expected:
         message = f"the weight has scales on axis {found}, not on its output channels (R-AXIS)"
-        yield Flaw(name_of(node), message, f"quantize the weight on axis {expected}: calibrate it again.")
+        yield Flaw(
+            name_of(node), message, f"quantize the weight on axis {expected}: calibrate it again."
+        )
 
 
 @register_rule(
@@ -198,17 +231,27 @@ def _check_axis(view: GraphView, node: ir.Node, weight: ir.Node) -> Iterator[Fla
 )
 def _pair_does_not_match(view: GraphView) -> Iterator[Flaw]:
     for node in view.quantizers:
-        others = [r for r in view.reached(node.outputs[0], COMMUTING_OPS | {"Concat"}) if _is_alone(r)]
+        others = [
+            r for r in view.reached(node.outputs[0], COMMUTING_OPS | {"Concat"}) if _is_alone(r)
+        ]
         for other in others[:1]:
-            message = f"its codes are read by {other.op_type} {name_of(other)}, not by a DequantizeLinear"
-            yield Flaw(name_of(node), message, "put a DequantizeLinear behind every QuantizeLinear.")
+            message = (
+                f"its codes are read by {other.op_type} {name_of(other)}, not by a DequantizeLinear"
+            )
+            yield Flaw(
+                name_of(node), message, "put a DequantizeLinear behind every QuantizeLinear."
+            )
     for node in view.dequantizers:
         source = view.source(node.inputs[0], COMMUTING_OPS)
         if source is not None and is_op(source, "QuantizeLinear"):
             if different := _difference(view, source, node):
                 message = f"its {different} differs from that of {name_of(source)}"
                 yield Flaw(name_of(node), message, "give both the same scale and zero point.")
-        elif view.is_computed(node.inputs[0]) and source is not None and _makes_no_codes(view, source):
+        elif (
+            view.is_computed(node.inputs[0])
+            and source is not None
+            and _makes_no_codes(view, source)
+        ):
             message = f"it reads what {source.op_type} {name_of(source)} computes, not codes of a QuantizeLinear"
             yield Flaw(name_of(node), message, "put a QuantizeLinear in front of it.")
 
@@ -216,14 +259,22 @@ def _pair_does_not_match(view: GraphView) -> Iterator[Flaw]:
 def _is_alone(reader: ir.Node) -> bool:
     """Whether a reader of codes makes no use of them in TensorRT; a plugin does (R-PLG), a body is not known."""
     integer = "Integer" in reader.op_type or reader.op_type.startswith("QLinear")  # QDQ108
-    return reader.domain == "" and not integer and reader.op_type not in ("DequantizeLinear", "If", "Loop", "Scan")
+    return (
+        reader.domain == ""
+        and not integer
+        and reader.op_type not in ("DequantizeLinear", "If", "Loop", "Scan")
+    )
 
 
 def _makes_no_codes(view: GraphView, source: ir.Node) -> bool:
     codes = view.dtype(source.outputs[0])
-    known = source.op_type in ("Concat", "If", "Loop", "Scan", "DynamicQuantizeLinear") or source.op_type.startswith(
-        "QLinear"
-    )
+    known = source.op_type in (
+        "Concat",
+        "If",
+        "Loop",
+        "Scan",
+        "DynamicQuantizeLinear",
+    ) or source.op_type.startswith("QLinear")
     return source.domain == "" and not known and codes != ir.DataType.INT32  # int32 is QDQ108
 
 
@@ -235,7 +286,9 @@ def _difference(view: GraphView, quantizer: ir.Node, dequantizer: ir.Node) -> st
     a, b = first.astype(np.float64).ravel(), second.astype(np.float64).ravel()
     if not np.all(np.isfinite(a) & np.isfinite(b)):  # QDQ101
         return None
-    if a.size != b.size or not np.allclose(a, b, rtol=2**-8 if half else 1e-6, atol=6e-8 if half else 0):
+    if a.size != b.size or not np.allclose(
+        a, b, rtol=2**-8 if half else 1e-6, atol=6e-8 if half else 0
+    ):
         return "scale"
     zeros = [view.constant(n.inputs[2]) for n in (quantizer, dequantizer) if len(n.inputs) > 2]
     if len(zeros) == 2 and zeros[0] is not None and zeros[1] is not None:
@@ -274,7 +327,8 @@ def _bias_does_not_fit(view: GraphView) -> Iterator[Flaw]:
         if least is None or scale is None or not (channels := int(np.sum(scale < least / 2))):
             continue
         message = (
-            f"the bias of {channels} channels is clipped where it is added as int32: the weight scale is too small"
+            f"the bias of {channels} channels is clipped where it is added as int32: "
+            "the weight scale is too small"
         )
         fix = "write a larger scale; --fix does where all codes of the channel are 0, export_onnx for any channel."
         yield Flaw(name_of(node), message, fix)

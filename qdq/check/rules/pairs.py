@@ -29,10 +29,17 @@ def _one_operand_is_quantized(view: GraphView) -> Iterator[Flaw]:
         if second and is_op(node, "Gemm", "MatMul") and _is_weight(view, node.inputs[1]):
             if not _has_float_source(view, node.inputs[1]):  # else QDQ130
                 message = "weight-only: int8 weights, float arithmetic (R-WSTORE)"
-                yield Flaw(name_of(node), message, "quantize the input too if int8 arithmetic was meant.", "info")
+                yield Flaw(
+                    name_of(node),
+                    message,
+                    "quantize the input too if int8 arithmetic was meant.",
+                    "info",
+                )
             continue
         which = "input" if first else "weight"
-        message = f"only the {which} is quantized, so it runs in float with extra kernels (R-CONV-2)"
+        message = (
+            f"only the {which} is quantized, so it runs in float with extra kernels (R-CONV-2)"
+        )
         yield Flaw(name_of(node), message, "quantize both or none.")
 
 
@@ -46,11 +53,21 @@ def _one_operand_is_quantized(view: GraphView) -> Iterator[Flaw]:
 def _weight_only_is_float(view: GraphView) -> Iterator[Flaw]:
     for node in view.select("Gemm", "MatMul"):
         activation, weight = node.inputs[:2]
-        if view.is_quantized(activation) or not view.is_quantized(weight) or not _is_weight(view, weight):
+        if (
+            view.is_quantized(activation)
+            or not view.is_quantized(weight)
+            or not _is_weight(view, weight)
+        ):
             continue
         if _has_float_source(view, weight):
-            message = "weight-only from a float weight + Q + DQ, which is folded to float (R-WSTORE)"
-            yield Flaw(name_of(node), message, "store the weight as int8 codes + DQ, or quantize the input too.")
+            message = (
+                "weight-only from a float weight + Q + DQ, which is folded to float (R-WSTORE)"
+            )
+            yield Flaw(
+                name_of(node),
+                message,
+                "store the weight as int8 codes + DQ, or quantize the input too.",
+            )
 
 
 def _is_weight(view: GraphView, value: ir.Value | None) -> bool:
@@ -82,7 +99,9 @@ def _pair_is_useless(view: GraphView) -> Iterator[Flaw]:
                 yield from _check_constant(node, readers)
         elif all(_has_constant_operand(view, reader) for reader in readers):
             message = f"only {readers[0].op_type} with a constant reads it (R-MUL)"
-            yield Flaw(name, message, "take the pair away: quantize the input of the next product instead.")
+            yield Flaw(
+                name, message, "take the pair away: quantize the input of the next product instead."
+            )
         elif all(is_op(reader, *COPY_OPS) for reader in readers):
             behind = list(view.reached(node.outputs[0], COPY_OPS))
             if behind and all(is_op(reader, "QuantizeLinear") for reader in behind):
@@ -101,7 +120,9 @@ def _check_constant(node: ir.Node, readers: list[ir.Node]) -> Iterator[Flaw]:
 
 def _is_bias(node: ir.Node, reader: ir.Node) -> bool:
     third = is_op(reader, "Conv", "ConvTranspose", "Gemm") and len(reader.inputs) > 2
-    return third and reader.inputs[2] is node.outputs[0] and node.outputs[0] not in reader.inputs[:2]
+    return (
+        third and reader.inputs[2] is node.outputs[0] and node.outputs[0] not in reader.inputs[:2]
+    )
 
 
 def _has_constant_operand(view: GraphView, node: ir.Node) -> bool:
@@ -126,14 +147,22 @@ def _pair_is_redundant(view: GraphView) -> Iterator[Flaw]:
         for reader in view.readers(node.outputs[0]):
             if is_op(reader, "Cast"):
                 message = "it stands between a DQ and what reads it (R-CAST)"
-                yield Flaw(name_of(reader), message, "write the scale in the type wanted, and drop the Cast.")
+                yield Flaw(
+                    name_of(reader),
+                    message,
+                    "write the scale in the type wanted, and drop the Cast.",
+                )
             elif is_op(reader, "QuantizeLinear") and view.is_computed(node.inputs[0]):
                 yield from _check_double(view, node, reader)
     for node in view.quantizers:
         producer = node.inputs[0].producer() if node.inputs[0] is not None else None
         if producer is not None and is_op(producer, "Cast") and view.is_computed(node.inputs[0]):
             message = "it stands in front of a Q (R-CAST)"
-            yield Flaw(name_of(producer), message, "write the scale in the type of the tensor, and drop the Cast.")
+            yield Flaw(
+                name_of(producer),
+                message,
+                "write the scale in the type of the tensor, and drop the Cast.",
+            )
     yield from _find_duplicates(view)
 
 
@@ -146,7 +175,9 @@ def _check_double(view: GraphView, first: ir.Node, second: ir.Node) -> Iterator[
         yield Flaw(name_of(second), message, "take one pair away; --fix does.")
     else:
         message = f"it quantizes again what {name_of(first)} gives, with another scale (R-DBL)"
-        yield Flaw(name_of(second), message, "take one pair away, or give both one scale.", "warning")
+        yield Flaw(
+            name_of(second), message, "take one pair away, or give both one scale.", "warning"
+        )
 
 
 def _find_duplicates(view: GraphView) -> Iterator[Flaw]:
@@ -157,5 +188,7 @@ def _find_duplicates(view: GraphView) -> Iterator[Flaw]:
             continue
         same = first.setdefault((node.inputs[0], scale.tobytes()), node)
         if same is not node:
-            message = f"it quantizes the same tensor as {name_of(same)}, with the same scale (R-FAN)"
+            message = (
+                f"it quantizes the same tensor as {name_of(same)}, with the same scale (R-FAN)"
+            )
             yield Flaw(name_of(node), message, "let all readers share one pair; --fix does.")

@@ -10,16 +10,31 @@ from qdq.check.rules.registry import Flaw, register_rule
 from qdq.check.rules.view import COMMUTING_OPS, MOVING_OPS, GraphView, is_op, name_of
 
 _ACTIVATIONS = (
-    "Celu", "Clip", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "PRelu", "Relu", "Selu", "Sigmoid",
-    "Softplus", "Swish", "Tanh",
-)  # fmt: skip
+    "Celu",
+    "Clip",
+    "Elu",
+    "Gelu",
+    "HardSigmoid",
+    "HardSwish",
+    "LeakyRelu",
+    "Mish",
+    "PRelu",
+    "Relu",
+    "Selu",
+    "Sigmoid",
+    "Softplus",
+    "Swish",
+    "Tanh",
+)
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _PRODUCTS = (*_CONVOLUTIONS, "Gemm", "MatMul")
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 _EPILOGUE = ("BatchNormalization", "Identity", "Cast")
 
 
-def _producing_product(view: GraphView, value: ir.Value | None, kinds: tuple[str, ...]) -> ir.Node | None:
+def _producing_product(
+    view: GraphView, value: ir.Value | None, kinds: tuple[str, ...]
+) -> ir.Node | None:
     """The int8 product of the kinds named that a value comes straight from: BatchNormalization and factors fuse."""
     node = view.source(value, _EPILOGUE)
     while node is not None and is_op(node, "Mul"):
@@ -38,7 +53,11 @@ def _before_pair(view: GraphView, value: ir.Value | None) -> ir.Value | None:
     if dequantizer is None or not is_op(dequantizer, "DequantizeLinear"):
         return value
     quantizer = view.source(dequantizer.inputs[0], ())
-    return quantizer.inputs[0] if quantizer is not None and is_op(quantizer, "QuantizeLinear") else value
+    return (
+        quantizer.inputs[0]
+        if quantizer is not None and is_op(quantizer, "QuantizeLinear")
+        else value
+    )
 
 
 @register_rule(
@@ -81,7 +100,9 @@ def _shortcut_is_wrong(view: GraphView) -> Iterator[Flaw]:
     for node in view.select("Add"):
         if len(node.inputs) != 2 or not all(view.is_computed(value) for value in node.inputs):
             continue
-        if any(value is None or value.is_graph_input() for value in node.inputs) or _broadcasts(view, node):
+        if any(value is None or value.is_graph_input() for value in node.inputs) or _broadcasts(
+            view, node
+        ):
             continue
         branch = _find_branch(view, node)
         if branch is None:
@@ -105,7 +126,9 @@ def _broadcasts(view: GraphView, add: ir.Node) -> bool:
         return False
     if len(shapes[0]) != len(shapes[1]):
         return True
-    return any(a != b for a, b in zip(shapes[0], shapes[1], strict=True) if a is not None and b is not None)
+    return any(
+        a != b for a, b in zip(shapes[0], shapes[1], strict=True) if a is not None and b is not None
+    )
 
 
 def _find_branch(view: GraphView, add: ir.Node) -> int | None:
@@ -122,7 +145,11 @@ def _find_branch(view: GraphView, add: ir.Node) -> int | None:
             return None
         # Nor is there a shortcut where the branch begins right behind a convolution, be it in float (R-ADD-2).
         begin = view.source(sources[1 - branch], _EPILOGUE)
-        is_begin = begin is not None and is_op(begin, *_CONVOLUTIONS) and _depends_on(view, sources[branch], begin)
+        is_begin = (
+            begin is not None
+            and is_op(begin, *_CONVOLUTIONS)
+            and _depends_on(view, sources[branch], begin)
+        )
         return None if is_begin else branch
     lengths = _lengths_to_ancestor(view, products[0], products[1])
     if lengths is None:
@@ -146,7 +173,9 @@ def _depends_on(view: GraphView, value: ir.Value | None, ancestor: ir.Node) -> b
     return False
 
 
-def _lengths_to_ancestor(view: GraphView, first: ir.Node, second: ir.Node) -> tuple[int, int] | None:
+def _lengths_to_ancestor(
+    view: GraphView, first: ir.Node, second: ir.Node
+) -> tuple[int, int] | None:
     """Nodes between each of two nodes and the last one that both depend on, Q/DQ not counted (R-ADD-2).
 
     None if one of them depends on the other. Where they share only the model's input, the way to it counts.
@@ -193,11 +222,17 @@ def _output_is_float(view: GraphView) -> Iterator[Flaw]:
     for node in view.select("AveragePool", "GlobalAveragePool", "Mul", "Add"):
         count = 1 if "Pool" in node.op_type else 2
         values = node.inputs[:count]
-        if not all(view.is_computed(v) and view.dequantizer(v, MOVING_OPS) is not None for v in values):
+        if not all(
+            view.is_computed(v) and view.dequantizer(v, MOVING_OPS) is not None for v in values
+        ):
             continue
         if node.op_type == "Add" and _find_branch(view, node) is not None:  # QDQ112
             continue
         behind = list(view.reached(node.outputs[0], through))
         if not any(is_op(reader, "QuantizeLinear") for reader in behind):
             message = f"{node.op_type} has int8 inputs, and no Q stands behind it"
-            yield Flaw(name_of(node), message, "quantize its output too, or take the pairs in front of it away.")
+            yield Flaw(
+                name_of(node),
+                message,
+                "quantize its output too, or take the pairs in front of it away.",
+            )

@@ -82,7 +82,9 @@ RULES: dict[str, Rule] = {}
 """Every rule by its id."""
 
 
-def register_rule(id: str, severity: Severity, title: str, why: str, evidence: str) -> Callable[[Find], Find]:
+def register_rule(
+    id: str, severity: Severity, title: str, why: str, evidence: str
+) -> Callable[[Find], Find]:
     """Add a rule to `check_onnx` and `qdq check`; the decorated function yields a `Flaw` for each violation.
 
     Args:
@@ -96,11 +98,18 @@ def register_rule(id: str, severity: Severity, title: str, why: str, evidence: s
         ArgumentError: The id has another form or is taken, or the severity is unknown.
     """
     if not re.fullmatch(r"[A-Z]+\d{3,}", id):
-        raise ArgumentError(f"{id!r} is no rule id; expected capital letters and digits.", "choose one like MINE101.")
+        raise ArgumentError(
+            f"{id!r} is no rule id; expected capital letters and digits.",
+            "choose one like MINE101.",
+        )
     if id in RULES:
-        raise ArgumentError(f"there is a rule {id} already: {RULES[id].title}.", "choose another id.")
+        raise ArgumentError(
+            f"there is a rule {id} already: {RULES[id].title}.", "choose another id."
+        )
     if severity not in SEVERITIES:
-        raise ArgumentError(f"severity is {severity!r}; known are {', '.join(SEVERITIES)}.", "use 'warning'.")
+        raise ArgumentError(
+            f"severity is {severity!r}; known are {', '.join(SEVERITIES)}.", "use 'warning'."
+        )
 
     def register(find: Find) -> Find:
         RULES[id] = Rule(id, severity, title, why, evidence, find)

@@ -19,7 +19,10 @@ from qdq.check.rules.view import COMMUTING_OPS, MOVING_OPS, GraphView, is_op, na
 )
 def _tensor_has_scales(view: GraphView) -> Iterator[Flaw]:
     readers: dict[ir.Value, list[ir.Node]] = {}
-    for node in [*view.quantizers, *(n for n in view.dequantizers if not view.is_computed(n.inputs[0]))]:
+    for node in [
+        *view.quantizers,
+        *(n for n in view.dequantizers if not view.is_computed(n.inputs[0])),
+    ]:
         if node.inputs[0] is not None:
             readers.setdefault(node.inputs[0], []).append(node)
     for value, nodes in readers.items():
@@ -52,7 +55,11 @@ def _concat_has_scales(view: GraphView) -> Iterator[Flaw]:
         members = [n for n in inputs if n is not None]
         if members and outputs and (count := _count_scales(view, [*members, *outputs])):
             message = f"{len(members)} quantized inputs and the output have {count} different scales (R-CAT-1)"
-            yield Flaw(name_of(node), message, "let the group share one quantizer, the one with the largest range.")
+            yield Flaw(
+                name_of(node),
+                message,
+                "let the group share one quantizer, the one with the largest range.",
+            )
 
 
 @register_rule(
@@ -66,11 +73,17 @@ def _pool_has_scales(view: GraphView) -> Iterator[Flaw]:
     for node in view.select("MaxPool"):
         outputs = _quantizers_behind(view, node.outputs[0])
         before = view.dequantizer(node.inputs[0])
-        beside = [r for r in view.readers(node.inputs[0]) if is_op(r, "QuantizeLinear")] if node.inputs[0] else []
+        beside = (
+            [r for r in view.readers(node.inputs[0]) if is_op(r, "QuantizeLinear")]
+            if node.inputs[0]
+            else []
+        )
         members = beside if before is None else [before]
         if members and outputs and (count := _count_scales(view, [*members, *outputs])):
             message = f"its input and its output have {count} different scales (R-MP)"
-            yield Flaw(name_of(node), message, "let the pool's input and its readers share one quantizer.")
+            yield Flaw(
+                name_of(node), message, "let the pool's input and its readers share one quantizer."
+            )
 
 
 def _quantizers_behind(view: GraphView, value: ir.Value) -> list[ir.Node]:

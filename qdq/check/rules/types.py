@@ -30,10 +30,15 @@ def _types_differ(view: GraphView) -> Iterator[Flaw]:
         if len(set(known)) > 1:
             names = ", ".join("?" if dtype is None else dtype.name for dtype in found)
             message = f"its operands are {names}; TensorRT wants one type"
-            yield Flaw(name_of(node), message, "write scales and bias in the type of the other operands.")
+            yield Flaw(
+                name_of(node), message, "write scales and bias in the type of the other operands."
+            )
     for node in [*view.quantizers, *view.dequantizers]:
         scale = view.dtype(node.inputs[1])
-        if scale in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) and 0 < view.opset < _FIRST_HALF_OPSET:
+        if (
+            scale in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+            and 0 < view.opset < _FIRST_HALF_OPSET
+        ):
             message = f"its scale is {scale.name}, which opset {view.opset} does not have"
             yield Flaw(name_of(node), message, "export at opset 19 or later.")
         elif node.op_type == "QuantizeLinear" and view.opset < _FIRST_MIXED_OPSET:
@@ -59,7 +64,9 @@ def _operator_is_unsupported(view: GraphView) -> Iterator[Flaw]:
     for node in view.nodes:
         known = node.domain in ("", "com.microsoft")
         integer = "Integer" in node.op_type or node.op_type.startswith("QLinear")
-        if known and (integer or node.op_type in ("DynamicQuantizeLinear", *_MICROSOFT_INTEGER_OPS)):
+        if known and (
+            integer or node.op_type in ("DynamicQuantizeLinear", *_MICROSOFT_INTEGER_OPS)
+        ):
             fix = "write Q/DQ around the float operator: quant_format=QuantFormat.QDQ in ONNX Runtime."
             yield Flaw(name_of(node), f"TensorRT does not import {node.op_type} (R-BIAS)", fix)
 
@@ -75,13 +82,21 @@ def _operator_is_unsupported(view: GraphView) -> Iterator[Flaw]:
 def _rest_is_fp32(view: GraphView) -> Iterator[Flaw]:
     if not view.quantizers + view.dequantizers:
         return
-    nodes = [n for n in view.nodes if n.outputs and view.is_computed(n.outputs[0]) and not _is_int8_member(n)]
+    nodes = [
+        n
+        for n in view.nodes
+        if n.outputs and view.is_computed(n.outputs[0]) and not _is_int8_member(n)
+    ]
     floats = [n for n in nodes if n.outputs[0].dtype in _FLOATS]
     fp32 = [n for n in floats if n.outputs[0].dtype == ir.DataType.FLOAT]
     if fp32:
         name = view.model.graph.name or "graph"
         message = f"{len(fp32)} of {len(floats)} float operators are fp32, and TensorRT 11 runs them in fp32"
-        yield Flaw(name, message, "write the float part in fp16 for TensorRT 11; on TensorRT 10 build with --fp16.")
+        yield Flaw(
+            name,
+            message,
+            "write the float part in fp16 for TensorRT 11; on TensorRT 10 build with --fp16.",
+        )
 
 
 def _is_int8_member(node: ir.Node) -> bool:

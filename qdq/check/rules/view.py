@@ -89,7 +89,8 @@ class GraphView:
         computed = {value for value in self.model.graph.inputs if value.const_value is None}
         for node in self.nodes:
             if any(value in computed for value in node.inputs if value is not None) or (
-                node.op_type.startswith("Random") or any(a.type == ir.AttributeType.GRAPH for a in _attributes(node))
+                node.op_type.startswith("Random")
+                or any(a.type == ir.AttributeType.GRAPH for a in _attributes(node))
             ):
                 computed.update(node.outputs)
         return computed
@@ -109,7 +110,11 @@ class GraphView:
     def _read(self, value: ir.Value) -> Array | None:
         casts = []
         source: ir.Value | None = value
-        while source is not None and (node := source.producer()) is not None and is_op(node, "Identity", "Cast"):
+        while (
+            source is not None
+            and (node := source.producer()) is not None
+            and is_op(node, "Identity", "Cast")
+        ):
             if has_reference(node):
                 return None
             if node.op_type == "Cast":
@@ -144,7 +149,9 @@ class GraphView:
             if shape is not None:
                 return tuple(size if isinstance(size, int) else None for size in shape)
             node = value.producer()
-            if node is None or not is_op(node, "QuantizeLinear", "DequantizeLinear", "Identity", "Cast"):
+            if node is None or not is_op(
+                node, "QuantizeLinear", "DequantizeLinear", "Identity", "Cast"
+            ):
                 return None
             value = input_of(node, 0)
         return None
@@ -175,7 +182,9 @@ class GraphView:
 
     # --- who feeds what -----------------------------------------------------------------------------------------
 
-    def dequantizer(self, value: ir.Value | None, through: Iterable[str] = COMMUTING_OPS) -> ir.Node | None:
+    def dequantizer(
+        self, value: ir.Value | None, through: Iterable[str] = COMMUTING_OPS
+    ) -> ir.Node | None:
         """The DQ that a value comes from, looking through operators that it reaches through."""
         node = self.source(value, through)
         return node if node is not None and self._is_sound(node, "DequantizeLinear") else None
@@ -229,7 +238,9 @@ class GraphView:
 
 def name_of(node: ir.Node) -> str:
     """The name of a node; its output's where it has none."""
-    return node.name or (str(node.outputs[0].name) if node.outputs else f"a nameless {node.op_type}")
+    return node.name or (
+        str(node.outputs[0].name) if node.outputs else f"a nameless {node.op_type}"
+    )
 
 
 def _attributes(node: ir.Node) -> Iterable[ir.Attr]:

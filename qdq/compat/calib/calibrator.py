@@ -40,4 +40,6 @@ class _Calibrator:
 
 
 def _not_overridden(calibrator: _Calibrator, method: str) -> UnsupportedError:
-    return UnsupportedError(f"{type(calibrator).__name__} has no {method}().", f"define {method} in the class.")
+    return UnsupportedError(
+        f"{type(calibrator).__name__} has no {method}().", f"define {method} in the class."
+    )

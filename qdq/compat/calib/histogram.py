@@ -73,9 +73,14 @@ class HistogramCalibrator(_Calibrator):
                 "use calib_method='max' for per-channel ranges, or calibrate_weights for weights.",
             )
         if grow_method is not None:
-            logger.warning("grow_method=%r is ignored: bins are appended as the data needs them.", grow_method)
+            logger.warning(
+                "grow_method=%r is ignored: bins are appended as the data needs them.", grow_method
+            )
         if num_bins < 1:
-            raise ArgumentError(f"num_bins is {num_bins}; a histogram needs at least one bin.", "2048 is the default.")
+            raise ArgumentError(
+                f"num_bins is {num_bins}; a histogram needs at least one bin.",
+                "2048 is the default.",
+            )
         super().__init__(num_bits, None, unsigned)
         self._num_bins = num_bins
         self._skip_zeros = skip_zeros
@@ -100,7 +105,9 @@ class HistogramCalibrator(_Calibrator):
             self._forget_counts()
             return
         counts = torch.as_tensor(value).flatten()
-        self._counts = counts.to(torch.float64 if counts.is_floating_point() else torch.int64, copy=True)
+        self._counts = counts.to(
+            torch.float64 if counts.is_floating_point() else torch.int64, copy=True
+        )
         self._width = self._width or 1.0  # until the edges are set
 
     @property
@@ -116,7 +123,9 @@ class HistogramCalibrator(_Calibrator):
         edges = torch.as_tensor(value).double().cpu().flatten()
         num_bins = edges.numel() - 1
         width = float(edges[-1]) / num_bins if num_bins > 0 else 0.0
-        if not width > 0 or bool(((edges - torch.arange(num_bins + 1) * width).abs() > width / 4).any()):
+        if not width > 0 or bool(
+            ((edges - torch.arange(num_bins + 1) * width).abs() > width / 4).any()
+        ):
             raise ArgumentError(
                 f"_calib_bin_edges are {edges.numel()} numbers that are not 0, W, 2W, ... with one width W > 0.",
                 "give edges of bins of equal width that start at 0.",
@@ -135,7 +144,10 @@ class HistogramCalibrator(_Calibrator):
     def _edges(self) -> torch.Tensor | None:
         if self._counts is None:
             return None
-        return torch.arange(self._counts.numel() + 1, dtype=torch.float64, device=self._counts.device) * self._width
+        return (
+            torch.arange(self._counts.numel() + 1, dtype=torch.float64, device=self._counts.device)
+            * self._width
+        )
 
     @torch.no_grad()
     def collect(self, x: torch.Tensor) -> None:
@@ -200,7 +212,9 @@ class HistogramCalibrator(_Calibrator):
             ArgumentError: Percentile outside 0..100, impossible bins or format.
         """
         if method not in ("percentile", "mse", "entropy"):
-            raise ArgumentTypeError(f"Unknown calibration method {method!r}.", "use 'percentile', 'mse' or 'entropy'.")
+            raise ArgumentTypeError(
+                f"Unknown calibration method {method!r}.", "use 'percentile', 'mse' or 'entropy'."
+            )
         if self._counts is None:
             return None if self._zeros is None else torch.zeros((), device=self._zeros.device)
         if not bool(self._counts.any()):
@@ -209,7 +223,12 @@ class HistogramCalibrator(_Calibrator):
         return torch.tensor(amax, dtype=torch.float32, device=self._counts.device)
 
     def _solve(
-        self, counts: npt.NDArray[np.number], method: str, stride: int, start_bin: int, percentile: float
+        self,
+        counts: npt.NDArray[np.number],
+        method: str,
+        stride: int,
+        start_bin: int,
+        percentile: float,
     ) -> float:
         if method == "percentile":
             return solve_percentile(counts, self._width, percentile)
@@ -240,33 +259,59 @@ class HistogramCalibrator(_Calibrator):
 
 def _e4m3_levels() -> npt.NDArray[np.float64]:
     """The numbers of the FP8 E4M3 grid from 0 to 448: the bytes 0 to 126 in order, 127 is NaN."""
-    levels: npt.NDArray[np.float64] = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()
+    levels: npt.NDArray[np.float64] = (
+        torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()
+    )
     return levels
 
 
 def _compute_amax_entropy(
-    calib_hist: Any, calib_bin_edges: Any, num_bits: Any, unsigned: bool, stride: int = 1, start_bin: int = 128
+    calib_hist: Any,
+    calib_bin_edges: Any,
+    num_bits: Any,
+    unsigned: bool,
+    stride: int = 1,
+    start_bin: int = 128,
 ) -> torch.Tensor | None:
     """As `HistogramCalibrator.compute_amax("entropy")`, of a histogram at hand; None without one."""
     calibrator = _calibrator_of(calib_hist, calib_bin_edges, num_bits, unsigned)
-    return None if calibrator is None else calibrator.compute_amax("entropy", stride=stride, start_bin=start_bin)
+    return (
+        None
+        if calibrator is None
+        else calibrator.compute_amax("entropy", stride=stride, start_bin=start_bin)
+    )
 
 
 def _compute_amax_mse(
-    calib_hist: Any, calib_bin_edges: Any, num_bits: Any, unsigned: bool, stride: int = 1, start_bin: int = 128
+    calib_hist: Any,
+    calib_bin_edges: Any,
+    num_bits: Any,
+    unsigned: bool,
+    stride: int = 1,
+    start_bin: int = 128,
 ) -> torch.Tensor | None:
     """As `HistogramCalibrator.compute_amax("mse")`, of a histogram at hand; None without one."""
     calibrator = _calibrator_of(calib_hist, calib_bin_edges, num_bits, unsigned)
-    return None if calibrator is None else calibrator.compute_amax("mse", stride=stride, start_bin=start_bin)
+    return (
+        None
+        if calibrator is None
+        else calibrator.compute_amax("mse", stride=stride, start_bin=start_bin)
+    )
 
 
-def _compute_amax_percentile(calib_hist: Any, calib_bin_edges: Any, percentile: float) -> torch.Tensor | None:
+def _compute_amax_percentile(
+    calib_hist: Any, calib_bin_edges: Any, percentile: float
+) -> torch.Tensor | None:
     """As `HistogramCalibrator.compute_amax("percentile")`, of a histogram at hand; None without one."""
     calibrator = _calibrator_of(calib_hist, calib_bin_edges, 8, False)
-    return None if calibrator is None else calibrator.compute_amax("percentile", percentile=percentile)
+    return (
+        None if calibrator is None else calibrator.compute_amax("percentile", percentile=percentile)
+    )
 
 
-def _calibrator_of(counts: Any, edges: Any, num_bits: Any, unsigned: bool) -> HistogramCalibrator | None:
+def _calibrator_of(
+    counts: Any, edges: Any, num_bits: Any, unsigned: bool
+) -> HistogramCalibrator | None:
     """A calibrator with the counts of others; tensors or ndarrays."""
     if counts is None or edges is None:
         return None
@@ -274,7 +319,8 @@ def _calibrator_of(counts: Any, edges: Any, num_bits: Any, unsigned: bool) -> Hi
     calibrator._calib_bin_edges = edges
     if len(counts) != len(edges) - 1:
         raise ArgumentError(
-            f"calib_hist has {len(counts)} bins, calib_bin_edges {len(edges)} numbers.", "give one edge more than bins."
+            f"calib_hist has {len(counts)} bins, calib_bin_edges {len(edges)} numbers.",
+            "give one edge more than bins.",
         )
     calibrator._calib_hist = counts
     return calibrator

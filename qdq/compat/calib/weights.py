@@ -46,18 +46,27 @@ def calibrate_weights(
         CalibrationError: NaN or Inf in a weight.
     """
     if method not in _METHODS:
-        raise ArgumentTypeError(f"Unsupported calibration method {method!r}.", f"use one of {', '.join(_METHODS)}.")
+        raise ArgumentTypeError(
+            f"Unsupported calibration method {method!r}.", f"use one of {', '.join(_METHODS)}."
+        )
     for name, module in model.named_modules():
-        weight, quantizer = getattr(module, "weight", None), getattr(module, "weight_quantizer", None)
+        weight, quantizer = (
+            getattr(module, "weight", None),
+            getattr(module, "weight_quantizer", None),
+        )
         if not isinstance(weight, torch.Tensor) or not weight.numel() or quantizer is None:
             continue
         axis = (1 if isinstance(module, _ConvTransposeNd) else 0) if perchannel else None
         channels = weight.detach().float()
-        channels = channels.movedim(axis or 0, 0).reshape(1 if axis is None else weight.shape[axis], -1)
+        channels = channels.movedim(axis or 0, 0).reshape(
+            1 if axis is None else weight.shape[axis], -1
+        )
         try:
             amax = _channel_amax(channels, quantizer, method, percentile, num_bins)
         except CalibrationError as error:
-            raise CalibrationError(f"{name or 'the model'}.weight: {error.message}", error.fix) from None
+            raise CalibrationError(
+                f"{name or 'the model'}.weight: {error.message}", error.fix
+            ) from None
         _store(quantizer, amax.reshape([-1 if dim == axis else 1 for dim in range(weight.dim())]))
         logger.info("%s.weight: %s range of %d channels", name or "the model", method, amax.numel())
 
@@ -76,7 +85,11 @@ def _channel_amax(
     amax = torch.zeros(len(widths))
     rows = max(1, _CHUNK // max(num_bins, channels.shape[1]))
     for start in range(0, len(widths), rows):
-        counts = _histograms(channels[start : start + rows], widths[start : start + rows], num_bins).cpu().numpy()
+        counts = (
+            _histograms(channels[start : start + rows], widths[start : start + rows], num_bins)
+            .cpu()
+            .numpy()
+        )
         for channel, width in enumerate(widths[start : start + rows].tolist()):
             if width > 0:  # else all weights are 0
                 solver._width = width

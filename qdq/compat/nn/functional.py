@@ -20,7 +20,9 @@ class ClipFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, input: torch.Tensor, clip_value_min: Bound, clip_value_max: Bound) -> torch.Tensor:
+    def forward(
+        ctx: Any, input: torch.Tensor, clip_value_min: Bound, clip_value_max: Bound
+    ) -> torch.Tensor:
         low, high = _as_bound(clip_value_min, input), _as_bound(clip_value_max, input)
         ctx.save_for_backward(input, low, high)
         return torch.maximum(torch.minimum(input, high), low)
@@ -35,7 +37,9 @@ class ClipFunction(torch.autograd.Function):
         return (
             torch.where(inside, grad_output, 0).sum_to_size(input.shape) if wants_input else None,
             _bound_gradient(torch.where(input <= low, grad_output, 0), low) if wants_low else None,
-            _bound_gradient(torch.where(input >= high, grad_output, 0), high) if wants_high else None,
+            _bound_gradient(torch.where(input >= high, grad_output, 0), high)
+            if wants_high
+            else None,
         )
 
 
@@ -55,7 +59,9 @@ def clip(input: torch.Tensor, clip_value_min: Bound, clip_value_max: Bound) -> t
         ArgumentError: In the backward pass, a bound that learns has several elements.
     """
     if not isinstance(input, torch.Tensor):
-        raise ArgumentTypeError(f"input of clip is a {type(input).__name__}, not a tensor.", "pass a torch.Tensor.")
+        raise ArgumentTypeError(
+            f"input of clip is a {type(input).__name__}, not a tensor.", "pass a torch.Tensor."
+        )
     require_bound("clip_value_min", clip_value_min)
     require_bound("clip_value_max", clip_value_max)
     result: torch.Tensor = ClipFunction.apply(input, clip_value_min, clip_value_max)
@@ -90,4 +96,6 @@ def _bound_gradient(gradient: torch.Tensor, bound: torch.Tensor) -> torch.Tensor
             "use bounds with one element, or detach them.",
         )
     # float16 would overflow in the sum; autograd casts the result to the type of the bound.
-    return gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32)).reshape(bound.shape)
+    return gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32)).reshape(
+        bound.shape
+    )

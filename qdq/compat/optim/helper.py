@@ -32,29 +32,40 @@ def match_parameters(model: nn.Module, patterns: Iterable[Pattern]) -> Iterator[
         ArgumentError: A pattern that is no regular expression.
     """
     if not isinstance(model, nn.Module):
-        raise ArgumentTypeError(f"model is a {type(model).__name__}, not a module.", "pass a torch.nn.Module.")
+        raise ArgumentTypeError(
+            f"model is a {type(model).__name__}, not a module.", "pass a torch.nn.Module."
+        )
     compiled = _compile(patterns)
     parameters = dict(model.named_parameters())
     for pattern in compiled:
         if not any(pattern.search(name) for name in parameters):
             logger.warning("pattern %r matches no parameter", pattern.pattern)
-    found = [param for name, param in parameters.items() if any(pattern.search(name) for pattern in compiled)]
+    found = [
+        param
+        for name, param in parameters.items()
+        if any(pattern.search(name) for pattern in compiled)
+    ]
     return iter(found)
 
 
 def _compile(patterns: Iterable[Pattern]) -> list[re.Pattern[str]]:
     fix = 'give a list of regular expressions, such as ["layer1", "bias$"].'
     if isinstance(patterns, str) or not isinstance(patterns, Iterable):
-        raise ArgumentTypeError(f"patterns is {patterns!r}, of type {type(patterns).__name__}; expected a list.", fix)
+        raise ArgumentTypeError(
+            f"patterns is {patterns!r}, of type {type(patterns).__name__}; expected a list.", fix
+        )
     compiled = []
     for pattern in patterns:
         if not isinstance(pattern, str | re.Pattern):
-            raise ArgumentTypeError(f"pattern {pattern!r} is a {type(pattern).__name__}, not a string.", fix)
+            raise ArgumentTypeError(
+                f"pattern {pattern!r} is a {type(pattern).__name__}, not a string.", fix
+            )
         try:
             compiled.append(re.compile(pattern))
         except re.error as error:
             raise ArgumentError(
-                f"pattern {pattern!r} is no regular expression: {error}.", "escape its special characters by a \\."
+                f"pattern {pattern!r} is no regular expression: {error}.",
+                "escape its special characters by a \\.",
             ) from error
     return compiled
 
@@ -88,7 +99,11 @@ def group_parameters(
         ArgumentTypeError: `patterns_list` is no list of lists, or a list of values has another length.
         ArgumentError: A pattern that is no regular expression.
     """
-    if not isinstance(patterns_list, list) or not patterns_list or not all(isinstance(p, list) for p in patterns_list):
+    if (
+        not isinstance(patterns_list, list)
+        or not patterns_list
+        or not all(isinstance(p, list) for p in patterns_list)
+    ):
         raise ArgumentTypeError(
             f"patterns_list must be list of list of patterns, it is {patterns_list!r}.",
             'give one list for each group, such as [["backbone"], ["head"]].',
@@ -110,7 +125,11 @@ def group_parameters(
 def _require_length(argument: str, values: object, expected: int) -> None:
     if values is None:
         return
-    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray) or len(values) != expected:
+    if (
+        isinstance(values, str)
+        or not isinstance(values, Sequence | np.ndarray)
+        or len(values) != expected
+    ):
         raise ArgumentTypeError(
             f"len({argument}) must match len(patterns_list): {argument} is {values!r}, there are {expected} lists.",
             f"give a list with {expected} values, one for each list of patterns.",
@@ -125,19 +144,29 @@ def quant_weight_inplace(model: nn.Module) -> None:
     weights are not found is left as it is and named in a warning.
     """
     if not isinstance(model, nn.Module):
-        raise ArgumentTypeError(f"model is a {type(model).__name__}, not a module.", "pass a torch.nn.Module.")
+        raise ArgumentTypeError(
+            f"model is a {type(model).__name__}, not a module.", "pass a torch.nn.Module."
+        )
     for name, module in model.named_modules():
         for quantizer, weights in quantized_weights(module):
             if weights:
                 _quantize_inplace(weights, quantizer)
             else:
-                logger.warning("%s (%s): weights not found, left as they are", name or "model", type(module).__name__)
+                logger.warning(
+                    "%s (%s): weights not found, left as they are",
+                    name or "model",
+                    type(module).__name__,
+                )
 
 
-def _quantize_inplace(weights: list[torch.Tensor], quantizer: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def _quantize_inplace(
+    weights: list[torch.Tensor], quantizer: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
     if len(weights) == 1:
         weights[0].copy_(quantizer(weights[0]))
         return
     quantized = quantizer(torch.cat(weights, dim=1))
-    for weight, values in zip(weights, quantized.split_with_sizes([w.shape[1] for w in weights], dim=1), strict=True):
+    for weight, values in zip(
+        weights, quantized.split_with_sizes([w.shape[1] for w in weights], dim=1), strict=True
+    ):
         weight.copy_(values)

@@ -11,7 +11,9 @@ from qdq.errors import ArgumentError, ArgumentTypeError
 
 
 @torch.no_grad()
-def reduce_amax(input: torch.Tensor, axis: int | Sequence[int] | None = None, keepdims: bool = True) -> torch.Tensor:
+def reduce_amax(
+    input: torch.Tensor, axis: int | Sequence[int] | None = None, keepdims: bool = True
+) -> torch.Tensor:
     """Maximum of |x| over some axes, without gradient.
 
     Args:
@@ -28,7 +30,9 @@ def reduce_amax(input: torch.Tensor, axis: int | Sequence[int] | None = None, ke
         ArgumentError: More axes than dimensions, an axis out of range, or nothing to take the maximum of.
     """
     if not isinstance(input, torch.Tensor):
-        raise ArgumentTypeError(f"input is a {type(input).__name__}, not a tensor.", "pass a torch.Tensor.")
+        raise ArgumentTypeError(
+            f"input is a {type(input).__name__}, not a tensor.", "pass a torch.Tensor."
+        )
     axes = sorted(_checked_axes(input, axis))
     if any(input.shape[dim] == 0 for dim in axes):
         raise ArgumentError(
@@ -59,6 +63,7 @@ def _checked_axes(input: torch.Tensor, axis: int | Sequence[int] | None) -> set[
         )
     if not all(-rank <= dim < rank for dim in axes):
         raise ArgumentError(
-            f"axis {axis!r} is out of range for a tensor of shape {shape}.", f"use axes from {-rank} to {rank - 1}."
+            f"axis {axis!r} is out of range for a tensor of shape {shape}.",
+            f"use axes from {-rank} to {rank - 1}.",
         )
     return {dim % rank for dim in axes}

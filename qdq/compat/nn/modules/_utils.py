@@ -36,8 +36,12 @@ def pop_quant_desc_in_kwargs(quant_cls: type, input_only: bool = False, **kwargs
     """
     known = _DESCRIPTORS[:1] if input_only else _DESCRIPTORS
     if unused := sorted(set(kwargs) - set(known)):
-        raise ArgumentTypeError(f"Unused keys: {unused}.", f"{quant_cls.__name__} takes {', '.join(known)}.")
-    desc_input, desc_weight = (kwargs.get(key, getattr(quant_cls, f"default_{key}", None)) for key in _DESCRIPTORS)
+        raise ArgumentTypeError(
+            f"Unused keys: {unused}.", f"{quant_cls.__name__} takes {', '.join(known)}."
+        )
+    desc_input, desc_weight = (
+        kwargs.get(key, getattr(quant_cls, f"default_{key}", None)) for key in _DESCRIPTORS
+    )
     return desc_input if input_only else (desc_input, desc_weight)
 
 
@@ -74,7 +78,9 @@ def _set_default(quant_cls: type, name: str, value: Any) -> None:
             f"{value!r} is not an instance of QuantDescriptor but of {type(value).__name__}.",
             "build one with tensor_quant.QuantDescriptor(...).",
         )
-    setattr(quant_cls, name, copy.deepcopy(value))  # on this class: subclasses inherit it, siblings do not
+    setattr(
+        quant_cls, name, copy.deepcopy(value)
+    )  # on this class: subclasses inherit it, siblings do not
 
 
 class _QuantizesInput:
@@ -139,7 +145,10 @@ class QuantMixin(_QuantizesInput):
         _set_default(cls, "default_quant_desc_weight", value)
 
     def init_quantizer(
-        self, quant_desc_input: QuantDescriptor, quant_desc_weight: QuantDescriptor, num_layers: int | None = None
+        self,
+        quant_desc_input: QuantDescriptor,
+        quant_desc_weight: QuantDescriptor,
+        num_layers: int | None = None,
     ) -> None:
         """Attach the quantizers; any caller may (F33).
 
@@ -152,13 +161,19 @@ class QuantMixin(_QuantizesInput):
             TypeError: No `QuantDescriptor`.
             ValueError: A descriptor without fake quantization.
         """
-        _require_fake(type(self), quant_desc_input=quant_desc_input, quant_desc_weight=quant_desc_weight)
+        _require_fake(
+            type(self), quant_desc_input=quant_desc_input, quant_desc_weight=quant_desc_weight
+        )
         if num_layers is None:
             self._input_quantizer = TensorQuantizer(quant_desc_input)
             self._weight_quantizer = TensorQuantizer(quant_desc_weight)
         else:
-            self._input_quantizers = nn.ModuleList(TensorQuantizer(quant_desc_input) for _ in range(num_layers))
-            self._weight_quantizers = nn.ModuleList(TensorQuantizer(quant_desc_weight) for _ in range(num_layers))
+            self._input_quantizers = nn.ModuleList(
+                TensorQuantizer(quant_desc_input) for _ in range(num_layers)
+            )
+            self._weight_quantizers = nn.ModuleList(
+                TensorQuantizer(quant_desc_weight) for _ in range(num_layers)
+            )
 
     @property
     def weight_quantizer(self) -> TensorQuantizer:
@@ -206,7 +221,9 @@ def _weight_names(module: nn.Module) -> Iterator[tuple[TensorQuantizer, list[str
     if quantizers:  # first: an LSTM shows its first one as `_weight_quantizer` too
         steps = _steps(module)
         names = (
-            [[f"weight_ih_{step}", f"weight_hh_{step}"] for step in steps] if len(steps) == len(quantizers) else [[]]
+            [[f"weight_ih_{step}", f"weight_hh_{step}"] for step in steps]
+            if len(steps) == len(quantizers)
+            else [[]]
         )
         yield from zip(quantizers, names, strict=False)
     elif (quantizer := getattr(module, "_weight_quantizer", None)) is not None:
@@ -217,7 +234,11 @@ def _weight_names(module: nn.Module) -> Iterator[tuple[TensorQuantizer, list[str
 def _steps(module: nn.Module) -> list[str]:
     """Layers and directions of an LSTM as its weights are named, in the order of its quantizers."""
     directions = ("", "_reverse") if getattr(module, "bidirectional", False) else ("",)
-    return [f"l{layer}{direction}" for layer in range(getattr(module, "num_layers", 0)) for direction in directions]
+    return [
+        f"l{layer}{direction}"
+        for layer in range(getattr(module, "num_layers", 0))
+        for direction in directions
+    ]
 
 
 def _stored(module: nn.Module, name: str) -> torch.Tensor | None:

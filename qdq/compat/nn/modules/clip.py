@@ -49,7 +49,9 @@ def _make_bound(name: str, value: object, learn: bool) -> Bound:
         return require_bound(name, value)
     if isinstance(value, float):
         return nn.Parameter(torch.tensor(float(value)))  # float32 also of numpy's float64
-    if not isinstance(value, np.ndarray | np.generic | torch.Tensor) or value.reshape(-1).shape != (1,):
+    if not isinstance(value, np.ndarray | np.generic | torch.Tensor) or value.reshape(-1).shape != (
+        1,
+    ):
         raise ArgumentError(
             f"{name} is {value!r}; a bound to learn must be scalar: a float or an array with one element.",
             "start from one float for the whole tensor, such as 1.0.",

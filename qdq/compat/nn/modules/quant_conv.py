@@ -56,9 +56,19 @@ class _QuantConvNd(_utils.QuantMixin, QuantMixin, float_conv._ConvNd):
         quant_desc_weight: QuantDescriptor,
     ) -> None:
         float_conv._ConvNd.__init__(
-            self, in_channels, out_channels, kernel_size, stride, padding, dilation, transposed, output_padding,
-            groups, bias, padding_mode,
-        )  # fmt: skip
+            self,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            transposed,
+            output_padding,
+            groups,
+            bias,
+            padding_mode,
+        )
         self.init_quantizer(quant_desc_input, quant_desc_weight)
 
     def _quant(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,9 @@ from qdq.compat.nn.modules import _utils
 from qdq.nn import QuantInputMixin
 
 
-class QuantInstanceNorm1d(_utils.QuantInputMixin, QuantInputMixin, float_instancenorm.InstanceNorm1d):
+class QuantInstanceNorm1d(
+    _utils.QuantInputMixin, QuantInputMixin, float_instancenorm.InstanceNorm1d
+):
     """`torch.nn.InstanceNorm1d` with quantized input; `**kwargs` are `device`, `dtype` and `quant_desc_input`."""
 
     float_class: ClassVar[type] = float_instancenorm.InstanceNorm1d
@@ -31,7 +33,9 @@ class QuantInstanceNorm1d(_utils.QuantInputMixin, QuantInputMixin, float_instanc
         self.init_quantizer(**descriptors)
 
 
-class QuantInstanceNorm2d(_utils.QuantInputMixin, QuantInputMixin, float_instancenorm.InstanceNorm2d):
+class QuantInstanceNorm2d(
+    _utils.QuantInputMixin, QuantInputMixin, float_instancenorm.InstanceNorm2d
+):
     """`torch.nn.InstanceNorm2d` with quantized input; `**kwargs` are `device`, `dtype` and `quant_desc_input`."""
 
     float_class: ClassVar[type] = float_instancenorm.InstanceNorm2d
@@ -52,7 +56,9 @@ class QuantInstanceNorm2d(_utils.QuantInputMixin, QuantInputMixin, float_instanc
         self.init_quantizer(**descriptors)
 
 
-class QuantInstanceNorm3d(_utils.QuantInputMixin, QuantInputMixin, float_instancenorm.InstanceNorm3d):
+class QuantInstanceNorm3d(
+    _utils.QuantInputMixin, QuantInputMixin, float_instancenorm.InstanceNorm3d
+):
     """`torch.nn.InstanceNorm3d` with quantized input; `**kwargs` are `device`, `dtype` and `quant_desc_input`."""
 
     float_class: ClassVar[type] = float_instancenorm.InstanceNorm3d

@@ -28,7 +28,9 @@ class QuantLinear(_utils.QuantMixin, QuantMixin, float_linear.Linear):
     float_class: ClassVar[type] = float_linear.Linear
     default_quant_desc_weight = tensor_quant.QUANT_DESC_8BIT_LINEAR_WEIGHT_PER_ROW
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, **kwargs: Any
+    ) -> None:
         factory, descriptors = _utils.split_kwargs(type(self), kwargs)
         float_linear.Linear.__init__(self, in_features, out_features, bias, **factory)
         self.init_quantizer(**descriptors)

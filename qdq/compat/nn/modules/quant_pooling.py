@@ -28,7 +28,9 @@ class QuantMaxPool1d(_utils.QuantInputMixin, QuantInputMixin, float_pooling.MaxP
         **kwargs: Any,
     ) -> None:
         descriptor = _utils.pop_quant_desc_in_kwargs(type(self), input_only=True, **kwargs)
-        float_pooling.MaxPool1d.__init__(self, kernel_size, stride, padding, dilation, return_indices, ceil_mode)
+        float_pooling.MaxPool1d.__init__(
+            self, kernel_size, stride, padding, dilation, return_indices, ceil_mode
+        )
         self.init_quantizer(descriptor)
 
 
@@ -48,7 +50,9 @@ class QuantMaxPool2d(_utils.QuantInputMixin, QuantInputMixin, float_pooling.MaxP
         **kwargs: Any,
     ) -> None:
         descriptor = _utils.pop_quant_desc_in_kwargs(type(self), input_only=True, **kwargs)
-        float_pooling.MaxPool2d.__init__(self, kernel_size, stride, padding, dilation, return_indices, ceil_mode)
+        float_pooling.MaxPool2d.__init__(
+            self, kernel_size, stride, padding, dilation, return_indices, ceil_mode
+        )
         self.init_quantizer(descriptor)
 
 
@@ -68,7 +72,9 @@ class QuantMaxPool3d(_utils.QuantInputMixin, QuantInputMixin, float_pooling.MaxP
         **kwargs: Any,
     ) -> None:
         descriptor = _utils.pop_quant_desc_in_kwargs(type(self), input_only=True, **kwargs)
-        float_pooling.MaxPool3d.__init__(self, kernel_size, stride, padding, dilation, return_indices, ceil_mode)
+        float_pooling.MaxPool3d.__init__(
+            self, kernel_size, stride, padding, dilation, return_indices, ceil_mode
+        )
         self.init_quantizer(descriptor)
 
 
@@ -87,7 +93,9 @@ class QuantAvgPool1d(_utils.QuantInputMixin, QuantInputMixin, float_pooling.AvgP
         **kwargs: Any,
     ) -> None:
         descriptor = _utils.pop_quant_desc_in_kwargs(type(self), input_only=True, **kwargs)
-        float_pooling.AvgPool1d.__init__(self, kernel_size, stride, padding, ceil_mode, count_include_pad)
+        float_pooling.AvgPool1d.__init__(
+            self, kernel_size, stride, padding, ceil_mode, count_include_pad
+        )
         self.init_quantizer(descriptor)
 
 
@@ -135,7 +143,9 @@ class QuantAvgPool3d(_utils.QuantInputMixin, QuantInputMixin, float_pooling.AvgP
         self.init_quantizer(descriptor)
 
 
-class QuantAdaptiveAvgPool1d(_utils.QuantInputMixin, QuantInputMixin, float_pooling.AdaptiveAvgPool1d):
+class QuantAdaptiveAvgPool1d(
+    _utils.QuantInputMixin, QuantInputMixin, float_pooling.AdaptiveAvgPool1d
+):
     """`torch.nn.AdaptiveAvgPool1d` with quantized input; `**kwargs` is `quant_desc_input`."""
 
     float_class: ClassVar[type] = float_pooling.AdaptiveAvgPool1d
@@ -146,7 +156,9 @@ class QuantAdaptiveAvgPool1d(_utils.QuantInputMixin, QuantInputMixin, float_pool
         self.init_quantizer(descriptor)
 
 
-class QuantAdaptiveAvgPool2d(_utils.QuantInputMixin, QuantInputMixin, float_pooling.AdaptiveAvgPool2d):
+class QuantAdaptiveAvgPool2d(
+    _utils.QuantInputMixin, QuantInputMixin, float_pooling.AdaptiveAvgPool2d
+):
     """`torch.nn.AdaptiveAvgPool2d` with quantized input; `**kwargs` is `quant_desc_input`."""
 
     float_class: ClassVar[type] = float_pooling.AdaptiveAvgPool2d
@@ -157,7 +169,9 @@ class QuantAdaptiveAvgPool2d(_utils.QuantInputMixin, QuantInputMixin, float_pool
         self.init_quantizer(descriptor)
 
 
-class QuantAdaptiveAvgPool3d(_utils.QuantInputMixin, QuantInputMixin, float_pooling.AdaptiveAvgPool3d):
+class QuantAdaptiveAvgPool3d(
+    _utils.QuantInputMixin, QuantInputMixin, float_pooling.AdaptiveAvgPool3d
+):
     """`torch.nn.AdaptiveAvgPool3d` with quantized input; `**kwargs` is `quant_desc_input`."""
 
     float_class: ClassVar[type] = float_pooling.AdaptiveAvgPool3d

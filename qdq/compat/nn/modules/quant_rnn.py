@@ -68,12 +68,24 @@ class QuantLSTM(_utils.QuantMixin, float_rnn.LSTM):
         _require_no_projection(proj_size)
         _require_probability(dropout)
         float_rnn.LSTM.__init__(
-            self, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, **factory
+            self,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            **factory,
         )
         self.init_quantizer(**descriptors)
 
     def init_quantizer(
-        self, quant_desc_input: QuantDescriptor, quant_desc_weight: QuantDescriptor, num_layers: int | None = None
+        self,
+        quant_desc_input: QuantDescriptor,
+        quant_desc_weight: QuantDescriptor,
+        num_layers: int | None = None,
     ) -> None:
         """Attach the quantizers, one of each for every layer and direction; any caller may (F33).
 
@@ -133,13 +145,20 @@ class QuantLSTM(_utils.QuantMixin, float_rnn.LSTM):
         if is_batched and self.batch_first:
             steps = steps.transpose(0, 1)
         if not _is_tracing() and steps.shape[0] == 0:
-            raise ShapeError("The sequence has length 0; expected one step at least.", "leave empty sequences out.")
-        outputs, (h, c) = self._forward_layers(steps, self._initial_state(hx, steps[0], is_batched), None)
+            raise ShapeError(
+                "The sequence has length 0; expected one step at least.",
+                "leave empty sequences out.",
+            )
+        outputs, (h, c) = self._forward_layers(
+            steps, self._initial_state(hx, steps[0], is_batched), None
+        )
         if not is_batched:
             return outputs.squeeze(1), (h.squeeze(1), c.squeeze(1))
         return outputs.transpose(0, 1) if self.batch_first else outputs, (h, c)
 
-    def _forward_packed(self, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
+    def _forward_packed(
+        self, packed: PackedSequence, hx: State | None
+    ) -> tuple[PackedSequence, State]:
         """`forward` on rows sorted by length; states come, and go back, in the caller's order."""
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         _require_input(data, self.input_size, self.weight_ih_l0, dims=(2,))
@@ -158,11 +177,15 @@ class QuantLSTM(_utils.QuantMixin, float_rnn.LSTM):
             zeros = first_step.new_zeros(count, batch, self.hidden_size)
             return zeros, zeros
         if is_batched:
-            return _checked_state(hx, "layers * directions, batch, hidden_size", (count, batch, self.hidden_size))
+            return _checked_state(
+                hx, "layers * directions, batch, hidden_size", (count, batch, self.hidden_size)
+            )
         h, c = _checked_state(hx, "layers * directions, hidden_size", (count, self.hidden_size))
         return h.unsqueeze(1), c.unsqueeze(1)
 
-    def _forward_layers(self, data: torch.Tensor, state: State, sizes: list[int] | None) -> tuple[torch.Tensor, State]:
+    def _forward_layers(
+        self, data: torch.Tensor, state: State, sizes: list[int] | None
+    ) -> tuple[torch.Tensor, State]:
         """All layers over the steps along dim 0; `sizes` are the rows of each step if `data` is packed."""
         last: list[State] = []
         for layer in range(self.num_layers):
@@ -173,7 +196,9 @@ class QuantLSTM(_utils.QuantMixin, float_rnn.LSTM):
             for is_reverse in range(self._num_directions):
                 start = state[0][len(last)], state[1][len(last)]
                 step = self._make_step(len(last))
-                hidden, end = _run(step, steps[::-1] if is_reverse else steps, start, is_ragged=sizes is not None)
+                hidden, end = _run(
+                    step, steps[::-1] if is_reverse else steps, start, is_ragged=sizes is not None
+                )
                 hidden = hidden[::-1] if is_reverse else hidden
                 outputs.append(torch.stack(hidden) if sizes is None else torch.cat(hidden))
                 last.append(end)
@@ -231,7 +256,9 @@ class QuantLSTMCell(_utils.QuantMixin, float_rnn.LSTMCell):
             zeros = input.new_zeros(*batch, self.hidden_size)
             hx = zeros, zeros
         else:
-            hx = _checked_state(hx, "batch, hidden_size" if batch else "hidden_size", (*batch, self.hidden_size))
+            hx = _checked_state(
+                hx, "batch, hidden_size" if batch else "hidden_size", (*batch, self.hidden_size)
+            )
         weight = self._weight_quantizer(torch.cat([self.weight_ih, self.weight_hh], dim=1))
         bias = self.bias_ih + self.bias_hh if self.bias else None
         return _Step(self._input_quantizer, weight, bias, self.hidden_size)(input, hx)
@@ -251,7 +278,13 @@ class _Step:
         hidden_size: Rows of a gate; the tracer does not know them as a constant from the weight.
     """
 
-    def __init__(self, quantizer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None, hidden_size: int) -> None:
+    def __init__(
+        self,
+        quantizer: nn.Module,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        hidden_size: int,
+    ) -> None:
         self.quantizer = quantizer
         self.weight = weight
         self.bias = bias
@@ -265,7 +298,9 @@ class _Step:
         return o.sigmoid() * c.tanh(), c
 
 
-def _run(step: Step, inputs: Iterable[torch.Tensor], state: State, is_ragged: bool) -> tuple[list[torch.Tensor], State]:
+def _run(
+    step: Step, inputs: Iterable[torch.Tensor], state: State, is_ragged: bool
+) -> tuple[list[torch.Tensor], State]:
     """The h of every step, and the state after the last.
 
     Ragged steps have fewer rows than the state where sequences have ended or, backwards, not begun. Those rows keep
@@ -299,7 +334,8 @@ def _require_no_projection(proj_size: int) -> None:
 def _require_probability(dropout: float) -> None:
     if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real) or not 0 <= dropout <= 1:
         raise ArgumentError(
-            f"dropout is {dropout!r}; expected a number from 0 to 1.", "give the probability that a value becomes 0."
+            f"dropout is {dropout!r}; expected a number from 0 to 1.",
+            "give the probability that a value becomes 0.",
         )
 
 
@@ -309,7 +345,10 @@ def _require_input(x: torch.Tensor, size: int, weight: torch.Tensor, dims: tuple
         return
     if x.dim() not in dims:
         expected = " or ".join(str(dim) for dim in dims)
-        raise ShapeError(f"The input has {x.dim()} dimensions, {tuple(x.shape)}; expected {expected}.", "reshape it.")
+        raise ShapeError(
+            f"The input has {x.dim()} dimensions, {tuple(x.shape)}; expected {expected}.",
+            "reshape it.",
+        )
     if x.shape[-1] != size:
         raise ShapeError(
             f"The input has {x.shape[-1]} features, {tuple(x.shape)}; expected input_size, {size}.",
@@ -317,12 +356,17 @@ def _require_input(x: torch.Tensor, size: int, weight: torch.Tensor, dims: tuple
         )
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise ArgumentError(
-            f"The input is {x.dtype}, the weights are {weight.dtype}.", "convert one with .to(), or use autocast."
+            f"The input is {x.dtype}, the weights are {weight.dtype}.",
+            "convert one with .to(), or use autocast.",
         )
 
 
 def _checked_state(hx: Any, axes: str, shape: tuple[int, ...]) -> State:
-    if not isinstance(hx, tuple | list) or len(hx) != 2 or not all(isinstance(x, torch.Tensor) for x in hx):
+    if (
+        not isinstance(hx, tuple | list)
+        or len(hx) != 2
+        or not all(isinstance(x, torch.Tensor) for x in hx)
+    ):
         raise ArgumentTypeError(
             f"hx is {type(hx).__name__}; expected the pair of tensors (h, c).",
             "pass hx=(h, c), or leave it out to start from zeros.",

@@ -109,8 +109,10 @@ class TensorQuantizer(CoreTensorQuantizer):
             close = difflib.get_close_matches(method, _CALIBRATORS, n=1, cutoff=0)[0]
             logger.warning(
                 "%s: calib_method %r is unknown, did you mean %r? There is no calibrator; ranges are dynamic.",
-                self._label, method, close,
-            )  # fmt: skip
+                self._label,
+                method,
+                close,
+            )
         self._calibrator = kind and kind(self._num_bits, self._axis, self._unsigned)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -199,7 +201,9 @@ class TensorQuantizer(CoreTensorQuantizer):
     @property
     def amax(self) -> torch.Tensor | None:
         """The range as the buffer itself, None until set."""
-        return self._buffers.get("_amax")  # again: torch.compile cannot follow super() to a property
+        return self._buffers.get(
+            "_amax"
+        )  # again: torch.compile cannot follow super() to a property
 
     @amax.setter
     def amax(self, value: Any) -> None:
@@ -218,7 +222,11 @@ class TensorQuantizer(CoreTensorQuantizer):
         """Create the buffer, or overwrite it in place."""
         name = buffer.removeprefix("_")
         if value is None:
-            logger.error("%s: setting %s to None is ignored; use disable() to stop quantizing.", self._label, name)
+            logger.error(
+                "%s: setting %s to None is ignored; use disable() to stop quantizing.",
+                self._label,
+                name,
+            )
             return
         if isinstance(value, torch.Tensor):
             logger.warning("%s: %s is set from a tensor; it is copied.", self._label, name)
@@ -232,12 +240,18 @@ class TensorQuantizer(CoreTensorQuantizer):
 
     def _store(self, buffer: str, value: torch.Tensor) -> None:
         current = self._buffers.get(buffer)
-        if current is None or bool(current.isnan().all()):  # NaN: calibrated without data, and whatever comes is better
+        if current is None or bool(
+            current.isnan().all()
+        ):  # NaN: calibrated without data, and whatever comes is better
             self.register_buffer(buffer, own_tensor(value))
         elif buffer == "_amax" and self._mends_axis(value):
             self.register_buffer(buffer, own_tensor(value.to(current.device)))
-        elif current.is_inference() and (current.shape == value.shape or current.numel() == value.numel() == 1):
-            self.register_buffer(buffer, own_tensor(value.reshape(current.shape).to(current.device)))
+        elif current.is_inference() and (
+            current.shape == value.shape or current.numel() == value.numel() == 1
+        ):
+            self.register_buffer(
+                buffer, own_tensor(value.reshape(current.shape).to(current.device))
+            )
         elif current.shape == value.shape or current.numel() == value.numel() == 1:
             current.copy_(value.reshape(current.shape))
         else:
@@ -257,7 +271,9 @@ class TensorQuantizer(CoreTensorQuantizer):
             ValueError: There is no calibrator.
         """
         if self._calibrator is None:
-            raise ArgumentError(f"Calibrator was not created for {self._label}.", "name one in calib_method.")
+            raise ArgumentError(
+                f"Calibrator was not created for {self._label}.", "name one in calib_method."
+            )
         self._if_calib = True
         _told_collecting.discard(self)
         _told_empty.discard(self)
@@ -303,7 +319,9 @@ class TensorQuantizer(CoreTensorQuantizer):
             TypeError: Arguments that this kind of calibrator does not take.
         """
         if self._calibrator is None:
-            raise StateError(f"Calibrator not created for {self._label}.", "name one in calib_method.")
+            raise StateError(
+                f"Calibrator not created for {self._label}.", "name one in calib_method."
+            )
         if self._if_calib:
             self._warn_once(
                 _told_collecting,
@@ -323,17 +341,28 @@ class TensorQuantizer(CoreTensorQuantizer):
                 "Calibrator returned None: %d quantizers saw no data: %s. With strict=False their amax becomes NaN, "
                 "and a forward through one or an export will be refused.",
             )
-            amax = torch.tensor(math.nan) if self.amax is None else torch.full_like(self.amax, math.nan)
+            amax = (
+                torch.tensor(math.nan)
+                if self.amax is None
+                else torch.full_like(self.amax, math.nan)
+            )
         self._store("_amax", amax.detach().float())
 
     def _warn_once(
-        self, told: WeakSet[TensorQuantizer], applies: Callable[[TensorQuantizer], bool], message: str
+        self,
+        told: WeakSet[TensorQuantizer],
+        applies: Callable[[TensorQuantizer], bool],
+        message: str,
     ) -> None:
         """One warning for all quantizers of the model that it applies to; scripts ask one after the other."""
         if self in told:
             return
         quantizers = named_quantizers(find_root(self)[0])
-        names = {name: quantizer for name, quantizer in quantizers.items() if quantizer is self or applies(quantizer)}
+        names = {
+            name: quantizer
+            for name, quantizer in quantizers.items()
+            if quantizer is self or applies(quantizer)
+        }
         told.update(names.values())
         logger.warning(message, len(names), _join(names))
 
@@ -361,7 +390,9 @@ class TensorQuantizer(CoreTensorQuantizer):
                 "build it with QuantDescriptor(learn_amax=True).",
             )
         if self.amax is None:
-            raise StateError(f"{self._label} has no amax to start from.", "call load_calib_amax first.")
+            raise StateError(
+                f"{self._label} has no amax to start from.", "call load_calib_amax first."
+            )
         bound = self.amax.max()
         with torch.no_grad():
             for parameter, value in zip(self.clip.parameters(), (-bound, bound), strict=True):
@@ -387,12 +418,15 @@ class TensorQuantizer(CoreTensorQuantizer):
         require_tensor(inputs)
         if self._if_calib and not is_exporting():
             if self._calibrator is None:
-                raise StateError(f"Calibrator was not created for {self._label}.", "name one in calib_method.")
+                raise StateError(
+                    f"Calibrator was not created for {self._label}.", "name one in calib_method."
+                )
             self._collect(inputs, self._calibrator)
         if self._if_clip:
             if not self._learn_amax:
                 raise StateError(
-                    f"Clip without learning the range is not implemented: {self._label}.", "set learn_amax."
+                    f"Clip without learning the range is not implemented: {self._label}.",
+                    "set learn_amax.",
                 )
             inputs = self.clip(inputs)
         return self._quantize(inputs) if self._if_quant else inputs
@@ -415,13 +449,21 @@ class TensorQuantizer(CoreTensorQuantizer):
         if self._num_bits == E4M3:
             return scaled_e4m3(inputs, amax)
         if self._fake_quant and self.use_fb_fake_quant:
-            return fake_quantize(inputs, amax, Format(self._num_bits, self._unsigned), self._single_axis())
-        if self._fake_quant and is_exporting() and self._is_int8():  # the program that is captured may become ONNX
+            return fake_quantize(
+                inputs, amax, Format(self._num_bits, self._unsigned), self._single_axis()
+            )
+        if (
+            self._fake_quant and is_exporting() and self._is_int8()
+        ):  # the program that is captured may become ONNX
             fmt = Format(8, self._unsigned, self._narrow_range)
             return fake_quantize(inputs, amax, fmt, self._single_axis())
         if self._fake_quant:
-            return fake_tensor_quant(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
-        codes, self._scale = tensor_quant(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
+            return fake_tensor_quant(
+                inputs, amax, self._num_bits, self._unsigned, self._narrow_range
+            )
+        codes, self._scale = tensor_quant(
+            inputs, amax, self._num_bits, self._unsigned, self._narrow_range
+        )
         return codes
 
     def _is_int8(self) -> bool:
@@ -446,7 +488,12 @@ class TensorQuantizer(CoreTensorQuantizer):
 
     def _along_axis(self, amax: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         """A flat list of ranges in keep-dims shape; as it is it would broadcast along the last axis."""
-        if amax.dim() != 1 or amax.numel() == 1 or not isinstance(self._axis, int) or inputs.dim() < 2:
+        if (
+            amax.dim() != 1
+            or amax.numel() == 1
+            or not isinstance(self._axis, int)
+            or inputs.dim() < 2
+        ):
             return amax
         shape = [1] * inputs.dim()
         shape[self._axis] = -1
@@ -481,7 +528,9 @@ class TensorQuantizer(CoreTensorQuantizer):
         """With `enable_onnx_export`, refuse a model with uncalibrated quantizers, naming all of them (F30)."""
         if self.is_written() and not self.has_range():
             quantizers = named_quantizers(find_root(self)[0])
-            raise missing_ranges({name: q for name, q in quantizers.items() if q.is_written() and not q.has_range()})
+            raise missing_ranges(
+                {name: q for name, q in quantizers.items() if q.is_written() and not q.has_range()}
+            )
 
     def is_written(self) -> bool:
         """Whether an export writes it."""
@@ -496,7 +545,9 @@ class TensorQuantizer(CoreTensorQuantizer):
         """Tell a range without data, which is an error, from inputs that are NaN, which are passed on."""
         if not self._has_nan():
             return
-        names = {name: q for name, q in named_quantizers(find_root(self)[0]).items() if q._has_nan()}
+        names = {
+            name: q for name, q in named_quantizers(find_root(self)[0]).items() if q._has_nan()
+        }
         raise StateError(
             f"{len(names)} quantizers have amax NaN, because they were calibrated without data: {_join(names)}.",
             "feed batches that reach them and call load_calib_amax again, or disable() them.",
@@ -534,14 +585,21 @@ class TensorQuantizer(CoreTensorQuantizer):
         elif incoming is not None and incoming.numel() == self._pre_quant_scale.numel() == 1:
             state_dict[prefix + "_pre_quant_scale"] = incoming.reshape(self._pre_quant_scale.shape)
         if self.amax is not None and prefix + "_amax" not in state_dict:
-            logger.error("%s has an amax and the checkpoint none for it: the present one stays.", prefix.rstrip("."))
+            logger.error(
+                "%s has an amax and the checkpoint none for it: the present one stays.",
+                prefix.rstrip("."),
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Format, axes, range, calibrator, state, as pytorch-quantization prints them."""
         if self._disabled:
             return "disabled"
-        scale = self._scale if self._scale is None or isinstance(self._scale, float) else summarize_amax(self._scale)
+        scale = (
+            self._scale
+            if self._scale is None or isinstance(self._scale, float)
+            else summarize_amax(self._scale)
+        )
         parts = [
             f"{'unsigned ' if self._unsigned else ''}{self._num_bits}bit",
             "narrow" if self._narrow_range else "",
@@ -566,7 +624,11 @@ _told_empty: WeakSet[TensorQuantizer] = WeakSet()
 
 def named_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
     """All quantizers of a model by dotted name; a shared one comes once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, TensorQuantizer)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, TensorQuantizer)
+    }
 
 
 def missing_ranges(quantizers: dict[str, TensorQuantizer]) -> StateError:
@@ -597,14 +659,20 @@ def find_root(quantizer: nn.Module) -> tuple[nn.Module, str]:
 
 
 def _join(quantizers: dict[str, TensorQuantizer]) -> str:
-    return ", ".join(name or quantizer.name or "this quantizer" for name, quantizer in quantizers.items())
+    return ", ".join(
+        name or quantizer.name or "this quantizer" for name, quantizer in quantizers.items()
+    )
 
 
 def _dynamic_amax(inputs: torch.Tensor, axis: Axis) -> torch.Tensor:
     """The maximum of |x| on the kept axes, float64 for float64 inputs, else float32; one element is 0-D."""
     amax = reduce_amax(inputs, axis)
     if inputs.dtype == torch.float64:
-        reduced = [dim for dim in range(inputs.dim()) if axis is None or amax.shape[dim] < inputs.shape[dim]]
+        reduced = [
+            dim
+            for dim in range(inputs.dim())
+            if axis is None or amax.shape[dim] < inputs.shape[dim]
+        ]
         amax = inputs.detach().abs()
         amax = amax.amax(reduced, keepdim=True) if reduced else amax
     return amax.reshape(()) if amax.numel() == 1 else amax
@@ -612,7 +680,11 @@ def _dynamic_amax(inputs: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 def _as_float(value: Any, name: str) -> torch.Tensor:
     try:
-        return torch.as_tensor(value.copy() if isinstance(value, np.ndarray) else value).detach().float()
+        return (
+            torch.as_tensor(value.copy() if isinstance(value, np.ndarray) else value)
+            .detach()
+            .float()
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentTypeError(
             f"{name} must be a number, list, ndarray or tensor; found {value!r} of type {type(value).__name__}.",
