@@ -25,10 +25,11 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from qdq.errors import ExportError
+from qdq.forward import evaluating, make_identifiers, name_leaves, unwrap_compiled
 from qdq.graph.names import QuantizerScale
-from qdq.names import list_names
-from qdq.quantizer import TensorQuantizer, compute_scale, named_quantizers
-from qdq.trace import evaluating, make_identifiers, name_leaves, unwrap_compiled
+from qdq.quantize import compute_scale
+from qdq.quantizer import TensorQuantizer, named_quantizers
+from qdq.text import list_names
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ class _Mark:
 def _marked(model: nn.Module) -> Iterator[list[_Mark]]:
     """Give each enabled quantizer a range that tells it from all others."""
     enabled = [
-        (name, quantizer) for name, quantizer in named_quantizers(model) if not quantizer._disabled
+        (name, quantizer) for name, quantizer in named_quantizers(model) if quantizer.is_enabled
     ]
     marks = [_Mark(name, quantizer, number) for number, (name, quantizer) in enumerate(enabled, 1)]
     try:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from math import inf
 
+from qdq.forward import ForwardTrace, Operation
 from qdq.functions import (
     ACTIVATIONS,
     AVERAGES,
@@ -16,7 +17,6 @@ from qdq.functions import (
     MAX_POOLINGS,
     SCALINGS,
 )
-from qdq.trace import ForwardTrace, Operation
 
 _FUSED = ACTIVATIONS | SCALINGS
 

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_map_only
 
 from qdq.errors import CalibrationError, DataError, QdqError, StateError
 from qdq.files import read_file
+from qdq.forward import tensors_of
 from qdq.run import find_announced
-from qdq.trace import tensors_of
 
 
 def find_rank() -> tuple[int, int]:

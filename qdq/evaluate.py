@@ -15,10 +15,7 @@ from tqdm import tqdm
 
 from qdq.check import OnnxModel, Session, is_out_of_memory
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError
-from qdq.graph.tensors import list_data_files
-from qdq.metrics import Array, agreement, sqnr_db, top_k
-from qdq.quantizer import named_quantizers
-from qdq.trace import (
+from qdq.forward import (
     call_model,
     evaluating,
     name_leaves,
@@ -27,6 +24,9 @@ from qdq.trace import (
     split_inputs,
     tensors_of,
 )
+from qdq.graph.tensors import list_data_files
+from qdq.metrics import Array, agreement, sqnr_db, top_k
+from qdq.quantizer import named_quantizers
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from qdq.check.rules import find_violations
 from qdq.errors import ArgumentError, ArgumentTypeError, CheckError, ExportError
 from qdq.files import as_path, guard_files
 from qdq.formats import Format
+from qdq.forward import require_model, split_inputs, tensors_of
 from qdq.graph.coverage import WeightedNode, count_qdq, list_weighted_nodes
 from qdq.graph.fold_casts import FoldCasts
 from qdq.graph.fold_pad import FoldPad
@@ -47,12 +48,12 @@ from qdq.graph.save import save_model
 from qdq.graph.transpose_keys import TransposeKeys
 from qdq.graph.weights import QuantizeWeights
 from qdq.metrics import Array
-from qdq.names import group_names, list_names
 from qdq.nn import QuantMixin
-from qdq.quantizer import TensorQuantizer, named_quantizers, quantize_codes
+from qdq.quantize import quantize_codes
+from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.rewire import RewirePlan
 from qdq.swap import SwapPlan, quantized_layers
-from qdq.trace import require_model, split_inputs, tensors_of
+from qdq.text import group_names, list_names
 
 logger = logging.getLogger(__name__)
 
@@ -282,8 +283,10 @@ def _require_exportable(model: nn.Module) -> None:
             f"the model has {', '.join(map(str, others))} parameters; float32 and float16 can be exported.",
             "call model.float() before swap_modules.",
         )
-    enabled = {name: q for name, q in named_quantizers(model) if not q._disabled}
-    if collecting := [name for name, q in enabled.items() if q._if_calib or not q._if_quant]:
+    enabled = {name: q for name, q in named_quantizers(model) if q.is_enabled}
+    if collecting := [
+        name for name, q in enabled.items() if q.is_collecting or not q.is_quantizing
+    ]:
         raise ExportError(
             f"{len(collecting)} quantizers are calibrating, not quantizing: {list_names(collecting, 5)}.",
             "leave the Calibration block (or call enable_quant and disable_calib) first.",
@@ -392,7 +395,7 @@ def _require_complete(model: nn.Module, exported: ir.Model) -> dict[str, list[st
         name
         for name, layer in quantized_layers(model).items()
         if isinstance(layer, QuantMixin)
-        and not any(q._disabled for q in layer.quantizers().values())
+        and all(quantizer.is_enabled for quantizer in layer.quantizers().values())
     }
     lost = [
         name
@@ -467,7 +470,7 @@ def _describe_origin(
     """What a file says of its making: nothing that differs between two exports of one model."""
     digest = hashlib.sha256()
     for name, quantizer in named_quantizers(model):
-        if not quantizer._disabled and quantizer.amax is not None:
+        if quantizer.is_enabled and quantizer.amax is not None:
             digest.update(f"{name} {quantizer.axis} ".encode())
             digest.update(bytes_of(quantizer.amax.float()))
     origin = {

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError
-from qdq.names import printable
+from qdq.text import printable
 
 PARTIAL_GLOB = ".qdq-*.partial"
 """What `write_atomic` may leave behind where the process is killed, on systems without nameless files."""

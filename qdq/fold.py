@@ -20,10 +20,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import Linear
 from torch.utils._pytree import tree_map_only
 
-from qdq.names import group_names
+from qdq.forward import ForwardTrace, call_model, evaluating, require_model, trace_forward
 from qdq.nn import QuantMixin
-from qdq.quantizer import disable_quantization, own_tensor
-from qdq.trace import ForwardTrace, call_model, evaluating, require_model, trace_forward
+from qdq.quantize import own_tensor
+from qdq.quantizer import disable_quantization
+from qdq.text import group_names
 
 logger = logging.getLogger(__name__)
 _TOLERANCE = (

@@ -12,10 +12,10 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from qdq.errors import ArgumentError, DataError, QdqError
 from qdq.files import as_path
-from qdq.names import MOST_CHARACTERS, printable
 from qdq.report.load import guarded, read_report
 from qdq.report.sections import JudgedSections
 from qdq.schema import validate
+from qdq.text import MOST_CHARACTERS, printable
 
 _ROUNDING = 1e-9  # of float64: 84.8 - 84.4 is no more than 0.4
 _SHOWN_LAYERS = 3

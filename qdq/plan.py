@@ -180,7 +180,7 @@ def apply_plan(model: nn.Module, plan: Plan, example_inputs: Any) -> list[str]:
         ArgumentError: The plan names what is not quantized in this model, or its patterns contradict each other;
             nothing is switched then.
     """
-    from qdq.trace import require_model
+    from qdq.forward import require_model
     from qdq.units import (
         find_all_quantizers,
         match_precisions,
@@ -191,5 +191,5 @@ def apply_plan(model: nn.Module, plan: Plan, example_inputs: Any) -> list[str]:
     precisions = match_precisions(model, list(found), plan.precisions)
     for name, precision in precisions.items():
         for quantizer in found[name]:
-            quantizer._disabled = precision == "float"
+            quantizer.is_enabled = precision != "float"
     return [name for name, precision in precisions.items() if precision == "float"]

@@ -19,6 +19,7 @@ from torch import nn
 from qdq.dataflow import Dataflow
 from qdq.defaults import reason_against_convolution, reason_against_linear
 from qdq.errors import ArgumentError
+from qdq.forward import Operation, require_model, trace_forward
 from qdq.functions import (
     ATTENTION,
     AVERAGE_POOLINGS,
@@ -29,13 +30,12 @@ from qdq.functions import (
     MAX_POOLINGS,
     WEIGHTED,
 )
-from qdq.names import group_names, list_names
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.nn.functions import QuantFunctionsMixin, add_function_quantizers, name_quantizer
 from qdq.nn.registry import find_counterpart
 from qdq.patterns import Pattern, Patterns
 from qdq.quantizer import QuantDescriptor, SharedQuantizer, TensorQuantizer, disable_quantization
-from qdq.trace import Operation, require_model, trace_forward
+from qdq.text import group_names, list_names
 
 logger = logging.getLogger(__name__)
 
@@ -400,7 +400,7 @@ def _judge_by_kind(operation: Operation) -> tuple[str, str, tuple[int, ...]]:
     )
 
 
-class _Groups:
+class _ScaleGroups:
     """Union-find over values that must agree in scale."""
 
     def __init__(self) -> None:
@@ -436,9 +436,9 @@ def _group_places(
         place.group = groups.find(place.values[0])
 
 
-def _group_values(flow: Dataflow, planned: dict[str, PlannedOperation]) -> _Groups:
+def _group_values(flow: Dataflow, planned: dict[str, PlannedOperation]) -> _ScaleGroups:
     """Tensors that must agree: copies, max poolings and concats, and both operands of a quantized add."""
-    groups = _Groups()
+    groups = _ScaleGroups()
     for operation in flow.operations:
         plan = planned.get(operation.name)
         if operation.function in MAX_POOLINGS or flow.is_copy(operation):

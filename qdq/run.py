@@ -37,7 +37,7 @@ from qdq.files import (
     to_jsonable,
     write_json,
 )
-from qdq.names import PrintableFormatter, printable
+from qdq.text import PrintableFormatter, printable
 
 logger = logging.getLogger(__name__)
 

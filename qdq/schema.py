@@ -19,7 +19,7 @@ import yaml
 
 from qdq.errors import DataError
 from qdq.files import read_mode
-from qdq.names import printable
+from qdq.text import printable
 
 _Kind = TypeVar("_Kind")
 _MOST_BYTES = 2**30  # of JSON: a report of 10,000 layers has 2**26

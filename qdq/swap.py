@@ -23,14 +23,14 @@ from torch.nn.parameter import UninitializedParameter
 from qdq.dataflow import Dataflow
 from qdq.defaults import reason_against_convolution, reason_against_linear
 from qdq.errors import ArgumentTypeError
+from qdq.forward import Contraction, ForwardTrace, Operation, require_model, trace_forward
 from qdq.functions import ATTENTION, CONVOLUTIONS, LINEAR, MATRIX_PRODUCTS, WEIGHTED
-from qdq.names import group_names, list_names
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.nn.functions import QuantFunctionsMixin, remove_function_quantizers
 from qdq.nn.registry import _DEFAULT_QUANT_MAP, find_counterpart
 from qdq.patterns import Pattern, Patterns
 from qdq.quantizer import QuantDescriptor, disable_quantization
-from qdq.trace import Contraction, ForwardTrace, Operation, require_model, trace_forward
+from qdq.text import group_names, list_names
 
 logger = logging.getLogger(__name__)
 

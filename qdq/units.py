@@ -11,13 +11,13 @@ from torch import nn
 
 from qdq.dataflow import Dataflow
 from qdq.errors import ArgumentError, StateError
+from qdq.forward import trace_forward
 from qdq.nn import QuantInputMixin
 from qdq.nn.functions import QuantFunctionsMixin
 from qdq.nn.registry import find_counterpart
 from qdq.patterns import Pattern, Patterns
-from qdq.quantizer import SharedQuantizer, TensorQuantizer, disable_quantization
+from qdq.quantizer import TensorQuantizer, disable_quantization
 from qdq.swap import quantized_layers
-from qdq.trace import trace_forward
 
 GROUPS = ("block", "shared")
 _NUMBERED = re.compile(r"(?:.*_)?\d+")
@@ -55,7 +55,7 @@ def find_units(model: nn.Module, batch: Any) -> list[Unit]:
     """
     active: dict[str, list[TensorQuantizer]] = {}
     for name, own in _list_quantizers(model).items():
-        quantizers = [quantizer for quantizer in own if not quantizer._disabled]
+        quantizers = [quantizer for quantizer in own if quantizer.is_enabled]
         for quantizer in quantizers:
             if quantizer.amax is None:
                 raise StateError(
@@ -236,7 +236,7 @@ def _shared_keys(units: list[Unit]) -> list[str]:
     keys = []
     for unit in units:
         quantizer = unit.quantizers[0]
-        leader = quantizer.leader if isinstance(quantizer, SharedQuantizer) else quantizer
+        leader = quantizer.leader
         keys.append(first.setdefault(id(leader), unit.name))
     return keys
 

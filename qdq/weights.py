@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qdq.errors import ModelError
-from qdq.names import list_names
+from qdq.text import list_names
 
 StateDict = Mapping[str, Tensor]
 

@@ -19,7 +19,7 @@ from qdq import (
     swap_modules,
 )
 from qdq.nn import QuantMultiheadAttention
-from qdq.quantizer import fake_quantize
+from qdq.quantize import fake_quantize
 from qdq.swap import quantized_layers
 from qdq.trt.census import take_census
 

@@ -25,9 +25,9 @@ from qdq import (
 )
 from qdq.check import OnnxModel
 from qdq.evaluate import measure_tie_floor
+from qdq.forward import call_model
 from qdq.metrics import sqnr_db
 from qdq.quantizer import named_quantizers
-from qdq.trace import call_model
 
 WIDTH = 16
 EXACT_DB = 90.0  # float32 sums in another order, where no value lies next to a tie

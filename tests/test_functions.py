@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qdq.forward import name_function, trace_forward
 from qdq.functions import (
     AVERAGES,
     CONTRACTIONS,
@@ -21,7 +22,6 @@ from qdq.functions import (
 )
 from qdq.rewire import rewire_operations
 from qdq.swap import plan_swap, swap_modules
-from qdq.trace import name_function, trace_forward
 
 MATRIX = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
 SQUARE = torch.randn(32, 32, generator=torch.Generator().manual_seed(1))

@@ -13,9 +13,9 @@ from torch import nn
 import qdq
 from qdq.analyze.cost import load_times
 from qdq.dataflow import Dataflow
+from qdq.forward import ForwardTrace, Operation
 from qdq.graph.coverage import Coverage
 from qdq.report.layers import describe_layers
-from qdq.trace import ForwardTrace, Operation
 from qdq.units import find_all_quantizers, find_units
 
 BLOCKS = (5, 10, 20)

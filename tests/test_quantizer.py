@@ -11,17 +11,13 @@ from torch import nn
 from qdq import ArgumentError, ArgumentTypeError, CalibrationError, StateError
 from qdq.formats import Format
 from qdq.nn import QuantConv2d
+from qdq.quantize import AMAX_FLOOR, _by_arithmetic, _by_operator, compute_scale, fake_quantize
 from qdq.quantizer import (
-    AMAX_FLOOR,
     QuantDescriptor,
     SharedQuantizer,
     TensorQuantizer,
-    _by_arithmetic,
-    _by_operator,
-    compute_scale,
     disable_quantization,
     enable_quantization,
-    fake_quantize,
 )
 
 FORMATS = [
@@ -382,7 +378,7 @@ def learned_by_torch(values, amax, fmt, axis):
 @pytest.mark.parametrize("piece", [1 << 17, 7])
 def test_the_gradient_of_a_learned_range_is_that_of_lsq(shape, axis, fmt, piece, monkeypatch):
     monkeypatch.setattr(
-        "qdq.quantizer._PIECE", piece
+        "qdq.quantize._PIECE", piece
     )  # in one piece, and in several of which the last is smaller
     x = torch.randn(shape)
     amax = torch.tensor(1.3) if axis is None else torch.rand(x.shape[axis]) + 0.7

@@ -16,7 +16,8 @@ from qdq import (
     swap_modules,
 )
 from qdq.nn.registry import _DEFAULT_QUANT_MAP
-from qdq.quantizer import QuantDescriptor, TensorQuantizer, fake_quantize
+from qdq.quantize import fake_quantize
+from qdq.quantizer import QuantDescriptor, TensorQuantizer
 from qdq.swap import quantized_layers
 
 NAMES = [

@@ -23,7 +23,7 @@ from qdq import (
     swap_modules,
 )
 from qdq.check.fix import fix_onnx
-from qdq.rescale import rescale_onnx
+from qdq.statistics.rescale import rescale_onnx
 
 WIDTH = 16
 

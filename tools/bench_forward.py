@@ -15,7 +15,7 @@ import torch
 import qdq
 from qdq.cli.main import run_command
 from qdq.files import write_json
-from qdq.quantizer import _by_arithmetic, _by_operator, compute_scale
+from qdq.quantize import _by_arithmetic, _by_operator, compute_scale
 from qdq.run import describe_environment
 
 

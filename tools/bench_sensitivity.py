@@ -26,15 +26,15 @@ import torch
 from torch import nn
 
 import qdq
-from qdq.analyze.replay import Replay, flipped
+from qdq.analyze.replay import Replay
 from qdq.analyze.screen import screen_units
 from qdq.analyze.sensitivity import SQNR, collect, reduce_rows
 from qdq.cli.main import PositiveInt, run_command
 from qdq.files import write_json
+from qdq.forward import call_model, evaluating
 from qdq.metrics import sqnr_db
-from qdq.quantizer import disable_quantization
+from qdq.quantizer import disable_quantization, toggling
 from qdq.run import describe_environment
-from qdq.trace import call_model, evaluating
 from qdq.units import find_units
 
 MODES = ("one-at-a-time", "leave-one-out")
@@ -176,7 +176,7 @@ class _Bench:
             if unit.name in set(layers)
             for quantizer in unit.quantizers
         ]
-        with flipped(chosen):
+        with toggling(chosen):
             return sqnr_db(self._expected, qdq.predict(self._model, self._others))
 
     def run(self, mode: str) -> list[Row]:
@@ -210,7 +210,7 @@ class _Bench:
         """SQNR of each layer alone, the same statistics whatever evaluates."""
         rows: dict[str | None, list[Any]] = {}
         variants = {unit.name: unit.quantizers for unit in self.units}
-        with flipped(
+        with toggling(
             [quantizer for unit in self.units for quantizer in unit.quantizers] if is_alone else ()
         ):
             for batch, reference in zip(self._batches, self._references, strict=True):
@@ -231,7 +231,7 @@ class _Bench:
         self, batch: Any, variants: dict[str, Any], measure: Callable[..., None]
     ) -> None:
         for name in (None, *variants):
-            with evaluating(self._model), flipped(variants[name] if name else ()):
+            with evaluating(self._model), toggling(variants[name] if name else ()):
                 measure(name, call_model(self._model, batch))
 
     def run_modelopt(self, name: str, weights: dict[str, Any], python: Path, exact: Row) -> Row:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from qdq.trace import evaluating
+from qdq.forward import evaluating
 
 Shape = tuple[int, ...]
 # Random MobileNets shrink their values a thousandfold in every few blocks; ONNX Runtime's fusions take ranges below

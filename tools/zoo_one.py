@@ -26,9 +26,9 @@ from qdq.check import OnnxModel
 from qdq.check.parity import TIE_MARGIN_DB, measure_parity
 from qdq.cli.main import run_command
 from qdq.files import write_json
+from qdq.forward import evaluating
 from qdq.graph.coverage import compare_coverage
 from qdq.quantizer import named_quantizers
-from qdq.trace import evaluating
 
 PRODUCTS = (
     "conv1d",

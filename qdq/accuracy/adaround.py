@@ -37,10 +37,10 @@ from qdq.accuracy.layerwise import (
     visit_products,
 )
 from qdq.errors import StateError
+from qdq.forward import require_model
 from qdq.metrics import Array, sqnr_db
 from qdq.nn import QuantMixin
 from qdq.quantizer import TensorQuantizer
-from qdq.trace import require_model
 
 logger = logging.getLogger(__name__)
 

@@ -34,10 +34,11 @@ from qdq.accuracy.layerwise import (
     visit_products,
 )
 from qdq.errors import ArgumentError
+from qdq.forward import require_model
 from qdq.metrics import Array, sqnr_db
 from qdq.nn import QuantMixin
-from qdq.quantizer import disable_quantization, fake_quantize
-from qdq.trace import require_model
+from qdq.quantize import fake_quantize
+from qdq.quantizer import disable_quantization
 
 logger = logging.getLogger(__name__)
 

@@ -36,6 +36,14 @@ from qdq.accuracy.layerwise import drop_empty, flatten_outputs
 from qdq.calibrate import calibrate_model
 from qdq.dataflow import Dataflow, clamp_of
 from qdq.errors import StateError
+from qdq.forward import (
+    ForwardTrace,
+    Operation,
+    call_model,
+    evaluating,
+    require_model,
+    trace_forward,
+)
 from qdq.functions import (
     ACTIVATIONS,
     AVERAGES,
@@ -46,11 +54,10 @@ from qdq.functions import (
     MAX_POOLINGS,
 )
 from qdq.metrics import Array, sqnr_db
-from qdq.names import group_names
 from qdq.nn import QuantInputMixin
 from qdq.quantizer import disable_quantization
 from qdq.swap import quantized_layers, restore_modules, swap_modules
-from qdq.trace import ForwardTrace, Operation, call_model, evaluating, require_model, trace_forward
+from qdq.text import group_names
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +263,7 @@ class _Group:
     inputs: dict[str, _Seen] = field(default_factory=dict)
 
 
-class _Groups:
+class _ChannelGroups:
     """Which tensors belong together, as a union of sets."""
 
     def __init__(self) -> None:
@@ -294,7 +301,7 @@ class _Groups:
 def _find_groups(model: nn.Module, example_inputs: Any) -> list[_Group]:
     """Every tensor that a layer writes, in order; `reason` where it must stay as it is."""
     trace = trace_forward(model, example_inputs)
-    flow, layers, groups = Dataflow(trace), _Layers(model, trace), _Groups()
+    flow, layers, groups = Dataflow(trace), _Layers(model, trace), _ChannelGroups()
     groups.pin(flow.inputs, "it is an input of the model")
     for operation in flow.operations:
         computed = [value for value in operation.inputs if flow.is_computed(value)]
@@ -367,7 +374,9 @@ class _Layers:
         return "" if dims >= layer.weight.dim() else f"{name} is given no axis of samples"
 
 
-def _pass_on(groups: _Groups, flow: Dataflow, operation: Operation, computed: list[int]) -> None:
+def _pass_on(
+    groups: _ChannelGroups, flow: Dataflow, operation: Operation, computed: list[int]
+) -> None:
     """Tie input and output of a function that commutes with positive factors; pin those of any other."""
     (first, *others), output = computed, operation.outputs[0]
     shapes = [flow.shapes[value] for value in (first, output)]

@@ -23,12 +23,7 @@ from torch.utils._pytree import keystr, tree_map, tree_map_with_path
 
 from qdq.dataflow import Dataflow
 from qdq.errors import ArgumentError, DataError, QdqError, StateError
-from qdq.functions import WEIGHTED
-from qdq.metrics import Array
-from qdq.nn import QuantMixin
-from qdq.quantizer import disable_quantization, own_tensor
-from qdq.swap import quantized_layers
-from qdq.trace import (
+from qdq.forward import (
     call_model,
     evaluating,
     floats_of,
@@ -38,6 +33,12 @@ from qdq.trace import (
     tensors_of,
     trace_forward,
 )
+from qdq.functions import WEIGHTED
+from qdq.metrics import Array
+from qdq.nn import QuantMixin
+from qdq.quantize import own_tensor
+from qdq.quantizer import disable_quantization
+from qdq.swap import quantized_layers
 
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _HIDDEN = (
@@ -202,7 +203,7 @@ def plan_layers(model: nn.Module, inputs: Any) -> LayerPlan:
     active = {
         n: layer
         for n, layer in found.items()
-        if not any(q._disabled for q in layer.quantizers().values())
+        if all(quantizer.is_enabled for quantizer in layer.quantizers().values())
     }
     for name, layer in active.items():
         for attribute, quantizer in layer.quantizers().items():

@@ -27,12 +27,13 @@ from qdq.analyze.probe import Probe
 from qdq.analyze.ranks import Ranks
 from qdq.analyze.replay import CACHE_BYTES, Replay
 from qdq.analyze.result import Analysis, LayerSensitivity, MixedPoint, Step
-from qdq.analyze.search import Search, switch_off
+from qdq.analyze.search import Search
 from qdq.analyze.sensitivity import count_rows, require_labels
 from qdq.errors import ArgumentError, DataError, StateError
+from qdq.forward import require_batches, require_model
 from qdq.patterns import Pattern
 from qdq.plan import PRECISIONS, Plan
-from qdq.trace import require_batches, require_model
+from qdq.quantizer import disable_until_exit
 from qdq.units import Unit, find_units, group_units, match_precisions
 
 __all__ = [
@@ -195,7 +196,7 @@ def _pin(
     fixed = match_precisions(model, [unit.name for unit in units], pinned)
     for unit in units:
         if fixed.get(unit.name) == "float":
-            switch_off(unit.quantizers, undo)
+            disable_until_exit(unit.quantizers, undo)
     return [unit for unit in units if unit.name not in fixed], fixed
 
 

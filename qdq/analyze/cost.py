@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import TypedDict
 
 from qdq.errors import ArgumentError, DataError
+from qdq.forward import tensors_of, trace_forward
 from qdq.functions import PRODUCT_OPERATORS
 from qdq.quantizer import disable_quantization
 from qdq.schema import read_json, validate
-from qdq.trace import tensors_of, trace_forward
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from qdq.calibrate.collect import bytes_of
+from qdq.forward import trace_forward
 from qdq.quantizer import named_quantizers
-from qdq.trace import trace_forward
 from qdq.units import Unit
 
 _PLAIN = (
@@ -40,7 +40,7 @@ def fingerprint_analysis(
     for name, tensor in model.state_dict().items():
         _feed(digest, name, tensor)
     for name, quantizer in named_quantizers(model):
-        digest.update(f"{name} {quantizer._disabled} {quantizer.format}".encode())
+        digest.update(f"{name} {not quantizer.is_enabled} {quantizer.format}".encode())
     for operation in trace_forward(model, batches[0]).operations:
         arguments = {
             key: repr([leaf for leaf in tree_leaves(value) if isinstance(leaf, _PLAIN)])

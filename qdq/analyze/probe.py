@@ -16,9 +16,9 @@ from tqdm import tqdm
 from qdq.analyze.journal import Journal
 from qdq.analyze.options import ChosenMetric
 from qdq.analyze.ranks import Ranks
-from qdq.analyze.replay import Replay, flipped
+from qdq.analyze.replay import Replay
 from qdq.analyze.sensitivity import (
-    Statistics,
+    ErrorSums,
     collect,
     count_columns,
     count_rows,
@@ -26,8 +26,8 @@ from qdq.analyze.sensitivity import (
     reduce_rows,
 )
 from qdq.errors import StateError
-from qdq.quantizer import TensorQuantizer, disable_quantization
-from qdq.trace import call_model, evaluating
+from qdq.forward import call_model, evaluating
+from qdq.quantizer import TensorQuantizer, disable_quantization, toggling
 
 _SAME = 1e-3  # outputs of one model on two machines differ by less, as shares of their energies
 
@@ -37,18 +37,18 @@ class Value:
     """The model in one state.
 
     Args:
-        parts: Statistics of each sample, one array a batch.
+        parts: Error sums of each sample, one array a batch.
         sqnr: In dB.
         metric: The chosen metric; SQNR if that is the one.
     """
 
-    parts: tuple[Statistics, ...]
+    parts: tuple[ErrorSums, ...]
     sqnr: float
     metric: float
 
     @property
-    def rows(self) -> Statistics:
-        """Statistics of each sample."""
+    def rows(self) -> ErrorSums:
+        """Error sums of each sample."""
         return np.concatenate(self.parts)
 
 
@@ -146,7 +146,7 @@ class Probe:
                 of the first one what is measured. Otherwise the result is empty.
         """
         names: list[str | None] = [None, *variants]
-        parts: dict[str | None, list[Statistics]] = {name: [] for name in names}
+        parts: dict[str | None, list[ErrorSums]] = {name: [] for name in names}
         # A function is called after the batches, and needs time as well.
         self._until = (
             (time.monotonic() + self.deadline) / 2 if self.metric.function else self.deadline
@@ -187,7 +187,7 @@ class Probe:
             value.parts[: len(self.batches)], value.metric if self.metric.function else None
         )
 
-    def _reduce(self, parts: tuple[Statistics, ...], metric: float | None) -> Value:
+    def _reduce(self, parts: tuple[ErrorSums, ...], metric: float | None) -> Value:
         sqnr, own = reduce_rows(self.metric.outputs, np.concatenate(parts))
         return Value(parts, sqnr, own if metric is None else metric)
 
@@ -205,7 +205,7 @@ class Probe:
     def _keep_only(self, count: int) -> None:
         self.batches, self.references = self.batches[:count], self.references[:count]
 
-    def _collect(self, index: int, outputs: Any) -> Statistics:
+    def _collect(self, index: int, outputs: Any) -> ErrorSums:
         rows = collect(self.metric.outputs, self.batches[index], self.references[index], outputs)
         if np.isnan(rows).any():
             raise StateError(
@@ -214,8 +214,8 @@ class Probe:
             )
         return rows
 
-    def _recall(self, key: list[Any]) -> Statistics | None:
-        """Statistics in the journal; None if there are none, or if what stands there is none of this metric."""
+    def _recall(self, key: list[Any]) -> ErrorSums | None:
+        """Error sums in the journal; None if there are none, or if what stands there is none of this metric."""
         try:
             rows = np.asarray(self._journal.get(key), np.float64)
         except (TypeError, ValueError, OverflowError):
@@ -240,15 +240,15 @@ class Probe:
         state: list[str],
         variants: Mapping[str, Sequence[TensorQuantizer]],
         progress: Any,
-    ) -> dict[str | None, Statistics]:
-        """Statistics of each state on one batch; some are missing when the time is up."""
+    ) -> dict[str | None, ErrorSums]:
+        """Error sums of each state on one batch; some are missing when the time is up."""
         names: list[str | None] = [None, *variants]
         known = {
             name: rows for name in names if (rows := self._recall([state, name, index])) is not None
         }
         missing = [name for name in names if name not in known]
         mine = self._ranks.share(missing)
-        fresh: dict[str | None, Statistics] = {}
+        fresh: dict[str | None, ErrorSums] = {}
         progress.update(len(known))
 
         def keep(name: str | None, outputs: Any) -> None:
@@ -275,11 +275,11 @@ class Probe:
         names: list[str | None] = [None, *variants]
         known = {name: self._recall_metric([state, name, "metric"]) for name in names}
         missing = [name for name in names if known[name] is None]
-        fresh: dict[str | None, Statistics] = {}
+        fresh: dict[str | None, ErrorSums] = {}
         for name in tqdm(self._ranks.share(missing), desc="metric", unit="call", disable=None):
             if name is not None and time.monotonic() >= self._until:
                 break
-            with flipped(variants[name] if name is not None else ()):
+            with toggling(variants[name] if name is not None else ()):
                 value = self._call()
             self._journal.add([state, name, "metric"], value)
             fresh[name] = np.asarray(value)

@@ -35,8 +35,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from qdq.quantizer import TensorQuantizer, named_quantizers
-from qdq.trace import call_model, evaluating, is_in_place, tensors_of
+from qdq.forward import call_model, evaluating, is_in_place, tensors_of
+from qdq.quantizer import TensorQuantizer, named_quantizers, toggling
 
 CACHE_BYTES = 2 * 2**30
 _FIRST_REPLAYED = 2**40  # numbers of tensors that replays compute: above those of any recording
@@ -196,7 +196,7 @@ class Replay:
             )
             try:
                 for name in recording.order if recording else variants:
-                    with flipped(variants[name]):
+                    with toggling(variants[name]):
                         outputs = (
                             self._replay(recording, batch)
                             if recording
@@ -435,7 +435,8 @@ class _Recording(TorchFunctionMode):
             # While it is off its result has a number of its own, too.
             return tree_flatten(result.view_as(result) if result is tensors[0] else result)
 
-        key = ("quantizer", id(quantizer), quantizer._disabled, quantizer._if_quant)
+        state = (quantizer.is_enabled, quantizer.is_quantizing)
+        key = ("quantizer", id(quantizer), *state)
         with torch._C.DisableTorchFunction():
             return self._answer(key, (inputs,), compute, quantizer=quantizer)
 
@@ -499,7 +500,7 @@ class _Recording(TorchFunctionMode):
                 self._rebind(tensors[0], _Slot(call.changed))
             return _put_together([_hand_out(output, tensors) for output in call.outputs], call.spec)
         origin = None if in_place or key is None else self._origin(function, shape, slots)
-        if origin is not None and quantizer is not None and not quantizer._disabled:
+        if origin is not None and quantizer is not None and quantizer.is_enabled:
             compute = functools.partial(self._weights.compute, origin, compute)
         call, results = self._compute(
             compute, slots, in_place if slots else "", quantizer, key is not None
@@ -863,16 +864,6 @@ def _inplace_position(func: Callable[..., Any]) -> int:
         return list(inspect.signature(func).parameters).index("inplace")
     except (TypeError, ValueError):  # native functions tell nothing; theirs have names of their own
         return -1
-
-
-@contextmanager
-def flipped(quantizers: Sequence[TensorQuantizer]) -> Iterator[None]:
-    """Some quantizers in the other state."""
-    with ExitStack() as undo:
-        for quantizer in dict.fromkeys(quantizers):
-            undo.callback(setattr, quantizer, "_disabled", quantizer._disabled)
-            quantizer._disabled = not quantizer._disabled
-        yield
 
 
 def _are_equal(first: Any, second: Any) -> bool:

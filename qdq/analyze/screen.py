@@ -25,12 +25,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from qdq.analyze.replay import flipped
-from qdq.analyze.sensitivity import Statistics, count_rows
+from qdq.analyze.sensitivity import ErrorSums, count_rows
+from qdq.forward import call_model, evaluating, floats_of
 from qdq.nn import QuantInputMixin
 from qdq.nn.functions import run_again
-from qdq.quantizer import TensorQuantizer, disable_quantization, named_quantizers
-from qdq.trace import call_model, evaluating, floats_of
+from qdq.quantizer import TensorQuantizer, disable_quantization, named_quantizers, toggling
 from qdq.units import Unit
 
 
@@ -146,8 +145,8 @@ class _Taps:
                 not found or not torch.is_grad_enabled()
             ):  # a layer inside one that is run again, or without gradients
                 return None
-            were_off = all(quantizer._disabled for quantizer in quantizers)
-            with torch.no_grad(), flipped(quantizers):
+            were_off = all(not quantizer.is_enabled for quantizer in quantizers)
+            with torch.no_grad(), toggling(quantizers):
                 other = floats_of(run_again(module, args, kwargs))[0]
             here = found[0]
             error = (other - here.detach()) if were_off else (here.detach() - other)
@@ -223,7 +222,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def estimate_sqnr(mode: str, statistics: Statistics, energy: float) -> float:
+def estimate_sqnr(mode: str, statistics: ErrorSums, energy: float) -> float:
     """SQNR in dB of a unit by itself, or without it, from its energy and the statistics of the model in int8."""
     signal, noise = statistics[:, 0].sum(), statistics[:, 1].sum()
     rest = energy if mode == "one-at-a-time" else max(noise - energy, noise * 1e-3)

@@ -14,9 +14,9 @@ from qdq.analyze.options import Options
 from qdq.analyze.probe import Probe, Value
 from qdq.analyze.result import Analysis, LayerSensitivity, MixedPoint, Step
 from qdq.analyze.screen import estimate_sqnr, screen_units
-from qdq.analyze.sensitivity import Statistics, draw_sums
+from qdq.analyze.sensitivity import ErrorSums, draw_sums
 from qdq.plan import Plan
-from qdq.quantizer import TensorQuantizer, disable_quantization
+from qdq.quantizer import disable_quantization, disable_until_exit
 from qdq.units import Unit
 
 _CONFIDENCE = (2.5, 97.5)  # percentiles
@@ -65,7 +65,7 @@ class Search:
         int8_layers += [name for name, precision in pinned.items() if precision == "int8"]
         self._int8_macs = self._sum_macs(int8_layers)  # with no unit in float
         self._unmeasured: list[str] = []
-        self._errors: Statistics = np.zeros(
+        self._errors: ErrorSums = np.zeros(
             0
         )  # of each sample, the sum over all units that were measured alone
 
@@ -197,9 +197,9 @@ class Search:
 
     def _interval(
         self,
-        gain: Callable[[Statistics, Statistics], Statistics],
-        first: Statistics,
-        second: Statistics,
+        gain: Callable[[ErrorSums, ErrorSums], ErrorSums],
+        first: ErrorSums,
+        second: ErrorSums,
     ) -> tuple[float, float | None, float | None]:
         """A gain from two sums over samples, and its ends over draws of the samples."""
         kind = float(gain(first.sum(0), second.sum(0)))
@@ -210,7 +210,7 @@ class Search:
         low, high = np.percentile(finite, _CONFIDENCE) if len(finite) else (kind, kind)
         return kind, float(low), float(high)
 
-    def _rise(self, worse: Statistics, better: Statistics) -> Statistics:
+    def _rise(self, worse: ErrorSums, better: ErrorSums) -> ErrorSums:
         """How much better the metric of some sums is than of others."""
         columns = slice(0, 2) if self._metric.is_sqnr else slice(2, None)
         reduce = self._metric.outputs.reduce
@@ -243,7 +243,7 @@ class Search:
             if self._order(values[best]) <= self._order(current):
                 refused.update(values)
                 continue
-            switch_off(self._units[best].quantizers, undo)
+            disable_until_exit(self._units[best].quantizers, undo)
             current = values[best]
             layers, cost = self._units[best].layers, self._total_cost([*chosen, best])
             steps.append(Step(best, current.sqnr, self._shown(current), layers, cost))
@@ -257,7 +257,7 @@ class Search:
             max(pool, key=lambda name: gains[name] / self._price(name)) if self._times else pool[0]
         )
         with ExitStack() as trial:
-            switch_off(self._units[best].quantizers, trial)
+            disable_until_exit(self._units[best].quantizers, trial)
             values = self._probe.measure([*chosen, best], {})
         return {best: values[None]} if values else {}
 
@@ -366,14 +366,7 @@ class Search:
         return tuple(front)
 
 
-def switch_off(quantizers: Sequence[TensorQuantizer], undo: ExitStack) -> None:
-    """Disable quantizers; `undo` puts their states back."""
-    for quantizer in quantizers:
-        undo.callback(setattr, quantizer, "_disabled", quantizer._disabled)
-        quantizer.disable()
-
-
-def _estimate_gain(noise: Statistics, error: Statistics) -> Statistics:
+def _estimate_gain(noise: ErrorSums, error: ErrorSums) -> ErrorSums:
     """What SQNR rises in dB without one of many independent errors.
 
     Args:
@@ -382,5 +375,5 @@ def _estimate_gain(noise: Statistics, error: Statistics) -> Statistics:
     """
     total = noise.max(-1)
     with np.errstate(divide="ignore"):
-        gain: Statistics = -10 * np.log10(1 - error[..., 0] / np.where(total > 0, total, 1.0))
+        gain: ErrorSums = -10 * np.log10(1 - error[..., 0] / np.where(total > 0, total, 1.0))
     return gain + 0.0  # no minus before 0

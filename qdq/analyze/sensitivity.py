@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 
 from qdq.errors import DataError
-from qdq.trace import floats_of, tensors_of
+from qdq.forward import floats_of, tensors_of
 
-Statistics = npt.NDArray[np.float64]
+ErrorSums = npt.NDArray[np.float64]
 """One row a sample, or one for a batch whose outputs do not tell its samples apart; the columns can be summed."""
 _DRAWS = 1000
 
@@ -35,7 +35,7 @@ class OutputMetric:
     higher_is_better: bool
     perfect: float | None
     collect: Callable[[_Pair], list[torch.Tensor]]
-    reduce: Callable[[Statistics], Statistics]
+    reduce: Callable[[ErrorSums], ErrorSums]
 
 
 @dataclass(frozen=True)
@@ -91,19 +91,19 @@ def require_labels(metric: OutputMetric, batch: Any) -> None:
         raise _lacks_labels()
 
 
-def _reduce_sqnr(sums: Statistics) -> Statistics:
+def _reduce_sqnr(sums: ErrorSums) -> ErrorSums:
     with np.errstate(divide="ignore", invalid="ignore"):
         value = 10 * np.log10(sums[..., 0] / sums[..., 1])
     return np.where(sums[..., 1] == 0, np.inf, value)
 
 
-def _reduce_cosine(sums: Statistics) -> Statistics:
+def _reduce_cosine(sums: ErrorSums) -> ErrorSums:
     norms = np.sqrt(sums[..., 1] * sums[..., 2])
     both_zero = sums[..., 1] + sums[..., 2] == 0
     return np.where(both_zero, 1.0, sums[..., 0] / np.where(norms == 0, 1.0, norms))
 
 
-def _reduce_mean(sums: Statistics) -> Statistics:
+def _reduce_mean(sums: ErrorSums) -> ErrorSums:
     return sums[..., 0] / sums[..., 1]
 
 
@@ -116,7 +116,7 @@ METRICS = {
 }
 
 
-def collect(metric: OutputMetric, batch: Any, reference: Any, outputs: Any) -> Statistics:
+def collect(metric: OutputMetric, batch: Any, reference: Any, outputs: Any) -> ErrorSums:
     """The columns of SQNR, then those of a metric, for the outputs of one batch.
 
     Args:
@@ -141,7 +141,7 @@ def collect(metric: OutputMetric, batch: Any, reference: Any, outputs: Any) -> S
     return torch.stack(columns, 1).cpu().numpy()
 
 
-def reduce_rows(metric: OutputMetric, rows: Statistics) -> tuple[float, float]:
+def reduce_rows(metric: OutputMetric, rows: ErrorSums) -> tuple[float, float]:
     """SQNR in dB and the metric, over all samples."""
     sums = rows.sum(0)
     own = SQNR.reduce(sums) if metric is SQNR else metric.reduce(sums[2:])
@@ -164,14 +164,14 @@ def count_columns(metric: OutputMetric) -> int:
     return 2 + own[metric.name]
 
 
-def draw_sums(rows: Statistics) -> Statistics:
+def draw_sums(rows: ErrorSums) -> ErrorSums:
     """Sums over samples drawn with replacement, `[draws, K]`; the same draws for the same number of samples.
 
     Bootstrap: Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7, 1979.
     """
     random = np.random.default_rng(0)
     counts = random.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=_DRAWS)
-    sums: Statistics = counts @ rows
+    sums: ErrorSums = counts @ rows
     return sums
 
 

@@ -21,12 +21,12 @@ from qdq.calibrate.selection import select_methods
 from qdq.calibrate.weights import require_weight_method, solve_weight
 from qdq.distributed import failing_together, find_rank, gather_bytes
 from qdq.errors import ArgumentError, ArgumentTypeError, CalibrationError
+from qdq.forward import require_batches, require_model
 from qdq.observers.solve import SOLVERS
-from qdq.observers.statistics import TensorStatistics
+from qdq.observers.tensor_statistics import TensorStatistics
 from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.statistics import Statistics, merge_parts
 from qdq.swap import quantized_layers
-from qdq.trace import require_batches, require_model
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +263,7 @@ def _solve(
             "collect anew, or disable it.",
         )
     quantizers = dict(named_quantizers(model))
-    if off := [name for name, quantizer in quantizers.items() if quantizer._disabled]:
+    if off := [name for name, quantizer in quantizers.items() if not quantizer.is_enabled]:
         logger.info("%d quantizers are off and get no range: %s", len(off), ", ".join(off))
     weights = {}
     for name, (layer, module, parameter) in collection.weights.items():

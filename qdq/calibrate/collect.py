@@ -23,13 +23,7 @@ from qdq.distributed import failing_together, find_rank, gather_bytes
 from qdq.errors import ArgumentError, CalibrationError, DataError
 from qdq.files import guard_files
 from qdq.formats import Format
-from qdq.nn import QuantMixin
-from qdq.observers.collector import TensorCollector, TensorReader
-from qdq.quantizer import SharedQuantizer, TensorQuantizer, named_quantizers
-from qdq.statistics import _FORMAT as STATISTICS_FORMAT
-from qdq.statistics import Statistics, merge_parts, require_place_of_summary, require_suffix
-from qdq.swap import quantized_layers
-from qdq.trace import (
+from qdq.forward import (
     call_model,
     evaluating,
     require_batches,
@@ -37,6 +31,12 @@ from qdq.trace import (
     split_inputs,
     tensors_of,
 )
+from qdq.nn import QuantMixin
+from qdq.observers.collector import TensorCollector, TensorReader
+from qdq.quantizer import SharedQuantizer, TensorQuantizer, named_quantizers
+from qdq.statistics import _FORMAT as STATISTICS_FORMAT
+from qdq.statistics import Statistics, merge_parts, require_place_of_summary, require_suffix
+from qdq.swap import quantized_layers
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +70,7 @@ class Collection:
             for attribute, parameter in layer.weights_of(layer).items()
         }
         enabled = {
-            name: quantizer
-            for name, quantizer in named_quantizers(model)
-            if not quantizer._disabled
+            name: quantizer for name, quantizer in named_quantizers(model) if quantizer.is_enabled
         }
         if not enabled:
             raise ArgumentError(
@@ -85,7 +83,7 @@ class Collection:
             name: quantizer for name, quantizer in enabled.items() if name not in self.weights
         }
         names = {id(quantizer): name for name, quantizer in named_quantizers(model)}
-        self.leaders = {name: names[id(leader_of(q))] for name, q in self.collecting.items()}
+        self.leaders = {name: names[id(q.leader)] for name, q in self.collecting.items()}
         self._reader = TensorReader()
         self._collectors = self._make_collectors()
 
@@ -99,7 +97,7 @@ class Collection:
         }
         collectors = {}
         for name, quantizer in self.collecting.items():
-            leader = leader_of(quantizer)
+            leader = quantizer.leader
             axis = leader.axis
             if axis is not None and not isinstance(axis, int):
                 raise ArgumentError(
@@ -114,13 +112,12 @@ class Collection:
         with ExitStack() as exits:
             exits.enter_context(evaluating(self._model))
             for _, quantizer in named_quantizers(self._model):
-                exits.callback(_restore, quantizer, quantizer._if_quant, quantizer._if_calib)
-                quantizer._if_quant = quantizer._if_calib = False
+                exits.enter_context(quantizer.restoring_state())
+                quantizer.disable_quant()
+                quantizer.disable_calib()
             for name, quantizer in self.collecting.items():
-                leader = leader_of(quantizer)
-                exits.callback(setattr, leader, "_calibrator", leader._calibrator)
-                leader._calibrator = self._collectors[self.leaders[name]]
-                quantizer._if_calib = True
+                collector = self._collectors[self.leaders[name]]
+                exits.enter_context(quantizer.collecting_into(collector))
             self._exits = exits.pop_all()
         return self
 
@@ -481,18 +478,9 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def leader_of(quantizer: TensorQuantizer) -> TensorQuantizer:
-    """The quantizer that has the range: itself, or the one whose range it shares."""
-    return quantizer.leader if isinstance(quantizer, SharedQuantizer) else quantizer
-
-
 def format_of(quantizer: TensorQuantizer) -> Format | None:
     """The format, None if it is no integer format."""
     try:
         return quantizer.format
     except AttributeError:
         return None
-
-
-def _restore(quantizer: TensorQuantizer, if_quant: bool, if_calib: bool) -> None:
-    quantizer._if_quant, quantizer._if_calib = if_quant, if_calib

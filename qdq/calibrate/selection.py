@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from qdq.calibrate.collect import Collection, leader_of
+from qdq.calibrate.collect import Collection
 from qdq.distributed import failing_together, gather_bytes
 from qdq.errors import CalibrationError
+from qdq.forward import call_model, evaluating, floats_of
 from qdq.nn import QuantInputMixin
 from qdq.nn.functions import run_again
-from qdq.quantizer import TensorQuantizer, disable_quantization, fake_quantize, named_quantizers
+from qdq.quantize import fake_quantize
+from qdq.quantizer import TensorQuantizer, disable_quantization, named_quantizers
 from qdq.swap import quantized_layers
-from qdq.trace import call_model, evaluating, floats_of
 
 Candidates = Mapping[str, Mapping[str, float]]
 """Name of the quantizer that has the range -> method -> amax."""
@@ -128,10 +129,12 @@ class _Trials:
             self._is_busy = True
             for name, quantizer in own:
                 with ExitStack() as exits:
-                    for active in (quantizer, *weights):
-                        exits.enter_context(_active(active))
+                    for weight in weights:
+                        exits.enter_context(weight.restoring_state())
+                        weight.enable()
+                        weight.enable_quant()
                     for method, amax in self._candidates_of(name):
-                        with _range(leader_of(quantizer), amax):
+                        with quantizer.using_range(amax):
                             self._note(name, method, output, run_again(layer, args, kwargs))
             self._is_busy = False
 
@@ -158,29 +161,3 @@ class _Trials:
         self.errors[self._collection.leaders[name], method].append(
             noise / signal if signal else noise
         )
-
-
-@contextmanager
-def _active(quantizer: TensorQuantizer) -> Iterator[None]:
-    """Quantize in the block, whatever the state."""
-    before = quantizer._disabled, quantizer._if_quant
-    quantizer._disabled, quantizer._if_quant = False, True
-    try:
-        yield
-    finally:
-        quantizer._disabled, quantizer._if_quant = before
-
-
-@contextmanager
-def _range(quantizer: TensorQuantizer, amax: float) -> Iterator[None]:
-    """Another range in the block; afterwards the former, or none."""
-    before = quantizer._buffers.get("_amax")
-    device = before.device if before is not None else None
-    quantizer._buffers["_amax"] = torch.tensor(amax, dtype=torch.float32, device=device)
-    try:
-        yield
-    finally:
-        if before is None:
-            del quantizer._buffers["_amax"]
-        else:
-            quantizer._buffers["_amax"] = before

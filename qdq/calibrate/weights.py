@@ -9,7 +9,8 @@ import torch
 from qdq.errors import ArgumentError, CalibrationError
 from qdq.formats import Format
 from qdq.observers.max import reduce_amax
-from qdq.quantizer import TensorQuantizer, compute_scale, quantize_codes
+from qdq.quantize import compute_scale, quantize_codes
+from qdq.quantizer import TensorQuantizer
 
 WEIGHT_METHODS = ("max", "mse")
 _OCTAVES = 3  # amax is searched from the maximum down to 1/8 of it

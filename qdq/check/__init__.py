@@ -21,7 +21,7 @@ from qdq.files import as_path
 from qdq.graph.coverage import Coverage, count_qdq, measure_coverage
 from qdq.graph.shapes import complete_shapes
 from qdq.metrics import Array
-from qdq.names import group_names
+from qdq.text import group_names
 
 _SHOWN_NODES = 5
 

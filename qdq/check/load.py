@@ -16,7 +16,7 @@ from qdq.errors import CheckError
 from qdq.graph.carried import list_lost_fields
 from qdq.graph.shapes import silence_onnx_ir
 from qdq.graph.validate import first_line
-from qdq.names import list_names
+from qdq.text import list_names
 
 
 @dataclass(frozen=True)

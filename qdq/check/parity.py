@@ -14,7 +14,7 @@ import onnxruntime
 from qdq.errors import ArgumentError, CheckError
 from qdq.files import read_mode
 from qdq.metrics import Array, agreement, cosine, max_abs_difference, sqnr_db
-from qdq.names import printable
+from qdq.text import printable
 
 # A correct file of a shallow network lies far above the first figure; deep int8 networks amplify ties to about it.
 MIN_SQNR_DB = 30.0

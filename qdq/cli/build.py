@@ -45,8 +45,8 @@ def build(
     from qdq.build import ENGINE_SUFFIXES, build_engine
     from qdq.files import write_json
     from qdq.graph.tensors import list_data_files
-    from qdq.names import MOST_CHARACTERS, make_printable, printable
     from qdq.run import guard_command
+    from qdq.text import MOST_CHARACTERS, make_printable, printable
     from qdq.trt.profiles import parse_shapes
 
     defaults = [onnx.with_suffix(suffix) for suffix in ENGINE_SUFFIXES.values()]

@@ -46,8 +46,8 @@ def show(
     """
     from qdq.files import write_json
     from qdq.run import guard_command
-    from qdq.show import format_statistics, write_plots
     from qdq.statistics import Statistics
+    from qdq.statistics.show import format_statistics, write_plots
 
     guard_command(inputs=[file], outputs=[plots, json])
     statistics = Statistics.load(file).select(tensor)
@@ -73,9 +73,9 @@ def merge(*files: Path, output: Annotated[Path, Parameter(alias="-o")]) -> int:
         files: Two or more files of statistics.
         output: Where to write, .safetensors; a readable summary is written beside it, .json.
     """
-    from qdq.names import printable
     from qdq.run import guard_command
     from qdq.statistics import merge_files
+    from qdq.text import printable
 
     guard_command(
         inputs=files,
@@ -120,11 +120,11 @@ def solve(
     from qdq.errors import ArgumentError
     from qdq.files import write_json
     from qdq.graph.tensors import list_data_files
-    from qdq.names import make_printable, printable
-    from qdq.rescale import rescale_onnx
     from qdq.run import guard_command
-    from qdq.show import format_ranges
     from qdq.statistics import Statistics
+    from qdq.statistics.rescale import rescale_onnx
+    from qdq.statistics.show import format_ranges
+    from qdq.text import make_printable, printable
 
     if (onnx is None) != (output is None):
         raise ArgumentError(

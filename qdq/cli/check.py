@@ -55,8 +55,8 @@ def check(
     from qdq.errors import ArgumentError
     from qdq.files import is_replaceable, write_json
     from qdq.graph.tensors import list_data_files
-    from qdq.names import make_printable, printable
     from qdq.run import guard_command
+    from qdq.text import make_printable, printable
 
     if explain is not None:
         if fix or json or sarif:

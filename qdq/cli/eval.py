@@ -43,8 +43,8 @@ def evaluate_files(
     from qdq.files import write_json
     from qdq.graph.tensors import list_data_files
     from qdq.models import load_model
-    from qdq.names import MOST_CHARACTERS, make_printable, printable
     from qdq.run import guard_command
+    from qdq.text import MOST_CHARACTERS, make_printable, printable
 
     data_files = [file for path in onnx for file in list_data_files(path)]
     image = json if is_image_of(data_dir, json) else None

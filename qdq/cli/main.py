@@ -28,7 +28,7 @@ from cyclopts.types import UInt32 as UInt32
 
 import qdq
 from qdq.errors import QdqError
-from qdq.names import MOST_CHARACTERS, PrintableFormatter, printable
+from qdq.text import MOST_CHARACTERS, PrintableFormatter, printable
 
 _HELP = """From a trained PyTorch model to a verified TensorRT int8 engine.
 

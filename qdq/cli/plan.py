@@ -23,9 +23,9 @@ def diff(before: Path, after: Path, /) -> int:
         before: The first plan.
         after: The second plan.
     """
-    from qdq.names import printable
     from qdq.plan import diff_plans, load_plan
     from qdq.run import guard_command
+    from qdq.text import printable
 
     guard_command(inputs=[before, after])
     changes = diff_plans(load_plan(before), load_plan(after))

@@ -28,11 +28,11 @@ def report(
     """
     from qdq.errors import ArgumentError
     from qdq.files import write_atomic, write_json
-    from qdq.names import MOST_CHARACTERS, printable
     from qdq.report.compare import compare_runs, render_comparison
     from qdq.report.load import PAGE_FILE, load_report
     from qdq.report.page import render_report
     from qdq.run import guard_command, list_run_files
+    from qdq.text import MOST_CHARACTERS, printable
 
     if not runs:
         raise ArgumentError("no run was given.", "name one run folder, or several to compare them.")

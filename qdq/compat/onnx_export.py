@@ -31,10 +31,10 @@ from qdq.compat.nn.modules.tensor_quantizer import TensorQuantizer, missing_rang
 from qdq.compat.qdq_nodes import make_constants
 from qdq.compat.tensor_quant import E4M3
 from qdq.errors import ArgumentTypeError, ExportError
+from qdq.forward import evaluating
 from qdq.graph.opset import HIGHEST, LOWEST, LowerOpset
 from qdq.graph.raise_scales import RaiseWeightScales
 from qdq.graph.save import save_model, serialize
-from qdq.trace import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def _float_weights(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -> 
 def _enabled_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
     """Quantizers that will be written, by dotted name; disabled ones leave no trace."""
     quantizers = named_quantizers(model)
-    if collecting := [name for name, q in quantizers.items() if q._if_calib and not q._disabled]:
+    if collecting := [name for name, q in quantizers.items() if q.is_collecting and q.is_enabled]:
         logger.warning(
             "%d quantizers are still collecting: %s. Call disable_calib() and enable_quant() before an export.",
             len(collecting),

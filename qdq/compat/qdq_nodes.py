@@ -8,7 +8,7 @@ import torch
 
 from qdq.compat.tensor_quant import E4M3, E4M3_MAX, NumBits
 from qdq.formats import Format
-from qdq.quantizer import compute_scale
+from qdq.quantize import compute_scale
 
 
 class Constants(NamedTuple):

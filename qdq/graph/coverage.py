@@ -19,7 +19,7 @@ from qdq.graph.pairs import (
     parameters_of,
 )
 from qdq.graph.shapes import infer_shapes
-from qdq.names import list_names
+from qdq.text import list_names
 
 WEIGHTED_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # A DQ in front of these still reaches the operator behind them: they move or pad values, they make no new ones.

@@ -18,7 +18,7 @@ from onnx import defs
 
 from qdq.errors import ArgumentError, ExportError
 from qdq.graph.pairs import constant_of
-from qdq.names import group_names, list_names
+from qdq.text import group_names, list_names
 
 LOWEST, HIGHEST = 13, 18  # Q/DQ have an axis from 13 on; what changed after 18 has no rules here
 

@@ -19,7 +19,7 @@ from qdq.graph.precision_rules import (
     parameter_types,
     takes_either,
 )
-from qdq.names import list_names
+from qdq.text import list_names
 
 NEWEST_OPSET = 23
 LOWEST_OPSET = 19

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from qdq.errors import ExportError
 from qdq.graph.coverage import WEIGHTED_OPS, dequantizer_of, follow_axis, module_of, output_axis
 from qdq.graph.pairs import constant_of, input_of, is_op, remove_if_unused
-from qdq.names import list_names
+from qdq.text import list_names
 
 _BIAS_CODES = 2.0**30  # half of int32: the sum of products that the bias is added to needs room too
 # Of channels of zeros: the smallest that float16 holds with all digits (R-SCALE), so that the bias, in units of it and

@@ -136,7 +136,7 @@ class QuantMultiheadAttention(QuantMixin, nn.MultiheadAttention):
         quantizers = (self._input_quantizer, self._key_quantizer, self._value_quantizer)
         for given, quantizer in zip((query, key, value), quantizers, strict=True):
             same = next((quantized for tensor, quantized in done if tensor is given), None)
-            if same is None or quantizer._if_calib:
+            if same is None or quantizer.is_collecting:
                 quantized = quantizer(given)
                 same = quantized if same is None else same
             done.append((given, same))

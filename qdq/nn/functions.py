@@ -28,9 +28,9 @@ from torch.utils import checkpoint as checkpointing
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qdq.errors import StateError
+from qdq.forward import is_in_place, name_function
 from qdq.nn.registry import derive_class
 from qdq.quantizer import TensorQuantizer
-from qdq.trace import is_in_place, name_function
 
 logger = logging.getLogger(__name__)
 

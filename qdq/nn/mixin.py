@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from qdq.errors import StateError
-from qdq.quantizer import QuantDescriptor, TensorQuantizer, own_tensor
+from qdq.quantize import own_tensor
+from qdq.quantizer import QuantDescriptor, TensorQuantizer
 
 
 class QuantInputMixin(nn.Module):

@@ -9,8 +9,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from qdq.errors import CalibrationError
 from qdq.observers.finite import require_tensor
-from qdq.observers.statistics import LEAST_EXPONENT, TensorStatistics
 from qdq.observers.summarize import Summary, add_counts, summarize
+from qdq.observers.tensor_statistics import LEAST_EXPONENT, TensorStatistics
 
 
 class TensorReader:

@@ -12,7 +12,7 @@ from qdq.observers.batch_maxima import average_maxima, moving_average
 from qdq.observers.entropy import solve_entropy
 from qdq.observers.mse import solve_mse
 from qdq.observers.percentile import solve_percentile
-from qdq.observers.statistics import TensorStatistics
+from qdq.observers.tensor_statistics import TensorStatistics
 
 _MSE_OPERATIONS = 1 << 23  # candidates times levels; up to 12 bits every bin is a candidate
 

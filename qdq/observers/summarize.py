@@ -16,7 +16,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qdq.observers.statistics import LEAST_ABSMAX, LEAST_EXPONENT, LOG_BINS, NUM_BINS, exponent_of
+from qdq.observers.tensor_statistics import (
+    LEAST_ABSMAX,
+    LEAST_EXPONENT,
+    LOG_BINS,
+    NUM_BINS,
+    exponent_of,
+)
 
 _PIECE = (1 << 15) - 64  # torch shares work of 2^15 elements and more among threads
 _CHUNK = 8 * _PIECE

@@ -25,6 +25,7 @@ from qdq.distributed import failing_together, find_rank, gather_bytes, joining_p
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError, StateError
 from qdq.evaluate import predict
 from qdq.files import to_jsonable, write_json
+from qdq.forward import find_device, require_batches, require_model, tensors_of
 from qdq.metrics import sqnr_db
 from qdq.patterns import Pattern
 from qdq.qat.checkpoint import keeping_random_state, load_tuned, save_tuned, unpack_random
@@ -35,7 +36,6 @@ from qdq.qat.trainer import Trainer, copy_float, digest_weights
 from qdq.qat.watch import BadRange, Oscillation, find_bad_ranges
 from qdq.run import set_seed
 from qdq.schedule import Schedule
-from qdq.trace import find_device, require_batches, require_model, tensors_of
 
 __all__ = [
     "Distillation",

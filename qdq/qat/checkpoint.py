@@ -17,13 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
-from qdq.calibrate.collect import bytes_of, format_of, leader_of
+from qdq.calibrate.collect import bytes_of, format_of
 from qdq.errors import DataError, ModelError
 from qdq.files import as_path, read_file, write_atomic
-from qdq.names import printable
-from qdq.quantizer import from_log2, named_quantizers
+from qdq.forward import require_model
+from qdq.quantize import from_log2
+from qdq.quantizer import named_quantizers
 from qdq.schema import digest_parts, parse_json
-from qdq.trace import require_model
+from qdq.text import printable
 
 MODEL_FORMAT = "qdq fine-tuned model 2"  # 1 did not say the formats
 STATE_FORMAT = "qdq fine-tuning state 1"
@@ -103,7 +104,7 @@ def save_tuned(model: nn.Module, path: Path | str, facts: dict[str, Any] | None 
         ArgumentError: The folder cannot be written to.
     """
     require_model(model)
-    disabled = [name for name, quantizer in named_quantizers(model) if quantizer._disabled]
+    disabled = [name for name, quantizer in named_quantizers(model) if not quantizer.is_enabled]
     known = {"format": MODEL_FORMAT, "disabled": disabled, "quantizers": _describe_formats(model)}
     return save_tensors(as_path(path, "path"), plain_state(model), known | (facts or {}))
 
@@ -112,7 +113,7 @@ def _describe_formats(model: nn.Module) -> dict[str, list[Any]]:
     """Width, unsigned, narrow range and axis of each quantizer, and the one that has its range."""
     names = {quantizer: name for name, quantizer in named_quantizers(model)}
     formats = {q: astuple(known) if (known := format_of(q)) else () for q in names}
-    return {name: [*formats[q], q.axis, names.get(leader_of(q))] for q, name in names.items()}
+    return {name: [*formats[q], q.axis, names.get(q.leader)] for q, name in names.items()}
 
 
 def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -156,7 +157,7 @@ def load_tuned(model: nn.Module, path: Path | str) -> dict[str, Any]:
             require_same_shapes({name: own}, {name: amax}, path)
     model.load_state_dict(tensors, strict=False)
     for name, quantizer in quantizers.items():
-        quantizer._disabled = name in facts["disabled"]
+        quantizer.is_enabled = name not in facts["disabled"]
     return {
         key: value
         for key, value in facts.items()

@@ -16,11 +16,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError, StateError
-from qdq.names import list_names
+from qdq.forward import call_model, evaluating, floats_of
 from qdq.nn import QuantMixin
 from qdq.patterns import Pattern, Patterns
 from qdq.swap import quantized_layers
-from qdq.trace import call_model, evaluating, floats_of
+from qdq.text import list_names
 from qdq.units import name_block
 
 Loss = Callable[[Any, Any], torch.Tensor] | Literal["own"]

@@ -13,9 +13,10 @@ from qdq.calibrate.collect import Collection
 from qdq.calibrate.weights import solve_weight
 from qdq.distributed import max_over_ranks
 from qdq.errors import ArgumentError, StateError
-from qdq.names import list_names
 from qdq.observers.max import reduce_amax
-from qdq.quantizer import RANGE_RULES, TensorQuantizer, named_quantizers
+from qdq.quantize import RANGE_RULES
+from qdq.quantizer import TensorQuantizer, named_quantizers
+from qdq.text import list_names
 
 RANGE_METHODS = ("frozen", *RANGE_RULES, "ema")
 _DECAY = 0.99  # of the moving average, as in torch.ao's observer for training
@@ -156,7 +157,7 @@ def require_ranges(model: nn.Module) -> None:
     Raises:
         StateError: With the names of some.
     """
-    without = [name for name, q in named_quantizers(model) if not q._disabled and q.amax is None]
+    without = [name for name, q in named_quantizers(model) if q.is_enabled and q.amax is None]
     if without:
         found = f"{len(without)} quantizers have no range: {list_names(without, 3)}."
         raise StateError(found, "call calibrate_model first.")
@@ -167,5 +168,5 @@ def describe_ranges(model: nn.Module) -> dict[str, Any]:
     return {
         name: float(quantizer.amax.max())
         for name, quantizer in named_quantizers(model)
-        if not quantizer._disabled and quantizer.amax is not None
+        if quantizer.is_enabled and quantizer.amax is not None
     }

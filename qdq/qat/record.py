@@ -16,6 +16,7 @@ from torch import nn
 from qdq.distributed import broadcast_number, failing_together, find_rank, read_together
 from qdq.errors import ArgumentError, DataError, DependencyError, StateError
 from qdq.files import guard_files
+from qdq.forward import evaluating
 from qdq.qat.checkpoint import (
     MODEL_FORMAT,
     STATE_FORMAT,
@@ -29,7 +30,6 @@ from qdq.qat.checkpoint import (
 )
 from qdq.qat.ranges import describe_ranges
 from qdq.qat.trainer import Trainer
-from qdq.trace import evaluating
 
 logger = logging.getLogger(__name__)
 

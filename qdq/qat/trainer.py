@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from qdq.calibrate.collect import bytes_of, fingerprint_model
 from qdq.distributed import find_rank, raise_together, shard_samples, sum_over_ranks
 from qdq.errors import ArgumentError, DataError, StateError
+from qdq.forward import find_device
 from qdq.patterns import Pattern, Patterns
 from qdq.qat.losses import Objective
 from qdq.qat.ranges import RangeTuning, require_range_method
@@ -24,7 +25,6 @@ from qdq.qat.watch import OscillationWatch, find_nonfinite, order_modules
 from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.schedule import Schedule
 from qdq.swap import restore_modules
-from qdq.trace import find_device
 
 TRAINED = ("all", "ranges", "batchnorm")
 _RANGE_EPS = 1e-12  # of Adam: gradients of ranges are about 1e-9, and with its 1e-8 they would hardly be learned
@@ -459,7 +459,7 @@ def copy_float(model: nn.Module) -> nn.Module:
 
 def digest_weights(model: nn.Module) -> str:
     """What tells one calibrated model from another: names, formats, float layers, and all values of its state."""
-    off = [name for name, quantizer in named_quantizers(model) if quantizer._disabled]
+    off = [name for name, quantizer in named_quantizers(model) if not quantizer.is_enabled]
     digest = hashlib.sha256(f"{fingerprint_model(model)} {off}".encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -480,7 +480,7 @@ def _group_by_owner(model: nn.Module, order: Sequence[str]) -> list[list[TensorQ
     """The quantizers that are on, those of one module together, in the order in which the modules return."""
     groups: dict[str, list[TensorQuantizer]] = {}
     for name, quantizer in named_quantizers(model):
-        if not quantizer._disabled:
+        if quantizer.is_enabled:
             groups.setdefault(name.rpartition(".")[0], []).append(quantizer)
     places = {
         name: place for place, name in reversed([*enumerate(order)])

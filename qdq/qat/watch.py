@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from qdq.calibrate.collect import Collection
-from qdq.quantizer import TensorQuantizer, named_quantizers, quantize_codes
-from qdq.trace import call_model, evaluating, floats_of
+from qdq.forward import call_model, evaluating, floats_of
+from qdq.quantize import quantize_codes
+from qdq.quantizer import TensorQuantizer, named_quantizers
 
 _REVERSALS = 2  # so often must a code turn back to be called oscillating
 _SHARE = 0.01  # of the weights of a layer that oscillate, to be reported

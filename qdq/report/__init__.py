@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qdq.files import to_jsonable, write_atomic, write_json
-from qdq.names import MOST_CHARACTERS, make_printable, printable
 from qdq.report.load import PAGE_FILE, REPORT_FORMAT, load_report
 from qdq.report.page import render_report
 from qdq.run import REPORT_FILE, STATISTICS_FILES, Run
 from qdq.statistics import Statistics
+from qdq.text import MOST_CHARACTERS, make_printable, printable
 
 if TYPE_CHECKING:
     from qdq.analyze import Analysis

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qdq.report.facts import format_gain, format_number, format_state
 from qdq.report.load import StoredReport
 from qdq.report.records import LayerRecord, Sensitivity
-from qdq.show import Tick, round_numbers
+from qdq.report.wording import format_gain, format_number, format_state
+from qdq.statistics.show import Tick, round_numbers
 
 BARS = 20
 _PLOT_HEIGHT = 220

@@ -12,10 +12,10 @@ from typing import Any
 
 from qdq.errors import ArgumentError
 from qdq.report.charts import list_units, unit_of_gain
-from qdq.report.facts import format_gain, format_share
 from qdq.report.load import StoredReport, guarded, load_report
 from qdq.report.page import int8_layers, int8_share, render
 from qdq.report.records import RULE, LayerRecord, Sensitivity
+from qdq.report.wording import format_gain, format_share
 
 TOLERANCE = 0.01  # ranges that differ by less are taken for the same
 _FIGURES = re.compile(r"; rank |\b\d")

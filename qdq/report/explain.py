@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdq.errors import ArgumentError
-from qdq.names import MOST_CHARACTERS, printable
 from qdq.report.charts import unit_of_gain
-from qdq.report.facts import Fact, describe_layer, describe_tensor, format_share, title_of
 from qdq.report.load import StoredReport, guarded, load_report
 from qdq.report.records import LayerRecord, TensorRecord
+from qdq.report.wording import Fact, describe_layer, describe_tensor, format_share, title_of
+from qdq.text import MOST_CHARACTERS, printable
 
 _HINTS = 5
 

@@ -13,15 +13,24 @@ import torch
 from torch import nn
 
 from qdq.analyze import Analysis, LayerSensitivity
-from qdq.analyze.replay import flipped
 from qdq.build import BuildReport
 from qdq.calibrate import Range
 from qdq.dataflow import Dataflow
+from qdq.forward import (
+    Contraction,
+    ForwardTrace,
+    Operation,
+    call_model,
+    evaluating,
+    floats_of,
+    trace_forward,
+)
 from qdq.functions import CONTRACTIONS, SINGLE_PRODUCTS
 from qdq.metrics import sqnr_db
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.nn.functions import run_again
-from qdq.quantizer import SharedQuantizer, TensorQuantizer, disable_quantization, fake_quantize
+from qdq.quantize import fake_quantize
+from qdq.quantizer import SharedQuantizer, TensorQuantizer, disable_quantization, toggling
 from qdq.report.records import (
     HISTOGRAM_COLUMNS,
     RULE,
@@ -33,15 +42,6 @@ from qdq.report.records import (
 from qdq.rewire import PlannedOperation, RewirePlan
 from qdq.statistics import Statistics
 from qdq.swap import PlannedModule, SwapPlan
-from qdq.trace import (
-    Contraction,
-    ForwardTrace,
-    Operation,
-    call_model,
-    evaluating,
-    floats_of,
-    trace_forward,
-)
 from qdq.trt.census import LayerCensus
 from qdq.units import find_all_quantizers
 
@@ -128,7 +128,7 @@ class _Knowledge:
         is_int8 = (
             entry.is_quantized
             and bool(quantizers)
-            and not any(each._disabled for each in quantizers)
+            and all(quantizer.is_enabled for quantizer in quantizers)
         )
         reason = self.reasons.explain(entry, is_int8, self.tensors.note_of(quantizers))
         output = self.outputs.get(entry.name)
@@ -529,7 +529,7 @@ class _Tensors:
         record = TensorRecord(
             quantizer=name,
             role=_role_of(name),
-            is_on=not quantizer._disabled,
+            is_on=quantizer.is_enabled,
             amax=None if amax is None else float(amax.max()),
             least_amax=None if amax is None else float(amax.min()),
             ranges=0 if amax is None else amax.numel(),
@@ -660,7 +660,7 @@ def _compare_outputs(
     """A hook that runs the layer once more, quantized; of several calls the worst counts."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        with flipped(own):
+        with toggling(own):
             found = run_again(module, args, kwargs)
         expected, quantized = floats_of(output), floats_of(found)
         if not expected:

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 from qdq.errors import ArgumentError, DataError, QdqError
 from qdq.files import as_path
-from qdq.names import printable
 from qdq.report.records import LayerRecord
 from qdq.report.sections import RunState, StoredSections
 from qdq.run import PAGE_FILE as PAGE_FILE
 from qdq.run import REPORT_FILE, STATE_FILE
 from qdq.schema import describe, read_json, validate
+from qdq.text import printable
 
 REPORT_FORMAT = "qdq report 1"
 _AGAIN = "run the same command again; it writes a new report."

@@ -19,10 +19,10 @@ from qdq.report.charts import (
     list_units,
     unit_of_gain,
 )
-from qdq.report.facts import format_number, format_share, format_state
 from qdq.report.load import StoredReport, guarded
 from qdq.report.tables import list_census, list_commands, list_details, list_rows, list_skipped
-from qdq.show import load_templates
+from qdq.report.wording import format_number, format_share, format_state
+from qdq.statistics.show import load_templates
 
 
 def render_report(report: StoredReport) -> str:

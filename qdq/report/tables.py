@@ -7,11 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qdq.names import group_names
 from qdq.observers.solve import SOLVERS
-from qdq.report.facts import describe_layer, describe_tensor, format_number, format_share, title_of
 from qdq.report.load import StoredReport
 from qdq.report.records import LayerRecord, TensorRecord
+from qdq.report.wording import (
+    describe_layer,
+    describe_tensor,
+    format_number,
+    format_share,
+    title_of,
+)
+from qdq.text import group_names
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ _ALARMS = ("WARNING", "ERROR", "INTERNAL_ERROR")
 
 
 @dataclass(frozen=True)
-class Plan:
+class EnginePlan:
     """What one build gave.
 
     Args:
@@ -49,7 +49,7 @@ class Plan:
 
 def build_plan(
     backend: Backend, onnx_path: Path, profiles: Mapping[str, Profile], sm: int | None
-) -> Plan:
+) -> EnginePlan:
     """Build an engine, in a process of its own.
 
     Args:
@@ -76,7 +76,7 @@ def build_plan(
         kind = ArgumentError if error["kind"] == ArgumentError.__name__ else BuildError
         raise kind(error["message"], error["fix"])
     log = [(severity, text) for severity, text in answer["log"]]
-    return Plan(engine, log, answer["layer_json"])
+    return EnginePlan(engine, log, answer["layer_json"])
 
 
 def answer_build(request: dict[str, Any], _: bytes) -> tuple[dict[str, Any], bytes]:
@@ -104,7 +104,7 @@ def answer_build(request: dict[str, Any], _: bytes) -> tuple[dict[str, Any], byt
 
 def _build(
     backend: Backend, onnx_path: Path, profiles: Mapping[str, Profile], sm: int | None
-) -> Plan:
+) -> EnginePlan:
     trt = backend.module
     log = make_logger(trt)
     builder = trt.Builder(log)
@@ -127,7 +127,9 @@ def _build(
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise _build_failure(onnx_path, log.messages)
-    return Plan(bytes(engine), log.messages, None if sm is not None else _inspect(trt, log, engine))
+    return EnginePlan(
+        bytes(engine), log.messages, None if sm is not None else _inspect(trt, log, engine)
+    )
 
 
 def _network_flags(backend: Backend) -> int:

@@ -24,7 +24,8 @@ from qdq import (
     swap_modules,
 )
 from qdq.accuracy.layerwise import Product
-from qdq.quantizer import disable_quantization, quantize_codes
+from qdq.quantize import quantize_codes
+from qdq.quantizer import disable_quantization
 
 
 def codes_of(layer, weight=None):

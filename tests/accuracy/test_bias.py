@@ -16,7 +16,8 @@ from qdq import (
     swap_modules,
 )
 from qdq.check.rules import find_violations
-from qdq.quantizer import disable_quantization, fake_quantize
+from qdq.quantize import fake_quantize
+from qdq.quantizer import disable_quantization
 
 
 def layer_outputs(model, images, names):

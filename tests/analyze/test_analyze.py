@@ -25,11 +25,10 @@ from qdq import (
     swap_modules,
 )
 from qdq.analyze import MODES, check_options
-from qdq.analyze.replay import flipped
 from qdq.analyze.screen import screen_units
 from qdq.cli.analyze import AnalysisOptions
 from qdq.metrics import sqnr_db
-from qdq.quantizer import disable_quantization, named_quantizers
+from qdq.quantizer import disable_quantization, named_quantizers, toggling
 from qdq.swap import quantized_layers, restore_modules
 from qdq.units import find_units, group_units
 
@@ -224,7 +223,7 @@ def naive(model, batches, units, mode):
                     quantizer.enable()
                 found[unit.name] = sqnr_db(reference, outputs(model, batches))
         else:
-            with flipped(unit.quantizers):
+            with toggling(unit.quantizers):
                 found[unit.name] = sqnr_db(reference, outputs(model, batches))
     return found
 
@@ -337,11 +336,11 @@ def test_greedy_measures_anew_after_each_step(deep):
             found = {}
             for unit in units:
                 if unit.name not in chosen:
-                    with flipped(unit.quantizers):
+                    with toggling(unit.quantizers):
                         found[unit.name] = sqnr_db(reference, outputs(model, batches))
             chosen.append(max(found, key=found.get))
             states.enter_context(
-                flipped(next(unit.quantizers for unit in units if unit.name == chosen[-1]))
+                toggling(next(unit.quantizers for unit in units if unit.name == chosen[-1]))
             )
         last = max(found.values())
     analysis = analyze_layers(model, batches, mode="leave-one-out", max_float_layers=3)
@@ -536,7 +535,7 @@ def energies_of(model, batches, units):
     all_of_them = ((outputs(model, batches) - reference) ** 2).sum(1)
     alone = {}
     for unit in units:
-        with disable_quantization(model), flipped(unit.quantizers):
+        with disable_quantization(model), toggling(unit.quantizers):
             alone[unit.name] = ((outputs(model, batches) - reference) ** 2).sum(1)
     return all_of_them, alone
 

@@ -15,9 +15,9 @@ from qdq import (
     swap_modules,
 )
 from qdq.analyze import replay as replay_module
-from qdq.analyze.replay import Replay, flipped
-from qdq.quantizer import named_quantizers
-from qdq.trace import call_model, evaluating
+from qdq.analyze.replay import Replay
+from qdq.forward import call_model, evaluating
+from qdq.quantizer import named_quantizers, toggling
 from qdq.units import find_units
 
 
@@ -111,7 +111,7 @@ def replayed(model, batch, variants, **options):
 def assert_identical(model, batch, variants, found):
     assert set(found) == {None, *variants}
     for name, outputs in found.items():
-        with evaluating(model), flipped(variants[name] if name is not None else ()):
+        with evaluating(model), toggling(variants[name] if name is not None else ()):
             expected = call_model(model, batch)
         tensors = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs.values())
         wanted = [expected] if isinstance(expected, torch.Tensor) else list(expected.values())
@@ -178,7 +178,7 @@ def test_another_path_through_the_model():
     with evaluating(model):
         sums = {}
         for name in variants:
-            with flipped(variants[name]):
+            with toggling(variants[name]):
                 sums[name] = model.first(batch).sum().item()
         base = model.first(batch).sum().item()
     model.limit = (base + sums["first"]) / 2  # the two states of `first` take different paths

@@ -22,7 +22,8 @@ from qdq import (
 from qdq.calibrate import CALIB_METHODS
 from qdq.formats import Format
 from qdq.observers.solve import SOLVERS
-from qdq.quantizer import QuantDescriptor, TensorQuantizer, fake_quantize, named_quantizers
+from qdq.quantize import fake_quantize
+from qdq.quantizer import QuantDescriptor, TensorQuantizer, named_quantizers
 
 
 def record_inputs(model, batches):

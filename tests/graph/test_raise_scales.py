@@ -9,7 +9,7 @@ from torch import nn
 from qdq import calibrate_model, check_onnx, export_onnx, predict, swap_modules
 from qdq.check import OnnxModel
 from qdq.graph.raise_scales import RaiseWeightScales
-from qdq.quantizer import fake_quantize
+from qdq.quantize import fake_quantize
 
 
 class Conv(nn.Sequential):

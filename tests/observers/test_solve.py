@@ -17,7 +17,7 @@ from qdq.observers.max import reduce_amax
 from qdq.observers.mse import solve_mse
 from qdq.observers.percentile import solve_percentile
 from qdq.observers.solve import SOLVERS, solve_amax
-from qdq.observers.statistics import TensorStatistics
+from qdq.observers.tensor_statistics import TensorStatistics
 
 
 def brute_mse(counts, width, fmt, start_bin=128):

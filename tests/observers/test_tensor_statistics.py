@@ -13,7 +13,7 @@ from qdq.formats import Format
 from qdq.observers import collector as collector_module
 from qdq.observers import summarize
 from qdq.observers.collector import TensorCollector, TensorReader
-from qdq.observers.statistics import (
+from qdq.observers.tensor_statistics import (
     LEAST_EXPONENT,
     NUM_BINS,
     TensorStatistics,

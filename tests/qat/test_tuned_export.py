@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qdq
-from qdq.quantizer import quantize_codes
+from qdq.quantize import quantize_codes
 
 
 def make_batches(count, seed=1):

@@ -33,8 +33,9 @@ from qdq.errors import ArgumentError, ArgumentTypeError, ModelError, QdqError, S
 from qdq.formats import Format
 from qdq.observers.finite import require_tensor
 from qdq.observers.max import reduce_amax
+from qdq.quantize import fake_quantize, find_range_axis, own_tensor
 from qdq.quantizer import TensorQuantizer as CoreTensorQuantizer
-from qdq.quantizer import fake_quantize, find_range_axis, own_tensor, summarize_amax
+from qdq.quantizer import summarize_amax
 
 logger = logging.getLogger(__name__)
 

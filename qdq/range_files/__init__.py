@@ -16,16 +16,16 @@ from torch import nn
 from qdq.check.load import load_onnx, require_whole
 from qdq.errors import ArgumentError, CalibrationError, CheckError
 from qdq.files import as_path, guard_files, read_file, write_atomic
+from qdq.forward import require_model
 from qdq.graph.save import save_model
 from qdq.graph.tensors import list_data_files
-from qdq.names import group_names, list_names
-from qdq.ranges import aimet, onnxruntime_json, tensorrt_cache
-from qdq.ranges.format import FileFormat
-from qdq.ranges.matching import match_entries
-from qdq.ranges.places import list_places
-from qdq.ranges.qdq_onnx import read_pairs, write_scales
-from qdq.ranges.rows import list_rows, merge_rows
-from qdq.trace import require_model
+from qdq.range_files import aimet, onnxruntime_json, tensorrt_cache
+from qdq.range_files.format import FileFormat
+from qdq.range_files.matching import match_entries
+from qdq.range_files.places import list_places
+from qdq.range_files.qdq_onnx import read_pairs, write_scales
+from qdq.range_files.rows import list_rows, merge_rows
+from qdq.text import group_names, list_names
 
 _QDQ = "qdq"
 _Result = TypeVar("_Result")

@@ -12,8 +12,8 @@ import torch
 from qdq import schema
 from qdq.errors import CalibrationError, DataError
 from qdq.formats import Format
-from qdq.quantizer import compute_scale
-from qdq.ranges.entry import Entry, Floats, malformed
+from qdq.quantize import compute_scale
+from qdq.range_files.entry import Entry, Floats, malformed
 
 
 @dataclass(frozen=True)

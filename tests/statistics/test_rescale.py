@@ -21,9 +21,9 @@ from qdq import (
     solve_ranges,
 )
 from qdq.observers.solve import SOLVERS
-from qdq.observers.statistics import TensorStatistics
-from qdq.quantizer import compute_scale
-from qdq.rescale import rescale_onnx, scale_of
+from qdq.observers.tensor_statistics import TensorStatistics
+from qdq.quantize import compute_scale
+from qdq.statistics.rescale import rescale_onnx, scale_of
 
 
 def initializers(path):

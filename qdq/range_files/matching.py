@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from qdq.errors import CalibrationError, StateError
-from qdq.names import list_names
 from qdq.nn import QuantMixin
 from qdq.observers.max import reduce_amax
 from qdq.quantizer import SharedQuantizer, TensorQuantizer, named_quantizers
-from qdq.ranges.entry import Entry, Floats, describe_damage
-from qdq.ranges.places import Place, Places
+from qdq.range_files.entry import Entry, Floats, describe_damage
+from qdq.range_files.places import Place, Places
 from qdq.swap import quantized_layers
+from qdq.text import list_names
 
 _SHOWN = 20  # damaged entries in a message
 
@@ -99,9 +99,7 @@ def match_entries(model: nn.Module, places: Places, entries: Mapping[str, Entry]
     damage: dict[str, str] = {}
     weights = _list_weights(model)
     for members in _groups(model):
-        enabled = {
-            name: quantizer for name, quantizer in members.items() if not quantizer._disabled
-        }
+        enabled = {name: quantizer for name, quantizer in members.items() if quantizer.is_enabled}
         disabled = [name for name in members if name not in enabled]
         match.missing |= dict.fromkeys(disabled, "it is disabled: its tensor stays in float")
         found = [one for name in enabled for one in _find(places.of[name], entries)]

@@ -16,9 +16,10 @@ from torch import nn
 
 import qdq
 from qdq.errors import ArgumentError, CalibrationError, StateError
-from qdq.quantizer import SharedQuantizer, compute_scale, named_quantizers
-from qdq.ranges import FORMATS
-from qdq.ranges.entry import amax_of_scale
+from qdq.quantize import compute_scale
+from qdq.quantizer import SharedQuantizer, named_quantizers
+from qdq.range_files import FORMATS
+from qdq.range_files.entry import amax_of_scale
 
 ACTIVATIONS = {
     "stem._input_quantizer",
@@ -605,7 +606,7 @@ class TestQdqOnnx:
     def test_a_pair_of_several_quantizers_gets_the_largest(self, case, tmp_path):
         shortcut = case.calibrated.layers[0]._add_quantizer
         leader = case.calibrated.layers[0].conv1._input_quantizer
-        vars(shortcut)["leader"] = qdq.TensorQuantizer(
+        vars(shortcut)["_leader"] = qdq.TensorQuantizer(
             qdq.QuantDescriptor(amax=2 * leader.amax.item())
         )
         report = qdq.export_ranges(
@@ -676,7 +677,7 @@ class TestQdqOnnx:
             case.swapped.layers[1]._add_quantizer,
         )
         assert isinstance(follower, SharedQuantizer) and follower.leader is not leader
-        vars(follower)["leader"] = leader
+        vars(follower)["_leader"] = leader
         (tmp_path / "ranges.json").write_text('{"relu": [-1.0, 1.0], "relu_2": [-3.0, 3.0]}')
         report = qdq.import_ranges(
             case.swapped, tmp_path / "ranges.json", onnx=case.files["dynamo"]

@@ -12,10 +12,10 @@ import jinja2
 import numpy as np
 
 from qdq.files import write_atomic
-from qdq.names import printable
 from qdq.observers.solve import SOLVERS
-from qdq.observers.statistics import TensorStatistics
+from qdq.observers.tensor_statistics import TensorStatistics
 from qdq.statistics import Statistics
+from qdq.text import printable
 
 _COLUMNS = 128  # of a plot; a file has up to 4096 bins
 _WIDTH, _HEIGHT = 640, 160  # of a plot without its labels

@@ -15,8 +15,8 @@ import struct
 from collections.abc import Sequence
 
 from qdq.errors import CalibrationError
-from qdq.ranges.entry import Entry, add_entry, entry_of_codes, malformed
-from qdq.ranges.format import Row, decode
+from qdq.range_files.entry import Entry, add_entry, entry_of_codes, malformed
+from qdq.range_files.format import Row, decode
 
 _HEADER = (
     "TRT-101401-EntropyCalibration2"  # of TensorRT 10.14.1; others want their own number there

@@ -19,10 +19,10 @@ from tqdm import tqdm
 from qdq.errors import ArgumentError, DataError
 from qdq.files import as_path, read_file, write_atomic, write_json
 from qdq.formats import Format
-from qdq.names import list_names, printable
 from qdq.observers.solve import SOLVERS, solve_amax
-from qdq.observers.statistics import TensorStatistics
+from qdq.observers.tensor_statistics import TensorStatistics
 from qdq.schema import digest_parts, parse_json, validate
+from qdq.text import list_names, printable
 
 logger = logging.getLogger(__name__)
 

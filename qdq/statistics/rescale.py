@@ -20,7 +20,7 @@ from qdq.graph.raise_scales import RaiseWeightScales
 from qdq.graph.save import save_model
 from qdq.graph.scales import list_scales, number_of, reason_against, set_scale
 from qdq.graph.tensors import list_data_files
-from qdq.observers.statistics import LEAST_ABSMAX
+from qdq.observers.tensor_statistics import LEAST_ABSMAX
 from qdq.statistics import Statistics
 
 Floats = npt.NDArray[np.float32]

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qdq.ranges.entry import Entry, entry_of_bounds, malformed, number_array, object_of
-from qdq.ranges.format import Row, parse_json
+from qdq.range_files.entry import Entry, entry_of_bounds, malformed, number_array, object_of
+from qdq.range_files.format import Row, parse_json
 
 
 def recognize(content: bytes) -> bool:

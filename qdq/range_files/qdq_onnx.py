@@ -11,8 +11,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qdq.graph.pairs import constant_of, has_int8_zeros, input_of, is_op, remove_if_unused
-from qdq.ranges.entry import Entry, Floats, add_entry, entry_of_codes
-from qdq.ranges.format import Row
+from qdq.range_files.entry import Entry, Floats, add_entry, entry_of_codes
+from qdq.range_files.format import Row
 
 _CODES = {np.dtype(np.int8): (-128, 127), np.dtype(np.uint8): (0, 255)}
 

@@ -9,8 +9,8 @@ import numpy as np
 from torch import nn
 
 from qdq.quantizer import TensorQuantizer, named_quantizers
-from qdq.ranges.format import Row
-from qdq.ranges.places import Place, Places
+from qdq.range_files.format import Row
+from qdq.range_files.places import Place, Places
 
 
 def list_rows(
@@ -42,7 +42,7 @@ def _reason_against(
     quantizer: TensorQuantizer, places: Sequence[Place], *, holds_channels: bool, int8_only: bool
 ) -> str:
     """Why a range is not written, "" if it is."""
-    if quantizer._disabled:
+    if not quantizer.is_enabled:
         return "it is disabled: its tensor stays in float"
     if quantizer.amax is None:
         return "it has no amax: calibrate first"

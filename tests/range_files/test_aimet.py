@@ -9,7 +9,7 @@ from torch import nn
 
 import qdq
 from qdq.errors import CalibrationError
-from qdq.ranges import aimet
+from qdq.range_files import aimet
 
 BOUNDS = [
     (-1.0, 2.0),

@@ -10,7 +10,7 @@ import torch
 from qdq import Format, Statistics
 from qdq.observers.collector import TensorCollector
 from qdq.observers.solve import SOLVERS
-from qdq.show import format_ranges, format_statistics, write_plots
+from qdq.statistics.show import format_ranges, format_statistics, write_plots
 
 
 def collect(*batches):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qdq.trace import call_model, evaluating, floats_of, tensors_of, trace_forward
+from qdq.forward import call_model, evaluating, floats_of, tensors_of, trace_forward
 
 
 def test_chain():

@@ -24,8 +24,8 @@ from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.nn.attention import QuantMultiheadAttention
 from qdq.nn.functions import QuantFunctionsMixin
 from qdq.quantizer import TensorQuantizer, named_quantizers
-from qdq.ranges.aimet import MODULE_INPUT, MODULE_OUTPUT
-from qdq.ranges.calls import find_calls, function_of
+from qdq.range_files.aimet import MODULE_INPUT, MODULE_OUTPUT
+from qdq.range_files.calls import find_calls, function_of
 
 _SAME_RANGE = ("QuantizeLinear", "DequantizeLinear", *TRANSPARENT_OPS)
 _WEIGHT_NAME = re.compile(r"(?:(.*)\.)?weight(?:[._].*)?")  # ONNX Runtime adds "_quantized"

@@ -10,7 +10,7 @@ import pytest
 
 from qdq import Statistics
 from qdq.cli.main import main
-from qdq.names import PrintableFormatter, group_names, list_names, make_printable, printable
+from qdq.text import PrintableFormatter, group_names, list_names, make_printable, printable
 
 FAKE = "error: faked"
 HOSTILE = {

@@ -23,8 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qdq.errors import CalibrationError
-from qdq.names import list_names
-from qdq.ranges.entry import (
+from qdq.range_files.entry import (
     Entry,
     add_entry,
     entry_of_bounds,
@@ -33,7 +32,8 @@ from qdq.ranges.entry import (
     number_array,
     object_of,
 )
-from qdq.ranges.format import Row, parse_json
+from qdq.range_files.format import Row, parse_json
+from qdq.text import list_names
 
 _SECTIONS = ("activation_encodings", "param_encodings", "encodings")
 MODULE_INPUT, MODULE_OUTPUT = "{}.input.0", "{}.output.0"
