@@ -254,6 +254,23 @@ def test_links_and_files_exist(page):
             assert (ROOT / path).exists(), path
 
 
+def _list_anchors(page):
+    """The names that links into a page can have: its headings, written as GitHub writes them."""
+    anchors = set()
+    for heading in re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.M):
+        text = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading)
+        anchors.add(re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-"))
+    return anchors
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_headings_that_are_linked_exist(page):
+    prose = FENCE.sub("", page.read_text())
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", prose):
+        linked = page.parent / target if target else page
+        assert anchor in _list_anchors(linked), f"{target}#{anchor}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_names_exist(page):
     for name in set(re.findall(r"\bqdq\.([A-Za-z_][\w.]*\w)", page.read_text())):
