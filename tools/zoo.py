@@ -226,16 +226,22 @@ def describe_notes(row: dict[str, Any]) -> list[str]:
     if (left := len(row.get("left_float", ()))) > 0:
         notes.append(f"{left} quantizers left float by calibration")
     for precision, result in row["precisions"].items():
-        if result.get("parity_ok") and result["sqnr_db"] < 30:
-            notes.append(
-                f"{precision} SQNR below 30 is rounding ties: their floor is {result['tie_floor_db']:.1f} dB"
-            )
-        if unpredicted := result.get("unpredicted"):
-            counts = [f"{len(nodes)} {kind}" for kind, nodes in unpredicted.items() if nodes]
-            if counts:
-                notes.append(f"{precision} int8 against the prediction: {', '.join(counts)}")
-        if result.get("rtx_float_refused"):
-            notes.append(f"TensorRT-RTX refuses the float file too: {row['float_rtx_error'][:160]}")
+        notes += _describe_precision(row, precision, result)
+    return notes
+
+
+def _describe_precision(row: dict[str, Any], precision: str, result: dict[str, Any]) -> list[str]:
+    notes = []
+    if result.get("parity_ok") and result["sqnr_db"] < 30:
+        notes.append(
+            f"{precision} SQNR below 30 is rounding ties: their floor is {result['tie_floor_db']:.1f} dB"
+        )
+    unpredicted = result.get("unpredicted", {})
+    counts = [f"{len(nodes)} {kind}" for kind, nodes in unpredicted.items() if nodes]
+    if counts:
+        notes.append(f"{precision} int8 against the prediction: {', '.join(counts)}")
+    if result.get("rtx_float_refused"):
+        notes.append(f"TensorRT-RTX refuses the float file too: {row['float_rtx_error'][:160]}")
     return notes
 
 

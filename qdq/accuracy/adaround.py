@@ -30,7 +30,6 @@ from qdq.accuracy.layerwise import (
     Sample,
     add_to_bias,
     flatten_outputs,
-    join_batches,
     plan_layers,
     run_flat,
     sample_outputs,
@@ -41,6 +40,7 @@ from qdq.forward import require_model
 from qdq.metrics import Array, sqnr_db
 from qdq.nn import QuantMixin
 from qdq.quantizer import TensorQuantizer
+from qdq.samples import join_batches
 
 logger = logging.getLogger(__name__)
 

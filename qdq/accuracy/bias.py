@@ -27,7 +27,6 @@ from qdq.accuracy.layerwise import (
     Product,
     add_to_bias,
     flatten_outputs,
-    join_batches,
     plan_layers,
     run_flat,
     sample_outputs,
@@ -39,6 +38,7 @@ from qdq.metrics import Array, sqnr_db
 from qdq.nn import QuantMixin
 from qdq.quantize import fake_quantize
 from qdq.quantizer import disable_quantization
+from qdq.samples import join_batches
 
 logger = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import Linear
 from tqdm import tqdm
 
-from qdq.accuracy.layerwise import drop_empty, flatten_outputs
+from qdq.accuracy.layerwise import flatten_outputs
 from qdq.calibrate import calibrate_model
 from qdq.dataflow import Dataflow, clamp_of
 from qdq.errors import StateError
@@ -56,6 +56,7 @@ from qdq.functions import (
 from qdq.metrics import Array, sqnr_db
 from qdq.nn import QuantInputMixin
 from qdq.quantizer import disable_quantization
+from qdq.samples import list_filled_batches
 from qdq.swap import quantized_layers, restore_modules, swap_modules
 from qdq.text import group_names
 
@@ -148,7 +149,7 @@ def equalize_layers(model: nn.Module, batches: Iterable[Any]) -> Equalization:
         StateError: The model is swapped already, or its outputs hold NaN or Inf.
     """
     require_model(model)
-    kept = drop_empty(batches)
+    kept = list_filled_batches(batches)
     if any(isinstance(module, QuantInputMixin) for module in model.modules()):
         raise StateError(
             "the model has quantized layers.", "call equalize_layers before swap_modules."

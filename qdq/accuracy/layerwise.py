@@ -8,7 +8,7 @@ and one forward does: each layer is corrected at the moment it runs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import keystr, tree_map, tree_map_with_path
+from torch.utils._pytree import tree_map
 
 from qdq.dataflow import Dataflow
 from qdq.errors import ArgumentError, DataError, QdqError, StateError
@@ -28,9 +28,6 @@ from qdq.forward import (
     evaluating,
     floats_of,
     name_function,
-    require_batches,
-    split_inputs,
-    tensors_of,
     trace_forward,
 )
 from qdq.functions import WEIGHTED
@@ -38,6 +35,7 @@ from qdq.metrics import Array
 from qdq.nn import QuantMixin
 from qdq.quantize import own_tensor
 from qdq.quantizer import disable_quantization
+from qdq.samples import count_samples, is_by_sample
 from qdq.swap import quantized_layers
 
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -216,8 +214,8 @@ def plan_layers(model: nn.Module, inputs: Any) -> LayerPlan:
         product.require_samples(name)
         return product.compute()
 
-    size = _batch_size(inputs)
-    few = tree_map(lambda leaf: leaf[:2] if _is_by_sample(leaf, size) else leaf, inputs)
+    size = count_samples(inputs)
+    few = tree_map(lambda leaf: leaf[:2] if is_by_sample(leaf, size) else leaf, inputs)
     with disable_quantization(model), _explaining():
         visit_products(model, active, few, count)
         flow = Dataflow(trace_forward(model, few))
@@ -305,71 +303,6 @@ def sample_outputs(
             visit_products(model, {n: modules[n] for n in plan.layers}, inputs, record)
         )
     return samples, outputs
-
-
-def drop_empty(batches: Iterable[Any]) -> list[Any]:
-    """The batches that hold samples.
-
-    Raises:
-        ArgumentTypeError: One tensor or dictionary instead of batches.
-        DataError: There is none.
-    """
-    require_batches(batches)
-    given = list(batches)
-    kept = [
-        batch
-        for batch in given
-        if all(tensor.numel() for tensor in tensors_of(split_inputs(batch)))
-    ]
-    if not kept:
-        found = f"all {len(given)} batches are empty" if given else "there is no batch"
-        raise DataError(
-            f"{found}.", "give at least one with samples, for instance of the calibration data."
-        )
-    return kept
-
-
-def join_batches(batches: Iterable[Any]) -> Any:
-    """All batches as one, for `trace.call_model`.
-
-    Tensors whose first size is that of the batch (of its first tensor) are joined along it. Anything else, as a table
-    of positions or a number, must be the same in every batch, and is kept once.
-
-    Raises:
-        ArgumentTypeError: One tensor or dictionary instead of batches.
-        DataError: No batch with samples, or batches that differ in anything else than their samples.
-    """
-    kept = drop_empty(batches)
-    sizes = [_batch_size(batch) for batch in kept]
-    try:
-        args, kwargs = tree_map_with_path(partial(_join, sizes), *map(split_inputs, kept))
-    except (RuntimeError, ValueError) as error:
-        raise DataError(
-            f"the batches cannot be joined into one: {error}",
-            "give batches that differ in their first size only.",
-        ) from error
-    return kwargs or (args[0],)
-
-
-def _join(sizes: list[int], path: Any, *leaves: Any) -> Any:
-    first, *others = leaves
-    if all(_is_by_sample(leaf, size) for leaf, size in zip(leaves, sizes, strict=True)):
-        return torch.cat(leaves)
-    is_tensor = isinstance(first, torch.Tensor)
-    if all(torch.equal(first, other) if is_tensor else first == other for other in others):
-        return first
-    raise DataError(
-        f"the input {keystr(path[1:])} differs between batches, and its first axis is not the samples.",
-        "give it the samples first, the same in every batch, or one batch only.",
-    )
-
-
-def _batch_size(batch: Any) -> int:
-    return next((len(tensor) for tensor in tensors_of(split_inputs(batch)) if tensor.dim()), 0)
-
-
-def _is_by_sample(leaf: Any, size: int) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and len(leaf) == size
 
 
 @contextmanager

@@ -28,12 +28,13 @@ from qdq.analyze.ranks import Ranks
 from qdq.analyze.replay import CACHE_BYTES, Replay
 from qdq.analyze.result import Analysis, LayerSensitivity, MixedPoint, Step
 from qdq.analyze.search import Search
-from qdq.analyze.sensitivity import count_rows, require_labels
-from qdq.errors import ArgumentError, DataError, StateError
-from qdq.forward import require_batches, require_model
+from qdq.analyze.sensitivity import require_labels
+from qdq.errors import ArgumentError, StateError
+from qdq.forward import require_model
 from qdq.patterns import Pattern
 from qdq.plan import PRECISIONS, Plan
 from qdq.quantizer import disable_until_exit
+from qdq.samples import list_filled_batches
 from qdq.units import Unit, find_units, group_units, match_precisions
 
 __all__ = [
@@ -128,7 +129,7 @@ def analyze_layers(
     earlier = pinned if isinstance(pinned, Plan) else None
     precisions = pinned.precisions if isinstance(pinned, Plan) else pinned or {}
     _require_precisions(precisions)
-    kept = _keep_batches(batches)
+    kept = list_filled_batches(batches)
     chosen = options.chosen_metric
     require_labels(chosen.outputs, kept[0])
     began = time.monotonic()
@@ -176,17 +177,6 @@ def _require_precisions(pinned: Mapping[str, str]) -> None:
     for name, precision in pinned.items():
         if precision not in PRECISIONS:
             raise ArgumentError(f"{name} is pinned to {precision!r}.", "pin to 'int8' or 'float'.")
-
-
-def _keep_batches(batches: Iterable[Any]) -> list[Any]:
-    require_batches(batches)
-    kept = [batch for batch in batches if count_rows(batch)]
-    if not kept:
-        raise DataError(
-            "there is no batch to analyze on.",
-            "give at least one, for instance of the calibration data.",
-        )
-    return kept
 
 
 def _pin(

@@ -21,13 +21,13 @@ from qdq.analyze.sensitivity import (
     ErrorSums,
     collect,
     count_columns,
-    count_rows,
     find_rows,
     reduce_rows,
 )
 from qdq.errors import StateError
 from qdq.forward import call_model, evaluating
 from qdq.quantizer import TensorQuantizer, disable_quantization, toggling
+from qdq.samples import count_samples
 
 _SAME = 1e-3  # outputs of one model on two machines differ by less, as shares of their energies
 
@@ -120,7 +120,7 @@ class Probe:
     @property
     def images(self) -> int:
         """Samples in the batches that are used."""
-        return sum(map(count_rows, self.batches))
+        return sum(map(count_samples, self.batches))
 
     @property
     def is_over(self) -> bool:

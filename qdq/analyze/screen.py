@@ -25,11 +25,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from qdq.analyze.sensitivity import ErrorSums, count_rows
+from qdq.analyze.sensitivity import ErrorSums
 from qdq.forward import call_model, evaluating, floats_of
 from qdq.nn import QuantInputMixin
 from qdq.nn.functions import run_again
 from qdq.quantizer import TensorQuantizer, disable_quantization, named_quantizers, toggling
+from qdq.samples import count_samples
 from qdq.units import Unit
 
 
@@ -63,7 +64,7 @@ def screen_units(
         used.append(batch)
         for name, energy in _screen_batch(model, batch, reference, units, mode, random).items():
             totals[name] += energy
-    scale = sum(map(count_rows, batches)) / sum(map(count_rows, used))
+    scale = sum(map(count_samples, batches)) / sum(map(count_samples, used))
     return {name: scale * energy for name, energy in totals.items()}
 
 

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 
 from qdq.errors import DataError
-from qdq.forward import floats_of, tensors_of
+from qdq.forward import floats_of
+from qdq.samples import count_samples
 
 ErrorSums = npt.NDArray[np.float64]
 """One row a sample, or one for a batch whose outputs do not tell its samples apart; the columns can be summed."""
@@ -150,7 +151,7 @@ def reduce_rows(metric: OutputMetric, rows: ErrorSums) -> tuple[float, float]:
 
 def find_rows(batch: Any, reference: Any) -> int:
     """Rows that `collect` gives: one a sample, or one where the outputs do not tell the samples apart."""
-    rows = count_rows(batch)
+    rows = count_samples(batch)
     return (
         rows
         if all(tensor.dim() and tensor.shape[0] == rows for tensor in floats_of(reference))
@@ -173,11 +174,6 @@ def draw_sums(rows: ErrorSums) -> ErrorSums:
     counts = random.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=_DRAWS)
     sums: ErrorSums = counts @ rows
     return sums
-
-
-def count_rows(batch: Any) -> int:
-    """Samples in a batch: the first dimension of its first tensor that has one."""
-    return next((tensor.shape[0] for tensor in tensors_of(batch) if tensor.dim()), 1)
 
 
 def _as_rows(tensors: list[torch.Tensor], rows: int) -> torch.Tensor:

@@ -35,6 +35,7 @@ from qdq.qat.record import Measurement, Record
 from qdq.qat.trainer import Trainer, copy_float, digest_weights
 from qdq.qat.watch import BadRange, Oscillation, find_bad_ranges
 from qdq.run import set_seed
+from qdq.samples import count_samples
 from qdq.schedule import Schedule
 
 __all__ = [
@@ -477,18 +478,10 @@ def _measure_distance(teacher: nn.Module | None, held: list[Any]) -> Callable[[n
 
 def _measure_loss(loss: Loss, held: list[Any]) -> Callable[[nn.Module], float]:
     """Minus the loss of the task, the mean over the samples."""
-    sizes = [_count_samples(batch) for batch in held]
+    sizes = [count_samples(batch) for batch in held]
 
     def measure(model: nn.Module) -> float:
         losses = [float(run_with_loss(model, loss, batch)[1]) for batch in held]
         return -float(np.average(losses, weights=sizes))
 
     return measure
-
-
-def _count_samples(batch: Any) -> int:
-    """Of a batch as `trace.call_model` takes it; detectors are given a list of images."""
-    inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if isinstance(inputs, list):
-        return len(inputs)
-    return max((len(tensor) for tensor in tensors_of(inputs) if tensor.dim()), default=1)

@@ -289,39 +289,38 @@ def find_quantizer_pairs(path):
     pairs = []
     for node in model.graph.node:
         if node.op_type == "Concat":
-            major = None
-            for qnode in find_all_with_input_node(model, node.output[0]):
-                if qnode.op_type != "QuantizeLinear":
-                    continue
-                name = find_quantize_conv_name(
-                    model, find_quantizelinear_conv(model, qnode).input[1]
-                )
-                if major is None:
-                    major = name
-                else:
-                    pairs.append([major, name])
-            if major is None:
-                continue
-            for sub in model.graph.node:
-                if sub.op_type == "QuantizeLinear" and sub.input[0] in node.input:
-                    pairs.append(
-                        [
-                            major,
-                            find_quantize_conv_name(
-                                model, find_quantizelinear_conv(model, sub).input[1]
-                            ),
-                        ]
-                    )
+            pairs += find_concat_pairs(model, node)
         elif node.op_type == "MaxPool":
-            qnode = find_with_input_node(model, node.output[0])
-            if qnode is None or qnode.op_type != "QuantizeLinear":
-                continue
-            major = find_quantize_conv_name(model, find_quantizelinear_conv(model, qnode).input[1])
-            for same in find_all_with_input_node(model, node.input[0]):
-                if same.op_type == "QuantizeLinear":
-                    conv = find_quantizelinear_conv(model, same)
-                    pairs.append([major, find_quantize_conv_name(model, conv.input[1])])
+            pairs += find_pooling_pairs(model, node)
     return pairs
+
+
+def name_reader(model, quantize):
+    """The layer that reads what a QuantizeLinear makes."""
+    return find_quantize_conv_name(model, find_quantizelinear_conv(model, quantize).input[1])
+
+
+def find_concat_pairs(model, concat):
+    readers = find_all_with_input_node(model, concat.output[0])
+    behind = [name_reader(model, node) for node in readers if node.op_type == "QuantizeLinear"]
+    if not behind:
+        return []
+    major, *minors = behind
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear" and node.input[0] in concat.input:
+            minors.append(name_reader(model, node))
+    return [[major, minor] for minor in minors]
+
+
+def find_pooling_pairs(model, pooling):
+    quantize = find_with_input_node(model, pooling.output[0])
+    if quantize is None or quantize.op_type != "QuantizeLinear":
+        return []
+    major = name_reader(model, quantize)
+    beside = find_all_with_input_node(model, pooling.input[0])
+    return [
+        [major, name_reader(model, node)] for node in beside if node.op_type == "QuantizeLinear"
+    ]
 
 
 def get_attr_with_path(module, path):

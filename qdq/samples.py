@@ -1,0 +1,94 @@
+"""The samples of a batch: how many there are, which batches have any, several batches as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._pytree import keystr, tree_map_with_path
+
+from qdq.errors import DataError
+from qdq.forward import require_batches, split_inputs, tensors_of
+
+
+def count_samples(batch: Any) -> int:
+    """Number of samples in a batch as `forward.call_model` takes it.
+
+    It is the length of the first tensor of the inputs that has a dimension, or the length of a list of inputs, such as
+    the images of a detector. A batch without such a tensor is one sample.
+    """
+    args, kwargs = split_inputs(batch)
+    if len(args) == 1 and isinstance(args[0], list):
+        return len(args[0])
+    for tensor in tensors_of((args, kwargs)):
+        if tensor.dim() > 0:
+            return len(tensor)
+    return 1
+
+
+def list_filled_batches(batches: Iterable[Any]) -> list[Any]:
+    """The batches that hold samples.
+
+    Raises:
+        ArgumentTypeError: One tensor or dictionary instead of batches.
+        DataError: There is none.
+    """
+    require_batches(batches)
+    num_batches = 0
+    filled = []
+    for batch in batches:
+        num_batches += 1
+        if all(tensor.numel() for tensor in tensors_of(split_inputs(batch))):
+            filled.append(batch)
+    if filled:
+        return filled
+    fault = f"all {num_batches} batches are empty" if num_batches else "there is no batch"
+    raise DataError(
+        f"{fault}.", "give at least one with samples, for instance of the calibration data."
+    )
+
+
+def join_batches(batches: Iterable[Any]) -> Any:
+    """All batches as one, for `forward.call_model`.
+
+    Tensors with one row a sample are joined along their first axis. Anything else, such as a table of positions or a
+    number, must be the same in every batch, and the result holds it once.
+
+    Raises:
+        ArgumentTypeError: One tensor or dictionary instead of batches.
+        DataError: No batch with samples, or batches that differ in anything else than their samples.
+    """
+    filled = list_filled_batches(batches)
+    sizes = [count_samples(batch) for batch in filled]
+    try:
+        args, kwargs = tree_map_with_path(partial(_join, sizes), *map(split_inputs, filled))
+    except (RuntimeError, ValueError) as error:
+        raise DataError(
+            f"the batches cannot be joined into one: {error}",
+            "give batches that differ in their first size only.",
+        ) from error
+    return kwargs or (args[0],)
+
+
+def _join(sizes: list[int], path: Any, *leaves: Any) -> Any:
+    if all(is_by_sample(leaf, size) for leaf, size in zip(leaves, sizes, strict=True)):
+        return torch.cat(leaves)
+    if all(_are_equal(leaves[0], leaf) for leaf in leaves[1:]):
+        return leaves[0]
+    raise DataError(
+        f"the input {keystr(path[1:])} differs between batches, and its first axis is not the samples.",
+        "give it the samples first, the same in every batch, or one batch only.",
+    )
+
+
+def is_by_sample(leaf: Any, size: int) -> bool:
+    """Whether a part of a batch is a tensor with one row for each of its `size` samples."""
+    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and len(leaf) == size
+
+
+def _are_equal(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    return bool(first == second)
