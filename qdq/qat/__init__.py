@@ -1,7 +1,7 @@
-"""Fine-tuning (QAT): win back what quantization lost, with labels or without, and export as before.
+"""Fine-tuning (QAT): win back the accuracy that quantization lost, with or without labels; export stays the same.
 
-The forward is fake-quantized as ever, and the gradient passes straight through (see `qdq.quantizer`). By default the
-ranges of calibration stay and the float model teaches the quantized one.
+The forward pass is fake-quantized, and the gradient passes straight through (see `qdq.quantize`). By default the
+calibrated ranges stay fixed and the float model teaches the quantized one.
 """
 
 from __future__ import annotations
@@ -9,32 +9,31 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from qdq.calibrate.collect import digest_tensors
 from qdq.distributed import failing_together, find_rank, gather_bytes, joining_processes
-from qdq.errors import ArgumentError, ArgumentTypeError, DataError, StateError
+from qdq.errors import ArgumentError, ArgumentTypeError, StateError
 from qdq.evaluate import predict
 from qdq.files import to_jsonable, write_json
 from qdq.forward import find_device, require_batches, require_model, tensors_of
 from qdq.metrics import sqnr_db
 from qdq.patterns import Pattern
-from qdq.qat.checkpoint import keeping_random_state, load_tuned, save_tuned, unpack_random
+from qdq.qat.checkpoint import keeping_random_state, load_tuned, save_tuned
+from qdq.qat.epochs import digest_first_batch, find_generators, iterate_epochs, read_held_out
 from qdq.qat.losses import Distillation, Loss, Objective, cross_entropy, run_with_loss
 from qdq.qat.ranges import require_ranges
 from qdq.qat.record import Measurement, Record
 from qdq.qat.trainer import Trainer, copy_float, digest_weights
 from qdq.qat.watch import BadRange, Oscillation, find_bad_ranges
-from qdq.run import set_seed
 from qdq.samples import count_samples
 from qdq.schedule import Schedule
 
@@ -52,10 +51,10 @@ logger = logging.getLogger(__name__)
 
 SUMMARY_FILE = "tuning.json"
 _PERSISTENT = (
-    "the random numbers of persistent_workers go on from epoch to epoch and cannot be saved: where data draws some, "
-    "a run that is resumed sees other data; leave persistent_workers out for the same losses"
+    "persistent_workers carry their random numbers from epoch to epoch, and these cannot be saved: where the data "
+    "is drawn at random, a resumed run sees other data; leave persistent_workers out to get the same losses"
 )
-_MEASUREMENTS = 10  # of the metric, where nothing else is said
+_MEASUREMENTS = 10  # of the metric in a run, unless measure_every says otherwise
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,9 @@ class Tuning:
 
     Args:
         losses: Loss of each step.
-        curve: The metric before, between and after; empty where there is none.
+        curve: The metric before, during and after training; empty without a metric.
         best_step: The step whose weights the model has now.
-        stopped: Why it ended before the last step, "" if it did not.
+        stopped: Why training ended before the last step, "" if it did not.
         oscillating: Layers whose weights went back and forth between two codes, see `OscillationWatch`.
         bad_ranges: Ranges that do not fit what they quantize.
         seconds: Time of all steps, without measurements.
@@ -81,21 +80,25 @@ class Tuning:
     seconds: float
 
     def format_table(self) -> str:
-        """The curve, then what does not look right."""
-        steps = len(self.losses)
-        lines = [
-            f"{steps} steps, {self.seconds / max(steps, 1):.2f} s a step; the model is that of step {self.best_step}"
-            + (f"; {self.stopped}" if self.stopped else ""),
-            "   step   metric     loss        lr",
-        ]
-        for m in self.curve:
-            loss = "       -" if m.loss is None else f"{m.loss:8.5f}"
-            lines.append(f"  {m.step:5d}  {m.metric:7.2f}  {loss}  {m.lr:8.1e}")
-        for each in self.oscillating:
+        """The curve, then oscillating weights and ranges that do not fit."""
+        num_steps = len(self.losses)
+        seconds = self.seconds / max(num_steps, 1)
+        title = (
+            f"{num_steps} steps, {seconds:.2f} s a step; the model is that of step {self.best_step}"
+        )
+        if self.stopped:
+            title += f"; {self.stopped}"
+        lines = [title, "   step   metric     loss        lr"]
+        for point in self.curve:
+            loss = "       -" if point.loss is None else f"{point.loss:8.5f}"
+            lines.append(f"  {point.step:5d}  {point.metric:7.2f}  {loss}  {point.lr:8.1e}")
+        for layer in self.oscillating:
             lines.append(
-                f"  {each.layer}: {each.share:.1%} of its weights oscillate between two codes"
+                f"  {layer.layer}: {layer.share:.1%} of its weights oscillate between two codes"
             )
-        return "\n".join(lines + [f"  {each.quantizer}: {each.reason}" for each in self.bad_ranges])
+        for bad_range in self.bad_ranges:
+            lines.append(f"  {bad_range.quantizer}: {bad_range.reason}")
+        return "\n".join(lines)
 
 
 def finetune(
@@ -119,169 +122,151 @@ def finetune(
 ) -> Tuning:
     """Train a calibrated model with its quantizers on, in place.
 
-    The model stays in evaluation mode (no dropout), but for live BatchNorm at first. Under `torchrun` every process
-    passes the same model and batches and takes its share of the samples of each; the gradients are the mean over all
-    samples, so that the result is that of one process. The first process alone reads and writes files, and its metric
-    counts. The group of the processes is joined for the call, unless torch.distributed has one already.
+    The model stays in evaluation mode (no dropout), except that BatchNorm is live at first. Under `torchrun` every
+    process passes the same model and batches and takes its part of the samples of each batch. The gradients are the
+    mean over all samples, so the result is that of one process. Only the first process reads and writes files, and its
+    metric counts. The process group is joined for the call, unless torch.distributed has one already.
 
-    With `folder`, a run that was killed goes on where it was when it is called again in the same way, with the same
-    losses; one that an error or Ctrl-C ends has lost no step.
+    With `folder`, a killed run resumes when it is called again in the same way, and gives the same losses. A run that
+    ends with an error or Ctrl-C loses no step.
 
     Args:
         model: A calibrated model, on its device. At the end it has the weights with the best metric, or the last ones.
-        batches: What the model is called with (see `trace.call_model`), iterated over again in every epoch: a
-            DataLoader, a list. The seed and the number of the epoch seed the random numbers that it shuffles with, and
-            the `generator` of a DataLoader or its samplers; `set_epoch(epoch)` of them is called where there is one.
-        loss: `(outputs, batch) -> scalar`, the mean over the samples: `cross_entropy`, or that of a detector. "own":
-            what the model itself gives in training mode, see `losses.run_with_loss`. None: distillation alone, which
-            needs no labels.
+        batches: What the model is called with (see `forward.call_model`), a list or a DataLoader: every epoch iterates
+            over it. The seed and the number of the epoch seed the random numbers that it shuffles with, and the
+            `generator` of a DataLoader and of its samplers. If a sampler has `set_epoch(epoch)`, it is called.
+        loss: `(outputs, batch) -> scalar`, the mean over the samples: `cross_entropy`, or the loss of a detector.
+            "own": the loss that the model itself returns in training mode, see `losses.run_with_loss`. None:
+            distillation alone, which needs no labels.
         distillation: The distance to the teacher; None leaves it out.
         teacher: The float model; None: the model as it is now, with its quantizers off.
         schedule: Length and learning rates.
         ranges: "frozen", "lsq", "pact" or "ema", see `RangeTuning`.
-        train: "all", "ranges" (learned ranges only) or "batchnorm" (the statistics of live BatchNorm only, no range).
-            Parameters with `requires_grad=False` stay as they are.
-        layers: Patterns (see `qdq.patterns`) of modules; only what is in them is trained, their ranges and the
-            statistics of their BatchNorm too. None: everything.
-        held: Batches that are not trained on; read once, with the random numbers of `seed`. The metric is what is
-            trained for: with `loss` minus that loss, so they need what it needs; else the SQNR of the first output
-            against the teacher's, in dB.
+        train: "all", "ranges" (learned ranges only) or "batchnorm" (only the statistics of live BatchNorm, no range).
+            Parameters with `requires_grad=False` do not change.
+        layers: Patterns (see `qdq.patterns`) of modules. Only these are trained, with their ranges and the statistics
+            of their BatchNorm. None: everything.
+        held: Held-out batches, which are not trained on. They are read once, with the random numbers of `seed`. The
+            metric follows the training goal: with `loss` it is minus that loss, so the batches need the same labels;
+            otherwise it is the SQNR of the first output against that of the teacher, in dB.
         metric: `model -> number`, higher is better, instead.
-        measure_every: Steps between two measurements; None: a tenth of all.
-        folder: Keeps the state of the run, the best and the last model and a summary; a run that is finished is read.
-            Of `loss`, `metric` and patterns that are functions the names are compared, not what they compute.
+        measure_every: Steps between two measurements; None: a tenth of all steps.
+        folder: Holds the state of the run, the best and the last model and a summary. A finished run is read back. For
+            `loss`, `metric` and patterns that are functions, only the names are compared with those of an earlier run.
         tensorboard: Write loss, metric, learning rate and ranges as scalars into `folder`/tensorboard.
         amp: Compute in bfloat16 where torch.autocast does so; weights and quantizers stay in float32.
         seed: Of the order of the data.
 
     Returns:
-        Losses, the curve of the metric, and what did not look right.
+        Losses, the curve of the metric, and warnings about weights and ranges.
 
     Raises:
-        ArgumentError: Options that do not go together, have nothing to act on or are out of range; a loss that depends
-            on nothing that is trained; weights in float16; a folder that cannot be written to, or that holds a run of
+        ArgumentError: Options that contradict each other, have no effect or are out of range; a loss that depends on
+            nothing that is trained; weights in float16; a folder that cannot be written to, or that holds a run of
             another model or with other settings.
-        ArgumentTypeError: One tensor or dictionary instead of batches; a number of another kind.
-        DataError: No batch, or none any more, or none to measure on; a batch that cannot be shared among processes, or
-            has no labels; a damaged file in the folder.
+        ArgumentTypeError: One tensor or dictionary instead of batches; a number of another type.
+        DataError: No batch to train or to measure on; an iterator that ran out; a batch that cannot be split among the
+            processes, or that has no labels; a damaged file in the folder.
         DependencyError: `tensorboard` without the package.
-        StateError: A quantizer has no range; the loss or a gradient is NaN or Inf, with the layer in which it began;
-            the processes do not begin alike, or another one failed. The model then has its best, or else its last
-            good weights.
+        StateError: A quantizer has no range; the loss or a gradient is NaN or Inf (the message names the layer where it
+            starts); the processes do not start in the same state, or another process failed. The model then has its
+            best weights, or its last good ones.
     """
     require_model(model)
     with joining_processes(find_device(model)), ExitStack() as exits:
-        exits.enter_context(keeping_random_state(_find_generators(batches)))
+        exits.enter_context(keeping_random_state(find_generators(batches)))
         with failing_together(StateError):
             require_batches(batches)
             require_ranges(model)
-            _require_numbers(seed, measure_every)
-            _require_useful(
-                teacher,
-                distillation,
-                schedule,
-                measure_every,
-                metric is not None or held is not None,
-            )
-            taught_by = "" if teacher is None else digest_weights(teacher)
-            if teacher is None and distillation is not None:
-                teacher = copy_float(model)
-            total = schedule.count_steps(batches)
-            settings: dict[str, Any] = {
-                "weights": digest_weights(model),
-                "schedule": asdict(schedule),
-                "steps": total,
-                "ranges": ranges,
-                "train": train,
-                "distillation": _describe_distillation(distillation),
-                "teacher": taught_by,
-                "loss": _name(loss),
-                "metric": _name(metric),
-                "amp": amp,
-                "seed": seed,
-            }
-            if folder is not None and getattr(batches, "persistent_workers", False):
-                logger.warning(_PERSISTENT)
-            if folder is not None or find_rank()[1] > 1:
-                settings["data"] = _digest_first(batches, seed)
-            objective = Objective(model, teacher, loss, distillation)
-            trainer = Trainer(
-                model,
-                objective,
-                schedule,
-                total,
+            options = _Options(
+                schedule=schedule,
                 ranges=ranges,
                 train=train,
                 layers=layers,
+                measure_every=measure_every,
+                folder=None if folder is None else Path(folder),
+                tensorboard=tensorboard,
                 amp=amp,
+                seed=seed,
             )
-            exits.callback(trainer.finish)
-            settings["layers"] = trainer.digest_trained()
-            every = settings["measure_every"] = measure_every or max(total // _MEASUREMENTS, 1)
-            if metric is None and held is not None:
-                kept = [trainer.place(batch) for batch in _read_held(held, seed)]
-                settings["held"] = digest_tensors(tensors_of(kept))
-                metric = _measure_loss(loss, kept) if loss else _measure_distance(teacher, kept)
-            settings = to_jsonable(settings)
-            record = Record(
-                trainer,
-                metric,
-                every,
-                None if folder is None else Path(folder),
-                settings,
-                tensorboard,
-            )
-            exits.callback(record.close)
-        _require_alike(settings | {"folder": folder is not None})
-        stopped, batch = _run(trainer, record, batches, seed, schedule.patience)
+            is_measured = metric is not None or held is not None
+            _require_useful(options, teacher, distillation, is_measured)
+            task = _Task(model, teacher, loss, distillation, metric)
+            trainer, record = _prepare(task, batches, held, options, exits)
+        _require_alike(record.settings | {"folder": folder is not None})
+        stopped, last_batch = _run(trainer, record, batches, options)
         best_step = record.finish()
-        if batch is None:  # the run in the folder was finished before
-            batch = next(iter(batches), None)
+        if last_batch is None:  # the run in the folder was finished before
+            last_batch = next(iter(batches), None)
         trainer.finish()
-        oscillating = trainer.watch.find() if trainer.watch else ()
-        bad_ranges = () if batch is None else find_bad_ranges(model, trainer.place(batch))
         tuning = Tuning(
-            tuple(record.losses),
-            tuple(record.curve),
-            best_step,
-            stopped,
-            oscillating,
-            bad_ranges,
-            record.seconds,
+            losses=tuple(record.losses),
+            curve=tuple(record.curve),
+            best_step=best_step,
+            stopped=stopped,
+            oscillating=trainer.watch.find() if trainer.watch else (),
+            bad_ranges=_find_bad_ranges(trainer, last_batch),
+            seconds=record.seconds,
         )
-        if folder is not None and find_rank()[0] == 0:
-            write_json(Path(folder) / SUMMARY_FILE, tuning)
+        if options.folder is not None and find_rank()[0] == 0:
+            write_json(options.folder / SUMMARY_FILE, tuning)
     return tuning
 
 
-def _require_numbers(seed: int, measure_every: int | None) -> None:
-    """Refuse numbers that cannot be meant.
+@dataclass(frozen=True)
+class _Options:
+    """How to train; the fields are the parameters of `finetune` of the same names.
 
     Raises:
-        ArgumentError: With the one.
+        ArgumentError: A number out of range.
         ArgumentTypeError: No integer.
     """
-    for name, value in (("seed", seed), ("measure_every", measure_every)):
-        if isinstance(value, bool) or not isinstance(value, int | None):
-            raise ArgumentTypeError(
-                f"{name} is {value!r}, a {type(value).__name__}.", "give an integer."
+
+    schedule: Schedule
+    ranges: str
+    train: str
+    layers: Iterable[Pattern] | None
+    measure_every: int | None
+    folder: Path | None
+    tensorboard: bool
+    amp: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("seed", "measure_every"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | None):
+                raise ArgumentTypeError(
+                    f"{name} is {value!r}, a {type(value).__name__}.", "give an integer."
+                )
+        if not 0 <= self.seed < 2**32:
+            raise ArgumentError(
+                f"seed is {self.seed}; it must be 0 to {2**32 - 1}.", "choose another seed."
             )
-    if not 0 <= seed < 2**32:
-        raise ArgumentError(f"seed is {seed}; it must be 0 to {2**32 - 1}.", "choose another seed.")
-    if measure_every is not None and measure_every < 1:
-        raise ArgumentError(
-            f"measure_every is {measure_every}; it must be 1 or more.", "leave it out."
-        )
+        if self.measure_every is not None and self.measure_every < 1:
+            raise ArgumentError(
+                f"measure_every is {self.measure_every}; it must be 1 or more.", "leave it out."
+            )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What to train, and what for; the fields are the parameters of `finetune` of the same names."""
+
+    model: nn.Module
+    teacher: nn.Module | None
+    loss: Loss | None
+    distillation: Distillation | None
+    metric: Callable[[nn.Module], float] | None
 
 
 def _require_useful(
+    options: _Options,
     teacher: nn.Module | None,
     distillation: Distillation | None,
-    schedule: Schedule,
-    measure_every: int | None,
     is_measured: bool,
 ) -> None:
-    """Refuse what would change nothing.
+    """Refuse options that would have no effect.
 
     Raises:
         ArgumentError: With the option, and what it needs.
@@ -291,59 +276,149 @@ def _require_useful(
             "there is a teacher, but no distillation.",
             "leave the teacher out, or pass a Distillation.",
         )
-    if schedule.patience is not None and not is_measured:
+    if options.schedule.patience is not None and not is_measured:
         raise ArgumentError(
             "patience waits for a better metric, and there is none.", "give held, or a metric."
         )
-    if measure_every is not None and not is_measured:
+    if options.measure_every is not None and not is_measured:
         raise ArgumentError(
             "measure_every is given, and there is no metric.",
             "give held or a metric, or leave it out.",
         )
 
 
-def _require_alike(facts: dict[str, Any]) -> None:
-    """Refuse processes that do not begin with the same facts; all of them end then.
+def _prepare(
+    task: _Task,
+    batches: Iterable[Any],
+    held: Iterable[Any] | None,
+    options: _Options,
+    exits: ExitStack,
+) -> tuple[Trainer, Record]:
+    """The trainer of a model and the record of its run; `exits` undoes what they change.
 
     Raises:
-        StateError: With the names of those that differ.
+        ArgumentError: As for `finetune`.
+        DataError: As for `finetune`.
+        DependencyError: As for `finetune`.
     """
-    first, *others = [json.loads(content) for content in gather_bytes(json.dumps(facts).encode())]
-    names = dict.fromkeys(name for each in (first, *others) for name in each)
-    if different := [
-        name for name in names if any(other.get(name) != first.get(name) for other in others)
-    ]:
+    num_steps = options.schedule.count_steps(batches)
+    settings = _describe_settings(task, batches, options, num_steps)
+    teacher = task.teacher
+    if teacher is None and task.distillation is not None:
+        teacher = copy_float(task.model)
+    trainer = Trainer(
+        task.model,
+        Objective(task.model, teacher, task.loss, task.distillation),
+        options.schedule,
+        num_steps,
+        ranges=options.ranges,
+        train=options.train,
+        layers=options.layers,
+        amp=options.amp,
+    )
+    exits.callback(trainer.finish)
+    settings["layers"] = trainer.digest_trained()
+
+    measure_every = options.measure_every or max(num_steps // _MEASUREMENTS, 1)
+    settings["measure_every"] = measure_every
+    metric = task.metric
+    if metric is None and held is not None:
+        held_out = [trainer.place(batch) for batch in read_held_out(held, options.seed)]
+        settings["held"] = digest_tensors(tensors_of(held_out))
+        metric = _make_metric(task.loss, teacher, held_out)
+    record = Record(
+        trainer,
+        metric,
+        measure_every,
+        options.folder,
+        to_jsonable(settings),
+        options.tensorboard,
+    )
+    exits.callback(record.close)
+    return trainer, record
+
+
+def _describe_settings(
+    task: _Task, batches: Iterable[Any], options: _Options, num_steps: int
+) -> dict[str, Any]:
+    """What a run depends on: a folder holds the run of one such description, and all processes must agree on it."""
+    settings: dict[str, Any] = {
+        "weights": digest_weights(task.model),
+        "schedule": asdict(options.schedule),
+        "steps": num_steps,
+        "ranges": options.ranges,
+        "train": options.train,
+        "distillation": _describe_distillation(task.distillation),
+        "teacher": "" if task.teacher is None else digest_weights(task.teacher),
+        "loss": _name(task.loss),
+        "metric": _name(task.metric),
+        "amp": options.amp,
+        "seed": options.seed,
+    }
+    is_compared = options.folder is not None or find_rank()[1] > 1
+    if is_compared:
+        settings["data"] = digest_first_batch(batches, options.seed)
+    if options.folder is not None and getattr(batches, "persistent_workers", False):
+        logger.warning(_PERSISTENT)
+    return settings
+
+
+def _require_alike(facts: dict[str, Any]) -> None:
+    """Refuse processes that do not start with the same facts; all of them end then.
+
+    Raises:
+        StateError: With the names of the facts that differ.
+    """
+    contents = gather_bytes(json.dumps(facts).encode())
+    facts_of_processes = [json.loads(content) for content in contents]
+    first = facts_of_processes[0]
+    different: list[str] = []
+    for facts_of_process in facts_of_processes[1:]:
+        for name in first | facts_of_process:
+            if facts_of_process.get(name) != first.get(name) and name not in different:
+                different.append(name)
+    if different:
         raise StateError(
-            f"the processes do not begin alike: {', '.join(different)} differ.",
+            f"the processes do not start in the same state: {', '.join(different)} differ.",
             "give all of them the same model (weights, ranges, formats, layers in float), options and "
-            "batches; each takes its share of every batch by itself.",
+            "batches; each process takes its part of every batch itself.",
         )
 
 
 def _run(
-    trainer: Trainer, record: Record, batches: Iterable[Any], seed: int, patience: int | None
+    trainer: Trainer, record: Record, batches: Iterable[Any], options: _Options
 ) -> tuple[str, Any]:
-    """All steps that are left; why they ended early ("" if they did not), and the last batch."""
+    """Take all steps that are left.
+
+    Returns:
+        Why they ended early ("" if they did not), and the last batch (None if there was no step left).
+    """
     random_state = record.resume()
     if not record.losses:
         record.measure()
-    stopped, batch = _reason_to_stop(record, patience), None
-    stream = _iterate(batches, seed, record.epoch, random_state)
-    hidden = True if find_rank()[0] else None
-    with tqdm(
-        total=trainer.total, initial=trainer.step, desc="fine-tune", unit="step", disable=hidden
-    ) as progress:
+    batch = None
+    patience = options.schedule.patience
+    stopped = _reason_to_stop(record, patience)
+    stream = iterate_epochs(batches, options.seed, record.epoch, random_state)
+    progress = tqdm(
+        total=trainer.total,
+        initial=trainer.step,
+        desc="fine-tune",
+        unit="step",
+        disable=True if find_rank()[0] else None,
+    )
+    with progress:
         while trainer.step < trainer.total and not stopped:
             try:
                 with trainer.failing_together():
                     record.save_when_due()
                     batch, epoch = next(stream)
-                began = time.perf_counter()
+                start = time.perf_counter()
                 loss = trainer.run_step(batch)
             except BaseException:  # Ctrl-C too
                 record.abandon()
                 raise
-            record.add_step(loss, epoch, time.perf_counter() - began)
+            record.add_step(loss, epoch, time.perf_counter() - start)
             progress.update()
             progress.set_postfix_str(_describe(record), refresh=False)
             stopped = _reason_to_stop(record, patience)
@@ -351,8 +426,10 @@ def _run(
 
 
 def _describe(record: Record) -> str:
-    metric = f", metric {record.curve[-1].metric:.2f}" if record.curve else ""
-    return f"loss {record.losses[-1]:.4g}{metric}"
+    text = f"loss {record.losses[-1]:.4g}"
+    if record.curve:
+        text += f", metric {record.curve[-1].metric:.2f}"
+    return text
 
 
 def _reason_to_stop(record: Record, patience: int | None) -> str:
@@ -361,127 +438,63 @@ def _reason_to_stop(record: Record, patience: int | None) -> str:
     return f"stopped: {patience} measurements in a row were not better"
 
 
-def _iterate(
-    batches: Iterable[Any],
-    seed: int,
-    begin: tuple[int, int],
-    random_state: Mapping[str, torch.Tensor],
-) -> Iterator[tuple[Any, tuple[int, int]]]:
-    """Batches without end, each with its epoch and how many of that epoch have been taken with it.
-
-    Each epoch seeds all random numbers by itself, so that it can be begun anew and skipped to where a run was.
-
-    Raises:
-        DataError: An epoch without a batch.
-    """
-    epoch, skipped = begin
-    while True:
-        _begin_epoch(batches, seed, epoch)
-        taken = 0
-        for taken, batch in enumerate(batches, 1):
-            if taken <= skipped:
-                if taken == skipped and random_state:
-                    unpack_random(random_state)
-                continue
-            yield batch, (epoch, taken)
-        if not taken:
-            found = (
-                "the batches ran out: an iterator gives them once"
-                if epoch
-                else "there is no batch to train on"
-            )
-            raise DataError(
-                f"{found}.", "give batches that can be iterated over again, a list or a DataLoader."
-            )
-        epoch, skipped, random_state = epoch + 1, 0, {}
+def _find_bad_ranges(trainer: Trainer, batch: Any) -> tuple[BadRange, ...]:
+    if batch is None:
+        return ()
+    return find_bad_ranges(trainer.model, trainer.place(batch))
 
 
 def _describe_distillation(distillation: Distillation | None) -> Any:
     """Weights and layers, in the same words in every process."""
     if distillation is None:
         return None
-    layers = distillation.layers
-    patterns = [layers] if isinstance(layers, str | type) or callable(layers) else layers
-    return {
-        **vars(distillation),
-        "layers": [each if isinstance(each, str) else _name(each) for each in patterns],
-    }
+    patterns: Any = distillation.layers
+    if isinstance(patterns, str | type) or callable(patterns):
+        patterns = [patterns]
+    layers = [pattern if isinstance(pattern, str) else _name(pattern) for pattern in patterns]
+    return {**vars(distillation), "layers": layers}
 
 
 def _name(function: Any) -> str:
-    """Of a function, a class or an object that is called; "" of None. What it computes is not compared."""
+    """Name of a function, a class or a callable object, "" for None. Its code is not compared."""
     if function is None:
         return ""
     name: str = getattr(function, "__qualname__", type(function).__qualname__)
     return name
 
 
-def _digest_first(batches: Iterable[Any], seed: int) -> str:
-    """What tells one training set from another: the first batch, labels too; "" where looking would use it up."""
-    if iter(batches) is batches:
-        return ""
-    with keeping_random_state():
-        _begin_epoch(batches, seed, 0)
-        return next((digest_tensors(tensors_of(batch)) for batch in batches), "")
-
-
-def _read_held(held: Iterable[Any], seed: int) -> list[Any]:
-    """The batches to measure on; where they are drawn at random, the same for a seed.
-
-    Raises:
-        ArgumentTypeError: One tensor or dictionary instead of batches.
-        DataError: There is none.
-    """
-    require_batches(held)
-    with keeping_random_state(_find_generators(held)):
-        _begin_epoch(held, seed, 0)
-        kept = list(held)
-    if not kept:
-        raise DataError(
-            "there is no batch to measure on.", "give held at least one batch, or leave it out."
-        )
-    return kept
-
-
-def _begin_epoch(batches: Any, seed: int, epoch: int) -> None:
-    """Seed the global random numbers and the generators of the batches, and tell samplers the epoch."""
-    common, own = (
-        int(number) for number in np.random.SeedSequence([seed, epoch]).generate_state(2)
-    )
-    set_seed(common)
-    for generator in _find_generators(batches):
-        generator.manual_seed(own)
-    for owner in _find_samplers(batches):
-        if set_epoch := getattr(owner, "set_epoch", None):
-            set_epoch(epoch)
-
-
-def _find_generators(batches: Any) -> list[torch.Generator]:
-    """Random numbers that a DataLoader or its samplers have for themselves."""
-    owned = [getattr(owner, "generator", None) for owner in _find_samplers(batches)]
-    return [generator for generator in owned if isinstance(generator, torch.Generator)]
-
-
-def _find_samplers(batches: Any) -> list[Any]:
-    """The batches themselves, and what a DataLoader draws its order from."""
-    drawn = getattr(batches, "batch_sampler", None)
-    found = [batches, drawn, getattr(batches, "sampler", None), getattr(drawn, "sampler", None)]
-    return list({id(owner): owner for owner in found}.values())
-
-
-def _measure_distance(teacher: nn.Module | None, held: list[Any]) -> Callable[[nn.Module], float]:
-    """SQNR of the first output against the teacher's, in dB."""
+def _make_metric(
+    loss: Loss | None, teacher: nn.Module | None, held_out: list[Any]
+) -> Callable[[nn.Module], float]:
+    """The metric that fits what is trained for, on batches that are not trained on; higher is better."""
+    if loss is not None:
+        return _LossMetric(loss, held_out)
     assert teacher is not None  # noqa: S101  # without a loss there is distillation
-    expected = predict(teacher, held)
-    return lambda model: sqnr_db(expected, predict(model, held))
+    return _DistanceMetric(teacher, held_out)
 
 
-def _measure_loss(loss: Loss, held: list[Any]) -> Callable[[nn.Module], float]:
+class _DistanceMetric:
+    """SQNR of the first output against that of the teacher, in dB."""
+
+    def __init__(self, teacher: nn.Module, held_out: list[Any]) -> None:
+        self._batches = held_out
+        self._expected = predict(teacher, held_out)
+
+    def __call__(self, model: nn.Module) -> float:
+        return sqnr_db(self._expected, predict(model, self._batches))
+
+
+class _LossMetric:
     """Minus the loss of the task, the mean over the samples."""
-    sizes = [count_samples(batch) for batch in held]
 
-    def measure(model: nn.Module) -> float:
-        losses = [float(run_with_loss(model, loss, batch)[1]) for batch in held]
-        return -float(np.average(losses, weights=sizes))
+    def __init__(self, loss: Loss, held_out: list[Any]) -> None:
+        self._loss: Loss = loss
+        self._batches = held_out
+        self._sizes = [count_samples(batch) for batch in held_out]
 
-    return measure
+    def __call__(self, model: nn.Module) -> float:
+        losses = []
+        for batch in self._batches:
+            _, loss = run_with_loss(model, self._loss, batch)
+            losses.append(float(loss))
+        return -float(np.average(losses, weights=self._sizes))

@@ -1,4 +1,4 @@
-"""What fine-tuning lowers: the distance to the float model (distillation), the loss of the task, or both."""
+"""The loss of fine-tuning: the distance to the float model (distillation), the loss of the task, or both."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any, Literal
 
@@ -26,29 +27,28 @@ from qdq.units import name_block
 Loss = Callable[[Any, Any], torch.Tensor] | Literal["own"]
 """`(outputs of the model, batch) -> scalar`, the mean over the samples of the batch; "own": see `run_with_loss`."""
 
-_QUIET = (
-    1e-3  # of the mean energy of a batch; the error of a sample with less is measured against this
-)
-_TINY = 1e-30  # an energy that stands for 0, far enough from the smallest float32 to divide by
+# The error of a sample with less energy than this fraction of the mean of its batch is measured against the fraction.
+_MIN_ENERGY = 1e-3
+_TINY = 1e-30  # an energy that counts as 0, far enough from the smallest float32 to divide by
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """How far the quantized model may be from the float one; no labels are needed (Hinton et al., arXiv 1503.02531).
+    """The distance between the quantized and the float model; it needs no labels (Hinton et al., arXiv 1503.02531).
 
-    Each part is weighted and averaged over the samples.
+    The fields are the weights of its parts. Each part is averaged over the samples.
 
     Args:
         mse: Squared error of the outputs over the squares of the float ones; 0.01 is an SQNR of 20 dB.
-        kl: Kullback-Leibler divergence of the classes, for outputs `[N, classes]`; others have none.
+        kl: Kullback-Leibler divergence of the classes, for outputs `[N, classes]`; other outputs have none.
         features: Squared error of the outputs of `layers` over the squares of the float ones, averaged over the layers.
-            It holds the model to what the float one does inside, which keeps it from learning few images by heart.
+            It ties the inner layers to those of the float model, so that the model does not memorize a few images.
         layers: Patterns (see `qdq.patterns`) of the modules that `features` compares; of nested ones the outermost.
-            Empty: the blocks that hold layers with a quantized weight, `layer1.0` say (see `units.name_block`).
+            Empty: the blocks that hold layers with a quantized weight, for example `layer1.0` (see `units.name_block`).
 
     Raises:
         ArgumentError: A weight below 0, no weight above 0, or layers without features.
-        ArgumentTypeError: A weight that is no number.
+        ArgumentTypeError: A weight that is not a number.
     """
 
     mse: float = 1.0
@@ -73,7 +73,8 @@ class Distillation:
             )
         if self.layers and not self.features:
             raise ArgumentError(
-                "features is 0, so layers say nothing.", "give features a weight, or no layers."
+                "features is 0, so layers have no effect.",
+                "give features a weight, or leave layers out.",
             )
 
 
@@ -83,11 +84,11 @@ def cross_entropy(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
     Raises:
         DataError: The batch has no labels.
     """
-    if not (
-        isinstance(batch, tuple | list) and len(batch) > 1 and isinstance(batch[1], torch.Tensor)
-    ):
+    is_pair = isinstance(batch, tuple | list) and len(batch) > 1
+    if not is_pair or not isinstance(batch[1], torch.Tensor):
         raise DataError(
-            "a batch has no labels.", "give batches (images, labels), or distil: loss=None."
+            "a batch has no labels.",
+            "give batches (images, labels), or use distillation alone: loss=None.",
         )
     return F.cross_entropy(outputs.float(), batch[1])
 
@@ -98,11 +99,12 @@ class Objective:
     Args:
         model: The quantized model.
         teacher: The float model; None without distillation.
-        loss: The task's.
+        loss: The loss of the task.
         distillation: The distance to the teacher.
 
     Raises:
-        ArgumentError: Neither of the two, what does not go together, or layers that the models do not have.
+        ArgumentError: Neither loss nor distillation, options that contradict each other, or layers that the models do
+            not have.
     """
 
     def __init__(
@@ -112,33 +114,14 @@ class Objective:
         loss: Loss | None,
         distillation: Distillation | None,
     ) -> None:
-        if loss is None and distillation is None:
-            raise ArgumentError(
-                "there is no loss: no loss function and no distillation.", "give one of them."
-            )
-        if not (loss is None or loss == "own" or callable(loss)):
-            raise ArgumentError(
-                f"loss is {loss!r}.", "give a function (outputs, batch) -> scalar, or 'own'."
-            )
-        if loss == "own" and distillation is not None and (distillation.mse or distillation.kl):
-            found = (
-                "a model that gives its own loss gives no outputs to compare with the teacher's."
-            )
-            raise ArgumentError(
-                found,
-                "pass distillation=None, or Distillation(mse=0, kl=0) to compare the features.",
-            )
-        self._model, self._teacher, self._loss, self._distillation = (
-            model,
-            teacher,
-            loss,
-            distillation,
-        )
-        self._layers = (
-            _find_layers(model, distillation.layers)
-            if distillation and distillation.features
-            else []
-        )
+        _require_loss(loss, distillation)
+        self._model = model
+        self._teacher = teacher
+        self._loss = loss
+        self._distillation = distillation
+        self._layers: list[str] = []
+        if distillation is not None and distillation.features:
+            self._layers = _find_layers(model, distillation.layers)
         if teacher is not None and self._layers:
             _require_layers(teacher, self._layers)
 
@@ -146,50 +129,80 @@ class Objective:
         """The loss, a float32 scalar with its gradient.
 
         Raises:
-            ArgumentError: A loss that is no scalar, or outputs without a floating-point tensor.
+            ArgumentError: A loss that is not a scalar, or outputs without a floating-point tensor.
             StateError: A layer whose outputs are to be compared did not run.
         """
-        with _recording(self._model, self._layers) as found:
+        with _recording(self._model, self._layers) as features:
             outputs, total = run_with_loss(self._model, self._loss, batch)
-        if self._distillation is not None and self._teacher is not None:
-            with (
-                _plain_attention(),
-                evaluating(self._teacher),
-                _recording(self._teacher, self._layers) as expected,
-            ):
-                targets = call_model(self._teacher, batch)
-            if self._loss != "own":
-                total = total + _distance(self._distillation, outputs, targets)
-            if self._layers:
-                total = total + self._distillation.features * _compare_features(found, expected)
+        if self._distillation is None or self._teacher is None:
+            return total
+        with (
+            _plain_attention(),
+            evaluating(self._teacher),
+            _recording(self._teacher, self._layers) as expected_features,
+        ):
+            targets = call_model(self._teacher, batch)
+        if self._loss != "own":
+            total = total + _measure_distance(self._distillation, outputs, targets)
+        if self._layers:
+            distance = _compare_features(features, expected_features)
+            total = total + self._distillation.features * distance
         return total
 
 
-def _distance(distillation: Distillation, outputs: Any, targets: Any) -> torch.Tensor:
-    pairs = _pair(_floats(outputs), _floats(targets), "the model")
-    total = distillation.mse * torch.stack([relative_error(*pair) for pair in pairs]).mean()
-    classes = [divergence(*pair) for pair in pairs if pair[0].dim() == 2]
-    if not (distillation.mse or distillation.features or classes):
+def _require_loss(loss: Loss | None, distillation: Distillation | None) -> None:
+    """Refuse an objective without a loss, or with parts that contradict each other.
+
+    Raises:
+        ArgumentError: As said.
+    """
+    if loss is None and distillation is None:
+        raise ArgumentError(
+            "there is no loss: no loss function and no distillation.", "give one of them."
+        )
+    if loss is not None and loss != "own" and not callable(loss):
+        raise ArgumentError(
+            f"loss is {loss!r}.", "give a function (outputs, batch) -> scalar, or 'own'."
+        )
+    compares_outputs = distillation is not None and (distillation.mse or distillation.kl)
+    if loss == "own" and compares_outputs:
+        raise ArgumentError(
+            "a model that returns its own loss returns no outputs to compare with the teacher's.",
+            "pass distillation=None, or Distillation(mse=0, kl=0) to compare the features.",
+        )
+
+
+def _measure_distance(distillation: Distillation, outputs: Any, targets: Any) -> torch.Tensor:
+    """The weighted distance of the outputs of two models."""
+    pairs = _pair(_require_floats(outputs), _require_floats(targets), "the model")
+    errors = [relative_error(output, target) for output, target in pairs]
+    divergences = [divergence(output, target) for output, target in pairs if output.dim() == 2]
+    if not (distillation.mse or distillation.features or divergences):
         raise ArgumentError(
             "the distillation is 0: kl needs outputs [N, classes].",
             "give mse or features a weight.",
         )
-    return (
-        total + distillation.kl * torch.stack(classes).mean()
-        if classes and distillation.kl
-        else total
-    )
+    total = distillation.mse * torch.stack(errors).mean()
+    if divergences and distillation.kl:
+        total = total + distillation.kl * torch.stack(divergences).mean()
+    return total
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Mean over the samples of noise over signal, 10^(-SQNR / 10); both `[N, ...]`; finite wherever the inputs are.
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Mean over the samples of noise over signal, 10^(-SQNR / 10); it is finite wherever the inputs are.
 
-    Against a sample that is nearly or quite 0, behind a ReLU say, an error would be infinite: the signal counts as at
-    least a thousandth of its mean over the batch, and as 1 where the whole batch is 0.
+    The error against a sample that is nearly 0, for example after a ReLU, would be infinite. So the signal counts as
+    at least a thousandth of its mean over the batch, and as 1 where the whole batch is 0.
+
+    Args:
+        actual: `[N, ...]`.
+        expected: `[N, ...]`.
     """
-    found, expected = found.float(), expected.float()
-    noise, signal = _energy(found - expected), _energy(expected)
-    signal = torch.maximum(signal, _QUIET * signal.mean())
+    actual = actual.float()
+    expected = expected.float()
+    noise = _energy(actual - expected)
+    signal = _energy(expected)
+    signal = torch.maximum(signal, _MIN_ENERGY * signal.mean())
     return (noise / torch.where(signal > _TINY, signal, 1.0)).mean()
 
 
@@ -201,20 +214,21 @@ def _energy(values: torch.Tensor) -> torch.Tensor:
     return norm.square()
 
 
-def divergence(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+def divergence(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """KL divergence of the classes of two logits `[N, classes]`, in nats, mean over the samples."""
-    found, expected = found.float().log_softmax(1), expected.float().log_softmax(1)
-    return F.kl_div(found, expected, reduction="batchmean", log_target=True)
+    log_actual = actual.float().log_softmax(1)
+    log_expected = expected.float().log_softmax(1)
+    return F.kl_div(log_actual, log_expected, reduction="batchmean", log_target=True)
 
 
 def _compare_features(
-    found: dict[str, list[torch.Tensor]], expected: dict[str, list[torch.Tensor]]
+    features: dict[str, list[torch.Tensor]], expected: dict[str, list[torch.Tensor]]
 ) -> torch.Tensor:
-    errors = [
-        relative_error(*pair)
-        for name, outputs in expected.items()
-        for pair in _pair(found[name], outputs, name)
-    ]
+    """Mean relative error of the outputs of layers."""
+    errors = []
+    for name, targets in expected.items():
+        for output, target in _pair(features[name], targets, name):
+            errors.append(relative_error(output, target))
     if not errors:
         raise StateError(
             "none of the layers of the distillation ran.", "choose layers that the batches reach."
@@ -223,25 +237,27 @@ def _compare_features(
 
 
 def _pair(
-    found: list[torch.Tensor], expected: list[torch.Tensor], name: str
+    outputs: list[torch.Tensor], targets: list[torch.Tensor], name: str
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Outputs of the two models side by side.
 
     Raises:
         ArgumentError: They differ in number or shape.
     """
-    shapes, others = ([list(tensor.shape) for tensor in tensors] for tensors in (found, expected))
-    if shapes != others:
+    output_shapes = [list(tensor.shape) for tensor in outputs]
+    target_shapes = [list(tensor.shape) for tensor in targets]
+    if output_shapes != target_shapes:
         raise ArgumentError(
-            f"{name} gives {shapes}, in the teacher {others}.",
+            f"{name} gives {output_shapes}, in the teacher {target_shapes}.",
             "give a teacher with the same outputs.",
         )
-    return list(zip(found, expected, strict=True))
+    return list(zip(outputs, targets, strict=True))
 
 
 def _require_layers(teacher: nn.Module, layers: Sequence[str]) -> None:
     names = dict(teacher.named_modules())
-    if missing := [name for name in layers if name not in names]:
+    missing = [name for name in layers if name not in names]
+    if missing:
         raise ArgumentError(
             f"the teacher has no {list_names(missing, 3)}, whose outputs are to be compared.",
             "give a teacher with the same modules, or Distillation(features=0).",
@@ -250,60 +266,65 @@ def _require_layers(teacher: nn.Module, layers: Sequence[str]) -> None:
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Without the fused kernel of transformer layers, between which tensors are nested where there is padding."""
-    before = torch.backends.mha.get_fastpath_enabled()
+    """Switch the fused kernel of transformer layers off, which returns nested tensors where there is padding."""
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        torch.backends.mha.set_fastpath_enabled(was_enabled)
 
 
 @contextmanager
 def _recording(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, list[torch.Tensor]]]:
     """The outputs of some modules during the block."""
     outputs: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def record(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs[name] += _require_floats(output)
+
     with ExitStack() as hooks:
         for name in layers:
-
-            def keep(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
-                outputs[name] += _floats(output)
-
-            hooks.callback(model.get_submodule(name).register_forward_hook(keep).remove)
+            handle = model.get_submodule(name).register_forward_hook(partial(record, name))
+            hooks.callback(handle.remove)
         yield outputs
 
 
 def _find_layers(model: nn.Module, patterns: Sequence[Pattern]) -> list[str]:
+    """The modules to compare: those that match, or the blocks of the quantized layers without a pattern."""
     if not patterns:
         return _find_blocks(model)
     wanted = Patterns(patterns, "layers")
-    matched = [name for name, module in model.named_modules() if wanted.match([name], module)]
-    found = [
-        name for name in matched if name.rpartition(".")[0] not in matched
-    ]  # a match counts for all below it
-    if not found:
+    matches = [name for name, module in model.named_modules() if wanted.match([name], module)]
+    # A match stands for everything below it.
+    outermost = [name for name in matches if name.rpartition(".")[0] not in matches]
+    if not outermost:
         raise ArgumentError(
             "no module fits the layers of the distillation.", "see named_modules() for the names."
         )
     wanted.warn_unused("module")
-    return found
+    return outermost
 
 
 def _find_blocks(model: nn.Module) -> list[str]:
-    """The block of each layer with a quantized weight; the layer itself where that is a list, which has no output."""
-    layers = [
-        name for name, layer in quantized_layers(model).items() if isinstance(layer, QuantMixin)
-    ]
-    lists = (nn.ModuleList, nn.ModuleDict)
-    blocks = {name: name_block(name) for name in layers}
-    return list(
-        dict.fromkeys(
-            n if isinstance(model.get_submodule(b), lists) else b for n, b in blocks.items()
-        )
-    )
+    """The block of each layer with a quantized weight; the layer itself where the block is a list without an output."""
+    blocks: dict[str, None] = {}
+    for name, layer in quantized_layers(model).items():
+        if not isinstance(layer, QuantMixin):
+            continue
+        block = name_block(name)
+        if isinstance(model.get_submodule(block), nn.ModuleList | nn.ModuleDict):
+            block = name
+        blocks[block] = None
+    return list(blocks)
 
 
-def _floats(tree: Any) -> list[torch.Tensor]:
+def _require_floats(tree: Any) -> list[torch.Tensor]:
+    """The floating-point tensors of an output.
+
+    Raises:
+        ArgumentError: It has none.
+    """
     tensors = floats_of(tree)
     if not tensors:
         raise ArgumentError(
@@ -313,33 +334,33 @@ def _floats(tree: Any) -> list[torch.Tensor]:
 
 
 def run_with_loss(model: nn.Module, loss: Loss | None, batch: Any) -> tuple[Any, torch.Tensor]:
-    """The outputs of a model for a batch, and its loss as float32 without dimensions; 0 without one.
+    """The outputs of a model for a batch, and its loss as a float32 scalar; 0 without a loss.
 
-    With "own" the model is called on all of the batch, `model(images, targets)`, in training mode, in which
-    torchvision's detectors give their losses; BatchNorm and Dropout stay in the mode that they are in. The loss is the
-    sum of what the model gives.
+    With "own" the model is called on the whole batch, `model(images, targets)`, in training mode, in which
+    torchvision's detectors return their losses. BatchNorm and Dropout stay in their present mode. The loss is the sum
+    of the losses that the model returns.
 
     Raises:
-        ArgumentError: A loss that is no scalar, or outputs without a floating-point tensor.
+        ArgumentError: A loss that is not a scalar, or outputs without a floating-point tensor.
     """
     if loss == "own":
         with _training(model):
             outputs = model(*batch) if isinstance(batch, tuple | list) else call_model(model, batch)
-        return outputs, torch.stack([_require_scalar(each) for each in _floats(outputs)]).sum()
+        losses = [_require_scalar(part) for part in _require_floats(outputs)]
+        return outputs, torch.stack(losses).sum()
     outputs = call_model(model, batch)
     if loss is None:
-        return outputs, torch.zeros((), device=_floats(outputs)[0].device)
+        return outputs, torch.zeros((), device=_require_floats(outputs)[0].device)
     return outputs, _require_scalar(loss(outputs, batch))
 
 
 @contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
-    """Training mode for all but what would learn or drop something by itself."""
-    modes = {
-        module: module.training
-        for module in model.modules()
-        if not isinstance(module, _NormBase | _DropoutNd)
-    }
+    """Training mode for all modules except those that would learn or drop something by themselves."""
+    modes = {}
+    for module in model.modules():
+        if not isinstance(module, _NormBase | _DropoutNd):
+            modes[module] = module.training
     try:
         for module in modes:
             module.training = True
@@ -350,16 +371,16 @@ def _training(model: nn.Module) -> Iterator[None]:
 
 
 def _require_scalar(loss: Any) -> torch.Tensor:
-    """What a loss function gave, as float32 without dimensions.
+    """The result of a loss function as float32 without dimensions.
 
     Raises:
-        ArgumentError: It is no scalar tensor.
+        ArgumentError: It is not a scalar tensor.
     """
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        found = (
-            f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-        )
-        raise ArgumentError(
-            f"the loss function gave {found}; expected a scalar tensor.", "return its mean."
-        )
-    return loss.float().reshape(())
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        return loss.float().reshape(())
+    kind = type(loss).__name__
+    if isinstance(loss, torch.Tensor):
+        kind = f"shape {tuple(loss.shape)}"
+    raise ArgumentError(
+        f"the loss function gave {kind}; expected a scalar tensor.", "return its mean."
+    )

@@ -1,10 +1,10 @@
-"""Which ranges change during fine-tuning, and how: none, learned by gradient, or followed by a moving average."""
+"""How ranges change during fine-tuning: not at all, learned by gradient, or as a moving average of maxima."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -25,117 +25,153 @@ _DECAY = 0.99  # of the moving average, as in torch.ao's observer for training
 class RangeTuning:
     """The ranges of a model while they are tuned, until `stop`.
 
-    "lsq" learns the ranges of inputs and weights (Esser et al., arXiv 1902.08153), "pact" those of inputs, by what they
-    clip (Choi et al., arXiv 1805.06085); the quantizers hold them as parameters meanwhile. With "ema" the range of an
-    input is the moving average of the largest value of each batch, and that of a weight its largest value (Jacob et
-    al., CVPR 2018, arXiv 1712.05877). "frozen" changes none.
+    "lsq" learns the ranges of inputs and weights (Esser et al., arXiv 1902.08153). "pact" learns those of inputs, by
+    what they clip (Choi et al., arXiv 1805.06085). The quantizers hold learned ranges as parameters. With "ema" the
+    range of an input is the moving average of the largest value of each batch, and the range of a weight is its largest
+    value (Jacob et al., CVPR 2018, arXiv 1712.05877). "frozen" changes no range.
 
     Args:
         model: A calibrated model.
         method: One of `RANGE_METHODS`.
-        within: The modules whose quantizers are tuned; None: all. A range that is shared belongs to the first of them.
+        within: The modules whose quantizers are tuned; None: all. A shared range belongs to its first quantizer.
 
     Attributes:
-        parameters: What an optimizer has to learn, by dotted name; empty after `stop`.
+        parameters: Parameters for the optimizer, by dotted name; empty after `stop`.
         of_inputs: Those of them that are ranges of inputs; empty after `stop`.
 
     Raises:
-        ArgumentError: Another method, or no quantizer is on.
-        StateError: A quantizer that is on has no range.
+        ArgumentError: Another method, or no quantizer is enabled.
+        StateError: An enabled quantizer has no range.
     """
 
     def __init__(self, model: nn.Module, method: str, within: set[nn.Module] | None = None) -> None:
         require_range_method(method)
         require_ranges(model)
-        within = set(model.modules()) if within is None else within
-        self._names = quantizers = dict(named_quantizers(model))
+        if within is None:
+            within = set(model.modules())
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.of_inputs: set[nn.Parameter] = set()
+        self._exits = ExitStack()
+        self._largest: dict[TensorQuantizer, torch.Tensor] = {}
+        self._quantizers = dict(named_quantizers(model))
         collection = Collection(model)
-        self._weights = {
-            quantizers[name]: (f"{layer}.{parameter}", module, parameter)
-            for name, (layer, module, parameter) in collection.weights.items()
-            if quantizers[name] in within
-        }
+        self._weights = self._select_weights(collection, within)
         leaders = {
             name: leader
             for name, leader in collection.leaders.items()
-            if quantizers[leader] in within
+            if self._quantizers[leader] in within
         }
-        self._inputs = [quantizers[name] for name in dict.fromkeys(leaders.values())]
-        self._exits = ExitStack()
-        self.parameters: dict[str, nn.Parameter] = {}
-        self.of_inputs: set[nn.Parameter] = set()
-        self._largest: dict[TensorQuantizer, torch.Tensor] = {}
-        self._follows = method == "ema"
-        if method in RANGE_RULES:
-            learned = [*self._inputs, *(self._weights if method == "lsq" else ())]
-            names = {quantizer: name for name, quantizer in quantizers.items()}
-            for quantizer in learned:
-                self.parameters[f"{names[quantizer]}._log2_amax"] = parameter = (
-                    quantizer.learn_range(method)
-                )
-                self._exits.callback(quantizer.keep_range)
-                if quantizer not in self._weights:
-                    self.of_inputs.add(parameter)
-        elif self._follows:
+        self._inputs = [self._quantizers[name] for name in dict.fromkeys(leaders.values())]
+        self._follows_maxima = method == "ema"
+        if method == "lsq":
+            self._learn([*self._inputs, *self._weights], method)
+        elif method in RANGE_RULES:
+            self._learn(self._inputs, method)
+        elif self._follows_maxima:
             for name, leader in leaders.items():
-                self._watch(quantizers[name], quantizers[leader])
+                self._watch(self._quantizers[name], self._quantizers[leader])
+
+    def _select_weights(
+        self, collection: Collection, within: set[nn.Module]
+    ) -> dict[TensorQuantizer, _Weight]:
+        weights = {}
+        for name, (layer, module, parameter) in collection.weights.items():
+            quantizer = self._quantizers[name]
+            if quantizer in within:
+                weights[quantizer] = _Weight(f"{layer}.{parameter}", module, parameter)
+        return weights
+
+    def _learn(self, quantizers: Sequence[TensorQuantizer], method: str) -> None:
+        """Make ranges parameters until `stop`."""
+        names = {quantizer: name for name, quantizer in self._quantizers.items()}
+        for quantizer in quantizers:
+            parameter = quantizer.learn_range(method)
+            self._exits.callback(quantizer.keep_range)
+            self.parameters[f"{names[quantizer]}._log2_amax"] = parameter
+            if quantizer not in self._weights:
+                self.of_inputs.add(parameter)
 
     def _watch(self, quantizer: TensorQuantizer, leader: TensorQuantizer) -> None:
-        """Keep the largest value that a step shows to a quantizer, for the one that has its range."""
+        """Remember the largest input of a quantizer in a step, for the quantizer that holds its range."""
 
-        def see(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            if torch.is_grad_enabled():  # not while the metric is measured
-                largest = reduce_amax(inputs[0], leader.axis)
-                known = self._largest.get(leader)
-                self._largest[leader] = largest if known is None else torch.maximum(known, largest)
+        def remember(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            if not torch.is_grad_enabled():  # the metric is being measured
+                return
+            largest = reduce_amax(inputs[0], leader.axis)
+            if leader in self._largest:
+                largest = torch.maximum(self._largest[leader], largest)
+            self._largest[leader] = largest
 
-        self._exits.callback(quantizer.register_forward_pre_hook(see).remove)
+        self._exits.callback(quantizer.register_forward_pre_hook(remember).remove)
 
     def require_finite(self) -> None:
-        """Refuse what no range can follow, before anything is changed.
+        """Refuse maxima that no range can follow, before anything is changed.
 
         Raises:
-            StateError: A value of the step was NaN or Inf, with the quantizer.
+            StateError: A value of the step was NaN or Inf; the message names the quantizer.
         """
-        bad = {q for q, largest in self._largest.items() if not bool(torch.isfinite(largest).all())}
-        if bad:
-            self._largest.clear()
-            name = next(name for name, quantizer in self._names.items() if quantizer in bad)
-            raise StateError(
-                f"{name} was given NaN or Inf, and its range follows.",
-                "look at the batch and the layer.",
-            )
+        for name, quantizer in self._quantizers.items():
+            largest = self._largest.get(quantizer)
+            if largest is not None and not bool(torch.isfinite(largest).all()):
+                self._largest.clear()
+                raise StateError(
+                    f"{name} received NaN or Inf, and its range follows the values.",
+                    "look at the batch and the layer.",
+                )
 
     def after_step(self) -> None:
-        """Have ranges follow what the step has shown, where they do."""
-        if not self._follows:
+        """With "ema", update the ranges from the values of the step."""
+        if not self._follows_maxima:
             return
-        ranges = [amax for quantizer in self._inputs if (amax := quantizer.amax) is not None]
-        for quantizer, amax, largest in zip(
-            self._inputs, ranges, self._share_largest(ranges), strict=True
-        ):
-            if largest.any():  # else the step did not reach it
+        maxima = self._gather_maxima()
+        for quantizer, largest in zip(self._inputs, maxima, strict=True):
+            amax = quantizer.amax
+            assert amax is not None  # noqa: S101  # `require_ranges` has looked
+            if largest.any():  # 0 where the step did not reach it
                 quantizer.amax = _DECAY * amax + (1 - _DECAY) * largest.reshape(amax.shape)
         self._largest.clear()
-        for quantizer, (label, layer, parameter) in self._weights.items():
-            weight = layer._parameters[parameter]
-            assert weight is not None  # noqa: S101
-            quantizer.amax = solve_weight(label, weight, quantizer, "max")
+        for quantizer, weight in self._weights.items():
+            quantizer.amax = solve_weight(weight.label, weight.value, quantizer, "max")
 
-    def _share_largest(self, ranges: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """The largest values of the step over all processes, 0 where it did not reach; one collective for all."""
-        own = [
-            self._largest.get(q, torch.zeros_like(a)).flatten()
-            for q, a in zip(self._inputs, ranges, strict=True)
-        ]
-        return (
-            torch.split(max_over_ranks(torch.cat(own)), [len(each) for each in own]) if own else ()
-        )
+    def _gather_maxima(self) -> Sequence[torch.Tensor]:
+        """The largest values of the step over all processes, by one collective; 0 for ranges that it did not reach."""
+        maxima = []
+        for quantizer in self._inputs:
+            assert quantizer.amax is not None  # noqa: S101
+            largest = self._largest.get(quantizer, torch.zeros_like(quantizer.amax))
+            maxima.append(largest.flatten())
+        if not maxima:
+            return ()
+        sizes = [len(largest) for largest in maxima]
+        return torch.split(max_over_ranks(torch.cat(maxima)), sizes)
 
     def stop(self) -> None:
-        """Leave every range as it is now, a buffer as before; may be called again."""
+        """Leave every range as it is now, a buffer again; may be called more than once."""
         self._exits.close()
-        self.parameters, self.of_inputs, self._follows = {}, set(), False
+        self.parameters = {}
+        self.of_inputs = set()
+        self._follows_maxima = False
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight whose range follows it.
+
+    Args:
+        label: Dotted name.
+        module: The layer that holds it.
+        parameter: Name of the parameter in the layer.
+    """
+
+    label: str
+    module: nn.Module
+    parameter: str
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The weight as it is now."""
+        value: torch.Tensor = getattr(self.module, self.parameter)
+        return value
 
 
 def require_range_method(method: str) -> None:
@@ -152,21 +188,26 @@ def require_range_method(method: str) -> None:
 
 
 def require_ranges(model: nn.Module) -> None:
-    """Refuse a model of which a quantizer that is on has no range.
+    """Refuse a model with an enabled quantizer that has no range.
 
     Raises:
         StateError: With the names of some.
     """
-    without = [name for name, q in named_quantizers(model) if q.is_enabled and q.amax is None]
-    if without:
-        found = f"{len(without)} quantizers have no range: {list_names(without, 3)}."
-        raise StateError(found, "call calibrate_model first.")
+    missing = []
+    for name, quantizer in named_quantizers(model):
+        if quantizer.is_enabled and quantizer.amax is None:
+            missing.append(name)
+    if missing:
+        raise StateError(
+            f"{len(missing)} quantizers have no range: {list_names(missing, 3)}.",
+            "call calibrate_model first.",
+        )
 
 
-def describe_ranges(model: nn.Module) -> dict[str, Any]:
-    """Largest range of each quantizer that is on, by its name."""
-    return {
-        name: float(quantizer.amax.max())
-        for name, quantizer in named_quantizers(model)
-        if quantizer.is_enabled and quantizer.amax is not None
-    }
+def describe_ranges(model: nn.Module) -> dict[str, float]:
+    """The largest range of each enabled quantizer, by name."""
+    ranges = {}
+    for name, quantizer in named_quantizers(model):
+        if quantizer.is_enabled and quantizer.amax is not None:
+            ranges[name] = float(quantizer.amax.max())
+    return ranges

@@ -1,4 +1,4 @@
-"""What a run of fine-tuning leaves: losses, the curve of the metric, the best model, and the files to go on from."""
+"""The record of a run of fine-tuning: losses, the curve of the metric, the best model, and the files to resume from."""
 
 from __future__ import annotations
 
@@ -27,15 +27,19 @@ from qdq.qat.checkpoint import (
     require_same_shapes,
     save_tensors,
     save_tuned,
+    select_prefix,
 )
 from qdq.qat.ranges import describe_ranges
 from qdq.qat.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE, BEST_FILE, LAST_FILE = "state.safetensors", "best.safetensors", "last.safetensors"
+STATE_FILE = "state.safetensors"
+BEST_FILE = "best.safetensors"
+LAST_FILE = "last.safetensors"
 SCALARS_FOLDER = "tensorboard"
-_SAVE_SECONDS = 30.0  # what a killed run loses at most
+_RANDOM_PREFIX = "random//"  # of the random state among the tensors of the state file
+_SAVE_SECONDS = 30.0  # the most that a killed run loses
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,9 @@ class Measurement:
     """The metric at one moment.
 
     Args:
-        step: After so many steps; 0 is before the first.
+        step: Number of steps before it; 0 is before the first.
         metric: Higher is better.
-        loss: Mean loss of the steps since the measurement before; None at step 0.
+        loss: Mean loss of the steps since the previous measurement; None at step 0.
         lr: Learning rate of the last step; 0 at step 0.
     """
 
@@ -58,20 +62,22 @@ class Measurement:
 class Record:
     """Losses and measurements of a run, in memory and in its folder.
 
-    Of several processes the first alone reads and writes files, and its metric counts.
+    Of several processes only the first reads and writes files, and its metric counts.
 
     Args:
         trainer: What trains the model.
         metric: `model -> number`, higher is better; None: nothing is measured.
-        every: Steps between two measurements.
-        folder: Where the files go; None: nowhere.
-        settings: What the run depends on; a folder of a run with others is refused.
+        measure_every: Steps between two measurements.
+        folder: Where the files go; None: no files.
+        settings: What the run depends on; the folder of a run with other settings is refused.
         tensorboard: Write scalars too.
 
     Attributes:
         losses: Loss of each step.
         curve: The measurements.
-        epoch: The epoch, and how many of its batches were taken.
+        epoch: The epoch, and the number of its batches that were taken.
+        seconds: Time of all steps, without measurements.
+        settings: As given.
 
     Raises:
         ArgumentError: The folder cannot be written to; tensorboard without a folder.
@@ -82,39 +88,52 @@ class Record:
         self,
         trainer: Trainer,
         metric: Callable[[nn.Module], float] | None,
-        every: int,
+        measure_every: int,
         folder: Path | None,
         settings: dict[str, Any],
         tensorboard: bool,
     ) -> None:
-        self._trainer, self._metric, self._every, self._settings = trainer, metric, every, settings
-        self._folder = folder
-        self._is_first = find_rank()[0] == 0
-        self._saved = time.monotonic()
-        self._best: dict[str, torch.Tensor] | None = None
+        self.settings = settings
         self.losses: list[float] = []
         self.curve: list[Measurement] = []
-        self._random: dict[str, torch.Tensor] = {}
         self.epoch = (0, 0)
         self.seconds = 0.0
+        self._trainer = trainer
+        self._metric = metric
+        self._measure_every = measure_every
+        self._folder = folder
+        self._is_first = find_rank()[0] == 0
+        self._saved_at = time.monotonic()
+        self._best_state: dict[str, torch.Tensor] | None = None
+        self._random_state: dict[str, torch.Tensor] = {}
         self._writes_scalars = tensorboard and self._is_first
         self._writer: Any = None
         if tensorboard:
             _require_tensorboard(folder)
         if folder is not None and self._is_first:
-            scalars = folder / SCALARS_FOLDER / "events" if tensorboard else None
-            guard_files(
-                outputs=[folder / STATE_FILE, folder / BEST_FILE, folder / LAST_FILE, scalars]
-            )
+            outputs = [folder / STATE_FILE, folder / BEST_FILE, folder / LAST_FILE]
+            if tensorboard:
+                outputs.append(folder / SCALARS_FOLDER / "events")
+            guard_files(outputs=outputs)
 
     @property
     def best(self) -> Measurement | None:
-        """The measurement with the best metric, the earliest of several."""
-        usable = [each for each in self.curve if not math.isnan(each.metric)]
-        return max(usable, key=lambda each: each.metric, default=None)
+        """The measurement with the best metric, the earliest of equal ones; None if there is none."""
+        best = None
+        for measurement in self.curve:
+            if math.isnan(measurement.metric):
+                continue
+            if best is None or measurement.metric > best.metric:
+                best = measurement
+        return best
 
     def add_step(self, loss: float, epoch: tuple[int, int], seconds: float) -> None:
-        """A step is done; `epoch` is the one it is of, and how many of its batches have been taken.
+        """Record a step that is done.
+
+        Args:
+            loss: Its loss.
+            epoch: Its epoch, and the number of batches of that epoch that were taken with it.
+            seconds: Its time.
 
         Raises:
             StateError: The metric could not be measured in another process.
@@ -122,12 +141,12 @@ class Record:
         self.losses.append(loss)
         self.epoch = epoch
         self.seconds += seconds
-        self._random = pack_random()  # as of this step: the next batch draws more
+        self._random_state = pack_random()  # as of this step: the next batch draws more
         step = self._trainer.step
         if self._writer:
             self._writer.add_scalar("loss", loss, step)
             self._writer.add_scalar("lr", self._trainer.lr, step)
-        if step % self._every == 0 or step == self._trainer.total:
+        if step % self._measure_every == 0 or step == self._trainer.total:
             try:
                 self.measure()
             except BaseException:  # Ctrl-C too
@@ -135,7 +154,7 @@ class Record:
                 raise
 
     def measure(self) -> None:
-        """Take the metric of the model as it is now, and keep the model if none was better.
+        """Measure the metric of the model as it is now, and keep its state if it is the best so far.
 
         Raises:
             StateError: It could not be measured in another process.
@@ -150,135 +169,153 @@ class Record:
 
     def _take_metric(self) -> float:
         assert self._metric is not None  # noqa: S101
-        with evaluating(self._trainer.model), keeping_random_state():
-            return float(self._metric(self._trainer.model))
+        model = self._trainer.model
+        with evaluating(model), keeping_random_state():
+            return float(self._metric(model))
 
     def _add_measurement(self, metric: float) -> None:
         step = self._trainer.step
-        recent = self.losses[self.curve[-1].step :] if self.curve else []
-        loss = sum(recent) / len(recent) if recent else None
-        self.curve.append(Measurement(step, metric, loss, self._trainer.lr))
-        if self.best is self.curve[-1]:
-            self._best = plain_state(self._trainer.model)
-            if self._folder and self._is_first:
-                facts = {"step": step, "metric": self.curve[-1].metric}
-                save_tuned(self._trainer.model, self._folder / BEST_FILE, facts)
+        measurement = Measurement(step, metric, self._mean_recent_loss(), self._trainer.lr)
+        self.curve.append(measurement)
+        if self.best is measurement:
+            self._keep_best(measurement)
         if self._writer:
-            self._writer.add_scalar("metric", self.curve[-1].metric, step)
+            self._writer.add_scalar("metric", metric, step)
             for name, amax in describe_ranges(self._trainer.model).items():
                 self._writer.add_scalar(f"amax/{name}", amax, step)
 
+    def _mean_recent_loss(self) -> float | None:
+        """Mean loss since the last measurement; None where there is none, or no step since."""
+        if not self.curve:
+            return None
+        recent = self.losses[self.curve[-1].step :]
+        if not recent:
+            return None
+        return sum(recent) / len(recent)
+
+    def _keep_best(self, measurement: Measurement) -> None:
+        self._best_state = plain_state(self._trainer.model)
+        if self._folder and self._is_first:
+            facts = {"step": measurement.step, "metric": measurement.metric}
+            save_tuned(self._trainer.model, self._folder / BEST_FILE, facts)
+
     def count_without_gain(self) -> int:
-        """How many measurements were taken since the best one."""
+        """Number of measurements since the best one."""
         best = self.best
-        return 0 if best is None else len(self.curve) - 1 - self.curve.index(best)
+        if best is None:
+            return 0
+        return len(self.curve) - 1 - self.curve.index(best)
 
     def save_when_due(self) -> None:
-        """Write the state of the run, if there is a step that has not been saved for long."""
-        if self.losses and time.monotonic() - self._saved > _SAVE_SECONDS:
+        """Write the state of the run if the last time was long ago."""
+        if self.losses and time.monotonic() - self._saved_at > _SAVE_SECONDS:
             self.save()
 
     def save(self) -> None:
         """Write the state of the run."""
-        self._saved = time.monotonic()
+        self._saved_at = time.monotonic()
         if self._folder is None or not self._is_first:
             return
         if self._writer:
-            self._writer.flush()  # what the state has behind it must not be lost with the process
+            self._writer.flush()  # scalars of saved steps must not be lost with the process
         facts = {
             "format": STATE_FORMAT,
-            "settings": self._settings,
+            "settings": self.settings,
             "step": self._trainer.step,
             "epoch": self.epoch,
             "seconds": self.seconds,
             "curve": [vars(measurement) for measurement in self.curve],
         }
-        tensors = self._trainer.pack() | {
-            f"random//{name}": tensor for name, tensor in self._random.items()
-        }
+        tensors = self._trainer.pack()
+        for name, tensor in self._random_state.items():
+            tensors[f"{_RANDOM_PREFIX}{name}"] = tensor
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         save_tensors(self._folder / STATE_FILE, tensors, facts)
 
     def resume(self) -> dict[str, torch.Tensor]:
-        """Go on where an earlier run in the folder was; gives its random state, nothing if there was none.
+        """Go on from the state that an earlier run left in the folder, if there is one.
+
+        Returns:
+            The random state of that run; empty if there was none.
 
         Raises:
             ArgumentError: The run has other settings.
-            DataError: A file of it is damaged, or the best model is gone.
+            DataError: A file of it is damaged, or the best model is missing.
             ModelError: The best model is of another run.
         """
-        if self._folder is not None and broadcast_number((self._folder / STATE_FILE).is_file()):
-            self._go_on(self._folder)
-        if self._folder is not None and self._writes_scalars:
-            # what a killed run had written after the state that it goes on from is not shown
-            self._writer = _open_tensorboard(
-                self._folder, self._trainer.step + 1 if self.losses else 0
-            )
-        return self._random
+        if self._folder is None:
+            return self._random_state
+        if broadcast_number((self._folder / STATE_FILE).is_file()):
+            self._load_state(self._folder)
+        if self._writes_scalars:
+            # Scalars that a killed run wrote after its last saved state are not shown.
+            first_step = self._trainer.step + 1 if self.losses else 0
+            self._writer = _open_tensorboard(self._folder, first_step)
+        return self._random_state
 
-    def _go_on(self, folder: Path) -> None:
+    def _load_state(self, folder: Path) -> None:
         path = folder / STATE_FILE
         try:
             tensors, facts = load_tensors(path, STATE_FORMAT, read_together)
         except DataError as error:
             raise DataError(
-                error.message, "remove the file to begin anew, or choose another folder."
+                error.message, "remove the file to start again, or choose another folder."
             ) from error
-        if facts["settings"] != self._settings:
-            names = self._settings | facts["settings"]
-            changed = [
-                name for name in names if self._settings.get(name) != facts["settings"].get(name)
-            ]
-            raise ArgumentError(
-                f"{path} is of a run with other settings: {', '.join(changed)}.",
-                "choose another folder, or remove it to start anew.",
-            )
+        self._require_same_settings(facts["settings"], path)
         if facts["curve"]:
-            self._best, _ = load_tensors(folder / BEST_FILE, MODEL_FORMAT, read_together)
-            require_same_shapes(plain_state(self._trainer.model), self._best, folder / BEST_FILE)
+            best_path = folder / BEST_FILE
+            self._best_state, _ = load_tensors(best_path, MODEL_FORMAT, read_together)
+            require_same_shapes(plain_state(self._trainer.model), self._best_state, best_path)
         self._trainer.unpack(tensors, facts["step"])
         self.losses = tensors["losses"].tolist()
-        self.curve = [Measurement(**each) for each in facts["curve"]]
-        self.epoch, self.seconds = tuple(facts["epoch"]), facts["seconds"]
-        logger.info("%s: going on after step %d", path, facts["step"])
-        self._random = {
-            key.removeprefix("random//"): t
-            for key, t in tensors.items()
-            if key.startswith("random//")
-        }
+        self.curve = [Measurement(**fields) for fields in facts["curve"]]
+        self.epoch = tuple(facts["epoch"])
+        self.seconds = facts["seconds"]
+        self._random_state = select_prefix(tensors, _RANDOM_PREFIX)
+        logger.info("%s: resuming after step %d", path, facts["step"])
+
+    def _require_same_settings(self, settings: dict[str, Any], path: Path) -> None:
+        names = self.settings | settings
+        changed = [name for name in names if self.settings.get(name) != settings.get(name)]
+        if changed:
+            raise ArgumentError(
+                f"{path} is of a run with other settings: {', '.join(changed)}.",
+                "choose another folder, or remove it to start again.",
+            )
 
     def finish(self) -> int:
-        """Write the last state and model, and give the model the best weights; gives their step."""
+        """Write the last state and model, and give the model the best weights; returns their step."""
         self.save()
         if self._folder and self._is_first:
             save_tuned(self._trainer.model, self._folder / LAST_FILE, {"step": self._trainer.step})
         return self.restore_best()
 
     def abandon(self) -> None:
-        """After an error or Ctrl-C in a step: write what the last whole step left, and restore the best weights."""
+        """Write the state after the last whole step and restore the best weights, as an error or Ctrl-C asks for."""
+        is_whole_step = self._trainer.intact and self._trainer.step == len(self.losses)
         try:
-            if self.losses and self._trainer.intact and self._trainer.step == len(self.losses):
+            if self.losses and is_whole_step:
                 self.finish()
         finally:  # the disk may be full
             self.restore_best()
 
     def restore_best(self) -> int:
-        """Give the model the best weights, if the metric was measured; the step whose weights it has then."""
+        """Give the model the best weights, if the metric was measured; returns the step of its weights."""
         best = self.best
-        if best is None or self._best is None:
+        if best is None or self._best_state is None:
             return self._trainer.step
-        self._trainer.finish()  # ranges are buffers again, as in the state that was kept
-        self._trainer.model.load_state_dict(self._best)
+        self._trainer.finish()  # ranges are buffers again, as in the best state
+        self._trainer.model.load_state_dict(self._best_state)
         return best.step
 
     def close(self) -> None:
-        """Close what writes scalars."""
+        """Close the writer of scalars."""
         if self._writer:
             self._writer.close()
 
 
 def _require_tensorboard(folder: Path | None) -> None:
-    """Refuse before the work what could not be written.
+    """Refuse scalars that could not be written, before the work starts.
 
     Raises:
         ArgumentError: There is no folder.
@@ -295,7 +332,7 @@ def _require_tensorboard(folder: Path | None) -> None:
 
 
 def _open_tensorboard(folder: Path, step: int) -> Any:
-    """What writes scalars; those of this step and later ones that are there already no longer count."""
+    """A writer of scalars; scalars of earlier runs from `step` on no longer count."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder / SCALARS_FOLDER), purge_step=step)

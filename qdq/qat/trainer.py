@@ -1,4 +1,4 @@
-"""One step of fine-tuning after the other: which modules are live, gradient, update."""
+"""The steps of fine-tuning: which modules are live, gradient, update."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from qdq.distributed import find_rank, raise_together, shard_samples, sum_over_r
 from qdq.errors import ArgumentError, DataError, StateError
 from qdq.forward import find_device
 from qdq.patterns import Pattern, Patterns
+from qdq.qat.checkpoint import select_prefix
 from qdq.qat.losses import Objective
 from qdq.qat.ranges import RangeTuning, require_range_method
 from qdq.qat.watch import OscillationWatch, find_nonfinite, order_modules
@@ -27,14 +28,22 @@ from qdq.schedule import Schedule
 from qdq.swap import restore_modules
 
 TRAINED = ("all", "ranges", "batchnorm")
-_RANGE_EPS = 1e-12  # of Adam: gradients of ranges are about 1e-9, and with its 1e-8 they would hardly be learned
-_WATCHED = 0.25  # last share of the steps in which oscillating weights are looked for
+_RANGE_EPS = 1e-12  # of Adam: gradients of ranges are about 1e-9, and its default of 1e-8 would nearly stop them
+_WATCHED = 0.25  # fraction of the steps, at the end, in which weights are watched for oscillation
+_MODEL_PREFIX = "model//"
+_WATCH_PREFIX = "watch//"
+_OPTIMIZER_PREFIX = "optimizer//"
+_FIXES = {
+    "all": "check the patterns in layers; parameters with requires_grad=False are not trained.",
+    "ranges": "learn ranges with ranges='lsq' or 'pact', and check the patterns in layers.",
+    "batchnorm": "the model has no BatchNorm, or it is folded: tune it before fold_batchnorm.",
+}
 
 
 class Trainer:
-    """What changes the model.
+    """Trains a model step by step.
 
-    Between two steps the model is in evaluation mode with all its quantizers on, and may be measured or saved.
+    Between two steps the model is in evaluation mode with all its quantizers enabled, and may be measured or saved.
 
     Args:
         model: A calibrated model, on its device.
@@ -47,8 +56,8 @@ class Trainer:
         amp: As for `finetune`.
 
     Attributes:
-        step: How many steps are done.
-        intact: Whether the model is that of `step`; False within an update.
+        step: Number of steps that are done.
+        intact: Whether the model is that of `step`; False during an update.
 
     Raises:
         ArgumentError: Unknown options, nothing to train, or weights in float16.
@@ -71,33 +80,26 @@ class Trainer:
             raise ArgumentError(
                 f"train is {train!r}; known are {', '.join(TRAINED)}.", "use 'all'."
             )
-        if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
-            raise StateError(
-                "in torch.inference_mode there are no gradients.", "make and tune it outside."
-            )
-        chosen = _choose_modules(model, layers)
-        self._chosen = [name for name, module in model.named_modules() if module in chosen]
-        self.model, self.total, self.step, self.intact = model, total, 0, True
-        self._objective, self._schedule, self._amp = objective, schedule, amp
-        self._device = find_device(model)
-        self._exits = ExitStack()
         require_range_method(ranges)
-        self._ranges = RangeTuning(model, "frozen" if train == "batchnorm" else ranges, chosen)
+        _require_no_inference(model)
+        modules = _choose_modules(model, layers)
+        self.model = model
+        self.total = total
+        self.step = 0
+        self.intact = True
+        self._objective = objective
+        self._schedule = schedule
+        self._amp = amp
+        self._device = find_device(model)
+        self._chosen = [name for name, module in model.named_modules() if module in modules]
+        self._exits = ExitStack()
+        self._ranges = RangeTuning(model, "frozen" if train == "batchnorm" else ranges, modules)
         self._exits.callback(self._ranges.stop)
-        live = chosen if train != "ranges" else set()
-        self._batchnorms = [m for m in model.modules() if m in live and isinstance(m, _BatchNorm)]
-        self._parameters = self._choose_parameters(chosen, train)
+        self._batchnorms = [] if train == "ranges" else _list_batchnorms(model, modules)
+        self._parameters = self._choose_parameters(modules, train)
         self._freeze_mode()
-        if not self._parameters and not (train == "batchnorm" and self._batchnorms):
-            self.finish()
-            raise ArgumentError("there is nothing to train.", _FIXES[train])
-        if any(p.dtype == torch.float16 for p in self._parameters.values()):
-            self.finish()
-            found = "the weights to train are float16, in which Adam divides by 0."
-            raise ArgumentError(
-                found, "train the model in float32 (model.float()), with amp=True if you like."
-            )
-        # what is all that is trained is trained to the end
+        self._require_trainable(train)
+        # If only BatchNorm or only ranges are trained, they are trained to the end.
         self._live_batchnorm = 1.0 if train == "batchnorm" else schedule.tune_batchnorm
         self._tune_ranges = 1.0 if train == "ranges" else schedule.tune_ranges
         self._optimizer = self._make_optimizer()
@@ -107,7 +109,7 @@ class Trainer:
         self._watch: OscillationWatch | None = None
 
     def _freeze_mode(self) -> None:
-        """Evaluation mode, and gradients only of what is trained, until `finish` puts back what was."""
+        """Evaluation mode, and gradients only for the trained parameters, until `finish`."""
         trained = set(self._parameters.values())
         for module in self.model.modules():
             self._exits.callback(setattr, module, "training", module.training)
@@ -118,86 +120,110 @@ class Trainer:
 
     def _choose_parameters(self, modules: set[nn.Module], train: str) -> dict[str, nn.Parameter]:
         learned = set(self._ranges.parameters.values())
-        owners = {
-            p: module for module in modules for p in module._parameters.values() if p is not None
-        }
-        return {
-            name: parameter
-            for name, parameter in self.model.named_parameters()
-            if parameter in owners
-            and parameter.requires_grad
-            and (train == "all" or (train == "ranges" and parameter in learned))
-        }
+        in_modules: set[nn.Parameter] = set()
+        for module in modules:
+            in_modules.update(module.parameters(recurse=False))
+        chosen = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter not in in_modules or not parameter.requires_grad:
+                continue
+            if train == "all" or (train == "ranges" and parameter in learned):
+                chosen[name] = parameter
+        return chosen
+
+    def _require_trainable(self, train: str) -> None:
+        """Refuse a model with nothing to train, or with weights that Adam cannot train.
+
+        Raises:
+            ArgumentError: As said; the model is as before.
+        """
+        trains_statistics = train == "batchnorm" and self._batchnorms
+        if not self._parameters and not trains_statistics:
+            self.finish()
+            raise ArgumentError("there is nothing to train.", _FIXES[train])
+        dtypes = {parameter.dtype for parameter in self._parameters.values()}
+        if torch.float16 in dtypes:
+            self.finish()
+            raise ArgumentError(
+                "the weights to train are float16, in which Adam divides by 0.",
+                "train the model in float32 (model.float()), with amp=True if you like.",
+            )
 
     def _make_optimizer(self) -> torch.optim.Optimizer | None:
         if not self._parameters:
             return None
         learned = set(self._ranges.parameters.values())
-        weights = [p for p in self._parameters.values() if p not in learned and p.dim() > 1]
-        biases = [p for p in self._parameters.values() if p not in learned and p.dim() <= 1]
-        scales = [p for p in self._parameters.values() if p in learned]
-        rates = (
-            (weights, self._schedule.lr),
-            (biases, self._schedule.bias_lr),
-            (scales, self._schedule.range_lr),
-        )
-        groups = [{"params": params, "lr": lr, "largest_lr": lr} for params, lr in rates if params]
-        if scales:
-            groups[-1]["eps"] = _RANGE_EPS
-        return torch.optim.Adam(groups)
+        weights = []
+        biases = []
+        scales = []
+        for parameter in self._parameters.values():
+            if parameter in learned:
+                scales.append(parameter)
+            elif parameter.dim() > 1:
+                weights.append(parameter)
+            else:
+                biases.append(parameter)
+        schedule = self._schedule
+        groups = [
+            {"params": weights, "lr": schedule.lr, "largest_lr": schedule.lr},
+            {"params": biases, "lr": schedule.bias_lr, "largest_lr": schedule.bias_lr},
+            {
+                "params": scales,
+                "lr": schedule.range_lr,
+                "largest_lr": schedule.range_lr,
+                "eps": _RANGE_EPS,
+            },
+        ]
+        return torch.optim.Adam([group for group in groups if group["params"]])
 
     @property
     def lr(self) -> float:
         """Learning rate of weights in the last step, 0 before the first."""
-        return (
-            self._schedule.lr * self._schedule.rate_at(self.step - 1, self.total)
-            if self.step
-            else 0.0
-        )
+        if self.step == 0:
+            return 0.0
+        return self._schedule.lr * self._schedule.rate_at(self.step - 1, self.total)
+
+    @property
+    def watch(self) -> OscillationWatch | None:
+        """The watch of the weights in the last steps; None if too few steps were taken."""
+        return self._watch
 
     def digest_trained(self) -> str:
-        """What tells one choice of modules and parameters from another."""
-        return hashlib.sha256(
-            "\n".join([*self._chosen, "", *self._parameters]).encode()
-        ).hexdigest()[:16]
+        """A digest that tells one choice of modules and parameters from another."""
+        text = "\n".join([*self._chosen, "", *self._parameters])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def place(self, batch: Any) -> Any:
-        """A batch on the device of the model; what inference mode made is copied, for it knows no gradient."""
-        return tree_map_only(
-            torch.Tensor,
-            lambda tensor: (
-                tensor.to(self._device)
-                if not tensor.is_inference()
-                else tensor.to(self._device, copy=True)
-            ),
-            batch,
-        )
+        """A batch on the device of the model; tensors of inference mode are copied, because they have no gradient."""
+
+        def place_tensor(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(self._device, copy=tensor.is_inference())
+
+        return tree_map_only(torch.Tensor, place_tensor, batch)
 
     def run_step(self, batch: Any) -> float:
-        """Train on one batch; gives the loss before the update, the mean over the samples of all processes.
+        """Train on one batch.
+
+        Returns:
+            The loss before the update, the mean over the samples of all processes.
 
         Raises:
-            StateError: The loss or a gradient is NaN or Inf, or another process failed; the model is as it was before.
-            DataError: A batch that cannot be shared among processes, or of one sample with live BatchNorm.
+            StateError: The loss or a gradient is NaN or Inf, or another process failed; the model is as before.
+            DataError: A batch that cannot be split among the processes, or of one sample with live BatchNorm.
         """
         with self.failing_together():
             self._stop_ranges_when_due()
             batch = self.place(batch)
-            own, samples = shard_samples(batch)
-            if (
-                self._watch is None
-                and self.step >= (1 - _WATCHED) * self.total
-                and self._parameters
-            ):
-                self._watch = OscillationWatch(self.model)
+            samples, num_samples = shard_samples(batch)
+            self._start_watch_when_due()
             if self._schedule.grow and not self._growing:
                 self._growing = _group_by_owner(self.model, order_modules(self.model, batch))
         with self._live_modules(), torch.set_grad_enabled(self._optimizer is not None):
             with self.failing_together():
-                loss = self._forward_backward(own, samples)
+                loss = self._forward_backward(samples, num_samples)
             if find_rank()[1] > 1:
-                loss = self._average(loss, samples)
-            self._require_finite(float(loss), own)
+                loss = self._average(loss, num_samples)
+            self._require_finite(float(loss), samples)
         self.intact = False
         if self._optimizer is not None:
             self._update(self._optimizer)
@@ -208,9 +234,14 @@ class Trainer:
         self.intact = True
         return float(loss)
 
+    def _start_watch_when_due(self) -> None:
+        is_due = self.step >= (1 - _WATCHED) * self.total
+        if is_due and self._watch is None and self._parameters:
+            self._watch = OscillationWatch(self.model)
+
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """A part of a step before its processes meet: an error in it ends the step in all of them, not in this alone.
+        """A part of a step before its processes meet: an error in it ends the step in all of them.
 
         Raises:
             StateError: In the other processes, where they meet.
@@ -219,14 +250,14 @@ class Trainer:
             yield
         except Exception as error:
             if find_rank()[1] > 1:
-                self._stop_ranges_when_due()  # those of the others are
+                self._stop_ranges_when_due()  # the other processes do so as well
                 with suppress(StateError):
                     self._average(torch.zeros((), device=self._device), 0, error)
             raise
 
     @contextmanager
     def _live_modules(self) -> Iterator[None]:
-        """BatchNorm in training mode while it is live; the quantizers whose turn has not come are off."""
+        """BatchNorm in training mode while it is live; the quantizers whose turn has not come are disabled."""
         live = self._find_live()
         statistics = [(buffer, buffer.clone()) for module in live for buffer in module.buffers()]
         with ExitStack() as exits:
@@ -239,61 +270,70 @@ class Trainer:
             try:
                 yield
             except BaseException as error:
-                for buffer, before in statistics:  # the forward has changed them
-                    buffer.copy_(before)
+                for buffer, former in statistics:  # the forward pass has changed them
+                    buffer.copy_(former)
                 if live and "more than 1 value per channel" in str(error):
-                    found, fix = (
-                        "live BatchNorm needs more than one sample.",
+                    raise DataError(
+                        f"step {self.step + 1}: live BatchNorm needs more than one sample.",
                         "drop the last batch, or fold BatchNorm.",
-                    )
-                    raise DataError(f"step {self.step + 1}: {found}", fix) from error
+                    ) from error
                 raise
 
     def _find_live(self) -> list[_BatchNorm]:
-        return self._batchnorms if self.step < self._live_batchnorm * self.total else []
+        if self.step < self._live_batchnorm * self.total:
+            return self._batchnorms
+        return []
 
     def _find_waiting(self) -> list[TensorQuantizer]:
-        """The quantizers that are not yet on while the quantized share grows."""
+        """The quantizers that are not yet enabled while the quantized part of the model grows."""
         if not self._growing:
             return []
-        share = (self.step + 1) / (self._schedule.grow * self.total)
-        return [
-            quantizer
-            for group in self._growing[math.ceil(share * len(self._growing)) :]
-            for quantizer in group
-        ]
+        fraction = (self.step + 1) / (self._schedule.grow * self.total)
+        num_enabled = math.ceil(fraction * len(self._growing))
+        waiting = []
+        for group in self._growing[num_enabled:]:
+            waiting += group
+        return waiting
 
-    def _forward_backward(self, batch: Any, samples: int) -> torch.Tensor:
-        """Gradients of the mean loss over the samples of this process; gives that loss.
+    def _forward_backward(self, batch: Any, num_samples: int) -> torch.Tensor:
+        """Compute the gradients of the mean loss over the samples of this process.
+
+        Returns:
+            That loss.
 
         Raises:
             ArgumentError: The loss has no gradient.
-            StateError: The loss, or what a range follows, is NaN or Inf.
+            StateError: The loss, or a value that a range follows, is NaN or Inf.
         """
         if self._optimizer is not None:
             self._optimizer.zero_grad()
-        if not samples:
+        if num_samples == 0:
             return torch.zeros((), device=self._device)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._amp):
             loss = self._objective(batch)
         if self._optimizer is not None:
-            if loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
-            elif not self._find_waiting():  # while quantization grows, ranges may be out of reach
-                found = "the loss depends on nothing that is trained."
-                raise ArgumentError(found, "check the loss, and the patterns in layers.")
+            self._backward(loss)
         loss = loss.detach()
         if not bool(torch.isfinite(loss)):
             raise self._explain_nonfinite(float(loss), batch)
         self._ranges.require_finite()
         return loss
 
-    def _average(
-        self, loss: torch.Tensor, samples: int, failure: Exception | None = None
-    ) -> torch.Tensor:
-        """Replace gradients, and statistics of live BatchNorm, by their mean over the samples of all processes.
+    def _backward(self, loss: torch.Tensor) -> None:
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+        elif not self._find_waiting():  # while quantization grows, ranges may be out of reach
+            raise ArgumentError(
+                "the loss depends on nothing that is trained.",
+                "check the loss, and the patterns in layers.",
+            )
 
-        One collective carries all, and whether a process has failed: the number of its samples is NaN then.
+    def _average(
+        self, loss: torch.Tensor, num_samples: int, failure: Exception | None = None
+    ) -> torch.Tensor:
+        """Replace gradients, and statistics of live BatchNorm, by their means over the samples of all processes.
+
+        One collective carries all of them, and whether a process has failed: then its number of samples is NaN.
 
         Returns:
             The mean of the loss.
@@ -303,35 +343,50 @@ class Trainer:
             StateError: Another process has failed.
         """
         parameters = list(self._parameters.values())
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if (
-                parameter in self._ranges.of_inputs
-            ):  # it is divided by the root of the number of values of this share
-                gradient.mul_(math.sqrt(samples))
-        statistics = [
-            b for module in self._find_live() for b in module.buffers() if b.is_floating_point()
-        ]
-        reached = torch.tensor([p.grad is not None for p in parameters], device=loss.device)
-        own = [*gradients, *statistics, reached, loss, torch.ones_like(loss)]
-        share = torch.cat([tensor.flatten() for tensor in own]) * (
-            samples if failure is None else math.nan
-        )
-        share = sum_over_ranks(share)
-        if share[-1].isnan():
+        statistics = []
+        for module in self._find_live():
+            statistics += [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        gradients = self._scale_gradients(num_samples)
+        has_gradient = [parameter.grad is not None for parameter in parameters]
+        is_reached = torch.tensor(has_gradient, device=loss.device)
+
+        parts = [*gradients, *statistics, is_reached, loss, torch.ones_like(loss)]
+        weight = num_samples if failure is None else math.nan
+        sums = sum_over_ranks(torch.cat([part.flatten() for part in parts]) * weight)
+        total_samples = sums[-1]
+        if total_samples.isnan():
             raise_together(failure, StateError)
-        means = torch.split(share / share[-1], [tensor.numel() for tensor in own])
-        for parameter, mean, is_reached in zip(parameters, means, means[-3].tolist(), strict=False):
-            whole = mean / share[-1].sqrt() if parameter in self._ranges.of_inputs else mean
-            # None, not 0: Adam goes on moving what has no gradient in a step
-            parameter.grad = (
-                whole.reshape(parameter.shape).to(parameter.dtype, copy=True)
-                if is_reached
-                else None
-            )
-        for buffer, mean in zip(statistics, means[len(parameters) :], strict=False):
-            buffer.copy_(mean.reshape(buffer.shape))
-        return means[-2]
+        means = iter(torch.split(sums / total_samples, [part.numel() for part in parts]))
+
+        mean_gradients = [next(means) for _ in parameters]
+        for buffer in statistics:
+            buffer.copy_(next(means).reshape(buffer.shape))
+        reached_means = next(means).tolist()
+        mean_loss = next(means)
+        for parameter, mean, reached in zip(parameters, mean_gradients, reached_means, strict=True):
+            if parameter in self._ranges.of_inputs:
+                mean = mean / total_samples.sqrt()
+            # None, not 0: Adam goes on moving a parameter whose gradient is 0 in a step.
+            parameter.grad = None
+            if reached:
+                parameter.grad = mean.reshape(parameter.shape).to(parameter.dtype, copy=True)
+        return mean_loss
+
+    def _scale_gradients(self, num_samples: int) -> list[torch.Tensor]:
+        """The gradients of this process; 0 for parameters without one.
+
+        LSQ divides the gradient of an input's range by the root of the number of values, of which this process saw
+        only its part. The factor sqrt(samples) undoes that, so that the gradients can be added.
+        """
+        gradients = []
+        for parameter in self._parameters.values():
+            gradient = parameter.grad
+            if gradient is None:
+                gradient = torch.zeros_like(parameter)
+            if parameter in self._ranges.of_inputs:
+                gradient.mul_(math.sqrt(num_samples))
+            gradients.append(gradient)
+        return gradients
 
     def _require_finite(self, loss: float, batch: Any) -> None:
         """Refuse NaN and Inf, and clip the gradient.
@@ -339,11 +394,12 @@ class Trainer:
         Raises:
             StateError: With the layer or the parameter.
         """
-        grads = [p.grad for p in self._parameters.values() if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
+        parameters = self._parameters.values()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
         if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
             raise self._explain_nonfinite(loss, batch)
-        nn.utils.clip_grads_with_norm_(self._parameters.values(), self._schedule.max_norm, norm)
+        nn.utils.clip_grads_with_norm_(parameters, self._schedule.max_norm, norm)
 
     def _update(self, optimizer: torch.optim.Optimizer) -> None:
         rate = self._schedule.rate_at(self.step, self.total)
@@ -352,32 +408,33 @@ class Trainer:
         optimizer.step()
 
     def _explain_nonfinite(self, loss: float, batch: Any) -> StateError:
-        return StateError(
-            self._find_nonfinite(loss, batch),
-            "lower the learning rate (lr), or look at what is named.",
-        )
-
-    def _find_nonfinite(self, loss: float, batch: Any) -> str:
         if math.isfinite(loss):
-            bad = [
-                n
-                for n, p in self._parameters.items()
-                if p.grad is not None and not torch.isfinite(p.grad).all()
-            ]
-            if not bad:
-                return f"the norm of the gradient is too large for float32 in step {self.step + 1}."
-            order = {name: place for place, name in enumerate(order_modules(self.model, batch))}
-            first = max(
-                bad, key=lambda name: order.get(name.rpartition(".")[0], -1)
-            )  # that the backward reached
-            return f"the gradient of {first} is NaN or Inf in step {self.step + 1}."
-        layer = find_nonfinite(self.model, batch)
-        where = (
-            f"it begins in {layer}"
-            if layer
-            else "no layer makes it of finite inputs, so the batch or the loss does"
-        )
-        return f"the loss is {loss} in step {self.step + 1}; {where}."
+            reason = self._explain_gradient(batch)
+        else:
+            layer = find_nonfinite(self.model, batch)
+            origin = "no layer makes it from finite inputs, so the batch or the loss does"
+            if layer:
+                origin = f"it begins in {layer}"
+            reason = f"the loss is {loss} in step {self.step + 1}; {origin}."
+        return StateError(reason, "lower the learning rate (lr), or look at what is named.")
+
+    def _explain_gradient(self, batch: Any) -> str:
+        """Where a gradient of NaN or Inf starts."""
+        nonfinite = []
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                nonfinite.append(name)
+        if not nonfinite:
+            return f"the norm of the gradient is too large for float32 in step {self.step + 1}."
+        places = {name: place for place, name in enumerate(order_modules(self.model, batch))}
+
+        def place_of(parameter: str) -> int:
+            return places.get(parameter.rpartition(".")[0], -1)
+
+        first = max(
+            nonfinite, key=place_of
+        )  # the backward pass goes from the last module to the first
+        return f"the gradient of {first} is NaN or Inf in step {self.step + 1}."
 
     def _stop_ranges_when_due(self) -> None:
         if self.step >= self._tune_ranges * self.total:
@@ -389,67 +446,75 @@ class Trainer:
         self._ranges.stop()
 
     def pack(self) -> dict[str, torch.Tensor]:
-        """Model, optimizer and what was seen of oscillations as tensors, from which `unpack` goes on exactly."""
-        model = {f"model//{name}": tensor for name, tensor in self.model.state_dict().items()}
-        seen = (
-            {f"watch//{name}": tensor for name, tensor in self._watch.pack().items()}
-            if self._watch
-            else {}
-        )
-        states = self._optimizer.state if self._optimizer else {}
-        return (
-            model
-            | seen
-            | {
-                f"optimizer//{name}//{key}": torch.as_tensor(value)
-                for name, parameter in self._parameters.items()
-                for key, value in states.get(parameter, {}).items()
-            }
-        )
+        """Model, optimizer and counts of oscillations as tensors, from which `unpack` goes on exactly."""
+        tensors = {}
+        for name, tensor in self.model.state_dict().items():
+            tensors[f"{_MODEL_PREFIX}{name}"] = tensor
+        if self._watch:
+            for name, tensor in self._watch.pack().items():
+                tensors[f"{_WATCH_PREFIX}{name}"] = tensor
+        if self._optimizer:
+            for name, parameter in self._parameters.items():
+                state = self._optimizer.state.get(parameter, {})
+                for key, value in state.items():
+                    tensors[f"{_OPTIMIZER_PREFIX}{name}//{key}"] = torch.as_tensor(value)
+        return tensors
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], step: int) -> None:
-        """Go on where another trainer of the same model and options packed itself, after so many steps."""
-        if self._ranges.parameters and not any(name.endswith("._log2_amax") for name in tensors):
+        """Go on from the state that another trainer of the same model and options packed after `step` steps."""
+        is_learned = any(name.endswith("._log2_amax") for name in tensors)
+        if self._ranges.parameters and not is_learned:
             self._stop_ranges()  # they were no longer learned then
-        self.model.load_state_dict(
-            {k.removeprefix("model//"): t for k, t in tensors.items() if k.startswith("model//")}
-        )
-        for name, parameter in self._parameters.items():
-            prefix = f"optimizer//{name}//"
-            state = {
-                key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)
-            }
-            if self._optimizer and state:  # Adam keeps its count of steps on the CPU
-                moved = {
-                    key: t if key == "step" else t.to(parameter.device) for key, t in state.items()
-                }
-                self._optimizer.state[parameter] = moved
-        if seen := {
-            k.removeprefix("watch//"): t for k, t in tensors.items() if k.startswith("watch//")
-        }:
+        self.model.load_state_dict(select_prefix(tensors, _MODEL_PREFIX))
+        if self._optimizer:
+            self._unpack_optimizer(self._optimizer, tensors)
+        counts = select_prefix(tensors, _WATCH_PREFIX)
+        if counts:
             self._watch = OscillationWatch(self.model)
-            self._watch.unpack(seen)
+            self._watch.unpack(counts)
         self.step = step
 
-    @property
-    def watch(self) -> OscillationWatch | None:
-        """What saw the weights of the last steps; None where too few were taken."""
-        return self._watch
+    def _unpack_optimizer(
+        self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        for name, parameter in self._parameters.items():
+            state = select_prefix(tensors, f"{_OPTIMIZER_PREFIX}{name}//")
+            for key, tensor in state.items():
+                if key != "step":  # Adam keeps its count of steps on the CPU
+                    state[key] = tensor.to(parameter.device)
+            if state:
+                optimizer.state[parameter] = state
 
     def finish(self) -> None:
-        """Put back modes and flags, and leave the ranges as they are; may be called again."""
+        """Put back modes and flags, and leave the ranges as they are; may be called more than once."""
         self._exits.close()
 
 
-_FIXES = {
-    "all": "check the patterns in layers; parameters with requires_grad=False stay as they are.",
-    "ranges": "learn ranges with ranges='lsq' or 'pact', and check the patterns in layers.",
-    "batchnorm": "the model has no BatchNorm, or it is folded: tune it before fold_batchnorm.",
-}
+def _require_no_inference(model: nn.Module) -> None:
+    """Refuse to train in inference mode, or parameters that were made in it.
+
+    Raises:
+        StateError: As said.
+    """
+    is_made_there = any(parameter.is_inference() for parameter in model.parameters())
+    if torch.is_inference_mode_enabled() or is_made_there:
+        raise StateError(
+            "in torch.inference_mode there are no gradients.",
+            "create and tune the model outside of it.",
+        )
+
+
+def _list_batchnorms(model: nn.Module, modules: set[nn.Module]) -> list[_BatchNorm]:
+    """The BatchNorm layers among some modules, in the order of the model."""
+    batchnorms = []
+    for module in model.modules():
+        if module in modules and isinstance(module, _BatchNorm):
+            batchnorms.append(module)
+    return batchnorms
 
 
 def copy_float(model: nn.Module) -> nn.Module:
-    """The float model of a quantized one, on its own."""
+    """A float copy of a quantized model."""
     teacher = copy.deepcopy(model)
     restore_modules(teacher)
     for _, quantizer in named_quantizers(teacher):  # of classes that exist only quantized
@@ -458,9 +523,9 @@ def copy_float(model: nn.Module) -> nn.Module:
 
 
 def digest_weights(model: nn.Module) -> str:
-    """What tells one calibrated model from another: names, formats, float layers, and all values of its state."""
-    off = [name for name, quantizer in named_quantizers(model) if not quantizer.is_enabled]
-    digest = hashlib.sha256(f"{fingerprint_model(model)} {off}".encode())
+    """A digest of a calibrated model: names, formats, float layers, and all values of its state."""
+    disabled = [name for name, quantizer in named_quantizers(model) if not quantizer.is_enabled]
+    digest = hashlib.sha256(f"{fingerprint_model(model)} {disabled}".encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(bytes_of(tensor))
@@ -468,21 +533,30 @@ def digest_weights(model: nn.Module) -> str:
 
 
 def _choose_modules(model: nn.Module, patterns: Iterable[Pattern] | None) -> set[nn.Module]:
+    """The modules that match, and all modules in them; all modules without patterns."""
     if patterns is None:
         return set(model.modules())
     wanted = Patterns(patterns, "layers")
-    chosen = [module for name, module in model.named_modules() if wanted.match([name], module)]
+    modules: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if wanted.match([name], module):
+            modules.update(module.modules())
     wanted.warn_unused("module")
-    return {inner for module in chosen for inner in module.modules()}
+    return modules
 
 
 def _group_by_owner(model: nn.Module, order: Sequence[str]) -> list[list[TensorQuantizer]]:
-    """The quantizers that are on, those of one module together, in the order in which the modules return."""
+    """The enabled quantizers, grouped by module, in the order in which the modules return for the first time."""
     groups: dict[str, list[TensorQuantizer]] = {}
     for name, quantizer in named_quantizers(model):
         if quantizer.is_enabled:
-            groups.setdefault(name.rpartition(".")[0], []).append(quantizer)
-    places = {
-        name: place for place, name in reversed([*enumerate(order)])
-    }  # of a module that runs again the first
-    return [groups[name] for name in sorted(groups, key=lambda name: places.get(name, len(order)))]
+            owner = name.rpartition(".")[0]
+            groups.setdefault(owner, []).append(quantizer)
+    places: dict[str, int] = {}
+    for place, name in enumerate(order):
+        places.setdefault(name, place)
+
+    def place_of(owner: str) -> int:
+        return places.get(owner, len(order))
+
+    return [groups[owner] for owner in sorted(groups, key=place_of)]

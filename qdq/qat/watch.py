@@ -1,10 +1,11 @@
-"""What may go wrong without a sign: oscillating weights, ranges that do not fit; and where NaN began."""
+"""Silent faults of a run: oscillating weights, ranges that do not fit, and the layer where NaN starts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from qdq.forward import call_model, evaluating, floats_of
 from qdq.quantize import quantize_codes
 from qdq.quantizer import TensorQuantizer, named_quantizers
 
-_REVERSALS = 2  # so often must a code turn back to be called oscillating
-_SHARE = 0.01  # of the weights of a layer that oscillate, to be reported
-_CLIPPED = 0.5  # share of the values beyond the range, to be reported
-_UNUSED = 1 / 8  # of the range at most is used: 3 bits are lost
+_MIN_REVERSALS = 2  # a code oscillates if it turned back so often
+_MIN_OSCILLATING = 0.01  # a layer is reported if more than this fraction of its weights oscillates
+_MAX_CLIPPED = 0.5  # a range is reported if it clips more than this fraction of the values
+_MIN_USED = 1 / 8  # a range is reported if the values use less of it: 3 bits are lost
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Oscillation:
 
     Args:
         layer: Dotted name.
-        share: Share of its weights, 0..1.
+        share: Fraction of its weights, 0..1.
     """
 
     layer: str
@@ -55,146 +56,192 @@ class OscillationWatch:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        quantizers = dict(named_quantizers(model))
-        self._weights = [
-            (layer, module, parameter, quantizers[name])
-            for name, (layer, module, parameter) in Collection(model).weights.items()
-        ]
-        self._codes = list(self._quantize())
+        self._weights = _list_weights(model)
+        self._codes = [weight.quantize() for weight in self._weights]
         self._direction = [torch.zeros_like(codes, dtype=torch.int8) for codes in self._codes]
         self._reversals = [torch.zeros_like(codes, dtype=torch.uint8) for codes in self._codes]
 
-    @torch.no_grad()
-    def _quantize(self) -> Iterator[torch.Tensor]:
-        for _, module, parameter, quantizer in self._weights:
-            weight = module._parameters[parameter]
-            assert weight is not None  # noqa: S101
-            scale = quantizer.scale if quantizer.axis is None else quantizer.scale.flatten()
-            axis = _positive(quantizer.range_axis, weight)
-            yield quantize_codes(weight.float(), scale, quantizer.format, axis).short()
-
     def after_step(self) -> None:
         """Compare the codes with those before the step."""
-        for index, codes in enumerate(self._quantize()):
+        for index, weight in enumerate(self._weights):
+            codes = weight.quantize()
             moved = (codes - self._codes[index]).sign().to(torch.int8)
-            back = (moved != 0) & (moved == -self._direction[index])
-            self._reversals[index] += back & (self._reversals[index] < 255)
+            is_reversed = (moved != 0) & (moved == -self._direction[index])
+            is_countable = self._reversals[index] < 255
+            self._reversals[index] += is_reversed & is_countable
             self._direction[index] = torch.where(moved != 0, moved, self._direction[index])
             self._codes[index] = codes
 
     def pack(self) -> dict[str, torch.Tensor]:
-        """What was seen, as tensors from which `unpack` goes on."""
-        seen = {"codes": self._codes, "direction": self._direction, "reversals": self._reversals}
-        return {
-            f"{name}//{index}": tensor
-            for name, tensors in seen.items()
-            for index, tensor in enumerate(tensors)
-        }
+        """The counts so far, as tensors from which `unpack` goes on."""
+        packed = {}
+        for index in range(len(self._weights)):
+            packed[f"codes//{index}"] = self._codes[index]
+            packed[f"direction//{index}"] = self._direction[index]
+            packed[f"reversals//{index}"] = self._reversals[index]
+        return packed
 
     def unpack(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Go on where another watch of the same model packed itself."""
-        for name, own in self.pack().items():
-            own.copy_(tensors[name])
+        """Go on from the counts that another watch of the same model packed."""
+        for name, tensor in self.pack().items():
+            tensor.copy_(tensors[name])
 
     def find(self) -> tuple[Oscillation, ...]:
         """The layers in which more than 1 % of the weights oscillated, worst first."""
-        shares = [float((reversals >= _REVERSALS).float().mean()) for reversals in self._reversals]
-        found = [
-            Oscillation(layer, share)
-            for (layer, *_), share in zip(self._weights, shares, strict=True)
-        ]
-        return tuple(
-            sorted((each for each in found if each.share > _SHARE), key=lambda each: -each.share)
-        )
+        oscillations = []
+        for weight, reversals in zip(self._weights, self._reversals, strict=True):
+            share = float((reversals >= _MIN_REVERSALS).float().mean())
+            if share > _MIN_OSCILLATING:
+                oscillations.append(Oscillation(weight.layer, share))
+        oscillations.sort(key=lambda oscillation: -oscillation.share)
+        return tuple(oscillations)
+
+
+@dataclass(frozen=True)
+class _QuantizedWeight:
+    """A weight and its quantizer.
+
+    Args:
+        layer: Dotted name of the layer.
+        quantizer_name: Dotted name of the quantizer.
+        module: The layer.
+        parameter: Name of the parameter in the layer.
+        quantizer: The quantizer.
+    """
+
+    layer: str
+    quantizer_name: str
+    module: nn.Module
+    parameter: str
+    quantizer: TensorQuantizer
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The weight as it is now, without its gradient."""
+        value: torch.Tensor = getattr(self.module, self.parameter)
+        return value.detach()
+
+    @torch.no_grad()
+    def quantize(self) -> torch.Tensor:
+        """Its codes, int16, of its shape."""
+        scale = self.quantizer.scale
+        if self.quantizer.axis is not None:
+            scale = scale.flatten()
+        axis = _positive(self.quantizer.range_axis, self.value)
+        return quantize_codes(self.value.float(), scale, self.quantizer.format, axis).short()
+
+
+def _list_weights(model: nn.Module) -> list[_QuantizedWeight]:
+    quantizers = dict(named_quantizers(model))
+    weights = []
+    for name, (layer, module, parameter) in Collection(model).weights.items():
+        weights.append(_QuantizedWeight(layer, name, module, parameter, quantizers[name]))
+    return weights
 
 
 def _positive(axis: int | None, tensor: torch.Tensor) -> int | None:
-    return None if axis is None else axis % tensor.dim()
+    if axis is None:
+        return None
+    return axis % tensor.dim()
 
 
 def find_bad_ranges(model: nn.Module, batch: Any) -> tuple[BadRange, ...]:
-    """The ranges that are far too small or too large: most is clipped, or most codes are unused.
+    """The ranges that are far too small or too large: most values are clipped, or most codes are unused.
 
-    Those of inputs are judged by a batch; of weights, channels of zeros are left out.
+    Ranges of inputs are compared with a batch, those of weights with the weights, without channels of zeros.
 
     Args:
         model: A calibrated model.
-        batch: As for `trace.call_model`.
+        batch: As for `forward.call_model`.
     """
-    found: list[BadRange] = []
-    collection = Collection(model)
+    bad_ranges: list[BadRange] = []
+
+    def judge_input(name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(module, TensorQuantizer)  # noqa: S101
+        reason = _reason_against(module, inputs[0], may_be_zero=False)
+        if reason:
+            bad_ranges.append(BadRange(name, reason))
+
     with ExitStack() as hooks:
-        for name in collection.collecting:
+        for name in Collection(model).collecting:
             quantizer = model.get_submodule(name)
-            assert isinstance(quantizer, TensorQuantizer)  # noqa: S101
-
-            def look(module: Any, inputs: tuple[torch.Tensor, ...], name: str = name) -> None:
-                if reason := _judge(module, inputs[0], may_be_zero=False):
-                    found.append(BadRange(name, reason))
-
-            hooks.callback(quantizer.register_forward_pre_hook(look).remove)
+            hook = quantizer.register_forward_pre_hook(partial(judge_input, name))
+            hooks.callback(hook.remove)
         with evaluating(model):
             call_model(model, batch)
-    quantizers = dict(named_quantizers(model))
-    for name, (_, module, parameter) in collection.weights.items():
-        weight = module._parameters[parameter]
-        assert weight is not None  # noqa: S101
-        if reason := _judge(quantizers[name], weight.detach(), may_be_zero=True):
-            found.append(BadRange(name, reason))
-    return tuple(found)
+    for weight in _list_weights(model):
+        reason = _reason_against(weight.quantizer, weight.value, may_be_zero=True)
+        if reason:
+            bad_ranges.append(BadRange(weight.quantizer_name, reason))
+    return tuple(bad_ranges)
 
 
-def _judge(quantizer: TensorQuantizer, values: torch.Tensor, *, may_be_zero: bool) -> str:
-    """What is wrong with a range, or with some of several; "" if nothing is."""
+def _reason_against(quantizer: TensorQuantizer, values: torch.Tensor, *, may_be_zero: bool) -> str:
+    """What is wrong with a range, or with some ranges of a quantizer; "" if nothing is."""
     if quantizer.amax is None or not values.numel():
         return ""
-    amax, axis = quantizer.amax.detach().flatten(), _positive(quantizer.range_axis, values)
-    rows = (
-        values.float().abs().reshape(1, -1)
-        if axis is None
-        else values.float().abs().movedim(axis, 0).flatten(1)
-    )
+    amax = quantizer.amax.detach().flatten()
+    rows = _as_rows(values.float().abs(), _positive(quantizer.range_axis, values))
     largest = rows.amax(1)
     used = largest / amax.clamp_min(1e-30)
     clipped = (rows > amax[:, None]).float().mean(1)
-    alive = largest > 0 if may_be_zero else torch.ones_like(largest, dtype=torch.bool)
-    for bad, reason in (
-        (clipped > _CLIPPED, f"{float(clipped.max()):.0%} of the values are clipped"),
+    is_judged = torch.ones_like(largest, dtype=torch.bool)
+    if may_be_zero:
+        is_judged = largest > 0
+    faults = (
+        (clipped > _MAX_CLIPPED, f"{float(clipped.max()):.0%} of the values are clipped"),
         (used * quantizer.format.qmax < 0.5, "every code is 0"),
-        (used < _UNUSED, f"the largest value uses {float(used.min()):.1%} of the range"),
-    ):
-        if count := int((bad & alive).sum()):
-            return reason if len(amax) == 1 else f"in {count} of {len(amax)} channels {reason}"
+        (used < _MIN_USED, f"the largest value uses {float(used.min()):.1%} of the range"),
+    )
+    for is_bad, reason in faults:
+        count = int((is_bad & is_judged).sum())
+        if count and len(amax) == 1:
+            return reason
+        if count:
+            return f"in {count} of {len(amax)} channels {reason}"
     return ""
 
 
+def _as_rows(values: torch.Tensor, axis: int | None) -> torch.Tensor:
+    """`[channels, values]`; one row without an axis."""
+    if axis is None:
+        return values.reshape(1, -1)
+    return values.movedim(axis, 0).flatten(1)
+
+
 def find_nonfinite(model: nn.Module, batch: Any) -> str:
-    """Dotted name of the first module that makes NaN or Inf of finite inputs; "" if none does."""
-    found: list[str] = []
-    with ExitStack() as hooks:
-        for name, module in model.named_modules():
+    """Dotted name of the first module that makes NaN or Inf from finite inputs; "" if none does."""
+    sources: list[str] = []
 
-            def look(_: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
-                if not found and _is_finite(inputs) and not _is_finite(output):
-                    found.append(name or "the model")
+    def compare(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not sources and _is_finite(inputs) and not _is_finite(output):
+            sources.append(name or "the model")
 
-            hooks.callback(module.register_forward_hook(look).remove)
-        with evaluating(model):
-            call_model(model, batch)
-    return found[0] if found else ""
+    _run_with_hooks(model, batch, compare)
+    return sources[0] if sources else ""
 
 
 def order_modules(model: nn.Module, batch: Any) -> list[str]:
-    """Dotted names of the modules in the order in which they return for a batch, of repeated calls each."""
-    returned: list[str] = []
+    """Dotted names of the modules in the order in which their calls return for a batch."""
+    names: list[str] = []
+
+    def append_name(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        names.append(name)
+
+    _run_with_hooks(model, batch, append_name)
+    return names
+
+
+def _run_with_hooks(
+    model: nn.Module, batch: Any, hook: Callable[[str, nn.Module, Any, Any], None]
+) -> None:
+    """Call a model with a hook on every module, which also gets the name of the module."""
     with ExitStack() as hooks:
         for name, module in model.named_modules():
-            hooks.callback(
-                module.register_forward_hook(lambda *_, name=name: returned.append(name)).remove
-            )
+            handle = module.register_forward_hook(partial(hook, name))
+            hooks.callback(handle.remove)
         with evaluating(model):
             call_model(model, batch)
-    return returned
 
 
 def _is_finite(tree: Any) -> bool:

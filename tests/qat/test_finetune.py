@@ -269,7 +269,7 @@ def test_features_are_compared_where_that_is_asked_for(four_bits):
     )
     qdq.swap_modules(blocks)
     assert _find_layers(blocks, []) == ["stage.0.0", "stage.1"]
-    with pytest.raises(ArgumentError, match="layers say nothing"):
+    with pytest.raises(ArgumentError, match="layers have no effect"):
         Distillation(features=0, layers=["stem"])
     with pytest.raises(ArgumentError, match="all weights"):
         Distillation(mse=0, kl=0, features=0)
@@ -627,7 +627,7 @@ def test_a_model_that_gives_its_own_loss():
     assert tuning.curve[-1].metric > 0.7 * tuning.curve[0].metric
     assert not any(module.training for module in model.modules())
     assert int(model.norm.num_batches_tracked) == 0
-    with pytest.raises(ArgumentError, match="gives no outputs to compare"):
+    with pytest.raises(ArgumentError, match="returns no outputs to compare"):
         finetune(model, scenes, loss="own", schedule=schedule)
 
 
@@ -693,7 +693,7 @@ def test_a_batch_with_nan_leaves_the_statistics_of_batchnorm(residual, images, t
     qdq.calibrate_model(residual, [images])
     before = state_of(residual)
     with pytest.raises(
-        StateError, match="the loss is nan in step 1; no layer makes it of finite inputs"
+        StateError, match="the loss is nan in step 1; no layer makes it from finite inputs"
     ):
         finetune(residual, [images * math.nan], schedule=FAST, train=train)
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(residual).items())
@@ -706,7 +706,7 @@ def test_a_batch_with_nan_leaves_the_statistics_of_batchnorm(residual, images, t
             [make_batches(1)[0] * math.inf],
             {"ranges": "ema"},
             StateError,
-            "stem._input_quantizer was given NaN or Inf",
+            "stem._input_quantizer received NaN or Inf",
         ),
         (iter(make_batches(2)), {}, DataError, "the batches ran out"),
     ],

@@ -8,6 +8,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from tuned_run import Noisy, make_images, make_model
 
 import qdq
+from qdq.qat.epochs import begin_epoch, find_generators
 
 
 class Indexed(torch.utils.data.Dataset):
@@ -72,7 +73,7 @@ def test_a_resumed_run_sees_the_batches_of_one_that_was_not_killed(tmp_path, mak
     with pytest.raises(KeyboardInterrupt):
         tune(make(), interrupt_at=8, folder=tmp_path)
     loader = make()
-    for generator in qdq.qat._find_generators(loader):
+    for generator in find_generators(loader):
         generator.manual_seed(77)  # where it was before does not count
     rest, resumed, found = tune(loader, folder=tmp_path)
     assert rest == order[7:]
@@ -83,7 +84,7 @@ def test_a_resumed_run_sees_the_batches_of_one_that_was_not_killed(tmp_path, mak
 @pytest.mark.parametrize("make", LOADERS, ids=NAMES)
 def test_the_generators_of_the_user_stay_as_they_were(tmp_path, make):
     loader = make()
-    (generator,) = {id(each): each for each in qdq.qat._find_generators(loader)}.values()
+    (generator,) = {id(each): each for each in find_generators(loader)}.values()
     before = generator.get_state()
     tune(loader, folder=tmp_path)
     assert torch.equal(generator.get_state(), before)
@@ -108,9 +109,9 @@ def test_persistent_workers_are_warned_of_where_a_run_may_be_resumed(tmp_path, c
     for is_kept in (True, False):
         loader = with_generator(1, persistent_workers=is_kept)
         for epoch in range(2):
-            qdq.qat._begin_epoch(loader, 0, epoch)
+            begin_epoch(loader, 0, epoch)
             noise[is_kept, epoch] = torch.cat(list(loader))
-        qdq.qat._begin_epoch(loader, 0, 1)
+        begin_epoch(loader, 0, 1)
         noise[is_kept, "again"] = torch.cat(list(loader))
         del loader
     assert torch.equal(noise[False, "again"], noise[False, 1])
@@ -121,10 +122,10 @@ def test_persistent_workers_are_warned_of_where_a_run_may_be_resumed(tmp_path, c
     qdq.finetune(make_model(), batches, schedule=schedule)
     assert "persistent_workers" not in caplog.text
     qdq.finetune(make_model(), batches, schedule=schedule, folder=tmp_path)
-    assert caplog.text.count("the random numbers of persistent_workers") == 1
+    assert caplog.text.count("persistent_workers carry their random numbers") == 1
 
 
 def test_batches_that_have_no_generator_are_left_alone():
-    assert qdq.qat._find_generators([make_images(8, 1)]) == []
-    assert qdq.qat._find_generators(itertools.count()) == []
-    assert qdq.qat._find_generators(DataLoader(Indexed())) == []
+    assert find_generators([make_images(8, 1)]) == []
+    assert find_generators(itertools.count()) == []
+    assert find_generators(DataLoader(Indexed())) == []

@@ -20,7 +20,7 @@ from qdq.quantizer import named_quantizers
 HERE = Path(__file__).parent
 TUNED_RUN = HERE / "tuned_run.py"
 pytestmark = pytest.mark.xdist_group("processes of fine-tuning")  # they share two runs
-BOTH_SAY = "StateError: the processes do not begin alike: "
+BOTH_SAY = "StateError: the processes do not start in the same state: "
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,8 @@ def test_processes_that_begin_differently_are_refused_in_all_of_them(found, case
         ("loader fails", 1, "OSError: the disk is gone"),
         ("loader of the first fails as ranges stop", 0, "OSError: the disk is gone"),
         ("loss fails", 1, "ValueError: not today"),
-        ("nan", 1, "StateError: the loss is nan in step 3; no layer makes it of finite inputs"),
-        ("nan in a range", 1, "StateError: 0._input_quantizer was given NaN or Inf"),
+        ("nan", 1, "StateError: the loss is nan in step 3; no layer makes it from finite inputs"),
+        ("nan in a range", 1, "StateError: 0._input_quantizer received NaN or Inf"),
         ("save fails", 0, "ArgumentError: cannot write: the disk is full"),
     ],
 )

@@ -235,7 +235,7 @@ def test_damaged_files_teach(tmp_path, content):
         qdq.finetune(
             make_model(), [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path
         )
-    assert "remove the file to begin anew" in error.value.fix
+    assert "remove the file to start again" in error.value.fix
     with pytest.raises(DataError, match="cannot read"):
         qdq.load_tuned(make_model(), tmp_path / "state.safetensors")
 
@@ -267,7 +267,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     qdq.finetune(
         make_model(), [make_images(8, 6)], schedule=qdq.Schedule(steps=2), folder=tmp_path / "run"
     )
-    with pytest.raises(DataError, match="no 'qdq fine-tuned model 2' file"):
+    with pytest.raises(DataError, match="not a 'qdq fine-tuned model 2' file"):
         qdq.load_tuned(make_model(), tmp_path / "run" / "state.safetensors")
 
 

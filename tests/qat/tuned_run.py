@@ -79,7 +79,7 @@ class Noisy(torch.utils.data.Dataset):
 
 @patch.object(qdq.qat.record, "_SAVE_SECONDS", -1.0)
 @patch.object(qdq.qat.trainer, "_WATCHED", 0.8)
-@patch.object(qdq.qat.watch, "_SHARE", -1.0)  # every layer is reported
+@patch.object(qdq.qat.watch, "_MIN_OSCILLATING", -1.0)  # every layer is reported
 def run(folder, die_at=None, bits=4, tensorboard=False, waiting=None):
     """20 steps of 8 images, the state saved after each; perhaps killed while it runs."""
     model = make_model(bits)
