@@ -61,7 +61,7 @@ def test_what_has_no_row_a_sample_is_held_once():
 
 def test_other_differences_are_refused():
     batches = [{"ids": torch.zeros(2, 3), "scale": scale} for scale in (1.0, 2.0)]
-    with pytest.raises(DataError, match="scale.* differs between batches"):
+    with pytest.raises(DataError, match=r"scale.* differs between batches"):
         join_batches(batches)
     with pytest.raises(DataError, match="cannot be joined"):
         join_batches([torch.zeros(2, 3), torch.zeros(2, 4)])

@@ -39,7 +39,9 @@ def fake_tensor_quant_(
 def _flat(amax: Range, inputs: torch.Tensor) -> torch.Tensor:
     """One range as 0-D; several as they are."""
     ranges = _as_tensor(amax, inputs)
-    return ranges.reshape(()) if ranges.numel() == 1 else ranges
+    if ranges.numel() == 1:
+        return ranges.reshape(())
+    return ranges
 
 
 @torch.no_grad()

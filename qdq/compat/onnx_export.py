@@ -224,11 +224,7 @@ def _require_expressible(
             f"opset {opset} has no QuantizeLinear with an axis.",
             f"export with opset_version={LOWEST} or above.",
         )
-    weights: dict[int, list[list[torch.Tensor]]] = {}
-    for quantizer, parts in (
-        found for module in model.modules() for found in quantized_weights(module)
-    ):
-        weights.setdefault(id(quantizer), []).append(parts)
+    weights = _group_weights(model)
     for path, quantizer in quantizers.items():
         name = path or quantizer.name or "this quantizer"
         quantizer._single_axis()
@@ -257,37 +253,52 @@ def _require_expressible(
         )
 
 
+def _group_weights(model: nn.Module) -> dict[int, list[list[torch.Tensor]]]:
+    """The weights of each quantizer, by its identity, for each module that has it."""
+    weights: dict[int, list[list[torch.Tensor]]] = {}
+    for module in model.modules():
+        for quantizer, parts in quantized_weights(module):
+            weights.setdefault(id(quantizer), []).append(parts)
+    return weights
+
+
 def _require_numbers(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -> None:
     """Refuse, all at once, ranges without a scale, and weights and biases that hold NaN or Inf.
 
     A range that is NaN has been calibrated without data: it counts as none.
     """
-    found = [
-        (module, quantizer, parts)
-        for module in model.modules()
-        for quantizer, parts in quantized_weights(module)
-    ]
-    weights = {id(quantizer): parts[0] for _, quantizer, parts in found if len(parts) == 1}
-    calibrated = {
-        name: quantizer for name, quantizer in quantizers.items() if quantizer.has_range()
-    }
-    reasons = {name: q.reason_against_range(weights.get(id(q))) for name, q in calibrated.items()}
-    wrong = [f"{name} {reason}" for name, reason in reasons.items() if reason]
-    enabled = {id(quantizer) for quantizer in quantizers.values()}
-    of_layers = {
-        id(p)
-        for module, q, _ in found
-        if id(q) in enabled
-        for p in module.parameters(recurse=False)
-    }
+    weights = {}
+    for identity, modules in _group_weights(model).items():
+        if len(modules[-1]) == 1:
+            weights[identity] = modules[-1][0]
+    in_layers = _list_layer_parameters(model, quantizers)
+
+    wrong = []
+    for name, quantizer in quantizers.items():
+        if not quantizer.has_range():
+            continue
+        reason = quantizer.reason_against_range(weights.get(id(quantizer)))
+        if reason:
+            wrong.append(f"{name} {reason}")
     for name, parameter in model.named_parameters():
-        if id(parameter) in of_layers and not bool(torch.isfinite(parameter).all()):
+        if id(parameter) in in_layers and not bool(torch.isfinite(parameter).all()):
             wrong.append(f"{name} holds {int((~torch.isfinite(parameter)).sum())} NaN or Inf")
     if wrong:
         raise ExportError(
             f"{len(wrong)} ranges and parameters cannot be written: {'; '.join(wrong)}.",
             "load sound weights into the kind of model that they come from, then calibrate again.",
         )
+
+
+def _list_layer_parameters(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -> set[int]:
+    """Identities of the parameters of all modules that have one of the quantizers for their weight."""
+    identities = {id(quantizer) for quantizer in quantizers.values()}
+    parameters: set[int] = set()
+    for module in model.modules():
+        for quantizer, _ in quantized_weights(module):
+            if id(quantizer) in identities:
+                parameters.update(map(id, module.parameters(recurse=False)))
+    return parameters
 
 
 def _warn_of_other_axes(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -> None:
@@ -349,7 +360,9 @@ def _require_no_lowest_code(
 
 
 def _joined(weights: list[torch.Tensor]) -> torch.Tensor:
-    return weights[0].detach() if len(weights) == 1 else torch.cat(weights, dim=1).detach()
+    if len(weights) == 1:
+        return weights[0].detach()
+    return torch.cat(weights, dim=1).detach()
 
 
 @contextmanager

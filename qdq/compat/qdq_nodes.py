@@ -29,10 +29,12 @@ def make_constants(
             scale.reshape(()).clone(), torch.zeros((), dtype=torch.float8_e4m3fn), None
         )
     scale = compute_scale(amax.detach(), Format(8, unsigned))
-    scale = scale.reshape(()) if axis is None or scale.numel() == 1 else scale.flatten()
-    return Constants(
-        scale.clone(), torch.zeros_like(scale, dtype=torch.int32), axis if scale.dim() else None
-    )
+    if axis is None or scale.numel() == 1:
+        scale = scale.reshape(())
+        axis = None
+    else:
+        scale = scale.flatten()
+    return Constants(scale.clone(), torch.zeros_like(scale, dtype=torch.int32), axis)
 
 
 def write_qdq(
@@ -46,10 +48,11 @@ def write_qdq(
         num_bits: 8, or (4, 3).
         unsigned: Codes start at 0.
     """
-    scale, zero_point = constants.scale.to(inputs.device), constants.zero_point.to(inputs.device)
-    values = (
-        inputs if inputs.dtype == torch.float32 else inputs.float()
-    )  # the tracer writes a Cast to the same type
+    scale = constants.scale.to(inputs.device)
+    zero_point = constants.zero_point.to(inputs.device)
+    values = inputs
+    if inputs.dtype != torch.float32:  # the tracer would write a Cast even to the same type
+        values = inputs.float()
     fmt = Format(8, unsigned)
     if num_bits == E4M3:
         result = _write_fp8(values, scale, zero_point)
@@ -62,7 +65,9 @@ def write_qdq(
         result = torch.fake_quantize_per_channel_affine(
             values, scale, zero_point, axis, fmt.qmin, fmt.qmax
         )
-    return result if inputs.dtype == torch.float32 else result.to(inputs.dtype)
+    if inputs.dtype == torch.float32:
+        return result
+    return result.to(inputs.dtype)
 
 
 def _write_fp8(values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:

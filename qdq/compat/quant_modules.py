@@ -90,11 +90,11 @@ class QuantModuleReplacementHelper:
 
     def apply_quant_modules(self) -> None:
         """Bind the quantized classes; the classes found first are remembered once (F1)."""
-        known = {(id(entry.orig_mod), entry.mod_name) for entry in self.orginal_func_map}
+        remembered = {(id(entry.orig_mod), entry.mod_name) for entry in self.orginal_func_map}
         for entry in self.quant_map:
-            if (id(entry.orig_mod), entry.mod_name) not in known:
-                found = getattr(entry.orig_mod, entry.mod_name)
-                self.orginal_func_map.append(_quant_entry(entry.orig_mod, entry.mod_name, found))
+            if (id(entry.orig_mod), entry.mod_name) not in remembered:
+                original = getattr(entry.orig_mod, entry.mod_name)
+                self.orginal_func_map.append(_quant_entry(entry.orig_mod, entry.mod_name, original))
             setattr(entry.orig_mod, entry.mod_name, entry.replace_mod)
 
     def restore_float_modules(self) -> None:

@@ -147,8 +147,12 @@ class QuantDescriptor:
         fields: dict[str, Any] = {"num_bits": self._num_bits, "name": self._name}
         for field, default in _DEFAULTS.items():
             value = getattr(self, field)
-            if value is not default and value != default if field != "amax" else value is not None:
+            if field == "amax":
+                continue  # below: an array has no single truth value
+            if value is not default and value != default:
                 fields[field] = value
+        if self._amax is not None:
+            fields["amax"] = self.amax
         return fields
 
     def to_yaml(self) -> str:
@@ -185,35 +189,40 @@ class QuantDescriptor:
         return cls(**fields)
 
     def _key(self) -> tuple[Any, ...]:
-        amax = None if self._amax is None else (self._amax.shape, self._amax.tobytes())
-        others = [getattr(self, field) for field in _DEFAULTS if field not in ("axis", "amax")]
-        return (
-            self._num_bits,
-            self._name,
-            None if self._axis is None else _as_tuple(self._axis),
-            amax,
-            *others,
-        )
+        axis = None
+        if self._axis is not None:
+            axis = _as_tuple(self._axis)
+        amax = None
+        if self._amax is not None:
+            amax = (self._amax.shape, self._amax.tobytes())
+        plain_fields = [field for field in _DEFAULTS if field not in ("axis", "amax")]
+        values = [getattr(self, field) for field in plain_fields]
+        return (self._num_bits, self._name, axis, amax, *values)
 
     def __eq__(self, other: object) -> bool:
-        return self._key() == other._key() if isinstance(other, QuantDescriptor) else NotImplemented
+        if isinstance(other, QuantDescriptor):
+            return self._key() == other._key()
+        return NotImplemented
 
     def __hash__(self) -> int:
         return hash(self._key())
 
     def __str__(self) -> str:
-        parts = [
-            f"{'unsigned ' if self._unsigned else ''}{self._num_bits}bit",
-            "fake" if self._fake_quant else "real",
-            "per-tensor" if self._axis is None else f"axis={self._axis}",
-        ]
+        parts = []
+        if self._unsigned:
+            parts.append("unsigned")
+        parts.append(f"{self._num_bits}bit")
+        parts.append("fake" if self._fake_quant else "real")
+        parts.append("per-tensor" if self._axis is None else f"axis={self._axis}")
         if self._amax is not None:
-            parts += [f"amax={self._amax}", "narrow_range" if self._narrow_range else "full_range"]
+            parts.append(f"amax={self._amax}")
+            parts.append("narrow_range" if self._narrow_range else "full_range")
         if self._learn_amax:
             parts.append("learn_amax")
         if self._scale_amax is not None:
             parts.append(f"scale_amax={self._scale_amax}")
-        return f"{self._name + ': ' if self._name else ''}QuantDescriptor({' '.join(parts)})"
+        prefix = f"{self._name}: " if self._name else ""
+        return f"{prefix}QuantDescriptor({' '.join(parts)})"
 
     __repr__ = __str__
 
@@ -288,7 +297,11 @@ def _checked_calib_method(method: Any) -> str:
 
 
 def _as_tuple(axis: Axis) -> tuple[int, ...]:
-    return () if axis is None else (axis,) if isinstance(axis, int) else axis
+    if axis is None:
+        return ()
+    if isinstance(axis, int):
+        return (axis,)
+    return axis
 
 
 QUANT_DESC_8BIT_PER_TENSOR = QuantDescriptor(num_bits=8)
@@ -444,7 +457,12 @@ def _quantize(
     if not is_capturing():
         _require_legal(values, amax, unsigned)
     qmax = largest_code(num_bits, unsigned)
-    qmin = 0 if unsigned else -qmax if narrow or num_bits == 0 else -qmax - 1
+    if unsigned:
+        qmin = 0
+    elif narrow or num_bits == 0:
+        qmin = -qmax
+    else:
+        qmin = -qmax - 1
     empty = amax <= EPS
     multiplier = _divide(qmax, amax)
     codes = (values * multiplier).round_().clamp_(qmin, qmax)
@@ -475,12 +493,14 @@ def _divide(largest: float, amax: torch.Tensor) -> torch.Tensor:
 def _computable(inputs: torch.Tensor) -> torch.Tensor:
     """Inputs detached, half and bfloat16 as float32."""
     if not isinstance(inputs, torch.Tensor) or not inputs.is_floating_point():
-        found = inputs.dtype if isinstance(inputs, torch.Tensor) else type(inputs).__name__
+        kind = inputs.dtype if isinstance(inputs, torch.Tensor) else type(inputs).__name__
         raise ArgumentTypeError(
-            f"inputs must be a floating point tensor, found {found}.", "convert it with .float()."
+            f"inputs must be a floating point tensor, found {kind}.", "convert it with .float()."
         )
     inputs = inputs.detach()
-    return inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
+    if inputs.dtype in (torch.float16, torch.bfloat16):
+        return inputs.float()
+    return inputs
 
 
 def _require_broadcasting(values: torch.Tensor, amax: torch.Tensor) -> None:

@@ -135,7 +135,9 @@ class HistogramCalibrator(_Calibrator):
             self._counts = torch.zeros(num_bins, dtype=torch.int64)
 
     def _as_shown(self, state: torch.Tensor | None) -> Any:
-        return state if state is None or self._torch_hist else state.cpu().numpy()
+        if state is None or self._torch_hist:
+            return state
+        return state.cpu().numpy()
 
     def _forget_counts(self) -> None:
         self._counts = self._zeros = None
@@ -191,7 +193,9 @@ class HistogramCalibrator(_Calibrator):
             hist = hist.reshape(-1, 2).sum(1)
             self._width *= 2
         missing = math.ceil(maximum / self._width) - hist.numel()
-        return torch.cat([hist, hist.new_zeros(missing)]) if missing > 0 else hist
+        if missing > 0:
+            return torch.cat([hist, hist.new_zeros(missing)])
+        return hist
 
     def compute_amax(
         self, method: str, *, stride: int = 1, start_bin: int = 128, percentile: float = 99.99
@@ -216,7 +220,9 @@ class HistogramCalibrator(_Calibrator):
                 f"Unknown calibration method {method!r}.", "use 'percentile', 'mse' or 'entropy'."
             )
         if self._counts is None:
-            return None if self._zeros is None else torch.zeros((), device=self._zeros.device)
+            if self._zeros is None:
+                return None
+            return torch.zeros((), device=self._zeros.device)
         if not bool(self._counts.any()):
             return None
         amax = self._solve(self._counts.cpu().numpy(), method, stride, start_bin, percentile)
@@ -275,11 +281,9 @@ def _compute_amax_entropy(
 ) -> torch.Tensor | None:
     """As `HistogramCalibrator.compute_amax("entropy")`, of a histogram at hand; None without one."""
     calibrator = _calibrator_of(calib_hist, calib_bin_edges, num_bits, unsigned)
-    return (
-        None
-        if calibrator is None
-        else calibrator.compute_amax("entropy", stride=stride, start_bin=start_bin)
-    )
+    if calibrator is None:
+        return None
+    return calibrator.compute_amax("entropy", stride=stride, start_bin=start_bin)
 
 
 def _compute_amax_mse(
@@ -292,11 +296,9 @@ def _compute_amax_mse(
 ) -> torch.Tensor | None:
     """As `HistogramCalibrator.compute_amax("mse")`, of a histogram at hand; None without one."""
     calibrator = _calibrator_of(calib_hist, calib_bin_edges, num_bits, unsigned)
-    return (
-        None
-        if calibrator is None
-        else calibrator.compute_amax("mse", stride=stride, start_bin=start_bin)
-    )
+    if calibrator is None:
+        return None
+    return calibrator.compute_amax("mse", stride=stride, start_bin=start_bin)
 
 
 def _compute_amax_percentile(
@@ -304,9 +306,9 @@ def _compute_amax_percentile(
 ) -> torch.Tensor | None:
     """As `HistogramCalibrator.compute_amax("percentile")`, of a histogram at hand; None without one."""
     calibrator = _calibrator_of(calib_hist, calib_bin_edges, 8, False)
-    return (
-        None if calibrator is None else calibrator.compute_amax("percentile", percentile=percentile)
-    )
+    if calibrator is None:
+        return None
+    return calibrator.compute_amax("percentile", percentile=percentile)
 
 
 def _calibrator_of(

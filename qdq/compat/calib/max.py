@@ -75,7 +75,9 @@ class MaxCalibrator(_Calibrator):
 
     def compute_amax(self) -> torch.Tensor | None:
         """The maximum so far as a copy, or None before any data."""
-        return None if self._calib_amax is None else self._calib_amax.clone()
+        if self._calib_amax is None:
+            return None
+        return self._calib_amax.clone()
 
     def __str__(self) -> str:
         return f"MaxCalibrator(track_amax={self._track_amax})"

@@ -50,24 +50,25 @@ def calibrate_weights(
             f"Unsupported calibration method {method!r}.", f"use one of {', '.join(_METHODS)}."
         )
     for name, module in model.named_modules():
-        weight, quantizer = (
-            getattr(module, "weight", None),
-            getattr(module, "weight_quantizer", None),
-        )
+        weight = getattr(module, "weight", None)
+        quantizer = getattr(module, "weight_quantizer", None)
         if not isinstance(weight, torch.Tensor) or not weight.numel() or quantizer is None:
             continue
-        axis = (1 if isinstance(module, _ConvTransposeNd) else 0) if perchannel else None
+        shape = [1] * weight.dim()
         channels = weight.detach().float()
-        channels = channels.movedim(axis or 0, 0).reshape(
-            1 if axis is None else weight.shape[axis], -1
-        )
+        if perchannel:
+            axis = 1 if isinstance(module, _ConvTransposeNd) else 0
+            shape[axis] = weight.shape[axis]
+            channels = channels.movedim(axis, 0).flatten(1)
+        else:
+            channels = channels.reshape(1, -1)
         try:
             amax = _channel_amax(channels, quantizer, method, percentile, num_bins)
         except CalibrationError as error:
             raise CalibrationError(
                 f"{name or 'the model'}.weight: {error.message}", error.fix
             ) from None
-        _store(quantizer, amax.reshape([-1 if dim == axis else 1 for dim in range(weight.dim())]))
+        _store(quantizer, amax.reshape(shape))
         logger.info("%s.weight: %s range of %d channels", name or "the model", method, amax.numel())
 
 
@@ -85,12 +86,9 @@ def _channel_amax(
     amax = torch.zeros(len(widths))
     rows = max(1, _CHUNK // max(num_bins, channels.shape[1]))
     for start in range(0, len(widths), rows):
-        counts = (
-            _histograms(channels[start : start + rows], widths[start : start + rows], num_bins)
-            .cpu()
-            .numpy()
-        )
-        for channel, width in enumerate(widths[start : start + rows].tolist()):
+        chunk = slice(start, start + rows)
+        counts = _histograms(channels[chunk], widths[chunk], num_bins).cpu().numpy()
+        for channel, width in enumerate(widths[chunk].tolist()):
             if width > 0:  # else all weights are 0
                 solver._width = width
                 amax[start + channel] = solver._solve(counts[channel], method, 1, 128, percentile)
@@ -107,6 +105,8 @@ def _histograms(channels: torch.Tensor, widths: torch.Tensor, num_bins: int) -> 
 
 def _store(quantizer: Any, amax: torch.Tensor) -> None:
     """Set the range of a quantizer, on the device of the weight; one element is 0-D."""
-    quantizer.amax = (amax.reshape(()) if amax.numel() == 1 else amax).cpu().numpy()
+    if amax.numel() == 1:
+        amax = amax.reshape(())
+    quantizer.amax = amax.cpu().numpy()
     if quantizer.amax.device != amax.device:
         quantizer._amax = quantizer._amax.to(amax.device)

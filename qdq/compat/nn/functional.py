@@ -23,7 +23,9 @@ class ClipFunction(torch.autograd.Function):
     def forward(
         ctx: Any, input: torch.Tensor, clip_value_min: Bound, clip_value_max: Bound
     ) -> torch.Tensor:
-        low, high = _as_bound(clip_value_min, input), _as_bound(clip_value_max, input)
+        """The limited tensor, of the shape of the input."""
+        low = _as_bound(clip_value_min, input)
+        high = _as_bound(clip_value_max, input)
         ctx.save_for_backward(input, low, high)
         return torch.maximum(torch.minimum(input, high), low)
 
@@ -31,16 +33,18 @@ class ClipFunction(torch.autograd.Function):
     def backward(
         ctx: Any, grad_output: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """The gradients of the input and of the bounds; None for those that need none."""
         input, low, high = ctx.saved_tensors
         wants_input, wants_low, wants_high = ctx.needs_input_grad
-        inside = (input > low) & (input < high)
-        return (
-            torch.where(inside, grad_output, 0).sum_to_size(input.shape) if wants_input else None,
-            _bound_gradient(torch.where(input <= low, grad_output, 0), low) if wants_low else None,
-            _bound_gradient(torch.where(input >= high, grad_output, 0), high)
-            if wants_high
-            else None,
-        )
+        input_gradient = low_gradient = high_gradient = None
+        if wants_input:
+            is_inside = (input > low) & (input < high)
+            input_gradient = torch.where(is_inside, grad_output, 0).sum_to_size(input.shape)
+        if wants_low:
+            low_gradient = _bound_gradient(torch.where(input <= low, grad_output, 0), low)
+        if wants_high:
+            high_gradient = _bound_gradient(torch.where(input >= high, grad_output, 0), high)
+        return input_gradient, low_gradient, high_gradient
 
 
 def clip(input: torch.Tensor, clip_value_min: Bound, clip_value_max: Bound) -> torch.Tensor:

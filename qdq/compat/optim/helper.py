@@ -40,12 +40,11 @@ def match_parameters(model: nn.Module, patterns: Iterable[Pattern]) -> Iterator[
     for pattern in compiled:
         if not any(pattern.search(name) for name in parameters):
             logger.warning("pattern %r matches no parameter", pattern.pattern)
-    found = [
-        param
-        for name, param in parameters.items()
-        if any(pattern.search(name) for pattern in compiled)
-    ]
-    return iter(found)
+    matches = []
+    for name, parameter in parameters.items():
+        if any(pattern.search(name) for pattern in compiled):
+            matches.append(parameter)
+    return iter(matches)
 
 
 def _compile(patterns: Iterable[Pattern]) -> list[re.Pattern[str]]:

@@ -42,7 +42,9 @@ def reduce_amax(
     maxima = input.abs()
     if axes:  # torch takes () for all axes
         maxima = maxima.amax(axes, keepdim=keepdims)
-    return maxima.reshape(()) if maxima.numel() == 1 else maxima
+    if maxima.numel() == 1:
+        return maxima.reshape(())
+    return maxima
 
 
 def _checked_axes(input: torch.Tensor, axis: int | Sequence[int] | None) -> set[int]:

@@ -34,15 +34,21 @@ def pop_quant_desc_in_kwargs(quant_cls: type, input_only: bool = False, **kwargs
     Raises:
         TypeError: Other keywords ("Unused keys").
     """
-    known = _DESCRIPTORS[:1] if input_only else _DESCRIPTORS
-    if unused := sorted(set(kwargs) - set(known)):
+    accepted = list(_DESCRIPTORS)
+    if input_only:
+        accepted = accepted[:1]
+    unused = sorted(set(kwargs) - set(accepted))
+    if unused:
         raise ArgumentTypeError(
-            f"Unused keys: {unused}.", f"{quant_cls.__name__} takes {', '.join(known)}."
+            f"Unused keys: {unused}.", f"{quant_cls.__name__} takes {', '.join(accepted)}."
         )
-    desc_input, desc_weight = (
-        kwargs.get(key, getattr(quant_cls, f"default_{key}", None)) for key in _DESCRIPTORS
-    )
-    return desc_input if input_only else (desc_input, desc_weight)
+    descriptors = []
+    for key in accepted:
+        default = getattr(quant_cls, f"default_{key}", None)
+        descriptors.append(kwargs.get(key, default))
+    if input_only:
+        return descriptors[0]
+    return tuple(descriptors)
 
 
 def split_kwargs(quant_cls: type, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -53,9 +59,11 @@ def split_kwargs(quant_cls: type, kwargs: dict[str, Any]) -> tuple[dict[str, Any
     """
     input_only = issubclass(quant_cls, QuantInputMixin)
     factory = {key: kwargs[key] for key in _FACTORY if key in kwargs}
-    given = {key: value for key, value in kwargs.items() if key not in _FACTORY}
-    found = pop_quant_desc_in_kwargs(quant_cls, input_only=input_only, **given)
-    return factory, dict(zip(_DESCRIPTORS, [found] if input_only else found, strict=False))
+    quant_kwargs = {key: value for key, value in kwargs.items() if key not in _FACTORY}
+    descriptors = pop_quant_desc_in_kwargs(quant_cls, input_only=input_only, **quant_kwargs)
+    if input_only:
+        return factory, {_DESCRIPTORS[0]: descriptors}
+    return factory, dict(zip(_DESCRIPTORS, descriptors, strict=True))
 
 
 def _require_fake(quant_cls: type, **descriptors: Any) -> None:
@@ -203,7 +211,9 @@ def _hides_weight(cls: type) -> str:
     names = set(code.co_names)
     if names & _QUANTIZES or "forward" in names:
         return ""
-    return "reads self.weight directly" if "weight" in names else ""
+    if "weight" in names:
+        return "reads self.weight directly"
+    return ""
 
 
 def quantized_weights(module: nn.Module) -> Iterator[tuple[TensorQuantizer, list[torch.Tensor]]]:
@@ -212,20 +222,22 @@ def quantized_weights(module: nn.Module) -> Iterator[tuple[TensorQuantizer, list
     The list is empty where they are not found, or are computed of others (pruning, parametrization).
     """
     for quantizer, names in _weight_names(module):
-        weights = [weight for name in names if (weight := _stored(module, name)) is not None]
-        yield quantizer, weights if len(weights) == len(names) else []
+        weights = [_stored(module, name) for name in names]
+        stored = [weight for weight in weights if weight is not None]
+        if len(stored) < len(names):
+            stored = []
+        yield quantizer, stored
 
 
 def _weight_names(module: nn.Module) -> Iterator[tuple[TensorQuantizer, list[str]]]:
     quantizers = getattr(module, "_weight_quantizers", None)
     if quantizers:  # first: an LSTM shows its first one as `_weight_quantizer` too
         steps = _steps(module)
-        names = (
-            [[f"weight_ih_{step}", f"weight_hh_{step}"] for step in steps]
-            if len(steps) == len(quantizers)
-            else [[]]
-        )
-        yield from zip(quantizers, names, strict=False)
+        if len(steps) != len(quantizers):
+            yield quantizers[0], []
+            return
+        for quantizer, step in zip(quantizers, steps, strict=True):
+            yield quantizer, [f"weight_ih_{step}", f"weight_hh_{step}"]
     elif (quantizer := getattr(module, "_weight_quantizer", None)) is not None:
         is_cell = _stored(module, "weight") is None and _stored(module, "weight_ih") is not None
         yield quantizer, ["weight_ih", "weight_hh"] if is_cell else ["weight"]
@@ -243,4 +255,6 @@ def _steps(module: nn.Module) -> list[str]:
 
 def _stored(module: nn.Module, name: str) -> torch.Tensor | None:
     parameter = module._parameters.get(name)
-    return module._buffers.get(name) if parameter is None else parameter
+    if parameter is None:
+        return module._buffers.get(name)
+    return parameter

@@ -109,7 +109,9 @@ class QuantLSTM(_utils.QuantMixin, float_rnn.LSTM):
 
     @property
     def _num_directions(self) -> int:
-        return 2 if self.bidirectional else 1
+        if self.bidirectional:
+            return 2
+        return 1
 
     @property
     def _input_quantizer(self) -> TensorQuantizer:  # type: ignore[override]
@@ -196,10 +198,10 @@ class QuantLSTM(_utils.QuantMixin, float_rnn.LSTM):
             for is_reverse in range(self._num_directions):
                 start = state[0][len(last)], state[1][len(last)]
                 step = self._make_step(len(last))
-                hidden, end = _run(
-                    step, steps[::-1] if is_reverse else steps, start, is_ragged=sizes is not None
-                )
-                hidden = hidden[::-1] if is_reverse else hidden
+                ordered = steps[::-1] if is_reverse else steps
+                hidden, end = _run(step, ordered, start, is_ragged=sizes is not None)
+                if is_reverse:
+                    hidden = hidden[::-1]
                 outputs.append(torch.stack(hidden) if sizes is None else torch.cat(hidden))
                 last.append(end)
             data = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]

@@ -182,7 +182,9 @@ class TensorQuantizer(CoreTensorQuantizer):
     @property
     def maxbound(self) -> float:
         """The largest code, 448 for FP8."""
-        return E4M3_MAX if self._num_bits == E4M3 else largest_code(self._num_bits, self._unsigned)
+        if self._num_bits == E4M3:
+            return E4M3_MAX
+        return largest_code(self._num_bits, self._unsigned)
 
     @property
     def scale(self) -> Any:
@@ -430,7 +432,9 @@ class TensorQuantizer(CoreTensorQuantizer):
                     "set learn_amax.",
                 )
             inputs = self.clip(inputs)
-        return self._quantize(inputs) if self._if_quant else inputs
+        if self._if_quant:
+            return self._quantize(inputs)
+        return inputs
 
     def _quantize(self, inputs: torch.Tensor) -> torch.Tensor:
         if self._learn_amax:
@@ -476,13 +480,17 @@ class TensorQuantizer(CoreTensorQuantizer):
         current = constants[self._export_calls % len(constants)]
         self._export_calls += 1
         result = write_qdq(inputs, current, self._num_bits, self._unsigned)
-        return result if self._export_dtype is None else result.to(self._export_dtype)
+        if self._export_dtype is None:
+            return result
+        return result.to(self._export_dtype)
 
     def _get_amax(self, inputs: torch.Tensor) -> torch.Tensor:
         """The range that holds for any input, else the maximum of |x| at hand times `scale_amax`."""
         if self._learn_amax or self.amax is None:
             amax = self.static_amax()
-            return self._scaled(_dynamic_amax(inputs, self._axis)) if amax is None else amax
+            if amax is None:
+                return self._scaled(_dynamic_amax(inputs, self._axis))
+            return amax
         if self.amax.device != inputs.device and not is_capturing():
             self._amax = own_tensor(self._amax.to(inputs.device))
         return self._scaled(self._along_axis(self._amax, inputs))
@@ -504,10 +512,14 @@ class TensorQuantizer(CoreTensorQuantizer):
         """The range that does not depend on the input: learned, or the buffer times `scale_amax`; None without one."""
         if self._learn_amax:
             return torch.maximum(-self.clip.clip_value_min, self.clip.clip_value_max).detach()
-        return None if self.amax is None else self._scaled(self.amax)
+        if self.amax is None:
+            return None
+        return self._scaled(self.amax)
 
     def _scaled(self, amax: torch.Tensor) -> torch.Tensor:
-        return amax if self._scale_amax is None else amax * self._scale_amax
+        if self._scale_amax is None:
+            return amax
+        return amax * self._scale_amax
 
     def _single_axis(self) -> int | None:
         """The one kept axis that torch's operators can express; where the ranges say by their shape that it is another
@@ -560,7 +572,9 @@ class TensorQuantizer(CoreTensorQuantizer):
     @property
     def _label(self) -> str:
         _, path = find_root(self)
-        return f"quantizer {path or self.name}" if path or self.name else "this quantizer"
+        if path or self.name:
+            return f"quantizer {path or self.name}"
+        return "this quantizer"
 
     # -- state -------------------------------------------------------------------------------------------------
 
@@ -596,27 +610,39 @@ class TensorQuantizer(CoreTensorQuantizer):
         """Format, axes, range, calibrator, state, as pytorch-quantization prints them."""
         if self._disabled:
             return "disabled"
-        scale = (
-            self._scale
-            if self._scale is None or isinstance(self._scale, float)
-            else summarize_amax(self._scale)
-        )
-        parts = [
-            f"{'unsigned ' if self._unsigned else ''}{self._num_bits}bit",
-            "narrow" if self._narrow_range else "",
-            "fake" if self._fake_quant else "",
-            "per-tensor" if self._axis is None else f"axis={self._axis}",
-            f"amax={summarize_amax(self.amax)}",
-            f"*{self._scale_amax}" if self._scale_amax else "",
-            "pre_quant_scale" if self.pre_quant_scale is not None else "",
-            "learned" if self._learn_amax else "",
-            f"calibrator={type(self._calibrator).__name__}" if self._calibrator is not None else "",
-            f"scale={scale}" if scale is not None else "",
-            "quant" if self._if_quant else "",
-            "clip" if self._if_clip else "",
-            "calib" if self._if_calib else "",
-        ]
-        return " ".join(part for part in parts if part)
+        parts = []
+        if self._unsigned:
+            parts.append("unsigned")
+        parts.append(f"{self._num_bits}bit")
+        if self._narrow_range:
+            parts.append("narrow")
+        if self._fake_quant:
+            parts.append("fake")
+        parts += self._describe_range()
+        if self._if_quant:
+            parts.append("quant")
+        if self._if_clip:
+            parts.append("clip")
+        if self._if_calib:
+            parts.append("calib")
+        return " ".join(parts)
+
+    def _describe_range(self) -> list[str]:
+        parts = ["per-tensor" if self._axis is None else f"axis={self._axis}"]
+        parts.append(f"amax={summarize_amax(self.amax)}")
+        if self._scale_amax:
+            parts.append(f"*{self._scale_amax}")
+        if self.pre_quant_scale is not None:
+            parts.append("pre_quant_scale")
+        if self._learn_amax:
+            parts.append("learned")
+        if self._calibrator is not None:
+            parts.append(f"calibrator={type(self._calibrator).__name__}")
+        if isinstance(self._scale, float):
+            parts.append(f"scale={self._scale}")
+        elif self._scale is not None:
+            parts.append(f"scale={summarize_amax(self._scale)}")
+        return parts
 
 
 _told_collecting: WeakSet[TensorQuantizer] = WeakSet()
@@ -676,7 +702,9 @@ def _dynamic_amax(inputs: torch.Tensor, axis: Axis) -> torch.Tensor:
         ]
         amax = inputs.detach().abs()
         amax = amax.amax(reduced, keepdim=True) if reduced else amax
-    return amax.reshape(()) if amax.numel() == 1 else amax
+    if amax.numel() == 1:
+        return amax.reshape(())
+    return amax
 
 
 def _as_float(value: Any, name: str) -> torch.Tensor:
