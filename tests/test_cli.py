@@ -240,7 +240,7 @@ class TestErrors:
         code, err = self.run(monkeypatch, capsys, ZeroDivisionError("oops"))
         assert code == 2
         assert "Traceback" in err
-        assert "error: ZeroDivisionError: oops\n  fix: this is a fault of qdq" in err
+        assert "error: ZeroDivisionError: oops\n  fix: this is a defect of qdq" in err
 
     def test_interrupt(self, monkeypatch, capsys):
         code, err = self.run(monkeypatch, capsys, KeyboardInterrupt())
@@ -301,7 +301,7 @@ class TestStreams:
         assert code == 2
         assert errors == (
             "error: cannot write or print the result: No space left on device.\n"
-            "  fix: make room, or send it elsewhere.\n"
+            "  fix: free some space, or write the result elsewhere.\n"
         )
 
     @pytest.mark.parametrize("arguments", [["env"], ["--help"]])
@@ -713,3 +713,33 @@ def test_interrupt_that_native_code_turned_into_another_error(monkeypatch, capsy
         main.run_command(command)
     assert exit.value.code == 130
     assert capsys.readouterr().err.strip().startswith("interrupted")
+
+
+def test_interrupt_while_the_libraries_of_the_command_line_load(tmp_path):
+    (tmp_path / "cyclopts.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    result = subprocess.run(
+        [sys.executable, "-m", "qdq", "env"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert (result.returncode, result.stdout) == (130, "")
+    assert result.stderr.strip().startswith("interrupted")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["eval"], ["env"]])
+def test_working_directory_that_was_deleted(tmp_path, arguments):
+    script = (
+        "import os, sys; os.mkdir('deleted'); os.chdir('deleted'); os.rmdir(os.getcwd())\n"
+        f"from qdq.__main__ import main; sys.argv = ['qdq', *{arguments}]; main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    error, fix = result.stderr.splitlines()
+    assert error.startswith("error: the working directory cannot be used: No such file")
+    assert fix == "  fix: change to a folder that exists, and run the command again."

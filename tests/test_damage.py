@@ -63,7 +63,7 @@ def run(capsys):
             main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
         assert (
-            caught.value.code in (0, 1, 2) and "Traceback" not in err and "fault of qdq" not in err
+            caught.value.code in (0, 1, 2) and "Traceback" not in err and "defect of qdq" not in err
         )
         assert not re.search(r"\bnan\b", out)
         if caught.value.code == 2:

@@ -1,6 +1,6 @@
 """`qdq VERB ...`, and `run_command` for recipes: arguments in, exit code out, errors in one line.
 
-Exit codes: 0 clean, 1 findings, 2 wrong usage, data or environment (or a fault of qdq), 130 interrupted.
+Exit codes: 0 clean, 1 findings, 2 wrong usage, data or environment (or a defect of qdq), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,42 +15,51 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
 import cyclopts
 
-# For the signatures of recipes: the fields of a dataclass as flags of their own; and numbers, of which one that cannot
-# be meant is refused before any work begins.
+# For the signatures of recipes: Parameter turns the fields of a dataclass into flags of their own; the number types
+# refuse an invalid number before any work begins.
 from cyclopts import Parameter as Parameter
 from cyclopts.types import NonNegativeInt as NonNegativeInt
 from cyclopts.types import PositiveInt as PositiveInt
 from cyclopts.types import UInt32 as UInt32
 
 import qdq
-from qdq.errors import QdqError
+from qdq.cli.console import (
+    comes_from_interrupt,
+    discard_output,
+    print_error,
+    report_interrupt,
+)
+from qdq.errors import DataError, QdqError
 from qdq.text import MOST_CHARACTERS, PrintableFormatter, printable
 
 _HELP = """From a trained PyTorch model to a verified TensorRT int8 engine.
 
-Such as:
+For example:
 
     qdq ptq --model resnet50 --data-dir /data/imagenet --output runs/resnet50
     qdq check runs/resnet50/model.onnx
     qdq build runs/resnet50/model.onnx --sm 86
     qdq eval runs/resnet50/model.onnx --model resnet50 --data-dir /data/imagenet
 """
+_EPILOGUE = (
+    "Every command: -v shows the log, and the traceback of an error; -q hides warnings. "
+    "Exit codes: 0 clean, 1 findings, 2 wrong usage, data or environment, 130 interrupted."
+)
 _VERBOSE = ("-v", "--verbose")
 _QUIET = ("-q", "--quiet")
 _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,20}")
-_LARGEST_NUMBER = 2**32 - 1  # a seed; nobody has as many images
-_EPILOGUE = (
-    "Everywhere: -v shows the log, and the traceback of an error; -q hides warnings. "
-    "Exit codes: 0 clean, 1 findings, 2 wrong usage, data or environment, 130 interrupted."
-)
+_LARGEST_NUMBER = 2**32 - 1  # a seed; nobody has that many images
+
+_STOPPED_READING = 128 + signal.SIGPIPE
+_LOST_OUTPUT = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 def make_app() -> cyclopts.App:
-    """All subcommands; what they need is imported when they are called."""
+    """The app with all subcommands; each of them imports its stage when it is called."""
     from qdq.cli import calibrate
     from qdq.cli.build import build
     from qdq.cli.check import check
@@ -65,7 +74,8 @@ def make_app() -> cyclopts.App:
 
     app = _new_app("qdq", help=_HELP)
     statistics = _new_app(
-        "calibrate", help="Show, merge or solve again what calibration saved. Needs no torch."
+        "calibrate",
+        help="Show or merge saved calibration statistics, or compute ranges from them. Needs no torch.",
     )
     for command in (calibrate.show, calibrate.merge, calibrate.solve):
         statistics.command(command)
@@ -92,15 +102,19 @@ def make_app() -> cyclopts.App:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `qdq`."""
+    """Run `qdq` and end the process with its exit code.
+
+    Args:
+        argv: Arguments; those of this process by default.
+    """
     _run(make_app(), list(sys.argv[1:] if argv is None else argv))
 
 
 def run_command(command: Callable[..., int]) -> None:
-    """Run a recipe from the command line: its signature is the options, its docstring the help.
+    """Run a recipe from the command line: its signature gives the options, its docstring the help.
 
     Args:
-        command: Returns the exit code.
+        command: Recipe that returns the exit code.
     """
     app = _new_app(Path(sys.argv[0]).name)
     app.default(command)
@@ -121,166 +135,75 @@ def _new_app(name: str, help: str | None = None) -> cyclopts.App:
 
 
 def _show_default(value: object) -> str | None:
-    return None if value in (None, ()) else str(value)  # the help says what leaving it out means
+    if value in (None, ()):
+        return None  # the text of the help says what happens without a value
+    return str(value)
 
 
 def _convert(type_: Any, tokens: Any) -> Any:
-    """As cyclopts, but a whole number is one: cyclopts rounds 1.5, and takes numbers of any length.
+    """Convert arguments as cyclopts does, but more strictly.
 
-    Nor is `model.onnx/` the file `model.onnx`, which is what Python makes of it.
+    cyclopts would round 1.5 to a whole number, and take numbers of any length. Python would take `model.onnx/` for the
+    file `model.onnx`.
     """
     if int in (type_, *get_args(type_)):
         for token in tokens:
-            if not _WHOLE_NUMBER.fullmatch(token.value):
-                raise cyclopts.CoercionError(token=token, target_type=int)
-            if abs(int(token.value)) > _LARGEST_NUMBER:
-                raise ValueError(f"{token.value} is more than {_LARGEST_NUMBER}.")
+            _require_whole_number(token)
     if Path in (type_, *get_args(type_)):
         for token in tokens:
-            name = token.value.rstrip("/")
-            if name != token.value and os.path.lexists(name) and not os.path.isdir(name):
-                raise ValueError(f"{printable(name)} is no folder, as the slash behind it says.")
+            _require_folder_before_slash(token)
     return cyclopts.convert(type_, tokens)
 
 
+def _require_whole_number(token: Any) -> None:
+    if not _WHOLE_NUMBER.fullmatch(token.value):
+        raise cyclopts.CoercionError(token=token, target_type=int)
+    if abs(int(token.value)) > _LARGEST_NUMBER:
+        raise ValueError(f"{token.value} is more than {_LARGEST_NUMBER}.")
+
+
+def _require_folder_before_slash(token: Any) -> None:
+    name = token.value.rstrip("/")
+    if name != token.value and os.path.lexists(name) and not os.path.isdir(name):
+        raise ValueError(f"{printable(name)} is a file, but the slash after it says folder.")
+
+
 def _run(app: cyclopts.App, argv: list[str]) -> None:
+    """Run the command that the arguments name, and end the process with its exit code."""
     _keep_freed_memory()
     _prepare_streams()
-    verbose, quiet = _take(argv, _VERBOSE), _take(argv, _QUIET)
-    handler = _log_to_console(
-        logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
-    )
+    verbose = _take_flag(argv, _VERBOSE)
+    quiet = _take_flag(argv, _QUIET)
+    handler = _log_to_console(_choose_level(verbose, quiet))
     try:
+        _require_working_directory()
         code = app(argv, result_action="return_value", exit_on_error=False, print_error=False)
-        sys.stdout.flush()  # here, where an error of it is seen
+        sys.stdout.flush()  # here, where an error of it is caught
     except KeyboardInterrupt:
-        code = _report_interrupt()
-    except (
-        SystemExit
-    ) as error:  # rich, which prints the help, ends the process where nobody reads on
-        code = _STOPPED_READING if isinstance(error.__context__, BrokenPipeError) else error.code
+        code = report_interrupt()
+    except SystemExit as error:
+        # rich prints the help, and ends the process where nobody reads it.
+        is_pipe_closed = isinstance(error.__context__, BrokenPipeError)
+        code = _STOPPED_READING if is_pipe_closed else error.code
     except Exception as error:  # Python's exit code 1 would say "findings"
-        code = (
-            _report_interrupt()
-            if _comes_from_interrupt(error)
-            else _report_error(error, app.name[0], verbose)
-        )
+        code = _report_error(error, app.name[0], verbose)
     finally:
         logging.getLogger("qdq").removeHandler(handler)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-_STOPPED_READING = 128 + signal.SIGPIPE
-_LOST_OUTPUT = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+def _take_flag(argv: list[str], names: tuple[str, ...]) -> bool:
+    """Remove a flag from the arguments, and say whether it was there."""
+    remaining = [argument for argument in argv if argument not in names]
+    is_set = len(remaining) < len(argv)
+    argv[:] = remaining
+    return is_set
 
 
-def _prepare_streams() -> None:
-    """Have a place for all that is printed, whatever the shell has left of it, and print every text somehow."""
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        try:
-            os.fstat(number)
-        except (
-            OSError
-        ):  # `>&-`: the next file that is opened would get this number, and what libraries print
-            _discard(number)
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(number, "w", closefd=False))
-        stream = getattr(sys, name)
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _discard(number: int) -> None:
-    """Send what is printed to an open file nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    if nowhere != number:
-        os.dup2(nowhere, number)
-        os.close(nowhere)
-
-
-def _report_error(error: Exception, program: str, verbose: bool) -> int:
-    if isinstance(error, cyclopts.CycloptsError):
-        message = str(error)
-        command = " ".join([program, *(error.command_chain or ())])
-        return _fail(message[:1].lower() + message[1:], f"see {command} --help")
-    if isinstance(error, OSError) and error.filename is None and error.errno in _LOST_OUTPUT:
-        return _report_lost_output(error)
-    if verbose or not _is_foreseen(error):
-        _print_error("".join(traceback.format_exception(error)).rstrip())
-    if isinstance(error, QdqError):
-        return _fail(error.message, error.fix)
-    if isinstance(error, OSError) and error.filename is not None:
-        return _fail(
-            f"cannot use {printable(error.filename)}: {error.strerror}.", "choose another file."
-        )
-    fix = "this is a fault of qdq; please report it with the lines above."
-    return _fail(f"{type(error).__name__}: {error}", fix)
-
-
-def _is_foreseen(error: Exception) -> bool:
-    """Whether the message alone says enough: ours, or that the system refuses a file."""
-    return isinstance(error, QdqError) or (
-        isinstance(error, OSError) and error.filename is not None
-    )
-
-
-def _report_lost_output(error: OSError) -> int:
-    """A file that is open takes nothing any more: the standard output, most of all."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _discard(sys.stdout.fileno())  # Python flushes once more at its end
-    if error.errno == errno.EPIPE:  # as in `qdq explain ... | head`: who reads has enough
-        return _STOPPED_READING
-    return _fail(
-        f"cannot write or print the result: {error.strerror}.", "make room, or send it elsewhere."
-    )
-
-
-def _report_interrupt() -> int:
-    _print_error("\ninterrupted: every file written so far is complete; run the same command again")
-    return 130
-
-
-def _comes_from_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error: native code that is being loaded makes an ImportError of it."""
-    while error is not None:
-        if isinstance(error, KeyboardInterrupt):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _fail(message: str, fix: str) -> int:
-    """Print what is wrong and what to do, each on one line."""
-    texts = [printable(" ".join(text.split()), most=MOST_CHARACTERS) for text in (message, fix)]
-    _print_error(f"error: {texts[0]}\n  fix: {texts[1]}")
-    return 2
-
-
-def _print_error(text: str) -> None:
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except OSError:  # there is no place left to say it
-        _discard(sys.stderr.fileno())
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks.
-
-    By default it gives every activation back to the system, and the next one is paid for in page faults: a forward of
-    EfficientNet-Lite0 on the CPU takes 1.5 to 2 times as long.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        m_trim_threshold, m_mmap_max = -1, -4
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-        libc.mallopt(m_mmap_max, 0)
-
-
-def _take(argv: list[str], flags: tuple[str, ...]) -> bool:
-    matches = [argument for argument in argv if argument in flags]
-    argv[:] = [argument for argument in argv if argument not in flags]
-    return bool(matches)
+def _choose_level(verbose: bool, quiet: bool) -> int:
+    if verbose:
+        return logging.INFO
+    return logging.ERROR if quiet else logging.WARNING
 
 
 def _log_to_console(level: int) -> logging.Handler:
@@ -289,5 +212,103 @@ def _log_to_console(level: int) -> logging.Handler:
     handler.setFormatter(PrintableFormatter("%(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("qdq")
     logger.addHandler(handler)
-    logger.setLevel(level)  # a run folder, which logs more, lowers it
+    logger.setLevel(level)  # a run folder logs more, and lowers it
     return handler
+
+
+def _require_working_directory() -> None:
+    """Refuse to run in a deleted folder, where native libraries end the process without a reason."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise DataError(
+            f"the working directory cannot be used: {error.strerror}; it may have been deleted.",
+            "change to a folder that exists, and run the command again.",
+        ) from error
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep large freed blocks.
+
+    By default it returns the memory of every activation to the system, and the next activation costs page faults: a
+    forward of EfficientNet-Lite0 on the CPU takes 1.5 to 2 times as long.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_max = -1, -4
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_mmap_max, 0)
+
+
+def _prepare_streams() -> None:
+    """Make sure that the output streams exist and can print every text, even if the shell has closed them."""
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # Closed by `>&-`. The next file to be opened would get this number, and the output of libraries.
+            discard_output(descriptor)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, "w", closefd=False))
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _report_error(error: Exception, program: str, verbose: bool) -> int:
+    """Print what is wrong and what to do, and return the exit code."""
+    if comes_from_interrupt(error):
+        return report_interrupt()
+    if isinstance(error, cyclopts.CycloptsError):
+        message = str(error)
+        command = " ".join([program, *(error.command_chain or ())])
+        return _print_failure(message[:1].lower() + message[1:], f"see {command} --help")
+    if _is_lost_output(error):
+        return _report_lost_output(error)
+    if verbose or not _is_expected(error):
+        print_error("".join(traceback.format_exception(error)).rstrip())
+    if isinstance(error, QdqError):
+        return _print_failure(error.message, error.fix)
+    if isinstance(error, OSError) and error.filename is not None:
+        message = f"cannot use {printable(error.filename)}: {error.strerror}."
+        return _print_failure(message, "choose another file.")
+    return _print_failure(
+        f"{type(error).__name__}: {error}",
+        "this is a defect of qdq; please report it with the lines above.",
+    )
+
+
+def _is_lost_output(error: Exception) -> TypeGuard[OSError]:
+    """Whether an open file takes no more data."""
+    return isinstance(error, OSError) and error.filename is None and error.errno in _LOST_OUTPUT
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether the message alone says enough: an error of qdq, or a file that the system refuses."""
+    if isinstance(error, QdqError):
+        return True
+    return isinstance(error, OSError) and error.filename is not None
+
+
+def _report_lost_output(error: OSError) -> int:
+    """Report that an open file, usually the standard output, takes no more data."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard_output(sys.stdout.fileno())  # Python flushes once more at its end
+    if error.errno == errno.EPIPE:  # as in `qdq explain ... | head`: the reader has enough
+        return _STOPPED_READING
+    return _print_failure(
+        f"cannot write or print the result: {error.strerror}.",
+        "free some space, or write the result elsewhere.",
+    )
+
+
+def _print_failure(message: str, fix: str) -> int:
+    """Print what is wrong and what to do, one line each, and return the exit code."""
+    error_line = printable(" ".join(message.split()), most=MOST_CHARACTERS)
+    fix_line = printable(" ".join(fix.split()), most=MOST_CHARACTERS)
+    print_error(f"error: {error_line}\n  fix: {fix_line}")
+    return 2
