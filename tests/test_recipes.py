@@ -337,11 +337,11 @@ def test_calls_may_be_excluded():
         ),
         (
             ["--layers", "classifier.1", "--exclude", "classifier"],
-            "'classifier.1' in layers matches is excluded",
+            "'classifier.1' in layers matches are excluded",
         ),
         (
             ["--layers", "classifier", "--exclude", "re:.*[.]1"],
-            "'classifier' in layers matches is excluded",
+            "'classifier' in layers matches are excluded",
         ),
         (["--ranges", "free"], 'invalid value "free" for --ranges'),
         (["--plan", "missing.yaml"], "cannot read missing.yaml"),

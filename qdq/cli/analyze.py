@@ -1,4 +1,4 @@
-"""How a recipe's sensitivity analysis ranks and chooses, as options of its command."""
+"""Options of a recipe's sensitivity analysis on the command line."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from qdq.errors import ArgumentError
 @Parameter(name="*")  # --mode, not --analysis-options.mode
 @dataclass(frozen=True)
 class AnalysisOptions:
-    """Options of `analyze_layers` that a command line can say.
+    """Options of `analyze_layers` that the command line has.
 
     Args:
-        max_float_layers: At most so many layers are left in float by the analysis.
-        target_sqnr: Leave no more in float once the outputs reach this SQNR in dB.
-        mode: A layer is measured with only it in int8, or with only it in float.
-        metric: What ranks the layers; top1 needs calibration images with labels.
-        groups: Left in float together: block, shared (one range at their inputs), or patterns that each make a group.
-        confirm: Rank by an estimate, and measure only so many layers exactly; all if left out.
-        target_metric: Leave no more in float once the metric reaches this value.
-        target_drop: Leave no more in float once the metric is worse than the float model's by no more than this.
-        max_float_share: At most this share of all multiplications is in float, 0 to 1, excluded layers included.
-        budget: Seconds; what the analysis has not measured by then stays in int8.
-        gpu: Choose by gain for each microsecond on this GPU: a10, a100, h100, l4, l40s, orin, rtx3090, rtx4090, t4.
-        profile: Likewise by times of an engine, the JSON that trtexec exports as its profile.
+        max_float_layers: The analysis leaves at most this many layers in float.
+        target_sqnr: Leave no more layers in float once the outputs reach this SQNR, in dB.
+        mode: one-at-a-time measures a layer with only that layer in int8, leave-one-out with only that layer in float.
+        metric: Metric that ranks the layers; top1 needs calibration images with labels.
+        groups: Layers that go to float together: block, shared (their inputs share one range), or patterns, each of
+            which makes a group.
+        confirm: Rank by an estimate, and measure only this many layers exactly; all by default.
+        target_metric: Leave no more layers in float once the metric reaches this value.
+        target_drop: Leave no more layers in float once the metric is within this distance of the float model's.
+        max_float_share: Upper limit on the fraction of MACs left in float (0 to 1), counting excluded and already-float
+            layers.
+        budget: Time limit of the analysis in seconds; layers that are not measured by then stay in int8.
+        gpu: Rank by gain per microsecond on this GPU: a10, a100, h100, l4, l40s, orin, rtx3090, rtx4090 or t4.
+        profile: Rank by gain per microsecond, with the times of an engine: the JSON file of trtexec --exportProfile.
     """
 
     max_float_layers: NonNegativeInt = 4
@@ -47,23 +49,23 @@ class AnalysisOptions:
     profile: Path | None = None
 
     def check_labels(self, labels: Sequence[int] | None) -> None:
-        """Refuse top1 where the calibration images have no labels, before any work.
+        """Refuse top1 if the calibration images have no labels, before any work.
 
         Raises:
-            ArgumentError: They have none.
+            ArgumentError: There are no labels.
         """
         if self.metric == "top1" and labels is None:
             raise ArgumentError(
                 "--metric top1 needs calibration images with labels, and these have none.",
-                "give --data-dir with a folder for each class, or use --metric kl, which needs none.",
+                "pass --data-dir with a folder for each class, or use --metric kl, which needs none.",
             )
 
     def as_arguments(self) -> dict[str, Any]:
-        """The arguments of `analyze_layers`, refused here, before any work, where they cannot be meant.
+        """The arguments of `analyze_layers`, checked before any work.
 
         Raises:
-            ArgumentError: An unknown GPU, a share above 1, a target for a metric that is not given, or options that
-                contradict each other.
+            ArgumentError: An unknown GPU, a fraction above 1, a target without its metric, or options that contradict
+                each other.
             DataError: The profile cannot be read.
         """
         from qdq.analyze import check_options
@@ -74,15 +76,19 @@ class AnalysisOptions:
             check_options(**arguments)
         except ArgumentError as error:
             raise ArgumentError(_name_options(error.message), _name_options(error.fix)) from error
-        return {
-            **arguments,
-            "groups": groups[0] if groups in (("block",), ("shared",)) else list(groups) or None,
-        }
+        return {**arguments, "groups": _choose_groups(groups)}
+
+
+def _choose_groups(names: tuple[str, ...]) -> str | list[str] | None:
+    """The argument `groups` of `analyze_layers`: a kind of group, a list of patterns, or None."""
+    if names in (("block",), ("shared",)):
+        return names[0]
+    return list(names) or None
 
 
 def _name_options(text: str) -> str:
-    """A message of `analyze_layers` in the words of the command line."""
+    """A message of `analyze_layers` with the flags of the command line instead of the parameters."""
     for field in fields(AnalysisOptions):
-        if "_" in field.name:  # the other names are words as well
+        if "_" in field.name:  # the other names are also ordinary words
             text = text.replace(field.name, f"--{field.name.replace('_', '-')}")
     return text

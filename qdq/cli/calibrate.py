@@ -1,4 +1,4 @@
-"""`qdq calibrate show|merge|solve`: what can be done with saved statistics."""
+"""`qdq calibrate show|merge|solve`: saved calibration statistics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Method = Literal[
     "moving_average",
 ]
 CalibMethod = Literal[Method, "best"]
-"""What `calibrate_model` knows, for the signatures of recipes; "best" needs the model."""
+"""Methods of `calibrate_model`, for the signatures of recipes; "best" needs the model."""
 
 
 def show(
@@ -31,16 +31,16 @@ def show(
     plots: Path | None = None,
     json: Path | None = None,
 ) -> int:
-    """Print what was collected of each tensor, its range by every method, and what that clips. Needs no torch.
+    """Print the statistics of each tensor, its range by every method, and the fraction that it clips. Needs no torch.
 
-    Such as:
+    For example:
 
         qdq calibrate show calibration.safetensors
         qdq calibrate show calibration.safetensors --tensor "layer1.*" --plots layer1.html
 
     Args:
         file: Statistics that calibration saved.
-        tensor: Only those of these quantizers: a name or a glob.
+        tensor: Only the quantizers with this name; a name or a glob.
         plots: Also write a page of histograms to this file, .html.
         json: Also write the figures to this file.
     """
@@ -61,17 +61,18 @@ def show(
 
 
 def merge(*files: Path, output: Annotated[Path, Parameter(alias="-o")]) -> int:
-    """Merge statistics of one model on different data: what one pass over all of it would have collected.
+    """Merge statistics of one model on different data. Needs no torch.
 
-    Batches are numbered in the order of the files. Statistics of different models are refused. Needs no torch.
+    The result is what one pass over all of the data would have collected. Batches are numbered in the order of the
+    files. Statistics of different models are refused.
 
-    Such as:
+    For example:
 
         qdq calibrate merge a.safetensors b.safetensors -o both.safetensors
 
     Args:
         files: Two or more files of statistics.
-        output: Where to write, .safetensors; a readable summary is written beside it, .json.
+        output: File to write, .safetensors; a readable summary is written beside it as .json.
     """
     from qdq.run import guard_command
     from qdq.statistics import merge_files
@@ -83,9 +84,8 @@ def merge(*files: Path, output: Annotated[Path, Parameter(alias="-o")]) -> int:
         in_place=[(output, file) for file in files],
     )
     merged = merge_files(files, output)
-    print(
-        f"{printable(output)}: {len(merged.tensors)} tensors, {merged.batches} batches of {len(files)} files"
-    )
+    counts = f"{len(merged.tensors)} tensors, {merged.batches} batches of {len(files)} files"
+    print(f"{printable(output)}: {counts}")
     return 0
 
 
@@ -99,23 +99,23 @@ def solve(
     output: Annotated[Path | None, Parameter(alias="-o")] = None,
     json: Path | None = None,
 ) -> int:
-    """Solve every range again by a method, without data, model or torch; on request into an exported file.
+    """Compute every range again by another method, without data and without the model. Needs no torch.
 
-    Prints amax of each tensor and the share of the values beyond it. With --onnx, a copy of a file that qdq exported
-    gets the new scales; exit code 1 when some of its activations could not get theirs.
+    Prints amax of each tensor and the fraction of values beyond it. With --onnx it also writes a copy of an exported
+    file with the new scales; the exit code is 1 when some activations of that file could not get theirs.
 
-    Such as:
+    For example:
 
         qdq calibrate solve calibration.safetensors --method entropy
         qdq calibrate solve calibration.safetensors --method percentile --percentile 99.9 --onnx model.onnx -o new.onnx
 
     Args:
         file: Statistics that calibration saved.
-        method: How a range is solved.
-        percentile: For the method percentile, up to 100; 99.99 if left out.
-        onnx: A file exported from the model that was calibrated; it stays as it is, unless --output names it.
+        method: How a range is computed.
+        percentile: For the method percentile, up to 100; 99.99 by default.
+        onnx: A file that was exported from the calibrated model; it is not changed, unless --output names it.
         output: Where to write the copy with the new scales.
-        json: Also write the ranges, and what changed in the copy, to this file.
+        json: Also write the ranges, and the changes in the copy, to this file.
     """
     from qdq.errors import ArgumentError
     from qdq.files import write_json
@@ -129,16 +129,17 @@ def solve(
     if (onnx is None) != (output is None):
         raise ArgumentError(
             "--onnx and --output go together.",
-            "give the file to read and the one to write, or neither.",
+            "pass the file to read and the file to write, or neither.",
         )
-    weights = [] if onnx is None else list_data_files(onnx)
-    guard_command(inputs=[file, onnx, *weights], outputs=[output, json], in_place=[(output, onnx)])
+    data_files = [] if onnx is None else list_data_files(onnx)
+    guard_command(
+        inputs=[file, onnx, *data_files], outputs=[output, json], in_place=[(output, onnx)]
+    )
     options = {} if percentile is None else {"percentile": percentile}
     statistics = Statistics.load(file)
     if not statistics.complete:
-        print(
-            f"{printable(file)} holds a pass that was cut off after {statistics.batches} batches\n"
-        )
+        cut = f"cut off after {statistics.batches} batches"
+        print(f"{printable(file)} holds a pass that was {cut}\n")
     ranges = statistics.solve_all(method, **options)
     print(format_ranges(statistics, ranges))
     rescaling = None

@@ -21,13 +21,13 @@ def check(
     json: Path | None = None,
     sarif: Path | None = None,
 ) -> int:
-    """Is a QDQ ONNX file valid, and its Q/DQ as TensorRT wants it? Needs no torch.
+    """Check that a QDQ ONNX file is valid and that TensorRT can use its Q/DQ. Needs no torch.
 
-    Prints what the file holds and who accepts it, then each broken rule (QDQ101 ...) with the node and the fix. A file
-    without Q/DQ may be valid; that nothing in it is quantized is said. Exit code 1 when there are errors or warnings, 2
-    when the file cannot be read as ONNX; infos do not count.
+    Prints what the file contains and which tools accept it, then each broken rule (QDQ101 ...) with the node and the
+    fix. A file without Q/DQ may be valid; the report then says that nothing is quantized. The exit code is 1 for errors
+    and warnings, and 2 when the file cannot be read as ONNX; infos do not count.
 
-    Such as:
+    For example:
 
         qdq check runs/ptq/model.onnx --ignore QDQ114,QDQ121 --sarif check.sarif
         qdq check model.onnx --fix mended.onnx
@@ -35,56 +35,71 @@ def check(
 
     Args:
         onnx: The ONNX file.
-        select: Apply only these rules: ids, with commas or one by one.
-        ignore: Leave these rules out, likewise.
-        explain: Print what a rule looks for, why, and how that is known.
-        fix: Write a copy to this file in which what can be mended with every number kept is mended, and check that
-            copy. May be the file itself, which stays untouched where there is nothing to mend.
+        select: Apply only these rules: ids, separated by commas, or one flag per id.
+        ignore: Skip these rules, written the same way.
+        explain: Print what a rule looks for, why, and the evidence for it.
+        fix: Write a copy to this file with everything mended that can be mended without changing a number, and check
+            the copy. The file itself may be named; it stays untouched when there is nothing to mend.
         json: Also write the report to this file.
         sarif: Also write the findings to this file, as SARIF 2.1.0.
     """
-    from qdq.graph.validate import start_helper
-
-    if onnx is not None and explain is None:
-        start_helper()  # it loads its libraries while this process loads its own
-
-    from qdq.check import check_onnx
-    from qdq.check.fix import fix_onnx
-    from qdq.check.rules import choose_rules, get_rule
-    from qdq.check.sarif import format_sarif
     from qdq.errors import ArgumentError
-    from qdq.files import is_replaceable, write_json
-    from qdq.graph.tensors import list_data_files
-    from qdq.run import guard_command
-    from qdq.text import make_printable, printable
 
     if explain is not None:
         if fix or json or sarif:
             raise ArgumentError(
                 "--explain prints, and writes no file.", "leave out --fix, --json and --sarif."
             )
-        print(get_rule(explain).explain())
-        return 0
+        return _explain_rule(explain)
     if onnx is None:
         raise ArgumentError("ONNX requires an argument.", "see qdq check --help")
-    selected, ignored = _split(select), _split(ignore)
-    choose_rules(selected, ignored)  # before anything is written
+    return _check_file(onnx, _split_ids(select), _split_ids(ignore), fix, json, sarif)
+
+
+def _explain_rule(rule: str) -> int:
+    from qdq.check.rules import get_rule
+
+    print(get_rule(rule).explain())
+    return 0
+
+
+def _split_ids(arguments: tuple[str, ...]) -> list[str]:
+    """The ids of rules in arguments such as `QDQ101,QDQ102`."""
+    ids: list[str] = []
+    for argument in arguments:
+        ids += [id for id in argument.split(",") if id.strip()]
+    return ids
+
+
+def _check_file(
+    onnx: Path,
+    select: list[str],
+    ignore: list[str],
+    fix: Path | None,
+    json: Path | None,
+    sarif: Path | None,
+) -> int:
+    from qdq.graph.validate import start_helper
+
+    start_helper()  # it loads its libraries while this process loads its own
+
+    from qdq.check import check_onnx
+    from qdq.check.rules import choose_rules
+    from qdq.check.sarif import format_sarif
+    from qdq.files import write_json
+    from qdq.graph.tensors import list_data_files
+    from qdq.run import guard_command
+    from qdq.text import make_printable
+
+    choose_rules(select, ignore)  # refuses unknown rules before anything is written
     guard_command(
         inputs=[onnx, *list_data_files(onnx)], outputs=[fix, json, sarif], in_place=[(fix, onnx)]
     )
+    checked = onnx
     if fix is not None:
-        if not is_replaceable(fix):
-            raise ArgumentError(
-                f"{printable(fix)} is no regular file, and the copy is checked there.",
-                "choose another file to write.",
-            )
-        mended = fix_onnx(onnx, fix)
-        print(
-            f"{printable(fix)}: "
-            + (", ".join(f"{n} nodes of {rule}" for rule, n in mended.items()) or "nothing")
-            + " mended"
-        )
-    report = check_onnx(onnx if fix is None else fix, select=selected, ignore=ignored)
+        _mend(onnx, fix)
+        checked = fix
+    report = check_onnx(checked, select=select, ignore=ignore)
     print(make_printable(report).format_table())
     if json is not None:
         write_json(json, report)
@@ -93,5 +108,22 @@ def check(
     return 1 if report.problems else 0
 
 
-def _split(ids: tuple[str, ...]) -> list[str]:
-    return [id for text in ids for id in text.split(",") if id.strip()]
+def _mend(onnx: Path, copy: Path) -> None:
+    """Write the mended copy, and print what was mended.
+
+    Raises:
+        ArgumentError: The copy would go into a device, and could not be checked there.
+    """
+    from qdq.check.fix import fix_onnx
+    from qdq.errors import ArgumentError
+    from qdq.files import is_replaceable
+    from qdq.text import printable
+
+    if not is_replaceable(copy):
+        raise ArgumentError(
+            f"{printable(copy)} is not a regular file, so the copy could not be checked.",
+            "choose another file to write.",
+        )
+    num_mended = fix_onnx(onnx, copy)
+    mended = ", ".join(f"{count} nodes of {rule}" for rule, count in num_mended.items())
+    print(f"{printable(copy)}: {mended or 'nothing'} mended")

@@ -1,4 +1,4 @@
-"""`qdq env`."""
+"""`qdq env`: versions, and the engines that can be built here."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def env(*, json: Path | None = None) -> int:
-    """Versions of everything that changes a result, and which engines can be built here.
+    """Print the versions of everything that changes a result, and which engines can be built here.
 
-    Such as:
+    For example:
 
         qdq env --json env.json
 
@@ -27,8 +27,14 @@ def env(*, json: Path | None = None) -> int:
         "tensorrt-rtx-cu13": "TensorRT-RTX, without a GPU",
         "tensorrt": "TensorRT, on this GPU",
     }
-    can = [what for package, what in backends.items() if environment[package] != "not installed"]
-    print(f"builds: {' and '.join(can) or 'no engine; install it with: pip install qdq[rtx]'}")
+    builders = []
+    for package, description in backends.items():
+        if environment[package] != "not installed":
+            builders.append(description)
+    if builders:
+        print(f"builds: {' and '.join(builders)}")
+    else:
+        print("builds: no engine; install it with: pip install qdq[rtx]")
     if json is not None:
         write_json(json, environment)
     return 0

@@ -1,4 +1,4 @@
-"""`qdq explain`: why one layer is as it is."""
+"""`qdq explain`: why one layer runs in int8 or float."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def explain(run: Path, layer: str, /, *, json: Path | None = None) -> int:
-    """Why a layer is int8 or float, with its ranges, errors, kernel and neighbours. Needs no torch.
+    """Say why a layer runs in int8 or float, with its ranges, errors, kernel and neighbours. Needs no torch.
 
-    Such as:
+    For example:
 
         qdq explain runs/ptq _conv_stem
 

@@ -1,8 +1,14 @@
-"""`qdq gate`: may this run be shipped?"""
+"""`qdq gate`: limits that a run must keep before it is shipped."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qdq.errors import QdqError
+
+if TYPE_CHECKING:
+    from qdq.gate import GateReport
 
 
 def gate(
@@ -19,34 +25,35 @@ def gate(
     junit: Path | None = None,
     json: Path | None = None,
 ) -> int:
-    """Hold limits against a run, in CI. Needs no torch.
+    """Fail a CI job when a run misses a limit. Needs no torch.
 
-    Prints one line a limit. Exit code 1 when the run misses one, 2 when it cannot be judged, as when it lacks a fact
-    that a limit asks for. Judged is the ONNX file.
+    Prints one line per limit. It checks the result of the ONNX file. The exit code is 1 when the run misses a limit,
+    and 2 when a limit cannot be checked, for example because the run has no labels.
 
-    Such as:
+    For example:
 
         qdq gate runs/new --baseline runs/old --max-drop 0.5 --min-int8-macs 0.9 --junit gate.xml
 
     Args:
         run: Run folder, or a copy of its report.json.
         baseline: Run to compare with, evaluated on the same images.
-        max_drop: Points of top-1 that it may lie below the baseline, or below its own float model without one.
-        max_sqnr_drop: Decibels of SQNR that it may lie below the baseline.
-        min_sqnr: Least SQNR against the float model, in dB.
-        min_agreement: Least share of images, 0 to 1, with the float model's top-1.
-        min_int8_macs: Least share of multiplications, 0 to 1, in int8 in the engine.
-        max_size: Largest ONNX file, in MB.
+        max_drop: Largest loss of top-1 against the baseline, in percentage points. Without a baseline the run's own
+            float model is the reference.
+        max_sqnr_drop: Largest loss of SQNR against the baseline, in dB.
+        min_sqnr: Smallest SQNR against the float model, in dB.
+        min_agreement: Smallest fraction of images (0 to 1) with the same top-1 as the float model.
+        min_int8_macs: Smallest fraction of MACs (0 to 1) that run in int8 in the engine.
+        max_size: Largest size of the ONNX file, in MB.
         junit: Also write the result to this file, as JUnit XML.
         json: Also write the result to this file.
     """
-    from qdq.errors import QdqError
-    from qdq.files import to_jsonable, write_atomic, write_json
-    from qdq.gate import format_junit, format_junit_error, gate_run
+    from qdq.gate import gate_run
     from qdq.run import guard_command, list_run_files
 
-    read = [*list_run_files(run), *([] if baseline is None else list_run_files(baseline))]
-    guard_command(inputs=read, outputs=[junit, json])
+    inputs = list_run_files(run)
+    if baseline is not None:
+        inputs = [*inputs, *list_run_files(baseline)]
+    guard_command(inputs=inputs, outputs=[junit, json])
     try:
         report = gate_run(
             run,
@@ -58,15 +65,29 @@ def gate(
             min_int8_macs=min_int8_macs,
             max_size=max_size,
         )
-    except QdqError as error:  # results of an earlier run must not pass for this one's
-        if junit is not None:
-            write_atomic(junit, format_junit_error(run, error))
-        if json is not None:
-            write_json(json, {"passed": False, "error": str(error)})
+    except QdqError as error:  # the files of an earlier call must not pass for this result
+        _write_error(run, error, junit, json)
         raise
     print(report.format_table())
+    _write_report(report, junit, json)
+    return 0 if report.passed else 1
+
+
+def _write_error(run: Path, error: QdqError, junit: Path | None, json: Path | None) -> None:
+    from qdq.files import write_atomic, write_json
+    from qdq.gate import format_junit_error
+
+    if junit is not None:
+        write_atomic(junit, format_junit_error(run, error))
+    if json is not None:
+        write_json(json, {"passed": False, "error": str(error)})
+
+
+def _write_report(report: GateReport, junit: Path | None, json: Path | None) -> None:
+    from qdq.files import to_jsonable, write_atomic, write_json
+    from qdq.gate import format_junit
+
     if junit is not None:
         write_atomic(junit, format_junit(report))
     if json is not None:
         write_json(json, {"passed": report.passed, **to_jsonable(report)})
-    return 0 if report.passed else 1

@@ -13,9 +13,9 @@ plan = cyclopts.App(
 
 @plan.command
 def diff(before: Path, after: Path, /) -> int:
-    """Where two plans differ. Exit code 1 if they do. Needs no torch.
+    """List the layers that differ between two plans. The exit code is 1 if there are any. Needs no torch.
 
-    Such as:
+    For example:
 
         qdq plan diff runs/a/plan.yaml runs/b/plan.yaml
 

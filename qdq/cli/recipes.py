@@ -1,4 +1,4 @@
-"""Where the recipes lie: in the wheel as `qdq/_recipes`, in a checkout at its top."""
+"""Importing a recipe: it is in `qdq/_recipes` in a wheel, and in `recipes` in a checkout."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ def load_recipe(name: str) -> ModuleType:
     """Import a recipe script by its name.
 
     Raises:
-        DependencyError: The installation lacks it.
+        DependencyError: The installation does not contain it.
     """
     for folder in _FOLDERS:
         path = folder / f"{name}.py"
         if path.is_file():
-            spec = importlib.util.spec_from_file_location(f"qdq_recipe_{name}", path)
-            assert spec is not None and spec.loader is not None  # noqa: S101
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            return module
+            return _import_file(path)
     raise DependencyError(
         f"recipe {name} is not installed.", "reinstall qdq from a wheel or a checkout."
     )
+
+
+def _import_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"qdq_recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # noqa: S101
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,4 +1,4 @@
-"""What a recipe refuses before it runs the model: options that the pipeline would refuse minutes later."""
+"""Checks of a recipe's options before it runs the model; the pipeline would refuse them minutes later."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 from qdq.errors import ArgumentError, DependencyError
 
-_EXAMPLES = 2  # images
-
 if TYPE_CHECKING:
     from torch import nn
 
     from qdq.plan import Plan
     from qdq.schedule import Schedule
     from qdq.workloads.classification.models import LoadedModel
+
+_EXAMPLE_IMAGES = 2
 
 
 def check_layers(
@@ -33,11 +33,11 @@ def check_layers(
 ) -> None:
     """Refuse patterns that cannot be compiled, and names of layers that the quantized model will not have.
 
-    Nothing is calibrated for that: a copy of the model is swapped and rewired, on two images of noise, where its
-    modules alone do not say whether a name is there.
+    This needs no calibration. If the modules alone do not show whether a name exists, a copy of the model is swapped
+    and rewired on two images of noise.
 
     Args:
-        net: The model; stays as it is.
+        net: The model; it does not change.
         exclude: As for `swap_modules`; each pattern must match a module or a call.
         plan: As `pinned` of `analyze_layers`.
         groups: As for `analyze_layers`.
@@ -45,96 +45,124 @@ def check_layers(
         profile: As for `analyze_layers`.
 
     Raises:
-        ArgumentError: A regular expression that is none; a name that matches nothing; layers of which none is left to
+        ArgumentError: An invalid regular expression, a name that matches nothing, or layers of which none is left to
             train.
         DataError: The profile is of another model.
     """
+    from qdq.patterns import Patterns
+
+    group_patterns: list[str] = []
+    if groups is not None and not isinstance(groups, str):
+        group_patterns = list(groups)
+    precisions = {} if plan is None else plan.precisions
+    options = {
+        "exclude": exclude,
+        "plan": list(precisions),
+        "groups": group_patterns,
+        "layers": layers or (),
+    }
+    for option, names in options.items():
+        Patterns(names, option)  # refuses an invalid regular expression
+    if layers is not None:
+        _require_trainable(net, layers, exclude)
+
+    unmatched = _list_unmatched(exclude, dict(net.module.named_modules()))
+    if precisions or group_patterns or unmatched or profile is not None:
+        _check_quantized_copy(net, exclude, unmatched, precisions, group_patterns, profile)
+
+
+def _check_quantized_copy(
+    net: LoadedModel,
+    exclude: Sequence[str],
+    unmatched: Sequence[str],
+    precisions: Mapping[str, str],
+    group_patterns: list[str],
+    profile: Path | None,
+) -> None:
+    """Refuse names that a quantized copy of the model does not have."""
     import torch
 
     from qdq.analyze.cost import load_times
     from qdq.fold import fold_batchnorm
-    from qdq.patterns import Patterns
     from qdq.rewire import rewire_operations
     from qdq.seeds import seeded_rng
     from qdq.swap import swap_modules
     from qdq.units import Unit, find_all_quantizers, group_units, match_precisions
 
-    patterns = [] if groups is None or isinstance(groups, str) else list(groups)
-    precisions = {} if plan is None else plan.precisions
-    options = {
-        "exclude": exclude,
-        "plan": list(precisions),
-        "groups": patterns,
-        "layers": layers or (),
-    }
-    for option, names in options.items():
-        Patterns(names, option)
-    if layers is not None:
-        _require_parameters(net, layers, exclude)
-    unknown = _list_unmatched(exclude, dict(net.module.named_modules()))
-    if not precisions and not patterns and not unknown and profile is None:
-        return
     model = copy.deepcopy(net.module)
+    size = net.preprocess.crop_size
     with _silent(), seeded_rng(0):
-        example = torch.randn(_EXAMPLES, 3, net.preprocess.crop_size, net.preprocess.crop_size)
+        example = torch.randn(_EXAMPLE_IMAGES, 3, size, size)
         fold_batchnorm(model, example)
         swap_modules(model, example, exclude=exclude)
         rewired = rewire_operations(model, example, exclude=exclude)
-        names = list(find_all_quantizers(model, example))
+        quantizer_names = list(find_all_quantizers(model, example))
     modules = dict(model.named_modules())
     calls = {operation.name: model for operation in rewired.operations}
-    if unknown := _list_unmatched(unknown, modules | calls):
+    unmatched = _list_unmatched(unmatched, modules | calls)
+    if unmatched:
         raise ArgumentError(
-            f"the pattern {unknown[0]!r} in exclude matches no module and no call of {net.name}.",
+            f"the pattern {unmatched[0]!r} in exclude matches no module and no call of {net.name}.",
             "correct it.",
         )
-    pinned = match_precisions(model, names, precisions)
-    free = [name for name in names if name not in pinned]
-    group_units(model, [Unit(name, (name,), (), ()) for name in free], patterns or None)
+
+    pinned = match_precisions(model, quantizer_names, precisions)
+    free = [name for name in quantizer_names if name not in pinned]
+    units = [Unit(name, (name,), (), ()) for name in free]
+    group_units(model, units, group_patterns or None)  # refuses a group without layers
     if profile is not None:
-        load_times(profile, free, modules)
+        load_times(profile, free, modules)  # refuses the profile of another model
 
 
 def _list_unmatched(patterns: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    """The patterns that match nothing among dotted names."""
+    """The patterns that match none of the named modules."""
     from qdq.patterns import Patterns
 
-    tests = {pattern: Patterns([pattern], "exclude") for pattern in patterns}
-    return [
-        pattern
-        for pattern, test in tests.items()
-        if not any(test.match([name], modules[name]) for name in modules)
-    ]
+    unmatched = []
+    for pattern in patterns:
+        compiled = Patterns([pattern], "exclude")
+        if not any(compiled.match([name], module) for name, module in modules.items()):
+            unmatched.append(pattern)
+    return unmatched
 
 
-def _require_parameters(net: LoadedModel, layers: Sequence[str], exclude: Sequence[str]) -> None:
-    """Refuse a pattern whose modules have nothing that could be trained, or are all left in float."""
+def _require_trainable(net: LoadedModel, layers: Sequence[str], exclude: Sequence[str]) -> None:
+    """Refuse a pattern whose modules have no parameter to train, or are all left in float."""
     from qdq.patterns import Patterns
 
     excluded = Patterns(exclude, "exclude")
     for pattern in layers:
-        test = Patterns([pattern], "layers")
-        modules = {
-            name: module
-            for name, module in net.module.named_modules()
-            if test.match([name], module)
-        }
-        trained = {name: module for name, module in modules.items() if _has_trainable(module)}
-        if not trained:
+        compiled = Patterns([pattern], "layers")
+        trainable = {}
+        for name, module in net.module.named_modules():
+            if compiled.match([name], module) and _has_trainable_parameter(module):
+                trainable[name] = module
+        if not trainable:
             raise ArgumentError(
                 f"the pattern {pattern!r} in layers matches no module of {net.name} with parameters.",
                 "correct it.",
             )
-        if all(excluded.match([name], module) for name, module in trained.items()):
+        if all(excluded.match([name], module) for name, module in trainable.items()):
             raise ArgumentError(
-                f"what the pattern {pattern!r} in layers matches is excluded, and stays in float.",
+                f"all modules that the pattern {pattern!r} in layers matches are excluded, and stay in float.",
                 "leave it out of one of --layers and --exclude.",
             )
 
 
-def _has_trainable(module: nn.Module) -> bool:
-    """Whether a module has a parameter of its own that can be trained."""
+def _has_trainable_parameter(module: nn.Module) -> bool:
+    """Whether a module itself, without its children, has a parameter that can be trained."""
     return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Switch off the log, because the same messages will come again for the model itself."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(level)
 
 
 def check_tuning(
@@ -144,18 +172,18 @@ def check_tuning(
 
     Args:
         loss: "distill", "labels" or "both".
-        labels: Of the images to train on.
+        labels: Labels of the images to train on, or None.
         schedule: As for `finetune`.
-        tensorboard: Likewise.
+        tensorboard: As for `finetune`.
 
     Raises:
-        ArgumentError: Labels that are not there, or patience where nothing is measured.
+        ArgumentError: The loss needs labels and there are none, or patience is set but no metric is measured.
         DependencyError: tensorboard is not installed.
     """
     if loss != "distill" and labels is None:
         raise ArgumentError(
             f"--loss {loss} needs images with labels, and these have none.",
-            "give --data-dir with a folder for each class, or use --loss distill, which needs none.",
+            "pass --data-dir with a folder for each class, or use --loss distill, which needs none.",
         )
     if loss != "distill" and schedule.patience is not None:
         raise ArgumentError(
@@ -164,14 +192,3 @@ def check_tuning(
         )
     if tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise DependencyError("tensorboard is not installed.", "pip install 'qdq[tensorboard]'")
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without a log: what is said of the copy will be said of the model."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(level)

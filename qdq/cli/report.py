@@ -1,4 +1,4 @@
-"""`qdq report`: the page of a run again, or several runs side by side."""
+"""`qdq report`: the page of a run again, or a comparison of several runs."""
 
 from __future__ import annotations
 
@@ -14,42 +14,57 @@ def report(
     output: Annotated[Path | None, Parameter(alias="-o")] = None,
     json: Path | None = None,
 ) -> int:
-    """Write the page of a run again from its report.json, or one that compares several runs. Needs no torch.
+    """Write the page of a run again from its report.json, or a page that compares several runs. Needs no torch.
 
-    Such as:
+    For example:
 
         qdq report runs/ptq -o page.html
         qdq report runs/mse runs/max -o compare.html
 
     Args:
-        runs: One run folder, or several; the others are compared with the first.
-        output: The page; report.html in the folder if there is one run, comparison.html here if there are several.
-        json: Also write what the page shows to this file.
+        runs: One run folder, or several; the first is the reference of the comparison.
+        output: The page; by default report.html in the run folder for one run, comparison.html in the current folder
+            for several.
+        json: Also write the contents of the page to this file.
     """
     from qdq.errors import ArgumentError
     from qdq.files import write_atomic, write_json
-    from qdq.report.compare import compare_runs, render_comparison
-    from qdq.report.load import PAGE_FILE, load_report
-    from qdq.report.page import render_report
     from qdq.run import guard_command, list_run_files
     from qdq.text import MOST_CHARACTERS, printable
 
     if not runs:
         raise ArgumentError("no run was given.", "name one run folder, or several to compare them.")
-    read = [file for run in runs for file in list_run_files(run)]
-    guard_command(inputs=read)
+    inputs: list[Path] = []
+    for run in runs:
+        inputs += list_run_files(run)
+    guard_command(inputs=inputs)  # before anything asks what the inputs are
+    default_page = _default_page(runs)
+    page_file = default_page if output is None else output
+    guard_command(inputs=inputs, outputs=[page_file, json], in_place=[(page_file, default_page)])
+    page, content = _render(runs)
+    print(printable(write_atomic(page_file, page), MOST_CHARACTERS))
+    if json is not None:
+        write_json(json, content)
+    return 0
+
+
+def _default_page(runs: tuple[Path, ...]) -> Path:
+    from qdq.report.load import PAGE_FILE
+
+    if len(runs) > 1:
+        return Path("comparison.html")
     folder = runs[0] if os.path.isdir(runs[0]) else runs[0].parent
-    default = folder / PAGE_FILE if len(runs) == 1 else Path("comparison.html")
-    path = default if output is None else output
-    guard_command(inputs=read, outputs=[path, json], in_place=[(path, default)])
-    shown: object
+    return folder / PAGE_FILE
+
+
+def _render(runs: tuple[Path, ...]) -> tuple[str, object]:
+    """The page, and its contents for JSON."""
+    from qdq.report.compare import compare_runs, render_comparison
+    from qdq.report.load import load_report
+    from qdq.report.page import render_report
+
     if len(runs) == 1:
         loaded = load_report(runs[0])
-        shown, page = loaded.data, render_report(loaded)
-    else:
-        comparison = compare_runs(runs)
-        shown, page = comparison, render_comparison(comparison)
-    print(printable(write_atomic(path, page), MOST_CHARACTERS))
-    if json is not None:
-        write_json(json, shown)
-    return 0
+        return render_report(loaded), loaded.data
+    comparison = compare_runs(runs)
+    return render_comparison(comparison), comparison
