@@ -1,7 +1,7 @@
-"""A function in a process of its own: native code that crashes or hangs there ends only that process.
+"""Calls of a function in a separate process: native code that crashes or hangs there ends only that process.
 
-`python -m qdq.child MODULE:FUNCTION` is the other end. Both talk in frames: a JSON value and some bytes, over pipes, so
-that no file is left behind whatever ends.
+`python -m qdq.child MODULE:FUNCTION` is the other end. Both ends exchange frames over pipes, each a JSON value and some
+bytes, so that no file is left behind whichever process ends.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class ChildCrashError(Exception):
     """The process ended before it answered.
 
     Args:
-        reason: What is known of its end, such as "it was ended by SIGSEGV".
-        is_timeout: Whether it did nothing wrong but take longer than it may.
+        reason: How it ended, such as "it was ended by SIGSEGV".
+        is_timeout: Whether it was ended because it exceeded its time limit.
     """
 
     def __init__(self, reason: str, *, is_timeout: bool = False) -> None:
@@ -43,8 +43,8 @@ class ChildCrashError(Exception):
 class Child:
     """A process that answers calls of one function, one at a time.
 
-    It starts with a fresh interpreter, not with a copy of this one and without this one's `__main__`, so it may be used
-    in a notebook and in a script without a main guard.
+    It starts a fresh interpreter that does not import `__main__`, so it works in a notebook and in a script without a
+    main guard.
 
     Args:
         function: `MODULE:NAME` of a function that takes a JSON value and bytes, and returns such a pair.
@@ -52,11 +52,10 @@ class Child:
 
     def __init__(self, function: str) -> None:
         command = [sys.executable, "-m", "qdq.child", function]
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # the signal comes when the starting thread ends
+        # The system sends the signal when the thread that started the process ends.
+        if threading.current_thread() is threading.main_thread():
             command.append(_DIES_WITH_PARENT)
-        # The same modules as here, whatever stands in the current folder.
+        # The child imports the same modules, whatever the current folder contains.
         paths = os.pathsep.join(str(path) or os.getcwd() for path in sys.path)
         environment = os.environ | {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
         self._is_expired = False
@@ -82,7 +81,7 @@ class Child:
 
     @property
     def is_running(self) -> bool:
-        """Whether it can be called."""
+        """Whether the process can be called."""
         return self._process.poll() is None
 
     def call(
@@ -93,14 +92,17 @@ class Child:
         seconds: float | None = None,
         cpu_seconds: int | None = None,
     ) -> tuple[Any, bytes]:
-        """Have the function answer; Ctrl-C ends the process.
+        """Call the function and wait for its answer; Ctrl-C ends the process.
 
         Args:
             request: Any JSON value.
             blob: Any bytes.
             seconds: Longest time to wait for the answer; no limit if None.
-            cpu_seconds: Most processor time that the answer may take, however busy the machine is; no limit if None,
-                and on Windows.
+            cpu_seconds: Limit on the processor time of the answer, which does not depend on the load of the machine; no
+                limit if None, and on Windows.
+
+        Returns:
+            The JSON value and the bytes that the function returned.
 
         Raises:
             ChildCrashError: The process crashed, or was ended because it took too long.
@@ -135,11 +137,11 @@ class Child:
         self._process.kill()
 
     def close(self) -> None:
-        """End the process; nothing of it remains."""
+        """End the process and close its pipes."""
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._stderr):
-            with contextlib.suppress(OSError):  # what was not sent any more
+            with contextlib.suppress(OSError):  # a broken pipe: the last request was not sent
                 if stream is not None:
                     stream.close()
 
@@ -153,21 +155,23 @@ class Child:
             return None
 
     def _describe_end(self) -> str:
-        number = max(0, -self._process.wait())  # of the signal
-        self._stderr.seek(0)
-        lines = [
-            line
-            for line in self._stderr.read().decode(errors="replace").splitlines()
-            if line.strip()
-        ]
-        last_words = f": {lines[-1].strip()}" if lines else ""
-        if not number:
-            return f"it ended with exit code {self._process.returncode}{last_words}"
-        if number == signal.SIGKILL:
+        exit_code = self._process.wait()
+        last_line = self._read_last_line()
+        detail = f": {last_line}" if last_line else ""
+        if exit_code >= 0:
+            return f"it ended with exit code {exit_code}{detail}"
+        signal_number = -exit_code
+        if signal_number == signal.SIGKILL:
             return "it was ended by SIGKILL, as the system does when memory runs out"
-        name = signal.Signals(number).name
+        name = signal.Signals(signal_number).name
         meaning = ", a segmentation fault" if name == "SIGSEGV" else ""
-        return f"it was ended by {name}{meaning}{last_words}"
+        return f"it was ended by {name}{meaning}{detail}"
+
+    def _read_last_line(self) -> str:
+        """The last line that the process printed to its standard error."""
+        self._stderr.seek(0)
+        text = self._stderr.read().decode(errors="replace").rstrip()
+        return text.splitlines()[-1].strip() if text else ""
 
 
 def _write_frame(stream: IO[bytes], value: Any, blob: bytes) -> None:
@@ -179,7 +183,7 @@ def _write_frame(stream: IO[bytes], value: Any, blob: bytes) -> None:
 
 
 def _read_frame(stream: IO[bytes]) -> tuple[Any, bytes] | None:
-    """The next frame; None where the other end is gone."""
+    """The next frame; None if the other end is gone."""
     header = stream.read(_HEADER.size)
     if len(header) < _HEADER.size:
         return None
@@ -191,31 +195,31 @@ def _read_frame(stream: IO[bytes]) -> tuple[Any, bytes] | None:
 
 
 def _limit_cpu(seconds: int | None) -> None:
-    """Let the system end this process after that much more processor time of all its threads."""
+    """Let the system end this process after this much more processor time of all its threads."""
     if sys.platform == "win32":
         return
     import resource
 
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    limit = (
-        resource.RLIM_INFINITY
-        if seconds is None
-        else math.ceil(usage.ru_utime + usage.ru_stime) + seconds
-    )
-    limits = [number for number in (limit, hard) if number != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_CPU, (min(limits, default=resource.RLIM_INFINITY), hard))
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_CPU)
+    soft_limit = hard_limit
+    if seconds is not None:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        soft_limit = math.ceil(usage.ru_utime + usage.ru_stime) + seconds
+        if hard_limit != resource.RLIM_INFINITY:
+            soft_limit = min(soft_limit, hard_limit)
+    resource.setrlimit(resource.RLIMIT_CPU, (soft_limit, hard_limit))
 
 
 def main() -> None:
     """Answer calls until the other end is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it ends this process
+    # Ctrl-C reaches the parent too, which ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if _DIES_WITH_PARENT in sys.argv and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
-        score.write("1000")  # where memory runs out, this process goes and not its parent
+        score.write("1000")  # when memory runs out, the system ends this process and not its parent
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever native code prints must not stand between the frames
+    os.dup2(2, 1)  # output of native code must not mix with the frames
     module, _, name = sys.argv[1].partition(":")
     function = getattr(importlib.import_module(module), name)
     while (frame := _read_frame(sys.stdin.buffer)) is not None:

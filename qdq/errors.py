@@ -1,21 +1,21 @@
 """Everything that qdq raises on purpose.
 
 QdqError
-├── ArgumentError      (ValueError)    a value that cannot be meant: unknown name, out of range, wrong shape
+├── ArgumentError      (ValueError)    an invalid value: unknown name, out of range, wrong shape
 │   └── ShapeError     (RuntimeError)  a size that does not fit, where torch raises RuntimeError
-├── ArgumentTypeError  (TypeError)     a value of the wrong kind
+├── ArgumentTypeError  (TypeError)     a value of the wrong type
 ├── StateError         (RuntimeError)  calls in the wrong order, or a state that cannot be quantized
-├── UnsupportedError   (NotImplementedError)  a combination that qdq does not have
-├── DependencyError    (ImportError)   a package that an extra would have installed
+├── UnsupportedError   (NotImplementedError)  a combination that qdq does not support
+├── DependencyError    (ImportError)   a missing package that an extra installs
 ├── ModelError         (RuntimeError)  a model or checkpoint that cannot be loaded
 ├── DataError                          images, folders or files of qdq that cannot be used
 ├── CalibrationError   (ValueError)    no data, or data that gives no range
-├── ExportError        (RuntimeError)  a model that cannot become the ONNX file asked for
+├── ExportError        (RuntimeError)  a model that cannot be exported as requested
 ├── CheckError                         an ONNX file that cannot be read or run
 └── BuildError                         an ONNX file that TensorRT refuses
 
-Each says what was found and what was expected, and carries the next step in `fix`. Where a builtin type is
-named, scripts may catch that instead.
+Each message says what was found and what was expected; `fix` says what to do next. Where a builtin type is
+named, scripts may catch that type instead.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class QdqError(Exception):
 
 
 class ArgumentError(QdqError, ValueError):
-    """A value that cannot be meant: an unknown name, out of range, of the wrong shape."""
+    """An invalid value: an unknown name, a number out of range, or a wrong shape."""
 
 
 class ShapeError(ArgumentError, RuntimeError):
-    """A size that does not fit; torch raises RuntimeError for it, scripts may catch either."""
+    """A size that does not fit. torch raises RuntimeError for it; scripts may catch either type."""
 
 
 class ArgumentTypeError(QdqError, TypeError):
-    """A value of the wrong kind."""
+    """A value of the wrong type."""
 
 
 class StateError(QdqError, RuntimeError):
@@ -55,11 +55,11 @@ class StateError(QdqError, RuntimeError):
 
 
 class UnsupportedError(QdqError, NotImplementedError):
-    """A combination that qdq does not have."""
+    """A combination that qdq does not support."""
 
 
 class DependencyError(QdqError, ImportError):
-    """A package that one of the extras would have installed."""
+    """A missing package that one of the extras installs."""
 
 
 class ModelError(QdqError, RuntimeError):
@@ -75,7 +75,7 @@ class CalibrationError(QdqError, ValueError):
 
 
 class ExportError(QdqError, RuntimeError):
-    """A model that cannot become the ONNX file asked for."""
+    """A model that cannot be exported as requested."""
 
 
 class CheckError(QdqError):

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint file: found in its containers, and refused where a model cannot take them as they are."""
+"""Tensors of a checkpoint file: finding them in its containers, and refusing those that a model cannot take."""
 
 from __future__ import annotations
 
@@ -21,100 +21,121 @@ from qdq.text import list_names
 StateDict = Mapping[str, Tensor]
 
 _SHOWN = 3
-# Where training scripts put the state_dict. Averaged weights are used where there are no others.
+# Where training scripts put the state_dict. Averaged weights are used if there are no others.
 _NESTED_UNDER = ("state_dict", "model", "model_state_dict", "model_ema", "state_dict_ema")
-_DEEPEST = 8  # containers in each other; one may also contain itself
+_MOST_CONTAINERS = 8  # inside one another; a container may also contain itself
 
 
 def read_checkpoint(path: Path) -> tuple[StateDict, str]:
-    """The state_dict in a file, and in words where it was found.
+    """Find the state_dict in a checkpoint file.
 
     Args:
-        path: What `torch.save` wrote, or a `.safetensors` file.
+        path: A file that `torch.save` wrote, or a `.safetensors` file.
+
+    Returns:
+        The tensors by name, and a description of their place for messages.
 
     Raises:
-        ModelError: Not a checkpoint, one that needs code to be loaded, or one without a state_dict.
+        ModelError: It is not a checkpoint, needs code to be loaded, or has no state_dict.
     """
-    content, place = _load_file(path), ""
-    for _ in range(_DEEPEST):
-        if not isinstance(content, Mapping) or is_state_dict(content):
-            break
-        nested = (
-            key for key in _NESTED_UNDER if isinstance(content.get(key), Mapping) and content[key]
-        )
-        key = next(nested, None)
+    content = _load_file(path)
+    place = ""
+    for _ in range(_MOST_CONTAINERS):
+        key = _find_nested(content)
         if key is None:
             break
-        content, place = content[key], f"{place}[{key}]"
+        content = content[key]
+        place += f"[{key}]"
     if not is_state_dict(content):
-        keys = ", ".join(map(str, list(content)[:_SHOWN])) if isinstance(content, Mapping) else ""
-        where = f" under {place}" if place else ""
-        what = f"a {type(content).__name__}" + (f" with the keys {keys}" if keys else "") + where
         raise ModelError(
-            f"{path} holds no state_dict: found {what}, expected names and tensors, alone or under one of "
-            f"{', '.join(_NESTED_UNDER)}.",
+            f"{path} holds no state_dict: found {_describe_container(content, place)}, "
+            f"expected names and tensors, alone or under one of {', '.join(_NESTED_UNDER)}.",
             "save the weights with torch.save(model.state_dict(), FILE).",
         )
     return content, f"checkpoint {path}{place}"
 
 
+def _find_nested(content: Any) -> str | None:
+    """The key under which a container has the state_dict; None if it has none or is one itself."""
+    if not isinstance(content, Mapping) or is_state_dict(content):
+        return None
+    for key in _NESTED_UNDER:
+        nested = content.get(key)
+        if isinstance(nested, Mapping) and nested:
+            return key
+    return None
+
+
 def is_state_dict(content: Any) -> bool:
-    """Whether something is names and tensors, and at least one."""
-    return (
-        isinstance(content, Mapping)
-        and bool(content)
-        and all(
-            isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
-        )
-    )
+    """Whether an object maps names to tensors, and has at least one."""
+    if not isinstance(content, Mapping) or not content:
+        return False
+    has_names = all(isinstance(name, str) for name in content)
+    return has_names and all(isinstance(value, Tensor) for value in content.values())
+
+
+def _describe_container(content: Any, place: str) -> str:
+    text = f"a {type(content).__name__}"
+    if isinstance(content, Mapping) and content:
+        first_keys = list(content)[:_SHOWN]
+        text += f" with the keys {', '.join(map(str, first_keys))}"
+    if place:
+        text += f" under {place}"
+    return text
 
 
 def require_plain(state: StateDict, source: str) -> None:
-    """Refuse tensors without values that a layer could take: sparse, nested, meta, quantized, complex or empty ones.
+    """Refuse tensors that are not dense and full of real numbers: sparse, nested, meta, quantized, complex or empty.
 
     Args:
         state: The tensors.
         source: Where they come from, in words.
 
     Raises:
-        ModelError: With the first of them and what they are.
+        ModelError: Some tensors are not; the message names the first of them.
     """
-    _refuse({name: _describe_storage(tensor) for name, tensor in state.items()}, source)
-
-
-def require_convertible(state: StateDict, own: StateDict, source: str) -> None:
-    """Refuse tensors whose values would not be the same in the model.
-
-    Floats may be rounded to the model's type and must stay finite, if the model's own are. Integers and flags are no
-    floats, whatever their values; a counter may be stored in any type that holds it exactly.
-
-    Args:
-        state: Plain tensors.
-        own: Those of the model; names that only one of both has are passed over.
-        source: Where they come from, in words.
-
-    Raises:
-        ModelError: With the first of them and what they are.
-    """
-    flaws = {
-        name: _describe_conversion(tensor, own[name]) or _describe_variance(name, tensor)
-        for name, tensor in state.items()
-        if name in own
-    }
+    flaws = []
+    for name, tensor in state.items():
+        flaw = _describe_storage(tensor)
+        if flaw:
+            flaws.append(f"{name} is {flaw}")
     _refuse(flaws, source)
 
 
-def _refuse(flaws: Mapping[str, str], source: str) -> None:
-    flawed = [f"{name} is {flaw}" for name, flaw in flaws.items() if flaw]
-    if flawed:
+def require_convertible(state: StateDict, model_state: StateDict, source: str) -> None:
+    """Refuse tensors whose values would change in the model.
+
+    Floats may be rounded to the model's type and must stay finite if the model's are. Integers and booleans are refused
+    where the model has floats; a counter may be stored in any type that holds it exactly.
+
+    Args:
+        state: Plain tensors.
+        model_state: Tensors of the model; names that only one of the two has are ignored.
+        source: Where the tensors come from, in words.
+
+    Raises:
+        ModelError: Some values would change; the message names the first of these tensors.
+    """
+    flaws = []
+    for name, tensor in state.items():
+        if name not in model_state:
+            continue
+        flaw = _describe_conversion(tensor, model_state[name]) or _describe_variance(name, tensor)
+        if flaw:
+            flaws.append(f"{name} is {flaw}")
+    _refuse(flaws, source)
+
+
+def _refuse(flaws: list[str], source: str) -> None:
+    if flaws:
         raise ModelError(
-            f"{source} cannot be loaded: {list_names(flawed, _SHOWN)}.",
+            f"{source} cannot be loaded: {list_names(flaws, _SHOWN)}.",
             "save the weights of the float model: dense, finite floating-point tensors with values, on the CPU.",
         )
 
 
 def _describe_storage(tensor: Tensor) -> str:
-    """Why a tensor has no values that a layer could take; "" if it has."""
+    """The reason why a layer cannot take a tensor; "" if there is none."""
     if tensor.is_nested:
         return "a nested tensor"
     if tensor.layout != torch.strided:
@@ -130,29 +151,30 @@ def _describe_storage(tensor: Tensor) -> str:
     return ""
 
 
-def _describe_conversion(tensor: Tensor, own: Tensor) -> str:
-    """Why a tensor does not keep its values in the type of another; "" if it does."""
-    if own.is_floating_point() and not tensor.is_floating_point():
-        return f"{_short(tensor.dtype)}, expected {_short(own.dtype)}"
+def _describe_conversion(tensor: Tensor, model_tensor: Tensor) -> str:
+    """The reason why the type of the model's tensor cannot hold the values; "" if there is none."""
+    source_type, target_type = _short(tensor.dtype), _short(model_tensor.dtype)
+    if model_tensor.is_floating_point() and not tensor.is_floating_point():
+        return f"{source_type}, expected {target_type}"
     try:
-        converted = tensor.to(own.dtype)
-    except (NotImplementedError, RuntimeError):  # types of which torch knows the storage alone
-        return f"{_short(tensor.dtype)}, which torch cannot convert to {_short(own.dtype)}"
-    if own.is_floating_point():
-        is_lost = bool(own.isfinite().all()) and not bool(converted.isfinite().all())
-        return f"not finite in {_short(own.dtype)} (NaN or Inf)" if is_lost else ""
-    is_exact = torch.equal(converted.to(tensor.dtype), tensor)
-    return (
-        ""
-        if is_exact
-        else f"{_short(tensor.dtype)} with values that {_short(own.dtype)} cannot hold"
-    )
+        converted = tensor.to(model_tensor.dtype)
+    except (NotImplementedError, RuntimeError):  # a type that torch can only store
+        return f"{source_type}, which torch cannot convert to {target_type}"
+    if model_tensor.is_floating_point():
+        if bool(model_tensor.isfinite().all()) and not bool(converted.isfinite().all()):
+            return f"not finite in {target_type} (NaN or Inf)"
+        return ""
+    if not torch.equal(converted.to(tensor.dtype), tensor):
+        return f"{source_type} with values that {target_type} cannot hold"
+    return ""
 
 
 def _describe_variance(name: str, tensor: Tensor) -> str:
-    """Why a tensor is no variance where BatchNorm takes its root; "" if it is, or stands elsewhere."""
-    is_negative = name.rpartition(".")[2] == "running_var" and bool((tensor < 0).any())
-    return "negative: no variance is" if is_negative else ""
+    """The reason why BatchNorm cannot take a tensor as variance; "" if there is none or it is not a variance."""
+    is_variance = name.rpartition(".")[2] == "running_var"
+    if is_variance and bool((tensor < 0).any()):
+        return "negative, which a variance cannot be"
+    return ""
 
 
 def _short(kind: torch.dtype | torch.layout) -> str:
@@ -160,17 +182,17 @@ def _short(kind: torch.dtype | torch.layout) -> str:
 
 
 def _load_file(path: Path) -> Any:
-    """What a checkpoint file holds, without running code.
+    """The content of a checkpoint file, read without running code from it.
 
     Raises:
-        ModelError: It cannot be read so.
+        ModelError: It cannot be read in this way.
     """
     try:
         if path.suffix.lower() == ".safetensors":
             return load_file(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            # The Namespace is where torchvision's own training scripts keep their arguments: plain data.
-            warnings.simplefilter("ignore")  # what is wrong with the file is said below
+            # torchvision's own training scripts keep their arguments in a Namespace, which is plain data.
+            warnings.simplefilter("ignore")  # the error below says what is wrong with the file
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files make the unpickler raise anything, KeyError included
         raise ModelError(
@@ -180,40 +202,39 @@ def _load_file(path: Path) -> Any:
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    """Why a file was refused, in a few words."""
+    """The reason why a file was refused, in a few words."""
     text = str(error)
-    if refused := re.search(r"GLOBAL (\S+)", text):
-        return f"a pickled Python object ({refused[1]}), which could run code when loaded"
+    pickled_class = re.search(r"GLOBAL (\S+)", text)
+    if pickled_class:
+        return f"a pickled Python object ({pickled_class[1]}), which could run code when loaded"
     if "TorchScript" in text:
         return "a TorchScript archive"
-    if isinstance(
-        error, RuntimeError | OSError | SafetensorError
-    ):  # the others name opcodes of the unpickler
+    # Other errors name opcodes of the unpickler.
+    if isinstance(error, RuntimeError | OSError | SafetensorError):
         return f"{describe_content(path)} ({first_line(error).split('. ')[0]})"
     return describe_content(path)
 
 
 def describe_content(path: Path) -> str:
-    """In words what an unreadable file holds: nothing, text (with its beginning) or something binary."""
+    """Describe an unreadable file: empty, text (with its beginning) or binary data."""
     with path.open("rb") as file:
         start = file.read(64)
     if not start:
         return "an empty file"
     try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(
-            start
-        )  # the last character may be cut in two
+        # An incremental decoder accepts a last character that is cut in two.
+        text = codecs.getincrementaldecoder("utf-8")().decode(start)
     except UnicodeDecodeError:
         return "unknown or damaged binary data"
     words = " ".join(text.split())
-    return (
-        f"text beginning {words[:32]!r}"
-        if words.isprintable()
-        else "unknown or damaged binary data"
-    )
+    if not words.isprintable():
+        return "unknown or damaged binary data"
+    return f"text beginning {words[:32]!r}"
 
 
 def first_line(error: BaseException) -> str:
-    """The reason that an exception gives, on one line."""
+    """The reason that an exception gives, on one line; its type if it gives none."""
     text = str(error).strip().removeprefix("<urlopen error ").removesuffix(">")
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    if not text:
+        return type(error).__name__
+    return text.splitlines()[0].rstrip(".")
