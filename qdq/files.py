@@ -1,4 +1,4 @@
-"""Files: what a command may read, what it may write and replace; atomic writes; JSON."""
+"""Files: which of them a command may read, write and replace; atomic writes; JSON."""
 
 from __future__ import annotations
 
@@ -25,26 +25,30 @@ from qdq.errors import ArgumentError, ArgumentTypeError, DataError
 from qdq.text import printable
 
 PARTIAL_GLOB = ".qdq-*.partial"
-"""What `write_atomic` may leave behind where the process is killed, on systems without nameless files."""
+"""Files that `write_atomic` may leave behind if the process is killed, on systems without nameless files."""
 
 _MOST_LINKS = 40  # as Linux itself
-_READER_SECONDS = (
-    10.0  # a FIFO that nobody has opened by then is an error, not a process that waits for ever
-)
+_READER_SECONDS = 10.0  # to open a FIFO for reading, before writing to it is an error
+_OTHER_OUTPUT = "choose another file to write."
 
 File = Path | str | None
-"""A file of a command; None is an option that was not given."""
+"""A file of a command; None is an option without a value."""
 
 
-def as_path(value: Path | str, what: str) -> Path:
-    """The path of a file or folder that was given as `what`.
+def as_path(value: Path | str, option: str) -> Path:
+    """Convert a parameter to a path.
+
+    Args:
+        value: The path of a file or folder.
+        option: Name of the parameter, for messages.
 
     Raises:
-        ArgumentTypeError: It is neither a path nor a text.
+        ArgumentTypeError: It is neither a path nor a string.
     """
     if not isinstance(value, str | Path):
         raise ArgumentTypeError(
-            f"{what} is of type {type(value).__name__}.", "give a path or the name of a file."
+            f"{option} is of type {type(value).__name__}; expected a path.",
+            "pass a path or the name of a file.",
         )
     return Path(value)
 
@@ -55,51 +59,48 @@ def guard_files(
     outputs: Iterable[File] = (),
     in_place: Collection[tuple[File, File]] = (),
 ) -> None:
-    """Refuse what a command cannot read or write, and what it would destroy, before it does any work.
+    """Refuse files that a command cannot read or write, or would destroy, before it does any work.
 
-    Call it once, with all files that the command reads and all that it writes. Files are the same whatever they are
-    called: a relative path, a symbolic or a hard link, another case where the file system ignores case.
+    Call it once, with all files that the command reads and all that it writes. It recognizes a file under any name: a
+    relative path, a symbolic or a hard link, another case where the file system ignores case.
 
     Args:
-        inputs: Files and folders that are read. One that does not exist is left to its reader, which knows what it
-            should hold.
-        outputs: Files that are written. What is no regular file (a device, a FIFO, /dev/stdout) is written into.
+        inputs: Files and folders that are read. One that does not exist is left to its reader, whose message says what
+            the file should contain.
+        outputs: Files that are written. If one is not a regular file (a device, a FIFO, /dev/stdout), it is not
+            replaced but written into.
         in_place: Pairs of an output and an input that it may replace.
 
     Raises:
-        ArgumentError: An output is an input, another output, a folder, where this process prints to, or cannot be
-            written to.
+        ArgumentError: An output is an input, another output, a folder, the file to which this process prints, or cannot
+            be written to.
         DataError: An input is a device, a FIFO or a socket, or its name leads nowhere.
     """
-    read = [Path(path) for path in inputs if path is not None]
-    written = [Path(path) for path in outputs if path is not None]
-    for path in read:
+    input_paths = [Path(path) for path in inputs if path is not None]
+    output_paths = [Path(path) for path in outputs if path is not None]
+    for path in input_paths:
         _require_readable(path)
-    for path in written:
+    for path in output_paths:
         _require_writable(path)
-    for output, path in itertools.product(written, read):
+    for output, path in itertools.product(output_paths, input_paths):
         if is_same_file(output, path) and not _is_pair(output, path, in_place):
             raise ArgumentError(
-                f"{printable(output)} is what is read; it would be lost.", _OTHER_OUTPUT
+                f"{printable(output)} is an input of this command; it would be lost.", _OTHER_OUTPUT
             )
-    for first, second in itertools.combinations(written, 2):
+    for first, second in itertools.combinations(output_paths, 2):
         if is_same_file(first, second) and not _is_character_device(first):
             raise ArgumentError(
                 f"{printable(first)} is written twice; one result would be lost.", _OTHER_OUTPUT
             )
 
 
-_OTHER_OUTPUT = "choose another file to write."
-
-
 def _is_pair(output: Path, path: Path, pairs: Collection[tuple[File, File]]) -> bool:
-    return any(
-        (output, path) == (Path(first), Path(second)) for first, second in pairs if first and second
-    )
+    path_pairs = [(Path(first), Path(second)) for first, second in pairs if first and second]
+    return (output, path) in path_pairs
 
 
 def is_same_file(first: Path, second: Path) -> bool:
-    """Whether two names are of one file, which need not exist."""
+    """Whether two names lead to the same file, which need not exist."""
     try:
         return os.path.samestat(first.stat(), second.stat())
     except OSError:
@@ -112,17 +113,16 @@ def _require_readable(path: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         return
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
         raise DataError(
-            f"cannot read {printable(path)}: {reason}.", "give the name of a file."
+            f"cannot read {printable(path)}: {_reason(error)}.", "pass the name of a file."
         ) from error
 
 
 def read_mode(path: Path) -> int:
-    """The mode of a file or folder that is going to be read.
+    """The mode of a file or folder that is about to be read.
 
     Raises:
-        OSError: There is none; or a device, a FIFO or a socket, which may have no end.
+        OSError: It does not exist, or is a device, a FIFO or a socket, which may have no end.
     """
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
@@ -131,10 +131,10 @@ def read_mode(path: Path) -> int:
 
 
 def read_file(path: Path | str) -> bytes:
-    """The content of a regular file.
+    """Read the content of a regular file.
 
     Raises:
-        OSError: It cannot be read; or a device, a FIFO or a socket, which may have no end.
+        OSError: It cannot be read, or is a device, a FIFO or a socket, which may have no end.
     """
     path = Path(path)
     read_mode(path)
@@ -152,23 +152,37 @@ def _require_writable(path: Path) -> None:
         mode = _find_mode(path)
         if mode is None:
             _require_free_name(Path(os.path.realpath(path)))
-        elif stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, "Is a directory")
-        elif stat.S_ISSOCK(mode) or stat.S_ISBLK(mode):
-            raise OSError(errno.EINVAL, f"it is a {'socket' if stat.S_ISSOCK(mode) else 'disk'}")
-        elif not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, "Permission denied")
-        elif _is_read_only(_find_descriptor(path)):
-            raise PermissionError(errno.EBADF, "it is open for reading only")
-        elif stat.S_ISREG(mode) and _find_descriptor(path) is None:
-            _require_not_printed_to(path)
-            tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
+        else:
+            _require_writable_mode(path, mode)
     except (OSError, ValueError) as error:
         raise _unwritable(path, error) from error
 
 
+def _require_writable_mode(path: Path, mode: int) -> None:
+    """Refuse an existing path that cannot be written to.
+
+    Raises:
+        OSError: It cannot.
+    """
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "Is a directory")
+    if stat.S_ISSOCK(mode):
+        raise OSError(errno.EINVAL, "it is a socket")
+    if stat.S_ISBLK(mode):
+        raise OSError(errno.EINVAL, "it is a disk")
+    if not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, "Permission denied")
+    descriptor = _find_descriptor(path)
+    if _is_read_only(descriptor):
+        raise PermissionError(errno.EBADF, "it is open for reading only")
+    if stat.S_ISREG(mode) and descriptor is None:
+        _require_not_printed_to(path)
+        folder = os.path.dirname(os.path.realpath(path))
+        tempfile.TemporaryFile(dir=folder).close()
+
+
 def _find_mode(path: Path) -> int | None:
-    """The mode of what a path leads to; None where there is nothing yet."""
+    """The mode of the file that a path leads to; None if there is none yet."""
     descriptor = _find_descriptor(path)
     try:
         return os.stat(path if descriptor is None else descriptor).st_mode
@@ -177,19 +191,20 @@ def _find_mode(path: Path) -> int | None:
 
 
 def _require_free_name(path: Path) -> None:
-    """Refuse a new file whose folder cannot be made or written to, or whose name is too long."""
+    """Refuse a new file whose folder cannot be created or written to, or whose name is too long."""
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
     tempfile.TemporaryFile(dir=folder).close()
     if hasattr(os, "pathconf"):
-        most = os.pathconf(folder, "PC_NAME_MAX")
-        if any(len(os.fsencode(part)) > most for part in path.relative_to(folder).parts):
-            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        most_bytes = os.pathconf(folder, "PC_NAME_MAX")
+        for part in path.relative_to(folder).parts:
+            if len(os.fsencode(part)) > most_bytes:
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
 
 
 def _require_not_printed_to(path: Path) -> None:
-    """Refuse the file that the shell has redirected the output to: replaced, it would lose what is printed."""
+    """Refuse the file to which the shell redirects the output: replacing it would lose the printed lines."""
     for descriptor in (1, 2):
         try:
             is_same = os.path.samestat(os.fstat(descriptor), path.stat())
@@ -204,9 +219,9 @@ def _is_character_device(path: Path) -> bool:
 
 
 def _find_descriptor(path: Path) -> int | None:
-    """The open file that a path such as /dev/stdout or /dev/fd/3 is of, None for every other path.
+    """The number of the open file for a path such as /dev/stdout or /dev/fd/3; None for every other path.
 
-    The path has to be followed link by link: /dev/stdout leads on to the file that the shell has redirected it to.
+    The path is followed link by link: resolved as a whole, /dev/stdout leads to the file of the shell's redirection.
     """
     for _ in range(_MOST_LINKS):
         folder = os.path.realpath(path.parent)
@@ -227,44 +242,57 @@ def _is_read_only(descriptor: int | None) -> bool:
 
 
 def _lists_descriptors(folder: str) -> bool:
-    """Whether the open files of this process stand in a folder; those of another one have other numbers."""
+    """Whether a folder lists the open files of this process; those of another process have other numbers."""
+    if folder == "/dev/fd":
+        return True
     this_process = re.escape(os.path.realpath("/proc/self"))
-    return (
-        folder == "/dev/fd" or re.fullmatch(rf"{this_process}(/task/\d+)?/fd", folder) is not None
-    )
+    return re.fullmatch(rf"{this_process}(/task/\d+)?/fd", folder) is not None
 
 
 def write_atomic(path: Path, content: bytes | str | Callable[[], Iterable[bytes]]) -> Path:
-    """Write a file so that at every moment it is absent, the old one or the whole new one.
+    """Write a file so that at every moment it is absent, the old file or the complete new file.
 
-    On Linux the new content lives in a nameless file until it is complete, so that even `kill -9` leaves
-    nothing half-written behind; elsewhere in a hidden `.partial` file that is removed on any exception. A symbolic
-    link is followed, and a file that is replaced hands its mode and owner on. What is no regular file (a device, a
-    FIFO, /dev/stdout) is written into.
+    On Linux the new content is in a nameless file until it is complete, so that even `kill -9` leaves nothing
+    half-written behind. On other systems it is in a hidden `.partial` file, which is removed on any exception. Symbolic
+    links are followed, and the new file gets the mode and owner of the file that it replaces. If the path is not a
+    regular file (a device, a FIFO, /dev/stdout), the content is written into it.
 
     Args:
         path: The file.
-        content: All of it, or what gives it part by part where it is large; that is called again after a failure. Of a
-            text, what UTF-8 cannot write (a part of the name of a file) is escaped as in Python's strings.
+        content: The whole content, or a function that gives the parts of a large one; it is called again if it
+            fails. Characters of a string that UTF-8 cannot write (from names of files) are escaped as in Python's
+            strings.
 
     Raises:
         ArgumentError: It cannot be written.
         BrokenPipeError: It is the standard output, and nobody reads it any more.
     """
-    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
-    parts = (lambda: [data]) if isinstance(data, bytes) else data
     write = _replace if is_replaceable(path) else _write_into
     try:
-        write(path, parts)
+        write(path, _as_parts(content))
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _find_descriptor(path) == 1:
-            raise  # as of all that is printed: who reads has enough
+            raise  # as for everything that is printed: the reader has enough
         raise _unwritable(path, error) from error
     return path
 
 
+def _as_parts(
+    content: bytes | str | Callable[[], Iterable[bytes]],
+) -> Callable[[], Iterable[bytes]]:
+    """A function that gives the content part by part."""
+    if callable(content):
+        return content
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+
+    def parts() -> Iterable[bytes]:
+        return [data]
+
+    return parts
+
+
 def is_replaceable(path: Path) -> bool:
-    """Whether `write_atomic` makes a new file there or replaces one; not where it writes into a device or the like.
+    """Whether `write_atomic` creates or replaces a file there; it does not if it writes into a device or the like.
 
     Raises:
         ArgumentError: The path leads nowhere.
@@ -273,12 +301,14 @@ def is_replaceable(path: Path) -> bool:
         mode = _find_mode(path)
     except (OSError, ValueError) as error:
         raise _unwritable(path, error) from error
-    return _find_descriptor(path) is None and (mode is None or stat.S_ISREG(mode))
+    if _find_descriptor(path) is not None:
+        return False
+    return mode is None or stat.S_ISREG(mode)
 
 
 def _replace(path: Path, parts: Callable[[], Iterable[bytes]]) -> None:
     path = Path(os.path.realpath(path))
-    # without the name of the file, which may be as long as a name may be
+    # It does not contain the name of the file, which may be as long as a name may be.
     partial = path.with_name(PARTIAL_GLOB.replace("*", secrets.token_hex(4)))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -295,7 +325,7 @@ def _replace(path: Path, parts: Callable[[], Iterable[bytes]]) -> None:
 
 
 def _write_nameless(path: Path, parts: Iterable[bytes]) -> None:
-    """Write to an unnamed inode of the folder and link it under its name once it is whole."""
+    """Write to an unnamed inode of the folder, and link it under its name once it is complete."""
     descriptor = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o666)
     with os.fdopen(descriptor, "wb") as file:
         file.writelines(parts)
@@ -310,28 +340,30 @@ def _write_nameless(path: Path, parts: Iterable[bytes]) -> None:
 def _hand_on_mode(old: Path, new: Path) -> None:
     if not old.exists():
         return
-    with contextlib.suppress(OSError):  # another owner's file, in a folder of ours
-        former = old.stat()
-        if (former.st_uid, former.st_gid) != (new.stat().st_uid, new.stat().st_gid):
-            os.chown(new, former.st_uid, former.st_gid)
+    with contextlib.suppress(OSError):  # a file of another owner in a folder of this one
+        old_status, new_status = old.stat(), new.stat()
+        old_owner = (old_status.st_uid, old_status.st_gid)
+        if old_owner != (new_status.st_uid, new_status.st_gid):
+            os.chown(new, *old_owner)
     shutil.copymode(old, new)
 
 
 def _write_into(path: Path, parts: Callable[[], Iterable[bytes]]) -> None:
-    """Write to what cannot be replaced; of an open file go on where it is, behind what was printed so far."""
+    """Write into a path that cannot be replaced; into an open file, after everything printed so far."""
     descriptor = _find_descriptor(path)
-    if descriptor is not None:
+    if descriptor is None:
+        target = _open_for_writing(path)
+    else:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
-    with os.fdopen(
-        os.dup(descriptor) if descriptor is not None else _open_for_writing(path), "wb"
-    ) as file:
+        target = os.dup(descriptor)
+    with os.fdopen(target, "wb") as file:
         file.writelines(parts())
 
 
 def _open_for_writing(path: Path) -> int:
-    """Open a device, or a FIFO as soon as somebody reads it."""
+    """Open a device, or a FIFO as soon as another process reads it."""
     deadline = time.monotonic() + _READER_SECONDS
     while True:
         try:
@@ -348,14 +380,18 @@ def _open_for_writing(path: Path) -> int:
 
 
 def _unwritable(path: Path, error: OSError | ValueError) -> ArgumentError:
-    reason = getattr(error, "strerror", None) or error
     return ArgumentError(
-        f"cannot write {printable(path)}: {reason}.", "choose a file that you may write to."
+        f"cannot write {printable(path)}: {_reason(error)}.", "choose a file that you may write to."
     )
 
 
+def _reason(error: OSError | ValueError) -> object:
+    """The words of the system for an error, or the error itself if there are none."""
+    return getattr(error, "strerror", None) or error
+
+
 def to_jsonable(value: Any) -> Any:
-    """Dataclasses, paths and numpy numbers as plain JSON values; what JSON has no word for becomes None."""
+    """Convert dataclasses, paths and numpy numbers to plain JSON values; NaN and infinity become None."""
     if is_dataclass(value) and not isinstance(value, type):
         return to_jsonable(asdict(value))
     if isinstance(value, dict):

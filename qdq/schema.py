@@ -1,8 +1,9 @@
-"""JSON, YAML and binary files of qdq, read within bounds and held against declared types; damage is one `DataError`.
+"""Reading JSON, YAML and binary files of qdq: within limits, and checked against declared types.
 
-`parse_json` and `parse_yaml` give plain values: no key with two values, no number that is not finite, nothing nested
-without end. `validate` holds such a value against a type, a dataclass or a `TypedDict`, as strictly as JSON's own types
-are: no text for a number, no `true` for 1. An error says which file, where in it, what is there and what should be.
+`parse_json` and `parse_yaml` give plain values: they refuse a key with two values, numbers that are not finite, and
+deep nesting. `validate` checks such a value against a type, a dataclass or a `TypedDict`, as strictly as JSON's own
+types: a string is not a number, and `true` is not 1. Damage raises `DataError`, which says in which file and where the
+problem is, what was found there and what was expected.
 """
 
 from __future__ import annotations
@@ -26,10 +27,8 @@ _MOST_BYTES = 2**30  # of JSON: a report of 10,000 layers has 2**26
 _MOST_YAML_BYTES = 2**22  # PyYAML reads a megabyte in ten seconds
 _MOST_DEPTH = 64
 _MOST_INTEGER = 2**63
-_UNKNOWN = (
-    "extra_forbidden",
-    "unexpected_keyword_argument",
-)  # a key that the type has not, in pydantic's words
+# A key that the type does not have, in pydantic's words.
+_UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 _SHOWN = 40  # characters of a foreign text in a message
 
 
@@ -38,11 +37,11 @@ def read_text(path: Path, fix: str, most_bytes: int = _MOST_BYTES) -> str:
 
     Args:
         path: The file.
-        fix: What to do if it cannot be read.
-        most_bytes: Larger ones are refused.
+        fix: Advice for the error if it cannot be read.
+        most_bytes: Largest size that is read.
 
     Raises:
-        DataError: It cannot be read, is too large or no UTF-8.
+        DataError: It cannot be read, is too large or is not UTF-8.
     """
     try:
         read_mode(path)
@@ -55,7 +54,7 @@ def read_text(path: Path, fix: str, most_bytes: int = _MOST_BYTES) -> str:
         raise DataError(f"cannot read {path}: {error.strerror or error}.", fix) from error
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path} cannot be read: byte {error.start} is no UTF-8 text.", fix
+            f"{path} cannot be read: byte {error.start} is not UTF-8 text.", fix
         ) from error
 
 
@@ -78,82 +77,84 @@ def read_yaml(path: Path, fix: str) -> Any:
 
 
 def parse_json(text: str, source: str, fix: str, *, finite: bool = True) -> Any:
-    """A value of JSON, all of whose texts can be written as UTF-8.
+    """Parse JSON to plain values, with strings that can be written as UTF-8.
 
     Args:
         text: The JSON.
-        source: What it was read from, for messages.
-        fix: What to do if it is damaged.
-        finite: Refuse NaN and Infinity, which other tools write; else numbers that are too large become Infinity.
+        source: Name of its source for messages.
+        fix: Advice for the error if it is damaged.
+        finite: Refuse NaN and Infinity, which other tools write; otherwise numbers that are too large become Infinity.
 
     Raises:
-        DataError: No JSON, two values of one key, a number that is not finite, or nested too deeply.
+        DataError: It is not JSON, a key has two values, a number is not finite, or it is nested too deeply.
     """
     try:
-        return _clean(
-            json.loads(text, object_pairs_hook=_join_pairs, parse_int=_read_integer), finite=finite
-        )
+        value = json.loads(text, object_pairs_hook=_join_pairs, parse_int=_read_integer)
+        return _clean(value, finite=finite)
     except json.JSONDecodeError as error:
         message = f"line {error.lineno}, column {error.colno}: {error.msg}"
         raise DataError(
-            f"{source} cannot be read: it is no JSON, or cut off, {message}.", fix
+            f"{source} cannot be read: it is not JSON, or cut off, {message}.", fix
         ) from error
     except RecursionError as error:
         raise DataError(f"{source} cannot be read: it is nested too deeply.", fix) from error
-    except ValueError as error:  # of `_join_pairs` and `_clean`
+    except ValueError as error:  # from `_join_pairs` or `_clean`
         raise DataError(f"{source} cannot be read: {error}.", fix) from error
 
 
 def parse_yaml(text: str, source: str, fix: str) -> Any:
-    """A value of YAML, whose keys are texts as they are written: `1.10` and `yes` are names. No aliases, no tags.
+    """Parse YAML to plain values. Keys are strings as they are written: `1.10` and `yes` are names.
 
     Args:
-        text: The YAML.
-        source: What it was read from, for messages.
-        fix: What to do if it is damaged.
+        text: The YAML, without aliases and tags.
+        source: Name of its source for messages.
+        fix: Advice for the error if it is damaged.
 
     Raises:
-        DataError: No such YAML, a key twice, a number that is not finite, or nested too deeply.
+        DataError: It is not such YAML, has a key twice or a number that is not finite, or is nested too deeply.
     """
     try:
         return _clean(yaml.load(text, _PlainLoader), finite=True)  # noqa: S506  # a SafeLoader
     except RecursionError as error:
-        raise DataError(f"{source} is no YAML: it is nested too deeply.", fix) from error
+        raise DataError(f"{source} is not YAML: it is nested too deeply.", fix) from error
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
-        # PyYAML's own constructors end in any of these: `!!int abc`, `!!float [1]`
+        # PyYAML's own constructors raise any of these: `!!int abc`, `!!float [1]`
         message = " ".join(str(error).replace('in "<unicode string>",', "at").split())
-        raise DataError(f"{source} is no YAML: {printable(message, 300)}.", fix) from error
+        raise DataError(f"{source} is not YAML: {printable(message, 300)}.", fix) from error
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML of texts, numbers, truth values, lists and mappings; a few lines of aliases would expand to gigabytes."""
+    """Loads strings, numbers, booleans, lists and mappings; a few lines of aliases could expand to gigabytes."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """A node, or the error that it is an alias."""
+        """Compose a node, and refuse an alias."""
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(
-                None, None, "an alias stands here; write out what it means", mark
+                None, None, "found an alias; write out its value", mark
             )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping with the text of each key, none twice."""
+        """Construct a mapping with the text of each key, and refuse a key that comes twice."""
         result: dict[Any, Any] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(
-                    None, None, "a key is no name", key.start_mark
+                    None, None, "a key is not a name", key.start_mark
                 )
             if key.value in result:
-                what = f"'{printable(key.value, _SHOWN)}' stands here twice"
-                raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
+                problem = f"the key '{printable(key.value, _SHOWN)}' comes twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             result[key.value] = self.construct_object(value, deep=deep)
         return result
 
 
 _CONSTRUCTORS: dict[str, Callable[[Any, Any], Any]] = {
-    **dict.fromkeys(("binary", "omap", "pairs", "set"), _PlainLoader.construct_undefined),
+    "binary": _PlainLoader.construct_undefined,
+    "omap": _PlainLoader.construct_undefined,
+    "pairs": _PlainLoader.construct_undefined,
+    "set": _PlainLoader.construct_undefined,
     "timestamp": _PlainLoader.construct_yaml_str,
 }
 for _tag, _constructor in _CONSTRUCTORS.items():
@@ -161,7 +162,7 @@ for _tag, _constructor in _CONSTRUCTORS.items():
 
 
 def _join_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; the same value twice does no harm."""
+    """Make a JSON object, and refuse a key with two different values; the same value twice does no harm."""
     result = dict(pairs)
     if len(result) < len(pairs):
         for key, value in pairs:
@@ -171,12 +172,20 @@ def _join_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_integer(digits: str) -> float:
-    """One of hundreds of digits is infinite; `int` would refuse thousands, and take long for fewer."""
+    """Read a number of up to 19 digits; one of hundreds is infinite.
+
+    `int` would refuse thousands of digits, and is slow for hundreds.
+    """
     return int(digits) if len(digits) < 20 else float(digits)
 
 
 def _clean(value: Any, *, finite: bool, depth: int = 0) -> Any:
-    """The value with texts that UTF-8 can write: of half a surrogate pair, as in the name of a file, becomes "?".
+    """Copy a value with strings that UTF-8 can write: half of a surrogate pair, as in names of files, becomes "?".
+
+    Args:
+        value: The plain value.
+        finite: Refuse numbers that are not finite or too large.
+        depth: Number of lists and mappings around the value.
 
     Raises:
         ValueError: A number is too large or not finite, or values are nested too deeply.
@@ -186,40 +195,45 @@ def _clean(value: Any, *, finite: bool, depth: int = 0) -> Any:
     if isinstance(value, dict | list) and depth == _MOST_DEPTH:
         raise ValueError(f"it is nested more than {_MOST_DEPTH} deep")
     if isinstance(value, dict):
-        return {
-            _clean(key, finite=finite, depth=depth): _clean(item, finite=finite, depth=depth + 1)
-            for key, item in value.items()
-        }
+        cleaned = {}
+        for key, item in value.items():
+            name = _clean(key, finite=finite, depth=depth)
+            cleaned[name] = _clean(item, finite=finite, depth=depth + 1)
+        return cleaned
     if isinstance(value, list):
         return [_clean(item, finite=finite, depth=depth + 1) for item in value]
-    if finite and isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{value:.4g} is no number")
-    if finite and isinstance(value, int) and abs(value) > _MOST_INTEGER:
-        raise ValueError("a number is too large")
+    if finite:
+        _require_finite(value)
     return value
 
 
+def _require_finite(value: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value:.4g} is not a number")
+    if isinstance(value, int) and abs(value) > _MOST_INTEGER:
+        raise ValueError("a number is too large")
+
+
 def validate(kind: type[_Kind], value: Any, source: str, fix: str) -> _Kind:
-    """A value as the type that it should be.
+    """Convert a plain value to its declared type.
 
     Args:
-        kind: A dataclass, a `TypedDict`, or any type that pydantic knows.
-        value: From `parse_json` or `parse_yaml`.
-        source: What it was read from, for messages.
-        fix: What to do if it is damaged.
+        kind: A dataclass, a `TypedDict`, or any type that pydantic supports.
+        value: A value from `parse_json` or `parse_yaml`.
+        source: Name of its source for messages.
+        fix: Advice for the error if it is damaged.
 
     Returns:
-        Of a dataclass an instance, with tuples where it declares them.
+        The value; for a dataclass an instance, with tuples where it declares them.
 
     Raises:
-        DataError: Something is missing, or of another type.
+        DataError: Something is missing, or has another type.
     """
-    from pydantic import ValidationError  # 0.1 s, which only reading files needs
+    from pydantic import ValidationError  # takes 0.1 s, and only reading files needs it
 
     try:
-        adapter = _adapter(
-            cast(Any, kind)
-        )  # a type is hashable, of which the annotations of `cache` know nothing
+        # A type is hashable, but the annotations of `cache` do not say so.
+        adapter = _adapter(cast(Any, kind))
         valid: _Kind = adapter.validate_json(json.dumps(value), strict=True)
         return valid
     except ValidationError as error:
@@ -234,43 +248,59 @@ def _adapter(kind: Any) -> Any:
 
 
 def _describe_errors(errors: list[Any]) -> str:
-    first, *others = sorted(
-        errors, key=lambda error: error["type"] not in _UNKNOWN
-    )  # of a typo rather than what lacks
-    place = "".join(
-        f"[{part}]" if isinstance(part, int) else f".{printable(part, _SHOWN)}"
-        for part in first["loc"]
-    )
-    place = place.removeprefix(".") or "the whole"
-    if first["type"] == "missing":
-        text = f"{place} is missing"
-    elif first["type"] in _UNKNOWN:
-        text = f"{place} is unknown"
-    else:
-        expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-        text = (
-            f"{place} is {describe(first['input'])}, expected: {expected[:1].lower()}{expected[1:]}"
-        )
-    return text + (f"; {len(others)} more places are wrong" if others else "")
+    """The first of pydantic's errors, and the number of the others."""
+    text = _describe_error(min(errors, key=_rank_error))
+    if len(errors) > 1:
+        text += f"; {len(errors) - 1} more places are wrong"
+    return text
+
+
+def _rank_error(error: Any) -> bool:
+    """Unknown keys come first: a typo explains why a key is missing."""
+    return error["type"] not in _UNKNOWN_KEY
+
+
+def _describe_error(error: Any) -> str:
+    place = _describe_place(error["loc"])
+    if error["type"] == "missing":
+        return f"{place} is missing"
+    if error["type"] in _UNKNOWN_KEY:
+        return f"{place} is unknown"
+    expected = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    expected = expected[:1].lower() + expected[1:]
+    return f"{place} is {describe(error['input'])}, expected: {expected}"
+
+
+def _describe_place(keys: tuple[str | int, ...]) -> str:
+    """A place in a value, such as `layers.conv1.names[1]`."""
+    place = ""
+    for key in keys:
+        if isinstance(key, int):
+            place += f"[{key}]"
+        else:
+            place += f".{printable(key, _SHOWN)}"
+    return place.removeprefix(".") or "the whole"
 
 
 def describe(value: Any) -> str:
-    """What a foreign value is, in a few characters whatever is in it."""
+    """Describe a foreign value in a few characters, however long it is."""
     if isinstance(value, str):
         return f"'{printable(value, _SHOWN)}'"
     if isinstance(value, Mapping):
         return f"an object of {len(value)} entries"
     if isinstance(value, list | tuple):
         return f"a list of {len(value)}"
-    return "null" if value is None else printable(json.dumps(value), _SHOWN)
+    if value is None:
+        return "null"
+    return printable(json.dumps(value), _SHOWN)
 
 
 def digest_parts(facts: Mapping[str, Any], parts: Mapping[str, memoryview]) -> str:
-    """What changes with any bit of what a file holds, in 16 hexadecimal digits.
+    """A digest of the contents of a file, in 16 hexadecimal digits; every bit changes it.
 
     Args:
         facts: Plain JSON values.
-        parts: Name, type and shape of each array in one text -> its bytes.
+        parts: Bytes of each array, by a text with its name, type and shape.
     """
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(parts):

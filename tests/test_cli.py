@@ -447,7 +447,7 @@ class TestCalibrate:
         ):
             code, _, err = qdq("calibrate", *arguments)
             assert code == 2
-            assert "is what is read; it would be lost" in err
+            assert "is an input of this command; it would be lost" in err
         assert file.read_bytes() == before
 
     def test_show_of_some(self, qdq, file):

@@ -127,7 +127,7 @@ def test_a_fact_that_is_missing_never_passes(tmp_path, where, limit, value):
         True: "is true, expected",
     }
     with pytest.raises(
-        DataError, match=message.get(value, "cannot be read: (nan|inf) is no number")
+        DataError, match=message.get(value, "cannot be read: (nan|inf) is not a number")
     ):
         gate_run(path, **limit)
 

@@ -118,7 +118,7 @@ class TestGuard:
 
     def test_what_is_read_is_not_written(self, old, alias, tmp_path):
         (tmp_path / "new").mkdir()
-        with pytest.raises(ArgumentError, match="is what is read; it would be lost"):
+        with pytest.raises(ArgumentError, match="is an input of this command; it would be lost"):
             guard_files(inputs=[old], outputs=[alias])
 
     def test_nothing_is_written_twice(self, old, alias, tmp_path):
@@ -133,7 +133,7 @@ class TestGuard:
 
     def test_in_place_is_for_that_pair_alone(self, old, tmp_path):
         guard_files(inputs=[old], outputs=[old, None], in_place=[(old, old)])
-        with pytest.raises(ArgumentError, match="is what is read"):
+        with pytest.raises(ArgumentError, match="is an input of this command"):
             guard_files(
                 inputs=[old], outputs=[tmp_path / "new", old], in_place=[(tmp_path / "new", old)]
             )
@@ -354,7 +354,7 @@ def inputs(tmp_path_factory):
     return folder
 
 
-READ, TWICE = "is what is read; it would be lost", "is written twice"
+READ, TWICE = "is an input of this command; it would be lost", "is written twice"
 OF_A_RUN = "is a file of a run; it would be lost"
 REFUSED = [
     # check
@@ -372,12 +372,12 @@ REFUSED = [
     ("check model.onnx --json folder", "Is a directory"),
     ("check model.onnx --sarif loop", "Too many levels"),
     ("check model.onnx --json model.onnx/new", "Not a directory"),
-    ("check model.onnx --json model.onnx/", "model.onnx is no folder"),
-    ("check model.onnx --json link.onnx//", "link.onnx is no folder"),
-    ("check model.onnx/", "model.onnx is no folder"),
+    ("check model.onnx --json model.onnx/", "model.onnx is not a folder"),
+    ("check model.onnx --json link.onnx//", "link.onnx is not a folder"),
+    ("check model.onnx/", "model.onnx is not a folder"),
     ("check model.onnx --json READ_ONLY", "it is open for reading only"),
-    ("check model.onnx --fix /dev/null", "is no regular file"),
-    ("check model.onnx --fix fifo", "is no regular file"),
+    ("check model.onnx --fix /dev/null", "is not a regular file"),
+    ("check model.onnx --fix fifo", "is not a regular file"),
     ("check --explain QDQ101 --json new", "writes no file"),
     ("check model.onnx --explain QDQ101 --fix new", "writes no file"),
     ("check fifo --json new", "it is a FIFO"),
@@ -442,7 +442,7 @@ REFUSED = [
     # plan, env, eval
     ("plan diff fifo fifo", "it is a FIFO"),
     ("env --json folder", "Is a directory"),
-    ("env --json model.onnx/", "model.onnx is no folder"),
+    ("env --json model.onnx/", "model.onnx is not a folder"),
     ("eval model.onnx --json model.onnx", READ),
     ("eval split.onnx --json weights.bin", READ),
     ("eval --data-dir data --json data/0/a.png", READ),
@@ -560,7 +560,7 @@ def test_functions_refuse_before_their_work(quantized, images, tmp_path, monkeyp
     for output in (tmp_path, tmp_path / ("x" * 256), path / "file"):
         with pytest.raises(ArgumentError, match="cannot write"):
             qdq.export_onnx(quantized, images, output)
-    with pytest.raises(ArgumentError, match="is what is read"):
+    with pytest.raises(ArgumentError, match="is an input of this command"):
         qdq.export_ranges(quantized, path, format="onnxruntime", onnx=path)
     assert path.read_bytes() == content
     qdq.export_ranges(quantized, path, format="qdq", onnx=path)

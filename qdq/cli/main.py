@@ -165,7 +165,7 @@ def _require_whole_number(token: Any) -> None:
 def _require_folder_before_slash(token: Any) -> None:
     name = token.value.rstrip("/")
     if name != token.value and os.path.lexists(name) and not os.path.isdir(name):
-        raise ValueError(f"{printable(name)} is a file, but the slash after it says folder.")
+        raise ValueError(f"{printable(name)} is not a folder, but its name ends with a slash.")
 
 
 def _run(app: cyclopts.App, argv: list[str]) -> None:
