@@ -17,9 +17,11 @@ from torch.utils._pytree import tree_leaves
 from qdq.forward import evaluating
 
 Shape = tuple[int, ...]
-# Random MobileNets shrink their values a thousandfold in every few blocks; ONNX Runtime's fusions take ranges below
-# about 1e-6 for zero (ClipQuantFusion drops a ReLU6 in front of such a quantizer).
-_FADED, _SAME = 1e-3, 1e-3
+# Random MobileNets shrink their values a thousandfold in every few blocks, and ONNX Runtime treats ranges below about 1e-6
+# as zero in its fusions (ClipQuantFusion drops a ReLU6 before such a quantizer).
+_SMALLEST_OUTPUT = 1e-3
+_SMALLEST_VARIATION = 1e-3  # of an output between images, as a fraction of its largest value
+_SMALLEST_PARAMETER = 1e-3
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,8 @@ class Entry:
     """One model of the sweep.
 
     Args:
-        build: Makes it, in training mode or not.
-        shape: Of one input, without the batch.
+        build: Builds the model, in training mode or not.
+        shape: Shape of one input, without the batch.
     """
 
     build: Callable[[], nn.Module]
@@ -38,8 +40,8 @@ class Entry:
 class _Detector(nn.Module):
     """Backbone and heads of a torchvision detector.
 
-    What lies between them, the choice of boxes, has shapes that depend on the values and is not for the engine. The
-    heads of the second stage see the first feature map, pooled to the size of a region.
+    The choice of boxes between them is left out: its shapes depend on the values, so it does not run in an engine. The
+    heads of the second stage get the first feature map, pooled to the size of a region.
     """
 
     def __init__(self, detector: Any) -> None:
@@ -51,22 +53,22 @@ class _Detector(nn.Module):
         features = detector.backbone(images)
         maps = [features] if isinstance(features, Tensor) else list(features.values())
         if not hasattr(detector, "rpn"):
-            return _tensors(detector.head(maps))
-        outputs = _tensors(detector.rpn.head(maps))
+            return list_tensors(detector.head(maps))
+        outputs = list_tensors(detector.rpn.head(maps))
         heads = detector.roi_heads
-        outputs += _tensors(
-            heads.box_predictor(heads.box_head(nn.functional.adaptive_avg_pool2d(maps[0], 7)))
-        )
+        region = nn.functional.adaptive_avg_pool2d(maps[0], 7)
+        outputs += list_tensors(heads.box_predictor(heads.box_head(region)))
         for kind in ("mask", "keypoint"):
-            if getattr(heads, f"{kind}_head", None) is not None:
+            head = getattr(heads, f"{kind}_head", None)
+            if head is not None:
+                predictor = getattr(heads, f"{kind}_predictor")
                 region = nn.functional.adaptive_avg_pool2d(maps[0], 14)
-                outputs += _tensors(
-                    getattr(heads, f"{kind}_predictor")(getattr(heads, f"{kind}_head")(region))
-                )
+                outputs += list_tensors(predictor(head(region)))
         return outputs
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def list_tensors(tree: Any) -> list[Tensor]:
+    """The tensors in a tree of outputs, in order."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
@@ -105,7 +107,7 @@ def _timm(name: str, size: int, **options: Any) -> tuple[str, Entry]:
 
 
 def _sized(name: str, size: int) -> tuple[str, Entry]:
-    """A timm model that is built for one image size."""
+    """A timm model whose weights depend on the image size."""
     return _timm(name, size, img_size=size)
 
 
@@ -249,70 +251,87 @@ MODELS: dict[str, Entry] = dict(
 
 
 def select_models(patterns: Iterable[str]) -> list[str]:
-    """Names of the models that match a pattern, with or without the library in front, in the order of the list."""
-    patterns = tuple(patterns) or ("*",)
-    return [
-        name
-        for name in MODELS
-        if any(fnmatchcase(name, p) or fnmatchcase(name.partition("/")[2], p) for p in patterns)
-    ]
+    """Names of the models that match a pattern, in the order of the list.
+
+    Args:
+        patterns: Globs of names, with or without the library in front; all models if there are none.
+    """
+    globs = tuple(patterns) or ("*",)
+    return [name for name in MODELS if any(_matches(name, glob) for glob in globs)]
+
+
+def _matches(name: str, glob: str) -> bool:
+    _, _, short_name = name.partition("/")
+    return fnmatchcase(name, glob) or fnmatchcase(short_name, glob)
 
 
 def make_batches(shape: Shape, batches: int, batch_size: int) -> list[Tensor]:
-    """Smooth noise with edges and flat parts; every image has its own brightness and contrast."""
-    random = torch.Generator().manual_seed(0)
-    images = []
-    for number in range(batches * batch_size):
-        coarse = torch.randn(
-            1, shape[0], *[min(side, 3 + number % 5) for side in shape[1:]], generator=random
-        )
-        smooth = nn.functional.interpolate(coarse, shape[1:])[0]
-        fine = torch.randn(*shape, generator=random)
-        images.append((0.7 + 0.1 * (number % 5)) * smooth + 0.5 * fine + 0.2 * (number % 3) - 0.2)
-    return [
-        torch.stack(images[start : start + batch_size])
-        for start in range(0, len(images), batch_size)
-    ]
+    """Smooth noise with edges and flat parts; every image has its own brightness and contrast.
+
+    Args:
+        shape: Shape of one image.
+        batches: Number of batches.
+        batch_size: Images per batch.
+    """
+    generator = torch.Generator().manual_seed(0)
+    stacked = []
+    for start in range(0, batches * batch_size, batch_size):
+        indices = range(start, start + batch_size)
+        stacked.append(torch.stack([_make_image(shape, index, generator) for index in indices]))
+    return stacked
+
+
+def _make_image(shape: Shape, index: int, generator: torch.Generator) -> Tensor:
+    coarse_sides = [min(side, 3 + index % 5) for side in shape[1:]]
+    coarse = torch.randn(1, shape[0], *coarse_sides, generator=generator)
+    smooth = nn.functional.interpolate(coarse, shape[1:])[0]
+    fine = torch.randn(*shape, generator=generator)
+    contrast = 0.7 + 0.1 * (index % 5)
+    brightness = 0.2 * (index % 3) - 0.2
+    return contrast * smooth + 0.5 * fine + brightness
 
 
 def revive(model: nn.Module) -> int:
-    """Give parameters that start at zero, or next to it, values as training would: else whole branches are dead.
+    """Give parameters that are zero, or almost zero, values as training would; otherwise whole branches are dead.
 
-    Heads and class tokens of zeros, last gains of a residual block of 0, layer scales of 1e-6. Biases stay.
+    Such are heads and class tokens of zeros, last gains of a residual block of 0, and layer scales of 1e-6. Biases do
+    not change.
 
     Returns:
-        How many were changed.
+        Number of parameters that were changed.
     """
-    changed = 0
+    num_changed = 0
     for name, parameter in model.named_parameters():
-        if (
-            name.rpartition(".")[2].endswith("bias")
-            or parameter.numel() < 2
-            or parameter.abs().max() > 1e-3
-        ):
+        if not _is_dead(name, parameter):
             continue
         with torch.no_grad():
             if parameter.squeeze().dim() >= 2 or name.endswith("token"):
                 parameter.normal_(std=0.02)
             else:
                 parameter.uniform_(0.2, 0.6)
-        changed += 1
-    return changed
+        num_changed += 1
+    return num_changed
+
+
+def _is_dead(name: str, parameter: nn.Parameter) -> bool:
+    if name.endswith("bias") or parameter.numel() < 2:
+        return False
+    return bool(parameter.abs().max() <= _SMALLEST_PARAMETER)
 
 
 def is_degenerate(outputs: list[Tensor]) -> bool:
-    """Whether an output holds NaN or Inf, has faded away, or hardly depends on the image."""
+    """Whether an output contains NaN or Inf, is almost zero, or hardly depends on the image."""
     for output in outputs:
         largest = output.abs().max()
-        if not bool(torch.isfinite(output).all()) or largest < _FADED:
+        if not bool(torch.isfinite(output).all()) or largest < _SMALLEST_OUTPUT:
             return True
-        if (output - output[:1]).abs().max() <= _SAME * largest:
+        if (output - output[:1]).abs().max() <= _SMALLEST_VARIATION * largest:
             return True
     return False
 
 
 def warm_batchnorm(model: nn.Module, batches: list[Tensor]) -> None:
-    """Running statistics of every BatchNorm from the batches, as in a trained model."""
+    """Compute the running statistics of every BatchNorm from the batches, as in a trained model."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     with evaluating(model):
@@ -329,5 +348,5 @@ def warm_batchnorm(model: nn.Module, batches: list[Tensor]) -> None:
 def forward(model: nn.Module, batches: list[Tensor]) -> list[Tensor]:
     """All outputs of a model on all batches, each `[N, ...]`."""
     with evaluating(model):
-        found = [_tensors(model(batch)) for batch in batches]
-    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+        outputs_of_batches = [list_tensors(model(batch)) for batch in batches]
+    return [torch.cat(parts) for parts in zip(*outputs_of_batches, strict=True)]
