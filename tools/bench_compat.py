@@ -1,4 +1,4 @@
-"""What `qdq.compat` costs on this CPU, each figure beside what it is measured against, in one run, medians.
+"""The cost of `qdq.compat` on this CPU: medians of one run, each beside its reference.
 
 python tools/bench_compat.py [--repeats 9] [--batch-size 8] [--json FILE]
 """
@@ -24,11 +24,11 @@ from qdq.compat.tensor_quant import EPS, QuantDescriptor
 from qdq.files import write_json
 from qdq.run import describe_environment
 
-_LEVELS = 128  # of 8 bit, signed: the codes 0 to 127
+_LEVELS = 128  # the codes 0 to 127 of signed 8 bit
 _START_BIN = 128
 _PERCENTILE = 99.99
 _METHODS = ("entropy", "mse", "percentile")
-_TARGETS = {  # what the project aims at, in the order of the rows
+_TARGETS = {  # in the order of the rows
     "entropy": "<= 5 ms, same bin",
     "mse": "same bin",
     "percentile": "same bin",
@@ -41,9 +41,9 @@ def bench_compat(*, repeats: int = 9, batch_size: int = 8, json: Path | None = N
     """Time ranges from one histogram, the collection of one activation, and ResNet-18 with quantizers; seed 0.
 
     Args:
-        repeats: Runs of each; the median is shown. The plain solvers run twice, they take long.
-        batch_size: Images a batch.
-        json: Also write the figures there.
+        repeats: Runs of each work, of which the median is shown. The slow plain searches run twice.
+        batch_size: Images per batch.
+        json: Also write the figures to this file.
     """
     torch.manual_seed(0)
     with torch.no_grad():
@@ -63,14 +63,27 @@ def bench_compat(*, repeats: int = 9, batch_size: int = 8, json: Path | None = N
     return 0
 
 
-def _row(work: str, beside: str, milliseconds: list[float], **more: Any) -> dict[str, Any]:
-    own, other = milliseconds
-    figures = {"work": work, "ms": own, "beside": beside, "beside_ms": other, "ratio": own / other}
-    return {**figures, "target": _TARGETS.get(work, "-"), **more}
+def _make_row(work: str, reference: str, milliseconds: list[float]) -> dict[str, Any]:
+    """The figures of one work beside those of its reference.
+
+    Args:
+        work: Name of the work.
+        reference: Name of the reference.
+        milliseconds: Times of both.
+    """
+    work_ms, reference_ms = milliseconds
+    return {
+        "work": work,
+        "ms": work_ms,
+        "beside": reference,
+        "beside_ms": reference_ms,
+        "ratio": work_ms / reference_ms,
+        "target": _TARGETS.get(work, "-"),
+    }
 
 
 def _bench_solvers(repeats: int) -> list[dict[str, Any]]:
-    """The three searches on a histogram of 2048 bins, and the same searches written as their definitions read."""
+    """The three searches on a histogram of 2048 bins, and plain searches that follow their definitions."""
     calibrator = calib.HistogramCalibrator(8, None, False)
     calibrator.collect(torch.distributions.Laplace(0.0, 1.0).sample((1 << 20,)))
     counts = calibrator._calib_hist.double().numpy()
@@ -78,35 +91,40 @@ def _bench_solvers(repeats: int) -> list[dict[str, Any]]:
     plain = {"entropy": _plain_entropy, "mse": _plain_mse, "percentile": _plain_percentile}
     rows = []
     for method in _METHODS:
-        found, own = _time(functools.partial(calibrator.compute_amax, method), repeats)
-        expected, other = _time(functools.partial(plain[method], counts, edges), 2)
-        bins = abs(float(found) - expected) / edges[1]
-        same = "same" if bins < 0.01 else f"{bins:.1f} off"
-        rows.append(_row(method, "plain search", [own, other], bin=same))
+        amax, search_ms = _time(functools.partial(calibrator.compute_amax, method), repeats)
+        expected, plain_ms = _time(functools.partial(plain[method], counts, edges), 2)
+        distance = abs(float(amax) - expected) / edges[1]  # in bins
+        row = _make_row(method, "plain search", [search_ms, plain_ms])
+        row["bin"] = "same" if distance < 0.01 else f"{distance:.1f} off"
+        rows.append(row)
     return rows
 
 
 def _plain_entropy(counts: np.ndarray, edges: np.ndarray) -> float:
-    """Of all cut-offs, the last with the smallest divergence from its own 128-level version; zeros do not count."""
+    """The last cut-off whose divergence from its 128-level version is smallest; zeros do not count."""
     hist = counts.copy()
     hist[0] = hist[1]
-    best, chosen = math.inf, len(hist)
+    smallest = math.inf
+    best_cut = len(hist)
     for cut in range(_START_BIN, len(hist) + 1):
         divergence = _divergence(hist, cut)
-        if divergence <= best:
-            best, chosen = divergence, cut
-    return float(edges[chosen])
+        if divergence <= smallest:
+            smallest = divergence
+            best_cut = cut
+    return float(edges[best_cut])
 
 
 def _divergence(hist: np.ndarray, cut: int) -> float:
-    group = np.arange(cut) * _LEVELS // cut
-    kept = hist[:cut]
-    filled = kept > 0
-    mass, members = np.zeros(_LEVELS), np.zeros(_LEVELS)
-    np.add.at(mass, group, kept)
-    np.add.at(members, group, filled)
-    q = np.where(filled, mass[group] / np.maximum(members[group], 1), 0)
-    p = kept.copy()
+    """Kullback-Leibler divergence of a histogram, clipped at a bin, from its 128-level version."""
+    level = np.arange(cut) * _LEVELS // cut
+    inside = hist[:cut]
+    filled = inside > 0
+    mass = np.zeros(_LEVELS)
+    members = np.zeros(_LEVELS)
+    np.add.at(mass, level, inside)
+    np.add.at(members, level, filled)
+    q = np.where(filled, mass[level] / np.maximum(members[level], 1), 0)
+    p = inside.copy()
     p[-1] += hist[cut:].sum()
     positive = p > 0
     if (q[positive] == 0).any():
@@ -116,7 +134,7 @@ def _divergence(hist: np.ndarray, cut: int) -> float:
 
 
 def _plain_mse(counts: np.ndarray, edges: np.ndarray) -> float:
-    """Of all bin centres, the first with the smallest squared error when the other centres are quantized with it."""
+    """The first bin centre with the smallest squared error when all centres are quantized with it as amax."""
     centres = (edges[:-1] + edges[1:]) / 2
     errors = []
     for amax in centres[_START_BIN:]:
@@ -128,28 +146,29 @@ def _plain_mse(counts: np.ndarray, edges: np.ndarray) -> float:
 
 def _plain_percentile(counts: np.ndarray, edges: np.ndarray) -> float:
     """The left edge of the first bin at which the percentile is reached."""
-    total, seen = counts.sum(), 0.0
+    total = counts.sum()
+    cumulative = 0.0
     for index, count in enumerate(counts):
-        seen += count
-        if seen / total >= _PERCENTILE / 100:
+        cumulative += count
+        if cumulative / total >= _PERCENTILE / 100:
             return float(edges[index])
     return float(edges[-1])
 
 
 def _bench_collect(batch_size: int, repeats: int) -> dict[str, Any]:
-    """One activation into a histogram that has its bins already."""
+    """Collect one activation in a histogram whose bins exist already."""
     activation = torch.randn(batch_size, 64, 56, 56).relu_()
     calibrator = calib.HistogramCalibrator(8, None, False)
     largest = float(activation.max())
-    work = [
+    works = [
         lambda: calibrator.collect(activation),
         lambda: torch.histc(activation.abs(), bins=2048, min=0.0, max=largest),
     ]
-    return _row("collect", "torch.histc", _time_side_by_side(work, repeats))
+    return _make_row("collect", "torch.histc", _time_side_by_side(works, repeats))
 
 
 def _bench_network(batch_size: int, repeats: int) -> list[dict[str, Any]]:
-    """ResNet-18 of torchvision with random weights: quantized as scripts do it, beside the float one.
+    """ResNet-18 of torchvision with random weights: quantized as scripts do it, beside the float network.
 
     The targets are for ResNet-50.
     """
@@ -167,7 +186,7 @@ def _bench_network(batch_size: int, repeats: int) -> list[dict[str, Any]]:
         milliseconds = _time_side_by_side(
             [lambda: quantized(images), lambda: plain(images)], repeats
         )
-        rows.append(_row(work, "float forward", milliseconds))
+        rows.append(_make_row(work, "float forward", milliseconds))
         if calibrating:
             for quantizer in _quantizers(quantized):
                 quantizer.disable_calib()
@@ -176,7 +195,7 @@ def _bench_network(batch_size: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def _build_quantized(plain: torch.nn.Module) -> torch.nn.Module:
-    """The same network made while `torch.nn` builds quantized layers, with histograms for inputs."""
+    """The network built while `torch.nn` creates quantized layers, with histograms for inputs."""
     former = {entry.replace_mod: entry.replace_mod.default_quant_desc_input for entry in _entries()}
     for quant_class in former:
         quant_class.set_default_quant_desc_input(QuantDescriptor(calib_method="histogram"))
@@ -208,22 +227,22 @@ def _load_ranges(model: torch.nn.Module) -> None:
 
 
 def _time(run: Callable[[], Any], repeats: int) -> tuple[Any, float]:
-    """The result and the median, in milliseconds."""
+    """The result and the median time in milliseconds."""
     result = run()
     return result, _time_side_by_side([run], repeats)[0]
 
 
 def _time_side_by_side(works: list[Callable[[], Any]], repeats: int) -> list[float]:
-    """Medians in milliseconds; the runs take turns, so that a slow moment of the machine meets all of them."""
+    """Median times in milliseconds; the runs take turns, so that a slow moment of the machine affects all of them."""
     for run in works:
         run()
     seconds: list[list[float]] = [[] for _ in works]
     for _ in range(repeats):
-        for run, taken in zip(works, seconds, strict=True):
+        for run, times in zip(works, seconds, strict=True):
             began = time.perf_counter()
             run()
-            taken.append(time.perf_counter() - began)
-    return [1e3 * statistics.median(taken) for taken in seconds]
+            times.append(time.perf_counter() - began)
+    return [1e3 * statistics.median(times) for times in seconds]
 
 
 if __name__ == "__main__":

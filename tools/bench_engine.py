@@ -1,8 +1,8 @@
-"""The engines that QDQ files of one model become: qdq's beside those of ONNX Runtime and of ModelOpt.
+"""Compare the engines built from QDQ files of one model by qdq, ONNX Runtime and ModelOpt.
 
 python tools/bench_engine.py [--model resnet50] [--size 224] [--batch 1] [--json FILE] [--modelopt-python PATH]
 
-TensorRT-RTX builds every file, without a GPU. "activations MB" is what all kernels read and write but for constants.
+TensorRT-RTX builds every file, without a GPU. "activations MB" is what all kernels read and write, without constants.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ from qdq.trt.kernels import Kernel
 _OPSET = 19
 _BATCHES = 8
 _FLOAT_FILE = "float.onnx"
-_TENSORRT_OPTIONS = {  # of quantize_static: with its defaults TensorRT refuses the file
+# Options of quantize_static; TensorRT refuses the file that its defaults give.
+_TENSORRT_OPTIONS = {
     "per_channel": True,
     "activation_type": QuantType.QInt8,
     "weight_type": QuantType.QInt8,
@@ -95,24 +96,24 @@ quantize(
 
 @dataclass
 class Row:
-    """What came of one file.
+    """The figures of one file.
 
     Args:
-        name: Who wrote it, and how.
+        name: The tool that wrote it, and its options.
         seconds: Time from the float model to the file.
         onnx_mb: Size of the file.
         quantize_nodes: Number of QuantizeLinear nodes.
         dequantize_nodes: Number of DequantizeLinear nodes.
-        findings: Severity -> rule -> number of findings of the linter.
+        findings: Number of findings of the linter, by severity and by rule.
         int8: Convolutions and matrix products that run in int8.
         layers: All convolutions and matrix products.
         kernels: Number of kernels that write something.
-        written_mb: What they write, in all.
-        activation_mb: What they read and write, in all, but for constants.
+        written_mb: Total that they write.
+        activation_mb: Total that they read and write, without constants.
         engine_mb: Size of the engine.
         build_seconds: Time of parsing and building.
-        refused: Why TensorRT-RTX builds no engine; empty if it does.
-        census: Every such kernel, in order: name, type, types of what it writes, bytes read and written.
+        refused: Reason why TensorRT-RTX builds no engine; empty if it does.
+        census: These kernels in order: name, type, types of the outputs, bytes read and written.
     """
 
     name: str
@@ -147,16 +148,16 @@ def bench_engine(
     modelopt_python: Path | None = None,
     keep: Path | None = None,
 ) -> int:
-    """Write QDQ files of one model with every tool that is there, lint them, build them, compare the engines.
+    """Write QDQ files of one model with every installed tool, lint and build them, and compare the engines.
 
     Args:
         model: Name in torchvision; random weights, seed 0.
         size: Height and width of the images, which are noise.
-        batch: Images a batch, in the calibration and in the engine.
+        batch: Images per batch, in the calibration and in the engine.
         sm: Compute capability to build for.
-        json: Also write the figures there, with every kernel and what it writes.
-        modelopt_python: Interpreter that has ModelOpt and torchvision, where this one does not have them.
-        keep: Leave the ONNX files in this folder.
+        json: Also write the figures to this file, with every kernel and its outputs.
+        modelopt_python: Interpreter that has ModelOpt and torchvision, if this one does not have them.
+        keep: Keep the ONNX files in this folder.
     """
     warnings.simplefilter("ignore")
     for noisy in ("qdq", "torch.onnx", "onnxscript"):
@@ -169,17 +170,16 @@ def bench_engine(
         folder = keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         bench = _Bench(model, size, batch, folder, notes)
-        rows = [
-            _measure(path, name, seconds, backend, sm)
-            for name, path, seconds in bench.write_files(modelopt_python)
-        ]
+        rows = []
+        for name, path, seconds in bench.write_files(modelopt_python):
+            rows.append(_measure(path, name, seconds, backend, sm))
     _print_table(rows)
     for note in notes:
         print(note)
-    taken = time.perf_counter() - began
+    seconds = time.perf_counter() - began
     print(
         f"{model}, {batch}x3x{size}x{size}, tensorrt-rtx {backend.version} for SM {sm}, onnxruntime "
-        f"{version('onnxruntime')}; {taken:.0f} s"
+        f"{version('onnxruntime')}; {seconds:.0f} s"
     )
     if json:
         settings = {"model": model, "size": size, "batch": batch, "sm": sm}
@@ -187,10 +187,30 @@ def bench_engine(
             "rows": [asdict(row) for row in rows],
             "notes": notes,
             "settings": settings,
-            "seconds": taken,
+            "seconds": seconds,
         }
         write_json(json, {**figures, "environment": describe_environment()})
     return 0
+
+
+@dataclass(frozen=True)
+class _ModelOptCase:
+    """One file of ModelOpt: its name in the table, its path, and the script that writes it."""
+
+    name: str
+    path: Path
+    script: str
+    arguments: list[str]
+
+
+def _run_script(interpreter: str, case: _ModelOptCase) -> subprocess.CompletedProcess[str]:
+    command = [interpreter, "-c", _MODELOPT_HEAD + case.script, *case.arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise ArgumentError(
+            f"{interpreter} cannot be run: {error}.", "pass an interpreter of Python."
+        ) from error
 
 
 class _Bench:
@@ -205,9 +225,11 @@ class _Bench:
                 f"torchvision has no model {model!r}.", "see torchvision.models.list_models()."
             ) from error
         for module in self._model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):  # as fresh, it folds into no bias at all
+            if isinstance(module, torch.nn.BatchNorm2d):  # a new one would fold into no bias at all
                 torch.nn.init.normal_(module.bias, std=0.1)
-        self._name, self._folder, self._notes = model, folder, notes
+        self._name = model
+        self._folder = folder
+        self._notes = notes
         self._batches = torch.randn(_BATCHES, batch, 3, size, size)
         self._weights = folder / "float.pt"
         torch.save(self._model.state_dict(), self._weights)
@@ -219,70 +241,56 @@ class _Bench:
         yield from self._write_qdq()
 
     def _write_modelopt(self, interpreter: str) -> Iterator[tuple[str, Path, float]]:
-        """Needs the float file that `_write_onnxruntime` leaves."""
-        batches = self._folder / "batches.npy"
-        np.save(batches, self._batches.numpy())
-        cases: list[tuple[str, str, str, list[str]]] = [
-            (
-                "ModelOpt, torch export",
-                "modelopt_torch",
-                _MODELOPT_TORCH,
-                [self._name, str(self._weights), str(batches), "PATH", str(_OPSET)],
-            ),
-            *(
-                (
-                    f"ModelOpt, ONNX, {precision}",
-                    f"modelopt_onnx_{precision}",
-                    _MODELOPT_ONNX,
-                    [str(self._folder / _FLOAT_FILE), str(batches), "PATH", precision],
-                )
-                for precision in ("fp32", "fp16")
-            ),
-        ]
-        for name, file, script, arguments in cases:
-            path, began = self._folder / f"{file}.onnx", time.perf_counter()
-            filled = [str(path) if argument == "PATH" else argument for argument in arguments]
-            try:
-                done = subprocess.run(
-                    [interpreter, "-c", _MODELOPT_HEAD + script, *filled],
-                    capture_output=True,
-                    text=True,
-                )
-            except OSError as error:
-                raise ArgumentError(
-                    f"{interpreter} cannot be run: {error}.", "name an interpreter of Python."
-                ) from error
-            if done.returncode == _NOT_INSTALLED:
+        """Write the files of ModelOpt; it reads the float file that `_write_onnxruntime` leaves."""
+        for case in self._list_modelopt_cases():
+            began = time.perf_counter()
+            process = _run_script(interpreter, case)
+            if process.returncode == _NOT_INSTALLED:
                 self._notes.append(
                     f"ModelOpt: left out, {interpreter} has no package modelopt; `pip install nvidia-modelopt[onnx]` "
-                    "in an environment of its own and name its interpreter with --modelopt-python."
+                    "in a separate environment and pass its interpreter with --modelopt-python."
                 )
                 return
-            if done.returncode != 0:
-                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            if process.returncode != 0:
+                last_line = (process.stderr.strip().splitlines() or ["no message"])[-1]
                 self._notes.append(
-                    f"{name}: left out, it fails with exit code {done.returncode}: {last}"
+                    f"{case.name}: left out, it fails with exit code {process.returncode}: {last_line}"
                 )
                 continue
-            said = [line.partition(" ") for line in done.stdout.splitlines()]
-            self._notes += [f"{name}: {text}" for word, _, text in said if word == "NOTE"]
-            yield name, path, time.perf_counter() - began
+            for line in process.stdout.splitlines():
+                if line.startswith("NOTE "):
+                    self._notes.append(f"{case.name}: {line.removeprefix('NOTE ')}")
+            yield case.name, case.path, time.perf_counter() - began
+
+    def _list_modelopt_cases(self) -> list[_ModelOptCase]:
+        batches = self._folder / "batches.npy"
+        np.save(batches, self._batches.numpy())
+        path = self._folder / "modelopt_torch.onnx"
+        arguments = [self._name, str(self._weights), str(batches), str(path), str(_OPSET)]
+        cases = [_ModelOptCase("ModelOpt, torch export", path, _MODELOPT_TORCH, arguments)]
+        for precision in ("fp32", "fp16"):
+            path = self._folder / f"modelopt_onnx_{precision}.onnx"
+            arguments = [str(self._folder / _FLOAT_FILE), str(batches), str(path), precision]
+            name = f"ModelOpt, ONNX, {precision}"
+            cases.append(_ModelOptCase(name, path, _MODELOPT_ONNX, arguments))
+        return cases
 
     def _write_onnxruntime(self) -> Iterator[tuple[str, Path, float]]:
-        plain, source = self._folder / _FLOAT_FILE, self._folder / "preprocessed.onnx"
+        float_file = self._folder / _FLOAT_FILE
+        source = self._folder / "preprocessed.onnx"
         began = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()), torch.inference_mode():
             torch.onnx.export(
                 self._model,
                 (self._batches[0],),
-                plain,
+                float_file,
                 dynamo=True,
                 opset_version=_OPSET,
                 external_data=False,
                 verbose=False,
             )
-        quant_pre_process(plain, source)  # folds BatchNorm, as its documentation asks for
-        prepared = time.perf_counter() - began
+        quant_pre_process(float_file, source)  # folds BatchNorm, as its documentation asks for
+        preparation_seconds = time.perf_counter() - began
         cases: list[tuple[str, str, dict[str, Any]]] = [
             ("ORT quantize_static, defaults", "ort_default", {}),
             ("ORT quantize_static, for TensorRT", "ort_tensorrt", _TENSORRT_OPTIONS),
@@ -293,9 +301,10 @@ class _Bench:
             ),
         ]
         for name, file, options in cases:
-            path, began = self._folder / f"{file}.onnx", time.perf_counter()
+            path = self._folder / f"{file}.onnx"
+            began = time.perf_counter()
             quantize_static(source, path, _Reader(source, self._batches.numpy()), **options)
-            yield name, path, prepared + time.perf_counter() - began
+            yield name, path, preparation_seconds + time.perf_counter() - began
 
     def _write_qdq(self) -> Iterator[tuple[str, Path, float]]:
         began = time.perf_counter()
@@ -304,9 +313,10 @@ class _Bench:
         plan = qdq.swap_modules(self._model, example)
         qdq.rewire_operations(self._model, example)
         ranges = qdq.calibrate_model(self._model, list(self._batches))
-        prepared = time.perf_counter() - began
+        preparation_seconds = time.perf_counter() - began
         for precision in ("fp32", "fp16"):
-            path, began = self._folder / f"qdq_{precision}.onnx", time.perf_counter()
+            path = self._folder / f"qdq_{precision}.onnx"
+            began = time.perf_counter()
             qdq.export_onnx(
                 self._model,
                 example,
@@ -317,11 +327,11 @@ class _Bench:
                 calibration=ranges,
                 plan=plan,
             )
-            yield f"qdq, {precision}", path, prepared + time.perf_counter() - began
+            yield f"qdq, {precision}", path, preparation_seconds + time.perf_counter() - began
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
-    """The batches, as quantize_static wants them."""
+    """The batches as quantize_static reads them."""
 
     def __init__(self, path: Path, batches: np.ndarray) -> None:
         name = str(ir.load(path).graph.inputs[0].name)
@@ -339,9 +349,8 @@ def _measure(path: Path, name: str, seconds: float, backend: Backend, sm: int) -
         name, seconds, path.stat().st_size / 1e6, report.quantize_nodes, report.dequantize_nodes
     )
     for severity in SEVERITIES:
-        row.findings[severity] = dict(
-            sorted(Counter(f.rule for f in report.findings if f.severity == severity).items())
-        )
+        rules = [finding.rule for finding in report.findings if finding.severity == severity]
+        row.findings[severity] = dict(sorted(Counter(rules).items()))
     began = time.perf_counter()
     try:
         plan = build_plan(backend, path, {}, sm)
@@ -350,38 +359,46 @@ def _measure(path: Path, name: str, seconds: float, backend: Backend, sm: int) -
         return row
     row.build_seconds = time.perf_counter() - began
     census = take_census(list_weighted_nodes(ir.load(path)), plan.kernels)
-    writing = [kernel for kernel in plan.kernels if kernel.output_types]
-    row.int8, row.layers = sum(layer.int8 for layer in census), len(census)
-    row.kernels, row.engine_mb = len(writing), len(plan.engine) / 1e6
-    row.written_mb = sum(_known(kernel, kernel.output_bytes) for kernel in writing) / 1e6
-    row.activation_mb = (
-        row.written_mb + sum(_known(kernel, kernel.input_bytes) for kernel in writing) / 1e6
-    )
-    row.census = [
-        {
-            "name": kernel.name,
-            "layer_type": kernel.layer_type,
-            "types": kernel.output_types,
-            "read": kernel.input_bytes,
-            "written": kernel.output_bytes,
-        }
-        for kernel in writing
-    ]
+    row.int8 = sum(layer.int8 for layer in census)
+    row.layers = len(census)
+    row.engine_mb = len(plan.engine) / 1e6
+    _measure_kernels(row, [kernel for kernel in plan.kernels if kernel.output_types])
     return row
 
 
-def _known(kernel: Kernel, size: int | None) -> int:
-    if size is None:
-        raise DependencyError(
-            f"the builder's log does not tell how much kernel {kernel.name!r} reads and writes.",
-            "use tensorrt-rtx 1.7, whose log qdq can read.",
+def _measure_kernels(row: Row, kernels: list[Kernel]) -> None:
+    """Add what the kernels read and write to the row.
+
+    Raises:
+        DependencyError: The builder's log does not say it.
+    """
+    read_bytes = 0
+    written_bytes = 0
+    for kernel in kernels:
+        if kernel.input_bytes is None or kernel.output_bytes is None:
+            raise DependencyError(
+                f"the builder's log does not tell how much kernel {kernel.name!r} reads and writes.",
+                "use tensorrt-rtx 1.7, whose log qdq can read.",
+            )
+        read_bytes += kernel.input_bytes
+        written_bytes += kernel.output_bytes
+        row.census.append(
+            {
+                "name": kernel.name,
+                "layer_type": kernel.layer_type,
+                "types": kernel.output_types,
+                "read": kernel.input_bytes,
+                "written": kernel.output_bytes,
+            }
         )
-    return size
+    row.kernels = len(kernels)
+    row.written_mb = written_bytes / 1e6
+    row.activation_mb = (read_bytes + written_bytes) / 1e6
 
 
 def _print_table(rows: list[Row]) -> None:
-    """One line a file, what is aimed at below, then the findings and why a file has no engine."""
-    head = (
+    """Print one line per file, the targets below, then the findings and the reasons for missing engines."""
+    titles = (
         "file",
         "ONNX MB",
         "Q / DQ",
@@ -394,50 +411,52 @@ def _print_table(rows: list[Row]) -> None:
         "build s",
         "write s",
     )
-    lines = [head, *map(_cells, rows), _targets(rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    for line in lines:
-        cells = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        print("  ".join([line[0].ljust(widths[0]), *cells]).rstrip())
+    lines = [titles, *map(_format_cells, rows), _format_targets(rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for name, *figures in lines:
+        cells = [cell.rjust(width) for cell, width in zip(figures, widths[1:], strict=True)]
+        print("  ".join([name.ljust(widths[0]), *cells]).rstrip())
     print()
     for row in rows:
-        found = [
-            f"{rule} x{count} ({severity})"
-            for severity in row.findings
-            for rule, count in row.findings[severity].items()
-        ]
-        print(f"{row.name}: {', '.join(found) or 'no findings'}")
+        findings = []
+        for severity, count_of_rule in row.findings.items():
+            for rule, count in count_of_rule.items():
+                findings.append(f"{rule} x{count} ({severity})")
+        print(f"{row.name}: {', '.join(findings) or 'no findings'}")
         if row.refused:
             print(f"  refused by TensorRT-RTX: {row.refused[:300]}")
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _format_cells(row: Row) -> tuple[str, ...]:
+    counts = [str(sum(row.findings[severity].values())) for severity in SEVERITIES]
     return (
         row.name,
         f"{row.onnx_mb:.1f}",
         f"{row.quantize_nodes} / {row.dequantize_nodes}",
-        "/".join(str(sum(row.findings[severity].values())) for severity in SEVERITIES),
+        "/".join(counts),
         "refused" if row.int8 is None else f"{row.int8} of {row.layers}",
-        "-" if row.kernels is None else str(row.kernels),
-        "-" if row.written_mb is None else f"{row.written_mb:.2f}",
-        "-" if row.activation_mb is None else f"{row.activation_mb:.2f}",
-        "-" if row.engine_mb is None else f"{row.engine_mb:.1f}",
-        "-" if row.build_seconds is None else f"{row.build_seconds:.1f}",
+        _format_number(row.kernels, "d"),
+        _format_number(row.written_mb, ".2f"),
+        _format_number(row.activation_mb, ".2f"),
+        _format_number(row.engine_mb, ".1f"),
+        _format_number(row.build_seconds, ".1f"),
         f"{row.seconds:.1f}",
     )
 
 
-def _targets(rows: list[Row]) -> tuple[str, ...]:
-    """What qdq's files shall reach: the best that a peer reaches in this run."""
+def _format_number(number: float | None, form: str) -> str:
+    return "-" if number is None else format(number, form)
+
+
+def _format_targets(rows: list[Row]) -> tuple[str, ...]:
+    """The targets of qdq's files: the best figures that another tool reaches in this run."""
     peers = [row for row in rows if row.is_peer and row.activation_mb is not None]
     if not peers:
         return ("target: no peer built", *[""] * 10)
     size = min(row.onnx_mb for row in peers)
     int8 = max(row.int8 or 0 for row in peers)
-    written, activations = (
-        min(row.written_mb or 0 for row in peers),
-        min(row.activation_mb or 0 for row in peers),
-    )
+    written = min(row.written_mb or 0 for row in peers)
+    activations = min(row.activation_mb or 0 for row in peers)
     return (
         "target: best peer",
         f"<= {size:.1f}",

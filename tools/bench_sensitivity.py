@@ -1,10 +1,10 @@
-"""What it costs to find the layers that should stay in float, and how good the choice is.
+"""The cost of finding the layers that should stay in float, and the quality of the choice.
 
 python tools/bench_sensitivity.py [--model efficientnet_lite0] [--json FILE] [--modelopt-python PATH]
 
-Side by side on the same model and images: the naive loop of full evaluations, qdq's replay, its screen, and ModelOpt's
-`auto_quantize`. Times are CPU times of the process, in evaluations too: forwards of the int8 model over all images. The
-SQNR is that of other images, with the first layers of each ranking in float.
+It compares four methods on the same model and images: the naive loop of full evaluations, qdq's replay, its screen, and
+ModelOpt's `auto_quantize`. Times are CPU times of the process, also in evaluations: forwards of the int8 model over all
+images. The SQNR is measured on held-out images, with the first layers of each ranking in float.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from qdq.run import describe_environment
 from qdq.units import find_units
 
 MODES = ("one-at-a-time", "leave-one-out")
+_TOP = 10  # layers of a ranking that are compared with the exact one
 # Runs in an interpreter that may have neither qdq nor its version of torch.
 _MODELOPT = """
 import json, sys, time
@@ -66,16 +67,16 @@ json.dump({"seconds": seconds, "scores": scores}, open(path, "w"))
 
 @dataclass
 class Row:
-    """What came of one way.
+    """The result of one method.
 
     Args:
-        name: The way.
+        name: The method.
         seconds: CPU time.
-        evaluations: The same in forwards of the int8 model over all images.
+        evaluations: CPU time in forwards of the int8 model over all images.
         ranking: Layers, most sensitive first.
-        differs: Largest difference in dB from the naive loop in the SQNR of a layer; None where there is none.
-        overlap: How many of its first ten are among the first ten of the naive loop.
-        sqnr_db: SQNR on other images with the first layers in float, in dB.
+        differs: Largest difference in dB from the naive loop in the SQNR of a layer; None if it gives no SQNR.
+        overlap: Number of its first ten layers that are among the first ten of the naive loop.
+        sqnr_db: SQNR on held-out images with the first layers in float, in dB.
     """
 
     name: str
@@ -96,64 +97,67 @@ def bench_sensitivity(
     json: Path | None = None,
     modelopt_python: Path | None = None,
 ) -> int:
-    """Rank the layers in every way, and compare cost and quality.
+    """Rank the layers by every method, and compare cost and quality.
 
     Args:
         model: efficientnet_lite0 with its packaged weights, or a torchvision classifier with random ones.
-        images: Photographs to analyze on; as many others judge the choice.
-        batch_size: Images a batch.
-        float_layers: How many layers of each ranking are left in float for the SQNR.
-        json: Also write the figures there.
-        modelopt_python: Interpreter that has ModelOpt and torchvision; without, and for efficientnet_lite0, ModelOpt
+        images: Number of photographs to analyze on, and of held-out ones to measure the choice on.
+        batch_size: Images per batch.
+        float_layers: Number of layers of each ranking that are left in float for the SQNR.
+        json: Also write the figures to this file.
+        modelopt_python: Interpreter that has ModelOpt and torchvision. Without it, and for efficientnet_lite0, ModelOpt
             is left out.
     """
     warnings.simplefilter("ignore")
     logging.getLogger("qdq").setLevel(logging.ERROR)
     is_demo = model == "efficientnet_lite0"
     loaded = qdq.load_model(model, "DEFAULT" if is_demo else "random", 0)
-    calibration, others = qdq.load_images(None, loaded, max(128, images), images, batch_size, 0)
-    bench = _Bench(loaded.module, list(calibration.subset(images)), list(others), float_layers)
+    calibration, held_out = qdq.load_images(None, loaded, max(128, images), images, batch_size, 0)
+    bench = _Bench(loaded.module, list(calibration.subset(images)), list(held_out), float_layers)
     weights = {name: tensor.clone() for name, tensor in loaded.module.state_dict().items()}
     bench.prepare(calibration)
-    rows = [row for mode in MODES for row in bench.run(mode)]
+    rows: list[Row] = []
+    for mode in MODES:
+        rows += bench.run(mode)
     if modelopt_python and not is_demo:
         rows.append(bench.run_modelopt(model, weights, modelopt_python, rows[0]))
     for row in rows:
-        differs = "-" if row.differs is None else f"{row.differs:.1e}"
-        print(
-            f"{row.name:28} {row.seconds:8.1f} s {row.evaluations:7.1f} evaluations  differs {differs:>8} dB  "
-            f"{row.overlap:2} of the exact top 10  {row.sqnr_db:6.2f} dB with {float_layers} in float"
-        )
-    print(
-        f"{model}, {len(bench.units)} layers, {images} images; all in int8: {bench.judge([]):.2f} dB"
-    )
+        print(_format_row(row, float_layers))
+    all_int8_db = bench.measure_sqnr([])
+    print(f"{model}, {len(bench.units)} layers, {images} images; all in int8: {all_int8_db:.2f} dB")
     if json:
-        write_json(
-            json,
-            {
-                "model": model,
-                "images": images,
-                "rows": [asdict(row) for row in rows],
-                "environment": describe_environment(),
-            },
-        )
+        content = {
+            "model": model,
+            "images": images,
+            "rows": [asdict(row) for row in rows],
+            "environment": describe_environment(),
+        }
+        write_json(json, content)
     return 0
 
 
+def _format_row(row: Row, float_layers: int) -> str:
+    differs = "-" if row.differs is None else f"{row.differs:.1e}"
+    return (
+        f"{row.name:28} {row.seconds:8.1f} s {row.evaluations:7.1f} evaluations  differs {differs:>8} dB  "
+        f"{row.overlap:2} of the exact top {_TOP}  {row.sqnr_db:6.2f} dB with {float_layers} in float"
+    )
+
+
 class _Bench:
-    """One model, its images and the ways."""
+    """One model, its images and the methods."""
 
     def __init__(
-        self, model: nn.Module, batches: list[Any], others: list[Any], float_layers: int
+        self, model: nn.Module, batches: list[Any], held_out: list[Any], float_layers: int
     ) -> None:
         self._model = model
         self._batches = batches
-        self._others = others
-        self._count = float_layers
-        self._expected = qdq.predict(model, others)
+        self._held_out = held_out
+        self._float_layers = float_layers
+        self._expected = qdq.predict(model, held_out)
 
     def prepare(self, calibration: Any) -> None:
-        """Fold, swap, rewire, calibrate; the float outputs and the time of one evaluation."""
+        """Fold, swap, rewire and calibrate; compute the float outputs and the time of one evaluation."""
         example = self._batches[0][0][:2]
         qdq.fold_batchnorm(self._model, example)
         qdq.swap_modules(self._model, example)
@@ -162,25 +166,26 @@ class _Bench:
         self.units = find_units(self._model, example)
         with disable_quantization(self._model), evaluating(self._model):
             self._references = [call_model(self._model, batch) for batch in self._batches]
-        self._evaluation = min(_timed(self._evaluate)[0] for _ in range(3))
+        self._evaluation_seconds = min(_timed(self._evaluate)[0] for _ in range(3))
 
     def _evaluate(self) -> list[Any]:
         with evaluating(self._model):
             return [call_model(self._model, batch) for batch in self._batches]
 
-    def judge(self, layers: Sequence[str]) -> float:
-        """SQNR on the other images with some layers in float."""
-        chosen = [
-            quantizer
-            for unit in self.units
-            if unit.name in set(layers)
-            for quantizer in unit.quantizers
-        ]
-        with toggling(chosen):
-            return sqnr_db(self._expected, qdq.predict(self._model, self._others))
+    def measure_sqnr(self, layers: Sequence[str]) -> float:
+        """SQNR on the held-out images with some layers in float."""
+        with toggling(self._list_quantizers(layers)):
+            return sqnr_db(self._expected, qdq.predict(self._model, self._held_out))
+
+    def _list_quantizers(self, layers: Sequence[str]) -> list[Any]:
+        quantizers: list[Any] = []
+        for unit in self.units:
+            if unit.name in layers:
+                quantizers += unit.quantizers
+        return quantizers
 
     def run(self, mode: str) -> list[Row]:
-        """The naive loop, the replay and the screen."""
+        """Rank the layers by the naive loop, the replay and the screen."""
         is_alone = mode == "one-at-a-time"
         naive_seconds, naive = _timed(lambda: self._measure(is_alone, self._evaluate_naively))
         replay_seconds, replayed = _timed(
@@ -192,27 +197,32 @@ class _Bench:
         ranking = sorted(naive, key=lambda name: naive[name], reverse=not is_alone)
         differs = max(abs(naive[name] - replayed[name]) for name in naive)
         screened = sorted(energies, key=lambda name: -energies[name])
-        again = sorted(replayed, key=lambda name: replayed[name], reverse=not is_alone)
+        replay_ranking = sorted(replayed, key=lambda name: replayed[name], reverse=not is_alone)
         return [
-            self._row(f"{mode}: naive loop", naive_seconds, ranking, ranking, None),
-            self._row(f"{mode}: replay", replay_seconds, again, ranking, differs),
-            self._row(f"{mode}: screen", screen_seconds, screened, ranking, None),
+            self._make_row(f"{mode}: naive loop", naive_seconds, ranking, ranking, None),
+            self._make_row(f"{mode}: replay", replay_seconds, replay_ranking, ranking, differs),
+            self._make_row(f"{mode}: screen", screen_seconds, screened, ranking, None),
         ]
 
-    def _row(
-        self, name: str, seconds: float, found: list[str], exact: list[str], differs: float | None
+    def _make_row(
+        self, name: str, seconds: float, ranking: list[str], exact: list[str], differs: float | None
     ) -> Row:
-        overlap = len(set(found[:10]) & set(exact[:10]))
-        judged = self.judge(found[: self._count])
-        return Row(name, seconds, seconds / self._evaluation, found, differs, overlap, judged)
+        return Row(
+            name=name,
+            seconds=seconds,
+            evaluations=seconds / self._evaluation_seconds,
+            ranking=ranking,
+            differs=differs,
+            overlap=len(set(ranking[:_TOP]) & set(exact[:_TOP])),
+            sqnr_db=self.measure_sqnr(ranking[: self._float_layers]),
+        )
 
     def _measure(self, is_alone: bool, evaluate: Callable[..., None]) -> dict[str, float]:
-        """SQNR of each layer alone, the same statistics whatever evaluates."""
+        """SQNR of each layer, from the same statistics whatever evaluates the variants."""
         rows: dict[str | None, list[Any]] = {}
         variants = {unit.name: unit.quantizers for unit in self.units}
-        with toggling(
-            [quantizer for unit in self.units for quantizer in unit.quantizers] if is_alone else ()
-        ):
+        toggled = self._list_quantizers(list(variants)) if is_alone else []
+        with toggling(toggled):
             for batch, reference in zip(self._batches, self._references, strict=True):
 
                 def keep(
@@ -221,11 +231,11 @@ class _Bench:
                     rows.setdefault(name, []).append(collect(SQNR, batch, reference, outputs))
 
                 evaluate(batch, variants, keep)
-        return {
-            str(name): reduce_rows(SQNR, np.concatenate(parts))[0]
-            for name, parts in rows.items()
-            if name
-        }
+        decibels = {}
+        for name, parts in rows.items():
+            if name is not None:
+                decibels[name] = reduce_rows(SQNR, np.concatenate(parts))[0]
+        return decibels
 
     def _evaluate_naively(
         self, batch: Any, variants: dict[str, Any], measure: Callable[..., None]
@@ -235,25 +245,24 @@ class _Bench:
                 measure(name, call_model(self._model, batch))
 
     def run_modelopt(self, name: str, weights: dict[str, Any], python: Path, exact: Row) -> Row:
-        """ModelOpt's ranking of the same model, judged in qdq's."""
+        """ModelOpt's ranking of the same model, measured with qdq's quantizers."""
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             torch.save(weights, folder / "weights.pt")
-            np.save(
-                folder / "batches.npy", torch.stack([batch[0] for batch in self._batches]).numpy()
-            )
+            images = torch.stack([batch[0] for batch in self._batches])
+            np.save(folder / "batches.npy", images.numpy())
             files = [str(folder / file) for file in ("weights.pt", "batches.npy", "scores.json")]
             subprocess.run(
                 [str(python), "-c", _MODELOPT, name, *files], check=True, stdout=sys.stderr
             )
-            found = json_module.loads((folder / "scores.json").read_text())
-        known = {unit.name for unit in self.units}
-        ranking = [
-            layer
-            for layer in sorted(found["scores"], key=lambda layer: -found["scores"][layer])
-            if layer in known
-        ]
-        return self._row("ModelOpt auto_quantize", found["seconds"], ranking, exact.ranking, None)
+            answer = json_module.loads((folder / "scores.json").read_text())
+        scores = answer["scores"]
+        unit_names = {unit.name for unit in self.units}
+        layers = sorted(scores, key=lambda layer: -scores[layer])
+        ranking = [layer for layer in layers if layer in unit_names]
+        return self._make_row(
+            "ModelOpt auto_quantize", answer["seconds"], ranking, exact.ranking, None
+        )
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:

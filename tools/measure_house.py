@@ -1,4 +1,4 @@
-"""Measure how dense the code of a package is: one row a folder, side by side.
+"""Measure how dense the code of a package is: one column per folder, side by side.
 
 python tools/measure_house.py [FOLDER ...] [--json FILE]
 
@@ -50,6 +50,20 @@ _PRONOUNS = frozenset(
         "both",
         "same",
     ]
+)
+
+_TITLES = (
+    "folder",
+    "files",
+    "functions",
+    "length: median / p95 / max",
+    "functions over 60 lines, %",
+    "complexity per line",
+    "comprehensions per 100 statements",
+    "conditional expressions per 100 statements",
+    "names that are pronouns, %",
+    "public functions with a docstring, %",
+    "comments per 100 lines",
 )
 
 _FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
@@ -208,29 +222,30 @@ def measure_folder(folder: Path) -> HouseRow:
 
 
 def format_rows(rows: list[HouseRow]) -> str:
-    """A table with one figure a line and one folder a column."""
-    lines = {
-        "folder": [row.folder for row in rows],
-        "files": [f"{row.files}" for row in rows],
-        "functions": [f"{row.functions}" for row in rows],
-        "length: median / p95 / max": [
-            f"{row.length_median:g} / {row.length_p95} / {row.length_max}" for row in rows
-        ],
-        "functions over 60 lines, %": [f"{row.long_percent:.1f}" for row in rows],
-        "complexity per line": [f"{row.complexity_per_line:.3f}" for row in rows],
-        "comprehensions per 100 statements": [f"{row.comprehensions:.2f}" for row in rows],
-        "conditional expressions per 100 statements": [f"{row.conditionals:.2f}" for row in rows],
-        "names that are pronouns, %": [f"{row.pronoun_percent:.2f}" for row in rows],
-        "public functions with a docstring, %": [f"{row.docstring_percent:.1f}" for row in rows],
-        "comments per 100 lines": [f"{row.comments:.1f}" for row in rows],
-    }
-    title_width = max(len(title) for title in lines)
-    widths = [max(len(cells[column]) for cells in lines.values()) for column in range(len(rows))]
-    texts = []
-    for title, cells in lines.items():
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
-        texts.append("  ".join([title.ljust(title_width), *padded]))
-    return "\n".join(texts)
+    """A table with one figure per line and one folder per column."""
+    columns = [_TITLES, *map(_format_cells, rows)]
+    aligned_columns = []
+    for column in columns:
+        width = max(map(len, column))
+        align = str.ljust if column is _TITLES else str.rjust
+        aligned_columns.append([align(cell, width) for cell in column])
+    return "\n".join("  ".join(line) for line in zip(*aligned_columns, strict=True))
+
+
+def _format_cells(row: HouseRow) -> tuple[str, ...]:
+    return (
+        row.folder,
+        f"{row.files}",
+        f"{row.functions}",
+        f"{row.length_median:g} / {row.length_p95} / {row.length_max}",
+        f"{row.long_percent:.1f}",
+        f"{row.complexity_per_line:.3f}",
+        f"{row.comprehensions:.2f}",
+        f"{row.conditionals:.2f}",
+        f"{row.pronoun_percent:.2f}",
+        f"{row.docstring_percent:.1f}",
+        f"{row.comments:.1f}",
+    )
 
 
 def _outermost_functions(tree: ast.AST) -> Iterator[_FunctionNode]:

@@ -82,7 +82,8 @@ def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
     """The rows of an earlier sweep, by name of the model."""
     if not path.is_file():
         return {}
-    return {row["name"]: row for row in json_module.loads(path.read_text())["rows"]}
+    rows = json_module.loads(path.read_text())["rows"]
+    return {row["name"]: row for row in rows}
 
 
 def _is_finished(row: dict[str, Any], precisions: tuple[str, ...]) -> bool:
@@ -161,9 +162,9 @@ def _describe_end(exit_code: int, peak_mb: int, log: Path) -> str:
         return ""
     if exit_code < 0:
         return f"killed by {signal.Signals(-exit_code).name} (peak {peak_mb} MB)"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error:")]
-    candidates = errors or lines or [f"exit code {exit_code}"]
+    text = log.read_text(errors="replace").rstrip()
+    errors = [line for line in text.splitlines() if line.startswith("error:")]
+    candidates = errors or text.splitlines() or [f"exit code {exit_code}"]
     return candidates[-1][:500]
 
 
@@ -324,7 +325,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         table.append([*_format_cells(row), judge_row(row), "; ".join(describe_notes(row))])
     num_aligned = len(_COLUMNS) - 2  # verdict and note are as long as they are
-    widths = [max(len(line[column]) for line in table) for column in range(num_aligned)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)][:num_aligned]
     lines = []
     for line in table:
         aligned = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from qdq.forward import evaluating
 
 Shape = tuple[int, ...]
-# Random MobileNets shrink their values a thousandfold in every few blocks, and ONNX Runtime treats ranges below about 1e-6
-# as zero in its fusions (ClipQuantFusion drops a ReLU6 before such a quantizer).
+# Random MobileNets shrink their values a thousandfold in every few blocks, and fusions of ONNX Runtime treat ranges
+# below about 1e-6 as zero (ClipQuantFusion drops a ReLU6 before such a quantizer).
 _SMALLEST_OUTPUT = 1e-3
 _SMALLEST_VARIATION = 1e-3  # of an output between images, as a fraction of its largest value
 _SMALLEST_PARAMETER = 1e-3
