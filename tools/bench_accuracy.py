@@ -64,9 +64,8 @@ def bench_accuracy(
 
     calibrated = copy.deepcopy(net.module)
     measure("plain", calibrated, lambda model: _calibrate(model, calib, calib_method))
-    analytic = "+ bias correction, analytic"
     measure(
-        analytic,
+        "+ bias correction, analytic",
         copy.deepcopy(calibrated),
         lambda model: qdq.correct_bias(model, few, method="analytic"),
     )

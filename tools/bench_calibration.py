@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,31 +108,36 @@ def _run_modelopt(interpreter: Path, counts: np.ndarray, repeats: int) -> dict[s
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "counts.npy")
         np.save(path, counts)
-        done = subprocess.run(
+        process = subprocess.run(
             [str(interpreter), "-c", _MODELOPT, str(path), str(repeats)],
             capture_output=True,
             text=True,
         )
-    if done.returncode:
-        sys.exit(f"{interpreter} fails: {done.stderr.strip().splitlines()[-1]}")
-    found: dict[str, float] = json_format.loads(done.stdout.splitlines()[-1])
-    return found
+    if process.returncode:
+        sys.exit(f"{interpreter} fails: {process.stderr.strip().splitlines()[-1]}")
+    answer: dict[str, float] = json_format.loads(process.stdout.splitlines()[-1])
+    return answer
 
 
 # -- (b), (c) ----------------------------------------------------------------------------------------------------------
 
 
 def _bench_resnet(repeats: int) -> dict[str, Any]:
-    model, batch = torchvision.models.resnet50(weights=None).eval(), torch.randn(8, 3, 224, 224)
+    model = torchvision.models.resnet50(weights=None).eval()
+    batch = torch.randn(8, 3, 224, 224)
     qdq.fold_batchnorm(model, batch[:1])
     qdq.swap_modules(model, batch[:1])
     figures = _time_collecting(model, batch, repeats)
-    found = qdq.collect_statistics(model, [batch])
-    figures["activations"] = len(found.tensors)
-    figures["all_methods_s"] = _median(
-        lambda: [found.solve(name, method) for name in found.tensors for method in SOLVERS], repeats
-    )
-    qdq.solve_ranges(model, found)
+    statistics_of_model = qdq.collect_statistics(model, [batch])
+
+    def solve_all() -> None:
+        for name in statistics_of_model.tensors:
+            for method in SOLVERS:
+                statistics_of_model.solve(name, method)
+
+    figures["activations"] = len(statistics_of_model.tensors)
+    figures["all_methods_s"] = _median(solve_all, repeats)
+    qdq.solve_ranges(model, statistics_of_model)
     figures |= _time_forward(model, batch, repeats)
     print(
         f"ResNet-50, batch 8, {torch.get_num_threads()} threads\n"
@@ -144,16 +150,19 @@ def _bench_resnet(repeats: int) -> dict[str, Any]:
 
 
 def _time_collecting(model: nn.Module, batch: torch.Tensor, repeats: int) -> dict[str, float]:
-    """Float and collecting passes in turn, so that what else the machine does falls on both."""
+    """Float and collecting passes in turn, so that other load of the machine affects both."""
     collection = Collection(model)
+
+    def run_twice() -> None:
+        model(batch)
+        model(batch)
+
     seconds: dict[str, list[float]] = {"float": [], "collect": []}
     with torch.no_grad():
         with qdq.disable_quantization(model):
-            float_peak = _peak_memory(
-                lambda: [model(batch) for _ in range(2)]
-            )  # before anything has been collected
+            float_peak = _peak_memory(run_twice)  # before anything has been collected
         with collection:
-            collect_peak = _peak_memory(lambda: [model(batch) for _ in range(2)])
+            collect_peak = _peak_memory(run_twice)
         for _ in range(repeats):
             with qdq.disable_quantization(model):
                 seconds["float"].append(_time(lambda: model(batch)))
@@ -180,11 +189,12 @@ def _time_forward(model: nn.Module, batch: torch.Tensor, repeats: int) -> dict[s
 
 
 def _peak_memory(run: Callable[[], object]) -> float:
-    """The largest resident memory of this process while something runs, in MB."""
-    done, samples = threading.Event(), [0]
+    """The largest resident memory of this process during a run, in MB."""
+    has_ended = threading.Event()
+    samples = [0]
 
     def watch() -> None:
-        while not done.wait(0.002):
+        while not has_ended.wait(0.002):
             samples.append(int(Path("/proc/self/statm").read_text().split()[1]))
 
     watcher = threading.Thread(target=watch)
@@ -192,7 +202,7 @@ def _peak_memory(run: Callable[[], object]) -> float:
     try:
         run()
     finally:
-        done.set()
+        has_ended.set()
         watcher.join()
     return max(samples) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -207,24 +217,31 @@ def _compare_methods(images: int) -> dict[str, dict[str, float]]:
     outputs = {"float": qdq.predict(net.module, evaluation)}
     qdq.fold_batchnorm(net.module, calib.images[:2])
     qdq.swap_modules(net.module, calib.images[:2])
-    *shown, held = [batch for batch, _ in calib]
-    qdq.rewire_operations(net.module, shown[0][:2])
-    everything = qdq.collect_statistics(net.module, [*shown, held])
-    chosen: dict[str, int] = {}
+    batches = [batch for batch, _ in calib]
+    held_out = [batches[-1]]
+    qdq.rewire_operations(net.module, batches[0][:2])
+    everything = qdq.collect_statistics(net.module, batches)
+    layers_of_method: Counter[str] = Counter()
     for weights in ("max", "mse"):
         for method in CALIB_METHODS:
             model = copy.deepcopy(net.module)
             ranges = qdq.solve_ranges(
-                model, everything, method=method, weight_method=weights, held=[held]
+                model, everything, method=method, weight_method=weights, held=held_out
             )
             outputs[f"{method}, weights {weights}"] = qdq.predict(model, evaluation)
             if method == "best" and weights == "max":
-                chosen = {
-                    m: sum(r.method == m for r in ranges if "weight" not in r.name) for m in SOLVERS
-                }
+                activations = [entry for entry in ranges if "weight" not in entry.name]
+                layers_of_method.update(entry.method for entry in activations)
     table = qdq.evaluate_outputs(outputs, evaluation.labels)
-    print(f"EfficientNet-Lite0, all layers int8; best took {chosen}\n{table.format_table()}")
-    return {c.name: {"sqnr_db": c.sqnr_db, "agreement": c.agreement} for c in table.candidates}
+    print(f"EfficientNet-Lite0, all layers int8; best took {dict(layers_of_method)}")
+    print(table.format_table())
+    figures = {}
+    for candidate in table.candidates:
+        figures[candidate.name] = {
+            "sqnr_db": candidate.sqnr_db,
+            "agreement": candidate.agreement,
+        }
+    return figures
 
 
 def _median(run: Callable[[], object], repeats: int) -> float:

@@ -1,4 +1,4 @@
-"""Does `qdq check` read what TensorRT-RTX builds? Tried on the models of the onnx wheel's backend tests.
+"""Try whether `qdq check` reads every file that TensorRT-RTX builds, on the backend tests of the onnx wheel.
 
 Usage: python tools/check_foreign.py [--every N] [--json FILE]
 
@@ -103,6 +103,7 @@ def try_model(name: str, model: onnx.ModelProto, folder: Path, figures: Figures)
 
 
 def main() -> None:
+    """Try the models and print the figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

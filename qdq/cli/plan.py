@@ -12,7 +12,7 @@ plan = cyclopts.App(
 
 
 @plan.command
-def diff(before: Path, after: Path, /) -> int:
+def diff(first: Path, second: Path, /) -> int:
     """List the layers that differ between two plans. The exit code is 1 if there are any. Needs no torch.
 
     For example:
@@ -20,15 +20,15 @@ def diff(before: Path, after: Path, /) -> int:
         qdq plan diff runs/a/plan.yaml runs/b/plan.yaml
 
     Args:
-        before: The first plan.
-        after: The second plan.
+        first: The first plan.
+        second: The second plan.
     """
     from qdq.plan import diff_plans, load_plan
     from qdq.run import guard_command
     from qdq.text import printable
 
-    guard_command(inputs=[before, after])
-    changes = diff_plans(load_plan(before), load_plan(after))
+    guard_command(inputs=[first, second])
+    changes = diff_plans(load_plan(first), load_plan(second))
     names = [printable(change.name) for change in changes]
     width = max(map(len, names), default=0)
     for name, change in zip(names, changes, strict=True):

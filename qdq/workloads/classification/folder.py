@@ -280,8 +280,7 @@ def _scan(folder: Path) -> _ImageFolder:
             f"expected files named {', '.join(IMG_EXTENSIONS)}.",
             "add images, or check --data-dir.",
         )
-    used = {image.class_name for image in images}
-    empty = [name for name in dataset.classes if name not in used]
+    empty = sorted(set(dataset.classes) - {image.class_name for image in images})
     if empty:
         names = list_names(empty, _SHOWN_NAMES)
         logger.warning("class folders without an image in %s: %s", folder, names)

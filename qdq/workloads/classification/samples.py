@@ -95,8 +95,7 @@ def _load_evaluation_crops(
     crops = _describe_crops(count, seed)
     source = LABELLED_PHOTOGRAPHS.description
     if model.num_classes == _IMAGENET_CLASSES:
-        classes = [_read_class(file) for file in files]
-        labels = [classes[index % len(files)] for index in range(count)]
+        labels = [_read_class(files[index % len(files)]) for index in range(count)]
         label_note = "ImageNet classes in foolbox's file names"
     else:
         labels = None
