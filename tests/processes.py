@@ -59,15 +59,17 @@ class Processes:
 
     def start_pair(self, arguments, store, **options):
         """Start two processes with a group over gloo: RANK, WORLD_SIZE and STORE are in their environment."""
-        variables = {"WORLD_SIZE": "2", "STORE": str(store)}
-        return [
-            self.start(*own, environment={**variables, "RANK": str(rank)}, **options)
-            for rank, own in enumerate(arguments)
-        ]
+        processes = []
+        for rank, arguments_of_rank in enumerate(arguments):
+            environment = {"WORLD_SIZE": "2", "STORE": str(store), "RANK": str(rank)}
+            process = self.start(*arguments_of_rank, environment=environment, **options)
+            processes.append(process)
+        return processes
 
     def _find_running(self):
         """The processes with the mark of this block, dead ones apart; none where there is no /proc."""
-        mark, running = self._mark.encode(), []
+        mark = self._mark.encode()
+        running = []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has just ended, or is another user's
                 if mark in (folder / "environ").read_bytes().split(b"\0"):

@@ -89,9 +89,9 @@ def test_the_limit_of_processor_time_counts_work_and_no_waiting():
     assert waiting.value.is_timeout
     with (
         pytest.raises(ChildCrashError, match="longer than 1 s of processor time") as working,
-        Child(SELF) as other,
+        Child(SELF) as second,
     ):
-        other.call("work", cpu_seconds=1)
+        second.call("work", cpu_seconds=1)
     assert working.value.is_timeout
 
 

@@ -84,8 +84,18 @@ class TestHelp:
     @pytest.mark.parametrize(
         "verb",
         [
-            *("ptq", "qat", "check", "build", "eval", "report", "explain", "gate", "env"),
-            *("calibrate show", "calibrate merge", "calibrate solve"),
+            "ptq",
+            "qat",
+            "check",
+            "build",
+            "eval",
+            "report",
+            "explain",
+            "gate",
+            "env",
+            "calibrate show",
+            "calibrate merge",
+            "calibrate solve",
         ],
     )
     def test_of_each_verb_explains_every_flag(self, qdq, verb):
@@ -113,7 +123,7 @@ class TestHelp:
 
 class TestWrongUsage:
     @pytest.mark.parametrize(
-        ("arguments", "found", "fix"),
+        ("arguments", "message", "fix"),
         [
             (["nonsense"], 'unknown command "nonsense"', "see qdq --help"),
             (["check"], "ONNX requires an argument", "see qdq check --help"),
@@ -189,12 +199,12 @@ class TestWrongUsage:
             (["env", "--nonsense"], "unknown option: --nonsense", "see qdq env --help"),
         ],
     )
-    def test_is_one_line_and_the_help_to_see(self, qdq, arguments, found, fix):
+    def test_is_one_line_and_the_help_to_see(self, qdq, arguments, message, fix):
         code, out, err = qdq(*arguments)
         error, hint = err.splitlines()
         assert (code, out) == (2, "")
         assert error.startswith("error: ")
-        assert found in error
+        assert message in error
         assert hint == f"  fix: {fix}"
 
     def test_list_takes_several_at_once_or_one_by_one(self, monkeypatch):
@@ -291,8 +301,8 @@ class TestStreams:
         "redirection", [">&-", ">&- 2>&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"]
     )
     def test_closed_or_full_where_nothing_is_lost(self, redirection, arguments, code):
-        found, errors = self.run(redirection, *arguments)
-        assert found == code
+        exit_code, errors = self.run(redirection, *arguments)
+        assert exit_code == code
         assert "Traceback" not in errors
 
     @pytest.mark.parametrize("arguments", [["env"], ["--help"]])
@@ -405,13 +415,13 @@ class TestCheck:
 
     def test_no_file_and_no_onnx(self, qdq, tmp_path):
         (tmp_path / "text.onnx").write_text("text")
-        for path, found in (
+        for path, message in (
             (tmp_path / "missing.onnx", "does not exist"),
             (tmp_path / "text.onnx", "no valid ONNX"),
         ):
             code, out, err = qdq("check", path)
             assert (code, out) == (2, "")
-            assert found in err
+            assert message in err
 
     def test_report_that_cannot_be_written_is_refused_first(self, qdq, model, tmp_path):
         code, out, err = qdq("check", model, "--json", tmp_path)
@@ -439,7 +449,7 @@ class TestCalibrate:
             assert name in out and name in page
 
     def test_no_input_is_overwritten(self, qdq, file, tmp_path):
-        before = file.read_bytes()
+        content = file.read_bytes()
         for arguments in (
             ("show", file, "--plots", file),
             ("show", file, "--json", file),
@@ -448,7 +458,7 @@ class TestCalibrate:
             code, _, err = qdq("calibrate", *arguments)
             assert code == 2
             assert "is an input of this command; it would be lost" in err
-        assert file.read_bytes() == before
+        assert file.read_bytes() == content
 
     def test_show_of_some(self, qdq, file):
         _, out, _ = qdq("calibrate", "show", file, "--tensor", "conv.*")
@@ -459,23 +469,24 @@ class TestCalibrate:
         assert "no tensor fits 'nothing'" in err
 
     def test_merge(self, qdq, file, quantized, images, tmp_path):
-        other = collect_statistics(quantized, [3 * images]).save(tmp_path / "other.safetensors")
-        both = tmp_path / "new" / "both.safetensors"
-        code, out, _ = qdq("calibrate", "merge", file, other, "-o", both)
-        assert (code, out) == (0, f"{both}: 3 tensors, 3 batches of 2 files\n")
-        whole = collect_statistics(quantized, [images, 2 * images, 3 * images])
-        assert both.read_bytes() == whole.to_bytes()
+        second = collect_statistics(quantized, [3 * images]).save(tmp_path / "second.safetensors")
+        merged = tmp_path / "new" / "merged.safetensors"
+        code, out, _ = qdq("calibrate", "merge", file, second, "-o", merged)
+        assert (code, out) == (0, f"{merged}: 3 tensors, 3 batches of 2 files\n")
+        expected = collect_statistics(quantized, [images, 2 * images, 3 * images])
+        assert merged.read_bytes() == expected.to_bytes()
 
     def test_merge_with_another_model(self, qdq, file, quantized, images, tmp_path):
         disable_quantization(quantized.head)
-        other = collect_statistics(quantized, [images]).save(tmp_path / "other.safetensors")
-        code, _, err = qdq("calibrate", "merge", file, other, "-o", tmp_path / "both.safetensors")
+        second = collect_statistics(quantized, [images]).save(tmp_path / "second.safetensors")
+        merged = tmp_path / "merged.safetensors"
+        code, _, err = qdq("calibrate", "merge", file, second, "-o", merged)
         assert code == 2
         assert (
-            f"{other} does not fit {file}: the statistics are of different models: only one has head"
+            f"{second} does not fit {file}: the statistics are of different models: only one has head"
             in err
         )
-        assert not (tmp_path / "both.safetensors").exists()
+        assert not merged.exists()
 
     def test_solve(self, qdq, file, quantized, tmp_path):
         code, out, _ = qdq(
@@ -484,9 +495,9 @@ class TestCalibrate:
         assert code == 0
         ranges = solve_ranges(quantized, Statistics.load(file), method="entropy")
         expected = {entry.name: entry.amax for entry in ranges if entry.batches}
-        found = json.loads((tmp_path / "r.json").read_text())
-        assert {name: np.float32(amax) for name, amax in found["amax"].items()} == expected
-        assert found["method"] == "entropy"
+        written = json.loads((tmp_path / "r.json").read_text())
+        assert {name: np.float32(amax) for name, amax in written["amax"].items()} == expected
+        assert written["method"] == "entropy"
         assert all(f"{amax:.6g}" in out for amax in expected.values())
 
     def test_solve_into_a_file(self, qdq, file, model, tmp_path):
@@ -507,11 +518,11 @@ class TestCalibrate:
         )
         assert code == 0
         assert "new.onnx: 3 scales changed, 0 were the same (percentile)" in out
-        found = json.loads((tmp_path / "r.json").read_text())
+        written = json.loads((tmp_path / "r.json").read_text())
         scales = ir.load(tmp_path / "new.onnx").graph.initializers
-        for name, amax in found["amax"].items():
+        for name, amax in written["amax"].items():
             assert scales[f"{name}.scale"].const_value.numpy() == np.float32(amax) / np.float32(127)
-        assert found["onnx"]["changed"].keys() == found["amax"].keys()
+        assert written["onnx"]["changed"].keys() == written["amax"].keys()
         assert qdq("check", tmp_path / "new.onnx", "--ignore", "QDQ112")[0] == 0
 
     def test_solve_into_a_file_with_a_pair_that_has_no_statistics(self, qdq, file, model, tmp_path):
@@ -531,7 +542,7 @@ class TestCalibrate:
         assert "not changed: head._input_quantizer: the statistics do not have it" in out
 
     @pytest.mark.parametrize(
-        ("arguments", "found"),
+        ("arguments", "message"),
         [
             (["--onnx", "model.onnx"], "--onnx and --output go together"),
             (["-o", "new.onnx"], "--onnx and --output go together"),
@@ -542,11 +553,11 @@ class TestCalibrate:
             (["--onnx", "missing.onnx", "-o", "new.onnx"], "missing.onnx does not exist"),
         ],
     )
-    def test_bad_input(self, qdq, file, tmp_path, monkeypatch, arguments, found):
+    def test_bad_input(self, qdq, file, tmp_path, monkeypatch, arguments, message):
         monkeypatch.chdir(tmp_path)
         code, _, err = qdq("calibrate", "solve", file, *arguments)
         assert code == 2
-        assert found in err.splitlines()[0]
+        assert message in err.splitlines()[0]
         assert not (tmp_path / "new.onnx").exists()
 
     @pytest.mark.parametrize("content", [None, b"", b"text", b"\x08" + b"\0" * 15])
@@ -602,7 +613,7 @@ class TestBuild:
         assert "nothing in the file is quantized" in out
 
     @pytest.mark.parametrize(
-        ("arguments", "found"),
+        ("arguments", "message"),
         [
             (["--sm", "77"], "cannot build for SM 77"),
             (["-o", "/dev/null/e"], "cannot write /dev/null/e"),
@@ -611,10 +622,10 @@ class TestBuild:
             (["--min-shapes", "y:1x3x12x12"], "names y"),
         ],
     )
-    def test_bad_input(self, qdq, model, arguments, found):
+    def test_bad_input(self, qdq, model, arguments, message):
         code, out, err = qdq("build", model, *arguments)
         assert (code, out) == (2, "")
-        assert found in err.splitlines()[0]
+        assert message in err.splitlines()[0]
         assert not model.with_suffix(".rtx.engine").exists()
 
     @pytest.mark.parametrize("content", [None, b"", b"text"])
@@ -686,15 +697,15 @@ class TestEval:
         assert "given [6, 3, 224, 224] float32, its inputs are x ['N', 3, 8, 8]" in err
 
     @pytest.mark.parametrize(
-        ("content", "found"),
+        ("content", "message"),
         [(None, "does not exist"), (b"", "is empty"), (b"text", "ONNX Runtime cannot load")],
     )
-    def test_bad_file_is_refused_before_any_work(self, qdq, tmp_path, content, found):
+    def test_bad_file_is_refused_before_any_work(self, qdq, tmp_path, content, message):
         if content is not None:
             (tmp_path / "bad.onnx").write_bytes(content)
         code, _, err = qdq("eval", tmp_path / "bad.onnx", "--model", "no such model")
         assert code == 2
-        assert found in err
+        assert message in err
 
 
 def test_interrupt_that_native_code_turned_into_another_error(monkeypatch, capsys):

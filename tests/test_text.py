@@ -133,9 +133,8 @@ def test_names_in_a_file_that_is_checked(tmp_path, capfd, name):
     assert "QDQ102" in out
     assert_harmless(out)
     findings = json.loads((tmp_path / "c.json").read_text())["findings"]
-    assert any(
-        name in finding["node"] for finding in findings
-    )  # for programs the name is what it is
+    # Programs get the name unchanged.
+    assert any(name in finding["node"] for finding in findings)
     assert json.loads((tmp_path / "c.sarif").read_text())["runs"][0]["results"]
 
 
@@ -152,10 +151,11 @@ def test_names_in_a_file_that_is_built(tmp_path, capfd, name):
 def test_names_in_statistics_and_plans(tmp_path, capfd, name, quantized, images):
     from qdq import collect_statistics
 
-    found = collect_statistics(quantized, [images])
-    tensors = {name + key: tensor for key, tensor in found.tensors.items()}
-    formats = {name + key: form for key, form in found.formats.items()}
-    Statistics(tensors, formats, found.batches, found.model).save(tmp_path / "c.safetensors")
+    collected = collect_statistics(quantized, [images])
+    tensors = {name + key: tensor for key, tensor in collected.tensors.items()}
+    formats = {name + key: form for key, form in collected.formats.items()}
+    renamed = Statistics(tensors, formats, collected.batches, collected.model)
+    renamed.save(tmp_path / "c.safetensors")
     for verb in ("show", "solve"):
         code, out, err = call(capfd, "calibrate", verb, tmp_path / "c.safetensors")
         assert code == 0
@@ -163,9 +163,8 @@ def test_names_in_statistics_and_plans(tmp_path, capfd, name, quantized, images)
     for plan, precision in (("a", "int8"), ("b", "float")):
         (tmp_path / f"{plan}.yaml").write_text(json.dumps({"layers": {name: precision}}))
     code, out, err = call(capfd, "plan", "diff", tmp_path / "a.yaml", tmp_path / "b.yaml")
-    assert code == (
-        2 if name == HOSTILE["long"] else 1
-    )  # a key of YAML has at most 1024 characters
+    # A key of YAML has at most 1024 characters.
+    assert code == (2 if name == HOSTILE["long"] else 1)
     assert_harmless(out, err)
 
 
