@@ -40,9 +40,8 @@ def bench_accuracy(
     net = qdq.load_model("efficientnet_lite0", seed=seed)
     calib, evaluation = qdq.load_images(None, net, 128, eval_images, 16, seed)
     few = calib.subset(images)
-    example = calib.images[:2]
     expected = qdq.predict(net.module, evaluation)
-    qdq.fold_batchnorm(net.module, example)
+    qdq.fold_batchnorm(net.module, calib.images[:2])
     rows: list[dict[str, str | float]] = []
 
     def measure(name: str, model: nn.Module, act: Callable[[nn.Module], object]) -> None:

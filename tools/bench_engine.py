@@ -428,12 +428,11 @@ def _print_table(rows: list[Row]) -> None:
 
 
 def _format_cells(row: Row) -> tuple[str, ...]:
-    counts = [str(sum(row.findings[severity].values())) for severity in SEVERITIES]
     return (
         row.name,
         f"{row.onnx_mb:.1f}",
         f"{row.quantize_nodes} / {row.dequantize_nodes}",
-        "/".join(counts),
+        "/".join(str(sum(row.findings[severity].values())) for severity in SEVERITIES),
         "refused" if row.int8 is None else f"{row.int8} of {row.layers}",
         _format_number(row.kernels, "d"),
         _format_number(row.written_mb, ".2f"),

@@ -251,15 +251,13 @@ class _Bench:
             torch.save(weights, folder / "weights.pt")
             images = torch.stack([batch[0] for batch in self._batches])
             np.save(folder / "batches.npy", images.numpy())
-            files = [str(folder / file) for file in ("weights.pt", "batches.npy", "scores.json")]
-            subprocess.run(
-                [str(python), "-c", _MODELOPT, name, *files], check=True, stdout=sys.stderr
-            )
+            command = [str(python), "-c", _MODELOPT, name, str(folder / "weights.pt")]
+            command += [str(folder / "batches.npy"), str(folder / "scores.json")]
+            subprocess.run(command, check=True, stdout=sys.stderr)
             answer = json_module.loads((folder / "scores.json").read_text())
         scores = answer["scores"]
-        unit_names = {unit.name for unit in self.units}
-        layers = sorted(scores, key=lambda layer: -scores[layer])
-        ranking = [layer for layer in layers if layer in unit_names]
+        layers = [unit.name for unit in self.units if unit.name in scores]
+        ranking = sorted(layers, key=lambda layer: -scores[layer])
         return self._make_row(
             "ModelOpt auto_quantize", answer["seconds"], ranking, exact.ranking, None
         )

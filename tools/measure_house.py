@@ -191,10 +191,10 @@ def measure_house(*folders: Path, json: Path | None = None) -> int:
         folders: Folders with Python files; the package qdq if left out.
         json: Also write the figures there.
     """
-    rows = [measure_folder(folder) for folder in folders or (_PACKAGE,)]
+    rows = list(map(measure_folder, folders or (_PACKAGE,)))
     print(format_rows(rows))
     if json:
-        write_json(json, {"rows": [asdict(row) for row in rows]})
+        write_json(json, {"rows": list(map(asdict, rows))})
     return 0
 
 
@@ -224,12 +224,12 @@ def measure_folder(folder: Path) -> HouseRow:
 def format_rows(rows: list[HouseRow]) -> str:
     """A table with one figure per line and one folder per column."""
     columns = [_TITLES, *map(_format_cells, rows)]
-    aligned_columns = []
-    for column in columns:
-        width = max(map(len, column))
-        align = str.ljust if column is _TITLES else str.rjust
-        aligned_columns.append([align(cell, width) for cell in column])
-    return "\n".join("  ".join(line) for line in zip(*aligned_columns, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for title, *figures in zip(*columns, strict=True):
+        cells = [title.ljust(widths[0]), *map(str.rjust, figures, widths[1:])]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
 
 
 def _format_cells(row: HouseRow) -> tuple[str, ...]:

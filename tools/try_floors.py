@@ -67,7 +67,7 @@ def try_floors(
 
 
 def read_floors(project: dict[str, Any]) -> dict[str, str]:
-    """Package -> the oldest version that the dependencies and extras of a project allow.
+    """The oldest version of each package that the dependencies and extras of a project allow.
 
     Args:
         project: The table `project` of a pyproject.toml.
@@ -76,11 +76,11 @@ def read_floors(project: dict[str, Any]) -> dict[str, str]:
         DependencyError: A package without a lowest version.
     """
     optional = project["optional-dependencies"]
+    requirements = list(project["dependencies"])
+    for extra in _EXTRAS:
+        requirements += optional[extra]
     floors = {}
-    for text in [
-        *project["dependencies"],
-        *(line for extra in _EXTRAS for line in optional[extra]),
-    ]:
+    for text in requirements:
         requirement = Requirement(text)
         versions = [part.version for part in requirement.specifier if part.operator in (">=", "==")]
         if not versions:
@@ -92,10 +92,10 @@ def read_floors(project: dict[str, Any]) -> dict[str, str]:
 
 
 def _install(folder: Path, floors: dict[str, str]) -> Path:
-    """An environment with the project at these versions; its Python.
+    """Create an environment with the project at these versions, and return its Python.
 
     Raises:
-        DependencyError: They do not go together.
+        DependencyError: The versions cannot be installed together.
     """
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     python = folder / "bin" / "python"

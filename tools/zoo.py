@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,7 @@ def zoo(
 
     selected = [rows[name] for name in names]
     print(format_table(selected))
-    has_failed = any(judge_row(row).startswith("FAIL") for row in selected)
-    return 1 if has_failed else 0
+    return 1 if any(judge_row(row).startswith("FAIL") for row in selected) else 0
 
 
 def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
@@ -110,11 +110,12 @@ def _run_model(name: str, folder: Path, precision: tuple[str, ...], timeout: int
     if failure and not row["error"]:
         row["error"] = failure
 
-    refused = [result for result in row["precisions"].values() if result.get("rtx_ok") is False]
-    if refused:  # does TensorRT refuse the float file, too?
-        arguments = [name, "--folder", str(folder), "--build-float"]
-        row["float_rtx_error"], _ = _start(folder / "float_build.log", timeout, arguments)
-    for result in refused:
+    for result in row["precisions"].values():
+        if result.get("rtx_ok") is not False:
+            continue
+        if "float_rtx_error" not in row:  # does TensorRT refuse the float file, too?
+            arguments = [name, "--folder", str(folder), "--build-float"]
+            row["float_rtx_error"], _ = _start(folder / "float_build.log", timeout, arguments)
         result["rtx_float_refused"] = bool(row["float_rtx_error"])
     row["peak_mb"] = peak_mb
     row["total_seconds"] = round(time.perf_counter() - began, 1)
@@ -162,10 +163,11 @@ def _describe_end(exit_code: int, peak_mb: int, log: Path) -> str:
         return ""
     if exit_code < 0:
         return f"killed by {signal.Signals(-exit_code).name} (peak {peak_mb} MB)"
-    text = log.read_text(errors="replace").rstrip()
-    errors = [line for line in text.splitlines() if line.startswith("error:")]
-    candidates = errors or text.splitlines() or [f"exit code {exit_code}"]
-    return candidates[-1][:500]
+    lines = log.read_text(errors="replace").rstrip().splitlines()
+    for line in reversed(lines):
+        if line.startswith("error:"):
+            return line[:500]
+    return lines[-1][:500] if lines else f"exit code {exit_code}"
 
 
 def _die_first(pid: int) -> None:
@@ -218,7 +220,7 @@ def _find_precision_faults(
     faults = []
     findings = [item for item in result.get("findings", ()) if item["severity"] != "info"]
     if findings:
-        counts = dict(Counter(finding["rule"] for finding in findings))
+        counts = dict(Counter(map(itemgetter("rule"), findings)))
         example = f"{findings[0]['node']} {findings[0]['message']}"
         faults.append(f"{precision} findings {counts}: {example}")
     if result.get("ort_error"):
@@ -247,7 +249,7 @@ def describe_notes(row: dict[str, Any]) -> list[str]:
     notes += _describe_float_export(row)
     float_products = row.get("float")
     if float_products:
-        rules = Counter(_shorten_reason(reason) for reason in float_products.values())
+        rules = Counter(map(_shorten_reason, float_products.values()))
         counts = ", ".join(f"{count} {rule}" for rule, count in rules.most_common())
         notes.append(f"float by rule: {counts}")
     num_uncalibrated = len(row.get("left_float", ()))
@@ -331,7 +333,10 @@ def format_table(rows: list[dict[str, Any]]) -> str:
         aligned = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
         lines.append("  ".join([*aligned, *line[num_aligned:]]).rstrip())
 
-    counts = Counter(judge_row(row).partition(":")[0] for row in rows)
+    counts: Counter[str] = Counter()
+    for row in rows:
+        verdict, _, _ = judge_row(row).partition(":")
+        counts[verdict] += 1
     num_countable = len(rows) - counts["not exportable"]
     lines.append(
         f"passed {counts['pass']} of {num_countable} that plain float export can export"
@@ -360,7 +365,7 @@ def _format_cells(row: dict[str, Any]) -> list[str]:
 def _join_cells(
     format_result: Callable[[dict[str, Any]], str], results: list[dict[str, Any]]
 ) -> str:
-    return "|".join(format_result(result) for result in results) or "-"
+    return "|".join(map(format_result, results)) or "-"
 
 
 def _format_int8(result: dict[str, Any]) -> str:

@@ -257,12 +257,12 @@ def select_models(patterns: Iterable[str]) -> list[str]:
         patterns: Globs of names, with or without the library in front; all models if there are none.
     """
     globs = tuple(patterns) or ("*",)
-    return [name for name in MODELS if any(_matches(name, glob) for glob in globs)]
+    return [name for name in MODELS if _matches(name, globs)]
 
 
-def _matches(name: str, glob: str) -> bool:
+def _matches(name: str, globs: tuple[str, ...]) -> bool:
     _, _, short_name = name.partition("/")
-    return fnmatchcase(name, glob) or fnmatchcase(short_name, glob)
+    return any(fnmatchcase(name, glob) or fnmatchcase(short_name, glob) for glob in globs)
 
 
 def make_batches(shape: Shape, batches: int, batch_size: int) -> list[Tensor]:

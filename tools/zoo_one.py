@@ -166,9 +166,10 @@ class _Sweep:
         with self._stage("restore"):
             qdq.restore_modules(model)
             row["restored_sqnr_db"] = _lowest_sqnr(outputs, forward(model, batches))
-        results = row["precisions"].values()
-        if any(result.get("parity_ok") is False for result in results):
-            self.export_float()  # shows whether the exporter is to blame
+        for result in row["precisions"].values():
+            if result.get("parity_ok") is False:
+                self.export_float()  # shows whether the exporter is to blame
+                break
 
     def export_float(self) -> None:
         """Export the plain float model, with a dynamic batch or else a fixed one, and run the file in ONNX Runtime.
@@ -239,7 +240,7 @@ class _Sweep:
             result["megabytes"] = round(report.file_bytes / 1e6, 2)
             conversion = report.precision
             if conversion:
-                result["kept"] = [str(node) for node in conversion.kept][:20]
+                result["kept"] = list(map(str, conversion.kept[:20]))
                 parity = conversion.parity
                 result["against_fp32_db"] = parity.sqnr_db if parity else None
         with self._stage(f"{precision} check"):
@@ -291,7 +292,7 @@ def _record_check(checked: CheckReport, result: dict[str, Any]) -> None:
     result["mac_share"] = None
     if coverage.int8_share is not None:
         result["mac_share"] = round(coverage.int8_share, 4)
-    result["findings"] = [_as_row(finding) for finding in checked.findings]
+    result["findings"] = list(map(_as_row, checked.findings))
 
 
 def _as_row(finding: Any) -> dict[str, str]:
@@ -316,9 +317,14 @@ def _record_build(built: BuildReport, checked: CheckReport, result: dict[str, An
 
 def _list_float_products(plan: qdq.SwapPlan, rewired: qdq.RewirePlan) -> dict[str, str]:
     """The reason of every layer with weights, and of every product called as a function, that stays in float."""
-    calls = [call for call in rewired.operations if call.function in PRODUCTS]
-    reasons = {call.name: call.reason for call in calls if call.action == "float"}
-    callers = {call.name.rpartition(".")[0] for call in calls}
+    reasons = {}
+    callers = set()
+    for call in rewired.operations:
+        if call.function not in PRODUCTS:
+            continue
+        callers.add(call.name.rpartition(".")[0])
+        if call.action == "float":
+            reasons[call.name] = call.reason
     for module in plan.of("float") + plan.of("missed"):
         if not module.mapped or not module.weights or module.name in callers:
             continue
