@@ -344,7 +344,10 @@ class TestBadInput:
     @needs_rtx
     def test_output_that_cannot_be_meant(self, tmp_path):
         path = conv_file(tmp_path / "m.onnx")
-        for output, message in ((tmp_path, "Is a directory"), (path, "is an input of this command")):
+        for output, message in (
+            (tmp_path, "Is a directory"),
+            (path, "is an input of this command"),
+        ):
             with pytest.raises(QdqError, match=message):
                 build_engine(path, output, backend="rtx")
 

@@ -184,7 +184,7 @@ def bench_engine(
     if json:
         settings = {"model": model, "size": size, "batch": batch, "sm": sm}
         figures = {
-            "rows": [asdict(row) for row in rows],
+            "rows": list(map(asdict, rows)),
             "notes": notes,
             "settings": settings,
             "seconds": seconds,
@@ -414,7 +414,7 @@ def _print_table(rows: list[Row]) -> None:
     lines = [titles, *map(_format_cells, rows), _format_targets(rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for name, *figures in lines:
-        cells = [cell.rjust(width) for cell, width in zip(figures, widths[1:], strict=True)]
+        cells = map(str.rjust, figures, widths[1:])
         print("  ".join([name.ljust(widths[0]), *cells]).rstrip())
     print()
     for row in rows:

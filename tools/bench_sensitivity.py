@@ -129,7 +129,7 @@ def bench_sensitivity(
         content = {
             "model": model,
             "images": images,
-            "rows": [asdict(row) for row in rows],
+            "rows": list(map(asdict, rows)),
             "environment": describe_environment(),
         }
         write_json(json, content)
