@@ -734,7 +734,7 @@ class TestRegistry:
             del RULES["MINE101"]
 
     @pytest.mark.parametrize(
-        ("id", "severity", "found"), [("mine", "info", "no rule id"), ("A101", "bad", "severity")]
+        ("id", "severity", "found"), [("mine", "info", "not a rule id"), ("A101", "bad", "severity")]
     )
     def test_refuses(self, id, severity, found):
         with pytest.raises(ArgumentError, match=found):

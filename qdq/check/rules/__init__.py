@@ -1,4 +1,4 @@
-"""What every Q/DQ of a graph must fulfil before TensorRT sees it; one file a family.
+"""What every Q/DQ of a graph must fulfil before TensorRT sees it; one file per family.
 
 Ids are those of the lint table: L01 is QDQ101.
 """
@@ -30,27 +30,39 @@ def find_violations(
 ) -> list[Finding]:
     """All violations of a model, by rule and in graph order.
 
-    A rule that fails on the graph says so as a finding of its own: a linter goes on.
+    A rule that fails on the graph becomes a finding of its own, and the next rule is applied.
 
     Args:
-        model: Not changed. Rules that need shapes say nothing where it has none.
+        model: Not changed. Rules that need shapes stay silent where it has none.
         rules: Those to apply, all if None.
-        file: What is known of the file; rules about files say nothing without it.
+        file: Facts about the file; rules about files stay silent without them.
     """
     view = GraphView(model, file)
-    findings = []
+    findings: list[Finding] = []
     for rule in choose_rules() if rules is None else rules:
         try:
             for flaw in rule.find(view):
-                findings.append(
-                    Finding(
-                        rule.id, flaw.node, flaw.message, flaw.fix, flaw.severity or rule.severity
-                    )
-                )
-        except (
-            Exception
-        ) as error:  # whatever a damaged graph makes of a rule, or of one that a user registered
-            message = f"this rule cannot be applied to the graph ({type(error).__name__}: {error})"
-            fix = "mend what the other rules name; if it stays, report it with the file."
-            findings.append(Finding(rule.id, model.graph.name or "graph", message, fix, "warning"))
+                findings.append(_to_finding(rule, flaw))
+        except Exception as error:  # a damaged graph or a rule of a user can raise anything
+            findings.append(_report_failure(rule, error, model.graph.name or "graph"))
     return findings
+
+
+def _to_finding(rule: Rule, flaw: Flaw) -> Finding:
+    return Finding(
+        rule=rule.id,
+        node=flaw.node,
+        message=flaw.message,
+        fix=flaw.fix,
+        severity=flaw.severity or rule.severity,
+    )
+
+
+def _report_failure(rule: Rule, error: Exception, graph_name: str) -> Finding:
+    return Finding(
+        rule=rule.id,
+        node=graph_name,
+        message=f"this rule cannot be applied to the graph ({type(error).__name__}: {error})",
+        fix="fix the other findings first; if it remains, report it with the file.",
+        severity="warning",
+    )

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
 
 from qdq.check.rules.registry import Flaw, register_rule
-from qdq.check.rules.view import MOVING_OPS, GraphView, is_op, name_of
+from qdq.check.rules.view import (
+    MOVING_OPS,
+    GraphView,
+    is_op,
+    name_of,
+    producer_of,
+    producers_of,
+)
 
 _NORMALISATIONS = (
     "LayerNormalization",
@@ -16,87 +23,127 @@ _NORMALISATIONS = (
     "RMSNormalization",
 )
 _BEFORE_SOFTMAX = MOVING_OPS | {"Add", "Div", "Mul", "Where", "QuantizeLinear", "DequantizeLinear"}
-_BEHIND_SOFTMAX = MOVING_OPS | {"QuantizeLinear", "DequantizeLinear", "Where"}
+_AFTER_SOFTMAX = MOVING_OPS | {"QuantizeLinear", "DequantizeLinear", "Where"}
+# Scale, mask, casts and a pair between the scores and the softmax: attention is not longer than that.
+_MOST_NODES_BEFORE_SOFTMAX = 8
 _FIX = "leave it in float, and quantize the linear layers around it."
 
 
 @register_rule(
     "QDQ118",
     "warning",
-    "Q/DQ inside attention, in front of a normalisation or a softmax, or in the erf GELU (R-MHA-2, R-LN, R-GELU).",
-    "TensorRT runs attention as one fused kernel, and with Q/DQ in it as separate ones that write the whole matrix to "
-    "memory. Normalisation has no int8 kernel. Behind a convolution a LayerNorm's input may be quantized (R-LN).",
+    "Q/DQ inside attention, before a normalisation or a softmax, or in the erf GELU (R-MHA-2, R-LN, R-GELU).",
+    "TensorRT runs attention as one fused kernel. With Q/DQ inside it becomes separate kernels that write the whole "
+    "matrix to memory. Normalisation has no int8 kernel. After a convolution the input of a LayerNorm may be "
+    "quantized (R-LN).",
     "[probe] one _gemm_mha_v2 becomes three quantizers, two products and a softmax; [src] ModelOpt find_mha_partitions",
 )
 def _attention_is_quantized(view: GraphView) -> Iterator[Flaw]:
-    for node in view.select("Softmax"):
-        if parts := _quantized_attention(view, node):
-            yield Flaw(
-                name_of(node),
-                f"the attention around it is quantized: {', '.join(parts)} (R-MHA-2)",
-                _FIX,
-            )
-        elif view.dequantizer(node.inputs[0], MOVING_OPS) is not None:
-            yield Flaw(name_of(node), "its input is quantized (R-SM)", _FIX)
+    yield from _check_softmaxes(view)
     for node in view.select("Attention"):
-        if any(view.dequantizer(value, MOVING_OPS) for value in node.inputs[:3]):
-            yield Flaw(name_of(node), "its inputs are quantized (R-MHA-2)", _FIX)
+        if _comes_from_pair(view, node.inputs[:3]):
+            yield Flaw(
+                node=name_of(node),
+                message="its inputs are quantized (R-MHA-2)",
+                fix=_FIX,
+            )
     for node in view.select(*_NORMALISATIONS):
-        before = view.dequantizer(node.inputs[0], MOVING_OPS)
-        if before is not None and not _comes_from_conv(view, before):
-            yield Flaw(name_of(node), "its input is quantized (R-LN)", _FIX)
+        dequantizer = view.dequantizer(node.inputs[0], MOVING_OPS)
+        if dequantizer is not None and not _comes_from_convolution(view, dequantizer):
+            yield Flaw(
+                node=name_of(node),
+                message="its input is quantized (R-LN)",
+                fix=_FIX,
+            )
     for node in view.select("Erf"):
-        if any(view.dequantizer(value, MOVING_OPS) for value in _gelu_values(node)):
-            yield Flaw(name_of(node), "Q/DQ stand in the GELU around it (R-GELU)", _FIX)
+        if _comes_from_pair(view, _gelu_values(node)):
+            yield Flaw(
+                node=name_of(node),
+                message="the GELU around it contains Q/DQ (R-GELU)",
+                fix=_FIX,
+            )
+
+
+def _check_softmaxes(view: GraphView) -> Iterator[Flaw]:
+    """A softmax of an attention names the quantized parts of it, another one only its own input."""
+    for node in view.select("Softmax"):
+        parts = _quantized_attention(view, node)
+        if parts:
+            yield Flaw(
+                node=name_of(node),
+                message=f"the attention around it is quantized: {', '.join(parts)} (R-MHA-2)",
+                fix=_FIX,
+            )
+        elif _comes_from_pair(view, node.inputs[:1]):
+            yield Flaw(
+                node=name_of(node),
+                message="its input is quantized (R-SM)",
+                fix=_FIX,
+            )
+
+
+def _comes_from_pair(view: GraphView, values: Iterable[ir.Value | None]) -> bool:
+    """Whether one of the values comes from a DQ, moved at most."""
+    return any(view.dequantizer(value, MOVING_OPS) for value in values)
 
 
 def _quantized_attention(view: GraphView, softmax: ir.Node) -> list[str]:
-    """The parts of an attention that are quantized; none if the softmax is no attention's."""
-    first = _score_product(view, softmax)
-    second = next(
-        (n for n in view.reached(softmax.outputs[0], _BEHIND_SOFTMAX) if is_op(n, "MatMul")), None
-    )
-    if first is None or second is None:
+    """The parts of an attention that are quantized; empty if the softmax does not belong to an attention."""
+    scores = _score_product(view, softmax)
+    weighted_sum = _value_product(view, softmax)
+    if scores is None or weighted_sum is None:
         return []
-    path = [
-        ("query", first.inputs[0]),
-        ("key", first.inputs[1]),
-        ("scores", softmax.inputs[0]),
-        ("softmax", second.inputs[0]),
-        ("value", second.inputs[1]),
-    ]
-    return [name for name, value in path if view.dequantizer(value, MOVING_OPS) is not None]
+
+    values = {
+        "query": scores.inputs[0],
+        "key": scores.inputs[1],
+        "scores": softmax.inputs[0],
+        "softmax": weighted_sum.inputs[0],
+        "value": weighted_sum.inputs[1],
+    }
+    return [part for part, value in values.items() if _comes_from_pair(view, [value])]
 
 
 def _score_product(view: GraphView, softmax: ir.Node) -> ir.Node | None:
-    """The product of query and key in front of a softmax: both its operands are computed."""
+    """The product of query and key before a softmax: both of its operands are computed."""
     nodes = [softmax]
-    for _ in range(8):  # scale, mask, casts and a pair; attention is no longer than that
-        values = [v for n in nodes for v in n.inputs if v is not None and view.is_computed(v)]
-        nodes = [node for v in values if (node := v.producer()) is not None]
+    for _ in range(_MOST_NODES_BEFORE_SOFTMAX):
+        producers = []
         for node in nodes:
-            if is_op(node, "MatMul") and all(view.is_computed(value) for value in node.inputs):
-                return node
-        nodes = [node for node in nodes if is_op(node, *_BEFORE_SOFTMAX)]
+            producers += map(producer_of, view.computed_inputs(node))
+
+        nodes = []
+        for producer in producers:
+            if is_op(producer, "MatMul") and not view.has_constant_input(producer):
+                return producer
+            if is_op(producer, *_BEFORE_SOFTMAX):
+                nodes.append(producer)
     return None
 
 
-def _comes_from_conv(view: GraphView, dequantizer: ir.Node) -> bool:
+def _value_product(view: GraphView, softmax: ir.Node) -> ir.Node | None:
+    """The product of the softmax and the value."""
+    for node in view.reached(softmax.outputs[0], _AFTER_SOFTMAX):
+        if is_op(node, "MatMul"):
+            return node
+    return None
+
+
+def _comes_from_convolution(view: GraphView, dequantizer: ir.Node) -> bool:
+    """Whether a pair quantizes the output of a convolution."""
     quantizer = view.source(dequantizer.inputs[0], MOVING_OPS)
-    if quantizer is None or not is_op(quantizer, "QuantizeLinear"):
+    if not is_op(quantizer, "QuantizeLinear"):
         return False
     source = view.source(quantizer.inputs[0], MOVING_OPS | {"BatchNormalization"})
-    return source is not None and is_op(source, "Conv", "ConvTranspose")
+    return is_op(source, "Conv", "ConvTranspose")
 
 
-def _gelu_values(erf: ir.Node) -> Iterator[ir.Value]:
-    """What the operators of x * (1 + erf(x / sqrt 2)) / 2 read."""
-    nodes = [erf]
-    before = erf.inputs[0].producer() if erf.inputs[0] is not None else None
-    if before is not None and is_op(before, "Div", "Mul"):
-        nodes.append(before)
-    for node, _ in erf.outputs[0].uses():
-        nodes.append(node)
-    for node in nodes:
-        if is_op(node, "Erf", "Div", "Mul", "Add"):
-            yield from (value for value in node.inputs if value is not None)
+def _gelu_values(erf: ir.Node) -> Iterator[ir.Value | None]:
+    """The inputs of the operators of x * (1 + erf(x / sqrt 2)) / 2."""
+    yield from erf.inputs
+    for producer in producers_of(erf):
+        if is_op(producer, "Div", "Mul"):
+            yield from producer.inputs
+    for reader, _ in erf.outputs[0].uses():
+        if is_op(reader, "Erf", "Div", "Mul", "Add"):
+            yield from reader.inputs

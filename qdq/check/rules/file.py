@@ -1,135 +1,163 @@
-"""Is the file sound as ONNX: QDQ201 to QDQ210."""
+"""Is the file valid ONNX: QDQ201 to QDQ210."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import onnx
 import onnx_ir as ir
 
 from qdq.check.calls import LARGEST_EXPANSION, is_expansion_too_large, list_recursive_functions
 from qdq.check.facts import FileFacts
-from qdq.check.rules.registry import Flaw, Severity, register_rule
+from qdq.check.rules.registry import Find, Flaw, register_rule
 from qdq.check.rules.view import GraphView, name_of
 from qdq.graph.validate import iterate_graphs
 
-_EXPORT = "export the model again, or mend the node in the tool that wrote it."
-_RUNTIME_NODE = re.compile(
+_EXPORT = "export the model again, or fix the node in the tool that wrote it."
+_NODE_IN_MESSAGE = re.compile(
     r"In Node, \(\"(.*?)\"|[Nn]ode \((.*?)\) Op|Name:'(.*?)'|node name: (.*?)\)"
 )
+_POSITIVE_ATTRIBUTES = ("strides", "dilations", "kernel_shape")
+
+
+def _about_file(find: Callable[[GraphView, FileFacts], Iterable[Flaw]]) -> Find:
+    """Make a rule of a function that needs facts about the file: it stays silent for a model in memory."""
+
+    def find_with_facts(view: GraphView) -> Iterable[Flaw]:
+        return () if view.file is None else find(view, view.file)
+
+    return find_with_facts
 
 
 @register_rule(
     "QDQ201",
     "error",
     "ONNX Runtime does not load the file.",
-    "Nobody can say what such a file computes; TensorRT's parser may refuse it, crash on it or read it in its own way. "
-    "Where ONNX Runtime lacks an operator or a kernel, or takes too long, the file is not at fault: an info.",
+    "The result of such a file is undefined: TensorRT's parser may refuse it, crash on it or read it differently. If "
+    "ONNX Runtime lacks an operator or a kernel, or takes too long, the file is not at fault, and the finding is an "
+    "info.",
     "onnxruntime.InferenceSession on one thread, without constant folding and prepacking, in a process of its own",
 )
-def _runtime_does_not_load(view: GraphView) -> Iterator[Flaw]:
-    runtime = view.file.runtime if view.file else None
-    if view.file is None or runtime is None or runtime.refusal is None:
+@_about_file
+def _runtime_does_not_load(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
+    runtime = file.runtime
+    if runtime is None or runtime.refusal is None:
         return
-    node = _node_in(view.file, runtime.refusal)
+
+    node = _node_in(file, runtime.refusal)
     message = f"ONNX Runtime {runtime.version} does not load the file: {runtime.refusal}"
     if runtime.kind == "invalid":
-        yield Flaw(node, message, _EXPORT)
+        yield Flaw(
+            node=node,
+            message=message,
+            fix=_EXPORT,
+        )
     else:
-        fix = "nothing, if the target has what is missing here; numbers cannot be checked here."
-        yield Flaw(node, message, fix, "info")
+        yield Flaw(
+            node=node,
+            message=message,
+            fix="nothing, if the target supports what is missing here; numbers cannot be checked here.",
+            severity="info",
+        )
 
 
 @register_rule(
     "QDQ202",
     "error",
     "onnx's checker refuses the file.",
-    "The file is not as the ONNX standard says. What is only unusual, such as an output without shape, is left out "
-    "here (QDQ209). Where the checker takes too long, nothing is known: an info.",
+    "The file violates the ONNX standard. Merely unusual parts, such as an output without shape, are not reported "
+    "here (QDQ209). If the checker takes too long there is no verdict, only an info.",
     "onnx.checker.check_model, in a process of its own",
 )
-def _checker_refuses(view: GraphView) -> Iterator[Flaw]:
-    if view.file is None:
-        return
-    checker = view.file.checker
+@_about_file
+def _checker_refuses(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
+    checker = file.checker
     if checker.limit is not None:
-        message = f"onnx {checker.version} came to no verdict on the file: {checker.limit}"
         yield Flaw(
-            view.file.path.name,
-            message,
-            "nothing, if the target builds it; a smaller file can be judged.",
-            "info",
+            node=file.path.name,
+            message=f"onnx {checker.version} came to no verdict on the file: {checker.limit}",
+            fix="nothing, if the target builds it; a smaller file can be checked.",
+            severity="info",
         )
     if checker.structure is None:
         return
-    refusal = checker.structure
-    if "topologically sorted" in refusal and not view.file.is_sorted:  # QDQ208, QDQ209
+    if "topologically sorted" in checker.structure and not file.is_sorted:  # QDQ208, QDQ209
         return
-    message = f"onnx {checker.version} refuses the file: {refusal}"
-    yield Flaw(_node_in(view.file, refusal), message, _EXPORT)
+    yield Flaw(
+        node=_node_in(file, checker.structure),
+        message=f"onnx {checker.version} refuses the file: {checker.structure}",
+        fix=_EXPORT,
+    )
 
 
 @register_rule(
     "QDQ203",
     "error",
     "Types or shapes contradict one another.",
-    "What is written down is not what the operators compute. Runtimes refuse the file, or take either of the two.",
+    "The declared types or shapes are not those that the operators compute. Runtimes refuse the file, or use either of "
+    "the two.",
     "onnx.shape_inference with check_type and strict_mode, in a process of its own",
 )
-def _types_contradict(view: GraphView) -> Iterator[Flaw]:
-    if view.file is None or view.file.checker.types is None or not view.file.is_sorted:
+@_about_file
+def _types_contradict(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
+    refusal = file.checker.types
+    if refusal is None or not file.is_sorted:
         return
-    refusal = view.file.checker.types
-    if view.file.unknown and "null" in refusal:  # a type that comes from an operator of others
+    if file.unknown and "null" in refusal:  # a type that comes from an operator unknown to onnx
         return
-    message = f"types or shapes contradict one another: {refusal}"
     yield Flaw(
-        _node_in(view.file, refusal), message, "write the types and shapes that the operators give."
+        node=_node_in(file, refusal),
+        message=f"types or shapes contradict one another: {refusal}",
+        fix="write the types and shapes that the operators produce.",
     )
 
 
 def _node_in(file: FileFacts, refusal: str) -> str:
-    """The node that a message names; the file's name if none."""
-    match = _RUNTIME_NODE.search(refusal)
-    name = next((group for group in match.groups() if group), "") if match else ""
-    return name or file.path.name
+    """The node that a message names; the file's name if it names none."""
+    match = _NODE_IN_MESSAGE.search(refusal)
+    if match is None:
+        return file.path.name
+    names = [name for name in match.groups() if name]
+    return names[0] if names else file.path.name
 
 
 @register_rule(
     "QDQ204",
     "warning",
     "Two nodes of a graph have one name.",
-    "ONNX Runtime does not load such a file. TensorRT does, and then nobody can tell the layers of the engine apart.",
+    "ONNX Runtime does not load such a file. TensorRT does, and then the layers of the engine cannot be told apart.",
     "[probe] TensorRT-RTX builds it; ONNX Runtime: 'two nodes with same node name'",
 )
 def _names_are_not_unique(view: GraphView) -> Iterator[Flaw]:
     for graph in view.model.graphs():
         counts = Counter(node.name for node in graph if node.name)
         for name, count in counts.items():
-            if count > 1:
-                yield Flaw(
-                    name,
-                    f"{count} nodes of graph {graph.name!r} have this name",
-                    "give each its own name.",
-                )
+            if count == 1:
+                continue
+            yield Flaw(
+                node=name,
+                message=f"{count} nodes of graph {graph.name!r} have this name",
+                fix="give each node a unique name.",
+            )
 
 
 @register_rule(
     "QDQ205",
     "error",
-    "The data of a constant do not fit its type and shape, or the file that holds them is not there.",
-    "The weight cannot be read, or other bytes would be read for it. A location outside the folder of the model can "
-    "make a program read any file.",
+    "The data of a constant do not fit its type and shape, or the file that holds them is missing.",
+    "The weight cannot be read, or wrong bytes would be read. A location outside the folder of the model can make a "
+    "program read any file.",
     "the ONNX standard: raw_data, external_data; [probe] refused by ONNX Runtime and by TensorRT-RTX",
 )
-def _data_do_not_fit(view: GraphView) -> Iterator[Flaw]:
-    for fault in view.file.tensor_faults if view.file else ():
+@_about_file
+def _data_do_not_fit(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
+    for fault in file.tensor_faults:
         yield Flaw(
-            fault.name,
-            fault.message,
-            "copy the data file beside the model, or export the model again.",
+            node=fault.name,
+            message=fault.message,
+            fix="copy the data file into the folder of the model, or export the model again.",
         )
 
 
@@ -137,60 +165,76 @@ def _data_do_not_fit(view: GraphView) -> Iterator[Flaw]:
     "QDQ206",
     "warning",
     "An operator that neither onnx nor ONNX Runtime knows.",
-    "It is a plugin of the target or a mistake in writing; nothing of it is checked here. One that is named as "
-    "TensorRT's own plugins are is an info.",
+    "It is a plugin of the target or a typo; it is not checked. An operator with a name like those of TensorRT's own "
+    "plugins is only an info.",
     "onnx.defs and the operators of the installed ONNX Runtime; NVIDIA's plugins are named ..._TRT",
 )
-def _operator_is_unknown(view: GraphView) -> Iterator[Flaw]:
-    if view.file is None or view.file.runtime is None:
+@_about_file
+def _operator_is_unknown(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
+    if file.runtime is None:
         return
-    unknown = {tuple(name.split("::", 1)) for name in view.file.runtime.unknown_operators}
+
+    unknown = {tuple(name.split("::", 1)) for name in file.runtime.unknown_operators}
     for node in view.nodes:
-        if (node.domain, node.op_type) in unknown:
-            severity: Severity = "info" if node.op_type.endswith("_TRT") else "warning"
-            domain = f" of {node.domain}" if node.domain else ""
-            message = (
-                f"the operator {node.op_type}{domain} is known to neither onnx nor ONNX Runtime"
-            )
-            fix = "load the plugin on the target; if none is meant, mend the operator's name or domain."
-            yield Flaw(name_of(node), message, fix, severity)
+        if (node.domain, node.op_type) not in unknown:
+            continue
+        operator = f"{node.op_type} of {node.domain}" if node.domain else node.op_type
+        yield Flaw(
+            node=name_of(node),
+            message=f"the operator {operator} is known to neither onnx nor ONNX Runtime",
+            fix="load the plugin on the target; if it is not a plugin, fix the operator's name or domain.",
+            severity="info" if node.op_type.endswith("_TRT") else "warning",
+        )
 
 
 @register_rule(
     "QDQ207",
     "warning",
-    "The opset or the IR version is none, or newer than the installed onnx knows.",
+    "The opset or the IR version is missing, or newer than the installed onnx knows.",
     "Operators of a newer opset may mean something else: they are read here as those of the newest known one. A newer "
-    "IR version alone changes nothing of them. Without a version nobody knows what is meant: an error.",
+    "IR version alone does not change operators. Without a version the meaning of the operators is undefined: an "
+    "error.",
     "[probe] TensorRT-RTX reads any IR version, and opsets from 7 on",
 )
-def _version_is_unknown(view: GraphView) -> Iterator[Flaw]:
-    if view.file is None:
-        return
-    proto, name = view.file.proto, view.file.path.name
-    opset, newest = view.opset, onnx.defs.onnx_opset_version()
-    fix = "export at an opset that your tools know, or update onnx."
-    if opset > newest:
+@_about_file
+def _version_is_unknown(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
+    yield from _check_opset(view, file)
+    yield from _check_ir_version(file)
+
+
+def _check_opset(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
+    newest = onnx.defs.onnx_opset_version()
+    fix = "export at an opset that your tools support, or update onnx."
+    if view.opset > newest:
         yield Flaw(
-            name,
-            f"opset {opset} is newer than {newest}, the newest that onnx {onnx.__version__} knows",
-            fix,
+            node=file.path.name,
+            message=f"opset {view.opset} is newer than {newest}, the newest that onnx {onnx.__version__} knows",
+            fix=fix,
         )
-    elif opset < 1 and any(node.domain == "" for node in view.nodes):
-        yield Flaw(name, f"its opset is {opset or 'missing'}", fix, "error")
-    if proto.ir_version > onnx.IR_VERSION:
-        message = f"IR version {proto.ir_version} is newer than {onnx.IR_VERSION}, the newest that onnx knows"
+    domains = {node.domain for node in view.nodes}
+    if view.opset < 1 and "" in domains:
         yield Flaw(
-            name,
-            message,
-            "write a lower ir_version; ONNX Runtime loads no newer one than it knows.",
+            node=file.path.name,
+            message=f"its opset is {view.opset or 'missing'}",
+            fix=fix,
+            severity="error",
         )
-    elif proto.ir_version < 1:
+
+
+def _check_ir_version(file: FileFacts) -> Iterator[Flaw]:
+    version = file.proto.ir_version
+    if version > onnx.IR_VERSION:
         yield Flaw(
-            name,
-            "it has no IR version",
-            "write ir_version 10, which every current tool reads.",
-            "error",
+            node=file.path.name,
+            message=f"IR version {version} is newer than {onnx.IR_VERSION}, the newest that onnx knows",
+            fix="write a lower ir_version; ONNX Runtime does not load a version that it does not know.",
+        )
+    elif version < 1:
+        yield Flaw(
+            node=file.path.name,
+            message="it has no IR version",
+            fix="write ir_version 10, which every current tool reads.",
+            severity="error",
         )
 
 
@@ -198,55 +242,88 @@ def _version_is_unknown(view: GraphView) -> Iterator[Flaw]:
     "QDQ208",
     "error",
     "The graph cannot be computed: a cycle, a value that nothing provides, no output, a function that calls itself, or "
-    "functions that call others so often that a million nodes come of it.",
-    "No runtime can run it. TensorRT crashes on a function that calls itself. It writes every call out, as others do: "
-    "24 functions that call the next one twice are 16 million nodes.",
+    "functions that expand to more than a million nodes.",
+    "No runtime can run it. TensorRT crashes on a function that calls itself. It writes every call out, as other tools "
+    "do: 24 functions that call the next one twice are 16 million nodes.",
     "[probe] TensorRT-RTX 1.7.1: a segmentation fault on functions that call themselves, no end on those that double; "
     "the rest is refused",
 )
 def _graph_cannot_be_computed(view: GraphView) -> Iterator[Flaw]:
+    yield from _check_outputs(view)
+    yield from _check_inputs(view)
+    yield from _check_functions(view)
+
+
+def _check_outputs(view: GraphView) -> Iterator[Flaw]:
+    """A cycle, a graph without output, and outputs without source."""
     graph = view.model.graph
-    name = graph.name or "graph"
     if view.file is not None and view.file.has_cycle:
-        yield Flaw(name, "a node reads what is computed from its own output", _EXPORT)
+        yield Flaw(
+            node=_graph_name(view),
+            message="a node reads what is computed from its own output",
+            fix=_EXPORT,
+        )
     if not graph.outputs:
         yield Flaw(
-            name, "the graph has no output", "name the values that the model returns as outputs."
+            node=_graph_name(view),
+            message="the graph has no output",
+            fix="declare the values that the model returns as outputs.",
         )
     for output in graph.outputs:
-        if (
-            output.producer() is None
-            and not output.is_graph_input()
-            and not output.is_initializer()
-        ):
-            yield Flaw(str(output.name), "nothing computes this output", _EXPORT)
-    sparse = (
-        {tensor.values.name for tensor in view.file.proto.graph.sparse_initializer}
-        if view.file
-        else set()
-    )
-    for node in graph.all_nodes():
+        if not _has_source(output):
+            yield Flaw(
+                node=str(output.name),
+                message="nothing computes this output",
+                fix=_EXPORT,
+            )
+
+
+def _check_inputs(view: GraphView) -> Iterator[Flaw]:
+    """Inputs of nodes without source."""
+    sparse = _list_sparse(view.file)
+    for node in view.model.graph.all_nodes():
         for value in node.inputs:
-            if value is not None and _is_dangling(value) and value.name not in sparse:
-                yield Flaw(name_of(node), f"nothing provides its input {value.name}", _EXPORT)
+            if value is None or not value.name:  # left out
+                continue
+            if _has_source(value) or value.name in sparse:
+                continue
+            yield Flaw(
+                node=name_of(node),
+                message=f"nothing provides its input {value.name}",
+                fix=_EXPORT,
+            )
+
+
+def _check_functions(view: GraphView) -> Iterator[Flaw]:
+    """Functions that call themselves, or that expand to too many nodes."""
     for function in list_recursive_functions(view.model):
-        yield Flaw(function, "the function calls itself", "write its nodes into the graph instead.")
-    if is_expansion_too_large(view.model):
-        message = f"its calls of functions become more than {LARGEST_EXPANSION:,} nodes"
         yield Flaw(
-            name,
-            message,
-            "let each function call others once, or write its nodes into the graph instead.",
+            node=function,
+            message="the function calls itself",
+            fix="write its nodes into the graph instead.",
+        )
+    if is_expansion_too_large(view.model):
+        yield Flaw(
+            node=_graph_name(view),
+            message=f"its calls of functions become more than {LARGEST_EXPANSION:,} nodes",
+            fix="let each function call others once, or write its nodes into the graph instead.",
         )
 
 
-def _is_dangling(value: ir.Value) -> bool:
-    return (
-        value.producer() is None
-        and not value.is_graph_input()
-        and not value.is_initializer()
-        and bool(value.name)
-    )
+def _graph_name(view: GraphView) -> str:
+    return view.model.graph.name or "graph"
+
+
+def _has_source(value: ir.Value) -> bool:
+    """Whether a node, an input of the graph or a constant provides a value."""
+    return value.producer() is not None or value.is_graph_input() or value.is_initializer()
+
+
+def _list_sparse(file: FileFacts | None) -> set[str]:
+    """Names of the sparse constants, which the graph of onnx-ir does not have."""
+    if file is None:
+        return set()
+    return {tensor.values.name for tensor in file.proto.graph.sparse_initializer}
 
 
 @register_rule(
@@ -254,66 +331,109 @@ def _is_dangling(value: ir.Value) -> bool:
     "info",
     "Unusual, though TensorRT reads it: an input or output without shape, a graph without name, nodes out of order, "
     "texts that are not UTF-8.",
-    "Other tools refuse such files or read them otherwise.",
+    "Other tools refuse such files or read them differently.",
     "[probe] TensorRT-RTX builds them; onnx.checker refuses all but the last",
 )
-def _file_is_unusual(view: GraphView) -> Iterator[Flaw]:
-    if view.file is None:
-        return
-    graph, name = view.file.proto.graph, view.file.path.name
+@_about_file
+def _file_is_unusual(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
     fix = "nothing, if all your tools read the file."
+    yield from _check_declarations(file.proto.graph, fix)
+    names = [graph.name for graph in iterate_graphs(file.proto.graph)]
+    if "" in names:
+        yield Flaw(
+            node=file.path.name,
+            message="a graph has no name",
+            fix=fix,
+        )
+    if not file.is_sorted and not file.has_cycle:
+        yield Flaw(
+            node=file.path.name,
+            message="nodes come before nodes whose outputs they read",
+            fix=fix,
+        )
+    if not file.is_utf8:
+        yield Flaw(
+            node=file.path.name,
+            message="a text is not UTF-8",
+            fix="name nodes and values in UTF-8.",
+        )
+
+
+def _check_declarations(graph: onnx.GraphProto, fix: str) -> Iterator[Flaw]:
+    """Inputs and outputs without type or shape."""
     for value in (*graph.input, *graph.output):
         kind = value.type.WhichOneof("value")
         if kind is None:
-            yield Flaw(value.name, "this input or output has no type", "write its type.", "warning")
+            yield Flaw(
+                node=value.name,
+                message="this input or output has no type",
+                fix="write its type.",
+                severity="warning",
+            )
         elif kind == "tensor_type" and not value.type.tensor_type.HasField("shape"):
-            yield Flaw(value.name, "this input or output has no shape", fix)
-    if not all(body.name for body in iterate_graphs(graph)):
-        yield Flaw(name, "a graph has no name", fix)
-    if not view.file.is_sorted and not view.file.has_cycle:
-        yield Flaw(name, "nodes stand in front of those that they read", fix)
-    if not view.file.is_utf8:
-        yield Flaw(name, "a text is not UTF-8", "name nodes and values in UTF-8.")
+            yield Flaw(
+                node=value.name,
+                message="this input or output has no shape",
+                fix=fix,
+            )
 
 
 @register_rule(
     "QDQ210",
     "error",
-    "A node does not have the inputs, outputs or attributes of its operator, or numbers that it cannot have.",
-    "ONNX Runtime refuses the file, at the latest when it runs. TensorRT leaves unknown attributes out in silence.",
+    "A node does not have the inputs, outputs or attributes of its operator, or has invalid numbers.",
+    "ONNX Runtime refuses the file, at the latest when it runs. TensorRT silently ignores unknown attributes.",
     "onnx.defs; the definition of Conv; [probe] TensorRT-RTX builds a Softmax whose axis is a text",
 )
 def _node_does_not_fit(view: GraphView) -> Iterator[Flaw]:
     for node, reason in view.misfits.items():
-        yield Flaw(name_of(node), reason, _EXPORT)
+        yield Flaw(
+            node=name_of(node),
+            message=reason,
+            fix=_EXPORT,
+        )
     for node in view.select("Conv", "ConvTranspose"):
-        if reason := _describe_convolution(view, node):
-            yield Flaw(name_of(node), reason, _EXPORT)
+        reason = _describe_convolution(view, node)
+        if reason:
+            yield Flaw(
+                node=name_of(node),
+                message=reason,
+                fix=_EXPORT,
+            )
 
 
-def _describe_convolution(view: GraphView, node: ir.Node) -> str:
-    """Why no convolution has such attributes; empty if one has."""
-    group = node.attributes.get_int("group", 1)
+def _describe_convolution(view: GraphView, convolution: ir.Node) -> str:
+    """Why no convolution can have these attributes and channels; empty if one can."""
+    group = convolution.attributes.get_int("group", 1)
     if group < 1:
         return f"its group is {group}, expected 1 or more"
-    for name in ("strides", "dilations", "kernel_shape"):
-        if any(size < 1 for size in node.attributes.get_ints(name, ())):
-            return f"its {name} are {list(node.attributes.get_ints(name, ()))}, expected 1 or more"
-    image, weight = view.shape(node.inputs[0]), view.shape(node.inputs[1])
+    for name in _POSITIVE_ATTRIBUTES:
+        sizes = list(convolution.attributes.get_ints(name, ()))
+        if min(sizes, default=1) < 1:
+            return f"its {name} are {sizes}, expected 1 or more"
+    return _describe_channels(view, convolution, group)
+
+
+def _describe_channels(view: GraphView, convolution: ir.Node, group: int) -> str:
+    """How the channels of a convolution do not fit; empty if they do, or if they are not known."""
+    image, weight = view.shape(convolution.inputs[0]), view.shape(convolution.inputs[1])
     if weight is None or len(weight) < 3:
         return ""
-    outputs, inputs = weight[0], weight[1]
-    if node.op_type == "Conv" and outputs is not None and outputs % group:
-        return f"its {outputs} output channels cannot be cut into {group} groups"
-    if image is None or len(image) < 3 or image[1] is None or outputs is None or inputs is None:
+
+    first, second = weight[0], weight[1]
+    if convolution.op_type == "Conv":
+        if first is not None and first % group:
+            return f"its {first} output channels cannot be cut into {group} groups"
+        expected = None if second is None else second * group
+    else:  # a ConvTranspose, whose weight begins with the channels of its input
+        expected = first
+
+    if image is None or len(image) < 3:
         return ""
-    expected = outputs if node.op_type == "ConvTranspose" else inputs * group
-    return (
-        ""
-        if image[1] == expected
-        else f"its input has {image[1]} channels, and its weight is for {expected}"
-    )
+    if None in (image[1], first, second) or image[1] == expected:
+        return ""
+    return f"its input has {image[1]} channels, and its weight is for {expected}"
 
 
 FILE_RULES = frozenset(f"QDQ{number}" for number in range(201, 211))
-"""Rules that say whether the file is sound, whatever its Q/DQ."""
+"""Rules that show whether the file is valid, whatever its Q/DQ."""

@@ -11,6 +11,8 @@ from qdq.check.rules.view import COMMUTING_OPS, COPY_OPS, GraphView, is_op, name
 
 _MIN_MATMUL = 16
 _MIN_CHANNELS = 16
+_CHANNEL_MULTIPLE = 8
+_MIN_DEPTHWISE_KERNEL = 3
 _BEFORE_OUTPUT = COPY_OPS | {"Add", "Cast", "Concat", "LogSoftmax", "Sigmoid", "Softmax"}
 
 
@@ -23,109 +25,139 @@ _BEFORE_OUTPUT = COPY_OPS | {"Add", "Cast", "Concat", "LogSoftmax", "Sigmoid", "
     "[src] ModelOpt graph_utils; [iss] 4529, 1409, 2125, 1694, 2280; [probe] TensorRT-RTX runs no int8 deconvolution",
 )
 def _layer_has_no_kernel(view: GraphView) -> Iterator[Flaw]:
-    convolutions = view.select("Conv")
     for node in view.weighted:
-        weight = view.dequantizer(node.inputs[1])
-        if weight is None or not view.is_quantized(node.inputs[0]):
+        if view.dequantizer(node.inputs[1]) is None or not view.is_quantized(node.inputs[0]):
             continue
-        shape = view.shape(node.inputs[1]) or view.shape(weight.inputs[0])
-        if node.op_type == "ConvTranspose":
-            reason = "a transposed convolution (R-CT-3)"
-        elif shape is None or None in shape:
-            continue
-        elif node.op_type == "Conv":
-            reason = _weakness_of_conv(
-                node, [int(size or 0) for size in shape], node is convolutions[0]
+        weakness = _describe_weakness(view, node)
+        if weakness:
+            yield Flaw(
+                node=name_of(node),
+                message=f"{weakness} is quantized; int8 is slow there or does not build",
+                fix="leave this layer in float, or measure both.",
             )
-        else:
-            reason = _weakness_of_product(view, node, [int(size or 0) for size in shape])
-        if reason:
-            message = f"{reason} is quantized; int8 is slow there or does not build"
-            yield Flaw(name_of(node), message, "leave this layer in float, or measure both.")
 
 
-def _weakness_of_conv(node: ir.Node, shape: list[int], is_first: bool) -> str:
-    """Why a convolution has no good int8 kernel; "" if it has."""
-    if len(shape) < 3:  # no convolution (QDQ203)
+def _describe_weakness(view: GraphView, node: ir.Node) -> str:
+    """Why a layer has no good int8 kernel; empty if it has, or if its sizes are not known."""
+    if node.op_type == "ConvTranspose":
+        return "a transposed convolution (R-CT-3)"
+
+    shape = _weight_shape(view, node)
+    if not shape:
         return ""
-    outputs, inputs, kernel = shape[0], shape[1], shape[2:]
-    group = node.attributes.get_int("group", 1)
-    channels = f"{inputs * group} -> {outputs} channels"
-    if len(kernel) > 2:
+    if node.op_type != "Conv":
+        return _describe_product(view, node, shape)
+    if len(shape) < 3:  # not a convolution (QDQ203)
+        return ""
+    if len(shape) > 4:
         return "a 3-D convolution (R-CONV-7)"
-    if group > 1 and inputs > 1:
+    if node.attributes.get_int("group", 1) > 1:
+        return _describe_groups(node, shape)
+    return _describe_convolution(view, node, shape)
+
+
+def _weight_shape(view: GraphView, node: ir.Node) -> list[int]:
+    """The shape of a quantized weight; empty if a size is not known."""
+    shape = view.shape(node.inputs[1])
+    if not shape:
+        dequantizer = view.dequantizer(node.inputs[1])
+        shape = None if dequantizer is None else view.shape(dequantizer.inputs[0])
+    if shape is None or None in shape:
+        return []
+    return [int(size or 0) for size in shape]
+
+
+def _describe_groups(convolution: ir.Node, shape: list[int]) -> str:
+    """Why a grouped convolution has no good kernel: only depthwise ones of regular sizes have one."""
+    outputs, inputs, kernel = shape[0], shape[1], shape[2:]
+    group = convolution.attributes.get_int("group", 1)
+    if inputs > 1:
         return f"a convolution in {group} groups (R-CONV-4)"
-    if group > 1:
-        sound = outputs % 8 == 0 and min(kernel) >= 3
-        return (
-            "" if sound else f"a depthwise convolution of {channels} and kernel {kernel} (R-CONV-3)"
-        )
-    if outputs >= _MIN_CHANNELS and inputs >= _MIN_CHANNELS:
+    if outputs % _CHANNEL_MULTIPLE == 0 and min(kernel) >= _MIN_DEPTHWISE_KERNEL:
         return ""
-    divisible = outputs % 8 == 0 or inputs % 8 == 0
-    wide = is_first or outputs >= _MIN_CHANNELS or inputs >= _MIN_CHANNELS
-    sound = divisible and wide and len(set(kernel)) == 1
-    return "" if sound else f"a convolution of {channels} and kernel {kernel} (R-CONV-3)"
+    return (
+        f"a depthwise convolution of {group} -> {outputs} channels and kernel {kernel} (R-CONV-3)"
+    )
 
 
-def _weakness_of_product(view: GraphView, node: ir.Node, shape: list[int]) -> str:
-    """Why a matrix product has no good int8 kernel; "" if it has, or if sizes are not known."""
-    if len(shape) < 2 or view.is_computed(node.inputs[1]):
+def _describe_convolution(view: GraphView, convolution: ir.Node, shape: list[int]) -> str:
+    """Why a convolution without groups has no good kernel: few channels need a regular size and a square kernel."""
+    outputs, inputs, kernel = shape[0], shape[1], shape[2:]
+    if min(outputs, inputs) >= _MIN_CHANNELS:
         return ""
-    transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0
-    k, n = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
-    if n == 1:
+
+    is_first = convolution is view.select("Conv")[0]
+    is_wide = is_first or max(outputs, inputs) >= _MIN_CHANNELS
+    is_divisible = 0 in (outputs % _CHANNEL_MULTIPLE, inputs % _CHANNEL_MULTIPLE)
+    is_square = len(set(kernel)) == 1
+    if is_wide and is_divisible and is_square:
+        return ""
+    return f"a convolution of {inputs} -> {outputs} channels and kernel {kernel} (R-CONV-3)"
+
+
+def _describe_product(view: GraphView, product: ir.Node, shape: list[int]) -> str:
+    """Why a matrix product has no good kernel: vectors and tiny matrices have none."""
+    if len(shape) < 2 or view.is_computed(product.inputs[1]):
+        return ""
+
+    inputs, outputs = shape[-2:]
+    if product.op_type == "Gemm" and product.attributes.get_int("transB", 0) != 0:
+        inputs, outputs = outputs, inputs
+    if outputs == 1:
         return "a matrix-vector product (R-MM-3)"
-    if min(k, n) < _MIN_MATMUL:
-        return f"a product of K={k}, N={n} (R-MM-3)"
-    rows = (view.shape(node.outputs[0]) or (None,))[:-1]
-    return "a product with one row (R-MM-3)" if rows and all(size == 1 for size in rows) else ""
+    if min(inputs, outputs) < _MIN_MATMUL:
+        return f"a product of K={inputs}, N={outputs} (R-MM-3)"
+
+    result = view.shape(product.outputs[0])
+    if result is not None and set(result[:-1]) == {1}:
+        return "a product with one row (R-MM-3)"
+    return ""
 
 
 @register_rule(
     "QDQ124",
     "info",
     "A layer that makes an output of the model is quantized, or the output itself (R-OUT).",
-    "Last layers, above all of detection heads, are the most sensitive ones. Look at the accuracy with this layer in "
+    "The last layers, especially in detection heads, are the most sensitive. Look at the accuracy with this layer in "
     "float.",
     "[src] Ultralytics, cuDLA and yolov9 keep head outputs in float; ModelOpt quantizes only their inputs",
 )
 def _output_is_quantized(view: GraphView) -> Iterator[Flaw]:
-    fix = "analyze the layer, or leave it in float if accuracy is missing."
     for output in view.model.graph.outputs:
         producer = view.source(output, COMMUTING_OPS)
-        if (
-            producer is not None
-            and is_op(producer, "DequantizeLinear")
-            and view.is_computed(producer.inputs[0])
-        ):
-            message = f"the output {output.name} is rounded to int8 (R-OUT)"
-            yield Flaw(name_of(producer), message, "take the pair in front of the output away.")
-    for node in view.weighted:
-        if all(view.is_quantized(value) for value in node.inputs[:2]) and _makes_output(view, node):
+        if not is_op(producer, "DequantizeLinear"):
+            continue
+        if view.is_computed(producer.inputs[0]):
             yield Flaw(
-                name_of(node), "it makes an output of the model, and is quantized (R-OUT)", fix
+                node=name_of(producer),
+                message=f"the output {output.name} is rounded to int8 (R-OUT)",
+                fix="remove the pair before the output.",
+            )
+    for node in view.weighted:
+        if view.has_quantized_operands(node) and _makes_output(view, node):
+            yield Flaw(
+                node=name_of(node),
+                message="it makes an output of the model, and is quantized (R-OUT)",
+                fix="analyze the layer, or leave it in float if the accuracy is too low.",
             )
 
 
 def _makes_output(view: GraphView, node: ir.Node) -> bool:
-    """Whether a model's output is this node's, but for operators that move or squash values."""
-    seen, nodes = {node}, [node]
-    while nodes:
-        for value in nodes.pop().outputs:
+    """Whether a node computes an output of the model, but for operators that move or squash values."""
+    visited, waiting = {node}, [node]
+    while waiting:
+        for value in waiting.pop().outputs:
             if value.is_graph_output():
                 return True
             for reader in view.readers(value):
-                if (
-                    is_op(reader, *_BEFORE_OUTPUT)
-                    and reader not in seen
-                    and not _joins(view, reader)
-                ):
-                    seen.add(reader)
-                    nodes.append(reader)
+                if reader not in visited and _passes_output_on(view, reader):
+                    visited.add(reader)
+                    waiting.append(reader)
     return False
 
 
-def _joins(view: GraphView, node: ir.Node) -> bool:
-    """Whether an Add joins two branches, not a product and its bias."""
-    return is_op(node, "Add") and all(view.is_computed(value) for value in node.inputs)
+def _passes_output_on(view: GraphView, node: ir.Node) -> bool:
+    """Whether the output of a node counts as that of the layer before it; an Add of two branches does not."""
+    if is_op(node, "Add"):
+        return view.has_constant_input(node)
+    return is_op(node, *_BEFORE_OUTPUT)

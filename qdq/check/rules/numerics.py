@@ -10,51 +10,63 @@ import onnx_ir as ir
 from qdq.check.rules.registry import Flaw, register_rule
 from qdq.check.rules.view import COMMUTING_OPS, Array, GraphView, is_op, name_of
 from qdq.graph.coverage import follow_axis, output_axis
+from qdq.graph.pairs import input_of
 from qdq.graph.raise_scales import least_scale
 
 _UNSIGNED = (ir.DataType.UINT8, ir.DataType.UINT16, ir.DataType.UINT4, ir.DataType.UINT2)
 _SIGNED = (ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1)
 """Types that TensorRT reads."""
+_TYPES_OF_OTHER_RULES = (*_UNSIGNED, ir.DataType.INT32)
+"""Types of codes that QDQ129 and QDQ108 report."""
 _SMALLEST_NORMAL_HALF = float(np.finfo(np.float16).smallest_normal)
-
-
-def _all_pairs(view: GraphView) -> list[ir.Node]:
-    return sorted([*view.quantizers, *view.dequantizers], key=view.position)
+_FLOAT_TOLERANCE = {"rtol": 1e-6, "atol": 0.0}
+# The rounding of a float16 copy: half a unit in the last place, and half the smallest subnormal number.
+_HALF_TOLERANCE = {"rtol": 2**-8, "atol": 6e-8}
+_BODY_OPS = ("If", "Loop", "Scan")
 
 
 @register_rule(
     "QDQ101",
     "error",
-    "A scale is zero, negative, NaN, infinite or no float; in fp16, too small (R-SCALE).",
+    "A scale is zero, negative, NaN, infinite or not a float; in fp16, too small (R-SCALE).",
     "TensorRT's parser wants positive scales. An infinite one is accepted and destroys the layer's values. "
     "An fp16 scale below 6.1e-5 is subnormal and loses precision (a warning).",
     "[probe] parser error for 0, negative and NaN, none for +inf; [src] ModelOpt's guards",
 )
-def _scale_is_no_scale(view: GraphView) -> Iterator[Flaw]:
-    for node in _all_pairs(view):
-        dtype, raw = view.dtype(node.inputs[1]), view.constant(node.inputs[1])
+def _scale_is_invalid(view: GraphView) -> Iterator[Flaw]:
+    for node in view.qdq_nodes:
+        dtype = view.dtype(node.inputs[1])
         if dtype is not None and not dtype.is_floating_point():
             yield Flaw(
-                name_of(node),
-                f"a scale is {dtype.name}, not a float (R-SCALE)",
-                "write it as float32.",
+                node=name_of(node),
+                message=f"a scale is {dtype.name}, not a float (R-SCALE)",
+                fix="write it as float32.",
             )
             continue
-        if raw is None:
+
+        scale = view.constant(node.inputs[1])
+        if scale is None:
             continue
-        values = raw.astype(np.float64)
-        if not np.all(np.isfinite(values) & (values > 0)):
+        smallest = float(scale.astype(np.float64).min(initial=np.inf))
+        if not _is_positive(scale):
             yield Flaw(
-                name_of(node), "a scale is zero, negative, NaN or Inf (R-SCALE)", "calibrate again."
+                node=name_of(node),
+                message="a scale is zero, negative, NaN or Inf (R-SCALE)",
+                fix="calibrate again.",
             )
-        elif raw.dtype == np.float16 and np.any(values < _SMALLEST_NORMAL_HALF):
-            message = f"the fp16 scale {values.min():.3g} is subnormal and imprecise (R-SCALE)"
+        elif scale.dtype == np.float16 and smallest < _SMALLEST_NORMAL_HALF:
             yield Flaw(
-                name_of(node),
-                message,
-                "keep this layer in fp32, or look why its range is tiny.",
-                "warning",
+                node=name_of(node),
+                message=f"the fp16 scale {smallest:.3g} is subnormal and imprecise (R-SCALE)",
+                fix="keep this layer in fp32, or find out why its range is so small.",
+                severity="warning",
             )
+
+
+def _is_positive(scale: Array) -> bool:
+    """Whether all scales are finite and above zero."""
+    values = scale.astype(np.float64)
+    return bool(np.all(np.isfinite(values) & (values > 0)))
 
 
 @register_rule(
@@ -62,43 +74,61 @@ def _scale_is_no_scale(view: GraphView) -> Iterator[Flaw]:
     "error",
     "A zero point is missing, not zero, or of a type that TensorRT does not read (R-SYM).",
     "TensorRT's int8 is symmetric. Without a zero point ONNX quantizes to uint8 and TensorRT to int8: the numbers "
-    "differ in silence. A DQ of int8 codes without one is sound, and an info.",
+    "silently differ. A DQ of int8 codes without one is valid, and an info.",
     "[probe] 'Non-zero zero point is not supported'; [src] onnx-tensorrt",
 )
 def _zero_point_is_not_zero(view: GraphView) -> Iterator[Flaw]:
-    fix = "write an int8 zero point of zero."
-    for node in _all_pairs(view):
-        name, code_type = name_of(node), view.code_type(node)
-        if len(node.inputs) < 3 or node.inputs[2] is None:
-            if node.op_type == "DequantizeLinear" and code_type in _SIGNED:
-                yield Flaw(
-                    name,
-                    "no zero point is written; with int8 codes that is zero (R-SYM)",
-                    fix,
-                    "info",
-                )
-            elif code_type not in _SIGNED and code_type not in (*_UNSIGNED, ir.DataType.INT32):
-                yield Flaw(
-                    name, "the zero point is missing, which means uint8 in ONNX (R-SYM)", fix
-                )
+    for node in view.qdq_nodes:
+        if view.code_type(node) in _TYPES_OF_OTHER_RULES:
             continue
-        zeros = view.constant(node.inputs[2])
-        if code_type in (*_UNSIGNED, ir.DataType.INT32):  # QDQ129, QDQ108
-            continue
-        if code_type is not None and code_type not in _SIGNED:
-            yield Flaw(name, f"the zero point is {code_type.name}, not INT8 (R-SYM)", fix)
-        elif zeros is not None and np.any(zeros.astype(np.float32)):
-            yield Flaw(name, "the zero point is not zero (R-SYM)", "quantize symmetrically.")
-        elif (
-            zeros is not None
-            and (scale := view.constant(node.inputs[1])) is not None
-            and zeros.size != scale.size
-        ):
-            yield Flaw(
-                name,
-                f"it has {zeros.size} zero points and {scale.size} scales",
-                "write one for each scale.",
-            )
+        if input_of(node, 2) is None:
+            yield from _check_missing_zero_point(view, node)
+        else:
+            yield from _check_zero_point(view, node)
+
+
+def _check_missing_zero_point(view: GraphView, node: ir.Node) -> Iterator[Flaw]:
+    if view.code_type(node) not in _SIGNED:
+        yield Flaw(
+            node=name_of(node),
+            message="the zero point is missing, which means uint8 in ONNX (R-SYM)",
+            fix="write an int8 zero point of zero.",
+        )
+    elif node.op_type == "DequantizeLinear":
+        yield Flaw(
+            node=name_of(node),
+            message="no zero point is written; with int8 codes that is zero (R-SYM)",
+            fix="write an int8 zero point of zero.",
+            severity="info",
+        )
+
+
+def _check_zero_point(view: GraphView, node: ir.Node) -> Iterator[Flaw]:
+    code_type = view.code_type(node)
+    if code_type is not None and code_type not in _SIGNED:
+        yield Flaw(
+            node=name_of(node),
+            message=f"the zero point is {code_type.name}, not INT8 (R-SYM)",
+            fix="write an int8 zero point of zero.",
+        )
+        return
+
+    zero_points = view.constant(node.inputs[2])
+    if zero_points is None:
+        return
+    scale = view.constant(node.inputs[1])
+    if np.any(zero_points.astype(np.float32)):
+        yield Flaw(
+            node=name_of(node),
+            message="the zero point is not zero (R-SYM)",
+            fix="quantize symmetrically.",
+        )
+    elif scale is not None and zero_points.size != scale.size:
+        yield Flaw(
+            node=name_of(node),
+            message=f"it has {zero_points.size} zero points and {scale.size} scales",
+            fix="write one for each scale.",
+        )
 
 
 @register_rule(
@@ -107,23 +137,23 @@ def _zero_point_is_not_zero(view: GraphView) -> Iterator[Flaw]:
     "Codes are unsigned (R-SYM).",
     "TensorRT reads uint8 as int8: with zero point 0, codes above 127 saturate without an error; with another zero "
     "point the file is refused.",
-    "[probe] accepted with a warning and treated as int8; legacy unsigned=True",
+    "[probe] accepted with a warning and treated as int8; pytorch-quantization's unsigned=True writes such codes",
 )
 def _codes_are_unsigned(view: GraphView) -> Iterator[Flaw]:
-    for node in _all_pairs(view):
+    for node in view.qdq_nodes:
         code_type = view.code_type(node)
         if code_type not in _UNSIGNED:
             continue
-        zeros = view.constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        found = "" if zeros is None else f" of {_describe(zeros)}"
+        zero_points = view.constant(input_of(node, 2))
+        number = "" if zero_points is None else f" of {_describe_range(zero_points)}"
         yield Flaw(
-            name_of(node),
-            f"the zero point{found} is {code_type.name}; TensorRT reads int8 (R-SYM)",
-            "quantize to signed, symmetric int8; --fix does it where the zero point is 128.",
+            node=name_of(node),
+            message=f"the zero point{number} is {code_type.name}; TensorRT reads int8 (R-SYM)",
+            fix="quantize to signed, symmetric int8; --fix does it where the zero point is 128.",
         )
 
 
-def _describe(array: Array) -> str:
+def _describe_range(array: Array) -> str:
     low, high = int(array.min()), int(array.max())
     return str(low) if low == high else f"{low} to {high}"
 
@@ -131,26 +161,39 @@ def _describe(array: Array) -> str:
 @register_rule(
     "QDQ103",
     "error",
-    "A per-tensor scale has shape [1] instead of none (R-SHAPE).",
-    "It is valid ONNX and builds without a message, and every int8 convolution behind it runs in float.",
+    "A per-tensor scale has shape [1] instead of being 0-D (R-SHAPE).",
+    "It is valid ONNX and builds without a message, and every int8 convolution after it runs in float.",
     "[probe] TensorRT-RTX 1.7.1; [doc] NvInfer.h asks for a 0-D scale",
 )
 def _scale_has_shape_1(view: GraphView) -> Iterator[Flaw]:
-    for node in _all_pairs(view):
+    for node in view.qdq_nodes:
         scale = view.constant(node.inputs[1])
+        if scale is None or scale.shape != (1,):
+            continue
         if view.code_type(node) == ir.DataType.INT32:  # QDQ108
             continue
-        if scale is not None and scale.shape == (1,) and not _is_one_channel(view, node):
-            message = "a per-tensor scale has shape [1]; TensorRT-RTX then runs in float (R-SHAPE)"
-            yield Flaw(name_of(node), message, "write it as a 0-D scalar; --fix does.")
+        if _has_one_channel(view, node):
+            continue
+        yield Flaw(
+            node=name_of(node),
+            message="a per-tensor scale has shape [1]; TensorRT-RTX then runs in float (R-SHAPE)",
+            fix="write it as a 0-D scalar; --fix does this.",
+        )
 
 
-def _is_one_channel(view: GraphView, node: ir.Node) -> bool:
-    """A weight with a single output channel has one scale for it."""
+def _has_one_channel(view: GraphView, node: ir.Node) -> bool:
+    """Whether a Q or DQ is that of a weight with one output channel, for which one scale in a list is right."""
     shape, axis = view.shape(node.inputs[0]), node.attributes.get("axis")
-    if shape is None or axis is None or not view.is_weight(node):
+    if shape is None or axis is None:
         return False
-    return -len(shape) <= axis.as_int() < len(shape) and shape[axis.as_int()] == 1
+    if not view.is_weight(node):
+        return False
+    return _is_axis(axis.as_int(), shape) and shape[axis.as_int()] == 1
+
+
+def _is_axis(axis: int, shape: tuple[int | None, ...]) -> bool:
+    """Whether a shape has that axis; negative axes count from the end."""
+    return -len(shape) <= axis < len(shape)
 
 
 @register_rule(
@@ -163,138 +206,209 @@ def _is_one_channel(view: GraphView, node: ir.Node) -> bool:
 def _activation_has_scales(view: GraphView) -> Iterator[Flaw]:
     for node in view.quantizers:
         scale = view.scale(node)
-        if scale is not None and scale.size > 1 and not view.is_weight(node):
+        if scale is None or view.is_weight(node):
+            continue
+        if scale.size > 1:
             yield Flaw(
-                name_of(node),
-                f"an activation has {scale.size} scales (R-ACT-PC)",
-                "use one per tensor.",
+                node=name_of(node),
+                message=f"an activation has {scale.size} scales (R-ACT-PC)",
+                fix="use one per tensor.",
             )
 
 
 @register_rule(
     "QDQ105",
     "error",
-    "A weight's scales do not lie on its output channels, or their axis is not written down (R-AXIS).",
+    "A weight's scales are not along its output channels, or the axis is missing (R-AXIS).",
     "On another axis the product leaves the int8 path, for a square weight without any message; a missing axis means "
     "1, which is wrong for most weights (R-MM-2). int8 has no block scales (R-BLOCK).",
     "[probe] a square weight with the wrong axis builds and runs in float; [src] the parser's default is 1",
 )
 def _axis_is_wrong(view: GraphView) -> Iterator[Flaw]:
-    sound = set()
-    for node in _all_pairs(view):
-        scale, codes = view.scale(node), view.shape(node.inputs[0])
-        if scale is None or scale.size == 1 or not view.is_weight(node):
+    consistent = set()
+    for node in view.qdq_nodes:
+        scale = view.scale(node)
+        if scale is None or scale.size == 1:
             continue
-        axis = node.attributes.get("axis")
-        if scale.ndim > 1 or node.attributes.get_int("block_size", 0) != 0:
-            if view.code_type(node) in (ir.DataType.INT8, None):
-                message = f"int8 weights have block scales of shape {list(scale.shape)} (R-BLOCK)"
-                yield Flaw(name_of(node), message, "use one scale per output channel.")
-        elif axis is None:
-            fix = "write the axis attribute; --fix does where the shape leaves no choice."
-            yield Flaw(name_of(node), "the axis is not written down (R-AXIS)", fix)
-        elif codes is not None and not _fits(codes, axis.as_int(), scale.size):
-            message = f"{scale.size} scales do not fit axis {axis.as_int()} of shape {list(codes)} (R-AXIS)"
-            yield Flaw(name_of(node), message, "give each output channel one scale.")
-        else:
-            sound.add(node)
-    for node in view.weighted:
-        if (weight := view.dequantizer(node.inputs[1])) in sound and weight is not None:
-            yield from _check_axis(view, node, weight)
+        if not view.is_weight(node):  # QDQ104
+            continue
+        if _has_blocks(node, scale):
+            yield from _check_blocks(view, node, scale)
+            continue
+
+        flaws = list(_check_axis(view, node, scale))
+        yield from flaws
+        if not flaws:
+            consistent.add(node)
+
+    for product in view.weighted:
+        dequantizer = view.dequantizer(product.inputs[1])
+        if dequantizer is not None and dequantizer in consistent:
+            yield from _check_axis_in_product(view, product, dequantizer)
 
 
-def _fits(shape: tuple[int | None, ...], axis: int, channels: int) -> bool:
-    return -len(shape) <= axis < len(shape) and shape[axis] in (None, channels)
+def _has_blocks(node: ir.Node, scale: Array) -> bool:
+    """Whether one scale is that of a block of values of a channel."""
+    return scale.ndim > 1 or node.attributes.get_int("block_size", 0) != 0
 
 
-def _check_axis(view: GraphView, node: ir.Node, weight: ir.Node) -> Iterator[Flaw]:
-    codes = view.shape(weight.inputs[0])
-    if codes is None or len(codes) < 2:
-        return
-    rank = len(codes)
-    found = follow_axis(node.inputs[1], weight, weight.attributes["axis"].as_int() % rank)
-    expected = output_axis(node, rank)
-    if found is not None and found != expected:
-        message = f"the weight has scales on axis {found}, not on its output channels (R-AXIS)"
+def _check_blocks(view: GraphView, node: ir.Node, scale: Array) -> Iterator[Flaw]:
+    if view.code_type(node) in (ir.DataType.INT8, None):
         yield Flaw(
-            name_of(node), message, f"quantize the weight on axis {expected}: calibrate it again."
+            node=name_of(node),
+            message=f"int8 weights have block scales of shape {list(scale.shape)} (R-BLOCK)",
+            fix="use one scale per output channel.",
+        )
+
+
+def _check_axis(view: GraphView, node: ir.Node, scale: Array) -> Iterator[Flaw]:
+    """Whether the axis exists and has as many channels as there are scales."""
+    axis = node.attributes.get("axis")
+    if axis is None:
+        yield Flaw(
+            node=name_of(node),
+            message="the axis is missing (R-AXIS)",
+            fix="write the axis attribute; --fix does this where the shape leaves no choice.",
+        )
+        return
+
+    shape = view.shape(node.inputs[0])
+    if shape is None:
+        return
+    number = axis.as_int()
+    if not _is_axis(number, shape) or shape[number] not in (None, scale.size):
+        yield Flaw(
+            node=name_of(node),
+            message=f"{scale.size} scales do not fit axis {number} of shape {list(shape)} (R-AXIS)",
+            fix="give each output channel one scale.",
+        )
+
+
+def _check_axis_in_product(
+    view: GraphView, product: ir.Node, dequantizer: ir.Node
+) -> Iterator[Flaw]:
+    """Whether the axis of the scales is that of the output channels, also through a Transpose."""
+    shape = view.shape(dequantizer.inputs[0])
+    if shape is None or len(shape) < 2:
+        return
+
+    rank = len(shape)
+    axis_of_weight = dequantizer.attributes["axis"].as_int() % rank
+    axis = follow_axis(product.inputs[1], dequantizer, axis_of_weight)
+    expected = output_axis(product, rank)
+    if axis is not None and axis != expected:
+        yield Flaw(
+            node=name_of(product),
+            message=f"the weight has scales on axis {axis}, not on its output channels (R-AXIS)",
+            fix=f"quantize the weight on axis {expected}: calibrate it again.",
         )
 
 
 @register_rule(
     "QDQ106",
     "error",
-    "A Q and its DQ do not belong together, or one of them stands alone.",
+    "A Q and its DQ do not match, or one of them stands alone.",
     "With two scales or zero points the pair multiplies its values by their ratio. A Q that no DQ reads, or a DQ "
-    "without codes, is no pair for TensorRT.",
+    "without codes, is not a pair for TensorRT.",
     "numerics of the ONNX operators; an fp16 copy of an fp32 scale is legal [probe]",
 )
 def _pair_does_not_match(view: GraphView) -> Iterator[Flaw]:
     for node in view.quantizers:
-        others = [
-            r for r in view.reached(node.outputs[0], COMMUTING_OPS | {"Concat"}) if _is_alone(r)
-        ]
-        for other in others[:1]:
-            message = (
-                f"its codes are read by {other.op_type} {name_of(other)}, not by a DequantizeLinear"
-            )
-            yield Flaw(
-                name_of(node), message, "put a DequantizeLinear behind every QuantizeLinear."
-            )
+        yield from _check_readers(view, node)
     for node in view.dequantizers:
-        source = view.source(node.inputs[0], COMMUTING_OPS)
-        if source is not None and is_op(source, "QuantizeLinear"):
-            if different := _difference(view, source, node):
-                message = f"its {different} differs from that of {name_of(source)}"
-                yield Flaw(name_of(node), message, "give both the same scale and zero point.")
-        elif (
-            view.is_computed(node.inputs[0])
-            and source is not None
-            and _makes_no_codes(view, source)
-        ):
-            message = f"it reads what {source.op_type} {name_of(source)} computes, not codes of a QuantizeLinear"
-            yield Flaw(name_of(node), message, "put a QuantizeLinear in front of it.")
+        yield from _check_source(view, node)
 
 
-def _is_alone(reader: ir.Node) -> bool:
-    """Whether a reader of codes makes no use of them in TensorRT; a plugin does (R-PLG), a body is not known."""
-    integer = "Integer" in reader.op_type or reader.op_type.startswith("QLinear")  # QDQ108
-    return (
-        reader.domain == ""
-        and not integer
-        and reader.op_type not in ("DequantizeLinear", "If", "Loop", "Scan")
-    )
+def _check_readers(view: GraphView, quantizer: ir.Node) -> Iterator[Flaw]:
+    """The first reader of the codes that is not a DQ."""
+    for reader in view.reached(quantizer.outputs[0], COMMUTING_OPS | {"Concat"}):
+        if not _needs_floats(reader):
+            continue
+        yield Flaw(
+            node=name_of(quantizer),
+            message=f"its codes are read by {reader.op_type} {name_of(reader)}, not by a DequantizeLinear",
+            fix="put a DequantizeLinear after every QuantizeLinear.",
+        )
+        return
 
 
-def _makes_no_codes(view: GraphView, source: ir.Node) -> bool:
-    codes = view.dtype(source.outputs[0])
-    known = source.op_type in (
-        "Concat",
-        "If",
-        "Loop",
-        "Scan",
-        "DynamicQuantizeLinear",
-    ) or source.op_type.startswith("QLinear")
-    return source.domain == "" and not known and codes != ir.DataType.INT32  # int32 is QDQ108
+def _needs_floats(reader: ir.Node) -> bool:
+    """Whether a reader of codes cannot use them in TensorRT; plugins can (R-PLG), bodies are not looked into."""
+    if reader.domain != "" or reader.op_type == "DequantizeLinear":
+        return False
+    if "Integer" in reader.op_type or reader.op_type.startswith("QLinear"):  # QDQ108
+        return False
+    return reader.op_type not in _BODY_OPS
 
 
-def _difference(view: GraphView, quantizer: ir.Node, dequantizer: ir.Node) -> str | None:
-    first, second = view.constant(quantizer.inputs[1]), view.constant(dequantizer.inputs[1])
-    if first is None or second is None:
+def _check_source(view: GraphView, dequantizer: ir.Node) -> Iterator[Flaw]:
+    """Whether a DQ reads codes of a Q with the same parameters, or codes of the file."""
+    source = view.source(dequantizer.inputs[0], COMMUTING_OPS)
+    if source is None:
+        return
+    if is_op(source, "QuantizeLinear"):
+        parameter = _find_difference(view, source, dequantizer)
+        if parameter is not None:
+            yield Flaw(
+                node=name_of(dequantizer),
+                message=f"its {parameter} differs from that of {name_of(source)}",
+                fix="give both the same scale and zero point.",
+            )
+        return
+
+    if view.is_computed(dequantizer.inputs[0]) and not _may_write_codes(view, source):
+        yield Flaw(
+            node=name_of(dequantizer),
+            message=f"it reads what {source.op_type} {name_of(source)} computes, not codes of a QuantizeLinear",
+            fix="put a QuantizeLinear before it.",
+        )
+
+
+def _may_write_codes(view: GraphView, source: ir.Node) -> bool:
+    """Whether the output of a node may be codes, or is the int32 of QDQ108."""
+    if source.domain != "" or source.op_type.startswith("QLinear"):
+        return True
+    if source.op_type in ("Concat", "DynamicQuantizeLinear", *_BODY_OPS):
+        return True
+    return view.dtype(source.outputs[0]) == ir.DataType.INT32
+
+
+def _find_difference(view: GraphView, quantizer: ir.Node, dequantizer: ir.Node) -> str | None:
+    """The parameter in which a Q and a DQ differ; None if they match, or if that is not known."""
+    scale_q, scale_dq = view.constant(quantizer.inputs[1]), view.constant(dequantizer.inputs[1])
+    if scale_q is None or scale_dq is None:
         return None
-    half = any(array.dtype.itemsize < 4 for array in (first, second))
-    a, b = first.astype(np.float64).ravel(), second.astype(np.float64).ravel()
-    if not np.all(np.isfinite(a) & np.isfinite(b)):  # QDQ101
+    if not (_is_finite(scale_q) and _is_finite(scale_dq)):  # QDQ101
         return None
-    if a.size != b.size or not np.allclose(
-        a, b, rtol=2**-8 if half else 1e-6, atol=6e-8 if half else 0
-    ):
+    if not _are_scales_equal(scale_q, scale_dq):
         return "scale"
-    zeros = [view.constant(n.inputs[2]) for n in (quantizer, dequantizer) if len(n.inputs) > 2]
-    if len(zeros) == 2 and zeros[0] is not None and zeros[1] is not None:
-        za, zb = (array.astype(np.float64).ravel() for array in (zeros[0], zeros[1]))
-        return None if za.size == zb.size and np.array_equal(za, zb) else "zero point"
+
+    zeros_q, zeros_dq = (
+        view.constant(input_of(quantizer, 2)),
+        view.constant(input_of(dequantizer, 2)),
+    )
+    if zeros_q is None or zeros_dq is None:
+        return None
+    if not np.array_equal(_flatten(zeros_q), _flatten(zeros_dq)):
+        return "zero point"
     return None
+
+
+def _are_scales_equal(first: Array, second: Array) -> bool:
+    """Whether scales are equal, or a 16 bit copy of each other."""
+    if first.size != second.size:
+        return False
+    is_half = min(first.dtype.itemsize, second.dtype.itemsize) < 4
+    tolerance = _HALF_TOLERANCE if is_half else _FLOAT_TOLERANCE
+    return np.allclose(_flatten(first), _flatten(second), **tolerance)
+
+
+def _is_finite(array: Array) -> bool:
+    return bool(np.all(np.isfinite(_flatten(array))))
+
+
+def _flatten(array: Array) -> Array:
+    return array.astype(np.float64).ravel()
 
 
 @register_rule(
@@ -305,10 +419,13 @@ def _difference(view: GraphView, quantizer: ir.Node, dequantizer: ir.Node) -> st
     "[probe] exit code 139 of the builder",
 )
 def _scale_is_computed(view: GraphView) -> Iterator[Flaw]:
-    for node in _all_pairs(view):
+    for node in view.qdq_nodes:
         if view.is_computed(node.inputs[1]):
-            message = "the scale is computed in the graph (R-DYN)"
-            yield Flaw(name_of(node), message, "export with calibrated amax.")
+            yield Flaw(
+                node=name_of(node),
+                message="the scale is computed in the graph (R-DYN)",
+                fix="export with calibrated amax.",
+            )
 
 
 @register_rule(
@@ -316,19 +433,26 @@ def _scale_is_computed(view: GraphView) -> Iterator[Flaw]:
     "warning",
     "A bias does not fit int32 in units of input scale * weight scale.",
     "A runtime that computes the product in integers adds the bias as int32 in these units and clips it. ONNX Runtime "
-    "does so by default; TensorRT adds the bias in float. Mostly the weights of the channel are all zero.",
+    "does so by default; TensorRT adds the bias in float. Usually the weights of the channel are all zero.",
     "measured: ONNX Runtime 1.31 loses the bias of such a channel of Conv, ConvTranspose and Gemm",
 )
 def _bias_does_not_fit(view: GraphView) -> Iterator[Flaw]:
     for node in view.weighted:
-        least = least_scale(node)
-        weight = view.dequantizer(node.inputs[1])
-        scale = None if weight is None else view.scale(weight)
-        if least is None or scale is None or not (channels := int(np.sum(scale < least / 2))):
+        smallest_scale = least_scale(node)
+        dequantizer = view.dequantizer(node.inputs[1])
+        if smallest_scale is None or dequantizer is None:
             continue
-        message = (
-            f"the bias of {channels} channels is clipped where it is added as int32: "
-            "the weight scale is too small"
-        )
-        fix = "write a larger scale; --fix does where all codes of the channel are 0, export_onnx for any channel."
-        yield Flaw(name_of(node), message, fix)
+        scale = view.scale(dequantizer)
+        if scale is None:
+            continue
+
+        # `least_scale` keeps a margin of 2, which is not a fault yet
+        channels = int(np.sum(scale < smallest_scale / 2))
+        if channels:
+            yield Flaw(
+                node=name_of(node),
+                message=f"the bias of {channels} channels is clipped where it is added as int32: "
+                "the weight scale is too small",
+                fix="write a larger scale; --fix does this where all codes of the channel are 0, "
+                "export_onnx for any channel.",
+            )

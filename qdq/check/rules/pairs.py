@@ -8,9 +8,11 @@ import numpy as np
 import onnx_ir as ir
 
 from qdq.check.rules.registry import Flaw, register_rule
-from qdq.check.rules.view import COPY_OPS, GraphView, is_op, name_of
+from qdq.check.rules.view import COPY_OPS, GraphView, has_only, is_op, name_of, producer_of
 
 _ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Pow", "Min", "Max")
+_MATRIX_PRODUCTS = ("Gemm", "MatMul")
+_PRODUCTS_WITH_BIAS = ("Conv", "ConvTranspose", "Gemm")
 
 
 @register_rule(
@@ -23,24 +25,28 @@ _ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Pow", "Min", "Max")
 )
 def _one_operand_is_quantized(view: GraphView) -> Iterator[Flaw]:
     for node in view.weighted:
-        first, second = (view.is_quantized(value) for value in node.inputs[:2])
-        if first == second:
+        if view.is_quantized(node.inputs[0]) == view.is_quantized(node.inputs[1]):
             continue
-        if second and is_op(node, "Gemm", "MatMul") and _is_weight(view, node.inputs[1]):
-            if not _has_float_source(view, node.inputs[1]):  # else QDQ130
-                message = "weight-only: int8 weights, float arithmetic (R-WSTORE)"
-                yield Flaw(
-                    name_of(node),
-                    message,
-                    "quantize the input too if int8 arithmetic was meant.",
-                    "info",
-                )
+        if _is_weight_only(view, node):
+            yield from _check_stored_weight(view, node)
             continue
-        which = "input" if first else "weight"
-        message = (
-            f"only the {which} is quantized, so it runs in float with extra kernels (R-CONV-2)"
+        operand = "input" if view.is_quantized(node.inputs[0]) else "weight"
+        yield Flaw(
+            node=name_of(node),
+            message=f"only the {operand} is quantized, so it runs in float with extra kernels (R-CONV-2)",
+            fix="quantize both or none.",
         )
-        yield Flaw(name_of(node), message, "quantize both or none.")
+
+
+def _check_stored_weight(view: GraphView, product: ir.Node) -> Iterator[Flaw]:
+    """A weight-only product with int8 codes; QDQ130 reports those with a float weight."""
+    if not _has_float_source(view, product.inputs[1]):
+        yield Flaw(
+            node=name_of(product),
+            message="weight-only: int8 weights, float arithmetic (R-WSTORE)",
+            fix="quantize the input too if int8 arithmetic is intended.",
+            severity="info",
+        )
 
 
 @register_rule(
@@ -51,41 +57,41 @@ def _one_operand_is_quantized(view: GraphView) -> Iterator[Flaw]:
     "[probe] TensorRT-RTX fuses int8 + DQ only",
 )
 def _weight_only_is_float(view: GraphView) -> Iterator[Flaw]:
-    for node in view.select("Gemm", "MatMul"):
-        activation, weight = node.inputs[:2]
-        if (
-            view.is_quantized(activation)
-            or not view.is_quantized(weight)
-            or not _is_weight(view, weight)
-        ):
+    for node in view.select(*_MATRIX_PRODUCTS):
+        if not _is_weight_only(view, node):
             continue
-        if _has_float_source(view, weight):
-            message = (
-                "weight-only from a float weight + Q + DQ, which is folded to float (R-WSTORE)"
-            )
+        if _has_float_source(view, node.inputs[1]):
             yield Flaw(
-                name_of(node),
-                message,
-                "store the weight as int8 codes + DQ, or quantize the input too.",
+                node=name_of(node),
+                message="weight-only from a float weight + Q + DQ, which is folded to float (R-WSTORE)",
+                fix="store the weight as int8 codes + DQ, or quantize the input too.",
             )
 
 
-def _is_weight(view: GraphView, value: ir.Value | None) -> bool:
-    return not view.is_computed(value)
+def _is_weight_only(view: GraphView, node: ir.Node) -> bool:
+    """Whether a matrix product has a quantized weight and a float input."""
+    if not is_op(node, *_MATRIX_PRODUCTS):
+        return False
+    activation, weight = node.inputs[:2]
+    if view.is_quantized(activation) or view.is_computed(weight):
+        return False
+    return view.is_quantized(weight)
 
 
-def _has_float_source(view: GraphView, value: ir.Value | None) -> bool:
-    dequantizer = view.dequantizer(value)
-    source = None if dequantizer is None else view.source(dequantizer.inputs[0], COPY_OPS)
-    return source is not None and is_op(source, "QuantizeLinear")
+def _has_float_source(view: GraphView, weight: ir.Value | None) -> bool:
+    """Whether the codes of a weight come from a Q, and are not stored in the file."""
+    dequantizer = view.dequantizer(weight)
+    if dequantizer is None:
+        return False
+    return is_op(view.source(dequantizer.inputs[0], COPY_OPS), "QuantizeLinear")
 
 
 @register_rule(
     "QDQ119",
     "warning",
-    "Q/DQ of its own on a copy operator, a bias or an element-wise operator with a constant (R-COPY, R-MUL, R-BIAS).",
+    "Separate Q/DQ on a copy operator, a bias or an element-wise operator with a constant (R-COPY, R-MUL, R-BIAS).",
     "Nothing gets faster: Q and DQ pass through copy operators, and an element-wise operator with a constant is part "
-    "of the product before it. Every pair rounds once more.",
+    "of the product before it. Every pair adds a rounding.",
     "[src] ModelOpt takes these operators out of its registry and skips constant operands",
 )
 def _pair_is_useless(view: GraphView) -> Iterator[Flaw]:
@@ -93,102 +99,138 @@ def _pair_is_useless(view: GraphView) -> Iterator[Flaw]:
         readers = view.readers(node.outputs[0])
         if not readers or node.outputs[0].is_graph_output():
             continue
-        name = name_of(node)
-        if not view.is_computed(node.inputs[0]):
-            if view.dtype(node.inputs[0]) != ir.DataType.INT32:  # QDQ108
-                yield from _check_constant(node, readers)
-        elif all(_has_constant_operand(view, reader) for reader in readers):
-            message = f"only {readers[0].op_type} with a constant reads it (R-MUL)"
-            yield Flaw(
-                name, message, "take the pair away: quantize the input of the next product instead."
-            )
-        elif all(is_op(reader, *COPY_OPS) for reader in readers):
-            behind = list(view.reached(node.outputs[0], COPY_OPS))
-            if behind and all(is_op(reader, "QuantizeLinear") for reader in behind):
-                message = f"{readers[0].op_type} has a pair of its own before it, and another behind it (R-COPY)"
-                yield Flaw(name, message, "keep one of the two: Q and DQ pass through it.")
+        if view.is_computed(node.inputs[0]):
+            yield from _check_pair_of_activation(view, node, readers)
+        elif view.dtype(node.inputs[0]) != ir.DataType.INT32:  # QDQ108
+            yield from _check_constant(node, readers)
 
 
-def _check_constant(node: ir.Node, readers: list[ir.Node]) -> Iterator[Flaw]:
-    if all(_is_bias(node, reader) for reader in readers):
-        message = f"it quantizes the bias of {name_of(readers[0])} (R-BIAS)"
-        yield Flaw(name_of(node), message, "leave the bias in float.")
-    elif all(is_op(reader, *_ELEMENTWISE) for reader in readers):
-        message = f"it quantizes a constant of {readers[0].op_type} {name_of(readers[0])} (R-MUL)"
-        yield Flaw(name_of(node), message, "leave constants of element-wise operators in float.")
+def _check_pair_of_activation(
+    view: GraphView, dequantizer: ir.Node, readers: list[ir.Node]
+) -> Iterator[Flaw]:
+    """A pair that only an element-wise operator with a constant reads, or a copy operator with a pair after it."""
+    if all(_has_plain_constant(view, reader) for reader in readers):
+        yield Flaw(
+            node=name_of(dequantizer),
+            message=f"only {readers[0].op_type} with a constant reads it (R-MUL)",
+            fix="remove the pair: quantize the input of the next product instead.",
+        )
+        return
+
+    if not has_only(readers, *COPY_OPS):
+        return
+    readers_of_copies = list(view.reached(dequantizer.outputs[0], COPY_OPS))
+    if readers_of_copies and has_only(readers_of_copies, "QuantizeLinear"):
+        yield Flaw(
+            node=name_of(dequantizer),
+            message=f"{readers[0].op_type} has a separate pair before it, and another after it (R-COPY)",
+            fix="keep one of the two: Q and DQ pass through it.",
+        )
 
 
-def _is_bias(node: ir.Node, reader: ir.Node) -> bool:
-    third = is_op(reader, "Conv", "ConvTranspose", "Gemm") and len(reader.inputs) > 2
-    return (
-        third and reader.inputs[2] is node.outputs[0] and node.outputs[0] not in reader.inputs[:2]
-    )
-
-
-def _has_constant_operand(view: GraphView, node: ir.Node) -> bool:
-    """Whether one operand is a plain constant; that of the erf GELU is QDQ118's."""
-    if not is_op(node, *_ELEMENTWISE) or all(view.is_computed(value) for value in node.inputs):
+def _has_plain_constant(view: GraphView, node: ir.Node) -> bool:
+    """Whether one operand of an element-wise operator is a constant without a pair; QDQ118 reports the erf GELU."""
+    if not is_op(node, *_ELEMENTWISE) or not view.has_constant_input(node):
         return False
-    if any(view.is_quantized(value) for value in node.inputs if not view.is_computed(value)):
-        return False  # the constant's own pair is what is said
+    for value in node.inputs:
+        if not view.is_computed(value) and view.is_quantized(value):
+            return False  # the pair of the constant is reported instead
     return not any(is_op(reader, "Erf") for reader in view.readers(node.outputs[0]))
+
+
+def _check_constant(dequantizer: ir.Node, readers: list[ir.Node]) -> Iterator[Flaw]:
+    """A constant whose codes only products add as a bias, or only element-wise operators read."""
+    reader = readers[0]
+    if all(_is_bias(dequantizer, reader) for reader in readers):
+        yield Flaw(
+            node=name_of(dequantizer),
+            message=f"it quantizes the bias of {name_of(reader)} (R-BIAS)",
+            fix="leave the bias in float.",
+        )
+    elif has_only(readers, *_ELEMENTWISE):
+        yield Flaw(
+            node=name_of(dequantizer),
+            message=f"it quantizes a constant of {reader.op_type} {name_of(reader)} (R-MUL)",
+            fix="leave constants of element-wise operators in float.",
+        )
+
+
+def _is_bias(dequantizer: ir.Node, reader: ir.Node) -> bool:
+    """Whether a product reads a DQ as its bias, and not as an operand."""
+    if not is_op(reader, *_PRODUCTS_WITH_BIAS) or len(reader.inputs) < 3:
+        return False
+    value = dequantizer.outputs[0]
+    return reader.inputs[2] is value and value not in reader.inputs[:2]
 
 
 @register_rule(
     "QDQ120",
     "info",
-    "A Cast between Q/DQ and an operator, or one pair behind another (R-CAST, R-DBL, R-FAN).",
+    "A Cast between Q/DQ and an operator, or two pairs in a row (R-CAST, R-DBL, R-FAN).",
     "TensorRT folds equal pairs and most casts, so this is an info. Two pairs of different scale in a row are a "
     "rescale kernel: a warning.",
     "[probe] equal pairs collapse; [src] ModelOpt folds casts for FP8",
 )
 def _pair_is_redundant(view: GraphView) -> Iterator[Flaw]:
-    for node in view.dequantizers:
-        for reader in view.readers(node.outputs[0]):
-            if is_op(reader, "Cast"):
-                message = "it stands between a DQ and what reads it (R-CAST)"
-                yield Flaw(
-                    name_of(reader),
-                    message,
-                    "write the scale in the type wanted, and drop the Cast.",
-                )
-            elif is_op(reader, "QuantizeLinear") and view.is_computed(node.inputs[0]):
-                yield from _check_double(view, node, reader)
-    for node in view.quantizers:
-        producer = node.inputs[0].producer() if node.inputs[0] is not None else None
-        if producer is not None and is_op(producer, "Cast") and view.is_computed(node.inputs[0]):
-            message = "it stands in front of a Q (R-CAST)"
+    for dequantizer in view.dequantizers:
+        for reader in view.readers(dequantizer.outputs[0]):
+            yield from _check_reader(view, dequantizer, reader)
+    for quantizer in view.quantizers:
+        producer = producer_of(quantizer.inputs[0])
+        if is_op(producer, "Cast") and view.is_computed(quantizer.inputs[0]):
             yield Flaw(
-                name_of(producer),
-                message,
-                "write the scale in the type of the tensor, and drop the Cast.",
+                node=name_of(producer),
+                message="it is before a Q (R-CAST)",
+                fix="write the scale in the type of the tensor, and drop the Cast.",
             )
     yield from _find_duplicates(view)
 
 
-def _check_double(view: GraphView, first: ir.Node, second: ir.Node) -> Iterator[Flaw]:
-    scales = view.scale(first), view.scale(second)
-    if scales[0] is None or scales[1] is None:
-        return
-    if np.array_equal(scales[0].ravel(), scales[1].ravel()):
-        message = f"it quantizes again what {name_of(first)} gives, with the same scale (R-DBL)"
-        yield Flaw(name_of(second), message, "take one pair away; --fix does.")
-    else:
-        message = f"it quantizes again what {name_of(first)} gives, with another scale (R-DBL)"
+def _check_reader(view: GraphView, dequantizer: ir.Node, reader: ir.Node) -> Iterator[Flaw]:
+    """A Cast or a second pair after a DQ."""
+    if is_op(reader, "Cast"):
         yield Flaw(
-            name_of(second), message, "take one pair away, or give both one scale.", "warning"
+            node=name_of(reader),
+            message="it is between a DQ and its reader (R-CAST)",
+            fix="write the scale in the type that is needed, and drop the Cast.",
+        )
+    elif is_op(reader, "QuantizeLinear") and view.is_computed(dequantizer.inputs[0]):
+        yield from _check_second_pair(view, dequantizer, reader)
+
+
+def _check_second_pair(view: GraphView, dequantizer: ir.Node, quantizer: ir.Node) -> Iterator[Flaw]:
+    """A Q that reads a DQ: with equal scales nothing changes, with different ones TensorRT needs a kernel."""
+    first, second = view.scale(dequantizer), view.scale(quantizer)
+    if first is None or second is None:
+        return
+    if np.array_equal(first.ravel(), second.ravel()):
+        yield Flaw(
+            node=name_of(quantizer),
+            message=f"it quantizes the output of {name_of(dequantizer)} again, with the same scale (R-DBL)",
+            fix="remove one pair; --fix does this.",
+        )
+    else:
+        yield Flaw(
+            node=name_of(quantizer),
+            message=f"it quantizes the output of {name_of(dequantizer)} again, with another scale (R-DBL)",
+            fix="remove one pair, or give both one scale.",
+            severity="warning",
         )
 
 
 def _find_duplicates(view: GraphView) -> Iterator[Flaw]:
-    first: dict[tuple[ir.Value, bytes], ir.Node] = {}
+    """Pairs with the same scale on one tensor."""
+    firsts: dict[tuple[ir.Value, bytes], ir.Node] = {}
     for node in view.quantizers:
-        scale = view.scale(node)
-        if node.inputs[0] is None or scale is None or not view.is_computed(node.inputs[0]):
+        tensor, scale = node.inputs[0], view.scale(node)
+        if tensor is None or scale is None:
             continue
-        same = first.setdefault((node.inputs[0], scale.tobytes()), node)
-        if same is not node:
-            message = (
-                f"it quantizes the same tensor as {name_of(same)}, with the same scale (R-FAN)"
+        if not view.is_computed(tensor):
+            continue
+        first = firsts.setdefault((tensor, scale.tobytes()), node)
+        if first is not node:
+            yield Flaw(
+                node=name_of(node),
+                message=f"it quantizes the same tensor as {name_of(first)}, with the same scale (R-FAN)",
+                fix="let all readers share one pair; --fix does this.",
             )
-            yield Flaw(name_of(node), message, "let all readers share one pair; --fix does.")

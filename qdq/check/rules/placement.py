@@ -7,7 +7,15 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from qdq.check.rules.registry import Flaw, register_rule
-from qdq.check.rules.view import COMMUTING_OPS, MOVING_OPS, GraphView, is_op, name_of
+from qdq.check.rules.view import (
+    COMMUTING_OPS,
+    MOVING_OPS,
+    GraphView,
+    is_op,
+    name_of,
+    producer_of,
+    producers_of,
+)
 
 _ACTIVATIONS = (
     "Celu",
@@ -30,62 +38,73 @@ _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _PRODUCTS = (*_CONVOLUTIONS, "Gemm", "MatMul")
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 _EPILOGUE = ("BatchNormalization", "Identity", "Cast")
-
-
-def _producing_product(
-    view: GraphView, value: ir.Value | None, kinds: tuple[str, ...]
-) -> ir.Node | None:
-    """The int8 product of the kinds named that a value comes straight from: BatchNormalization and factors fuse."""
-    node = view.source(value, _EPILOGUE)
-    while node is not None and is_op(node, "Mul"):
-        computed = [operand for operand in node.inputs if view.is_computed(operand)]
-        if len(computed) != 1:
-            return None
-        node = view.source(computed[0], _EPILOGUE)
-    if node is None or not is_op(node, *kinds):
-        return None
-    return node if all(view.is_quantized(operand) for operand in node.inputs[:2]) else None
-
-
-def _before_pair(view: GraphView, value: ir.Value | None) -> ir.Value | None:
-    """What is quantized, where a value comes straight from Q and DQ; else the value."""
-    dequantizer = view.source(value, ())
-    if dequantizer is None or not is_op(dequantizer, "DequantizeLinear"):
-        return value
-    quantizer = view.source(dequantizer.inputs[0], ())
-    return (
-        quantizer.inputs[0]
-        if quantizer is not None and is_op(quantizer, "QuantizeLinear")
-        else value
-    )
+_AFTER_OPERATOR = COMMUTING_OPS | {"BatchNormalization", "Concat", *_ACTIVATIONS}
 
 
 @register_rule(
     "QDQ111",
     "warning",
     "Q/DQ between a product and its activation, or the constant added to it (R-ACT).",
-    "The activation would be fused into the product. With Q/DQ between them it is a kernel of its own, and is "
-    "computed from rounded values.",
-    "[doc] recommendation 2; [probe] SiLU, HardSwish, GELU and ReLU6 fuse with the Q behind them",
+    "The activation would be fused into the product. With Q/DQ between them it becomes a separate kernel and works on "
+    "rounded values.",
+    "[doc] recommendation 2; [probe] SiLU, HardSwish, GELU and ReLU6 fuse with the Q after them",
 )
 def _epilogue_is_split(view: GraphView) -> Iterator[Flaw]:
     for node in view.select(*_ACTIVATIONS):
-        if _splits(view, node.inputs[0]):
-            yield _split(node)
+        if _comes_from_rounded_product(view, node.inputs[0]):
+            yield _report_split(node)
     for node in view.select("Add"):
-        plain = [value for value in node.inputs if view.is_computed(value)]
-        if len(plain) == 1 and _splits(view, plain[0]):
-            yield _split(node)
+        computed = view.computed_inputs(node)
+        if len(computed) == 1 and _comes_from_rounded_product(view, computed[0]):
+            yield _report_split(node)
 
 
-def _splits(view: GraphView, value: ir.Value | None) -> bool:
-    before = _before_pair(view, value)
-    return before is not value and _producing_product(view, before, _PRODUCTS) is not None
+def _report_split(node: ir.Node) -> Flaw:
+    return Flaw(
+        node=name_of(node),
+        message=f"Q/DQ are between a product and this {node.op_type} (R-ACT)",
+        fix=f"quantize after the {node.op_type}, not before it.",
+    )
 
 
-def _split(node: ir.Node) -> Flaw:
-    message = f"Q/DQ stand between a product and this {node.op_type} (R-ACT)"
-    return Flaw(name_of(node), message, f"quantize behind the {node.op_type}, not in front of it.")
+def _comes_from_rounded_product(view: GraphView, value: ir.Value | None) -> bool:
+    """Whether a pair on the output of an int8 product makes a value."""
+    quantized = _skip_pair(view, value)
+    if quantized is value:
+        return False
+    return _find_product(view, quantized, _PRODUCTS) is not None
+
+
+def _skip_pair(view: GraphView, value: ir.Value | None) -> ir.Value | None:
+    """The tensor that is quantized if a value comes directly from Q and DQ; otherwise the value."""
+    dequantizer = view.source(value, ())
+    if not is_op(dequantizer, "DequantizeLinear"):
+        return value
+    quantizer = view.source(dequantizer.inputs[0], ())
+    if not is_op(quantizer, "QuantizeLinear"):
+        return value
+    return quantizer.inputs[0]
+
+
+def _find_product(
+    view: GraphView, value: ir.Value | None, op_types: tuple[str, ...]
+) -> ir.Node | None:
+    """The int8 product that a value comes directly from; BatchNormalization and constant factors are fused.
+
+    Args:
+        view: The graph.
+        value: Where to start.
+        op_types: The operators that count as products.
+    """
+    node = view.source(value, _EPILOGUE)
+    while is_op(node, "Mul"):
+        computed = view.computed_inputs(node)
+        if len(computed) != 1:
+            return None
+        node = view.source(computed[0], _EPILOGUE)
+    if is_op(node, *op_types) and view.has_quantized_operands(node):
+        return node
+    return None
 
 
 @register_rule(
@@ -93,83 +112,116 @@ def _split(node: ir.Node) -> Flaw:
     "warning",
     "A residual Add without Q/DQ on its shortcut, or with Q/DQ on the branch of the convolution (R-ADD-1, R-ADD-2).",
     "The other operand of an Add decides the output type of the fused Conv + Add. With a float shortcut it is float, "
-    "and with Q/DQ behind the convolution nothing fuses.",
+    "and with Q/DQ after the convolution nothing fuses.",
     "[doc] recommendation 4; [src] pytorch-quantization's ResNet, BEVFusion, ModelOpt (R-ADD-3); [iss] 1992",
 )
 def _shortcut_is_wrong(view: GraphView) -> Iterator[Flaw]:
     for node in view.select("Add"):
-        if len(node.inputs) != 2 or not all(view.is_computed(value) for value in node.inputs):
-            continue
-        if any(value is None or value.is_graph_input() for value in node.inputs) or _broadcasts(
-            view, node
-        ):
+        if not _may_be_residual(view, node):
             continue
         branch = _find_branch(view, node)
         if branch is None:
             continue
-        faults = []
-        # a DQ -> MaxPool in front of an Add costs TensorRT-RTX a second, float MaxPool
-        if not view.is_quantized(node.inputs[1 - branch], MOVING_OPS):
-            faults.append("no Q/DQ on its shortcut")
-        if _before_pair(view, node.inputs[branch]) is not node.inputs[branch]:
-            faults.append("Q/DQ on the branch of the convolution")
+        faults = _list_faults(view, node.inputs[branch], node.inputs[1 - branch])
         if faults:
-            message = f"a residual Add has {' and '.join(faults)} (R-ADD-1)"
-            fix = "quantize the shortcut only, with the quantizer of the block's input where they are one tensor."
-            yield Flaw(name_of(node), message, fix)
+            yield Flaw(
+                node=name_of(node),
+                message=f"a residual Add has {' and '.join(faults)} (R-ADD-1)",
+                fix="quantize the shortcut only, with the quantizer of the block's input where they are one tensor.",
+            )
+
+
+def _may_be_residual(view: GraphView, add: ir.Node) -> bool:
+    """Whether both operands are computed by nodes, and their shapes may be equal."""
+    if len(add.inputs) != 2 or view.has_constant_input(add):
+        return False
+    if any(value.is_graph_input() for value in view.computed_inputs(add)):
+        return False
+    return not _broadcasts(view, add)
 
 
 def _broadcasts(view: GraphView, add: ir.Node) -> bool:
-    """Whether the operands surely have different shapes: then it is no residual Add."""
-    shapes = [view.shape(value) for value in add.inputs]
-    if shapes[0] is None or shapes[1] is None:
+    """Whether the operands surely have different shapes."""
+    first, second = view.shape(add.inputs[0]), view.shape(add.inputs[1])
+    if first is None or second is None:
         return False
-    if len(shapes[0]) != len(shapes[1]):
+    if len(first) != len(second):
         return True
     return any(
-        a != b for a, b in zip(shapes[0], shapes[1], strict=True) if a is not None and b is not None
+        None not in sizes and sizes[0] != sizes[1] for sizes in zip(first, second, strict=True)
     )
 
 
+def _list_faults(view: GraphView, branch: ir.Value | None, shortcut: ir.Value | None) -> list[str]:
+    """What is wrong with the operands of a residual Add."""
+    faults = []
+    # A DQ -> MaxPool before an Add costs TensorRT-RTX a second, float MaxPool: no pair reaches through it here.
+    if not view.is_quantized(shortcut, MOVING_OPS):
+        faults.append("no Q/DQ on its shortcut")
+    if _skip_pair(view, branch) is not branch:
+        faults.append("Q/DQ on the branch of the convolution")
+    return faults
+
+
 def _find_branch(view: GraphView, add: ir.Node) -> int | None:
-    """Which input of an Add is the branch of the convolution; None if it is no residual Add."""
-    sources = [_before_pair(view, value) for value in add.inputs]
-    products = [_producing_product(view, value, _CONVOLUTIONS) for value in sources]
-    if products[0] is products[1]:
+    """The input of an Add that is the branch of the convolution; None if it is not a residual Add."""
+    first, second = [_skip_pair(view, value) for value in add.inputs]
+    product_of_first = _find_product(view, first, _CONVOLUTIONS)
+    product_of_second = _find_product(view, second, _CONVOLUTIONS)
+    if product_of_first is product_of_second:
         return None
-    if products[0] is None or products[1] is None:
-        branch = 0 if products[0] is not None else 1
-        product = products[branch]
-        # A convolution that the other side comes from is the beginning of the block, not its end (ConvNeXt).
-        if product is None or _depends_on(view, sources[1 - branch], product):
-            return None
-        # Nor is there a shortcut where the branch begins right behind a convolution, be it in float (R-ADD-2).
-        begin = view.source(sources[1 - branch], _EPILOGUE)
-        is_begin = (
-            begin is not None
-            and is_op(begin, *_CONVOLUTIONS)
-            and _depends_on(view, sources[branch], begin)
-        )
-        return None if is_begin else branch
-    lengths = _lengths_to_ancestor(view, products[0], products[1])
+    if product_of_second is None:
+        return 0 if _is_branch(view, product_of_first, first, second) else None
+    if product_of_first is None:
+        return 1 if _is_branch(view, product_of_second, second, first) else None
+    return _choose_branch(view, add, product_of_first, product_of_second)
+
+
+def _is_branch(
+    view: GraphView, product: ir.Node | None, branch: ir.Value | None, shortcut: ir.Value | None
+) -> bool:
+    """Whether the only convolution before an Add is the end of a block.
+
+    It is not if the other side comes from it: then it is the beginning of the block (ConvNeXt). Nor is there a
+    shortcut if the branch begins directly after a convolution, be it in float (R-ADD-2).
+    """
+    if product is None or _depends_on(view, shortcut, product):
+        return False
+    beginning = view.source(shortcut, _EPILOGUE)
+    if not is_op(beginning, *_CONVOLUTIONS):
+        return True
+    return not _depends_on(view, branch, beginning)
+
+
+def _choose_branch(view: GraphView, add: ir.Node, first: ir.Node, second: ir.Node) -> int | None:
+    """Which of two convolutions before an Add ends the branch: the one with the longer path (R-ADD-2).
+
+    If both paths have one length, either side may be the shortcut: the side that is quantized is taken for it.
+    """
+    lengths = _lengths_to_ancestor(view, first, second)
     if lengths is None:
         return None
-    if lengths[0] != lengths[1]:
-        return 0 if lengths[0] > lengths[1] else 1
-    # Two branches of one length: either may be the shortcut, so the one that is quantized is taken for it.
-    return 0 if view.is_quantized(add.inputs[1]) else 1
+    if lengths[0] == lengths[1]:
+        return 0 if view.is_quantized(add.inputs[1]) else 1
+    return 0 if lengths[0] > lengths[1] else 1
 
 
 def _depends_on(view: GraphView, value: ir.Value | None, ancestor: ir.Node) -> bool:
-    values, seen = [value], set()
-    while values:
-        value = values.pop()
-        node = value.producer() if value is not None else None
+    """Whether a value is computed from the output of a node."""
+    start = producer_of(value)
+    if start is None:
+        return False
+
+    visited, waiting = {start}, [start]
+    while waiting:
+        node = waiting.pop()
         if node is ancestor:
             return True
-        if node is not None and node not in seen and view.position(node) > view.position(ancestor):
-            seen.add(node)
-            values += node.inputs
+        if view.position(node) < view.position(ancestor):
+            continue
+        new = set(producers_of(node)) - visited
+        visited |= new
+        waiting += new
     return False
 
 
@@ -178,61 +230,76 @@ def _lengths_to_ancestor(
 ) -> tuple[int, int] | None:
     """Nodes between each of two nodes and the last one that both depend on, Q/DQ not counted (R-ADD-2).
 
-    None if one of them depends on the other. Where they share only the model's input, the way to it counts.
+    Returns:
+        Both lengths; if the nodes share only the model's input, those of the paths to it. None if one node depends on
+        the other.
     """
-    distances = _distances(view, first), _distances(view, second)
-    common = distances[0].keys() & distances[1].keys()
+    from_first, from_second = _distances(view, first), _distances(view, second)
+    common = from_first.keys() & from_second.keys()
     if first in common or second in common:
         return None
     if not common:
-        return max(distances[0].values()), max(distances[1].values())
-    last = max(common, key=view.position)
-    return distances[0][last], distances[1][last]
+        return max(from_first.values()), max(from_second.values())
+    ancestor = max(common, key=view.position)
+    return from_first[ancestor], from_second[ancestor]
 
 
 def _distances(view: GraphView, start: ir.Node) -> dict[ir.Node, int]:
-    """Longest way back from a node to each one that it depends on, in nodes other than Q and DQ."""
-    needed, stack = {start}, [start]
-    while stack:
-        for value in stack.pop().inputs:
-            node = value.producer() if value is not None else None
-            if node is not None and node not in needed and view.is_computed(node.outputs[0]):
-                needed.add(node)
-                stack.append(node)
-    found = {start: 0}
-    for node in sorted(needed, key=view.position, reverse=True):
-        for value in node.inputs:
-            producer = value.producer() if value is not None else None
-            if producer in needed and producer is not None:
-                step = 0 if is_op(producer, *_PAIR) else 1
-                found[producer] = max(found.get(producer, 0), found[node] + step)
-    return found
+    """The longest path from a node back to each node that it depends on, in nodes other than Q and DQ."""
+    ancestors = _list_ancestors(view, start)
+    distances = {start: 0}
+    for node in sorted(ancestors, key=view.position, reverse=True):
+        for producer in producers_of(node):
+            if producer not in ancestors:
+                continue
+            step = 0 if is_op(producer, *_PAIR) else 1
+            distance = distances[node] + step
+            distances[producer] = max(distances.get(producer, 0), distance)
+    return distances
+
+
+def _list_ancestors(view: GraphView, start: ir.Node) -> set[ir.Node]:
+    """A node and the nodes that it depends on, without those of constants."""
+    ancestors, waiting = {start}, [start]
+    while waiting:
+        for producer in producers_of(waiting.pop()):
+            if producer in ancestors or not view.is_computed(producer.outputs[0]):
+                continue
+            ancestors.add(producer)
+            waiting.append(producer)
+    return ancestors
 
 
 @register_rule(
     "QDQ116",
     "warning",
-    "AveragePool, Mul or Add with int8 inputs, and no Q behind it.",
-    "Operators without weights run in int8 only with int8 in and out. This one dequantizes, computes in float and has "
-    "gained a rounding. The residual Add with one quantized side is what TensorRT wants, and is not meant (R-ADD-1).",
+    "AveragePool, Mul or Add with int8 inputs, but no Q after it.",
+    "Operators without weights run in int8 only with int8 in and out. This one dequantizes, computes in float and "
+    "adds a rounding. The rule does not apply to a residual Add with one quantized side, which is what TensorRT wants "
+    "(R-ADD-1).",
     "[doc] recommendation 5 (R-AP, R-ADD-4, R-MUL)",
 )
 def _output_is_float(view: GraphView) -> Iterator[Flaw]:
-    through = COMMUTING_OPS | {"BatchNormalization", "Concat", *_ACTIVATIONS}
     for node in view.select("AveragePool", "GlobalAveragePool", "Mul", "Add"):
-        count = 1 if "Pool" in node.op_type else 2
-        values = node.inputs[:count]
-        if not all(
-            view.is_computed(v) and view.dequantizer(v, MOVING_OPS) is not None for v in values
-        ):
+        if not _has_int8_inputs(view, node):
             continue
         if node.op_type == "Add" and _find_branch(view, node) is not None:  # QDQ112
             continue
-        behind = list(view.reached(node.outputs[0], through))
-        if not any(is_op(reader, "QuantizeLinear") for reader in behind):
-            message = f"{node.op_type} has int8 inputs, and no Q stands behind it"
-            yield Flaw(
-                name_of(node),
-                message,
-                "quantize its output too, or take the pairs in front of it away.",
-            )
+        readers = view.reached(node.outputs[0], _AFTER_OPERATOR)
+        if any(is_op(reader, "QuantizeLinear") for reader in readers):
+            continue
+        yield Flaw(
+            node=name_of(node),
+            message=f"{node.op_type} has int8 inputs, but no Q follows it",
+            fix="quantize its output too, or remove the pairs before it.",
+        )
+
+
+def _has_int8_inputs(view: GraphView, node: ir.Node) -> bool:
+    """Whether all operands of a node are computed and come from a DQ."""
+    for value in node.inputs[:2]:
+        if not view.is_computed(value):
+            return False
+        if view.dequantizer(value, MOVING_OPS) is None:
+            return False
+    return True

@@ -1,4 +1,4 @@
-"""What a rule is, and the table of all of them."""
+"""What a rule is, and the table of all rules."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Finding:
 
 
 class Flaw(NamedTuple):
-    """What the function of a rule yields; the registry adds the rule's id and severity.
+    """One result of a rule; the registry adds the rule's id and severity.
 
     Args:
         node: Name of the ONNX node.
         message: What was found.
         fix: What to do, a sentence.
-        severity: Where this one weighs more or less than the rule says.
+        severity: Of this flaw; None for the severity of the rule.
     """
 
     node: str
@@ -60,9 +60,9 @@ class Rule:
     Args:
         id: "QDQ101" ...
         severity: Of its findings.
-        title: What it looks for.
-        why: What happens otherwise.
-        evidence: How that is known.
+        title: The fault that it looks for.
+        why: The consequence of the fault.
+        evidence: The source of that statement.
         find: Yields the flaws of a graph.
     """
 
@@ -90,25 +90,27 @@ def register_rule(
     Args:
         id: Capital letters and three digits or more, e.g. "MINE101".
         severity: "error", "warning" or "info".
-        title: What it looks for.
-        why: What happens otherwise.
-        evidence: How that is known.
+        title: The fault that the rule looks for.
+        why: The consequence of the fault.
+        evidence: The source of that statement.
 
     Raises:
         ArgumentError: The id has another form or is taken, or the severity is unknown.
     """
     if not re.fullmatch(r"[A-Z]+\d{3,}", id):
         raise ArgumentError(
-            f"{id!r} is no rule id; expected capital letters and digits.",
+            f"{id!r} is not a rule id; expected capital letters and digits.",
             "choose one like MINE101.",
         )
     if id in RULES:
         raise ArgumentError(
-            f"there is a rule {id} already: {RULES[id].title}.", "choose another id."
+            f"there is a rule {id} already: {RULES[id].title}.",
+            "choose another id.",
         )
     if severity not in SEVERITIES:
         raise ArgumentError(
-            f"severity is {severity!r}; known are {', '.join(SEVERITIES)}.", "use 'warning'."
+            f"severity is {severity!r}; known are {', '.join(SEVERITIES)}.",
+            "use 'warning'.",
         )
 
     def register(find: Find) -> Find:
@@ -119,15 +121,18 @@ def register_rule(
 
 
 def get_rule(id: str) -> Rule:
-    """The rule of that id, whatever its case.
+    """The rule of that id, in upper or lower case.
 
     Raises:
         ArgumentError: There is none.
     """
-    if rule := RULES.get(id.strip().upper()):
+    normalized = id.strip().upper()
+    rule = RULES.get(normalized)
+    if rule is not None:
         return rule
-    near = difflib.get_close_matches(id.strip().upper(), RULES, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else "docs/rules.md lists all of them."
+
+    similar = difflib.get_close_matches(normalized, RULES, n=1, cutoff=0.5)
+    hint = f"did you mean {similar[0]}?" if similar else "docs/rules.md lists all of them."
     raise ArgumentError(f"there is no rule {id!r}; the ids are {min(RULES)} to {max(RULES)}.", hint)
 
 
@@ -141,5 +146,7 @@ def choose_rules(select: Iterable[str] = (), ignore: Iterable[str] = ()) -> list
     Raises:
         ArgumentError: An id that no rule has.
     """
-    chosen = {get_rule(id).id for id in select} or set(RULES)
-    return [RULES[id] for id in sorted(chosen - {get_rule(id).id for id in ignore})]
+    selected = {get_rule(id).id for id in select}
+    ignored = {get_rule(id).id for id in ignore}
+    ids = selected if selected else set(RULES)
+    return [RULES[id] for id in sorted(ids - ignored)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
@@ -18,74 +19,109 @@ from qdq.check.rules.view import COMMUTING_OPS, MOVING_OPS, GraphView, is_op, na
     "[probe] two quantize outputs; [src] ModelOpt keeps one pair a tensor",
 )
 def _tensor_has_scales(view: GraphView) -> Iterator[Flaw]:
-    readers: dict[ir.Value, list[ir.Node]] = {}
-    for node in [
-        *view.quantizers,
-        *(n for n in view.dequantizers if not view.is_computed(n.inputs[0])),
-    ]:
+    readers: defaultdict[ir.Value, list[ir.Node]] = defaultdict(list)
+    for node in [*view.quantizers, *_list_stored_weights(view)]:
         if node.inputs[0] is not None:
-            readers.setdefault(node.inputs[0], []).append(node)
+            readers[node.inputs[0]].append(node)
+
     for value, nodes in readers.items():
-        if count := _count_scales(view, nodes):
-            rule = "R-FAN" if view.is_computed(value) else "R-SHAREDW"
-            message = f"{value.name} is quantized with {count} different scales, also by {name_of(nodes[-1])} ({rule})"
-            yield Flaw(name_of(nodes[0]), message, "let all readers share one quantizer.")
+        count = _count_scales(view, nodes)
+        if count < 2:
+            continue
+        rule = "R-FAN" if view.is_computed(value) else "R-SHAREDW"
+        yield Flaw(
+            node=name_of(nodes[0]),
+            message=f"{value.name} is quantized with {count} different scales, "
+            f"also by {name_of(nodes[-1])} ({rule})",
+            fix="let all readers share one quantizer.",
+        )
+
+
+def _list_stored_weights(view: GraphView) -> list[ir.Node]:
+    """The DQ that read codes of the file."""
+    return [node for node in view.dequantizers if view.is_weight(node)]
 
 
 def _count_scales(view: GraphView, nodes: Iterable[ir.Node]) -> int:
-    """How many different scales the nodes have; 0 if it is one, or if one of them is not known."""
-    scales = [view.scale(node) for node in nodes]
-    if any(scale is None for scale in scales):
-        return 0
-    different = {tuple(scale.ravel().tolist()) for scale in scales if scale is not None}
-    return len(different) if len(different) > 1 else 0
+    """The number of different scales of nodes; 0 if one of them is not known."""
+    scales = set()
+    for node in nodes:
+        scale = view.scale(node)
+        if scale is None:
+            return 0
+        scales.add(tuple(scale.ravel().tolist()))
+    return len(scales)
 
 
 @register_rule(
     "QDQ114",
     "warning",
     "The inputs of a Concat and the quantizers of its output have different scales (R-CAT-1, R-CAT-2).",
-    "TensorRT moves the output's Q into every branch and leaves a rescale kernel in each whose scale is another.",
+    "TensorRT moves the output's Q into every branch and leaves a rescale kernel in every branch with a different "
+    "scale.",
     "[src] ModelOpt concat_elimination, cuDLA rules.py; [iss] 2527; yolov7 on Orin: 180 to 207 qps (R-CAT-4)",
 )
 def _concat_has_scales(view: GraphView) -> Iterator[Flaw]:
     for node in view.select("Concat"):
-        inputs = [view.dequantizer(value) for value in node.inputs]
-        outputs = _quantizers_behind(view, node.outputs[0])
-        members = [n for n in inputs if n is not None]
-        if members and outputs and (count := _count_scales(view, [*members, *outputs])):
-            message = f"{len(members)} quantized inputs and the output have {count} different scales (R-CAT-1)"
+        dequantizers = _list_dequantizers(view, node)
+        count = _count_scales_around(view, node, dequantizers)
+        if count > 1:
             yield Flaw(
-                name_of(node),
-                message,
-                "let the group share one quantizer, the one with the largest range.",
+                node=name_of(node),
+                message=f"{len(dequantizers)} quantized inputs and the output "
+                f"have {count} different scales (R-CAT-1)",
+                fix="let the group share one quantizer, the one with the largest range.",
             )
+
+
+def _list_dequantizers(view: GraphView, node: ir.Node) -> list[ir.Node]:
+    """The DQ that the inputs of a node come from, one for each quantized input."""
+    dequantizers = []
+    for value in node.inputs:
+        dequantizer = view.dequantizer(value)
+        if dequantizer is not None:
+            dequantizers.append(dequantizer)
+    return dequantizers
 
 
 @register_rule(
     "QDQ115",
     "warning",
-    "The quantizers before and behind a MaxPool have different scales (R-MP).",
-    "MaxPool runs in int8 with one scale. With two, a rescale kernel stands beside it.",
+    "The quantizers before and after a MaxPool have different scales (R-MP).",
+    "MaxPool runs in int8 with one scale. With two, TensorRT adds a rescale kernel.",
     "[src] cuDLA rules.py; [probe] maxpool(i8->i8)",
 )
 def _pool_has_scales(view: GraphView) -> Iterator[Flaw]:
     for node in view.select("MaxPool"):
-        outputs = _quantizers_behind(view, node.outputs[0])
-        before = view.dequantizer(node.inputs[0])
-        beside = (
-            [r for r in view.readers(node.inputs[0]) if is_op(r, "QuantizeLinear")]
-            if node.inputs[0]
-            else []
-        )
-        members = beside if before is None else [before]
-        if members and outputs and (count := _count_scales(view, [*members, *outputs])):
-            message = f"its input and its output have {count} different scales (R-MP)"
+        count = _count_scales_around(view, node, _quantizers_of_input(view, node))
+        if count > 1:
             yield Flaw(
-                name_of(node), message, "let the pool's input and its readers share one quantizer."
+                node=name_of(node),
+                message=f"its input and its output have {count} different scales (R-MP)",
+                fix="let the pool's input and its readers share one quantizer.",
             )
 
 
-def _quantizers_behind(view: GraphView, value: ir.Value) -> list[ir.Node]:
-    through = COMMUTING_OPS if any(is_op(r, "MaxPool") for r in view.readers(value)) else MOVING_OPS
+def _quantizers_of_input(view: GraphView, pool: ir.Node) -> list[ir.Node]:
+    """The DQ that a pooling reads; without one, the Q that read the same value."""
+    dequantizer = view.dequantizer(pool.inputs[0])
+    if dequantizer is not None:
+        return [dequantizer]
+    if pool.inputs[0] is None:
+        return []
+    return [reader for reader in view.readers(pool.inputs[0]) if is_op(reader, "QuantizeLinear")]
+
+
+def _count_scales_around(view: GraphView, node: ir.Node, members: list[ir.Node]) -> int:
+    """The number of different scales before and after a node; 0 if a side has none, or if one is not known."""
+    quantizers = _quantizers_after(view, node.outputs[0])
+    if not members or not quantizers:
+        return 0
+    return _count_scales(view, [*members, *quantizers])
+
+
+def _quantizers_after(view: GraphView, value: ir.Value) -> list[ir.Node]:
+    """The Q that a value reaches; also through a MaxPool, if one reads the value itself."""
+    is_pooled = any(is_op(reader, "MaxPool") for reader in view.readers(value))
+    through = COMMUTING_OPS if is_pooled else MOVING_OPS
     return [node for node in view.reached(value, through) if is_op(node, "QuantizeLinear")]

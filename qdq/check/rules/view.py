@@ -1,8 +1,8 @@
-"""A graph as rules read it: who reads what, what is constant, what is quantized, shapes and types where known."""
+"""A graph as rules read it: readers, constants, quantized values, and shapes and types where they are known."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -23,15 +23,16 @@ COPY_OPS = pairs.COPY_OPS | {"Identity"}
 """Operators that only move values: Q and DQ pass through them (R-COPY)."""
 MOVING_OPS = COPY_OPS | {"Cast", "Dropout", "Pad"}
 COMMUTING_OPS = MOVING_OPS | {"MaxPool"}
-"""Operators that a DQ in front of them reaches through (R-MP)."""
+"""Operators through which the DQ before them reaches the operator after them (R-MP)."""
+_SHAPE_KEEPING_OPS = ("QuantizeLinear", "DequantizeLinear", "Identity", "Cast")
 
 
 class GraphView:
-    """The nodes of a model, of its `If` and `Loop` bodies and of its functions, with indices made once.
+    """The nodes of a model, of its `If` and `Loop` bodies and of its functions, with indices that are built once.
 
     Args:
         model: Not changed.
-        file: What is known of the file that it was read from; None for a model in memory.
+        file: Facts about the file that it was read from; None for a model in memory.
     """
 
     def __init__(self, model: ir.Model, file: FileFacts | None = None) -> None:
@@ -44,12 +45,22 @@ class GraphView:
         self._position = {node: position for position, node in enumerate(self.nodes)}
         self._constants: dict[ir.Value, Array | None] = {}
 
+    # --- nodes --------------------------------------------------------------------------------------------------
+
     def select(self, *op_types: str) -> list[ir.Node]:
-        """Nodes of these standard operators, in graph order, but for those that are not `_is_readable`."""
-        return [node for op_type in op_types for node in self._by_op.get(op_type, [])]
+        """Nodes of these standard operators, type by type, each in graph order.
+
+        Nodes that do not fit their operator (QDQ210) are left out, and so are nodes of functions with an attribute
+        that each call sets.
+        """
+        selected: list[ir.Node] = []
+        for op_type in op_types:
+            selected += self._by_op.get(op_type, [])
+        return selected
 
     @cached_property
     def _by_op(self) -> dict[str, list[ir.Node]]:
+        """Readable nodes of standard operators by operator."""
         nodes: dict[str, list[ir.Node]] = {}
         for node in self.nodes:
             if node.domain == "" and self._is_readable(node):
@@ -58,9 +69,13 @@ class GraphView:
 
     @cached_property
     def misfits(self) -> dict[ir.Node, str]:
-        """Nodes of standard operators without the inputs, outputs and attributes of their operator, and why."""
-        reasons = {node: describe_misfit(node, self.opset) for node in self.nodes}
-        return {node: reason for node, reason in reasons.items() if reason}
+        """Nodes of standard operators without the inputs, outputs and attributes of their operator, and the reason."""
+        reasons = {}
+        for node in self.nodes:
+            reason = describe_misfit(node, self.opset)
+            if reason:
+                reasons[node] = reason
+        return reasons
 
     @cached_property
     def quantizers(self) -> list[ir.Node]:
@@ -73,25 +88,31 @@ class GraphView:
         return self.select("DequantizeLinear")
 
     @cached_property
+    def qdq_nodes(self) -> list[ir.Node]:
+        """Every QuantizeLinear and DequantizeLinear, in graph order."""
+        return sorted([*self.quantizers, *self.dequantizers], key=self.position)
+
+    @cached_property
     def weighted(self) -> list[ir.Node]:
         """Every Conv, ConvTranspose, Gemm and MatMul, in graph order."""
         return sorted(self.select(*WEIGHTED_OPS), key=self.position)
 
     def position(self, node: ir.Node) -> int:
-        """Where a node stands in `nodes`."""
+        """The index of a node in `nodes`."""
         return self._position[node]
+
+    def _is_readable(self, node: ir.Node) -> bool:
+        """Whether a node fits its operator and none of its attributes is set by the call of a function."""
+        return node not in self.misfits and not has_reference(node)
 
     # --- constants ----------------------------------------------------------------------------------------------
 
     @cached_property
     def _computed(self) -> set[ir.Value]:
-        """Values that depend on an input of the model. What a body or a function is given may be constant."""
+        """Values that depend on an input of the model. Inputs of bodies and functions may be constant."""
         computed = {value for value in self.model.graph.inputs if value.const_value is None}
         for node in self.nodes:
-            if any(value in computed for value in node.inputs if value is not None) or (
-                node.op_type.startswith("Random")
-                or any(a.type == ir.AttributeType.GRAPH for a in _attributes(node))
-            ):
+            if not computed.isdisjoint(node.inputs) or _is_variable(node):
                 computed.update(node.outputs)
         return computed
 
@@ -99,95 +120,100 @@ class GraphView:
         """Whether a value surely depends on the model's inputs."""
         return value is not None and value in self._computed
 
+    def computed_inputs(self, node: ir.Node) -> list[ir.Value]:
+        """The inputs of a node that surely depend on the model's inputs."""
+        return [value for value in node.inputs if value is not None and value in self._computed]
+
+    def has_constant_input(self, node: ir.Node) -> bool:
+        """Whether an input of a node may be a constant, or is left out."""
+        return len(self.computed_inputs(node)) < len(node.inputs)
+
     def constant(self, value: ir.Value | None) -> Array | None:
-        """The numbers of a value, also behind Identity and Cast (R-DYN); None if they are not written in the file."""
+        """The numbers of a value, also after Identity and Cast (R-DYN); None if they are not in the file."""
         if value is None:
             return None
         if value not in self._constants:
-            self._constants[value] = self._read(value)
+            self._constants[value] = _read_constant(value)
         return self._constants[value]
-
-    def _read(self, value: ir.Value) -> Array | None:
-        casts = []
-        source: ir.Value | None = value
-        while (
-            source is not None
-            and (node := source.producer()) is not None
-            and is_op(node, "Identity", "Cast")
-        ):
-            if has_reference(node):
-                return None
-            if node.op_type == "Cast":
-                casts.append(ir.DataType(node.attributes.get_int("to", 0)))
-            source = input_of(node, 0)
-        try:
-            tensor = None if source is None else ir.convenience.get_const_tensor(source)
-            array = None if tensor is None or tensor.dtype == ir.DataType.STRING else tensor.numpy()
-            for dtype in reversed(casts):
-                with np.errstate(over="ignore", invalid="ignore"):
-                    array = None if array is None else array.astype(dtype.numpy())
-        except Exception:  # onnx-ir raises and asserts where data do not fit (QDQ205)
-            return None
-        return array
 
     def scale(self, node: ir.Node) -> Array | None:
         """The scales of a Q or DQ as float64."""
         array = self.constant(node.inputs[1])
-        return None if array is None or array.dtype.kind == "c" else array.astype(np.float64)
+        if array is None or array.dtype.kind == "c":
+            return None
+        return array.astype(np.float64)
 
     def is_weight(self, node: ir.Node) -> bool:
-        """Whether a Q or DQ has constants to work on, or the codes of constants."""
+        """Whether a Q quantizes a constant, or a DQ reads the codes of one."""
         return not self.is_computed(node.inputs[0])
 
     # --- shapes and types ---------------------------------------------------------------------------------------
 
     def shape(self, value: ir.Value | None) -> tuple[int | None, ...] | None:
-        """The shape of a value, None for what is not known."""
+        """The shape of a value, with None for a dimension that is not known."""
         while value is not None:
-            tensor = ir.convenience.get_const_tensor(value)
-            shape = value.shape if tensor is None else tensor.shape
+            shape = _declared_shape(value)
             if shape is not None:
-                return tuple(size if isinstance(size, int) else None for size in shape)
+                return shape
+
             node = value.producer()
-            if node is None or not is_op(
-                node, "QuantizeLinear", "DequantizeLinear", "Identity", "Cast"
-            ):
+            if not is_op(node, *_SHAPE_KEEPING_OPS):
                 return None
             value = input_of(node, 0)
         return None
 
     def dtype(self, value: ir.Value | None) -> ir.DataType | None:
-        """The type of a value; that of a DQ's output is that of its scale (R-CONV-2 in half precision)."""
+        """The type of a value; the output of a DQ has the type of its scale (R-CONV-2 in half precision)."""
         while value is not None:
             node = value.producer()
-            if node is not None and has_reference(node):
+            if node is None:
+                return _declared_dtype(value)
+            if has_reference(node):
                 return value.dtype
-            if node is not None and is_op(node, "DequantizeLinear"):
-                if written := node.attributes.get_int("output_dtype", 0):
-                    return ir.DataType(written)
+
+            if is_op(node, "DequantizeLinear"):
+                output_type = _type_attribute(node, "output_dtype")
+                if output_type is not None:
+                    return output_type
                 value = input_of(node, 1)
-            elif node is not None and is_op(node, "Cast"):
-                written = node.attributes.get_int("to", 0)
-                return ir.DataType(written) if written else None
-            elif node is not None and is_op(node, *COPY_OPS):
+            elif is_op(node, "Cast"):
+                return _type_attribute(node, "to")
+            elif is_op(node, *COPY_OPS):
                 value = input_of(node, 0)
             else:
-                tensor = ir.convenience.get_const_tensor(value)
-                return value.dtype if tensor is None else tensor.dtype
+                return _declared_dtype(value)
         return None
 
     def code_type(self, node: ir.Node) -> ir.DataType | None:
-        """The type of the integers that a Q writes or a DQ reads; None if the file does not say."""
+        """The type of the integers that a Q writes or a DQ reads; None if the file does not show it."""
         return pairs.code_type_of(node)
 
-    # --- who feeds what -----------------------------------------------------------------------------------------
+    # --- what feeds a value, and what reads it ------------------------------------------------------------------
+
+    def source(self, value: ir.Value | None, through: Iterable[str]) -> ir.Node | None:
+        """The node that computes a value, skipping operators.
+
+        Args:
+            value: Where to start.
+            through: Types of operators that are skipped: their first input is followed.
+        """
+        while value is not None:
+            node = value.producer()
+            if node is None:
+                return None
+            if not is_op(node, *through) or not node.inputs:
+                return node
+            value = node.inputs[0]
+        return None
 
     def dequantizer(
         self, value: ir.Value | None, through: Iterable[str] = COMMUTING_OPS
     ) -> ir.Node | None:
         """The DQ that a value comes from, looking through operators that it reaches through."""
         node = self.source(value, through)
-        return node if node is not None and self._is_sound(node, "DequantizeLinear") else None
+        if is_op(node, "DequantizeLinear") and self._is_readable(node):
+            return node
+        return None
 
     def is_quantized(self, value: ir.Value | None, through: Iterable[str] = COMMUTING_OPS) -> bool:
         """Whether a value comes from a DQ, or from a Concat of such values."""
@@ -195,41 +221,35 @@ class GraphView:
         values = [value]
         while values:
             node = self.source(values.pop(), through)
-            if node is None or not self._is_sound(node, "DequantizeLinear", "Concat"):
+            if not is_op(node, "DequantizeLinear", "Concat") or not self._is_readable(node):
                 return False
             if node.op_type == "Concat" and node not in visited:
                 visited.add(node)
                 values += node.inputs
         return True
 
-    def _is_sound(self, node: ir.Node, *op_types: str) -> bool:
-        return is_op(node, *op_types) and self._is_readable(node)
-
-    def _is_readable(self, node: ir.Node) -> bool:
-        """Whether it fits its operator and its attributes are numbers; a function's can be what each call says."""
-        return node not in self.misfits and not has_reference(node)
-
-    def source(self, value: ir.Value | None, through: Iterable[str]) -> ir.Node | None:
-        """The node behind a value, skipping the first inputs of the operators named."""
-        while value is not None and (node := value.producer()) is not None:
-            if not is_op(node, *through) or not node.inputs:
-                return node
-            value = node.inputs[0]
-        return None
+    def has_quantized_operands(self, node: ir.Node) -> bool:
+        """Whether both operands of a weighted node are quantized."""
+        return all(self.is_quantized(value) for value in node.inputs[:2])
 
     def readers(self, value: ir.Value) -> list[ir.Node]:
         """The nodes that read a value, in graph order, each once."""
         return sorted({node for node, _ in value.uses()}, key=self.position)
 
     def reached(self, value: ir.Value, through: Iterable[str]) -> Iterator[ir.Node]:
-        """The nodes that read a value, also behind the operators named; each once."""
-        seen: set[ir.Node] = set()
+        """The nodes that read a value, each once.
+
+        Args:
+            value: Where to start.
+            through: Types of operators that are skipped: the readers of their outputs count.
+        """
+        visited: set[ir.Node] = set()
         values = [value]
         while values:
             for node in self.readers(values.pop()):
-                if node in seen:
+                if node in visited:
                     continue
-                seen.add(node)
+                visited.add(node)
                 if is_op(node, *through):
                     values += node.outputs
                 else:
@@ -237,11 +257,85 @@ class GraphView:
 
 
 def name_of(node: ir.Node) -> str:
-    """The name of a node; its output's where it has none."""
-    return node.name or (
-        str(node.outputs[0].name) if node.outputs else f"a nameless {node.op_type}"
-    )
+    """The name of a node; without a name, that of its first output."""
+    if node.name:
+        return node.name
+    if node.outputs:
+        return str(node.outputs[0].name)
+    return f"a nameless {node.op_type}"
 
 
-def _attributes(node: ir.Node) -> Iterable[ir.Attr]:
-    return node.attributes.values()
+def producer_of(value: ir.Value | None) -> ir.Node | None:
+    """The node that computes a value that may be left out."""
+    return None if value is None else value.producer()
+
+
+def producers_of(node: ir.Node) -> list[ir.Node]:
+    """The nodes that compute the inputs of a node, in the order of the inputs."""
+    producers = map(producer_of, node.inputs)
+    return [producer for producer in producers if producer is not None]
+
+
+def has_only(nodes: Sequence[ir.Node], *op_types: str) -> bool:
+    """Whether all nodes are of these standard operators; also if there are none."""
+    return all(is_op(node, *op_types) for node in nodes)
+
+
+def _is_variable(node: ir.Node) -> bool:
+    """Whether outputs may vary although all inputs are constant: random numbers, or a body that reads other values."""
+    if node.op_type.startswith("Random"):
+        return True
+    attributes: Iterable[ir.Attr] = node.attributes.values()
+    return any(attribute.type == ir.AttributeType.GRAPH for attribute in attributes)
+
+
+def _read_constant(value: ir.Value) -> Array | None:
+    """The numbers of a value that comes from a constant through Identity and Cast; None if it does not."""
+    casts = []
+    source: ir.Value | None = value
+    while is_op(node := producer_of(source), "Identity", "Cast"):
+        if has_reference(node):
+            return None
+        if node.op_type == "Cast":
+            casts.append(ir.DataType(node.attributes.get_int("to", 0)))
+        source = input_of(node, 0)
+
+    if source is None:
+        return None
+    try:
+        return _read_tensor(source, reversed(casts))
+    except Exception:  # onnx-ir raises and asserts where data do not fit (QDQ205)
+        return None
+
+
+def _read_tensor(value: ir.Value, casts: Iterable[ir.DataType]) -> Array | None:
+    """The numbers of a constant after casts, the first cast first."""
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None or tensor.dtype == ir.DataType.STRING:
+        return None
+    array: Array = tensor.numpy()
+    with np.errstate(over="ignore", invalid="ignore"):
+        for dtype in casts:
+            array = array.astype(dtype.numpy())
+    return array
+
+
+def _declared_shape(value: ir.Value) -> tuple[int | None, ...] | None:
+    """The shape that the file declares for a value, or that of its constant."""
+    tensor = ir.convenience.get_const_tensor(value)
+    shape = value.shape if tensor is None else tensor.shape
+    if shape is None:
+        return None
+    return tuple(size if isinstance(size, int) else None for size in shape)
+
+
+def _declared_dtype(value: ir.Value) -> ir.DataType | None:
+    """The type that the file declares for a value, or that of its constant."""
+    tensor = ir.convenience.get_const_tensor(value)
+    return value.dtype if tensor is None else tensor.dtype
+
+
+def _type_attribute(node: ir.Node, name: str) -> ir.DataType | None:
+    """An attribute that holds a type; None if it is missing or 0."""
+    number = node.attributes.get_int(name, 0)
+    return ir.DataType(number) if number else None
