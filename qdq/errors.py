@@ -20,6 +20,13 @@ named, scripts may catch that type instead.
 
 from __future__ import annotations
 
+import re
+
+_OUT_OF_MEMORY = re.compile(
+    r"bad[_ ]alloc|failed to allocate|not enough memory|can't allocate memory|out of memory",
+    re.IGNORECASE,
+)
+
 
 class QdqError(Exception):
     """Base of all errors of qdq.
@@ -84,3 +91,8 @@ class CheckError(QdqError):
 
 class BuildError(QdqError):
     """An ONNX file that TensorRT refuses, or an engine that cannot be built."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of ONNX Runtime, torch or numpy reports that there is not enough memory."""
+    return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from qdq.check import OnnxModel, Session, is_out_of_memory
-from qdq.errors import ArgumentError, ArgumentTypeError, DataError
+from qdq.check import OnnxModel, Session
+from qdq.errors import ArgumentError, ArgumentTypeError, DataError, is_out_of_memory
 from qdq.forward import (
     call_model,
     evaluating,

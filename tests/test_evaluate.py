@@ -74,7 +74,7 @@ def test_a_batch_that_memory_does_not_hold(tmp_path, monkeypatch):
         helper.make_model(graph, opset_imports=opset, ir_version=10), file := tmp_path / "huge.onnx"
     )
     with pytest.raises(
-        CheckError, match=r"memory is too short to run .*huge.onnx on \[1\] float32"
+        CheckError, match=r"not enough memory to run .*huge.onnx on \[1\] float32"
     ) as caught:
         predict(file, [torch.ones(1)])
     assert "smaller batches" in caught.value.fix
@@ -83,7 +83,7 @@ def test_a_batch_that_memory_does_not_hold(tmp_path, monkeypatch):
         raise RuntimeError("std::bad_alloc")
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
-    with pytest.raises(CheckError, match="memory is too short to load") as caught:
+    with pytest.raises(CheckError, match="not enough memory to load") as caught:
         predict(file, [torch.ones(1)])
     assert "export" not in caught.value.fix
 

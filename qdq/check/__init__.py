@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 
+from qdq.check.facts import FileFacts
 from qdq.check.inspection import count_file_bytes, inspect_file
 from qdq.check.load import load_onnx as load_onnx
 from qdq.check.parity import OnnxModel as OnnxModel
 from qdq.check.parity import Parity as Parity
 from qdq.check.parity import Session as Session
-from qdq.check.parity import is_out_of_memory as is_out_of_memory
 from qdq.check.parity import measure_parity as measure_parity
-from qdq.check.rules import FILE_RULES, SEVERITIES, choose_rules, find_violations
+from qdq.check.rules import FILE_RULES, SEVERITIES, choose_rules, find_violations, get_rule
 from qdq.check.rules import Finding as Finding
+from qdq.check.rules import Severity as Severity
 from qdq.files import as_path
 from qdq.graph.coverage import Coverage, count_qdq, measure_coverage
 from qdq.graph.shapes import complete_shapes
@@ -24,20 +26,26 @@ from qdq.metrics import Array
 from qdq.text import group_names
 
 _SHOWN_NODES = 5
+_TORCH_PARITY = "QDQ190"
+_SESSION_PARITY = "QDQ191"
+_PARITY_FIXES = {
+    _TORCH_PARITY: "export again from the calibrated model; if it remains, report the model.",
+    _SESSION_PARITY: "where ONNX Runtime runs the file, set session.disable_quant_qdq=1; TensorRT is not affected.",
+}
 
 
 @dataclass(frozen=True)
 class Validity:
-    """What was done to find out whether a file is valid ONNX.
+    """Whether a file is valid ONNX, and who says so.
 
     Args:
-        is_valid: Whether onnx and ONNX Runtime both accept it, and no rule about files says otherwise.
-        onnx_version: Of the onnx whose checker and inference were run.
-        onnx_refusal: What they refuse, None if nothing.
-        runtime_version: Of the ONNX Runtime that loaded the file, on one thread, without constant folding and
+        is_valid: Whether onnx and ONNX Runtime both accept it, and no rule about files finds a fault.
+        onnx_version: Version of onnx, whose checker and inference were run.
+        onnx_refusal: Why they refuse the file, None if they do not.
+        runtime_version: Version of the ONNX Runtime that loaded the file, on one thread, without constant folding and
             prepacking.
-        runtime_refusal: Why it did not, None if it did.
-        onnx_limit: Why they came to no verdict, such as "it took longer than 60 s of processor time"; None if they did.
+        runtime_refusal: Why it did not load the file, None if it did.
+        onnx_limit: Why onnx came to no verdict, such as "it took longer than 60 s of processor time"; None if it did.
     """
 
     is_valid: bool
@@ -49,13 +57,18 @@ class Validity:
 
     def format_table(self) -> str:
         """One line for a person."""
-        onnx_says = "accepts it (checker, types and shapes)"
+        runtime = "loads it" if self.runtime_refusal is None else "does not load it (QDQ201)"
+        return (
+            f"onnx {self.onnx_version} {self._describe_onnx()}; "
+            f"ONNX Runtime {self.runtime_version} {runtime}"
+        )
+
+    def _describe_onnx(self) -> str:
         if self.onnx_refusal is not None:
-            onnx_says = "refuses it (QDQ202, QDQ203)"
-        elif self.onnx_limit is not None:
-            onnx_says = "came to no verdict (QDQ202)"
-        runtime_says = "loads it" if self.runtime_refusal is None else "does not load it (QDQ201)"
-        return f"onnx {self.onnx_version} {onnx_says}; ONNX Runtime {self.runtime_version} {runtime_says}"
+            return "refuses it (QDQ202, QDQ203)"
+        if self.onnx_limit is not None:
+            return "came to no verdict (QDQ202)"
+        return "accepts it (checker, types and shapes)"
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,7 @@ class CheckReport:
         file_bytes: Its size, with that of the data beside it.
         quantize_nodes: Number of QuantizeLinear nodes.
         dequantize_nodes: Number of DequantizeLinear nodes.
-        coverage: Every Conv, ConvTranspose, Gemm and MatMul: int8 or not, why, and its share of the work.
+        coverage: Every Conv, ConvTranspose, Gemm and MatMul: int8 or not, why, and its fraction of the work.
         findings: Violations, infos among them.
         parity: Against torch, None if no outputs were given.
         validity: Whether it is valid ONNX, and who says so.
@@ -88,58 +101,80 @@ class CheckReport:
 
     @property
     def problems(self) -> tuple[Finding, ...]:
-        """The findings that are no infos; none if the file is clean."""
+        """The errors and warnings among the findings; none if the file is clean."""
         return tuple(finding for finding in self.findings if finding.severity != "info")
 
     def format_table(self) -> str:
         """A few lines for a person."""
-        valid = "valid ONNX, " if self.validity.is_valid else ""
+        validity = "valid ONNX, " if self.validity.is_valid else ""
         lines = [
-            f"{self.path.name}: {valid}opset {self.opset}, {self.file_bytes / 1e6:.2f} MB, "
+            f"{self.path.name}: {validity}opset {self.opset}, {self.file_bytes / 1e6:.2f} MB, "
             f"{self.quantize_nodes} Q and {self.dequantize_nodes} DQ nodes",
             self.validity.format_table(),
             self.coverage.format_table(),
         ]
-        if not self.quantize_nodes + self.dequantize_nodes:
+        if self.quantize_nodes + self.dequantize_nodes == 0:
             lines.append(
                 "nothing is quantized: the file holds no QuantizeLinear and no DequantizeLinear"
             )
-        if self.parity:
-            p = self.parity
-            lines.append(
-                f"against torch on {p.images} images: same top-1 {p.agreement:.1%}, SQNR {p.sqnr_db:.1f} dB, "
-                f"cosine {p.cosine:.6f}, max abs {p.max_abs:.3g}, equal but for float rounding {p.exact:.1%}"
-            )
-            if p.tie_floor_db is not None and np.isfinite(p.tie_floor_db):
-                lines.append(
-                    f"torch against itself, quantizer inputs nudged by 2e-7: SQNR {p.tie_floor_db:.1f} dB; "
-                    "so much is rounding ties"
-                )
-        if d := self.default_parity:
-            lines.append(
-                f"ONNX Runtime's default session against the plain one on {d.images} images: same top-1 "
-                f"{d.agreement:.1%}, SQNR {d.sqnr_db:.1f} dB, max abs {d.max_abs:.3g}"
-            )
-        return "\n".join([*lines, *_format_findings(self.findings)])
+        if self.parity is not None:
+            lines += _format_parity(self.parity)
+        if self.default_parity is not None:
+            lines.append(_format_default_parity(self.default_parity))
+        lines += _format_findings(self.findings)
+        return "\n".join(lines)
+
+
+def _format_parity(parity: Parity) -> Iterator[str]:
+    """The comparison with torch, and the tie floor if it was measured."""
+    yield (
+        f"against torch on {parity.images} images: same top-1 {parity.agreement:.1%}, "
+        f"SQNR {parity.sqnr_db:.1f} dB, cosine {parity.cosine:.6f}, max abs {parity.max_abs:.3g}, "
+        f"equal but for float rounding {parity.exact:.1%}"
+    )
+    if parity.tie_floor_db is not None and np.isfinite(parity.tie_floor_db):
+        yield (
+            "torch against itself, quantizer inputs nudged by 2e-7: "
+            f"SQNR {parity.tie_floor_db:.1f} dB; this much comes from rounding ties"
+        )
+
+
+def _format_default_parity(parity: Parity) -> str:
+    return (
+        f"ONNX Runtime's default session against the plain one on {parity.images} images: "
+        f"same top-1 {parity.agreement:.1%}, SQNR {parity.sqnr_db:.1f} dB, max abs {parity.max_abs:.3g}"
+    )
 
 
 def _format_findings(findings: tuple[Finding, ...]) -> Iterator[str]:
-    """One line a finding, the worst first; of many equal ones the first few nodes and how many more there are."""
-    groups = group_names(
-        (
-            (SEVERITIES.index(finding.severity), finding.rule, finding.message, finding.fix),
-            finding.node,
-        )
-        for finding in findings
-    )
-    for (severity, rule, message, fix), nodes in sorted(groups.items(), key=lambda item: item[0]):
+    """One line per finding, the worst first; of many equal ones the first few nodes and the number of all."""
+    if not findings:
+        return
+
+    groups = group_names((_sort_key(finding), finding.node) for finding in findings)
+    for key, nodes in sorted(groups.items()):
+        severity, rule, message, fix = key
+        prefix = f"{rule} {SEVERITIES[severity]}"
         for node in nodes[:_SHOWN_NODES]:
-            yield f"{rule} {SEVERITIES[severity]} {node}: {message}. Fix: {fix}"
-        if more := nodes[_SHOWN_NODES:]:
-            yield f"{rule} {SEVERITIES[severity]} ... and {len(more)} more nodes, {len(nodes)} in all: {message}."
-    if findings:
-        counts = [f"{sum(f.severity == s for f in findings)} {s}s" for s in SEVERITIES]
-        yield f"found {', '.join(counts)}; qdq check --explain {min(groups)[1]} says why"
+            yield f"{prefix} {node}: {message}. Fix: {fix}"
+        more = len(nodes) - _SHOWN_NODES
+        if more > 0:
+            yield f"{prefix} ... and {more} more nodes, {len(nodes)} in all: {message}."
+
+    counts = ", ".join(_format_count(findings, severity) for severity in SEVERITIES)
+    _, first_rule, _, _ = min(groups)
+    yield f"found {counts}; qdq check --explain {first_rule} says why"
+
+
+def _sort_key(finding: Finding) -> tuple[int, str, str, str]:
+    """Severity, rule and texts: equal for findings that differ in the node only."""
+    severity = SEVERITIES.index(finding.severity)
+    return severity, finding.rule, finding.message, finding.fix
+
+
+def _format_count(findings: tuple[Finding, ...], severity: Severity) -> str:
+    severities = [finding.severity for finding in findings]
+    return f"{severities.count(severity)} {severity}s"
 
 
 def check_onnx(
@@ -154,14 +189,15 @@ def check_onnx(
 ) -> CheckReport:
     """Check a QDQ ONNX file.
 
-    onnx and ONNX Runtime look at it in a process of their own: a file that crashes them is a finding.
+    onnx and ONNX Runtime look at it in a separate process: a file that crashes them is a finding.
 
     Args:
         path: The file.
         expected: Outputs of the torch model `[N, ...]`.
         found: Outputs of the file on the same inputs (`evaluate.predict`).
         found_default: Likewise, in ONNX Runtime's default session (`evaluate.predict` with `session="default"`).
-        tie_floor_db: What ties alone leave (`evaluate.measure_tie_floor`), so that they are not taken for a fault.
+        tie_floor_db: SQNR that ties alone leave (`evaluate.measure_tie_floor`), so that ties are not reported as a
+            fault.
         select: Ids of the only rules to apply, such as "QDQ112"; all if empty.
         ignore: Ids of rules to leave out.
 
@@ -175,26 +211,23 @@ def check_onnx(
     path = as_path(path, "path")
     rules = choose_rules(select, ignore)
     loaded = load_onnx(path)
-    model, facts = loaded.model, inspect_file(loaded)
-    assert facts.runtime is not None  # noqa: S101  # it was asked
+    facts = inspect_file(loaded)
+    model = loaded.model
     if facts.checker.may_ask_again:
         complete_shapes(model, data_prop=facts.checker.can_propagate)
-    if facts.has_cycle:  # nobody can follow its values
+    if facts.has_cycle:  # the values of such a graph cannot be followed
         rules = [rule for rule in rules if rule.id in FILE_RULES]
+
+    parities = {
+        _TORCH_PARITY: _compare(expected, found, tie_floor_db),
+        _SESSION_PARITY: _compare(found, found_default, tie_floor_db),
+    }
     findings = find_violations(model, rules, facts)
-    flaws_of_file = find_violations(model, choose_rules(FILE_RULES), facts)
-    parity = (
-        None if expected is None or found is None else measure_parity(expected, found, tie_floor_db)
-    )
-    default_parity = (
-        None
-        if found is None or found_default is None
-        else measure_parity(found, found_default, tie_floor_db)
-    )
-    measured = [_find_lost_parity(path, parity), _find_other_session(path, default_parity)]
-    chosen = {rule.id for rule in rules}
-    findings += [finding for finding in measured if finding is not None and finding.rule in chosen]
-    has_flaw = any(flaw.severity != "info" or flaw.rule == "QDQ201" for flaw in flaws_of_file)
+    for rule in rules:
+        parity = parities.get(rule.id)
+        if parity is not None and not parity.is_sufficient:
+            findings.append(_report_parity(path, rule.id, parity))
+
     quantize_nodes, dequantize_nodes = count_qdq(model)
     return CheckReport(
         path=path,
@@ -204,36 +237,46 @@ def check_onnx(
         dequantize_nodes=dequantize_nodes,
         coverage=Coverage(()) if facts.has_cycle else measure_coverage(model, **facts.inference),
         findings=tuple(findings),
-        parity=parity,
-        default_parity=default_parity,
-        validity=Validity(
-            is_valid=facts.checker.limit is None and not has_flaw,
-            onnx_version=facts.checker.version,
-            onnx_refusal=facts.checker.structure or facts.checker.types,
-            runtime_version=facts.runtime.version,
-            runtime_refusal=facts.runtime.refusal,
-            onnx_limit=facts.checker.limit,
-        ),
+        parity=parities[_TORCH_PARITY],
+        default_parity=parities[_SESSION_PARITY],
+        validity=_assess_validity(model, facts),
     )
 
 
-def _find_lost_parity(path: Path, parity: Parity | None) -> Finding | None:
-    if parity is None or parity.sqnr_db >= parity.required_sqnr_db:
+def _compare(
+    expected: Array | None, actual: Array | None, tie_floor_db: float | None
+) -> Parity | None:
+    """The parity of outputs; None if one side was not given."""
+    if expected is None or actual is None:
         return None
-    message = (
-        f"ONNX Runtime and torch differ by more than rounding ties: SQNR {parity.sqnr_db:.1f} dB, "
-        f"at least {parity.required_sqnr_db:.1f} was expected"
-    )
-    fix = "export again from the calibrated model; if it stays, report the model."
-    return Finding("QDQ190", path.name, message, fix)
+    return measure_parity(expected, actual, tie_floor_db)
 
 
-def _find_other_session(path: Path, parity: Parity | None) -> Finding | None:
-    if parity is None or parity.sqnr_db >= parity.required_sqnr_db:
-        return None
-    message = (
-        f"ONNX Runtime's default session differs from the file as it is written by more than rounding ties: SQNR "
-        f"{parity.sqnr_db:.1f} dB, at least {parity.required_sqnr_db:.1f} was expected"
+def _report_parity(path: Path, rule_id: str, parity: Parity) -> Finding:
+    """The finding of a rule about outputs, whose title is the message."""
+    rule = get_rule(rule_id)
+    return Finding(
+        rule=rule.id,
+        node=path.name,
+        message=f"{rule.title.rstrip('.')}: SQNR {parity.sqnr_db:.1f} dB, "
+        f"at least {parity.required_sqnr_db:.1f} was expected",
+        fix=_PARITY_FIXES[rule.id],
+        severity=rule.severity,
     )
-    fix = "where ONNX Runtime runs the file, set session.disable_quant_qdq=1; TensorRT is not concerned."
-    return Finding("QDQ191", path.name, message, fix, "info")
+
+
+def _assess_validity(model: ir.Model, facts: FileFacts) -> Validity:
+    """Whether a file is valid, whatever rules were chosen for its findings."""
+    assert facts.runtime is not None  # noqa: S101 - it was asked
+    flaws = find_violations(model, choose_rules(FILE_RULES), facts)
+    is_flawed = any(flaw.severity != "info" or flaw.rule == "QDQ201" for flaw in flaws)
+    verdicts = (facts.checker.structure, facts.checker.types)
+    refusals = [refusal for refusal in verdicts if refusal is not None]
+    return Validity(
+        is_valid=facts.checker.limit is None and not is_flawed,
+        onnx_version=facts.checker.version,
+        onnx_refusal=refusals[0] if refusals else None,
+        runtime_version=facts.runtime.version,
+        runtime_refusal=facts.runtime.refusal,
+        onnx_limit=facts.checker.limit,
+    )

@@ -11,29 +11,23 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime
 
-from qdq.errors import ArgumentError, CheckError
+from qdq.errors import ArgumentError, CheckError, is_out_of_memory
 from qdq.files import read_mode
 from qdq.metrics import Array, agreement, cosine, max_abs_difference, sqnr_db
 from qdq.text import printable
 
-# A correct file of a shallow network lies far above the first figure; deep int8 networks amplify ties to about it.
+# A correct file of a shallow network is far above the first figure; deep int8 networks amplify ties to about it.
 MIN_SQNR_DB = 30.0
 TIE_MARGIN_DB = 3.0
 NEVER_BELOW_DB = 15.0
-
+FLOAT_ROUNDING = 1e-4  # of the largest output of a sample
 
 Session = Literal["plain", "default"]
 SESSIONS: tuple[Session, ...] = ("plain", "default")
 
-# Of ONNX Runtime 1.31. The first drops a ReLU6 in front of a quantizer of tiny range, the second makes one MaxPool of
+# Of ONNX Runtime 1.31. The first drops a ReLU6 before a quantizer of tiny range, the second makes one MaxPool of
 # a zero Pad and a MaxPool, which pads with the smallest number: both change what the file computes.
 _WRONG_OPTIMIZERS = ["ClipQuantRewrite", "Pad_Fusion"]
-
-
-_OUT_OF_MEMORY = re.compile(
-    r"bad[_ ]alloc|failed to allocate memory|not enough memory|can't allocate memory|out of memory",
-    re.IGNORECASE,
-)
 
 
 class OnnxModel:
@@ -53,31 +47,14 @@ class OnnxModel:
     def __init__(self, path: Path, *, session: Session = "plain") -> None:
         if session not in SESSIONS:
             raise ArgumentError(
-                f"session is {session!r}; known are 'plain' and 'default'.", "use 'plain'."
+                f"session is {session!r}; known are 'plain' and 'default'.",
+                "use 'plain'.",
             )
         require_file(path)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if session == "plain":
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
-        else:
-            options.add_session_config_entry("session.x64quantprecision", "1")
         try:
-            self._session = onnxruntime.InferenceSession(
-                str(path),
-                options,
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=_WRONG_OPTIMIZERS if session == "plain" else [],
-            )
-        except Exception as error:  # its own exception types share no base
-            if is_out_of_memory(error):
-                raise CheckError(
-                    f"memory is too short to load {path} ({path.stat().st_size / 1e6:.0f} MB without external data).",
-                    "close other programs, or use a machine with more memory; the file itself may be sound.",
-                ) from error
-            raise CheckError(
-                f"ONNX Runtime cannot load {path}: {_first_line(error)}.", "export the model again."
-            ) from error
+            self._session = _start_session(path, session)
+        except Exception as error:  # the exception types of ONNX Runtime share no base
+            raise _describe_load_error(path, error) from error
         self.path = path
 
     @property
@@ -95,42 +72,75 @@ class OnnxModel:
             CheckError: The inputs do not fit, or an operator cannot run.
         """
         try:
-            outputs: list[Array] = self._session.run(
-                None, dict(zip(self.inputs, inputs, strict=True))
-            )
+            feeds = dict(zip(self.inputs, inputs, strict=True))
+            outputs: list[Array] = self._session.run(None, feeds)
         except Exception as error:
-            given = ", ".join(
-                f"{list(np.shape(array))} {np.asarray(array).dtype}" for array in inputs
-            )
-            if is_out_of_memory(error):
-                raise CheckError(
-                    f"memory is too short to run {self.path} on {given}.",
-                    "give smaller batches, or free memory.",
-                ) from error
-            expected = ", ".join(f"{v.name} {v.shape} {v.type}" for v in self._session.get_inputs())
-            raise CheckError(
-                f"ONNX Runtime cannot run {self.path}: {_first_line(error)}; given {given}, its inputs are {expected}.",
-                "give inputs of these shapes and types, or export with them.",
-            ) from error
+            raise self._describe_run_error(error, inputs) from error
         return outputs
 
+    def _describe_run_error(self, error: Exception, inputs: tuple[Any, ...]) -> CheckError:
+        passed = ", ".join(map(_describe_array, inputs))
+        if is_out_of_memory(error):
+            return CheckError(
+                f"there is not enough memory to run {self.path} on {passed}.",
+                "give smaller batches, or free memory.",
+            )
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of ONNX Runtime, torch or numpy says that memory is too short."""
-    return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
+        values = self._session.get_inputs()
+        expected = ", ".join(f"{value.name} {value.shape} {value.type}" for value in values)
+        return CheckError(
+            f"ONNX Runtime cannot run {self.path}: {_first_line(error)}; "
+            f"given {passed}, its inputs are {expected}.",
+            "give inputs of these shapes and types, or export with them.",
+        )
+
+
+def _start_session(path: Path, session: Session) -> onnxruntime.InferenceSession:
+    """Load a file in ONNX Runtime on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    disabled_optimizers: list[str] = []
+    if session == "plain":
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        disabled_optimizers = _WRONG_OPTIMIZERS
+    else:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return onnxruntime.InferenceSession(
+        str(path),
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=disabled_optimizers,
+    )
+
+
+def _describe_load_error(path: Path, error: Exception) -> CheckError:
+    if is_out_of_memory(error):
+        megabytes = path.stat().st_size / 1e6
+        return CheckError(
+            f"there is not enough memory to load {path} ({megabytes:.0f} MB without external data).",
+            "close other programs, or use a machine with more memory; the file itself may be valid.",
+        )
+    return CheckError(
+        f"ONNX Runtime cannot load {path}: {_first_line(error)}.",
+        "export the model again.",
+    )
+
+
+def _describe_array(array: Any) -> str:
+    return f"{list(np.shape(array))} {np.asarray(array).dtype}"
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far ONNX Runtime's outputs lie from torch's, or those of its default session from those of a plain one.
+    """The difference of ONNX Runtime's outputs from torch's, or of its default session's from a plain session's.
 
     Args:
         images: How many samples were compared.
         max_abs: Largest absolute difference.
         cosine: Cosine of all outputs as one vector.
         sqnr_db: SQNR in dB of the second outputs against the first.
-        agreement: Share of samples with the same largest output, 0..1.
-        exact: Share of samples whose outputs differ by float rounding only (1e-4 of their largest value).
+        agreement: Fraction of samples with the same largest output, 0..1.
+        exact: Fraction of samples whose outputs differ by float rounding only (1e-4 of their largest value).
         tie_floor_db: SQNR in dB that rounding ties alone leave (`evaluate.measure_tie_floor`), None if not measured.
     """
 
@@ -149,51 +159,76 @@ class Parity:
             return MIN_SQNR_DB
         return max(NEVER_BELOW_DB, min(MIN_SQNR_DB, self.tie_floor_db - TIE_MARGIN_DB))
 
+    @property
+    def is_sufficient(self) -> bool:
+        """Whether the SQNR is that of a correct file; False if it is NaN."""
+        return self.sqnr_db >= self.required_sqnr_db
 
-def measure_parity(expected: Array, found: Array, tie_floor_db: float | None = None) -> Parity:
-    """Compare outputs `[N, ...]` of the same inputs, the reference first."""
-    rows = np.asarray(expected, np.float64).reshape(len(expected), -1)
-    others = np.asarray(found, np.float64).reshape(len(found), -1)
-    near = np.abs(rows - others).max(1) <= 1e-4 * np.abs(rows).max(1)
+
+def measure_parity(expected: Array, actual: Array, tie_floor_db: float | None = None) -> Parity:
+    """Compare outputs on the same inputs.
+
+    Args:
+        expected: Outputs of the reference `[N, ...]`.
+        actual: Outputs that are compared with them, of the same shape.
+        tie_floor_db: See `Parity`.
+    """
+    reference = np.asarray(expected, np.float64).reshape(len(expected), -1)
+    outputs = np.asarray(actual, np.float64).reshape(len(actual), -1)
+    differences = np.abs(reference - outputs).max(1)
+    is_exact = differences <= FLOAT_ROUNDING * np.abs(reference).max(1)
     return Parity(
-        images=len(rows),
-        max_abs=max_abs_difference(rows, others),
-        cosine=cosine(rows, others),
-        sqnr_db=sqnr_db(rows, others),
-        agreement=agreement(rows, others),
-        exact=float(near.mean()),
+        images=len(reference),
+        max_abs=max_abs_difference(reference, outputs),
+        cosine=cosine(reference, outputs),
+        sqnr_db=sqnr_db(reference, outputs),
+        agreement=agreement(reference, outputs),
+        exact=float(is_exact.mean()),
         tie_floor_db=tie_floor_db,
     )
 
 
 def require_file(path: Path) -> None:
-    """Refuse what is no file with something in it: the parsers' own words for that do not help.
+    """Refuse a path without a file that has content: the messages of the parsers do not help.
 
     Raises:
-        CheckError: The path is a folder, a device, an empty file or nothing, or none that the parsers can be given.
+        CheckError: The path is a folder, a device, an empty file, does not exist, or is not UTF-8.
+    """
+    try:
+        fault = _find_path_fault(path)
+    except UnicodeEncodeError:
+        raise CheckError(
+            f"the name of {path} is not UTF-8, as ONNX needs it.",
+            "rename the file or folder.",
+        ) from None
+    if fault:
+        raise CheckError(
+            f"{printable(path)} {fault}; expected an ONNX file.",
+            "check the path, or export the model again.",
+        )
+
+
+def _find_path_fault(path: Path) -> str:
+    """Why a path is not a file with content; empty if it is.
+
+    Raises:
+        UnicodeEncodeError: Its name is not UTF-8.
     """
     try:
         mode, size = read_mode(path), path.stat().st_size
         str(path).encode()
-    except UnicodeEncodeError:
-        raise CheckError(
-            f"the name of {path} is not UTF-8, as ONNX needs it.", "rename the file or folder."
-        ) from None
     except (FileNotFoundError, NotADirectoryError):
-        found = "does not exist"
+        return "does not exist"
     except OSError as error:
-        found = f"cannot be read: {error.strerror}"
-    else:
-        if stat.S_ISREG(mode) and size:
-            return
-        found = "is empty" if stat.S_ISREG(mode) else "is a folder"
-    raise CheckError(
-        f"{printable(path)} {found}; expected an ONNX file.",
-        "check the path, or export the model again.",
-    )
+        return f"cannot be read: {error.strerror}"
+    if not stat.S_ISREG(mode):
+        return "is a folder"
+    return "" if size else "is empty"
 
 
 def _first_line(error: Exception) -> str:
-    """Its first line without ONNX Runtime's "[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : "."""
+    """The first line of an error, without ONNX Runtime's "[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : "."""
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip())
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    if not text:
+        return type(error).__name__
+    return text.splitlines()[0].rstrip(".")

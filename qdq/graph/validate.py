@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qdq.child import Child, ChildCrashError
+from qdq.errors import is_out_of_memory
 
 if TYPE_CHECKING:
     import onnx
@@ -394,15 +395,15 @@ def _load(path: str) -> tuple[str | None, RefusalKind | None]:
             if isinstance(error, UnicodeDecodeError)
             else " ".join(str(error).split())
         )
-        return clean_runtime_message(message), "limit" if _LIMITS.search(message) else "invalid"
+        is_limit = is_out_of_memory(error) or _LIMITS.search(message) is not None
+        return clean_runtime_message(message), "limit" if is_limit else "invalid"
     return None, None
 
 
 # What ONNX Runtime says where it is the one that lacks something.
 _LIMITS = re.compile(
     r"NOT_IMPLEMENTED|is not a registered function/op|No Op registered for|No opset import for domain"
-    r"|Unsupported model IR version|Current official support for domain"
-    r"|bad_alloc|Failed to allocate|Failed to construct locale"
+    r"|Unsupported model IR version|Current official support for domain|Failed to construct locale"
 )
 _RUNTIME_PREFIX = re.compile(
     r"^(\[ONNXRuntimeError\] : \d+ : \w+ : )?(Load model from .*? failed: ?)?"
