@@ -417,7 +417,7 @@ class TestCheck:
         (tmp_path / "text.onnx").write_text("text")
         for path, message in (
             (tmp_path / "missing.onnx", "does not exist"),
-            (tmp_path / "text.onnx", "no valid ONNX"),
+            (tmp_path / "text.onnx", "not a valid ONNX"),
         ):
             code, out, err = qdq("check", path)
             assert (code, out) == (2, "")

@@ -11,55 +11,66 @@ LARGEST_EXPANSION = 1_000_000
 """Nodes that the calls of a file may become; each function that calls another one twice doubles them."""
 
 _Key = tuple[str, str, str]  # domain, name and overload of a function
+_Calls = dict[_Key, Counter[_Key]]  # for each function, how often it calls which function
 
 
 def list_recursive_functions(model: ir.Model) -> list[str]:
     """Names of the functions from which calls lead back to themselves."""
     calls = _count_calls(model)
-    if _sort(calls) is not None:
+    if _sort_functions(calls) is not None:
         return []
-    names = []
-    for start, callees in calls.items():
-        reached, waiting = set(), set(callees)
-        while waiting:
-            key = waiting.pop()
-            reached.add(key)
-            waiting |= calls[key].keys() - reached
-        if start in reached:
-            names.append(start[1])
-    return names
+    return [key[1] for key in calls if key in _reachable_functions(calls, key)]
+
+
+def _reachable_functions(calls: _Calls, start: _Key) -> set[_Key]:
+    """The functions that a function calls, directly or through other functions."""
+    reachable: set[_Key] = set()
+    waiting = set(calls[start])
+    while waiting:
+        key = waiting.pop()
+        reachable.add(key)
+        waiting |= calls[key].keys() - reachable
+    return reachable
 
 
 def is_expansion_too_large(model: ir.Model) -> bool:
-    """Whether the calls of the graph become more than `LARGEST_EXPANSION` nodes; False where a call never ends."""
+    """Whether the calls of the graph become more than `LARGEST_EXPANSION` nodes.
+
+    Returns:
+        False if a call never ends, see `list_recursive_functions`.
+    """
     calls = _count_calls(model)
-    order = _sort(calls)
+    order = _sort_functions(calls)
     if order is None:
         return False
-    sizes: dict[_Key, int] = {}
+
+    sizes: Counter[_Key] = Counter()
     for key in order:
-        nodes = sum(1 for _ in model.functions[key].all_nodes())
-        size = 1 + nodes + sum(times * sizes[callee] for callee, times in calls[key].items())
+        size = 1 + len(list(model.functions[key].all_nodes()))
+        for callee, times in calls[key].items():
+            size += times * sizes[callee]
         sizes[key] = min(
             size, LARGEST_EXPANSION + 1
         )  # the true numbers can have thousands of digits
-    return (
-        sum(sizes.get(node.op_identifier(), 0) for node in model.graph.all_nodes())
-        > LARGEST_EXPANSION
-    )
+
+    total = 0
+    for node in model.graph.all_nodes():
+        total += sizes[node.op_identifier()]
+    return total > LARGEST_EXPANSION
 
 
-def _count_calls(model: ir.Model) -> dict[_Key, Counter[_Key]]:
-    """For each function, how often it calls which other one."""
+def _count_calls(model: ir.Model) -> _Calls:
+    """For each function, how often it calls which function."""
     calls = {}
     for key, function in model.functions.items():
-        operators = (node.op_identifier() for node in function.all_nodes())
-        calls[key] = Counter(operator for operator in operators if operator in model.functions)
+        operators = Counter(node.op_identifier() for node in function.all_nodes())
+        callees = operators.keys() & model.functions.keys()
+        calls[key] = Counter({callee: operators[callee] for callee in callees})
     return calls
 
 
-def _sort(calls: dict[_Key, Counter[_Key]]) -> list[_Key] | None:
-    """Every function behind those that it calls; None where one calls itself."""
+def _sort_functions(calls: _Calls) -> list[_Key] | None:
+    """Every function after those that it calls; None if a function calls itself."""
     try:
         return list(TopologicalSorter(calls).static_order())
     except CycleError:

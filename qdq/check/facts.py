@@ -1,4 +1,4 @@
-"""What is known of a file beside its graph: what onnx and ONNX Runtime say of it, and which constants are damaged."""
+"""Facts about a file besides its graph: the verdicts of onnx and ONNX Runtime, and damaged constants."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class FileFacts:
         path: The file.
         proto: Its content.
         is_utf8: Whether all its texts are UTF-8.
-        is_sorted: Whether every node stands behind those that it reads.
+        is_sorted: Whether every node comes after the nodes whose outputs it reads.
         has_cycle: Whether a node reads what is computed from its own output.
         unknown: Domain and type of the operators that onnx does not know and no function of the file defines.
         tensor_faults: Constants whose data cannot be read.
-        checker: What onnx says.
-        runtime: What ONNX Runtime says, None if it was not asked.
+        checker: The verdict of onnx.
+        runtime: The verdict of ONNX Runtime, None if it was not asked.
     """
 
     path: Path
@@ -39,5 +39,8 @@ class FileFacts:
 
     @property
     def inference(self) -> dict[str, bool]:
-        """What `measure_coverage` may ask of onnx."""
-        return {"may_infer": self.checker.may_ask_again, "data_prop": self.checker.can_propagate}
+        """Keyword arguments of `measure_coverage`: what it may ask onnx to infer."""
+        return {
+            "may_infer": self.checker.may_ask_again,
+            "data_prop": self.checker.can_propagate,
+        }

@@ -22,9 +22,9 @@ from qdq.graph.save import save_model
 from qdq.graph.tensors import list_tensors
 from qdq.graph.validate import first_line
 
-_REPAIRS: tuple[
-    tuple[str, Callable[[], MakeScalesScalar | WriteAxes | MakeCodesSigned | WriteZeroPoints]], ...
-] = (
+_Repair = MakeScalesScalar | WriteAxes | MakeCodesSigned | WriteZeroPoints
+
+_REPAIRS: tuple[tuple[str, Callable[[], _Repair]], ...] = (
     ("QDQ103", MakeScalesScalar),
     ("QDQ105", WriteAxes),
     ("QDQ129", MakeCodesSigned),
@@ -33,96 +33,112 @@ _REPAIRS: tuple[
 
 
 def fix_onnx(path: Path | str, output: Path | str) -> dict[str, int]:
-    """Write a copy of a QDQ ONNX file without the flaws that can be mended with every number kept.
+    """Write a copy of a QDQ ONNX file without the flaws that can be fixed without changing a number.
 
-    That are: per-tensor scales of shape [1] (QDQ103), a missing axis that the shape leaves no choice about (QDQ105),
+    These are: per-tensor scales of shape [1] (QDQ103), a missing axis if the shape leaves no choice (QDQ105),
     uint8 codes whose zero point is 128 (QDQ129), DQ of int8 codes without zero point (QDQ102), scales of weight
     channels that are all zero (QDQ140), and equal pairs on one tensor or in a row (QDQ120).
 
-    The mended model is checked before it is written: where onnx and ONNX Runtime accept the file, they must accept the
-    copy. Where nothing is to mend, the copy is the file, byte for byte.
+    The fixed model is checked before it is written: if onnx and ONNX Runtime accept the file, they must accept the
+    copy. If there is nothing to fix, the copy is the file, byte for byte.
 
     Args:
         path: The file.
-        output: Where to write; may be `path`. The file is written whole or not at all.
+        output: Where to write; may be `path`. The file is written completely or not at all.
 
     Returns:
-        How many nodes were mended or taken away, for each rule where there were any.
+        The number of nodes that were changed or removed, for each rule that has any.
 
     Raises:
         ArgumentError: The folder of `output` cannot be written to.
-        CheckError: The file cannot be read, holds what would be lost on the way, or would be worse mended.
+        CheckError: The file cannot be read, contains parts that would be lost, or would be worse when fixed.
     """
     path, output = as_path(path, "path"), as_path(output, "output")
     loaded = load_onnx(path)
     facts = inspect_file(loaded)
     if facts.has_cycle or facts.tensor_faults or is_expansion_too_large(loaded.model):
-        raise _unmendable(path, "it is damaged (QDQ205, QDQ208)")
-    counts = _mend(path, loaded.model)
+        raise _not_fixable(path, "it is damaged (QDQ205, QDQ208)")
+
+    counts = _apply_repairs(path, loaded.model)
     if not counts and _may_copy_bytes(loaded, output):
         if not is_same_file(output, path):
             write_atomic(output, path.read_bytes())
         return counts
-    require_whole(load_onnx(path))  # as it was before the repairs
-    _require_sound(loaded.model, facts)
+
+    require_whole(load_onnx(path))  # the file as it was before the repairs
+    _require_accepted(loaded.model, facts)
     save_model(loaded.model, output)
     return counts
 
 
-def _unmendable(path: Path, reason: str) -> CheckError:
+def _not_fixable(path: Path, reason: str) -> CheckError:
     return CheckError(
-        f"{path} cannot be mended: {reason}.",
-        "nothing is written; mend what `qdq check` names first.",
+        f"{path} cannot be fixed: {reason}.",
+        "nothing was written; first fix the findings of `qdq check`.",
     )
 
 
-def _mend(path: Path, model: ir.Model) -> dict[str, int]:
-    """Apply all repairs in place; how many nodes were changed for each rule."""
+def _apply_repairs(path: Path, model: ir.Model) -> dict[str, int]:
+    """Apply all repairs in place.
+
+    Returns:
+        The number of nodes that were changed, for each rule that has any.
+    """
     counts: dict[str, int] = {}
     try:
         for rule, make in _REPAIRS:
             repair = make()
             repair(model)
             counts[rule] = len(repair.changed)
-        dead = RaiseWeightScales(only_dead=True)
-        dead(model)
-        counts["QDQ140"] = len(set(dead.changed))
+
+        raise_scales = RaiseWeightScales(only_dead=True)
+        raise_scales(model)
+        counts["QDQ140"] = len(set(raise_scales.changed))
+
         merge = MergePairs()
         merge(model)
-    except Exception as error:  # onnx-ir wraps whatever a damaged graph makes of a repair
-        raise _unmendable(path, first_line(error)) from error
-    counts["QDQ120"] = merge.removed_q + merge.removed_dq
+        counts["QDQ120"] = merge.removed_q + merge.removed_dq
+    except Exception as error:  # onnx-ir wraps whatever a repair raises on a damaged graph
+        raise _not_fixable(path, first_line(error)) from error
     return {rule: count for rule, count in counts.items() if count}
 
 
 def _may_copy_bytes(loaded: LoadedModel, output: Path) -> bool:
-    """Whether the file works at the other place as it is: its data are in it, or beside both."""
+    """Whether the file works at the other place as it is: its data are in it, or in the folder of both."""
     if output.resolve().parent == loaded.path.resolve().parent:
         return True
-    return not any(
-        tensor.data_location == onnx.TensorProto.EXTERNAL
-        for _, tensor in list_tensors(loaded.proto)
-    )
+    locations = {tensor.data_location for _, tensor in list_tensors(loaded.proto)}
+    return onnx.TensorProto.EXTERNAL not in locations
 
 
-def _require_sound(model: ir.Model, facts: FileFacts) -> None:
-    """Refuse a mended model that cannot be written, or that onnx or ONNX Runtime refuses and accepted before."""
+def _require_accepted(model: ir.Model, facts: FileFacts) -> None:
+    """Refuse a fixed model that cannot be written, or that onnx or ONNX Runtime refuses and accepted before."""
     try:
-        ir.external_data.load_to_model(
-            model
-        )  # the copy may lie in another folder, or in the place of the file
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / "model.onnx"
-            save_model(model, copy)
-            mended = inspect_file(load_onnx(copy))
-    except Exception as error:  # onnx-ir and the file system each have their own
-        raise _unmendable(facts.path, first_line(error)) from error
-    verdicts = [
-        (facts.checker.structure, mended.checker.structure),
-        (facts.checker.types, mended.checker.types),
-        (facts.checker.limit, mended.checker.limit),
-        (facts.runtime and facts.runtime.refusal, mended.runtime and mended.runtime.refusal),
-    ]
-    for before, after in verdicts:
-        if after is not None and before is None:
-            raise _unmendable(facts.path, f"mended, it would be refused: {after}")
+        fixed = _inspect_copy(model)
+    except Exception as error:  # onnx-ir and the file system raise errors of their own
+        raise _not_fixable(facts.path, first_line(error)) from error
+
+    accepted = _list_refusals(facts)
+    for judge, refusal in _list_refusals(fixed).items():
+        if refusal is not None and accepted[judge] is None:
+            raise _not_fixable(facts.path, f"the fixed file would be refused: {refusal}")
+
+
+def _inspect_copy(model: ir.Model) -> FileFacts:
+    """The facts about a model once it is written."""
+    # the copy may go to another folder, or to the place of the file
+    ir.external_data.load_to_model(model)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "model.onnx"
+        save_model(model, copy)
+        return inspect_file(load_onnx(copy))
+
+
+def _list_refusals(facts: FileFacts) -> dict[str, str | None]:
+    """The reason why each judge does not accept a file; None if it does."""
+    return {
+        "structure": facts.checker.structure,
+        "types": facts.checker.types,
+        "limit": facts.checker.limit,
+        "runtime": None if facts.runtime is None else facts.runtime.refusal,
+    }

@@ -1,4 +1,4 @@
-"""All that is known of a file beside its graph: who accepts it, what is damaged, how large it is."""
+"""All facts about a file besides its graph: who accepts it, what is damaged, how large it is."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from qdq.graph.validate import (
     skip_runtime,
 )
 
+_Operators = frozenset[tuple[str, str]]  # domain and type
+
 
 def inspect_file(loaded: LoadedModel, *, ask_runtime: bool = True) -> FileFacts:
     """Ask onnx and ONNX Runtime, and look at order, cycles and constants.
@@ -31,7 +33,7 @@ def inspect_file(loaded: LoadedModel, *, ask_runtime: bool = True) -> FileFacts:
         ask_runtime: Whether ONNX Runtime has to load it.
     """
     unknown = _list_unknown(loaded.proto)
-    is_sorted, has_cycle = _sort(loaded.model)
+    is_sorted, has_cycle = _sort_nodes(loaded.model)
     checker, runtime = _ask(loaded, unknown, ask_runtime)
     return FileFacts(
         path=loaded.path,
@@ -47,51 +49,66 @@ def inspect_file(loaded: LoadedModel, *, ask_runtime: bool = True) -> FileFacts:
 
 
 def _ask(
-    loaded: LoadedModel, unknown: frozenset[tuple[str, str]], ask_runtime: bool
+    loaded: LoadedModel, unknown: _Operators, ask_runtime: bool
 ) -> tuple[CheckerVerdict, RuntimeVerdict | None]:
-    """What onnx and ONNX Runtime say; both write every call of a function out, so they do not get too many."""
+    """The verdicts of onnx and of ONNX Runtime.
+
+    Both write out every call of a function, so they are not asked about a file that would become too large.
+    """
     if is_expansion_too_large(loaded.model):
         reason = "it was not asked, as the functions of the file become too many nodes (QDQ208)"
-        return skip_checker(reason), skip_runtime(reason) if ask_runtime else None
-    return check_model(loaded.proto, unknown), load_in_runtime(
-        loaded.path, unknown
-    ) if ask_runtime else None
+        checker, runtime = skip_checker(reason), skip_runtime(reason)
+        return checker, runtime if ask_runtime else None
+
+    checker = check_model(loaded.proto, unknown)
+    if not ask_runtime:
+        return checker, None
+    return checker, load_in_runtime(loaded.path, unknown)
 
 
-def _list_unknown(proto: onnx.ModelProto) -> frozenset[tuple[str, str]]:
-    """Operators that onnx does not have and that are no functions of the file."""
+def _list_unknown(proto: onnx.ModelProto) -> _Operators:
+    """Operators that onnx does not have and that are not functions of the file."""
     used = {(node.domain, node.op_type) for node in iterate_nodes(proto)}
     defined = {(function.domain, function.name) for function in proto.functions}
-    return frozenset(
-        (domain, name)
-        for domain, name in used - defined
-        if not onnx.defs.has(name, "" if domain == "ai.onnx" else domain)
-    )
+    unknown = set()
+    for domain, name in used - defined:
+        registered_domain = "" if domain == "ai.onnx" else domain
+        if not onnx.defs.has(name, registered_domain):
+            unknown.add((domain, name))
+    return frozenset(unknown)
 
 
-def _sort(model: ir.Model) -> tuple[bool, bool]:
-    """Put the nodes in order; whether they were, and whether they cannot be."""
-    before = list(model.graph.all_nodes())
+def _sort_nodes(model: ir.Model) -> tuple[bool, bool]:
+    """Put the nodes in order.
+
+    Returns:
+        Whether they were in order, and whether that is impossible because of a cycle.
+    """
+    nodes = list(model.graph.all_nodes())
     try:
         model.graph.sort()
     except ValueError:
         return False, True
-    return before == list(model.graph.all_nodes()), False
+    is_sorted = nodes == list(model.graph.all_nodes())
+    return is_sorted, False
 
 
 def count_file_bytes(loaded: LoadedModel) -> int:
     """Size of a model and of the files beside it that hold its data."""
-    folder = loaded.path.parent
-    tensors = [
-        tensor
-        for _, tensor in list_tensors(loaded.proto)
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-    ]
-    files = {
-        os.path.realpath(folder / external_fields(tensor).get("location", "")) for tensor in tensors
-    }
     total = loaded.path.stat().st_size
-    for path in files:
+    for path in _list_data_files(loaded):
         with contextlib.suppress(OSError):
-            total += os.path.getsize(path) if os.path.isfile(path) else 0
+            if os.path.isfile(path):
+                total += os.path.getsize(path)
     return total
+
+
+def _list_data_files(loaded: LoadedModel) -> set[str]:
+    """Real paths of the files that constants refer to; they may not exist."""
+    paths = set()
+    for _, tensor in list_tensors(loaded.proto):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        location = external_fields(tensor).get("location", "")
+        paths.add(os.path.realpath(loaded.path.parent / location))
+    return paths

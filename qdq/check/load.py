@@ -1,4 +1,4 @@
-"""An ONNX file as protobuf and as graph, read as far as it can be read; what is wrong with it, rules say."""
+"""An ONNX file as protobuf and as graph, read as far as it can be read; rules report what is wrong with it."""
 
 from __future__ import annotations
 
@@ -39,45 +39,53 @@ class LoadedModel:
 
 
 def load_onnx(path: Path) -> LoadedModel:
-    """Read a file. Nothing is said here of whether it is sound.
+    """Read a file, whether or not it is valid.
 
     Raises:
-        CheckError: The file is missing, empty, truncated, or no ONNX.
+        CheckError: The file is missing, empty, truncated, or not ONNX.
     """
-    require_file(path)
-    try:
-        proto = onnx.load_model_from_string(path.read_bytes())
-    except Exception as error:  # protobuf and the file system each have their own
-        raise invalid(path, first_line(error)) from error
-    if not proto.HasField("graph"):
-        raise invalid(path, "it holds no graph")
-    if not proto.graph.node:
-        raise CheckError(
-            f"{path} holds no ONNX graph.", "export it again: the file may be empty or truncated."
-        )
+    proto = _read_proto(path)
     is_utf8 = not _make_readable(proto)
     faults = find_tensor_faults(proto, path.parent)
     for fault in faults:
-        fault.tensor.ClearField(
-            "external_data"
-        )  # onnx-ir refuses the file for a location that is none
+        # onnx-ir refuses a file with an invalid location
+        fault.tensor.ClearField("external_data")
         fault.tensor.ClearField("data_location")
     try:
         with silence_onnx_ir():
             model = ir.from_proto(proto)
         ir.external_data.set_base_dir(model.graph, os.path.dirname(path))
     except Exception as error:  # onnx-ir wraps what it finds, each time once more
-        reason = (
-            f"the constant {faults[0].name}: {faults[0].message}"
-            if faults
-            else first_line(_root_cause(error))
-        )
-        raise invalid(path, reason) from error
+        reason = first_line(_root_cause(error))
+        if faults:
+            reason = f"the constant {faults[0].name}: {faults[0].message}"
+        raise _invalid(path, reason) from error
     return LoadedModel(path, proto, model, is_utf8, tuple(faults))
 
 
+def _read_proto(path: Path) -> onnx.ModelProto:
+    """Parse a file.
+
+    Raises:
+        CheckError: The file is missing, empty, truncated, or not ONNX.
+    """
+    require_file(path)
+    try:
+        proto = onnx.load_model_from_string(path.read_bytes())
+    except Exception as error:  # protobuf and the file system raise errors of their own
+        raise _invalid(path, first_line(error)) from error
+    if not proto.HasField("graph"):
+        raise _invalid(path, "it holds no graph")
+    if not proto.graph.node:
+        raise CheckError(
+            f"{path} holds no ONNX graph.",
+            "export it again: the file may be empty or truncated.",
+        )
+    return proto
+
+
 def require_whole(loaded: LoadedModel) -> None:
-    """Refuse a file of which something would be lost when it is written again.
+    """Refuse a file with parts that would be lost when it is rewritten.
 
     Args:
         loaded: The file, its model not changed yet.
@@ -92,45 +100,63 @@ def require_whole(loaded: LoadedModel) -> None:
         reasons.append(f"the constant {loaded.tensor_faults[0].name}, whose data cannot be read")
     if reasons:
         raise CheckError(
-            f"{loaded.path} holds what would be lost when it is written again: {list_names(reasons, 3)}.",
-            "nothing is written; export the model without it (sparse weights as dense ones, no training graph).",
+            f"{loaded.path} contains parts that would be lost when it is rewritten: {list_names(reasons, 3)}.",
+            "nothing was written; export the model without them (sparse weights as dense ones, no training graph).",
         )
 
 
-def invalid(path: Path, reason: str) -> CheckError:
-    """The error of a file that is no valid ONNX."""
-    return CheckError(f"{path} is no valid ONNX file: {reason}.", "export it again.")
+def _invalid(path: Path, reason: str) -> CheckError:
+    """The error of a file that is not valid ONNX."""
+    return CheckError(f"{path} is not a valid ONNX file: {reason}.", "export it again.")
 
 
 def _root_cause(error: BaseException) -> Exception:
+    """The first exception of a chain."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return error if isinstance(error, Exception) else RuntimeError(str(error))
+    if isinstance(error, Exception):
+        return error
+    return RuntimeError(str(error))
 
 
 def _make_readable(message: Any) -> bool:
-    """Replace texts of a protobuf message that are not UTF-8, which it gives as bytes; whether there were any."""
-    changed = False
+    """Replace the texts of a protobuf message that are not UTF-8, which it gives as bytes.
+
+    Returns:
+        Whether there were any.
+    """
+    is_changed = False
     for field, value in message.ListFields():
         if field.type == field.TYPE_MESSAGE:
-            for item in [value] if hasattr(value, "ListFields") else value:
-                changed |= _make_readable(item)
+            messages = [value] if hasattr(value, "ListFields") else value
+            for item in messages:
+                is_changed |= _make_readable(item)
         elif field.type == field.TYPE_STRING:
-            changed |= _make_field_readable(message, field.name, value)
-    return changed
+            is_changed |= _make_field_readable(message, field.name, value)
+    return is_changed
 
 
 def _make_field_readable(message: Any, name: str, value: Any) -> bool:
-    if isinstance(value, (str, bytes)):
-        if isinstance(value, bytes):
-            setattr(message, name, value.decode(errors="backslashreplace"))
-        return isinstance(value, bytes)
+    """Replace the text, or the texts, of one field.
+
+    Returns:
+        Whether there were any that are not UTF-8.
+    """
+    if isinstance(value, str):
+        return False
+    if isinstance(value, bytes):
+        setattr(message, name, _decode(value))
+        return True
+
     texts = list(value)
-    if not any(isinstance(text, bytes) for text in texts):
+    readable = [_decode(text) for text in texts]
+    if texts == readable:
         return False
     del value[:]
-    value.extend(
-        text.decode(errors="backslashreplace") if isinstance(text, bytes) else text
-        for text in texts
-    )
+    value.extend(readable)
     return True
+
+
+def _decode(text: str | bytes) -> str:
+    """A text with escapes for the bytes that are not UTF-8."""
+    return text.decode(errors="backslashreplace") if isinstance(text, bytes) else text

@@ -1,4 +1,4 @@
-"""What 16 bit needs to know of an ONNX graph, and what they do to it, measured by ONNX Runtime."""
+"""The ranges of an ONNX graph and its outputs in 16 bit, measured by ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -32,31 +32,41 @@ def measure_peaks(model: ir.Model, inputs: Mapping[str, Array]) -> dict[str, flo
         CheckError: ONNX Runtime cannot run the model.
     """
     copy = model.clone()
-    graph = copy.graph
-    made = [value for node in graph if node.op_type != "Constant" for value in node.outputs]
-    values = [value for value in [*graph.inputs, *made] if value.dtype == ir.DataType.FLOAT]
-    graph.outputs.clear()
+    values = _list_float_values(copy.graph)
+    copy.graph.outputs.clear()
     for value in values:
-        magnitude = ir.node("Abs", [value])
-        peak = ir.node("ReduceMax", [magnitude.outputs[0]], attributes={"keepdims": 0})
-        graph.extend([magnitude, peak])
-        result = peak.outputs[0]
-        result.name, result.shape, result.type = (
-            f"{value.name}.peak",
-            ir.Shape([]),
-            ir.TensorType(ir.DataType.FLOAT),
-        )
-        graph.outputs.append(result)
-    found = run_graph(copy, inputs)
-    return {str(value.name): float(peak) for value, peak in zip(values, found, strict=True)}
+        _add_peak(copy.graph, value)
+    peaks = run_graph(copy, inputs)
+    return {str(value.name): float(peak) for value, peak in zip(values, peaks, strict=True)}
+
+
+def _list_float_values(graph: ir.Graph) -> list[ir.Value]:
+    """Inputs of a graph and outputs of its nodes in float32, without constants."""
+    values = list(graph.inputs)
+    for node in graph:
+        if node.op_type != "Constant":
+            values += node.outputs
+    return [value for value in values if value.dtype == ir.DataType.FLOAT]
+
+
+def _add_peak(graph: ir.Graph, value: ir.Value) -> None:
+    """Add the largest magnitude of a value as an output, a scalar."""
+    magnitude = ir.node("Abs", [value])
+    maximum = ir.node("ReduceMax", [magnitude.outputs[0]], attributes={"keepdims": 0})
+    graph.extend([magnitude, maximum])
+    peak = maximum.outputs[0]
+    peak.name = f"{value.name}.peak"
+    peak.shape = ir.Shape([])
+    peak.type = ir.TensorType(ir.DataType.FLOAT)
+    graph.outputs.append(peak)
 
 
 def run_rounded(model: ir.Model, inputs: Mapping[str, Array]) -> list[Array]:
     """Outputs of a model, every 16 bit value of the main graph rounded to 16 bit.
 
-    ONNX Runtime on a CPU has few kernels for float16. It computes the rest in float32 and passes that on from one to
-    the next, so that nothing is rounded and nothing overflows; Casts in between it takes away. In the copy that runs
-    here every such value goes through Unsqueeze and Squeeze, which it has for 16 bit.
+    ONNX Runtime on a CPU has few kernels for float16. It computes the other operators in float32, passes float32
+    values on from one to the next, and removes Casts between them, so that nothing is rounded and nothing overflows.
+    In the copy that runs here every such value goes through Unsqueeze and Squeeze, which it has for 16 bit.
 
     Args:
         model: Unchanged by this.
@@ -69,20 +79,26 @@ def run_rounded(model: ir.Model, inputs: Mapping[str, Array]) -> list[Array]:
     axes = ir.Value(name="qdq.axes", const_value=ir.tensor(np.array([0]), name="qdq.axes"))
     copy.graph.register_initializer(axes)
     for node in list(copy.graph):
+        if node.op_type == "Constant":
+            continue
         for value in node.outputs:
-            if value.dtype in _HALVES and node.op_type != "Constant":
-                _round(copy.graph, node, value, axes)
+            if value.dtype in _HALVES:
+                _round_value(copy.graph, node, value, axes)
     return run_graph(copy, inputs)
 
 
-def _round(graph: ir.Graph, node: ir.Node, value: ir.Value, axes: ir.Value) -> None:
-    wider = ir.node("Unsqueeze", [value, axes])
-    rounded = ir.node("Squeeze", [wider.outputs[0], axes])
-    wider.outputs[0].name, result = f"{value.name}.wider", rounded.outputs[0]
-    result.name, result.shape, result.type = f"{value.name}.rounded", value.shape, value.type
-    value.replace_all_uses_with(result, replace_graph_outputs=True)
-    wider.replace_input_with(0, value)
-    graph.insert_after(node, [wider, rounded])
+def _round_value(graph: ir.Graph, node: ir.Node, value: ir.Value, axes: ir.Value) -> None:
+    """Let the readers of a value read it after Unsqueeze and Squeeze."""
+    unsqueeze = ir.node("Unsqueeze", [value, axes])
+    unsqueeze.outputs[0].name = f"{value.name}.wider"
+    squeeze = ir.node("Squeeze", [unsqueeze.outputs[0], axes])
+    rounded = squeeze.outputs[0]
+    rounded.name = f"{value.name}.rounded"
+    rounded.shape = value.shape
+    rounded.type = value.type
+    value.replace_all_uses_with(rounded, replace_graph_outputs=True)
+    unsqueeze.replace_input_with(0, value)
+    graph.insert_after(node, [unsqueeze, squeeze])
 
 
 def run_graph(model: ir.Model, inputs: Mapping[str, Array]) -> list[Array]:
@@ -100,13 +116,13 @@ def run_graph(model: ir.Model, inputs: Mapping[str, Array]) -> list[Array]:
         path = Path(folder) / "model.onnx"
         ir.save(model, path)
         runner = OnnxModel(path)
-        return runner(
-            *(_typed(inputs[name], types[name]) for name in runner.inputs if name in inputs)
-        )
+        names = [name for name in runner.inputs if name in inputs]
+        return runner(*(_to_half(inputs[name], types[name]) for name in names))
 
 
-def _typed(array: Array, dtype: ir.DataType | None) -> Array:
+def _to_half(array: Array, dtype: ir.DataType | None) -> Array:
+    """A float32 array in the 16 bit type of an input; other arrays, and those of other inputs, as they are."""
     if array.dtype != np.float32 or dtype not in _HALVES:
         return array
-    narrow: Array = array.astype(dtype.numpy())
-    return narrow
+    half: Array = array.astype(dtype.numpy())
+    return half

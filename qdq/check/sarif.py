@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 import qdq
-from qdq.check.rules import RULES, Finding
+from qdq.check.rules import RULES, Finding, Rule
 
 _LEVELS = {"error": "error", "warning": "warning", "info": "note"}
 _SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
@@ -22,35 +22,39 @@ def format_sarif(path: Path, findings: tuple[Finding, ...]) -> dict[str, Any]:
     """
     ids = sorted(RULES)
     uri = quote(path.as_posix())
-    rules = [
-        {
-            "id": rule.id,
-            "shortDescription": {"text": rule.title},
-            "fullDescription": {"text": rule.why},
-            "help": {"text": f"{rule.why} Evidence: {rule.evidence}."},
-            "defaultConfiguration": {"level": _LEVELS[rule.severity]},
-        }
-        for rule in (RULES[id] for id in ids)
-    ]
-    results = [
-        {
-            "ruleId": finding.rule,
-            "ruleIndex": ids.index(finding.rule),
-            "level": _LEVELS[finding.severity],
-            "message": {"text": f"{finding.node}: {finding.message}. Fix: {finding.fix}"},
-            "locations": [
-                {
-                    "physicalLocation": {"artifactLocation": {"uri": uri, "index": 0}},
-                    "logicalLocations": [{"name": finding.node, "kind": "element"}],
-                }
-            ],
-        }
-        for finding in findings
-    ]
-    driver = {"name": "qdq", "version": qdq.__version__, "rules": rules}
+    driver = {
+        "name": "qdq",
+        "version": qdq.__version__,
+        "rules": [_format_rule(RULES[id]) for id in ids],
+    }
     run = {
         "tool": {"driver": driver},
         "artifacts": [{"location": {"uri": uri}}],
-        "results": results,
+        "results": [_format_result(finding, ids.index(finding.rule), uri) for finding in findings],
     }
     return {"$schema": _SCHEMA, "version": "2.1.0", "runs": [run]}
+
+
+def _format_rule(rule: Rule) -> dict[str, Any]:
+    return {
+        "id": rule.id,
+        "shortDescription": {"text": rule.title},
+        "fullDescription": {"text": rule.why},
+        "help": {"text": f"{rule.why} Evidence: {rule.evidence}."},
+        "defaultConfiguration": {"level": _LEVELS[rule.severity]},
+    }
+
+
+def _format_result(finding: Finding, rule_index: int, uri: str) -> dict[str, Any]:
+    return {
+        "ruleId": finding.rule,
+        "ruleIndex": rule_index,
+        "level": _LEVELS[finding.severity],
+        "message": {"text": f"{finding.node}: {finding.message}. Fix: {finding.fix}"},
+        "locations": [
+            {
+                "physicalLocation": {"artifactLocation": {"uri": uri, "index": 0}},
+                "logicalLocations": [{"name": finding.node, "kind": "element"}],
+            }
+        ],
+    }

@@ -8,38 +8,64 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+_REQUIRED = onnx.defs.OpSchema.FormalParameterOption.Single
+
 
 def describe_misfit(node: ir.Node, opset: int) -> str:
-    """What a node of ONNX's own operators lacks or has too much of; empty if it fits, or if onnx does not know it.
+    """What a node of ONNX's own operators lacks or has too much of.
 
     Args:
         node: The node.
-        opset: Of the model; with a number that onnx does not know, its newest one counts.
+        opset: Of the model; the newest that onnx knows stands in for a number that it does not know.
+
+    Returns:
+        A text; empty if the node fits its operator, or if onnx does not know the operator.
     """
-    schema = _find_schema(node.op_type, opset) if node.domain == "" else None
+    if node.domain != "":
+        return ""
+    schema = _find_schema(node.op_type, opset)
     if schema is None:
         return ""
-    counts = (
-        ("inputs", len(node.inputs), schema.min_input, schema.max_input),
-        ("outputs", len(node.outputs), schema.min_output, schema.max_output),
+
+    descriptions = (
+        _describe_count(node, "inputs", len(node.inputs), schema.min_input, schema.max_input),
+        _describe_count(node, "outputs", len(node.outputs), schema.min_output, schema.max_output),
+        _describe_missing_input(node, schema),
+        _describe_attribute(node, schema),
+        _describe_missing_attribute(node, schema),
     )
-    for what, count, least, most in counts:
-        if not least <= count <= most:
-            expected = str(least) if least == most else f"{least} or more"
-            return f"{node.op_type} has {count} {what}, expected {expected}"
+    return next(filter(None, descriptions), "")
+
+
+def _describe_count(node: ir.Node, values: str, count: int, least: int, most: int) -> str:
+    """The number of inputs or outputs, if it is wrong."""
+    if least <= count <= most:
+        return ""
+    expected = f"{least}" if least == most else f"{least} or more"
+    return f"{node.op_type} has {count} {values}, expected {expected}"
+
+
+def _describe_missing_input(node: ir.Node, schema: Any) -> str:
+    """The first input that is left out but must not be."""
     for formal, value in zip(schema.inputs, node.inputs, strict=False):
-        if value is None and formal.option == onnx.defs.OpSchema.FormalParameterOption.Single:
+        if value is None and formal.option == _REQUIRED:
             return f"{node.op_type} has no input {formal.name}"
-    return _describe_attribute(node, schema)
+    return ""
 
 
 def _describe_attribute(node: ir.Node, schema: Any) -> str:
+    """The first attribute that the operator does not have, or that has another type."""
     for name, attribute in node.attributes.items():
         if name not in schema.attributes:
             return f"{node.op_type} has no attribute {name}"
         expected = schema.attributes[name].type
         if attribute.type.value != expected.value:
             return f"attribute {name} of {node.op_type} is {attribute.type.name}, expected {expected.name}"
+    return ""
+
+
+def _describe_missing_attribute(node: ir.Node, schema: Any) -> str:
+    """The first attribute that the operator must have and the node has not."""
     for name, formal in schema.attributes.items():
         if formal.required and name not in node.attributes:
             return f"{node.op_type} lacks the attribute {name}"
@@ -48,8 +74,12 @@ def _describe_attribute(node: ir.Node, schema: Any) -> str:
 
 @lru_cache(maxsize=4096)
 def _find_schema(op_type: str, opset: int) -> Any:
+    """The definition of an operator of ONNX; None if onnx has none."""
     newest = onnx.defs.onnx_opset_version()
+    version = newest
+    if 0 < opset < newest:
+        version = opset
     try:
-        return onnx.defs.get_schema(op_type, min(opset, newest) if opset > 0 else newest)
-    except Exception:  # onnx.defs.SchemaError, which is no public name of every version
+        return onnx.defs.get_schema(op_type, version)
+    except Exception:  # onnx.defs.SchemaError, which is not a public name of every version
         return None

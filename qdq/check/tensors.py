@@ -14,6 +14,8 @@ from qdq.graph.tensors import external_fields, list_tensors
 
 _SHOWN_CHARACTERS = 100  # of a location
 _COMPLEX = (TensorProto.COMPLEX64, TensorProto.COMPLEX128)
+_READ_ERRORS = (OSError, RuntimeError, ValueError)
+"""What the file system raises; RuntimeError: a loop of links, before Python 3.13."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class TensorFault:
     """A constant that cannot be read.
 
     Args:
-        name: Of the constant; of its node where it has none.
+        name: Of the constant; of its node if it has none.
         message: What does not fit.
         tensor: The constant itself.
     """
@@ -40,108 +42,137 @@ def find_tensor_faults(proto: onnx.ModelProto, folder: Path) -> list[TensorFault
     """
     faults = []
     for name, tensor in list_tensors(proto):
-        if message := _describe_fault(tensor, folder):
+        message = _describe_fault(tensor, folder)
+        if message:
             faults.append(TensorFault(tensor.name or name, message, tensor))
     return faults
 
 
 def count_bytes(tensor: TensorProto) -> int | None:
-    """How many bytes the data of a constant take by its type and shape; None for strings and unknown types."""
+    """How many bytes the data of a constant take by its type and shape.
+
+    Returns:
+        The number; None for strings and unknown types.
+    """
     try:
         bits: int = ir.DataType(tensor.data_type).bitwidth
     except (TypeError, ValueError):  # no such type, or one without a size
         return None
     values: int = math.prod(tensor.dims)
-    return -(-values * bits // 8)
+    return (values * bits + 7) // 8
 
 
 def _describe_fault(tensor: TensorProto, folder: Path) -> str:
-    if (
-        tensor.data_type not in TensorProto.DataType.values()
-        or tensor.data_type == TensorProto.UNDEFINED
-    ):
+    """What does not fit; empty if all fits."""
+    is_known = tensor.data_type in TensorProto.DataType.values()
+    if not is_known or tensor.data_type == TensorProto.UNDEFINED:
         return f"its type is {tensor.data_type}, which ONNX does not have"
-    if any(size < 0 for size in tensor.dims):
+    if min(tensor.dims, default=0) < 0:
         return f"its shape is {list(tensor.dims)}"
-    size = count_bytes(tensor)
+
     if tensor.data_location == TensorProto.EXTERNAL:
-        return _describe_external_fault(tensor, folder, size)
+        return _describe_external_fault(tensor, folder)
     if tensor.HasField("raw_data"):
-        if size is None:
-            return "it holds strings as raw bytes"
-        if len(tensor.raw_data) != size:
-            return f"it has {len(tensor.raw_data)} bytes; its type and shape {list(tensor.dims)} take {size}"
-        return ""
+        return _describe_raw_fault(tensor)
     return _describe_typed_fault(tensor)
 
 
+def _describe_raw_fault(tensor: TensorProto) -> str:
+    """Data as bytes in the file."""
+    expected = count_bytes(tensor)
+    if expected is None:
+        return "it holds strings as raw bytes"
+    size = len(tensor.raw_data)
+    if size != expected:
+        return f"it has {size} bytes; its type and shape {list(tensor.dims)} take {expected}"
+    return ""
+
+
 def _describe_typed_fault(tensor: TensorProto) -> str:
-    """Data as a list of numbers or strings."""
+    """Data as a list of numbers or strings in the file."""
     if _is_packed(tensor):
         return ""
+
     field = onnx.helper.tensor_dtype_to_field(tensor.data_type)
     values = len(getattr(tensor, field))
-    expected = math.prod(tensor.dims) * (2 if tensor.data_type in _COMPLEX else 1)
-    shape = list(tensor.dims)
-    return (
-        ""
-        if values == expected
-        else f"it has {values} values in {field}; its shape {shape} takes {expected}"
-    )
+    expected = math.prod(tensor.dims)
+    if tensor.data_type in _COMPLEX:  # real and imaginary part
+        expected *= 2
+    if values != expected:
+        return f"it has {values} values in {field}; its shape {list(tensor.dims)} takes {expected}"
+    return ""
 
 
 def _is_packed(tensor: TensorProto) -> bool:
     """Whether one number of the list holds several values."""
-    return tensor.data_type != TensorProto.STRING and ir.DataType(tensor.data_type).bitwidth < 8
+    if tensor.data_type == TensorProto.STRING:
+        return False
+    return ir.DataType(tensor.data_type).bitwidth < 8
 
 
-def _describe_external_fault(tensor: TensorProto, folder: Path, size: int | None) -> str:
-    fields = external_fields(tensor)
-    location = fields.get("location", "")
+def _describe_external_fault(tensor: TensorProto, folder: Path) -> str:
+    """Data in another file."""
+    location = external_fields(tensor).get("location", "")
     if not location or "\0" in location:
-        return "its data lie in another file, and which one is not said"
+        return "its data are in another file, but no valid name of that file is given"
     try:
-        if reason := _describe_location_fault(location, folder):
+        reason = _describe_location_fault(location, folder)
+        if reason:
             return reason
         file_bytes = (folder / location).stat().st_size
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # RuntimeError: a loop of links, before Python 3.13
+    except _READ_ERRORS as error:
         return (
-            f"its data lie in {_shorten(location)}, which cannot be read: {_describe_cause(error)}"
+            f"its data are in {_shorten(location)}, which cannot be read: {_describe_cause(error)}"
         )
-    try:
-        offset, length = int(fields.get("offset", 0)), int(fields.get("length", -1))
-    except ValueError:
-        return f"offset {fields.get('offset')!r} or length {fields.get('length')!r} of its data is no number"
-    if size is None:
-        return "it holds strings in another file"
-    if offset < 0 or file_bytes - offset < size:
-        return f"{size} bytes at {offset} of {_shorten(location)} are its data, and that file has {file_bytes}"
-    if "length" in fields and length != size:
-        expected = f"its type and shape {list(tensor.dims)} take {size}"
-        return f"its data are {length} bytes of {_shorten(location)}; {expected}"
-    return ""
+    return _describe_range_fault(tensor, location, file_bytes)
 
 
 def _describe_location_fault(location: str, folder: Path) -> str:
-    """Why data may not lie there; the file system may raise errors of its own."""
+    """Why data may not be there; the file system may raise errors of its own."""
     path = folder / location
     if Path(location).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
-        return f"its data lie outside the folder of the model: {_shorten(location)}"
+        return f"its data are outside the folder of the model: {_shorten(location)}"
     if path.is_file():
         return ""
     if path.exists():
-        return f"its data lie in {_shorten(location)}, which is a folder or a device and no file"
-    return f"its data lie in {_shorten(location)}, and there is no such file"
+        return f"its data are in {_shorten(location)}, which is a folder or a device and not a file"
+    return f"its data are in {_shorten(location)}, but that file does not exist"
+
+
+def _describe_range_fault(tensor: TensorProto, location: str, file_bytes: int) -> str:
+    """Why the data of a constant are not in a range of a file of `file_bytes` bytes."""
+    fields = external_fields(tensor)
+    try:
+        offset, length = int(fields.get("offset", 0)), int(fields.get("length", -1))
+    except ValueError:
+        return (
+            f"offset {fields.get('offset')!r} or length {fields.get('length')!r} of its data "
+            "is not a number"
+        )
+
+    size = count_bytes(tensor)
+    if size is None:
+        return "it holds strings in another file"
+    if offset < 0 or offset + size > file_bytes:
+        return (
+            f"its data are {size} bytes at {offset} of {_shorten(location)}, "
+            f"but that file has {file_bytes}"
+        )
+    if "length" in fields and length != size:
+        return (
+            f"its data are {length} bytes of {_shorten(location)}; "
+            f"its type and shape {list(tensor.dims)} take {size}"
+        )
+    return ""
 
 
 def _describe_cause(error: Exception) -> str:
+    """The reason of an error of the file system, without the path."""
     if isinstance(error, RuntimeError):  # its text holds the whole path
         return "a loop of symbolic links"
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error)
 
 
 def _shorten(location: str) -> str:

@@ -94,8 +94,8 @@ def test_broken_rule_is_a_finding(tmp_path, quantized_file):
     [
         (None, "does not exist"),
         (b"", "is empty"),
-        (b"this is text, not a model\n", "is no valid ONNX file"),
-        (bytes(range(256)) * 8, "is no valid ONNX file"),
+        (b"this is text, not a model\n", "is not a valid ONNX file"),
+        (bytes(range(256)) * 8, "is not a valid ONNX file"),
     ],
 )
 def test_files_that_are_no_onnx(tmp_path, content, found):
@@ -114,7 +114,7 @@ def test_truncated_files(tmp_path, quantized_file):
     path = tmp_path / "cut.onnx"
     for share in (0.2, 0.5, 0.9, 0.999):
         path.write_bytes(whole[: int(len(whole) * share)])
-        with pytest.raises(CheckError, match="is no valid ONNX file"):
+        with pytest.raises(CheckError, match="is not a valid ONNX file"):
             check_onnx(path)
         with pytest.raises(CheckError, match="cannot load"):
             OnnxModel(path)

@@ -236,7 +236,7 @@ def test_a_mended_model_that_would_not_load_is_not_written(tmp_path, monkeypatch
     path = write(tmp_path / "a", SOUND)
     content = path.read_bytes()
     for output in (path, tmp_path / "out.onnx"):
-        with pytest.raises(CheckError, match="mended, it would be refused"):
+        with pytest.raises(CheckError, match="the fixed file would be refused"):
             fix_onnx(path, output)
     assert path.read_bytes() == content
     assert not (tmp_path / "out.onnx").exists()

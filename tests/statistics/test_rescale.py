@@ -195,7 +195,7 @@ def test_other_model_or_no_model(prepared, images, tmp_path):
     with pytest.raises(ArgumentError, match="unknown calibration method 'kl'"):
         rescale_onnx(old, old, statistics, method="kl")
     (tmp_path / "text.onnx").write_text("text")
-    with pytest.raises(CheckError, match="no valid ONNX"):
+    with pytest.raises(CheckError, match="not a valid ONNX"):
         rescale_onnx(tmp_path / "text.onnx", old, statistics)
     assert old.read_bytes() == before
 
