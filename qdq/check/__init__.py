@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from qdq.check.parity import OnnxModel as OnnxModel
 from qdq.check.parity import Parity as Parity
 from qdq.check.parity import Session as Session
 from qdq.check.parity import measure_parity as measure_parity
-from qdq.check.rules import FILE_RULES, SEVERITIES, choose_rules, find_violations, get_rule
+from qdq.check.rules import FILE_RULES, SEVERITIES, Rule, choose_rules, find_violations
 from qdq.check.rules import Finding as Finding
 from qdq.check.rules import Severity as Severity
 from qdq.files import as_path
@@ -217,17 +217,14 @@ def check_onnx(
         complete_shapes(model, data_prop=facts.checker.can_propagate)
     if facts.has_cycle:  # the values of such a graph cannot be followed
         rules = [rule for rule in rules if rule.id in FILE_RULES]
-
     parities = {
         _TORCH_PARITY: _compare(expected, found, tie_floor_db),
         _SESSION_PARITY: _compare(found, found_default, tie_floor_db),
     }
-    findings = find_violations(model, rules, facts)
-    for rule in rules:
-        parity = parities.get(rule.id)
-        if parity is not None and not parity.is_sufficient:
-            findings.append(_report_parity(path, rule.id, parity))
-
+    findings = [
+        *find_violations(model, rules, facts),
+        *_check_parities(path, rules, parities),
+    ]
     quantize_nodes, dequantize_nodes = count_qdq(model)
     return CheckReport(
         path=path,
@@ -252,17 +249,28 @@ def _compare(
     return measure_parity(expected, actual, tie_floor_db)
 
 
-def _report_parity(path: Path, rule_id: str, parity: Parity) -> Finding:
-    """The finding of a rule about outputs, whose title is the message."""
-    rule = get_rule(rule_id)
-    return Finding(
-        rule=rule.id,
-        node=path.name,
-        message=f"{rule.title.rstrip('.')}: SQNR {parity.sqnr_db:.1f} dB, "
-        f"at least {parity.required_sqnr_db:.1f} was expected",
-        fix=_PARITY_FIXES[rule.id],
-        severity=rule.severity,
-    )
+def _check_parities(
+    path: Path, rules: Iterable[Rule], parities: Mapping[str, Parity | None]
+) -> Iterator[Finding]:
+    """The findings of the rules about outputs, whose titles are the messages.
+
+    Args:
+        path: The file.
+        rules: The rules to apply.
+        parities: Id of such a rule -> what was measured, None if outputs were not given.
+    """
+    for rule in rules:
+        parity = parities.get(rule.id)
+        if parity is None or parity.is_sufficient:
+            continue
+        yield Finding(
+            rule=rule.id,
+            node=path.name,
+            message=f"{rule.title.rstrip('.')}: SQNR {parity.sqnr_db:.1f} dB, "
+            f"at least {parity.required_sqnr_db:.1f} was expected",
+            fix=_PARITY_FIXES[rule.id],
+            severity=rule.severity,
+        )
 
 
 def _assess_validity(model: ir.Model, facts: FileFacts) -> Validity:

@@ -15,7 +15,14 @@ _Calls = dict[_Key, Counter[_Key]]  # for each function, how often it calls whic
 
 
 def list_recursive_functions(model: ir.Model) -> list[str]:
-    """Names of the functions from which calls lead back to themselves."""
+    """Find the functions from which calls lead back to themselves.
+
+    Args:
+        model: Its functions are looked at, whether or not the graph calls them.
+
+    Returns:
+        Their names.
+    """
     calls = _count_calls(model)
     if _sort_functions(calls) is not None:
         return []
@@ -34,10 +41,13 @@ def _reachable_functions(calls: _Calls, start: _Key) -> set[_Key]:
 
 
 def is_expansion_too_large(model: ir.Model) -> bool:
-    """Whether the calls of the graph become more than `LARGEST_EXPANSION` nodes.
+    """Whether the calls of the graph become more than `LARGEST_EXPANSION` nodes when they are written out.
+
+    Args:
+        model: Only counted, nothing is written out.
 
     Returns:
-        False if a call never ends, see `list_recursive_functions`.
+        True if they do; False also if a call never ends, see `list_recursive_functions`.
     """
     calls = _count_calls(model)
     order = _sort_functions(calls)

@@ -54,6 +54,14 @@ def _ask(
     """The verdicts of onnx and of ONNX Runtime.
 
     Both write out every call of a function, so they are not asked about a file that would become too large.
+
+    Args:
+        loaded: The file.
+        unknown: Operators that onnx does not know.
+        ask_runtime: Whether ONNX Runtime has to load it.
+
+    Returns:
+        The verdict of onnx; the verdict of ONNX Runtime, None if it was not asked.
     """
     if is_expansion_too_large(loaded.model):
         reason = "it was not asked, as the functions of the file become too many nodes (QDQ208)"
@@ -72,8 +80,8 @@ def _list_unknown(proto: onnx.ModelProto) -> _Operators:
     defined = {(function.domain, function.name) for function in proto.functions}
     unknown = set()
     for domain, name in used - defined:
-        registered_domain = "" if domain == "ai.onnx" else domain
-        if not onnx.defs.has(name, registered_domain):
+        registered = "" if domain == "ai.onnx" else domain
+        if not onnx.defs.has(name, registered):
             unknown.add((domain, name))
     return frozenset(unknown)
 

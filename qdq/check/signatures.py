@@ -38,7 +38,15 @@ def describe_misfit(node: ir.Node, opset: int) -> str:
 
 
 def _describe_count(node: ir.Node, values: str, count: int, least: int, most: int) -> str:
-    """The number of inputs or outputs, if it is wrong."""
+    """The number of inputs or outputs, if it is wrong.
+
+    Args:
+        node: The node.
+        values: "inputs" or "outputs".
+        count: How many it has.
+        least: How many it must have.
+        most: How many it may have.
+    """
     if least <= count <= most:
         return ""
     expected = f"{least}" if least == most else f"{least} or more"

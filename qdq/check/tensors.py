@@ -63,9 +63,17 @@ def count_bytes(tensor: TensorProto) -> int | None:
 
 
 def _describe_fault(tensor: TensorProto, folder: Path) -> str:
-    """What does not fit; empty if all fits."""
-    is_known = tensor.data_type in TensorProto.DataType.values()
-    if not is_known or tensor.data_type == TensorProto.UNDEFINED:
+    """What does not fit in a constant.
+
+    Args:
+        tensor: The constant.
+        folder: The folder of the model.
+
+    Returns:
+        A sentence without period, to follow the name; empty if all fits.
+    """
+    data_types = set(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}
+    if tensor.data_type not in data_types:
         return f"its type is {tensor.data_type}, which ONNX does not have"
     if min(tensor.dims, default=0) < 0:
         return f"its shape is {list(tensor.dims)}"
@@ -128,19 +136,35 @@ def _describe_external_fault(tensor: TensorProto, folder: Path) -> str:
 
 
 def _describe_location_fault(location: str, folder: Path) -> str:
-    """Why data may not be there; the file system may raise errors of its own."""
+    """Why data may not be there.
+
+    Args:
+        location: The file, relative to the model.
+        folder: The folder of the model.
+
+    Raises:
+        OSError, RuntimeError, ValueError: The file system refuses the path.
+    """
     path = folder / location
-    if Path(location).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+    is_inside = path.resolve().is_relative_to(folder.resolve())
+    if Path(location).is_absolute() or not is_inside:
         return f"its data are outside the folder of the model: {_shorten(location)}"
     if path.is_file():
         return ""
+
     if path.exists():
         return f"its data are in {_shorten(location)}, which is a folder or a device and not a file"
     return f"its data are in {_shorten(location)}, but that file does not exist"
 
 
 def _describe_range_fault(tensor: TensorProto, location: str, file_bytes: int) -> str:
-    """Why the data of a constant are not in a range of a file of `file_bytes` bytes."""
+    """Why the data of a constant are not in a range of another file.
+
+    Args:
+        tensor: The constant.
+        location: The file, relative to the model.
+        file_bytes: Its size.
+    """
     fields = external_fields(tensor)
     try:
         offset, length = int(fields.get("offset", 0)), int(fields.get("length", -1))
@@ -153,7 +177,8 @@ def _describe_range_fault(tensor: TensorProto, location: str, file_bytes: int) -
     size = count_bytes(tensor)
     if size is None:
         return "it holds strings in another file"
-    if offset < 0 or offset + size > file_bytes:
+    is_in_file = 0 <= offset <= file_bytes - size
+    if not is_in_file:
         return (
             f"its data are {size} bytes at {offset} of {_shorten(location)}, "
             f"but that file has {file_bytes}"
@@ -176,6 +201,7 @@ def _describe_cause(error: Exception) -> str:
 
 
 def _shorten(location: str) -> str:
+    """A location for a message: the beginning of a very long one."""
     if len(location) <= _SHOWN_CHARACTERS:
         return location
     return f"{location[:_SHOWN_CHARACTERS]}... ({len(location)} characters)"

@@ -39,22 +39,20 @@ _FIX = "leave it in float, and quantize the linear layers around it."
     "[probe] one _gemm_mha_v2 becomes three quantizers, two products and a softmax; [src] ModelOpt find_mha_partitions",
 )
 def _attention_is_quantized(view: GraphView) -> Iterator[Flaw]:
+    """Name the Softmax, the Attention, the normalisation or the Erf.
+
+    Attention that is written in other operators is not recognised.
+    """
     yield from _check_softmaxes(view)
     for node in view.select("Attention"):
-        if _comes_from_pair(view, node.inputs[:3]):
+        query_key_value = node.inputs[:3]
+        if _comes_from_pair(view, query_key_value):
             yield Flaw(
                 node=name_of(node),
                 message="its inputs are quantized (R-MHA-2)",
                 fix=_FIX,
             )
-    for node in view.select(*_NORMALISATIONS):
-        dequantizer = view.dequantizer(node.inputs[0], MOVING_OPS)
-        if dequantizer is not None and not _comes_from_convolution(view, dequantizer):
-            yield Flaw(
-                node=name_of(node),
-                message="its input is quantized (R-LN)",
-                fix=_FIX,
-            )
+    yield from _check_normalisations(view)
     for node in view.select("Erf"):
         if _comes_from_pair(view, _gelu_values(node)):
             yield Flaw(
@@ -82,13 +80,37 @@ def _check_softmaxes(view: GraphView) -> Iterator[Flaw]:
             )
 
 
+def _check_normalisations(view: GraphView) -> Iterator[Flaw]:
+    """A normalisation of quantized values, except after a convolution."""
+    for node in view.select(*_NORMALISATIONS):
+        dequantizer = view.dequantizer(node.inputs[0], MOVING_OPS)
+        if dequantizer is None:
+            continue
+        if _comes_from_convolution(view, dequantizer):
+            continue
+
+        yield Flaw(
+            node=name_of(node),
+            message="its input is quantized (R-LN)",
+            fix=_FIX,
+        )
+
+
 def _comes_from_pair(view: GraphView, values: Iterable[ir.Value | None]) -> bool:
     """Whether one of the values comes from a DQ, moved at most."""
     return any(view.dequantizer(value, MOVING_OPS) for value in values)
 
 
 def _quantized_attention(view: GraphView, softmax: ir.Node) -> list[str]:
-    """The parts of an attention that are quantized; empty if the softmax does not belong to an attention."""
+    """The parts of an attention that are quantized.
+
+    Args:
+        view: The graph.
+        softmax: A Softmax.
+
+    Returns:
+        Names of the parts; empty if there are none, or if the softmax does not belong to an attention.
+    """
     scores = _score_product(view, softmax)
     weighted_sum = _value_product(view, softmax)
     if scores is None or weighted_sum is None:
@@ -105,7 +127,11 @@ def _quantized_attention(view: GraphView, softmax: ir.Node) -> list[str]:
 
 
 def _score_product(view: GraphView, softmax: ir.Node) -> ir.Node | None:
-    """The product of query and key before a softmax: both of its operands are computed."""
+    """The product of query and key before a softmax: both of its operands are computed.
+
+    Returns:
+        The MatMul; None if there is none within `_MOST_NODES_BEFORE_SOFTMAX` steps.
+    """
     nodes = [softmax]
     for _ in range(_MOST_NODES_BEFORE_SOFTMAX):
         producers = []

@@ -23,10 +23,19 @@ _POSITIVE_ATTRIBUTES = ("strides", "dilations", "kernel_shape")
 
 
 def _about_file(find: Callable[[GraphView, FileFacts], Iterable[Flaw]]) -> Find:
-    """Make a rule of a function that needs facts about the file: it stays silent for a model in memory."""
+    """Make a rule of a function that needs facts about the file.
+
+    Args:
+        find: Yields the flaws of a graph, given the facts about its file.
+
+    Returns:
+        The function of the rule; it finds nothing in a model in memory.
+    """
 
     def find_with_facts(view: GraphView) -> Iterable[Flaw]:
-        return () if view.file is None else find(view, view.file)
+        if view.file is None:
+            return ()
+        return find(view, view.file)
 
     return find_with_facts
 
@@ -42,6 +51,7 @@ def _about_file(find: Callable[[GraphView, FileFacts], Iterable[Flaw]]) -> Find:
 )
 @_about_file
 def _runtime_does_not_load(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
+    """Name the node that ONNX Runtime blames, otherwise the file."""
     runtime = file.runtime
     if runtime is None or runtime.refusal is None:
         return
@@ -73,6 +83,10 @@ def _runtime_does_not_load(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
 )
 @_about_file
 def _checker_refuses(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
+    """Name the node that onnx blames, otherwise the file.
+
+    The order of the nodes is left to QDQ208 and QDQ209.
+    """
     checker = file.checker
     if checker.limit is not None:
         yield Flaw(
@@ -102,6 +116,10 @@ def _checker_refuses(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
 )
 @_about_file
 def _types_contradict(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
+    """Name the node that onnx blames, otherwise the file.
+
+    Nothing is reported if the order of the nodes or an unknown operator explains the refusal.
+    """
     refusal = file.checker.types
     if refusal is None or not file.is_sorted:
         return
@@ -117,10 +135,10 @@ def _types_contradict(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
 def _node_in(file: FileFacts, refusal: str) -> str:
     """The node that a message names; the file's name if it names none."""
     match = _NODE_IN_MESSAGE.search(refusal)
-    if match is None:
+    if match is None or match.lastindex is None:
         return file.path.name
-    names = [name for name in match.groups() if name]
-    return names[0] if names else file.path.name
+    name = match[match.lastindex]  # one alternative of the pattern has matched, with its group
+    return name if name else file.path.name
 
 
 @register_rule(
@@ -131,10 +149,11 @@ def _node_in(file: FileFacts, refusal: str) -> str:
     "[probe] TensorRT-RTX builds it; ONNX Runtime: 'two nodes with same node name'",
 )
 def _names_are_not_unique(view: GraphView) -> Iterator[Flaw]:
+    """Name each such name once; nodes without name are not compared."""
     for graph in view.model.graphs():
-        counts = Counter(node.name for node in graph if node.name)
+        counts = Counter(node.name for node in graph)
         for name, count in counts.items():
-            if count == 1:
+            if not name or count == 1:
                 continue
             yield Flaw(
                 node=name,
@@ -153,6 +172,7 @@ def _names_are_not_unique(view: GraphView) -> Iterator[Flaw]:
 )
 @_about_file
 def _data_do_not_fit(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
+    """Name the constant, or its node if it has no name."""
     for fault in file.tensor_faults:
         yield Flaw(
             node=fault.name,
@@ -171,20 +191,26 @@ def _data_do_not_fit(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
 )
 @_about_file
 def _operator_is_unknown(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
+    """Name each node with such an operator, also in bodies and functions."""
     if file.runtime is None:
         return
 
-    unknown = {tuple(name.split("::", 1)) for name in file.runtime.unknown_operators}
     for node in view.nodes:
-        if (node.domain, node.op_type) not in unknown:
+        if f"{node.domain}::{node.op_type}" not in file.runtime.unknown_operators:
             continue
-        operator = f"{node.op_type} of {node.domain}" if node.domain else node.op_type
+        is_named_as_plugin = node.op_type.endswith("_TRT")
         yield Flaw(
             node=name_of(node),
-            message=f"the operator {operator} is known to neither onnx nor ONNX Runtime",
+            message=f"the operator {_operator_name(node)} is known to neither onnx nor ONNX Runtime",
             fix="load the plugin on the target; if it is not a plugin, fix the operator's name or domain.",
-            severity="info" if node.op_type.endswith("_TRT") else "warning",
+            severity="info" if is_named_as_plugin else "warning",
         )
+
+
+def _operator_name(node: ir.Node) -> str:
+    if node.domain:
+        return f"{node.op_type} of {node.domain}"
+    return node.op_type
 
 
 @register_rule(
@@ -198,6 +224,7 @@ def _operator_is_unknown(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
 )
 @_about_file
 def _version_is_unknown(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
+    """Name the file; an opset is needed only if a node is of ONNX itself."""
     yield from _check_opset(view, file)
     yield from _check_ir_version(file)
 
@@ -249,6 +276,7 @@ def _check_ir_version(file: FileFacts) -> Iterator[Flaw]:
     "the rest is refused",
 )
 def _graph_cannot_be_computed(view: GraphView) -> Iterator[Flaw]:
+    """Name the graph, the output, the node or the function that cannot be computed."""
     yield from _check_outputs(view)
     yield from _check_inputs(view)
     yield from _check_functions(view)
@@ -283,15 +311,22 @@ def _check_inputs(view: GraphView) -> Iterator[Flaw]:
     sparse = _list_sparse(view.file)
     for node in view.model.graph.all_nodes():
         for value in node.inputs:
-            if value is None or not value.name:  # left out
-                continue
-            if _has_source(value) or value.name in sparse:
+            if value is None or _is_provided(value, sparse):
                 continue
             yield Flaw(
                 node=name_of(node),
                 message=f"nothing provides its input {value.name}",
                 fix=_EXPORT,
             )
+
+
+def _is_provided(value: ir.Value, sparse: set[str]) -> bool:
+    """Whether an input of a node has a source, or is left out by an empty name."""
+    if not value.name:
+        return True
+    if value.name in sparse:
+        return True
+    return _has_source(value)
 
 
 def _check_functions(view: GraphView) -> Iterator[Flaw]:
@@ -316,14 +351,19 @@ def _graph_name(view: GraphView) -> str:
 
 def _has_source(value: ir.Value) -> bool:
     """Whether a node, an input of the graph or a constant provides a value."""
-    return value.producer() is not None or value.is_graph_input() or value.is_initializer()
+    if value.producer() is not None:
+        return True
+    return value.is_graph_input() or value.is_initializer()
 
 
 def _list_sparse(file: FileFacts | None) -> set[str]:
     """Names of the sparse constants, which the graph of onnx-ir does not have."""
+    names: set[str] = set()
     if file is None:
-        return set()
-    return {tensor.values.name for tensor in file.proto.graph.sparse_initializer}
+        return names
+    for tensor in file.proto.graph.sparse_initializer:
+        names.add(tensor.values.name)
+    return names
 
 
 @register_rule(
@@ -336,6 +376,7 @@ def _list_sparse(file: FileFacts | None) -> set[str]:
 )
 @_about_file
 def _file_is_unusual(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
+    """Name the input or output, or the file."""
     fix = "nothing, if all your tools read the file."
     yield from _check_declarations(file.proto.graph, fix)
     names = [graph.name for graph in iterate_graphs(file.proto.graph)]
@@ -386,6 +427,7 @@ def _check_declarations(graph: onnx.GraphProto, fix: str) -> Iterator[Flaw]:
     "onnx.defs; the definition of Conv; [probe] TensorRT-RTX builds a Softmax whose axis is a text",
 )
 def _node_does_not_fit(view: GraphView) -> Iterator[Flaw]:
+    """Name the node; numbers are checked for convolutions only."""
     for node, reason in view.misfits.items():
         yield Flaw(
             node=name_of(node),
@@ -403,7 +445,11 @@ def _node_does_not_fit(view: GraphView) -> Iterator[Flaw]:
 
 
 def _describe_convolution(view: GraphView, convolution: ir.Node) -> str:
-    """Why no convolution can have these attributes and channels; empty if one can."""
+    """Why no convolution can have these attributes and channels.
+
+    Returns:
+        A text; empty if a convolution can have them, or if shapes are not known.
+    """
     group = convolution.attributes.get_int("group", 1)
     if group < 1:
         return f"its group is {group}, expected 1 or more"
@@ -411,28 +457,40 @@ def _describe_convolution(view: GraphView, convolution: ir.Node) -> str:
         sizes = list(convolution.attributes.get_ints(name, ()))
         if min(sizes, default=1) < 1:
             return f"its {name} are {sizes}, expected 1 or more"
-    return _describe_channels(view, convolution, group)
 
-
-def _describe_channels(view: GraphView, convolution: ir.Node, group: int) -> str:
-    """How the channels of a convolution do not fit; empty if they do, or if they are not known."""
-    image, weight = view.shape(convolution.inputs[0]), view.shape(convolution.inputs[1])
+    weight = view.shape(convolution.inputs[1])
     if weight is None or len(weight) < 3:
         return ""
-
-    first, second = weight[0], weight[1]
     if convolution.op_type == "Conv":
-        if first is not None and first % group:
-            return f"its {first} output channels cannot be cut into {group} groups"
-        expected = None if second is None else second * group
-    else:  # a ConvTranspose, whose weight begins with the channels of its input
-        expected = first
+        return _describe_conv_channels(view, convolution, group, weight)
+    return _describe_input_channels(view, convolution, weight[0])
 
+
+def _describe_conv_channels(
+    view: GraphView, conv: ir.Node, group: int, weight: tuple[int | None, ...]
+) -> str:
+    """How the channels of a Conv with a weight `[outputs, inputs / group, ...]` do not fit."""
+    outputs, inputs_of_group = weight[:2]
+    if outputs is None:
+        return ""
+    if outputs % group:
+        return f"its {outputs} output channels cannot be cut into {group} groups"
+    if inputs_of_group is None:
+        return ""
+    return _describe_input_channels(view, conv, inputs_of_group * group)
+
+
+def _describe_input_channels(view: GraphView, convolution: ir.Node, expected: int | None) -> str:
+    """How the channels of the input of a convolution do not fit its weight."""
+    image = view.shape(convolution.inputs[0])
     if image is None or len(image) < 3:
         return ""
-    if None in (image[1], first, second) or image[1] == expected:
+    channels = image[1]
+    if None in (channels, expected):
         return ""
-    return f"its input has {image[1]} channels, and its weight is for {expected}"
+    if channels != expected:
+        return f"its input has {channels} channels, and its weight is for {expected}"
+    return ""
 
 
 FILE_RULES = frozenset(f"QDQ{number}" for number in range(201, 211))

@@ -22,15 +22,19 @@ UNCALIBRATED = "qdq.uncalibrated"
     "[src] cuDLA, CenterPoint and Ultralytics fold first; folding changes the range of each channel",
 )
 def _batchnorm_is_not_folded(view: GraphView) -> Iterator[Flaw]:
+    """Name the BatchNormalization, if it could be folded into one product."""
     weights = _list_weights(view)
     uses = Counter(weights.values())
     for node, weight in weights.items():
-        if uses[weight] > 1:  # a fold would change the weight of the other products
+        # a fold would change the weight of the other products
+        if uses[weight] > 1:
             continue
         readers = view.readers(node.outputs[0])
-        if len(readers) != 1:  # a fold would change the input of the other readers
+        # a fold would change the input of the other readers
+        if len(readers) > 1:
             continue
-        if has_only(readers, "BatchNormalization"):
+
+        if readers and has_only(readers, "BatchNormalization"):
             yield Flaw(
                 node=name_of(readers[0]),
                 message=f"it follows {name_of(node)}, whose weights have scales from before it (R-BN-FOLD)",
@@ -39,15 +43,21 @@ def _batchnorm_is_not_folded(view: GraphView) -> Iterator[Flaw]:
 
 
 def _list_weights(view: GraphView) -> dict[ir.Node, ir.Value]:
-    """The stored weight, or its codes, of each product whose weight comes from a DQ."""
+    """The stored weight of each product whose weight comes from a DQ.
+
+    Returns:
+        The product -> its float weight if a Q quantizes it in the graph, otherwise the stored codes.
+    """
     weights = {}
     for node in view.weighted:
         dequantizer = view.dequantizer(node.inputs[1])
         if dequantizer is None:
             continue
-        codes = dequantizer.inputs[0]
-        quantizer = producer_of(codes)
-        weight = quantizer.inputs[0] if is_op(quantizer, "QuantizeLinear") else codes
+
+        weight = dequantizer.inputs[0]
+        quantizer = producer_of(weight)
+        if is_op(quantizer, "QuantizeLinear"):
+            weight = quantizer.inputs[0]
         if weight is not None:
             weights[node] = weight
     return weights
@@ -62,6 +72,7 @@ def _list_weights(view: GraphView) -> dict[ir.Node, ir.Value]:
     "metadata that qdq.compat writes where a script exports the structure only",
 )
 def _quantizers_never_observed(view: GraphView) -> Iterator[Flaw]:
+    """Name the graph, once for all of its quantizers."""
     names = view.model.metadata_props.get(UNCALIBRATED)
     if not names:
         return
@@ -81,7 +92,8 @@ def _quantizers_never_observed(view: GraphView) -> Iterator[Flaw]:
     "measured by check_onnx where outputs of both are given; a file alone does not show it",
 )
 def _parity_is_lost(view: GraphView) -> Iterator[Flaw]:
-    yield from ()  # `check_onnx` reports it
+    """Nothing in the graph shows it: `check_onnx` reports it."""
+    yield from ()
 
 
 @register_rule(
@@ -93,4 +105,5 @@ def _parity_is_lost(view: GraphView) -> Iterator[Flaw]:
     "measured by check_onnx where outputs of both sessions are given; a file alone does not show it",
 )
 def _default_session_differs(view: GraphView) -> Iterator[Flaw]:
-    yield from ()  # `check_onnx` reports it
+    """Nothing in the graph shows it: `check_onnx` reports it."""
+    yield from ()

@@ -25,10 +25,15 @@ _BEFORE_OUTPUT = COPY_OPS | {"Add", "Cast", "Concat", "LogSoftmax", "Sigmoid", "
     "[src] ModelOpt graph_utils; [iss] 4529, 1409, 2125, 1694, 2280; [probe] TensorRT-RTX runs no int8 deconvolution",
 )
 def _layer_has_no_kernel(view: GraphView) -> Iterator[Flaw]:
+    """Name each such layer with int8 operands; layers of unknown sizes are skipped."""
     for node in view.weighted:
-        if view.dequantizer(node.inputs[1]) is None or not view.is_quantized(node.inputs[0]):
+        dequantizer = view.dequantizer(node.inputs[1])
+        if dequantizer is None:
             continue
-        weakness = _describe_weakness(view, node)
+        if not view.is_quantized(node.inputs[0]):
+            continue
+
+        weakness = _describe_weakness(view, node, dequantizer)
         if weakness:
             yield Flaw(
                 node=name_of(node),
@@ -37,71 +42,107 @@ def _layer_has_no_kernel(view: GraphView) -> Iterator[Flaw]:
             )
 
 
-def _describe_weakness(view: GraphView, node: ir.Node) -> str:
-    """Why a layer has no good int8 kernel; empty if it has, or if its sizes are not known."""
+def _describe_weakness(view: GraphView, node: ir.Node, dequantizer: ir.Node) -> str:
+    """Why a layer has no good int8 kernel.
+
+    Args:
+        view: The graph.
+        node: A weighted node with quantized operands.
+        dequantizer: The DQ of its weight.
+
+    Returns:
+        A noun phrase; empty if there is a good kernel, or if the sizes are not known.
+    """
     if node.op_type == "ConvTranspose":
         return "a transposed convolution (R-CT-3)"
 
-    shape = _weight_shape(view, node)
+    shape = view.shape(node.inputs[1])
     if not shape:
+        shape = view.shape(dequantizer.inputs[0])
+    sizes = _known_sizes(shape)
+    if not sizes:
         return ""
-    if node.op_type != "Conv":
-        return _describe_product(view, node, shape)
+    if node.op_type == "Conv":
+        return _describe_conv(view, node, sizes)
+    return _describe_product(view, node, sizes)
+
+
+def _known_sizes(shape: tuple[int | None, ...] | None) -> list[int]:
+    """The sizes of a shape; empty if one of them is not known."""
+    sizes: list[int] = []
+    if shape is None:
+        return sizes
+    for size in shape:
+        if size is None:
+            return []
+        sizes.append(size)
+    return sizes
+
+
+def _describe_conv(view: GraphView, conv: ir.Node, shape: list[int]) -> str:
+    """Why a Conv with a weight of this shape has no good kernel."""
     if len(shape) < 3:  # not a convolution (QDQ203)
         return ""
     if len(shape) > 4:
         return "a 3-D convolution (R-CONV-7)"
-    if node.attributes.get_int("group", 1) > 1:
-        return _describe_groups(node, shape)
-    return _describe_convolution(view, node, shape)
+
+    group = conv.attributes.get_int("group", 1)
+    if group > 1:
+        return _describe_groups(group, shape)
+    is_first = conv is view.select("Conv")[0]
+    return _describe_channels(shape, is_first)
 
 
-def _weight_shape(view: GraphView, node: ir.Node) -> list[int]:
-    """The shape of a quantized weight; empty if a size is not known."""
-    shape = view.shape(node.inputs[1])
-    if not shape:
-        dequantizer = view.dequantizer(node.inputs[1])
-        shape = None if dequantizer is None else view.shape(dequantizer.inputs[0])
-    if shape is None or None in shape:
-        return []
-    return [int(size or 0) for size in shape]
+def _describe_groups(group: int, shape: list[int]) -> str:
+    """Why a grouped convolution has no good kernel: only depthwise ones of regular sizes have one.
 
-
-def _describe_groups(convolution: ir.Node, shape: list[int]) -> str:
-    """Why a grouped convolution has no good kernel: only depthwise ones of regular sizes have one."""
-    outputs, inputs, kernel = shape[0], shape[1], shape[2:]
-    group = convolution.attributes.get_int("group", 1)
-    if inputs > 1:
+    Args:
+        group: Number of groups, 2 or more.
+        shape: Of the weight: output channels, input channels of a group, kernel.
+    """
+    outputs, inputs_of_group, kernel = shape[0], shape[1], shape[2:]
+    if inputs_of_group > 1:
         return f"a convolution in {group} groups (R-CONV-4)"
     if outputs % _CHANNEL_MULTIPLE == 0 and min(kernel) >= _MIN_DEPTHWISE_KERNEL:
         return ""
-    return (
-        f"a depthwise convolution of {group} -> {outputs} channels and kernel {kernel} (R-CONV-3)"
-    )
+    channels = f"{group * inputs_of_group} -> {outputs}"
+    return f"a depthwise convolution of {channels} channels and kernel {kernel} (R-CONV-3)"
 
 
-def _describe_convolution(view: GraphView, convolution: ir.Node, shape: list[int]) -> str:
-    """Why a convolution without groups has no good kernel: few channels need a regular size and a square kernel."""
+def _describe_channels(shape: list[int], is_first: bool) -> str:
+    """Why a convolution without groups has no good kernel: few channels need a regular size and a square kernel.
+
+    Args:
+        shape: Of the weight: output channels, input channels, kernel.
+        is_first: Whether it is the first convolution, which may have few channels on both sides.
+    """
     outputs, inputs, kernel = shape[0], shape[1], shape[2:]
     if min(outputs, inputs) >= _MIN_CHANNELS:
         return ""
 
-    is_first = convolution is view.select("Conv")[0]
     is_wide = is_first or max(outputs, inputs) >= _MIN_CHANNELS
-    is_divisible = 0 in (outputs % _CHANNEL_MULTIPLE, inputs % _CHANNEL_MULTIPLE)
+    remainders = (outputs % _CHANNEL_MULTIPLE, inputs % _CHANNEL_MULTIPLE)
     is_square = len(set(kernel)) == 1
-    if is_wide and is_divisible and is_square:
+    if is_wide and is_square and 0 in remainders:
         return ""
     return f"a convolution of {inputs} -> {outputs} channels and kernel {kernel} (R-CONV-3)"
 
 
 def _describe_product(view: GraphView, product: ir.Node, shape: list[int]) -> str:
-    """Why a matrix product has no good kernel: vectors and tiny matrices have none."""
-    if len(shape) < 2 or view.is_computed(product.inputs[1]):
+    """Why a matrix product has no good kernel: vectors and tiny matrices have none.
+
+    Args:
+        view: The graph.
+        product: A Gemm or MatMul.
+        shape: Of its weight.
+    """
+    if len(shape) < 2:
+        return ""
+    if view.is_computed(product.inputs[1]):
         return ""
 
     inputs, outputs = shape[-2:]
-    if product.op_type == "Gemm" and product.attributes.get_int("transB", 0) != 0:
+    if _is_transposed(product):
         inputs, outputs = outputs, inputs
     if outputs == 1:
         return "a matrix-vector product (R-MM-3)"
@@ -114,6 +155,11 @@ def _describe_product(view: GraphView, product: ir.Node, shape: list[int]) -> st
     return ""
 
 
+def _is_transposed(product: ir.Node) -> bool:
+    """Whether a matrix product transposes its weight."""
+    return product.op_type == "Gemm" and product.attributes.get_int("transB", 0) != 0
+
+
 @register_rule(
     "QDQ124",
     "info",
@@ -123,6 +169,7 @@ def _describe_product(view: GraphView, product: ir.Node, shape: list[int]) -> st
     "[src] Ultralytics, cuDLA and yolov9 keep head outputs in float; ModelOpt quantizes only their inputs",
 )
 def _output_is_quantized(view: GraphView) -> Iterator[Flaw]:
+    """Name the DQ of an output, and each int8 layer that makes an output."""
     for output in view.model.graph.outputs:
         producer = view.source(output, COMMUTING_OPS)
         if not is_op(producer, "DequantizeLinear"):
@@ -133,8 +180,11 @@ def _output_is_quantized(view: GraphView) -> Iterator[Flaw]:
                 message=f"the output {output.name} is rounded to int8 (R-OUT)",
                 fix="remove the pair before the output.",
             )
+
     for node in view.weighted:
-        if view.has_quantized_operands(node) and _makes_output(view, node):
+        if not view.has_quantized_operands(node):
+            continue
+        if _makes_output(view, node):
             yield Flaw(
                 node=name_of(node),
                 message="it makes an output of the model, and is quantized (R-OUT)",
@@ -146,18 +196,23 @@ def _makes_output(view: GraphView, node: ir.Node) -> bool:
     """Whether a node computes an output of the model, but for operators that move or squash values."""
     visited, waiting = {node}, [node]
     while waiting:
-        for value in waiting.pop().outputs:
-            if value.is_graph_output():
-                return True
-            for reader in view.readers(value):
-                if reader not in visited and _passes_output_on(view, reader):
+        outputs = waiting.pop().outputs
+        if any(value.is_graph_output() for value in outputs):
+            return True
+
+        for value in outputs:
+            for reader in set(view.readers(value)) - visited:
+                if _passes_output_on(view, reader):
                     visited.add(reader)
                     waiting.append(reader)
     return False
 
 
 def _passes_output_on(view: GraphView, node: ir.Node) -> bool:
-    """Whether the output of a node counts as that of the layer before it; an Add of two branches does not."""
+    """Whether the output of a node counts as that of the layer before it.
+
+    An Add counts if it adds a constant such as a bias, not if it joins two branches.
+    """
     if is_op(node, "Add"):
         return view.has_constant_input(node)
     return is_op(node, *_BEFORE_OUTPUT)

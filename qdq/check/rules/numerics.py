@@ -34,6 +34,10 @@ _BODY_OPS = ("If", "Loop", "Scan")
     "[probe] parser error for 0, negative and NaN, none for +inf; [src] ModelOpt's guards",
 )
 def _scale_is_invalid(view: GraphView) -> Iterator[Flaw]:
+    """Name each Q and DQ with such a scale.
+
+    A scale without numbers in the file is skipped: QDQ109 reports the computed ones.
+    """
     for node in view.qdq_nodes:
         dtype = view.dtype(node.inputs[1])
         if dtype is not None and not dtype.is_floating_point():
@@ -47,6 +51,7 @@ def _scale_is_invalid(view: GraphView) -> Iterator[Flaw]:
         scale = view.constant(node.inputs[1])
         if scale is None:
             continue
+
         smallest = float(scale.astype(np.float64).min(initial=np.inf))
         if not _is_positive(scale):
             yield Flaw(
@@ -78,9 +83,14 @@ def _is_positive(scale: Array) -> bool:
     "[probe] 'Non-zero zero point is not supported'; [src] onnx-tensorrt",
 )
 def _zero_point_is_not_zero(view: GraphView) -> Iterator[Flaw]:
+    """Name each Q and DQ with such a zero point.
+
+    Unsigned codes are left to QDQ129, and int32 codes to QDQ108.
+    """
     for node in view.qdq_nodes:
         if view.code_type(node) in _TYPES_OF_OTHER_RULES:
             continue
+
         if input_of(node, 2) is None:
             yield from _check_missing_zero_point(view, node)
         else:
@@ -88,6 +98,7 @@ def _zero_point_is_not_zero(view: GraphView) -> Iterator[Flaw]:
 
 
 def _check_missing_zero_point(view: GraphView, node: ir.Node) -> Iterator[Flaw]:
+    """A Q or DQ without zero point: ONNX then takes zero, and uint8 for the codes of a Q."""
     if view.code_type(node) not in _SIGNED:
         yield Flaw(
             node=name_of(node),
@@ -104,6 +115,7 @@ def _check_missing_zero_point(view: GraphView, node: ir.Node) -> Iterator[Flaw]:
 
 
 def _check_zero_point(view: GraphView, node: ir.Node) -> Iterator[Flaw]:
+    """The type, the numbers and the number of zero points, in this order; the first flaw counts."""
     code_type = view.code_type(node)
     if code_type is not None and code_type not in _SIGNED:
         yield Flaw(
@@ -116,14 +128,16 @@ def _check_zero_point(view: GraphView, node: ir.Node) -> Iterator[Flaw]:
     zero_points = view.constant(node.inputs[2])
     if zero_points is None:
         return
-    scale = view.constant(node.inputs[1])
     if np.any(zero_points.astype(np.float32)):
         yield Flaw(
             node=name_of(node),
             message="the zero point is not zero (R-SYM)",
             fix="quantize symmetrically.",
         )
-    elif scale is not None and zero_points.size != scale.size:
+        return
+
+    scale = view.constant(node.inputs[1])
+    if scale is not None and zero_points.size != scale.size:
         yield Flaw(
             node=name_of(node),
             message=f"it has {zero_points.size} zero points and {scale.size} scales",
@@ -140,22 +154,29 @@ def _check_zero_point(view: GraphView, node: ir.Node) -> Iterator[Flaw]:
     "[probe] accepted with a warning and treated as int8; pytorch-quantization's unsigned=True writes such codes",
 )
 def _codes_are_unsigned(view: GraphView) -> Iterator[Flaw]:
+    """Name each Q that writes such codes and each DQ that reads them."""
     for node in view.qdq_nodes:
         code_type = view.code_type(node)
         if code_type not in _UNSIGNED:
             continue
-        zero_points = view.constant(input_of(node, 2))
-        number = "" if zero_points is None else f" of {_describe_range(zero_points)}"
+
+        zero_point = "the zero point"
+        numbers = view.constant(input_of(node, 2))
+        if numbers is not None:
+            zero_point += f" of {_describe_range(numbers)}"
         yield Flaw(
             node=name_of(node),
-            message=f"the zero point{number} is {code_type.name}; TensorRT reads int8 (R-SYM)",
-            fix="quantize to signed, symmetric int8; --fix does it where the zero point is 128.",
+            message=f"{zero_point} is {code_type.name}; TensorRT reads int8 (R-SYM)",
+            fix="quantize to signed, symmetric int8; --fix does this where the zero point is 128.",
         )
 
 
 def _describe_range(array: Array) -> str:
+    """The number of which an array consists, or the smallest and the largest."""
     low, high = int(array.min()), int(array.max())
-    return str(low) if low == high else f"{low} to {high}"
+    if low == high:
+        return f"{low}"
+    return f"{low} to {high}"
 
 
 @register_rule(
@@ -166,6 +187,10 @@ def _describe_range(array: Array) -> str:
     "[probe] TensorRT-RTX 1.7.1; [doc] NvInfer.h asks for a 0-D scale",
 )
 def _scale_has_shape_1(view: GraphView) -> Iterator[Flaw]:
+    """Name each Q and DQ with such a scale.
+
+    The scale of a weight with one output channel may have this shape.
+    """
     for node in view.qdq_nodes:
         scale = view.constant(node.inputs[1])
         if scale is None or scale.shape != (1,):
@@ -174,6 +199,7 @@ def _scale_has_shape_1(view: GraphView) -> Iterator[Flaw]:
             continue
         if _has_one_channel(view, node):
             continue
+
         yield Flaw(
             node=name_of(node),
             message="a per-tensor scale has shape [1]; TensorRT-RTX then runs in float (R-SHAPE)",
@@ -183,17 +209,27 @@ def _scale_has_shape_1(view: GraphView) -> Iterator[Flaw]:
 
 def _has_one_channel(view: GraphView, node: ir.Node) -> bool:
     """Whether a Q or DQ is that of a weight with one output channel, for which one scale in a list is right."""
-    shape, axis = view.shape(node.inputs[0]), node.attributes.get("axis")
-    if shape is None or axis is None:
+    axis = node.attributes.get("axis")
+    if axis is None or not view.is_weight(node):
         return False
-    if not view.is_weight(node):
-        return False
-    return _is_axis(axis.as_int(), shape) and shape[axis.as_int()] == 1
+    return _size_of_axis(view.shape(node.inputs[0]), axis.as_int()) == 1
 
 
-def _is_axis(axis: int, shape: tuple[int | None, ...]) -> bool:
-    """Whether a shape has that axis; negative axes count from the end."""
-    return -len(shape) <= axis < len(shape)
+def _size_of_axis(shape: tuple[int | None, ...] | None, axis: int) -> int | None:
+    """The number of channels on an axis.
+
+    Args:
+        shape: Of the tensor; None if it is not known.
+        axis: A negative axis counts from the end.
+
+    Returns:
+        The size; None if it is not known; -1 if there is no such axis.
+    """
+    if shape is None:
+        return None
+    if not -len(shape) <= axis < len(shape):
+        return -1
+    return shape[axis]
 
 
 @register_rule(
@@ -204,11 +240,13 @@ def _is_axis(axis: int, shape: tuple[int | None, ...]) -> bool:
     "[doc] NvInfer.h; [probe]",
 )
 def _activation_has_scales(view: GraphView) -> Iterator[Flaw]:
+    """Name the Q; its DQ has the same scales, or QDQ106 names it."""
     for node in view.quantizers:
         scale = view.scale(node)
-        if scale is None or view.is_weight(node):
+        if scale is None or scale.size < 2:
             continue
-        if scale.size > 1:
+
+        if not view.is_weight(node):
             yield Flaw(
                 node=name_of(node),
                 message=f"an activation has {scale.size} scales (R-ACT-PC)",
@@ -225,7 +263,11 @@ def _activation_has_scales(view: GraphView) -> Iterator[Flaw]:
     "[probe] a square weight with the wrong axis builds and runs in float; [src] the parser's default is 1",
 )
 def _axis_is_wrong(view: GraphView) -> Iterator[Flaw]:
-    consistent = set()
+    """Name the Q or DQ whose axis does not fit its own weight, or the product whose channels are on another axis.
+
+    A product is looked at only if its weight is flawless by itself.
+    """
+    flawless = set()
     for node in view.qdq_nodes:
         scale = view.scale(node)
         if scale is None or scale.size == 1:
@@ -239,20 +281,23 @@ def _axis_is_wrong(view: GraphView) -> Iterator[Flaw]:
         flaws = list(_check_axis(view, node, scale))
         yield from flaws
         if not flaws:
-            consistent.add(node)
+            flawless.add(node)
 
     for product in view.weighted:
         dequantizer = view.dequantizer(product.inputs[1])
-        if dequantizer is not None and dequantizer in consistent:
+        if dequantizer in flawless:
             yield from _check_axis_in_product(view, product, dequantizer)
 
 
 def _has_blocks(node: ir.Node, scale: Array) -> bool:
     """Whether one scale is that of a block of values of a channel."""
-    return scale.ndim > 1 or node.attributes.get_int("block_size", 0) != 0
+    if scale.ndim > 1:
+        return True
+    return node.attributes.get_int("block_size", 0) != 0
 
 
 def _check_blocks(view: GraphView, node: ir.Node, scale: Array) -> Iterator[Flaw]:
+    """Block scales, which TensorRT has for narrower types than int8."""
     if view.code_type(node) in (ir.DataType.INT8, None):
         yield Flaw(
             node=name_of(node),
@@ -273,13 +318,11 @@ def _check_axis(view: GraphView, node: ir.Node, scale: Array) -> Iterator[Flaw]:
         return
 
     shape = view.shape(node.inputs[0])
-    if shape is None:
-        return
-    number = axis.as_int()
-    if not _is_axis(number, shape) or shape[number] not in (None, scale.size):
+    channels = _size_of_axis(shape, axis.as_int())
+    if shape is not None and channels not in (None, scale.size):
         yield Flaw(
             node=name_of(node),
-            message=f"{scale.size} scales do not fit axis {number} of shape {list(shape)} (R-AXIS)",
+            message=f"{scale.size} scales do not fit axis {axis.as_int()} of shape {list(shape)} (R-AXIS)",
             fix="give each output channel one scale.",
         )
 
@@ -313,6 +356,7 @@ def _check_axis_in_product(
     "numerics of the ONNX operators; an fp16 copy of an fp32 scale is legal [probe]",
 )
 def _pair_does_not_match(view: GraphView) -> Iterator[Flaw]:
+    """Name the Q whose codes no DQ reads, and the DQ that does not match its Q or reads no codes."""
     for node in view.quantizers:
         yield from _check_readers(view, node)
     for node in view.dequantizers:
@@ -333,12 +377,12 @@ def _check_readers(view: GraphView, quantizer: ir.Node) -> Iterator[Flaw]:
 
 
 def _needs_floats(reader: ir.Node) -> bool:
-    """Whether a reader of codes cannot use them in TensorRT; plugins can (R-PLG), bodies are not looked into."""
-    if reader.domain != "" or reader.op_type == "DequantizeLinear":
+    """Whether a reader of codes cannot use them in TensorRT."""
+    if reader.domain != "":  # a plugin reads codes (R-PLG)
         return False
     if "Integer" in reader.op_type or reader.op_type.startswith("QLinear"):  # QDQ108
         return False
-    return reader.op_type not in _BODY_OPS
+    return reader.op_type not in ("DequantizeLinear", *_BODY_OPS)
 
 
 def _check_source(view: GraphView, dequantizer: ir.Node) -> Iterator[Flaw]:
@@ -348,7 +392,7 @@ def _check_source(view: GraphView, dequantizer: ir.Node) -> Iterator[Flaw]:
         return
     if is_op(source, "QuantizeLinear"):
         parameter = _find_difference(view, source, dequantizer)
-        if parameter is not None:
+        if parameter:
             yield Flaw(
                 node=name_of(dequantizer),
                 message=f"its {parameter} differs from that of {name_of(source)}",
@@ -373,25 +417,28 @@ def _may_write_codes(view: GraphView, source: ir.Node) -> bool:
     return view.dtype(source.outputs[0]) == ir.DataType.INT32
 
 
-def _find_difference(view: GraphView, quantizer: ir.Node, dequantizer: ir.Node) -> str | None:
-    """The parameter in which a Q and a DQ differ; None if they match, or if that is not known."""
-    scale_q, scale_dq = view.constant(quantizer.inputs[1]), view.constant(dequantizer.inputs[1])
-    if scale_q is None or scale_dq is None:
-        return None
-    if not (_is_finite(scale_q) and _is_finite(scale_dq)):  # QDQ101
-        return None
-    if not _are_scales_equal(scale_q, scale_dq):
+def _find_difference(view: GraphView, quantizer: ir.Node, dequantizer: ir.Node) -> str:
+    """The parameter in which a Q and a DQ differ.
+
+    Returns:
+        Its name; empty if they match, or if the numbers are not known.
+    """
+    scale_of_q = view.constant(quantizer.inputs[1])
+    scale_of_dq = view.constant(dequantizer.inputs[1])
+    if scale_of_q is None or scale_of_dq is None:
+        return ""
+    if not _is_finite(scale_of_q) or not _is_finite(scale_of_dq):  # QDQ101
+        return ""
+    if not _are_scales_equal(scale_of_q, scale_of_dq):
         return "scale"
 
-    zeros_q, zeros_dq = (
-        view.constant(input_of(quantizer, 2)),
-        view.constant(input_of(dequantizer, 2)),
-    )
-    if zeros_q is None or zeros_dq is None:
-        return None
-    if not np.array_equal(_flatten(zeros_q), _flatten(zeros_dq)):
-        return "zero point"
-    return None
+    zeros_of_q = view.constant(input_of(quantizer, 2))
+    zeros_of_dq = view.constant(input_of(dequantizer, 2))
+    if zeros_of_q is None or zeros_of_dq is None:
+        return ""
+    if np.array_equal(_flatten(zeros_of_q), _flatten(zeros_of_dq)):
+        return ""
+    return "zero point"
 
 
 def _are_scales_equal(first: Array, second: Array) -> bool:
@@ -408,7 +455,9 @@ def _is_finite(array: Array) -> bool:
 
 
 def _flatten(array: Array) -> Array:
-    return array.astype(np.float64).ravel()
+    """The numbers of an array in one row, as float64."""
+    numbers: Array = array.astype(np.float64).ravel()
+    return numbers
 
 
 @register_rule(
@@ -419,6 +468,7 @@ def _flatten(array: Array) -> Array:
     "[probe] exit code 139 of the builder",
 )
 def _scale_is_computed(view: GraphView) -> Iterator[Flaw]:
+    """Name each Q and DQ with such a scale; constants after Identity or Cast are not computed."""
     for node in view.qdq_nodes:
         if view.is_computed(node.inputs[1]):
             yield Flaw(
@@ -437,13 +487,13 @@ def _scale_is_computed(view: GraphView) -> Iterator[Flaw]:
     "measured: ONNX Runtime 1.31 loses the bias of such a channel of Conv, ConvTranspose and Gemm",
 )
 def _bias_does_not_fit(view: GraphView) -> Iterator[Flaw]:
+    """Name the product with the bias, once for all of its channels."""
     for node in view.weighted:
-        smallest_scale = least_scale(node)
         dequantizer = view.dequantizer(node.inputs[1])
-        if smallest_scale is None or dequantizer is None:
+        if dequantizer is None:
             continue
-        scale = view.scale(dequantizer)
-        if scale is None:
+        scale, smallest_scale = view.scale(dequantizer), least_scale(node)
+        if scale is None or smallest_scale is None:
             continue
 
         # `least_scale` keeps a margin of 2, which is not a fault yet

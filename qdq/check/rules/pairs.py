@@ -24,13 +24,20 @@ _PRODUCTS_WITH_BIAS = ("Conv", "ConvTranspose", "Gemm")
     "[probe] float convolution plus stand-alone quantize kernels (R-MM-4)",
 )
 def _one_operand_is_quantized(view: GraphView) -> Iterator[Flaw]:
+    """Name the product.
+
+    Weight-only products with a float weight are left to QDQ130.
+    """
     for node in view.weighted:
-        if view.is_quantized(node.inputs[0]) == view.is_quantized(node.inputs[1]):
+        has_quantized_input = view.is_quantized(node.inputs[0])
+        has_quantized_weight = view.is_quantized(node.inputs[1])
+        if has_quantized_input == has_quantized_weight:
             continue
         if _is_weight_only(view, node):
             yield from _check_stored_weight(view, node)
             continue
-        operand = "input" if view.is_quantized(node.inputs[0]) else "weight"
+
+        operand = "input" if has_quantized_input else "weight"
         yield Flaw(
             node=name_of(node),
             message=f"only the {operand} is quantized, so it runs in float with extra kernels (R-CONV-2)",
@@ -57,6 +64,7 @@ def _check_stored_weight(view: GraphView, product: ir.Node) -> Iterator[Flaw]:
     "[probe] TensorRT-RTX fuses int8 + DQ only",
 )
 def _weight_only_is_float(view: GraphView) -> Iterator[Flaw]:
+    """Name the product."""
     for node in view.select(*_MATRIX_PRODUCTS):
         if not _is_weight_only(view, node):
             continue
@@ -72,8 +80,11 @@ def _is_weight_only(view: GraphView, node: ir.Node) -> bool:
     """Whether a matrix product has a quantized weight and a float input."""
     if not is_op(node, *_MATRIX_PRODUCTS):
         return False
+
     activation, weight = node.inputs[:2]
-    if view.is_quantized(activation) or view.is_computed(weight):
+    if view.is_quantized(activation):
+        return False
+    if view.is_computed(weight):
         return False
     return view.is_quantized(weight)
 
@@ -83,7 +94,8 @@ def _has_float_source(view: GraphView, weight: ir.Value | None) -> bool:
     dequantizer = view.dequantizer(weight)
     if dequantizer is None:
         return False
-    return is_op(view.source(dequantizer.inputs[0], COPY_OPS), "QuantizeLinear")
+    source = view.source(dequantizer.inputs[0], COPY_OPS)
+    return is_op(source, "QuantizeLinear")
 
 
 @register_rule(
@@ -95,10 +107,14 @@ def _has_float_source(view: GraphView, weight: ir.Value | None) -> bool:
     "[src] ModelOpt takes these operators out of its registry and skips constant operands",
 )
 def _pair_is_useless(view: GraphView) -> Iterator[Flaw]:
+    """Name the DQ of the pair; pairs of outputs of the graph are QDQ124's."""
     for node in view.dequantizers:
         readers = view.readers(node.outputs[0])
-        if not readers or node.outputs[0].is_graph_output():
+        if not readers:
             continue
+        if node.outputs[0].is_graph_output():
+            continue
+
         if view.is_computed(node.inputs[0]):
             yield from _check_pair_of_activation(view, node, readers)
         elif view.dtype(node.inputs[0]) != ir.DataType.INT32:  # QDQ108
@@ -108,7 +124,13 @@ def _pair_is_useless(view: GraphView) -> Iterator[Flaw]:
 def _check_pair_of_activation(
     view: GraphView, dequantizer: ir.Node, readers: list[ir.Node]
 ) -> Iterator[Flaw]:
-    """A pair that only an element-wise operator with a constant reads, or a copy operator with a pair after it."""
+    """A pair that only an element-wise operator with a constant reads, or a copy operator with a pair after it.
+
+    Args:
+        view: The graph.
+        dequantizer: The DQ of the pair.
+        readers: The nodes that read its output, at least one.
+    """
     if all(_has_plain_constant(view, reader) for reader in readers):
         yield Flaw(
             node=name_of(dequantizer),
@@ -120,7 +142,9 @@ def _check_pair_of_activation(
     if not has_only(readers, *COPY_OPS):
         return
     readers_of_copies = list(view.reached(dequantizer.outputs[0], COPY_OPS))
-    if readers_of_copies and has_only(readers_of_copies, "QuantizeLinear"):
+    if not readers_of_copies:
+        return
+    if has_only(readers_of_copies, "QuantizeLinear"):
         yield Flaw(
             node=name_of(dequantizer),
             message=f"{readers[0].op_type} has a separate pair before it, and another after it (R-COPY)",
@@ -129,17 +153,32 @@ def _check_pair_of_activation(
 
 
 def _has_plain_constant(view: GraphView, node: ir.Node) -> bool:
-    """Whether one operand of an element-wise operator is a constant without a pair; QDQ118 reports the erf GELU."""
-    if not is_op(node, *_ELEMENTWISE) or not view.has_constant_input(node):
+    """Whether one operand of an element-wise operator is a constant without a pair."""
+    if not is_op(node, *_ELEMENTWISE):
         return False
+    if not view.has_constant_input(node):
+        return False
+
     for value in node.inputs:
-        if not view.is_computed(value) and view.is_quantized(value):
-            return False  # the pair of the constant is reported instead
-    return not any(is_op(reader, "Erf") for reader in view.readers(node.outputs[0]))
+        if view.is_computed(value):
+            continue
+        if view.is_quantized(value):  # the pair of the constant is reported instead
+            return False
+    return not _starts_gelu(view, node)
+
+
+def _starts_gelu(view: GraphView, node: ir.Node) -> bool:
+    """Whether a node computes x / sqrt 2 of an erf GELU, which QDQ118 reports."""
+    return any(is_op(reader, "Erf") for reader in view.readers(node.outputs[0]))
 
 
 def _check_constant(dequantizer: ir.Node, readers: list[ir.Node]) -> Iterator[Flaw]:
-    """A constant whose codes only products add as a bias, or only element-wise operators read."""
+    """A constant that only products add as a bias, or that only element-wise operators read.
+
+    Args:
+        dequantizer: The DQ of the constant.
+        readers: The nodes that read its output, at least one.
+    """
     reader = readers[0]
     if all(_is_bias(dequantizer, reader) for reader in readers):
         yield Flaw(
@@ -157,10 +196,12 @@ def _check_constant(dequantizer: ir.Node, readers: list[ir.Node]) -> Iterator[Fl
 
 def _is_bias(dequantizer: ir.Node, reader: ir.Node) -> bool:
     """Whether a product reads a DQ as its bias, and not as an operand."""
-    if not is_op(reader, *_PRODUCTS_WITH_BIAS) or len(reader.inputs) < 3:
+    if not is_op(reader, *_PRODUCTS_WITH_BIAS):
         return False
+
     value = dequantizer.outputs[0]
-    return reader.inputs[2] is value and value not in reader.inputs[:2]
+    positions = [position for position, operand in enumerate(reader.inputs) if operand is value]
+    return positions == [2]
 
 
 @register_rule(
@@ -172,17 +213,12 @@ def _is_bias(dequantizer: ir.Node, reader: ir.Node) -> bool:
     "[probe] equal pairs collapse; [src] ModelOpt folds casts for FP8",
 )
 def _pair_is_redundant(view: GraphView) -> Iterator[Flaw]:
+    """Name the Cast, the second Q in a row, or the Q with the same tensor and scale as another one."""
     for dequantizer in view.dequantizers:
         for reader in view.readers(dequantizer.outputs[0]):
             yield from _check_reader(view, dequantizer, reader)
     for quantizer in view.quantizers:
-        producer = producer_of(quantizer.inputs[0])
-        if is_op(producer, "Cast") and view.is_computed(quantizer.inputs[0]):
-            yield Flaw(
-                node=name_of(producer),
-                message="it is before a Q (R-CAST)",
-                fix="write the scale in the type of the tensor, and drop the Cast.",
-            )
+        yield from _check_producer(view, quantizer)
     yield from _find_duplicates(view)
 
 
@@ -198,11 +234,26 @@ def _check_reader(view: GraphView, dequantizer: ir.Node, reader: ir.Node) -> Ite
         yield from _check_second_pair(view, dequantizer, reader)
 
 
+def _check_producer(view: GraphView, quantizer: ir.Node) -> Iterator[Flaw]:
+    """A Cast before a Q; that of a constant costs nothing."""
+    tensor = quantizer.inputs[0]
+    producer = producer_of(tensor)
+    if not is_op(producer, "Cast"):
+        return
+    if view.is_computed(tensor):
+        yield Flaw(
+            node=name_of(producer),
+            message="it is before a Q (R-CAST)",
+            fix="write the scale in the type of the tensor, and drop the Cast.",
+        )
+
+
 def _check_second_pair(view: GraphView, dequantizer: ir.Node, quantizer: ir.Node) -> Iterator[Flaw]:
     """A Q that reads a DQ: with equal scales nothing changes, with different ones TensorRT needs a kernel."""
     first, second = view.scale(dequantizer), view.scale(quantizer)
     if first is None or second is None:
         return
+
     if np.array_equal(first.ravel(), second.ravel()):
         yield Flaw(
             node=name_of(quantizer),
@@ -225,8 +276,9 @@ def _find_duplicates(view: GraphView) -> Iterator[Flaw]:
         tensor, scale = node.inputs[0], view.scale(node)
         if tensor is None or scale is None:
             continue
-        if not view.is_computed(tensor):
+        if not view.is_computed(tensor):  # a weight
             continue
+
         first = firsts.setdefault((tensor, scale.tobytes()), node)
         if first is not node:
             yield Flaw(

@@ -50,29 +50,32 @@ _AFTER_OPERATOR = COMMUTING_OPS | {"BatchNormalization", "Concat", *_ACTIVATIONS
     "[doc] recommendation 2; [probe] SiLU, HardSwish, GELU and ReLU6 fuse with the Q after them",
 )
 def _epilogue_is_split(view: GraphView) -> Iterator[Flaw]:
+    """Name the activation or the Add."""
     for node in view.select(*_ACTIVATIONS):
-        if _comes_from_rounded_product(view, node.inputs[0]):
-            yield _report_split(node)
+        yield from _check_epilogue(view, node, node.inputs[0])
     for node in view.select("Add"):
         computed = view.computed_inputs(node)
-        if len(computed) == 1 and _comes_from_rounded_product(view, computed[0]):
-            yield _report_split(node)
+        if len(computed) == 1:
+            yield from _check_epilogue(view, node, computed[0])
 
 
-def _report_split(node: ir.Node) -> Flaw:
-    return Flaw(
-        node=name_of(node),
-        message=f"Q/DQ are between a product and this {node.op_type} (R-ACT)",
-        fix=f"quantize after the {node.op_type}, not before it.",
-    )
+def _check_epilogue(view: GraphView, node: ir.Node, value: ir.Value | None) -> Iterator[Flaw]:
+    """A pair between an int8 product and a node that could be fused into it.
 
-
-def _comes_from_rounded_product(view: GraphView, value: ir.Value | None) -> bool:
-    """Whether a pair on the output of an int8 product makes a value."""
+    Args:
+        view: The graph.
+        node: An activation, or an Add of a constant.
+        value: Its input that is not a constant.
+    """
     quantized = _skip_pair(view, value)
     if quantized is value:
-        return False
-    return _find_product(view, quantized, _PRODUCTS) is not None
+        return
+    if _find_product(view, quantized, _PRODUCTS) is not None:
+        yield Flaw(
+            node=name_of(node),
+            message=f"Q/DQ are between a product and this {node.op_type} (R-ACT)",
+            fix=f"quantize after the {node.op_type}, not before it.",
+        )
 
 
 def _skip_pair(view: GraphView, value: ir.Value | None) -> ir.Value | None:
@@ -95,6 +98,9 @@ def _find_product(
         view: The graph.
         value: Where to start.
         op_types: The operators that count as products.
+
+    Returns:
+        The product; None if the value comes from another operator, or from a product in float.
     """
     node = view.source(value, _EPILOGUE)
     while is_op(node, "Mul"):
@@ -102,6 +108,7 @@ def _find_product(
         if len(computed) != 1:
             return None
         node = view.source(computed[0], _EPILOGUE)
+
     if is_op(node, *op_types) and view.has_quantized_operands(node):
         return node
     return None
@@ -116,12 +123,18 @@ def _find_product(
     "[doc] recommendation 4; [src] pytorch-quantization's ResNet, BEVFusion, ModelOpt (R-ADD-3); [iss] 1992",
 )
 def _shortcut_is_wrong(view: GraphView) -> Iterator[Flaw]:
+    """Name the Add, if it joins the branch of an int8 convolution and a shortcut.
+
+    Sums after an activation, of different shapes, with a constant or with an input of the model are not residual
+    (R-ADD-4, R-ADD-5).
+    """
     for node in view.select("Add"):
         if not _may_be_residual(view, node):
             continue
         branch = _find_branch(view, node)
         if branch is None:
             continue
+
         faults = _list_faults(view, node.inputs[branch], node.inputs[1 - branch])
         if faults:
             yield Flaw(
@@ -133,23 +146,27 @@ def _shortcut_is_wrong(view: GraphView) -> Iterator[Flaw]:
 
 def _may_be_residual(view: GraphView, add: ir.Node) -> bool:
     """Whether both operands are computed by nodes, and their shapes may be equal."""
-    if len(add.inputs) != 2 or view.has_constant_input(add):
+    operands = view.computed_inputs(add)
+    if len(operands) != 2:
         return False
-    if any(value.is_graph_input() for value in view.computed_inputs(add)):
+    if any(operand.is_graph_input() for operand in operands):
         return False
-    return not _broadcasts(view, add)
+    return _may_have_one_shape(view, operands[0], operands[1])
 
 
-def _broadcasts(view: GraphView, add: ir.Node) -> bool:
-    """Whether the operands surely have different shapes."""
-    first, second = view.shape(add.inputs[0]), view.shape(add.inputs[1])
-    if first is None or second is None:
-        return False
-    if len(first) != len(second):
+def _may_have_one_shape(view: GraphView, first: ir.Value, second: ir.Value) -> bool:
+    """Whether two values may have equal shapes; False only if that is known."""
+    shape_of_first, shape_of_second = view.shape(first), view.shape(second)
+    if shape_of_first is None or shape_of_second is None:
         return True
-    return any(
-        None not in sizes and sizes[0] != sizes[1] for sizes in zip(first, second, strict=True)
-    )
+    if len(shape_of_first) != len(shape_of_second):
+        return False
+
+    for sizes in zip(shape_of_first, shape_of_second, strict=True):
+        is_known = None not in sizes
+        if is_known and sizes[0] != sizes[1]:
+            return False
+    return True
 
 
 def _list_faults(view: GraphView, branch: ir.Value | None, shortcut: ir.Value | None) -> list[str]:
@@ -164,32 +181,45 @@ def _list_faults(view: GraphView, branch: ir.Value | None, shortcut: ir.Value | 
 
 
 def _find_branch(view: GraphView, add: ir.Node) -> int | None:
-    """The input of an Add that is the branch of the convolution; None if it is not a residual Add."""
-    first, second = [_skip_pair(view, value) for value in add.inputs]
+    """Find the branch of the convolution among the operands of an Add.
+
+    Returns:
+        The position of the input; None if it is not a residual Add.
+    """
+    first, second = _skip_pair(view, add.inputs[0]), _skip_pair(view, add.inputs[1])
     product_of_first = _find_product(view, first, _CONVOLUTIONS)
     product_of_second = _find_product(view, second, _CONVOLUTIONS)
-    if product_of_first is product_of_second:
+    if product_of_first is product_of_second:  # one product for both, or none at all
         return None
-    if product_of_second is None:
-        return 0 if _is_branch(view, product_of_first, first, second) else None
-    if product_of_first is None:
-        return 1 if _is_branch(view, product_of_second, second, first) else None
-    return _choose_branch(view, add, product_of_first, product_of_second)
+    if product_of_first is not None and product_of_second is not None:
+        return _choose_branch(view, add, product_of_first, product_of_second)
+
+    if product_of_first is not None and _is_branch(view, product_of_first, first, second):
+        return 0
+    if product_of_second is not None and _is_branch(view, product_of_second, second, first):
+        return 1
+    return None
 
 
 def _is_branch(
-    view: GraphView, product: ir.Node | None, branch: ir.Value | None, shortcut: ir.Value | None
+    view: GraphView, product: ir.Node, branch: ir.Value | None, shortcut: ir.Value | None
 ) -> bool:
     """Whether the only convolution before an Add is the end of a block.
 
-    It is not if the other side comes from it: then it is the beginning of the block (ConvNeXt). Nor is there a
-    shortcut if the branch begins directly after a convolution, be it in float (R-ADD-2).
+    Args:
+        view: The graph.
+        product: The convolution.
+        branch: The operand of the Add that comes from it.
+        shortcut: The other operand.
     """
-    if product is None or _depends_on(view, shortcut, product):
+    # if the shortcut comes from the convolution, the block begins with it (ConvNeXt)
+    if _depends_on(view, shortcut, product):
         return False
+
     beginning = view.source(shortcut, _EPILOGUE)
     if not is_op(beginning, *_CONVOLUTIONS):
         return True
+    # there is no shortcut if the branch begins directly after a convolution, be it in float (R-ADD-2)
     return not _depends_on(view, branch, beginning)
 
 
@@ -197,13 +227,19 @@ def _choose_branch(view: GraphView, add: ir.Node, first: ir.Node, second: ir.Nod
     """Which of two convolutions before an Add ends the branch: the one with the longer path (R-ADD-2).
 
     If both paths have one length, either side may be the shortcut: the side that is quantized is taken for it.
+
+    Returns:
+        The position of the input; None if one convolution depends on the other.
     """
     lengths = _lengths_to_ancestor(view, first, second)
     if lengths is None:
         return None
-    if lengths[0] == lengths[1]:
-        return 0 if view.is_quantized(add.inputs[1]) else 1
-    return 0 if lengths[0] > lengths[1] else 1
+    length_of_first, length_of_second = lengths
+    if length_of_first > length_of_second:
+        return 0
+    if length_of_first < length_of_second:
+        return 1
+    return 0 if view.is_quantized(add.inputs[1]) else 1
 
 
 def _depends_on(view: GraphView, value: ir.Value | None, ancestor: ir.Node) -> bool:
@@ -217,8 +253,9 @@ def _depends_on(view: GraphView, value: ir.Value | None, ancestor: ir.Node) -> b
         node = waiting.pop()
         if node is ancestor:
             return True
-        if view.position(node) < view.position(ancestor):
+        if view.position(node) < view.position(ancestor):  # it cannot read the ancestor
             continue
+
         new = set(producers_of(node)) - visited
         visited |= new
         waiting += new
@@ -263,7 +300,9 @@ def _list_ancestors(view: GraphView, start: ir.Node) -> set[ir.Node]:
     ancestors, waiting = {start}, [start]
     while waiting:
         for producer in producers_of(waiting.pop()):
-            if producer in ancestors or not view.is_computed(producer.outputs[0]):
+            if producer in ancestors:
+                continue
+            if not view.is_computed(producer.outputs[0]):
                 continue
             ancestors.add(producer)
             waiting.append(producer)
@@ -280,14 +319,15 @@ def _list_ancestors(view: GraphView, start: ir.Node) -> set[ir.Node]:
     "[doc] recommendation 5 (R-AP, R-ADD-4, R-MUL)",
 )
 def _output_is_float(view: GraphView) -> Iterator[Flaw]:
+    """Name the operator, if all of its inputs are int8."""
     for node in view.select("AveragePool", "GlobalAveragePool", "Mul", "Add"):
         if not _has_int8_inputs(view, node):
             continue
         if node.op_type == "Add" and _find_branch(view, node) is not None:  # QDQ112
             continue
-        readers = view.reached(node.outputs[0], _AFTER_OPERATOR)
-        if any(is_op(reader, "QuantizeLinear") for reader in readers):
+        if _reaches_quantizer(view, node):
             continue
+
         yield Flaw(
             node=name_of(node),
             message=f"{node.op_type} has int8 inputs, but no Q follows it",
@@ -303,3 +343,9 @@ def _has_int8_inputs(view: GraphView, node: ir.Node) -> bool:
         if view.dequantizer(value, MOVING_OPS) is None:
             return False
     return True
+
+
+def _reaches_quantizer(view: GraphView, node: ir.Node) -> bool:
+    """Whether the output of a node is quantized, directly or after operators that are fused or commute."""
+    readers = view.reached(node.outputs[0], _AFTER_OPERATOR)
+    return any(is_op(reader, "QuantizeLinear") for reader in readers)

@@ -19,6 +19,7 @@ from qdq.check.rules.view import COMMUTING_OPS, MOVING_OPS, GraphView, is_op, na
     "[probe] two quantize outputs; [src] ModelOpt keeps one pair a tensor",
 )
 def _tensor_has_scales(view: GraphView) -> Iterator[Flaw]:
+    """Name the first Q of the tensor, or the first DQ of a stored weight."""
     readers: defaultdict[ir.Value, list[ir.Node]] = defaultdict(list)
     for node in [*view.quantizers, *_list_stored_weights(view)]:
         if node.inputs[0] is not None:
@@ -28,6 +29,7 @@ def _tensor_has_scales(view: GraphView) -> Iterator[Flaw]:
         count = _count_scales(view, nodes)
         if count < 2:
             continue
+
         rule = "R-FAN" if view.is_computed(value) else "R-SHAREDW"
         yield Flaw(
             node=name_of(nodes[0]),
@@ -39,16 +41,25 @@ def _tensor_has_scales(view: GraphView) -> Iterator[Flaw]:
 
 def _list_stored_weights(view: GraphView) -> list[ir.Node]:
     """The DQ that read codes of the file."""
-    return [node for node in view.dequantizers if view.is_weight(node)]
+    return list(filter(view.is_weight, view.dequantizers))
 
 
 def _count_scales(view: GraphView, nodes: Iterable[ir.Node]) -> int:
-    """The number of different scales of nodes; 0 if one of them is not known."""
+    """The number of different scales of nodes.
+
+    Args:
+        view: The graph.
+        nodes: Q and DQ.
+
+    Returns:
+        The number; 0 if the scale of one node is not known.
+    """
     scales = set()
     for node in nodes:
         scale = view.scale(node)
         if scale is None:
             return 0
+
         scales.add(tuple(scale.ravel().tolist()))
     return len(scales)
 
@@ -62,6 +73,7 @@ def _count_scales(view: GraphView, nodes: Iterable[ir.Node]) -> int:
     "[src] ModelOpt concat_elimination, cuDLA rules.py; [iss] 2527; yolov7 on Orin: 180 to 207 qps (R-CAT-4)",
 )
 def _concat_has_scales(view: GraphView) -> Iterator[Flaw]:
+    """Name the Concat, if an input and its output are quantized."""
     for node in view.select("Concat"):
         dequantizers = _list_dequantizers(view, node)
         count = _count_scales_around(view, node, dequantizers)
@@ -92,6 +104,7 @@ def _list_dequantizers(view: GraphView, node: ir.Node) -> list[ir.Node]:
     "[src] cuDLA rules.py; [probe] maxpool(i8->i8)",
 )
 def _pool_has_scales(view: GraphView) -> Iterator[Flaw]:
+    """Name the MaxPool, if its input and its output are quantized."""
     for node in view.select("MaxPool"):
         count = _count_scales_around(view, node, _quantizers_of_input(view, node))
         if count > 1:
@@ -104,16 +117,26 @@ def _pool_has_scales(view: GraphView) -> Iterator[Flaw]:
 
 def _quantizers_of_input(view: GraphView, pool: ir.Node) -> list[ir.Node]:
     """The DQ that a pooling reads; without one, the Q that read the same value."""
-    dequantizer = view.dequantizer(pool.inputs[0])
+    value = pool.inputs[0]
+    dequantizer = view.dequantizer(value)
     if dequantizer is not None:
         return [dequantizer]
-    if pool.inputs[0] is None:
+    if value is None:
         return []
-    return [reader for reader in view.readers(pool.inputs[0]) if is_op(reader, "QuantizeLinear")]
+    return _select_quantizers(view.readers(value))
 
 
 def _count_scales_around(view: GraphView, node: ir.Node, members: list[ir.Node]) -> int:
-    """The number of different scales before and after a node; 0 if a side has none, or if one is not known."""
+    """The number of different scales before and after a node.
+
+    Args:
+        view: The graph.
+        node: A Concat or MaxPool.
+        members: The Q or DQ before it.
+
+    Returns:
+        The number; 0 if nothing is quantized on one side, or if a scale is not known.
+    """
     quantizers = _quantizers_after(view, node.outputs[0])
     if not members or not quantizers:
         return 0
@@ -122,6 +145,11 @@ def _count_scales_around(view: GraphView, node: ir.Node, members: list[ir.Node])
 
 def _quantizers_after(view: GraphView, value: ir.Value) -> list[ir.Node]:
     """The Q that a value reaches; also through a MaxPool, if one reads the value itself."""
-    is_pooled = any(is_op(reader, "MaxPool") for reader in view.readers(value))
-    through = COMMUTING_OPS if is_pooled else MOVING_OPS
-    return [node for node in view.reached(value, through) if is_op(node, "QuantizeLinear")]
+    through = MOVING_OPS
+    if any(is_op(reader, "MaxPool") for reader in view.readers(value)):
+        through = COMMUTING_OPS
+    return _select_quantizers(view.reached(value, through))
+
+
+def _select_quantizers(nodes: Iterable[ir.Node]) -> list[ir.Node]:
+    return [node for node in nodes if is_op(node, "QuantizeLinear")]

@@ -32,6 +32,7 @@ _DOMAINS_OF_INTEGER_OPS = ("", "com.microsoft")
     "[probe] 'input and kernel must be of same type'; [src] onnxOpImporters.cpp",
 )
 def _types_differ(view: GraphView) -> Iterator[Flaw]:
+    """Name the product with the operands, or the Q or DQ with the scale."""
     for node in view.weighted:
         yield from _check_operands(view, node)
     for node in [*view.quantizers, *view.dequantizers]:
@@ -42,20 +43,27 @@ def _check_operands(view: GraphView, node: ir.Node) -> Iterator[Flaw]:
     """Whether the operands and the bias of a product have one float type, as far as types are known."""
     dtypes = [view.dtype(value) for value in node.inputs if value is not None]
     floats = set(dtypes).intersection(_FLOATS)
-    if len(floats) < 2:
-        return
-    names = ", ".join("?" if dtype is None else dtype.name for dtype in dtypes)
-    yield Flaw(
-        node=name_of(node),
-        message=f"its operands are {names}; TensorRT wants one type",
-        fix="write scales and bias in the type of the other operands.",
-    )
+    if len(floats) > 1:
+        names = ", ".join(map(_type_name, dtypes))
+        yield Flaw(
+            node=name_of(node),
+            message=f"its operands are {names}; TensorRT wants one type",
+            fix="write scales and bias in the type of the other operands.",
+        )
+
+
+def _type_name(dtype: ir.DataType | None) -> str:
+    return "?" if dtype is None else dtype.name
 
 
 def _check_scale_type(view: GraphView, node: ir.Node) -> Iterator[Flaw]:
-    """Whether the opset allows the type of the scale."""
+    """Whether the opset allows the type of the scale.
+
+    Half precision needs opset 19. A type other than that of the tensor needs opset 23.
+    """
     scale = view.dtype(node.inputs[1])
-    if scale in _HALVES and 0 < view.opset < _FIRST_HALF_OPSET:
+    has_no_halves = 0 < view.opset < _FIRST_HALF_OPSET
+    if scale in _HALVES and has_no_halves:
         yield Flaw(
             node=name_of(node),
             message=f"its scale is {scale.name}, which opset {view.opset} does not have",
@@ -63,11 +71,14 @@ def _check_scale_type(view: GraphView, node: ir.Node) -> Iterator[Flaw]:
         )
         return
 
-    if node.op_type != "QuantizeLinear" or view.opset >= _FIRST_MIXED_OPSET:
+    if view.opset >= _FIRST_MIXED_OPSET:
+        return
+    if node.op_type != "QuantizeLinear":  # the input of a DQ has the type of codes
         return
     tensor = view.dtype(node.inputs[0])
     if tensor not in _FLOATS or scale not in _FLOATS:
         return
+
     if tensor != scale:
         yield Flaw(
             node=name_of(node),
@@ -85,6 +96,7 @@ def _check_scale_type(view: GraphView, node: ir.Node) -> Iterator[Flaw]:
     "[probe] 'has type Int32 but must have type ...'; [iss] onnx-tensorrt 850",
 )
 def _operator_is_unsupported(view: GraphView) -> Iterator[Flaw]:
+    """Name the DQ of int32, or the operator."""
     for node in view.dequantizers:
         if view.dtype(node.inputs[0]) == ir.DataType.INT32:
             yield Flaw(
@@ -105,6 +117,7 @@ def _is_integer_operator(node: ir.Node) -> bool:
     """Whether an operator of ONNX or ONNX Runtime computes with integers instead of Q/DQ."""
     if node.domain not in _DOMAINS_OF_INTEGER_OPS:
         return False
+
     if "Integer" in node.op_type or node.op_type.startswith("QLinear"):
         return True
     return node.op_type in _INTEGER_OPS
@@ -119,10 +132,15 @@ def _is_integer_operator(node: ir.Node) -> bool:
     "[doc] TensorRT 11 migration guide; [iss] ultralytics 26159",
 )
 def _float_part_is_fp32(view: GraphView) -> Iterator[Flaw]:
+    """Name the graph, once for all of its operators."""
     if not view.qdq_nodes:
         return
 
-    dtypes = [node.outputs[0].dtype for node in view.nodes if _computes_floats(view, node)]
+    dtypes = []
+    for node in view.nodes:
+        if _computes_floats(view, node):
+            dtypes.append(node.outputs[0].dtype)
+
     fp32 = dtypes.count(ir.DataType.FLOAT)
     if fp32:
         yield Flaw(
@@ -133,8 +151,13 @@ def _float_part_is_fp32(view: GraphView) -> Iterator[Flaw]:
 
 
 def _computes_floats(view: GraphView, node: ir.Node) -> bool:
-    """Whether a node computes float values from the model's inputs, Q, DQ and Cast left out."""
-    if not node.outputs or not view.is_computed(node.outputs[0]):
+    """Whether a node computes float values from the model's inputs.
+
+    Q, DQ and Cast do not count: they are part of int8 operators, or only change the type.
+    """
+    if not node.outputs:
+        return False
+    if not view.is_computed(node.outputs[0]):
         return False
     if is_op(node, "QuantizeLinear", "DequantizeLinear", "Cast", "Constant"):
         return False

@@ -48,10 +48,16 @@ class GraphView:
     # --- nodes --------------------------------------------------------------------------------------------------
 
     def select(self, *op_types: str) -> list[ir.Node]:
-        """Nodes of these standard operators, type by type, each in graph order.
+        """Nodes of standard operators.
 
         Nodes that do not fit their operator (QDQ210) are left out, and so are nodes of functions with an attribute
         that each call sets.
+
+        Args:
+            *op_types: Types of the operators, such as "Conv".
+
+        Returns:
+            The nodes, type by type, those of one type in graph order.
         """
         selected: list[ir.Node] = []
         for op_type in op_types:
@@ -69,7 +75,10 @@ class GraphView:
 
     @cached_property
     def misfits(self) -> dict[ir.Node, str]:
-        """Nodes of standard operators without the inputs, outputs and attributes of their operator, and the reason."""
+        """Nodes of standard operators that do not fit their operator, and the reason.
+
+        Such a node lacks inputs, outputs or attributes of its operator, or has too many.
+        """
         reasons = {}
         for node in self.nodes:
             reason = describe_misfit(node, self.opset)
@@ -110,26 +119,46 @@ class GraphView:
     @cached_property
     def _computed(self) -> set[ir.Value]:
         """Values that depend on an input of the model. Inputs of bodies and functions may be constant."""
-        computed = {value for value in self.model.graph.inputs if value.const_value is None}
+        computed: set[ir.Value] = set()
+        for value in self.model.graph.inputs:
+            if value.const_value is None:
+                computed.add(value)
+
         for node in self.nodes:
-            if not computed.isdisjoint(node.inputs) or _is_variable(node):
+            depends_on_input = not computed.isdisjoint(node.inputs)
+            if depends_on_input or _is_variable(node):
                 computed.update(node.outputs)
         return computed
 
     def is_computed(self, value: ir.Value | None) -> bool:
-        """Whether a value surely depends on the model's inputs."""
-        return value is not None and value in self._computed
+        """Whether a value surely depends on the model's inputs.
+
+        Args:
+            value: A value; None, for an input that is left out, is not computed.
+        """
+        return value in self._computed
 
     def computed_inputs(self, node: ir.Node) -> list[ir.Value]:
         """The inputs of a node that surely depend on the model's inputs."""
-        return [value for value in node.inputs if value is not None and value in self._computed]
+        values = []
+        for value in node.inputs:
+            if value is not None and self.is_computed(value):
+                values.append(value)
+        return values
 
     def has_constant_input(self, node: ir.Node) -> bool:
         """Whether an input of a node may be a constant, or is left out."""
         return len(self.computed_inputs(node)) < len(node.inputs)
 
     def constant(self, value: ir.Value | None) -> Array | None:
-        """The numbers of a value, also after Identity and Cast (R-DYN); None if they are not in the file."""
+        """The numbers of a value, also after Identity and Cast (R-DYN).
+
+        Args:
+            value: A value; None for an input that is left out.
+
+        Returns:
+            The array; None if the numbers are not in the file, or cannot be read.
+        """
         if value is None:
             return None
         if value not in self._constants:
@@ -137,11 +166,19 @@ class GraphView:
         return self._constants[value]
 
     def scale(self, node: ir.Node) -> Array | None:
-        """The scales of a Q or DQ as float64."""
+        """The scales of a Q or DQ.
+
+        Args:
+            node: A QuantizeLinear or DequantizeLinear.
+
+        Returns:
+            The scales in their shape, as float64; None if they are not in the file.
+        """
         array = self.constant(node.inputs[1])
         if array is None or array.dtype.kind == "c":
             return None
-        return array.astype(np.float64)
+        scales: Array = array.astype(np.float64)
+        return scales
 
     def is_weight(self, node: ir.Node) -> bool:
         """Whether a Q quantizes a constant, or a DQ reads the codes of one."""
@@ -150,7 +187,14 @@ class GraphView:
     # --- shapes and types ---------------------------------------------------------------------------------------
 
     def shape(self, value: ir.Value | None) -> tuple[int | None, ...] | None:
-        """The shape of a value, with None for a dimension that is not known."""
+        """The shape of a value, taken from before Q, DQ, Identity and Cast if it is not declared.
+
+        Args:
+            value: A value; None for an input that is left out.
+
+        Returns:
+            The sizes, with None for a size that is not known; None if the number of dimensions is not known.
+        """
         while value is not None:
             shape = _declared_shape(value)
             if shape is not None:
@@ -163,7 +207,16 @@ class GraphView:
         return None
 
     def dtype(self, value: ir.Value | None) -> ir.DataType | None:
-        """The type of a value; the output of a DQ has the type of its scale (R-CONV-2 in half precision)."""
+        """The type of a value, followed through DQ, Cast and copy operators.
+
+        The output of a DQ has the type of its scale (R-CONV-2 in half precision), whatever the file declares.
+
+        Args:
+            value: A value; None for an input that is left out.
+
+        Returns:
+            The type; None if it is not known.
+        """
         while value is not None:
             node = value.producer()
             if node is None:
@@ -196,6 +249,9 @@ class GraphView:
         Args:
             value: Where to start.
             through: Types of operators that are skipped: their first input is followed.
+
+        Returns:
+            The first node that is not skipped; None if the value comes from an input or a constant.
         """
         while value is not None:
             node = value.producer()
@@ -209,14 +265,27 @@ class GraphView:
     def dequantizer(
         self, value: ir.Value | None, through: Iterable[str] = COMMUTING_OPS
     ) -> ir.Node | None:
-        """The DQ that a value comes from, looking through operators that it reaches through."""
+        """The DQ that a value comes from.
+
+        Args:
+            value: Where to start.
+            through: Types of operators that are skipped: those that a DQ reaches through.
+
+        Returns:
+            The DQ; None if the value comes from another operator, or if the DQ does not fit its operator.
+        """
         node = self.source(value, through)
         if is_op(node, "DequantizeLinear") and self._is_readable(node):
             return node
         return None
 
     def is_quantized(self, value: ir.Value | None, through: Iterable[str] = COMMUTING_OPS) -> bool:
-        """Whether a value comes from a DQ, or from a Concat of such values."""
+        """Whether a value comes from a DQ, or from a Concat of such values.
+
+        Args:
+            value: Where to start.
+            through: Types of operators that are skipped: those that a DQ reaches through.
+        """
         visited: set[ir.Node] = set()
         values = [value]
         while values:
@@ -242,6 +311,9 @@ class GraphView:
         Args:
             value: Where to start.
             through: Types of operators that are skipped: the readers of their outputs count.
+
+        Yields:
+            The nodes that are not skipped.
         """
         visited: set[ir.Node] = set()
         values = [value]
@@ -250,6 +322,7 @@ class GraphView:
                 if node in visited:
                     continue
                 visited.add(node)
+
                 if is_op(node, *through):
                     values += node.outputs
                 else:
@@ -266,14 +339,27 @@ def name_of(node: ir.Node) -> str:
 
 
 def producer_of(value: ir.Value | None) -> ir.Node | None:
-    """The node that computes a value that may be left out."""
-    return None if value is None else value.producer()
+    """The node that computes a value.
+
+    Args:
+        value: A value; None for an input that is left out.
+
+    Returns:
+        The node; None for an input of a graph or function, an initializer, and an input that is left out.
+    """
+    if value is None:
+        return None
+    return value.producer()
 
 
 def producers_of(node: ir.Node) -> list[ir.Node]:
     """The nodes that compute the inputs of a node, in the order of the inputs."""
-    producers = map(producer_of, node.inputs)
-    return [producer for producer in producers if producer is not None]
+    producers = []
+    for value in node.inputs:
+        producer = producer_of(value)
+        if producer is not None:
+            producers.append(producer)
+    return producers
 
 
 def has_only(nodes: Sequence[ir.Node], *op_types: str) -> bool:
@@ -290,7 +376,11 @@ def _is_variable(node: ir.Node) -> bool:
 
 
 def _read_constant(value: ir.Value) -> Array | None:
-    """The numbers of a value that comes from a constant through Identity and Cast; None if it does not."""
+    """The numbers of a value that comes from a constant through Identity and Cast.
+
+    Returns:
+        The array; None if the value does not come from a constant, or if the constant is damaged.
+    """
     casts = []
     source: ir.Value | None = value
     while is_op(node := producer_of(source), "Identity", "Cast"):
@@ -309,7 +399,15 @@ def _read_constant(value: ir.Value) -> Array | None:
 
 
 def _read_tensor(value: ir.Value, casts: Iterable[ir.DataType]) -> Array | None:
-    """The numbers of a constant after casts, the first cast first."""
+    """The numbers of a constant after casts.
+
+    Args:
+        value: The constant.
+        casts: Types to which it is cast, in this order.
+
+    Returns:
+        The array; None for strings, and if the value is not a constant.
+    """
     tensor = ir.convenience.get_const_tensor(value)
     if tensor is None or tensor.dtype == ir.DataType.STRING:
         return None
@@ -321,7 +419,11 @@ def _read_tensor(value: ir.Value, casts: Iterable[ir.DataType]) -> Array | None:
 
 
 def _declared_shape(value: ir.Value) -> tuple[int | None, ...] | None:
-    """The shape that the file declares for a value, or that of its constant."""
+    """The shape of a constant, or the shape that the file declares for another value.
+
+    Returns:
+        The sizes, with None for a size that is not known; None if the file declares no shape.
+    """
     tensor = ir.convenience.get_const_tensor(value)
     shape = value.shape if tensor is None else tensor.shape
     if shape is None:
@@ -330,12 +432,20 @@ def _declared_shape(value: ir.Value) -> tuple[int | None, ...] | None:
 
 
 def _declared_dtype(value: ir.Value) -> ir.DataType | None:
-    """The type that the file declares for a value, or that of its constant."""
+    """The type of a constant, or the type that the file declares for another value."""
     tensor = ir.convenience.get_const_tensor(value)
-    return value.dtype if tensor is None else tensor.dtype
+    if tensor is None:
+        return value.dtype
+    return tensor.dtype
 
 
 def _type_attribute(node: ir.Node, name: str) -> ir.DataType | None:
-    """An attribute that holds a type; None if it is missing or 0."""
+    """An attribute that holds a type.
+
+    Returns:
+        The type; None if the attribute is missing or 0.
+    """
     number = node.attributes.get_int(name, 0)
-    return ir.DataType(number) if number else None
+    if number == 0:
+        return None
+    return ir.DataType(number)
