@@ -196,8 +196,7 @@ def check_onnx(
         expected: Outputs of the torch model `[N, ...]`.
         found: Outputs of the file on the same inputs (`evaluate.predict`).
         found_default: Likewise, in ONNX Runtime's default session (`evaluate.predict` with `session="default"`).
-        tie_floor_db: SQNR that ties alone leave (`evaluate.measure_tie_floor`), so that ties are not reported as a
-            fault.
+        tie_floor_db: SQNR that ties alone leave (`evaluate.measure_tie_floor`), so that ties are not a fault.
         select: Ids of the only rules to apply, such as "QDQ112"; all if empty.
         ignore: Ids of rules to leave out.
 
@@ -243,7 +242,13 @@ def check_onnx(
 def _compare(
     expected: Array | None, actual: Array | None, tie_floor_db: float | None
 ) -> Parity | None:
-    """The parity of outputs; None if one side was not given."""
+    """Measure parity if both outputs were given.
+
+    Args:
+        expected: Outputs of the reference `[N, ...]`.
+        actual: Outputs that are compared with them.
+        tie_floor_db: See `Parity`.
+    """
     if expected is None or actual is None:
         return None
     return measure_parity(expected, actual, tie_floor_db)
@@ -276,15 +281,23 @@ def _check_parities(
 def _assess_validity(model: ir.Model, facts: FileFacts) -> Validity:
     """Whether a file is valid, whatever rules were chosen for its findings."""
     assert facts.runtime is not None  # noqa: S101 - it was asked
-    flaws = find_violations(model, choose_rules(FILE_RULES), facts)
-    is_flawed = any(flaw.severity != "info" or flaw.rule == "QDQ201" for flaw in flaws)
-    verdicts = (facts.checker.structure, facts.checker.types)
-    refusals = [refusal for refusal in verdicts if refusal is not None]
+    findings = find_violations(model, choose_rules(FILE_RULES), facts)
+    is_refuted = any(map(_refutes_validity, findings))
+    onnx_refusal = facts.checker.structure
+    if onnx_refusal is None:
+        onnx_refusal = facts.checker.types
     return Validity(
-        is_valid=facts.checker.limit is None and not is_flawed,
+        is_valid=facts.checker.limit is None and not is_refuted,
         onnx_version=facts.checker.version,
-        onnx_refusal=refusals[0] if refusals else None,
+        onnx_refusal=onnx_refusal,
         runtime_version=facts.runtime.version,
         runtime_refusal=facts.runtime.refusal,
         onnx_limit=facts.checker.limit,
     )
+
+
+def _refutes_validity(finding: Finding) -> bool:
+    """Whether a finding of a rule about files means that the file cannot be called valid."""
+    if finding.rule == "QDQ201":  # even as an info: ONNX Runtime has not loaded the file
+        return True
+    return finding.severity != "info"

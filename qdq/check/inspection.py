@@ -76,13 +76,13 @@ def _ask(
 
 def _list_unknown(proto: onnx.ModelProto) -> _Operators:
     """Operators that onnx does not have and that are not functions of the file."""
-    used = {(node.domain, node.op_type) for node in iterate_nodes(proto)}
-    defined = {(function.domain, function.name) for function in proto.functions}
-    unknown = set()
-    for domain, name in used - defined:
+    unknown = {(node.domain, node.op_type) for node in iterate_nodes(proto)}
+    for function in proto.functions:
+        unknown.discard((function.domain, function.name))
+    for domain, name in list(unknown):
         registered = "" if domain == "ai.onnx" else domain
-        if not onnx.defs.has(name, registered):
-            unknown.add((domain, name))
+        if onnx.defs.has(name, registered):
+            unknown.discard((domain, name))
     return frozenset(unknown)
 
 

@@ -46,7 +46,11 @@ def _list_float_values(graph: ir.Graph) -> list[ir.Value]:
     for node in graph:
         if node.op_type != "Constant":
             values += node.outputs
-    return [value for value in values if value.dtype == ir.DataType.FLOAT]
+    return list(filter(_is_float, values))
+
+
+def _is_float(value: ir.Value) -> bool:
+    return value.dtype == ir.DataType.FLOAT
 
 
 def _add_peak(graph: ir.Graph, value: ir.Value) -> None:
@@ -88,7 +92,14 @@ def run_rounded(model: ir.Model, inputs: Mapping[str, Array]) -> list[Array]:
 
 
 def _round_value(graph: ir.Graph, node: ir.Node, value: ir.Value, axes: ir.Value) -> None:
-    """Let the readers of a value read it after Unsqueeze and Squeeze."""
+    """Let the readers of a value read it after Unsqueeze and Squeeze.
+
+    Args:
+        graph: Changed in place.
+        node: The node that computes the value.
+        value: A value in 16 bit.
+        axes: A constant [0], which both operators read.
+    """
     unsqueeze = ir.node("Unsqueeze", [value, axes])
     unsqueeze.outputs[0].name = f"{value.name}.wider"
     squeeze = ir.node("Squeeze", [unsqueeze.outputs[0], axes])

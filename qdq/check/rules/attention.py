@@ -148,7 +148,11 @@ def _score_product(view: GraphView, softmax: ir.Node) -> ir.Node | None:
 
 
 def _value_product(view: GraphView, softmax: ir.Node) -> ir.Node | None:
-    """The product of the softmax and the value."""
+    """The product of the softmax and the value.
+
+    Returns:
+        The first MatMul after the softmax; None if there is none.
+    """
     for node in view.reached(softmax.outputs[0], _AFTER_SOFTMAX):
         if is_op(node, "MatMul"):
             return node

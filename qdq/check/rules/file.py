@@ -133,7 +133,15 @@ def _types_contradict(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
 
 
 def _node_in(file: FileFacts, refusal: str) -> str:
-    """The node that a message names; the file's name if it names none."""
+    """The node that a message names.
+
+    Args:
+        file: The facts about the file.
+        refusal: A message of onnx or ONNX Runtime.
+
+    Returns:
+        The name of the node; that of the file if the message names none.
+    """
     match = _NODE_IN_MESSAGE.search(refusal)
     if match is None or match.lastindex is None:
         return file.path.name
@@ -321,7 +329,12 @@ def _check_inputs(view: GraphView) -> Iterator[Flaw]:
 
 
 def _is_provided(value: ir.Value, sparse: set[str]) -> bool:
-    """Whether an input of a node has a source, or is left out by an empty name."""
+    """Whether an input of a node has a source, or is left out by an empty name.
+
+    Args:
+        value: The input.
+        sparse: Names of the sparse constants.
+    """
     if not value.name:
         return True
     if value.name in sparse:
@@ -469,7 +482,14 @@ def _describe_convolution(view: GraphView, convolution: ir.Node) -> str:
 def _describe_conv_channels(
     view: GraphView, conv: ir.Node, group: int, weight: tuple[int | None, ...]
 ) -> str:
-    """How the channels of a Conv with a weight `[outputs, inputs / group, ...]` do not fit."""
+    """How the channels of a Conv do not fit.
+
+    Args:
+        view: The graph.
+        conv: A Conv.
+        group: Its number of groups, 1 or more.
+        weight: Shape of its weight: outputs, inputs / group, kernel.
+    """
     outputs, inputs_of_group = weight[:2]
     if outputs is None:
         return ""
@@ -481,7 +501,13 @@ def _describe_conv_channels(
 
 
 def _describe_input_channels(view: GraphView, convolution: ir.Node, expected: int | None) -> str:
-    """How the channels of the input of a convolution do not fit its weight."""
+    """How the channels of the input of a convolution do not fit its weight.
+
+    Args:
+        view: The graph.
+        convolution: A Conv or ConvTranspose.
+        expected: Input channels that the weight is for; None if they are not known.
+    """
     image = view.shape(convolution.inputs[0])
     if image is None or len(image) < 3:
         return ""

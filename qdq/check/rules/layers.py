@@ -80,7 +80,13 @@ def _known_sizes(shape: tuple[int | None, ...] | None) -> list[int]:
 
 
 def _describe_conv(view: GraphView, conv: ir.Node, shape: list[int]) -> str:
-    """Why a Conv with a weight of this shape has no good kernel."""
+    """Why a Conv has no good kernel.
+
+    Args:
+        view: The graph.
+        conv: A Conv.
+        shape: Of its weight.
+    """
     if len(shape) < 3:  # not a convolution (QDQ203)
         return ""
     if len(shape) > 4:
@@ -193,7 +199,12 @@ def _output_is_quantized(view: GraphView) -> Iterator[Flaw]:
 
 
 def _makes_output(view: GraphView, node: ir.Node) -> bool:
-    """Whether a node computes an output of the model, but for operators that move or squash values."""
+    """Whether a node computes an output of the model, but for operators that move or squash values.
+
+    Args:
+        view: The graph.
+        node: A weighted node.
+    """
     visited, waiting = {node}, [node]
     while waiting:
         outputs = waiting.pop().outputs

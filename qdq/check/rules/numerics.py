@@ -307,7 +307,13 @@ def _check_blocks(view: GraphView, node: ir.Node, scale: Array) -> Iterator[Flaw
 
 
 def _check_axis(view: GraphView, node: ir.Node, scale: Array) -> Iterator[Flaw]:
-    """Whether the axis exists and has as many channels as there are scales."""
+    """Whether the axis exists and has as many channels as there are scales.
+
+    Args:
+        view: The graph.
+        node: The Q or DQ of a weight.
+        scale: Its scales, more than one.
+    """
     axis = node.attributes.get("axis")
     if axis is None:
         yield Flaw(
@@ -330,7 +336,15 @@ def _check_axis(view: GraphView, node: ir.Node, scale: Array) -> Iterator[Flaw]:
 def _check_axis_in_product(
     view: GraphView, product: ir.Node, dequantizer: ir.Node
 ) -> Iterator[Flaw]:
-    """Whether the axis of the scales is that of the output channels, also through a Transpose."""
+    """Whether the axis of the scales is that of the output channels.
+
+    The axis is followed through a Transpose. After a Reshape nothing is reported.
+
+    Args:
+        view: The graph.
+        product: A weighted node.
+        dequantizer: The DQ of its weight, with one scale per channel of its axis.
+    """
     shape = view.shape(dequantizer.inputs[0])
     if shape is None or len(shape) < 2:
         return
@@ -364,7 +378,12 @@ def _pair_does_not_match(view: GraphView) -> Iterator[Flaw]:
 
 
 def _check_readers(view: GraphView, quantizer: ir.Node) -> Iterator[Flaw]:
-    """The first reader of the codes that is not a DQ."""
+    """Report the first reader of the codes that is not a DQ.
+
+    Args:
+        view: The graph.
+        quantizer: The Q that writes the codes.
+    """
     for reader in view.reached(quantizer.outputs[0], COMMUTING_OPS | {"Concat"}):
         if not _needs_floats(reader):
             continue
@@ -409,7 +428,10 @@ def _check_source(view: GraphView, dequantizer: ir.Node) -> Iterator[Flaw]:
 
 
 def _may_write_codes(view: GraphView, source: ir.Node) -> bool:
-    """Whether the output of a node may be codes, or is the int32 of QDQ108."""
+    """Whether the output of a node may be codes, or is the int32 of QDQ108.
+
+    Codes come from plugins, integer operators and bodies; a Concat may join those of several Q.
+    """
     if source.domain != "" or source.op_type.startswith("QLinear"):
         return True
     if source.op_type in ("Concat", "DynamicQuantizeLinear", *_BODY_OPS):
@@ -442,7 +464,12 @@ def _find_difference(view: GraphView, quantizer: ir.Node, dequantizer: ir.Node) 
 
 
 def _are_scales_equal(first: Array, second: Array) -> bool:
-    """Whether scales are equal, or a 16 bit copy of each other."""
+    """Whether scales are equal, or a 16 bit copy of each other.
+
+    Args:
+        first: Scales, all finite.
+        second: Scales, all finite.
+    """
     if first.size != second.size:
         return False
     is_half = min(first.dtype.itemsize, second.dtype.itemsize) < 4

@@ -79,7 +79,15 @@ def _check_epilogue(view: GraphView, node: ir.Node, value: ir.Value | None) -> I
 
 
 def _skip_pair(view: GraphView, value: ir.Value | None) -> ir.Value | None:
-    """The tensor that is quantized if a value comes directly from Q and DQ; otherwise the value."""
+    """The tensor that a pair quantizes, if a value comes directly from the pair.
+
+    Args:
+        view: The graph.
+        value: The output of the pair, or any other value.
+
+    Returns:
+        The input of the Q; the value itself if it does not come directly from Q and DQ.
+    """
     dequantizer = view.source(value, ())
     if not is_op(dequantizer, "DequantizeLinear"):
         return value
@@ -162,15 +170,25 @@ def _may_have_one_shape(view: GraphView, first: ir.Value, second: ir.Value) -> b
     if len(shape_of_first) != len(shape_of_second):
         return False
 
-    for sizes in zip(shape_of_first, shape_of_second, strict=True):
-        is_known = None not in sizes
-        if is_known and sizes[0] != sizes[1]:
-            return False
-    return True
+    return all(map(_may_be_equal, shape_of_first, shape_of_second))
+
+
+def _may_be_equal(first: int | None, second: int | None) -> bool:
+    """Whether two sizes may be equal; one that is not known may be any size."""
+    return first == second or None in (first, second)
 
 
 def _list_faults(view: GraphView, branch: ir.Value | None, shortcut: ir.Value | None) -> list[str]:
-    """What is wrong with the operands of a residual Add."""
+    """What is wrong with the operands of a residual Add.
+
+    Args:
+        view: The graph.
+        branch: The operand that comes from the convolution.
+        shortcut: The other operand.
+
+    Returns:
+        Noun phrases; empty if nothing is wrong.
+    """
     faults = []
     # A DQ -> MaxPool before an Add costs TensorRT-RTX a second, float MaxPool: no pair reaches through it here.
     if not view.is_quantized(shortcut, MOVING_OPS):
@@ -243,7 +261,13 @@ def _choose_branch(view: GraphView, add: ir.Node, first: ir.Node, second: ir.Nod
 
 
 def _depends_on(view: GraphView, value: ir.Value | None, ancestor: ir.Node) -> bool:
-    """Whether a value is computed from the output of a node."""
+    """Whether a value is computed from the output of a node.
+
+    Args:
+        view: The graph, whose order bounds the search: no node reads a later one.
+        value: The value; None, for an input that is left out, depends on nothing.
+        ancestor: The node.
+    """
     start = producer_of(value)
     if start is None:
         return False
@@ -282,7 +306,15 @@ def _lengths_to_ancestor(
 
 
 def _distances(view: GraphView, start: ir.Node) -> dict[ir.Node, int]:
-    """The longest path from a node back to each node that it depends on, in nodes other than Q and DQ."""
+    """The longest path from a node back to each node that it depends on.
+
+    Args:
+        view: The graph.
+        start: Where the paths begin.
+
+    Returns:
+        Node -> length of the path, in nodes other than Q and DQ; 0 for the node itself.
+    """
     ancestors = _list_ancestors(view, start)
     distances = {start: 0}
     for node in sorted(ancestors, key=view.position, reverse=True):

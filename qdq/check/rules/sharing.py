@@ -152,4 +152,5 @@ def _quantizers_after(view: GraphView, value: ir.Value) -> list[ir.Node]:
 
 
 def _select_quantizers(nodes: Iterable[ir.Node]) -> list[ir.Node]:
+    """The Q among some nodes, in their order."""
     return [node for node in nodes if is_op(node, "QuantizeLinear")]

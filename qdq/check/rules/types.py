@@ -40,7 +40,12 @@ def _types_differ(view: GraphView) -> Iterator[Flaw]:
 
 
 def _check_operands(view: GraphView, node: ir.Node) -> Iterator[Flaw]:
-    """Whether the operands and the bias of a product have one float type, as far as types are known."""
+    """Whether the operands and the bias of a product have one float type, as far as types are known.
+
+    Args:
+        view: The graph.
+        node: A weighted node.
+    """
     dtypes = [view.dtype(value) for value in node.inputs if value is not None]
     floats = set(dtypes).intersection(_FLOATS)
     if len(floats) > 1:
