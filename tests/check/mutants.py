@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 from test_fix import BODY, CONSTANTS, HEAD
 
-# --fix mends its scale of shape [1]
+# --fix fixes its scale of shape [1]
 TEXT = (HEAD + CONSTANTS + BODY).replace("float xs", "float[1] xs").replace("int8 xz", "int8[1] xz")
 
 
@@ -27,7 +27,7 @@ class Mutant:
 
 
 def sound_model():
-    """Q, DQ, Conv and Relu with a flaw that `--fix` mends."""
+    """Q, DQ, Conv and Relu with a flaw that `--fix` fixes."""
     return ir.to_proto(ir.from_onnx_text(TEXT))
 
 

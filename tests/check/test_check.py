@@ -218,10 +218,10 @@ class TestParity:
         report = check_onnx(tmp_path / "m.onnx", expected=plain, found=plain, found_default=default)
         assert {"QDQ140", "QDQ191"} <= {finding.rule for finding in report.findings}
         assert report.default_parity.max_abs > 0.5
-        fix_onnx(tmp_path / "m.onnx", tmp_path / "mended.onnx")
+        fix_onnx(tmp_path / "m.onnx", tmp_path / "fixed.onnx")
         for session in ("plain", "default"):
             np.testing.assert_allclose(
-                predict(tmp_path / "mended.onnx", x, session=session), plain, atol=0.051
+                predict(tmp_path / "fixed.onnx", x, session=session), plain, atol=0.051
             )
 
     def test_another_session(self, float_file):

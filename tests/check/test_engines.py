@@ -112,7 +112,7 @@ def test_without_zero_points_linter_coverage_and_engine_say_the_same(tmp_path, b
     path = tmp_path / "model.onnx"
     findings = {(f.node, f.severity) for f in check_onnx(path).findings if f.rule == "QDQ102"}
     assert findings == {(node, "info") for node in missing}
-    assert fix_onnx(path, tmp_path / "mended.onnx") == {"QDQ102": len(missing)}
-    mended = check_onnx(tmp_path / "mended.onnx")
-    assert "QDQ102" not in {finding.rule for finding in mended.findings}
-    assert [layer.int8 for layer in mended.coverage.layers] == [True]
+    assert fix_onnx(path, tmp_path / "fixed.onnx") == {"QDQ102": len(missing)}
+    fixed = check_onnx(tmp_path / "fixed.onnx")
+    assert "QDQ102" not in {finding.rule for finding in fixed.findings}
+    assert [layer.int8 for layer in fixed.coverage.layers] == [True]

@@ -301,7 +301,7 @@ def test_damage_is_a_finding_and_never_called_valid(tmp_path, name, caplog, capf
 @pytest.mark.parametrize(
     "name", sorted(name for name, (_, rules) in CASES.items() if "QDQ205" in rules)
 )
-def test_damaged_constants_are_neither_mended_nor_built(tmp_path, name):
+def test_damaged_constants_are_neither_fixed_nor_built(tmp_path, name):
     model = sound_model()
     CASES[name][0](model)
     path = save(model, tmp_path / "m")

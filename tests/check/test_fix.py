@@ -106,7 +106,7 @@ def test_same_numbers_and_no_finding_of_the_rule(tmp_path, case):
     findings = check_onnx(after).findings
     if (
         case != "axis 1 not written"
-    ):  # written down, it is seen to be the wrong one, which only a new export mends
+    ):  # written down, it is seen to be the wrong one, which only a new export fixes
         assert rule not in {finding.rule for finding in findings}
     np.testing.assert_array_equal(run(after), run(before))
     assert fix_onnx(after, after) == {}
@@ -213,7 +213,7 @@ def test_what_would_be_lost_is_refused(tmp_path, change, lost, in_place):
 
 
 @pytest.mark.parametrize("change", [None, add_sparse, add_training])
-def test_nothing_to_mend_copies_every_byte(tmp_path, change):
+def test_nothing_to_fix_copies_every_byte(tmp_path, change):
     path = write(tmp_path / "a", SOUND, change)
     modified = path.stat().st_mtime_ns
     assert fix_onnx(path, tmp_path / "out.onnx") == {}
@@ -222,7 +222,7 @@ def test_nothing_to_mend_copies_every_byte(tmp_path, change):
     assert path.stat().st_mtime_ns == modified
 
 
-def test_a_mended_model_that_would_not_load_is_not_written(tmp_path, monkeypatch):
+def test_a_fixed_model_that_would_not_load_is_not_written(tmp_path, monkeypatch):
     """A repair that goes wrong: the file stays."""
 
     class Break(ir.passes.InPlacePass):

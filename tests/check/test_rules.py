@@ -619,6 +619,22 @@ def test_scales_and_zero_points_of_another_type_or_length(tmp_path, old, new, ru
     assert capfd.readouterr() == ("", "")
 
 
+def test_106_numbers_of_scales_that_cannot_be_broadcast():
+    text = swap(
+        SOUND,
+        ("DequantizeLinear(xd_q, s, z)", "DequantizeLinear(xd_q, three, z)"),
+        ("QuantizeLinear(x, s, z)", "QuantizeLinear(x, two, z)"),
+        (
+            "float16 one",
+            "float16[3] three = {0.5,0.5,0.5}, float16[2] two = {0.5,0.5}, float16 one",
+        ),
+    )
+    findings = find_violations(load(text), choose_rules(["QDQ106"]))
+    assert [(finding.node, finding.message) for finding in findings] == [
+        ("xd", "its scale differs from that of xd_q")
+    ]
+
+
 def test_every_rule_has_a_broken_graph():
     # QDQ190 and QDQ191 need outputs: test_check.py; the others a file: test_file.py
     assert {case.split()[0] for case in BROKEN} == set(RULES) - {"QDQ190", "QDQ191"} - FILE_RULES
@@ -734,7 +750,8 @@ class TestRegistry:
             del RULES["MINE101"]
 
     @pytest.mark.parametrize(
-        ("id", "severity", "found"), [("mine", "info", "not a rule id"), ("A101", "bad", "severity")]
+        ("id", "severity", "found"),
+        [("mine", "info", "not a rule id"), ("A101", "bad", "severity")],
     )
     def test_refuses(self, id, severity, found):
         with pytest.raises(ArgumentError, match=found):

@@ -134,7 +134,7 @@ def _score_product(view: GraphView, softmax: ir.Node) -> ir.Node | None:
     """
     nodes = [softmax]
     for _ in range(_MOST_NODES_BEFORE_SOFTMAX):
-        producers = []
+        producers: list[ir.Node | None] = []
         for node in nodes:
             producers += map(producer_of, view.computed_inputs(node))
 

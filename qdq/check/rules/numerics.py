@@ -19,9 +19,10 @@ _SIGNED = (ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN, ir.Data
 _TYPES_OF_OTHER_RULES = (*_UNSIGNED, ir.DataType.INT32)
 """Types of codes that QDQ129 and QDQ108 report."""
 _SMALLEST_NORMAL_HALF = float(np.finfo(np.float16).smallest_normal)
-_FLOAT_TOLERANCE = {"rtol": 1e-6, "atol": 0.0}
-# The rounding of a float16 copy: half a unit in the last place, and half the smallest subnormal number.
-_HALF_TOLERANCE = {"rtol": 2**-8, "atol": 6e-8}
+# Relative and absolute difference of scales that are the same number. A 16 bit copy is rounded to 8 bits (bfloat16), or
+# to a multiple of the smallest subnormal number of float16.
+_FLOAT_TOLERANCE = (1e-6, 0.0)
+_HALF_TOLERANCE = (2**-8, 6e-8)
 _BODY_OPS = ("If", "Loop", "Scan")
 
 
@@ -473,8 +474,8 @@ def _are_scales_equal(first: Array, second: Array) -> bool:
     if first.size != second.size:
         return False
     is_half = min(first.dtype.itemsize, second.dtype.itemsize) < 4
-    tolerance = _HALF_TOLERANCE if is_half else _FLOAT_TOLERANCE
-    return np.allclose(_flatten(first), _flatten(second), **tolerance)
+    relative, absolute = _HALF_TOLERANCE if is_half else _FLOAT_TOLERANCE
+    return np.allclose(_flatten(first), _flatten(second), rtol=relative, atol=absolute)
 
 
 def _is_finite(array: Array) -> bool:
