@@ -36,7 +36,7 @@ _PARITY_FIXES = {
 
 @dataclass(frozen=True)
 class Validity:
-    """Whether a file is valid ONNX, and who says so.
+    """The verdicts of onnx and ONNX Runtime on a file.
 
     Args:
         is_valid: Whether onnx and ONNX Runtime both accept it, and no rule about files finds a fault.
@@ -84,7 +84,7 @@ class CheckReport:
         coverage: Every Conv, ConvTranspose, Gemm and MatMul: int8 or not, why, and its fraction of the work.
         findings: Violations, infos among them.
         parity: Against torch, None if no outputs were given.
-        validity: Whether it is valid ONNX, and who says so.
+        validity: Whether it is valid ONNX, with the verdicts of onnx and ONNX Runtime.
         default_parity: Of ONNX Runtime's default session against the plain one, None if its outputs were not given.
     """
 

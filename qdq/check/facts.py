@@ -20,7 +20,7 @@ class FileFacts:
         proto: Its content.
         is_utf8: Whether all its texts are UTF-8.
         is_sorted: Whether every node comes after the nodes whose outputs it reads.
-        has_cycle: Whether a node reads what is computed from its own output.
+        has_cycle: Whether a node reads a value that is computed from its own output.
         unknown: Domain and type of the operators that onnx does not know and no function of the file defines.
         tensor_faults: Constants whose data cannot be read.
         checker: The verdict of onnx.
@@ -39,7 +39,7 @@ class FileFacts:
 
     @property
     def inference(self) -> dict[str, bool]:
-        """Keyword arguments of `measure_coverage`: what it may ask onnx to infer."""
+        """Keyword arguments of `measure_coverage`: whether onnx may infer shapes, and how."""
         return {
             "may_infer": self.checker.may_ask_again,
             "data_prop": self.checker.can_propagate,

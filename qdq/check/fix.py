@@ -1,4 +1,4 @@
-"""What `qdq check --fix` does: repairs after which the file computes the same numbers."""
+"""The repairs of `qdq check --fix`, after which the file computes the same numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All facts about a file besides its graph: who accepts it, what is damaged, how large it is."""
+"""Collect the facts about a file besides its graph: who accepts it, its damaged constants, its size."""
 
 from __future__ import annotations
 

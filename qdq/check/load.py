@@ -1,4 +1,4 @@
-"""An ONNX file as protobuf and as graph, read as far as it can be read; rules report what is wrong with it."""
+"""Read an ONNX file as protobuf and as graph, as far as it can be read; rules report its faults."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qdq.text import list_names
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What `load_onnx` returns.
+    """Result of `load_onnx`.
 
     Args:
         path: The file.

@@ -26,7 +26,7 @@ Session = Literal["plain", "default"]
 SESSIONS: tuple[Session, ...] = ("plain", "default")
 
 # Of ONNX Runtime 1.31. The first drops a ReLU6 before a quantizer of tiny range, the second makes one MaxPool of
-# a zero Pad and a MaxPool, which pads with the smallest number: both change what the file computes.
+# a zero Pad and a MaxPool, which pads with the smallest number: both change the results of the file.
 _WRONG_OPTIMIZERS = ["ClipQuantRewrite", "Pad_Fusion"]
 
 
@@ -37,7 +37,7 @@ class OnnxModel:
         path: The file.
         session: "plain": as the file is written, ONNX Runtime's int8 fusions off, because they change the arithmetic.
             "default": as ONNX Runtime optimizes it for its users. Only the kernels that saturate on x86 processors
-            without VNNI are left out: what they lose is no property of the file.
+            without VNNI are left out: the accuracy that they lose is not a property of the file.
 
     Raises:
         ArgumentError: Another session.

@@ -12,11 +12,11 @@ _REQUIRED = onnx.defs.OpSchema.FormalParameterOption.Single
 
 
 def describe_misfit(node: ir.Node, opset: int) -> str:
-    """What a node of ONNX's own operators lacks or has too much of.
+    """Describe why a node does not fit its operator, if that is one of ONNX's own.
 
     Args:
         node: The node.
-        opset: Of the model; the newest that onnx knows stands in for a number that it does not know.
+        opset: Of the model; for a number that onnx does not know, its newest opset is used.
 
     Returns:
         A text; empty if the node fits its operator, or if onnx does not know the operator.

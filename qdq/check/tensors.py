@@ -15,7 +15,7 @@ from qdq.graph.tensors import external_fields, list_tensors
 _SHOWN_CHARACTERS = 100  # of a location
 _COMPLEX = (TensorProto.COMPLEX64, TensorProto.COMPLEX128)
 _READ_ERRORS = (OSError, RuntimeError, ValueError)
-"""What the file system raises; RuntimeError: a loop of links, before Python 3.13."""
+"""Exceptions of the file system; RuntimeError is a loop of links before Python 3.13."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TensorFault:
 
     Args:
         name: Of the constant; of its node if it has none.
-        message: What does not fit.
+        message: The fault, a sentence without period.
         tensor: The constant itself.
     """
 
@@ -63,7 +63,7 @@ def count_bytes(tensor: TensorProto) -> int | None:
 
 
 def _describe_fault(tensor: TensorProto, folder: Path) -> str:
-    """What does not fit in a constant.
+    """Describe why a constant cannot be read.
 
     Args:
         tensor: The constant.

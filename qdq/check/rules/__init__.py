@@ -1,4 +1,4 @@
-"""What every Q/DQ of a graph must fulfil before TensorRT sees it; one file per family.
+"""The rules for Q/DQ in a graph before TensorRT sees it; one file per family.
 
 Ids are those of the lint table: L01 is QDQ101.
 """

@@ -296,7 +296,7 @@ def _check_outputs(view: GraphView) -> Iterator[Flaw]:
     if view.file is not None and view.file.has_cycle:
         yield Flaw(
             node=_graph_name(view),
-            message="a node reads what is computed from its own output",
+            message="a node reads a value that is computed from its own output",
             fix=_EXPORT,
         )
     if not graph.outputs:

@@ -1,4 +1,4 @@
-"""What went wrong before the export: QDQ122, QDQ123, QDQ190 and QDQ191."""
+"""Faults from before the export: QDQ122, QDQ123, QDQ190 and QDQ191."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def _may_be_equal(first: int | None, second: int | None) -> bool:
 
 
 def _list_faults(view: GraphView, branch: ir.Value | None, shortcut: ir.Value | None) -> list[str]:
-    """What is wrong with the operands of a residual Add.
+    """List the faults of the operands of a residual Add.
 
     Args:
         view: The graph.
@@ -187,7 +187,7 @@ def _list_faults(view: GraphView, branch: ir.Value | None, shortcut: ir.Value | 
         shortcut: The other operand.
 
     Returns:
-        Noun phrases; empty if nothing is wrong.
+        Noun phrases; empty if there are none.
     """
     faults = []
     # A DQ -> MaxPool before an Add costs TensorRT-RTX a second, float MaxPool: no pair reaches through it here.

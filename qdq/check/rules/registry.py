@@ -1,4 +1,4 @@
-"""What a rule is, and the table of all rules."""
+"""Rules, their results, and the table of all rules."""
 
 from __future__ import annotations
 
