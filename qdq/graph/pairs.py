@@ -1,4 +1,4 @@
-"""What the passes ask of Q and DQ nodes, and of constants."""
+"""Queries that all passes share: operators, inputs, constants, and the parameters of Q and DQ nodes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-# Each output value is one of the input's values.
+from qdq.graph.edits import remove_if_unused as remove_if_unused
+
+QDQ_OPS = ("QuantizeLinear", "DequantizeLinear")
+
+# Each output value of these operators is one of the values of their first input.
 COPY_OPS = frozenset(
     {
         "DepthToSpace",
@@ -26,20 +30,23 @@ COPY_OPS = frozenset(
         "Unsqueeze",
     }
 )
-_IGNORED = frozenset(
-    {"axis", "saturate"}
-)  # axis says nothing of one scale, saturate is for float8 only
+
+_ONNX_DOMAINS = ("", "ai.onnx")
+# Operators that keep the element type of their first input.
+_TYPE_KEEPING_OPS = COPY_OPS | {"Identity", "MaxPool"}
+# `axis` is compared separately, and only for per-channel scales. `saturate` has an effect on float8 only.
+_IGNORED_ATTRIBUTES = frozenset({"axis", "saturate"})
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Everything that decides the numbers of a Q or DQ; equal values mean the same function.
+    """Everything that decides the numbers of a Q or DQ; equal parameters mean the same function.
 
     Args:
         scale: Type, shape and bytes of the scale.
-        zero_point: Likewise; empty where there is none.
-        axis: None for a scalar scale.
-        options: The other attributes.
+        zero_point: Type, shape and bytes of the zero point; empty where there is none.
+        axis: Axis of a per-channel scale; None for a scalar scale.
+        options: The other attributes, sorted by name.
     """
 
     scale: tuple[Any, ...]
@@ -49,34 +56,38 @@ class Parameters:
 
     @property
     def is_scalar(self) -> bool:
-        """One scale for the whole tensor, written as TensorRT wants it (R-SHAPE)."""
+        """Whether one 0-D scale serves the whole tensor, as TensorRT expects it (R-SHAPE)."""
         return self.axis is None
 
 
 def is_op(node: ir.Node | None, *op_types: str) -> TypeGuard[ir.Node]:
-    """Whether a node is one of these operators of ONNX itself."""
-    return node is not None and node.op_type in op_types and node.domain in ("", "ai.onnx")
+    """Whether there is a node, and it is one of these operators of ONNX itself.
+
+    Args:
+        node: A node, or None where there is none.
+        op_types: Names of operators. Custom operators of the same name do not count.
+    """
+    if node is None or node.op_type not in op_types:
+        return False
+    return node.domain in _ONNX_DOMAINS
 
 
-def constant_of(value: ir.Value | None) -> npt.NDArray[Any] | None:
-    """The numbers of a constant, None if they cannot be read; a graph input's are only a default, so no constant."""
-    if value is None or value.is_graph_input():
+def producer_of(value: ir.Value | None) -> ir.Node | None:
+    """The node that computes a value.
+
+    Returns:
+        None for inputs of the graph, for initializers, and for an input of a node that is left out.
+    """
+    if value is None:
         return None
-    if (node := value.producer()) is not None and (
-        len(node.attributes) != 1
-        or any(attribute.is_ref() for attribute in node.attributes.values())
-    ):
-        return None
-    tensor = ir.convenience.get_const_tensor(value)
-    try:
-        return None if tensor is None else tensor.numpy()
-    except Exception:  # onnx-ir raises and asserts where data do not fit type and shape
-        return None
+    return value.producer()
 
 
 def input_of(node: ir.Node, position: int) -> ir.Value | None:
-    """An input that may be left out."""
-    return node.inputs[position] if position < len(node.inputs) else None
+    """An input of a node; None if it is left out."""
+    if position >= len(node.inputs):
+        return None
+    return node.inputs[position]
 
 
 def has_reference(node: ir.Node) -> bool:
@@ -84,70 +95,146 @@ def has_reference(node: ir.Node) -> bool:
     return any(attribute.is_ref() for attribute in node.attributes.values())
 
 
+def constant_of(value: ir.Value | None) -> npt.NDArray[Any] | None:
+    """The numbers of a constant.
+
+    Returns:
+        None if the value is computed, or if its data cannot be read. None for a graph input too: an initializer of
+        the same name is only its default.
+    """
+    if value is None or value.is_graph_input():
+        return None
+
+    node = value.producer()
+    if node is not None and not _has_single_plain_attribute(node):
+        return None
+
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None:
+        return None
+
+    try:
+        return tensor.numpy()
+    except Exception:  # onnx-ir raises and asserts where data do not fit type and shape
+        return None
+
+
+def _has_single_plain_attribute(node: ir.Node) -> bool:
+    """Whether a node has the one attribute of a well-formed Constant, with its value written out."""
+    return len(node.attributes) == 1 and not has_reference(node)
+
+
 def parameters_of(node: ir.Node) -> Parameters | None:
-    """The parameters of a Q or DQ; None for other nodes, and where they are not constant."""
-    if not is_op(node, "QuantizeLinear", "DequantizeLinear"):
+    """The parameters of a Q or DQ.
+
+    Args:
+        node: Any node.
+
+    Returns:
+        None for other operators, and where a parameter is computed in the graph or taken from the caller of a function.
+    """
+    if not is_op(node, *QDQ_OPS) or has_reference(node):
         return None
-    scale, zero_point = constant_of(input_of(node, 1)), constant_of(input_of(node, 2))
-    if scale is None or (zero_point is None and input_of(node, 2) is not None):
+
+    scale = constant_of(input_of(node, 1))
+    zero_point = constant_of(input_of(node, 2))
+    if scale is None:
         return None
-    if has_reference(node):
+    if zero_point is None and input_of(node, 2) is not None:
         return None
+
     return Parameters(
-        _freeze(scale),
-        () if zero_point is None else _freeze(zero_point),
-        node.attributes.get_int("axis", 1) if scale.ndim else None,
-        tuple(
-            sorted((name, a.value) for name, a in node.attributes.items() if name not in _IGNORED)
-        ),
+        scale=_freeze(scale),
+        zero_point=() if zero_point is None else _freeze(zero_point),
+        axis=node.attributes.get_int("axis", 1) if scale.ndim else None,
+        options=_options_of(node),
     )
 
 
+def _freeze(array: npt.NDArray[Any]) -> tuple[Any, ...]:
+    """Type, shape and bytes of an array, which can be compared and hashed."""
+    return str(array.dtype), array.shape, array.tobytes()
+
+
+def _options_of(node: ir.Node) -> tuple[tuple[str, Any], ...]:
+    """The attributes of a Q or DQ that `Parameters` has no field for, sorted by name."""
+    options = []
+    for name, attribute in node.attributes.items():
+        if name not in _IGNORED_ATTRIBUTES:
+            options.append((name, attribute.value))
+
+    return tuple(sorted(options))
+
+
 def code_type_of(node: ir.Node) -> ir.DataType | None:
-    """The type of the integers that a Q writes or a DQ reads; None if the file does not say."""
-    if input_of(node, 2) is not None:
-        return _element_type(input_of(node, 2))
+    """The type of the integers that a Q writes or a DQ reads.
+
+    Args:
+        node: A Q or DQ.
+
+    Returns:
+        The type of the zero point. Where that is left out, the type that the attribute of a Q or the input of a DQ
+        says. None if the file does not say.
+    """
+    zero_point = input_of(node, 2)
+    if zero_point is not None:
+        return _element_type(zero_point)
+
     if node.op_type == "DequantizeLinear":
         return _element_type(input_of(node, 0))
-    written = node.attributes.get_int("output_dtype", 0)
-    return ir.DataType(written) if written else None
+
+    output_type = node.attributes.get_int("output_dtype", 0)
+    if not output_type:
+        return None
+    return ir.DataType(output_type)
 
 
 def _element_type(value: ir.Value | None) -> ir.DataType | None:
-    """The type of a value, looking for it behind operators that only move values."""
-    visited = set()
+    """The element type of a value, looked up behind the operators that keep it.
+
+    A file need not write the types of inner values down, but constants always have one.
+
+    Args:
+        value: The codes or the zero point of a Q or DQ.
+    """
+    visited = set()  # a damaged graph may be a cycle
     while value is not None and value not in visited:
         visited.add(value)
+
         tensor = ir.convenience.get_const_tensor(value)
         if tensor is not None:
             return tensor.dtype
+
         node = value.producer()
-        if node is not None and is_op(node, "QuantizeLinear"):
-            return code_type_of(node)  # reads the type of a zero point, which no Q makes
-        if node is None or not is_op(node, *COPY_OPS, "Identity", "MaxPool"):
+        if is_op(node, "QuantizeLinear"):
+            # This reads the type of a zero point, which no Q computes, so it comes to an end.
+            return code_type_of(node)
+        if not is_op(node, *_TYPE_KEEPING_OPS):
             return value.dtype
+
         value = input_of(node, 0)
+
     return None
 
 
 def has_int8_zeros(node: ir.Node) -> bool:
     """Whether a Q or DQ has int8 codes and a zero point of zero (R-SYM): then 0.0 stays 0.0.
 
-    Without a zero point it is zero, and the codes have the type that the node or its input says.
+    A zero point that is left out is zero, and the codes have the type that the node or its input says.
     """
     if input_of(node, 2) is None:
         return code_type_of(node) == ir.DataType.INT8
+
     zero_point = constant_of(input_of(node, 2))
-    return zero_point is not None and zero_point.dtype == np.int8 and not zero_point.any()
+    return is_int8_zero(zero_point)
 
 
-def remove_if_unused(value: ir.Value | None) -> None:
-    """Take an initializer away that nothing reads any more."""
-    if value is None or value.uses() or value.is_graph_output() or value.is_graph_input():
-        return
-    if value.is_initializer() and value.graph is not None:
-        value.graph.initializers.pop(str(value.name), None)
+def is_int8_zero(zero_point: npt.NDArray[Any] | None) -> bool:
+    """Whether a zero point is a known constant of int8 zeros (R-SYM).
 
-
-def _freeze(array: npt.NDArray[Any]) -> tuple[Any, ...]:
-    return str(array.dtype), array.shape, array.tobytes()
+    Args:
+        zero_point: From `constant_of`.
+    """
+    if zero_point is None or zero_point.dtype != np.int8:
+        return False
+    return not zero_point.any()
