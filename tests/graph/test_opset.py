@@ -15,7 +15,8 @@ from torch import nn
 
 from qdq import ArgumentError, ExportError, calibrate_model, export_onnx, predict, swap_modules
 from qdq.graph.coverage import count_qdq
-from qdq.graph.opset import _RULES, HIGHEST, LOWEST, LowerOpset
+from qdq.graph.opset import HIGHEST, LOWEST, LowerOpset
+from qdq.graph.opset_rules import RULES
 
 OLDER = range(LOWEST, HIGHEST)
 REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
@@ -51,15 +52,15 @@ def run(model, named=2):
 
 
 def assert_same_below(model, target):
-    """Lower a copy, let ONNX check it, and compare each number with those before; give back the copy."""
+    """Lower a copy, check it with ONNX, and compare each number with those of the model; returns the copy."""
     expected = run(model)
     lowered = ir.from_proto(copy.deepcopy(ir.to_proto(model)))
     assert LowerOpset(target)(lowered).modified
     assert lowered.opset_imports[""] == target
     onnx.checker.check_model(ir.to_proto(lowered), full_check=True)
-    for found, wanted in zip(run(lowered), expected, strict=True):
-        assert found.dtype == wanted.dtype
-        np.testing.assert_array_equal(found, wanted, strict=True)
+    for output, expected_output in zip(run(lowered), expected, strict=True):
+        assert output.dtype == expected_output.dtype
+        np.testing.assert_array_equal(output, expected_output, strict=True)
     return lowered
 
 
@@ -221,8 +222,8 @@ def test_rules_cover_all_that_onnx_changed():
         and LOWEST < schema.since_version <= HIGHEST
         and defs.has(schema.name, LOWEST, "")
     }
-    assert set(_RULES) - changes == {("HardSwish", 14), ("Mish", 18)}
-    assert changes - set(_RULES) == set()
+    assert set(RULES) - changes == {("HardSwish", 14), ("Mish", 18)}
+    assert changes - set(RULES) == set()
 
 
 # what it is -> (model at opset 18, what the message says of opset 13, lowest opset that can)
@@ -362,14 +363,14 @@ def test_refused_with_the_opset_that_can(case):
     model = read(text)
     for number, node in enumerate(model.graph):
         node.name = f"node_{node.op_type}_{number}"
-    before = ir.to_proto(model)
+    content = ir.to_proto(model)
     with pytest.raises(
         ExportError, match=re.escape(f"opset 13 cannot express the model: {message}")
     ) as error:
         LowerOpset(13)(model)
     assert f"the lowest opset that can is {lowest}" in str(error.value)
     assert error.value.fix == f"export with opset {lowest} or above."
-    assert ir.to_proto(model) == before
+    assert ir.to_proto(model) == content
     if lowest > 14:
         with pytest.raises(ExportError, match=f"the lowest opset that can is {lowest}"):
             LowerOpset(lowest - 1)(model)
@@ -500,8 +501,8 @@ class TestExport:
         assert model.opset_imports[""] == opset
         assert count_qdq(model) == (3, 6)
         assert model.graph.initializers["conv.weight"].dtype == ir.DataType.INT8
-        expected, found = predict(newest.path, [images]), predict(report.path, [images])
-        np.testing.assert_array_equal(found, expected)
+        expected, outputs = predict(newest.path, [images]), predict(report.path, [images])
+        np.testing.assert_array_equal(outputs, expected)
 
     def test_names_of_modules_in_the_refusal(self, tmp_path):
         model, x = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), torch.randn(2, 4)
