@@ -1,11 +1,11 @@
-"""Which convolutions and matrix products of an ONNX graph have Q/DQ on their inputs, and what share of the work."""
+"""Coverage: which convolutions and matrix products of an ONNX graph run in int8, and their fraction of the work."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import onnx_ir as ir
 
@@ -17,14 +17,24 @@ from qdq.graph.pairs import (
     input_of,
     is_op,
     parameters_of,
+    producer_of,
 )
 from qdq.graph.shapes import infer_shapes
 from qdq.text import list_names
 
+# Operators that multiply by a weight, or by a second activation, and that TensorRT may run in int8.
 WEIGHTED_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # A DQ in front of these still reaches the operator behind them: they move or pad values, they make no new ones.
 # TensorRT-RTX 1.7 computes a convolution behind each of them in int8.
 TRANSPARENT_OPS = COPY_OPS | {"Cast", "Identity", "MaxPool", "Pad"}
+
+_Number = TypeVar("_Number", int, float)
+
+_NO_PAIR = "no Q/DQ on its inputs"
+_INPUT_ONLY = "Q/DQ on its input only (R-CONV-2)"
+_WEIGHT_ONLY = "Q/DQ on its weight only (R-CONV-2)"
+_NO_KERNEL = "TensorRT-RTX has no int8 kernel for it (R-CT-3)"
+_WRONG_AXIS = "the weight scales are not along its output channels (R-AXIS)"
 
 
 @dataclass(frozen=True)
@@ -33,10 +43,10 @@ class WeightedNode:
 
     Args:
         name: Name of the ONNX node, `MODULE/OP` in files that qdq wrote.
-        module: Dotted name of the torch module it came from; the node's name in files of others.
+        module: Dotted name of the torch module it came from; the name of the node in files of other tools.
         op_type: The ONNX operator.
         input_quantized: The first operand comes from a DequantizeLinear.
-        weight_quantized: The second operand does.
+        weight_quantized: The second operand comes from a DequantizeLinear.
     """
 
     name: str
@@ -47,71 +57,22 @@ class WeightedNode:
 
     @property
     def expects_int8(self) -> bool:
-        """Whether TensorRT can run it in int8: both operands or none (R-CONV-2)."""
+        """Whether TensorRT can run it in int8, which takes both operands quantized (R-CONV-2)."""
         return self.input_quantized and self.weight_quantized
-
-
-def list_weighted_nodes(model: ir.Model) -> list[WeightedNode]:
-    """All weighted nodes of the main graph, in graph order."""
-    return [
-        WeightedNode(
-            name=node.name or "",
-            module=module_of(node),
-            op_type=node.op_type,
-            input_quantized=dequantizer_of(node.inputs[0]) is not None,
-            weight_quantized=dequantizer_of(node.inputs[1]) is not None,
-        )
-        for node in _weighted(model)
-    ]
-
-
-def _weighted(model: ir.Model) -> list[ir.Node]:
-    """The weighted nodes of the main graph that have both of their operands."""
-    return [
-        node
-        for node in model.graph
-        if is_op(node, *WEIGHTED_OPS) and len(node.inputs) >= 2 and node.outputs
-    ]
-
-
-def module_of(node: ir.Node) -> str:
-    """Dotted name of the torch module that a node came from (see `graph.names`)."""
-    name = node.name or ""
-    return name.rpartition("/")[0] if "/" in name else name
-
-
-def dequantizer_of(value: ir.Value | None) -> ir.Node | None:
-    """The DequantizeLinear that a value comes from, looking through operators that only move values."""
-    visited = set()
-    while value is not None and value not in visited:
-        visited.add(value)  # a damaged graph may be a cycle
-        node = value.producer()
-        if node is None or is_op(node, "DequantizeLinear"):
-            return node
-        if not is_op(node, *TRANSPARENT_OPS):
-            return None
-        value = input_of(node, 0)
-    return None
-
-
-def count_qdq(model: ir.Model) -> tuple[int, int]:
-    """Number of QuantizeLinear and of DequantizeLinear nodes."""
-    ops = [node.op_type for node in model.graph]
-    return ops.count("QuantizeLinear"), ops.count("DequantizeLinear")
 
 
 @dataclass(frozen=True)
 class LayerCoverage:
-    """What to expect of one weighted node.
+    """Expected precision and work of one weighted node.
 
     Args:
         name: Name of the ONNX node.
         module: Dotted name of the torch module.
         op_type: The ONNX operator.
         int8: TensorRT is expected to run it in int8.
-        reason: Why not; empty where it is.
-        macs: Multiplications with addition for one sample; None where a shape is not known.
-        share: Its part of all known MACs, 0..1; None where `macs` is.
+        reason: Why it is not expected in int8; empty if it is.
+        macs: Multiply-accumulate operations (MACs) for one sample; None where a shape is not known.
+        share: Its fraction of all known MACs, 0 to 1; None where `macs` is None.
     """
 
     name: str
@@ -125,53 +86,117 @@ class LayerCoverage:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Expected precision of every weighted node of a graph, in its order.
+    """Expected precision of every weighted node of a graph, in graph order.
 
     Args:
-        layers: The nodes.
+        layers: One entry for each weighted node.
     """
 
     layers: tuple[LayerCoverage, ...]
 
     @property
     def macs(self) -> int:
-        """All known MACs."""
-        return sum(layer.macs or 0 for layer in self.layers)
+        """Sum of all known MACs."""
+        return _sum_known([layer.macs for layer in self.layers])
 
     @property
     def int8_share(self) -> float | None:
-        """Part of the known MACs that is expected in int8, 0..1; None where there are none."""
-        int8 = sum(layer.macs or 0 for layer in self.layers if layer.int8)
-        return int8 / self.macs if self.macs else None
+        """Fraction of the known MACs that is expected in int8, 0 to 1.
+
+        None where no MACs are known.
+        """
+        total = self.macs
+        if not total:
+            return None
+
+        int8_layers = Coverage(tuple(layer for layer in self.layers if layer.int8))
+        return int8_layers.macs / total
 
     def format_table(self) -> str:
-        """What stays in float, most work first and alike ones in one line, then the summary."""
-        groups: dict[tuple[str, str], list[LayerCoverage]] = {}
-        for layer in self.layers:
-            if not layer.int8:
-                groups.setdefault((layer.op_type, layer.reason), []).append(layer)
-        sizes = {key: sum(layer.share or 0 for layer in group) for key, group in groups.items()}
-        lines = [
-            f"  {_percent(sizes[key]):>7}  {len(groups[key])} {key[0]} ({_names(groups[key])}): {key[1]}"
-            for key in sorted(groups, key=lambda key: -sizes[key])
-        ]
-        count = sum(layer.int8 for layer in self.layers)
-        summary = f"int8 expected: {count} of {len(self.layers)} convolutions and matrix products"
-        if self.int8_share is not None:
-            summary += f", {_percent(self.int8_share)} of {self.macs / 1e6:.1f} million MACs"
-        if unknown := sum(layer.macs is None for layer in self.layers):
-            summary += f" ({unknown} of unknown size not counted)"
-        return "\n".join([summary, *lines])
+        """A summary, then one line for each reason to stay in float, most work first."""
+        groups = _group_float_layers(self.layers)
+        groups.sort(key=_FloatGroup.sort_key)
+
+        lines = [self._format_summary()]
+        lines += [group.format_line() for group in groups]
+        return "\n".join(lines)
+
+    def _format_summary(self) -> str:
+        """The number of int8 layers and their fraction of the MACs."""
+        int8_layers = sum(layer.int8 for layer in self.layers)
+        summary = (
+            f"int8 expected: {int8_layers} of {len(self.layers)} convolutions and matrix products"
+        )
+
+        int8_fraction = self.int8_share
+        if int8_fraction is not None:
+            summary += f", {_percent(int8_fraction)} of {self.macs / 1e6:.1f} million MACs"
+
+        unsized_layers = sum(layer.macs is None for layer in self.layers)
+        if unsized_layers:
+            summary += f" ({unsized_layers} of unknown size not counted)"
+        return summary
+
+
+@dataclass(frozen=True)
+class _FloatGroup:
+    """Layers of one operator that stay in float for the same reason."""
+
+    op_type: str
+    reason: str
+    layers: list[LayerCoverage]
+
+    @property
+    def macs_fraction(self) -> float:
+        """Their fraction of all known MACs, 0 to 1."""
+        return _sum_known([layer.share for layer in self.layers])
+
+    def sort_key(self) -> float:
+        """Orders the groups by their work, the largest first."""
+        return -self.macs_fraction
+
+    def format_line(self) -> str:
+        """One line of the table: work, number, names, reason."""
+        names = list_names([layer.module or layer.name for layer in self.layers], 2)
+        fraction = _percent(self.macs_fraction)
+        return f"  {fraction:>7}  {len(self.layers)} {self.op_type} ({names}): {self.reason}"
+
+
+def _group_float_layers(layers: Sequence[LayerCoverage]) -> list[_FloatGroup]:
+    """The layers that stay in float, grouped by operator and reason."""
+    groups: dict[tuple[str, str], _FloatGroup] = {}
+    for layer in layers:
+        if layer.int8:
+            continue
+
+        empty_group = _FloatGroup(layer.op_type, layer.reason, [])
+        group = groups.setdefault((layer.op_type, layer.reason), empty_group)
+        group.layers.append(layer)
+
+    return list(groups.values())
+
+
+def _sum_known(numbers: Sequence[_Number | None]) -> _Number | int:
+    """The sum of the numbers that are known; 0 if there are none.
+
+    Args:
+        numbers: Numbers of layers, None for a layer of unknown size.
+    """
+    return sum(number for number in numbers if number is not None)
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
 
 
 @dataclass(frozen=True)
 class CoverageDifference:
-    """Where an engine is not as its graph promises.
+    """Differences between an engine and the prediction for its graph.
 
     Args:
-        missing: Nodes expected in int8 that are not.
-        extra: Nodes in int8 that nobody expected.
-        unknown: Nodes that only one of the two names.
+        missing: Nodes that are expected in int8 and run in float.
+        extra: Nodes that are expected in float and run in int8.
+        unknown: Nodes that only one of the two lists.
     """
 
     missing: tuple[str, ...]
@@ -180,143 +205,391 @@ class CoverageDifference:
 
 
 class BuiltLayer(Protocol):
-    """What is asked of one entry of a census; `trt.census.LayerCensus` is one."""
+    """One layer of a built engine; `trt.census.LayerCensus` is one."""
 
     @property
-    def node(self) -> str: ...
+    def node(self) -> str:
+        """Name of the ONNX node."""
+        ...
+
     @property
-    def int8(self) -> bool: ...
+    def int8(self) -> bool:
+        """Whether the engine runs it in int8."""
+        ...
 
 
 def measure_coverage(
     model: ir.Model, *, may_infer: bool = True, data_prop: bool = True
 ) -> Coverage:
-    """Predict for every weighted node whether it runs in int8, and how much of the work it is.
+    """Predict for every weighted node whether it runs in int8, and compute its fraction of the work.
 
     Args:
-        model: The graph; it stays as it is. The open first dimension of its inputs counts as 1.
-        may_infer: Whether onnx may be asked for shapes; a damaged file can crash it.
-        data_prop: Whether it may follow the values of shape computations for that.
+        model: The graph, which is not changed. The dynamic first dimension of its inputs counts as 1.
+        may_infer: Whether onnx may infer shapes; a damaged file can crash it.
+        data_prop: Whether shape inference may follow the values of shape computations.
     """
-    nodes = _weighted(_with_shapes(model, data_prop) if may_infer else model)
-    macs = [_count_macs(node) for node in nodes]
-    total = sum(number or 0 for number in macs)
+    if may_infer:
+        model = _copy_for_one_sample(model, data_prop)
+
+    nodes = _select_weighted_nodes(model)
+    macs_of_nodes = [_count_macs(node) for node in nodes]
+    total = _sum_known(macs_of_nodes)
+
     layers = []
-    for node, number in zip(nodes, macs, strict=True):
-        reason = next(_obstacles(node), "")
-        share = None if number is None else number / total if total else 0.0
-        layers.append(
-            LayerCoverage(
-                node.name or "", module_of(node), node.op_type, not reason, reason, number, share
-            )
+    for node, macs in zip(nodes, macs_of_nodes, strict=True):
+        reason = _reason_for_float(node)
+        layer = LayerCoverage(
+            name=node.name or "",
+            module=module_of(node),
+            op_type=node.op_type,
+            int8=not reason,
+            reason=reason,
+            macs=macs,
+            share=_fraction_of(macs, total),
         )
+        layers.append(layer)
+
     return Coverage(tuple(layers))
 
 
+def _fraction_of(macs: int | None, total: int) -> float | None:
+    """The fraction of a total.
+
+    Args:
+        macs: The part; None where it is not known.
+        total: The total. 0 gives a fraction of 0.
+
+    Returns:
+        0 to 1; None where the part is not known.
+    """
+    if macs is None:
+        return None
+    if not total:
+        return 0.0
+    return macs / total
+
+
 def compare_coverage(coverage: Coverage, census: Sequence[BuiltLayer]) -> CoverageDifference:
-    """Hold the prediction against the layers of the engine, by node name.
+    """Compare the prediction with the layers of the engine, by node name.
 
     Args:
         coverage: From `measure_coverage`.
         census: From the build of the same file (`BuildReport.layers`).
+
+    Returns:
+        The names of the nodes where the two differ, in graph order.
     """
     expected = {layer.name: layer.int8 for layer in coverage.layers}
     built = {layer.node: layer.int8 for layer in census}
-    return CoverageDifference(
-        missing=tuple(name for name, int8 in expected.items() if int8 and built.get(name) is False),
-        extra=tuple(name for name, int8 in expected.items() if not int8 and built.get(name)),
-        unknown=tuple(sorted(expected.keys() ^ built.keys())),
-    )
+
+    missing = []
+    extra = []
+    for name, expects_int8 in expected.items():
+        if name not in built:
+            continue
+        if expects_int8 and not built[name]:
+            missing.append(name)
+        if built[name] and not expects_int8:
+            extra.append(name)
+
+    unknown = sorted(expected.keys() ^ built.keys())
+    return CoverageDifference(tuple(missing), tuple(extra), tuple(unknown))
 
 
-def _obstacles(node: ir.Node) -> Iterator[str]:
-    """Why a node is not expected in int8, the plainest reason first."""
-    activation, weight = (dequantizer_of(value) for value in node.inputs[:2])
+def list_weighted_nodes(model: ir.Model) -> list[WeightedNode]:
+    """All weighted nodes of the main graph, in graph order."""
+    weighted_nodes = []
+    for node in _select_weighted_nodes(model):
+        weighted_node = WeightedNode(
+            name=node.name or "",
+            module=module_of(node),
+            op_type=node.op_type,
+            input_quantized=dequantizer_of(node.inputs[0]) is not None,
+            weight_quantized=dequantizer_of(node.inputs[1]) is not None,
+        )
+        weighted_nodes.append(weighted_node)
+
+    return weighted_nodes
+
+
+def _select_weighted_nodes(model: ir.Model) -> list[ir.Node]:
+    """The weighted nodes of the main graph, in graph order.
+
+    A damaged file may hold such a node without its second operand or its output. It is left out, because nothing can be
+    said about it.
+    """
+    nodes = []
+    for node in model.graph:
+        is_weighted = is_op(node, *WEIGHTED_OPS)
+        if is_weighted and len(node.inputs) >= 2 and node.outputs:
+            nodes.append(node)
+
+    return nodes
+
+
+def module_of(node: ir.Node) -> str:
+    """Dotted name of the torch module that a node came from.
+
+    Args:
+        node: Any node, named `MODULE/OP` (see `graph.names`).
+
+    Returns:
+        The name of the node in files of other tools.
+    """
+    name = node.name or ""
+    if "/" not in name:
+        return name
+
+    module, _, _ = name.rpartition("/")
+    return module
+
+
+def dequantizer_of(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear that a value comes from, looking through operators that only move values.
+
+    Args:
+        value: An operand of a product.
+
+    Returns:
+        None where there is none, so that the product reads float.
+    """
+    visited = set()  # a damaged graph may be a cycle
+    while value is not None and value not in visited:
+        visited.add(value)
+
+        node = value.producer()
+        if is_op(node, "DequantizeLinear"):
+            return node
+        if not is_op(node, *TRANSPARENT_OPS):
+            return None
+
+        value = input_of(node, 0)
+
+    return None
+
+
+def count_qdq(model: ir.Model) -> tuple[int, int]:
+    """Number of QuantizeLinear and of DequantizeLinear nodes."""
+    ops = [node.op_type for node in model.graph]
+    return ops.count("QuantizeLinear"), ops.count("DequantizeLinear")
+
+
+def _reason_for_float(node: ir.Node) -> str:
+    """Why a node is not expected in int8, the simplest reason first.
+
+    Args:
+        node: A weighted node.
+
+    Returns:
+        "" if it is expected in int8.
+    """
+    activation = dequantizer_of(node.inputs[0])
+    weight = dequantizer_of(node.inputs[1])
     if activation is None and weight is None:
-        yield "no Q/DQ on its inputs"
-        return
-    if activation is None or weight is None:
-        yield f"Q/DQ on its {'input' if weight is None else 'weight'} only (R-CONV-2)"
-        return
+        return _NO_PAIR
+    if activation is None:
+        return _WEIGHT_ONLY
+    if weight is None:
+        return _INPUT_ONLY
     if node.op_type == "ConvTranspose":
-        yield "TensorRT-RTX has no int8 kernel for it (R-CT-3)"
-    for dequantize, which in ((activation, "input"), (weight, "weight")):
-        scale = constant_of(input_of(dequantize, 1))
-        if scale is None or parameters_of(dequantize) is None:
-            yield f"the {which} scale or zero point is computed in the graph (R-DYN)"
-        elif scale.shape == (1,):
-            yield f"the {which} scale has shape [1], not a scalar's (R-SHAPE)"
-        elif not has_int8_zeros(dequantize):
-            yield f"the {which} zero point is not an int8 zero (R-SYM)"
-        elif scale.ndim and which == "input":
-            yield f"its input has {scale.size} scales (R-ACT-PC)"
-        elif (
-            scale.ndim
-            and dequantize.outputs[0] is node.inputs[1]
-            and not _scales_outputs(node, dequantize)
-        ):
-            yield "the weight scales are not along its output channels (R-AXIS)"
+        return _NO_KERNEL
+
+    reason = _reason_against_activation(activation)
+    if reason:
+        return reason
+    return _reason_against_weight(node, weight)
 
 
-def _scales_outputs(node: ir.Node, dequantize: ir.Node) -> bool:
-    """Whether the axis of the weight scales is the one of the output channels."""
+def _reason_against_activation(dequantize: ir.Node) -> str:
+    """Why TensorRT does not take the DQ of an activation.
+
+    Returns:
+        "" if it does.
+    """
+    reason = _reason_against_parameters(dequantize, "input")
+    if reason:
+        return reason
+
+    scale = constant_of(input_of(dequantize, 1))
+    if scale is not None and scale.ndim:
+        return f"its input has {scale.size} scales (R-ACT-PC)"
+    return ""
+
+
+def _reason_against_weight(node: ir.Node, dequantize: ir.Node) -> str:
+    """Why TensorRT does not take the DQ of the second operand of a product.
+
+    The axis of its scales is checked only where the product reads the DQ itself. Behind a Transpose it is another axis,
+    which the rule R-AXIS of `qdq check` follows.
+
+    Returns:
+        "" if it does.
+    """
+    reason = _reason_against_parameters(dequantize, "weight")
+    if reason:
+        return reason
+
+    scale = constant_of(input_of(dequantize, 1))
+    is_per_channel = scale is not None and scale.ndim > 0
+    is_direct = dequantize.outputs[0] is node.inputs[1]
+    if is_per_channel and is_direct and not _scales_output_channels(node, dequantize):
+        return _WRONG_AXIS
+    return ""
+
+
+def _reason_against_parameters(dequantize: ir.Node, operand: str) -> str:
+    """Why TensorRT does not take a scale or zero point, whichever operand it belongs to.
+
+    Args:
+        dequantize: The DQ.
+        operand: "input" or "weight", for the text.
+
+    Returns:
+        "" if it does.
+    """
+    scale = constant_of(input_of(dequantize, 1))
+    if scale is None or parameters_of(dequantize) is None:
+        return f"the {operand} scale or zero point is computed in the graph (R-DYN)"
+    if scale.shape == (1,):
+        return f"the {operand} scale has shape [1], not a scalar's (R-SHAPE)"
+    if not has_int8_zeros(dequantize):
+        return f"the {operand} zero point is not an int8 zero (R-SYM)"
+    return ""
+
+
+def _scales_output_channels(node: ir.Node, dequantize: ir.Node) -> bool:
+    """Whether the axis of the weight scales is the one of the output channels.
+
+    It counts as such where the rank of the weight is not known.
+
+    Args:
+        node: The product.
+        dequantize: The DQ of its weight.
+    """
     shape = dequantize.outputs[0].shape
     if shape is None:
         return True
-    return dequantize.attributes.get_int("axis", 1) % len(shape) == output_axis(node, len(shape))
+
+    rank = len(shape)
+    axis = dequantize.attributes.get_int("axis", 1) % rank
+    return axis == output_axis(node, rank)
 
 
 def output_axis(node: ir.Node, rank: int) -> int:
-    """Where the output channels of the weight of a weighted node lie, if it has so many dimensions (R-AXIS)."""
+    """The axis of the output channels in the weight of a weighted node (R-AXIS).
+
+    Args:
+        node: A Conv, ConvTranspose, Gemm or MatMul.
+        rank: Number of dimensions of its weight.
+
+    Returns:
+        The axis, 0 or above.
+    """
     if node.op_type == "Gemm":
-        return 0 if node.attributes.get_int("transB", 0) else 1
-    return {"Conv": 0, "ConvTranspose": 1, "MatMul": rank - 1}[node.op_type]
+        is_transposed = node.attributes.get_int("transB", 0)
+        return 0 if is_transposed else 1
+
+    axes = {"Conv": 0, "ConvTranspose": 1, "MatMul": rank - 1}
+    return axes[node.op_type]
 
 
 def follow_axis(value: ir.Value | None, weight: ir.Node, axis: int) -> int | None:
-    """Where an axis of a DQ's output lies in a value that comes from it; None if that cannot be said."""
-    path = []
-    while value is not None and (node := value.producer()) is not None and node is not weight:
-        path.append(node)
-        value = node.inputs[0]
-    for node in reversed(path):
+    """Where an axis of the output of a DQ lies in a value that comes from it.
+
+    Args:
+        value: The value, such as the second operand of a product.
+        weight: The DQ.
+        axis: Axis of the output of the DQ.
+
+    Returns:
+        None if a node between the two may move the axis in a way that is not known.
+    """
+    for node in reversed(_path_from(weight, value)):
         if has_reference(node):
             return None
-        if is_op(node, "Transpose") and (perm := node.attributes.get("perm")) is not None:
-            axis = list(perm.as_ints()).index(axis)
+
+        permutation = node.attributes.get("perm")
+        if is_op(node, "Transpose") and permutation is not None:
+            axis = list(permutation.as_ints()).index(axis)
         elif not is_op(node, "Identity", "Cast"):
             return None
+
     return axis
 
 
-def _with_shapes(model: ir.Model, data_prop: bool) -> ir.Model:
-    """A copy for one sample, with every shape that can be inferred."""
+def _path_from(start: ir.Node, value: ir.Value | None) -> list[ir.Node]:
+    """The nodes that lead from a node to a value along first inputs, the last one first."""
+    path: list[ir.Node] = []
+    node = producer_of(value)
+    while node is not None and node is not start:
+        path.append(node)
+        node = producer_of(node.inputs[0])
+
+    return path
+
+
+def _copy_for_one_sample(model: ir.Model, data_prop: bool) -> ir.Model:
+    """A copy with a batch of 1 and with every shape that can be inferred."""
     try:
         copy = model.clone()
-    except (
-        Exception
-    ):  # onnx-ir cannot copy what is damaged, a node that reads a value of nobody for one
+    except Exception:  # onnx-ir cannot copy a damaged graph, such as one that reads a missing value
         return model
-    batches = {
-        str(value.shape[0].value): 1
-        for value in copy.graph.inputs
-        if value.shape
-        and isinstance(value.shape[0], ir.SymbolicDim)
-        and value.shape[0].value is not None
-    }
-    values = [*copy.graph.inputs, *(output for node in copy.graph for output in node.outputs)]
-    for value in values:
-        if value.shape is not None:
-            value.shape = ir.Shape([_bind(size, batches) for size in value.shape])
-    if any(_sizes(value) is None for value in values):
+
+    values = list(copy.graph.inputs)
+    for node in copy.graph:
+        values += node.outputs
+
+    _bind_batch(copy.graph.inputs, values)
+    if any(_sizes_of(value) is None for value in values):
         infer_shapes(copy, data_prop=data_prop)
     return copy
 
 
-def _bind(size: int | ir.SymbolicDim, batches: dict[str, int]) -> int | ir.SymbolicDim:
-    """A dimension with the batch put in; names of others that are no expressions stay."""
+def _bind_batch(inputs: Sequence[ir.Value], values: Sequence[ir.Value]) -> None:
+    """Put 1 for the dynamic batch into shapes, in place.
+
+    Args:
+        inputs: Inputs of the graph: the names of their first dimensions are the batch.
+        values: The values whose shapes are changed.
+    """
+    names = [_batch_name_of(graph_input) for graph_input in inputs]
+    batches = {name: 1 for name in names if name is not None}
+    for value in values:
+        if value.shape is None:
+            continue
+
+        sizes = [_bind_size(size, batches) for size in value.shape]
+        value.shape = ir.Shape(sizes)
+
+
+def _batch_name_of(graph_input: ir.Value) -> str | None:
+    """The name of the first dimension of an input of the graph, which is the batch.
+
+    Returns:
+        None if it is a number, has no name, or is not known.
+    """
+    if not graph_input.shape:
+        return None
+
+    batch = graph_input.shape[0]
+    if isinstance(batch, int) or batch.value is None:
+        return None
+    return str(batch.value)
+
+
+def _bind_size(size: int | ir.SymbolicDim, batches: dict[str, int]) -> int | ir.SymbolicDim:
+    """A dimension with the batch put in.
+
+    Args:
+        size: A number, a name, or an expression of names.
+        batches: Name -> size.
+
+    Returns:
+        The dimension itself where it has no name, or a name of another tool that is no expression.
+    """
     if isinstance(size, int) or size.value is None:
         return size
+
     try:
         return size.evaluate(batches)
     except ValueError:
@@ -324,28 +597,47 @@ def _bind(size: int | ir.SymbolicDim, batches: dict[str, int]) -> int | ir.Symbo
 
 
 def _count_macs(node: ir.Node) -> int | None:
-    first, second, output = (_sizes(value) for value in (*node.inputs[:2], node.outputs[0]))
+    """Multiply-accumulate operations of a weighted node.
+
+    Each output value of a convolution sums one product for each weight of its output channel. In a transposed
+    convolution each input value is multiplied by each weight of its input channel instead. Each output value of a
+    matrix product sums one product for each value of the inner dimension.
+
+    Args:
+        node: A weighted node.
+
+    Returns:
+        None where a shape is not known.
+    """
+    first = _sizes_of(node.inputs[0])
+    second = _sizes_of(node.inputs[1])
+    output = _sizes_of(node.outputs[0])
     if first is None or second is None or output is None:
         return None
+
     if node.op_type == "Conv":
         return math.prod(output) * math.prod(second[1:])
     if node.op_type == "ConvTranspose":
         return math.prod(first) * math.prod(second[1:])
-    transposed = node.op_type == "Gemm" and bool(node.attributes.get_int("transA", 0))
-    return math.prod(output) * first[0 if transposed else -1]
+
+    is_transposed = node.op_type == "Gemm" and bool(node.attributes.get_int("transA", 0))
+    inner_axis = 0 if is_transposed else -1
+    return math.prod(output) * first[inner_axis]
 
 
-def _sizes(value: ir.Value | None) -> list[int] | None:
-    """A shape if all of it is known."""
+def _sizes_of(value: ir.Value | None) -> list[int] | None:
+    """The shape of a value.
+
+    Returns:
+        None unless every dimension is a known number.
+    """
     if value is None or value.shape is None:
         return None
-    sizes = [size for size in value.shape if isinstance(size, int)]
-    return sizes if len(sizes) == len(value.shape) else None
 
+    sizes = []
+    for size in value.shape:
+        if not isinstance(size, int):
+            return None
+        sizes.append(size)
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _names(layers: Sequence[LayerCoverage]) -> str:
-    return list_names([layer.module or layer.name for layer in layers], 2)
+    return sizes

@@ -61,9 +61,9 @@ def test_why_not(options, reason):
 
 def test_the_graph_stays_as_it_is():
     model = read(GRAPH % ("s, o", "s, o", 0, "Conv (d, e)"))
-    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    content = ir.to_proto(model).SerializeToString(deterministic=True)
     measure_coverage(model)
-    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == content
 
 
 def test_unknown_sizes_are_said_to_be_unknown():
@@ -132,7 +132,8 @@ class Transformer(nn.Module):
     def forward(self, images):
         x = self.patches(images).flatten(2).transpose(1, 2)
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
-        x = x + self.project(((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        weights = (q @ k.transpose(-1, -2)).softmax(-1)
+        x = x + self.project((weights @ v).transpose(1, 2).flatten(2))
         return self.head((x + self.mlp(self.norm(x))).mean(1))
 
 
@@ -160,7 +161,8 @@ class Upsampler(nn.Sequential):
 )
 def test_macs_are_those_that_torch_counts(kind, dynamic):
     torchvision = pytest.importorskip("torchvision", reason="needs the extra 'demo'")
-    model = (getattr(torchvision.models, kind)() if isinstance(kind, str) else kind()).eval()
+    network = getattr(torchvision.models, kind) if isinstance(kind, str) else kind
+    model = network().eval()
     x = torch.randn(1, 3, 64, 64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x)
