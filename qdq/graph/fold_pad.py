@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy.typing as npt
 import onnx_ir as ir
 
-from qdq.graph.pairs import constant_of, input_of, is_op, remove_if_unused
+from qdq.graph.edits import remove_if_unread, remove_if_unused
+from qdq.graph.pairs import constant_of, input_of, is_op, producer_of
+
+_FIRST_SPATIAL_AXIS = 2  # behind batch and channels
 
 
 class FoldPad(ir.passes.InPlacePass):
@@ -16,70 +22,139 @@ class FoldPad(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fold each Pad into every Conv that reads it; it goes once nothing reads it."""
+        """Fold each Pad into every Conv that reads it, and remove it once nothing reads it."""
         modified = False
-        for conv in list(model.graph):
-            while is_op(conv, "Conv") and (found := _padding_before(conv)) is not None:
-                pad, pads = found
-                conv.attributes.pop("auto_pad", None)
-                conv.attributes.add(ir.AttrInt64s("pads", pads))
-                conv.replace_input_with(0, pad.inputs[0])
-                _remove_if_unread(pad)
-                modified = True
+        for node in list(model.graph):
+            if is_op(node, "Conv"):
+                modified |= _fold_pads_before(node)
+
         return ir.passes.PassResult(model, modified=modified)
 
 
-def _padding_before(conv: ir.Node) -> tuple[ir.Node, list[int]] | None:
-    """The Pad in front of a Conv and the `pads` of both together; None where they cannot become one."""
-    value = conv.inputs[0]
-    pad = None if value is None else value.producer()
-    if pad is None or not is_op(pad, "Pad") or pad.graph is not conv.graph:
-        return None
-    pads = join_pads(conv, pad)
-    return None if pads is None else (pad, pads)
+def _fold_pads_before(conv: ir.Node) -> bool:
+    """Fold every Pad of a chain in front of a Conv, the nearest first.
+
+    Returns:
+        Whether there was one.
+    """
+    modified = False
+    while True:
+        pad = producer_of(conv.inputs[0])
+        if not is_op(pad, "Pad") or pad.graph is not conv.graph:
+            return modified
+
+        pads = join_pads(conv, pad)
+        if pads is None:
+            return modified
+
+        _fold_pad(conv, pad, pads)
+        modified = True
+
+
+def _fold_pad(conv: ir.Node, pad: ir.Node, pads: list[int]) -> None:
+    """Let a Conv read the input of a Pad, with the `pads` of the two together."""
+    conv.attributes.pop("auto_pad", None)
+    conv.attributes.add(ir.AttrInt64s("pads", pads))
+    conv.replace_input_with(0, pad.inputs[0])
+
+    parameters = pad.inputs[1:]
+    if remove_if_unread(pad):
+        for parameter in parameters:
+            remove_if_unused(parameter)
 
 
 def join_pads(conv: ir.Node, pad: ir.Node) -> list[int] | None:
-    """The `pads` of a Conv that takes in a Pad, wherever the two stand; None if it cannot."""
+    """The `pads` of a Conv that takes in a Pad, wherever the two stand.
+
+    Args:
+        conv: The Conv.
+        pad: The Pad.
+
+    Returns:
+        Rows or columns of zeros for each spatial dimension, all begins first, then all ends. None if the Conv cannot
+        do what the Pad does.
+    """
     weight = conv.inputs[1]
     if weight is None or weight.shape is None:
         return None
     if conv.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         return None
-    rank = len(weight.shape)
-    added = _spatial_zeros(pad, rank)
-    if added is None:
+
+    pads_of_pad = _spatial_zeros(pad, rank=len(weight.shape))
+    if pads_of_pad is None:
         return None
-    own = conv.attributes.get_ints("pads", ()) or [0] * len(added)
-    return [one + other for one, other in zip(own, added, strict=True)]
+
+    pads_of_conv = conv.attributes.get_ints("pads")
+    if not pads_of_conv:
+        return pads_of_pad
+    return [sum(pads) for pads in zip(pads_of_conv, pads_of_pad, strict=True)]
 
 
 def _spatial_zeros(pad: ir.Node, rank: int) -> list[int] | None:
-    """What a Pad adds to the spatial dimensions, all begins first, then all ends; None where it does anything else."""
-    amounts, axes = constant_of(input_of(pad, 1)), constant_of(input_of(pad, 3))
+    """The zeros that a Pad adds to the spatial dimensions.
+
+    Args:
+        pad: The Pad.
+        rank: Number of dimensions of its input.
+
+    Returns:
+        All begins first, then all ends. None where the Pad does anything else, or where its amounts are not known.
+    """
+    amounts = constant_of(input_of(pad, 1))
+    if amounts is None or not _pads_with_zeros(pad):
+        return None
+
+    axes = _padded_axes(pad, rank)
+    if axes is None or not _are_valid(amounts, axes):
+        return None
+
+    begins = [0] * rank
+    ends = [0] * rank
+    begin_amounts, end_amounts = amounts.ravel().reshape(2, -1)
+    for axis, begin, end in zip(axes, begin_amounts, end_amounts, strict=True):
+        begins[axis] = int(begin)
+        ends[axis] = int(end)
+
+    other_axes = begins[:_FIRST_SPATIAL_AXIS] + ends[:_FIRST_SPATIAL_AXIS]
+    if any(other_axes):
+        return None
+    return begins[_FIRST_SPATIAL_AXIS:] + ends[_FIRST_SPATIAL_AXIS:]
+
+
+def _pads_with_zeros(pad: ir.Node) -> bool:
+    """Whether a Pad adds a constant, and that constant is known to be zero, as it is by default.
+
+    Other modes, such as reflect, add values of the input.
+    """
+    if pad.attributes.get_string("mode", "constant") != "constant":
+        return False
+    if input_of(pad, 2) is None:
+        return True
+
     constant = constant_of(input_of(pad, 2))
-    if pad.attributes.get_string("mode", "constant") != "constant" or amounts is None:
-        return None
-    if input_of(pad, 2) is not None and (constant is None or constant.any()):
-        return None
-    if input_of(pad, 3) is not None and axes is None:
-        return None
-    where = list(range(rank)) if axes is None else [int(axis) % rank for axis in axes.ravel()]
-    numbers = [int(amount) for amount in amounts.ravel()]
-    if len(numbers) != 2 * len(where) or min(numbers, default=0) < 0:
-        return None
-    begins, ends = [0] * rank, [0] * rank
-    for position, axis in enumerate(where):
-        begins[axis], ends[axis] = numbers[position], numbers[position + len(where)]
-    if any((*begins[:2], *ends[:2])):
-        return None
-    return [*begins[2:], *ends[2:]]
+    return constant is not None and not constant.any()
 
 
-def _remove_if_unread(pad: ir.Node) -> None:
-    if pad.graph is None or pad.outputs[0].uses() or pad.outputs[0].is_graph_output():
-        return
-    inputs = pad.inputs
-    pad.graph.remove(pad, safe=True)
-    for value in inputs[1:]:
-        remove_if_unused(value)
+def _padded_axes(pad: ir.Node, rank: int) -> list[int] | None:
+    """The axes that a Pad lists, or all axes where it lists none.
+
+    Args:
+        pad: The Pad.
+        rank: Number of dimensions of its input.
+
+    Returns:
+        Axes of 0 or above; None where they are computed.
+    """
+    if input_of(pad, 3) is None:
+        return list(range(rank))
+
+    axes = constant_of(input_of(pad, 3))
+    if axes is None:
+        return None
+    return [int(axis) % rank for axis in axes.ravel()]
+
+
+def _are_valid(amounts: npt.NDArray[Any], axes: list[int]) -> bool:
+    """Whether there are two amounts for each axis, none of which crops."""
+    is_complete = amounts.size == 2 * len(axes)
+    return is_complete and bool((amounts >= 0).all())

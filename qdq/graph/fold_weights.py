@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 
 import onnx_ir as ir
 from onnxscript.optimizer import fold_constants
 
-from qdq.graph.pairs import COPY_OPS, constant_of, is_op
+from qdq.graph.coverage import WEIGHTED_OPS
+from qdq.graph.pairs import COPY_OPS, QDQ_OPS, constant_of, is_op
 
 
 class FoldWeights(ir.passes.InPlacePass):
-    """Nodes that lead from initializers to a weight, or to the Q of one, and read no input, are computed now.
+    """Compute the nodes that lead from initializers to a weight, or to the Q of one, and read no input of the graph.
 
     TensorRT takes weights for int8 only as constants (R-WSTORE); the exporter leaves large ones to be computed.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fold in the main graph."""
-        nodes = {node for value in _list_weights(model.graph) for node in _computing(value)}
+        nodes: set[ir.Node] = set()
+        for weight in _list_weights(model.graph):
+            nodes |= _nodes_that_compute(weight)
+
         if not nodes:
             return ir.passes.PassResult(model, modified=False)
+
         result = fold_constants(
             model,
             onnx_shape_inference=False,
@@ -31,30 +35,48 @@ class FoldWeights(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=result.modified)
 
 
-def _list_weights(graph: ir.Graph) -> Iterator[ir.Value | None]:
+def _list_weights(graph: ir.Graph) -> list[ir.Value | None]:
+    """The values that TensorRT may want as constants.
+
+    They are the inputs of every Q, and the second operands of products, which are weights or activations.
+
+    Args:
+        graph: The main graph.
+    """
+    weights = []
     for node in graph:
         if is_op(node, "QuantizeLinear"):
-            yield node.inputs[0]
-        elif is_op(node, "Conv", "ConvTranspose", "Gemm", "MatMul"):
-            yield node.inputs[1]
+            weights.append(node.inputs[0])
+        elif is_op(node, *WEIGHTED_OPS):
+            weights.append(node.inputs[1])
+
+    return weights
 
 
-def _computing(weight: ir.Value | None) -> Iterator[ir.Node]:
-    """The nodes that make a value, if all that they start from is constant.
+def _nodes_that_compute(weight: ir.Value | None) -> set[ir.Node]:
+    """The nodes that compute a value from constants.
 
-    Q/DQ are never computed away, and a parameter that is only moved stays one: others may read it too.
+    Args:
+        weight: An input of a Q or of a product.
+
+    Returns:
+        Nothing where an input of the graph or a Q/DQ is among the sources: Q/DQ are never computed away. Nothing
+        either where a parameter is only moved: it stays one, as other nodes may read it too.
     """
-    found: dict[ir.Node, None] = {}
-    values = [weight]
-    while values:
-        value = values.pop()
+    nodes: set[ir.Node] = set()
+    pending = [weight]
+    while pending:
+        value = pending.pop()
         if value is None or constant_of(value) is not None:
             continue
+
         node = value.producer()
-        if node is None or is_op(node, "QuantizeLinear", "DequantizeLinear"):
-            return
-        if node not in found:
-            found[node] = None
-            values.extend(node.inputs)
-    if not all(is_op(node, "Cast", *COPY_OPS) for node in found):
-        yield from found
+        if node is None or is_op(node, *QDQ_OPS):
+            return set()
+        if node not in nodes:
+            nodes.add(node)
+            pending.extend(node.inputs)
+
+    if all(is_op(node, "Cast", *COPY_OPS) for node in nodes):
+        return set()
+    return nodes

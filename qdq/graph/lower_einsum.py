@@ -10,34 +10,72 @@ from qdq.graph.pairs import is_op
 
 
 class LowerEinsum(ir.passes.InPlacePass):
-    """Equations with capital letters, which ONNX allows and TensorRT's parser refuses, get small ones; spaces go.
+    """Write the equation of every Einsum in small letters and without spaces.
 
-    An equation that needs more than the 26 small letters stays.
+    ONNX allows capital letters, and the parser of TensorRT refuses them. An equation that needs more than the 26 small
+    letters stays.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rename the subscripts of every Einsum of the main graph."""
         modified = False
         for node in model.graph:
-            if is_op(node, "Einsum"):
-                equation = node.attributes["equation"].as_string()
-                lowered = _lower(equation)
-                node.attributes["equation"] = ir.AttrString("equation", lowered)
-                modified |= lowered != equation
+            if not is_op(node, "Einsum"):
+                continue
+
+            equation = node.attributes["equation"].as_string()
+            lowered = _lower_equation(equation)
+            node.attributes["equation"] = ir.AttrString("equation", lowered)
+            modified |= lowered != equation
+
         return ir.passes.PassResult(model, modified=modified)
 
 
-def _lower(equation: str) -> str:
-    """Small letters stay what they are where no capital one takes their place."""
+def _lower_equation(equation: str) -> str:
+    """The equation with a small letter for each capital one; small letters keep their meaning.
+
+    Renaming is safe where the equation names its output: without an arrow, the order of the letters decides the order
+    of the output dimensions.
+    """
     equation = equation.replace(" ", "")
-    letters = dict.fromkeys(filter(str.isalpha, equation))
-    capitals = [letter for letter in letters if letter.isupper()]
-    free = [letter for letter in string.ascii_lowercase if letter not in letters]
-    wanted = [letter.lower() if letter.lower() in free else "" for letter in capitals]
-    others = iter([letter for letter in free if letter not in wanted])
-    names = [name or next(others, "") for name in wanted]
-    if (
-        not all(names) or "->" not in equation
-    ):  # without an arrow the order of the letters says what comes out
+    if "->" not in equation:
         return equation
-    return equation.translate(str.maketrans("".join(capitals), "".join(names)))
+
+    new_letters = _choose_letters(equation)
+    if new_letters is None:
+        return equation
+
+    table = {ord(capital): letter for capital, letter in new_letters.items()}
+    return equation.translate(table)
+
+
+def _choose_letters(equation: str) -> dict[str, str] | None:
+    """A small letter for each capital one.
+
+    A capital letter gets its own small one where that is free, and then the others get those that remain, in the order
+    of the alphabet.
+
+    Args:
+        equation: The equation, without spaces.
+
+    Returns:
+        Capital letter -> small letter; None if there are not enough.
+    """
+    letters = list(dict.fromkeys(filter(str.isalpha, equation)))
+    capitals = [letter for letter in letters if letter.isupper()]
+    free_letters = [letter for letter in string.ascii_lowercase if letter not in letters]
+
+    new_letters = {}
+    for capital in capitals:
+        if capital.lower() in free_letters:
+            new_letters[capital] = capital.lower()
+            free_letters.remove(capital.lower())
+
+    for capital in capitals:
+        if capital in new_letters:
+            continue
+        if not free_letters:
+            return None
+        new_letters[capital] = free_letters.pop(0)
+
+    return new_letters

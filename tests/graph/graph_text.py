@@ -44,13 +44,13 @@ def compute(model, seed=0):
 
 def apply(model, *passes):
     """Run passes; the numbers must stay to the bit, the signature too, and a second run must change nothing."""
-    before = compute(model)
+    expected_outputs = compute(model)
     run_passes(model, passes)
-    after = compute(model)
-    assert before.keys() == after.keys()
-    for name, expected in before.items():
-        assert expected.dtype == after[name].dtype
-        assert expected.tobytes() == after[name].tobytes(), name
+    outputs = compute(model)
+    assert expected_outputs.keys() == outputs.keys()
+    for name, expected in expected_outputs.items():
+        assert expected.dtype == outputs[name].dtype
+        assert expected.tobytes() == outputs[name].tobytes(), name
     once = ir.to_proto(model).SerializeToString(deterministic=True)
     for graph_pass in passes:
         assert not graph_pass(model).modified

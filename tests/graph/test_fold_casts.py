@@ -12,7 +12,7 @@ def test_a_cast_to_its_own_type_goes():
 
 
 @pytest.mark.parametrize(
-    ("start", "types", "left"),
+    ("start", "types", "remaining_types"),
     [
         ("float16", [FLOAT, HALF], []),  # half fits into float
         ("float16", [FLOAT, 11, HALF], []),
@@ -22,13 +22,15 @@ def test_a_cast_to_its_own_type_goes():
         ("int8", [FLOAT, INT64], [INT64]),
     ],
 )
-def test_chains(start, types, left):
+def test_chains(start, types, remaining_types):
     steps = " ".join(f"v{n + 1} = Cast <to = {kind}> (v{n})" for n, kind in enumerate(types))
     model = read(
         f"g ({start}[50] x) => (y) {{ v0 = Identity (x) {steps} y = Abs (v{len(types)}) }}"
     )
     apply(model, FoldCasts())
-    assert [n.attributes.get_int("to") for n in model.graph if n.op_type == "Cast"] == left
+    assert [
+        n.attributes.get_int("to") for n in model.graph if n.op_type == "Cast"
+    ] == remaining_types
 
 
 def test_other_readers_of_a_chain_keep_the_first_cast():

@@ -67,7 +67,7 @@ def test_a_pair_between_the_two():
 def test_other_readers_keep_the_pad():
     model = pad_conv("d = Pad (a, p) e = Sin (d)")
     model.graph.outputs.append(next(n for n in model.graph if n.op_type == "Sin").outputs[0])
-    before = compute(model)
+    outputs = compute(model)
     apply(model, FoldPad())
     assert ops(model) == ["Neg", "Pad", "Sin", "Conv", "Neg"]
-    assert before.keys() == compute(model).keys()
+    assert outputs.keys() == compute(model).keys()

@@ -17,7 +17,7 @@ PAIR = "q = QuantizeLinear <axis = 0> (n, t, p) d = DequantizeLinear <axis = 0> 
 
 
 @pytest.mark.parametrize(
-    ("body", "left"),
+    ("body", "expected_ops"),
     [
         (f"{CENTRED} {PAIR} y = Conv (x, d)", ["QuantizeLinear", "DequantizeLinear", "Conv"]),
         (f"{CENTRED} y = Conv (x, n)", ["Conv"]),
@@ -36,11 +36,11 @@ PAIR = "q = QuantizeLinear <axis = 0> (n, t, p) d = DequantizeLinear <axis = 0> 
         ("n = Reshape (w, sizes) y = Conv (x, n)", ["Reshape", "Conv"]),
     ],
 )
-def test_computed_weights(body, left):
+def test_computed_weights(body, expected_ops):
     model = read(GRAPH.format(body), opset=17)
-    before = compute(model)
+    expected = compute(model)
     run_passes(model, [FoldWeights()])
-    assert ops(model) == left
-    np.testing.assert_allclose(compute(model)["y"], before["y"], rtol=1e-6)
+    assert ops(model) == expected_ops
+    np.testing.assert_allclose(compute(model)["y"], expected["y"], rtol=1e-6)
     assert not FoldWeights()(model).modified
     ir.to_proto(model)
