@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
@@ -14,143 +16,261 @@ from qdq.graph.pairs import (
     input_of,
     is_op,
     parameters_of,
+    producer_of,
 )
 
-# ONNX Runtime (1.31) sets a Q of its own behind a DQ in front of these and from opset 21 on refuses the graph for it:
+# ONNX Runtime (1.31) inserts a Q behind a DQ in front of these and from opset 21 on refuses the graph for it:
 # "output_dtype INT8 does not match y_zero_point type UINT8" (onnxruntime #25526).
-_REFUSED_FROM_21 = frozenset({"Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
-
-_Pair = tuple[ir.Value, ir.Node, list[ir.Node]]  # output of the copy, its Q, the DQ behind that
+_REFUSED_OPSET = 21
+_REFUSED_OPS = frozenset({"Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
+# They do not compute in float: a pair in front of them costs no kernel of its own.
+_READ_WITHOUT_FLOAT = COPY_OPS | {"Pad", "QuantizeLinear"}
 
 
 class MoveQuantizeBeforeCopies(ir.passes.InPlacePass):
     """Copy -> Q -> DQ becomes Q -> DQ -> Copy, where that changes no bit.
 
-    One scale for the whole tensor and a zero point of zero make a pair a function of each value alone. So it can be
-    swapped with an operator that copies values. Likewise with Pad, whose constant must be 0, which a pair keeps, where
+    One scale for the whole tensor and a zero point of zero make a pair a function of each value alone, so it can be
+    swapped with an operator that copies values. The same holds for a Pad with the constant 0, which a pair keeps, where
     only convolutions read it: they can take it in then.
 
-    Left alone: a copy with any other reader, which would see quantized values then; outputs of the graph; a copy whose
-    input is read in float elsewhere, as the Q would become a kernel of its own there (but for Pad); copies of
-    constants; a Pad that stays a node, for TensorRT runs it in float behind the DQ, and the product loses int8 (the
-    windows of Swin); from opset 21 on what ONNX Runtime could not load any more. MaxPool commutes
-    too, but TensorRT moves the Q itself, and with a pair in front of it a residual Add behind it costs a second, float
-    MaxPool (tools/bench_engine.py, layer1.0 of ResNet-18).
+    These stay as they are:
+
+    - a copy with any other reader, which would see quantized values then;
+    - a copy whose output is an output of the graph;
+    - a copy, but for Pad, whose input is read in float elsewhere: the Q would become a kernel of its own there;
+    - copies of constants;
+    - a Pad that stays a node, for TensorRT runs it in float behind the DQ, and the product loses int8 (the windows of
+      Swin);
+    - from opset 21 on, the copies with which ONNX Runtime could not load the graph any more.
+
+    MaxPool commutes too, but TensorRT moves the Q itself, and with a pair in front of it a residual Add behind it costs
+    a second, float MaxPool (tools/bench_engine.py, layer1.0 of ResNet-18).
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.removed_q = self.removed_dq = 0
+        self.removed_q = 0
+        self.removed_dq = 0
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Go from the end to the front, so that a pair passes a whole chain of copies."""
-        self.removed_q = self.removed_dq = 0
+        self.removed_q = 0
+        self.removed_dq = 0
+        opset = model.graph.opset_imports.get("", 0)
+
         modified = False
-        left = _REFUSED_FROM_21 if model.graph.opset_imports.get("", 0) >= 21 else frozenset()
-        for copy in reversed(list(model.graph)):
-            if copy.op_type not in left and _copies_values(copy) and (pairs := _pairs_behind(copy)):
-                self._move(copy, pairs)
+        for node in reversed(list(model.graph)):
+            if not _is_movable_copy(node, opset):
+                continue
+
+            pairs = _pairs_behind(node)
+            if pairs:
+                self._move(node, pairs)
                 modified = True
+
         return ir.passes.PassResult(model, modified=modified)
 
     def _move(self, copy: ir.Node, pairs: list[_Pair]) -> None:
-        graph, source = copy.graph, copy.inputs[0]
-        assert graph is not None and source is not None  # noqa: S101  # _pairs_behind has looked
-        quantizes = [quantize for _, quantize, _ in pairs]
-        dequantizes = [node for _, _, nodes in pairs for node in nodes]
-        for output, _, nodes in pairs:
-            for node in nodes:
-                node.outputs[0].replace_all_uses_with(output)
-        quantize, dequantize = quantizes[0], dequantizes[0]
+        """Keep the first of the equal pairs, in front of the copy, and remove the others.
+
+        Args:
+            copy: The copy, which reads the pair then.
+            pairs: The pairs behind the copy; their readers read the copy then.
+        """
+        graph = copy.graph
+        source = copy.inputs[0]
+        assert graph is not None and source is not None  # noqa: S101  # `_pairs_behind` has checked
+
+        quantizes = [pair.quantize for pair in pairs]
+        dequantizes: list[ir.Node] = []
+        for pair in pairs:
+            dequantizes += pair.dequantizes
+            for dequantize in pair.dequantizes:
+                dequantize.outputs[0].replace_all_uses_with(pair.copied)
+
         graph.remove(dequantizes[1:], safe=True)
         graph.remove(quantizes[1:], safe=True)
         self.removed_dq += len(dequantizes) - 1
         self.removed_q += len(quantizes) - 1
+
+        quantize = quantizes[0]
+        dequantize = dequantizes[0]
         graph.remove([quantize, dequantize])
         quantize.replace_input_with(0, source)
         dequantize.replace_input_with(0, quantize.outputs[0])
         copy.replace_input_with(0, dequantize.outputs[0])
         graph.insert_before(copy, [quantize, dequantize])
-        quantize.outputs[0].shape = dequantize.outputs[0].shape = source.shape
+
+        quantize.outputs[0].shape = source.shape
+        dequantize.outputs[0].shape = source.shape
 
 
-def _copies_values(node: ir.Node) -> bool:
+@dataclass(frozen=True)
+class _Pair:
+    """A Q behind a copy, with the DQ that read it.
+
+    Args:
+        copied: Output of the copy.
+        quantize: The Q that reads it.
+        dequantizes: All readers of the Q.
+    """
+
+    copied: ir.Value
+    quantize: ir.Node
+    dequantizes: list[ir.Node]
+
+
+def _is_movable_copy(node: ir.Node, opset: int) -> bool:
+    """Whether a pair may stand in front of a node instead of behind it.
+
+    Args:
+        node: Any node.
+        opset: Opset of the graph.
+    """
+    if opset >= _REFUSED_OPSET and node.op_type in _REFUSED_OPS:
+        return False
     if is_op(node, "Pad"):
-        return node.attributes.get_string("mode", "constant") == "constant" and _pads_with_zero(
-            node
-        )
+        return _pads_with_positive_zero(node)
     return is_op(node, *COPY_OPS)
 
 
-def _pads_with_zero(pad: ir.Node) -> bool:
-    """Whether the constant is +0.0; a pair turns -0.0 into +0.0."""
-    value = input_of(pad, 2)
-    if value is None:
+def _pads_with_positive_zero(pad: ir.Node) -> bool:
+    """Whether a Pad adds the constant +0.0, as it does by default.
+
+    A pair with zero point 0 keeps +0.0 and turns -0.0 into +0.0, so only a Pad with +0.0 gives the same on both sides.
+    """
+    if pad.attributes.get_string("mode", "constant") != "constant":
+        return False
+    if input_of(pad, 2) is None:
         return True
-    constant = constant_of(value)
-    return constant is not None and not constant.any() and not np.signbit(constant).any()
+
+    constant = constant_of(input_of(pad, 2))
+    if constant is None or constant.any():
+        return False
+    return not np.signbit(constant).any()
 
 
 def _pairs_behind(copy: ir.Node) -> list[_Pair]:
-    """The equal pairs that read everything the copy gives; nothing where one reader is of another kind."""
-    source = copy.inputs[0]
-    if (
-        source is None
-        or constant_of(source) is not None
-        or source.is_initializer()
-        or not _may_quantize(source, copy)
-    ):
+    """The equal pairs that read everything a copy gives.
+
+    Args:
+        copy: The copy.
+
+    Returns:
+        Nothing where a reader is of another kind, as it would see quantized values if the pair was moved.
+    """
+    if not _may_quantize_input(copy):
         return []
+
     pairs: list[_Pair] = []
-    parameters: set[Parameters | None] = set()
     for output in copy.outputs:
         if output.is_graph_output():
             return []
         for user, position in output.uses():
-            dequantizes = [node for node, _ in user.outputs[0].uses()]
-            nodes = [user, *dequantizes]
-            if position or not dequantizes or not is_op(user, "QuantizeLinear"):
+            pair = _pair_at(output, user)
+            if position != 0 or pair is None or not _is_movable_pair(pair, copy):
                 return []
-            if not all(is_op(node, "DequantizeLinear") for node in dequantizes):
-                return []
-            if not all(_is_movable(node, copy) for node in nodes):
-                return []
-            if is_op(copy, "Pad") and not all(
-                _feeds_convolutions(node, copy) for node in dequantizes
-            ):
-                return []
-            parameters.update(map(parameters_of, nodes))
-            pairs.append((output, user, dequantizes))
-    return pairs if len(parameters) == 1 else []
+            pairs.append(pair)
+
+    if not _have_same_parameters(pairs):
+        return []
+    return pairs
 
 
-def _feeds_convolutions(dequantize: ir.Node, pad: ir.Node) -> bool:
-    """Whether only convolutions read it, and each can take in the Pad."""
-    readers = dequantize.outputs[0].uses()
-    return all(
-        is_op(user, "Conv") and position == 0 and join_pads(user, pad) is not None
-        for user, position in readers
-    )
+def _may_quantize_input(copy: ir.Node) -> bool:
+    """Whether the input of a copy is an activation that nothing reads in float.
 
-
-def _may_quantize(source: ir.Value, copy: ir.Node) -> bool:
-    """Whether nobody reads the input of the copy in float."""
+    A reader in float would make a kernel of the Q, which costs more than it saves. A Pad may quantize an input that
+    others read in float, because it goes into the convolution behind it.
+    """
+    source = copy.inputs[0]
+    if source is None or source.is_initializer() or constant_of(source) is not None:
+        return False
     if is_op(copy, "Pad"):
         return True
     if source.is_graph_output():
         return False
-    return all(is_op(user, "Pad", "QuantizeLinear", *COPY_OPS) for user, _ in source.uses())
+
+    return all(is_op(user, *_READ_WITHOUT_FLOAT) for user, _ in source.uses())
+
+
+def _pair_at(copied: ir.Value, quantize: ir.Node) -> _Pair | None:
+    """The pair whose Q reads a value.
+
+    Args:
+        copied: Output of a copy.
+        quantize: A reader of it.
+
+    Returns:
+        None if the reader is no Q, or if anything but DQ reads the Q.
+    """
+    dequantizes = [reader for reader, _ in quantize.outputs[0].uses()]
+    if not dequantizes or not is_op(quantize, "QuantizeLinear"):
+        return None
+    if not all(is_op(reader, "DequantizeLinear") for reader in dequantizes):
+        return None
+    return _Pair(copied, quantize, dequantizes)
+
+
+def _is_movable_pair(pair: _Pair, copy: ir.Node) -> bool:
+    """Whether each node of a pair can stand in front of a copy.
+
+    A pair behind a Pad moves only if the Pad can go into the convolutions behind the pair. Elsewhere the Pad would stay
+    a float node between the DQ and its product.
+    """
+    nodes = [pair.quantize, *pair.dequantizes]
+    if not all(_is_movable(node, copy) for node in nodes):
+        return False
+    if not is_op(copy, "Pad"):
+        return True
+    return all(_feeds_only_convolutions(node, copy) for node in pair.dequantizes)
 
 
 def _is_movable(node: ir.Node, copy: ir.Node) -> bool:
-    """Whether a Q or DQ computes each value alone, keeps 0.0, and can stand in front of the copy."""
+    """Whether a Q or DQ computes each value alone, keeps 0.0, and can stand in front of a copy.
+
+    Args:
+        node: The Q or DQ, behind the copy.
+        copy: The copy.
+    """
     parameters = parameters_of(node)
-    return (
-        parameters is not None
-        and parameters.is_scalar
-        and has_int8_zeros(node)
-        and node.graph is copy.graph
-        and not node.outputs[0].is_graph_output()
-        # a Constant node may stand behind the copy
-        and all(value is None or value.producer() is None for value in node.inputs[1:])
-    )
+    if parameters is None or not parameters.is_scalar:
+        return False
+    if not has_int8_zeros(node):
+        return False
+    if node.graph is not copy.graph or node.outputs[0].is_graph_output():
+        return False
+
+    # The node that computes a parameter, a Constant, may stand behind the copy.
+    return all(producer_of(value) is None for value in node.inputs[1:])
+
+
+def _feeds_only_convolutions(dequantize: ir.Node, pad: ir.Node) -> bool:
+    """Whether only convolutions read a DQ, as their input, and each can take in the Pad.
+
+    Args:
+        dequantize: The DQ, behind the Pad.
+        pad: The Pad.
+    """
+    for user, position in dequantize.outputs[0].uses():
+        if position != 0 or not is_op(user, "Conv"):
+            return False
+        if join_pads(user, pad) is None:
+            return False
+
+    return True
+
+
+def _have_same_parameters(pairs: list[_Pair]) -> bool:
+    """Whether there are pairs, and one Q and one DQ could compute all of them.
+
+    Args:
+        pairs: All pairs behind a copy.
+    """
+    parameters: set[Parameters | None] = set()
+    for pair in pairs:
+        parameters.add(parameters_of(pair.quantize))
+        parameters.update(parameters_of(node) for node in pair.dequantizes)
+
+    return len(parameters) == 1

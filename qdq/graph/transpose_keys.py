@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from qdq.graph.pairs import constant_of, is_op
+from qdq.graph.edits import add_initializer, remove_if_unread
+from qdq.graph.pairs import constant_of, is_op, producer_of
+
+_Shape = list[int | ir.SymbolicDim | None]
 
 
 class TransposeKeys(ir.passes.InPlacePass):
@@ -21,75 +25,172 @@ class TransposeKeys(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite every such product whose sizes, but for the first, are known."""
         modified = False
-        for product in list(model.graph):
-            if is_op(product, "MatMul") and (transpose := _transpose_of_keys(product)) is not None:
-                modified |= _rewrite(model.graph, product, transpose)
+        for node in list(model.graph):
+            if not is_op(node, "MatMul"):
+                continue
+
+            transpose = _transpose_of_keys(node)
+            if transpose is None:
+                continue
+
+            keys = _read_keys(transpose)
+            if keys is not None:
+                _rewrite(model.graph, node, keys)
+                remove_if_unread(transpose)
+                modified = True
+
         return ir.passes.PassResult(model, modified=modified)
 
 
+@dataclass(frozen=True)
+class _Keys:
+    """The keys of an attention, of shape `[batch, *heads, tokens, features]`.
+
+    Args:
+        value: The keys.
+        dtype: Their type.
+        batch: Their first size, which may be dynamic.
+        heads: The sizes between the first and the last two.
+        tokens: Number of tokens.
+        features: Number of features of a head.
+    """
+
+    value: ir.Value
+    dtype: ir.DataType
+    batch: int | ir.SymbolicDim
+    heads: list[int]
+    tokens: int
+    features: int
+
+    @property
+    def rows(self) -> int | None:
+        """The size of batch and heads in one; None for a dynamic batch."""
+        if not isinstance(self.batch, int):
+            return None
+        return self.batch * math.prod(self.heads)
+
+
 def _transpose_of_keys(product: ir.Node) -> ir.Node | None:
-    """The Transpose of the last two dimensions in front of the second operand of a product of two computed tensors."""
+    """The Transpose in front of the second operand of a product of two computed tensors.
+
+    Returns:
+        None if there is none, or if it does anything but swap the last two of four or more dimensions.
+    """
     query, keys = product.inputs
-    transpose = None if keys is None else keys.producer()
-    if (
-        query is None
-        or constant_of(query) is not None
-        or transpose is None
-        or not is_op(transpose, "Transpose")
-    ):
+    transpose = producer_of(keys)
+    if query is None or constant_of(query) is not None:
         return None
-    perm = list(transpose.attributes["perm"].as_ints()) if "perm" in transpose.attributes else []
-    swapped = [*range(len(perm) - 2), len(perm) - 1, len(perm) - 2]
-    source = transpose.inputs[0]
-    return (
-        transpose
-        if len(perm) > 3 and perm == swapped and source is not None and source.dtype
-        else None
-    )
+    if not is_op(transpose, "Transpose"):
+        return None
+
+    permutation = list(transpose.attributes.get_ints("perm", ()))
+    rank = len(permutation)
+    swapped = [*range(rank - 2), rank - 1, rank - 2]
+    if rank < 4 or permutation != swapped:
+        return None
+    return transpose
 
 
-def _rewrite(graph: ir.Graph, product: ir.Node, transpose: ir.Node) -> bool:
-    source = transpose.inputs[0]
-    assert source is not None and source.dtype is not None  # noqa: S101  # _transpose_of_keys has looked
-    sizes = list(source.shape or ())[1:]
-    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
-        return False
-    *middle, tokens, features = (int(size) for size in sizes if isinstance(size, int))
+def _read_keys(transpose: ir.Node) -> _Keys | None:
+    """The input of a Transpose with its sizes.
+
+    Args:
+        transpose: From `_transpose_of_keys`.
+
+    Returns:
+        None unless its type and all sizes but the first are known, as the Reshapes need them.
+    """
+    value = transpose.inputs[0]
+    if value is None or not value.dtype or not value.shape:
+        return None
+
+    batch, *inner_sizes = value.shape
+    sizes = []
+    for size in inner_sizes:
+        if not isinstance(size, int) or size <= 0:
+            return None
+        sizes.append(size)
+    if len(sizes) < 2:
+        return None
+
+    *heads, tokens, features = sizes
+    return _Keys(value, value.dtype, batch, heads, tokens, features)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A node between the keys and the product.
+
+    Args:
+        op_type: Its operator.
+        operand: Its second input; None for a Transpose.
+        dtype: Type of its output.
+        shape: Shape of its output; None for a size that is not known.
+    """
+
+    op_type: str
+    operand: ir.Value | None
+    dtype: ir.DataType
+    shape: _Shape
+
+
+def _rewrite(graph: ir.Graph, product: ir.Node, keys: _Keys) -> None:
+    """Let a product read its keys through Reshape, Transpose, Reshape and Mul."""
     name = product.outputs[0].name
-    joined = _constant(graph, f"{name}.joined", np.array([-1, tokens, features]))
-    split = _constant(graph, f"{name}.split", np.array([-1, *middle, features, tokens]))
-    one = _constant(graph, f"{name}.one", np.array(1, source.dtype.numpy()))
-    batch = source.shape[0] if source.shape is not None else None
-    rows = batch * math.prod(middle) if isinstance(batch, int) else None
-    steps: list[tuple[str, ir.Value | None, list[int], list[int | ir.SymbolicDim | None]]] = [
-        ("Reshape", joined, [], [rows, tokens, features]),
-        ("Transpose", None, [0, 2, 1], [rows, features, tokens]),
-        ("Reshape", split, [], [batch, *middle, features, tokens]),
-        ("Mul", one, [], [batch, *middle, features, tokens]),
+    tokens = keys.tokens
+    features = keys.features
+    joined = add_initializer(graph, f"{name}.joined", np.array([-1, tokens, features]))
+    split = add_initializer(graph, f"{name}.split", np.array([-1, *keys.heads, features, tokens]))
+    unit_factor = add_initializer(graph, f"{name}.one", np.array(1, keys.dtype.numpy()))
+
+    output_shape: _Shape = [keys.batch, *keys.heads, features, tokens]
+    steps = [
+        _Step("Reshape", joined, keys.dtype, [keys.rows, tokens, features]),
+        _Step("Transpose", None, keys.dtype, [keys.rows, features, tokens]),
+        _Step("Reshape", split, keys.dtype, output_shape),
+        _Step("Mul", unit_factor, keys.dtype, output_shape),
     ]
-    value = source
-    for number, (op_type, operand, perm, shape) in enumerate(steps):
-        node = ir.node(
-            op_type,
-            [value] if operand is None else [value, operand],
-            attributes={"perm": perm} if perm else {},
-            name=f"{product.name or name}/keys_{number}",
-        )
-        node.metadata_props.update(product.metadata_props)
-        graph.insert_before(product, node)
-        value = node.outputs[0]
-        value.name, value.type = f"{name}.keys_{number}", ir.TensorType(source.dtype)
-        value.shape = ir.Shape(shape)
+    value = keys.value
+    for number, step in enumerate(steps):
+        value = _insert_step(graph, product, value, step, f"keys_{number}")
+
     product.replace_input_with(1, value)
-    if not transpose.outputs[0].uses() and not transpose.outputs[0].is_graph_output():
-        graph.remove(transpose, safe=True)
-    return True
 
 
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(
-        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+def _insert_step(
+    graph: ir.Graph, product: ir.Node, value: ir.Value, step: _Step, suffix: str
+) -> ir.Value:
+    """Insert a node in front of a product.
+
+    Args:
+        graph: The graph.
+        product: The product.
+        value: First input of the new node.
+        step: The new node.
+        suffix: End of its name.
+
+    Returns:
+        The output of the new node.
+    """
+    inputs = [value]
+    attributes = {}
+    if step.operand is not None:
+        inputs.append(step.operand)
+    if step.op_type == "Transpose":
+        attributes["perm"] = [0, 2, 1]
+
+    output_name = product.outputs[0].name
+    node = ir.node(
+        step.op_type,
+        inputs,
+        attributes=attributes,
+        name=f"{product.name or output_name}/{suffix}",
     )
-    graph.register_initializer(value)
-    return value
+    node.metadata_props.update(product.metadata_props)
+    graph.insert_before(product, node)
+
+    output = node.outputs[0]
+    output.name = f"{output_name}.{suffix}"
+    output.type = ir.TensorType(step.dtype)
+    output.shape = ir.Shape(step.shape)
+    return output

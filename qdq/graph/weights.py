@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qdq.graph.edits import add_initializer
+
 # Codes of a float array: (values, scale, axis) -> int8 array of the same shape.
 QuantizeFunction = Callable[
     [npt.NDArray[np.float32], npt.NDArray[np.float32], int | None], npt.NDArray[np.int8]
@@ -19,46 +21,65 @@ class QuantizeWeights(ir.passes.InPlacePass):
     """Float initializer -> Q -> DQ becomes int8 initializer -> DQ.
 
     Args:
-        quantize: The arithmetic of the quantizer, handed in so that it stands in one place only.
+        quantize: The arithmetic of the quantizer, passed in so that it is defined in one place only.
     """
 
     def __init__(self, quantize: QuantizeFunction) -> None:
         super().__init__()
         self._quantize = quantize
+        self.removed_q = 0
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Convert every weight; `removed_q` counts them."""
         self.removed_q = 0
         for node in list(model.graph):
-            if node.op_type == "QuantizeLinear" and _constant_of(node, 0) is not None:
-                self._store(model.graph, node)
+            is_quantize = node.op_type == "QuantizeLinear"
+            if is_quantize and _initializer_of(node, 0) is not None:
+                self._store_codes(model.graph, node)
                 self.removed_q += 1
+
         return ir.passes.PassResult(model, modified=self.removed_q > 0)
 
-    def _store(self, graph: ir.Graph, node: ir.Node) -> None:
-        weight, scale = node.inputs[0], _constant_of(node, 1)
-        values = _constant_of(node, 0)
+    def _store_codes(self, graph: ir.Graph, quantize: ir.Node) -> None:
+        """Replace a Q of an initializer by the codes that it computes.
+
+        The codes take over the name of the weight where nothing else reads that.
+
+        Args:
+            graph: The graph.
+            quantize: The Q.
+        """
+        weight = quantize.inputs[0]
+        values = _initializer_of(quantize, 0)
+        scale = _initializer_of(quantize, 1)
         assert weight is not None and values is not None and scale is not None  # noqa: S101
-        axis = node.attributes["axis"].as_int() if scale.ndim else None
+
         name = str(weight.name)
-        if len(weight.uses()) == 1:  # the codes take over the name of the weight
+        has_single_reader = len(weight.uses()) == 1
+        if has_single_reader:  # the codes take over the name of the weight
             graph.initializers.pop(name)
         else:
             name = f"{name}.int8"
-        codes = self._quantize(values, scale, axis)
-        value = ir.Value(
-            name=name,
-            shape=ir.Shape(codes.shape),
-            type=ir.TensorType(ir.DataType.INT8),
-            const_value=ir.tensor(codes, name=name),
-        )
-        graph.register_initializer(value)
-        node.outputs[0].replace_all_uses_with(value)
-        graph.remove(node, safe=True)
+
+        axis = quantize.attributes["axis"].as_int() if scale.ndim else None
+        codes = add_initializer(graph, name, self._quantize(values, scale, axis))
+        quantize.outputs[0].replace_all_uses_with(codes)
+        graph.remove(quantize, safe=True)
 
 
-def _constant_of(node: ir.Node, position: int) -> npt.NDArray[Any] | None:
+def _initializer_of(node: ir.Node, position: int) -> npt.NDArray[Any] | None:
+    """The numbers of an initializer that a node reads.
+
+    Args:
+        node: The node.
+        position: Position of the input.
+
+    Returns:
+        None for what a node computes.
+    """
     value = node.inputs[position]
-    if value is None or value.const_value is None or value.producer() is not None:
+    if value is None or value.producer() is not None:
+        return None
+    if value.const_value is None:
         return None
     return value.const_value.numpy()

@@ -49,9 +49,9 @@ g (float[2,4] x) => (float[2,4] y)
 """
 
 
-@pytest.mark.parametrize(("scale", "left"), [(0.1, 1), (0.2, 2)])
-def test_back_to_back(scale, left):
-    assert count_qdq(apply(read(DOUBLE % scale), MergePairs())) == (left, left)
+@pytest.mark.parametrize(("scale", "pair_count"), [(0.1, 1), (0.2, 2)])
+def test_back_to_back(scale, pair_count):
+    assert count_qdq(apply(read(DOUBLE % scale), MergePairs())) == (pair_count, pair_count)
 
 
 @pytest.mark.parametrize("scale", [1e-44, 3e38])

@@ -140,7 +140,7 @@ def test_a_chain_and_a_split_with_all_its_pairs():
 
 
 @pytest.mark.parametrize(
-    "rest",
+    "readers",
     [
         "q = QuantizeLinear (c, s, o) d = DequantizeLinear (q, s, o) e = Neg (c) y = Add (d, e)",  # a float reader
         "q = QuantizeLinear (c, s, o) d = DequantizeLinear (q, s, o) p = QuantizeLinear (c, t, o) "
@@ -150,11 +150,11 @@ def test_a_chain_and_a_split_with_all_its_pairs():
         "q = QuantizeLinear <axis = 0> (c, v, w) d = DequantizeLinear <axis = 0> (q, v, w) y = Neg (d)",
     ],
 )
-def test_other_readers_scales_and_outputs_stay(rest):
+def test_other_readers_scales_and_outputs_stay(readers):
     model = read(
         "g (float[2,4] x) => (y) <float s = {0.1}, float t = {0.2}, int8 o = {0}, "
         "float[4] v = {0.1, 0.2, 0.3, 0.4}, int8[4] w = {0, 0, 0, 0}>"
-        "{ r = Neg (x) c = Transpose <perm = [1, 0]> (r) " + rest + "}"
+        "{ r = Neg (x) c = Transpose <perm = [1, 0]> (r) " + readers + "}"
     )
     assert ops(apply(model, MoveQuantizeBeforeCopies()))[1] == "Transpose"
 

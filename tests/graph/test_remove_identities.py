@@ -5,7 +5,7 @@ from qdq.graph.remove_identities import RemoveIdentities
 
 
 @pytest.mark.parametrize(
-    ("body", "left"),
+    ("body", "expected_ops"),
     [
         (
             "a = Neg (x) b = Identity (a) c = Identity (b) y = Neg (c) z = Abs (b)",
@@ -17,10 +17,10 @@ from qdq.graph.remove_identities import RemoveIdentities
         ("a = Identity (w) y = Add (a, x) z = Identity (w)", ["Add", "Identity"]),
     ],
 )
-def test_identities(body, left):
+def test_identities(body, expected_ops):
     model = apply(
         read(f"g (float[3] x) => (y, z) <float[3] w = {{1, 2, 3}}> {{ {body} }}"),
         RemoveIdentities(),
     )
-    assert ops(model) == left
+    assert ops(model) == expected_ops
     assert [value.name for value in model.graph.outputs] == ["y", "z"]

@@ -22,7 +22,7 @@ def test_keys_are_transposed_with_the_heads_joined():
 
 
 @pytest.mark.parametrize(
-    ("text", "left"),
+    ("text", "expected_ops"),
     [
         (GRAPH, ["Reshape", "Transpose", "Reshape", "Mul", "MatMul"]),  # an open batch
         (
@@ -35,10 +35,10 @@ def test_keys_are_transposed_with_the_heads_joined():
         ),
     ],
 )
-def test_what_is_rewritten(text, left):
+def test_what_is_rewritten(text, expected_ops):
     model = read(text)
-    assert TransposeKeys()(model).modified == (len(left) > 2)
-    assert ops(model) == left
+    assert TransposeKeys()(model).modified == (len(expected_ops) > 2)
+    assert ops(model) == expected_ops
 
 
 class Attention(nn.Module):
