@@ -13,9 +13,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qdq.graph.coverage import WEIGHTED_OPS, dequantizer_of
-from qdq.graph.pairs import constant_of, input_of, is_op
+from qdq.graph.edits import add_initializer
+from qdq.graph.pairs import QDQ_OPS, constant_of, input_of, is_op, producer_of
 
-SCOPES = "pkg.torch.onnx.name_scopes"  # written by torch.onnx: the modules around a node, then the node itself
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Metadata of a node that torch.onnx writes: the names of the modules around it, then its own name."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,13 @@ class QuantizerScale:
 
 
 class NameNodes(ir.passes.InPlacePass):
-    """Node `MODULE/OP`, scale `QUANTIZER.scale`, zero point `QUANTIZER.zero_point`.
+    """Name each node `MODULE/OP`, its scale `QUANTIZER.scale` and its zero point `QUANTIZER.zero_point`.
 
     A second node of the same kind in one module gets `_2`, and so on. TensorRT shows these names in its layer list.
 
     Args:
         scales: Mark -> the quantizer that it stands for (see `qdq.capture`). The scale of each Q and DQ that holds a
-            mark becomes that of the quantizer. What torch writes of the modules around a node may be wrong, and decides
+            mark becomes that of the quantizer. The module names that torch writes for a node may be wrong, and decide
             only where there is no mark.
         modules: Dotted names of all modules of the model.
     """
@@ -55,130 +57,185 @@ class NameNodes(ir.passes.InPlacePass):
         self._modules = modules
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Rename everything and put the scales in; types, shapes and other values stay."""
-        marked = {
-            node: scale for node in model.graph if (scale := self._read_mark(node)) is not None
-        }
-        self.quantizers = {scale.name for scale in marked.values()}
-        places = {node: self._place_of(node, marked) for node in model.graph}
-        used: Counter[str] = Counter()
+        """Rename everything and write the scales; types, shapes and other values stay."""
+        scales = self._read_marks(model)
+        self.quantizers = {scale.name for scale in scales.values()}
+
+        # All places are decided before a scale is written: the marks are scales.
+        places = {node: self._place_of(node, scales) for node in model.graph}
+        counts: Counter[str] = Counter()
         for node, place in places.items():
             name = f"{place}/{node.op_type}"
-            used[name] += 1
-            node.name = name if used[name] == 1 else f"{name}_{used[name]}"
+            counts[name] += 1
+            node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
             if node.op_type == "QuantizeLinear":
-                _name_parameters(model, node, place, marked.get(node))
+                _name_parameters(model.graph, node, place, scales.get(node))
+
         return ir.passes.PassResult(model, modified=True)
 
-    def _read_mark(self, node: ir.Node) -> QuantizerScale | None:
-        if not is_op(node, "QuantizeLinear", "DequantizeLinear"):
-            return None
-        scale = constant_of(input_of(node, 1))
-        return None if scale is None or not scale.size else self._scales.get(float(scale.flat[0]))
+    def _read_marks(self, model: ir.Model) -> dict[ir.Node, QuantizerScale]:
+        """The quantizer of each Q and DQ whose scale is a mark."""
+        scales = {}
+        for node in model.graph:
+            scale = self._read_mark(node)
+            if scale is not None:
+                scales[node] = scale
 
-    def _place_of(self, node: ir.Node, marked: Mapping[ir.Node, QuantizerScale]) -> str:
-        """The quantizer of a Q or DQ; the module whose quantizer a product reads; else what torch says."""
-        if node in marked:
-            return marked[node].name
+        return scales
+
+    def _read_mark(self, node: ir.Node) -> QuantizerScale | None:
+        """The quantizer that the scale of a Q or DQ stands for.
+
+        Returns:
+            None for other nodes and other scales.
+        """
+        if not is_op(node, *QDQ_OPS):
+            return None
+
+        mark = constant_of(input_of(node, 1))
+        if mark is None or not mark.size:
+            return None
+        return self._scales.get(float(mark.flat[0]))
+
+    def _place_of(self, node: ir.Node, scales: Mapping[ir.Node, QuantizerScale]) -> str:
+        """The name in front of the operator.
+
+        It is the quantizer of a marked Q or DQ. For a product it is the module whose quantizer the product reads, and
+        for all other nodes the module that torch has written.
+        """
+        if node in scales:
+            return scales[node].name
+
         if is_op(node, *WEIGHTED_OPS):
-            for dequantize in _own_dequantizers(node):
-                if dequantize in marked:
-                    return marked[dequantize].name.rpartition(".")[0]
+            for dequantize in _dequantizers_of_operands(node):
+                if dequantize in scales:
+                    module, _, _ = scales[dequantize].name.rpartition(".")
+                    return module
+
         return scope_of(node, self._modules)
 
 
-def _own_dequantizers(node: ir.Node) -> list[ir.Node]:
+def _dequantizers_of_operands(product: ir.Node) -> list[ir.Node]:
     """The DQ at the operands of a product: that of the weight, which may stand behind copies, then that of the input.
 
-    A quantizer quantizes for the call or the layer that has it alone, as long as no pairs are merged.
+    As long as no pairs are merged, each of them belongs to the call or the layer that reads it.
     """
-    weight = dequantizer_of(input_of(node, 1))
-    nodes = [] if weight is None or not _is_of_constant(weight) else [weight]
-    for value in node.inputs[1::-1]:
-        producer = None if value is None else value.producer()
-        if producer is not None and is_op(producer, "DequantizeLinear"):
+    nodes = []
+    weight = dequantizer_of(input_of(product, 1))
+    if weight is not None and _reads_constant(weight):
+        nodes.append(weight)
+
+    for position in (1, 0):
+        producer = producer_of(input_of(product, position))
+        if is_op(producer, "DequantizeLinear"):
             nodes.append(producer)
+
     return nodes
 
 
-def _is_of_constant(dequantize: ir.Node) -> bool:
-    codes = dequantize.inputs[0]
-    quantize = None if codes is None else codes.producer()
-    return constant_of(codes if quantize is None else quantize.inputs[0]) is not None
+def _reads_constant(dequantize: ir.Node) -> bool:
+    """Whether a DQ reads constant codes, or the Q of a constant.
+
+    Args:
+        dequantize: The DQ.
+    """
+    quantize = producer_of(dequantize.inputs[0])
+    if quantize is None:
+        return constant_of(dequantize.inputs[0]) is not None
+    return constant_of(quantize.inputs[0]) is not None
 
 
 def scope_of(node: ir.Node, modules: Collection[str] = frozenset()) -> str:
-    """Dotted name of the torch module whose forward made the node, as torch has written it; "" for the model itself.
+    """Dotted name of the torch module whose forward made the node, as torch has written it.
 
     Args:
         node: Any node.
-        modules: Dotted names of all modules. Inside a forward that is set on the instance torch counts paths from
-            there, not from the model; with these it is noticed.
+        modules: Dotted names of all modules. Inside a forward that is set on an instance, torch counts paths from that
+            instance, not from the model; these names show where it does.
+
+    Returns:
+        "" for the model itself, and where torch has written nothing.
     """
     scopes = node.metadata_props.get(SCOPES)
     if not scopes:
         return ""
-    path, written = "", ""
-    for scope in ast.literal_eval(scopes)[:-1]:
-        if written and scope.startswith(f"{written}."):
-            path += scope.removeprefix(written)
+
+    path = ""
+    last_scope = ""
+    module_scopes = ast.literal_eval(scopes)[:-1]
+    for scope in module_scopes:
+        is_inside_last = bool(last_scope) and scope.startswith(f"{last_scope}.")
+        if is_inside_last:
+            path += scope.removeprefix(last_scope)
         elif f"{path}.{scope}" in modules:
             path = f"{path}.{scope}"
         else:
             path = scope
-        written = scope
+        last_scope = scope
+
     return str(path)
 
 
 def _name_parameters(
-    model: ir.Model, node: ir.Node, place: str, marked: QuantizerScale | None
+    graph: ir.Graph, quantize: ir.Node, place: str, quantizer: QuantizerScale | None
 ) -> None:
-    """Give a node's scale and zero point the quantizer's name, as values of its own.
+    """Give the scale and zero point of a Q and of its DQ the name of the quantizer.
 
-    The exporter shares equal constants between quantizers; here each gets its own, so that a name says whose it is.
+    The exporter shares equal constants between quantizers. Here each quantizer gets constants of its own, so that the
+    name says whose they are.
+
+    Args:
+        graph: The graph.
+        quantize: The Q.
+        place: Name in front of `.scale`.
+        quantizer: The scale to write; None leaves the one that stands there.
     """
-    users = [
-        node,
-        *(user for user, _ in node.outputs[0].uses() if user.op_type == "DequantizeLinear"),
-    ]
+    users = [quantize]
+    for user, _ in quantize.outputs[0].uses():
+        if user.op_type == "DequantizeLinear":
+            users.append(user)
+
     for position, suffix in ((1, "scale"), (2, "zero_point")):
-        old = node.inputs[position]
-        if old is None or old.const_value is None:
+        shared = quantize.inputs[position]
+        if shared is None or shared.const_value is None:
             continue
-        array = old.const_value.numpy()
-        if marked is not None and suffix == "scale":
-            array = marked.scale
-        new = _register(model.graph, f"{place}.{suffix}", array)
+
+        array = shared.const_value.numpy()
+        if quantizer is not None and suffix == "scale":
+            array = quantizer.scale
+
+        parameter = _add_parameter(graph, f"{place}.{suffix}", array)
         for user in users:
-            user.replace_input_with(position, new)
-        if not old.uses():
-            model.graph.initializers.pop(str(old.name), None)
+            user.replace_input_with(position, parameter)
+        if not shared.uses():
+            graph.initializers.pop(str(shared.name), None)
 
 
-def _register(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
-    """The initializer of that name and with these numbers: there already where a quantizer is used twice.
+def _add_parameter(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
+    """The initializer of a name and with these numbers, which exists already where a quantizer is used twice.
 
-    One of the same name and with other numbers is not of the same quantizer: this one is numbered then.
+    An initializer of the same name with other numbers belongs to another quantizer: the new name gets a number then.
     """
     number = 1
     candidate = name
-    while (existing := graph.initializers.get(candidate)) is not None:
+    while candidate in graph.initializers:
+        existing = graph.initializers[candidate]
         if _is_equal(constant_of(existing), array):
             return existing
+
         number += 1
         candidate = f"{name}_{number}"
-    tensor = ir.tensor(array, name=candidate)
-    value = ir.Value(
-        name=candidate,
-        shape=ir.Shape(array.shape),
-        type=ir.TensorType(tensor.dtype),
-        const_value=tensor,
-    )
-    graph.register_initializer(value)
-    return value
+
+    return add_initializer(graph, candidate, array)
 
 
 def _is_equal(constant: npt.NDArray[Any] | None, array: npt.NDArray[Any]) -> bool:
-    return (
-        constant is not None and constant.dtype == array.dtype and np.array_equal(constant, array)
-    )
+    """Whether a constant has the type and the numbers of an array.
+
+    Args:
+        constant: From `constant_of`.
+        array: The array.
+    """
+    if constant is None or constant.dtype != array.dtype:
+        return False
+    return np.array_equal(constant, array)

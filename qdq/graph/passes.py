@@ -11,22 +11,25 @@ from qdq.graph.coverage import count_qdq
 
 
 def run_passes(model: ir.Model, passes: Sequence[ir.passes.InPlacePass]) -> ir.Model:
-    """Run the passes in order, in place, and count Q/DQ before and after each.
+    """Run the passes in order, in place, and count Q/DQ around each of them.
 
-    A pass that takes Q or DQ nodes away on purpose says how many in `removed_q` or `removed_dq`.
+    A pass that removes Q or DQ nodes on purpose says how many in `removed_q` or `removed_dq`.
 
     Raises:
         ExportError: A pass changed the number of Q or DQ nodes by more or less than it says.
     """
     for graph_pass in passes:
-        before = count_qdq(model)
+        q_before, dq_before = count_qdq(model)
         graph_pass(model)
-        removed = (getattr(graph_pass, "removed_q", 0), getattr(graph_pass, "removed_dq", 0))
-        expected = (before[0] - removed[0], before[1] - removed[1])
-        if (found := count_qdq(model)) != expected:
+        q_after, dq_after = count_qdq(model)
+
+        expected_q = q_before - getattr(graph_pass, "removed_q", 0)
+        expected_dq = dq_before - getattr(graph_pass, "removed_dq", 0)
+        if (q_after, dq_after) != (expected_q, expected_dq):
             raise ExportError(
-                f"pass {type(graph_pass).__name__} left {found[0]} Q and {found[1]} DQ nodes, "
-                f"expected {expected[0]} and {expected[1]}.",
+                f"pass {type(graph_pass).__name__} left {q_after} Q and {dq_after} DQ nodes, "
+                f"expected {expected_q} and {expected_dq}.",
                 "this is a fault of qdq: please report it with the model.",
             )
+
     return model
