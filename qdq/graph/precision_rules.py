@@ -1,36 +1,40 @@
-"""Which nodes of a graph stay in float32 where the rest goes to 16 bit, each with its reason."""
+"""The nodes of a graph that stay in float32 where the rest goes to 16 bit, each with its reason."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from collections.abc import Set as AbstractSet
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnx import defs
 
 from qdq.graph.coverage import WEIGHTED_OPS
-from qdq.graph.pairs import COPY_OPS, constant_of, is_op
+from qdq.graph.pairs import COPY_OPS, QDQ_OPS, constant_of, input_of, is_op, producer_of
 
 HEADROOM = 4.0
-"""A measured value may grow so much on other inputs before it leaves the range of float16."""
+"""The factor by which a measured value may grow on other inputs before it leaves the range of float16."""
 
 LARGE_REDUCTION = 1024
-"""A mean or sum over more values than this is taken in float32."""
+"""A mean or sum over more values than this is computed in float32."""
 
 _FLOAT = ir.DataType.FLOAT
+# Their mean and variance lose digits in 16 bit.
 _NORMALIZATIONS = frozenset(
     {
-        *("LayerNormalization", "GroupNormalization", "InstanceNormalization", "RMSNormalization"),
-        *("LpNormalization", "MeanVarianceNormalization"),
+        "LayerNormalization",
+        "GroupNormalization",
+        "InstanceNormalization",
+        "RMSNormalization",
+        "LpNormalization",
+        "MeanVarianceNormalization",
     }
 )
 _SOFTMAXES = frozenset({"Softmax", "LogSoftmax"})
-# What float16 overflows or underflows on other inputs than those measured; bfloat16 has the range of float32.
-_GROWING = frozenset(
+# Their results may leave the range of float16 on inputs that were not measured; bfloat16 has the range of float32.
+_GROWING_OPS = frozenset(
     {
         "Exp",
         "Pow",
@@ -42,8 +46,28 @@ _GROWING = frozenset(
         "ReduceProd",
     }
 )
-_NEAR_ZERO = frozenset({"Sqrt", "Reciprocal", "Log"})
-_MEANS = frozenset({"ReduceMean", "ReduceSum", "GlobalAveragePool"})
+# They turn small differences near zero into large ones.
+_NEAR_ZERO_OPS = frozenset({"Sqrt", "Reciprocal", "Log"})
+_MEAN_OPS = frozenset({"ReduceMean", "ReduceSum", "GlobalAveragePool"})
+# Their scales have a rule of their own, and small weights and biases lose no more than others do by rounding.
+_EXEMPT_FROM_CONSTANTS = frozenset({*QDQ_OPS, "Conv", "ConvTranspose", "Gemm"})
+# They keep a small value small or make it the divisor.
+_DIVISOR_OPS = COPY_OPS | {"Div", "Mul", "Sqrt", "Reciprocal"}
+
+# They keep the operand of a root away from zero.
+_EPSILON_OPS = frozenset({"Add", "Max", "Clip"})
+# A variance is one of these, of squares.
+_VARIANCE_OPS = frozenset({"ReduceMean", "ReduceSum"})
+_BODY_TYPES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+_LARGEST_CODE = 128  # magnitude of int8 codes
+
+_MIXED_PRODUCT = (
+    "an operand of its product has float32 scales, and the scales of both must be of one type"
+)
+_NORMALIZATION_PART = "part of a normalization written in single operators"
+_DIVIDES_BY_FLOOR = "divides by a value whose floor is zero in 16 bit"
+_BETWEEN_FLOAT32 = "lies between nodes in float32"
+_UNKNOWN_REDUCTION = "a reduction over an unknown number of values"
 
 
 @dataclass(frozen=True)
@@ -53,7 +77,7 @@ class KeptNode:
     Args:
         node: Its name.
         op_type: The ONNX operator; "input" or "output" for those of the graph.
-        reason: Why.
+        reason: Why it stays.
     """
 
     node: str
@@ -63,19 +87,24 @@ class KeptNode:
 
 @dataclass(frozen=True)
 class Target:
-    """What the graph shall become.
+    """The precision that a graph is converted to.
 
     Args:
         dtype: FLOAT16 or BFLOAT16.
         opset: Opset of the graph.
         peaks: Largest magnitude of values by name, measured on example inputs.
-        keep_io_types: The graph's inputs and outputs stay float32.
+        keep_io_types: The inputs and outputs of the graph stay float32.
     """
 
     dtype: ir.DataType
     opset: int
     peaks: Mapping[str, float] = field(default_factory=dict)
     keep_io_types: bool = True
+
+    @property
+    def is_float16(self) -> bool:
+        """Whether the range is smaller than that of float32; bfloat16 has the same."""
+        return self.dtype == ir.DataType.FLOAT16
 
     @property
     def name(self) -> str:
@@ -85,55 +114,104 @@ class Target:
     @cached_property
     def largest(self) -> float:
         """Largest finite number."""
-        return 65504.0 if self.dtype == ir.DataType.FLOAT16 else float.fromhex("0x1.fep127")
+        return 65504.0 if self.is_float16 else float.fromhex("0x1.fep127")
 
     @cached_property
     def smallest_normal(self) -> float:
         """Below it, numbers lose digits."""
-        return 2.0**-14 if self.dtype == ir.DataType.FLOAT16 else 2.0**-126
+        return 2.0**-14 if self.is_float16 else 2.0**-126
 
-    def allows(self, types: set[str]) -> bool:
-        """Whether an operator's list of types has this one."""
+    def allows(self, types: Collection[str]) -> bool:
+        """Whether the types that an operator lists include this one."""
         return f"tensor({self.name})" in types
 
     def overflows(self, value: ir.Value) -> str | None:
-        """Why a value does not fit; None if it does, or if nothing is known of it."""
+        """Why 16 bit does not hold a value.
+
+        Args:
+            value: A constant, or a value whose largest magnitude may have been measured.
+
+        Returns:
+            None if 16 bit holds it, or if nothing is known about it. bfloat16 holds every measured value: it has the
+            range of float32.
+        """
         constant = constant_of(value)
         if constant is not None:
-            finite = np.abs(constant[np.isfinite(constant)])
-            peak = float(finite.max(initial=0))
-            return f"its constant {value.name} reaches {peak:.3g}" if peak > self.largest else None
+            finite_numbers = constant[np.isfinite(constant)]
+            peak = float(np.abs(finite_numbers).max(initial=0))
+            if peak <= self.largest:
+                return None
+            return f"its constant {value.name} reaches {peak:.3g}"
+
         peak = self.peaks.get(str(value.name), 0.0)
-        if self.dtype != ir.DataType.FLOAT16 or peak * HEADROOM <= self.largest:
+        if not self.is_float16 or peak * HEADROOM <= self.largest:
             return None
         return f"{value.name} reaches {peak:.3g}, and {self.name} ends at {self.largest:.0f}"
 
 
-def choose_kept(graph: ir.Graph, target: Target) -> dict[ir.Node, str]:
-    """Decide for every node that has float32 inputs or outputs.
+@dataclass(frozen=True)
+class NodeParameter:
+    """An input or output of a node.
+
+    Args:
+        value: The value; None for one that is left out.
+        types: The types that the operator allows there, such as `tensor(float16)`.
+        is_input: It is an input.
+    """
+
+    value: ir.Value | None
+    types: frozenset[str]
+    is_input: bool
+
+
+def choose_float32(graph: ir.Graph, target: Target) -> dict[ir.Node, str]:
+    """Decide for every node that has float32 inputs or outputs whether it stays in float32.
+
+    Args:
+        graph: The graph, with types of all values.
+        target: The precision of the rest.
 
     Returns:
-        Node -> reason, in graph order, of those that stay as they are.
+        Node -> reason, in graph order, of those that stay.
     """
-    nodes = [
-        node
-        for node in graph
-        if any(map(is_float, node.outputs))
-        or (
-            any(map(is_float, node.inputs))
-            and (node.op_type == "QuantizeLinear" or not takes_either(node))
-        )
-    ]
-    kept = {node: reason for node in nodes if (reason := _reason(node, target))}
-    kept.update(_products_of_kept(nodes, kept))
-    for node in _decomposed_normalizations(nodes):
-        kept.setdefault(node, "part of a normalization written in single operators")
-    for node in _divisions_by_floored(nodes, target):
-        kept.setdefault(node, "divides by a value whose floor is zero in 16 bit")
-    kept.update(
-        dict.fromkeys(_regions_between(nodes, kept, target), "lies between nodes in float32")
-    )
-    return {node: kept[node] for node in nodes if node in kept}
+    nodes = [node for node in graph if _needs_decision(node)]
+
+    reasons: dict[ir.Node, str] = {}
+    for node in nodes:
+        reason = _reason_of(node, target)
+        if reason is not None:
+            reasons[node] = reason
+
+    # The first reason of a node stays.
+    _add_reason(reasons, _products_of_float32(nodes, reasons), _MIXED_PRODUCT)
+    _add_reason(reasons, _decomposed_normalizations(nodes), _NORMALIZATION_PART)
+    _add_reason(reasons, _divisions_by_floored(nodes, target), _DIVIDES_BY_FLOOR)
+    _add_reason(reasons, _regions_between(nodes, reasons, target), _BETWEEN_FLOAT32)
+    return {node: reasons[node] for node in nodes if node in reasons}
+
+
+def _add_reason(reasons: dict[ir.Node, str], nodes: Iterable[ir.Node], reason: str) -> None:
+    """Give a reason to the nodes that have none yet.
+
+    Args:
+        reasons: Node -> reason; changed in place.
+        nodes: Nodes that stay float32.
+        reason: Why.
+    """
+    for node in nodes:
+        reasons.setdefault(node, reason)
+
+
+def _needs_decision(node: ir.Node) -> bool:
+    """Whether a node computes in float32, or reads it and depends on its type.
+
+    A Q is among them: its scale has the type of its input.
+    """
+    if any(map(is_float, node.outputs)):
+        return True
+    if not any(map(is_float, node.inputs)):
+        return False
+    return node.op_type == "QuantizeLinear" or not takes_either(node)
 
 
 def is_float(value: ir.Value | None) -> bool:
@@ -142,262 +220,603 @@ def is_float(value: ir.Value | None) -> bool:
 
 
 def takes_either(node: ir.Node) -> bool:
-    """Whether a node reads one float value and does not care of which type: Q, Cast, Shape, ArgMax, IsNaN ..."""
+    """Whether a node reads one float value, of any float type: Q, Cast, Shape, ArgMax, IsNaN ...
+
+    Such a node needs no Cast in front, and its result does not depend on the precision of its input but for rounding.
+
+    Args:
+        node: Any node, with the types of its inputs and outputs.
+    """
     if node.op_type in ("QuantizeLinear", "Cast"):
         return True
-    return sum(map(is_float, node.inputs)) == 1 and not any(map(is_float, node.outputs))
+
+    has_float_output = any(map(is_float, node.outputs))
+    return sum(map(is_float, node.inputs)) == 1 and not has_float_output
 
 
-def parameter_types(node: ir.Node, opset: int) -> Iterator[tuple[ir.Value | None, set[str], bool]]:
-    """Every input and output of a node with the types that its operator allows there, and whether it is an input."""
+def parameter_types(node: ir.Node, opset: int) -> list[NodeParameter]:
+    """Every input and output of a node, with the types that its operator allows there.
+
+    Args:
+        node: A node of an ONNX operator.
+        opset: Opset of its graph.
+    """
     schema = defs.get_schema(node.op_type, opset, node.domain)
-    for values, parameters, is_input in (
-        (node.inputs, schema.inputs, True),
-        (node.outputs, schema.outputs, False),
-    ):
-        for position, value in enumerate(values):
-            parameter = parameters[
-                min(position, len(parameters) - 1)
-            ]  # the last one may be variadic
-            yield value, set(parameter.types), is_input
+    parameters = []
+    for position, value in enumerate(node.inputs):
+        definition = _parameter_at(schema.inputs, position)
+        parameters.append(NodeParameter(value, frozenset(definition.types), is_input=True))
+    for position, value in enumerate(node.outputs):
+        definition = _parameter_at(schema.outputs, position)
+        parameters.append(NodeParameter(value, frozenset(definition.types), is_input=False))
+
+    return parameters
 
 
-def _reason(node: ir.Node, target: Target) -> str | None:
-    rules = (_by_types, _by_operator, _by_scale, _by_size, _by_constant, _by_range)
-    return next((reason for rule in rules if (reason := rule(node, target))), None)
+def _parameter_at(
+    definitions: Sequence[defs.OpSchema.FormalParameter], position: int
+) -> defs.OpSchema.FormalParameter:
+    """The definition of an input or output; the last one may be variadic."""
+    last_position = len(definitions) - 1
+    return definitions[min(position, last_position)]
+
+
+# --- rules for a single node ----------------------------------------------------------------------------------------
+
+
+def _reason_of(node: ir.Node, target: Target) -> str | None:
+    """The reason of the first rule that keeps a node in float32; None if none does."""
+    for rule in _RULES:
+        reason = rule(node, target)
+        if reason is not None:
+            return reason
+
+    return None
 
 
 def _by_types(node: ir.Node, target: Target) -> str | None:
-    """What ONNX does not define in 16 bit, or what qdq cannot look into."""
-    if node.domain not in ("", "ai.onnx") or not defs.has(node.op_type, target.opset, node.domain):
+    """Keep what ONNX does not define in 16 bit, and what qdq cannot look into.
+
+    Args:
+        node: The node.
+        target: The precision of the rest.
+
+    Returns:
+        The reason; None if the rule does not keep the node.
+    """
+    is_onnx = node.domain in ("", "ai.onnx")
+    if not is_onnx or not defs.has(node.op_type, target.opset, node.domain):
         return "not an operator of ONNX: its types are not known"
-    if any(
-        attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-        for attribute in node.attributes.values()
-    ):
+    if any(attribute.type in _BODY_TYPES for attribute in node.attributes.values()):
         return "has a subgraph"
     if "dtype" in node.attributes:
         return "its attribute dtype says float32"
-    parameters = list(parameter_types(node, target.opset))
-    outputs = [types for value, types, is_input in parameters if is_float(value) and not is_input]
-    if outputs:
-        return (
-            None
-            if all(map(target.allows, outputs))
-            else f"{node.op_type} has no {target.name} in ONNX {target.opset}"
-        )
-    inputs = [types for value, types, is_input in parameters if is_float(value) and is_input]
-    if not any(map(target.allows, inputs)):
+
+    if not _has_type(node, target):
         return f"{node.op_type} has no {target.name} in ONNX {target.opset}"
     return None
 
 
+def _has_type(node: ir.Node, target: Target) -> bool:
+    """Whether ONNX defines an operator in 16 bit.
+
+    Each float32 output must allow the type. Where no output is float32, one float32 input that allows it is enough: a
+    Cast in front of the other inputs gives them what they want.
+
+    Args:
+        node: A node of an ONNX operator.
+        target: The type, and the opset of the definition.
+    """
+    input_types: list[frozenset[str]] = []
+    output_types: list[frozenset[str]] = []
+    for parameter in parameter_types(node, target.opset):
+        if not is_float(parameter.value):
+            continue
+        types = input_types if parameter.is_input else output_types
+        types.append(parameter.types)
+
+    if output_types:
+        return all(map(target.allows, output_types))
+    return any(map(target.allows, input_types))
+
+
 def _by_operator(node: ir.Node, target: Target) -> str | None:
+    """Keep operators that lose digits in 16 bit, or that may leave the range of float16.
+
+    Sums of many squares or exponentials need more than the 8 or 11 significant bits of the 16 bit types.
+    """
     if node.op_type in _NORMALIZATIONS:
         return "a normalization: its mean and variance lose digits in 16 bit"
     if node.op_type in _SOFTMAXES:
         return "softmax: its exponentials and their sum lose digits in 16 bit"
-    if target.dtype == ir.DataType.FLOAT16 and node.op_type in _GROWING:
+    if not target.is_float16:
+        return None
+    if node.op_type in _GROWING_OPS:
         return f"{node.op_type} of another input may leave the range of float16"
-    if target.dtype == ir.DataType.FLOAT16 and node.op_type in _NEAR_ZERO:
+    if node.op_type in _NEAR_ZERO_OPS:
         return f"{node.op_type} of numbers near zero, where float16 has few"
     return None
 
 
 def _by_scale(node: ir.Node, target: Target) -> str | None:
-    """R-SCALE: a scale that underflows or is subnormal, or codes of it that overflow."""
-    if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+    """Keep a scale that underflows or is subnormal, or whose codes overflow (R-SCALE).
+
+    TensorRT may flush subnormal scales to zero, and a code times such a scale would be zero then.
+    """
+    if node.op_type not in QDQ_OPS:
         return None
+
     scale = constant_of(node.inputs[1])
     if scale is None:
         return None
-    if (least := float(scale.min(initial=np.inf))) < target.smallest_normal:
+
+    smallest = float(scale.min(initial=np.inf))
+    if smallest < target.smallest_normal:
         count = int((scale < target.smallest_normal).sum())
-        return f"{count} of {scale.size} scales lie below the smallest normal {target.name}, down to {least:.3g}"
-    if (most := 128 * float(scale.max(initial=0))) > target.largest:
-        return f"its codes reach {most:.3g}, and {target.name} ends at {target.largest:.0f}"
+        return (
+            f"{count} of {scale.size} scales lie below the smallest normal {target.name}, "
+            f"down to {smallest:.3g}"
+        )
+
+    peak = _LARGEST_CODE * float(scale.max(initial=0))
+    if peak > target.largest:
+        return f"its codes reach {peak:.3g}, and {target.name} ends at {target.largest:.0f}"
     return None
 
 
 def _by_size(node: ir.Node, target: Target) -> str | None:
-    """A mean or sum of very many values."""
-    if node.op_type not in _MEANS:
+    """Keep a mean or sum over more than `LARGE_REDUCTION` values."""
+    if node.op_type not in _MEAN_OPS:
         return None
+
+    count = _reduced_values(node)
+    if count is None:
+        return _UNKNOWN_REDUCTION
+    if count <= LARGE_REDUCTION:
+        return None
+    return f"a reduction over {count} values"
+
+
+def _reduced_values(node: ir.Node) -> int | None:
+    """The number of values in each mean or sum of a node.
+
+    Returns:
+        None where a size, or the axes, are not known.
+    """
     data = node.inputs[0]
-    shape = data.shape if data is not None else None
-    if shape is None:
-        return "a reduction over an unknown number of values"
-    axes: Any = (
-        range(2, len(shape)) if node.op_type == "GlobalAveragePool" else _axes(node, len(shape))
-    )
-    sizes = [shape[int(axis)] for axis in axes] if axes is not None else [None]
-    if not all(isinstance(size, int) for size in sizes):
-        return "a reduction over an unknown number of values"
-    count = int(np.prod([int(size) for size in sizes if isinstance(size, int)]))
-    return f"a reduction over {count} values" if count > LARGE_REDUCTION else None
+    if data is None or data.shape is None:
+        return None
+
+    axes = _reduced_axes(node, len(data.shape))
+    if axes is None:
+        return None
+
+    sizes = []
+    for axis in axes:
+        size = data.shape[axis]
+        if not isinstance(size, int):
+            return None
+        sizes.append(size)
+
+    return math.prod(sizes)
 
 
-def _axes(node: ir.Node, rank: int) -> list[int] | None:
-    if len(node.inputs) < 2 or node.inputs[1] is None:
+def _reduced_axes(node: ir.Node, rank: int) -> list[int] | None:
+    """The axes that a mean or sum is taken over.
+
+    Args:
+        node: A ReduceMean, ReduceSum or GlobalAveragePool.
+        rank: Number of dimensions of its input.
+
+    Returns:
+        All axes where none are listed; None where they are computed.
+    """
+    if node.op_type == "GlobalAveragePool":
+        return list(range(2, rank))
+    if input_of(node, 1) is None:
         return list(range(rank))
+
     axes = constant_of(node.inputs[1])
-    return None if axes is None else [int(axis) for axis in axes.ravel()]
+    if axes is None:
+        return None
+    return [int(axis) for axis in axes.ravel()]
 
 
 def _by_constant(node: ir.Node, target: Target) -> str | None:
-    """An epsilon that 16 bit makes zero; small weights and biases lose no more than others round."""
-    if node.op_type in ("QuantizeLinear", "DequantizeLinear", "Conv", "ConvTranspose", "Gemm"):
+    """Keep an epsilon, which 16 bit would make zero.
+
+    It is a single number below the smallest normal one. Elements of larger constants that are so small matter as little
+    as other rounding errors.
+
+    Args:
+        node: The node.
+        target: The precision of the rest.
+    """
+    if node.op_type in _EXEMPT_FROM_CONSTANTS:
         return None
-    for value in filter(is_float, node.inputs):
+
+    for value in node.inputs:
         constant = constant_of(value)
-        if constant is None or value is None or constant.size != 1:
+        if value is None or constant is None:
             continue
+        if not is_float(value) or constant.size != 1:
+            continue
+
         peak = float(np.abs(constant).max(initial=0))
         if 0 < peak < target.smallest_normal:
             return f"its constant {value.name} of {peak:.3g} is too small for {target.name}"
+
     return None
 
 
 def _by_range(node: ir.Node, target: Target) -> str | None:
-    """Inputs count as well: what is kept in front of a node would overflow in its Cast."""
-    if node.op_type == "QuantizeLinear":  # takes the type of its input
-        return None
-    values = [
-        value for value in [*node.inputs, *node.outputs] if value is not None and is_float(value)
-    ]
-    return next((reason for value in values if (reason := target.overflows(value))), None)
+    """Keep a node whose values overflow.
 
+    Inputs count as well: behind a node that stays float32, they would overflow in a Cast. A Q takes the type of its
+    input, so it needs no Cast.
 
-def _products_of_kept(nodes: list[ir.Node], kept: Mapping[ir.Node, str]) -> dict[ir.Node, str]:
-    """Products with an operand whose DQ is kept, and all that dequantizes their operands.
-
-    TensorRT builds no int8 product then ("type mismatch between matmul operand scales"); but for a convolution whose
-    weight alone has float32 scales, with a Cast behind its DQ.
+    Args:
+        node: The node.
+        target: The precision of the rest, with the largest values that were measured.
     """
-    found: dict[ir.Node, str] = {}
-    while True:
-        new: dict[ir.Node, str] = {}
-        for product in (node for node in nodes if node.op_type in WEIGHTED_OPS):
-            operands = [_dequantizing(value) for value in product.inputs[:2]]
-            decisive = operands[:1] if is_op(product, "Conv", "ConvTranspose") else operands
-            if not any(node in kept or node in found for path in decisive for node in path[-1:]):
-                continue
-            reason = "an operand of its product has float32 scales, and the scales of both must be of one type"
-            behind = [node for path in operands for node in path]
-            new |= {
-                node: reason
-                for node in (*behind, product)
-                if node not in kept and node not in found
-            }
-        if not new:
-            return found
-        found |= new
+    if node.op_type == "QuantizeLinear":
+        return None
+
+    for value in [*node.inputs, *node.outputs]:
+        if value is None or not is_float(value):
+            continue
+        reason = target.overflows(value)
+        if reason is not None:
+            return reason
+
+    return None
 
 
-def _dequantizing(value: ir.Value | None) -> list[ir.Node]:
-    """The copies between a DQ and a value, then the DQ; nothing if there is none."""
-    nodes: list[ir.Node] = []
-    while (node := _producer(value)) is not None:
-        nodes.append(node)
+_RULES: tuple[Callable[[ir.Node, Target], str | None], ...] = (
+    _by_types,
+    _by_operator,
+    _by_scale,
+    _by_size,
+    _by_constant,
+    _by_range,
+)
+
+
+# --- rules for several nodes ----------------------------------------------------------------------------------------
+
+
+def _products_of_float32(nodes: list[ir.Node], reasons: Mapping[ir.Node, str]) -> set[ir.Node]:
+    """Products with an operand whose DQ stays float32, and all nodes that dequantize their operands.
+
+    TensorRT builds no int8 product then ("type mismatch between matmul operand scales"). An exception is a convolution
+    whose weight alone has float32 scales, with a Cast behind its DQ.
+
+    Args:
+        nodes: The nodes to decide about.
+        reasons: Those that stay float32 so far.
+
+    Returns:
+        The nodes that have to stay in addition.
+    """
+    products = [node for node in nodes if node.op_type in WEIGHTED_OPS]
+    float32_nodes = set(reasons)
+    size = 0
+    while size != len(float32_nodes):
+        # A DQ that several products read carries the decision from one to the next, in any order.
+        size = len(float32_nodes)
+        for product in products:
+            if _has_float32_scales(product, float32_nodes):
+                float32_nodes.update(_nodes_of_product(product))
+
+    return float32_nodes - reasons.keys()
+
+
+def _has_float32_scales(product: ir.Node, float32_nodes: Collection[ir.Node]) -> bool:
+    """Whether the DQ of a deciding operand of a product stays float32.
+
+    The input decides for a convolution, and both operands decide for a matrix product.
+
+    Args:
+        product: The product.
+        float32_nodes: Nodes that stay float32.
+    """
+    is_convolution = is_op(product, "Conv", "ConvTranspose")
+    deciding_operands = product.inputs[:1] if is_convolution else product.inputs[:2]
+    for operand in deciding_operands:
+        path = _dequantizing_path(operand)
+        if path and path[-1] in float32_nodes:
+            return True
+
+    return False
+
+
+def _nodes_of_product(product: ir.Node) -> list[ir.Node]:
+    """A product behind all nodes that dequantize its operands."""
+    nodes = []
+    for operand in product.inputs[:2]:
+        nodes += _dequantizing_path(operand)
+
+    nodes.append(product)
+    return nodes
+
+
+def _dequantizing_path(value: ir.Value | None) -> list[ir.Node]:
+    """The nodes from a value back to its DQ: the copies, nearest to the value first, then the DQ.
+
+    Args:
+        value: An operand of a product.
+
+    Returns:
+        Nothing if the value does not come from a DQ through copies.
+    """
+    path = []
+    node = producer_of(value)
+    while node is not None:
+        path.append(node)
         if is_op(node, "DequantizeLinear"):
-            return nodes
+            return path
         if not is_op(node, *COPY_OPS):
-            break
-        value = node.inputs[0]
+            return []
+        node = producer_of(node.inputs[0])
+
     return []
 
 
-def _decomposed_normalizations(nodes: list[ir.Node]) -> Iterator[ir.Node]:
-    """All of x - mean(x), its square, the mean of that, epsilon, the root, and the division by it."""
+def _decomposed_normalizations(nodes: list[ir.Node]) -> list[ir.Node]:
+    """The nodes of every normalization that is written in single operators.
+
+    They are x - mean(x), its square, the mean of that, the addition of epsilon, the root, and the division by it, which
+    may be a Reciprocal and a product.
+
+    Args:
+        nodes: The nodes to search.
+    """
+    parts: list[ir.Node] = []
     for root in nodes:
         if root.op_type != "Sqrt":
             continue
-        variance = _producer(root.inputs[0])
-        before: list[ir.Node | None] = [root]
-        if variance is not None and variance.op_type in ("Add", "Max", "Clip"):
-            before.append(variance)
-            variance = next((made for value in variance.inputs if (made := _producer(value))), None)
-        if variance is None or variance.op_type not in ("ReduceMean", "ReduceSum"):
+
+        nodes_before_root = _variance_of(root)
+        if not nodes_before_root:
             continue
-        square = _producer(variance.inputs[0])
-        before += [variance, square]
-        if square is not None and square.op_type in ("Mul", "Pow"):
-            centered = _producer(square.inputs[0])
-            if centered is not None and centered.op_type == "Sub":
-                before += [centered, _producer(centered.inputs[1])]
-        yield from (
-            node for node in before if node is not None and node.op_type not in WEIGHTED_OPS
-        )
+
+        parts.append(root)
+        parts += nodes_before_root
         for user in root.outputs[0].consumers():
-            yield user
+            parts.append(user)
             if user.op_type == "Reciprocal":
-                yield from user.outputs[0].consumers()
+                parts += user.outputs[0].consumers()
+
+    return parts
 
 
-def _divisions_by_floored(nodes: list[ir.Node], target: Target) -> Iterator[ir.Node]:
-    """Behind max(|x|, 1e-12): copies, roots and products of it up to the division, which 16 bit makes one by zero."""
-    floors = [
-        node for node in nodes if is_op(node, "Clip", "Max", "Add") and _by_constant(node, target)
-    ]
-    pending = [(node, False) for node in floors]  # and whether 1 / x has been taken already
-    seen: set[ir.Node] = set()
+def _variance_of(root: ir.Node) -> list[ir.Node]:
+    """The nodes that compute the variance in front of a root, as far as they can be told.
+
+    Args:
+        root: A Sqrt.
+
+    Returns:
+        Nothing where the root is not taken of a mean or sum, with or without an epsilon.
+    """
+    parts = []
+    mean = producer_of(root.inputs[0])
+    if mean is not None and mean.op_type in _EPSILON_OPS:
+        parts.append(mean)
+        mean = _first_producer_of(mean)
+    if mean is None or mean.op_type not in _VARIANCE_OPS:
+        return []
+
+    parts.append(mean)
+    parts += _squares_of(mean)
+    return [part for part in parts if part.op_type not in WEIGHTED_OPS]
+
+
+def _squares_of(mean: ir.Node) -> list[ir.Node]:
+    """The nodes that compute the operand of a mean of squares.
+
+    They are the square, the difference that is squared, and the mean that is subtracted there, as far as they are
+    written like that.
+
+    Args:
+        mean: A ReduceMean or ReduceSum.
+    """
+    square = producer_of(mean.inputs[0])
+    if square is None:
+        return []
+    if square.op_type not in ("Mul", "Pow"):
+        return [square]
+
+    difference = producer_of(square.inputs[0])
+    if difference is None or difference.op_type != "Sub":
+        return [square]
+
+    subtrahend = producer_of(difference.inputs[1])
+    if subtrahend is None:
+        return [square, difference]
+    return [square, difference, subtrahend]
+
+
+def _first_producer_of(node: ir.Node) -> ir.Node | None:
+    """The node that computes the first computed input of a node.
+
+    Args:
+        node: The addition of an epsilon, which may stand on either side.
+    """
+    for value in node.inputs:
+        producer = producer_of(value)
+        if producer is not None:
+            return producer
+
+    return None
+
+
+def _divisions_by_floored(nodes: list[ir.Node], target: Target) -> list[ir.Node]:
+    """The nodes between max(|x|, 1e-12) and the division by it, which would be one by zero in 16 bit.
+
+    They are copies, roots and products of the floored value. Behind a Reciprocal, a product is the division.
+
+    Args:
+        nodes: The nodes to search.
+        target: The precision of the rest, which decides whether the floor becomes zero.
+    """
+    visited: dict[ir.Node, None] = {}
+    pending: list[tuple[ir.Node, bool]] = []  # and whether the reciprocal has been taken already
+    for node in nodes:
+        if is_op(node, *_EPSILON_OPS) and _by_constant(node, target) is not None:
+            pending.append((node, False))
+
     while pending:
         node, is_inverse = pending.pop()
         for user in node.outputs[0].consumers():
-            if user in seen or not is_op(user, "Div", "Mul", "Sqrt", "Reciprocal", *COPY_OPS):
+            if user in visited or not is_op(user, *_DIVISOR_OPS):
                 continue
-            seen.add(user)
-            yield user
-            if not is_op(user, "Div") and not (is_inverse and is_op(user, "Mul")):
+
+            # The first way to a node decides whether the reciprocal has been taken in front of it.
+            visited[user] = None
+            if not _divides(user, is_inverse):
                 pending.append((user, is_inverse or is_op(user, "Reciprocal")))
 
+    return list(visited)
 
-def _producer(value: ir.Value | None) -> ir.Node | None:
-    return None if value is None else value.producer()
+
+def _divides(node: ir.Node, is_inverse: bool) -> bool:
+    """Whether a node is the division by a floored value.
+
+    Args:
+        node: A node that reads it or its reciprocal.
+        is_inverse: The node reads the reciprocal.
+    """
+    if is_inverse and is_op(node, "Mul"):
+        return True
+    return is_op(node, "Div")
 
 
 def _regions_between(
-    nodes: list[ir.Node], kept: Mapping[ir.Node, str], target: Target
+    nodes: list[ir.Node], reasons: Mapping[ir.Node, str], target: Target
 ) -> set[ir.Node]:
     """Nodes where 16 bit would only add a Cast in front and one behind: all around them is float32 anyway.
 
-    Matrix products are none of them: they belong in 16 bit.
+    Matrix products are not among them, because they belong in 16 bit. Only what is connected with a node that stays
+    float32 counts: float32 inputs and outputs of the graph alone are no reason.
+
+    Args:
+        nodes: The nodes to decide about.
+        reasons: Those that stay float32 so far.
+        target: The precision of the rest.
     """
-    inside = {
-        node
-        for node in nodes
-        if node not in kept and node.op_type not in (*WEIGHTED_OPS, "QuantizeLinear")
-    }
-    while open_ := {node for node in inside if not _is_closed(node, inside | kept.keys(), target)}:
-        inside -= open_
-    found: set[ir.Node] = set()
-    frontier = list(
-        kept
-    )  # only what hangs together with a kept node: float32 inputs and outputs are no reason
+    enclosed_nodes = _enclosed_nodes(nodes, reasons, target)
+    region: set[ir.Node] = set()
+    frontier = list(reasons)
     while frontier:
         node = frontier.pop()
-        producers = [made for value in node.inputs if (made := _producer(value)) is not None]
-        users = [user for value in node.outputs for user in value.consumers()]
-        new = (inside & {*producers, *users}) - found
-        found |= new
-        frontier += new
-    return found
+        new_nodes = (enclosed_nodes & _neighbors_of(node)) - region
+        region |= new_nodes
+        frontier += new_nodes
+
+    return region
 
 
-def _is_closed(node: ir.Node, float32: AbstractSet[ir.Node], target: Target) -> bool:
-    """Whether it reads float32 only, and only float32 reads it; what takes either type decides nothing."""
+def _enclosed_nodes(
+    nodes: list[ir.Node], reasons: Mapping[ir.Node, str], target: Target
+) -> set[ir.Node]:
+    """The largest set of nodes that exchange values only with each other and with what stays float32.
+
+    It starts with all candidates and loses those with an open side, until none is open.
+
+    Args:
+        nodes: The nodes to decide about.
+        reasons: Those that stay float32 so far.
+        target: The precision of the rest.
+    """
+    enclosed_nodes: set[ir.Node] = set()
+    for node in nodes:
+        belongs_in_half = node.op_type in WEIGHTED_OPS or node.op_type == "QuantizeLinear"
+        if node not in reasons and not belongs_in_half:
+            enclosed_nodes.add(node)
+
+    open_nodes = enclosed_nodes
+    while open_nodes:
+        float32_nodes = enclosed_nodes | reasons.keys()
+        open_nodes = {
+            node for node in enclosed_nodes if not _is_enclosed(node, float32_nodes, target)
+        }
+        enclosed_nodes = enclosed_nodes - open_nodes
+
+    return enclosed_nodes
+
+
+def _neighbors_of(node: ir.Node) -> set[ir.Node]:
+    """The nodes that a node reads from, and those that read from it."""
+    neighbors: set[ir.Node] = set()
     for value in node.inputs:
-        if value is None or not is_float(value) or constant_of(value) is not None:
-            continue
-        producer = value.producer()
-        if not (target.keep_io_types if producer is None else producer in float32):
-            return False
-    for value in filter(is_float, node.outputs):
-        if value.is_graph_output() and not target.keep_io_types:
-            return False
-        if any(
-            user.graph is node.graph and user not in float32 and not takes_either(user)
-            for user in value.consumers()
+        producer = producer_of(value)
+        if producer is not None:
+            neighbors.add(producer)
+    for value in node.outputs:
+        neighbors.update(value.consumers())
+
+    return neighbors
+
+
+def _is_enclosed(node: ir.Node, float32_nodes: set[ir.Node], target: Target) -> bool:
+    """Whether a node reads float32 only, and only float32 reads it.
+
+    Args:
+        node: The node.
+        float32_nodes: Nodes that stay float32, or would.
+        target: The precision of the rest.
+    """
+    for value in node.inputs:
+        if (
+            value is not None
+            and is_float(value)
+            and not _stays_float32(value, float32_nodes, target)
         ):
             return False
+
+    for value in node.outputs:
+        if is_float(value) and not _is_read_in_float32(value, node, float32_nodes, target):
+            return False
+
+    return True
+
+
+def _stays_float32(value: ir.Value, float32_nodes: set[ir.Node], target: Target) -> bool:
+    """Whether a float32 input of a node stays float32.
+
+    A constant does, because it has the type of each reader. An input of the graph does if the signature is kept.
+    """
+    if constant_of(value) is not None:
+        return True
+
+    producer = value.producer()
+    if producer is None:
+        return target.keep_io_types
+    return producer in float32_nodes
+
+
+def _is_read_in_float32(
+    value: ir.Value, node: ir.Node, float32_nodes: set[ir.Node], target: Target
+) -> bool:
+    """Whether no reader of a float32 output of a node would read it in 16 bit.
+
+    Readers that take either type do not count, and neither do subgraphs, which stay float32.
+
+    Args:
+        value: The output.
+        node: The node.
+        float32_nodes: Nodes that stay float32, or would.
+        target: The precision of the rest.
+    """
+    if value.is_graph_output() and not target.keep_io_types:
+        return False
+
+    for user in value.consumers():
+        is_in_subgraph = user.graph is not node.graph
+        if is_in_subgraph or user in float32_nodes:
+            continue
+        if not takes_either(user):
+            return False
+
     return True

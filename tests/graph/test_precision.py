@@ -51,7 +51,7 @@ def read(text, opset=19):
 
 
 def convert(text, dtype=FP16, opset=19, **options):
-    """Convert, have ONNX check it, and give back the model and name -> reason of what was kept."""
+    """Convert a model and check it with ONNX; returns the model and node -> reason of what stays float32."""
     model = read(text, opset)
     graph_pass = ConvertPrecision(dtype, **options)
     run_passes(model, [graph_pass])
@@ -64,8 +64,11 @@ def ops(model):
 
 
 def value(model, name):
-    found = {v.name: v for node in model.graph for v in node.outputs}
-    return {**found, **{v.name: v for v in model.graph.inputs}, **model.graph.initializers}[name]
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    for node in model.graph:
+        values += node.outputs
+
+    return next(value for value in values if value.name == name)
 
 
 def run(model, *arrays):
@@ -82,11 +85,11 @@ PAIR = "float s = {0.05}, int8 z = {0}"
 
 class TestTypes:
     def test_constants_outputs_and_one_cast_at_each_end(self):
-        model, kept = convert(
+        model, reasons = convert(
             "(float[2,3] x) => (float[2,3] y) <float[3] w = {1, 2, 3}> { t = Mul (x, w) y = Relu (t) }"
         )
         assert ops(model) == ["Cast", "Mul", "Relu", "Cast"]
-        assert kept == {}
+        assert reasons == {}
         assert value(model, "w").dtype == value(model, "t").dtype == FP16
         assert value(model, "w").const_value.numpy().dtype == np.float16
         assert value(model, "x").dtype == value(model, "y").dtype == FP32
@@ -102,7 +105,7 @@ class TestTypes:
         assert value(model, "w").const_value.numpy().dtype == numpy_type
 
     def test_constant_nodes_and_attributes_with_types(self):
-        model, kept = convert("""(float[2,3] x, int64[2] n) => (float[2,3] y) {
+        model, reasons = convert("""(float[2,3] x, int64[2] n) => (float[2,3] y) {
             c = Constant <value_float = 2.5> ()
             k = Constant <value = float[1] {0.5}> ()
             zero = ConstantOfShape <value = float[1] {1.5}> (n)
@@ -113,20 +116,20 @@ class TestTypes:
             v = Mul (u, h)
             y = Add (v, zero)
         }""")
-        assert kept == {}
+        assert reasons == {}
         assert [value(model, name).dtype for name in ("zero", "i", "t", "v")] == [FP16] * 4
         x, n = np.float32([[1, 2, 3], [4, 5, 6]]), np.int64([2, 3])
         np.testing.assert_array_equal(run(model, x, n)[0], (x * 2.5 + 0.5) * 3 + 1.5)
         assert not [node for node in model.graph if node.op_type == "Constant"]
 
     def test_integers_and_what_reads_any_type_get_no_cast(self):
-        model, kept = convert("""(float[N,4] x) => (int64[2] n, int64[N,1] a, float[N,4] y) {
+        model, reasons = convert("""(float[N,4] x) => (int64[2] n, int64[N,1] a, float[N,4] y) {
             e = Exp (x)
             n = Shape (e)
             a = ArgMax <axis = 1> (e)
             y = Relu (e)
         }""")
-        assert set(kept) == {"e", "y"}  # y lies between Exp and the output
+        assert set(reasons) == {"e", "y"}  # y lies between Exp and the output
         assert ops(model) == ["Exp", "Shape", "ArgMax", "Relu"]
 
     def test_a_constant_with_readers_of_both_types(self):
@@ -155,13 +158,15 @@ class TestTypes:
         assert cast.inputs[0].name == "e"
 
     def test_subgraphs_keep_their_types(self):
-        model, kept = convert("""(float[2,3] x, bool c) => (float[2,3] y) <float[3] w = {1, 2, 3}> {
+        model, reasons = (
+            convert("""(float[2,3] x, bool c) => (float[2,3] y) <float[3] w = {1, 2, 3}> {
             t = Mul (x, w)
             u = If (c) <then_branch = a () => (float[2,3] p) { p = Add (t, w) },
                         else_branch = b () => (float[2,3] r) { r = Neg (t) }>
             y = Mul (u, w)
         }""")
-        assert kept["u"] == "has a subgraph"
+        )
+        assert reasons["u"] == "has a subgraph"
         x = np.float32([[1, 2, 3], [4, 5, 6]])
         np.testing.assert_array_equal(
             run(model, x, np.array(True))[0], (x * [1, 2, 3] + [1, 2, 3]) * [1, 2, 3]
@@ -178,7 +183,7 @@ class TestPairs:
     }}"""
 
     def test_float32_enters_through_the_pair_itself(self):
-        model, kept = convert(self.CONV)
+        model, reasons = convert(self.CONV)
         assert ops(model) == [
             "QuantizeLinear",
             "DequantizeLinear",
@@ -186,7 +191,7 @@ class TestPairs:
             "Conv",
             "Cast",
         ]
-        assert kept == {}
+        assert reasons == {}
         scale, copy = value(model, "s"), value(model, "s.fp16")
         assert (scale.dtype, copy.dtype) == (FP32, FP16)
         assert copy.const_value.numpy() == scale.const_value.numpy().astype(np.float16)
@@ -203,12 +208,12 @@ class TestPairs:
         x = np.random.default_rng(0).normal(size=(1, 2, 3, 3)).astype(np.float32)
         (expected,) = ReferenceEvaluator(ir.to_proto(read(self.CONV))).run(None, {"x": x})
         model, _ = convert(self.CONV, **entry)
-        given = x if entry["keep_io_types"] else x.astype(np.float16)
+        inputs = x if entry["keep_io_types"] else x.astype(np.float16)
         np.testing.assert_allclose(
-            run(model, given)[0], expected, rtol=2e-3, atol=0.05
+            run(model, inputs)[0], expected, rtol=2e-3, atol=0.05
         )  # one code more or less
-        (found,) = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": given})
-        np.testing.assert_allclose(found, expected, rtol=2e-3, atol=0.05)
+        (outputs,) = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": inputs})
+        np.testing.assert_allclose(outputs, expected, rtol=2e-3, atol=0.05)
 
     @pytest.mark.parametrize(
         ("scale", "words"), [(1e-6, "smallest normal"), (1000, "codes reach 1.28e+05")]
@@ -217,9 +222,9 @@ class TestPairs:
         text = f"""(float[1,2] x) => (float[1,2] y) <float s = {{{scale}}}, int8 z = {{0}}> {{
             r = Relu (x)  q = QuantizeLinear (r, s, z)  d = DequantizeLinear (q, s, z)  a = Abs (d)  y = Neg (a)
         }}"""
-        model, kept = convert(text, keep_io_types=False)
-        assert set(kept) == {"q", "d"}
-        assert all(words in reason for reason in kept.values())
+        model, reasons = convert(text, keep_io_types=False)
+        assert set(reasons) == {"q", "d"}
+        assert all(words in reason for reason in reasons.values())
         assert ops(model) == [
             "Relu",
             "Cast",
@@ -233,13 +238,15 @@ class TestPairs:
         assert convert(text, BF16, keep_io_types=False)[1] == {}
 
     def test_one_tiny_channel_of_a_weight(self):
-        model, kept = convert(self.CONV.replace("{0.1, 0.2}", "{0.1, 0.00001}"))
-        assert kept == {"v": "1 of 2 scales lie below the smallest normal float16, down to 1e-05"}
+        model, reasons = convert(self.CONV.replace("{0.1, 0.2}", "{0.1, 0.00001}"))
+        assert reasons == {
+            "v": "1 of 2 scales lie below the smallest normal float16, down to 1e-05"
+        }
         assert count_qdq(model) == (1, 2)
 
     def test_both_operands_of_a_product_have_scales_of_one_type(self):
         """Else TensorRT refuses: "type mismatch between matmul operand scales"."""
-        model, kept = convert(
+        model, reasons = convert(
             "(float[2,4] x, float[2,4] a) => (float[2,4] y, float[2,4] z)"
             " <float s = {1e-7}, float t = {0.1}, int8 o = {0}, int8[4,4] w = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7}>"
             "{ q = QuantizeLinear (x, s, o) d = DequantizeLinear (q, s, o) e = DequantizeLinear (w, t, o)"
@@ -247,8 +254,8 @@ class TestPairs:
             "  p = QuantizeLinear (a, t, o) b = DequantizeLinear (p, t, o) h = DequantizeLinear (w, t, o)"
             "  z = MatMul (b, h) }"
         )
-        assert kept.keys() >= {"d", "e", "f", "y"}
-        assert not kept.keys() & {"b", "h", "z"}
+        assert reasons.keys() >= {"d", "e", "f", "y"}
+        assert not reasons.keys() & {"b", "h", "z"}
         assert {value(model, name).dtype for name in ("d", "e", "f")} == {FP32}
 
 
@@ -270,13 +277,13 @@ class TestKept:
         head = "(float[2,3] x) => (float[2,3] y) <float[3] w = {1, 2, 3}>"
         text = f"{head} {{ t = Neg (x) u = {node.replace('(x', '(t')} v = Neg (u) y = Neg (v) }}"
         for dtype in (FP16, BF16):
-            model, kept = convert(text, dtype, opset=22, keep_io_types=False)
-            assert set(kept) == ({"u"} if dtype in dtypes else set())
-            casts = ["Cast"] if kept else []
+            model, reasons = convert(text, dtype, opset=22, keep_io_types=False)
+            assert set(reasons) == ({"u"} if dtype in dtypes else set())
+            casts = ["Cast"] if reasons else []
             assert ops(model) == ["Neg", *casts, node.split()[0], *casts, "Neg", "Neg"]
 
     def test_a_region_has_one_cast_in_and_one_out(self):
-        model, kept = convert(
+        model, reasons = convert(
             """(float[2,3] x) => (float[2,3] y) <float[3] w = {1, 2, 3}, int64[2] n = {3, 2}> {
             a = Neg (x)  s = Softmax (a)  t = Transpose (s)  r = Reshape (t, n)  u = Transpose (r)
             l = LayerNormalization (u, w)  y = Neg (l)
@@ -285,7 +292,7 @@ class TestKept:
         )
         assert ops(model).count("Cast") == 2
         assert {
-            name for name, reason in kept.items() if reason == "lies between nodes in float32"
+            name for name, reason in reasons.items() if reason == "lies between nodes in float32"
         } == {"t", "r", "u"}
 
     def test_decomposed_layernorm(self):
@@ -295,8 +302,8 @@ class TestKept:
             m = ReduceMean (p, a)  c = Sub (p, m)  s = Pow (c, two)  v = ReduceMean (s, a)
             w = Add (v, e)  r = Sqrt (w)  d = Div (c, r)  y = Mul (d, g)
         }"""
-        model, kept = convert(text, BF16, keep_io_types=False)
-        assert set(kept) == {"m", "c", "s", "v", "w", "r", "d"}
+        model, reasons = convert(text, BF16, keep_io_types=False)
+        assert set(reasons) == {"m", "c", "s", "v", "w", "r", "d"}
         assert ops(model).count("Cast") == 2
 
     @pytest.mark.parametrize("epsilon", ["1e-12", "0.01"])
@@ -306,8 +313,8 @@ class TestKept:
             f"(float[2,4] x) => (float[2,4] y) <float low = {{{epsilon}}}, float[2,4] like = {{1,1,1,1,1,1,1,1}}>"
             "{ n = ReduceL2 <keepdims = 1> (x) c = Clip (n, low) h = Shape (like) e = Expand (c, h) y = Div (x, e) }"
         )
-        model, kept = convert(text, keep_io_types=False)
-        assert ({"c", "e", "y"} <= kept.keys()) == (epsilon == "1e-12")
+        model, reasons = convert(text, keep_io_types=False)
+        assert ({"c", "e", "y"} <= reasons.keys()) == (epsilon == "1e-12")
         assert np.isfinite(run(model, np.zeros((2, 4), np.float16))[0]).all()
 
     @pytest.mark.parametrize("division", ["y = Div (x, p)", "r = Reciprocal (p) y = Mul (x, r)"])
@@ -317,12 +324,12 @@ class TestKept:
             "(float[2,4] x) => (float[2,4] y) <float low = {1e-8}>"
             "{ n = ReduceL2 <keepdims = 1> (x) c = Clip (n, low) p = Mul (c, c) " + division + " }"
         )
-        model, kept = convert(text, keep_io_types=False)
-        assert {"c", "p", "y"} <= kept.keys()
-        (found,) = ReferenceEvaluator(ir.to_proto(model)).run(
+        model, reasons = convert(text, keep_io_types=False)
+        assert {"c", "p", "y"} <= reasons.keys()
+        (outputs,) = ReferenceEvaluator(ir.to_proto(model)).run(
             None, {"x": np.zeros((2, 4), np.float16)}
         )
-        assert np.isfinite(found).all()
+        assert np.isfinite(outputs).all()
 
     def test_large_reductions(self):
         for size, names in ((1024, set()), (1025, {"r"})):
@@ -331,17 +338,17 @@ class TestKept:
             assert set(convert(text, keep_io_types=False)[1]) == names
 
     def test_resize_scales_stay_float32_and_the_data_does_not(self):
-        model, kept = (
+        model, reasons = (
             convert("""(float[1,1,2,2] x) => (float[1,1,4,4] y) <float[4] s = {1, 1, 2, 2}> {
             y = Resize <mode = "linear"> (x, , s)
         }""")
         )
-        assert kept == {}
+        assert reasons == {}
         assert value(model, "s").dtype == FP32
         assert ops(model) == ["Cast", "Resize", "Cast"]
 
     def test_operators_without_the_type(self):
-        model, kept = convert(
+        model, reasons = convert(
             """(float[1,2,4,4] x, float n) => (float[1,2,2,2] y, float[M] r)
             <float o = {0}, float i = {1}> {
             t = Neg (x)  y = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (t)  r = Range (o, n, i)
@@ -349,8 +356,8 @@ class TestKept:
             BF16,
             opset=19,
         )
-        assert kept["y"] == "MaxPool has no bfloat16 in ONNX 19"
-        assert kept["r"] == "Range has no bfloat16 in ONNX 19"
+        assert reasons["y"] == "MaxPool has no bfloat16 in ONNX 19"
+        assert reasons["r"] == "Range has no bfloat16 in ONNX 19"
         assert value(model, "t").dtype == FP32  # lies between the input and a kept node
 
     def test_an_operator_of_others(self):
@@ -364,14 +371,14 @@ class TestKept:
         assert [entry.node for entry in graph_pass.kept] == ["c"]
 
     def test_constants_that_do_not_fit(self):
-        model, kept = convert(
+        model, reasons = convert(
             """(float[3] x) => (float[3] y)
             <float e = {0.0000001}, float m = {-3.4e38}, float[3] w = {1, 0.0000001, 2}> {
             a = Neg (x)  b = Add (a, e)  c = Neg (b)  d = Max (c, m)  f = Neg (d)  y = Mul (f, w)
         }""",
             keep_io_types=False,
         )
-        assert kept == {
+        assert reasons == {
             "b": "its constant e of 1e-07 is too small for float16",
             "c": "lies between nodes in float32",
             "d": "its constant m reaches 3.4e+38",
@@ -384,9 +391,9 @@ class TestKept:
         x = np.float32([1, -70, 3])
         peaks = measure_peaks(read(text), {"x": x})
         assert peaks == {"x": 70, "a": 7e4, "b": 7e7, "c": 7e4, "y": 7e4}
-        model, kept = convert(text, peaks=peaks)
-        assert set(kept) == {"a", "b", "c", "y"}
-        assert kept["a"] == "a reaches 7e+04, and float16 ends at 65504"
+        model, reasons = convert(text, peaks=peaks)
+        assert set(reasons) == {"a", "b", "c", "y"}
+        assert reasons["a"] == "a reaches 7e+04, and float16 ends at 65504"
         np.testing.assert_array_equal(run(model, x)[0], -x * 1000)
         assert convert(text, BF16, peaks=peaks)[1] == {}
         without, _ = convert(text)
@@ -395,8 +402,8 @@ class TestKept:
     def test_inputs_and_outputs_that_do_not_fit(self):
         text = "(float[3] x) => (float[3] y) <float k = {1000}> { a = Div (x, k) b = Neg (a) y = Mul (b, k) }"
         peaks = measure_peaks(read(text), {"x": np.float32([1e6, 0, 1])})
-        model, kept = convert(text, peaks=peaks, keep_io_types=False)
-        assert {"x", "y"} <= set(kept)
+        model, reasons = convert(text, peaks=peaks, keep_io_types=False)
+        assert {"x", "y"} <= set(reasons)
         assert value(model, "x").dtype == value(model, "y").dtype == FP32
 
 
@@ -412,13 +419,13 @@ class TestRefused:
 
     def test_bfloat16_convolution(self):
         model = read(TestPairs.CONV, 21)
-        before = ir.to_proto(model)
+        content = ir.to_proto(model)
         with pytest.raises(
             ExportError,
             match="Conv of opset 21 has no bfloat16: y; the lowest opset that has is 22",
         ):
             ConvertPrecision(BF16)(model)
-        assert ir.to_proto(model) == before
+        assert ir.to_proto(model) == content
         assert convert(TestPairs.CONV, BF16, opset=22)[1] == {}
 
 
@@ -428,9 +435,8 @@ class Attention(nn.Module):
         self.norm, self.qkv, self.out = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32)
 
     def forward(self, x):
-        q, k, v = (
-            self.qkv(self.norm(x)).reshape(x.shape[0], x.shape[1], 3, 2, 16).permute(2, 0, 3, 1, 4)
-        )
+        heads = self.qkv(self.norm(x)).reshape(x.shape[0], x.shape[1], 3, 2, 16)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(y.transpose(1, 2).flatten(2))
 
@@ -493,10 +499,9 @@ NETWORKS = {
 
 def calibrated(kind):
     torch.manual_seed(0)
-    model, x = (
-        kind().eval(),
-        torch.randn(2, 20, 32) if kind is Attention else torch.randn(2, 3, 12, 12),
-    )
+    model = kind().eval()
+    shape = (2, 20, 32) if kind is Attention else (2, 3, 12, 12)
+    x = torch.randn(shape)
     swap_modules(model, x)
     calibrate_model(model, [x], method="max")
     return model, x
@@ -507,12 +512,13 @@ def exported(request, tmp_path_factory):
     """Network class, example, and the reports of both exports."""
     model, x = calibrated(request.param)
     folder = tmp_path_factory.mktemp("precision")
-    reports = (export_onnx(model, x, folder / f"{p}.onnx", precision=p) for p in ("fp32", "fp16"))
-    return request.param, x, *reports
+    full = export_onnx(model, x, folder / "fp32.onnx", precision="fp32")
+    half = export_onnx(model, x, folder / "fp16.onnx", precision="fp16")
+    return request.param, x, full, half
 
 
-def noise_db(expected, found):
-    return 20 * np.log10(max(np.linalg.norm(found - expected) / np.linalg.norm(expected), 1e-12))
+def noise_db(expected, outputs):
+    return 20 * np.log10(max(np.linalg.norm(outputs - expected) / np.linalg.norm(expected), 1e-12))
 
 
 def session_run(path, *arrays):
@@ -531,10 +537,10 @@ class TestExport:
     def test_report_and_file(self, exported):
         kind, _, full, half = exported
         onnx.checker.check_model(half.path, full_check=True)
-        kept = [(entry.op_type, entry.reason) for entry in half.precision.kept]
-        assert bool(kept) == bool(NETWORKS[kind])
+        reasons = [(entry.op_type, entry.reason) for entry in half.precision.kept]
+        assert bool(reasons) == bool(NETWORKS[kind])
         for op_type, words in NETWORKS[kind].items():
-            assert any(op == op_type and words in reason for op, reason in kept)
+            assert any(op == op_type and words in reason for op, reason in reasons)
         assert half.precision.not_measured == ()
         assert full.precision is None
         assert (half.quantize_nodes, half.dequantize_nodes) == (
@@ -545,29 +551,28 @@ class TestExport:
 
     def test_near_float32_in_onnx_runtime(self, exported):
         _, x, full, half = exported
-        expected, found = session_run(full.path, x.numpy()), session_run(half.path, x.numpy())
-        assert found.dtype == np.float32
-        assert noise_db(expected, found) < -30
+        expected, outputs = session_run(full.path, x.numpy()), session_run(half.path, x.numpy())
+        assert outputs.dtype == np.float32
+        assert noise_db(expected, outputs) < -30
         assert half.precision.parity.sqnr_db > 30
 
     def test_near_float32_in_the_reference(self, exported):
         """numpy rounds every value to float16; ONNX Runtime does so where the report measures."""
         _, x, full, half = exported
         feed = {next(iter(full.inputs)): x.numpy()}
-        (expected,), (found,) = (
-            ReferenceEvaluator(str(report.path)).run(None, feed) for report in (full, half)
-        )
-        assert noise_db(expected, found) < -30
+        (expected,) = ReferenceEvaluator(str(full.path)).run(None, feed)
+        (outputs,) = ReferenceEvaluator(str(half.path)).run(None, feed)
+        assert noise_db(expected, outputs) < -30
 
     @needs_rtx
     def test_same_int8_layers_in_tensorrt_rtx(self, exported):
         _, _, full, half = exported
-        before, after = (build_engine(report.path, backend="rtx") for report in (full, half))
-        layers = [
-            [(layer.node, layer.int8) for layer in report.layers] for report in (before, after)
-        ]
-        assert layers[0] == layers[1]
-        assert before.missing_int8 == after.missing_int8 == []
+        full_engine = build_engine(full.path, backend="rtx")
+        half_engine = build_engine(half.path, backend="rtx")
+        full_layers = [(layer.node, layer.int8) for layer in full_engine.layers]
+        half_layers = [(layer.node, layer.int8) for layer in half_engine.layers]
+        assert half_layers == full_layers
+        assert full_engine.missing_int8 == half_engine.missing_int8 == []
 
     @needs_rtx
     def test_kernels_of_the_rest_are_half(self, tmp_path):
@@ -590,9 +595,9 @@ class TestExport:
         half = export_onnx(model, x, tmp_path / "fp16.onnx", precision="fp16", keep_io_types=False)
         assert half.precision.casts == 0
         assert half.precision.parity.sqnr_db > 30
-        found = session_run(half.path, x.numpy().astype(np.float16))
-        assert found.dtype == np.float16
-        assert noise_db(session_run(full.path, x.numpy()), found.astype(np.float32)) < -30
+        outputs = session_run(half.path, x.numpy().astype(np.float16))
+        assert outputs.dtype == np.float16
+        assert noise_db(session_run(full.path, x.numpy()), outputs.astype(np.float32)) < -30
 
     def test_float_weights_keep_their_codes(self, tmp_path):
         model, x = calibrated(Block)
@@ -645,9 +650,8 @@ def test_resnet50(tmp_path):
     fold_batchnorm(model, x)
     swap_modules(model, x)
     calibrate_model(model, [x], method="max")
-    full, half = (
-        export_onnx(model, x, tmp_path / f"{p}.onnx", precision=p) for p in ("fp32", "fp16")
-    )
+    full = export_onnx(model, x, tmp_path / "fp32.onnx", precision="fp32")
+    half = export_onnx(model, x, tmp_path / "fp16.onnx", precision="fp16")
     assert half.precision.kept == ()
     assert half.precision.casts == 1  # at the end; the input enters through its Q
     assert half.precision.parity.sqnr_db > 30
