@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +11,13 @@ import onnx_ir as ir
 
 from qdq.errors import ExportError
 from qdq.graph.coverage import WEIGHTED_OPS, dequantizer_of, follow_axis, module_of, output_axis
-from qdq.graph.pairs import constant_of, input_of, is_op, remove_if_unused
+from qdq.graph.edits import add_initializer, remove_if_unused
+from qdq.graph.pairs import constant_of, input_of, is_int8_zero, is_op, producer_of
 from qdq.text import list_names
 
 _BIAS_CODES = 2.0**30  # half of int32: the sum of products that the bias is added to needs room too
 # Of channels of zeros: the smallest that float16 holds with all digits (R-SCALE), so that the bias, in units of it and
-# of the input's scale, loses as little as possible.
+# of the scale of the input, loses as little as possible.
 _DEAD_SCALE = 2.0**-14
 _INT8 = np.iinfo(np.int8)
 
@@ -43,66 +43,100 @@ class RaiseWeightScales(ir.passes.InPlacePass):
         super().__init__()
         self._only_dead = only_dead
         self.changed: list[str] = []
-        self.removed_q = self.removed_dq = 0
+        """Names of the DQ of the weights that were changed."""
+        self.removed_q = 0
+        self.removed_dq = 0
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Change the weights of the main graph; `changed` names the DQ of each, `removed_*` count copies as -1.
+        """Change the weights of the main graph; `removed_q` and `removed_dq` count each copy of a pair as -1.
 
         Raises:
             ExportError: A weight holds NaN or Inf, so that its codes are those of another number.
         """
-        self.changed, self.removed_q, self.removed_dq = [], 0, 0
+        self.changed = []
+        self.removed_q = 0
+        self.removed_dq = 0
+
         nodes = list(model.graph)
         if not self._only_dead:
-            weights = [weight for node in nodes if (weight := _read_weight(node)) is not None]
-            _require_finite(weights)
-            for weight in weights:
-                self._raise(weight, np.where(weight.dead, _DEAD_SCALE, 0))
+            self._raise_dead_channels(nodes)
         for node in nodes:
-            if (least := least_scale(node)) is not None:
-                self._raise_for(node, least)
+            smallest_scale = least_scale(node)
+            if smallest_scale is not None:
+                self._raise_weight_of(node, smallest_scale)
+
         return ir.passes.PassResult(model, modified=bool(self.changed))
 
-    def _raise_for(self, node: ir.Node, least: Floats) -> None:
+    def _raise_dead_channels(self, nodes: list[ir.Node]) -> None:
+        """Give channels of zeros a scale that float16 holds."""
+        weights = []
+        for node in nodes:
+            weight = _read_weight(node)
+            if weight is not None:
+                weights.append(weight)
+
+        _require_finite(weights)
+        for weight in weights:
+            self._raise_scale(weight, np.where(weight.dead, _DEAD_SCALE, 0))
+
+    def _raise_weight_of(self, product: ir.Node, smallest_scale: Floats) -> None:
         """Raise the scale of the weight of one product; other readers of the weight keep its numbers."""
-        weight = _read_weight(dequantizer_of(node.inputs[1]))
+        weight = _read_weight(dequantizer_of(product.inputs[1]))
         if weight is None:
             return
-        grows = weight.raised(least, self._only_dead) > weight.scale
-        if np.any(grows & ~weight.dead) and len(weight.dequantize.outputs[0].uses()) > 1:
-            if node.inputs[1] is not weight.dequantize.outputs[0]:
-                return  # behind a Transpose, which others may read too
-            weight = self._copy_pair(weight, node)
-        self._raise(weight, least)
 
-    def _raise(self, weight: _Weight, least: Floats) -> None:
-        scale = weight.raised(least, self._only_dead)
+        output = weight.dequantize.outputs[0]
+        is_shared = len(output.uses()) > 1
+        if is_shared and self._changes_numbers(weight, smallest_scale):
+            if product.inputs[1] is not output:
+                return  # it is behind a Transpose, which other nodes may read too
+            weight = self._copy_pair(weight, product)
+
+        self._raise_scale(weight, smallest_scale)
+
+    def _changes_numbers(self, weight: _Weight, smallest_scale: Floats) -> bool:
+        """Whether a channel that is not all zeros would get a larger scale."""
+        grows = weight.raised(smallest_scale, self._only_dead) > weight.scale
+        return bool(np.any(grows & ~weight.dead))
+
+    def _raise_scale(self, weight: _Weight, smallest_scale: Floats) -> None:
+        """Write larger scales, and the numbers that go with them, if any scale grows and the file can hold all."""
+        scale = weight.raised(smallest_scale, self._only_dead)
         with np.errstate(over="ignore"):
-            stored = scale.astype(weight.scale_type)
-        if not np.any(scale > weight.scale) or not np.all(np.isfinite(stored)):
+            stored_scale = scale.astype(weight.scale_type)
+
+        has_grown = np.any(scale > weight.scale)
+        if not has_grown or not np.all(np.isfinite(stored_scale)):
             return
-        pair = [node for node in (weight.quantize, weight.dequantize) if node is not None]
-        _set_constant(pair[:1], 0, weight.numbers_for(scale))
-        _set_constant(pair, 1, stored)
+
+        _set_constant(weight.nodes[:1], 0, weight.numbers_for(scale))
+        _set_constant(weight.nodes, 1, stored_scale)
         self.changed.append(weight.dequantize.name or str(weight.dequantize.outputs[0].name))
 
     def _copy_pair(self, weight: _Weight, reader: ir.Node) -> _Weight:
-        """A DQ, and a Q, of its own for one reader of a weight."""
-        value, graph = weight.dequantize.inputs[0], reader.graph
+        """Give one reader of a weight a DQ, and a Q, of its own."""
+        value = weight.dequantize.inputs[0]
+        graph = reader.graph
         assert value is not None and graph is not None  # noqa: S101  # it was read from the graph
+
         suffix = f"_for_{module_of(reader)}"
         if weight.quantize is not None:
-            quantize = _copy(weight.quantize, weight.quantize.inputs[0], suffix)
+            quantize = _copy_node(weight.quantize, weight.quantize.inputs[0], suffix)
             graph.insert_before(reader, quantize)
-            value = quantize.outputs[0]
             self.removed_q -= 1
-        dequantize = _copy(weight.dequantize, value, suffix)
+            value = quantize.outputs[0]
+
+        dequantize = _copy_node(weight.dequantize, value, suffix)
         graph.insert_before(reader, dequantize)
         self.removed_dq -= 1
         reader.replace_input_with(1, dequantize.outputs[0])
-        copied = _read_weight(dequantize)
-        assert copied is not None  # noqa: S101  # it is what was read before
-        return copied
+
+        copied_weight = _read_weight(dequantize)
+        assert copied_weight is not None  # noqa: S101  # the original could be read
+        return copied_weight
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -115,7 +149,7 @@ class _Weight:
         numbers: Float weights, or codes where there is no Q.
         scale: As in the file, 0-D or 1-D.
         scale_type: Type of the scale in the file.
-        axis: The axis of a 1-D scale.
+        axis: The axis of a 1-D scale; None for one scale.
     """
 
     dequantize: ir.Node
@@ -126,163 +160,298 @@ class _Weight:
     axis: int | None
 
     @property
+    def nodes(self) -> list[ir.Node]:
+        """The Q, if there is one, and the DQ."""
+        if self.quantize is None:
+            return [self.dequantize]
+        return [self.quantize, self.dequantize]
+
+    @property
     def dead(self) -> npt.NDArray[np.bool_]:
         """Whether all codes are 0, for each scale."""
         sizes = np.abs(self.numbers.astype(np.float64))
-        others = tuple(axis for axis in range(sizes.ndim) if axis != self.axis)
-        largest = sizes.max(others, initial=0)
-        return np.asarray(largest == 0 if self.quantize is None else largest <= self.scale / 2)
+        reduced_axes = tuple(axis for axis in range(sizes.ndim) if axis != self.axis)
+        largest = sizes.max(reduced_axes, initial=0)
+        if self.quantize is None:
+            return np.asarray(largest == 0)
 
-    def raised(self, least: Floats, only_dead: bool) -> Floats:
-        """The scale, no smaller than `least` where it may change."""
-        return np.asarray(
-            np.where(self.dead | (not only_dead), np.maximum(self.scale, least), self.scale)
-        )
+        # A float of half a scale is rounded to the even code, which is 0.
+        return np.asarray(largest <= self.scale / 2)
+
+    def raised(self, smallest_scale: Floats, only_dead: bool) -> Floats:
+        """The scale, no smaller than `smallest_scale` where it may change."""
+        larger_scale = np.maximum(self.scale, smallest_scale)
+        if only_dead:
+            return np.where(self.dead, larger_scale, self.scale)
+        return np.asarray(larger_scale)
 
     def numbers_for(self, scale: Floats) -> npt.NDArray[Any]:
-        """What the file must hold where the scale becomes another: floats to quantize, or codes."""
-        old, new = self._along(self.scale), self._along(scale)
+        """The numbers that the file must hold with another scale: floats to quantize, or codes."""
+        old_scale = self._broadcast(self.scale)
+        new_scale = self._broadcast(scale)
         if self.quantize is None:
-            codes = np.rint(self.numbers * (old / new)).clip(_INT8.min, _INT8.max)
-            return codes.astype(self.numbers.dtype)
-        clipped = self.numbers.astype(np.float64).clip(_INT8.min * old, _INT8.max * old)
-        return np.where(new > old, clipped, self.numbers).astype(self.numbers.dtype)
+            codes = np.rint(self.numbers * (old_scale / new_scale))
+            return codes.clip(_INT8.min, _INT8.max).astype(self.numbers.dtype)
 
-    def _along(self, scale: Floats) -> Floats:
+        # Floats that the old scale clips would get larger codes with the new one.
+        floats = self.numbers.astype(np.float64)
+        clipped_floats = floats.clip(_INT8.min * old_scale, _INT8.max * old_scale)
+        floats_for_scale = np.where(new_scale > old_scale, clipped_floats, self.numbers)
+        return floats_for_scale.astype(self.numbers.dtype)
+
+    def _broadcast(self, scale: Floats) -> Floats:
+        """The scales in a shape that numpy can combine with the weights."""
         if self.axis is None:
             return scale
-        return scale.reshape([-1 if axis == self.axis else 1 for axis in range(self.numbers.ndim)])
 
-
-def _require_finite(weights: list[_Weight]) -> None:
-    broken = [
-        str(w.quantize.name)
-        for w in weights
-        if w.quantize is not None and not np.isfinite(w.numbers).all()
-    ]
-    if broken:
-        raise ExportError(
-            f"{len(broken)} weights hold NaN or Inf, which int8 has no code for: {list_names(broken, 5)}.",
-            "look at the parameters that they are computed from.",
-        )
-
-
-def least_scale(node: ir.Node) -> Floats | None:
-    """The weight scales below which the bias of a product is more than half of int32, of the shape of the scale.
-
-    None where there is no constant bias, where the operands are not quantized, or where scales are not along the
-    output channels.
-    """
-    bias = constant_of(input_of(node, 2)) if is_op(node, *WEIGHTED_OPS) else None
-    if bias is None or not bias.size or node.op_type == "MatMul":
-        return None
-    weight, activation = (dequantizer_of(input_of(node, position)) for position in (1, 0))
-    if weight is None or activation is None:
-        return None
-    scale, input_scale = constant_of(input_of(weight, 1)), constant_of(input_of(activation, 1))
-    if (
-        scale is None
-        or input_scale is None
-        or input_scale.size != 1
-        or not float(input_scale.reshape(())) > 0
-    ):
-        return None
-    if scale.size > 1 and (bias.size % scale.size or not _is_along_outputs(node, weight)):
-        return None
-    # In a grouped transposed convolution several output channels have one scale.
-    largest = np.abs(bias.astype(np.float64)).reshape(-1, scale.size).max(0)
-    return np.asarray(largest / (_BIAS_CODES * float(input_scale.reshape(()))), np.float64).reshape(
-        scale.shape
-    )
-
-
-def _is_along_outputs(node: ir.Node, dequantize: ir.Node) -> bool:
-    codes = dequantize.inputs[0]
-    shape = None if codes is None else codes.shape
-    array = constant_of(codes)
-    rank = array.ndim if array is not None else len(shape) if shape is not None else 0
-    if not rank:
-        return False
-    axis = dequantize.attributes.get_int("axis", 1) % rank
-    return follow_axis(node.inputs[1], dequantize, axis) == output_axis(node, rank)
+        shape = [1] * self.numbers.ndim
+        shape[self.axis] = -1
+        return scale.reshape(shape)
 
 
 def _read_weight(dequantize: ir.Node | None) -> _Weight | None:
-    """The constant behind a DQ; None for other nodes, other types and other zero points."""
-    if (
-        dequantize is None
-        or not is_op(dequantize, "DequantizeLinear")
-        or not _is_symmetric(dequantize)
-    ):
+    """The constant behind a DQ.
+
+    Args:
+        dequantize: Any node, or none.
+
+    Returns:
+        None for other nodes, other types than int8 and other zero points than 0. None too where Q and DQ have different
+        scales, or where the codes of the Q have other readers.
+    """
+    if not is_op(dequantize, "DequantizeLinear") or not _is_symmetric(dequantize):
         return None
-    codes, scale = dequantize.inputs[0], constant_of(input_of(dequantize, 1))
-    producer = None if codes is None else codes.producer()
-    quantize = producer if producer is not None and is_op(producer, "QuantizeLinear") else None
-    numbers = constant_of(codes) if quantize is None else constant_of(quantize.inputs[0])
-    if numbers is None or scale is None or scale.ndim > 1:
+
+    scale = constant_of(input_of(dequantize, 1))
+    if scale is None or scale.ndim > 1:
         return None
-    if quantize is None and numbers.dtype != np.int8:
+
+    quantize = producer_of(dequantize.inputs[0])
+    if is_op(quantize, "QuantizeLinear"):
+        if not _is_pair(quantize, scale):
+            return None
+        numbers = constant_of(quantize.inputs[0])
+    else:
+        quantize = None
+        numbers = _codes_of(dequantize)
+    if numbers is None:
         return None
-    if quantize is not None and (
-        len(quantize.outputs[0].uses()) > 1 or not _is_pair(quantize, scale)
-    ):
-        return None
-    axis = (
-        dequantize.attributes.get_int("axis", 1) % max(numbers.ndim, 1) if scale.size > 1 else None
+
+    axis = None
+    if scale.size > 1:
+        axis = dequantize.attributes.get_int("axis", 1) % max(numbers.ndim, 1)
+        if numbers.shape[axis] != scale.size:
+            return None
+
+    return _Weight(
+        dequantize=dequantize,
+        quantize=quantize,
+        numbers=numbers,
+        scale=scale.astype(np.float64),
+        scale_type=scale.dtype,
+        axis=axis,
     )
-    if axis is not None and numbers.shape[axis] != scale.size:
+
+
+def _codes_of(dequantize: ir.Node) -> npt.NDArray[Any] | None:
+    """The int8 codes that a DQ reads, if they are constant."""
+    codes = constant_of(dequantize.inputs[0])
+    if codes is None or codes.dtype != np.int8:
         return None
-    return _Weight(dequantize, quantize, numbers, scale.astype(np.float64), scale.dtype, axis)
+    return codes
 
 
 def _is_symmetric(node: ir.Node) -> bool:
     """Whether the codes are int8 with zero point 0; a DQ of int8 codes need not write it."""
-    zeros = constant_of(input_of(node, 2))
     if input_of(node, 2) is None:
         return node.op_type == "DequantizeLinear"
-    return zeros is not None and zeros.dtype == np.int8 and not zeros.any()
+
+    zero_point = constant_of(input_of(node, 2))
+    return is_int8_zero(zero_point)
 
 
 def _is_pair(quantize: ir.Node, scale: npt.NDArray[Any]) -> bool:
-    other = constant_of(input_of(quantize, 1))
-    return other is not None and _is_symmetric(quantize) and np.array_equal(other, scale)
+    """Whether a Q and the DQ behind it can get another scale together.
+
+    Args:
+        quantize: The Q.
+        scale: Scale of the DQ, which the Q must have too. The DQ must be the only reader of the Q.
+    """
+    has_single_reader = len(quantize.outputs[0].uses()) <= 1
+    if not has_single_reader or not _is_symmetric(quantize):
+        return False
+
+    quantize_scale = constant_of(input_of(quantize, 1))
+    return quantize_scale is not None and np.array_equal(quantize_scale, scale)
 
 
-def _copy(node: ir.Node, value: ir.Value | None, suffix: str) -> ir.Node:
-    output = node.outputs[0]
+def _require_finite(weights: list[_Weight]) -> None:
+    """Refuse weights that hold NaN or Inf."""
+    broken_names = []
+    for weight in weights:
+        is_finite = np.isfinite(weight.numbers).all()
+        if weight.quantize is not None and not is_finite:
+            broken_names.append(str(weight.quantize.name))
+
+    if broken_names:
+        raise ExportError(
+            f"{len(broken_names)} weights hold NaN or Inf, which int8 has no code for: "
+            f"{list_names(broken_names, 5)}.",
+            "look at the parameters that they are computed from.",
+        )
+
+
+# --- the smallest scale ---------------------------------------------------------------------------------------------
+
+
+def least_scale(node: ir.Node) -> Floats | None:
+    """The weight scales below which the bias of a product is more than half of int32.
+
+    Args:
+        node: Any node.
+
+    Returns:
+        One number for each weight scale, in its shape. None where there is no constant bias, where the operands are
+        not quantized, or where scales are not along the output channels.
+    """
+    bias = _bias_of(node)
+    if bias is None:
+        return None
+
+    weight = dequantizer_of(input_of(node, 1))
+    activation = dequantizer_of(input_of(node, 0))
+    if weight is None or activation is None:
+        return None
+
+    scale = constant_of(input_of(weight, 1))
+    input_scale = _positive_scalar(constant_of(input_of(activation, 1)))
+    if scale is None or input_scale is None:
+        return None
+    if scale.size > 1:
+        is_divisible = bias.size % scale.size == 0
+        if not is_divisible or not _is_along_outputs(node, weight):
+            return None
+
+    # In a grouped transposed convolution several output channels have one scale.
+    biases_of_scales = np.abs(bias.astype(np.float64)).reshape(-1, scale.size)
+    smallest_scales = biases_of_scales.max(0) / (_BIAS_CODES * input_scale)
+    return np.asarray(smallest_scales, np.float64).reshape(scale.shape)
+
+
+def _bias_of(node: ir.Node) -> npt.NDArray[Any] | None:
+    """The constant bias of a product.
+
+    Returns:
+        None if it has none, as a MatMul, or if the bias is computed.
+    """
+    if not is_op(node, *WEIGHTED_OPS) or node.op_type == "MatMul":
+        return None
+
+    bias = constant_of(input_of(node, 2))
+    if bias is None or not bias.size:
+        return None
+    return bias
+
+
+def _positive_scalar(scale: npt.NDArray[Any] | None) -> float | None:
+    """The number of a scale, if it is a single one above 0.
+
+    Args:
+        scale: From `constant_of`.
+    """
+    if scale is None or scale.size != 1:
+        return None
+
+    number = float(scale.reshape(()))
+    if not number > 0:  # NaN is not above 0 either
+        return None
+    return number
+
+
+def _is_along_outputs(node: ir.Node, dequantize: ir.Node) -> bool:
+    """Whether the scales of a weight lie along the output channels of a product.
+
+    Args:
+        node: The product.
+        dequantize: The DQ of its weight, which may stand behind a Transpose.
+    """
+    rank = _rank_of(dequantize.inputs[0])
+    if not rank:
+        return False
+
+    axis = dequantize.attributes.get_int("axis", 1) % rank
+    return follow_axis(node.inputs[1], dequantize, axis) == output_axis(node, rank)
+
+
+def _rank_of(value: ir.Value | None) -> int:
+    """The number of dimensions of a value.
+
+    Returns:
+        0 where it is not known, and for a scalar.
+    """
+    array = constant_of(value)
+    if array is not None:
+        return array.ndim
+    if value is None or value.shape is None:
+        return 0
+    return len(value.shape)
+
+
+# --- edits ----------------------------------------------------------------------------------------------------------
+
+
+def _copy_node(node: ir.Node, value: ir.Value | None, suffix: str) -> ir.Node:
+    """A copy of a Q or DQ that reads another value, with a suffix to its names."""
     copy = ir.node(
         node.op_type,
         [value, *node.inputs[1:]],
         attributes=dict(node.attributes),
         name=f"{node.name}{suffix}",
     )
-    copy.outputs[0].name = f"{output.name}{suffix}"
-    copy.outputs[0].shape, copy.outputs[0].type = output.shape, output.type
+    output = node.outputs[0]
+    copied_output = copy.outputs[0]
+    copied_output.name = f"{output.name}{suffix}"
+    copied_output.shape = output.shape
+    copied_output.type = output.type
     return copy
 
 
 def _set_constant(readers: list[ir.Node], position: int, array: npt.NDArray[Any]) -> None:
-    """Give nodes another constant, under the name of the old one unless that has other readers."""
+    """Give nodes another constant.
+
+    It keeps the name of the old one, unless that has other readers.
+
+    Args:
+        readers: The nodes.
+        position: Position of the input.
+        array: The numbers of the new constant.
+    """
     for reader in readers:
-        old, graph = reader.inputs[position], reader.graph
-        assert old is not None and graph is not None  # noqa: S101  # it was read from the graph
-        present = constant_of(old)
-        if present is not None and np.array_equal(present, array):
+        old_value = reader.inputs[position]
+        graph = reader.graph
+        assert old_value is not None and graph is not None  # noqa: S101  # it was read from the graph
+
+        old_array = constant_of(old_value)
+        if old_array is not None and np.array_equal(old_array, array):
             continue
-        if old.is_initializer() and {user for user, _ in old.uses()} <= set(readers):
-            old.const_value = ir.tensor(array, name=old.name)
+
+        users = {user for user, _ in old_value.uses()}
+        if old_value.is_initializer() and users <= set(readers):
+            old_value.const_value = ir.tensor(array, name=old_value.name)
             continue
-        names = (f"{old.name}_{number}" for number in itertools.count(2))
-        name = next(name for name in names if name not in graph.initializers)
-        tensor = ir.tensor(array, name=name)
-        new = ir.Value(
-            name=name,
-            shape=ir.Shape(array.shape),
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        graph.register_initializer(new)
+
+        name = _free_name(graph, str(old_value.name))
+        new_value = add_initializer(graph, name, array)
         for user in readers:
-            if user.inputs[position] is old:
-                user.replace_input_with(position, new)
-        remove_if_unused(old)
+            if user.inputs[position] is old_value:
+                user.replace_input_with(position, new_value)
+        remove_if_unused(old_value)
+
+
+def _free_name(graph: ir.Graph, name: str) -> str:
+    """A name that no initializer has: the given one with a number behind it, from 2 on."""
+    number = 2
+    while f"{name}_{number}" in graph.initializers:
+        number += 1
+
+    return f"{name}_{number}"

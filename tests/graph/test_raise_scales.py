@@ -158,10 +158,10 @@ def test_a_weight_with_two_readers_keeps_its_numbers_for_the_other(tmp_path):
     assert graph_pass.removed_dq == -1
     ir.save(model, tmp_path / "after.onnx")
     x = np.random.default_rng(0).normal(size=(2, 2, 4, 4)).astype(np.float32)
-    for before, after in zip(
-        *(OnnxModel(tmp_path / f"{name}.onnx")(x) for name in ("before", "after")), strict=True
-    ):
-        np.testing.assert_allclose(after, before, atol=1e-7)
+    expected_outputs = OnnxModel(tmp_path / "before.onnx")(x)
+    outputs = OnnxModel(tmp_path / "after.onnx")(x)
+    for output, expected in zip(outputs, expected_outputs, strict=True):
+        np.testing.assert_allclose(output, expected, atol=1e-7)
     scales = [
         model.graph.node(name).inputs[1].const_value.numpy() for name in ("w", "w_for_second")
     ]
