@@ -1,4 +1,4 @@
-"""Repairs of Q/DQ that others wrote, where not one number of the model changes."""
+"""Repairs of Q/DQ that other tools wrote, where not one number of the model changes."""
 
 from __future__ import annotations
 
@@ -8,29 +8,44 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qdq.graph.pairs import code_type_of, constant_of, input_of, is_op, remove_if_unused
+from qdq.graph.edits import add_initializer, remove_if_unused
+from qdq.graph.pairs import QDQ_OPS, code_type_of, constant_of, input_of, is_op, producer_of
 
-_PAIR = ("QuantizeLinear", "DequantizeLinear")
+_UINT8_MIDDLE = 128  # the zero point that makes the range of uint8 that of int8, moved
 
 
 class _Repair(ir.passes.InPlacePass):
-    """A repair of single nodes; `changed` has the names of those that it changed."""
+    """A repair of single nodes.
+
+    Attributes:
+        changed: Names of the nodes that were changed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.changed: list[str] = []
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Repair every Q and DQ of the model, also in bodies."""
-        self.changed = [
-            node.name or str(node.outputs[0].name)
-            for node in list(model.graph.all_nodes())
-            if is_op(node, *_PAIR) and len(node.inputs) > 1 and self.repair(node)
-        ]
+        """Repair every Q and DQ of the model, in subgraphs too."""
+        self.changed = []
+        for node in list(model.graph.all_nodes()):
+            if not is_op(node, *QDQ_OPS) or len(node.inputs) < 2:
+                continue
+
+            if self.repair(node):
+                self.changed.append(node.name or str(node.outputs[0].name))
+
         return ir.passes.PassResult(model, modified=bool(self.changed))
 
     def repair(self, node: ir.Node) -> bool:
-        """Repair one node; whether it had to be."""
+        """Repair one node.
+
+        Args:
+            node: A Q or DQ with a scale.
+
+        Returns:
+            Whether there was something to repair.
+        """
         raise NotImplementedError
 
 
@@ -38,22 +53,23 @@ class MakeScalesScalar(_Repair):
     """A per-tensor scale and zero point of shape `[1]` become 0-D (R-SHAPE)."""
 
     def repair(self, node: ir.Node) -> bool:
-        """The one scale of a weight with one output channel stays: it is per channel."""
-        scale, shape = constant_of(node.inputs[1]), _shape_of(node)
+        """Repair one Q or DQ; whether there was something to repair.
+
+        The single scale of a weight with one output channel stays, because it is per channel.
+
+        Args:
+            node: A Q or DQ with a scale.
+        """
+        scale = constant_of(node.inputs[1])
         if scale is None or scale.shape != (1,):
             return False
-        axis = node.attributes.get_int("axis", 1)
-        if (
-            shape is not None
-            and "axis" in node.attributes
-            and -len(shape) <= axis < len(shape)
-            and shape[axis] == 1
-        ):
+        if _scales_single_channel(node):
             return False
-        for position in (1, 2):
-            old = constant_of(input_of(node, position))
-            if old is not None and old.shape == (1,):
-                _replace(node, position, old.reshape(()))
+
+        _replace_constant(node, 1, scale.reshape(()))
+        zero_point = constant_of(input_of(node, 2))
+        if zero_point is not None and zero_point.shape == (1,):
+            _replace_constant(node, 2, zero_point.reshape(()))
         return True
 
 
@@ -61,105 +77,188 @@ class WriteAxes(_Repair):
     """Per-channel Q/DQ of constants get the axis that their number of scales leaves no choice about (R-AXIS)."""
 
     def repair(self, node: ir.Node) -> bool:
-        """Without the attribute the axis is 1; where only another one fits, no runtime could run the file."""
-        scale, shape = constant_of(node.inputs[1]), _shape_of(node)
-        if (
-            scale is None
-            or scale.ndim != 1
-            or scale.size == 1
-            or "axis" in node.attributes
-            or shape is None
-        ):
+        """Repair one Q or DQ; whether there was something to repair.
+
+        Without the attribute the axis is 1. Where only another axis fits, no runtime could run the file.
+
+        Args:
+            node: A Q or DQ with a scale.
+        """
+        scale = constant_of(node.inputs[1])
+        if scale is None or scale.ndim != 1 or scale.size == 1:
             return False
-        fitting = [axis for axis, size in enumerate(shape) if size == scale.size]
-        if len(fitting) != 1:
+
+        shape = _constant_shape_of(node)
+        if shape is None or "axis" in node.attributes:
             return False
-        node.attributes.add(ir.AttrInt64("axis", fitting[0]))
+
+        fitting_axes = [axis for axis, size in enumerate(shape) if size == scale.size]
+        if len(fitting_axes) != 1:
+            return False
+
+        node.attributes.add(ir.AttrInt64("axis", fitting_axes[0]))
         return True
 
 
 class MakeCodesSigned(_Repair):
     """uint8 codes with zero point 128 become int8 codes with zero point 0 (R-SYM).
 
-    Both ranges are moved by 128, so every value keeps its code. With another zero point the range itself would change:
-    such pairs stay. So do codes that anything but a DQ reads.
+    Codes and zero point are moved by 128 together, so every value keeps its number. With another zero point the range
+    itself would change: such pairs stay. So do codes that anything but a DQ reads.
     """
 
     def repair(self, node: ir.Node) -> bool:
-        """Each Q with all its DQ, and each DQ of constants."""
-        if not _is_middle(node):
+        """Repair a Q with all its DQ, or a DQ of constants; whether there was something to repair.
+
+        Args:
+            node: A Q or DQ with a scale. A DQ behind a Q is repaired with the Q.
+        """
+        if not _has_middle_zero_point(node):
             return False
         if node.op_type == "DequantizeLinear":
-            codes = constant_of(node.inputs[0])
-            if codes is None or codes.dtype != np.uint8:
-                return False
-            _replace(node, 0, (codes.astype(np.int16) - 128).astype(np.int8))
-            _zero(node)
-            return True
-        readers = [reader for reader, _ in node.outputs[0].uses()]
-        if node.outputs[0].is_graph_output() or not all(
-            is_op(r, _PAIR[1]) and _is_middle(r) for r in readers
-        ):
-            return False
-        for member in (node, *readers):
-            _zero(member)
-        node.outputs[0].type = ir.TensorType(ir.DataType.INT8)
-        return True
+            return _sign_constant_codes(node)
+        return _sign_computed_codes(node)
 
 
 class WriteZeroPoints(_Repair):
     """A DQ of int8 codes without zero point gets the zeros that it has by definition (R-SYM)."""
 
     def repair(self, node: ir.Node) -> bool:
-        """A Q without one is uint8: that would change its numbers."""
+        """Repair one DQ; whether there was something to repair.
+
+        A Q without a zero point is uint8: a zero point of int8 would change its numbers.
+
+        Args:
+            node: A Q or DQ with a scale.
+        """
+        if not is_op(node, "DequantizeLinear") or input_of(node, 2) is not None:
+            return False
+
         scale = constant_of(node.inputs[1])
-        if not is_op(node, "DequantizeLinear") or input_of(node, 2) is not None or scale is None:
+        if scale is None or code_type_of(node) != ir.DataType.INT8:
             return False
-        if code_type_of(node) != ir.DataType.INT8:
-            return False
+
         if len(node.inputs) < 3:
             node.resize_inputs(3)
-        _replace(node, 2, np.zeros(scale.shape, np.int8))
+        _replace_constant(node, 2, np.zeros(scale.shape, np.int8))
         return True
 
 
-def _is_middle(node: ir.Node) -> bool:
-    zeros = constant_of(input_of(node, 2))
-    return zeros is not None and zeros.dtype == np.uint8 and bool(np.all(zeros == 128))
+def _scales_single_channel(node: ir.Node) -> bool:
+    """Whether a Q or DQ names an axis of a constant which has one channel along it."""
+    shape = _constant_shape_of(node)
+    if shape is None or "axis" not in node.attributes:
+        return False
+
+    axis = node.attributes.get_int("axis", 1)
+    is_valid = -len(shape) <= axis < len(shape)
+    return is_valid and shape[axis] == 1
 
 
-def _zero(node: ir.Node) -> None:
-    zeros = constant_of(node.inputs[2])
-    assert zeros is not None  # noqa: S101  # `_is_middle` has read them
-    _replace(node, 2, np.zeros(zeros.shape, np.int8))
-    if "output_dtype" in node.attributes and node.op_type == "QuantizeLinear":
-        node.attributes.pop("output_dtype")
+def _constant_shape_of(node: ir.Node) -> tuple[int, ...] | None:
+    """The shape of the weight that a Q or DQ works on.
 
+    Args:
+        node: The Q or DQ; a DQ may stand behind the Q of the weight.
 
-def _replace(node: ir.Node, position: int, array: npt.NDArray[Any]) -> None:
-    """Give a node a constant of its own; other readers of the old one keep it."""
-    old, graph = input_of(node, position), node.graph
-    assert isinstance(graph, ir.Graph)  # noqa: S101  # repairs run on graphs, not on functions
-    stem = f"{(old.name if old is not None else node.outputs[0].name) or 'constant'}.qdq"
-    name = next(
-        name
-        for n in range(len(graph.initializers) + 1)
-        if (name := f"{stem}{n}") not in graph.initializers
-    )
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(
-        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    graph.register_initializer(value)
-    node.replace_input_with(position, value)
-    remove_if_unused(old)
-
-
-def _shape_of(node: ir.Node) -> tuple[int, ...] | None:
-    """The shape of what a Q or DQ works on, if it is a constant."""
+    Returns:
+        None if it is not constant.
+    """
     value = node.inputs[0]
-    producer = value.producer() if value is not None else None
-    if producer is not None and is_op(producer, "QuantizeLinear"):
-        value = producer.inputs[0]
+    quantize = producer_of(value)
+    if is_op(quantize, "QuantizeLinear"):
+        value = quantize.inputs[0]
+
     array = constant_of(value)
-    return None if array is None else tuple(array.shape)
+    if array is None:
+        return None
+    return tuple(array.shape)
+
+
+def _has_middle_zero_point(node: ir.Node) -> bool:
+    """Whether the zero point of a Q or DQ is the middle of uint8."""
+    zero_point = constant_of(input_of(node, 2))
+    if zero_point is None or zero_point.dtype != np.uint8:
+        return False
+    return bool(np.all(zero_point == _UINT8_MIDDLE))
+
+
+def _sign_constant_codes(dequantize: ir.Node) -> bool:
+    """Move the constant codes of a DQ to int8.
+
+    Args:
+        dequantize: A DQ whose zero point is the middle of uint8.
+
+    Returns:
+        False, with nothing changed, where a node computes the codes.
+    """
+    codes = constant_of(dequantize.inputs[0])
+    if codes is None or codes.dtype != np.uint8:
+        return False
+
+    signed_codes = codes.astype(np.int16) - _UINT8_MIDDLE
+    _replace_constant(dequantize, 0, signed_codes.astype(np.int8))
+    _write_int8_zeros(dequantize)
+    return True
+
+
+def _sign_computed_codes(quantize: ir.Node) -> bool:
+    """Move the codes between a Q and its DQ to int8.
+
+    Args:
+        quantize: A Q whose zero point is the middle of uint8.
+
+    Returns:
+        False, with nothing changed, where the codes have a reader that would see other codes then.
+    """
+    output = quantize.outputs[0]
+    readers = [reader for reader, _ in output.uses()]
+    if output.is_graph_output() or not all(_reads_middle(reader) for reader in readers):
+        return False
+
+    for node in (quantize, *readers):
+        _write_int8_zeros(node)
+    output.type = ir.TensorType(ir.DataType.INT8)
+    return True
+
+
+def _reads_middle(node: ir.Node) -> bool:
+    """Whether a node is a DQ whose zero point is the middle of uint8."""
+    return is_op(node, "DequantizeLinear") and _has_middle_zero_point(node)
+
+
+def _write_int8_zeros(node: ir.Node) -> None:
+    """Give a Q or DQ a zero point of int8 zeros."""
+    zero_point = constant_of(node.inputs[2])
+    assert zero_point is not None  # noqa: S101  # `_has_middle_zero_point` has read it
+
+    _replace_constant(node, 2, np.zeros(zero_point.shape, np.int8))
+    if node.op_type == "QuantizeLinear":
+        node.attributes.pop("output_dtype", None)
+
+
+def _replace_constant(node: ir.Node, position: int, array: npt.NDArray[Any]) -> None:
+    """Give a node a constant of its own; other readers of the old one keep it.
+
+    Args:
+        node: The node.
+        position: Position of the input.
+        array: The numbers of the new constant.
+    """
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)  # noqa: S101  # repairs run on graphs, not on functions
+
+    old_value = input_of(node, position)
+    old_name = node.outputs[0].name if old_value is None else old_value.name
+    name = _free_name(graph, f"{old_name or 'constant'}.qdq")
+    node.replace_input_with(position, add_initializer(graph, name, array))
+    remove_if_unused(old_value)
+
+
+def _free_name(graph: ir.Graph, stem: str) -> str:
+    """A name with the first number, from 0 on, that no initializer has."""
+    number = 0
+    while f"{stem}{number}" in graph.initializers:
+        number += 1
+
+    return f"{stem}{number}"
