@@ -94,13 +94,13 @@ def test_weights_beside_the_model_above_it(model, tmp_path, small_limit, monkeyp
         isinstance(value.const_value, ir.Tensor) for value in model.graph.initializers.values()
     )
 
-    one = tmp_path / "one" / "model.onnx"
+    single_file = tmp_path / "single_file" / "model.onnx"
     monkeypatch.undo()
-    save_model(model, one)
+    save_model(model, single_file)
     x = np.random.default_rng(1).normal(size=(2, 40)).astype(np.float32)
-    np.testing.assert_array_equal(OnnxModel(path)(x)[0], OnnxModel(one)(x)[0])
+    np.testing.assert_array_equal(OnnxModel(path)(x)[0], OnnxModel(single_file)(x)[0])
     onnx.checker.check_model(str(path), full_check=True)
-    assert check_onnx(path).findings == check_onnx(one).findings
+    assert check_onnx(path).findings == check_onnx(single_file).findings
 
 
 def test_the_same_bytes_twice_and_no_path_in_them(model, tmp_path, small_limit):
@@ -138,10 +138,10 @@ def test_never_the_data_of_another_model(model, tmp_path, small_limit, monkeypat
     path = tmp_path / "model.onnx"
     save_model(model, path)
     monkeypatch.setattr(save, "_chunks", lambda _: 1 / 0)
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    contents = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(ZeroDivisionError):
         save_model(model, path)
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == contents
 
 
 def test_a_folder_that_cannot_be_written(model, tmp_path, small_limit):
