@@ -1,4 +1,4 @@
-"""What a model loses on its way through onnx-ir, which has no place for some parts of ONNX."""
+"""Parts of a model that onnx-ir has no place for, and so would lose."""
 
 from __future__ import annotations
 
@@ -8,39 +8,75 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+_DEFAULT_DOMAIN = "ai.onnx"
+
 
 def list_lost_fields(proto: onnx.ModelProto, model: ir.Model) -> list[str]:
-    """The fields of a file that would not come back, such as `graph.sparse_initializer`.
+    """The fields of a file that onnx-ir would not write back, such as `graph.sparse_initializer`.
 
     Args:
-        proto: What stands in the file.
-        model: What onnx-ir made of it, unchanged.
+        proto: The content of the file.
+        model: The model that onnx-ir read from it, unchanged.
+
+    Returns:
+        Paths of fields, each once; `all (ERROR)` if onnx-ir cannot write the model at all.
     """
     try:
         copy = ir.to_proto(model)
-    except Exception as error:  # onnx-ir wraps whatever it finds
+    except Exception as error:  # onnx-ir wraps any error in its own type
         return [f"all ({type(error).__name__})"]
-    return list(dict.fromkeys(_compare(proto, copy, "")))
+
+    paths = _compare_messages(proto, copy, "")
+    return list(dict.fromkeys(paths))
 
 
-def _compare(original: Any, copy: Any, path: str) -> Iterator[str]:
-    """Fields of a protobuf message that its copy lacks or has otherwise."""
-    present = {field.name: value for field, value in copy.ListFields()}
+def _compare_messages(original: Any, copy: Any, prefix: str) -> Iterator[str]:
+    """The fields of a protobuf message that its copy lacks or holds with another value.
+
+    Args:
+        original: The message.
+        copy: Its copy, of the same type.
+        prefix: Path of the message, with a dot at its end.
+    """
+    copied_values = {field.name: value for field, value in copy.ListFields()}
     for field, value in original.ListFields():
-        name = f"{path}{field.name}"
+        path = f"{prefix}{field.name}"
+        copied_value = copied_values.get(field.name)
         if field.type != field.TYPE_MESSAGE:
-            if (
-                value and value != "ai.onnx" and present.get(field.name) != value
-            ):  # "" and "ai.onnx" are one domain
-                yield name
-        elif field.name not in present:
-            yield name
-        elif field.message_type.name == "TensorProto":
-            continue  # numbers written in another way
-        elif hasattr(value, "ListFields"):
-            yield from _compare(value, present[field.name], f"{name}.")
-        elif len(value) != len(present[field.name]):
-            yield name
-        else:
-            for item, other in zip(value, present[field.name], strict=True):
-                yield from _compare(item, other, f"{name}.")
+            if value != copied_value and not _is_default(value):
+                yield path
+        elif field.name not in copied_values:
+            yield path
+        elif (
+            field.message_type.name != "TensorProto"
+        ):  # tensors are the same numbers, stored differently
+            yield from _compare_values(value, copied_value, path)
+
+
+def _is_default(value: Any) -> bool:
+    """Whether a plain field says no more than a field that is left out.
+
+    The domain of ONNX's operators is written "" or "ai.onnx", and onnx-ir writes the first.
+    """
+    return not value or value == _DEFAULT_DOMAIN
+
+
+def _compare_values(value: Any, copied_value: Any, path: str) -> Iterator[str]:
+    """The differences of a field that holds messages.
+
+    Args:
+        value: One message, or a list of them.
+        copied_value: The same of the copy.
+        path: Path of the field.
+    """
+    is_single = hasattr(value, "ListFields")
+    if is_single:
+        yield from _compare_messages(value, copied_value, f"{path}.")
+        return
+
+    if len(value) != len(copied_value):
+        yield path
+        return
+
+    for item, copied_item in zip(value, copied_value, strict=True):
+        yield from _compare_messages(item, copied_item, f"{path}.")

@@ -10,69 +10,109 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qdq.graph.pairs import constant_of, is_op
+from qdq.graph.pairs import QDQ_OPS, constant_of, is_op
 
-_NAME = re.compile(
-    r"(?P<quantizer>.+)\.scale(\.fp16|\.bf16)?"
-)  # the copies are of `ConvertPrecision`
-_PAIR = ("QuantizeLinear", "DequantizeLinear")
+# `ConvertPrecision` names the 16 bit copy of a scale with a suffix.
+_NAME = re.compile(r"(?P<quantizer>.+)\.scale(\.fp16|\.bf16)?")
 
 
 def list_scales(graph: ir.Graph) -> dict[str, list[ir.Value]]:
-    """Quantizer of an activation -> the initializers that hold its scale: one, or one of each type.
+    """The scales of the activations of a graph.
 
-    Those of weights, which a Q or DQ reads as constants, are not among them.
+    The scales of weights, which a Q or DQ reads as constants, are not among them. Neither are constants whose name does
+    not say which quantizer they belong to.
+
+    Args:
+        graph: The main graph of a file that qdq exported.
+
+    Returns:
+        Quantizer -> the initializers that hold its scale: one, or one of each type.
     """
     scales: defaultdict[str, list[ir.Value]] = defaultdict(list)
-    quantizers = set()
+    activation_quantizers = set()
     for value in graph.initializers.values():
-        users = [user for user, position in value.uses() if position == 1 and is_op(user, *_PAIR)]
-        if (match := _NAME.fullmatch(str(value.name))) and users and constant_of(value) is not None:
-            scales[match["quantizer"]].append(value)
-            if any(
-                is_op(user, "QuantizeLinear") and not _is_constant(user.inputs[0]) for user in users
-            ):
-                quantizers.add(match["quantizer"])
-    return {name: values for name, values in scales.items() if name in quantizers}
+        match = _NAME.fullmatch(str(value.name))
+        users = _nodes_scaled_by(value)
+        if match is None or not users or constant_of(value) is None:
+            continue
+
+        quantizer = match["quantizer"]
+        scales[quantizer].append(value)
+        if any(_quantizes_activation(user) for user in users):
+            activation_quantizers.add(quantizer)
+
+    return {name: values for name, values in scales.items() if name in activation_quantizers}
+
+
+def _nodes_scaled_by(value: ir.Value) -> list[ir.Node]:
+    """The Q and DQ that read a value as their scale, which is their second input."""
+    nodes = []
+    for user, position in value.uses():
+        if position == 1 and is_op(user, *QDQ_OPS):
+            nodes.append(user)
+
+    return nodes
+
+
+def _quantizes_activation(node: ir.Node) -> bool:
+    """Whether a node is a Q that reads what the graph computes, not a weight."""
+    return is_op(node, "QuantizeLinear") and not _is_constant(node.inputs[0])
 
 
 def _is_constant(value: ir.Value | None) -> bool:
-    return value is None or value.is_initializer() or constant_of(value) is not None
+    """Whether a value is an initializer, a Constant, or left out.
+
+    An initializer of the same name as an input of the graph counts as well.
+    """
+    if value is None or value.is_initializer():
+        return True
+    return constant_of(value) is not None
 
 
 def reason_against(values: list[ir.Value], scale: npt.NDArray[np.float32]) -> str:
-    """Why initializers cannot have a scale, "" if they can."""
+    """Why the type of an initializer cannot hold a scale; "" if all can.
+
+    Args:
+        values: From `list_scales`.
+        scale: 0-D.
+    """
     for value in values:
-        if not 0 < float(_as_stored(value, scale)) < np.inf:
-            return (
-                f"its scale {scale:.4g} does not fit {number_of(value).dtype}, the type in the file"
-            )
+        stored_scale = float(_as_stored(value, scale))
+        if not 0 < stored_scale < np.inf:
+            dtype = number_of(value).dtype
+            return f"its scale {scale:.4g} does not fit {dtype}, the type in the file"
+
     return ""
 
 
 def set_scale(values: list[ir.Value], scale: npt.NDArray[np.float32]) -> bool:
-    """Give initializers a scale, each in its own type; whether that changed a number.
+    """Give initializers a scale, each in its own type.
 
     Args:
         values: From `list_scales`.
         scale: 0-D, as they are.
+
+    Returns:
+        Whether that changed a number.
     """
     changed = False
     for value in values:
-        new = _as_stored(value, scale)
-        if not np.array_equal(new, number_of(value)):
-            value.const_value = ir.tensor(new, name=value.name)
+        stored_scale = _as_stored(value, scale)
+        if not np.array_equal(stored_scale, number_of(value)):
+            value.const_value = ir.tensor(stored_scale, name=value.name)
             changed = True
+
     return changed
 
 
 def number_of(value: ir.Value) -> npt.NDArray[Any]:
-    """The numbers of one of them."""
+    """The scale that an initializer of `list_scales` holds."""
     number = constant_of(value)
-    assert number is not None  # noqa: S101  # `list_scales` has looked
+    assert number is not None  # noqa: S101  # `list_scales` has read it
     return number
 
 
 def _as_stored(value: ir.Value, scale: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+    """A scale in the type of an initializer."""
     with np.errstate(over="ignore", under="ignore"):
         return scale.astype(number_of(value).dtype)

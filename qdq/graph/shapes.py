@@ -9,10 +9,12 @@ from contextlib import contextmanager
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from qdq.graph.edits import is_needed
+
 
 @contextmanager
 def silence_onnx_ir() -> Iterator[None]:
-    """Keep onnx-ir from logging what is unusual in a file: the rules of `qdq check` say it."""
+    """Keep onnx-ir from logging what is unusual in a file: the rules of `qdq check` report it."""
     logger = logging.getLogger("onnx_ir")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -23,33 +25,43 @@ def silence_onnx_ir() -> Iterator[None]:
 
 
 def complete_shapes(model: ir.Model, *, data_prop: bool = True) -> None:
-    """Infer shapes and types, in place, if any is not written down; see `infer_shapes`."""
-    values = [
-        value
-        for node in model.graph
-        for value in node.outputs
-        if value.uses() or value.is_graph_output()
-    ]
-    if not all(value.dtype is not None and value.shape is not None for value in values):
-        infer_shapes(model, data_prop=data_prop)
+    """Infer shapes and types, in place, if any that is needed is missing.
+
+    Args:
+        model: The model.
+        data_prop: Also follow the values of shape computations (`infer_shapes`).
+    """
+    for node in model.graph:
+        if any(_lacks_type(output) for output in node.outputs):
+            infer_shapes(model, data_prop=data_prop)
+            return
+
+
+def _lacks_type(value: ir.Value) -> bool:
+    """Whether a value that is needed has no type or no shape yet.
+
+    What nothing reads, such as an optional output, may stay without.
+    """
+    is_complete = value.dtype is not None and value.shape is not None
+    return not is_complete and is_needed(value)
 
 
 def infer_shapes(model: ir.Model, *, data_prop: bool = True) -> None:
-    """Infer shapes and types, in place; where onnx cannot tell them, they stay as they are, without a word.
+    """Infer shapes and types, in place; those that onnx cannot infer stay as they are, without an error.
 
     Args:
         model: The model.
         data_prop: Also follow the values of shape computations.
     """
     graph = model.graph
-    inputs, initializers = list(graph.inputs), list(graph.initializers.values())
+    inputs = list(graph.inputs)
+    initializers = list(graph.initializers.values())
     constants = [value.const_value for value in initializers]
     try:
         with silence_onnx_ir():  # it logs a traceback where inference fails
             ShapeInferencePass(check_type=False, strict_mode=False, data_prop=data_prop)(model)
-    except (
-        Exception
-    ):  # a constant that cannot be written: the pass has then made inputs of all of them
+    except Exception:
+        # For a constant that cannot be written: the pass has then made inputs of all of them.
         graph.inputs.clear()
         graph.inputs.extend(inputs)
         for value, constant in zip(initializers, constants, strict=True):

@@ -12,28 +12,62 @@ from qdq.files import read_file
 
 
 def list_tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto]]:
-    """Every constant, and the name of its node."""
-    yield from _list_graph(proto.graph)
+    """Every constant of a model, its subgraphs and its functions.
+
+    Yields:
+        The name of the node that holds it, "" for an initializer, and the constant.
+    """
+    yield from _list_in_graph(proto.graph)
     for function in proto.functions:
-        yield from _list_nodes(function.node)
+        yield from _list_in_nodes(function.node)
 
 
-def _list_graph(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TensorProto]]:
-    yield from (("", tensor) for tensor in graph.initializer)
-    yield from _list_nodes(graph.node)
+def _list_in_graph(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TensorProto]]:
+    """The initializers of a graph and the constants of its nodes."""
+    for tensor in graph.initializer:
+        yield "", tensor
+    yield from _list_in_nodes(graph.node)
 
 
-def _list_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[tuple[str, onnx.TensorProto]]:
+def _list_in_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[tuple[str, onnx.TensorProto]]:
+    """The constants in the attributes of nodes, and in their subgraphs.
+
+    Args:
+        nodes: The nodes of a graph or of a function.
+    """
     for node in nodes:
-        name = node.name or (node.output[0] if node.output else "")
+        name = _name_of(node)
         for attribute in node.attribute:
-            yield from ((name, tensor) for tensor in attribute.tensors)
-            if attribute.HasField("t"):
-                yield name, attribute.t
-            for body in attribute.graphs:
-                yield from _list_graph(body)
-            if attribute.HasField("g"):
-                yield from _list_graph(attribute.g)
+            for tensor in _tensors_of(attribute):
+                yield name, tensor
+            for body in _bodies_of(attribute):
+                yield from _list_in_graph(body)
+
+
+def _name_of(node: onnx.NodeProto) -> str:
+    """The name of a node, or of its first output if it has none.
+
+    ONNX needs no names of nodes, and a damaged node may have no output either: its name is "".
+    """
+    if node.name or not node.output:
+        return str(node.name)
+    return str(node.output[0])
+
+
+def _tensors_of(attribute: onnx.AttributeProto) -> list[onnx.TensorProto]:
+    """The constants that an attribute holds itself."""
+    tensors = list(attribute.tensors)
+    if attribute.HasField("t"):
+        tensors.append(attribute.t)
+    return tensors
+
+
+def _bodies_of(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
+    """The subgraphs that an attribute holds, such as the branches of an If."""
+    bodies = list(attribute.graphs)
+    if attribute.HasField("g"):
+        bodies.append(attribute.g)
+    return bodies
 
 
 def external_fields(tensor: onnx.TensorProto) -> dict[str, str]:
@@ -42,21 +76,27 @@ def external_fields(tensor: onnx.TensorProto) -> dict[str, str]:
 
 
 def list_data_files(path: Path) -> list[Path]:
-    """The files beside a model that hold its data; none where the model cannot be read."""
+    """The files beside a model that hold its data.
+
+    Args:
+        path: The model.
+
+    Returns:
+        Each file once. None where the model cannot be read: whoever uses it reports that.
+    """
     try:
         proto = onnx.load_model_from_string(read_file(path))
-    except Exception:  # protobuf has its own; who uses the model says what is wrong with it
+    except Exception:  # protobuf has its own types
         return []
-    tensors = [
-        tensor
-        for _, tensor in list_tensors(proto)
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-    ]
-    locations = [os.fsdecode(external_fields(tensor).get("location", "")) for tensor in tensors]
-    return list(
-        {
-            path.parent / location: None
-            for location in locations
-            if location and "\0" not in location
-        }
-    )
+
+    files: dict[Path, None] = {}
+    for _, tensor in list_tensors(proto):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+
+        location = os.fsdecode(external_fields(tensor).get("location", ""))
+        is_path = bool(location) and "\0" not in location
+        if is_path:
+            files[path.parent / location] = None
+
+    return list(files)
