@@ -9,8 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qdq.graph.edits import remove_if_unused as remove_if_unused
-
 QDQ_OPS = ("QuantizeLinear", "DequantizeLinear")
 
 # Each output value of these operators is one of the values of their first input.

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qdq.graph.pairs import constant_of, has_int8_zeros, input_of, is_op, remove_if_unused
+from qdq.graph.edits import remove_if_unused
+from qdq.graph.pairs import constant_of, has_int8_zeros, input_of, is_op
 from qdq.range_files.entry import Entry, Floats, add_entry, entry_of_codes
 from qdq.range_files.format import Row
 
