@@ -109,8 +109,8 @@ class Coverage:
         if not total:
             return None
 
-        int8_layers = Coverage(tuple(layer for layer in self.layers if layer.int8))
-        return int8_layers.macs / total
+        int8_macs = _sum_known([layer.macs for layer in self.layers if layer.int8])
+        return int8_macs / total
 
     def format_table(self) -> str:
         """A summary, then one line for each reason to stay in float, most work first."""

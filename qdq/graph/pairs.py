@@ -9,6 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+ONNX_DOMAINS = ("", "ai.onnx")
+"""The names of the domain of ONNX's own operators."""
+
 QDQ_OPS = ("QuantizeLinear", "DequantizeLinear")
 
 # Each output value of these operators is one of the values of their first input.
@@ -29,7 +32,6 @@ COPY_OPS = frozenset(
     }
 )
 
-_ONNX_DOMAINS = ("", "ai.onnx")
 # Operators that keep the element type of their first input.
 _TYPE_KEEPING_OPS = COPY_OPS | {"Identity", "MaxPool"}
 # `axis` is compared separately, and only for per-channel scales. `saturate` has an effect on float8 only.
@@ -67,7 +69,7 @@ def is_op(node: ir.Node | None, *op_types: str) -> TypeGuard[ir.Node]:
     """
     if node is None or node.op_type not in op_types:
         return False
-    return node.domain in _ONNX_DOMAINS
+    return node.domain in ONNX_DOMAINS
 
 
 def producer_of(value: ir.Value | None) -> ir.Node | None:

@@ -12,7 +12,15 @@ import onnx_ir as ir
 from onnx import defs
 
 from qdq.graph.coverage import WEIGHTED_OPS
-from qdq.graph.pairs import COPY_OPS, QDQ_OPS, constant_of, input_of, is_op, producer_of
+from qdq.graph.pairs import (
+    COPY_OPS,
+    ONNX_DOMAINS,
+    QDQ_OPS,
+    constant_of,
+    input_of,
+    is_op,
+    producer_of,
+)
 
 HEADROOM = 4.0
 """The factor by which a measured value may grow on other inputs before it leaves the range of float16."""
@@ -53,7 +61,6 @@ _MEAN_OPS = frozenset({"ReduceMean", "ReduceSum", "GlobalAveragePool"})
 _EXEMPT_FROM_CONSTANTS = frozenset({*QDQ_OPS, "Conv", "ConvTranspose", "Gemm"})
 # They keep a small value small or make it the divisor.
 _DIVISOR_OPS = COPY_OPS | {"Div", "Mul", "Sqrt", "Reciprocal"}
-
 # They keep the operand of a root away from zero.
 _EPSILON_OPS = frozenset({"Add", "Max", "Clip"})
 # A variance is one of these, of squares.
@@ -284,7 +291,7 @@ def _by_types(node: ir.Node, target: Target) -> str | None:
     Returns:
         The reason; None if the rule does not keep the node.
     """
-    is_onnx = node.domain in ("", "ai.onnx")
+    is_onnx = node.domain in ONNX_DOMAINS
     if not is_onnx or not defs.has(node.op_type, target.opset, node.domain):
         return "not an operator of ONNX: its types are not known"
     if any(attribute.type in _BODY_TYPES for attribute in node.attributes.values()):

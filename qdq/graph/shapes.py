@@ -40,7 +40,7 @@ def complete_shapes(model: ir.Model, *, data_prop: bool = True) -> None:
 def _lacks_type(value: ir.Value) -> bool:
     """Whether a value that is needed has no type or no shape yet.
 
-    What nothing reads, such as an optional output, may stay without.
+    A value that nothing reads, such as an optional output, may stay without.
     """
     is_complete = value.dtype is not None and value.shape is not None
     return not is_complete and is_needed(value)

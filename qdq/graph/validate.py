@@ -44,7 +44,7 @@ class CheckerVerdict:
         structure: Why `onnx.checker` refuses the model; None if it does not.
         types: Why shape and type inference refuses it; None if it does not.
         has_crashed: onnx crashed and ended its process.
-        limit: Why onnx came to no verdict, such as "it took longer than 60 s of processor time"; None if it did.
+        limit: Why onnx did not finish, such as "it took longer than 60 s of processor time"; None if it did.
         can_propagate: Whether inference may also follow the values of shape computations; they can grow without end.
     """
 
