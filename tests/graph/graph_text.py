@@ -19,6 +19,7 @@ def read(text, opset=19):
 
 
 def ops(model):
+    """The operators of the main graph, in graph order."""
     return [node.op_type for node in model.graph]
 
 
@@ -35,11 +36,13 @@ def compute(model, seed=0):
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     random = np.random.default_rng(seed)
     types = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
-    feed = {
-        value.name: (3 * random.normal(size=value.shape)).astype(types[value.type])
-        for value in session.get_inputs()
-    }
-    return dict(zip([v.name for v in session.get_outputs()], session.run(None, feed), strict=True))
+    feed = {}
+    for value in session.get_inputs():
+        numbers = 3 * random.normal(size=value.shape)
+        feed[value.name] = numbers.astype(types[value.type])
+
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(None, feed), strict=True))
 
 
 def apply(model, *passes):

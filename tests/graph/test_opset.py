@@ -44,10 +44,10 @@ def run(model, named=2):
     feeds = {}
     for value in model.graph.inputs:
         shape = [size if isinstance(size, int) else named for size in value.shape]
-        drawn = random.uniform(-4, 4, shape)
-        feeds[value.name] = (np.abs(drawn) + 0.5 if value.name == "positive" else drawn).astype(
-            value.dtype.numpy()
-        )
+        numbers = random.uniform(-4, 4, shape)
+        if value.name == "positive":
+            numbers = np.abs(numbers) + 0.5
+        feeds[value.name] = numbers.astype(value.dtype.numpy())
     return session.run(None, feeds)
 
 
@@ -474,14 +474,11 @@ def test_batchnorm_lstm_and_upsampling_of_torch():
 
         def forward(self, x):
             x = nn.functional.interpolate(self.norm(x) * 2, scale_factor=2, mode="bilinear")
-            first, second = (
-                nn.functional.pad(x, (1, 1, 0, 0), mode="reflect").mean(1).chunk(2, dim=-1)
-            )
-            return (
-                self.lstm(nn.functional.mish(first - second)[..., :8].flip(1))[0]
-                .amax(dim=1)
-                .view(x.shape[0], -1)
-            )
+            padded = nn.functional.pad(x, (1, 1, 0, 0), mode="reflect")
+            first, second = padded.mean(1).chunk(2, dim=-1)
+            sequence = nn.functional.mish(first - second)[..., :8].flip(1)
+            states, _ = self.lstm(sequence)
+            return states.amax(dim=1).view(x.shape[0], -1)
 
     model = exported(Mixed().eval(), torch.randn(2, 3, 8, 16), dynamic_shapes=({0: "batch"},))
     assert {"BatchNormalization", "LSTM", "Resize", "Pad"} <= {node.op_type for node in model.graph}
@@ -501,11 +498,13 @@ class TestExport:
         assert model.opset_imports[""] == opset
         assert count_qdq(model) == (3, 6)
         assert model.graph.initializers["conv.weight"].dtype == ir.DataType.INT8
-        expected, outputs = predict(newest.path, [images]), predict(report.path, [images])
+        expected = predict(newest.path, [images])
+        outputs = predict(report.path, [images])
         np.testing.assert_array_equal(outputs, expected)
 
     def test_names_of_modules_in_the_refusal(self, tmp_path):
-        model, x = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), torch.randn(2, 4)
+        model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+        x = torch.randn(2, 4)
         swap_modules(model, include="*")
         calibrate_model(model, [x])
         with pytest.raises(

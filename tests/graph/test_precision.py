@@ -77,7 +77,8 @@ def run(model, *arrays):
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     content = ir.to_proto(model).SerializeToString()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return session.run(None, dict(zip([v.name for v in session.get_inputs()], arrays, strict=True)))
+    names = [value.name for value in session.get_inputs()]
+    return session.run(None, dict(zip(names, arrays, strict=True)))
 
 
 PAIR = "float s = {0.05}, int8 z = {0}"
@@ -432,7 +433,9 @@ class TestRefused:
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
-        self.norm, self.qkv, self.out = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32)
+        self.norm = nn.LayerNorm(32)
+        self.qkv = nn.Linear(32, 96)
+        self.out = nn.Linear(32, 32)
 
     def forward(self, x):
         heads = self.qkv(self.norm(x)).reshape(x.shape[0], x.shape[1], 3, 2, 16)
@@ -447,9 +450,8 @@ class Upsampling(nn.Module):
         self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
 
     def forward(self, x):
-        return self.second(
-            F.interpolate(torch.relu(self.first(x)), scale_factor=2, mode="bilinear")
-        )
+        features = torch.relu(self.first(x))
+        return self.second(F.interpolate(features, scale_factor=2, mode="bilinear"))
 
 
 class Huge(nn.Module):
@@ -518,14 +520,15 @@ def exported(request, tmp_path_factory):
 
 
 def noise_db(expected, outputs):
-    return 20 * np.log10(max(np.linalg.norm(outputs - expected) / np.linalg.norm(expected), 1e-12))
+    noise = np.linalg.norm(outputs - expected) / np.linalg.norm(expected)
+    return 20 * np.log10(max(noise, 1e-12))
 
 
 def session_run(path, *arrays):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return session.run(
-        None, dict(zip([v.name for v in session.get_inputs()], arrays, strict=True))
-    )[0]
+    names = [value.name for value in session.get_inputs()]
+    (output,) = session.run(None, dict(zip(names, arrays, strict=True)))
+    return output
 
 
 def codes(path):
@@ -551,7 +554,8 @@ class TestExport:
 
     def test_near_float32_in_onnx_runtime(self, exported):
         _, x, full, half = exported
-        expected, outputs = session_run(full.path, x.numpy()), session_run(half.path, x.numpy())
+        expected = session_run(full.path, x.numpy())
+        outputs = session_run(half.path, x.numpy())
         assert outputs.dtype == np.float32
         assert noise_db(expected, outputs) < -30
         assert half.precision.parity.sqnr_db > 30

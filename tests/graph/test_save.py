@@ -41,13 +41,10 @@ def test_one_file_below_the_limit(model, tmp_path):
 
 
 def test_the_bytes_are_those_of_protobuf(model, tmp_path):
-    for names in ([], ["more", "scale"]):
-        for name in names:
-            value = ir.val(
-                name,
-                const_value=ir.tensor(np.arange(300 if name == "more" else 3, dtype=np.float32)),
-            )
-            model.graph.register_initializer(value)
+    for sizes in ({}, {"more": 300, "scale": 3}):
+        for name, size in sizes.items():
+            tensor = ir.tensor(np.arange(size, dtype=np.float32))
+            model.graph.register_initializer(ir.val(name, const_value=tensor))
         model.metadata_props["about"] = "a model"
         model.graph.doc_string = "a graph"
         expected = ir.to_proto(model).SerializeToString(deterministic=True)
