@@ -212,8 +212,7 @@ def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | N
     Raises:
         ArgumentError: As for `check_run_folder`, and DataError; a seed below 0 or above 2^32 - 1.
     """
-    if not 0 <= seed < 2**32:  # what numpy takes
-        raise ArgumentError(f"seed is {seed}; it must be 0 to {2**32 - 1}.", "choose another seed.")
+    require_seed(seed)
     folder = as_path(folder, "folder")
     if find_announced()[0]:
         return _start_silent_run(settings or {}, seed)
@@ -612,6 +611,16 @@ def describe_command() -> str:
     program = sys.argv[0] if sys.argv else ""
     start = ["python", program] if program.endswith(".py") else [Path(program).name]
     return shlex.join([*start, *sys.argv[1:]])
+
+
+def require_seed(seed: int) -> None:
+    """Refuse a seed that numpy cannot take.
+
+    Raises:
+        ArgumentError: Below 0 or above 2^32 - 1.
+    """
+    if not 0 <= seed < 2**32:
+        raise ArgumentError(f"seed is {seed}; it must be 0 to {2**32 - 1}.", "choose another seed.")
 
 
 def set_seed(seed: int) -> None:

@@ -34,6 +34,7 @@ from qdq.qat.ranges import require_ranges
 from qdq.qat.record import Measurement, Record
 from qdq.qat.trainer import Trainer, copy_float, digest_weights
 from qdq.qat.watch import BadRange, Oscillation, find_bad_ranges
+from qdq.run import require_seed
 from qdq.samples import count_samples
 from qdq.schedule import Schedule
 
@@ -239,10 +240,7 @@ class _Options:
                 raise ArgumentTypeError(
                     f"{name} is {value!r}, a {type(value).__name__}.", "give an integer."
                 )
-        if not 0 <= self.seed < 2**32:
-            raise ArgumentError(
-                f"seed is {self.seed}; it must be 0 to {2**32 - 1}.", "choose another seed."
-            )
+        require_seed(self.seed)
         if self.measure_every is not None and self.measure_every < 1:
             raise ArgumentError(
                 f"measure_every is {self.measure_every}; it must be 1 or more.", "leave it out."
