@@ -40,7 +40,7 @@ from qdq.graph.move_quantize import MoveQuantizeBeforeCopies
 from qdq.graph.names import NameNodes
 from qdq.graph.opset import HIGHEST, LOWEST, LowerOpset
 from qdq.graph.passes import run_passes
-from qdq.graph.precision import ConvertPrecision
+from qdq.graph.precision import NEWEST_OPSET, ConvertPrecision
 from qdq.graph.precision_rules import KeptNode
 from qdq.graph.raise_scales import RaiseWeightScales
 from qdq.graph.remove_identities import RemoveIdentities
@@ -56,9 +56,6 @@ from qdq.swap import SwapPlan, quantized_layers
 from qdq.text import group_names, list_names
 
 logger = logging.getLogger(__name__)
-
-MIN_OPSET, MAX_OPSET = LOWEST, 23  # TensorRT 10 and onnxruntime end near 23
-
 
 _PRECISIONS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
@@ -213,9 +210,9 @@ def export_onnx(
 
 def _require_options(opset: Any, weights: Any, precision: Any, **flags: Any) -> None:
     is_number = isinstance(opset, int | np.integer) and not isinstance(opset, bool)
-    if not is_number or not MIN_OPSET <= opset <= MAX_OPSET:
+    if not is_number or not LOWEST <= opset <= NEWEST_OPSET:
         raise ArgumentError(
-            f"opset is {opset!r}; it must be {MIN_OPSET} to {MAX_OPSET}.", "use 19."
+            f"opset is {opset!r}; it must be {LOWEST} to {NEWEST_OPSET}.", "use 19."
         )
     if weights not in ("int8", "float"):
         raise ArgumentError(f"weights is {weights!r}; known are 'int8' and 'float'.", "use 'int8'.")
