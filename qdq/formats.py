@@ -1,10 +1,14 @@
-"""Number formats as values: how many bits, which codes, which ONNX type stores them."""
+"""Number formats as values: width, codes, the scale of a range, and why TensorRT refuses a format."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from qdq.errors import ArgumentError
+
+AMAX_FLOOR = 2.0**-64
+"""Smallest range that has a scale of its own; it keeps a scale positive where amax is 0 (R-SCALE)."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +37,22 @@ class Format:
 
     @property
     def qmax(self) -> int:
-        """The largest code, onto which amax is mapped."""
-        return int(2 ** (self.num_bits - (0 if self.unsigned else 1)) - 1)
+        """The largest code, which amax is mapped to."""
+        num_magnitude_bits = self.num_bits if self.unsigned else self.num_bits - 1
+        return (1 << num_magnitude_bits) - 1
 
     @property
     def qmin(self) -> int:
-        """The smallest code: TensorRT clamps to -128, not -127 (R-RANGE)."""
+        """The smallest code. TensorRT clamps to -128, not to -127 (R-RANGE)."""
         if self.unsigned:
             return 0
-        return -self.qmax if self.narrow_range else -self.qmax - 1
+        if self.narrow_range:
+            return -self.qmax
+        return -self.qmax - 1
 
     @property
     def tensorrt_reason(self) -> str | None:
-        """Why TensorRT cannot take this format as int8 Q/DQ, or None if it can."""
+        """The reason why TensorRT cannot take this format as int8 Q/DQ; None if it can."""
         if self.unsigned:
             return (
                 "unsigned codes above 127 saturate in TensorRT, which reads uint8 as int8 (R-SYM)"
@@ -53,3 +60,18 @@ class Format:
         if self.num_bits != 8:
             return f"TensorRT has int8 Q/DQ only, not {self.num_bits} bit; other widths stay a simulation"
         return None
+
+
+def scale_from_amax(amax: Any, fmt: Format) -> Any:
+    """Scale of a range: max(amax, AMAX_FLOOR) / qmax, a divisor as in ONNX.
+
+    A tensor of torch and an array of numpy give the same bits on the CPU.
+
+    Args:
+        amax: A float tensor, or a float array with at least one axis, or a numpy float.
+        fmt: The format.
+
+    Returns:
+        Positive numbers of the type, the precision and the shape of `amax`; NaN where `amax` is NaN.
+    """
+    return amax.clip(min=AMAX_FLOOR) / fmt.qmax

@@ -25,9 +25,8 @@ from torch.autograd.function import once_differentiable
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from qdq.errors import ArgumentError
-from qdq.formats import Format
+from qdq.formats import AMAX_FLOOR, Format, scale_from_amax
 
-AMAX_FLOOR = 2.0**-64
 RANGE_RULES = ("lsq", "pact")
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 _PIECE = 1 << 17  # elements: what a CPU cache holds beside the result
@@ -45,7 +44,8 @@ if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{_OPERATOR}", "Met
 
 def compute_scale(amax: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Scale (a divisor, as in ONNX) of a range: float32, of the shape of `amax`, always positive."""
-    return amax.float().clamp_min(AMAX_FLOOR) / fmt.qmax
+    scale: torch.Tensor = scale_from_amax(amax.float(), fmt)
+    return scale
 
 
 def fake_quantize(

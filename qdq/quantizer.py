@@ -14,13 +14,12 @@ import torch
 from torch import nn
 
 from qdq.errors import ArgumentError, ArgumentTypeError, CalibrationError, StateError
-from qdq.formats import Format
+from qdq.formats import AMAX_FLOOR, Format
 from qdq.observers.collector import TensorCollector
 from qdq.observers.max import reduce_amax
 from qdq.observers.solve import solve_amax
 from qdq.observers.tensor_statistics import TensorStatistics
 from qdq.quantize import (
-    AMAX_FLOOR,
     RANGE_RULES,
     compute_scale,
     fake_quantize,

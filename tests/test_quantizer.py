@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qdq import ArgumentError, ArgumentTypeError, CalibrationError, StateError
-from qdq.formats import Format
+from qdq.formats import AMAX_FLOOR, Format
 from qdq.nn import QuantConv2d
-from qdq.quantize import AMAX_FLOOR, _by_arithmetic, _by_operator, compute_scale, fake_quantize
+from qdq.quantize import _by_arithmetic, _by_operator, compute_scale, fake_quantize
 from qdq.quantizer import (
     QuantDescriptor,
     SharedQuantizer,

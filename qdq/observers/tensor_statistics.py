@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from qdq.errors import ArgumentError
-from qdq.formats import Format
+from qdq.formats import AMAX_FLOOR, Format, scale_from_amax
 
 LOG_BINS = 12
 NUM_BINS = 1 << LOG_BINS
 """Bins of a row; 2048 to 4096 of them are in use, whatever the data."""
 
-LEAST_ABSMAX = 2.0**-64
-"""Bins are no finer for smaller values: below it all ranges have the same scale (`quantizer.AMAX_FLOOR`)."""
+LEAST_ABSMAX = AMAX_FLOOR
+"""Bins are no finer for smaller values: below it all ranges have the same scale."""
 
 LEAST_EXPONENT = -63 - LOG_BINS
 MOST_EXPONENT = 128 - LOG_BINS
@@ -171,7 +171,7 @@ class TensorStatistics:
         values = np.concatenate([centres, -centres])
         counts = self.counts.reshape(-1).astype(np.float64)
         counts[0] -= min(self.zeros, int(self.counts[0, 0]))  # zero is a code
-        scale = max(amax, LEAST_ABSMAX) / fmt.qmax
+        scale = scale_from_amax(np.float64(amax), fmt)
         errors = np.clip(np.round(values / scale), fmt.qmin, fmt.qmax) * scale - values
         noise, signal = float(counts @ errors**2), math.fsum(self._column("sum_squares"))
         return 10 * math.log10(signal / noise) if noise and signal else math.inf

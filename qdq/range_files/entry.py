@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qdq.errors import CalibrationError
-from qdq.quantize import AMAX_FLOOR
+from qdq.formats import AMAX_FLOOR
 
 Floats = npt.NDArray[np.float32]
 

@@ -15,12 +15,11 @@ import onnx_ir as ir
 from qdq.check.load import load_onnx, require_whole
 from qdq.errors import ArgumentError
 from qdq.files import as_path, guard_files
-from qdq.formats import Format
+from qdq.formats import Format, scale_from_amax
 from qdq.graph.raise_scales import RaiseWeightScales
 from qdq.graph.save import save_model
 from qdq.graph.scales import list_scales, number_of, reason_against, set_scale
 from qdq.graph.tensors import list_data_files
-from qdq.observers.tensor_statistics import LEAST_ABSMAX
 from qdq.statistics import Statistics
 
 Floats = npt.NDArray[np.float32]
@@ -132,10 +131,9 @@ def rescale_onnx(
 
 def scale_of(amax: npt.ArrayLike, fmt: Format) -> Floats:
     """`quantizer.compute_scale` without torch; the same to the last bit."""
-    scale: Floats = np.asarray(
-        np.maximum(np.asarray(amax, np.float32), np.float32(LEAST_ABSMAX)) / np.float32(fmt.qmax)
-    )
-    return scale
+    ranges = np.asarray(amax, np.float32)
+    scale: Floats = scale_from_amax(ranges.reshape(-1), fmt)
+    return scale.reshape(ranges.shape)
 
 
 def _set_scales(
