@@ -15,7 +15,7 @@ import torch
 import qdq
 from qdq.cli.main import run_command
 from qdq.files import write_json
-from qdq.quantize import _by_arithmetic, _by_operator, compute_scale
+from qdq.quantize import compute_scale, fake_quantize_in_pieces, fake_quantize_with_operator
 from qdq.run import describe_environment
 
 
@@ -34,10 +34,10 @@ def bench_forward(*, repeats: int = 9, batch_size: int = 16, json: Path | None =
     with torch.inference_mode():
         milliseconds = {
             "one tensor, torch's operator": _median(
-                lambda: _by_operator(tensor, scale, qdq.Format(), None), repeats
+                lambda: fake_quantize_with_operator(tensor, scale, qdq.Format(), None), repeats
             ),
             "one tensor, in-place arithmetic": _median(
-                lambda: _by_arithmetic(tensor, scale, qdq.Format(), None), repeats
+                lambda: fake_quantize_in_pieces(tensor, scale, qdq.Format(), None), repeats
             ),
         }
     qdq.fold_batchnorm(model, images[:2])

@@ -1,0 +1,253 @@
+"""The arithmetic of quantization and its gradients, against float64 and against the operators of torch."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quantize_reference import FORMATS, edge_values, reference, same_bits
+
+from qdq import ArgumentError
+from qdq.formats import Format
+from qdq.quantize import (
+    compute_scale,
+    fake_quantize,
+    fake_quantize_in_pieces,
+    fake_quantize_with_operator,
+    find_range_axis,
+    from_log2,
+    own_tensor,
+    quantize_codes,
+)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("amax", [0.0, 1e-30, 2.0**-24, 1e-3, 0.3, 1.0, 6.0, 127.0, 1e4, 1e20])
+def test_arithmetic_equals_float64_reference(fmt, amax):
+    x = torch.from_numpy(edge_values(amax, fmt).astype(np.float32))
+    result = fake_quantize(x, torch.tensor(amax), fmt)
+    same_bits(result, reference(x, amax, fmt))
+    assert torch.isfinite(result).all()
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("amax", [0.0, 1e-3, 0.3, 1.0, 6.0, 1e4])
+def test_torch_operator_gives_the_same_bits(fmt, amax):
+    x = torch.from_numpy(edge_values(amax, fmt).astype(np.float32))
+    scale = compute_scale(torch.tensor(amax), fmt)
+    same_bits(
+        fake_quantize_with_operator(x, scale, fmt, None),
+        fake_quantize_in_pieces(x, scale, fmt, None),
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=40),
+    st.floats(0, 1e6, width=32),
+    st.sampled_from(FORMATS),
+)
+def test_any_numbers(values, amax, fmt):
+    x = torch.tensor(values)
+    expected = reference(x, amax, fmt)
+    same_bits(fake_quantize(x, torch.tensor(amax), fmt), expected)
+    same_bits(
+        fake_quantize_with_operator(x, compute_scale(torch.tensor(amax), fmt), fmt, None), expected
+    )
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1, 3])
+@pytest.mark.parametrize(
+    "fmt", [Format(), Format(4), Format(8, narrow_range=True), Format(8, unsigned=True)], ids=str
+)
+def test_per_channel(axis, fmt):
+    x = torch.randn(5, 4, 3, 6) * 3
+    amax = torch.rand(x.shape[axis]) * 3
+    amax[0] = 0
+    expected = reference(x, amax, fmt, axis % 4)
+    same_bits(fake_quantize(x, amax, fmt, axis), expected)
+    same_bits(fake_quantize(x.clone().requires_grad_(), amax, fmt, axis).detach(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("amax", [1e-4, 0.5, 6.0, 1000.0])
+def test_other_types_are_rounded_once(dtype, amax):
+    x = (torch.randn(2000) * amax).to(dtype)
+    expected = torch.from_numpy(reference(x.float(), amax, Format())).to(dtype)
+    for inputs in (x, x.clone().requires_grad_()):
+        result = fake_quantize(inputs, torch.tensor(amax))
+        assert result.dtype == dtype
+        same_bits(result.detach().float(), expected.float())
+
+
+def test_per_channel_operator_saturates_on_the_right_side():
+    x = torch.tensor([[1e30, -1e30, 5.0]], requires_grad=True)
+    result = fake_quantize_with_operator(
+        x, compute_scale(torch.tensor([1e-12]), Format()), Format(), 0
+    )
+    same_bits(result.detach(), reference(x.detach(), [1e-12], Format(), 0))
+    result.sum().backward()
+    assert x.grad.tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_large_tensors_in_pieces(layout):
+    """The numbers of torch's own operator, whichever way the memory is walked."""
+    x = (3 * torch.randn(2, 16, 96, 97)).to(memory_format=layout)
+    result = fake_quantize(x, torch.tensor(4.0))
+    expected = torch.fake_quantize_per_tensor_affine(x, 4 / 127, 0, -128, 127)
+    assert result.is_contiguous(memory_format=layout)
+    assert torch.equal(result, expected)
+
+
+def test_largest_halves_stay_finite():
+    x = torch.tensor([-65504.0, 65504.0], dtype=torch.float16)
+    assert torch.isfinite(fake_quantize(x, torch.tensor(65196.0))).all()
+
+
+def test_per_channel_operator_at_the_end_of_float32():
+    x = torch.tensor([[float("inf"), float("-inf"), 3e38]], requires_grad=True)
+    same_bits(
+        fake_quantize(x, torch.tensor([3e38]), axis=0).detach(),
+        reference(x.detach(), [3e38], Format(), 0),
+    )
+
+
+def test_rounds_half_to_even():
+    x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, -2.5])
+    assert fake_quantize(x, torch.tensor(127.0)).tolist() == [0, 2, 2, 0, -2, -2]
+
+
+def test_specification_example():
+    x = torch.tensor([0.9817, 0.4611, 0.0832])
+    result = fake_quantize(x, torch.tensor(0.9921))
+    assert torch.allclose(result, torch.tensor([0.9843, 0.4609, 0.0859]), atol=1e-4)
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_gradient_passes_inside_the_range_only(axis):
+    x = torch.tensor([[-2.0, -1.0, -0.5, 0.0, 0.3, 1.0, 1.5]], requires_grad=True)
+    amax = torch.tensor(1.0) if axis is None else torch.ones(1)
+    fake_quantize(x, amax, Format(narrow_range=True), axis).sum().backward()
+    assert x.grad.tolist() == [[0, 1, 1, 1, 1, 1, 0]]
+
+
+def test_nan_stays_nan():
+    assert torch.isnan(fake_quantize(torch.tensor([float("nan")]), torch.tensor(1.0))).all()
+
+
+def test_wrong_axis_and_size_teach():
+    with pytest.raises(ArgumentError, match=r"axis 4 .*shape \(2, 3\)"):
+        fake_quantize(torch.ones(2, 3), torch.ones(3), axis=4)
+    with pytest.raises(ArgumentError, match="axis 1 with 2 ranges"):
+        fake_quantize(torch.ones(2, 3), torch.ones(2), axis=1)
+
+
+def learned_by_torch(values, amax, fmt, axis):
+    """Value, gradient of the input and of the range by autograd, in float64, as LSQ writes them."""
+    x, a = values.double().requires_grad_(), amax.double().requires_grad_()
+    scale = a / fmt.qmax
+    along = (
+        scale if axis is None else scale.reshape([-1 if d == axis else 1 for d in range(x.dim())])
+    )
+    steps = (x / along).clamp(
+        fmt.qmin - 0.5, fmt.qmax + 0.5
+    )  # a value inside its code's half step is not clipped
+    codes = (x / along).round().clamp(fmt.qmin, fmt.qmax)
+    result = (steps + (codes - steps).detach()) * along
+    weights = torch.arange(x.numel(), dtype=torch.float64).reshape(x.shape).sin()
+    (result * weights).sum().backward()
+    return result.detach(), x.grad, a.grad, weights
+
+
+@pytest.mark.parametrize("fmt", [Format(), Format(4), Format(8, unsigned=True)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((5, 4, 3), None), ((5, 4, 3), 0), ((5, 4, 3), 1), ((50,), 0)]
+)
+@pytest.mark.parametrize("piece", [1 << 17, 7])
+def test_the_gradient_of_a_learned_range_is_that_of_lsq(shape, axis, fmt, piece, monkeypatch):
+    monkeypatch.setattr(
+        "qdq.quantize._PIECE", piece
+    )  # in one piece, and in several of which the last is smaller
+    x = torch.randn(shape)
+    amax = torch.tensor(1.3) if axis is None else torch.rand(x.shape[axis]) + 0.7
+    expected, of_inputs, of_range, weights = learned_by_torch(x, amax, fmt, axis)
+    inputs, learned = x.clone().requires_grad_(), amax.clone().requires_grad_()
+    result = fake_quantize(inputs, learned, fmt, axis)
+    (result * weights).sum().backward()
+    assert torch.allclose(result.double(), expected, atol=1e-6)
+    assert torch.allclose(inputs.grad.double(), of_inputs, atol=1e-6)
+    count = x.numel() / amax.numel()
+    assert torch.allclose(learned.grad.double() * (count * fmt.qmax) ** 0.5, of_range, atol=1e-4)
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_no_values_have_a_gradient_too(axis):
+    amax = torch.ones(()) if axis is None else torch.ones(3)
+    inputs = torch.zeros(3, 0).requires_grad_()
+    fake_quantize(inputs, amax.requires_grad_(), axis=axis).sum().backward()
+    assert not amax.grad.any()
+
+
+def test_the_gradient_of_pact_is_that_of_what_is_clipped():
+    x, amax = torch.tensor([-3.0, -0.31, 0.2, 1.5, 2.0]), torch.tensor(1.0, requires_grad=True)
+    (
+        fake_quantize(x, amax, Format(8, narrow_range=True), range_rule="pact") * torch.arange(1, 6)
+    ).sum().backward()
+    assert amax.grad.item() * (5 * 127) ** 0.5 == pytest.approx(-1 + 4 + 5)
+
+
+@pytest.mark.parametrize("axis", [None, 1])
+def test_the_gradient_of_the_input_is_that_of_torchs_operators(axis):
+    x = (3 * torch.randn(6, 5, 7, 7)).requires_grad_()
+    twin, weights = x.detach().clone().requires_grad_(), torch.randn(6, 5, 7, 7)
+    amax = torch.tensor(2.0) if axis is None else torch.rand(5) + 1
+    (fake_quantize(x, amax, axis=axis) * weights).sum().backward()
+    (
+        fake_quantize_with_operator(twin, compute_scale(amax, Format()), Format(), axis) * weights
+    ).sum().backward()
+    assert torch.equal(x.grad, twin.grad)
+    assert 0.01 < (x.grad == 0).float().mean() < 0.9
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_codes_times_scale_are_the_values(fmt, axis):
+    x = torch.randn(4, 5)
+    amax = torch.tensor(1.2) if axis is None else torch.rand(x.shape[axis]) + 0.5
+    scale = compute_scale(amax, fmt)
+    codes = quantize_codes(x, scale, fmt, axis)
+    assert codes.min() >= fmt.qmin
+    assert codes.max() <= fmt.qmax
+    assert torch.equal(codes, codes.round())
+    column = scale if axis is None else scale.reshape((-1, 1) if axis == 0 else (1, -1))
+    same_bits(codes * column, fake_quantize(x, amax, fmt, axis))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "expected"),
+    [
+        ((1, 3, 1, 1), 0, 1),
+        ((3, 1), 1, 0),
+        ((1, 1), 1, 1),  # one range: the shape does not tell
+        ((2, 3), 0, 0),
+        ((3,), 0, 0),
+        ((1, 3), None, None),
+    ],
+)
+def test_axis_of_ranges(shape, axis, expected):
+    assert find_range_axis(torch.ones(shape), axis) == expected
+    assert find_range_axis(None, axis) == axis
+
+
+def test_a_learned_range_is_not_below_the_floor():
+    result = from_log2(torch.tensor([-1000.0, -64.0, 0.0, 3.0]))
+    assert result.tolist() == [2.0**-64, 2.0**-64, 1.0, 8.0]
+
+
+def test_a_copy_made_in_inference_mode_can_be_trained():
+    with torch.inference_mode():
+        twin = own_tensor(torch.ones(3))
+    assert not twin.is_inference()
+    twin.requires_grad_().sum().backward()
+    assert twin.grad.tolist() == [1, 1, 1]
