@@ -1,12 +1,13 @@
-"""The QDQ ONNX file: `torch.onnx.export(dynamo=True)`, then the passes of `graph/`, then a look at what was lost."""
+"""The QDQ ONNX file: `torch.onnx.export(dynamo=True)`, then the passes of `graph/`, then checks for lost Q/DQ."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +63,16 @@ _PRECISIONS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": i
 
 @dataclass(frozen=True)
 class PrecisionReport:
-    """What became of the float remainder (`export_onnx` with `precision`).
+    """Result of the conversion of the float remainder (`export_onnx` with `precision`).
 
     Args:
         precision: "fp16" or "bf16".
-        kept: What stays float32, each with its reason.
+        kept: The nodes that stay float32, each with its reason.
         casts: Number of Cast nodes in the file.
         parity: Outputs of the file against those of the same graph in float32, both run by ONNX Runtime on the example
-            inputs, every 16 bit value rounded; of several outputs the one with the lowest SQNR. None if it could not be
-            measured.
-        not_measured: What could not be measured and why; empty if all was.
+            inputs, with every 16 bit value rounded. A model with several outputs has the figures of the output with the
+            lowest SQNR. None if it could not be measured.
+        not_measured: Measurements that failed, each with its reason; empty if none did.
     """
 
     precision: str
@@ -81,19 +82,22 @@ class PrecisionReport:
     not_measured: tuple[str, ...]
 
     def format_table(self) -> str:
-        """A line on how near it is to float32, and one for each reason to keep nodes."""
+        """One line about the distance from float32, and one for each reason why nodes stay float32."""
         lines = []
-        if p := self.parity:
+        if self.parity:
             lines.append(
-                f"{self.precision} against fp32 on {p.images} example inputs: SQNR {p.sqnr_db:.1f} dB, "
-                f"cosine {p.cosine:.6f}, max abs {p.max_abs:.3g}, same largest output {p.agreement:.1%}"
+                f"{self.precision} against fp32 on {self.parity.images} example inputs: "
+                f"SQNR {self.parity.sqnr_db:.1f} dB, cosine {self.parity.cosine:.6f}, "
+                f"max abs {self.parity.max_abs:.3g}, same largest output {self.parity.agreement:.1%}"
             )
-        lines += [f"{self.precision}: not measured: {text}" for text in self.not_measured]
+        for text in self.not_measured:
+            lines.append(f"{self.precision}: not measured: {text}")
+        lines.append(f"{len(self.kept)} nodes stay in fp32, {self.casts} Casts")
         groups = group_names(
             (f"{entry.op_type}: {entry.reason}", entry.node) for entry in self.kept
         )
-        lines.append(f"{len(self.kept)} nodes stay in fp32, {self.casts} Casts")
-        lines += [f"  {group}: {list_names(names, 5)}" for group, names in groups.items()]
+        for group, names in groups.items():
+            lines.append(f"  {group}: {list_names(names, 5)}")
         return "\n".join(lines)
 
 
@@ -104,12 +108,12 @@ class ExportReport:
     Args:
         path: The file.
         opset: Its ONNX opset.
-        file_bytes: Its size; above 2 GB that of `NAME.data`, which holds the weights then, included.
+        file_bytes: Its size. Above 2 GB the weights are in `NAME.data`, whose size is included.
         inputs: Shape of each input; a dynamic dimension is a name.
         quantize_nodes: Number of QuantizeLinear nodes.
         dequantize_nodes: Number of DequantizeLinear nodes.
         layers: Every quantized layer of the model and the ONNX nodes it became.
-        precision: What became of the float remainder; None if it was left in fp32.
+        precision: Result of the conversion of the float remainder; None if it was left in fp32.
     """
 
     path: Path
@@ -138,23 +142,23 @@ def export_onnx(
 ) -> ExportReport:
     """Export a calibrated model as QDQ ONNX for TensorRT.
 
-    Scales are 0-D per tensor and 1-D per channel with the axis written down, zero points are int8 zeros, nodes carry
-    the names of the torch modules. The file is written whole or not at all.
+    Scales are 0-D per tensor and 1-D per channel with an explicit axis, zero points are int8 zeros, nodes have the
+    names of the torch modules. The file is written completely or not at all.
 
     Args:
         model: A swapped and calibrated model. Disabled quantizers leave no trace in the file.
         example_inputs: One batch, as for `calibrate_model`: a tensor `[B, ...]`, `(inputs, labels)` or a dictionary.
-        path: Where to write.
+        path: The file to write.
         opset: 13 to 23; 19 is the first with fp16 scales, and TensorRT 10.0 still reads it. Below 18 the model is
             written at 18 and lowered, exactly or not at all.
         dynamic_batch: Leave the first dimension of every input open.
         weights: "int8" stores codes and a DQ; "float" stores float weights with Q and DQ (four times as large).
-        precision: Type of what is not int8: "fp32", "fp16" (opset 19 and above) or "bf16" (22 where there are
-            convolutions). Nodes that need float32 keep it; the report lists them.
+        precision: Type of everything that is not int8: "fp32", "fp16" (opset 19 and above) or "bf16" (22 where there
+            are convolutions). Nodes that need float32 keep it; the report lists them.
         keep_io_types: Inputs and outputs stay float32 whatever the precision.
-        calibration: What `calibrate_model` returned; its methods and number of batches go into the metadata.
-        plan: What `swap_modules` returned; every decision and its reason go into the metadata.
-        rewired: What `rewire_operations` returned; likewise.
+        calibration: The result of `calibrate_model`; its methods and number of batches go into the metadata.
+        plan: The result of `swap_modules`; every decision and its reason go into the metadata.
+        rewired: The result of `rewire_operations`; likewise.
 
     Raises:
         ArgumentError: An option out of range.
@@ -164,53 +168,57 @@ def export_onnx(
     """
     require_model(model)
     path = as_path(path, "path")
-    _require_options(
-        opset, weights, precision, dynamic_batch=dynamic_batch, keep_io_types=keep_io_types
-    )
+    _require_options(opset, weights, precision)
+    _require_flags(dynamic_batch=dynamic_batch, keep_io_types=keep_io_types)
     _require_records(calibration, plan, rewired)
     guard_files(outputs=[path])  # capturing and converting take minutes
     _require_exportable(model)
-    captured = _capture(
-        model, example_inputs, max(opset, HIGHEST), dynamic_batch
-    )  # torch writes none below
+
+    args, kwargs = _prepare_example(example_inputs, dynamic_batch)
+    captured = capture_graph(  # torch writes no opset below HIGHEST
+        model, args, kwargs, max(opset, HIGHEST), dynamic_batch=dynamic_batch
+    )
     exported = captured.graph
     if dynamic_batch:
         _require_dynamic_batch(exported)
-    naming = NameNodes(
-        captured.scales, {name for name, _ in model.named_modules(remove_duplicate=False)}
-    )
-    run_passes(exported, _passes(opset, weights, naming))
+    module_names = dict(model.named_modules(remove_duplicate=False)).keys()
+    naming = NameNodes(captured.scales, set(module_names))
+    run_passes(exported, _list_passes(opset, weights, naming))
     _require_quantizers(captured.ran - naming.quantizers)
     layers = _require_complete(model, exported)
-    exported.producer_name, exported.producer_version = "qdq", qdq.__version__
+
+    exported.producer_name = "qdq"
+    exported.producer_version = qdq.__version__
     exported.metadata_props.update(_describe_origin(model, calibration, plan, rewired))
     converted = None
     if precision != "fp32":
-        converted = _convert(exported, _arrays(captured, example_inputs), precision, keep_io_types)
+        arrays = _name_arrays(captured, example_inputs)
+        converted = _convert(exported, arrays, precision, keep_io_types)
         _require_complete(model, exported)
+
     file_bytes = save_model(exported, path)
     quantize_nodes, dequantize_nodes = count_qdq(exported)
     if not dequantize_nodes:
         logger.warning(
-            "%s is a float model: no quantizer is enabled. swap_modules reaches layers, rewire_operations products "
-            "that are function calls.",
+            "%s is a float model: no quantizer is enabled. swap_modules quantizes layers, rewire_operations "
+            "quantizes products that are function calls.",
             path,
         )
     return ExportReport(
-        path,
-        opset,
-        file_bytes,
-        _input_shapes(exported),
-        quantize_nodes,
-        dequantize_nodes,
-        layers,
-        converted,
+        path=path,
+        opset=opset,
+        file_bytes=file_bytes,
+        inputs=_read_input_shapes(exported),
+        quantize_nodes=quantize_nodes,
+        dequantize_nodes=dequantize_nodes,
+        layers=layers,
+        precision=converted,
     )
 
 
-def _require_options(opset: Any, weights: Any, precision: Any, **flags: Any) -> None:
-    is_number = isinstance(opset, int | np.integer) and not isinstance(opset, bool)
-    if not is_number or not LOWEST <= opset <= NEWEST_OPSET:
+def _require_options(opset: Any, weights: Any, precision: Any) -> None:
+    is_integer = isinstance(opset, int | np.integer) and not isinstance(opset, bool)
+    if not is_integer or not LOWEST <= opset <= NEWEST_OPSET:
         raise ArgumentError(
             f"opset is {opset!r}; it must be {LOWEST} to {NEWEST_OPSET}.", "use 19."
         )
@@ -220,30 +228,182 @@ def _require_options(opset: Any, weights: Any, precision: Any, **flags: Any) -> 
         raise ArgumentError(
             f"precision is {precision!r}; known are 'fp32', 'fp16' and 'bf16'.", "use 'fp16'."
         )
+
+
+def _require_flags(**flags: Any) -> None:
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise ArgumentTypeError(f"{name} is {flag!r}; expected True or False.", "use True.")
 
 
 def _require_records(calibration: Any, plan: Any, rewired: Any) -> None:
-    """Refuse as record of an earlier step what no such step has returned."""
-    is_ranges = isinstance(calibration, Sequence) and all(
+    """Refuse records of earlier steps that no such step has returned."""
+    is_calibration = isinstance(calibration, Sequence) and all(
         isinstance(entry, Range) for entry in calibration
     )
-    for name, record, is_record, source in (
-        ("calibration", calibration, is_ranges, "calibrate_model"),
-        ("plan", plan, isinstance(plan, SwapPlan), "swap_modules"),
-        ("rewired", rewired, isinstance(rewired, RewirePlan), "rewire_operations"),
-    ):
-        if record is not None and not is_record:
-            raise ArgumentTypeError(
-                f"{name} is of type {type(record).__name__}; expected what {source} returns.",
-                f"pass that, or no {name}.",
+    _require_record("calibration", calibration, is_calibration, "calibrate_model")
+    _require_record("plan", plan, isinstance(plan, SwapPlan), "swap_modules")
+    _require_record("rewired", rewired, isinstance(rewired, RewirePlan), "rewire_operations")
+
+
+def _require_record(name: str, record: Any, is_record: bool, source: str) -> None:
+    if record is not None and not is_record:
+        raise ArgumentTypeError(
+            f"{name} is of type {type(record).__name__}; expected what {source} returns.",
+            f"pass that, or no {name}.",
+        )
+
+
+def _require_exportable(model: nn.Module) -> None:
+    """Refuse models and quantizers that cannot become int8 Q/DQ."""
+    _require_python_modules(model)
+    _require_parameter_types(model)
+    enabled = {}
+    for name, quantizer in named_quantizers(model):
+        if quantizer.is_enabled:
+            enabled[name] = quantizer
+    _require_calibrated(enabled)
+    _require_formats(enabled)
+    _require_numbers(model, enabled)
+
+
+def _require_python_modules(model: nn.Module) -> None:
+    scripted = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            scripted.append(name)
+    if scripted:
+        raise ExportError(
+            f"torch.export cannot capture scripted modules (TorchScript): {list_names(scripted, 5)}.",
+            "use the Python modules that they were made from.",
+        )
+
+
+def _require_parameter_types(model: nn.Module) -> None:
+    types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    refused = types - {torch.float32, torch.float16}
+    if refused:
+        raise ExportError(
+            f"the model has {', '.join(map(str, refused))} parameters; float32 and float16 can be exported.",
+            "call model.float() before swap_modules.",
+        )
+
+
+def _require_calibrated(enabled: Mapping[str, TensorQuantizer]) -> None:
+    """Refuse, all at once, quantizers that do not quantize yet."""
+    collecting = []
+    missing = []
+    for name, quantizer in enabled.items():
+        if quantizer.is_collecting or not quantizer.is_quantizing:
+            collecting.append(name)
+        if quantizer.amax is None:
+            missing.append(name)
+    if collecting:
+        raise ExportError(
+            f"{len(collecting)} quantizers are calibrating, not quantizing: {list_names(collecting, 5)}.",
+            "leave the Calibration block (or call enable_quant and disable_calib) first.",
+        )
+    if missing:
+        raise ExportError(
+            f"{len(missing)} quantizers have no amax: {list_names(missing, 5)}.",
+            "call calibrate_model, or disable_quantization for the layers that should stay float.",
+        )
+
+
+def _require_formats(enabled: Mapping[str, TensorQuantizer]) -> None:
+    for name, quantizer in enabled.items():
+        reason = quantizer.format.tensorrt_reason
+        if reason:
+            raise ExportError(
+                f"{name} cannot be written for TensorRT: {reason}.", "use signed 8 bit here."
+            )
+        if quantizer.format.narrow_range:
+            raise ExportError(
+                f"{name} has narrow_range, and ONNX and TensorRT clamp to -128 (R-RANGE).",
+                "set narrow_range=False and evaluate again.",
             )
 
 
-def _passes(opset: int, weights: str, naming: NameNodes) -> list[ir.passes.InPlacePass]:
-    """The passes in their order; each alone keeps every number, `RaiseWeightScales` up to rounding in float32."""
+def _require_numbers(model: nn.Module, enabled: Mapping[str, TensorQuantizer]) -> None:
+    """Refuse, all at once, ranges without a scale, and parameters that int8 has no codes for."""
+    layers = _list_weighted_layers(model)
+    problems = [*_find_bad_ranges(layers, enabled), *_find_bad_parameters(model, layers)]
+    if problems:
+        raise ExportError(
+            f"{len(problems)} ranges and parameters cannot be written: {'; '.join(problems)}.",
+            "load sound weights, then calibrate again (calibrate_model).",
+        )
+
+
+def _list_weighted_layers(model: nn.Module) -> list[QuantMixin]:
+    layers = quantized_layers(model).values()
+    return [layer for layer in layers if isinstance(layer, QuantMixin)]
+
+
+def _find_bad_ranges(
+    layers: Sequence[QuantMixin], enabled: Mapping[str, TensorQuantizer]
+) -> Iterator[str]:
+    """Ranges without a scale, each with the reason."""
+    weights = {}
+    for layer in layers:
+        parameters = dict(layer.named_parameters(recurse=False, remove_duplicate=False))
+        for attribute, parameter in layer.weights_of(layer).items():
+            weights[id(getattr(layer, attribute))] = parameters.get(parameter)
+    for name, quantizer in enabled.items():
+        reason = quantizer.reason_against_range(weights.get(id(quantizer)))
+        if reason:
+            yield f"{name} {reason}"
+
+
+def _find_bad_parameters(model: nn.Module, layers: Sequence[QuantMixin]) -> Iterator[str]:
+    """Parameters with NaN, and parameters of quantized layers with Inf, which has no code."""
+    quantized = set()
+    for layer in layers:
+        quantized.update(map(id, layer.parameters(recurse=False)))
+    for name, parameter in model.named_parameters():
+        values = parameter.detach()  # a tensor made in inference mode has no gradient
+        is_bad = values.isnan()
+        if id(parameter) in quantized:
+            is_bad |= values.isinf()
+        if bool(is_bad.any()):
+            yield f"{name} holds {int(is_bad.sum())} NaN or Inf"
+
+
+def _prepare_example(
+    example_inputs: Any, dynamic_batch: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments to capture the model with."""
+    if dynamic_batch:
+        example_inputs = tree_map_only(torch.Tensor, _repeat_single, example_inputs)
+    args, kwargs = split_inputs(example_inputs)
+    if not tensors_of((args, kwargs)):
+        raise ArgumentTypeError(
+            f"the example inputs, of type {type(example_inputs).__name__}, hold no tensor.",
+            "pass one batch: a tensor, (inputs, labels), or a dictionary of keyword arguments.",
+        )
+    return args, kwargs
+
+
+def _repeat_single(tensor: torch.Tensor) -> torch.Tensor:
+    """A batch of one sample, twice: torch.export takes a size of 1 for a constant."""
+    if tensor.dim() and tensor.shape[0] == 1:
+        return torch.cat([tensor, tensor])
+    return tensor
+
+
+def _require_dynamic_batch(model: ir.Model) -> None:
+    for number, value in enumerate(model.graph.inputs):
+        if value.shape is not None and not len(value.shape):
+            continue  # an input without dimensions has no batch
+        if value.shape is None or isinstance(value.shape[0], int):
+            raise ExportError(
+                f"the model fixes the batch of input {value.name} (number {number}) to {value.shape}.",
+                "find the reshape or view in its forward that uses a constant, or export with dynamic_batch=False.",
+            )
+
+
+def _list_passes(opset: int, weights: str, naming: NameNodes) -> list[ir.passes.InPlacePass]:
+    """The passes in their order. No pass changes a number; `RaiseWeightScales` rounds in float32."""
     passes: list[ir.passes.InPlacePass] = [
         FoldWeights(),
         RemoveIdentities(),
@@ -258,114 +418,18 @@ def _passes(opset: int, weights: str, naming: NameNodes) -> list[ir.passes.InPla
         RaiseWeightScales(),
     ]
     if weights == "int8":
-        passes.append(QuantizeWeights(_int8_codes))
+        passes.append(QuantizeWeights(_compute_int8_codes))
     passes += [MergeConstants(), RemoveUnusedNodesPass(), ClearMetadataAndDocStringPass()]
     if opset < HIGHEST:
         passes.append(LowerOpset(opset))
     return passes
 
 
-def _require_exportable(model: nn.Module) -> None:
-    """Refuse, all at once, quantizers that cannot become int8 Q/DQ."""
-    if scripted := [
-        name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)
-    ]:
-        raise ExportError(
-            f"torch.export cannot capture scripted modules (TorchScript): {list_names(scripted, 5)}.",
-            "use the Python modules that they were made from.",
-        )
-    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if others := types - {torch.float32, torch.float16}:
-        raise ExportError(
-            f"the model has {', '.join(map(str, others))} parameters; float32 and float16 can be exported.",
-            "call model.float() before swap_modules.",
-        )
-    enabled = {name: q for name, q in named_quantizers(model) if q.is_enabled}
-    if collecting := [
-        name for name, q in enabled.items() if q.is_collecting or not q.is_quantizing
-    ]:
-        raise ExportError(
-            f"{len(collecting)} quantizers are calibrating, not quantizing: {list_names(collecting, 5)}.",
-            "leave the Calibration block (or call enable_quant and disable_calib) first.",
-        )
-    if missing := [name for name, q in enabled.items() if q.amax is None]:
-        raise ExportError(
-            f"{len(missing)} quantizers have no amax: {list_names(missing, 5)}.",
-            "call calibrate_model, or disable_quantization for what shall stay float.",
-        )
-    for name, quantizer in enabled.items():
-        if reason := quantizer.format.tensorrt_reason:
-            raise ExportError(
-                f"{name} cannot be written for TensorRT: {reason}.", "use signed 8 bit here."
-            )
-        if quantizer.format.narrow_range:
-            raise ExportError(
-                f"{name} has narrow_range, and ONNX and TensorRT clamp to -128 (R-RANGE).",
-                "set narrow_range=False and evaluate again.",
-            )
-    _require_numbers(model, enabled)
-
-
-def _require_numbers(model: nn.Module, enabled: dict[str, TensorQuantizer]) -> None:
-    """Refuse, all at once, ranges without a scale, and parameters that int8 has no codes for."""
-    layers = [layer for layer in quantized_layers(model).values() if isinstance(layer, QuantMixin)]
-    weights = {
-        id(getattr(layer, attribute)): layer._parameters.get(parameter)
-        for layer in layers
-        for attribute, parameter in layer.weights_of(layer).items()
-    }
-    reasons = {name: q.reason_against_range(weights.get(id(q))) for name, q in enabled.items()}
-    wrong = [f"{name} {reason}" for name, reason in reasons.items() if reason]
-    of_layers = {id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)}
-    for name, parameter in model.named_parameters():
-        values = parameter.detach()  # what inference mode has made knows no gradient
-        broken = values.isnan()
-        if id(parameter) in of_layers:
-            broken |= values.isinf()
-        if bool(broken.any()):
-            wrong.append(f"{name} holds {int(broken.sum())} NaN or Inf")
-    if wrong:
-        raise ExportError(
-            f"{len(wrong)} ranges and parameters cannot be written: {'; '.join(wrong)}.",
-            "load sound weights, then calibrate again (calibrate_model).",
-        )
-
-
-def _capture(
-    model: nn.Module, example_inputs: Any, opset: int, dynamic_batch: bool
-) -> CapturedGraph:
-    if dynamic_batch:  # torch.export takes a size of 1 for a constant
-        example_inputs = tree_map_only(
-            torch.Tensor,
-            lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t,
-            example_inputs,
-        )
-    args, kwargs = split_inputs(example_inputs)
-    if not tensors_of((args, kwargs)):
-        raise ArgumentTypeError(
-            f"the example inputs, of type {type(example_inputs).__name__}, hold no tensor.",
-            "pass one batch: a tensor, (inputs, labels), or a dictionary of keyword arguments.",
-        )
-    return capture_graph(model, args, kwargs, opset, dynamic_batch=dynamic_batch)
-
-
-def _require_dynamic_batch(model: ir.Model) -> None:
-    for number, value in enumerate(model.graph.inputs):
-        if value.shape is not None and not len(value.shape):
-            continue  # an input without dimensions has no batch
-        if value.shape is None or isinstance(value.shape[0], int):
-            raise ExportError(
-                f"the model fixes the batch of input {value.name} (number {number}) to {value.shape}.",
-                "find the reshape or view in its forward that uses a constant, or export with dynamic_batch=False.",
-            )
-
-
-def _int8_codes(
+def _compute_int8_codes(
     values: npt.NDArray[np.float32], scale: npt.NDArray[np.float32], axis: int | None
 ) -> npt.NDArray[np.int8]:
-    codes = quantize_codes(
-        torch.from_numpy(values.copy()), torch.from_numpy(scale.copy()), Format(), axis
-    )
+    tensor = torch.from_numpy(values.copy())
+    codes = quantize_codes(tensor, torch.from_numpy(scale.copy()), Format(), axis)
     return codes.to(torch.int8).numpy()
 
 
@@ -379,44 +443,63 @@ def _require_quantizers(lost: Collection[str]) -> None:
 
 
 def _require_complete(model: nn.Module, exported: ir.Model) -> dict[str, list[str]]:
-    """Refuse a graph in which a quantized layer has no Q/DQ, or whose Q/DQ break a rule; say what became what."""
-    first_names = {id(module): name for name, module in model.named_modules()}
-    aliases = {
-        name: first_names[id(module)]
-        for name, module in model.named_modules(remove_duplicate=False)
-    }
-    nodes: dict[str, list[WeightedNode]] = {}
-    for node in list_weighted_nodes(exported):
-        nodes.setdefault(aliases.get(node.module, node.module), []).append(node)
-    expected = {
-        name
-        for name, layer in quantized_layers(model).items()
-        if isinstance(layer, QuantMixin)
-        and all(quantizer.is_enabled for quantizer in layer.quantizers().values())
-    }
-    lost = [
-        name
-        for name in sorted(expected)
-        if not any(node.expects_int8 for node in nodes.get(name, []))
-    ]
+    """Refuse a graph in which a quantized layer has no Q/DQ, or whose Q/DQ break a rule.
+
+    Returns:
+        Each quantized layer and the names of the ONNX nodes it became.
+    """
+    nodes = _group_nodes_by_layer(model, exported)
+    layers = {}
+    lost = []
+    for name in _list_enabled_layers(model):
+        layer_nodes = nodes.get(name, [])
+        layers[name] = [node.name for node in layer_nodes]
+        if not any(node.expects_int8 for node in layer_nodes):
+            lost.append(name)
     if lost:
         raise ExportError(
             f"{len(lost)} quantized layers have no Q/DQ in the exported graph: {', '.join(lost)}.",
             "check that they run on the example inputs; otherwise report the model.",
         )
-    if findings := [f for f in find_violations(exported) if f.severity == "error"]:
-        first = findings[0]
+    errors = [finding for finding in find_violations(exported) if finding.severity == "error"]
+    if errors:
+        first = errors[0]
         raise ExportError(
-            f"{len(findings)} rule violations; {first.rule} at {first.node}: {first.message}.",
+            f"{len(errors)} rule violations; {first.rule} at {first.node}: {first.message}.",
             first.fix,
         )
-    return {name: [node.name for node in nodes[name]] for name in sorted(expected)}
+    return layers
+
+
+def _group_nodes_by_layer(model: nn.Module, exported: ir.Model) -> dict[str, list[WeightedNode]]:
+    """The weighted nodes of each module, which goes by the first of its names."""
+    names = {}
+    aliases = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), name)
+        aliases[name] = names[id(module)]
+    nodes: dict[str, list[WeightedNode]] = {}
+    for node in list_weighted_nodes(exported):
+        layer_name = aliases.get(node.module, node.module)
+        nodes.setdefault(layer_name, []).append(node)
+    return nodes
+
+
+def _list_enabled_layers(model: nn.Module) -> list[str]:
+    """The layers whose quantizers are all enabled, in alphabetical order."""
+    names = []
+    for name, layer in sorted(quantized_layers(model).items()):
+        if not isinstance(layer, QuantMixin):
+            continue
+        if all(quantizer.is_enabled for quantizer in layer.quantizers().values()):
+            names.append(name)
+    return names
 
 
 def _convert(
-    exported: ir.Model, inputs: dict[str, Array], precision: str, keep_io_types: bool
+    exported: ir.Model, inputs: Mapping[str, Array], precision: str, keep_io_types: bool
 ) -> PrecisionReport:
-    """Convert the float remainder in place, and measure before and after on the example inputs."""
+    """Convert the float remainder in place, and compare the outputs on the example inputs."""
     not_measured: list[str] = []
     peaks: dict[str, float] = {}
     outputs: list[Array] = []
@@ -426,36 +509,40 @@ def _convert(
             peaks = measure_peaks(exported, inputs)
     except CheckError as error:
         not_measured.append(
-            f"the range of values in fp32, so that none is kept for it: {error.message}"
+            f"the range of values in fp32, so no node stays in fp32 because of it: {error.message}"
         )
-    graph_pass = ConvertPrecision(_PRECISIONS[precision], peaks=peaks, keep_io_types=keep_io_types)
-    run_passes(exported, [graph_pass])
+    conversion = ConvertPrecision(_PRECISIONS[precision], peaks=peaks, keep_io_types=keep_io_types)
+    run_passes(exported, [conversion])
     parity = None
     if outputs:
         try:
-            parity = _worst_parity(outputs, run_rounded(exported, inputs))
+            parity = _measure_worst_parity(outputs, run_rounded(exported, inputs))
         except CheckError as error:
             not_measured.append(f"the outputs in {precision}: {error.message}")
     return PrecisionReport(
-        precision, graph_pass.kept, graph_pass.casts, parity, tuple(not_measured)
+        precision, conversion.kept, conversion.casts, parity, tuple(not_measured)
     )
 
 
-def _arrays(captured: CapturedGraph, example_inputs: Any) -> dict[str, Array]:
+def _name_arrays(captured: CapturedGraph, example_inputs: Any) -> dict[str, Array]:
     """The example as arrays by the names of the graph's inputs."""
     tensors = dict(zip(captured.names, tensors_of(split_inputs(example_inputs)), strict=True))
-    names = [str(value.name) for value in captured.graph.graph.inputs]
-    return {name: tensors[name].detach().cpu().numpy() for name in names if name in tensors}
+    arrays = {}
+    for value in captured.graph.graph.inputs:
+        name = str(value.name)
+        if name in tensors:
+            arrays[name] = tensors[name].detach().cpu().numpy()
+    return arrays
 
 
-def _worst_parity(expected: list[Array], outputs: list[Array]) -> Parity:
+def _measure_worst_parity(expected: Sequence[Array], outputs: Sequence[Array]) -> Parity:
+    """The parity of the float output with the lowest SQNR; of any output if none is a float."""
     pairs = list(zip(expected, outputs, strict=True))
-    floats = [pair for pair in pairs if np.issubdtype(pair[0].dtype, np.floating)]
-    parities = [
-        measure_parity(np.atleast_1d(truth), np.atleast_1d(output))
-        for truth, output in floats or pairs
-    ]
-    return min(parities, key=lambda parity: parity.sqnr_db)
+    float_pairs = [pair for pair in pairs if np.issubdtype(pair[0].dtype, np.floating)]
+    parities = []
+    for reference, output in float_pairs or pairs:
+        parities.append(measure_parity(np.atleast_1d(reference), np.atleast_1d(output)))
+    return min(parities, key=attrgetter("sqnr_db"))
 
 
 def _describe_origin(
@@ -464,24 +551,14 @@ def _describe_origin(
     plan: SwapPlan | None,
     rewired: RewirePlan | None,
 ) -> dict[str, str]:
-    """What a file says of its making: nothing that differs between two exports of one model."""
-    digest = hashlib.sha256()
-    for name, quantizer in named_quantizers(model):
-        if quantizer.is_enabled and quantizer.amax is not None:
-            digest.update(f"{name} {quantizer.axis} ".encode())
-            digest.update(bytes_of(quantizer.amax.float()))
+    """Metadata about the making of a file: nothing that differs between two exports of one model."""
     origin = {
         "qdq.version": qdq.__version__,
         "qdq.torch_version": torch.__version__,
-        "qdq.ranges_sha256": digest.hexdigest(),
+        "qdq.ranges_sha256": _digest_ranges(model),
     }
     if calibration is not None:
-        seen = [entry for entry in calibration if entry.batches]
-        facts = {
-            "methods": sorted({entry.method for entry in seen}),
-            "batches": max((entry.batches for entry in seen), default=0),
-            "left_in_float": {entry.name: entry.note for entry in calibration if entry.note},
-        }
+        facts = _describe_calibration(calibration)
         origin["qdq.calibration"] = json.dumps(facts, sort_keys=True)
     if plan is not None:
         decisions = {module.name: [module.action, module.reason] for module in plan.modules}
@@ -494,10 +571,31 @@ def _describe_origin(
     return origin
 
 
-def _input_shapes(model: ir.Model) -> dict[str, list[int | str]]:
-    return {
-        str(value.name): [
-            size if isinstance(size, int) else str(size) for size in value.shape or ()
-        ]
-        for value in model.graph.inputs
-    }
+def _digest_ranges(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, quantizer in named_quantizers(model):
+        if quantizer.is_enabled and quantizer.amax is not None:
+            digest.update(f"{name} {quantizer.axis} ".encode())
+            digest.update(bytes_of(quantizer.amax.float()))
+    return digest.hexdigest()
+
+
+def _describe_calibration(calibration: Sequence[Range]) -> dict[str, Any]:
+    methods = set()
+    most_batches = 0
+    left_in_float = {}
+    for entry in calibration:
+        if entry.batches:
+            methods.add(entry.method)
+            most_batches = max(most_batches, entry.batches)
+        if entry.note:
+            left_in_float[entry.name] = entry.note
+    return {"methods": sorted(methods), "batches": most_batches, "left_in_float": left_in_float}
+
+
+def _read_input_shapes(model: ir.Model) -> dict[str, list[int | str]]:
+    shapes: dict[str, list[int | str]] = {}
+    for value in model.graph.inputs:
+        sizes = value.shape or ()
+        shapes[str(value.name)] = [size if isinstance(size, int) else str(size) for size in sizes]
+    return shapes

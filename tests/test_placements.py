@@ -553,10 +553,10 @@ def test_functions_refuse_before_their_work(quantized, images, tmp_path, monkeyp
     path = qdq.export_onnx(quantized, images, tmp_path / "model.onnx").path
     content = path.read_bytes()
 
-    def capture(*_):
+    def capture(*_, **__):
         raise AssertionError("the work has begun")
 
-    monkeypatch.setattr("qdq.export._capture", capture)
+    monkeypatch.setattr("qdq.export.capture_graph", capture)
     for output in (tmp_path, tmp_path / ("x" * 256), path / "file"):
         with pytest.raises(ArgumentError, match="cannot write"):
             qdq.export_onnx(quantized, images, output)
