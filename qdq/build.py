@@ -1,4 +1,4 @@
-"""From an ONNX file with Q/DQ to an engine, and to the proof of which layers run in int8."""
+"""Build an engine from an ONNX file with Q/DQ, and report which layers run in int8."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from qdq.graph.validate import CheckerVerdict
 from qdq.trt.backend import Backend, find_backend
 from qdq.trt.builder import build_plan
 from qdq.trt.census import LayerCensus, take_census
-from qdq.trt.profiles import Profile, Shape, solve_profiles
+from qdq.trt.profiles import Profile, Shape, choose_profiles
 from qdq.trt.trtexec import trtexec_lines
 
 ENGINE_SUFFIXES = {"rtx": ".rtx.engine", "tensorrt": ".engine"}
-"""What takes the place of `.onnx` in the name of the engine, for each backend."""
+"""Suffix of the engine instead of `.onnx`, for each backend."""
 
-# Rules that no file breaks which TensorRT builds. What else onnx's checker refuses, TensorRT may well read.
+# TensorRT builds no file that breaks one of these rules. It may well read other files that onnx's checker refuses.
 _FATAL_RULES = ("QDQ205", "QDQ208")
-# Operators that TensorRT folds between a constant and the scale of a Q/DQ; on ReduceMax, for one, it crashes.
-_FOLDED_INTO_SCALE = frozenset({"Cast", "Identity", "Mul", "Reshape"})
+# A constant, and operators that TensorRT folds between it and the scale of a Q/DQ. It crashes on others, such as ReduceMax.
+_FOLDED_INTO_SCALE = frozenset({"Cast", "Constant", "Identity", "Mul", "Reshape"})
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What was built, and which layers run in int8.
+    """Result of `build_engine`: the engine, and which layers run in int8.
 
     Args:
         onnx: The ONNX file.
@@ -43,14 +43,14 @@ class BuildReport:
         engine_bytes: Its size in bytes.
         backend: `rtx` or `tensorrt`.
         backend_version: Version of that package.
-        sm: Compute capability built for, 89 for 8.9; None: the GPU of this machine.
+        sm: Compute capability of the target, 89 for 8.9; None for the GPU of this machine.
         seconds: Time of parsing and building.
         profiles: Dynamic input -> `min`, `opt` and `max` shape.
         layers: Every convolution and matrix product of the graph, in its order.
-        coverage: What was to be expected of them before the build.
+        coverage: The expectation for each of them before the build.
         trtexec: Command for the target by version, `tensorrt10` and `tensorrt11`.
-        warnings: What onnx's checker refuses and TensorRT does not; messages of the builder of severity WARNING and
-            above, each once.
+        warnings: The reason why onnx's checker refuses a file that TensorRT builds; messages of the builder of severity
+            WARNING and above, each once.
     """
 
     onnx: Path
@@ -83,33 +83,22 @@ class BuildReport:
 
     @property
     def int8_share(self) -> float | None:
-        """Part of the known MACs that runs in int8, 0..1; None where no size is known."""
-        running = {layer.node for layer in self.layers if layer.int8}
-        macs = sum(layer.macs or 0 for layer in self.coverage.layers if layer.name in running)
-        return macs / self.coverage.macs if self.coverage.macs else None
+        """Fraction of the known MACs that runs in int8, 0 to 1; None if no size is known."""
+        if not self.coverage.macs:
+            return None
+        int8_nodes = {layer.node for layer in self.layers if layer.int8}
+        int8_macs = 0
+        for layer in self.coverage.layers:
+            if layer.name in int8_nodes:
+                int8_macs += layer.macs or 0
+        return int8_macs / self.coverage.macs
 
     def format_table(self) -> str:
         """One line for each layer that is not in int8 as expected, with the reason, then the summary."""
-        rows = [
-            (layer.module or layer.node, layer.op_type, _verdict(layer), layer.reason)
-            for layer in self.layers
-            if layer.reason
-        ]
-        widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
-        lines = [
-            "  ".join(
-                [*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]]
-            )
-            for row in rows
-        ]
-        reached = self.expected_int8 - len(self.missing_int8)
-        summary = f"int8: {reached} of {self.expected_int8} expected"
-        if extra := self.int8 - reached:
-            summary += f", and {extra} more"
-        if not self.expected_int8:
-            summary += ": nothing in the file is quantized"
+        lines = self._format_layers()
+        for text in self.warnings:
+            lines.append(f"warning: {text}")
         target = "this GPU" if self.sm is None else f"SM {self.sm}"
-        lines += [f"warning: {text}" for text in self.warnings]
         lines.append(
             f"{self.engine}: {self.engine_bytes / 1e6:.1f} MB, {self.backend} {self.backend_version}, "
             f"{target}, {self.seconds:.1f} s"
@@ -118,13 +107,42 @@ class BuildReport:
             lines.append(
                 f"{self.int8_share:.1%} of all MACs in int8, {self.coverage.int8_share:.1%} were predicted"
             )
-        return "\n".join([*lines, summary])
+        lines.append(self._summarize())
+        return "\n".join(lines)
+
+    def _format_layers(self) -> list[str]:
+        """The layers that have a reason, in columns."""
+        rows = []
+        for layer in self.layers:
+            if layer.reason:
+                rows.append((layer.module or layer.node, layer.op_type, _verdict(layer)))
+        columns = zip(*rows, strict=True)
+        widths = [max(map(len, column)) for column in columns]
+        reasons = [layer.reason for layer in self.layers if layer.reason]
+        lines = []
+        for row, reason in zip(rows, reasons, strict=True):
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+            lines.append("  ".join([*cells, reason]))
+        return lines
+
+    def _summarize(self) -> str:
+        """The last line: how many layers run in int8."""
+        reached = self.expected_int8 - len(self.missing_int8)
+        unexpected = self.int8 - reached
+        summary = f"int8: {reached} of {self.expected_int8} expected"
+        if unexpected:
+            summary += f", and {unexpected} more"
+        if not self.expected_int8:
+            summary += ": nothing in the file is quantized"
+        return summary
 
 
 def _verdict(layer: LayerCensus) -> str:
     if layer.int8:
         return "int8"
-    return "NOT INT8" if layer.expected_int8 else "float"
+    if layer.expected_int8:
+        return "NOT INT8"
+    return "float"
 
 
 def build_engine(
@@ -139,36 +157,35 @@ def build_engine(
 ) -> BuildReport:
     """Build a TensorRT engine and read from the builder which layers run in int8.
 
-    The file is checked first. The build runs in a process of its own: a crash is a `BuildError`, Ctrl-C ends it.
+    The file is checked first. The build runs in a separate process: a crash is a `BuildError`, Ctrl-C ends it.
 
     Args:
         onnx_path: The ONNX file with Q/DQ.
-        output: The engine file; beside the ONNX file when not given, ending in `.rtx.engine` or `.engine`.
+        output: The engine file. By default it is beside the ONNX file and ends in `.rtx.engine` or `.engine`.
         backend: `rtx` (TensorRT-RTX, needs no GPU), `tensorrt` (needs one), or `auto`: the latter if usable.
-        sm: Compute capability that TensorRT-RTX builds for, 89 for 8.9; TensorRT builds for the GPU at hand.
+        sm: Compute capability that TensorRT-RTX builds for, 89 for 8.9; TensorRT builds for the GPU of this machine.
         min_shapes: Input name -> smallest shape, for inputs with dynamic dimensions.
         opt_shapes: Likewise the usual shape.
-        max_shapes: Likewise the largest. Where only the batch is dynamic and nothing is given: 1, 8 and 16.
+        max_shapes: Likewise the largest. By default, if only the batch is dynamic, it is 1, 8 and 16.
 
     Returns:
-        The report; `missing_int8` is empty when every quantized layer runs in int8.
+        The report; `missing_int8` is empty if every quantized layer runs in int8.
 
     Raises:
-        ArgumentError: No such file, or shapes, backend or compute capability that cannot be meant.
+        ArgumentError: There is no such file; invalid shapes, backend or compute capability.
         BuildError: Not an ONNX file, a damaged one, a computed scale (R-DYN), or TensorRT refuses the graph or crashes.
         DependencyError: No TensorRT is installed, or it cannot build here.
     """
     onnx_path = as_path(onnx_path, "onnx_path")
     model, facts = _load(onnx_path)
     _refuse_computed_scales(model)
-    given = {"min": min_shapes or {}, "opt": opt_shapes or {}, "max": max_shapes or {}}
-    profiles = solve_profiles(_read_inputs(model), given)
-    # .plan: never the file written here, and no two versions can read one another's anyway
-    lines = trtexec_lines(
-        onnx_path, onnx_path.with_suffix(".plan"), profiles, half=_has_float16(model)
-    )
-    chosen_backend = _find_backend(backend, lines)
-    engine = _engine_path(onnx_path, output, chosen_backend.name)
+    requests = {"min": min_shapes or {}, "opt": opt_shapes or {}, "max": max_shapes or {}}
+    profiles = choose_profiles(_read_inputs(model), requests)
+    # The suffix .plan: the command must not overwrite the engine written here, which no other version can read.
+    target_engine = onnx_path.with_suffix(".plan")
+    commands = trtexec_lines(onnx_path, target_engine, profiles, half=_has_float16(model))
+    chosen_backend = _find_backend(backend, commands)
+    engine = _choose_engine_path(onnx_path, output, chosen_backend.name)
     target = sm if chosen_backend.name == "rtx" else None
 
     start = time.perf_counter()
@@ -190,30 +207,26 @@ def build_engine(
         profiles=profiles,
         layers=take_census(list_weighted_nodes(model), plan.kernels),
         coverage=measure_coverage(model, **facts.inference),
-        trtexec=lines,
+        trtexec=commands,
         warnings=[*refusal, *plan.warnings],
     )
 
 
-def _find_backend(name: str, lines: Mapping[str, str]) -> Backend:
-    """Find the backend; where there is none, the error still carries the way to build on the target."""
+def _find_backend(name: str, commands: Mapping[str, str]) -> Backend:
+    """Find the backend; if there is none, the error tells how to build on the target."""
     try:
         return find_backend(name)
     except DependencyError as error:
         raise DependencyError(
             error.message,
-            f"{error.fix}; or build on the target, with TensorRT 10: {lines['tensorrt10']} -- with "
-            f"TensorRT 11: {lines['tensorrt11']}",
+            f"{error.fix}; or build on the target, with TensorRT 10: {commands['tensorrt10']} -- with "
+            f"TensorRT 11: {commands['tensorrt11']}",
         ) from error
 
 
 def _load(path: Path) -> tuple[ir.Model, FileFacts]:
-    """Read an ONNX file, refuse a damaged one, and name nameless nodes as TensorRT's parser will."""
-    if not path.is_file():
-        message = f"there is no file {path}" + (": it is a folder" if path.is_dir() else "")
-        raise ArgumentError(
-            f"{message}.", "give an ONNX file, such as the model.onnx that `qdq ptq` writes."
-        )
+    """Read an ONNX file, refuse a damaged one, and give unnamed nodes the names that TensorRT's parser gives them."""
+    _require_file(path)
     try:
         loaded = load_onnx(path)
     except CheckError as error:
@@ -231,8 +244,22 @@ def _load(path: Path) -> tuple[ir.Model, FileFacts]:
     return loaded.model, facts
 
 
+def _require_file(path: Path) -> None:
+    if path.is_file():
+        return
+    message = f"there is no file {path}"
+    if path.is_dir():
+        message += ": it is a folder"
+    raise ArgumentError(
+        f"{message}.", "give an ONNX file, such as the model.onnx that `qdq ptq` writes."
+    )
+
+
 def _refuse_without_verdict(path: Path, checker: CheckerVerdict) -> None:
-    """Refuse what ends onnx's checker or keeps it busy: TensorRT has no limit, and it may take all memory."""
+    """Refuse a file that crashes onnx's checker or keeps it busy.
+
+    TensorRT has no limit: such a file may take all memory.
+    """
     if checker.may_ask_again:
         return
     reason = checker.limit or checker.structure
@@ -244,13 +271,15 @@ def _refuse_without_verdict(path: Path, checker: CheckerVerdict) -> None:
 
 
 def _describe_refusal(checker: CheckerVerdict) -> list[str]:
-    """What onnx's checker refuses, none if nothing."""
+    """The reason why onnx's checker refuses the file; an empty list if it does not."""
     refusal = checker.structure or checker.types
-    return [f"onnx {checker.version} refuses the file: {refusal}."] if refusal else []
+    if not refusal:
+        return []
+    return [f"onnx {checker.version} refuses the file: {refusal}."]
 
 
 def _read_inputs(model: ir.Model) -> dict[str, tuple[int | None, ...]]:
-    """Shapes of the true inputs, None for a dynamic dimension; initializers are no inputs."""
+    """Shapes of the inputs without initializers, None for a dynamic dimension."""
     inputs = {}
     for value in model.graph.inputs:
         name = value.name or ""
@@ -261,14 +290,15 @@ def _read_inputs(model: ir.Model) -> dict[str, tuple[int | None, ...]]:
                 f"input {name} has no shape, not even a number of dimensions.",
                 "export the model again with an example input.",
             )
-        inputs[name] = tuple(dim if isinstance(dim, int) else None for dim in value.shape)
+        inputs[name] = tuple(size if isinstance(size, int) else None for size in value.shape)
     return inputs
 
 
 def _refuse_computed_scales(model: ir.Model) -> None:
-    """R-DYN, L09: the builder of TensorRT-RTX crashes the process on a scale that is not a constant."""
+    """Refuse a scale that is not a constant: TensorRT-RTX crashes on it (R-DYN, L09)."""
     for node in model.graph.all_nodes():
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.inputs) < 2:
+        is_quantizer = node.op_type in ("QuantizeLinear", "DequantizeLinear")
+        if not is_quantizer or len(node.inputs) < 2:
             continue
         if not _is_constant(node.inputs[1]):
             raise BuildError(
@@ -279,31 +309,35 @@ def _refuse_computed_scales(model: ir.Model) -> None:
 
 
 def _is_constant(value: ir.Value | None) -> bool:
-    """An initializer or Constant, perhaps behind operators that TensorRT folds."""
+    """Whether a value is an initializer or a Constant, perhaps behind operators that TensorRT folds."""
     visited: set[ir.Node] = set()
     values = [value]
     while values:
         operand = values.pop()
-        if operand is not None and operand.is_initializer():
+        if operand is None:
+            return False
+        if operand.is_initializer():
             continue
-        node = operand.producer() if operand is not None else None
-        if node is None or node.op_type not in (*_FOLDED_INTO_SCALE, "Constant"):
+        node = operand.producer()
+        if node is None or node.op_type not in _FOLDED_INTO_SCALE:
             return False
         if node not in visited:
             visited.add(node)
-            values += node.inputs
+            values.extend(node.inputs)
     return True
 
 
 def _has_float16(model: ir.Model) -> bool:
-    values = [
-        *model.graph.initializers.values(),
-        *(value for node in model.graph for value in node.outputs),
-    ]
+    """Whether a constant or a result of the main graph is float16."""
+    values = list(model.graph.initializers.values())
+    for node in model.graph:
+        values.extend(node.outputs)
     return any(value.dtype == ir.DataType.FLOAT16 for value in values)
 
 
-def _engine_path(onnx_path: Path, output: Path | str | None, backend: str) -> Path:
-    path = onnx_path.with_suffix(ENGINE_SUFFIXES[backend]) if output is None else Path(output)
+def _choose_engine_path(onnx_path: Path, output: Path | str | None, backend: str) -> Path:
+    """The engine file, which may not be one of the files of the model."""
+    default = onnx_path.with_suffix(ENGINE_SUFFIXES[backend])
+    path = default if output is None else Path(output)
     guard_files(inputs=[onnx_path, *list_data_files(onnx_path)], outputs=[path])
     return path

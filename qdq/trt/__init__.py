@@ -1,1 +1,1 @@
-"""All that knows TensorRT: finding it, building with it, reading what it built, and its command line."""
+"""Everything that depends on TensorRT: find it, build with it, read its engines, and write its command lines."""

@@ -12,7 +12,7 @@ from qdq.errors import ArgumentError, DependencyError
 
 logger = logging.getLogger(__name__)
 
-# name of the backend -> module to import; the extra of qdq that installs it has the backend's name
+# Name of the backend -> module to import. The extra of qdq that installs it has the name of the backend.
 _MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
 
 
@@ -30,7 +30,7 @@ class Backend:
 
     @property
     def version(self) -> str:
-        """Version as the package states it, for example `1.7.1.116`."""
+        """Version of the package, for example `1.7.1.116`."""
         return str(self.module.__version__)
 
     @property
@@ -45,8 +45,8 @@ def find_backend(name: str, sm: int | None = None) -> Backend:
     Args:
         name: `rtx`, `tensorrt`, or `auto`: TensorRT where it is installed and can build (it needs a GPU),
             TensorRT-RTX otherwise.
-        sm: Compute capability that TensorRT-RTX shall build for, so that a wrong one fails here and not in the
-            build; TensorRT builds for the GPU at hand.
+        sm: Compute capability that TensorRT-RTX has to build for, so that a wrong one fails here and not in the
+            build; TensorRT builds for the GPU of this machine.
 
     Raises:
         ArgumentError: Another name, or a compute capability that TensorRT-RTX does not have.
@@ -72,25 +72,25 @@ def find_compute_capability(trt: Any, sm: int) -> Any:
     Raises:
         ArgumentError: It has no such compute capability.
     """
-    known = {
-        name: value for name, value in trt.ComputeCapability.__members__.items() if name[:2] == "SM"
-    }
-    if f"SM{sm}" not in known:
+    capabilities = {}
+    for name, value in trt.ComputeCapability.__members__.items():
+        if name.startswith("SM"):
+            capabilities[name.removeprefix("SM")] = value
+    if str(sm) not in capabilities:
         raise ArgumentError(
-            f"TensorRT-RTX {trt.__version__} cannot build for SM {sm}; "
-            f"it knows {', '.join(name[2:] for name in known)}.",
+            f"TensorRT-RTX {trt.__version__} cannot build for SM {sm}; it knows {', '.join(capabilities)}.",
             "choose one of these (a GeForce or RTX workstation GPU); for data-centre GPUs such as SM 90 and "
             "SM 100 use the trtexec line that `qdq build` prints, or backend 'tensorrt', on such a machine.",
         )
-    return known[f"SM{sm}"]
+    return capabilities[str(sm)]
 
 
 def _find_any() -> Backend:
-    """TensorRT if it can build here, else TensorRT-RTX; says so when an installed TensorRT is passed over."""
+    """TensorRT if it can build here, else TensorRT-RTX, with a warning if TensorRT is installed."""
     try:
         return _load("tensorrt")
     except DependencyError as error:
-        if not isinstance(error.__cause__, ModuleNotFoundError):  # installed, but of no use here
+        if not isinstance(error.__cause__, ModuleNotFoundError):  # installed, but cannot build here
             logger.warning("%s Building with TensorRT-RTX instead.", error.message)
     try:
         return _load("rtx")
@@ -113,19 +113,21 @@ def _load(name: str) -> Backend:
     log = make_logger(module)
     try:
         module.Builder(log)
-    except Exception as error:  # the bindings raise whatever pybind11 makes of a null pointer
-        cause = next((text for _, text in reversed(log.messages)), str(error))
+    except Exception as error:  # the type that pybind11 raises for a null pointer
+        cause = str(error)
+        if log.messages:
+            _, cause = log.messages[-1]
+        fix = "reinstall it: pip install --force-reinstall 'qdq[rtx]'"
+        if name == "tensorrt":
+            fix = "choose backend 'rtx', which builds without a GPU."
         raise DependencyError(
-            f"{package} {module.__version__} cannot build on this machine: {cause}.",
-            "choose backend 'rtx', which builds without a GPU."
-            if name == "tensorrt"
-            else "reinstall it: pip install --force-reinstall 'qdq[rtx]'",
+            f"{package} {module.__version__} cannot build on this machine: {cause}.", fix
         ) from error
     return Backend(name, module)
 
 
 def make_logger(module: ModuleType) -> Any:
-    """A logger for the given TensorRT that keeps every message as (severity, text) in `messages`."""
+    """A logger for this TensorRT that stores every message as (severity, text) in `messages`."""
 
     class Log(module.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:

@@ -1,6 +1,6 @@
 """Parse an ONNX file and build a serialized engine from it, with TensorRT or TensorRT-RTX.
 
-Both are native code that a damaged file can crash, so they run in a process of their own.
+Both are native code that a damaged file can crash, so they run in a separate process.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from qdq.trt.kernels import Kernel, parse_build_log, parse_layer_json
 from qdq.trt.profiles import Profile
 
 WORKSPACE_BYTES = 4 << 30
-_ALARMS = ("WARNING", "ERROR", "INTERNAL_ERROR")
+_ERRORS = ("ERROR", "INTERNAL_ERROR")
+_ALARMS = ("WARNING", *_ERRORS)
 
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """What one build gave.
+    """Result of one build.
 
     Args:
         engine: The serialized engine.
@@ -44,23 +45,24 @@ class EnginePlan:
     @property
     def warnings(self) -> list[str]:
         """Messages of severity WARNING and above, each once."""
-        return list(dict.fromkeys(text for severity, text in self.log if severity in _ALARMS))
+        texts = [text for severity, text in self.log if severity in _ALARMS]
+        return list(dict.fromkeys(texts))
 
 
 def build_plan(
     backend: Backend, onnx_path: Path, profiles: Mapping[str, Profile], sm: int | None
 ) -> EnginePlan:
-    """Build an engine, in a process of its own.
+    """Build an engine in a separate process.
 
     Args:
-        backend: What to build with.
-        onnx_path: The ONNX file; its external data beside it.
+        backend: The TensorRT to build with.
+        onnx_path: The ONNX file, with its external data beside it.
         profiles: Input name -> `min`, `opt` and `max` shape, for every input with a dynamic dimension.
-        sm: Compute capability to build for, 89 for 8.9 (TensorRT-RTX); None: the GPU at hand (TensorRT).
+        sm: Compute capability to build for, 89 for 8.9 (TensorRT-RTX); None for the GPU of this machine (TensorRT).
 
     Raises:
         ArgumentError: TensorRT-RTX has no such compute capability.
-        BuildError: The parser or the builder refuses the file, and names the nodes; or it crashes.
+        BuildError: The parser or the builder refuses the file, with the names of the nodes; or it crashes.
     """
     request = {"backend": backend.name, "onnx": str(onnx_path), "profiles": profiles, "sm": sm}
     try:
@@ -72,34 +74,45 @@ def build_plan(
             f"run `qdq check {onnx_path}` and mend what it names; if it names nothing, export parts of the model to "
             "find the node, and report it to NVIDIA with the file.",
         ) from died
-    if error := answer.get("error"):
-        kind = ArgumentError if error["kind"] == ArgumentError.__name__ else BuildError
-        raise kind(error["message"], error["fix"])
+    _raise_failure(answer)
     log = [(severity, text) for severity, text in answer["log"]]
     return EnginePlan(engine, log, answer["layer_json"])
 
 
+def _raise_failure(answer: dict[str, Any]) -> None:
+    """Raise the error of the child, if its answer is one."""
+    error = answer.get("error")
+    if error is None:
+        return
+    if error["kind"] == ArgumentError.__name__:
+        raise ArgumentError(error["message"], error["fix"])
+    raise BuildError(error["message"], error["fix"])
+
+
 def answer_build(request: dict[str, Any], _: bytes) -> tuple[dict[str, Any], bytes]:
-    """The child's side of `build_plan`."""
+    """The child's side of `build_plan`.
+
+    Args:
+        request: Name of the backend, path of the ONNX file, profiles and compute capability.
+
+    Returns:
+        Log and layers, or an error; the engine.
+    """
+    onnx_path = Path(request["onnx"])
     try:
-        plan = _build(
-            find_backend(request["backend"]),
-            Path(request["onnx"]),
-            request["profiles"],
-            request["sm"],
-        )
+        backend = find_backend(request["backend"])
+        plan = _build(backend, onnx_path, request["profiles"], request["sm"])
     except QdqError as error:
-        return {
-            "error": {"kind": type(error).__name__, "message": error.message, "fix": error.fix}
-        }, b""
-    except Exception as error:  # the bindings raise what pybind11 makes of it
-        failure = _build_failure(
-            Path(request["onnx"]), [("ERROR", f"{type(error).__name__}: {error}")]
-        )
-        return {
-            "error": {"kind": BuildError.__name__, "message": failure.message, "fix": failure.fix}
-        }, b""
+        return _describe_error(error), b""
+    except Exception as error:  # the type that pybind11 raises for an error in C++
+        message = f"{type(error).__name__}: {error}"
+        return _describe_error(_build_failure(onnx_path, [("ERROR", message)])), b""
     return {"log": plan.log, "layer_json": plan.layer_json}, plan.engine
+
+
+def _describe_error(error: QdqError) -> dict[str, Any]:
+    kind = type(error).__name__
+    return {"error": {"kind": kind, "message": error.message, "fix": error.fix}}
 
 
 def _build(
@@ -108,62 +121,73 @@ def _build(
     trt = backend.module
     log = make_logger(trt)
     builder = trt.Builder(log)
+    config = _configure(trt, builder, profiles, sm)
+    network = builder.create_network(_network_flags(backend))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(onnx_path)):
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        raise _parse_failure(onnx_path, errors)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise _build_failure(onnx_path, log.messages)
+    layer_json = _inspect(trt, log, engine) if sm is None else None
+    return EnginePlan(bytes(engine), log.messages, layer_json)
+
+
+def _configure(trt: Any, builder: Any, profiles: Mapping[str, Profile], sm: int | None) -> Any:
+    """The builder's configuration: target, memory, profile, and the detail of its log."""
     config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else no list of kernels
+    # Only the log at this level lists the kernels.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if sm is None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
     else:
         config.num_compute_capabilities = 1
         config.set_compute_capability(find_compute_capability(trt, sm), 0)
-    network = builder.create_network(_network_flags(backend))
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(onnx_path)):
-        raise _parse_failure(onnx_path, [parser.get_error(i) for i in range(parser.num_errors)])
     if profiles:
         profile = builder.create_optimization_profile()
         for name, shapes in profiles.items():
             profile.set_shape(name, shapes["min"], shapes["opt"], shapes["max"])
         config.add_optimization_profile(profile)
-    engine = builder.build_serialized_network(network, config)
-    if engine is None:
-        raise _build_failure(onnx_path, log.messages)
-    return EnginePlan(
-        bytes(engine), log.messages, None if sm is not None else _inspect(trt, log, engine)
-    )
+    return config
 
 
 def _network_flags(backend: Backend) -> int:
-    """Strong typing where it is not the only kind: Q/DQ and the graph's own types decide, nothing else."""
+    """Strong typing where it is an option: only Q/DQ and the types in the graph decide."""
     if not backend.weakly_typed:
         return 0
     return 1 << int(backend.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
 def _parse_failure(onnx_path: Path, errors: list[Any]) -> BuildError:
-    """What the parser refuses, by node."""
-    reasons = "; ".join(
-        f"node '{error.node_name()}' ({error.node_operator()}): {error.desc().strip()}"
-        for error in errors
-    )
+    """The error for a file that the parser refuses, with its reason for each node."""
+    reasons = []
+    for error in errors:
+        reasons.append(
+            f"node '{error.node_name()}' ({error.node_operator()}): {error.desc().strip()}"
+        )
     return BuildError(
-        f"TensorRT cannot parse {onnx_path}: {reasons or 'no reason given'}.",
+        f"TensorRT cannot parse {onnx_path}: {'; '.join(reasons) or 'no reason given'}.",
         f"run `qdq check {onnx_path}`: its rules name the cause at that node; an operator that TensorRT does "
         "not have must be replaced in the model before the export.",
     )
 
 
 def _build_failure(onnx_path: Path, messages: list[tuple[str, str]]) -> BuildError:
-    """Why the builder gave no engine, in its own words."""
-    reasons = "; ".join(text.strip() for severity, text in messages if severity in _ALARMS[1:])
+    """The error for a file that the builder refuses, with the builder's messages."""
+    reasons = []
+    for severity, text in messages:
+        if severity in _ERRORS:
+            reasons.append(text.strip())
     return BuildError(
-        f"TensorRT cannot build {onnx_path}: {reasons or 'no reason given'}.",
+        f"TensorRT cannot build {onnx_path}: {'; '.join(reasons) or 'no reason given'}.",
         "leave the layer that it names in float, or choose another compute capability; "
         f"`qdq check {onnx_path}` names known causes.",
     )
 
 
 def _inspect(trt: Any, log: Any, engine: Any) -> str:
-    """The inspector's JSON of a freshly built engine (TensorRT only: it loads the engine onto the GPU)."""
+    """The inspector's JSON of a new engine (TensorRT only: it loads the engine onto the GPU)."""
     loaded = trt.Runtime(log).deserialize_cuda_engine(engine)
     if loaded is None:
         raise BuildError(

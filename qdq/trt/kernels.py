@@ -1,18 +1,18 @@
-"""Read which kernels an engine has, and on which types, from what the builder tells."""
+"""Read the kernels of an engine, with their types, from the output of the builder."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from qdq.errors import BuildError
 
-# One line of the VERBOSE log of TensorRT-RTX 1.7. The lists hold brackets of their own: their ends are found
-# by the key that follows.
+# One line of the VERBOSE log of TensorRT-RTX 1.7. The lists contain brackets themselves: the key that follows marks
+# the end of a list.
 _LINE = re.compile(
     r"Name: (?P<name>.*), LayerType: (?P<layer_type>\w+), Inputs: \[(?P<inputs>.*?)\], "
     r"Constants: \[(?P<constants>.*?)\], Outputs: \[(?P<outputs>.*?)\], TacticName: "
@@ -22,10 +22,10 @@ _LINE_TYPE = re.compile(r"Datatype: (\w+), Format: ")
 _LINE_TENSOR = re.compile(
     r"Dimensions: \[(?P<dimensions>.*?)\], .*?Datatype: (?P<type>\w+), Format: "
 )
-# Entries are set apart by the ASCII characters unit and record separator; a node's name may hold brackets.
+# Entries are separated by the ASCII characters unit and record separator; the name of a node may contain brackets.
 _ONNX_NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f\s]*(?:\[ONNX Layer: |$))")
 
-# What the inspector calls a type, from "Half" to "Thirty-two wide channel vectorized row major Int8 format"
+# The words of the inspector for a type, from "Half" to "Thirty-two wide channel vectorized row major Int8 format"
 _TYPES = {
     "int4": "Int4",
     "int8": "Int8",
@@ -65,11 +65,11 @@ class Kernel:
         layer_type: TensorRT's word: `correlation`, `gemm`, `kgen`, `CaskConvolution` ...
         input_types: Types of the tensors it reads (`Int8`, `Float`, `Half` ...), activation first.
         constant_types: Types of its constants, weights first.
-        output_types: Types of what it writes.
+        output_types: Types of the tensors it writes.
         onnx_nodes: Names of the ONNX nodes it was made from.
-        input_bytes: Bytes of the tensors it reads, without constants and without what a memory format pads; None where
-            a dimension is open, a size is not told, or a type is not known.
-        output_bytes: Likewise of what it writes.
+        input_bytes: Bytes of the tensors it reads, without constants and without the padding of a memory format; None
+            where a dimension is open, a size is missing, or a type is unknown.
+        output_bytes: Likewise of the tensors it writes.
     """
 
     name: str
@@ -82,34 +82,27 @@ class Kernel:
     output_bytes: int | None = None
 
 
+class _Tensor(NamedTuple):
+    dimensions: Sequence[int] | None
+    dtype: str
+
+
 def parse_build_log(messages: Iterable[str]) -> list[Kernel]:
     """Kernels from the VERBOSE messages of TensorRT-RTX, in order of execution.
 
-    Without a GPU this is the only list of them: the message that begins with `Layers:`. Lines that
-    only synchronize streams are kernels without inputs.
+    Without a GPU this is the only list of them: the message that begins with `Layers:`. Lines that only synchronize
+    streams are kernels without inputs.
 
     Raises:
         BuildError: There is no such line: this version writes its log differently.
     """
     kernels = []
     for message in messages:
-        for line in message.split(
-            "\n"
-        ):  # not splitlines(): the separators of the metadata end lines for it
-            if (match := _LINE.match(line)) is None:
-                continue
-            kernels.append(
-                Kernel(
-                    name=match["name"],
-                    layer_type=match["layer_type"],
-                    input_types=tuple(_LINE_TYPE.findall(match["inputs"])),
-                    constant_types=tuple(_LINE_TYPE.findall(match["constants"])),
-                    output_types=tuple(_LINE_TYPE.findall(match["outputs"])),
-                    onnx_nodes=_onnx_nodes(match["metadata"]),
-                    input_bytes=_count_bytes(_tensors_of_line(match["inputs"])),
-                    output_bytes=_count_bytes(_tensors_of_line(match["outputs"])),
-                )
-            )
+        # Not splitlines(): it splits at the separators of the metadata, too.
+        for line in message.split("\n"):
+            match = _LINE.match(line)
+            if match is not None:
+                kernels.append(_read_line(match))
     if not kernels:
         raise BuildError(
             "the engine is built, but the builder's log lists no kernels: there is no int8 census; expected "
@@ -125,70 +118,111 @@ def parse_layer_json(text: str) -> list[Kernel]:
     Both styles are read: `Format/Datatype` in one field (TensorRT 10) and in two (TensorRT 11).
 
     Raises:
-        BuildError: Not such JSON, or one without details.
+        BuildError: The text is not such JSON, or has no details.
     """
     try:
         layers = json.loads(text)["Layers"]
-        return [_kernel_of_layer(layer) for layer in layers]
+        return [_read_layer(layer) for layer in layers]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BuildError(
             f"the layer information of the engine cannot be read ({type(error).__name__}: {error}); "
             "expected a list 'Layers' of objects with Name, LayerType, Inputs and Outputs.",
-            "build with --profilingVerbosity=detailed; else the inspector tells only names.",
+            "build with --profilingVerbosity=detailed; otherwise the inspector lists names only.",
         ) from error
 
 
-def _kernel_of_layer(layer: Mapping[str, Any]) -> Kernel:
-    weights = [_type_of(layer["Weights"]["Type"])] if "Weights" in layer else []
+def _read_line(match: re.Match[str]) -> Kernel:
+    """The kernel of a line of the log."""
     return Kernel(
-        name=layer["Name"],
-        layer_type=layer["LayerType"],
-        input_types=tuple(map(_tensor_type, layer["Inputs"])),
-        constant_types=(*weights, *map(_tensor_type, layer.get("Constants", []))),
-        output_types=tuple(map(_tensor_type, layer["Outputs"])),
-        # layers that the parser did not annotate carry the nodes in their name
-        onnx_nodes=_onnx_nodes(layer.get("Metadata", "")) or tuple(layer["Name"].split(" + ")),
-        input_bytes=_count_bytes(_tensors_of_json(layer["Inputs"])),
-        output_bytes=_count_bytes(_tensors_of_json(layer["Outputs"])),
+        name=match["name"],
+        layer_type=match["layer_type"],
+        input_types=tuple(_LINE_TYPE.findall(match["inputs"])),
+        constant_types=tuple(_LINE_TYPE.findall(match["constants"])),
+        output_types=tuple(_LINE_TYPE.findall(match["outputs"])),
+        onnx_nodes=_read_node_names(match["metadata"]),
+        input_bytes=_count_bytes(_parse_tensors(match["inputs"])),
+        output_bytes=_count_bytes(_parse_tensors(match["outputs"])),
     )
 
 
-_Tensor = tuple[Sequence[int] | None, str]  # dimensions, type
+def _read_layer(layer: Mapping[str, Any]) -> Kernel:
+    """The kernel of an object of the inspector's list."""
+    inputs = _read_tensors(layer["Inputs"])
+    constants = _read_tensors(layer.get("Constants", []))
+    outputs = _read_tensors(layer["Outputs"])
+    constant_types = _list_types(constants)
+    if "Weights" in layer:
+        constant_types = (_find_type(layer["Weights"]["Type"]), *constant_types)
+    # Layers that the parser did not annotate have the nodes in their name.
+    onnx_nodes = _read_node_names(layer.get("Metadata", "")) or tuple(layer["Name"].split(" + "))
+    return Kernel(
+        name=layer["Name"],
+        layer_type=layer["LayerType"],
+        input_types=_list_types(inputs),
+        constant_types=constant_types,
+        output_types=_list_types(outputs),
+        onnx_nodes=onnx_nodes,
+        input_bytes=_count_bytes(inputs),
+        output_bytes=_count_bytes(outputs),
+    )
 
 
-def _tensors_of_line(text: str) -> Iterator[_Tensor]:
-    for tensor in _LINE_TENSOR.finditer(text):
-        sizes = [size.strip() for size in tensor["dimensions"].split(",") if size.strip()]
-        is_known = all(size.isdecimal() for size in sizes)  # -1: open
-        yield [int(size) for size in sizes] if is_known else None, tensor["type"]
+def _parse_tensors(text: str) -> list[_Tensor]:
+    """The tensors of a list in a line of the log."""
+    tensors = []
+    for match in _LINE_TENSOR.finditer(text):
+        dimensions = _parse_dimensions(match["dimensions"])
+        tensors.append(_Tensor(dimensions, match["type"]))
+    return tensors
 
 
-def _tensors_of_json(tensors: Iterable[Mapping[str, Any]]) -> Iterator[_Tensor]:
+def _parse_dimensions(text: str) -> list[int] | None:
+    """Sizes separated by commas; None where one is open (-1)."""
+    dimensions = []
+    for part in text.split(","):
+        size = part.strip()
+        if not size:
+            continue  # a scalar
+        if not size.isdecimal():
+            return None
+        dimensions.append(int(size))
+    return dimensions
+
+
+def _read_tensors(tensors: Iterable[Mapping[str, Any]]) -> list[_Tensor]:
+    """The tensors of a list in the inspector's JSON."""
+    result = []
     for tensor in tensors:
-        yield tensor.get("Dimensions"), _tensor_type(tensor)
+        fields = {key.lower(): value for key, value in tensor.items()}
+        text = fields["datatype"] if "datatype" in fields else fields["format/datatype"]
+        result.append(_Tensor(tensor.get("Dimensions"), _find_type(text)))
+    return result
+
+
+def _list_types(tensors: Iterable[_Tensor]) -> tuple[str, ...]:
+    return tuple(tensor.dtype for tensor in tensors)
 
 
 def _count_bytes(tensors: Iterable[_Tensor]) -> int | None:
-    """What tensors of these dimensions and types take together; None if that cannot be said."""
+    """Total size of tensors; None where a dimension is open or a type is unknown."""
     total = 0
-    for dimensions, dtype in tensors:
-        if dimensions is None or dtype not in _BITS:
+    for tensor in tensors:
+        if tensor.dimensions is None or tensor.dtype not in _BITS:
             return None
-        if not all(isinstance(size, int) and size >= 0 for size in dimensions):
+        if not all(isinstance(size, int) and size >= 0 for size in tensor.dimensions):
             return None
-        total += -(-math.prod(dimensions) * _BITS[dtype] // 8)
+        bits = math.prod(tensor.dimensions) * _BITS[tensor.dtype]
+        total += -(-bits // 8)  # rounded up
     return total
 
 
-def _tensor_type(tensor: Mapping[str, Any]) -> str:
-    fields = {key.lower(): value for key, value in tensor.items()}
-    return _type_of(fields["datatype"] if "datatype" in fields else fields["format/datatype"])
+def _find_type(text: str) -> str:
+    """The type in a description of type and memory format; the description itself if it names no known type."""
+    for word in _WORD.findall(text.lower()):
+        if word in _TYPES:
+            return _TYPES[word]
+    return text
 
 
-def _type_of(text: str) -> str:
-    """The type named in a description of type and memory format; the description itself if none is known."""
-    return next((_TYPES[word] for word in _WORD.findall(text.lower()) if word in _TYPES), text)
-
-
-def _onnx_nodes(metadata: str) -> tuple[str, ...]:
+def _read_node_names(metadata: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_ONNX_NODE.findall(metadata)))

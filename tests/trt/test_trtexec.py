@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from qdq.errors import ArgumentError
-from qdq.trt.profiles import parse_shapes, solve_profiles
+from qdq.trt.profiles import choose_profiles, parse_shapes
 from qdq.trt.trtexec import trtexec_lines
 
 PROFILES = {
@@ -74,7 +74,7 @@ def test_parse_shapes_refuses_an_input_twice():
 
 
 def _solve(inputs, **given):
-    return solve_profiles(inputs, {"min": {}, "opt": {}, "max": {}, **given})
+    return choose_profiles(inputs, {"min": {}, "opt": {}, "max": {}, **given})
 
 
 def test_default_profile_is_for_the_batch_alone():
