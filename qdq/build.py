@@ -29,7 +29,7 @@ ENGINE_SUFFIXES = {"rtx": ".rtx.engine", "tensorrt": ".engine"}
 
 # TensorRT builds no file that breaks one of these rules. It may well read other files that onnx's checker refuses.
 _FATAL_RULES = ("QDQ205", "QDQ208")
-# A constant, and operators that TensorRT folds between it and the scale of a Q/DQ. It crashes on others, such as ReduceMax.
+# A constant, and operators that TensorRT folds between it and the scale of a Q/DQ. It crashes on ReduceMax, for one.
 _FOLDED_INTO_SCALE = frozenset({"Cast", "Constant", "Identity", "Mul", "Reshape"})
 
 

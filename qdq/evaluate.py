@@ -1,14 +1,16 @@
-"""Outputs of a module or an ONNX file on the same images, and one table of what they are worth."""
+"""Outputs of modules and ONNX files on the same images, and a table of their accuracy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -34,12 +36,12 @@ class Candidate:
     """One row of the table.
 
     Args:
-        name: What it is.
-        top1: Share of images whose label is the largest output, 0..1; None without labels.
-        top5: Share of images whose label is among the five largest, 0..1; None without labels.
-        agreement: Share of images with the same largest output as the reference, 0..1.
+        name: Name of the model.
+        top1: Fraction of images whose label is the largest output, 0 to 1; None without labels.
+        top5: Fraction of images whose label is among the five largest, 0 to 1; None without labels.
+        agreement: Fraction of images with the same largest output as the reference, 0 to 1.
         sqnr_db: SQNR of the outputs against the reference, in dB; infinite for the reference itself.
-        megabytes: Size of its file, or of its parameters; None if not asked for.
+        megabytes: Size of its file, or of its parameters; None if it was not requested.
     """
 
     name: str
@@ -55,7 +57,7 @@ class Evaluation:
     """Result of `evaluate_outputs`.
 
     Args:
-        images: How many images.
+        images: Number of images.
         candidates: The rows, the reference first.
     """
 
@@ -67,12 +69,16 @@ class Evaluation:
         title = f"on {self.images} images"
         width = max(len(title), *(len(candidate.name) for candidate in self.candidates))
         lines = [f"{title:{width}}   top-1   top-5  agreement  SQNR dB       MB"]
-        for c in self.candidates:
-            sqnr = "      -" if np.isinf(c.sqnr_db) else f"{c.sqnr_db:7.2f}"
-            size = "      -" if c.megabytes is None else f"{c.megabytes:7.2f}"
-            lines.append(
-                f"{c.name:{width}}  {_percent(c.top1)}  {_percent(c.top5)}     {_percent(c.agreement)}  {sqnr}  {size}"
-            )
+        for candidate in self.candidates:
+            cells = [
+                f"{candidate.name:{width}}",
+                _format_percent(candidate.top1),
+                _format_percent(candidate.top5),
+                f"   {_format_percent(candidate.agreement)}",
+                _format_number(candidate.sqnr_db),
+                _format_number(candidate.megabytes),
+            ]
+            lines.append("  ".join(cells))
         return "\n".join(lines)
 
 
@@ -83,53 +89,58 @@ def predict(
 
     Args:
         model: A module, or the path of an ONNX file (run by ONNX Runtime on the CPU).
-        batches: As for `trace.call_model`: tensors or `(images, labels)`.
-        session: Of ONNX Runtime: "plain" computes what the file says, "default" is what its users have
-            (`check.OnnxModel`). A module needs none.
+        batches: As for `forward.call_model`: tensors or `(images, labels)`.
+        session: Session of ONNX Runtime. "plain" computes exactly the file, "default" is the session that its users
+            have (`check.OnnxModel`). A module needs none.
 
     Returns:
         float array `[N, ...]`.
 
     Raises:
         ArgumentError: Another session.
-        DataError: No batch, or one for which memory is too short.
+        ArgumentTypeError: `model` is neither.
+        DataError: No batch, or not enough memory for one.
         CheckError: The ONNX file cannot be run on them.
     """
-    if not isinstance(model, str | Path | nn.Module):
+    require_batches(batches)
+    if isinstance(model, nn.Module):
+        run = partial(_run_module, model)
+        label = "predict (torch)"
+    elif isinstance(model, str | Path):
+        run = partial(_run_file, OnnxModel(Path(model), session=session))
+        label = "predict (onnx)"
+    else:
         raise ArgumentTypeError(
             f"model is of type {type(model).__name__}.",
             "pass a module, or the path of an ONNX file.",
         )
-    require_batches(batches)
-    onnx_model = None if isinstance(model, nn.Module) else OnnxModel(Path(model), session=session)
-    outputs = []
-    label = "predict (torch)" if onnx_model is None else "predict (onnx)"
-    for batch in tqdm(batches, desc=label, unit="batch", disable=None):
-        if isinstance(model, nn.Module):
-            outputs.append(_run_module(model, batch))
-        elif onnx_model is not None:
-            args, kwargs = split_inputs(batch)
-            named = name_leaves(kwargs)
-            arrays = (
-                tree_leaves(args)
-                if args
-                else [named[name] for name in onnx_model.inputs if name in named]
-            )
-            outputs.append(onnx_model(*map(np.asarray, arrays))[0])
+    progress = tqdm(batches, desc=label, unit="batch", disable=None)
+    outputs = [run(batch) for batch in progress]
     if not outputs:
         raise DataError("there is no batch to predict.", "give at least one image.")
     return np.concatenate(outputs)
+
+
+def _run_file(model: OnnxModel, batch: Any) -> Array:
+    """First output of an ONNX file on one batch."""
+    args, kwargs = split_inputs(batch)
+    leaves = tree_leaves(args)
+    if not args:
+        named = name_leaves(kwargs)
+        leaves = [named[name] for name in model.inputs if name in named]
+    return model(*map(np.asarray, leaves))[0]
 
 
 def _run_module(model: nn.Module, batch: Any) -> Array:
     """First output of a module on one batch.
 
     Raises:
-        DataError: Memory is too short.
+        DataError: Not enough memory.
     """
     try:
         with evaluating(model):
-            return _first(call_model(model, batch))
+            output = call_model(model, batch)
+            return _to_array(tensors_of(output)[0])
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -140,13 +151,18 @@ def _run_module(model: nn.Module, batch: Any) -> Array:
         ) from error
 
 
+def _to_array(tensor: torch.Tensor) -> Array:
+    array: Array = tensor.detach().float().cpu().numpy()
+    return array
+
+
 def measure_tie_floor(model: nn.Module, batches: Iterable[Any]) -> float:
     """SQNR in dB that rounding ties alone leave between two correct runs of a quantized model.
 
-    The model is run twice, the second time with the input of every quantizer larger by 2^-22 of itself, about what
-    another order of summation in float32 changes. A float model hardly notices; a quantized one does, because values
-    next to a tie round to the other code and later layers carry that on. Another runtime may land a little above or
-    below this, not far above.
+    The model is run twice. In the second run the input of every quantizer is larger by 2^-22 of itself, about as much
+    as another order of summation in float32 changes it. A float model hardly changes. A quantized one does, because
+    values next to a tie round to the other code, and later layers propagate the difference. The SQNR of another runtime
+    may be a little above or below this figure, but not far above.
 
     Args:
         model: A calibrated model.
@@ -160,16 +176,18 @@ def measure_tie_floor(model: nn.Module, batches: Iterable[Any]) -> float:
     """
     require_model(model)
     require_batches(batches)
-    kept = list(batches)
-    expected = predict(model, kept)
+    batches = list(batches)
+    expected = predict(model, batches)
     with ExitStack() as hooks:
         for name, quantizer in named_quantizers(model):
             if not name.endswith("_weight_quantizer"):
-                hook = quantizer.register_forward_pre_hook(
-                    lambda _, inputs: (inputs[0] * (1 + 2**-22), *inputs[1:])
-                )
+                hook = quantizer.register_forward_pre_hook(_enlarge_input)
                 hooks.callback(hook.remove)
-        return sqnr_db(expected, predict(model, kept))
+        return sqnr_db(expected, predict(model, batches))
+
+
+def _enlarge_input(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (inputs[0] * (1 + 2**-22), *inputs[1:])
 
 
 def evaluate_outputs(
@@ -187,7 +205,7 @@ def evaluate_outputs(
 
     Raises:
         ArgumentError: Nothing to compare, or different shapes.
-        ArgumentTypeError: Outputs without names, or labels that are no sequence.
+        ArgumentTypeError: Outputs without names, or labels that are not a sequence.
     """
     if not isinstance(outputs, Mapping):
         raise ArgumentTypeError(
@@ -201,36 +219,50 @@ def evaluate_outputs(
     if not outputs:
         raise ArgumentError("there are no outputs to evaluate.", "pass at least the reference.")
     reference = next(iter(outputs.values()))
-    classes = None if labels is None else np.asarray(labels)
-    candidates = tuple(
-        Candidate(
-            name=name,
-            top1=None if classes is None else top_k(logits, classes, 1),
-            top5=None if classes is None else top_k(logits, classes, 5),
-            agreement=agreement(reference, logits),
-            sqnr_db=sqnr_db(reference, logits),
-            megabytes=_megabytes((files or {}).get(name)),
+    candidates = []
+    for name, logits in outputs.items():
+        top1, top5 = _measure_accuracy(logits, labels)
+        candidates.append(
+            Candidate(
+                name=name,
+                top1=top1,
+                top5=top5,
+                agreement=agreement(reference, logits),
+                sqnr_db=sqnr_db(reference, logits),
+                megabytes=_measure_size((files or {}).get(name)),
+            )
         )
-        for name, logits in outputs.items()
-    )
-    return Evaluation(len(reference), candidates)
+    return Evaluation(len(reference), tuple(candidates))
 
 
-def _first(output: Any) -> Array:
-    array: Array = tensors_of(output)[0].detach().float().cpu().numpy()
-    return array
+def _measure_accuracy(
+    logits: Array, labels: Sequence[int] | None
+) -> tuple[float | None, float | None]:
+    """Top-1 and top-5 accuracy; None without labels."""
+    if labels is None:
+        return None, None
+    classes = np.asarray(labels)
+    return top_k(logits, classes, 1), top_k(logits, classes, 5)
 
 
-def _megabytes(source: Path | nn.Module | None) -> float | None:
+def _measure_size(source: Path | nn.Module | None) -> float | None:
+    """Megabytes of a file with its external data, or of the parameters of a module."""
     if source is None:
         return None
     if isinstance(source, Path):
         files = [source, *list_data_files(source)]
         return sum(file.stat().st_size for file in files) / 1e6
-    return float(
-        sum(tensor.numel() * tensor.element_size() for tensor in source.parameters()) / 1e6
-    )
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in source.parameters())
+    return num_bytes / 1e6
 
 
-def _percent(share: float | None) -> str:
-    return "     -" if share is None else f"{100 * share:5.1f}%"
+def _format_percent(fraction: float | None) -> str:
+    if fraction is None:
+        return "     -"
+    return f"{100 * fraction:5.1f}%"
+
+
+def _format_number(value: float | None) -> str:
+    if value is None or np.isinf(value):
+        return "      -"
+    return f"{value:7.2f}"
