@@ -30,7 +30,8 @@ from qdq.quantize import (
 
 logger = logging.getLogger(__name__)
 
-_CALIB_METHODS = {"max": "max", "histogram": "mse"}  # -> what `load_calib_amax` solves by default
+# Method of `set_calib_method` -> default method of `load_calib_amax`
+_CALIB_METHODS = {"max": "max", "histogram": "mse"}
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,10 @@ class QuantDescriptor:
     Args:
         num_bits: Width in bits, 2 to 16.
         name: A name for messages.
-        axis: The axis with a range for each index (negative counts from the end); None: one range per tensor.
+        axis: The axis with a range for each index (negative counts from the end); None for one range per tensor.
         amax: The range, if it is already known.
-        calib_method: How `load_calib_amax` solves the range by default: "max", or "histogram" for the least squared
-            error. Whatever it is, everything is collected.
+        calib_method: The default method of `load_calib_amax`: "max", or "histogram" for the least squared error. Both
+            collect the same statistics.
         unsigned: Codes start at 0 (TensorRT refuses such formats, R-SYM).
         narrow_range: Leave out the most negative code.
 
@@ -61,23 +62,22 @@ class QuantDescriptor:
     narrow_range: bool = False
 
     def __post_init__(self) -> None:
-        for field, kinds in (("num_bits", int), ("axis", int | None), ("name", str | None)):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, kinds):
-                raise ArgumentTypeError(
-                    f"{field} is {value!r}, of type {type(value).__name__}.",
-                    f"give {field} as {kinds}.",
-                )
-        if self.calib_method not in _CALIB_METHODS:
-            raise ArgumentError(
-                _unknown("calib_method", self.calib_method, tuple(_CALIB_METHODS)),
-                "use one of those.",
+        self._require_type("num_bits", int)
+        self._require_type("axis", int | None)
+        self._require_type("name", str | None)
+        _require_choice("calib_method", self.calib_method, tuple(_CALIB_METHODS))
+        if isinstance(self.amax, np.ndarray | list):  # a tuple can be hashed
+            ranges = np.asarray(self.amax, dtype=float).flatten().tolist()
+            object.__setattr__(self, "amax", tuple(ranges))
+        _ = self.format  # refuses an impossible width
+
+    def _require_type(self, field: str, kinds: Any) -> None:
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise ArgumentTypeError(
+                f"{field} is {value!r}, of type {type(value).__name__}.",
+                f"give {field} as {kinds}.",
             )
-        if isinstance(self.amax, np.ndarray | list):
-            object.__setattr__(
-                self, "amax", tuple(np.asarray(self.amax, dtype=float).flatten().tolist())
-            )
-        _ = self.format
 
     @property
     def format(self) -> Format:
@@ -86,15 +86,16 @@ class QuantDescriptor:
 
     def __str__(self) -> str:
         place = "per-tensor" if self.axis is None else f"axis={self.axis}"
-        return f"QuantDescriptor({'unsigned ' if self.unsigned else ''}{self.num_bits}bit {place})"
+        sign = "unsigned " if self.unsigned else ""
+        return f"QuantDescriptor({sign}{self.num_bits}bit {place})"
 
 
 class TensorQuantizer(nn.Module):
-    """Quantizes and dequantizes its input; collects ranges while calibrating; passes it through while disabled.
+    """Quantizes and dequantizes its input; collects statistics while calibrating; returns it unchanged while disabled.
 
-    Without amax the range is dynamic: the maximum of the tensor at hand. `amax` is the buffer `_amax`, which exists
-    only once set, so that an uncalibrated quantizer adds nothing to a state dict. While the range is learned it is the
-    parameter `_log2_amax` instead: no step of any optimizer can make it negative, and every step is relative to it.
+    Without amax the range is dynamic: the maximum of the input. `amax` is the buffer `_amax`, which exists only once it
+    is set, so that an uncalibrated quantizer adds nothing to a state dict. While the range is learned it is the
+    parameter `_log2_amax` instead: no step of an optimizer can make it negative, and every step is relative to it.
 
     Args:
         quant_desc: Format, axis and the collector for calibration.
@@ -141,17 +142,19 @@ class TensorQuantizer(nn.Module):
 
     @property
     def range_axis(self) -> int | None:
-        """Where the present ranges lie, by their shape: those of a checkpoint may lie on another axis than `axis`."""
+        """The axis of the present ranges, by their shape; ranges of a checkpoint may have another one than `axis`."""
         return find_range_axis(self.amax, self._axis)
 
     @property
     def amax(self) -> torch.Tensor | None:
         """The range as the buffer itself (edits in place take effect at once), or None before calibration.
 
-        While it is learned, a tensor of its own.
+        While it is learned, a new tensor.
         """
         log2_amax = self._parameters.get("_log2_amax")
-        return self._buffers.get("_amax") if log2_amax is None else from_log2(log2_amax)
+        if log2_amax is not None:
+            return from_log2(log2_amax)
+        return self._buffers.get("_amax")
 
     @amax.setter
     def amax(self, value: float | Sequence[float] | np.ndarray[Any, Any] | torch.Tensor) -> None:
@@ -161,41 +164,40 @@ class TensorQuantizer(nn.Module):
             raise StateError(
                 f"the range of {self._label} is being learned.", "call keep_range first."
             )
-        if self.amax is None or self._mends_axis(amax):
+        former = self.amax
+        if former is None or self._mends_axis(amax):
             self.register_buffer("_amax", own_tensor(amax))
-        elif self._is_along_present(amax):
-            if self.amax.is_inference():
-                self._amax = own_tensor(self.amax)
-            self.amax.copy_(amax.reshape(self.amax.shape))
-        else:
+            return
+        if not self._fits_range(former, amax):
             raise StateError(
-                f"Changing shape when setting amax is not allowed: {self._label} has {tuple(self.amax.shape)}, "
+                f"Changing shape when setting amax is not allowed: {self._label} has {tuple(former.shape)}, "
                 f"the new value {tuple(amax.shape)}.",
                 "make a new quantizer for another axis.",
             )
+        if former.is_inference():
+            self._amax = former = own_tensor(former)
+        former.copy_(amax.reshape(former.shape))
 
     def _mends_axis(self, amax: torch.Tensor) -> bool:
-        """Whether new ranges lie on the axis of this quantizer, and the present ones, of a checkpoint, on another."""
-        if (
-            not isinstance(self._axis, int)
-            or self.amax is None
-            or not amax.dim() == self.amax.dim() > 0
-        ):
+        """Whether new ranges belong to the axis of this quantizer, and the present ones, of a checkpoint, to another."""
+        former = self.amax
+        if former is None or not isinstance(self._axis, int):  # qdq.compat has several axes
+            return False
+        if amax.dim() == 0 or amax.dim() != former.dim():
             return False
         axis = self._axis % amax.dim()
-        return find_range_axis(self.amax, axis) != axis and find_range_axis(amax, axis) == axis
+        return find_range_axis(former, axis) != axis and find_range_axis(amax, axis) == axis
 
-    def _is_along_present(self, amax: torch.Tensor) -> bool:
-        """Whether new ranges have the number, and where their shape says so the axis, of the present ones."""
-        present = self.amax
-        assert present is not None  # noqa: S101  # the caller has looked
-        if present.numel() != amax.numel():
+    def _fits_range(self, former: torch.Tensor, amax: torch.Tensor) -> bool:
+        """Whether there are as many new ranges as former ones, on the same axis as far as their shape tells."""
+        if former.numel() != amax.numel():
             return False
-        axis = self.range_axis
-        return find_range_axis(amax, axis) == axis or amax.dim() != present.dim()
+        axis = find_range_axis(former, self._axis)
+        return find_range_axis(amax, axis) == axis or amax.dim() != former.dim()
 
     def _require_valid(self, amax: torch.Tensor) -> None:
-        if not amax.is_meta and not bool((torch.isfinite(amax) & (amax >= 0)).all()):
+        is_valid = torch.isfinite(amax) & (amax >= 0)
+        if not amax.is_meta and not bool(is_valid.all()):
             raise ArgumentError(
                 f"amax of {self._label} holds NaN, Inf or a negative number: {summarize_amax(amax)}.",
                 "a range is the largest absolute value: finite and not below 0.",
@@ -207,10 +209,10 @@ class TensorQuantizer(nn.Module):
             )
 
     def reason_against_range(self, weight: torch.Tensor | None = None) -> str:
-        """What is wrong with the range, however it came into the buffer; "" if nothing is, or if there is none.
+        """The reason why the range in the buffer cannot be used; "" if it can be, or if there is none.
 
         Args:
-            weight: What it quantizes, if that is a weight.
+            weight: The weight that it quantizes, if it quantizes one.
         """
         amax = self.amax
         if amax is None or amax.is_meta:
@@ -219,14 +221,13 @@ class TensorQuantizer(nn.Module):
             return "has an amax of NaN or Inf"
         if bool((amax < 0).any()):
             return f"has a negative amax, {float(amax.min()):.3g}"
-        axis, shape = self.range_axis, tuple(amax.shape)
+        axis = self.range_axis
         if amax.numel() == 1 or isinstance(axis, tuple):  # qdq.compat has ranges along several axes
             return ""
+        shape = tuple(amax.shape)
         if axis is None:
             return f"is per tensor and has {amax.numel()} ranges, of shape {shape}"
-        if weight is not None and not (
-            -weight.dim() <= axis < weight.dim() and amax.numel() == weight.shape[axis]
-        ):
+        if weight is not None and not _fits_axis(amax, weight, axis):
             return f"has an amax of shape {shape}, which does not fit axis {axis} of its weight {tuple(weight.shape)}"
         return ""
 
@@ -243,8 +244,7 @@ class TensorQuantizer(nn.Module):
             ArgumentError: Another rule.
             StateError: No amax yet.
         """
-        if rule not in RANGE_RULES:
-            raise ArgumentError(_unknown("rule", rule, RANGE_RULES), "use one of those.")
+        _require_choice("rule", rule, RANGE_RULES)
         if self.amax is None:
             raise StateError(
                 f"{self._label} has no amax to start from.", "calibrate first (`calibrate_model`)."
@@ -252,17 +252,19 @@ class TensorQuantizer(nn.Module):
         start = own_tensor(self.amax.clamp_min(AMAX_FLOOR).log2())
         self._buffers.pop("_amax", None)
         self._parameters.pop("_log2_amax", None)
-        self.register_parameter("_log2_amax", parameter := nn.Parameter(start))
+        parameter = nn.Parameter(start)
+        self.register_parameter("_log2_amax", parameter)
         self._range_rule = rule
         return parameter
 
     def keep_range(self) -> None:
-        """End `learn_range`: the range that was reached is the buffer again; nothing where it was not learned."""
-        if self._range_rule is not None:
-            reached = self._parameters.pop("_log2_amax")
-            assert reached is not None  # noqa: S101
-            self._range_rule = None
-            self.register_buffer("_amax", own_tensor(from_log2(reached)))
+        """End `learn_range`: the learned range becomes the buffer. Does nothing if it was not learned."""
+        if self._range_rule is None:
+            return
+        log2_amax = self._parameters.pop("_log2_amax")
+        assert log2_amax is not None  # noqa: S101  # `learn_range` registered it
+        self._range_rule = None
+        self.register_buffer("_amax", own_tensor(from_log2(log2_amax)))
 
     @property
     def scale(self) -> torch.Tensor:
@@ -307,7 +309,7 @@ class TensorQuantizer(nn.Module):
 
     @contextmanager
     def restoring_state(self) -> Iterator[None]:
-        """Put back on exit whether it is enabled, quantizes and collects."""
+        """Restore on exit whether it is enabled, quantizes and collects."""
         state = self._disabled, self._if_quant, self._if_calib
         try:
             yield
@@ -333,11 +335,13 @@ class TensorQuantizer(nn.Module):
         """Quantize with another range in the block, whatever the state."""
         buffers = self.leader._buffers
         former = buffers.get("_amax")
-        device = None if former is None else former.device
+        temporary = torch.tensor(amax, dtype=torch.float32)
+        if former is not None:
+            temporary = temporary.to(former.device)
         with self.restoring_state():
             self._disabled = False
             self._if_quant = True
-            buffers["_amax"] = torch.tensor(amax, dtype=torch.float32, device=device)
+            buffers["_amax"] = temporary
             try:
                 yield
             finally:
@@ -347,7 +351,7 @@ class TensorQuantizer(nn.Module):
                     buffers["_amax"] = former
 
     def enable(self) -> None:
-        """Take part again in whatever was switched on."""
+        """Quantize and collect again, as far as these are switched on."""
         self._disabled = False
 
     def disable(self) -> None:
@@ -375,19 +379,19 @@ class TensorQuantizer(nn.Module):
         self._if_calib = True
 
     def disable_calib(self) -> None:
-        """Stop collecting; what was collected stays."""
+        """Stop collecting; the collected statistics stay."""
         self._if_calib = False
 
     def set_calib_method(self, method: str) -> None:
-        """Start over with an empty collector; "max" or "histogram" says how `load_calib_amax` solves by default.
+        """Start again with an empty collector.
+
+        Args:
+            method: The default of `load_calib_amax`: "max", or "histogram" for the least squared error.
 
         Raises:
             ArgumentError: Another method, or a histogram for a per-channel quantizer.
         """
-        if method not in _CALIB_METHODS:
-            raise ArgumentError(
-                _unknown("calib_method", method, tuple(_CALIB_METHODS)), "use one of those."
-            )
+        _require_choice("calib_method", method, tuple(_CALIB_METHODS))
         if method == "histogram" and self._axis is not None:
             raise ArgumentError(
                 f"{self._label} has axis={self._axis}; histograms are per tensor.",
@@ -397,10 +401,10 @@ class TensorQuantizer(nn.Module):
         self._calibrator = TensorCollector(self._axis)
 
     def load_calib_amax(self, method: str | None = None, **options: Any) -> None:
-        """Solve amax from what was collected and store it; may be called again with another method.
+        """Compute amax from the collected statistics and store it; may be called again with another method.
 
         Args:
-            method: As for `observers.solve.solve_amax`; None: that of `set_calib_method`.
+            method: As for `observers.solve.solve_amax`; None for the default of `set_calib_method`.
             **options: As for `observers.solve.solve_amax`.
 
         Raises:
@@ -422,10 +426,10 @@ class TensorQuantizer(nn.Module):
     def solve_range(
         self, statistics: TensorStatistics, method: str, **options: Any
     ) -> float | np.ndarray[Any, np.dtype[np.float32]]:
-        """The range that statistics give for the format and axis of this quantizer; nothing is stored.
+        """Compute a range from statistics, for the format and axis of this quantizer; nothing is stored.
 
         Args:
-            statistics: Of the tensor that it quantizes.
+            statistics: Statistics of the tensor that it quantizes.
             method: As for `observers.solve.solve_amax`; with an axis only "max".
             **options: As for `observers.solve.solve_amax`.
 
@@ -446,7 +450,7 @@ class TensorQuantizer(nn.Module):
         if statistics.channel_absmax is None:
             raise StateError(
                 f"amax shape changed! Axis {self._axis} of {self._label} differs in length between batches.",
-                "feed batches whose kept axis always has the same length, or calibrate per tensor (axis=None).",
+                "feed batches in which that axis always has the same length, or calibrate per tensor (axis=None).",
             )
         return statistics.channel_absmax
 
@@ -454,7 +458,7 @@ class TensorQuantizer(nn.Module):
         """Collect, quantize, both or neither; the same object comes back if there is nothing to do.
 
         Args:
-            inputs: Any shape; per channel, the kept axis must be as long as amax.
+            inputs: Any shape; per channel, the axis must be as long as amax.
         """
         if self._disabled:
             return inputs
@@ -463,9 +467,8 @@ class TensorQuantizer(nn.Module):
         if not self._if_quant:
             return inputs
         amax = self._range_for(inputs)
-        return fake_quantize(
-            inputs, amax, self.format, self._axis, range_rule=self._range_rule or RANGE_RULES[0]
-        )
+        range_rule = self._range_rule or RANGE_RULES[0]
+        return fake_quantize(inputs, amax, self.format, self._axis, range_rule=range_rule)
 
     def _collect(self, inputs: torch.Tensor, calibrator: TensorCollector) -> None:
         try:
@@ -486,60 +489,72 @@ class TensorQuantizer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> TensorQuantizer:
         """Follow the module to another device; a range stays float32 in a model of halves."""
-        before = self._buffers.get("_amax")
+        former = self._buffers.get("_amax")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if before is not None and self._amax.dtype != torch.float32:
-            self._amax = own_tensor(before.to(self._amax.device))
+        if former is not None and self._amax.dtype != torch.float32:
+            self._amax = own_tensor(former.to(self._amax.device))
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Create `_amax` where the checkpoint has one and this quantizer does not yet."""
-        incoming = state_dict.get(prefix + "_amax")
-        if incoming is not None:
-            if not isinstance(incoming, torch.Tensor):
+        """Load `_amax` even if this quantizer has none yet, or has ranges of another axis."""
+        key = prefix + "_amax"
+        saved = state_dict.get(key)
+        if saved is not None:
+            if not isinstance(saved, torch.Tensor):
                 raise ArgumentTypeError(
-                    f"{prefix}_amax in the checkpoint is a {type(incoming).__name__}, not a tensor.",
+                    f"{key} in the checkpoint is a {type(saved).__name__}, not a tensor.",
                     "save it with torch.tensor(...).",
                 )
-            self._require_valid(incoming)
-            state_dict[prefix + "_amax"] = incoming = incoming.float()
-            if self.amax is None:
-                self.register_buffer("_amax", own_tensor(incoming))
-            elif self._lies_elsewhere(incoming):
-                self._amax = own_tensor(incoming.to(self.amax.device))
-            elif self.amax.numel() == incoming.numel() == 1:  # [], [1] and [1, 1] say the same
-                state_dict[prefix + "_amax"] = incoming.reshape(self.amax.shape)
-            if self._range_rule is None and self._amax.is_inference():
-                self._amax = own_tensor(self._amax)
+            self._require_valid(saved)
+            state_dict[key] = self._prepare_loading(saved.float())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _lies_elsewhere(self, amax: torch.Tensor) -> bool:
-        """Whether ranges of a checkpoint keep another axis than the present ones, as 2.1 did for transposed weights."""
-        axes = [
-            find_range_axis(ranges, None if self._axis is None else -1)
-            for ranges in (self.amax, amax)
-        ]
-        return None not in axes and -1 not in axes and axes[0] != axes[1]
+    def _prepare_loading(self, saved: torch.Tensor) -> torch.Tensor:
+        """Give `_amax` the shape of the saved ranges; returns them in the shape of `_amax`."""
+        former = self.amax
+        if former is None:
+            self.register_buffer("_amax", own_tensor(saved))
+        elif self._has_other_axis(former, saved):
+            self._amax = own_tensor(saved.to(former.device))
+        elif former.numel() == saved.numel() == 1:  # [], [1] and [1, 1] are the same range
+            saved = saved.reshape(former.shape)
+        if self._range_rule is None and self._amax.is_inference():
+            self._amax = own_tensor(self._amax)
+        return saved
+
+    def _has_other_axis(self, former: torch.Tensor, saved: torch.Tensor) -> bool:
+        """Whether saved ranges belong to another axis than the former ones, as those of 2.1 for transposed weights."""
+        if self._axis is None:
+            return False
+        unknown = -1
+        former_axis = find_range_axis(former, unknown)
+        saved_axis = find_range_axis(saved, unknown)
+        return unknown not in (former_axis, saved_axis) and former_axis != saved_axis
 
     def extra_repr(self) -> str:
-        """One line: format, place, range, state."""
-        parts = [
-            "disabled" if self._disabled else "",
-            f"{'unsigned ' if self._unsigned else ''}{self._num_bits}bit",
-            "narrow" if self._narrow_range else "",
-            "per-tensor" if self._axis is None else f"axis={self._axis}",
-            f"amax={summarize_amax(self.amax)}",
-            "quant" if self._if_quant else "",
-            "calib" if self._if_calib else "",
-        ]
-        return " ".join(part for part in parts if part)
+        """One line: state, format, axis and range."""
+        parts = []
+        if self._disabled:
+            parts.append("disabled")
+        if self._unsigned:
+            parts.append("unsigned")
+        parts.append(f"{self._num_bits}bit")
+        if self._narrow_range:
+            parts.append("narrow")
+        parts.append("per-tensor" if self._axis is None else f"axis={self._axis}")
+        parts.append(f"amax={summarize_amax(self.amax)}")
+        if self._if_quant:
+            parts.append("quant")
+        if self._if_calib:
+            parts.append("calib")
+        return " ".join(parts)
 
 
 class SharedQuantizer(TensorQuantizer):
-    """A quantizer with the range of another one: one tensor, or tensors that must agree, have one scale (R-FAN).
+    """A quantizer with the range of another one, for tensors that must have the same scale (R-FAN).
 
-    It is switched on and off, and collects, on its own; what it collects goes to the other one, whose range is saved
-    once and used by both. Without a buffer of its own it adds nothing to a state dict.
+    It has a separate state, but collects into the collector of the leader. The range is saved once, with the leader:
+    a shared quantizer has no buffer and adds nothing to a state dict.
 
     Args:
         leader: The quantizer that has the range.
@@ -566,7 +581,7 @@ class SharedQuantizer(TensorQuantizer):
 
     @property
     def amax(self) -> torch.Tensor | None:
-        """The leader's."""
+        """The range of the leader."""
         return self.leader.amax
 
     @amax.setter
@@ -574,11 +589,11 @@ class SharedQuantizer(TensorQuantizer):
         self.leader.amax = value
 
     def learn_range(self, rule: str = "lsq") -> nn.Parameter:
-        """The leader's is learned."""
+        """Learn the range of the leader, see `TensorQuantizer.learn_range`."""
         return self.leader.learn_range(rule)
 
     def keep_range(self) -> None:
-        """The leader keeps its."""
+        """End `learn_range` of the leader."""
         self.leader.keep_range()
 
     @property
@@ -598,20 +613,20 @@ class SharedQuantizer(TensorQuantizer):
         return self.leader._calibrator
 
     def set_calib_method(self, method: str) -> None:
-        """The leader starts over."""
+        """Start again with an empty collector of the leader."""
         self.leader.set_calib_method(method)
 
     def _range_for(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.leader._range_for(inputs)
 
     def extra_repr(self) -> str:
-        """That of the leader, and whose range it is."""
+        """One line: the leader, and its line."""
         state = "disabled " if self._disabled else ""
         return f"{state}range of {self.leader.name or 'another'}: {self.leader.extra_repr()}"
 
 
 def summarize_amax(amax: torch.Tensor | None) -> str:
-    """A range in a few characters: four decimals; smallest, largest and number of several."""
+    """A range in a few characters, with four decimals; the smallest, the largest and the number of several ranges."""
     if amax is None:
         return "dynamic"
     if amax.is_meta:
@@ -623,21 +638,31 @@ def summarize_amax(amax: torch.Tensor | None) -> str:
     return f"[{amax.min().item():.4f}, {amax.max().item():.4f}]({amax.numel()})"
 
 
-def _unknown(field: str, value: object, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(value), known, n=1)
-    hint = f", did you mean {close[0]!r}?" if close else ""
-    return f"{field} is {value!r}; known are {', '.join(map(repr, known))}{hint}"
+def _fits_axis(amax: torch.Tensor, weight: torch.Tensor, axis: int) -> bool:
+    """Whether a weight has the axis, and one range for each index of it."""
+    is_axis = -weight.dim() <= axis < weight.dim()
+    return is_axis and amax.numel() == weight.shape[axis]
+
+
+def _require_choice(field: str, value: object, choices: Sequence[str]) -> None:
+    if value in choices:
+        return
+    message = f"{field} is {value!r}; known are {', '.join(map(repr, choices))}"
+    matches = difflib.get_close_matches(str(value), choices, n=1)
+    if matches:
+        message += f", did you mean {matches[0]!r}?"
+    raise ArgumentError(message, "use one of those.")
 
 
 def named_quantizers(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
-    """All quantizers of a model with their dotted names; a shared one comes once."""
+    """All quantizers of a model with their dotted names, each once."""
     for name, module in model.named_modules():
         if isinstance(module, TensorQuantizer):
             yield name, module
 
 
 class _Switch:
-    """Enables or disables all quantizers at once; as a with-block, puts back on exit the state of each one."""
+    """Enables or disables all quantizers at once; as a with-block, restores their states on exit."""
 
     def __init__(self, model: nn.Module, enabled: bool) -> None:
         if not isinstance(model, nn.Module):
@@ -661,20 +686,20 @@ class _Switch:
 def disable_quantization(model: nn.Module) -> _Switch:
     """Disable every quantizer of a model, or of a part of one.
 
-    As a call it lasts. As a with-block (`with disable_quantization(model.layer1): ...`) it puts the state of each
-    quantizer back on exit.
+    A plain call lasts. As a with-block (`with disable_quantization(model.layer1): ...`) it restores the state of every
+    quantizer on exit.
     """
     return _Switch(model, enabled=False)
 
 
 def enable_quantization(model: nn.Module) -> _Switch:
-    """Enable every quantizer of a model, or of a part of one; call or with-block as `disable_quantization`."""
+    """Enable every quantizer of a model, or of a part of one; a call or a with-block, as `disable_quantization`."""
     return _Switch(model, enabled=True)
 
 
 @contextmanager
 def toggling(quantizers: Iterable[TensorQuantizer]) -> Iterator[None]:
-    """Disable in the block the quantizers that are enabled, and enable those that are not."""
+    """In the block, disable the quantizers that are enabled and enable those that are not."""
     with ExitStack() as exits:
         for quantizer in dict.fromkeys(quantizers):
             exits.enter_context(quantizer.restoring_state())
@@ -683,7 +708,7 @@ def toggling(quantizers: Iterable[TensorQuantizer]) -> Iterator[None]:
 
 
 def disable_until_exit(quantizers: Iterable[TensorQuantizer], exits: ExitStack) -> None:
-    """Disable quantizers until `exits` is closed; for good where the caller empties it with `pop_all`."""
+    """Disable quantizers until `exits` is closed, or permanently if the caller empties it with `pop_all`."""
     for quantizer in quantizers:
         # A callback: a generator that is dropped with the stack would restore the state.
         exits.callback(setattr, quantizer, "is_enabled", quantizer.is_enabled)
