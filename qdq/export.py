@@ -357,7 +357,7 @@ def _find_bad_ranges(
 
 def _find_bad_parameters(model: nn.Module, layers: Sequence[QuantMixin]) -> Iterator[str]:
     """Parameters with NaN, and parameters of quantized layers with Inf, which has no code."""
-    quantized = set()
+    quantized: set[int] = set()
     for layer in layers:
         quantized.update(map(id, layer.parameters(recurse=False)))
     for name, parameter in model.named_parameters():
@@ -473,7 +473,7 @@ def _require_complete(model: nn.Module, exported: ir.Model) -> dict[str, list[st
 
 def _group_nodes_by_layer(model: nn.Module, exported: ir.Model) -> dict[str, list[WeightedNode]]:
     """The weighted nodes of each module, which goes by the first of its names."""
-    names = {}
+    names: dict[int, str] = {}
     aliases = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), name)

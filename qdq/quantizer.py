@@ -179,7 +179,7 @@ class TensorQuantizer(nn.Module):
         former.copy_(amax.reshape(former.shape))
 
     def _mends_axis(self, amax: torch.Tensor) -> bool:
-        """Whether new ranges belong to the axis of this quantizer, and the present ones, of a checkpoint, to another."""
+        """Whether new ranges belong to the axis of this quantizer, and the present ones of a checkpoint to another."""
         former = self.amax
         if former is None or not isinstance(self._axis, int):  # qdq.compat has several axes
             return False

@@ -209,4 +209,4 @@ def test_a_checkpoint_that_torch_calls_otherwise_is_told_once(model, x, caplog, 
             gradients(with_checkpoints(model, kind), x)
     elif kind:
         require_equal(gradients(with_checkpoints(model, kind), x), expected)
-    assert caplog.text.count("another checkpoint than qdq knows") == (kind == "not reentrant")
+    assert caplog.text.count("does not know the checkpoint of torch") == (kind == "not reentrant")

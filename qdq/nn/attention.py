@@ -16,14 +16,14 @@ from qdq.quantizer import QuantDescriptor, TensorQuantizer
 
 @register_module(nn.MultiheadAttention)
 class QuantMultiheadAttention(QuantMixin, nn.MultiheadAttention):
-    """`nn.MultiheadAttention` with quantized inputs and input projections; `out_proj` is a layer of its own.
+    """`nn.MultiheadAttention` with quantized inputs and input projections; `out_proj` is a separate layer.
 
-    The float module hands all its weights to one function, so this one has a forward of its own: the same numbers,
-    and `out_proj` is called as the module it is. Its options are those of the float module; nested tensors, which
-    that takes in evaluation only, are not supported.
+    The float module passes all its weights to one function. The forward here computes the same numbers, but calls
+    `out_proj` as a module. The options are those of the float module. Nested tensors, which it takes in evaluation
+    only, are not supported.
 
-    Query, key and value that are one tensor are quantized once, by `_input_quantizer`. The quantizers of key and value
-    collect their ranges in any case, so that each has one however the module is called later.
+    If query, key and value are one tensor, `_input_quantizer` quantizes it once. The quantizers of key and value
+    collect statistics even then, so that they have ranges for a later call with other tensors.
     """
 
     replaces_forward = True
@@ -40,18 +40,17 @@ class QuantMultiheadAttention(QuantMixin, nn.MultiheadAttention):
     ) -> None:
         """Attach the quantizers: three for inputs, one for each weight."""
         super().init_quantizer(quant_desc_input, quant_desc_weight)
-        self._key_quantizer = TensorQuantizer(quant_desc_input or self.default_quant_desc_input)
-        self._value_quantizer = TensorQuantizer(quant_desc_input or self.default_quant_desc_input)
-        for attribute in list(self.weights_of(self))[1:]:
-            setattr(
-                self,
-                attribute,
-                TensorQuantizer(quant_desc_weight or self.default_quant_desc_weight),
-            )
+        input_desc = quant_desc_input or self.default_quant_desc_input
+        weight_desc = quant_desc_weight or self.default_quant_desc_weight
+        self._key_quantizer = TensorQuantizer(input_desc)
+        self._value_quantizer = TensorQuantizer(input_desc)
+        for attribute in self.weights_of(self):
+            if attribute != "_weight_quantizer":
+                setattr(self, attribute, TensorQuantizer(weight_desc))
 
     @staticmethod
     def weights_of(module: nn.Module) -> dict[str, str]:
-        """One packed weight, or three where key or value have another size than the query."""
+        """One packed weight, or three if key or value have another size than the query."""
         if getattr(module, "_qkv_same_embed_dim", True):
             return {"_weight_quantizer": "in_proj_weight"}
         return {
@@ -76,75 +75,112 @@ class QuantMultiheadAttention(QuantMixin, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As the float module's."""
-        is_batched = F._mha_shape_check(  # type: ignore[attr-defined]  # refuses what the float module refuses
+        """The forward of the float module.
+
+        Args:
+            query: `[length, batch, embed_dim]`, with `batch_first` `[batch, length, embed_dim]`, or without a batch
+                `[length, embed_dim]`.
+            key: As `query`, of the length and the size of the keys.
+            value: As `key`.
+            key_padding_mask: Keys to ignore, `[batch, keys]`.
+            need_weights: Also return the attention weights.
+            attn_mask: `[length, keys]` or `[batch * heads, length, keys]`.
+            average_attn_weights: Return the mean of the weights over the heads.
+            is_causal: `attn_mask` is the causal mask.
+
+        Returns:
+            The output, of the shape of `query`, and the weights or None.
+        """
+        is_batched = F._mha_shape_check(  # type: ignore[attr-defined]  # the same errors as the float module
             query, key, value, key_padding_mask, attn_mask, self.num_heads
         )
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")  # as torch
         is_hint_enough = is_causal and key_padding_mask is None and not need_weights
         q, k, v = (self._split_heads(x, is_batched) for x in self._project(query, key, value))
-        mask = None if is_hint_enough else self._merge_masks(query, attn_mask, key_padding_mask)
+        mask = None
+        if not is_hint_enough:
+            mask = self._merge_masks(query, attn_mask, key_padding_mask)
         k, v, mask = self._append_tokens(k, v, mask)
-        weights = None
-        if need_weights:
-            output, weights = self._attend(q, k, v, mask)
-        else:
+
+        if not need_weights:
             dropout = self.dropout if self.training else 0.0
             output = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_hint_enough)
+            return self._merge_heads(output, is_batched), None
+        output, weights = self._attend(q, k, v, mask)
+        output = self._merge_heads(output, is_batched)
+        if average_attn_weights:
+            weights = weights.mean(dim=1)
+        if not is_batched:
+            weights = weights.squeeze(0)
+        return output, weights
+
+    def _merge_heads(self, output: torch.Tensor, is_batched: bool) -> torch.Tensor:
+        """The projected output, of the layout of the query, from `[batch, heads, length, head_dim]`."""
         output = output.transpose(1, 2).flatten(-2)
         if is_batched and not self.batch_first:
             output = output.transpose(0, 1)
         output = self.out_proj(output)
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(dim=1)
-        if is_batched:
-            return output, weights
-        return output.squeeze(0), None if weights is None else weights.squeeze(0)
+        if not is_batched:
+            output = output.squeeze(0)
+        return output
 
     def _project(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> list[torch.Tensor]:
-        """The three projections, in as few products as there are tensors."""
+        """The three projections, with one product for each tensor."""
         q, k, v = self._quantize(query, key, value)
-        weights = [
-            getattr(self, a)(getattr(self, name)) for a, name in self.weights_of(self).items()
-        ]
+        weights = []
+        for attribute, name in self.weights_of(self).items():
+            quantizer = getattr(self, attribute)
+            weights.append(quantizer(getattr(self, name)))
         bias = self.in_proj_bias
-        if len(weights) == 1 and q is k and k is v:
-            return _unpack(F.linear(q, weights[0], bias), 3)
-        if len(weights) == 1 and k is v:
-            first, rest = slice(None, self.embed_dim), slice(self.embed_dim, None)
-            b_q, b_kv = (None, None) if bias is None else (bias[first], bias[rest])
-            return [
-                F.linear(q, weights[0][first], b_q),
-                *_unpack(F.linear(k, weights[0][rest], b_kv), 2),
-            ]
         if len(weights) == 1:
-            weights = [
-                weights[0][n * self.embed_dim : (n + 1) * self.embed_dim] for n in range(3)
-            ]  # no Split
+            if q is k and k is v:
+                return _unpack(F.linear(q, weights[0], bias), 3)
+            if k is v:
+                return self._project_query_and_memory(q, k, weights[0])
+            weights = self._cut_weight(weights[0])
         biases = (None, None, None) if bias is None else bias.chunk(3)
-        return [F.linear(x, w, b) for x, w, b in zip((q, k, v), weights, biases, strict=True)]
+        inputs = (q, k, v)
+        return [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
+
+    def _project_query_and_memory(
+        self, query: torch.Tensor, memory: torch.Tensor, weight: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """The three projections where key and value are one tensor."""
+        size = self.embed_dim
+        query_bias, memory_bias = None, None
+        if self.in_proj_bias is not None:
+            query_bias, memory_bias = self.in_proj_bias[:size], self.in_proj_bias[size:]
+        q = F.linear(query, weight[:size], query_bias)
+        k, v = _unpack(F.linear(memory, weight[size:], memory_bias), 2)
+        return [q, k, v]
+
+    def _cut_weight(self, weight: torch.Tensor) -> list[torch.Tensor]:
+        """The parts of a packed weight, as slices, because TensorRT moves a Split (see `_unpack`)."""
+        size = self.embed_dim
+        return [weight[:size], weight[size : 2 * size], weight[2 * size : 3 * size]]
 
     def _quantize(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> list[torch.Tensor]:
-        """Each tensor once: one that is given twice has one Q/DQ in the graph."""
-        done: list[tuple[torch.Tensor, torch.Tensor]] = []
-        result = []
-        quantizers = (self._input_quantizer, self._key_quantizer, self._value_quantizer)
-        for given, quantizer in zip((query, key, value), quantizers, strict=True):
-            same = next((quantized for tensor, quantized in done if tensor is given), None)
-            if same is None or quantizer.is_collecting:
-                quantized = quantizer(given)
-                same = quantized if same is None else same
-            done.append((given, same))
-            result.append(same)
-        return result
+        """Quantize each tensor once: a tensor that is passed twice has one Q/DQ in the graph."""
+        quantized_query = self._input_quantizer(query)
+        if key is not query:
+            quantized_key = self._key_quantizer(key)
+        else:
+            quantized_key = quantized_query
+            _collect(self._key_quantizer, key)
+        if value is not query and value is not key:
+            quantized_value = self._value_quantizer(value)
+        else:
+            quantized_value = quantized_query if value is query else quantized_key
+            _collect(self._value_quantizer, value)
+        return [quantized_query, quantized_key, quantized_value]
 
     def _split_heads(self, x: torch.Tensor, is_batched: bool) -> torch.Tensor:
-        """To `[batch, heads, length, head_dim]`, whatever the layout of the inputs."""
+        """`[batch, heads, length, head_dim]` from any layout of the inputs."""
         if not is_batched:
             x = x.unsqueeze(0)
         elif not self.batch_first:
@@ -157,43 +193,41 @@ class QuantMultiheadAttention(QuantMixin, nn.MultiheadAttention):
         attn_mask: torch.Tensor | None,
         key_padding_mask: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        """One mask to be added to the scores, `[1 or batch, 1 or heads, 1 or length, keys]`; None if there is none."""
-        padding = _canonical(key_padding_mask, "key_padding_mask", query, attn_mask)
-        mask = _canonical(attn_mask, "attn_mask", query)
-        if mask is not None:
-            mask = (
-                mask[None, None]
-                if mask.dim() == 2
-                else mask.reshape(-1, self.num_heads, *mask.shape[-2:])
-            )
+        """One mask to add to the scores, `[1 or batch, 1 or heads, 1 or length, keys]`; None if there is none."""
+        padding = _to_float_mask(key_padding_mask, "key_padding_mask", query, attn_mask)
+        mask = _to_float_mask(attn_mask, "attn_mask", query)
+        if mask is not None and mask.dim() == 2:
+            mask = mask[None, None]
+        elif mask is not None:
+            mask = mask.reshape(-1, self.num_heads, *mask.shape[-2:])
         if padding is None:
             return mask
         padding = padding.view(-1, 1, 1, padding.shape[-1])
-        return padding if mask is None else mask + padding
+        if mask is None:
+            return padding
+        return mask + padding
 
     def _append_tokens(
         self, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The learned key and value and the zero ones, where the module has them; nothing masks them."""
-        tokens = [] if self.bias_k is None or self.bias_v is None else [(self.bias_k, self.bias_v)]
+        """Append the learned and the zero key and value, if the module has them; no mask hides them."""
+        if self.bias_k is not None and self.bias_v is not None:
+            k = self._append_token(k, self.bias_k)
+            v = self._append_token(v, self.bias_v)
+            if mask is not None:
+                mask = F.pad(mask, (0, 1))
         if self.add_zero_attn:
             zeros = k.new_zeros(self.embed_dim)
-            tokens.append((zeros, zeros))
-        for key, value in tokens:
-            k, v = (
-                torch.cat(
-                    [
-                        x,
-                        token.reshape(1, self.num_heads, 1, self.head_dim).expand(
-                            x.shape[0], -1, -1, -1
-                        ),
-                    ],
-                    2,
-                )
-                for x, token in ((k, key), (v, value))
-            )
-            mask = None if mask is None else F.pad(mask, (0, 1))
+            k = self._append_token(k, zeros)
+            v = self._append_token(v, zeros)
+            if mask is not None:
+                mask = F.pad(mask, (0, 1))
         return k, v, mask
+
+    def _append_token(self, x: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        """`[batch, heads, length + 1, head_dim]`, the token last in every sample."""
+        by_head = token.reshape(1, self.num_heads, 1, self.head_dim)
+        return torch.cat([x, by_head.expand(x.shape[0], -1, -1, -1)], 2)
 
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
@@ -207,7 +241,7 @@ class QuantMultiheadAttention(QuantMixin, nn.MultiheadAttention):
 
 
 def _unpack(packed: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """The parts of a packed projection, as torch takes them apart.
+    """The parts of a packed projection, computed as in torch.
 
     Not with `chunk`: TensorRT moves a Split in front of the product, to the weight, which is float then.
     """
@@ -215,14 +249,20 @@ def _unpack(packed: torch.Tensor, count: int) -> list[torch.Tensor]:
     return [parts[index] for index in range(count)]
 
 
-def _canonical(
-    mask: torch.Tensor | None, name: str, query: torch.Tensor, other: Any = None
+def _collect(quantizer: TensorQuantizer, tensor: torch.Tensor) -> None:
+    """Collect statistics of a tensor that another quantizer quantizes."""
+    if quantizer.is_collecting:
+        quantizer(tensor)
+
+
+def _to_float_mask(
+    mask: torch.Tensor | None, name: str, query: torch.Tensor, attn_mask: Any = None
 ) -> torch.Tensor | None:
-    """A mask as floats to be added: minus infinity where a boolean one is true."""
+    """A mask as floats to add to scores: minus infinity where a boolean mask is true."""
     return F._canonical_mask(
         mask=mask,
         mask_name=name,
-        other_type=F._none_or_dtype(other),
+        other_type=F._none_or_dtype(attn_mask),
         other_name="attn_mask",
         target_type=query.dtype,
         check_other=name == "key_padding_mask",

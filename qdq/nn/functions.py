@@ -1,8 +1,8 @@
 """Quantizers in front of functions that a module's forward calls: `x + identity`, `torch.matmul`, `F.interpolate`.
 
-No graph is rewritten: the module keeps its own forward, and gets a class that watches the functions which that forward
-calls (`torch.overrides.TorchFunctionMode`). A call is known by its function and by how many calls of that function the
-forward made before; what the modules inside call does not count.
+No graph is rewritten: the module keeps its forward, and gets a class that watches the functions which this forward
+calls (`torch.overrides.TorchFunctionMode`). A call is identified by its function and by the number of earlier calls of
+that function in the forward. Calls inside child modules do not count.
 """
 
 from __future__ import annotations
@@ -36,70 +36,61 @@ logger = logging.getLogger(__name__)
 
 
 class QuantFunctionsMixin(nn.Module):
-    """A module whose forward hands quantized tensors to some functions; made by `add_function_quantizers`."""
+    """A module whose forward passes quantized tensors to some functions; made by `add_function_quantizers`."""
 
     float_class: ClassVar[type[nn.Module]]
     _function_quantizers: dict[str, dict[int, str]]
-    """Call ("add", "add_1") -> position among its tensors -> attribute that holds the quantizer."""
+    """Call ("add", "add_1") -> position among its tensors -> attribute of the quantizer."""
     _function_calls: tuple[str, ...]
-    """All calls that one forward of the model makes of this module's forward, in order; from each run of the module."""
+    """All calls that this module makes in one forward of the model, in order, over all runs of the module."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Give the class its forward: the module's own, under its own signature, which torch.export reads."""
+        """Give the class the forward of the module, with its signature, which torch.export reads."""
         super().__init_subclass__(**kwargs)
-        own_forward = super().forward
+        module_forward = super().forward
 
-        @functools.wraps(own_forward)
+        @functools.wraps(module_forward)
         def forward(self: QuantFunctionsMixin, *args: Any, **kwargs: Any) -> Any:
-            return _run_watched(
-                self, super(cls, self).forward, *args, **kwargs
-            )  # a graph may have written another
+            # Not `module_forward`: a graph may have written another one since.
+            return _run_watched(self, super(cls, self).forward, *args, **kwargs)
 
         cls.forward = forward
 
 
 class QuantGraphMixin(QuantFunctionsMixin):
-    """The same for a `torch.fx.GraphModule`, which writes its own forward and knows only the modules in its graph."""
+    """The same for a `torch.fx.GraphModule`, which writes its forward and copies only the modules in its graph."""
 
     _graph: torch.fx.Graph
     _graph_calls: Counter[str]
-    """How often the graph calls each function that is quantized."""
+    """Number of calls of each quantized function in the graph."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy of the plain graph, which has copies of the quantizers then."""
-        sites, calls = self._function_quantizers, self._function_calls
-        quantizers = {
-            site: {
-                operand: copy.deepcopy(getattr(self, attribute), memo)
-                for operand, attribute in operands.items()
-            }
-            for site, operands in sites.items()
-        }
+        """Copy the plain graph, then attach copies of the quantizers."""
+        quantizers = copy.deepcopy(_collect_quantizers(self), memo)
+        calls = self._function_calls
         with self._as_float():
             twin = copy.deepcopy(self, memo)
         add_function_quantizers(twin, quantizers, calls)
         return twin
 
     def recompile(self) -> Any:
-        """Write the forward anew, as an evaluation graph that becomes a training graph does; the quantizers stay.
+        """Write the forward again, for example when an evaluation graph becomes a training graph; the quantizers stay.
 
         Raises:
-            StateError: The graph calls a quantized function more or less often: calls are known by number.
+            StateError: The number of calls of a quantized function in the graph has changed: calls are identified by
+                their number.
         """
         if _count_calls(self) != self._graph_calls:
             raise StateError(
                 "the graph of a rewired GraphModule has other calls now: its quantizers stand at the former ones.",
                 "call restore_modules, change the graph, then swap, rewire and calibrate again.",
             )
-        with self._as_float():  # that class gets the new forward
+        with self._as_float():  # the float class gets the new forward
             return self.recompile()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """The plain graph as torch pickles it, whose class cannot be imported, and the quantizers beside it."""
-        quantizers = {
-            site: {operand: getattr(self, attribute) for operand, attribute in operands.items()}
-            for site, operands in self._function_quantizers.items()
-        }
+        """Pickle the plain graph like torch, because its class cannot be imported, and the quantizers beside it."""
+        quantizers = _collect_quantizers(self)
         graph: Any
         with self._as_float():
             graph = self.__reduce__()
@@ -107,13 +98,23 @@ class QuantGraphMixin(QuantFunctionsMixin):
 
     @contextmanager
     def _as_float(self) -> Iterator[None]:
-        """What torch does with the plain graph, it does within the block."""
+        """Within the block this is the plain graph, for functions of torch that need it."""
         rewired_class = type(self)
         self.__class__ = self.float_class  # type: ignore[assignment]
         try:
             yield
         finally:
             self.__class__ = rewired_class
+
+
+def _collect_quantizers(module: QuantFunctionsMixin) -> dict[str, dict[int, TensorQuantizer]]:
+    """Call -> position among its tensors -> quantizer."""
+    quantizers: dict[str, dict[int, TensorQuantizer]] = {}
+    for site, operands in module._function_quantizers.items():
+        quantizers[site] = {}
+        for operand, attribute in operands.items():
+            quantizers[site][operand] = getattr(module, attribute)
+    return quantizers
 
 
 def _rebuild_graph(
@@ -129,23 +130,36 @@ def _rebuild_graph(
 
 
 def _count_calls(module: QuantGraphMixin) -> Counter[str]:
-    """How often the graph of a module calls each function that is quantized."""
+    """Number of calls of each quantized function in the graph of a module."""
     functions = {_function_of(site) for site in module._function_quantizers}
-    calls = (node for node in module._graph.nodes if node.op in ("call_function", "call_method"))
-    names = (
-        name_function(node.target) if callable(node.target) else node.target.strip("_")
-        for node in calls
-    )
-    return Counter(name for name in names if name in functions)
+    counts: Counter[str] = Counter()
+    for node in module._graph.nodes:
+        if node.op == "call_function":
+            name = name_function(node.target)
+        elif node.op == "call_method":
+            name = node.target.strip("_")
+        else:
+            continue
+        if name in functions:
+            counts[name] += 1
+    return counts
 
 
 def name_quantizer(site: str, operand: int, count: int) -> str:
-    """The attribute for the quantizer of one of `count` operands of a call: `_add_quantizer`, `_linear_input0_...`."""
-    return f"_{site}_quantizer" if count == 1 else f"_{site}_input{operand}_quantizer"
+    """Attribute of the quantizer of an operand: `_add_quantizer`, or `_linear_input0_quantizer` for one of several.
+
+    Args:
+        site: The call.
+        operand: Position among its tensors.
+        count: Number of quantized operands.
+    """
+    if count == 1:
+        return f"_{site}_quantizer"
+    return f"_{site}_input{operand}_quantizer"
 
 
 def _run_watched(module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run a module's forward; one on the instance may call that of the class, and both are one forward."""
+    """Run the forward of a module; a forward on the instance may call that of the class, which counts as one."""
     watches = vars(_running).get("watches", ())
     if watches and watches[-1].is_in_forward_of(module):
         return forward(*args, **kwargs)
@@ -156,12 +170,12 @@ def _run_watched(module: Any, forward: Callable[..., Any], *args: Any, **kwargs:
 def add_function_quantizers(
     module: nn.Module, quantizers: dict[str, dict[int, TensorQuantizer]], calls: Sequence[str]
 ) -> None:
-    """Have a module quantize what it hands to functions; it keeps its identity, only its class changes.
+    """Make a module quantize tensors that it passes to functions; only its class changes, not its identity.
 
     Args:
         module: Any module that is not quantized itself.
         quantizers: Call -> position among its tensors -> quantizer.
-        calls: All calls, those without quantizers too, in the order in which one forward of the model makes them.
+        calls: All calls, also those without quantizers, in the order in which one forward of the model makes them.
     """
     sites: dict[str, dict[int, str]] = {}
     for site, operands in quantizers.items():
@@ -169,12 +183,13 @@ def add_function_quantizers(
             attribute = name_quantizer(site, operand, len(operands))
             setattr(module, attribute, quantizer)
             sites.setdefault(site, {})[operand] = attribute
-    if (own_forward := vars(module).get("forward")) is not None:
-        watched = functools.partial(
-            _run_watched, module, own_forward
-        )  # copies with the module, as no closure does
-        vars(module)["forward"] = functools.update_wrapper(watched, own_forward)
-    mixin = QuantGraphMixin if isinstance(module, torch.fx.GraphModule) else QuantFunctionsMixin
+    instance_forward = vars(module).get("forward")
+    if instance_forward is not None:
+        # A partial, because a closure would not be copied with the module.
+        watched = functools.partial(_run_watched, module, instance_forward)
+        vars(module)["forward"] = functools.update_wrapper(watched, instance_forward)
+    is_graph = isinstance(module, torch.fx.GraphModule)
+    mixin = QuantGraphMixin if is_graph else QuantFunctionsMixin
     module.__class__ = derive_class(mixin, type(module))
     vars(module).update(_function_quantizers=sites, _function_calls=tuple(calls))
     if isinstance(module, QuantGraphMixin):
@@ -188,42 +203,44 @@ def remove_function_quantizers(module: QuantFunctionsMixin) -> None:
             delattr(module, attribute)
     del module._function_quantizers, module._function_calls
     vars(module).pop("_graph_calls", None)
-    if (watched := vars(module).get("forward")) is not None:
-        vars(module)["forward"] = watched.args[1]
+    watched = vars(module).get("forward")
+    if watched is not None:
+        _, instance_forward = watched.args
+        vars(module)["forward"] = instance_forward
     module.__class__ = module.float_class  # type: ignore[assignment]
 
 
 def _function_of(site: str) -> str:
-    """The function of a call: "add" of "add_1"."""
+    """The function of a call: "add" for "add_1"."""
     return re.sub(r"_\d+$", "", site)
 
 
 def _identify(module: nn.Module) -> int:
-    """The same for a module and for the proxies that torch.export hands out in its place: they have its attributes."""
+    """The same number for a module and for its proxies in torch.export, which share its attributes."""
     return id(vars(module))
 
 
 # The generators behind checkpoints without reentrant autograd: of torch 2.14, and of torch up to 2.13.
-_CHECKPOINT_GENERATORS: tuple[str, ...] = tuple(
-    name
-    for name in (
-        "_checkpoint_without_reentrant_generator_impl",
-        "_checkpoint_without_reentrant_generator",
-    )
-    if name in vars(checkpointing)
+_ALL_CHECKPOINT_GENERATORS = (
+    "_checkpoint_without_reentrant_generator_impl",
+    "_checkpoint_without_reentrant_generator",
 )
+_CHECKPOINT_GENERATORS = [
+    name for name in _ALL_CHECKPOINT_GENERATORS if name in vars(checkpointing)
+]
 
-# Of this thread: `.watches`, those of the forwards that run, outermost first; `.checkpoints`, how many of torch's run.
+# State of this thread. `.watches`: the watches of the running forwards, outermost first. `.checkpoints`: the number of
+# running checkpoints of torch.
 _running = threading.local()
 _warned: WeakSet[nn.Module] = WeakSet()
 
 
 class _Watch(TorchFunctionMode):
-    """Quantizes tensors on their way into the functions that one forward calls itself.
+    """Quantizes the tensors that one forward passes to functions, without those inside child modules.
 
     Args:
         module: The module whose forward runs.
-        counts: How often it has called each function so far.
+        counts: Number of its calls of each function so far.
     """
 
     def __init__(
@@ -235,7 +252,7 @@ class _Watch(TorchFunctionMode):
         self._sites = module._function_quantizers
         self._functions = {_function_of(site) for site in self._sites}
         self._inner = {_identify(inner) for inner in module.modules()}
-        self._depth = 0  # how many modules inside this one are running
+        self._depth = 0  # number of running child modules
         self._has_gradients = torch.is_grad_enabled()
 
     def __enter__(self) -> _Watch:
@@ -254,17 +271,17 @@ class _Watch(TorchFunctionMode):
         return not self.is_paused and _identify(self.module) == _identify(module)
 
     def count_module(self, module: nn.Module, step: int) -> None:
-        """A module begins (1) or ends (-1); one that the forward has just made for itself is part of the forward."""
+        """Count a module that begins (1) or ends (-1). A module that the forward has created is part of the forward."""
         if _identify(module) in self._inner:
             self.pause(step)
 
     @property
     def is_paused(self) -> bool:
-        """Whether what runs is not the forward's own."""
+        """Whether the running code is not that of the forward itself."""
         return self._depth > 0
 
     def pause(self, step: int) -> None:
-        """What runs now is not the forward's own (1), or no longer (-1)."""
+        """Pause (1) or continue (-1): the code that runs next is not that of the forward, or is again."""
         self._depth += step
 
     def __torch_function__(
@@ -279,11 +296,12 @@ class _Watch(TorchFunctionMode):
         is_paused = self._depth > 0  # torch.compile cannot read a property of a mode here
         if is_paused or function not in self._functions:
             return func(*args, **kwargs)
-        index, self.counts[function] = self.counts[function], self.counts[function] + 1
+        index = self.counts[function]
+        self.counts[function] = index + 1
         operands = self._sites.get(f"{function}_{index}" if index else function)
-        return (
-            func(*args, **kwargs) if operands is None else self._call(func, args, kwargs, operands)
-        )
+        if operands is None:
+            return func(*args, **kwargs)
+        return self._call(func, args, kwargs, operands)
 
     def _call(
         self,
@@ -292,6 +310,7 @@ class _Watch(TorchFunctionMode):
         kwargs: dict[str, Any],
         operands: dict[int, str],
     ) -> Any:
+        """Call a function with quantized operands."""
         self._warn_if_recomputed_elsewhere()
         leaves, structure = tree_flatten((args, kwargs))
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
@@ -301,27 +320,21 @@ class _Watch(TorchFunctionMode):
         args, kwargs = tree_unflatten(leaves, structure)
         result = func(*args, **kwargs)
         if 0 in operands and is_in_place(func):
-            return tensors[0].copy_(
-                result
-            )  # the tensor that was given changes, not its quantized copy
+            # The function has changed the quantized copy instead of its first argument.
+            return tensors[0].copy_(result)
         return result
 
     def _warn_if_recomputed_elsewhere(self) -> None:
-        """A checkpoint of another library runs the forward without gradients, then again where nothing watches.
+        """Warn of a checkpoint whose functions are not replaced here.
 
-        So does one of a torch whose functions are not those that are exchanged here.
+        A checkpoint of another library, or of an unknown version of torch, runs the forward without gradients, and in
+        the backward pass again without the quantizers.
         """
-        if (
-            not _CHECKPOINT_GENERATORS
-            and not vars(_running).get("checkpoints", 0)
-            and _is_in_checkpoint()
-        ):
+        if vars(_running).get("checkpoints", 0):
+            return
+        if not _CHECKPOINT_GENERATORS and _is_in_checkpoint():
             _warn_of_torch()
-        is_foreign = (
-            self._has_gradients
-            and not torch.is_grad_enabled()
-            and not vars(_running).get("checkpoints", 0)
-        )
+        is_foreign = self._has_gradients and not torch.is_grad_enabled()
         if is_foreign and self.module not in _warned:
             _warned.add(self.module)
             logger.warning(
@@ -342,32 +355,33 @@ def _is_in_checkpoint() -> bool:
     return False
 
 
-@functools.cache  # once
+@functools.cache  # warns once
 def _warn_of_torch() -> None:
     logger.warning(
-        "torch %s has another checkpoint than qdq knows: the backward pass computes functions inside of it again "
+        "qdq does not know the checkpoint of torch %s: the backward pass computes functions inside of it again "
         "without their quantizers. Use checkpoint(..., use_reentrant=True), or checkpoint whole modules.",
         torch.__version__,
     )
 
 
 class _Recomputed:
-    """A function that `torch.utils.checkpoint` calls again in the backward pass, with the quantizers of the first time.
+    """A function that `torch.utils.checkpoint` calls again in the backward pass, with the quantizers of the first call.
 
-    By then the forward around it has ended, and nothing would watch. So it goes on from where the forward was.
+    By then the forward around it has ended, and its watches with it. So this object restores the watches and their
+    counts.
 
     Args:
-        function: What is called.
-        has_run: Whether the first time is over, or is no business of this object.
+        function: The function of the checkpoint.
+        has_run: Whether the first call is over, or does not go through this object.
     """
 
     def __init__(self, function: Callable[..., Any], *, has_run: bool) -> None:
         self._function = function
         self._has_run = has_run
-        watches = vars(_running).get("watches", ())
-        self._started = [
-            (watch.module, Counter(watch.counts)) for watch in watches if not watch.is_paused
-        ]
+        self._started = []
+        for watch in vars(_running).get("watches", ()):
+            if not watch.is_paused:
+                self._started.append((watch.module, Counter(watch.counts)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = vars(_running)
@@ -381,7 +395,8 @@ class _Recomputed:
         if not self._has_run:
             self._has_run = True
             return self._function(*args, **kwargs)
-        interrupted = list(vars(_running).get("watches", ()))  # of a backward pass inside a forward
+        # A backward pass inside a forward interrupts the watches of that forward.
+        interrupted = list(vars(_running).get("watches", ()))
         with ExitStack() as stack:
             for watch in interrupted:
                 watch.pause(1)
@@ -392,14 +407,16 @@ class _Recomputed:
 
 
 def _recompute_watched(function: Callable[..., Any], *, has_run: bool) -> Callable[..., Any]:
-    return function if isinstance(function, _Recomputed) else _Recomputed(function, has_run=has_run)
+    if isinstance(function, _Recomputed):
+        return function
+    return _Recomputed(function, has_run=has_run)
 
 
 class _TorchHooks:
-    """What is changed in torch as long as any thread watches.
+    """The changes in torch as long as any thread has a watch.
 
-    There are hooks on all modules: each watch sees every begin with its end. And both kinds of checkpoints are handed
-    functions that remember the watches.
+    Hooks on all modules tell the watches where a module begins and ends. Both kinds of checkpoints get functions that
+    restore the watches.
     """
 
     def __init__(self) -> None:
@@ -411,11 +428,10 @@ class _TorchHooks:
         with self._lock:
             self._users += 1
             if self._users == 1:
-                for handle in (
-                    hooks.register_module_forward_pre_hook(_enter_module),
-                    hooks.register_module_forward_hook(_leave_module, always_call=True),
-                ):
-                    self._stack.callback(handle.remove)
+                pre_hook = hooks.register_module_forward_pre_hook(_enter_module)
+                self._stack.callback(pre_hook.remove)
+                hook = hooks.register_module_forward_hook(_leave_module, always_call=True)
+                self._stack.callback(hook.remove)
                 self._stack.enter_context(_watched_checkpoints())
 
     def release(self) -> None:
@@ -427,10 +443,11 @@ class _TorchHooks:
 
 @contextmanager
 def _watched_checkpoints() -> Iterator[None]:
-    """Torch offers no hook where a checkpoint begins: functions of `torch.utils.checkpoint` are exchanged."""
+    """Replace functions of `torch.utils.checkpoint` in the block: torch has no hook where a checkpoint begins."""
     reentrant = checkpointing.CheckpointFunction
     forward = reentrant.forward
     generators = {name: vars(checkpointing)[name] for name in _CHECKPOINT_GENERATORS}
+    replacements: dict[str, Callable[..., Any]] = {}
 
     def run_reentrant(ctx: Any, function: Callable[..., Any], *args: Any) -> Any:
         return forward(ctx, _recompute_watched(function, has_run=False), *args)  # type: ignore[no-untyped-call]
@@ -440,10 +457,10 @@ def _watched_checkpoints() -> Iterator[None]:
     ) -> Any:
         return generator(_recompute_watched(function, has_run=True), *args, **kwargs)
 
+    for name, generator in generators.items():
+        replacements[name] = functools.partial(generate, generator)
     reentrant.forward = staticmethod(run_reentrant)  # type: ignore[method-assign]
-    vars(checkpointing).update(
-        {name: functools.partial(generate, own) for name, own in generators.items()}
-    )
+    vars(checkpointing).update(replacements)
     try:
         yield
     finally:
@@ -455,9 +472,14 @@ _torch_hooks = _TorchHooks()
 
 
 def run_again(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a module's forward, without hooks, from one of its own hooks.
+    """Run the forward of a module again, without hooks, from one of its hooks.
 
-    torch calls these when the module has ended: what it runs now would count as calls of the forward around it.
+    torch calls a forward hook when the module has ended, so that its calls would count for the forward around it.
+
+    Args:
+        module: The module of the hook.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
     """
     _enter_module(module, ())
     try:

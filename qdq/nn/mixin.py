@@ -1,8 +1,8 @@
-"""What makes a torch layer a quantized one, whatever its own forward does.
+"""Mixins that quantize the input and the weight of a torch layer and call its forward.
 
-`class QuantConv2d(QuantMixin, nn.Conv2d)` is all a layer needs: the forward here quantizes the input, lets the
-layer see the quantized weight under the name `weight`, and calls the layer's own forward. So a subclass with a
-forward of its own (a same-padding convolution, say) is quantized without being rewritten.
+`class QuantConv2d(QuantMixin, nn.Conv2d)` is a complete quantized layer. The forward of the mixin quantizes the input,
+puts the quantized weight in the place of `weight`, and calls the forward of the layer. A subclass of the layer with
+another forward, such as a convolution with same padding, is quantized without being rewritten.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ class QuantInputMixin(nn.Module):
     """A layer whose input is quantized.
 
     Args:
-        *args: As the float layer.
+        *args: Arguments of the float layer.
         quant_desc_input: How the input is quantized; the class default if None.
-        **kwargs: As the float layer.
+        **kwargs: Arguments of the float layer.
     """
 
     default_quant_desc_input: ClassVar[QuantDescriptor] = QuantDescriptor()
     float_class: ClassVar[type[nn.Module]]  # set by `register_module`
     replaces_forward: ClassVar[bool] = False
-    """Whether the forward is written anew; a subclass of the float class with one of its own is then not swapped."""
+    """Whether this class has a new forward; subclasses of the float class with another forward are then not swapped."""
     called_children: ClassVar[tuple[str, ...]] = ()
-    """Modules inside that this class calls; the float class only reads their weights."""
+    """Child modules that this class calls, while the float class only reads their weights."""
     _input_quantizer: TensorQuantizer
 
     def __init__(
@@ -43,7 +43,7 @@ class QuantInputMixin(nn.Module):
         self.init_quantizer(quant_desc_input)
 
     def init_quantizer(self, quant_desc_input: QuantDescriptor | None = None) -> None:
-        """Attach the quantizer; a swapped module gets it this way, its constructor having run long ago."""
+        """Attach the quantizer; a swapped module gets it here, because its constructor does not run again."""
         self._input_quantizer = TensorQuantizer(quant_desc_input or self.default_quant_desc_input)
 
     @property
@@ -56,31 +56,40 @@ class QuantInputMixin(nn.Module):
         return {"_input_quantizer": self._input_quantizer}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take ModelOpt's checkpoints too: the same buffers, in quantizers without the leading underscore."""
+        """Load checkpoints of ModelOpt, too: the same buffers, in quantizers without the leading underscore."""
         for name in self.quantizers():
-            theirs = f"{prefix}{name.removeprefix('_')}."
-            for key in [key for key in state_dict if key.startswith(theirs)]:
-                state_dict[f"{prefix}{name}.{key.removeprefix(theirs)}"] = state_dict.pop(key)
+            modelopt_prefix = f"{prefix}{name.removeprefix('_')}."
+            for key in list(state_dict):
+                if key.startswith(modelopt_prefix):
+                    buffer = key.removeprefix(modelopt_prefix)
+                    state_dict[f"{prefix}{name}.{buffer}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The layer's own forward on the quantized input; a subclass may call that by another name."""
+        """The forward of the layer on the quantized input.
+
+        Args:
+            input: The input. A layer with another name for it may be called with that keyword, before the others.
+            *args: Further arguments of the layer.
+            **kwargs: Likewise.
+        """
         if input is None and kwargs:
             name = next(iter(kwargs))
-            return super().forward(**{**kwargs, name: self._input_quantizer(kwargs[name])})
+            kwargs[name] = self._input_quantizer(kwargs[name])
+            return super().forward(**kwargs)
         return super().forward(self._input_quantizer(input), *args, **kwargs)
 
 
 class QuantMixin(QuantInputMixin):
-    """A layer whose input and weight are quantized; never the bias, never the output (R-BIAS, section 2.1).
+    """A layer whose input and weight are quantized, but not its bias and its output (R-BIAS, section 2.1).
 
-    Not for calls of the same layer from several threads at once: the weight is exchanged during the call.
+    Several threads must not call the same layer at once: its weight is replaced during a call.
 
     Args:
-        *args: As the float layer.
+        *args: Arguments of the float layer.
         quant_desc_input: How the input is quantized; the class default if None.
         quant_desc_weight: How the weight is quantized; the class default if None.
-        **kwargs: As the float layer.
+        **kwargs: Arguments of the float layer.
     """
 
     default_quant_desc_weight: ClassVar[QuantDescriptor] = QuantDescriptor(axis=0)
@@ -109,7 +118,7 @@ class QuantMixin(QuantInputMixin):
 
     @staticmethod
     def weights_of(module: nn.Module) -> dict[str, str]:
-        """Attribute of each weight quantizer -> parameter it quantizes; also of a module that is not swapped."""
+        """Attribute of each weight quantizer -> the parameter it quantizes; also for a module that is not swapped."""
         return {"_weight_quantizer": "weight"}
 
     @property
@@ -125,34 +134,45 @@ class QuantMixin(QuantInputMixin):
         }
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take the bias too that `correct_bias` or `round_weights` has given to a layer without one."""
-        bias, weight = state_dict.get(f"{prefix}bias"), self._parameters.get("weight")
-        if bias is not None and weight is not None and self._parameters.get("bias", bias) is None:
+        """Load the bias, too, that `correct_bias` or `round_weights` has added to a layer without one."""
+        bias = state_dict.get(f"{prefix}bias")
+        weight = self._parameters.get("weight")
+        has_no_bias = "bias" in self._parameters and self._parameters["bias"] is None
+        if has_no_bias and bias is not None and weight is not None:
             zeros = torch.zeros_like(bias, device=weight.device, dtype=weight.dtype)
             self._parameters["bias"] = nn.Parameter(own_tensor(zeros))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The layer's own forward on the quantized input and weight."""
+        """The forward of the layer on the quantized input and weight.
+
+        Args:
+            input: As for `QuantInputMixin.forward`.
+            *args: Likewise.
+            **kwargs: Likewise.
+        """
         with self._quantized_weight():
             return super().forward(input, *args, **kwargs)
 
     @contextmanager
     def _quantized_weight(self) -> Iterator[None]:
-        """Let `self.weight` be the quantized weight.
+        """Make `self.weight` the quantized weight in the block.
 
-        Parameters live in `_parameters`, which is asked only when an instance has no such attribute: one in
-        `__dict__` goes before, and no parameter is moved or renamed. Pruning has an attribute there itself.
+        Python looks a parameter up in `_parameters` only if the instance has no such attribute. An attribute in
+        `__dict__` takes precedence, so that no parameter is moved or renamed. Pruning has an attribute there, too.
         """
         if isinstance(getattr(type(self), "weight", None), property):
             raise StateError(
                 f"the weight of this {type(self).__name__} is parametrized: it is computed at every access.",
                 "call torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') first.",
             )
-        former = {"weight": self.__dict__["weight"]} if "weight" in self.__dict__ else {}
-        self.__dict__["weight"] = self._weight_quantizer(self.weight)
+        is_pruned = "weight" in self.__dict__
+        weight = self.weight
+        self.__dict__["weight"] = self._weight_quantizer(weight)
         try:
             yield
         finally:
-            del self.__dict__["weight"]
-            self.__dict__.update(former)
+            if is_pruned:
+                self.__dict__["weight"] = weight
+            else:
+                del self.__dict__["weight"]

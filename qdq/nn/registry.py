@@ -1,4 +1,4 @@
-"""Which quantized layer stands for which float layer."""
+"""The table of quantized layers by float layer."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _DEFAULT_QUANT_MAP: list[_quant_entry] = []
 
 
 def register_module(float_class: type[nn.Module]) -> Callable[[QuantClass], QuantClass]:
-    """Class decorator: the decorated layer stands for `float_class` from now on.
+    """Class decorator: the decorated layer replaces `float_class` from now on.
 
-    The layer must be built as `class QuantThing(QuantMixin, Thing)` (or `QuantInputMixin` without a weight); a
-    later registration goes before an earlier one.
+    The layer must be built as `class QuantThing(QuantMixin, Thing)` (or `QuantInputMixin` without a weight). A later
+    registration takes precedence over an earlier one.
 
     Raises:
         ArgumentTypeError: The decorated class is not built that way.
@@ -46,11 +46,9 @@ def register_module(float_class: type[nn.Module]) -> Callable[[QuantClass], Quan
             )
         quant_class.float_class = float_class
         name = float_class.__name__
-        home = (
-            torch.nn
-            if getattr(torch.nn, name, None) is float_class
-            else sys.modules[float_class.__module__]
-        )
+        home: ModuleType = torch.nn
+        if getattr(home, name, None) is not float_class:
+            home = sys.modules[float_class.__module__]
         if getattr(home, name, None) is not float_class:
             raise ArgumentTypeError(
                 f"{name} is not found in its module {home.__name__}: the map looks classes up by name.",
@@ -65,15 +63,17 @@ def register_module(float_class: type[nn.Module]) -> Callable[[QuantClass], Quan
 def find_counterpart(float_class: type[nn.Module]) -> type[QuantInputMixin] | None:
     """The quantized class for a float class or for the nearest of its base classes; None if there is none.
 
-    For a subclass a class is made that quantizes and keeps the subclass's forward.
+    For a subclass it is a derived class that quantizes and has the forward of the subclass.
     """
-    # by the class itself: its name in `torch.nn` may be bound to something else at the moment (compat.initialize)
-    table: dict[type, type[QuantInputMixin]] = {
-        entry.replace_mod.float_class: entry.replace_mod for entry in _DEFAULT_QUANT_MAP
-    }
+    # By class, not by name: its name in `torch.nn` may be bound to another class at the moment (compat.initialize).
+    table: dict[type, type[QuantInputMixin]] = {}
+    for entry in _DEFAULT_QUANT_MAP:
+        table[entry.replace_mod.float_class] = entry.replace_mod
     for base in float_class.__mro__:
+        if base is float_class and base in table:
+            return table[base]
         if base in table:
-            return table[base] if base is float_class else derive_class(table[base], float_class)
+            return derive_class(table[base], float_class)
     return None
 
 
@@ -81,7 +81,7 @@ _derived: dict[tuple[type, type], Any] = {}
 
 
 def derive_class(quant_class: type[Derived], float_class: type[nn.Module]) -> type[Derived]:
-    """A class that quantizes as `quant_class` does and otherwise is `float_class`; one for each pair."""
+    """A class that quantizes like `quant_class` and otherwise behaves like `float_class`; one for each pair."""
     key = (quant_class, float_class)
     if key in _derived:
         return cast("type[Derived]", _derived[key])
@@ -97,7 +97,7 @@ def derive_class(quant_class: type[Derived], float_class: type[nn.Module]) -> ty
 
 
 def _reduce_derived(module: Any, quant_class: type[nn.Module], protocol: Any) -> tuple[Any, ...]:
-    """Pickle by both bases: the made class has no place from which it could be imported."""
+    """Pickle both bases: the derived class is in no module from which it could be imported."""
     return _rebuild, (quant_class, module.float_class), module.__getstate__()
 
 
