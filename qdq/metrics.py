@@ -64,7 +64,13 @@ def agreement(reference: Array, outputs: Array) -> float:
 
 
 def top_k(logits: Array, labels: npt.NDArray[np.integer], k: int) -> float:
-    """Fraction of rows `[N, classes]` whose label `[N]` is among the k largest, 0 to 1."""
+    """Top-k accuracy: the fraction of rows whose label is among the k largest outputs, 0 to 1.
+
+    Args:
+        logits: `[N, classes]`.
+        labels: Class of each row, `[N]`.
+        k: At most the number of classes counts.
+    """
     k = min(k, logits.shape[-1])
     best = np.argpartition(logits, -k, axis=-1)[:, -k:]
     return float(np.mean((best == labels[:, None]).any(-1)))

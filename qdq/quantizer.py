@@ -150,6 +150,13 @@ class TensorQuantizer(nn.Module):
         """The range as the buffer itself (edits in place take effect at once), or None before calibration.
 
         While it is learned, a new tensor.
+
+        Setting it before calibration makes the buffer, later it changes the numbers in the buffer. Numbers, sequences,
+        arrays and tensors are accepted: one range, or one for each index of the axis.
+
+        Raises:
+            ArgumentError: NaN, infinity or a negative number; several ranges for a quantizer without an axis.
+            StateError: Another number of ranges than before; the range is being learned.
         """
         log2_amax = self._parameters.get("_log2_amax")
         if log2_amax is not None:
@@ -318,7 +325,11 @@ class TensorQuantizer(nn.Module):
 
     @contextmanager
     def collecting_into(self, collector: TensorCollector) -> Iterator[None]:
-        """Collect into another collector in the block, without quantizing."""
+        """Collect into another collector in the block, without quantizing.
+
+        Args:
+            collector: Gets the statistics; the collector of this quantizer, and of its leader, stays as it is.
+        """
         leader = self.leader
         calibrator = leader._calibrator
         with self.restoring_state():
@@ -332,7 +343,11 @@ class TensorQuantizer(nn.Module):
 
     @contextmanager
     def using_range(self, amax: float) -> Iterator[None]:
-        """Quantize with another range in the block, whatever the state."""
+        """Quantize with another range in the block, even if the quantizer is disabled.
+
+        Args:
+            amax: One range for the whole tensor.
+        """
         buffers = self.leader._buffers
         former = buffers.get("_amax")
         temporary = torch.tensor(amax, dtype=torch.float32)
@@ -455,10 +470,17 @@ class TensorQuantizer(nn.Module):
         return statistics.channel_absmax
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Collect, quantize, both or neither; the same object comes back if there is nothing to do.
+        """Collect, quantize, both or neither, depending on the state.
 
         Args:
             inputs: Any shape; per channel, the axis must be as long as amax.
+
+        Returns:
+            The quantized tensor, of the shape and type of `inputs`; `inputs` itself if it does not quantize.
+
+        Raises:
+            ArgumentError: The range does not fit the shape.
+            CalibrationError: The input contains NaN or infinity while it collects.
         """
         if self._disabled:
             return inputs
@@ -626,7 +648,11 @@ class SharedQuantizer(TensorQuantizer):
 
 
 def summarize_amax(amax: torch.Tensor | None) -> str:
-    """A range in a few characters, with four decimals; the smallest, the largest and the number of several ranges."""
+    """A range in a few characters, with four decimals.
+
+    Several ranges are summarized by the smallest, the largest and their number. Without a value it is "dynamic" (no
+    range), "meta" (no data) or "traced".
+    """
     if amax is None:
         return "dynamic"
     if amax.is_meta:
@@ -655,7 +681,14 @@ def _require_choice(field: str, value: object, choices: Sequence[str]) -> None:
 
 
 def named_quantizers(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
-    """All quantizers of a model with their dotted names, each once."""
+    """All quantizers of a model with their dotted names.
+
+    Args:
+        model: Any module.
+
+    Yields:
+        Name and quantizer, in the order of `named_modules`; a quantizer that is used twice only once.
+    """
     for name, module in model.named_modules():
         if isinstance(module, TensorQuantizer):
             yield name, module
@@ -688,18 +721,35 @@ def disable_quantization(model: nn.Module) -> _Switch:
 
     A plain call lasts. As a with-block (`with disable_quantization(model.layer1): ...`) it restores the state of every
     quantizer on exit.
+
+    Args:
+        model: The model or the part.
+
+    Raises:
+        ArgumentTypeError: No module.
     """
     return _Switch(model, enabled=False)
 
 
 def enable_quantization(model: nn.Module) -> _Switch:
-    """Enable every quantizer of a model, or of a part of one; a call or a with-block, as `disable_quantization`."""
+    """Enable every quantizer of a model, or of a part of one; a call or a with-block, as `disable_quantization`.
+
+    Args:
+        model: The model or the part.
+
+    Raises:
+        ArgumentTypeError: No module.
+    """
     return _Switch(model, enabled=True)
 
 
 @contextmanager
 def toggling(quantizers: Iterable[TensorQuantizer]) -> Iterator[None]:
-    """In the block, disable the quantizers that are enabled and enable those that are not."""
+    """In the block, disable the quantizers that are enabled and enable those that are not.
+
+    Args:
+        quantizers: A quantizer that occurs twice is switched once.
+    """
     with ExitStack() as exits:
         for quantizer in dict.fromkeys(quantizers):
             exits.enter_context(quantizer.restoring_state())
@@ -708,7 +758,12 @@ def toggling(quantizers: Iterable[TensorQuantizer]) -> Iterator[None]:
 
 
 def disable_until_exit(quantizers: Iterable[TensorQuantizer], exits: ExitStack) -> None:
-    """Disable quantizers until `exits` is closed, or permanently if the caller empties it with `pop_all`."""
+    """Disable quantizers until `exits` is closed, or permanently if the caller empties it with `pop_all`.
+
+    Args:
+        quantizers: The quantizers to disable.
+        exits: Restores their states when it is closed.
+    """
     for quantizer in quantizers:
         # A callback: a generator that is dropped with the stack would restore the state.
         exits.callback(setattr, quantizer, "is_enabled", quantizer.is_enabled)

@@ -60,25 +60,27 @@ def make_masks(masks, inputs, layout):
     where = {"unbatched": 0, "batch first": 1}.get(layout, 0)
     length, keys = query.shape[where], key.shape[where]
     batch = 1 if layout == "unbatched" else BATCH
-    found = {}
+    masks_by_name = {}
     if "padding" in masks:
         padding = torch.zeros(batch, keys, dtype=torch.bool)
         padding[:, -1] = True
         padding[0, 0] = True
         padding = padding[0] if layout == "unbatched" else padding
-        found["key_padding_mask"] = padding
+        masks_by_name["key_padding_mask"] = padding
     if "attention" in masks:
         shape = (batch * HEADS, length, keys) if "3-D" in masks else (length, keys)
-        found["attn_mask"] = torch.rand(shape) > 0.7
-        found["attn_mask"][..., 1] = False
+        masks_by_name["attn_mask"] = torch.rand(shape) > 0.7
+        masks_by_name["attn_mask"][..., 1] = False
     if "causal" in masks:
-        found["attn_mask"] = torch.ones(length, keys, dtype=torch.bool).triu(1)
-        found["is_causal"] = True
+        masks_by_name["attn_mask"] = torch.ones(length, keys, dtype=torch.bool).triu(1)
+        masks_by_name["is_causal"] = True
     if "float" in masks:
-        for name in {"key_padding_mask", "attn_mask"} & found.keys():
-            mask = found[name]
-            found[name] = torch.randn(mask.shape, dtype=torch.float64).masked_fill(mask, -torch.inf)
-    return found
+        for name in {"key_padding_mask", "attn_mask"} & masks_by_name.keys():
+            mask = masks_by_name[name]
+            masks_by_name[name] = torch.randn(mask.shape, dtype=torch.float64).masked_fill(
+                mask, -torch.inf
+            )
+    return masks_by_name
 
 
 def assert_equal(layer, swapped, inputs, **options):
@@ -92,10 +94,10 @@ def assert_equal(layer, swapped, inputs, **options):
         loss = output.sin().sum() + (0 if weights is None else weights.cos().sum())
         grads = torch.autograd.grad(loss, [*leaves, *module.parameters()], allow_unused=True)
         results.append((output, weights, *grads))
-    for expected, found in zip(*results, strict=True):
-        assert (expected is None) == (found is None)
+    for expected, output in zip(*results, strict=True):
+        assert (expected is None) == (output is None)
         if expected is not None:
-            torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12, equal_nan=True)
+            torch.testing.assert_close(output, expected, atol=1e-12, rtol=1e-12, equal_nan=True)
 
 
 LAYOUTS = ("batch first", "sequence first", "unbatched")
@@ -182,11 +184,11 @@ class TestNumbers:
         padding = torch.tensor([[False] * 4, [False, False, True, True]])
         with disable_quantization(swapped), torch.no_grad():
             for options in ({}, {"key_padding_mask": padding}, {"need_weights": False}):
-                expected, found = (
+                expected, output = (
                     layer.eval()(*inputs, **options),
                     swapped.eval()(*inputs, **options),
                 )
-                torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+                torch.testing.assert_close(output, expected, atol=1e-12, rtol=1e-12)
 
     def test_key_that_is_query_but_not_value(self):
         layer, swapped = make_attention()
@@ -245,7 +247,7 @@ class TestSwap:
         x = torch.randn(2, 4, EMBED, dtype=torch.float64)
         calls = []
         swapped.input_quantizer.register_forward_hook(lambda *_: calls.append(1))
-        found, _ = swapped(x, x, x, need_weights=False)
+        output, _ = swapped(x, x, x, need_weights=False)
         assert len(calls) == 1
 
         def dynamic(tensor, axis=None):
@@ -259,7 +261,7 @@ class TestSwap:
             layer.out_proj.weight, layer.out_proj.bias = torch.eye(EMBED, dtype=torch.float64), None
             heads, _ = layer(*[dynamic(x)] * 3, need_weights=False)
             expected = nn.functional.linear(dynamic(heads), dynamic(out.weight, 0), out.bias)
-        torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+        torch.testing.assert_close(output, expected, atol=1e-10, rtol=0)
 
     @pytest.mark.parametrize("kdim", [None, 20])
     def test_calibrated_saved_copied_restored(self, kdim):
@@ -290,8 +292,8 @@ class TestSwap:
         stream = io.BytesIO()
         torch.save(model, stream)
         stream.seek(0)
-        for other in (loaded, copy.deepcopy(model), torch.load(stream, weights_only=False)):
-            assert torch.equal(other(**inputs)[0], expected)
+        for twin in (loaded, copy.deepcopy(model), torch.load(stream, weights_only=False)):
+            assert torch.equal(twin(**inputs)[0], expected)
         assert restore_modules(model) == 2
         assert type(model) is nn.MultiheadAttention
         assert set(model.state_dict()) == keys
@@ -347,31 +349,31 @@ class TestSwap:
             expected = model(x)
             plan = swap_modules(model, x)
             assert len(plan.weighted) == 10
-            found = model(x)
-            assert not torch.equal(found, expected)
+            output = model(x)
+            assert not torch.equal(output, expected)
             with disable_quantization(model):
                 torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
 
     def test_padding_does_not_bring_the_fused_kernel_back(self):
         """With padding `nn.TransformerEncoder` makes nested tensors, which only its fused kernel takes."""
         model = Encoder().eval()
-        before = [dict(vars(module)) for module in model.modules()]
+        states = [dict(vars(module)) for module in model.modules()]
         x, padding = torch.randn(2, 5, 64), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
         with torch.no_grad():
             expected = model(x, padding)
             swap_modules(model, x)
             assert not torch.equal(model(x, padding), expected)
             with disable_quantization(model):
-                found = model(x, padding)
-        torch.testing.assert_close(found[~padding], expected[~padding], atol=1e-5, rtol=1e-5)
+                output = model(x, padding)
+        torch.testing.assert_close(output[~padding], expected[~padding], atol=1e-5, rtol=1e-5)
         restore_modules(model)
-        for module, state in zip(model.modules(), before, strict=True):
+        for module, state in zip(model.modules(), states, strict=True):
             assert {key: vars(module)[key] for key in state} == state
 
 
-def sqnr(expected, found):
-    expected, found = torch.as_tensor(expected).double(), torch.as_tensor(found).double()
-    return float(10 * torch.log10(expected.square().sum() / (expected - found).square().sum()))
+def sqnr(expected, output):
+    expected, output = torch.as_tensor(expected).double(), torch.as_tensor(output).double()
+    return float(10 * torch.log10(expected.square().sum() / (expected - output).square().sum()))
 
 
 def run_onnx(path, x):

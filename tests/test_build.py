@@ -294,14 +294,14 @@ class TestCrash:
             f"import qdq\nprint(qdq.build_engine({str(path)!r}, backend='rtx').int8)\n"
         )
         (tmp_path / "json.py").write_text("raise ImportError('a module of the current folder')\n")
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-P", script],
             capture_output=True,
             text=True,
             cwd=tmp_path,
             check=False,
         )
-        assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+        assert (process.returncode, process.stdout) == (0, "1\n"), process.stderr
 
 
 class TestBadInput:
@@ -326,9 +326,9 @@ class TestBadInput:
             build_engine(g.save(tmp_path / "m.onnx", {"x": [1, 16, 8, 8], "s": []}, y))
 
     def test_files_that_are_no_onnx(self, tmp_path):
-        whole = conv_file(tmp_path / "m.onnx").read_bytes()
+        valid = conv_file(tmp_path / "m.onnx").read_bytes()
         for name, content in (
-            ("cut", whole[: len(whole) // 2]),
+            ("cut", valid[: len(valid) // 2]),
             ("text", b"no model\n" * 9),
             ("empty", b""),
         ):

@@ -47,8 +47,8 @@ class Doubled(nn.Module):
 def test_predict_takes_what_loaders_and_models_give(wrap, pack):
     batches = [torch.randn(2, 3), torch.randn(1, 3)]
     model = Doubled(wrap).train()
-    found = predict(model, map(pack, batches))
-    np.testing.assert_array_equal(found, 2 * torch.cat(batches).numpy())
+    outputs = predict(model, map(pack, batches))
+    np.testing.assert_array_equal(outputs, 2 * torch.cat(batches).numpy())
     assert model.training
 
 
@@ -125,11 +125,11 @@ def test_tie_floor_sees_ties_and_leaves_no_hook(quantized, images):
         on_ties = (
             (torch.floor(images / scale) + 0.5) * scale * (1 - 2**-24)
         )  # the nudge takes half of them over
-    before = predict(quantized, [images])
+    expected = predict(quantized, [images])
     assert measure_tie_floor(quantized, [on_ties]) < measure_tie_floor(
         quantized, [torch.zeros_like(images)]
     )
-    np.testing.assert_array_equal(predict(quantized, [images]), before)
+    np.testing.assert_array_equal(predict(quantized, [images]), expected)
     with pytest.raises(DataError):
         measure_tie_floor(quantized, [])
 
@@ -138,9 +138,9 @@ class TestTable:
     reference = np.array([[3.0, 1, 2, 0, 0, 0], [0.0, 1, 5, 2, 3, 4], [9.0, 1, 2, 3, 4, 5]])
 
     def test_figures(self):
-        other = self.reference.copy()
-        other[0] = [1, 3, 2, 0, 0, 0]
-        evaluation = evaluate_outputs({"float": self.reference, "int8": other}, [0, 0, 1])
+        quantized = self.reference.copy()
+        quantized[0] = [1, 3, 2, 0, 0, 0]
+        evaluation = evaluate_outputs({"float": self.reference, "int8": quantized}, [0, 0, 1])
         first, second = evaluation.candidates
         assert evaluation.images == 3
         assert (first.top1, first.agreement, first.sqnr_db) == (pytest.approx(1 / 3), 1, math.inf)

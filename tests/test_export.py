@@ -263,10 +263,10 @@ def test_a_module_with_two_names(tmp_path):
 
 def test_exporting_changes_nothing_in_the_model(quantized, images, tmp_path):
     quantized.train()
-    before = {name: tensor.clone() for name, tensor in quantized.state_dict().items()}
+    state = {name: tensor.clone() for name, tensor in quantized.state_dict().items()}
     export_onnx(quantized, images, tmp_path / "model.onnx")
     assert quantized.training
-    assert all(torch.equal(before[name], tensor) for name, tensor in quantized.state_dict().items())
+    assert all(torch.equal(state[name], tensor) for name, tensor in quantized.state_dict().items())
 
 
 def test_no_path_of_the_machine_in_the_file(quantized, images, tmp_path):

@@ -371,9 +371,9 @@ def test_a_rewired_graph_that_changes(x, tmp_path):
 def test_every_lost_quantizer_is_named(x, tmp_path):
     class Forgetful(Residual):
         def forward(self, x):
-            kept = self.last(x)
+            output = self.last(x)
             self.blocks(x)
-            return kept
+            return output
 
     with pytest.raises(ExportError, match="quantizers ran and have no Q/DQ") as error:
         export_onnx(prepare(Forgetful(), x), x, tmp_path / "model.onnx")

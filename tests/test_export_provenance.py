@@ -30,8 +30,8 @@ def test_versions_and_ranges(quantized, images, tmp_path):
     assert facts["qdq.torch_version"] == torch.__version__
     assert facts.keys() == {"qdq.version", "qdq.torch_version", "qdq.ranges_sha256"}
     quantized.conv.input_quantizer._amax *= 1.5
-    other = metadata(export_onnx(quantized, images, tmp_path / "b.onnx").path)
-    assert other["qdq.ranges_sha256"] != facts["qdq.ranges_sha256"]
+    changed_facts = metadata(export_onnx(quantized, images, tmp_path / "b.onnx").path)
+    assert changed_facts["qdq.ranges_sha256"] != facts["qdq.ranges_sha256"]
 
 
 def test_calibration_and_decisions(residual, images, tmp_path):
@@ -95,7 +95,7 @@ def test_two_processes_write_the_same_bytes(tmp_path):
 
 
 def test_a_model_of_two_files(quantized, images, tmp_path, monkeypatch):
-    one = export_onnx(quantized, images, tmp_path / "one.onnx")
+    single = export_onnx(quantized, images, tmp_path / "one.onnx")
     monkeypatch.setattr(save, "_ONE_FILE_BYTES", 1000)
     two = export_onnx(quantized, images, tmp_path / "two.onnx")
     assert sorted(file.name for file in tmp_path.iterdir()) == [
@@ -104,8 +104,8 @@ def test_a_model_of_two_files(quantized, images, tmp_path, monkeypatch):
         "two.onnx.data",
     ]
     assert two.file_bytes == two.path.stat().st_size + (tmp_path / "two.onnx.data").stat().st_size
-    assert check_onnx(two.path).findings == check_onnx(one.path).findings
-    np.testing.assert_array_equal(predict(one.path, [images]), predict(two.path, [images]))
+    assert check_onnx(two.path).findings == check_onnx(single.path).findings
+    np.testing.assert_array_equal(predict(single.path, [images]), predict(two.path, [images]))
 
 
 class PadBetween(nn.Module):

@@ -93,12 +93,12 @@ def test_a_model_made_there_is_exported_outside(batches, tmp_path):
             copy.deepcopy(model).double().float(),
             make_calibrated(batches),
         )
-    for name, other in {"copied": copied, "converted": converted, "built": built}.items():
-        assert other[0].weight.is_inference()
-        path = qdq.export_onnx(other, batches[0], tmp_path / f"{name}.onnx", precision="fp16").path
-        assert (
-            qdq.export_onnx(other, batches[0], path).path.read_bytes() == expected.read_bytes()
-        ), name
+    for name, twin in {"copied": copied, "converted": converted, "built": built}.items():
+        assert twin[0].weight.is_inference()
+        path = qdq.export_onnx(twin, batches[0], tmp_path / f"{name}.onnx", precision="fp16").path
+        assert qdq.export_onnx(twin, batches[0], path).path.read_bytes() == expected.read_bytes(), (
+            name
+        )
     with torch.inference_mode():
         copied[0].weight[0] = float("nan")
     with pytest.raises(qdq.ExportError, match="holds 27 NaN"):
@@ -125,12 +125,12 @@ def test_a_loaded_model(tmp_path):
             qdq.load_model("squeezenet1_1", weights).module
             for weights in ("random", str(tmp_path / "weights.pt"))
         ]
-    for other in modules:
+    for twin in modules:
         assert all(
             torch.equal(parameter, value)
-            for parameter, value in zip(other.parameters(), module.parameters(), strict=True)
+            for parameter, value in zip(twin.parameters(), module.parameters(), strict=True)
         )
-        require_usable(other, torch.randn(2, 3, 64, 64))
+        require_usable(twin, torch.randn(2, 3, 64, 64))
 
 
 def test_imported_ranges(batches, tmp_path):

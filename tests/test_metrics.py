@@ -17,11 +17,11 @@ def pair():
 
 
 def test_sqnr_closed_forms():
-    ones = np.ones((2, 3))
-    assert sqnr_db(ones, ones * 1.1) == pytest.approx(20)  # an error of a tenth
-    assert sqnr_db(ones, ones * 1.001) == pytest.approx(60)
-    assert sqnr_db(ones, -ones) == pytest.approx(10 * math.log10(1 / 4))
-    assert sqnr_db(ones, ones) == math.inf
+    reference = np.ones((2, 3))
+    assert sqnr_db(reference, reference * 1.1) == pytest.approx(20)  # an error of a tenth
+    assert sqnr_db(reference, reference * 1.001) == pytest.approx(60)
+    assert sqnr_db(reference, -reference) == pytest.approx(10 * math.log10(1 / 4))
+    assert sqnr_db(reference, reference) == math.inf
     assert sqnr_db(np.zeros(3), np.ones(3)) == -math.inf
     assert sqnr_db(np.zeros(3), np.zeros(3)) == math.inf
     assert math.isnan(sqnr_db(np.array([1.0, math.nan]), np.ones(2)))
@@ -34,20 +34,22 @@ def test_sqnr_sums_in_double_precision():
 
 
 def test_against_plain_loops(pair):
-    reference, other = pair
-    a, b = reference.ravel().tolist(), other.ravel().tolist()
+    reference, outputs = pair
+    a, b = reference.ravel().tolist(), outputs.ravel().tolist()
     signal, noise = sum(x * x for x in a), sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
-    assert sqnr_db(reference, other) == pytest.approx(10 * math.log10(signal / noise))
+    assert sqnr_db(reference, outputs) == pytest.approx(10 * math.log10(signal / noise))
     product = sum(x * y for x, y in zip(a, b, strict=True))
-    assert cosine(reference, other) == pytest.approx(
+    assert cosine(reference, outputs) == pytest.approx(
         product / math.sqrt(signal * sum(y * y for y in b))
     )
-    assert max_abs_difference(reference, other) == max(
+    assert max_abs_difference(reference, outputs) == max(
         abs(x - y) for x, y in zip(a, b, strict=True)
     )
-    rows = zip(reference.tolist(), other.tolist(), strict=True)
-    same = [row.index(max(row)) == counterpart.index(max(counterpart)) for row, counterpart in rows]
-    assert agreement(reference, other) == pytest.approx(sum(same) / 50)
+    rows = zip(reference.tolist(), outputs.tolist(), strict=True)
+    agreements = [
+        row.index(max(row)) == counterpart.index(max(counterpart)) for row, counterpart in rows
+    ]
+    assert agreement(reference, outputs) == pytest.approx(sum(agreements) / 50)
 
 
 def test_cosine_closed_forms():

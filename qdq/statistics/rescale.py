@@ -130,7 +130,7 @@ def rescale_onnx(
 
 
 def scale_of(amax: npt.ArrayLike, fmt: Format) -> Floats:
-    """`quantizer.compute_scale` without torch; the same to the last bit."""
+    """`quantize.compute_scale` without torch; the same to the last bit."""
     ranges = np.asarray(amax, np.float32)
     scale: Floats = scale_from_amax(ranges.reshape(-1), fmt)
     return scale.reshape(ranges.shape)

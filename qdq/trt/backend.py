@@ -35,7 +35,7 @@ class Backend:
 
     @property
     def weakly_typed(self) -> bool:
-        """Whether networks are weakly typed unless asked otherwise: TensorRT before 11, never RTX."""
+        """Whether networks are weakly typed by default: TensorRT before 11, never RTX."""
         return self.name == "tensorrt" and int(self.version.partition(".")[0]) < 11
 
 

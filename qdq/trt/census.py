@@ -167,7 +167,13 @@ def _explain_float(node: QuantizableNode) -> str:
 
 
 def _explain_missing(node: QuantizableNode, float_kernels: Sequence[Kernel], namesakes: int) -> str:
-    """Why a quantized node did not become an int8 kernel."""
+    """Why a quantized node did not become an int8 kernel.
+
+    Args:
+        node: A node with Q/DQ on both operands.
+        float_kernels: The kernels of the node that are not int8; none if no kernel names the node.
+        namesakes: Number of nodes with its name.
+    """
     if not float_kernels:
         return (
             f"no kernel names this node ({node.name!r}): TensorRT removed it because nothing uses its "

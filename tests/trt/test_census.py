@@ -68,13 +68,13 @@ def test_prefixes_are_other_nodes():
 
 def test_helper_kernels_do_not_decide():
     """RTX lists a convolution also under the kernels that quantize before and rescale after it."""
-    before = _kernel(
+    quantize = _kernel(
         ["Q", "conv1"], ("Float",), ("Float",), name="__myl_MulRounCast_myl0_0", layer_type="kgen"
     )
-    after = _kernel(
+    rescale = _kernel(
         ["conv1", "relu"], ("Float",), ("Float",), name="__myl_MulAdd_myl0_2", layer_type="kgen"
     )
-    assert _one(_node(), before, _kernel(["conv1"]), after).int8
+    assert _one(_node(), quantize, _kernel(["conv1"]), rescale).int8
     reformat = _kernel(["conv1"], ("Float",), (), name="Reformat", layer_type="Convert")
     assert _one(_node(), reformat, _kernel(["conv1"])).int8
 

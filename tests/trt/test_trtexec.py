@@ -73,8 +73,8 @@ def test_parse_shapes_refuses_an_input_twice():
         parse_shapes("x:1x3,x:2x3")
 
 
-def _solve(inputs, **given):
-    return choose_profiles(inputs, {"min": {}, "opt": {}, "max": {}, **given})
+def _solve(inputs, **requests):
+    return choose_profiles(inputs, {"min": {}, "opt": {}, "max": {}, **requests})
 
 
 def test_default_profile_is_for_the_batch_alone():
@@ -84,7 +84,7 @@ def test_default_profile_is_for_the_batch_alone():
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("requests", "expected"),
     [
         ({"opt": 5}, (5, 5, 5)),
         ({"max": 5}, (5, 5, 5)),
@@ -94,15 +94,15 @@ def test_default_profile_is_for_the_batch_alone():
         ({"min": 2, "opt": 3, "max": 5}, (2, 3, 5)),
     ],
 )
-def test_missing_shapes_follow_the_given(given, expected):
-    profile = _solve({"x": (None, 3)}, **{kind: {"x": (size, 3)} for kind, size in given.items()})[
-        "x"
-    ]
+def test_missing_shapes_follow_the_given(requests, expected):
+    profile = _solve(
+        {"x": (None, 3)}, **{kind: {"x": (size, 3)} for kind, size in requests.items()}
+    )["x"]
     assert tuple(profile[kind][0] for kind in ("min", "opt", "max")) == expected
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("requests", "message"),
     [
         ({}, r"input x of shape \?x3x\?x8 .*no shapes \(L26\)"),
         ({"opt": {"y": (1, 3, 8, 8)}}, "--opt-shapes names y"),
@@ -113,9 +113,9 @@ def test_missing_shapes_follow_the_given(given, expected):
         ({"min": {"x": (1, 3, 9, 8)}, "opt": {"x": (2, 3, 8, 8)}}, "not in order"),
     ],
 )
-def test_shapes_that_cannot_be_meant(given, message):
+def test_shapes_that_cannot_be_meant(requests, message):
     with pytest.raises(ArgumentError, match=message):
-        _solve({"x": (None, 3, None, 8)}, **given)
+        _solve({"x": (None, 3, None, 8)}, **requests)
 
 
 def test_a_static_input_may_be_given_its_own_shape_only():
