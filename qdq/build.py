@@ -265,8 +265,8 @@ def _refuse_without_verdict(path: Path, checker: CheckerVerdict) -> None:
     reason = checker.limit or checker.structure
     raise BuildError(
         f"{path} cannot be built: onnx's checker crashed on it or did not come to an end: {reason}.",
-        f"run `qdq check {path}` and mend what it names; if it names nothing, write the nodes of functions into the "
-        "graph, or build parts of the model to find the node.",
+        f"run `qdq check {path}` and fix the nodes that it names; if it names none, write the nodes of functions into "
+        "the graph, or build parts of the model to find the node.",
     )
 
 

@@ -249,8 +249,8 @@ def _require_records(calibration: Any, plan: Any, rewired: Any) -> None:
 def _require_record(name: str, record: Any, is_record: bool, source: str) -> None:
     if record is not None and not is_record:
         raise ArgumentTypeError(
-            f"{name} is of type {type(record).__name__}; expected what {source} returns.",
-            f"pass that, or no {name}.",
+            f"{name} is of type {type(record).__name__}; expected the result of {source}.",
+            f"pass that result, or no {name}.",
         )
 
 
@@ -438,7 +438,7 @@ def _require_quantizers(lost: Collection[str]) -> None:
     if lost:
         raise ExportError(
             f"{len(lost)} quantizers ran and have no Q/DQ in the exported graph: {', '.join(sorted(lost))}.",
-            "nothing that reaches an output reads what they quantize: return it, or disable_quantization there.",
+            "no output depends on the tensors that they quantize: return them, or disable_quantization there.",
         )
 
 

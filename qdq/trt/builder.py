@@ -71,8 +71,8 @@ def build_plan(
     except ChildCrashError as died:
         raise BuildError(
             f"TensorRT crashed while it built {onnx_path}: {died.reason}.",
-            f"run `qdq check {onnx_path}` and mend what it names; if it names nothing, export parts of the model to "
-            "find the node, and report it to NVIDIA with the file.",
+            f"run `qdq check {onnx_path}` and fix the nodes that it names; if it names none, export parts of the model "
+            "to find the node, and report it to NVIDIA with the file.",
         ) from died
     _raise_failure(answer)
     log = [(severity, text) for severity, text in answer["log"]]

@@ -1,4 +1,4 @@
-"""Which layers of an engine run in int8, against what the Q/DQ nodes of the graph promise (L27)."""
+"""The layers of an engine that run in int8, compared with the Q/DQ nodes of the graph (L27)."""
 
 from __future__ import annotations
 
@@ -192,6 +192,6 @@ def _explain_missing(node: QuantizableNode, float_kernels: Sequence[Kernel], nam
     return (
         f"{fact}: its Q/DQ became kernels of their own. Usual causes: a scale of shape [1] instead of a "
         "scalar (R-SHAPE), weight scales along the wrong axis (R-AXIS), a GPU without the kernel (SM 75: no "
-        "int8 convolution); `qdq check` finds the first two. A product whose result is cut into q, k and v may go "
-        "into a float kernel with what follows it; nothing in the file changes that."
+        "int8 convolution); `qdq check` finds the first two. A product whose result is cut into q, k and v may be "
+        "fused with the next layers in a float kernel; nothing in the file changes that."
     )

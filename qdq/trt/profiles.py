@@ -84,7 +84,7 @@ def _require_known_inputs(
         unknown = sorted(set(shapes) - set(inputs))
         if unknown:
             raise ArgumentError(
-                f"--{kind}-shapes names {', '.join(unknown)}, which the graph has not as input.",
+                f"--{kind}-shapes names {', '.join(unknown)}, but the graph has no such input.",
                 f"its inputs are {_list_inputs(inputs)}.",
             )
 
