@@ -112,17 +112,19 @@ class BuildReport:
 
     def _format_layers(self) -> list[str]:
         """The layers that have a reason, in columns."""
-        rows = []
-        for layer in self.layers:
-            if layer.reason:
-                rows.append((layer.module or layer.node, layer.op_type, _verdict(layer)))
-        columns = zip(*rows, strict=True)
-        widths = [max(map(len, column)) for column in columns]
-        reasons = [layer.reason for layer in self.layers if layer.reason]
+        layers = [layer for layer in self.layers if layer.reason]
+        names = [layer.module or layer.node for layer in layers]
+        verdicts = list(map(_verdict, layers))
+        operators = [layer.op_type for layer in layers]
+        name_width = max(map(len, names), default=0)
+        operator_width = max(map(len, operators), default=0)
+        verdict_width = max(map(len, verdicts), default=0)
+
         lines = []
-        for row, reason in zip(rows, reasons, strict=True):
-            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-            lines.append("  ".join([*cells, reason]))
+        for name, verdict, layer in zip(names, verdicts, layers, strict=True):
+            lines.append(
+                f"{name:{name_width}}  {layer.op_type:{operator_width}}  {verdict:{verdict_width}}  {layer.reason}"
+            )
         return lines
 
     def _summarize(self) -> str:
