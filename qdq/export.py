@@ -39,9 +39,9 @@ from qdq.graph.merge_constants import MergeConstants
 from qdq.graph.merge_pairs import MergePairs
 from qdq.graph.move_quantize import MoveQuantizeBeforeCopies
 from qdq.graph.names import NameNodes
-from qdq.graph.opset import HIGHEST, LOWEST, LowerOpset
+from qdq.graph.opset import HIGHEST, LOWEST, NEWEST_OPSET, LowerOpset
 from qdq.graph.passes import run_passes
-from qdq.graph.precision import NEWEST_OPSET, ConvertPrecision
+from qdq.graph.precision import ConvertPrecision
 from qdq.graph.precision_rules import KeptNode
 from qdq.graph.raise_scales import RaiseWeightScales
 from qdq.graph.remove_identities import RemoveIdentities

@@ -22,6 +22,9 @@ from qdq.text import group_names, list_names
 LOWEST = 13
 """The first opset in which Q/DQ have an axis."""
 
+NEWEST_OPSET = 23
+"""The newest opset to write: TensorRT 10 and ONNX Runtime read no opset far above this one."""
+
 FIRST_WITH_HALF_SCALES = 19
 """The first opset in which the scales of Q/DQ may be float16 or bfloat16."""
 

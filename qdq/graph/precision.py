@@ -25,9 +25,6 @@ from qdq.graph.precision_rules import (
 )
 from qdq.text import list_names
 
-NEWEST_OPSET = 23
-"""TensorRT 10 and ONNX Runtime read no opset far above this one."""
-
 _FLOAT = ir.DataType.FLOAT
 _HALF_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 # Ends of the names of converted values.
