@@ -8,17 +8,8 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.types import PositiveFloat
 
-Method = Literal[
-    "max",
-    "percentile",
-    "entropy",
-    "mse",
-    "average_max",
-    "mean_std",
-    "laplace",
-    "gauss",
-    "moving_average",
-]
+from qdq.observers import Method
+
 CalibMethod = Literal[Method, "best"]
 """Methods of `calibrate_model`, for the signatures of recipes; "best" needs the model."""
 

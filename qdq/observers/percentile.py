@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qdq.errors import ArgumentError
+from qdq.observers import DEFAULT_PERCENTILE
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def solve_percentile(counts: npt.NDArray[np.number], width: float, percentile: f
     if not 0 <= percentile <= 100:
         raise ArgumentError(
             f"Invalid percentile. Must be in range 0 <= percentile <= 100, found {percentile}.",
-            "99.99 is the usual choice.",
+            f"{DEFAULT_PERCENTILE} is the usual choice.",
         )
     if percentile == 100:
         return counts.size * width

@@ -7,6 +7,7 @@ from typing import Any
 
 from qdq.errors import ArgumentError
 from qdq.formats import Format
+from qdq.observers import DEFAULT_PERCENTILE
 from qdq.observers.aciq import gauss_ratio, laplace_ratio
 from qdq.observers.batch_maxima import average_maxima, moving_average
 from qdq.observers.entropy import solve_entropy
@@ -25,7 +26,9 @@ def _max(statistics: TensorStatistics, fmt: Format) -> float:
     return statistics.absmax
 
 
-def _percentile(statistics: TensorStatistics, fmt: Format, *, percentile: float = 99.99) -> float:
+def _percentile(
+    statistics: TensorStatistics, fmt: Format, *, percentile: float = DEFAULT_PERCENTILE
+) -> float:
     return solve_percentile(statistics.magnitudes(fmt.unsigned), statistics.width, percentile)
 
 

@@ -1,6 +1,8 @@
 """Solvers against loops written from the definition, closed forms and published figures."""
 
 import math
+from inspect import signature
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import qdq.cli.calibrate
 from qdq import ArgumentError, ArgumentTypeError
 from qdq.formats import Format
+from qdq.observers import DEFAULT_PERCENTILE
 from qdq.observers.aciq import gauss_ratio, laplace_ratio
 from qdq.observers.collector import TensorCollector
 from qdq.observers.entropy import solve_entropy
@@ -314,3 +318,13 @@ def test_unsigned_maxima_are_of_the_values_above_zero():
 def test_entropy_does_not_clip_everything(data):
     found = statistics_of(data)
     assert found.clipped_share(solve_amax(found, Format(), "entropy")) <= 0.5
+
+
+def test_the_default_percentile_is_the_same_everywhere():
+    root = Path(qdq.__file__).parents[1]
+    row = f"| {DEFAULT_PERCENTILE} | for"
+    assert row in (root / "docs" / "calibrate.md").read_text(encoding="utf-8")
+    assert row in (root / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert f"{DEFAULT_PERCENTILE} if left out" in qdq.cli.calibrate.solve.__doc__
+    for function in (qdq.calibrate_model, qdq.solve_ranges, qdq.Calibration):
+        assert signature(function).parameters["percentile"].default == DEFAULT_PERCENTILE
