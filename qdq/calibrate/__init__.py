@@ -1,32 +1,33 @@
 """Ranges from data: `Calibration`, a with-block around any forwards, and `calibrate_model`, the usual loop.
 
-Collecting and solving are two things: `collect_statistics` runs the model, `solve_ranges` turns what it found into amax
-and may do so again by another method. `calibrate_model` is both.
+Collecting statistics and computing ranges are separate steps. `collect_statistics` runs the model. `solve_ranges`
+computes amax from the statistics, and may do so again with another method. `calibrate_model` does both.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from qdq.calibrate.collect import Collection, collect_and_hold_out, fingerprint_model, format_of
+from qdq.calibrate.collect import Collection, collect_and_hold_out, format_of
 from qdq.calibrate.selection import select_methods
 from qdq.calibrate.weights import require_weight_method, solve_weight
 from qdq.distributed import failing_together, find_rank, gather_bytes
 from qdq.errors import ArgumentError, ArgumentTypeError, CalibrationError
 from qdq.forward import require_batches, require_model
+from qdq.observers import DEFAULT_PERCENTILE
 from qdq.observers.solve import SOLVERS
 from qdq.observers.tensor_statistics import TensorStatistics
-from qdq.quantizer import TensorQuantizer, named_quantizers
+from qdq.quantizer import TensorQuantizer
 from qdq.statistics import Statistics, merge_parts
-from qdq.swap import quantized_layers
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +37,14 @@ CALIB_METHODS = (*SOLVERS, BEST)
 
 @dataclass(frozen=True)
 class Range:
-    """What calibration decided for one quantizer.
+    """Calibration's result for one quantizer.
 
     Args:
         name: Dotted name of the quantizer.
-        amax: The range; one number, or one for each channel. None if there is none.
-        method: How it was solved.
-        batches: How many batches it saw; 0 for weights, which are read directly.
-        note: Empty, or why the layer was left in float.
+        amax: The range: one number, or one for each channel. None if there is none.
+        method: The method that gave the range.
+        batches: Number of batches that reached the quantizer; 0 for weights, which are read directly.
+        note: Empty, or the reason why the layer was left in float.
     """
 
     name: str
@@ -55,10 +56,15 @@ class Range:
 
 @dataclass(frozen=True)
 class _Options:
-    """How ranges are solved; the arguments of `calibrate_model`.
+    """The methods that compute ranges, and the percentile.
+
+    Args:
+        method: As for `calibrate_model`.
+        percentile: As for `calibrate_model`.
+        weight_method: As for `calibrate_model`.
 
     Raises:
-        ArgumentError: Unknown methods, or a percentile out of range.
+        ArgumentError: An unknown method, or a percentile out of range.
     """
 
     method: str
@@ -74,41 +80,45 @@ class _Options:
         if not isinstance(self.percentile, int | float) or not 0 < self.percentile <= 100:
             raise ArgumentError(
                 f"percentile is {self.percentile!r}; it must be above 0 and at most 100.",
-                "99.99 is the usual choice.",
+                f"{DEFAULT_PERCENTILE} is the usual choice.",
             )
         require_weight_method(self.weight_method)
 
+    def solver_options(self, method: str) -> dict[str, float]:
+        """The keyword arguments that a method takes."""
+        return {"percentile": self.percentile} if method == "percentile" else {}
+
 
 class Calibration:
-    """Collects ranges while the block runs and stores them when it ends.
+    """Collects statistics while the block runs, and sets the ranges when it ends.
 
-    Inside the block the model is in evaluation mode, without gradients, and computes in float; every enabled input
-    quantizer collects. At the end `amax` is solved, weights get the maximum of each channel, and all states are
-    as before. If the block raises, no range is touched. Every call of the model is a batch.
+    Inside the block the model is in evaluation mode, without gradients, and computes in float. Every enabled input
+    quantizer collects. At the end, `amax` is computed, weights get the maximum of each channel, and all states are
+    restored. If the block raises, no range changes. Every call of the model is a batch.
 
     A layer whose quantizer saw no batch, or zeros only, has no usable range. It is left in float: its quantizers are
     disabled, and `ranges` and a warning say so.
 
     Args:
         model: A swapped model.
-        method: As for `calibrate_model`, but for "best", which needs batches of its own (see `solve_ranges`).
+        method: As for `calibrate_model`, except "best", which needs separate batches (see `solve_ranges`).
         percentile: 0 to 100, for "percentile".
         weight_method: "max" or "mse".
 
     Attributes:
         ranges: One `Range` for each quantizer, after the block.
-        statistics: What was collected, after the block.
+        statistics: The collected statistics, after the block.
 
     Raises:
-        ArgumentError: Unknown method, percentile out of range, or nothing to calibrate.
-        CalibrationError: NaN or Inf in the data or in a weight, with the layer and the batch; no data at all.
+        ArgumentError: An unknown method, a percentile out of range, or nothing to calibrate.
+        CalibrationError: NaN or Inf in the data or in a weight, with the layer and the batch; or no data at all.
     """
 
     def __init__(
         self,
         model: nn.Module,
         method: str = "mse",
-        percentile: float = 99.99,
+        percentile: float = DEFAULT_PERCENTILE,
         *,
         weight_method: str = "max",
     ) -> None:
@@ -121,30 +131,35 @@ class Calibration:
         self._options = _Options(method, percentile, weight_method)
         self._model = model
         self._collection = Collection(model)
-        self._numbers: Iterator[int] | None = None
+        self._batch_numbers: Iterator[int] | None = None
         self.ranges: list[Range] = []
         self.statistics: Statistics | None = None
 
     def __enter__(self) -> Calibration:
-        self._numbers = numbers = self._numbers or itertools.count(
-            *find_rank()
-        )  # goes on when the block runs again
+        if self._batch_numbers is None:  # the count continues when the block runs again
+            rank, size = find_rank()
+            self._batch_numbers = itertools.count(rank, size)
+        batch_numbers = self._batch_numbers
+
+        def begin_batch(*_: Any) -> None:
+            self._collection.begin_batch(next(batch_numbers))
+
         self._exits = ExitStack()
         self._exits.enter_context(failing_together())
         self._exits.enter_context(self._collection)
-        hook = self._model.register_forward_pre_hook(
-            lambda *_: self._collection.begin_batch(next(numbers))
-        )
+        hook = self._model.register_forward_pre_hook(begin_batch)
         self._exits.callback(hook.remove)
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._exits.__exit__(*error)
-        if error[0] is None:
-            with failing_together():
-                own = self._collection.statistics()
-            self.statistics = merge_parts(map(Statistics.from_bytes, gather_bytes(own.to_bytes())))
-            self.ranges = _solve(self._model, self._collection, self.statistics, self._options, [])
+        if error[0] is not None:
+            return
+        with failing_together():
+            local = self._collection.statistics()
+        parts = gather_bytes(local.to_bytes())
+        self.statistics = merge_parts(map(Statistics.from_bytes, parts))
+        self.ranges = _compute_ranges(self._collection, self.statistics, self._options, [])
 
 
 def calibrate_model(
@@ -152,7 +167,7 @@ def calibrate_model(
     batches: Iterable[Any],
     *,
     method: str = "mse",
-    percentile: float = 99.99,
+    percentile: float = DEFAULT_PERCENTILE,
     weight_method: str = "max",
     num_batches: int | None = None,
     statistics: Path | str | None = None,
@@ -162,30 +177,31 @@ def calibrate_model(
 
     Args:
         model: A swapped model, on its device.
-        batches: What the model is called with (see `trace.call_model`): tensors `[B, ...]`, `(inputs, labels)` or
-            dictionaries. A hundred images or so are enough.
+        batches: Inputs of the model (see `forward.call_model`): tensors `[B, ...]`, `(inputs, labels)` or
+            dictionaries. About a hundred images are enough.
         method: For inputs: "max", "percentile", "entropy", "mse", "average_max", "mean_std", "laplace", "gauss",
-            "moving_average", or "best": for each range the one that costs the output of its layer least.
+            "moving_average", or "best": for each range the method with the smallest error of the layer's output.
         percentile: 0 to 100, for "percentile".
-        weight_method: "max" or "mse", of each channel or of the weight, as the axis of its quantizer says.
+        weight_method: "max" or "mse", of each channel or of the whole weight, as the axis of its quantizer says.
         num_batches: As for `collect_statistics`.
-        statistics: As for `collect_statistics`: a file from which a killed run goes on.
-        held: Batches to compare on for "best"; None: the last batch is held out for it.
+        statistics: As for `collect_statistics`: a file from which a killed run continues.
+        held: Held-out batches on which "best" compares methods; None: the last batch is held out.
 
     Returns:
-        One `Range` for each quantizer; `note` names those left in float.
+        One `Range` for each quantizer; `note` is set for those left in float.
 
     Raises:
-        ArgumentError: Unknown method, an option out of range, nothing to calibrate; a file of something else.
+        ArgumentError: An unknown method, an option out of range, nothing to calibrate; a file of another pass.
         CalibrationError: As for `Calibration`.
         DataError: As for `collect_statistics`.
     """
     options = _Options(method, percentile, weight_method)
     if held is not None:
         require_batches(held)
-    needs_held = method == BEST and held is None
-    found, last = collect_and_hold_out(model, batches, num_batches, statistics, hold_out=needs_held)
-    return _solve(model, Collection(model), found, options, last if held is None else list(held))
+    hold_out = method == BEST and held is None
+    collected = collect_and_hold_out(model, batches, num_batches, statistics, hold_out=hold_out)
+    held_out = collected.held_out if held is None else list(held)
+    return _compute_ranges(collected.collection, collected.statistics, options, held_out)
 
 
 def solve_ranges(
@@ -193,22 +209,22 @@ def solve_ranges(
     statistics: Statistics,
     *,
     method: str = "mse",
-    percentile: float = 99.99,
+    percentile: float = DEFAULT_PERCENTILE,
     weight_method: str = "max",
     held: Iterable[Any] = (),
 ) -> list[Range]:
-    """Give every enabled quantizer its range from statistics that were collected before; no data are needed.
+    """Compute the range of every enabled quantizer from statistics, without data.
 
     Args:
-        model: The model that the statistics are of; quantizers may have been disabled since.
+        model: The model that the statistics belong to; quantizers may have been disabled since.
         statistics: From `collect_statistics` or `Statistics.load`.
         method: As for `calibrate_model`.
         percentile: As for `calibrate_model`.
         weight_method: As for `calibrate_model`.
-        held: Batches to compare on; for "best" only.
+        held: Held-out batches on which "best" compares methods.
 
     Returns:
-        As `calibrate_model`.
+        As for `calibrate_model`.
 
     Raises:
         ArgumentError: As for `calibrate_model`; statistics of another model; "best" without a batch.
@@ -218,124 +234,113 @@ def solve_ranges(
     if not isinstance(statistics, Statistics):
         raise ArgumentTypeError(
             f"statistics is of type {type(statistics).__name__}; expected Statistics.",
-            "pass what collect_statistics or Statistics.load gives.",
+            "pass the result of collect_statistics or Statistics.load.",
         )
     options = _Options(method, percentile, weight_method)
-    if statistics.model != fingerprint_model(model):
+    collection = Collection(model)
+    if statistics.model != collection.fingerprint:
         raise ArgumentError(
             "the statistics are of another model: names, formats or shapes differ.",
-            "swap and rewire the model as it was when they were collected, or collect them anew.",
+            "swap and rewire the model as it was when they were collected, or collect them again.",
         )
     require_batches(held)
     if not statistics.complete:
         logger.warning(
             "the statistics are of a pass that was cut off after %d batches", statistics.batches
         )
-    return _solve(model, Collection(model), statistics, options, list(held))
+    return _compute_ranges(collection, statistics, options, list(held))
 
 
-def _solve(
-    model: nn.Module,
-    collection: Collection,
-    statistics: Statistics,
-    options: _Options,
-    held: list[Any],
+def _compute_ranges(
+    collection: Collection, statistics: Statistics, options: _Options, held_out: list[Any]
 ) -> list[Range]:
-    """Set all ranges, or none if anything is wrong."""
-    if collection.collecting and not any(
-        tensor.num_batches for tensor in statistics.tensors.values()
-    ):
+    """Set all ranges, or none if anything is wrong.
+
+    Args:
+        collection: The quantizers, the layers, and who shares the range of whom.
+        statistics: Statistics of every range in the collection.
+        options: The methods.
+        held_out: Batches to compare methods on; for "best" only.
+
+    Returns:
+        One `Range` for each enabled quantizer.
+
+    Raises:
+        ArgumentError: "best" without a batch; statistics of a quantizer are missing.
+        CalibrationError: NaN or Inf in a weight or in a held-out output; no data.
+    """
+    _require_data(collection, statistics, options, held_out)
+    _require_statistics(collection, statistics)
+    _log_disabled(collection)
+
+    weight_amaxes = _compute_weight_ranges(collection, options.weight_method)
+    float_notes = _find_float_notes(collection, statistics)
+    for name in float_notes:
+        weight_amaxes.pop(name, None)
+
+    quantizers = collection.quantizers
+    ranges = []
+    with _all_or_none(quantizers.values()):
+        for name, amax in weight_amaxes.items():
+            quantizers[name].amax = amax.cpu().numpy()
+        methods = _choose_methods(collection, statistics, options, held_out)
+        for name, leader in collection.leaders.items():
+            if name not in float_notes:
+                tensor = statistics.tensors[leader]
+                ranges.append(_set_range(quantizers[name], name, tensor, methods[leader], options))
+
+    for name in weight_amaxes:
+        ranges.append(_describe_range(quantizers[name], name, options.weight_method, 0))
+    return ranges + _leave_in_float(collection, float_notes, options.method)
+
+
+def _require_data(
+    collection: Collection, statistics: Statistics, options: _Options, held_out: list[Any]
+) -> None:
+    has_data = any(tensor.num_batches for tensor in statistics.tensors.values())
+    if collection.collecting and not has_data:
         raise CalibrationError(
             "no batch reached any quantizer.",
-            "give at least one batch, and one that the model runs on.",
+            "give at least one batch that the model can run on.",
         )
-    if options.method == BEST and not any(
-        gather_bytes(b"held" if held else b"")
-    ):  # one process may have none
+    if options.method == BEST and not _has_any_process(held_out):
         raise ArgumentError(
-            "method 'best' compares methods on data, and got no batch.", "pass held=[batch]."
+            "method 'best' compares methods on held-out data, and got no batch.",
+            "pass held=[batch].",
         )
-    if unknown := [
-        name for name, leader in collection.leaders.items() if leader not in statistics.tensors
-    ]:
-        raise ArgumentError(
-            f"there are no statistics of {', '.join(unknown[:3])}: it was off while they were collected.",
-            "collect anew, or disable it.",
-        )
-    quantizers = dict(named_quantizers(model))
-    if off := [name for name, quantizer in quantizers.items() if not quantizer.is_enabled]:
-        logger.info("%d quantizers are off and get no range: %s", len(off), ", ".join(off))
-    weights = {}
-    for name, (layer, module, parameter) in collection.weights.items():
-        label, weight = f"{layer or 'the model'}.{parameter}", module._parameters[parameter]
-        assert weight is not None  # noqa: S101
-        weights[name] = solve_weight(label, weight, quantizers[name], options.weight_method)
-    left = _without_range(model, collection, statistics)
-    with _all_or_none(model):
-        for name, amax in weights.items():
-            if name not in left:
-                quantizers[name].amax = amax.cpu().numpy()
-        methods = _choose_methods(model, collection, statistics, options, held)
-        ranges = [
-            _set_range(quantizer, name, statistics.tensors[leader], methods[leader], options)
-            for name, quantizer in collection.collecting.items()
-            if name not in left and (leader := collection.leaders[name])
-        ]
-    ranges += [
-        _record(quantizers[name], name, options.weight_method, 0)
-        for name in weights
-        if name not in left
-    ]
-    for name, note in left.items():
-        quantizers[name].disable()
-        ranges.append(Range(name, None, options.method, 0, f"left in float: {note}"))
-    if left:
-        names = "; ".join(
-            f"{name} ({note})" for name, note in left.items() if name in collection.collecting
-        )
-        logger.warning(
-            "some quantizers have no usable range, what they belong to is left in float: %s", names
-        )
-    return ranges
 
 
-def _choose_methods(
-    model: nn.Module,
-    collection: Collection,
-    statistics: Statistics,
-    options: _Options,
-    held: list[Any],
-) -> dict[str, str]:
-    """Name of the quantizer that has the range -> method; those with an axis, or no integer format, take maxima."""
-    quantizers = dict(named_quantizers(model))
-    plain = {
-        name: statistics.tensors[name]
-        for name in dict.fromkeys(collection.leaders.values())
-        if quantizers[name].axis is None and format_of(quantizers[name]) is not None
-    }
-    maxima = [name for name in dict.fromkeys(collection.leaders.values()) if name not in plain]
-    if maxima and options.method != "max":
+def _has_any_process(held_out: list[Any]) -> bool:
+    """Whether any process has a held-out batch; some processes may have none."""
+    return any(gather_bytes(b"held" if held_out else b""))
+
+
+def _require_statistics(collection: Collection, statistics: Statistics) -> None:
+    missing = []
+    for name, leader in collection.leaders.items():
+        if leader not in statistics.tensors:
+            missing.append(name)
+    if missing:
+        raise ArgumentError(
+            f"there are no statistics of {', '.join(missing[:3])}: it was off while they were collected.",
+            "collect the statistics again, or disable the quantizer.",
+        )
+
+
+def _log_disabled(collection: Collection) -> None:
+    disabled = [name for name, q in collection.quantizers.items() if not q.is_enabled]
+    if disabled:
         logger.info(
-            "%d quantizers have a range for each index of an axis and take its maximum, not %s: %s",
-            len(maxima),
-            options.method,
-            ", ".join(maxima),
+            "%d quantizers are off and get no range: %s", len(disabled), ", ".join(disabled)
         )
-    methods = dict.fromkeys(maxima, "max") | dict.fromkeys(plain, options.method)
-    if options.method != BEST:
-        return methods
-    candidates = {
-        name: {
-            method: quantizers[name].solve_range(tensor, method, **_solver_options(method, options))
-            for method in SOLVERS
-        }
-        for name, tensor in plain.items()
-        if tensor.num_batches
-    }
-    chosen = select_methods(model, collection, candidates, held)  # type: ignore[arg-type]
-    if unreached := [name for name in candidates if name not in chosen]:
-        logger.warning("no batch held out reached %s; mse is taken there", ", ".join(unreached))
-    return methods | dict.fromkeys(unreached, "mse") | chosen
+
+
+def _compute_weight_ranges(collection: Collection, method: str) -> dict[str, torch.Tensor]:
+    """The amax of each weight by the name of its quantizer; nothing is stored."""
+    amaxes = {}
+    for name, site in collection.weights.items():
+        amaxes[name] = solve_weight(site.label, site.weight, collection.quantizers[name], method)
+    return amaxes
 
 
 def _set_range(
@@ -344,69 +349,143 @@ def _set_range(
     if format_of(quantizer) is None:
         quantizer.amax = tensor.absmax
     else:
-        quantizer.amax = quantizer.solve_range(tensor, method, **_solver_options(method, options))
-    return _record(quantizer, name, method, tensor.num_batches)
+        quantizer.amax = quantizer.solve_range(tensor, method, **options.solver_options(method))
+    return _describe_range(quantizer, name, method, tensor.num_batches)
 
 
-def _solver_options(method: str, options: _Options) -> dict[str, float]:
-    return {"percentile": options.percentile} if method == "percentile" else {}
+def _describe_range(quantizer: TensorQuantizer, name: str, method: str, batches: int) -> Range:
+    assert quantizer.amax is not None  # noqa: S101  # the caller has set it
+    amaxes = quantizer.amax.flatten().tolist()
+    return Range(name, amaxes[0] if quantizer.axis is None else amaxes, method, batches)
 
 
-def _record(quantizer: TensorQuantizer, name: str, method: str, batches: int) -> Range:
-    assert quantizer.amax is not None  # noqa: S101
-    values = quantizer.amax.flatten().tolist()
-    return Range(name, values[0] if quantizer.axis is None else values, method, batches)
+def _leave_in_float(collection: Collection, notes: Mapping[str, str], method: str) -> list[Range]:
+    """Disable the quantizers without a usable range, and warn about those of inputs."""
+    ranges = []
+    for name, note in notes.items():
+        collection.quantizers[name].disable()
+        ranges.append(Range(name, None, method, 0, f"left in float: {note}"))
+    if notes:
+        causes = [f"{name} ({note})" for name, note in notes.items() if name in collection.leaders]
+        logger.warning(
+            "some quantizers have no usable range; their layers are left in float: %s",
+            "; ".join(causes),
+        )
+    return ranges
 
 
-def _without_range(
-    model: nn.Module, collection: Collection, statistics: Statistics
+# -- method of each range --------------------------------------------------------------------------------------------
+
+
+def _choose_methods(
+    collection: Collection, statistics: Statistics, options: _Options, held_out: list[Any]
 ) -> dict[str, str]:
-    """Quantizers that stay off and why: those that saw nothing, with all others of their layer (R-CONV-2)."""
-    left = {
-        name: note
-        for name, leader in collection.leaders.items()
-        if (note := _reason_without_range(statistics, leader))
-    }
-    notes = {id(collection.collecting[name]): note for name, note in left.items()}
-    names = {id(q): name for name, q in named_quantizers(model)}
-    for layer in quantized_layers(model).values():
-        own = [id(quantizer) for quantizer in layer.quantizers().values()]
-        if note := next((notes[identity] for identity in own if identity in notes), ""):
-            enabled = (names[identity] for identity in own)
-            left |= {
-                n: left.get(n, note)
-                for n in enabled
-                if n in collection.weights or n in collection.collecting
-            }
-    return left
+    """The method of each range, by the name of the quantizer that holds it.
+
+    A quantizer with an axis, or without an integer format, takes the maximum whatever the method.
+    """
+    searched = []
+    maxima = []
+    for name in dict.fromkeys(collection.leaders.values()):
+        quantizer = collection.quantizers[name]
+        if quantizer.axis is None and format_of(quantizer) is not None:
+            searched.append(name)
+        else:
+            maxima.append(name)
+
+    if maxima and options.method != "max":
+        logger.info(
+            "%d quantizers have a range for each index of an axis and take its maximum, not %s: %s",
+            len(maxima),
+            options.method,
+            ", ".join(maxima),
+        )
+    methods = dict.fromkeys(maxima, "max") | dict.fromkeys(searched, options.method)
+    if options.method != BEST:
+        return methods
+    return methods | _choose_best(collection, statistics, options, held_out, searched)
 
 
-def _reason_without_range(statistics: Statistics, leader: str) -> str:
+def _choose_best(
+    collection: Collection,
+    statistics: Statistics,
+    options: _Options,
+    held_out: list[Any],
+    names: Iterable[str],
+) -> dict[str, str]:
+    """The best method of each range that saw data; "mse" where no held-out batch reaches it."""
+    candidates: dict[str, dict[str, float]] = {}
+    for name in names:
+        tensor = statistics.tensors[name]
+        if tensor.num_batches:
+            candidates[name] = _list_candidates(collection.quantizers[name], tensor, options)
+    chosen = select_methods(collection, candidates, held_out)
+
+    unreached = [name for name in candidates if name not in chosen]
+    if unreached:
+        logger.warning("no held-out batch reached %s; mse is used there", ", ".join(unreached))
+    return chosen | dict.fromkeys(unreached, "mse")
+
+
+def _list_candidates(
+    quantizer: TensorQuantizer, tensor: TensorStatistics, options: _Options
+) -> dict[str, float]:
+    """The range by each method; the quantizer has no axis."""
+    amaxes = {}
+    for method in SOLVERS:
+        amaxes[method] = float(
+            quantizer.solve_range(tensor, method, **options.solver_options(method))
+        )
+    return amaxes
+
+
+# -- quantizers without a usable range -------------------------------------------------------------------------------
+
+
+def _find_float_notes(collection: Collection, statistics: Statistics) -> dict[str, str]:
+    """Why quantizers stay off, by name: those without a usable range, and all others of their layer (R-CONV-2)."""
+    notes = {}
+    for name, leader in collection.leaders.items():
+        note = _reason_against_range(statistics, leader)
+        if note:
+            notes[name] = note
+
+    float_notes = dict(notes)
+    for layer in collection.layers.values():
+        names = [collection.names[quantizer] for quantizer in layer.quantizers().values()]
+        causes = [notes[name] for name in names if name in notes]
+        if not causes:
+            continue
+        for name in names:
+            if name in collection.weights or name in collection.leaders:
+                float_notes.setdefault(name, causes[0])
+    return float_notes
+
+
+def _reason_against_range(statistics: Statistics, leader: str) -> str:
+    """Why statistics give no usable range, "" if they give one."""
     tensor, fmt = statistics.tensors[leader], statistics.formats[leader]
     if not tensor.num_batches:
         return "it saw no batch: the layer did not run, or another module reads its weight directly"
     if not tensor.absmax:
         return "it saw zeros only"
-    return (
-        "it saw no value above 0, and its format is unsigned"
-        if fmt and fmt.unsigned and tensor.high <= 0
-        else ""
-    )
+    if fmt and fmt.unsigned and tensor.high <= 0:
+        return "it saw no value above 0, and its format is unsigned"
+    return ""
 
 
 @contextmanager
-def _all_or_none(model: nn.Module) -> Iterator[None]:
+def _all_or_none(quantizers: Iterable[TensorQuantizer]) -> Iterator[None]:
     """Put all ranges back if the block raises."""
-    before = [
-        (quantizer, None if (amax := quantizer._buffers.get("_amax")) is None else amax.clone())
-        for _, quantizer in named_quantizers(model)
-    ]
+    former_ranges = []
+    for quantizer in quantizers:
+        amax = quantizer._buffers.get("_amax")
+        former_ranges.append((quantizer, None if amax is None else amax.clone()))
     try:
         yield
     except BaseException:
-        for quantizer, amax in before:
+        for quantizer, amax in former_ranges:
+            quantizer._buffers.pop("_amax", None)
             if amax is not None:
                 quantizer._buffers["_amax"] = amax
-            else:
-                quantizer._buffers.pop("_amax", None)
         raise

@@ -1,16 +1,15 @@
-"""`best`: for each range the method whose quantization costs the output of its layer least, on data held out."""
+"""`best`: for each range the method whose quantization costs the output of its layer least, on held-out data."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from qdq.calibrate.collect import Collection
 from qdq.distributed import failing_together, gather_bytes
@@ -19,145 +18,174 @@ from qdq.forward import call_model, evaluating, floats_of
 from qdq.nn import QuantInputMixin
 from qdq.nn.functions import run_again
 from qdq.quantize import fake_quantize
-from qdq.quantizer import TensorQuantizer, disable_quantization, named_quantizers
-from qdq.swap import quantized_layers
+from qdq.quantizer import TensorQuantizer, disable_until_exit
 
 Candidates = Mapping[str, Mapping[str, float]]
-"""Name of the quantizer that has the range -> method -> amax."""
+"""Name of the quantizer that holds the range -> method -> amax."""
+
+_Hook = Callable[..., None]
 
 
 def select_methods(
-    model: nn.Module, collection: Collection, candidates: Candidates, held: list[Any]
+    collection: Collection, candidates: Candidates, held_out: list[Any]
 ) -> dict[str, str]:
-    """Try every range on the layers that it is for, in one forward of the float model.
+    """Try every candidate range on the layers that use it, in one forward of the float model.
 
-    The error of a layer is the squared difference of its output with this input and its weights quantized from its
-    float output, divided by the square of that; of a quantizer that belongs to no layer, that of the tensor itself.
-    Layers that share a range add up.
+    The error of a layer is the squared difference between its float output and its output with this input and its
+    weights quantized, divided by the square of the float output. For a quantizer outside of any layer, it is the error
+    of the tensor itself. The errors of layers that share a range are added.
 
     Args:
-        model: Its weight quantizers have their ranges.
-        collection: What collects, and who shares a range.
-        candidates: What to choose from; the first of equally good ones wins.
-        held: Batches; in several processes each its own, the errors add up.
+        collection: The quantizers of a model; those of weights have their ranges.
+        candidates: The ranges to choose from; among equally good ones the first wins.
+        held_out: Batches; with several processes each gives its own, and the errors are added.
 
     Returns:
-        Name -> method; without those that no batch reached.
+        Name -> method, without the ranges that no batch reached.
 
     Raises:
         CalibrationError: NaN or Inf in an output.
     """
     trials = _Trials(collection, candidates)
-    with failing_together(), disable_quantization(model), evaluating(model), trials.watching(model):
-        for batch in held:
-            call_model(model, batch)
-    errors = _add_up(trials.errors)
-    if broken := sorted({name for (name, _), error in errors.items() if not math.isfinite(error)}):
-        raise CalibrationError(
-            f"the batches held out give NaN or Inf behind {', '.join(broken[:3])}; no method can be chosen by them.",
-            "run the float model on them: either the data or a layer before is broken.",
-        )
-    reached = [
-        name
-        for name, amaxes in candidates.items()
-        if all((name, method) in errors for method in amaxes)
-    ]
+    with ExitStack() as exits:
+        exits.enter_context(failing_together())
+        disable_until_exit(collection.quantizers.values(), exits)
+        exits.enter_context(evaluating(collection.model))
+        exits.enter_context(trials.watching())
+        for batch in held_out:
+            call_model(collection.model, batch)
+    errors = _sum_over_processes(trials.errors)
+    _require_finite(errors)
+
     methods = {}
-    for name in reached:
-        error_of_method = {method: errors[name, method] for method in candidates[name]}
-        methods[name] = min(error_of_method, key=error_of_method.__getitem__)
+    for name, amaxes in candidates.items():
+        if all((name, method) in errors for method in amaxes):
+            error_of_method = {method: errors[name, method] for method in amaxes}
+            methods[name] = min(error_of_method, key=error_of_method.__getitem__)
     return methods
 
 
-def _add_up(errors: Mapping[tuple[str, str], list[float]]) -> dict[tuple[str, str], float]:
-    """The sums of the errors of all processes; the same in each."""
-    own = json.dumps([[*key, found] for key, found in errors.items()])
+def _sum_over_processes(
+    errors: Mapping[tuple[str, str], list[float]],
+) -> dict[tuple[str, str], float]:
+    """The sums of the errors of all processes; the same result in each."""
+    rows = [[*key, terms] for key, terms in errors.items()]
     collected: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-    for part in gather_bytes(own.encode()):
-        for name, method, found in json.loads(part):
-            collected[name, method] += found
-    return {key: math.fsum(found) for key, found in collected.items()}
+    for part in gather_bytes(json.dumps(rows).encode()):
+        for name, method, terms in json.loads(part):
+            collected[name, method] += terms
+    return {key: math.fsum(terms) for key, terms in collected.items()}
+
+
+def _require_finite(errors: Mapping[tuple[str, str], float]) -> None:
+    broken = {name for (name, _), error in errors.items() if not math.isfinite(error)}
+    if broken:
+        raise CalibrationError(
+            f"the batches held out give NaN or Inf behind {', '.join(sorted(broken)[:3])}; "
+            "no method can be chosen by them.",
+            "run the float model on them: either the data or an earlier layer is broken.",
+        )
 
 
 class _Trials:
-    """Hooks that quantize what passes by with every candidate, and go on with the float values."""
+    """Hooks that quantize with every candidate range, while the model goes on with the float values."""
 
     def __init__(self, collection: Collection, candidates: Candidates) -> None:
         self._collection = collection
         self._candidates = candidates
         self.errors: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-        self._is_busy = (
-            False  # a layer at trial may call layers inside it, whose hooks then have nothing to do
-        )
+        # A layer under trial may call layers inside it, whose hooks then must do nothing.
+        self._is_busy = False
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Hooks on all layers, and on the quantizers that belong to none."""
-        collecting, leaders = self._collection.collecting, self._collection.leaders
-        names = {id(q): name for name, q in collecting.items() if leaders[name] in self._candidates}
-        weights = {id(q) for name, q in named_quantizers(model) if name in self._collection.weights}
-        of_layers: set[int] = set()
+    def watching(self) -> Iterator[None]:
+        """Hooks on all layers, and on the quantizers outside of any layer."""
+        remaining = {}
+        for name, leader in self._collection.leaders.items():
+            if leader in self._candidates:
+                remaining[self._collection.collecting[name]] = name
+
         with ExitStack() as exits:
-            for layer in quantized_layers(model).values():
-                own = [(names[id(q)], q) for q in layer.quantizers().values() if id(q) in names]
-                of_layers |= {id(quantizer) for _, quantizer in own}
-                if own:
-                    active = [
-                        quantizer
-                        for quantizer in layer.quantizers().values()
-                        if id(quantizer) in weights
-                    ]
-                    hook = layer.register_forward_hook(
-                        self._make_layer_hook(own, active), with_kwargs=True
-                    )
-                    exits.callback(hook.remove)
-            for name, quantizer in collecting.items():
-                if id(quantizer) in names and id(quantizer) not in of_layers:
-                    exits.callback(
-                        quantizer.register_forward_hook(self._make_tensor_hook(name)).remove
-                    )
+            for layer in self._collection.layers.values():
+                inputs, weights = self._split_quantizers(layer)
+                for quantizer in inputs.values():
+                    remaining.pop(quantizer, None)
+                if inputs:
+                    layer_hook = self._make_layer_hook(inputs, weights)
+                    handle = layer.register_forward_hook(layer_hook, with_kwargs=True)
+                    exits.callback(handle.remove)
+            for quantizer, name in remaining.items():
+                handle = quantizer.register_forward_hook(self._make_tensor_hook(name))
+                exits.callback(handle.remove)
             yield
 
+    def _split_quantizers(
+        self, layer: QuantInputMixin
+    ) -> tuple[dict[str, TensorQuantizer], list[TensorQuantizer]]:
+        """The quantizers of a layer that have candidates, by name, and its enabled weight quantizers."""
+        inputs = {}
+        weights = []
+        for quantizer in layer.quantizers().values():
+            name = self._collection.names[quantizer]
+            if name in self._collection.weights:
+                weights.append(quantizer)
+            elif self._collection.leaders.get(name) in self._candidates:
+                inputs[name] = quantizer
+        return inputs, weights
+
     def _make_layer_hook(
-        self, own: list[tuple[str, TensorQuantizer]], weights: list[TensorQuantizer]
-    ) -> Any:
+        self, inputs: Mapping[str, TensorQuantizer], weights: list[TensorQuantizer]
+    ) -> _Hook:
         def hook(
             layer: QuantInputMixin, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
             if self._is_busy:
                 return
             self._is_busy = True
-            for name, quantizer in own:
-                with ExitStack() as exits:
-                    for weight in weights:
-                        exits.enter_context(weight.restoring_state())
-                        weight.enable()
-                        weight.enable_quant()
-                    for method, amax in self._candidates_of(name):
+            with _quantizing(weights):
+                for name, quantizer in inputs.items():
+                    for method, amax in self._candidates_of(name).items():
                         with quantizer.using_range(amax):
-                            self._note(name, method, output, run_again(layer, args, kwargs))
+                            trial_output = run_again(layer, args, kwargs)
+                        self._add_error(name, method, output, trial_output)
             self._is_busy = False
 
         return hook
 
-    def _make_tensor_hook(self, name: str) -> Any:
+    def _make_tensor_hook(self, name: str) -> _Hook:
         def hook(quantizer: TensorQuantizer, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            if not self._is_busy:
-                for method, amax in self._candidates_of(name):
-                    found = fake_quantize(
-                        output, torch.tensor(amax, device=output.device), quantizer.format
-                    )
-                    self._note(name, method, output, found)
+            if self._is_busy:
+                return
+            for method, amax in self._candidates_of(name).items():
+                amax_tensor = torch.tensor(amax, device=output.device)
+                quantized = fake_quantize(output, amax_tensor, quantizer.format)
+                self._add_error(name, method, output, quantized)
 
         return hook
 
-    def _candidates_of(self, name: str) -> Iterable[tuple[str, float]]:
-        return self._candidates[self._collection.leaders[name]].items()
+    def _candidates_of(self, name: str) -> Mapping[str, float]:
+        return self._candidates[self._collection.leaders[name]]
 
-    def _note(self, name: str, method: str, expected: Any, found: Any) -> None:
-        pairs = list(zip(floats_of(expected), floats_of(found), strict=True))
-        noise = math.fsum(float((one.double() - two.double()).square().sum()) for one, two in pairs)
-        signal = math.fsum(float(one.double().square().sum()) for one, _ in pairs)
-        self.errors[self._collection.leaders[name], method].append(
-            noise / signal if signal else noise
-        )
+    def _add_error(self, name: str, method: str, expected: Any, quantized: Any) -> None:
+        """Add the squared error relative to the square of the float output; absolute where that is 0."""
+        noise_terms = []
+        signal_terms = []
+        for reference, trial in zip(floats_of(expected), floats_of(quantized), strict=True):
+            wide = reference.double()
+            noise_terms.append(float((wide - trial.double()).square().sum()))
+            signal_terms.append(float(wide.square().sum()))
+        noise = math.fsum(noise_terms)
+        signal = math.fsum(signal_terms)
+        leader = self._collection.leaders[name]
+        self.errors[leader, method].append(noise / signal if signal else noise)
+
+
+@contextmanager
+def _quantizing(weights: list[TensorQuantizer]) -> Iterator[None]:
+    """Quantize the weights in the block."""
+    with ExitStack() as exits:
+        for quantizer in weights:
+            exits.enter_context(quantizer.restoring_state())
+            quantizer.enable()
+            quantizer.enable_quant()
+        yield

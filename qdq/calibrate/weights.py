@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from qdq.errors import ArgumentError, CalibrationError
@@ -14,14 +12,14 @@ from qdq.quantizer import TensorQuantizer
 
 WEIGHT_METHODS = ("max", "mse")
 _OCTAVES = 3  # amax is searched from the maximum down to 1/8 of it
-_STEPS = 8  # candidates an octave, and again between the best one's neighbours
+_STEPS = 8  # candidates in an octave; then as many again on either side of the best one
 
 
 def require_weight_method(method: str) -> None:
     """Refuse an unknown method.
 
     Raises:
-        ArgumentError: With the known ones.
+        ArgumentError: The message names the known methods.
     """
     if method not in WEIGHT_METHODS:
         raise ArgumentError(
@@ -34,13 +32,13 @@ def require_weight_method(method: str) -> None:
 def solve_weight(
     label: str, weight: torch.Tensor, quantizer: TensorQuantizer, method: str
 ) -> torch.Tensor:
-    """The range of a weight, per channel or per tensor as the axis of its quantizer says.
+    """Compute the range of a weight, per channel or per tensor as the axis of its quantizer says.
 
     Args:
-        label: What to call it in a message.
+        label: The name of the weight in messages.
         weight: Any shape.
         quantizer: Gives format and axis.
-        method: "max", or "mse": the range with the least squared error of the weight, of each channel on its own.
+        method: "max", or "mse": the range with the least squared error, for each channel separately.
 
     Returns:
         float32, of the rank of the weight with size 1 on all axes but the kept one; `[]` per tensor.
@@ -50,46 +48,61 @@ def solve_weight(
     """
     amax = reduce_amax(weight, quantizer.axis)
     if not bool(torch.isfinite(amax).all()):
-        bad = int((~torch.isfinite(weight)).sum())
+        num_defects = int((~torch.isfinite(weight)).sum())
         raise CalibrationError(
-            f"{label} holds {bad} NaN or Inf of {weight.numel()} values.",
+            f"{label} holds {num_defects} NaN or Inf of {weight.numel()} values.",
             "load other weights: this model was broken before quantization.",
         )
     if method == "max" or not weight.numel():
         return amax
-    return _search(weight.float(), amax, quantizer.format)
+    return _Search(weight.float(), amax, quantizer.format).run()
 
 
-def _search(weight: torch.Tensor, largest: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """The best share of the maximum in each channel: on a grid of 2^(-i/8), then between the best one's neighbours."""
-    kept = [dim for dim, size in enumerate(largest.shape) if size > 1]
-    others = [dim for dim in range(weight.dim()) if dim not in kept]
+class _Search:
+    """Finds the best fraction of the maximum for each channel.
 
-    def measure(share: torch.Tensor) -> torch.Tensor:
-        scale = compute_scale(largest * share, fmt)
-        error = quantize_codes(weight, scale, fmt).mul_(scale).sub_(weight).square_()
-        return error.sum(others, keepdim=True).reshape(largest.shape) if others else error
+    A grid of 2^(-i/8) comes first, then a finer one between the neighbours of its best candidate.
 
-    best = torch.ones_like(largest)
-    least = measure(best)
-    steps = [-i / _STEPS for i in range(1, _OCTAVES * _STEPS + 1)]
-    best, least = _descend(
-        measure, best, least, [torch.full_like(best, 2.0**step) for step in steps]
-    )
-    finer = [i / _STEPS**2 for i in range(1 - _STEPS, _STEPS) if i]
-    best, _ = _descend(measure, best, least, [(best * 2.0**step).clamp_max(1) for step in finer])
-    return largest * best
+    Args:
+        weight: float32, any shape.
+        largest: The maximum of each channel, as from `reduce_amax`.
+        fmt: The format.
+    """
 
+    def __init__(self, weight: torch.Tensor, largest: torch.Tensor, fmt: Format) -> None:
+        self._weight = weight
+        self._largest = largest
+        self._format = fmt
+        self._reduced_axes = []
+        for dim in range(weight.dim()):
+            if dim >= largest.dim() or largest.shape[dim] == 1:
+                self._reduced_axes.append(dim)
+        self._best = torch.ones_like(largest)
+        self._least_error = self._measure(self._best)
 
-def _descend(
-    measure: Callable[[torch.Tensor], torch.Tensor],
-    best: torch.Tensor,
-    least: torch.Tensor,
-    shares: list[torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The better of `best` and any of `shares` in each channel, and its error."""
-    for share in shares:
-        error = measure(share)
-        best = torch.where(error < least, share, best)
-        least = torch.minimum(error, least)
-    return best, least
+    def run(self) -> torch.Tensor:
+        """The best range of each channel."""
+        for step in range(1, _OCTAVES * _STEPS + 1):
+            self._try(torch.full_like(self._best, 2.0 ** (-step / _STEPS)))
+
+        coarse_best = self._best
+        for step in range(1 - _STEPS, _STEPS):
+            if step:
+                factor = 2.0 ** (step / _STEPS**2)
+                self._try((coarse_best * factor).clamp_max(1))
+        return self._largest * self._best
+
+    def _try(self, fraction: torch.Tensor) -> None:
+        """Take a candidate in the channels where it is better than the best so far."""
+        error = self._measure(fraction)
+        self._best = torch.where(error < self._least_error, fraction, self._best)
+        self._least_error = torch.minimum(error, self._least_error)
+
+    def _measure(self, fraction: torch.Tensor) -> torch.Tensor:
+        """The squared error of each channel, of the shape of `largest`."""
+        scale = compute_scale(self._largest * fraction, self._format)
+        codes = quantize_codes(self._weight, scale, self._format)
+        error = codes.mul_(scale).sub_(self._weight).square_()
+        if not self._reduced_axes:
+            return error
+        return error.sum(self._reduced_axes, keepdim=True).reshape(self._largest.shape)

@@ -82,6 +82,11 @@ class TensorStatistics:
         return len(self.numbers)
 
     @property
+    def end_number(self) -> int:
+        """One more than the number of the last batch; 0 before data."""
+        return int(self.numbers[-1]) + 1 if self.num_batches else 0
+
+    @property
     def count(self) -> int:
         """How many values."""
         return round(math.fsum(self._column("count")))

@@ -27,7 +27,7 @@ from qdq.text import list_names, printable
 logger = logging.getLogger(__name__)
 
 _SUMMARY_KEYS = {"batches", "complete", "tensors"}
-_FORMAT = "qdq calibration statistics 1"
+STATISTICS_FORMAT = "qdq calibration statistics 1"
 _FIX = "give a file that calibration saved, or collect the statistics again."
 _SEPARATOR = "//"  # between the name of a quantizer and that of an array
 
@@ -212,7 +212,7 @@ class Statistics:
         }
         facts["digest"] = _digest(facts, arrays)
         return safetensors.save(
-            arrays, {_FORMAT: json.dumps(facts)}
+            arrays, {STATISTICS_FORMAT: json.dumps(facts)}
         )  # one key: the order of several is random
 
     @classmethod
@@ -239,11 +239,11 @@ class Statistics:
             ) from error
         header = content[8 : 8 + int.from_bytes(content[:8], "little")].decode()
         metadata = parse_json(header, f"the header of {source}", _FIX).get("__metadata__", {})
-        if _FORMAT not in metadata:
+        if STATISTICS_FORMAT not in metadata:
             raise DataError(
-                f"{source} holds no calibration statistics: it lacks {_FORMAT!r}.", _FIX
+                f"{source} holds no calibration statistics: it lacks {STATISTICS_FORMAT!r}.", _FIX
             )
-        facts = parse_json(metadata[_FORMAT], f"the metadata of {source}", _FIX)
+        facts = parse_json(metadata[STATISTICS_FORMAT], f"the metadata of {source}", _FIX)
         stored = validate(_StoredFacts, facts, source, _FIX)
         facts.pop("digest", None)
         if stored.digest is not None and stored.digest != _digest(facts, arrays):

@@ -464,7 +464,7 @@ def test_best_tries_a_layer_without_counting_it_as_a_call_of_the_forward_around_
     rewire_operations(model, batches[0])
     name = "_linear_input0_quantizer"
     ranges = {r.name: r for r in calibrate_model(model, batches, method="best")}
-    assert "no batch held out reached" not in caplog.text
+    assert "no held-out batch reached" not in caplog.text
     found = collect_statistics(model, batches[:-1])
     seen = []
     handle = model.layer.register_forward_hook(lambda *args: seen.append(args[2].relu()))
@@ -503,7 +503,7 @@ def test_best_of_what_no_held_batch_reaches_is_named(images, caplog):
     swap_modules(model)
     ranges = calibrate_model(model, [images], method="best", held=[images[:1]])
     assert {r.name: r.method for r in ranges}["b._input_quantizer"] == "mse"
-    assert "no batch held out reached b._input_quantizer; mse is taken there" in caplog.text
+    assert "no held-out batch reached b._input_quantizer; mse is used there" in caplog.text
 
 
 def test_best_needs_data(residual, batches):

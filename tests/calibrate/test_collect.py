@@ -83,7 +83,7 @@ class TestFile:
         script = textwrap.dedent(
             """
             import os, signal, sys
-            import qdq.calibrate.collect
+            import qdq.calibrate.pass_file
             from small_model import make_batches, make_model
 
             def batches():
@@ -92,7 +92,7 @@ class TestFile:
                         os.kill(os.getpid(), signal.SIGKILL)
                     yield batch
 
-            qdq.calibrate.collect._SAVE_SECONDS = 0
+            qdq.calibrate.pass_file._SAVE_SECONDS = 0
             qdq.collect_statistics(make_model(), batches(), statistics=sys.argv[1])
             """
         )
@@ -197,7 +197,7 @@ class TestFile:
         assert path.read_bytes() == whole
         assert (tmp_path / "calibration.damaged.safetensors").read_bytes() == contents[damage]
         assert (
-            "It is now calibration.damaged.safetensors, and everything is collected again"
+            "It was renamed to calibration.damaged.safetensors, and everything is collected again"
             in caplog.text
         )
 
@@ -214,7 +214,7 @@ class TestFile:
         assert json.loads(other.read_text())["batches"] == 1
 
     def test_nan_keeps_what_was_saved(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("qdq.calibrate.collect._SAVE_SECONDS", 0)
+        monkeypatch.setattr("qdq.calibrate.pass_file._SAVE_SECONDS", 0)
         path, batches = tmp_path / "calibration.safetensors", make_batches(3)
         batches[2][0] = float("nan")
         with pytest.raises(
@@ -396,3 +396,44 @@ def test_bytes_are_the_values_in_the_order_of_their_indices():
         assert bytes(bytes_of(same)) == images.numpy().tobytes()
     assert bytes(bytes_of(torch.tensor(1.0, dtype=torch.bfloat16))) == b"\x80\x3f"
     assert not bytes(bytes_of(torch.empty(0)))
+
+
+class NamedModulesCounter:
+    """Counts the outermost calls of `nn.Module.named_modules` in the block."""
+
+    def __init__(self, monkeypatch):
+        self.count = 0
+        self._depth = 0
+        self._named_modules = nn.Module.named_modules
+        monkeypatch.setattr(nn.Module, "named_modules", self._make_counting())
+
+    def _make_counting(self):
+        def named_modules(module, *args, **kwargs):
+            self.count += self._depth == 0
+            return self._iterate(self._named_modules(module, *args, **kwargs))
+
+        return named_modules
+
+    def _iterate(self, modules):
+        while True:
+            self._depth += 1
+            try:
+                item = next(modules, None)
+            finally:
+                self._depth -= 1
+            if item is None:
+                return
+            yield item
+
+
+@pytest.mark.parametrize(("method", "most"), [("max", 6), ("mse", 6), ("best", 7)])
+def test_a_deeper_model_is_not_searched_more_often(monkeypatch, method, most):
+    counts = []
+    for num_layers in (2, 20):
+        model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(num_layers)])
+        swap_modules(model)
+        with monkeypatch.context() as context:
+            counter = NamedModulesCounter(context)
+            qdq.calibrate_model(model, [torch.randn(4, 16)] * 2, method=method)
+        counts.append(counter.count)
+    assert counts[0] == counts[1] <= most
