@@ -1,16 +1,17 @@
 """Ranges from and for other tools: TensorRT's calibration cache, ONNX Runtime's JSON, AIMET's encodings, QDQ ONNX.
 
-`import_ranges` gives the quantizers of a model the ranges of a file, `export_ranges` writes those of a model; both say
-what could not be matched.
+`import_ranges` gives the quantizers of a model the ranges of a file. `export_ranges` writes the ranges of a model. Both
+list what could not be matched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
+import onnx_ir as ir
 from torch import nn
 
 from qdq.check.load import load_onnx, require_whole
@@ -20,7 +21,8 @@ from qdq.forward import require_model
 from qdq.graph.save import save_model
 from qdq.graph.tensors import list_data_files
 from qdq.range_files import aimet, onnxruntime_json, tensorrt_cache
-from qdq.range_files.format import FileFormat
+from qdq.range_files.entry import Entry
+from qdq.range_files.format import FileFormat, Row
 from qdq.range_files.matching import match_entries
 from qdq.range_files.places import list_places
 from qdq.range_files.qdq_onnx import read_pairs, write_scales
@@ -28,7 +30,6 @@ from qdq.range_files.rows import list_rows, merge_rows
 from qdq.text import group_names, list_names
 
 _QDQ = "qdq"
-_Result = TypeVar("_Result")
 _FILE_FORMATS = {
     "tensorrt": FileFormat(tensorrt_cache.recognize, tensorrt_cache.read, tensorrt_cache.write),
     "onnxruntime": FileFormat(
@@ -48,9 +49,9 @@ class RangeImport:
         path: The file.
         format: Its format.
         matched: Quantizer -> the amax that it has now; one number, or one for each channel.
-        notes: Quantizer -> what was changed on the way to that range.
+        notes: Quantizer -> what was changed to get that range.
         unmatched: Entry of the file -> why no quantizer has it.
-        missing: Quantizer without an entry -> why; its range is what it was. A weight that had none has the maximum of
+        missing: Quantizer without an entry -> why; its range did not change. A weight that had none has the maximum of
             each channel, as calibration would give it.
     """
 
@@ -62,15 +63,14 @@ class RangeImport:
     missing: dict[str, str]
 
     def format_table(self) -> str:
-        """The counts, then what was changed or could not be matched, alike ones in one line."""
-        return "\n".join(
-            [
-                f"{self.path}: {self.format}, {len(self.matched)} quantizers have their range from it",
-                *_group("changed", self.notes),
-                *_group("quantizers without an entry", self.missing),
-                *_group("entries not used", self.unmatched),
-            ]
-        )
+        """The counts, then what was changed or could not be matched, with one line for each reason."""
+        lines = [
+            f"{self.path}: {self.format}, {len(self.matched)} quantizers have their range from it"
+        ]
+        lines += _group("changed", self.notes)
+        lines += _group("quantizers without an entry", self.missing)
+        lines += _group("entries not used", self.unmatched)
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class RangeExport:
         path: The file.
         format: Its format.
         written: Quantizer -> the tensors of the file that have its range.
-        notes: Quantizer -> what its range is not the same for.
+        notes: Quantizer -> why the file has another range for it.
         left_out: Quantizer -> why the file does not have it.
     """
 
@@ -92,20 +92,17 @@ class RangeExport:
     left_out: dict[str, str]
 
     def format_table(self) -> str:
-        """The counts, then what was changed or left out, alike ones in one line."""
-        return "\n".join(
-            [
-                f"{self.path}: {self.format}, the ranges of {len(self.written)} quantizers",
-                *_group("changed", self.notes),
-                *_group("left out", self.left_out),
-            ]
-        )
+        """The counts, then what was changed or left out, with one line for each reason."""
+        lines = [f"{self.path}: {self.format}, the ranges of {len(self.written)} quantizers"]
+        lines += _group("changed", self.notes)
+        lines += _group("left out", self.left_out)
+        return "\n".join(lines)
 
 
 def import_ranges(
     model: nn.Module, path: Path | str, *, format: str | None = None, onnx: Path | str | None = None
 ) -> RangeImport:
-    """Give the quantizers of a model the ranges that another tool has found; in place, all or none.
+    """Give the quantizers of a model the ranges that another tool has computed; in place, all or none.
 
     A range that is not symmetric around 0 is widened to one that is. Quantizers that share a range get the largest of
     theirs.
@@ -129,17 +126,16 @@ def import_ranges(
     require_model(model)
     path = as_path(path, "path")
     content = _read_bytes(path)
-    format = _recognize(path, content) if format is None else _known(format)
-    _require_onnx(format, onnx, may_lack=format.startswith("aimet"))
-    if format == _QDQ:
-        graph = load_onnx(path).model.graph
-        entries = _naming(path, lambda: read_pairs(graph))
-    else:
-        entries = _naming(path, lambda: _FILE_FORMATS[format].read(content))
-    places = list_places(
-        model, graph if format == _QDQ else load_onnx(Path(onnx)).model.graph if onnx else None
-    )
-    match = _naming(path, lambda: match_entries(model, places, entries))
+    if format is None:
+        format = _recognize(path, content)
+    _require_format(format)
+    _require_import_onnx(format, onnx)
+
+    onnx_path = path if format == _QDQ else onnx
+    graph = None if onnx_path is None else load_onnx(Path(onnx_path)).model.graph
+    places = list_places(model, graph)
+    with _naming(path):
+        match = match_entries(model, places, _read_entries(format, content, graph))
     match.apply()
     return RangeImport(path, format, match.ranges(), match.notes, match.unmatched, match.missing)
 
@@ -167,60 +163,82 @@ def export_ranges(
     """
     require_model(model)
     path = as_path(path, "path")
-    _require_onnx(_known(format), onnx, may_lack=format == "aimet-0.6.1", may_have=True)
-    data_files = [] if onnx is None else list_data_files(Path(onnx))
-    guard_files(
-        inputs=[onnx, *data_files],
-        outputs=[path],
-        in_place=[(path, onnx)] if format == _QDQ else [],
-    )
-    loaded = None if onnx is None else load_onnx(Path(onnx))
-    if loaded is not None and format == _QDQ:
-        require_whole(loaded)
-    document = None if loaded is None else loaded.model
+    _require_format(format)
+    _require_export_onnx(format, onnx)
+    document = _load_document(path, format, onnx)
     places = list_places(model, None if document is None else document.graph)
-    holds_channels = format not in ("tensorrt", "onnxruntime")
     rows, left_out = list_rows(
-        model, places, holds_channels=holds_channels, int8_only=not format.startswith("aimet")
+        model,
+        places,
+        holds_channels=format not in ("tensorrt", "onnxruntime"),
+        int8_only=not format.startswith("aimet"),
     )
-    notes: dict[str, str] = {}
-    content: str | None = None
     if format == _QDQ and document is not None:
         notes, refused = write_scales(document.graph, rows)
         left_out |= refused
-        rows = {name: row for name, row in rows.items() if name not in left_out}
+        for name in refused:
+            rows.pop(name, None)
+        _require_rows(rows, left_out)
+        save_model(document, path)
     else:
         merged, notes = merge_rows(rows)
         content = _FILE_FORMATS[format].write(merged)
-    if not rows:
-        reason = next(iter(left_out.values()), "the model has no quantizer")
-        raise CalibrationError(
-            f"no range to write: {reason}.", "calibrate, and give the ONNX file of this very model."
-        )
-    if content is not None:
+        _require_rows(rows, left_out)
         write_atomic(path, content)
-    elif document is not None:
-        save_model(document, path)
-    written = {name: tuple(row.tensor for row in own) for name, own in rows.items()}
+
+    written = {}
+    for name, rows_of_quantizer in rows.items():
+        written[name] = tuple(row.tensor for row in rows_of_quantizer)
     return RangeExport(path, format, written, notes, left_out)
 
 
-def _known(format: str) -> str:
+def _load_document(path: Path, format: str, onnx: Path | str | None) -> ir.Model | None:
+    """The ONNX file, after checking that writing `path` replaces nothing it needs."""
+    data_files = [] if onnx is None else list_data_files(Path(onnx))
+    may_replace = [(path, onnx)] if format == _QDQ else []
+    guard_files(inputs=[onnx, *data_files], outputs=[path], in_place=may_replace)
+    if onnx is None:
+        return None
+    loaded = load_onnx(Path(onnx))
+    if format == _QDQ:
+        require_whole(loaded)
+    return loaded.model
+
+
+def _require_rows(rows: Mapping[str, Sequence[Row]], left_out: Mapping[str, str]) -> None:
+    if not rows:
+        reason = next(iter(left_out.values()), "the model has no quantizer")
+        raise CalibrationError(
+            f"no range to write: {reason}.",
+            "calibrate, and give the ONNX file that was exported from this model.",
+        )
+
+
+def _require_format(format: str) -> None:
     if format not in FORMATS:
         raise ArgumentError(
             f"format is {format!r}; known are {', '.join(FORMATS)}.", "choose one of them."
         )
-    return format
 
 
-def _require_onnx(
-    format: str, onnx: Path | str | None, *, may_lack: bool, may_have: bool = False
-) -> None:
-    if format == _QDQ and onnx is not None and not may_have:
+def _require_import_onnx(format: str, onnx: Path | str | None) -> None:
+    """Refuse an ONNX file that is missing, or one too many."""
+    if format == _QDQ and onnx is not None:
         raise ArgumentError(
             "a QDQ ONNX names its tensors itself; onnx= is one file too many.", "leave onnx= out."
         )
-    if onnx is None and not may_lack and (format != _QDQ or may_have):
+    if format != _QDQ and not format.startswith("aimet"):
+        _require_onnx(format, onnx)
+
+
+def _require_export_onnx(format: str, onnx: Path | str | None) -> None:
+    """Refuse a missing ONNX file; only one format can name torch modules."""
+    if format != "aimet-0.6.1":
+        _require_onnx(format, onnx)
+
+
+def _require_onnx(format: str, onnx: Path | str | None) -> None:
+    if onnx is None:
         raise ArgumentError(
             f"the format {format} has the names of an ONNX file, and onnx= is not given.",
             "give the ONNX file that was calibrated, or one exported from the same torch model.",
@@ -234,6 +252,13 @@ def _read_bytes(path: Path) -> bytes:
         raise ArgumentError(
             f"cannot read {path}: {error.strerror or error}.", "check the path."
         ) from error
+
+
+def _read_entries(format: str, content: bytes, graph: ir.Graph | None) -> dict[str, Entry]:
+    """The entries of a file; those of a QDQ ONNX come from its graph."""
+    if format == _QDQ and graph is not None:
+        return read_pairs(graph)
+    return _FILE_FORMATS[format].read(content)
 
 
 def _recognize(path: Path, content: bytes) -> str:
@@ -252,18 +277,21 @@ def _recognize(path: Path, content: bytes) -> str:
     return _QDQ
 
 
-def _naming(path: Path, step: Callable[[], _Result]) -> _Result:
-    """Do something with the content of a file; an error says which file."""
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let errors in the content of a file name the file."""
     try:
-        return step()
+        yield
     except CalibrationError as error:
         raise CalibrationError(f"{path}: {error.message}", error.fix) from None
 
 
 def _group(title: str, reasons: Mapping[str, str]) -> list[str]:
     """A line for each reason with the names it stands for."""
+    if not reasons:
+        return []
+    lines = [f"{title}: {len(reasons)}"]
     groups = group_names((reason, name) for name, reason in reasons.items())
-    lines = [f"{title}: {len(reasons)}"] if reasons else []
-    return lines + [
-        f"  {len(names)}: {reason} ({list_names(names, 3)})" for reason, names in groups.items()
-    ]
+    for reason, names in groups.items():
+        lines.append(f"  {len(names)}: {reason} ({list_names(names, 3)})")
+    return lines

@@ -37,13 +37,13 @@ from qdq.text import list_names
 
 _SECTIONS = ("activation_encodings", "param_encodings", "encodings")
 MODULE_INPUT, MODULE_OUTPUT = "{}.input.0", "{}.output.0"
-"""What the entries of a torch module's tensors are called here."""
+"""The names that the entries of a torch module's tensors have here."""
 
 _Numbers = npt.NDArray[np.float64]
-_SHOWN = 20  # contradictions in a message
+_MOST_LISTED = 20  # contradictions in a message
 _ROUNDING_STEPS = 1.01  # bounds may lie a step beside the codes: a range with 0 at a code, the zero point of TensorFlow
 _ROUNDING_SPAN = 1e-3  # or be rounded for a person, who counts digits and not steps of 16 bit
-_EXACT_STEPS = 0.05  # bounds that are those of symmetric codes, printed in float32
+_EXACT_STEPS = 0.05  # tolerance for bounds of symmetric codes that were printed in float32
 
 
 class _Contradiction(Exception):  # noqa: N818  # never leaves this file
@@ -52,11 +52,22 @@ class _Contradiction(Exception):  # noqa: N818  # never leaves this file
 
 @dataclass(frozen=True)
 class _Codes:
-    """How an offset is meant: `value = (code + sign * offset) * scale`, codes from `qmin` to `qmin + 2^bits - 1`."""
+    """One meaning of an offset: `value = (code + sign * offset) * scale`, codes from `qmin` to `qmin + 2^bits - 1`.
+
+    Args:
+        qmin: The smallest code.
+        sign: 1 or -1.
+        bits: Width of a code.
+    """
 
     qmin: int
     sign: int
     bits: int
+
+    @property
+    def qmax(self) -> int:
+        """The largest code."""
+        return self.qmin + 2**self.bits - 1
 
     def bounds(self, scale: _Numbers, offset: _Numbers) -> tuple[_Numbers, _Numbers]:
         """The values of the smallest and the largest code."""
@@ -64,62 +75,108 @@ class _Codes:
         return low, low + (2**self.bits - 1) * scale
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """The numbers of an encoding: 0-D or one a channel; None where the file has none.
+
+    Args:
+        scale: Difference between the values of two codes.
+        offset: See the top of this file.
+        low: The smallest value, "min" in the file.
+        high: The largest value, "max" in the file.
+    """
+
+    scale: _Numbers | None
+    offset: _Numbers | None
+    low: _Numbers | None
+    high: _Numbers | None
+
+
+@dataclass(frozen=True)
+class _Traits:
+    """The facts about an encoding that are not numbers of its range.
+
+    Args:
+        bits: Width of a code, as in the file.
+        is_symmetric: Whether the file says that the range is symmetric.
+        is_weight: Whether the tensor is a weight.
+    """
+
+    bits: Any
+    is_symmetric: bool
+    is_weight: bool
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
 def recognize(content: bytes) -> bool:
-    """Whether one of the sections stands in it."""
-    return content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and any(
-        f'"{section}"'.encode() in content for section in _SECTIONS
-    )
+    """Whether the content is a JSON object with one of the sections."""
+    if not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+        return False
+    return any(f'"{section}"'.encode() in content for section in _SECTIONS)
 
 
 def read(content: bytes) -> dict[str, Entry]:
     """The entries by tensor name; those of torch modules as "MODULE.input.0" and "MODULE.output.0".
 
     Raises:
-        CalibrationError: Another structure, or encodings that contradict themselves, all of them.
+        CalibrationError: Another structure, or encodings that contradict themselves; the message lists them.
     """
     data = object_of("the file", parse_json(content))
     entries: dict[str, Entry] = {}
     contradictions: list[str] = []
     for section in _SECTIONS:
         is_weight = section == "param_encodings"
-        for name, encoding in _named(section, data.get(section, {})):
+        for name, encoding in _named_encodings(section, data.get(section, {})):
             place = f"{section}, {name}"
             try:
-                add_entry(entries, name, _read_encoding(place, encoding, is_weight), place)
+                entry = _read_encoding(place, encoding, is_weight)
             except _Contradiction as error:
                 contradictions.append(f"{name}: {error}")
+            else:
+                add_entry(entries, name, entry, place)
     if contradictions:
+        texts = list_names(contradictions, _MOST_LISTED, "; ")
         raise CalibrationError(
-            f"{len(contradictions)} encodings contradict themselves: {list_names(contradictions, _SHOWN, '; ')}.",
-            "write the file again with that tool; leave out min and max, or scale and offset, where only one of both "
+            f"{len(contradictions)} encodings contradict themselves: {texts}.",
+            "write the file again with that tool; leave out min and max, or scale and offset, where only one pair "
             "was corrected by hand.",
         )
     return entries
 
 
-def _named(section: str, content: Any) -> Iterator[tuple[str, Any]]:
+def _named_encodings(section: str, content: Any) -> Iterator[tuple[str, Any]]:
     """Every tensor of a section with its encoding."""
     if isinstance(content, list):
         for number, encoding in enumerate(content):
-            name = object_of(f"{section}[{number}]", encoding).get("name")
+            place = f"{section}[{number}]"
+            name = object_of(place, encoding).get("name")
             if not isinstance(name, str):
-                raise malformed(f"{section}[{number}]", "it has no name")
+                raise malformed(place, "it has no name")
             yield name, encoding
         return
     for name, encoding in object_of(section, content).items():
-        if not isinstance(encoding, dict) or not {"input", "output"} & encoding.keys():
+        if isinstance(encoding, dict) and {"input", "output"} & encoding.keys():
+            yield from _module_encodings(f"{section}, {name}", name, encoding)
+        else:
             yield name, encoding
-            continue
-        for side in ("input", "output"):  # of a torch module
-            for index, inner in object_of(
-                f"{section}, {name}.{side}", encoding.get(side, {})
-            ).items():
-                yield f"{name}.{side}.{index}", inner
+
+
+def _module_encodings(
+    place: str, module: str, encoding: Mapping[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    """The inputs and outputs of a torch module with their encodings."""
+    for side in ("input", "output"):
+        tensors = object_of(f"{place}.{side}", encoding.get(side, {}))
+        for index, tensor_encoding in tensors.items():
+            yield f"{module}.{side}.{index}", tensor_encoding
 
 
 def _read_encoding(place: str, encoding: Any, is_weight: bool) -> Entry:
     if isinstance(encoding, list):
-        return _read_list(place, [object_of(place, channel) for channel in encoding], is_weight)
+        channels = [object_of(place, channel) for channel in encoding]
+        return _read_list(place, channels, is_weight)
     fields = object_of(place, encoding)
     if "output_dtype" in fields or "y_scale" in fields:
         return _read_version_2(place, fields)
@@ -133,19 +190,20 @@ def _read_list(place: str, encodings: Sequence[Mapping[str, Any]], is_weight: bo
     if not encodings:
         raise malformed(place, "an encoding is expected, found an empty list")
     for fields in encodings:
-        if problem := _other_than_integer(fields):
+        problem = _reason_against_codes(fields)
+        if problem:
             return Entry(problem=problem)
-    first = encodings[0]
-    if any(fields.get("bitwidth") != first.get("bitwidth") for fields in encodings):
+    bits = encodings[0].get("bitwidth")
+    if any(fields.get("bitwidth") != bits for fields in encodings):
         raise malformed(place, "its channels differ in bitwidth")
-    columns = {key: _column(place, encodings, key) for key in ("scale", "offset", "min", "max")}
-    return _read_numbers(
-        place, columns, first.get("bitwidth"), _truth(first.get("is_symmetric")), is_weight
-    )
+    is_symmetric = _is_true(encodings[0].get("is_symmetric"))
+    traits = _Traits(bits, is_symmetric, is_weight)
+    return _read_numbers(place, _read_columns(place, encodings), traits)
 
 
 def _read_version_1(place: str, fields: Mapping[str, Any], is_weight: bool) -> Entry:
-    if problem := _other_than_integer(fields):
+    problem = _reason_against_codes(fields)
+    if problem:
         return Entry(problem=problem)
     kind = fields.get("enc_type", "PER_TENSOR")
     if kind not in ("PER_TENSOR", "PER_CHANNEL"):
@@ -157,8 +215,8 @@ def _read_version_1(place: str, fields: Mapping[str, Any], is_weight: bool) -> E
         return Entry(
             problem="its codes are shifted by a fraction of a step; those of a quantizer are not"
         )
-    columns = {key: _column(place, [fields], key) for key in ("scale", "offset", "min", "max")}
-    return _read_numbers(place, columns, fields["bw"], _truth(fields.get("is_sym")), is_weight)
+    traits = _Traits(fields["bw"], _is_true(fields.get("is_sym")), is_weight)
+    return _read_numbers(place, _read_columns(place, [fields]), traits)
 
 
 def _read_version_2(place: str, fields: Mapping[str, Any]) -> Entry:
@@ -166,93 +224,117 @@ def _read_version_2(place: str, fields: Mapping[str, Any]) -> Entry:
     match = re.fullmatch(r"(u?)int(\d{1,2})", str(dtype))
     if match is None:
         return Entry(problem=f"it is encoded as {dtype!s:.20}, which has no range")
-    scales = fields.get("y_scale")
-    is_blocked = isinstance(scales, dict) or any(
-        isinstance(item, list) for item in _as_list(scales)
-    )
-    if is_blocked or "block_size" in fields or "per_block_int_scale" in fields:
+    if _is_in_blocks(fields):
         return Entry(problem="it is encoded in blocks: a quantizer has one range, or one a channel")
-    if scales is None:
+    if fields.get("y_scale") is None:
         return Entry(problem="it has no numbers, only a type")
-    codes = _Codes(0 if match[1] else -(2 ** (int(match[2]) - 1)), -1, _bits(place, int(match[2])))
-    scale, zero_point = _pair_up(
-        place, number_array(place, scales), number_array(place, fields.get("y_zero_point", 0))
-    )
-    qmax = codes.qmin + 2**codes.bits - 1
-    if np.any((zero_point < codes.qmin) | (zero_point > qmax)):
-        worst = zero_point.flat[np.argmax(np.abs(zero_point))]
-        raise _Contradiction(
-            f"its zero point {worst:g} is no {dtype}, which ends at {codes.qmin} and {qmax}"
-        )
+
+    half = 2 ** (int(match[2]) - 1)
+    codes = _Codes(qmin=0 if match[1] else -half, sign=-1, bits=_read_bits(place, int(match[2])))
+    scale = number_array(place, fields["y_scale"])
+    zero_point = number_array(place, fields.get("y_zero_point", 0))
+    scale, zero_point = _pair_up(place, scale, zero_point)
+    _require_code(zero_point, codes, dtype)
     axis = fields.get("axis") if scale.ndim else None
     if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
         raise malformed(place, f"its axis is {axis!r:.40}; a number is expected")
-    return entry_of_codes(scale, zero_point, codes.qmin, qmax, axis)
+    return entry_of_codes(scale, zero_point, codes.qmin, codes.qmax, axis)
 
 
-def _other_than_integer(fields: Mapping[str, Any]) -> str:
+def _is_in_blocks(fields: Mapping[str, Any]) -> bool:
+    """Whether an encoding of version 2 has a scale for each block of a channel."""
+    if "block_size" in fields or "per_block_int_scale" in fields:
+        return True
+    scales = fields.get("y_scale")
+    if isinstance(scales, list):
+        return any(isinstance(scale, list) for scale in scales)
+    return isinstance(scales, dict)
+
+
+def _require_code(zero_point: _Numbers, codes: _Codes, dtype: Any) -> None:
+    if np.any((zero_point < codes.qmin) | (zero_point > codes.qmax)):
+        worst = zero_point.flat[np.argmax(np.abs(zero_point))]
+        raise _Contradiction(
+            f"its zero point {worst:g} is no {dtype}, which ends at {codes.qmin} and {codes.qmax}"
+        )
+
+
+def _reason_against_codes(fields: Mapping[str, Any]) -> str:
     """Why an encoding has no integer codes, "" if it has."""
     dtype = str(fields.get("dtype", "int")).lower()
     if "float" in dtype:
         return "it is encoded as floating point, which has no range"
-    return "" if "int" in dtype else f"its type is {dtype:.20}, which is none of integers"
+    if "int" not in dtype:
+        return f"its type is {dtype:.20}, which is no integer type"
+    return ""
 
 
-def _column(place: str, encodings: Sequence[Mapping[str, Any]], key: str) -> _Numbers | None:
-    """What all channels say under a key: 0-D or one number a channel; None where none says anything."""
+def _read_columns(place: str, encodings: Sequence[Mapping[str, Any]]) -> _Columns:
+    return _Columns(
+        scale=_read_column(place, encodings, "scale"),
+        offset=_read_column(place, encodings, "offset"),
+        low=_read_column(place, encodings, "min"),
+        high=_read_column(place, encodings, "max"),
+    )
+
+
+def _read_column(place: str, encodings: Sequence[Mapping[str, Any]], key: str) -> _Numbers | None:
+    """The numbers of all channels under a key: 0-D or one number a channel; None where no channel has one."""
     values = [fields.get(key) for fields in encodings]
-    if all(value is None for value in values):
+    if values.count(None) == len(values):
         return None
-    if any(value is None for value in values):
+    if None in values:
         raise malformed(place, f"only some of its channels have a {key}")
     array = number_array(place, values[0] if len(values) == 1 else values)
     return array.reshape(()) if array.size == 1 else array
 
 
-def _read_numbers(
-    place: str,
-    columns: Mapping[str, _Numbers | None],
-    bits: Any,
-    is_symmetric: bool,
-    is_weight: bool,
-) -> Entry:
+def _read_numbers(place: str, columns: _Columns, traits: _Traits) -> Entry:
     """The range of `scale` and `offset`, of `min` and `max`, or of all four."""
-    scale, offset, low, high = (columns[key] for key in ("scale", "offset", "min", "max"))
-    for some, other, names in ((scale, offset, ("scale", "offset")), (low, high, ("min", "max"))):
-        if (some is None) != (other is None):
-            absent, present = names if some is None else names[::-1]
-            raise malformed(place, f"it has no {absent}, but a {present}")
+    scale, offset, low, high = columns.scale, columns.offset, columns.low, columns.high
+    _require_both(place, scale, offset, ("scale", "offset"))
+    _require_both(place, low, high, ("min", "max"))
     if scale is not None and offset is not None:
         scale, offset = _pair_up(place, scale, offset)
-        width = _bits(place, bits)
+        bits = _read_bits(place, traits.bits)
         if low is None or high is None:
-            return _read_codes(scale, offset, width, is_symmetric, is_weight)
+            return _read_codes(scale, offset, bits, traits)
         _pair_up(place, scale, low)
-        return _read_both(scale, offset, *_pair_up(place, low, high), width)
+        low, high = _pair_up(place, low, high)
+        return _read_codes_and_bounds(scale, offset, low, high, bits)
     if low is None or high is None:
         return Entry(problem="it has no numbers, only a type")
-    return entry_of_bounds(*_pair_up(place, low, high))
+    low, high = _pair_up(place, low, high)
+    return entry_of_bounds(low, high)
 
 
-def _read_codes(
-    scale: _Numbers, offset: _Numbers, bits: int, is_symmetric: bool, is_weight: bool
-) -> Entry:
-    """The range of codes where nothing but the sign of the offset says how it is meant.
+def _require_both(
+    place: str, first: _Numbers | None, second: _Numbers | None, names: tuple[str, str]
+) -> None:
+    if first is None and second is not None:
+        raise malformed(place, f"it has no {names[0]}, but a {names[1]}")
+    if first is not None and second is None:
+        raise malformed(place, f"it has no {names[1]}, but a {names[0]}")
+
+
+def _read_codes(scale: _Numbers, offset: _Numbers, bits: int, traits: _Traits) -> Entry:
+    """The range of codes where only the sign of the offset shows its meaning.
 
     Raises:
         _Contradiction: No code is 0 with such an offset.
     """
-    half, steps = 2 ** (bits - 1), 2**bits - 1
-    if is_symmetric and np.all(offset == 1 - half):  # strictly symmetric: -127 to 127
+    half = 2 ** (bits - 1)
+    steps = 2**bits - 1
+    if traits.is_symmetric and np.all(offset == 1 - half):  # strictly symmetric: -127 to 127
         return entry_of_codes(scale, 0, -half, half - 1)
-    if is_symmetric and np.all(offset == 0):
-        if is_weight:  # both signs: the codes are signed, as QNN writes them
+    if traits.is_symmetric and np.all(offset == 0):
+        if traits.is_weight:  # both signs: the codes are signed, as QNN writes them
             return entry_of_codes(scale, 0, -half, half - 1)
-        meaning = (
+        return _add_note(
+            entry_of_codes(scale, 0, 0, steps),
             "its symmetric codes with offset 0 were taken for unsigned; "
-            "if they are signed, the range is half of it"
+            "if they are signed, the range is half of it",
         )
-        return _add_note(entry_of_codes(scale, 0, 0, steps), meaning)
     if np.all((offset >= -steps) & (offset <= 0)):
         return entry_of_codes(scale, -offset, 0, steps)
     if np.all((offset >= 0) & (offset <= steps)):
@@ -261,14 +343,19 @@ def _read_codes(
             "its positive offset was taken for a zero point",
         )
     if not np.isfinite(offset).all():
-        return entry_of_codes(scale, offset, 0, steps)  # says so
-    outside = offset.flat[np.argmax(np.abs(offset))]
-    if np.abs(outside) <= steps:
-        raise _Contradiction(
-            f"its offsets have both signs, {np.min(offset):g} and {np.max(offset):g}"
-        )
-    raise _Contradiction(
-        f"its offset is {outside:g}; with {bits} bit it lies between {-steps} and 0, or is a zero point up to {steps}"
+        return entry_of_codes(scale, offset, 0, steps)  # its problem names the offset
+    raise _Contradiction(_describe_offset(offset, bits))
+
+
+def _describe_offset(offset: _Numbers, bits: int) -> str:
+    """The reason why no code is 0 with such an offset."""
+    steps = 2**bits - 1
+    outermost = offset.flat[np.argmax(np.abs(offset))]
+    if np.abs(outermost) <= steps:
+        return f"its offsets have both signs, {np.min(offset):g} and {np.max(offset):g}"
+    return (
+        f"its offset is {outermost:g}; with {bits} bit it lies between {-steps} and 0, "
+        f"or is a zero point up to {steps}"
     )
 
 
@@ -276,113 +363,134 @@ def _add_note(entry: Entry, note: str) -> Entry:
     return replace(entry, note=f"{entry.note}; {note}" if entry.note else note)
 
 
-def _read_both(
+def _read_codes_and_bounds(
     scale: _Numbers, offset: _Numbers, low: _Numbers, high: _Numbers, bits: int
 ) -> Entry:
-    """The range where both ways to say it are there: of the bounds, and exactly that of symmetric codes.
+    """The range where the file has codes and bounds: that of the bounds, made exact where the codes are symmetric.
 
     Raises:
-        _Contradiction: The bounds are those of no codes with such scale and offset.
+        _Contradiction: No meaning of scale and offset gives these bounds.
     """
     entry = entry_of_bounds(low, high)
-    if not np.isfinite([scale, np.broadcast_to(offset, scale.shape)]).all() or np.any(scale < 0):
-        return entry_of_codes(scale, offset, 0, 2**bits - 1)  # says what is wrong with the scale
+    is_finite = np.isfinite(scale).all() and np.isfinite(offset).all()
+    if not is_finite or np.any(scale < 0):
+        return entry_of_codes(scale, offset, 0, 2**bits - 1)  # its problem names the scale
     if entry.is_damaged:
         return entry
-    tolerance = np.maximum(_ROUNDING_STEPS * scale, _ROUNDING_SPAN * (high - low))
-    distance, nearest = min(
-        (
-            (_distance(codes.bounds(scale, offset), low, high, tolerance), codes)
-            for codes in _list_codes(bits)
-        ),
-        key=lambda pair: pair[0],
-    )
-    if distance > 1:
-        first, last = nearest.bounds(scale, offset)
-        raise _Contradiction(
-            f"min and max are {_format(low)} to {_format(high)}, scale {_format(scale)} and offset {_format(offset)} "
-            f"say {_format(first)} to {_format(last)}"
-        )
+    _require_agreement(scale, offset, low, high, bits)
+
     half = 2 ** (bits - 1)
-    is_narrow = np.abs(low + high) <= _EXACT_STEPS * scale
-    is_full = np.abs(low + half * scale) <= _EXACT_STEPS * scale
-    if np.all((is_narrow | is_full) & (np.abs(high - (half - 1) * scale) <= _EXACT_STEPS * scale)):
+    tolerance = _EXACT_STEPS * scale
+    is_narrow = np.abs(low + high) <= tolerance
+    is_full = np.abs(low + half * scale) <= tolerance
+    ends_at_qmax = np.abs(high - (half - 1) * scale) <= tolerance
+    if np.all((is_narrow | is_full) & ends_at_qmax):
         return entry_of_codes(scale, 0, -half, half - 1)
     return entry
 
 
+def _require_agreement(
+    scale: _Numbers, offset: _Numbers, low: _Numbers, high: _Numbers, bits: int
+) -> None:
+    """Refuse bounds that no meaning of the offset gives."""
+    tolerance = np.maximum(_ROUNDING_STEPS * scale, _ROUNDING_SPAN * (high - low))
+    distances = []
+    for codes in _list_codes(bits):
+        first, last = codes.bounds(scale, offset)
+        error = np.maximum(np.abs(first - low), np.abs(last - high))
+        distances.append(_relative_distance(error, tolerance))
+    nearest = int(np.argmin(distances))
+    if distances[nearest] > 1:
+        first, last = _list_codes(bits)[nearest].bounds(scale, offset)
+        raise _Contradiction(
+            f"min and max are {_format(low)} to {_format(high)}, scale {_format(scale)} and offset {_format(offset)} "
+            f"say {_format(first)} to {_format(last)}"
+        )
+
+
 def _list_codes(bits: int) -> list[_Codes]:
-    """Every way in which tools mean an offset, AIMET's own first."""
+    """Every meaning that tools give an offset, AIMET's own first."""
     half = 2 ** (bits - 1)
-    return [_Codes(qmin, sign, bits) for qmin in (0, -half) for sign in (1, -1)]
+    return [
+        _Codes(0, 1, bits),
+        _Codes(0, -1, bits),
+        _Codes(-half, 1, bits),
+        _Codes(-half, -1, bits),
+    ]
 
 
-def _distance(
-    bounds: tuple[_Numbers, _Numbers], low: _Numbers, high: _Numbers, tolerance: _Numbers
-) -> float:
-    """How far bounds lie apart in units of what rounding explains, in the worst channel."""
-    apart = np.maximum(np.abs(bounds[0] - low), np.abs(bounds[1] - high))
+def _relative_distance(error: _Numbers, tolerance: _Numbers) -> float:
+    """The largest error of any channel, in units of what rounding explains."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        return float(np.max(np.where(apart <= tolerance, 0.0, apart / tolerance)))
+        return float(np.max(np.where(error <= tolerance, 0.0, error / tolerance)))
 
 
 def _format(values: _Numbers) -> str:
     """The number, or the first of several."""
-    return f"{values.flat[0]:.6g}" if values.ndim == 0 else f"[{values.flat[0]:.6g}, ...]"
+    first = f"{values.flat[0]:.6g}"
+    return f"[{first}, ...]" if values.ndim else first
 
 
-def _truth(value: Any) -> bool:
-    """`True` or the text "True", which versions up to 0.6.1 have."""
+def _is_true(value: Any) -> bool:
+    """Whether it is `True`, or the text "True" of versions up to 0.6.1."""
     return str(value).lower() == "true"
 
 
-def _bits(place: str, value: Any) -> int:
+def _read_bits(place: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 32:
         raise malformed(place, f"its bitwidth is {value!r:.40}; 2 to 32 is expected")
     return value
 
 
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _pair_up(place: str, values: _Numbers, others: _Numbers) -> tuple[_Numbers, _Numbers]:
+def _pair_up(place: str, first: _Numbers, second: _Numbers) -> tuple[_Numbers, _Numbers]:
     """A number for each channel of both, 0-D where there is one channel."""
-    if values.size == 1:
-        values = values.reshape(())
-    if others.size == 1:
-        others = np.broadcast_to(others.reshape(()), values.shape)
-    if values.shape != others.shape:
+    if first.size == 1:
+        first = first.reshape(())
+    if second.size == 1:
+        second = np.broadcast_to(second.reshape(()), first.shape)
+    if first.shape != second.shape:
         raise malformed(
-            place, f"{values.size} and {others.size} of its numbers do not belong together"
+            place, f"{first.size} and {second.size} of its numbers do not belong together"
         )
-    return values, others
+    return first, second
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
 
 
 def write_1_0_0(rows: Sequence[Row]) -> str:
     """Version 1.0.0, tensors by name."""
+    activations = []
+    weights = []
+    for row in rows:
+        section = weights if row.is_weight else activations
+        section.append(_write_version_1(row))
     document = {
         "version": "1.0.0",
-        "activation_encodings": [_write_version_1(row) for row in rows if not row.is_weight],
-        "param_encodings": [_write_version_1(row) for row in rows if row.is_weight],
+        "activation_encodings": activations,
+        "param_encodings": weights,
     }
     return json.dumps(document, indent=1) + "\n"
 
 
 def write_0_6_1(rows: Sequence[Row]) -> str:
     """Version 0.6.1; a row called "MODULE.input.0" is written as the input of a torch module."""
+    module_input = re.compile(re.escape(MODULE_INPUT).replace(r"\{\}", "(.*)"))
     activations: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
     for row in rows:
+        channels = _write_channels(row)
+        match = module_input.fullmatch(row.tensor)
         if row.is_weight:
-            continue
-        if module := re.fullmatch(re.escape(MODULE_INPUT).replace(r"\{\}", "(.*)"), row.tensor):
-            activations[module[1]] = {"input": {"0": _write_channels(row)[0]}}
+            weights[row.tensor] = channels
+        elif match:
+            activations[match[1]] = {"input": {"0": channels[0]}}
         else:
-            activations[row.tensor] = _write_channels(row)
+            activations[row.tensor] = channels
     document = {
         "version": "0.6.1",
         "activation_encodings": activations,
-        "param_encodings": {row.tensor: _write_channels(row) for row in rows if row.is_weight},
+        "param_encodings": weights,
     }
     return json.dumps(document, indent=1) + "\n"
 
@@ -401,9 +509,11 @@ def _write_version_1(row: Row) -> dict[str, Any]:
 
 
 def _write_channels(row: Row) -> list[dict[str, Any]]:
-    offset, steps = _offset(row), 2**row.format.num_bits - 1
-    return [
-        {
+    offset = _offset(row)
+    steps = 2**row.format.num_bits - 1
+    channels = []
+    for scale in row.scale.reshape(-1).tolist():
+        channel = {
             "bitwidth": row.format.num_bits,
             "dtype": "int",
             "is_symmetric": "True",
@@ -412,10 +522,10 @@ def _write_channels(row: Row) -> list[dict[str, Any]]:
             "offset": offset,
             "scale": scale,
         }
-        for scale in row.scale.reshape(-1).tolist()
-    ]
+        channels.append(channel)
+    return channels
 
 
 def _offset(row: Row) -> int:
-    """Of the smallest code, which is stored as 0."""
+    """That of the smallest code, which is stored as 0."""
     return row.format.qmin

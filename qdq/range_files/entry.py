@@ -17,14 +17,14 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Entry:
-    """What a file says of one tensor.
+    """The range of one tensor in a file.
 
     Args:
         amax: The symmetric range: 0-D, or one number a channel.
-        axis: The axis of the channels where the file says it.
-        note: What was changed on the way to a symmetric range, "" if nothing.
+        axis: The axis of the channels, where the file has it.
+        note: What was changed to get a symmetric range, "" if nothing.
         problem: Why there is no range to use, "" if there is one.
-        is_damaged: Whether the problem is numbers that no range has: an error where a quantizer stands at the tensor.
+        is_damaged: Whether the problem is invalid numbers: an error where a quantizer has this tensor.
     """
 
     amax: Floats = field(default_factory=lambda: np.zeros((), np.float32))
@@ -35,9 +35,9 @@ class Entry:
 
 
 def amax_of_scale(scale: Floats, qmax: int) -> Floats:
-    """The float32 amax that gives a scale back (`quantizer.compute_scale`), to the last bit where there is one.
+    """The float32 amax that gives a scale back (`formats.scale_from_amax`), to the last bit where there is one.
 
-    One scale in 129 is the quotient of no float32 number and 127, and so that of no calibration in float32; it comes
+    One scale in 129 is not the quotient of any float32 number and 127, so no calibration in float32 gives it; it comes
     back one unit in the last place away. For all others the rounded product is such a number (tried for each mantissa).
 
     Args:
@@ -53,7 +53,7 @@ def entry_of_codes(
 ) -> Entry:
     """The range of integer codes: `value = (code - zero_point) * scale`.
 
-    A scale that is NaN, infinite, negative or next to nothing gives a damaged entry.
+    A scale that is NaN, infinite, negative or almost 0 gives a damaged entry.
 
     Args:
         scale: 0-D or one a channel.
@@ -66,16 +66,21 @@ def entry_of_codes(
         scale = np.asarray(scale, np.float32)
     if not np.any(scale):
         return Entry(problem="its scale is 0: the tool found no range for it")
-    if damage := describe_damage("scale", scale, smallest=AMAX_FLOOR / 2**15):
+    damage = describe_damage("scale", scale, smallest=AMAX_FLOOR / 2**15)
+    if damage:
         return Entry(problem=damage, is_damaged=True)
     zero = np.asarray(zero_point, np.float64)
     half = (qmax - qmin + 1) // 2
-    if np.all(zero == qmin + half):  # uint8 with 128 has the values of int8 with 0
-        amax = amax_of_scale(scale, half - 1)
-        if damage := describe_damage("scale", amax, smallest=0.0):
-            return Entry(problem=damage, is_damaged=True)
-        return Entry(amax, axis, "" if half == 128 else f"from codes of {half.bit_length()} bit")
-    return replace(entry_of_bounds((qmin - zero) * scale, (qmax - zero) * scale), axis=axis)
+    if np.any(zero != qmin + half):
+        bounds_entry = entry_of_bounds((qmin - zero) * scale, (qmax - zero) * scale)
+        return replace(bounds_entry, axis=axis)
+    # The codes are symmetric: uint8 with zero point 128 has the values of int8 with 0.
+    amax = amax_of_scale(scale, half - 1)
+    damage = describe_damage("scale", amax, smallest=0.0)
+    if damage:
+        return Entry(problem=damage, is_damaged=True)
+    note = "" if half == 128 else f"from codes of {half.bit_length()} bit"
+    return Entry(amax, axis, note)
 
 
 def entry_of_bounds(low: npt.ArrayLike, high: npt.ArrayLike) -> Entry:
@@ -91,8 +96,8 @@ def entry_of_bounds(low: npt.ArrayLike, high: npt.ArrayLike) -> Entry:
     if not np.isfinite(bounds).all() or np.abs(bounds).max(initial=0.0) > np.finfo(np.float32).max:
         return Entry(problem="its range holds NaN or Inf", is_damaged=True)
     if np.any(bounds[0] > bounds[1]):
-        worst = np.argmax((bounds[0] - bounds[1]).reshape(-1))
-        first, last = bounds.reshape(2, -1)[:, worst]
+        channel = np.argmax((bounds[0] - bounds[1]).reshape(-1))
+        first, last = bounds.reshape(2, -1)[:, channel]
         return Entry(
             problem=f"its range {first:.6g} to {last:.6g} ends below where it begins",
             is_damaged=True,
@@ -100,36 +105,48 @@ def entry_of_bounds(low: npt.ArrayLike, high: npt.ArrayLike) -> Entry:
     amax = np.abs(bounds).max(axis=0).astype(np.float32)
     if not np.any(amax):
         return Entry(problem="its range is 0 to 0: the tool saw zeros only")
-    return Entry(amax, note=_asymmetry(bounds, amax))
+    return Entry(amax, note=_describe_asymmetry(bounds, amax))
 
 
-def _asymmetry(bounds: npt.NDArray[np.float64], amax: Floats) -> str:
-    """A note where TensorRT's symmetric codes cost what the file's would not; a step of int8 is no asymmetry."""
+def _describe_asymmetry(bounds: npt.NDArray[np.float64], amax: Floats) -> str:
+    """A note where symmetric codes are coarser than those of the file; a difference of one int8 step is ignored."""
     if np.all(np.abs(np.abs(bounds) - amax) <= amax / 100):
         return ""
     low, high = bounds[0].min(), bounds[1].max()
     return f"{low:.4g} to {high:.4g} made symmetric: TensorRT takes no other"
 
 
-def describe_damage(what: str, values: Floats, *, smallest: float) -> str:
-    """The first number that no range has: NaN, Inf, negative, or positive and below `smallest`; "" if all are sound."""
-    bad = ~np.isfinite(values) | (values < 0) | ((values > 0) & (values < smallest))
-    if not np.any(bad):
+def describe_damage(quantity: str, values: Floats, *, smallest: float) -> str:
+    """The first invalid number: NaN, Inf, negative, or positive and below `smallest`; "" if all are valid.
+
+    Args:
+        quantity: The name of the values in the text.
+        values: Any shape.
+        smallest: The smallest valid number besides 0.
+    """
+    is_too_small = (values > 0) & (values < smallest)
+    is_invalid = ~np.isfinite(values) | (values < 0) | is_too_small
+    if not np.any(is_invalid):
         return ""
-    return f"its {what} is {values[bad].flat[0]:.6g}; it must be positive and finite"
+    return f"its {quantity} is {values[is_invalid].flat[0]:.6g}; it must be positive and finite"
 
 
 def add_entry(entries: dict[str, Entry], name: str, entry: Entry, place: str) -> None:
-    """Add what a file says of a tensor; saying the same twice is no contradiction.
+    """Add the entry of a tensor; the same entry twice is no contradiction.
+
+    Args:
+        entries: The entries so far; changed in place.
+        name: The name of the tensor.
+        entry: Its entry.
+        place: Where the file has it, for messages.
 
     Raises:
-        CalibrationError: The file says something else of it elsewhere.
+        CalibrationError: The file has another range of the tensor elsewhere.
     """
-    known = entries.setdefault(name, entry)
-    if known is not entry and not (
-        np.array_equal(known.amax, entry.amax)
-        and (known.axis, known.problem) == (entry.axis, entry.problem)
-    ):
+    former = entries.setdefault(name, entry)
+    has_same_range = np.array_equal(former.amax, entry.amax)
+    has_same_state = (former.axis, former.problem) == (entry.axis, entry.problem)
+    if not has_same_range or not has_same_state:
         raise CalibrationError(
             f"{place}: {name} has two different ranges in one file.",
             "remove one of them; was the file joined from two?",
@@ -140,12 +157,10 @@ def number_array(place: str, value: Any) -> npt.NDArray[np.float64]:
     """A JSON number or list of numbers as an array.
 
     Raises:
-        CalibrationError: It is something else.
+        CalibrationError: It is of another type.
     """
     items = value if isinstance(value, list) else [value]
-    if not items or not all(
-        isinstance(item, int | float) and not isinstance(item, bool) for item in items
-    ):
+    if not items or not all(map(_is_number, items)):
         raise malformed(
             place, f"a number or a list of numbers is expected, found {_shorten(value)}"
         )
@@ -155,11 +170,15 @@ def number_array(place: str, value: Any) -> npt.NDArray[np.float64]:
         raise malformed(place, f"{_shorten(value)} is too large") from error
 
 
+def _is_number(item: Any) -> bool:
+    return isinstance(item, int | float) and not isinstance(item, bool)
+
+
 def object_of(place: str, value: Any) -> Mapping[str, Any]:
     """A JSON object.
 
     Raises:
-        CalibrationError: It is something else.
+        CalibrationError: It is of another type.
     """
     if not isinstance(value, dict):
         raise malformed(place, f"an object is expected, found {_shorten(value)}")
@@ -167,7 +186,12 @@ def object_of(place: str, value: Any) -> Mapping[str, Any]:
 
 
 def malformed(place: str, reason: str) -> CalibrationError:
-    """The error of a file that is not what its format says."""
+    """The error of a file that does not follow its format.
+
+    Args:
+        place: The part of the file.
+        reason: What is wrong there.
+    """
     return CalibrationError(
         f"{place}: {reason}.", "write the file again with that tool, and copy it whole."
     )

@@ -15,6 +15,9 @@ from qdq.formats import Format
 from qdq.quantize import compute_scale
 from qdq.range_files.entry import Entry, Floats, malformed
 
+METADATA_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
+"""What parsing the metadata of a foreign ONNX file can raise."""
+
 
 @dataclass(frozen=True)
 class Row:

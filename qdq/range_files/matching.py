@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,17 +18,17 @@ from qdq.range_files.places import Place, Places
 from qdq.swap import quantized_layers
 from qdq.text import list_names
 
-_SHOWN = 20  # damaged entries in a message
+_MOST_LISTED = 20  # damaged entries in a message
 
 
 @dataclass
 class Match:
-    """What a file says of a model, before anything is changed.
+    """What a file says of a model, before anything changes.
 
     Args:
         quantizers: By name, those that get a range.
         amaxes: By the same names; quantizers that share a range have the same array.
-        notes: Quantizer -> what was changed on the way to its range.
+        notes: Quantizer -> what was changed to get its range.
         unmatched: Entry -> why no quantizer has it.
         missing: Quantizer -> why it has no entry.
         weights: Among the missing, those that get the maximum of each channel of their weight.
@@ -42,7 +42,7 @@ class Match:
     weights: list[tuple[TensorQuantizer, torch.Tensor]] = field(default_factory=list)
 
     def apply(self) -> None:
-        """Give the quantizers their ranges: all, or none where one cannot take its.
+        """Give the quantizers their ranges: all of them, or none if one cannot take its range.
 
         Raises:
             StateError: A quantizer has a range of another shape.
@@ -52,7 +52,7 @@ class Match:
                 raise StateError(
                     f"{name} has {quantizer.amax.numel()} ranges now, and would get {self.amaxes[name].size}; no range "
                     "of the model was changed.",
-                    "swap the model anew (restore_modules, swap_modules), and import before anything else sets amax.",
+                    "swap the model again (restore_modules, swap_modules), and import before anything else sets amax.",
                 )
         for name, quantizer in self.quantizers.items():
             quantizer.amax = torch.from_numpy(self.amaxes[name].copy())
@@ -61,10 +61,10 @@ class Match:
 
     def ranges(self) -> dict[str, float | list[float]]:
         """The ranges as plain numbers."""
-        return {
-            name: amax.reshape(-1).tolist() if amax.ndim else amax.item()
-            for name, amax in self.amaxes.items()
-        }
+        ranges: dict[str, float | list[float]] = {}
+        for name, amax in self.amaxes.items():
+            ranges[name] = amax.reshape(-1).tolist() if amax.ndim else amax.item()
+        return ranges
 
 
 class _Mismatch(Exception):  # noqa: N818  # never leaves this file
@@ -72,8 +72,14 @@ class _Mismatch(Exception):  # noqa: N818  # never leaves this file
 
 
 @dataclass(frozen=True)
-class _Found:
-    """An entry and the place that it stands for."""
+class _PlacedEntry:
+    """An entry and the place that it stands for.
+
+    Args:
+        key: Its name in the file.
+        entry: The entry.
+        place: A place of the quantizer.
+    """
 
     key: str
     entry: Entry
@@ -81,172 +87,251 @@ class _Found:
 
 
 def match_entries(model: nn.Module, places: Places, entries: Mapping[str, Entry]) -> Match:
-    """Find the entries of all quantizers; the model stays as it is.
+    """Find the entries of all quantizers; the model does not change.
 
     Args:
         model: A swapped model.
         places: From `list_places`.
-        entries: What the file says.
+        entries: The entries of the file.
 
     Raises:
-        CalibrationError: Nothing matches, an entry that a quantizer would get holds numbers that no range has, or a
-            weight that would have to stand in for an entry holds NaN or Inf.
+        CalibrationError: Nothing matches, an entry that a quantizer would get is damaged, or a weight that would have
+            to replace an entry holds NaN or Inf.
     """
     if not entries:
         raise CalibrationError("it holds no range.", "check that it is the right file, and whole.")
-    match = Match()
-    used: set[str] = set()
-    damage: dict[str, str] = {}
-    weights = _list_weights(model)
-    for members in _groups(model):
-        enabled = {name: quantizer for name, quantizer in members.items() if quantizer.is_enabled}
-        disabled = [name for name in members if name not in enabled]
-        match.missing |= dict.fromkeys(disabled, "it is disabled: its tensor stays in float")
-        found = [one for name in enabled for one in _find(places.of[name], entries)]
-        damage |= {one.key: one.entry.problem for one in found if one.entry.is_damaged}
-        usable = [one for one in found if not one.entry.problem]
-        first = next(iter(members.values()))
-        weight = weights.get(id(first))
+    matcher = _Matcher(model, places, entries)
+    for members in _list_groups(model):
+        matcher.match_group(members)
+    return matcher.finish()
+
+
+class _Matcher:
+    """Matches the quantizers of a model group by group.
+
+    Args:
+        model: A swapped model.
+        places: From `list_places`.
+        entries: The entries of the file.
+    """
+
+    def __init__(self, model: nn.Module, places: Places, entries: Mapping[str, Entry]) -> None:
+        self._places = places
+        self._entries = entries
+        self._weights = _list_weights(model)
+        self._match = Match()
+        self._used: set[str] = set()
+        self._damage: dict[str, str] = {}
+
+    def match_group(self, members: Mapping[str, TensorQuantizer]) -> None:
+        """Find the range that quantizers have together."""
+        enabled = {}
+        placed: list[_PlacedEntry] = []
+        for name, quantizer in members.items():
+            if quantizer.is_enabled:
+                enabled[name] = quantizer
+                placed += _find_entries(self._places.of[name], self._entries)
+            else:
+                self._match.missing[name] = "it is disabled: its tensor stays in float"
+
+        leader = next(iter(members.values()))
+        weight = self._weights.get(leader)
+        shape = None if weight is None else tuple(weight.shape)
         try:
-            amax, note = _combine(first, usable, None if weight is None else tuple(weight.shape))
+            amax, note = _combine(leader, self._select_usable(placed), shape)
         except _Mismatch as mismatch:
             for name in enabled:
-                match.missing[name] = _why_not(places, name, found) or str(mismatch)
-                if weight is not None and first.amax is None:
-                    match.weights.append((first, _maxima(name, weight, first.axis)))
-                    match.missing[name] += "; the maximum of its weight was taken"
-            continue
-        used.update(one.key for one in usable)
-        match.quantizers |= enabled
-        match.amaxes |= dict.fromkeys(enabled, amax)
-        match.notes |= dict.fromkeys(enabled, note) if note else {}
-    if damage:
-        raise _damaged(damage)
-    match.unmatched |= {
-        name: entry.problem or "no enabled quantizer of the model stands at it"
-        for name, entry in entries.items()
-        if name not in used
-    }
-    if not match.amaxes:
-        raise _nothing(places, entries)
-    return match
+                reason = self._reason_against(name, placed) or str(mismatch)
+                self._add_missing(name, reason, leader, weight)
+            return
+        self._used.update(item.key for item in placed if not item.entry.problem)
+        for name, quantizer in enabled.items():
+            self._match.quantizers[name] = quantizer
+            self._match.amaxes[name] = amax
+            if note:
+                self._match.notes[name] = note
+
+    def _select_usable(self, placed: Iterable[_PlacedEntry]) -> list[_PlacedEntry]:
+        """The entries without a problem; damaged ones are noted."""
+        usable = []
+        for item in placed:
+            if not item.entry.problem:
+                usable.append(item)
+            elif item.entry.is_damaged:
+                self._damage[item.key] = item.entry.problem
+        return usable
+
+    def _add_missing(
+        self, name: str, reason: str, leader: TensorQuantizer, weight: nn.Parameter | None
+    ) -> None:
+        """Note a quantizer without an entry; a weight without a range gets its maximum."""
+        if weight is not None and leader.amax is None:
+            self._match.weights.append((leader, _weight_maxima(name, weight, leader.axis)))
+            reason += "; the maximum of its weight was taken"
+        self._match.missing[name] = reason
+
+    def _reason_against(self, name: str, placed: Sequence[_PlacedEntry]) -> str:
+        """Why there is no entry to use, "" if there is one."""
+        if not self._places.of[name]:
+            return self._places.reasons.get(name, "no tensor of the ONNX file was found for it")
+        if not placed:
+            return "the file has no entry for its tensor"
+        problems = [item.entry.problem for item in placed]
+        return problems[0] if all(problems) else ""
+
+    def finish(self) -> Match:
+        """The result, with the entries that no quantizer has.
+
+        Raises:
+            CalibrationError: A quantizer would get a damaged entry, or nothing matches.
+        """
+        if self._damage:
+            raise _damage_error(self._damage)
+        for name, entry in self._entries.items():
+            if name not in self._used:
+                reason = entry.problem or "no enabled quantizer of the model stands at it"
+                self._match.unmatched[name] = reason
+        if not self._match.amaxes:
+            raise _mismatch_error(self._places, self._entries)
+        return self._match
 
 
-def _groups(model: nn.Module) -> list[dict[str, TensorQuantizer]]:
-    """The quantizers that have one range together; the one that it is saved with comes first."""
-    groups: dict[int, dict[str, TensorQuantizer]] = {}
+def _list_groups(model: nn.Module) -> list[dict[str, TensorQuantizer]]:
+    """The quantizers that share one range, group by group; the quantizer that holds the range comes first."""
+    groups: dict[TensorQuantizer, dict[str, TensorQuantizer]] = {}
     shared = []
     for name, quantizer in named_quantizers(model):
         if isinstance(quantizer, SharedQuantizer):
             shared.append((name, quantizer))
         else:
-            groups[id(quantizer)] = {name: quantizer}
+            groups[quantizer] = {name: quantizer}
     for name, quantizer in shared:
-        groups.setdefault(id(quantizer.leader), {})[name] = quantizer
+        groups.setdefault(quantizer.leader, {})[name] = quantizer
     return list(groups.values())
 
 
-def _list_weights(model: nn.Module) -> dict[int, nn.Parameter]:
-    """The weights by the identity of their quantizers."""
-    return {
-        id(getattr(layer, attribute)): parameter
-        for layer in quantized_layers(model).values()
-        if isinstance(layer, QuantMixin)
-        for attribute, name in layer.weights_of(layer).items()
-        if (parameter := layer._parameters.get(name)) is not None
-    }
+def _list_weights(model: nn.Module) -> dict[TensorQuantizer, nn.Parameter]:
+    """The weights by their quantizers."""
+    weights = {}
+    for layer in quantized_layers(model).values():
+        if isinstance(layer, QuantMixin):
+            for attribute, name in layer.weights_of(layer).items():
+                parameter = layer._parameters.get(name)
+                if parameter is not None:
+                    weights[getattr(layer, attribute)] = parameter
+    return weights
 
 
-def _maxima(name: str, weight: nn.Parameter, axis: int | None) -> torch.Tensor:
-    """The range that calibration gives a weight; most tools take it from the weight and write none down."""
+def _weight_maxima(name: str, weight: nn.Parameter, axis: int | None) -> torch.Tensor:
+    """The range that calibration gives a weight; most tools take it from the weight and do not write it down."""
     amax = reduce_amax(weight, axis)
-    if damage := describe_damage("largest value", amax.cpu().numpy(), smallest=0.0):
+    damage = describe_damage("largest value", amax.cpu().numpy(), smallest=0.0)
+    if damage:
         raise CalibrationError(
             f"the weight of {name}: {damage}.", "load the weights again; the checkpoint is damaged."
         )
     return amax
 
 
-def _find(places: Sequence[Place], entries: Mapping[str, Entry]) -> Iterator[_Found]:
+def _find_entries(places: Iterable[Place], entries: Mapping[str, Entry]) -> list[_PlacedEntry]:
     """The entry of each place, by the most exact name that the file has."""
+    placed = []
     for place in places:
         key = next((name for name in place.names if name in entries), None)
         if key is not None:
-            yield _Found(key, entries[key], place)
-
-
-def _why_not(places: Places, name: str, found: Sequence[_Found]) -> str:
-    """Why there is no entry to use, "" if there is one."""
-    if not places.of[name]:
-        return places.reasons.get(name, "no tensor of the ONNX file was found for it")
-    if not found:
-        return "the file has no entry for its tensor"
-    return "" if any(not one.entry.problem for one in found) else found[0].entry.problem
+            placed.append(_PlacedEntry(key, entries[key], place))
+    return placed
 
 
 def _combine(
-    quantizer: TensorQuantizer, found: Sequence[_Found], shape: tuple[int, ...] | None
+    quantizer: TensorQuantizer, placed: Sequence[_PlacedEntry], shape: tuple[int, ...] | None
 ) -> tuple[Floats, str]:
-    """The range of all entries together, in the shape of the quantizer's, and what was changed."""
-    if not found:
-        raise _Mismatch("nothing found")
-    notes = list(dict.fromkeys(one.entry.note for one in found if one.entry.note))
+    """The range that covers all entries, in the shape of the quantizer's, and what was changed.
+
+    Args:
+        quantizer: The quantizer that holds the range.
+        placed: Entries without a problem.
+        shape: Of the weight, if it quantizes one.
+
+    Raises:
+        _Mismatch: There is no entry, or one does not fit.
+    """
+    if not placed:
+        raise _Mismatch("the file has no usable entry")
+    notes = list(dict.fromkeys(item.entry.note for item in placed if item.entry.note))
+    have_channels = [item.entry.amax.ndim > 0 for item in placed]
     if quantizer.axis is None:
-        amaxes = [one.entry.amax.max() for one in found]
-        if any(one.entry.amax.ndim for one in found):
+        amaxes = [np.asarray(item.entry.amax.max()) for item in placed]
+        amax = np.asarray(max(amaxes), np.float32)
+        if any(have_channels):
             notes.append("the largest of several channels")
-        result = np.asarray(max(amaxes), np.float32)
     else:
-        amaxes = [_channels(quantizer, one, shape) for one in found]
-        if all(one.entry.amax.ndim == 0 for one in found):
+        amaxes = [_fit_channels(quantizer, item, shape) for item in placed]
+        amax = np.max(amaxes, axis=0)
+        if not any(have_channels):
             notes.append("one range for all channels")
-        result = np.max(amaxes, axis=0)
-    if any(not np.array_equal(amax, amaxes[0]) for amax in amaxes):
+    if any(not np.array_equal(part, amaxes[0]) for part in amaxes):
         notes.append("the largest range of the tensors that share it")
-    return result, "; ".join(notes)
+    return amax, "; ".join(notes)
 
 
-def _channels(quantizer: TensorQuantizer, found: _Found, shape: tuple[int, ...] | None) -> Floats:
-    """A range for each channel, with the rank of the weight where there is one."""
-    axis, amax = quantizer.axis, found.entry.amax
+def _fit_channels(
+    quantizer: TensorQuantizer, placed: _PlacedEntry, shape: tuple[int, ...] | None
+) -> Floats:
+    """A range for each channel, with the rank of the weight where there is one.
+
+    Raises:
+        _Mismatch: Another number of channels, or another axis.
+    """
+    axis = quantizer.axis
     assert axis is not None  # noqa: S101  # the caller has looked
-    known = quantizer.amax
-    count = shape[axis] if shape is not None else known.numel() if known is not None else amax.size
-    if amax.size not in (1, count):
-        raise _Mismatch(f"the file has {amax.size} ranges for its {count} channels")
-    if (
-        amax.ndim
-        and None not in (found.entry.axis, found.place.axis)
-        and found.entry.axis != found.place.axis
-    ):
+    amax = placed.entry.amax
+    num_channels = _count_channels(quantizer, axis, shape)
+    if num_channels is None:
+        num_channels = amax.size
+    if amax.size not in (1, num_channels):
+        raise _Mismatch(f"the file has {amax.size} ranges for its {num_channels} channels")
+    axes = {placed.entry.axis, placed.place.axis} - {None}
+    if amax.ndim and len(axes) > 1:
         raise _Mismatch(
-            f"the ranges of the file lie along axis {found.entry.axis}, not along the outputs (R-AXIS)"
+            f"the ranges of the file lie along axis {placed.entry.axis}, not along the outputs (R-AXIS)"
         )
-    channels = np.broadcast_to(amax.reshape(-1), (count,))
+    channels = np.broadcast_to(amax.reshape(-1), (num_channels,))
     if shape is None:
         return channels
-    return channels.reshape([-1 if dim == axis % len(shape) else 1 for dim in range(len(shape))])
+    amax_shape = [1] * len(shape)
+    amax_shape[axis] = -1
+    return channels.reshape(amax_shape)
 
 
-def _damaged(problems: Mapping[str, str]) -> CalibrationError:
+def _count_channels(
+    quantizer: TensorQuantizer, axis: int, shape: tuple[int, ...] | None
+) -> int | None:
+    """The number of ranges that a quantizer has or needs; None if nothing shows it."""
+    if shape is not None:
+        return shape[axis]
+    return None if quantizer.amax is None else quantizer.amax.numel()
+
+
+def _damage_error(problems: Mapping[str, str]) -> CalibrationError:
     texts = [f"{name}: {problem}" for name, problem in problems.items()]
     return CalibrationError(
-        f"quantizers of the model would get what no range is: {list_names(texts, _SHOWN, '; ')}.",
+        f"quantizers of the model would get invalid ranges: {list_names(texts, _MOST_LISTED, '; ')}.",
         "calibrate again with that tool: the file is damaged, cut off, or its calibration failed.",
     )
 
 
-def _nothing(places: Places, entries: Mapping[str, Entry]) -> CalibrationError:
-    sought = next((place.tensor for own in places.of.values() for place in own), None)
-    name, entry = next(iter(entries.items()))
-    reason = f" ({entry.problem})" if entry.problem else ""
-    looked = (
-        f"the first tensor that was looked for is {sought!r}"
-        if sought
+def _mismatch_error(places: Places, entries: Mapping[str, Entry]) -> CalibrationError:
+    tensors = [place.tensor for of_quantizer in places.of.values() for place in of_quantizer]
+    expected = (
+        f"the first tensor that was looked for is {tensors[0]!r}"
+        if tensors
         else "no quantizer has a tensor there"
     )
+    name, entry = next(iter(entries.items()))
+    reason = f" ({entry.problem})" if entry.problem else ""
     return CalibrationError(
         f"none of its {len(entries)} entries belongs to a quantizer of the model; the first is {name!r}{reason}, "
-        f"{looked}.",
+        f"{expected}.",
         "give onnx= the very file that was calibrated, made of this torch model; enable what shall be quantized.",
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from qdq.range_files.format import Row, parse_json
 
 def recognize(content: bytes) -> bool:
     """Whether it is JSON with ONNX Runtime's classes, or a dictionary of pairs."""
-    if b'"TensorsData"' in content or b'"TensorData"' in content:  # though it be cut off
+    if b'"TensorsData"' in content or b'"TensorData"' in content:  # also if it is cut off
         return True
     try:
         data = json.loads(content)
@@ -41,40 +42,26 @@ def read(content: bytes) -> dict[str, Entry]:
     return {name: _read_entry(name, value) for name, value in data.items()}
 
 
-def write(rows: Sequence[Row]) -> str:
-    """The file, which `onnxruntime.quantization.load_tensors_data` reads."""
-    tensors = {
-        row.tensor: {"lowest": _array(-row.amax), "highest": _array(row.amax), "CLS": "TensorData"}
-        for row in rows
-    }
-    method = {"CLS": "CalibrationMethod", "value": "CalibrationMethod.MinMax"}
-    document = {
-        "CLS": "TensorsData",
-        "data": tensors,
-        "calibration_method": method,
-        "smooth_quant": False,
-    }
-    return json.dumps(document, indent=1) + "\n"
-
-
 def _read_entry(name: str, value: Any) -> Entry:
+    """The range between the lowest and the highest value of a tensor."""
     if _is_pair(value):
-        bounds = [number_array(name, bound).reshape(()) for bound in value]
-    else:
-        fields = object_of(name, value)
-        if "lowest" not in fields or "highest" not in fields:
-            return Entry(problem="the file has its distribution, but no lowest and highest value")
-        bounds = [_read_array(f"{name}, {key}", fields[key]) for key in ("lowest", "highest")]
-    if bounds[0].shape != bounds[1].shape:
+        low, high = (number_array(name, bound).reshape(()) for bound in value)
+        return entry_of_bounds(low, high)
+    fields = object_of(name, value)
+    if "lowest" not in fields or "highest" not in fields:
+        return Entry(problem="the file has its distribution, but no lowest and highest value")
+    low = _read_array(f"{name}, lowest", fields["lowest"])
+    high = _read_array(f"{name}, highest", fields["highest"])
+    if low.shape != high.shape:
         raise malformed(
             name,
-            f"{bounds[0].size} lowest and {bounds[1].size} highest values do not belong together",
+            f"{low.size} lowest and {high.size} highest values do not belong together",
         )
-    return entry_of_bounds(*bounds)
+    return entry_of_bounds(low, high)
 
 
 def _read_array(place: str, value: Any) -> npt.NDArray[np.float64]:
-    """An array; one of a single element is a scalar."""
+    """An array; one of a single element becomes a scalar."""
     data = value.get("data") if isinstance(value, dict) else value
     if isinstance(data, list):
         data = _flatten(data)
@@ -84,18 +71,35 @@ def _read_array(place: str, value: Any) -> npt.NDArray[np.float64]:
 
 def _flatten(values: list[Any]) -> list[Any]:
     """Per-channel bounds are nested as deep as the tensor has dimensions."""
-    while len(values) and all(isinstance(value, list) for value in values):
-        values = [item for value in values for item in value]
+    while values and all(isinstance(value, list) for value in values):
+        values = list(chain.from_iterable(values))
     return values
 
 
-def _array(values: npt.NDArray[np.float32]) -> dict[str, Any]:
-    return {"data": values.tolist(), "dtype": str(values.dtype), "CLS": "numpy.array"}
-
-
 def _is_pair(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and all(isinstance(item, int | float) for item in value)
-    )
+    """Whether it is `[lowest, highest]`, two numbers."""
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return all(isinstance(item, int | float) for item in value)
+
+
+def write(rows: Sequence[Row]) -> str:
+    """The content of a file, which `onnxruntime.quantization.load_tensors_data` reads."""
+    tensors = {}
+    for row in rows:
+        tensors[row.tensor] = {
+            "lowest": _write_array(-row.amax),
+            "highest": _write_array(row.amax),
+            "CLS": "TensorData",
+        }
+    document = {
+        "CLS": "TensorsData",
+        "data": tensors,
+        "calibration_method": {"CLS": "CalibrationMethod", "value": "CalibrationMethod.MinMax"},
+        "smooth_quant": False,
+    }
+    return json.dumps(document, indent=1) + "\n"
+
+
+def _write_array(values: npt.NDArray[np.float32]) -> dict[str, Any]:
+    return {"data": values.tolist(), "dtype": str(values.dtype), "CLS": "numpy.array"}

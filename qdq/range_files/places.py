@@ -1,22 +1,23 @@
-"""Which tensors of an ONNX graph the quantizers of a torch model stand at, and what a range file may call them.
+"""The tensors of an ONNX graph that the quantizers of a torch model quantize, and their names in range files.
 
 A layer is found by its node: by the scopes that torch's exporter wrote down, by the name of the node (`MODULE/OP` of
 qdq, `/layer1/layer1.0/conv1/Conv` of the exporter before), or by the name of its weight. The quantizer of a function
-call is found by its own name in files of qdq, else by the node of the call where `ranges.calls` is sure of it. What
-stands in front of the node is followed upwards through Q/DQ and operators that keep the range, so that the float graph,
-ONNX Runtime's QDQ graph and qdq's own all lead to the same quantizers.
+call is found by its own name in files of qdq, else by the node of the call where `range_files.calls` is sure of it.
+From the node, the search goes upwards through Q/DQ and operators that keep the range, so that the float graph, ONNX
+Runtime's QDQ graph and qdq's own all lead to the same quantizers.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
 from torch import nn
 
+from qdq.functions import WEIGHTED
 from qdq.graph.coverage import TRANSPARENT_OPS, WEIGHTED_OPS, module_of, output_axis
 from qdq.graph.names import SCOPES, scope_of
 from qdq.graph.pairs import is_op
@@ -26,9 +27,12 @@ from qdq.nn.functions import QuantFunctionsMixin
 from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.range_files.aimet import MODULE_INPUT, MODULE_OUTPUT
 from qdq.range_files.calls import find_calls, function_of
+from qdq.range_files.format import METADATA_ERRORS
 
 _SAME_RANGE = ("QuantizeLinear", "DequantizeLinear", *TRANSPARENT_OPS)
-_WEIGHT_NAME = re.compile(r"(?:(.*)\.)?weight(?:[._].*)?")  # ONNX Runtime adds "_quantized"
+_WEIGHT_NAME = re.compile(
+    r"(?:(?P<module>.*)\.)?weight(?:[._].*)?"
+)  # ONNX Runtime adds "_quantized"
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Place:
     """A tensor that a quantizer quantizes.
 
     Args:
-        tensor: What a file that is written calls it.
-        names: Everything that a file may call it, the most exact first.
+        tensor: Its name in a file that is written.
+        names: All names that a file may have for it, the most exact first.
         is_weight: Whether it is a weight.
         axis: The only axis that channels may lie on, None where any number of channels that fits is right.
         dequantize: The DequantizeLinear behind it, if the graph has one.
@@ -52,7 +56,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the quantizers of a model stand.
+    """The places of the quantizers of a model.
 
     Args:
         of: Quantizer -> its places; those of a module that runs several times are several.
@@ -68,242 +72,329 @@ def list_places(model: nn.Module, graph: ir.Graph | None = None) -> Places:
 
     Args:
         model: A swapped model.
-        graph: A graph of the same model, with or without Q/DQ. Without one, a place is what a file that names torch
-            modules calls it; a quantizer that stands in a forward by hand has none.
+        graph: A graph of the same model, with or without Q/DQ. Without one, a place has the name that a file with the
+            names of torch modules gives it; a quantizer that a forward calls directly has none.
     """
     finder = _Finder(model, graph)
-    names = {id(quantizer): name for name, quantizer in named_quantizers(model)}
-    places: dict[str, list[Place]] = {name: [] for name in names.values()}
+    quantizers = dict(named_quantizers(model))
+    names = {quantizer: name for name, quantizer in quantizers.items()}
+    places: dict[str, list[Place]] = {name: [] for name in quantizers}
     for module_name, module in model.named_modules():
-        if isinstance(module, QuantInputMixin):
-            found = finder.find_layer(module_name, module)
-        elif isinstance(module, QuantFunctionsMixin):
-            found = finder.find_functions(module_name, module)
-        else:
-            continue
-        for quantizer, place in found:
-            places[names[id(quantizer)]].append(place)
-    for name in places:
-        places[name] += finder.find_by_name(name, {place.tensor for place in places[name]})
-    return Places(
-        places, {name: reason for name, reason in finder.reasons.items() if not places[name]}
-    )
+        for quantizer, place in finder.find_module(module_name, module):
+            places[names[quantizer]].append(place)
+
+    reasons = {}
+    for name, of_quantizer in places.items():
+        of_quantizer += finder.find_by_name(name, {place.tensor for place in of_quantizer})
+        if not of_quantizer and name in finder.reasons:
+            reasons[name] = finder.reasons[name]
+    return Places(places, reasons)
+
+
+_Found = Iterator[tuple[TensorQuantizer, Place]]
 
 
 class _Finder:
-    """The nodes of a graph by the torch module whose forward made them."""
+    """The nodes of a graph by the torch module whose forward made them.
+
+    Args:
+        model: A swapped model.
+        graph: The graph, or None.
+
+    Attributes:
+        reasons: Quantizer of a function call -> why its call was not found in the graph.
+    """
 
     def __init__(self, model: nn.Module, graph: ir.Graph | None) -> None:
-        self._modules = {name for name, _ in model.named_modules()}
+        self._has_graph = graph is not None
+        self._owners = _OwnerFinder(model)
         self._nodes: dict[str, list[ir.Node]] = defaultdict(list)
         self._dequantizers: dict[str, list[ir.Node]] = defaultdict(list)
-        self._owners: dict[ir.Node, str | None] = {}
-        self._has_graph = graph is not None
         self.reasons: dict[str, str] = {}
         for node in graph or ():
-            owner = self._owner_of(node)
-            self._owners[node] = owner
+            owner = self._owners.find(node)
             if is_op(node, "DequantizeLinear"):
                 self._dequantizers[module_of(node)].append(node)
             elif owner is not None and not is_op(node, "QuantizeLinear") and _has_operands(node):
                 self._nodes[owner].append(node)
 
-    def find_layer(
-        self, name: str, layer: QuantInputMixin
-    ) -> Iterator[tuple[TensorQuantizer, Place]]:
+    def find_module(self, name: str, module: nn.Module) -> _Found:
+        """The places of the quantizers of a module; none for a module that has no quantizers."""
+        if isinstance(module, QuantInputMixin):
+            yield from self._find_layer(name, module)
+        elif isinstance(module, QuantFunctionsMixin):
+            yield from self._find_functions(name, module)
+
+    def find_by_name(self, quantizer: str, tensors: set[str]) -> list[Place]:
+        """The places of pairs that are called after the quantizer itself, as in files that qdq wrote.
+
+        Args:
+            quantizer: Dotted name.
+            tensors: Tensors of places that are already listed; they are left out.
+        """
+        places: dict[str, Place] = {}
+        for node in self._dequantizers.get(quantizer, []):
+            is_weight = _is_constant(_float_value(node.outputs[0]))
+            place = self._make_place(node.outputs[0], is_weight=is_weight)
+            if place.tensor not in tensors:
+                places.setdefault(place.tensor, place)
+        return list(places.values())
+
+    # -- layers ------------------------------------------------------------------------------------------------------
+
+    def _find_layer(self, name: str, layer: QuantInputMixin) -> _Found:
         """The input and the weights of a layer."""
-        quantizers = layer.quantizers()
-        paths = {
-            attribute: _join(name, parameter)
-            for attribute, parameter in (
-                layer.weights_of(layer) if isinstance(layer, QuantMixin) else {}
-            ).items()
-        }
         if isinstance(layer, QuantMultiheadAttention):
             yield from self._find_projections(name, layer)
-        # A layer with a forward of its own is several nodes, and its quantizers are told by their names only.
-        nodes = [] if layer.replaces_forward else self._entries_of(name, layer)
-        given = MODULE_INPUT.format(name)
+        # The quantizers of a layer with a forward of its own, which leaves several nodes, are found by name only.
+        nodes = [] if layer.replaces_forward else self._list_entries(name, layer)
+        weights = _list_weights(name, layer)
+        input_name = MODULE_INPUT.format(name)
         for node in nodes:
-            yield layer.input_quantizer, self._place(node.inputs[0], (given,))
-            for attribute, path in paths.items():
-                yield quantizers[attribute], self._weight_place(node, path)
+            yield layer.input_quantizer, self._make_place(node.inputs[0], (input_name,))
+            for quantizer, weight_name in weights:
+                yield quantizer, self._make_weight_place(node, weight_name)
         if nodes:
             return
         if not self._has_graph and not layer.replaces_forward:
-            yield layer.input_quantizer, Place(given, (given,), is_weight=False)
-        for attribute, path in paths.items():
-            yield quantizers[attribute], Place(path, (path,), is_weight=True)
+            yield layer.input_quantizer, Place(input_name, (input_name,), is_weight=False)
+        for quantizer, weight_name in weights:
+            yield quantizer, Place(weight_name, (weight_name,), is_weight=True)
 
-    def _find_projections(
-        self, name: str, layer: QuantMultiheadAttention
-    ) -> Iterator[tuple[TensorQuantizer, Place]]:
+    def _find_projections(self, name: str, layer: QuantMultiheadAttention) -> _Found:
         """The inputs of attention: one product with weights for query, key and value that are one tensor, or several.
 
         The float module computes `out_proj` in its own forward, last; the quantized one calls it as a module.
         """
-        products = [
-            node
-            for node in self._entries_of(name, layer)
-            if _is_constant(list(_upstream(node.inputs[1]))[-1])
-        ]
+        products = []
+        for node in self._list_entries(name, layer):
+            if _is_constant(list(_upstream(node.inputs[1]))[-1]):
+                products.append(node)
+
         output = layer.out_proj
         if products and not self._nodes.get(_join(name, "out_proj")):
-            last = products.pop()
+            output_product = products.pop()
             if isinstance(output, QuantInputMixin):
-                yield output.input_quantizer, self._place(last.inputs[0])
-        if 1 <= len(products) <= 3:  # more are several runs, and nothing says which is whose
-            query, key, value = products[0], products[min(1, len(products) - 1)], products[-1]
-            yield layer.input_quantizer, self._place(query.inputs[0])
-            yield layer._key_quantizer, self._place(key.inputs[0])
-            yield layer._value_quantizer, self._place(value.inputs[0])
+                yield output.input_quantizer, self._make_place(output_product.inputs[0])
+        if (
+            not 1 <= len(products) <= 3
+        ):  # more are several runs, and nothing shows which belongs to which
+            return
+        query, value = products[0], products[-1]
+        key = products[min(1, len(products) - 1)]
+        yield layer.input_quantizer, self._make_place(query.inputs[0])
+        yield layer._key_quantizer, self._make_place(key.inputs[0])
+        yield layer._value_quantizer, self._make_place(value.inputs[0])
 
-    def find_functions(
-        self, name: str, module: QuantFunctionsMixin
-    ) -> Iterator[tuple[TensorQuantizer, Place]]:
+    def _list_entries(self, name: str, layer: QuantInputMixin) -> list[ir.Node]:
+        """The nodes that read the input of a layer: one for each time it runs."""
+        nodes = self._nodes.get(name, [])
+        if isinstance(layer, QuantMixin):
+            return [node for node in nodes if is_op(node, *WEIGHTED_OPS)]
+        return [node for node in nodes if node.inputs and self._is_outside(node.inputs[0], name)]
+
+    def _is_outside(self, value: ir.Value | None, module: str) -> bool:
+        """Whether a tensor is computed outside of a module."""
+        if value is None or _is_constant(value):
+            return False
+        producer = value.producer()
+        return producer is None or self._owners.get(producer) != module
+
+    # -- function calls ----------------------------------------------------------------------------------------------
+
+    def _find_functions(self, name: str, module: QuantFunctionsMixin) -> _Found:
         """The operands of the calls that a module's own forward makes, where the file does not name the quantizers."""
         for site, operands in module._function_quantizers.items():
             function = function_of(site)
             calls, reason = find_calls(function, module._function_calls, self._nodes.get(name, []))
             nodes = [node for called, node in calls if called == site]
             for operand, attribute in operands.items():
-                quantizer, path = getattr(module, attribute), _join(name, attribute)
+                path = _join(name, attribute)
                 if reason and self._has_graph:
                     self.reasons[path] = reason
-                for node in () if self._dequantizers.get(path) else nodes:
-                    if function in ("linear", "conv1d", "conv2d") and operand == 1:
-                        yield quantizer, self._weight_place(node)
-                    elif operand < len(node.inputs) and not _is_constant(node.inputs[operand]):
-                        yield quantizer, self._place(node.inputs[operand])
+                if path in self._dequantizers:
+                    continue
+                for place in self._list_operand_places(function, operand, nodes):
+                    yield getattr(module, attribute), place
 
-    def find_by_name(self, quantizer: str, known: set[str]) -> Iterator[Place]:
-        """Pairs that are called after the quantizer itself, as in files that qdq wrote."""
-        for node in self._dequantizers.get(quantizer, []):
-            place = self._place(
-                node.outputs[0], is_weight=_is_constant(_float_value(node.outputs[0]))
-            )
-            if place.tensor not in known:
-                known.add(place.tensor)
-                yield place
+    def _list_operand_places(
+        self, function: str, operand: int, nodes: Iterable[ir.Node]
+    ) -> list[Place]:
+        """The places of one operand in all nodes of a call."""
+        if function in WEIGHTED and operand == 1:
+            return [self._make_weight_place(node) for node in nodes]
+        places = []
+        for node in nodes:
+            if operand < len(node.inputs) and not _is_constant(node.inputs[operand]):
+                places.append(self._make_place(node.inputs[operand]))
+        return places
 
-    def _entries_of(self, name: str, layer: QuantInputMixin) -> list[ir.Node]:
-        """The nodes that read what a layer is given: one for each time it runs."""
-        nodes = self._nodes.get(name, [])
-        if isinstance(layer, QuantMixin):
-            return [node for node in nodes if is_op(node, *WEIGHTED_OPS)]
-        return [node for node in nodes if node.inputs and not self._is_inside(node.inputs[0], name)]
+    # -- places ------------------------------------------------------------------------------------------------------
 
-    def _is_inside(self, value: ir.Value | None, module: str) -> bool:
-        producer = None if value is None else value.producer()
-        is_computed = producer is not None and self._owners.get(producer) == module
-        return value is None or is_computed or _is_constant(value)
-
-    def _weight_place(self, node: ir.Node, *names: str) -> Place:
+    def _make_weight_place(self, node: ir.Node, *names: str) -> Place:
+        """The place of the second operand of a node; the axis of its channels where nothing lies between."""
         value = node.inputs[1]
-        producer = value.producer() if value is not None else None
-        is_direct = is_op(producer, "DequantizeLinear")
-        shape = value.shape if value is not None else None
-        axis = output_axis(node, len(shape)) if is_direct and shape is not None else None
-        return self._place(value, names, is_weight=True, axis=axis)
+        axis = None
+        shape = None if value is None else value.shape
+        if value is not None and shape is not None and _is_dequantized(value):
+            axis = output_axis(node, len(shape))
+        return self._make_place(value, names, is_weight=True, axis=axis)
 
-    def _place(
+    def _make_place(
         self,
         value: ir.Value | None,
-        names: tuple[str, ...] = (),
+        names: Iterable[str] = (),
         *,
         is_weight: bool = False,
         axis: int | None = None,
     ) -> Place:
-        chain = list(_upstream(value))
-        names += tuple(name for one in chain for name in self._names_of(one))
-        dequantize = next(
-            (one.producer() for one in chain if is_op(one.producer(), "DequantizeLinear")), None
-        )
-        return Place(str(_float_value(value).name), names, is_weight, axis, dequantize)
+        """The place of an operand.
 
-    def _names_of(self, value: ir.Value) -> Iterator[str]:
-        """The tensor's own name, and the module that it is the output of."""
-        yield str(value.name)
+        Args:
+            value: The operand.
+            names: Names that come before those of the graph.
+            is_weight: As for `Place`.
+            axis: As for `Place`.
+        """
+        all_names = list(names)
+        dequantize = None
+        for ancestor in _upstream(value):
+            all_names += self._list_names(ancestor)
+            if dequantize is None and _is_dequantized(ancestor):
+                dequantize = ancestor.producer()
+        tensor = str(_float_value(value).name)
+        return Place(tensor, tuple(all_names), is_weight, axis, dequantize)
+
+    def _list_names(self, value: ir.Value) -> list[str]:
+        """The tensor's own name, and the name that it has as the output of a module."""
+        names = [str(value.name)]
         producer = value.producer()
         owner = None if producer is None else self._owners.get(producer)
         if owner and any(self._owners.get(user) != owner for user, _ in value.uses()):
-            yield MODULE_OUTPUT.format(owner)
+            names.append(MODULE_OUTPUT.format(owner))
+        return names
 
-    def _owner_of(self, node: ir.Node) -> str | None:
-        """The torch module whose forward made a node, None if nothing says so."""
-        if (scope := _read_scope(node)) and scope in self._modules:
+
+class _OwnerFinder:
+    """Finds the torch module whose forward made a node, by its scope, its name or its weight.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = {name for name, _ in model.named_modules()}
+        self._owners: dict[ir.Node, str | None] = {}
+
+    def get(self, node: ir.Node) -> str | None:
+        """The result of an earlier `find`; None for any other node."""
+        return self._owners.get(node)
+
+    def find(self, node: ir.Node) -> str | None:
+        """The dotted name of the module, None if nothing shows it."""
+        owner = self._owners[node] = self._find(node)
+        return owner
+
+    def _find(self, node: ir.Node) -> str | None:
+        scope = _read_scope(node)
+        if scope and scope in self._modules:
             return scope
-        name = node.name or ""
-        if "/" in name and (module := self._module_of_path(name)) is not None:
+        module = self._module_of_path(node.name or "")
+        if module is not None:
             return module
         if scope == "":
             return ""
-        return self._owner_of_weight(node) if is_op(node, *WEIGHTED_OPS) else None
+        if is_op(node, *WEIGHTED_OPS):
+            return self._owner_of_weight(node)
+        return None
 
     def _module_of_path(self, name: str) -> str | None:
-        """`MODULE/OP`, or `/layer1/layer1.0/relu_1/Relu`, where a part may repeat those before and be numbered."""
+        """The module in the name of a node, None if there is none.
+
+        qdq writes `MODULE/OP`. The exporter before wrote `/layer1/layer1.0/relu_1/Relu`, where a part may repeat the
+        part before it and be numbered.
+        """
+        if "/" not in name:
+            return None
         parts: list[str] = []
         for part in name.rpartition("/")[0].split("/"):
             if parts and part.startswith(f"{parts[-1]}."):
                 parts.pop()
             parts.append(part)
         path = ".".join(filter(None, parts))
-        numbered = re.sub(r"_\d+$", "", path)
-        return path if path in self._modules else numbered if numbered in self._modules else None
+        for candidate in (path, re.sub(r"_\d+$", "", path)):
+            if candidate in self._modules:
+                return candidate
+        return None
 
     def _owner_of_weight(self, node: ir.Node) -> str | None:
         """The module whose parameter a node multiplies with."""
-        for value in _upstream(node.inputs[1] if len(node.inputs) > 1 else None):
+        weight = node.inputs[1] if len(node.inputs) > 1 else None
+        for value in _upstream(weight):
             match = _WEIGHT_NAME.fullmatch(str(value.name))
-            if match is not None and (match[1] or "") in self._modules:
-                return match[1] or ""
+            module = None if match is None else match.group("module") or ""
+            if module in self._modules:
+                return module
         return None
 
 
+def _list_weights(name: str, layer: QuantInputMixin) -> list[tuple[TensorQuantizer, str]]:
+    """The weight quantizers of a layer, and the dotted names of their weights."""
+    if not isinstance(layer, QuantMixin):
+        return []
+    quantizers = layer.quantizers()
+    weights = []
+    for attribute, parameter in layer.weights_of(layer).items():
+        weights.append((quantizers[attribute], _join(name, parameter)))
+    return weights
+
+
 def _read_scope(node: ir.Node) -> str | None:
-    """What torch's exporter says of the module, "" for the model itself; None where it says nothing."""
+    """The module that torch's exporter wrote down, "" for the model itself; None where there is none."""
+    if SCOPES not in node.metadata_props:
+        return None
     try:
-        return scope_of(node) if SCOPES in node.metadata_props else None
-    except (
-        ValueError,
-        SyntaxError,
-        TypeError,
-        MemoryError,
-        RecursionError,
-    ):  # the metadata of others
+        return scope_of(node)
+    except METADATA_ERRORS:
         return None
 
 
 def _has_operands(node: ir.Node) -> bool:
-    """Whether the inputs that are asked for are there."""
-    return (
-        len(node.inputs) > 0 and None not in node.inputs[: 2 if is_op(node, *WEIGHTED_OPS) else 1]
-    )
+    """Whether the inputs that are read here are there."""
+    num_operands = 2 if is_op(node, *WEIGHTED_OPS) else 1
+    return len(node.inputs) > 0 and None not in node.inputs[:num_operands]
 
 
 def _upstream(value: ir.Value | None) -> Iterator[ir.Value]:
-    """A tensor, and those it has its values from."""
+    """A tensor, and the tensors above it that it has its values from."""
     while value is not None:
         yield value
         producer = value.producer()
-        value = (
-            producer.inputs[0] if is_op(producer, *_SAME_RANGE) and producer is not None else None
-        )
+        if producer is None or not is_op(producer, *_SAME_RANGE):
+            return
+        value = producer.inputs[0]
 
 
 def _float_value(value: ir.Value | None) -> ir.Value:
     """The tensor before Q/DQ; the operand itself where there is none above it."""
     assert value is not None  # noqa: S101  # the operands of these operators are required
     chain = list(_upstream(value))
-    for before, one in enumerate(chain):
-        if is_op(one.producer(), "DequantizeLinear"):
-            codes = chain[before + 1]
-            return chain[before + 2] if is_op(codes.producer(), "QuantizeLinear") else codes
+    for position, ancestor in enumerate(chain):
+        if _is_dequantized(ancestor):
+            codes = chain[position + 1]
+            is_computed = is_op(codes.producer(), "QuantizeLinear")
+            return chain[position + 2] if is_computed else codes
     return value
 
 
+def _is_dequantized(value: ir.Value) -> bool:
+    return is_op(value.producer(), "DequantizeLinear")
+
+
 def _is_constant(value: ir.Value | None) -> bool:
-    return value is not None and (value.is_initializer() or is_op(value.producer(), "Constant"))
+    if value is None:
+        return False
+    return value.is_initializer() or is_op(value.producer(), "Constant")
 
 
 def _join(module: str, attribute: str) -> str:
