@@ -3,7 +3,7 @@
 Source: R. Banner, Y. Nahshan, E. Hoffer, D. Soudry, "Post training 4-bit quantization of convolutional networks for
 rapid-deployment", NeurIPS 2019 (ACIQ). With a step of amax / qmax the error is the clipped tail on both sides plus the
 rounding, (amax / qmax)^2 / 12; the paper prints the best ratio of amax to the scale of the distribution for 2 to 8 bits
-and 2^bits levels, here its derivative is solved for any format.
+and 2^bits levels. Here the ratio is the zero of the derivative, for any format.
 """
 
 from __future__ import annotations
@@ -45,5 +45,8 @@ def _find_zero(rising: Callable[[float], float]) -> float:
     """The zero of a function that rises through it once between 0 and 64, by bisection to the last bit."""
     low, high = 0.0, 64.0
     while (middle := (low + high) / 2) not in (low, high):
-        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
+        if rising(middle) < 0:
+            low = middle
+        else:
+            high = middle
     return middle

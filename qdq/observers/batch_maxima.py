@@ -18,11 +18,11 @@ def average_maxima(maxima: npt.NDArray[np.float64]) -> float:
 
 
 def moving_average(maxima: npt.NDArray[np.float64], weight: float) -> float:
-    """m_0 = max_0, m_i = (1 - weight) m_{i-1} + weight max_i: late batches count most, as while a model is trained.
+    """m_0 = max_0, m_i = (1 - weight) m_{i-1} + weight max_i: late batches count most.
 
     Args:
         maxima: `[B]` in the order of the batches, at least one.
-        weight: That of the batch at hand, above 0 and up to 1.
+        weight: Weight of the current batch, above 0 and at most 1.
     """
     average = float(maxima[0])
     for maximum in maxima[1:].tolist():

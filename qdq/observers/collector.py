@@ -1,4 +1,4 @@
-"""`TensorCollector`: takes the batches of one tensor and keeps what `TensorStatistics` holds, on the device."""
+"""`TensorCollector`: takes the batches of one tensor and keeps its statistics on the device."""
 
 from __future__ import annotations
 
@@ -16,38 +16,44 @@ from qdq.observers.tensor_statistics import LEAST_EXPONENT, TensorStatistics
 class TensorReader:
     """Summaries of the tensors of one batch: the input of a block, which its shortcut sees too, is read once.
 
-    Between batches `forget` must be called: a caller may fill the memory of an input again, and no tensor tells.
+    Call `forget` between batches: a caller may write to the memory of an input again, which the tensor does not show.
     """
 
     def __init__(self) -> None:
-        self._found: MutableMapping[torch.Tensor, tuple[object, Summary]] = WeakIdKeyDictionary()
+        self._summaries: MutableMapping[torch.Tensor, tuple[object, Summary]] = (
+            WeakIdKeyDictionary()
+        )
 
     def forget(self) -> None:
-        """Read all tensors anew."""
-        self._found.clear()
+        """Read all tensors again."""
+        self._summaries.clear()
 
     def read(self, inputs: torch.Tensor, channel_axis: int | None) -> Summary:
         """As `summarize`."""
-        if inputs.is_inference():  # nobody could tell whether it has been changed since
+        if inputs.is_inference():  # it has no version, so a change would not be noticed
             return summarize(inputs, channel_axis)
         state = inputs._version, channel_axis
-        if inputs not in self._found or self._found[inputs][0] != state:
-            self._found[inputs] = state, summarize(inputs, channel_axis)
-        return self._found[inputs][1]
+        if inputs in self._summaries:
+            summary_state, summary = self._summaries[inputs]
+            if summary_state == state:
+                return summary
+        summary = summarize(inputs, channel_axis)
+        self._summaries[inputs] = state, summary
+        return summary
 
 
 class TensorCollector:
     """Collects everything that any solver needs from one tensor, in one pass.
 
-    Nothing is kept of a batch but seven numbers; on a GPU nothing waits for the device until `statistics` is called.
+    Only seven numbers of a batch are kept. On a GPU nothing waits for the device until `statistics` is called.
 
     Args:
-        channel_axis: The axis of the channels; None: 1 of four and more dimensions, else the last.
-        reader: What several collectors of one pass share; None: every tensor is read, whoever has read it before.
+        channel_axis: The axis of the channels; None: axis 1 of four and more dimensions, else the last.
+        reader: Shared by the collectors of one pass; None: every tensor is read, even if another collector has read it.
 
     Attributes:
-        batch: Number of the batch at hand; several calls with one number count as one batch. None: every call is a
-            batch of its own.
+        batch: Number of the current batch; several calls with one number count as one batch. None: every call is a
+            separate batch.
     """
 
     def __init__(self, channel_axis: int | None = None, reader: TensorReader | None = None) -> None:
@@ -61,14 +67,14 @@ class TensorCollector:
         self._counts: torch.Tensor | None = None
         self._exponent = torch.tensor(LEAST_EXPONENT)
         self._channel_absmax: torch.Tensor | None = None
-        self._records: dict[int, torch.Tensor] = {}  # float64 [7] by number of the batch
-        self._defects: dict[
-            int, torch.Tensor
-        ] = {}  # int64 [3] by number: `Summary.defects` and the size
+        # float64 [7] by number of the batch
+        self._records: dict[int, torch.Tensor] = {}
+        # int64 [3] by number of the batch: `Summary.defects` and the size
+        self._defects: dict[int, torch.Tensor] = {}
 
     @property
     def num_batches(self) -> int:
-        """How many batches it has seen."""
+        """Number of batches so far."""
         return len(self._records)
 
     @torch.no_grad()
@@ -86,49 +92,52 @@ class TensorCollector:
         if inputs.numel() == 0:
             return
         number = self.batch if self.batch is not None else max(self._records, default=-1) + 1
-        found = self._read(inputs, self.channel_axis)
-        if inputs.device.type == "cpu" and int(found.defects[0]):
-            raise _defective(found.defects, inputs.numel())
-        self._note_defects(number, found.defects, inputs.numel())
-        self._add(found)
-        self._record(number, found)
+        summary = self._read(inputs, self.channel_axis)
+        if inputs.device.type != "cpu":
+            self._note_defects(number, summary.defects, inputs.numel())
+        elif int(summary.defects[0]):
+            raise _defect_error(summary.defects, inputs.numel())
+        self._add_counts(summary)
+        self._add_record(number, summary)
 
     def _note_defects(self, number: int, defects: torch.Tensor, size: int) -> None:
-        if defects.device.type != "cpu":
-            found = torch.cat([defects, defects.new_tensor([size])])
-            before = self._defects.get(number, found)
-            self._defects[number] = torch.where(before[0] > 0, before, found)
+        """Keep the first defects of a batch on the device."""
+        entry = torch.cat([defects, defects.new_tensor([size])])
+        former = self._defects.get(number, entry)
+        self._defects[number] = torch.where(former[0] > 0, former, entry)
 
-    def _add(self, found: Summary) -> None:
+    def _add_counts(self, summary: Summary) -> None:
+        """Add the histogram and the maxima of the channels."""
         if self._counts is None:
-            self._counts, self._exponent = found.counts, found.exponent
-            self._channel_absmax = found.channel_absmax
+            self._counts = summary.counts
+            self._exponent = summary.exponent
+            self._channel_absmax = summary.channel_absmax
             return
         device = self._counts.device
         self._counts, self._exponent = add_counts(
-            self._counts, self._exponent, found.counts.to(device), found.exponent.to(device)
+            self._counts, self._exponent, summary.counts.to(device), summary.exponent.to(device)
         )
-        if self._channel_absmax is not None:
-            if self._channel_absmax.shape == found.channel_absmax.shape:
-                self._channel_absmax = torch.maximum(
-                    self._channel_absmax, found.channel_absmax.to(device)
-                )
-            else:
-                self._channel_absmax = None
+        if self._channel_absmax is None:
+            return
+        if self._channel_absmax.shape != summary.channel_absmax.shape:
+            self._channel_absmax = None
+            return
+        absmax = summary.channel_absmax.to(device)
+        self._channel_absmax = torch.maximum(self._channel_absmax, absmax)
 
-    def _record(self, number: int, found: Summary) -> None:
-        record = torch.cat([found.extremes, found.sums])
-        if (before := self._records.get(number)) is not None:
-            record = record.to(before.device)
-            low, high = (
-                torch.minimum(before[:1], record[:1]),
-                torch.maximum(before[1:2], record[1:2]),
-            )
-            record = torch.cat([low, high, before[2:] + record[2:]])
+    def _add_record(self, number: int, summary: Summary) -> None:
+        """Add the numbers of a batch, of which another part may have come earlier."""
+        record = torch.cat([summary.extremes, summary.sums])
+        former = self._records.get(number)
+        if former is not None:
+            record = record.to(former.device)
+            low = torch.minimum(former[:1], record[:1])
+            high = torch.maximum(former[1:2], record[1:2])
+            record = torch.cat([low, high, former[2:] + record[2:]])
         self._records[number] = record
 
     def statistics(self) -> TensorStatistics:
-        """What has been collected so far, on the CPU.
+        """The statistics collected so far, on the CPU.
 
         Raises:
             CalibrationError: NaN or Inf in a batch on a GPU.
@@ -137,11 +146,13 @@ class TensorCollector:
             return TensorStatistics.empty()
         self._raise_defects()
         numbers = sorted(self._records)
-        channels = self._channel_absmax
+        channel_absmax = None
+        if self._channel_absmax is not None:
+            channel_absmax = self._channel_absmax.cpu().numpy().copy()
         return TensorStatistics(
             counts=self._counts.cpu().numpy().copy(),
             exponent=int(self._exponent),
-            channel_absmax=None if channels is None else channels.cpu().numpy().copy(),
+            channel_absmax=channel_absmax,
             numbers=torch.tensor(numbers, dtype=torch.int64).numpy(),
             records=torch.stack([self._records[number] for number in numbers]).cpu().numpy(),
         )
@@ -149,11 +160,11 @@ class TensorCollector:
     def _raise_defects(self) -> None:
         for number, defects in self._defects.items():
             if int(defects[0]):
-                error = _defective(defects[:2], int(defects[2]))
+                error = _defect_error(defects[:2], int(defects[2]))
                 raise CalibrationError(f"batch {number}: {error.message}", error.fix)
 
 
-def _defective(defects: torch.Tensor, size: int) -> CalibrationError:
+def _defect_error(defects: torch.Tensor, size: int) -> CalibrationError:
     count, first = defects.tolist()
     return CalibrationError(
         f"{count} of {size} values are NaN or Inf, the first at flat index {first}; a range needs finite ones.",

@@ -1,4 +1,4 @@
-"""amax that loses the least information: the Kullback-Leibler search that TensorRT made known.
+"""amax that loses the least information: the Kullback-Leibler search of TensorRT.
 
 Source: S. Migacz, "8-bit inference with TensorRT", GTC 2017; the details (zeros, ties, outliers) are those of
 pytorch-quantization, see `pytorch-quantization-api.md` section 4.
@@ -45,12 +45,10 @@ def solve_entropy(
         return hist.size * width
     groups = fmt.qmax + 1
     rows = max(1, _CHUNK // min(groups, hist.size))
-    divergence = np.concatenate(
-        [
-            _divergence(hist, candidates[at : at + rows], groups)
-            for at in range(0, candidates.size, rows)
-        ]
-    )
+    parts = []
+    for start in range(0, candidates.size, rows):
+        parts.append(_divergence(hist, candidates[start : start + rows], groups))
+    divergence = np.concatenate(parts)
     last_smallest = np.flatnonzero(divergence <= divergence.min() + _NOISE)[-1]
     return float(candidates[last_smallest] * width)
 
@@ -63,7 +61,7 @@ def _divergence(hist: Floats, candidates: npt.NDArray[np.int64], groups: int) ->
 
     total = mass[-1]
     below = mass[candidates]
-    rest = total - below
+    above = total - below
     last = hist[candidates - 1]
 
     edges = _group_edges(candidates, groups)
@@ -73,18 +71,18 @@ def _divergence(hist: Floats, candidates: npt.NDArray[np.int64], groups: int) ->
         group_mean = np.where(group_filled > 0, group_mass / group_filled, 1.0)
         # The last bin lies in the last group, and q has it only where h has.
         q_last = np.where(last > 0, _mean_of_last(mass, filled, candidates, groups), 0.0)
-        outliers = np.where(rest > 0, rest * np.log(q_last), 0.0)
-        p_log_p = entropy[candidates - 1] + _xlogx(last + rest)
+        outliers = np.where(above > 0, above * np.log(q_last), 0.0)
+        p_log_p = entropy[candidates - 1] + _xlogx(last + above)
         p_log_q = np.sum(group_mass * np.log(group_mean), axis=1) + outliers
         divergence: Floats = (p_log_p - p_log_q) / total + np.log(below / total)
-    divergence[np.isnan(divergence) | ((rest > 0) & (last == 0))] = np.inf
+    divergence[np.isnan(divergence) | ((above > 0) & (last == 0))] = np.inf
     return divergence
 
 
 def _group_edges(candidates: npt.NDArray[np.int64], groups: int) -> npt.NDArray[np.int64]:
     """First bin of every group of every candidate [n, g + 1]; bin j of i belongs to group floor(j N / i)."""
     widest = int(candidates.max())
-    if groups >= widest:  # more groups than bins: every bin is its own, the edges past i are empty
+    if groups >= widest:  # more groups than bins: every bin is a group, those past i are empty
         return np.minimum(np.arange(widest + 1)[None, :], candidates[:, None])
     ks = np.arange(groups + 1)[None, :]
     return -(-ks * candidates[:, None] // groups)

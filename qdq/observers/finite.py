@@ -1,4 +1,4 @@
-"""The one place that refuses what no range can be taken from: NaN, Inf, and what is no tensor."""
+"""The one place that refuses inputs without a range: NaN, Inf, and anything but a tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def require_tensor(inputs: Any) -> None:
     """Refuse anything but a tensor.
 
     Raises:
-        ArgumentTypeError: With the type that was found.
+        ArgumentTypeError: The message names the type.
     """
     if not isinstance(inputs, torch.Tensor):
         raise ArgumentTypeError(
@@ -24,15 +24,15 @@ def require_tensor(inputs: Any) -> None:
 def require_finite(maximum: torch.Tensor, inputs: torch.Tensor) -> None:
     """Refuse a batch whose maximum of |x| in float32 is NaN or Inf.
 
-    Only `maximum` is read on the way through; the elements are counted when there is something to say.
+    Only `maximum` is read if it is finite; otherwise the elements are counted for the message.
 
     Raises:
-        CalibrationError: With how many elements are not finite.
+        CalibrationError: The message says how many elements are not finite.
     """
     if bool(torch.isfinite(maximum).all()):
         return
-    bad = int((~torch.isfinite(inputs.float())).sum())
+    num_defects = int((~torch.isfinite(inputs.float())).sum())
     raise CalibrationError(
-        f"{bad} of {inputs.numel()} values are NaN or Inf; a range needs finite ones.",
+        f"{num_defects} of {inputs.numel()} values are NaN or Inf; a range needs finite ones.",
         "run the float model on this batch: either the data or a layer before this one is broken.",
     )

@@ -26,7 +26,10 @@ def reduce_amax(inputs: torch.Tensor, axis: Axis) -> torch.Tensor:
         ArgumentError: An axis that `inputs` does not have.
         ArgumentTypeError: An axis that is no integer.
     """
-    low, high = _aminmax(inputs.detach()) if axis is None else _aminmax_kept(inputs.detach(), axis)
+    if axis is None:
+        low, high = _aminmax(inputs.detach())
+    else:
+        low, high = _aminmax_along(inputs.detach(), axis)
     return torch.maximum(low.float().abs(), high.float().abs())
 
 
@@ -38,22 +41,24 @@ def _aminmax(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return low, high
 
 
-def _aminmax_kept(
+def _aminmax_along(
     inputs: torch.Tensor, axis: int | Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    kept = _kept_axes(inputs, axis)
-    others = [dim for dim in range(inputs.dim()) if dim not in kept]
-    if not others:
+    """Minimum and maximum over all axes but the kept ones, which have the rank of the inputs."""
+    kept_axes = _resolve_axes(inputs, axis)
+    reduced_axes = [dim for dim in range(inputs.dim()) if dim not in kept_axes]
+    if not reduced_axes:
         return inputs, inputs
-    if any(inputs.shape[dim] == 0 for dim in others):
-        zeros = inputs.new_zeros(
-            [size if dim in kept else 1 for dim, size in enumerate(inputs.shape)]
-        )
+    if any(inputs.shape[dim] == 0 for dim in reduced_axes):
+        shape = list(inputs.shape)
+        for dim in reduced_axes:
+            shape[dim] = 1
+        zeros = inputs.new_zeros(shape)
         return zeros, zeros
-    return inputs.amin(others, keepdim=True), inputs.amax(others, keepdim=True)
+    return inputs.amin(reduced_axes, keepdim=True), inputs.amax(reduced_axes, keepdim=True)
 
 
-def _kept_axes(inputs: torch.Tensor, axis: int | Sequence[int]) -> set[int]:
+def _resolve_axes(inputs: torch.Tensor, axis: int | Sequence[int]) -> set[int]:
     """The axes counted from the start."""
     axes = [axis] if isinstance(axis, int) else list(axis)
     if not all(isinstance(dim, int) for dim in axes):
@@ -61,10 +66,11 @@ def _kept_axes(inputs: torch.Tensor, axis: int | Sequence[int]) -> set[int]:
             f"axis is {axis!r}; it must be None, an int or a sequence of ints.", "0 keeps axis 0."
         )
     if not all(-inputs.dim() <= dim < inputs.dim() for dim in axes):
+        fix = "a tensor without axes has one range: use axis=None."
+        if inputs.dim():
+            limits = f"{-inputs.dim()} and {inputs.dim() - 1}"
+            fix = f"keep axes between {limits}, or use axis=None for one range per tensor."
         raise ArgumentError(
-            f"axis {axis} is out of range for a tensor of shape {tuple(inputs.shape)}.",
-            f"keep axes between {-inputs.dim()} and {inputs.dim() - 1}, or use axis=None for one range per tensor."
-            if inputs.dim()
-            else "a tensor without axes has one range: use axis=None.",
+            f"axis {axis} is out of range for a tensor of shape {tuple(inputs.shape)}.", fix
         )
     return {dim % inputs.dim() for dim in axes}

@@ -50,7 +50,7 @@ def solve_mse_levels(
     Args:
         counts: Occupation of the bins.
         width: Width of a bin.
-        levels: What FQ can represent before scaling, ascending from 0.
+        levels: The values of FQ before scaling, ascending from 0.
         stride: Step between candidates.
         start_bin: First candidate.
         zero_below: FQ is 0 everywhere if a is not above this.
@@ -59,28 +59,26 @@ def solve_mse_levels(
     candidates = candidate_bins(start_bin, stride, size, least=0)
     if not candidates.size:
         return size * width
-    centres = (
-        np.arange(size, dtype=np.float64) + 0.5
-    )  # in units of the width, in which the prefix sums are exact
+    # In units of the width, in which the prefix sums are exact.
+    centres = np.arange(size, dtype=np.float64) + 0.5
     prefix_h, prefix_f = np.zeros((2, size + 1))
     np.cumsum(counts, out=prefix_h[1:])
     np.cumsum(counts * centres, out=prefix_f[1:])
     squares = float(np.sum(counts * centres**2))
     # Formats with more levels than bins have many that hold no centre; they cost time but change nothing.
     rows = max(1, _CHUNK // levels.size)
-    saved = np.concatenate(
-        [
-            _saved(prefix_h, prefix_f, centres[candidates[at : at + rows]], levels)
-            for at in range(0, candidates.size, rows)
-        ]
-    )
+    parts = []
+    for start in range(0, candidates.size, rows):
+        amax = centres[candidates[start : start + rows]]
+        parts.append(_saved_error(prefix_h, prefix_f, amax, levels))
+    saved = np.concatenate(parts)
     saved[centres[candidates] * width <= zero_below] = 0
     first_best = int(np.argmax(saved >= saved.max() - _NOISE * squares))
     return float(centres[candidates[first_best]] * width)
 
 
-def _saved(prefix_h: Floats, prefix_f: Floats, amax: Floats, levels: Floats) -> Floats:
-    """By how much the error of each `amax` [n] is below sum h c^2, that of erasing everything."""
+def _saved_error(prefix_h: Floats, prefix_f: Floats, amax: Floats, levels: Floats) -> Floats:
+    """The difference between sum h c^2, the error of erasing everything, and the error of each `amax` [n]."""
     unit = amax / levels[-1]
     middles = (levels[1:] + levels[:-1]) / 2
     # Bin j, with its centre at j + 0.5, has reached level k if j + 0.5 >= middle k.

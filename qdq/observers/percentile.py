@@ -1,4 +1,4 @@
-"""amax below which a given share of the values lies."""
+"""amax as a percentile of |x|."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 def solve_percentile(counts: npt.NDArray[np.number], width: float, percentile: float) -> float:
-    """Left edge of the first bin at which the cumulative share reaches `percentile` percent.
+    """Left edge of the first bin at which the cumulative fraction reaches `percentile` percent.
 
-    100 gives the last edge. If bin 0 is chosen (most values are zero), its right edge is used instead of 0, since
-    an amax of 0 would erase the tensor.
+    100 gives the last edge. If bin 0 is chosen (most values are zero), its right edge is used instead of 0, because an
+    amax of 0 would erase the tensor.
 
     Args:
         counts: Occupation of the bins, not all zero.

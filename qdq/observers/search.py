@@ -1,4 +1,4 @@
-"""What the searches over the bins of a histogram share."""
+"""The candidates of the searches over the bins of a histogram."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def candidate_bins(start_bin: int, stride: int, stop: int, least: int) -> npt.ND
         least: The smallest `start_bin` that makes sense.
 
     Raises:
-        ArgumentTypeError: A bin that is no integer.
+        ArgumentTypeError: A bin that is not an integer.
         ArgumentError: A stride below 1 or a first candidate below `least`.
     """
     for name, value, smallest in (("stride", stride, 1), ("start_bin", start_bin, least)):

@@ -1,4 +1,4 @@
-"""amax of a tensor from its statistics: one table of all methods; none needs data."""
+"""amax of a tensor from its statistics: one table of all methods. No method needs data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qdq.observers.tensor_statistics import TensorStatistics
 
 _MSE_OPERATIONS = 1 << 23  # candidates times levels; up to 12 bits every bin is a candidate
 
-_LARGEST_CLIPPED_SHARE = 0.5  # of entropy
+_LARGEST_CLIPPED_FRACTION = 0.5  # of the method entropy
 
 Solver = Callable[..., float]
 
@@ -35,17 +35,17 @@ def _percentile(
 def _entropy(statistics: TensorStatistics, fmt: Format) -> float:
     counts = statistics.magnitudes(fmt.unsigned)
     amax = solve_entropy(counts, statistics.width, fmt, start_bin=min(fmt.qmax + 1, counts.size))
-    # Where there is next to nothing near 0, the divergence is least for ranges that clip next to everything.
-    clipped = statistics.clipped_share(amax, fmt.unsigned)
-    return amax if clipped <= _LARGEST_CLIPPED_SHARE else counts.size * statistics.width
+    # Where almost no value is near 0, the divergence is least for ranges that clip almost everything.
+    if statistics.clipped_share(amax, fmt.unsigned) > _LARGEST_CLIPPED_FRACTION:
+        return counts.size * statistics.width
+    return amax
 
 
 def _mse(statistics: TensorStatistics, fmt: Format) -> float:
     counts = statistics.magnitudes(fmt.unsigned)
     stride = 1 + counts.size * fmt.qmax // _MSE_OPERATIONS
-    return solve_mse(
-        counts, statistics.width, fmt, stride, start_bin=(counts.size - 1) % stride
-    )  # up to the last bin
+    start_bin = (counts.size - 1) % stride  # so that the last bin is a candidate
+    return solve_mse(counts, statistics.width, fmt, stride, start_bin)
 
 
 def _average_max(statistics: TensorStatistics, fmt: Format) -> float:
@@ -85,35 +85,38 @@ SOLVERS: dict[str, Solver] = {
     "gauss": _gauss,
     "moving_average": _moving_average,
 }
-"""Method -> `(statistics, format, **options) -> amax`; what it gives is cut to the largest value by `solve_amax`."""
+"""Method -> `(statistics, format, **options) -> amax`; `solve_amax` limits the result to the largest value."""
 
 
 def solve_amax(
     statistics: TensorStatistics, fmt: Format, method: str = "mse", **options: Any
 ) -> float:
-    """The range of a tensor.
+    """Compute the range of a tensor.
 
     Args:
-        statistics: Of the tensor.
+        statistics: Statistics of the tensor.
         fmt: The format whose largest code amax is mapped to; for an unsigned one only values above 0 count.
         method: A key of SOLVERS.
         **options: `percentile` (0 to 100) of "percentile", `num_std` of "mean_std", `weight` of "moving_average".
 
     Returns:
-        amax, not above the largest value that the format can mean; 0 if there was no such value, or no data.
+        amax, not above the largest value that the format can represent; 0 if there is no such value, or no data.
 
     Raises:
         ArgumentError: An unknown method, an option that it does not have, or one out of range.
     """
     solver = require_solver(method)
-    known = getattr(solver, "__kwdefaults__", None) or {}
-    if unknown := sorted(options.keys() - known.keys()):
+    option_names = getattr(solver, "__kwdefaults__", None) or {}
+    unknown = sorted(options.keys() - option_names.keys())
+    if unknown:
         raise ArgumentError(
-            f"method {method!r} has no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}.",
+            f"method {method!r} has no option {', '.join(unknown)}; it has {', '.join(option_names) or 'none'}.",
             "leave it out, or choose the method that it belongs to.",
         )
     largest = max(statistics.high, 0.0) if fmt.unsigned else statistics.absmax
-    return min(solver(statistics, fmt, **options), largest) if largest > 0 else 0.0
+    if not largest > 0:
+        return 0.0
+    return min(solver(statistics, fmt, **options), largest)
 
 
 def require_solver(method: str) -> Solver:

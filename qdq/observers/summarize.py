@@ -1,17 +1,17 @@
-"""Statistics of one tensor at hand, on whatever device it is.
+"""The statistics of one tensor, on its device.
 
-On a CPU extremes and sums are found by torch's threads for all values, then bins in pieces that stay in a cache, by one
-thread. (More threads were tried for these. Our own wait for each other at Python's lock; torch's save little, and on a
-busy machine each of so many short operations waits for the slowest.)
+On a CPU, torch's threads compute extremes and sums of all values; then one thread finds the bins, in pieces that stay
+in a cache. (More threads were tried for the bins. Python threads wait for each other at the interpreter lock. Torch's
+threads save little, and on a busy machine each of so many short operations waits for the slowest thread.)
 
-Elsewhere everything stays on the device, and nothing waits for it.
+On other devices everything stays on the device, and nothing waits for it.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,15 +33,15 @@ _DEVICE_PIECE = 1 << 24  # float32 counts are exact up to here
 
 @dataclass(frozen=True)
 class Summary:
-    """What `summarize` found; tensors on the device of the values.
+    """Result of `summarize`; tensors on the device of the values.
 
     Args:
         counts: int64 `[2, NUM_BINS]`.
         exponent: int64 `[]`, see `TensorStatistics`.
         channel_absmax: float32, of the rank of the values with size 1 on all axes but that of the channels.
         extremes: float64 `[2]`: the smallest and the largest value.
-        sums: float64 `[5]`: sum of x, |x| and x^2, how many values, how many that are not zero.
-        defects: int64 `[2]`: how many values are NaN or Inf, flat index of the first one; the rest holds for finite
+        sums: float64 `[5]`: sum of x, |x| and x^2, number of values, number of values that are not zero.
+        defects: int64 `[2]`: number of NaN or Inf, flat index of the first one; the other fields are valid for finite
             values only.
     """
 
@@ -66,20 +66,19 @@ def summarize(values: torch.Tensor, channel_axis: int | None = None) -> Summary:
     with torch.inference_mode(False), torch.no_grad():
         values = values.reshape(1) if values.dim() == 0 else values
         matrices = _as_matrices(values, channel_axis)
-        found = (
-            _on_cpu(values, matrices)
-            if values.device.type == "cpu"
-            else _on_device(values, matrices)
-        )
+        if values.device.type == "cpu":
+            summary = _summarize_on_cpu(values, matrices)
+        else:
+            summary = _summarize_on_device(values, matrices)
         shape = [1] * values.dim()
         shape[channel_axis] = -1
-        return replace(found, channel_absmax=found.channel_absmax.reshape(shape))
+        return replace(summary, channel_absmax=summary.channel_absmax.reshape(shape))
 
 
 def locate_defects(values: torch.Tensor) -> torch.Tensor:
-    """How many values are NaN or Inf as float32, and the flat index of the first: int64 `[2]`."""
-    bad = ~torch.isfinite(values.float()).flatten()
-    return torch.stack([bad.sum(), bad.to(torch.uint8).argmax()])
+    """Number of values that are NaN or Inf as float32, and the flat index of the first: int64 `[2]`."""
+    is_defect = ~torch.isfinite(values.float()).flatten()
+    return torch.stack([is_defect.sum(), is_defect.to(torch.uint8).argmax()])
 
 
 @dataclass(frozen=True)
@@ -98,13 +97,7 @@ def _as_matrices(values: torch.Tensor, channel_axis: int) -> list[_Matrix]:
     order = sorted(range(values.dim()), key=lambda dim: (-strides[dim], dim))
     sorted_view = values.permute(order)
     if not sorted_view.is_contiguous():
-        others = [
-            dim for dim in range(values.dim()) if dim != channel_axis and values.shape[dim] > 1
-        ]
-        parts = torch.split(values, 1, others[0]) if others else (values,)
-        return [
-            matrix for part in parts for matrix in _as_matrices(part.contiguous(), channel_axis)
-        ]
+        return _copy_slices(values, channel_axis)
     position = order.index(channel_axis)
     shape = sorted_view.shape
     inner = math.prod(shape[position + 1 :])
@@ -113,17 +106,30 @@ def _as_matrices(values: torch.Tensor, channel_axis: int) -> list[_Matrix]:
     return [_Matrix(sorted_view.reshape(-1, inner), shape[position], False)]
 
 
+def _copy_slices(values: torch.Tensor, channel_axis: int) -> list[_Matrix]:
+    """A tensor with gaps in memory, as contiguous copies of its slices along the first axis that can be split."""
+    parts: Sequence[torch.Tensor] = [values]
+    for dim in range(values.dim()):
+        if dim != channel_axis and values.shape[dim] > 1:
+            parts = torch.split(values, 1, dim)
+            break
+    matrices = []
+    for part in parts:
+        matrices += _as_matrices(part.contiguous(), channel_axis)
+    return matrices
+
+
 def _channel_extremes(matrices: list[_Matrix]) -> tuple[torch.Tensor, torch.Tensor]:
     """Minimum and maximum of each channel, float32 `[C]`; they do not depend on how torch shares the work."""
-    lows, highs = (
-        [_reduce(matrix, reduction) for matrix in matrices]
-        for reduction in (torch.amin, torch.amax)
-    )
+    lows = [_reduce(matrix, torch.amin) for matrix in matrices]
+    highs = [_reduce(matrix, torch.amax) for matrix in matrices]
     return torch.stack(lows).amin(0), torch.stack(highs).amax(0)
 
 
 def _reduce(matrix: _Matrix, reduction: Callable[..., torch.Tensor]) -> torch.Tensor:
-    reduced: torch.Tensor = reduction(matrix.values, 0 if matrix.channels_are_columns else 1)
+    """The extreme of each channel, float32 `[C]`."""
+    reduced_axis = 0 if matrix.channels_are_columns else 1
+    reduced: torch.Tensor = reduction(matrix.values, reduced_axis)
     return reduction(reduced.reshape(-1, matrix.channels), 0).float()
 
 
@@ -131,28 +137,41 @@ def _reduce(matrix: _Matrix, reduction: Callable[..., torch.Tensor]) -> torch.Te
 
 
 def add_counts(
-    counts: torch.Tensor, exponent: torch.Tensor, others: torch.Tensor, other_exponent: torch.Tensor
+    counts: torch.Tensor,
+    exponent: torch.Tensor,
+    other_counts: torch.Tensor,
+    other_exponent: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of two histograms at the larger of their exponents, without waiting for a device.
 
     Args:
         counts: int64 `[2, NUM_BINS]`.
         exponent: int64 `[]`.
-        others: As `counts`.
+        other_counts: As `counts`.
         other_exponent: As `exponent`.
     """
     common = torch.maximum(exponent, other_exponent)
     merged = torch.zeros_like(counts)
     bins = torch.arange(NUM_BINS, device=counts.device)
-    for part, own in ((counts, exponent), (others, other_exponent)):
-        merged.index_add_(1, bins >> (common - own).clamp_max(LOG_BINS), part)
+    for part, part_exponent in ((counts, exponent), (other_counts, other_exponent)):
+        shift = (common - part_exponent).clamp_max(LOG_BINS)
+        merged.index_add_(1, bins >> shift, part)
     return merged, common
 
 
-def _split_signs(both: torch.Tensor, negatives: torch.Tensor | int) -> torch.Tensor:
-    """Counts `[2, NUM_BINS]` from those of trunc(x 2^-k), 1 - NUM_BINS to NUM_BINS - 1, and the number of x below 0."""
-    counts = torch.stack([both[NUM_BINS - 1 :], both[:NUM_BINS].flip(0)])
-    near_zero = negatives - both[: NUM_BINS - 1].sum()  # those whose bin is 0, which has no sign
+def _split_signs(histogram: torch.Tensor, negatives: torch.Tensor | int) -> torch.Tensor:
+    """Split a histogram of x into those of positive and negative values.
+
+    Args:
+        histogram: int64, counts of trunc(x 2^-k), from 1 - NUM_BINS to NUM_BINS - 1.
+        negatives: Number of x below 0.
+
+    Returns:
+        int64 `[2, NUM_BINS]`, as `Summary.counts`.
+    """
+    counts = torch.stack([histogram[NUM_BINS - 1 :], histogram[:NUM_BINS].flip(0)])
+    # Negative values whose bin is 0, which has no sign.
+    near_zero = negatives - histogram[: NUM_BINS - 1].sum()
     counts[0, 0] -= near_zero
     counts[1, 0] = near_zero
     return counts
@@ -161,7 +180,7 @@ def _split_signs(both: torch.Tensor, negatives: torch.Tensor | int) -> torch.Ten
 # -- CPU -------------------------------------------------------------------------------------------------------------
 
 
-def _on_cpu(values: torch.Tensor, matrices: list[_Matrix]) -> Summary:
+def _summarize_on_cpu(values: torch.Tensor, matrices: list[_Matrix]) -> Summary:
     lows, highs = _channel_extremes(matrices)
     low, high = float(lows.amin()), float(highs.amax())
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -191,7 +210,7 @@ def _only_defects(values: torch.Tensor, channels: torch.Tensor) -> Summary:
 
 
 class _Buffers(threading.local):
-    """Memory for what is at hand, one set a thread: fresh memory for every result costs more than the arithmetic."""
+    """Memory for intermediate results, one set for each thread: new memory costs more than the arithmetic."""
 
     def __init__(self) -> None:
         with torch.inference_mode(False):  # else it could not be written to outside of that mode
@@ -204,7 +223,7 @@ _buffers = _Buffers()
 
 
 class _Counter:
-    """Counts bins of finite values and adds the values up.
+    """Counts finite values in bins, and adds them up.
 
     Neighbours are counted in two histograms by turns: after a ReLU they often share a bin, and a core waits for one
     addition to a place before it begins the next.
@@ -225,16 +244,15 @@ class _Counter:
         self._size = self._positives = self._negatives = 0
 
     def read(self, values: torch.Tensor) -> None:
-        """Take values into account."""
+        """Add values."""
         values = values.view(-1)
         at_once = self._can_be_summed(values)
         if at_once:
             self._sum(values)
         for chunk in torch.split(values, _CHUNK):
             bins = _buffers.bins[: chunk.numel()]
-            for piece, place in zip(
-                torch.split(chunk, _PIECE), torch.split(bins, _PIECE), strict=True
-            ):
+            pieces = zip(torch.split(chunk, _PIECE), torch.split(bins, _PIECE), strict=True)
+            for piece, place in pieces:
                 if piece.dtype != torch.float32:
                     piece = _buffers.converted[: piece.numel()].copy_(piece)
                 if not at_once:
@@ -250,7 +268,7 @@ class _Counter:
         return values.dtype == torch.float32 and abs(self.exponent + LOG_BINS) <= 40
 
     def _sum(self, values: torch.Tensor) -> None:
-        """In rows, which torch gives to one thread each, so that nothing depends on how many there are."""
+        """Sum in rows; torch gives each row to one thread, so that nothing depends on the number of threads."""
         whole = values.numel() // _ROW * _ROW
         for rows in (values[:whole].view(-1, _ROW), values[whole:].view(1, -1)):
             squares = torch.linalg.vector_norm(rows, dim=1).double().square_()
@@ -281,7 +299,7 @@ class _Counter:
 
 
 def _count_positives(values: torch.Tensor) -> int:
-    """How many are above 0, from the bits: it takes a third of the time of a comparison."""
+    """Number of values above 0, from the bits, which takes a third of the time of a comparison."""
     signs = torch.clamp(values.view(torch.int32), 0, 1, out=_buffers.signs[: values.numel()])
     return int(signs.sum(dtype=torch.int32))
 
@@ -289,37 +307,39 @@ def _count_positives(values: torch.Tensor) -> int:
 # -- other devices ---------------------------------------------------------------------------------------------------
 
 
-def _on_device(values: torch.Tensor, matrices: list[_Matrix]) -> Summary:
+def _summarize_on_device(values: torch.Tensor, matrices: list[_Matrix]) -> Summary:
     lows, highs = _channel_extremes(matrices)
     channel_absmax = torch.maximum(-lows, highs)
     exponent = _exponent_on_device(channel_absmax.amax())
     factor = ((127 - exponent) << 23).to(torch.int32).view(torch.float32)  # 2^-k to the last bit
     counts = torch.zeros(2, NUM_BINS, dtype=torch.int64, device=values.device)
     sums = torch.zeros(5, dtype=torch.float64, device=values.device)
-    for piece in (
-        piece
-        for matrix in matrices
-        for piece in torch.split(matrix.values.reshape(-1), _DEVICE_PIECE)
-    ):
-        single = piece.float()
-        bins = (single * factor).trunc_()
-        # 2 NUM_BINS bins of width 1 from -NUM_BINS on, of which the first stays empty
-        both = torch.histc(bins, 2 * NUM_BINS, -NUM_BINS, NUM_BINS)[1:].long()
-        counts += _split_signs(both, (single < 0).sum())
-        wide = single.double()
-        sums += torch.stack(
-            [
-                wide.sum(),
-                wide.abs().sum(),
-                wide.square().sum(),
-                wide.new_tensor(wide.numel()),
-                (wide != 0).sum(),
-            ]
-        )
+    for matrix in matrices:
+        for piece in torch.split(matrix.values.reshape(-1), _DEVICE_PIECE):
+            single = piece.float()
+            bins = (single * factor).trunc_()
+            # 2 NUM_BINS bins of width 1 from -NUM_BINS on, of which the first stays empty
+            histogram = torch.histc(bins, 2 * NUM_BINS, -NUM_BINS, NUM_BINS)[1:].long()
+            counts += _split_signs(histogram, (single < 0).sum())
+            sums += _sum_on_device(single)
     extremes = torch.stack([lows.amin(), highs.amax()]).double()
     return Summary(counts, exponent, channel_absmax, extremes, sums, locate_defects(values))
 
 
+def _sum_on_device(values: torch.Tensor) -> torch.Tensor:
+    """As `Summary.sums`."""
+    wide = values.double()
+    return torch.stack(
+        [
+            wide.sum(),
+            wide.abs().sum(),
+            wide.square().sum(),
+            wide.new_tensor(wide.numel()),
+            (wide != 0).sum(),
+        ]
+    )
+
+
 def _exponent_on_device(absmax: torch.Tensor) -> torch.Tensor:
-    """As `statistics.exponent_of`."""
+    """As `tensor_statistics.exponent_of`."""
     return torch.frexp(torch.nan_to_num(absmax).clamp_min(LEAST_ABSMAX)).exponent.long() - LOG_BINS

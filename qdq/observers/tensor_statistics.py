@@ -1,10 +1,10 @@
-"""What one pass over the data leaves of one tensor: plain numpy, mergeable exactly, all that any solver needs.
+"""The statistics of one tensor from one pass over the data: plain numpy, exact to merge, all that a solver needs.
 
 The histogram counts |x| in bins of width 2^k, values from 0 on in row 0 and negative ones in row 1. Where a larger
 value comes, k grows by d and bin i becomes bin floor(i / 2^d): no count moves to a wrong bin, because floor(|x| 2^-k)
-is exact in float32 and floor(floor(a) / 2^d) = floor(a / 2^d). So the counts depend on the values only, neither on
-their order nor on how they were split. Sums are kept for each batch and added by `math.fsum`, which rounds once, so
-that they do not depend on the order either.
+is exact in float32 and floor(floor(a) / 2^d) = floor(a / 2^d). So the counts depend only on the values, not on their
+order or on how they were split. Sums are kept for each batch and added by `math.fsum`, which rounds once, so that they
+do not depend on the order either.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from qdq.formats import AMAX_FLOOR, Format, scale_from_amax
 
 LOG_BINS = 12
 NUM_BINS = 1 << LOG_BINS
-"""Bins of a row; 2048 to 4096 of them are in use, whatever the data."""
+"""Number of histogram bins for each sign. With any data, at least half of them cover the range of |x|."""
 
 LEAST_ABSMAX = AMAX_FLOOR
 """Bins are no finer for smaller values: below it all ranges have the same scale."""
 
 LEAST_EXPONENT = -63 - LOG_BINS
 MOST_EXPONENT = 128 - LOG_BINS
-"""Of the largest float32, which lies below 2^128."""
+"""The exponent of the largest float32, which lies below 2^128."""
 
 MOST_COUNT = 2**49
-"""Values of a bin, and batches: fewer, so that sums over all bins are exact in int64."""
+"""Upper limit on the values of a bin and on batch numbers, so that sums over all bins are exact in int64."""
 
 MOST_SUM = 2.0**320
-"""Of the squares of 2^62 values of float32."""
+"""Upper limit on a sum: the squares of 2^62 values of float32."""
 
 RECORD = ("low", "high", "sum", "sum_abs", "sum_squares", "count", "nonzero")
-"""What is kept of one batch, in this order."""
+"""The numbers that are kept of one batch, in this order."""
 
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -47,7 +47,7 @@ class TensorStatistics:
     """Statistics of all values of one tensor.
 
     Args:
-        counts: int64 `[2, NUM_BINS]`, see above.
+        counts: int64 `[2, NUM_BINS]`, see the top of this file.
         exponent: k, the smallest with max|x| < NUM_BINS * 2^k that is not below LEAST_EXPONENT.
         channel_absmax: The maximum of |x| in each channel: float32, of the rank of the tensor with size 1 on all axes
             but that of the channels; None before data, or where that shape differs from batch to batch.
@@ -78,7 +78,7 @@ class TensorStatistics:
 
     @property
     def num_batches(self) -> int:
-        """How many batches reached the tensor."""
+        """Number of batches that reached the tensor."""
         return len(self.numbers)
 
     @property
@@ -88,17 +88,17 @@ class TensorStatistics:
 
     @property
     def count(self) -> int:
-        """How many values."""
+        """Number of values."""
         return round(math.fsum(self._column("count")))
 
     @property
     def zeros(self) -> int:
-        """How many of them are zero."""
+        """Number of values that are zero."""
         return self.count - self.nonzero
 
     @property
     def nonzero(self) -> int:
-        """How many of them are not zero."""
+        """Number of values that are not zero."""
         return round(math.fsum(self._column("nonzero")))
 
     @property
@@ -113,7 +113,8 @@ class TensorStatistics:
 
     def batch_maxima(self, unsigned: bool = False) -> Floats:
         """Maximum of |x| in each batch `[B]`, in the order of the batches; unsigned: of the values above 0."""
-        maxima: Floats = np.maximum(0.0 if unsigned else -self._column("low"), self._column("high"))
+        negated_low = np.zeros(()) if unsigned else -self._column("low")
+        maxima: Floats = np.maximum(negated_low, self._column("high"))
         return maxima
 
     @property
@@ -129,16 +130,15 @@ class TensorStatistics:
     @property
     def std(self) -> float:
         """Standard deviation of x around its mean; 0 before data."""
-        return math.sqrt(
-            max(math.fsum(self._column("sum_squares")) / max(self.count, 1) - self.mean**2, 0.0)
-        )
+        mean_square = math.fsum(self._column("sum_squares")) / max(self.count, 1)
+        return math.sqrt(max(mean_square - self.mean**2, 0.0))
 
     @property
     def laplace_b(self) -> float:
         """Scale of the Laplace distribution around 0 that fits the non-zero values best: their mean |x|.
 
-        Around 0, because codes are symmetric and clip |x|; without zeros, because a ReLU makes a share of exact zeros,
-        which no range rounds or clips. Unlike the mean of |x - mean| it merges exactly.
+        Around 0, because codes are symmetric and clip |x|; without zeros, because a ReLU gives exact zeros, which no
+        range rounds or clips. Unlike the mean of |x - mean| it merges exactly.
         """
         return math.fsum(self._column("sum_abs")) / max(self.nonzero, 1)
 
@@ -150,12 +150,16 @@ class TensorStatistics:
     def magnitudes(self, unsigned: bool = False) -> Counts:
         """Histogram of |x| `[n]` up to the last occupied bin, at least one bin; unsigned: without negative values."""
         counts = self.counts[0] if unsigned else self.counts.sum(0)
-        occupied = np.flatnonzero(counts)
-        trimmed: Counts = counts[: occupied[-1] + 1 if occupied.size else 1]
+        last_occupied = np.flatnonzero(counts).max(initial=0)
+        trimmed: Counts = counts[: last_occupied + 1]
         return trimmed
 
     def histogram(self, columns: int) -> tuple[Counts, float]:
-        """Counts of |x| without zeros in at most so many columns of equal width, and where the last one ends."""
+        """Counts of |x| without zeros in columns of equal width, and the end of the last column.
+
+        Args:
+            columns: Upper limit on the number of columns.
+        """
         counts = self.magnitudes().copy()
         counts[0] -= min(self.zeros, int(counts[0]))
         bins = -(-counts.size // columns)
@@ -163,14 +167,14 @@ class TensorStatistics:
         return padded.reshape(-1, bins).sum(1), padded.size * self.width
 
     def rounding_sqnr_db(self, amax: float, fmt: Format) -> float:
-        """Signal over error of quantizing these values with a range, in dB, each value taken for the centre of its bin.
+        """Signal to quantization noise ratio of these values with a range, in dB, with each value at its bin centre.
 
         Args:
             amax: The range.
             fmt: The format.
 
         Returns:
-            `inf` where nothing is lost, as of zeros.
+            `inf` where there is no error, as with zeros only.
         """
         centres = (np.arange(NUM_BINS) + 0.5) * self.width
         values = np.concatenate([centres, -centres])
@@ -178,18 +182,22 @@ class TensorStatistics:
         counts[0] -= min(self.zeros, int(self.counts[0, 0]))  # zero is a code
         scale = scale_from_amax(np.float64(amax), fmt)
         errors = np.clip(np.round(values / scale), fmt.qmin, fmt.qmax) * scale - values
-        noise, signal = float(counts @ errors**2), math.fsum(self._column("sum_squares"))
-        return 10 * math.log10(signal / noise) if noise and signal else math.inf
+        noise = float(counts @ errors**2)
+        signal = math.fsum(self._column("sum_squares"))
+        if not noise or not signal:
+            return math.inf
+        return 10 * math.log10(signal / noise)
 
     def clipped_share(self, amax: float, unsigned: bool = False) -> float:
-        """Share of all values that lie beyond a range, 0 to 1; of the bin that amax is in, in proportion.
+        """Fraction of all values outside a range, 0 to 1; the bin that holds amax is split in proportion.
 
         Args:
             amax: The range.
             unsigned: Count the values above 0 only.
         """
         counts = self.magnitudes(unsigned)
-        if not self.count or amax >= (self.high if unsigned else self.absmax):
+        largest = self.high if unsigned else self.absmax
+        if not self.count or amax >= largest:
             return 0.0
         bin_of_amax = min(int(amax / self.width), counts.size - 1)
         inside = amax / self.width - bin_of_amax
@@ -197,13 +205,13 @@ class TensorStatistics:
         return beyond / self.count
 
     def shifted(self, by: int) -> TensorStatistics:
-        """The same with all batch numbers larger by `by`."""
+        """These statistics with all batch numbers larger by `by`."""
         return TensorStatistics(
             self.counts, self.exponent, self.channel_absmax, self.numbers + by, self.records
         )
 
     def merge(self, other: TensorStatistics) -> TensorStatistics:
-        """What one pass over the batches of both would have left.
+        """The statistics of one pass over the batches of both.
 
         Raises:
             ArgumentError: A batch number is in both.
@@ -211,14 +219,15 @@ class TensorStatistics:
         numbers = np.concatenate([self.numbers, other.numbers])
         if np.unique(numbers).size != numbers.size:
             raise ArgumentError(
-                "two statistics of the same batches cannot be merged: their batch numbers overlap.",
-                "merge files, which are numbered one behind the other, or statistics of different batches.",
+                "statistics with the same batches cannot be merged: their batch numbers overlap.",
+                "merge files, whose batches are numbered consecutively, or statistics of different batches.",
             )
         order = np.argsort(numbers)
         exponent = max(self.exponent, other.exponent)
+        counts = coarsen(self.counts, exponent - self.exponent)
+        other_counts = coarsen(other.counts, exponent - other.exponent)
         return TensorStatistics(
-            counts=coarsen(self.counts, exponent - self.exponent)
-            + coarsen(other.counts, exponent - other.exponent),
+            counts=counts + other_counts,
             exponent=exponent,
             channel_absmax=self._merge_channels(other),
             numbers=numbers[order],
@@ -226,24 +235,28 @@ class TensorStatistics:
         )
 
     def _merge_channels(self, other: TensorStatistics) -> npt.NDArray[np.float32] | None:
-        if not self.num_batches or not other.num_batches:
-            return self.channel_absmax if self.num_batches else other.channel_absmax
-        one, two = self.channel_absmax, other.channel_absmax
-        if one is None or two is None or one.shape != two.shape:
+        """The maxima of the channels of both; None where their shapes differ."""
+        absmax, other_absmax = self.channel_absmax, other.channel_absmax
+        if not self.num_batches:
+            return other_absmax
+        if not other.num_batches:
+            return absmax
+        if absmax is None or other_absmax is None or absmax.shape != other_absmax.shape:
             return None
-        maxima: npt.NDArray[np.float32] = np.maximum(one, two)
+        maxima: npt.NDArray[np.float32] = np.maximum(absmax, other_absmax)
         return maxima
 
     def to_arrays(self) -> dict[str, npt.NDArray[np.generic]]:
-        """All of it as arrays by name, for a file."""
-        channels = {} if self.channel_absmax is None else {"channel_absmax": self.channel_absmax}
-        return {
+        """The arrays by name, for a file."""
+        arrays: dict[str, npt.NDArray[np.generic]] = {
             "counts": self.counts,
             "exponent": np.array([self.exponent], np.int64),
             "numbers": self.numbers,
             "records": self.records,
-            **channels,
         }
+        if self.channel_absmax is not None:
+            arrays["channel_absmax"] = self.channel_absmax
+        return arrays
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, npt.NDArray[np.generic]]) -> TensorStatistics:
@@ -269,7 +282,8 @@ class TensorStatistics:
                 raise _damaged(
                     f"{name} is {array.dtype}{list(array.shape)}, not {np.dtype(dtype)}{list(shape)}"
                 )
-        if unknown := arrays.keys() - {*expected, "channel_absmax"}:
+        unknown = arrays.keys() - expected.keys() - {"channel_absmax"}
+        if unknown:
             raise _damaged(f"{min(unknown)!r:.40} is none of its arrays")
         if not LEAST_EXPONENT <= exponent[0] <= MOST_EXPONENT:
             raise _damaged(f"exponent is {exponent[0]}, not {LEAST_EXPONENT} to {MOST_EXPONENT}")
@@ -278,44 +292,48 @@ class TensorStatistics:
         return tensor
 
     def _require_consistent(self) -> None:
-        """Raise ArgumentError where the arrays hold what no data gives, or contradict each other."""
-        channels = self.channel_absmax
-        if channels is not None and (
-            channels.dtype != np.float32 or channels.size != max(channels.shape, default=0)
-        ):
-            raise _damaged(
-                f"channel_absmax is {channels.dtype}{list(channels.shape)}, not float32 with one axis"
-            )
-        if channels is not None and not (np.isfinite(channels) & (channels >= 0)).all():
-            raise _damaged("channel_absmax holds what no maximum is")
+        """Raise ArgumentError where no data gives these arrays, or they contradict each other."""
+        if self.channel_absmax is not None:
+            _require_maxima(self.channel_absmax)
         is_ascending = (np.diff(self.numbers, prepend=-1) > 0).all()
         if not is_ascending or self.numbers.max(initial=0) >= MOST_COUNT:
-            raise _damaged("the numbers of its batches do not ascend from 0, or without end")
-        if (
-            not (np.abs(self.records) < MOST_SUM).all()
-            or (self._column("low") > self._column("high")).any()
-        ):
-            raise _damaged(
-                "its records are no sums of float32, or the lowest value lies above the highest"
-            )
-        values, nonzero = self._column("count"), self._column("nonzero")
-        if (
-            not ((nonzero >= 0) & (nonzero <= values)).all()
-            or (self._column("sum_squares") < 0).any()
-        ):
-            raise _damaged("its records count what cannot be")
-        if (
-            self.counts.min() < 0
-            or self.counts.max() >= MOST_COUNT
-            or self.count != self.counts.sum()
-        ):
+            raise _damaged("its batch numbers do not ascend from 0, or are too large")
+        self._require_consistent_records()
+        is_countable = self.counts.min() >= 0 and self.counts.max() < MOST_COUNT
+        if not is_countable or self.count != self.counts.sum():
             raise _damaged("its counts contradict its records")
         if self.absmax >= NUM_BINS * self.width:
             raise _damaged(f"its largest value {self.absmax:g} lies beyond its last bin")
 
+    def _require_consistent_records(self) -> None:
+        is_bounded = (np.abs(self.records) < MOST_SUM).all()
+        if not is_bounded or (self._column("low") > self._column("high")).any():
+            raise _damaged(
+                "its records are not sums of float32, or the lowest value is above the highest"
+            )
+        values, nonzero = self._column("count"), self._column("nonzero")
+        is_possible = ((nonzero >= 0) & (nonzero <= values)).all()
+        if not is_possible or (self._column("sum_squares") < 0).any():
+            raise _damaged("its records hold impossible counts or sums")
+
+
+def _require_maxima(channels: npt.NDArray[np.float32]) -> None:
+    """Refuse an array that cannot be the maximum of |x| in each channel."""
+    if channels.dtype != np.float32 or channels.size != max(channels.shape, default=0):
+        raise _damaged(
+            f"channel_absmax is {channels.dtype}{list(channels.shape)}, not float32 with one axis"
+        )
+    if not (np.isfinite(channels) & (channels >= 0)).all():
+        raise _damaged("channel_absmax holds numbers that are no maximum")
+
 
 def coarsen(counts: Counts, steps: int) -> Counts:
-    """Counts `[2, NUM_BINS]` for bins that are 2^steps times as wide."""
+    """Counts `[2, NUM_BINS]` of bins that are 2^steps times as wide.
+
+    Args:
+        counts: int64 `[2, NUM_BINS]`.
+        steps: 0 or more.
+    """
     if not steps:
         return counts
     coarse = np.zeros_like(counts)
@@ -329,5 +347,5 @@ def exponent_of(absmax: float) -> int:
     return math.frexp(max(absmax, LEAST_ABSMAX))[1] - LOG_BINS
 
 
-def _damaged(what: str) -> ArgumentError:
-    return ArgumentError(f"these are no statistics of a tensor: {what}.", "collect them again.")
+def _damaged(reason: str) -> ArgumentError:
+    return ArgumentError(f"these are no statistics of a tensor: {reason}.", "collect them again.")

@@ -96,11 +96,11 @@ def statistics_of(*batches):
 def test_mse_equals_brute_force(kind, fmt):
     counts, width = histogram_of(samples(kind))
     expected, errors = brute_mse(counts, width, fmt)
-    found = solve_mse(counts, width, fmt)
-    assert errors[round(found / width - 0.5) - 128] <= min(errors) * (1 + 1e-9)
-    assert abs(found - expected) <= width * 1.001 or errors[
-        round(found / width - 0.5) - 128
-    ] == min(errors)
+    amax = solve_mse(counts, width, fmt)
+    assert errors[round(amax / width - 0.5) - 128] <= min(errors) * (1 + 1e-9)
+    assert abs(amax - expected) <= width * 1.001 or errors[round(amax / width - 0.5) - 128] == min(
+        errors
+    )
 
 
 @pytest.mark.parametrize(
@@ -176,8 +176,8 @@ def test_mse_of_statistics_is_the_best_for_the_values(kind, fmt):
         scale = amax / fmt.qmax
         return np.sum((np.clip(np.rint(data / scale), -fmt.qmax, fmt.qmax) * scale - data) ** 2)
 
-    found = solve_amax(statistics_of(data), fmt, "mse")
-    assert error(found) <= 1.01 * min(
+    result = solve_amax(statistics_of(data), fmt, "mse")
+    assert error(result) <= 1.01 * min(
         map(error, np.linspace(np.abs(data).max() / 400, np.abs(data).max(), 400))
     )
 
@@ -238,17 +238,19 @@ def test_moments_and_maxima():
         torch.tensor([8.0, 1.0, 0.0, 0.0]),
         torch.tensor([4.0, 0.0]),
     ]
-    found = statistics_of(*batches)
+    statistics = statistics_of(*batches)
     values = torch.cat(batches).double()
-    assert solve_amax(found, Format(), "max") == 8
-    assert solve_amax(found, Format(), "average_max") == pytest.approx((2 + 8 + 4) / 3)
+    assert solve_amax(statistics, Format(), "max") == 8
+    assert solve_amax(statistics, Format(), "average_max") == pytest.approx((2 + 8 + 4) / 3)
     assert (
-        solve_amax(found, Format(), "moving_average", weight=0.5)
+        solve_amax(statistics, Format(), "moving_average", weight=0.5)
         == 0.5 * (0.5 * 2 + 0.5 * 8) + 0.5 * 4
     )
     expected = values.mean() + 1.5 * values.std(correction=0)
-    assert solve_amax(found, Format(), "mean_std", num_std=1.5) == pytest.approx(expected.item())
-    assert solve_amax(found, Format(), "mean_std") == 8  # cut to the largest value
+    assert solve_amax(statistics, Format(), "mean_std", num_std=1.5) == pytest.approx(
+        expected.item()
+    )
+    assert solve_amax(statistics, Format(), "mean_std") == 8  # cut to the largest value
 
 
 def test_zeros_of_a_relu_change_no_fit():
@@ -270,8 +272,10 @@ def test_unsigned_formats_do_not_see_negative_values():
 
 
 def test_options():
-    found = statistics_of(torch.randn(1000))
-    assert solve_amax(found, Format(), "percentile", percentile=50) == pytest.approx(0.67, abs=0.1)
+    statistics = statistics_of(torch.randn(1000))
+    assert solve_amax(statistics, Format(), "percentile", percentile=50) == pytest.approx(
+        0.67, abs=0.1
+    )
     for method, options, words in [
         ("kl", {}, "unknown calibration method 'kl'"),
         ("mse", {"percentile": 3}, "no option percentile"),
@@ -280,16 +284,16 @@ def test_options():
         ("moving_average", {"weight": 2}, "weight is 2"),
     ]:
         with pytest.raises(ArgumentError, match=words):
-            solve_amax(found, Format(), method, **options)
+            solve_amax(statistics, Format(), method, **options)
 
 
 class TestReduceAmax:
     @pytest.mark.parametrize("axis", [(0,), (0, 2), [-1, 1], (0, 1, 2), ()])
     def test_several_axes(self, axis):
         data = np.random.default_rng(0).normal(0, 1, (4, 5, 6)).astype(np.float32)
-        others = tuple({0, 1, 2} - {dim % 3 for dim in axis})
-        found = reduce_amax(torch.from_numpy(data), axis)
-        np.testing.assert_array_equal(found.numpy(), np.abs(data).max(others, keepdims=True))
+        reduced_axes = tuple({0, 1, 2} - {dim % 3 for dim in axis})
+        amax = reduce_amax(torch.from_numpy(data), axis)
+        np.testing.assert_array_equal(amax.numpy(), np.abs(data).max(reduced_axes, keepdims=True))
 
     @pytest.mark.parametrize(("axis", "shape"), [(2, (3, 4)), ((0, -3), (3, 4)), (0, ())])
     def test_axis_out_of_range(self, axis, shape):
@@ -307,17 +311,17 @@ class TestReduceAmax:
 
 def test_unsigned_maxima_are_of_the_values_above_zero():
     batches = [torch.tensor([-100.0, 1.7]), torch.tensor([-100.0, 1.0])]
-    found, unsigned = statistics_of(*batches), Format(unsigned=True)
-    assert solve_amax(found, unsigned, "average_max") == pytest.approx(1.35)
-    assert solve_amax(found, unsigned, "moving_average") == pytest.approx(1.63)
+    statistics, unsigned = statistics_of(*batches), Format(unsigned=True)
+    assert solve_amax(statistics, unsigned, "average_max") == pytest.approx(1.35)
+    assert solve_amax(statistics, unsigned, "moving_average") == pytest.approx(1.63)
 
 
 @pytest.mark.parametrize(
     "data", [1 + torch.rand(10_000), torch.full((100,), 3.0)], ids=["away from 0", "constant"]
 )
 def test_entropy_does_not_clip_everything(data):
-    found = statistics_of(data)
-    assert found.clipped_share(solve_amax(found, Format(), "entropy")) <= 0.5
+    statistics = statistics_of(data)
+    assert statistics.clipped_share(solve_amax(statistics, Format(), "entropy")) <= 0.5
 
 
 def test_the_default_percentile_is_the_same_everywhere():

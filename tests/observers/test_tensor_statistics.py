@@ -43,13 +43,15 @@ def reference_counts(values):
     return np.stack(rows), exponent
 
 
-def assert_same(one, two):
-    assert one.exponent == two.exponent
-    assert np.array_equal(one.counts, two.counts)
-    assert np.array_equal(one.numbers, two.numbers)
-    assert np.array_equal(one.records, two.records)
-    assert (one.channel_absmax is None) == (two.channel_absmax is None)
-    assert one.channel_absmax is None or np.array_equal(one.channel_absmax, two.channel_absmax)
+def assert_same(first, second):
+    assert first.exponent == second.exponent
+    assert np.array_equal(first.counts, second.counts)
+    assert np.array_equal(first.numbers, second.numbers)
+    assert np.array_equal(first.records, second.records)
+    assert (first.channel_absmax is None) == (second.channel_absmax is None)
+    assert first.channel_absmax is None or np.array_equal(
+        first.channel_absmax, second.channel_absmax
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,22 +74,24 @@ def assert_same(one, two):
 def test_equals_numpy(shape, dtype, relu):
     data = (torch.randn(shape, dtype=torch.float64) * 3).to(dtype)
     data = data.relu() if relu else data
-    found = collect([data])
+    statistics = collect([data])
     values = data.float().double().numpy().ravel()
     counts, exponent = reference_counts(values)
-    assert found.exponent == exponent
-    assert np.array_equal(found.counts, counts)
-    assert (found.low, found.high, found.absmax) == (
+    assert statistics.exponent == exponent
+    assert np.array_equal(statistics.counts, counts)
+    assert (statistics.low, statistics.high, statistics.absmax) == (
         values.min(),
         values.max(),
         np.abs(values).max(),
     )
-    assert (found.count, found.zeros) == (values.size, int((values == 0).sum()))
-    assert found.mean == pytest.approx(values.mean(), abs=1e-7 * np.abs(values).mean())
-    assert found.std == pytest.approx(values.std(), rel=1e-6, abs=1e-7 * np.abs(values).max())
+    assert (statistics.count, statistics.zeros) == (values.size, int((values == 0).sum()))
+    assert statistics.mean == pytest.approx(values.mean(), abs=1e-7 * np.abs(values).mean())
+    assert statistics.std == pytest.approx(values.std(), rel=1e-6, abs=1e-7 * np.abs(values).max())
     nonzero = values[values != 0]
-    assert found.laplace_b == pytest.approx(np.abs(nonzero).mean() if nonzero.size else 0, rel=1e-6)
-    assert found.gauss_sigma == pytest.approx(
+    assert statistics.laplace_b == pytest.approx(
+        np.abs(nonzero).mean() if nonzero.size else 0, rel=1e-6
+    )
+    assert statistics.gauss_sigma == pytest.approx(
         np.sqrt((nonzero**2).mean()) if nonzero.size else 0, rel=1e-6
     )
 
@@ -105,30 +109,30 @@ def test_channels_in_any_layout(layout, axis):
         "every second": lambda: data[:, ::2, 1:],
         "expanded": lambda: data[:1].expand(3, -1, -1, -1),
     }[layout]()
-    found = collect([data], channel_axis=axis)
-    kept = 1 if axis is None else axis % 4
-    expected = data.abs().amax([dim for dim in range(4) if dim != kept], keepdim=True)
-    np.testing.assert_array_equal(found.channel_absmax, expected.numpy())
-    assert np.array_equal(found.counts, collect([data.contiguous()]).counts)
-    assert np.array_equal(reference_counts(data.numpy().ravel())[0], found.counts)
+    statistics = collect([data], channel_axis=axis)
+    kept_axis = 1 if axis is None else axis % 4
+    expected = data.abs().amax([dim for dim in range(4) if dim != kept_axis], keepdim=True)
+    np.testing.assert_array_equal(statistics.channel_absmax, expected.numpy())
+    assert np.array_equal(statistics.counts, collect([data.contiguous()]).counts)
+    assert np.array_equal(reference_counts(data.numpy().ravel())[0], statistics.counts)
 
 
 @pytest.mark.parametrize(
-    ("shape", "kept"), [((4, 9), 1), ((2, 4, 9), 2), ((2, 3, 4, 5), 1), ((2, 3, 4, 5, 2), 1)]
+    ("shape", "kept_axis"), [((4, 9), 1), ((2, 4, 9), 2), ((2, 3, 4, 5), 1), ((2, 3, 4, 5, 2), 1)]
 )
-def test_channels_by_default(shape, kept):
+def test_channels_by_default(shape, kept_axis):
     data = torch.randn(shape)
-    expected = data.abs().amax([dim for dim in range(len(shape)) if dim != kept], keepdim=True)
+    expected = data.abs().amax([dim for dim in range(len(shape)) if dim != kept_axis], keepdim=True)
     np.testing.assert_array_equal(collect([data]).channel_absmax, expected.numpy())
 
 
 def test_channels_of_changing_number_are_given_up():
     parts = [torch.ones(2, 3), torch.ones(2, 4), torch.ones(2, 3)]
     assert collect(parts).channel_absmax is None
-    one, two, three = (collect([part], [number]) for number, part in enumerate(parts))
-    assert one.merge(two).merge(three).channel_absmax is None
-    assert one.merge(three).merge(two).channel_absmax is None
-    assert one.merge(three).channel_absmax.tolist() == [[1, 1, 1]]
+    first, second, third = (collect([part], [number]) for number, part in enumerate(parts))
+    assert first.merge(second).merge(third).channel_absmax is None
+    assert first.merge(third).merge(second).channel_absmax is None
+    assert first.merge(third).channel_absmax.tolist() == [[1, 1, 1]]
 
 
 EXTREMES = [
@@ -167,26 +171,26 @@ BATCHES = st.lists(
 @given(BATCHES, st.integers(0, 6), st.randoms(use_true_random=False))
 def test_parts_in_any_order_are_one_pass(batches, cut, random):
     tensors = [torch.tensor(batch, dtype=torch.float32) for batch in batches]
-    whole = collect(tensors)
+    expected = collect(tensors)
     halves = [
         collect(part, list(range(start, start + len(part))))
         for start, part in ((0, tensors[:cut]), (cut, tensors[cut:]))
     ]
-    assert_same(halves[0].merge(halves[1]), whole)
-    assert_same(halves[1].merge(halves[0]), whole)
+    assert_same(halves[0].merge(halves[1]), expected)
+    assert_same(halves[1].merge(halves[0]), expected)
     order = list(range(len(tensors)))
     random.shuffle(order)
-    assert_same(collect([tensors[i] for i in order], order), whole)
-    assert_same(TensorStatistics.from_arrays(whole.to_arrays()), whole)
+    assert_same(collect([tensors[i] for i in order], order), expected)
+    assert_same(TensorStatistics.from_arrays(expected.to_arrays()), expected)
     values = np.array([value for batch in batches for value in batch], np.float32)
     if values.size:
         counts, exponent = reference_counts(values)
-        assert whole.exponent == exponent
-        assert np.array_equal(whole.counts, counts)
-        assert whole.absmax == np.abs(values).max()
-        assert whole.zeros == (values == 0).sum()
+        assert expected.exponent == exponent
+        assert np.array_equal(expected.counts, counts)
+        assert expected.absmax == np.abs(values).max()
+        assert expected.zeros == (values == 0).sum()
     else:
-        assert whole.num_batches == 0
+        assert expected.num_batches == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -196,14 +200,14 @@ def test_arithmetic_of_devices_is_that_of_the_cpu(dtype, relu, monkeypatch):
     batches = [torch.randn(2, 3, 50, 50) * 10**i for i in (0, 3, -6)]
     batches = [(batch.relu() if relu else batch).to(dtype) for batch in batches]
     expected = collect(batches)
-    monkeypatch.setattr(summarize, "_on_cpu", summarize._on_device)
+    monkeypatch.setattr(summarize, "_summarize_on_cpu", summarize._summarize_on_device)
     monkeypatch.setattr(summarize, "_DEVICE_PIECE", 1000)
-    found = collect(batches)
-    assert found.exponent == expected.exponent
-    assert np.array_equal(found.counts, expected.counts)
-    assert np.array_equal(found.channel_absmax, expected.channel_absmax)
+    statistics = collect(batches)
+    assert statistics.exponent == expected.exponent
+    assert np.array_equal(statistics.counts, expected.counts)
+    assert np.array_equal(statistics.channel_absmax, expected.channel_absmax)
     np.testing.assert_allclose(
-        found.records, expected.records, rtol=1e-6, atol=1e-6 * expected.absmax
+        statistics.records, expected.records, rtol=1e-6, atol=1e-6 * expected.absmax
     )
 
 
@@ -220,11 +224,11 @@ def test_gpu(dtype):
                 collector.collect(batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    found = collector.statistics()
-    assert found.exponent == expected.exponent
-    assert np.array_equal(found.counts, expected.counts)
+    statistics = collector.statistics()
+    assert statistics.exponent == expected.exponent
+    assert np.array_equal(statistics.counts, expected.counts)
     np.testing.assert_allclose(
-        found.records, expected.records, rtol=1e-6, atol=1e-6 * expected.absmax
+        statistics.records, expected.records, rtol=1e-6, atol=1e-6 * expected.absmax
     )
 
 
@@ -244,27 +248,29 @@ def test_gpu_reports_defects_at_the_end():
 def test_a_tensor_is_read_again_once_it_has_changed(monkeypatch):
     read = []
     monkeypatch.setattr(
-        collector_module, "summarize", lambda *given: read.append(1) or summarize.summarize(*given)
+        collector_module,
+        "summarize",
+        lambda *arguments: read.append(1) or summarize.summarize(*arguments),
     )
     reader, data = TensorReader(), torch.randn(2, 3, 4, 4)
-    one, two = TensorCollector(reader=reader), TensorCollector(reader=reader)
-    one.collect(data)
-    two.collect(data)
+    first, second = TensorCollector(reader=reader), TensorCollector(reader=reader)
+    first.collect(data)
+    second.collect(data)
     assert len(read) == 1
-    assert_same(one.statistics(), two.statistics())
-    two.collect(data.relu_())
+    assert_same(first.statistics(), second.statistics())
+    second.collect(data.relu_())
     TensorCollector(channel_axis=0, reader=reader).collect(data)
     assert len(read) == 3
-    assert two.statistics().low < 0
-    assert two.statistics().records[1, 0] == 0
+    assert second.statistics().low < 0
+    assert second.statistics().records[1, 0] == 0
     reader.forget()
-    two.collect(data)
+    second.collect(data)
     assert len(read) == 4
     with torch.inference_mode():
         frozen = torch.randn(3)
-        one.collect(frozen)
-        one.collect(frozen.neg_())
-    assert one.statistics().records[2, 0] == -one.statistics().records[1, 1]
+        first.collect(frozen)
+        first.collect(frozen.neg_())
+    assert first.statistics().records[2, 0] == -first.statistics().records[1, 1]
 
 
 def test_memory_that_is_filled_again_is_read_again():
@@ -278,16 +284,16 @@ def test_memory_that_is_filled_again_is_read_again():
 
 def test_does_not_depend_on_the_number_of_threads():
     data = [torch.randn(4, 16, 90, 90), torch.randn(4, 16, 90, 90) * 100]
-    before = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     try:
-        found = []
+        results = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            found.append(collect(data))
+            results.append(collect(data))
     finally:
-        torch.set_num_threads(before)
-    assert_same(found[0], found[1])
-    assert_same(found[0], found[2])
+        torch.set_num_threads(num_threads)
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])
 
 
 def test_bins_in_use():
@@ -298,11 +304,11 @@ def test_bins_in_use():
 
 
 def test_calls_with_one_number_are_one_batch():
-    one, two = torch.randn(3, 5), torch.randn(2, 5) * 4
-    found = collect([one, two], [7, 7])
-    assert found.num_batches == 1
-    assert found.batch_maxima().tolist() == [torch.cat([one, two]).abs().max()]
-    assert found.mean == pytest.approx(torch.cat([one, two]).double().mean().item())
+    first, second = torch.randn(3, 5), torch.randn(2, 5) * 4
+    statistics = collect([first, second], [7, 7])
+    assert statistics.num_batches == 1
+    assert statistics.batch_maxima().tolist() == [torch.cat([first, second]).abs().max()]
+    assert statistics.mean == pytest.approx(torch.cat([first, second]).double().mean().item())
 
 
 def test_without_numbers_every_call_is_a_batch():
@@ -320,10 +326,10 @@ def test_the_tensor_is_left_as_it_is_in_any_mode(monkeypatch):
     for make in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with make():
             data = torch.randn(2, 3, 200, 200, requires_grad=True)
-            before = data.detach().clone()
-            found = collect([data, data * 2])
-        assert torch.equal(data.detach(), before)
-        assert found.count == 2 * data.numel()
+            former = data.detach().clone()
+            statistics = collect([data, data * 2])
+        assert torch.equal(data.detach(), former)
+        assert statistics.count == 2 * data.numel()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -335,13 +341,13 @@ def test_not_finite_is_counted_and_located(bad, dtype):
     for layout in (data, data.to(memory_format=torch.channels_last)):
         collector = TensorCollector()
         collector.collect(torch.ones(1, 3, 2, 2))
-        before = collector.statistics()
+        former = collector.statistics()
         with pytest.raises(
             CalibrationError,
             match=f"2 of 135000 values are NaN or Inf, the first at flat index {first};",
         ):
             collector.collect(layout)
-        assert_same(before, collector.statistics())
+        assert_same(former, collector.statistics())
 
 
 def test_beyond_float32():
@@ -355,32 +361,32 @@ def test_no_tensor():
 
 
 def test_same_batches_twice_are_no_merge():
-    found = collect([torch.ones(3)])
+    statistics = collect([torch.ones(3)])
     with pytest.raises(ArgumentError, match="overlap"):
-        found.merge(found)
-    assert found.merge(found.shifted(1)).count == 6
+        statistics.merge(statistics)
+    assert statistics.merge(statistics.shifted(1)).count == 6
 
 
 def test_arrays_and_back():
-    found = collect([torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)])
-    assert_same(TensorStatistics.from_arrays(found.to_arrays()), found)
+    statistics = collect([torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)])
+    assert_same(TensorStatistics.from_arrays(statistics.to_arrays()), statistics)
     assert_same(
         TensorStatistics.from_arrays(TensorStatistics.empty().to_arrays()), TensorStatistics.empty()
     )
     for name, wrong in [
         ("counts", np.zeros((2, 5), np.int64)),
-        ("counts", found.counts * 2),
-        ("counts", -found.counts),
+        ("counts", statistics.counts * 2),
+        ("counts", -statistics.counts),
         ("exponent", np.zeros(1)),
         ("numbers", np.zeros(9, np.int64)),
-        ("records", found.records * math.nan),
+        ("records", statistics.records * math.nan),
         ("channel_absmax", np.zeros((2, 2))),
     ]:
         with pytest.raises(ArgumentError, match="no statistics"):
-            TensorStatistics.from_arrays(found.to_arrays() | {name: wrong})
+            TensorStatistics.from_arrays(statistics.to_arrays() | {name: wrong})
     with pytest.raises(ArgumentError, match="records is missing"):
         TensorStatistics.from_arrays(
-            {name: a for name, a in found.to_arrays().items() if name != "records"}
+            {name: a for name, a in statistics.to_arrays().items() if name != "records"}
         )
 
 
@@ -394,10 +400,10 @@ def test_coarsen():
 @pytest.mark.parametrize("columns", [1, 7, 64, 5000])
 def test_histogram_of_a_few_columns(columns):
     data = torch.cat([torch.randn(5000) * 3, torch.zeros(700)])
-    found = collect([data])
-    counts, end = found.histogram(columns)
+    statistics = collect([data])
+    counts, end = statistics.histogram(columns)
     assert counts.size <= columns
-    assert end >= found.absmax
+    assert end >= statistics.absmax
     assert counts.sum() == 5000
     edges = np.arange(counts.size + 1) * (end / counts.size)
     expected, _ = np.histogram(data[data != 0].abs().numpy(), edges)
@@ -416,11 +422,11 @@ def test_histogram_before_data():
 def test_error_of_rounding_from_the_histogram(fmt, share):
     data = torch.cat([torch.randn(20_000), torch.zeros(5_000)]).double()
     data = data.abs() if fmt.unsigned else data
-    found, amax = collect([data]), share * float(data.abs().max())
+    statistics, amax = collect([data]), share * float(data.abs().max())
     scale = amax / fmt.qmax
     rounded = (data / scale).round().clamp(fmt.qmin, fmt.qmax) * scale
     expected = 10 * math.log10(float((data**2).sum() / ((data - rounded) ** 2).sum()))
-    assert found.rounding_sqnr_db(amax, fmt) == pytest.approx(expected, abs=0.05)
+    assert statistics.rounding_sqnr_db(amax, fmt) == pytest.approx(expected, abs=0.05)
 
 
 def test_zeros_lose_nothing():
