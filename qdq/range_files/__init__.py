@@ -206,6 +206,7 @@ def _load_document(path: Path, format: str, onnx: Path | str | None) -> ir.Model
 
 
 def _require_rows(rows: Mapping[str, Sequence[Row]], left_out: Mapping[str, str]) -> None:
+    """Refuse to write a file without any range; the message has the first reason."""
     if not rows:
         reason = next(iter(left_out.values()), "the model has no quantizer")
         raise CalibrationError(
@@ -215,6 +216,7 @@ def _require_rows(rows: Mapping[str, Sequence[Row]], left_out: Mapping[str, str]
 
 
 def _require_format(format: str) -> None:
+    """Refuse an unknown format."""
     if format not in FORMATS:
         raise ArgumentError(
             f"format is {format!r}; known are {', '.join(FORMATS)}.", "choose one of them."
@@ -222,7 +224,15 @@ def _require_format(format: str) -> None:
 
 
 def _require_import_onnx(format: str, onnx: Path | str | None) -> None:
-    """Refuse an ONNX file that is missing, or one too many."""
+    """Refuse an ONNX file that is missing, or one too many.
+
+    Args:
+        format: A known format.
+        onnx: The argument of `import_ranges`.
+
+    Raises:
+        ArgumentError: With what to do.
+    """
     if format == _QDQ and onnx is not None:
         raise ArgumentError(
             "a QDQ ONNX names its tensors itself; onnx= is one file too many.", "leave onnx= out."
@@ -232,12 +242,21 @@ def _require_import_onnx(format: str, onnx: Path | str | None) -> None:
 
 
 def _require_export_onnx(format: str, onnx: Path | str | None) -> None:
-    """Refuse a missing ONNX file; only one format can name torch modules."""
+    """Refuse a missing ONNX file; only one format can name torch modules.
+
+    Args:
+        format: A known format.
+        onnx: The argument of `export_ranges`.
+
+    Raises:
+        ArgumentError: With what to do.
+    """
     if format != "aimet-0.6.1":
         _require_onnx(format, onnx)
 
 
 def _require_onnx(format: str, onnx: Path | str | None) -> None:
+    """Refuse a missing ONNX file."""
     if onnx is None:
         raise ArgumentError(
             f"the format {format} has the names of an ONNX file, and onnx= is not given.",
@@ -246,6 +265,11 @@ def _require_onnx(format: str, onnx: Path | str | None) -> None:
 
 
 def _read_bytes(path: Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+        ArgumentError: It cannot be read.
+    """
     try:
         return read_file(path)
     except OSError as error:
@@ -262,7 +286,15 @@ def _read_entries(format: str, content: bytes, graph: ir.Graph | None) -> dict[s
 
 
 def _recognize(path: Path, content: bytes) -> str:
-    """The format of a file by its content."""
+    """The format of a file by its content.
+
+    Args:
+        path: The file.
+        content: Its content.
+
+    Raises:
+        CalibrationError: It is of no known format.
+    """
     for name, file_format in _FILE_FORMATS.items():
         if file_format.recognize(content):
             return name

@@ -67,7 +67,7 @@ class _Codes:
     @property
     def qmax(self) -> int:
         """The largest code."""
-        return self.qmin + 2**self.bits - 1
+        return self.qmin + (1 << self.bits) - 1
 
     def bounds(self, scale: _Numbers, offset: _Numbers) -> tuple[_Numbers, _Numbers]:
         """The values of the smallest and the largest code."""
@@ -147,7 +147,15 @@ def read(content: bytes) -> dict[str, Entry]:
 
 
 def _named_encodings(section: str, content: Any) -> Iterator[tuple[str, Any]]:
-    """Every tensor of a section with its encoding."""
+    """Every tensor of a section with its encoding.
+
+    Args:
+        section: Name of the section.
+        content: A list of encodings that have a name, or an object of encodings by name.
+
+    Raises:
+        CalibrationError: Another structure.
+    """
     if isinstance(content, list):
         for number, encoding in enumerate(content):
             place = f"{section}[{number}]"
@@ -166,7 +174,16 @@ def _named_encodings(section: str, content: Any) -> Iterator[tuple[str, Any]]:
 def _module_encodings(
     place: str, module: str, encoding: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any]]:
-    """The inputs and outputs of a torch module with their encodings."""
+    """The inputs and outputs of a torch module with their encodings.
+
+    Args:
+        place: The module's place in the file, for messages.
+        module: Dotted name.
+        encoding: An object with the keys "input" and "output", or one of them.
+
+    Raises:
+        CalibrationError: Another structure.
+    """
     for side in ("input", "output"):
         tensors = object_of(f"{place}.{side}", encoding.get(side, {}))
         for index, tensor_encoding in tensors.items():
@@ -174,6 +191,17 @@ def _module_encodings(
 
 
 def _read_encoding(place: str, encoding: Any, is_weight: bool) -> Entry:
+    """The range of one tensor, in any of the versions.
+
+    Args:
+        place: The tensor's place in the file, for messages.
+        encoding: An object, or a list of one object for each channel.
+        is_weight: Whether the tensor is a weight.
+
+    Raises:
+        CalibrationError: Another structure.
+        _Contradiction: The numbers cannot all be true.
+    """
     if isinstance(encoding, list):
         channels = [object_of(place, channel) for channel in encoding]
         return _read_list(place, channels, is_weight)
@@ -186,7 +214,7 @@ def _read_encoding(place: str, encoding: Any, is_weight: bool) -> Entry:
 
 
 def _read_list(place: str, encodings: Sequence[Mapping[str, Any]], is_weight: bool) -> Entry:
-    """Versions up to 0.6.1: an encoding for the tensor, or one for each channel."""
+    """Versions up to 0.6.1: an encoding for the tensor, or one for each channel; see `_read_encoding`."""
     if not encodings:
         raise malformed(place, "an encoding is expected, found an empty list")
     for fields in encodings:
@@ -202,6 +230,7 @@ def _read_list(place: str, encodings: Sequence[Mapping[str, Any]], is_weight: bo
 
 
 def _read_version_1(place: str, fields: Mapping[str, Any], is_weight: bool) -> Entry:
+    """Version 1.0.0: one object with the numbers of all channels; see `_read_encoding`."""
     problem = _reason_against_codes(fields)
     if problem:
         return Entry(problem=problem)
@@ -220,6 +249,10 @@ def _read_version_1(place: str, fields: Mapping[str, Any], is_weight: bool) -> E
 
 
 def _read_version_2(place: str, fields: Mapping[str, Any]) -> Entry:
+    """Versions from 2.0.0 on: the words of QuantizeLinear; see `_read_encoding`.
+
+    The zero point is a code, signed or unsigned as the type says.
+    """
     dtype = fields.get("output_dtype")
     match = re.fullmatch(r"(u?)int(\d{1,2})", str(dtype))
     if match is None:
@@ -242,7 +275,11 @@ def _read_version_2(place: str, fields: Mapping[str, Any]) -> Entry:
 
 
 def _is_in_blocks(fields: Mapping[str, Any]) -> bool:
-    """Whether an encoding of version 2 has a scale for each block of a channel."""
+    """Whether an encoding of version 2 has a scale for each block of a channel.
+
+    Args:
+        fields: The encoding.
+    """
     if "block_size" in fields or "per_block_int_scale" in fields:
         return True
     scales = fields.get("y_scale")
@@ -252,6 +289,16 @@ def _is_in_blocks(fields: Mapping[str, Any]) -> bool:
 
 
 def _require_code(zero_point: _Numbers, codes: _Codes, dtype: Any) -> None:
+    """Refuse a zero point that is not a code.
+
+    Args:
+        zero_point: 0-D or one a channel.
+        codes: The codes of the type.
+        dtype: The type in the file, for the message.
+
+    Raises:
+        _Contradiction: It lies outside of the codes.
+    """
     if np.any((zero_point < codes.qmin) | (zero_point > codes.qmax)):
         worst = zero_point.flat[np.argmax(np.abs(zero_point))]
         raise _Contradiction(
@@ -270,6 +317,15 @@ def _reason_against_codes(fields: Mapping[str, Any]) -> str:
 
 
 def _read_columns(place: str, encodings: Sequence[Mapping[str, Any]]) -> _Columns:
+    """The numbers of an encoding, of all its channels.
+
+    Args:
+        place: The tensor's place in the file, for messages.
+        encodings: One object for each channel, or one object with lists.
+
+    Raises:
+        CalibrationError: As for `_read_column`.
+    """
     return _Columns(
         scale=_read_column(place, encodings, "scale"),
         offset=_read_column(place, encodings, "offset"),
@@ -279,7 +335,19 @@ def _read_columns(place: str, encodings: Sequence[Mapping[str, Any]]) -> _Column
 
 
 def _read_column(place: str, encodings: Sequence[Mapping[str, Any]], key: str) -> _Numbers | None:
-    """The numbers of all channels under a key: 0-D or one number a channel; None where no channel has one."""
+    """The numbers of all channels under one key.
+
+    Args:
+        place: The tensor's place in the file, for messages.
+        encodings: As for `_read_columns`.
+        key: The key.
+
+    Returns:
+        0-D or one number a channel; None where no channel has the key.
+
+    Raises:
+        CalibrationError: Only some channels have the key, or a value is not a number.
+    """
     values = [fields.get(key) for fields in encodings]
     if values.count(None) == len(values):
         return None
@@ -290,7 +358,17 @@ def _read_column(place: str, encodings: Sequence[Mapping[str, Any]], key: str) -
 
 
 def _read_numbers(place: str, columns: _Columns, traits: _Traits) -> Entry:
-    """The range of `scale` and `offset`, of `min` and `max`, or of all four."""
+    """The range of `scale` and `offset`, of `min` and `max`, or of all four.
+
+    Args:
+        place: The tensor's place in the file, for messages.
+        columns: The numbers.
+        traits: The other facts.
+
+    Raises:
+        CalibrationError: A number is missing, or columns have different lengths.
+        _Contradiction: The numbers cannot all be true.
+    """
     scale, offset, low, high = columns.scale, columns.offset, columns.low, columns.high
     _require_both(place, scale, offset, ("scale", "offset"))
     _require_both(place, low, high, ("min", "max"))
@@ -311,6 +389,17 @@ def _read_numbers(place: str, columns: _Columns, traits: _Traits) -> Entry:
 def _require_both(
     place: str, first: _Numbers | None, second: _Numbers | None, names: tuple[str, str]
 ) -> None:
+    """Refuse one of two columns without the other.
+
+    Args:
+        place: The tensor's place in the file, for messages.
+        first: A column.
+        second: The column that belongs to it.
+        names: Their names in the file.
+
+    Raises:
+        CalibrationError: Exactly one of them is there.
+    """
     if first is None and second is not None:
         raise malformed(place, f"it has no {names[0]}, but a {names[1]}")
     if first is not None and second is None:
@@ -319,6 +408,12 @@ def _require_both(
 
 def _read_codes(scale: _Numbers, offset: _Numbers, bits: int, traits: _Traits) -> Entry:
     """The range of codes where only the sign of the offset shows its meaning.
+
+    Args:
+        scale: 0-D or one a channel.
+        offset: Of the same shape.
+        bits: Width of a code.
+        traits: Whether the range is symmetric, and of a weight.
 
     Raises:
         _Contradiction: No code is 0 with such an offset.
@@ -360,13 +455,21 @@ def _describe_offset(offset: _Numbers, bits: int) -> str:
 
 
 def _add_note(entry: Entry, note: str) -> Entry:
+    """The entry with one more note."""
     return replace(entry, note=f"{entry.note}; {note}" if entry.note else note)
 
 
 def _read_codes_and_bounds(
     scale: _Numbers, offset: _Numbers, low: _Numbers, high: _Numbers, bits: int
 ) -> Entry:
-    """The range where the file has codes and bounds: that of the bounds, made exact where the codes are symmetric.
+    """The range of the bounds, made exact where they are those of symmetric codes.
+
+    Args:
+        scale: 0-D or one a channel.
+        offset: Of the same shape.
+        low: Of the same shape.
+        high: Of the same shape.
+        bits: Width of a code.
 
     Raises:
         _Contradiction: No meaning of scale and offset gives these bounds.
@@ -392,7 +495,18 @@ def _read_codes_and_bounds(
 def _require_agreement(
     scale: _Numbers, offset: _Numbers, low: _Numbers, high: _Numbers, bits: int
 ) -> None:
-    """Refuse bounds that no meaning of the offset gives."""
+    """Refuse bounds that no meaning of the offset gives, up to rounding.
+
+    Args:
+        scale: 0-D or one a channel.
+        offset: Of the same shape.
+        low: Of the same shape.
+        high: Of the same shape.
+        bits: Width of a code.
+
+    Raises:
+        _Contradiction: With the bounds of the nearest meaning.
+    """
     tolerance = np.maximum(_ROUNDING_STEPS * scale, _ROUNDING_SPAN * (high - low))
     distances = []
     for codes in _list_codes(bits):
@@ -437,13 +551,27 @@ def _is_true(value: Any) -> bool:
 
 
 def _read_bits(place: str, value: Any) -> int:
+    """The width of a code, 2 to 32.
+
+    Raises:
+        CalibrationError: It is another number, or not an integer.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 32:
         raise malformed(place, f"its bitwidth is {value!r:.40}; 2 to 32 is expected")
     return value
 
 
 def _pair_up(place: str, first: _Numbers, second: _Numbers) -> tuple[_Numbers, _Numbers]:
-    """A number for each channel of both, 0-D where there is one channel."""
+    """A number for each channel of both, 0-D where there is one channel.
+
+    Args:
+        place: The tensor's place in the file, for messages.
+        first: Any number of channels.
+        second: As many as `first`, or one for all.
+
+    Raises:
+        CalibrationError: The numbers of channels differ.
+    """
     if first.size == 1:
         first = first.reshape(())
     if second.size == 1:
@@ -460,8 +588,8 @@ def _pair_up(place: str, first: _Numbers, second: _Numbers) -> tuple[_Numbers, _
 
 def write_1_0_0(rows: Sequence[Row]) -> str:
     """Version 1.0.0, tensors by name."""
-    activations = []
-    weights = []
+    activations: list[dict[str, Any]] = []
+    weights: list[dict[str, Any]] = []
     for row in rows:
         section = weights if row.is_weight else activations
         section.append(_write_version_1(row))
@@ -496,6 +624,7 @@ def write_0_6_1(rows: Sequence[Row]) -> str:
 
 
 def _write_version_1(row: Row) -> dict[str, Any]:
+    """One tensor of version 1.0.0."""
     scales = row.scale.reshape(-1)
     return {
         "name": row.tensor,
@@ -509,6 +638,7 @@ def _write_version_1(row: Row) -> dict[str, Any]:
 
 
 def _write_channels(row: Row) -> list[dict[str, Any]]:
+    """One tensor of version 0.6.1: an encoding for each channel."""
     offset = _offset(row)
     steps = 2**row.format.num_bits - 1
     channels = []

@@ -64,7 +64,11 @@ _LEAVES_ALSO: dict[str, tuple[str, ...]] = {
 
 
 def function_of(site: str) -> str:
-    """The function of a call: `matmul_2` is the third call of `matmul`."""
+    """The function of a call: `matmul_2` is the third call of `matmul`.
+
+    Args:
+        site: A call, as in `find_calls`.
+    """
     if site in _NODES_OF or site in _LEAVES_ALSO:
         return site
     return re.sub(r"_\d+$", "", site)
@@ -112,7 +116,13 @@ def find_calls(
 def _select_by_operator(
     function: str, nodes: Sequence[ir.Node], operators: Sequence[str]
 ) -> list[ir.Node]:
-    """The nodes whose torch operator is that of a function."""
+    """The nodes whose torch operator is that of a function.
+
+    Args:
+        function: Its name.
+        nodes: The nodes.
+        operators: The torch operator of each node.
+    """
     operator = _OPERATORS.get(function, re.escape(function))
     pattern = re.compile(rf"aten\.{operator}\.\w+")
     selected = []
@@ -123,14 +133,24 @@ def _select_by_operator(
 
 
 def _list_rivals(function: str, calls: Iterable[str]) -> list[str]:
-    """The functions among the calls that can leave the same kinds of nodes, sorted."""
+    """The functions among the calls that can leave the same kinds of nodes, sorted.
+
+    Args:
+        function: The function that is searched for.
+        calls: All calls of the module.
+    """
     kinds = _NODES_OF.get(function, ())
     rivals = set(map(function_of, calls)) - {function}
     return sorted(rival for rival in rivals if _may_leave(rival, kinds))
 
 
 def _may_leave(function: str, kinds: Iterable[str]) -> bool:
-    """Whether a function can leave nodes of these kinds."""
+    """Whether a function can leave nodes of these kinds.
+
+    Args:
+        function: Its name; a function that is not in the tables may leave any node.
+        kinds: ONNX operators.
+    """
     if function not in _NODES_OF and function not in _LEAVES_ALSO:
         return True
     leaves = {*_NODES_OF.get(function, ()), *_LEAVES_ALSO.get(function, ())}
@@ -138,7 +158,10 @@ def _may_leave(function: str, kinds: Iterable[str]) -> bool:
 
 
 def _operator_of(node: ir.Node) -> str:
-    """The operator of torch that a node was made for, "aten.add.Tensor"; "" where the file does not say so."""
+    """The operator of torch that a node was made for, such as "aten.add.Tensor".
+
+    "" where the file does not have it, or has something else in its place.
+    """
     try:
         hierarchy = ast.literal_eval(node.metadata_props.get(_HIERARCHY, "[]"))
     except METADATA_ERRORS:
@@ -155,7 +178,10 @@ def _is_integer(node: ir.Node) -> bool:
 
 
 def _is_before(first: ir.Node, second: ir.Node) -> bool:
-    """Whether the first was surely called earlier: the names are numbered so (`Add`, `Add_1`), or it is needed."""
+    """Whether the first node was surely called earlier than the second.
+
+    It was if the names are numbered so (`Add`, `Add_1`), or if the second needs the first.
+    """
     first_stem, first_number = _split_name(first)
     second_stem, second_number = _split_name(second)
     if first_stem == second_stem and first_number < second_number:
@@ -164,14 +190,25 @@ def _is_before(first: ir.Node, second: ir.Node) -> bool:
 
 
 def _split_name(node: ir.Node) -> tuple[str, int]:
-    """The name without its number, and the number."""
+    """The name of a node without its number, and the number; 0 for a name without one.
+
+    Args:
+        node: A node; `Add_1` gives ("Add", 1).
+    """
     match = re.fullmatch(r"(.*?)(?:_(\d+))?", node.name or "", re.DOTALL)
     assert match is not None  # noqa: S101  # both parts may be empty
     return match[1], int(match[2] or 0)
 
 
 def _ancestors(node: ir.Node) -> Iterator[ir.Node]:
-    """The nodes that a node needs, nearest ones first along each path."""
+    """The nodes that a node needs, directly or through other nodes.
+
+    Args:
+        node: A node of the graph.
+
+    Yields:
+        Each node once.
+    """
     visited: set[ir.Node] = set()
     pending = [node]
     while pending:

@@ -171,6 +171,7 @@ def number_array(place: str, value: Any) -> npt.NDArray[np.float64]:
 
 
 def _is_number(item: Any) -> bool:
+    """Whether it is a number of JSON; `True` is not."""
     return isinstance(item, int | float) and not isinstance(item, bool)
 
 
@@ -198,5 +199,6 @@ def malformed(place: str, reason: str) -> CalibrationError:
 
 
 def _shorten(value: Any) -> str:
+    """A value in at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]} ..."

@@ -1,4 +1,4 @@
-"""What a file format of ranges is asked for, and what the formats share."""
+"""The interface of a file format of ranges, and the functions that the formats share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METADATA_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionErr
 
 @dataclass(frozen=True)
 class Row:
-    """What is written of one tensor.
+    """One tensor in a file that is written.
 
     Args:
         tensor: Its name.
@@ -29,7 +29,7 @@ class Row:
         axis: The axis of the channels, None for one range.
         is_weight: Whether it is a weight.
         format: The codes.
-        dequantize: The pair of the ONNX file that it stands for, if there is one.
+        dequantize: The DequantizeLinear of its pair in the ONNX file, if there is one.
     """
 
     tensor: str
@@ -64,7 +64,7 @@ def decode(content: bytes) -> str:
     """The text of a file.
 
     Raises:
-        CalibrationError: It is no UTF-8.
+        CalibrationError: It is not UTF-8.
     """
     try:
         return content.decode("utf-8-sig")
@@ -73,10 +73,10 @@ def decode(content: bytes) -> str:
 
 
 def parse_json(content: bytes) -> Any:
-    """The value of a JSON file; NaN and Infinity are numbers, as the tools that write them have it.
+    """The value of a JSON file; NaN and Infinity are numbers, because other tools write them.
 
     Raises:
-        CalibrationError: It is no JSON, cut off, or says two things of one key.
+        CalibrationError: It is not JSON, cut off, or has two values for one key.
     """
     try:
         return schema.parse_json(decode(content), "the file", "", finite=False)

@@ -124,7 +124,14 @@ class _Matcher:
         self._damage: dict[str, str] = {}
 
     def match_group(self, members: Mapping[str, TensorQuantizer]) -> None:
-        """Find the range that quantizers have together."""
+        """Find the range that quantizers have together.
+
+        Args:
+            members: By name, the quantizer that holds the range first.
+
+        Raises:
+            CalibrationError: NaN or Inf in a weight that has to replace an entry.
+        """
         enabled = {}
         placed: list[_PlacedEntry] = []
         for name, quantizer in members.items():
@@ -152,7 +159,7 @@ class _Matcher:
                 self._match.notes[name] = note
 
     def _select_usable(self, placed: Iterable[_PlacedEntry]) -> list[_PlacedEntry]:
-        """The entries without a problem; damaged ones are noted."""
+        """The entries without a problem; damaged ones are noted for the error of `finish`."""
         usable = []
         for item in placed:
             if not item.entry.problem:
@@ -164,14 +171,29 @@ class _Matcher:
     def _add_missing(
         self, name: str, reason: str, leader: TensorQuantizer, weight: nn.Parameter | None
     ) -> None:
-        """Note a quantizer without an entry; a weight without a range gets its maximum."""
+        """Note a quantizer without an entry; a weight without a range gets its maximum.
+
+        Args:
+            name: The quantizer.
+            reason: Why it has no entry.
+            leader: The quantizer that holds its range.
+            weight: The weight that it quantizes, if it does.
+
+        Raises:
+            CalibrationError: NaN or Inf in the weight.
+        """
         if weight is not None and leader.amax is None:
             self._match.weights.append((leader, _weight_maxima(name, weight, leader.axis)))
             reason += "; the maximum of its weight was taken"
         self._match.missing[name] = reason
 
     def _reason_against(self, name: str, placed: Sequence[_PlacedEntry]) -> str:
-        """Why there is no entry to use, "" if there is one."""
+        """Why there is no entry to use, "" if there is one.
+
+        Args:
+            name: The quantizer.
+            placed: The entries of its group.
+        """
         if not self._places.of[name]:
             return self._places.reasons.get(name, "no tensor of the ONNX file was found for it")
         if not placed:
@@ -197,7 +219,10 @@ class _Matcher:
 
 
 def _list_groups(model: nn.Module) -> list[dict[str, TensorQuantizer]]:
-    """The quantizers that share one range, group by group; the quantizer that holds the range comes first."""
+    """The quantizers that share one range, group by group.
+
+    The quantizer that holds the range comes first in its group.
+    """
     groups: dict[TensorQuantizer, dict[str, TensorQuantizer]] = {}
     shared = []
     for name, quantizer in named_quantizers(model):
@@ -211,7 +236,10 @@ def _list_groups(model: nn.Module) -> list[dict[str, TensorQuantizer]]:
 
 
 def _list_weights(model: nn.Module) -> dict[TensorQuantizer, nn.Parameter]:
-    """The weights by their quantizers."""
+    """The weights by their quantizers.
+
+    A weight that is not a parameter of its layer, such as a parametrized one, is left out.
+    """
     weights = {}
     for layer in quantized_layers(model).values():
         if isinstance(layer, QuantMixin):
@@ -223,7 +251,16 @@ def _list_weights(model: nn.Module) -> dict[TensorQuantizer, nn.Parameter]:
 
 
 def _weight_maxima(name: str, weight: nn.Parameter, axis: int | None) -> torch.Tensor:
-    """The range that calibration gives a weight; most tools take it from the weight and do not write it down."""
+    """The range that calibration gives a weight; most tools take it from the weight and do not write it down.
+
+    Args:
+        name: The quantizer, for messages.
+        weight: The weight.
+        axis: As for `reduce_amax`.
+
+    Raises:
+        CalibrationError: NaN or Inf in the weight.
+    """
     amax = reduce_amax(weight, axis)
     damage = describe_damage("largest value", amax.cpu().numpy(), smallest=0.0)
     if damage:
@@ -234,7 +271,12 @@ def _weight_maxima(name: str, weight: nn.Parameter, axis: int | None) -> torch.T
 
 
 def _find_entries(places: Iterable[Place], entries: Mapping[str, Entry]) -> list[_PlacedEntry]:
-    """The entry of each place, by the most exact name that the file has."""
+    """The entry of each place, by the most exact name that the file has.
+
+    Args:
+        places: The places of one quantizer.
+        entries: The entries of the file.
+    """
     placed = []
     for place in places:
         key = next((name for name in place.names if name in entries), None)
@@ -258,27 +300,49 @@ def _combine(
     """
     if not placed:
         raise _Mismatch("the file has no usable entry")
-    notes = list(dict.fromkeys(item.entry.note for item in placed if item.entry.note))
-    have_channels = [item.entry.amax.ndim > 0 for item in placed]
+    notes: dict[str, None] = {}
+    amaxes = []
+    has_channels = False
+    for item in placed:
+        notes[item.entry.note] = None
+        has_channels = has_channels or item.entry.amax.ndim > 0
+        amaxes.append(_fit(quantizer, item, shape))
+
+    if has_channels and quantizer.axis is None:
+        notes["the largest of several channels"] = None
+    if not has_channels and quantizer.axis is not None:
+        notes["one range for all channels"] = None
+    if any(not np.array_equal(amax, amaxes[0]) for amax in amaxes):
+        notes["the largest range of the tensors that share it"] = None
+    largest = np.asarray(np.max(amaxes, axis=0), np.float32)
+    return largest, "; ".join(filter(None, notes))
+
+
+def _fit(quantizer: TensorQuantizer, placed: _PlacedEntry, shape: tuple[int, ...] | None) -> Floats:
+    """The range of an entry in the shape of the quantizer's: 0-D per tensor, else as `_fit_channels`.
+
+    Args:
+        quantizer: The quantizer that holds the range.
+        placed: The entry.
+        shape: Of the weight, if it quantizes one.
+
+    Raises:
+        _Mismatch: As for `_fit_channels`.
+    """
     if quantizer.axis is None:
-        amaxes = [np.asarray(item.entry.amax.max()) for item in placed]
-        amax = np.asarray(max(amaxes), np.float32)
-        if any(have_channels):
-            notes.append("the largest of several channels")
-    else:
-        amaxes = [_fit_channels(quantizer, item, shape) for item in placed]
-        amax = np.max(amaxes, axis=0)
-        if not any(have_channels):
-            notes.append("one range for all channels")
-    if any(not np.array_equal(part, amaxes[0]) for part in amaxes):
-        notes.append("the largest range of the tensors that share it")
-    return amax, "; ".join(notes)
+        return np.asarray(placed.entry.amax.max(), np.float32)
+    return _fit_channels(quantizer, placed, shape)
 
 
 def _fit_channels(
     quantizer: TensorQuantizer, placed: _PlacedEntry, shape: tuple[int, ...] | None
 ) -> Floats:
     """A range for each channel, with the rank of the weight where there is one.
+
+    Args:
+        quantizer: One with an axis.
+        placed: The entry.
+        shape: Of the weight, if it quantizes one.
 
     Raises:
         _Mismatch: Another number of channels, or another axis.
@@ -307,13 +371,20 @@ def _fit_channels(
 def _count_channels(
     quantizer: TensorQuantizer, axis: int, shape: tuple[int, ...] | None
 ) -> int | None:
-    """The number of ranges that a quantizer has or needs; None if nothing shows it."""
+    """The number of ranges that a quantizer has or needs; None if nothing shows it.
+
+    Args:
+        quantizer: One with an axis.
+        axis: Its axis.
+        shape: Of the weight, if it quantizes one.
+    """
     if shape is not None:
         return shape[axis]
     return None if quantizer.amax is None else quantizer.amax.numel()
 
 
 def _damage_error(problems: Mapping[str, str]) -> CalibrationError:
+    """The error of entries that quantizers would get and that hold invalid numbers."""
     texts = [f"{name}: {problem}" for name, problem in problems.items()]
     return CalibrationError(
         f"quantizers of the model would get invalid ranges: {list_names(texts, _MOST_LISTED, '; ')}.",
@@ -322,6 +393,7 @@ def _damage_error(problems: Mapping[str, str]) -> CalibrationError:
 
 
 def _mismatch_error(places: Places, entries: Mapping[str, Entry]) -> CalibrationError:
+    """The error of a file without any matching entry; it shows one name of each side."""
     tensors = [place.tensor for of_quantizer in places.of.values() for place in of_quantizer]
     expected = (
         f"the first tensor that was looked for is {tensors[0]!r}"

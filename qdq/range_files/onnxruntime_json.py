@@ -20,7 +20,10 @@ from qdq.range_files.format import Row, parse_json
 
 
 def recognize(content: bytes) -> bool:
-    """Whether it is JSON with ONNX Runtime's classes, or a dictionary of pairs."""
+    """Whether it is JSON with ONNX Runtime's classes, or a dictionary of pairs.
+
+    A file that is cut off is recognized by its classes, so that `read` can say what is wrong with it.
+    """
     if b'"TensorsData"' in content or b'"TensorData"' in content:  # also if it is cut off
         return True
     try:
@@ -43,7 +46,15 @@ def read(content: bytes) -> dict[str, Entry]:
 
 
 def _read_entry(name: str, value: Any) -> Entry:
-    """The range between the lowest and the highest value of a tensor."""
+    """The range between the lowest and the highest value of a tensor.
+
+    Args:
+        name: The tensor.
+        value: A pair, or an object with the two arrays.
+
+    Raises:
+        CalibrationError: Another structure.
+    """
     if _is_pair(value):
         low, high = (number_array(name, bound).reshape(()) for bound in value)
         return entry_of_bounds(low, high)
@@ -61,7 +72,15 @@ def _read_entry(name: str, value: Any) -> Entry:
 
 
 def _read_array(place: str, value: Any) -> npt.NDArray[np.float64]:
-    """An array; one of a single element becomes a scalar."""
+    """An array; one of a single element becomes a scalar.
+
+    Args:
+        place: Its place in the file, for messages.
+        value: An object with the key "data", or the data itself.
+
+    Raises:
+        CalibrationError: It holds something else than numbers.
+    """
     data = value.get("data") if isinstance(value, dict) else value
     if isinstance(data, list):
         data = _flatten(data)
@@ -70,7 +89,10 @@ def _read_array(place: str, value: Any) -> npt.NDArray[np.float64]:
 
 
 def _flatten(values: list[Any]) -> list[Any]:
-    """Per-channel bounds are nested as deep as the tensor has dimensions."""
+    """A flat list of all numbers.
+
+    Bounds of channels are nested as deep as the tensor has dimensions.
+    """
     while values and all(isinstance(value, list) for value in values):
         values = list(chain.from_iterable(values))
     return values
@@ -102,4 +124,5 @@ def write(rows: Sequence[Row]) -> str:
 
 
 def _write_array(values: npt.NDArray[np.float32]) -> dict[str, Any]:
+    """An array in ONNX Runtime's form."""
     return {"data": values.tolist(), "dtype": str(values.dtype), "CLS": "numpy.array"}

@@ -119,7 +119,15 @@ class _Finder:
                 self._nodes[owner].append(node)
 
     def find_module(self, name: str, module: nn.Module) -> _Found:
-        """The places of the quantizers of a module; none for a module that has no quantizers."""
+        """The places of the quantizers of a module; none for a module without quantizers.
+
+        Args:
+            name: Dotted name.
+            module: The module.
+
+        Yields:
+            Quantizers, with one of their places each.
+        """
         if isinstance(module, QuantInputMixin):
             yield from self._find_layer(name, module)
         elif isinstance(module, QuantFunctionsMixin):
@@ -143,7 +151,14 @@ class _Finder:
     # -- layers ------------------------------------------------------------------------------------------------------
 
     def _find_layer(self, name: str, layer: QuantInputMixin) -> _Found:
-        """The input and the weights of a layer."""
+        """The input and the weights of a layer.
+
+        Without a node, the weights still have the names that the model gives them. Without a graph, so does the input.
+
+        Args:
+            name: Dotted name.
+            layer: The layer.
+        """
         if isinstance(layer, QuantMultiheadAttention):
             yield from self._find_projections(name, layer)
         # The quantizers of a layer with a forward of its own, which leaves several nodes, are found by name only.
@@ -165,6 +180,10 @@ class _Finder:
         """The inputs of attention: one product with weights for query, key and value that are one tensor, or several.
 
         The float module computes `out_proj` in its own forward, last; the quantized one calls it as a module.
+
+        Args:
+            name: Dotted name.
+            layer: The layer.
         """
         products = []
         for node in self._list_entries(name, layer):
@@ -187,14 +206,30 @@ class _Finder:
         yield layer._value_quantizer, self._make_place(value.inputs[0])
 
     def _list_entries(self, name: str, layer: QuantInputMixin) -> list[ir.Node]:
-        """The nodes that read the input of a layer: one for each time it runs."""
-        nodes = self._nodes.get(name, [])
-        if isinstance(layer, QuantMixin):
-            return [node for node in nodes if is_op(node, *WEIGHTED_OPS)]
-        return [node for node in nodes if node.inputs and self._is_outside(node.inputs[0], name)]
+        """The nodes that read the input of a layer: one for each time it runs.
+
+        Args:
+            name: Dotted name.
+            layer: The layer.
+        """
+        entries = []
+        has_weight = isinstance(layer, QuantMixin)
+        for node in self._nodes.get(name, []):
+            if has_weight:
+                is_entry = is_op(node, *WEIGHTED_OPS)
+            else:
+                is_entry = len(node.inputs) > 0 and self._is_outside(node.inputs[0], name)
+            if is_entry:
+                entries.append(node)
+        return entries
 
     def _is_outside(self, value: ir.Value | None, module: str) -> bool:
-        """Whether a tensor is computed outside of a module."""
+        """Whether a tensor is computed outside of a module.
+
+        Args:
+            value: An operand of a node of the module.
+            module: Dotted name.
+        """
         if value is None or _is_constant(value):
             return False
         producer = value.producer()
@@ -203,7 +238,14 @@ class _Finder:
     # -- function calls ----------------------------------------------------------------------------------------------
 
     def _find_functions(self, name: str, module: QuantFunctionsMixin) -> _Found:
-        """The operands of the calls that a module's own forward makes, where the file does not name the quantizers."""
+        """The operands of the calls that a module's own forward makes.
+
+        Operands are left out where the file names their quantizers, because `find_by_name` lists these.
+
+        Args:
+            name: Dotted name.
+            module: The module.
+        """
         for site, operands in module._function_quantizers.items():
             function = function_of(site)
             calls, reason = find_calls(function, module._function_calls, self._nodes.get(name, []))
@@ -220,7 +262,13 @@ class _Finder:
     def _list_operand_places(
         self, function: str, operand: int, nodes: Iterable[ir.Node]
     ) -> list[Place]:
-        """The places of one operand in all nodes of a call."""
+        """The places of one operand in all nodes of a call.
+
+        Args:
+            function: The function that is called.
+            operand: Position among its tensors.
+            nodes: The nodes of the call.
+        """
         if function in WEIGHTED and operand == 1:
             return [self._make_weight_place(node) for node in nodes]
         places = []
@@ -232,7 +280,14 @@ class _Finder:
     # -- places ------------------------------------------------------------------------------------------------------
 
     def _make_weight_place(self, node: ir.Node, *names: str) -> Place:
-        """The place of the second operand of a node; the axis of its channels where nothing lies between."""
+        """The place of the second operand of a node.
+
+        The axis of its channels is certain only where the operand is dequantized there, without a transpose between.
+
+        Args:
+            node: A node with a weight.
+            *names: Names that come before those of the graph.
+        """
         value = node.inputs[1]
         axis = None
         shape = None if value is None else value.shape
@@ -266,7 +321,13 @@ class _Finder:
         return Place(tensor, tuple(all_names), is_weight, axis, dequantize)
 
     def _list_names(self, value: ir.Value) -> list[str]:
-        """The tensor's own name, and the name that it has as the output of a module."""
+        """The tensor's own name, and the name that it has as the output of a module.
+
+        A tensor is the output of a module if another module reads it.
+
+        Args:
+            value: A tensor of the graph.
+        """
         names = [str(value.name)]
         producer = value.producer()
         owner = None if producer is None else self._owners.get(producer)
@@ -291,11 +352,22 @@ class _OwnerFinder:
         return self._owners.get(node)
 
     def find(self, node: ir.Node) -> str | None:
-        """The dotted name of the module, None if nothing shows it."""
+        """The dotted name of the module that made a node, None if nothing shows it.
+
+        Args:
+            node: A node of the graph.
+        """
         owner = self._owners[node] = self._find(node)
         return owner
 
     def _find(self, node: ir.Node) -> str | None:
+        """The first answer of: the scope, the name of the node, the name of the weight.
+
+        The scope "", of the model itself, counts only where the name of the node has no module.
+
+        Args:
+            node: A node of the graph.
+        """
         scope = _read_scope(node)
         if scope and scope in self._modules:
             return scope
@@ -313,6 +385,9 @@ class _OwnerFinder:
 
         qdq writes `MODULE/OP`. The exporter before wrote `/layer1/layer1.0/relu_1/Relu`, where a part may repeat the
         part before it and be numbered.
+
+        Args:
+            name: Name of a node.
         """
         if "/" not in name:
             return None
@@ -328,7 +403,14 @@ class _OwnerFinder:
         return None
 
     def _owner_of_weight(self, node: ir.Node) -> str | None:
-        """The module whose parameter a node multiplies with."""
+        """The module whose parameter a node multiplies with.
+
+        Args:
+            node: A node with a weight.
+
+        Returns:
+            Dotted name, None if the weight has no name of the model.
+        """
         weight = node.inputs[1] if len(node.inputs) > 1 else None
         for value in _upstream(weight):
             match = _WEIGHT_NAME.fullmatch(str(value.name))
@@ -339,7 +421,12 @@ class _OwnerFinder:
 
 
 def _list_weights(name: str, layer: QuantInputMixin) -> list[tuple[TensorQuantizer, str]]:
-    """The weight quantizers of a layer, and the dotted names of their weights."""
+    """The weight quantizers of a layer, and the dotted names of their weights.
+
+    Args:
+        name: Dotted name of the layer.
+        layer: The layer; one without weights gives an empty list.
+    """
     if not isinstance(layer, QuantMixin):
         return []
     quantizers = layer.quantizers()
@@ -350,7 +437,11 @@ def _list_weights(name: str, layer: QuantInputMixin) -> list[tuple[TensorQuantiz
 
 
 def _read_scope(node: ir.Node) -> str | None:
-    """The module that torch's exporter wrote down, "" for the model itself; None where there is none."""
+    """The module that torch's exporter wrote down for a node.
+
+    Returns:
+        Dotted name, "" for the model itself; None where there is none, or it cannot be parsed.
+    """
     if SCOPES not in node.metadata_props:
         return None
     try:
@@ -360,13 +451,23 @@ def _read_scope(node: ir.Node) -> str | None:
 
 
 def _has_operands(node: ir.Node) -> bool:
-    """Whether the inputs that are read here are there."""
+    """Whether the inputs that are read here are there.
+
+    Args:
+        node: A node; one with a weight needs two inputs.
+    """
     num_operands = 2 if is_op(node, *WEIGHTED_OPS) else 1
     return len(node.inputs) > 0 and None not in node.inputs[:num_operands]
 
 
 def _upstream(value: ir.Value | None) -> Iterator[ir.Value]:
-    """A tensor, and the tensors above it that it has its values from."""
+    """A tensor, and the tensors above it that it has its values from.
+
+    The way goes through the first inputs of Q, DQ and operators that keep the range.
+
+    Args:
+        value: An operand; None gives nothing.
+    """
     while value is not None:
         yield value
         producer = value.producer()
@@ -376,7 +477,13 @@ def _upstream(value: ir.Value | None) -> Iterator[ir.Value]:
 
 
 def _float_value(value: ir.Value | None) -> ir.Value:
-    """The tensor before Q/DQ; the operand itself where there is none above it."""
+    """The tensor before Q/DQ; the operand itself where there is none above it.
+
+    Where the codes are stored, it is the tensor of the codes.
+
+    Args:
+        value: An operand, which must be there.
+    """
     assert value is not None  # noqa: S101  # the operands of these operators are required
     chain = list(_upstream(value))
     for position, ancestor in enumerate(chain):
@@ -388,14 +495,17 @@ def _float_value(value: ir.Value | None) -> ir.Value:
 
 
 def _is_dequantized(value: ir.Value) -> bool:
+    """Whether a tensor comes out of a DequantizeLinear."""
     return is_op(value.producer(), "DequantizeLinear")
 
 
 def _is_constant(value: ir.Value | None) -> bool:
+    """Whether a tensor is stored in the graph."""
     if value is None:
         return False
     return value.is_initializer() or is_op(value.producer(), "Constant")
 
 
 def _join(module: str, attribute: str) -> str:
+    """Dotted name of an attribute of a module, which is "" for the model itself."""
     return f"{module}.{attribute}" if module else attribute

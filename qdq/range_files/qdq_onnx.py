@@ -48,7 +48,11 @@ def read_pairs(graph: ir.Graph) -> dict[str, Entry]:
 
 
 def _name_of_tensor(codes: ir.Value) -> str:
-    """The name of the tensor before Q, or of the codes where they are stored."""
+    """The name of the tensor before Q, or of the codes where they are stored.
+
+    Args:
+        codes: The input of a DequantizeLinear.
+    """
     quantize = codes.producer()
     if quantize is not None and is_op(quantize, "QuantizeLinear"):
         tensor = quantize.inputs[0]
@@ -58,7 +62,7 @@ def _name_of_tensor(codes: ir.Value) -> str:
 
 
 def _read_node(node: ir.Node) -> Entry:
-    """The range of one DequantizeLinear."""
+    """The range of one DequantizeLinear; its problem where there is none."""
     scale = constant_of(input_of(node, 1))
     zero_point = constant_of(input_of(node, 2))
     is_zero_computed = zero_point is None and input_of(node, 2) is not None
@@ -79,7 +83,10 @@ def _read_node(node: ir.Node) -> Entry:
 
 
 def _axis_of(node: ir.Node) -> int:
-    """The axis of the channels, counted from the start where the rank is known."""
+    """The axis of the channels of a DequantizeLinear.
+
+    Counted from the start where the rank is known; as in the file where it is not.
+    """
     axis = node.attributes.get_int("axis", 1)
     for value in (node.outputs[0], node.inputs[0]):
         if value is not None and value.shape:
@@ -126,7 +133,15 @@ def write_scales(
 
 
 def _set_largest_scale(graph: ir.Graph, users: _Users) -> str:
-    """Set the scale of one pair; why it was not set, "" if it was."""
+    """Set the scale of one pair to the largest of its quantizers.
+
+    Args:
+        graph: The graph.
+        users: The quantizers of the pair with their rows.
+
+    Returns:
+        Why it was not set, "" if it was.
+    """
     if len({row.amax.size for _, row in users}) > 1:
         return "quantizers of unlike channels share its pair"
     node = users[0][1].dequantize
@@ -155,7 +170,12 @@ def _note_smaller_ranges(users: _Users) -> dict[str, str]:
 
 
 def _reason_against(node: ir.Node, scale: Floats) -> str:
-    """Why the scale of a pair cannot be set, "" if it can."""
+    """Why the scale of a pair cannot be set, "" if it can.
+
+    Args:
+        node: The DequantizeLinear.
+        scale: The new scale, of any shape.
+    """
     former, codes = constant_of(input_of(node, 1)), node.inputs[0]
     if former is None or codes is None:
         return "the scale of its pair is computed in the graph"
@@ -175,7 +195,13 @@ def _as_stored(scale: Floats, former: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _set_scale(graph: ir.Graph, node: ir.Node, scale: Floats) -> None:
-    """Give the Q and all its DQ the scale, as a constant that no other node has."""
+    """Give the Q and all its DQ the scale, as a constant that no other node has.
+
+    Args:
+        graph: The graph.
+        node: A DequantizeLinear of the pair.
+        scale: As many numbers as the pair has.
+    """
     former_value, codes = node.inputs[1], node.inputs[0]
     former = constant_of(former_value)
     assert former is not None and codes is not None  # noqa: S101  # `_reason_against` has looked
@@ -196,6 +222,7 @@ def _set_scale(graph: ir.Graph, node: ir.Node, scale: Floats) -> None:
 
 
 def _make_constant(name: str, array: npt.NDArray[Any]) -> ir.Value:
+    """A constant for `register_initializer`."""
     return ir.Value(
         name=name,
         shape=ir.Shape(array.shape),

@@ -42,7 +42,12 @@ def list_rows(
 
 
 def _reason_against_quantizer(quantizer: TensorQuantizer, *, int8_only: bool) -> str:
-    """Why no file can have the range of a quantizer, "" if one can."""
+    """Why no file can have the range of a quantizer, "" if one can.
+
+    Args:
+        quantizer: The quantizer.
+        int8_only: Whether the file is for int8 codes only.
+    """
     if not quantizer.is_enabled:
         return "it is disabled: its tensor stays in float"
     if quantizer.amax is None:
@@ -55,13 +60,19 @@ def _reason_against_quantizer(quantizer: TensorQuantizer, *, int8_only: bool) ->
 
 
 def _reason_against_channels(quantizer: TensorQuantizer, places: Sequence[Place]) -> str:
-    """Why a file of activations cannot have the range of a quantizer, "" if it can."""
+    """Why a file of activations cannot have the range of a quantizer, "" if it can.
+
+    Args:
+        quantizer: The quantizer.
+        places: Its places.
+    """
     if quantizer.axis is None and not any(place.is_weight for place in places):
         return ""
     return "weights and ranges a channel have no place in such a file; tools take them from the weights"
 
 
 def _make_row(quantizer: TensorQuantizer, place: Place) -> Row:
+    """The row of a quantizer at one of its places."""
     assert quantizer.amax is not None  # noqa: S101  # `_reason_against_quantizer` has looked
     amax = quantizer.amax.detach().float().cpu().numpy()
     return Row(

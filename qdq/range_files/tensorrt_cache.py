@@ -58,7 +58,14 @@ def read(content: bytes) -> dict[str, Entry]:
 
 
 def write(rows: Sequence[Row]) -> str:
-    """The file."""
+    """The content of a calibration cache.
+
+    Args:
+        rows: The tensors with their scales.
+
+    Raises:
+        CalibrationError: A tensor name with a line break.
+    """
     lines = [_HEADER]
     for row in rows:
         if "\n" in row.tensor or "\r" in row.tensor:
