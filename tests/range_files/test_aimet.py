@@ -78,11 +78,16 @@ def test_codes_without_bounds_are_enumerated(bounds, bits, sign):
     scale, zero_point, _, _ = grid(*bounds, bits)
     values = (np.arange(2**bits, dtype=np.float64) - zero_point) * scale
     assert 0.0 in values
-    one = read({"bitwidth": bits, "scale": scale, "offset": sign * zero_point})
-    assert one.amax == pytest.approx(np.abs(values).max(), rel=1e-6)
-    assert ("zero point" in one.note) == (sign * zero_point > 0)
-    other = {"bw": bits, "is_sym": False, "scale": [scale], "offset": [float(sign * zero_point)]}
-    assert read(other, "1.0.0").amax == one.amax
+    version_0 = read({"bitwidth": bits, "scale": scale, "offset": sign * zero_point})
+    assert version_0.amax == pytest.approx(np.abs(values).max(), rel=1e-6)
+    assert ("zero point" in version_0.note) == (sign * zero_point > 0)
+    version_1 = {
+        "bw": bits,
+        "is_sym": False,
+        "scale": [scale],
+        "offset": [float(sign * zero_point)],
+    }
+    assert read(version_1, "1.0.0").amax == version_0.amax
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])

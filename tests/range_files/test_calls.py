@@ -54,18 +54,18 @@ def export_float(model, images, path, dynamo):
 def largest_values(path, images):
     """Of every tensor of a float graph."""
     proto = onnx.load(path)
-    known = {value.name for value in proto.graph.output}
-    names = [name for node in proto.graph.node for name in node.output if name not in known]
+    output_names = {value.name for value in proto.graph.output}
+    names = [name for node in proto.graph.node for name in node.output if name not in output_names]
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     session = ort.InferenceSession(proto.SerializeToString())
-    given = session.get_inputs()[0].name
-    values = session.run(None, {given: images.numpy()})
-    found = {
+    input_name = session.get_inputs()[0].name
+    values = session.run(None, {input_name: images.numpy()})
+    shapes = {
         output.name: value for output, value in zip(session.get_outputs(), values, strict=True)
     }
     return {
         name: float(np.abs(value).max())
-        for name, value in {**found, given: images.numpy()}.items()
+        for name, value in {**shapes, input_name: images.numpy()}.items()
         if value.size
     }
 

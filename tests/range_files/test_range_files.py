@@ -48,16 +48,16 @@ def _amax(model, name):
 
 def _truth(case):
     """What each layer is given, by torch's own forward: largest absolute value in float64."""
-    seen = {}
+    amaxes = {}
 
     def remember(name):
-        return lambda _, inputs: seen.__setitem__(name, inputs[0].double().abs().max().item())
+        return lambda _, inputs: amaxes.__setitem__(name, inputs[0].double().abs().max().item())
 
     for name, module in case.float.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_pre_hook(remember(f"{name}._input_quantizer"))
     case.float(case.images)
-    return seen
+    return amaxes
 
 
 @pytest.mark.parametrize(("name", "link"), [*ONE_OF_EACH, ("aimet-0.6.1", None), ("qdq", "qdq")])
@@ -66,11 +66,11 @@ def test_round_trip_keeps_every_bit_of_the_scales(case, tmp_path, name, link):
     written = qdq.export_ranges(case.calibrated, path, format=name, onnx=onnx_file)
     read = qdq.import_ranges(case.swapped, path, onnx=None if name == "qdq" else onnx_file)
     assert read.format == name.replace("-0.6.1", "")
-    expected, found = _scales(case.calibrated), _scales(case.swapped)
+    expected, scales = _scales(case.calibrated), _scales(case.swapped)
     assert (
-        found.keys() == expected.keys()
+        scales.keys() == expected.keys()
     )  # weights that a file has no place for come from the weights
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert all(torch.equal(scales[key], expected[key]) for key in expected)
     assert set(read.matched) >= ACTIVATIONS | SHORTCUTS
     holds_weights = name not in ("tensorrt", "onnxruntime")
     assert (read.missing == {}) == holds_weights
@@ -90,9 +90,9 @@ def test_scales_without_an_exact_amax_are_the_only_ones_that_move():
         80 << 23, 150 << 23, 20000, np.int32
     )  # any mantissa, 2^-47 to 2^23
     scales = bits.view(np.float32)
-    found = compute_scale(torch.from_numpy(amax_of_scale(scales, 127)), qdq.Format()).numpy()
-    moved = found != scales
-    assert np.abs(found.view(np.int32) - scales.view(np.int32)).max() <= 1
+    computed = compute_scale(torch.from_numpy(amax_of_scale(scales, 127)), qdq.Format()).numpy()
+    moved = computed != scales
+    assert np.abs(computed.view(np.int32) - scales.view(np.int32)).max() <= 1
     candidates = (scales * np.float32(127)).view(np.int32)[:, None] + np.arange(
         -8, 9, dtype=np.int32
     )
@@ -121,11 +121,11 @@ class TestTensorRT:
         ]  # not the convolutions
         header, *lines = (tmp_path / "cache").read_text().splitlines()
         assert header.startswith("TRT-") and header.endswith("-EntropyCalibration2")
-        found = dict(line.split(": ") for line in lines)
-        assert set(found) == {"x", "relu", "relu_1", "relu_2", "relu_3", "mean"}
+        scale_texts = dict(line.split(": ") for line in lines)
+        assert set(scale_texts) == {"x", "relu", "relu_1", "relu_2", "relu_3", "mean"}
         for tensor, layer in {"x": "stem", "relu_1": "layers.0.conv2", "mean": "fc"}.items():
             scale = np.float32(truth[f"{layer}._input_quantizer"]) / np.float32(127)
-            assert found[tensor] == struct.pack(">f", scale).hex()
+            assert scale_texts[tensor] == struct.pack(">f", scale).hex()
 
     def test_a_cache_of_tensorrt(self, case, tmp_path):
         """Its lines: digits without leading zeros, 0 for no range, names with blanks and colons, other tensors."""
@@ -304,8 +304,8 @@ class TestONNXRuntime:
             },
         )
         initializers = {
-            one.name: onnx.numpy_helper.to_array(one)
-            for one in onnx.load("theirs.onnx").graph.initializer
+            tensor.name: onnx.numpy_helper.to_array(tensor)
+            for tensor in onnx.load("theirs.onnx").graph.initializer
         }
         assert initializers["relu_scale"] == pytest.approx(relu.scale.item(), rel=1e-6)
 
@@ -328,16 +328,16 @@ class TestONNXRuntime:
         report = qdq.import_ranges(case.swapped, "theirs.onnx")
         assert report.format == "qdq" and not report.missing
         scales = {
-            one.name: onnx.numpy_helper.to_array(one)
-            for one in onnx.load("theirs.onnx").graph.initializer
+            tensor.name: onnx.numpy_helper.to_array(tensor)
+            for tensor in onnx.load("theirs.onnx").graph.initializer
         }
-        own = _scales(case.swapped)
+        model_scales = _scales(case.swapped)
         assert np.allclose(
-            own["layers.1.conv1._weight_quantizer"],
+            model_scales["layers.1.conv1._weight_quantizer"],
             scales["layers.1.conv1.weight_scale"],
             rtol=2e-7,
         )
-        assert own["stem._input_quantizer"].item() == pytest.approx(
+        assert model_scales["stem._input_quantizer"].item() == pytest.approx(
             scales[f"{first}_scale"].item(), rel=2e-7
         )
         assert {name: report.matched[name] for name in ACTIVATIONS} == pytest.approx(
@@ -573,8 +573,10 @@ class TestQdqOnnx:
             for name in ("new.onnx", "again.onnx")
         ]
         assert np.array_equal(*outputs)
-        before = ort.InferenceSession(case.files["qdq"]).run(None, {"x": case.images.numpy()})[0]
-        assert not np.array_equal(outputs[0], before)
+        former_outputs = ort.InferenceSession(case.files["qdq"]).run(
+            None, {"x": case.images.numpy()}
+        )[0]
+        assert not np.array_equal(outputs[0], former_outputs)
         onnx.checker.check_model(str(tmp_path / "new.onnx"))
 
     @pytest.mark.parametrize("scale", [np.inf, np.nan, -1.0, 1e-42])
@@ -583,7 +585,9 @@ class TestQdqOnnx:
         quantize = next(
             n for n in proto.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "mean"
         )
-        stored = next(one for one in proto.graph.initializer if one.name == quantize.input[1])
+        stored = next(
+            tensor for tensor in proto.graph.initializer if tensor.name == quantize.input[1]
+        )
         stored.CopyFrom(onnx.numpy_helper.from_array(np.float32(scale), stored.name))
         onnx.save(proto, tmp_path / "damaged.onnx")
         with pytest.raises(CalibrationError, match=r"damaged\.onnx: .*mean: its scale is"):
@@ -613,8 +617,8 @@ class TestQdqOnnx:
             case.calibrated, tmp_path / "new.onnx", format="qdq", onnx=case.files["qdq"]
         )
         assert list(report.notes) == ["layers.0.conv1._input_quantizer"]
-        found = qdq.import_ranges(case.swapped, tmp_path / "new.onnx").matched
-        assert found["layers.0.conv1._input_quantizer"] == 2 * leader.amax.item()
+        matched = qdq.import_ranges(case.swapped, tmp_path / "new.onnx").matched
+        assert matched["layers.0.conv1._input_quantizer"] == 2 * leader.amax.item()
 
     @pytest.mark.parametrize("is_quantized", [False, True])
     def test_nodes_without_names_are_known_by_their_weights(
@@ -697,14 +701,14 @@ class TestQdqOnnx:
         qdq.calibrate_model(model, [images], method="max")
         qdq.export_onnx(model, images, tmp_path / "model.onnx", dynamic_batch=False)
         report = qdq.import_ranges(fresh, tmp_path / "model.onnx")
-        expected, found = _scales(model), _scales(fresh)
-        assert not report.missing and found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in found)
+        expected, scales = _scales(model), _scales(fresh)
+        assert not report.missing and scales.keys() == expected.keys()
+        assert all(torch.equal(scales[name], expected[name]) for name in scales)
 
     @pytest.mark.parametrize("dynamo", [True, False])
     @pytest.mark.parametrize("sources", [("x", "x", "x"), ("x", "y", "y"), ("x", "y", "z")])
     def test_attention_of_the_float_graph(self, tmp_path, dynamo, sources):
-        """Against the tensors themselves: what each projection is given is an input of the network."""
+        """Against the tensors themselves: the input of each projection is an input of the network."""
 
         class Attend(nn.Module):
             def __init__(self):
@@ -712,9 +716,9 @@ class TestQdqOnnx:
                 self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
 
             def forward(self, x, y, z):
-                given = {"x": x, "y": y, "z": z}
+                feeds = {"x": x, "y": y, "z": z}
                 return (
-                    self.attention(*(given[name] for name in sources), need_weights=False)[0]
+                    self.attention(*(feeds[name] for name in sources), need_weights=False)[0]
                     + y.sum()
                     + z.sum()
                 )
@@ -752,7 +756,7 @@ class TestQdqOnnx:
         node = next(
             node for node in proto.graph.node if node.name == "0._weight_quantizer/DequantizeLinear"
         )
-        next(one for one in node.attribute if one.name == "axis").i = 1
+        next(attribute for attribute in node.attribute if attribute.name == "axis").i = 1
         onnx.save(proto, tmp_path / "model.onnx")
         report = qdq.import_ranges(fresh, tmp_path / "model.onnx")
         assert (
