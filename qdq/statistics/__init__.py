@@ -1,4 +1,4 @@
-"""Statistics of all tensors of a model: in one file, merged exactly, solved again without data. Needs no torch."""
+"""Statistics of all tensors of a model: saved in one file, merged exactly, ranges without data. Needs no torch."""
 
 from __future__ import annotations
 
@@ -29,22 +29,39 @@ logger = logging.getLogger(__name__)
 _SUMMARY_KEYS = {"batches", "complete", "tensors"}
 STATISTICS_FORMAT = "qdq calibration statistics 1"
 _FIX = "give a file that calibration saved, or collect the statistics again."
+_LOAD_ERRORS = (
+    SafetensorError,
+    ValueError,
+    KeyError,
+    TypeError,
+)  # the last for types that numpy lacks
+_FIGURES = (
+    "count",
+    "zeros",
+    "num_batches",
+    "low",
+    "high",
+    "absmax",
+    "mean",
+    "std",
+    "laplace_b",
+)
 _SEPARATOR = "//"  # between the name of a quantizer and that of an array
 
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What calibration collected of a model, see `collect_statistics`.
+    """The statistics that calibration collected, see `collect_statistics`.
 
     Args:
-        tensors: Name of the quantizer -> statistics of what it quantizes.
-        formats: Name of the quantizer -> its format; None for one that is no integer format.
-        batches: How many batches were taken.
+        tensors: Name of the quantizer -> statistics of the tensor that it quantizes.
+        formats: Name of the quantizer -> its format; None if it is not an integer format.
+        batches: Number of batches.
         model: Fingerprint of the model: names, formats and shapes.
-        data: Digest of the weights and the first batch; "" if it is not known, or there was none.
-        complete: Whether the pass came to its end.
-        limit: How many batches the pass was to take at most; None: all.
-        shared: Name of a quantizer that uses the range of another -> name of that one, which is in `tensors`.
+        data: Digest of the weights and the first batch; "" if it is unknown, or there was no batch.
+        complete: Whether the pass reached its end.
+        limit: Upper limit on the batches of the pass; None: no limit.
+        shared: Name of a quantizer that uses the range of another one -> name of the latter, which is in `tensors`.
     """
 
     tensors: dict[str, TensorStatistics]
@@ -57,42 +74,42 @@ class Statistics:
     shared: dict[str, str] = field(default_factory=dict)
 
     def merge(self, other: Statistics) -> Statistics:
-        """What one pass over the batches of both, those of `other` last, would have collected.
+        """The statistics of one pass over the batches of both, those of `other` last.
 
         Raises:
             ArgumentError: They are of different models.
         """
-        numbers = [
-            int(tensor.numbers[-1]) + 1 for tensor in self.tensors.values() if tensor.num_batches
-        ]
-        shift = max([self.batches, *numbers])
-        moved = {name: tensor.shifted(shift) for name, tensor in other.tensors.items()}
-        return replace(
-            merge_parts([self, replace(other, tensors=moved)]), limit=None
-        )  # no one pass took them
+        end_numbers = [tensor.end_number for tensor in self.tensors.values()]
+        shift = max([self.batches, *end_numbers])
+        shifted = {}
+        for name, tensor in other.tensors.items():
+            shifted[name] = tensor.shifted(shift)
+        merged = merge_parts([self, replace(other, tensors=shifted)])
+        return replace(merged, limit=None)  # no single pass took all batches
 
     def select(self, pattern: str) -> Statistics:
-        """Those of the tensors whose quantizer has a name that fits.
+        """The statistics of the tensors whose quantizer has a matching name.
 
         Args:
             pattern: A name, or a glob such as "layer1.*".
 
         Raises:
-            ArgumentError: None fits.
+            ArgumentError: No name matches.
         """
-        tensors = {
-            name: tensor for name, tensor in self.tensors.items() if fnmatchcase(name, pattern)
-        }
-        if not tensors:
+        names = [name for name in self.tensors if fnmatchcase(name, pattern)]
+        if not names:
             raise ArgumentError(
                 f"no tensor fits {pattern!r}; there are {list_names(list(self.tensors), 3)}.",
                 "give the name of a quantizer, or a glob such as '*._input_quantizer'.",
             )
-        shared = {name: leader for name, leader in self.shared.items() if leader in tensors}
+        shared = {}
+        for name, leader in self.shared.items():
+            if leader in names:
+                shared[name] = leader
         return replace(
             self,
-            tensors=tensors,
-            formats={name: self.formats[name] for name in tensors},
+            tensors={name: self.tensors[name] for name in names},
+            formats={name: self.formats[name] for name in names},
             shared=shared,
         )
 
@@ -109,63 +126,53 @@ class Statistics:
         return solve_amax(self.tensors[name], self.formats[name] or Format(), method, **options)
 
     def solve_all(self, method: str = "mse", **options: Any) -> dict[str, float]:
-        """The range of every tensor by name; of one without integer format its maximum, as in calibration.
+        """The range of every tensor by name; without an integer format it is the maximum, as in calibration.
 
         Raises:
             ArgumentError: As for `solve_amax`.
         """
-        return {
-            name: self.solve(name, method, **options) if fmt else self.solve(name, "max")
-            for name, fmt in self.formats.items()
-        }
+        ranges = {}
+        for name, fmt in self.formats.items():
+            if fmt:
+                ranges[name] = self.solve(name, method, **options)
+            else:
+                ranges[name] = self.solve(name, "max")
+        return ranges
 
     def clipped_share(self, name: str, amax: float) -> float:
-        """Share of the values of a tensor beyond a range, see `TensorStatistics.clipped_share`."""
+        """Fraction of the values of a tensor outside a range, see `TensorStatistics.clipped_share`."""
         fmt = self.formats[name]
         return self.tensors[name].clipped_share(amax, fmt is not None and fmt.unsigned)
 
     def summarize(self) -> dict[str, Any]:
-        """What the JSON beside the file holds: figures of each tensor, and by every method amax and what it clips."""
+        """The content of the JSON beside the file: figures of each tensor, and amax and clipping by every method."""
+        names = tqdm(self.tensors, desc="ranges", unit="tensor", disable=None, leave=False)
         return {
             "batches": self.batches,
             "complete": self.complete,
-            "tensors": {
-                name: self._summarize_tensor(name)
-                for name in tqdm(
-                    self.tensors, desc="solve", unit="tensor", disable=None, leave=False
-                )
-            },
+            "tensors": {name: self._summarize_tensor(name) for name in names},
         }
 
     def _summarize_tensor(self, name: str) -> dict[str, Any]:
         tensor, fmt = self.tensors[name], self.formats[name]
-        figures = (
-            "count",
-            "zeros",
-            "num_batches",
-            "low",
-            "high",
-            "absmax",
-            "mean",
-            "std",
-            "laplace_b",
-        )
-        ranges = {method: self.solve(name, method) for method in (SOLVERS if fmt else ("max",))}
-        return {
-            **{figure: getattr(tensor, figure) for figure in figures},
-            "format": None if fmt is None else asdict(fmt),
-            "amax": ranges,
-            "clipped": {method: self.clipped_share(name, amax) for method, amax in ranges.items()},
-        }
+        summary: dict[str, Any] = {figure: getattr(tensor, figure) for figure in _FIGURES}
+        summary["format"] = _format_to_json(fmt)
+        summary["amax"] = ranges = {}
+        summary["clipped"] = fractions = {}
+        methods = SOLVERS if fmt else ["max"]
+        for method in methods:
+            ranges[method] = self.solve(name, method)
+            fractions[method] = self.clipped_share(name, ranges[method])
+        return summary
 
     def save(self, path: Path | str) -> Path:
-        """Write the file, and where the pass is complete a readable summary beside it (`.json`); both atomically.
+        """Write the file, and if the pass is complete a readable summary beside it (`.json`); both atomically.
 
         Args:
             path: Ends in `.safetensors`.
 
         Raises:
-            ArgumentError: Another ending; the folder cannot be written to; a file that is no summary lies beside it.
+            ArgumentError: Another ending; the folder cannot be written to; another `.json` file lies beside it.
         """
         path = require_suffix(path)
         require_place_of_summary(path)
@@ -178,7 +185,7 @@ class Statistics:
 
     @classmethod
     def load(cls, path: Path | str) -> Statistics:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             DataError: The file cannot be read, or is of another kind.
@@ -194,11 +201,10 @@ class Statistics:
 
     def to_bytes(self) -> bytes:
         """The content of the file."""
-        arrays = {
-            f"{name}{_SEPARATOR}{part}": np.ascontiguousarray(array)
-            for name, tensor in self.tensors.items()
-            for part, array in tensor.to_arrays().items()
-        }
+        arrays = {}
+        for name, tensor in self.tensors.items():
+            for part, array in tensor.to_arrays().items():
+                arrays[f"{name}{_SEPARATOR}{part}"] = np.ascontiguousarray(array)
         facts = {
             "batches": self.batches,
             "model": self.model,
@@ -206,34 +212,26 @@ class Statistics:
             "complete": self.complete,
             "limit": self.limit,
             "shared": self.shared,
-            "formats": {
-                name: None if fmt is None else asdict(fmt) for name, fmt in self.formats.items()
-            },
+            "formats": {name: _format_to_json(fmt) for name, fmt in self.formats.items()},
         }
         facts["digest"] = _digest(facts, arrays)
-        return safetensors.save(
-            arrays, {STATISTICS_FORMAT: json.dumps(facts)}
-        )  # one key: the order of several is random
+        metadata = {STATISTICS_FORMAT: json.dumps(facts)}  # one key: the order of several is random
+        return safetensors.save(arrays, metadata)
 
     @classmethod
     def from_bytes(cls, content: bytes, source: str = "the content") -> Statistics:
         """The inverse of `to_bytes`.
 
         Args:
-            content: What it returned.
-            source: What the content was read from, for messages.
+            content: The bytes that it returned.
+            source: Where the content was read from, for messages.
 
         Raises:
             DataError: The content is of another kind, or damaged.
         """
         try:
             arrays = safetensors.load(content)
-        except (
-            SafetensorError,
-            ValueError,
-            KeyError,
-            TypeError,
-        ) as error:  # types that numpy has not
+        except _LOAD_ERRORS as error:
             raise DataError(
                 f"{source} is no file of calibration statistics: {printable(error, 100)}.", _FIX
             ) from error
@@ -251,10 +249,7 @@ class Statistics:
         try:
             return cls(
                 tensors=_split_parts(stored, arrays),
-                formats={
-                    name: Format(**asdict(fmt)) if fmt else None
-                    for name, fmt in stored.formats.items()
-                },
+                formats={name: _format_from_stored(fmt) for name, fmt in stored.formats.items()},
                 batches=stored.batches,
                 model=stored.model,
                 data=stored.data,
@@ -268,7 +263,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class _StoredFormat:
-    """A format as it stands in the file, with all of its fields."""
+    """A format as it is in the file, with all of its fields."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
     num_bits: int
@@ -278,7 +273,7 @@ class _StoredFormat:
 
 @dataclass(frozen=True)
 class _StoredFacts:
-    """What stands beside the arrays; files of earlier versions have no digest."""
+    """The facts beside the arrays; files of earlier versions have no digest."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
     batches: Annotated[int, Ge(0)]
@@ -291,12 +286,20 @@ class _StoredFacts:
     digest: str | None = None
 
 
+def _format_to_json(fmt: Format | None) -> dict[str, Any] | None:
+    return None if fmt is None else asdict(fmt)
+
+
+def _format_from_stored(fmt: _StoredFormat | None) -> Format | None:
+    return None if fmt is None else Format(**asdict(fmt))
+
+
 def _digest(facts: dict[str, Any], arrays: dict[str, Any]) -> str:
-    parts = {
-        f"{name} {array.dtype} {array.shape}": array.reshape(-1).view(np.uint8)
-        for name, array in arrays.items()
-    }
-    return digest_parts(facts, {name: array.data for name, array in parts.items()})
+    """Digest of the facts, and of names, types, shapes and values of the arrays."""
+    parts = {}
+    for name, array in arrays.items():
+        parts[f"{name} {array.dtype} {array.shape}"] = array.reshape(-1).view(np.uint8).data
+    return digest_parts(facts, parts)
 
 
 def _split_parts(stored: _StoredFacts, arrays: dict[str, Any]) -> dict[str, TensorStatistics]:
@@ -327,34 +330,38 @@ def _split_parts(stored: _StoredFacts, arrays: dict[str, Any]) -> dict[str, Tens
 
 
 def merge_parts(parts: Iterable[Statistics]) -> Statistics:
-    """The sum of parts whose batches are numbered apart, as those of several processes; exact in any order.
+    """The sum of parts whose batches have different numbers, as those of several processes; exact in any order.
 
     Raises:
         ArgumentError: They are of different models, or batch numbers overlap.
     """
-    merged, *others = parts
-    for other in others:
-        if other.model != merged.model or other.tensors.keys() != merged.tensors.keys():
-            missing = sorted(merged.tensors.keys() ^ other.tensors.keys())
-            raise ArgumentError(
-                "the statistics are of different models"
-                + (
-                    f": only one has {', '.join(missing[:3])}."
-                    if missing
-                    else ", formats or shapes."
-                ),
-                "merge statistics that were collected with the same quantized model.",
-            )
+    merged, *rest = parts
+    for part in rest:
+        _require_same_model(merged, part)
+        tensors = {}
+        for name, tensor in merged.tensors.items():
+            tensors[name] = tensor.merge(part.tensors[name])
         merged = replace(
             merged,
-            tensors={
-                name: tensor.merge(other.tensors[name]) for name, tensor in merged.tensors.items()
-            },
-            batches=merged.batches + other.batches,
-            data=merged.data or other.data,
-            complete=merged.complete and other.complete,
+            tensors=tensors,
+            batches=merged.batches + part.batches,
+            data=merged.data or part.data,
+            complete=merged.complete and part.complete,
         )
     return merged
+
+
+def _require_same_model(first: Statistics, second: Statistics) -> None:
+    missing = sorted(first.tensors.keys() ^ second.tensors.keys())
+    if not missing and first.model == second.model:
+        return
+    difference = ", formats or shapes"
+    if missing:
+        difference = f": only one has {', '.join(missing[:3])}"
+    raise ArgumentError(
+        f"the statistics are of different models{difference}.",
+        "merge statistics that were collected with the same quantized model.",
+    )
 
 
 def merge_files(paths: Sequence[Path | str], output: Path | str) -> Statistics:
@@ -395,20 +402,21 @@ def merge_files(paths: Sequence[Path | str], output: Path | str) -> Statistics:
 
 
 def _load_complete(path: Path | str) -> Statistics:
-    found = Statistics.load(path)
-    if not found.complete:
+    """The statistics in a file; an incomplete pass is refused."""
+    statistics = Statistics.load(path)
+    if not statistics.complete:
         raise ArgumentError(
-            f"{path} holds a pass that was cut off after {found.batches} batches.",
-            "run the same calibration again, it goes on from there; then merge.",
+            f"{path} holds a pass that was cut off after {statistics.batches} batches.",
+            "run the same calibration again, which continues from there; then merge.",
         )
-    return found
+    return statistics
 
 
 def require_place_of_summary(path: Path) -> None:
-    """Refuse a file of statistics beside which somebody else's JSON has the name of its summary.
+    """Refuse a file of statistics if its summary would replace a JSON file that is not a summary.
 
     Raises:
-        ArgumentError: It would be replaced.
+        ArgumentError: Such a JSON file lies beside it.
     """
     summary = path.with_suffix(".json")
     try:

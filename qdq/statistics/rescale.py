@@ -31,12 +31,12 @@ class Rescaling:
 
     Args:
         path: The file that was written.
-        method: How the ranges were solved.
-        changed: Quantizer -> its scale before and now.
-        unchanged: Quantizers whose scale was that already.
-        refused: Quantizer -> why its scale is what it was.
+        method: The method that computed the ranges.
+        changed: Quantizer -> its former and its new scale.
+        unchanged: Quantizers that had this scale already.
+        refused: Quantizer -> why its scale was not changed.
         missing: Names of statistics without a scale in the file: left in float, or one pair serves several quantizers.
-        unknown: Quantizers of the file that the statistics do not have; their scale is what it was.
+        unknown: Quantizers of the file that the statistics do not have; their scale was not changed.
     """
 
     path: Path
@@ -53,20 +53,21 @@ class Rescaling:
         return not self.refused and not self.unknown
 
     def format_table(self) -> str:
-        """The counts, each change, and what was not matched."""
+        """The counts, each change, and the quantizers that were not matched."""
         lines = [
             f"{self.path}: {len(self.changed)} scales changed, {len(self.unchanged)} were the same ({self.method})"
         ]
         width = max(map(len, self.changed), default=0)
-        lines += [
-            f"  {name:{width}}  {old:.6g} -> {new:.6g}" for name, (old, new) in self.changed.items()
-        ]
-        lines += [f"  not changed: {name}: {reason}" for name, reason in self.refused.items()]
-        lines += [f"  not changed: {name}: the statistics do not have it" for name in self.unknown]
-        lines += [
-            f"  not in the file: {name} (in float there, or another quantizer's pair serves it)"
-            for name in self.missing
-        ]
+        for name, (former, new) in self.changed.items():
+            lines.append(f"  {name:{width}}  {former:.6g} -> {new:.6g}")
+        for name, reason in self.refused.items():
+            lines.append(f"  not changed: {name}: {reason}")
+        for name in self.unknown:
+            lines.append(f"  not changed: {name}: the statistics do not have it")
+        for name in self.missing:
+            lines.append(
+                f"  not in the file: {name} (in float there, or another quantizer's pair serves it)"
+            )
         return "\n".join(lines)
 
 
@@ -78,22 +79,22 @@ def rescale_onnx(
     method: str = "mse",
     **options: Any,
 ) -> Rescaling:
-    """Write a copy of a file that `export_onnx` made, its activations with ranges solved from statistics.
+    """Write a copy of a file that `export_onnx` made, with activation ranges computed from statistics.
 
-    The scales are those that `solve_ranges` and a new export would give. Weights stay as they are, unless a bias needs
-    a larger scale (`graph.raise_scales`). The metadata say the new method; the fingerprint of the ranges, which
-    includes weights, is left out.
+    The scales are those that `solve_ranges` and a new export would give. Weights do not change, unless a bias needs a
+    larger scale (`graph.raise_scales`). The metadata name the new method; the fingerprint of the ranges, which includes
+    weights, is left out.
 
     Args:
         path: The file.
         output: Where to write; may be `path`. The file is written whole or not at all.
         statistics: Of the model that was exported.
         method: As for `observers.solve.solve_amax`.
-        **options: Likewise.
+        **options: As for `observers.solve.solve_amax`.
 
     Raises:
         ArgumentError: As for `solve_amax`; no scale of the file belongs to the statistics; `output` cannot be written.
-        CheckError: The file cannot be read, or holds what would be lost.
+        CheckError: The file cannot be read, or has content that would be lost.
     """
     path, output = as_path(path, "path"), as_path(output, "output")
     guard_files(inputs=[path, *list_data_files(path)], outputs=[output], in_place=[(output, path)])
@@ -101,30 +102,37 @@ def rescale_onnx(
     require_whole(loaded)
     model = loaded.model
     scales = list_scales(model.graph)
-    leaders = {name: statistics.shared.get(name, name) for name in scales}
-    known = {name: leader for name, leader in leaders.items() if leader in statistics.tensors}
-    if not known:
+    leaders = {}
+    unknown = []
+    for name in scales:
+        leader = statistics.shared.get(name, name)
+        if leader in statistics.tensors:
+            leaders[name] = leader
+        else:
+            unknown.append(name)
+    if not leaders:
         raise ArgumentError(
             f"none of the {len(scales)} scales of activations in {path} belongs to a quantizer of the statistics.",
             "give a file that qdq exported from the model that was calibrated.",
         )
-    changed, refused = _set_scales(
-        statistics, scales, known, statistics.solve_all(method, **options)
-    )
+    ranges = statistics.solve_all(method, **options)
+    changed, refused = _set_scales(statistics, scales, leaders, ranges)
+    unchanged = [name for name in leaders if name not in changed and name not in refused]
+    used = set(leaders.values())
+    missing = [name for name in statistics.tensors if name not in used]
     rescaling = Rescaling(
         path=output,
         method=method,
         changed=changed,
-        unchanged=tuple(name for name in known if name not in changed and name not in refused),
+        unchanged=tuple(unchanged),
         refused=refused,
-        missing=tuple(name for name in statistics.tensors if name not in known.values()),
-        unknown=tuple(name for name in scales if name not in known),
+        missing=tuple(missing),
+        unknown=tuple(unknown),
     )
     _update_origin(model, statistics, rescaling)
     RaiseWeightScales()(model)  # a bias may not fit the new scale of its input
-    ir.external_data.load_to_model(
-        model
-    )  # so that the copy may lie in another folder, or in the place of the file
+    # So that the copy may lie in another folder, or replace the file.
+    ir.external_data.load_to_model(model)
     save_model(model, output)
     return rescaling
 
@@ -139,35 +147,51 @@ def scale_of(amax: npt.ArrayLike, fmt: Format) -> Floats:
 def _set_scales(
     statistics: Statistics,
     scales: Mapping[str, list[ir.Value]],
-    known: Mapping[str, str],
-    amaxes: Mapping[str, float],
+    leaders: Mapping[str, str],
+    ranges: Mapping[str, float],
 ) -> tuple[dict[str, tuple[float, float]], dict[str, str]]:
-    """Set them in place; the old and the new scale of each that changed, and why others could not be set."""
+    """Set scales in place.
+
+    Args:
+        statistics: The statistics.
+        scales: Quantizer -> its scales in the graph.
+        leaders: Quantizer -> the name that holds its range in the statistics.
+        ranges: By the names in the statistics.
+
+    Returns:
+        The former and the new scale of each quantizer whose scale changed, and why others could not be set.
+    """
     changed: dict[str, tuple[float, float]] = {}
     refused: dict[str, str] = {}
-    for name, leader in known.items():
+    for name, leader in leaders.items():
         values = scales[name]
-        old = number_of(values[0])
+        former = number_of(values[0])
         fmt = statistics.formats[leader]
-        if old.shape or fmt is None:
+        if former.shape or fmt is None:
             refused[name] = "it has several scales, or no integer format in the statistics"
-        elif not amaxes[leader]:
+            continue
+        if not ranges[leader]:
             refused[name] = "the statistics saw no value above 0 there"
-        elif reason := reason_against(values, scale := scale_of(amaxes[leader], fmt)):
+            continue
+        scale = scale_of(ranges[leader], fmt)
+        reason = reason_against(values, scale)
+        if reason:
             refused[name] = reason
         elif set_scale(values, scale):
-            changed[name] = (float(old), float(number_of(values[0])))
+            changed[name] = (float(former), float(number_of(values[0])))
     return changed, refused
 
 
 def _update_origin(model: ir.Model, statistics: Statistics, rescaling: Rescaling) -> None:
-    """What the metadata say of the calibration, see `export.export_onnx`."""
+    """Update the calibration in the metadata, see `export.export_onnx`."""
     model.metadata_props.pop("qdq.ranges_sha256", None)
+    methods = {rescaling.method}
     try:
         facts = dict(json.loads(model.metadata_props["qdq.calibration"]))
-        before = set(facts["methods"]) if not rescaling.is_whole else set()
-    except (KeyError, TypeError, ValueError, RecursionError):  # the metadata of others
+        if not rescaling.is_whole:
+            methods |= set(facts["methods"])
+    except (KeyError, TypeError, ValueError, RecursionError):  # the metadata of a foreign file
         return
-    facts["methods"] = sorted(before | {rescaling.method})
+    facts["methods"] = sorted(methods)
     facts["batches"] = max(tensor.num_batches for tensor in statistics.tensors.values())
     model.metadata_props["qdq.calibration"] = json.dumps(facts, sort_keys=True)

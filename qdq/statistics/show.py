@@ -17,54 +17,54 @@ from qdq.observers.tensor_statistics import TensorStatistics
 from qdq.statistics import Statistics
 from qdq.text import printable
 
-_COLUMNS = 128  # of a plot; a file has up to 4096 bins
+_COLUMNS = 128  # of a plot; a file has many more bins, see `tensor_statistics.NUM_BINS`
 _WIDTH, _HEIGHT = 640, 160  # of a plot without its labels
 
 
 def format_statistics(summary: dict[str, Any]) -> str:
-    """Three tables in the order of the network: figures, amax by every method, share of the values beyond it.
+    """Three tables in the order of the network: figures, amax by every method, fraction of the values outside.
 
     Args:
         summary: From `Statistics.summarize`.
     """
     tensors: dict[str, dict[str, Any]] = summary["tensors"]
-    methods = list(dict.fromkeys(method for entry in tensors.values() for method in entry["amax"]))
-    figures = [[printable(name), *_figures(entry).values()] for name, entry in tensors.items()]
-    amax = [
-        [printable(name), *(_cell(e["amax"].get(m), "{:.4g}") for m in methods)]
-        for name, e in tensors.items()
-    ]
-    clipped = [
-        [printable(name), *(_cell(e["clipped"].get(m), "{:.3%}") for m in methods)]
-        for name, e in tensors.items()
-    ]
-    state = (
-        ""
-        if summary["complete"]
-        else "; the pass was cut off, what follows is of a part of the data"
-    )
-    return "\n\n".join(
-        [
-            f"{len(tensors)} tensors, {summary['batches']} batches{state}",
-            format_columns([["values", "count", "zeros", "mean", "std", "max"], *figures]),
-            format_columns([["amax", *methods], *amax]),
-            format_columns([["clipped share", *methods], *clipped]),
-        ]
-    )
+    methods = _list_methods(tensors)
+    figure_rows = [["values", "count", "zeros", "mean", "std", "max"]]
+    amax_rows = [["amax", *methods]]
+    clipped_rows = [["clipped share", *methods]]
+    for name, entry in tensors.items():
+        label = printable(name)
+        figure_rows.append([label, *_figures(entry).values()])
+        amax_rows.append([label, *_cells(entry["amax"], methods, "{:.4g}")])
+        clipped_rows.append([label, *_cells(entry["clipped"], methods, "{:.3%}")])
+
+    title = f"{len(tensors)} tensors, {summary['batches']} batches"
+    if not summary["complete"]:
+        title += "; the pass was cut off, these figures are of a part of the data"
+    tables = map(format_columns, (figure_rows, amax_rows, clipped_rows))
+    return "\n\n".join([title, *tables])
+
+
+def _list_methods(tensors: Mapping[str, dict[str, Any]]) -> list[str]:
+    """The methods that any tensor has a range of, in their order."""
+    methods: dict[str, None] = {}
+    for entry in tensors.values():
+        methods |= dict.fromkeys(entry["amax"])
+    return list(methods)
 
 
 def format_ranges(statistics: Statistics, ranges: Mapping[str, float]) -> str:
-    """One line for each range: amax, and the share of the values beyond it.
+    """One line for each range: amax, and the fraction of the values outside.
 
     Args:
-        statistics: What they were solved from.
+        statistics: The statistics that the ranges were computed from.
         ranges: From `Statistics.solve_all`.
     """
-    rows = [
-        [printable(name), f"{amax:.6g}", f"{statistics.clipped_share(name, amax):.3%}"]
-        for name, amax in ranges.items()
-    ]
-    return format_columns([["tensor", "amax", "clipped"], *rows])
+    rows = [["tensor", "amax", "clipped"]]
+    for name, amax in ranges.items():
+        clipped = statistics.clipped_share(name, amax)
+        rows.append([printable(name), f"{amax:.6g}", f"{clipped:.3%}"])
+    return format_columns(rows)
 
 
 def format_columns(rows: Sequence[Sequence[str]]) -> str:
@@ -72,19 +72,23 @@ def format_columns(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for name, *cells in rows:
-        columns = zip(cells, widths[1:], strict=True)
-        lines.append(
-            "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in columns)])
-        )
+        columns = [name.ljust(widths[0])]
+        for cell, width in zip(cells, widths[1:], strict=True):
+            columns.append(cell.rjust(width))
+        lines.append("  ".join(columns))
     return "\n".join(lines)
 
 
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
+def _cells(values: Mapping[str, float], methods: Iterable[str], form: str) -> list[str]:
+    """The values of the methods as text; "-" where a method has none."""
+    cells = []
+    for method in methods:
+        cells.append(form.format(values[method]) if method in values else "-")
+    return cells
 
 
 def _figures(entry: dict[str, Any]) -> dict[str, str]:
-    """What is said of the values of a tensor, in a few characters each."""
+    """The figures of a tensor as text, in a few characters each."""
     return {
         "count": f"{entry['count']:,}",
         "zeros": f"{entry['zeros'] / max(entry['count'], 1):.2%}",
@@ -95,22 +99,22 @@ def _figures(entry: dict[str, Any]) -> dict[str, str]:
 
 
 def write_plots(statistics: Statistics, summary: dict[str, Any], path: Path) -> Path:
-    """Write one HTML page, atomically: of each tensor the histogram of |x|, and where every method clips it.
+    """Write one HTML page, atomically: the histogram of |x| of each tensor, and where every method clips it.
 
-    The page holds all it needs, about 5 kB a tensor, and follows the reader's choice of light or dark.
+    The page needs no other file, has about 5 kB a tensor, and follows the reader's choice of light or dark.
 
     Args:
-        statistics: What to plot.
-        summary: Of the same, from `Statistics.summarize`.
+        statistics: The statistics to plot.
+        summary: From `Statistics.summarize` of these statistics.
         path: Where to write.
 
     Raises:
         ArgumentError: The folder cannot be written to.
     """
     environment = load_templates(Path(__file__).parent)
-    plots = [
-        _plot(name, tensor, summary["tensors"][name]) for name, tensor in statistics.tensors.items()
-    ]
+    plots = []
+    for name, tensor in statistics.tensors.items():
+        plots.append(_make_plot(name, tensor, summary["tensors"][name]))
     page = environment.get_template("show.html").render(
         plots=plots, summary=summary, width=_WIDTH, height=_HEIGHT
     )
@@ -118,7 +122,7 @@ def write_plots(statistics: Statistics, summary: dict[str, Any], path: Path) -> 
 
 
 def load_templates(folder: Path) -> jinja2.Environment:
-    """The templates of a folder; what is put into them is escaped."""
+    """The templates of a folder; values in them are escaped."""
     loader = jinja2.FileSystemLoader(folder)
     return jinja2.Environment(
         loader=loader,
@@ -139,7 +143,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class _Line:
-    """Where a method clips; `at` in pixels, `number` is that of its colour."""
+    """The place where a method clips; `at` is in pixels, `number` is that of its colour."""
 
     number: int
     method: str
@@ -150,7 +154,7 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Plot:
-    """All that the template draws of one tensor; places in pixels."""
+    """Everything that the template draws of one tensor; places in pixels."""
 
     name: str
     figures: dict[str, str]
@@ -160,7 +164,7 @@ class _Plot:
     lines: list[_Line]
 
 
-def _plot(name: str, tensor: TensorStatistics, entry: dict[str, Any]) -> _Plot:
+def _make_plot(name: str, tensor: TensorStatistics, entry: dict[str, Any]) -> _Plot:
     columns, end = tensor.histogram(_COLUMNS)
     decades = max(math.log10(columns.max(initial=0) + 1), 1)
     heights = np.log10(columns + 1) / decades * _HEIGHT
@@ -169,30 +173,55 @@ def _plot(name: str, tensor: TensorStatistics, entry: dict[str, Any]) -> _Plot:
         figures=_figures(entry),
         outline=_outline(heights),
         x_ticks=[Tick(value / end * _WIDTH, f"{value:.4g}") for value in round_numbers(end)],
-        y_ticks=[
-            Tick(_HEIGHT * (1 - math.log10(10**decade + 1) / decades), f"{10**decade:,}")
-            for decade in range(0, int(decades) + 1, max(1, int(decades) // 4))
-            if math.log10(10**decade + 1) <= decades
-        ],
-        lines=[
-            _Line(
-                list(SOLVERS).index(method),
-                method,
-                amax / end * _WIDTH,
-                f"{amax:.4g}",
-                f"{entry['clipped'][method]:.3%}",
-            )
-            for method, amax in entry["amax"].items()
-        ],
+        y_ticks=_list_count_ticks(decades),
+        lines=_list_lines(entry, end),
     )
+
+
+def _list_count_ticks(decades: float) -> list[Tick]:
+    """Powers of ten on the logarithmic axis of counts, which shows log10(count + 1).
+
+    Args:
+        decades: The end of the axis.
+    """
+    ticks = []
+    step = max(1, int(decades) // 4)
+    for decade in range(0, int(decades) + 1, step):
+        height = math.log10(10**decade + 1)
+        if height <= decades:
+            ticks.append(Tick(_HEIGHT * (1 - height / decades), f"{10**decade:,}"))
+    return ticks
+
+
+def _list_lines(entry: dict[str, Any], end: float) -> list[_Line]:
+    """A line for each method.
+
+    Args:
+        entry: The summary of the tensor.
+        end: The end of the axis of |x|.
+    """
+    methods = list(SOLVERS)
+    lines = []
+    for method, amax in entry["amax"].items():
+        line = _Line(
+            number=methods.index(method),
+            method=method,
+            at=amax / end * _WIDTH,
+            amax=f"{amax:.4g}",
+            clipped=f"{entry['clipped'][method]:.3%}",
+        )
+        lines.append(line)
+    return lines
 
 
 def _outline(heights: Iterable[float]) -> str:
     """The filled steps of a histogram as an SVG path."""
-    steps = [round(_HEIGHT - height) for height in heights]
-    width = _WIDTH / len(steps)
-    path = "".join(f"V{top}H{(at + 1) * width:.0f}" for at, top in enumerate(steps))
-    return f"M0 {_HEIGHT}{path}V{_HEIGHT}Z"
+    tops = [round(_HEIGHT - height) for height in heights]
+    width = _WIDTH / len(tops)
+    path = f"M0 {_HEIGHT}"
+    for index, top in enumerate(tops, start=1):
+        path += f"V{top}H{index * width:.0f}"
+    return f"{path}V{_HEIGHT}Z"
 
 
 def round_numbers(end: float, start: float = 0.0) -> list[float]:
@@ -200,4 +229,5 @@ def round_numbers(end: float, start: float = 0.0) -> list[float]:
     span = end - start
     power = 10.0 ** math.floor(math.log10(span))
     step = next(step * power for step in (0.2, 0.5, 1, 2) if span / (step * power) <= 6)
-    return [number * step for number in range(math.ceil(start / step - 1e-9), int(end / step) + 1)]
+    first = math.ceil(start / step - 1e-9)
+    return [number * step for number in range(first, int(end / step) + 1)]

@@ -32,12 +32,12 @@ def initializers(path):
     return {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
 
 
-def assert_same_numbers(one, two):
-    one, two = initializers(one), initializers(two)
-    assert one.keys() == two.keys()
-    for name in one:
-        assert one[name].dtype == two[name].dtype
-        np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+def assert_same_numbers(first, second):
+    first, second = initializers(first), initializers(second)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert first[name].dtype == second[name].dtype
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
 
 
 @pytest.fixture
@@ -73,8 +73,8 @@ def test_is_a_new_export(prepared, images, tmp_path, method):
     assert_same_numbers(tmp_path / "new.onnx", fresh)
     assert rescaling.is_whole and not rescaling.missing
     assert rescaling.changed
-    for name, (before, now) in rescaling.changed.items():
-        assert before == initializers(old)[f"{name}.scale"]
+    for name, (former, now) in rescaling.changed.items():
+        assert former == initializers(old)[f"{name}.scale"]
         assert now == initializers(fresh)[f"{name}.scale"]
         assert f"{name} " in rescaling.format_table()
     metadata = [dict(ir.load(path).metadata_props) for path in (tmp_path / "new.onnx", fresh)]
@@ -188,17 +188,17 @@ def test_tensor_of_zeros_keeps_its_scale(prepared, images, tmp_path):
 def test_other_model_or_no_model(prepared, images, tmp_path):
     model, statistics = prepared
     old = export(model, statistics, images, tmp_path / "old.onnx", "mse")
-    before = old.read_bytes()
+    former = old.read_bytes()
     tensors = {f"other.{name}": tensor for name, tensor in statistics.tensors.items()}
-    other = Statistics(tensors, dict.fromkeys(tensors, Format()))
+    foreign = Statistics(tensors, dict.fromkeys(tensors, Format()))
     with pytest.raises(ArgumentError, match=r"none of the \d scales of activations"):
-        rescale_onnx(old, old, other)
+        rescale_onnx(old, old, foreign)
     with pytest.raises(ArgumentError, match="unknown calibration method 'kl'"):
         rescale_onnx(old, old, statistics, method="kl")
     (tmp_path / "text.onnx").write_text("text")
     with pytest.raises(CheckError, match="not a valid ONNX"):
         rescale_onnx(tmp_path / "text.onnx", old, statistics)
-    assert old.read_bytes() == before
+    assert old.read_bytes() == former
 
 
 def test_what_would_be_lost_is_refused(prepared, images, tmp_path):
@@ -207,10 +207,10 @@ def test_what_would_be_lost_is_refused(prepared, images, tmp_path):
     proto = onnx.load(old)
     proto.training_info.add().algorithm.name = "train"
     onnx.save(proto, old)
-    before = old.read_bytes()
+    former = old.read_bytes()
     with pytest.raises(CheckError, match="training_info"):
         rescale_onnx(old, old, statistics)
-    assert old.read_bytes() == before
+    assert old.read_bytes() == former
 
 
 def test_in_place(prepared, images, tmp_path):

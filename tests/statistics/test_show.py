@@ -35,15 +35,15 @@ def values():
 
 
 def test_tables(values):
-    found = statistics_of(first=collect(values), second=collect([0.0, 0.0, 4.0, -2.0]))
-    figures, amax, clipped = format_statistics(found.summarize()).split("\n\n")[1:]
+    statistics = statistics_of(first=collect(values), second=collect([0.0, 0.0, 4.0, -2.0]))
+    figures, amax, clipped = format_statistics(statistics.summarize()).split("\n\n")[1:]
     assert figures.splitlines()[0].split() == ["values", "count", "zeros", "mean", "std", "max"]
     assert figures.splitlines()[2].split() == ["second", "4", "50.00%", "0.5", "2.179", "4"]
     for table in (amax, clipped):
         head, first, _ = (line.split() for line in table.splitlines())
         assert head[-len(SOLVERS) :] == list(SOLVERS)
         assert len(first) == len(SOLVERS) + 1
-    entropy = found.solve("first", "entropy")
+    entropy = statistics.solve("first", "entropy")
     cells = dict(zip(SOLVERS, clipped.splitlines()[1].split()[1:], strict=True))
     assert float(cells["entropy"].rstrip("%")) == pytest.approx(
         100 * np.mean(np.abs(values) > entropy), abs=0.02
@@ -67,15 +67,17 @@ def test_a_pass_that_was_cut_off_is_said(values, tmp_path):
 
 
 def test_plot_has_the_histogram_and_every_range(values, tmp_path):
-    found = statistics_of(a=collect(values))
-    page = write_plots(found, found.summarize(), tmp_path / "page.html").read_text()
+    statistics = statistics_of(a=collect(values))
+    page = write_plots(statistics, statistics.summarize(), tmp_path / "page.html").read_text()
     (plot,) = plots_of(page)
     width = 640
     outline = next(path.get("d") for path in plot.iter("path") if path.get("class") == "h")
     tops = [int(top) for top in re.findall(r"V(\d+)", outline)][:-1]
     edges = [int(edge) for edge in re.findall(r"H(\d+)", outline)]
     end = (
-        found.tensors["a"].width * -(-len(found.tensors["a"].magnitudes()) // len(tops)) * len(tops)
+        statistics.tensors["a"].width
+        * -(-len(statistics.tensors["a"].magnitudes()) // len(tops))
+        * len(tops)
     )
     counts, _ = np.histogram(np.abs(values), bins=len(tops), range=(0, end))
     assert np.argsort(counts, kind="stable").tolist()[0] in np.flatnonzero(
@@ -89,7 +91,7 @@ def test_plot_has_the_histogram_and_every_range(values, tmp_path):
         if path.get("class").startswith("l ")
     }
     for method in SOLVERS:
-        amax = found.solve("a", method)
+        amax = statistics.solve("a", method)
         at = float(re.match(r"M([\d.]+) ", lines[f"{method} {amax:.4g}"].get("d"))[1])
         assert at == pytest.approx(amax / end * width, abs=0.06)
         assert re.search(rf"{method}<td>{amax:.4g}<td>[\d.]+%", page)
@@ -110,10 +112,10 @@ def test_plot_has_the_histogram_and_every_range(values, tmp_path):
     ids=str,
 )
 def test_strange_tensors(batches, tmp_path):
-    found = statistics_of(a=collect(*batches))
-    summary = found.summarize()
+    statistics = statistics_of(a=collect(*batches))
+    summary = statistics.summarize()
     assert "nan" not in format_statistics(summary)
-    page = write_plots(found, summary, tmp_path / "page.html").read_text()
+    page = write_plots(statistics, summary, tmp_path / "page.html").read_text()
     (plot,) = plots_of(page)
     drawn = [float(n) for path in plot.iter("path") for n in re.findall(r"[\d.]+", path.get("d"))]
     assert max(drawn) <= 641
@@ -121,8 +123,8 @@ def test_strange_tensors(batches, tmp_path):
 
 def test_names_are_escaped_and_nothing_is_fetched(values, tmp_path):
     name = '<script>alert("1")</script>'
-    found = Statistics({name: collect(values)}, {name: Format()})
-    page = write_plots(found, found.summarize(), tmp_path / "page.html").read_text()
+    statistics = Statistics({name: collect(values)}, {name: Format()})
+    page = write_plots(statistics, statistics.summarize(), tmp_path / "page.html").read_text()
     assert "<script" not in page
     assert not re.search(r"https?:|src=|href=|url\(|@import", page)
     assert "prefers-color-scheme: dark" in page
@@ -130,12 +132,14 @@ def test_names_are_escaped_and_nothing_is_fetched(values, tmp_path):
 
 def test_300_tensors_stay_below_3_megabytes(values, tmp_path):
     tensor = collect(values, 9 * values[:100])
-    found = Statistics(
+    statistics = Statistics(
         {f"layer{i}.block.conv._input_quantizer": tensor for i in range(300)},
         {f"layer{i}.block.conv._input_quantizer": Format() for i in range(300)},
     )
-    entry = found.select("layer0.*").summarize()["tensors"]["layer0.block.conv._input_quantizer"]
-    summary = {"batches": 2, "complete": True, "tensors": dict.fromkeys(found.tensors, entry)}
-    path = write_plots(found, summary, tmp_path / "page.html")
+    entry = statistics.select("layer0.*").summarize()["tensors"][
+        "layer0.block.conv._input_quantizer"
+    ]
+    summary = {"batches": 2, "complete": True, "tensors": dict.fromkeys(statistics.tensors, entry)}
+    path = write_plots(statistics, summary, tmp_path / "page.html")
     assert len(plots_of(path.read_text())) == 300
     assert path.stat().st_size < 3_000_000

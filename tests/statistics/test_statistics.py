@@ -38,67 +38,71 @@ class TestClippedShare:
     @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.97])
     def test_is_that_of_the_values_but_for_one_bin(self, unsigned, share):
         values = np.random.default_rng(0).standard_normal(20_000).astype(np.float32)
-        found = collect(values)
-        amax = share * found.absmax
+        statistics = collect(values)
+        amax = share * statistics.absmax
         magnitudes = np.maximum(values, 0) if unsigned else np.abs(values)
-        bin_of_amax = np.floor(amax / found.width) * found.width
-        in_bin = np.mean((magnitudes >= bin_of_amax) & (magnitudes < bin_of_amax + found.width))
-        assert found.clipped_share(amax, unsigned) == pytest.approx(
+        bin_of_amax = np.floor(amax / statistics.width) * statistics.width
+        in_bin = np.mean(
+            (magnitudes >= bin_of_amax) & (magnitudes < bin_of_amax + statistics.width)
+        )
+        assert statistics.clipped_share(amax, unsigned) == pytest.approx(
             np.mean(magnitudes > amax), abs=in_bin + 1e-12
         )
 
     def test_at_the_edge_of_a_bin_it_is_exact(self):
         values = np.random.default_rng(1).standard_normal(5_000).astype(np.float32)
-        found = collect(values)
+        statistics = collect(values)
         for number in (0, 1, 700, 2000):
-            assert found.clipped_share(number * found.width) == np.mean(
-                np.abs(values) >= number * found.width
+            assert statistics.clipped_share(number * statistics.width) == np.mean(
+                np.abs(values) >= number * statistics.width
             )
 
     def test_nothing_lies_beyond_the_maximum(self):
-        found = collect([-5.0, 1.0, 3.0])
-        assert found.clipped_share(5.0) == found.clipped_share(9.0) == 0
-        assert found.clipped_share(3.0, unsigned=True) == 0
+        statistics = collect([-5.0, 1.0, 3.0])
+        assert statistics.clipped_share(5.0) == statistics.clipped_share(9.0) == 0
+        assert statistics.clipped_share(3.0, unsigned=True) == 0
         assert collect().clipped_share(0.0) == 0
         assert collect([0.0, 0.0]).clipped_share(0.0) == 0
 
 
 class TestSelect:
     def test_by_name_and_by_glob(self):
-        found = collect_statistics(make_model(), make_batches(1))
-        assert list(found.select("0._input_quantizer").tensors) == ["0._input_quantizer"]
-        assert list(found.select("*").tensors) == list(found.tensors)
-        assert found.select("[02].*").summarize()["tensors"].keys() == {
+        statistics = collect_statistics(make_model(), make_batches(1))
+        assert list(statistics.select("0._input_quantizer").tensors) == ["0._input_quantizer"]
+        assert list(statistics.select("*").tensors) == list(statistics.tensors)
+        assert statistics.select("[02].*").summarize()["tensors"].keys() == {
             "0._input_quantizer",
             "2._input_quantizer",
         }
 
     def test_of_nothing(self):
-        found = collect_statistics(make_model(), make_batches(1))
+        statistics = collect_statistics(make_model(), make_batches(1))
         with pytest.raises(
             ArgumentError, match=r"no tensor fits 'layer\*'; there are 0\._input_quantizer"
         ):
-            found.select("layer*")
+            statistics.select("layer*")
 
 
 def test_solve_all_is_what_the_model_gets():
     model = make_model()
-    found = collect_statistics(model, make_batches(2))
+    statistics = collect_statistics(model, make_batches(2))
     for method in SOLVERS:
         ranges = {
             entry.name: entry.amax
-            for entry in solve_ranges(model, found, method=method)
+            for entry in solve_ranges(model, statistics, method=method)
             if entry.batches
         }
-        assert {name: np.float32(amax) for name, amax in found.solve_all(method).items()} == ranges
-    assert found.solve_all("percentile", percentile=50.0) != found.solve_all("percentile")
+        assert {
+            name: np.float32(amax) for name, amax in statistics.solve_all(method).items()
+        } == ranges
+    assert statistics.solve_all("percentile", percentile=50.0) != statistics.solve_all("percentile")
 
 
 def test_a_tensor_without_integer_format_has_its_maximum():
     tensor = collect([1.0, -7.0])
-    found = Statistics({"a": tensor, "b": tensor}, {"a": None, "b": Format()})
-    assert found.solve_all("percentile", percentile=20.0)["a"] == 7
-    assert found.summarize()["tensors"]["a"]["amax"] == {"max": 7}
+    statistics = Statistics({"a": tensor, "b": tensor}, {"a": None, "b": Format()})
+    assert statistics.solve_all("percentile", percentile=20.0)["a"] == 7
+    assert statistics.summarize()["tensors"]["a"]["amax"] == {"max": 7}
 
 
 def test_shared_ranges_are_named_in_the_file(residual, images):
@@ -107,7 +111,7 @@ def test_shared_ranges_are_named_in_the_file(residual, images):
     qdq.fold_batchnorm(residual, images)
     swap_modules(residual, images)
     qdq.rewire_operations(residual, images)
-    found = collect_statistics(residual, [images])
+    statistics = collect_statistics(residual, [images])
     shared = {
         name: module.leader
         for name, module in residual.named_modules()
@@ -115,16 +119,18 @@ def test_shared_ranges_are_named_in_the_file(residual, images):
     }
     assert shared
     names = {module: name for name, module in residual.named_modules()}
-    assert Statistics.from_bytes(found.to_bytes()).shared == {
+    assert Statistics.from_bytes(statistics.to_bytes()).shared == {
         name: names[leader] for name, leader in shared.items()
     }
 
 
 class TestMergeFiles:
     def test_is_one_pass_over_all(self, files, tmp_path):
-        whole = collect_statistics(make_model(), make_batches(5))
+        expected = collect_statistics(make_model(), make_batches(5))
         merged = merge_files(files, tmp_path / "both.safetensors")
-        assert merged.to_bytes() == whole.to_bytes() == (tmp_path / "both.safetensors").read_bytes()
+        assert (
+            merged.to_bytes() == expected.to_bytes() == (tmp_path / "both.safetensors").read_bytes()
+        )
         assert (tmp_path / "both.json").exists()
 
     def test_may_replace_one_of_them(self, files):
@@ -136,21 +142,21 @@ class TestMergeFiles:
         paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
         for path, batches in zip(paths, (make_batches(4), make_batches(6)[4:]), strict=True):
             collect_statistics(make_model(), batches, num_batches=2, statistics=path)
-        both = tmp_path / "both.safetensors"
-        assert merge_files(paths, both).limit is None
-        again = collect_statistics(make_model(), make_batches(4), statistics=both)  # only read
-        assert again.to_bytes() == both.read_bytes()
+        merged = tmp_path / "both.safetensors"
+        assert merge_files(paths, merged).limit is None
+        again = collect_statistics(make_model(), make_batches(4), statistics=merged)  # only read
+        assert again.to_bytes() == merged.read_bytes()
 
     def test_of_other_models_says_which_file(self, files, residual, tmp_path):
         swap_modules(residual)
-        other = collect_statistics(residual, [torch.randn(1, 3, 12, 12)]).save(
+        foreign = collect_statistics(residual, [torch.randn(1, 3, 12, 12)]).save(
             tmp_path / "other.safetensors"
         )
         with pytest.raises(
             ArgumentError,
             match=r"other\.safetensors does not fit .*a\.safetensors: .*different models",
         ):
-            merge_files([files[0], other], tmp_path / "both.safetensors")
+            merge_files([files[0], foreign], tmp_path / "both.safetensors")
         assert not (tmp_path / "both.safetensors").exists()
 
     def test_of_a_pass_that_was_cut_off(self, files, tmp_path):
@@ -247,25 +253,29 @@ class TestDamage:
             ("counts", lambda array: np.full_like(array, 2**62), "contradict"),
             ("numbers", lambda array: array[::-1].copy(), "do not ascend"),
             ("numbers", lambda array: array + 2**62, "do not ascend"),
-            ("records", lambda array: array * np.nan, "no sums of float32"),
-            ("records", lambda array: np.full_like(array, 1e308), "no sums of float32"),
-            ("records", lambda array: array[:, ::-1].copy(), "lowest value lies above|count what"),
+            ("records", lambda array: array * np.nan, "not sums of float32"),
+            ("records", lambda array: np.full_like(array, 1e308), "not sums of float32"),
+            (
+                "records",
+                lambda array: array[:, ::-1].copy(),
+                "lowest value is above|impossible counts",
+            ),
             ("channel_absmax", lambda array: -array - 1, "no maximum"),
         ],
     )
     def test_arrays_are_held_against_what_data_gives(self, content, name, change, message):
-        found = Statistics.from_bytes(content).tensors["0._input_quantizer"]
-        arrays = found.to_arrays()
+        statistics = Statistics.from_bytes(content).tensors["0._input_quantizer"]
+        arrays = statistics.to_arrays()
         with pytest.raises(ArgumentError, match=message):
-            type(found).from_arrays({**arrays, name: change(arrays[name])})
+            type(statistics).from_arrays({**arrays, name: change(arrays[name])})
 
     def test_arrays_that_are_missing_or_unknown(self, content):
-        found = Statistics.from_bytes(content).tensors["0._input_quantizer"]
-        arrays = found.to_arrays()
+        statistics = Statistics.from_bytes(content).tensors["0._input_quantizer"]
+        arrays = statistics.to_arrays()
         for name in ("counts", "exponent", "numbers", "records"):
             with pytest.raises(ArgumentError, match=f"{name} is missing"):
-                type(found).from_arrays(
+                type(statistics).from_arrays(
                     {key: value for key, value in arrays.items() if key != name}
                 )
         with pytest.raises(ArgumentError, match="'more' is none of its arrays"):
-            type(found).from_arrays({**arrays, "more": arrays["counts"]})
+            type(statistics).from_arrays({**arrays, "more": arrays["counts"]})
