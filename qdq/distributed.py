@@ -1,4 +1,4 @@
-"""Several processes that calibrate or fine-tune one model, each on its share of the data (`torchrun`, gloo or nccl)."""
+"""Several processes calibrate or fine-tune one model, each on a part of the data (`torchrun`, gloo or nccl)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qdq.samples import count_samples
 
 
 def find_rank() -> tuple[int, int]:
-    """The number of this process and how many there are: (0, 1) where torch.distributed is not initialized."""
+    """The rank of this process and the number of processes: (0, 1) where torch.distributed is not initialized."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
@@ -33,7 +33,7 @@ _groups = itertools.count()  # the processes join and leave each group together,
 
 @functools.cache
 def _open_store() -> Any:
-    """Where the processes that torchrun announces find each other; kept, for the first process may be its server."""
+    """The store of the processes that torchrun announces; cached, because the first process may be its server."""
     from torch.distributed.rendezvous import rendezvous  # there are builds of torch without it
 
     return next(iter(rendezvous("env://")))[0]
@@ -41,12 +41,12 @@ def _open_store() -> Any:
 
 @contextmanager
 def joining_processes(device: torch.device) -> Iterator[None]:
-    """A block in which the processes that torchrun announces are one group; nothing where there is a group already.
+    """Join the processes that torchrun announces into one group in the block; nothing where there is a group already.
 
-    The group is of gloo, with nccl for what lies on a GPU if the model does. It may be joined and left repeatedly.
+    The group uses gloo, and nccl for tensors on a GPU if the model is on one. It may be joined and left repeatedly.
 
     Args:
-        device: Of the model; on a GPU each process needs one of its own.
+        device: The device of the model; on GPUs, each process needs a separate one.
 
     Raises:
         StateError: The other processes cannot be reached.
@@ -57,7 +57,7 @@ def joining_processes(device: torch.device) -> Iterator[None]:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        # Under names of its own: those of the group before are still there, with the addresses of processes that left.
+        # Each group has separate names: the former group's are still there, with addresses of processes that left.
         store = distributed.PrefixStore(f"qdq {next(_groups)}", _open_store())  # type: ignore[attr-defined]
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
@@ -72,20 +72,20 @@ def joining_processes(device: torch.device) -> Iterator[None]:
 
 
 def shard_batches(batches: Iterable[Any]) -> Iterator[Any]:
-    """Every n-th batch, a different one in each of n processes; all of them where there is one process.
+    """Every n-th batch, a different one in each of n processes; all batches where there is one process.
 
-    The batches of all processes are those of one, in its order. Each process iterates over all of them; where loading
-    is dear, give each a loader of its own share instead.
+    Together the processes take the batches of a single process, in its order. Each process iterates over all of them;
+    where loading is expensive, give each process a loader of its part instead.
     """
     rank, size = find_rank()
     return itertools.islice(batches, rank, None, size)
 
 
 def gather_bytes(content: bytes) -> list[bytes]:
-    """What each process gave, in the order of their ranks; all must call it. No pickle is involved.
+    """The content from each process, in the order of ranks; all processes must call it. It does not use pickle.
 
     Raises:
-        StateError: Another process has gone.
+        StateError: Another process has ended.
     """
     _, size = find_rank()
     if size == 1:
@@ -94,19 +94,20 @@ def gather_bytes(content: bytes) -> list[bytes]:
         length = torch.tensor([len(content)], device=_find_device())
         lengths = [torch.zeros_like(length) for _ in range(size)]
         distributed.all_gather(lengths, length)
-        padded = _to_tensor(content, max(1, max(int(other) for other in lengths)))
+        padded = _to_tensor(content, max(1, *map(int, lengths)))
         gathered = [torch.empty_like(padded) for _ in range(size)]
         distributed.all_gather(gathered, padded)
-    return [
-        other[: int(n)].cpu().numpy().tobytes() for other, n in zip(gathered, lengths, strict=True)
-    ]
+    contents = []
+    for tensor, num_bytes in zip(gathered, lengths, strict=True):
+        contents.append(tensor[: int(num_bytes)].cpu().numpy().tobytes())
+    return contents
 
 
 def broadcast_bytes(content: bytes) -> bytes:
-    """What the first process gave, in all of them; all must call it.
+    """The content from the first process, in all processes; all must call it.
 
     Raises:
-        StateError: Another process has gone.
+        StateError: Another process has ended.
     """
     if find_rank()[1] == 1:
         return content
@@ -119,7 +120,7 @@ def broadcast_bytes(content: bytes) -> bytes:
 
 
 def broadcast_number(number: float) -> float:
-    """The number of the first process, to the last bit and NaN too, in all of them; all must call it."""
+    """The number of the first process, exact and also NaN, in all processes; all must call it."""
     return float(broadcast_bytes(repr(float(number)).encode()))
 
 
@@ -127,8 +128,8 @@ def read_together(path: Path) -> bytes:
     """The content of a file that the first process reads for all; all must call it.
 
     Raises:
-        OSError: The first process cannot read it.
-        StateError: In the others then.
+        OSError: In the first process, if it cannot read the file.
+        StateError: In the other processes, if the first cannot read the file.
     """
     with failing_together(StateError):
         content = read_file(path) if find_rank()[0] == 0 else b""
@@ -136,28 +137,28 @@ def read_together(path: Path) -> bytes:
 
 
 def _find_device() -> torch.device:
-    """Where a tensor must lie for the backend of the group to send it."""
+    """The device of tensors that the backend of the group can send."""
     is_on_cpu = "gloo" in distributed.get_backend()
     return torch.device("cpu") if is_on_cpu else torch.device("cuda", torch.cuda.current_device())
 
 
 def _to_tensor(content: bytes, length: int) -> torch.Tensor:
+    """The bytes as uint8 `[length]`, with zeros behind them."""
     padded = torch.zeros(length, dtype=torch.uint8, device=_find_device())
     if content:
-        padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(
-            padded.device
-        )
+        values = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        padded[: len(content)] = values.to(padded.device)
     return padded
 
 
 @contextmanager
 def _connected() -> Iterator[None]:
-    """A block of collectives; what they raise when another process has gone becomes an error that says so."""
+    """A block of collectives; turns the errors that they raise when another process has ended into one that says so."""
     try:
         yield
     except RuntimeError as error:
-        # torch's frames hold the group. As long as they do, its threads go on after it is destroyed, into the end of
-        # the interpreter, where gloo may abort the process.
+        # The frames of torch hold the group. While they do, its threads continue after it is destroyed, until the
+        # interpreter ends, where gloo may abort the process.
         traceback.clear_frames(error.__traceback__)
         raise StateError(
             f"the connection to the other processes broke: {error}",
@@ -167,13 +168,13 @@ def _connected() -> Iterator[None]:
 
 @contextmanager
 def failing_together(kind: type[QdqError] = CalibrationError) -> Iterator[None]:
-    """A block that ends in every process with an error if it does in one, so that none waits for another forever.
+    """End the block with an error in every process if it fails in one, so that no process waits forever.
 
     Args:
-        kind: What is raised in the processes whose own block was fine.
+        kind: Class of the error in the processes whose block did not fail.
 
     Raises:
-        QdqError: Of that kind, with the message of a process whose block was not fine.
+        QdqError: Of that class, with the message of a process whose block failed.
     """
     failure = None
     try:
@@ -184,16 +185,18 @@ def failing_together(kind: type[QdqError] = CalibrationError) -> Iterator[None]:
 
 
 def raise_together(failure: Exception | None, kind: type[QdqError]) -> None:
-    """End every process with an error if one has failed; all must call it.
+    """Raise an error in every process if one has failed; all must call it.
 
     Args:
-        failure: What this process ends with; None: nothing of its own.
-        kind: What it is ended with if another one has failed.
+        failure: The error of this process, which is raised again; None: it did not fail.
+        kind: Class of the error if another process has failed.
+
+    Raises:
+        QdqError: Of that class, with the message of the process that failed.
     """
+    local_message = "" if failure is None else f"{type(failure).__name__}: {failure}"
     try:
-        messages = gather_bytes(
-            b"" if failure is None else f"{type(failure).__name__}: {failure}".encode()
-        )
+        messages = gather_bytes(local_message.encode())
     except StateError:
         if failure is None:
             raise
@@ -211,7 +214,7 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of the tensors of all processes, in place; all must call it with the same shape.
 
     Raises:
-        StateError: Another process has gone.
+        StateError: Another process has ended.
     """
     if find_rank()[1] > 1:
         with _connected():
@@ -228,10 +231,10 @@ def max_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def shard_samples(batch: Any) -> tuple[Any, int]:
-    """Every n-th sample of a batch, different ones in each of n processes, and how many these are.
+    """Every n-th sample of a batch, different ones in each of n processes, and their number.
 
     Args:
-        batch: Tensors `[B, ...]` of one B, in tuples, lists or dictionaries.
+        batch: Tensors `[B, ...]` with the same B, in tuples, lists or dictionaries.
 
     Raises:
         DataError: Several processes, and no tensor, or tensors that differ in their first size.
@@ -242,8 +245,8 @@ def shard_samples(batch: Any) -> tuple[Any, int]:
     lengths = {len(tensor) if tensor.dim() else 0 for tensor in tensors_of(batch)}
     if len(lengths) != 1 or lengths == {0}:
         raise DataError(
-            f"a batch cannot be shared among {size} processes: its tensors have the first sizes {sorted(lengths)}.",
+            f"a batch cannot be split among {size} processes: its tensors have the first sizes {sorted(lengths)}.",
             "give batches whose tensors all have one row a sample, or run one process.",
         )
-    own = tree_map_only(torch.Tensor, lambda tensor: tensor[rank::size], batch)
-    return own, len(range(rank, lengths.pop(), size))
+    shard = tree_map_only(torch.Tensor, lambda tensor: tensor[rank::size], batch)
+    return shard, len(range(rank, lengths.pop(), size))
