@@ -297,6 +297,7 @@ def _compute_ranges(
 def _require_data(
     collection: Collection, statistics: Statistics, options: _Options, held_out: list[Any]
 ) -> None:
+    """Refuse statistics without any batch, and "best" without a held-out batch."""
     has_data = any(tensor.num_batches for tensor in statistics.tensors.values())
     if collection.collecting and not has_data:
         raise CalibrationError(
@@ -316,6 +317,7 @@ def _has_any_process(held_out: list[Any]) -> bool:
 
 
 def _require_statistics(collection: Collection, statistics: Statistics) -> None:
+    """Refuse statistics that lack a range of the collection."""
     missing = []
     for name, leader in collection.leaders.items():
         if leader not in statistics.tensors:
@@ -328,6 +330,7 @@ def _require_statistics(collection: Collection, statistics: Statistics) -> None:
 
 
 def _log_disabled(collection: Collection) -> None:
+    """Name the quantizers that get no range because they are disabled."""
     disabled = [name for name, q in collection.quantizers.items() if not q.is_enabled]
     if disabled:
         logger.info(
@@ -346,6 +349,15 @@ def _compute_weight_ranges(collection: Collection, method: str) -> dict[str, tor
 def _set_range(
     quantizer: TensorQuantizer, name: str, tensor: TensorStatistics, method: str, options: _Options
 ) -> Range:
+    """Compute and store one range.
+
+    Args:
+        quantizer: Gets the range.
+        name: Its dotted name.
+        tensor: Statistics of the tensor that it quantizes.
+        method: The method; without an integer format the maximum is taken.
+        options: The options of the method.
+    """
     if format_of(quantizer) is None:
         quantizer.amax = tensor.absmax
     else:
@@ -354,6 +366,7 @@ def _set_range(
 
 
 def _describe_range(quantizer: TensorQuantizer, name: str, method: str, batches: int) -> Range:
+    """The `Range` of a quantizer that has just got its range."""
     assert quantizer.amax is not None  # noqa: S101  # the caller has set it
     amaxes = quantizer.amax.flatten().tolist()
     return Range(name, amaxes[0] if quantizer.axis is None else amaxes, method, batches)

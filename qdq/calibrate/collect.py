@@ -118,7 +118,7 @@ class Collection:
 
     def _make_collectors(self) -> dict[str, TensorCollector]:
         """One collector for each range, by the name of the quantizer that holds the range."""
-        axis_of_convolution = {}
+        axis_of_convolution: dict[TensorQuantizer, int] = {}
         for layer in self.layers.values():
             if isinstance(layer, _ConvNd):
                 channel_axis = -len(layer.kernel_size) - 1
@@ -305,7 +305,19 @@ def _require_same_sources(
 
 
 def _collect(collection: Collection, stream: _Stream, file: PassFile) -> Statistics:
-    """The statistics of the batches of this process."""
+    """The statistics of the batches of this process.
+
+    Batches that an earlier, killed run had taken are read and not run again.
+
+    Args:
+        collection: Collects in the block.
+        stream: The batches of this process.
+        file: Saves the statistics now and then.
+
+    Raises:
+        ArgumentError: Other batches or weights than in the earlier run.
+        CalibrationError: NaN or Inf, with the batch.
+    """
     begun = file.load_begun()
     num_begun = begun.batches if begun else 0
     num_read = 0
@@ -334,6 +346,7 @@ def _collect(collection: Collection, stream: _Stream, file: PassFile) -> Statist
 
 
 def _collect_batch(collection: Collection, batch: Any, number: int) -> None:
+    """Run the model on one batch; an error names the batch."""
     collection.begin_batch(number)
     try:
         call_model(collection.model, batch)
@@ -344,7 +357,14 @@ def _collect_batch(collection: Collection, batch: Any, number: int) -> None:
 def _join_begun(
     begun: Statistics | None, statistics: Statistics, num_batches: int, data: str
 ) -> Statistics:
-    """The statistics of an earlier, killed run together with those of this run."""
+    """The statistics of an earlier, killed run together with those of this run.
+
+    Args:
+        begun: Those of the earlier run, if there was one.
+        statistics: Those of this run.
+        num_batches: Number of batches of both.
+        data: Digest of the weights and the first batch; "" if no batch was read.
+    """
     joined = merge_parts([begun, statistics]) if begun else statistics
     return replace(joined, batches=num_batches, data=data or joined.data)
 
@@ -387,6 +407,7 @@ def fingerprint_model(model: nn.Module) -> str:
 
 
 def _fingerprint(quantizers: dict[str, TensorQuantizer], model: nn.Module) -> str:
+    """As `fingerprint_model`, without another search for the quantizers."""
     lines = []
     for name, q in quantizers.items():
         if not isinstance(q, SharedQuantizer):

@@ -99,6 +99,7 @@ class PassFile:
         return begun
 
     def _require_same_model(self, statistics: Statistics) -> None:
+        """Refuse statistics of another model."""
         if statistics.model != self._model:
             raise ArgumentError(
                 f"{self._path} was collected with another model: names, formats or shapes differ.",

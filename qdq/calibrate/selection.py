@@ -78,6 +78,7 @@ def _sum_over_processes(
 
 
 def _require_finite(errors: Mapping[tuple[str, str], float]) -> None:
+    """Refuse errors that are NaN or Inf; no method can be chosen by them."""
     broken = {name for (name, _), error in errors.items() if not math.isfinite(error)}
     if broken:
         raise CalibrationError(
@@ -136,6 +137,13 @@ class _Trials:
     def _make_layer_hook(
         self, inputs: Mapping[str, TensorQuantizer], weights: list[TensorQuantizer]
     ) -> _Hook:
+        """A hook that runs a layer again with every candidate range of its inputs.
+
+        Args:
+            inputs: Quantizers with candidates, by name.
+            weights: Weight quantizers, which quantize in all trials.
+        """
+
         def hook(
             layer: QuantInputMixin, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
@@ -153,6 +161,12 @@ class _Trials:
         return hook
 
     def _make_tensor_hook(self, name: str) -> _Hook:
+        """A hook that quantizes a tensor with every candidate range.
+
+        Args:
+            name: The quantizer, which belongs to no layer.
+        """
+
         def hook(quantizer: TensorQuantizer, args: tuple[Any, ...], output: torch.Tensor) -> None:
             if self._is_busy:
                 return
@@ -164,6 +178,7 @@ class _Trials:
         return hook
 
     def _candidates_of(self, name: str) -> Mapping[str, float]:
+        """Method -> amax, for a quantizer that may share its range."""
         return self._candidates[self._collection.leaders[name]]
 
     def _add_error(self, name: str, method: str, expected: Any, quantized: Any) -> None:

@@ -28,10 +28,10 @@ from qdq.quantizer import QuantDescriptor, TensorQuantizer, named_quantizers
 
 def record_inputs(model, batches):
     """What each convolution and linear layer of the float model sees: the independent truth."""
-    seen = {}
+    inputs = {}
     handles = [
         module.register_forward_pre_hook(
-            lambda _, args, name=name: seen.setdefault(name, []).append(args[0])
+            lambda _, args, name=name: inputs.setdefault(name, []).append(args[0])
         )
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
@@ -41,7 +41,7 @@ def record_inputs(model, batches):
             model(batch)
     for handle in handles:
         handle.remove()
-    return {name: torch.cat(values) for name, values in seen.items()}
+    return {name: torch.cat(values) for name, values in inputs.items()}
 
 
 @pytest.fixture
@@ -50,35 +50,35 @@ def batches():
 
 
 def test_max_is_the_maximum_of_the_float_model(residual, batches):
-    seen = record_inputs(residual, batches)
+    inputs = record_inputs(residual, batches)
     swap_modules(residual)
     ranges = {r.name: r for r in calibrate_model(residual, batches, method="max")}
-    for name, values in seen.items():
+    for name, values in inputs.items():
         layer = residual.get_submodule(name)
         assert layer.input_quantizer.amax == values.abs().max()
         assert ranges[f"{name}._input_quantizer"].amax == values.abs().max()
         assert ranges[f"{name}._input_quantizer"].batches == 2
-        others = tuple(range(1, layer.weight.dim()))
+        reduced_axes = tuple(range(1, layer.weight.dim()))
         assert torch.equal(
-            layer.weight_quantizer.amax.flatten(), layer.weight.detach().abs().amax(others)
+            layer.weight_quantizer.amax.flatten(), layer.weight.detach().abs().amax(reduced_axes)
         )
 
 
 @pytest.mark.parametrize("method", [method for method in CALIB_METHODS if method != "max"])
 def test_all_methods_stay_inside_the_data(residual, batches, method):
-    seen = record_inputs(residual, batches)
+    inputs = record_inputs(residual, batches)
     swap_modules(residual)
     calibrate_model(residual, batches, method=method)
-    for name, values in seen.items():
+    for name, values in inputs.items():
         amax = residual.get_submodule(name).input_quantizer.amax.item()
         assert 0 < amax <= values.abs().max() * 1.001
 
 
 def test_percentile_is_passed_on(residual, batches):
-    seen = record_inputs(residual, batches)
+    inputs = record_inputs(residual, batches)
     swap_modules(residual)
     calibrate_model(residual, batches, method="percentile", percentile=90)
-    expected = np.quantile(seen["conv"].abs().numpy(), 0.9)
+    expected = np.quantile(inputs["conv"].abs().numpy(), 0.9)
     assert residual.conv.input_quantizer.amax.item() == pytest.approx(expected, rel=0.02)
 
 
@@ -221,16 +221,16 @@ def test_what_was_off_while_collecting_is_named(residual, batches):
     swap_modules(residual)
     names = dict(named_quantizers(residual))
     layer = next(iter(names)).rpartition(".")[0]
-    own = [quantizer for name, quantizer in names.items() if name.startswith(f"{layer}.")]
-    for quantizer in own:
+    quantizers = [quantizer for name, quantizer in names.items() if name.startswith(f"{layer}.")]
+    for quantizer in quantizers:
         quantizer.disable()
-    found = collect_statistics(residual, batches)
-    for quantizer in own:
+    statistics = collect_statistics(residual, batches)
+    for quantizer in quantizers:
         quantizer.enable()
     with pytest.raises(
         ArgumentError, match=f"no statistics of {layer}._input_quantizer: it was off"
     ):
-        solve_ranges(residual, found)
+        solve_ranges(residual, statistics)
 
 
 def test_other_batchnorm_statistics_are_other_sources(batches, tmp_path):
@@ -244,8 +244,8 @@ def test_other_batchnorm_statistics_are_other_sources(batches, tmp_path):
 
 def test_a_pass_that_was_cut_off_is_said(residual, batches, caplog):
     swap_modules(residual)
-    found = dataclasses.replace(collect_statistics(residual, batches), complete=False)
-    solve_ranges(residual, found)
+    statistics = dataclasses.replace(collect_statistics(residual, batches), complete=False)
+    solve_ranges(residual, statistics)
     assert f"cut off after {len(batches)} batches" in caplog.text
 
 
@@ -379,11 +379,11 @@ def test_weights_by_mse(make_layer, axis, num_bits):
 def test_best_is_the_best_of_every_layer(residual, batches):
     """By brute force: each layer's output on the batch held out, for every method."""
     swap_modules(residual)
-    held = torch.randn(3, 3, 12, 12)
-    seen = record_inputs(residual, [])
+    held_out = torch.randn(3, 3, 12, 12)
+    inputs = record_inputs(residual, [])
     with disable_quantization(residual):
-        seen = record_inputs(residual, [held])
-    chosen = {r.name: r for r in calibrate_model(residual, batches, method="best", held=[held])}
+        inputs = record_inputs(residual, [held_out])
+    chosen = {r.name: r for r in calibrate_model(residual, batches, method="best", held=[held_out])}
     candidates = {
         method: {
             r.name: r.amax for r in calibrate_model(copy.deepcopy(residual), batches, method=method)
@@ -391,7 +391,7 @@ def test_best_is_the_best_of_every_layer(residual, batches):
         for method in CALIB_METHODS
         if method != "best"
     }
-    for name, values in seen.items():
+    for name, values in inputs.items():
         layer = residual.get_submodule(name)
         float_layer = copy.deepcopy(layer)
         with disable_quantization(float_layer), torch.no_grad():
@@ -445,8 +445,8 @@ def test_best_holds_out_the_last_batch(residual, batches):
     }
     assert ranges["stem._input_quantizer"].batches == 2
     assert ranges["stem._input_quantizer"].amax <= torch.cat(batches).abs().max()
-    one = {r.name: r for r in calibrate_model(residual, batches[:1], method="best")}
-    assert one["stem._input_quantizer"].batches == 1
+    by_name = {r.name: r for r in calibrate_model(residual, batches[:1], method="best")}
+    assert by_name["stem._input_quantizer"].batches == 1
 
 
 def test_best_tries_a_layer_without_counting_it_as_a_call_of_the_forward_around_it(caplog):
@@ -465,15 +465,18 @@ def test_best_tries_a_layer_without_counting_it_as_a_call_of_the_forward_around_
     name = "_linear_input0_quantizer"
     ranges = {r.name: r for r in calibrate_model(model, batches, method="best")}
     assert "no held-out batch reached" not in caplog.text
-    found = collect_statistics(model, batches[:-1])
-    seen = []
-    handle = model.layer.register_forward_hook(lambda *args: seen.append(args[2].relu()))
+    statistics = collect_statistics(model, batches[:-1])
+    calls = []
+    handle = model.layer.register_forward_hook(lambda *args: calls.append(args[2].relu()))
     with torch.no_grad(), disable_quantization(model):
         model(batches[-1])
     handle.remove()
     errors = {
         method: float(
-            (fake_quantize(seen[0], torch.tensor(found.solve(name, method)), Format()) - seen[0])
+            (
+                fake_quantize(calls[0], torch.tensor(statistics.solve(name, method)), Format())
+                - calls[0]
+            )
             .square()
             .sum()
         )
@@ -510,18 +513,18 @@ def test_best_needs_data(residual, batches):
     swap_modules(residual)
     with pytest.raises(ArgumentError, match="with-block"):
         Calibration(residual, "best")
-    found = collect_statistics(residual, batches)
+    statistics = collect_statistics(residual, batches)
     with pytest.raises(ArgumentError, match="got no batch"):
-        solve_ranges(residual, found, method="best")
+        solve_ranges(residual, statistics, method="best")
 
 
 def test_an_error_while_solving_puts_all_ranges_back(residual, batches):
     swap_modules(residual)
     calibrate_model(residual, batches, method="max")
-    before = {name: q.amax.clone() for name, q in named_quantizers(residual)}
+    former_ranges = {name: q.amax.clone() for name, q in named_quantizers(residual)}
     with pytest.raises(RuntimeError, match="Expected 3D"):
         calibrate_model(residual, [batches[0] * 5], method="best", held=[torch.ones(1, 1)])
-    assert all(torch.equal(q.amax, before[name]) for name, q in named_quantizers(residual))
+    assert all(torch.equal(q.amax, former_ranges[name]) for name, q in named_quantizers(residual))
     assert all(q._if_quant and not q._disabled for _, q in named_quantizers(residual))
 
 

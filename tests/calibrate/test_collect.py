@@ -28,18 +28,20 @@ from qdq.observers.solve import SOLVERS
 METHODS = [*SOLVERS, "best"]
 
 
-def assert_same(one, two):
-    assert one.to_bytes() == two.to_bytes()
+def assert_same(first, second):
+    assert first.to_bytes() == second.to_bytes()
 
 
-def all_ranges(model, statistics, held):
-    return {method: solve_ranges(model, statistics, method=method, held=held) for method in METHODS}
+def all_ranges(model, statistics, held_out):
+    return {
+        method: solve_ranges(model, statistics, method=method, held=held_out) for method in METHODS
+    }
 
 
 def test_saved_and_loaded(tmp_path):
-    found = collect_statistics(make_model(), make_batches(3))
-    path = found.save(tmp_path / "calibration.safetensors")
-    assert_same(Statistics.load(path), found)
+    statistics = collect_statistics(make_model(), make_batches(3))
+    path = statistics.save(tmp_path / "calibration.safetensors")
+    assert_same(Statistics.load(path), statistics)
     summary = json.loads(path.with_suffix(".json").read_text())
     entry = summary["tensors"]["0._input_quantizer"]
     values = np.concatenate([batch.numpy().ravel() for batch in make_batches(3)])
@@ -52,29 +54,29 @@ def test_saved_and_loaded(tmp_path):
 
 def test_solving_again_needs_no_data(tmp_path):
     model, batches = make_model(), make_batches(4)
-    found = collect_statistics(model, batches)
+    statistics = collect_statistics(model, batches)
     for method in SOLVERS:
         expected = qdq.calibrate_model(make_model(), batches, method=method)
-        assert solve_ranges(model, found, method=method) == expected
+        assert solve_ranges(model, statistics, method=method) == expected
 
 
 def test_halves_merge_to_one_pass():
     model, batches = make_model(), make_batches(5)
-    whole = collect_statistics(model, batches)
+    expected = collect_statistics(model, batches)
     first, second = collect_statistics(model, batches[:2]), collect_statistics(model, batches[2:])
-    assert_same(first.merge(second), whole)
+    assert_same(first.merge(second), expected)
     assert all_ranges(model, first.merge(second), batches[:1]) == all_ranges(
-        model, whole, batches[:1]
+        model, expected, batches[:1]
     )
 
 
 def test_merge_of_other_models(residual):
     swap_modules(residual)
-    other = collect_statistics(residual, [torch.randn(1, 3, 12, 12)])
+    foreign = collect_statistics(residual, [torch.randn(1, 3, 12, 12)])
     with pytest.raises(ArgumentError, match="different models"):
-        collect_statistics(make_model(), make_batches(1)).merge(other)
+        collect_statistics(make_model(), make_batches(1)).merge(foreign)
     with pytest.raises(ArgumentError, match="another model"):
-        solve_ranges(make_model(), other)
+        solve_ranges(make_model(), foreign)
 
 
 class TestFile:
@@ -104,11 +106,11 @@ class TestFile:
         model.register_forward_pre_hook(lambda *_: calls.append(1))
         resumed = collect_statistics(model, batches, statistics=path)
         assert len(calls) == 2
-        whole = collect_statistics(make_model(), batches)
-        assert_same(resumed, whole)
-        assert_same(Statistics.load(path), whole)
+        expected = collect_statistics(make_model(), batches)
+        assert_same(resumed, expected)
+        assert_same(Statistics.load(path), expected)
         assert all_ranges(make_model(), resumed, batches[:1]) == all_ranges(
-            make_model(), whole, batches[:1]
+            make_model(), expected, batches[:1]
         )
 
     def test_a_finished_file_is_only_solved(self, tmp_path):
@@ -124,8 +126,8 @@ class TestFile:
         assert (
             collect_statistics(make_model(), batches, num_batches=2, statistics=path).batches == 2
         )
-        whole = collect_statistics(make_model(), batches, statistics=path)
-        assert_same(whole, collect_statistics(make_model(), batches))
+        expected = collect_statistics(make_model(), batches, statistics=path)
+        assert_same(expected, collect_statistics(make_model(), batches))
         with pytest.raises(ArgumentError, match="holds 5 batches, 2 are asked for"):
             collect_statistics(make_model(), batches, num_batches=2, statistics=path)
 
@@ -157,10 +159,10 @@ class TestFile:
         collect_statistics(
             make_model(), batches, num_batches=None if complete else 2, statistics=path
         )
-        other = make_model()
-        next(other.parameters()).data *= 1.001
+        changed_model = make_model()
+        next(changed_model.parameters()).data *= 1.001
         with pytest.raises(ArgumentError, match="other weights or other data"):
-            collect_statistics(other, batches, statistics=path)
+            collect_statistics(changed_model, batches, statistics=path)
 
     def test_no_statistics(self, tmp_path):
         with pytest.raises(ArgumentError, match=r"does not end in \.safetensors"):
@@ -170,9 +172,9 @@ class TestFile:
         with pytest.raises(DataError, match=r"calibration\.safetensors"):
             collect_statistics(make_model(), make_batches(1), statistics=path)
         assert path.read_bytes() == content
-        whole = collect_statistics(make_model(), make_batches(1)).to_bytes()
-        for cut in (7, 100, len(whole) // 2, len(whole) - 1):
-            path.write_bytes(whole[:cut])
+        expected = collect_statistics(make_model(), make_batches(1)).to_bytes()
+        for cut in (7, 100, len(expected) // 2, len(expected) - 1):
+            path.write_bytes(expected[:cut])
             with pytest.raises(DataError):
                 Statistics.load(path)
         with pytest.raises(DataError, match="No such file"):
@@ -181,20 +183,21 @@ class TestFile:
     @pytest.mark.parametrize("damage", ["empty", "nonsense", "zeros", "cut", "flipped"])
     def test_a_damaged_file_is_set_aside(self, tmp_path, caplog, damage):
         path = tmp_path / "calibration.safetensors"
-        whole = collect_statistics(make_model(), make_batches(2), statistics=path).to_bytes()
-        flipped = whole.replace(b"batches", b"batcheS", 1)
+        expected = collect_statistics(make_model(), make_batches(2), statistics=path).to_bytes()
+        flipped = expected.replace(b"batches", b"batcheS", 1)
         contents = {
             "empty": b"",
             "nonsense": b"nonsense",
             "zeros": bytes(64),
-            "cut": whole[:-1],
+            "cut": expected[:-1],
             "flipped": flipped,
         }
         path.write_bytes(contents[damage])
         assert (
-            collect_statistics(make_model(), make_batches(2), statistics=path).to_bytes() == whole
+            collect_statistics(make_model(), make_batches(2), statistics=path).to_bytes()
+            == expected
         )
-        assert path.read_bytes() == whole
+        assert path.read_bytes() == expected
         assert (tmp_path / "calibration.damaged.safetensors").read_bytes() == contents[damage]
         assert (
             "It was renamed to calibration.damaged.safetensors, and everything is collected again"
@@ -202,16 +205,16 @@ class TestFile:
         )
 
     def test_the_json_of_somebody_else_is_not_replaced(self, tmp_path):
-        path, other = tmp_path / "report.safetensors", tmp_path / "report.json"
+        path, report = tmp_path / "report.safetensors", tmp_path / "report.json"
         for content in ('{"format": "qdq report 1"}', "[]", "3"):
-            other.write_text(content)
+            report.write_text(content)
             with pytest.raises(ArgumentError, match=r"report\.json is no summary of statistics"):
                 collect_statistics(make_model(), make_batches(1), statistics=path)
-            assert other.read_text() == content
-        other.write_text("{")  # damaged: it blocks nothing
+            assert report.read_text() == content
+        report.write_text("{")  # damaged: it blocks nothing
         collect_statistics(make_model(), make_batches(1), statistics=path)
         collect_statistics(make_model(), make_batches(1)).save(path)
-        assert json.loads(other.read_text())["batches"] == 1
+        assert json.loads(report.read_text())["batches"] == 1
 
     def test_nan_keeps_what_was_saved(self, tmp_path, monkeypatch):
         monkeypatch.setattr("qdq.calibrate.pass_file._SAVE_SECONDS", 0)
@@ -334,8 +337,8 @@ def test_any_kind_of_batch(wrap, tmp_path):
     path = tmp_path / "calibration.safetensors"
     batches = make_batches(3)
     expected = collect_statistics(make_model(), batches)
-    found = collect_statistics(make_model(), map(wrap, batches), statistics=path)
-    assert {n: t.counts.tobytes() for n, t in found.tensors.items()} == {
+    statistics = collect_statistics(make_model(), map(wrap, batches), statistics=path)
+    assert {n: t.counts.tobytes() for n, t in statistics.tensors.items()} == {
         n: t.counts.tobytes() for n, t in expected.tensors.items()
     }
 
@@ -352,18 +355,18 @@ def test_an_endless_loader():
 
 def test_nothing_is_left_behind():
     model = make_model()
-    before = {
+    states = {
         name: module._calibrator
         for name, module in model.named_modules()
         if hasattr(module, "_calibrator")
     }
     collect_statistics(model, make_batches(2))
-    after = {
+    final_states = {
         name: module._calibrator
         for name, module in model.named_modules()
         if hasattr(module, "_calibrator")
     }
-    assert all(after[name] is before[name] for name in before)
+    assert all(final_states[name] is states[name] for name in states)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
@@ -382,18 +385,18 @@ def test_a_layer_that_runs_twice():
     model = Twice()
     x = torch.randn(3, 16)
     with torch.no_grad():
-        seen = torch.cat([x, model.layer(x) * 2])
+        inputs = torch.cat([x, model.layer(x) * 2])
     swap_modules(model)
-    found = collect_statistics(model, [x, x]).tensors["layer._input_quantizer"]
-    assert found.num_batches == 2
-    assert found.count == 2 * seen.numel()
-    assert found.batch_maxima().tolist() == [seen.abs().max()] * 2
+    statistics = collect_statistics(model, [x, x]).tensors["layer._input_quantizer"]
+    assert statistics.num_batches == 2
+    assert statistics.count == 2 * inputs.numel()
+    assert statistics.batch_maxima().tolist() == [inputs.abs().max()] * 2
 
 
 def test_bytes_are_the_values_in_the_order_of_their_indices():
     images = torch.randn(2, 3, 4, 5)
-    for same in (images, images.to(memory_format=torch.channels_last), nn.Parameter(images)):
-        assert bytes(bytes_of(same)) == images.numpy().tobytes()
+    for view in (images, images.to(memory_format=torch.channels_last), nn.Parameter(images)):
+        assert bytes(bytes_of(view)) == images.numpy().tobytes()
     assert bytes(bytes_of(torch.tensor(1.0, dtype=torch.bfloat16))) == b"\x80\x3f"
     assert not bytes(bytes_of(torch.empty(0)))
 
