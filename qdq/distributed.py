@@ -138,8 +138,9 @@ def read_together(path: Path) -> bytes:
 
 def _find_device() -> torch.device:
     """The device of tensors that the backend of the group can send."""
-    is_on_cpu = "gloo" in distributed.get_backend()
-    return torch.device("cpu") if is_on_cpu else torch.device("cuda", torch.cuda.current_device())
+    if "gloo" in distributed.get_backend():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _to_tensor(content: bytes, length: int) -> torch.Tensor:
@@ -194,7 +195,9 @@ def raise_together(failure: Exception | None, kind: type[QdqError]) -> None:
     Raises:
         QdqError: Of that class, with the message of the process that failed.
     """
-    local_message = "" if failure is None else f"{type(failure).__name__}: {failure}"
+    local_message = ""
+    if failure is not None:
+        local_message = f"{type(failure).__name__}: {failure}"
     try:
         messages = gather_bytes(local_message.encode())
     except StateError:

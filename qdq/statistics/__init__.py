@@ -79,8 +79,9 @@ class Statistics:
         Raises:
             ArgumentError: They are of different models.
         """
-        end_numbers = [tensor.end_number for tensor in self.tensors.values()]
-        shift = max([self.batches, *end_numbers])
+        shift = self.batches
+        for tensor in self.tensors.values():
+            shift = max(shift, tensor.end_number)
         shifted = {}
         for name, tensor in other.tensors.items():
             shifted[name] = tensor.shifted(shift)
