@@ -1,10 +1,11 @@
-"""Which function read which tensor in one forward: what `trace` recorded, with questions answered."""
+"""Which function read which tensor in one forward: the record of `trace_forward`, and questions about it."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
 from math import inf
+from typing import NamedTuple
 
 from qdq.forward import ForwardTrace, Operation
 from qdq.functions import (
@@ -14,34 +15,58 @@ from qdq.functions import (
     CONTRACTIONS,
     CONVOLUTIONS,
     COPIES,
+    FUNCTIONS,
     MAX_POOLINGS,
+    RESIZES,
     SCALINGS,
 )
 
 _FUSED = ACTIVATIONS | SCALINGS
+_END_OF_OUTPUT = AVERAGES | (CONTRACTIONS - CONVOLUTIONS)
+_COPYING_MODES = ("nearest", "nearest-exact")
+
+
+class Fork(NamedTuple):
+    """The tensor where the ways to two other tensors part.
+
+    Args:
+        value: Number of the tensor.
+        to_first: How many functions lie between it and the first tensor.
+        to_second: How many functions lie between it and the second tensor.
+    """
+
+    value: int
+    to_first: int
+    to_second: int
 
 
 def clamp_of(operation: Operation) -> tuple[float, float] | None:
     """Lower and upper bound of a function that clamps to constants; None for any other."""
-    if operation.function in ("relu", "relu6"):
-        return 0.0, 6.0 if operation.function == "relu6" else inf
-    names = {"hardtanh": ("min_val", "max_val"), "clamp": ("min", "max")}.get(operation.function)
-    if names is None or len(operation.inputs) != 1:  # a bound may be a tensor
+    function = FUNCTIONS.get(operation.function)
+    if function is None or function.clamp is None:
         return None
-    defaults = (-1.0, 1.0) if operation.function == "hardtanh" else (None, None)
-    given = operation.arguments
-    low, high = (
-        given.get(n, given.get(str(i), d))
-        for i, (n, d) in enumerate(zip(names, defaults, strict=True), 1)
-    )
-    return -inf if low is None else float(low), inf if high is None else float(high)
+    clamp = function.clamp
+    if not clamp.parameters:
+        return clamp.low, clamp.high
+    if len(operation.inputs) != 1:  # a bound may be a tensor
+        return None
+    low_parameter, high_parameter = clamp.parameters
+    low = _bound_of(operation, low_parameter, 1, clamp.low)
+    high = _bound_of(operation, high_parameter, 2, clamp.high)
+    return low, high
+
+
+def _bound_of(operation: Operation, parameter: str, position: int, default: float) -> float:
+    by_position = operation.arguments.get(str(position), default)
+    bound = operation.arguments.get(parameter, by_position)
+    return default if bound is None else float(bound)
 
 
 class Dataflow:
-    """The functions of one forward and the tensors between them, known by number.
+    """The functions of one forward and the tensors between them, which are known by number.
 
     Args:
-        trace: What `trace_forward` recorded.
+        trace: The record of `trace_forward`.
     """
 
     def __init__(self, trace: ForwardTrace) -> None:
@@ -66,98 +91,52 @@ class Dataflow:
         return value in self._computed
 
     def is_stored(self, value: int) -> bool:
-        """Whether a tensor is there before the forward, or a view of one that is: a parameter, not made from some."""
-        while (producer := self._producers.get(value)) is not None and producer.function in COPIES:
-            value = producer.inputs[0]
+        """Whether a tensor exists before the forward, such as a parameter, or is a view of one that does."""
+        producer = self._producers.get(value)
+        while producer is not None and producer.function in COPIES:
+            producer = self._producers.get(producer.inputs[0])
         return producer is None
 
     def is_copy(self, operation: Operation) -> bool:
         """Whether a function only moves or repeats values."""
-        if operation.function == "interpolate":
-            return operation.arguments.get("mode", operation.arguments.get("3", "nearest")) in (
-                "nearest",
-                "nearest-exact",
-            )
-        return operation.function in COPIES
+        if operation.function not in RESIZES:
+            return operation.function in COPIES
+        by_position = operation.arguments.get("3", "nearest")
+        return operation.arguments.get("mode", by_position) in _COPYING_MODES
 
-    def backbone_of(self, value: int, *, through_activations: bool = False) -> Operation | None:
-        """The convolution that a tensor comes from in a straight line: bias, BatchNorm and scaling fuse into it.
-
-        Args:
-            value: The tensor.
-            through_activations: Also behind activations, which do not fuse with what follows them (R-ADD-5).
-        """
-        while (operation := self._producers.get(value)) is not None:
+    def first_convolution(self) -> Operation | None:
+        """The convolution that runs first, None in a network without convolutions."""
+        for operation in self.operations:
             if operation.function in CONVOLUTIONS:
                 return operation
-            passes = operation.function in SCALINGS or (
-                through_activations and operation.function in ACTIVATIONS
-            )
-            computed = [other for other in operation.inputs if other in self._computed]
-            if not passes or len(computed) != 1:
-                return None
-            (value,) = computed
         return None
-
-    def passing_interval(self, value: int) -> tuple[float, float]:
-        """Between which values a tensor matters: what the ReLU or clamp passes on that alone reads it."""
-        readers = self._readers.get(value, [])
-        if len(readers) != 1 or value in self.outputs:
-            return -inf, inf
-        return clamp_of(readers[0]) or (-inf, inf)
-
-    def find_fork(self, first: int, second: int) -> tuple[int, int, int] | None:
-        """The nearest tensor that two others come from, and how many functions lie between it and each of them."""
-        distances: tuple[dict[int, int], dict[int, int]] = ({first: 0}, {second: 0})
-        edges = [[first], [second]]
-        best = (0, first) if first == second else (inf, 0)
-        radius = 0
-        while radius < best[0] and any(
-            edges
-        ):  # what is not seen yet is farther than the radius from one of them
-            radius += 1
-            for side, own in enumerate(distances):
-                edges[side] = self._step_back(edges[side], own)
-                common = [value for value in edges[side] if value in distances[1 - side]]
-                best = min(
-                    [
-                        best,
-                        *((distances[0][value] + distances[1][value], value) for value in common),
-                    ]
-                )
-        fork = best[1]
-        return (fork, distances[0][fork], distances[1][fork]) if best[0] < inf else None
 
     def output_convolutions(self) -> list[Operation]:
         """Convolutions that write an output of the network: nothing pools or multiplies behind them (R-OUT)."""
-        found: list[Operation] = []
-        seen, queue = set(self.outputs), deque(self.outputs)
+        convolutions: list[Operation] = []
+        visited = set(self.outputs)
+        queue = deque(self.outputs)
         while queue:
             producer = self._producers.get(queue.popleft())
-            if producer is None or producer.function in AVERAGES | (CONTRACTIONS - CONVOLUTIONS):
+            if producer is None or producer.function in _END_OF_OUTPUT:
                 continue
             if producer.function in CONVOLUTIONS:
-                if not self._reads_pooled(
-                    producer
-                ):  # a classifier may be a convolution of one pixel
-                    found.append(producer)
+                if not self._reads_pooled(producer):  # a classifier may be a convolution of 1 pixel
+                    convolutions.append(producer)
                 continue
-            fresh = [
-                value
-                for value in producer.inputs
-                if value not in seen and not self._feeds_product(value)
-            ]
-            seen.update(fresh)
-            queue.extend(fresh)
-        return found
+            for value in producer.inputs:
+                if value not in visited and not self._feeds_product(value):
+                    visited.add(value)
+                    queue.append(value)
+        return convolutions
 
     def _feeds_product(self, value: int) -> bool:
         """Whether a convolution or product reads a tensor, perhaps behind activations: then it is no mere output."""
-        passing = _FUSED | MAX_POOLINGS | CONCATS
-        readers = (
-            op for here in self._values_behind(value, passing) for op in self._readers.get(here, ())
-        )
-        return any(operation.function in CONTRACTIONS for operation in readers)
+        for passed_on in self._values_behind(value, _FUSED | MAX_POOLINGS | CONCATS):
+            for reader in self._readers.get(passed_on, ()):
+                if reader.function in CONTRACTIONS:
+                    return True
+        return False
 
     def _reads_pooled(self, operation: Operation) -> bool:
         """Whether the input of a function is a pooled map, perhaps behind activations and copies."""
@@ -166,33 +145,88 @@ class Dataflow:
             producer = self._producers.get(producer.inputs[0])
         return producer is not None and producer.function in AVERAGES
 
-    def _step_back(self, edge: list[int], distances: dict[int, int]) -> list[int]:
-        """Unseen tensors that those of an edge were computed from; they have a distance now."""
-        further: list[int] = []
-        for value in edge:
-            producer = self._producers.get(value)
-            for source in producer.inputs if producer else ():
-                if source in self._computed and source not in distances:
-                    distances[source] = distances[value] + 1
-                    further.append(source)
-        return further
+    def backbone_of(self, value: int, *, through_activations: bool = False) -> Operation | None:
+        """The convolution that a tensor comes from in a straight line: bias, BatchNorm and scaling fuse into it.
+
+        Args:
+            value: The tensor.
+            through_activations: Also behind activations, which do not fuse with a function behind them (R-ADD-5).
+        """
+        passing = _FUSED if through_activations else SCALINGS
+        while (operation := self._producers.get(value)) is not None:
+            if operation.function in CONVOLUTIONS:
+                return operation
+            sources = [source for source in operation.inputs if source in self._computed]
+            if operation.function not in passing or len(sources) != 1:
+                return None
+            value = sources[0]
+        return None
+
+    def passing_interval(self, value: int) -> tuple[float, float]:
+        """The interval in which a tensor matters: what its only reader passes on, if that is a ReLU or a clamp."""
+        readers = self._readers.get(value, [])
+        if len(readers) != 1 or value in self.outputs:
+            return -inf, inf
+        return clamp_of(readers[0]) or (-inf, inf)
 
     def readers_behind(self, value: int) -> Iterator[Operation]:
         """Functions on a tensor, as it is or behind activations, BatchNorm, copies, pooling and concats."""
-        for here in self._values_behind(value, _FUSED | COPIES | MAX_POOLINGS | CONCATS):
-            yield from self._readers.get(here, ())
+        for passed_on in self._values_behind(value, _FUSED | COPIES | MAX_POOLINGS | CONCATS):
+            yield from self._readers.get(passed_on, ())
 
     def _values_behind(self, value: int, passing: frozenset[str]) -> Iterator[int]:
-        """A tensor and those that come from it through functions of some names only."""
-        seen, queue = {value}, deque([value])
+        """A tensor, and all tensors that come from it through the named functions only."""
+        visited = {value}
+        queue = deque([value])
         while queue:
-            here = queue.popleft()
-            yield here
-            for operation in self._readers.get(here, ()):
-                fresh = [
-                    result
-                    for result in operation.outputs
-                    if operation.function in passing and result not in seen
-                ]
-                seen.update(fresh)
+            current = queue.popleft()
+            yield current
+            for operation in self._readers.get(current, ()):
+                if operation.function not in passing:
+                    continue
+                fresh = [result for result in operation.outputs if result not in visited]
+                visited.update(fresh)
                 queue.extend(fresh)
+
+    def find_fork(self, first: int, second: int) -> Fork | None:
+        """The nearest tensor that two tensors both come from; None if there is none.
+
+        The nearest has the fewest functions on both ways together; of equally near ones the earliest tensor counts.
+        """
+        if first == second:
+            return Fork(first, 0, 0)
+        distances: tuple[dict[int, int], dict[int, int]] = ({first: 0}, {second: 0})
+        edges = [[first], [second]]
+        radius = 0
+        shortest: float = inf
+        nearest: Fork | None = None
+        # A tensor that is not reached yet is farther than the radius from one of the two.
+        while radius < shortest and any(edges):
+            radius += 1
+            for side in (0, 1):
+                edges[side] = self._step_back(edges[side], distances[side])
+                for value in edges[side]:
+                    if value not in distances[1 - side]:
+                        continue
+                    fork = Fork(value, distances[0][value], distances[1][value])
+                    if nearest is None or _rank(fork) < _rank(nearest):
+                        nearest = fork
+                        shortest = fork.to_first + fork.to_second
+        return nearest
+
+    def _step_back(self, edge: list[int], distances: dict[int, int]) -> list[int]:
+        """The tensors that those of an edge come from and that have no distance yet; it is entered in `distances`."""
+        next_edge: list[int] = []
+        for value in edge:
+            producer = self._producers.get(value)
+            if producer is None:
+                continue
+            for source in producer.inputs:
+                if source in self._computed and source not in distances:
+                    distances[source] = distances[value] + 1
+                    next_edge.append(source)
+        return next_edge
+
+
+def _rank(fork: Fork) -> tuple[int, int]:
+    return fork.to_first + fork.to_second, fork.value

@@ -1,12 +1,13 @@
 """What each torch function does with its tensors: the one table from which every set of functions is derived.
 
-A function is known by the name that `trace.name_function` gives it: that of the function, the method, the operator and
-the method in place are the same.
+A function is known by the name that `forward.name_function` gives it. The function, the method, the operator and the
+method in place have the same name.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 Kind = Literal[
@@ -22,7 +23,8 @@ Kind = Literal[
     "mean",
     "max pooling",
     "activation",
-    "scaling",
+    "multiplication",
+    "normalization",
     "identity",
     "copy",
     "concat",
@@ -32,21 +34,40 @@ Kind = Literal[
 
 
 @dataclass(frozen=True)
+class Clamp:
+    """The bounds of a function that clamps its input.
+
+    Args:
+        low: Lower bound; where the function has a parameter for it, the default.
+        high: Upper bound, likewise.
+        parameters: Names of the parameters that hold the bounds, the second and third of the function; () for a
+            function whose bounds are constants.
+    """
+
+    low: float
+    high: float
+    parameters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Function:
     """What a torch function does with its tensors.
 
     Args:
         kind: "linear" has a weight with the outputs first, "matrix product" any two factors; "identity" gives the same
             values in evaluation, "copy" moves or repeats them.
-        factors: Positions among its tensors of those that it multiplies; () for all of them, or if it multiplies none.
-        onnx: ONNX operators of which every call leaves exactly one node; () where it leaves several, or others.
+        factors: Positions of the tensors that it multiplies, among all its tensors; () if it multiplies all or none.
+        onnx: ONNX operators of which each call is exported as exactly one node; () for functions that are exported in
+            another way.
         is_homogeneous: Whether f(s x) = s f(x) for every s > 0, channel by channel.
+        clamp: The bounds of a function that clamps; None for any other.
     """
 
     kind: Kind
     factors: tuple[int, ...] = ()
     onnx: tuple[str, ...] = ()
     is_homogeneous: bool = False
+    clamp: Clamp | None = None
 
 
 def _alike(function: Function, names: str) -> dict[str, Function]:
@@ -60,14 +81,14 @@ FUNCTIONS: dict[str, Function] = {
         Function("transposed convolution", (0, 1), ("ConvTranspose",)),
         "conv_transpose1d conv_transpose2d conv_transpose3d",
     ),
-    **_alike(Function("linear", (0, 1), ("Gemm", "MatMul")), "linear"),
+    "linear": Function("linear", (0, 1), ("Gemm", "MatMul")),
     **_alike(Function("matrix product", (0, 1), ("MatMul",)), "matmul bmm"),
-    **_alike(Function("matrix product", (0, 1), ("MatMul", "Gemm")), "mm"),
+    "mm": Function("matrix product", (0, 1), ("MatMul", "Gemm")),
     **_alike(Function("matrix product", (1, 2), ("MatMul", "Gemm")), "addmm baddbmm"),
     **_alike(Function("matrix product", (0, 1)), "mv dot vdot inner linalg_vecdot tensordot"),
     **_alike(Function("matrix product", (1, 2)), "addmv addbmm"),
-    **_alike(Function("matrix product", (), ("Einsum", "MatMul")), "einsum"),
-    **_alike(Function("matrix product", (0, 1, 2)), "bilinear"),
+    "einsum": Function("matrix product", (), ("Einsum", "MatMul")),
+    "bilinear": Function("matrix product", (0, 1, 2)),
     **_alike(Function("matrix product"), "chain_matmul linalg_multi_dot"),
     **_alike(Function("attention"), "scaled_dot_product_attention multi_head_attention_forward"),
     **_alike(
@@ -83,21 +104,25 @@ FUNCTIONS: dict[str, Function] = {
         "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
     ),
     **_alike(Function("norm pooling", is_homogeneous=True), "lp_pool1d lp_pool2d lp_pool3d"),
-    **_alike(Function("mean", onnx=("ReduceMean", "GlobalAveragePool")), "mean"),
+    "mean": Function("mean", onnx=("ReduceMean", "GlobalAveragePool")),
     **_alike(
         Function("max pooling", is_homogeneous=True),
         "max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices "
         "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d adaptive_max_pool1d_with_indices "
         "adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices",
     ),
-    **_alike(Function("activation", is_homogeneous=True), "relu leaky_relu rrelu prelu"),
+    "relu": Function("activation", is_homogeneous=True, clamp=Clamp(0.0, inf)),
+    "relu6": Function("activation", clamp=Clamp(0.0, 6.0)),
+    "hardtanh": Function("activation", clamp=Clamp(-1.0, 1.0, ("min_val", "max_val"))),
+    "clamp": Function("activation", clamp=Clamp(-inf, inf, ("min", "max"))),
+    **_alike(Function("activation", is_homogeneous=True), "leaky_relu rrelu prelu"),
     **_alike(
         Function("activation"),
-        "relu6 hardtanh clamp clamp_min clamp_max threshold silu hardswish gelu mish elu celu selu sigmoid hardsigmoid "
+        "clamp_min clamp_max threshold silu hardswish gelu mish elu celu selu sigmoid hardsigmoid "
         "log_sigmoid tanh tanhshrink softplus softsign softshrink hardshrink",
     ),
-    **_alike(Function("scaling", onnx=("Mul",)), "mul"),
-    **_alike(Function("scaling"), "batch_norm"),
+    "mul": Function("multiplication", onnx=("Mul",)),
+    "batch_norm": Function("normalization"),
     **_alike(
         Function("identity", is_homogeneous=True),
         "contiguous clone data detach dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout "
@@ -112,10 +137,10 @@ FUNCTIONS: dict[str, Function] = {
         "getitem narrow select diagonal index_select gather take_along_dim "
         "channel_shuffle native_channel_shuffle pixel_shuffle pixel_unshuffle",
     ),
-    **_alike(Function("concat", onnx=("Concat",)), "cat"),
+    "cat": Function("concat", onnx=("Concat",)),
     **_alike(Function("concat"), "stack hstack vstack dstack row_stack column_stack"),
-    **_alike(Function("add", onnx=("Add",)), "add"),
-    **_alike(Function("resize", onnx=("Resize", "Upsample")), "interpolate"),
+    "add": Function("add", onnx=("Add",)),
+    "interpolate": Function("resize", onnx=("Resize", "Upsample")),
 }
 
 # Names of operators and synonyms -> the name in the table.
@@ -143,21 +168,26 @@ LINEAR = names_of("linear")
 CONVOLUTIONS = names_of("convolution", "transposed convolution")
 MATRIX_PRODUCTS = names_of("matrix product")
 ATTENTION = names_of("attention")
-# What sums products: all that TensorRT could run in int8.
+# The functions that sum products: all that TensorRT could run in int8.
 CONTRACTIONS = CONVOLUTIONS | MATRIX_PRODUCTS | ATTENTION | LINEAR | names_of("recurrent")
-# What takes an input, a weight with the outputs first, and a bias.
+# The functions of an input, a weight with the outputs first, and a bias.
 WEIGHTED = frozenset(name for name in names_of("convolution", "linear") if FUNCTIONS[name].factors)
+
+ADDITIONS = names_of("add")
+MULTIPLICATIONS = names_of("multiplication")
+RESIZES = names_of("resize")
 
 AVERAGE_POOLINGS = names_of("average pooling")
 MAX_POOLINGS = names_of("max pooling")
-AVERAGES = AVERAGE_POOLINGS | names_of("adaptive average pooling", "norm pooling", "mean")
+MEANS = names_of("mean")
+AVERAGES = AVERAGE_POOLINGS | MEANS | names_of("adaptive average pooling", "norm pooling")
 
 ACTIVATIONS = names_of("activation")
 IDENTITIES = names_of("identity")
 COPIES = IDENTITIES | names_of("copy")
 CONCATS = names_of("concat")
-# What TensorRT fuses into the convolution before it.
-SCALINGS = IDENTITIES | names_of("scaling")
+# The functions that TensorRT fuses into the convolution before them.
+SCALINGS = IDENTITIES | MULTIPLICATIONS | names_of("normalization")
 HOMOGENEOUS = frozenset(name for name, function in FUNCTIONS.items() if function.is_homogeneous)
 
 # ONNX operators that sum products, and the functions of which each call leaves exactly one of them.
