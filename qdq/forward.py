@@ -75,7 +75,12 @@ class Operation:
     @property
     def name(self) -> str:
         """Dotted name of the call."""
-        return f"{self.module}.{self.site}" if self.module else self.site
+        return join_name(self.module, self.site)
+
+
+def join_name(module: str, attribute: str) -> str:
+    """Dotted name of a call in a module, or of an attribute of it; the model itself has the name ""."""
+    return f"{module}.{attribute}" if module else attribute
 
 
 @dataclass(frozen=True)

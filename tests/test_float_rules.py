@@ -2,7 +2,7 @@
 
 import pytest
 
-from qdq.defaults import reason_against_convolution, reason_against_linear
+from qdq.float_rules import reason_against_convolution, reason_against_linear
 
 # weight [Cout, Cin / groups, kernel ...], groups, is it the first convolution, rule against it ("" if none)
 CONVOLUTIONS = [
