@@ -1,16 +1,16 @@
 """BatchNorm folded into the convolution or linear layer before it (R-BN-FOLD).
 
-Folding comes before calibration: it changes the range of every output channel of the weight, and TensorRT folds anyway.
-A BatchNorm that was live in fine-tuning is folded afterwards: the range of each output channel of the quantized weight
-is then scaled with it, and the codes stay as they are.
+Fold before calibration: folding changes the range of every output channel of the weight, and TensorRT folds anyway. A
+BatchNorm that was live in fine-tuning is folded afterwards: the range of each output channel of the quantized weight is
+then scaled with it, and the codes stay as they are.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,18 +27,19 @@ from qdq.quantizer import disable_quantization
 from qdq.text import group_names
 
 logger = logging.getLogger(__name__)
-_TOLERANCE = (
-    1e-3  # relative to the largest output: rounding of float32, far below any change of meaning
-)
+# Relative to the largest output: above the rounding of float32, far below any change of meaning.
+_TOLERANCE = 1e-3
+_FROZEN_BUFFERS = {"weight", "bias", "running_mean", "running_var"}
+_REMAINDERS = ("drop", "act")
 
 
 @dataclass(frozen=True)
 class FoldedPair:
-    """What became of one BatchNorm.
+    """One BatchNorm, and whether it was folded.
 
     Args:
         batchnorm: Dotted name of the BatchNorm.
-        layer: Dotted name of the layer before it, "" if none was found.
+        layer: Dotted name of the layer before it, "" if there is none.
         folded: Whether it is now part of that layer.
         reason: Why, or why not.
     """
@@ -52,13 +53,13 @@ class FoldedPair:
 def fold_batchnorm(model: nn.Module, example_inputs: Any) -> list[FoldedPair]:
     """Fold every BatchNorm whose input is the output of exactly one convolution or linear layer, in place.
 
-    Pairs are found by running the model once (`trace_forward`); each fold is tried on the running data first and given
-    up where the numbers change, for instance in layers that transform their weight before using it. A folded
-    BatchNorm becomes `nn.Identity`; the layer gets a bias if it had none.
+    The model runs once to find the pairs (`trace_forward`). Each fold is first tested on noise of the shape of the
+    data, and is not done where the numbers change, for instance in layers that transform their weight before they use
+    it. A folded BatchNorm becomes `nn.Identity`; the layer gets a bias if it had none.
 
     Args:
         model: A model with trained running statistics: a float one, or one fine-tuned with live BatchNorm.
-        example_inputs: One batch, as the model is called with (see `trace.call_model`).
+        example_inputs: One batch, as the model is called with (see `forward.call_model`).
 
     Returns:
         One entry for each BatchNorm of the model, in the order of its modules.
@@ -66,61 +67,67 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> list[FoldedPair]:
     require_model(model)
     trace = trace_forward(model, example_inputs)
     modules = dict(model.named_modules())
-    layer_before = {reader: name for name, reader in trace.only_reader.items()}
-    pairs = []
-    for name, module in modules.items():
-        if _is_batchnorm(module):
-            layer = layer_before.get(name, "")
-            reason = _reason_against(
-                module, modules.get(layer) if layer else None, trace.calls[name]
-            )
-            if not layer and trace.calls[name] == 1:
-                reason = _describe_shared(name, modules, trace) or reason
-            pairs.append(FoldedPair(name, layer, not reason, reason))
+    pairs = _find_pairs(modules, trace)
 
     candidates = {pair.batchnorm: pair.layer for pair in pairs if pair.folded}
     changed = _find_changed(model, example_inputs, candidates, modules)
-    pairs = [
-        FoldedPair(
-            p.batchnorm,
-            p.layer,
-            False,
-            "folding changes its output: the layer uses its weight in its own way",
-        )
-        if p.batchnorm in changed
-        else FoldedPair(p.batchnorm, p.layer, p.folded, p.reason or f"folded into {p.layer}")
-        for p in pairs
-    ]
-    rests: dict[nn.Module, nn.Module] = {}
+    reason = "folding changes its output: the layer uses its weight in its own way"
+    for position, pair in enumerate(pairs):
+        if pair.batchnorm in changed:
+            pairs[position] = replace(pair, folded=False, reason=reason)
+
+    remainders: dict[nn.Module, nn.Module] = {}
     for pair in pairs:
         if pair.folded:
-            batchnorm = modules[pair.batchnorm]
-            _scale_range(modules[pair.layer], batchnorm)
-            _fold(modules[pair.layer], batchnorm)
-            rests[batchnorm] = _rest_of(batchnorm)
-    _replace_everywhere(model, rests)
-    for reason, names in group_names(
-        (pair.reason, pair.batchnorm) for pair in pairs if not pair.folded
-    ).items():
-        logger.warning("%d BatchNorm stay (%s ...): %s", len(names), names[0], reason)
+            layer, batchnorm = modules[pair.layer], modules[pair.batchnorm]
+            _scale_range(layer, batchnorm)
+            _fold(layer, batchnorm)
+            remainders[batchnorm] = _remainder_of(batchnorm)
+    _replace_everywhere(model, remainders)
+    _warn_of_unfolded(pairs)
     return pairs
+
+
+def _find_pairs(modules: dict[str, nn.Module], trace: ForwardTrace) -> list[FoldedPair]:
+    """Each BatchNorm with the layer before it; `folded` says whether the structure of the model allows the fold."""
+    layer_before = {reader: name for name, reader in trace.only_reader.items()}
+    pairs = []
+    for name, module in modules.items():
+        if not _is_batchnorm(module):
+            continue
+        layer_name = layer_before.get(name, "")
+        layer = modules[layer_name] if layer_name else None
+        obstacle = _reason_against(module, layer, trace.calls[name])
+        if layer is None and trace.calls[name] == 1:
+            obstacle = _describe_shared(name, modules, trace) or obstacle
+        reason = obstacle or f"folded into {layer_name}"
+        pairs.append(FoldedPair(name, layer_name, not obstacle, reason))
+    return pairs
+
+
+def _warn_of_unfolded(pairs: list[FoldedPair]) -> None:
+    reasons = [(pair.reason, pair.batchnorm) for pair in pairs if not pair.folded]
+    for reason, names in group_names(reasons).items():
+        logger.warning("%d BatchNorm stay (%s ...): %s", len(names), names[0], reason)
 
 
 def _is_batchnorm(module: nn.Module) -> bool:
     """Torch's own, or one with the same buffers: torchvision's detectors have a frozen one of their own."""
     if isinstance(module, torch.jit.ScriptModule):
         return False  # nothing inside it can be changed
-    is_frozen = module._buffers.keys() >= {
-        "weight",
-        "bias",
-        "running_mean",
-        "running_var",
-    } and hasattr(module, "eps")
-    return isinstance(module, _BatchNorm) or is_frozen
+    if isinstance(module, _BatchNorm):
+        return True
+    return module._buffers.keys() >= _FROZEN_BUFFERS and hasattr(module, "eps")
 
 
 def _reason_against(batchnorm: Any, layer: nn.Module | None, calls: int) -> str:
-    """Why this BatchNorm cannot be folded into this layer, or ""."""
+    """Why a BatchNorm cannot be folded into a layer, or "".
+
+    Args:
+        batchnorm: The BatchNorm.
+        layer: The layer before it, if there is exactly one.
+        calls: How often the BatchNorm runs in one forward.
+    """
     if calls == 0:
         return "it does not run on the example inputs"
     if calls > 1:
@@ -129,35 +136,48 @@ def _reason_against(batchnorm: Any, layer: nn.Module | None, calls: int) -> str:
         return "its input is not the output of one layer that nothing else reads"
     if not isinstance(layer, _ConvNd | Linear):
         return f"it follows {type(layer).__name__}, not a convolution or linear layer"
+    return _reason_against_weight(layer) or _reason_against_batchnorm(batchnorm, layer)
+
+
+def _reason_against_weight(layer: _ConvNd | Linear) -> str:
+    """Why nothing can be folded into the weight of a layer, or ""."""
     if isinstance(layer, QuantMixin) and not _has_range_per_output(layer):
         return "the layer is quantized, its weight without a range for each output: fold before swap_modules"
     if not isinstance(layer._parameters.get("weight"), nn.Parameter):
         return "the weight of the layer is computed from others, it is no parameter"
+    return ""
+
+
+def _reason_against_batchnorm(batchnorm: Any, layer: _ConvNd | Linear) -> str:
+    """Why a BatchNorm cannot become part of a layer, or ""."""
     if batchnorm.running_mean is None:
         return "it has no running statistics"
-    if (channels := batchnorm.running_mean.numel()) != _output_channels(layer):
-        return f"it normalises {channels} channels, the layer before has {_output_channels(layer)}"
+    num_channels = batchnorm.running_mean.numel()
+    num_outputs = _count_outputs(layer)
+    if num_channels != num_outputs:
+        return f"it normalises {num_channels} channels, the layer before has {num_outputs}"
     if layer._forward_hooks or batchnorm._forward_hooks or batchnorm._forward_pre_hooks:
         return "hooks are attached that would see other values"
     return ""
 
 
 def _describe_shared(batchnorm: str, modules: dict[str, nn.Module], trace: ForwardTrace) -> str:
-    """That the layer before a BatchNorm runs several times, as one head on several levels does; "" if it does not."""
-    (read,) = (run.inputs[:1] for run in trace.runs if run.module == batchnorm)
-    makers = {
-        operation.module
-        for operation in trace.operations
-        if not set(read).isdisjoint(operation.outputs)
-    }
-    for name in makers:
-        if isinstance(modules[name], _ConvNd | Linear) and trace.calls[name] > 1:
+    """Why a layer before a BatchNorm is shared: it runs several times, as one head on several levels does; or ""."""
+    inputs: set[int] = set()
+    for run in trace.runs:
+        if run.module == batchnorm:
+            inputs.update(run.inputs[:1])
+    for operation in trace.operations:
+        name = operation.module
+        if inputs.isdisjoint(operation.outputs) or not isinstance(modules[name], _ConvNd | Linear):
+            continue
+        if trace.calls[name] > 1:
             return f"{name} before it runs {trace.calls[name]} times in one forward: a fold would change each of them"
     return ""
 
 
-def _output_channels(layer: nn.Module) -> int:
-    return int(layer.out_features if isinstance(layer, Linear) else layer.out_channels)  # type: ignore[arg-type]
+def _count_outputs(layer: _ConvNd | Linear) -> int:
+    return layer.out_features if isinstance(layer, Linear) else layer.out_channels
 
 
 def _find_changed(
@@ -165,21 +185,18 @@ def _find_changed(
 ) -> set[str]:
     """The BatchNorms whose output the folded layer does not reproduce on noise of the shape of its real input."""
     changed: set[str] = set()
+
+    def probe(name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        noise_args, noise_kwargs = tree_map_only(torch.Tensor, _noise_like, (args, kwargs))
+        if not _folds_exactly(layer, modules[name], noise_args, noise_kwargs):
+            changed.add(name)
+
     with ExitStack() as hooks:
-        for batchnorm, layer in candidates.items():
-
-            def probe(
-                module: nn.Module,
-                args: Any,
-                kwargs: Any,
-                name: str = batchnorm,
-                norm: nn.Module = modules[batchnorm],
-            ) -> None:
-                noise = tree_map_only(torch.Tensor, _noise_like, (args, kwargs))
-                if not _folds_exactly(module, norm, *noise):
-                    changed.add(name)
-
-            hooks.callback(modules[layer].register_forward_pre_hook(probe, with_kwargs=True).remove)
+        for batchnorm, layer_name in candidates.items():
+            handle = modules[layer_name].register_forward_pre_hook(
+                partial(probe, batchnorm), with_kwargs=True
+            )
+            hooks.callback(handle.remove)
         with evaluating(model):
             call_model(model, example_inputs)
     return changed
@@ -190,34 +207,38 @@ def _noise_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _folds_exactly(layer: nn.Module, batchnorm: nn.Module, args: Any, kwargs: Any) -> bool:
-    rest = _rest_of(batchnorm)
-    before = layer._parameters.copy()
+    """Whether a layer with the BatchNorm folded into it gives the output of both; the layer is put back."""
+    remainder = _remainder_of(batchnorm)
+    parameters = layer._parameters.copy()
     with disable_quantization(layer):  # a weight next to a tie may get another code
         expected = batchnorm.forward(layer.forward(*args, **kwargs))
         try:
             _fold(layer, batchnorm)
-            found = rest(layer.forward(*args, **kwargs))
+            folded = remainder(layer.forward(*args, **kwargs))
         finally:
-            layer._parameters = before
-    error = (found - expected).abs().max()
+            layer._parameters = parameters
+    error = (folded - expected).abs().max()
     return bool(error <= _TOLERANCE * expected.abs().max())
 
 
-def _rest_of(batchnorm: nn.Module) -> nn.Module:
-    """What a BatchNorm does besides: timm's have an activation, and a dropout before it, under these names.
+def _remainder_of(batchnorm: nn.Module) -> nn.Module:
+    """The module that stays behind a fold: `nn.Identity`, or the dropout and activation that a BatchNorm of timm has.
 
-    A guess, as any name is: `_folds_exactly` tries it.
+    They are recognized by their names. That is a guess, and `_folds_exactly` tests it.
     """
-    rest = {
-        name: child
-        for name in ("drop", "act")
-        if isinstance(child := getattr(batchnorm, name, None), nn.Module)
-    }
-    return nn.Sequential(OrderedDict(rest)) if rest else nn.Identity()
+    remainder = nn.Sequential()
+    for name in _REMAINDERS:
+        child = getattr(batchnorm, name, None)
+        if isinstance(child, nn.Module):
+            remainder.add_module(name, child)
+    return remainder if len(remainder) else nn.Identity()
 
 
 def _fold(layer: nn.Module, batchnorm: Any) -> None:
-    """W' = w g / sqrt(var + eps), b' = (b - mean) g / sqrt(var + eps) + beta, per output channel, in float64."""
+    """W' = w g / sqrt(var + eps), b' = (b - mean) g / sqrt(var + eps) + beta, per output channel, in float64.
+
+    The gain g and the offset beta are the weight and the bias of the BatchNorm.
+    """
     assert isinstance(layer, _ConvNd | Linear)  # noqa: S101
     weight, bias = layer.weight, layer.bias
     gain = _gain_of(batchnorm)
@@ -230,39 +251,52 @@ def _fold(layer: nn.Module, batchnorm: Any) -> None:
 
 
 def _gain_of(batchnorm: Any) -> torch.Tensor:
+    """The factor g / sqrt(var + eps) of each channel `[C]`, in float64."""
     inverse_std: torch.Tensor = (batchnorm.running_var.double() + batchnorm.eps).rsqrt()
-    return inverse_std if batchnorm.weight is None else batchnorm.weight.double() * inverse_std
+    if batchnorm.weight is None:
+        return inverse_std
+    return batchnorm.weight.double() * inverse_std
 
 
 def _has_range_per_output(layer: QuantMixin) -> bool:
+    """Whether the quantized weight has one range for each output channel."""
+    axis = layer.weight_quantizer.axis
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return False
     if isinstance(layer, _ConvTransposeNd):
-        return layer.weight_quantizer.axis in (1, 1 - layer.weight.dim()) and layer.groups == 1
-    weight = layer._parameters["weight"]
-    return weight is not None and layer.weight_quantizer.axis in (0, -weight.dim())
+        return axis in (1, 1 - weight.dim()) and layer.groups == 1
+    return axis in (0, -weight.dim())
 
 
 def _scale_range(layer: nn.Module, batchnorm: Any) -> None:
-    """The range of each output channel times what its weights are multiplied with."""
-    if isinstance(layer, QuantMixin) and (amax := layer.weight_quantizer.amax) is not None:
-        layer.weight_quantizer.amax = (
-            amax.double() * _gain_of(batchnorm).abs().reshape(amax.shape)
-        ).float()
+    """Multiply the range of each output channel by the factor of its weights, which leaves the codes as they are."""
+    if not isinstance(layer, QuantMixin) or layer.weight_quantizer.amax is None:
+        return
+    amax = layer.weight_quantizer.amax
+    gain = _gain_of(batchnorm).abs().reshape(amax.shape)
+    layer.weight_quantizer.amax = (amax.double() * gain).float()
 
 
 def _per_output(layer: _ConvNd | Linear, gain: torch.Tensor) -> torch.Tensor:
     """The gain in a shape that multiplies each output channel of the weight."""
-    rest = [1] * (layer.weight.dim() - 2)
+    kernel = [1] * (layer.weight.dim() - 2)
     if not isinstance(layer, _ConvTransposeNd):
-        return gain.reshape(-1, 1, *rest)
+        return gain.reshape(-1, 1, *kernel)
     # [in, out / groups, ...]: input channel i belongs to group i // (in / groups), whose outputs are a block of gain.
     blocks = gain.reshape(layer.groups, 1, -1).expand(-1, layer.in_channels // layer.groups, -1)
-    return blocks.reshape(layer.in_channels, -1, *rest)
+    return blocks.reshape(layer.in_channels, -1, *kernel)
 
 
 def _replace_everywhere(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
-    """Put modules in the place of others, wherever these stand."""
-    for old, new in replacements.items():
-        new.train(old.training)
+    """Replace modules, wherever in the model they stand.
+
+    Args:
+        model: The model.
+        replacements: Module -> the module that takes its place, in the same training mode.
+    """
+    for module, replacement in replacements.items():
+        replacement.train(module.training)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in replacements:

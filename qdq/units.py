@@ -1,9 +1,12 @@
-"""What can be left in float by itself: a layer with what exists only for it, a call, or a group of them."""
+"""Units: the parts of a model that can be left in float by themselves.
+
+A unit is a layer with the calls that have quantizers only for it, a call, or a group of these.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +14,13 @@ from torch import nn
 
 from qdq.dataflow import Dataflow
 from qdq.errors import ArgumentError, StateError
-from qdq.forward import trace_forward
+from qdq.forward import join_name, trace_forward
+from qdq.functions import ADDITIONS
 from qdq.nn import QuantInputMixin
 from qdq.nn.functions import QuantFunctionsMixin
 from qdq.nn.registry import find_counterpart
 from qdq.patterns import Pattern, Patterns
 from qdq.quantizer import TensorQuantizer, disable_quantization
-from qdq.swap import quantized_layers
 
 GROUPS = ("block", "shared")
 _NUMBERED = re.compile(r"(?:.*_)?\d+")
@@ -53,34 +56,111 @@ def find_units(model: nn.Module, batch: Any) -> list[Unit]:
     Raises:
         StateError: No layer is quantized, or one has no amax.
     """
-    active: dict[str, list[TensorQuantizer]] = {}
-    for name, own in _list_quantizers(model).items():
-        quantizers = [quantizer for quantizer in own if quantizer.is_enabled]
-        for quantizer in quantizers:
-            if quantizer.amax is None:
-                raise StateError(
-                    f"{quantizer.name or name} has no amax.", "call calibrate_model first."
-                )
-        if quantizers:
-            active[name] = quantizers
+    listing = _Quantizers(model)
+    active = _list_active(listing)
     if not active:
         raise StateError(
             "no layer of the model is quantized.", "call swap_modules and calibrate_model first."
         )
-    owners = _find_owners(model, batch, active)
-    calls: dict[str, list[str]] = {}
+    owners = _find_owners(model, batch, listing, active)
+    calls_of: dict[str, list[str]] = {}
     for call, layer in owners.items():
-        calls.setdefault(layer, []).append(call)
-    return [
-        Unit(
-            name,
-            (name,),
-            tuple(calls.get(name, ())),
-            tuple(quantizer for each in (name, *calls.get(name, ())) for quantizer in active[each]),
-        )
-        for name in active
-        if name not in owners
-    ]
+        calls_of.setdefault(layer, []).append(call)
+    units = []
+    for name, quantizers in active.items():
+        if name in owners:
+            continue
+        calls = calls_of.get(name, [])
+        unit_quantizers = list(quantizers)
+        for call in calls:
+            unit_quantizers += active[call]
+        units.append(Unit(name, (name,), tuple(calls), tuple(unit_quantizers)))
+    return units
+
+
+def find_all_quantizers(model: nn.Module, batch: Any) -> dict[str, list[TensorQuantizer]]:
+    """Layer or call -> the quantizers that go with it, on or off.
+
+    Args:
+        model: A swapped model.
+        batch: As for `find_units`.
+    """
+    listing = _Quantizers(model)
+    quantizers_of = {name: list(quantizers) for name, quantizers in listing.by_name.items()}
+    owners = _find_owners(model, batch, listing, listing.by_name)
+    for call, layer in owners.items():
+        quantizers_of[layer] += listing.by_name[call]
+    return quantizers_of
+
+
+class _Quantizers:
+    """The quantizers of a model, on or off.
+
+    Args:
+        model: The model.
+
+    Attributes:
+        by_name: Dotted name of a layer or call -> its quantizers; layers first.
+        shortcuts: Call with a quantizer on one operand only -> position of that operand.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.by_name: dict[str, list[TensorQuantizer]] = {}
+        self.shortcuts: dict[str, int] = {}
+        calls: dict[str, list[TensorQuantizer]] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, QuantInputMixin):
+                self.by_name[name] = list(module.quantizers().values())
+            if isinstance(module, QuantFunctionsMixin):
+                for site, operands in module._function_quantizers.items():
+                    call = join_name(name, site)
+                    calls[call] = [getattr(module, attribute) for attribute in operands.values()]
+                    if len(operands) == 1:
+                        self.shortcuts[call] = next(iter(operands))
+        for call, quantizers in calls.items():
+            self.by_name.setdefault(call, quantizers)
+
+
+def _list_active(listing: _Quantizers) -> dict[str, list[TensorQuantizer]]:
+    """The quantizers that are on, as in `_Quantizers.by_name`.
+
+    Raises:
+        StateError: One has no amax.
+    """
+    active: dict[str, list[TensorQuantizer]] = {}
+    for name, quantizers in listing.by_name.items():
+        enabled = [quantizer for quantizer in quantizers if quantizer.is_enabled]
+        for quantizer in enabled:
+            if quantizer.amax is None:
+                raise StateError(
+                    f"{quantizer.name or name} has no amax.", "call calibrate_model first."
+                )
+        if enabled:
+            active[name] = enabled
+    return active
+
+
+def _find_owners(
+    model: nn.Module,
+    batch: Any,
+    listing: _Quantizers,
+    active: Mapping[str, list[TensorQuantizer]],
+) -> dict[str, str]:
+    """Residual add -> the convolution that its quantizer is there for."""
+    shortcuts = {name: operand for name, operand in listing.shortcuts.items() if name in active}
+    if not shortcuts:
+        return {}
+    with disable_quantization(model):
+        flow = Dataflow(trace_forward(model, batch))
+    owners: dict[str, str] = {}
+    for operation in flow.operations:
+        if operation.function not in ADDITIONS or operation.name not in shortcuts:
+            continue
+        main_branch = operation.inputs[1 - shortcuts[operation.name]]
+        convolution = flow.backbone_of(main_branch)
+        if convolution is not None and convolution.module in active:
+            owners[operation.name] = convolution.module
+    return owners
 
 
 def group_units(
@@ -90,10 +170,10 @@ def group_units(
 
     Args:
         model: The model.
-        units: What is joined.
-        groups: None: nothing. "block": layers of one block, the part of their names up to the first number. "shared":
-            layers whose inputs have one range. Patterns (see `qdq.patterns`): each makes a group of what it matches,
-            the rest stays by itself.
+        units: The units that are joined.
+        groups: None: no groups. "block": layers of one block, which is the part of their names up to the first number.
+            "shared": layers whose inputs have one range. Patterns (see `qdq.patterns`): each makes a group of the
+            units that it matches; all others stay by themselves.
 
     Raises:
         ArgumentError: Unknown groups, or a pattern that matches nothing.
@@ -111,24 +191,84 @@ def group_units(
     return _merge(units, _pattern_keys(model, units, groups))
 
 
-def find_all_quantizers(model: nn.Module, batch: Any) -> dict[str, list[TensorQuantizer]]:
-    """Layer or call -> the quantizers that go with it, on or off.
+def name_block(name: str) -> str:
+    """The block of a layer: the part of its name up to the first number, or the full name if it has no number."""
+    parts = name.split(".")
+    for position, part in enumerate(parts):
+        if _NUMBERED.fullmatch(part):
+            return ".".join(parts[: position + 1])
+    return name
 
-    Args:
-        model: A swapped model.
-        batch: As for `find_units`.
+
+def _shared_keys(units: list[Unit]) -> list[str]:
+    """For each unit the name of the first unit with the same range at its input."""
+    first_names: dict[int, str] = {}
+    keys = []
+    for unit in units:
+        leader = unit.quantizers[0].leader
+        keys.append(first_names.setdefault(id(leader), unit.name))
+    return keys
+
+
+def _pattern_keys(model: nn.Module, units: list[Unit], patterns: Sequence[Pattern]) -> list[str]:
+    """For each unit the name of its group: the first pattern that matches it, or its own name."""
+    modules = dict(model.named_modules())
+    keys: dict[str, str] = {}
+    for pattern in patterns:
+        compiled = Patterns([pattern], "groups")
+        num_matches = 0
+        members = []
+        for unit in units:
+            if compiled.match([unit.name], modules.get(unit.name, model)):
+                num_matches += 1
+                if unit.name not in keys:
+                    members.append(unit.name)
+        if not members:
+            _refuse_group(pattern, num_matches)
+        for name in members:
+            keys[name] = f"group {pattern}"
+    return [keys.get(unit.name, unit.name) for unit in units]
+
+
+def _refuse_group(pattern: Pattern, num_matches: int) -> None:
+    """Raise the error about a pattern that makes no group.
+
+    Raises:
+        ArgumentError: Always.
     """
-    own = _list_quantizers(model)
-    result = {name: list(quantizers) for name, quantizers in own.items()}
-    for call, layer in _find_owners(model, batch, own).items():
-        result[layer] += own[call]
-    return result
+    if num_matches:
+        raise ArgumentError(
+            f"the pattern {pattern!r} of groups matches only layers of the groups before it.",
+            "remove it, or put it before them.",
+        )
+    raise ArgumentError(
+        f"the pattern {pattern!r} of groups matches no quantized layer.", "correct it."
+    )
+
+
+def _merge(units: list[Unit], keys: list[str]) -> list[Unit]:
+    """One unit for each key, of all units with that key."""
+    members: dict[str, list[Unit]] = {}
+    for unit, key in zip(units, keys, strict=True):
+        members.setdefault(key, []).append(unit)
+    return [_join_units(key, group) for key, group in members.items()]
+
+
+def _join_units(name: str, units: list[Unit]) -> Unit:
+    layers: list[str] = []
+    calls: list[str] = []
+    quantizers: list[TensorQuantizer] = []
+    for unit in units:
+        layers += unit.layers
+        calls += unit.calls
+        quantizers += unit.quantizers
+    return Unit(name, tuple(layers), tuple(calls), tuple(quantizers))
 
 
 def match_precisions(
     model: nn.Module, names: Sequence[str], precisions: Mapping[str, str]
 ) -> dict[str, str]:
-    """What a plan says of each layer that it means; a name goes before patterns.
+    """The precision that a plan sets for each layer that it names; a name counts before patterns.
 
     Args:
         model: A swapped model.
@@ -143,136 +283,41 @@ def match_precisions(
     """
     modules = dict(model.named_modules())
     layers = frozenset(names)
-    result: dict[str, str] = {}
-    meant_by: dict[str, str] = {}
-    for pattern in sorted(
-        precisions, key=lambda pattern: pattern not in layers
-    ):  # stable: names, then patterns
-        test, precision = Patterns([pattern], "plan"), precisions[pattern]
-        hits = (
-            [pattern]
-            if pattern in layers
-            else [n for n in names if test.match([n], modules.get(n, model))]
-        )
-        if not hits and not (precision == "float" and _is_float_layer(modules.get(pattern))):
+    names_first = [pattern for pattern in precisions if pattern in layers]
+    patterns = [pattern for pattern in precisions if pattern not in layers]
+    precision_of: dict[str, str] = {}
+    source_of: dict[str, str] = {}  # layer -> the name or pattern that set its precision
+    for name in names_first:
+        precision_of[name] = precisions[name]
+        source_of[name] = name
+    for pattern in patterns:
+        precision = precisions[pattern]
+        matches = _match_layers(model, modules, names, pattern)
+        is_in_float = precision == "float" and _is_float_layer(modules.get(pattern))
+        if not matches and not is_in_float:
             raise ArgumentError(
                 f"the plan says {precision} for {pattern!r}, which is nothing that is quantized here.",
                 "correct or remove the name: it is misspelt, of another model, excluded, or switched off.",
             )
-        for name in hits:
-            before = meant_by.setdefault(name, pattern)
-            if result.setdefault(name, precision) != precision and before != name:
+        for name in matches:
+            source = source_of.setdefault(name, pattern)
+            if precision_of.setdefault(name, precision) != precision and source != name:
                 raise ArgumentError(
-                    f"the patterns {before!r} and {pattern!r} say float and int8 for {name}.",
+                    f"the patterns {source!r} and {pattern!r} say float and int8 for {name}.",
                     "have only one of them match it, or name it by itself.",
                 )
-    return result
+    return precision_of
+
+
+def _match_layers(
+    model: nn.Module, modules: Mapping[str, nn.Module], names: Sequence[str], pattern: str
+) -> list[str]:
+    compiled = Patterns([pattern], "plan")
+    return [name for name in names if compiled.match([name], modules.get(name, model))]
 
 
 def _is_float_layer(module: nn.Module | None) -> bool:
     """Whether a module could be quantized, and is not or no longer."""
-    return module is not None and (
-        isinstance(module, QuantInputMixin) or find_counterpart(type(module)) is not None
-    )
-
-
-def _list_quantizers(model: nn.Module) -> dict[str, list[TensorQuantizer]]:
-    """Layers, then calls, by their dotted names -> their quantizers, on or off."""
-    layers = {
-        name: list(layer.quantizers().values()) for name, layer in quantized_layers(model).items()
-    }
-    calls = {name: list(operands.values()) for name, operands in _quantized_calls(model)}
-    return {
-        **layers,
-        **{name: quantizers for name, quantizers in calls.items() if name not in layers},
-    }
-
-
-def _quantized_calls(model: nn.Module) -> Iterator[tuple[str, dict[int, TensorQuantizer]]]:
-    """Dotted names of calls, and the quantizers by the position of the operand."""
-    for owner, module in model.named_modules():
-        if isinstance(module, QuantFunctionsMixin):
-            for site, operands in module._function_quantizers.items():
-                quantizers = {
-                    position: getattr(module, attribute) for position, attribute in operands.items()
-                }
-                yield f"{owner}.{site}".lstrip("."), quantizers
-
-
-def _find_owners(
-    model: nn.Module, batch: Any, active: dict[str, list[TensorQuantizer]]
-) -> dict[str, str]:
-    """Residual add -> the convolution that its quantizer is there for."""
-    shortcuts = {
-        name: next(iter(operands))
-        for name, operands in _quantized_calls(model)
-        if len(operands) == 1
-    }
-    if not any(name in active for name in shortcuts):
-        return {}
-    with disable_quantization(model):
-        flow = Dataflow(trace_forward(model, batch))
-    owners = {}
-    for operation in flow.operations:
-        if operation.function == "add" and operation.name in active and operation.name in shortcuts:
-            convolution = flow.backbone_of(operation.inputs[1 - shortcuts[operation.name]])
-            if convolution is not None and convolution.module in active:
-                owners[operation.name] = convolution.module
-    return owners
-
-
-def name_block(name: str) -> str:
-    """The block of a layer: the part of its name up to the first number, all of it where there is none."""
-    parts = name.split(".")
-    numbered = next(
-        (end for end, part in enumerate(parts) if _NUMBERED.fullmatch(part)), len(parts)
-    )
-    return ".".join(parts[: numbered + 1])
-
-
-def _shared_keys(units: list[Unit]) -> list[str]:
-    """The name of the first unit with the same range at its input."""
-    first: dict[int, str] = {}
-    keys = []
-    for unit in units:
-        quantizer = unit.quantizers[0]
-        leader = quantizer.leader
-        keys.append(first.setdefault(id(leader), unit.name))
-    return keys
-
-
-def _pattern_keys(model: nn.Module, units: list[Unit], patterns: Sequence[Pattern]) -> list[str]:
-    modules = dict(model.named_modules())
-    keys = [unit.name for unit in units]
-    for pattern in patterns:
-        test = Patterns([pattern], "groups")
-        hits = [
-            place
-            for place, unit in enumerate(units)
-            if test.match([unit.name], modules.get(unit.name, model))
-        ]
-        left = [place for place in hits if keys[place] == units[place].name]
-        if not left:
-            raise ArgumentError(
-                f"the pattern {pattern!r} of groups matches "
-                + ("only layers of the groups before it." if hits else "no quantized layer."),
-                "remove it, or put it before them." if hits else "correct it.",
-            )
-        for place in left:
-            keys[place] = f"group {pattern}"
-    return keys
-
-
-def _merge(units: list[Unit], keys: list[str]) -> list[Unit]:
-    members: dict[str, list[Unit]] = {}
-    for unit, key in zip(units, keys, strict=True):
-        members.setdefault(key, []).append(unit)
-    return [
-        Unit(
-            key,
-            tuple(name for unit in group for name in unit.layers),
-            tuple(name for unit in group for name in unit.calls),
-            tuple(quantizer for unit in group for quantizer in unit.quantizers),
-        )
-        for key, group in members.items()
-    ]
+    if module is None:
+        return False
+    return isinstance(module, QuantInputMixin) or find_counterpart(type(module)) is not None
