@@ -1,7 +1,7 @@
-"""Which modules or calls a user means: by class, by a test, by dotted name.
+"""Which modules or calls a user means: by class, by a test, or by dotted name.
 
 A pattern is a class, a callable `(name, module) -> bool`, or a string: a glob ("layer1.*") or, after "re:", a regular
-expression for the whole dotted name. A name that matches stands for everything below it too.
+expression for the full dotted name. A name that matches stands for everything below it, too.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import fnmatch
 import logging
 import re
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from torch import nn
 
@@ -19,13 +20,23 @@ logger = logging.getLogger(__name__)
 
 Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
+_Test = Callable[[list[str], nn.Module], bool]
+_REGEX_PREFIX = "re:"
+
+
+class _CompiledPattern(NamedTuple):
+    """A pattern as messages show it, and the test that it stands for."""
+
+    description: str
+    test: _Test
+
 
 class Patterns:
     """Patterns that remember whether they matched anything.
 
     Args:
         patterns: One or several.
-        option: What they are given as, for messages.
+        option: Name of the option that they were passed as, for messages.
 
     Raises:
         ArgumentTypeError: A pattern of another kind.
@@ -36,8 +47,8 @@ class Patterns:
         if isinstance(patterns, str | type) or not isinstance(patterns, Iterable):
             patterns = (patterns,)
         self._option = option
-        self._tests: list[tuple[str, Callable[[list[str], nn.Module], bool]]] = [
-            (_describe(pattern), _compile(pattern)) for pattern in patterns
+        self._compiled = [
+            _CompiledPattern(_describe(pattern), _compile(pattern)) for pattern in patterns
         ]
         self._used: set[str] = set()
 
@@ -46,31 +57,42 @@ class Patterns:
 
         Args:
             names: Dotted names of a module, or of a call that it makes.
-            module: That module.
+            module: The module.
         """
-        hits = [description for description, test in self._tests if test(names, module)]
-        self._used.update(hits)
-        return hits[0] if hits else ""
+        first_match = ""
+        for description, test in self._compiled:
+            if test(names, module):
+                self._used.add(description)
+                if not first_match:
+                    first_match = description
+        return first_match
 
     def warn_unused(self, kind: str) -> None:
-        """Name the patterns that matched nothing of a kind, for they may be misspelt."""
-        for description, _ in self._tests:
+        """Log a warning for each pattern that matched nothing, as it may be misspelt.
+
+        Args:
+            kind: The things that were matched, for the message: "module".
+        """
+        for description, _ in self._compiled:
             if description not in self._used:
                 logger.warning("%s pattern %s matches no %s", self._option, description, kind)
 
 
 def _describe(pattern: Pattern) -> str:
-    return (
-        repr(pattern) if isinstance(pattern, str) else getattr(pattern, "__name__", repr(pattern))
-    )
-
-
-def _compile(pattern: Pattern) -> Callable[[list[str], nn.Module], bool]:
     if isinstance(pattern, str):
-        matches = _compile_name(pattern)
-        return lambda names, _: any(
-            matches(part) for name in names for part in _self_and_parents(name)
-        )
+        return repr(pattern)
+    return getattr(pattern, "__name__", repr(pattern))
+
+
+def _compile(pattern: Pattern) -> _Test:
+    """The test for a pattern of any kind.
+
+    Raises:
+        ArgumentTypeError: A pattern of another kind.
+        ArgumentError: A regular expression that cannot be compiled.
+    """
+    if isinstance(pattern, str):
+        return _test_of_name(pattern)
     if isinstance(pattern, type):
         return lambda _, module: isinstance(module, pattern)
     if callable(pattern):
@@ -81,11 +103,29 @@ def _compile(pattern: Pattern) -> Callable[[list[str], nn.Module], bool]:
     )
 
 
+def _test_of_name(pattern: str) -> _Test:
+    """Whether a glob or regular expression matches one of several names, or a module around it."""
+    matches = _compile_name(pattern)
+
+    def test(names: list[str], module: nn.Module) -> bool:
+        prefixes: list[str] = []
+        for name in names:
+            prefixes += _list_prefixes(name)
+        return any(map(matches, prefixes))
+
+    return test
+
+
 def _compile_name(pattern: str) -> Callable[[str], bool]:
-    if not pattern.startswith("re:"):
+    """A test of one dotted name.
+
+    Raises:
+        ArgumentError: A regular expression that cannot be compiled.
+    """
+    if not pattern.startswith(_REGEX_PREFIX):
         return lambda name: fnmatch.fnmatchcase(name, pattern)
     try:
-        expression = re.compile(pattern[3:])
+        expression = re.compile(pattern.removeprefix(_REGEX_PREFIX))
     except re.error as error:
         raise ArgumentError(
             f"pattern {pattern!r} is no regular expression: {error}.",
@@ -94,6 +134,7 @@ def _compile_name(pattern: str) -> Callable[[str], bool]:
     return lambda name: expression.fullmatch(name) is not None
 
 
-def _self_and_parents(name: str) -> list[str]:
+def _list_prefixes(name: str) -> list[str]:
+    """The names of the modules around a name, the outermost first, and the name itself."""
     parts = name.split(".")
-    return [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
