@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import Literal
+from typing import Literal, TypeVar
+
+_Value = TypeVar("_Value")
 
 Kind = Literal[
     "convolution",
@@ -26,6 +28,7 @@ Kind = Literal[
     "multiplication",
     "normalization",
     "identity",
+    "reshape",
     "copy",
     "concat",
     "add",
@@ -55,7 +58,7 @@ class Function:
 
     Args:
         kind: "linear" has a weight with the outputs first, "matrix product" any two factors; "identity" gives the same
-            values in evaluation, "copy" moves or repeats them.
+            values in evaluation, "reshape" keeps them in their order, "copy" moves or repeats them.
         factors: Positions of the tensors that it multiplies, among all its tensors; () if it multiplies all or none.
         onnx: ONNX operators of which each call is exported as exactly one node; () for functions that are exported in
             another way.
@@ -70,8 +73,9 @@ class Function:
     clamp: Clamp | None = None
 
 
-def _alike(function: Function, names: str) -> dict[str, Function]:
-    return dict.fromkeys(names.split(), function)
+def _alike(value: _Value, names: str) -> dict[str, _Value]:
+    """A part of a table in which several functions have the same value."""
+    return dict.fromkeys(names.split(), value)
 
 
 FUNCTIONS: dict[str, Function] = {
@@ -129,8 +133,11 @@ FUNCTIONS: dict[str, Function] = {
         "feature_alpha_dropout",
     ),
     **_alike(
+        Function("reshape"),
+        "reshape reshape_as view view_as flatten unflatten ravel squeeze unsqueeze",
+    ),
+    **_alike(
         Function("copy"),
-        "reshape reshape_as view view_as flatten unflatten ravel squeeze unsqueeze "
         "transpose t T mT H mH adjoint permute movedim moveaxis swapaxes swapdims "
         "expand expand_as broadcast_to repeat repeat_interleave tile roll flip fliplr flipud rot90 "
         "chunk unsafe_chunk split unsafe_split split_with_sizes tensor_split hsplit vsplit dsplit unbind "
@@ -156,6 +163,20 @@ ALIASES = {
     "concat": "cat",
     "concatenate": "cat",
     "clip": "clamp",
+}
+
+# Function -> ONNX operators that a call may be exported as besides those in its `onnx`. A function that has neither an
+# entry here nor an `onnx` may be exported as anything.
+ONNX_BESIDES: dict[str, tuple[str, ...]] = {
+    **_alike(
+        (),
+        "abs chunk clamp clone contiguous detach dropout exp float getitem hardtanh leaky_relu max_pool1d max_pool2d "
+        "max_pool3d neg permute relu relu6 sigmoid softmax split sqrt squeeze tanh to transpose unsqueeze",
+    ),
+    **_alike(("Concat",), "flatten reshape view interpolate"),
+    **_alike(("Mul",), "add sub isub rsub imul rmul"),
+    **_alike(("Add", "Mul"), "linear addmm baddbmm"),
+    "einsum": ("Concat", "Gemm", "Mul"),
 }
 
 
@@ -184,7 +205,8 @@ AVERAGES = AVERAGE_POOLINGS | MEANS | names_of("adaptive average pooling", "norm
 
 ACTIVATIONS = names_of("activation")
 IDENTITIES = names_of("identity")
-COPIES = IDENTITIES | names_of("copy")
+RESHAPES = names_of("reshape")
+COPIES = IDENTITIES | RESHAPES | names_of("copy")
 CONCATS = names_of("concat")
 # The functions that TensorRT fuses into the convolution before them.
 SCALINGS = IDENTITIES | MULTIPLICATIONS | names_of("normalization")

@@ -52,6 +52,7 @@ from qdq.functions import (
     IDENTITIES,
     LINEAR,
     MAX_POOLINGS,
+    RESHAPES,
 )
 from qdq.metrics import Array, sqnr_db
 from qdq.nn import QuantInputMixin
@@ -407,7 +408,7 @@ def _keeps_channels(operation: Operation, shapes: list[tuple[int, ...]]) -> bool
         given = operation.arguments
         is_zero = given.get("mode", given.get("2", "constant")) == "constant"
         return is_zero and not given.get("value", given.get("3", 0)) and before[:2] == after[:2]
-    if operation.function in ("flatten", "reshape", "view", "squeeze"):
+    if operation.function in RESHAPES:
         return before[:2] == after[:2] and np.prod(before) == np.prod(after)
     if operation.function == "mean":
         return (

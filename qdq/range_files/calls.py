@@ -14,53 +14,13 @@ from itertools import pairwise
 
 import onnx_ir as ir
 
-from qdq.functions import FUNCTIONS
+from qdq.functions import FUNCTIONS, ONNX_BESIDES
 from qdq.graph.pairs import is_op
 from qdq.range_files.format import METADATA_ERRORS
 
 _HIERARCHY = "pkg.torch.onnx.class_hierarchy"  # written by torch.onnx: the classes around a node, then its operator
 _NODES_OF = {name: function.onnx for name, function in FUNCTIONS.items() if function.onnx}
 _OPERATORS = {"interpolate": r"upsample_\w+"}  # of torch's exporter, where they have another name
-
-# Functions that are exported as one node, or as nodes that no function here is searched by.
-_LEAVE_NOTHING_ELSE = (
-    "abs",
-    "chunk",
-    "clamp",
-    "clone",
-    "contiguous",
-    "detach",
-    "dropout",
-    "exp",
-    "float",
-    "getitem",
-    "hardtanh",
-    "leaky_relu",
-    "max_pool1d",
-    "max_pool2d",
-    "max_pool3d",
-    "neg",
-    "permute",
-    "relu",
-    "relu6",
-    "sigmoid",
-    "softmax",
-    "split",
-    "sqrt",
-    "squeeze",
-    "tanh",
-    "to",
-    "transpose",
-    "unsqueeze",
-)
-# The nodes that a function can leave beside those of `FUNCTIONS`; a function that is not a key may leave any node.
-_LEAVES_ALSO: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(_LEAVE_NOTHING_ELSE, ()),
-    **dict.fromkeys(("flatten", "reshape", "view", "interpolate"), ("Concat",)),
-    **dict.fromkeys(("add", "sub", "isub", "rsub", "imul", "rmul"), ("Mul",)),
-    **dict.fromkeys(("linear", "addmm", "baddbmm"), ("Add", "Mul")),
-    "einsum": ("Concat", "Gemm", "Mul"),
-}
 
 
 def function_of(site: str) -> str:
@@ -69,7 +29,7 @@ def function_of(site: str) -> str:
     Args:
         site: A call, as in `find_calls`.
     """
-    if site in _NODES_OF or site in _LEAVES_ALSO:
+    if site in _NODES_OF or site in ONNX_BESIDES:
         return site
     return re.sub(r"_\d+$", "", site)
 
@@ -151,9 +111,9 @@ def _may_leave(function: str, kinds: Iterable[str]) -> bool:
         function: Its name; a function that is not in the tables may leave any node.
         kinds: ONNX operators.
     """
-    if function not in _NODES_OF and function not in _LEAVES_ALSO:
+    if function not in _NODES_OF and function not in ONNX_BESIDES:
         return True
-    leaves = {*_NODES_OF.get(function, ()), *_LEAVES_ALSO.get(function, ())}
+    leaves = {*_NODES_OF.get(function, ()), *ONNX_BESIDES.get(function, ())}
     return not leaves.isdisjoint(kinds)
 
 
