@@ -1,5 +1,7 @@
 """The table of torch functions, against what torch computes, and that one spelling is judged as any other."""
 
+import ast
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -7,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import qdq
 from qdq.forward import name_function, trace_forward
 from qdq.functions import (
+    ALIASES,
     AVERAGES,
     CONTRACTIONS,
     COPIES,
@@ -144,9 +148,160 @@ class Tailed(nn.Module):
         return self.tail(self.last(torch.relu(self.first(x))))
 
 
-def reason_of_last(tail):
+def plan_of_last(tail):
     plan = plan_swap(Tailed(tail).eval(), torch.randn(2, 16, 8, 8))
-    return next(module.reason for module in plan.modules if module.name == "last")
+    return next(module for module in plan.modules if module.name == "last")
+
+
+def reason_of_last(tail):
+    return plan_of_last(tail).reason
+
+
+class Head(nn.Module):
+    """A head with a weight of its own, and the layout that it takes."""
+
+    def __init__(self, layout, multiply, *shape):
+        super().__init__()
+        self.layout = layout
+        self.multiply = multiply
+        self.weight = nn.Parameter(torch.randn(shape or (32, 16)))
+
+    def forward(self, x):
+        return self.multiply(self.layout(x), self.weight)
+
+
+class Behind(nn.Module):
+    """A module behind a change of the layout."""
+
+    def __init__(self, layout, module):
+        super().__init__()
+        self.layout = layout
+        self.module = module
+
+    def forward(self, x):
+        return self.module(self.layout(x))
+
+
+def lines_of_pixels(x):
+    return x.flatten(2)
+
+
+def attend(x, weight):
+    return F.scaled_dot_product_attention(x @ weight, x @ weight, x @ weight)
+
+
+HEADS = {
+    "nn.Linear": lambda: Behind(rows, nn.Linear(32, 16)),
+    "F.linear": lambda: Head(rows, F.linear, 16, 32),
+    "mm": lambda: Head(rows, torch.mm),
+    "matmul": lambda: Head(rows, torch.matmul),
+    "@": lambda: Head(batch_of_rows, lambda x, weight: x @ weight),
+    "bmm": lambda: Head(batch_of_rows, lambda x, weight: x.bmm(weight.expand(len(x), -1, -1))),
+    "addmm": lambda: Head(rows, lambda x, weight: torch.addmm(torch.ones(16), x, weight)),
+    "baddbmm": lambda: Head(
+        batch_of_rows, lambda x, weight: torch.ones(1).baddbmm(x, weight.expand(len(x), -1, -1))
+    ),
+    "einsum": lambda: Head(batch_of_rows, lambda x, weight: torch.einsum("nlc,cd->nld", x, weight)),
+    "mv": lambda: Head(rows, torch.mv, 32),
+    "addmv": lambda: Head(rows, lambda x, weight: torch.addmv(torch.ones(1), x, weight), 32),
+    "tensordot": lambda: Head(rows, lambda x, weight: torch.tensordot(x, weight, 1)),
+    "nn.Bilinear": lambda: Behind(rows, Tied(nn.Bilinear(32, 32, 4))),
+    "attention": lambda: Head(batch_of_rows, attend),
+    "nn.LSTM": lambda: Behind(batch_of_rows, nn.LSTM(32, 16, batch_first=True)),
+    "nn.AvgPool1d": lambda: Behind(lines_of_pixels, nn.AvgPool1d(2)),
+    "F.avg_pool1d": lambda: Head(lines_of_pixels, lambda x, weight: F.avg_pool1d(x, 2)),
+    "nn.AvgPool2d": lambda: nn.AvgPool2d(2),
+    "F.avg_pool2d": lambda: Head(nn.Identity(), lambda x, weight: F.avg_pool2d(x, 2)),
+    "nn.AdaptiveAvgPool2d": lambda: nn.AdaptiveAvgPool2d(1),
+    "mean": lambda: Head(nn.Identity(), lambda x, weight: x.mean((2, 3))),
+    "nn.Conv2d": lambda: nn.Conv2d(32, 16, 1),
+    "F.conv2d": lambda: Head(nn.Identity(), F.conv2d, 16, 32, 1, 1),
+}
+
+
+class Tied(nn.Module):
+    """A module of two inputs that is given one tensor twice."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x, x)
+
+
+@pytest.mark.parametrize("between", ["nothing", "relu", "dropout"])
+@pytest.mark.parametrize("head", HEADS)
+def test_the_last_convolution_is_planned_alike_before_every_head(head, between):
+    layers = {"nothing": nn.Identity(), "relu": nn.ReLU(), "dropout": nn.Dropout()}
+    last = plan_of_last(nn.Sequential(layers[between], HEADS[head]()))
+    assert (last.action, last.reason) == ("quantize", "Conv2d is in the map")
+
+
+@pytest.mark.parametrize("between", ["nothing", "sigmoid"])
+def test_the_last_convolution_without_a_head(between):
+    last = plan_of_last({"nothing": nn.Identity(), "sigmoid": nn.Sigmoid()}[between])
+    assert last.action == "float"
+    assert "R-OUT" in last.reason
+
+
+def list_texts(node):
+    """The texts in a set, tuple, list or dict, as keys, or in a text that is split."""
+    if isinstance(node, ast.Set | ast.Tuple | ast.List):
+        items = node.elts
+    elif isinstance(node, ast.Dict):
+        items = node.keys
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        text = node.func.value
+        is_split = node.func.attr == "split" and isinstance(text, ast.Constant)
+        return str(text.value).split() if is_split else []
+    else:
+        return []
+    return [item.value for item in items if isinstance(item, ast.Constant)]
+
+
+def find_function_names(source):
+    """Line -> two or more names of torch functions in one literal."""
+    lines = {}
+    for node in ast.walk(ast.parse(source)):
+        names = {text for text in list_texts(node) if text in FUNCTIONS or text in ALIASES}
+        if len(names) > 1:
+            lines[node.lineno] = sorted(names)
+    return lines
+
+
+def test_the_table_is_the_only_list_of_torch_functions():
+    package = Path(qdq.__file__).parent
+    faults = []
+    for path in sorted(package.rglob("*.py")):
+        if path == package / "functions.py":
+            continue
+        for line, names in find_function_names(path.read_text(encoding="utf-8")).items():
+            faults.append(f"{path.relative_to(package.parent)}:{line}: {', '.join(names)}")
+    assert not faults, "derive these from the table in qdq/functions.py:\n" + "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "X = {'relu', 'conv2d'}",
+        "if name in ('linear', 'matmul'): pass",
+        "X = ['add',\n 'mul']",
+        "X = {'add': 1, 'mul': 2}",
+        "X = frozenset('relu gelu'.split())",
+        "X = dict.fromkeys(('hsplit', 'concat'))",
+    ],
+)
+def test_a_second_list_of_torch_functions_is_seen(source):
+    assert list(find_function_names(source)) == [1]
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["x = name == 'relu'", "X = {'relu', 'no function'}", "y = text.split()", "X = (1, 'mul')"],
+)
+def test_a_single_name_of_a_torch_function_is_no_list(source):
+    assert not find_function_names(source)
 
 
 @pytest.mark.parametrize("spelling", [*PRODUCTS, *AVERAGED, *SMALLER])
@@ -261,9 +416,9 @@ ARGUMENTS = {
 def call(name, x):
     torch.manual_seed(0)
     function = next(
-        found
+        attribute
         for space in (F, torch, torch.Tensor)
-        if (found := getattr(space, name, None)) is not None
+        if (attribute := getattr(space, name, None)) is not None
     )
     if not callable(function):
         return x.data
