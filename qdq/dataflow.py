@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import inf
 from typing import NamedTuple
 
@@ -41,7 +41,14 @@ class Fork(NamedTuple):
 
 
 def clamp_of(operation: Operation) -> tuple[float, float] | None:
-    """Lower and upper bound of a function that clamps to constants; None for any other."""
+    """Lower and upper bound of a function that clamps to constants.
+
+    Args:
+        operation: A call of any function.
+
+    Returns:
+        The bounds, which may be infinite; None for a function that does not clamp, or whose bounds are tensors.
+    """
     function = FUNCTIONS.get(operation.function)
     if function is None or function.clamp is None:
         return None
@@ -57,6 +64,14 @@ def clamp_of(operation: Operation) -> tuple[float, float] | None:
 
 
 def _bound_of(operation: Operation, parameter: str, position: int, default: float) -> float:
+    """One bound of a clamp, as it was passed.
+
+    Args:
+        operation: The call.
+        parameter: Name of the parameter that holds the bound.
+        position: Its position among the arguments.
+        default: The bound if none was passed, or None.
+    """
     by_position = operation.arguments.get(str(position), default)
     bound = operation.arguments.get(parameter, by_position)
     return default if bound is None else float(bound)
@@ -87,18 +102,30 @@ class Dataflow:
                 self._computed.update(operation.outputs)
 
     def is_computed(self, value: int) -> bool:
-        """Whether a tensor depends on the input of the network; weights and other constants do not."""
+        """Whether a tensor depends on the input of the network; weights and other constants do not.
+
+        Args:
+            value: Number of the tensor.
+        """
         return value in self._computed
 
     def is_stored(self, value: int) -> bool:
-        """Whether a tensor exists before the forward, such as a parameter, or is a view of one that does."""
+        """Whether a tensor exists before the forward, such as a parameter, or is a view of one that does.
+
+        Args:
+            value: Number of the tensor.
+        """
         producer = self._producers.get(value)
         while producer is not None and producer.function in COPIES:
             producer = self._producers.get(producer.inputs[0])
         return producer is None
 
     def is_copy(self, operation: Operation) -> bool:
-        """Whether a function only moves or repeats values."""
+        """Whether a call only moves or repeats values (R-COPY, R-RSZ).
+
+        Args:
+            operation: The call; a resize is a copy in the mode "nearest".
+        """
         if operation.function not in RESIZES:
             return operation.function in COPIES
         by_position = operation.arguments.get("3", "nearest")
@@ -112,7 +139,14 @@ class Dataflow:
         return None
 
     def output_convolutions(self) -> list[Operation]:
-        """Convolutions that write an output of the network: nothing pools or multiplies behind them (R-OUT)."""
+        """Convolutions that write an output of the network: nothing pools or multiplies behind them (R-OUT).
+
+        The search goes back from each output. It stops at averages and products, as their input is no output, and at
+        convolutions. A convolution of pooled pixels is a classifier and does not count.
+
+        Returns:
+            Each of them once, those nearest to the outputs first.
+        """
         convolutions: list[Operation] = []
         visited = set(self.outputs)
         queue = deque(self.outputs)
@@ -131,15 +165,20 @@ class Dataflow:
         return convolutions
 
     def _feeds_product(self, value: int) -> bool:
-        """Whether a convolution or product reads a tensor, perhaps behind activations: then it is no mere output."""
-        for passed_on in self._values_behind(value, _FUSED | MAX_POOLINGS | CONCATS):
-            for reader in self._readers.get(passed_on, ()):
-                if reader.function in CONTRACTIONS:
-                    return True
-        return False
+        """Whether a convolution or product reads a tensor, perhaps behind activations: then it is no mere output.
+
+        Args:
+            value: Number of the tensor.
+        """
+        readers = self._readers_behind([value], _FUSED | MAX_POOLINGS | CONCATS)
+        return any(reader.function in CONTRACTIONS for reader in readers)
 
     def _reads_pooled(self, operation: Operation) -> bool:
-        """Whether the input of a function is a pooled map, perhaps behind activations and copies."""
+        """Whether the input of a call is a pooled map, perhaps behind activations and copies.
+
+        Args:
+            operation: The call.
+        """
         producer = self._producers.get(operation.inputs[0])
         while producer is not None and producer.function in _FUSED | COPIES:
             producer = self._producers.get(producer.inputs[0])
@@ -149,8 +188,11 @@ class Dataflow:
         """The convolution that a tensor comes from in a straight line: bias, BatchNorm and scaling fuse into it.
 
         Args:
-            value: The tensor.
+            value: Number of the tensor.
             through_activations: Also behind activations, which do not fuse with a function behind them (R-ADD-5).
+
+        Returns:
+            The call of the convolution; None where another function, or a second computed tensor, comes before it.
         """
         passing = _FUSED if through_activations else SCALINGS
         while (operation := self._producers.get(value)) is not None:
@@ -163,35 +205,62 @@ class Dataflow:
         return None
 
     def passing_interval(self, value: int) -> tuple[float, float]:
-        """The interval in which a tensor matters: what its only reader passes on, if that is a ReLU or a clamp."""
+        """The interval in which a tensor matters: what its only reader passes on, if that is a ReLU or a clamp.
+
+        Args:
+            value: Number of the tensor.
+
+        Returns:
+            The bounds; infinite ones if other values matter, too.
+        """
         readers = self._readers.get(value, [])
         if len(readers) != 1 or value in self.outputs:
             return -inf, inf
         return clamp_of(readers[0]) or (-inf, inf)
 
-    def readers_behind(self, value: int) -> Iterator[Operation]:
-        """Functions on a tensor, as it is or behind activations, BatchNorm, copies, pooling and concats."""
-        for passed_on in self._values_behind(value, _FUSED | COPIES | MAX_POOLINGS | CONCATS):
-            yield from self._readers.get(passed_on, ())
+    def readers_behind(self, values: Iterable[int]) -> Iterator[Operation]:
+        """Functions on some tensors, as they are or behind activations, BatchNorm, copies, pooling and concats.
 
-    def _values_behind(self, value: int, passing: frozenset[str]) -> Iterator[int]:
-        """A tensor, and all tensors that come from it through the named functions only."""
-        visited = {value}
-        queue = deque([value])
+        Args:
+            values: Numbers of the tensors.
+
+        Yields:
+            Each call that reads one of the tensors or one that comes from them, once for each such input.
+        """
+        return self._readers_behind(values, _FUSED | COPIES | MAX_POOLINGS | CONCATS)
+
+    def _readers_behind(
+        self, values: Iterable[int], passing: frozenset[str]
+    ) -> Iterator[Operation]:
+        """Functions on some tensors, or on tensors that come from them through some functions only.
+
+        Args:
+            values: Numbers of the tensors.
+            passing: Names of the functions between.
+        """
+        queue = deque(values)
+        visited = set(queue)
         while queue:
-            current = queue.popleft()
-            yield current
-            for operation in self._readers.get(current, ()):
-                if operation.function not in passing:
+            for reader in self._readers.get(queue.popleft(), ()):
+                yield reader
+                if reader.function not in passing:
                     continue
-                fresh = [result for result in operation.outputs if result not in visited]
+                fresh = [result for result in reader.outputs if result not in visited]
                 visited.update(fresh)
                 queue.extend(fresh)
 
     def find_fork(self, first: int, second: int) -> Fork | None:
-        """The nearest tensor that two tensors both come from; None if there is none.
+        """The nearest tensor that two tensors both come from.
 
-        The nearest has the fewest functions on both ways together; of equally near ones the earliest tensor counts.
+        The nearest has the fewest functions on both ways together; of equally near ones the earliest tensor counts. The
+        search goes back from both tensors in turns, one function at a time.
+
+        Args:
+            first: Number of a tensor.
+            second: Number of another tensor, or the same.
+
+        Returns:
+            The fork; None if the tensors come from nothing common that depends on the input.
         """
         if first == second:
             return Fork(first, 0, 0)
@@ -215,7 +284,12 @@ class Dataflow:
         return nearest
 
     def _step_back(self, edge: list[int], distances: dict[int, int]) -> list[int]:
-        """The tensors that those of an edge come from and that have no distance yet; it is entered in `distances`."""
+        """The tensors that those of an edge come from and that have no distance yet.
+
+        Args:
+            edge: Numbers of tensors that are equally far from a tensor.
+            distances: Tensor -> its distance; those of the next edge are entered.
+        """
         next_edge: list[int] = []
         for value in edge:
             producer = self._producers.get(value)
@@ -229,4 +303,5 @@ class Dataflow:
 
 
 def _rank(fork: Fork) -> tuple[int, int]:
+    """The order of forks: the total length of both ways, then the age of the tensor."""
     return fork.to_first + fork.to_second, fork.value

@@ -46,7 +46,11 @@ _PRODUCT_OF_ACTIVATIONS = (
 
 
 def reason_against_type(module: nn.Module) -> str:
-    """Why a module stays in float because of its class; "" if it does not (R-LN, R-SM)."""
+    """Why a module stays in float because of its class; "" if it does not (R-LN, R-SM).
+
+    Args:
+        module: A module with parameters.
+    """
     if isinstance(module, _NEVER_INT8):
         return "normalisation, embedding or activation: no int8 counterpart (R-LN, R-SM)"
     return ""
@@ -115,11 +119,14 @@ class ModuleRules:
             self._writes_output.add(operation.module)
 
     def reason_against(self, name: str, module: nn.Module) -> str:
-        """Why a module stays in float; "" if it does not.
+        """Why a module stays in float.
 
         Args:
             name: Dotted name.
             module: The module, of a mapped type.
+
+        Returns:
+            The reason with the id of the rule; "" if no rule applies.
         """
         if isinstance(module, _ConvTransposeNd):
             return "transposed convolution: int8 kernels are missing, wrong or slow (R-CT-3)"
@@ -135,6 +142,7 @@ class ModuleRules:
         return self._against_pooling(name, module)
 
     def _against_pooling(self, name: str, module: nn.Module) -> str:
+        """R-GAP and R-AP; "" for a module that is no average pooling."""
         if isinstance(module, _AdaptiveAvgPoolNd) and _is_global(module.output_size):
             return "global average pooling: a tiny tensor that stays float (R-GAP)"
         if isinstance(module, _AvgPoolNd | _AdaptiveAvgPoolNd) and not self._feeds_product(name):
@@ -142,18 +150,28 @@ class ModuleRules:
         return ""
 
     def _feeds_product(self, name: str) -> bool:
-        """Whether a product that no rule leaves in float reads the result of a module; assumed without a forward."""
+        """Whether a product that no rule leaves in float reads the result of a module.
+
+        Args:
+            name: Dotted name of the module. Without a forward its readers are assumed to run in int8.
+        """
         if self._flow is None:
             return True
         readers: set[str] = set()
-        for value in self._results.get(name, ()):
-            for reader in self._flow.readers_behind(value):
-                if reader.function in CONVOLUTIONS | LINEAR:
-                    readers.add(reader.module)
+        for reader in self._flow.readers_behind(self._results.get(name, ())):
+            if reader.function in CONVOLUTIONS | LINEAR:
+                readers.add(reader.module)
         return any(not self.reason_against(reader, self._modules[reader]) for reader in readers)
 
     def reason_against_products(self, calls: Iterable[Contraction]) -> str:
-        """Why the products that a forward calls as functions stay in float; "" if one of them reads a weight."""
+        """Why the products that a forward calls as functions stay in float (R-MHA-2).
+
+        Args:
+            calls: The products that one module calls.
+
+        Returns:
+            The reason; "" if one of them reads a parameter or is of another kind than matrix products and attention.
+        """
         for call in calls:
             if call.function not in _PRODUCTS or call.storages & self._weights:
                 return ""
@@ -161,7 +179,12 @@ class ModuleRules:
 
 
 def _find_first_convolution(modules: Mapping[str, nn.Module], flow: Dataflow | None) -> str | None:
-    """The module of the convolution that runs first; without a forward, that comes first in the model."""
+    """The module of the convolution that runs first.
+
+    Args:
+        modules: The modules of the model, by dotted name.
+        flow: One forward. Without one, the first convolution among the modules counts.
+    """
     first = None if flow is None else flow.first_convolution()
     if first is not None:
         return first.module
@@ -172,7 +195,11 @@ def _find_first_convolution(modules: Mapping[str, nn.Module], flow: Dataflow | N
 
 
 def _list_weights(modules: Iterable[nn.Module]) -> set[int]:
-    """Addresses of the memory of all parameters."""
+    """Addresses of the memory of all parameters; views of a parameter have the same address.
+
+    Args:
+        modules: All modules of a model.
+    """
     addresses: set[int] = set()
     for module in modules:
         for parameter in module.parameters(recurse=False):
@@ -182,7 +209,11 @@ def _list_weights(modules: Iterable[nn.Module]) -> set[int]:
 
 
 def _is_global(output_size: object) -> bool:
-    """Whether an adaptive pooling leaves one pixel."""
+    """Whether an adaptive pooling leaves one pixel.
+
+    Args:
+        output_size: A size for all dimensions, or one for each.
+    """
     sizes = output_size if isinstance(output_size, Iterable) else (output_size,)
     return set(sizes) == {1}
 
@@ -209,7 +240,14 @@ class CallRules:
         self._writes_output = {operation.name for operation in flow.output_convolutions()}
 
     def reason_against(self, operation: Operation) -> str:
-        """Why a function call stays in float; "" if no rule says so."""
+        """Why a function call stays in float.
+
+        Args:
+            operation: The call.
+
+        Returns:
+            The reason with the id of the rule; "" if no rule applies.
+        """
         function = operation.function
         if function in ADDITIONS:
             return self._against_addition(operation)
@@ -228,7 +266,11 @@ class CallRules:
         return ""
 
     def _against_addition(self, operation: Operation) -> str:
-        """R-ADD-2 and R-ADD-4."""
+        """R-ADD-2 and R-ADD-4: a residual add has a shortcut, or int8 layers before and behind it.
+
+        Args:
+            operation: The add of two computed tensors.
+        """
         first, second = operation.inputs[:2]
         if self._flow.shapes[first] != self._flow.shapes[second]:
             return "its operands differ in shape: no residual add (R-ADD-2)"
@@ -236,8 +278,8 @@ class CallRules:
             return "an operand is the input of the network (R-ADD-2)"
         convolutions = _drop_none(self._backbones_of(operation))
         if convolutions and not any(map(self._is_quantized, convolutions)):
-            names = " and ".join(sorted({convolution.module for convolution in convolutions}))
-            return f"its convolution {names} is in float"
+            names = {convolution.module for convolution in convolutions}
+            return f"its convolution {' and '.join(sorted(names))} is in float"
         if self.find_shortcut(operation) is not None:
             return ""
         if convolutions:
@@ -251,10 +293,17 @@ class CallRules:
         return ""
 
     def find_shortcut(self, operation: Operation) -> int | None:
-        """Position of the operand of an add that is the shortcut of a residual block; None if neither is (R-ADD-2).
+        """Which operand of an add is the shortcut of a residual block (R-ADD-2).
 
-        It is the operand that comes from no int8 convolution; if both come from one, the operand that is nearer to
-        the tensor where their ways part.
+        It is the operand that comes from no int8 convolution. If both come from one, it is the operand that is nearer
+        to the tensor where their ways part.
+
+        Args:
+            operation: The add of two computed tensors.
+
+        Returns:
+            Position of the operand; None if neither comes from an int8 convolution, or if their ways part right behind
+            one.
         """
         first, second = operation.inputs[:2]
         convolutions = self._backbones_of(operation)
@@ -281,14 +330,23 @@ class CallRules:
     def _backbones_of(
         self, operation: Operation, *, through_activations: bool = False
     ) -> list[Operation | None]:
-        """For each of the two operands of an add the convolution that it comes from."""
+        """For each of the two operands of an add the convolution that it comes from.
+
+        Args:
+            operation: The add.
+            through_activations: As for `Dataflow.backbone_of`.
+        """
         return [
             self._flow.backbone_of(value, through_activations=through_activations)
             for value in operation.inputs[:2]
         ]
 
     def _against_weighted(self, operation: Operation) -> str:
-        """`F.linear` or `F.conv2d`: the rules for the layers hold."""
+        """The rules for layers, applied to `F.linear` and `F.conv2d`.
+
+        Args:
+            operation: The call; its weight is `[outputs, inputs, kernel ...]`.
+        """
         weight = self._flow.shapes[operation.inputs[1]]
         if operation.function in LINEAR:
             return reason_against_linear(weight)
@@ -298,6 +356,7 @@ class CallRules:
         return reason_against_convolution(weight, groups, is_first=operation is self._first)
 
     def _against_resize(self, operation: Operation) -> str:
+        """R-RSZ: a resize that copies is worth a quantizer if an int8 layer reads it."""
         if not self._flow.is_copy(operation):
             return "interpolates: its output is no copy of its input"
         if not self._feeds_quantized(operation):
@@ -316,19 +375,27 @@ class CallRules:
         return _PRODUCT_OF_ACTIVATIONS
 
     def _feeds_quantized(self, operation: Operation) -> bool:
-        """Whether something quantized reads the result, as it is or through activations and copies."""
-        for value in operation.outputs:
-            for reader in self._flow.readers_behind(value):
-                is_layer = isinstance(self._modules[reader.module], QuantInputMixin)
-                if is_layer or self._is_quantized(reader):
-                    return True
+        """Whether something quantized reads the result of a call, as it is or through activations and copies.
+
+        Args:
+            operation: The call.
+        """
+        for reader in self._flow.readers_behind(operation.outputs):
+            is_layer = isinstance(self._modules[reader.module], QuantInputMixin)
+            if is_layer or self._is_quantized(reader):
+                return True
         return False
 
 
 def list_factors(operation: Operation) -> tuple[int, ...]:
-    """Positions of the tensors that a product multiplies, among all its tensors."""
+    """Positions of the tensors that a product multiplies, among all its tensors.
+
+    Args:
+        operation: The call of a product.
+    """
     return FUNCTIONS[operation.function].factors or tuple(range(len(operation.inputs)))
 
 
 def _drop_none(operations: Iterable[Operation | None]) -> list[Operation]:
+    """The operations in a list in which some are missing."""
     return [operation for operation in operations if operation is not None]

@@ -35,7 +35,7 @@ class Graph:
         return operation and operation.module
 
     def readers(self, name):
-        return {operation.module for operation in self.flow.readers_behind(self.numbers[name])}
+        return {operation.module for operation in self.flow.readers_behind([self.numbers[name]])}
 
     def fork(self, first, second):
         fork = self.flow.find_fork(self.numbers[first], self.numbers[second])
@@ -145,7 +145,7 @@ def test_readers_behind_equal_a_closure(seed):
                 target for source, name, target in edges if source in reached and name in PASSING
             }
         expected = {str(target) for source, _, target in edges if source in reached}
-        assert {reader.module for reader in flow.readers_behind(start)} == expected
+        assert {reader.module for reader in flow.readers_behind([start])} == expected
 
 
 CLAMPS = {
@@ -208,5 +208,5 @@ def test_a_resize_that_copies(mode, is_copy):
         lambda x: F.interpolate(x, None, 2, mode),
     ):
         flow = Dataflow(trace_forward(Called(resize), torch.randn(1, 2, 4, 4)))
-        (operation,) = [each for each in flow.operations if each.function == "interpolate"]
+        (operation,) = [call for call in flow.operations if call.function == "interpolate"]
         assert flow.is_copy(operation) == is_copy

@@ -1,8 +1,18 @@
-"""What stays float for its shape, against a table written by hand from the rules' words."""
+"""What stays in float by default, against tables written by hand from the rules' words."""
 
 import pytest
+import torch
+from torch import nn
 
-from qdq.float_rules import reason_against_convolution, reason_against_linear
+from qdq.dataflow import Dataflow
+from qdq.float_rules import (
+    CallRules,
+    list_factors,
+    reason_against_convolution,
+    reason_against_linear,
+    reason_against_type,
+)
+from qdq.forward import trace_forward
 
 # weight [Cout, Cin / groups, kernel ...], groups, is it the first convolution, rule against it ("" if none)
 CONVOLUTIONS = [
@@ -97,3 +107,84 @@ def test_reason_names_the_sizes():
 def test_linear(weight, rule):
     reason = reason_against_linear(weight)
     assert reason.endswith(f"({rule})") if rule else reason == ""
+
+
+TYPES = [
+    (nn.BatchNorm2d(4), True),
+    (nn.InstanceNorm1d(4, affine=True), True),
+    (nn.LayerNorm(4), True),
+    (nn.GroupNorm(2, 4), True),
+    (nn.Embedding(4, 4), True),
+    (nn.EmbeddingBag(4, 4), True),
+    (nn.PReLU(), True),
+    (nn.Conv2d(4, 4, 1), False),
+    (nn.Linear(4, 4), False),
+    (nn.Bilinear(4, 4, 4), False),
+]
+
+
+@pytest.mark.parametrize(("module", "is_float"), TYPES)
+def test_classes_without_a_counterpart(module, is_float):
+    assert reason_against_type(module).endswith("(R-LN, R-SM)") == is_float
+
+
+class Residual(nn.Module):
+    """Two convolutions in a row, or side by side, with an add behind them."""
+
+    def __init__(self, add):
+        super().__init__()
+        self.add = add
+        self.stem, self.long, self.end = (nn.Conv2d(16, 16, 1) for _ in range(3))
+
+    def forward(self, x):
+        return self.add(self, torch.relu(self.stem(x)))
+
+
+ADDITIONS = {
+    "shortcut second": (lambda net, y: net.long(y) + y, 1),
+    "shortcut first": (lambda net, y: y + net.long(y), 0),
+    "in place": (lambda net, y: net.long(y).add_(y), 1),
+    "the shorter of two ways": (lambda net, y: net.end(torch.relu(net.long(y))) + net.end(y), 1),
+    "the shorter of two ways first": (lambda net, y: net.end(y) + net.end(net.long(y)), 0),
+    "two ways as long": (lambda net, y: net.long(y) + net.end(y), 1),
+    "activations on both ways": (lambda net, y: torch.relu(net.long(y)) + y, None),
+    "twice the same": (lambda net, y: (net.long(y).add(1) * 2).relu() * 1 + y.relu(), None),
+}
+
+
+@pytest.mark.parametrize("spelling", ADDITIONS)
+def test_the_shortcut_of_a_residual_add(spelling):
+    add, shortcut = ADDITIONS[spelling]
+    model = Residual(add).eval()
+    flow = Dataflow(trace_forward(model, torch.randn(1, 16, 4, 4)))
+    rules = CallRules(dict(model.named_modules()), flow, is_quantized=lambda operation: True)
+    addition = [operation for operation in flow.operations if operation.function == "add"][-1]
+    assert rules.find_shortcut(addition) == shortcut
+
+
+def test_an_add_of_float_convolutions_stays_in_float():
+    model = Residual(ADDITIONS["shortcut second"][0]).eval()
+    flow = Dataflow(trace_forward(model, torch.randn(1, 16, 4, 4)))
+    rules = CallRules(dict(model.named_modules()), flow, is_quantized=lambda operation: False)
+    addition = flow.operations[-1]
+    assert rules.find_shortcut(addition) is None
+    assert rules.reason_against(addition) == "its convolution long is in float"
+
+
+@pytest.mark.parametrize("function", ["addmm", "mm", "chain_matmul"])
+def test_factors_of_a_product(function):
+    matrix = torch.randn(4, 4)
+    calls = {
+        "addmm": lambda x: torch.addmm(x, matrix, matrix),
+        "mm": lambda x: torch.mm(x, matrix),
+        "chain_matmul": lambda x: torch.chain_matmul(x, matrix, matrix),
+    }
+
+    class Called(nn.Module):
+        def forward(self, x):
+            return calls[function](x)
+
+    trace = trace_forward(Called(), matrix)
+    operation = next(operation for operation in trace.operations if operation.function == function)
+    expected = {"addmm": (1, 2), "mm": (0, 1), "chain_matmul": (0, 1, 2)}
+    assert list_factors(operation) == expected[function]
