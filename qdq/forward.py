@@ -1,7 +1,7 @@
-"""One recorded forward: which modules ran, who read whose output, which weights were used by plain functions.
+"""One recorded forward: which modules ran, which module read whose output, which weights plain functions used.
 
-The record is of the real data flow, by the identity of tensors, so that it needs neither attribute names nor a model
-that torch.fx can trace. It holds for the path that the example inputs took.
+The record follows the tensors by their identity. So it needs neither attribute names nor a model that torch.fx can
+trace. It is valid for the path that the example inputs took.
 """
 
 from __future__ import annotations
@@ -79,7 +79,12 @@ class Operation:
 
 
 def join_name(module: str, attribute: str) -> str:
-    """Dotted name of a call in a module, or of an attribute of it; the model itself has the name ""."""
+    """Dotted name of a call in a module, or of an attribute of it.
+
+    Args:
+        module: Dotted name of the module, "" for the model itself.
+        attribute: Name of the call or attribute.
+    """
     return f"{module}.{attribute}" if module else attribute
 
 
@@ -124,19 +129,21 @@ class ForwardTrace:
 
 
 def require_model(model: Any) -> None:
-    """Refuse what no quantizer can be put into.
+    """Refuse an object that quantizers cannot be put into.
+
+    Args:
+        model: Any object.
 
     Raises:
-        ArgumentTypeError: No module, a scripted one, or a graph of operators; with what to pass instead.
+        ArgumentTypeError: It is no module, a scripted one, or a graph of operators. The message says what to pass
+            instead.
     """
     if not isinstance(model, nn.Module):
-        what = (
-            f"the class {model.__name__}"
-            if isinstance(model, type)
-            else f"of type {type(model).__name__}"
-        )
+        kind = f"of type {type(model).__name__}"
+        if isinstance(model, type):
+            kind = f"the class {model.__name__}"
         raise ArgumentTypeError(
-            f"model is {what}; expected a torch.nn.Module.", "pass the module itself."
+            f"model is {kind}; expected a torch.nn.Module.", "pass the module itself."
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise ArgumentTypeError(
@@ -153,18 +160,20 @@ def require_model(model: Any) -> None:
 
 def _has_operators(module: torch.fx.GraphModule) -> bool:
     """Whether a graph calls the operators behind torch's functions, as no code that is traced does."""
-    targets = (node.target for node in module.graph.nodes)
-    return any(
-        isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
-        for target in targets
-    )
+    for node in module.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten":
+            return True
+    return False
 
 
 def require_batches(batches: Any) -> None:
     """Refuse a single tensor or dictionary where batches are expected: iterating it would give its rows or its keys.
 
+    Args:
+        batches: Any object.
+
     Raises:
-        ArgumentTypeError: With what to pass instead.
+        ArgumentTypeError: It yields no batches. The message says what to pass instead.
     """
     is_iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
     if isinstance(batches, str | bytes | nn.Module) or not is_iterable:
@@ -180,70 +189,105 @@ def require_batches(batches: Any) -> None:
 
 
 def tensors_of(tree: Any) -> list[torch.Tensor]:
-    """The tensors of what a model takes or gives, in order; whatever else is in it is passed over."""
+    """The tensors among the inputs or outputs of a model, in order; all other values in them are left out.
+
+    Args:
+        tree: Tensors and other values, in lists, tuples and dictionaries of any depth.
+    """
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def floats_of(tree: Any) -> list[torch.Tensor]:
-    """The floating-point tensors of what a model takes or gives, in order."""
+    """The floating-point tensors among the inputs or outputs of a model, in order.
+
+    Args:
+        tree: As for `tensors_of`.
+    """
     return [tensor for tensor in tensors_of(tree) if tensor.is_floating_point()]
 
 
 def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments for a model, from what a loader yields.
+    """Positional and keyword arguments for a model, from an item of a loader.
 
     A tensor is the input; a mapping gives keyword arguments; of a tuple or list the first item is the input, as in
     `(images, labels)`.
     """
     if isinstance(inputs, tuple | list) and inputs:
         inputs = inputs[0]
-    return ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs,), {}
 
 
 def name_leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Every leaf of named arguments by its path, as the inputs of a graph are called: `images_0`, `boxes_left`.
 
-    The names are identifiers. No two are alike: of `a.b` and `a_b` the second is called `a_b_1`.
+    The names are identifiers and unique: of `a.b` and `a_b` the second is called `a_b_1`.
+
+    Args:
+        arguments: Name -> argument, which may hold lists, tuples and dictionaries.
     """
-    leaves, _ = tree_flatten_with_path(dict(arguments))
-    names = make_identifiers("_".join(_describe_key(key) for key in path) for path, _ in leaves)
-    return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
+    leaves_by_path, _ = tree_flatten_with_path(dict(arguments))
+    texts = []
+    leaves = []
+    for path, leaf in leaves_by_path:
+        texts.append("_".join(_describe_key(key) for key in path))
+        leaves.append(leaf)
+    return dict(zip(make_identifiers(texts), leaves, strict=True))
 
 
 def make_identifiers(texts: Iterable[str]) -> list[str]:
-    """A Python identifier for each text; one that repeats gets the smallest number that makes it unlike all others."""
+    """A Python identifier for each text, all of them unique: a repeated one gets the smallest number that is free.
+
+    Args:
+        texts: Any texts.
+    """
     identifiers = [_as_identifier(text) for text in texts]
     taken: set[str] = set()
     for index, name in enumerate(identifiers):
-        numbered = (f"{name}_{number}" for number in count(1))
         if name in taken:
-            identifiers[index] = next(
-                other for other in numbered if other not in {*taken, *identifiers}
-            )
+            identifiers[index] = _number_name(name, taken.union(identifiers))
         taken.add(identifiers[index])
     return identifiers
 
 
+def _number_name(name: str, taken: set[str]) -> str:
+    """A name with the smallest number that makes it unique.
+
+    Args:
+        name: The name.
+        taken: Names that are in use.
+    """
+    numbered = (f"{name}_{number}" for number in count(1))
+    return next(candidate for candidate in numbered if candidate not in taken)
+
+
 def _as_identifier(text: str) -> str:
+    """A text with underscores for all characters that an identifier cannot have."""
     name = re.sub(r"\W", "_", text)
-    return name if name.isidentifier() and not iskeyword(name) else f"_{name}"
+    if name.isidentifier() and not iskeyword(name):
+        return name
+    return f"_{name}"
 
 
 def _describe_key(key: Any) -> str:
+    """A step of the path to a leaf: the key of a dictionary, the index in a list, or the name of an attribute."""
     if isinstance(key, MappingKey):
         return str(key.key)
-    return str(key.idx) if isinstance(key, SequenceKey) else str(getattr(key, "name", key))
+    if isinstance(key, SequenceKey):
+        return str(key.idx)
+    return str(getattr(key, "name", key))
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call a model on what a loader yields, see `split_inputs`.
+    """Call a model on an item of a loader, see `split_inputs`.
 
-    What `torch.compile` has compiled runs as it was before, but in training: hooks and quantizers are to be seen.
+    A model that `torch.compile` has compiled runs as it was before, so that hooks and quantizers are seen; in training
+    it runs compiled.
     """
     args, kwargs = split_inputs(inputs)
-    if (
-        torch.is_grad_enabled() or "torch._dynamo" not in sys.modules
-    ):  # nothing can be compiled without
+    can_be_compiled = "torch._dynamo" in sys.modules
+    if torch.is_grad_enabled() or not can_be_compiled:
         return model(*args, **kwargs)
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.filterwarnings(
@@ -253,14 +297,18 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:
-    """What `torch.compile` has wrapped; the model itself if it has not."""
+    """The module that `torch.compile` has wrapped; the model itself if it is not compiled.
+
+    Args:
+        model: Any module.
+    """
     wrapped = model._modules.get("_orig_mod")
     return model if wrapped is None else wrapped
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module gets its own training flag back."""
+    """Evaluation mode without gradients; the training flag of every module is restored at the end."""
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -272,8 +320,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def find_device(model: nn.Module) -> torch.device:
-    """Where the parameters of a model lie; the CPU for one without any."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    """The device of the first parameter of a model; the CPU if it has no parameters.
+
+    Args:
+        model: Any module.
+    """
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def trace_forward(
@@ -309,47 +362,62 @@ def trace_forward(
 
 
 class _Recorder(TorchFunctionMode):
-    """Sees every torch function (as a mode) and every module call (as global hooks)."""
+    """Sees every torch function (as a mode) and every module call (as global hooks).
+
+    Args:
+        model: The model that runs.
+        meter: As for `trace_forward`.
+    """
 
     def __init__(self, model: nn.Module, meter: Callable[[], int]) -> None:
         super().__init__()
         self._meter = meter
         self._names = {id(module): name for name, module in model.named_modules()}
+        # The modules that run, the innermost last, and for each of them the calls of each function.
         self._stack: list[str] = []
         self._counters: list[Counter[str]] = [Counter()]
-        self._numbers: dict[int, int] = {}  # of tensors by identity
-        self._held: list[torch.Tensor] = []  # so that no identity is used twice
-        self._outputs: dict[
-            int, tuple[str, torch.Tensor]
-        ] = {}  # holds the tensors, so that no id is used twice
-        self._readers: defaultdict[str, set[str]] = defaultdict(set)
-        self._given: dict[str, int] = {}
+        # Tensors are known by identity. They stay in memory, so that no identity is used twice.
+        self._numbers: dict[int, int] = {}
+        self._numbered: list[torch.Tensor] = []
+        self._makers: dict[int, str] = {}  # tensor -> module that returned it
+        self._outputs: list[torch.Tensor] = []
+        self._last_input: dict[str, int] = {}  # module -> tensor that another module returned
+        self._readers: defaultdict[str, set[str]] = defaultdict(
+            set
+        )  # module -> readers of its output
         self._trace = ForwardTrace()
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Note that a module starts to run; a hook before its forward."""
         name = self._names.get(id(module))
         if name is None:
             return
+        tensors = tensors_of(args)
         caller = self._stack[-1] if self._stack else None
-        self._trace.runs.append(ModuleRun(name, caller, tuple(map(self._number, tensors_of(args)))))
+        run = ModuleRun(name, caller, self._number_all(tensors))
+        self._trace.runs.append(run)
         if caller is None and not self._trace.inputs:
-            self._trace.inputs = self._trace.runs[-1].inputs
+            self._trace.inputs = run.inputs
         self._stack.append(name)
         self._counters.append(Counter())
         self._trace.calls[name] += 1
-        for tensor in tensors_of(args):
-            if id(tensor) in self._outputs:
-                self._given[name] = id(tensor)
+        for tensor in tensors:
+            if id(tensor) in self._makers:
+                self._last_input[name] = id(tensor)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Note that a module has run; a hook after its forward."""
         name = self._names.get(id(module))
         if name is None:
             return
         self._stack.pop()
         self._counters.pop()
+        if not isinstance(output, torch.Tensor):
+            return
         is_leaf = next(module.children(), None) is None
-        if isinstance(output, torch.Tensor) and (is_leaf or id(output) not in self._outputs):
-            self._outputs[id(output)] = (name, output)
+        if is_leaf or id(output) not in self._makers:
+            self._makers[id(output)] = name
+            self._outputs.append(output)
 
     def __torch_function__(
         self,
@@ -358,69 +426,113 @@ class _Recorder(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        arguments = tensors_of((args, kwargs or {}))
-        numbers = tuple(map(self._number, arguments))  # before the call may change one in place
+        """Run a function and record it."""
+        kwargs = kwargs or {}
+        arguments = tensors_of((args, kwargs))
+        inputs = self._number_all(arguments)  # before the call may change one in place
         function = name_function(func)
         index = self._counters[-1][function]
         self._counters[-1][function] += 1
         reading = self._meter()
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
         metered = self._meter() - reading
+
         changed = arguments[:1] if function == "setitem" else tensors_of(result)
-        if changed:  # sizes and flags are no reading of the values
-            self._record(func, arguments)
-            here = self._stack[-1] if self._stack else ""
-            outputs = tuple(self._renumber(tensor) for tensor in changed)
-            others = {str(key): value for key, value in (*enumerate(args), *(kwargs or {}).items())}
-            plain = {key: value for key, value in others.items() if not tensors_of(value)}
-            operation = Operation(here, function, index, numbers, outputs, plain, metered)
-            self._trace.operations.append(operation)
+        if not changed:  # a size or a flag: the values are not read
+            return result
+        module = self._innermost()
+        self._record_readers(module, function, arguments)
+        outputs = tuple(self._renumber(tensor) for tensor in changed)
+        constants = _list_constants(args, kwargs)
+        operation = Operation(module, function, index, inputs, outputs, constants, metered)
+        self._trace.operations.append(operation)
         return result
 
+    def _innermost(self) -> str:
+        """The innermost module that runs; the model itself, or code around it, is ""."""
+        return self._stack[-1] if self._stack else ""
+
+    def _record_readers(self, module: str, function: str, arguments: list[torch.Tensor]) -> None:
+        """Note whose output a module reads, and the memory that its products read.
+
+        Args:
+            module: Dotted name of the module that calls a function.
+            function: Name of the function.
+            arguments: The tensors among its arguments.
+        """
+        for tensor in arguments:
+            if id(tensor) in self._makers:
+                self._readers[self._makers[id(tensor)]].add(module)
+        if function in CONTRACTIONS:
+            storages = frozenset(tensor.untyped_storage().data_ptr() for tensor in arguments)
+            self._trace.contractions.append(Contraction(module, function, storages))
+
+    def _number_all(self, tensors: Iterable[torch.Tensor]) -> tuple[int, ...]:
+        """The numbers of tensors, in order."""
+        return tuple(self._number(tensor) for tensor in tensors)
+
     def _number(self, tensor: torch.Tensor) -> int:
-        if id(tensor) not in self._numbers:
-            self._renumber(tensor)
-        return self._numbers[id(tensor)]
+        """The number of a tensor; a new one if it has none."""
+        number = self._numbers.get(id(tensor))
+        return self._renumber(tensor) if number is None else number
 
     def _renumber(self, tensor: torch.Tensor) -> int:
-        """A number that no tensor has had; each stays in memory, so that its identity is not given to another."""
-        self._held.append(tensor)
-        number = self._numbers[id(tensor)] = len(self._held)
+        """A number that no tensor has had."""
+        self._numbered.append(tensor)
+        number = len(self._numbered)
+        self._numbers[id(tensor)] = number
         self._trace.shapes[number] = tuple(tensor.shape)
         return number
 
-    def _record(self, func: Callable[..., Any], arguments: list[torch.Tensor]) -> None:
-        here = self._stack[-1] if self._stack else ""
-        for tensor in arguments:
-            if id(tensor) in self._outputs:
-                self._readers[self._outputs[id(tensor)][0]].add(here)
-        function = name_function(func)
-        if function in CONTRACTIONS:
-            storages = frozenset(tensor.untyped_storage().data_ptr() for tensor in arguments)
-            self._trace.contractions.append(Contraction(here, function, storages))
-
     def finish(self, outputs: Any) -> ForwardTrace:
-        self._trace.outputs = tuple(map(self._number, tensors_of(outputs)))
-        returned = {id(tensor) for tensor in tensors_of(outputs)}
-        for identity, (name, _) in self._outputs.items():
+        """The record, once the model has run.
+
+        Args:
+            outputs: What the model returned.
+        """
+        returned = tensors_of(outputs)
+        self._trace.outputs = self._number_all(returned)
+        identities = {id(tensor) for tensor in returned}
+        for identity, name in self._makers.items():
             readers = self._readers[name]
-            if len(readers) == 1 and identity not in returned and self._trace.calls[name] == 1:
-                (reader,) = readers
-                if self._given.get(reader) == identity:
-                    self._trace.only_reader[name] = reader
+            if len(readers) != 1 or identity in identities or self._trace.calls[name] != 1:
+                continue
+            (reader,) = readers
+            if self._last_input.get(reader) == identity:
+                self._trace.only_reader[name] = reader
         return self._trace
 
 
+def _list_constants(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments without tensors, by their position or keyword as text."""
+    constants: dict[str, Any] = {}
+    for key, value in (*enumerate(args), *kwargs.items()):
+        if not tensors_of(value):
+            constants[str(key)] = value
+    return constants
+
+
 def name_function(func: Callable[..., Any]) -> str:
-    """One name for the operator, the function, the method and the method in place."""
+    """One name for the operator, the function, the method and the method in place.
+
+    Args:
+        func: A function as `__torch_function__` gets it, or an overload of an operator.
+    """
     name = str(getattr(func, "__name__", None) or resolve_name(func) or "")
     if name == "__get__":  # of an attribute such as `Tensor.T`
-        name = str(getattr(getattr(func, "__self__", None), "__name__", name))
+        attribute = getattr(func, "__self__", None)
+        name = str(getattr(attribute, "__name__", name))
     name = name.partition(".")[0].strip("_")  # torch.ops.aten.mm.default
     return ALIASES.get(name, name)
 
 
 def is_in_place(func: Callable[..., Any]) -> bool:
-    """Whether a function changes its first tensor: `add_`, `__iadd__`."""
+    """Whether a function changes its first tensor: `add_`, `__iadd__`.
+
+    Args:
+        func: As for `name_function`.
+    """
     name = str(getattr(func, "__name__", "")).partition(".")[0]
-    return name.startswith("__i") if name.endswith("__") else name.endswith("_")
+    if name.endswith("__"):
+        return name.startswith("__i")
+    return name.endswith("_")

@@ -1,4 +1,4 @@
-"""The samples of a batch: how many there are, which batches have any, several batches as one."""
+"""The samples of a batch: their number, the batches that hold any, and several batches as one."""
 
 from __future__ import annotations
 
@@ -33,21 +33,22 @@ def list_filled_batches(batches: Iterable[Any]) -> list[Any]:
 
     Raises:
         ArgumentTypeError: One tensor or dictionary instead of batches.
-        DataError: There is none.
+        DataError: No batch holds samples.
     """
     require_batches(batches)
     num_batches = 0
     filled = []
     for batch in batches:
         num_batches += 1
-        if all(tensor.numel() for tensor in tensors_of(split_inputs(batch))):
+        tensors = tensors_of(split_inputs(batch))
+        if all(tensor.numel() for tensor in tensors):
             filled.append(batch)
-    if filled:
-        return filled
-    fault = f"all {num_batches} batches are empty" if num_batches else "there is no batch"
-    raise DataError(
-        f"{fault}.", "give at least one with samples, for instance of the calibration data."
-    )
+    if not filled:
+        problem = f"all {num_batches} batches are empty" if num_batches else "there is no batch"
+        raise DataError(
+            f"{problem}.", "give at least one with samples, for instance of the calibration data."
+        )
+    return filled
 
 
 def join_batches(batches: Iterable[Any]) -> Any:
@@ -58,7 +59,7 @@ def join_batches(batches: Iterable[Any]) -> Any:
 
     Raises:
         ArgumentTypeError: One tensor or dictionary instead of batches.
-        DataError: No batch with samples, or batches that differ in anything else than their samples.
+        DataError: No batch with samples, or batches that differ in more than their samples.
     """
     filled = list_filled_batches(batches)
     sizes = [count_samples(batch) for batch in filled]
@@ -73,10 +74,19 @@ def join_batches(batches: Iterable[Any]) -> Any:
 
 
 def _join(sizes: list[int], path: Any, *leaves: Any) -> Any:
-    if all(is_by_sample(leaf, size) for leaf, size in zip(leaves, sizes, strict=True)):
+    """One leaf of the joined batch, of the leaves of all batches.
+
+    Args:
+        sizes: Number of samples of each batch.
+        path: Where the leaf stands in a batch.
+        leaves: One for each batch.
+    """
+    are_samples = map(is_by_sample, leaves, sizes)
+    if all(are_samples):
         return torch.cat(leaves)
-    if all(_are_equal(leaves[0], leaf) for leaf in leaves[1:]):
-        return leaves[0]
+    first = leaves[0]
+    if all(_are_equal(first, leaf) for leaf in leaves[1:]):  # NaN differs from itself
+        return first
     raise DataError(
         f"the input {keystr(path[1:])} differs between batches, and its first axis is not the samples.",
         "give it the samples first, the same in every batch, or one batch only.",
@@ -84,11 +94,17 @@ def _join(sizes: list[int], path: Any, *leaves: Any) -> Any:
 
 
 def is_by_sample(leaf: Any, size: int) -> bool:
-    """Whether a part of a batch is a tensor with one row for each of its `size` samples."""
+    """Whether a part of a batch is a tensor with one row for each sample.
+
+    Args:
+        leaf: The part of a batch.
+        size: Number of samples of the batch.
+    """
     return isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and len(leaf) == size
 
 
 def _are_equal(first: Any, second: Any) -> bool:
+    """Whether two parts of batches are equal, as tensors or as other values."""
     if isinstance(first, torch.Tensor):
         return torch.equal(first, second)
     return bool(first == second)
