@@ -1,9 +1,9 @@
-"""A model captured as an ONNX graph, with a number in the place of each scale that says whose quantizer it is.
+"""A model captured as an ONNX graph, in which each scale is a number that identifies its quantizer.
 
 Names in a captured graph are text that torch writes: the modules around a node, as far as torch has seen them. They are
 wrong or missing where a forward is set on the instance, where a region switches autocast or gradients, or where the
-model is a `torch.fx.GraphModule`. So while the model is captured each quantizer has a range that only stands for it; no
-two are alike, and whatever the exporter does to the graph, the scale of a Q still says which quantizer made it.
+model is a `torch.fx.GraphModule`. So while the model is captured each quantizer has a unique range that is a mark. The
+scale of a Q then identifies its quantizer, whatever the exporter does to the graph.
 """
 
 from __future__ import annotations
@@ -47,20 +47,21 @@ _CONSTANTS = (
     | torch.memory_format
     | enum.Enum
 )
-_MARK_UNIT = (
-    2.0**60
-)  # no range of a real tensor; times a number of 17 bits and 127 it is exact in float32
+# No range of a real tensor; times a number of 17 bits and 127 it is exact in float32.
+_MARK_UNIT = 2.0**60
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_MOST_OF_AN_ERROR = 400  # characters
 
 
 @dataclass(frozen=True)
 class CapturedGraph:
-    """What torch made of a model.
+    """The ONNX graph of a model.
 
     Args:
         graph: The ONNX model; its Q and DQ have marks for scales.
         names: Of the tensors of the example, in order; the graph has no input for one that it does not read.
         scales: Mark -> the quantizer that it stands for, of all that were enabled.
-        ran: Names of the quantizers that quantized something while the model was captured.
+        ran: Names of the quantizers that quantized a tensor while the model was captured.
     """
 
     graph: ir.Model
@@ -90,17 +91,47 @@ def capture_graph(
         ExportError: torch cannot capture the model.
     """
     call = _describe_call(_unwrap(model), args, kwargs)
-    tensors = call.tensors
-    dimensions = [{0: "batch"} if tensor.dim() else None for tensor in tensors.values()]
-    dynamic_shapes = dict(zip(call.parameters, dimensions, strict=True))
+    with _marked(model) as marks:
+        program = _run_export(model, call, opset, dynamic_batch=dynamic_batch)
+    if program is None:
+        raise ExportError("torch.onnx.export returned nothing.", "update torch to 2.11 or newer.")
+    left_out = ", ".join(call.left_out)
+    if not program.model.graph.outputs:
+        raise ExportError(
+            f"the model returns no tensor: {left_out or 'nothing'}.",
+            "export a module that returns some.",
+        )
+    if left_out:
+        logger.warning("outputs that are no tensors are not in the file: %s", left_out)
+
+    names = dict(zip(call.parameters, call.tensors, strict=True))
+    for value in program.model.graph.inputs:
+        value.name = names.get(str(value.name), value.name)
+    scales = {mark.scale: _scale_of(mark) for mark in marks}
+    ran = frozenset(mark.name for mark in marks if mark.has_run)
+    return CapturedGraph(program.model, tuple(call.tensors), scales, ran)
+
+
+def _run_export(
+    model: nn.Module, call: _Call, opset: int, *, dynamic_batch: bool
+) -> torch.onnx.ONNXProgram | None:
+    """Have torch export a model.
+
+    Raises:
+        ExportError: torch cannot capture it.
+    """
+    dynamic_shapes = None
+    if dynamic_batch:
+        dimensions = [{0: "batch"} if tensor.dim() else None for tensor in call.tensors.values()]
+        dynamic_shapes = dict(zip(call.parameters, dimensions, strict=True))
     try:
-        with _quiet(), _inference_as_made(model), evaluating(model), _marked(model) as marks:
-            program = torch.onnx.export(
+        with _quiet(), _inference_as_made(model), evaluating(model):
+            return torch.onnx.export(
                 _as_root(model, call),
-                tuple(tensors.values()),
+                tuple(call.tensors.values()),
                 dynamo=True,
                 opset_version=opset,
-                dynamic_shapes=dynamic_shapes if dynamic_batch else None,
+                dynamic_shapes=dynamic_shapes,
                 verbose=False,
             )
     except Exception as error:  # torch raises many kinds here
@@ -108,30 +139,14 @@ def capture_graph(
             f"torch.export cannot capture the model: {_summarize(error.__cause__ or error)}",
             _advise(model),
         ) from error
-    if program is None:
-        raise ExportError("torch.onnx.export returned nothing.", "update torch to 2.11 or newer.")
-    if not program.model.graph.outputs:
-        raise ExportError(
-            f"the model returns no tensor: {', '.join(call.left_out) or 'nothing'}.",
-            "export a module that returns some.",
-        )
-    if call.left_out:
-        logger.warning(
-            "outputs that are no tensors are not in the file: %s", ", ".join(call.left_out)
-        )
-    names = dict(zip(call.parameters, tensors, strict=True))
-    for value in program.model.graph.inputs:
-        value.name = names.get(str(value.name), value.name)
-    scales = {mark.scale: _scale_of(mark) for mark in marks}
-    ran = frozenset(mark.name for mark in marks if mark.has_run)
-    return CapturedGraph(program.model, tuple(tensors), scales, ran)
 
 
 def _advise(model: nn.Module) -> str:
-    """What to do about a model that torch cannot capture."""
-    parametrized = [
-        name or "the model" for name, module in model.named_modules() if is_parametrized(module)
-    ]
+    """The fix for a model that torch cannot capture."""
+    parametrized = []
+    for name, module in model.named_modules():
+        if is_parametrized(module):
+            parametrized.append(name or "the model")
     if parametrized:  # torch speaks of operators that no forward calls
         return (
             f"{list_names(parametrized, 5)} compute parameters from others: call "
@@ -142,17 +157,22 @@ def _advise(model: nn.Module) -> str:
 
 def _inference_as_made(model: nn.Module) -> torch.inference_mode:
     """Inference mode for a model whose tensors were made there: torch refuses to capture it elsewhere."""
-    is_made_there = any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
+    tensors = (*model.parameters(), *model.buffers())
+    is_made_there = any(tensor.is_inference() for tensor in tensors)
     return torch.inference_mode(is_made_there or torch.is_inference_mode_enabled())
 
 
 class _Mark:
-    """Stands for `TensorQuantizer._range_for` while a model is captured.
+    """A range that identifies a quantizer; it replaces `TensorQuantizer._range_for` while a model is captured.
 
     Args:
         name: Dotted name of the quantizer.
         quantizer: The quantizer.
-        number: From 1; no other quantizer of the model has it.
+        number: From 1, unique in the model.
+
+    Attributes:
+        scale: The scale that follows from the range.
+        has_run: Whether the quantizer has asked for its range.
     """
 
     def __init__(self, name: str, quantizer: TensorQuantizer, number: int) -> None:
@@ -165,21 +185,17 @@ class _Mark:
         self.has_run = True
         amax = self.quantizer.amax
         shape = () if amax is None else amax.shape
-        return torch.full(
-            shape,
-            self.scale * self.quantizer.format.qmax,
-            dtype=torch.float32,
-            device=inputs.device,
-        )
+        mark = self.scale * self.quantizer.format.qmax
+        return torch.full(shape, mark, dtype=torch.float32, device=inputs.device)
 
 
 @contextmanager
 def _marked(model: nn.Module) -> Iterator[list[_Mark]]:
-    """Give each enabled quantizer a range that tells it from all others."""
-    enabled = [
-        (name, quantizer) for name, quantizer in named_quantizers(model) if quantizer.is_enabled
-    ]
-    marks = [_Mark(name, quantizer, number) for number, (name, quantizer) in enumerate(enabled, 1)]
+    """Give each enabled quantizer a range that identifies it."""
+    marks: list[_Mark] = []
+    for name, quantizer in named_quantizers(model):
+        if quantizer.is_enabled:
+            marks.append(_Mark(name, quantizer, number=len(marks) + 1))
     try:
         for mark in marks:
             vars(mark.quantizer)["_range_for"] = mark
@@ -190,26 +206,30 @@ def _marked(model: nn.Module) -> Iterator[list[_Mark]]:
 
 
 def _scale_of(mark: _Mark) -> QuantizerScale:
+    """The true scale of the quantizer that a mark stands for."""
     amax = mark.quantizer.amax
     assert amax is not None  # noqa: S101  # export_onnx has looked
-    scale = (
-        compute_scale(amax, mark.quantizer.format).detach().cpu()
-    )  # `scale` has another meaning in qdq.compat
-    is_per_tensor = (
-        scale.numel() == 1
-    )  # a scale of shape [1] costs TensorRT-RTX the int8 kernel (R-SHAPE)
-    return QuantizerScale(mark.name, scale.reshape(() if is_per_tensor else -1).numpy())
+    # Not the attribute `scale`, which has another meaning in qdq.compat.
+    scale = compute_scale(amax, mark.quantizer.format).detach().cpu()
+    # A scale of shape [1] costs TensorRT-RTX the int8 kernel (R-SHAPE).
+    shape = () if scale.numel() == 1 else (-1,)
+    return QuantizerScale(mark.name, scale.reshape(shape).numpy())
 
 
 class _Call:
     """The call of a model on its example, as a function of the tensors alone, each with a name.
 
-    Flags and texts among the arguments are those of the example. Of what the model returns the tensors are left.
+    All other arguments, such as flags and texts, are those of the example. Results that are no tensors are left out.
 
     Args:
-        model: What is called.
+        model: The model that is called.
         args: Positional arguments.
         kwargs: Keyword arguments.
+
+    Attributes:
+        tensors: The tensors among the arguments, by name.
+        parameters: The names of these tensors as torch writes them, in small letters.
+        left_out: The results of the last call that are no tensors, for a message.
 
     Raises:
         ExportError: An argument that is neither a tensor nor a constant.
@@ -218,50 +238,44 @@ class _Call:
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._model = model
         self._leaves, self._structure = tree_flatten((args, kwargs))
-        named = name_leaves(
-            dict(zip(_name_positional(model, len(args)), args, strict=True)) | kwargs
-        )
-        for name, leaf in named.items():
+        names = _name_positional(model, len(args))
+        arguments = {**dict(zip(names, args, strict=True)), **kwargs}
+        self.tensors: dict[str, torch.Tensor] = {}
+        for name, leaf in name_leaves(arguments).items():
             _require_constant(name, leaf)
-        self._is_tensor = [isinstance(leaf, torch.Tensor) for leaf in self._leaves]
-        self.tensors = {
-            name: leaf for name, leaf in named.items() if isinstance(leaf, torch.Tensor)
-        }
+            if isinstance(leaf, torch.Tensor):
+                self.tensors[name] = leaf
         self.parameters = make_identifiers(name.lower() for name in self.tensors)
-        """The names of the tensors as torch writes them, in small letters."""
         self.left_out: list[str] = []
 
     @property
     def signature(self) -> inspect.Signature:
-        """One parameter for each tensor."""
+        """One parameter for each tensor, named as torch writes it."""
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         return inspect.Signature([inspect.Parameter(name, kind) for name in self.parameters])
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
         remaining = iter(tensors)
-        leaves = [
-            next(remaining) if is_tensor else leaf
-            for leaf, is_tensor in zip(self._leaves, self._is_tensor, strict=True)
-        ]
+        leaves = []
+        for leaf in self._leaves:
+            leaves.append(next(remaining) if isinstance(leaf, torch.Tensor) else leaf)
         args, kwargs = tree_unflatten(leaves, self._structure)
-        outputs = tree_leaves(self._model(*args, **kwargs))
-        others = [
-            (index, leaf)
-            for index, leaf in enumerate(outputs)
-            if not isinstance(leaf, torch.Tensor)
-        ]
-        self.left_out = [
-            f"number {index} ({type(leaf).__name__})" for index, leaf in others if leaf is not None
-        ]
-        return tuple(leaf for leaf in outputs if isinstance(leaf, torch.Tensor))
+        results = tree_leaves(self._model(*args, **kwargs))
+        outputs = []
+        self.left_out = []
+        for index, result in enumerate(results):
+            if isinstance(result, torch.Tensor):
+                outputs.append(result)
+            elif result is not None:
+                self.left_out.append(f"number {index} ({type(result).__name__})")
+        return tuple(outputs)
 
 
 def _describe_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
     try:
         return _Call(model, args, kwargs)
-    except (
-        ValueError
-    ) as error:  # more arguments than the forward has; a container that torch cannot take apart
+    except ValueError as error:
+        # More arguments than the forward has, or a container that torch cannot take apart.
         raise ExportError(
             f"the example inputs cannot be named: {_summarize(error)}.",
             "give tensors, in lists, tuples and dictionaries, as the forward takes them.",
@@ -269,6 +283,15 @@ def _describe_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _require_constant(name: str, leaf: Any) -> None:
+    """Refuse an argument that cannot be captured.
+
+    Args:
+        name: Its name, for the message.
+        leaf: The argument, or a part of one.
+
+    Raises:
+        ExportError: It is neither a tensor nor a constant.
+    """
     if not isinstance(leaf, torch.Tensor | _CONSTANTS):
         raise ExportError(
             f"the argument {name} is a {type(leaf).__name__}; expected tensors, numbers and texts, in lists, tuples "
@@ -278,9 +301,9 @@ def _require_constant(name: str, leaf: Any) -> None:
 
 
 def _as_root(model: nn.Module, call: _Call) -> nn.Module:
-    """A module that has all the model has and calls it: with its hooks, its own `__call__`, whatever its forward is.
+    """A module with the attributes of the model that calls the model, with its hooks and its own `__call__`.
 
-    torch runs a `GraphModule` that it is given node by node, and its forward is then never called.
+    torch runs a `GraphModule` node by node if it is the root, and its forward is then never called.
     """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -300,21 +323,26 @@ def _as_root(model: nn.Module, call: _Call) -> nn.Module:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """What a wrapper calls that torch.export does not follow: of `torch.compile`, and of training in processes."""
+    """The model in a wrapper that torch.export does not follow: `torch.compile`, and training in several processes."""
     model = unwrap_compiled(model)
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        wrapped: nn.Module = model.module
+        return wrapped
+    return model
 
 
 def _name_positional(model: nn.Module, count: int) -> list[str]:
-    """The names that the forward gives its first arguments; `args_0` for the first of `*args`."""
+    """The names that the forward gives its first arguments; `args_0` for the first of `*args`.
+
+    Args:
+        model: The model.
+        count: Number of arguments.
+    """
     names: list[str] = []
     for parameter in inspect.signature(model.forward).parameters.values():
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
             names += [f"{parameter.name}_{index}" for index in range(count - len(names))]
-        elif parameter.kind in (
-            inspect.Parameter.POSITIONAL_ONLY,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        ):
+        elif parameter.kind in _POSITIONAL:
             names.append(parameter.name)
     return names[:count]
 
@@ -328,6 +356,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _summarize(error: BaseException) -> str:
-    """The beginning of a long message in one line."""
+    """The beginning of the message of an error, in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else f"{text[:400]} ..."
+    if len(text) <= _MOST_OF_AN_ERROR:
+        return text
+    return f"{text[:_MOST_OF_AN_ERROR]} ..."
