@@ -89,7 +89,15 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> list[FoldedPair]:
 
 
 def _find_pairs(modules: dict[str, nn.Module], trace: ForwardTrace) -> list[FoldedPair]:
-    """Each BatchNorm with the layer before it; `folded` says whether the structure of the model allows the fold."""
+    """Each BatchNorm with the layer before it.
+
+    Args:
+        modules: The modules of the model, by dotted name.
+        trace: One forward of it.
+
+    Returns:
+        One pair for each BatchNorm; `folded` says whether the structure of the model allows the fold.
+    """
     layer_before = {reader: name for name, reader in trace.only_reader.items()}
     pairs = []
     for name, module in modules.items():
@@ -106,6 +114,7 @@ def _find_pairs(modules: dict[str, nn.Module], trace: ForwardTrace) -> list[Fold
 
 
 def _warn_of_unfolded(pairs: list[FoldedPair]) -> None:
+    """Log the BatchNorms that stay, those with the same reason together."""
     reasons = [(pair.reason, pair.batchnorm) for pair in pairs if not pair.folded]
     for reason, names in group_names(reasons).items():
         logger.warning("%d BatchNorm stay (%s ...): %s", len(names), names[0], reason)
@@ -140,7 +149,7 @@ def _reason_against(batchnorm: Any, layer: nn.Module | None, calls: int) -> str:
 
 
 def _reason_against_weight(layer: _ConvNd | Linear) -> str:
-    """Why nothing can be folded into the weight of a layer, or ""."""
+    """Why nothing can be folded into the weight of a layer; "" if something can."""
     if isinstance(layer, QuantMixin) and not _has_range_per_output(layer):
         return "the layer is quantized, its weight without a range for each output: fold before swap_modules"
     if not isinstance(layer._parameters.get("weight"), nn.Parameter):
@@ -149,7 +158,15 @@ def _reason_against_weight(layer: _ConvNd | Linear) -> str:
 
 
 def _reason_against_batchnorm(batchnorm: Any, layer: _ConvNd | Linear) -> str:
-    """Why a BatchNorm cannot become part of a layer, or ""."""
+    """Why a BatchNorm cannot become part of a layer.
+
+    Args:
+        batchnorm: The BatchNorm.
+        layer: The only layer before it.
+
+    Returns:
+        The reason; "" if it can.
+    """
     if batchnorm.running_mean is None:
         return "it has no running statistics"
     num_channels = batchnorm.running_mean.numel()
@@ -162,7 +179,16 @@ def _reason_against_batchnorm(batchnorm: Any, layer: _ConvNd | Linear) -> str:
 
 
 def _describe_shared(batchnorm: str, modules: dict[str, nn.Module], trace: ForwardTrace) -> str:
-    """Why a layer before a BatchNorm is shared: it runs several times, as one head on several levels does; or ""."""
+    """Why a layer before a BatchNorm is shared: it runs several times, as one head on several levels does.
+
+    Args:
+        batchnorm: Dotted name of the BatchNorm.
+        modules: The modules of the model, by dotted name.
+        trace: One forward, in which the BatchNorm runs once.
+
+    Returns:
+        The reason; "" if no such layer is before it.
+    """
     inputs: set[int] = set()
     for run in trace.runs:
         if run.module == batchnorm:
@@ -177,13 +203,21 @@ def _describe_shared(batchnorm: str, modules: dict[str, nn.Module], trace: Forwa
 
 
 def _count_outputs(layer: _ConvNd | Linear) -> int:
+    """Number of output channels, or features, of a layer."""
     return layer.out_features if isinstance(layer, Linear) else layer.out_channels
 
 
 def _find_changed(
     model: nn.Module, example_inputs: Any, candidates: dict[str, str], modules: dict[str, nn.Module]
 ) -> set[str]:
-    """The BatchNorms whose output the folded layer does not reproduce on noise of the shape of its real input."""
+    """The BatchNorms whose output the folded layer does not reproduce on noise of the shape of its real input.
+
+    Args:
+        model: The model, which runs once.
+        example_inputs: One batch.
+        candidates: BatchNorm -> the layer before it, by dotted names.
+        modules: The modules of the model, by dotted name.
+    """
     changed: set[str] = set()
 
     def probe(name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
@@ -203,11 +237,19 @@ def _find_changed(
 
 
 def _noise_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Normal noise of the shape of a tensor, the same in every call."""
     return torch.empty_like(tensor).normal_(generator=torch.Generator(tensor.device).manual_seed(0))
 
 
 def _folds_exactly(layer: nn.Module, batchnorm: nn.Module, args: Any, kwargs: Any) -> bool:
-    """Whether a layer with the BatchNorm folded into it gives the output of both; the layer is put back."""
+    """Whether a layer with the BatchNorm folded into it gives the output of both.
+
+    Args:
+        layer: The layer; its parameters are put back.
+        batchnorm: The BatchNorm behind it.
+        args: Positional arguments of the layer.
+        kwargs: Keyword arguments of the layer.
+    """
     remainder = _remainder_of(batchnorm)
     parameters = layer._parameters.copy()
     with disable_quantization(layer):  # a weight next to a tie may get another code
@@ -255,7 +297,8 @@ def _gain_of(batchnorm: Any) -> torch.Tensor:
     inverse_std: torch.Tensor = (batchnorm.running_var.double() + batchnorm.eps).rsqrt()
     if batchnorm.weight is None:
         return inverse_std
-    return batchnorm.weight.double() * inverse_std
+    gain: torch.Tensor = batchnorm.weight.double() * inverse_std
+    return gain
 
 
 def _has_range_per_output(layer: QuantMixin) -> bool:
@@ -270,7 +313,12 @@ def _has_range_per_output(layer: QuantMixin) -> bool:
 
 
 def _scale_range(layer: nn.Module, batchnorm: Any) -> None:
-    """Multiply the range of each output channel by the factor of its weights, which leaves the codes as they are."""
+    """Multiply the range of each output channel by the factor of its weights, which leaves the codes as they are.
+
+    Args:
+        layer: The layer, quantized or not.
+        batchnorm: The BatchNorm that is folded into it.
+    """
     if not isinstance(layer, QuantMixin) or layer.weight_quantizer.amax is None:
         return
     amax = layer.weight_quantizer.amax
@@ -279,7 +327,12 @@ def _scale_range(layer: nn.Module, batchnorm: Any) -> None:
 
 
 def _per_output(layer: _ConvNd | Linear, gain: torch.Tensor) -> torch.Tensor:
-    """The gain in a shape that multiplies each output channel of the weight."""
+    """The gain in a shape that multiplies each output channel of the weight.
+
+    Args:
+        layer: The layer.
+        gain: One factor for each output channel, `[C]`.
+    """
     kernel = [1] * (layer.weight.dim() - 2)
     if not isinstance(layer, _ConvTransposeNd):
         return gain.reshape(-1, 1, *kernel)

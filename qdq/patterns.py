@@ -79,6 +79,7 @@ class Patterns:
 
 
 def _describe(pattern: Pattern) -> str:
+    """A pattern as messages show it: its text, or the name of the class or function."""
     if isinstance(pattern, str):
         return repr(pattern)
     return getattr(pattern, "__name__", repr(pattern))

@@ -90,7 +90,11 @@ class RewirePlan:
     shared: dict[str, tuple[str, ...]]
 
     def of(self, action: str) -> list[PlannedOperation]:
-        """The operations with one action."""
+        """The operations with one action.
+
+        Args:
+            action: "quantize", "share" or "float".
+        """
         return [operation for operation in self.operations if operation.action == action]
 
     def format_table(self) -> str:
@@ -165,7 +169,15 @@ def rewire_operations(
 
 
 def _require_calls(modules: dict[str, nn.Module], planned: dict[str, PlannedOperation]) -> None:
-    """Require a quantized call in a model without quantized layers; name the layers that a swap would reach."""
+    """Require a quantized call in a model without quantized layers; name the layers that a swap would reach.
+
+    Args:
+        modules: The modules of the model, by dotted name.
+        planned: The plan for its calls.
+
+    Raises:
+        ArgumentError: No call is quantized.
+    """
     is_quantized = any(operation.action == "quantize" for operation in planned.values())
     swappable = [name for name, module in modules.items() if _has_weight_to_swap(module)]
     if is_quantized and swappable:
@@ -184,6 +196,7 @@ def _require_calls(modules: dict[str, nn.Module], planned: dict[str, PlannedOper
 
 
 def _has_weight_to_swap(module: nn.Module) -> bool:
+    """Whether `swap_modules` could quantize the weight of a module: all its weights are plain parameters."""
     counterpart = find_counterpart(type(module))
     if counterpart is None or not issubclass(counterpart, QuantMixin):
         return False
@@ -240,7 +253,11 @@ class _Planner:
         return planned
 
     def _is_candidate(self, operation: Operation) -> bool:
-        """Whether a rule exists for a call: a sum or product of two computed tensors, a concat, attention ..."""
+        """Whether a rule exists for a call: a sum or product of two computed tensors, a concat, attention ...
+
+        Args:
+            operation: The call. One that a quantized layer makes is part of that layer.
+        """
         owner = self._modules[operation.module]
         if operation.function not in _CANDIDATES or isinstance(owner, QuantInputMixin):
             return False
@@ -255,6 +272,11 @@ class _Planner:
         return num_computed >= 1
 
     def _decide(self, operation: Operation) -> _Decision:
+        """The decision for one call: exclusions first, then inclusions, then the rules.
+
+        Args:
+            operation: A candidate.
+        """
         owner = self._modules[operation.module]
         if pattern := self._excluded.match([operation.name], owner):
             return _Decision("float", f"excluded by {pattern}")
@@ -282,7 +304,7 @@ class _Planner:
         return self._quantize(operation, reason, (0,))
 
     def _quantize_addition(self, operation: Operation) -> _Decision:
-        """R-ADD-1, R-ADD-4 and R-ADD-5."""
+        """An add that no rule leaves in float (R-ADD-1, R-ADD-4 and R-ADD-5)."""
         shortcut = self._rules.find_shortcut(operation)
         if shortcut is not None:
             reason = "shortcut of a residual add, on that side only (R-ADD-1)"
@@ -299,13 +321,23 @@ class _Planner:
         return self._quantize(operation, f"a product with a weight, {origin}", (0, 1))
 
     def _quantize(self, operation: Operation, reason: str, operands: tuple[int, ...]) -> _Decision:
-        """Quantize operands, unless the forward of the module is out of reach."""
+        """Quantize operands, unless the forward of the module is out of reach.
+
+        Args:
+            operation: The call.
+            reason: Why, for the plan.
+            operands: Positions of the operands.
+        """
         if isinstance(self._modules[operation.module], torch.jit.ScriptModule):
             return _Decision("float", "out of reach: its module is scripted")
         return _Decision("quantize", reason, operands)
 
     def _list_operands(self, operation: Operation) -> tuple[int, ...]:
-        """Positions of the operands that an included call quantizes: all factors of a product (R-CONV-2)."""
+        """Positions of the operands that an included call quantizes.
+
+        Args:
+            operation: The call. Of a product all factors are quantized (R-CONV-2), of others all computed tensors.
+        """
         if operation.function in MATRIX_PRODUCTS or FUNCTIONS[operation.function].factors:
             return list_factors(operation)
         positions = []
@@ -315,7 +347,11 @@ class _Planner:
         return tuple(positions)
 
     def _is_quantized(self, operation: Operation) -> bool:
-        """Whether a product runs in int8, as a layer or as a call."""
+        """Whether a product runs in int8, as a layer or as a call.
+
+        Args:
+            operation: The call of the product, in the forward of the layer or of another module.
+        """
         if isinstance(self._modules[operation.module], QuantMixin):
             return True
         is_call = operation.function in WEIGHTED and self._is_candidate(operation)
@@ -355,7 +391,13 @@ class _Place:
 def _list_places(
     modules: dict[str, nn.Module], flow: Dataflow, planned: dict[str, PlannedOperation]
 ) -> list[_Place]:
-    """Layers first, so that the range of a group is saved with a layer."""
+    """The places of all quantizers. Layers come first, so that the range of a group is saved with a layer.
+
+    Args:
+        modules: The modules of the model, by dotted name.
+        flow: One forward of it.
+        planned: The plan for its calls.
+    """
     places: dict[str, _Place] = {}
     for run in flow.runs:
         layer = modules[run.module]
@@ -376,6 +418,7 @@ def _list_places(
 
 
 def _place_operand(name: str, operation: Operation, operand: int) -> _Place:
+    """The place at an operand of a call, without its tensor yet."""
     return _Place(
         name,
         owner=operation.module,
@@ -388,7 +431,14 @@ def _place_operand(name: str, operation: Operation, operand: int) -> _Place:
 def _group_places(
     places: list[_Place], flow: Dataflow, planned: dict[str, PlannedOperation], *, is_shared: bool
 ) -> None:
-    """Decide which places share one range; both operands of a quantized add always do (R-ADD-4)."""
+    """Decide which places share one range; both operands of a quantized add always do (R-ADD-4).
+
+    Args:
+        places: The places; their `group` is set.
+        flow: One forward.
+        planned: The plan for its calls.
+        is_shared: Whether all tensors that must agree in scale for the fastest engine share one range.
+    """
     if not is_shared:
         for place in places:
             is_addend = place.function in ADDITIONS
@@ -402,7 +452,12 @@ def _group_places(
 
 
 def _group_values(flow: Dataflow, planned: dict[str, PlannedOperation]) -> _ScaleGroups:
-    """Tensors that must agree: copies, max poolings and concats, and both operands of a quantized add."""
+    """Tensors that must agree: copies, max poolings and concats, and both operands of a quantized add.
+
+    Args:
+        flow: One forward.
+        planned: The plan for its calls. A concat that stays in float ties nothing.
+    """
     groups = _ScaleGroups()
     for operation in flow.operations:
         plan = planned.get(operation.name)
@@ -423,13 +478,21 @@ class _ScaleGroups:
         self._parents: dict[int, int] = {}
 
     def find(self, value: int) -> int:
-        """The tensor that stands for the group of a tensor."""
+        """The tensor that stands for the group of a tensor.
+
+        Args:
+            value: Number of the tensor.
+        """
         while (parent := self._parents.get(value, value)) != value:
             value = parent
         return value
 
     def unite(self, *values: int) -> None:
-        """Make one group of the groups of some tensors."""
+        """Make one group of the groups of some tensors.
+
+        Args:
+            values: Numbers of the tensors.
+        """
         root = min(map(self.find, values))
         for value in values:
             self._parents[self.find(value)] = root
@@ -439,6 +502,12 @@ def _attach(
     modules: dict[str, nn.Module], places: list[_Place], flow: Dataflow, *, is_training: bool
 ) -> dict[str, tuple[str, ...]]:
     """Give every place its quantizer, and all places of a group one range.
+
+    Args:
+        modules: The modules of the model, by dotted name.
+        places: The places, in groups.
+        flow: One forward of the model.
+        is_training: Mode of the new quantizers.
 
     Returns:
         Name of the quantizer that has the range -> names of those that use it.
@@ -471,7 +540,12 @@ def _attach(
 
 
 def _choose_quantizer(place: _Place, leaders: list[TensorQuantizer]) -> TensorQuantizer:
-    """A quantizer with the range of a leader of the same format; a call takes the format of the layers around it."""
+    """The quantizer for a place: the layer's, or one that uses the range of a leader of the group.
+
+    Args:
+        place: The place. A layer shares only with a leader of its own format; a call takes any format.
+        leaders: Quantizers of the group that have a range.
+    """
     if place.layer is None:
         if place.is_weight:
             return TensorQuantizer(QuantDescriptor(axis=0))

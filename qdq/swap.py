@@ -83,7 +83,11 @@ class SwapPlan:
     modules: tuple[PlannedModule, ...]
 
     def of(self, action: str) -> list[PlannedModule]:
-        """The modules with one action."""
+        """The modules with one action.
+
+        Args:
+            action: "quantize", "float" or "missed".
+        """
         return [module for module in self.modules if module.action == action]
 
     @property
@@ -225,7 +229,11 @@ def restore_modules(model: nn.Module) -> int:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantInputMixin]:
-    """The swapped modules by dotted name; a module used twice comes once."""
+    """The swapped modules by dotted name; a module used twice comes once.
+
+    Args:
+        model: Any model or a part of one.
+    """
     layers: dict[str, QuantInputMixin] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantInputMixin):
@@ -281,6 +289,12 @@ class _Planner:
         return SwapPlan(tuple(planned))
 
     def _plan_module(self, names: list[str], module: nn.Module) -> PlannedModule:
+        """The plan for one module.
+
+        Args:
+            names: All dotted names of the module; the plan has the first.
+            module: A candidate.
+        """
         name = names[0]
         float_type = _float_type(module)
         counterpart = find_counterpart(float_type)
@@ -316,7 +330,14 @@ class _Planner:
         *,
         follows_rules: bool,
     ) -> _Decision:
-        """For a module that has a quantized counterpart and that no pattern excludes."""
+        """The decision for a module that has a quantized counterpart and that no pattern excludes.
+
+        Args:
+            name: Dotted name.
+            module: The module.
+            counterpart: Its quantized class.
+            follows_rules: Whether the default rules apply; an inclusion overrides them.
+        """
         obstacle = _find_obstacle(module, counterpart)
         if not obstacle and self._usage is not None:
             obstacle = self._find_other_use(name, module, counterpart, self._usage)
@@ -337,7 +358,17 @@ class _Planner:
         counterpart: type[QuantInputMixin],
         usage: _Usage,
     ) -> str:
-        """Why quantizers in this module would change nothing, as the forward shows; "" if they would."""
+        """Why quantizers in a module would change nothing, as the forward shows.
+
+        Args:
+            name: Dotted name.
+            module: The module.
+            counterpart: Its quantized class.
+            usage: How modules were used in the forward.
+
+        Returns:
+            The reason; "" if the module runs, and its weights are used as they are.
+        """
         readers = usage.readers_of(_list_memory(module, counterpart))
         if usage.num_runs[name] == 0 and name not in self._called_when_swapped:
             if readers:
@@ -348,7 +379,12 @@ class _Planner:
         return ""
 
     def _decide_unmapped(self, name: str, module: nn.Module) -> _Decision:
-        """For a module with parameters and no counterpart."""
+        """The decision for a module with parameters and no counterpart.
+
+        Args:
+            name: Dotted name.
+            module: The module.
+        """
         rule = reason_against_type(module)
         if rule:
             return _Decision("float", rule)
@@ -366,7 +402,12 @@ class _Planner:
         )
 
     def _decide_calls(self, module: nn.Module, calls: list[Contraction]) -> _Decision:
-        """For a module whose forward multiplies matrices itself."""
+        """The decision for a module whose forward multiplies matrices itself.
+
+        Args:
+            module: The module.
+            calls: The products that it calls.
+        """
         rule = self._rules.reason_against_products(calls)
         if rule:
             return _Decision("float", rule)
@@ -379,7 +420,11 @@ class _Planner:
         )
 
     def _plan_calls(self, planned: set[str]) -> list[PlannedModule]:
-        """Modules that are not planned yet, having no parameters, whose forward multiplies matrices."""
+        """Modules without parameters whose forward multiplies matrices.
+
+        Args:
+            planned: Dotted names of the modules that are planned already.
+        """
         if self._usage is None:
             return []
         callers = []
@@ -419,7 +464,11 @@ class _Usage:
                 self._readers.setdefault(storage, set()).add(call.module)
 
     def readers_of(self, memory: Iterable[int]) -> set[str]:
-        """Modules whose products read one of some tensors, by the addresses of their memory."""
+        """Modules whose products read one of some tensors.
+
+        Args:
+            memory: Addresses of the memory of the tensors.
+        """
         readers: set[str] = set()
         for address in memory:
             readers |= self._readers.get(address, set())
@@ -427,13 +476,19 @@ class _Usage:
 
 
 def _is_candidate(module: nn.Module) -> bool:
+    """Whether the plan names a module: one that is swapped, has a quantized counterpart or parameters of its own."""
     if isinstance(module, QuantInputMixin) or find_counterpart(type(module)) is not None:
         return True
     return any(parameter is not None for parameter in module._parameters.values())
 
 
 def _find_obstacle(module: nn.Module, counterpart: type[QuantInputMixin]) -> str:
-    """Why a module cannot become its counterpart; "" if it can."""
+    """Why a module cannot become its counterpart; "" if it can.
+
+    Args:
+        module: The module.
+        counterpart: Its quantized class.
+    """
     if counterpart.replaces_forward and not _has_mapped_forward(module, counterpart):
         return "its forward is not that of the class in the map, and swapping would replace it"
     if not issubclass(counterpart, QuantMixin):
@@ -447,7 +502,12 @@ def _find_obstacle(module: nn.Module, counterpart: type[QuantInputMixin]) -> str
 
 
 def _has_mapped_forward(module: nn.Module, counterpart: type[QuantInputMixin]) -> bool:
-    """Whether a module's forward is that of the class in the map, neither a subclass's nor bound to the instance."""
+    """Whether the forward of a module is that of the class in the map, neither a subclass's nor bound to the instance.
+
+    Args:
+        module: The module.
+        counterpart: Its quantized class.
+    """
     mapped_class = _find_entry(counterpart).replace_mod.float_class
     return getattr(module.forward, "__func__", None) is mapped_class.forward
 
@@ -458,7 +518,12 @@ def _find_entry(counterpart: type[QuantInputMixin]) -> _quant_entry:
 
 
 def _list_memory(module: nn.Module, counterpart: type[QuantInputMixin]) -> set[int]:
-    """Addresses of the memory of the weights that a module would have quantized."""
+    """Addresses of the memory of the weights that a module would have quantized.
+
+    Args:
+        module: The module.
+        counterpart: Its quantized class; one without weights gives an empty set.
+    """
     addresses: set[int] = set()
     if not issubclass(counterpart, QuantMixin):
         return addresses
@@ -492,6 +557,7 @@ def _count_weights(module: nn.Module) -> int:
 
 
 def _float_type(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before it was swapped."""
     return module.float_class if isinstance(module, QuantInputMixin) else type(module)
 
 
@@ -501,6 +567,14 @@ def _swap_one(
     input_desc: QuantDescriptor | None,
     weight_desc: QuantDescriptor | None,
 ) -> None:
+    """Give one module its quantized class and its quantizers, on the device of its parameters.
+
+    Args:
+        name: Dotted name.
+        module: The module, of a mapped type.
+        input_desc: As for `swap_modules`.
+        weight_desc: As for `swap_modules`.
+    """
     quant_class = find_counterpart(type(module))
     assert quant_class is not None  # noqa: S101  # the plan has looked it up
     reference = next(module.parameters(), None)
@@ -518,6 +592,7 @@ def _swap_one(
 
 
 def _restore_one(layer: QuantInputMixin) -> None:
+    """Remove the quantizers of a layer and give it its float class."""
     for attribute in layer.quantizers():
         delattr(layer, attribute)
     layer.__class__ = layer.float_class  # type: ignore[assignment]
@@ -538,6 +613,12 @@ def _switch_fast_path(model: nn.Module) -> None:
 
 
 def _switch_one_path(module: nn.Module, path: _FastPath) -> None:
+    """Switch a fused kernel off if something in a module is swapped, and on again if not.
+
+    Args:
+        module: The transformer module.
+        path: Its attribute; the float value is kept beside it, under another name.
+    """
     is_swapped = any(isinstance(inner, QuantInputMixin) for inner in module.modules())
     backup = f"_float_{path.attribute}"
     is_off = backup in vars(module)

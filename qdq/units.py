@@ -146,7 +146,17 @@ def _find_owners(
     listing: _Quantizers,
     active: Mapping[str, list[TensorQuantizer]],
 ) -> dict[str, str]:
-    """Residual add -> the convolution that its quantizer is there for."""
+    """The convolutions that quantizers on the shortcuts of residual adds are there for.
+
+    Args:
+        model: The model, which runs once if it has such adds.
+        batch: One batch.
+        listing: Its quantizers.
+        active: Those that count, by name of the layer or call.
+
+    Returns:
+        Call of the add -> layer of the convolution, by dotted names.
+    """
     shortcuts = {name: operand for name, operand in listing.shortcuts.items() if name in active}
     if not shortcuts:
         return {}
@@ -192,7 +202,11 @@ def group_units(
 
 
 def name_block(name: str) -> str:
-    """The block of a layer: the part of its name up to the first number, or the full name if it has no number."""
+    """The block of a layer: the part of its name up to the first number, or the full name if it has no number.
+
+    Args:
+        name: Dotted name of the layer.
+    """
     parts = name.split(".")
     for position, part in enumerate(parts):
         if _NUMBERED.fullmatch(part):
@@ -211,7 +225,16 @@ def _shared_keys(units: list[Unit]) -> list[str]:
 
 
 def _pattern_keys(model: nn.Module, units: list[Unit], patterns: Sequence[Pattern]) -> list[str]:
-    """For each unit the name of its group: the first pattern that matches it, or its own name."""
+    """For each unit the name of its group: the first pattern that matches it, or its own name.
+
+    Args:
+        model: The model.
+        units: The units.
+        patterns: One for each group.
+
+    Raises:
+        ArgumentError: A pattern that makes no group.
+    """
     modules = dict(model.named_modules())
     keys: dict[str, str] = {}
     for pattern in patterns:
@@ -231,7 +254,11 @@ def _pattern_keys(model: nn.Module, units: list[Unit], patterns: Sequence[Patter
 
 
 def _refuse_group(pattern: Pattern, num_matches: int) -> None:
-    """Raise the error about a pattern that makes no group.
+    """Refuse a pattern that makes no group.
+
+    Args:
+        pattern: The pattern.
+        num_matches: How many units it matches, all of which are in a group already.
 
     Raises:
         ArgumentError: Always.
@@ -247,7 +274,12 @@ def _refuse_group(pattern: Pattern, num_matches: int) -> None:
 
 
 def _merge(units: list[Unit], keys: list[str]) -> list[Unit]:
-    """One unit for each key, of all units with that key."""
+    """One unit for each key, of all units with that key.
+
+    Args:
+        units: The units.
+        keys: For each unit the name of the unit that it becomes part of.
+    """
     members: dict[str, list[Unit]] = {}
     for unit, key in zip(units, keys, strict=True):
         members.setdefault(key, []).append(unit)
@@ -255,6 +287,7 @@ def _merge(units: list[Unit], keys: list[str]) -> list[Unit]:
 
 
 def _join_units(name: str, units: list[Unit]) -> Unit:
+    """One unit of several, with all that they hold."""
     layers: list[str] = []
     calls: list[str] = []
     quantizers: list[TensorQuantizer] = []
@@ -283,15 +316,17 @@ def match_precisions(
     """
     modules = dict(model.named_modules())
     layers = frozenset(names)
-    names_first = [pattern for pattern in precisions if pattern in layers]
-    patterns = [pattern for pattern in precisions if pattern not in layers]
     precision_of: dict[str, str] = {}
     source_of: dict[str, str] = {}  # layer -> the name or pattern that set its precision
-    for name in names_first:
-        precision_of[name] = precisions[name]
-        source_of[name] = name
-    for pattern in patterns:
-        precision = precisions[pattern]
+    patterns: dict[str, str] = {}
+    for pattern, precision in precisions.items():
+        if pattern in layers:
+            precision_of[pattern] = precision
+            source_of[pattern] = pattern
+        else:
+            patterns[pattern] = precision
+
+    for pattern, precision in patterns.items():
         matches = _match_layers(model, modules, names, pattern)
         is_in_float = precision == "float" and _is_float_layer(modules.get(pattern))
         if not matches and not is_in_float:
@@ -312,6 +347,7 @@ def match_precisions(
 def _match_layers(
     model: nn.Module, modules: Mapping[str, nn.Module], names: Sequence[str], pattern: str
 ) -> list[str]:
+    """The names that a pattern matches."""
     compiled = Patterns([pattern], "plan")
     return [name for name in names if compiled.match([name], modules.get(name, model))]
 
