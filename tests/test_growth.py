@@ -16,7 +16,7 @@ from qdq.dataflow import Dataflow
 from qdq.forward import ForwardTrace, Operation
 from qdq.graph.coverage import Coverage
 from qdq.report.layers import describe_layers
-from qdq.units import find_all_quantizers, find_units
+from qdq.units import find_all_quantizers, find_units, group_units, match_precisions
 
 BLOCKS = (5, 10, 20)
 COUNTED = (str(Path(qdq.__file__).parent), str(Path(nn.Module.__call__.__code__.co_filename)))
@@ -67,20 +67,24 @@ def count_instructions(function: Callable[[], object]) -> tuple[int, object]:
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         return count_one
 
-    before = sys.gettrace()
+    tracer = sys.gettrace()
     sys.settrace(enter)
     try:
         result = function()
     finally:
-        sys.settrace(before)
+        sys.settrace(tracer)
     return count, result
+
+
+def make_model(blocks: int) -> tuple[nn.Module, torch.Tensor]:
+    tail = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 16))
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), *(Block() for _ in range(blocks)), *tail).eval()
+    return model, torch.randn(1, 3, 5, 5)
 
 
 def count_stages(blocks: int) -> dict[str, int]:
     torch.manual_seed(0)
-    tail = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 16))
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), *(Block() for _ in range(blocks)), *tail).eval()
-    x = torch.randn(1, 3, 5, 5)
+    model, x = make_model(blocks)
     counts = {}
 
     def run(stage, function):
@@ -130,6 +134,51 @@ def test_instructions_grow_with_the_layers(counts, stage):
     assert second < 2.1 * first
 
 
+def count_walks(model: nn.Module, function: Callable[[], object]) -> int:
+    """How many times a function goes through all modules of a model."""
+    walk = nn.Module.named_modules
+    count = 0
+
+    def named_modules(self, memo=None, *args, **kwargs):
+        nonlocal count
+        count += self is model and memo is None  # torch hands a memo to the walks inside a walk
+        return walk(self, memo, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "named_modules", named_modules)
+        function()
+    return count
+
+
+def count_walks_of_stages(blocks: int) -> dict[str, int]:
+    torch.manual_seed(0)
+    model, x = make_model(blocks)
+    layers = [f"{number}.conv1" for number in range(1, blocks + 1)]
+    precisions = dict.fromkeys(layers, "float")
+    stages = {
+        "fold": lambda: qdq.fold_batchnorm(model, x),
+        "plan": lambda: qdq.plan_swap(model, x),
+        "swap": lambda: qdq.swap_modules(model, x),
+        "rewire": lambda: qdq.rewire_operations(model, x),
+        "calibrate": lambda: qdq.calibrate_model(model, [x]),
+        "find units": lambda: find_units(model, x),
+        "find quantizers": lambda: find_all_quantizers(model, x),
+        "match": lambda: match_precisions(model, layers, precisions),
+        "group": lambda: group_units(model, find_units(model, x), layers),
+        "restore": lambda: qdq.restore_modules(model),
+    }
+    return {stage: count_walks(model, function) for stage, function in stages.items()}
+
+
+def test_walks_over_all_modules_do_not_grow_with_the_layers():
+    few, many = count_walks_of_stages(5), count_walks_of_stages(20)
+    assert few == many
+    assert few["plan"] <= 4
+    assert few["rewire"] <= 5
+    assert few["find units"] <= 5
+    assert few["match"] == 1
+
+
 def test_times_of_a_profile_are_looked_up(tmp_path):
     def count(layers):
         names = [f"layer{number}" for number in range(layers)] + [
@@ -176,8 +225,10 @@ def test_the_nearest_fork_of_any_two_tensors(seed):
     flow = make_graph(14, seed)
     for first in range(1, 14):
         for second in range(1, 14):
-            one, other = find_distances(flow, first), find_distances(flow, second)
-            common = one.keys() & other.keys()
-            fork = min(common, key=lambda value: (one[value] + other[value], value), default=None)
-            expected = None if fork is None else (fork, one[fork], other[fork])
+            to_first, to_second = find_distances(flow, first), find_distances(flow, second)
+            common = to_first.keys() & to_second.keys()
+            fork = min(
+                common, key=lambda value: (to_first[value] + to_second[value], value), default=None
+            )
+            expected = None if fork is None else (fork, to_first[fork], to_second[fork])
             assert flow.find_fork(first, second) == expected
