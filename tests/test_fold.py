@@ -20,11 +20,11 @@ def check(model, x, folded):
     """Every BatchNorm says what became of it, and the outputs are those of before."""
     model = randomize(model)
     with torch.no_grad():
-        before = model(x)
+        expected = model(x)
     pairs = fold_batchnorm(model, x)
     with torch.no_grad():
-        after = model(x)
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+        folded_output = model(x)
+    torch.testing.assert_close(folded_output, expected, rtol=1e-4, atol=1e-5)
     assert [pair.folded for pair in pairs] == folded, pairs
     remaining = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     assert remaining == len(set(map(id, [p for p in pairs if not p.folded])))
@@ -242,12 +242,12 @@ def test_real_network(lite0):
     model = copy.deepcopy(lite0.module)
     x = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
-        before = model(x)
+        expected = model(x)
         pairs = fold_batchnorm(model, x)
-        after = model(x)
+        folded_output = model(x)
     assert len(pairs) == 49
     assert all(pair.folded for pair in pairs)
-    assert (before - after).abs().max() <= 1e-4 * before.abs().max()
+    assert (expected - folded_output).abs().max() <= 1e-4 * expected.abs().max()
 
 
 class NormAct(nn.BatchNorm2d):

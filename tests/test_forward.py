@@ -147,12 +147,12 @@ def test_evaluating_puts_the_flags_back_after_an_error():
 
 
 def test_tensors_of_a_tree_in_order():
-    whole, half, number = (
+    integers, half, number = (
         torch.zeros(2, dtype=torch.int64),
         torch.zeros(2, dtype=torch.float16),
         torch.zeros(()),
     )
-    tree = {"a": [whole, (half, "text", None)], "b": 1.0, "c": number}
-    assert [id(tensor) for tensor in tensors_of(tree)] == [id(whole), id(half), id(number)]
+    tree = {"a": [integers, (half, "text", None)], "b": 1.0, "c": number}
+    assert [id(tensor) for tensor in tensors_of(tree)] == [id(integers), id(half), id(number)]
     assert [id(tensor) for tensor in floats_of(tree)] == [id(half), id(number)]
-    assert tensors_of(None) == floats_of(whole) == []
+    assert tensors_of(None) == floats_of(integers) == []

@@ -162,13 +162,13 @@ class TestResidual:
         assert planned["blocks.0.add"] == (0, 1)
         x = F.relu(model.stem(images))
         block = model.blocks[0]
-        other = F.silu(block.conv2(F.silu(block.conv1(x))))
+        residual = F.silu(block.conv2(F.silu(block.conv1(x))))
         amax = block.conv1.input_quantizer.amax
-        assert torch.equal(block(x), fake_quantize(x, amax) + fake_quantize(other, amax))
+        assert torch.equal(block(x), fake_quantize(x, amax) + fake_quantize(residual, amax))
         with qdq.disable_quantization(model):
             x = F.relu(model.stem(images))
-            other = F.silu(block.conv2(F.silu(block.conv1(x))))
-        assert amax == torch.maximum(x.abs().max(), other.abs().max())
+            residual = F.silu(block.conv2(F.silu(block.conv1(x))))
+        assert amax == torch.maximum(x.abs().max(), residual.abs().max())
 
     def test_float_convolution_leaves_the_add_alone(self, images):
         model = Network(Block()).eval()
@@ -229,8 +229,8 @@ class TestSharing:
             self.a, self.b, self.c, self.pooled = conv(), conv(), conv(2 * WIDTH), conv()
 
         def forward(self, x):
-            left, right = F.relu(self.a(x)), 10 * F.relu(self.b(x))
-            return self.c(torch.cat([left, right], 1)) + self.pooled(F.max_pool2d(right, 3, 1, 1))
+            narrow, wide = F.relu(self.a(x)), 10 * F.relu(self.b(x))
+            return self.c(torch.cat([narrow, wide], 1)) + self.pooled(F.max_pool2d(wide, 3, 1, 1))
 
     def test_concat_pool_and_parallel_readers(self, images):
         model = Network(self.Fork())
@@ -393,8 +393,8 @@ class TestWeights:
         (operation,) = build(model, x, include=["matmul"]).operations
         assert operation.operands == (0, 1)
         calibrate_model(model, [x])
-        found = qdq.check_onnx(qdq.export_onnx(model, x, tmp_path / "model.onnx").path)
-        assert [layer.int8 for layer in found.coverage.layers] == [True, True]
+        check = qdq.check_onnx(qdq.export_onnx(model, x, tmp_path / "model.onnx").path)
+        assert [layer.int8 for layer in check.coverage.layers] == [True, True]
 
     def test_only_the_last_of_several_called_convolutions_writes_the_output(self):
         class Functional(nn.Module):
@@ -446,14 +446,14 @@ class TestIdentity:
 
     def test_restored(self, images):
         model = Network(Block(), Block(downsample=True)).eval()
-        before, expected = (
+        attributes, expected = (
             {name: (type(m), set(vars(m))) for name, m in model.named_modules()},
             model(images),
         )
         build(model, images)
         assert not torch.equal(model(images), expected)
         restore_modules(model)
-        assert {name: (type(m), set(vars(m))) for name, m in model.named_modules()} == before
+        assert {name: (type(m), set(vars(m))) for name, m in model.named_modules()} == attributes
         assert torch.equal(model(images), expected)
         assert not nn.modules.module._global_forward_pre_hooks
         assert not nn.modules.module._global_forward_hooks
@@ -475,30 +475,30 @@ class TestIdentity:
         build(model, images)
         expected = model(images)
         torch.save(model, tmp_path / "model.pt")
-        for other in (
+        for loaded in (
             pickle.loads(pickle.dumps(model)),  # noqa: S301
             torch.load(tmp_path / "model.pt", weights_only=False),
         ):
-            assert isinstance(other, QuantFunctionsMixin) and isinstance(
-                other, torch.fx.GraphModule
+            assert isinstance(loaded, QuantFunctionsMixin) and isinstance(
+                loaded, torch.fx.GraphModule
             )
-            assert torch.equal(other(images), expected)
-            assert set(other.state_dict()) == set(model.state_dict())
-            again = pickle.loads(pickle.dumps(copy.deepcopy(other)))  # noqa: S301
+            assert torch.equal(loaded(images), expected)
+            assert set(loaded.state_dict()) == set(model.state_dict())
+            again = pickle.loads(pickle.dumps(copy.deepcopy(loaded)))  # noqa: S301
             assert torch.equal(again(images), expected)
-            restore_modules(other)
-            assert not isinstance(other, QuantFunctionsMixin) and not torch.equal(
-                other(images), expected
+            restore_modules(loaded)
+            assert not isinstance(loaded, QuantFunctionsMixin) and not torch.equal(
+                loaded(images), expected
             )
         assert torch.equal(model(images), expected)
 
     def test_a_copy_shares_with_itself_alone(self, images):
         model = Network(Block(downsample=True))
         build(model, images)
-        other = copy.deepcopy(model)
-        other.blocks[0].conv1.input_quantizer.amax.mul_(2)
+        twin = copy.deepcopy(model)
+        twin.blocks[0].conv1.input_quantizer.amax.mul_(2)
         assert (
-            other.blocks[0].downsample.input_quantizer.amax
+            twin.blocks[0].downsample.input_quantizer.amax
             == 2 * model.blocks[0].downsample.input_quantizer.amax
         )
 
@@ -513,11 +513,11 @@ class TestIdentity:
         model = Network(Block(), Block(downsample=True))
         build(model, images)
         model.train()
-        before = model.blocks[1]._add_quantizer.amax.clone()
+        amax = model.blocks[1]._add_quantizer.amax.clone()
         with torch.enable_grad():
             model(images).square().sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-        assert torch.equal(model.blocks[1]._add_quantizer.amax, before)
+        assert torch.equal(model.blocks[1]._add_quantizer.amax, amax)
 
     def test_an_error_inside_leaves_nothing_behind(self, images):
         model = Network(Block())
@@ -534,13 +534,13 @@ class TestIdentity:
         model = Network(Block(), Block())
         build(model, images)
         model.blocks[0].conv1.input_quantizer.amax  # noqa: B018
-        copies, found = [copy.deepcopy(model) for _ in range(4)], {}
+        copies, outputs_of = [copy.deepcopy(model) for _ in range(4)], {}
         with torch.no_grad():
             expected = model(images)
 
         def run(index):
             with torch.no_grad():
-                found[index] = [copies[index](images) for _ in range(5)]
+                outputs_of[index] = [copies[index](images) for _ in range(5)]
 
         threads = [threading.Thread(target=run, args=(index,)) for index in range(4)]
         for thread in threads:
@@ -548,7 +548,7 @@ class TestIdentity:
         for thread in threads:
             thread.join()
         assert all(
-            torch.equal(output, expected) for outputs in found.values() for output in outputs
+            torch.equal(output, expected) for outputs in outputs_of.values() for output in outputs
         )
 
 
@@ -658,15 +658,15 @@ def test_a_compiled_model_computes_the_same(compile_model, mode, images):
     model = Network(Block(), Block(downsample=True, in_place=False))
     build(model, images)
     model.train(mode == "training")
-    other = copy.deepcopy(model)
-    compiled = compile_model(other)
+    twin = copy.deepcopy(model)
+    compiled = compile_model(twin)
     with torch.set_grad_enabled(mode != "evaluation"):
         expected, outputs = model(images), compiled(images)
         assert torch.equal(outputs, expected)
         if mode != "evaluation":
             expected.sum().backward()
             outputs.sum().backward()
-    gradients = [parameter.grad for parameter in other.parameters()]
+    gradients = [parameter.grad for parameter in twin.parameters()]
     for gradient, parameter in zip(gradients, model.parameters(), strict=True):
         assert (gradient is None and parameter.grad is None) or torch.equal(
             gradient, parameter.grad
@@ -694,13 +694,13 @@ def random_network(seed):
         def forward(self, x):
             x = F.relu(self.stem(x))
             for kind, index in self.steps:
-                layer, other = self.layers[index], self.layers[(index + 1) % 6]
+                layer, successor = self.layers[index], self.layers[(index + 1) % 6]
                 if kind == "residual":
-                    x = F.relu(other(F.relu(layer(x))) + x)
+                    x = F.relu(successor(F.relu(layer(x))) + x)
                 elif kind == "concat":
                     x = F.relu(self.wide[index % 3](torch.cat([F.relu(layer(x)), x], 1)))
                 elif kind == "branch":
-                    x = F.relu(layer(x) + other(x))
+                    x = F.relu(layer(x) + successor(x))
                 elif kind == "pool":
                     x = F.relu(layer(F.max_pool2d(x, 3, 1, 1)))
                 elif kind == "again":
@@ -718,7 +718,7 @@ def test_random_networks_compute_the_same_in_onnx_runtime(seed, tmp_path):
     model, images = random_network(seed).eval(), torch.randn(2, 3, 8, 8)
     build(model, images)
     report = qdq.export_onnx(model, images, tmp_path / "m.onnx")
-    found = qdq.predict(report.path, [images])
+    outputs = qdq.predict(report.path, [images])
     expected = qdq.predict(model, [images])
-    assert np.abs(found - expected).max() <= 0.02 * np.abs(expected).max()  # a tie or two
+    assert np.abs(outputs - expected).max() <= 0.02 * np.abs(expected).max()  # a tie or two
     assert not [f for f in qdq.check_onnx(report.path).findings if f.severity == "error"]

@@ -107,10 +107,10 @@ def require_equal(results, expected):
 def test_gradients_are_those_without_checkpoints(model, x, kind):
     expected = gradients(model, x)
     checkpointed = with_checkpoints(model, kind)
-    before = dict(vars(checkpointing))
+    attributes = dict(vars(checkpointing))
     require_equal(gradients(checkpointed, x), expected)
     require_equal(gradients(checkpointed, x), expected)
-    assert dict(vars(checkpointing)) == before
+    assert dict(vars(checkpointing)) == attributes
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)

@@ -80,8 +80,8 @@ def test_equals_the_torch_layer_on_quantized_operands(build, shape):
     swap_modules(layer, include=["*"])
     if hasattr(layer, "weight"):
         axis = layer.weight_quantizer.axis
-        others = [d for d in range(layer.weight.dim()) if d != axis]
-        amax = expected_layer.weight.detach().abs().amax(others)
+        axes = [d for d in range(layer.weight.dim()) if d != axis]
+        amax = expected_layer.weight.detach().abs().amax(axes)
         assert axis == (1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0)
         expected_layer.weight.data = fake_quantize(expected_layer.weight.detach(), amax, axis=axis)
     with torch.no_grad():
@@ -91,23 +91,23 @@ def test_equals_the_torch_layer_on_quantized_operands(build, shape):
 @pytest.mark.parametrize(("build", "shape"), LAYERS)
 def test_restores_exactly(build, shape):
     layer = build()
-    before, kind = dict(vars(layer)), type(layer)
+    attributes, kind = dict(vars(layer)), type(layer)
     parameters, state = dict(layer.named_parameters()), copy.deepcopy(layer.state_dict())
     swap_modules(layer, include=["*"])
     assert type(layer) is not kind
     assert isinstance(layer, kind)
     assert restore_modules(layer) == 1
     assert type(layer) is kind
-    assert vars(layer).keys() == before.keys()
+    assert vars(layer).keys() == attributes.keys()
     assert all(parameters[name] is p for name, p in layer.named_parameters())
     assert layer.state_dict().keys() == state.keys()
     assert not any(isinstance(m, TensorQuantizer) for m in layer.modules())
 
 
 def test_uncalibrated_state_dict_is_the_float_one(residual, images):
-    before = residual.state_dict().keys()
+    keys = residual.state_dict().keys()
     swap_modules(residual, images)
-    assert residual.state_dict().keys() == before
+    assert residual.state_dict().keys() == keys
 
 
 def test_subclass_keeps_its_forward():
@@ -278,8 +278,8 @@ class TestOverridden:
         model = nn.ModuleDict(
             {key: copy.deepcopy(layer) for key, (layer, _) in self.LAYERS.items()}
         )
-        before = {m.name: m for m in plan_swap(model).modules}
-        assert self.LAYERS[name][1] in before[name].reason
+        planned = {m.name: m for m in plan_swap(model).modules}
+        assert self.LAYERS[name][1] in planned[name].reason
         assert not {m.name for m in plan_swap(model).of("quantize")}
         swap_modules(model, include=[name])
         assert set(quantized_layers(model)) - {"attention.out_proj"} == {name}
@@ -287,11 +287,11 @@ class TestOverridden:
     def test_average_pooling_counts_by_who_reads_it(self):
         def action(*behind):
             model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.AvgPool2d(2), *behind).eval()
-            found = {
+            pooling = {
                 module.name: module
                 for module in plan_swap(model, torch.randn(1, 3, 10, 10)).modules
             }["1"]
-            return found.action, "R-AP" in found.reason
+            return pooling.action, "R-AP" in pooling.reason
 
         assert action(nn.ReLU(), nn.Conv2d(16, 16, 3)) == ("quantize", False)
         assert action(nn.Flatten(), nn.Linear(256, 16)) == ("quantize", False)
@@ -571,7 +571,7 @@ def test_fused_transformer_layer_does_not_pass_over_quantization(activation):
     model = nn.TransformerEncoderLayer(
         16, 2, 32, activation=activation, batch_first=True, dropout=0
     ).eval()
-    before = dict(vars(model))
+    attributes = dict(vars(model))
     x = torch.randn(2, 5, 16)
     with torch.no_grad():
         expected = model(x)
@@ -582,13 +582,13 @@ def test_fused_transformer_layer_does_not_pass_over_quantization(activation):
             "linear1",
             "linear2",
         }
-        found = model(x)
-    assert not torch.equal(found, expected)
+        outputs = model(x)
+    assert not torch.equal(outputs, expected)
     torch.testing.assert_close(
-        model(x).detach(), found, atol=1e-3, rtol=0
+        model(x).detach(), outputs, atol=1e-3, rtol=0
     )  # with gradients torch never fuses
     restore_modules(model)
-    assert {key: vars(model)[key] for key in before} == before
+    assert {key: vars(model)[key] for key in attributes} == attributes
 
 
 class TestRegister:
