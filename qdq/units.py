@@ -14,7 +14,7 @@ from torch import nn
 
 from qdq.dataflow import Dataflow
 from qdq.errors import ArgumentError, StateError
-from qdq.forward import join_name, trace_forward
+from qdq.forward import ForwardTrace, join_name, trace_forward
 from qdq.functions import ADDITIONS
 from qdq.nn import QuantInputMixin
 from qdq.nn.functions import QuantFunctionsMixin
@@ -43,7 +43,7 @@ class Unit:
     quantizers: tuple[TensorQuantizer, ...]
 
 
-def find_units(model: nn.Module, batch: Any) -> list[Unit]:
+def find_units(model: nn.Module, batch: Any, trace: ForwardTrace | None = None) -> list[Unit]:
     """Everything in a model that is quantized, each layer by itself.
 
     The quantizer on the shortcut of a residual add is there so that the convolution before the add can run in int8
@@ -52,6 +52,7 @@ def find_units(model: nn.Module, batch: Any) -> list[Unit]:
     Args:
         model: A calibrated model; quantizers that are off are left out.
         batch: One batch; the model runs on it once if it was rewired.
+        trace: The record of a float forward on this batch, if there is one: then the model does not run again.
 
     Raises:
         StateError: No layer is quantized, or one has no amax.
@@ -62,7 +63,7 @@ def find_units(model: nn.Module, batch: Any) -> list[Unit]:
         raise StateError(
             "no layer of the model is quantized.", "call swap_modules and calibrate_model first."
         )
-    owners = _find_owners(model, batch, listing, active)
+    owners = _find_owners(model, batch, listing, active, trace)
     calls_of: dict[str, list[str]] = {}
     for call, layer in owners.items():
         calls_of.setdefault(layer, []).append(call)
@@ -145,6 +146,7 @@ def _find_owners(
     batch: Any,
     listing: _Quantizers,
     active: Mapping[str, list[TensorQuantizer]],
+    trace: ForwardTrace | None = None,
 ) -> dict[str, str]:
     """The convolutions that quantizers on the shortcuts of residual adds are there for.
 
@@ -153,6 +155,7 @@ def _find_owners(
         batch: One batch.
         listing: Its quantizers.
         active: Those that count, by name of the layer or call.
+        trace: The record of a float forward on this batch, if there is one: then the model does not run again.
 
     Returns:
         Call of the add -> layer of the convolution, by dotted names.
@@ -160,8 +163,10 @@ def _find_owners(
     shortcuts = {name: operand for name, operand in listing.shortcuts.items() if name in active}
     if not shortcuts:
         return {}
-    with disable_quantization(model):
-        flow = Dataflow(trace_forward(model, batch))
+    if trace is None:
+        with disable_quantization(model):
+            trace = trace_forward(model, batch)
+    flow = Dataflow(trace)
     owners: dict[str, str] = {}
     for operation in flow.operations:
         if operation.function not in ADDITIONS or operation.name not in shortcuts:
