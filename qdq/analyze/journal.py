@@ -1,7 +1,7 @@
 """Measurements that survive `kill -9`: one line each, in files that several processes and several runs may share.
 
-Each line has a checksum. One that is damaged, or of a version without checksums, is not used: what it says is measured
-again. Nor is the line that a killed process left half written.
+Each line has a checksum. A line that is damaged, or that a version without checksums wrote, is not used: its value is
+measured again. A line that a killed process left half written is not used either.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,13 +24,13 @@ logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """Measurements by key, of one fingerprint; those of others stay in the file and are not seen.
+    """Measurements by key, for one fingerprint; those of other fingerprints stay in the file and are ignored.
 
     Args:
-        path: The file, made if it does not exist; None keeps nothing.
-        fingerprint: What the measurements depend on: model, data, options.
-        ranks: The processes that share the work; each but the first writes into a file of its own beside `path`, and
-            each knows what any of them has read, for they may have other disks.
+        path: The file, created if it does not exist; None stores nothing.
+        fingerprint: Identifies everything that the measurements depend on: model, data, options.
+        ranks: The processes that share the work. Each but the first writes to a file of its own beside `path`. Each
+            gets everything that any of them has read, because they may have different disks.
 
     Raises:
         ArgumentError: The file cannot be written.
@@ -36,81 +38,68 @@ class Journal:
 
     def __init__(self, path: Path | None, fingerprint: str, ranks: Ranks) -> None:
         self._fingerprint = fingerprint
-        self._known: dict[str, Any] = {}
+        self._values: dict[str, Any] = {}
         self._file: IO[str] | None = None
-        for other in (
-            sorted(path.parent.glob(f"{glob.escape(path.stem)}*{glob.escape(path.suffix)}"))
-            if path
-            else ()
-        ):
-            self._known |= self._read(other)
-        self._known = ranks.unite(self._known)
-        if path is None:
-            return
-        own = path.with_suffix(f".{ranks.rank}{path.suffix}") if ranks.rank else path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            is_torn = (
-                own.is_file() and own.stat().st_size > 0 and not own.read_bytes().endswith(b"\n")
-            )
-            self._file = own.open("a", encoding="utf-8")
-            if is_torn:
-                self._file.write("\n")
-        except OSError as error:
-            raise ArgumentError(
-                f"cannot write {own}: {error.strerror or error}.",
-                "choose a file that you may write to.",
-            ) from error
-
-    def _read(self, path: Path) -> dict[str, Any]:
-        known: dict[str, Any] = {}
-        unreadable, suspects = 0, set()
-        text = ""
-        with contextlib.suppress(OSError):
-            text = path.read_text(encoding="utf-8", errors="replace")
-        for line in text.splitlines():
-            try:
-                entry = json.loads(line)
-                fingerprint, key, value = entry["fingerprint"], entry["key"], entry["value"]
-                is_sound = entry.get("checksum") == _checksum(fingerprint, key, value)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                if line.endswith("}"):  # another end is that of a killed process
-                    unreadable += 1
-                    known.clear()  # it may be a line that forgets
-                continue
-            if key is None and (fingerprint == self._fingerprint or not is_sound):
-                known.clear()
-            if fingerprint != self._fingerprint:
-                continue
-            if not is_sound:
-                suspects.add(_as_key(key))
-            elif key is not None:
-                known[_as_key(key)] = value
-        if count := unreadable + len(suspects - known.keys()):
-            logger.warning(
-                "%s: %d lines are damaged or of an earlier version; what they say is measured again",
-                path,
-                count,
-            )
-        return known
+        if path is not None:
+            for file in _find_files(path):
+                self._values |= self._read(file)
+        self._values = ranks.unite(self._values)
+        if path is not None:
+            self._file = _open_to_append(_file_of_rank(path, ranks.rank))
 
     def get(self, key: list[Any]) -> Any:
-        """What was measured, None if nothing was."""
-        return self._known.get(_as_key(key))
+        """The value that was measured, None if there is none."""
+        return self._values.get(_as_key(key))
 
     def learn(self, key: list[Any], value: Any) -> None:
-        """Know what another process measured, and has in its own file."""
-        self._known[_as_key(key)] = value
+        """Remember what another process has measured and stored in its file."""
+        self._values[_as_key(key)] = value
 
     def add(self, key: list[Any], value: Any) -> None:
-        """Keep a measurement; it is in the file when this returns."""
+        """Store a measurement; it is in the file when this returns."""
         self.learn(key, value)
         self._write(key, value)
 
     def forget(self) -> None:
-        """Know nothing any more; nor does whoever reads the file later."""
-        self._known.clear()
+        """Drop all measurements, also for later readers of the file."""
+        self._values.clear()
         self._write(None, None)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """The sound measurements of this fingerprint in a file."""
+        values: dict[str, Any] = {}
+        unreadable = 0
+        suspects: set[str] = set()
+        for line in _read_lines(path):
+            entry = _parse(line)
+            if entry is None:
+                if line.endswith("}"):  # a line of a killed process ends otherwise
+                    unreadable += 1
+                    values.clear()  # it may be a line that forgets
+                continue
+            is_relevant = entry.fingerprint == self._fingerprint
+            if entry.key is None and (is_relevant or not entry.is_sound):
+                values.clear()
+            if not is_relevant:
+                continue
+            if not entry.is_sound:
+                suspects.add(_as_key(entry.key))
+            elif entry.key is not None:
+                values[_as_key(entry.key)] = entry.value
+
+        unusable = unreadable + len(suspects - values.keys())
+        if unusable:
+            logger.warning(
+                "%s: %d lines are damaged or of an earlier version; their values are measured again",
+                path,
+                unusable,
+            )
+        return values
 
     def _write(self, key: list[Any] | None, value: Any) -> None:
         if self._file is not None:
@@ -120,10 +109,69 @@ class Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
 
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
+
+@dataclass(frozen=True)
+class _Entry:
+    """A line of a journal.
+
+    Args:
+        fingerprint: What the measurement depends on.
+        key: Key of the measurement; None forgets all measurements before it.
+        value: The measurement.
+        is_sound: Whether the checksum fits.
+    """
+
+    fingerprint: Any
+    key: Any
+    value: Any
+    is_sound: bool
+
+
+def _parse(line: str) -> _Entry | None:
+    """The entry in a line, None if the line has another form."""
+    try:
+        content = json.loads(line)
+        fingerprint, key, value = content["fingerprint"], content["key"], content["value"]
+        is_sound = content.get("checksum") == _checksum(fingerprint, key, value)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return _Entry(fingerprint, key, value, is_sound)
+
+
+def _find_files(path: Path) -> list[Path]:
+    """The files of all processes, in the order of their names."""
+    pattern = f"{glob.escape(path.stem)}*{glob.escape(path.suffix)}"
+    return sorted(path.parent.glob(pattern))
+
+
+def _file_of_rank(path: Path, rank: int) -> Path:
+    return path.with_suffix(f".{rank}{path.suffix}") if rank else path
+
+
+def _read_lines(path: Path) -> Iterator[str]:
+    """The lines of a file; none if it cannot be read."""
+    with contextlib.suppress(OSError):
+        yield from path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def _open_to_append(path: Path) -> IO[str]:
+    """Open a file for complete lines: the line that a killed process left half written is ended first."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_torn = path.is_file() and path.stat().st_size > 0 and not _ends_a_line(path)
+        file = path.open("a", encoding="utf-8")
+        if is_torn:
+            file.write("\n")
+    except OSError as error:
+        raise ArgumentError(
+            f"cannot write {path}: {error.strerror or error}.",
+            "choose a file that you may write to.",
+        ) from error
+    return file
+
+
+def _ends_a_line(path: Path) -> bool:
+    return path.read_bytes().endswith(b"\n")
 
 
 def _as_key(key: list[Any]) -> str:
@@ -131,5 +179,5 @@ def _as_key(key: list[Any]) -> str:
 
 
 def _checksum(fingerprint: Any, key: Any, value: Any) -> str:
-    """What changes with any bit of a line, in 16 hexadecimal digits."""
+    """A hash that changes with any bit of the content, in 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps([fingerprint, key, value]).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Work shared by the processes that torchrun started; one process alone needs nothing of it."""
+"""Work shared by the processes that torchrun started; a single process exchanges nothing."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ import torch
 from qdq.distributed import find_rank, gather_bytes, joining_processes
 
 Item = TypeVar("Item")
+Results = Mapping[Item, npt.NDArray[np.float64]]
 
 
 class Ranks:
-    """The processes of this run; as a with-block it starts their connection (gloo) if there is none, and ends it."""
+    """The processes of this run.
+
+    As a with-block it starts the connection between them (gloo) if there is none, and ends it.
+    """
 
     def __init__(self) -> None:
         self.rank, self.size = 0, 1
@@ -33,14 +37,18 @@ class Ranks:
         self._exits.close()
 
     def share(self, items: Sequence[Item]) -> list[Item]:
-        """The items that this process does."""
+        """The items that this process works on."""
         return list(items[self.rank :: self.size])
 
-    def unite(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        """What any process knows, the same in each of them; JSON."""
+    def unite(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """The contents of all processes together, the same in each process.
+
+        Args:
+            content: The part of this process; it must be JSON.
+        """
         united: dict[str, Any] = {}
-        for content in gather_bytes(json.dumps(known).encode()):
-            united |= json.loads(content)
+        for text in gather_bytes(json.dumps(content).encode()):
+            united |= json.loads(text)
         return united
 
     def any(self, flag: bool) -> bool:
@@ -48,21 +56,33 @@ class Ranks:
         return any(gather_bytes(b"set" if flag else b""))
 
     def merge(
-        self, names: Sequence[Item], found: Mapping[Item, npt.NDArray[np.float64]]
+        self, names: Sequence[Item], results: Results[Item]
     ) -> dict[Item, npt.NDArray[np.float64]]:
-        """What all processes have found, in each of them.
+        """The results of all processes, in each process.
 
         Args:
-            names: Everything that was shared out.
-            found: The part of this process.
+            names: Everything that was shared out, in the same order in all processes.
+            results: The results of this process.
         """
         if self.size == 1 or not names:
-            return dict(found)
-        own, places = io.BytesIO(), [place for place, name in enumerate(names) if name in found]
-        np.savez(own, np.array(places, np.int64), *(found[names[place]] for place in places))
+            return dict(results)
         merged: dict[Item, npt.NDArray[np.float64]] = {}
-        for content in gather_bytes(own.getvalue()):
-            part = np.load(io.BytesIO(content), allow_pickle=False)
-            where, *arrays = (part[key] for key in part.files)
-            merged |= {names[place]: array for place, array in zip(where, arrays, strict=True)}
+        for content in gather_bytes(_pack(names, results)):
+            merged |= _unpack(names, content)
         return merged
+
+
+def _pack(names: Sequence[Item], results: Results[Item]) -> bytes:
+    """Results as bytes; a name is stored as its position."""
+    positions = [position for position, name in enumerate(names) if name in results]
+    arrays = [results[names[position]] for position in positions]
+    buffer = io.BytesIO()
+    np.savez(buffer, np.array(positions, np.int64), *arrays)
+    return buffer.getvalue()
+
+
+def _unpack(names: Sequence[Item], content: bytes) -> dict[Item, npt.NDArray[np.float64]]:
+    """The results in bytes that `_pack` made."""
+    archive = np.load(io.BytesIO(content), allow_pickle=False)
+    positions, *arrays = [archive[key] for key in archive.files]
+    return {names[position]: array for position, array in zip(positions, arrays, strict=True)}
