@@ -17,29 +17,26 @@ from qdq.analyze.journal import Journal
 from qdq.analyze.options import ChosenMetric
 from qdq.analyze.ranks import Ranks
 from qdq.analyze.replay import Replay
-from qdq.analyze.sensitivity import (
-    ErrorSums,
-    collect,
-    count_columns,
-    find_rows,
-    reduce_rows,
-)
+from qdq.analyze.sensitivity import ErrorSums, collect, count_columns, count_rows, reduce_rows
 from qdq.errors import StateError
 from qdq.forward import call_model, evaluating
 from qdq.quantizer import TensorQuantizer, disable_quantization, toggling
 from qdq.samples import count_samples
 
-_SAME = 1e-3  # outputs of one model on two machines differ by less, as shares of their energies
+# Outputs of one model on two machines differ by less, relative to their energies.
+_MACHINE_TOLERANCE = 1e-3
+
+Variants = Mapping[str, Sequence[TensorQuantizer]]
 
 
 @dataclass(frozen=True)
 class Value:
-    """The model in one state.
+    """A measurement of the model in one state.
 
     Args:
-        parts: Error sums of each sample, one array a batch.
-        sqnr: In dB.
-        metric: The chosen metric; SQNR if that is the one.
+        parts: Error sums of each sample, one array per batch.
+        sqnr: SQNR in dB.
+        metric: The chosen metric; SQNR if that is the metric.
     """
 
     parts: tuple[ErrorSums, ...]
@@ -62,10 +59,10 @@ class Probe:
     Args:
         model: The model.
         batches: The data.
-        metric: What is measured.
-        journal: What has been measured already.
-        ranks: Who shares the work.
-        replay: How outputs are computed.
+        metric: The metric to measure.
+        journal: Measurements of earlier runs.
+        ranks: The processes that share the work.
+        replay: Computes the outputs.
     """
 
     def __init__(
@@ -80,42 +77,13 @@ class Probe:
         self.metric = metric
         self.replay = replay
         self.deadline = math.inf
-        """Nothing but a first evaluation begins later than this (`time.monotonic`)."""
+        """Only a first evaluation begins later than this (`time.monotonic`)."""
         self.batches = batches
         self.references: list[Any] = []
         self._model = model
         self._journal = journal
         self._ranks = ranks
         self._until = math.inf
-
-    def prepare(self) -> None:
-        """The float outputs; and what the journal knows is forgotten if it is not of this model."""
-        for batch in self.batches:
-            if self.references and self.is_over:
-                break
-            with disable_quantization(self._model), evaluating(self._model):
-                self.references.append(call_model(self._model, batch))
-        self._keep_only(len(self.references))
-        if self._ranks.any(self._differs_from_journal()):
-            self._journal.forget()
-
-    def _differs_from_journal(self) -> bool:
-        """Whether this model does not give what it gave then: some of what it depends on is in no fingerprint."""
-        known = self._recall([[], None, 0])
-        if known is not None:
-            with evaluating(self._model):
-                found = self._collect(0, call_model(self._model, self.batches[0])).sum(0)
-            if not np.allclose(found, known.sum(0), rtol=_SAME, atol=0):
-                return True
-        if self._gives_another([]):
-            return True
-        with disable_quantization(self._model):
-            return self._gives_another(["float"])
-
-    def _gives_another(self, state: list[str]) -> bool:
-        """Whether the function is known to have given something else in this state."""
-        value = self._recall_metric([state, None, "metric"])
-        return value is not None and not math.isclose(self._call(), value, rel_tol=_SAME)
 
     @property
     def images(self) -> int:
@@ -124,171 +92,150 @@ class Probe:
 
     @property
     def is_over(self) -> bool:
-        """Whether the time is, for any process."""
+        """Whether the time is up, for any process."""
         return self._is_past(self.deadline)
 
-    def _is_past(self, moment: float) -> bool:
-        return moment < math.inf and self._ranks.any(time.monotonic() >= moment)
+    def prepare(self) -> None:
+        """Compute the float outputs, and drop the measurements of the journal if they are of another model."""
+        for batch in self.batches:
+            if self.references and self.is_over:
+                break
+            with disable_quantization(self._model), evaluating(self._model):
+                self.references.append(call_model(self._model, batch))
+        self._limit_batches(len(self.references))
+        if self._ranks.any(self._differs_from_journal()):
+            self._journal.forget()
 
     def measure(
-        self,
-        state: list[str],
-        variants: Mapping[str, Sequence[TensorQuantizer]],
-        *,
-        may_cut: bool = False,
+        self, state: list[str], variants: Variants, *, may_cut: bool = False
     ) -> dict[str | None, Value]:
-        """The model as it is (None), and with the quantizers of each variant switched; all on the same batches.
+        """Measure the model as it is (None) and with the quantizers of each variant switched, on the same batches.
 
         Args:
-            state: Names what the model is now.
+            state: Names of what is in float now; identifies the state of the model.
             variants: Name -> quantizers.
-            may_cut: What happens when the time is up: from now on only the batches are used on which all is measured,
-                of the first one what is measured. Otherwise the result is empty.
+            may_cut: Whether to use fewer batches when the time is up. From then on only the batches are used on which
+                everything is measured. If that is none, the first one is used with the variants that are measured on
+                it. Without `may_cut` the result is empty when the time is up.
         """
-        names: list[str | None] = [None, *variants]
-        parts: dict[str | None, list[ErrorSums]] = {name: [] for name in names}
         # A function is called after the batches, and needs time as well.
-        self._until = (
-            (time.monotonic() + self.deadline) / 2 if self.metric.function else self.deadline
-        )
-        with tqdm(
-            total=len(names) * len(self.batches), desc="analyze", unit="forward", disable=None
-        ) as progress:
-            for index in range(len(self.batches)):
-                is_late = index > 0 and self._is_past(self._until)
-                found = {} if is_late else self._measure_batch(index, state, variants, progress)
-                is_cut = len(found) < len(names)
-                if is_cut and not may_cut:
-                    return {}
-                if not (is_cut and index):
-                    for name, rows in found.items():
-                        parts[name].append(rows)
-                if is_cut:
-                    self._keep_only(max(index, 1))
-                    break
         self._until = self.deadline
-        complete = {name: tuple(each) for name, each in parts.items() if each}
-        metrics: Mapping[str | None, float | None] = dict.fromkeys(complete)
         if self.metric.function:
-            metrics = self._call_metric(
-                state, {name: variants[name] for name in complete if name is not None}
-            )
-        if len(metrics) < len(complete) and not may_cut:
+            self._until = (time.monotonic() + self.deadline) / 2
+        parts = self._measure_batches(state, variants, may_cut=may_cut)
+        self._until = self.deadline
+        metrics = self._measure_metrics(state, variants, parts)
+        if len(metrics) < len(parts) and not may_cut:
             return {}
-        return {
-            name: self._reduce(each, metrics[name])
-            for name, each in complete.items()
-            if name in metrics
-        }
-
-    def cut(self, value: Value) -> Value:
-        """A measurement, on the batches that are used now."""
-        return self._reduce(
-            value.parts[: len(self.batches)], value.metric if self.metric.function else None
-        )
-
-    def _reduce(self, parts: tuple[ErrorSums, ...], metric: float | None) -> Value:
-        sqnr, own = reduce_rows(self.metric.outputs, np.concatenate(parts))
-        return Value(parts, sqnr, own if metric is None else metric)
+        return {name: self._reduce(parts[name], metric) for name, metric in metrics.items()}
 
     def measure_float(self) -> float:
         """The chosen metric of the float model."""
         if self.metric.function is not None:
             with disable_quantization(self._model):
                 return self._call_metric(["float"], {})[None]
-        pairs = zip(self.batches, self.references, strict=True)
-        rows = [
-            collect(self.metric.outputs, batch, reference, reference) for batch, reference in pairs
-        ]
-        return reduce_rows(self.metric.outputs, np.concatenate(rows))[1]
+        rows = []
+        for batch, reference in zip(self.batches, self.references, strict=True):
+            rows.append(collect(self.metric.outputs, batch, reference, reference))
+        _, metric = reduce_rows(self.metric.outputs, np.concatenate(rows))
+        return metric
 
-    def _keep_only(self, count: int) -> None:
-        self.batches, self.references = self.batches[:count], self.references[:count]
+    def cut(self, value: Value) -> Value:
+        """A measurement restricted to the batches that are used now."""
+        parts = value.parts[: len(self.batches)]
+        return self._reduce(parts, value.metric if self.metric.function else None)
 
-    def _collect(self, index: int, outputs: Any) -> ErrorSums:
-        rows = collect(self.metric.outputs, self.batches[index], self.references[index], outputs)
-        if np.isnan(rows).any():
-            raise StateError(
-                "the outputs of the model hold NaN.",
-                "check the float model on the same batches: it must be finite.",
-            )
-        return rows
-
-    def _recall(self, key: list[Any]) -> ErrorSums | None:
-        """Error sums in the journal; None if there are none, or if what stands there is none of this metric."""
-        try:
-            rows = np.asarray(self._journal.get(key), np.float64)
-        except (TypeError, ValueError, OverflowError):
-            return None
-        index = key[-1]
-        shape = (
-            find_rows(self.batches[index], self.references[index]),
-            count_columns(self.metric.outputs),
-        )
-        return rows if rows.shape == shape and not np.isnan(rows).any() else None
-
-    def _recall_metric(self, key: list[Any]) -> float | None:
-        value = self._journal.get(key)
-        is_number = (
-            isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
-        )
-        return float(value) if is_number else None
+    def _measure_batches(
+        self, state: list[str], variants: Variants, *, may_cut: bool
+    ) -> dict[str | None, tuple[ErrorSums, ...]]:
+        """Error sums of each state on each batch, as `measure` describes."""
+        names: list[str | None] = [None, *variants]
+        parts: dict[str | None, list[ErrorSums]] = {name: [] for name in names}
+        total = len(names) * len(self.batches)
+        with tqdm(total=total, desc="analyze", unit="forward", disable=None) as progress:
+            for index in range(len(self.batches)):
+                results: dict[str | None, ErrorSums] = {}
+                is_first = index == 0
+                if is_first or not self._is_past(self._until):
+                    results = self._measure_batch(index, state, variants, progress)
+                is_complete = len(results) == len(names)
+                if not is_complete and not may_cut:
+                    return {}
+                if is_complete or is_first:
+                    for name, rows in results.items():
+                        parts[name].append(rows)
+                if not is_complete:
+                    self._limit_batches(max(index, 1))
+                    break
+        return {name: tuple(arrays) for name, arrays in parts.items() if arrays}
 
     def _measure_batch(
-        self,
-        index: int,
-        state: list[str],
-        variants: Mapping[str, Sequence[TensorQuantizer]],
-        progress: Any,
+        self, index: int, state: list[str], variants: Variants, progress: Any
     ) -> dict[str | None, ErrorSums]:
         """Error sums of each state on one batch; some are missing when the time is up."""
         names: list[str | None] = [None, *variants]
-        known = {
-            name: rows for name in names if (rows := self._recall([state, name, index])) is not None
-        }
-        missing = [name for name in names if name not in known]
-        mine = self._ranks.share(missing)
-        fresh: dict[str | None, ErrorSums] = {}
-        progress.update(len(known))
+        results: dict[str | None, ErrorSums] = {}
+        for name in names:
+            rows = self._recall([state, name, index])
+            if rows is not None:
+                results[name] = rows
+        progress.update(len(results))
 
-        def keep(name: str | None, outputs: Any) -> None:
-            if name in mine:
+        missing = [name for name in names if name not in results]
+        assigned = self._ranks.share(missing)
+        fresh: dict[str | None, ErrorSums] = {}
+
+        def store(name: str | None, outputs: Any) -> None:
+            if name in assigned:
                 fresh[name] = self._collect(index, outputs)
                 self._journal.add([state, name, index], fresh[name].tolist())
                 progress.update()
             if time.monotonic() >= self._until:
                 raise _TimeIsUpError
 
-        if mine:
-            wanted = {name: variants[name] for name in mine if name is not None}
+        if assigned:
+            selected = {name: variants[name] for name in assigned if name is not None}
             with suppress(_TimeIsUpError):
-                self.replay.evaluate(self.batches[index], wanted, keep)
+                self.replay.evaluate(self.batches[index], selected, store)
         for name, rows in self._ranks.merge(missing, fresh).items():
             self._journal.learn([state, name, index], rows.tolist())
-            known[name] = rows
-        return {name: known[name] for name in names if name in known}
+            results[name] = rows
+        return {name: results[name] for name in names if name in results}
 
-    def _call_metric(
-        self, state: list[str], variants: Mapping[str, Sequence[TensorQuantizer]]
-    ) -> dict[str | None, float]:
-        """What the function gives in each state; some are missing when the time is up, never the model as it is."""
+    def _measure_metrics(
+        self,
+        state: list[str],
+        variants: Variants,
+        parts: Mapping[str | None, tuple[ErrorSums, ...]],
+    ) -> Mapping[str | None, float | None]:
+        """The function in each state that has error sums; None where the metric is a measure of the outputs."""
+        if not parts or not self.metric.function:
+            return dict.fromkeys(parts)
+        measured = {name: variants[name] for name in parts if name is not None}
+        return self._call_metric(state, measured)
+
+    def _call_metric(self, state: list[str], variants: Variants) -> dict[str | None, float]:
+        """Values of the function in each state.
+
+        Some are missing when the time is up, but never that of the model as it is.
+        """
         names: list[str | None] = [None, *variants]
-        known = {name: self._recall_metric([state, name, "metric"]) for name in names}
-        missing = [name for name in names if known[name] is None]
+        values = {name: self._recall_metric([state, name, "metric"]) for name in names}
+        missing = [name for name in names if values[name] is None]
         fresh: dict[str | None, ErrorSums] = {}
         for name in tqdm(self._ranks.share(missing), desc="metric", unit="call", disable=None):
             if name is not None and time.monotonic() >= self._until:
                 break
             with toggling(variants[name] if name is not None else ()):
-                value = self._call()
+                value = self._call_function()
             self._journal.add([state, name, "metric"], value)
             fresh[name] = np.asarray(value)
-        for name, found in self._ranks.merge(missing, fresh).items():
-            known[name] = float(found)
-            self._journal.learn([state, name, "metric"], known[name])
-        return {name: value for name, value in known.items() if value is not None}
+        for name, array in self._ranks.merge(missing, fresh).items():
+            values[name] = float(array)
+            self._journal.learn([state, name, "metric"], values[name])
+        return {name: value for name, value in values.items() if value is not None}
 
-    def _call(self) -> float:
+    def _call_function(self) -> float:
         assert self.metric.function is not None  # noqa: S101
         with evaluating(self._model):
             value = self.metric.function(self._model)
@@ -298,7 +245,71 @@ class Probe:
             number = math.nan
         if math.isnan(number):
             raise StateError(
-                f"the metric {self.metric.name} gives {str(value)[:60]}.",
+                f"the metric {self.metric.name} returns {str(value)[:60]}.",
                 "have it return a number.",
             )
         return number
+
+    def _reduce(self, parts: tuple[ErrorSums, ...], function_value: float | None) -> Value:
+        sqnr, metric = reduce_rows(self.metric.outputs, np.concatenate(parts))
+        if function_value is not None:
+            metric = function_value
+        return Value(parts, sqnr, metric)
+
+    def _collect(self, index: int, outputs: Any) -> ErrorSums:
+        rows = collect(self.metric.outputs, self.batches[index], self.references[index], outputs)
+        if np.isnan(rows).any():
+            raise StateError(
+                "the outputs of the model hold NaN.",
+                "check the float model on the same batches: its outputs must be finite.",
+            )
+        return rows
+
+    def _recall(self, key: list[Any]) -> ErrorSums | None:
+        """Error sums in the journal; None if there are none, or if the entry does not fit this metric."""
+        try:
+            rows = np.asarray(self._journal.get(key), np.float64)
+        except (TypeError, ValueError, OverflowError):
+            return None
+        index = key[-1]
+        shape = (
+            count_rows(self.batches[index], self.references[index]),
+            count_columns(self.metric.outputs),
+        )
+        if rows.shape != shape or np.isnan(rows).any():
+            return None
+        return rows
+
+    def _recall_metric(self, key: list[Any]) -> float | None:
+        """A value of the function in the journal; None if there is none, or if the entry is not a number."""
+        value = self._journal.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+            return None
+        return float(value)
+
+    def _differs_from_journal(self) -> bool:
+        """Whether the model gives other outputs than in the journal: no fingerprint holds all that it depends on."""
+        recorded = self._recall([[], None, 0])
+        if recorded is not None:
+            with evaluating(self._model):
+                sums = self._collect(0, call_model(self._model, self.batches[0])).sum(0)
+            if not np.allclose(sums, recorded.sum(0), rtol=_MACHINE_TOLERANCE, atol=0):
+                return True
+        if self._has_other_metric([]):
+            return True
+        with disable_quantization(self._model):
+            return self._has_other_metric(["float"])
+
+    def _has_other_metric(self, state: list[str]) -> bool:
+        """Whether the journal has another value of the function in this state."""
+        recorded = self._recall_metric([state, None, "metric"])
+        if recorded is None:
+            return False
+        return not math.isclose(self._call_function(), recorded, rel_tol=_MACHINE_TOLERANCE)
+
+    def _limit_batches(self, count: int) -> None:
+        self.batches = self.batches[:count]
+        self.references = self.references[:count]
+
+    def _is_past(self, moment: float) -> bool:
+        return moment < math.inf and self._ranks.any(time.monotonic() >= moment)

@@ -1,8 +1,7 @@
-"""Measures of outputs against the float model's, kept apart for each sample, so that they can be drawn anew."""
+"""Measures of outputs against those of the float model, in one row per sample, so that samples can be resampled."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,9 @@ from qdq.forward import floats_of
 from qdq.samples import count_samples
 
 ErrorSums = npt.NDArray[np.float64]
-"""One row a sample, or one for a batch whose outputs do not tell its samples apart; the columns can be summed."""
+"""One row per sample, or one per batch if its outputs have no axis of samples; the columns can be summed."""
 _DRAWS = 1000
+_SQNR_COLUMNS = 2
 
 
 @dataclass(frozen=True)
@@ -27,21 +27,29 @@ class OutputMetric:
     Args:
         name: "sqnr", "cosine", "kl" or "top1".
         higher_is_better: Its direction.
-        perfect: Its value where the outputs are those of the float model; None: it has to be measured.
-        collect: Reference `[N, D]`, outputs `[N, D]`, scores `[N, C]` of both and labels `[N]` -> columns.
+        columns: Number of its columns K.
+        collect: Outputs of two models -> columns, each `[N]` or with several values per sample.
         reduce: Sums of the columns `[..., K]` -> values `[...]`.
     """
 
     name: str
     higher_is_better: bool
-    perfect: float | None
+    columns: int
     collect: Callable[[_Pair], list[torch.Tensor]]
     reduce: Callable[[ErrorSums], ErrorSums]
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """Outputs of the float model and of another on the same samples, float64."""
+    """Outputs of the float model and of another model on the same samples, float64.
+
+    Args:
+        reference: All outputs of the float model, `[N, D]`.
+        outputs: All outputs of the other model, `[N, D]`.
+        reference_scores: First output of the float model, `[M, classes]`.
+        scores: First output of the other model, `[M, classes]`.
+        labels: Labels of the batch, if it has any.
+    """
 
     reference: torch.Tensor
     outputs: torch.Tensor
@@ -63,8 +71,9 @@ def _collect_cosine(pair: _Pair) -> list[torch.Tensor]:
 
 
 def _collect_kl(pair: _Pair) -> list[torch.Tensor]:
-    expected, found = pair.reference_scores.log_softmax(1), pair.scores.log_softmax(1)
-    divergence = (expected.exp() * (expected - found)).sum(1)
+    expected = pair.reference_scores.log_softmax(1)
+    actual = pair.scores.log_softmax(1)
+    divergence = (expected.exp() * (expected - actual)).sum(1)
     return [divergence, torch.ones_like(divergence)]
 
 
@@ -86,7 +95,7 @@ def require_labels(metric: OutputMetric, batch: Any) -> None:
     """Refuse a batch without labels if the metric needs them, before the work.
 
     Raises:
-        DataError: It has none.
+        DataError: The batch has no labels.
     """
     if metric is METRICS["top1"] and _labels_of(batch) is None:
         raise _lacks_labels()
@@ -108,61 +117,69 @@ def _reduce_mean(sums: ErrorSums) -> ErrorSums:
     return sums[..., 0] / sums[..., 1]
 
 
-SQNR = OutputMetric("sqnr", True, math.inf, _collect_sqnr, _reduce_sqnr)
+SQNR = OutputMetric("sqnr", True, _SQNR_COLUMNS, _collect_sqnr, _reduce_sqnr)
 METRICS = {
     "sqnr": SQNR,
-    "cosine": OutputMetric("cosine", True, 1.0, _collect_cosine, _reduce_cosine),
-    "kl": OutputMetric("kl", False, 0.0, _collect_kl, _reduce_mean),
-    "top1": OutputMetric("top1", True, None, _collect_top1, _reduce_mean),
+    "cosine": OutputMetric("cosine", True, 3, _collect_cosine, _reduce_cosine),
+    "kl": OutputMetric("kl", False, 2, _collect_kl, _reduce_mean),
+    "top1": OutputMetric("top1", True, 2, _collect_top1, _reduce_mean),
 }
 
 
 def collect(metric: OutputMetric, batch: Any, reference: Any, outputs: Any) -> ErrorSums:
-    """The columns of SQNR, then those of a metric, for the outputs of one batch.
+    """The columns of SQNR, then those of another metric, for the outputs of one batch.
 
     Args:
         metric: The metric.
         batch: The batch, for the number of samples and the labels.
         reference: Outputs of the float model.
-        outputs: Outputs of the model as it is.
+        outputs: Outputs of the model in its present state.
+
+    Raises:
+        DataError: The metric needs a label for each sample, and the batch has none.
     """
-    rows = find_rows(batch, reference)
-    expected, found = floats_of(reference), floats_of(outputs)
+    rows = count_rows(batch, reference)
+    expected = floats_of(reference)
+    actual = floats_of(outputs)
     pair = _Pair(
-        _as_rows(expected, rows),
-        _as_rows(found, rows),
-        _scores(expected[0]),
-        _scores(found[0]),
-        _labels_of(batch),
+        reference=_as_rows(expected, rows),
+        outputs=_as_rows(actual, rows),
+        reference_scores=_scores(expected[0]),
+        scores=_scores(actual[0]),
+        labels=_labels_of(batch),
     )
     columns = _collect_sqnr(pair)
     if metric is not SQNR:
-        own = metric.collect(pair)
-        columns += [column.reshape(rows, -1).sum(1) for column in own]
+        for column in metric.collect(pair):
+            columns.append(column.reshape(rows, -1).sum(1))
     return torch.stack(columns, 1).cpu().numpy()
 
 
 def reduce_rows(metric: OutputMetric, rows: ErrorSums) -> tuple[float, float]:
     """SQNR in dB and the metric, over all samples."""
     sums = rows.sum(0)
-    own = SQNR.reduce(sums) if metric is SQNR else metric.reduce(sums[2:])
-    return float(SQNR.reduce(sums)), float(own)
+    return float(SQNR.reduce(sums)), float(reduce_sums(metric, sums))
 
 
-def find_rows(batch: Any, reference: Any) -> int:
-    """Rows that `collect` gives: one a sample, or one where the outputs do not tell the samples apart."""
-    rows = count_samples(batch)
-    return (
-        rows
-        if all(tensor.dim() and tensor.shape[0] == rows for tensor in floats_of(reference))
-        else 1
-    )
+def reduce_sums(metric: OutputMetric, sums: ErrorSums) -> ErrorSums:
+    """The metric from sums of all columns that `collect` gives, `[..., columns]` -> `[...]`."""
+    if metric is SQNR:
+        return metric.reduce(sums[..., :_SQNR_COLUMNS])
+    return metric.reduce(sums[..., _SQNR_COLUMNS:])
+
+
+def count_rows(batch: Any, reference: Any) -> int:
+    """Rows that `collect` gives: one per sample, or one if an output of the batch has no axis of samples."""
+    samples = count_samples(batch)
+    for tensor in floats_of(reference):
+        if tensor.dim() == 0 or tensor.shape[0] != samples:
+            return 1
+    return samples
 
 
 def count_columns(metric: OutputMetric) -> int:
-    """How many columns `collect` gives."""
-    own = {"sqnr": 0, "cosine": 3, "kl": 2, "top1": 2}
-    return 2 + own[metric.name]
+    """Columns that `collect` gives."""
+    return _SQNR_COLUMNS if metric is SQNR else _SQNR_COLUMNS + metric.columns
 
 
 def draw_sums(rows: ErrorSums) -> ErrorSums:
@@ -177,17 +194,28 @@ def draw_sums(rows: ErrorSums) -> ErrorSums:
 
 
 def _as_rows(tensors: list[torch.Tensor], rows: int) -> torch.Tensor:
+    """All values of some tensors, float64 `[rows, D]`."""
     return torch.cat([tensor.detach().double().reshape(rows, -1) for tensor in tensors], 1)
 
 
 def _scores(output: torch.Tensor) -> torch.Tensor:
-    """Scores `[N, classes]` of the first output; classes are its last dimension, of `[B, C, H, W]` the second."""
+    """Scores `[M, classes]` of an output.
+
+    Classes are the last dimension, or the second one of `[B, C, H, W]`.
+    """
     scores = output.detach().double()
+    if scores.dim() == 0:
+        return scores.reshape(1, 1)
     if scores.dim() > 3:
         scores = scores.movedim(1, -1)
-    return scores.reshape(-1, scores.shape[-1]) if scores.dim() else scores.reshape(1, 1)
+    return scores.reshape(-1, scores.shape[-1])
 
 
 def _labels_of(batch: Any) -> torch.Tensor | None:
-    labels = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
-    return labels if isinstance(labels, torch.Tensor) and not labels.is_floating_point() else None
+    """The second item of a batch if it can be labels."""
+    if not isinstance(batch, tuple | list) or len(batch) < 2:
+        return None
+    labels = batch[1]
+    if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
+        return labels
+    return None
