@@ -1,4 +1,4 @@
-"""How layers are ranked and chosen: the arguments of `analyze_layers`, refused where they cannot be meant."""
+"""How layers are ranked and chosen: the arguments of `analyze_layers`, with invalid ones refused."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from qdq.errors import ArgumentError
 
 MODES = ("one-at-a-time", "leave-one-out")
 Metric = Callable[[nn.Module], float]
+_METRIC_TARGETS = ("target_metric", "target_drop")
+_TARGETS = ("target_sqnr", *_METRIC_TARGETS)
 
 
 @dataclass(frozen=True)
 class ChosenMetric:
-    """What ranks: a measure of the outputs, or a function of the model.
+    """The metric that ranks: a measure of the outputs, or a function of the model.
 
     Args:
-        name: For people.
+        name: Name in tables and messages.
         higher_is_better: Its direction.
-        outputs: The measure of the outputs; that of a function is SQNR, which is measured in any case.
-        function: The function, if it is one.
+        outputs: The measure of the outputs. It is SQNR for a function, because SQNR is always measured.
+        function: The function; None for a measure of the outputs.
     """
 
     name: str
@@ -38,10 +40,15 @@ class ChosenMetric:
         """Whether SQNR ranks."""
         return self.function is None and self.outputs is SQNR
 
+    @property
+    def sign(self) -> int:
+        """1 if higher is better, -1 if lower is better."""
+        return 1 if self.higher_is_better else -1
+
 
 @dataclass(frozen=True)
 class Options:
-    """What `analyze_layers` can be told beside model, data and patterns; see there.
+    """Options of `analyze_layers` other than model, data and patterns; see there.
 
     Raises:
         ArgumentError: An unknown name, a target for a metric that is not given, a number out of range, or options that
@@ -65,85 +72,112 @@ class Options:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ArgumentError(
-                f"mode is {self.mode!r}; known are {', '.join(MODES)}.", "use 'one-at-a-time'."
+                f"mode is {self.mode!r}; expected one of {', '.join(MODES)}.",
+                "use 'one-at-a-time'.",
             )
         self._check_targets()
         self._check_limits()
+        self._check_ends_of_search()
         self._check_costs()
 
     @property
+    def is_alone(self) -> bool:
+        """Whether each unit is measured alone in int8 ("one-at-a-time")."""
+        return self.mode == "one-at-a-time"
+
+    @property
+    def needs_costs(self) -> bool:
+        """Whether any option needs the arithmetic of the layers."""
+        options = (self.gpu, self.profile, self.max_float_share)
+        return any(option is not None for option in options)
+
+    @property
     def chosen_metric(self) -> ChosenMetric:
-        """What ranks.
+        """The metric that ranks.
 
         Raises:
-            ArgumentError: An unknown name, or another direction than the metric has.
+            ArgumentError: An unknown name, or a direction that contradicts the metric.
         """
         if callable(self.metric):
             name = getattr(self.metric, "__qualname__", type(self.metric).__qualname__)
             return ChosenMetric(name, self.higher_is_better is not False, SQNR, self.metric)
-        known = METRICS.get("sqnr" if self.metric is None else self.metric)
-        if known is None:
+        measure = METRICS.get("sqnr" if self.metric is None else self.metric)
+        if measure is None:
             raise ArgumentError(
-                f"metric is {self.metric!r}; known are {', '.join(METRICS)}.",
-                "or pass a function of the model.",
+                f"metric is {self.metric!r}; expected one of {', '.join(METRICS)}.",
+                "use one of these, or pass a function of the model.",
             )
-        if self.higher_is_better is not None and self.higher_is_better != known.higher_is_better:
+        if self.higher_is_better not in (None, measure.higher_is_better):
             raise ArgumentError(
-                f"higher_is_better is {self.higher_is_better} for {known.name}.",
-                "leave it out: it is known.",
+                f"higher_is_better is {self.higher_is_better} for {measure.name}, "
+                f"which has {measure.higher_is_better}.",
+                "leave it out: it is needed only for a function.",
             )
-        return ChosenMetric(known.name, known.higher_is_better, known)
+        return ChosenMetric(measure.name, measure.higher_is_better, measure)
 
     def _check_targets(self) -> None:
         is_sqnr = self.chosen_metric.is_sqnr
-        for name in ("target_metric", "target_drop"):
+        for name in _METRIC_TARGETS:
             if getattr(self, name) is not None and is_sqnr:
                 raise ArgumentError(
                     f"{name} is given, but no metric.",
                     "choose a metric as well, or use target_sqnr.",
                 )
-        for name in ("target_sqnr", "target_metric", "target_drop"):
+        for name in _TARGETS:
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise ArgumentError(f"{name} is {value}.", "give a finite number.")
         if self.target_drop is not None and self.target_drop < 0:
             raise ArgumentError(
-                f"target_drop is {self.target_drop}.", "give how much worse it may be, 0 or more."
+                f"target_drop is {self.target_drop}.",
+                "give how much worse than the float model it may be, 0 or more.",
             )
 
     def _check_limits(self) -> None:
-        if type(self.max_float_layers) is not int or self.max_float_layers < 0:
+        if not _is_count(self.max_float_layers):
             raise ArgumentError(
                 f"max_float_layers is {self.max_float_layers}.",
                 "give a whole number, 0 (rank only) or more.",
             )
-        if self.confirm is not None and (type(self.confirm) is not int or self.confirm < 0):
+        if self.confirm is not None and not _is_count(self.confirm):
             raise ArgumentError(
-                f"confirm is {self.confirm}.", "give the number of layers to measure, 0 or more."
+                f"confirm is {self.confirm}.",
+                "give the number of layers to measure, 0 or more.",
             )
         if self.max_float_share is not None and not 0 <= self.max_float_share <= 1:
             raise ArgumentError(
-                f"max_float_share is {self.max_float_share}.", "give a share, 0 to 1."
+                f"max_float_share is {self.max_float_share}.",
+                "give a fraction, 0 to 1.",
             )
         if self.budget is not None and not 0 < self.budget < math.inf:
             raise ArgumentError(
-                f"budget is {self.budget} seconds.", "give more than 0, or leave it out."
+                f"budget is {self.budget} seconds.",
+                "give more than 0, or leave it out.",
             )
-        ends_search = ("target_sqnr", "target_metric", "target_drop", "max_float_share")
-        given = [name for name in ends_search if getattr(self, name) is not None]
-        if given and not self.max_float_layers:
-            raise ArgumentError(
-                f"{given[0]} is given, but max_float_layers is 0: no layer may be left in float.",
-                "give max_float_layers as well, the most that may be.",
-            )
+
+    def _check_ends_of_search(self) -> None:
+        """Refuse what ends a search where there is no search."""
+        if self.max_float_layers:
+            return
+        for name in (*_TARGETS, "max_float_share"):
+            if getattr(self, name) is not None:
+                raise ArgumentError(
+                    f"{name} is given, but max_float_layers is 0: no layer may be left in float.",
+                    "give max_float_layers as well, the largest number of float layers.",
+                )
 
     def _check_costs(self) -> None:
         if self.gpu is not None and self.profile is not None:
             raise ArgumentError(
                 "both gpu and profile are given.",
-                "give one: the times of a profile need no roofline.",
+                "give one: the times of a profile replace the roofline of a GPU.",
             )
         if self.gpu is not None:
             find_gpu(self.gpu)
         if self.profile is not None:
             read_profile(Path(self.profile))
+
+
+def _is_count(value: int) -> bool:
+    """Whether a value is a whole number of 0 or more; bool is not, although it is an int."""
+    return type(value) is int and value >= 0

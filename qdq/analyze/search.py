@@ -1,10 +1,12 @@
-"""Which units go to float: all are ranked, then chosen one by one until something ends it."""
+"""Search for the units that go to float: all are ranked, then chosen one by one until a limit is reached."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -14,27 +16,28 @@ from qdq.analyze.options import Options
 from qdq.analyze.probe import Probe, Value
 from qdq.analyze.result import Analysis, LayerSensitivity, MixedPoint, Step
 from qdq.analyze.screen import estimate_sqnr, screen_units
-from qdq.analyze.sensitivity import ErrorSums, draw_sums
+from qdq.analyze.sensitivity import ErrorSums, draw_sums, reduce_sums
 from qdq.plan import Plan
 from qdq.quantizer import disable_quantization, disable_until_exit
 from qdq.units import Unit
 
 _CONFIDENCE = (2.5, 97.5)  # percentiles
-_RANKING = 0.75  # of a budget, where a search follows
+_RANKING = 0.75  # fraction of a budget, where a search follows
+_NANOSECOND = 1e-3  # in microseconds: the price of a unit that costs nothing in float
 
 
 class Search:
     """Ranks the units and chooses among them.
 
     Args:
-        model: The model, with what is pinned to float switched off.
-        probe: Measures it.
-        units: What is to be ranked.
-        options: How.
-        costs: Of each layer, and of the model under ""; empty where nobody asks.
-        times: Of each layer; empty where nobody asks.
+        model: The model, with the layers that are pinned to float switched off.
+        probe: Measures the model.
+        units: The units to rank.
+        options: How to rank and choose.
+        costs: Cost of each layer, and of the model under ""; empty if no option needs them.
+        times: Times of each layer; empty if no option needs them.
         pinned: Layer -> "int8" or "float", decided already.
-        began: When the budget began (`time.monotonic`).
+        start: When the budget began (`time.monotonic`).
     """
 
     def __init__(
@@ -46,96 +49,93 @@ class Search:
         costs: dict[str, LayerCost],
         times: dict[str, SwitchCost],
         pinned: dict[str, str],
-        began: float,
+        start: float,
     ) -> None:
         self._model = model
         self._probe = probe
         self._units = {unit.name: unit for unit in units}
         self._options = options
-        self._costs = costs
-        self._times = times
+        self._costs = _UnitCosts(units, costs, times, pinned)
         self._metric = probe.metric
-        self._sign = 1 if probe.metric.higher_is_better else -1
+        self._sign = probe.metric.sign
         self._points: dict[tuple[str, ...], Value] = {}
         self._float_metric: float | None = None
         self._pinned = pinned
-        self._began = began
-        int8_layers = [layer for unit in units for layer in unit.layers]
-        self._int8_time = sum(times[layer].int8 for layer in int8_layers if layer in times)
-        int8_layers += [name for name, precision in pinned.items() if precision == "int8"]
-        self._int8_macs = self._sum_macs(int8_layers)  # with no unit in float
+        self._start = start
         self._unmeasured: list[str] = []
-        self._errors: ErrorSums = np.zeros(
-            0
-        )  # of each sample, the sum over all units that were measured alone
 
-    def run(self, undo: ExitStack, earlier: Plan | None) -> Analysis:
-        """Rank, then choose; what is switched off is undone by `undo`."""
+    def run(self, undo: ExitStack, earlier_plan: Plan | None) -> Analysis:
+        """Rank the units, then choose.
+
+        Args:
+            undo: Switches the chosen units on again if it is closed.
+            earlier_plan: The plan that the pinned layers come from.
+        """
         budget = math.inf if self._options.budget is None else self._options.budget
-        self._probe.deadline = self._began + budget * (
-            _RANKING if self._options.max_float_layers else 1.0
-        )
+        fraction = _RANKING if self._options.max_float_layers else 1.0
+        self._probe.deadline = self._start + budget * fraction
         self._probe.prepare()
-        base, alone, ranked = self._rank()
-        self._probe.deadline = self._began + budget
-        measured = {unit.name for unit in ranked}
-        self._unmeasured = [name for name in self._units if name not in measured]
+        ranking = self._rank()
+
+        self._probe.deadline = self._start + budget
+        ranked_names = {unit.name for unit in ranking.layers}
+        self._unmeasured = [name for name in self._units if name not in ranked_names]
         if self._options.target_drop is not None:
             self._float_metric = self._probe.measure_float()
-        steps, stopped_by = self._choose(base, alone, ranked, undo)
+        steps, stopped_by = self._choose(ranking, undo)
         return Analysis(
             mode=self._options.mode,
             images=self._probe.images,
-            sqnr_db=base.sqnr,
-            metric=self._shown(base),
-            layers=tuple(ranked),
+            sqnr_db=ranking.int8.sqnr,
+            metric=self._metric_of(ranking.int8),
+            layers=tuple(ranking.layers),
             steps=tuple(steps),
             stopped_by=stopped_by,
             metric_name=self._metric.name,
             pinned=self._pinned,
-            pareto=self._front() if self._times else (),
+            pareto=self._find_front() if self._costs.has_times else (),
             full_evaluations=self._probe.replay.reason,
-            earlier=earlier,
-            unmeasured=tuple(
-                layer for name in self._unmeasured for layer in self._units[name].layers
-            ),
+            earlier=earlier_plan,
+            unmeasured=tuple(self._layers_of(self._unmeasured)),
         )
 
-    def _rank(self) -> tuple[Value, dict[str, Value], list[LayerSensitivity]]:
-        """The model in int8, each measured unit alone, and all of which something is known, most sensitive first."""
-        is_alone = self._options.mode == "one-at-a-time"
-        base = self._probe.measure([], {}, may_cut=True)[None]
-        is_screened = self._options.confirm is not None and self._options.confirm < len(self._units)
-        energies = self._screen(self._units) if is_screened else {}
-        names = sorted(self._units, key=lambda name: -energies.get(name, 0.0))[
-            : self._options.confirm
-        ]
-        to_measure = set(names)
-        variants = {
-            name: unit.quantizers for name, unit in self._units.items() if name in to_measure
-        }
-        with disable_quantization(self._model) if is_alone else nullcontext():
-            values = (
-                self._probe.measure(["float"] if is_alone else [], variants, may_cut=True)
-                if variants
-                else {}
-            )
-        base = self._probe.cut(base)
-        reference = values.pop(None, base)
-        alone = {str(name): value for name, value in values.items()}
-        if not is_alone:
-            self._points |= {(name,): value for name, value in alone.items()}
-        self._points[()] = base
-        self._errors = sum((value.rows[:, 1] for value in alone.values()), np.zeros(len(base.rows)))
-        exact = [self._describe(name, value, base, reference) for name, value in alone.items()]
-        exact.sort(
-            key=lambda each: (self._sign * (each.metric or 0.0), each.sqnr_db), reverse=not is_alone
-        )
-        rest = [self._guess(name, base, energies[name]) for name in energies if name not in alone]
-        rest.sort(key=lambda each: each.sqnr_db, reverse=not is_alone)
-        return base, alone, exact + rest
+    # Ranking
+
+    def _rank(self) -> _Ranking:
+        """Measure the model in int8 and the units alone, and sort the units."""
+        int8 = self._probe.measure([], {}, may_cut=True)[None]
+        energies = self._screen(self._units) if self._is_screened(self._units) else {}
+        by_energy = sorted(self._units, key=lambda name: -energies.get(name, 0.0))
+        alone = self._measure_alone(set(by_energy[: self._options.confirm]))
+        int8 = self._probe.cut(int8)  # the time may have been up for some batches
+
+        unswitched = alone.pop(None, int8)
+        reference = unswitched if self._options.is_alone else int8
+        units = {str(name): value for name, value in alone.items()}
+        if self._options.mode == "leave-one-out":
+            for name, value in units.items():
+                self._points[(name,)] = value
+        self._points[()] = int8
+
+        is_descending = not self._options.is_alone
+        measured = self._describe_measured(units, int8, reference)
+        measured.sort(key=self._sensitivity_order, reverse=is_descending)
+        estimated = []
+        for name, energy in energies.items():
+            if name not in units:
+                estimated.append(self._describe_estimated(name, int8, energy))
+        estimated.sort(key=lambda unit: unit.sqnr_db, reverse=is_descending)
+        return _Ranking(int8, units, measured + estimated)
+
+    def _sensitivity_order(self, unit: LayerSensitivity) -> tuple[float, float]:
+        return self._sign * (unit.metric or 0.0), unit.sqnr_db
+
+    def _is_screened(self, names: Collection[str]) -> bool:
+        """Whether fewer units are measured than there are, so that an estimate has to select them."""
+        return self._options.confirm is not None and self._options.confirm < len(names)
 
     def _screen(self, names: Iterable[str]) -> dict[str, float]:
+        """Unit -> estimate of the energy of its error."""
         probe = self._probe
         return screen_units(
             self._model,
@@ -146,234 +146,376 @@ class Search:
             lambda: probe.is_over,
         )
 
-    def _measure_most_promising(self, chosen: list[str], names: list[str]) -> dict[str, Value]:
-        """Units without which the model as it is now is measured: all, or those that a new estimate puts first."""
-        if self._options.confirm is not None and self._options.confirm < len(names):
-            energies = self._screen(names)
-            names = sorted(names, key=lambda name: -energies[name])[: max(self._options.confirm, 1)]
-        values = self._probe.measure(chosen, {name: self._units[name].quantizers for name in names})
-        return {str(name): value for name, value in values.items() if name is not None}
+    def _measure_alone(self, names: set[str]) -> dict[str | None, Value]:
+        """Measure each of some units alone, or without it; under None the model with no unit switched."""
+        variants = {}
+        for name, unit in self._units.items():
+            if name in names:
+                variants[name] = unit.quantizers
+        if not variants:
+            return {}
+        state: list[str] = []
+        surroundings: AbstractContextManager[Any] = nullcontext()
+        if self._options.is_alone:
+            state = ["float"]
+            surroundings = disable_quantization(self._model)
+        with surroundings:
+            return self._probe.measure(state, variants, may_cut=True)
 
-    def _guess(self, name: str, base: Value, energy: float) -> LayerSensitivity:
-        sqnr = estimate_sqnr(self._options.mode, base.rows, energy)
+    def _describe_measured(
+        self, units: dict[str, Value], int8: Value, reference: Value
+    ) -> list[LayerSensitivity]:
+        """Results of the units that were measured.
+
+        Args:
+            units: Measurement of each unit.
+            int8: The model with all units in int8.
+            reference: The model in float ("one-at-a-time"), or the model in int8.
+        """
+        sum_of_errors: ErrorSums = np.zeros(len(int8.rows))  # of all units measured alone
+        for value in units.values():
+            sum_of_errors = sum_of_errors + value.rows[:, 1]
+        noise = np.column_stack([int8.rows[:, 1], sum_of_errors])
+        results = []
+        for name, value in units.items():
+            gain = self._measure_gain(value, reference, noise)
+            results.append(
+                LayerSensitivity(
+                    name=name,
+                    sqnr_db=value.sqnr,
+                    metric=self._metric_of(value),
+                    gain=gain.value,
+                    gain_low=gain.low,
+                    gain_high=gain.high,
+                    layers=self._units[name].layers,
+                    macs=self._costs.count_macs(name),
+                    cost=self._costs.find_cost(name),
+                )
+            )
+        return results
+
+    def _describe_estimated(self, name: str, int8: Value, energy: float) -> LayerSensitivity:
+        """Result of a unit that was only screened."""
         return LayerSensitivity(
-            name,
-            sqnr,
-            None,
+            name=name,
+            sqnr_db=estimate_sqnr(self._options.mode, int8.rows, energy),
+            metric=None,
             is_exact=False,
             layers=self._units[name].layers,
-            macs=self._macs(name),
-            cost=self._cost(name),
+            macs=self._costs.count_macs(name),
+            cost=self._costs.find_cost(name),
         )
 
-    def _describe(self, name: str, value: Value, base: Value, reference: Value) -> LayerSensitivity:
-        gain, low, high = self._gain(value, base, reference)
-        return LayerSensitivity(
-            name,
-            value.sqnr,
-            self._shown(value),
-            gain,
-            low,
-            high,
-            layers=self._units[name].layers,
-            macs=self._macs(name),
-            cost=self._cost(name),
-        )
+    def _measure_gain(self, value: Value, reference: Value, noise: ErrorSums) -> _Gain:
+        """The gain of a unit, with its interval.
 
-    def _gain(
-        self, value: Value, base: Value, reference: Value
-    ) -> tuple[float, float | None, float | None]:
-        """What a unit gains, with its interval."""
-        is_alone = self._options.mode == "one-at-a-time"
+        Args:
+            value: The unit alone, or the model without it.
+            reference: As for `_describe_measured`.
+            noise: As for `_estimate_gain`.
+        """
+        if self._options.is_alone and self._metric.is_sqnr:
+            return _bootstrap(_estimate_gain, noise, value.rows[:, 1:2])
+        worse, better = (value, reference) if self._options.is_alone else (reference, value)
         if self._metric.function is not None:
-            worse, better = (value, reference) if is_alone else (base, value)
-            return self._sign * (better.metric - worse.metric), None, None
-        if not (is_alone and self._metric.is_sqnr):
-            worse, better = (value, reference) if is_alone else (base, value)
-            return self._interval(self._rise, worse.rows, better.rows)
-        return self._interval(
-            _estimate_gain, np.column_stack([base.rows[:, 1], self._errors]), value.rows[:, 1:2]
-        )
+            return _Gain(self._sign * (better.metric - worse.metric))
+        return _bootstrap(self._measure_rise, worse.rows, better.rows)
 
-    def _interval(
-        self,
-        gain: Callable[[ErrorSums, ErrorSums], ErrorSums],
-        first: ErrorSums,
-        second: ErrorSums,
-    ) -> tuple[float, float | None, float | None]:
-        """A gain from two sums over samples, and its ends over draws of the samples."""
-        kind = float(gain(first.sum(0), second.sum(0)))
-        if len(first) < 2:
-            return kind, None, None
-        drawn = gain(draw_sums(first), draw_sums(second))
-        finite = drawn[np.isfinite(drawn)]
-        low, high = np.percentile(finite, _CONFIDENCE) if len(finite) else (kind, kind)
-        return kind, float(low), float(high)
-
-    def _rise(self, worse: ErrorSums, better: ErrorSums) -> ErrorSums:
-        """How much better the metric of some sums is than of others."""
-        columns = slice(0, 2) if self._metric.is_sqnr else slice(2, None)
-        reduce = self._metric.outputs.reduce
+    def _measure_rise(self, worse: ErrorSums, better: ErrorSums) -> ErrorSums:
+        """How much better the metric is for some sums than for others."""
+        metric = self._metric.outputs
         with np.errstate(invalid="ignore"):
-            rise = self._sign * (reduce(better[..., columns]) - reduce(worse[..., columns]))
+            rise = self._sign * (reduce_sums(metric, better) - reduce_sums(metric, worse))
         return np.nan_to_num(rise, posinf=np.inf)
 
-    def _choose(
-        self, base: Value, alone: dict[str, Value], ranked: list[LayerSensitivity], undo: ExitStack
-    ) -> tuple[list[Step], str]:
-        """Leave units in float one by one until something ends it."""
+    # Choice
+
+    def _choose(self, ranking: _Ranking, undo: ExitStack) -> tuple[list[Step], str]:
+        """Leave units in float one by one; the steps, and the reason why the search ended."""
         steps: list[Step] = []
-        current = base
+        current = ranking.int8
         refused: set[str] = set()
         while True:
             chosen = [step.layer for step in steps]
-            pool = [entry.name for entry in ranked if entry.name not in {*chosen, *refused}]
-            pool = [name for name in pool if self._fits(chosen, name)]
-            if reason := self._reason_to_stop(current, chosen, pool, refused):
+            candidates = self._find_candidates(ranking, chosen, refused)
+            reason = self._reason_to_stop(current, chosen, candidates, refused)
+            if reason:
                 return steps, reason
-            if self._options.mode == "leave-one-out":
-                values = {name: alone[name] for name in pool if name in alone and not chosen}
-                values = values or self._measure_most_promising(chosen, pool)
-            else:
-                values = self._measure_next(chosen, pool, ranked)
+            values = self._measure_candidates(ranking, chosen, candidates)
             if not values:
-                return steps, self._used_up
-            self._points |= {(*chosen, name): value for name, value in values.items()}
-            best = max(values, key=lambda name: self._worth(name, values[name], current))
-            if self._order(values[best]) <= self._order(current):
+                return steps, self._budget_reason
+            for name, value in values.items():
+                self._points[(*chosen, name)] = value
+
+            best = self._find_best(values, current)
+            if self._quality(values[best]) <= self._quality(current):
                 refused.update(values)
                 continue
-            disable_until_exit(self._units[best].quantizers, undo)
             current = values[best]
-            layers, cost = self._units[best].layers, self._total_cost([*chosen, best])
-            steps.append(Step(best, current.sqnr, self._shown(current), layers, cost))
+            disable_until_exit(self._units[best].quantizers, undo)
+            steps.append(
+                Step(
+                    layer=best,
+                    sqnr_db=current.sqnr,
+                    metric=self._metric_of(current),
+                    layers=self._units[best].layers,
+                    cost=self._costs.find_total([*chosen, best]),
+                )
+            )
 
-    def _measure_next(
-        self, chosen: list[str], pool: list[str], ranked: list[LayerSensitivity]
-    ) -> dict[str, Value]:
-        """The first unit of the ranking, with times the one with the largest gain for each microsecond."""
-        gains = {entry.name: entry.gain or 0.0 for entry in ranked}
-        best = (
-            max(pool, key=lambda name: gains[name] / self._price(name)) if self._times else pool[0]
-        )
-        with ExitStack() as trial:
-            disable_until_exit(self._units[best].quantizers, trial)
-            values = self._probe.measure([*chosen, best], {})
-        return {best: values[None]} if values else {}
+    def _find_candidates(
+        self, ranking: _Ranking, chosen: list[str], refused: set[str]
+    ) -> list[str]:
+        """Units that may still go to float, most sensitive first."""
+        excluded = {*chosen, *refused}
+        names = [unit.name for unit in ranking.layers if unit.name not in excluded]
+        return [name for name in names if self._fits([*chosen, name])]
+
+    def _fits(self, names: list[str]) -> bool:
+        """Whether some float units stay within the limits on layers and on MACs."""
+        if len(self._layers_of(names)) > self._options.max_float_layers:
+            return False
+        limit = self._options.max_float_share
+        return limit is None or self._costs.find_float_fraction(names) <= limit
 
     def _reason_to_stop(
-        self, current: Value, chosen: list[str], pool: list[str], refused: set[str]
+        self, current: Value, chosen: list[str], candidates: list[str], refused: set[str]
     ) -> str:
-        if reason := self._reached(current):
+        """The reason why the search ends in this state, "" if it goes on."""
+        reason = self._reason_of_target(current)
+        if reason:
             return reason
-        count, limit = (
-            sum(len(self._units[name].layers) for name in chosen),
-            self._options.max_float_layers,
-        )
-        share = self._options.max_float_share
-        if limit and share is not None and self._float_share(chosen) > share:
-            return f"{self._float_share(chosen):.3g} of the multiplications are in float already, at most {share:g}"
-        if refused and (not pool or self._options.mode == "leave-one-out"):
+        count = len(self._layers_of(chosen))
+        limit = self._options.max_float_layers
+        fraction_limit = self._options.max_float_share
+        if limit and fraction_limit is not None:
+            fraction = self._costs.find_float_fraction(chosen)
+            if fraction > fraction_limit:
+                return (
+                    f"{fraction:.3g} of the multiplications are in float already, "
+                    f"at most {fraction_limit:g}"
+                )
+        if refused and (not candidates or self._options.mode == "leave-one-out"):
             return "no further layer improves the outputs"
-        if count < limit and (self._probe.is_over or (self._unmeasured and not pool)):
-            return self._used_up
-        if count >= limit or not pool:
-            more = (
-                ""
-                if count >= limit
-                else "; no other one fits"
-                if self._units
-                else "; all layers are pinned"
-            )
-            return f"{count} of at most {limit} layers are in float{more}"
-        return ""
+        is_missing_candidates = bool(self._unmeasured) and not candidates
+        if count < limit and (self._probe.is_over or is_missing_candidates):
+            return self._budget_reason
+
+        summary = f"{count} of at most {limit} layers are in float"
+        if count >= limit:
+            return summary
+        if candidates:
+            return ""
+        if not self._units:
+            return f"{summary}; all layers are pinned"
+        return f"{summary}; no other layer fits the limits"
 
     @property
-    def _used_up(self) -> str:
+    def _budget_reason(self) -> str:
         return f"the budget of {self._options.budget or 0:g} s is used up"
 
-    def _reached(self, current: Value) -> str:
-        options, metric = self._options, current.metric
+    def _reason_of_target(self, current: Value) -> str:
+        """The target that is reached, "" if there is none."""
+        options = self._options
         if options.target_sqnr is not None and current.sqnr >= options.target_sqnr:
             return f"SQNR {current.sqnr:.2f} dB reaches the target of {options.target_sqnr:g} dB"
-        if options.target_metric is not None and self._sign * (metric - options.target_metric) >= 0:
-            return f"metric {metric:g} reaches the target of {options.target_metric:g}"
+        target = options.target_metric
+        if target is not None and self._sign * (current.metric - target) >= 0:
+            return f"metric {current.metric:g} reaches the target of {target:g}"
         if options.target_drop is not None and self._float_metric is not None:
-            drop = self._sign * (self._float_metric - metric)
+            drop = self._sign * (self._float_metric - current.metric)
             if drop <= options.target_drop:
-                return f"{self._metric.name} is {drop:g} worse than the float model's, at most {options.target_drop:g}"
+                return (
+                    f"{self._metric.name} is {drop:g} worse than the float model's, "
+                    f"at most {options.target_drop:g}"
+                )
         return ""
 
-    def _fits(self, chosen: list[str], name: str) -> bool:
-        """Whether one more unit stays within the numbers of layers and of multiplications."""
-        names = [*chosen, name]
-        if sum(len(self._units[each].layers) for each in names) > self._options.max_float_layers:
-            return False
-        return (
-            self._options.max_float_share is None
-            or self._float_share(names) <= self._options.max_float_share
-        )
+    def _measure_candidates(
+        self, ranking: _Ranking, chosen: list[str], candidates: list[str]
+    ) -> dict[str, Value]:
+        """The candidates that are tried next, each in float; empty if the time is up."""
+        if self._options.is_alone:
+            return self._measure_next(ranking, chosen, candidates)
+        if not chosen:
+            values = {name: ranking.alone[name] for name in candidates if name in ranking.alone}
+            if values:
+                return values
+        return self._measure_most_promising(chosen, candidates)
 
-    def _float_share(self, chosen: Sequence[str]) -> float:
-        """Share of all multiplications in float, of what was pinned or never quantized too."""
-        total = self._costs[""].macs if self._costs else 0
-        in_int8 = self._int8_macs - sum(self._macs(name) or 0 for name in chosen)
-        return (total - in_int8) / max(total, 1)
+    def _measure_next(
+        self, ranking: _Ranking, chosen: list[str], candidates: list[str]
+    ) -> dict[str, Value]:
+        """The first candidate of the ranking; with times the one with the largest gain per microsecond."""
+        name = candidates[0]
+        if self._costs.has_times:
+            gains = {unit.name: unit.gain or 0.0 for unit in ranking.layers}
+            name = max(candidates, key=lambda unit: gains[unit] / self._costs.find_price(unit))
+        with ExitStack() as trial:
+            disable_until_exit(self._units[name].quantizers, trial)
+            values = self._probe.measure([*chosen, name], {})
+        return {name: values[None]} if values else {}
 
-    def _worth(self, name: str, value: Value, current: Value) -> tuple[float, ...]:
-        """What orders candidates: gain, with times gain for each microsecond."""
-        order = self._order(value)
-        if not self._times:
-            return order
-        gain = order[0] - self._order(current)[0]
-        return (gain / self._price(name) if gain > 0 else gain, *order)
+    def _measure_most_promising(self, chosen: list[str], candidates: list[str]) -> dict[str, Value]:
+        """Each candidate in float besides the chosen ones: all of them, or those that a new estimate puts first."""
+        names = candidates
+        if self._options.confirm is not None and self._is_screened(names):
+            energies = self._screen(names)
+            by_energy = sorted(names, key=lambda name: -energies[name])
+            names = by_energy[: max(self._options.confirm, 1)]
+        variants = {name: self._units[name].quantizers for name in names}
+        values = self._probe.measure(chosen, variants)
+        return {str(name): value for name, value in values.items() if name is not None}
 
-    def _order(self, value: Value) -> tuple[float, float]:
+    def _find_best(self, values: dict[str, Value], current: Value) -> str:
+        """The candidate with the best quality; with times the one with the largest gain per microsecond."""
+
+        def rate(name: str) -> tuple[float, ...]:
+            quality = self._quality(values[name])
+            if not self._costs.has_times:
+                return quality
+            gain = quality[0] - self._quality(current)[0]
+            if gain > 0:
+                gain = gain / self._costs.find_price(name)
+            return (gain, *quality)
+
+        return max(values, key=rate)
+
+    def _find_front(self) -> tuple[MixedPoint, ...]:
+        """The Pareto front of all sets that were measured."""
+
+        def cheapest_then_best(names: tuple[str, ...]) -> tuple[float, float, float]:
+            metric, sqnr = self._quality(self._points[names])
+            return self._costs.find_total(names) or 0.0, -metric, -sqnr
+
+        front: list[MixedPoint] = []
+        best = (-math.inf, -math.inf)
+        for names in sorted(self._points, key=cheapest_then_best):
+            value = self._points[names]
+            if self._quality(value) > best:
+                best = self._quality(value)
+                cost = self._costs.find_total(names) or 0.0
+                front.append(MixedPoint(names, cost, value.sqnr, self._metric_of(value)))
+        return tuple(front)
+
+    def _quality(self, value: Value) -> tuple[float, float]:
+        """Orders measurements: the metric with higher as better, then the SQNR."""
         return self._sign * value.metric, value.sqnr
 
-    def _shown(self, value: Value) -> float | None:
+    def _metric_of(self, value: Value) -> float | None:
+        """The metric as results show it: None if it is SQNR."""
         return None if self._metric.is_sqnr else value.metric
 
-    def _price(self, name: str) -> float:
-        return max(self._cost(name) or 0.0, 1e-3)  # a nanosecond, for what costs nothing
+    def _layers_of(self, names: Iterable[str]) -> list[str]:
+        """The layers of some units."""
+        return [layer for name in names for layer in self._units[name].layers]
 
-    def _macs(self, name: str) -> int | None:
-        return self._sum_macs(self._units[name].layers) if self._costs else None
+
+@dataclass(frozen=True)
+class _Ranking:
+    """The units, measured.
+
+    Args:
+        int8: The model with all units in int8.
+        alone: Unit -> the model with only this unit switched.
+        layers: All units that were measured or estimated, most sensitive first.
+    """
+
+    int8: Value
+    alone: dict[str, Value]
+    layers: list[LayerSensitivity]
+
+
+@dataclass(frozen=True)
+class _Gain:
+    """The gain of a unit and its bootstrap interval, which does not exist for a function or a single row."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class _UnitCosts:
+    """What units cost in int8 and in float.
+
+    Args:
+        units: The units to rank.
+        costs: As for `Search`.
+        times: As for `Search`.
+        pinned: As for `Search`.
+    """
+
+    def __init__(
+        self,
+        units: list[Unit],
+        costs: dict[str, LayerCost],
+        times: dict[str, SwitchCost],
+        pinned: dict[str, str],
+    ) -> None:
+        self._layers = {unit.name: unit.layers for unit in units}
+        self._costs = costs
+        self._times = times
+        self.has_times = bool(times)
+        """Whether the times of layers are known."""
+        layers = [layer for unit in units for layer in unit.layers]
+        self._int8_time = sum(times[layer].int8 for layer in layers if layer in times)
+        pinned_layers = [name for name, precision in pinned.items() if precision == "int8"]
+        self._int8_macs = self._sum_macs([*layers, *pinned_layers])  # with no unit in float
+
+    def count_macs(self, name: str) -> int | None:
+        """MACs of a unit; None without costs."""
+        return self._sum_macs(self._layers[name]) if self._costs else None
+
+    def find_cost(self, name: str) -> float | None:
+        """Microseconds that a unit takes longer in float than in int8; None without times."""
+        if not self._times:
+            return None
+        times = [self._times[layer] for layer in self._layers[name] if layer in self._times]
+        return sum(time.float16 - time.int8 for time in times)
+
+    def find_price(self, name: str) -> float:
+        """The cost of a unit as a positive divisor."""
+        return max(self.find_cost(name) or 0.0, _NANOSECOND)
+
+    def find_total(self, float_units: Sequence[str]) -> float | None:
+        """Time of all units in microseconds with some of them in float; None without times."""
+        if not self._times:
+            return None
+        return self._int8_time + sum(self.find_cost(name) or 0.0 for name in float_units)
+
+    def find_float_fraction(self, float_units: Sequence[str]) -> float:
+        """Fraction of all MACs in float, with those of pinned and never quantized layers."""
+        total = self._costs[""].macs if self._costs else 0
+        moved = sum(self.count_macs(name) or 0 for name in float_units)
+        return (total - (self._int8_macs - moved)) / max(total, 1)
 
     def _sum_macs(self, layers: Iterable[str]) -> int:
         return sum(self._costs[layer].macs for layer in layers if layer in self._costs)
 
-    def _cost(self, name: str) -> float | None:
-        found = [self._times[layer] for layer in self._units[name].layers if layer in self._times]
-        return sum(time.float16 - time.int8 for time in found) if self._times else None
 
-    def _total_cost(self, chosen: Sequence[str]) -> float | None:
-        extra = sum(self._cost(name) or 0.0 for name in chosen)
-        return self._int8_time + extra if self._times else None
-
-    def _front(self) -> tuple[MixedPoint, ...]:
-        """The Pareto front of all sets that were measured."""
-        points = [
-            (self._total_cost(names) or 0.0, names, value) for names, value in self._points.items()
-        ]
-        points.sort(key=lambda point: (point[0], [-part for part in self._order(point[2])]))
-        front: list[MixedPoint] = []
-        best = (-math.inf, -math.inf)
-        for cost, names, value in points:
-            if self._order(value) > best:
-                best = self._order(value)
-                front.append(MixedPoint(names, cost, value.sqnr, self._shown(value)))
-        return tuple(front)
+def _bootstrap(
+    gain: Callable[[ErrorSums, ErrorSums], ErrorSums], first: ErrorSums, second: ErrorSums
+) -> _Gain:
+    """A gain from two sums over samples, and the ends of its interval over draws of the samples."""
+    value = float(gain(first.sum(0), second.sum(0)))
+    if len(first) < 2:
+        return _Gain(value)
+    drawn = gain(draw_sums(first), draw_sums(second))
+    finite = drawn[np.isfinite(drawn)]
+    if not len(finite):
+        return _Gain(value, value, value)
+    low, high = np.percentile(finite, _CONFIDENCE)
+    return _Gain(value, float(low), float(high))
 
 
 def _estimate_gain(noise: ErrorSums, error: ErrorSums) -> ErrorSums:
-    """What SQNR rises in dB without one of many independent errors.
+    """Rise of the SQNR in dB when one of many independent errors is removed.
 
     Args:
-        noise: Energy of the error of all in int8, and the sum of the energies of each one's, `[..., 2]`.
-        error: Energy of the error of the one, `[..., 1]`.
+        noise: Energy of the error with all units in int8, and sum of the energies of all units alone, `[..., 2]`.
+        error: Energy of the error of the one unit, `[..., 1]`.
     """
     total = noise.max(-1)
     with np.errstate(divide="ignore"):
         gain: ErrorSums = -10 * np.log10(1 - error[..., 0] / np.where(total > 0, total, 1.0))
-    return gain + 0.0  # no minus before 0
+    return gain + 0.0  # turns -0.0 into 0.0
