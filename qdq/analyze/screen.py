@@ -1,23 +1,24 @@
-"""An estimate of what every unit costs, from one forward and one backward.
+"""An estimate of the error of every unit, from one forward and one backward.
 
-Each unit makes an error e where it stands: the output of its layer in int8 less that in float, on the same input. To
-first order its share of the error of the outputs is J e, with J the derivative of the outputs by that place. A
+Each unit makes an error e at its place: the output of its layer in int8 minus that in float, on the same input. To
+first order it adds J e to the error of the outputs, with J the derivative of the outputs with respect to that place. A
 backward pass gives J^T v for one v, and with it the product v . J e = (J^T v) . e, without J.
 
 - "one-at-a-time": the model is in float and v is random with variance 1. Then the mean of (v . J e)^2 is the energy of
-  J e. With errors of different channels taken to be independent (each has weights of its own), it is the sum of the
-  energies of the channels: a mean over many squares where v is drawn once.
+  J e. If errors of different channels are independent (each channel has its own weights), this energy is the sum of
+  the energies of the channels. So a single draw of v is enough: the sum is a mean over many squares.
 - "leave-one-out": the model is in int8 and v = E, the error of its outputs. Without a unit E becomes E - J e, and its
-  energy falls by 2 E . J e less that of J e. E is the sum of the errors of all units; as far as they are independent
-  either of these energies is E . J e, and so is the difference.
+  energy falls by 2 E . J e minus the energy of J e. E is the sum of the errors of all units. If these are independent,
+  the energy of J e is E . J e, and so the energy falls by E . J e.
 
-Half of the batches are enough for either.
+Half of the batches are enough for either mode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from qdq.analyze.gradients import freezing_parameters
 from qdq.analyze.sensitivity import ErrorSums
 from qdq.forward import call_model, evaluating, floats_of
 from qdq.nn import QuantInputMixin
@@ -32,6 +34,8 @@ from qdq.nn.functions import run_again
 from qdq.quantizer import TensorQuantizer, disable_quantization, named_quantizers, toggling
 from qdq.samples import count_samples
 from qdq.units import Unit
+
+_LEAST_NOISE = 1e-3  # fraction of the noise that remains at least when a unit is removed
 
 
 def screen_units(
@@ -42,71 +46,99 @@ def screen_units(
     mode: str,
     is_over: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Energy of the error of the outputs that each unit adds ("one-at-a-time") or takes away ("leave-one-out").
+    """Energy of the output error that each unit adds ("one-at-a-time") or removes ("leave-one-out").
 
     Args:
         model: The model, all units quantized.
-        batches: See `trace.call_model`.
+        batches: See `forward.call_model`.
         references: The outputs of the float model on them.
-        units: What is ranked.
-        mode: See above.
-        is_over: Asked before each batch but the first: whether the rest is left out.
+        units: The units to rank.
+        mode: See the module.
+        is_over: Called before each batch but the first; if it returns True, the remaining batches are skipped.
 
     Returns:
         Unit -> energy, in the squared unit of the outputs, summed over all samples.
     """
     random = torch.Generator().manual_seed(0)
     totals = dict.fromkeys((unit.name for unit in units), 0.0)
-    used: list[Any] = []
-    for batch, reference in list(zip(batches, references, strict=True))[: -(-len(batches) // 2)]:
-        if used and is_over():
+    screened: list[Any] = []
+    half = (len(batches) + 1) // 2
+    for batch, reference in zip(batches[:half], references[:half], strict=True):
+        if screened and is_over():
             break
-        used.append(batch)
-        for name, energy in _screen_batch(model, batch, reference, units, mode, random).items():
+        screened.append(batch)
+        if mode == "one-at-a-time":
+            energies = _screen_alone(model, batch, units, random)
+        else:
+            energies = _screen_without(model, batch, reference, units)
+        for name, energy in energies.items():
             totals[name] += energy
-    scale = sum(map(count_samples, batches)) / sum(map(count_samples, used))
+    scale = sum(map(count_samples, batches)) / sum(map(count_samples, screened))
     return {name: scale * energy for name, energy in totals.items()}
 
 
-def _screen_batch(
-    model: nn.Module,
-    batch: Any,
-    reference: Any,
-    units: Sequence[Unit],
-    mode: str,
-    random: torch.Generator,
+def _screen_alone(
+    model: nn.Module, batch: Any, units: Sequence[Unit], random: torch.Generator
 ) -> dict[str, float]:
-    is_alone = mode == "one-at-a-time"
-    taps = _Taps(power=2 if is_alone else 1)
-    with evaluating(model), torch.enable_grad(), _frozen(model), taps.attached(model, units):
-        with disable_quantization(model) if is_alone else _straight_through(model):
+    """Energies that the units add to the error of the float model on one batch."""
+    taps = _Taps(power=2)
+    with (
+        evaluating(model),
+        torch.enable_grad(),
+        freezing_parameters(model),
+        taps.attached(model, units),
+    ):
+        with disable_quantization(model):
             outputs = floats_of(call_model(model, batch))
-        if is_alone:
-            vectors = [
-                torch.randn(out.shape, generator=random).to(out.device, out.dtype)
-                for out in outputs
-            ]
-        else:
-            pairs = zip(outputs, floats_of(reference), strict=True)
-            vectors = [(out - expected).detach() for out, expected in pairs]
-        wanted = [
-            (out, vector) for out, vector in zip(outputs, vectors, strict=True) if out.requires_grad
-        ]
-        if wanted:
-            torch.autograd.backward([out for out, _ in wanted], [vector for _, vector in wanted])
-    return taps.shares
+        vectors = []
+        for output in outputs:
+            vector = torch.randn(output.shape, generator=random)
+            vectors.append(vector.to(output.device, output.dtype))
+        _backpropagate(outputs, vectors)
+    return taps.sums
+
+
+def _screen_without(
+    model: nn.Module, batch: Any, reference: Any, units: Sequence[Unit]
+) -> dict[str, float]:
+    """Energies that the error of the int8 model loses without each unit, on one batch."""
+    taps = _Taps(power=1)
+    with (
+        evaluating(model),
+        torch.enable_grad(),
+        freezing_parameters(model),
+        taps.attached(model, units),
+    ):
+        with _straight_through(model):
+            outputs = floats_of(call_model(model, batch))
+        errors = []
+        for output, expected in zip(outputs, floats_of(reference), strict=True):
+            errors.append((output - expected).detach())
+        _backpropagate(outputs, errors)
+    return taps.sums
+
+
+def _backpropagate(outputs: list[torch.Tensor], vectors: list[torch.Tensor]) -> None:
+    """Run the backward pass from the outputs that have one."""
+    roots, gradients = [], []
+    for output, vector in zip(outputs, vectors, strict=True):
+        if output.requires_grad:
+            roots.append(output)
+            gradients.append(vector)
+    if roots:
+        torch.autograd.backward(roots, gradients)
 
 
 class _Taps:
     """Hooks that measure errors in the forward and multiply them with the gradient in the backward.
 
     Args:
-        power: Of the products, one for each sample and channel, that are added up.
+        power: Exponent of the products, one for each sample and channel, before they are summed.
     """
 
     def __init__(self, power: int) -> None:
         self._power = power
-        self.shares: dict[str, float] = {}
+        self.sums: dict[str, float] = {}
         """The sum for each unit that ran."""
 
     @contextmanager
@@ -115,75 +147,90 @@ class _Taps:
         modules = dict(model.named_modules())
         with ExitStack() as undo:
             for unit in units:
-                layers = [
-                    modules[name]
-                    for name in unit.layers
-                    if isinstance(modules.get(name), QuantInputMixin)
-                ]
-                own = {id(quantizer) for layer in layers for quantizer in layer.modules()}
-                for layer in layers:
-                    quantizers = [
-                        each
-                        for each in unit.quantizers
-                        if any(each is inner for inner in layer.modules())
-                    ]
-                    hook = self._make_hook(unit.name, quantizers)
-                    undo.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
-                for quantizer in unit.quantizers:
-                    if id(quantizer) not in own:
-                        hook = self._make_hook(unit.name, [quantizer])
-                        undo.callback(
-                            quantizer.register_forward_hook(hook, with_kwargs=True).remove
-                        )
+                self._attach(modules, unit, undo)
             yield
 
-    def _make_hook(self, name: str, quantizers: Sequence[TensorQuantizer]) -> Callable[..., Any]:
+    def _attach(self, modules: dict[str, nn.Module], unit: Unit, undo: ExitStack) -> None:
+        """Watch the layers and calls of one unit until `undo` is closed."""
+        inside_layers: set[int] = set()
+        for name in unit.layers:
+            layer = modules.get(name)
+            if not isinstance(layer, QuantInputMixin):
+                continue
+            members = {id(module) for module in layer.modules()}
+            inside_layers |= members
+            quantizers = [each for each in unit.quantizers if id(each) in members]
+            self._watch(layer, unit.name, quantizers, undo)
+        for quantizer in unit.quantizers:
+            if id(quantizer) not in inside_layers:
+                self._watch(quantizer, unit.name, [quantizer], undo)
+
+    def _watch(
+        self, module: nn.Module, name: str, quantizers: list[TensorQuantizer], undo: ExitStack
+    ) -> None:
+        """Measure the error that some quantizers make in the output of a module."""
+
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> Any:
-            found = floats_of(output)
-            if (
-                not found or not torch.is_grad_enabled()
-            ):  # a layer inside one that is run again, or without gradients
+            leaves = floats_of(output)
+            # A layer inside one that is run again has no gradient to multiply with.
+            if not leaves or not torch.is_grad_enabled():
                 return None
-            were_off = all(not quantizer.is_enabled for quantizer in quantizers)
-            with torch.no_grad(), toggling(quantizers):
-                other = floats_of(run_again(module, args, kwargs))[0]
-            here = found[0]
-            error = (other - here.detach()) if were_off else (here.detach() - other)
-            if not isinstance(output, torch.Tensor) and not here.requires_grad:
+            result = leaves[0]
+            error = _measure_error(module, args, kwargs, result, quantizers)
+            if not isinstance(output, torch.Tensor) and not result.requires_grad:
                 return None
-            # Not a view: where the model changes one in place, its hook is lost. A quantizer that is off gives what it
-            # was given, and others read that too.
-            is_own = here.requires_grad and all(
-                here is not leaf for leaf in tree_leaves((args, kwargs))
-            )
-            tapped = (
-                here
-                if is_own
-                else here.clone()
-                if here.requires_grad
-                else here.clone().requires_grad_().clone()
-            )
+            tapped = _tap(result, (args, kwargs))
             tapped.register_hook(  # type: ignore[no-untyped-call]
                 lambda gradient: self._add(name, gradient, error)
             )
             return tapped if isinstance(output, torch.Tensor) else None
 
-        return hook
+        handle = module.register_forward_hook(hook, with_kwargs=True)
+        undo.callback(handle.remove)
 
     def _add(self, name: str, gradient: torch.Tensor, error: torch.Tensor) -> None:
-        """One call's share. Channels are the last dimension, of `[B, C, H, W]` the second."""
+        """Add the sum of one call. Channels are the last dimension, or the second one of `[B, C, H, W]`."""
         products = gradient * error
-        if products.dim() > 2:
-            products = products.flatten(2).sum(2) if products.dim() > 3 else products.sum(1)
-        self.shares[name] = self.shares.get(name, 0.0) + float(
-            products.double().pow(self._power).sum()
-        )
+        if products.dim() > 3:
+            products = products.flatten(2).sum(2)
+        elif products.dim() == 3:
+            products = products.sum(1)
+        energy = float(products.double().pow(self._power).sum())
+        self.sums[name] = self.sums.get(name, 0.0) + energy
+
+
+def _measure_error(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    result: torch.Tensor,
+    quantizers: list[TensorQuantizer],
+) -> torch.Tensor:
+    """Output of a module with some quantizers on, minus the output with them off; one of the two is `result`."""
+    are_off = all(not quantizer.is_enabled for quantizer in quantizers)
+    with torch.no_grad(), toggling(quantizers):
+        toggled = floats_of(run_again(module, args, kwargs))[0]
+    if are_off:
+        return toggled - result.detach()
+    return result.detach() - toggled
+
+
+def _tap(result: torch.Tensor, inputs: Any) -> torch.Tensor:
+    """A tensor with the values of a result whose gradient can be watched.
+
+    It is not a view: the hook of a view is lost when the model changes it in place. A quantizer that is off returns
+    its input, which others read too; so the result is copied then.
+    """
+    if not result.requires_grad:
+        return result.clone().requires_grad_().clone()
+    is_input = any(result is leaf for leaf in tree_leaves(inputs))
+    return result.clone() if is_input else result
 
 
 class _StraightThrough(torch.autograd.Function):
-    """A quantizer whose gradient is 1; torch's own operators write a mask as well, and cost several times as much."""
+    """A quantizer whose gradient is 1; torch's own operators also write a mask, which costs several times as much."""
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
@@ -197,35 +244,33 @@ class _StraightThrough(torch.autograd.Function):
 
 @contextmanager
 def _straight_through(model: nn.Module) -> Iterator[None]:
-    """Every quantizer of the model with a gradient of 1."""
+    """Give every quantizer of the model a gradient of 1."""
+
+    def pass_through(quantizer: TensorQuantizer, inputs: torch.Tensor) -> Any:
+        return _StraightThrough.apply(inputs, quantizer)
+
     quantizers = [quantizer for _, quantizer in named_quantizers(model)]
     try:
         for quantizer in quantizers:
-            vars(quantizer)["forward"] = lambda inputs, quantizer=quantizer: _StraightThrough.apply(
-                inputs, quantizer
-            )
+            vars(quantizer)["forward"] = partial(pass_through, quantizer)
         yield
     finally:
         for quantizer in quantizers:
             vars(quantizer).pop("forward", None)
 
 
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients for parameters: only those of activations are asked for."""
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in learned:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in learned:
-            parameter.requires_grad_(True)
+def estimate_sqnr(mode: str, int8_sums: ErrorSums, energy: float) -> float:
+    """SQNR in dB of a unit alone, or of the model without it.
 
-
-def estimate_sqnr(mode: str, statistics: ErrorSums, energy: float) -> float:
-    """SQNR in dB of a unit by itself, or without it, from its energy and the statistics of the model in int8."""
-    signal, noise = statistics[:, 0].sum(), statistics[:, 1].sum()
-    rest = energy if mode == "one-at-a-time" else max(noise - energy, noise * 1e-3)
+    Args:
+        mode: See the module.
+        int8_sums: Error sums of the model in int8, whose first columns are signal and noise.
+        energy: Energy of the unit, as `screen_units` gives it.
+    """
+    signal, noise = int8_sums[:, 0].sum(), int8_sums[:, 1].sum()
+    if mode == "leave-one-out":
+        energy = max(noise - energy, noise * _LEAST_NOISE)
+    if not energy:
+        return float("inf")
     with np.errstate(divide="ignore"):
-        return float(10 * np.log10(signal / rest)) if rest else float("inf")
+        return float(10 * np.log10(signal / energy))
