@@ -1,11 +1,12 @@
-"""Sensitivity of every layer, and which ones to leave in float.
+"""Sensitivity of every layer, and which layers to leave in float.
 
-Every unit, a layer or a group of them, is measured in one of two modes; then units go to float until a target is met.
+A unit is a layer or a group of layers. Every unit is measured in one of two modes. Then units go to float until a
+target is met.
 
-- "one-at-a-time": only this unit in int8, all others in float. The SQNR is that of its own error, and errors of
-  different layers add up, so the ranking holds for sets of layers too.
-- "leave-one-out": only this unit in float, all others in int8. What one more float layer would gain right now; after
-  every step the others are measured anew.
+- "one-at-a-time": only this unit is in int8, everything else is in float. The SQNR is that of the error of this unit.
+  Errors of different layers add up, so the ranking holds for sets of layers too.
+- "leave-one-out": only this unit is in float, everything else is in int8. The SQNR says what one more float layer
+  would gain in the present state. After every step the remaining units are measured again.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from qdq.analyze.cost import LayerCost, SwitchCost, count_costs, estimate_times, load_times
+from qdq.analyze.cost import LayerCost, SwitchCost, estimate_times, load_times, trace_costs
 from qdq.analyze.fingerprint import fingerprint_analysis
+from qdq.analyze.gradients import require_gradients
 from qdq.analyze.journal import Journal
 from qdq.analyze.options import MODES, Metric, Options
 from qdq.analyze.probe import Probe
@@ -29,11 +30,11 @@ from qdq.analyze.replay import CACHE_BYTES, Replay
 from qdq.analyze.result import Analysis, LayerSensitivity, MixedPoint, Step
 from qdq.analyze.search import Search
 from qdq.analyze.sensitivity import require_labels
-from qdq.errors import ArgumentError, StateError
-from qdq.forward import require_model
+from qdq.errors import ArgumentError
+from qdq.forward import ForwardTrace, require_model, trace_forward
 from qdq.patterns import Pattern
 from qdq.plan import PRECISIONS, Plan
-from qdq.quantizer import disable_until_exit
+from qdq.quantizer import disable_quantization, disable_until_exit
 from qdq.samples import list_filled_batches
 from qdq.units import Unit, find_units, group_units, match_precisions
 
@@ -69,49 +70,52 @@ def analyze_layers(
     path: Path | str | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> Analysis:
-    """Rank the layers by what they cost, and leave the worst in float until a target is met or enough are.
+    """Rank the layers by their sensitivity, and leave the worst in float until a target or a limit is reached.
 
-    Layers that are chosen are disabled in the model, with what exists only for them; nothing else about it changes.
-    Under torchrun the processes share the work and all come to the same result.
+    Layers that are chosen are disabled in the model, together with the quantizers that exist only for them; nothing
+    else in the model changes. Under torchrun the processes share the work and all return the same result.
 
     Args:
-        model: A calibrated model. Layers that are disabled already stay so and are not ranked.
-        batches: Iterated once and kept; see `trace.call_model`. "top1" needs `(images, labels)`.
-        mode: "one-at-a-time" or "leave-one-out", see above.
-        metric: What ranks: "sqnr" (as None), "cosine", "kl" (of the softmax, in nats) or "top1" of the outputs, or a
-            function `model -> float`, which is called once for each state.
-        higher_is_better: Direction of a function; True if not given. The others have their own.
-        groups: What is left in float together: None (each layer by itself), "block", "shared" (layers whose inputs
-            have one range) or patterns, each of which makes a group.
+        model: A calibrated model. Layers that are disabled already stay disabled and are not ranked.
+        batches: Iterated once and held in memory; see `forward.call_model`. "top1" needs `(images, labels)`.
+        mode: "one-at-a-time" or "leave-one-out", see the module.
+        metric: The metric that ranks: "sqnr" (the default), "cosine", "kl" (of the softmax, in nats) or "top1" of the
+            outputs, or a function `model -> float`, which is called once for each state.
+        higher_is_better: Direction of a function; True by default. The other metrics have a fixed direction.
+        groups: Layers that are left in float together: None (each layer by itself), "block", "shared" (layers whose
+            inputs have one range) or patterns, each of which makes a group.
         pinned: Layer, or pattern of layers -> "int8" or "float": decided already, neither ranked nor changed. Or the
             plan of an earlier analysis. A name goes before patterns.
-        confirm: Rank by an estimate for one to two evaluations, and measure only so many units exactly; None
-            measures all.
+        confirm: Rank by an estimate, which costs one to two evaluations, and measure only this many units exactly.
+            None measures all.
         target_sqnr: Stop when the SQNR reaches this many dB.
         target_metric: Stop when the metric reaches this value.
-        target_drop: Stop when the metric is worse than the float model's by no more than this.
-        max_float_layers: At most so many layers are left in float, beyond those that are pinned or were in float
-            before; 0 only ranks.
-        max_float_share: At most this share of all multiplications of the model is in float, 0 to 1, what is pinned or
-            was in float before included.
-        budget: Seconds. Nothing but the first evaluation begins later: what is not measured by then has no gain and
-            is in `unmeasured`, and a step that is not finished by then is not taken. The ranking has 3/4 of it where
-            layers may be left in float.
+        target_drop: Stop when the metric is worse than that of the float model by no more than this.
+        max_float_layers: Upper limit on the layers left in float, not counting pinned and already-float layers;
+            0 only ranks.
+        max_float_share: Upper limit on the fraction of MACs left in float (0 to 1), counting pinned and already-float
+            layers.
+        budget: Seconds. Only the first evaluation may begin later. Units that are not measured by then have no gain
+            and are listed in `unmeasured`; a step that is not finished by then is not taken. The ranking gets 3/4 of
+            the budget where layers may be left in float.
         gpu: Weigh the gain against the time of a layer on this GPU ("a100", "orin" ...; `qdq.analyze.cost.GPUS`).
-        profile: The same, with times of an engine: JSON of trtexec `--exportProfile`.
-        path: File to which every measurement is appended; an analysis that was killed goes on from it.
-        cache_bytes: Of activations and quantized weights in memory; activations beyond it wait in temporary files.
+        profile: The same, with times measured in an engine: JSON of trtexec `--exportProfile`.
+        path: File to which every measurement is appended; an analysis that was killed continues from it.
+        cache_bytes: Limit on activations and quantized weights in memory; activations beyond it go to temporary files.
+
+    Returns:
+        The ranking, the steps taken and the reason why the search ended.
 
     Raises:
         ArgumentError: An unknown name, a target for a metric that is not given, a number out of range, options that
             contradict each other, a pattern that matches nothing, or a file that cannot be written.
-        DataError: No batch, "top1" without labels, or a file that is no profile.
-        StateError: No layer is quantized, one has no amax, the outputs hold NaN, or a function gives no number;
+        DataError: No batch, "top1" without labels, or a file that is not a profile.
+        StateError: No layer is quantized, a layer has no amax, the outputs hold NaN, or a function returns no number;
             `confirm` in `torch.inference_mode`, or with a model that was made there.
     """
     require_model(model)
     if confirm is not None:
-        _require_gradients(model)
+        require_gradients(model)
     options = Options(
         mode=mode,
         metric=metric,
@@ -126,48 +130,40 @@ def analyze_layers(
         gpu=gpu,
         profile=profile,
     )
-    earlier = pinned if isinstance(pinned, Plan) else None
+    earlier_plan = pinned if isinstance(pinned, Plan) else None
     precisions = pinned.precisions if isinstance(pinned, Plan) else pinned or {}
     _require_precisions(precisions)
-    kept = list_filled_batches(batches)
-    chosen = options.chosen_metric
-    require_labels(chosen.outputs, kept[0])
-    began = time.monotonic()
+    samples = list_filled_batches(batches)
+    metric_used = options.chosen_metric
+    require_labels(metric_used.outputs, samples[0])
+    start = time.monotonic()
+
+    trace, costs = _trace_float_forward(model, samples[0], options)
     with ExitStack() as undo:  # an interrupted search leaves the model as it was
-        units, fixed = _pin(model, find_units(model, kept[0]), precisions, undo)
-        units = group_units(model, units, groups)
-        costs = count_costs(model, kept[0]) if gpu or profile or max_float_share is not None else {}
-        times = _estimate(model, costs, options, units)
+        all_units = find_units(model, samples[0], trace)
+        free_units, decided = _pin(model, all_units, precisions, undo)
+        units = group_units(model, free_units, groups)
+        times = _find_times(model, costs, options, units)
         with Ranks() as ranks:
-            fingerprint = fingerprint_analysis(model, kept, chosen.name, units)
+            fingerprint = fingerprint_analysis(model, trace, samples, metric_used.name, units)
             journal = Journal(None if path is None else Path(path), fingerprint, ranks)
-            probe = Probe(
-                model, kept, chosen, journal, ranks, Replay(model, cache_bytes=cache_bytes)
-            )
-            search = Search(model, probe, units, options, costs, times, fixed, began)
-            analysis = search.run(undo, earlier)
+            replay = Replay(model, cache_bytes=cache_bytes)
+            probe = Probe(model, samples, metric_used, journal, ranks, replay)
+            search = Search(model, probe, units, options, costs, times, decided, start)
+            analysis = search.run(undo, earlier_plan)
             journal.close()
         undo.pop_all()
     return analysis
 
 
-def _require_gradients(model: nn.Module) -> None:
-    tensors = [*model.parameters(), *model.buffers()]
-    if torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in tensors):
-        raise StateError(
-            "in torch.inference_mode there are no gradients, by which confirm estimates.",
-            "make and analyze the model outside of it, or leave confirm out.",
-        )
-
-
 def check_options(**options: Any) -> None:
-    """Refuse arguments of `analyze_layers` that cannot be meant, before the work that precedes it.
+    """Refuse invalid arguments of `analyze_layers` before the work that precedes it.
 
     Args:
-        **options: Those of `Options`, by their names there and in `analyze_layers`.
+        **options: The fields of `Options`, which have the same names in `analyze_layers`.
 
     Raises:
-        ArgumentError: As there; patterns that match nothing are seen only with the model.
+        ArgumentError: As for `analyze_layers`; patterns that match nothing are found only with the model.
         DataError: The profile cannot be read.
     """
     Options(**options)
@@ -179,22 +175,35 @@ def _require_precisions(pinned: Mapping[str, str]) -> None:
             raise ArgumentError(f"{name} is pinned to {precision!r}.", "pin to 'int8' or 'float'.")
 
 
+def _trace_float_forward(
+    model: nn.Module, batch: Any, options: Options
+) -> tuple[ForwardTrace, dict[str, LayerCost]]:
+    """The one record that units, costs and fingerprint are read from; without costs if no option needs them."""
+    if options.needs_costs:
+        return trace_costs(model, batch)
+    with disable_quantization(model):
+        return trace_forward(model, batch), {}
+
+
 def _pin(
     model: nn.Module, units: list[Unit], pinned: Mapping[str, str], undo: ExitStack
 ) -> tuple[list[Unit], dict[str, str]]:
-    """What is left to decide, and what is decided; float layers are switched off."""
-    fixed = match_precisions(model, [unit.name for unit in units], pinned)
+    """Units still to be decided, and the precisions of pinned ones; layers pinned to float are switched off."""
+    decided = match_precisions(model, [unit.name for unit in units], pinned)
     for unit in units:
-        if fixed.get(unit.name) == "float":
+        if decided.get(unit.name) == "float":
             disable_until_exit(unit.quantizers, undo)
-    return [unit for unit in units if unit.name not in fixed], fixed
+    free_units = [unit for unit in units if unit.name not in decided]
+    return free_units, decided
 
 
-def _estimate(
+def _find_times(
     model: nn.Module, costs: dict[str, LayerCost], options: Options, units: list[Unit]
 ) -> dict[str, SwitchCost]:
-    """Time of every layer in both types, if they are asked for."""
+    """Time of every layer in int8 and in fp16; empty if neither `gpu` nor `profile` is given."""
     if options.profile is not None:
         names = [name for unit in units for name in unit.layers]
         return load_times(Path(options.profile), names, dict(model.named_modules()))
-    return estimate_times(costs, options.gpu) if options.gpu else {}
+    if options.gpu is not None:
+        return estimate_times(costs, options.gpu)
+    return {}

@@ -1,4 +1,4 @@
-"""What a layer costs on a GPU: the roofline of its arithmetic and its traffic, or times measured in an engine."""
+"""Cost of a layer on a GPU: the roofline of its arithmetic and its traffic, or times measured in an engine."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import TypedDict
 
+from qdq.analyze.gradients import freezing_parameters
 from qdq.errors import ArgumentError, DataError
-from qdq.forward import tensors_of, trace_forward
+from qdq.forward import ForwardTrace, tensors_of, trace_forward
 from qdq.functions import PRODUCT_OPERATORS
 from qdq.quantizer import disable_quantization
 from qdq.schema import read_json, validate
@@ -26,12 +27,12 @@ from qdq.schema import read_json, validate
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak rates of a GPU, dense, as NVIDIA's data sheets give them.
+    """Dense peak rates of a GPU, from NVIDIA's data sheets.
 
     Args:
-        int8: int8 operations a second, in 10^12.
-        fp16: fp16 operations a second on the tensor cores, in 10^12.
-        bandwidth: Memory traffic, in 10^9 bytes a second.
+        int8: int8 operations per second, in 10^12.
+        fp16: fp16 operations per second on the tensor cores, in 10^12.
+        bandwidth: Memory traffic, in 10^9 bytes per second.
     """
 
     int8: float
@@ -64,7 +65,7 @@ def _count_bilinear(first: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(first[:-1]) * math.prod(weight)
 
 
-# Floating point operations of the kernels that torch's own counter does not know, from the shapes of their arguments.
+# Floating point operations of the kernels that the counter of torch does not know, from the shapes of their arguments.
 _FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention,
     torch.ops.aten.mkldnn_rnn_layer: _count_recurrent_layer,
@@ -73,10 +74,11 @@ _FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._trilinear: _count_bilinear,
 }
 
-# Where a data sheet gives rates with sparsity, half of them; consumer cards: fp16 with fp16 sums.
-# Checked in November 2026 against tables that others publish of NVIDIA's data sheets: all of a100, h100, l40s and t4,
-# int8 of orin (170 with sparsity) and rtx4090, fp16 of rtx3090, and every bandwidth. a10 and l4: tensor cores x
-# operations x clock. int8 of rtx3090 is twice its fp16, fp16 of orin and rtx4090 half of int8, as these chips have it.
+# Where a data sheet gives rates with sparsity, this table has half of them. Consumer cards: fp16 with fp16 sums.
+# Checked in November 2026 against published tables of NVIDIA's data sheets: all of a100, h100, l40s and t4, int8 of
+# orin (170 with sparsity) and rtx4090, fp16 of rtx3090, and every bandwidth. Computed as tensor cores x operations x
+# clock: a10 and l4. By the ratio of these chips, int8 of rtx3090 is twice its fp16, and fp16 of orin and rtx4090 is
+# half of their int8.
 GPUS = {
     "a10": Gpu(250, 125, 600),
     "a100": Gpu(624, 312, 2039),  # SXM, 80 GB
@@ -92,11 +94,11 @@ GPUS = {
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What a layer does in one forward.
+    """Arithmetic and memory traffic of a layer in one forward.
 
     Args:
-        macs: Multiplications with an addition.
-        values: Numbers that it reads and writes, its weights among them.
+        macs: Multiply-accumulate operations.
+        values: Numbers that it reads and writes, weights included.
     """
 
     macs: int
@@ -105,11 +107,11 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class SwitchCost:
-    """Time of a layer in both types, in microseconds for the batch that was counted.
+    """Time of a layer in each of two types, in microseconds, for the batch that was counted.
 
     Args:
-        int8: In int8.
-        float16: In fp16.
+        int8: Time in int8.
+        float16: Time in fp16.
     """
 
     int8: float
@@ -124,7 +126,8 @@ def find_gpu(name: str) -> Gpu:
     """
     if name not in GPUS:
         raise ArgumentError(
-            f"gpu is {name!r}; known are {', '.join(GPUS)}.", "use one of those, or give a profile."
+            f"gpu is {name!r}; expected one of {', '.join(GPUS)}.",
+            "use one of these, or give a profile.",
         )
     return GPUS[name]
 
@@ -134,10 +137,21 @@ def count_costs(model: nn.Module, batch: Any) -> dict[str, LayerCost]:
 
     Args:
         model: Any module.
-        batch: As for `trace.call_model`.
+        batch: As for `forward.call_model`.
 
     Returns:
-        Dotted name -> what it does, for what multiplies matrices; "" is the whole model.
+        Dotted name -> cost, for everything that multiplies matrices; "" is the whole model.
+    """
+    _, costs = trace_costs(model, batch)
+    return costs
+
+
+def trace_costs(model: nn.Module, batch: Any) -> tuple[ForwardTrace, dict[str, LayerCost]]:
+    """The costs as in `count_costs`, and the record of the float forward that they were counted in.
+
+    Args:
+        model: Any module.
+        batch: As for `forward.call_model`.
     """
     values: dict[str, int] = {}
     counter = FlopCounterMode(display=False, custom_mapping=_FLOP_FORMULAS)
@@ -145,20 +159,22 @@ def count_costs(model: nn.Module, batch: Any) -> dict[str, LayerCost]:
         for name, module in model.named_modules():
             handle = module.register_forward_hook(_Traffic(name, values), with_kwargs=True)
             undo.callback(handle.remove)
+        # The counter reads the gradients of parameters by calling functions on them, which would be in the trace.
+        undo.enter_context(freezing_parameters(model))
         with disable_quantization(model), counter:
             trace = trace_forward(model, batch, counter.get_total_flops)
+
     macs: Counter[str] = Counter()
-    for operation in filter(lambda operation: operation.metered, trace.operations):
-        macs.update(
-            dict.fromkeys(
-                {operation.name, *_self_and_parents(operation.module)}, operation.metered // 2
-            )
-        )
-        moved = sum(
-            math.prod(trace.shapes[number]) for number in (*operation.inputs, *operation.outputs)
-        )
+    for operation in trace.operations:
+        if not operation.metered:
+            continue
+        for name in {operation.name, *_self_and_parents(operation.module)}:
+            macs[name] += operation.metered // 2
+        tensors = (*operation.inputs, *operation.outputs)
+        moved = sum(math.prod(trace.shapes[number]) for number in tensors)
         values[operation.name] = values.get(operation.name, 0) + moved
-    return {name: LayerCost(count, values[name]) for name, count in macs.items() if name in values}
+    costs = {name: LayerCost(count, values[name]) for name, count in macs.items() if name in values}
+    return trace, costs
 
 
 def _self_and_parents(name: str) -> set[str]:
@@ -167,11 +183,11 @@ def _self_and_parents(name: str) -> set[str]:
 
 
 class _Traffic:
-    """A hook that adds up the numbers which a module reads and writes.
+    """A hook that adds up the numbers that a module reads and writes.
 
     Args:
-        name: Of the module.
-        values: Where the sum goes.
+        name: Dotted name of the module.
+        values: Name -> sum; the hook adds to it.
     """
 
     def __init__(self, name: str, values: dict[str, int]) -> None:
@@ -188,19 +204,23 @@ def estimate_times(costs: dict[str, LayerCost], gpu: str) -> dict[str, SwitchCos
     """Roofline of every layer: the longer of its arithmetic and its traffic, at the peak rates of a GPU.
 
     Williams, Waterman and Patterson, "Roofline: an insightful visual performance model for multicore architectures",
-    Communications of the ACM 52, 2009. A real kernel is slower; for a choice the proportion between layers counts.
+    Communications of the ACM 52, 2009. A real kernel is slower; only the ratios between layers matter for a choice.
 
     Raises:
         ArgumentError: An unknown GPU.
     """
     rates = find_gpu(gpu)
-    return {
-        name: SwitchCost(
-            max(2 * cost.macs / rates.int8 / 1e6, cost.values / rates.bandwidth / 1e3),
-            max(2 * cost.macs / rates.fp16 / 1e6, 2 * cost.values / rates.bandwidth / 1e3),
+    times = {}
+    for name, cost in costs.items():
+        int8_arithmetic = 2 * cost.macs / rates.int8 / 1e6
+        int8_traffic = cost.values / rates.bandwidth / 1e3
+        fp16_arithmetic = 2 * cost.macs / rates.fp16 / 1e6
+        fp16_traffic = 2 * cost.values / rates.bandwidth / 1e3
+        times[name] = SwitchCost(
+            int8=max(int8_arithmetic, int8_traffic),
+            float16=max(fp16_arithmetic, fp16_traffic),
         )
-        for name, cost in costs.items()
-    }
+    return times
 
 
 class _ProfileRow(TypedDict, total=False):
@@ -214,65 +234,79 @@ def read_profile(path: Path) -> list[tuple[str, float]]:
     """Kernels of an engine and their times in milliseconds, from JSON of trtexec `--exportProfile`.
 
     Raises:
-        DataError: Not such a file, or a time in it is no time.
+        DataError: The file is not a profile, or a time in it is not a time.
     """
     fix = "write one with trtexec --exportProfile=FILE --dumpProfile."
     try:
         rows = validate(list[_ProfileRow], read_json(path, fix), str(path), fix)
     except DataError as error:
         raise DataError(f"{path} is no engine profile: {error.message}", error.fix) from error
-    return [(row["name"], row["averageMs"]) for row in rows if "name" in row and "averageMs" in row]
+    kernels = []
+    for row in rows:
+        if "name" in row and "averageMs" in row:
+            kernels.append((row["name"], row["averageMs"]))
+    return kernels
 
 
 def load_times(path: Path, names: Sequence[str], modules: Collection[str]) -> dict[str, SwitchCost]:
     """Measured times of layers, from a profile of an int8 engine (trtexec `--exportProfile`).
 
-    TensorRT names a kernel after the ONNX nodes in it, and qdq a node after its module: `layer1.0.conv1/Conv`. The
-    time of a kernel is shared by all layers in it. In fp16 a layer is taken to need twice the time of int8: twice the
-    bytes, and half the rate of the tensor cores.
+    TensorRT names a kernel after the ONNX nodes in it, and qdq names a node after its module: `layer1.0.conv1/Conv`.
+    The time of a kernel is divided equally among the layers in it. A layer is assumed to take twice as long in fp16
+    as in int8: it moves twice the bytes, and the tensor cores have half the rate.
 
     Args:
         path: JSON: a list of objects with `name` and `averageMs`.
         names: Dotted names of layers and calls.
-        modules: Dotted names of all modules; what is not among them is a call.
+        modules: Dotted names of all modules; a name that is not among them is a call.
 
     Raises:
-        DataError: Not such a file, or none of the layers is in it.
+        DataError: The file is not a profile, or it names none of the layers.
     """
     kernels = read_profile(path)
-    times: dict[str, float] = {}
-    layers = {name for name in names if name in modules}
+    layers: set[str] = set()
     calls: dict[str, list[str]] = {}  # module -> calls in it
     for name in names:
-        if name not in modules:
+        if name in modules:
+            layers.add(name)
+        else:
             calls.setdefault(name.rpartition(".")[0], []).append(name)
+
+    microseconds: dict[str, float] = {}
     for kernel, milliseconds in kernels:
-        nodes = re.split(r"[\s+:,()\[\]{}]+", kernel)
-        hits = {name for node in nodes for name in _find_layers(node, layers, calls)}
+        hits: set[str] = set()
+        for node in re.split(r"[\s+:,()\[\]{}]+", kernel):
+            hits.update(_find_layers(node, layers, calls))
         for name in hits:
-            times[name] = times.get(name, 0.0) + 1000 * milliseconds / len(hits)
-    if not times:
+            fraction = 1000 * milliseconds / len(hits)
+            microseconds[name] = microseconds.get(name, 0.0) + fraction
+    if not microseconds:
         raise DataError(
             f"no layer of the model is named in the kernels of {path}.",
-            "profile the engine that qdq built of it.",
+            "profile the engine that qdq built from this model.",
         )
-    return {name: SwitchCost(time, 2 * time) for name, time in times.items()}
+    return {name: SwitchCost(time, 2 * time) for name, time in microseconds.items()}
 
 
 def _find_layers(node: str, layers: Collection[str], calls: Mapping[str, list[str]]) -> list[str]:
-    """The layer that an ONNX node is part of; of a product outside of layers, the calls in its module."""
+    """The layer that an ONNX node is part of; for a product outside of layers, the calls in its module."""
     scope, slash, operation = node.rpartition("/")
     module = _join_scopes(scope) if slash else node
-    if inside := [name for name in _self_and_parents(module) if name and name in layers]:
-        return [max(inside, key=len)]
+    enclosing = [name for name in _self_and_parents(module) if name and name in layers]
+    if enclosing:
+        return [max(enclosing, key=len)]
     is_product = bool(slash) and re.sub(r"_\d+$", "", operation) in PRODUCT_OPERATORS
-    return calls.get(module, []) if is_product else []
+    if not is_product:
+        return []
+    return calls.get(module, [])
 
 
 def _join_scopes(scope: str) -> str:
-    """`layer1.0.conv1` of qdq's `layer1.0.conv1`, and of torch's own `/layer1/layer1.0/conv1`."""
+    """`layer1.0.conv1` from the `layer1.0.conv1` of qdq, and from the `/layer1/layer1.0/conv1` of torch."""
     joined: list[str] = []
-    for part in filter(None, scope.split("/")):
+    for part in scope.split("/"):
+        if not part:
+            continue
         if joined and part.startswith(f"{joined[-1]}."):
             joined.pop()
         joined.append(part)
