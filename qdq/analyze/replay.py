@@ -1,18 +1,18 @@
 """Forwards in many states of the quantizers, each at the cost of what its state changes; bit-identical to full ones.
 
-The first forward of a batch is recorded: every torch function and every quantizer, with the numbers of the tensors that
-went in and came out. In a later forward the model's own code runs again, but a call whose tensors are all those of the
+The first forward of a batch is recorded: every torch function and every quantizer, with the numbers of its input and
+output tensors. In a later forward the code of the model runs again, but a call whose input tensors are all those of the
 recording is answered from it without being computed. So branches, shared modules and calls with several inputs need
-no special case, and what is computed is exactly what depends on the quantizers that were switched.
+no special case, and only the calls that depend on the switched quantizers are computed.
 
 The model is handed stand-ins: tensors with the shape, type and device of the value and hardly any memory. Functions in
-place work on a copy, and their stand-in is renumbered. Of the values only those are kept that some later forward
-reads, as long as one does; beyond `cache_bytes` they lie in mapped temporary files. What depends on parameters alone is
-the same for every batch: fake-quantized weights are kept once, up to half of `cache_bytes`, and the rest is computed
-again where it is read.
+place work on a copy, and their stand-in is renumbered. A value is stored only if some later forward reads it, and only
+as long as one does; values beyond `cache_bytes` are in mapped temporary files. Values that depend on parameters alone
+are the same for every batch: fake-quantized weights are stored once, up to half of `cache_bytes`, and the others are
+computed again wherever they are read.
 
 Small models spend more time on this bookkeeping than on arithmetic. So recordings are timed beside plain forwards, and
-where full forwards are faster they are what runs.
+full forwards run instead where they are faster.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -41,36 +41,32 @@ from qdq.quantizer import TensorQuantizer, named_quantizers, toggling
 CACHE_BYTES = 2 * 2**30
 _FIRST_REPLAYED = 2**40  # numbers of tensors that replays compute: above those of any recording
 _SLOT = "_qdq_slot"
-_Variants = Mapping[str, Sequence[TensorQuantizer]]
-_Compute = Callable[[list[torch.Tensor]], tuple[list[Any], TreeSpec]]
 _METADATA = frozenset(
-    {
-        *(
-            "shape",
-            "dtype",
-            "device",
-            "ndim",
-            "layout",
-            "requires_grad",
-            "is_cuda",
-            "is_cpu",
-            "is_meta",
-            "is_sparse",
-        ),
-        *(
-            "is_quantized",
-            "is_nested",
-            "is_mps",
-            "is_xpu",
-            "is_leaf",
-            "itemsize",
-            "nbytes",
-            "names",
-            "grad_fn",
-        ),
-    }
+    [
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "layout",
+        "requires_grad",
+        "is_cuda",
+        "is_cpu",
+        "is_meta",
+        "is_sparse",
+        "is_quantized",
+        "is_nested",
+        "is_mps",
+        "is_xpu",
+        "is_leaf",
+        "itemsize",
+        "nbytes",
+        "names",
+        "grad_fn",
+    ]
 )
-_NOT_IN_PLACE = frozenset({"__index__", "__int__", "__invert__"})  # by their names they might be
+_NOT_IN_PLACE = frozenset(
+    ["__index__", "__int__", "__invert__"]
+)  # their names look as if they were
 _SCALARS = (
     bool,
     int,
@@ -84,14 +80,218 @@ _SCALARS = (
     torch.layout,
 )
 
+_Variants = Mapping[str, Sequence[TensorQuantizer]]
+_FlatResult = tuple[list[Any], TreeSpec]
+_Compute = Callable[[list[torch.Tensor]], _FlatResult]
+_InPlace = Literal["", "copy", "result"]
+"""How a call changes its first tensor.
+
+"copy": the function changes it, so it gets a copy. "result": the result is its new value. "": it does not change it.
+"""
+
 
 class _NotReplayableError(Exception):
     """The model does something that cannot be recorded: it is evaluated in full. Never leaves this module."""
 
 
+class Replay:
+    """Evaluates a model on batches, each in several states of its quantizers.
+
+    A model with TorchScript modules, with random numbers, or with views that it changes in place is evaluated in full,
+    and `reason` says why. A model is also evaluated in full if that is faster. The results are the same in any case.
+
+    Args:
+        model: Any module.
+        cache_bytes: Limit on values and weights in memory; values beyond it are in temporary files.
+        always: Whether to replay even if full forwards are faster.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, cache_bytes: int = CACHE_BYTES, always: bool = False
+    ) -> None:
+        self._model = model
+        self._always = always
+        self._bookkeeping = 0.0  # of a recording or a replay, in plain forwards
+        self._memory = _Memory(cache_bytes)
+        self._weights = _Weights(self._memory, model)
+        self.reason = ""
+        """Why forwards are computed in full, "" if they are replayed."""
+        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+            self.reason = "a part of the model is TorchScript"
+        self._planned: _PlannedVariants | None = None
+
+    def evaluate(
+        self, batch: Any, variants: _Variants, measure: Callable[[str | None, Any], None]
+    ) -> None:
+        """Measure the outputs on a batch, with the quantizers as they are and with some of them switched.
+
+        Args:
+            batch: As for `forward.call_model`.
+            variants: Name -> the quantizers that are switched, from on to off and from off to on.
+            measure: Called with None and the outputs of the model as it is, then with the name of each variant and its
+                outputs, in the order in which the forward reaches their quantizers.
+        """
+        with evaluating(self._model):
+            outputs, seconds = _time_outputs(functools.partial(call_model, self._model, batch))
+            measure(None, outputs)
+            recording = None
+            if self._pays(variants):
+                recording = self._record(batch, outputs, seconds, variants)
+            if recording is None:
+                self._evaluate_in_full(batch, variants, measure)
+                return
+            try:
+                self._evaluate_from(recording, batch, variants, measure)
+            finally:
+                recording.close()
+
+    def _evaluate_in_full(
+        self, batch: Any, variants: _Variants, measure: Callable[[str | None, Any], None]
+    ) -> None:
+        for name, quantizers in variants.items():
+            with toggling(quantizers):
+                outputs = call_model(self._model, batch)
+            measure(name, outputs)
+
+    def _evaluate_from(
+        self,
+        recording: _Recording,
+        batch: Any,
+        variants: _Variants,
+        measure: Callable[[str | None, Any], None],
+    ) -> None:
+        for name in recording.order:
+            with toggling(variants[name]):
+                outputs = self._replay(recording, batch)
+            measure(name, outputs)
+            recording.free_after(name)
+
+    def _replay(self, recording: _Recording, batch: Any) -> Any:
+        try:
+            return recording.replay(batch)
+        except Exception:
+            # The forward may take another path than the recorded one. An error of the model itself is raised again.
+            return call_model(self._model, batch)
+
+    def _pays(self, variants: _Variants) -> bool:
+        """Whether replays, with the recordings still to be made, take less time than as many full forwards.
+
+        A recording is a forward with bookkeeping. A replay has the bookkeeping and on average half of the arithmetic.
+        """
+        if self.reason:
+            return False
+        if self._always:
+            return len(variants) > 1
+        recordings = 1 if self._is_planned(variants) else 2
+        return self._cost(len(variants), recordings) < len(variants)
+
+    def _cost(self, replays: int, recordings: int) -> float:
+        """Time in plain forwards."""
+        return recordings * (1 + self._bookkeeping) + replays * (0.5 + self._bookkeeping)
+
+    def _record(
+        self, batch: Any, expected: Any, seconds: float, variants: _Variants
+    ) -> _Recording | None:
+        """The recording of a batch with all values that the variants read.
+
+        Args:
+            batch: The batch.
+            expected: Outputs of a plain forward.
+            seconds: Time of the plain forward.
+            variants: As for `evaluate`.
+
+        Returns:
+            None if the model cannot be recorded, with the reason in `reason`, or if the recording does not pay.
+        """
+        with ExitStack() as undo:
+            try:
+                plan = self._plan(batch, variants)
+                recording = _Recording(self._model, self._memory, self._weights, plan)
+                undo.callback(recording.close)
+                outputs, recorded_seconds = _time_outputs(
+                    functools.partial(recording.record, batch)
+                )
+            except _NotReplayableError as error:
+                self.reason = str(error)
+                return None
+            except Exception as error:  # not an error of the model: its plain forward succeeded
+                self.reason = f"recording fails: {error!r}"
+                return None
+            if not _are_equal(expected, outputs):
+                self.reason = "a recorded forward differs from a plain one: random numbers, or views changed in place"
+                return None
+            self._bookkeeping = max(recorded_seconds / max(seconds, 1e-9) - 1, 0.0)
+            if not self._always and self._cost(len(variants), recordings=0) >= len(variants):
+                return None
+            undo.pop_all()
+            return recording
+
+    def _plan(self, batch: Any, variants: _Variants) -> _Plan:
+        """The values to store; the first batch with these variants tells them, by a recording without values."""
+        if self._planned is None or not self._is_planned(variants):
+            structure = _Recording(self._model, self._memory, self._weights)
+            # Not timed: it would include the work that torch and Python do only once.
+            structure.record(batch)
+            self._planned = _PlannedVariants(_identify(variants), structure.plan(variants))
+        return self._planned.plan
+
+    def _is_planned(self, variants: _Variants) -> bool:
+        return self._planned is not None and self._planned.identity == _identify(variants)
+
+
+def _identify(variants: _Variants) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(map(id, quantizers)) for name, quantizers in variants.items()}
+
+
+def _time_outputs(run: Callable[[], Any]) -> tuple[Any, float]:
+    """Outputs, and the seconds until they exist; on the CPU only the seconds that this thread worked."""
+    start, start_of_work = time.perf_counter(), time.thread_time()
+    outputs = run()
+    first = next(iter(tensors_of(outputs)), None)
+    if first is None or first.device.type == "cpu":
+        return outputs, time.thread_time() - start_of_work  # without the time of other processes
+    first.flatten()[:1].cpu()  # waits for the device
+    return outputs, time.perf_counter() - start
+
+
+def _are_equal(first: Any, second: Any) -> bool:
+    """Whether two results hold the same tensors, to the last bit."""
+    for leaf, twin in zip(tree_leaves(first), tree_leaves(second), strict=False):
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        if not isinstance(twin, torch.Tensor) or not torch.equal(leaf, twin):
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The values that the variants read.
+
+    Args:
+        order: The variants, in the order in which the forward reaches their quantizers.
+        stored: Numbers of the values that some variant reads.
+        freed: Variant -> numbers of the values that no later variant reads.
+    """
+
+    order: tuple[str, ...]
+    stored: frozenset[int]
+    freed: Mapping[str, list[int]]
+
+
+_EMPTY_PLAN = _Plan((), frozenset(), {})
+
+
+class _PlannedVariants(NamedTuple):
+    """A plan and the quantizers of the variants that it was made for."""
+
+    identity: dict[str, tuple[int, ...]]
+    plan: _Plan
+
+
 @dataclass(slots=True)
 class _Slot:
-    """What stands behind a tensor that the model holds.
+    """The value that a tensor of the model stands for.
 
     Args:
         number: Names the value: equal numbers are equal tensors.
@@ -102,14 +302,21 @@ class _Slot:
     value: torch.Tensor | None = None
 
 
+class _External(NamedTuple):
+    """A tensor that no recorded call made: a parameter or an input. It is held so that its identity stays unique."""
+
+    tensor: torch.Tensor
+    slot: _Slot
+
+
 @dataclass(slots=True)
 class _Output:
     """A tensor in the result of a call.
 
     Args:
-        number: Of a new tensor.
-        shell: Has its shape, type and device.
-        argument: Position among the tensors that went in of the one that is returned as it is; -1 for a new tensor.
+        number: Number of a new tensor.
+        shell: A tensor with its shape, type and device.
+        argument: Position of the input tensor that is returned as it is; -1 for a new tensor.
     """
 
     number: int
@@ -122,19 +329,19 @@ class _Call:
     """One recorded call.
 
     Args:
-        compute: From the tensors that go in to the result, flat, and its structure.
-        inputs: Numbers of the tensors that go in.
-        in_place: Whether and how it changes the first of them, see `_Recording._answer`.
-        changed: Number of what that one is then; -1 if it stays what it is.
-        outputs: The result, flat: an `_Output` for each tensor.
-        spec: How the result is put together.
+        compute: Computes the flat result and its structure from the input tensors.
+        inputs: Numbers of the input tensors.
+        in_place: How it changes the first of them.
+        changed: Number of the new value of the first input; -1 if it does not change.
+        outputs: The flat result, with an `_Output` for each tensor.
+        spec: Structure of the result.
         quantizer: The quantizer that was called, None for a torch function.
         is_pure: Whether the result may be handed out again.
     """
 
     compute: _Compute
     inputs: list[int]
-    in_place: str
+    in_place: _InPlace
     changed: int
     outputs: list[Any]
     spec: TreeSpec
@@ -142,201 +349,66 @@ class _Call:
     is_pure: bool
 
     @property
-    def made(self) -> list[int]:
+    def made_numbers(self) -> list[int]:
         """Numbers of the tensors that it makes."""
-        new = [
-            output.number
-            for output in self.outputs
-            if isinstance(output, _Output) and output.argument < 0
-        ]
-        return new if self.changed < 0 else [*new, self.changed]
+        numbers = []
+        for output in self.outputs:
+            if isinstance(output, _Output) and output.argument < 0:
+                numbers.append(output.number)
+        if self.changed >= 0:
+            numbers.append(self.changed)
+        return numbers
 
 
-class Replay:
-    """Evaluates a model on batches, each in several states of its quantizers.
+class _QuantizerState(NamedTuple):
+    """A quantizer as a function to be called: another state is another function."""
 
-    A model with modules of TorchScript, one that draws random numbers or one that changes views in place is evaluated
-    in full; `reason` says so then. So is one for which that is faster; the results are the same.
-
-    Args:
-        model: Any module.
-        cache_bytes: Of values and weights in memory; values beyond it wait in temporary files.
-        always: Replay also where full forwards are faster.
-    """
-
-    def __init__(
-        self, model: nn.Module, *, cache_bytes: int = CACHE_BYTES, always: bool = False
-    ) -> None:
-        self._model = model
-        self._always = always
-        self._bookkeeping = 0.0  # of a recording or a replay, in plain forwards
-        self._memory = _Memory(cache_bytes)
-        self._weights = _Weights(self._memory, model)
-        is_script = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
-        self.reason = "a part of the model is TorchScript" if is_script else ""
-        """Why forwards are computed in full, "" if they are replayed."""
-        self._planned: tuple[dict[str, tuple[int, ...]], _Plan] | None = None
-
-    def evaluate(
-        self, batch: Any, variants: _Variants, measure: Callable[[str | None, Any], None]
-    ) -> None:
-        """Measure the outputs on a batch, with the quantizers as they are and with some of them switched.
-
-        Args:
-            batch: As for `trace.call_model`.
-            variants: Name -> the quantizers that are switched, from on to off and from off to on.
-            measure: Is given None and the outputs of the model as it is, then the name of each variant and its
-                outputs, in the order in which the quantizers are met.
-        """
-        with evaluating(self._model):
-            plain, seconds = _time_outputs(functools.partial(call_model, self._model, batch))
-            measure(None, plain)
-            recording = (
-                self._record(batch, plain, seconds, variants) if self._pays(variants) else None
-            )
-            try:
-                for name in recording.order if recording else variants:
-                    with toggling(variants[name]):
-                        outputs = (
-                            self._replay(recording, batch)
-                            if recording
-                            else call_model(self._model, batch)
-                        )
-                    measure(name, outputs)
-                    if recording:
-                        recording.free_after(name)
-            finally:
-                if recording:
-                    recording.close()
-
-    def _pays(self, variants: _Variants) -> bool:
-        """Whether replays, with the recordings still to be made, take less time than so many full forwards.
-
-        A recording is a forward with bookkeeping; a replay has the bookkeeping, and on average half of the arithmetic.
-        """
-        if self.reason or self._always:
-            return not self.reason and len(variants) > 1
-        recordings = 1 if self._is_planned(variants) else 2
-        return self._cost(len(variants), recordings) < len(variants)
-
-    def _cost(self, replays: int, recordings: int) -> float:
-        """In plain forwards."""
-        return recordings * (1 + self._bookkeeping) + replays * (0.5 + self._bookkeeping)
-
-    def _record(
-        self, batch: Any, plain: Any, seconds: float, variants: _Variants
-    ) -> _Recording | None:
-        """The recording of a batch with all values that the variants read.
-
-        Args:
-            batch: The batch.
-            plain: Outputs of a plain forward.
-            seconds: How long that took.
-            variants: As for `evaluate`.
-
-        Returns:
-            None if it cannot be made, which `reason` tells then, or if it does not pay.
-        """
-        with ExitStack() as undo:
-            try:
-                plan = self._plan(batch, variants)
-                recording = _Recording(self._model, self._memory, self._weights, plan)
-                undo.callback(recording.close)
-                outputs, recorded = _time_outputs(functools.partial(recording.record, batch))
-            except Exception as error:  # the plain forward went through: whatever this is, it is not the model's fault
-                self.reason = (
-                    str(error)
-                    if isinstance(error, _NotReplayableError)
-                    else f"recording fails: {error!r}"
-                )
-                return None
-            if not _are_equal(plain, outputs):
-                self.reason = "a recorded forward differs from a plain one: random numbers, or views changed in place"
-                return None
-            self._bookkeeping = max(recorded / max(seconds, 1e-9) - 1, 0.0)
-            if not self._always and self._cost(len(variants), recordings=0) >= len(variants):
-                return None
-            undo.pop_all()
-            return recording
-
-    def _plan(self, batch: Any, variants: _Variants) -> _Plan:
-        """What is kept; the first batch with the same variants tells it, for a recording without values."""
-        if self._planned is None or not self._is_planned(variants):
-            structure = _Recording(self._model, self._memory, self._weights)
-            structure.record(batch)  # not timed: what torch and Python do once only would count
-            self._planned = (_identify(variants), structure.plan(variants))
-        return self._planned[1]
-
-    def _is_planned(self, variants: _Variants) -> bool:
-        return self._planned is not None and self._planned[0] == _identify(variants)
-
-    def _replay(self, recording: _Recording, batch: Any) -> Any:
-        try:
-            return recording.replay(batch)
-        except (
-            Exception
-        ):  # another path through the model, say; if it is the model's own, it comes again
-            return call_model(self._model, batch)
+    identity: int
+    is_enabled: bool
+    is_quantizing: bool
 
 
-def _identify(variants: _Variants) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(map(id, quantizers)) for name, quantizers in variants.items()}
-
-
-def _time_outputs(run: Callable[[], Any]) -> tuple[Any, float]:
-    """Outputs, and the seconds that this thread worked for them; of other devices, those until they were there."""
-    began, began_work = time.perf_counter(), time.thread_time()
-    outputs = run()
-    first = next(iter(tensors_of(outputs)), None)
-    if first is None or first.device.type == "cpu":
-        return outputs, time.thread_time() - began_work  # other processes do not count
-    first.flatten()[:1].cpu()  # waits for the device
-    return outputs, time.perf_counter() - began
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Which values the variants read.
+class _CallKey(NamedTuple):
+    """Identifies a call in a forward.
 
     Args:
-        order: The variants, in the order in which their quantizers are met.
-        kept: Numbers of the values that some variant reads.
-        freed: Variant -> numbers of the values that no later one reads.
+        function: The function.
+        arguments: Its arguments without tensors.
+        inputs: Numbers of its input tensors.
+        repetition: Which of the equal calls it is, from 1.
     """
 
-    order: tuple[str, ...] = ()
-    kept: frozenset[int] = frozenset()
-    freed: Mapping[str, list[int]] | None = None
+    function: Hashable
+    arguments: Hashable
+    inputs: tuple[int, ...]
+    repetition: int
 
 
 class _Recording(TorchFunctionMode):
-    """One recorded forward, and others that are answered from it.
+    """One recorded forward, and later forwards that are answered from it.
 
     Args:
         model: The model.
-        memory: What values and weights may take.
-        weights: Those of all recordings.
-        plan: Which values are kept.
+        memory: Limit on values and weights.
+        weights: The weights of all recordings.
+        plan: The values to store.
     """
 
     def __init__(
-        self, model: nn.Module, memory: _Memory, weights: _Weights, plan: _Plan | None = None
+        self, model: nn.Module, memory: _Memory, weights: _Weights, plan: _Plan = _EMPTY_PLAN
     ) -> None:
         super().__init__()
         self._model = model
         self._quantizers = [quantizer for _, quantizer in named_quantizers(model)]
-        self._plan = plan or _Plan()
+        self._plan = plan
         self._values = _Values(memory)
         self._weights = weights
-        self._origins: dict[
-            int, Hashable
-        ] = {}  # what values that depend on parameters alone were computed from
+        # Number -> what the value was computed from, for values that depend on parameters alone.
+        self._origins: dict[int, Hashable] = {}
         self._sequence: list[_Call] = []
-        self._calls: dict[Hashable, _Call] = {}
+        self._calls: dict[_CallKey, _Call] = {}
         self._makers: dict[int, _Call] = {}
-        self._externals: dict[
-            int, tuple[torch.Tensor, _Slot]
-        ] = {}  # parameters and inputs, by identity
+        self._externals: dict[int, _External] = {}  # by identity
         self._external_values: dict[int, torch.Tensor] = {}
         self._outputs: list[int] = []
         self._is_recording = True
@@ -345,11 +417,11 @@ class _Recording(TorchFunctionMode):
 
     @property
     def order(self) -> tuple[str, ...]:
-        """The variants, in the order in which their quantizers are met."""
+        """The variants, in the order in which the forward reaches their quantizers."""
         return self._plan.order
 
     def record(self, batch: Any) -> Any:
-        """The outputs of the first forward."""
+        """Run the first forward and return its outputs."""
         outputs = self._forward(batch)
         self._outputs = [self._slot(tensor).number for tensor in tensors_of(outputs)]
         resolved = self._resolve(outputs)
@@ -358,35 +430,37 @@ class _Recording(TorchFunctionMode):
         return resolved
 
     def replay(self, batch: Any) -> Any:
-        """The outputs of a later forward, with quantizers in another state."""
+        """Run a later forward, with quantizers in another state, and return its outputs."""
         self._begin()
         return self._resolve(self._forward(batch))
 
+    def plan(self, variants: _Variants) -> _Plan:
+        """The values that the variants read, if each takes the path of the recorded forward."""
+        positions: dict[str, int] = {}
+        reads: dict[str, set[int]] = {}
+        for name, quantizers in variants.items():
+            switched = {id(quantizer) for quantizer in quantizers}
+            positions[name], reads[name] = self._simulate(switched)
+        order = tuple(sorted(variants, key=positions.__getitem__))
+
+        last_readers: dict[int, str] = {}
+        for name in order:
+            for number in reads[name]:
+                if number not in self._origins:
+                    last_readers[number] = name
+        freed: dict[str, list[int]] = {}
+        for number, name in last_readers.items():
+            freed.setdefault(name, []).append(number)
+        return _Plan(order, frozenset(last_readers), freed)
+
     def free_after(self, variant: str) -> None:
-        """Let go of the values that only variants up to this one read."""
-        for number in (self._plan.freed or {}).get(variant, ()):
+        """Free the values that no later variant reads."""
+        for number in self._plan.freed.get(variant, ()):
             self._values.pop(number)
 
     def close(self) -> None:
-        """Let go of all values."""
+        """Free all values."""
         self._values.clear()
-
-    def plan(self, variants: _Variants) -> _Plan:
-        """What the variants read, if each takes the path of the recorded forward."""
-        first: dict[str, int] = {}
-        last_reader: dict[int, str] = {}
-        reads: dict[str, set[int]] = {}
-        for name, quantizers in variants.items():
-            first[name], reads[name] = self._simulate({id(quantizer) for quantizer in quantizers})
-        order = tuple(sorted(variants, key=first.__getitem__))
-        for name in order:
-            last_reader.update(
-                (number, name) for number in reads[name] if number not in self._origins
-            )
-        freed: dict[str, list[int]] = {}
-        for number, name in last_reader.items():
-            freed.setdefault(name, []).append(number)
-        return _Plan(order, frozenset(last_reader), freed)
 
     def _simulate(self, switched: set[int]) -> tuple[int, set[int]]:
         """Position of the first call that changes with some quantizers, and the values that the changed calls read."""
@@ -394,25 +468,23 @@ class _Recording(TorchFunctionMode):
         changed: set[int] = set()
         reads: set[int] = set()
         for position, call in enumerate(self._sequence):
-            if (
-                call.is_pure
-                and id(call.quantizer) not in switched
-                and changed.isdisjoint(call.inputs)
-            ):
-                continue
             if call.is_pure:
+                is_switched = id(call.quantizer) in switched
+                if not is_switched and changed.isdisjoint(call.inputs):
+                    continue
                 first = min(first, position)
-            reads.update(number for number in call.inputs if number not in changed)
-            changed.update(call.made)
-        reads.update(number for number in self._outputs if number not in changed)
+            reads.update(set(call.inputs) - changed)
+            changed.update(call.made_numbers)
+        reads.update(set(self._outputs) - changed)
         return first, reads
 
+    # Running the model
+
     def _begin(self) -> None:
-        self._seen: Counter[Hashable] = Counter()
-        self._guests: dict[
-            int, tuple[torch.Tensor, _Slot]
-        ] = {}  # what only this forward brings along
-        self._rebound: dict[int, _Slot] = {}  # externals that this forward has changed in place
+        """Drop what belongs to the previous forward."""
+        self._repetitions: Counter[Hashable] = Counter()
+        self._guests: dict[int, _External] = {}  # external tensors that only this forward has
+        self._rebound: dict[int, _Slot] = {}  # external tensors that it has changed in place
 
     def _forward(self, batch: Any) -> Any:
         with self._watching(), self:
@@ -420,7 +492,7 @@ class _Recording(TorchFunctionMode):
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        """Have the quantizers of the model ask here: each is one call, whatever it computes."""
+        """Route the quantizers of the model through the recording: each is one call, whatever it computes."""
         try:
             for quantizer in self._quantizers:
                 vars(quantizer)["forward"] = functools.partial(self._quantize, quantizer)
@@ -430,15 +502,17 @@ class _Recording(TorchFunctionMode):
                 vars(quantizer).pop("forward", None)
 
     def _quantize(self, quantizer: TensorQuantizer, inputs: torch.Tensor) -> Any:
-        def compute(tensors: list[torch.Tensor]) -> tuple[list[Any], TreeSpec]:
-            result = type(quantizer).forward(quantizer, tensors[0])
-            # While it is off its result has a number of its own, too.
-            return tree_flatten(result.view_as(result) if result is tensors[0] else result)
+        """Answer the call of a quantizer."""
 
-        state = (quantizer.is_enabled, quantizer.is_quantizing)
-        key = ("quantizer", id(quantizer), *state)
+        def compute(tensors: list[torch.Tensor]) -> _FlatResult:
+            result = type(quantizer).forward(quantizer, tensors[0])
+            if result is tensors[0]:  # it is off; its result gets a number of its own anyway
+                result = result.view_as(result)
+            return tree_flatten(result)
+
+        state = _QuantizerState(id(quantizer), quantizer.is_enabled, quantizer.is_quantizing)
         with torch._C.DisableTorchFunction():
-            return self._answer(key, (inputs,), compute, quantizer=quantizer)
+            return self._answer(state, (inputs,), compute, quantizer=quantizer)
 
     def __torch_function__(
         self,
@@ -449,336 +523,286 @@ class _Recording(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = str(getattr(func, "__name__", ""))
-        if (
-            name == "__get__"
-            and getattr(getattr(func, "__self__", None), "__name__", "") in _METADATA
-        ):
+        if name == "__get__" and _attribute_of(func) in _METADATA:
             return func(*args, **kwargs)
         if func is torch.Tensor.__iter__:
             return iter(self.__torch_function__(torch.Tensor.unbind, types, args))
         if name == "__set__" or kwargs.get("out") is not None:
-            raise _NotReplayableError(
-                "the model has a function write into a tensor that it gives it"
-            )
-        place = _inplace_position(func)
-        if kwargs.get("inplace") or (len(args) > place >= 0 and args[place]):
-            args = tuple(False if position == place else each for position, each in enumerate(args))
-            kwargs = {key: False if key == "inplace" else each for key, each in kwargs.items()}
-            compute = functools.partial(_call_function, func, args, kwargs)
-            return self._answer((func, "in place"), (args, kwargs), compute, in_place="result")
+            raise _NotReplayableError("the model passes a function a tensor to write into")
+
+        function: Hashable = func
+        in_place: _InPlace = "copy" if _changes_argument(func, name) else ""
+        position = _inplace_position(func)
+        if kwargs.get("inplace") or _is_set(args, position):
+            args, kwargs = _without_inplace(args, kwargs, position)
+            function = (func, "in place")
+            in_place = "result"
         compute = functools.partial(_call_function, func, args, kwargs)
-        return self._answer(
-            func, (args, kwargs), compute, in_place="copy" if _changes_argument(func, name) else ""
-        )
+        return self._answer(function, (args, kwargs), compute, in_place=in_place)
 
     def _answer(
         self,
         function: Hashable,
-        given: tuple[Any, ...],
+        arguments: tuple[Any, ...],
         compute: _Compute,
         *,
-        in_place: str = "",
+        in_place: _InPlace = "",
         quantizer: TensorQuantizer | None = None,
     ) -> Any:
-        """The result of a call: the recorded one, if all that goes in is what went in then.
+        """The result of a call: the recorded one, if all inputs are those of the recording.
 
         Args:
-            function: What tells it from other functions.
-            given: Its arguments.
+            function: Identifies the function.
+            arguments: Its arguments.
             compute: Computes it.
-            in_place: "copy" if it changes its first tensor, of which it gets a copy then; "result" if its result is
-                what its first tensor is afterwards; "" if it changes nothing.
-            quantizer: The quantizer that it is.
+            in_place: How it changes its first tensor.
+            quantizer: The quantizer, if the function is one.
         """
         tensors: list[torch.Tensor] = []
-        shape = _comparable(given, tensors)
+        constants = _comparable(arguments, tensors)
         slots = [self._slot(tensor) for tensor in tensors]
-        key = self._key(function, shape, slots)
-        call = None if key is None or self._is_recording else self._calls.get(key)
-        if call is not None:
-            if call.changed >= 0:
-                self._rebind(tensors[0], _Slot(call.changed))
-            return _put_together([_hand_out(output, tensors) for output in call.outputs], call.spec)
-        origin = None if in_place or key is None else self._origin(function, shape, slots)
+        key = self._identify_call(function, constants, slots)
+        if key is not None and not self._is_recording:
+            call = self._calls.get(key)
+            if call is not None:
+                return self._hand_out_recorded(call, tensors)
+
+        origin = None
+        if key is not None and not in_place:
+            origin = self._find_origin(function, constants, slots)
         if origin is not None and quantizer is not None and quantizer.is_enabled:
             compute = functools.partial(self._weights.compute, origin, compute)
         call, results = self._compute(
             compute, slots, in_place if slots else "", quantizer, key is not None
         )
         if origin is not None:
-            self._origins.update(
-                (number, (origin, place)) for place, number in enumerate(call.made)
-            )
+            for index, number in enumerate(call.made_numbers):
+                self._origins[number] = (origin, index)
         if call.changed >= 0:
             self._rebind(tensors[0], _Slot(call.changed, results.pop()))
         if self._is_recording:
             self._remember(key, call)
-        handed = [
-            _hand_out(output, tensors, result)
-            for output, result in zip(call.outputs, results, strict=True)
-        ]
-        return _put_together(handed, call.spec)
+        stand_ins = []
+        for output, result in zip(call.outputs, results, strict=True):
+            stand_ins.append(_hand_out(output, tensors, result))
+        return _put_together(stand_ins, call.spec)
 
-    def _key(self, function: Hashable, shape: Hashable, slots: list[_Slot]) -> Hashable | None:
-        """What tells a call from others: function, arguments, and how many equal ones came before."""
-        key = (function, shape, *[slot.number for slot in slots])
+    def _hand_out_recorded(self, call: _Call, tensors: list[torch.Tensor]) -> Any:
+        """The result of a recorded call, for the tensors of this forward."""
+        if call.changed >= 0:
+            self._rebind(tensors[0], _Slot(call.changed))
+        stand_ins = [_hand_out(output, tensors) for output in call.outputs]
+        return _put_together(stand_ins, call.spec)
+
+    def _identify_call(
+        self, function: Hashable, constants: Hashable, slots: list[_Slot]
+    ) -> _CallKey | None:
+        """The key of a call; None if an argument cannot be hashed."""
+        key = _CallKey(function, constants, tuple(slot.number for slot in slots), 0)
         try:
-            self._seen[key] += 1
-        except TypeError:  # an argument that cannot be hashed
+            self._repetitions[key] += 1
+        except TypeError:
             return None
-        return (key, self._seen[key])
+        return key._replace(repetition=self._repetitions[key])
 
-    def _origin(self, function: Hashable, shape: Hashable, slots: list[_Slot]) -> Hashable | None:
-        """What a call computes if all that goes in depends on parameters alone; the same in every recording."""
+    def _find_origin(
+        self, function: Hashable, constants: Hashable, slots: list[_Slot]
+    ) -> Hashable | None:
+        """What a call computes if all inputs depend on parameters alone; it is the same in every recording."""
         origins = [self._origins.get(slot.number) for slot in slots]
-        return (function, shape, *origins) if origins and None not in origins else None
+        if not origins or None in origins:
+            return None
+        return (function, constants, *origins)
 
     def _compute(
         self,
         compute: _Compute,
         slots: list[_Slot],
-        in_place: str,
+        in_place: _InPlace,
         quantizer: TensorQuantizer | None,
         has_key: bool,
     ) -> tuple[_Call, list[Any]]:
-        """A call that is not in the recording, and its results; the last one is what it changed in place."""
-        before = [self._value(slot) for slot in slots]
-        results, spec, after = _run(compute, before, in_place)
-        outputs = [self._describe(result, after) for result in results]
+        """A call that is not in the recording, and its results; the last one is the new value of the first input."""
+        inputs = [self._value(slot) for slot in slots]
+        run = _run(compute, inputs, in_place)
+        outputs = [self._describe(result, run.inputs_after) for result in run.results]
         changed = -1
         if in_place:
-            if after[0].shape != before[0].shape:
+            new_value = run.inputs_after[0]
+            if new_value.shape != inputs[0].shape:
                 raise _NotReplayableError("the model changes the shape of a tensor in place")
-            results.append(after[0])
-            changed = self._number(after[0])
-        is_pure = has_key and all(isinstance(output, (_Output, *_SCALARS)) for output in outputs)
-        inputs = [slot.number for slot in slots]
-        return _Call(compute, inputs, in_place, changed, outputs, spec, quantizer, is_pure), results
+            run.results.append(new_value)
+            changed = self._number(new_value)
+        call = _Call(
+            compute=compute,
+            inputs=[slot.number for slot in slots],
+            in_place=in_place,
+            changed=changed,
+            outputs=outputs,
+            spec=run.spec,
+            quantizer=quantizer,
+            is_pure=has_key and all(isinstance(output, (_Output, *_SCALARS)) for output in outputs),
+        )
+        return call, run.results
 
-    def _describe(self, result: Any, tensors: list[torch.Tensor]) -> Any:
+    def _describe(self, result: Any, inputs: list[torch.Tensor]) -> Any:
+        """A result as it is recorded."""
         if not isinstance(result, torch.Tensor):
             return result
-        place = next((place for place, tensor in enumerate(tensors) if tensor is result), -1)
-        return (
-            _Output(-1, _NO_SHELL, place)
-            if place >= 0
-            else _Output(self._number(result), _shell_of(result))
-        )
+        for position, tensor in enumerate(inputs):
+            if tensor is result:
+                return _Output(-1, _NO_SHELL, position)
+        return _Output(self._number(result), _shell_of(result))
 
     def _number(self, value: torch.Tensor) -> int:
+        """A new number for a value, which is stored if the plan says so."""
         number = next(self._numbers)
-        if self._is_recording and number in self._plan.kept:
+        if self._is_recording and number in self._plan.stored:
             self._values[number] = value
         return number
 
-    def _remember(self, key: Hashable, call: _Call) -> None:
+    def _remember(self, key: _CallKey | None, call: _Call) -> None:
         self._sequence.append(call)
-        self._makers.update(dict.fromkeys(call.made, call))
-        if call.is_pure:
+        self._makers.update(dict.fromkeys(call.made_numbers, call))
+        if key is not None and call.is_pure:
             self._calls[key] = call
 
+    # Tensors and their values
+
     def _slot(self, tensor: torch.Tensor) -> _Slot:
-        """What stands behind a tensor that the model has given to a function."""
-        own: _Slot | None = tensor.__dict__.get(_SLOT) or self._rebound.get(id(tensor))
-        if own is not None:
-            return own
-        known = (
-            self._externals if id(tensor) in self._externals or self._is_recording else self._guests
-        )
-        if id(tensor) not in known:
-            slot = _Slot(next(self._numbers), tensor)
-            known[id(tensor)] = (tensor, slot)
-            if self._weights.is_parameter(tensor):
-                self._origins[slot.number] = (id(tensor), _version(tensor))
-            if self._is_recording:
-                self._external_values[slot.number] = tensor
-        return known[id(tensor)][1]
+        """The value that a tensor stands for which the model passes to a function."""
+        slot: _Slot | None = tensor.__dict__.get(_SLOT) or self._rebound.get(id(tensor))
+        if slot is not None:
+            return slot
+        is_external = self._is_recording or id(tensor) in self._externals
+        registry = self._externals if is_external else self._guests
+        if id(tensor) not in registry:
+            registry[id(tensor)] = _External(tensor, self._make_slot(tensor))
+        return registry[id(tensor)].slot
+
+    def _make_slot(self, tensor: torch.Tensor) -> _Slot:
+        """A slot for a tensor that no call made."""
+        slot = _Slot(next(self._numbers), tensor)
+        if self._weights.is_parameter(tensor):
+            self._origins[slot.number] = (id(tensor), _version(tensor))
+        if self._is_recording:
+            self._external_values[slot.number] = tensor
+        return slot
 
     def _rebind(self, tensor: torch.Tensor, slot: _Slot) -> None:
-        """Have a tensor that the model holds stand for another value from now on."""
+        """Have a tensor of the model stand for another value from now on."""
         if _SLOT in tensor.__dict__:
             tensor.__dict__[_SLOT] = slot
         else:
             self._rebound[id(tensor)] = slot
 
     def _value(self, slot: _Slot) -> torch.Tensor:
-        """The tensor of a number: at hand, kept, or computed anew by the call that made it."""
+        """The tensor of a slot: at hand, stored, or computed again by the call that made it."""
         if slot.value is not None:
             return slot.value
-        kept = self._values.get(slot.number)
-        if kept is None:
-            kept = self._external_values.get(slot.number)
-        return self._make_again(slot.number) if kept is None else kept
+        value = self._values.get(slot.number)
+        if value is None:
+            value = self._external_values.get(slot.number)
+        if value is None:
+            value = self._make_again(slot.number)
+        return value
 
     def _make_again(self, number: int) -> torch.Tensor:
-        """Only where a forward takes another path than the recorded one does it read what was not kept."""
+        """Compute a value that was not stored; only a forward on another path than the recorded one reads it."""
         call = self._makers[number]
-        results, _, after = _run(
-            call.compute, [self._value(_Slot(each)) for each in call.inputs], call.in_place
-        )
+        inputs = [self._value(_Slot(input_number)) for input_number in call.inputs]
+        run = _run(call.compute, inputs, call.in_place)
         if number == call.changed:
-            return after[0]
-        numbers = [
-            output.number if isinstance(output, _Output) else None for output in call.outputs
-        ]
-        result: torch.Tensor = results[numbers.index(number)]
-        return result
+            return run.inputs_after[0]
+        for output, result in zip(call.outputs, run.results, strict=True):
+            if isinstance(output, _Output) and output.number == number:
+                value: torch.Tensor = result
+                return value
+        raise _NotReplayableError("the model computes other results in a replay")
 
     def _resolve(self, outputs: Any) -> Any:
+        """The outputs of the model with their values instead of stand-ins."""
         return tree_map_only(torch.Tensor, lambda tensor: self._value(self._slot(tensor)), outputs)
 
 
-class _Memory:
-    """What the values of a recording and the weights of all of them may take together.
-
-    Args:
-        limit: Bytes.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.used = 0
-
-    def fits(self, size: int) -> bool:
-        """Whether so many bytes more stay within the limit."""
-        return self.used + size <= self.limit
+# Calls of functions
 
 
-class _Weights:
-    """Fake-quantized weights, once for all batches; one that does not fit is computed where it is read.
-
-    Args:
-        memory: Where they have to fit; they take half of it at most.
-        model: Whose parameters and buffers they come from.
-    """
-
-    def __init__(self, memory: _Memory, model: nn.Module) -> None:
-        self._memory = memory
-        self._parameters = {
-            id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())
-        }
-        self._results: dict[Hashable, tuple[list[Any], TreeSpec]] = {}
-        self._bytes = 0
-
-    def is_parameter(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is a parameter or buffer; all are held here, so that no other has the identity."""
-        return self._parameters.get(id(tensor)) is tensor
-
-    def compute(
-        self, origin: Hashable, compute: _Compute, tensors: list[torch.Tensor]
-    ) -> tuple[list[Any], TreeSpec]:
-        """The result of a quantizer, from its parameters or from here."""
-        if origin in self._results:
-            return self._results[origin]
-        results, spec = compute(tensors)
-        size = sum(_storage_of(tensor)[0] for tensor in results)
-        if self._bytes + size <= self._memory.limit // 2 and self._memory.fits(size):
-            self._results[origin] = (results, spec)
-            self._bytes += size
-            self._memory.used += size
-        return results, spec
+def _attribute_of(func: Callable[..., Any]) -> str:
+    """The attribute that a getter reads."""
+    return str(getattr(getattr(func, "__self__", None), "__name__", ""))
 
 
-class _Values:
-    """Tensors by number; those beyond a limit lie in files that are mapped into memory, and nowhere by name.
-
-    Args:
-        memory: Where they have to fit.
-    """
-
-    def __init__(self, memory: _Memory) -> None:
-        self._memory = memory
-        self._tensors: dict[int, torch.Tensor] = {}
-        self._devices: dict[int, torch.device] = {}
-        self._users: Counter[int] = Counter()  # of each storage: views share one
-
-    def __setitem__(self, number: int, tensor: torch.Tensor) -> None:
-        size, storage = _storage_of(tensor)
-        if not self._users[storage] and size and not self._memory.fits(size):
-            self._devices[number] = tensor.device
-            self._tensors[number] = _map_to_file(tensor)
-            return
-        self._memory.used += 0 if self._users[storage] else size
-        self._users[storage] += 1
-        self._tensors[number] = tensor
-
-    def get(self, number: int) -> torch.Tensor | None:
-        """The tensor, None if it is not here."""
-        tensor = self._tensors.get(number)
-        return (
-            tensor
-            if tensor is None or number not in self._devices
-            else tensor.to(self._devices[number])
-        )
-
-    def pop(self, number: int) -> None:
-        """Let go of a tensor, if it is here."""
-        tensor = self._tensors.pop(number, None)
-        if tensor is None or self._devices.pop(number, None) is not None:
-            return
-        size, storage = _storage_of(tensor)
-        self._users[storage] -= 1
-        self._memory.used -= 0 if self._users[storage] else size
-
-    def clear(self) -> None:
-        """Let go of all of them."""
-        for number in list(self._tensors):
-            self.pop(number)
+def _changes_argument(func: Callable[..., Any], name: str) -> bool:
+    """Whether a function changes its first tensor: `add_`, `+=`, `x[0] = 1`."""
+    return name == "__setitem__" or (is_in_place(func) and name not in _NOT_IN_PLACE)
 
 
-def _storage_of(tensor: torch.Tensor) -> tuple[int, int]:
-    storage = tensor.untyped_storage()
-    return storage.nbytes(), storage.data_ptr()
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    return (
-        tensor.numel() > 0 and torch.empty_like(tensor, device="meta").stride() == tensor.stride()
-    )
-
-
-def _map_to_file(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in a file that vanishes with it, with the same strides, so that the same kernels read it.
-
-    Where a tensor is a part of its memory, all of that is copied.
-    """
-    if not _is_dense(tensor):
-        whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
-            tensor.untyped_storage()
-        )
-        return _map_to_file(whole).as_strided(
-            tensor.shape, tensor.stride(), tensor.storage_offset()
-        )
-    descriptor, name = tempfile.mkstemp(prefix="qdq-replay-")
-    os.close(descriptor)
+@functools.cache
+def _inplace_position(func: Callable[..., Any]) -> int:
+    """Position of the argument that makes `F.relu` and others work in place; -1 if there is none."""
     try:
-        flat = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-    finally:
-        Path(name).unlink()
-    return flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+        return list(inspect.signature(func).parameters).index("inplace")
+    except (
+        TypeError,
+        ValueError,
+    ):  # native functions have no signature; they are told by their names
+        return -1
 
 
-def _run(
-    compute: _Compute, tensors: list[torch.Tensor], in_place: str
-) -> tuple[list[Any], TreeSpec, list[torch.Tensor]]:
-    """The results of a call, flat, their structure, and what the tensors are that went in afterwards.
+def _is_set(args: tuple[Any, ...], position: int) -> bool:
+    """Whether the argument at a position is given and true; there is none at -1."""
+    return 0 <= position < len(args) and bool(args[position])
+
+
+def _without_inplace(
+    args: tuple[Any, ...], kwargs: dict[str, Any], position: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call that does not work in place."""
+    if _is_set(args, position):
+        args = (*args[:position], False, *args[position + 1 :])
+    if "inplace" in kwargs:
+        kwargs = {**kwargs, "inplace": False}
+    return args, kwargs
+
+
+class _Run(NamedTuple):
+    """A computed call.
+
+    Args:
+        results: The flat results.
+        spec: Structure of the results.
+        inputs_after: The input tensors with the values that they have afterwards.
+    """
+
+    results: list[Any]
+    spec: TreeSpec
+    inputs_after: list[torch.Tensor]
+
+
+def _run(compute: _Compute, tensors: list[torch.Tensor], in_place: _InPlace) -> _Run:
+    """Compute a call.
 
     Raises:
-        _NotReplayableError: It changed another one than it should.
+        _NotReplayableError: It changed a tensor that it should not change.
     """
+    unchanging = tensors
     if in_place == "copy":
         tensors = [tensors[0].clone(), *tensors[1:]]
-    kept = tensors[in_place == "copy" :]
-    versions = list(map(_version, kept))
+        unchanging = tensors[1:]
+    versions = [_version(tensor) for tensor in unchanging]
     results, spec = compute(tensors)
-    if versions != list(map(_version, kept)):
+    if versions != [_version(tensor) for tensor in unchanging]:
         raise _NotReplayableError(
-            "the model has a function change a tensor in place, and its name does not say so"
+            "a function of the model changes a tensor in place, and its name does not say so"
         )
-    return results, spec, [results[0], *tensors[1:]] if in_place == "result" else tensors
+    if in_place == "result":
+        tensors = [results[0], *tensors[1:]]
+    return _Run(results, spec, tensors)
 
 
 def _version(tensor: torch.Tensor) -> int:
+    """A number that grows when a tensor is changed in place; inference tensors have none."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -787,7 +811,7 @@ def _call_function(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     tensors: list[torch.Tensor],
-) -> tuple[list[Any], TreeSpec]:
+) -> _FlatResult:
     values = iter(tensors)
     return tree_flatten(func(*_substitute(args, values), **_substitute(kwargs, values)))
 
@@ -797,33 +821,38 @@ def _substitute(tree: Any, values: Iterator[torch.Tensor]) -> Any:
     if isinstance(tree, torch.Tensor):
         return next(values)
     if isinstance(tree, dict):
-        return {key: _substitute(each, values) for key, each in tree.items()}
+        return {key: _substitute(item, values) for key, item in tree.items()}
     if type(tree) in (tuple, list):
-        return type(tree)(_substitute(each, values) for each in tree)
+        return type(tree)(_substitute(item, values) for item in tree)
     return tree
 
 
 def _comparable(tree: Any, tensors: list[torch.Tensor]) -> Hashable:
-    """Arguments without their tensors, which are collected, as something to compare."""
+    """Arguments without their tensors, in a form that can be compared.
+
+    Args:
+        tree: The arguments.
+        tensors: The tensors are appended to it.
+    """
     if isinstance(tree, torch.Tensor):
         tensors.append(tree)
         return torch.Tensor
     if isinstance(tree, dict):
-        return (dict, *[(key, _comparable(each, tensors)) for key, each in tree.items()])
+        return (dict, *[(key, _comparable(item, tensors)) for key, item in tree.items()])
     if type(tree) in (tuple, list):
-        return (type(tree), *[_comparable(each, tensors) for each in tree])
+        return (type(tree), *[_comparable(item, tensors) for item in tree])
     if isinstance(tree, slice):
         bounds = (tree.start, tree.stop, tree.step)
         if any(isinstance(bound, torch.Tensor) for bound in bounds):
             raise _NotReplayableError("the model slices by a tensor")
         return (slice, *bounds)
     if isinstance(tree, (tuple, list)) and tensors_of(tree):
-        raise _NotReplayableError(f"the model gives a function tensors in a {type(tree).__name__}")
+        raise _NotReplayableError(f"the model passes a function tensors in a {type(tree).__name__}")
     return (type(tree), tree)
 
 
 def _hand_out(output: Any, tensors: list[torch.Tensor], value: Any = None) -> Any:
-    """What the model gets as a result: a stand-in, or the argument that comes back."""
+    """What the model gets as a result: a stand-in, or the input tensor that is returned."""
     if not isinstance(output, _Output):
         return output
     if output.argument >= 0:
@@ -837,39 +866,154 @@ def _put_together(results: list[Any], spec: TreeSpec) -> Any:
     return results[0] if spec.is_leaf() else tree_unflatten(results, spec)
 
 
+_NO_SHELL = torch.empty(0)
+
+
 def _shell_of(tensor: torch.Tensor) -> torch.Tensor:
-    if (
-        type(tensor) not in (torch.Tensor, nn.Parameter)
-        or tensor.layout is not torch.strided
-        or tensor.is_nested
-    ):
+    """A tensor with the shape, type and device of another, and the memory of one element."""
+    is_plain = type(tensor) in (torch.Tensor, nn.Parameter)
+    if not is_plain or tensor.layout is not torch.strided or tensor.is_nested:
         raise _NotReplayableError(
-            f"the model computes with tensors of the kind {type(tensor).__name__}"
+            f"the model computes with tensors of the type {type(tensor).__name__}"
         )
     return torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
-_NO_SHELL = torch.empty(0)
+# Memory
 
 
-def _changes_argument(func: Callable[..., Any], name: str) -> bool:
-    """Whether a function changes its first tensor: `add_`, `+=`, `x[0] = 1`."""
-    return name == "__setitem__" or (is_in_place(func) and name not in _NOT_IN_PLACE)
+class _Memory:
+    """Limit on the values of a recording and the weights of all recordings together.
+
+    Args:
+        limit: Bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+
+    def fits(self, size: int) -> bool:
+        """Whether this many more bytes stay within the limit."""
+        return self.used + size <= self.limit
 
 
-@functools.cache
-def _inplace_position(func: Callable[..., Any]) -> int:
-    """Position of the argument that has `F.relu` and others work in place; -1 if there is none."""
+class _Weights:
+    """Fake-quantized weights, stored once for all batches; a weight that does not fit is computed where it is read.
+
+    Args:
+        memory: Limit on all values; weights take half of it at most.
+        model: The model whose parameters and buffers they come from.
+    """
+
+    def __init__(self, memory: _Memory, model: nn.Module) -> None:
+        self._memory = memory
+        tensors = itertools.chain(model.parameters(), model.buffers())
+        self._parameters = {id(tensor): tensor for tensor in tensors}
+        self._results: dict[Hashable, _FlatResult] = {}
+        self._bytes = 0
+
+    def is_parameter(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a parameter or buffer; they are all held here, so that their identities stay unique."""
+        return self._parameters.get(id(tensor)) is tensor
+
+    def compute(
+        self, origin: Hashable, compute: _Compute, tensors: list[torch.Tensor]
+    ) -> _FlatResult:
+        """The stored result of a quantizer, or a new one that is stored if it fits."""
+        if origin in self._results:
+            return self._results[origin]
+        results, spec = compute(tensors)
+        size = sum(_storage_of(tensor).size for tensor in results)
+        if self._bytes + size <= self._memory.limit // 2 and self._memory.fits(size):
+            self._results[origin] = (results, spec)
+            self._bytes += size
+            self._memory.used += size
+        return results, spec
+
+
+class _Values:
+    """Tensors by number; those beyond a limit are in unnamed files that are mapped into memory.
+
+    Args:
+        memory: The limit.
+    """
+
+    def __init__(self, memory: _Memory) -> None:
+        self._memory = memory
+        self._tensors: dict[int, torch.Tensor] = {}
+        self._devices: dict[int, torch.device] = {}  # of the tensors that are in files
+        self._users: Counter[int] = Counter()  # of each storage: views share one
+
+    def __setitem__(self, number: int, tensor: torch.Tensor) -> None:
+        storage = _storage_of(tensor)
+        is_new = not self._users[storage.address]
+        if is_new and storage.size and not self._memory.fits(storage.size):
+            self._devices[number] = tensor.device
+            self._tensors[number] = _map_to_file(tensor)
+            return
+        if is_new:
+            self._memory.used += storage.size
+        self._users[storage.address] += 1
+        self._tensors[number] = tensor
+
+    def get(self, number: int) -> torch.Tensor | None:
+        """The tensor, None if it is not stored."""
+        tensor = self._tensors.get(number)
+        if tensor is not None and number in self._devices:
+            return tensor.to(self._devices[number])
+        return tensor
+
+    def pop(self, number: int) -> None:
+        """Free a tensor, if it is stored."""
+        tensor = self._tensors.pop(number, None)
+        device = self._devices.pop(number, None)
+        if tensor is None or device is not None:
+            return
+        storage = _storage_of(tensor)
+        self._users[storage.address] -= 1
+        if not self._users[storage.address]:
+            self._memory.used -= storage.size
+
+    def clear(self) -> None:
+        """Free all tensors."""
+        for number in list(self._tensors):
+            self.pop(number)
+
+
+class _Storage(NamedTuple):
+    """The memory of a tensor, in bytes, and its address."""
+
+    size: int
+    address: int
+
+
+def _storage_of(tensor: torch.Tensor) -> _Storage:
+    storage = tensor.untyped_storage()
+    return _Storage(storage.nbytes(), storage.data_ptr())
+
+
+def _map_to_file(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in a file that vanishes with it, with the same strides, so that the same kernels read it.
+
+    If a tensor is a part of its memory, all of the memory is copied.
+    """
+    if not _is_dense(tensor):
+        memory = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        memory.set_(tensor.untyped_storage())
+        copy = _map_to_file(memory)
+        return copy.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    descriptor, name = tempfile.mkstemp(prefix="qdq-replay-")
+    os.close(descriptor)
     try:
-        return list(inspect.signature(func).parameters).index("inplace")
-    except (TypeError, ValueError):  # native functions tell nothing; theirs have names of their own
-        return -1
+        flat = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    finally:
+        Path(name).unlink()
+    return flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
-def _are_equal(first: Any, second: Any) -> bool:
-    """Whether two results hold the same tensors, to the last bit."""
-    pairs = list(zip(tree_leaves(first), tree_leaves(second), strict=False))
-    tensors = [(one, other) for one, other in pairs if isinstance(one, torch.Tensor)]
-    return all(
-        isinstance(other, torch.Tensor) and torch.equal(one, other) for one, other in tensors
-    )
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements of a tensor fill its memory without gaps."""
+    if not tensor.numel():
+        return False
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
