@@ -3,26 +3,26 @@
 Nagel, van Baalen, Blankevoort, Welling: Data-Free Quantization Through Weight Equalization and Bias Correction,
 ICCV 2019 (arXiv 1906.04721), section 4.1; the balance between activation and weight is that of SmoothQuant (Xiao et
 al., ICML 2023, arXiv 2211.10438): s_c = w_c^(1 - a) / r_c^a, w_c the largest weight that reads channel c, r_c the
-channel's largest value. The exponent a is the one that predicts the least noise behind the readers:
+largest value of the channel. The exponent a is the one that predicts the least noise behind the readers:
 
     noise ~ D_x^2 sum W^2 + sum_o D_o^2 sum E[x^2],   D the steps of the input and of the filters
 
-With a range for each output channel, the scale of the layer that writes a tensor costs nothing, and neither does that
+With a range for each output channel, the scale of the layer that writes a tensor costs nothing. Neither does the scale
 of a depthwise convolution that reads it. Functions between the two must commute with a positive factor for each
-channel: ReLU, pooling, residual adds. So the float model stays the same but for rounding. ReLU6 and other clamps
-commute only as long as they do nothing, and whether they will cannot be told from calibration data: tensors with an
-upper clamp are left alone.
+channel: ReLU, pooling, residual adds. So the float model stays the same apart from rounding. ReLU6 and other clamps
+commute only if no value reaches the clamp, and calibration data cannot tell whether one will. So tensors with an upper
+clamp are left unchanged.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import inf, log10
+from math import inf, log10, prod
 from typing import Any
 
 import numpy as np
@@ -66,21 +66,21 @@ logger = logging.getLogger(__name__)
 _ELEMENTWISE = HOMOGENEOUS & (ACTIVATIONS | IDENTITIES)
 _POOLINGS = HOMOGENEOUS & (AVERAGES | MAX_POOLINGS)
 _EXPONENTS = (0.25, 0.5, 0.75, 1.0)
-_STEPS = 127  # of a range, int8
-_LARGEST = (
-    16.0  # factor; a channel that needs more is almost dead on the data, and may not be elsewhere
-)
+_STEPS = 127  # int8 codes between 0 and the end of a range
+# Largest factor. A channel that needs more is almost dead on these data, and may not be on others.
+_LARGEST = 16.0
+_WORTHWHILE = 0.99  # of the predicted noise; equalization has to lower it below this
 
 
 @dataclass(frozen=True)
 class EqualizedTensor:
-    """What became of the channels of one tensor, or of several that a residual add ties together.
+    """Result for the channels of one tensor, or of several tensors that a residual add ties together.
 
     Args:
         written_by: Layers that write it.
         read_by: Layers that read it.
         exponent: The balance that was chosen, 0 if nothing was changed.
-        predicted_db: By how much the noise of both is predicted to fall behind the readers, in dB.
+        predicted_db: Predicted fall of the noise behind the readers, in dB.
         reason: Why nothing was changed; empty if it was.
     """
 
@@ -97,12 +97,12 @@ class Equalization:
 
     Args:
         tensors: In the order in which they are written.
-        float_db: SQNR of the float outputs against those before, on the given batches, in dB: 100 and more is the
-            rounding of float32.
-        before_db: SQNR of the int8 outputs against the float ones before, on the given batches, in dB: of the model as
-            `swap_modules` quantizes it on the first of them, with the largest values as ranges. None where it
-            quantizes nothing.
-        after_db: The same afterwards.
+        float_db: SQNR of the float outputs against those before the pass, on the same batches, in dB: 100 and more is
+            the rounding of float32.
+        before_db: SQNR of the int8 outputs before the pass against the float outputs before it, on the same batches,
+            in dB. The model is quantized by `swap_modules` on the first batch, with the largest values as ranges. None
+            if no layer is quantized.
+        after_db: The same after the pass.
     """
 
     tensors: tuple[EqualizedTensor, ...]
@@ -111,38 +111,37 @@ class Equalization:
     after_db: float | None
 
     def format_table(self) -> str:
-        """How many tensors were equalized, what it did to the float model, and what was left alone and why."""
-        done = [tensor for tensor in self.tensors if not tensor.reason]
-        measured = self.before_db is not None and self.after_db is not None
-        sqnr = (
-            f"SQNR in int8 {self.before_db:.2f} to {self.after_db:.2f} dB"
-            if measured
-            else "nothing to quantize"
-        )
+        """Number of equalized tensors, the effect on the float model, and the reasons why tensors were left."""
+        sqnr = "nothing to quantize"
+        if self.before_db is not None and self.after_db is not None:
+            sqnr = f"SQNR in int8 {self.before_db:.2f} to {self.after_db:.2f} dB"
+        equalized = [tensor for tensor in self.tensors if not tensor.reason]
         lines = [
-            f"{len(done)} of {len(self.tensors)} tensors equalized: {sqnr}; "
+            f"{len(equalized)} of {len(self.tensors)} tensors equalized: {sqnr}; "
             f"the float model against itself before: {self.float_db:.1f} dB"
         ]
-        groups = group_names(
-            (each.reason, ", ".join(each.written_by)) for each in self.tensors if each.reason
-        )
-        lines += [f"  {len(names)} ({names[0]} ...): {reason}" for reason, names in groups.items()]
+        unchanged = []
+        for tensor in self.tensors:
+            if tensor.reason:
+                unchanged.append((tensor.reason, ", ".join(tensor.written_by)))
+        for reason, names in group_names(unchanged).items():
+            lines.append(f"  {len(names)} ({names[0]} ...): {reason}")
         return "\n".join(lines)
 
 
 def equalize_layers(model: nn.Module, batches: Iterable[Any]) -> Equalization:
     """Scale the channels between layers so that they use a common range better; in place.
 
-    Call it after `fold_batchnorm` and before `swap_modules`. A tensor is left alone where one of its readers or writers
-    is no convolution or linear layer, where a parameter of these is also used elsewhere, where it is an output of the
-    model, or where less noise is not to be expected. What moves the float outputs by more than rounding is put back.
+    Call it after `fold_batchnorm` and before `swap_modules`. A tensor is left unchanged if one of its readers or
+    writers is not a convolution or linear layer, if a parameter of these is also used elsewhere, if it is an output of
+    the model, or if no less noise is predicted. A change that moves the float outputs by more than rounding is undone.
 
     Args:
-        model: A float model; its layers are quantized for a while, to measure what the pass is worth.
-        batches: Iterated once and kept; as for `calibrate_model`.
+        model: A float model; its layers are quantized temporarily, to measure the effect of the pass.
+        batches: Iterated once and held in memory; as for `calibrate_model`.
 
     Returns:
-        What was done, how exactly the float model was kept, and the SQNR in int8 before and after.
+        The tensors, how exactly the float model was preserved, and the SQNR in int8 before and after.
 
     Raises:
         ArgumentTypeError: One tensor or dictionary instead of batches.
@@ -150,81 +149,90 @@ def equalize_layers(model: nn.Module, batches: Iterable[Any]) -> Equalization:
         StateError: The model is swapped already, or its outputs hold NaN or Inf.
     """
     require_model(model)
-    kept = list_filled_batches(batches)
+    samples = list_filled_batches(batches)
     if any(isinstance(module, QuantInputMixin) for module in model.modules()):
         raise StateError(
             "the model has quantized layers.", "call equalize_layers before swap_modules."
         )
-    groups = _find_groups(model, kept[0])
-    expected = _observe(model, kept, groups)
-    swap_modules(model, kept[0])
+    groups = _find_groups(model, samples[0])
+    expected = _observe(model, samples, groups)
+    swap_modules(model, samples[0])
     try:
-        before_db = _measure_int8(model, kept, expected)
+        before_db = _measure_int8(model, samples, expected)
         with disable_quantization(model):
-            done, float_db = _equalize_exactly(model, kept, groups, expected)
-        after_db = _measure_int8(model, kept, expected)
+            tensors, float_db = _equalize_exactly(model, samples, groups, expected)
+        after_db = _measure_int8(model, samples, expected)
     finally:
         restore_modules(model)
-    return Equalization(tuple(done), float_db, before_db, after_db)
+    return Equalization(tuple(tensors), float_db, before_db, after_db)
 
 
 def _measure_int8(model: nn.Module, batches: list[Any], expected: Array) -> float | None:
-    """SQNR of the swapped model with maxima for ranges, None where no layer is quantized."""
+    """SQNR in dB of the swapped model with maxima as ranges, None if no layer is quantized."""
     if not quantized_layers(model):
         return None
     calibrate_model(model, batches, method="max")
     return _sqnr(expected, _observe(model, batches, []))
 
 
-def _sqnr(expected: Array, found: Array) -> float:
-    """In dB; minus infinity where the outputs are not even as many."""
-    return sqnr_db(expected, found) if found.shape == expected.shape else -inf
+def _sqnr(expected: Array, actual: Array) -> float:
+    """In dB; minus infinity if the numbers of outputs differ."""
+    if actual.shape != expected.shape:
+        return -inf
+    return sqnr_db(expected, actual)
 
 
 def _equalize_exactly(
     model: nn.Module, batches: list[Any], groups: list[_Group], expected: Array
 ) -> tuple[list[EqualizedTensor], float]:
-    """All groups at once; if that moves the float outputs by more than rounding, one by one, without those that do."""
-    enough = _rounding_db(model)
+    """Equalize all groups; if that moves the float outputs by more than rounding, one by one, without those that do.
+
+    Returns:
+        The results, and the SQNR of the float outputs in dB.
+    """
+    limit_db = _rounding_db(model)
     with _undoing(groups) as undo:
-        done = [_equalize(group) for group in groups]
+        tensors = [_equalize(group) for group in groups]
         float_db = _sqnr(expected, _observe(model, batches, []))
-        if float_db >= enough:
-            return done, float_db
+        if float_db >= limit_db:
+            return tensors, float_db
         undo()
-    done, float_db = [], inf
+
+    tensors, float_db = [], inf
     for group in groups:
         with _undoing([group]) as undo:
             tensor = _equalize(group)
-            moved_db = float_db if tensor.reason else _sqnr(expected, _observe(model, batches, []))
-            if moved_db < enough:
-                undo()
-                reason = f"put back: it moved the float outputs, SQNR {moved_db:.1f} dB"
-                tensor = replace(tensor, exponent=0.0, predicted_db=0.0, reason=reason)
-            else:
-                float_db = moved_db
-        done.append(tensor)
-    return done, float_db
+            if not tensor.reason:
+                moved_db = _sqnr(expected, _observe(model, batches, []))
+                if moved_db < limit_db:
+                    undo()
+                    reason = f"put back: it moved the float outputs, SQNR {moved_db:.1f} dB"
+                    tensor = replace(tensor, exponent=0.0, predicted_db=0.0, reason=reason)
+                else:
+                    float_db = moved_db
+        tensors.append(tensor)
+    return tensors, float_db
 
 
 def _rounding_db(model: nn.Module) -> float:
-    """SQNR that a hundred times the rounding of the parameters leaves; outputs are compared in float32."""
-    types = {
-        parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()
-    } | {torch.float32}
-    return -20 * log10(100 * max(torch.finfo(dtype).eps for dtype in types))
+    """SQNR in dB if the error is a hundred times the rounding of the parameters; outputs are compared in float32."""
+    steps = [torch.finfo(torch.float32).eps]
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            steps.append(torch.finfo(parameter.dtype).eps)
+    return -20 * log10(100 * max(steps))
 
 
 @contextmanager
 def _undoing(groups: list[_Group]) -> Iterator[Callable[[], None]]:
-    """Gives a function that puts the parameters of all layers back; so does any error or Ctrl-C inside."""
-    free = [group for group in groups if not group.reason]
-    layers = [
-        layer for group in free for layer in (*group.writers.values(), *group.readers.values())
-    ]
-    saved = {
-        id(p): (p, p.detach().clone()) for layer in layers for p in layer.parameters(recurse=False)
-    }
+    """Yield a function that restores the parameters of all layers; an error or Ctrl-C in the block does so, too."""
+    saved: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
+    for group in groups:
+        if group.reason:
+            continue
+        for layer in (*group.writers.values(), *group.readers.values()):
+            for parameter in layer.parameters(recurse=False):
+                saved[id(parameter)] = (parameter, parameter.detach().clone())
 
     @torch.no_grad()
     def undo() -> None:
@@ -239,209 +247,312 @@ def _undoing(groups: list[_Group]) -> Iterator[Callable[[], None]]:
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What a layer read: the largest value and the sum of squares of each channel, `[C]`, and over how many rows."""
+class _InputStatistics:
+    """Statistics of the input of a layer.
+
+    Args:
+        largest: Largest absolute value of each channel, `[C]`.
+        energy: Sum of squares of each channel, `[C]`.
+        rows: Number of positions in all samples.
+    """
 
     largest: torch.Tensor
     energy: torch.Tensor
     rows: int
 
-    def merge(self, other: _Seen) -> _Seen:
-        return _Seen(
-            torch.maximum(self.largest, other.largest),
-            self.energy + other.energy,
-            self.rows + other.rows,
+    def merge(self, statistics: _InputStatistics) -> _InputStatistics:
+        return _InputStatistics(
+            torch.maximum(self.largest, statistics.largest),
+            self.energy + statistics.energy,
+            self.rows + statistics.rows,
         )
 
 
 @dataclass
 class _Group:
-    """Tensors that must be scaled alike, channel by channel, with the layers around them."""
+    """Tensors that need the same factors for their channels, with the layers around them.
+
+    Args:
+        writers: Layers that write them, by name.
+        readers: Layers that read them, by name.
+        axes: The axes along which the functions around them count channels.
+        reason: Why they must stay unchanged, "" if they may be scaled.
+        inputs: Reader -> statistics of its input.
+    """
 
     writers: dict[str, Any] = field(default_factory=dict)
     readers: dict[str, Any] = field(default_factory=dict)
     axes: set[int] = field(default_factory=set)
     reason: str = ""
-    inputs: dict[str, _Seen] = field(default_factory=dict)
+    inputs: dict[str, _InputStatistics] = field(default_factory=dict)
 
 
 class _ChannelGroups:
-    """Which tensors belong together, as a union of sets."""
+    """Groups of tensors, as a union of sets; a tensor is known by its number in the trace."""
 
     def __init__(self) -> None:
-        self._parent: dict[int, int] = {}
-        self._of: dict[int, _Group] = {}
+        self._parents: dict[int, int] = {}
+        self._groups: dict[int, _Group] = {}
 
     def root(self, value: int) -> int:
-        while self._parent.setdefault(value, value) != value:
-            value = self._parent[value]
+        while self._parents.setdefault(value, value) != value:
+            value = self._parents[value]
         return value
 
     def group(self, value: int) -> _Group:
-        return self._of.setdefault(self.root(value), _Group())
+        return self._groups.setdefault(self.root(value), _Group())
 
     def join(self, first: int, second: int) -> _Group:
-        one, other = self.group(first), self.group(second)
-        if one is not other:
-            one.writers |= other.writers
-            one.readers |= other.readers
-            one.axes |= other.axes
-            one.reason = one.reason or other.reason
-            self._parent[self.root(second)] = self.root(first)
-        return one
+        """Put two tensors into one group."""
+        group, absorbed = self.group(first), self.group(second)
+        if group is not absorbed:
+            group.writers |= absorbed.writers
+            group.readers |= absorbed.readers
+            group.axes |= absorbed.axes
+            group.reason = group.reason or absorbed.reason
+            self._parents[self.root(second)] = self.root(first)
+        return group
 
     def pin(self, values: Iterable[int], reason: str) -> None:
+        """Leave the groups of some tensors unchanged; the first reason stays."""
         for value in values:
             group = self.group(value)
             group.reason = group.reason or reason
 
-    def all(self) -> list[_Group]:
-        roots = dict.fromkeys(self.root(value) for value in self._parent)
-        return [self._of[root] for root in roots if self._of[root].writers]
+    def list_written(self) -> list[_Group]:
+        """The groups that a layer writes, in order."""
+        roots = dict.fromkeys(self.root(value) for value in self._parents)
+        groups = [self._groups[root] for root in roots]
+        return [group for group in groups if group.writers]
 
 
 def _find_groups(model: nn.Module, example_inputs: Any) -> list[_Group]:
-    """Every tensor that a layer writes, in order; `reason` where it must stay as it is."""
+    """Every group of tensors that a layer writes, in order; `reason` says why one must stay unchanged."""
     trace = trace_forward(model, example_inputs)
-    flow, layers, groups = Dataflow(trace), _Layers(model, trace), _ChannelGroups()
+    flow = Dataflow(trace)
+    layers = _Layers(model, trace)
+    groups = _ChannelGroups()
     groups.pin(flow.inputs, "it is an input of the model")
     for operation in flow.operations:
         computed = [value for value in operation.inputs if flow.is_computed(value)]
-        layer = layers.find(operation)
         if not computed:
             continue
+        layer = layers.find(operation)
         if layer is None:
             _pass_on(groups, flow, operation, computed)
-            continue
-        for value, role in ((computed[0], "readers"), (operation.outputs[0], "writers")):
-            group = groups.group(value)
-            getattr(group, role)[operation.module] = layer
-            group.axes.add(1 if operation.function in CONVOLUTIONS else len(flow.shapes[value]) - 1)
-        if reason := layers.reason_against(operation, computed, len(flow.shapes[computed[0]])):
-            groups.pin([*computed, *operation.outputs], reason)
+        else:
+            _add_layer(groups, flow, operation, layer, computed[0])
+            reason = layers.reason_against(operation, computed, len(flow.shapes[computed[0]]))
+            if reason:
+                groups.pin([*computed, *operation.outputs], reason)
     groups.pin(flow.outputs, "it is an output of the model")
-    found = groups.all()
-    for group in found:
-        if not group.reason and not group.readers:
+
+    written = groups.list_written()
+    for group in written:
+        if group.reason:
+            continue
+        if not group.readers:
             group.reason = "no layer reads it"
-        elif not group.reason and len(group.axes) > 1:
-            group.reason = "what is around it counts channels along different axes"
-    return found
+        elif len(group.axes) > 1:
+            group.reason = "its layers count channels along different axes"
+    return written
+
+
+def _add_layer(
+    groups: _ChannelGroups, flow: Dataflow, operation: Operation, layer: nn.Module, value: int
+) -> None:
+    """Register a layer as the reader of its input and the writer of its output.
+
+    Args:
+        groups: The groups.
+        flow: The data flow of the model.
+        operation: The product of the layer.
+        layer: The layer.
+        value: The input that the layer multiplies with its weight.
+    """
+    output = operation.outputs[0]
+    groups.group(value).readers[operation.module] = layer
+    groups.group(value).axes.add(_channel_axis(operation, flow.shapes[value]))
+    groups.group(output).writers[operation.module] = layer
+    groups.group(output).axes.add(_channel_axis(operation, flow.shapes[output]))
+
+
+def _channel_axis(operation: Operation, shape: Sequence[int]) -> int:
+    return 1 if operation.function in CONVOLUTIONS else len(shape) - 1
 
 
 class _Layers:
-    """The convolutions and linear layers of a model, and which of them may be scaled."""
+    """The convolutions and linear layers of a model, and which of them may be scaled.
+
+    Args:
+        model: The model.
+        trace: The record of a forward.
+    """
 
     def __init__(self, model: nn.Module, trace: ForwardTrace) -> None:
         self._modules = dict(model.named_modules())
         self._runs = trace.calls
-        self._products = Counter(op.module for op in trace.operations if self.find(op))
-        self._uses = Counter(value for op in trace.operations for value in op.inputs)
-        self._produced = {value for op in trace.operations for value in op.outputs}
-        self._owners = Counter(
-            tensor.untyped_storage().data_ptr()
-            for module in self._modules.values()
-            for tensor in (*module._parameters.values(), *module._buffers.values())
-            if tensor is not None
-        )
+        self._products: Counter[str] = Counter()
+        self._uses: Counter[int] = Counter()
+        self._produced: set[int] = set()
+        for operation in trace.operations:
+            if self.find(operation) is not None:
+                self._products[operation.module] += 1
+            self._uses.update(operation.inputs)
+            self._produced.update(operation.outputs)
+
+        self._owners: Counter[int] = Counter()  # of the memory at each address
+        for module in self._modules.values():
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    self._owners[_address_of(tensor)] += 1
 
     def find(self, operation: Operation) -> nn.Module | None:
         """The layer whose product an operation is."""
+        if operation.function not in CONVOLUTIONS | LINEAR:
+            return None
         layer = self._modules.get(operation.module)
-        is_product = operation.function in CONVOLUTIONS | LINEAR
-        return layer if is_product and isinstance(layer, _ConvNd | Linear) else None
+        return layer if isinstance(layer, _ConvNd | Linear) else None
 
     def reason_against(self, operation: Operation, computed: list[int], dims: int) -> str:
-        """Why the layer of a product must stay as it is, "" if it may be scaled."""
+        """Why the layer of a product must stay unchanged, "" if it may be scaled.
+
+        Args:
+            operation: The product.
+            computed: The inputs of the product that depend on the input of the model.
+            dims: Number of dimensions of its input.
+        """
         name = operation.module
         layer: Any = self._modules[name]
-        parameters = [
-            p
-            for p in (layer._parameters.get("weight"), layer._parameters.get("bias"))
-            if p is not None
-        ]
+        weight = layer._parameters.get("weight")
         if self._runs[name] > 1 or self._products[name] > 1:
             return f"{name} runs several times in one forward"
-        if (
-            isinstance(layer, _ConvTransposeNd)
-            or layer._parameters.get("weight") is None
-            or len(computed) > 1
-        ):
+        if weight is None or isinstance(layer, _ConvTransposeNd) or len(computed) > 1:
             return f"the weight of {name} is no plain parameter with the outputs first"
         if self._produced.intersection(operation.inputs[1:]):
             return f"{name} computes its weight or bias"
-        is_read = any(self._uses[value] > 1 for value in operation.inputs[1:])
-        if is_read or any(self._owners[p.untyped_storage().data_ptr()] > 1 for p in parameters):
+        if self._shares_parameters(layer, operation.inputs[1:]):
             return f"a parameter of {name} is used elsewhere too"
-        return "" if dims >= layer.weight.dim() else f"{name} is given no axis of samples"
+        if dims < layer.weight.dim():
+            return f"the input of {name} has no axis of samples"
+        return ""
+
+    def _shares_parameters(self, layer: nn.Module, values: Sequence[int]) -> bool:
+        """Whether other functions read the parameters of a layer, or other modules hold their memory."""
+        if any(self._uses[value] > 1 for value in values):
+            return True
+        for name in ("weight", "bias"):
+            parameter = layer._parameters.get(name)
+            if parameter is not None and self._owners[_address_of(parameter)] > 1:
+                return True
+        return False
+
+
+def _address_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _pass_on(
     groups: _ChannelGroups, flow: Dataflow, operation: Operation, computed: list[int]
 ) -> None:
-    """Tie input and output of a function that commutes with positive factors; pin those of any other."""
-    (first, *others), output = computed, operation.outputs[0]
-    shapes = [flow.shapes[value] for value in (first, output)]
+    """Join input and output of a function that commutes with positive factors; pin those of other functions.
+
+    Args:
+        groups: The groups.
+        flow: The data flow of the model.
+        operation: A function that is not the product of a layer.
+        computed: Its inputs that depend on the input of the model.
+    """
+    first = computed[0]
+    output = operation.outputs[0]
+    if _is_residual_add(flow, operation, computed):
+        groups.join(first, computed[1])
+        groups.join(first, output)
+        return
+
+    is_unary = len(computed) == 1
     clamp = clamp_of(operation)
-    if operation.function == "add" and len(others) == 1 and flow.shapes[others[0]] == shapes[0]:
-        groups.join(first, others[0])
+    if is_unary and (clamp == (0.0, inf) or operation.function in _ELEMENTWISE):
         groups.join(first, output)
-    elif not others and (clamp == (0.0, inf) or operation.function in _ELEMENTWISE):
-        groups.join(first, output)
-    elif clamp is not None:
-        groups.pin(
-            [first, output], f"{operation.function} clamps it, and factors would move the bound"
-        )
-    elif not others and (operation.function in _POOLINGS or _keeps_channels(operation, shapes)):
+        return
+    if clamp is not None:
+        reason = f"{operation.function} clamps it, and factors would move the bound"
+        groups.pin([first, output], reason)
+        return
+    if is_unary and (operation.function in _POOLINGS or _is_by_channel(flow, operation, first)):
         groups.join(first, output).axes.add(1)
-    else:
-        groups.pin(
-            [*computed, *operation.outputs],
-            f"{operation.function} does not commute with factors of its channels",
-        )
+        return
+    reason = f"{operation.function} does not commute with factors of its channels"
+    groups.pin([*computed, *operation.outputs], reason)
 
 
-def _keeps_channels(operation: Operation, shapes: list[tuple[int, ...]]) -> bool:
-    """Whether a function that may mix channels does not here: zero padding, flattening single pixels, spatial means."""
-    before, after = shapes
+def _is_residual_add(flow: Dataflow, operation: Operation, computed: list[int]) -> bool:
+    """Whether a function adds two computed tensors of one shape, the shape of the result."""
+    if operation.function != "add" or len(computed) != 2:
+        return False
+    first, second = computed
+    return flow.shapes[second] == flow.shapes[first]
+
+
+def _is_by_channel(flow: Dataflow, operation: Operation, value: int) -> bool:
+    """Whether a function that may mix channels does not mix them here.
+
+    So it is for zero padding, for flattening single pixels and for means over the pixels of each channel.
+    """
+    shape = flow.shapes[value]
+    output_shape = flow.shapes[operation.outputs[0]]
+    keeps_channels = shape[:2] == output_shape[:2]
     if operation.function == "pad":
-        given = operation.arguments
-        is_zero = given.get("mode", given.get("2", "constant")) == "constant"
-        return is_zero and not given.get("value", given.get("3", 0)) and before[:2] == after[:2]
+        return keeps_channels and _pads_zeros(operation)
     if operation.function in RESHAPES:
-        return before[:2] == after[:2] and np.prod(before) == np.prod(after)
+        return keeps_channels and prod(shape) == prod(output_shape)
     if operation.function == "mean":
-        return (
-            len(before) == 4
-            and after in (before[:2], (*before[:2], 1, 1))
-            and before[1] not in before[2:]
-        )
+        # Where a side has as many pixels as there are channels, the shape does not tell the axes of the mean.
+        is_unambiguous = len(shape) == 4 and shape[1] not in shape[2:]
+        return is_unambiguous and output_shape in (shape[:2], (*shape[:2], 1, 1))
     return False
 
 
+def _pads_zeros(operation: Operation) -> bool:
+    """Whether a padding adds zeros; arguments by position have their position as the name."""
+    arguments = operation.arguments
+    mode = arguments.get("mode", arguments.get("2", "constant"))
+    value = arguments.get("value", arguments.get("3", 0))
+    return mode == "constant" and not value
+
+
 def _observe(model: nn.Module, batches: list[Any], groups: list[_Group]) -> Array:
-    """Run all batches, collect what the groups need, return the outputs as one flat array."""
+    """Run all batches, collect the statistics of the groups, and return the outputs as one flat array."""
+    outputs: list[Array] = []
+    task = "equalize" if groups else "verify"
     with ExitStack() as hooks:
-        for group in [group for group in groups if not group.reason]:
-            for name, layer in group.readers.items():
-                hook = layer.register_forward_pre_hook(
-                    partial(_see_input, group, name), with_kwargs=True
-                )
-                hooks.callback(hook.remove)
-        outputs: list[Array] = []
+        for group in groups:
+            if not group.reason:
+                _watch_readers(group, hooks)
         with evaluating(model):
-            for batch in tqdm(
-                batches, desc="equalize" if groups else "verify", unit="batch", disable=None
-            ):
+            for batch in tqdm(batches, desc=task, unit="batch", disable=None):
                 outputs.append(flatten_outputs(call_model(model, batch)))
     return np.concatenate(outputs)
 
 
-def _see_input(group: _Group, name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
+def _watch_readers(group: _Group, hooks: ExitStack) -> None:
+    """Collect the statistics of the inputs of all readers until `hooks` is closed."""
+    for name, layer in group.readers.items():
+        collect = partial(_collect_input, group, name)
+        handle = layer.register_forward_pre_hook(collect, with_kwargs=True)
+        hooks.callback(handle.remove)
+
+
+def _collect_input(group: _Group, name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
+    """Add the input of a layer to its statistics."""
     x = next(iter((*args, *kwargs.values()))).detach().float()
-    rows = (x if isinstance(layer, Linear) else x.movedim(1, -1)).flatten(0, -2)
-    seen = _Seen(rows.abs().amax(0), rows.double().square().sum(0), len(rows))
-    group.inputs[name] = seen.merge(group.inputs[name]) if name in group.inputs else seen
+    if not isinstance(layer, Linear):
+        x = x.movedim(1, -1)
+    rows = x.flatten(0, -2)
+    statistics = _InputStatistics(rows.abs().amax(0), rows.double().square().sum(0), len(rows))
+    if name in group.inputs:
+        statistics = statistics.merge(group.inputs[name])
+    group.inputs[name] = statistics
 
 
 @torch.no_grad()
@@ -451,54 +562,57 @@ def _equalize(group: _Group) -> EqualizedTensor:
     if group.reason:
         return EqualizedTensor(writers, readers, 0.0, 0.0, group.reason)
     candidates = {exponent: _factors(group, exponent) for exponent in _EXPONENTS}
-    base = _noise(group, torch.ones_like(candidates[1.0]))
     noise = {exponent: _noise(group, factors) for exponent, factors in candidates.items()}
-    best = min(noise, key=lambda exponent: noise[exponent])
-    if not noise[best] < 0.99 * base:
-        return EqualizedTensor(
-            writers, readers, 0.0, 0.0, "no factors are predicted to lower the noise"
-        )
-    factors = candidates[best]
+    noise_before = _noise(group, torch.ones_like(candidates[1.0]))
+    exponent = min(noise, key=noise.__getitem__)
+    if not noise[exponent] < _WORTHWHILE * noise_before:
+        reason = "no factors are predicted to lower the noise"
+        return EqualizedTensor(writers, readers, 0.0, 0.0, reason)
+    _apply(group, candidates[exponent])
+    predicted_db = float(10 * np.log10(noise_before / noise[exponent]))
+    return EqualizedTensor(writers, readers, exponent, predicted_db)
+
+
+def _apply(group: _Group, factors: torch.Tensor) -> None:
+    """Multiply the channels of a group by factors `[C]`, and have its readers divide by them."""
     for layer in group.writers.values():
-        layer.weight.mul_(factors.reshape(-1, *[1] * (layer.weight.dim() - 1)))
+        ones = [1] * (layer.weight.dim() - 1)
+        layer.weight.mul_(factors.reshape(-1, *ones))
         if layer.bias is not None:
             layer.bias.mul_(factors)
     for layer in group.readers.values():
         _by_input(layer, layer.weight).div_(_columns(layer, factors))
-    return EqualizedTensor(writers, readers, best, float(10 * np.log10(base / noise[best])))
 
 
 def _factors(group: _Group, exponent: float) -> torch.Tensor:
-    """Positive factors `[C]`; 1 where the channel is dead. The largest value of the tensor stays."""
-    ranges = torch.stack([seen.largest for seen in group.inputs.values()]).amax(0)
+    """Positive factors `[C]`; 1 where the channel is dead. The largest value of the tensor does not change."""
+    inputs = [statistics.largest for statistics in group.inputs.values()]
+    ranges = torch.stack(inputs).amax(0)
     weights = torch.stack([_largest_weight(layer) for layer in group.readers.values()]).amax(0)
     is_live = (ranges > 0) & (weights > 0)
-    ranges, weights = (torch.where(is_live, values, values.max()) for values in (ranges, weights))
+    ranges = torch.where(is_live, ranges, ranges.max())
+    weights = torch.where(is_live, weights, weights.max())
     factors = weights ** (1 - exponent) / ranges**exponent
-    factors = (
-        factors * (ranges.max() / (factors * ranges)[is_live].max())
-        if bool(is_live.any())
-        else factors
-    )
+    if bool(is_live.any()):
+        factors = factors * (ranges.max() / (factors * ranges)[is_live].max())
     factors = factors.clamp(1 / _LARGEST, _LARGEST)
     return torch.where(is_live, factors, torch.ones_like(factors))
 
 
 def _noise(group: _Group, factors: torch.Tensor) -> float:
-    """Product over the readers of the noise predicted behind each (see the module), with these factors."""
+    """Product over the readers of the noise that is predicted behind each with these factors; see the module."""
     product = 1.0
     for name, layer in group.readers.items():
-        seen = group.inputs[name]
+        statistics = group.inputs[name]
         weight = (_by_input(layer, layer.weight) / _columns(layer, factors)).double()
-        input_step = (factors * seen.largest).max().double() / _STEPS
+        input_step = (factors * statistics.largest).max().double() / _STEPS
         filter_steps = weight.abs().flatten(2).amax(2) / _STEPS  # [groups, filters]
-        squares = (
-            (factors.double().square() * seen.energy / seen.rows)
-            .reshape(len(weight), 1, -1)
-            .sum(-1)
-        )
-        from_weight = (filter_steps.square() * squares).sum() * weight[0, 0, 0].numel()
-        product *= float(input_step.square() * weight.square().sum() + from_weight)
+        channel_energy = factors.double().square() * statistics.energy / statistics.rows
+        group_energy = channel_energy.reshape(len(weight), 1, -1).sum(-1)
+        kernel_size = weight[0, 0, 0].numel()
+        from_weight = (filter_steps.square() * group_energy).sum() * kernel_size
+        from_input = input_step.square() * weight.square().sum()
+        product *= float(from_input + from_weight)
     return product
 
 
@@ -508,13 +622,15 @@ def _by_input(layer: Any, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _columns(layer: Any, factors: torch.Tensor) -> torch.Tensor:
-    """Factors of the input channels in a shape that goes with `_by_input`."""
-    return factors.reshape(getattr(layer, "groups", 1), 1, -1, *[1] * (layer.weight.dim() - 2))
+    """Factors of the input channels in a shape that broadcasts with `_by_input`."""
+    kernel = [1] * (layer.weight.dim() - 2)
+    return factors.reshape(getattr(layer, "groups", 1), 1, -1, *kernel)
 
 
 def _largest_weight(layer: Any) -> torch.Tensor:
-    """Of what reads each input channel, by the largest of the layer, `[Cin]`."""
-    weight = _by_input(layer, layer.weight).abs()
-    largest = weight.flatten(3).amax(3) if weight.dim() > 3 else weight
+    """Largest weight that reads each input channel, relative to the largest of the layer, `[Cin]`."""
+    largest = _by_input(layer, layer.weight).abs()
+    if largest.dim() > 3:
+        largest = largest.flatten(3).amax(3)
     largest = largest.amax(1).flatten().float()
     return largest / largest.max().clamp_min(torch.finfo(torch.float32).tiny)

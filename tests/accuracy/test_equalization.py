@@ -238,7 +238,7 @@ def test_linear_layers_on_tokens():
     torch.testing.assert_close(model(2 * data), expected, rtol=1e-10, atol=1e-10)
     assert [tensor.reason for tensor in report.tensors] == [
         "",
-        "what is around it counts channels along different axes",
+        "its layers count channels along different axes",
         "it is an output of the model",
     ]
     assert report.after_db > report.before_db + 1
