@@ -1,12 +1,12 @@
-"""The mean error that quantization leaves in every output channel, taken out of the bias.
+"""Bias correction: subtracts the mean error that quantization leaves in every output channel.
 
 Nagel, van Baalen, Blankevoort, Welling: Data-Free Quantization Through Weight Equalization and Bias Correction,
 ICCV 2019 (arXiv 1906.04721), section 4.2. With W' the quantized weight and E the mean over positions and samples:
 
 - analytic: b' = b - (W' - W) E[x], x the float input: the error of the weight alone, from the moments of the input;
 - empirical: b' = b + E[y] - E[y'], y' the output of the layer behind all layers corrected before it: the error of the
-  weight and of everything up to it. Where a ReLU or ReLU6 stands behind the layer, E is the mean over the positions
-  that it passes on in one of the models: what it hides is no reason to move the rest.
+  weight and of everything up to it. If a ReLU or ReLU6 follows the layer, E is the mean over the positions that it
+  passes on in one of the models: values that it hides should not shift the others.
 
 A bias is added in float, so it costs an engine nothing.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -43,16 +43,17 @@ from qdq.samples import join_batches
 logger = logging.getLogger(__name__)
 
 METHODS = ("empirical", "analytic")
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class CorrectedBias:
-    """What became of one bias.
+    """Result for one bias.
 
     Args:
         layer: Dotted name.
-        shift: Root mean square of what was added, relative to that of the means of the float output.
-        reason: Why nothing was added; empty if it was.
+        shift: Root mean square of the values that were added, relative to that of the means of the float output.
+        reason: Why nothing was added; empty if something was.
     """
 
     layer: str
@@ -66,9 +67,10 @@ class BiasCorrection:
 
     Args:
         method: "empirical" or "analytic".
-        layers: The quantized layers with a weight, in the order in which they run; then those left alone.
-        before_db: SQNR of the outputs against the float model's on the given batches, in dB.
-        after_db: The same afterwards.
+        layers: The quantized layers with a weight, in the order in which they run; then the skipped ones.
+        before_db: SQNR of the outputs against those of the float model on the same batches, before the correction, in
+            dB.
+        after_db: The same after the correction.
     """
 
     method: str
@@ -77,13 +79,14 @@ class BiasCorrection:
     after_db: float
 
     def format_table(self) -> str:
-        """SQNR before and after, then what was left alone and why."""
-        done = [layer for layer in self.layers if not layer.reason]
+        """SQNR before and after, then the skipped layers and the reasons."""
+        skipped = [layer for layer in self.layers if layer.reason]
+        count = len(self.layers) - len(skipped)
         sqnr = f"SQNR {self.before_db:.2f} to {self.after_db:.2f} dB"
-        lines = [f"{self.method} bias correction of {len(done)} layers: {sqnr}"]
-        return "\n".join(
-            lines + [f"  {layer.layer}: {layer.reason}" for layer in self.layers if layer.reason]
-        )
+        lines = [f"{self.method} bias correction of {count} layers: {sqnr}"]
+        for layer in skipped:
+            lines.append(f"  {layer.layer}: {layer.reason}")
+        return "\n".join(lines)
 
 
 def correct_bias(
@@ -93,20 +96,21 @@ def correct_bias(
     method: str = "empirical",
     reference: nn.Module | None = None,
 ) -> BiasCorrection:
-    """Shift the bias of every quantized layer so that quantization leaves the mean of its output channels; in place.
+    """Shift the bias of every quantized layer so that quantization does not change the mean of its output channels.
 
-    A layer without a bias gets one, which a swapped model takes from a state dict, a float one does not. The batches
-    are joined into one, so that one forward can correct the layers in their order; a few dozen images are enough.
+    The model changes in place. A layer without a bias gets one, which a swapped model accepts in a state dict and a
+    float model does not. The batches are joined into one, so that one forward can correct the layers in their order; a
+    few dozen images are enough.
 
     Args:
         model: A calibrated model.
-        batches: As for `calibrate_model`; they must be in memory at once.
+        batches: As for `calibrate_model`; they must fit in memory together.
         method: "empirical" or "analytic", see the module.
         reference: The float model, for instance a copy made before `round_weights` changed the weights. None: the
             model itself with its quantizers off.
 
     Returns:
-        What was done, with the SQNR before and after.
+        The corrected and the skipped layers, with the SQNR before and after.
 
     Raises:
         ArgumentError: An unknown method, or a reference with other layers.
@@ -116,29 +120,45 @@ def correct_bias(
     """
     if method not in METHODS:
         raise ArgumentError(
-            f"method is {method!r}; known are {', '.join(METHODS)}.", "use 'empirical'."
+            f"method is {method!r}; expected one of {', '.join(METHODS)}.", "use 'empirical'."
         )
     require_model(model)
     inputs = join_batches(batches)
     plan = plan_layers(model, inputs)
-    before = run_flat(model, inputs)
+    outputs_before = run_flat(model, inputs)
     correct = _correct_empirically if method == "empirical" else _correct_analytically
-    done, expected, after = correct(model, reference or model, plan, inputs)
-    done += [CorrectedBias(name, 0.0, reason) for name, reason in plan.left.items()]
-    return BiasCorrection(method, tuple(done), sqnr_db(expected, before), sqnr_db(expected, after))
+    correction = correct(model, reference or model, plan, inputs)
+    layers = list(correction.layers)
+    for name, reason in plan.skipped.items():
+        layers.append(CorrectedBias(name, 0.0, reason))
+    return BiasCorrection(
+        method=method,
+        layers=tuple(layers),
+        before_db=sqnr_db(correction.expected, outputs_before),
+        after_db=sqnr_db(correction.expected, correction.outputs),
+    )
 
 
-_Corrected = tuple[
-    list[CorrectedBias], Array, Array
-]  # what was done; outputs of the reference, and those afterwards
+class _Correction(NamedTuple):
+    """The layers that one method corrected.
+
+    Args:
+        layers: The layers.
+        expected: Outputs of the reference.
+        outputs: Outputs of the corrected model.
+    """
+
+    layers: list[CorrectedBias]
+    expected: Array
+    outputs: Array
 
 
 def _correct_empirically(
     model: nn.Module, reference: nn.Module, plan: LayerPlan, inputs: Any
-) -> _Corrected:
-    """Outputs of the float model first; then each layer in turn is corrected while it runs."""
+) -> _Correction:
+    """Compute the outputs of the float model first; then correct each layer while it runs."""
     samples, expected = sample_outputs(reference, plan, inputs)
-    done: list[CorrectedBias] = []
+    layers: list[CorrectedBias] = []
     with tqdm(total=len(plan.layers), desc="correct bias", unit="layer", disable=None) as progress:
 
         def correct(name: str, layer: nn.Module, product: Product) -> torch.Tensor:
@@ -147,38 +167,39 @@ def _correct_empirically(
             weight = sample.weigh(rows).double()
             shift = (weight * (sample.rows - rows)).sum(0)
             add_to_bias(layer, shift)
-            done.append(CorrectedBias(name, _relative(shift, (weight * sample.rows).sum(0))))
+            means = (weight * sample.rows).sum(0)
+            layers.append(CorrectedBias(name, _relative(shift, means)))
             progress.update()
             return product.compute(bias=layer.bias)
 
-        after = flatten_outputs(visit_products(model, plan.layers, inputs, correct))
-    return done, expected, after
+        outputs = flatten_outputs(visit_products(model, plan.layers, inputs, correct))
+    return _Correction(layers, expected, outputs)
 
 
 def _correct_analytically(
     model: nn.Module, reference: nn.Module, plan: LayerPlan, inputs: Any
-) -> _Corrected:
-    """One float forward; the product being linear, the mean of the input over samples gives that of the output."""
-    done: list[CorrectedBias] = []
+) -> _Correction:
+    """Run one float forward; a product is linear, so the mean of its inputs gives the mean of its outputs."""
+    layers: list[CorrectedBias] = []
     shifts: dict[str, torch.Tensor] = {}
     modules = dict(reference.named_modules())
 
     def measure(name: str, _: nn.Module, product: Product) -> torch.Tensor:
-        layer, output, weight = plan.layers[name], product.compute(), product.arguments["weight"]
-        error = _quantized_weight(layer) - weight
-        mean = product.arguments["input"].mean(0, keepdim=True)
-        shifts[name] = -_channel_means(
-            product, product.compute(input=mean, weight=error, bias=None)
-        )
-        done.append(CorrectedBias(name, _relative(shifts[name], _channel_means(product, output))))
+        output = product.compute()
+        error = _quantized_weight(plan.layers[name]) - product.arguments["weight"]
+        mean_input = product.arguments["input"].mean(0, keepdim=True)
+        mean_error = product.compute(input=mean_input, weight=error, bias=None)
+        shift = -_channel_means(product, mean_error)
+        shifts[name] = shift
+        layers.append(CorrectedBias(name, _relative(shift, _channel_means(product, output))))
         return output
 
     with disable_quantization(reference):
-        layers = {name: modules[name] for name in plan.layers}
-        expected = flatten_outputs(visit_products(reference, layers, inputs, measure))
+        measured = {name: modules[name] for name in plan.layers}
+        expected = flatten_outputs(visit_products(reference, measured, inputs, measure))
     for name, shift in shifts.items():
         add_to_bias(plan.layers[name], shift)
-    return done, expected, run_flat(model, inputs)
+    return _Correction(layers, expected, run_flat(model, inputs))
 
 
 def _quantized_weight(layer: QuantMixin) -> torch.Tensor:
@@ -194,4 +215,4 @@ def _channel_means(product: Product, output: torch.Tensor) -> torch.Tensor:
 
 
 def _relative(shift: torch.Tensor, means: torch.Tensor) -> float:
-    return float(shift.norm() / means.norm().clamp_min(torch.finfo(torch.float32).tiny))
+    return float(shift.norm() / means.norm().clamp_min(_TINY))

@@ -321,9 +321,11 @@ class _ChannelGroups:
 
     def list_written(self) -> list[_Group]:
         """The groups that a layer writes, in order."""
-        roots = dict.fromkeys(self.root(value) for value in self._parents)
-        groups = [self._groups[root] for root in roots]
-        return [group for group in groups if group.writers]
+        groups: dict[int, _Group] = {}
+        for value in self._parents:
+            root = self.root(value)
+            groups[root] = self._groups[root]
+        return [group for group in groups.values() if group.writers]
 
 
 def _find_groups(model: nn.Module, example_inputs: Any) -> list[_Group]:

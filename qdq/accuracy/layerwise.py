@@ -1,8 +1,8 @@
 """One forward in which the product of each quantized layer may be measured, or changed before the next layer sees it.
 
-What corrects one layer after another (`correct_bias`, `round_weights`) needs, for every layer, the input that it gets
-from the layers corrected so far. Run batch by batch that is a forward a layer. Here all batches are joined into one,
-and one forward does: each layer is corrected at the moment it runs.
+A pass that corrects one layer after another (`correct_bias`, `round_weights`) needs, for every layer, the input from
+the layers corrected so far. Batch by batch, that takes one forward per layer. Here all batches are joined into one, and
+a single forward is enough: each layer is corrected at the moment it runs.
 """
 
 from __future__ import annotations
@@ -39,9 +39,8 @@ from qdq.samples import count_samples, is_by_sample
 from qdq.swap import quantized_layers
 
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_HIDDEN = (
-    1e-2  # weight of an output that a clamp hides, so that a channel that is always hidden has some
-)
+# Weight of an output that a clamp hides, so that a channel that is always hidden has a mean.
+_HIDDEN = 1e-2
 
 
 @dataclass(frozen=True)
@@ -58,33 +57,36 @@ class Product:
 
     @property
     def groups(self) -> int:
-        """Its groups; 1 for a linear function."""
+        """Number of groups; 1 for a linear function."""
         return int(self.arguments.get("groups", 1))
 
     def require_samples(self, layer: str) -> None:
         """Refuse an input without an axis of samples.
 
         Raises:
-            DataError: It has none; torch takes `[C, H, W]` and `[C]` too.
+            DataError: The input has no such axis; torch accepts `[C, H, W]` and `[C]`, too.
         """
-        dims, weight = self.arguments["input"].dim(), self.arguments["weight"]
-        if dims < weight.dim():
+        dims = self.arguments["input"].dim()
+        expected = self.arguments["weight"].dim()
+        if dims < expected:
             raise DataError(
-                f"{layer} is given {dims} dimensions, {weight.dim()} or more are needed: the first is the samples.",
+                f"the input of {layer} has {dims} dimensions; expected {expected} or more, the first for the samples.",
                 "give the model batches, for instance tensor[None].",
             )
 
     def compute(self, **changed: Any) -> torch.Tensor:
-        """The result, with some arguments exchanged."""
+        """The result, with some arguments replaced."""
         output: torch.Tensor = self.function(**{**self.arguments, **changed})
         return output
 
     def rows_of(self, output: torch.Tensor) -> torch.Tensor:
         """An output as `[positions, Cout]`; a position is a pixel of one sample."""
-        return (output if self.function is F.linear else output.movedim(1, -1)).flatten(0, -2)
+        if self.function is not F.linear:
+            output = output.movedim(1, -1)
+        return output.flatten(0, -2)
 
     def patches_at(self, positions: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """What the weight is multiplied with at some positions of the output.
+        """The inputs that the weight is multiplied with at some positions of the output.
 
         Args:
             positions: Row numbers in `rows_of(output)`, `[N]`.
@@ -97,14 +99,14 @@ class Product:
         if self.function is F.linear:
             return inputs.flatten(0, -2)[positions][None]
         kernel = self.arguments["weight"].shape[2:]
-        stride, dilation = (
-            _for_each(self.arguments.get(name, 1), len(kernel)) for name in ("stride", "dilation")
-        )
-        windows = F.pad(inputs, _padding(self.arguments.get("padding", 0), kernel, dilation))
-        for axis, (size, step, spread) in enumerate(
-            zip(kernel, stride, dilation, strict=True), start=2
-        ):
-            windows = windows.unfold(axis, spread * (size - 1) + 1, step)[..., ::spread]
+        strides = _for_each_axis(self.arguments.get("stride", 1), len(kernel))
+        dilations = _for_each_axis(self.arguments.get("dilation", 1), len(kernel))
+        padding = self.arguments.get("padding", 0)
+
+        windows = F.pad(inputs, _pad_widths(padding, kernel, dilations))
+        for axis, size in enumerate(kernel):
+            span = dilations[axis] * (size - 1) + 1
+            windows = windows.unfold(axis + 2, span, strides[axis])[..., :: dilations[axis]]
         pixels = windows.movedim(1, 1 + len(kernel))  # [B, out ..., Cin, kernel ...], a view
         patches = pixels[torch.unravel_index(positions, (shape[0], *shape[2:]))]
         return patches.reshape(len(positions), self.groups, -1).transpose(0, 1)
@@ -116,16 +118,16 @@ Visit = Callable[[str, nn.Module, Product], torch.Tensor]
 def visit_products(
     model: nn.Module, layers: Mapping[str, nn.Module], inputs: Any, visit: Visit
 ) -> Any:
-    """Run a model once without gradients; the products of some layers are what `visit` returns.
+    """Run a model once without gradients, with the products of some layers replaced by the results of `visit`.
 
     Args:
         model: The model, in any state of its quantizers.
         layers: The layers by name.
-        inputs: As for `trace.call_model`.
-        visit: Called with name, layer and product; returns the output that the layer is to have.
+        inputs: As for `forward.call_model`.
+        visit: Called with name, layer and product; returns the output of the product.
 
     Returns:
-        What the model returns.
+        The outputs of the model.
     """
     mode = _Visitor(visit)
     with ExitStack() as hooks:
@@ -138,6 +140,12 @@ def visit_products(
 
 
 class _Visitor(TorchFunctionMode):
+    """Calls `visit` for the product of each layer while the layer runs.
+
+    Args:
+        visit: As for `visit_products`.
+    """
+
     def __init__(self, visit: Visit) -> None:
         super().__init__()
         self._visit = visit
@@ -152,30 +160,30 @@ class _Visitor(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         if self._running and name_function(func) in WEIGHTED:
             name, layer = self._running[-1]
-            arguments = {**dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})}
-            if arguments["weight"] is getattr(
-                layer, "weight", None
-            ):  # in its forward the quantized one, see QuantMixin
+            arguments = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+            # In its forward the weight of a layer is the quantized one, see QuantMixin.
+            if arguments["weight"] is getattr(layer, "weight", None):
                 function = getattr(F, name_function(func))
                 return self._visit(name, layer, Product(function, arguments))
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What can be corrected layer by layer.
+    """The layers that can be corrected one after another.
 
     Args:
         layers: Quantized layers in the order in which they run.
         intervals: Layer -> the values of its output that the function behind it passes on: 0..6 before a ReLU6.
-        left: Quantized layers that are left alone -> why.
+        skipped: Quantized layers that cannot be corrected -> the reason.
     """
 
     layers: dict[str, QuantMixin]
     intervals: dict[str, tuple[float, float]]
-    left: dict[str, str]
+    skipped: dict[str, str]
 
 
 def plan_layers(model: nn.Module, inputs: Any) -> LayerPlan:
@@ -183,30 +191,24 @@ def plan_layers(model: nn.Module, inputs: Any) -> LayerPlan:
 
     Args:
         model: A calibrated model.
-        inputs: The model runs on two samples of them.
+        inputs: Joined batches; the model runs on two samples of them.
 
     Raises:
-        DataError: The model does not run on them, or they have no axis of samples.
+        DataError: The model does not run on the inputs, or they have no axis of samples.
         StateError: There is no quantized layer, or one has no range.
     """
-    found = {
-        name: layer
-        for name, layer in quantized_layers(model).items()
-        if isinstance(layer, QuantMixin)
-    }
-    if not found:
+    quantized: dict[str, QuantMixin] = {}
+    for name, layer in quantized_layers(model).items():
+        if isinstance(layer, QuantMixin):
+            quantized[name] = layer
+    if not quantized:
         raise StateError(
             "no layer of the model is quantized.", "call swap_modules and calibrate_model first."
         )
-    active = {
-        n: layer
-        for n, layer in found.items()
-        if all(quantizer.is_enabled for quantizer in layer.quantizers().values())
-    }
+    active = {name: layer for name, layer in quantized.items() if _is_active(layer)}
     for name, layer in active.items():
-        for attribute, quantizer in layer.quantizers().items():
-            if quantizer.amax is None:
-                raise StateError(f"{name}.{attribute} has no amax.", "call calibrate_model first.")
+        _require_ranges(name, layer)
+
     calls: Counter[str] = Counter()
 
     def count(name: str, _: nn.Module, product: Product) -> torch.Tensor:
@@ -214,24 +216,45 @@ def plan_layers(model: nn.Module, inputs: Any) -> LayerPlan:
         product.require_samples(name)
         return product.compute()
 
-    size = count_samples(inputs)
-    few = tree_map(lambda leaf: leaf[:2] if is_by_sample(leaf, size) else leaf, inputs)
+    pair = _take_samples(inputs, 2)
     with disable_quantization(model), _explaining():
-        visit_products(model, active, few, count)
-        flow = Dataflow(trace_forward(model, few))
+        visit_products(model, active, pair, count)
+        flow = Dataflow(trace_forward(model, pair))
+
+    intervals = {}
+    for operation in flow.operations:
+        if operation.function in WEIGHTED:
+            intervals[operation.module] = flow.passing_interval(operation.outputs[0])
     layers = {name: active[name] for name, number in calls.items() if number == 1}
-    left = {
-        name: _reason_against(name in active, calls[name]) for name in found if name not in layers
-    }
-    behind = {
-        op.module: flow.passing_interval(op.outputs[0])
-        for op in flow.operations
-        if op.function in WEIGHTED
-    }
-    return LayerPlan(layers, {name: behind[name] for name in layers}, left)
+    skipped = {}
+    for name in quantized:
+        if name not in layers:
+            skipped[name] = _reason_to_skip(name in active, calls[name])
+    return LayerPlan(layers, {name: intervals[name] for name in layers}, skipped)
 
 
-def _reason_against(is_active: bool, calls: int) -> str:
+def _is_active(layer: QuantMixin) -> bool:
+    """Whether all quantizers of a layer are on."""
+    return all(quantizer.is_enabled for quantizer in layer.quantizers().values())
+
+
+def _require_ranges(name: str, layer: QuantMixin) -> None:
+    for attribute, quantizer in layer.quantizers().items():
+        if quantizer.amax is None:
+            raise StateError(f"{name}.{attribute} has no amax.", "call calibrate_model first.")
+
+
+def _take_samples(inputs: Any, count: int) -> Any:
+    """The first samples of joined batches."""
+    size = count_samples(inputs)
+
+    def take(leaf: Any) -> Any:
+        return leaf[:count] if is_by_sample(leaf, size) else leaf
+
+    return tree_map(take, inputs)
+
+
+def _reason_to_skip(is_active: bool, calls: int) -> str:
     if not is_active:
         return "it is in float"
     if calls == 0:
@@ -246,7 +269,7 @@ class Sample:
     Args:
         positions: Rows of `Product.rows_of`, `[N]`.
         rows: The outputs there, float32 `[N, Cout]`.
-        interval: What the function behind the layer passes on.
+        interval: The values that the function behind the layer passes on.
     """
 
     positions: torch.Tensor
@@ -254,7 +277,7 @@ class Sample:
     interval: tuple[float, float]
 
     def weigh(self, rows: torch.Tensor) -> torch.Tensor:
-        """How much each output counts: little where a clamp behind it hides it in both models.
+        """Weight of each output in a mean: small where a clamp behind it hides it in both models.
 
         Args:
             rows: The outputs of the quantized model at the same positions.
@@ -263,25 +286,29 @@ class Sample:
             `[N, Cout]`, the sum of each column is 1.
         """
         low, high = self.interval
-        passes = [(values > low) & (values < high) for values in (self.rows, rows)]
-        weight = (passes[0] | passes[1]).float().clamp_min(_HIDDEN)
+        passes_in_float = (self.rows > low) & (self.rows < high)
+        passes_in_int8 = (rows > low) & (rows < high)
+        weight = (passes_in_float | passes_in_int8).float().clamp_min(_HIDDEN)
         return weight / weight.sum(0)
 
 
 def sample_outputs(
     model: nn.Module, plan: LayerPlan, inputs: Any, *, positions: int = 4096, seed: int = 0
 ) -> tuple[dict[str, Sample], Array]:
-    """Run the float model and keep the outputs of its layers at random positions.
+    """Run the float model and store the outputs of its layers at random positions.
 
     Args:
-        model: The quantized model, which runs with its quantizers off, or a float one of the same names.
+        model: The quantized model, which runs with its quantizers off, or a float model with the same names.
         plan: The layers.
-        inputs: As for `trace.call_model`.
-        positions: At most so many for a layer.
-        seed: Of the choice.
+        inputs: As for `forward.call_model`.
+        positions: Upper limit on the positions of a layer.
+        seed: Seed of the random positions.
 
     Returns:
         A sample for each layer, and the outputs of the model as `flatten_outputs` gives them.
+
+    Raises:
+        ArgumentError: The model lacks one of the layers.
     """
     samples: dict[str, Sample] = {}
     generator = torch.Generator().manual_seed(seed)
@@ -294,20 +321,20 @@ def sample_outputs(
         return output
 
     modules = dict(model.named_modules())
-    if missing := [name for name in plan.layers if name not in modules]:
-        raise ArgumentError(
-            f"the reference has no module {missing[0]}.", "give a copy of the model itself."
-        )
+    for name in plan.layers:
+        if name not in modules:
+            raise ArgumentError(
+                f"the reference has no module {name}.", "give a copy of the model itself."
+            )
+    layers = {name: modules[name] for name in plan.layers}
     with disable_quantization(model):
-        outputs = flatten_outputs(
-            visit_products(model, {n: modules[n] for n in plan.layers}, inputs, record)
-        )
-    return samples, outputs
+        outputs = visit_products(model, layers, inputs, record)
+        return samples, flatten_outputs(outputs)
 
 
 @contextmanager
 def _explaining() -> Iterator[None]:
-    """Say what joined batches need where a model does not run on them; it may raise anything."""
+    """Explain what joined batches need, if a model does not run on them; it may raise any error."""
     try:
         yield
     except QdqError:
@@ -315,8 +342,8 @@ def _explaining() -> Iterator[None]:
     except Exception as error:
         raise DataError(
             f"the model does not run on the batches joined into one, or on two samples of it: {error}",
-            "call model(batch) to see that it runs; give every tensor the samples as its first axis, in batches that "
-            "differ in it only; give fewer samples where memory is short.",
+            "check that model(batch) runs; give every tensor the samples as its first axis, in batches that differ in "
+            "it only; give fewer samples if memory is short.",
         ) from error
 
 
@@ -330,13 +357,13 @@ def flatten_outputs(outputs: Any) -> Array:
     """All floating-point outputs as one flat array.
 
     Raises:
-        StateError: They hold NaN or Inf, or no floating-point tensor at all.
+        StateError: They hold NaN or Inf, or there is no floating-point tensor.
     """
     leaves = floats_of(outputs)
     if not leaves:
         raise StateError(
             "the model returns no floating-point tensor.",
-            "have it return what stands before argmax or the like.",
+            "have it return the scores before argmax or a similar function.",
         )
     flat = np.concatenate([leaf.detach().float().cpu().numpy().ravel() for leaf in leaves])
     if not np.isfinite(flat).all():
@@ -348,7 +375,7 @@ def flatten_outputs(outputs: Any) -> Array:
 
 
 def add_to_bias(layer: Any, shift: torch.Tensor) -> None:
-    """Add to the bias of a layer, which gets one if it has none.
+    """Add to the bias of a layer, which is created if it does not exist.
 
     Args:
         layer: A convolution or linear layer.
@@ -362,18 +389,25 @@ def add_to_bias(layer: Any, shift: torch.Tensor) -> None:
         layer.bias.copy_(layer.bias.double() + shift)
 
 
-def _for_each(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * dims if len(values) == 1 else values
+def _for_each_axis(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+    """An argument that torch accepts as one number for all axes, for each axis."""
+    if isinstance(value, int):
+        return (value,) * dims
+    if len(value) == 1:
+        return tuple(value) * dims
+    return tuple(value)
 
 
-def _padding(padding: Any, kernel: torch.Size, dilation: tuple[int, ...]) -> list[int]:
-    """The argument of `F.pad`: last axis first, both sides."""
+def _pad_widths(padding: Any, kernel: torch.Size, dilations: tuple[int, ...]) -> list[int]:
+    """The padding of a convolution as the argument of `F.pad`: last axis first, both sides."""
+    widths: list[int] = []
     if padding == "same":
-        totals = [spread * (size - 1) for size, spread in zip(kernel, dilation, strict=True)]
-        sides = [(total // 2, total - total // 2) for total in totals]
-    else:
-        sides = [
-            (size, size) for size in _for_each(0 if padding == "valid" else padding, len(kernel))
-        ]
-    return [size for side in reversed(sides) for size in side]
+        for size, dilation in zip(reversed(kernel), reversed(dilations), strict=True):
+            total = dilation * (size - 1)
+            widths += [total // 2, total - total // 2]
+        return widths
+    if padding == "valid":
+        padding = 0
+    for width in reversed(_for_each_axis(padding, len(kernel))):
+        widths += [width, width]
+    return widths

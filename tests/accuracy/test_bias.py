@@ -240,17 +240,17 @@ def test_a_table_as_long_as_the_batch_is_taken_for_samples(shifted):
 @pytest.mark.parametrize(
     ("layer", "data", "message"),
     [
-        (nn.Linear(16, 32), torch.randn(16), "0 is given 1 dimensions, 2 or more are needed"),
+        (nn.Linear(16, 32), torch.randn(16), "0 has 1 dimensions; expected 2 or more"),
         (nn.Linear(16, 32), torch.randn(0, 16), "all 1 batches are empty"),
         (
             nn.Conv2d(16, 16, 3),
             torch.randn(16, 8, 8),
-            "0 is given 3 dimensions, 4 or more are needed",
+            "0 has 3 dimensions; expected 4 or more",
         ),
         (
             nn.Conv2d(2, 16, 3),
             torch.randn(2, 8, 8),
-            "0 is given 3 dimensions, 4 or more are needed",
+            "0 has 3 dimensions; expected 4 or more",
         ),
     ],
 )
