@@ -130,8 +130,13 @@ def analyze_layers(
         gpu=gpu,
         profile=profile,
     )
-    earlier_plan = pinned if isinstance(pinned, Plan) else None
-    precisions = pinned.precisions if isinstance(pinned, Plan) else pinned or {}
+    earlier_plan = None
+    precisions: Mapping[str, str] = {}
+    if isinstance(pinned, Plan):
+        earlier_plan = pinned
+        precisions = pinned.precisions
+    elif pinned is not None:
+        precisions = pinned
     _require_precisions(precisions)
     samples = list_filled_batches(batches)
     metric_used = options.chosen_metric
@@ -188,7 +193,17 @@ def _trace_float_forward(
 def _pin(
     model: nn.Module, units: list[Unit], pinned: Mapping[str, str], undo: ExitStack
 ) -> tuple[list[Unit], dict[str, str]]:
-    """Units still to be decided, and the precisions of pinned ones; layers pinned to float are switched off."""
+    """Switch the layers off that are pinned to float.
+
+    Args:
+        model: The model.
+        units: All units, each a single layer or call.
+        pinned: Layer, or pattern of layers -> "int8" or "float".
+        undo: Switches the layers on again if it is closed.
+
+    Returns:
+        The units that are not pinned, and the precision of each layer that is.
+    """
     decided = match_precisions(model, [unit.name for unit in units], pinned)
     for unit in units:
         if decided.get(unit.name) == "float":
@@ -200,7 +215,17 @@ def _pin(
 def _find_times(
     model: nn.Module, costs: dict[str, LayerCost], options: Options, units: list[Unit]
 ) -> dict[str, SwitchCost]:
-    """Time of every layer in int8 and in fp16; empty if neither `gpu` nor `profile` is given."""
+    """Times of the layers, measured or estimated.
+
+    Args:
+        model: The model.
+        costs: Costs of the layers, for an estimate.
+        options: The GPU or the profile.
+        units: The units to rank.
+
+    Returns:
+        Dotted name -> time in int8 and in fp16; empty if neither `gpu` nor `profile` is given.
+    """
     if options.profile is not None:
         names = [name for unit in units for name in unit.layers]
         return load_times(Path(options.profile), names, dict(model.named_modules()))

@@ -168,6 +168,7 @@ def trace_costs(model: nn.Module, batch: Any) -> tuple[ForwardTrace, dict[str, L
     for operation in trace.operations:
         if not operation.metered:
             continue
+
         for name in {operation.name, *_self_and_parents(operation.module)}:
             macs[name] += operation.metered // 2
         tensors = (*operation.inputs, *operation.outputs)
@@ -289,16 +290,23 @@ def load_times(path: Path, names: Sequence[str], modules: Collection[str]) -> di
 
 
 def _find_layers(node: str, layers: Collection[str], calls: Mapping[str, list[str]]) -> list[str]:
-    """The layer that an ONNX node is part of; for a product outside of layers, the calls in its module."""
+    """The layer that an ONNX node is part of; for a product outside of layers, the calls in its module.
+
+    Args:
+        node: Name of the node, as `module/operator_number`.
+        layers: Dotted names of layers.
+        calls: Module -> the calls in it.
+    """
     scope, slash, operation = node.rpartition("/")
     module = _join_scopes(scope) if slash else node
-    enclosing = [name for name in _self_and_parents(module) if name and name in layers]
+    enclosing = _self_and_parents(module).intersection(layers) - {""}
     if enclosing:
         return [max(enclosing, key=len)]
-    is_product = bool(slash) and re.sub(r"_\d+$", "", operation) in PRODUCT_OPERATORS
-    if not is_product:
-        return []
-    return calls.get(module, [])
+
+    operator = re.sub(r"_\d+$", "", operation)
+    if slash and operator in PRODUCT_OPERATORS:
+        return calls.get(module, [])
+    return []
 
 
 def _join_scopes(scope: str) -> str:

@@ -39,11 +39,13 @@ def fingerprint_analysis(
         _feed(digest, name, tensor)
     for name, quantizer in named_quantizers(model):
         digest.update(f"{name} {not quantizer.is_enabled} {quantizer.format}".encode())
+
     for operation in trace.operations:
         digest.update(_describe(operation).encode())
     for leaf in tree_leaves(batches):
         _feed(digest, "batch", leaf)
-    digest.update(repr([(unit.name, unit.layers, unit.calls) for unit in units]).encode())
+    members = [(unit.name, unit.layers, unit.calls) for unit in units]
+    digest.update(repr(members).encode())
     return digest.hexdigest()[:16]
 
 
@@ -57,6 +59,13 @@ def _describe(operation: Operation) -> str:
 
 
 def _feed(digest: Any, name: str, value: Any) -> None:
+    """Add a value to a digest: the bytes of a tensor, or anything else as it prints.
+
+    Args:
+        digest: The digest of `hashlib`.
+        name: Name of the value.
+        value: The value.
+    """
     digest.update(name.encode())
     if not isinstance(value, torch.Tensor):
         digest.update(repr(value).encode())

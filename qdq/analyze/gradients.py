@@ -35,6 +35,7 @@ def freezing_parameters(model: nn.Module) -> Iterator[None]:
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.is_inference():
             parameters.append(parameter)
+
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)

@@ -71,7 +71,10 @@ class Journal:
             self._file.close()
 
     def _read(self, path: Path) -> dict[str, Any]:
-        """The sound measurements of this fingerprint in a file."""
+        """The sound measurements of this fingerprint in a file.
+
+        A warning counts the damaged lines whose values are lost.
+        """
         values: dict[str, Any] = {}
         unreadable = 0
         suspects: set[str] = set()
@@ -82,6 +85,7 @@ class Journal:
                     unreadable += 1
                     values.clear()  # it may be a line that forgets
                 continue
+
             is_relevant = entry.fingerprint == self._fingerprint
             if entry.key is None and (is_relevant or not entry.is_sound):
                 values.clear()
@@ -102,12 +106,14 @@ class Journal:
         return values
 
     def _write(self, key: list[Any] | None, value: Any) -> None:
-        if self._file is not None:
-            entry = {"fingerprint": self._fingerprint, "key": key, "value": value}
-            entry["checksum"] = _checksum(**entry)
-            self._file.write(json.dumps(entry) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        """Append a line, and wait until it is on the disk."""
+        if self._file is None:
+            return
+        entry = {"fingerprint": self._fingerprint, "key": key, "value": value}
+        entry["checksum"] = _checksum(**entry)
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,11 @@ class _Entry:
 
 
 def _parse(line: str) -> _Entry | None:
-    """The entry in a line, None if the line has another form."""
+    """The entry in a line.
+
+    Returns:
+        None if the line is not JSON, or has another form.
+    """
     try:
         content = json.loads(line)
         fingerprint, key, value = content["fingerprint"], content["key"], content["value"]
@@ -155,7 +165,11 @@ def _read_lines(path: Path) -> Iterator[str]:
 
 
 def _open_to_append(path: Path) -> IO[str]:
-    """Open a file for complete lines: the line that a killed process left half written is ended first."""
+    """Open a file for new lines; if a killed process left a line half written, that line is ended first.
+
+    Raises:
+        ArgumentError: The file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         is_torn = path.is_file() and path.stat().st_size > 0 and not _ends_a_line(path)

@@ -93,7 +93,7 @@ class Options:
 
     @property
     def chosen_metric(self) -> ChosenMetric:
-        """The metric that ranks.
+        """The metric that ranks: SQNR by default.
 
         Raises:
             ArgumentError: An unknown name, or a direction that contradicts the metric.
@@ -101,12 +101,14 @@ class Options:
         if callable(self.metric):
             name = getattr(self.metric, "__qualname__", type(self.metric).__qualname__)
             return ChosenMetric(name, self.higher_is_better is not False, SQNR, self.metric)
+
         measure = METRICS.get("sqnr" if self.metric is None else self.metric)
         if measure is None:
             raise ArgumentError(
                 f"metric is {self.metric!r}; expected one of {', '.join(METRICS)}.",
                 "use one of these, or pass a function of the model.",
             )
+
         if self.higher_is_better not in (None, measure.higher_is_better):
             raise ArgumentError(
                 f"higher_is_better is {self.higher_is_better} for {measure.name}, "
@@ -116,39 +118,49 @@ class Options:
         return ChosenMetric(measure.name, measure.higher_is_better, measure)
 
     def _check_targets(self) -> None:
-        is_sqnr = self.chosen_metric.is_sqnr
-        for name in _METRIC_TARGETS:
-            if getattr(self, name) is not None and is_sqnr:
-                raise ArgumentError(
-                    f"{name} is given, but no metric.",
-                    "choose a metric as well, or use target_sqnr.",
-                )
+        """Refuse targets without their metric, and targets that are not reached by any number."""
+        if self.chosen_metric.is_sqnr:
+            self._check_metric_is_given()
         for name in _TARGETS:
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise ArgumentError(f"{name} is {value}.", "give a finite number.")
+
         if self.target_drop is not None and self.target_drop < 0:
             raise ArgumentError(
                 f"target_drop is {self.target_drop}.",
                 "give how much worse than the float model it may be, 0 or more.",
             )
 
+    def _check_metric_is_given(self) -> None:
+        """Refuse targets of a metric where SQNR ranks, which has a target of its own."""
+        for name in _METRIC_TARGETS:
+            if getattr(self, name) is not None:
+                raise ArgumentError(
+                    f"{name} is given, but no metric.",
+                    "choose a metric as well, or use target_sqnr.",
+                )
+
     def _check_limits(self) -> None:
+        """Refuse limits that are out of range."""
         if not _is_count(self.max_float_layers):
             raise ArgumentError(
                 f"max_float_layers is {self.max_float_layers}.",
                 "give a whole number, 0 (rank only) or more.",
             )
+
         if self.confirm is not None and not _is_count(self.confirm):
             raise ArgumentError(
                 f"confirm is {self.confirm}.",
                 "give the number of layers to measure, 0 or more.",
             )
+
         if self.max_float_share is not None and not 0 <= self.max_float_share <= 1:
             raise ArgumentError(
                 f"max_float_share is {self.max_float_share}.",
                 "give a fraction, 0 to 1.",
             )
+
         if self.budget is not None and not 0 < self.budget < math.inf:
             raise ArgumentError(
                 f"budget is {self.budget} seconds.",
@@ -167,11 +179,13 @@ class Options:
                 )
 
     def _check_costs(self) -> None:
+        """Refuse an unknown GPU, a file that is not a profile, or both options together."""
         if self.gpu is not None and self.profile is not None:
             raise ArgumentError(
                 "both gpu and profile are given.",
                 "give one: the times of a profile replace the roofline of a GPU.",
             )
+
         if self.gpu is not None:
             find_gpu(self.gpu)
         if self.profile is not None:

@@ -100,6 +100,7 @@ class Probe:
         for batch in self.batches:
             if self.references and self.is_over:
                 break
+
             with disable_quantization(self._model), evaluating(self._model):
                 self.references.append(call_model(self._model, batch))
         self._limit_batches(len(self.references))
@@ -148,37 +149,54 @@ class Probe:
     def _measure_batches(
         self, state: list[str], variants: Variants, *, may_cut: bool
     ) -> dict[str | None, tuple[ErrorSums, ...]]:
-        """Error sums of each state on each batch, as `measure` describes."""
-        names: list[str | None] = [None, *variants]
-        parts: dict[str | None, list[ErrorSums]] = {name: [] for name in names}
-        total = len(names) * len(self.batches)
+        """Error sums of each state on each batch, as `measure` describes.
+
+        Args:
+            state: As for `measure`.
+            variants: As for `measure`.
+            may_cut: As for `measure`.
+
+        Returns:
+            Name -> one array per batch.
+        """
+        count = 1 + len(variants)
+        measured: list[dict[str | None, ErrorSums]] = []  # of each batch
+        is_complete = True
+        total = count * len(self.batches)
         with tqdm(total=total, desc="analyze", unit="forward", disable=None) as progress:
             for index in range(len(self.batches)):
                 results: dict[str | None, ErrorSums] = {}
-                is_first = index == 0
-                if is_first or not self._is_past(self._until):
+                if index == 0 or not self._is_past(self._until):
                     results = self._measure_batch(index, state, variants, progress)
-                is_complete = len(results) == len(names)
-                if not is_complete and not may_cut:
-                    return {}
-                if is_complete or is_first:
-                    for name, rows in results.items():
-                        parts[name].append(rows)
+                is_complete = len(results) == count
+                if is_complete or index == 0:
+                    measured.append(results)
                 if not is_complete:
-                    self._limit_batches(max(index, 1))
                     break
-        return {name: tuple(arrays) for name, arrays in parts.items() if arrays}
+
+        if not is_complete:
+            if not may_cut:
+                return {}
+            self._limit_batches(len(measured))
+        return {name: tuple(rows[name] for rows in measured) for name in measured[0]}
 
     def _measure_batch(
         self, index: int, state: list[str], variants: Variants, progress: Any
     ) -> dict[str | None, ErrorSums]:
-        """Error sums of each state on one batch; some are missing when the time is up."""
+        """Error sums of each state on one batch; some are missing when the time is up.
+
+        Args:
+            index: The batch.
+            state: As for `measure`.
+            variants: As for `measure`.
+            progress: A progress bar that counts forwards.
+        """
         names: list[str | None] = [None, *variants]
         results: dict[str | None, ErrorSums] = {}
         for name in names:
-            rows = self._recall([state, name, index])
-            if rows is not None:
-                results[name] = rows
+            recorded = self._recall([state, name, index])
+            if recorded is not None:
+                results[name] = recorded
         progress.update(len(results))
 
         missing = [name for name in names if name not in results]
@@ -197,6 +215,7 @@ class Probe:
             selected = {name: variants[name] for name in assigned if name is not None}
             with suppress(_TimeIsUpError):
                 self.replay.evaluate(self.batches[index], selected, store)
+
         for name, rows in self._ranks.merge(missing, fresh).items():
             self._journal.learn([state, name, index], rows.tolist())
             results[name] = rows
@@ -208,7 +227,16 @@ class Probe:
         variants: Variants,
         parts: Mapping[str | None, tuple[ErrorSums, ...]],
     ) -> Mapping[str | None, float | None]:
-        """The function in each state that has error sums; None where the metric is a measure of the outputs."""
+        """The chosen metric in each state that has error sums, if it is a function of the model.
+
+        Args:
+            state: As for `measure`.
+            variants: As for `measure`.
+            parts: The error sums of each state.
+
+        Returns:
+            Name -> value; None if the metric is a measure of the outputs.
+        """
         if not parts or not self.metric.function:
             return dict.fromkeys(parts)
         measured = {name: variants[name] for name in parts if name is not None}
@@ -218,10 +246,19 @@ class Probe:
         """Values of the function in each state.
 
         Some are missing when the time is up, but never that of the model as it is.
+
+        Args:
+            state: As for `measure`.
+            variants: As for `measure`.
         """
         names: list[str | None] = [None, *variants]
-        values = {name: self._recall_metric([state, name, "metric"]) for name in names}
-        missing = [name for name in names if values[name] is None]
+        values: dict[str | None, float] = {}
+        for name in names:
+            recorded = self._recall_metric([state, name, "metric"])
+            if recorded is not None:
+                values[name] = recorded
+
+        missing = [name for name in names if name not in values]
         fresh: dict[str | None, ErrorSums] = {}
         for name in tqdm(self._ranks.share(missing), desc="metric", unit="call", disable=None):
             if name is not None and time.monotonic() >= self._until:
@@ -230,12 +267,18 @@ class Probe:
                 value = self._call_function()
             self._journal.add([state, name, "metric"], value)
             fresh[name] = np.asarray(value)
+
         for name, array in self._ranks.merge(missing, fresh).items():
             values[name] = float(array)
             self._journal.learn([state, name, "metric"], values[name])
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: values[name] for name in names if name in values}
 
     def _call_function(self) -> float:
+        """The value of the function for the model in its present state.
+
+        Raises:
+            StateError: It does not return a number.
+        """
         assert self.metric.function is not None  # noqa: S101
         with evaluating(self._model):
             value = self.metric.function(self._model)
@@ -251,12 +294,27 @@ class Probe:
         return number
 
     def _reduce(self, parts: tuple[ErrorSums, ...], function_value: float | None) -> Value:
+        """A measurement from its error sums.
+
+        Args:
+            parts: One array per batch.
+            function_value: The metric, if it is a function of the model.
+        """
         sqnr, metric = reduce_rows(self.metric.outputs, np.concatenate(parts))
         if function_value is not None:
             metric = function_value
         return Value(parts, sqnr, metric)
 
     def _collect(self, index: int, outputs: Any) -> ErrorSums:
+        """Error sums of the outputs on a batch.
+
+        Args:
+            index: The batch.
+            outputs: The outputs of the model.
+
+        Raises:
+            StateError: The outputs hold NaN.
+        """
         rows = collect(self.metric.outputs, self.batches[index], self.references[index], outputs)
         if np.isnan(rows).any():
             raise StateError(
@@ -266,11 +324,19 @@ class Probe:
         return rows
 
     def _recall(self, key: list[Any]) -> ErrorSums | None:
-        """Error sums in the journal; None if there are none, or if the entry does not fit this metric."""
+        """Error sums in the journal.
+
+        Args:
+            key: State, variant and number of the batch.
+
+        Returns:
+            None if there are none, or if the entry does not fit this metric.
+        """
         try:
             rows = np.asarray(self._journal.get(key), np.float64)
         except (TypeError, ValueError, OverflowError):
             return None
+
         index = key[-1]
         shape = (
             count_rows(self.batches[index], self.references[index]),
@@ -281,7 +347,14 @@ class Probe:
         return rows
 
     def _recall_metric(self, key: list[Any]) -> float | None:
-        """A value of the function in the journal; None if there is none, or if the entry is not a number."""
+        """A value of the function in the journal.
+
+        Args:
+            key: State, variant and "metric".
+
+        Returns:
+            None if there is none, or if the entry is not a number.
+        """
         value = self._journal.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
             return None
@@ -295,6 +368,7 @@ class Probe:
                 sums = self._collect(0, call_model(self._model, self.batches[0])).sum(0)
             if not np.allclose(sums, recorded.sum(0), rtol=_MACHINE_TOLERANCE, atol=0):
                 return True
+
         if self._has_other_metric([]):
             return True
         with disable_quantization(self._model):

@@ -73,16 +73,30 @@ class Ranks:
 
 
 def _pack(names: Sequence[Item], results: Results[Item]) -> bytes:
-    """Results as bytes; a name is stored as its position."""
-    positions = [position for position, name in enumerate(names) if name in results]
-    arrays = [results[names[position]] for position in positions]
+    """Results as bytes; a name is stored as its position.
+
+    Args:
+        names: As for `Ranks.merge`.
+        results: As for `Ranks.merge`.
+    """
+    positions: list[int] = []
+    arrays: list[npt.NDArray[np.float64]] = []
+    for position, name in enumerate(names):
+        if name in results:
+            positions.append(position)
+            arrays.append(results[name])
     buffer = io.BytesIO()
     np.savez(buffer, np.array(positions, np.int64), *arrays)
     return buffer.getvalue()
 
 
 def _unpack(names: Sequence[Item], content: bytes) -> dict[Item, npt.NDArray[np.float64]]:
-    """The results in bytes that `_pack` made."""
+    """The results in bytes that `_pack` made.
+
+    Args:
+        names: The names that the results were packed with.
+        content: The bytes.
+    """
     archive = np.load(io.BytesIO(content), allow_pickle=False)
     positions, *arrays = [archive[key] for key in archive.files]
     return {names[position]: array for position, array in zip(positions, arrays, strict=True)}

@@ -148,6 +148,7 @@ class Replay:
     def _evaluate_in_full(
         self, batch: Any, variants: _Variants, measure: Callable[[str | None, Any], None]
     ) -> None:
+        """Measure each variant by a full forward; arguments as for `evaluate`."""
         for name, quantizers in variants.items():
             with toggling(quantizers):
                 outputs = call_model(self._model, batch)
@@ -160,6 +161,7 @@ class Replay:
         variants: _Variants,
         measure: Callable[[str | None, Any], None],
     ) -> None:
+        """Measure each variant from a recording; further arguments as for `evaluate`."""
         for name in recording.order:
             with toggling(variants[name]):
                 outputs = self._replay(recording, batch)
@@ -227,7 +229,12 @@ class Replay:
             return recording
 
     def _plan(self, batch: Any, variants: _Variants) -> _Plan:
-        """The values to store; the first batch with these variants tells them, by a recording without values."""
+        """The values to store; the first batch with these variants tells them, by a recording without values.
+
+        Args:
+            batch: The batch.
+            variants: As for `evaluate`.
+        """
         if self._planned is None or not self._is_planned(variants):
             structure = _Recording(self._model, self._memory, self._weights)
             # Not timed: it would include the work that torch and Python do only once.
@@ -244,7 +251,14 @@ def _identify(variants: _Variants) -> dict[str, tuple[int, ...]]:
 
 
 def _time_outputs(run: Callable[[], Any]) -> tuple[Any, float]:
-    """Outputs, and the seconds until they exist; on the CPU only the seconds that this thread worked."""
+    """Run a forward and time it.
+
+    Args:
+        run: The forward.
+
+    Returns:
+        The outputs, and the seconds until they exist; on the CPU only the seconds that this thread worked.
+    """
     start, start_of_work = time.perf_counter(), time.thread_time()
     outputs = run()
     first = next(iter(tensors_of(outputs)), None)
@@ -355,6 +369,7 @@ class _Call:
         for output in self.outputs:
             if isinstance(output, _Output) and output.argument < 0:
                 numbers.append(output.number)
+
         if self.changed >= 0:
             numbers.append(self.changed)
         return numbers
@@ -435,8 +450,12 @@ class _Recording(TorchFunctionMode):
         return self._resolve(self._forward(batch))
 
     def plan(self, variants: _Variants) -> _Plan:
-        """The values that the variants read, if each takes the path of the recorded forward."""
-        positions: dict[str, int] = {}
+        """The values that the variants read, if each takes the path of the recorded forward.
+
+        Args:
+            variants: As for `Replay.evaluate`.
+        """
+        positions: dict[str, int] = {}  # of the first call that changes
         reads: dict[str, set[int]] = {}
         for name, quantizers in variants.items():
             switched = {id(quantizer) for quantizer in quantizers}
@@ -463,7 +482,14 @@ class _Recording(TorchFunctionMode):
         self._values.clear()
 
     def _simulate(self, switched: set[int]) -> tuple[int, set[int]]:
-        """Position of the first call that changes with some quantizers, and the values that the changed calls read."""
+        """The calls that change if some quantizers are switched.
+
+        Args:
+            switched: Identities of the quantizers.
+
+        Returns:
+            Position of the first of these calls, and the numbers of the recorded values that they read.
+        """
         first = len(self._sequence)
         changed: set[int] = set()
         reads: set[int] = set()
@@ -475,6 +501,7 @@ class _Recording(TorchFunctionMode):
                 first = min(first, position)
             reads.update(set(call.inputs) - changed)
             changed.update(call.made_numbers)
+
         reads.update(set(self._outputs) - changed)
         return first, reads
 
@@ -563,9 +590,9 @@ class _Recording(TorchFunctionMode):
         slots = [self._slot(tensor) for tensor in tensors]
         key = self._identify_call(function, constants, slots)
         if key is not None and not self._is_recording:
-            call = self._calls.get(key)
-            if call is not None:
-                return self._hand_out_recorded(call, tensors)
+            recorded = self._calls.get(key)
+            if recorded is not None:
+                return self._hand_out_recorded(recorded, tensors)
 
         origin = None
         if key is not None and not in_place:
@@ -575,6 +602,7 @@ class _Recording(TorchFunctionMode):
         call, results = self._compute(
             compute, slots, in_place if slots else "", quantizer, key is not None
         )
+
         if origin is not None:
             for index, number in enumerate(call.made_numbers):
                 self._origins[number] = (origin, index)
@@ -582,6 +610,7 @@ class _Recording(TorchFunctionMode):
             self._rebind(tensors[0], _Slot(call.changed, results.pop()))
         if self._is_recording:
             self._remember(key, call)
+
         stand_ins = []
         for output, result in zip(call.outputs, results, strict=True):
             stand_ins.append(_hand_out(output, tensors, result))
@@ -597,7 +626,16 @@ class _Recording(TorchFunctionMode):
     def _identify_call(
         self, function: Hashable, constants: Hashable, slots: list[_Slot]
     ) -> _CallKey | None:
-        """The key of a call; None if an argument cannot be hashed."""
+        """The key of a call.
+
+        Args:
+            function: The function.
+            constants: Its arguments without tensors.
+            slots: Its input tensors.
+
+        Returns:
+            None if an argument cannot be hashed.
+        """
         key = _CallKey(function, constants, tuple(slot.number for slot in slots), 0)
         try:
             self._repetitions[key] += 1
@@ -608,7 +646,16 @@ class _Recording(TorchFunctionMode):
     def _find_origin(
         self, function: Hashable, constants: Hashable, slots: list[_Slot]
     ) -> Hashable | None:
-        """What a call computes if all inputs depend on parameters alone; it is the same in every recording."""
+        """Identifies the result of a call whose inputs depend on parameters alone, in every recording.
+
+        Args:
+            function: The function.
+            constants: Its arguments without tensors.
+            slots: Its input tensors.
+
+        Returns:
+            None if an input depends on something else.
+        """
         origins = [self._origins.get(slot.number) for slot in slots]
         if not origins or None in origins:
             return None
@@ -622,7 +669,18 @@ class _Recording(TorchFunctionMode):
         quantizer: TensorQuantizer | None,
         has_key: bool,
     ) -> tuple[_Call, list[Any]]:
-        """A call that is not in the recording, and its results; the last one is the new value of the first input."""
+        """Compute a call that is not in the recording.
+
+        Args:
+            compute: Computes it.
+            slots: The input tensors.
+            in_place: How it changes the first of them.
+            quantizer: The quantizer, if the function is one.
+            has_key: Whether the call can be identified in another forward.
+
+        Returns:
+            The call and its results. If it changes its first input, the new value is the last result.
+        """
         inputs = [self._value(slot) for slot in slots]
         run = _run(compute, inputs, in_place)
         outputs = [self._describe(result, run.inputs_after) for result in run.results]
@@ -646,7 +704,12 @@ class _Recording(TorchFunctionMode):
         return call, run.results
 
     def _describe(self, result: Any, inputs: list[torch.Tensor]) -> Any:
-        """A result as it is recorded."""
+        """A result as it is recorded: a number and a shell instead of a tensor.
+
+        Args:
+            result: The result.
+            inputs: The input tensors; a function may return one of them.
+        """
         if not isinstance(result, torch.Tensor):
             return result
         for position, tensor in enumerate(inputs):
@@ -662,6 +725,7 @@ class _Recording(TorchFunctionMode):
         return number
 
     def _remember(self, key: _CallKey | None, call: _Call) -> None:
+        """Add a call to the recording."""
         self._sequence.append(call)
         self._makers.update(dict.fromkeys(call.made_numbers, call))
         if key is not None and call.is_pure:
@@ -674,6 +738,7 @@ class _Recording(TorchFunctionMode):
         slot: _Slot | None = tensor.__dict__.get(_SLOT) or self._rebound.get(id(tensor))
         if slot is not None:
             return slot
+
         is_external = self._is_recording or id(tensor) in self._externals
         registry = self._externals if is_external else self._guests
         if id(tensor) not in registry:
@@ -708,7 +773,11 @@ class _Recording(TorchFunctionMode):
         return value
 
     def _make_again(self, number: int) -> torch.Tensor:
-        """Compute a value that was not stored; only a forward on another path than the recorded one reads it."""
+        """Compute a value that was not stored; only a forward on another path than the recorded one reads it.
+
+        Args:
+            number: The number of the value.
+        """
         call = self._makers[number]
         inputs = [self._value(_Slot(input_number)) for input_number in call.inputs]
         run = _run(call.compute, inputs, call.in_place)
@@ -758,7 +827,13 @@ def _is_set(args: tuple[Any, ...], position: int) -> bool:
 def _without_inplace(
     args: tuple[Any, ...], kwargs: dict[str, Any], position: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call that does not work in place."""
+    """The arguments of the same call that does not work in place.
+
+    Args:
+        args: Its arguments by position.
+        kwargs: Its arguments by keyword.
+        position: As `_inplace_position` gives it.
+    """
     if _is_set(args, position):
         args = (*args[:position], False, *args[position + 1 :])
     if "inplace" in kwargs:
@@ -783,6 +858,11 @@ class _Run(NamedTuple):
 def _run(compute: _Compute, tensors: list[torch.Tensor], in_place: _InPlace) -> _Run:
     """Compute a call.
 
+    Args:
+        compute: Computes it.
+        tensors: The input tensors.
+        in_place: How it changes the first of them.
+
     Raises:
         _NotReplayableError: It changed a tensor that it should not change.
     """
@@ -792,6 +872,7 @@ def _run(compute: _Compute, tensors: list[torch.Tensor], in_place: _InPlace) -> 
         unchanging = tensors[1:]
     versions = [_version(tensor) for tensor in unchanging]
     results, spec = compute(tensors)
+
     if versions != [_version(tensor) for tensor in unchanging]:
         raise _NotReplayableError(
             "a function of the model changes a tensor in place, and its name does not say so"
@@ -817,7 +898,12 @@ def _call_function(
 
 
 def _substitute(tree: Any, values: Iterator[torch.Tensor]) -> Any:
-    """The same arguments with other tensors, in the order of `_comparable`."""
+    """The same arguments with other tensors.
+
+    Args:
+        tree: The arguments.
+        values: The other tensors, in the order of `_comparable`.
+    """
     if isinstance(tree, torch.Tensor):
         return next(values)
     if isinstance(tree, dict):
@@ -852,7 +938,13 @@ def _comparable(tree: Any, tensors: list[torch.Tensor]) -> Hashable:
 
 
 def _hand_out(output: Any, tensors: list[torch.Tensor], value: Any = None) -> Any:
-    """What the model gets as a result: a stand-in, or the input tensor that is returned."""
+    """The result that the model gets: a stand-in, or the input tensor that is returned.
+
+    Args:
+        output: A recorded result.
+        tensors: The input tensors.
+        value: The tensor that a stand-in stands for, if it is at hand.
+    """
     if not isinstance(output, _Output):
         return output
     if output.argument >= 0:
@@ -863,7 +955,10 @@ def _hand_out(output: Any, tensors: list[torch.Tensor], value: Any = None) -> An
 
 
 def _put_together(results: list[Any], spec: TreeSpec) -> Any:
-    return results[0] if spec.is_leaf() else tree_unflatten(results, spec)
+    """A flat result in its structure."""
+    if spec.is_leaf():
+        return results[0]
+    return tree_unflatten(results, spec)
 
 
 _NO_SHELL = torch.empty(0)
@@ -920,7 +1015,13 @@ class _Weights:
     def compute(
         self, origin: Hashable, compute: _Compute, tensors: list[torch.Tensor]
     ) -> _FlatResult:
-        """The stored result of a quantizer, or a new one that is stored if it fits."""
+        """The stored result of a quantizer, or a new one that is stored if it fits.
+
+        Args:
+            origin: Identifies the result.
+            compute: Computes it.
+            tensors: The input tensors.
+        """
         if origin in self._results:
             return self._results[origin]
         results, spec = compute(tensors)

@@ -62,6 +62,11 @@ class Step:
     layers: tuple[str, ...] = ()
     cost: float | None = None
 
+    @property
+    def float_layers(self) -> tuple[str, ...]:
+        """The layers that went to float; a unit without a list of layers is one layer."""
+        return self.layers or (self.layer,)
+
 
 @dataclass(frozen=True)
 class MixedPoint:
@@ -120,7 +125,7 @@ class Analysis:
         """The layers left in float."""
         layers = [name for name, precision in self.pinned.items() if precision == "float"]
         for step in self.steps:
-            layers += step.layers or (step.layer,)
+            layers += step.float_layers
         return layers
 
     @property
@@ -144,11 +149,14 @@ class Analysis:
         return Plan(entries, self.metric_name)
 
     def _explain_steps(self) -> dict[str, str]:
-        """Unit -> the metric before and after it went to float; its gain is that of the unit alone."""
+        """Unit -> the metric before and after the unit went to float.
+
+        The gain of a unit is another number: it is measured with all other units in the state that the mode names.
+        """
         explanations = {}
-        earlier_value = self.sqnr_db if self.metric is None else self.metric
+        earlier_value = _value_of(self)
         for number, step in enumerate(self.steps, 1):
-            value = step.sqnr_db if step.metric is None else step.metric
+            value = _value_of(step)
             change = f"{self.metric_name} {earlier_value:.4g} -> {value:.4g}"
             explanations[step.layer] = f"step {number} of the search: {change}; "
             earlier_value = value
@@ -169,16 +177,17 @@ class Analysis:
         labels = [*(layer.name for layer in shown), *steps, start]
         width = max(len(label) for label in labels)
 
-        lines = [f"{self.mode} on {self.images} images"]
-        lines.append(f"{title:{width}}   SQNR dB")
+        header = f"{title:{width}}   SQNR dB"
         if self.metric is not None:
-            lines[-1] += f"    {self.metric_name}"
+            header = f"{header}    {self.metric_name}"
+        lines = [f"{self.mode} on {self.images} images", header]
         for layer in shown:
             lines.append(_format_row(layer.name, width, layer.sqnr_db, layer.metric))
         if len(self.layers) > rows:
             lines.append(f"... and {len(self.layers) - rows} less sensitive ones")
         if self.unmeasured:
-            lines.append(f"not measured, the budget was used up: {', '.join(self.unmeasured)}")
+            names = ", ".join(self.unmeasured)
+            lines.append(f"not measured, the budget was used up: {names}")
 
         lines.append(_format_row(start, width, self.sqnr_db, self.metric))
         for label, step in zip(steps, self.steps, strict=True):
@@ -204,7 +213,20 @@ class Analysis:
         return write_json(path, self)
 
 
+def _value_of(state: Analysis | Step) -> float:
+    """The chosen metric in a state of the model."""
+    return state.sqnr_db if state.metric is None else state.metric
+
+
 def _format_row(label: str, width: int, sqnr: float, metric: float | None) -> str:
+    """A row of the table.
+
+    Args:
+        label: The first column.
+        width: Characters of the first column.
+        sqnr: SQNR in dB.
+        metric: The chosen metric; None if it is SQNR.
+    """
     row = f"{label:{width}}  {sqnr:8.2f}"
     if metric is None:
         return row

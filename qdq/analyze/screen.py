@@ -151,16 +151,23 @@ class _Taps:
             yield
 
     def _attach(self, modules: dict[str, nn.Module], unit: Unit, undo: ExitStack) -> None:
-        """Watch the layers and calls of one unit until `undo` is closed."""
+        """Watch the layers and calls of one unit until `undo` is closed.
+
+        Args:
+            modules: All modules of the model, by name.
+            unit: The unit.
+            undo: Removes the hooks.
+        """
         inside_layers: set[int] = set()
         for name in unit.layers:
             layer = modules.get(name)
             if not isinstance(layer, QuantInputMixin):
                 continue
-            members = {id(module) for module in layer.modules()}
+            members = set(map(id, layer.modules()))
             inside_layers |= members
-            quantizers = [each for each in unit.quantizers if id(each) in members]
+            quantizers = [quantizer for quantizer in unit.quantizers if id(quantizer) in members]
             self._watch(layer, unit.name, quantizers, undo)
+
         for quantizer in unit.quantizers:
             if id(quantizer) not in inside_layers:
                 self._watch(quantizer, unit.name, [quantizer], undo)

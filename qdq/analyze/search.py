@@ -107,6 +107,7 @@ class Search:
         energies = self._screen(self._units) if self._is_screened(self._units) else {}
         by_energy = sorted(self._units, key=lambda name: -energies.get(name, 0.0))
         alone = self._measure_alone(set(by_energy[: self._options.confirm]))
+
         int8 = self._probe.cut(int8)  # the time may have been up for some batches
 
         unswitched = alone.pop(None, int8)
@@ -120,6 +121,7 @@ class Search:
         is_descending = not self._options.is_alone
         measured = self._describe_measured(units, int8, reference)
         measured.sort(key=self._sensitivity_order, reverse=is_descending)
+
         estimated = []
         for name, energy in energies.items():
             if name not in units:
@@ -135,7 +137,14 @@ class Search:
         return self._options.confirm is not None and self._options.confirm < len(names)
 
     def _screen(self, names: Iterable[str]) -> dict[str, float]:
-        """Unit -> estimate of the energy of its error."""
+        """Estimate the energies of the errors of some units.
+
+        Args:
+            names: The units.
+
+        Returns:
+            Unit -> energy, as `screen_units` gives it.
+        """
         probe = self._probe
         return screen_units(
             self._model,
@@ -147,13 +156,21 @@ class Search:
         )
 
     def _measure_alone(self, names: set[str]) -> dict[str | None, Value]:
-        """Measure each of some units alone, or without it; under None the model with no unit switched."""
+        """Measure each of some units alone ("one-at-a-time"), or the model without each of them ("leave-one-out").
+
+        Args:
+            names: The units.
+
+        Returns:
+            Unit -> measurement; under None the model with no unit switched.
+        """
         variants = {}
         for name, unit in self._units.items():
             if name in names:
                 variants[name] = unit.quantizers
         if not variants:
             return {}
+
         state: list[str] = []
         surroundings: AbstractContextManager[Any] = nullcontext()
         if self._options.is_alone:
@@ -176,6 +193,7 @@ class Search:
         for value in units.values():
             sum_of_errors = sum_of_errors + value.rows[:, 1]
         noise = np.column_stack([int8.rows[:, 1], sum_of_errors])
+
         results = []
         for name, value in units.items():
             gain = self._measure_gain(value, reference, noise)
@@ -195,7 +213,13 @@ class Search:
         return results
 
     def _describe_estimated(self, name: str, int8: Value, energy: float) -> LayerSensitivity:
-        """Result of a unit that was only screened."""
+        """Result of a unit that was only screened.
+
+        Args:
+            name: The unit.
+            int8: The model with all units in int8.
+            energy: The estimate of `screen_units`.
+        """
         return LayerSensitivity(
             name=name,
             sqnr_db=estimate_sqnr(self._options.mode, int8.rows, energy),
@@ -222,7 +246,12 @@ class Search:
         return _bootstrap(self._measure_rise, worse.rows, better.rows)
 
     def _measure_rise(self, worse: ErrorSums, better: ErrorSums) -> ErrorSums:
-        """How much better the metric is for some sums than for others."""
+        """Difference of the metric between two states, positive if the second is better.
+
+        Args:
+            worse: Sums in the first state, `[..., columns]`.
+            better: Sums in the second state, `[..., columns]`.
+        """
         metric = self._metric.outputs
         with np.errstate(invalid="ignore"):
             rise = self._sign * (reduce_sums(metric, better) - reduce_sums(metric, worse))
@@ -231,16 +260,26 @@ class Search:
     # Choice
 
     def _choose(self, ranking: _Ranking, undo: ExitStack) -> tuple[list[Step], str]:
-        """Leave units in float one by one; the steps, and the reason why the search ended."""
+        """Leave units in float one by one.
+
+        Args:
+            ranking: All units.
+            undo: As for `run`.
+
+        Returns:
+            The steps, and the reason why the search ended.
+        """
         steps: list[Step] = []
         current = ranking.int8
         refused: set[str] = set()
         while True:
             chosen = [step.layer for step in steps]
             candidates = self._find_candidates(ranking, chosen, refused)
+
             reason = self._reason_to_stop(current, chosen, candidates, refused)
             if reason:
                 return steps, reason
+
             values = self._measure_candidates(ranking, chosen, candidates)
             if not values:
                 return steps, self._budget_reason
@@ -251,6 +290,7 @@ class Search:
             if self._quality(values[best]) <= self._quality(current):
                 refused.update(values)
                 continue
+
             current = values[best]
             disable_until_exit(self._units[best].quantizers, undo)
             steps.append(
@@ -266,10 +306,19 @@ class Search:
     def _find_candidates(
         self, ranking: _Ranking, chosen: list[str], refused: set[str]
     ) -> list[str]:
-        """Units that may still go to float, most sensitive first."""
+        """Units that may still go to float, most sensitive first.
+
+        Args:
+            ranking: All units.
+            chosen: The units in float.
+            refused: Units that made the outputs no better.
+        """
         excluded = {*chosen, *refused}
-        names = [unit.name for unit in ranking.layers if unit.name not in excluded]
-        return [name for name in names if self._fits([*chosen, name])]
+        candidates = []
+        for unit in ranking.layers:
+            if unit.name not in excluded and self._fits([*chosen, unit.name]):
+                candidates.append(unit.name)
+        return candidates
 
     def _fits(self, names: list[str]) -> bool:
         """Whether some float units stay within the limits on layers and on MACs."""
@@ -281,34 +330,44 @@ class Search:
     def _reason_to_stop(
         self, current: Value, chosen: list[str], candidates: list[str], refused: set[str]
     ) -> str:
-        """The reason why the search ends in this state, "" if it goes on."""
-        reason = self._reason_of_target(current)
+        """The reason why the search ends in this state, "" if it goes on.
+
+        Args:
+            current: The model in this state.
+            chosen: The units in float.
+            candidates: The units that may still go to float.
+            refused: Units that made the outputs no better.
+        """
+        reason = self._reason_of_target(current) or self._reason_of_fraction(chosen)
         if reason:
             return reason
-        count = len(self._layers_of(chosen))
-        limit = self._options.max_float_layers
-        fraction_limit = self._options.max_float_share
-        if limit and fraction_limit is not None:
-            fraction = self._costs.find_float_fraction(chosen)
-            if fraction > fraction_limit:
-                return (
-                    f"{fraction:.3g} of the multiplications are in float already, "
-                    f"at most {fraction_limit:g}"
-                )
         if refused and (not candidates or self._options.mode == "leave-one-out"):
             return "no further layer improves the outputs"
-        is_missing_candidates = bool(self._unmeasured) and not candidates
-        if count < limit and (self._probe.is_over or is_missing_candidates):
-            return self._budget_reason
 
+        count = len(self._layers_of(chosen))
+        limit = self._options.max_float_layers
         summary = f"{count} of at most {limit} layers are in float"
         if count >= limit:
             return summary
+        if self._probe.is_over:
+            return self._budget_reason
         if candidates:
             return ""
+        if self._unmeasured:
+            return self._budget_reason
         if not self._units:
             return f"{summary}; all layers are pinned"
         return f"{summary}; no other layer fits the limits"
+
+    def _reason_of_fraction(self, chosen: list[str]) -> str:
+        """That too many MACs are in float even without a further unit, "" if that is not so."""
+        limit = self._options.max_float_share
+        if limit is None or not self._options.max_float_layers:
+            return ""
+        fraction = self._costs.find_float_fraction(chosen)
+        if fraction <= limit:
+            return ""
+        return f"{fraction:.3g} of the multiplications are in float already, at most {limit:g}"
 
     @property
     def _budget_reason(self) -> str:
@@ -319,9 +378,11 @@ class Search:
         options = self._options
         if options.target_sqnr is not None and current.sqnr >= options.target_sqnr:
             return f"SQNR {current.sqnr:.2f} dB reaches the target of {options.target_sqnr:g} dB"
+
         target = options.target_metric
         if target is not None and self._sign * (current.metric - target) >= 0:
             return f"metric {current.metric:g} reaches the target of {target:g}"
+
         if options.target_drop is not None and self._float_metric is not None:
             drop = self._sign * (self._float_metric - current.metric)
             if drop <= options.target_drop:
@@ -334,10 +395,20 @@ class Search:
     def _measure_candidates(
         self, ranking: _Ranking, chosen: list[str], candidates: list[str]
     ) -> dict[str, Value]:
-        """The candidates that are tried next, each in float; empty if the time is up."""
+        """The candidates that are tried next, each in float besides the chosen units.
+
+        Args:
+            ranking: All units.
+            chosen: The units in float.
+            candidates: The units that may go to float next.
+
+        Returns:
+            Candidate -> measurement; empty if the time is up.
+        """
         if self._options.is_alone:
             return self._measure_next(ranking, chosen, candidates)
         if not chosen:
+            # The ranking has measured the model without each of them.
             values = {name: ranking.alone[name] for name in candidates if name in ranking.alone}
             if values:
                 return values
@@ -346,29 +417,50 @@ class Search:
     def _measure_next(
         self, ranking: _Ranking, chosen: list[str], candidates: list[str]
     ) -> dict[str, Value]:
-        """The first candidate of the ranking; with times the one with the largest gain per microsecond."""
+        """Measure the first candidate of the ranking; with times the one with the largest gain per microsecond.
+
+        Args:
+            ranking: All units.
+            chosen: The units in float.
+            candidates: The units that may go to float next, most sensitive first.
+        """
         name = candidates[0]
         if self._costs.has_times:
             gains = {unit.name: unit.gain or 0.0 for unit in ranking.layers}
             name = max(candidates, key=lambda unit: gains[unit] / self._costs.find_price(unit))
+
         with ExitStack() as trial:
             disable_until_exit(self._units[name].quantizers, trial)
             values = self._probe.measure([*chosen, name], {})
-        return {name: values[None]} if values else {}
+        if not values:
+            return {}
+        return {name: values[None]}
 
     def _measure_most_promising(self, chosen: list[str], candidates: list[str]) -> dict[str, Value]:
-        """Each candidate in float besides the chosen ones: all of them, or those that a new estimate puts first."""
+        """Measure all candidates, or those that a new estimate puts first.
+
+        Args:
+            chosen: The units in float.
+            candidates: The units that may go to float next.
+        """
         names = candidates
         if self._options.confirm is not None and self._is_screened(names):
             energies = self._screen(names)
             by_energy = sorted(names, key=lambda name: -energies[name])
             names = by_energy[: max(self._options.confirm, 1)]
+
         variants = {name: self._units[name].quantizers for name in names}
         values = self._probe.measure(chosen, variants)
-        return {str(name): value for name, value in values.items() if name is not None}
+        values.pop(None, None)  # the model as it is now
+        return {str(name): value for name, value in values.items()}
 
     def _find_best(self, values: dict[str, Value], current: Value) -> str:
-        """The candidate with the best quality; with times the one with the largest gain per microsecond."""
+        """The candidate with the best quality; with times the one with the largest gain per microsecond.
+
+        Args:
+            values: Candidate -> measurement.
+            current: The model without a further unit in float.
+        """
 
         def rate(name: str) -> tuple[float, ...]:
             quality = self._quality(values[name])
@@ -408,7 +500,10 @@ class Search:
 
     def _layers_of(self, names: Iterable[str]) -> list[str]:
         """The layers of some units."""
-        return [layer for name in names for layer in self._units[name].layers]
+        layers: list[str] = []
+        for name in names:
+            layers += self._units[name].layers
+        return layers
 
 
 @dataclass(frozen=True)
@@ -457,10 +552,14 @@ class _UnitCosts:
         self._times = times
         self.has_times = bool(times)
         """Whether the times of layers are known."""
-        layers = [layer for unit in units for layer in unit.layers]
-        self._int8_time = sum(times[layer].int8 for layer in layers if layer in times)
-        pinned_layers = [name for name, precision in pinned.items() if precision == "int8"]
-        self._int8_macs = self._sum_macs([*layers, *pinned_layers])  # with no unit in float
+        self._int8_macs = 0  # with no unit in float
+        int8_times: list[float] = []
+        for unit in units:
+            self._int8_macs += self._sum_macs(unit.layers)
+            int8_times += [times[layer].int8 for layer in unit.layers if layer in times]
+        self._int8_time = sum(int8_times)
+        pinned_to_int8 = [name for name, precision in pinned.items() if precision == "int8"]
+        self._int8_macs += self._sum_macs(pinned_to_int8)
 
     def count_macs(self, name: str) -> int | None:
         """MACs of a unit; None without costs."""
@@ -470,8 +569,12 @@ class _UnitCosts:
         """Microseconds that a unit takes longer in float than in int8; None without times."""
         if not self._times:
             return None
-        times = [self._times[layer] for layer in self._layers[name] if layer in self._times]
-        return sum(time.float16 - time.int8 for time in times)
+        differences = []
+        for layer in self._layers[name]:
+            if layer in self._times:
+                time = self._times[layer]
+                differences.append(time.float16 - time.int8)
+        return sum(differences)
 
     def find_price(self, name: str) -> float:
         """The cost of a unit as a positive divisor."""
@@ -481,22 +584,42 @@ class _UnitCosts:
         """Time of all units in microseconds with some of them in float; None without times."""
         if not self._times:
             return None
-        return self._int8_time + sum(self.find_cost(name) or 0.0 for name in float_units)
+        extra = sum(self.find_cost(name) or 0.0 for name in float_units)
+        return self._int8_time + extra
 
     def find_float_fraction(self, float_units: Sequence[str]) -> float:
-        """Fraction of all MACs in float, with those of pinned and never quantized layers."""
-        total = self._costs[""].macs if self._costs else 0
-        moved = sum(self.count_macs(name) or 0 for name in float_units)
-        return (total - (self._int8_macs - moved)) / max(total, 1)
+        """Fraction of all MACs in float, with those of pinned and never quantized layers.
+
+        Args:
+            float_units: The units in float.
+        """
+        if not self._costs:
+            return 0.0
+        total = self._costs[""].macs
+        int8_macs = self._int8_macs
+        for name in float_units:
+            int8_macs -= self._sum_macs(self._layers[name])
+        return (total - int8_macs) / max(total, 1)
 
     def _sum_macs(self, layers: Iterable[str]) -> int:
-        return sum(self._costs[layer].macs for layer in layers if layer in self._costs)
+        """MACs of some layers; a layer without a product has none."""
+        macs = 0
+        for layer in layers:
+            if layer in self._costs:
+                macs += self._costs[layer].macs
+        return macs
 
 
 def _bootstrap(
     gain: Callable[[ErrorSums, ErrorSums], ErrorSums], first: ErrorSums, second: ErrorSums
 ) -> _Gain:
-    """A gain from two sums over samples, and the ends of its interval over draws of the samples."""
+    """A gain and its 95 % bootstrap interval over samples.
+
+    Args:
+        gain: Computes the gain from two sums over samples.
+        first: Rows of the first sum.
+        second: Rows of the second sum.
+    """
     value = float(gain(first.sum(0), second.sum(0)))
     if len(first) < 2:
         return _Gain(value)

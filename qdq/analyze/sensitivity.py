@@ -102,12 +102,14 @@ def require_labels(metric: OutputMetric, batch: Any) -> None:
 
 
 def _reduce_sqnr(sums: ErrorSums) -> ErrorSums:
+    """Energy of the reference over that of the error, in dB; infinite without an error."""
     with np.errstate(divide="ignore", invalid="ignore"):
         value = 10 * np.log10(sums[..., 0] / sums[..., 1])
     return np.where(sums[..., 1] == 0, np.inf, value)
 
 
 def _reduce_cosine(sums: ErrorSums) -> ErrorSums:
+    """Cosine of the angle between two vectors; 1 if both are zero, 0 if only one is."""
     norms = np.sqrt(sums[..., 1] * sums[..., 2])
     both_zero = sums[..., 1] + sums[..., 2] == 0
     return np.where(both_zero, 1.0, sums[..., 0] / np.where(norms == 0, 1.0, norms))
@@ -206,16 +208,17 @@ def _scores(output: torch.Tensor) -> torch.Tensor:
     scores = output.detach().double()
     if scores.dim() == 0:
         return scores.reshape(1, 1)
+
     if scores.dim() > 3:
         scores = scores.movedim(1, -1)
     return scores.reshape(-1, scores.shape[-1])
 
 
 def _labels_of(batch: Any) -> torch.Tensor | None:
-    """The second item of a batch if it can be labels."""
+    """The labels of a batch `(images, labels, ...)`: whole numbers in a tensor; None if there are none."""
     if not isinstance(batch, tuple | list) or len(batch) < 2:
         return None
     labels = batch[1]
-    if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
-        return labels
-    return None
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+        return None
+    return labels
