@@ -25,7 +25,6 @@ from qdq import (
     swap_modules,
 )
 from qdq.analyze import MODES, check_options
-from qdq.analyze.screen import screen_units
 from qdq.cli.analyze import AnalysisOptions
 from qdq.metrics import sqnr_db
 from qdq.quantizer import disable_quantization, named_quantizers, toggling
@@ -68,7 +67,7 @@ def test_equals_a_loop_over_copies(quantized, batches, mode):
 def test_only_ranks_by_default(quantized, batches):
     analysis = analyze_layers(quantized, batches)
     assert analysis.float_layers == []
-    assert not any(q._disabled for _, q in named_quantizers(quantized))
+    assert all(quantizer.is_enabled for _, quantizer in named_quantizers(quantized))
 
 
 def test_switches_the_worst_off(quantized, batches):
@@ -76,8 +75,8 @@ def test_switches_the_worst_off(quantized, batches):
     assert len(analysis.float_layers) == 2
     assert analysis.float_layers[0] == analysis.layers[0].name
     for name, layer in quantized_layers(quantized).items():
-        assert layer.input_quantizer._disabled == (name in analysis.float_layers)
-        assert layer.weight_quantizer._disabled == (name in analysis.float_layers)
+        assert layer.input_quantizer.is_enabled == (name not in analysis.float_layers)
+        assert layer.weight_quantizer.is_enabled == (name not in analysis.float_layers)
     assert analysis.steps[-1].sqnr_db > analysis.sqnr_db
 
 
@@ -104,7 +103,7 @@ def test_target_reached_before_the_first_step(quantized, batches):
 def test_metric_of_the_caller_ranks(quantized, batches, mode):
     def metric(model):
         # a metric that likes float "head" best, whatever the SQNR says
-        return float(model.head.input_quantizer._disabled)
+        return float(not model.head.input_quantizer.is_enabled)
 
     options = {"metric": metric, "target_metric": 1.0, "max_float_layers": 3, "mode": mode}
     analysis = analyze_layers(quantized, batches, **options)
@@ -117,14 +116,14 @@ def test_disabled_layers_stay_so_and_are_not_ranked(quantized, batches):
     disable_quantization(quantized.conv)
     analysis = analyze_layers(quantized, batches)
     assert {layer.name for layer in analysis.layers} == {"stem", "head"}
-    assert quantized.conv.input_quantizer._disabled
+    assert not quantized.conv.input_quantizer.is_enabled
 
 
 def test_disabled_quantizer_of_a_layer_stays_so(quantized, batches):
     quantized.conv.input_quantizer.disable()
     analyze_layers(quantized, batches)
-    assert quantized.conv.input_quantizer._disabled
-    assert not quantized.conv.weight_quantizer._disabled
+    assert not quantized.conv.input_quantizer.is_enabled
+    assert quantized.conv.weight_quantizer.is_enabled
 
 
 def test_interruption_leaves_the_model_as_it_was(quantized, batches):
@@ -138,7 +137,7 @@ def test_interruption_leaves_the_model_as_it_was(quantized, batches):
 
     with pytest.raises(KeyboardInterrupt):
         analyze_layers(quantized, batches, metric=metric, max_float_layers=3)
-    assert not any(q._disabled for _, q in named_quantizers(quantized))
+    assert all(quantizer.is_enabled for _, quantizer in named_quantizers(quantized))
 
 
 def test_table_and_json(quantized, batches, tmp_path):
@@ -215,17 +214,17 @@ def reference_of(model, batches):
 
 def naive(model, batches, units, mode):
     """SQNR of every unit alone by a loop of full evaluations."""
-    reference, found = reference_of(model, batches), {}
+    reference, values = reference_of(model, batches), {}
     for unit in units:
         if mode == "one-at-a-time":
             with disable_quantization(model):
                 for quantizer in unit.quantizers:
                     quantizer.enable()
-                found[unit.name] = sqnr_db(reference, outputs(model, batches))
+                values[unit.name] = sqnr_db(reference, outputs(model, batches))
         else:
             with toggling(unit.quantizers):
-                found[unit.name] = sqnr_db(reference, outputs(model, batches))
-    return found
+                values[unit.name] = sqnr_db(reference, outputs(model, batches))
+    return values
 
 
 @pytest.mark.parametrize("mode", ["one-at-a-time", "leave-one-out"])
@@ -249,8 +248,8 @@ def test_a_shortcut_goes_with_its_convolution(deep):
         assert units[f"blocks.{block}.b"].calls == (("add", "add_1", "add_2")[block],)
     assert "add" not in units
     analyze_layers(model, batches, pinned={"blocks.1.b": "float"})
-    assert model._add_1_quantizer._disabled
-    assert not model._add_quantizer._disabled
+    assert not model._add_1_quantizer.is_enabled
+    assert model._add_quantizer.is_enabled
 
 
 def test_groups(deep):
@@ -267,19 +266,19 @@ def test_groups(deep):
         analyze_layers(model, batches, groups="blocks")
 
 
-def expected_metric(name, reference, found, labels):
-    reference, found = reference.astype(np.float64), found.astype(np.float64)
+def expected_metric(name, reference, actual, labels):
+    reference, actual = reference.astype(np.float64), actual.astype(np.float64)
     if name == "cosine":
-        return (reference * found).sum() / np.linalg.norm(reference) / np.linalg.norm(found)
+        return (reference * actual).sum() / np.linalg.norm(reference) / np.linalg.norm(actual)
     if name == "top1":
-        return (found.argmax(1) == labels).mean()
+        return (actual.argmax(1) == labels).mean()
 
     def softmax(x):
         return np.exp(x - x.max(1, keepdims=True)) / np.exp(x - x.max(1, keepdims=True)).sum(
             1, keepdims=True
         )
 
-    p, q = softmax(reference), softmax(found)
+    p, q = softmax(reference), softmax(actual)
     return (p * np.log(p / q)).sum(1).mean()
 
 
@@ -288,10 +287,10 @@ def test_metrics_of_the_outputs(deep, name):
     model, images = deep
     labels = torch.randint(0, 16, (12,))
     batches = list(zip(images, labels.split(4), strict=True))
-    reference, found = reference_of(model, images), outputs(model, images)
+    reference, actual = reference_of(model, images), outputs(model, images)
     analysis = analyze_layers(model, batches, metric=name, mode="leave-one-out")
     assert analysis.metric == pytest.approx(
-        expected_metric(name, reference, found, labels.numpy()), rel=1e-6
+        expected_metric(name, reference, actual, labels.numpy()), rel=1e-6
     )
     best = analysis.layers[0]
     sign = -1 if name == "kl" else 1
@@ -304,7 +303,7 @@ def test_a_metric_that_is_better_when_lower(deep):
     model, batches = deep
 
     def loss(model):
-        return float(len([q for _, q in named_quantizers(model) if not q._disabled]))
+        return float(sum(quantizer.is_enabled for _, quantizer in named_quantizers(model)))
 
     options = {"metric": loss, "higher_is_better": False, "mode": "leave-one-out"}
     analysis = analyze_layers(model, batches, max_float_layers=1, **options)
@@ -333,16 +332,16 @@ def test_greedy_measures_anew_after_each_step(deep):
     chosen = []
     with ExitStack() as states:
         for _ in range(3):
-            found = {}
+            values = {}
             for unit in units:
                 if unit.name not in chosen:
                     with toggling(unit.quantizers):
-                        found[unit.name] = sqnr_db(reference, outputs(model, batches))
-            chosen.append(max(found, key=found.get))
+                        values[unit.name] = sqnr_db(reference, outputs(model, batches))
+            chosen.append(max(values, key=values.get))
             states.enter_context(
                 toggling(next(unit.quantizers for unit in units if unit.name == chosen[-1]))
             )
-        last = max(found.values())
+        last = max(values.values())
     analysis = analyze_layers(model, batches, mode="leave-one-out", max_float_layers=3)
     assert [step.layer for step in analysis.steps] == chosen
     assert analysis.steps[-1].sqnr_db == pytest.approx(last, abs=1e-9)
@@ -362,52 +361,14 @@ def test_screen_and_confirm(deep, mode):
     assert not any(layer.is_exact for layer in screened.layers)
     confirmed = analyze_layers(model, batches, mode=mode, confirm=2, max_float_layers=1)
     assert [layer.is_exact for layer in confirmed.layers] == [True, True] + [False] * 6
-    known = {layer.name: layer.sqnr_db for layer in exact.layers}
-    assert all(layer.sqnr_db == pytest.approx(known[layer.name]) for layer in confirmed.layers[:2])
+    expected = {layer.name: layer.sqnr_db for layer in exact.layers}
+    assert all(
+        layer.sqnr_db == pytest.approx(expected[layer.name]) for layer in confirmed.layers[:2]
+    )
     assert confirmed.float_layers == ["blocks.1.a"]
     assert all(
         parameter.requires_grad and parameter.grad is None for parameter in model.parameters()
     )
-
-
-@pytest.fixture
-def two_layers():
-    """Two linear layers in int8, samples, and by plain products: the error of each, and of the outputs."""
-    model, batch = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)).eval(), torch.randn(20000, 16)
-    exact = copy.deepcopy(model).double()
-    swap_modules(model, batch, include=["*"])
-    calibrate_model(model, [batch], method="max")
-    with torch.no_grad():
-        hidden = model[0](batch)
-        first = hidden.double() - exact[0](batch.double())
-        second = model[1](hidden).double() - exact[1](hidden.double())
-        outputs = model[1](hidden).double() - exact(batch.double())
-    return model, batch, first, second, outputs
-
-
-def screened(model, batch, mode):
-    with disable_quantization(model), torch.no_grad():
-        reference = model(batch)
-    return screen_units(model, [batch], [reference], find_units(model, batch), mode)
-
-
-def test_the_estimate_alone_is_the_energy_of_the_error_of_each_channel(two_layers):
-    """Behind a linear layer the error of channel c is multiplied by column c of the weight."""
-    model, batch, first, second, _ = two_layers
-    found = screened(model, batch, "one-at-a-time")
-    columns = model[1].weight.detach().double().square().sum(0)
-    assert found["0"] == pytest.approx(
-        float((first.square() * columns).sum()), rel=0.03
-    )  # one draw for each sample
-    assert found["1"] == pytest.approx(float(second.square().sum()), rel=0.03)
-
-
-def test_the_estimate_without_a_layer_is_its_part_of_the_error(two_layers):
-    model, batch, first, second, outputs = two_layers
-    found = screened(model, batch, "leave-one-out")
-    weight = model[1].weight_quantizer(model[1].weight).detach().double()
-    assert found["0"] == pytest.approx(float((outputs * (first @ weight.T)).sum()), rel=1e-3)
-    assert found["1"] == pytest.approx(float((outputs * second).sum()), rel=1e-3)
 
 
 def test_pinned(deep):
@@ -609,15 +570,15 @@ def test_top1_without_labels(deep):
 def test_a_journal_is_read_and_a_torn_line_ignored(deep, tmp_path):
     model, batches = deep
     path = tmp_path / "analysis.jsonl"
-    whole = analyze_layers(model, batches, path=path)
+    complete = analyze_layers(model, batches, path=path)
     lines = path.read_text().splitlines()
     assert len(lines) == (1 + 1 + 8) * 3
     path.write_text("\n".join(lines[:7]) + "\n" + lines[8][:30])
-    assert analyze_layers(model, batches, path=path) == whole
+    assert analyze_layers(model, batches, path=path) == complete
     assert len(path.read_text().splitlines()) == len(lines) + 1
     model.head.bias.data += 1  # another model: nothing that is known holds
-    other = analyze_layers(model, batches, path=path)
-    assert other.sqnr_db != whole.sqnr_db
+    of_another_model = analyze_layers(model, batches, path=path)
+    assert of_another_model.sqnr_db != complete.sqnr_db
     with pytest.raises(ArgumentError, match="cannot write"):
         analyze_layers(model, batches, path=tmp_path)
 
@@ -656,7 +617,7 @@ def run_script(processes):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def complete_run(tmp_path_factory):
     """The folder of the script, run once, by one process and to its end."""
     folder = tmp_path_factory.mktemp("whole")
     with Processes() as processes:
@@ -666,9 +627,9 @@ def whole(tmp_path_factory):
 
 @pytest.mark.slow
 @PROCESSES
-def test_killed_five_times_it_is_the_uninterrupted_one(tmp_path, run_script, whole):
+def test_killed_five_times_it_is_the_uninterrupted_one(tmp_path, run_script, complete_run):
     random = np.random.default_rng(0)
-    lines = len((whole / "analysis.jsonl").read_text().splitlines())
+    lines = len((complete_run / "analysis.jsonl").read_text().splitlines())
     for stop in sorted(random.integers(1, lines, 5)):
         process = run_script(tmp_path)
         journal = tmp_path / "analysis.jsonl"
@@ -679,7 +640,7 @@ def test_killed_five_times_it_is_the_uninterrupted_one(tmp_path, run_script, who
         process.kill()
         process.wait()
     assert run_script(tmp_path).wait() == 0
-    assert (tmp_path / "result.json").read_text() == (whole / "result.json").read_text()
+    assert (tmp_path / "result.json").read_text() == (complete_run / "result.json").read_text()
 
 
 def run_pair(run_script, folders):
@@ -696,23 +657,23 @@ def run_pair(run_script, folders):
 
 @pytest.mark.slow
 @PROCESSES
-def test_processes_on_two_disks_know_what_either_has_measured(tmp_path, run_script, whole):
+def test_processes_on_two_disks_know_what_either_has_measured(tmp_path, run_script, complete_run):
     first, second = tmp_path / "first", tmp_path / "second"
-    lines = (whole / "analysis.jsonl").read_text().splitlines(keepends=True)
+    lines = (complete_run / "analysis.jsonl").read_text().splitlines(keepends=True)
     first.mkdir()
     (first / "analysis.jsonl").write_text(
         "".join(lines[: len(lines) // 2])
     )  # that of a killed run; `second` has none
     assert run_pair(run_script, [first, second]) == [0, 0]
-    expected = (whole / "result.json").read_text()
+    expected = (complete_run / "result.json").read_text()
     assert (first / "result0.json").read_text() == (second / "result1.json").read_text() == expected
 
 
 @pytest.mark.slow
 @PROCESSES
-def test_two_processes_come_to_the_result_of_one(tmp_path, run_script, whole):
+def test_two_processes_come_to_the_result_of_one(tmp_path, run_script, complete_run):
     assert run_pair(run_script, [tmp_path, tmp_path]) == [0, 0]
-    expected = (whole / "result.json").read_text()
+    expected = (complete_run / "result.json").read_text()
     assert (tmp_path / "result0.json").read_text() == expected
     assert (tmp_path / "result1.json").read_text() == expected
     assert (tmp_path / "analysis.1.jsonl").is_file()
