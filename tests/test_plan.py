@@ -8,11 +8,11 @@ from qdq import (
     ArgumentError,
     DataError,
     Plan,
-    TensorQuantizer,
     analyze_layers,
     apply_plan,
     calibrate_model,
     diff_plans,
+    enable_quantization,
     load_plan,
     rewire_operations,
     save_plan,
@@ -20,6 +20,7 @@ from qdq import (
 )
 from qdq.cli.main import main
 from qdq.plan import PlanChange, PlanEntry
+from qdq.quantizer import named_quantizers
 
 
 class Block(nn.Module):
@@ -127,9 +128,10 @@ def test_patterns_mean_the_same_to_apply_and_to_the_analysis(block):
     assert analyze_layers(
         model, [batch], pinned=dict(reversed(plan.precisions.items()))
     ).float_layers == ["conv"]
-    model.apply(lambda module: module.enable() if isinstance(module, TensorQuantizer) else None)
+    enable_quantization(model)
     assert apply_plan(model, plan, batch) == ["conv"]
-    assert model.conv.input_quantizer._disabled and not model.stem.input_quantizer._disabled
+    assert not model.conv.input_quantizer.is_enabled
+    assert model.stem.input_quantizer.is_enabled
 
 
 @pytest.mark.parametrize(
@@ -160,49 +162,47 @@ def test_what_cannot_be_obeyed_is_refused(precisions, message):
     assert apply_plan(model, Plan({"left": PlanEntry("float")}), batch) == []  # it is in float
 
 
+def states_of(model):
+    return {name: quantizer.is_enabled for name, quantizer in named_quantizers(model)}
+
+
 def test_apply_is_what_the_analysis_did(block, tmp_path):
     model, batch = block
     analysis = analyze_layers(model, [batch], max_float_layers=2, pinned={"conv": "float"})
-    states = {
-        name: module._disabled
-        for name, module in model.named_modules()
-        if hasattr(module, "_disabled")
-    }
-    assert states["_add_quantizer"]  # there only for `conv`
+    states = states_of(model)
+    assert not states["_add_quantizer"]  # there only for `conv`
     path = save_plan(analysis.plan, tmp_path / "plan.yaml")
-    for module in model.modules():
-        if hasattr(module, "_disabled"):
-            module._disabled = False
+    enable_quantization(model)
     assert sorted(apply_plan(model, load_plan(path), batch)) == sorted(analysis.float_layers)
-    assert {n: m._disabled for n, m in model.named_modules() if hasattr(m, "_disabled")} == states
+    assert states_of(model) == states
     apply_plan(model, Plan({"conv": PlanEntry("int8")}), batch)
-    assert not model._add_quantizer._disabled
+    assert model._add_quantizer.is_enabled
 
 
 def test_apply_refuses_what_the_model_has_not(block):
     model, batch = block
     with pytest.raises(ArgumentError, match="nose"):
         apply_plan(model, Plan({"conv": PlanEntry("float"), "nose": PlanEntry("float")}), batch)
-    assert not model.conv.input_quantizer._disabled
+    assert model.conv.input_quantizer.is_enabled
 
 
 def test_diff(tmp_path, capsys):
-    one = Plan({"a": PlanEntry("int8"), "b": PlanEntry("float"), "c": PlanEntry("int8")})
-    other = Plan(
+    first = Plan({"a": PlanEntry("int8"), "b": PlanEntry("float"), "c": PlanEntry("int8")})
+    second = Plan(
         {
             "b": PlanEntry("int8", "edited"),
             "c": PlanEntry("int8", gain=2.0),
             "d": PlanEntry("float"),
         }
     )
-    assert diff_plans(one, other) == [
+    assert diff_plans(first, second) == [
         PlanChange("a", "int8", None),
         PlanChange("b", "float", "int8"),
         PlanChange("d", None, "float"),
     ]
     paths = [
         str(save_plan(plan, tmp_path / name))
-        for plan, name in ((one, "one.yaml"), (other, "other.yaml"))
+        for plan, name in ((first, "one.yaml"), (second, "other.yaml"))
     ]
     with pytest.raises(SystemExit) as stop:
         main(["plan", "diff", *paths])
@@ -226,7 +226,7 @@ def test_a_plan_that_pins_keeps_what_was_measured(block, tmp_path):
             worst: PlanEntry("int8", first.layers[worst].reason, first.layers[worst].gain),
         }
     )
-    model.apply(lambda module: module.enable() if isinstance(module, TensorQuantizer) else None)
+    enable_quantization(model)
 
     path = save_plan(edited, tmp_path / "plan.yaml")
     for _ in range(3):  # a plan of a plan of a plan says it once
@@ -237,9 +237,9 @@ def test_a_plan_that_pins_keeps_what_was_measured(block, tmp_path):
         assert entry.gain == pytest.approx(first.layers[name].gain, abs=1e-6)
         assert entry.reason == f"pinned; earlier: {first.layers[name].reason}"
 
-    other = analyze_layers(model, [batch], metric="kl", pinned=second).plan
-    assert other.metric == "kl"
-    entry = other.layers[worst]
+    by_divergence = analyze_layers(model, [batch], metric="kl", pinned=second).plan
+    assert by_divergence.metric == "kl"
+    entry = by_divergence.layers[worst]
     assert entry.gain is None
     assert entry.reason.startswith("pinned; earlier: step 1 of the search")
     assert entry.reason.endswith(f"gain {second.layers[worst].gain:g} in sqnr")

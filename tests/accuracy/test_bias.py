@@ -21,10 +21,10 @@ from qdq.quantizer import disable_quantization
 
 
 def layer_outputs(model, images, names):
-    seen = {}
+    outputs = {}
     handles = [
         model.get_submodule(name).register_forward_hook(
-            lambda _, args, out, name=name: seen.setdefault(name, out)
+            lambda _, args, out, name=name: outputs.setdefault(name, out)
         )
         for name in names
     ]
@@ -32,7 +32,7 @@ def layer_outputs(model, images, names):
         model(images)
     for handle in handles:
         handle.remove()
-    return {name: out.double().transpose(0, 1).flatten(1) for name, out in seen.items()}
+    return {name: out.double().transpose(0, 1).flatten(1) for name, out in outputs.items()}
 
 
 @pytest.fixture
@@ -52,12 +52,12 @@ def test_empirical_leaves_the_mean_of_every_channel(plain):
     names = ["0", "1", "3"]
     with disable_quantization(model):
         expected = layer_outputs(model, data, names)
-    before = layer_outputs(model, data, names)
+    quantized = layer_outputs(model, data, names)
     report = correct_bias(model, [data[:4], data[4:]])
-    after = layer_outputs(model, data, names)
+    corrected = layer_outputs(model, data, names)
     for name in names:
-        error = (before[name] - expected[name]).mean(1).abs().max()
-        assert (after[name] - expected[name]).mean(1).abs().max() < 1e-3 * error
+        error = (quantized[name] - expected[name]).mean(1).abs().max()
+        assert (corrected[name] - expected[name]).mean(1).abs().max() < 1e-3 * error
     assert report.after_db > report.before_db
     assert [layer.layer for layer in report.layers] == names
     assert "3 layers" in report.format_table()
@@ -73,9 +73,9 @@ def test_empirical_counts_what_relu_passes_on():
     weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
     x = fake_quantize(data, layer._input_quantizer.amax).double()
     w = fake_quantize(layer.weight.detach(), layer._weight_quantizer.amax, axis=0).double()
-    y, found = data.double() @ weight.t() + bias, x @ w.t() + bias
-    live = torch.where((y > 0) | (found > 0), 1.0, 0.01).double()
-    expected = bias + (live * (y - found)).sum(0) / live.sum(0)
+    y, quantized = data.double() @ weight.t() + bias, x @ w.t() + bias
+    live = torch.where((y > 0) | (quantized > 0), 1.0, 0.01).double()
+    expected = bias + (live * (y - quantized)).sum(0) / live.sum(0)
     correct_bias(model, [data])
     torch.testing.assert_close(layer.bias.double(), expected, atol=1e-5, rtol=1e-4)
 
@@ -107,12 +107,16 @@ def test_residual_network_exports_clean(residual, images, tmp_path, method):
     swap_modules(residual, images)
     rewire_operations(residual, images)
     calibrate_model(residual, [images])
-    before = find_violations(ir.load(export_onnx(residual, images, tmp_path / "before.onnx").path))
+    expected = find_violations(
+        ir.load(export_onnx(residual, images, tmp_path / "before.onnx").path)
+    )
     report = correct_bias(residual, [images], method=method)
     assert residual.conv.bias is not None
     assert report.after_db > report.before_db
-    after = find_violations(ir.load(export_onnx(residual, images, tmp_path / "after.onnx").path))
-    assert [f.rule for f in after] == [f.rule for f in before]
+    violations = find_violations(
+        ir.load(export_onnx(residual, images, tmp_path / "after.onnx").path)
+    )
+    assert [f.rule for f in violations] == [f.rule for f in expected]
 
 
 def test_reference_is_the_target(plain):
@@ -128,11 +132,11 @@ def test_what_is_left_alone_has_a_reason(residual, images):
     swap_modules(residual, images)
     calibrate_model(residual, [images])
     disable_quantization(residual.conv)
-    before = residual.conv.bias.clone()
+    bias = residual.conv.bias.clone()
     report = correct_bias(residual, [images])
     reasons = {layer.layer: layer.reason for layer in report.layers}
     assert reasons == {"stem": "", "head": "", "conv": "it is in float"}
-    assert torch.equal(residual.conv.bias, before)
+    assert torch.equal(residual.conv.bias, bias)
 
 
 @pytest.mark.parametrize("correct", [correct_bias, round_weights])
@@ -211,12 +215,12 @@ def shifted():
 @pytest.mark.parametrize("correct", [correct_bias, round_weights])
 def test_inputs_without_samples_are_kept_once(shifted, correct):
     model, batches = shifted
-    other = copy.deepcopy(model)
+    twin = copy.deepcopy(model)
     joined = {**batches[0], "x": torch.cat([batch["x"] for batch in batches])}
-    correct(other, [joined])
+    correct(twin, [joined])
     correct(model, [*batches, {**batches[0], "x": torch.empty(0, 6, 16)}])
-    assert torch.equal(model.first.bias, other.first.bias)
-    assert torch.equal(model.last.weight, other.last.weight)
+    assert torch.equal(model.first.bias, twin.first.bias)
+    assert torch.equal(model.last.weight, twin.last.weight)
 
 
 @pytest.mark.parametrize("correct", [correct_bias, round_weights])

@@ -55,11 +55,11 @@ def chain():
 
 def test_the_float_function_is_unchanged(chain):
     data = [torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)]
-    other = torch.randn(16, 3, 8, 8) * 3  # unseen, and larger
+    unseen = torch.randn(16, 3, 8, 8) * 3  # larger
     model = chain.double()
-    expected = model(other.double())
+    expected = model(unseen.double())
     report = equalize_layers(model, [batch.double() for batch in data])
-    torch.testing.assert_close(model(other.double()), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model(unseen.double()), expected, rtol=1e-10, atol=1e-10)
     assert report.float_db > 100
 
 
@@ -81,12 +81,12 @@ def test_int8_is_nearer_afterwards(chain):
     expected = predict(chain, data)
     plain = copy.deepcopy(chain)
     equalize_layers(chain, data)
-    found = []
+    sqnrs = []
     for model in (plain, chain):
         swap_modules(model, data[0], include=["*"])
         calibrate_model(model, data, method="max")
-        found.append(sqnr_db(expected, predict(model, data)))
-    assert found[1] > found[0] + 1
+        sqnrs.append(sqnr_db(expected, predict(model, data)))
+    assert sqnrs[1] > sqnrs[0] + 1
 
 
 def test_no_op_with_a_reason():
@@ -97,14 +97,14 @@ def test_no_op_with_a_reason():
         nn.BatchNorm2d(16),
         nn.Conv2d(16, 4, 1),
     )
-    before = copy.deepcopy(model.eval().state_dict())
+    parameters = copy.deepcopy(model.eval().state_dict())
     report = equalize_layers(model, [torch.randn(2, 3, 8, 8)])
     assert [tensor.reason for tensor in report.tensors] == [
         "silu does not commute with factors of its channels",
         "batch_norm does not commute with factors of its channels",
         "it is an output of the model",
     ]
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, parameters[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["shared", "tied", "fork", "dead"])
@@ -132,9 +132,9 @@ def test_structures_that_need_care(kind):
     report = equalize_layers(model, [data])
     torch.testing.assert_close(model(data * 2), expected, rtol=1e-10, atol=1e-10)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
-    done = {tensor.written_by for tensor in report.tensors if not tensor.reason}
+    equalized = {tensor.written_by for tensor in report.tensors if not tensor.reason}
     assert (
-        done
+        equalized
         <= {"shared": set(), "tied": set(), "fork": {("two",)}, "dead": {("one",), ("two",)}}[kind]
     )
 
@@ -168,10 +168,10 @@ def test_parameters_with_another_reader_stay(how):
     model, data = Reads(how).double().eval(), torch.randn(4, 16, 6, 6, dtype=torch.float64)
     if how == "memory":
         model.third.weight.data = model.second.weight.data  # `double` has made two of it
-    before, expected = copy.deepcopy(model.state_dict()), model(data)
+    parameters, expected = copy.deepcopy(model.state_dict()), model(data)
     report = equalize_layers(model, [data])
     assert torch.equal(model(data), expected)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, parameters[name]) for name, value in model.state_dict().items())
     reasons = {tensor.written_by: tensor.reason for tensor in report.tensors}
     assert reasons[("first",)] == "a parameter of second is used elsewhere too"
 
@@ -197,15 +197,15 @@ def test_what_moves_the_float_outputs_is_put_back():
     expected = model(data)
     report = equalize_layers(model, [data])
     torch.testing.assert_close(model(data), expected, rtol=1e-10, atol=1e-10)
-    first, *others = report.tensors
+    first, *further_tensors = report.tensors
     assert first.written_by == ("layers.0",)
     assert "put back" in first.reason and first.exponent == 0
-    assert any(not tensor.reason for tensor in others)
+    assert any(not tensor.reason for tensor in further_tensors)
     assert report.float_db > 100
 
 
 def test_interrupt_puts_everything_back(chain, monkeypatch):
-    before, calls = copy.deepcopy(chain.state_dict()), []
+    parameters, calls = copy.deepcopy(chain.state_dict()), []
 
     def measure(*_):
         calls.append(1)
@@ -216,7 +216,7 @@ def test_interrupt_puts_everything_back(chain, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         equalize_layers(chain, [torch.randn(4, 3, 8, 8)])
     assert calls and type(chain.stem) is nn.Conv2d
-    assert all(torch.equal(value, before[name]) for name, value in chain.state_dict().items())
+    assert all(torch.equal(value, parameters[name]) for name, value in chain.state_dict().items())
 
 
 def test_linear_layers_on_tokens():
@@ -247,9 +247,9 @@ def test_linear_layers_on_tokens():
 def test_the_reported_sqnr_is_that_of_int8(chain):
     data = torch.randn(16, 3, 8, 8)
     expected = chain(data).detach().numpy()
-    before = copy.deepcopy(chain)
+    original = copy.deepcopy(chain)
     report = equalize_layers(chain, [data])
-    for model, reported in ((before, report.before_db), (chain, report.after_db)):
+    for model, reported in ((original, report.before_db), (chain, report.after_db)):
         assert not any("Quant" in type(module).__name__ for module in model.modules())
         swap_modules(model, data)
         calibrate_model(model, [data], method="max")
@@ -273,9 +273,9 @@ def test_inputs_without_an_axis_of_samples_are_left_alone(layer, data, message):
 
 
 def test_empty_batches_are_skipped(chain):
-    other, data = copy.deepcopy(chain), torch.randn(4, 3, 8, 8)
+    twin, data = copy.deepcopy(chain), torch.randn(4, 3, 8, 8)
     report = equalize_layers(chain, [data[:0], data])
-    assert report.tensors == equalize_layers(other, [data]).tensors
+    assert report.tensors == equalize_layers(twin, [data]).tensors
     with pytest.raises(DataError, match="all 2 batches are empty"):
         equalize_layers(chain, [data[:0], data[:0]])
 

@@ -12,6 +12,7 @@ from qdq import (
     DataError,
     analyze_layers,
     calibrate_model,
+    enable_quantization,
     rewire_operations,
     swap_modules,
 )
@@ -153,7 +154,7 @@ def test_the_share_holds_what_is_float_already(is_pinned):
     assert over.steps == ()
     assert over.stopped_by == "0.4 of the multiplications are in float already, at most 0.3"
     assert len(analyze_layers(model, [batch], max_float_share=0.6, **options).steps) == 1
-    model.apply(lambda module: module.enable() if hasattr(module, "_disabled") else None)
+    enable_quantization(model)
     by_count = analyze_layers(model, [batch], **{**options, "max_float_layers": 1})
     assert len(by_count.steps) == 1  # beyond what was decided before
 

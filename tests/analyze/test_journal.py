@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from qdq import analyze_layers, calibrate_model, swap_modules
+from qdq import analyze_layers, calibrate_model, enable_quantization, swap_modules
 
 
 class Chain(nn.Module):
@@ -41,7 +41,7 @@ def test_another_forward_is_another_model(chain, tmp_path, name, value):
     model, batches = chain
     path = tmp_path / "analysis.jsonl"
     first = analyze_layers(model, batches, path=path, max_float_layers=1)
-    model.apply(lambda module: module.enable() if hasattr(module, "_disabled") else None)
+    enable_quantization(model)
     setattr(model, name, value)
     fresh = analyze_layers(model, batches)
     assert fresh.layers != first.layers

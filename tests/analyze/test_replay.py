@@ -62,11 +62,11 @@ class Statements(nn.Module):
 
     def forward(self, x):
         x = self.first(x)
-        same = x
+        alias = x
         x.add_(1)
         x[:, 0] = 3.0
         F.relu(x, inplace=True)
-        return self.second(x) + same
+        return self.second(x) + alias
 
 
 class OnAView(Statements):
@@ -103,22 +103,26 @@ def prepare(model, batch, rewire=True):
 
 
 def replayed(model, batch, variants, **options):
-    replay, found = Replay(model, always=True, **options), {}
-    replay.evaluate(batch, variants, found.__setitem__)
-    return replay, found
+    replay = Replay(model, always=True, **options)
+    results = {}
+    replay.evaluate(batch, variants, results.__setitem__)
+    return replay, results
 
 
-def assert_identical(model, batch, variants, found):
-    assert set(found) == {None, *variants}
-    for name, outputs in found.items():
+def assert_identical(model, batch, variants, results):
+    assert set(results) == {None, *variants}
+    for name, outputs in results.items():
         with evaluating(model), toggling(variants[name] if name is not None else ()):
             expected = call_model(model, batch)
-        tensors = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs.values())
-        wanted = [expected] if isinstance(expected, torch.Tensor) else list(expected.values())
-        for one, other in zip(tensors, wanted, strict=True):
-            assert torch.equal(one, other) if isinstance(other, torch.Tensor) else one == other, (
-                name
-            )
+        for item, twin in zip(items_of(outputs), items_of(expected), strict=True):
+            if isinstance(twin, torch.Tensor):
+                assert torch.equal(item, twin), name
+            else:
+                assert item == twin, name
+
+
+def items_of(outputs):
+    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs.values())
 
 
 def variants_of(model, batch):
@@ -133,27 +137,27 @@ def test_branches(is_float):
     assert len(variants) >= 6
     if is_float:
         disable_quantization(model)
-    replay, found = replayed(model, batch, variants)
+    replay, results = replayed(model, batch, variants)
     assert replay.reason == ""
-    assert_identical(model, batch, variants, found)
+    assert_identical(model, batch, variants, results)
 
 
 def test_several_inputs_by_keyword():
     batch = {"images": torch.randn(2, 3, 8, 8), "bias": torch.randn(16)}
     model = prepare(Branches(), batch)
     variants = variants_of(model, batch)
-    replay, found = replayed(model, batch, variants)
+    replay, results = replayed(model, batch, variants)
     assert replay.reason == ""
-    assert_identical(model, batch, variants, found)
+    assert_identical(model, batch, variants, results)
 
 
 def test_statements_in_place():
     batch = torch.randn(4, 16)
     model = prepare(Statements(), batch, rewire=False)
     variants = variants_of(model, batch)
-    replay, found = replayed(model, batch, variants)
+    replay, results = replayed(model, batch, variants)
     assert replay.reason == ""
-    assert_identical(model, batch, variants, found)
+    assert_identical(model, batch, variants, results)
 
 
 @pytest.mark.parametrize(
@@ -163,10 +167,10 @@ def test_what_cannot_be_replayed_is_evaluated_in_full(kind, reason):
     batch = torch.randn(4, 16)
     model = prepare(kind(), batch, rewire=False)
     variants = variants_of(model, batch)
-    replay, found = replayed(model, batch, variants)
+    replay, results = replayed(model, batch, variants)
     assert reason in replay.reason
     if kind is OnAView:
-        assert_identical(model, batch, variants, found)
+        assert_identical(model, batch, variants, results)
 
 
 def test_another_path_through_the_model():
@@ -182,9 +186,9 @@ def test_another_path_through_the_model():
                 sums[name] = model.first(batch).sum().item()
         base = model.first(batch).sum().item()
     model.limit = (base + sums["first"]) / 2  # the two states of `first` take different paths
-    replay, found = replayed(model, batch, variants)
+    replay, results = replayed(model, batch, variants)
     assert replay.reason == ""
-    assert_identical(model, batch, variants, found)
+    assert_identical(model, batch, variants, results)
 
 
 def test_values_on_disk_are_the_same(monkeypatch):
@@ -196,9 +200,9 @@ def test_values_on_disk_are_the_same(monkeypatch):
     batch = torch.randn(4, 3, 12, 12)
     model = prepare(Branches(), batch)
     variants = variants_of(model, batch)
-    _, found = replayed(model, batch, variants, cache_bytes=1000)
+    _, results = replayed(model, batch, variants, cache_bytes=1000)
     assert mapped
-    assert_identical(model, batch, variants, found)
+    assert_identical(model, batch, variants, results)
 
 
 class Standardized(nn.Linear):
@@ -210,9 +214,11 @@ class Standardized(nn.Linear):
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, Standardized])
-@pytest.mark.parametrize(("cache_bytes", "kept"), [(2**30, 6), (2**23, 4), (2**20, 0)])
+@pytest.mark.parametrize(("cache_bytes", "stored_weights"), [(2**30, 6), (2**23, 4), (2**20, 0)])
 @pytest.mark.parametrize("is_float", [False, True])
-def test_weights_are_kept_once_for_all_batches(monkeypatch, kind, cache_bytes, kept, is_float):
+def test_weights_are_kept_once_for_all_batches(
+    monkeypatch, kind, cache_bytes, stored_weights, is_float
+):
     """Six weights of 1 MiB; half of the cache is theirs, and no file."""
     mapped = []
     original = replay_module._map_to_file
@@ -231,17 +237,17 @@ def test_weights_are_kept_once_for_all_batches(monkeypatch, kind, cache_bytes, k
 
     def measure(name, outputs):
         nonlocal peak
-        found[name] = outputs
+        results[name] = outputs
         peak = max(peak, replay._memory.used)
 
     for batch in batches:
-        found = {}
+        results = {}
         replay.evaluate(batch, variants, measure)
-        assert_identical(model, batch, variants, found)
-        assert replay._memory.used == kept * 2**20
+        assert_identical(model, batch, variants, results)
+        assert replay._memory.used == stored_weights * 2**20
     assert replay.reason == ""
     activations = 8 * 2 * 512 * 4  # those of a batch, before and behind their quantizers
-    assert peak <= min(kept * 2**20 + activations, cache_bytes)
+    assert peak <= min(stored_weights * 2**20 + activations, cache_bytes)
     assert sum(mapped) <= len(batches) * activations
 
 
@@ -253,9 +259,9 @@ def test_a_weight_that_changes_between_batches_is_quantized_again():
     variants = variants_of(model, batches[0])
     replay = Replay(model, always=True)
     for batch in batches:
-        found = {}
-        replay.evaluate(batch, variants, found.__setitem__)
-        assert_identical(model, batch, variants, found)
+        results = {}
+        replay.evaluate(batch, variants, results.__setitem__)
+        assert_identical(model, batch, variants, results)
         with torch.no_grad():
             model[0].weight.mul_(-0.5)
         model[1].weight = nn.Parameter(torch.randn(16, 16))
@@ -266,8 +272,8 @@ class Parts(Branches):
 
     def forward(self, images):
         x = self.act(self.stem(images))
-        left, right = x.split(8, 1)
-        x = torch.cat([self.left(x)[:, ::2], right, left], 1)
+        first, second = x.split(8, 1)
+        x = torch.cat([self.left(x)[:, ::2], second, first], 1)
         return {"scores": self.head(self.shared(self.right(x[:, :16])).mean((2, 3)))}
 
 
@@ -276,7 +282,7 @@ def test_the_cache_holds_no_more_than_it_may(monkeypatch, limit):
     batch = torch.randn(4, 3, 12, 12)
     model = prepare(Parts(), batch)
     variants = variants_of(model, batch)
-    stores, found, used = [], {}, []
+    stores, results, used = [], {}, []
     begin = replay_module._Values.__init__
 
     def remember(values, memory):
@@ -284,7 +290,7 @@ def test_the_cache_holds_no_more_than_it_may(monkeypatch, limit):
         begin(values, memory)
 
     def measure(name, outputs):
-        found[name] = outputs
+        results[name] = outputs
         storages = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for store in stores
@@ -297,7 +303,7 @@ def test_the_cache_holds_no_more_than_it_may(monkeypatch, limit):
     replay = Replay(model, cache_bytes=limit, always=True)
     replay.evaluate(batch, variants, measure)
     assert 0 < max(used) <= limit
-    assert_identical(model, batch, variants, found)
+    assert_identical(model, batch, variants, results)
 
 
 def test_only_what_changes_is_computed(monkeypatch):
@@ -329,11 +335,11 @@ def test_full_forwards_where_bookkeeping_costs_more_than_it_saves(
     variants = variants_of(model, batches[0])
     counts = {"record": 0, "replay": 0}
     for step in counts:
-        own = getattr(replay_module._Recording, step)
+        original = getattr(replay_module._Recording, step)
 
-        def count(recording, batch, step=step, own=own):
+        def count(recording, batch, step=step, original=original):
             counts[step] += 1
-            return own(recording, batch)
+            return original(recording, batch)
 
         monkeypatch.setattr(replay_module._Recording, step, count)
 
@@ -344,9 +350,9 @@ def test_full_forwards_where_bookkeeping_costs_more_than_it_saves(
     monkeypatch.setattr(replay_module, "_time_outputs", tell_time)
     replay = Replay(model)
     for batch in batches:
-        found = {}
-        replay.evaluate(batch, variants, found.__setitem__)
-        assert_identical(model, batch, variants, found)
+        results = {}
+        replay.evaluate(batch, variants, results.__setitem__)
+        assert_identical(model, batch, variants, results)
         assert replay._memory.used == replay._weights._bytes
     assert counts == ({"record": 4, "replay": 30} if is_replayed else {"record": 2, "replay": 0})
     assert replay.reason == ""
@@ -357,22 +363,28 @@ def test_few_variants_are_not_worth_a_recording(monkeypatch):
     model = prepare(nn.Sequential(*(nn.Linear(16, 16) for _ in range(4))), batch)
     variants = variants_of(model, batch)
     monkeypatch.setattr(replay_module, "_Recording", None)
-    found = {}
+    results = {}
     replay = Replay(model)
-    replay.evaluate(batch, variants, found.__setitem__)
-    assert_identical(model, batch, variants, found)
+    replay.evaluate(batch, variants, results.__setitem__)
+    assert_identical(model, batch, variants, results)
     assert replay.reason == ""
 
 
 def test_the_model_is_as_it_was():
     batch = torch.randn(4, 3, 12, 12)
     model = prepare(Branches(), batch).train()
-    before = {name: (vars(q).get("forward"), q._disabled) for name, q in named_quantizers(model)}
+    states = states_of(model)
     replayed(model, batch, variants_of(model, batch))
     assert model.training
-    assert {
-        name: (vars(q).get("forward"), q._disabled) for name, q in named_quantizers(model)
-    } == before
+    assert states_of(model) == states
+
+
+def states_of(model):
+    """Whether each quantizer is on, and what stands in for its forward."""
+    states = {}
+    for name, quantizer in named_quantizers(model):
+        states[name] = (vars(quantizer).get("forward"), quantizer.is_enabled)
+    return states
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "googlenet"])
@@ -382,9 +394,9 @@ def test_torchvision(name):
     batch = torch.randn(2, 3, 64, 64)
     model = prepare(torchvision.models.get_model(name, weights=None, **options), batch)
     variants = dict(list(variants_of(model, batch).items())[::6])
-    replay, found = replayed(model, batch, variants)
+    replay, results = replayed(model, batch, variants)
     assert replay.reason == ""
-    assert_identical(model, batch, variants, found)
+    assert_identical(model, batch, variants, results)
 
 
 @pytest.mark.parametrize("mode", ["one-at-a-time", "leave-one-out"])
@@ -396,9 +408,9 @@ def test_resnet50(mode):
     variants = dict(list(variants_of(model, batch).items())[::10])
     if mode == "one-at-a-time":
         disable_quantization(model)
-    replay, found = replayed(model, batch, variants)
+    replay, results = replayed(model, batch, variants)
     assert replay.reason == ""
-    assert_identical(model, batch, variants, found)
+    assert_identical(model, batch, variants, results)
 
 
 @pytest.mark.parametrize("mode", ["one-at-a-time", "leave-one-out"])
@@ -427,15 +439,15 @@ class Called(nn.Module):
 def test_the_screen_runs_a_layer_before_a_quantized_call(mode):
     batch = torch.randn(64, 32)
     model = prepare(Called(), batch)
-    exact = {
-        layer.name: layer.sqnr_db for layer in analyze_layers(model, [batch], mode=mode).layers
-    }
-    found = {
-        layer.name: layer.sqnr_db
-        for layer in analyze_layers(model, [batch], mode=mode, confirm=0).layers
-    }
-    assert set(found) == {"first", "linear", "last"}
-    assert found == pytest.approx(exact, abs=1.5)
+    exact = sqnr_of_layers(model, batch, mode=mode)
+    screened = sqnr_of_layers(model, batch, mode=mode, confirm=0)
+    assert set(screened) == {"first", "linear", "last"}
+    assert screened == pytest.approx(exact, abs=1.5)
+
+
+def sqnr_of_layers(model, batch, **options):
+    layers = analyze_layers(model, [batch], **options).layers
+    return {layer.name: layer.sqnr_db for layer in layers}
 
 
 class Attentive(nn.Module):
@@ -458,12 +470,7 @@ class Attentive(nn.Module):
 def test_the_screen_of_attention(mode, needs_weights):
     batch = torch.randn(16, 8, 32)
     model = prepare(Attentive(needs_weights), batch)
-    exact = {
-        layer.name: layer.sqnr_db for layer in analyze_layers(model, [batch], mode=mode).layers
-    }
-    screened = {
-        layer.name: layer.sqnr_db
-        for layer in analyze_layers(model, [batch], mode=mode, confirm=0).layers
-    }
+    exact = sqnr_of_layers(model, batch, mode=mode)
+    screened = sqnr_of_layers(model, batch, mode=mode, confirm=0)
     assert {"attention", "attention.out_proj"} <= set(screened)
     assert screened == pytest.approx(exact, abs=2)
