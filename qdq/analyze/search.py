@@ -357,7 +357,7 @@ class Search:
             return self._budget_reason
         if not self._units:
             return f"{summary}; all layers are pinned"
-        return f"{summary}; no other layer fits the limits"
+        return f"{summary}; no further layer may go to float"
 
     def _reason_of_fraction(self, chosen: list[str]) -> str:
         """That too many MACs are in float even without a further unit, "" if that is not so."""
