@@ -94,7 +94,9 @@ class Plan:
             separator = ", " if history else ""
             history = f"{history}{separator}gain {gain:g} in {self.metric}"
             gain = None
-        reason = f"{_PINNED}{_EARLIER}{history}" if history else _PINNED
+        reason = _PINNED
+        if history:
+            reason = f"{_PINNED}{_EARLIER}{history}"
         return PlanEntry(precision, reason, gain)
 
 
@@ -166,7 +168,9 @@ def load_plan(path: Path | str) -> Plan:
 
 def _expand(entry: Any) -> Any:
     """An entry in full: a plan may say `conv1: float` for `conv1: {precision: float}`."""
-    return {"precision": entry} if isinstance(entry, str) else entry
+    if isinstance(entry, str):
+        return {"precision": entry}
+    return entry
 
 
 def diff_plans(before: Plan, after: Plan) -> list[PlanChange]:
