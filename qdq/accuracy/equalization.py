@@ -578,8 +578,8 @@ def _equalize(group: _Group) -> EqualizedTensor:
 def _apply(group: _Group, factors: torch.Tensor) -> None:
     """Multiply the channels of a group by factors `[C]`, and have its readers divide by them."""
     for layer in group.writers.values():
-        ones = [1] * (layer.weight.dim() - 1)
-        layer.weight.mul_(factors.reshape(-1, *ones))
+        filter_shape = [1] * (layer.weight.dim() - 1)
+        layer.weight.mul_(factors.reshape(-1, *filter_shape))
         if layer.bias is not None:
             layer.bias.mul_(factors)
     for layer in group.readers.values():
