@@ -1,4 +1,4 @@
-"""A run folder: what is in it and may be removed from it, seed, log file, environment."""
+"""The run folder: its files, which of them a new run removes, seed, log file, environment."""
 
 from __future__ import annotations
 
@@ -42,44 +42,45 @@ from qdq.text import PrintableFormatter, printable
 logger = logging.getLogger(__name__)
 
 RUN_FORMAT = "qdq run 1"
-"""Stands in `run.json` and proves that a folder is a run's."""
-
-_LOOKER_SECONDS = 10.0  # nobody looks that long whether a folder is in use
+"""Stands in `run.json` and proves that a folder is a run folder."""
 
 STATE_FILE = "run.json"
 LOG_FILE = "run.log"
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
+TEXT_FILE = "report.txt"
+PLAN_FILE = "plan.yaml"
+MODEL_FILE = "model.onnx"
 JOURNAL_FILE = "analysis.jsonl"
-STATISTICS_FILES = ("calibration.safetensors", "calibration.json")
+STATISTICS_FILE = "calibration.safetensors"
 TUNING_FOLDER = "tuning"
 
-_JOURNALS = (
-    JOURNAL_FILE,
-    "analysis.*.jsonl",
-)  # kept from any earlier run: their lines say what they were measured on
-_STATISTICS = (
-    *STATISTICS_FILES,
-    "calibration.rank*of*.safetensors",
-)  # kept where the same run is begun again
+_PROBE_SECONDS = 10.0  # no process takes longer to look whether a folder is in use
+
+# A new run keeps these files of any earlier run: their lines say what was measured.
+_JOURNALS = (JOURNAL_FILE, "analysis.*.jsonl")
+
+# A run that continues an interrupted one with the same settings keeps these files, too.
+_STATISTICS = (STATISTICS_FILE, "calibration.json", "calibration.rank*of*.safetensors")
+
 _RUN_FILES = (
     STATE_FILE,
     LOG_FILE,
     *_JOURNALS,
     *_STATISTICS,
     "calibration*.damaged.safetensors",
-    "plan.yaml",
-    "model.onnx",
+    PLAN_FILE,
+    MODEL_FILE,
     "model.onnx.data",
     "model.engine",
     "model.rtx.engine",
     REPORT_FILE,
     PAGE_FILE,
-    "report.txt",
+    TEXT_FILE,
     PARTIAL_GLOB,  # of a process that was killed
     ".model.onnx.data.partial",
 )
-"""Globs of what a run writes into its folder; nothing else in it is ever removed."""
+"""Globs of the files that a run writes into its folder; no other file in it is ever removed."""
 
 _TUNING_FILES = (
     "state.safetensors",
@@ -89,16 +90,11 @@ _TUNING_FILES = (
     "tensorboard/events.out.tfevents.*",
     PARTIAL_GLOB,
 )
-"""Likewise what fine-tuning writes into its own."""
+"""Globs of the files that fine-tuning writes into its own folder."""
 
-_FORMER_KEYS = {
-    "status",
-    "stage",
-    "seed",
-    "settings",
-    "environment",
-    "seconds",
-}  # of run.json before it had a format
+# Keys of run.json in versions that did not yet write a format.
+_FORMER_KEYS = {"status", "stage", "seed", "settings", "environment", "seconds"}
+
 _PACKAGES = (
     "qdq",
     "torch",
@@ -114,24 +110,26 @@ _PACKAGES = (
 
 
 def find_announced() -> tuple[int, int]:
-    """The number of this process and how many torchrun has started: (0, 1) without it."""
+    """The number of this process and how many processes torchrun started; (0, 1) without torchrun."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    return (int(os.environ["RANK"]), size) if size > 1 and "RANK" in os.environ else (0, 1)
+    if size > 1 and "RANK" in os.environ:
+        return int(os.environ["RANK"]), size
+    return 0, 1
 
 
 class Run:
     """A run folder while it is being filled; made by `start_run`.
 
     Args:
-        folder: Where everything goes.
-        settings: What the run was asked to do, for the report.
+        folder: The folder of all files.
+        settings: The settings of the run, for the report.
         seed: The seed of all random numbers.
 
     Attributes:
         environment: From `describe_environment`.
         command: From `describe_command`.
         seconds: Stage -> how long it took.
-        is_first: Whether this process is the one that reports: alone, or the first that torchrun started.
+        is_first: Whether this process writes the report: it is alone, or the first that torchrun started.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], seed: int) -> None:
@@ -146,17 +144,58 @@ class Run:
         self._stage_began = time.perf_counter()
         self._lock: _Lock | None = None
 
+    @property
+    def model_file(self) -> Path:
+        """The exported model."""
+        return self.folder / MODEL_FILE
+
+    @property
+    def plan_file(self) -> Path:
+        """Which layer is in int8 and which in float, for `save_plan`."""
+        return self.folder / PLAN_FILE
+
+    @property
+    def statistics_file(self) -> Path:
+        """The statistics of calibration; `write_report` reads them."""
+        return self.folder / STATISTICS_FILE
+
+    @property
+    def journal_file(self) -> Path:
+        """The measurements of the analysis; a run that was killed and started again reads them."""
+        return self.folder / JOURNAL_FILE
+
+    @property
+    def tuning_folder(self) -> Path:
+        """The folder of fine-tuning."""
+        return self.folder / TUNING_FOLDER
+
+    @property
+    def report_file(self) -> Path:
+        """The report as JSON."""
+        return self.folder / REPORT_FILE
+
+    @property
+    def page_file(self) -> Path:
+        """The report as a page."""
+        return self.folder / PAGE_FILE
+
+    @property
+    def text_file(self) -> Path:
+        """The report as text."""
+        return self.folder / TEXT_FILE
+
     def stage(self, name: str) -> None:
-        """Say that the next stage begins; its time is taken until the next call or `finish`."""
+        """Begin the next stage. Its time runs until the next call or `finish`."""
         self._end_stage()
-        self._stage, self._stage_began = name, time.perf_counter()
+        self._stage = name
+        self._stage_began = time.perf_counter()
         logger.info("stage %s", name)
         if self.is_first:
             print(f"== {name}", flush=True)
         self._save("running")
 
     def finish(self) -> None:
-        """Say that the last stage is over and the folder complete; another run may have it now."""
+        """End the last stage: the folder is complete, and another run may use it."""
         self._end_stage()
         self._stage = ""
         self._save("finished")
@@ -164,97 +203,96 @@ class Run:
             self._lock.release()
 
     def is_begun(self) -> bool:
-        """Whether the folder holds this very run, not finished."""
+        """Whether the folder holds an unfinished run with the same settings, seed and environment."""
         earlier = _read_state(self.folder)
-        return earlier.get("status") == "running" and earlier | self._describe() == earlier
+        is_running = earlier.get("status") == "running"
+        return is_running and earlier | self._describe() == earlier
 
     def _describe(self) -> dict[str, Any]:
-        described: dict[str, Any] = to_jsonable(
+        """The facts that tell runs apart."""
+        facts: dict[str, Any] = to_jsonable(
             {"seed": self.seed, "settings": self.settings, "environment": self.environment}
         )
-        return described
+        return facts
 
     def _end_stage(self) -> None:
         if self._stage:
             self.seconds[self._stage] = round(time.perf_counter() - self._stage_began, 2)
 
     def _save(self, status: str) -> None:
-        write_json(
-            self.folder / STATE_FILE,
-            {
-                "format": RUN_FORMAT,
-                "status": status,
-                "stage": self._stage,
-                **self._describe(),
-                "seconds": self.seconds,
-            },
-        )
+        state = {
+            "format": RUN_FORMAT,
+            "status": status,
+            "stage": self._stage,
+            **self._describe(),
+            "seconds": self.seconds,
+        }
+        write_json(self.folder / STATE_FILE, state)
 
 
 def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | None = None) -> Run:
-    """Open a run folder, set the seeds and send the log of qdq to `run.log` in it.
+    """Open a run folder, set the seeds and write the log of qdq to `run.log` in it.
 
-    What an earlier run wrote into the folder is removed, so that a folder never mixes two; every other file stays. So
-    does what the earlier run had measured: its analysis, and, where it was cut off and had the same settings, seed and
-    versions, what it had collected. A file that a setting names, such as the plan, stays until the run writes its own;
-    a copy of it is kept beside it, as `plan.input.yaml`.
+    Files that an earlier run wrote into the folder are removed, so that a folder never mixes two runs. All other files
+    stay. The analysis of the earlier run stays, too, and so do the statistics that it collected, if it was interrupted
+    and had the same settings, seed and versions. A file that a setting names, such as the plan, stays until the run
+    writes its own; a copy is kept beside it, as `plan.input.yaml`.
 
     Until `Run.finish` or the end of this process no other run can start in the folder.
 
-    Of the processes that torchrun starts the first has the folder. The others have one each, which is removed when they
-    end; they print no stages and log errors only.
+    Of the processes that torchrun starts, the first one uses the folder. Each of the others uses a temporary folder,
+    prints no stages and logs only errors.
 
     Args:
-        folder: Made if it does not exist.
+        folder: Created if it does not exist.
         seed: For Python, numpy and torch.
-        settings: What the run was asked to do, for the report.
+        settings: The settings of the run, for the report.
 
     Raises:
-        ArgumentError: As for `check_run_folder`, and DataError; a seed below 0 or above 2^32 - 1.
+        ArgumentError: As for `check_run_folder`; a seed below 0 or above 2^32 - 1.
+        DataError: As for `check_run_folder`.
     """
     require_seed(seed)
     folder = as_path(folder, "folder")
-    if find_announced()[0]:
+    rank, _ = find_announced()
+    if rank > 0:
         return _start_silent_run(settings or {}, seed)
     check_run_folder(folder, settings)
+
     run = Run(folder, settings or {}, seed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         run._lock = _take_lock(folder / LOG_FILE)
         _log_to(folder / LOG_FILE)
         is_begun = run.is_begun()
-        run._save(
-            "running"
-        )  # before anything else is touched: killed at any moment, the folder is known as a run's
+        # Before any file is removed: if the process is killed, the folder is still known as a run folder.
+        run._save("running")
         _empty(folder, _find_inputs(folder, run.settings), is_begun)
     except OSError as error:
-        raise _unusable(folder, error) from error
+        raise _refuse_folder(folder, error) from error
     set_seed(seed)
     return run
 
 
 def check_run_folder(folder: Path | str, settings: dict[str, Any] | None = None) -> None:
-    """Refuse a folder in which no run can start, before the work whose results it is for; changes nothing.
+    """Refuse a folder in which no run can start, before the work whose results it will hold. Nothing is changed.
 
     Args:
         folder: As for `start_run`.
-        settings: Likewise; those that are paths are looked at too, and `weights`.
+        settings: As for `start_run`; settings that are paths, and `weights`, are checked as well.
 
     Raises:
-        DataError: A setting names a device, a FIFO or a link that leads nowhere.
-        ArgumentError: The folder holds files and is no run's, is in use by another run, holds a link or the like where
-            a run writes a file, or cannot be written to.
+        DataError: A setting names a device, a FIFO or a broken link.
+        ArgumentError: The folder holds files and is not a run folder, is in use by another run, has a link or a folder
+            where a run writes a file, or cannot be written to.
     """
     folder = as_path(folder, "folder")
     guard_files(inputs=[path for path in _list_paths(settings or {}) if os.path.lexists(path)])
     try:
         present = _list_folder(folder)
-        existing = next(
-            parent for parent in (folder, *folder.absolute().parents) if parent.exists()
-        )
-        tempfile.TemporaryFile(dir=existing).close()
+        _require_writable(folder)
     except (OSError, ValueError) as error:
-        raise _unusable(folder, error) from error
+        raise _refuse_folder(folder, error) from error
     if _is_locked(folder / LOG_FILE):
         raise ArgumentError(
             f"another run is writing to {printable(folder)}.",
@@ -263,18 +301,34 @@ def check_run_folder(folder: Path | str, settings: dict[str, Any] | None = None)
     if not _is_run_folder(folder, present):
         raise ArgumentError(
             f"{printable(folder)} holds files and is not a run folder: it has no {STATE_FILE} that qdq wrote.",
-            "choose a new folder with --output; a run removes what an earlier run wrote.",
+            "choose a new folder with --output; a run removes the files of an earlier run.",
         )
     for path in present:
-        if not _is_what_a_run_writes(path):
+        if not _is_usable(path):
             raise ArgumentError(
-                f"{printable(path)} is a link or a folder where a run writes a file, or no folder where it makes one.",
+                f"{printable(path)} is a link or a folder where a run writes a file, "
+                "or is not a folder where a run makes one.",
                 "move it away, or choose another folder.",
             )
 
 
-def _is_what_a_run_writes(path: Path) -> bool:
-    """Whether an entry of a run folder may stay or go; not a link, for what it leads to is somebody else's."""
+def _require_writable(folder: Path) -> None:
+    """Write a temporary file into a folder, or into the innermost parent that exists.
+
+    Raises:
+        OSError: The folder cannot be written to.
+    """
+    for parent in (folder, *folder.absolute().parents):
+        if parent.exists():
+            tempfile.TemporaryFile(dir=parent).close()
+            return
+
+
+def _is_usable(path: Path) -> bool:
+    """Whether a run can start with this entry in its folder.
+
+    A link where a run writes a file is not usable: the file that it leads to belongs to somebody else.
+    """
     mode = path.lstat().st_mode
     if path.name == TUNING_FOLDER:
         return stat.S_ISDIR(mode)
@@ -282,20 +336,22 @@ def _is_what_a_run_writes(path: Path) -> bool:
 
 
 def list_run_files(run: Path) -> list[Path]:
-    """What a run has written, but for the page that can be made again: what must not be overwritten where it is read.
+    """The files of a run that a command must not overwrite while it reads them.
+
+    The page is not among them: it can be written again from the report.
 
     Args:
         run: A run folder, or the report in it.
     """
     folder = run if os.path.isdir(run) else run.parent
-    with contextlib.suppress(OSError):
-        files = [
-            path
-            for path in _list_folder(folder)
-            if _is_run_file(path.name) and path.name != PAGE_FILE
-        ]
-        return [*([] if folder == run else [run]), *files, *_list_tuning(folder / TUNING_FOLDER)]
-    return [run]
+    files = [] if folder == run else [run]
+    try:
+        for path in _list_folder(folder):
+            if _is_run_file(path.name) and path.name != PAGE_FILE:
+                files.append(path)
+        return files + _list_tuning(folder / TUNING_FOLDER)
+    except OSError:
+        return [run]
 
 
 def guard_command(
@@ -304,13 +360,13 @@ def guard_command(
     outputs: Iterable[File] = (),
     in_place: Collection[tuple[File, File]] = (),
 ) -> None:
-    """As `guard_files`, for a command that is no run: it does not replace what a run wrote either.
+    """As `guard_files`, for a command that is not a run: it must not replace files of a run either.
 
     Args:
         inputs: As for `guard_files`.
-        outputs: Likewise.
-        in_place: Likewise; the second file of a pair may also be one that is made again from what is read, such as the
-            engine beside a model.
+        outputs: As for `guard_files`.
+        in_place: As for `guard_files`. The second file of a pair may also be one that is made again from the files that
+            are read, such as the engine beside a model.
 
     Raises:
         ArgumentError: As for `guard_files`; or an output is in a run folder, where a run writes a file.
@@ -318,30 +374,44 @@ def guard_command(
     """
     written = [Path(path) for path in outputs if path is not None]
     guard_files(inputs=inputs, outputs=written, in_place=in_place)
-    pairs = [(Path(first), Path(second)) for first, second in in_place if first and second]
     for path in written:
-        replaces = any(path == first and is_same_file(first, second) for first, second in pairs)
-        if not replaces and is_replaceable(path) and _is_of_a_run(path):
+        if _is_replaced_in_place(path, in_place) or not is_replaceable(path):
+            continue
+        if _is_of_a_run(path):
             raise ArgumentError(
                 f"{printable(path)} is a file of a run; it would be lost.",
                 "choose another file to write.",
             )
 
 
-def _is_of_a_run(path: Path) -> bool:
-    """Whether a file, which need not exist, is one that the run of its folder writes."""
-    path = Path(os.path.realpath(path))
-    globs = (*_RUN_FILES, *(f"{TUNING_FOLDER}/{glob}" for glob in _TUNING_FILES))
-    for folder in list(path.parents)[:3]:
-        name = path.relative_to(folder).as_posix()
-        if any(fnmatchcase(name, glob) for glob in globs) and _is_state_of_a_run(
-            _read_state(folder)
-        ):
+def _is_replaced_in_place(path: Path, in_place: Collection[tuple[File, File]]) -> bool:
+    """Whether a command may replace a file because it reads the same file."""
+    for output, source in in_place:
+        if not output or not source:
+            continue
+        if path == Path(output) and is_same_file(Path(output), Path(source)):
             return True
     return False
 
 
+def _is_of_a_run(path: Path) -> bool:
+    """Whether a file, which need not exist, is one that the run of its folder writes."""
+    path = Path(os.path.realpath(path))
+    tuning_globs = tuple(f"{TUNING_FOLDER}/{glob}" for glob in _TUNING_FILES)
+    for folder in list(path.parents)[:3]:  # a curve of fine-tuning is two folders down
+        name = path.relative_to(folder).as_posix()
+        is_written = _matches_any(name, _RUN_FILES + tuning_globs)
+        if is_written and _is_state_of_a_run(_read_state(folder)):
+            return True
+    return False
+
+
+def _matches_any(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
 def _list_folder(folder: Path) -> list[Path]:
+    """The entries of a folder; none if it does not exist."""
     try:
         return list(folder.iterdir())
     except FileNotFoundError:
@@ -349,36 +419,42 @@ def _list_folder(folder: Path) -> list[Path]:
 
 
 def _list_tuning(folder: Path) -> list[Path]:
-    return [path for glob in _TUNING_FILES for path in folder.glob(glob)]
+    """The files that fine-tuning wrote into its folder."""
+    files: list[Path] = []
+    for glob in _TUNING_FILES:
+        files += folder.glob(glob)
+    return files
 
 
 def _is_run_file(name: str) -> bool:
     """Whether a run writes a file of this name into its folder."""
-    return any(fnmatchcase(name, glob) for glob in _RUN_FILES)
+    return _matches_any(name, _RUN_FILES)
 
 
 def _is_run_folder(folder: Path, present: list[Path]) -> bool:
+    """Whether a run may use a folder: it is empty, or a run wrote its files."""
     if _is_state_of_a_run(_read_state(folder)):
         return True
-    # a run that was killed before it wrote run.json has left an empty log at the most
-    return all(
-        path.name == LOG_FILE and path.is_file() and path.stat().st_size == 0 for path in present
-    )
+    # A run that was killed before it wrote run.json leaves at most an empty log.
+    return all(_is_empty_log(path) for path in present)
+
+
+def _is_empty_log(path: Path) -> bool:
+    return path.name == LOG_FILE and path.is_file() and path.stat().st_size == 0
 
 
 def _is_state_of_a_run(state: dict[str, Any]) -> bool:
-    """Whether qdq, this version or an earlier one, wrote a `run.json`."""
+    """Whether this version of qdq or an earlier one wrote a `run.json`."""
     if state.get("format") == RUN_FORMAT:
         return True
-    return (
-        state.keys() == _FORMER_KEYS
-        and isinstance(state["environment"], dict)
-        and "qdq" in state["environment"]
-    )
+    if state.keys() != _FORMER_KEYS:
+        return False
+    environment = state["environment"]
+    return isinstance(environment, dict) and "qdq" in environment
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
-    """What `run.json` says, nothing where it is absent or damaged."""
+    """The content of `run.json`; empty if it is absent or damaged."""
     try:
         state = json.loads(read_file(folder / STATE_FILE))
     except (OSError, ValueError, RecursionError):
@@ -387,17 +463,26 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 
 def _find_inputs(folder: Path, settings: dict[str, Any]) -> list[Path]:
-    """The files below a folder that any of the settings names."""
+    """The files in or below a folder that a setting names."""
     root = os.path.realpath(folder)
-    return [
-        Path(name)
-        for name in _list_names(settings)
-        if _is_below(name, root) and os.path.isfile(name)
-    ]
+    inputs = []
+    for text in _list_texts(to_jsonable(settings)):
+        if not text or "\0" in text:
+            continue
+        if _is_below(text, root) and os.path.isfile(text):
+            inputs.append(Path(text))
+    return inputs
+
+
+def _is_below(path: str, root: str) -> bool:
+    return os.path.realpath(path).startswith(os.path.join(root, ""))
 
 
 def _list_paths(settings: dict[str, Any]) -> Iterator[Path]:
-    """The settings that are meant as paths; another text, such as the name of a model, may have a namesake."""
+    """The settings that are paths.
+
+    A text is not one, for a file may have the name of a model; `weights` is the exception.
+    """
     weights = settings.get("weights")
     if isinstance(weights, str):
         yield Path(weights)
@@ -414,12 +499,8 @@ def _list_paths(settings: dict[str, Any]) -> Iterator[Path]:
             values += value
 
 
-def _list_names(settings: dict[str, Any]) -> list[str]:
-    """The texts among settings that could be paths."""
-    return [text for text in _list_texts(to_jsonable(settings)) if text and "\0" not in text]
-
-
 def _list_texts(value: Any) -> Iterator[str]:
+    """All texts in a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -429,40 +510,57 @@ def _list_texts(value: Any) -> Iterator[str]:
             yield from _list_texts(item)
 
 
-def _is_below(name: str, root: str) -> bool:
-    return os.path.realpath(name).startswith(os.path.join(root, ""))
-
-
 def _empty(folder: Path, inputs: list[Path], is_begun: bool) -> None:
-    """Remove what an earlier run wrote and this one does not go on with."""
-    staying = (STATE_FILE, LOG_FILE, *_JOURNALS, *(_STATISTICS if is_begun else ()))
-    files = [path for path in _list_folder(folder) if _is_run_file(path.name)]
-    for path in files:
-        if any(is_same_file(path, file) for file in inputs):
-            _keep_copy(path, is_begun)
-        elif not any(fnmatchcase(path.name, glob) for glob in staying):
-            path.unlink()
+    """Remove the files of an earlier run.
+
+    Args:
+        folder: The run folder.
+        inputs: Files that the run reads; copies of them are kept.
+        is_begun: Whether the run continues the earlier one; then its statistics and its fine-tuning are kept.
+    """
+    kept_globs: tuple[str, ...] = (STATE_FILE, LOG_FILE, *_JOURNALS)
     if is_begun:
-        return
-    for path in _list_tuning(folder / TUNING_FOLDER):
-        if any(is_same_file(path, file) for file in inputs):
+        kept_globs += _STATISTICS
+    for path in _list_folder(folder):
+        if not _is_run_file(path.name):
+            continue
+        if _is_among(path, inputs):
             _keep_copy(path, is_begun)
+        elif not _matches_any(path.name, kept_globs):
+            path.unlink()
+    if not is_begun:
+        _empty_tuning(folder / TUNING_FOLDER, inputs)
+
+
+def _empty_tuning(folder: Path, inputs: list[Path]) -> None:
+    """Remove the files of an earlier fine-tuning, and its folders if nothing else is in them."""
+    for path in _list_tuning(folder):
+        if _is_among(path, inputs):
+            _keep_copy(path, is_begun=False)
         else:
             path.unlink()
-    for place in (folder / TUNING_FOLDER / "tensorboard", folder / TUNING_FOLDER):
-        with contextlib.suppress(OSError):  # it is not there, or holds what a run has not written
-            place.rmdir()
+    for subfolder in (folder / "tensorboard", folder):
+        with contextlib.suppress(OSError):  # absent, or holds files that no run wrote
+            subfolder.rmdir()
+
+
+def _is_among(path: Path, files: list[Path]) -> bool:
+    return any(is_same_file(path, file) for file in files)
 
 
 def _keep_copy(path: Path, is_begun: bool) -> None:
-    """A copy of what the run reads and will replace; begun again, it may be reading its own result."""
+    """Copy a file that the run reads and will replace.
+
+    A run that continues may read its own result; then the copy of the earlier start stays.
+    """
     copy = path.with_name(f"{path.stem}.input{path.suffix}")
-    if not (is_begun and copy.exists()):
-        shutil.copyfile(path, copy)
+    if is_begun and copy.exists():
+        return
+    shutil.copyfile(path, copy)
 
 
 def _start_silent_run(settings: dict[str, Any], seed: int) -> Run:
-    """A run whose files nobody will read."""
+    """A run in a temporary folder, whose files nobody will read."""
     folder = tempfile.TemporaryDirectory(prefix="qdq-")
     atexit.register(folder.cleanup)
     logging.getLogger("qdq").setLevel(logging.ERROR)
@@ -470,7 +568,8 @@ def _start_silent_run(settings: dict[str, Any], seed: int) -> Run:
     return Run(Path(folder.name), settings, seed)
 
 
-def _unusable(folder: Path, error: OSError | ValueError) -> ArgumentError:
+def _refuse_folder(folder: Path, error: OSError | ValueError) -> ArgumentError:
+    """The error for a folder that cannot be read or written."""
     reason = getattr(error, "strerror", None) or error
     return ArgumentError(
         f"cannot use {printable(folder)} as run folder: {reason}.",
@@ -479,6 +578,7 @@ def _unusable(folder: Path, error: OSError | ValueError) -> ArgumentError:
 
 
 def _log_to(path: Path) -> None:
+    """Send the log of qdq to a file, and no longer to that of an earlier run."""
     root = logging.getLogger("qdq")
     for handler in root.handlers[:]:
         if isinstance(handler, logging.FileHandler):
@@ -491,10 +591,10 @@ def _log_to(path: Path) -> None:
 
 
 class _Lock:
-    """A lock on a file until this process ends, however it ends; processes that it forks do not have it.
+    """A lock on a file until this process ends, in whatever way. Processes that it forks do not have the lock.
 
     Args:
-        path: The file, made if it does not exist.
+        path: The file; created if it does not exist.
 
     Raises:
         BlockingIOError: Another process has locked it.
@@ -506,44 +606,48 @@ class _Lock:
             return
         os.register_at_fork(after_in_child=self.release)
         try:
-            _wait_for(self._descriptor)
+            _wait_for_lock(self._descriptor)
         except BlockingIOError:
             self.release()
             raise BlockingIOError(errno.EWOULDBLOCK, "another run is writing to it") from None
         except OSError as error:  # a file system without locks
             logger.warning(
-                "%s cannot be locked (%s); let no second run use the folder", path, error.strerror
+                "%s cannot be locked (%s); do not start a second run in the folder",
+                path,
+                error.strerror,
             )
 
     def is_of(self, path: Path) -> bool:
-        """Whether it is held on this file."""
-        return self._descriptor is not None and os.path.samestat(
-            os.fstat(self._descriptor), path.stat()
-        )
+        """Whether this is the lock on a file."""
+        if self._descriptor is None:
+            return False
+        return os.path.samestat(os.fstat(self._descriptor), path.stat())
 
     def release(self) -> None:
-        """Let others have it; may be called again."""
+        """Give the lock up; may be called again."""
         if self._descriptor is not None:
-            os.close(
-                self._descriptor
-            )  # of a forked process this is a copy, without which the lock stays
+            # In a forked process this closes a copy; an open copy would keep the lock.
+            os.close(self._descriptor)
             self._descriptor = None
 
 
-_held: _Lock | None = None  # this process has one run at a time
+_process_lock: _Lock | None = None  # this process has one run at a time
 
 
 def _take_lock(path: Path) -> _Lock:
-    global _held
-    if _held is not None:
-        _held.release()
-    _held = _Lock(path)
-    return _held
+    """Lock the log file of a run, and give up the lock of an earlier run of this process."""
+    global _process_lock
+    if _process_lock is not None:
+        _process_lock.release()
+    _process_lock = _Lock(path)
+    return _process_lock
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether another process has locked a log file; this one may start a second run in its own folder."""
-    if not path.is_file() or (_held is not None and _held.is_of(path)):
+    """Whether another process has locked a log file; this process may start a second run in its own folder."""
+    if not path.is_file():
+        return False
+    if _process_lock is not None and _process_lock.is_of(path):
         return False
     try:
         with path.open("rb") as file:
@@ -552,13 +656,13 @@ def _is_locked(path: Path) -> bool:
         return True
     except (
         OSError
-    ):  # a file of another user, which is said when it is opened; or a file system without locks
+    ):  # a file system without locks, or a file of another user: the error comes when it is opened
         return False
     return False
 
 
-def _wait_for(descriptor: int) -> None:
-    """Lock a file, as soon as no other process is looking whether it is locked.
+def _wait_for_lock(descriptor: int) -> None:
+    """Lock a file as soon as no other process is looking whether it is locked.
 
     Raises:
         BlockingIOError: Another process has locked it.
@@ -566,14 +670,13 @@ def _wait_for(descriptor: int) -> None:
     """
     import fcntl
 
-    deadline = time.monotonic() + _LOOKER_SECONDS
+    deadline = time.monotonic() + _PROBE_SECONDS
     while True:
         try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _lock_shared(
-                descriptor
-            )  # fails where a run has locked it, and not where others are looking
+            # Fails if a run has locked the file, and succeeds if other processes are only looking.
+            _lock_shared(descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             if time.monotonic() > deadline:
                 raise
@@ -581,10 +684,10 @@ def _wait_for(descriptor: int) -> None:
 
 
 def _lock_shared(descriptor: int) -> None:
-    """As who is looking does; many may at a time.
+    """Lock a file in the way of a process that is only looking; many may do so at a time.
 
     Raises:
-        BlockingIOError: Another process has locked it for itself.
+        BlockingIOError: A run has locked it.
     """
     if os.name == "posix":
         import fcntl
@@ -593,7 +696,7 @@ def _lock_shared(descriptor: int) -> None:
 
 
 def describe_environment() -> dict[str, str]:
-    """Versions of Python, of the machine and of the packages that change a result; no paths, no host names."""
+    """Versions of Python, the machine and the packages that change a result; no paths, no host names."""
     versions = {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
@@ -607,10 +710,11 @@ def describe_environment() -> dict[str, str]:
 
 
 def describe_command() -> str:
-    """How this process was called, for a shell; of a program only its name, of a script what was typed."""
+    """The command that started this process, for a shell; a program by its name, a script by its path."""
     program = sys.argv[0] if sys.argv else ""
-    start = ["python", program] if program.endswith(".py") else [Path(program).name]
-    return shlex.join([*start, *sys.argv[1:]])
+    if program.endswith(".py"):
+        return shlex.join(["python", program, *sys.argv[1:]])
+    return shlex.join([Path(program).name, *sys.argv[1:]])
 
 
 def require_seed(seed: int) -> None:
@@ -624,7 +728,7 @@ def require_seed(seed: int) -> None:
 
 
 def set_seed(seed: int) -> None:
-    """Seed Python, numpy and torch (where it is loaded)."""
+    """Seed Python, numpy, and torch if it is loaded."""
     random.seed(seed)
     np.random.seed(seed)
     if "torch" in sys.modules:

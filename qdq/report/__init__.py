@@ -1,21 +1,23 @@
-"""What a run did: `report.json`, one page of text, one page of HTML. Reading them again needs no torch."""
+"""The report of a run: `report.json`, one page of text and one page of HTML. Reading them needs no torch."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qdq.files import to_jsonable, write_atomic, write_json
-from qdq.report.load import PAGE_FILE, REPORT_FORMAT, load_report
+from qdq.report.load import REPORT_FORMAT, load_report
 from qdq.report.page import render_report
-from qdq.run import REPORT_FILE, STATISTICS_FILES, Run
+from qdq.run import PAGE_FILE, Run
 from qdq.statistics import Statistics
 from qdq.text import MOST_CHARACTERS, make_printable, printable
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from qdq.analyze import Analysis
     from qdq.build import BuildReport
     from qdq.calibrate import Range
@@ -25,15 +27,49 @@ if TYPE_CHECKING:
     from qdq.fold import FoldedPair
     from qdq.report.records import LayerRecord
     from qdq.rewire import RewirePlan
-    from qdq.swap import PlannedModule, SwapPlan
-    from qdq.workloads.classification.batches import ImageBatches
-    from qdq.workloads.classification.models import LoadedModel
+    from qdq.swap import SwapPlan
 
-_EXAMPLES = 8  # images that the layers are looked at with
+_EXAMPLES = 8  # images on which the layers are measured
+
+
+class ReportedModel(Protocol):
+    """A model and where its weights come from, such as `load_model` returns."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The model as it was exported."""
+
+    @property
+    def name(self) -> str:
+        """Name of the architecture."""
+
+    @property
+    def weights(self) -> str:
+        """Source of the weights."""
+
+
+class ReportedImages(Protocol):
+    """A set of images, such as `load_images` returns."""
+
+    @property
+    def images(self) -> Any:
+        """Float32 `[N, 3, H, W]`, or anything whose slices are such tensors."""
+
+    @property
+    def labels(self) -> Sequence[int] | None:
+        """Class index of each image; None if there are none."""
+
+    @property
+    def description(self) -> str:
+        """Source, number and seed."""
+
+    @property
+    def label_note(self) -> str:
+        """Source of the labels, or why there are none."""
 
 
 class TuningResult(Protocol):
-    """What fine-tuning returned, a dataclass; see `write_report`."""
+    """The result of fine-tuning, a dataclass; see `write_report`."""
 
     @property
     def losses(self) -> Sequence[float]:
@@ -44,19 +80,19 @@ class TuningResult(Protocol):
         """Measurements with `step` and `metric`, in order."""
 
     def format_table(self) -> str:
-        """For a person."""
+        """The result as text."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `write_report` wrote.
+    """The files and the result of `write_report`.
 
     Args:
         path: The JSON file.
         page: The HTML file.
         summary: The numbers that decide, by name.
-        findings: What is not as it should be; empty if all is well.
-        text: The page that was printed.
+        findings: Facts that you must know before shipping; empty if all is well.
+        text: The report as it was printed.
     """
 
     path: Path
@@ -67,15 +103,31 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0 if there is nothing to say, else 1."""
+        """0 without findings, else 1."""
         return 1 if self.findings else 0
+
+
+@dataclass(frozen=True)
+class _StageResults:
+    """The results of the stages, as `write_report` gets them."""
+
+    folded: list[FoldedPair]
+    plan: SwapPlan
+    rewired: RewirePlan
+    ranges: list[Range]
+    analysis: Analysis
+    exported: ExportReport
+    check: CheckReport
+    build: BuildReport
+    evaluation: Evaluation
+    tuning: TuningResult | None
 
 
 def write_report(
     run: Run,
-    model: LoadedModel,
-    calibration: ImageBatches,
-    images: ImageBatches,
+    model: ReportedModel,
+    calibration: ReportedImages,
+    images: ReportedImages,
     folded: list[FoldedPair],
     plan: SwapPlan,
     rewired: RewirePlan,
@@ -88,15 +140,15 @@ def write_report(
     *,
     tuning: TuningResult | None = None,
 ) -> Report:
-    """Write `report.json`, `report.html` and `report.txt` into the run folder, print the latter and close the run.
+    """Write `report.json`, `report.html` and `report.txt` into the run folder, print the text and close the run.
 
-    Statistics that calibration saved in the folder as `calibration.safetensors` go into the description of the layers.
+    The description of the layers uses the statistics that calibration saved in the folder as `Run.statistics_file`.
 
     Args:
         run: The open run.
         model: From `load_model`.
-        calibration: What was calibrated on.
-        images: What was evaluated on.
+        calibration: Images of the calibration.
+        images: Images of the evaluation.
         folded: From `fold_batchnorm`.
         plan: From `swap_modules`.
         rewired: From `rewire_operations`.
@@ -108,49 +160,74 @@ def write_report(
         evaluation: From `evaluate_outputs`.
         tuning: From fine-tuning, where there was one.
     """
-    from qdq.report.layers import (
-        describe_layers,
-    )  # with torch, which reading a report does not need
-
     run.stage("report")
-    layers = describe_layers(
+    results = _StageResults(
+        folded, plan, rewired, ranges, analysis, exported, check, build, evaluation, tuning
+    )
+    layers = _describe_layers(run, model, calibration, results)
+    sections = _collect_sections(run, model, calibration, images, results, layers)
+    text = _format_report(run, sections, results)
+
+    path = write_json(run.report_file, sections)
+    page = write_atomic(run.page_file, render_report(load_report(path)))
+    write_atomic(run.text_file, text + "\n")
+    run.finish()
+    print(f"\n{text}", flush=True)
+    return Report(path, page, sections["summary"], tuple(sections["findings"]), text)
+
+
+def _describe_layers(
+    run: Run, model: ReportedModel, calibration: ReportedImages, results: _StageResults
+) -> list[LayerRecord]:
+    from qdq.report.layers import describe_layers  # needs torch, which reading a report does not
+
+    statistics = None
+    if run.statistics_file.is_file():
+        statistics = Statistics.load(run.statistics_file)
+    return describe_layers(
         model.module,
         calibration.images[:_EXAMPLES],
-        plan=plan,
-        rewired=rewired,
-        ranges=ranges,
-        analysis=analysis,
-        build=build,
-        statistics=_load_statistics(run.folder / STATISTICS_FILES[0]),
-        float_bytes=2 if exported.precision else 4,
+        plan=results.plan,
+        rewired=results.rewired,
+        ranges=results.ranges,
+        analysis=results.analysis,
+        build=results.build,
+        statistics=statistics,
+        float_bytes=2 if results.exported.precision else 4,
     )
-    title = f"{model.name}, {model.weights}"
-    data = {
-        "calibration": calibration.description,
-        "evaluation": images.description,
-        "labels": images.label_note,
-    }
-    digest = {} if images.labels is None else {"labels_digest": _digest(images.labels)}
-    findings = _find(plan, ranges, check, build)
-    summary = _summarize(folded, plan, layers, ranges, analysis, check, build, evaluation)
-    sections = {
+
+
+# report.json
+
+
+def _collect_sections(
+    run: Run,
+    model: ReportedModel,
+    calibration: ReportedImages,
+    images: ReportedImages,
+    results: _StageResults,
+    layers: list[LayerRecord],
+) -> dict[str, Any]:
+    """The content of `report.json`."""
+    tuning = None
+    if results.tuning is not None:
+        tuning = {**to_jsonable(results.tuning), "text": results.tuning.format_table()}
+    return {
         "format": REPORT_FORMAT,
-        "model": title,
-        "data": {**data, **digest},
-        "summary": summary,
-        "findings": findings,
-        "evaluation": evaluation,
-        "analysis": analysis,
-        "fold": folded,
-        "swap": plan,
-        "rewire": rewired,
-        "tuning": None
-        if tuning is None
-        else {**to_jsonable(tuning), "text": tuning.format_table()},
-        "calibration": ranges,
-        "export": exported,
-        "check": check,
-        "build": build,
+        "model": f"{model.name}, {model.weights}",
+        "data": _describe_data(calibration, images),
+        "summary": _summarize(results, layers),
+        "findings": _list_findings(results),
+        "evaluation": results.evaluation,
+        "analysis": results.analysis,
+        "fold": results.folded,
+        "swap": results.plan,
+        "rewire": results.rewired,
+        "tuning": tuning,
+        "calibration": results.ranges,
+        "export": results.exported,
+        "check": results.check,
+        "build": results.build,
         "layers": layers,
         "command": run.command,
         "settings": run.settings,
@@ -158,56 +235,41 @@ def write_report(
         "environment": run.environment,
         "seconds": run.seconds,
     }
-    shown = replace(plan, modules=_without_decided(plan, summary["missed_modules"]))
-    text = _format(
-        title, data, shown, rewired, analysis, tuning, check, build, evaluation, findings, run
-    )
-    path = write_json(run.folder / REPORT_FILE, sections)
-    page = write_atomic(run.folder / PAGE_FILE, render_report(load_report(path)))
-    write_atomic(run.folder / "report.txt", text + "\n")
-    run.finish()
-    print(f"\n{text}", flush=True)
-    return Report(path, page, summary, tuple(findings), text)
+
+
+def _describe_data(calibration: ReportedImages, images: ReportedImages) -> dict[str, str]:
+    data = {
+        "calibration": calibration.description,
+        "evaluation": images.description,
+        "labels": images.label_note,
+    }
+    if images.labels is not None:
+        data["labels_digest"] = _digest(images.labels)
+    return data
 
 
 def _digest(labels: Sequence[int]) -> str:
-    """What tells one set of labelled images from another, wherever it lies, in 16 hexadecimal digits."""
-    return hashlib.sha256(",".join(map(str, labels)).encode()).hexdigest()[:16]
+    """16 hexadecimal digits that tell sets of labelled images apart, wherever the images lie."""
+    text = ",".join(str(label) for label in labels)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _load_statistics(path: Path) -> Statistics | None:
-    return Statistics.load(path) if path.is_file() else None
-
-
-def _find(plan: SwapPlan, ranges: list[Range], check: CheckReport, build: BuildReport) -> list[str]:
-    """What a person must know before shipping."""
-    findings = [f"{finding.rule} {finding.node}: {finding.message}" for finding in check.problems]
-    findings += [f"{r.name}: {r.note}" for r in ranges if r.note]
-    findings += [f"{layer.module}: {layer.reason}" for layer in build.missing_int8]
-    return findings
-
-
-def _summarize(
-    folded: list[FoldedPair],
-    plan: SwapPlan,
-    layers: list[LayerRecord],
-    ranges: list[Range],
-    analysis: Analysis,
-    check: CheckReport,
-    build: BuildReport,
-    evaluation: Evaluation,
-) -> dict[str, Any]:
-    weighted = [layer for layer in layers if layer.weights]
-    names = {layer.name for layer in layers}
+def _summarize(results: _StageResults, layers: list[LayerRecord]) -> dict[str, Any]:
+    """The numbers that decide; docs/report.md has their meaning."""
+    check, build = results.check, results.build
+    weighted_layers = [layer for layer in layers if layer.weights]
+    listed_names = {layer.name for layer in layers}
+    missed = [module.name for module in results.plan.of("missed") if module.name in listed_names]
+    without_range = {range.name.rpartition(".")[0] for range in results.ranges if range.note}
     return {
-        "batchnorms_folded": sum(pair.folded for pair in folded),
-        "batchnorms": len(folded),
-        "weighted_layers": len(weighted),
-        "weighted_layers_swapped": sum(bool(layer.tensors) for layer in weighted),
-        "missed_modules": [module.name for module in plan.of("missed") if module.name in names],
-        "float_layers": analysis.float_layers,
-        "layers_without_range": sorted({r.name.rpartition(".")[0] for r in ranges if r.note}),
-        "candidates": {candidate.name: candidate for candidate in evaluation.candidates},
+        "batchnorms_folded": sum(pair.folded for pair in results.folded),
+        "batchnorms": len(results.folded),
+        "weighted_layers": len(weighted_layers),
+        "weighted_layers_swapped": sum(bool(layer.tensors) for layer in weighted_layers),
+        "missed_modules": missed,
+        "float_layers": results.analysis.float_layers,
+        "layers_without_range": sorted(without_range),
+        "candidates": {candidate.name: candidate for candidate in results.evaluation.candidates},
         "parity": check.parity,
         "default_parity": check.default_parity,
         "onnx_megabytes": check.file_bytes / 1e6,
@@ -218,58 +280,74 @@ def _summarize(
     }
 
 
-def _without_decided(plan: SwapPlan, missed: list[str]) -> tuple[PlannedModule, ...]:
-    """The modules of a plan but those whose products all stand among the functions."""
-    return tuple(
-        module for module in plan.modules if module.action != "missed" or module.name in missed
-    )
+def _list_findings(results: _StageResults) -> list[str]:
+    """Facts that a person must know before shipping."""
+    findings = []
+    for problem in results.check.problems:
+        findings.append(f"{problem.rule} {problem.node}: {problem.message}")
+    for range in results.ranges:
+        if range.note:
+            findings.append(f"{range.name}: {range.note}")
+    for layer in results.build.missing_int8:
+        findings.append(f"{layer.module}: {layer.reason}")
+    return findings
 
 
-def _format(
-    title: str,
-    data: dict[str, str],
-    plan: SwapPlan,
-    rewired: RewirePlan,
-    analysis: Analysis,
-    tuning: TuningResult | None,
-    check: CheckReport,
-    build: BuildReport,
-    evaluation: Evaluation,
-    findings: list[str],
-    run: Run,
-) -> str:
-    plan, rewired, analysis, tuning, check, build, evaluation = make_printable(
-        (plan, rewired, analysis, tuning, check, build, evaluation)
-    )
-    blocks = [
-        ("Model", title),
-        (
-            "Data",
-            "\n".join(f"{use}: {printable(what, MOST_CHARACTERS)}" for use, what in data.items()),
-        ),
-        ("Layers", plan.format_table()),
-        ("Functions", rewired.format_table()),
-        ("Sensitivity", analysis.format_table()),
-        *([] if tuning is None else [("Fine-tuning", tuning.format_table())]),
-        ("Exported file", check.format_table()),
-        ("Engine", build.format_table()),
-        ("Result", evaluation.format_table()),
-        (
-            "On the target",
-            "\n".join(f"# {version}\n{line}" for version, line in build.trtexec.items()),
-        ),
-        (
-            "Findings",
-            "\n".join(printable(finding, MOST_CHARACTERS) for finding in findings) or "none",
-        ),
-        (
-            "Files",
-            f"{run.folder} ({sum(run.seconds.values()):.0f} s); open {PAGE_FILE} in a browser",
-        ),
-    ]
-    text = "\n\n".join(f"{title}\n{_indent(body)}" for title, body in blocks)
-    return "\n".join(printable(line, MOST_CHARACTERS) for line in text.split("\n"))
+# report.txt
 
 
-def _indent(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.splitlines())
+def _format_report(run: Run, sections: Mapping[str, Any], results: _StageResults) -> str:
+    """One block for each stage: a title, and below it its table."""
+    missed = sections["summary"]["missed_modules"]
+    shown_plan = _drop_missed(results.plan, missed)
+    printable_results = make_printable(replace(results, plan=shown_plan))
+    data = sections["data"]
+    titles_of_data = ("calibration", "evaluation", "labels")
+    seconds = sum(run.seconds.values())
+
+    blocks = {
+        "Model": sections["model"],
+        "Data": _join_lines(f"{title}: {data[title]}" for title in titles_of_data),
+        "Layers": printable_results.plan.format_table(),
+        "Functions": printable_results.rewired.format_table(),
+        "Sensitivity": printable_results.analysis.format_table(),
+    }
+    if printable_results.tuning is not None:
+        blocks["Fine-tuning"] = printable_results.tuning.format_table()
+    blocks |= {
+        "Exported file": printable_results.check.format_table(),
+        "Engine": printable_results.build.format_table(),
+        "Result": printable_results.evaluation.format_table(),
+        "On the target": _format_commands(printable_results.build.trtexec),
+        "Findings": _join_lines(sections["findings"]) or "none",
+        "Files": f"{run.folder} ({seconds:.0f} s); open {PAGE_FILE} in a browser",
+    }
+    text = "\n\n".join(_format_block(title, body) for title, body in blocks.items())
+    return _join_lines(text.split("\n"))
+
+
+def _drop_missed(plan: SwapPlan, missed: Sequence[str]) -> SwapPlan:
+    """A plan without the missed modules that are listed with their calls; `missed` names the others."""
+    modules = []
+    for module in plan.modules:
+        if module.action != "missed" or module.name in missed:
+            modules.append(module)
+    return replace(plan, modules=tuple(modules))
+
+
+def _format_commands(commands: Mapping[str, str]) -> str:
+    """Version of TensorRT -> command, two lines each."""
+    return "\n".join(f"# {version}\n{command}" for version, command in commands.items())
+
+
+def _format_block(title: str, body: str) -> str:
+    """A title, and below it the indented body."""
+    lines = [title]
+    for line in body.splitlines():
+        lines.append(f"  {line}")
+    return "\n".join(lines)
+
+
+def _join_lines(lines: Iterable[str]) -> str:
+    """Lines below each other, in which a foreign text cannot begin a line of its own."""
+    return "\n".join(printable(line, MOST_CHARACTERS) for line in lines)
