@@ -1,12 +1,22 @@
-"""Every layer of a run, with what each stage knows of it: why it is int8 or float, its ranges, errors and kernels."""
+"""The record of every layer of a run: why it is int8 or float, its ranges, errors and kernels.
+
+`describe_layers` gathers the facts of the stages, one class or function for each of them:
+
+- `_Reasons`: why it is int8 or float, from the plan, calibration and the analysis
+- `_Tensors`: what each of its quantizers does, from calibration
+- `_list_sensitivities`: the figures of the analysis
+- `_measure_outputs`: the error of its own output
+- `_Engine`: its kernels, from the build
+- `_Neighbours`: the layers that it reads and feeds
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,7 +40,7 @@ from qdq.metrics import sqnr_db
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.nn.functions import run_again
 from qdq.quantize import fake_quantize
-from qdq.quantizer import SharedQuantizer, TensorQuantizer, disable_quantization, toggling
+from qdq.quantizer import TensorQuantizer, disable_quantization, toggling
 from qdq.report.records import (
     HISTOGRAM_COLUMNS,
     RULE,
@@ -46,19 +56,9 @@ from qdq.trt.census import LayerCensus
 from qdq.units import find_all_quantizers
 
 NO_STATISTICS = "no calibration statistics in the run folder; give calibrate_model statistics=FILE"
+"""Why a figure of an activation is unknown in a run that did not keep its statistics."""
 
-
-@dataclass(frozen=True)
-class _Entry:
-    """A layer, a call, or a module that multiplies out of reach, before anything is known of it but what is planned."""
-
-    name: str
-    kind: str
-    is_call: bool
-    is_layer: bool
-    is_quantized: bool
-    reason: str
-    weights: int
+_LayerQuantizers = Mapping[str, Sequence[TensorQuantizer]]  # by the name of the layer or call
 
 
 def describe_layers(
@@ -73,19 +73,19 @@ def describe_layers(
     statistics: Statistics | None,
     float_bytes: int = 4,
 ) -> list[LayerRecord]:
-    """One record for every layer that could be int8, and for every call that a rule says something about.
+    """Describe every layer that could be int8, and every call for which a rule has a reason.
 
-    The model runs a few times on the batch. Nothing about it changes.
+    The model runs a few times on the batch; it is not changed.
 
     Args:
         model: The model as it was exported.
-        batch: A few samples (see `trace.call_model`).
+        batch: A few samples (see `forward.call_model`).
         plan: From `swap_modules`.
         rewired: From `rewire_operations`.
         ranges: From `calibrate_model`.
         analysis: From `analyze_layers`.
         build: From `build_engine`.
-        statistics: What calibration collected; None if it was not kept.
+        statistics: The statistics of calibration; None if they were not kept.
         float_bytes: Bytes of a weight that is not int8 in the exported file.
 
     Returns:
@@ -95,25 +95,49 @@ def describe_layers(
         trace = trace_forward(model, batch)
     flow = Dataflow(trace)
     entries = _list_entries(model, plan, rewired, trace, flow)
-    found = find_all_quantizers(model, batch)
-    owners = _find_owners(found, entries)
-    own = _without_calls(found, owners, entries)
+    all_quantizers = find_all_quantizers(model, batch)
+    owners = _find_owners(all_quantizers, entries)
+    quantizers = _split_off_calls(all_quantizers, owners, entries)
+
     neighbours = _Neighbours(flow, entries)
-    knowledge = _Knowledge(
+    facts = _StageFacts(
         neighbours=neighbours,
         tensors=_Tensors(model, ranges, rewired, statistics),
         reasons=_Reasons(analysis, owners),
         sensitivities=_list_sensitivities(analysis),
-        outputs=_measure_outputs(model, batch, own),
+        outputs=_measure_outputs(model, batch, quantizers),
         engine=_Engine(build, entries),
         float_bytes=float_bytes,
     )
-    return [knowledge.describe(entries[name], own.get(name, [])) for name in neighbours.order]
+    return [facts.describe(entries[name], quantizers.get(name, ())) for name in neighbours.order]
 
 
 @dataclass(frozen=True)
-class _Knowledge:
-    """What is known of all layers, stage by stage."""
+class _Entry:
+    """One layer, call, or module that multiplies out of reach, as swapping and rewiring planned it.
+
+    Args:
+        name: Dotted name.
+        kind: Class of the module, or the function.
+        is_call: Whether it is a function call.
+        is_layer: Whether it is a module of a type that has a quantized class.
+        is_quantized: Whether it was given quantizers.
+        reason: Why, or why not.
+        weights: Number of weights.
+    """
+
+    name: str
+    kind: str
+    is_call: bool
+    is_layer: bool
+    is_quantized: bool
+    reason: str
+    weights: int
+
+
+@dataclass(frozen=True)
+class _StageFacts:
+    """The facts about all layers, stage by stage."""
 
     neighbours: _Neighbours
     tensors: _Tensors
@@ -123,52 +147,52 @@ class _Knowledge:
     engine: _Engine
     float_bytes: int
 
-    def describe(self, entry: _Entry, quantizers: list[TensorQuantizer]) -> LayerRecord:
-        """All of it for one layer."""
-        is_int8 = (
-            entry.is_quantized
-            and bool(quantizers)
-            and all(quantizer.is_enabled for quantizer in quantizers)
-        )
+    def describe(self, entry: _Entry, quantizers: Sequence[TensorQuantizer]) -> LayerRecord:
+        """The record of one layer."""
+        name = entry.name
+        is_enabled = all(quantizer.is_enabled for quantizer in quantizers)
+        is_int8 = entry.is_quantized and len(quantizers) > 0 and is_enabled
         reason = self.reasons.explain(entry, is_int8, self.tensors.note_of(quantizers))
-        output = self.outputs.get(entry.name)
-        built = self.engine.describe(entry)
+        engine = self.engine.describe(entry)
+        unknown = {**engine.unknown, **self._list_unknown(entry, quantizers, is_int8)}
         return LayerRecord(
-            name=entry.name,
+            name=name,
             kind=entry.kind,
             is_call=entry.is_call,
             precision="int8" if is_int8 else "float",
             reason=reason,
             rules=tuple(dict.fromkeys(RULE.findall(reason))),
-            tensors=tuple(self.tensors.describe(entry.name, quantizer) for quantizer in quantizers),
-            sensitivity=self.sensitivities.get(entry.name),
-            output_sqnr_db=output if isinstance(output, float) and math.isfinite(output) else None,
-            macs=built.macs,
-            macs_share=built.share,
+            tensors=tuple(self.tensors.describe(name, quantizer) for quantizer in quantizers),
+            sensitivity=self.sensitivities.get(name),
+            output_sqnr_db=self._output_sqnr_db(name),
+            macs=engine.macs,
+            macs_share=engine.fraction,
             weights=entry.weights,
             weight_bytes=entry.weights * (1 if is_int8 else self.float_bytes),
-            engine=built.precision,
-            kernels=built.kernels,
-            engine_note=built.note,
-            reads=self.neighbours.reads[entry.name],
-            feeds=self.neighbours.feeds[entry.name],
-            reads_input=entry.name in self.neighbours.reads_input,
-            writes_output=entry.name in self.neighbours.writes_output,
-            unknown={**built.unknown, **self._list_unknown(entry, quantizers, is_int8)},
+            engine=engine.precision,
+            kernels=engine.kernels,
+            engine_note=engine.note,
+            reads=self.neighbours.reads[name],
+            feeds=self.neighbours.feeds[name],
+            reads_input=name in self.neighbours.reads_input,
+            writes_output=name in self.neighbours.writes_output,
+            unknown=unknown,
         )
 
+    def _output_sqnr_db(self, name: str) -> float | None:
+        """The SQNR of a layer's own output, where it was measured and is finite."""
+        output = self.outputs.get(name)
+        if isinstance(output, float) and math.isfinite(output):
+            return output
+        return None
+
     def _list_unknown(
-        self, entry: _Entry, quantizers: list[TensorQuantizer], is_int8: bool
+        self, entry: _Entry, quantizers: Sequence[TensorQuantizer], is_int8: bool
     ) -> dict[str, str]:
-        """Field -> why it holds nothing."""
+        """Field -> the reason why it is empty."""
         unknown = {}
-        output = self.outputs.get(
-            entry.name, "measured for layers only" if quantizers else "it has no quantizers"
-        )
-        if isinstance(output, str):
-            unknown["output_sqnr_db"] = output
-        elif not math.isfinite(output):
-            unknown["output_sqnr_db"] = "no error: the output on the example is the same"
+        if self._output_sqnr_db(entry.name) is None:
+            unknown["output_sqnr_db"] = self._why_no_output(entry.name, quantizers)
         if entry.name not in self.sensitivities:
             unknown["sensitivity"] = self.reasons.why_not_measured(entry, is_int8)
         if not quantizers:
@@ -177,38 +201,102 @@ class _Knowledge:
             unknown["neighbours"] = "it does not run on the example"
         return unknown
 
+    def _why_no_output(self, name: str, quantizers: Sequence[TensorQuantizer]) -> str:
+        """Why the SQNR of a layer's own output is unknown."""
+        output = self.outputs.get(name)
+        if isinstance(output, str):
+            return output
+        if output is not None:
+            return "no error: the output on the example is the same"
+        return "measured for layers only" if quantizers else "it has no quantizers"
+
+
+# The layers and calls
+
 
 def _list_entries(
     model: nn.Module, plan: SwapPlan, rewired: RewirePlan, trace: ForwardTrace, flow: Dataflow
 ) -> dict[str, _Entry]:
-    """What could be int8: modules of mapped types, missed ones, and calls that are quantized or left in float.
+    """Everything that could be int8: modules of mapped types, missed modules, and calls in int8 or float.
 
-    A missed module all of whose products the rewiring has decided about stands there with its calls.
+    A missed module is left out if the rewiring has decided about all of its products: its calls are listed instead.
     """
     calls = [operation for operation in rewired.operations if operation.action != "share"]
-    weights = _weigh_calls(flow)
+    call_weights = _count_call_weights(flow)
     missed = _find_missed(model, plan, calls, trace)
-    modules = [
-        module
-        for module in plan.modules
-        if module.name in missed or (module.mapped and module.action != "missed")
-    ]
-    entries = [_entry_of_module(module) for module in modules]
-    entries += [_entry_of_call(call, weights.get(call.name, 0)) for call in calls]
-    return {entry.name: entry for entry in entries}
+
+    entries = {}
+    for module in plan.modules:
+        is_listed = module.mapped and module.action != "missed"
+        if is_listed or module.name in missed:
+            entries[module.name] = _make_module_entry(module)
+    for call in calls:
+        entries[call.name] = _make_call_entry(call, call_weights.get(call.name, 0))
+    return entries
 
 
-def _weigh_calls(flow: Dataflow) -> dict[str, int]:
-    """Product -> number of weights that it was given: matrices that do not depend on the input of the network."""
-    return {
-        call.name: sum(
-            math.prod(shape)
-            for value in call.inputs
-            if not flow.is_computed(value) and len(shape := flow.shapes[value]) >= 2
-        )
-        for call in flow.operations
-        if call.function in CONTRACTIONS
-    }
+def _make_module_entry(module: PlannedModule) -> _Entry:
+    return _Entry(
+        name=module.name,
+        kind=module.type,
+        is_call=False,
+        is_layer=module.mapped,
+        is_quantized=module.action == "quantize",
+        reason=module.reason,
+        weights=module.weights,
+    )
+
+
+def _make_call_entry(call: PlannedOperation, weights: int) -> _Entry:
+    return _Entry(
+        name=call.name,
+        kind=call.function,
+        is_call=True,
+        is_layer=False,
+        is_quantized=call.action == "quantize",
+        reason=call.reason,
+        weights=weights,
+    )
+
+
+def _count_call_weights(flow: Dataflow) -> dict[str, int]:
+    """Product -> number of its weights: elements of matrices that do not depend on the input of the network."""
+    weights = {}
+    for call in flow.operations:
+        if call.function not in CONTRACTIONS:
+            continue
+        count = 0
+        for value in call.inputs:
+            is_matrix = len(flow.shapes[value]) >= 2
+            if is_matrix and not flow.is_computed(value):
+                count += math.prod(flow.shapes[value])
+        weights[call.name] = count
+    return weights
+
+
+def _find_missed(
+    model: nn.Module, plan: SwapPlan, calls: Iterable[PlannedOperation], trace: ForwardTrace
+) -> set[str]:
+    """The missed modules with a product, in their own forward or with their weights, that is not listed as a call."""
+    listed = {(_module_around(call.name), call.function) for call in calls}
+    unlisted = [call for call in trace.contractions if (call.module, call.function) not in listed]
+    all_products = _Products.of(trace.contractions)
+    unlisted_products = _Products.of(unlisted)
+    modules = dict(model.named_modules())
+
+    missed = set()
+    for module in plan.of("missed"):
+        storages = _find_storages(modules[module.name])
+        is_traced = all_products.involve(module.name, storages)
+        if not is_traced or unlisted_products.involve(module.name, storages):
+            missed.add(module.name)
+    return missed
+
+
+def _find_storages(module: nn.Module) -> set[int]:
+    """The addresses of the memory of a module's own parameters."""
+    parameters = module.parameters(recurse=False)
+    return {parameter.untyped_storage().data_ptr() for parameter in parameters}
 
 
 @dataclass(frozen=True)
@@ -220,211 +308,214 @@ class _Products:
 
     @classmethod
     def of(cls, calls: Iterable[Contraction]) -> _Products:
-        known = list(calls)
-        return cls(
-            frozenset(call.module for call in known),
-            frozenset().union(*(call.storages for call in known)),
-        )
+        """The modules and the memory of some calls."""
+        modules: set[str] = set()
+        storages: set[int] = set()
+        for call in calls:
+            modules.add(call.module)
+            storages.update(call.storages)
+        return cls(frozenset(modules), frozenset(storages))
 
     def involve(self, module: str, storages: set[int]) -> bool:
-        """Whether a module calls one of them, or one reads its memory."""
+        """Whether a module calls one of the products, or one of them reads its memory."""
         return module in self.modules or not self.storages.isdisjoint(storages)
 
 
-def _find_missed(
-    model: nn.Module, plan: SwapPlan, calls: Iterable[PlannedOperation], trace: ForwardTrace
-) -> frozenset[str]:
-    """The missed modules with a product, in their own forward or with their weights, that no call stands for."""
-    decided = {(_owner_of(call), call.function) for call in calls}
-    modules = dict(model.named_modules())
-    undecided = [call for call in trace.contractions if (call.module, call.function) not in decided]
-    every, rest = _Products.of(trace.contractions), _Products.of(undecided)
-
-    def is_missed(name: str) -> bool:
-        own = {
-            weight.untyped_storage().data_ptr()
-            for weight in modules[name].parameters(recurse=False)
-        }
-        return not every.involve(name, own) or rest.involve(name, own)
-
-    return frozenset(module.name for module in plan.of("missed") if is_missed(module.name))
+def _module_around(name: str) -> str:
+    """The module that makes a call, or the parent of a module."""
+    return name.rpartition(".")[0]
 
 
-def _entry_of_module(module: PlannedModule) -> _Entry:
-    is_quantized = module.action == "quantize"
-    return _Entry(
-        module.name, module.type, False, module.mapped, is_quantized, module.reason, module.weights
-    )
+# The quantizers
 
 
-def _entry_of_call(call: PlannedOperation, weights: int) -> _Entry:
-    return _Entry(
-        call.name, call.function, True, False, call.action == "quantize", call.reason, weights
-    )
+def _find_owners(quantizers: _LayerQuantizers, entries: Mapping[str, _Entry]) -> dict[str, str]:
+    """Call -> the layer for which its quantizer exists (see `units.find_units`)."""
+    calls = []
+    layers: dict[TensorQuantizer, str] = {}
+    for name in quantizers:
+        if name not in entries:
+            continue
+        if entries[name].is_call:
+            calls.append(name)
+        else:
+            layers.update(dict.fromkeys(quantizers[name], name))
+
+    owners = {}
+    for call in calls:
+        for quantizer in quantizers[call]:
+            if quantizer in layers:
+                owners[call] = layers[quantizer]
+    return owners
 
 
-def _owner_of(call: PlannedOperation) -> str:
-    return call.name.rpartition(".")[0]
-
-
-def _find_owners(
-    found: Mapping[str, list[TensorQuantizer]], entries: Mapping[str, _Entry]
-) -> dict[str, str]:
-    """Call -> the layer that its quantizer is there for (see `units.find_units`)."""
-    known = [name for name in found if name in entries]
-    layer_of = {
-        quantizer: name for name in known if not entries[name].is_call for quantizer in found[name]
-    }
-    return {
-        name: layer_of[quantizer]
-        for name in known
-        if entries[name].is_call
-        for quantizer in found[name]
-        if quantizer in layer_of
-    }
-
-
-def _without_calls(
-    found: Mapping[str, list[TensorQuantizer]],
-    owners: Mapping[str, str],
-    entries: Mapping[str, _Entry],
+def _split_off_calls(
+    all_quantizers: _LayerQuantizers, owners: Mapping[str, str], entries: Mapping[str, _Entry]
 ) -> dict[str, list[TensorQuantizer]]:
-    """Layer or call -> its own quantizers."""
-    of_calls: dict[str, set[TensorQuantizer]] = {}
+    """Layer or call -> its quantizers; a layer without those of the calls that it owns."""
+    quantizers_of_calls: dict[str, set[TensorQuantizer]] = {}
     for call, layer in owners.items():
-        of_calls.setdefault(layer, set()).update(found[call])
-    return {
-        name: [quantizer for quantizer in found[name] if quantizer not in of_calls.get(name, ())]
-        for name in found
-        if name in entries
-    }
+        quantizers_of_calls.setdefault(layer, set()).update(all_quantizers[call])
+
+    quantizers = {}
+    for name in all_quantizers:
+        if name in entries:
+            excluded = quantizers_of_calls.get(name, set())
+            quantizers[name] = [each for each in all_quantizers[name] if each not in excluded]
+    return quantizers
+
+
+# The neighbours
+
+_Source = str | None  # of a value: the layer that computes it; None is the input of the network
+_Sources = dict[_Source, None]  # a set that has an order
 
 
 class _Neighbours:
-    """Who reads whose output, through whatever is no layer.
+    """Which layer reads the output of which, directly or through operations that are no layers.
 
     Args:
         flow: One forward.
-        entries: The layers.
+        entries: The layers and calls.
 
     Attributes:
         order: The names of all layers, in the order in which they run.
         reads: Layer -> the layers that it reads.
         feeds: Layer -> the layers that read it.
         reads_input: Layers that read the input of the network.
-        writes_output: Layers from which an output comes.
+        writes_output: Layers from which an output of the network comes.
     """
 
     def __init__(self, flow: Dataflow, entries: Mapping[str, _Entry]) -> None:
         self._entries = entries
-        self._owners: dict[str, str | None] = {}
-        reads: dict[str, dict[str | None, None]] = {
-            name: {} for name in entries
-        }  # None: the input of the network
-        sources: dict[int, dict[str | None, None]] = {value: {None: None} for value in flow.inputs}
-        order: dict[str, None] = {}
+        self._layers_around: dict[str, str | None] = {}
+        sources_of_layers, self.writes_output = self._follow(flow)
+        idle_layers = [name for name in entries if name not in sources_of_layers]
+        self.order = [*sources_of_layers, *idle_layers]
+
+        self.reads_input = set()
+        self.reads: dict[str, tuple[str, ...]] = {}
+        readers: dict[str, list[str]] = {name: [] for name in self.order}
+        for layer in self.order:
+            sources = sources_of_layers.get(layer, {})
+            if None in sources:
+                self.reads_input.add(layer)
+            self.reads[layer] = tuple(source for source in sources if source is not None)
+            for source in self.reads[layer]:
+                readers[source].append(layer)
+        self.feeds = {name: tuple(layers) for name, layers in readers.items()}
+
+    def _follow(self, flow: Dataflow) -> tuple[dict[str, _Sources], set[_Source]]:
+        """Follow the values through a forward.
+
+        Returns:
+            Layer that runs -> the sources that it reads, in the order in which the layers run; and the sources of the
+            outputs of the network.
+        """
+        sources_of_layers: dict[str, _Sources] = {}
+        sources_of_values: dict[int, _Sources] = {value: {None: None} for value in flow.inputs}
         for operation in flow.operations:
-            before = {
-                source: None for value in operation.inputs for source in sources.get(value, {})
-            }
-            layer = self._layer_of(operation)
+            sources: _Sources = {}
+            for value in operation.inputs:
+                sources.update(sources_of_values.get(value, {}))
+
+            layer = self._find_layer(operation)
             if layer is not None:
-                order[layer] = None
-                reads[layer].update({source: None for source in before if source != layer})
-                before = {layer: None}
-            sources.update(dict.fromkeys(operation.outputs, before))
-        self.order = [*order, *(name for name in entries if name not in order)]
-        self.reads_input = {name for name, others in reads.items() if None in others}
-        self.reads = {
-            name: tuple(each for each in others if each is not None)
-            for name, others in reads.items()
-        }
-        self.writes_output = {source for value in flow.outputs for source in sources.get(value, {})}
-        feeds: dict[str, list[str]] = {name: [] for name in entries}
-        for reader in self.order:
-            for name in self.reads[reader]:
-                feeds[name].append(reader)
-        self.feeds = {name: tuple(readers) for name, readers in feeds.items()}
+                sources.pop(layer, None)  # an earlier operation of the same layer
+                sources_of_layers.setdefault(layer, {}).update(sources)
+                sources = {layer: None}
+            sources_of_values.update(dict.fromkeys(operation.outputs, sources))
+
+        sources_of_outputs: set[_Source] = set()
+        for value in flow.outputs:
+            sources_of_outputs.update(sources_of_values.get(value, {}))
+        return sources_of_layers, sources_of_outputs
 
     def has_any(self, name: str) -> bool:
         """Whether a layer reads or feeds anything."""
         is_end = name in self.reads_input or name in self.writes_output
         return is_end or bool(self.reads[name] or self.feeds[name])
 
-    def _layer_of(self, operation: Operation) -> str | None:
-        entry = self._entries.get(operation.name)
-        if entry is not None and entry.is_call:
-            return entry.name
-        entry = self._entries.get(operation.module)
-        if entry is not None and not entry.is_layer and operation.function in CONTRACTIONS:
-            return entry.name
-        return self._layer_around(operation.module)
+    def _find_layer(self, operation: Operation) -> str | None:
+        """The layer or call that an operation is, or is a part of."""
+        call = self._entries.get(operation.name)
+        if call is not None and call.is_call:
+            return call.name
+        module = self._entries.get(operation.module)
+        is_missed = module is not None and not module.is_layer
+        if is_missed and operation.function in CONTRACTIONS:
+            return operation.module
+        return self._find_layer_around(operation.module)
 
-    def _layer_around(self, module: str) -> str | None:
+    def _find_layer_around(self, module: str) -> str | None:
         """The innermost layer that a module is, or is a part of."""
-        if module not in self._owners:
-            entry = self._entries.get(module)
-            if entry is not None and entry.is_layer:
-                self._owners[module] = module
-            else:
-                self._owners[module] = (
-                    self._layer_around(module.rpartition(".")[0]) if module else None
-                )
-        return self._owners[module]
+        if module in self._layers_around:
+            return self._layers_around[module]
+        entry = self._entries.get(module)
+        layer = None
+        if entry is not None and entry.is_layer:
+            layer = module
+        elif module:
+            layer = self._find_layer_around(_module_around(module))
+        self._layers_around[module] = layer
+        return layer
+
+
+# The reasons and the sensitivity
 
 
 class _Reasons:
     """Why a layer is int8 or float.
 
     Args:
-        analysis: What the analysis decided.
-        owners: Call -> the layer that it is there for.
+        analysis: The decisions of the analysis.
+        owners: Call -> the layer for which it exists.
     """
 
     def __init__(self, analysis: Analysis, owners: Mapping[str, str]) -> None:
         self._analysis = analysis
         self._owners = owners
-        self._units = {
-            name: unit for unit in analysis.layers for name in unit.layers or (unit.name,)
-        }
-        self._steps = {
-            name: number for number, step in enumerate(analysis.steps) for name in _layers_of(step)
-        }
-        self._ranks = {unit.name: rank for rank, unit in enumerate(analysis.layers, 1)}
-        self._last_chosen = max(
-            (self._ranks.get(step.layer, 0) for step in analysis.steps), default=0
-        )
+        self._units: dict[str, LayerSensitivity] = {}  # by the layers in them
+        self._ranks: dict[str, int] = {}  # of the units
+        self._steps: dict[str, int] = {}  # layer -> number of the step that left it in float
+        for rank, unit in enumerate(analysis.layers, 1):
+            self._ranks[unit.name] = rank
+            self._units.update(dict.fromkeys(unit.layers or (unit.name,), unit))
+        for number, step in enumerate(analysis.steps):
+            self._steps.update(dict.fromkeys(step.layers or (step.layer,), number))
+        chosen_ranks = [self._ranks.get(step.layer, 0) for step in analysis.steps]
+        self._last_chosen_rank = max(chosen_ranks, default=0)
 
     def explain(self, entry: _Entry, is_int8: bool, note: str) -> str:
-        """One sentence, or two.
+        """One or two sentences.
 
         Args:
             entry: The layer.
-            is_int8: What it runs in.
+            is_int8: Whether it runs in int8.
             note: Why calibration left it in float; "" if it did not.
         """
-        if not entry.is_quantized or note:
-            return note or entry.reason
+        if note:
+            return note
+        if not entry.is_quantized:
+            return entry.reason
         if entry.name in self._analysis.pinned:
             return f"pinned to {self._analysis.pinned[entry.name]} by the plan"
         if entry.name in self._steps:
             return self._explain_step(self._steps[entry.name])
         owner = self._owners.get(entry.name)
-        if not is_int8:
-            return (
-                f"it is there only for {owner}, which is in float"
-                if owner
-                else "its quantizers are switched off"
-            )
         if owner:
-            return f"{entry.reason}; it goes with {owner}"
+            return self._explain_owner(entry, owner, is_int8)
+        if not is_int8:
+            return "its quantizers are switched off"
         unit = self._units.get(entry.name)
-        return entry.reason + (f"; {self._explain_rank(unit)}" if unit else "")
+        if unit is None:
+            return entry.reason
+        return f"{entry.reason}; {self._explain_rank(unit)}"
 
     def why_not_measured(self, entry: _Entry, is_int8: bool) -> str:
-        """Why the analysis says nothing of a layer."""
+        """Why the analysis has no figures of a layer."""
         if not entry.is_quantized:
-            return "only what is quantized is measured"
+            return "only quantized layers are measured"
         if entry.name in self._analysis.pinned:
             return "pinned layers are not measured"
         if entry.name in self._analysis.unmeasured:
@@ -433,69 +524,90 @@ class _Reasons:
             return f"measured with {owner}"
         return "not measured" if is_int8 else "it was off when the analysis began"
 
+    def _explain_owner(self, entry: _Entry, owner: str, is_int8: bool) -> str:
+        """A call runs in the type of the layer for which it exists."""
+        if is_int8:
+            return f"{entry.reason}; it goes with {owner}"
+        return f"it is there only for {owner}, which is in float"
+
     def _explain_step(self, number: int) -> str:
-        steps, name = self._analysis.steps, self._analysis.metric_name
-        states = (steps[number - 1] if number else self._analysis, steps[number])
-        sqnr = " -> ".join(f"{state.sqnr_db:.2f}" for state in states)
-        metric = " -> ".join(
-            "" if state.metric is None else f"{state.metric:.4g}" for state in states
-        )
-        what = "" if name == "sqnr" else f"{name} of the outputs {metric}, "
-        return f"step {number + 1} of {len(steps)} of the search left it in float: {what}SQNR of the outputs {sqnr} dB"
+        """The step of the search that left a layer in float, with the figures before it and after it."""
+        metric, steps = self._analysis.metric_name, self._analysis.steps
+        start, end = self._analysis if number == 0 else steps[number - 1], steps[number]
+        change = f"SQNR of the outputs {start.sqnr_db:.2f} -> {end.sqnr_db:.2f} dB"
+        if metric != "sqnr":
+            values = f"{_format_metric(start.metric)} -> {_format_metric(end.metric)}"
+            change = f"{metric} of the outputs {values}, {change}"
+        return f"step {number + 1} of {len(steps)} of the search left it in float: {change}"
 
     def _explain_rank(self, unit: LayerSensitivity) -> str:
-        units = self._analysis.layers
-        rank, how = self._ranks[unit.name], "measured" if unit.is_exact else "estimated"
-        where = f"rank {rank} of {len(units)} in sensitivity ({how})"
-        if self._last_chosen <= rank:
-            return f"{where}; the search ended: {self._analysis.stopped_by}"
-        return f"{where}, but passed over for less sensitive ones: {self._explain_passing(unit)}"
+        """Why the search left a layer in int8."""
+        rank = self._ranks[unit.name]
+        how = "measured" if unit.is_exact else "estimated"
+        place = f"rank {rank} of {len(self._analysis.layers)} in sensitivity ({how})"
+        if self._last_chosen_rank <= rank:
+            return f"{place}; the search ended: {self._analysis.stopped_by}"
+        return f"{place}, but passed over for less sensitive ones: {self._explain_passing(unit)}"
 
     def _explain_passing(self, unit: LayerSensitivity) -> str:
-        """Why the search took less sensitive units; an analysis does not keep which limit stood in the way."""
-        layers = f"with its {len(unit.layers)} layers " if len(unit.layers) > 1 else ""
-        size = f"{layers}it did not fit the limits"
+        """Why the search took less sensitive units; the analysis does not record which limit was in the way."""
+        limits = "it did not fit the limits"
+        if len(unit.layers) > 1:
+            limits = f"with its {len(unit.layers)} layers {limits}"
         if unit.cost is not None:
-            return f"they gain more for a microsecond (it costs {unit.cost:.4g}), or {size}"
+            return f"they gain more per microsecond (this one costs {unit.cost:.4g}), or {limits}"
         if self._analysis.mode == "leave-one-out":
-            return f"measured anew after a step they gained more, or {size}"
-        return size
+            return f"they gained more when measured again after a step, or {limits}"
+        return limits
 
 
-def _layers_of(step: Any) -> tuple[str, ...]:
-    return step.layers or (step.layer,)
+def _format_metric(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _list_sensitivities(analysis: Analysis) -> dict[str, Sensitivity]:
-    """Layer -> what was measured, of it or of its group."""
-    result = {}
+    """Layer -> the figures of the analysis, for it or for its group."""
+    sensitivities = {}
     for rank, unit in enumerate(analysis.layers, 1):
-        layers = unit.layers or (unit.name,)
-        sqnr = unit.sqnr_db if math.isfinite(unit.sqnr_db) else None
-        record = Sensitivity(
-            unit.name,
-            layers,
-            rank,
-            len(analysis.layers),
-            unit.gain,
-            unit.gain_low,
-            unit.gain_high,
-            sqnr,
-            unit.is_exact,
-            unit.metric,
-            unit.cost,
+        sensitivity = Sensitivity(
+            unit=unit.name,
+            layers=unit.layers or (unit.name,),
+            rank=rank,
+            units=len(analysis.layers),
+            gain=unit.gain,
+            low=unit.gain_low,
+            high=unit.gain_high,
+            sqnr_db=unit.sqnr_db if math.isfinite(unit.sqnr_db) else None,
+            is_exact=unit.is_exact,
+            metric=unit.metric,
+            cost=unit.cost,
         )
-        result.update(dict.fromkeys(layers, record))
-    return result
+        sensitivities.update(dict.fromkeys(sensitivity.layers, sensitivity))
+    return sensitivities
+
+
+# The tensors
+
+
+@dataclass(frozen=True)
+class _TensorFigures:
+    """The measured fields of a `TensorRecord`."""
+
+    sqnr_db: float | None = None
+    clipped: float | None = None
+    methods: Mapping[str, MethodRange] = field(default_factory=dict)
+    histogram: tuple[int, ...] = ()
+    histogram_end: float | None = None
+    unknown: Mapping[str, str] = field(default_factory=dict)
 
 
 class _Tensors:
-    """What is known of the tensor behind each quantizer.
+    """The facts about the tensor behind each quantizer.
 
     Args:
         model: The model.
         ranges: From `calibrate_model`.
-        rewired: Who shares a range with whom.
+        rewired: Which quantizers share a range.
         statistics: From calibration.
     """
 
@@ -507,184 +619,216 @@ class _Tensors:
         statistics: Statistics | None,
     ) -> None:
         self._modules = dict(model.named_modules())
-        self._ranges = {each.name: each for each in ranges}
-        self._groups = {
-            name: (leader, *followers)
-            for leader, followers in rewired.shared.items()
-            for name in (leader, *followers)
-        }
+        self._ranges = {calibrated.name: calibrated for calibrated in ranges}
+        self._groups: dict[str, tuple[str, ...]] = {}  # quantizer -> all that have its range
+        for leader, followers in rewired.shared.items():
+            group = (leader, *followers)
+            self._groups.update(dict.fromkeys(group, group))
         self._statistics = statistics
         self._summary = {} if statistics is None else statistics.summarize()["tensors"]
 
     def note_of(self, quantizers: Iterable[TensorQuantizer]) -> str:
-        """Why calibration left the layer with these in float; "" if it did not."""
-        found = (self._ranges.get(quantizer.name or "") for quantizer in quantizers)
-        return next((each.note for each in found if each and each.note), "")
+        """Why calibration left the layer with these quantizers in float; "" if it did not."""
+        for quantizer in quantizers:
+            calibrated = self._ranges.get(quantizer.name or "")
+            if calibrated is not None and calibrated.note:
+                return calibrated.note
+        return ""
 
     def describe(self, layer: str, quantizer: TensorQuantizer) -> TensorRecord:
-        """One quantizer of a layer."""
+        """The record of one quantizer of a layer."""
         name = quantizer.name or ""
-        found = self._ranges.get(name)
         amax = quantizer.amax
-        record = TensorRecord(
+        figures = self._measure(layer, quantizer)
+        calibrated = self._ranges.get(name)
+        group = self._groups.get(name, ())
+        return TensorRecord(
             quantizer=name,
             role=_role_of(name),
             is_on=quantizer.is_enabled,
             amax=None if amax is None else float(amax.max()),
             least_amax=None if amax is None else float(amax.min()),
             ranges=0 if amax is None else amax.numel(),
-            method=found.method if found else "",
-            sqnr_db=None,
-            clipped=None,
-            methods={},
-            histogram=(),
-            histogram_end=None,
-            shares=tuple(other for other in self._groups.get(name, ()) if other != name),
+            method="" if calibrated is None else calibrated.method,
+            sqnr_db=figures.sqnr_db,
+            clipped=figures.clipped,
+            methods=figures.methods,
+            histogram=figures.histogram,
+            histogram_end=figures.histogram_end,
+            shares=tuple(member for member in group if member != name),
+            unknown=figures.unknown,
         )
-        if amax is None:
-            note = found.note if found and found.note else "it was not calibrated"
-            return replace(
-                record,
-                unknown=dict.fromkeys(("amax", "sqnr_db", "clipped", "methods", "histogram"), note),
-            )
-        weight = self._weight_of(layer, name)
-        if weight is not None:
-            return _with_weight(record, weight, quantizer)
-        return self._with_statistics(record, quantizer)
 
-    def _weight_of(self, layer: str, name: str) -> torch.Tensor | None:
+    def _measure(self, layer: str, quantizer: TensorQuantizer) -> _TensorFigures:
+        amax = quantizer.amax
+        if amax is None:
+            fields = ("amax", "sqnr_db", "clipped", "methods", "histogram")
+            reason = self.note_of([quantizer]) or "it was not calibrated"
+            return _TensorFigures(unknown=dict.fromkeys(fields, reason))
+        weight = self._find_weight(layer, quantizer)
+        if weight is not None:
+            return _measure_weight(weight, amax, quantizer)
+        return self._measure_activation(amax, quantizer)
+
+    def _find_weight(self, layer: str, quantizer: TensorQuantizer) -> torch.Tensor | None:
+        """The parameter that a quantizer quantizes; None where it quantizes an activation."""
         module = self._modules.get(layer)
         if not isinstance(module, QuantMixin):
             return None
-        parameter = module.weights_of(module).get(name.rpartition(".")[2])
-        return None if parameter is None else module._parameters[parameter]
+        attribute = (quantizer.name or "").rpartition(".")[2]
+        parameter = module.weights_of(module).get(attribute)
+        if parameter is None:
+            return None
+        parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        return parameters.get(parameter)
 
-    def _with_statistics(self, record: TensorRecord, quantizer: TensorQuantizer) -> TensorRecord:
-        leader = (
-            quantizer.leader.name if isinstance(quantizer, SharedQuantizer) else record.quantizer
-        )
+    def _measure_activation(self, amax: torch.Tensor, quantizer: TensorQuantizer) -> _TensorFigures:
+        """From the statistics of calibration: an estimate from the histogram."""
+        leader = quantizer.leader.name or ""
         if self._statistics is None or leader not in self._statistics.tensors:
-            why = (
-                NO_STATISTICS if self._statistics is None else "calibration collected nothing of it"
-            )
-            return replace(
-                record, unknown=dict.fromkeys(("sqnr_db", "clipped", "methods", "histogram"), why)
-            )
-        tensor, amax = self._statistics.tensors[leader], record.amax or 0.0
+            fields = ("sqnr_db", "clipped", "methods", "histogram")
+            reason = "calibration collected no statistics of it"
+            if self._statistics is None:
+                reason = NO_STATISTICS
+            return _TensorFigures(unknown=dict.fromkeys(fields, reason))
+        tensor = self._statistics.tensors[leader]
         counts, end = tensor.histogram(HISTOGRAM_COLUMNS)
-        summary = self._summary[leader]
-        methods = {
-            method: MethodRange(float(value), float(summary["clipped"][method]))
-            for method, value in summary["amax"].items()
-        }
-        record = replace(
-            record, methods=methods, histogram=tuple(map(int, counts)), histogram_end=end
+        sqnr, clipped, unknown = None, None, {}
+        if amax.numel() > 1:
+            reason = "it has a range for each channel, and the histogram is of all of them"
+            unknown = dict.fromkeys(("sqnr_db", "clipped"), reason)
+        else:
+            limit = float(amax)
+            clipped = tensor.clipped_share(limit, quantizer.format.unsigned)
+            sqnr = tensor.rounding_sqnr_db(limit, quantizer.format)
+            unknown = _explain_infinite(sqnr)
+        return _TensorFigures(
+            sqnr_db=None if unknown else sqnr,
+            clipped=clipped,
+            methods=self._list_methods(leader),
+            histogram=tuple(map(int, counts)),
+            histogram_end=end,
+            unknown=unknown,
         )
-        if record.ranges > 1:
-            why = "it has a range for each channel, and the histogram is of all of them"
-            return replace(record, unknown=dict.fromkeys(("sqnr_db", "clipped"), why))
-        clipped = tensor.clipped_share(amax, quantizer.format.unsigned)
-        sqnr = tensor.rounding_sqnr_db(amax, quantizer.format)
-        return _with_sqnr(replace(record, clipped=clipped), sqnr)
+
+    def _list_methods(self, leader: str) -> dict[str, MethodRange]:
+        """Calibration method -> the range that it would choose."""
+        summary = self._summary[leader]
+        methods = {}
+        for method, amax in summary["amax"].items():
+            methods[method] = MethodRange(float(amax), float(summary["clipped"][method]))
+        return methods
 
 
-def _with_weight(
-    record: TensorRecord, weight: torch.Tensor, quantizer: TensorQuantizer
-) -> TensorRecord:
-    """A weight is known itself: its error is exact."""
-    amax = quantizer.amax
-    assert amax is not None  # noqa: S101  # the caller has looked
+def _measure_weight(
+    weight: torch.Tensor, amax: torch.Tensor, quantizer: TensorQuantizer
+) -> _TensorFigures:
+    """From the weight itself, so its error is exact."""
     values = weight.detach().float()
-    axis = quantizer._axis
-    found = fake_quantize(values, amax, quantizer.format, axis)
-    limit = (
-        amax
-        if axis is None
-        else amax.reshape([-1 if dim == axis % values.dim() else 1 for dim in range(values.dim())])
-    )
-    clipped = (
-        float((values.abs() > limit.to(values.device)).float().mean()) if values.numel() else 0.0
-    )
+    axis = quantizer.axis
+    limit = amax
+    if axis is not None:
+        shape = [1] * values.dim()
+        shape[axis] = -1
+        limit = amax.reshape(shape)
+    clipped = 0.0
+    if values.numel():
+        clipped = float((values.abs() > limit.to(values.device)).float().mean())
+
+    quantized = fake_quantize(values, amax, quantizer.format, axis)
+    sqnr = sqnr_db(values.cpu().numpy(), quantized.cpu().numpy())
     unknown = {
-        "methods": "weights are solved by their own methods, max and mse",
-        "histogram": "of weights the ranges of the channels count",
+        "methods": "the ranges of weights are computed by max or mse only",
+        "histogram": "histograms are kept for activations only",
+        **_explain_infinite(sqnr),
     }
-    sqnr = sqnr_db(values.cpu().numpy(), found.cpu().numpy())
-    return _with_sqnr(replace(record, clipped=clipped, unknown=unknown), sqnr)
-
-
-def _with_sqnr(record: TensorRecord, sqnr: float) -> TensorRecord:
-    if math.isfinite(sqnr):
-        return replace(record, sqnr_db=sqnr)
-    return replace(
-        record,
-        unknown={**record.unknown, "sqnr_db": "no error: every value is a code, or all are zero"},
+    return _TensorFigures(
+        sqnr_db=sqnr if math.isfinite(sqnr) else None, clipped=clipped, unknown=unknown
     )
+
+
+def _explain_infinite(sqnr: float) -> dict[str, str]:
+    """The reason why an SQNR is not given; empty if it is finite."""
+    if math.isfinite(sqnr):
+        return {}
+    return {"sqnr_db": "no error: every value is a code, or all are zero"}
 
 
 def _role_of(quantizer: str) -> str:
-    """What a quantizer is for: "input" of `conv._input_quantizer`."""
-    return (
-        quantizer.rpartition(".")[2].removeprefix("_").removesuffix("_quantizer").replace("_", " ")
-    )
+    """The role in the name of a quantizer: "input" of `conv._input_quantizer`."""
+    attribute = quantizer.rpartition(".")[2]
+    role = attribute.removeprefix("_").removesuffix("_quantizer")
+    return role.replace("_", " ")
+
+
+# The outputs
 
 
 @torch.no_grad()
 def _measure_outputs(
-    model: nn.Module, batch: Any, quantizers: Mapping[str, list[TensorQuantizer]]
+    model: nn.Module, batch: Any, quantizers: _LayerQuantizers
 ) -> dict[str, float | str]:
-    """Layer -> SQNR of its own output in dB, all its quantizers on, its inputs those of the float model."""
-    result: dict[str, float | str] = {}
+    """Measure the layers one by one: all quantizers of the layer on, its inputs from the float model.
+
+    Returns:
+        Layer -> SQNR of its own output in dB, or why there is none.
+    """
+    results: dict[str, float | str] = {}
     modules = dict(model.named_modules())
+    layers = [name for name in quantizers if isinstance(modules.get(name), QuantInputMixin)]
     with disable_quantization(model), evaluating(model), ExitStack() as hooks:
-        for name, own in quantizers.items():
-            module = modules.get(name)
-            if isinstance(module, QuantInputMixin):
-                if any(quantizer.amax is None for quantizer in own):
-                    result[name] = "it has no range"
-                    continue
-                hook = module.register_forward_hook(
-                    _compare_outputs(name, own, result), with_kwargs=True
-                )
-                hooks.callback(hook.remove)
+        for name in layers:
+            if any(quantizer.amax is None for quantizer in quantizers[name]):
+                results[name] = "it has no range"
+                continue
+            hook = _make_output_hook(name, quantizers[name], results)
+            handle = modules[name].register_forward_hook(hook, with_kwargs=True)
+            hooks.callback(handle.remove)
         call_model(model, batch)
-    for name in quantizers:
-        if isinstance(modules.get(name), QuantInputMixin):
-            result.setdefault(name, "it does not run on the example")
-    return result
+    for name in layers:
+        results.setdefault(name, "it does not run on the example")
+    return results
 
 
-def _compare_outputs(
-    name: str, own: list[TensorQuantizer], result: dict[str, float | str]
+def _make_output_hook(
+    name: str, quantizers: Sequence[TensorQuantizer], results: dict[str, float | str]
 ) -> Callable[..., None]:
-    """A hook that runs the layer once more, quantized; of several calls the worst counts."""
+    """A hook that runs a layer a second time, quantized; where it is called several times, the worst SQNR counts."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        with toggling(own):
-            found = run_again(module, args, kwargs)
-        expected, quantized = floats_of(output), floats_of(found)
+        with toggling(quantizers):
+            quantized_output = run_again(module, args, kwargs)
+        expected, quantized = floats_of(output), floats_of(quantized_output)
         if not expected:
-            result[name] = "its output holds no floating-point tensor"
+            results[name] = "its output holds no floating-point tensor"
             return
-        pairs = zip(expected, quantized, strict=True)
-        sqnr = min(
-            sqnr_db(one.float().cpu().numpy(), other.float().cpu().numpy()) for one, other in pairs
-        )
-        before = result.get(name, math.inf)
-        result[name] = min(before, sqnr) if isinstance(before, float) else sqnr
+        sqnrs = []
+        for reference, tensor in zip(expected, quantized, strict=True):
+            sqnrs.append(sqnr_db(_to_array(reference), _to_array(tensor)))
+        earlier = results.get(name)
+        if isinstance(earlier, float):
+            sqnrs.append(earlier)
+        results[name] = min(sqnrs)
 
     return hook
 
 
+def _to_array(tensor: torch.Tensor) -> Any:
+    return tensor.float().cpu().numpy()
+
+
+# The engine
+
+
 @dataclass(frozen=True)
-class _Built:
-    """What the census says of a layer."""
+class _EngineFacts:
+    """The facts of the build about a layer."""
 
     precision: str | None
     kernels: tuple[str, ...]
     note: str
     macs: int | None
-    share: float | None
+    fraction: float | None
     unknown: Mapping[str, str]
 
 
@@ -693,52 +837,66 @@ class _Engine:
 
     Args:
         build: From `build_engine`.
-        entries: The layers.
+        entries: The layers and calls.
     """
 
     def __init__(self, build: BuildReport, entries: Mapping[str, _Entry]) -> None:
-        self._census: dict[str, list[LayerCensus]] = {}
-        for layer in build.layers:
-            self._census.setdefault(layer.module, []).append(layer)
         self._sizes = {layer.name: layer for layer in build.coverage.layers}
-        products = (
-            entry for entry in entries.values() if entry.is_call and entry.kind in SINGLE_PRODUCTS
-        )
-        self._calls: dict[
-            str, dict[str, int]
-        ] = {}  # module -> its calls, and which of them each is
-        for entry in products:
-            calls = self._calls.setdefault(entry.name.rpartition(".")[0], {})
-            calls[entry.name] = len(calls)
+        self._nodes: dict[str, list[LayerCensus]] = {}  # by their module
+        for layer in build.layers:
+            self._nodes.setdefault(layer.module, []).append(layer)
+        self._calls: dict[str, list[str]] = {}  # products by their module, in order
+        for entry in entries.values():
+            if entry.is_call and entry.kind in SINGLE_PRODUCTS:
+                self._calls.setdefault(_module_around(entry.name), []).append(entry.name)
 
-    def describe(self, entry: _Entry) -> _Built:
-        """Type and kernels of a layer; MACs of the nodes that it became."""
-        nodes, why = self._nodes_of(entry)
+    def describe(self, entry: _Entry) -> _EngineFacts:
+        """Type and kernels of a layer, and MACs of the nodes that it became."""
+        nodes, reason = self._find_nodes(entry)
         if not nodes:
-            return _Built(None, (), "", None, None, {"engine": why, "macs": why})
-        kinds = Counter("int8" if node.int8 else "float" for node in nodes)
-        sizes = [self._sizes[node.node] for node in nodes if node.node in self._sizes]
-        is_sized = bool(sizes) and all(size.macs is not None for size in sizes)
-        return _Built(
-            precision=next(iter(kinds)) if len(kinds) == 1 else "mixed",
-            kernels=tuple(dict.fromkeys(node.kernel for node in nodes if node.kernel)),
-            note="; ".join(dict.fromkeys(node.reason for node in nodes if node.reason)),
-            macs=sum(size.macs or 0 for size in sizes) if is_sized else None,
-            share=sum(size.share or 0.0 for size in sizes) if is_sized else None,
-            unknown={} if is_sized else {"macs": "a shape in the ONNX file is not known"},
-        )
+            unknown = {"engine": reason, "macs": reason}
+            return _EngineFacts(None, (), "", None, None, unknown)
 
-    def _nodes_of(self, entry: _Entry) -> tuple[list[LayerCensus], str]:
+        precisions = Counter("int8" if node.int8 else "float" for node in nodes)
+        kernels = dict.fromkeys(node.kernel for node in nodes if node.kernel)
+        notes = dict.fromkeys(node.reason for node in nodes if node.reason)
+        facts = _EngineFacts(
+            precision=next(iter(precisions)) if len(precisions) == 1 else "mixed",
+            kernels=tuple(kernels),
+            note="; ".join(notes),
+            macs=None,
+            fraction=None,
+            unknown={"macs": "a shape in the ONNX file is not known"},
+        )
+        work = self._add_sizes(nodes)
+        if work is None:
+            return facts
+        macs, fraction = work
+        return replace(facts, macs=macs, fraction=fraction, unknown={})
+
+    def _find_nodes(self, entry: _Entry) -> tuple[list[LayerCensus], str]:
+        """The nodes of a layer or call, or none and the reason."""
         if not entry.is_call:
-            nodes = self._census.get(entry.name, [])
-            return nodes, "the census lists convolutions and matrix products, and this became none"
+            nodes = self._nodes.get(entry.name, [])
+            return nodes, "the census lists convolutions and matrix products; this became none"
         if entry.kind not in SINGLE_PRODUCTS:
             return [], "the census lists convolutions and matrix products only"
-        owner = entry.name.rpartition(".")[0]
-        nodes, calls = self._census.get(owner, []), self._calls[owner]
-        if len(nodes) != len(calls):
-            return (
-                [],
-                f"its module became {len(nodes)} products in the file and made {len(calls)} calls",
-            )
-        return [nodes[calls[entry.name]]], ""
+        module = _module_around(entry.name)
+        nodes, calls = self._nodes.get(module, []), self._calls[module]
+        if len(nodes) == len(calls):  # in the same order
+            return [nodes[calls.index(entry.name)]], ""
+        reason = f"its module became {len(nodes)} products in the file and made {len(calls)} calls"
+        return [], reason
+
+    def _add_sizes(self, nodes: Sequence[LayerCensus]) -> tuple[int, float] | None:
+        """MACs of some nodes and their fraction of all; None where a size is not known."""
+        sizes = [self._sizes[node.node] for node in nodes if node.node in self._sizes]
+        if not sizes:
+            return None
+        macs, fraction = 0, 0.0
+        for size in sizes:
+            if size.macs is None:
+                return None
+            macs += size.macs
+            fraction += size.share or 0.0
+        return macs, fraction

@@ -124,7 +124,7 @@ def test_reasons_of_what_was_passed_over(finished):
     start = f"rank 1 of {len(analysis.layers)} in sensitivity (measured), but passed over for less sensitive ones: "
     assert explain().endswith(start + "it did not fit the limits")
     assert explain(cost=12.5).endswith(
-        "they gain more for a microsecond (it costs 12.5), or it did not fit the limits"
+        "they gain more per microsecond (this one costs 12.5), or it did not fit the limits"
     )
     both = (first[0].name, first[1].name)
     assert explain(layers=both).endswith(": with its 2 layers it did not fit the limits")
