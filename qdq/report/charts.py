@@ -1,13 +1,13 @@
-"""The geometry of the charts of a report; the templates draw it.
+"""The geometry of the charts of a report; the templates draw them.
 
-Places across are in percent, so that a chart is as wide as the page and its letters keep their size.
+Horizontal places are in percent, so that a chart is as wide as the page and its text keeps its size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from qdq.report.load import StoredReport
 from qdq.report.records import LayerRecord, Sensitivity
@@ -15,26 +15,30 @@ from qdq.report.wording import format_gain, format_number, format_state
 from qdq.statistics.show import Tick, round_numbers
 
 BARS = 20
-_PLOT_HEIGHT = 220
-_ROW, _LANE, _MARGIN = 22, 9, 14  # of the network, in pixels
+_PLOT_HEIGHT = 220  # pixels
+_MOST_LOSSES = 50  # points of the curve of the loss
+_EDGE = 0.08  # of the span of the points, left free on both sides of a curve
+
+# The drawing of the network, in pixels.
+_ROW, _LANE, _MARGIN = 22, 9, 14
 _MOST_LANES = 40
-_LOSSES = 50  # points of the curve of the loss
-_Set = tuple[float | None, float | None, str]  # of float layers: cost, quality and words
+_LETTER = 8
+_BEND = 4  # radius of the corners of a line
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One unit in the chart of sensitivity; places in percent.
+    """One layer or group in the chart of sensitivity; places are in percent.
 
     Args:
-        name: The unit.
+        name: The layer or group.
         anchor: Number of its first layer in the table.
         is_float: Whether it is in float now.
-        left: Where the bar begins.
-        width: Its width.
+        left: Left end of the bar.
+        width: Width of the bar.
         low: Lower end of the interval; None where there is none.
-        high: Its upper end.
-        label: The gain in words.
+        high: Upper end of the interval.
+        label: The gain as text.
     """
 
     name: str
@@ -52,10 +56,10 @@ class Bars:
     """The chart of sensitivity.
 
     Args:
-        bars: Most sensitive first.
-        zero: Where no gain is, in percent.
-        more: How many units are not drawn.
-        unit: What the gains are in.
+        bars: The most sensitive first.
+        zero: Place of a gain of zero, in percent.
+        more: Number of layers and groups that are not drawn.
+        unit: The unit of the gains.
     """
 
     bars: tuple[Bar, ...]
@@ -65,54 +69,84 @@ class Bars:
 
 
 def list_units(report: StoredReport) -> list[Sensitivity]:
-    """What was ranked, most sensitive first."""
-    units = {
-        layer.sensitivity.rank: layer.sensitivity for layer in report.layers if layer.sensitivity
-    }
+    """The layers and groups that were ranked, the most sensitive first."""
+    units = {}
+    for layer in report.layers:
+        if layer.sensitivity is not None:
+            units[layer.sensitivity.rank] = layer.sensitivity
     return [units[rank] for rank in sorted(units)]
 
 
 def unit_of_gain(report: StoredReport) -> str:
-    """What gains are in: dB, nats, or the name of the metric."""
-    name = str(report.data["analysis"]["metric_name"])
-    return {"sqnr": "dB", "kl": "nats"}.get(name, name)
+    """The unit of the gains: dB, nats, or the name of the metric."""
+    metric = str(report.data["analysis"]["metric_name"])
+    return {"sqnr": "dB", "kl": "nats"}.get(metric, metric)
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Maps the values from `low` to `high` to 0 to 100 percent."""
+
+    low: float
+    high: float
+
+    @property
+    def _span(self) -> float:
+        return max(self.high - self.low, 1e-12)
+
+    def place(self, value: float) -> float:
+        """The place of a value in percent."""
+        return round(100 * (value - self.low) / self._span, 2)
+
+    def length(self, value: float) -> float:
+        """The length of a bar from zero to a value in percent."""
+        return round(100 * abs(value) / self._span, 2)
 
 
 def draw_bars(report: StoredReport, count: int = BARS) -> Bars:
-    """The most sensitive units, with what each gains in float and the 95 % interval of that."""
+    """Draw the most sensitive layers and groups: the gain of each in float, with its 95 % interval."""
     units = list_units(report)
-    shown = units[:count]
-    places = {layer.name: number for number, layer in enumerate(report.layers)}
-    float_layers = {layer.name for layer in report.layers if layer.precision == "float"}
-    ends = [0.0] + [
-        value for unit in shown for value in (unit.gain, unit.low, unit.high) if value is not None
-    ]
-    low, span = min(ends), max(max(ends) - min(ends), 1e-12)
+    shown_units = units[:count]
+    scale = _fit_scale(shown_units)
+    places = {layer.name: place for place, layer in enumerate(report.layers)}
 
-    def place(value: float) -> float:
-        return round(100 * (value - low) / span, 2)
+    bars = []
+    for unit in shown_units:
+        anchor = places[unit.layers[0]]
+        is_float = report.layers[anchor].precision == "float"
+        bars.append(_draw_bar(unit, scale, anchor, is_float))
+    return Bars(tuple(bars), scale.place(0.0), len(units) - len(bars), unit_of_gain(report))
 
-    def draw(unit: Sensitivity) -> Bar:
-        gain = (
-            unit.gain if unit.gain is not None else max(ends) if unit.is_exact else 0.0
-        )  # not finite: to the end
-        return Bar(
-            name=unit.unit,
-            anchor=places[unit.layers[0]],
-            is_float=unit.layers[0] in float_layers,
-            left=place(min(gain, 0.0)),
-            width=round(100 * abs(gain) / span, 2),
-            low=None if unit.low is None else place(unit.low),
-            high=None if unit.high is None else place(unit.high),
-            label=format_gain(unit),
-        )
 
-    return Bars(tuple(map(draw, shown)), place(0.0), len(units) - len(shown), unit_of_gain(report))
+def _fit_scale(units: Sequence[Sensitivity]) -> _Scale:
+    """A scale that holds zero, all gains and all intervals."""
+    values = [0.0]
+    for unit in units:
+        for value in (unit.gain, unit.low, unit.high):
+            if value is not None:
+                values.append(value)
+    return _Scale(min(values), max(values))
+
+
+def _draw_bar(unit: Sensitivity, scale: _Scale, anchor: int, is_float: bool) -> Bar:
+    gain = unit.gain
+    if gain is None:  # not finite: the bar goes to the end of the scale; an estimate has no bar
+        gain = scale.high if unit.is_exact else 0.0
+    return Bar(
+        name=unit.unit,
+        anchor=anchor,
+        is_float=is_float,
+        left=scale.place(min(gain, 0.0)),
+        width=scale.length(gain),
+        low=None if unit.low is None else scale.place(unit.low),
+        high=None if unit.high is None else scale.place(unit.high),
+        label=format_gain(unit),
+    )
 
 
 @dataclass(frozen=True)
 class Point:
-    """A set of float layers: `x` in percent, `y` in pixels from the top."""
+    """A point of a curve: `x` in percent, `y` in pixels from the top."""
 
     x: float
     y: float
@@ -121,14 +155,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """Quality against cost.
+    """Quality against cost, or a figure over the steps of fine-tuning.
 
     Args:
-        points: Cheapest first.
-        x_ticks: Along the cost, in percent.
-        y_ticks: Along the quality, in pixels from the top.
-        x_label: What the cost is.
-        y_label: What the quality is.
+        points: From left to right.
+        x_ticks: Ticks of the horizontal axis, in percent.
+        y_ticks: Ticks of the vertical axis, in pixels from the top.
+        x_label: Title of the horizontal axis.
+        y_label: Title of the vertical axis.
         height: In pixels.
     """
 
@@ -140,120 +174,153 @@ class Curve:
     height: int = _PLOT_HEIGHT
 
 
+class _Sample(NamedTuple):
+    """A point of a curve in its own units; a coordinate that is not known is None."""
+
+    x: float | None
+    y: float | None
+    label: str
+
+
 def draw_curve(report: StoredReport) -> Curve | None:
-    """The Pareto front if times were given, else the steps of the search over the share of the work in float.
+    """Draw the Pareto front if times were given, else the steps of the search over the work in float.
 
-    Up goes what ranked, the SQNR or the metric of the user. None where there is one point only, or the size of a
-    layer is not known.
+    The vertical axis is the metric that ranked the layers.
+
+    Returns:
+        The curve; None where there is one point only, or the size of a layer is not known.
     """
-    analysis, unit = report.data["analysis"], unit_of_gain(report)
-    metric = analysis["metric_name"]
-    quality = (
-        "SQNR of the outputs, in dB"
-        if metric == "sqnr"
-        else metric
-        if unit == metric
-        else f"{metric}, in {unit}"
-    )
-
-    def describe(cost: float | None, state: Mapping[str, Any], what: str) -> _Set:
-        value = state["sqnr_db" if metric == "sqnr" else "metric"]
-        return cost, value, f"{what}: {format_state(state, metric)} at {format_number(cost)}"
-
-    if analysis["pareto"]:
-        sets = [
-            describe(point["cost"], point, _name_set(point["float_layers"]))
-            for point in analysis["pareto"]
-        ]
-        return _draw_curve(sets, "Time of what can be int8, in microseconds", quality)
-    shares = {layer.name: layer.macs_share for layer in report.layers}
-    pinned = [name for name, precision in analysis["pinned"].items() if precision == "float"]
-    chosen, sets = (
-        list(pinned),
-        [describe(_sum_shares(shares, pinned), analysis, "all that may be int8 in int8")],
-    )
-    for step in analysis["steps"]:
-        chosen += step["layers"] or [step["layer"]]
-        sets.append(describe(_sum_shares(shares, chosen), step, f"+ {step['layer']} in float"))
-    if any(cost is None for cost, _, _ in sets):
+    if report.data["analysis"]["pareto"]:
+        samples = _sample_front(report)
+        return _draw_samples(
+            samples, "Time of what can be int8, in microseconds", _name_quality(report)
+        )
+    samples = _sample_steps(report)
+    if any(sample.x is None for sample in samples):
         return None
-    return _draw_curve(
-        sets, "Multiplications that the analysis left in float, in % of all", quality
+    return _draw_samples(
+        samples,
+        "Multiplications that the analysis left in float, in % of all",
+        _name_quality(report),
     )
+
+
+def _name_quality(report: StoredReport) -> str:
+    metric = str(report.data["analysis"]["metric_name"])
+    if metric == "sqnr":
+        return "SQNR of the outputs, in dB"
+    unit = unit_of_gain(report)
+    return metric if unit == metric else f"{metric}, in {unit}"
+
+
+def _sample_front(report: StoredReport) -> list[_Sample]:
+    """Sets of float layers on the Pareto front: their time and the quality of the outputs."""
+    samples = []
+    for point in report.data["analysis"]["pareto"]:
+        names = point["float_layers"]
+        title = f"{len(names)} units in float: {', '.join(names)}" if names else "all in int8"
+        samples.append(_sample(report, point["cost"], point, title))
+    return samples
+
+
+def _sample_steps(report: StoredReport) -> list[_Sample]:
+    """States of the search: the percentage of the work that it left in float and the quality of the outputs."""
+    analysis = report.data["analysis"]
+    float_layers = []
+    for name, precision in analysis["pinned"].items():
+        if precision == "float":
+            float_layers.append(name)
+    work = _sum_work(report, float_layers)
+    samples = [_sample(report, work, analysis, "all that may be int8 in int8")]
+
+    for step in analysis["steps"]:
+        float_layers += step["layers"] or [step["layer"]]
+        work = _sum_work(report, float_layers)
+        samples.append(_sample(report, work, step, f"+ {step['layer']} in float"))
+    return samples
+
+
+def _sample(
+    report: StoredReport, cost: float | None, state: Mapping[str, Any], title: str
+) -> _Sample:
+    """One state of the model: its cost and the metric that ranked the layers."""
+    metric = report.data["analysis"]["metric_name"]
+    quality = state["sqnr_db"] if metric == "sqnr" else state["metric"]
+    label = f"{title}: {format_state(state, metric)} at {format_number(cost)}"
+    return _Sample(cost, quality, label)
+
+
+def _sum_work(report: StoredReport, names: Sequence[str]) -> float | None:
+    """The part of all multiplications that layers have, in percent; None if the size of one is not known."""
+    fractions = {layer.name: layer.macs_share for layer in report.layers}
+    total = 0.0
+    for name in names:
+        fraction = fractions.get(name, 0.0)
+        if fraction is None:
+            return None
+        total += fraction
+    return 100 * total
 
 
 def draw_tuning(report: StoredReport) -> list[Curve]:
-    """The metric and the loss over the steps of fine-tuning, each where there are two points or more."""
+    """Draw the metric and the loss over the steps of fine-tuning, each where there are two points or more."""
     tuning = report.data.get("tuning")
     if tuning is None:
         return []
-    metric = [
-        (m["step"], m["metric"], f"step {m['step']}: {format_number(m['metric'])}")
-        for m in tuning["curve"]
-    ]
-    curves = (
-        _draw_curve(metric, "Step", "The metric"),
-        _draw_curve(
-            _average(tuning["losses"]), "Step", "Loss, as the mean of the steps up to a point"
-        ),
-    )
-    return [curve for curve in curves if curve is not None]
+    measurements = []
+    for measurement in tuning["curve"]:
+        step, metric = measurement["step"], measurement["metric"]
+        measurements.append(_Sample(step, metric, f"step {step}: {format_number(metric)}"))
+    losses = _average_losses(tuning["losses"])
+
+    metric_curve = _draw_samples(measurements, "Step", "The metric")
+    loss_curve = _draw_samples(losses, "Step", "Loss, as the mean of the steps up to a point")
+    return [curve for curve in (metric_curve, loss_curve) if curve is not None]
 
 
-def _average(losses: Sequence[float | None]) -> list[_Set]:
-    """Means of equally many steps, so that the longest training has no more than so many points."""
-    length = -(-len(losses) // _LOSSES) or 1
-    sets: list[_Set] = []
+def _average_losses(losses: Sequence[float | None]) -> list[_Sample]:
+    """Means over equally many steps each, so that a long training has at most `_MOST_LOSSES` points."""
+    length = max(-(-len(losses) // _MOST_LOSSES), 1)
+    samples = []
     for start in range(0, len(losses), length):
-        part = [loss for loss in losses[start : start + length] if loss is not None]
-        if part:
-            end, mean = min(start + length, len(losses)), sum(part) / len(part)
-            sets.append((end, mean, f"step {end}: {mean:.4g}"))
-    return sets
+        window = [loss for loss in losses[start : start + length] if loss is not None]
+        if window:
+            end = min(start + length, len(losses))
+            mean = sum(window) / len(window)
+            samples.append(_Sample(end, mean, f"step {end}: {mean:.4g}"))
+    return samples
 
 
-def _sum_shares(shares: dict[str, float | None], names: Sequence[str]) -> float | None:
-    """In percent; None if one is not known."""
-    found = [shares.get(name, 0.0) for name in names]
-    return None if None in found else 100 * sum(share or 0.0 for share in found)
-
-
-def _name_set(names: Sequence[str]) -> str:
-    return f"{len(names)} units in float: {', '.join(names)}" if names else "all in int8"
-
-
-def _draw_curve(sets: Sequence[_Set], x_label: str, y_label: str) -> Curve | None:
-    found = [
-        (cost, quality, label)
-        for cost, quality, label in sets
-        if cost is not None and quality is not None
-    ]
-    if len(found) < 2:
+def _draw_samples(samples: Sequence[_Sample], x_label: str, y_label: str) -> Curve | None:
+    """Draw the samples whose coordinates are both known; None if there are fewer than two."""
+    xs, ys, labels = [], [], []
+    for sample in samples:
+        if sample.x is not None and sample.y is not None:
+            xs.append(sample.x)
+            ys.append(sample.y)
+            labels.append(sample.label)
+    if len(xs) < 2:
         return None
-    costs, qualities = [cost for cost, _, _ in found], [sqnr for _, sqnr, _ in found]
-    left, right = _widen(min(costs), max(costs))
-    bottom, top = _widen(min(qualities), max(qualities))
+    left, right = _widen(min(xs), max(xs))
+    bottom, top = _widen(min(ys), max(ys))
 
-    def across(cost: float) -> float:
-        return round(100 * (cost - left) / (right - left), 2)
+    def across(x: float) -> float:
+        return round(100 * (x - left) / (right - left), 2)
 
-    def down(quality: float) -> float:
-        return round(_PLOT_HEIGHT * (top - quality) / (top - bottom), 1)
+    def down(y: float) -> float:
+        return round(_PLOT_HEIGHT * (top - y) / (top - bottom), 1)
 
-    return Curve(
-        points=tuple(Point(across(cost), down(quality), label) for cost, quality, label in found),
-        x_ticks=tuple(
-            Tick(across(number), f"{number:.4g}") for number in round_numbers(right, left)
-        ),
-        y_ticks=tuple(Tick(down(number), f"{number:.4g}") for number in round_numbers(top, bottom)),
-        x_label=x_label,
-        y_label=y_label,
-    )
+    points = [Point(across(x), down(y), label) for x, y, label in zip(xs, ys, labels, strict=True)]
+    x_ticks = [Tick(across(number), f"{number:.4g}") for number in round_numbers(right, left)]
+    y_ticks = [Tick(down(number), f"{number:.4g}") for number in round_numbers(top, bottom)]
+    return Curve(tuple(points), tuple(x_ticks), tuple(y_ticks), x_label, y_label)
 
 
 def _widen(low: float, high: float) -> tuple[float, float]:
-    """A little more on both sides, so that no point lies on the edge."""
-    space = 0.08 * (high - low) or max(abs(high), 1.0) * 0.1
+    """Add a little on both sides, so that no point lies on the edge."""
+    space = _EDGE * (high - low)
+    if space == 0:
+        space = 0.1 * max(abs(high), 1.0)
     return low - space, high + space
 
 
@@ -270,14 +337,14 @@ class Node:
 
 @dataclass(frozen=True)
 class Network:
-    """Layers below each other, with lines from each to those that read it.
+    """The layers in a column, with lines from each layer to its readers.
 
     Args:
         nodes: In the order in which they run.
         edges: SVG paths.
-        x: Where the nodes stand.
-        width: Of the drawing.
-        height: Of the drawing.
+        x: Horizontal place of the nodes.
+        width: Width of the drawing.
+        height: Height of the drawing.
     """
 
     nodes: tuple[Node, ...]
@@ -287,64 +354,89 @@ class Network:
     height: int
 
 
+_Edge = tuple[int, int]  # from one row to another; the ends of the network have rows, too
+
+
 def draw_network(layers: Sequence[LayerRecord]) -> Network:
-    """An arc diagram: what reads the layer before it hangs below it, other lines go round in lanes of their own."""
-    rows = {layer.name: number for number, layer in enumerate(layers, 1)}
-    last = len(layers) + 1
-    pairs = [
-        (rows[other], rows[layer.name])
-        for layer in layers
-        for other in layer.reads
-        if other in rows
-    ]
-    pairs += [(0, rows[layer.name]) for layer in layers if layer.reads_input]
-    pairs += [(rows[layer.name], last) for layer in layers if layer.writes_output]
-    lanes = _assign_lanes([pair for pair in pairs if abs(pair[1] - pair[0]) > 1])
+    """Draw an arc diagram: a line to the next layer is straight, other lines go round on the left in lanes."""
+    last_row = len(layers) + 1
+    edges = _list_edges(layers)
+    lanes = _assign_lanes(edges)
     x = _MARGIN + _LANE * (max(lanes.values(), default=-1) + 1)
-    longest = max((len(layer.name) + len(layer.kind) for layer in layers), default=0)
-    ends = [
-        Node("input of the network", "", None, "end", _y(0)),
-        Node("output of the network", "", None, "end", _y(last)),
-    ]
-    nodes = [
-        Node(layer.name, layer.kind, number, layer.precision, _y(number + 1))
-        for number, layer in enumerate(layers)
-    ]
-    edges = [
-        _draw_edge(x, start, end, lanes.get((start, end))) for start, end in dict.fromkeys(pairs)
-    ]
-    return Network(
-        (ends[0], *nodes, ends[1]), tuple(edges), x, x + 40 + 8 * longest, _y(last) + _ROW
-    )
+
+    nodes = [Node("input of the network", "", None, "end", _y(0))]
+    longest_text = 0
+    for number, layer in enumerate(layers):
+        nodes.append(Node(layer.name, layer.kind, number, layer.precision, _y(number + 1)))
+        longest_text = max(longest_text, len(layer.name) + len(layer.kind))
+    nodes.append(Node("output of the network", "", None, "end", _y(last_row)))
+
+    paths = [_draw_edge(x, edge, lanes.get(edge)) for edge in edges]
+    width = x + 40 + _LETTER * longest_text
+    return Network(tuple(nodes), tuple(paths), x, width, _y(last_row) + _ROW)
+
+
+def _list_edges(layers: Sequence[LayerRecord]) -> list[_Edge]:
+    """Each pair of a row and a row that reads it, once: first between layers, then those of the two ends."""
+    rows = {layer.name: row for row, layer in enumerate(layers, 1)}
+    last_row = len(layers) + 1
+    edges: dict[_Edge, None] = {}
+    for layer in layers:
+        for source in layer.reads:
+            if source in rows:
+                edges[rows[source], rows[layer.name]] = None
+    for layer in layers:
+        if layer.reads_input:
+            edges[0, rows[layer.name]] = None
+    for layer in layers:
+        if layer.writes_output:
+            edges[rows[layer.name], last_row] = None
+    return list(edges)
+
+
+def _assign_lanes(edges: Sequence[_Edge]) -> dict[_Edge, int]:
+    """Give each line that skips a row the innermost lane that is free over all its rows; short lines first."""
+    long_edges = [edge for edge in edges if _length(edge) > 1]
+    long_edges.sort(key=lambda edge: (_length(edge), edge))
+
+    lanes: dict[_Edge, int] = {}
+    spans: list[list[_Edge]] = []  # of the lines in each lane
+    for edge in long_edges:
+        span = (min(edge), max(edge))
+        lane = _find_free_lane(span, spans)
+        if lane == len(spans):
+            spans.append([])
+        spans[lane].append(span)
+        lanes[edge] = lane
+    return lanes
+
+
+def _length(edge: _Edge) -> int:
+    return abs(edge[1] - edge[0])
+
+
+def _find_free_lane(span: _Edge, spans: Sequence[Sequence[_Edge]]) -> int:
+    """The first lane in which no line overlaps a span, or a new one; the last one when there are too many."""
+    low, high = span
+    for lane, taken in enumerate(spans):
+        if all(high <= start or end <= low for start, end in taken):
+            return lane
+    return min(len(spans), _MOST_LANES - 1)
+
+
+def _draw_edge(x: int, edge: _Edge, lane: int | None) -> str:
+    """An SVG path: straight down, or to the left, along a lane with round corners, and back."""
+    top, bottom = _y(edge[0]), _y(edge[1])
+    if lane is None:
+        return f"M{x} {top}V{bottom}"
+
+    left = x - _LANE * (lane + 1) - _BEND
+    turn = left + _BEND
+    bend = _BEND if bottom > top else -_BEND
+    first_corner = f"M{x} {top}H{turn}Q{left} {top} {left} {top + bend}"
+    second_corner = f"V{bottom - bend}Q{left} {bottom} {turn} {bottom}H{x}"
+    return first_corner + second_corner
 
 
 def _y(row: int) -> int:
     return _ROW * row + _ROW // 2
-
-
-def _assign_lanes(pairs: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
-    """The innermost lane that is free over all rows between two nodes; short lines first."""
-    lanes: dict[tuple[int, int], int] = {}
-    taken: list[list[tuple[int, int]]] = []
-    for start, end in sorted(set(pairs), key=lambda pair: (abs(pair[1] - pair[0]), pair)):
-        low, high = min(start, end), max(start, end)
-        free = (
-            lane
-            for lane, others in enumerate(taken)
-            if all(high <= a or b <= low for a, b in others)
-        )
-        lane = next(free, len(taken) if len(taken) < _MOST_LANES else _MOST_LANES - 1)
-        if lane == len(taken):
-            taken.append([])
-        taken[lane].append((low, high))
-        lanes[start, end] = lane
-    return lanes
-
-
-def _draw_edge(x: int, start: int, end: int, lane: int | None) -> str:
-    top, bottom = _y(start), _y(end)
-    if lane is None:
-        return f"M{x} {top}V{bottom}"
-    left, bend = x - _LANE * (lane + 1) - 4, 4 if bottom > top else -4
-    turn, down = left + 4, bottom - bend
-    return f"M{x} {top}H{turn}Q{left} {top} {left} {top + bend}V{down}Q{left} {bottom} {turn} {bottom}H{x}"

@@ -8,16 +8,18 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qdq.errors import ArgumentError
 from qdq.report.charts import list_units, unit_of_gain
 from qdq.report.load import StoredReport, guarded, load_report
-from qdq.report.page import int8_layers, int8_share, render
+from qdq.report.page import final_candidate, int8_fraction, int8_layers, render
 from qdq.report.records import RULE, LayerRecord, Sensitivity
-from qdq.report.wording import format_gain, format_share
+from qdq.report.wording import format_gain, format_percent
 
-TOLERANCE = 0.01  # ranges that differ by less are taken for the same
+TOLERANCE = 0.01
+"""Ranges that differ by a smaller fraction count as equal."""
+
 _FIGURES = re.compile(r"; rank |\b\d")
 _BARS = 12  # most sensitive units of each run
 
@@ -27,9 +29,9 @@ class Figure:
     """A number of every run.
 
     Args:
-        label: What it is.
+        label: Its name.
         values: One for each run; None where a run has none.
-        texts: The same in words.
+        texts: The same as text.
         better: +1 if more is better, -1 if less is, 0 if neither.
     """
 
@@ -58,8 +60,8 @@ class LayerDifference:
         reasons: Why.
         ranges: amax of its input.
         weights: amax of its weight.
-        methods: How the range of the input was solved.
-        gains: What leaving it in float gains.
+        methods: The methods that computed the range of the input.
+        gains: Gain of the outputs with it in float.
     """
 
     name: str
@@ -74,20 +76,20 @@ class LayerDifference:
     @property
     def has_other_reason(self) -> bool:
         """Whether the reasons differ in more than figures."""
-        return len(set(map(_kind_of_reason, self.reasons))) > 1
+        return len({_strip_figures(reason) for reason in self.reasons}) > 1
 
 
 @dataclass(frozen=True)
 class SensitivityRow:
-    """A unit that is among the most sensitive of a run.
+    """A layer or group that is among the most sensitive of a run.
 
     Args:
-        name: The unit.
+        name: Its name.
         ranks: Its place in each run.
-        gains: What leaving it in float gains.
-        precisions: What it runs in.
-        labels: Gain and interval in words.
-        widths: Length of its bar in percent, of the longest one with the same metric.
+        gains: Gain of the outputs with it in float.
+        precisions: "int8" or "float".
+        labels: Gain and interval as text.
+        widths: Length of its bar, in percent of the longest bar with the same metric.
     """
 
     name: str
@@ -100,7 +102,7 @@ class SensitivityRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What differs between runs.
+    """The differences between runs.
 
     Args:
         runs: Their names.
@@ -108,8 +110,8 @@ class Comparison:
         figures: The summary in numbers.
         settings: Settings, versions and seeds that differ.
         layers: Layers whose precision, method, range or reason differs.
-        sensitivity: The most sensitive units of any run.
-        units: What gains are in, for each run.
+        sensitivity: The most sensitive layers and groups of any run.
+        units: The unit of the gains, for each run.
     """
 
     runs: tuple[str, ...]
@@ -122,13 +124,13 @@ class Comparison:
 
 
 def compare_runs(runs: Sequence[Path | str]) -> Comparison:
-    """Hold runs side by side.
+    """Compare runs side by side.
 
     Args:
         runs: Two or more run folders; the others are compared with the first.
 
     Raises:
-        ArgumentError: Fewer than two, or as for `load_report`.
+        ArgumentError: Fewer than two runs, or as for `load_report`.
         DataError: As for `load_report`.
     """
     if len(runs) < 2:
@@ -137,7 +139,9 @@ def compare_runs(runs: Sequence[Path | str]) -> Comparison:
             "name another run folder.",
         )
     reports = [load_report(run) for run in runs]
-    for report in reports:  # a damaged one by itself: the error names its file
+    for (
+        report
+    ) in reports:  # each by itself first, so that the error of a damaged one names its file
         guarded(report.path, functools.partial(_compare, [report]))
     return _compare(reports)
 
@@ -154,7 +158,7 @@ def render_comparison(comparison: Comparison) -> str:
 
 def _compare(reports: Sequence[StoredReport]) -> Comparison:
     return Comparison(
-        runs=_name_runs(reports),
+        runs=tuple(_name_runs(reports)),
         models=tuple(str(report.data["model"]) for report in reports),
         figures=tuple(_list_figures(reports)),
         settings=tuple(_list_settings(reports)),
@@ -164,161 +168,264 @@ def _compare(reports: Sequence[StoredReport]) -> Comparison:
     )
 
 
-def _name_runs(reports: Sequence[StoredReport]) -> tuple[str, ...]:
-    """Names of the folders; of equal ones the path as it was given."""
+def _name_runs(reports: Sequence[StoredReport]) -> list[str]:
+    """Names of the folders; where two are equal, their paths."""
     counts = Counter(report.name for report in reports)
-    return tuple(
-        report.name if counts[report.name] == 1 else str(report.path.parent) for report in reports
-    )
+    names = []
+    for report in reports:
+        is_unique = counts[report.name] == 1
+        names.append(report.name if is_unique else str(report.path.parent))
+    return names
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """The numbers that decide, of one run."""
+
+    int8_layers: int
+    int8_fraction: float | None
+    sqnr_db: float | None
+    agreement: float | None
+    top1: float | None
+    all_int8_sqnr_db: float | None
+    onnx_megabytes: float
+    engine_megabytes: float
+    missing_int8: int
+    findings: int
+    seconds: float
+
+    @classmethod
+    def of(cls, report: StoredReport) -> _Summary:
+        """The numbers of one report."""
+        summary, final = report.data["summary"], final_candidate(report)
+        return cls(
+            int8_layers=int8_layers(report),
+            int8_fraction=int8_fraction(report),
+            sqnr_db=final["sqnr_db"],
+            agreement=final["agreement"],
+            top1=final["top1"],
+            all_int8_sqnr_db=report.data["analysis"]["sqnr_db"],
+            onnx_megabytes=summary["onnx_megabytes"],
+            engine_megabytes=summary["engine_megabytes"],
+            missing_int8=len(summary["census_missing_int8"]),
+            findings=len(report.data["findings"]),
+            seconds=sum(report.data["seconds"].values()),
+        )
+
+
+@dataclass(frozen=True)
+class _Column:
+    """How one field of `_Summary` is shown; `better` as in `Figure`."""
+
+    field: str
+    label: str
+    write: Callable[[float], str]
+    better: int
+
+
+_COLUMNS = (
+    _Column("int8_layers", "layers with weights in int8", "{:.0f}".format, 1),
+    _Column("int8_fraction", "multiplications in int8", format_percent, 1),
+    _Column("sqnr_db", "SQNR of the outputs, dB", "{:.2f}".format, 1),
+    _Column("agreement", "same answer as float", format_percent, 1),
+    _Column("top1", "top-1", format_percent, 1),
+    _Column("all_int8_sqnr_db", "SQNR with all in int8, dB", "{:.2f}".format, 1),
+    _Column("onnx_megabytes", "ONNX file, MB", "{:.2f}".format, -1),
+    _Column("engine_megabytes", "engine, MB", "{:.2f}".format, -1),
+    _Column("missing_int8", "quantized, but not int8 in the engine", "{:.0f}".format, -1),
+    _Column("findings", "findings", "{:.0f}".format, -1),
+    _Column("seconds", "seconds of the run", "{:.0f}".format, 0),
+)
 
 
 def _list_figures(reports: Sequence[StoredReport]) -> list[Figure]:
-    final = [list(report.data["summary"]["candidates"].values())[-1] for report in reports]
-    summaries = [report.data["summary"] for report in reports]
+    summaries = [_Summary.of(report) for report in reports]
+    figures = []
+    for column in _COLUMNS:
+        values = tuple(getattr(summary, column.field) for summary in summaries)
+        texts = tuple(_write_value(value, column) for value in values)
+        figures.append(Figure(column.label, values, texts, column.better))
+    return figures
 
-    def figure(
-        label: str, values: Sequence[float | None], write: Callable[[float], str], better: int
-    ) -> Figure:
-        texts = tuple("not known" if value is None else write(value) for value in values)
-        return Figure(label, tuple(values), texts, better)
 
-    return [
-        figure("layers with weights in int8", [*map(int8_layers, reports)], "{:.0f}".format, 1),
-        figure("multiplications in int8", [*map(int8_share, reports)], format_share, 1),
-        figure("SQNR of the outputs, dB", [each["sqnr_db"] for each in final], "{:.2f}".format, 1),
-        figure("same answer as float", [each["agreement"] for each in final], format_share, 1),
-        figure("top-1", [each["top1"] for each in final], format_share, 1),
-        figure(
-            "SQNR with all in int8, dB",
-            [report.data["analysis"]["sqnr_db"] for report in reports],
-            "{:.2f}".format,
-            1,
-        ),
-        figure(
-            "ONNX file, MB", [each["onnx_megabytes"] for each in summaries], "{:.2f}".format, -1
-        ),
-        figure("engine, MB", [each["engine_megabytes"] for each in summaries], "{:.2f}".format, -1),
-        figure(
-            "quantized, but not int8 in the engine",
-            [len(each["census_missing_int8"]) for each in summaries],
-            "{:.0f}".format,
-            -1,
-        ),
-        figure(
-            "findings", [len(report.data["findings"]) for report in reports], "{:.0f}".format, -1
-        ),
-        figure(
-            "seconds of the run",
-            [sum(report.data["seconds"].values()) for report in reports],
-            "{:.0f}".format,
-            0,
-        ),
-    ]
+def _write_value(value: float | None, column: _Column) -> str:
+    if value is None:
+        return "not known"
+    return column.write(value)
 
 
 def _list_settings(reports: Sequence[StoredReport]) -> list[Setting]:
-    found = [
-        {
-            "command": report.data["command"],
-            **report.data["settings"],
-            "seed": report.data["seed"],
-            **report.data["data"],
-            **report.data["environment"],
-        }
-        for report in reports
-    ]
-    names = dict.fromkeys(name for each in found for name in each)
-    settings = [Setting(name, tuple(each.get(name) for each in found)) for name in names]
-    return [
-        setting
-        for setting in settings
-        if any(value != setting.values[0] for value in setting.values)
-    ]
+    """The settings, and the facts about data and versions, that are not the same in all runs."""
+    tables = [_collect_settings(report) for report in reports]
+    settings = []
+    for name in _union_of_keys(tables):
+        values = tuple(table.get(name) for table in tables)
+        if any(value != values[0] for value in values):
+            settings.append(Setting(name, values))
+    return settings
+
+
+def _collect_settings(report: StoredReport) -> dict[str, Any]:
+    return {
+        "command": report.data["command"],
+        **report.data["settings"],
+        "seed": report.data["seed"],
+        **report.data["data"],
+        **report.data["environment"],
+    }
+
+
+def _union_of_keys(tables: Sequence[dict[str, Any]]) -> list[str]:
+    """The keys of all tables, in the order in which they come."""
+    keys: dict[str, None] = {}
+    for table in tables:
+        keys.update(dict.fromkeys(table))
+    return list(keys)
 
 
 def _list_layers(reports: Sequence[StoredReport]) -> list[LayerDifference]:
-    found = [{layer.name: layer for layer in report.layers} for report in reports]
-    names = dict.fromkeys(name for each in found for name in each)
-    differences = [_describe_layer([each.get(name) for each in found]) for name in names]
-    return [difference for difference in differences if _differs(difference)]
+    tables = [{layer.name: layer for layer in report.layers} for report in reports]
+    differences = []
+    for name in _union_of_keys(tables):
+        difference = _describe_layer([table.get(name) for table in tables])
+        if _differs(difference):
+            differences.append(difference)
+    return differences
+
+
+class _LayerFacts(NamedTuple):
+    """The facts about a layer in one run; all None where the run has no such layer."""
+
+    precision: str | None = None
+    reason: str | None = None
+    input_amax: float | None = None
+    weight_amax: float | None = None
+    method: str | None = None
+    gain: float | None = None
+
+
+def _collect_facts(layer: LayerRecord | None) -> _LayerFacts:
+    if layer is None:
+        return _LayerFacts()
+    inputs, weight = layer.tensor("input"), layer.tensor("weight")
+    return _LayerFacts(
+        precision=layer.precision,
+        reason=layer.reason,
+        input_amax=None if inputs is None else inputs.amax,
+        weight_amax=None if weight is None else weight.amax,
+        method=None if inputs is None else inputs.method,
+        gain=None if layer.sensitivity is None else layer.sensitivity.gain,
+    )
 
 
 def _describe_layer(layers: Sequence[LayerRecord | None]) -> LayerDifference:
-    known = next(layer for layer in layers if layer)
-    inputs, weights = (
-        [layer.tensor(role) if layer else None for layer in layers] for role in ("input", "weight")
-    )
+    """Describe one layer in all runs, of which at least one has it."""
+    example = next(layer for layer in layers if layer is not None)
+    facts = map(_collect_facts, layers)
+    precisions, reasons, ranges, weights, methods, gains = zip(*facts, strict=True)
     return LayerDifference(
-        name=known.name,
-        kind=known.kind,
-        precisions=tuple(layer.precision if layer else None for layer in layers),
-        reasons=tuple(layer.reason if layer else None for layer in layers),
-        ranges=tuple(tensor.amax if tensor else None for tensor in inputs),
-        weights=tuple(tensor.amax if tensor else None for tensor in weights),
-        methods=tuple(tensor.method if tensor else None for tensor in inputs),
-        gains=tuple(
-            layer.sensitivity.gain if layer and layer.sensitivity else None for layer in layers
-        ),
+        name=example.name,
+        kind=example.kind,
+        precisions=precisions,
+        reasons=reasons,
+        ranges=ranges,
+        weights=weights,
+        methods=methods,
+        gains=gains,
     )
 
 
 def _differs(layer: LayerDifference) -> bool:
-    if layer.has_other_reason or any(
-        len(set(each)) > 1 for each in (layer.precisions, layer.methods)
-    ):
+    """Whether type, method, reason or a range differs."""
+    has_other_type = len(set(layer.precisions)) > 1
+    has_other_method = len(set(layer.methods)) > 1
+    if has_other_type or has_other_method or layer.has_other_reason:
         return True
-    return any(map(_ranges_differ, (layer.ranges, layer.weights)))
+    return _ranges_differ(layer.ranges) or _ranges_differ(layer.weights)
 
 
-def _kind_of_reason(reason: str | None) -> tuple[str, ...]:
-    """What a reason says beside its figures: its rules, and the words before the first number."""
-    words = _FIGURES.split(reason or "")[0]
-    return words, *RULE.findall(reason or "")
+def _strip_figures(reason: str | None) -> tuple[str, ...]:
+    """A reason without its figures: the words before the first number, then its rules."""
+    text = reason or ""
+    words = _FIGURES.split(text)[0]
+    return words, *RULE.findall(text)
 
 
 def _ranges_differ(ranges: Sequence[float | None]) -> bool:
-    known = [amax for amax in ranges if amax is not None]
-    return 0 < len(known) < len(ranges) or max(known, default=0.0) > (1 + TOLERANCE) * min(
-        known, default=0.0
-    )
+    """Whether only some runs have a range, or the ranges differ by more than the tolerance."""
+    present = [amax for amax in ranges if amax is not None]
+    if not present:
+        return False
+    if len(present) < len(ranges):
+        return True
+    return max(present) > (1 + TOLERANCE) * min(present)
+
+
+class _Ranking:
+    """The layers and groups that one run ranked, by name, the most sensitive first."""
+
+    def __init__(self, report: StoredReport) -> None:
+        self.units = {unit.unit: unit for unit in list_units(report)}
+        self.precisions = {layer.name: layer.precision for layer in report.layers}
+        self.metric = unit_of_gain(report)
+
+
+class _Bar(NamedTuple):
+    """One layer or group in one run; the defaults where the run has not ranked it."""
+
+    rank: int | None = None
+    gain: float | None = None
+    precision: str | None = None
+    label: str = "not measured"
+    width: float = 0.0
 
 
 def _list_sensitivity(reports: Sequence[StoredReport]) -> list[SensitivityRow]:
-    units = [{unit.unit: unit for unit in list_units(report)} for report in reports]
-    names = dict.fromkeys(
-        name for rank in range(_BARS) for each in units for name in [*each][rank : rank + 1]
-    )
-    metrics = [unit_of_gain(report) for report in reports]
-    longest: dict[str, float] = {}
-    for metric, each in zip(metrics, units, strict=True):
-        longest[metric] = max(
-            [longest.get(metric, 0.0), *(unit.gain or 0.0 for unit in each.values())]
-        )
-    precisions = [{layer.name: layer.precision for layer in report.layers} for report in reports]
-
-    def width(unit: Sensitivity | None, metric: str) -> float:
-        return (
-            round(100 * max(unit.gain or 0.0, 0.0) / longest[metric], 2)
-            if unit and longest[metric]
-            else 0.0
-        )
-
-    def precision(unit: Sensitivity | None, each: dict[str, str]) -> str | None:
-        return each.get(unit.layers[0]) if unit else None
-
+    rankings = [_Ranking(report) for report in reports]
+    longest = _find_longest_gains(rankings)
     rows = []
-    for name in names:
-        found = [each.get(name) for each in units]
-        rows.append(
-            SensitivityRow(
-                name=name,
-                ranks=tuple(unit.rank if unit else None for unit in found),
-                gains=tuple(unit.gain if unit else None for unit in found),
-                precisions=tuple(map(precision, found, precisions)),
-                labels=tuple(format_gain(unit) if unit else "not measured" for unit in found),
-                widths=tuple(
-                    width(unit, metric) for unit, metric in zip(found, metrics, strict=True)
-                ),
-            )
-        )
+    for name in _name_most_sensitive(rankings):
+        bars = [_draw_bar(ranking, name, longest[ranking.metric]) for ranking in rankings]
+        ranks, gains, precisions, labels, widths = zip(*bars, strict=True)
+        rows.append(SensitivityRow(name, ranks, gains, precisions, labels, widths))
     return rows
+
+
+def _draw_bar(ranking: _Ranking, name: str, longest: float) -> _Bar:
+    """The bar of a layer or group in one run.
+
+    Args:
+        ranking: Of the run.
+        name: Of the layer or group.
+        longest: The largest gain with the same metric, whose bar has full length.
+    """
+    unit = ranking.units.get(name)
+    if unit is None:
+        return _Bar()
+    width = 100 * _positive_gain(unit) / longest if longest else 0.0
+    precision = ranking.precisions.get(unit.layers[0])
+    return _Bar(unit.rank, unit.gain, precision, format_gain(unit), round(width, 2))
+
+
+def _positive_gain(unit: Sensitivity) -> float:
+    """The gain as the length of a bar: zero for a loss, and where none is known."""
+    return max(unit.gain or 0.0, 0.0)
+
+
+def _find_longest_gains(rankings: Sequence[_Ranking]) -> dict[str, float]:
+    """Metric -> the largest gain of all runs that ranked by it."""
+    longest: dict[str, float] = {}
+    for ranking in rankings:
+        gains = [_positive_gain(unit) for unit in ranking.units.values()]
+        longest[ranking.metric] = max(longest.get(ranking.metric, 0.0), *gains, 0.0)
+    return longest
+
+
+def _name_most_sensitive(rankings: Sequence[_Ranking]) -> list[str]:
+    """The most sensitive unit of each run, then the second of each, and so on; each name once."""
+    names: dict[str, None] = {}
+    for rank in range(_BARS):
+        for ranking in rankings:
+            for name in list(ranking.units)[rank : rank + 1]:
+                names[name] = None
+    return list(names)

@@ -1,4 +1,4 @@
-"""The report of a run, read back. Needs no torch."""
+"""Reading the report of a run. Needs no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from qdq.schema import describe, read_json, validate
 from qdq.text import printable
 
 REPORT_FORMAT = "qdq report 1"
-_AGAIN = "run the same command again; it writes a new report."
+"""Marks a report that this version can read."""
+
+_RUN_AGAIN = "run the same command again; it writes a new report."
 _GIVE_FOLDER = "give the folder that `qdq ptq --output` wrote."
 
 Result = TypeVar("Result")
@@ -30,7 +32,7 @@ class StoredReport:
 
     Args:
         path: The JSON file.
-        data: All of it.
+        data: Its content.
         layers: The section `layers`.
     """
 
@@ -51,7 +53,7 @@ def load_report(run: Path | str) -> StoredReport:
         run: A run folder, or the `report.json` in it.
 
     Raises:
-        ArgumentError: No such folder, no run, or one that has not come to its end.
+        ArgumentError: There is no such folder, it is no run folder, or its run has not finished.
         DataError: The report cannot be read, is damaged, or was written by an earlier qdq.
     """
     path, data = read_report(run)
@@ -59,75 +61,79 @@ def load_report(run: Path | str) -> StoredReport:
 
 
 def read_report(run: Path | str) -> tuple[Path, Any]:
-    """Where the report of a run is, and what JSON it holds.
+    """Find and read the JSON file of a run; the content is not checked.
 
     Args:
         run: A run folder, or the `report.json` in it.
 
     Raises:
-        ArgumentError: No such folder, no run, or one that has not come to its end.
-        DataError: The report cannot be read, or is no JSON of finite numbers.
+        ArgumentError: There is no such folder, it is no run folder, or its run has not finished.
+        DataError: The report cannot be read, or is not JSON with finite numbers.
     """
-    run = as_path(run, "run")
-    path = (
-        run / REPORT_FILE if os.path.isdir(run) else run
-    )  # unlike those of Path, they take any name
+    path = run = as_path(run, "run")
+    if os.path.isdir(run):  # unlike the methods of Path, os.path takes any name
+        path = run / REPORT_FILE
     if not os.path.isfile(path):
-        raise _missing(run)
-    return path, read_json(path, _AGAIN if path.name == REPORT_FILE else _GIVE_FOLDER)
+        raise _explain_missing_report(run)
+    fix = _RUN_AGAIN if path.name == REPORT_FILE else _GIVE_FOLDER
+    return path, read_json(path, fix)
 
 
 def guarded(path: Path, read: Callable[[], Result]) -> Result:
-    """What `read` returns of a report; if values of it contradict each other, the error names the file.
+    """Call a function that reads a report. If values of the report contradict each other, the error names the file.
 
-    That each value is there and of its type has been seen to by `parse_report`.
+    `parse_report` has already checked that each value is present and of its type.
+
+    Args:
+        path: The file.
+        read: The function.
 
     Raises:
-        DataError: A name that the report uses is not in it, or a number is missing that another one asks for.
+        DataError: The report uses a name that is not in it, or a number is missing that another one needs.
     """
     try:
         return read()
     except QdqError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        what = printable(f"{type(error).__name__}: {error}")
+        reason = printable(f"{type(error).__name__}: {error}")
         raise DataError(
-            f"{path} is damaged: its entries contradict each other, {what}.", _AGAIN
+            f"{path} is damaged: its entries contradict each other, {reason}.", _RUN_AGAIN
         ) from error
 
 
-def _missing(run: Path) -> ArgumentError:
+def _explain_missing_report(run: Path) -> ArgumentError:
     if not os.path.exists(run):
         return ArgumentError(f"there is no {printable(run)}.", _GIVE_FOLDER)
     try:
-        stage = validate(RunState, read_json(run / STATE_FILE, _AGAIN), STATE_FILE, _AGAIN)["stage"]
+        state = validate(RunState, read_json(run / STATE_FILE, _RUN_AGAIN), STATE_FILE, _RUN_AGAIN)
     except DataError:
         return ArgumentError(
-            f"{run} is no run folder: there is no {REPORT_FILE} in it.",
-            _GIVE_FOLDER,
+            f"{run} is not a run folder: there is no {REPORT_FILE} in it.", _GIVE_FOLDER
         )
     return ArgumentError(
-        f"the run {run} has written no report: it got as far as '{stage}'.", _AGAIN
+        f"the run {run} has not written a report: it got as far as '{state['stage']}'.", _RUN_AGAIN
     )
 
 
 def parse_report(data: Any, path: Path) -> StoredReport:
-    """Make sure that a report holds what every reader of it relies on.
+    """Check that a report holds everything that its readers need.
 
     Args:
         data: The content of the file.
         path: The file.
 
     Raises:
-        DataError: It does not.
+        DataError: Something is missing or of another type.
     """
     if not isinstance(data, dict) or not isinstance(data.get("summary"), dict):
-        raise DataError(f"{path} is no report of a run.", _GIVE_FOLDER)
+        raise DataError(f"{path} is not the report of a run.", _GIVE_FOLDER)
     if data.get("format") != REPORT_FORMAT:
-        found = describe(data.get("format", "none"))
+        present_format = describe(data.get("format", "none"))
         raise DataError(
-            f"{path} is of another qdq: its format is {found}, this one reads {REPORT_FORMAT!r}.",
-            _AGAIN,
+            f"{path} was written by another version of qdq: its format is {present_format}, "
+            f"this version reads {REPORT_FORMAT!r}.",
+            _RUN_AGAIN,
         )
-    sections = validate(StoredSections, data, str(path), _AGAIN)
+    sections = validate(StoredSections, data, str(path), _RUN_AGAIN)
     return StoredReport(path, data, tuple(sections["layers"]))

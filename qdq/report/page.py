@@ -1,4 +1,4 @@
-"""The page of one run: one HTML file that needs nothing but itself."""
+"""The page of one run: one HTML file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from qdq.report.charts import (
 )
 from qdq.report.load import StoredReport, guarded
 from qdq.report.tables import list_census, list_commands, list_details, list_rows, list_skipped
-from qdq.report.wording import format_number, format_share, format_state
+from qdq.report.wording import format_decibels, format_number, format_percent, format_state
 from qdq.statistics.show import load_templates
 
 
 def render_report(report: StoredReport) -> str:
-    """The page of one run.
+    """Render the page of one run.
 
     Args:
         report: From `load_report` or `parse_report`.
 
     Raises:
-        DataError: The report lacks something, or holds it in another form.
+        DataError: A field is missing or has another form.
     """
     return guarded(report.path, lambda: render("run.html", **_view(report)))
 
 
 def render(template: str, **values: Any) -> str:
-    """A page from a template of this package.
+    """Render a template of this package.
 
     Raises:
         LookupError: A value has no such field.
@@ -52,12 +52,12 @@ def render(template: str, **values: Any) -> str:
 @functools.cache
 def _load_environment() -> jinja2.Environment:
     environment = load_templates(Path(__file__).parent / "templates")
-    environment.filters.update(number=format_number, share=format_share, embed=_embed)
+    environment.filters.update(number=format_number, percent=format_percent, embed=_embed)
     return environment
 
 
 def _embed(value: Any) -> Markup:
-    """JSON for a `<script type="application/json">`: no `<` in it, so that no text ends the element."""
+    """JSON for a `<script type="application/json">`: without `<`, so that no text ends the element."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))  # noqa: S704
 
@@ -67,10 +67,10 @@ class Figure:
     """A number that decides.
 
     Args:
-        label: What it is.
-        value: In words.
-        note: What it is to be compared with.
-        is_bad: Whether a person should look.
+        label: Its name.
+        value: The number as text.
+        note: What to compare it with.
+        is_bad: Whether a person should look at it.
     """
 
     label: str
@@ -80,75 +80,113 @@ class Figure:
 
 
 def list_figures(report: StoredReport) -> list[Figure]:
-    """The summary in numbers, what decides first."""
+    """The summary in numbers, the most important ones first."""
+    return [*_list_quality(report), *_list_sizes(report), *_list_problems(report)]
+
+
+def _list_quality(report: StoredReport) -> list[Figure]:
+    """What is in int8, and how close the outputs are to the float model's."""
     data = report.data
-    summary, candidates = data["summary"], data["summary"]["candidates"]
-    rows = list(candidates.values())
-    reference, final = rows[0], rows[-1]
-    expected, missing = summary["census_expected_int8"], len(summary["census_missing_int8"])
+    reference, final = reference_candidate(report), final_candidate(report)
     figures = [
         Figure(
             "layers in int8",
-            f"{int8_layers(report)} of {summary['weighted_layers']}",
+            f"{int8_layers(report)} of {data['summary']['weighted_layers']}",
             "with weights, in the file",
         ),
         Figure(
             "multiplications in int8",
-            format_share(int8_share(report)),
+            format_percent(int8_fraction(report)),
             "in the engine, of those of known size",
         ),
         Figure(
             "SQNR of the outputs",
-            _decibels(final["sqnr_db"]),
+            format_decibels(final["sqnr_db"]),
             f"{final['name']} against {reference['name']}",
         ),
         Figure(
             "same answer as float",
-            format_share(final["agreement"]),
+            format_percent(final["agreement"]),
             f"on {data['evaluation']['images']} images",
         ),
     ]
     if final["top1"] is not None:
         change = 100 * (final["top1"] - reference["top1"])
-        note = f"float {format_share(reference['top1'])}: {change:+.1f} points"
-        figures.append(Figure("top-1", format_share(final["top1"]), note))
-    float_size = f"float parameters {format_number(reference['megabytes'], '.1f')} MB"
-    backend = f"{data['build']['backend']} {data['build']['backend_version']}"
-    expected, missing = summary["census_expected_int8"], len(summary["census_missing_int8"])
-    census = "layers in int8 in the engine, of those expected"
-    findings = "what must be known before shipping"
+        note = f"float {format_percent(reference['top1'])}: {change:+.1f} points"
+        figures.append(Figure("top-1", format_percent(final["top1"]), note))
+    return figures
+
+
+def _list_sizes(report: StoredReport) -> list[Figure]:
+    summary, build = report.data["summary"], report.data["build"]
+    float_megabytes = format_number(reference_candidate(report)["megabytes"], ".1f")
     return [
-        *figures,
-        Figure("ONNX file", f"{summary['onnx_megabytes']:.1f} MB", float_size),
-        Figure("engine", f"{summary['engine_megabytes']:.1f} MB", backend),
-        Figure("census", f"{expected - missing} of {expected}", census, missing > 0),
-        Figure("findings", str(len(data["findings"])), findings, bool(data["findings"])),
+        Figure(
+            "ONNX file",
+            f"{summary['onnx_megabytes']:.1f} MB",
+            f"float parameters {float_megabytes} MB",
+        ),
+        Figure(
+            "engine",
+            f"{summary['engine_megabytes']:.1f} MB",
+            f"{build['backend']} {build['backend_version']}",
+        ),
     ]
 
 
-def _decibels(value: float | None) -> str:
-    return "no error" if value is None else f"{value:.2f} dB"
+def _list_problems(report: StoredReport) -> list[Figure]:
+    summary, findings = report.data["summary"], report.data["findings"]
+    expected = summary["census_expected_int8"]
+    missing = len(summary["census_missing_int8"])
+    return [
+        Figure(
+            "census",
+            f"{expected - missing} of {expected}",
+            "layers in int8 in the engine, of those expected",
+            is_bad=missing > 0,
+        ),
+        Figure(
+            "findings",
+            str(len(findings)),
+            "what you must know before shipping",
+            is_bad=bool(findings),
+        ),
+    ]
+
+
+def reference_candidate(report: StoredReport) -> dict[str, Any]:
+    """The row of the float model in the result table."""
+    candidates: dict[str, dict[str, Any]] = report.data["summary"]["candidates"]
+    return next(iter(candidates.values()))
+
+
+def final_candidate(report: StoredReport) -> dict[str, Any]:
+    """The last row of the result table: the ONNX file in the recipe."""
+    candidates: dict[str, dict[str, Any]] = report.data["summary"]["candidates"]
+    return list(candidates.values())[-1]
 
 
 def int8_layers(report: StoredReport) -> int:
-    """How many layers with weights are int8."""
+    """Number of layers with weights that are int8."""
     return sum(layer.precision == "int8" and layer.weights > 0 for layer in report.layers)
 
 
-def int8_share(report: StoredReport) -> float | None:
-    """Part of the known multiplications that the engine runs in int8, 0..1."""
-    share: float | None = report.data["summary"]["int8_macs"]
-    return share
+def int8_fraction(report: StoredReport) -> float | None:
+    """The fraction of the known multiplications that the engine runs in int8, 0 to 1."""
+    fraction: float | None = report.data["summary"]["int8_macs"]
+    return fraction
 
 
 def _view(report: StoredReport) -> dict[str, Any]:
+    """The variables of the template."""
     data = report.data
+    unit = unit_of_gain(report)
     return {
         "title": data["model"],
         "report": data,
         "run": report.name,
         "figures": list_figures(report),
-        "headline": _headline(report),
+        "headline": _write_headline(report),
         "candidates": data["evaluation"]["candidates"],
         "bars": draw_bars(report),
         "curve": draw_curve(report),
@@ -157,33 +195,38 @@ def _view(report: StoredReport) -> dict[str, Any]:
         "network": draw_network(report.layers),
         "rows": list_rows(report.layers),
         "kinds": sorted({layer.kind for layer in report.layers}),
-        "unit": unit_of_gain(report),
-        "details": [list_details(layer, unit_of_gain(report)) for layer in report.layers],
+        "unit": unit,
+        "details": [list_details(layer, unit) for layer in report.layers],
         "census": list_census(data["build"]["layers"]),
         "skipped": list_skipped(report),
         "commands": list_commands(report),
     }
 
 
-def _headline(report: StoredReport) -> str:
-    """What is to be decided, in two sentences."""
-    data, summary = report.data, report.data["summary"]
-    final = list(summary["candidates"].values())[-1]
-    sqnr = "" if final["sqnr_db"] is None else f", with {final['sqnr_db']:.2f} dB SQNR"
-    headline = (
-        f"{int8_layers(report)} of {summary['weighted_layers']} layers with weights are int8; {final['name']} gives "
-        f"the answer of the float model on {format_share(final['agreement'])} of {data['evaluation']['images']} "
-        f"images{sqnr}."
+def _write_headline(report: StoredReport) -> str:
+    """The result and the search in two sentences."""
+    data, final = report.data, final_candidate(report)
+    sqnr = ""
+    if final["sqnr_db"] is not None:
+        sqnr = f", with {final['sqnr_db']:.2f} dB SQNR"
+    result = (
+        f"{int8_layers(report)} of {data['summary']['weighted_layers']} layers with weights are int8; "
+        f"{final['name']} gives the answer of the float model on {format_percent(final['agreement'])} of "
+        f"{data['evaluation']['images']} images{sqnr}."
     )
-    analysis = data["analysis"]
-    if analysis["steps"]:
-        first, last = (
-            format_state(state, analysis["metric_name"])
-            for state in (analysis, analysis["steps"][-1])
-        )
-        what = "SQNR" if analysis["metric_name"] == "sqnr" else "quality"
-        headline += (
-            f" The analysis left {len(analysis['steps'])} of {len(list_units(report))} in float, which took the {what} "
-            f"on its {analysis['images']} images from {first} to {last}; it ended: {analysis['stopped_by']}."
-        )
-    return headline
+    steps = data["analysis"]["steps"]
+    if not steps:
+        return result
+    return f"{result} {_describe_search(report)}"
+
+
+def _describe_search(report: StoredReport) -> str:
+    analysis = report.data["analysis"]
+    metric, steps = analysis["metric_name"], analysis["steps"]
+    first = format_state(analysis, metric)
+    last = format_state(steps[-1], metric)
+    quality = "SQNR" if metric == "sqnr" else "quality"
+    return (
+        f"The analysis left {len(steps)} of {len(list_units(report))} in float, which took the {quality} "
+        f"on its {analysis['images']} images from {first} to {last}; it ended: {analysis['stopped_by']}."
+    )

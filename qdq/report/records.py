@@ -1,4 +1,7 @@
-"""What a run knows of one layer, as plain data: written by `layers.describe_layers`, read without torch."""
+"""The facts of a run about one layer, as plain data.
+
+`layers.describe_layers` makes the records, which needs torch. Reading them from `report.json` does not.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,21 @@ from typing import Annotated
 from annotated_types import Ge, MinLen
 
 HISTOGRAM_COLUMNS = 64
-RULE = re.compile(r"\bR-[A-Z]+(?:-[A-Z0-9]+)*\b")  # in a reason
+
+RULE = re.compile(r"\bR-[A-Z]+(?:-[A-Z0-9]+)*\b")
+"""Finds the rules that a reason names."""
+
 Count = Annotated[int, Ge(0)]
 Size = Annotated[float, Ge(0)]
 
 
 @dataclass(frozen=True)
 class MethodRange:
-    """What a calibration method would choose.
+    """The range that one calibration method would choose.
 
     Args:
         amax: The range.
-        clipped: Share of the values beyond it, 0..1.
+        clipped: Fraction of the values beyond it, 0 to 1.
     """
 
     amax: Size
@@ -32,23 +38,23 @@ class MethodRange:
 class TensorRecord:
     """One quantizer of a layer and the tensor that it quantizes.
 
-    Where quantizers share a range, statistics of activations are of all their tensors together.
+    Where quantizers share a range, the statistics of activations are of all their tensors together.
 
     Args:
         quantizer: Its dotted name.
-        role: "input", "weight", or what the layer calls it.
+        role: "input", "weight", or another name that the layer gives it.
         is_on: Whether it quantizes in the exported model.
-        amax: The range; of several the largest. None if there is none.
+        amax: The range; the largest of them if there are several. None if there is none.
         least_amax: The smallest of several ranges; `amax` if there is one.
-        ranges: How many ranges: one, or one for each channel.
-        method: How they were solved; "" if they were not.
-        sqnr_db: Signal over error of quantizing this tensor alone, in dB; None if not known or infinite.
-        clipped: Share of the values beyond the range, 0..1.
-        methods: Calibration method -> what it would choose.
-        histogram: Counts of |x| without zeros in columns of equal width.
-        histogram_end: Where the last column ends.
-        shares: The other quantizers that have the same range.
-        unknown: Field -> why it holds nothing.
+        ranges: Number of ranges: one, or one per channel.
+        method: The method that computed them; "" if none did.
+        sqnr_db: SQNR of quantizing only this tensor, in dB; None if not known or infinite.
+        clipped: Fraction of the values beyond the range, 0 to 1.
+        methods: Calibration method -> the range that it would choose.
+        histogram: Counts of |x| without zeros, in columns of equal width.
+        histogram_end: Upper end of the last column.
+        shares: The other quantizers that use the same range.
+        unknown: Field -> the reason why it is empty.
     """
 
     quantizer: str
@@ -69,20 +75,20 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What the analysis says of a layer, or of the group that it was measured in.
+    """The result of the analysis for a layer, or for the group in which it was measured.
 
     Args:
-        unit: Name of what was measured.
+        unit: Name of the layer or group that was measured.
         layers: The layers in it.
-        rank: Its place, 1 is the most sensitive.
-        units: How many were ranked.
-        gain: What leaving it in float gains, in the unit of the metric; None if it was only estimated, or not finite.
+        rank: Its place; 1 is the most sensitive.
+        units: Number of layers and groups that were ranked.
+        gain: Gain of the outputs with it in float, in the unit of the metric; None if only estimated, or not finite.
         low: Lower end of the 95 % interval; None where there is none.
-        high: Its upper end.
+        high: Upper end of the 95 % interval.
         sqnr_db: SQNR of the network's outputs in the state that was measured, in dB; None if infinite.
-        is_exact: Whether it was measured; otherwise estimated.
-        metric: The chosen metric in that state; None if that is SQNR, or not finite.
-        cost: What it costs more in float than in int8, in microseconds; None if times were not asked for.
+        is_exact: Whether it was measured; otherwise it was estimated.
+        metric: The chosen metric in that state; None if the metric is SQNR, or is not finite.
+        cost: Extra time in float compared with int8, in microseconds; None if times were not asked for.
     """
 
     unit: str
@@ -100,7 +106,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One layer, or one function call that a rule says something about.
+    """One layer, or one function call for which a rule has a reason.
 
     Args:
         name: Dotted name.
@@ -110,20 +116,20 @@ class LayerRecord:
         reason: Why.
         rules: The rules that the reason names.
         tensors: Its quantizers.
-        sensitivity: What the analysis found; None if it says nothing.
-        output_sqnr_db: Signal over error of the layer's own output on float inputs with all its quantizers on, in dB.
-        macs: Multiplications with an addition for one sample.
-        macs_share: Their part of the whole network's, 0..1.
+        sensitivity: The result of the analysis; None if the analysis did not rank it.
+        output_sqnr_db: SQNR of the layer's own output on float inputs with all its quantizers on, in dB.
+        macs: Multiplications with an addition (MACs) for one sample.
+        macs_share: Their fraction of the whole network's MACs, 0 to 1.
         weights: Number of weights.
-        weight_bytes: What they take in the exported file.
-        engine: "int8", "float" or "mixed" (several kernels): what the engine runs.
+        weight_bytes: Bytes of the weights in the exported file.
+        engine: Type in the engine: "int8", "float", or "mixed" for several kernels.
         kernels: The engine's names of its kernels.
-        engine_note: What the census says of it.
-        reads: The layers whose outputs it reads, through whatever is no layer.
+        engine_note: The note of the census on it.
+        reads: The layers whose outputs it reads, directly or through operations that are no layers.
         feeds: The layers that read its output.
         reads_input: Whether it reads the input of the network.
         writes_output: Whether an output of the network comes from it.
-        unknown: Field -> why it holds nothing.
+        unknown: Field -> the reason why it is empty.
     """
 
     name: str
@@ -149,8 +155,13 @@ class LayerRecord:
     unknown: Mapping[str, str] = field(default_factory=dict)
 
     def tensor(self, role: str) -> TensorRecord | None:
-        """The quantizer with a role; the first one for "input", whatever the layer calls it."""
-        named = next((tensor for tensor in self.tensors if tensor.role == role), None)
-        if named is None and role == "input":
-            return next((tensor for tensor in self.tensors if tensor.role != "weight"), None)
-        return named
+        """The quantizer with a role. For "input" it may be the first one that is not the weight's."""
+        for tensor in self.tensors:
+            if tensor.role == role:
+                return tensor
+        if role != "input":
+            return None
+        for tensor in self.tensors:
+            if tensor.role != "weight":
+                return tensor
+        return None

@@ -1,20 +1,23 @@
-"""The tables of a report: layers with their details, the census of the engine, what was skipped, commands."""
+"""The tables of the page: layers with their details, the census of the engine, skipped entries, commands."""
 
 from __future__ import annotations
 
 import shlex
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qdq.observers.solve import SOLVERS
 from qdq.report.load import StoredReport
-from qdq.report.records import LayerRecord, TensorRecord
+from qdq.report.records import LayerRecord, MethodRange, TensorRecord
 from qdq.report.wording import (
+    NOTHING,
     describe_layer,
     describe_tensor,
     format_number,
-    format_share,
+    format_percent,
+    name_layer,
     title_of,
 )
 from qdq.text import group_names
@@ -25,9 +28,9 @@ class Cell:
     """A cell of the table of layers.
 
     Args:
-        text: What it shows.
-        value: What it is sorted by; None where it is not known.
-        note: Why it is not known; "" if it is.
+        text: The text that it shows.
+        value: The value for sorting; None where it is unknown.
+        note: Why it is unknown; "" if it is not.
     """
 
     text: str
@@ -45,89 +48,124 @@ class Row:
 
 
 def list_rows(layers: Sequence[LayerRecord]) -> list[Row]:
-    """A row of each layer."""
-    return [_row(number, layer) for number, layer in enumerate(layers)]
+    """One row for each layer."""
+    return [Row(number, layer, _list_cells(layer)) for number, layer in enumerate(layers)]
 
 
-def _row(number: int, layer: LayerRecord) -> Row:
-    entry, weight, found = layer.tensor("input"), layer.tensor("weight"), layer.sensitivity
-    method = entry.method if entry and entry.method else None
-    gain = found.gain if found else None
-    is_exact = found is not None and found.is_exact
-    why_no_gain = layer.unknown.get(
-        "sensitivity", "not finite" if is_exact else "only estimated, not measured"
+def _list_cells(layer: LayerRecord) -> tuple[Cell, ...]:
+    """The cells after number, name, kind and type, in the order of the columns."""
+    return (
+        _gain_cell(layer),
+        _tensor_cell(layer, "input", "amax", ".4g"),
+        _method_cell(layer),
+        _clipped_cell(layer),
+        _tensor_cell(layer, "input", "sqnr_db", ".1f"),
+        _tensor_cell(layer, "weight", "sqnr_db", ".1f"),
+        _number_cell(layer.output_sqnr_db, ".1f", layer.unknown.get("output_sqnr_db", "")),
+        _percent_cell(layer.macs_share, 1, layer.unknown.get("macs", "")),
+        _text_cell(layer.engine, layer.unknown.get("engine", "")),
     )
-    cells = (
-        _cell(gain, ".3g", why_no_gain),
-        _cell_of(layer, entry, "amax", ".4g"),
-        Cell(method or "–", method, _why(layer, entry, "amax")),
-        _share_cell(entry.clipped if entry else None, _why(layer, entry, "clipped"), 3),
-        _cell_of(layer, entry, "sqnr_db", ".1f"),
-        _cell_of(layer, weight, "sqnr_db", ".1f"),
-        _cell(layer.output_sqnr_db, ".1f", layer.unknown.get("output_sqnr_db", "")),
-        _share_cell(layer.macs_share, layer.unknown.get("macs", ""), 1),
-        Cell(layer.engine or "–", layer.engine, layer.unknown.get("engine", "")),
-    )
-    return Row(number, layer, cells)
 
 
-def _cell_of(layer: LayerRecord, tensor: TensorRecord | None, field: str, form: str) -> Cell:
-    value = None if tensor is None else getattr(tensor, field)
-    return _cell(value, form, _why(layer, tensor, field))
+def _gain_cell(layer: LayerRecord) -> Cell:
+    sensitivity = layer.sensitivity
+    if sensitivity is None:
+        return Cell(NOTHING, None, layer.unknown.get("sensitivity", "not measured"))
+    reason = "not finite" if sensitivity.is_exact else "only estimated, not measured"
+    return _number_cell(sensitivity.gain, ".3g", reason)
 
 
-def _why(layer: LayerRecord, tensor: TensorRecord | None, field: str) -> str:
+def _tensor_cell(layer: LayerRecord, role: str, field: str, form: str) -> Cell:
+    """A figure of one of the quantizers of a layer."""
+    tensor = layer.tensor(role)
     if tensor is None:
-        return layer.unknown.get("tensors", "it has no such quantizer")
-    return tensor.unknown.get(field, "")
+        return Cell(NOTHING, None, _why_no_tensor(layer))
+    return _number_cell(getattr(tensor, field), form, tensor.unknown.get(field, ""))
 
 
-def _cell(value: float | None, form: str, why: str) -> Cell:
-    return Cell(format_number(value, form), value, why if value is None else "")
+def _method_cell(layer: LayerRecord) -> Cell:
+    tensor = layer.tensor("input")
+    if tensor is None:
+        return Cell(NOTHING, None, _why_no_tensor(layer))
+    return _text_cell(tensor.method or None, tensor.unknown.get("amax", ""))
 
 
-def _share_cell(value: float | None, why: str, digits: int) -> Cell:
-    return Cell(format_share(value, digits), value, why if value is None else "")
+def _clipped_cell(layer: LayerRecord) -> Cell:
+    tensor = layer.tensor("input")
+    if tensor is None:
+        return Cell(NOTHING, None, _why_no_tensor(layer))
+    return _percent_cell(tensor.clipped, 3, tensor.unknown.get("clipped", ""))
+
+
+def _why_no_tensor(layer: LayerRecord) -> str:
+    return layer.unknown.get("tensors", "it has no such quantizer")
+
+
+def _number_cell(value: float | None, form: str, reason: str) -> Cell:
+    if value is None:
+        return Cell(NOTHING, None, reason)
+    return Cell(format_number(value, form), value)
+
+
+def _percent_cell(value: float | None, digits: int, reason: str) -> Cell:
+    if value is None:
+        return Cell(NOTHING, None, reason)
+    return Cell(format_percent(value, digits), value)
+
+
+def _text_cell(value: str | None, reason: str) -> Cell:
+    if value is None:
+        return Cell(NOTHING, None, reason)
+    return Cell(value, value)
 
 
 def list_details(layer: LayerRecord, unit: str) -> dict[str, Any]:
-    """What the page shows of a layer when it is opened: texts, and histograms to draw."""
+    """The content of an opened layer on the page: texts, and histograms to draw."""
+    note = ""
+    if "tensors" in layer.unknown:
+        note = f"No ranges: {layer.unknown['tensors']}."
     return {
         "facts": describe_layer(layer, unit),
         "why": layer.reason,
         "tensors": [_list_tensor(tensor) for tensor in layer.tensors],
-        "note": f"No ranges: {layer.unknown['tensors']}." if "tensors" in layer.unknown else "",
+        "note": note,
     }
 
 
 def _list_tensor(tensor: TensorRecord) -> dict[str, Any]:
-    end = tensor.histogram_end
-    methods = [
-        {
-            "name": f"{method} (used)" if method == tensor.method else method,
-            "range": f"{found.amax:.4g}",
-            "clipped": format_share(found.clipped, 3),
-            "isUsed": method == tensor.method,
-            "colour": list(SOLVERS).index(method) if method in SOLVERS else 0,
-            "place": round(found.amax / end, 4) if end else 0.0,
-        }
-        for method, found in tensor.methods.items()
-    ]
+    note = ""
+    if "histogram" in tensor.unknown:
+        note = f"No histogram: {tensor.unknown['histogram']}."
+    methods = [_list_method(name, choice, tensor) for name, choice in tensor.methods.items()]
     return {
         "title": title_of(tensor),
         "facts": describe_tensor(tensor),
         "histogram": tensor.histogram,
-        "end": format_number(end),
+        "end": format_number(tensor.histogram_end),
         "methods": methods,
-        "note": f"No histogram: {tensor.unknown['histogram']}."
-        if "histogram" in tensor.unknown
-        else "",
+        "note": note,
+    }
+
+
+def _list_method(method: str, choice: MethodRange, tensor: TensorRecord) -> dict[str, Any]:
+    """A line in the histogram of a tensor: the range that one method would choose."""
+    is_used = method == tensor.method
+    place = 0.0
+    if tensor.histogram_end:
+        place = round(choice.amax / tensor.histogram_end, 4)
+    return {
+        "name": f"{method} (used)" if is_used else method,
+        "range": f"{choice.amax:.4g}",
+        "clipped": format_percent(choice.clipped, 3),
+        "isUsed": is_used,
+        "colour": list(SOLVERS).index(method) if method in SOLVERS else 0,
+        "place": place,
     }
 
 
 @dataclass(frozen=True)
 class CensusGroup:
-    """Layers of one operator with the same verdict."""
+    """Layers of the engine with the same operator, verdict and reason."""
 
     op_type: str
     verdict: str
@@ -136,25 +174,40 @@ class CensusGroup:
     is_bad: bool
 
 
+@dataclass(frozen=True)
+class _CensusKey:
+    """The facts that the layers of a `CensusGroup` have in common."""
+
+    op_type: str
+    verdict: str
+    reason: str
+    is_bad: bool
+
+
 def list_census(layers: Iterable[Mapping[str, Any]]) -> list[CensusGroup]:
-    """Alike layers of the engine together, those that are not as expected first."""
-    groups = [
-        CensusGroup(op_type, verdict, reason or "as expected", tuple(names), is_bad)
-        for (op_type, verdict, reason, is_bad), names in group_names(map(_judge, layers)).items()
-    ]
+    """Group similar layers of the engine; those that are not as expected come first, then the largest groups."""
+    names: defaultdict[_CensusKey, list[str]] = defaultdict(list)
+    for layer in layers:
+        names[_judge(layer)].append(layer["module"] or layer["node"])
+    groups = []
+    for key, members in names.items():
+        reason = key.reason or "as expected"
+        groups.append(CensusGroup(key.op_type, key.verdict, reason, tuple(members), key.is_bad))
     return sorted(groups, key=lambda group: (not group.is_bad, -len(group.names)))
 
 
-def _judge(layer: Mapping[str, Any]) -> tuple[tuple[str, str, str, bool], str]:
-    """What is said of a layer of the engine, and its name."""
-    is_bad = layer["expected_int8"] and not layer["int8"]
-    verdict = "int8" if layer["int8"] else "NOT int8, though quantized" if is_bad else "float"
-    return (layer["op_type"], verdict, layer["reason"], is_bad), layer["module"] or layer["node"]
+def _judge(layer: Mapping[str, Any]) -> _CensusKey:
+    if layer["int8"]:
+        return _CensusKey(layer["op_type"], "int8", layer["reason"], is_bad=False)
+    if layer["expected_int8"]:
+        verdict = "NOT int8, though quantized"
+        return _CensusKey(layer["op_type"], verdict, layer["reason"], is_bad=True)
+    return _CensusKey(layer["op_type"], "float", layer["reason"], is_bad=False)
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """What is not int8, or was not done, for one reason."""
+    """Layers that are not int8, or steps that a stage left out, for one reason."""
 
     stage: str
     what: str
@@ -163,80 +216,120 @@ class Skipped:
     is_bad: bool = False
 
 
+@dataclass(frozen=True)
+class _SkipKey:
+    """The facts that the entries of a row of `Skipped` have in common."""
+
+    stage: str
+    what: str
+    reason: str
+    is_bad: bool = False
+
+
+_Skip = tuple[_SkipKey, str]  # and the name of the layer
+
+
 def list_skipped(report: StoredReport) -> list[Skipped]:
-    """Whatever was left out by any stage, and why; what nobody wanted first."""
+    """List everything that a stage left out, and why; the unintended entries come first."""
     data = report.data
-    missed = set(data["summary"]["missed_modules"])  # others stand there with their calls
-    found = [
-        ("swap", m["type"], m["reason"], m["name"], m["action"] == "missed")
-        for m in data["swap"]["modules"]
-        if m["action"] == "float" or m["name"] in missed
-    ]
-    found += [
-        ("rewire", call["function"], call["reason"], call["name"], False)
-        for call in data["rewire"]["operations"]
-        if call["action"] == "float"
-    ]
-    found += [
-        ("fold", "BatchNorm", pair["reason"], pair["batchnorm"], False)
-        for pair in data["fold"]
-        if not pair["folded"]
-    ]
-    found += [
-        ("calibrate", "quantizer", each["note"], each["name"], True)
-        for each in data["calibration"]
-        if each["note"]
-    ]
-    left = {
-        name for step in data["analysis"]["steps"] for name in step["layers"] or [step["layer"]]
-    }
-    left |= {name for name, precision in data["analysis"]["pinned"].items() if precision == "float"}
-    found += [
-        ("analyze", each.kind, each.reason, each.name, False)
-        for each in report.layers
-        if each.name in left
-    ]
-    found += [
-        (
-            "check",
-            f"{each['rule']} {each['severity']}",
-            each["message"],
-            each["node"],
-            each["severity"] != "info",
-        )
-        for each in data["check"]["findings"]
-    ]
-    found += [("build", "warning", text, "engine", False) for text in data["build"]["warnings"]]
-    groups = group_names(
-        ((stage, what, reason, is_bad), name or "the model")
-        for stage, what, reason, name, is_bad in found
-    )
-    entries = [
-        Skipped(stage, what, reason, tuple(names), is_bad)
-        for (stage, what, reason, is_bad), names in groups.items()
-    ]
-    return sorted(entries, key=lambda entry: not entry.is_bad)
+    skips: list[_Skip] = []
+    skips += _list_skips_of_swap(data)
+    skips += _list_skips_of_rewire(data)
+    skips += _list_skips_of_fold(data)
+    skips += _list_skips_of_calibration(data)
+    skips += _list_skips_of_analysis(report)
+    skips += _list_findings_of_check(data)
+    skips += _list_warnings_of_build(data)
+    rows = []
+    for key, names in group_names(skips).items():
+        shown_names = tuple(name_layer(name) for name in names)
+        rows.append(Skipped(key.stage, key.what, key.reason, shown_names, key.is_bad))
+    return sorted(rows, key=lambda row: not row.is_bad)
+
+
+def _list_skips_of_swap(data: Mapping[str, Any]) -> list[_Skip]:
+    """Modules in float. A missed module counts only if the summary lists it: others are listed with their calls."""
+    missed = set(data["summary"]["missed_modules"])
+    skips = []
+    for module in data["swap"]["modules"]:
+        if module["action"] == "float" or module["name"] in missed:
+            is_missed = module["action"] == "missed"
+            key = _SkipKey("swap", module["type"], module["reason"], is_missed)
+            skips.append((key, module["name"]))
+    return skips
+
+
+def _list_skips_of_rewire(data: Mapping[str, Any]) -> list[_Skip]:
+    skips = []
+    for call in data["rewire"]["operations"]:
+        if call["action"] == "float":
+            key = _SkipKey("rewire", call["function"], call["reason"])
+            skips.append((key, call["name"]))
+    return skips
+
+
+def _list_skips_of_fold(data: Mapping[str, Any]) -> list[_Skip]:
+    skips = []
+    for pair in data["fold"]:
+        if not pair["folded"]:
+            key = _SkipKey("fold", "BatchNorm", pair["reason"])
+            skips.append((key, pair["batchnorm"]))
+    return skips
+
+
+def _list_skips_of_calibration(data: Mapping[str, Any]) -> list[_Skip]:
+    skips = []
+    for quantizer in data["calibration"]:
+        if quantizer["note"]:
+            key = _SkipKey("calibrate", "quantizer", quantizer["note"], is_bad=True)
+            skips.append((key, quantizer["name"]))
+    return skips
+
+
+def _list_skips_of_analysis(report: StoredReport) -> list[_Skip]:
+    """Layers that the search left in float, and layers that the plan pinned to float."""
+    analysis = report.data["analysis"]
+    float_layers: set[str] = set()
+    for step in analysis["steps"]:
+        float_layers.update(step["layers"] or [step["layer"]])
+    for name, precision in analysis["pinned"].items():
+        if precision == "float":
+            float_layers.add(name)
+    skips = []
+    for layer in report.layers:
+        if layer.name in float_layers:
+            skips.append((_SkipKey("analyze", layer.kind, layer.reason), layer.name))
+    return skips
+
+
+def _list_findings_of_check(data: Mapping[str, Any]) -> list[_Skip]:
+    skips = []
+    for finding in data["check"]["findings"]:
+        title = f"{finding['rule']} {finding['severity']}"
+        is_bad = finding["severity"] != "info"
+        skips.append((_SkipKey("check", title, finding["message"], is_bad), finding["node"]))
+    return skips
+
+
+def _list_warnings_of_build(data: Mapping[str, Any]) -> list[_Skip]:
+    return [(_SkipKey("build", "warning", text), "engine") for text in data["build"]["warnings"]]
 
 
 def list_commands(report: StoredReport) -> list[tuple[str, str]]:
-    """Purpose and command: what made the run, and what can be done with it."""
-    data = report.data
-    folder, onnx = str(report.path.parent), str(data["check"]["path"])
-    sm = data["build"]["sm"]
-    build = ["qdq", "build", onnx, *(["--sm", str(sm)] if sm else [])]
-    own: Sequence[tuple[str, Sequence[str]]] = [
-        ("check the file again", ["qdq", "check", onnx]),
-        ("build the engine again", build),
-        (
-            "why a layer is as it is",
-            ["qdq", "explain", folder, report.layers[0].name if report.layers else "LAYER"],
-        ),
+    """Purpose and command: the one that made the run, then those for the next steps."""
+    build = report.data["build"]
+    onnx = str(report.data["check"]["path"])
+    build_command = ["qdq", "build", onnx]
+    if build["sm"]:
+        build_command += ["--sm", str(build["sm"])]
+    example = report.layers[0].name if report.layers else "LAYER"
+    explain_command = ["qdq", "explain", str(report.path.parent), example]
+    commands = [
+        ("this run", report.data["command"]),
+        ("check the file again", shlex.join(["qdq", "check", onnx])),
+        ("build the engine again", shlex.join(build_command)),
+        ("why a layer is in int8 or float", shlex.join(explain_command)),
     ]
-    return [
-        ("this run", data["command"]),
-        *((purpose, shlex.join(command)) for purpose, command in own),
-        *(
-            (f"on the target, {version}", line)
-            for version, line in data["build"]["trtexec"].items()
-        ),
-    ]
+    for version, command in build["trtexec"].items():
+        commands.append((f"on the target, {version}", command))
+    return commands

@@ -1,181 +1,268 @@
-"""What is known of a layer in words, for the page and for `qdq explain`; what is not known says why."""
+"""The wording of the report: a layer, a tensor and their figures as text. An unknown figure says why.
+
+The page, `qdq explain` and the comparison of runs take their texts from here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qdq.report.records import LayerRecord, Sensitivity, TensorRecord
+from qdq.report.records import LayerRecord, MethodRange, Sensitivity, TensorRecord
 
 Fact = tuple[str, str]
+"""A term and its text."""
+
+NOTHING = "–"
+"""Shown where a figure is unknown; its tooltip says why."""
+
+_UNMEASURED = "nothing was measured"
 
 
 def describe_layer(
     layer: LayerRecord, unit: str, neighbours: Mapping[str, str] | None = None
 ) -> list[Fact]:
-    """Term and text, what decides first.
+    """Describe a layer, the most important fact first.
 
     Args:
         layer: The record.
-        unit: What gains are in.
-        neighbours: What the layers that it reads or feeds run in, to be said with their names.
+        unit: The unit of the gains.
+        neighbours: Layer -> "int8" or "float", for the layers that it reads or feeds. They are shown with their names.
     """
-    missing, found = layer.unknown, layer.sensitivity
-    why = missing.get("sensitivity", "there is no error, or it was only estimated")
-    size = f"{layer.weights:,}, {layer.weight_bytes:,} bytes in the file"
-    reads = [*["the input of the network"] * layer.reads_input, *_name(layer.reads, neighbours)]
-    feeds = [*_name(layer.feeds, neighbours), *["an output of the network"] * layer.writes_output]
-    return [
+    facts = [
         ("Runs in", layer.precision),
         ("Why", layer.reason),
-        ("Gain in float", _gain(found, unit) if found else _not_known(why)),
-        *_describe_cost(found),
-        ("Outputs in that state", _outputs(found, unit, why)),
-        ("Own output in int8", _known(layer.output_sqnr_db, _sqnr, missing.get("output_sqnr_db"))),
-        (
-            "Multiplications",
-            _known(layer.macs, lambda macs: _work(macs, layer.macs_share), missing.get("macs")),
-        ),
-        ("Weights", size if layer.weights else "none of its own"),
-        (
-            "Engine",
-            _known(
-                layer.engine, lambda kind: _engine(kind, layer.engine_note), missing.get("engine")
-            ),
-        ),
-        (
-            "Kernel",
-            ", ".join(layer.kernels) or _not_known(missing.get("engine", "the engine names none")),
-        ),
-        ("Reads", _list(reads, missing, "constants only")),
-        ("Feeds", _list(feeds, missing, "no layer reads it")),
+        ("Gain in float", _describe_gain(layer, unit)),
     ]
+    if layer.sensitivity is not None and layer.sensitivity.cost is not None:
+        cost = f"{layer.sensitivity.cost:.4g} microseconds more than in int8"
+        facts.append(("Cost in float", cost))
+    facts += [
+        ("Outputs in that state", _describe_outputs(layer, unit)),
+        ("Own output in int8", _describe_own_output(layer)),
+        ("Multiplications", _describe_work(layer)),
+        ("Weights", _describe_weights(layer)),
+        ("Engine", _describe_engine(layer)),
+        ("Kernel", _describe_kernels(layer)),
+        ("Reads", _describe_reads(layer, neighbours)),
+        ("Feeds", _describe_feeds(layer, neighbours)),
+    ]
+    return facts
 
 
 def describe_tensor(tensor: TensorRecord) -> list[Fact]:
-    """Term and text of what one quantizer does."""
-    missing = tensor.unknown
+    """Describe what one quantizer does to its tensor."""
     return [
-        ("Range", _known(tensor.amax, lambda amax: _range(amax, tensor), missing.get("amax"))),
+        ("Range", _describe_range(tensor)),
         ("Quantizes", "yes" if tensor.is_on else "no, it is switched off"),
-        ("Error", _known(tensor.sqnr_db, _sqnr, missing.get("sqnr_db"))),
-        (
-            "Clipped",
-            _known(tensor.clipped, lambda part: format_share(part, 3), missing.get("clipped")),
-        ),
-        (
-            "Same range as",
-            f"{', '.join(tensor.shares)}; figures are of all" if tensor.shares else "no other",
-        ),
+        ("Error", _describe_error(tensor)),
+        ("Clipped", _describe_clipping(tensor)),
+        ("Same range as", _describe_sharing(tensor)),
     ]
 
 
+def describe_method(method: str, choice: MethodRange, tensor: TensorRecord) -> Fact:
+    """Describe the range that one calibration method would choose for a tensor."""
+    text = f"{choice.amax:.5g}, clips {format_percent(choice.clipped, 3)}"
+    if method == tensor.method:
+        text += " (used)"
+    return f"by {method}", text
+
+
 def title_of(tensor: TensorRecord) -> str:
-    """The role with a capital letter."""
+    """The role of a tensor with a capital letter."""
     return tensor.role[:1].upper() + tensor.role[1:]
 
 
-def format_number(value: float | None, form: str = ".4g", unknown: str = "–") -> str:
+def name_layer(name: str) -> str:
+    """The dotted name of a layer; the module at the top has none."""
+    return name or "the model"
+
+
+def format_number(value: float | None, form: str = ".4g", unknown: str = NOTHING) -> str:
     """A number in a few characters."""
-    return unknown if value is None else format(value, form)
-
-
-def format_share(value: float | None, digits: int = 1) -> str:
-    """0.123 as "12.3 %"; what is little is not shown as nothing."""
     if value is None:
-        return "–"
-    least = 10.0**-digits
-    return f"< {least:g} %" if 0 < 100 * value < least / 2 else f"{100 * value:.{digits}f} %"
+        return unknown
+    return format(value, form)
+
+
+def format_percent(value: float | None, digits: int = 1) -> str:
+    """A fraction as a percentage: 0.123 as "12.3 %". A small fraction is not rounded to zero."""
+    if value is None:
+        return NOTHING
+    percent = 100 * value
+    smallest = 10.0**-digits
+    if 0 < percent < smallest / 2:
+        return f"< {smallest:g} %"
+    return f"{percent:.{digits}f} %"
+
+
+def format_decibels(value: float | None, unknown: str = "no error") -> str:
+    """An SQNR in dB; None stands for an infinite one."""
+    if value is None:
+        return unknown
+    return f"{value:.2f} dB"
 
 
 def format_state(state: Mapping[str, Any], metric: str) -> str:
     """The quality of the outputs in one state of the model, "18.25 dB" or "top1 0.741, SQNR 18.25 dB".
 
     Args:
-        state: `sqnr_db` and `metric` of an analysis, or of a step or a point of it.
-        metric: Name of the metric that ranked.
+        state: `sqnr_db` and `metric` of an analysis, or of one of its steps or points.
+        metric: Name of the metric that ranked the layers.
     """
-    sqnr = "no error" if state["sqnr_db"] is None else f"{state['sqnr_db']:.2f} dB"
+    sqnr = format_decibels(state["sqnr_db"])
     if metric == "sqnr":
         return sqnr
     value = format_number(state["metric"], unknown="not finite")
-    return f"{metric} {value}{' nats' if metric == 'kl' else ''}, SQNR {sqnr}"
+    unit = " nats" if metric == "kl" else ""
+    return f"{metric} {value}{unit}, SQNR {sqnr}"
 
 
 def format_gain(unit: Sensitivity) -> str:
-    """Gain and interval, "0.52 (0.41 to 0.63)"; of an estimate the SQNR."""
-    if unit.gain is None and unit.is_exact:
+    """Gain and interval, "0.52 (0.41 to 0.63)"; for an estimate the SQNR."""
+    if unit.gain is not None:
+        return f"{unit.gain:.3g}{_format_interval(unit, ' ({:.2g} to {:.2g})')}"
+    if unit.is_exact:
         return "not finite"
-    if unit.gain is None:
-        return "estimated" if unit.sqnr_db is None else f"estimated: SQNR {unit.sqnr_db:.2f} dB"
-    interval = (
-        "" if unit.low is None or unit.high is None else f" ({unit.low:.2g} to {unit.high:.2g})"
-    )
-    return f"{unit.gain:.3g}{interval}"
+    if unit.sqnr_db is None:
+        return "estimated"
+    return f"estimated: SQNR {unit.sqnr_db:.2f} dB"
 
 
-def _gain(found: Sensitivity, unit: str) -> str:
-    name = (
-        found.unit if found.unit.startswith("group ") else f"group {found.unit}"
-    )  # of a pattern: "group layer1.*"
-    group = f", in the {name} of {len(found.layers)} layers" if len(found.layers) > 1 else ""
-    rank = f"rank {found.rank} of {found.units}, {'measured' if found.is_exact else 'estimated'}{group}"
-    if found.gain is None:
-        return f"not finite; {rank}" if found.is_exact else rank
-    interval = (
-        ""
-        if found.low is None or found.high is None
-        else f" (95 % interval {found.low:.3g} to {found.high:.3g})"
-    )
-    return f"{found.gain:.3g} {unit}{interval}; {rank}"
+def _format_interval(unit: Sensitivity, form: str) -> str:
+    if unit.low is None or unit.high is None:
+        return ""
+    return form.format(unit.low, unit.high)
 
 
-def _describe_cost(found: Sensitivity | None) -> list[Fact]:
-    if found is None or found.cost is None:
-        return []
-    return [("Cost in float", f"{found.cost:.4g} microseconds more than in int8")]
+def _describe_gain(layer: LayerRecord, unit: str) -> str:
+    sensitivity = layer.sensitivity
+    if sensitivity is None:
+        return _not_known(_why_no_gain(layer))
+    rank = _describe_rank(sensitivity)
+    if sensitivity.gain is not None:
+        interval = _format_interval(sensitivity, " (95 % interval {:.3g} to {:.3g})")
+        return f"{sensitivity.gain:.3g} {unit}{interval}; {rank}"
+    return f"not finite; {rank}" if sensitivity.is_exact else rank
 
 
-def _outputs(found: Sensitivity | None, unit: str, why: str) -> str:
-    """In the state that was measured."""
-    metric = "" if found is None or found.metric is None else f"{found.metric:.4g} {unit}, "
-    return metric + _known(found.sqnr_db if found else None, _sqnr, why)
+def _why_no_gain(layer: LayerRecord) -> str:
+    return layer.unknown.get("sensitivity", "there is no error, or it was only estimated")
 
 
-def _known(value: float | str | None, write: Callable[..., str], why: str | None) -> str:
-    return _not_known(why or "nothing was measured") if value is None else write(value)
+def _describe_rank(sensitivity: Sensitivity) -> str:
+    how = "measured" if sensitivity.is_exact else "estimated"
+    rank = f"rank {sensitivity.rank} of {sensitivity.units}, {how}"
+    if len(sensitivity.layers) == 1:
+        return rank
+    group = sensitivity.unit
+    if not group.startswith("group "):  # the name of a group of a pattern does: "group layer1.*"
+        group = f"group {group}"
+    return f"{rank}, in the {group} of {len(sensitivity.layers)} layers"
 
 
-def _not_known(why: str) -> str:
-    return f"not known: {why}"
+def _describe_outputs(layer: LayerRecord, unit: str) -> str:
+    """The outputs of the network in the state in which the sensitivity was measured."""
+    sensitivity = layer.sensitivity
+    if sensitivity is None:
+        return _not_known(_why_no_gain(layer))
+    sqnr = _not_known(_why_no_gain(layer))
+    if sensitivity.sqnr_db is not None:
+        sqnr = _format_sqnr(sensitivity.sqnr_db)
+    if sensitivity.metric is None:
+        return sqnr
+    return f"{sensitivity.metric:.4g} {unit}, {sqnr}"
 
 
-def _sqnr(value: float) -> str:
+def _describe_own_output(layer: LayerRecord) -> str:
+    if layer.output_sqnr_db is None:
+        return _not_known(layer.unknown.get("output_sqnr_db", _UNMEASURED))
+    return _format_sqnr(layer.output_sqnr_db)
+
+
+def _describe_work(layer: LayerRecord) -> str:
+    if layer.macs is None:
+        return _not_known(layer.unknown.get("macs", _UNMEASURED))
+    return f"{layer.macs:,} per sample, {format_percent(layer.macs_share, 2)} of all"
+
+
+def _describe_weights(layer: LayerRecord) -> str:
+    if not layer.weights:
+        return "none of its own"
+    return f"{layer.weights:,}, {layer.weight_bytes:,} bytes in the file"
+
+
+def _describe_engine(layer: LayerRecord) -> str:
+    if layer.engine is None:
+        return _not_known(layer.unknown.get("engine", _UNMEASURED))
+    if not layer.engine_note:
+        return layer.engine
+    return f"{layer.engine}: {layer.engine_note}"
+
+
+def _describe_kernels(layer: LayerRecord) -> str:
+    if layer.kernels:
+        return ", ".join(layer.kernels)
+    return _not_known(layer.unknown.get("engine", "the engine does not name it"))
+
+
+def _describe_reads(layer: LayerRecord, neighbours: Mapping[str, str] | None) -> str:
+    texts = ["the input of the network"] if layer.reads_input else []
+    texts += _name_neighbours(layer.reads, neighbours)
+    return _list_neighbours(texts, layer, "constants only")
+
+
+def _describe_feeds(layer: LayerRecord, neighbours: Mapping[str, str] | None) -> str:
+    texts = _name_neighbours(layer.feeds, neighbours)
+    if layer.writes_output:
+        texts.append("an output of the network")
+    return _list_neighbours(texts, layer, "no layer reads it")
+
+
+def _name_neighbours(names: Sequence[str], precisions: Mapping[str, str] | None) -> list[str]:
+    if precisions is None:
+        return list(names)
+    return [f"{name} ({precisions.get(name, 'not known')})" for name in names]
+
+
+def _list_neighbours(texts: Sequence[str], layer: LayerRecord, why_none: str) -> str:
+    if texts:
+        return ", ".join(texts)
+    return f"nothing: {layer.unknown.get('neighbours', why_none)}"
+
+
+def _describe_range(tensor: TensorRecord) -> str:
+    if tensor.amax is None:
+        return _not_known(tensor.unknown.get("amax", _UNMEASURED))
+    method = f" by {tensor.method}" if tensor.method else ""
+    if tensor.ranges <= 1:
+        return f"{tensor.amax:.5g}{method}"
+    smallest = tensor.least_amax or 0.0
+    return f"{smallest:.4g} to {tensor.amax:.4g} in {tensor.ranges} channels{method}"
+
+
+def _describe_error(tensor: TensorRecord) -> str:
+    if tensor.sqnr_db is None:
+        return _not_known(tensor.unknown.get("sqnr_db", _UNMEASURED))
+    return _format_sqnr(tensor.sqnr_db)
+
+
+def _describe_clipping(tensor: TensorRecord) -> str:
+    if tensor.clipped is None:
+        return _not_known(tensor.unknown.get("clipped", _UNMEASURED))
+    return format_percent(tensor.clipped, 3)
+
+
+def _describe_sharing(tensor: TensorRecord) -> str:
+    if not tensor.shares:
+        return "no other"
+    return f"{', '.join(tensor.shares)}; the figures are of all of them together"
+
+
+def _format_sqnr(value: float) -> str:
     return f"SQNR {value:.2f} dB"
 
 
-def _engine(kind: str, note: str) -> str:
-    return f"{kind}: {note}" if note else kind
-
-
-def _work(macs: int, share: float | None) -> str:
-    return f"{macs:,} a sample, {format_share(share, 2)} of all"
-
-
-def _range(amax: float, tensor: TensorRecord) -> str:
-    method = f" by {tensor.method}" if tensor.method else ""
-    if tensor.ranges > 1:
-        return f"{tensor.least_amax or 0.0:.4g} to {amax:.4g} in {tensor.ranges} channels{method}"
-    return f"{amax:.5g}{method}"
-
-
-def _name(names: Sequence[str], precisions: Mapping[str, str] | None) -> Sequence[str]:
-    return (
-        names
-        if precisions is None
-        else [f"{name} ({precisions.get(name, 'not known')})" for name in names]
-    )
-
-
-def _list(names: Sequence[str], missing: Mapping[str, str], none: str) -> str:
-    return ", ".join(names) or f"nothing: {missing.get('neighbours', none)}"
+def _not_known(reason: str) -> str:
+    return f"not known: {reason}"

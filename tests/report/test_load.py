@@ -17,12 +17,12 @@ from qdq.report.page import render_report
 def test_what_is_no_run(tmp_path):
     with pytest.raises(ArgumentError, match=r"there is no .*nowhere.*qdq ptq --output"):
         load_report(tmp_path / "nowhere")
-    with pytest.raises(ArgumentError, match="is no run folder"):
+    with pytest.raises(ArgumentError, match="is not a run folder"):
         load_report(tmp_path)
     (tmp_path / "run.json").write_text('{"stage": "analyze", "status": "running"}')
     with pytest.raises(
         ArgumentError,
-        match=r"has written no report: it got as far as 'analyze'.*same command again",
+        match=r"has not written a report: it got as far as 'analyze'.*same command again",
     ):
         load_report(tmp_path)
 
@@ -37,7 +37,7 @@ def test_what_is_no_report(tmp_path, text):
 def test_a_report_of_an_earlier_qdq(store):
     report = make_report(["a"])
     del report["format"]
-    with pytest.raises(DataError, match=r"of another qdq.*run the same command again"):
+    with pytest.raises(DataError, match=r"written by another version of qdq.*run the same command again"):
         load_report(store(report))
 
 

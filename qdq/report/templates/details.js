@@ -53,7 +53,7 @@ function showTensor(tensor) {
   const made = element("section", undefined, {class: "tensor"});
   made.append(element("h3", tensor.title), definitions(tensor.facts));
   if (tensor.histogram.length) {
-    const text = `|x| from 0 to ${tensor.end} without zeros, counts on a logarithmic scale; a line is a range, what is right of it is clipped.`;
+    const text = `|x| from 0 to ${tensor.end} without zeros, counts on a logarithmic scale. Each line is the range by one method; values to the right of it are clipped.`;
     made.append(element("p", text, {class: "soft"}), drawHistogram(tensor), tabulateMethods(tensor));
   }
   if (tensor.note) made.append(element("p", tensor.note, {class: "soft"}));
