@@ -1,13 +1,13 @@
-"""Is a run good enough to ship? Limits held against its report.json, for CI; needs no torch."""
+"""Is a run good enough to ship? Checks its report.json against limits, for CI. Needs no torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from qdq.errors import ArgumentError, DataError, QdqError
@@ -17,24 +17,25 @@ from qdq.report.sections import JudgedSections
 from qdq.schema import validate
 from qdq.text import MOST_CHARACTERS, printable
 
-_ROUNDING = 1e-9  # of float64: 84.8 - 84.4 is no more than 0.4
+_ROUNDING = 1e-9  # of float64: 84.8 - 84.4 is not more than 0.4
 _SHOWN_LAYERS = 3
-_DIGITS, _SHARE_DIGITS = (
-    2,
-    4,
-)  # decimals of what is found, and of a share; more where it would look like the limit
+
+# Decimals of a value, and of a fraction. A value gets more where it would look like the limit that it misses.
+_DIGITS = 2
+_FRACTION_DIGITS = 4
+_MOST_DIGITS = 12
 
 
 @dataclass(frozen=True)
 class GateCheck:
-    """One limit and what was found.
+    """One limit and the value of the run.
 
     Args:
         name: The limit as the command line spells it, "max-drop".
-        limit: Its value, in the unit of the limit (see `gate_run`).
-        found: What the run has, in the same unit.
-        passed: Whether the run keeps the limit.
-        message: What was found, where, and the limit, in one line.
+        limit: The limit (see `gate_run` for the units).
+        found: The value of the run, in the same unit.
+        passed: Whether the run meets the limit.
+        message: The value, what it was compared with, and the limit, in one line.
     """
 
     name: str
@@ -50,8 +51,8 @@ class GateReport:
 
     Args:
         run: The run, as it was given.
-        baseline: The run it was compared with, None without.
-        checks: Every limit that was asked for.
+        baseline: The run it was compared with, or None.
+        checks: One for each limit.
     """
 
     run: Path
@@ -65,17 +66,18 @@ class GateReport:
 
     @property
     def passed(self) -> bool:
-        """Whether it keeps all."""
+        """Whether the run meets all limits."""
         return not self.failures
 
     def format_table(self) -> str:
-        """One line a limit, then the verdict."""
-        lines = [
-            f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.message}"
-            for check in self.checks
-        ]
-        verdict = f"{printable(self.run)}: {len(self.failures)} of {len(self.checks)} limits missed"
-        return "\n".join([*lines, verdict])
+        """One line for each limit, then the verdict."""
+        lines = []
+        for check in self.checks:
+            outcome = "pass" if check.passed else "FAIL"
+            lines.append(f"{outcome}  {check.name}: {check.message}")
+        missed, total = len(self.failures), len(self.checks)
+        lines.append(f"{printable(self.run)}: {missed} of {total} limits missed")
+        return "\n".join(lines)
 
 
 def gate_run(
@@ -89,23 +91,25 @@ def gate_run(
     min_int8_macs: float | None = None,
     max_size: float | None = None,
 ) -> GateReport:
-    """Hold limits against what a run found. Judged is its last candidate, the ONNX file in the recipe.
+    """Check a run against limits. The last row of its result table is checked: the ONNX file in the recipe.
 
     Args:
         run: Run folder, or a copy of its report.json.
-        baseline: Another run, on the same images, likewise.
-        max_drop: Points of top-1 (0 to 100) that it may lie below the baseline; below its own float model without one.
-        max_sqnr_drop: Decibels of SQNR that it may lie below the baseline.
-        min_sqnr: Least SQNR of the outputs against the float model, in dB.
-        min_agreement: Least share of images (0 to 1) with the float model's top-1.
-        min_int8_macs: Least share of all multiplications (0 to 1) that runs in int8 in the engine.
+        baseline: Another run on the same images: its folder, or a copy of its report.json.
+        max_drop: Largest drop in top-1 from the baseline, in points (0 to 100); without a baseline from the run's own
+            float model.
+        max_sqnr_drop: Largest drop in SQNR from the baseline, in dB.
+        min_sqnr: Smallest SQNR of the outputs against the float model, in dB.
+        min_agreement: Smallest fraction of images (0 to 1) with the same top-1 answer as the float model.
+        min_int8_macs: Smallest fraction of all MACs (0 to 1) that runs in int8 in the engine.
         max_size: Largest ONNX file, in MB (10^6 bytes).
 
     Raises:
-        ArgumentError: No limit, one out of its range, or one of limit and baseline without the other; no report.
-        DataError: A damaged report, of other images than the baseline's, or without a fact that a limit asks for.
+        ArgumentError: No limit, a limit out of its range, only one of a baseline and a limit that compares with it, or
+            no report.
+        DataError: The report is damaged, is of other images than the baseline's, or lacks a value that a limit needs.
     """
-    given = {
+    arguments = {
         "max_drop": max_drop,
         "max_sqnr_drop": max_sqnr_drop,
         "min_sqnr": min_sqnr,
@@ -113,69 +117,81 @@ def gate_run(
         "min_int8_macs": min_int8_macs,
         "max_size": max_size,
     }
-    limits = {name: limit for name, limit in given.items() if limit is not None}
+    limits = {name: limit for name, limit in arguments.items() if limit is not None}
     _check_limits(limits, has_baseline=baseline is not None)
+
     run = as_path(run, "run")
-    baseline = None if baseline is None else as_path(baseline, "baseline")
-    judged = _Facts(run)
-    other = None if baseline is None else _Facts(baseline)
-    if other is not None:
-        _require_same_images(judged, other)
-    checks = guarded(
-        judged.path,
-        lambda: tuple(_judge(name, limit, judged, other) for name, limit in limits.items()),
-    )
+    facts = _RunFacts(run)
+    if baseline is None:
+        checks = guarded(facts.path, lambda: _check_run(limits, facts, None))
+        return GateReport(run, None, checks)
+
+    baseline = as_path(baseline, "baseline")
+    baseline_facts = _RunFacts(baseline)
+    _require_same_images(facts, baseline_facts)
+    checks = guarded(facts.path, lambda: _check_run(limits, facts, baseline_facts))
     return GateReport(run, baseline, checks)
 
 
-def format_junit(report: GateReport) -> bytes:
-    """The checks as JUnit XML, one test case a limit, as CI servers read it.
+# JUnit
 
-    With the elements and attributes that Ant's schema requires and Jenkins' allows; the host is not told.
+
+def format_junit(report: GateReport) -> bytes:
+    """The checks as JUnit XML for CI servers, one test case for each limit.
+
+    The elements and attributes are those that the schema of Ant requires and that of Jenkins allows. The name of the
+    host is left out.
     """
     root, suite = _new_suite(tests=len(report.checks), failures=len(report.failures))
     for check in report.checks:
-        _add_case(
-            suite, report.run, check.name, "" if check.passed else "failure", "limit", check.message
-        )
+        case = _add_case(suite, report.run, check.name)
+        if not check.passed:
+            _add_outcome(case, "failure", "limit", check.message)
     return _finish_suite(root, suite, report.format_table())
 
 
 def format_junit_error(run: Path | str, error: QdqError) -> bytes:
-    """A run that could not be judged as JUnit XML: one test case with an error.
+    """A run that could not be checked, as JUnit XML: one test case with an error.
 
     Args:
         run: The run, as it was given.
-        error: Why.
+        error: The reason.
     """
+    message = printable(error, MOST_CHARACTERS)
     root, suite = _new_suite(tests=1, errors=1)
-    _add_case(suite, run, "gate", "error", type(error).__name__, printable(error, MOST_CHARACTERS))
-    return _finish_suite(root, suite, printable(error, MOST_CHARACTERS))
+    case = _add_case(suite, run, "gate")
+    _add_outcome(case, "error", type(error).__name__, message)
+    return _finish_suite(root, suite, message)
 
 
 def _new_suite(tests: int, failures: int = 0, errors: int = 0) -> tuple[Element, Element]:
+    """The root and the suite in it."""
     root = Element("testsuites")
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
-    names = {
+    attributes = {
         "name": "qdq gate",
         "package": "qdq",
         "id": "0",
-        "timestamp": now,
+        "timestamp": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
         "hostname": "localhost",
+        "tests": str(tests),
+        "failures": str(failures),
+        "errors": str(errors),
+        "time": "0",
     }
-    counts = {"tests": str(tests), "failures": str(failures), "errors": str(errors), "time": "0"}
-    suite = SubElement(root, "testsuite", {**names, **counts})
+    suite = SubElement(root, "testsuite", attributes)
     SubElement(suite, "properties")
     return root, suite
 
 
-def _add_case(
-    suite: Element, run: Path | str, name: str, outcome: str, kind: str, message: str
-) -> None:
-    """One test case; `outcome` is "failure", "error", or "" if it passed."""
-    case = SubElement(suite, "testcase", {"classname": printable(run), "name": name, "time": "0"})
-    if outcome:
-        SubElement(case, outcome, {"type": kind, "message": message}).text = message
+def _add_case(suite: Element, run: Path | str, name: str) -> Element:
+    """Add a test case that passes."""
+    return SubElement(suite, "testcase", {"classname": printable(run), "name": name, "time": "0"})
+
+
+def _add_outcome(case: Element, outcome: str, kind: str, message: str) -> None:
+    """Mark a test case; `outcome` is "failure" or "error"."""
+    element = SubElement(case, outcome, {"type": kind, "message": message})
+    element.text = message
 
 
 def _finish_suite(root: Element, suite: Element, output: str) -> bytes:
@@ -186,26 +202,25 @@ def _finish_suite(root: Element, suite: Element, output: str) -> bytes:
     return xml
 
 
-class _Facts:
-    """The report of a run; a fact that it lacks is an error, never a pass.
+# The report
+
+
+class _RunFacts:
+    """The report of a run. A value that it lacks is an error, never a pass.
 
     Args:
         run: Run folder, or the file.
 
     Raises:
-        ArgumentError: No report.
-        DataError: None of a run.
+        ArgumentError: There is no report.
+        DataError: The file is not the report of a run.
     """
 
     def __init__(self, run: Path) -> None:
         self.run = run
         self.path, content = read_report(run)
-        validate(
-            JudgedSections,
-            content,
-            str(self.path),
-            "give the report.json of a run, or run qdq ptq again.",
-        )
+        fix = "give the report.json of a run, or run qdq ptq again."
+        validate(JudgedSections, content, str(self.path), fix)
         self._content: dict[str, Any] = content
         candidates = content["evaluation"]["candidates"]
         self.reference: dict[str, Any] = candidates[0]
@@ -215,187 +230,229 @@ class _Facts:
         """A value by its keys from the top; None if one is missing."""
         value: Any = self._content
         for key in keys:
-            value = None if value is None else value.get(key)
+            if value is None:
+                return None
+            value = value.get(key)
         return value
 
-    def require(self, value: float | None, what: str, fix: str) -> float:
-        """A number that is there.
+    def require(self, value: float | None, title: str, fix: str) -> float:
+        """A value that a limit needs.
 
         Raises:
-            DataError: It is not.
+            DataError: It is None.
         """
         if value is None:
-            raise DataError(f"{self.run} has no {what}, and a limit asks for it.", fix)
+            raise DataError(f"{self.run} has no {title}, and a limit asks for it.", fix)
         return float(value)
 
     def top1(self, candidate: dict[str, Any]) -> float:
-        """In percent."""
-        what, fix = (
-            f"top-1 of {candidate['name']}",
-            "evaluate on images with labels, or use min_agreement.",
-        )
-        return 100 * self.require(candidate.get("top1"), what, fix)
+        """Top-1 of a row of the result table, in percent."""
+        title = f"top-1 of {candidate['name']}"
+        fix = "evaluate on images with labels, or use min_agreement."
+        return 100 * self.require(candidate.get("top1"), title, fix)
 
     def sqnr(self) -> float:
-        """Of the result, in dB."""
-        what, fix = (
-            f"finite SQNR of {self.result['name']}",
-            "leave out the limit on the SQNR: nothing is quantized.",
-        )
-        return self.require(self.result.get("sqnr_db"), what, fix)
+        """SQNR of the result, in dB."""
+        title = f"finite SQNR of {self.result['name']}"
+        fix = "leave out the limit on the SQNR: nothing is quantized."
+        return self.require(self.result.get("sqnr_db"), title, fix)
 
 
-def _check_limits(limits: dict[str, float], *, has_baseline: bool) -> None:
+def _check_limits(limits: Mapping[str, float], *, has_baseline: bool) -> None:
     if not limits:
         raise ArgumentError(
             "no limit is given, and without one every run passes.", "give --max-drop 0.5, say."
         )
     for name, limit in limits.items():
-        low, high = _RANGES[name]
-        if not low <= limit <= high or math.isinf(limit):
-            share = ", a share" if high == 1 else ""
+        rule = _RULES[name]
+        is_in_range = rule.low <= limit <= rule.high
+        if not is_in_range or math.isinf(limit):
+            unit = ", a fraction" if rule.high == 1 else ""
             raise ArgumentError(
-                f"{name} is {limit:g}; it must lie between {low:g} and {high:g}{share}.",
+                f"{name} is {limit:g}; it must lie between {rule.low:g} and {rule.high:g}{unit}.",
                 "correct the limit.",
             )
     if "max_sqnr_drop" in limits and not has_baseline:
         raise ArgumentError(
             "max_sqnr_drop is given, but no baseline.", "give one, or use min_sqnr."
         )
-    if has_baseline and not limits.keys() & {"max_drop", "max_sqnr_drop"}:
+    compares = "max_drop" in limits or "max_sqnr_drop" in limits
+    if has_baseline and not compares:
         raise ArgumentError(
             "a baseline is given, but no limit that compares with it.",
             "add max_drop or max_sqnr_drop.",
         )
 
 
-def _require_same_images(judged: _Facts, other: _Facts) -> None:
-    """As many images with the same labels; where a run holds no digest of them, the same accuracy in float.
+def _require_same_images(run: _RunFacts, baseline: _RunFacts) -> None:
+    """Require as many images with the same labels; where a run has no digest of them, the same accuracy in float.
 
-    Where the images lie does not matter, nor which float model was quantized.
+    The location of the images does not matter, nor does the float model that was quantized.
+
+    Raises:
+        DataError: The images differ.
     """
-    counts = [facts.get("evaluation", "images") for facts in (judged, other)]
-    marks = [facts.get("data", "labels_digest") for facts in (judged, other)]
-    if None in marks:
-        marks = [
-            [facts.reference.get(name) for name in ("top1", "top5")] for facts in (judged, other)
-        ]
-    if counts[0] is None or counts[0] != counts[1] or marks[0] != marks[1]:
-        raise DataError(
-            f"the runs {judged.run} and {other.run} were not evaluated on the same images: {counts[0]!r} and "
-            f"{counts[1]!r} of them, known by {marks[0]!r} and {marks[1]!r} (labels, or top-1 and top-5 in float).",
-            "evaluate both with the same data, --eval-images and --seed.",
-        )
+    count, baseline_count = (facts.get("evaluation", "images") for facts in (run, baseline))
+    marks, baseline_marks = (facts.get("data", "labels_digest") for facts in (run, baseline))
+    if marks is None or baseline_marks is None:
+        marks = [run.reference.get("top1"), run.reference.get("top5")]
+        baseline_marks = [baseline.reference.get("top1"), baseline.reference.get("top5")]
+
+    is_same_count = count is not None and count == baseline_count
+    if is_same_count and marks == baseline_marks:
+        return
+    raise DataError(
+        f"the runs {run.run} and {baseline.run} were not evaluated on the same images: {count!r} and "
+        f"{baseline_count!r} images, identified by {marks!r} and {baseline_marks!r} "
+        "(labels, or top-1 and top-5 in float).",
+        "evaluate both with the same data, --eval-images and --seed.",
+    )
 
 
-def _judge(name: str, limit: float, judged: _Facts, other: _Facts | None) -> GateCheck:
-    measure, is_most = _MEASURES[name], name.startswith("max")
-    found, text = measure(judged, other, _DIGITS)
-    passed = (found - limit if is_most else limit - found) <= _ROUNDING
+# The checks
+
+
+class _Measured(NamedTuple):
+    """A value of a run, and the same as text."""
+
+    value: float
+    text: str
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How one limit is checked.
+
+    Args:
+        measure: Measures a run, with a baseline or without, and writes so many decimals.
+        low: Smallest limit that makes sense.
+        high: Largest limit that makes sense.
+        unit: Unit of the limit, after a space.
+        is_maximum: Whether the value must not be above the limit; otherwise it must not be below.
+    """
+
+    measure: Callable[[_RunFacts, _RunFacts | None, int], _Measured]
+    low: float
+    high: float
+    unit: str = ""
+    is_maximum: bool = False
+
+
+def _check_run(
+    limits: Mapping[str, float], run: _RunFacts, baseline: _RunFacts | None
+) -> tuple[GateCheck, ...]:
+    return tuple(_check_limit(name, limit, run, baseline) for name, limit in limits.items())
+
+
+def _check_limit(name: str, limit: float, run: _RunFacts, baseline: _RunFacts | None) -> GateCheck:
+    rule = _RULES[name]
+    value, text = rule.measure(run, baseline, _DIGITS)
+    excess = value - limit if rule.is_maximum else limit - value
+    passed = excess <= _ROUNDING
     if not passed:
-        found, text = measure(judged, other, _digits_apart(found, limit))
-    if name == "min_int8_macs" and not passed:
-        text += _name_float_layers(judged)
-    bound = f"at {'most' if is_most else 'least'} {limit:.12g}"
-    return GateCheck(
-        name.replace("_", "-"),
-        limit,
-        found,
-        passed,
-        printable(f"{text}; {bound}{_UNITS.get(name, '')}", MOST_CHARACTERS),
+        value, text = rule.measure(run, baseline, _count_digits(value, limit))
+        if name == "min_int8_macs":
+            text += _name_float_layers(run)
+    bound = "at most" if rule.is_maximum else "at least"
+    message = printable(f"{text}; {bound} {limit:.12g}{rule.unit}", MOST_CHARACTERS)
+    return GateCheck(name.replace("_", "-"), limit, value, passed, message)
+
+
+def _count_digits(value: float, limit: float) -> int:
+    """The number of decimals with which a value does not look like the limit that it misses."""
+    for digits in range(_DIGITS, _MOST_DIGITS):
+        if round(value, digits) != round(limit, digits):
+            return digits
+    return _MOST_DIGITS
+
+
+def _measure_drop(run: _RunFacts, baseline: _RunFacts | None, digits: int) -> _Measured:
+    top1 = run.top1(run.result)
+    if baseline is None:
+        reference, reference_name = run.top1(run.reference), run.reference["name"]
+    else:
+        reference = baseline.top1(baseline.result)
+        reference_name = f"the baseline {baseline.run}"
+    difference = _describe_difference(top1, reference, "points", digits)
+    text = (
+        f"top-1 of {run.result['name']} is {top1:.{digits}f} %, "
+        f"{difference} {reference_name} ({reference:.{digits}f} %)"
     )
+    return _Measured(reference - top1, text)
 
 
-def _digits_apart(found: float, limit: float) -> int:
-    """Decimals with which two different numbers do not look the same."""
-    return next(
-        (digits for digits in range(_DIGITS, 12) if round(found, digits) != round(limit, digits)),
-        12,
+def _measure_sqnr_drop(run: _RunFacts, baseline: _RunFacts | None, digits: int) -> _Measured:
+    assert baseline is not None  # noqa: S101  # `_check_limits` requires one
+    sqnr, reference = run.sqnr(), baseline.sqnr()
+    difference = _describe_difference(sqnr, reference, "dB", digits)
+    text = (
+        f"SQNR of {run.result['name']} is {sqnr:.{digits}f} dB, "
+        f"{difference} the baseline {baseline.run} ({reference:.{digits}f} dB)"
     )
+    return _Measured(reference - sqnr, text)
 
 
-def _measure_drop(judged: _Facts, other: _Facts | None, digits: int) -> tuple[float, str]:
-    found = judged.top1(judged.result)
-    base = judged.top1(judged.reference) if other is None else other.top1(other.result)
-    whose = judged.reference["name"] if other is None else f"the baseline {other.run}"
-    compared = _compare(found, base, "points", digits)
-    return (
-        base - found,
-        f"top-1 of {judged.result['name']} is {compared} {whose} ({base:.{digits}f} %)",
-    )
+def _describe_difference(value: float, reference: float, unit: str, digits: int) -> str:
+    distance = abs(reference - value)
+    if distance <= _ROUNDING:
+        return "the same as"
+    side = "below" if value < reference else "above"
+    return f"{distance:.{digits}f} {unit} {side}"
 
 
-def _measure_sqnr_drop(judged: _Facts, other: _Facts | None, digits: int) -> tuple[float, str]:
-    assert other is not None  # noqa: S101  # `_check_limits` has seen to it
-    found, base = judged.sqnr(), other.sqnr()
-    compared = (
-        f"{_compare(found, base, 'dB', digits)} the baseline {other.run} ({base:.{digits}f} dB)"
-    )
-    return base - found, f"SQNR of {judged.result['name']} is {compared}"
+def _measure_sqnr(run: _RunFacts, baseline: _RunFacts | None, digits: int) -> _Measured:
+    sqnr = run.sqnr()
+    return _Measured(sqnr, f"SQNR of {run.result['name']} is {sqnr:.{digits}f} dB")
 
 
-def _compare(found: float, base: float, unit: str, digits: int) -> str:
-    sign = "%" if unit == "points" else unit
-    if abs(base - found) <= _ROUNDING:
-        return f"{found:.{digits}f} {sign}, as that of"
-    where = "below" if found < base else "above"
-    return f"{found:.{digits}f} {sign}, {abs(base - found):.{digits}f} {unit} {where}"
+def _measure_agreement(run: _RunFacts, baseline: _RunFacts | None, digits: int) -> _Measured:
+    name = run.result["name"]
+    fix = "run qdq ptq again."
+    agreement = run.require(run.result.get("agreement"), f"agreement of {name}", fix)
+    fraction = f"{agreement:.{max(digits, _FRACTION_DIGITS)}f}"
+    text = f"{name} agrees with {run.reference['name']} on {fraction} of the images"
+    return _Measured(agreement, text)
 
 
-def _measure_sqnr(judged: _Facts, other: _Facts | None, digits: int) -> tuple[float, str]:
-    return judged.sqnr(), f"SQNR of {judged.result['name']} is {judged.sqnr():.{digits}f} dB"
-
-
-def _measure_agreement(judged: _Facts, other: _Facts | None, digits: int) -> tuple[float, str]:
-    name = judged.result["name"]
-    value = judged.require(
-        judged.result.get("agreement"), f"agreement of {name}", "run qdq ptq again."
-    )
-    share = f"{value:.{max(digits, _SHARE_DIGITS)}f}"
-    return value, f"{name} agrees with {judged.reference['name']} on {share} of the images"
-
-
-def _measure_int8_macs(judged: _Facts, other: _Facts | None, digits: int) -> tuple[float, str]:
+def _measure_int8_macs(run: _RunFacts, baseline: _RunFacts | None, digits: int) -> _Measured:
     fix = "run qdq ptq again, with an engine: runs of an earlier version lack it."
-    value = judged.require(judged.get("summary", "int8_macs"), "share of MACs in int8", fix)
-    return value, f"{value:.{max(digits, _SHARE_DIGITS)}f} of the multiplications run in int8"
+    int8_macs = run.require(run.get("summary", "int8_macs"), "fraction of MACs in int8", fix)
+    fraction = f"{int8_macs:.{max(digits, _FRACTION_DIGITS)}f}"
+    return _Measured(int8_macs, f"{fraction} of the MACs run in int8")
 
 
-def _measure_size(judged: _Facts, other: _Facts | None, digits: int) -> tuple[float, str]:
-    value = judged.require(
-        judged.get("summary", "onnx_megabytes"), "size of its ONNX file", "run qdq ptq again."
-    )
-    return value, f"the ONNX file has {value:.{digits}f} MB"
+def _measure_size(run: _RunFacts, baseline: _RunFacts | None, digits: int) -> _Measured:
+    megabytes = run.get("summary", "onnx_megabytes")
+    size = run.require(megabytes, "size of its ONNX file", "run qdq ptq again.")
+    return _Measured(size, f"the ONNX file has {size:.{digits}f} MB")
 
 
-_MEASURES: dict[str, Callable[[_Facts, _Facts | None, int], tuple[float, str]]] = {
-    "max_drop": _measure_drop,
-    "max_sqnr_drop": _measure_sqnr_drop,
-    "min_sqnr": _measure_sqnr,
-    "min_agreement": _measure_agreement,
-    "min_int8_macs": _measure_int8_macs,
-    "max_size": _measure_size,
+_RULES = {
+    "max_drop": _Rule(_measure_drop, 0.0, 100.0, " points", is_maximum=True),
+    "max_sqnr_drop": _Rule(_measure_sqnr_drop, 0.0, math.inf, " dB", is_maximum=True),
+    "min_sqnr": _Rule(_measure_sqnr, -math.inf, math.inf, " dB"),
+    "min_agreement": _Rule(_measure_agreement, 0.0, 1.0),
+    "min_int8_macs": _Rule(_measure_int8_macs, 0.0, 1.0),
+    "max_size": _Rule(_measure_size, 0.0, math.inf, " MB", is_maximum=True),
 }
-_RANGES = {
-    "max_drop": (0.0, 100.0),
-    "max_sqnr_drop": (0.0, math.inf),
-    "min_sqnr": (-math.inf, math.inf),
-    "min_agreement": (0.0, 1.0),
-    "min_int8_macs": (0.0, 1.0),
-    "max_size": (0.0, math.inf),
-}
-_UNITS = {"max_drop": " points", "max_sqnr_drop": " dB", "min_sqnr": " dB", "max_size": " MB"}
 
 
-def _name_float_layers(judged: _Facts) -> str:
-    """The layers with the most work that are not in int8, with the reason."""
-    sizes = {
-        row["name"]: row["share"] or 0.0 for row in judged.get("build", "coverage", "layers") or ()
-    }
-    rows = [row for row in judged.get("build", "layers") or () if row.get("int8") is False]
-    rows.sort(key=lambda row: -sizes.get(row.get("node"), 0.0))
-    shown = [
-        f"{row.get('module') or row.get('node')} ({sizes.get(row.get('node'), 0.0):.4f}, {row.get('reason')})"
-        for row in rows[:_SHOWN_LAYERS]
-    ]
-    return f"; in float most of all {', '.join(shown)}" if shown else ""
+def _name_float_layers(run: _RunFacts) -> str:
+    """The layers with the most MACs that are not in int8, with their fraction and the reason."""
+    fractions = {}
+    for size in run.get("build", "coverage", "layers") or ():
+        fractions[size["name"]] = size["share"] or 0.0
+    layers = []
+    for layer in run.get("build", "layers") or ():
+        if layer.get("int8") is False:
+            layers.append(layer)
+    layers.sort(key=lambda layer: -fractions.get(layer.get("node"), 0.0))
+
+    texts = []
+    for layer in layers[:_SHOWN_LAYERS]:
+        name = layer.get("module") or layer.get("node")
+        fraction = fractions.get(layer.get("node"), 0.0)
+        texts.append(f"{name} ({fraction:.4f}, {layer.get('reason')})")
+    if not texts:
+        return ""
+    return f"; the largest layers in float are {', '.join(texts)}"

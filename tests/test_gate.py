@@ -64,7 +64,7 @@ def test_against_a_baseline():
     better = gate_run(GOOD, baseline=WORSE, max_drop=0)
     assert better.passed
     assert "0.80 points above the baseline" in better.checks[0].message
-    assert "as that of the baseline" in gate_run(GOOD, baseline=GOOD, max_drop=0).checks[0].message
+    assert "the same as the baseline" in gate_run(GOOD, baseline=GOOD, max_drop=0).checks[0].message
 
 
 def test_exit_code_and_reasons(capsys):
@@ -221,7 +221,7 @@ def test_what_is_missed_by_little_does_not_look_like_the_limit(tmp_path, where, 
         ([], "no limit is given"),
         (["--max-drop", "nan"], "max_drop is nan"),
         (["--max-drop", "-1"], "max_drop is -1"),
-        (["--min-int8-macs", "90"], "between 0 and 1, a share"),
+        (["--min-int8-macs", "90"], "between 0 and 1, a fraction"),
         (["--max-size", "inf"], "max_size is inf"),
         (["--max-sqnr-drop", "1"], "no baseline"),
         (["--baseline", GOOD, "--min-sqnr", "1"], "no limit that compares with it"),
