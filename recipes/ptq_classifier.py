@@ -32,86 +32,118 @@ def ptq_classifier(
     sm: int = 89,
     seed: UInt32 = 0,
 ) -> int:
-    """Quantize a classifier, leave its most sensitive layers in float, export, check and build it.
+    """Quantize a classifier, leave its most sensitive layers in float, then export, check and build it.
 
     Args:
-        model: efficientnet_lite0 (its weights are packaged) or any torchvision classifier.
-        weights: DEFAULT, a torchvision name, random, or the path of a checkpoint.
-        data_dir: ImageFolder, with train and val or without; the packaged photographs if left out.
-        output: Run folder.
+        model: efficientnet_lite0, whose weights are packaged, or the name of a torchvision classifier.
+        weights: DEFAULT, another torchvision name, random, or the path of a checkpoint.
+        data_dir: A folder with one folder per class, with or without train and val above them; packaged photographs
+            if left out.
+        output: Run folder. Files of an earlier run in it are removed first; a folder with other files is refused.
         exclude: Layers to keep in float: dotted names, globs or re:EXPRESSION.
-        plan: YAML of an earlier run, perhaps edited: the layers that it names run as it says.
-        calib_method: How the range of an activation is solved; best: per layer what costs its output least.
+        plan: The plan.yaml of an earlier run, which you may edit. The layers that it names run as it says.
+        calib_method: How the range of an activation is computed; best takes for each layer the method with the
+            smallest error of its output.
         calib_batches: Batches to calibrate on.
         eval_images: Images to evaluate on.
-        analysis_images: Calibration images to measure the sensitivity on.
-        analysis: How the analysis ranks and chooses.
-        precision: What is not int8 is exported in this type.
-        batch_size: Images a batch.
+        analysis_images: Calibration images for the sensitivity analysis.
+        analysis: Options of the sensitivity analysis.
+        precision: Type of the float layers in the exported file.
+        batch_size: Images per batch.
         sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121.
-        seed: Of weights, crops and the choice of images.
+        seed: Seed of random weights, crops and the choice of images.
     """
     settings = dict(locals())
+
+    # Wrong options are refused here, before any work.
     qdq.check_run_folder(output, settings)
     backend = qdq.find_backend("auto", sm)
-    options = analysis.as_arguments()
+    analysis_options = analysis.as_arguments()
     pinned = qdq.load_plan(plan) if plan else None
     net = qdq.load_model(model, weights, seed)
     check_layers(
-        net, exclude=exclude, plan=pinned, groups=options["groups"], profile=options["profile"]
+        net,
+        exclude=exclude,
+        plan=pinned,
+        groups=analysis_options["groups"],
+        profile=analysis_options["profile"],
     )
-    calib, images = qdq.load_images(
+    calibration, images = qdq.load_images(
         data_dir, net, calib_batches * batch_size, eval_images, batch_size, seed
     )
-    analysis.check_labels(calib.labels)
+    analysis.check_labels(calibration.labels)
     run = qdq.start_run(output, seed=seed, settings=settings)
+
     run.stage("float")
-    logits, example = {"float": qdq.predict(net.module, images)}, calib.images[:2]
+    logits = {}
+    logits["float"] = qdq.predict(net.module, images)
+
     run.stage("fold, swap, rewire")
+    example = calibration.images[:2]
     folded = qdq.fold_batchnorm(net.module, example)
-    swapped = qdq.swap_modules(net.module, example, exclude=exclude)
+    swap_plan = qdq.swap_modules(net.module, example, exclude=exclude)
     rewired = qdq.rewire_operations(net.module, example, exclude=exclude)
+
     run.stage("calibrate")
     ranges = qdq.calibrate_model(
-        net.module, calib, method=calib_method, statistics=run.folder / "calibration.safetensors"
+        net.module, calibration, method=calib_method, statistics=run.statistics_file
     )
     logits["all int8"] = qdq.predict(net.module, images)
+
     run.stage("analyze")
-    subset = calib.subset(analysis_images)
-    journal = run.folder / "analysis.jsonl"
-    found = qdq.analyze_layers(net.module, subset, pinned=pinned, path=journal, **options)
-    qdq.save_plan(found.plan, run.folder / "plan.yaml")
+    analysis_result = qdq.analyze_layers(
+        net.module,
+        calibration.subset(analysis_images),
+        pinned=pinned,
+        path=run.journal_file,
+        **analysis_options,
+    )
+    qdq.save_plan(analysis_result.plan, run.plan_file)
     logits["mixed"] = qdq.predict(net.module, images)
+
     run.stage("export and check")
-    file = run.folder / "model.onnx"
-    onnx = qdq.export_onnx(
+    exported = qdq.export_onnx(
         net.module,
         example,
-        file,
+        run.model_file,
         precision=precision,
         calibration=ranges,
-        plan=swapped,
+        plan=swap_plan,
         rewired=rewired,
     )
-    logits["ONNX"], floor = (
-        qdq.predict(onnx.path, images),
-        qdq.measure_tie_floor(net.module, images.subset(128)),
-    )
-    by_default = qdq.predict(onnx.path, images, session="default")
+    logits["ONNX"] = qdq.predict(exported.path, images)
+    default_logits = qdq.predict(exported.path, images, session="default")
+    tie_floor_db = qdq.measure_tie_floor(net.module, images.subset(128))
     check = qdq.check_onnx(
-        onnx.path,
+        exported.path,
         expected=logits["mixed"],
         found=logits["ONNX"],
-        found_default=by_default,
-        tie_floor_db=floor,
+        found_default=default_logits,
+        tie_floor_db=tie_floor_db,
     )
+
     run.stage("build")
-    engine = qdq.build_engine(onnx.path, backend=backend.name, sm=sm)
-    table = qdq.evaluate_outputs(
-        logits, images.labels, files={"float": net.module, "ONNX": onnx.path}
+    build = qdq.build_engine(exported.path, backend=backend.name, sm=sm)
+    evaluation = qdq.evaluate_outputs(
+        logits, images.labels, files={"float": net.module, "ONNX": exported.path}
     )
-    stages = (folded, swapped, rewired, ranges, found, onnx, check, engine, table)
-    return qdq.write_report(run, net, calib, images, *stages).exit_code
+
+    report = qdq.write_report(
+        run,
+        model=net,
+        calibration=calibration,
+        images=images,
+        folded=folded,
+        plan=swap_plan,
+        rewired=rewired,
+        ranges=ranges,
+        analysis=analysis_result,
+        exported=exported,
+        check=check,
+        build=build,
+        evaluation=evaluation,
+    )
+    return report.exit_code
 
 
 if __name__ == "__main__":

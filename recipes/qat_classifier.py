@@ -1,4 +1,4 @@
-"""Fine-tuning of a quantized image classifier: from trained weights to a checked int8 engine, labels or not.
+"""Fine-tuning of a quantized image classifier: from trained weights to a checked int8 engine, with or without labels.
 
 python recipes/qat_classifier.py
 torchrun --nproc-per-node 4 recipes/qat_classifier.py --model resnet50 --data-dir /data/imagenet --loss both
@@ -35,30 +35,37 @@ def qat_classifier(
     sm: int = 89,
     seed: UInt32 = 0,
 ) -> int:
-    """Quantize a classifier, fine-tune what is in int8, export, check and build it; the same call goes on when killed.
+    """Quantize a classifier, fine-tune it, then export, check and build it.
+
+    When it is killed, the same command continues where it stopped.
 
     Args:
-        model: efficientnet_lite0 (its weights are packaged) or any torchvision classifier.
-        weights: DEFAULT, a torchvision name, random, or the path of a checkpoint.
-        data_dir: ImageFolder, with train and val or without; the packaged photographs if left out.
-        output: Run folder.
+        model: efficientnet_lite0, whose weights are packaged, or the name of a torchvision classifier.
+        weights: DEFAULT, another torchvision name, random, or the path of a checkpoint.
+        data_dir: A folder with one folder per class, with or without train and val above them; packaged photographs
+            if left out.
+        output: Run folder. Files of an earlier run in it are removed first; a folder with other files is refused.
         exclude: Layers to keep in float: dotted names, globs or re:EXPRESSION.
-        plan: YAML of an earlier run, perhaps edited: the layers that it names run as it says.
-        calib_method: How the range of an activation is solved; best: per layer what costs its output least.
+        plan: The plan.yaml of an earlier run, which you may edit. The layers that it names run as it says.
+        calib_method: How the range of an activation is computed; best takes for each layer the method with the
+            smallest error of its output.
         calib_batches: Batches to calibrate on.
         eval_images: Images to evaluate on.
-        max_float_layers: At most so many layers are left in float after the analysis.
-        loss: The float model teaches the quantized one (no labels), the labels do, or both (then the last weights).
-        ranges: Ranges stay as calibrated, are learned (lsq, pact), or follow the data (ema).
-        layers: Layers to train alone, named as in exclude; left out: all.
+        max_float_layers: The analysis leaves at most this many layers in float.
+        loss: distill: the float model is the teacher, no labels are needed. labels: cross entropy. both: both losses
+            together. With labels the last weights are kept, not the best.
+        ranges: frozen as calibrated, learned by lsq or pact, or ema, which follows the data.
+        layers: Train only these layers; patterns as for exclude. All layers if left out.
         schedule: Length and learning rates.
-        amp: Compute in bfloat16 where torch.autocast does so.
+        amp: Compute in bfloat16 where torch.autocast does.
         tensorboard: Write the curves into the run folder for TensorBoard.
-        batch_size: Images a batch.
+        batch_size: Images per batch.
         sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121.
-        seed: Of weights, crops and the choice of images.
+        seed: Seed of random weights, crops and the choice of images.
     """
     settings = dict(locals())
+
+    # Wrong options are refused here, before any work.
     qdq.check_run_folder(output, settings)
     backend = qdq.find_backend("auto", sm)
     pinned = qdq.load_plan(plan) if plan else None
@@ -69,70 +76,102 @@ def qat_classifier(
         data_dir, net, None, calib_images, eval_images, batch_size, seed
     )
     check_tuning(loss, training.labels, schedule, tensorboard=tensorboard)
-    calib, images = qdq.load_images(data_dir, net, calib_images, eval_images, batch_size, seed)
+    calibration, images = qdq.load_images(
+        data_dir, net, calib_images, eval_images, batch_size, seed
+    )
     run = qdq.start_run(output, seed=seed, settings=settings)
-    collected, journal, file = (
-        run.folder / n for n in ("calibration.safetensors", "analysis.jsonl", "model.onnx")
-    )
+
     run.stage("float")
-    logits, example, subset = (
-        {"float": qdq.predict(net.module, images)},
-        calib.images[:2],
-        calib.subset(32),
-    )
+    logits = {}
+    logits["float"] = qdq.predict(net.module, images)
+
     run.stage("fold, swap, rewire")
+    example = calibration.images[:2]
     folded = qdq.fold_batchnorm(net.module, example)
-    swapped = qdq.swap_modules(net.module, example, exclude=exclude)
+    swap_plan = qdq.swap_modules(net.module, example, exclude=exclude)
     rewired = qdq.rewire_operations(net.module, example, exclude=exclude)
+
     run.stage("calibrate")
-    solved = qdq.calibrate_model(net.module, calib, method=calib_method, statistics=collected)
-    logits["calibrated"] = qdq.predict(net.module, images)
-    run.stage("analyze")
-    analysis = qdq.analyze_layers(
-        net.module, subset, pinned=pinned, max_float_layers=max_float_layers, path=journal
+    calibrated_ranges = qdq.calibrate_model(
+        net.module, calibration, method=calib_method, statistics=run.statistics_file
     )
-    qdq.save_plan(analysis.plan, run.folder / "plan.yaml")
+    logits["calibrated"] = qdq.predict(net.module, images)
+
+    run.stage("analyze")
+    held_out = calibration.subset(32)
+    analysis = qdq.analyze_layers(
+        net.module,
+        held_out,
+        pinned=pinned,
+        max_float_layers=max_float_layers,
+        path=run.journal_file,
+    )
+    qdq.save_plan(analysis.plan, run.plan_file)
+
     run.stage("fine-tune")
-    tuned = qdq.finetune(
+    uses_labels = loss in ("labels", "both")
+    uses_teacher = loss in ("distill", "both")
+    tuning = qdq.finetune(
         net.module,
         training,
-        loss=None if loss == "distill" else qdq.cross_entropy,
+        loss=qdq.cross_entropy if uses_labels else None,
+        distillation=qdq.Distillation() if uses_teacher else None,
+        held=None if uses_labels else held_out,
         ranges=ranges,
-        seed=seed,
-        distillation=None if loss == "labels" else qdq.Distillation(),
         layers=layers,
         schedule=schedule,
+        seed=seed,
         amp=amp,
-        held=subset if loss == "distill" else None,
-        folder=run.folder / "tuning",
+        folder=run.tuning_folder,
         tensorboard=tensorboard,
     )
     if not run.is_first:
-        return 0  # torchrun: only the first process goes on
+        return 0  # torchrun: only the first process continues
     logits["fine-tuned"] = qdq.predict(net.module, images)
+
     run.stage("export and check")
-    onnx = qdq.export_onnx(
-        net.module, example, file, calibration=solved, plan=swapped, rewired=rewired
+    exported = qdq.export_onnx(
+        net.module,
+        example,
+        run.model_file,
+        calibration=calibrated_ranges,
+        plan=swap_plan,
+        rewired=rewired,
     )
-    logits["ONNX"], floor = (
-        qdq.predict(onnx.path, images),
-        qdq.measure_tie_floor(net.module, images.subset(128)),
-    )
-    by_default = qdq.predict(onnx.path, images, session="default")
+    logits["ONNX"] = qdq.predict(exported.path, images)
+    default_logits = qdq.predict(exported.path, images, session="default")
+    tie_floor_db = qdq.measure_tie_floor(net.module, images.subset(128))
     check = qdq.check_onnx(
-        onnx.path,
+        exported.path,
         expected=logits["fine-tuned"],
         found=logits["ONNX"],
-        found_default=by_default,
-        tie_floor_db=floor,
+        found_default=default_logits,
+        tie_floor_db=tie_floor_db,
     )
+
     run.stage("build")
-    engine = qdq.build_engine(onnx.path, backend=backend.name, sm=sm)
-    table = qdq.evaluate_outputs(
-        logits, images.labels, files={"float": net.module, "ONNX": onnx.path}
+    build = qdq.build_engine(exported.path, backend=backend.name, sm=sm)
+    evaluation = qdq.evaluate_outputs(
+        logits, images.labels, files={"float": net.module, "ONNX": exported.path}
     )
-    stages = (folded, swapped, rewired, solved, analysis, onnx, check, engine, table)
-    return qdq.write_report(run, net, calib, images, *stages, tuning=tuned).exit_code
+
+    report = qdq.write_report(
+        run,
+        model=net,
+        calibration=calibration,
+        images=images,
+        folded=folded,
+        plan=swap_plan,
+        rewired=rewired,
+        ranges=calibrated_ranges,
+        analysis=analysis,
+        exported=exported,
+        check=check,
+        build=build,
+        evaluation=evaluation,
+        tuning=tuning,
+    )
+    return report.exit_code
 
 
 if __name__ == "__main__":

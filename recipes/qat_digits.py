@@ -5,68 +5,109 @@ python recipes/qat_digits.py --network mobilenet --bits 4,4 --seeds 1
 """
 
 import copy
+import math
 import statistics
+from collections import defaultdict
 from typing import Literal
 
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import qdq
 from qdq.cli.main import PositiveInt, run_command
 
 
-class Block(nn.Module):
-    """A residual block: two 3x3 convolutions, or expand, depthwise and project as in MobileNetV2."""
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
 
-    def __init__(self, width: int, out: int, stride: int, depthwise: bool) -> None:
+    def __init__(self, width: int, out: int, stride: int) -> None:
         super().__init__()
-        inner, groups = (4 * width, 4 * width) if depthwise else (out, 1)
-        first = conv(width, inner, 1) if depthwise else conv(width, inner, 3, stride)
-        middle = (
-            (nn.ReLU(), conv(inner, inner, 3, stride, groups), nn.ReLU())
-            if depthwise
-            else (nn.ReLU(),)
+        self.body = nn.Sequential(
+            make_convolution(width, out, 3, stride),
+            nn.ReLU(),
+            make_convolution(out, out, 3),
         )
-        self.body = nn.Sequential(first, *middle, conv(inner, out, 1 if depthwise else 3))
-        self.skip = nn.Sequential() if (width, stride) == (out, 1) else conv(width, out, 1, stride)
-        self.end = nn.Identity() if depthwise else nn.ReLU()
+        self.skip = make_shortcut(width, out, stride)
+        self.relu = nn.ReLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[N, width, H, W]` to `[N, out, H / stride, W / stride]`."""
-        result: torch.Tensor = self.end(self.body(x) + self.skip(x))
+        result: torch.Tensor = self.relu(self.body(x) + self.skip(x))
         return result
 
 
-def conv(width: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+class InvertedBlock(nn.Module):
+    """Expand, depthwise and project, and a shortcut, as in MobileNetV2."""
+
+    def __init__(self, width: int, out: int, stride: int) -> None:
+        super().__init__()
+        inner = 4 * width
+        self.body = nn.Sequential(
+            make_convolution(width, inner, 1),
+            nn.ReLU(),
+            make_convolution(inner, inner, 3, stride, groups=inner),
+            nn.ReLU(),
+            make_convolution(inner, out, 1),
+        )
+        self.skip = make_shortcut(width, out, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[N, width, H, W]` to `[N, out, H / stride, W / stride]`."""
+        result: torch.Tensor = self.body(x) + self.skip(x)
+        return result
+
+
+def make_convolution(
+    width: int, out: int, kernel: int, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
     """Convolution and BatchNorm."""
-    layer = nn.Conv2d(width, out, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return nn.Sequential(layer, nn.BatchNorm2d(out))
+    convolution = nn.Conv2d(width, out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(out))
 
 
-def make_network(depthwise: bool) -> nn.Sequential:
+def make_shortcut(width: int, out: int, stride: int) -> nn.Sequential:
+    """A convolution, or nothing where the block keeps the shape."""
+    if width == out and stride == 1:
+        return nn.Sequential()
+    return make_convolution(width, out, 1, stride)
+
+
+def make_network(network: str) -> nn.Sequential:
     """A small ResNet or MobileNet for 8 x 8 images and 10 classes."""
-    blocks = (
-        Block(w, out, stride, depthwise)
-        for w, out, stride in ((16, 16, 1), (16, 32, 2), (32, 32, 1))
-    )
+    block = {"resnet": ResidualBlock, "mobilenet": InvertedBlock}[network]
     return nn.Sequential(
-        conv(1, 16, 3), nn.ReLU(), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
+        make_convolution(1, 16, 3),
+        nn.ReLU(),
+        block(16, 16, 1),
+        block(16, 32, 2),
+        block(32, 32, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 10),
     )
 
 
-def train(
-    net: nn.Module, batches: torch.utils.data.DataLoader[tuple[torch.Tensor, ...]], epochs: int
-) -> None:
-    """As one trains in float: Adam, cosine."""
+def train(net: nn.Module, batches: DataLoader[tuple[torch.Tensor, ...]], epochs: int) -> None:
+    """Train in float, with Adam and a cosine schedule."""
+    net.train()
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(batches))
     for _ in range(epochs):
         for images, labels in batches:
             optimizer.zero_grad()
-            nn.functional.cross_entropy(net.train()(images), labels).backward()  # type: ignore[no-untyped-call]
+            loss = nn.functional.cross_entropy(net(images), labels)
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
+    net.eval()
+
+
+def measure_accuracy(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Percentage of images whose label is the largest output."""
+    answers = qdq.predict(net, [images]).argmax(1)
+    return 100 * float((answers == labels.numpy()).mean())
 
 
 def qat_digits(
@@ -80,40 +121,42 @@ def qat_digits(
 
     Args:
         network: Which small network.
-        bits: Pairs of bits of weights and of inputs.
-        seeds: How many times, each with other weights and order.
-        epochs: Of the training in float; fine-tuning takes a quarter.
+        bits: Pairs of bits: of the weights and of the inputs.
+        seeds: Number of repetitions, each with other weights and another order of the images.
+        epochs: Epochs of the training in float; fine-tuning takes a quarter of them.
     """
     digits = load_digits()
-    images, labels = torch.tensor(digits.images)[:, None].float() / 16, torch.tensor(digits.target)
+    images = torch.tensor(digits.images)[:, None].float() / 16
+    labels = torch.tensor(digits.target)
+    train_images, train_labels = images[::2], labels[::2]
     test_images, test_labels = images[1::2], labels[1::2]
-    accuracies: dict[str, list[float]] = {}
-
-    def note(name: str, net: nn.Module) -> None:
-        right = qdq.predict(net, [test_images]).argmax(1) == test_labels.numpy()
-        accuracies.setdefault(name, []).append(100 * float(right.mean()))
+    example = test_images[:2]
+    accuracies: defaultdict[str, list[float]] = defaultdict(list)
 
     for seed in range(seeds):
         torch.manual_seed(seed)
-        batches = torch.utils.data.DataLoader(
-            torch.utils.data.TensorDataset(images[::2], labels[::2]), 64, shuffle=True
-        )
-        trained = make_network(network == "mobilenet")
-        train(trained, batches, epochs)
-        qdq.fold_batchnorm(trained.eval(), test_images[:2])
-        note("float", trained)
+        batches = DataLoader(TensorDataset(train_images, train_labels), 64, shuffle=True)
+        float_net = make_network(network)
+        train(float_net, batches, epochs)
+        qdq.fold_batchnorm(float_net, example)
+        accuracy = measure_accuracy(float_net, test_images, test_labels)
+        accuracies["float"].append(accuracy)
+
         for pair in bits:
             weight_bits, input_bits = map(int, pair.split(","))
-            net = copy.deepcopy(trained)
-            weights, inputs = (
-                qdq.QuantDescriptor(weight_bits, axis=0),
-                qdq.QuantDescriptor(input_bits),
+            net = copy.deepcopy(float_net)
+            qdq.swap_modules(
+                net,
+                example,
+                weight_desc=qdq.QuantDescriptor(weight_bits, axis=0),
+                input_desc=qdq.QuantDescriptor(input_bits),
             )
-            qdq.swap_modules(net, test_images[:2], weight_desc=weights, input_desc=inputs)
-            qdq.calibrate_model(net, [images[::2]])
-            note(f"W{weight_bits}A{input_bits} calibrated", net)
+            qdq.calibrate_model(net, [train_images])
+            accuracy = measure_accuracy(net, test_images, test_labels)
+            accuracies[f"W{weight_bits}A{input_bits} calibrated"].append(accuracy)
+
             schedule = qdq.Schedule(
-                epochs=-(-epochs // 4),
+                epochs=math.ceil(epochs / 4),
                 lr=1e-5 if pair == "8,8" else 1e-3,
                 bias_lr=1e-3,
                 range_lr=1e-2,
@@ -121,11 +164,13 @@ def qat_digits(
             qdq.finetune(
                 net, batches, loss=qdq.cross_entropy, ranges="lsq", schedule=schedule, seed=seed
             )
-            note(f"W{weight_bits}A{input_bits} fine-tuned", net)
+            accuracy = measure_accuracy(net, test_images, test_labels)
+            accuracies[f"W{weight_bits}A{input_bits} fine-tuned"].append(accuracy)
+
     for name, values in accuracies.items():
-        print(
-            f"{network:9} {name:16}  {statistics.mean(values):6.2f} %  +- {statistics.pstdev(values):.2f}"
-        )
+        mean = statistics.mean(values)
+        deviation = statistics.pstdev(values)
+        print(f"{network:9} {name:16}  {mean:6.2f} %  +- {deviation:.2f}")
     return 0
 
 

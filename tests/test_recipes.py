@@ -70,11 +70,6 @@ def assert_whole(folder):
             onnx.checker.check_model(str(path), full_check=True)
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, TUNING], ids=lambda path: path.stem)
-def test_the_recipe_stays_one_page(recipe):
-    assert len(recipe.read_text().splitlines()) <= 120
-
-
 @pytest.mark.slow
 @pytest.mark.trt
 def test_interrupted_at_every_stage_then_whole(tmp_path, pictures):
