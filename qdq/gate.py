@@ -75,6 +75,7 @@ class GateReport:
         for check in self.checks:
             outcome = "pass" if check.passed else "FAIL"
             lines.append(f"{outcome}  {check.name}: {check.message}")
+
         missed, total = len(self.failures), len(self.checks)
         lines.append(f"{printable(self.run)}: {missed} of {total} limits missed")
         return "\n".join(lines)
@@ -147,6 +148,7 @@ def format_junit(report: GateReport) -> bytes:
         case = _add_case(suite, report.run, check.name)
         if not check.passed:
             _add_outcome(case, "failure", "limit", check.message)
+
     return _finish_suite(root, suite, report.format_table())
 
 
@@ -233,6 +235,7 @@ class _RunFacts:
             if value is None:
                 return None
             value = value.get(key)
+
         return value
 
     def require(self, value: float | None, title: str, fix: str) -> float:
@@ -272,6 +275,7 @@ def _check_limits(limits: Mapping[str, float], *, has_baseline: bool) -> None:
                 f"{name} is {limit:g}; it must lie between {rule.low:g} and {rule.high:g}{unit}.",
                 "correct the limit.",
             )
+
     if "max_sqnr_drop" in limits and not has_baseline:
         raise ArgumentError(
             "max_sqnr_drop is given, but no baseline.", "give one, or use min_sqnr."
@@ -353,6 +357,7 @@ def _check_limit(name: str, limit: float, run: _RunFacts, baseline: _RunFacts | 
         value, text = rule.measure(run, baseline, _count_digits(value, limit))
         if name == "min_int8_macs":
             text += _name_float_layers(run)
+
     bound = "at most" if rule.is_maximum else "at least"
     message = printable(f"{text}; {bound} {limit:.12g}{rule.unit}", MOST_CHARACTERS)
     return GateCheck(name.replace("_", "-"), limit, value, passed, message)
@@ -363,6 +368,7 @@ def _count_digits(value: float, limit: float) -> int:
     for digits in range(_DIGITS, _MOST_DIGITS):
         if round(value, digits) != round(limit, digits):
             return digits
+
     return _MOST_DIGITS
 
 
@@ -373,6 +379,7 @@ def _measure_drop(run: _RunFacts, baseline: _RunFacts | None, digits: int) -> _M
     else:
         reference = baseline.top1(baseline.result)
         reference_name = f"the baseline {baseline.run}"
+
     difference = _describe_difference(top1, reference, "points", digits)
     text = (
         f"top-1 of {run.result['name']} is {top1:.{digits}f} %, "
@@ -442,10 +449,12 @@ def _name_float_layers(run: _RunFacts) -> str:
     fractions = {}
     for size in run.get("build", "coverage", "layers") or ():
         fractions[size["name"]] = size["share"] or 0.0
+
     layers = []
     for layer in run.get("build", "layers") or ():
         if layer.get("int8") is False:
             layers.append(layer)
+
     layers.sort(key=lambda layer: -fractions.get(layer.get("node"), 0.0))
 
     texts = []
@@ -453,6 +462,7 @@ def _name_float_layers(run: _RunFacts) -> str:
         name = layer.get("module") or layer.get("node")
         fraction = fractions.get(layer.get("node"), 0.0)
         texts.append(f"{name} ({fraction:.4f}, {layer.get('reason')})")
+
     if not texts:
         return ""
     return f"; the largest layers in float are {', '.join(texts)}"

@@ -216,10 +216,12 @@ class Run:
         return facts
 
     def _end_stage(self) -> None:
+        """Note how long the stage took."""
         if self._stage:
             self.seconds[self._stage] = round(time.perf_counter() - self._stage_began, 2)
 
     def _save(self, status: str) -> None:
+        """Write `run.json`."""
         state = {
             "format": RUN_FORMAT,
             "status": status,
@@ -270,6 +272,7 @@ def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | N
         _empty(folder, _find_inputs(folder, run.settings), is_begun)
     except OSError as error:
         raise _refuse_folder(folder, error) from error
+
     set_seed(seed)
     return run
 
@@ -293,6 +296,7 @@ def check_run_folder(folder: Path | str, settings: dict[str, Any] | None = None)
         _require_writable(folder)
     except (OSError, ValueError) as error:
         raise _refuse_folder(folder, error) from error
+
     if _is_locked(folder / LOG_FILE):
         raise ArgumentError(
             f"another run is writing to {printable(folder)}.",
@@ -349,6 +353,7 @@ def list_run_files(run: Path) -> list[Path]:
         for path in _list_folder(folder):
             if _is_run_file(path.name) and path.name != PAGE_FILE:
                 files.append(path)
+
         return files + _list_tuning(folder / TUNING_FOLDER)
     except OSError:
         return [run]
@@ -385,12 +390,18 @@ def guard_command(
 
 
 def _is_replaced_in_place(path: Path, in_place: Collection[tuple[File, File]]) -> bool:
-    """Whether a command may replace a file because it reads the same file."""
+    """Whether a command may replace a file because it reads the same file.
+
+    Args:
+        path: The file that it writes.
+        in_place: As for `guard_files`; a pair with None stands for an option that was not given.
+    """
     for output, source in in_place:
         if not output or not source:
             continue
         if path == Path(output) and is_same_file(Path(output), Path(source)):
             return True
+
     return False
 
 
@@ -403,6 +414,7 @@ def _is_of_a_run(path: Path) -> bool:
         is_written = _matches_any(name, _RUN_FILES + tuning_globs)
         if is_written and _is_state_of_a_run(_read_state(folder)):
             return True
+
     return False
 
 
@@ -423,6 +435,7 @@ def _list_tuning(folder: Path) -> list[Path]:
     files: list[Path] = []
     for glob in _TUNING_FILES:
         files += folder.glob(glob)
+
     return files
 
 
@@ -432,7 +445,12 @@ def _is_run_file(name: str) -> bool:
 
 
 def _is_run_folder(folder: Path, present: list[Path]) -> bool:
-    """Whether a run may use a folder: it is empty, or a run wrote its files."""
+    """Whether a run may use a folder: it is empty, or a run wrote its files.
+
+    Args:
+        folder: The folder, which need not exist.
+        present: The entries in it.
+    """
     if _is_state_of_a_run(_read_state(folder)):
         return True
     # A run that was killed before it wrote run.json leaves at most an empty log.
@@ -440,6 +458,7 @@ def _is_run_folder(folder: Path, present: list[Path]) -> bool:
 
 
 def _is_empty_log(path: Path) -> bool:
+    """Whether a path is the log of a run that has not logged anything."""
     return path.name == LOG_FILE and path.is_file() and path.stat().st_size == 0
 
 
@@ -459,11 +478,17 @@ def _read_state(folder: Path) -> dict[str, Any]:
         state = json.loads(read_file(folder / STATE_FILE))
     except (OSError, ValueError, RecursionError):
         return {}
+
     return state if isinstance(state, dict) else {}
 
 
 def _find_inputs(folder: Path, settings: dict[str, Any]) -> list[Path]:
-    """The files in or below a folder that a setting names."""
+    """The files in or below a folder that a setting names.
+
+    Args:
+        folder: The run folder.
+        settings: The settings of the run; every text in them could be a path.
+    """
     root = os.path.realpath(folder)
     inputs = []
     for text in _list_texts(to_jsonable(settings)):
@@ -471,10 +496,12 @@ def _find_inputs(folder: Path, settings: dict[str, Any]) -> list[Path]:
             continue
         if _is_below(text, root) and os.path.isfile(text):
             inputs.append(Path(text))
+
     return inputs
 
 
 def _is_below(path: str, root: str) -> bool:
+    """Whether a path is in a folder or below it."""
     return os.path.realpath(path).startswith(os.path.join(root, ""))
 
 
@@ -486,6 +513,7 @@ def _list_paths(settings: dict[str, Any]) -> Iterator[Path]:
     weights = settings.get("weights")
     if isinstance(weights, str):
         yield Path(weights)
+
     values = list(settings.values())
     while values:
         value = values.pop()
@@ -521,6 +549,7 @@ def _empty(folder: Path, inputs: list[Path], is_begun: bool) -> None:
     kept_globs: tuple[str, ...] = (STATE_FILE, LOG_FILE, *_JOURNALS)
     if is_begun:
         kept_globs += _STATISTICS
+
     for path in _list_folder(folder):
         if not _is_run_file(path.name):
             continue
@@ -528,17 +557,24 @@ def _empty(folder: Path, inputs: list[Path], is_begun: bool) -> None:
             _keep_copy(path, is_begun)
         elif not _matches_any(path.name, kept_globs):
             path.unlink()
+
     if not is_begun:
         _empty_tuning(folder / TUNING_FOLDER, inputs)
 
 
 def _empty_tuning(folder: Path, inputs: list[Path]) -> None:
-    """Remove the files of an earlier fine-tuning, and its folders if nothing else is in them."""
+    """Remove the files of an earlier fine-tuning, and its folders if nothing else is in them.
+
+    Args:
+        folder: The folder of fine-tuning.
+        inputs: Files that the run reads; copies of them are kept.
+    """
     for path in _list_tuning(folder):
         if _is_among(path, inputs):
             _keep_copy(path, is_begun=False)
         else:
             path.unlink()
+
     for subfolder in (folder / "tensorboard", folder):
         with contextlib.suppress(OSError):  # absent, or holds files that no run wrote
             subfolder.rmdir()
@@ -552,6 +588,10 @@ def _keep_copy(path: Path, is_begun: bool) -> None:
     """Copy a file that the run reads and will replace.
 
     A run that continues may read its own result; then the copy of the earlier start stays.
+
+    Args:
+        path: The file.
+        is_begun: Whether the run continues an earlier one.
     """
     copy = path.with_name(f"{path.stem}.input{path.suffix}")
     if is_begun and copy.exists():
@@ -569,7 +609,12 @@ def _start_silent_run(settings: dict[str, Any], seed: int) -> Run:
 
 
 def _refuse_folder(folder: Path, error: OSError | ValueError) -> ArgumentError:
-    """The error for a folder that cannot be read or written."""
+    """The error for a folder that cannot be read or written.
+
+    Args:
+        folder: The folder.
+        error: The reason.
+    """
     reason = getattr(error, "strerror", None) or error
     return ArgumentError(
         f"cannot use {printable(folder)} as run folder: {reason}.",
@@ -584,6 +629,7 @@ def _log_to(path: Path) -> None:
         if isinstance(handler, logging.FileHandler):
             root.removeHandler(handler)
             handler.close()
+
     file = logging.FileHandler(path, mode="w", encoding="utf-8")
     file.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root.addHandler(file)
@@ -639,6 +685,7 @@ def _take_lock(path: Path) -> _Lock:
     global _process_lock
     if _process_lock is not None:
         _process_lock.release()
+
     _process_lock = _Lock(path)
     return _process_lock
 
@@ -658,6 +705,7 @@ def _is_locked(path: Path) -> bool:
         OSError
     ):  # a file system without locks, or a file of another user: the error comes when it is opened
         return False
+
     return False
 
 
@@ -706,6 +754,7 @@ def describe_environment() -> dict[str, str]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
+
     return versions
 
 

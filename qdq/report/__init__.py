@@ -179,11 +179,13 @@ def write_report(
 def _describe_layers(
     run: Run, model: ReportedModel, calibration: ReportedImages, results: _StageResults
 ) -> list[LayerRecord]:
+    """Describe the layers on the first calibration images."""
     from qdq.report.layers import describe_layers  # needs torch, which reading a report does not
 
     statistics = None
     if run.statistics_file.is_file():
         statistics = Statistics.load(run.statistics_file)
+
     return describe_layers(
         model.module,
         calibration.images[:_EXAMPLES],
@@ -238,6 +240,7 @@ def _collect_sections(
 
 
 def _describe_data(calibration: ReportedImages, images: ReportedImages) -> dict[str, str]:
+    """Source, number and labels of the images."""
     data = {
         "calibration": calibration.description,
         "evaluation": images.description,
@@ -285,11 +288,14 @@ def _list_findings(results: _StageResults) -> list[str]:
     findings = []
     for problem in results.check.problems:
         findings.append(f"{problem.rule} {problem.node}: {problem.message}")
+
     for range in results.ranges:
         if range.note:
             findings.append(f"{range.name}: {range.note}")
+
     for layer in results.build.missing_int8:
         findings.append(f"{layer.module}: {layer.reason}")
+
     return findings
 
 
@@ -332,6 +338,7 @@ def _drop_missed(plan: SwapPlan, missed: Sequence[str]) -> SwapPlan:
     for module in plan.modules:
         if module.action != "missed" or module.name in missed:
             modules.append(module)
+
     return replace(plan, modules=tuple(modules))
 
 
@@ -345,6 +352,7 @@ def _format_block(title: str, body: str) -> str:
     lines = [title]
     for line in body.splitlines():
         lines.append(f"  {line}")
+
     return "\n".join(lines)
 
 

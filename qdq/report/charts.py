@@ -74,6 +74,7 @@ def list_units(report: StoredReport) -> list[Sensitivity]:
     for layer in report.layers:
         if layer.sensitivity is not None:
             units[layer.sensitivity.rank] = layer.sensitivity
+
     return [units[rank] for rank in sorted(units)]
 
 
@@ -90,17 +91,14 @@ class _Scale:
     low: float
     high: float
 
-    @property
-    def _span(self) -> float:
-        return max(self.high - self.low, 1e-12)
-
     def place(self, value: float) -> float:
         """The place of a value in percent."""
-        return round(100 * (value - self.low) / self._span, 2)
+        return self.length(value - self.low)
 
     def length(self, value: float) -> float:
         """The length of a bar from zero to a value in percent."""
-        return round(100 * abs(value) / self._span, 2)
+        span = max(self.high - self.low, 1e-12)  # no division by zero where all gains are zero
+        return round(100 * abs(value) / span, 2)
 
 
 def draw_bars(report: StoredReport, count: int = BARS) -> Bars:
@@ -115,6 +113,7 @@ def draw_bars(report: StoredReport, count: int = BARS) -> Bars:
         anchor = places[unit.layers[0]]
         is_float = report.layers[anchor].precision == "float"
         bars.append(_draw_bar(unit, scale, anchor, is_float))
+
     return Bars(tuple(bars), scale.place(0.0), len(units) - len(bars), unit_of_gain(report))
 
 
@@ -125,10 +124,19 @@ def _fit_scale(units: Sequence[Sensitivity]) -> _Scale:
         for value in (unit.gain, unit.low, unit.high):
             if value is not None:
                 values.append(value)
+
     return _Scale(min(values), max(values))
 
 
 def _draw_bar(unit: Sensitivity, scale: _Scale, anchor: int, is_float: bool) -> Bar:
+    """Draw the bar of one layer or group.
+
+    Args:
+        unit: The layer or group.
+        scale: The scale of the chart.
+        anchor: Number of its first layer in the table.
+        is_float: Whether it is in float now.
+    """
     gain = unit.gain
     if gain is None:  # not finite: the bar goes to the end of the scale; an estimate has no bar
         gain = scale.high if unit.is_exact else 0.0
@@ -206,6 +214,7 @@ def draw_curve(report: StoredReport) -> Curve | None:
 
 
 def _name_quality(report: StoredReport) -> str:
+    """Title of the axis with the metric that ranked the layers."""
     metric = str(report.data["analysis"]["metric_name"])
     if metric == "sqnr":
         return "SQNR of the outputs, in dB"
@@ -220,6 +229,7 @@ def _sample_front(report: StoredReport) -> list[_Sample]:
         names = point["float_layers"]
         title = f"{len(names)} units in float: {', '.join(names)}" if names else "all in int8"
         samples.append(_sample(report, point["cost"], point, title))
+
     return samples
 
 
@@ -230,6 +240,7 @@ def _sample_steps(report: StoredReport) -> list[_Sample]:
     for name, precision in analysis["pinned"].items():
         if precision == "float":
             float_layers.append(name)
+
     work = _sum_work(report, float_layers)
     samples = [_sample(report, work, analysis, "all that may be int8 in int8")]
 
@@ -237,13 +248,21 @@ def _sample_steps(report: StoredReport) -> list[_Sample]:
         float_layers += step["layers"] or [step["layer"]]
         work = _sum_work(report, float_layers)
         samples.append(_sample(report, work, step, f"+ {step['layer']} in float"))
+
     return samples
 
 
 def _sample(
     report: StoredReport, cost: float | None, state: Mapping[str, Any], title: str
 ) -> _Sample:
-    """One state of the model: its cost and the metric that ranked the layers."""
+    """One state of the model.
+
+    Args:
+        report: The report, which says what metric ranked the layers.
+        cost: Time or work of the state; None if not known.
+        state: `sqnr_db` and `metric` of the state.
+        title: The float layers in words.
+    """
     metric = report.data["analysis"]["metric_name"]
     quality = state["sqnr_db"] if metric == "sqnr" else state["metric"]
     label = f"{title}: {format_state(state, metric)} at {format_number(cost)}"
@@ -259,6 +278,7 @@ def _sum_work(report: StoredReport, names: Sequence[str]) -> float | None:
         if fraction is None:
             return None
         total += fraction
+
     return 100 * total
 
 
@@ -271,6 +291,7 @@ def draw_tuning(report: StoredReport) -> list[Curve]:
     for measurement in tuning["curve"]:
         step, metric = measurement["step"], measurement["metric"]
         measurements.append(_Sample(step, metric, f"step {step}: {format_number(metric)}"))
+
     losses = _average_losses(tuning["losses"])
 
     metric_curve = _draw_samples(measurements, "Step", "The metric")
@@ -288,26 +309,39 @@ def _average_losses(losses: Sequence[float | None]) -> list[_Sample]:
             end = min(start + length, len(losses))
             mean = sum(window) / len(window)
             samples.append(_Sample(end, mean, f"step {end}: {mean:.4g}"))
+
     return samples
 
 
 def _draw_samples(samples: Sequence[_Sample], x_label: str, y_label: str) -> Curve | None:
-    """Draw the samples whose coordinates are both known; None if there are fewer than two."""
+    """Draw the samples whose coordinates are both known.
+
+    Args:
+        samples: From left to right.
+        x_label: Title of the horizontal axis.
+        y_label: Title of the vertical axis.
+
+    Returns:
+        The curve; None if there are fewer than two such samples.
+    """
     xs, ys, labels = [], [], []
     for sample in samples:
         if sample.x is not None and sample.y is not None:
             xs.append(sample.x)
             ys.append(sample.y)
             labels.append(sample.label)
+
     if len(xs) < 2:
         return None
     left, right = _widen(min(xs), max(xs))
     bottom, top = _widen(min(ys), max(ys))
 
     def across(x: float) -> float:
+        """The horizontal place of a value, in percent."""
         return round(100 * (x - left) / (right - left), 2)
 
     def down(y: float) -> float:
+        """The vertical place of a value, in pixels from the top."""
         return round(_PLOT_HEIGHT * (top - y) / (top - bottom), 1)
 
     points = [Point(across(x), down(y), label) for x, y, label in zip(xs, ys, labels, strict=True)]
@@ -369,6 +403,7 @@ def draw_network(layers: Sequence[LayerRecord]) -> Network:
     for number, layer in enumerate(layers):
         nodes.append(Node(layer.name, layer.kind, number, layer.precision, _y(number + 1)))
         longest_text = max(longest_text, len(layer.name) + len(layer.kind))
+
     nodes.append(Node("output of the network", "", None, "end", _y(last_row)))
 
     paths = [_draw_edge(x, edge, lanes.get(edge)) for edge in edges]
@@ -377,20 +412,24 @@ def draw_network(layers: Sequence[LayerRecord]) -> Network:
 
 
 def _list_edges(layers: Sequence[LayerRecord]) -> list[_Edge]:
-    """Each pair of a row and a row that reads it, once: first between layers, then those of the two ends."""
+    """Each pair of a row and a row that reads it, once: first between layers, then those of the two ends.
+
+    Row 0 is the input of the network; the layers follow, and after them its output.
+    """
     rows = {layer.name: row for row, layer in enumerate(layers, 1)}
-    last_row = len(layers) + 1
-    edges: dict[_Edge, None] = {}
+    output_row = len(layers) + 1
+    inner_edges, input_edges, output_edges = [], [], []
     for layer in layers:
+        row = rows[layer.name]
         for source in layer.reads:
             if source in rows:
-                edges[rows[source], rows[layer.name]] = None
-    for layer in layers:
+                inner_edges.append((rows[source], row))
         if layer.reads_input:
-            edges[0, rows[layer.name]] = None
-    for layer in layers:
+            input_edges.append((0, row))
         if layer.writes_output:
-            edges[rows[layer.name], last_row] = None
+            output_edges.append((row, output_row))
+
+    edges = dict.fromkeys(inner_edges + input_edges + output_edges)
     return list(edges)
 
 
@@ -408,24 +447,41 @@ def _assign_lanes(edges: Sequence[_Edge]) -> dict[_Edge, int]:
             spans.append([])
         spans[lane].append(span)
         lanes[edge] = lane
+
     return lanes
 
 
 def _length(edge: _Edge) -> int:
+    """Number of rows that a line spans."""
     return abs(edge[1] - edge[0])
 
 
 def _find_free_lane(span: _Edge, spans: Sequence[Sequence[_Edge]]) -> int:
-    """The first lane in which no line overlaps a span, or a new one; the last one when there are too many."""
+    """The first lane in which no line overlaps a span.
+
+    Args:
+        span: First and last row of a line.
+        spans: Spans of the lines in each lane.
+
+    Returns:
+        The number of the lane; a new one if no lane is free, or the last one when there are too many.
+    """
     low, high = span
     for lane, taken in enumerate(spans):
         if all(high <= start or end <= low for start, end in taken):
             return lane
+
     return min(len(spans), _MOST_LANES - 1)
 
 
 def _draw_edge(x: int, edge: _Edge, lane: int | None) -> str:
-    """An SVG path: straight down, or to the left, along a lane with round corners, and back."""
+    """An SVG path: straight down, or to the left, along a lane with round corners, and back.
+
+    Args:
+        x: Horizontal place of the nodes.
+        edge: The two rows.
+        lane: Its lane; None for a line to the next row.
+    """
     top, bottom = _y(edge[0]), _y(edge[1])
     if lane is None:
         return f"M{x} {top}V{bottom}"
@@ -439,4 +495,5 @@ def _draw_edge(x: int, edge: _Edge, lane: int | None) -> str:
 
 
 def _y(row: int) -> int:
+    """The middle of a row, in pixels from the top."""
     return _ROW * row + _ROW // 2

@@ -143,6 +143,7 @@ def compare_runs(runs: Sequence[Path | str]) -> Comparison:
         report
     ) in reports:  # each by itself first, so that the error of a damaged one names its file
         guarded(report.path, functools.partial(_compare, [report]))
+
     return _compare(reports)
 
 
@@ -157,6 +158,7 @@ def render_comparison(comparison: Comparison) -> str:
 
 
 def _compare(reports: Sequence[StoredReport]) -> Comparison:
+    """Compare reports that have been read."""
     return Comparison(
         runs=tuple(_name_runs(reports)),
         models=tuple(str(report.data["model"]) for report in reports),
@@ -175,6 +177,7 @@ def _name_runs(reports: Sequence[StoredReport]) -> list[str]:
     for report in reports:
         is_unique = counts[report.name] == 1
         names.append(report.name if is_unique else str(report.path.parent))
+
     return names
 
 
@@ -239,12 +242,14 @@ _COLUMNS = (
 
 
 def _list_figures(reports: Sequence[StoredReport]) -> list[Figure]:
+    """List the numbers that decide, one row for each, with a value for each run."""
     summaries = [_Summary.of(report) for report in reports]
     figures = []
     for column in _COLUMNS:
         values = tuple(getattr(summary, column.field) for summary in summaries)
         texts = tuple(_write_value(value, column) for value in values)
         figures.append(Figure(column.label, values, texts, column.better))
+
     return figures
 
 
@@ -260,12 +265,15 @@ def _list_settings(reports: Sequence[StoredReport]) -> list[Setting]:
     settings = []
     for name in _union_of_keys(tables):
         values = tuple(table.get(name) for table in tables)
-        if any(value != values[0] for value in values):
+        is_same = values.count(values[0]) == len(values)
+        if not is_same:
             settings.append(Setting(name, values))
+
     return settings
 
 
 def _collect_settings(report: StoredReport) -> dict[str, Any]:
+    """Everything that could explain why runs differ, in one table."""
     return {
         "command": report.data["command"],
         **report.data["settings"],
@@ -280,16 +288,19 @@ def _union_of_keys(tables: Sequence[dict[str, Any]]) -> list[str]:
     keys: dict[str, None] = {}
     for table in tables:
         keys.update(dict.fromkeys(table))
+
     return list(keys)
 
 
 def _list_layers(reports: Sequence[StoredReport]) -> list[LayerDifference]:
+    """List the layers that differ, in the order in which they run."""
     tables = [{layer.name: layer for layer in report.layers} for report in reports]
     differences = []
     for name in _union_of_keys(tables):
         difference = _describe_layer([table.get(name) for table in tables])
         if _differs(difference):
             differences.append(difference)
+
     return differences
 
 
@@ -305,6 +316,7 @@ class _LayerFacts(NamedTuple):
 
 
 def _collect_facts(layer: LayerRecord | None) -> _LayerFacts:
+    """Collect the facts about a layer in one run."""
     if layer is None:
         return _LayerFacts()
     inputs, weight = layer.tensor("input"), layer.tensor("weight")
@@ -381,6 +393,7 @@ class _Bar(NamedTuple):
 
 
 def _list_sensitivity(reports: Sequence[StoredReport]) -> list[SensitivityRow]:
+    """List the most sensitive layers and groups, with a bar for each run."""
     rankings = [_Ranking(report) for report in reports]
     longest = _find_longest_gains(rankings)
     rows = []
@@ -388,6 +401,7 @@ def _list_sensitivity(reports: Sequence[StoredReport]) -> list[SensitivityRow]:
         bars = [_draw_bar(ranking, name, longest[ranking.metric]) for ranking in rankings]
         ranks, gains, precisions, labels, widths = zip(*bars, strict=True)
         rows.append(SensitivityRow(name, ranks, gains, precisions, labels, widths))
+
     return rows
 
 
@@ -416,8 +430,10 @@ def _find_longest_gains(rankings: Sequence[_Ranking]) -> dict[str, float]:
     """Metric -> the largest gain of all runs that ranked by it."""
     longest: dict[str, float] = {}
     for ranking in rankings:
-        gains = [_positive_gain(unit) for unit in ranking.units.values()]
-        longest[ranking.metric] = max(longest.get(ranking.metric, 0.0), *gains, 0.0)
+        longest.setdefault(ranking.metric, 0.0)
+        for unit in ranking.units.values():
+            longest[ranking.metric] = max(longest[ranking.metric], _positive_gain(unit))
+
     return longest
 
 
@@ -428,4 +444,5 @@ def _name_most_sensitive(rankings: Sequence[_Ranking]) -> list[str]:
         for ranking in rankings:
             for name in list(ranking.units)[rank : rank + 1]:
                 names[name] = None
+
     return list(names)

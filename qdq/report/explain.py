@@ -57,6 +57,7 @@ def explain_layer(run: Path | str, name: str) -> Explanation:
 
 
 def _explain(report: StoredReport, name: str) -> Explanation:
+    """Explain one layer of a report that has been read."""
     layers = {layer.name: layer for layer in report.layers}
     if name not in layers:
         raise _refuse_name(report, name)
@@ -66,6 +67,7 @@ def _explain(report: StoredReport, name: str) -> Explanation:
     for neighbour in (*layer.reads, *layer.feeds):
         if neighbour in layers:
             neighbours[neighbour] = layers[neighbour].precision
+
     text = _format(layer, neighbours, unit_of_gain(report))
     return Explanation(layer, neighbours, text)
 
@@ -75,10 +77,12 @@ def _refuse_name(report: StoredReport, name: str) -> ArgumentError:
     for module in report.data["swap"]["modules"]:
         if module["name"] == name:
             return _refuse_module(report, module)
+
     hint = "report.html in the run folder lists all layers."
     similar_names = _find_similar_names(report, name)
     if similar_names:
         hint = f"did you mean {', '.join(similar_names)}?"
+
     return ArgumentError(f"the run {report.name} has no layer {name!r}.", hint)
 
 
@@ -89,6 +93,7 @@ def _refuse_module(report: StoredReport, module: Mapping[str, Any]) -> ArgumentE
     for layer in report.layers:
         if layer.is_call and layer.name.rpartition(".")[0] == name:
             calls.append(layer.name)
+
     if module["action"] == "missed" and calls:
         return ArgumentError(
             f"{name_layer(name)} is a {module['type']}, of which the report lists the calls.",
@@ -108,19 +113,23 @@ def _find_similar_names(report: StoredReport, name: str) -> list[str]:
         for candidate in names:
             if name.lower() in candidate.lower():
                 similar_names[candidate] = None
+
     matches = difflib.get_close_matches(name, names, _MOST_HINTS, _LEAST_SIMILARITY)
     similar_names.update(dict.fromkeys(matches))
     return list(similar_names)[:_MOST_HINTS]
 
 
 def _format(layer: LayerRecord, neighbours: Mapping[str, str], unit: str) -> str:
+    """One block for the layer, then one for each of its quantizers."""
     title = f"{name_layer(layer.name)} ({layer.kind})"
     blocks = [_format_block(title, describe_layer(layer, unit, neighbours))]
     for tensor in layer.tensors:
         title = f"{title_of(tensor)} ({tensor.quantizer})"
         blocks.append(_format_block(title, _list_facts(tensor)))
+
     if "tensors" in layer.unknown:
         blocks.append(printable(f"No ranges: {layer.unknown['tensors']}", MOST_CHARACTERS))
+
     return "\n\n".join(blocks)
 
 
@@ -129,8 +138,10 @@ def _list_facts(tensor: TensorRecord) -> list[Fact]:
     facts = describe_tensor(tensor)
     for method, choice in tensor.methods.items():
         facts.append(describe_method(method, choice, tensor))
+
     if "methods" in tensor.unknown:
         facts.append(("by other methods", f"not known: {tensor.unknown['methods']}"))
+
     return facts
 
 
@@ -140,4 +151,5 @@ def _format_block(title: str, facts: list[Fact]) -> str:
     lines = [printable(title)]
     for term, text in facts:
         lines.append(f"  {printable(term):{width}}  {printable(text, MOST_CHARACTERS)}")
+
     return "\n".join(lines)

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -93,6 +92,7 @@ def describe_layers(
     """
     with disable_quantization(model):
         trace = trace_forward(model, batch)
+
     flow = Dataflow(trace)
     entries = _list_entries(model, plan, rewired, trace, flow)
     all_quantizers = find_all_quantizers(model, batch)
@@ -148,7 +148,12 @@ class _StageFacts:
     float_bytes: int
 
     def describe(self, entry: _Entry, quantizers: Sequence[TensorQuantizer]) -> LayerRecord:
-        """The record of one layer."""
+        """The record of one layer.
+
+        Args:
+            entry: The layer or call.
+            quantizers: Its quantizers, without those of the calls that it owns.
+        """
         name = entry.name
         is_enabled = all(quantizer.is_enabled for quantizer in quantizers)
         is_int8 = entry.is_quantized and len(quantizers) > 0 and is_enabled
@@ -199,6 +204,7 @@ class _StageFacts:
             unknown["tensors"] = f"it was given no quantizers: {entry.reason}"
         if not self.neighbours.has_any(entry.name):
             unknown["neighbours"] = "it does not run on the example"
+
         return unknown
 
     def _why_no_output(self, name: str, quantizers: Sequence[TensorQuantizer]) -> str:
@@ -220,6 +226,16 @@ def _list_entries(
     """Everything that could be int8: modules of mapped types, missed modules, and calls in int8 or float.
 
     A missed module is left out if the rewiring has decided about all of its products: its calls are listed instead.
+
+    Args:
+        model: The model.
+        plan: The decisions about modules.
+        rewired: The decisions about calls.
+        trace: One forward in float.
+        flow: The same forward.
+
+    Returns:
+        Name -> entry, the modules first.
     """
     calls = [operation for operation in rewired.operations if operation.action != "share"]
     call_weights = _count_call_weights(flow)
@@ -230,12 +246,15 @@ def _list_entries(
         is_listed = module.mapped and module.action != "missed"
         if is_listed or module.name in missed:
             entries[module.name] = _make_module_entry(module)
+
     for call in calls:
         entries[call.name] = _make_call_entry(call, call_weights.get(call.name, 0))
+
     return entries
 
 
 def _make_module_entry(module: PlannedModule) -> _Entry:
+    """The entry of a module."""
     return _Entry(
         name=module.name,
         kind=module.type,
@@ -248,6 +267,7 @@ def _make_module_entry(module: PlannedModule) -> _Entry:
 
 
 def _make_call_entry(call: PlannedOperation, weights: int) -> _Entry:
+    """The entry of a function call; its plan does not have the number of its weights."""
     return _Entry(
         name=call.name,
         kind=call.function,
@@ -267,17 +287,30 @@ def _count_call_weights(flow: Dataflow) -> dict[str, int]:
             continue
         count = 0
         for value in call.inputs:
-            is_matrix = len(flow.shapes[value]) >= 2
-            if is_matrix and not flow.is_computed(value):
-                count += math.prod(flow.shapes[value])
+            if flow.is_computed(value):
+                continue
+            shape = flow.shapes[value]
+            if len(shape) >= 2:
+                count += math.prod(shape)
+
         weights[call.name] = count
+
     return weights
 
 
 def _find_missed(
     model: nn.Module, plan: SwapPlan, calls: Iterable[PlannedOperation], trace: ForwardTrace
 ) -> set[str]:
-    """The missed modules with a product, in their own forward or with their weights, that is not listed as a call."""
+    """The missed modules with a product, in their own forward or with their weights, that is not listed as a call.
+
+    A missed module without any product in the trace counts, too: its products are out of reach.
+
+    Args:
+        model: The model.
+        plan: The decisions about modules.
+        calls: The calls that are listed.
+        trace: One forward in float.
+    """
     listed = {(_module_around(call.name), call.function) for call in calls}
     unlisted = [call for call in trace.contractions if (call.module, call.function) not in listed]
     all_products = _Products.of(trace.contractions)
@@ -290,6 +323,7 @@ def _find_missed(
         is_traced = all_products.involve(module.name, storages)
         if not is_traced or unlisted_products.involve(module.name, storages):
             missed.add(module.name)
+
     return missed
 
 
@@ -314,6 +348,7 @@ class _Products:
         for call in calls:
             modules.add(call.module)
             storages.update(call.storages)
+
         return cls(frozenset(modules), frozenset(storages))
 
     def involve(self, module: str, storages: set[int]) -> bool:
@@ -330,7 +365,15 @@ def _module_around(name: str) -> str:
 
 
 def _find_owners(quantizers: _LayerQuantizers, entries: Mapping[str, _Entry]) -> dict[str, str]:
-    """Call -> the layer for which its quantizer exists (see `units.find_units`)."""
+    """Find the layer for which the quantizer of a call exists (see `units.find_units`).
+
+    Args:
+        quantizers: Quantizers of all layers and calls; those of a call may be among those of a layer.
+        entries: The layers and calls.
+
+    Returns:
+        Call -> layer.
+    """
     calls = []
     layers: dict[TensorQuantizer, str] = {}
     for name in quantizers:
@@ -346,13 +389,23 @@ def _find_owners(quantizers: _LayerQuantizers, entries: Mapping[str, _Entry]) ->
         for quantizer in quantizers[call]:
             if quantizer in layers:
                 owners[call] = layers[quantizer]
+
     return owners
 
 
 def _split_off_calls(
     all_quantizers: _LayerQuantizers, owners: Mapping[str, str], entries: Mapping[str, _Entry]
 ) -> dict[str, list[TensorQuantizer]]:
-    """Layer or call -> its quantizers; a layer without those of the calls that it owns."""
+    """Take the quantizers of calls away from the layers that own the calls.
+
+    Args:
+        all_quantizers: Quantizers of all layers and calls.
+        owners: Call -> the layer that owns it.
+        entries: The layers and calls.
+
+    Returns:
+        Layer or call -> its quantizers.
+    """
     quantizers_of_calls: dict[str, set[TensorQuantizer]] = {}
     for call, layer in owners.items():
         quantizers_of_calls.setdefault(layer, set()).update(all_quantizers[call])
@@ -361,7 +414,10 @@ def _split_off_calls(
     for name in all_quantizers:
         if name in entries:
             excluded = quantizers_of_calls.get(name, set())
-            quantizers[name] = [each for each in all_quantizers[name] if each not in excluded]
+            quantizers[name] = [
+                quantizer for quantizer in all_quantizers[name] if quantizer not in excluded
+            ]
+
     return quantizers
 
 
@@ -403,6 +459,7 @@ class _Neighbours:
             self.reads[layer] = tuple(source for source in sources if source is not None)
             for source in self.reads[layer]:
                 readers[source].append(layer)
+
         self.feeds = {name: tuple(layers) for name, layers in readers.items()}
 
     def _follow(self, flow: Dataflow) -> tuple[dict[str, _Sources], set[_Source]]:
@@ -429,12 +486,14 @@ class _Neighbours:
         sources_of_outputs: set[_Source] = set()
         for value in flow.outputs:
             sources_of_outputs.update(sources_of_values.get(value, {}))
+
         return sources_of_layers, sources_of_outputs
 
     def has_any(self, name: str) -> bool:
         """Whether a layer reads or feeds anything."""
-        is_end = name in self.reads_input or name in self.writes_output
-        return is_end or bool(self.reads[name] or self.feeds[name])
+        if name in self.reads_input or name in self.writes_output:
+            return True
+        return len(self.reads[name]) + len(self.feeds[name]) > 0
 
     def _find_layer(self, operation: Operation) -> str | None:
         """The layer or call that an operation is, or is a part of."""
@@ -457,6 +516,7 @@ class _Neighbours:
             layer = module
         elif module:
             layer = self._find_layer_around(_module_around(module))
+
         self._layers_around[module] = layer
         return layer
 
@@ -481,10 +541,12 @@ class _Reasons:
         for rank, unit in enumerate(analysis.layers, 1):
             self._ranks[unit.name] = rank
             self._units.update(dict.fromkeys(unit.layers or (unit.name,), unit))
+
+        self._last_chosen_rank = 0
         for number, step in enumerate(analysis.steps):
             self._steps.update(dict.fromkeys(step.layers or (step.layer,), number))
-        chosen_ranks = [self._ranks.get(step.layer, 0) for step in analysis.steps]
-        self._last_chosen_rank = max(chosen_ranks, default=0)
+            rank = self._ranks.get(step.layer, 0)
+            self._last_chosen_rank = max(self._last_chosen_rank, rank)
 
     def explain(self, entry: _Entry, is_int8: bool, note: str) -> str:
         """One or two sentences.
@@ -525,7 +587,13 @@ class _Reasons:
         return "not measured" if is_int8 else "it was off when the analysis began"
 
     def _explain_owner(self, entry: _Entry, owner: str, is_int8: bool) -> str:
-        """A call runs in the type of the layer for which it exists."""
+        """A call runs in the type of the layer for which it exists.
+
+        Args:
+            entry: The call.
+            owner: The layer.
+            is_int8: Whether the call runs in int8.
+        """
         if is_int8:
             return f"{entry.reason}; it goes with {owner}"
         return f"it is there only for {owner}, which is in float"
@@ -538,6 +606,7 @@ class _Reasons:
         if metric != "sqnr":
             values = f"{_format_metric(start.metric)} -> {_format_metric(end.metric)}"
             change = f"{metric} of the outputs {values}, {change}"
+
         return f"step {number + 1} of {len(steps)} of the search left it in float: {change}"
 
     def _explain_rank(self, unit: LayerSensitivity) -> str:
@@ -562,6 +631,7 @@ class _Reasons:
 
 
 def _format_metric(value: float | None) -> str:
+    """A metric that is not finite has no text."""
     return "" if value is None else f"{value:.4g}"
 
 
@@ -583,6 +653,7 @@ def _list_sensitivities(analysis: Analysis) -> dict[str, Sensitivity]:
             cost=unit.cost,
         )
         sensitivities.update(dict.fromkeys(sensitivity.layers, sensitivity))
+
     return sensitivities
 
 
@@ -624,6 +695,7 @@ class _Tensors:
         for leader, followers in rewired.shared.items():
             group = (leader, *followers)
             self._groups.update(dict.fromkeys(group, group))
+
         self._statistics = statistics
         self._summary = {} if statistics is None else statistics.summarize()["tensors"]
 
@@ -633,12 +705,16 @@ class _Tensors:
             calibrated = self._ranges.get(quantizer.name or "")
             if calibrated is not None and calibrated.note:
                 return calibrated.note
+
         return ""
 
     def describe(self, layer: str, quantizer: TensorQuantizer) -> TensorRecord:
         """The record of one quantizer of a layer."""
         name = quantizer.name or ""
         amax = quantizer.amax
+        largest, smallest, count = None, None, 0
+        if amax is not None:
+            largest, smallest, count = float(amax.max()), float(amax.min()), amax.numel()
         figures = self._measure(layer, quantizer)
         calibrated = self._ranges.get(name)
         group = self._groups.get(name, ())
@@ -646,9 +722,9 @@ class _Tensors:
             quantizer=name,
             role=_role_of(name),
             is_on=quantizer.is_enabled,
-            amax=None if amax is None else float(amax.max()),
-            least_amax=None if amax is None else float(amax.min()),
-            ranges=0 if amax is None else amax.numel(),
+            amax=largest,
+            least_amax=smallest,
+            ranges=count,
             method="" if calibrated is None else calibrated.method,
             sqnr_db=figures.sqnr_db,
             clipped=figures.clipped,
@@ -660,6 +736,12 @@ class _Tensors:
         )
 
     def _measure(self, layer: str, quantizer: TensorQuantizer) -> _TensorFigures:
+        """Measure the tensor behind a quantizer, or say why that is not possible.
+
+        Args:
+            layer: Name of the layer.
+            quantizer: One of its quantizers.
+        """
         amax = quantizer.amax
         if amax is None:
             fields = ("amax", "sqnr_db", "clipped", "methods", "histogram")
@@ -671,7 +753,15 @@ class _Tensors:
         return self._measure_activation(amax, quantizer)
 
     def _find_weight(self, layer: str, quantizer: TensorQuantizer) -> torch.Tensor | None:
-        """The parameter that a quantizer quantizes; None where it quantizes an activation."""
+        """Find the parameter that a quantizer quantizes.
+
+        Args:
+            layer: Name of the layer.
+            quantizer: One of its quantizers.
+
+        Returns:
+            The parameter; None where the quantizer quantizes an activation.
+        """
         module = self._modules.get(layer)
         if not isinstance(module, QuantMixin):
             return None
@@ -702,6 +792,7 @@ class _Tensors:
             clipped = tensor.clipped_share(limit, quantizer.format.unsigned)
             sqnr = tensor.rounding_sqnr_db(limit, quantizer.format)
             unknown = _explain_infinite(sqnr)
+
         return _TensorFigures(
             sqnr_db=None if unknown else sqnr,
             clipped=clipped,
@@ -717,6 +808,7 @@ class _Tensors:
         methods = {}
         for method, amax in summary["amax"].items():
             methods[method] = MethodRange(float(amax), float(summary["clipped"][method]))
+
         return methods
 
 
@@ -731,6 +823,7 @@ def _measure_weight(
         shape = [1] * values.dim()
         shape[axis] = -1
         limit = amax.reshape(shape)
+
     clipped = 0.0
     if values.numel():
         clipped = float((values.abs() > limit.to(values.device)).float().mean())
@@ -784,20 +877,31 @@ def _measure_outputs(
             hook = _make_output_hook(name, quantizers[name], results)
             handle = modules[name].register_forward_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)
+
         call_model(model, batch)
+
     for name in layers:
         results.setdefault(name, "it does not run on the example")
+
     return results
 
 
 def _make_output_hook(
     name: str, quantizers: Sequence[TensorQuantizer], results: dict[str, float | str]
 ) -> Callable[..., None]:
-    """A hook that runs a layer a second time, quantized; where it is called several times, the worst SQNR counts."""
+    """A hook that runs a layer a second time, quantized, and compares the outputs.
+
+    Args:
+        name: Name of the layer.
+        quantizers: Its quantizers, which are on in the second run only.
+        results: Gets the SQNR; the worst of them if the layer runs several times.
+    """
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Compare the float output with the quantized one."""
         with toggling(quantizers):
             quantized_output = run_again(module, args, kwargs)
+
         expected, quantized = floats_of(output), floats_of(quantized_output)
         if not expected:
             results[name] = "its output holds no floating-point tensor"
@@ -805,9 +909,11 @@ def _make_output_hook(
         sqnrs = []
         for reference, tensor in zip(expected, quantized, strict=True):
             sqnrs.append(sqnr_db(_to_array(reference), _to_array(tensor)))
+
         earlier = results.get(name)
         if isinstance(earlier, float):
             sqnrs.append(earlier)
+
         results[name] = min(sqnrs)
 
     return hook
@@ -845,6 +951,7 @@ class _Engine:
         self._nodes: dict[str, list[LayerCensus]] = {}  # by their module
         for layer in build.layers:
             self._nodes.setdefault(layer.module, []).append(layer)
+
         self._calls: dict[str, list[str]] = {}  # products by their module, in order
         for entry in entries.values():
             if entry.is_call and entry.kind in SINGLE_PRODUCTS:
@@ -857,11 +964,23 @@ class _Engine:
             unknown = {"engine": reason, "macs": reason}
             return _EngineFacts(None, (), "", None, None, unknown)
 
-        precisions = Counter("int8" if node.int8 else "float" for node in nodes)
-        kernels = dict.fromkeys(node.kernel for node in nodes if node.kernel)
-        notes = dict.fromkeys(node.reason for node in nodes if node.reason)
+        int8_nodes = 0
+        kernels: dict[str, None] = {}
+        notes: dict[str, None] = {}
+        for node in nodes:
+            int8_nodes += node.int8
+            if node.kernel:
+                kernels[node.kernel] = None
+            if node.reason:
+                notes[node.reason] = None
+
+        precision = "mixed"
+        if int8_nodes == 0:
+            precision = "float"
+        elif int8_nodes == len(nodes):
+            precision = "int8"
         facts = _EngineFacts(
-            precision=next(iter(precisions)) if len(precisions) == 1 else "mixed",
+            precision=precision,
             kernels=tuple(kernels),
             note="; ".join(notes),
             macs=None,
@@ -899,4 +1018,5 @@ class _Engine:
                 return None
             macs += size.macs
             fraction += size.share or 0.0
+
         return macs, fraction

@@ -103,6 +103,7 @@ def guarded(path: Path, read: Callable[[], Result]) -> Result:
 
 
 def _explain_missing_report(run: Path) -> ArgumentError:
+    """The error for a folder or file that is not a report, or a run without one."""
     if not os.path.exists(run):
         return ArgumentError(f"there is no {printable(run)}.", _GIVE_FOLDER)
     try:
@@ -111,6 +112,7 @@ def _explain_missing_report(run: Path) -> ArgumentError:
         return ArgumentError(
             f"{run} is not a run folder: there is no {REPORT_FILE} in it.", _GIVE_FOLDER
         )
+
     return ArgumentError(
         f"the run {run} has not written a report: it got as far as '{state['stage']}'.", _RUN_AGAIN
     )

@@ -51,6 +51,7 @@ def render(template: str, **values: Any) -> str:
 
 @functools.cache
 def _load_environment() -> jinja2.Environment:
+    """The templates, with the filters that they use."""
     environment = load_templates(Path(__file__).parent / "templates")
     environment.filters.update(number=format_number, percent=format_percent, embed=_embed)
     return environment
@@ -114,10 +115,12 @@ def _list_quality(report: StoredReport) -> list[Figure]:
         change = 100 * (final["top1"] - reference["top1"])
         note = f"float {format_percent(reference['top1'])}: {change:+.1f} points"
         figures.append(Figure("top-1", format_percent(final["top1"]), note))
+
     return figures
 
 
 def _list_sizes(report: StoredReport) -> list[Figure]:
+    """Sizes of the ONNX file and of the engine."""
     summary, build = report.data["summary"], report.data["build"]
     float_megabytes = format_number(reference_candidate(report)["megabytes"], ".1f")
     return [
@@ -135,6 +138,7 @@ def _list_sizes(report: StoredReport) -> list[Figure]:
 
 
 def _list_problems(report: StoredReport) -> list[Figure]:
+    """Numbers that should be zero, or as large as expected."""
     summary, findings = report.data["summary"], report.data["findings"]
     expected = summary["census_expected_int8"]
     missing = len(summary["census_missing_int8"])
@@ -209,6 +213,7 @@ def _write_headline(report: StoredReport) -> str:
     sqnr = ""
     if final["sqnr_db"] is not None:
         sqnr = f", with {final['sqnr_db']:.2f} dB SQNR"
+
     result = (
         f"{int8_layers(report)} of {data['summary']['weighted_layers']} layers with weights are int8; "
         f"{final['name']} gives the answer of the float model on {format_percent(final['agreement'])} of "
@@ -221,6 +226,7 @@ def _write_headline(report: StoredReport) -> str:
 
 
 def _describe_search(report: StoredReport) -> str:
+    """How many layers the analysis left in float, and what that gained."""
     analysis = report.data["analysis"]
     metric, steps = analysis["metric_name"], analysis["steps"]
     first = format_state(analysis, metric)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from qdq.observers.solve import SOLVERS
@@ -54,69 +55,63 @@ def list_rows(layers: Sequence[LayerRecord]) -> list[Row]:
 
 def _list_cells(layer: LayerRecord) -> tuple[Cell, ...]:
     """The cells after number, name, kind and type, in the order of the columns."""
+    unknown = layer.unknown
     return (
         _gain_cell(layer),
-        _tensor_cell(layer, "input", "amax", ".4g"),
+        _tensor_cell(layer, "input", "amax", "{:.4g}".format),
         _method_cell(layer),
-        _clipped_cell(layer),
-        _tensor_cell(layer, "input", "sqnr_db", ".1f"),
-        _tensor_cell(layer, "weight", "sqnr_db", ".1f"),
-        _number_cell(layer.output_sqnr_db, ".1f", layer.unknown.get("output_sqnr_db", "")),
-        _percent_cell(layer.macs_share, 1, layer.unknown.get("macs", "")),
-        _text_cell(layer.engine, layer.unknown.get("engine", "")),
+        _tensor_cell(layer, "input", "clipped", partial(format_percent, digits=3)),
+        _tensor_cell(layer, "input", "sqnr_db", "{:.1f}".format),
+        _tensor_cell(layer, "weight", "sqnr_db", "{:.1f}".format),
+        _cell(layer.output_sqnr_db, "{:.1f}".format, unknown.get("output_sqnr_db", "")),
+        _cell(layer.macs_share, format_percent, unknown.get("macs", "")),
+        _cell(layer.engine, str, unknown.get("engine", "")),
     )
 
 
 def _gain_cell(layer: LayerRecord) -> Cell:
+    """The gain of the outputs with the layer in float."""
     sensitivity = layer.sensitivity
     if sensitivity is None:
         return Cell(NOTHING, None, layer.unknown.get("sensitivity", "not measured"))
     reason = "not finite" if sensitivity.is_exact else "only estimated, not measured"
-    return _number_cell(sensitivity.gain, ".3g", reason)
-
-
-def _tensor_cell(layer: LayerRecord, role: str, field: str, form: str) -> Cell:
-    """A figure of one of the quantizers of a layer."""
-    tensor = layer.tensor(role)
-    if tensor is None:
-        return Cell(NOTHING, None, _why_no_tensor(layer))
-    return _number_cell(getattr(tensor, field), form, tensor.unknown.get(field, ""))
+    return _cell(sensitivity.gain, "{:.3g}".format, reason)
 
 
 def _method_cell(layer: LayerRecord) -> Cell:
+    """The method that computed the range of the input."""
     tensor = layer.tensor("input")
+    if tensor is not None and not tensor.method:
+        return Cell(NOTHING, None, tensor.unknown.get("amax", ""))
+    return _tensor_cell(layer, "input", "method", str)
+
+
+def _tensor_cell(layer: LayerRecord, role: str, field: str, write: Callable[[Any], str]) -> Cell:
+    """A figure of one of the quantizers of a layer.
+
+    Args:
+        layer: The layer.
+        role: Role of the quantizer.
+        field: Field of its record.
+        write: Writes the value of the field.
+    """
+    tensor = layer.tensor(role)
     if tensor is None:
-        return Cell(NOTHING, None, _why_no_tensor(layer))
-    return _text_cell(tensor.method or None, tensor.unknown.get("amax", ""))
+        return Cell(NOTHING, None, layer.unknown.get("tensors", "it has no such quantizer"))
+    return _cell(getattr(tensor, field), write, tensor.unknown.get(field, ""))
 
 
-def _clipped_cell(layer: LayerRecord) -> Cell:
-    tensor = layer.tensor("input")
-    if tensor is None:
-        return Cell(NOTHING, None, _why_no_tensor(layer))
-    return _percent_cell(tensor.clipped, 3, tensor.unknown.get("clipped", ""))
+def _cell(value: float | str | None, write: Callable[[Any], str], reason: str) -> Cell:
+    """A value, or a dash with the reason.
 
-
-def _why_no_tensor(layer: LayerRecord) -> str:
-    return layer.unknown.get("tensors", "it has no such quantizer")
-
-
-def _number_cell(value: float | None, form: str, reason: str) -> Cell:
+    Args:
+        value: The value; None where it is unknown.
+        write: Writes the value.
+        reason: Why it is unknown.
+    """
     if value is None:
         return Cell(NOTHING, None, reason)
-    return Cell(format_number(value, form), value)
-
-
-def _percent_cell(value: float | None, digits: int, reason: str) -> Cell:
-    if value is None:
-        return Cell(NOTHING, None, reason)
-    return Cell(format_percent(value, digits), value)
-
-
-def _text_cell(value: str | None, reason: str) -> Cell:
-    if value is None:
-        return Cell(NOTHING, None, reason)
-    return Cell(value, value)
+    return Cell(write(value), value)
 
 
 def list_details(layer: LayerRecord, unit: str) -> dict[str, Any]:
@@ -133,9 +128,11 @@ def list_details(layer: LayerRecord, unit: str) -> dict[str, Any]:
 
 
 def _list_tensor(tensor: TensorRecord) -> dict[str, Any]:
+    """The content of one quantizer in an opened layer."""
     note = ""
     if "histogram" in tensor.unknown:
         note = f"No histogram: {tensor.unknown['histogram']}."
+
     methods = [_list_method(name, choice, tensor) for name, choice in tensor.methods.items()]
     return {
         "title": title_of(tensor),
@@ -153,6 +150,7 @@ def _list_method(method: str, choice: MethodRange, tensor: TensorRecord) -> dict
     place = 0.0
     if tensor.histogram_end:
         place = round(choice.amax / tensor.histogram_end, 4)
+
     return {
         "name": f"{method} (used)" if is_used else method,
         "range": f"{choice.amax:.4g}",
@@ -189,14 +187,17 @@ def list_census(layers: Iterable[Mapping[str, Any]]) -> list[CensusGroup]:
     names: defaultdict[_CensusKey, list[str]] = defaultdict(list)
     for layer in layers:
         names[_judge(layer)].append(layer["module"] or layer["node"])
+
     groups = []
     for key, members in names.items():
         reason = key.reason or "as expected"
         groups.append(CensusGroup(key.op_type, key.verdict, reason, tuple(members), key.is_bad))
+
     return sorted(groups, key=lambda group: (not group.is_bad, -len(group.names)))
 
 
 def _judge(layer: Mapping[str, Any]) -> _CensusKey:
+    """Whether a layer of the engine runs in int8, and whether it should."""
     if layer["int8"]:
         return _CensusKey(layer["op_type"], "int8", layer["reason"], is_bad=False)
     if layer["expected_int8"]:
@@ -244,6 +245,7 @@ def list_skipped(report: StoredReport) -> list[Skipped]:
     for key, names in group_names(skips).items():
         shown_names = tuple(name_layer(name) for name in names)
         rows.append(Skipped(key.stage, key.what, key.reason, shown_names, key.is_bad))
+
     return sorted(rows, key=lambda row: not row.is_bad)
 
 
@@ -256,33 +258,40 @@ def _list_skips_of_swap(data: Mapping[str, Any]) -> list[_Skip]:
             is_missed = module["action"] == "missed"
             key = _SkipKey("swap", module["type"], module["reason"], is_missed)
             skips.append((key, module["name"]))
+
     return skips
 
 
 def _list_skips_of_rewire(data: Mapping[str, Any]) -> list[_Skip]:
+    """Function calls in float."""
     skips = []
     for call in data["rewire"]["operations"]:
         if call["action"] == "float":
             key = _SkipKey("rewire", call["function"], call["reason"])
             skips.append((key, call["name"]))
+
     return skips
 
 
 def _list_skips_of_fold(data: Mapping[str, Any]) -> list[_Skip]:
+    """BatchNorms that are not part of the layer before them."""
     skips = []
     for pair in data["fold"]:
         if not pair["folded"]:
             key = _SkipKey("fold", "BatchNorm", pair["reason"])
             skips.append((key, pair["batchnorm"]))
+
     return skips
 
 
 def _list_skips_of_calibration(data: Mapping[str, Any]) -> list[_Skip]:
+    """Quantizers for which calibration found no range."""
     skips = []
     for quantizer in data["calibration"]:
         if quantizer["note"]:
             key = _SkipKey("calibrate", "quantizer", quantizer["note"], is_bad=True)
             skips.append((key, quantizer["name"]))
+
     return skips
 
 
@@ -292,22 +301,27 @@ def _list_skips_of_analysis(report: StoredReport) -> list[_Skip]:
     float_layers: set[str] = set()
     for step in analysis["steps"]:
         float_layers.update(step["layers"] or [step["layer"]])
+
     for name, precision in analysis["pinned"].items():
         if precision == "float":
             float_layers.add(name)
+
     skips = []
     for layer in report.layers:
         if layer.name in float_layers:
             skips.append((_SkipKey("analyze", layer.kind, layer.reason), layer.name))
+
     return skips
 
 
 def _list_findings_of_check(data: Mapping[str, Any]) -> list[_Skip]:
+    """Findings of the check; infos are intended."""
     skips = []
     for finding in data["check"]["findings"]:
         title = f"{finding['rule']} {finding['severity']}"
         is_bad = finding["severity"] != "info"
         skips.append((_SkipKey("check", title, finding["message"], is_bad), finding["node"]))
+
     return skips
 
 
@@ -322,6 +336,7 @@ def list_commands(report: StoredReport) -> list[tuple[str, str]]:
     build_command = ["qdq", "build", onnx]
     if build["sm"]:
         build_command += ["--sm", str(build["sm"])]
+
     example = report.layers[0].name if report.layers else "LAYER"
     explain_command = ["qdq", "explain", str(report.path.parent), example]
     commands = [
@@ -332,4 +347,5 @@ def list_commands(report: StoredReport) -> list[tuple[str, str]]:
     ]
     for version, command in build["trtexec"].items():
         commands.append((f"on the target, {version}", command))
+
     return commands

@@ -29,6 +29,7 @@ def describe_layer(
         unit: The unit of the gains.
         neighbours: Layer -> "int8" or "float", for the layers that it reads or feeds. They are shown with their names.
     """
+    why_no_output = layer.unknown.get("output_sqnr_db", _UNMEASURED)
     facts = [
         ("Runs in", layer.precision),
         ("Why", layer.reason),
@@ -39,7 +40,7 @@ def describe_layer(
         facts.append(("Cost in float", cost))
     facts += [
         ("Outputs in that state", _describe_outputs(layer, unit)),
-        ("Own output in int8", _describe_own_output(layer)),
+        ("Own output in int8", _describe_sqnr(layer.output_sqnr_db, why_no_output)),
         ("Multiplications", _describe_work(layer)),
         ("Weights", _describe_weights(layer)),
         ("Engine", _describe_engine(layer)),
@@ -55,7 +56,7 @@ def describe_tensor(tensor: TensorRecord) -> list[Fact]:
     return [
         ("Range", _describe_range(tensor)),
         ("Quantizes", "yes" if tensor.is_on else "no, it is switched off"),
-        ("Error", _describe_error(tensor)),
+        ("Error", _describe_sqnr(tensor.sqnr_db, tensor.unknown.get("sqnr_db", _UNMEASURED))),
         ("Clipped", _describe_clipping(tensor)),
         ("Same range as", _describe_sharing(tensor)),
     ]
@@ -131,12 +132,14 @@ def format_gain(unit: Sensitivity) -> str:
 
 
 def _format_interval(unit: Sensitivity, form: str) -> str:
+    """The 95 % interval of a gain, where there is one."""
     if unit.low is None or unit.high is None:
         return ""
     return form.format(unit.low, unit.high)
 
 
 def _describe_gain(layer: LayerRecord, unit: str) -> str:
+    """The gain in float with its interval and rank."""
     sensitivity = layer.sensitivity
     if sensitivity is None:
         return _not_known(_why_no_gain(layer))
@@ -152,6 +155,7 @@ def _why_no_gain(layer: LayerRecord) -> str:
 
 
 def _describe_rank(sensitivity: Sensitivity) -> str:
+    """The place in the ranking, and the group if it was measured in one."""
     how = "measured" if sensitivity.is_exact else "estimated"
     rank = f"rank {sensitivity.rank} of {sensitivity.units}, {how}"
     if len(sensitivity.layers) == 1:
@@ -159,6 +163,7 @@ def _describe_rank(sensitivity: Sensitivity) -> str:
     group = sensitivity.unit
     if not group.startswith("group "):  # the name of a group of a pattern does: "group layer1.*"
         group = f"group {group}"
+
     return f"{rank}, in the {group} of {len(sensitivity.layers)} layers"
 
 
@@ -167,21 +172,14 @@ def _describe_outputs(layer: LayerRecord, unit: str) -> str:
     sensitivity = layer.sensitivity
     if sensitivity is None:
         return _not_known(_why_no_gain(layer))
-    sqnr = _not_known(_why_no_gain(layer))
-    if sensitivity.sqnr_db is not None:
-        sqnr = _format_sqnr(sensitivity.sqnr_db)
+    sqnr = _describe_sqnr(sensitivity.sqnr_db, _why_no_gain(layer))
     if sensitivity.metric is None:
         return sqnr
     return f"{sensitivity.metric:.4g} {unit}, {sqnr}"
 
 
-def _describe_own_output(layer: LayerRecord) -> str:
-    if layer.output_sqnr_db is None:
-        return _not_known(layer.unknown.get("output_sqnr_db", _UNMEASURED))
-    return _format_sqnr(layer.output_sqnr_db)
-
-
 def _describe_work(layer: LayerRecord) -> str:
+    """MACs, and their fraction of the network."""
     if layer.macs is None:
         return _not_known(layer.unknown.get("macs", _UNMEASURED))
     return f"{layer.macs:,} per sample, {format_percent(layer.macs_share, 2)} of all"
@@ -194,6 +192,7 @@ def _describe_weights(layer: LayerRecord) -> str:
 
 
 def _describe_engine(layer: LayerRecord) -> str:
+    """Type in the engine, with the note of the census."""
     if layer.engine is None:
         return _not_known(layer.unknown.get("engine", _UNMEASURED))
     if not layer.engine_note:
@@ -208,12 +207,14 @@ def _describe_kernels(layer: LayerRecord) -> str:
 
 
 def _describe_reads(layer: LayerRecord, neighbours: Mapping[str, str] | None) -> str:
+    """The layers before it."""
     texts = ["the input of the network"] if layer.reads_input else []
     texts += _name_neighbours(layer.reads, neighbours)
     return _list_neighbours(texts, layer, "constants only")
 
 
 def _describe_feeds(layer: LayerRecord, neighbours: Mapping[str, str] | None) -> str:
+    """The layers after it."""
     texts = _name_neighbours(layer.feeds, neighbours)
     if layer.writes_output:
         texts.append("an output of the network")
@@ -221,18 +222,21 @@ def _describe_feeds(layer: LayerRecord, neighbours: Mapping[str, str] | None) ->
 
 
 def _name_neighbours(names: Sequence[str], precisions: Mapping[str, str] | None) -> list[str]:
+    """Names of layers, each with its type where that is asked for."""
     if precisions is None:
         return list(names)
     return [f"{name} ({precisions.get(name, 'not known')})" for name in names]
 
 
 def _list_neighbours(texts: Sequence[str], layer: LayerRecord, why_none: str) -> str:
+    """Layers in one line, or why there are none."""
     if texts:
         return ", ".join(texts)
     return f"nothing: {layer.unknown.get('neighbours', why_none)}"
 
 
 def _describe_range(tensor: TensorRecord) -> str:
+    """The range and its method; for channels the smallest and the largest range."""
     if tensor.amax is None:
         return _not_known(tensor.unknown.get("amax", _UNMEASURED))
     method = f" by {tensor.method}" if tensor.method else ""
@@ -240,12 +244,6 @@ def _describe_range(tensor: TensorRecord) -> str:
         return f"{tensor.amax:.5g}{method}"
     smallest = tensor.least_amax or 0.0
     return f"{smallest:.4g} to {tensor.amax:.4g} in {tensor.ranges} channels{method}"
-
-
-def _describe_error(tensor: TensorRecord) -> str:
-    if tensor.sqnr_db is None:
-        return _not_known(tensor.unknown.get("sqnr_db", _UNMEASURED))
-    return _format_sqnr(tensor.sqnr_db)
 
 
 def _describe_clipping(tensor: TensorRecord) -> str:
@@ -260,7 +258,10 @@ def _describe_sharing(tensor: TensorRecord) -> str:
     return f"{', '.join(tensor.shares)}; the figures are of all of them together"
 
 
-def _format_sqnr(value: float) -> str:
+def _describe_sqnr(value: float | None, reason: str) -> str:
+    """An SQNR, or the reason why it is not known."""
+    if value is None:
+        return _not_known(reason)
     return f"SQNR {value:.2f} dB"
 
 
