@@ -59,7 +59,9 @@ def ptq_classifier(
     qdq.check_run_folder(output, settings)
     backend = qdq.find_backend("auto", sm)
     analysis_options = analysis.as_arguments()
-    pinned = qdq.load_plan(plan) if plan else None
+    pinned = None
+    if plan is not None:
+        pinned = qdq.load_plan(plan)
     net = qdq.load_model(model, weights, seed)
     check_layers(
         net,

@@ -68,7 +68,9 @@ def qat_classifier(
     # Wrong options are refused here, before any work.
     qdq.check_run_folder(output, settings)
     backend = qdq.find_backend("auto", sm)
-    pinned = qdq.load_plan(plan) if plan else None
+    pinned = None
+    if plan is not None:
+        pinned = qdq.load_plan(plan)
     net = qdq.load_model(model, weights, seed)
     check_layers(net, exclude=exclude, plan=pinned, layers=layers)
     calib_images = calib_batches * batch_size
