@@ -36,7 +36,7 @@ def changed(tmp_path, change, source=GOOD):
 
 
 @pytest.mark.parametrize(
-    ("name", "kept", "missed"),
+    ("name", "met", "missed"),
     [
         ("max_drop", 0.4, 0.39),  # 84.8 - 84.4: in floats 0.40000000000000036
         ("min_sqnr", 22.25, 22.26),
@@ -45,14 +45,14 @@ def changed(tmp_path, change, source=GOOD):
         ("max_size", 4.9, 4.89),
     ],
 )
-def test_a_limit_is_kept_up_to_itself(name, kept, missed):
-    assert gate_run(GOOD, **{name: kept}).passed
+def test_a_limit_is_kept_up_to_itself(name, met, missed):
+    assert gate_run(GOOD, **{name: met}).passed
     report = gate_run(GOOD, **{name: missed})
     assert not report.passed
     (check,) = report.failures
     assert check.name == name.replace("_", "-")
     assert check.limit == missed
-    assert check.found == pytest.approx(kept)
+    assert check.found == pytest.approx(met)
     assert f"{missed:g}" in check.message
 
 
@@ -153,11 +153,11 @@ def test_runs_on_other_images_are_not_compared(tmp_path):
         GOOD,
         changed(tmp_path, lambda content: content["evaluation"]["candidates"][0].update(top1=0.85)),
     )
-    mine = tmp_path / "mine.json"
-    mine.write_text(
+    copy = tmp_path / "copy.json"
+    copy.write_text(
         changed(tmp_path, lambda content: content["data"].update(labels_digest="0123")).read_text()
     )
-    refuse(mine, changed(tmp_path, lambda content: content["data"].update(labels_digest="4567")))
+    refuse(copy, changed(tmp_path, lambda content: content["data"].update(labels_digest="4567")))
 
 
 def test_where_the_images_lie_and_what_was_quantized_does_not_matter(tmp_path):
@@ -165,23 +165,23 @@ def test_where_the_images_lie_and_what_was_quantized_does_not_matter(tmp_path):
         content["data"]["evaluation"] = "500 of 500 images in /elsewhere, drawn with seed 0"
 
     assert gate_run(GOOD, baseline=changed(tmp_path, move), max_drop=0).passed
-    mine = tmp_path / "mine.json"
-    mine.write_text(
+    copy = tmp_path / "copy.json"
+    copy.write_text(
         changed(tmp_path, lambda content: content["data"].update(labels_digest="0123")).read_text()
     )
     assert gate_run(
-        GOOD, baseline=mine, max_drop=0
+        GOOD, baseline=copy, max_drop=0
     ).passed  # one of the two is from before there were digests
 
     def retrain(content):
         content["data"]["labels_digest"] = "0123"
         content["evaluation"]["candidates"][0]["top1"] = 0.86
 
-    assert gate_run(changed(tmp_path, retrain), baseline=mine, max_drop=0).passed
+    assert gate_run(changed(tmp_path, retrain), baseline=copy, max_drop=0).passed
 
 
 @pytest.mark.parametrize(
-    ("where", "value", "limit", "said"),
+    ("where", "value", "limit", "message"),
     [
         (
             ("evaluation", "candidates", -1, "sqnr_db"),
@@ -204,7 +204,9 @@ def test_where_the_images_lie_and_what_was_quantized_does_not_matter(tmp_path):
         ),
     ],
 )
-def test_what_is_missed_by_little_does_not_look_like_the_limit(tmp_path, where, value, limit, said):
+def test_what_is_missed_by_little_does_not_look_like_the_limit(
+    tmp_path, where, value, limit, message
+):
     def change(content):
         *keys, last = where
         for key in keys:
@@ -212,11 +214,11 @@ def test_what_is_missed_by_little_does_not_look_like_the_limit(tmp_path, where, 
         content[last] = value
 
     (check,) = gate_run(changed(tmp_path, change), **limit).checks
-    assert not check.passed and said in check.message
+    assert not check.passed and message in check.message
 
 
 @pytest.mark.parametrize(
-    ("limits", "found"),
+    ("limits", "message"),
     [
         ([], "no limit is given"),
         (["--max-drop", "nan"], "max_drop is nan"),
@@ -230,12 +232,12 @@ def test_what_is_missed_by_little_does_not_look_like_the_limit(tmp_path, where, 
         (["--min-sqnr", "1", "--junit", "/dev/null/gate.xml"], "cannot write /dev/null/gate.xml"),
     ],
 )
-def test_wrong_usage_is_one_line_and_exit_code_2(capsys, limits, found):
+def test_wrong_usage_is_one_line_and_exit_code_2(capsys, limits, message):
     code, out, errors = gate(capsys, GOOD, *limits)
     assert code == 2
     assert out == ""
     error, fix = errors.splitlines()
-    assert found in error
+    assert message in error
     assert fix.startswith("  fix: ")
 
 

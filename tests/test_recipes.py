@@ -21,17 +21,20 @@ ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "ptq_classifier.py"
 TUNING = ROOT / "recipes" / "qat_classifier.py"
 SMALL = [
-    *(
-        "--model",
-        "squeezenet1_1",
-        "--weights",
-        "random",
-        "--calib-batches",
-        "2",
-        "--eval-images",
-        "4",
-    ),
-    *("--analysis-images", "2", "--batch-size", "2", "--max-float-layers", "0"),
+    "--model",
+    "squeezenet1_1",
+    "--weights",
+    "random",
+    "--calib-batches",
+    "2",
+    "--eval-images",
+    "4",
+    "--analysis-images",
+    "2",
+    "--batch-size",
+    "2",
+    "--max-float-layers",
+    "0",
 ]
 WRITTEN = [
     "analysis.jsonl",
@@ -175,13 +178,13 @@ def test_fine_tuning_in_two_processes_gives_what_one_gives(tmp_path, pictures, p
 
     stop = Stop("export and check", 0, signal.SIGKILL)
     assert run_recipe(TUNING, [*arguments, tmp_path / "one"], tmp_path, stop)[0] == -signal.SIGKILL
-    two, one = (
+    two_processes, one_process = (
         json.loads((tmp_path / name / "tuning" / "tuning.json").read_text())
         for name in ("two", "one")
     )
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
-    assert [m["metric"] for m in two["curve"]] == pytest.approx(
-        [m["metric"] for m in one["curve"]], abs=1e-2
+    assert two_processes["losses"] == pytest.approx(one_process["losses"], rel=1e-4)
+    assert [m["metric"] for m in two_processes["curve"]] == pytest.approx(
+        [m["metric"] for m in one_process["curve"]], abs=1e-2
     )
 
 
@@ -226,7 +229,7 @@ def bad_pattern(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "found"),
+    ("arguments", "message"),
     [
         (["--exclude", "re:("], "'re:(' is no regular expression"),
         (
@@ -274,16 +277,16 @@ def bad_pattern(tmp_path):
 )
 @pytest.mark.parametrize("program", ["recipe", "qdq ptq"])
 def test_bad_input_is_one_line_and_exit_code_2(
-    tmp_path, monkeypatch, capsys, program, arguments, found
+    tmp_path, monkeypatch, capsys, program, arguments, message
 ):
     from qdq.cli import main
     from qdq.cli.recipes import load_recipe
 
     monkeypatch.chdir(tmp_path)
-    given = arguments(tmp_path) if callable(arguments) else arguments
+    options = arguments(tmp_path) if callable(arguments) else arguments
     defaults = {"--model": "squeezenet1_1", "--weights": "random", "--output": "run"}
-    argv = [str(a) for a in given] + [
-        part for pair in defaults.items() if pair[0] not in given for part in pair
+    argv = [str(a) for a in options] + [
+        part for pair in defaults.items() if pair[0] not in options for part in pair
     ]
     argv.append("-q")  # how many images there are, and what labels, is told as a warning
     monkeypatch.setattr(sys, "argv", [RECIPE.name, *argv])
@@ -297,7 +300,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     captured = capsys.readouterr()
     error, fix = captured.err.strip().splitlines()
     assert error.startswith("error: ")
-    assert found in error
+    assert message in error
     assert fix.startswith("  fix: ")
     assert captured.out == ""  # no stage has begun
 
@@ -313,7 +316,7 @@ def test_calls_may_be_excluded():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "found"),
+    ("arguments", "message"),
     [
         (["--steps", "0"], "steps is 0; it must be 1 or more"),
         (["--lr", "-1"], "lr is -1.0; it must be above 0"),
@@ -342,7 +345,7 @@ def test_calls_may_be_excluded():
         (["--plan", "missing.yaml"], "cannot read missing.yaml"),
     ],
 )
-def test_bad_input_of_fine_tuning(tmp_path, monkeypatch, capsys, arguments, found):
+def test_bad_input_of_fine_tuning(tmp_path, monkeypatch, capsys, arguments, message):
     from qdq.cli.main import main
 
     monkeypatch.chdir(tmp_path)
@@ -351,7 +354,7 @@ def test_bad_input_of_fine_tuning(tmp_path, monkeypatch, capsys, arguments, foun
     assert exit.value.code == 2
     captured = capsys.readouterr()
     error, fix = captured.err.strip().splitlines()
-    assert found in error
+    assert message in error
     assert fix.startswith("  fix: ")
     assert captured.out == ""
     assert not list(tmp_path.iterdir())

@@ -34,19 +34,19 @@ def test_run_folder_is_emptied_of_an_earlier_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "kept"),
+    ("change", "is_kept"),
     [({}, True), ({"seed": 4}, False), ({"settings": {"model": "y"}}, False)],
     ids=str,
 )
-def test_what_was_collected_is_kept_for_the_same_run_only(tmp_path, change, kept):
+def test_what_was_collected_is_kept_for_the_same_run_only(tmp_path, change, is_kept):
     options = {"seed": 3, "settings": {"model": "x", "output": tmp_path}}
     run = start_run(tmp_path / "run", **options)
     write_atomic(run.folder / "calibration.safetensors", "half")
     write_atomic(run.folder / "tuning" / "state.safetensors", "half")
     write_atomic(run.folder / "model.onnx", "stale")
     again = start_run(tmp_path / "run", **(options | change))
-    assert (again.folder / "calibration.safetensors").exists() == kept
-    assert (again.folder / "tuning").exists() == kept
+    assert (again.folder / "calibration.safetensors").exists() == is_kept
+    assert (again.folder / "tuning").exists() == is_kept
     assert not (again.folder / "model.onnx").exists()
     again.finish()
     start_run(tmp_path / "run", **(options | change))
@@ -111,7 +111,7 @@ def test_only_what_a_run_writes_is_removed(tmp_path):
     stale = ["model.onnx", "model.onnx.data", "model.rtx.engine", "report.html"]
     stale += ["tuning/best.safetensors", "tuning/tensorboard/events.out.tfevents.1"]
     stale += [".qdq-1234.partial", ".model.onnx.data.partial", "tuning/.qdq-1234.partial"]
-    others = [
+    unrelated = [
         "notes.txt",
         "mine.onnx",
         "images/0/a.png",
@@ -119,14 +119,16 @@ def test_only_what_a_run_writes_is_removed(tmp_path):
         "analysis.jsonl",
         "analysis.1.jsonl",
     ]
-    others += [".download.partial", ".other.data.partial", "tuning/.download.partial"]
-    for name in (*stale, *others):
+    unrelated += [".download.partial", ".other.data.partial", "tuning/.download.partial"]
+    for name in (*stale, *unrelated):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("old")
     run.finish()
     start_run(tmp_path, seed=1)
-    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {*others, "run.json", "run.log"}
+    remaining = {
+        path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
+    }
+    assert remaining == {*unrelated, "run.json", "run.log"}
 
 
 def test_what_a_setting_names_is_not_removed(tmp_path):
@@ -333,12 +335,12 @@ def test_of_the_processes_of_torchrun_only_the_first_has_the_folder(tmp_path, mo
     monkeypatch.setenv("RANK", "1")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("precious")  # the first process refuses it
-    before = logging.getLogger("qdq").level
+    level = logging.getLogger("qdq").level
     run = start_run(tmp_path / "run", seed=3)
     drawn = np.random.rand()
     run.stage("calibrate")
     run.finish()
-    logging.getLogger("qdq").setLevel(before)
+    logging.getLogger("qdq").setLevel(level)
     assert not run.is_first
     assert capsys.readouterr().out == ""
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "thesis.tex"]

@@ -182,7 +182,7 @@ def make_report(names, *, float_layers=(), seed=0, **changes):
                 "census_expected_int8": len(names) - len(float_layers),
                 "census_missing_int8": [],
                 "int8_macs": 1 - len(float_layers) / max(len(names), 1),
-                "candidates": {each["name"]: each for each in candidates},
+                "candidates": {candidate["name"]: candidate for candidate in candidates},
             },
             "findings": [],
             "evaluation": {"images": 100, "candidates": candidates},

@@ -19,14 +19,13 @@ pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium on the PATH (apt-get install chromium)"
 )
 FLAGS = [
-    *(
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-    ),
-    *("--disable-component-update", "--disable-sync"),
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
 ]
 EVIL = "<script>alert(1)</script>"
 NAMES = [

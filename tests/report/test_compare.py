@@ -27,18 +27,20 @@ def runs(store):
 
 
 def test_what_differs(runs):
-    found = compare_runs(runs)
-    assert found.runs == ("first", "second")
-    assert {each.name: each.precisions for each in found.layers} == {
+    comparison = compare_runs(runs)
+    assert comparison.runs == ("first", "second")
+    assert {layer.name: layer.precisions for layer in comparison.layers} == {
         "l3": ("int8", "float"),
         "l5": ("int8", "int8"),
         "more": (None, "int8"),
     }
-    ranges = {each.name: each.ranges for each in found.layers}
+    ranges = {layer.name: layer.ranges for layer in comparison.layers}
     assert ranges["l5"] == (7.0, 10.5)
     assert ranges["more"] == (None, 22.0)
-    assert {each.name: each.values for each in found.settings} == {"exclude": ([], ["x"])}
-    figures = {each.label: each for each in found.figures}
+    assert {setting.name: setting.values for setting in comparison.settings} == {
+        "exclude": ([], ["x"])
+    }
+    figures = {figure.label: figure for figure in comparison.figures}
     assert figures["SQNR of the outputs, dB"].values == (21.5, 24.0)
     assert figures["layers with weights in int8"].values == (19, 19)
     assert figures["findings"].texts == ("0", "0")
@@ -56,11 +58,11 @@ def test_weights_methods_and_reasons_that_differ(store):
             f"step {place} of 9 of the search left it in float: SQNR of the outputs 1 -> 2 dB"
         )
     runs = [store(first, "first"), store(second, "second")]
-    found = compare_runs(runs)
-    assert [layer.name for layer in found.layers] == names[1:5]
-    assert found.layers[0].weights == (0.5, 0.6)
-    assert found.layers[1].methods == ("mse", "max")
-    page = render_comparison(found)
+    comparison = compare_runs(runs)
+    assert [layer.name for layer in comparison.layers] == names[1:5]
+    assert comparison.layers[0].weights == (0.5, 0.6)
+    assert comparison.layers[1].methods == ("mse", "max")
+    page = render_comparison(comparison)
     assert page.count("Conv2d is in the map") == 3  # where another reason stands beside it
     assert page.count("included by &#39;*&#39;") == 1 and "0.6" in page
 
@@ -74,10 +76,10 @@ def test_sensitivity_of_both(runs):
 
 
 def test_a_run_with_itself_differs_in_nothing(runs):
-    found = compare_runs([runs[0], runs[0], runs[0]])
-    assert found.layers == found.settings == ()
-    assert len(found.runs) == 3
-    page = render_comparison(found)
+    comparison = compare_runs([runs[0], runs[0], runs[0]])
+    assert comparison.layers == comparison.settings == ()
+    assert len(comparison.runs) == 3
+    page = render_comparison(comparison)
     assert "None: settings, seed, data and versions are the same" in page
     assert 'class="up"' not in page and 'class="down"' not in page
 
@@ -118,7 +120,9 @@ def test_command(runs, tmp_path, capsys, monkeypatch):
     code, out, _ = call(capsys, "report", *runs, "--json", tmp_path / "two.json")
     assert (code, out) == (0, "comparison.html\n")
     assert (tmp_path / "comparison.html").read_text() == render_comparison(compare_runs(runs))
-    assert [each["name"] for each in json.loads((tmp_path / "two.json").read_text())["layers"]] == [
+    assert [
+        layer["name"] for layer in json.loads((tmp_path / "two.json").read_text())["layers"]
+    ] == [
         "l3",
         "l5",
         "more",

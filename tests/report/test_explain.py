@@ -17,18 +17,20 @@ from qdq.report.load import load_report
 def test_the_text_holds_the_record(finished):
     folder, _ = finished
     for layer in load_report(folder).layers:
-        found = explain_layer(folder, layer.name)
-        assert found.layer == layer
-        assert found.text.splitlines()[0] == f"{layer.name} ({layer.kind})"
-        assert layer.reason in found.text
-        assert all(kernel in found.text for kernel in layer.kernels)
+        explanation = explain_layer(folder, layer.name)
+        assert explanation.layer == layer
+        assert explanation.text.splitlines()[0] == f"{layer.name} ({layer.kind})"
+        assert layer.reason in explanation.text
+        assert all(kernel in explanation.text for kernel in layer.kernels)
         for tensor in layer.tensors:
-            assert tensor.quantizer in found.text
-            for method, each in tensor.methods.items():
-                assert f"by {method}" in found.text and f"{each.amax:.5g}" in found.text
-        for other, precision in found.neighbours.items():
-            assert f"{other} ({precision})" in found.text
-        assert "None" not in found.text and "nan" not in found.text
+            assert tensor.quantizer in explanation.text
+            for method, choice in tensor.methods.items():
+                assert (
+                    f"by {method}" in explanation.text and f"{choice.amax:.5g}" in explanation.text
+                )
+        for neighbour, precision in explanation.neighbours.items():
+            assert f"{neighbour} ({precision})" in explanation.text
+        assert "None" not in explanation.text and "nan" not in explanation.text
     assert "same range as" not in explain_layer(folder, "head").text.lower()
     assert (
         "No ranges: it was given no quantizers: excluded by 'head'"
@@ -70,17 +72,17 @@ def test_a_module_that_cannot_be_int8(store):
 
 def test_names_reach_no_terminal_as_they_are(store):
     name = "a\x1b[31m\nb"
-    found = explain_layer(store(make_report([name, "c"])), name).text
-    assert found.startswith("a\\x1b[31m\\nb (Conv2d)\n  Runs in")
-    assert "\x1b" not in found and "\n  Feeds                  c (int8)" in found
+    text = explain_layer(store(make_report([name, "c"])), name).text
+    assert text.startswith("a\\x1b[31m\\nb (Conv2d)\n  Runs in")
+    assert "\x1b" not in text and "\n  Feeds                  c (int8)" in text
 
 
 def test_neighbours_with_commas_in_their_names(store):
     names = ["a, b", "b", "c"]
     report = make_report(names, float_layers=["a, b"])
     report["layers"][1]["reads_input"] = True
-    found = explain_layer(store(report), "b").text
-    assert "  Reads                  the input of the network, a, b (float)\n" in found
+    text = explain_layer(store(report), "b").text
+    assert "  Reads                  the input of the network, a, b (float)\n" in text
 
 
 def test_metric_cost_and_group(store):
@@ -128,10 +130,10 @@ def test_who_reads_may_have_enough(store):
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "wb") as closed:
-        found = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", script], stdout=closed, stderr=subprocess.PIPE, check=False
         )
-    assert (found.returncode, found.stderr) == (141, b"")
+    assert (process.returncode, process.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize("verb", ["explain", "report"])

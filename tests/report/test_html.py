@@ -59,10 +59,18 @@ def page(store):
 
 def test_a_folder_whose_name_is_not_utf_8(store, tmp_path, capsys):
     folder = store(make_report(["a", "b"]), os.fsdecode(b"run\xff"))
-    other = store(make_report(["a", "b"]), "other")
+    other_folder = store(make_report(["a", "b"]), "other")
     commands = [
         ["report", folder],
-        ["report", folder, other, "-o", tmp_path / "both.html", "--json", tmp_path / "both.json"],
+        [
+            "report",
+            folder,
+            other_folder,
+            "-o",
+            tmp_path / "both.html",
+            "--json",
+            tmp_path / "both.json",
+        ],
         ["gate", folder, "--max-size", "1e9", "--junit", tmp_path / "junit.xml"],
         ["explain", folder, "a", "--json", tmp_path / "a.json"],
     ]
@@ -297,8 +305,8 @@ class TestCharts:
         for place, layer in enumerate(made["layers"]):
             layer["reads"] = sorted(
                 {
-                    names[int(each)]
-                    for each in random.integers(max(place - 9, 0), max(place, 1), min(place, 3))
+                    names[int(number)]
+                    for number in random.integers(max(place - 9, 0), max(place, 1), min(place, 3))
                 }
             )
         network = draw_network(load_report(store(made)).layers)
@@ -309,4 +317,4 @@ class TestCharts:
         assert len(spans) > 3
         for lane in spans.values():
             lane.sort()
-            assert all(before[1] <= after[0] for before, after in itertools.pairwise(lane))
+            assert all(upper[1] <= lower[0] for upper, lower in itertools.pairwise(lane))

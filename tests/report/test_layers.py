@@ -37,7 +37,7 @@ NO_BUILD = qdq.BuildReport(
 
 
 def describe(stages, **changes):
-    given = {
+    arguments = {
         "plan": stages["plan"],
         "rewired": stages["rewired"],
         "ranges": stages["ranges"],
@@ -46,8 +46,8 @@ def describe(stages, **changes):
         "statistics": None,
         **changes,
     }
-    found = describe_layers(stages["model"].module, stages["calibration"].images, **given)
-    return {layer.name: layer for layer in found}
+    records = describe_layers(stages["model"].module, stages["calibration"].images, **arguments)
+    return {layer.name: layer for layer in records}
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +55,10 @@ def layers(finished):
     return {layer.name: layer for layer in load_report(finished[0]).layers}
 
 
-def decibels(expected, found):
-    expected, found = (np.asarray(each.detach(), np.float64) for each in (expected, found))
-    return 10 * math.log10((expected**2).sum() / ((expected - found) ** 2).sum())
+def decibels(expected, quantized):
+    expected = np.asarray(expected.detach(), np.float64)
+    quantized = np.asarray(quantized.detach(), np.float64)
+    return 10 * math.log10((expected**2).sum() / ((expected - quantized) ** 2).sum())
 
 
 def test_order_and_neighbours(layers):
@@ -82,8 +83,8 @@ def test_precision_is_that_of_the_quantizers_and_of_the_engine(finished, layers)
     for name, layer in layers.items():
         module = modules.get(name)
         if isinstance(module, QuantInputMixin):
-            on = not module.input_quantizer._disabled
-            assert (layer.precision == "int8") == on == layer.tensors[0].is_on, name
+            is_on = module.input_quantizer.is_enabled
+            assert (layer.precision == "int8") == is_on == layer.tensors[0].is_on, name
         if layer.engine is not None:
             assert layer.engine == layer.precision, name
             assert layer.kernels, name
@@ -101,10 +102,10 @@ def test_reasons(finished, layers):
     assert layers["head"].reason == "excluded by 'head'"
     assert layers["pool"].rules == ("R-GAP",)
     assert "R-ADD-1" in layers["add"].rules or layers["add"].precision == "float"
-    other = next(name for name in ("stem", "conv", "conv2d") if name != step.layer)
+    int8_name = next(name for name in ("stem", "conv", "conv2d") if name != step.layer)
     assert (
         "in sensitivity (measured); the search ended: 1 of at most 1 layers are in float"
-        in layers[other].reason
+        in layers[int8_name].reason
     )
 
 
@@ -115,11 +116,11 @@ def test_reasons_of_what_was_passed_over(finished):
 
     def explain(**changes):
         units = (replace(first[0], **changes), *first[1:], last)
-        found = describe(
+        records = describe(
             finished[1],
             analysis=replace(analysis, layers=units, mode=changes.pop("mode", analysis.mode)),
         )
-        return found[first[0].name].reason
+        return records[first[0].name].reason
 
     start = f"rank 1 of {len(analysis.layers)} in sensitivity (measured), but passed over for less sensitive ones: "
     assert explain().endswith(start + "it did not fit the limits")
@@ -134,7 +135,7 @@ def test_what_the_metric_of_the_user_says(finished):
     analysis = finished[1]["analysis"]
     (step,) = analysis.steps
     units = tuple(replace(unit, metric=0.25, cost=3.5) for unit in analysis.layers)
-    found = describe(
+    records = describe(
         finished[1],
         analysis=replace(
             analysis,
@@ -144,12 +145,13 @@ def test_what_the_metric_of_the_user_says(finished):
             layers=units,
         ),
     )
-    reason = found[step.layer].reason
+    reason = records[step.layer].reason
     assert reason.startswith(
         "step 1 of 1 of the search left it in float: mAP of the outputs 0.125 -> 0.5, SQNR of the "
     )
     assert (
-        found[step.layer].sensitivity.metric == 0.25 and found[step.layer].sensitivity.cost == 3.5
+        records[step.layer].sensitivity.metric == 0.25
+        and records[step.layer].sensitivity.cost == 3.5
     )
 
 
@@ -157,17 +159,17 @@ def test_a_call_in_float_says_which_layer_it_goes_with(finished):
     stages = finished[1]
     model = stages["model"].module
     quantizers = dict(named_quantizers(model))
-    states = {name: quantizer._disabled for name, quantizer in quantizers.items()}
+    states = {name: quantizer.is_enabled for name, quantizer in quantizers.items()}
     try:
         for name in ("conv._input_quantizer", "conv._weight_quantizer", "_add_quantizer"):
-            quantizers[name]._disabled = True
+            quantizers[name].is_enabled = False
         analysis = replace(stages["analysis"], steps=())
-        found = describe(stages, analysis=analysis)
+        records = describe(stages, analysis=analysis)
     finally:
         for name, state in states.items():
-            quantizers[name]._disabled = state
-    assert found["add"].reason == "it is there only for conv, which is in float"
-    assert found["conv"].reason == "its quantizers are switched off"
+            quantizers[name].is_enabled = state
+    assert records["add"].reason == "it is there only for conv, which is in float"
+    assert records["conv"].reason == "its quantizers are switched off"
 
 
 def test_weights_are_measured_exactly(finished, layers):
@@ -189,29 +191,31 @@ def test_weights_are_measured_exactly(finished, layers):
 
 def test_activations_are_measured_on_the_calibration_data(finished, layers):
     stages = finished[1]
-    model, seen = stages["model"].module, []
-    hook = model.conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].double()))
+    model, inputs = stages["model"].module, []
+    hook = model.conv.register_forward_pre_hook(
+        lambda _, arguments: inputs.append(arguments[0].double())
+    )
     with disable_quantization(model), torch.no_grad():
         model(stages["calibration"].images)
     hook.remove()
     record = layers["conv"].tensor("input")
     scale = record.amax / 127
-    found = (seen[0] / scale).round().clamp(-128, 127) * scale
-    assert record.sqnr_db == pytest.approx(decibels(seen[0], found), abs=0.1)
+    quantized = (inputs[0] / scale).round().clamp(-128, 127) * scale
+    assert record.sqnr_db == pytest.approx(decibels(inputs[0], quantized), abs=0.1)
     assert record.clipped == pytest.approx(
-        float((seen[0].abs() > record.amax).double().mean()), abs=2e-4
+        float((inputs[0].abs() > record.amax).double().mean()), abs=2e-4
     )
     assert record.shares == (
         "_add_quantizer",
     )  # which reads the same tensor; it was collected at both
-    assert sum(record.histogram) == 2 * int((seen[0] != 0).sum())
+    assert sum(record.histogram) == 2 * int((inputs[0] != 0).sum())
     assert 2 <= len(record.histogram) <= 64
     counts, _ = np.histogram(
-        seen[0].abs()[seen[0] != 0], bins=len(record.histogram), range=(0, record.histogram_end)
+        inputs[0].abs()[inputs[0] != 0], bins=len(record.histogram), range=(0, record.histogram_end)
     )
     assert np.abs(2 * counts - record.histogram).sum() <= 8  # float32 against float64 on an edge
     statistics = qdq.Statistics.load(finished[0] / "calibration.safetensors")
-    assert {name: each.amax for name, each in record.methods.items()} == {
+    assert {method: choice.amax for method, choice in record.methods.items()} == {
         method: pytest.approx(statistics.solve("conv._input_quantizer", method))
         for method in record.methods
     }
@@ -236,8 +240,8 @@ def test_output_of_a_layer_by_itself(finished, layers):
     weight = (conv.weight.double() / weight_scale).round().clamp(-128, 127) * weight_scale
     bias = conv.bias.double()
     expected = torch.nn.functional.conv2d(inputs.double(), conv.weight.double(), bias, padding=1)
-    found = torch.nn.functional.conv2d(rounded, weight, bias, padding=1)
-    assert layers["conv"].output_sqnr_db == pytest.approx(decibels(expected, found), abs=0.05)
+    quantized = torch.nn.functional.conv2d(rounded, weight, bias, padding=1)
+    assert layers["conv"].output_sqnr_db == pytest.approx(decibels(expected, quantized), abs=0.05)
 
 
 def test_macs(layers):
@@ -300,7 +304,7 @@ def test_a_module_with_one_product_out_of_reach_is_missed_still():
     rewired = qdq.rewire_operations(model, batch)
     assert {module.name for module in plan.of("missed")} == {"", "inner"}
     analysis = qdq.Analysis("one-at-a-time", 4, 30.0, None, (), (), "nothing was asked for")
-    found = describe_layers(
+    records = describe_layers(
         model,
         batch,
         plan=plan,
@@ -310,7 +314,7 @@ def test_a_module_with_one_product_out_of_reach_is_missed_still():
         build=NO_BUILD,
         statistics=None,
     )
-    assert [(layer.name, layer.weights) for layer in found if layer.weights] == [
+    assert [(layer.name, layer.weights) for layer in records if layer.weights] == [
         ("first", 1024),
         ("linear", 1024),
         ("linear_1", 1024),
@@ -339,14 +343,14 @@ def test_nothing_is_blank_without_a_reason(finished, layers):
 def test_describing_changes_nothing(finished):
     stages = finished[1]
     model = stages["model"].module.train()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    states = {name: quantizer._disabled for name, quantizer in named_quantizers(model)}
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    states = {name: quantizer.is_enabled for name, quantizer in named_quantizers(model)}
     hooks = [len(module._forward_hooks) for module in model.modules()]
     describe(stages)
     assert model.training and all(module.training for module in model.modules())
     model.eval()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert {name: quantizer._disabled for name, quantizer in named_quantizers(model)} == states
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert {name: quantizer.is_enabled for name, quantizer in named_quantizers(model)} == states
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 
@@ -361,7 +365,7 @@ def test_a_layer_that_does_not_run_and_one_without_range():
     rewired = qdq.rewire_operations(model, batch)
     ranges = qdq.calibrate_model(model, [batch])
     analysis = qdq.Analysis("one-at-a-time", 2, 30.0, None, (), (), "nothing was asked for")
-    found = describe_layers(
+    records = describe_layers(
         model,
         batch,
         plan=plan,
@@ -371,7 +375,7 @@ def test_a_layer_that_does_not_run_and_one_without_range():
         build=NO_BUILD,
         statistics=None,
     )
-    records = {layer.name: layer for layer in found}
+    records = {layer.name: layer for layer in records}
     assert list(records)[-1] == "spare"
     assert records["spare"].precision == "float"
     assert "saw no batch" in records["spare"].reason

@@ -37,7 +37,9 @@ def test_what_is_no_report(tmp_path, text):
 def test_a_report_of_an_earlier_qdq(store):
     report = make_report(["a"])
     del report["format"]
-    with pytest.raises(DataError, match=r"written by another version of qdq.*run the same command again"):
+    with pytest.raises(
+        DataError, match=r"written by another version of qdq.*run the same command again"
+    ):
         load_report(store(report))
 
 
