@@ -129,6 +129,8 @@ def test_page_has_every_section_in_order(stages):
     ]
     assert titles == [*expected, "Files"]
     assert "Findings\n  none" in text
+    for command in stages["build"].trtexec.values():
+        assert f"\n  {command}\n" in text
 
 
 @dataclass(frozen=True)

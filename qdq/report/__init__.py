@@ -324,7 +324,7 @@ def _format_report(run: Run, sections: Mapping[str, Any], results: _StageResults
         "Exported file": printable_results.check.format_table(),
         "Engine": printable_results.build.format_table(),
         "Result": printable_results.evaluation.format_table(),
-        "On the target": _format_commands(printable_results.build.trtexec),
+        "On the target": _format_commands(results.build.trtexec),
         "Findings": _join_lines(sections["findings"]) or "none",
         "Files": f"{run.folder} ({seconds:.0f} s); open {PAGE_FILE} in a browser",
     }
@@ -343,8 +343,11 @@ def _drop_missed(plan: SwapPlan, missed: Sequence[str]) -> SwapPlan:
 
 
 def _format_commands(commands: Mapping[str, str]) -> str:
-    """Version of TensorRT -> command, two lines each."""
-    return "\n".join(f"# {version}\n{command}" for version, command in commands.items())
+    """Two lines for each version of TensorRT; a command is longer than the texts in a table may be."""
+    lines = []
+    for version, command in commands.items():
+        lines += [f"# {version}", command]
+    return _join_lines(lines)
 
 
 def _format_block(title: str, body: str) -> str:
