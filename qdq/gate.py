@@ -264,7 +264,8 @@ class _RunFacts:
 def _check_limits(limits: Mapping[str, float], *, has_baseline: bool) -> None:
     if not limits:
         raise ArgumentError(
-            "no limit is given, and without one every run passes.", "give --max-drop 0.5, say."
+            "no limit is given, and without one every run passes.",
+            "give --max-drop 0.5, for example.",
         )
     for name, limit in limits.items():
         rule = _RULES[name]

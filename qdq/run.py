@@ -310,8 +310,8 @@ def check_run_folder(folder: Path | str, settings: dict[str, Any] | None = None)
     for path in present:
         if not _is_usable(path):
             raise ArgumentError(
-                f"{printable(path)} is a link or a folder where a run writes a file, "
-                "or is not a folder where a run makes one.",
+                f"{printable(path)} is a link or folder, but a run writes a file there; "
+                "or it is not a folder, but a run needs one.",
                 "move it away, or choose another folder.",
             )
 

@@ -96,7 +96,7 @@ def _refuse_module(report: StoredReport, module: Mapping[str, Any]) -> ArgumentE
 
     if module["action"] == "missed" and calls:
         return ArgumentError(
-            f"{name_layer(name)} is a {module['type']}, of which the report lists the calls.",
+            f"{name_layer(name)} is a {module['type']} that is represented by its calls.",
             f"choose one of {', '.join(calls)}.",
         )
     return ArgumentError(

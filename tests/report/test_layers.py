@@ -278,7 +278,7 @@ def test_calls_with_weights_are_layers_with_weights(finished, layers):
     assert "missed: 0" in (finished[0] / "report.txt").read_text()
     with pytest.raises(
         qdq.ArgumentError,
-        match=r"the model is a Branches, of which the report lists the calls.* choose one of .*conv2d",
+        match=r"the model is a Branches that is represented by its calls.* choose one of .*conv2d",
     ):
         qdq.explain_layer(finished[0], "")
 
