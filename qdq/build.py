@@ -25,11 +25,12 @@ from qdq.trt.profiles import Profile, Shape, choose_profiles
 from qdq.trt.trtexec import trtexec_lines
 
 ENGINE_SUFFIXES = {"rtx": ".rtx.engine", "tensorrt": ".engine"}
-"""Suffix of the engine instead of `.onnx`, for each backend."""
+"""Suffix of the engine file for each backend."""
 
-# TensorRT builds no file that breaks one of these rules. It may well read other files that onnx's checker refuses.
+# TensorRT builds no file that breaks one of these rules. It may accept other files that onnx's checker refuses.
 _FATAL_RULES = ("QDQ205", "QDQ208")
-# A constant, and operators that TensorRT folds between it and the scale of a Q/DQ. It crashes on ReduceMax, for one.
+# Constant, and the operators that TensorRT folds between a constant and the scale of a Q/DQ. It crashes on others, for
+# example on ReduceMax.
 _FOLDED_INTO_SCALE = frozenset({"Cast", "Constant", "Identity", "Mul", "Reshape"})
 
 
@@ -46,11 +47,11 @@ class BuildReport:
         sm: Compute capability of the target, 89 for 8.9; None for the GPU of this machine.
         seconds: Time of parsing and building.
         profiles: Dynamic input -> `min`, `opt` and `max` shape.
-        layers: Every convolution and matrix product of the graph, in its order.
+        layers: Every convolution and matrix product, in the order of the graph.
         coverage: The expectation for each of them before the build.
         trtexec: Command for the target by version, `tensorrt10` and `tensorrt11`.
-        warnings: The reason why onnx's checker refuses a file that TensorRT builds; messages of the builder of severity
-            WARNING and above, each once.
+        warnings: The reason why onnx's checker refuses a file that TensorRT builds; each builder message of severity
+            WARNING or above, once.
     """
 
     onnx: Path
@@ -215,7 +216,7 @@ def build_engine(
 
 
 def _find_backend(name: str, commands: Mapping[str, str]) -> Backend:
-    """Find the backend; if there is none, the error tells how to build on the target."""
+    """Find the backend; if there is none, the error says how to build on the target."""
     try:
         return find_backend(name)
     except DependencyError as error:
@@ -266,7 +267,7 @@ def _refuse_without_verdict(path: Path, checker: CheckerVerdict) -> None:
         return
     reason = checker.limit or checker.structure
     raise BuildError(
-        f"{path} cannot be built: onnx's checker crashed on it or did not come to an end: {reason}.",
+        f"{path} cannot be built: onnx's checker crashed on it or did not finish: {reason}.",
         f"run `qdq check {path}` and fix the nodes that it names; if it names none, write the nodes of functions into "
         "the graph, or build parts of the model to find the node.",
     )
@@ -311,7 +312,7 @@ def _refuse_computed_scales(model: ir.Model) -> None:
 
 
 def _is_constant(value: ir.Value | None) -> bool:
-    """Whether a value is an initializer or a Constant, perhaps behind operators that TensorRT folds."""
+    """Whether a value is an initializer or a Constant, possibly after operators that TensorRT folds."""
     visited: set[ir.Node] = set()
     values = [value]
     while values:
@@ -338,7 +339,7 @@ def _has_float16(model: ir.Model) -> bool:
 
 
 def _choose_engine_path(onnx_path: Path, output: Path | str | None, backend: str) -> Path:
-    """The engine file, which may not be one of the files of the model."""
+    """The path of the engine file; it must not be one of the model's files."""
     default = onnx_path.with_suffix(ENGINE_SUFFIXES[backend])
     path = default if output is None else Path(output)
     guard_files(inputs=[onnx_path, *list_data_files(onnx_path)], outputs=[path])

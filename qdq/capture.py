@@ -1,9 +1,9 @@
-"""A model captured as an ONNX graph, in which each scale is a number that identifies its quantizer.
+"""Captures a model as an ONNX graph in which each scale identifies its quantizer.
 
-Names in a captured graph are text that torch writes: the modules around a node, as far as torch has seen them. They are
-wrong or missing where a forward is set on the instance, where a region switches autocast or gradients, or where the
-model is a `torch.fx.GraphModule`. So while the model is captured each quantizer has a unique range that is a mark. The
-scale of a Q then identifies its quantizer, whatever the exporter does to the graph.
+torch names each node after the modules around it, as far as it has seen them. These names are wrong or missing where a
+forward is set on the instance, where a region switches autocast or gradients, or where the model is a
+`torch.fx.GraphModule`. So each quantizer has a unique range, its mark, while the model is captured. The scale of a Q
+then identifies its quantizer, whatever the exporter does to the graph.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _CONSTANTS = (
     | torch.memory_format
     | enum.Enum
 )
-# No range of a real tensor; times a number of 17 bits and 127 it is exact in float32.
+# Not the range of any real tensor; its product with a 17-bit number and 127 is exact in float32.
 _MARK_UNIT = 2.0**60
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _MOST_OF_AN_ERROR = 400  # characters
@@ -58,9 +58,9 @@ class CapturedGraph:
     """The ONNX graph of a model.
 
     Args:
-        graph: The ONNX model; its Q and DQ have marks for scales.
-        names: Of the tensors of the example, in order; the graph has no input for one that it does not read.
-        scales: Mark -> the quantizer that it stands for, of all that were enabled.
+        graph: The ONNX model; its Q and DQ have marks as scales.
+        names: Names of the example's tensors, in order; the graph has no input for a tensor that it does not read.
+        scales: Mark -> its quantizer, for all quantizers that were enabled.
         ran: Names of the quantizers that quantized a tensor while the model was captured.
     """
 
@@ -78,14 +78,14 @@ def capture_graph(
     *,
     dynamic_batch: bool,
 ) -> CapturedGraph:
-    """Capture a model whose quantizers have ranges; they and the model are left as they were.
+    """Capture a model whose quantizers have ranges; they and the model do not change.
 
     Args:
         model: Any module that can be called.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         opset: The opset that torch writes.
-        dynamic_batch: Leave the first dimension of every tensor open.
+        dynamic_batch: Make the first dimension of every tensor dynamic.
 
     Raises:
         ExportError: torch cannot capture the model.
@@ -99,10 +99,10 @@ def capture_graph(
     if not program.model.graph.outputs:
         raise ExportError(
             f"the model returns no tensor: {left_out or 'nothing'}.",
-            "export a module that returns some.",
+            "export a module that returns tensors.",
         )
     if left_out:
-        logger.warning("outputs that are no tensors are not in the file: %s", left_out)
+        logger.warning("outputs that are not tensors are left out of the file: %s", left_out)
 
     names = dict(zip(call.parameters, call.tensors, strict=True))
     for value in program.model.graph.inputs:
@@ -134,7 +134,7 @@ def _run_export(
                 dynamic_shapes=dynamic_shapes,
                 verbose=False,
             )
-    except Exception as error:  # torch raises many kinds here
+    except Exception as error:  # torch raises many types here
         raise ExportError(
             f"torch.export cannot capture the model: {_summarize(error.__cause__ or error)}",
             _advise(model),
@@ -147,7 +147,7 @@ def _advise(model: nn.Module) -> str:
     for name, module in model.named_modules():
         if is_parametrized(module):
             parametrized.append(name or "the model")
-    if parametrized:  # torch speaks of operators that no forward calls
+    if parametrized:  # torch's message names operators that no forward calls
         return (
             f"{list_names(parametrized, 5)} compute parameters from others: call "
             "torch.nn.utils.parametrize.remove_parametrizations there, before swap_modules."
@@ -156,7 +156,7 @@ def _advise(model: nn.Module) -> str:
 
 
 def _inference_as_made(model: nn.Module) -> torch.inference_mode:
-    """Inference mode for a model whose tensors were made there: torch refuses to capture it elsewhere."""
+    """Inference mode if the model's tensors were made in it: torch refuses to capture such a model outside of it."""
     tensors = (*model.parameters(), *model.buffers())
     is_made_there = any(tensor.is_inference() for tensor in tensors)
     return torch.inference_mode(is_made_there or torch.is_inference_mode_enabled())
@@ -206,9 +206,9 @@ def _marked(model: nn.Module) -> Iterator[list[_Mark]]:
 
 
 def _scale_of(mark: _Mark) -> QuantizerScale:
-    """The true scale of the quantizer that a mark stands for."""
+    """The true scale of the quantizer that has this mark."""
     amax = mark.quantizer.amax
-    assert amax is not None  # noqa: S101  # export_onnx has looked
+    assert amax is not None  # noqa: S101  # export_onnx has checked
     # Not the attribute `scale`, which has another meaning in qdq.compat.
     scale = compute_scale(amax, mark.quantizer.format).detach().cpu()
     # A scale of shape [1] costs TensorRT-RTX the int8 kernel (R-SHAPE).
@@ -217,9 +217,9 @@ def _scale_of(mark: _Mark) -> QuantizerScale:
 
 
 class _Call:
-    """The call of a model on its example, as a function of the tensors alone, each with a name.
+    """The call of a model on its example, as a function of its named tensors only.
 
-    All other arguments, such as flags and texts, are those of the example. Results that are no tensors are left out.
+    All other arguments, such as flags and strings, keep their values. Results that are not tensors are left out.
 
     Args:
         model: The model that is called.
@@ -228,11 +228,11 @@ class _Call:
 
     Attributes:
         tensors: The tensors among the arguments, by name.
-        parameters: The names of these tensors as torch writes them, in small letters.
-        left_out: The results of the last call that are no tensors, for a message.
+        parameters: The names of these tensors as torch writes them, in lower case.
+        left_out: The results of the last call that are not tensors, for a message.
 
     Raises:
-        ExportError: An argument that is neither a tensor nor a constant.
+        ExportError: An argument is neither a tensor nor a constant.
     """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -275,7 +275,7 @@ def _describe_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     try:
         return _Call(model, args, kwargs)
     except ValueError as error:
-        # More arguments than the forward has, or a container that torch cannot take apart.
+        # More arguments than the forward has, or a container that torch cannot flatten.
         raise ExportError(
             f"the example inputs cannot be named: {_summarize(error)}.",
             "give tensors, in lists, tuples and dictionaries, as the forward takes them.",
@@ -294,9 +294,9 @@ def _require_constant(name: str, leaf: Any) -> None:
     """
     if not isinstance(leaf, torch.Tensor | _CONSTANTS):
         raise ExportError(
-            f"the argument {name} is a {type(leaf).__name__}; expected tensors, numbers and texts, in lists, tuples "
+            f"the argument {name} is a {type(leaf).__name__}; expected tensors, numbers and strings, in lists, tuples "
             "and dictionaries.",
-            "wrap the model in a module whose forward takes tensors and makes that argument of them.",
+            "wrap the model in a module whose forward takes tensors and builds that argument from them.",
         )
 
 
@@ -313,7 +313,7 @@ def _as_root(model: nn.Module, call: _Call) -> nn.Module:
     body = {
         "__call__": lambda _, *args, **kwargs: forward(*args, **kwargs),
         "forward": property(lambda _: forward),
-        # torch looks up there where a module stands that runs, and the model runs
+        # torch looks up the names of running modules there, and it is the model that runs
         "named_modules": lambda _, *args, **kwargs: model.named_modules(*args, **kwargs),
         "training": False,  # a compiled module has none of its own
     }
@@ -323,7 +323,7 @@ def _as_root(model: nn.Module, call: _Call) -> nn.Module:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """The model in a wrapper that torch.export does not follow: `torch.compile`, and training in several processes."""
+    """The model inside a wrapper that torch.export does not follow, from `torch.compile` or distributed training."""
     model = unwrap_compiled(model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         wrapped: nn.Module = model.module
@@ -332,12 +332,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def _name_positional(model: nn.Module, count: int) -> list[str]:
-    """The names that the forward gives its first arguments; `args_0` for the first of `*args`.
-
-    Args:
-        model: The model.
-        count: Number of arguments.
-    """
+    """The names that the forward gives its first arguments; `args_0` for the first of `*args`."""
     names: list[str] = []
     for parameter in inspect.signature(model.forward).parameters.values():
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
@@ -349,7 +344,7 @@ def _name_positional(model: nn.Module, count: int) -> list[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch's exporter from printing steps and from warning about its own future; an error says enough."""
+    """Suppress the progress output and deprecation warnings of torch's exporter; errors are still raised."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""Calls of a function in a separate process: native code that crashes or hangs there ends only that process.
+"""Calls a function in a separate process: native code that crashes or hangs there ends only that process.
 
 `python -m qdq.child MODULE:FUNCTION` is the other end. Both ends exchange frames over pipes, each a JSON value and some
 bytes, so that no file is left behind whichever process ends.
@@ -195,7 +195,7 @@ def _read_frame(stream: IO[bytes]) -> tuple[Any, bytes] | None:
 
 
 def _limit_cpu(seconds: int | None) -> None:
-    """Let the system end this process after this much more processor time of all its threads."""
+    """Let the system end this process after this much more processor time, summed over its threads."""
     if sys.platform == "win32":
         return
     import resource

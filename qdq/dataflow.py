@@ -1,4 +1,4 @@
-"""Which function read which tensor in one forward: the record of `trace_forward`, and questions about it."""
+"""Queries on the record of `trace_forward`: which function read which tensor in one forward."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _COPYING_MODES = ("nearest", "nearest-exact")
 
 
 class Fork(NamedTuple):
-    """The tensor where the ways to two other tensors part.
+    """The tensor at which the paths to two other tensors split.
 
     Args:
         value: Number of the tensor.
-        to_first: How many functions lie between it and the first tensor.
-        to_second: How many functions lie between it and the second tensor.
+        to_first: Number of functions between it and the first tensor.
+        to_second: Number of functions between it and the second tensor.
     """
 
     value: int
@@ -64,7 +64,7 @@ def clamp_of(operation: Operation) -> tuple[float, float] | None:
 
 
 def _bound_of(operation: Operation, parameter: str, position: int, default: float) -> float:
-    """One bound of a clamp, as it was passed.
+    """One bound of a clamp, as passed to it.
 
     Args:
         operation: The call.
@@ -78,7 +78,7 @@ def _bound_of(operation: Operation, parameter: str, position: int, default: floa
 
 
 class Dataflow:
-    """The functions of one forward and the tensors between them, which are known by number.
+    """The functions of one forward and the tensors between them, which are identified by numbers.
 
     Args:
         trace: The record of `trace_forward`.
@@ -110,7 +110,7 @@ class Dataflow:
         return value in self._computed
 
     def is_stored(self, value: int) -> bool:
-        """Whether a tensor exists before the forward, such as a parameter, or is a view of one that does.
+        """Whether a tensor exists before the forward, like a parameter, or is a view of such a tensor.
 
         Args:
             value: Number of the tensor.
@@ -139,10 +139,10 @@ class Dataflow:
         return None
 
     def output_convolutions(self) -> list[Operation]:
-        """Convolutions that write an output of the network: nothing pools or multiplies behind them (R-OUT).
+        """Convolutions that write an output of the network: no pooling or product follows them (R-OUT).
 
-        The search goes back from each output. It stops at averages and products, as their input is no output, and at
-        convolutions. A convolution of pooled pixels is a classifier and does not count.
+        The search goes back from each output. It stops at convolutions, and at averages and products, because their
+        input is not an output. A convolution of pooled pixels is a classifier and does not count.
 
         Returns:
             Each of them once, those nearest to the outputs first.
@@ -165,7 +165,7 @@ class Dataflow:
         return convolutions
 
     def _feeds_product(self, value: int) -> bool:
-        """Whether a convolution or product reads a tensor, perhaps behind activations: then it is no mere output.
+        """Whether a convolution or product reads a tensor, possibly through activations; then it is not only an output.
 
         Args:
             value: Number of the tensor.
@@ -174,11 +174,7 @@ class Dataflow:
         return any(reader.function in CONTRACTIONS for reader in readers)
 
     def _reads_pooled(self, operation: Operation) -> bool:
-        """Whether the input of a call is a pooled map, perhaps behind activations and copies.
-
-        Args:
-            operation: The call.
-        """
+        """Whether the input of a call is a pooled map, directly or through activations and copies."""
         producer = self._producers.get(operation.inputs[0])
         while producer is not None and producer.function in _FUSED | COPIES:
             producer = self._producers.get(producer.inputs[0])
@@ -189,10 +185,11 @@ class Dataflow:
 
         Args:
             value: Number of the tensor.
-            through_activations: Also behind activations, which do not fuse with a function behind them (R-ADD-5).
+            through_activations: Also look through activations, which do not fuse with the function after them
+                (R-ADD-5).
 
         Returns:
-            The call of the convolution; None where another function, or a second computed tensor, comes before it.
+            The call of the convolution; None if another function or a second computed tensor comes first.
         """
         passing = _FUSED if through_activations else SCALINGS
         while (operation := self._producers.get(value)) is not None:
@@ -205,7 +202,7 @@ class Dataflow:
         return None
 
     def passing_interval(self, value: int) -> tuple[float, float]:
-        """The interval in which a tensor matters: what its only reader passes on, if that is a ReLU or a clamp.
+        """The interval of values that matter: those that the only reader passes on, if it is a ReLU or a clamp.
 
         Args:
             value: Number of the tensor.
@@ -219,7 +216,7 @@ class Dataflow:
         return clamp_of(readers[0]) or (-inf, inf)
 
     def readers_behind(self, values: Iterable[int]) -> Iterator[Operation]:
-        """Functions on some tensors, as they are or behind activations, BatchNorm, copies, pooling and concats.
+        """Functions that read some tensors, directly or through activations, BatchNorm, copies, pooling and concats.
 
         Args:
             values: Numbers of the tensors.
@@ -232,11 +229,11 @@ class Dataflow:
     def _readers_behind(
         self, values: Iterable[int], passing: frozenset[str]
     ) -> Iterator[Operation]:
-        """Functions on some tensors, or on tensors that come from them through some functions only.
+        """Functions that read some tensors, directly or through certain functions only.
 
         Args:
             values: Numbers of the tensors.
-            passing: Names of the functions between.
+            passing: Names of the functions that may lie between.
         """
         queue = deque(values)
         visited = set(queue)
@@ -252,15 +249,15 @@ class Dataflow:
     def find_fork(self, first: int, second: int) -> Fork | None:
         """The nearest tensor that two tensors both come from.
 
-        The nearest has the fewest functions on both ways together; of equally near ones the earliest tensor counts. The
-        search goes back from both tensors in turns, one function at a time.
+        The nearest has the fewest functions on both paths together; of equally near tensors, the earliest counts. The
+        search goes back from both tensors in turn, one function at a time.
 
         Args:
             first: Number of a tensor.
             second: Number of another tensor, or the same.
 
         Returns:
-            The fork; None if the tensors come from nothing common that depends on the input.
+            The fork; None if the tensors have no common origin that depends on the input.
         """
         if first == second:
             return Fork(first, 0, 0)
@@ -284,11 +281,11 @@ class Dataflow:
         return nearest
 
     def _step_back(self, edge: list[int], distances: dict[int, int]) -> list[int]:
-        """The tensors that those of an edge come from and that have no distance yet.
+        """The tensors from which the tensors of an edge come, without those that have a distance already.
 
         Args:
             edge: Numbers of tensors that are equally far from a tensor.
-            distances: Tensor -> its distance; those of the next edge are entered.
+            distances: Tensor -> its distance; the tensors of the next edge are added.
         """
         next_edge: list[int] = []
         for value in edge:
@@ -303,5 +300,5 @@ class Dataflow:
 
 
 def _rank(fork: Fork) -> tuple[int, int]:
-    """The order of forks: the total length of both ways, then the age of the tensor."""
+    """The order of forks: the total length of both paths, then the age of the tensor."""
     return fork.to_first + fork.to_second, fork.value

@@ -22,7 +22,7 @@ from qdq.samples import count_samples
 
 
 def find_rank() -> tuple[int, int]:
-    """The rank of this process and the number of processes: (0, 1) where torch.distributed is not initialized."""
+    """The rank of this process and the number of processes: (0, 1) if torch.distributed is not initialized."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
@@ -34,14 +34,14 @@ _groups = itertools.count()  # the processes join and leave each group together,
 @functools.cache
 def _open_store() -> Any:
     """The store of the processes that torchrun announces; cached, because the first process may be its server."""
-    from torch.distributed.rendezvous import rendezvous  # there are builds of torch without it
+    from torch.distributed.rendezvous import rendezvous  # some builds of torch lack it
 
     return next(iter(rendezvous("env://")))[0]
 
 
 @contextmanager
 def joining_processes(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun announces into one group in the block; nothing where there is a group already.
+    """Join the processes that torchrun announces into one group for the block; do nothing if there is a group already.
 
     The group uses gloo, and nccl for tensors on a GPU if the model is on one. It may be joined and left repeatedly.
 
@@ -57,7 +57,7 @@ def joining_processes(device: torch.device) -> Iterator[None]:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        # Each group has separate names: the former group's are still there, with addresses of processes that left.
+        # Each group has its own names: those of the previous group still exist, with addresses of processes that left.
         store = distributed.PrefixStore(f"qdq {next(_groups)}", _open_store())  # type: ignore[attr-defined]
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
@@ -72,10 +72,10 @@ def joining_processes(device: torch.device) -> Iterator[None]:
 
 
 def shard_batches(batches: Iterable[Any]) -> Iterator[Any]:
-    """Every n-th batch, a different one in each of n processes; all batches where there is one process.
+    """Every n-th batch, a different one in each of n processes; all batches if there is one process.
 
     Together the processes take the batches of a single process, in its order. Each process iterates over all of them;
-    where loading is expensive, give each process a loader of its part instead.
+    if loading is expensive, give each process a loader of its part instead.
     """
     rank, size = find_rank()
     return itertools.islice(batches, rank, None, size)
@@ -144,7 +144,7 @@ def _find_device() -> torch.device:
 
 
 def _to_tensor(content: bytes, length: int) -> torch.Tensor:
-    """The bytes as uint8 `[length]`, with zeros behind them."""
+    """The bytes as uint8 `[length]`, followed by zeros."""
     padded = torch.zeros(length, dtype=torch.uint8, device=_find_device())
     if content:
         values = torch.frombuffer(bytearray(content), dtype=torch.uint8)
@@ -249,7 +249,7 @@ def shard_samples(batch: Any) -> tuple[Any, int]:
     if len(lengths) != 1 or lengths == {0}:
         raise DataError(
             f"a batch cannot be split among {size} processes: its tensors have the first sizes {sorted(lengths)}.",
-            "give batches whose tensors all have one row a sample, or run one process.",
+            "give batches whose tensors all have one row per sample, or run one process.",
         )
     shard = tree_map_only(torch.Tensor, lambda tensor: tensor[rank::size], batch)
     return shard, len(range(rank, lengths.pop(), size))

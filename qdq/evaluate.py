@@ -90,14 +90,14 @@ def predict(
     Args:
         model: A module, or the path of an ONNX file (run by ONNX Runtime on the CPU).
         batches: As for `forward.call_model`: tensors or `(images, labels)`.
-        session: Session of ONNX Runtime. "plain" computes exactly the file, "default" is the session that its users
-            have (`check.OnnxModel`). A module needs none.
+        session: Session of ONNX Runtime. "plain" computes exactly what is in the file, "default" is what its users get
+            (`check.OnnxModel`). A module needs none.
 
     Returns:
         float array `[N, ...]`.
 
     Raises:
-        ArgumentError: Another session.
+        ArgumentError: An unknown session.
         ArgumentTypeError: `model` is neither.
         DataError: No batch, or not enough memory for one.
         CheckError: The ONNX file cannot be run on them.
@@ -146,7 +146,7 @@ def _run_module(model: nn.Module, batch: Any) -> Array:
             raise
         shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors_of(split_inputs(batch)))
         raise DataError(
-            f"memory is too short to run the model on a batch of {shapes}.",
+            f"there is not enough memory to run the model on a batch of {shapes}.",
             "give smaller batches, or free memory.",
         ) from error
 

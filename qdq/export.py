@@ -69,9 +69,9 @@ class PrecisionReport:
         precision: "fp16" or "bf16".
         kept: The nodes that stay float32, each with its reason.
         casts: Number of Cast nodes in the file.
-        parity: Outputs of the file against those of the same graph in float32, both run by ONNX Runtime on the example
-            inputs, with every 16 bit value rounded. A model with several outputs has the figures of the output with the
-            lowest SQNR. None if it could not be measured.
+        parity: Outputs of the file against the same graph in float32, both run by ONNX Runtime on the example inputs,
+            with every 16-bit value rounded. For several outputs, these are the figures of the output with the lowest
+            SQNR. None if it could not be measured.
         not_measured: Measurements that failed, each with its reason; empty if none did.
     """
 
@@ -151,7 +151,7 @@ def export_onnx(
         path: The file to write.
         opset: 13 to 23; 19 is the first with fp16 scales, and TensorRT 10.0 still reads it. Below 18 the model is
             written at 18 and lowered, exactly or not at all.
-        dynamic_batch: Leave the first dimension of every input open.
+        dynamic_batch: Make the first dimension of every input dynamic.
         weights: "int8" stores codes and a DQ; "float" stores float weights with Q and DQ (four times as large).
         precision: Type of everything that is not int8: "fp32", "fp16" (opset 19 and above) or "bf16" (22 where there
             are convolutions). Nodes that need float32 keep it; the report lists them.
@@ -237,7 +237,7 @@ def _require_flags(**flags: Any) -> None:
 
 
 def _require_records(calibration: Any, plan: Any, rewired: Any) -> None:
-    """Refuse records of earlier steps that no such step has returned."""
+    """Refuse records that were not returned by the earlier steps."""
     is_calibration = isinstance(calibration, Sequence) and all(
         isinstance(entry, Range) for entry in calibration
     )
@@ -290,7 +290,7 @@ def _require_parameter_types(model: nn.Module) -> None:
 
 
 def _require_calibrated(enabled: Mapping[str, TensorQuantizer]) -> None:
-    """Refuse, all at once, quantizers that do not quantize yet."""
+    """Refuse quantizers that do not quantize yet, all in one error."""
     collecting = []
     missing = []
     for name, quantizer in enabled.items():
@@ -325,13 +325,13 @@ def _require_formats(enabled: Mapping[str, TensorQuantizer]) -> None:
 
 
 def _require_numbers(model: nn.Module, enabled: Mapping[str, TensorQuantizer]) -> None:
-    """Refuse, all at once, ranges without a scale, and parameters that int8 has no codes for."""
+    """Refuse ranges without a scale and parameters without int8 codes, all in one error."""
     layers = _list_weighted_layers(model)
     problems = [*_find_bad_ranges(layers, enabled), *_find_bad_parameters(model, layers)]
     if problems:
         raise ExportError(
             f"{len(problems)} ranges and parameters cannot be written: {'; '.join(problems)}.",
-            "load sound weights, then calibrate again (calibrate_model).",
+            "load valid weights, then calibrate again (calibrate_model).",
         )
 
 
@@ -385,7 +385,7 @@ def _prepare_example(
 
 
 def _repeat_single(tensor: torch.Tensor) -> torch.Tensor:
-    """A batch of one sample, twice: torch.export takes a size of 1 for a constant."""
+    """Repeat a batch of one sample: torch.export treats a size of 1 as a constant."""
     if tensor.dim() and tensor.shape[0] == 1:
         return torch.cat([tensor, tensor])
     return tensor
@@ -412,7 +412,7 @@ def _list_passes(opset: int, weights: str, naming: NameNodes) -> list[ir.passes.
         naming,
         MergePairs(),
         MoveQuantizeBeforeCopies(),
-        MergePairs(),  # a pair that was moved may meet an equal one
+        MergePairs(),  # a pair that was moved may be next to an equal one
         FoldPad(),
         FoldCasts(),
         RaiseWeightScales(),
@@ -472,7 +472,7 @@ def _require_complete(model: nn.Module, exported: ir.Model) -> dict[str, list[st
 
 
 def _group_nodes_by_layer(model: nn.Module, exported: ir.Model) -> dict[str, list[WeightedNode]]:
-    """The weighted nodes of each module, which goes by the first of its names."""
+    """The weighted nodes of each module, by the module's first name."""
     names: dict[int, str] = {}
     aliases = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -551,7 +551,7 @@ def _describe_origin(
     plan: SwapPlan | None,
     rewired: RewirePlan | None,
 ) -> dict[str, str]:
-    """Metadata about the making of a file: nothing that differs between two exports of one model."""
+    """Metadata on how a file was made, the same for every export of one model."""
     origin = {
         "qdq.version": qdq.__version__,
         "qdq.torch_version": torch.__version__,

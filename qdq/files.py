@@ -28,7 +28,7 @@ PARTIAL_GLOB = ".qdq-*.partial"
 """Files that `write_atomic` may leave behind if the process is killed, on systems without nameless files."""
 
 _MOST_LINKS = 40  # as Linux itself
-_READER_SECONDS = 10.0  # to open a FIFO for reading, before writing to it is an error
+_READER_SECONDS = 10.0  # a FIFO that no process opens for reading within this time is an error
 _OTHER_OUTPUT = "choose another file to write."
 
 File = Path | str | None
@@ -85,13 +85,12 @@ def guard_files(
     for output, path in itertools.product(output_paths, input_paths):
         if is_same_file(output, path) and not _is_pair(output, path, in_place):
             raise ArgumentError(
-                f"{printable(output)} is an input of this command; it would be lost.", _OTHER_OUTPUT
+                f"{printable(output)} is also an input of this command and would be overwritten.",
+                _OTHER_OUTPUT,
             )
     for first, second in itertools.combinations(output_paths, 2):
         if is_same_file(first, second) and not _is_character_device(first):
-            raise ArgumentError(
-                f"{printable(first)} is written twice; one result would be lost.", _OTHER_OUTPUT
-            )
+            raise ArgumentError(f"{printable(first)} is the target of two outputs.", _OTHER_OUTPUT)
 
 
 def _is_pair(output: Path, path: Path, pairs: Collection[tuple[File, File]]) -> bool:
@@ -259,20 +258,19 @@ def write_atomic(path: Path, content: bytes | str | Callable[[], Iterable[bytes]
 
     Args:
         path: The file.
-        content: The whole content, or a function that gives the parts of a large one; it is called again if it
-            fails. Characters of a string that UTF-8 cannot write (from names of files) are escaped as in Python's
-            strings.
+        content: The whole content, or a function that yields the parts of a large one; it is called again if it
+            fails. Characters of a string that UTF-8 cannot write (from file names) are escaped as in Python's strings.
 
     Raises:
         ArgumentError: It cannot be written.
-        BrokenPipeError: It is the standard output, and nobody reads it any more.
+        BrokenPipeError: It is the standard output, and it has no reader any more.
     """
     write = _replace if is_replaceable(path) else _write_into
     try:
         write(path, _as_parts(content))
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _find_descriptor(path) == 1:
-            raise  # as for everything that is printed: the reader has enough
+            raise  # as for all printed output: the reader wants no more
         raise _unwritable(path, error) from error
     return path
 
@@ -280,7 +278,7 @@ def write_atomic(path: Path, content: bytes | str | Callable[[], Iterable[bytes]
 def _as_parts(
     content: bytes | str | Callable[[], Iterable[bytes]],
 ) -> Callable[[], Iterable[bytes]]:
-    """A function that gives the content part by part."""
+    """A function that yields the content part by part."""
     if callable(content):
         return content
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
@@ -308,7 +306,7 @@ def is_replaceable(path: Path) -> bool:
 
 def _replace(path: Path, parts: Callable[[], Iterable[bytes]]) -> None:
     path = Path(os.path.realpath(path))
-    # It does not contain the name of the file, which may be as long as a name may be.
+    # Without the name of the file, which may already have the maximum length.
     partial = path.with_name(PARTIAL_GLOB.replace("*", secrets.token_hex(4)))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -340,7 +338,7 @@ def _write_nameless(path: Path, parts: Iterable[bytes]) -> None:
 def _hand_on_mode(old: Path, new: Path) -> None:
     if not old.exists():
         return
-    with contextlib.suppress(OSError):  # a file of another owner in a folder of this one
+    with contextlib.suppress(OSError):  # another user's file in this user's folder
         old_status, new_status = old.stat(), new.stat()
         old_owner = (old_status.st_uid, old_status.st_gid)
         if old_owner != (new_status.st_uid, new_status.st_gid):
@@ -372,7 +370,7 @@ def _open_for_writing(path: Path) -> int:
             if error.errno != errno.ENXIO:
                 raise
             if time.monotonic() > deadline:
-                raise OSError(errno.ENXIO, "nobody reads it") from None
+                raise OSError(errno.ENXIO, "it has no reader") from None
             time.sleep(0.05)
         else:
             os.set_blocking(descriptor, True)
@@ -386,7 +384,7 @@ def _unwritable(path: Path, error: OSError | ValueError) -> ArgumentError:
 
 
 def _reason(error: OSError | ValueError) -> object:
-    """The words of the system for an error, or the error itself if there are none."""
+    """The system's text for an error, or the error itself if it has none."""
     return getattr(error, "strerror", None) or error
 
 

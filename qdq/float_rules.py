@@ -1,7 +1,7 @@
 """Every reason why a layer or a function call stays in float by default: int8 would be missing, slow or inaccurate.
 
 `swap` asks `ModuleRules` about modules, `rewire` asks `CallRules` about function calls. Patterns in `include` override
-these rules. Their ids are those of `tensorrt-qdq-rules.md`.
+these rules. See `tensorrt-qdq-rules.md` for their ids.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def reason_against_convolution(weight: Sequence[int], groups: int, is_first: boo
 
     Args:
         weight: Shape `[Cout, Cin / groups, kernel ...]`.
-        groups: Its groups.
+        groups: Number of groups.
         is_first: Whether it is the first convolution of the network, which has few input channels by nature.
     """
     outputs, per_group, *kernel = weight
@@ -69,7 +69,7 @@ def reason_against_convolution(weight: Sequence[int], groups: int, is_first: boo
     if len(kernel) == 3:
         return "3-D convolution: int8 is fragile (R-CONV-7)"
     if 1 < groups < inputs:
-        return "grouped convolution: TensorRT splits it into one kernel a group (R-CONV-4)"
+        return "grouped convolution: TensorRT splits it into one kernel per group (R-CONV-4)"
     if outputs >= MIN_CHANNELS and per_group >= MIN_CHANNELS:
         return ""
 
@@ -142,7 +142,7 @@ class ModuleRules:
         return self._against_pooling(name, module)
 
     def _against_pooling(self, name: str, module: nn.Module) -> str:
-        """R-GAP and R-AP; "" for a module that is no average pooling."""
+        """R-GAP and R-AP; "" for a module that is not an average pooling."""
         if isinstance(module, _AdaptiveAvgPoolNd) and _is_global(module.output_size):
             return "global average pooling: a tiny tensor that stays float (R-GAP)"
         if isinstance(module, _AvgPoolNd | _AdaptiveAvgPoolNd) and not self._feeds_product(name):
@@ -170,7 +170,7 @@ class ModuleRules:
             calls: The products that one module calls.
 
         Returns:
-            The reason; "" if one of them reads a parameter or is of another kind than matrix products and attention.
+            The reason; "" if one of them reads a parameter or is neither a matrix product nor attention.
         """
         for call in calls:
             if call.function not in _PRODUCTS or call.storages & self._weights:
@@ -195,11 +195,7 @@ def _find_first_convolution(modules: Mapping[str, nn.Module], flow: Dataflow | N
 
 
 def _list_weights(modules: Iterable[nn.Module]) -> set[int]:
-    """Addresses of the memory of all parameters; views of a parameter have the same address.
-
-    Args:
-        modules: All modules of a model.
-    """
+    """Addresses of the memory of all parameters; views of a parameter have the same address."""
     addresses: set[int] = set()
     for module in modules:
         for parameter in module.parameters(recurse=False):
@@ -266,14 +262,14 @@ class CallRules:
         return ""
 
     def _against_addition(self, operation: Operation) -> str:
-        """R-ADD-2 and R-ADD-4: a residual add has a shortcut, or int8 layers before and behind it.
+        """R-ADD-2 and R-ADD-4: a residual add has a shortcut, or int8 layers before and after it.
 
         Args:
             operation: The add of two computed tensors.
         """
         first, second = operation.inputs[:2]
         if self._flow.shapes[first] != self._flow.shapes[second]:
-            return "its operands differ in shape: no residual add (R-ADD-2)"
+            return "its operands differ in shape: not a residual add (R-ADD-2)"
         if first in self._flow.inputs or second in self._flow.inputs:
             return "an operand is the input of the network (R-ADD-2)"
         convolutions = _drop_none(self._backbones_of(operation))
@@ -283,7 +279,7 @@ class CallRules:
         if self.find_shortcut(operation) is not None:
             return ""
         if convolutions:
-            return "it branches off right behind a convolution: no residual add (R-ADD-2)"
+            return "it branches off directly after a convolution: not a residual add (R-ADD-2)"
 
         behind_activations = _drop_none(self._backbones_of(operation, through_activations=True))
         if not any(map(self._is_quantized, behind_activations)):
@@ -295,15 +291,15 @@ class CallRules:
     def find_shortcut(self, operation: Operation) -> int | None:
         """Which operand of an add is the shortcut of a residual block (R-ADD-2).
 
-        It is the operand that comes from no int8 convolution. If both come from one, it is the operand that is nearer
-        to the tensor where their ways part.
+        It is the operand that does not come from an int8 convolution. If both do, it is the operand that is nearer to
+        the tensor where their paths split.
 
         Args:
             operation: The add of two computed tensors.
 
         Returns:
-            Position of the operand; None if neither comes from an int8 convolution, or if their ways part right behind
-            one.
+            Position of the operand; None if neither comes from an int8 convolution, or if their paths split directly
+            after one.
         """
         first, second = operation.inputs[:2]
         convolutions = self._backbones_of(operation)
@@ -330,12 +326,7 @@ class CallRules:
     def _backbones_of(
         self, operation: Operation, *, through_activations: bool = False
     ) -> list[Operation | None]:
-        """For each of the two operands of an add the convolution that it comes from.
-
-        Args:
-            operation: The add.
-            through_activations: As for `Dataflow.backbone_of`.
-        """
+        """The convolution that each of the two operands of an add comes from."""
         return [
             self._flow.backbone_of(value, through_activations=through_activations)
             for value in operation.inputs[:2]
@@ -358,13 +349,13 @@ class CallRules:
     def _against_resize(self, operation: Operation) -> str:
         """R-RSZ: a resize that copies is worth a quantizer if an int8 layer reads it."""
         if not self._flow.is_copy(operation):
-            return "interpolates: its output is no copy of its input"
+            return "interpolates: its output is not a copy of its input"
         if not self._feeds_quantized(operation):
             return "nothing quantized reads it"
         return ""
 
     def _against_product(self, operation: Operation) -> str:
-        """R-MHA-2; a matrix product that reads a weight is reported as that."""
+        """R-MHA-2; a matrix product that reads a weight is reported as such."""
         if operation.function in MATRIX_PRODUCTS:
             positions = list_factors(operation)
             factors = [operation.inputs[position] for position in positions]
@@ -375,11 +366,7 @@ class CallRules:
         return _PRODUCT_OF_ACTIVATIONS
 
     def _feeds_quantized(self, operation: Operation) -> bool:
-        """Whether something quantized reads the result of a call, as it is or through activations and copies.
-
-        Args:
-            operation: The call.
-        """
+        """Whether something quantized reads the result of a call, directly or through activations and copies."""
         for reader in self._flow.readers_behind(operation.outputs):
             is_layer = isinstance(self._modules[reader.module], QuantInputMixin)
             if is_layer or self._is_quantized(reader):
@@ -397,5 +384,5 @@ def list_factors(operation: Operation) -> tuple[int, ...]:
 
 
 def _drop_none(operations: Iterable[Operation | None]) -> list[Operation]:
-    """The operations in a list in which some are missing."""
+    """The operations in a list that may contain None."""
     return [operation for operation in operations if operation is not None]

@@ -2,7 +2,7 @@
 
 Fold before calibration: folding changes the range of every output channel of the weight, and TensorRT folds anyway. A
 BatchNorm that was live in fine-tuning is folded afterwards: the range of each output channel of the quantized weight is
-then scaled with it, and the codes stay as they are.
+then scaled with it, and the codes do not change.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> list[FoldedPair]:
     """Fold every BatchNorm whose input is the output of exactly one convolution or linear layer, in place.
 
     The model runs once to find the pairs (`trace_forward`). Each fold is first tested on noise of the shape of the
-    data, and is not done where the numbers change, for instance in layers that transform their weight before they use
+    data, and is not done if the numbers change, for instance in layers that transform their weight before they use
     it. A folded BatchNorm becomes `nn.Identity`; the layer gets a bias if it had none.
 
     Args:
@@ -121,7 +121,7 @@ def _warn_of_unfolded(pairs: list[FoldedPair]) -> None:
 
 
 def _is_batchnorm(module: nn.Module) -> bool:
-    """Torch's own, or one with the same buffers: torchvision's detectors have a frozen one of their own."""
+    """Whether a module is torch's BatchNorm or has the same buffers, like the frozen one of torchvision's detectors."""
     if isinstance(module, torch.jit.ScriptModule):
         return False  # nothing inside it can be changed
     if isinstance(module, _BatchNorm):
@@ -151,9 +151,9 @@ def _reason_against(batchnorm: Any, layer: nn.Module | None, calls: int) -> str:
 def _reason_against_weight(layer: _ConvNd | Linear) -> str:
     """Why nothing can be folded into the weight of a layer; "" if something can."""
     if isinstance(layer, QuantMixin) and not _has_range_per_output(layer):
-        return "the layer is quantized, its weight without a range for each output: fold before swap_modules"
+        return "the layer is quantized, and its weight has no range per output: fold before swap_modules"
     if not isinstance(layer._parameters.get("weight"), nn.Parameter):
-        return "the weight of the layer is computed from others, it is no parameter"
+        return "the weight of the layer is computed from others, it is not a parameter"
     return ""
 
 
@@ -198,7 +198,7 @@ def _describe_shared(batchnorm: str, modules: dict[str, nn.Module], trace: Forwa
         if inputs.isdisjoint(operation.outputs) or not isinstance(modules[name], _ConvNd | Linear):
             continue
         if trace.calls[name] > 1:
-            return f"{name} before it runs {trace.calls[name]} times in one forward: a fold would change each of them"
+            return f"{name} before it runs {trace.calls[name]} times in one forward: a fold would change every run"
     return ""
 
 
@@ -246,7 +246,7 @@ def _folds_exactly(layer: nn.Module, batchnorm: nn.Module, args: Any, kwargs: An
 
     Args:
         layer: The layer; its parameters are put back.
-        batchnorm: The BatchNorm behind it.
+        batchnorm: The BatchNorm after it.
         args: Positional arguments of the layer.
         kwargs: Keyword arguments of the layer.
     """
@@ -264,7 +264,7 @@ def _folds_exactly(layer: nn.Module, batchnorm: nn.Module, args: Any, kwargs: An
 
 
 def _remainder_of(batchnorm: nn.Module) -> nn.Module:
-    """The module that stays behind a fold: `nn.Identity`, or the dropout and activation that a BatchNorm of timm has.
+    """The module that remains after a fold: `nn.Identity`, or the dropout and activation that a BatchNorm of timm has.
 
     They are recognized by their names. That is a guess, and `_folds_exactly` tests it.
     """
@@ -313,7 +313,7 @@ def _has_range_per_output(layer: QuantMixin) -> bool:
 
 
 def _scale_range(layer: nn.Module, batchnorm: Any) -> None:
-    """Multiply the range of each output channel by the factor of its weights, which leaves the codes as they are.
+    """Multiply the range of each output channel by the factor of its weights, which does not change the codes.
 
     Args:
         layer: The layer, quantized or not.
@@ -342,7 +342,7 @@ def _per_output(layer: _ConvNd | Linear, gain: torch.Tensor) -> torch.Tensor:
 
 
 def _replace_everywhere(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
-    """Replace modules, wherever in the model they stand.
+    """Replace modules everywhere in the model.
 
     Args:
         model: The model.

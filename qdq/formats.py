@@ -8,7 +8,7 @@ from typing import Any
 from qdq.errors import ArgumentError
 
 AMAX_FLOOR = 2.0**-64
-"""Smallest range that has a scale of its own; it keeps a scale positive where amax is 0 (R-SCALE)."""
+"""Smallest range with its own scale; smaller ones get this scale, which keeps it positive for amax 0 (R-SCALE)."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Contraction:
     Args:
         module: Dotted name of the innermost module that made the call ("" for the model itself).
         function: Name of the function, e.g. "conv2d".
-        storages: Addresses of the memory of its arguments; a parameter or a view of one is known by it.
+        storages: Memory addresses of its arguments, which identify a parameter or a view of one.
     """
 
     module: str
@@ -45,18 +45,18 @@ class Contraction:
 
 @dataclass(frozen=True)
 class Operation:
-    """One torch function that took tensors and gave tensors.
+    """One call of a torch function that took and returned tensors.
 
-    Tensors are known by numbers; one that is changed in place gets a new number.
+    Tensors are identified by numbers; one that is changed in place gets a new number.
 
     Args:
         module: Dotted name of the innermost module that made the call ("" for the model itself).
         function: Name of the function without underscores around it: "add" for `+`, `+=`, `torch.add`, `Tensor.add_`.
-        index: How many calls of that function the same run of the module made before.
+        index: Number of earlier calls of that function in the same run of the module.
         inputs: The tensors among its arguments, in order.
         outputs: The tensors it returned.
         arguments: Its other arguments by keyword.
-        metered: How far the meter of `trace_forward` went meanwhile.
+        metered: By how much the meter of `trace_forward` rose during the call.
     """
 
     module: str
@@ -105,12 +105,12 @@ class ModuleRun:
 
 @dataclass
 class ForwardTrace:
-    """What one forward did.
+    """The record of one forward.
 
     Args:
         calls: How often each module ran, by dotted name.
         contractions: Matrix products and convolutions, in order.
-        only_reader: Module -> the module that alone read its output, where there is exactly one.
+        only_reader: Module -> the module that read its output, if exactly one did.
         operations: Every function on tensors, in order.
         runs: Every call of a module, in order.
         shapes: Shape of each tensor by its number.
@@ -135,8 +135,8 @@ def require_model(model: Any) -> None:
         model: Any object.
 
     Raises:
-        ArgumentTypeError: It is no module, a scripted one, or a graph of operators. The message says what to pass
-            instead.
+        ArgumentTypeError: It is not a module, or a scripted one, or a graph of operators. The message says what to
+            pass instead.
     """
     if not isinstance(model, nn.Module):
         kind = f"of type {type(model).__name__}"
@@ -159,7 +159,7 @@ def require_model(model: Any) -> None:
 
 
 def _has_operators(module: torch.fx.GraphModule) -> bool:
-    """Whether a graph calls the operators behind torch's functions, as no code that is traced does."""
+    """Whether a graph calls the operators that implement torch's functions, which traced code never does."""
     for node in module.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten":
             return True
@@ -220,9 +220,9 @@ def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def name_leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Every leaf of named arguments by its path, as the inputs of a graph are called: `images_0`, `boxes_left`.
+    """Every leaf of named arguments by its path, named like the inputs of a graph: `images_0`, `boxes_left`.
 
-    The names are identifiers and unique: of `a.b` and `a_b` the second is called `a_b_1`.
+    The names are unique identifiers: for `a.b` and `a_b`, the second is named `a_b_1`.
 
     Args:
         arguments: Name -> argument, which may hold lists, tuples and dictionaries.
@@ -252,12 +252,7 @@ def make_identifiers(texts: Iterable[str]) -> list[str]:
 
 
 def _number_name(name: str, taken: set[str]) -> str:
-    """A name with the smallest number that makes it unique.
-
-    Args:
-        name: The name.
-        taken: Names that are in use.
-    """
+    """A name with the smallest number that makes it unique."""
     numbered = (f"{name}_{number}" for number in count(1))
     return next(candidate for candidate in numbered if candidate not in taken)
 
@@ -282,8 +277,8 @@ def _describe_key(key: Any) -> str:
 def call_model(model: nn.Module, inputs: Any) -> Any:
     """Call a model on an item of a loader, see `split_inputs`.
 
-    A model that `torch.compile` has compiled runs as it was before, so that hooks and quantizers are seen; in training
-    it runs compiled.
+    A model that `torch.compile` has compiled runs uncompiled, so that hooks and quantizers take effect; in training
+    (with gradients) it runs compiled.
     """
     args, kwargs = split_inputs(inputs)
     can_be_compiled = "torch._dynamo" in sys.modules
@@ -337,7 +332,7 @@ def trace_forward(
     Args:
         model: Any module; its training flags are put back.
         inputs: As for `call_model`; one small batch is enough.
-        meter: A count that is read before and after each function, of its arithmetic say.
+        meter: A counter that is read before and after each function, for example of its arithmetic.
 
     Raises:
         ArgumentTypeError: The inputs hold no tensor.
@@ -373,10 +368,10 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self._meter = meter
         self._names = {id(module): name for name, module in model.named_modules()}
-        # The modules that run, the innermost last, and for each of them the calls of each function.
+        # The running modules, innermost last, and for each of them the number of calls of each function.
         self._stack: list[str] = []
         self._counters: list[Counter[str]] = [Counter()]
-        # Tensors are known by identity. They stay in memory, so that no identity is used twice.
+        # Tensors are identified by `id`. They stay in memory, so that no `id` is used twice.
         self._numbers: dict[int, int] = {}
         self._numbered: list[torch.Tensor] = []
         self._makers: dict[int, str] = {}  # tensor -> module that returned it
@@ -449,7 +444,7 @@ class _Recorder(TorchFunctionMode):
         return result
 
     def _innermost(self) -> str:
-        """The innermost module that runs; the model itself, or code around it, is ""."""
+        """The innermost running module; "" for the model itself or for code outside of it."""
         return self._stack[-1] if self._stack else ""
 
     def _record_readers(self, module: str, function: str, arguments: list[torch.Tensor]) -> None:
@@ -488,7 +483,7 @@ class _Recorder(TorchFunctionMode):
         """The record, once the model has run.
 
         Args:
-            outputs: What the model returned.
+            outputs: The outputs of the model.
         """
         returned = tensors_of(outputs)
         self._trace.outputs = self._number_all(returned)
@@ -513,7 +508,7 @@ def _list_constants(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[st
 
 
 def name_function(func: Callable[..., Any]) -> str:
-    """One name for the operator, the function, the method and the method in place.
+    """One name for the operator, the function, the method and the in-place method.
 
     Args:
         func: A function as `__torch_function__` gets it, or an overload of an operator.

@@ -1,7 +1,7 @@
-"""What each torch function does with its tensors: the one table from which every set of functions is derived.
+"""The table of torch functions and what they do with tensors. Every set of functions is derived from it.
 
 A function is known by the name that `forward.name_function` gives it. The function, the method, the operator and the
-method in place have the same name.
+in-place method have the same name.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Clamp:
     """The bounds of a function that clamps its input.
 
     Args:
-        low: Lower bound; where the function has a parameter for it, the default.
+        low: Lower bound; its default, if the function has a parameter for it.
         high: Upper bound, likewise.
         parameters: Names of the parameters that hold the bounds, the second and third of the function; () for a
             function whose bounds are constants.
@@ -54,14 +54,14 @@ class Clamp:
 
 @dataclass(frozen=True)
 class Function:
-    """What a torch function does with its tensors.
+    """The properties of a torch function.
 
     Args:
         kind: "linear" has a weight with the outputs first, "matrix product" any two factors; "identity" gives the same
             values in evaluation, "reshape" keeps them in their order, "copy" moves or repeats them.
         factors: Positions of the tensors that it multiplies, among all its tensors; () if it multiplies all or none.
-        onnx: ONNX operators of which each call is exported as exactly one node; () for functions that are exported in
-            another way.
+        onnx: Each call is exported as exactly one node of one of these ONNX operators; () for functions that are
+            exported in another way.
         is_homogeneous: Whether f(s x) = s f(x) for every s > 0, channel by channel.
         clamp: The bounds of a function that clamps; None for any other.
     """
@@ -212,7 +212,7 @@ CONCATS = names_of("concat")
 SCALINGS = IDENTITIES | MULTIPLICATIONS | names_of("normalization")
 HOMOGENEOUS = frozenset(name for name, function in FUNCTIONS.items() if function.is_homogeneous)
 
-# ONNX operators that sum products, and the functions of which each call leaves exactly one of them.
+# ONNX operators that sum products, and the functions whose calls are each exported as exactly one of them.
 PRODUCT_OPERATORS = frozenset(
     operator for name in CONTRACTIONS for operator in FUNCTIONS[name].onnx
 )

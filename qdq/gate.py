@@ -20,7 +20,7 @@ from qdq.text import MOST_CHARACTERS, printable
 _ROUNDING = 1e-9  # of float64: 84.8 - 84.4 is not more than 0.4
 _SHOWN_LAYERS = 3
 
-# Decimals of a value, and of a fraction. A value gets more where it would look like the limit that it misses.
+# Decimals of a value, and of a fraction. A value gets more if it would look like the limit that it misses.
 _DIGITS = 2
 _FRACTION_DIGITS = 4
 _MOST_DIGITS = 12
@@ -140,8 +140,7 @@ def gate_run(
 def format_junit(report: GateReport) -> bytes:
     """The checks as JUnit XML for CI servers, one test case for each limit.
 
-    The elements and attributes are those that the schema of Ant requires and that of Jenkins allows. The name of the
-    host is left out.
+    It has the elements and attributes that Ant's schema requires and Jenkins' schema allows. The host name is left out.
     """
     root, suite = _new_suite(tests=len(report.checks), failures=len(report.failures))
     for check in report.checks:
@@ -290,7 +289,7 @@ def _check_limits(limits: Mapping[str, float], *, has_baseline: bool) -> None:
 
 
 def _require_same_images(run: _RunFacts, baseline: _RunFacts) -> None:
-    """Require as many images with the same labels; where a run has no digest of them, the same accuracy in float.
+    """Require the same number of images and the same labels; if a run has no digest of them, the same float accuracy.
 
     The location of the images does not matter, nor does the float model that was quantized.
 
@@ -318,7 +317,7 @@ def _require_same_images(run: _RunFacts, baseline: _RunFacts) -> None:
 
 
 class _Measured(NamedTuple):
-    """A value of a run, and the same as text."""
+    """A value of a run, as a number and as text."""
 
     value: float
     text: str
@@ -329,7 +328,7 @@ class _Rule:
     """How one limit is checked.
 
     Args:
-        measure: Measures a run, with a baseline or without, and writes so many decimals.
+        measure: Measures a run, with or without a baseline, and formats the value with a number of decimals.
         low: Smallest limit that makes sense.
         high: Largest limit that makes sense.
         unit: Unit of the limit, after a space.

@@ -1,4 +1,4 @@
-"""Distances between two sets of outputs; plain numpy, so that they also run where there is no torch."""
+"""Distances between two sets of outputs; plain numpy, so that they also run without torch."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def top_k(logits: Array, labels: npt.NDArray[np.integer], k: int) -> float:
     Args:
         logits: `[N, classes]`.
         labels: Class of each row, `[N]`.
-        k: At most the number of classes counts.
+        k: Limited to the number of classes.
     """
     k = min(k, logits.shape[-1])
     best = np.argpartition(logits, -k, axis=-1)[:, -k:]

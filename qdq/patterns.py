@@ -1,7 +1,7 @@
-"""Which modules or calls a user means: by class, by a test, or by dotted name.
+"""Patterns that select modules or calls by class, by a test, or by dotted name.
 
 A pattern is a class, a callable `(name, module) -> bool`, or a string: a glob ("layer1.*") or, after "re:", a regular
-expression for the full dotted name. A name that matches stands for everything below it, too.
+expression for the full dotted name. A name that matches includes everything below it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _REGEX_PREFIX = "re:"
 
 
 class _CompiledPattern(NamedTuple):
-    """A pattern as messages show it, and the test that it stands for."""
+    """The text of a pattern for messages, and its test."""
 
     description: str
     test: _Test
@@ -35,7 +35,7 @@ class Patterns:
     """Patterns that remember whether they matched anything.
 
     Args:
-        patterns: One or several.
+        patterns: One or more.
         option: Name of the option that they were passed as, for messages.
 
     Raises:
@@ -129,7 +129,7 @@ def _compile_name(pattern: str) -> Callable[[str], bool]:
         expression = re.compile(pattern.removeprefix(_REGEX_PREFIX))
     except re.error as error:
         raise ArgumentError(
-            f"pattern {pattern!r} is no regular expression: {error}.",
+            f"pattern {pattern!r} is not a regular expression: {error}.",
             "correct it, or leave out 're:' for a glob.",
         ) from error
     return lambda name: expression.fullmatch(name) is not None

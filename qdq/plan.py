@@ -132,7 +132,7 @@ def save_plan(plan: Plan, path: Path | str) -> Path:
 
 
 def _to_yaml(entry: PlanEntry) -> dict[str, Any]:
-    """An entry as it is written, without unknown fields."""
+    """An entry as it is written; empty fields are left out."""
     fields: dict[str, Any] = {"precision": entry.precision}
     if entry.gain is not None:
         fields["gain"] = _round(entry.gain)
@@ -142,7 +142,7 @@ def _to_yaml(entry: PlanEntry) -> dict[str, Any]:
 
 
 def _round(gain: float) -> float | None:
-    """A gain with six decimals; None for the infinite gain of a layer that makes all of the error."""
+    """A gain with six decimals; None for the infinite gain of a layer that causes all of the error."""
     if not math.isfinite(gain):
         return None
     return round(float(gain), 6)
@@ -187,12 +187,12 @@ def diff_plans(before: Plan, after: Plan) -> list[PlanChange]:
 def apply_plan(model: nn.Module, plan: Plan, example_inputs: Any) -> list[str]:
     """Switch the quantizers of a model as a plan says: off for float layers, on for int8 layers.
 
-    A quantizer that exists only for a layer is switched with it: the one on the shortcut of the residual add behind the
+    A quantizer that exists only for a layer is switched with it: the one on the shortcut of the residual add after the
     layer. Layers that the plan does not name do not change.
 
     Args:
         model: A swapped (and rewired) model.
-        plan: The plan; its names may be patterns (see `qdq.patterns`). A name goes before patterns.
+        plan: The plan; its names may be patterns (see `qdq.patterns`). A name takes precedence over patterns.
         example_inputs: One batch (see `forward.call_model`).
 
     Returns:

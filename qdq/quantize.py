@@ -30,7 +30,7 @@ RANGE_RULES = ("lsq", "pact")
 """Gradients of a learned range, see `fake_quantize`."""
 
 _FLOAT16_MAX = torch.finfo(torch.float16).max
-_PIECE = 1 << 17  # elements: a CPU cache holds as many of the input beside as many of the result
+_PIECE = 1 << 17  # elements: a CPU cache holds this many of the input and of the result at once
 
 
 def _make_meta_result(values: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,7 +87,7 @@ def fake_quantize(
     scale = scale.reshape(()) if axis is None else scale.flatten()
     result = _fake_quantize_float32(inputs.float(), scale, fmt, axis, range_rule)
     if inputs.dtype == torch.float16 and not torch.compiler.is_compiling():
-        # Code -128 of a range near the largest float16 lies beyond it.
+        # For a range near the largest float16, the value of code -128 lies beyond it.
         result = result.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
     return result.to(inputs.dtype)
 
@@ -97,7 +97,7 @@ def find_range_axis(amax: torch.Tensor | None, axis: int | None) -> int | None:
 
     Args:
         amax: The ranges, None before calibration.
-        axis: The result where the shape does not tell: for a list of ranges, for one range and for none.
+        axis: The result if the shape does not show it: for a list of ranges, for one range and for none.
     """
     if axis is None or amax is None or amax.dim() < 2:
         return axis
@@ -221,7 +221,7 @@ def fake_quantize_in_pieces(
 class _StraightThrough(torch.autograd.Function):
     """`fake_quantize_in_pieces` with gradients.
 
-    It saves its inputs, not a mask: the layer before has mostly saved the same tensor for its own gradient.
+    It saves its inputs, not a mask: the layer before has usually saved the same tensor for its own gradient.
     """
 
     @staticmethod
@@ -369,8 +369,8 @@ def _choose_piece_length(axis: int | None, tensors: Sequence[torch.Tensor]) -> i
     Several operators on each piece then read and write memory once.
 
     Returns:
-        Elements where there is no axis, rows along axis 0. None for one piece: the tensors are small, on a GPU, or
-        cannot be viewed in pieces.
+        A number of elements without an axis, or of rows along axis 0. None for one piece: the tensors are small, on a
+        GPU, or cannot be viewed in pieces.
     """
     values = tensors[0]
     if values.device.type != "cpu" or values.numel() <= _PIECE:

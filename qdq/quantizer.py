@@ -50,7 +50,7 @@ class QuantDescriptor:
 
     Raises:
         ArgumentTypeError: A field of the wrong kind.
-        ArgumentError: A field with an impossible value.
+        ArgumentError: A field with an invalid value.
     """
 
     num_bits: int = 8
@@ -69,7 +69,7 @@ class QuantDescriptor:
         if isinstance(self.amax, np.ndarray | list):  # a tuple can be hashed
             ranges = np.asarray(self.amax, dtype=float).flatten().tolist()
             object.__setattr__(self, "amax", tuple(ranges))
-        _ = self.format  # refuses an impossible width
+        _ = self.format  # refuses an invalid width
 
     def _require_type(self, field: str, kinds: Any) -> None:
         value = getattr(self, field)
@@ -142,7 +142,7 @@ class TensorQuantizer(nn.Module):
 
     @property
     def range_axis(self) -> int | None:
-        """The axis of the present ranges, by their shape; ranges of a checkpoint may have another one than `axis`."""
+        """The axis of the current ranges, from their shape; for ranges of a checkpoint it may differ from `axis`."""
         return find_range_axis(self.amax, self._axis)
 
     @property
@@ -151,12 +151,12 @@ class TensorQuantizer(nn.Module):
 
         While it is learned, a new tensor.
 
-        Setting it before calibration makes the buffer, later it changes the numbers in the buffer. Numbers, sequences,
+        Setting it before calibration creates the buffer; later it changes the values in the buffer. Numbers, sequences,
         arrays and tensors are accepted: one range, or one for each index of the axis.
 
         Raises:
             ArgumentError: NaN, infinity or a negative number; several ranges for a quantizer without an axis.
-            StateError: Another number of ranges than before; the range is being learned.
+            StateError: The number of ranges differs from before; the range is being learned.
         """
         log2_amax = self._parameters.get("_log2_amax")
         if log2_amax is not None:
@@ -186,7 +186,7 @@ class TensorQuantizer(nn.Module):
         former.copy_(amax.reshape(former.shape))
 
     def _mends_axis(self, amax: torch.Tensor) -> bool:
-        """Whether new ranges belong to the axis of this quantizer, and the present ones of a checkpoint to another."""
+        """Whether new ranges are on the axis of this quantizer while the current ones, from a checkpoint, are not."""
         former = self.amax
         if former is None or not isinstance(self._axis, int):  # qdq.compat has several axes
             return False
@@ -196,7 +196,7 @@ class TensorQuantizer(nn.Module):
         return find_range_axis(former, axis) != axis and find_range_axis(amax, axis) == axis
 
     def _fits_range(self, former: torch.Tensor, amax: torch.Tensor) -> bool:
-        """Whether there are as many new ranges as former ones, on the same axis as far as their shape tells."""
+        """Whether there are as many new ranges as former ones, on the same axis as far as their shape shows."""
         if former.numel() != amax.numel():
             return False
         axis = find_range_axis(former, self._axis)
@@ -248,7 +248,7 @@ class TensorQuantizer(nn.Module):
             The parameter, of the shape of amax.
 
         Raises:
-            ArgumentError: Another rule.
+            ArgumentError: An unknown rule.
             StateError: No amax yet.
         """
         _require_choice("rule", rule, RANGE_RULES)
@@ -328,7 +328,7 @@ class TensorQuantizer(nn.Module):
         """Collect into another collector in the block, without quantizing.
 
         Args:
-            collector: Gets the statistics; the collector of this quantizer, and of its leader, stays as it is.
+            collector: Gets the statistics; the collectors of this quantizer and of its leader do not change.
         """
         leader = self.leader
         calibrator = leader._calibrator
@@ -370,7 +370,7 @@ class TensorQuantizer(nn.Module):
         self._disabled = False
 
     def disable(self) -> None:
-        """Return every input as it is."""
+        """Return every input unchanged from now on."""
         self._disabled = True
 
     def enable_quant(self) -> None:
@@ -404,7 +404,7 @@ class TensorQuantizer(nn.Module):
             method: The default of `load_calib_amax`: "max", or "histogram" for the least squared error.
 
         Raises:
-            ArgumentError: Another method, or a histogram for a per-channel quantizer.
+            ArgumentError: An unknown method, or a histogram for a per-channel quantizer.
         """
         _require_choice("calib_method", method, tuple(_CALIB_METHODS))
         if method == "histogram" and self._axis is not None:
@@ -424,7 +424,7 @@ class TensorQuantizer(nn.Module):
 
         Raises:
             StateError: No collector, or it saw no data.
-            ArgumentError: As for `solve_amax`; another method than "max" for a per-channel quantizer.
+            ArgumentError: As for `solve_amax`; a method other than "max" for a per-channel quantizer.
         """
         if self._calibrator is None:
             raise StateError(
@@ -452,8 +452,8 @@ class TensorQuantizer(nn.Module):
             One number; with an axis float32, of the rank of the tensor with size 1 on all other axes.
 
         Raises:
-            ArgumentError: As for `solve_amax`; another method than "max" with an axis.
-            StateError: The axis had another length in another batch.
+            ArgumentError: As for `solve_amax`; a method other than "max" with an axis.
+            StateError: The length of the axis differs between batches.
         """
         if self._axis is None:
             return solve_amax(statistics, self.format, method, **options)
@@ -510,7 +510,7 @@ class TensorQuantizer(nn.Module):
         return self._amax
 
     def _apply(self, fn: Any, recurse: bool = True) -> TensorQuantizer:
-        """Follow the module to another device; a range stays float32 in a model of halves."""
+        """Follow the module to another device; a range stays float32 in a half-precision model."""
         former = self._buffers.get("_amax")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if former is not None and self._amax.dtype != torch.float32:
@@ -545,7 +545,7 @@ class TensorQuantizer(nn.Module):
         return saved
 
     def _has_other_axis(self, former: torch.Tensor, saved: torch.Tensor) -> bool:
-        """Whether saved ranges belong to another axis than the former ones, as those of 2.1 for transposed weights."""
+        """Whether saved ranges are on another axis than the current ones, like those of 2.1 for transposed weights."""
         if self._axis is None:
             return False
         unknown = -1
@@ -584,7 +584,7 @@ class SharedQuantizer(TensorQuantizer):
 
     def __init__(self, leader: TensorQuantizer) -> None:
         nn.Module.__init__(self)
-        vars(self)["_leader"] = leader  # not a submodule: it stands elsewhere in the model
+        vars(self)["_leader"] = leader  # not a submodule: it is elsewhere in the model
         self.name = None
         self._disabled = False
         self._if_quant = True
@@ -719,26 +719,26 @@ class _Switch:
 def disable_quantization(model: nn.Module) -> _Switch:
     """Disable every quantizer of a model, or of a part of one.
 
-    A plain call lasts. As a with-block (`with disable_quantization(model.layer1): ...`) it restores the state of every
-    quantizer on exit.
+    A plain call is permanent. As a with-block (`with disable_quantization(model.layer1): ...`) it restores the state of
+    every quantizer on exit.
 
     Args:
         model: The model or the part.
 
     Raises:
-        ArgumentTypeError: No module.
+        ArgumentTypeError: `model` is not a module.
     """
     return _Switch(model, enabled=False)
 
 
 def enable_quantization(model: nn.Module) -> _Switch:
-    """Enable every quantizer of a model, or of a part of one; a call or a with-block, as `disable_quantization`.
+    """Enable every quantizer of a model, or of a part of one; a call or a with-block, like `disable_quantization`.
 
     Args:
         model: The model or the part.
 
     Raises:
-        ArgumentTypeError: No module.
+        ArgumentTypeError: `model` is not a module.
     """
     return _Switch(model, enabled=True)
 

@@ -1,6 +1,6 @@
-"""Quantizers for function calls, such as the shortcut of a residual add, and one scale wherever TensorRT wants one.
+"""Quantizers for function calls, for example on the shortcut of a residual add, and one scale where TensorRT needs it.
 
-The rules are those of `tensorrt-qdq-rules.md`, sections 2.5 to 2.9. A forward on one batch shows which function reads
+The rules are in `tensorrt-qdq-rules.md`, sections 2.5 to 2.9. A forward on one batch shows which function reads
 which tensor. It shows the shortcuts (R-ADD-2) and the tensors that must agree in scale: one tensor with several readers
 (R-FAN), both sides of a copy or a max pooling (R-COPY, R-MP), all parts of a concat (R-CAT-1).
 """
@@ -43,7 +43,7 @@ from qdq.text import group_names, list_names
 logger = logging.getLogger(__name__)
 
 SCALES = ("shared", "independent")
-# The functions that a rule exists for.
+# The functions that have a rule.
 _CANDIDATES = (
     WEIGHTED
     | MATRIX_PRODUCTS
@@ -79,7 +79,7 @@ class PlannedOperation:
 
 @dataclass(frozen=True)
 class RewirePlan:
-    """Every function call that a rule exists for, and which quantizers share a range.
+    """Every function call that has a rule, and the quantizers that share a range.
 
     Args:
         operations: In the order in which they ran.
@@ -98,7 +98,7 @@ class RewirePlan:
         return [operation for operation in self.operations if operation.action == action]
 
     def format_table(self) -> str:
-        """The counts, then the decisions with the reasons, alike operations in one line."""
+        """The counts, then the decisions with the reasons; similar operations are on one line."""
         counts = Counter(operation.action for operation in self.operations)
         num_followers = sum(map(len, self.shared.values()))
         lines = [
@@ -123,10 +123,10 @@ def rewire_operations(
     include: Iterable[Pattern] = (),
     exclude: Iterable[Pattern] = (),
 ) -> RewirePlan:
-    """Put quantizers in front of function calls, and let quantizers share ranges where TensorRT needs it; in place.
+    """Put quantizers before function calls, and let quantizers share ranges where TensorRT needs it; in place.
 
-    Modules keep their names, their parameters and their identity; `restore_modules` undoes it. Quantizers are those of
-    an uncalibrated model until `calibrate_model` has run.
+    Modules keep their names, their parameters and their identity; `restore_modules` undoes it. The new quantizers have
+    no ranges until `calibrate_model` has run.
 
     Args:
         model: A swapped model; one whose products are all function calls has nothing to swap.
@@ -134,8 +134,8 @@ def rewire_operations(
         scales: "shared": one scale for all readers of a tensor, for both sides of a copy or max pooling and for all
             parts of a concat. "independent": one scale for each quantizer, which is more accurate and slower.
         include: Patterns (see `qdq.patterns`) of calls ("encoder.*.matmul") that are quantized against a default rule.
-        exclude: Patterns of calls that stay in float, or of modules, for all that they call; those that `swap_modules`
-            was given may be among them.
+        exclude: Patterns of calls that stay in float, or of modules whose calls all stay in float; patterns that
+            `swap_modules` was given may be among them.
 
     Returns:
         The plan that was carried out. A pattern that matches nothing is logged as a warning.
@@ -153,7 +153,7 @@ def rewire_operations(
     modules = dict(model.named_modules())
     if any(isinstance(module, QuantFunctionsMixin) for module in modules.values()):
         raise ArgumentError(
-            "the model is rewired already.", "call restore_modules, then swap and rewire again."
+            "the model is already rewired.", "call restore_modules, then swap and rewire again."
         )
     with disable_quantization(model):
         flow = Dataflow(trace_forward(model, example_inputs))
@@ -237,7 +237,7 @@ class _Planner:
         self._rules = CallRules(modules, flow, self._is_quantized)
 
     def plan(self) -> dict[str, PlannedOperation]:
-        """The plan by the name of the call; the first call of a module that runs several times counts for all."""
+        """The plan by the name of the call; if a module runs several times, its first run counts for all."""
         planned: dict[str, PlannedOperation] = {}
         for operation in self._flow.operations:
             if operation.name in planned or not self._is_candidate(operation):
@@ -247,7 +247,9 @@ class _Planner:
                 operation.name, operation.function, action, reason, operands
             )
         for name, module in self._modules.items():
-            self._excluded.match([name], module)  # it may mean a layer that the swap has left alone
+            self._excluded.match(
+                [name], module
+            )  # it may name a layer that the swap has left in float
         self._included.warn_unused("function call")
         self._excluded.warn_unused("function call and no module")
         return planned
@@ -272,11 +274,7 @@ class _Planner:
         return num_computed >= 1
 
     def _decide(self, operation: Operation) -> _Decision:
-        """The decision for one call: exclusions first, then inclusions, then the rules.
-
-        Args:
-            operation: A candidate.
-        """
+        """The decision for one call: exclusions first, then inclusions, then the rules."""
         owner = self._modules[operation.module]
         if pattern := self._excluded.match([operation.name], owner):
             return _Decision("float", f"excluded by {pattern}")
@@ -287,11 +285,11 @@ class _Planner:
             return _Decision("float", reason)
         if operation.function in CONCATS:
             return _Decision(
-                "share", "copies: quantizers before and behind it have one scale (R-CAT-1)"
+                "share", "copies: quantizers before and after it share one scale (R-CAT-1)"
             )
         if operation.function in MAX_POOLINGS:
             return _Decision(
-                "share", "commutes with Q: quantizers before and behind it have one scale (R-MP)"
+                "share", "commutes with Q: quantizers before and after it share one scale (R-MP)"
             )
         if operation.function in ADDITIONS:
             return self._quantize_addition(operation)
@@ -309,9 +307,7 @@ class _Planner:
         if shortcut is not None:
             reason = "shortcut of a residual add, on that side only (R-ADD-1)"
             return self._quantize(operation, reason, (shortcut,))
-        reason = (
-            "an activation stands before the add: both operands, with one scale (R-ADD-4, R-ADD-5)"
-        )
+        reason = "an activation precedes the add: both operands, with one scale (R-ADD-4, R-ADD-5)"
         return self._quantize(operation, reason, (0, 1))
 
     def _quantize_weighted(self, operation: Operation) -> _Decision:
@@ -321,13 +317,7 @@ class _Planner:
         return self._quantize(operation, f"a product with a weight, {origin}", (0, 1))
 
     def _quantize(self, operation: Operation, reason: str, operands: tuple[int, ...]) -> _Decision:
-        """Quantize operands, unless the forward of the module is out of reach.
-
-        Args:
-            operation: The call.
-            reason: Why, for the plan.
-            operands: Positions of the operands.
-        """
+        """Quantize operands, unless the forward of the module is out of reach."""
         if isinstance(self._modules[operation.module], torch.jit.ScriptModule):
             return _Decision("float", "out of reach: its module is scripted")
         return _Decision("quantize", reason, operands)
@@ -336,7 +326,7 @@ class _Planner:
         """Positions of the operands that an included call quantizes.
 
         Args:
-            operation: The call. Of a product all factors are quantized (R-CONV-2), of others all computed tensors.
+            operation: The call. All factors of a product are quantized (R-CONV-2), all computed tensors of other calls.
         """
         if operation.function in MATRIX_PRODUCTS or FUNCTIONS[operation.function].factors:
             return list_factors(operation)
@@ -360,7 +350,7 @@ class _Planner:
 
 @dataclass
 class _Place:
-    """Where a quantizer stands: at the input of a layer, or at an operand of a call.
+    """The place of a quantizer: the input of a layer, or an operand of a call.
 
     Args:
         name: Dotted name of the quantizer.
@@ -418,7 +408,7 @@ def _list_places(
 
 
 def _place_operand(name: str, operation: Operation, operand: int) -> _Place:
-    """The place at an operand of a call, without its tensor yet."""
+    """The place at an operand of a call; its tensor is not set yet."""
     return _Place(
         name,
         owner=operation.module,
@@ -478,7 +468,7 @@ class _ScaleGroups:
         self._parents: dict[int, int] = {}
 
     def find(self, value: int) -> int:
-        """The tensor that stands for the group of a tensor.
+        """The tensor that represents the group of a tensor.
 
         Args:
             value: Number of the tensor.

@@ -42,7 +42,7 @@ from qdq.text import PrintableFormatter, printable
 logger = logging.getLogger(__name__)
 
 RUN_FORMAT = "qdq run 1"
-"""Stands in `run.json` and proves that a folder is a run folder."""
+"""The entry in `run.json` that proves that a folder is a run folder."""
 
 STATE_FILE = "run.json"
 LOG_FILE = "run.log"
@@ -55,7 +55,7 @@ JOURNAL_FILE = "analysis.jsonl"
 STATISTICS_FILE = "calibration.safetensors"
 TUNING_FOLDER = "tuning"
 
-_PROBE_SECONDS = 10.0  # no process takes longer to look whether a folder is in use
+_PROBE_SECONDS = 10.0  # no process takes longer to check whether a folder is in use
 
 # A new run keeps these files of any earlier run: their lines say what was measured.
 _JOURNALS = (JOURNAL_FILE, "analysis.*.jsonl")
@@ -151,7 +151,7 @@ class Run:
 
     @property
     def plan_file(self) -> Path:
-        """Which layer is in int8 and which in float, for `save_plan`."""
+        """The precision of each layer, for `save_plan`."""
         return self.folder / PLAN_FILE
 
     @property
@@ -278,7 +278,7 @@ def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | N
 
 
 def check_run_folder(folder: Path | str, settings: dict[str, Any] | None = None) -> None:
-    """Refuse a folder in which no run can start, before the work whose results it will hold. Nothing is changed.
+    """Refuse a folder in which no run can start, before any work is done for it. Nothing is changed.
 
     Args:
         folder: As for `start_run`.
@@ -300,7 +300,7 @@ def check_run_folder(folder: Path | str, settings: dict[str, Any] | None = None)
     if _is_locked(folder / LOG_FILE):
         raise ArgumentError(
             f"another run is writing to {printable(folder)}.",
-            "wait for its end, or choose another folder.",
+            "wait until it ends, or choose another folder.",
         )
     if not _is_run_folder(folder, present):
         raise ArgumentError(
@@ -384,7 +384,7 @@ def guard_command(
             continue
         if _is_of_a_run(path):
             raise ArgumentError(
-                f"{printable(path)} is a file of a run; it would be lost.",
+                f"{printable(path)} is a file of a run and would be overwritten.",
                 "choose another file to write.",
             )
 
@@ -394,7 +394,7 @@ def _is_replaced_in_place(path: Path, in_place: Collection[tuple[File, File]]) -
 
     Args:
         path: The file that it writes.
-        in_place: As for `guard_files`; a pair with None stands for an option that was not given.
+        in_place: As for `guard_files`; None in a pair means that an option was not given.
     """
     for output, source in in_place:
         if not output or not source:
@@ -487,7 +487,7 @@ def _find_inputs(folder: Path, settings: dict[str, Any]) -> list[Path]:
 
     Args:
         folder: The run folder.
-        settings: The settings of the run; every text in them could be a path.
+        settings: The settings of the run; every string in them could be a path.
     """
     root = os.path.realpath(folder)
     inputs = []
@@ -508,7 +508,7 @@ def _is_below(path: str, root: str) -> bool:
 def _list_paths(settings: dict[str, Any]) -> Iterator[Path]:
     """The settings that are paths.
 
-    A text is not one, for a file may have the name of a model; `weights` is the exception.
+    A string does not count, because a file may have the name of a model; `weights` is the exception.
     """
     weights = settings.get("weights")
     if isinstance(weights, str):
@@ -528,7 +528,7 @@ def _list_paths(settings: dict[str, Any]) -> Iterator[Path]:
 
 
 def _list_texts(value: Any) -> Iterator[str]:
-    """All texts in a JSON value."""
+    """All strings in a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -609,21 +609,16 @@ def _start_silent_run(settings: dict[str, Any], seed: int) -> Run:
 
 
 def _refuse_folder(folder: Path, error: OSError | ValueError) -> ArgumentError:
-    """The error for a folder that cannot be read or written.
-
-    Args:
-        folder: The folder.
-        error: The reason.
-    """
+    """The error for a folder that cannot be read or written."""
     reason = getattr(error, "strerror", None) or error
     return ArgumentError(
-        f"cannot use {printable(folder)} as run folder: {reason}.",
+        f"cannot use {printable(folder)} as a run folder: {reason}.",
         "choose a folder that you may write to.",
     )
 
 
 def _log_to(path: Path) -> None:
-    """Send the log of qdq to a file, and no longer to that of an earlier run."""
+    """Send the log of qdq to a file, and no longer to the file of an earlier run."""
     root = logging.getLogger("qdq")
     for handler in root.handlers[:]:
         if isinstance(handler, logging.FileHandler):
@@ -637,7 +632,7 @@ def _log_to(path: Path) -> None:
 
 
 class _Lock:
-    """A lock on a file until this process ends, in whatever way. Processes that it forks do not have the lock.
+    """A lock on a file until this process ends in any way. Processes that it forks do not have the lock.
 
     Args:
         path: The file; created if it does not exist.
@@ -658,7 +653,7 @@ class _Lock:
             raise BlockingIOError(errno.EWOULDBLOCK, "another run is writing to it") from None
         except OSError as error:  # a file system without locks
             logger.warning(
-                "%s cannot be locked (%s); do not start a second run in the folder",
+                "%s cannot be locked (%s); do not start a second run in this folder",
                 path,
                 error.strerror,
             )
@@ -710,7 +705,7 @@ def _is_locked(path: Path) -> bool:
 
 
 def _wait_for_lock(descriptor: int) -> None:
-    """Lock a file as soon as no other process is looking whether it is locked.
+    """Lock a file as soon as no other process is checking whether it is locked.
 
     Raises:
         BlockingIOError: Another process has locked it.
@@ -723,7 +718,7 @@ def _wait_for_lock(descriptor: int) -> None:
         try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            # Fails if a run has locked the file, and succeeds if other processes are only looking.
+            # Fails if a run has locked the file, and succeeds if other processes are only checking.
             _lock_shared(descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             if time.monotonic() > deadline:
@@ -732,7 +727,7 @@ def _wait_for_lock(descriptor: int) -> None:
 
 
 def _lock_shared(descriptor: int) -> None:
-    """Lock a file in the way of a process that is only looking; many may do so at a time.
+    """Take the shared lock of a process that is only checking; many processes may hold it at once.
 
     Raises:
         BlockingIOError: A run has locked it.

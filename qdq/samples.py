@@ -54,7 +54,7 @@ def list_filled_batches(batches: Iterable[Any]) -> list[Any]:
 def join_batches(batches: Iterable[Any]) -> Any:
     """All batches as one, for `forward.call_model`.
 
-    Tensors with one row a sample are joined along their first axis. Anything else, such as a table of positions or a
+    Tensors with one row per sample are joined along their first axis. Anything else, such as a table of positions or a
     number, must be the same in every batch, and the result holds it once.
 
     Raises:
@@ -74,11 +74,11 @@ def join_batches(batches: Iterable[Any]) -> Any:
 
 
 def _join(sizes: list[int], path: Any, *leaves: Any) -> Any:
-    """One leaf of the joined batch, of the leaves of all batches.
+    """Join the leaves of all batches at one path.
 
     Args:
         sizes: Number of samples of each batch.
-        path: Where the leaf stands in a batch.
+        path: The path of the leaves in their batches.
         leaves: One for each batch.
     """
     are_samples = map(is_by_sample, leaves, sizes)

@@ -38,7 +38,7 @@ class Schedule:
 
     Raises:
         ArgumentError: A number out of range.
-        ArgumentTypeError: A value that is no number, or a count that is no integer.
+        ArgumentTypeError: A value that is not a number, or a count that is not an integer.
     """
 
     steps: int | None = None

@@ -29,7 +29,7 @@ _MOST_DEPTH = 64
 _MOST_INTEGER = 2**63
 # A key that the type does not have, in pydantic's words.
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
-_SHOWN = 40  # characters of a foreign text in a message
+_SHOWN = 40  # characters of external text in a message
 
 
 def read_text(path: Path, fix: str, most_bytes: int = _MOST_BYTES) -> str:
@@ -103,7 +103,7 @@ def parse_json(text: str, source: str, fix: str, *, finite: bool = True) -> Any:
 
 
 def parse_yaml(text: str, source: str, fix: str) -> Any:
-    """Parse YAML to plain values. Keys are strings as they are written: `1.10` and `yes` are names.
+    """Parse YAML to plain values. Keys are strings, as written: `1.10` and `yes` are names.
 
     Args:
         text: The YAML, without aliases and tags.
@@ -131,12 +131,12 @@ class _PlainLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(
-                None, None, "found an alias; write out its value", mark
+                None, None, "aliases are not supported; write out the value", mark
             )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Construct a mapping with the text of each key, and refuse a key that comes twice."""
+        """Construct a mapping with the text of each key, and refuse a key that occurs twice."""
         result: dict[Any, Any] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -144,7 +144,7 @@ class _PlainLoader(yaml.SafeLoader):
                     None, None, "a key is not a name", key.start_mark
                 )
             if key.value in result:
-                problem = f"the key '{printable(key.value, _SHOWN)}' comes twice"
+                problem = f"the key '{printable(key.value, _SHOWN)}' occurs twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             result[key.value] = self.construct_object(value, deep=deep)
         return result
@@ -224,7 +224,7 @@ def validate(kind: type[_Kind], value: Any, source: str, fix: str) -> _Kind:
         fix: Advice for the error if it is damaged.
 
     Returns:
-        The value; for a dataclass an instance, with tuples where it declares them.
+        The value; for a dataclass, an instance, with tuples for fields that are declared as tuples.
 
     Raises:
         DataError: Something is missing, or has another type.
@@ -283,7 +283,7 @@ def _describe_place(keys: tuple[str | int, ...]) -> str:
 
 
 def describe(value: Any) -> str:
-    """Describe a foreign value in a few characters, however long it is."""
+    """Describe an external value in a few characters, however long it is."""
     if isinstance(value, str):
         return f"'{printable(value, _SHOWN)}'"
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""Float layers are exchanged for their quantized counterparts, in place, and back.
+"""Replaces float layers by their quantized counterparts, in place, and restores them.
 
 A module keeps its identity: only its class changes, and quantizers are attached. So parameters, hooks, flags, the
-device, references from anywhere and modules that are used twice need no care.
+device, references from anywhere and modules that are used twice need no special handling.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class SwapPlan:
         return [module for module in self.of("quantize") if module.weights]
 
     def format_table(self) -> str:
-        """The counts, then the modules that are not quantized with the reasons, alike modules in one line."""
+        """The counts, then the modules that are not quantized, with the reasons; similar modules are on one line."""
         lines = [self._format_counts()]
         reasons: list[tuple[tuple[str, str, str], str]] = []
         for module in self.of("missed") + self.of("float"):
@@ -124,14 +124,14 @@ def plan_swap(
     include: Iterable[Pattern] | None = None,
     exclude: Iterable[Pattern] = (),
 ) -> SwapPlan:
-    """The dry run of `swap_modules`: which modules would be quantized, which not, and why.
+    """The dry run of `swap_modules`: which modules would be quantized, which would not, and why.
 
-    See `qdq.patterns` for the pattern syntax. A name that matches stands for everything below it, too.
+    See `qdq.patterns` for the pattern syntax. A name that matches includes everything below it.
 
     Args:
         model: A float model, or one that is partly swapped.
-        example_inputs: One batch (see `forward.call_model`). With it the model runs once. Then modules whose weights
-            are used in another way than by calling them, and plain calls such as `F.conv2d`, are found, too.
+        example_inputs: One batch (see `forward.call_model`). With it the model runs once. This also finds plain calls
+            like `F.conv2d`, and modules whose weights are used without calling the module.
         include: Only these; they are quantized even against a default rule. None: whatever the rules allow.
         exclude: These stay in float, even if `include` names them.
 
@@ -197,13 +197,13 @@ def swap_modules(
 
 
 def restore_modules(model: nn.Module) -> int:
-    """Give the float model back: the former classes, no quantizers; parameters are as they are now.
+    """Restore the float model: the original classes and no quantizers; parameters keep their current values.
 
     A module whose class was written as a quantized one (`class MyConv(QuantConv2d)`) has no float class of its own:
     its quantizers are disabled, and a warning names it.
 
     Returns:
-        How many layers were restored.
+        The number of restored layers.
     """
     require_model(model)
     num_restored = 0
@@ -229,7 +229,7 @@ def restore_modules(model: nn.Module) -> int:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantInputMixin]:
-    """The swapped modules by dotted name; a module used twice comes once.
+    """The swapped modules by dotted name; a module used twice is listed once.
 
     Args:
         model: Any model or a part of one.
@@ -358,7 +358,7 @@ class _Planner:
         counterpart: type[QuantInputMixin],
         usage: _Usage,
     ) -> str:
-        """Why quantizers in a module would change nothing, as the forward shows.
+        """Why quantizers in a module would have no effect, according to the forward.
 
         Args:
             name: Dotted name.
@@ -367,7 +367,7 @@ class _Planner:
             usage: How modules were used in the forward.
 
         Returns:
-            The reason; "" if the module runs, and its weights are used as they are.
+            The reason; "" if the module runs and its weights are used unchanged.
         """
         readers = usage.readers_of(_list_memory(module, counterpart))
         if usage.num_runs[name] == 0 and name not in self._called_when_swapped:
@@ -379,12 +379,7 @@ class _Planner:
         return ""
 
     def _decide_unmapped(self, name: str, module: nn.Module) -> _Decision:
-        """The decision for a module with parameters and no counterpart.
-
-        Args:
-            name: Dotted name.
-            module: The module.
-        """
+        """The decision for a module with parameters and no counterpart."""
         rule = reason_against_type(module)
         if rule:
             return _Decision("float", rule)
@@ -402,12 +397,7 @@ class _Planner:
         )
 
     def _decide_calls(self, module: nn.Module, calls: list[Contraction]) -> _Decision:
-        """The decision for a module whose forward multiplies matrices itself.
-
-        Args:
-            module: The module.
-            calls: The products that it calls.
-        """
+        """The decision for a module whose forward multiplies matrices itself."""
         rule = self._rules.reason_against_products(calls)
         if rule:
             return _Decision("float", rule)
@@ -464,7 +454,7 @@ class _Usage:
                 self._readers.setdefault(storage, set()).add(call.module)
 
     def readers_of(self, memory: Iterable[int]) -> set[str]:
-        """Modules whose products read one of some tensors.
+        """Modules whose products read any of the given tensors.
 
         Args:
             memory: Addresses of the memory of the tensors.
@@ -483,14 +473,11 @@ def _is_candidate(module: nn.Module) -> bool:
 
 
 def _find_obstacle(module: nn.Module, counterpart: type[QuantInputMixin]) -> str:
-    """Why a module cannot become its counterpart; "" if it can.
-
-    Args:
-        module: The module.
-        counterpart: Its quantized class.
-    """
+    """Why a module cannot become its counterpart; "" if it can."""
     if counterpart.replaces_forward and not _has_mapped_forward(module, counterpart):
-        return "its forward is not that of the class in the map, and swapping would replace it"
+        return (
+            "its forward differs from that of the class in the map, and swapping would replace it"
+        )
     if not issubclass(counterpart, QuantMixin):
         return ""
     weights = [module._parameters.get(name) for name in counterpart.weights_of(module).values()]
@@ -502,12 +489,7 @@ def _find_obstacle(module: nn.Module, counterpart: type[QuantInputMixin]) -> str
 
 
 def _has_mapped_forward(module: nn.Module, counterpart: type[QuantInputMixin]) -> bool:
-    """Whether the forward of a module is that of the class in the map, neither a subclass's nor bound to the instance.
-
-    Args:
-        module: The module.
-        counterpart: Its quantized class.
-    """
+    """Whether a module has the forward of the class in the map, not that of a subclass or one bound to the instance."""
     mapped_class = _find_entry(counterpart).replace_mod.float_class
     return getattr(module.forward, "__func__", None) is mapped_class.forward
 
@@ -518,7 +500,7 @@ def _find_entry(counterpart: type[QuantInputMixin]) -> _quant_entry:
 
 
 def _list_memory(module: nn.Module, counterpart: type[QuantInputMixin]) -> set[int]:
-    """Addresses of the memory of the weights that a module would have quantized.
+    """Memory addresses of the weights that would be quantized in a module.
 
     Args:
         module: The module.
@@ -535,7 +517,7 @@ def _list_memory(module: nn.Module, counterpart: type[QuantInputMixin]) -> set[i
 
 
 def _suspect(module: nn.Module) -> _Decision:
-    """For a module with parameters and no counterpart in a model that has not run."""
+    """The decision for a module with parameters and no counterpart, in a model that has not run."""
     if _count_weights(module) == 0:
         return _Decision("float", "its parameters are added or multiplied element by element")
     return _Decision(
@@ -602,8 +584,8 @@ def _switch_fast_path(model: nn.Module) -> None:
     """Have transformer layers call their swapped children.
 
     In evaluation `nn.TransformerEncoderLayer` hands the weights of its linear layers to one fused kernel, and
-    quantization would be skipped without a warning. It does so only where it knows its activation.
-    `nn.TransformerEncoder` hands it nested tensors where there is padding, which only that kernel accepts. The layer
+    quantization would be skipped without a warning. It does so only if it knows the activation of the layer.
+    `nn.TransformerEncoder` hands it nested tensors if there is padding, which only that kernel accepts. The layer
     itself must be part of `model`: if its linear layers are swapped one by one, the fused kernel stays in use.
     """
     for module in model.modules():

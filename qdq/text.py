@@ -1,4 +1,4 @@
-"""Names and foreign text in messages and tables: grouped, cut to a few, and safe to print on a terminal."""
+"""Names and external text in messages and tables: grouped, shortened, and safe to print on a terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def group_names(pairs: Iterable[tuple[_Key, str]]) -> dict[_Key, list[str]]:
     """Group names by key; keys and names stay in the order in which they come.
 
     Args:
-        pairs: A key, and a name that it belongs to.
+        pairs: A key and a name.
     """
     groups: defaultdict[_Key, list[str]] = defaultdict(list)
     for key, name in pairs:
@@ -34,7 +34,7 @@ def list_names(names: Sequence[str], most: int, separator: str = ", ") -> str:
 
     Args:
         names: All names.
-        most: Number of names that are listed; of the others only the number is given.
+        most: Number of names that are listed; the others are only counted.
         separator: Text between two names.
     """
     text = separator.join(names[:most])
@@ -44,9 +44,9 @@ def list_names(names: Sequence[str], most: int, separator: str = ", ") -> str:
 
 
 def printable(text: object, most: int = 200) -> str:
-    """Escape foreign text, so that it stays on one line and cannot control a terminal.
+    """Escape external text, so that it stays on one line and cannot control a terminal.
 
-    Line ends, control characters, directions of writing and halves of surrogate pairs are escaped as in Python's
+    Line ends, control characters, marks of text direction and halves of surrogate pairs are escaped as in Python's
     strings.
 
     Args:

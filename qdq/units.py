@@ -1,6 +1,6 @@
-"""Units: the parts of a model that can be left in float by themselves.
+"""Units: the parts of a model that can be left in float individually.
 
-A unit is a layer with the calls that have quantizers only for it, a call, or a group of these.
+A unit is a layer with the calls whose quantizers exist only for it, a call, or a group of these.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Unit:
 
     Args:
         name: Of the layer, call or group.
-        layers: The layers in it, and calls that stand for themselves, by dotted name.
-        calls: Calls whose quantizers are there only for these layers, by dotted name.
+        layers: The layers in it, and calls that are not there for a layer, by dotted name.
+        calls: Calls whose quantizers exist only for these layers, by dotted name.
         quantizers: The quantizers that are on.
     """
 
@@ -44,10 +44,10 @@ class Unit:
 
 
 def find_units(model: nn.Module, batch: Any, trace: ForwardTrace | None = None) -> list[Unit]:
-    """Everything in a model that is quantized, each layer by itself.
+    """The units of everything that is quantized in a model, one for each layer.
 
-    The quantizer on the shortcut of a residual add is there so that the convolution before the add can run in int8
-    with it (R-ADD-1); it belongs to that convolution. Other calls with quantizers are units of their own.
+    The quantizer on the shortcut of a residual add lets the convolution before the add run in int8 with it (R-ADD-1),
+    so it belongs to that convolution. Other calls with quantizers are units of their own.
 
     Args:
         model: A calibrated model; quantizers that are off are left out.
@@ -148,13 +148,13 @@ def _find_owners(
     active: Mapping[str, list[TensorQuantizer]],
     trace: ForwardTrace | None = None,
 ) -> dict[str, str]:
-    """The convolutions that quantizers on the shortcuts of residual adds are there for.
+    """The convolution that each quantizer on the shortcut of a residual add belongs to.
 
     Args:
         model: The model, which runs once if it has such adds.
         batch: One batch.
         listing: Its quantizers.
-        active: Those that count, by name of the layer or call.
+        active: The quantizers that are on, by name of the layer or call.
         trace: The record of a float forward on this batch, if there is one: then the model does not run again.
 
     Returns:
@@ -181,7 +181,7 @@ def _find_owners(
 def group_units(
     model: nn.Module, units: list[Unit], groups: str | Sequence[Pattern] | None
 ) -> list[Unit]:
-    """Units joined to larger ones.
+    """Join units into larger ones.
 
     Args:
         model: The model.
@@ -220,7 +220,7 @@ def name_block(name: str) -> str:
 
 
 def _shared_keys(units: list[Unit]) -> list[str]:
-    """For each unit the name of the first unit with the same range at its input."""
+    """For each unit, the name of the first unit with the same range at its input."""
     first_names: dict[int, str] = {}
     keys = []
     for unit in units:
@@ -230,7 +230,7 @@ def _shared_keys(units: list[Unit]) -> list[str]:
 
 
 def _pattern_keys(model: nn.Module, units: list[Unit], patterns: Sequence[Pattern]) -> list[str]:
-    """For each unit the name of its group: the first pattern that matches it, or its own name.
+    """For each unit, the name of its group: the first pattern that matches it, or its own name.
 
     Args:
         model: The model.
@@ -292,7 +292,7 @@ def _merge(units: list[Unit], keys: list[str]) -> list[Unit]:
 
 
 def _join_units(name: str, units: list[Unit]) -> Unit:
-    """One unit of several, with all that they hold."""
+    """Join several units into one."""
     layers: list[str] = []
     calls: list[str] = []
     quantizers: list[TensorQuantizer] = []
@@ -306,7 +306,7 @@ def _join_units(name: str, units: list[Unit]) -> Unit:
 def match_precisions(
     model: nn.Module, names: Sequence[str], precisions: Mapping[str, str]
 ) -> dict[str, str]:
-    """The precision that a plan sets for each layer that it names; a name counts before patterns.
+    """The precision that a plan sets for each layer that it names; a name takes precedence over patterns.
 
     Args:
         model: A swapped model.
@@ -336,7 +336,7 @@ def match_precisions(
         is_in_float = precision == "float" and _is_float_layer(modules.get(pattern))
         if not matches and not is_in_float:
             raise ArgumentError(
-                f"the plan says {precision} for {pattern!r}, which is nothing that is quantized here.",
+                f"the plan sets {pattern!r} to {precision}, but nothing quantized here has this name.",
                 "correct or remove the name: it is misspelt, of another model, excluded, or switched off.",
             )
         for name in matches:
@@ -344,7 +344,7 @@ def match_precisions(
             if precision_of.setdefault(name, precision) != precision and source != name:
                 raise ArgumentError(
                     f"the patterns {source!r} and {pattern!r} say float and int8 for {name}.",
-                    "have only one of them match it, or name it by itself.",
+                    "make only one of them match, or use its exact name.",
                 )
     return precision_of
 
@@ -358,7 +358,7 @@ def _match_layers(
 
 
 def _is_float_layer(module: nn.Module | None) -> bool:
-    """Whether a module could be quantized, and is not or no longer."""
+    """Whether a module could be quantized but is not."""
     if module is None:
         return False
     return isinstance(module, QuantInputMixin) or find_counterpart(type(module)) is not None

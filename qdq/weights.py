@@ -89,7 +89,7 @@ def require_plain(state: StateDict, source: str) -> None:
 
     Args:
         state: The tensors.
-        source: Where they come from, in words.
+        source: A description of their origin.
 
     Raises:
         ModelError: Some tensors are not; the message names the first of them.
@@ -111,7 +111,7 @@ def require_convertible(state: StateDict, model_state: StateDict, source: str) -
     Args:
         state: Plain tensors.
         model_state: Tensors of the model; names that only one of the two has are ignored.
-        source: Where the tensors come from, in words.
+        source: A description of the tensors' origin.
 
     Raises:
         ModelError: Some values would change; the message names the first of these tensors.
@@ -139,7 +139,7 @@ def _describe_storage(tensor: Tensor) -> str:
     if tensor.is_nested:
         return "a nested tensor"
     if tensor.layout != torch.strided:
-        return f"no dense tensor ({_short(tensor.layout)})"
+        return f"not a dense tensor ({_short(tensor.layout)})"
     if tensor.device.type == "meta":
         return "a meta tensor: a shape without values"
     if tensor.is_quantized:

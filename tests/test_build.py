@@ -346,7 +346,7 @@ class TestBadInput:
         path = conv_file(tmp_path / "m.onnx")
         for output, message in (
             (tmp_path, "Is a directory"),
-            (path, "is an input of this command"),
+            (path, "is also an input of this command"),
         ):
             with pytest.raises(QdqError, match=message):
                 build_engine(path, output, backend="rtx")

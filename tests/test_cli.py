@@ -457,7 +457,7 @@ class TestCalibrate:
         ):
             code, _, err = qdq("calibrate", *arguments)
             assert code == 2
-            assert "is an input of this command; it would be lost" in err
+            assert "is also an input of this command and would be overwritten" in err
         assert file.read_bytes() == content
 
     def test_show_of_some(self, qdq, file):

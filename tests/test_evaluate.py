@@ -61,7 +61,7 @@ class Huge(nn.Module):
 
 def test_a_batch_that_memory_does_not_hold(tmp_path, monkeypatch):
     with pytest.raises(
-        DataError, match=r"memory is too short to run the model on a batch of \[1\]"
+        DataError, match=r"there is not enough memory to run the model on a batch of \[1\]"
     ) as caught:
         predict(Huge(), [torch.ones(1)])
     assert "smaller batches" in caught.value.fix

@@ -88,5 +88,5 @@ def test_a_pattern_of_another_kind(pattern):
 
 
 def test_a_broken_regular_expression():
-    with pytest.raises(ArgumentError, match=r"'re:\(' is no regular expression.*for a glob"):
+    with pytest.raises(ArgumentError, match=r"'re:\(' is not a regular expression.*for a glob"):
         Patterns(["re:("], "include")

@@ -118,22 +118,24 @@ class TestGuard:
 
     def test_what_is_read_is_not_written(self, old, alias, tmp_path):
         (tmp_path / "new").mkdir()
-        with pytest.raises(ArgumentError, match="is an input of this command; it would be lost"):
+        with pytest.raises(
+            ArgumentError, match="is also an input of this command and would be overwritten"
+        ):
             guard_files(inputs=[old], outputs=[alias])
 
     def test_nothing_is_written_twice(self, old, alias, tmp_path):
         (tmp_path / "new").mkdir()
-        with pytest.raises(ArgumentError, match="is written twice"):
+        with pytest.raises(ArgumentError, match="is the target of two outputs"):
             guard_files(outputs=[old, alias])
 
     def test_two_new_files_that_are_one(self, tmp_path):
         (tmp_path / "link").symlink_to(tmp_path)
-        with pytest.raises(ArgumentError, match="is written twice"):
+        with pytest.raises(ArgumentError, match="is the target of two outputs"):
             guard_files(outputs=[tmp_path / "new", tmp_path / "link" / "new"])
 
     def test_in_place_is_for_that_pair_alone(self, old, tmp_path):
         guard_files(inputs=[old], outputs=[old, None], in_place=[(old, old)])
-        with pytest.raises(ArgumentError, match="is an input of this command"):
+        with pytest.raises(ArgumentError, match="is also an input of this command"):
             guard_files(
                 inputs=[old], outputs=[tmp_path / "new", old], in_place=[(tmp_path / "new", old)]
             )
@@ -241,7 +243,7 @@ class TestWritingInto:
     def test_a_fifo_that_nobody_reads(self, tmp_path, monkeypatch):
         monkeypatch.setattr("qdq.files._READER_SECONDS", 0)
         os.mkfifo(tmp_path / "fifo")
-        with pytest.raises(ArgumentError, match="nobody reads it"):
+        with pytest.raises(ArgumentError, match="it has no reader"):
             write_atomic(tmp_path / "fifo", "content")
 
     @pytest.mark.parametrize(("number", "error"), [(3, None), (7, "No space left on device")])
@@ -354,8 +356,11 @@ def inputs(tmp_path_factory):
     return folder
 
 
-READ, TWICE = "is an input of this command; it would be lost", "is written twice"
-OF_A_RUN = "is a file of a run; it would be lost"
+READ, TWICE = (
+    "is also an input of this command and would be overwritten",
+    "is the target of two outputs",
+)
+OF_A_RUN = "is a file of a run and would be overwritten"
 REFUSED = [
     # check
     ("check model.onnx --json model.onnx", READ),
@@ -449,7 +454,7 @@ REFUSED = [
     ("eval --weights model.onnx --json hard.onnx", READ),
     ("eval --data-dir fifo", "it is a FIFO"),
     # recipes
-    ("ptq --output folder/../model.onnx", "as run folder: Not a directory"),
+    ("ptq --output folder/../model.onnx", "as a run folder: Not a directory"),
     ("ptq --output data", "is not a run folder"),
     ("ptq --output loop", "Too many levels"),
     ("ptq --output new --plan fifo", "it is a FIFO"),
@@ -560,7 +565,7 @@ def test_functions_refuse_before_their_work(quantized, images, tmp_path, monkeyp
     for output in (tmp_path, tmp_path / ("x" * 256), path / "file"):
         with pytest.raises(ArgumentError, match="cannot write"):
             qdq.export_onnx(quantized, images, output)
-    with pytest.raises(ArgumentError, match="is an input of this command"):
+    with pytest.raises(ArgumentError, match="is also an input of this command"):
         qdq.export_ranges(quantized, path, format="onnxruntime", onnx=path)
     assert path.read_bytes() == content
     qdq.export_ranges(quantized, path, format="qdq", onnx=path)

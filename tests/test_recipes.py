@@ -231,7 +231,7 @@ def bad_pattern(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--exclude", "re:("], "'re:(' is no regular expression"),
+        (["--exclude", "re:("], "'re:(' is not a regular expression"),
         (
             ["--exclude", "featurs.*"],
             "the pattern 'featurs.*' in exclude matches no module and no call",
@@ -241,10 +241,10 @@ def bad_pattern(tmp_path):
             "the pattern 'nothing' in exclude matches no module and no call",
         ),
         (foreign_profile, "no layer of the model is named in the kernels"),
-        (["--groups", "re:["], "'re:[' is no regular expression"),
+        (["--groups", "re:["], "'re:[' is not a regular expression"),
         (["--groups", "no_such_*"], "the pattern 'no_such_*' of groups matches no quantized layer"),
-        (unknown_layer, "the plan says float for 'features.99'"),
-        (bad_pattern, "'re:(' is no regular expression"),
+        (unknown_layer, "the plan sets 'features.99' to float"),
+        (bad_pattern, "'re:(' is not a regular expression"),
         (["--eval-images", "1.5"], 'unable to convert "1.5" into int'),
         (["--eval-images", "4000000000"], "4000000000 crops of a few photographs are asked for"),
         (["--batch-size", "4000000000"], "crops of a few photographs are asked for"),
@@ -254,7 +254,7 @@ def bad_pattern(tmp_path):
         (text_as_image, "expected an image, found text"),
         (foreign_checkpoint, "does not fit squeezenet1_1"),
         (foreign_folder, "is not a run folder"),
-        (["--output", "/dev/null/run"], "cannot use /dev/null/run as run folder"),
+        (["--output", "/dev/null/run"], "cannot use /dev/null/run as a run folder"),
         (["--weights", "nonsense"], "unknown weights 'nonsense'"),
         (["--sm", "77"], "cannot build for SM 77"),
         (["--batch-size", "0"], 'invalid value "0" for --batch-size'),
@@ -327,8 +327,8 @@ def test_calls_may_be_excluded():
         (["--loss", "both"], "--loss both needs images with labels"),
         (["--layers", "no_such_layer"], "the pattern 'no_such_layer' in layers matches no module"),
         (["--layers", "features.1"], "the pattern 'features.1' in layers matches no module"),
-        (["--layers", "re:("], "'re:(' is no regular expression"),
-        (["--exclude", "re:("], "'re:(' is no regular expression"),
+        (["--layers", "re:("], "'re:(' is not a regular expression"),
+        (["--exclude", "re:("], "'re:(' is not a regular expression"),
         (
             ["--exclude", "no_such_layer"],
             "the pattern 'no_such_layer' in exclude matches no module and no call",

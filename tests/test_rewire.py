@@ -623,7 +623,7 @@ class TestReach:
         model = Network(Block()).eval()
         swap_modules(model, images)
         rewire_operations(model, images)
-        with pytest.raises(ArgumentError, match="rewired already"):
+        with pytest.raises(ArgumentError, match="already rewired"):
             rewire_operations(model, images)
 
 

@@ -87,8 +87,8 @@ class TestYaml:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            (BOMB, "found an alias"),
-            ("a: &x [*x]", "found an alias"),
+            (BOMB, "aliases are not supported"),
+            ("a: &x [*x]", "aliases are not supported"),
             ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
             ("a: !!set {x, y}", "could not determine a constructor"),
             ("a: [" * 2000, "nested too deeply"),
@@ -96,7 +96,7 @@ class TestYaml:
             ("a: .inf", "inf is not a number"),
             ("a: 1:" + "59:" * 100 + "59", "a number is too large"),
             ("a: " + "7" * 5000, "4300 digits"),
-            ("a: 1\na: 1", "comes twice"),
+            ("a: 1\na: 1", "occurs twice"),
             ("? [a]\n: 1", "a key is not a name"),
             ("a: \x07", "unacceptable character"),
             ("--- 1\n--- 2", "a single document"),

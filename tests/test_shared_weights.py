@@ -80,7 +80,7 @@ class Head(nn.Module):
 
 def test_a_layer_with_a_batchnorm_on_each_level(x, tmp_path):
     model = Head().eval()
-    expected = "conv before it runs 3 times in one forward: a fold would change each of them"
+    expected = "conv before it runs 3 times in one forward: a fold would change every run"
     assert {(pair.folded, pair.reason) for pair in fold_batchnorm(model, x)} == {(False, expected)}
     path = export(model, x, tmp_path / "model.onnx").path
     assert "BatchNormalization" in {node.op_type for node in onnx.load(path).graph.node}

@@ -227,7 +227,7 @@ def test_pattern_without_match_is_said(residual, caplog):
 
 
 def test_bad_patterns(residual):
-    with pytest.raises(ArgumentError, match="no regular expression"):
+    with pytest.raises(ArgumentError, match="not a regular expression"):
         plan_swap(residual, exclude=["re:("])
     for patterns in (3, [3]):
         with pytest.raises(ArgumentTypeError, match="type int"):

@@ -176,8 +176,8 @@ def test_a_name_counts_before_patterns(net):
 def test_precisions_that_cannot_be_meant(net):
     with pytest.raises(ArgumentError, match=r"'\*\.conv1' and 'blocks\.0' say float and int8 for"):
         match_precisions(net, LAYERS, {"*.conv1": "float", "blocks.0": "int8"})
-    with pytest.raises(ArgumentError, match="nothing that is quantized here"):
+    with pytest.raises(ArgumentError, match="nothing quantized here has this name"):
         match_precisions(net, LAYERS, {"tail": "float"})
     assert match_precisions(net, LAYERS[1:], {"stem": "float"}) == {}
-    with pytest.raises(ArgumentError, match="the plan says int8 for 'stem'"):
+    with pytest.raises(ArgumentError, match="the plan sets 'stem' to int8"):
         match_precisions(net, LAYERS[1:], {"stem": "int8"})

@@ -334,7 +334,7 @@ def test_nested_inputs_and_other_outputs(forward, names, x, tmp_path, caplog):
     torch.testing.assert_close(
         torch.from_numpy(predict(report.path, [batch])), expected, rtol=0, atol=1e-2
     )
-    assert ("outputs that are no tensors" in caplog.text) == (forward in (to_number, to_text))
+    assert ("outputs that are not tensors" in caplog.text) == (forward in (to_number, to_text))
 
 
 def two_cases(self, x, X):  # noqa: N803

@@ -348,7 +348,7 @@ def test_what_onnx_does_not_come_to_an_end_with_is_not_built(tmp_path, monkeypat
     answer = CheckerVerdict(onnx.__version__, None, None, **verdict)
     monkeypatch.setattr("qdq.check.inspection.check_model", lambda *_: answer)
     with pytest.raises(
-        BuildError, match="onnx's checker crashed on it or did not come to an end"
+        BuildError, match="onnx's checker crashed on it or did not finish"
     ) as caught:
         build_engine(path)
     assert f"qdq check {path}" in caught.value.fix

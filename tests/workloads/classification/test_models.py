@@ -335,8 +335,8 @@ NAME = "layer1.0.conv1.weight"
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda weight: weight.to_sparse(), r"no dense tensor \(sparse_coo\)"),
-        (lambda weight: weight.flatten(1).to_sparse_csr(), r"no dense tensor \(sparse_csr\)"),
+        (lambda weight: weight.to_sparse(), r"not a dense tensor \(sparse_coo\)"),
+        (lambda weight: weight.flatten(1).to_sparse_csr(), r"not a dense tensor \(sparse_csr\)"),
         (lambda weight: weight.to("meta"), "a meta tensor: a shape without values"),
         (lambda weight: weight.long(), "int64, expected float32"),
         (lambda weight: weight > 0, "bool, expected float32"),
