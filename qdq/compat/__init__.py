@@ -1,7 +1,7 @@
 """The public API of pytorch-quantization 2.1 and 2.2: `import qdq.compat as pytorch_quantization`.
 
 Nothing is compiled and no GPU is needed. One thing happens on import: `torch.onnx.export` learns to write calibrated
-ranges as constants (`onnx_export.py`); models without quantizers pass through it untouched.
+ranges as constants (`onnx_export.py`); models without quantizers are exported as before.
 """
 
 from qdq.compat import calib as calib

@@ -1,10 +1,10 @@
-"""`python -m qdq.compat SCRIPT [ARGS]` runs a script for pytorch-quantization as it is, on qdq.
+"""`python -m qdq.compat SCRIPT [ARGS]` runs an unchanged script for pytorch-quantization on qdq.
 
-Arguments, `sys.path`, `__main__`, exit codes and tracebacks are those of `python SCRIPT` and `python -m MODULE`.
+Arguments, `sys.path`, `__main__`, exit codes and tracebacks are the same as for `python SCRIPT` and `python -m MODULE`.
 
-The names hold in this process and in those that it forks. One that multiprocessing starts by the method "spawn" or
-"forkserver" imports the script anew, as ordinary Python, without them: there it finds an installed
-pytorch-quantization, or none. Let the script call `qdq.compat.alias.register_alias()` first if it needs them there.
+The names exist in this process and in those that it forks. A process that multiprocessing starts by the method "spawn"
+or "forkserver" imports the script again, as ordinary Python, without them: it finds an installed pytorch-quantization,
+or none. If the script needs the names there, let it call `qdq.compat.alias.register_alias()` first.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ _HELP = """usage: python -m qdq.compat SCRIPT [ARGS]
        python -m qdq.compat -m MODULE [ARGS]
 
 Run a script written for pytorch-quantization without changing it: wherever it imports
-pytorch_quantization, it gets qdq.compat. What follows SCRIPT or MODULE is for the script.
+pytorch_quantization, it gets qdq.compat. The arguments after SCRIPT or MODULE are for the script.
 
-Such as:
-
+For example:
     python -m qdq.compat ptq.py --data-dir /data/imagenet
     python -m qdq.compat -m tools.calibrate --batches 4
 
@@ -52,7 +51,7 @@ def main() -> None:
 
 
 class _UsageError(ArgumentError):
-    """Nothing to run; errors of the script itself are never of this class."""
+    """There is nothing to run; errors of the script itself are never of this class."""
 
 
 def _run(arguments: list[str]) -> None:
@@ -127,7 +126,7 @@ def _find_spec(name: str) -> ModuleSpec:
         spec = None if name.startswith(".") else importlib.util.find_spec(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # something that a package on the way imports
+            raise  # a package on the path to the module imports something missing
         spec = None
     except ValueError:  # a module in memory only
         spec = None
@@ -147,7 +146,7 @@ def _execute(code: CodeType, **attributes: object) -> None:
 
 
 def _report_and_exit(error: Exception) -> NoReturn:
-    """Do what Python does with an exception that nobody caught, less the frames before the script's first."""
+    """Do what Python does with an uncaught exception, without the frames before the script's first."""
     trace: TracebackType | None = error.__traceback__
     while trace and trace.tb_frame.f_code.co_filename.startswith(_OWN_FRAMES):
         trace = trace.tb_next

@@ -13,10 +13,10 @@ _NOT_ANSWERED = ("__main__", "alias")
 
 
 def register_alias() -> None:
-    """Have `import pytorch_quantization`, and every module below it, answered by `qdq.compat` in this process.
+    """Make `import pytorch_quantization`, and every module below it, import `qdq.compat` in this process.
 
-    The modules are registered under both names, so that a class is one and the same under both. This wins over an
-    installed pytorch-quantization, as long as that has not been imported before.
+    The modules are registered under both names, so that a class is the same object under both. This takes precedence
+    over an installed pytorch-quantization, unless that has been imported before.
     """
     package = qdq.compat.__name__
     sys.modules[_ALIAS] = qdq.compat

@@ -37,7 +37,7 @@ def fake_tensor_quant_(
 
 
 def _flat(amax: Range, inputs: torch.Tensor) -> torch.Tensor:
-    """One range as 0-D; several as they are."""
+    """One range as 0-D; several unchanged."""
     ranges = _as_tensor(amax, inputs)
     if ranges.numel() == 1:
         return ranges.reshape(())
@@ -64,7 +64,7 @@ def fake_tensor_quant_with_axis(
         narrow_range: Leave out the most negative code.
 
     Raises:
-        TypeError: The axis is no integer.
+        TypeError: The axis is not an integer.
         ValueError: Axis and amax do not fit the inputs.
     """
     if not isinstance(axis, int):

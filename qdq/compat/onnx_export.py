@@ -1,10 +1,10 @@
 """`torch.onnx.export` of a model with quantizers, by either exporter and at any opset from 13.
 
-A forward that is being captured can neither read values nor know which other quantizers there are. So what needs the
-whole model is done around the call: `install` puts `export` in the place of `torch.onnx.export`. It refuses
-what ONNX cannot express, all at once; hands each quantizer its scale as a constant; and lowers the opset where torch
-does not. The three situations of `pytorch-quantization-api.md`, section 8, differ only in what an uncalibrated
-quantizer means: an error, or (with `use_fb_fake_quant`) the range that the example inputs have.
+A forward that is being captured can neither read values nor know which other quantizers there are. So all work on the
+whole model is done around the call: `install` replaces `torch.onnx.export` by `export`. This function refuses
+everything that ONNX cannot express, in one error. It gives each quantizer its scale as a constant, and lowers the opset
+if torch does not. The three situations of `pytorch-quantization-api.md`, section 8, differ only in what an uncalibrated
+quantizer means: an error, or (with `use_fb_fake_quant`) the range of the example inputs.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ _torch_export: Callable[..., Any] = torch.onnx.export
 
 
 def install() -> None:
-    """Put `export` in the place of `torch.onnx.export`."""
+    """Replace `torch.onnx.export` by `export`."""
     torch.onnx.export = export
 
 
 @contextmanager
 def enable_onnx_export() -> Iterator[None]:
-    """While the block runs, a quantizer without a range is an error; restored on any exit, and may be nested (F13)."""
+    """Make a quantizer without a range an error in the block; undone on any exit, and may be nested (F13)."""
     former = TensorQuantizer._enable_onnx_export
     TensorQuantizer._enable_onnx_export = True
     try:
@@ -64,7 +64,7 @@ def export(model: Any, args: Any = (), f: Any = None, **kwargs: Any) -> Any:
     """`torch.onnx.export`; a model with quantizers becomes QDQ ONNX.
 
     Args:
-        model: Any model; one without quantizers of `qdq.compat` is torch's business alone.
+        model: Any model; torch alone exports one without quantizers of `qdq.compat`.
         args: As for torch.
         f: As for torch.
         **kwargs: As for torch; `opset_version` 13 and up, with both exporters.
@@ -72,7 +72,7 @@ def export(model: Any, args: Any = (), f: Any = None, **kwargs: Any) -> Any:
     Raises:
         RuntimeError: Quantizers without a range, all of them named.
         TypeError: A quantizer that keeps several axes.
-        ExportError: A format that ONNX cannot express at this opset, with the one that can.
+        ExportError: A format that ONNX cannot express at this opset; the message names the opset that can.
     """
     if not isinstance(model, nn.Module) or not named_quantizers(model):
         return _torch_export(model, args, f, **kwargs)
@@ -103,7 +103,7 @@ def _export_dynamo(
     uncalibrated: list[str],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Export, then edit what torch has made, then save as torch would."""
+    """Export, edit the result of torch, then save it as torch would."""
     written = opset if opset is None else max(opset, HIGHEST)
     program = _torch_export(model, args, None, **{**kwargs, "opset_version": written})
     RaiseWeightScales()(program.model)
@@ -119,7 +119,7 @@ def _export_dynamo(
 
 
 def _save(program: torch.onnx.ONNXProgram, f: Any, kwargs: dict[str, Any]) -> None:
-    """One file up to protobuf's limit; torch itself, which puts all weights beside it, where a script asks for that."""
+    """Save one file up to protobuf's limit; if a script asks for external data, torch saves it."""
     if (
         "external_data" in kwargs
         or not kwargs.get("export_params", True)
@@ -160,8 +160,8 @@ def _export_script(
 def _float_weights(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -> Iterator[None]:
     """Half weights as float32 while they are captured.
 
-    Q takes float32. A Cast of a weight would be folded, and its dotted name, by which rule scripts find the layer, be
-    lost with it; so the pair casts back instead. A weight that another module reads too stays half.
+    Q takes float32. A Cast of a weight would be folded, which would lose the dotted name by which rule scripts find the
+    layer; so the pair casts back instead. A weight that another module also reads stays half.
     """
     enabled = {id(quantizer) for quantizer in quantizers.values()}
     readers = Counter(
@@ -214,7 +214,7 @@ def _allow_example_ranges(uncalibrated: dict[str, TensorQuantizer]) -> None:
 def _require_expressible(
     model: nn.Module, quantizers: dict[str, TensorQuantizer], opset: int | None, dynamo: bool
 ) -> None:
-    """Refuse what Q/DQ at this opset cannot say."""
+    """Refuse everything that Q/DQ at this opset cannot express."""
     if opset is not None and not isinstance(opset, int):
         raise ArgumentTypeError(
             f"opset_version is {opset!r}; expected an int.", f"use {LOWEST} or above."
@@ -254,7 +254,7 @@ def _require_expressible(
 
 
 def _group_weights(model: nn.Module) -> dict[int, list[list[torch.Tensor]]]:
-    """The weights of each quantizer, by its identity, for each module that has it."""
+    """The weights of each quantizer, by its `id`, for each module that has it."""
     weights: dict[int, list[list[torch.Tensor]]] = {}
     for module in model.modules():
         for quantizer, parts in quantized_weights(module):
@@ -263,9 +263,9 @@ def _group_weights(model: nn.Module) -> dict[int, list[list[torch.Tensor]]]:
 
 
 def _require_numbers(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -> None:
-    """Refuse, all at once, ranges without a scale, and weights and biases that hold NaN or Inf.
+    """Refuse ranges without a scale, and weights and biases that hold NaN or Inf, all in one error.
 
-    A range that is NaN has been calibrated without data: it counts as none.
+    A range that is NaN was calibrated without data and counts as missing.
     """
     weights = {}
     for identity, modules in _group_weights(model).items():
@@ -286,12 +286,12 @@ def _require_numbers(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -
     if wrong:
         raise ExportError(
             f"{len(wrong)} ranges and parameters cannot be written: {'; '.join(wrong)}.",
-            "load sound weights into the kind of model that they come from, then calibrate again.",
+            "load valid weights into the same kind of model, then calibrate again.",
         )
 
 
 def _list_layer_parameters(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -> set[int]:
-    """Identities of the parameters of all modules that have one of the quantizers for their weight."""
+    """The `id` of each parameter of the modules whose weight one of the quantizers quantizes."""
     identities = {id(quantizer) for quantizer in quantizers.values()}
     parameters: set[int] = set()
     for module in model.modules():
@@ -302,7 +302,7 @@ def _list_layer_parameters(model: nn.Module, quantizers: dict[str, TensorQuantiz
 
 
 def _warn_of_other_axes(model: nn.Module, quantizers: dict[str, TensorQuantizer]) -> None:
-    """Name weights whose ranges do not lie where their quantizers have them, as 2.1 did for transposed convolutions."""
+    """Warn of weights whose ranges are not on the axis of their quantizers, as in 2.1 for transposed convolutions."""
     ranks = {
         id(q): parts[0].dim()
         for module in model.modules()
@@ -319,8 +319,8 @@ def _warn_of_other_axes(model: nn.Module, quantizers: dict[str, TensorQuantizer]
     ]
     if elsewhere:
         logger.warning(
-            "%d weights have ranges on another axis than their output channels: %s. The file computes what the model "
-            'does, and TensorRT will not run it in int8 (QDQ105): call calib.calibrate_weights(model, "max") first.',
+            "%d weights have ranges on another axis than their output channels: %s. The file computes the same as the "
+            'model, but TensorRT will not run it in int8 (QDQ105): call calib.calibrate_weights(model, "max") first.',
             len(elsewhere),
             ", ".join(elsewhere),
         )
@@ -346,7 +346,7 @@ def _require_fp8(name: str, quantizer: TensorQuantizer, opset: int | None, dynam
 def _require_no_lowest_code(
     name: str, quantizer: TensorQuantizer, weights: list[list[torch.Tensor]]
 ) -> None:
-    """ONNX clamps to -128; that is the narrow range only where no value gets there."""
+    """Refuse narrow_range, unless no value gets to the code -128, to which ONNX clamps."""
     amax = quantizer.static_amax()
     fits = amax is not None and all(
         parts and bool((_joined(parts).abs().float() <= amax.to(parts[0].device)).all())
@@ -402,7 +402,7 @@ def _constants(
 def _record_ranges(
     model: nn.Module, args: Any, kwargs: dict[str, Any] | None, quantizers: list[Any]
 ) -> dict[int, list[torch.Tensor]]:
-    """Run the example once: dynamic ranges of every call, by quantizer."""
+    """Run the example once, and return the dynamic ranges of every call, by quantizer."""
     recorded: dict[int, list[torch.Tensor]] = {}
 
     def recorder(quantizer: Any) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -22,7 +22,7 @@ class Constants(NamedTuple):
 def make_constants(
     amax: torch.Tensor, num_bits: NumBits, unsigned: bool, axis: int | None
 ) -> Constants:
-    """The constants for a range; one element is 0-D (R-SHAPE), and no scale is 0 (R-SCALE)."""
+    """The constants for a range; one element is 0-D (R-SHAPE), and a scale is never 0 (R-SCALE)."""
     if num_bits == E4M3:
         scale = (amax.detach().float() / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
         return Constants(
@@ -40,10 +40,10 @@ def make_constants(
 def write_qdq(
     inputs: torch.Tensor, constants: Constants, num_bits: NumBits, unsigned: bool
 ) -> torch.Tensor:
-    """Quantize and dequantize in the operators that become one pair of nodes.
+    """Quantize and dequantize with the operators that become one pair of nodes.
 
     Args:
-        inputs: Any shape; half and bfloat16 get a Cast to float32 before and back after.
+        inputs: Any shape; half and bfloat16 get a Cast to float32 before and a Cast back after.
         constants: As `make_constants` made them.
         num_bits: 8, or (4, 3).
         unsigned: Codes start at 0.
@@ -71,7 +71,7 @@ def write_qdq(
 
 
 def _write_fp8(values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-    """For FP8 torch has no operator, so the ONNX ones are named."""
+    """Write FP8 with ONNX operators by name, because torch has no operator for it."""
     codes = torch.onnx.ops.symbolic(
         "QuantizeLinear",
         (values, scale, zero_point),

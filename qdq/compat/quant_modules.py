@@ -42,8 +42,8 @@ _DEFAULT_QUANT_MAP: list[Any] = [
 class QuantModuleReplacementHelper:
     """Rebinds names of modules such as `torch.nn` to quantized classes, and back.
 
-    Instances are independent, and each gives back what it found. `orginal_func_map` (so spelt) holds the entries
-    with the classes that were there before, `quant_map` those to bind, `default_quant_map` is `_DEFAULT_QUANT_MAP`.
+    Instances are independent, and each restores the classes that it found. `orginal_func_map` (so spelt) holds the
+    entries with the former classes, `quant_map` the entries to bind; `default_quant_map` is `_DEFAULT_QUANT_MAP`.
     """
 
     def __init__(self) -> None:
@@ -60,10 +60,10 @@ class QuantModuleReplacementHelper:
 
         Args:
             float_module_list: Names that stay float; one that is not in the map draws a warning.
-            custom_map: Further entries `(module, name, quantized class)`; they win over the list.
+            custom_map: Further entries `(module, name, quantized class)`; they take precedence over the list.
 
         Raises:
-            TypeError: An entry that is no such triple.
+            TypeError: An entry that is not such a triple.
         """
         custom = [_checked_entry(entry) for entry in custom_map or ()]
         if isinstance(float_module_list, str):
@@ -98,7 +98,7 @@ class QuantModuleReplacementHelper:
             setattr(entry.orig_mod, entry.mod_name, entry.replace_mod)
 
     def restore_float_modules(self) -> None:
-        """Bind what was there before; nothing if nothing was applied."""
+        """Bind the former classes; do nothing if nothing was applied."""
         for entry in self.orginal_func_map:
             setattr(entry.orig_mod, entry.mod_name, entry.replace_mod)
         self.orginal_func_map.clear()
@@ -107,7 +107,7 @@ class QuantModuleReplacementHelper:
 def _checked_entry(entry: Sequence[Any]) -> Any:
     if not isinstance(entry, tuple) or len(entry) != 3 or not hasattr(entry[0], str(entry[1])):
         raise ArgumentTypeError(
-            f"{entry!r} is no entry for the map of quantized modules.",
+            f"{entry!r} is not an entry for the map of quantized modules.",
             "give tuples (module, name of a class in it, quantized class).",
         )
     return _quant_entry(*entry)
@@ -120,18 +120,18 @@ def initialize(
     float_module_list: Iterable[str] | None = None,
     custom_quant_modules: Iterable[Sequence[Any]] | None = None,
 ) -> None:
-    """Have `torch.nn` build quantized modules from now on.
+    """Make `torch.nn` build quantized modules from now on.
 
-    Each call starts from the float state; any number of them is undone by one `deactivate()`. Classes bound earlier
-    (`from torch.nn import Conv2d`) are not reached. A class derived from `torch.nn.Conv2d` afterwards is quantized,
-    and a warning names it if its forward passes the quantized weight by.
+    Each call starts from the float state; one `deactivate()` undoes any number of calls. Classes bound earlier
+    (`from torch.nn import Conv2d`) do not change. A class derived from `torch.nn.Conv2d` afterwards is quantized, and a
+    warning names it if its forward bypasses the quantized weight.
 
     Args:
         float_module_list: Names such as "Linear" that stay float.
         custom_quant_modules: Further entries `(module, name, quantized class)`.
 
     Raises:
-        TypeError: A custom entry that is no such triple.
+        TypeError: A custom entry that is not such a triple.
     """
     _quant_module_helper_object.restore_float_modules()
     _quant_module_helper_object.prepare_state(float_module_list, custom_quant_modules)
@@ -139,5 +139,5 @@ def initialize(
 
 
 def deactivate() -> None:
-    """Give `torch.nn` its float classes back; existing modules stay as they are."""
+    """Restore the float classes of `torch.nn`; existing modules do not change."""
     _quant_module_helper_object.restore_float_modules()

@@ -27,7 +27,7 @@ from qdq.schema import parse_yaml
 logger = logging.getLogger(__name__)
 
 EPS = 2.0**-24
-E4M3 = (4, 3)  # the only `num_bits` that is no integer: FP8 with 4 exponent and 3 mantissa bits
+E4M3 = (4, 3)  # the only `num_bits` that is not an integer: FP8 with 4 exponent and 3 mantissa bits
 E4M3_MAX = 448.0
 
 NumBits = int | tuple[int, int]
@@ -52,7 +52,7 @@ class QuantDescriptor:
     Args:
         num_bits: Width of the codes, 0 and up, or (4, 3) for FP8 E4M3.
         name: A name for messages.
-        fake_quant: Quantize and dequantize; False gives the codes themselves.
+        fake_quant: Quantize and dequantize; False returns the codes themselves.
         axis: The axes with a range for each index (negative ones count from the end), None for one range.
         amax: The range if it is known: a float, a list or an ndarray; kept as float32.
         learn_amax: Train the range by gradient.
@@ -62,14 +62,14 @@ class QuantDescriptor:
         narrow_range: Leave out the most negative code.
 
     Raises:
-        TypeError: A field of the wrong kind, or an unknown one ("Unused keys").
+        TypeError: A field of the wrong type, or an unknown one ("Unused keys").
         ValueError: A negative `num_bits`.
     """
 
     def __init__(self, num_bits: NumBits = 8, name: str | None = None, **kwargs: Any) -> None:
         if unused := sorted(set(kwargs) - set(_DEFAULTS)):
             raise ArgumentTypeError(
-                f"Unused keys: {unused}.", f"a descriptor knows {', '.join(_DEFAULTS)}."
+                f"Unused keys: {unused}.", f"a descriptor has the fields {', '.join(_DEFAULTS)}."
             )
         fields = {**_DEFAULTS, **kwargs}
         self._num_bits = _checked_num_bits(num_bits)
@@ -129,7 +129,7 @@ class QuantDescriptor:
 
     @property
     def calib_method(self) -> str:
-        """What calibration collects."""
+        """The statistics that calibration collects."""
         return self._calib_method
 
     @property
@@ -143,7 +143,7 @@ class QuantDescriptor:
         return self._narrow_range
 
     def dict(self) -> dict[str, Any]:
-        """`num_bits`, `name` and every field that differs from its default: arguments that build an equal one."""
+        """`num_bits`, `name` and every field that differs from its default: the arguments for an equal descriptor."""
         fields: dict[str, Any] = {"num_bits": self._num_bits, "name": self._name}
         for field, default in _DEFAULTS.items():
             value = getattr(self, field)
@@ -255,7 +255,7 @@ def _checked_axis(axis: Any) -> Axis:
     ):
         return tuple(axis)
     raise ArgumentTypeError(
-        f"axis must be None, an int or a sequence of ints; found {axis!r}.", "axis=0, for one."
+        f"axis must be None, an int or a sequence of ints; found {axis!r}.", "for example axis=0."
     )
 
 
@@ -288,7 +288,7 @@ def _checked_scale_amax(scale_amax: Any) -> float | None:
 
 
 def _checked_calib_method(method: Any) -> str:
-    """Any string: a misspelt one is common in the wild, and the quantizer says what it does about it (F11)."""
+    """Accept any string: misspelt ones are common in scripts, and the quantizer warns about them (F11)."""
     if not isinstance(method, str):
         raise ArgumentTypeError(
             f"calib_method must be a string, found {method!r}.", "use 'max' or 'histogram'."
@@ -319,8 +319,8 @@ def largest_code(num_bits: int, unsigned: bool) -> int:
     """B = 2^(num_bits - 1 + unsigned) - 1; 0 for 0 bits.
 
     Raises:
-        ValueError: Signed and 1 bit: there is no code but zero; less than 0 bits.
-        TypeError: No number of bits.
+        ValueError: Signed and 1 bit, which has no code but zero; less than 0 bits.
+        TypeError: Not a number of bits.
     """
     if isinstance(num_bits, bool) or not isinstance(num_bits, int | float):
         raise ArgumentTypeError(
@@ -361,7 +361,7 @@ def tensor_quant(
 
     Raises:
         ValueError: Negative values in amax; a scale too large for float16; signed with 1 bit.
-        TypeError: Negative values and unsigned codes; no floating point tensor.
+        TypeError: Negative values and unsigned codes; not a floating point tensor.
     """
     codes, scale = TensorQuantFunction.apply(inputs, amax, num_bits, unsigned, narrow_range)
     return codes, scale
@@ -406,12 +406,12 @@ def fake_affine_tensor_quant(
     Args:
         inputs: A floating point tensor of any shape.
         min_range: Lower bound, a number or a tensor that broadcasts.
-        max_range: Upper bound, likewise; where both are equal, every value becomes the bound.
+        max_range: Upper bound, likewise; if both are equal, every value becomes the bound.
         num_bits: Width of the codes.
 
     Raises:
         ValueError: A lower bound above the upper one, or no bits.
-        TypeError: No floating point tensor.
+        TypeError: Not a floating point tensor.
     """
     result: torch.Tensor = FakeAffineTensorQuantFunction.apply(
         inputs, min_range, max_range, num_bits
@@ -480,13 +480,13 @@ def _tensor_quant(
     unsigned: bool = False,
     narrow_range: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes in the type of the inputs and scale, without gradient; of half and bfloat16 the scale is float32."""
+    """Codes in the type of the inputs and scale, without gradient; the scale of half and bfloat16 is float32."""
     codes, scale = _quantize(inputs, _as_tensor(amax, inputs), num_bits, unsigned, narrow_range)
     return _cast_back(codes, inputs.dtype), scale
 
 
 def _divide(largest: float, amax: torch.Tensor) -> torch.Tensor:
-    """A quotient rounded once; torch makes number / tensor a reciprocal and a product, which round twice."""
+    """A quotient rounded once; torch computes number / tensor as a reciprocal and a product, which round twice."""
     return torch.full_like(amax, largest) / amax
 
 
@@ -522,12 +522,12 @@ def _require_legal(values: torch.Tensor, amax: torch.Tensor, unsigned: bool) -> 
     if unsigned and bool((values < 0).any()):
         raise ArgumentTypeError(
             f"Negative values encountered in unsigned quantization: the smallest is {float(values.min())}.",
-            "use a signed descriptor here, or an input that is never below 0 (behind a ReLU).",
+            "use a signed descriptor here, or an input that is never below 0 (after a ReLU).",
         )
 
 
 def _cast_back(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """One rounding to the type of the inputs; never an infinity that was not there (F24)."""
+    """Round once to the type of the inputs, without making infinities (F24)."""
     if values.dtype == dtype:
         return values
     limit = torch.finfo(dtype).max
@@ -648,7 +648,7 @@ class ScaledE4M3Function(torch.autograd.Function):
         """As `scaled_e4m3`."""
         if (E, M) != E4M3:
             raise UnsupportedError(
-                f"FP8 with E={E}, M={M}; only E=4, M=3 is known.", "use E=4 and M=3."
+                f"FP8 with E={E}, M={M}; only E=4, M=3 is supported.", "use E=4 and M=3."
             )
         amax = _as_tensor(E4M3_MAX if amax is None else amax, inputs)
         ctx.save_for_backward(inputs, amax)
@@ -671,7 +671,7 @@ class ScaledE4M3Function(torch.autograd.Function):
 def round_e4m3(values: torch.Tensor) -> torch.Tensor:
     """The nearest number of the FP8 E4M3 grid, half to even, saturating at +-448.
 
-    The grid has 3 mantissa bits for exponents -6 to 8 and goes on in steps of 2^-9 down to zero
+    The grid has 3 mantissa bits for exponents -6 to 8 and continues in steps of 2^-9 down to zero
     (Micikevicius et al., "FP8 Formats for Deep Learning", 2022).
     """
     exponent = torch.frexp(values).exponent - 1

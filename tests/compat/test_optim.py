@@ -156,7 +156,7 @@ def test_groups_want_one_value_each(net, argument, values):
         ("weight", TypeError, "patterns is 'weight'"),
         (None, TypeError, "patterns is None"),
         ([3], TypeError, "pattern 3 is a int"),
-        (["("], ValueError, r"pattern '\(' is no regular expression"),
+        (["("], ValueError, r"pattern '\(' is not a regular expression"),
     ],
 )
 def test_wrong_patterns(net, patterns, kind, words):

@@ -6,15 +6,15 @@ import torch
 
 
 def bin_of(values: torch.Tensor, width: torch.Tensor, num_bins: int) -> torch.Tensor:
-    """floor(|v| / width), the last edge counted to the last bin.
+    """floor(|v| / width); the last edge belongs to the last bin.
 
-    In float64, because the float32 quotient of a value just below an edge may round up to it; and by a tensor, because
-    torch multiplies by the reciprocal of a number on a GPU, which differs in the last bit.
+    The division is in float64, because the float32 quotient of a value just below an edge may round up to the edge. The
+    divisor is a tensor: on a GPU, torch multiplies by the reciprocal of a number, which differs in the last bit.
 
     Args:
         values: Any shape, float32.
         width: float64 with at least one dimension, on the device of the values; broadcasts.
-        num_bins: How many bins there are.
+        num_bins: Number of bins.
 
     Returns:
         int32, of the shape of `values`.

@@ -11,7 +11,7 @@ from qdq.observers.max import Axis
 
 
 class _Calibrator:
-    """What every calibrator has; scripts derive their own from it.
+    """The base of every calibrator; scripts derive their own from it.
 
     Args:
         num_bits: Width of the format, (4, 3) for FP8.
@@ -27,7 +27,7 @@ class _Calibrator:
         self._unsigned = unsigned
 
     def collect(self, x: torch.Tensor) -> None:
-        """Take one batch into account."""
+        """Add one batch."""
         raise _not_overridden(self, "collect")
 
     def reset(self) -> None:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 # any ratio between first and largest batch fits.
 _MAX_GROWTH = 16
 
-# Elements that are put in bins at a time: what a CPU cache holds, and what a GPU has memory to spare for.
+# Number of elements that are put in bins at a time: as many as fit a CPU cache, or the free memory of a GPU.
 _CHUNK = {"cpu": 1 << 16}
 _CHUNK_ELSEWHERE = 1 << 24
 
@@ -44,11 +44,11 @@ class HistogramCalibrator(_Calibrator):
     Args:
         num_bits: Width of the format that the solvers assume, (4, 3) for FP8.
         axis: Must be None.
-        unsigned: Whether the solvers assume codes from 0 on.
-        num_bins: Bins of the first batch.
+        unsigned: Whether the solvers assume that codes start at 0.
+        num_bins: Number of bins of the first batch.
         grow_method: Ignored, with a warning.
         skip_zeros: Leave exact zeros out of the counts.
-        torch_hist: Whether the state shows as tensors.
+        torch_hist: Whether the state is shown as tensors.
 
     Raises:
         NotImplementedError: An axis.
@@ -88,10 +88,10 @@ class HistogramCalibrator(_Calibrator):
         self.reset()
 
     def reset(self) -> None:
-        """Forget all batches; the next one sets the bins anew."""
+        """Forget all batches; the next one sets the bins again."""
         self._counts: torch.Tensor | None = None
         self._width = 0.0
-        self._zeros: torch.Tensor | None = None  # those seen before there was a width, 0-D
+        self._zeros: torch.Tensor | None = None  # number of zeros before there was a width, 0-D
         self.num_batches = 0
 
     @property
@@ -186,7 +186,7 @@ class HistogramCalibrator(_Calibrator):
         self._counts = hist
 
     def _grow_to(self, hist: torch.Tensor, maximum: float) -> torch.Tensor:
-        """The histogram with enough bins for `maximum`; merges pairs where it would get too long."""
+        """The histogram with enough bins for `maximum`; merges pairs if it would become too long."""
         while maximum / self._width > _MAX_GROWTH * self._num_bins:
             if hist.numel() % 2:
                 hist = torch.cat([hist, hist.new_zeros(1)])
@@ -200,7 +200,7 @@ class HistogramCalibrator(_Calibrator):
     def compute_amax(
         self, method: str, *, stride: int = 1, start_bin: int = 128, percentile: float = 99.99
     ) -> torch.Tensor | None:
-        """Solve amax from the counts; may be called again with another method, the counts stay.
+        """Compute amax from the counts; may be called again with another method, the counts stay.
 
         Args:
             method: "percentile", "mse" or "entropy".
@@ -212,8 +212,8 @@ class HistogramCalibrator(_Calibrator):
             A 0-D float32 tensor, 0 if all values were zero, None before data.
 
         Raises:
-            ArgumentTypeError: Unknown method, or a bin that is no integer.
-            ArgumentError: Percentile outside 0..100, impossible bins or format.
+            ArgumentTypeError: Unknown method, or a bin that is not an integer.
+            ArgumentError: Percentile outside 0..100, or invalid bins or format.
         """
         if method not in ("percentile", "mse", "entropy"):
             raise ArgumentTypeError(
@@ -279,7 +279,7 @@ def _compute_amax_entropy(
     stride: int = 1,
     start_bin: int = 128,
 ) -> torch.Tensor | None:
-    """As `HistogramCalibrator.compute_amax("entropy")`, of a histogram at hand; None without one."""
+    """As `HistogramCalibrator.compute_amax("entropy")`, for a given histogram; None without one."""
     calibrator = _calibrator_of(calib_hist, calib_bin_edges, num_bits, unsigned)
     if calibrator is None:
         return None
@@ -294,7 +294,7 @@ def _compute_amax_mse(
     stride: int = 1,
     start_bin: int = 128,
 ) -> torch.Tensor | None:
-    """As `HistogramCalibrator.compute_amax("mse")`, of a histogram at hand; None without one."""
+    """As `HistogramCalibrator.compute_amax("mse")`, for a given histogram; None without one."""
     calibrator = _calibrator_of(calib_hist, calib_bin_edges, num_bits, unsigned)
     if calibrator is None:
         return None
@@ -304,7 +304,7 @@ def _compute_amax_mse(
 def _compute_amax_percentile(
     calib_hist: Any, calib_bin_edges: Any, percentile: float
 ) -> torch.Tensor | None:
-    """As `HistogramCalibrator.compute_amax("percentile")`, of a histogram at hand; None without one."""
+    """As `HistogramCalibrator.compute_amax("percentile")`, for a given histogram; None without one."""
     calibrator = _calibrator_of(calib_hist, calib_bin_edges, 8, False)
     if calibrator is None:
         return None
@@ -314,7 +314,7 @@ def _compute_amax_percentile(
 def _calibrator_of(
     counts: Any, edges: Any, num_bits: Any, unsigned: bool
 ) -> HistogramCalibrator | None:
-    """A calibrator with the counts of others; tensors or ndarrays."""
+    """A calibrator with the given counts, tensors or ndarrays."""
     if counts is None or edges is None:
         return None
     calibrator = HistogramCalibrator(num_bits, None, unsigned)

@@ -42,11 +42,11 @@ class MaxCalibrator(_Calibrator):
 
     @torch.no_grad()
     def collect(self, x: torch.Tensor) -> None:
-        """Take one batch into account; an empty one changes nothing.
+        """Add one batch; an empty one changes nothing.
 
         Raises:
             CalibrationError: NaN or Inf in the batch.
-            RuntimeError: The kept axis has another length than before.
+            RuntimeError: The length of the kept axis has changed.
             ValueError: The batch does not have the kept axis.
         """
         require_tensor(x)

@@ -1,4 +1,4 @@
-"""Ranges of weights, solved from the weights themselves."""
+"""Ranges of weights, computed from the weights themselves."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def calibrate_weights(
 ) -> None:
     """Give every weight quantizer of a model its range, without data.
 
-    Each channel (axis 1 of transposed convolutions, else 0) has its own histogram on 0 .. max|w|; the result is that
-    of a `HistogramCalibrator` fed the channel, 0 where all weights are.
+    Each channel (axis 1 of transposed convolutions, else 0) has its own histogram on 0 .. max|w|. The result is that of
+    a `HistogramCalibrator` that collects the channel; 0 where all weights are 0.
 
     Args:
         model: Its modules with a `weight` and a `weight_quantizer` are calibrated.
@@ -41,7 +41,7 @@ def calibrate_weights(
         num_bins: Bins of each histogram.
 
     Raises:
-        TypeError: Another method.
+        TypeError: Unknown method.
         ValueError: Percentile outside 0..100.
         CalibrationError: NaN or Inf in a weight.
     """

@@ -1,4 +1,4 @@
-"""`clip`, with a gradient to its bounds, and `ClipFunction`, its autograd class."""
+"""`clip`, whose bounds have a gradient, and `ClipFunction`, its autograd class."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Bound = float | torch.Tensor
 
 
 class ClipFunction(torch.autograd.Function):
-    """`max(min(input, clip_value_max), clip_value_min)`, call it by `apply`.
+    """`max(min(input, clip_value_max), clip_value_min)`; call it by `apply`.
 
-    The gradient of the input passes strictly between the bounds. A bound gets the sum of what arrives at or beyond
-    it, and must have one element for that.
+    The gradient of the input passes strictly between the bounds. The gradient of a bound is the sum over the values at
+    or beyond it; such a bound must have one element.
     """
 
     @staticmethod
@@ -33,7 +33,7 @@ class ClipFunction(torch.autograd.Function):
     def backward(
         ctx: Any, grad_output: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """The gradients of the input and of the bounds; None for those that need none."""
+        """The gradients of the input and of the bounds; None where none is needed."""
         input, low, high = ctx.saved_tensors
         wants_input, wants_low, wants_high = ctx.needs_input_grad
         input_gradient = low_gradient = high_gradient = None
@@ -48,7 +48,7 @@ class ClipFunction(torch.autograd.Function):
 
 
 def clip(input: torch.Tensor, clip_value_min: Bound, clip_value_max: Bound) -> torch.Tensor:
-    """Limit a tensor to `[clip_value_min, clip_value_max]`; where the bounds cross, the lower one wins.
+    """Limit a tensor to `[clip_value_min, clip_value_max]`; if the bounds cross, the lower one takes precedence.
 
     Args:
         input: Any shape; a floating type is kept.
@@ -56,10 +56,10 @@ def clip(input: torch.Tensor, clip_value_min: Bound, clip_value_max: Bound) -> t
         clip_value_max: As `clip_value_min`.
 
     Returns:
-        The limited tensor. Gradients as `ClipFunction` says.
+        The limited tensor; see `ClipFunction` for the gradients.
 
     Raises:
-        ArgumentTypeError: `input` is no tensor, or a bound neither number nor tensor.
+        ArgumentTypeError: `input` is not a tensor, or a bound is neither a number nor a tensor.
         ArgumentError: In the backward pass, a bound that learns has several elements.
     """
     if not isinstance(input, torch.Tensor):

@@ -1,4 +1,4 @@
-"""Parameters by the pattern of their name, and weights replaced by what they are quantized to."""
+"""Parameters selected by name patterns, and weights replaced by their quantized values."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def match_parameters(model: nn.Module, patterns: Iterable[Pattern]) -> Iterator[
             draws a warning.
 
     Raises:
-        ArgumentTypeError: `model` is no module, or `patterns` no list of patterns.
-        ArgumentError: A pattern that is no regular expression.
+        ArgumentTypeError: `model` is not a module, or `patterns` is not a list of patterns.
+        ArgumentError: A pattern that is not a regular expression.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(
@@ -63,14 +63,14 @@ def _compile(patterns: Iterable[Pattern]) -> list[re.Pattern[str]]:
             compiled.append(re.compile(pattern))
         except re.error as error:
             raise ArgumentError(
-                f"pattern {pattern!r} is no regular expression: {error}.",
-                "escape its special characters by a \\.",
+                f"pattern {pattern!r} is not a regular expression: {error}.",
+                "escape its special characters with \\.",
             ) from error
     return compiled
 
 
 def freeze_parameters(model: nn.Module, patterns: Iterable[Pattern]) -> None:
-    """Set `requires_grad=False` on the parameters that `match_parameters` finds; its errors and warnings too."""
+    """Set `requires_grad=False` on the parameters that `match_parameters` finds; with its errors and warnings."""
     for param in match_parameters(model, patterns):
         param.requires_grad = False
 
@@ -86,17 +86,17 @@ def group_parameters(
 
     Args:
         model: Any module.
-        patterns_list: For each group its list of patterns, as in `match_parameters`.
+        patterns_list: A list of patterns for each group, as in `match_parameters`.
         lrs: For each group "lr"; None leaves the key out.
         momentums: For each group "momentum", likewise.
         weight_decays: For each group "weight_decay", likewise.
 
     Returns:
-        One dict a group; "params" is a list.
+        One dict per group; "params" is a list.
 
     Raises:
-        ArgumentTypeError: `patterns_list` is no list of lists, or a list of values has another length.
-        ArgumentError: A pattern that is no regular expression.
+        ArgumentTypeError: `patterns_list` is not a list of lists, or a list of values has a different length.
+        ArgumentError: A pattern that is not a regular expression.
     """
     if (
         not isinstance(patterns_list, list)
@@ -140,7 +140,7 @@ def quant_weight_inplace(model: nn.Module) -> None:
     """Replace the weight of every module that has a weight quantizer by the quantized weight.
 
     LSTM layers and cells are quantized as in their forward pass, both weights of a step together. A module whose
-    weights are not found is left as it is and named in a warning.
+    weights are not found is not changed, and a warning names it.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(
@@ -152,7 +152,7 @@ def quant_weight_inplace(model: nn.Module) -> None:
                 _quantize_inplace(weights, quantizer)
             else:
                 logger.warning(
-                    "%s (%s): weights not found, left as they are",
+                    "%s (%s): weights not found, not changed",
                     name or "model",
                     type(module).__name__,
                 )

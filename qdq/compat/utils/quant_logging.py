@@ -1,4 +1,4 @@
-"""Logging. qdq logs through `logging.getLogger("qdq...")` alone and installs no handler when it is imported."""
+"""Logging. qdq logs only through `logging.getLogger("qdq...")` and installs no handler when it is imported."""
 
 from __future__ import annotations
 

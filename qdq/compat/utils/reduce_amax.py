@@ -18,15 +18,15 @@ def reduce_amax(
 
     Args:
         input: Any shape.
-        axis: The axis or axes to reduce (negative counts from the end), None for all of them. A calibrator's `axis`
-            is the other way round: it names the axes that are kept.
+        axis: The axis or axes to reduce (negative counts from the end), None for all of them. The `axis` of a
+            calibrator is the opposite: it names the axes that are kept.
         keepdims: Keep reduced axes with size 1.
 
     Returns:
         The maxima in the type of `input`; a single one as a 0-D tensor.
 
     Raises:
-        ArgumentTypeError: `input` is no tensor, or `axis` of another kind.
+        ArgumentTypeError: `input` is not a tensor, or `axis` has another type.
         ArgumentError: More axes than dimensions, an axis out of range, or nothing to take the maximum of.
     """
     if not isinstance(input, torch.Tensor):

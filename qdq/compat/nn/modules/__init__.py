@@ -1,4 +1,4 @@
-"""One module a family of layers, under the names that scripts import."""
+"""One module per family of layers, under the names that scripts import."""
 
 from qdq.compat.nn.modules import _utils as _utils
 from qdq.compat.nn.modules import clip as clip

@@ -21,11 +21,11 @@ _FACTORY = ("device", "dtype")
 
 
 def pop_quant_desc_in_kwargs(quant_cls: type, input_only: bool = False, **kwargs: Any) -> Any:
-    """The descriptors for a module of `quant_cls`: from the keywords, else the defaults of the class.
+    """The descriptors for a module of `quant_cls`, from the keywords or the defaults of the class.
 
     Args:
         quant_cls: A quantized class.
-        input_only: Return the input's descriptor alone.
+        input_only: Return only the descriptor of the input.
         **kwargs: `quant_desc_input`, `quant_desc_weight`.
 
     Returns:
@@ -92,7 +92,7 @@ def _set_default(quant_cls: type, name: str, value: Any) -> None:
 
 
 class _QuantizesInput:
-    """What both mixins have: the input's quantizer, and the class-wide default of its descriptor."""
+    """The base of both mixins: the input's quantizer, and the class-wide default of its descriptor."""
 
     default_quant_desc_input: ClassVar[QuantDescriptor] = QuantDescriptor()
     _input_quantizer: TensorQuantizer
@@ -102,7 +102,7 @@ class _QuantizesInput:
         """Set the input's default for modules of this class that are built from now on.
 
         Raises:
-            ValueError: No `QuantDescriptor`.
+            ValueError: Not a `QuantDescriptor`.
         """
         _set_default(cls, "default_quant_desc_input", value)
 
@@ -113,13 +113,13 @@ class _QuantizesInput:
 
 
 class QuantInputMixin(_QuantizesInput):
-    """For modules whose input alone is quantized; a plain mixin, so that it may stand on either side of `nn.Module`."""
+    """For modules with only a quantized input; a plain mixin, so that it may be on either side of `nn.Module`."""
 
     def init_quantizer(self, quant_desc_input: QuantDescriptor) -> None:
         """Attach the quantizer; any caller may (F33).
 
         Raises:
-            TypeError: No `QuantDescriptor`.
+            TypeError: Not a `QuantDescriptor`.
             ValueError: A descriptor without fake quantization.
         """
         _require_fake(type(self), quant_desc_input=quant_desc_input)
@@ -127,7 +127,7 @@ class QuantInputMixin(_QuantizesInput):
 
 
 class QuantMixin(_QuantizesInput):
-    """For modules whose input and weight are quantized; no `QuantInputMixin`, scripts tell the two apart."""
+    """For modules whose input and weight are quantized; not a `QuantInputMixin`: scripts tell the two apart."""
 
     default_quant_desc_weight: ClassVar[QuantDescriptor] = QuantDescriptor()
     _weight_quantizer: TensorQuantizer
@@ -148,7 +148,7 @@ class QuantMixin(_QuantizesInput):
         """Set the weight's default for modules of this class that are built from now on.
 
         Raises:
-            ValueError: No `QuantDescriptor`.
+            ValueError: Not a `QuantDescriptor`.
         """
         _set_default(cls, "default_quant_desc_weight", value)
 
@@ -166,7 +166,7 @@ class QuantMixin(_QuantizesInput):
             num_layers: Make this many of each instead, in `_input_quantizers` and `_weight_quantizers`.
 
         Raises:
-            TypeError: No `QuantDescriptor`.
+            TypeError: Not a `QuantDescriptor`.
             ValueError: A descriptor without fake quantization.
         """
         _require_fake(
@@ -200,10 +200,10 @@ _QUANTIZES = {
 
 
 def _hides_weight(cls: type) -> str:
-    """How the forward that a class defines itself passes by the weight's quantizer; "" if it does not.
+    """How the forward that a class defines bypasses the weight's quantizer; "" if it does not.
 
-    Read from the names that its code uses: `self.weight` without any of the ways to a quantized one. A forward that
-    hands over to another forward is trusted.
+    The answer comes from the names in its code: `self.weight` without any name that gives a quantized weight. A forward
+    that calls another forward is trusted.
     """
     code = getattr(cls.__dict__.get("forward"), "__code__", None)
     if code is None or (not hasattr(cls, "weight") and "weight" not in code.co_names):
@@ -219,7 +219,7 @@ def _hides_weight(cls: type) -> str:
 def quantized_weights(module: nn.Module) -> Iterator[tuple[TensorQuantizer, list[torch.Tensor]]]:
     """Each weight quantizer of a module, with the stored weights that it quantizes, side by side on axis 1.
 
-    The list is empty where they are not found, or are computed of others (pruning, parametrization).
+    The list is empty if they are not found, or are computed from others (pruning, parametrization).
     """
     for quantizer, names in _weight_names(module):
         weights = [_stored(module, name) for name in names]

@@ -15,7 +15,7 @@ from qdq.errors import ArgumentError
 class Clip(nn.Module):
     """`max(min(x, clip_value_max), clip_value_min)`.
 
-    A learnable bound is a parameter; the other kind is a plain attribute, of which the state dict knows nothing.
+    A learnable bound is a parameter; any other bound is a plain attribute, which is not in the state dict.
 
     Args:
         clip_value_min: Lower bound, a number or a tensor.

@@ -1,6 +1,7 @@
-"""Quantized convolutions, plain and transposed, and the base classes that scripts derive theirs from.
+"""Quantized convolutions, plain and transposed, and their base classes, from which scripts derive their own.
 
-The constructors take what torch's take, and by keyword `device`, `dtype`, `quant_desc_input`, `quant_desc_weight`.
+The constructors take the arguments of torch's, and by keyword `device`, `dtype`, `quant_desc_input`,
+`quant_desc_weight`.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ Size = int | tuple[int, ...]
 class _QuantConvNd(_utils.QuantMixin, QuantMixin, float_conv._ConvNd):
     """Base of the quantized convolutions.
 
-    A class of a script may derive from it, and use `_quant` in a forward of its own.
+    A class of a script may derive from it, and use `_quant` in its own forward.
 
     Args:
         in_channels: As `torch.nn.Conv2d`.
         out_channels: As `torch.nn.Conv2d`.
-        kernel_size: A tuple, as the following three.
+        kernel_size: A tuple, like the next three.
         stride: As `torch.nn.Conv2d`.
         padding: As `torch.nn.Conv2d`, or a string.
         dilation: As `torch.nn.Conv2d`.
-        transposed: Whether the weight is that of a transposed convolution.
+        transposed: Whether it is a transposed convolution.
         output_padding: As `torch.nn.ConvTranspose2d`.
         groups: As `torch.nn.Conv2d`.
         bias: As `torch.nn.Conv2d`.

@@ -1,4 +1,4 @@
-"""Quantized instance normalisation: the input alone. It has no alias without `Quant`."""
+"""Quantized instance normalisation: only the input is quantized. It has no alias without `Quant`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantized pooling: the input alone."""
+"""Quantized pooling: only the input is quantized."""
 
 from __future__ import annotations
 

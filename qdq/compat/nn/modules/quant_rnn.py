@@ -1,4 +1,4 @@
-"""Quantized LSTM: at every time step one range for `[x, h]`, and for a whole forward one for `[w_ih, w_hh]`."""
+"""Quantized LSTM: `[x, h]` is quantized at every time step, `[w_ih, w_hh]` once in a forward."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class QuantLSTM(_utils.QuantMixin, float_rnn.LSTM):
             num_layers: Layers times directions, which is also the default.
 
         Raises:
-            ValueError: Another number, or a projection.
+            ValueError: A different number, or a projection.
         """
         _require_no_projection(self.proj_size)
         expected = self.num_layers * self._num_directions
@@ -115,7 +115,7 @@ class QuantLSTM(_utils.QuantMixin, float_rnn.LSTM):
 
     @property
     def _input_quantizer(self) -> TensorQuantizer:  # type: ignore[override]
-        """The first of `_input_quantizers`: scripts that convert any module read this one's calibrator."""
+        """The first of `_input_quantizers`: scripts that convert any module read its calibrator."""
         return cast("TensorQuantizer", self._input_quantizers[0])
 
     @property
@@ -136,8 +136,8 @@ class QuantLSTM(_utils.QuantMixin, float_rnn.LSTM):
             The outputs in the form of the input, and the last h and c.
 
         Raises:
-            ValueError: An input or a state that does not fit (where torch raises RuntimeError, this one is both).
-            TypeError: `hx` is no pair of tensors.
+            ValueError: An input or a state that does not fit (also a RuntimeError, if torch raises that).
+            TypeError: `hx` is not a pair of tensors.
         """
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
@@ -161,7 +161,7 @@ class QuantLSTM(_utils.QuantMixin, float_rnn.LSTM):
     def _forward_packed(
         self, packed: PackedSequence, hx: State | None
     ) -> tuple[PackedSequence, State]:
-        """`forward` on rows sorted by length; states come, and go back, in the caller's order."""
+        """`forward` on rows sorted by length; states are taken and returned in the caller's order."""
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         _require_input(data, self.input_size, self.weight_ih_l0, dims=(2,))
         sizes = batch_sizes.tolist()
@@ -188,7 +188,7 @@ class QuantLSTM(_utils.QuantMixin, float_rnn.LSTM):
     def _forward_layers(
         self, data: torch.Tensor, state: State, sizes: list[int] | None
     ) -> tuple[torch.Tensor, State]:
-        """All layers over the steps along dim 0; `sizes` are the rows of each step if `data` is packed."""
+        """Run all layers over the steps along dim 0; `sizes` are the rows of each step if `data` is packed."""
         last: list[State] = []
         for layer in range(self.num_layers):
             if layer > 0 and self.training and self.dropout > 0:
@@ -209,7 +209,7 @@ class QuantLSTM(_utils.QuantMixin, float_rnn.LSTM):
         return data, (torch.stack(h), torch.stack(c))
 
     def _make_step(self, index: int) -> Step:
-        """The step of one layer and direction, its weights quantized here and now."""
+        """The step of one layer and direction, with its weights quantized at once."""
         w_ih, w_hh, *biases = self.all_weights[index]
         weight = self._weight_quantizers[index](torch.cat([w_ih, w_hh], dim=1))
         bias = biases[0] + biases[1] if biases else None
@@ -249,8 +249,8 @@ class QuantLSTMCell(_utils.QuantMixin, float_rnn.LSTMCell):
             The next h and c.
 
         Raises:
-            ValueError: An input or a state that does not fit (where torch raises RuntimeError, this one is both).
-            TypeError: `hx` is no pair of tensors.
+            ValueError: An input or a state that does not fit (also a RuntimeError, if torch raises that).
+            TypeError: `hx` is not a pair of tensors.
         """
         _require_input(input, self.input_size, self.weight_ih, dims=(1, 2))
         batch = input.shape[:-1]
@@ -274,10 +274,10 @@ class _Step:
     """One time step of one layer and direction.
 
     Args:
-        quantizer: That of `[x, h]`.
-        weight: `[w_ih, w_hh]`, quantized, four gates of rows: input, forget, cell, output.
+        quantizer: The quantizer of `[x, h]`.
+        weight: `[w_ih, w_hh]`, quantized; its rows are the four gates input, forget, cell and output.
         bias: The sum of both biases, or None.
-        hidden_size: Rows of a gate; the tracer does not know them as a constant from the weight.
+        hidden_size: Rows of a gate; when traced, the shape of the weight does not give it as a constant.
     """
 
     def __init__(
@@ -305,8 +305,8 @@ def _run(
 ) -> tuple[list[torch.Tensor], State]:
     """The h of every step, and the state after the last.
 
-    Ragged steps have fewer rows than the state where sequences have ended or, backwards, not begun. Those rows keep
-    their state, so that one rule gives the last state in both directions.
+    A ragged step has fewer rows than the state if sequences have ended or, backwards, have not begun. The other rows
+    keep their state, so that one rule gives the last state in both directions.
     """
     outputs = []
     for x in inputs:
@@ -321,7 +321,7 @@ def _run(
 
 
 def _is_tracing() -> bool:
-    """Whether the TorchScript tracer runs: sizes are tensors then, and to compare them draws warnings."""
+    """Whether the TorchScript tracer is running: sizes are tensors then, and comparing them gives warnings."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
@@ -342,7 +342,7 @@ def _require_probability(dropout: float) -> None:
 
 
 def _require_input(x: torch.Tensor, size: int, weight: torch.Tensor, dims: tuple[int, ...]) -> None:
-    """Refuse another number of dimensions or features, or another kind of numbers."""
+    """Refuse a wrong number of dimensions or features, or a wrong type of numbers."""
     if _is_tracing():
         return
     if x.dim() not in dims:

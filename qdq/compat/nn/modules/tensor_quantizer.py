@@ -44,7 +44,7 @@ _RANGES = ("_amax", "_pre_quant_scale")
 
 
 class TensorQuantizer(CoreTensorQuantizer):
-    """Quantizes its input, in the order pre-quant scale, calibrator, clip, quantization.
+    """Quantizes its input in the order pre-quant scale, calibrator, clip, quantization.
 
     Every flag may be read and written as a plain attribute (`_disabled`, `_if_quant`, `_calibrator` ...).
 
@@ -104,7 +104,7 @@ class TensorQuantizer(CoreTensorQuantizer):
             self.enable_clip()
 
     def set_calib_method(self, method: str) -> None:
-        """Start over with an empty "max" or "histogram" calibrator; another name leaves none, with a warning (F11)."""
+        """Start over with an empty "max" or "histogram" calibrator; any other name gives none, and a warning (F11)."""
         kind = _CALIBRATORS.get(method)
         if kind is None:
             close = difflib.get_close_matches(method, _CALIBRATORS, n=1, cutoff=0)[0]
@@ -117,7 +117,7 @@ class TensorQuantizer(CoreTensorQuantizer):
         self._calibrator = kind and kind(self._num_bits, self._axis, self._unsigned)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """`_amax = tensor` makes the buffer where there is none yet; as a plain attribute it would be in the way."""
+        """`_amax = tensor` creates the buffer if there is none yet; a plain attribute would be in its way."""
         if name in _RANGES and isinstance(value, torch.Tensor) and value.is_inference():
             value = own_tensor(value)  # a later load_state_dict writes into it
         if name in _RANGES and isinstance(value, torch.Tensor) and name not in self._buffers:
@@ -170,13 +170,15 @@ class TensorQuantizer(CoreTensorQuantizer):
 
     @property
     def format(self) -> Format:
-        """Codes and width, of an integer format that can be stored.
+        """Codes and width of an integer format that can be stored.
 
         Raises:
-            AttributeError: FP8, or a width that no file has.
+            AttributeError: FP8, or a width that no file can have.
         """
         if not isinstance(self._num_bits, int) or not 2 <= self._num_bits <= 16:
-            raise AttributeError(f"num_bits={self._num_bits} is no integer format of 2 to 16 bits.")
+            raise AttributeError(
+                f"num_bits={self._num_bits} is not an integer format of 2 to 16 bits."
+            )
         return super().format
 
     @property
@@ -190,7 +192,7 @@ class TensorQuantizer(CoreTensorQuantizer):
     def scale(self) -> Any:
         """The multiplier of the last real quantization; 1.0, with an error log, while quantization is fake."""
         if self._fake_quant:
-            logger.error("%s quantizes and dequantizes: it has no scale of its own.", self._label)
+            logger.error("%s quantizes and dequantizes: it has no scale.", self._label)
         return self._scale
 
     @property
@@ -310,11 +312,11 @@ class TensorQuantizer(CoreTensorQuantizer):
     # -- calibration -------------------------------------------------------------------------------------------
 
     def load_calib_amax(self, *args: Any, strict: bool = True, **kwargs: Any) -> None:
-        """Solve amax from what the calibrator collected, and store it.
+        """Compute amax from the statistics of the calibrator, and store it.
 
         Args:
             *args: For `compute_amax` of the calibrator.
-            strict: A calibrator without data is an error; else a warning, and amax becomes NaN.
+            strict: A calibrator without data is an error; otherwise a warning, and amax becomes NaN.
             **kwargs: As `args`.
 
         Raises:
@@ -357,7 +359,7 @@ class TensorQuantizer(CoreTensorQuantizer):
         applies: Callable[[TensorQuantizer], bool],
         message: str,
     ) -> None:
-        """One warning for all quantizers of the model that it applies to; scripts ask one after the other."""
+        """Warn once for all quantizers of the model that it applies to; scripts call them one after the other."""
         if self in told:
             return
         quantizers = named_quantizers(find_root(self)[0])
@@ -404,7 +406,7 @@ class TensorQuantizer(CoreTensorQuantizer):
     # -- forward -----------------------------------------------------------------------------------------------
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Scale, collect, clip and quantize, as far as each is switched on; else the same object comes back.
+        """Scale, collect, clip and quantize, as far as each is switched on; otherwise return the same object.
 
         Args:
             inputs: Any shape.
@@ -485,7 +487,7 @@ class TensorQuantizer(CoreTensorQuantizer):
         return result.to(self._export_dtype)
 
     def _get_amax(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The range that holds for any input, else the maximum of |x| at hand times `scale_amax`."""
+        """The static range if there is one, else the maximum of |x| of this input times `scale_amax`."""
         if self._learn_amax or self.amax is None:
             amax = self.static_amax()
             if amax is None:
@@ -496,7 +498,7 @@ class TensorQuantizer(CoreTensorQuantizer):
         return self._scaled(self._along_axis(self._amax, inputs))
 
     def _along_axis(self, amax: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-        """A flat list of ranges in keep-dims shape; as it is it would broadcast along the last axis."""
+        """A flat list of ranges in keep-dims shape; unchanged, it would broadcast along the last axis."""
         if (
             amax.dim() != 1
             or amax.numel() == 1
@@ -522,8 +524,9 @@ class TensorQuantizer(CoreTensorQuantizer):
         return amax * self._scale_amax
 
     def _single_axis(self) -> int | None:
-        """The one kept axis that torch's operators can express; where the ranges say by their shape that it is another
-        one, as those of 2.1 for transposed convolutions do, that one.
+        """The one kept axis, which torch's operators can express.
+
+        If the shape of the ranges shows another axis, like those of 2.1 for transposed convolutions, that axis counts.
 
         Raises:
             TypeError: There are several.
@@ -555,7 +558,7 @@ class TensorQuantizer(CoreTensorQuantizer):
         return amax is not None and not bool(torch.isnan(amax).any())
 
     def _refuse_nan(self) -> None:
-        """Tell a range without data, which is an error, from inputs that are NaN, which are passed on."""
+        """Refuse a range without data; inputs that are NaN are passed on."""
         if not self._has_nan():
             return
         names = {
@@ -579,7 +582,7 @@ class TensorQuantizer(CoreTensorQuantizer):
     # -- state -------------------------------------------------------------------------------------------------
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Refuse what pytorch-quantization pickled: its attributes are others, and half of them would be missing."""
+        """Refuse a pickle of pytorch-quantization: its attributes differ, and half of them would be missing."""
         if "name" not in state:
             raise ModelError(
                 "this model was pickled as a whole by pytorch-quantization, whose classes are not these.",
@@ -588,10 +591,10 @@ class TensorQuantizer(CoreTensorQuantizer):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def _require_valid(self, amax: torch.Tensor) -> None:
-        """Any range may be loaded: NaN marks what was calibrated without data, and forward refuses it."""
+        """Accept any range: NaN marks a quantizer that was calibrated without data, and forward refuses it."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Create `_pre_quant_scale` where the checkpoint has one; say where a range is missing in it."""
+        """Create `_pre_quant_scale` if the checkpoint has one; warn if a range is missing in it."""
         if self.amax is not None and self._has_nan() and prefix + "_amax" in state_dict:
             del self._amax
         incoming = state_dict.get(prefix + "_pre_quant_scale")
@@ -601,7 +604,7 @@ class TensorQuantizer(CoreTensorQuantizer):
             state_dict[prefix + "_pre_quant_scale"] = incoming.reshape(self._pre_quant_scale.shape)
         if self.amax is not None and prefix + "_amax" not in state_dict:
             logger.error(
-                "%s has an amax and the checkpoint none for it: the present one stays.",
+                "%s has an amax, but the checkpoint has none for it: the current one stays.",
                 prefix.rstrip("."),
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -650,7 +653,7 @@ _told_empty: WeakSet[TensorQuantizer] = WeakSet()
 
 
 def named_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
-    """All quantizers of a model by dotted name; a shared one comes once."""
+    """All quantizers of a model by dotted name; a shared one is listed once."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -663,15 +666,15 @@ def missing_ranges(quantizers: dict[str, TensorQuantizer]) -> StateError:
     return StateError(
         f"{len(quantizers)} quantizers have no amax: {_join(quantizers)}.",
         "feed batches with enable_calib(), then call load_calib_amax() on each (or qdq.calibrate_model), or "
-        "disable() those that shall stay float.",
+        "disable() those that should stay float.",
     )
 
 
 def find_root(quantizer: nn.Module) -> tuple[nn.Module, str]:
-    """The largest module at hand that holds a quantizer, and the quantizer's dotted name in it.
+    """The largest module on the call stack that contains a quantizer, and the quantizer's dotted name in it.
 
-    A quantizer does not know where it stands. When there is something to say about it, the functions that led to it
-    are still on the call stack, and one of them has the model in a variable; else it is its own root and has no name.
+    A quantizer does not know the model that it is in. When a message names it, its callers are still on the call stack,
+    and one of them usually has the model in a variable. Otherwise it is its own root and has no name.
     """
     root, size, frame = quantizer, 1, sys._getframe(1)
     while frame is not None:
