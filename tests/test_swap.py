@@ -625,7 +625,7 @@ class TestRegister:
                 pass
 
     def test_class_that_is_no_subclass_is_refused(self):
-        with pytest.raises(ArgumentTypeError, match="cannot stand for Upsample"):
+        with pytest.raises(ArgumentTypeError, match="cannot replace Upsample"):
 
             @register_module(nn.Upsample)
             class Other(nn.Module):

@@ -1,4 +1,4 @@
-"""Quantized counterparts of torch layers, and the registry behind `_DEFAULT_QUANT_MAP`.
+"""Quantized counterparts of torch layers, and the registry that `_DEFAULT_QUANT_MAP` shows.
 
 Importing a file of this package registers its layers; a new layer is a new file and a line here.
 """

@@ -19,8 +19,8 @@ class QuantMultiheadAttention(QuantMixin, nn.MultiheadAttention):
     """`nn.MultiheadAttention` with quantized inputs and input projections; `out_proj` is a separate layer.
 
     The float module passes all its weights to one function. The forward here computes the same numbers, but calls
-    `out_proj` as a module. The options are those of the float module. Nested tensors, which it takes in evaluation
-    only, are not supported.
+    `out_proj` as a module. It has the options of the float module. Nested tensors, which the float module takes only in
+    evaluation, are not supported.
 
     If query, key and value are one tensor, `_input_quantizer` quantizes it once. The quantizers of key and value
     collect statistics even then, so that they have ranges for a later call with other tensors.
@@ -50,7 +50,7 @@ class QuantMultiheadAttention(QuantMixin, nn.MultiheadAttention):
 
     @staticmethod
     def weights_of(module: nn.Module) -> dict[str, str]:
-        """One packed weight, or three if key or value have another size than the query."""
+        """One packed weight, or three if the size of key or value differs from that of the query."""
         if getattr(module, "_qkv_same_embed_dim", True):
             return {"_weight_quantizer": "in_proj_weight"}
         return {
@@ -80,7 +80,7 @@ class QuantMultiheadAttention(QuantMixin, nn.MultiheadAttention):
         Args:
             query: `[length, batch, embed_dim]`, with `batch_first` `[batch, length, embed_dim]`, or without a batch
                 `[length, embed_dim]`.
-            key: As `query`, of the length and the size of the keys.
+            key: As `query`, with the length and the size of the keys.
             value: As `key`.
             key_padding_mask: Keys to ignore, `[batch, keys]`.
             need_weights: Also return the attention weights.
@@ -116,7 +116,7 @@ class QuantMultiheadAttention(QuantMixin, nn.MultiheadAttention):
         return output, weights
 
     def _merge_heads(self, output: torch.Tensor, is_batched: bool) -> torch.Tensor:
-        """The projected output, of the layout of the query, from `[batch, heads, length, head_dim]`."""
+        """The projected output in the layout of the query, from `[batch, heads, length, head_dim]`."""
         output = output.transpose(1, 2).flatten(-2)
         if is_batched and not self.batch_first:
             output = output.transpose(0, 1)
@@ -148,7 +148,7 @@ class QuantMultiheadAttention(QuantMixin, nn.MultiheadAttention):
     def _project_query_and_memory(
         self, query: torch.Tensor, memory: torch.Tensor, weight: torch.Tensor
     ) -> list[torch.Tensor]:
-        """The three projections where key and value are one tensor."""
+        """The three projections if key and value are one tensor."""
         size = self.embed_dim
         query_bias, memory_bias = None, None
         if self.in_proj_bias is not None:
@@ -158,7 +158,7 @@ class QuantMultiheadAttention(QuantMixin, nn.MultiheadAttention):
         return [q, k, v]
 
     def _cut_weight(self, weight: torch.Tensor) -> list[torch.Tensor]:
-        """The parts of a packed weight, as slices, because TensorRT moves a Split (see `_unpack`)."""
+        """The parts of a packed weight as slices, because TensorRT moves a Split (see `_unpack`)."""
         size = self.embed_dim
         return [weight[:size], weight[size : 2 * size], weight[2 * size : 3 * size]]
 
@@ -243,7 +243,7 @@ class QuantMultiheadAttention(QuantMixin, nn.MultiheadAttention):
 def _unpack(packed: torch.Tensor, count: int) -> list[torch.Tensor]:
     """The parts of a packed projection, computed as in torch.
 
-    Not with `chunk`: TensorRT moves a Split in front of the product, to the weight, which is float then.
+    It does not use `chunk`: TensorRT moves a Split before the product, to the weight, which is then float.
     """
     parts = packed.reshape(*packed.shape[:-1], count, -1).movedim(-2, 0).contiguous()
     return [parts[index] for index in range(count)]
@@ -258,7 +258,7 @@ def _collect(quantizer: TensorQuantizer, tensor: torch.Tensor) -> None:
 def _to_float_mask(
     mask: torch.Tensor | None, name: str, query: torch.Tensor, attn_mask: Any = None
 ) -> torch.Tensor | None:
-    """A mask as floats to add to scores: minus infinity where a boolean mask is true."""
+    """A mask as floats to add to the scores: minus infinity where a boolean mask is true."""
     return F._canonical_mask(
         mask=mask,
         mask_name=name,

@@ -1,6 +1,6 @@
-"""Quantizers in front of functions that a module's forward calls: `x + identity`, `torch.matmul`, `F.interpolate`.
+"""Quantizers before functions that a module's forward calls: `x + identity`, `torch.matmul`, `F.interpolate`.
 
-No graph is rewritten: the module keeps its forward, and gets a class that watches the functions which this forward
+No graph is rewritten: the module keeps its forward, and gets a class that watches the functions that this forward
 calls (`torch.overrides.TorchFunctionMode`). A call is identified by its function and by the number of earlier calls of
 that function in the forward. Calls inside child modules do not count.
 """
@@ -74,7 +74,7 @@ class QuantGraphMixin(QuantFunctionsMixin):
         return twin
 
     def recompile(self) -> Any:
-        """Write the forward again, for example when an evaluation graph becomes a training graph; the quantizers stay.
+        """Write the forward again, for example when an evaluation graph becomes a training graph; keep the quantizers.
 
         Raises:
             StateError: The number of calls of a quantized function in the graph has changed: calls are identified by
@@ -82,7 +82,7 @@ class QuantGraphMixin(QuantFunctionsMixin):
         """
         if _count_calls(self) != self._graph_calls:
             raise StateError(
-                "the graph of a rewired GraphModule has other calls now: its quantizers stand at the former ones.",
+                "the calls in the graph of a rewired GraphModule have changed, so its quantizers no longer fit.",
                 "call restore_modules, change the graph, then swap, rewire and calibrate again.",
             )
         with self._as_float():  # the float class gets the new forward
@@ -98,7 +98,7 @@ class QuantGraphMixin(QuantFunctionsMixin):
 
     @contextmanager
     def _as_float(self) -> Iterator[None]:
-        """Within the block this is the plain graph, for functions of torch that need it."""
+        """Make this the plain graph in the block, for functions of torch that need it."""
         rewired_class = type(self)
         self.__class__ = self.float_class  # type: ignore[assignment]
         try:
@@ -146,7 +146,7 @@ def _count_calls(module: QuantGraphMixin) -> Counter[str]:
 
 
 def name_quantizer(site: str, operand: int, count: int) -> str:
-    """Attribute of the quantizer of an operand: `_add_quantizer`, or `_linear_input0_quantizer` for one of several.
+    """The attribute of an operand's quantizer: `_add_quantizer`, or `_linear_input0_quantizer` if there are several.
 
     Args:
         site: The call.
@@ -159,7 +159,7 @@ def name_quantizer(site: str, operand: int, count: int) -> str:
 
 
 def _run_watched(module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run the forward of a module; a forward on the instance may call that of the class, which counts as one."""
+    """Run the forward of a module; if a forward on the instance calls the class's, both count as one."""
     watches = vars(_running).get("watches", ())
     if watches and watches[-1].is_in_forward_of(module):
         return forward(*args, **kwargs)
@@ -175,7 +175,7 @@ def add_function_quantizers(
     Args:
         module: Any module that is not quantized itself.
         quantizers: Call -> position among its tensors -> quantizer.
-        calls: All calls, also those without quantizers, in the order in which one forward of the model makes them.
+        calls: All calls, including those without quantizers, in the order of one forward of the model.
     """
     sites: dict[str, dict[int, str]] = {}
     for site, operands in quantizers.items():
@@ -220,7 +220,7 @@ def _identify(module: nn.Module) -> int:
     return id(vars(module))
 
 
-# The generators behind checkpoints without reentrant autograd: of torch 2.14, and of torch up to 2.13.
+# The generators that implement checkpoints without reentrant autograd: in torch 2.14, and in torch up to 2.13.
 _ALL_CHECKPOINT_GENERATORS = (
     "_checkpoint_without_reentrant_generator_impl",
     "_checkpoint_without_reentrant_generator",
@@ -236,7 +236,7 @@ _warned: WeakSet[nn.Module] = WeakSet()
 
 
 class _Watch(TorchFunctionMode):
-    """Quantizes the tensors that one forward passes to functions, without those inside child modules.
+    """Quantizes the tensors that one forward passes to functions, except inside child modules.
 
     Args:
         module: The module whose forward runs.
@@ -277,11 +277,11 @@ class _Watch(TorchFunctionMode):
 
     @property
     def is_paused(self) -> bool:
-        """Whether the running code is not that of the forward itself."""
+        """Whether the running code is outside of the forward itself."""
         return self._depth > 0
 
     def pause(self, step: int) -> None:
-        """Pause (1) or continue (-1): the code that runs next is not that of the forward, or is again."""
+        """Pause (1) or continue (-1), when other code than the forward begins or ends."""
         self._depth += step
 
     def __torch_function__(
@@ -339,7 +339,7 @@ class _Watch(TorchFunctionMode):
             _warned.add(self.module)
             logger.warning(
                 "%s calls a quantized function without gradients inside a forward that has them. If that is a "
-                "checkpoint of another library than torch, the backward pass computes it again without quantizers: use "
+                "checkpoint of a library other than torch, the backward pass computes it again without quantizers: use "
                 "torch.utils.checkpoint, or checkpoint whole modules.",
                 type(self.module).__name__,
             )
@@ -358,7 +358,7 @@ def _is_in_checkpoint() -> bool:
 @functools.cache  # warns once
 def _warn_of_torch() -> None:
     logger.warning(
-        "qdq does not know the checkpoint of torch %s: the backward pass computes functions inside of it again "
+        "qdq does not know the checkpoint of torch %s: the backward pass computes functions inside it again "
         "without their quantizers. Use checkpoint(..., use_reentrant=True), or checkpoint whole modules.",
         torch.__version__,
     )
@@ -367,8 +367,7 @@ def _warn_of_torch() -> None:
 class _Recomputed:
     """A function that `torch.utils.checkpoint` calls again in the backward pass, with the quantizers of the first call.
 
-    By then the forward around it has ended, and its watches with it. So this object restores the watches and their
-    counts.
+    By then the forward around it and its watches have ended. So this object restores the watches and their counts.
 
     Args:
         function: The function of the checkpoint.
@@ -413,7 +412,7 @@ def _recompute_watched(function: Callable[..., Any], *, has_run: bool) -> Callab
 
 
 class _TorchHooks:
-    """The changes in torch as long as any thread has a watch.
+    """The changes in torch while any thread has a watch.
 
     Hooks on all modules tell the watches where a module begins and ends. Both kinds of checkpoints get functions that
     restore the watches.
@@ -474,7 +473,7 @@ _torch_hooks = _TorchHooks()
 def run_again(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the forward of a module again, without hooks, from one of its hooks.
 
-    torch calls a forward hook when the module has ended, so that its calls would count for the forward around it.
+    torch calls a forward hook after the module has ended, so its calls would count for the forward around it.
 
     Args:
         module: The module of the hook.

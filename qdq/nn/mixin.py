@@ -2,7 +2,7 @@
 
 `class QuantConv2d(QuantMixin, nn.Conv2d)` is a complete quantized layer. The forward of the mixin quantizes the input,
 puts the quantized weight in the place of `weight`, and calls the forward of the layer. A subclass of the layer with
-another forward, such as a convolution with same padding, is quantized without being rewritten.
+another forward, like a convolution with same padding, is quantized without being rewritten.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class QuantInputMixin(nn.Module):
     replaces_forward: ClassVar[bool] = False
     """Whether this class has a new forward; subclasses of the float class with another forward are then not swapped."""
     called_children: ClassVar[tuple[str, ...]] = ()
-    """Child modules that this class calls, while the float class only reads their weights."""
+    """Child modules that this class calls; the float class only reads their weights."""
     _input_quantizer: TensorQuantizer
 
     def __init__(
@@ -56,7 +56,7 @@ class QuantInputMixin(nn.Module):
         return {"_input_quantizer": self._input_quantizer}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load checkpoints of ModelOpt, too: the same buffers, in quantizers without the leading underscore."""
+        """Also load checkpoints of ModelOpt: the same buffers, in quantizers without the leading underscore."""
         for name in self.quantizers():
             modelopt_prefix = f"{prefix}{name.removeprefix('_')}."
             for key in list(state_dict):
@@ -69,7 +69,7 @@ class QuantInputMixin(nn.Module):
         """The forward of the layer on the quantized input.
 
         Args:
-            input: The input. A layer with another name for it may be called with that keyword, before the others.
+            input: The input. A layer with another name for it may be called with that keyword, as its first one.
             *args: Further arguments of the layer.
             **kwargs: Likewise.
         """
@@ -134,7 +134,7 @@ class QuantMixin(QuantInputMixin):
         }
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load the bias, too, that `correct_bias` or `round_weights` has added to a layer without one."""
+        """Also load a bias that `correct_bias` or `round_weights` has added to a layer without one."""
         bias = state_dict.get(f"{prefix}bias")
         weight = self._parameters.get("weight")
         has_no_bias = "bias" in self._parameters and self._parameters["bias"] is None
@@ -159,7 +159,7 @@ class QuantMixin(QuantInputMixin):
         """Make `self.weight` the quantized weight in the block.
 
         Python looks a parameter up in `_parameters` only if the instance has no such attribute. An attribute in
-        `__dict__` takes precedence, so that no parameter is moved or renamed. Pruning has an attribute there, too.
+        `__dict__` takes precedence, so that no parameter is moved or renamed. Pruning also has an attribute there.
         """
         if isinstance(getattr(type(self), "weight", None), property):
             raise StateError(

@@ -1,4 +1,4 @@
-"""Quantized average pooling: only the input, the output's Q comes from the next layer (R-AP)."""
+"""Quantized average pooling: only the input is quantized; the next layer quantizes the output (R-AP)."""
 
 from torch import nn
 

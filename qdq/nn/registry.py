@@ -40,7 +40,7 @@ def register_module(float_class: type[nn.Module]) -> Callable[[QuantClass], Quan
     def register(quant_class: QuantClass) -> QuantClass:
         if not (issubclass(quant_class, QuantInputMixin) and issubclass(quant_class, float_class)):
             raise ArgumentTypeError(
-                f"{quant_class.__name__} cannot stand for {float_class.__name__}: a swapped module keeps its "
+                f"{quant_class.__name__} cannot replace {float_class.__name__}: a swapped module keeps its "
                 "attributes and its own forward.",
                 f"write `class {quant_class.__name__}(QuantMixin, {float_class.__name__})`.",
             )
@@ -81,7 +81,7 @@ _derived: dict[tuple[type, type], Any] = {}
 
 
 def derive_class(quant_class: type[Derived], float_class: type[nn.Module]) -> type[Derived]:
-    """A class that quantizes like `quant_class` and otherwise behaves like `float_class`; one for each pair."""
+    """A class that quantizes like `quant_class` and behaves like `float_class` otherwise; one for each pair."""
     key = (quant_class, float_class)
     if key in _derived:
         return cast("type[Derived]", _derived[key])
@@ -97,7 +97,7 @@ def derive_class(quant_class: type[Derived], float_class: type[nn.Module]) -> ty
 
 
 def _reduce_derived(module: Any, quant_class: type[nn.Module], protocol: Any) -> tuple[Any, ...]:
-    """Pickle both bases: the derived class is in no module from which it could be imported."""
+    """Pickle both bases: the derived class cannot be imported from any module."""
     return _rebuild, (quant_class, module.float_class), module.__getstate__()
 
 
