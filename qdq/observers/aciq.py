@@ -26,7 +26,7 @@ def laplace_ratio(qmax: float) -> float:
 def gauss_ratio(qmax: float) -> float:
     """Best amax / sigma for a Gauss distribution of standard deviation sigma around 0.
 
-    With u = amax / sigma, density p and upper tail Q of the normal distribution, the derivative of the error by u is
+    With u = amax / sigma, density p and upper tail Q of the normal distribution, the derivative of the error in u is
     sigma^2 (u / (6 qmax^2) - 4 (p(u) - u Q(u))).
 
     Args:
@@ -42,7 +42,7 @@ def gauss_ratio(qmax: float) -> float:
 
 
 def _find_zero(rising: Callable[[float], float]) -> float:
-    """The zero of a function that rises through it once between 0 and 64, by bisection to the last bit."""
+    """The zero of a function that rises through 0 once between 0 and 64, by bisection to the last bit."""
     low, high = 0.0, 64.0
     while (middle := (low + high) / 2) not in (low, high):
         if rising(middle) < 0:

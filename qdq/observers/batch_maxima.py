@@ -18,7 +18,7 @@ def average_maxima(maxima: npt.NDArray[np.float64]) -> float:
 
 
 def moving_average(maxima: npt.NDArray[np.float64], weight: float) -> float:
-    """m_0 = max_0, m_i = (1 - weight) m_{i-1} + weight max_i: late batches count most.
+    """m_0 = max_0, m_i = (1 - weight) m_{i-1} + weight max_i: later batches count more.
 
     Args:
         maxima: `[B]` in the order of the batches, at least one.

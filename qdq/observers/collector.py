@@ -14,9 +14,9 @@ from qdq.observers.tensor_statistics import LEAST_EXPONENT, TensorStatistics
 
 
 class TensorReader:
-    """Summaries of the tensors of one batch: the input of a block, which its shortcut sees too, is read once.
+    """Summaries of the tensors of one batch: a tensor with several readers, like the input of a block, is read once.
 
-    Call `forget` between batches: a caller may write to the memory of an input again, which the tensor does not show.
+    Call `forget` between batches: a caller may reuse the memory of an input, which the tensor does not show.
     """
 
     def __init__(self) -> None:
@@ -79,14 +79,14 @@ class TensorCollector:
 
     @torch.no_grad()
     def collect(self, inputs: torch.Tensor) -> None:
-        """Take a tensor into account; an empty one changes nothing.
+        """Add a tensor; an empty one changes nothing.
 
         Args:
             inputs: Any shape, float16, bfloat16, float32 or float64; taken as float32.
 
         Raises:
-            CalibrationError: NaN or Inf, with how many and where the first is; from a GPU `statistics` raises it.
-            ArgumentTypeError: No tensor.
+            CalibrationError: NaN or Inf, with their number and the place of the first; on a GPU `statistics` raises it.
+            ArgumentTypeError: Not a tensor.
         """
         require_tensor(inputs)
         if inputs.numel() == 0:

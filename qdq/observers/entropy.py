@@ -1,6 +1,6 @@
-"""amax that loses the least information: the Kullback-Leibler search of TensorRT.
+"""amax with the least loss of information: the Kullback-Leibler search of TensorRT.
 
-Source: S. Migacz, "8-bit inference with TensorRT", GTC 2017; the details (zeros, ties, outliers) are those of
+Source: S. Migacz, "8-bit inference with TensorRT", GTC 2017; the details (zeros, ties, outliers) are as in
 pytorch-quantization, see `pytorch-quantization-api.md` section 4.
 """
 
@@ -12,19 +12,19 @@ import numpy.typing as npt
 from qdq.formats import Format
 from qdq.observers.search import candidate_bins
 
-_CHUNK = 1 << 15  # elements of one intermediate matrix, a core has it in its cache
-_NOISE = 1e-12  # divergences this close are equal but for rounding
+_CHUNK = 1 << 15  # elements of one intermediate matrix, which fits the cache of a core
+_NOISE = 1e-12  # divergences this close differ only by rounding
 Floats = npt.NDArray[np.float64]
 
 
 def solve_entropy(
     counts: npt.NDArray[np.number], width: float, fmt: Format, stride: int = 1, start_bin: int = 128
 ) -> float:
-    """Edge e_i with the smallest D(p || q); the last smallest wins.
+    """The edge e_i with the smallest D(p || q); of equal ones, the last.
 
-    For a candidate i, p is the histogram below e_i with everything above added to its last bin, and q is what is
-    left of it after its bins are averaged in N = qmax + 1 groups (over the non-empty bins of each). Both are
-    normalised. Written with G = sum and C = non-empty bins of a group, the divergence is
+    For a candidate i, p is the histogram below e_i with everything above added to its last bin. q is that histogram
+    with its bins averaged in N = qmax + 1 groups (over the non-empty bins of each). Both are normalised. With G the sum
+    and C the number of non-empty bins of a group, the divergence is
 
         D_i = 1/T (sum_j p_j ln p_j - sum_groups G ln(G/C) - R ln q_last) + ln(S/T)
 
@@ -33,7 +33,7 @@ def solve_entropy(
     Args:
         counts: Occupation of the bins.
         width: Width of a bin.
-        fmt: Format whose codes the groups stand for.
+        fmt: Format whose codes the groups represent.
         stride: Step between candidates.
         start_bin: First candidate.
     """
@@ -54,7 +54,7 @@ def solve_entropy(
 
 
 def _divergence(hist: Floats, candidates: npt.NDArray[np.int64], groups: int) -> Floats:
-    """D_i for every candidate [n]; infinite where the last bin of p has counts but that of q has none."""
+    """D_i for every candidate [n]; infinite if the last bin of p has counts but the last bin of q has none."""
     mass = np.concatenate([[0.0], np.cumsum(hist)])
     filled = np.concatenate([[0], np.cumsum(hist > 0)])
     entropy = np.concatenate([[0.0], np.cumsum(_xlogx(hist))])
@@ -69,7 +69,7 @@ def _divergence(hist: Floats, candidates: npt.NDArray[np.int64], groups: int) ->
     group_filled = np.diff(filled[edges], axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         group_mean = np.where(group_filled > 0, group_mass / group_filled, 1.0)
-        # The last bin lies in the last group, and q has it only where h has.
+        # The last bin is in the last group, and q has it only where h has it.
         q_last = np.where(last > 0, _mean_of_last(mass, filled, candidates, groups), 0.0)
         outliers = np.where(above > 0, above * np.log(q_last), 0.0)
         p_log_p = entropy[candidates - 1] + _xlogx(last + above)
@@ -91,7 +91,7 @@ def _group_edges(candidates: npt.NDArray[np.int64], groups: int) -> npt.NDArray[
 def _mean_of_last(
     mass: Floats, filled: npt.NDArray[np.int64], candidates: npt.NDArray[np.int64], groups: int
 ) -> Floats:
-    """Mean over the non-empty bins of the group that holds bin i - 1."""
+    """Mean over the non-empty bins of the group that contains bin i - 1."""
     group = (candidates - 1) * groups // candidates
     start = -(-group * candidates // groups)
     mean: Floats = (mass[candidates] - mass[start]) / (filled[candidates] - filled[start])

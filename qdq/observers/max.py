@@ -16,7 +16,7 @@ def reduce_amax(inputs: torch.Tensor, axis: Axis) -> torch.Tensor:
     """Maximum of |x| over all axes but the kept ones.
 
     Args:
-        inputs: Any shape; where there is nothing to take the maximum of, it is 0.
+        inputs: Any shape; the maximum of nothing is 0.
         axis: The axis or axes to keep (negative counts from the end), or None for the whole tensor.
 
     Returns:
@@ -24,7 +24,7 @@ def reduce_amax(inputs: torch.Tensor, axis: Axis) -> torch.Tensor:
 
     Raises:
         ArgumentError: An axis that `inputs` does not have.
-        ArgumentTypeError: An axis that is no integer.
+        ArgumentTypeError: An axis that is not an integer.
     """
     if axis is None:
         low, high = _aminmax(inputs.detach())

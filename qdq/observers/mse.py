@@ -8,15 +8,15 @@ import numpy.typing as npt
 from qdq.formats import Format
 from qdq.observers.search import candidate_bins
 
-_CHUNK = 1 << 15  # elements of one intermediate matrix, a core has it in its cache
-_NOISE = 4e-15  # of the sum of squares: errors this close are equal but for rounding
+_CHUNK = 1 << 15  # elements of one intermediate matrix, which fits the cache of a core
+_NOISE = 4e-15  # relative to the sum of squares: errors this close differ only by rounding
 Floats = npt.NDArray[np.float64]
 
 
 def solve_mse(
     counts: npt.NDArray[np.number], width: float, fmt: Format, stride: int = 1, start_bin: int = 128
 ) -> float:
-    """Bin centre with the least squared error for an integer format; see `solve_mse_levels`.
+    """The bin centre with the least squared error for an integer format; see `solve_mse_levels`.
 
     Args:
         counts: Occupation of the bins.
@@ -36,16 +36,16 @@ def solve_mse_levels(
     start_bin: int = 128,
     zero_below: float = 0.0,
 ) -> float:
-    """Bin centre a that minimises sum_j h_j (FQ(c_j; a) - c_j)^2 over the centres c_j; the first smallest wins.
+    """The bin centre a that minimises sum_j h_j (FQ(c_j; a) - c_j)^2 over the centres c_j; of equal ones, the first.
 
-    FQ rounds |x| to the nearest of the levels L_k, scaled so that the last one is a. For one a the centres fall into
-    as many intervals as there are levels, the k-th from s_k on. With H and F, the prefix sums of h and h c, and
-    summation by parts (u = a / L_last, differences to the level before, k from 1) the error is
+    FQ rounds |x| to the nearest of the levels L_k, scaled so that the last one is a. For each a, the centres fall into
+    as many intervals as there are levels; the k-th starts at s_k. With H and F, the prefix sums of h and h c, and
+    summation by parts (u = a / L_last, differences to the previous level, k from 1), the error is
 
         sum h c^2 - 2 u (L_last F_end - sum (L_k - L_k-1) F(s_k)) + u^2 (L_last^2 H_end - sum (L_k^2 - L_k-1^2) H(s_k))
 
-    which costs two look-ups a level: n x levels operations instead of n x n. Where a centre lies in the middle of two
-    levels both give the same error, so that it does not matter how FQ breaks ties.
+    which costs two look-ups per level: n x levels operations instead of n x n. If a centre is midway between two
+    levels, both give the same error, so it does not matter how FQ breaks ties.
 
     Args:
         counts: Occupation of the bins.
@@ -65,7 +65,7 @@ def solve_mse_levels(
     np.cumsum(counts, out=prefix_h[1:])
     np.cumsum(counts * centres, out=prefix_f[1:])
     squares = float(np.sum(counts * centres**2))
-    # Formats with more levels than bins have many that hold no centre; they cost time but change nothing.
+    # Formats with more levels than bins have many levels without a centre; they cost time but change nothing.
     rows = max(1, _CHUNK // levels.size)
     parts = []
     for start in range(0, candidates.size, rows):

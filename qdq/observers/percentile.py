@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def solve_percentile(counts: npt.NDArray[np.number], width: float, percentile: float) -> float:
-    """Left edge of the first bin at which the cumulative fraction reaches `percentile` percent.
+    """The left edge of the first bin at which the cumulative fraction reaches `percentile` percent.
 
     100 gives the last edge. If bin 0 is chosen (most values are zero), its right edge is used instead of 0, because an
     amax of 0 would erase the tensor.

@@ -35,7 +35,7 @@ def _percentile(
 def _entropy(statistics: TensorStatistics, fmt: Format) -> float:
     counts = statistics.magnitudes(fmt.unsigned)
     amax = solve_entropy(counts, statistics.width, fmt, start_bin=min(fmt.qmax + 1, counts.size))
-    # Where almost no value is near 0, the divergence is least for ranges that clip almost everything.
+    # If almost no value is near 0, the divergence is smallest for ranges that clip almost everything.
     if statistics.clipped_share(amax, fmt.unsigned) > _LARGEST_CLIPPED_FRACTION:
         return counts.size * statistics.width
     return amax

@@ -1,8 +1,8 @@
 """The statistics of one tensor, on its device.
 
-On a CPU, torch's threads compute extremes and sums of all values; then one thread finds the bins, in pieces that stay
-in a cache. (More threads were tried for the bins. Python threads wait for each other at the interpreter lock. Torch's
-threads save little, and on a busy machine each of so many short operations waits for the slowest thread.)
+On a CPU, torch's threads compute extremes and sums of all values; then one thread finds the bins, in pieces that fit
+a cache. (More threads for the bins do not help: Python threads wait for the interpreter lock. Torch's threads save
+little, and on a busy machine each of the many short operations waits for the slowest thread.)
 
 On other devices everything stays on the device, and nothing waits for it.
 """
@@ -24,7 +24,7 @@ from qdq.observers.tensor_statistics import (
     exponent_of,
 )
 
-_PIECE = (1 << 15) - 64  # torch shares work of 2^15 elements and more among threads
+_PIECE = (1 << 15) - 64  # torch divides work of 2^15 elements and more among threads
 _CHUNK = 8 * _PIECE
 _TURNS = 2
 _ROW = 1 << 11
@@ -38,7 +38,7 @@ class Summary:
     Args:
         counts: int64 `[2, NUM_BINS]`.
         exponent: int64 `[]`, see `TensorStatistics`.
-        channel_absmax: float32, of the rank of the values with size 1 on all axes but that of the channels.
+        channel_absmax: float32, of the rank of the values, with size 1 on all axes except the channel axis.
         extremes: float64 `[2]`: the smallest and the largest value.
         sums: float64 `[5]`: sum of x, |x| and x^2, number of values, number of values that are not zero.
         defects: int64 `[2]`: number of NaN or Inf, flat index of the first one; the other fields are valid for finite
@@ -62,7 +62,7 @@ def summarize(values: torch.Tensor, channel_axis: int | None = None) -> Summary:
     """
     if channel_axis is None:
         channel_axis = 1 if values.dim() >= 4 else -1
-    # The modes hold for one thread; in inference mode it would make tensors that the others could not write to.
+    # The modes are per thread; in inference mode, this thread would make tensors that the others could not write to.
     with torch.inference_mode(False), torch.no_grad():
         values = values.reshape(1) if values.dim() == 0 else values
         matrices = _as_matrices(values, channel_axis)
@@ -83,7 +83,7 @@ def locate_defects(values: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A part of a tensor as `[rows, columns]` in the order of memory; the channel is the row modulo C or the column."""
+    """Part of a tensor as `[rows, columns]` in memory order; the channel is the row modulo C, or the column."""
 
     values: torch.Tensor
     channels: int
@@ -91,7 +91,7 @@ class _Matrix:
 
 
 def _as_matrices(values: torch.Tensor, channel_axis: int) -> list[_Matrix]:
-    """The tensor in the order of memory without a copy; with gaps in memory, one copied slice at a time."""
+    """The tensor in memory order without a copy; a tensor with gaps in memory as copied slices."""
     channel_axis %= values.dim()
     strides = values.stride()
     order = sorted(range(values.dim()), key=lambda dim: (-strides[dim], dim))
@@ -120,7 +120,7 @@ def _copy_slices(values: torch.Tensor, channel_axis: int) -> list[_Matrix]:
 
 
 def _channel_extremes(matrices: list[_Matrix]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Minimum and maximum of each channel, float32 `[C]`; they do not depend on how torch shares the work."""
+    """Minimum and maximum of each channel, float32 `[C]`; they do not depend on how torch divides the work."""
     lows = [_reduce(matrix, torch.amin) for matrix in matrices]
     highs = [_reduce(matrix, torch.amax) for matrix in matrices]
     return torch.stack(lows).amin(0), torch.stack(highs).amax(0)
@@ -160,7 +160,7 @@ def add_counts(
 
 
 def _split_signs(histogram: torch.Tensor, negatives: torch.Tensor | int) -> torch.Tensor:
-    """Split a histogram of x into those of positive and negative values.
+    """Split a histogram of x into one of positive and one of negative values.
 
     Args:
         histogram: int64, counts of trunc(x 2^-k), from 1 - NUM_BINS to NUM_BINS - 1.
@@ -225,11 +225,11 @@ _buffers = _Buffers()
 class _Counter:
     """Counts finite values in bins, and adds them up.
 
-    Neighbours are counted in two histograms by turns: after a ReLU they often share a bin, and a core waits for one
-    addition to a place before it begins the next.
+    Neighbours are counted in two histograms in turn: after a ReLU they often fall into one bin, and a core finishes one
+    addition to a bin before it begins the next.
 
     Args:
-        exponent: Of the width of a bin; no value is beyond the last one.
+        exponent: The exponent of the width of a bin; no value is beyond the last bin.
         signed: Whether there are values below 0.
     """
 
@@ -264,7 +264,7 @@ class _Counter:
         self._size += values.numel()
 
     def _can_be_summed(self, values: torch.Tensor) -> bool:
-        """Whether the squares of values as large as the largest one are far from the ends of their type."""
+        """Whether the squares of values as large as the largest one are far from the limits of their type."""
         return values.dtype == torch.float32 and abs(self.exponent + LOG_BINS) <= 40
 
     def _sum(self, values: torch.Tensor) -> None:

@@ -1,10 +1,10 @@
-"""The statistics of one tensor from one pass over the data: plain numpy, exact to merge, all that a solver needs.
+"""The statistics of one tensor from one pass over the data: plain numpy, merged exactly, enough for every solver.
 
-The histogram counts |x| in bins of width 2^k, values from 0 on in row 0 and negative ones in row 1. Where a larger
-value comes, k grows by d and bin i becomes bin floor(i / 2^d): no count moves to a wrong bin, because floor(|x| 2^-k)
+The histogram counts |x| in bins of width 2^k, with values of 0 and above in row 0 and negative ones in row 1. For a
+larger value, k grows by d and bin i becomes bin floor(i / 2^d): no count moves to a wrong bin, because floor(|x| 2^-k)
 is exact in float32 and floor(floor(a) / 2^d) = floor(a / 2^d). So the counts depend only on the values, not on their
-order or on how they were split. Sums are kept for each batch and added by `math.fsum`, which rounds once, so that they
-do not depend on the order either.
+order or on how they were split. Sums are kept for each batch and added by `math.fsum`, which rounds once, so they do
+not depend on the order either.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ NUM_BINS = 1 << LOG_BINS
 """Number of histogram bins for each sign. With any data, at least half of them cover the range of |x|."""
 
 LEAST_ABSMAX = AMAX_FLOOR
-"""Bins are no finer for smaller values: below it all ranges have the same scale."""
+"""Bins are not finer for smaller values: below it all ranges have the same scale."""
 
 LEAST_EXPONENT = -63 - LOG_BINS
 MOST_EXPONENT = 128 - LOG_BINS
-"""The exponent of the largest float32, which lies below 2^128."""
+"""The exponent of the largest float32, which is below 2^128."""
 
 MOST_COUNT = 2**49
 """Upper limit on the values of a bin and on batch numbers, so that sums over all bins are exact in int64."""
@@ -36,7 +36,7 @@ MOST_SUM = 2.0**320
 """Upper limit on a sum: the squares of 2^62 values of float32."""
 
 RECORD = ("low", "high", "sum", "sum_abs", "sum_squares", "count", "nonzero")
-"""The numbers that are kept of one batch, in this order."""
+"""The numbers that are kept for each batch, in this order."""
 
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -49,8 +49,8 @@ class TensorStatistics:
     Args:
         counts: int64 `[2, NUM_BINS]`, see the top of this file.
         exponent: k, the smallest with max|x| < NUM_BINS * 2^k that is not below LEAST_EXPONENT.
-        channel_absmax: The maximum of |x| in each channel: float32, of the rank of the tensor with size 1 on all axes
-            but that of the channels; None before data, or where that shape differs from batch to batch.
+        channel_absmax: The maximum of |x| in each channel: float32, of the rank of the tensor, with size 1 on all axes
+            except the channel axis; None before data, or if that shape differs from batch to batch.
         numbers: int64 `[B]`, the numbers of the batches, ascending.
         records: float64 `[B, 7]`, see RECORD.
     """
@@ -155,7 +155,7 @@ class TensorStatistics:
         return trimmed
 
     def histogram(self, columns: int) -> tuple[Counts, float]:
-        """Counts of |x| without zeros in columns of equal width, and the end of the last column.
+        """Counts of |x| without zeros, in columns of equal width, and the end of the last column.
 
         Args:
             columns: Upper limit on the number of columns.
@@ -167,14 +167,14 @@ class TensorStatistics:
         return padded.reshape(-1, bins).sum(1), padded.size * self.width
 
     def rounding_sqnr_db(self, amax: float, fmt: Format) -> float:
-        """Signal to quantization noise ratio of these values with a range, in dB, with each value at its bin centre.
+        """Signal to quantization noise ratio of these values in a range, in dB, with each value at its bin centre.
 
         Args:
             amax: The range.
             fmt: The format.
 
         Returns:
-            `inf` where there is no error, as with zeros only.
+            `inf` if there is no error, for example with zeros only.
         """
         centres = (np.arange(NUM_BINS) + 0.5) * self.width
         values = np.concatenate([centres, -centres])
@@ -235,7 +235,7 @@ class TensorStatistics:
         )
 
     def _merge_channels(self, other: TensorStatistics) -> npt.NDArray[np.float32] | None:
-        """The maxima of the channels of both; None where their shapes differ."""
+        """The maxima of the channels of both; None if their shapes differ."""
         absmax, other_absmax = self.channel_absmax, other.channel_absmax
         if not self.num_batches:
             return other_absmax
@@ -263,7 +263,7 @@ class TensorStatistics:
         """The inverse of `to_arrays`.
 
         Raises:
-            ArgumentError: An array is missing, or of another type or shape, or the counts contradict the records.
+            ArgumentError: An array is missing, or has another type or shape, or the counts contradict the records.
         """
         try:
             counts, exponent = arrays["counts"], arrays["exponent"]
@@ -284,7 +284,7 @@ class TensorStatistics:
                 )
         unknown = arrays.keys() - expected.keys() - {"channel_absmax"}
         if unknown:
-            raise _damaged(f"{min(unknown)!r:.40} is none of its arrays")
+            raise _damaged(f"{min(unknown)!r:.40} is not one of its arrays")
         if not LEAST_EXPONENT <= exponent[0] <= MOST_EXPONENT:
             raise _damaged(f"exponent is {exponent[0]}, not {LEAST_EXPONENT} to {MOST_EXPONENT}")
         tensor = cls(counts, int(exponent[0]), channels, numbers, records)  # type: ignore[arg-type]  # checked above
@@ -292,7 +292,7 @@ class TensorStatistics:
         return tensor
 
     def _require_consistent(self) -> None:
-        """Raise ArgumentError where no data gives these arrays, or they contradict each other."""
+        """Raise ArgumentError if no data could give these arrays, or if they contradict each other."""
         if self.channel_absmax is not None:
             _require_maxima(self.channel_absmax)
         is_ascending = (np.diff(self.numbers, prepend=-1) > 0).all()
@@ -324,7 +324,7 @@ def _require_maxima(channels: npt.NDArray[np.float32]) -> None:
             f"channel_absmax is {channels.dtype}{list(channels.shape)}, not float32 with one axis"
         )
     if not (np.isfinite(channels) & (channels >= 0)).all():
-        raise _damaged("channel_absmax holds numbers that are no maximum")
+        raise _damaged("channel_absmax holds numbers that are not maxima")
 
 
 def coarsen(counts: Counts, steps: int) -> Counts:
@@ -348,4 +348,4 @@ def exponent_of(absmax: float) -> int:
 
 
 def _damaged(reason: str) -> ArgumentError:
-    return ArgumentError(f"these are no statistics of a tensor: {reason}.", "collect them again.")
+    return ArgumentError(f"not statistics of a tensor: {reason}.", "collect them again.")

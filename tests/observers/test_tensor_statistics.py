@@ -382,7 +382,7 @@ def test_arrays_and_back():
         ("records", statistics.records * math.nan),
         ("channel_absmax", np.zeros((2, 2))),
     ]:
-        with pytest.raises(ArgumentError, match="no statistics"):
+        with pytest.raises(ArgumentError, match="not statistics"):
             TensorStatistics.from_arrays(statistics.to_arrays() | {name: wrong})
     with pytest.raises(ArgumentError, match="records is missing"):
         TensorStatistics.from_arrays(

@@ -260,7 +260,7 @@ class TestDamage:
                 lambda array: array[:, ::-1].copy(),
                 "lowest value is above|impossible counts",
             ),
-            ("channel_absmax", lambda array: -array - 1, "no maximum"),
+            ("channel_absmax", lambda array: -array - 1, "not maxima"),
         ],
     )
     def test_arrays_are_held_against_what_data_gives(self, content, name, change, message):
@@ -277,5 +277,5 @@ class TestDamage:
                 type(statistics).from_arrays(
                     {key: value for key, value in arrays.items() if key != name}
                 )
-        with pytest.raises(ArgumentError, match="'more' is none of its arrays"):
+        with pytest.raises(ArgumentError, match="'more' is not one of its arrays"):
             type(statistics).from_arrays({**arrays, "more": arrays["counts"]})
