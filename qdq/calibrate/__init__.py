@@ -37,7 +37,7 @@ CALIB_METHODS = (*SOLVERS, BEST)
 
 @dataclass(frozen=True)
 class Range:
-    """Calibration's result for one quantizer.
+    """The result of calibration for one quantizer.
 
     Args:
         name: Dotted name of the quantizer.
@@ -182,7 +182,7 @@ def calibrate_model(
         method: For inputs: "max", "percentile", "entropy", "mse", "average_max", "mean_std", "laplace", "gauss",
             "moving_average", or "best": for each range the method with the smallest error of the layer's output.
         percentile: 0 to 100, for "percentile".
-        weight_method: "max" or "mse", of each channel or of the whole weight, as the axis of its quantizer says.
+        weight_method: "max" or "mse", for each channel or for the whole weight, depending on the axis of its quantizer.
         num_batches: As for `collect_statistics`.
         statistics: As for `collect_statistics`: a file from which a killed run continues.
         held: Held-out batches on which "best" compares methods; None: the last batch is held out.
@@ -257,7 +257,7 @@ def _compute_ranges(
     """Set all ranges, or none if anything is wrong.
 
     Args:
-        collection: The quantizers, the layers, and who shares the range of whom.
+        collection: The quantizers, the layers, and which quantizers share a range.
         statistics: Statistics of every range in the collection.
         options: The methods.
         held_out: Batches to compare methods on; for "best" only.
@@ -317,7 +317,7 @@ def _has_any_process(held_out: list[Any]) -> bool:
 
 
 def _require_statistics(collection: Collection, statistics: Statistics) -> None:
-    """Refuse statistics that lack a range of the collection."""
+    """Refuse statistics that lack a quantizer of the collection."""
     missing = []
     for name, leader in collection.leaders.items():
         if leader not in statistics.tensors:
@@ -355,7 +355,7 @@ def _set_range(
         quantizer: Gets the range.
         name: Its dotted name.
         tensor: Statistics of the tensor that it quantizes.
-        method: The method; without an integer format the maximum is taken.
+        method: The method; without an integer format the maximum is used.
         options: The options of the method.
     """
     if format_of(quantizer) is None:
@@ -395,7 +395,7 @@ def _choose_methods(
 ) -> dict[str, str]:
     """The method of each range, by the name of the quantizer that holds it.
 
-    A quantizer with an axis, or without an integer format, takes the maximum whatever the method.
+    A quantizer with an axis, or without an integer format, uses the maximum whatever the method.
     """
     searched = []
     maxima = []
@@ -408,7 +408,7 @@ def _choose_methods(
 
     if maxima and options.method != "max":
         logger.info(
-            "%d quantizers have a range for each index of an axis and take its maximum, not %s: %s",
+            "%d quantizers have a range for each index of an axis and use the maximum, not %s: %s",
             len(maxima),
             options.method,
             ", ".join(maxima),
@@ -426,7 +426,7 @@ def _choose_best(
     held_out: list[Any],
     names: Iterable[str],
 ) -> dict[str, str]:
-    """The best method of each range that saw data; "mse" where no held-out batch reaches it."""
+    """The best method of each range that saw data; "mse" if no held-out batch reaches it."""
     candidates: dict[str, dict[str, float]] = {}
     for name in names:
         tensor = statistics.tensors[name]
@@ -436,7 +436,7 @@ def _choose_best(
 
     unreached = [name for name in candidates if name not in chosen]
     if unreached:
-        logger.warning("no held-out batch reached %s; mse is used there", ", ".join(unreached))
+        logger.warning("no held-out batch reached %s; it uses mse", ", ".join(unreached))
     return chosen | dict.fromkeys(unreached, "mse")
 
 
@@ -456,7 +456,7 @@ def _list_candidates(
 
 
 def _find_float_notes(collection: Collection, statistics: Statistics) -> dict[str, str]:
-    """Why quantizers stay off, by name: those without a usable range, and all others of their layer (R-CONV-2)."""
+    """Why quantizers stay off, by name: those without a usable range, and the others of their layer (R-CONV-2)."""
     notes = {}
     for name, leader in collection.leaders.items():
         note = _reason_against_range(statistics, leader)
@@ -476,7 +476,7 @@ def _find_float_notes(collection: Collection, statistics: Statistics) -> dict[st
 
 
 def _reason_against_range(statistics: Statistics, leader: str) -> str:
-    """Why statistics give no usable range, "" if they give one."""
+    """Why statistics give no usable range; "" if they give one."""
     tensor, fmt = statistics.tensors[leader], statistics.formats[leader]
     if not tensor.num_batches:
         return "it saw no batch: the layer did not run, or another module reads its weight directly"
@@ -489,7 +489,7 @@ def _reason_against_range(statistics: Statistics, leader: str) -> str:
 
 @contextmanager
 def _all_or_none(quantizers: Iterable[TensorQuantizer]) -> Iterator[None]:
-    """Put all ranges back if the block raises."""
+    """Restore all ranges if the block raises."""
     former_ranges = []
     for quantizer in quantizers:
         amax = quantizer._buffers.get("_amax")

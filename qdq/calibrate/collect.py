@@ -64,7 +64,7 @@ class Collection:
     """Finds the quantizers and layers of a model, and collects statistics while the block runs.
 
     The model is searched once, when the collection is made. Inside the block the model is in evaluation mode, without
-    gradients, and computes in float; every enabled quantizer that is not of a weight collects. Afterwards all states
+    gradients, and computes in float; every enabled quantizer collects, except those of weights. Afterwards all states
     are restored.
 
     Args:
@@ -72,13 +72,12 @@ class Collection:
 
     Attributes:
         model: The model.
-        quantizers: Name -> quantizer, of all of them.
+        quantizers: Name -> quantizer, for all quantizers.
         names: The inverse of `quantizers`.
         layers: Name -> swapped layer.
         weights: Name of an enabled weight quantizer -> its weight.
         collecting: Name -> quantizer that collects: inputs of layers, and quantizers that a forward calls directly.
-        leaders: Name of a quantizer that collects -> name of the quantizer that holds its range: itself, or the one
-            whose range it shares.
+        leaders: Name of a quantizer that collects -> name of the quantizer that holds its range: itself, or its leader.
 
     Raises:
         ArgumentError: No enabled quantizer, or one with several axes.
@@ -226,9 +225,9 @@ def collect_statistics(
 ) -> Statistics:
     """Run batches through a model in float and collect everything that any calibration method needs.
 
-    With a file, the statistics are saved every few seconds. After a kill, the same call continues with the batch it had
-    reached; once the file is complete, it is only read. Under `torch.distributed` every process collects its own
-    batches (see `shard_batches`), and all return the same: batch i of process r of n has the number i n + r.
+    With a file, the statistics are saved every few seconds. After a kill, the same call continues with the next batch;
+    once the file is complete, it is only read. Under `torch.distributed` every process collects its own batches (see
+    `shard_batches`), and all return the same: batch i of process r of n has the number i n + r.
 
     Args:
         model: A swapped model, on its device.
@@ -238,7 +237,7 @@ def collect_statistics(
         statistics: The file, ending in `.safetensors`. Process r of several has its own file until all are done.
 
     Raises:
-        ArgumentError: Nothing to calibrate; a file of another model, of other data or of more batches.
+        ArgumentError: Nothing to calibrate; a file for another model, for other data or with more batches.
         ArgumentTypeError: `batches` is one tensor or dictionary.
         CalibrationError: NaN or Inf in the data, with the quantizer and the batch; another process failed.
         DataError: The file is of another kind. A damaged one is renamed, and a warning says so.
@@ -255,7 +254,7 @@ def collect_and_hold_out(
     *,
     hold_out: bool,
 ) -> Collected:
-    """As `collect_statistics`; with `hold_out` the last batch is not collected but returned, unless it is the only one.
+    """As `collect_statistics`; with `hold_out` the last batch is returned, not collected, unless it is the only one.
 
     Raises:
         ArgumentError: As for `collect_statistics`.
@@ -279,7 +278,7 @@ def collect_and_hold_out(
 
 
 def _load_or_collect(collection: Collection, stream: _Stream, file: PassFile) -> Statistics:
-    """The statistics of all processes, from the file where it is complete."""
+    """The statistics of all processes, from the file if it is complete."""
     finished = file.load_finished()
     if finished:
         with failing_together():
@@ -297,7 +296,7 @@ def _load_or_collect(collection: Collection, stream: _Stream, file: PassFile) ->
 def _require_same_sources(
     model: nn.Module, finished: Statistics, stream: _Stream, file: PassFile
 ) -> None:
-    """Refuse other weights or another first batch than those of a finished pass; no batch at all is fine."""
+    """Refuse weights or a first batch that differ from those of a finished pass; no batch at all is fine."""
     is_first_process = find_rank()[0] == 0
     first_batch = next(iter(stream), None) if is_first_process else None
     if first_batch is not None:
@@ -307,12 +306,12 @@ def _require_same_sources(
 def _collect(collection: Collection, stream: _Stream, file: PassFile) -> Statistics:
     """The statistics of the batches of this process.
 
-    Batches that an earlier, killed run had taken are read and not run again.
+    Batches that an earlier, killed run had processed are read but not run again.
 
     Args:
         collection: Collects in the block.
         stream: The batches of this process.
-        file: Saves the statistics now and then.
+        file: Saves the statistics at intervals.
 
     Raises:
         ArgumentError: Other batches or weights than in the earlier run.
@@ -338,7 +337,7 @@ def _collect(collection: Collection, stream: _Stream, file: PassFile) -> Statist
                 file.save(replace(partial, complete=False))
         if num_read < num_begun:
             raise ArgumentError(
-                f"an earlier run of this pass had taken {num_begun} batches, now there are {num_read}.",
+                f"an earlier run of this pass processed {num_begun} batches, but now there are only {num_read}.",
                 "give the same batches in the same order, or remove the file.",
             )
         joined = _join_begun(begun, collection.statistics(), num_read, data)
@@ -360,9 +359,9 @@ def _join_begun(
     """The statistics of an earlier, killed run together with those of this run.
 
     Args:
-        begun: Those of the earlier run, if there was one.
-        statistics: Those of this run.
-        num_batches: Number of batches of both.
+        begun: The statistics of the earlier run, if there was one.
+        statistics: The statistics of this run.
+        num_batches: Number of batches of both runs.
         data: Digest of the weights and the first batch; "" if no batch was read.
     """
     joined = merge_parts([begun, statistics]) if begun else statistics
@@ -402,12 +401,12 @@ class _Stream:
 
 
 def fingerprint_model(model: nn.Module) -> str:
-    """Digest of names, formats and axes of quantizers, and of names and shapes of parameters: statistics need these."""
+    """Digest of everything that statistics must match: quantizers with formats and axes, parameters with shapes."""
     return _fingerprint(dict(named_quantizers(model)), model)
 
 
 def _fingerprint(quantizers: dict[str, TensorQuantizer], model: nn.Module) -> str:
-    """As `fingerprint_model`, without another search for the quantizers."""
+    """As `fingerprint_model`, for quantizers that are already known."""
     lines = []
     for name, q in quantizers.items():
         if not isinstance(q, SharedQuantizer):
@@ -418,7 +417,7 @@ def _fingerprint(quantizers: dict[str, TensorQuantizer], model: nn.Module) -> st
 
 
 def digest_sources(model: nn.Module, batch: Any) -> str:
-    """Digest of parameters, buffers and input tensors: every statistic follows from these."""
+    """Digest of parameters, buffers and input tensors, which determine every statistic."""
     tensors: list[torch.Tensor] = []
     for module in model.modules():
         if not isinstance(module, TensorQuantizer):

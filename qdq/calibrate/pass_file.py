@@ -22,8 +22,8 @@ _SAVE_SECONDS = 5.0
 class PassFile:
     """The file of one pass.
 
-    With several processes, each saves what it has collected in a file of its own until all are done. Without a path
-    nothing is saved.
+    With several processes, each saves its statistics in a separate file until all are done. Without a path nothing is
+    saved.
 
     Args:
         path: The file, ending in `.safetensors`; or None.
@@ -52,9 +52,9 @@ class PassFile:
         """The statistics in the file if no batch is missing; the first process reads them for all.
 
         Raises:
-            ArgumentError: It is of another model, holds more batches, or holds a pass of one process that several
-                processes cannot continue.
-            DataError: It is a file of another kind.
+            ArgumentError: It is for another model, contains more batches, or contains a pass of one process, which
+                several processes cannot continue.
+            DataError: It is another kind of file.
         """
         content = b""
         with failing_together():
@@ -68,8 +68,8 @@ class PassFile:
         self._require_same_model(statistics)
         if self.limit is not None and statistics.batches > self.limit and self._size == 1:
             raise ArgumentError(
-                f"{self._path} holds {statistics.batches} batches, {self.limit} are asked for.",
-                "ask for as many or more, or choose another file.",
+                f"{self._path} holds {statistics.batches} batches, but {self.limit} were requested.",
+                "request as many or more, or choose another file.",
             )
         if statistics.complete and statistics.limit in (None, self.limit):
             return statistics
@@ -81,11 +81,11 @@ class PassFile:
         return None
 
     def load_begun(self) -> Statistics | None:
-        """The statistics that an earlier run of this process had saved.
+        """The statistics that an earlier run of this process saved.
 
         Raises:
             ArgumentError: They are of another model.
-            DataError: It is a file of another kind.
+            DataError: It is another kind of file.
         """
         if self._process_path is None or not self._process_path.is_file():
             return None
@@ -118,7 +118,7 @@ class PassFile:
         """
         if earlier and earlier.data and earlier.data != digest:
             raise ArgumentError(
-                f"{self._path} was collected from other weights or other data: their digest differs.",
+                f"{self._path} was collected with other weights or other data: their digest differs.",
                 "give the same weights and the same batches in the same order (no shuffling without a seed), or "
                 "remove the file, or choose another one.",
             )
@@ -130,13 +130,13 @@ class PassFile:
         return time.monotonic() - self._saved_at >= _SAVE_SECONDS
 
     def save(self, statistics: Statistics) -> None:
-        """Save what this process has collected."""
-        assert self._process_path is not None  # noqa: S101  # `is_due` has looked
+        """Save the statistics of this process."""
+        assert self._process_path is not None  # noqa: S101  # `is_due` has checked it
         statistics.save(self._process_path)
         self._saved_at = time.monotonic()
 
     def finish(self, statistics: Statistics) -> None:
-        """Save the statistics of all processes once, and remove those of each."""
+        """Save the statistics of all processes in one file, and remove the file of each process."""
         with failing_together():
             if self._path and self._rank == 0:
                 statistics.save(self._path)
@@ -148,7 +148,7 @@ def _load_or_set_aside(path: Path) -> Statistics | None:
     """The statistics in a file; a damaged file is renamed, and the pass starts over.
 
     Raises:
-        DataError: It is a file of another kind.
+        DataError: It is another kind of file.
     """
     try:
         return Statistics.load(path)
@@ -164,7 +164,7 @@ def _load_or_set_aside(path: Path) -> Statistics | None:
 
 
 def _is_of_another_kind(path: Path) -> bool:
-    """Whether a file is undamaged but holds no statistics: then it must not be touched."""
+    """Whether a file is undamaged but does not contain statistics: then it must not be changed."""
     try:
         with safetensors.safe_open(path, "numpy") as file:
             return STATISTICS_FORMAT not in (file.metadata() or {})

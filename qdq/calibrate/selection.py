@@ -1,4 +1,4 @@
-"""`best`: for each range the method whose quantization costs the output of its layer least, on held-out data."""
+"""`best`: for each range, the method with the smallest error of the layer's output on held-out data."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def select_methods(
     of the tensor itself. The errors of layers that share a range are added.
 
     Args:
-        collection: The quantizers of a model; those of weights have their ranges.
-        candidates: The ranges to choose from; among equally good ones the first wins.
+        collection: The quantizers of a model; the ranges of weights are set.
+        candidates: The ranges to choose from; of equally good ones, the first is chosen.
         held_out: Batches; with several processes each gives its own, and the errors are added.
 
     Returns:
@@ -78,29 +78,29 @@ def _sum_over_processes(
 
 
 def _require_finite(errors: Mapping[tuple[str, str], float]) -> None:
-    """Refuse errors that are NaN or Inf; no method can be chosen by them."""
+    """Refuse errors that are NaN or Inf, with which no method can be chosen."""
     broken = {name for (name, _), error in errors.items() if not math.isfinite(error)}
     if broken:
         raise CalibrationError(
-            f"the batches held out give NaN or Inf behind {', '.join(sorted(broken)[:3])}; "
-            "no method can be chosen by them.",
+            f"the held-out batches give NaN or Inf after {', '.join(sorted(broken)[:3])}, "
+            "so no method can be chosen.",
             "run the float model on them: either the data or an earlier layer is broken.",
         )
 
 
 class _Trials:
-    """Hooks that quantize with every candidate range, while the model goes on with the float values."""
+    """Hooks that quantize with every candidate range, while the model continues with the float values."""
 
     def __init__(self, collection: Collection, candidates: Candidates) -> None:
         self._collection = collection
         self._candidates = candidates
         self.errors: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-        # A layer under trial may call layers inside it, whose hooks then must do nothing.
+        # A layer under trial may call layers inside it; their hooks must do nothing then.
         self._is_busy = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks on all layers, and on the quantizers outside of any layer."""
+        """Hook all layers, and the quantizers outside of any layer, in the block."""
         remaining = {}
         for name, leader in self._collection.leaders.items():
             if leader in self._candidates:
@@ -164,7 +164,7 @@ class _Trials:
         """A hook that quantizes a tensor with every candidate range.
 
         Args:
-            name: The quantizer, which belongs to no layer.
+            name: The quantizer, which does not belong to a layer.
         """
 
         def hook(quantizer: TensorQuantizer, args: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -182,7 +182,7 @@ class _Trials:
         return self._candidates[self._collection.leaders[name]]
 
     def _add_error(self, name: str, method: str, expected: Any, quantized: Any) -> None:
-        """Add the squared error relative to the square of the float output; absolute where that is 0."""
+        """Add the squared error relative to the square of the float output; the absolute error if that is 0."""
         noise_terms = []
         signal_terms = []
         for reference, trial in zip(floats_of(expected), floats_of(quantized), strict=True):

@@ -12,7 +12,7 @@ from qdq.quantizer import TensorQuantizer
 
 WEIGHT_METHODS = ("max", "mse")
 _OCTAVES = 3  # amax is searched from the maximum down to 1/8 of it
-_STEPS = 8  # candidates in an octave; then as many again on either side of the best one
+_STEPS = 8  # candidates per octave; then as many again on either side of the best one
 
 
 def require_weight_method(method: str) -> None:
@@ -32,12 +32,12 @@ def require_weight_method(method: str) -> None:
 def solve_weight(
     label: str, weight: torch.Tensor, quantizer: TensorQuantizer, method: str
 ) -> torch.Tensor:
-    """Compute the range of a weight, per channel or per tensor as the axis of its quantizer says.
+    """Compute the range of a weight, per channel or per tensor, depending on the axis of its quantizer.
 
     Args:
         label: The name of the weight in messages.
         weight: Any shape.
-        quantizer: Gives format and axis.
+        quantizer: The quantizer, for its format and axis.
         method: "max", or "mse": the range with the least squared error, for each channel separately.
 
     Returns:
@@ -93,7 +93,7 @@ class _Search:
         return self._largest * self._best
 
     def _try(self, fraction: torch.Tensor) -> None:
-        """Take a candidate in the channels where it is better than the best so far."""
+        """Keep a candidate in the channels where it is better than the best so far."""
         error = self._measure(fraction)
         self._best = torch.where(error < self._least_error, fraction, self._best)
         self._least_error = torch.minimum(error, self._least_error)

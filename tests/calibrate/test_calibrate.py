@@ -127,7 +127,7 @@ def test_a_quantizer_with_an_axis_takes_maxima_and_says_so(residual, batches, ca
         residual.stem.input_quantizer.amax.flatten(), torch.cat(batches).abs().amax((0, 2, 3))
     )
     assert ranges["stem._input_quantizer"].method == "max"
-    assert "take its maximum, not mse: stem._input_quantizer" in caplog.text
+    assert "use the maximum, not mse: stem._input_quantizer" in caplog.text
 
 
 def test_inference_mode_and_then_without(residual, batches):
@@ -487,7 +487,7 @@ def test_best_tries_a_layer_without_counting_it_as_a_call_of_the_forward_around_
 
 def test_best_refuses_what_it_cannot_compare_on(residual, batches):
     swap_modules(residual)
-    with pytest.raises(CalibrationError, match="held out give NaN or Inf"):
+    with pytest.raises(CalibrationError, match="held-out batches give NaN or Inf"):
         calibrate_model(residual, [*batches, torch.full_like(batches[0], math.nan)], method="best")
     with pytest.raises(ArgumentTypeError, match="pass \\[batch\\]"):
         calibrate_model(residual, batches, method="best", held=batches[0])
@@ -506,7 +506,7 @@ def test_best_of_what_no_held_batch_reaches_is_named(images, caplog):
     swap_modules(model)
     ranges = calibrate_model(model, [images], method="best", held=[images[:1]])
     assert {r.name: r.method for r in ranges}["b._input_quantizer"] == "mse"
-    assert "no held-out batch reached b._input_quantizer; mse is used there" in caplog.text
+    assert "no held-out batch reached b._input_quantizer; it uses mse" in caplog.text
 
 
 def test_best_needs_data(residual, batches):

@@ -128,7 +128,7 @@ class TestFile:
         )
         expected = collect_statistics(make_model(), batches, statistics=path)
         assert_same(expected, collect_statistics(make_model(), batches))
-        with pytest.raises(ArgumentError, match="holds 5 batches, 2 are asked for"):
+        with pytest.raises(ArgumentError, match="holds 5 batches, but 2 were requested"):
             collect_statistics(make_model(), batches, num_batches=2, statistics=path)
 
     def test_another_model(self, tmp_path, residual):
@@ -150,7 +150,7 @@ class TestFile:
     def test_fewer_batches_than_before(self, tmp_path):
         path, batches = tmp_path / "calibration.safetensors", make_batches(3)
         collect_statistics(make_model(), batches, num_batches=2, statistics=path)
-        with pytest.raises(ArgumentError, match="had taken 2 batches, now there are 1"):
+        with pytest.raises(ArgumentError, match="processed 2 batches, but now there are only 1"):
             collect_statistics(make_model(), batches[:1], statistics=path)
 
     @pytest.mark.parametrize("complete", [True, False])
