@@ -466,7 +466,7 @@ class TestCalibrate:
         assert "head" not in out
         code, out, err = qdq("calibrate", "show", file, "--tensor", "nothing")
         assert (code, out) == (2, "")
-        assert "no tensor fits 'nothing'" in err
+        assert "no tensor matches 'nothing'" in err
 
     def test_merge(self, qdq, file, quantized, images, tmp_path):
         second = collect_statistics(quantized, [3 * images]).save(tmp_path / "second.safetensors")

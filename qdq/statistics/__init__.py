@@ -1,4 +1,4 @@
-"""Statistics of all tensors of a model: saved in one file, merged exactly, ranges without data. Needs no torch."""
+"""Statistics of all tensors of a model, in one file: merged exactly, and ranges without data. Needs no torch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _FIGURES = (
     "std",
     "laplace_b",
 )
-_SEPARATOR = "//"  # between the name of a quantizer and that of an array
+_SEPARATOR = "//"  # between the names of a quantizer and of an array
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +59,9 @@ class Statistics:
         batches: Number of batches.
         model: Fingerprint of the model: names, formats and shapes.
         data: Digest of the weights and the first batch; "" if it is unknown, or there was no batch.
-        complete: Whether the pass reached its end.
+        complete: Whether the pass was finished.
         limit: Upper limit on the batches of the pass; None: no limit.
-        shared: Name of a quantizer that uses the range of another one -> name of the latter, which is in `tensors`.
+        shared: Name of a quantizer that uses the range of another one -> name of that one, which is in `tensors`.
     """
 
     tensors: dict[str, TensorStatistics]
@@ -74,7 +74,7 @@ class Statistics:
     shared: dict[str, str] = field(default_factory=dict)
 
     def merge(self, other: Statistics) -> Statistics:
-        """The statistics of one pass over the batches of both, those of `other` last.
+        """The statistics of one pass over the batches of both, with the batches of `other` last.
 
         Raises:
             ArgumentError: They are of different models.
@@ -100,7 +100,7 @@ class Statistics:
         names = [name for name in self.tensors if fnmatchcase(name, pattern)]
         if not names:
             raise ArgumentError(
-                f"no tensor fits {pattern!r}; there are {list_names(list(self.tensors), 3)}.",
+                f"no tensor matches {pattern!r}; there are {list_names(list(self.tensors), 3)}.",
                 "give the name of a quantizer, or a glob such as '*._input_quantizer'.",
             )
         shared = {}
@@ -146,7 +146,7 @@ class Statistics:
         return self.tensors[name].clipped_share(amax, fmt is not None and fmt.unsigned)
 
     def summarize(self) -> dict[str, Any]:
-        """The content of the JSON beside the file: figures of each tensor, and amax and clipping by every method."""
+        """The content of the JSON file: the figures of each tensor, and the amax and clipping of every method."""
         names = tqdm(self.tensors, desc="ranges", unit="tensor", disable=None, leave=False)
         return {
             "batches": self.batches,
@@ -167,13 +167,13 @@ class Statistics:
         return summary
 
     def save(self, path: Path | str) -> Path:
-        """Write the file, and if the pass is complete a readable summary beside it (`.json`); both atomically.
+        """Write the file and, if the pass is complete, a readable summary next to it (`.json`); both atomically.
 
         Args:
             path: Ends in `.safetensors`.
 
         Raises:
-            ArgumentError: Another ending; the folder cannot be written to; another `.json` file lies beside it.
+            ArgumentError: Wrong suffix; the folder cannot be written to; another `.json` file is next to it.
         """
         path = require_suffix(path)
         require_place_of_summary(path)
@@ -189,7 +189,7 @@ class Statistics:
         """Read a file that `save` wrote.
 
         Raises:
-            DataError: The file cannot be read, or is of another kind.
+            DataError: The file cannot be read, or is another kind of file.
         """
         path = as_path(path, "path")
         try:
@@ -225,16 +225,16 @@ class Statistics:
 
         Args:
             content: The bytes that it returned.
-            source: Where the content was read from, for messages.
+            source: The origin of the content, for messages.
 
         Raises:
-            DataError: The content is of another kind, or damaged.
+            DataError: The content is another kind of file, or damaged.
         """
         try:
             arrays = safetensors.load(content)
         except _LOAD_ERRORS as error:
             raise DataError(
-                f"{source} is no file of calibration statistics: {printable(error, 100)}.", _FIX
+                f"{source} is not a file of calibration statistics: {printable(error, 100)}.", _FIX
             ) from error
         header = content[8 : 8 + int.from_bytes(content[:8], "little")].decode()
         metadata = parse_json(header, f"the header of {source}", _FIX).get("__metadata__", {})
@@ -264,7 +264,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class _StoredFormat:
-    """A format as it is in the file, with all of its fields."""
+    """A format in the file, with all of its fields."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
     num_bits: int
@@ -307,7 +307,7 @@ def _split_parts(stored: _StoredFacts, arrays: dict[str, Any]) -> dict[str, Tens
     """The arrays of each tensor.
 
     Raises:
-        ArgumentError: An array is missing, too many or damaged, or a range is shared that is not there.
+        ArgumentError: An array is missing, unexpected or damaged, or a shared range is missing.
     """
     parts: dict[str, dict[str, Any]] = {name: {} for name in stored.formats}
     for key, array in arrays.items():
@@ -318,7 +318,7 @@ def _split_parts(stored: _StoredFacts, arrays: dict[str, Any]) -> dict[str, Tens
     for name, leader in stored.shared.items():
         if leader not in parts:
             raise ArgumentError(
-                f"'{printable(name)}' shares the range of '{printable(leader)}', which is not there.",
+                f"'{printable(name)}' shares the range of '{printable(leader)}', which is missing.",
                 _FIX,
             )
     tensors = {}
@@ -331,7 +331,7 @@ def _split_parts(stored: _StoredFacts, arrays: dict[str, Any]) -> dict[str, Tens
 
 
 def merge_parts(parts: Iterable[Statistics]) -> Statistics:
-    """The sum of parts whose batches have different numbers, as those of several processes; exact in any order.
+    """The sum of parts whose batches have different numbers, for example of several processes; exact in any order.
 
     Raises:
         ArgumentError: They are of different models, or batch numbers overlap.
@@ -370,11 +370,11 @@ def merge_files(paths: Sequence[Path | str], output: Path | str) -> Statistics:
 
     Args:
         paths: Two or more files of complete passes over different data.
-        output: Where to write, ending in `.safetensors`; may be one of them.
+        output: The file to write, ending in `.safetensors`; may be one of them.
 
     Raises:
-        ArgumentError: Fewer than two files, a pass that is not complete, files of different models, another ending.
-        DataError: A file cannot be read, or is of another kind.
+        ArgumentError: Fewer than two files, a pass that is not complete, files of different models, wrong suffix.
+        DataError: A file cannot be read, or is another kind of file.
     """
     require_suffix(output)
     require_place_of_summary(Path(output))
@@ -417,7 +417,7 @@ def require_place_of_summary(path: Path) -> None:
     """Refuse a file of statistics if its summary would replace a JSON file that is not a summary.
 
     Raises:
-        ArgumentError: Such a JSON file lies beside it.
+        ArgumentError: Such a JSON file is next to it.
     """
     summary = path.with_suffix(".json")
     try:
@@ -426,7 +426,7 @@ def require_place_of_summary(path: Path) -> None:
         return
     if not isinstance(content, dict) or not content.keys() >= _SUMMARY_KEYS:
         raise ArgumentError(
-            f"{summary} is no summary of statistics, and the one of {path.name} would replace it.",
+            f"{summary} is not a summary of statistics and would be overwritten by the one of {path.name}.",
             "choose another name.",
         )
 
@@ -435,11 +435,11 @@ def require_suffix(path: Path | str) -> Path:
     """Refuse a file name that does not end in `.safetensors`.
 
     Raises:
-        ArgumentError: Another ending.
+        ArgumentError: Another suffix.
     """
     path = as_path(path, "path")
     if path.suffix != ".safetensors":
         raise ArgumentError(
-            f"{path} does not end in .safetensors.", "name it calibration.safetensors, say."
+            f"{path} does not end in .safetensors.", "name it calibration.safetensors, for example."
         )
     return path

@@ -1,4 +1,4 @@
-"""Ranges from saved statistics into an exported file: another method, without model, data or torch."""
+"""Puts ranges from saved statistics into an exported file: another method, without model, data or torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Rescaling:
         unchanged: Quantizers that had this scale already.
         refused: Quantizer -> why its scale was not changed.
         missing: Names of statistics without a scale in the file: left in float, or one pair serves several quantizers.
-        unknown: Quantizers of the file that the statistics do not have; their scale was not changed.
+        unknown: Quantizers of the file that are not in the statistics; their scale was not changed.
     """
 
     path: Path
@@ -82,13 +82,13 @@ def rescale_onnx(
     """Write a copy of a file that `export_onnx` made, with activation ranges computed from statistics.
 
     The scales are those that `solve_ranges` and a new export would give. Weights do not change, unless a bias needs a
-    larger scale (`graph.raise_scales`). The metadata name the new method; the fingerprint of the ranges, which includes
-    weights, is left out.
+    larger scale (`graph.raise_scales`). The metadata names the new method; the fingerprint of the ranges, which
+    includes weights, is left out.
 
     Args:
         path: The file.
-        output: Where to write; may be `path`. The file is written whole or not at all.
-        statistics: Of the model that was exported.
+        output: The file to write; may be `path`. It is written completely or not at all.
+        statistics: The statistics of the exported model.
         method: As for `observers.solve.solve_amax`.
         **options: As for `observers.solve.solve_amax`.
 
@@ -131,7 +131,7 @@ def rescale_onnx(
     )
     _update_origin(model, statistics, rescaling)
     RaiseWeightScales()(model)  # a bias may not fit the new scale of its input
-    # So that the copy may lie in another folder, or replace the file.
+    # So that the copy may be in another folder, or replace the file.
     ir.external_data.load_to_model(model)
     save_model(model, output)
     return rescaling
@@ -156,10 +156,10 @@ def _set_scales(
         statistics: The statistics.
         scales: Quantizer -> its scales in the graph.
         leaders: Quantizer -> the name that holds its range in the statistics.
-        ranges: By the names in the statistics.
+        ranges: The ranges by the names in the statistics.
 
     Returns:
-        The former and the new scale of each quantizer whose scale changed, and why others could not be set.
+        The former and the new scale of each quantizer whose scale changed, and why other scales could not be set.
     """
     changed: dict[str, tuple[float, float]] = {}
     refused: dict[str, str] = {}
@@ -190,7 +190,7 @@ def _update_origin(model: ir.Model, statistics: Statistics, rescaling: Rescaling
         facts = dict(json.loads(model.metadata_props["qdq.calibration"]))
         if not rescaling.is_whole:
             methods |= set(facts["methods"])
-    except (KeyError, TypeError, ValueError, RecursionError):  # the metadata of a foreign file
+    except (KeyError, TypeError, ValueError, RecursionError):  # the metadata of another tool
         return
     facts["methods"] = sorted(methods)
     facts["batches"] = max(tensor.num_batches for tensor in statistics.tensors.values())

@@ -1,4 +1,4 @@
-"""Saved statistics for a person: tables, and a page with the histogram of every tensor. Needs no torch."""
+"""Shows saved statistics: tables, and a page with the histogram of every tensor. Needs no torch."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def format_statistics(summary: dict[str, Any]) -> str:
 
     title = f"{len(tensors)} tensors, {summary['batches']} batches"
     if not summary["complete"]:
-        title += "; the pass was cut off, these figures are of a part of the data"
+        title += "; the pass was cut off, so these figures are from a part of the data"
     tables = map(format_columns, (figure_rows, amax_rows, clipped_rows))
     return "\n\n".join([title, *tables])
 
 
 def _list_methods(tensors: Mapping[str, dict[str, Any]]) -> list[str]:
-    """The methods that any tensor has a range of, in their order."""
+    """The methods by which any tensor has a range, in order."""
     methods: dict[str, None] = {}
     for entry in tensors.values():
         methods |= dict.fromkeys(entry["amax"])
@@ -68,7 +68,7 @@ def format_ranges(statistics: Statistics, ranges: Mapping[str, float]) -> str:
 
 
 def format_columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells below each other: names to the left, numbers to the right."""
+    """Align rows of cells in columns: names to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for name, *cells in rows:
@@ -80,7 +80,7 @@ def format_columns(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cells(values: Mapping[str, float], methods: Iterable[str], form: str) -> list[str]:
-    """The values of the methods as text; "-" where a method has none."""
+    """The values of the methods as text; "-" for a method without one."""
     cells = []
     for method in methods:
         cells.append(form.format(values[method]) if method in values else "-")
@@ -88,7 +88,7 @@ def _cells(values: Mapping[str, float], methods: Iterable[str], form: str) -> li
 
 
 def _figures(entry: dict[str, Any]) -> dict[str, str]:
-    """The figures of a tensor as text, in a few characters each."""
+    """The figures of a tensor as short texts."""
     return {
         "count": f"{entry['count']:,}",
         "zeros": f"{entry['zeros'] / max(entry['count'], 1):.2%}",
@@ -101,12 +101,12 @@ def _figures(entry: dict[str, Any]) -> dict[str, str]:
 def write_plots(statistics: Statistics, summary: dict[str, Any], path: Path) -> Path:
     """Write one HTML page, atomically: the histogram of |x| of each tensor, and where every method clips it.
 
-    The page needs no other file, has about 5 kB a tensor, and follows the reader's choice of light or dark.
+    The page needs no other file, has about 5 kB per tensor, and follows the reader's choice of light or dark.
 
     Args:
         statistics: The statistics to plot.
         summary: From `Statistics.summarize` of these statistics.
-        path: Where to write.
+        path: The file to write.
 
     Raises:
         ArgumentError: The folder cannot be written to.
@@ -122,7 +122,7 @@ def write_plots(statistics: Statistics, summary: dict[str, Any], path: Path) -> 
 
 
 def load_templates(folder: Path) -> jinja2.Environment:
-    """The templates of a folder; values in them are escaped."""
+    """The templates in a folder; values in them are escaped."""
     loader = jinja2.FileSystemLoader(folder)
     return jinja2.Environment(
         loader=loader,
@@ -135,7 +135,7 @@ def load_templates(folder: Path) -> jinja2.Environment:
 
 @dataclass(frozen=True)
 class Tick:
-    """A labelled place on an axis, from the left or from the top."""
+    """A labelled position on an axis, from the left or from the top."""
 
     at: float
     label: str
@@ -143,7 +143,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class _Line:
-    """The place where a method clips; `at` is in pixels, `number` is that of its colour."""
+    """The position where a method clips; `at` is in pixels, `number` is the number of its colour."""
 
     number: int
     method: str
@@ -154,7 +154,7 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Plot:
-    """Everything that the template draws of one tensor; places in pixels."""
+    """Everything that the template draws for one tensor; positions in pixels."""
 
     name: str
     figures: dict[str, str]

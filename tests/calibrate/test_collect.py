@@ -208,7 +208,7 @@ class TestFile:
         path, report = tmp_path / "report.safetensors", tmp_path / "report.json"
         for content in ('{"format": "qdq report 1"}', "[]", "3"):
             report.write_text(content)
-            with pytest.raises(ArgumentError, match=r"report\.json is no summary of statistics"):
+            with pytest.raises(ArgumentError, match=r"report\.json is not a summary of statistics"):
                 collect_statistics(make_model(), make_batches(1), statistics=path)
             assert report.read_text() == content
         report.write_text("{")  # damaged: it blocks nothing

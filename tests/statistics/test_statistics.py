@@ -78,7 +78,7 @@ class TestSelect:
     def test_of_nothing(self):
         statistics = collect_statistics(make_model(), make_batches(1))
         with pytest.raises(
-            ArgumentError, match=r"no tensor fits 'layer\*'; there are 0\._input_quantizer"
+            ArgumentError, match=r"no tensor matches 'layer\*'; there are 0\._input_quantizer"
         ):
             statistics.select("layer*")
 
@@ -214,7 +214,7 @@ class TestDamage:
         ("key", "value", "message"),
         [
             ("shared", None, "shared is null, expected: an object"),
-            ("shared", {"x": "y"}, "'x' shares the range of 'y', which is not there"),
+            ("shared", {"x": "y"}, "'x' shares the range of 'y', which is missing"),
             ("formats", {"0._input_quantizer": {}}, "num_bits is missing"),
             ("formats", {}, "has statistics, but no format"),
             ("formats", {"a": None}, "has statistics, but no format"),
