@@ -1,4 +1,4 @@
-"""What wins accuracy back with every layer in int8, each a pass of its own that says what it gained.
+"""Passes that recover accuracy with every layer in int8; each reports its gain.
 
 Before the swap: `equalize_layers`. After the calibration: `correct_bias`, `round_weights` (AdaRound).
 """

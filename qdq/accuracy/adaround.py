@@ -1,4 +1,4 @@
-"""AdaRound: weights rounded up or down so that the output of each layer, not each weight, has the least error.
+"""AdaRound: rounds weights up or down so that the output of each layer, not each weight, has the least error.
 
 Nagel, Amjad, van Baalen, Louizos, Blankevoort: Up or Down? Adaptive Rounding for Post-Training Quantization, ICML 2020
 (arXiv 2004.10568). Layer by layer, with asymmetric reconstruction (their equation 25 without activation function): the
@@ -8,9 +8,9 @@ weights leave on this input:
 
     L(d) = E (r - s d x)^2 = s^2 d G d' - 2 s d c' + const,   G = E[x x'], c = E[r x]
 
-so one pass over the data gives G and c, and the search needs no data. The bias is float and takes its best value for
-any d: so G and c are covariances, and the bias absorbs the means. The search is that of the paper: rectified sigmoids,
-pushed to 0 or 1 by a regularizer whose exponent is annealed. Then single codes are flipped as long as that lowers L.
+so one pass over the data gives G and c, and the search needs no data. The bias is float and has its best value for any
+d, so G and c are covariances, and the bias absorbs the means. The search is the one of the paper: rectified sigmoids,
+pushed to 0 or 1 by a regularizer with an annealed exponent. Then single codes are flipped as long as that lowers L.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 _GAMMA, _ZETA = -0.1, 1.1  # the sigmoid is stretched to this interval, then clamped to 0..1
 _LEARNING_RATE = 3e-2
-_WEIGHT = 0.1  # of the regularizer; 1 is the loss of random rounding
+_WEIGHT = 0.1  # weight of the regularizer; 1 is the loss of random rounding
 _WARM_UP = 0.2  # fraction of the steps without regularizer
 _BETA = (20.0, 2.0)
 _FIXED = 1e-3  # a weight this close to a code keeps it, in steps of the scale
@@ -61,7 +61,7 @@ class RoundedLayer:
     Args:
         layer: Dotted name.
         changed: Fraction of the codes that are not the nearest, 0..1.
-        error: Mean squared error of the output, relative to that of nearest rounding, both with their best bias.
+        error: Mean squared error of the output relative to nearest rounding, both with their best bias.
         reason: Why it was skipped; empty if it was rounded.
     """
 
@@ -77,7 +77,7 @@ class Rounding:
 
     Args:
         layers: The quantized layers with a weight, in the order in which they run; then the skipped ones.
-        before_db: SQNR of the outputs against those of the float model on the same batches, before the rounding, in dB.
+        before_db: SQNR of the outputs against the float model on the same batches, before the rounding, in dB.
         after_db: The same after the rounding.
     """
 
@@ -112,13 +112,13 @@ def round_weights(
 
     Nearest rounding of the new weight gives the learned code, so saving, restoring and exporting work as before. No
     code differs from the nearest by more than 1, and the ranges do not change. A layer without a bias gets one, which a
-    swapped model accepts in a state dict and a float model does not. After Ctrl-C between two layers, the layers before
-    stay rounded.
+    swapped model accepts in a state dict and a float model does not. After Ctrl-C, the layers that are done stay
+    rounded.
 
     Args:
         model: A calibrated model.
         batches: As for `calibrate_model`; they must fit in memory together. Use 64 images or more: the last layer of a
-            classifier has one position per image, and a few positions say little about many weights.
+            classifier has one position per image, and a few positions do not determine many weights.
         steps: Steps of the search in each layer.
         seed: Seed of the random positions.
         reference: The float model, for instance a copy made before `correct_bias` changed it. None: the model itself
@@ -191,7 +191,7 @@ def _round_layer(
     """Round the weight of one layer and correct its bias.
 
     Returns:
-        The fraction of changed codes, and the error relative to that of nearest rounding.
+        The fraction of changed codes, and the error relative to nearest rounding.
     """
     weight = layer._parameters["weight"]
     assert weight is not None  # noqa: S101
@@ -230,7 +230,7 @@ class _Problem:
         self._mean_x = live @ x
         self._mean_residual = (live * residual).sum(-1)
 
-        # A few positions say little about many weights: then the elements beside the diagonal count less.
+        # A few positions do not determine many weights: then the elements off the diagonal count less.
         shrink = count / (count + size)
         covariance = _covariance(x, live)
         self._diagonal = covariance.diagonal(dim1=1, dim2=2)[:, None]
@@ -244,7 +244,7 @@ class _Problem:
         highest = quantizer.format.qmax
         lowest = max(quantizer.format.qmin, -highest)
         self.nearest = self._ideal.round().clamp(lowest, highest)
-        # The largest weight keeps its code, and so the range keeps its value.
+        # The largest weight keeps its code, so the range keeps its value.
         is_fixed = (self._ideal - self.nearest).abs() < _FIXED
         floor = self._ideal.floor()
         self._low = torch.where(is_fixed, self.nearest, floor.clamp(lowest, highest))
@@ -264,7 +264,7 @@ class _Problem:
         return (self._mean_residual.double() - moved.sum(-1)).flatten()
 
     def relax(self, steps: int) -> torch.Tensor:
-        """The codes that rectified sigmoids reach (equations 23 and 24 of the paper)."""
+        """The codes that rectified sigmoids give (equations 23 and 24 of the paper)."""
         span = self._high - self._low
         fraction = ((self._ideal - self._low) / span.clamp_min(1)).clamp(0, 1)
         logits = torch.logit((fraction - _GAMMA) / (_ZETA - _GAMMA)).requires_grad_()
@@ -283,7 +283,7 @@ class _Problem:
         return torch.where(torch.sigmoid(logits.detach()) > 0.5, self._high, self._low)
 
     def descend(self, codes: torch.Tensor) -> torch.Tensor:
-        """Flip, in every filter, the code that lowers its loss most, until no flip lowers it."""
+        """In every filter, flip the code that lowers the loss most, until no flip lowers it."""
         codes = codes.clone()
         group = torch.arange(len(codes), device=codes.device)[:, None]
         slope = self._gradient(codes)
@@ -306,7 +306,7 @@ class _Problem:
 
 
 def _anneal(step: int, steps: int) -> float:
-    """The exponent of the regularizer, from its first value to its last along half a cosine."""
+    """The exponent of the regularizer, which goes from its first value to its last along half a cosine."""
     progress = (step - _WARM_UP * steps) / (steps * (1 - _WARM_UP))
     first, last = _BETA
     return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
@@ -320,7 +320,8 @@ def _by_group(rows: torch.Tensor, groups: int) -> torch.Tensor:
 def _covariance(x: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
     """Covariance of the patches of each group, `[groups, K, K]`.
 
-    Patches are weighted if a group is one filter. Several filters have different weights; then all patches count alike.
+    Patches are weighted if a group is one filter. Several filters would need different weights, so all patches count
+    the same then.
     """
     weight = live
     if live.shape[1] > 1:

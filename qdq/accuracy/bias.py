@@ -3,9 +3,9 @@
 Nagel, van Baalen, Blankevoort, Welling: Data-Free Quantization Through Weight Equalization and Bias Correction,
 ICCV 2019 (arXiv 1906.04721), section 4.2. With W' the quantized weight and E the mean over positions and samples:
 
-- analytic: b' = b - (W' - W) E[x], x the float input: the error of the weight alone, from the moments of the input;
-- empirical: b' = b + E[y] - E[y'], y' the output of the layer behind all layers corrected before it: the error of the
-  weight and of everything up to it. If a ReLU or ReLU6 follows the layer, E is the mean over the positions that it
+- analytic: b' = b - (W' - W) E[x], x the float input: the error of the weight alone, from the means of the input;
+- empirical: b' = b + E[y] - E[y'], y' the output of the layer after all layers before it were corrected: the error of
+  the weight and of everything before it. If a ReLU or ReLU6 follows the layer, E is the mean over the positions that it
   passes on in one of the models: values that it hides should not shift the others.
 
 A bias is added in float, so it costs an engine nothing.
@@ -52,7 +52,7 @@ class CorrectedBias:
 
     Args:
         layer: Dotted name.
-        shift: Root mean square of the values that were added, relative to that of the means of the float output.
+        shift: Root mean square of the added values, relative to the root mean square of the means of the float output.
         reason: Why nothing was added; empty if something was.
     """
 
@@ -68,8 +68,7 @@ class BiasCorrection:
     Args:
         method: "empirical" or "analytic".
         layers: The quantized layers with a weight, in the order in which they run; then the skipped ones.
-        before_db: SQNR of the outputs against those of the float model on the same batches, before the correction, in
-            dB.
+        before_db: SQNR of the outputs against the float model on the same batches, before the correction, in dB.
         after_db: The same after the correction.
     """
 
@@ -204,7 +203,7 @@ def _correct_analytically(
 
 def _quantized_weight(layer: QuantMixin) -> torch.Tensor:
     quantizer = layer.weight_quantizer
-    assert quantizer.amax is not None  # noqa: S101  # plan_layers has looked
+    assert quantizer.amax is not None  # noqa: S101  # plan_layers has checked
     weight = layer._parameters["weight"]
     assert weight is not None  # noqa: S101
     return fake_quantize(weight.detach(), quantizer.amax, quantizer.format, quantizer.axis)

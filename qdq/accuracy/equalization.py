@@ -1,17 +1,17 @@
-"""Channels scaled up in one layer and down in the next, so that one range for a tensor wastes fewer codes.
+"""Scales channels up in one layer and down in the next, so that one range for a tensor wastes fewer codes.
 
 Nagel, van Baalen, Blankevoort, Welling: Data-Free Quantization Through Weight Equalization and Bias Correction,
-ICCV 2019 (arXiv 1906.04721), section 4.1; the balance between activation and weight is that of SmoothQuant (Xiao et
+ICCV 2019 (arXiv 1906.04721), section 4.1; the balance between activation and weight is from SmoothQuant (Xiao et
 al., ICML 2023, arXiv 2211.10438): s_c = w_c^(1 - a) / r_c^a, w_c the largest weight that reads channel c, r_c the
-largest value of the channel. The exponent a is the one that predicts the least noise behind the readers:
+largest value of the channel. The exponent a is the one with the least predicted noise after the readers:
 
     noise ~ D_x^2 sum W^2 + sum_o D_o^2 sum E[x^2],   D the steps of the input and of the filters
 
-With a range for each output channel, the scale of the layer that writes a tensor costs nothing. Neither does the scale
-of a depthwise convolution that reads it. Functions between the two must commute with a positive factor for each
-channel: ReLU, pooling, residual adds. So the float model stays the same apart from rounding. ReLU6 and other clamps
-commute only if no value reaches the clamp, and calibration data cannot tell whether one will. So tensors with an upper
-clamp are left unchanged.
+With a range for each output channel, scaling the layer that writes a tensor costs no accuracy, nor does scaling a
+depthwise convolution that reads it. Functions between the two must commute with a positive factor for each channel:
+ReLU, pooling, residual adds. So the float model stays the same apart from rounding. ReLU6 and other clamps commute only
+if no value reaches the clamp, and calibration data cannot show whether one will. So tensors with an upper clamp are
+left unchanged.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ _ELEMENTWISE = HOMOGENEOUS & (ACTIVATIONS | IDENTITIES)
 _POOLINGS = HOMOGENEOUS & (AVERAGES | MAX_POOLINGS)
 _EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 _STEPS = 127  # int8 codes between 0 and the end of a range
-# Largest factor. A channel that needs more is almost dead on these data, and may not be on others.
+# Largest factor. A channel that needs more is almost dead on this data, but may not be on other data.
 _LARGEST = 16.0
-_WORTHWHILE = 0.99  # of the predicted noise; equalization has to lower it below this
+_WORTHWHILE = 0.99  # equalization must lower the predicted noise below this fraction
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class EqualizedTensor:
         written_by: Layers that write it.
         read_by: Layers that read it.
         exponent: The balance that was chosen, 0 if nothing was changed.
-        predicted_db: Predicted fall of the noise behind the readers, in dB.
+        predicted_db: Predicted reduction of the noise after the readers, in dB.
         reason: Why nothing was changed; empty if it was.
     """
 
@@ -97,8 +97,8 @@ class Equalization:
 
     Args:
         tensors: In the order in which they are written.
-        float_db: SQNR of the float outputs against those before the pass, on the same batches, in dB: 100 and more is
-            the rounding of float32.
+        float_db: SQNR of the float outputs against those before the pass, on the same batches, in dB: 100 and more
+            means that only float32 rounding changed them.
         before_db: SQNR of the int8 outputs before the pass against the float outputs before it, on the same batches,
             in dB. The model is quantized by `swap_modules` on the first batch, with the largest values as ranges. None
             if no layer is quantized.
@@ -111,14 +111,14 @@ class Equalization:
     after_db: float | None
 
     def format_table(self) -> str:
-        """Number of equalized tensors, the effect on the float model, and the reasons why tensors were left."""
+        """Number of equalized tensors, the effect on the float model, and why tensors were left unchanged."""
         sqnr = "nothing to quantize"
         if self.before_db is not None and self.after_db is not None:
             sqnr = f"SQNR in int8 {self.before_db:.2f} to {self.after_db:.2f} dB"
         equalized = [tensor for tensor in self.tensors if not tensor.reason]
         lines = [
             f"{len(equalized)} of {len(self.tensors)} tensors equalized: {sqnr}; "
-            f"the float model against itself before: {self.float_db:.1f} dB"
+            f"float model against the one before: {self.float_db:.1f} dB"
         ]
         unchanged = []
         for tensor in self.tensors:
@@ -134,11 +134,11 @@ def equalize_layers(model: nn.Module, batches: Iterable[Any]) -> Equalization:
 
     Call it after `fold_batchnorm` and before `swap_modules`. A tensor is left unchanged if one of its readers or
     writers is not a convolution or linear layer, if a parameter of these is also used elsewhere, if it is an output of
-    the model, or if no less noise is predicted. A change that moves the float outputs by more than rounding is undone.
+    the model, or if no less noise is predicted. A change of the float outputs beyond rounding is undone.
 
     Args:
         model: A float model; its layers are quantized temporarily, to measure the effect of the pass.
-        batches: Iterated once and held in memory; as for `calibrate_model`.
+        batches: As for `calibrate_model`; iterated once and kept in memory.
 
     Returns:
         The tensors, how exactly the float model was preserved, and the SQNR in int8 before and after.
@@ -185,7 +185,7 @@ def _sqnr(expected: Array, actual: Array) -> float:
 def _equalize_exactly(
     model: nn.Module, batches: list[Any], groups: list[_Group], expected: Array
 ) -> tuple[list[EqualizedTensor], float]:
-    """Equalize all groups; if that moves the float outputs by more than rounding, one by one, without those that do.
+    """Equalize all groups; if the float outputs change beyond rounding, equalize one by one and undo those that do so.
 
     Returns:
         The results, and the SQNR of the float outputs in dB.
@@ -206,7 +206,7 @@ def _equalize_exactly(
                 moved_db = _sqnr(expected, _observe(model, batches, []))
                 if moved_db < limit_db:
                     undo()
-                    reason = f"put back: it moved the float outputs, SQNR {moved_db:.1f} dB"
+                    reason = f"undone: it changed the float outputs, SQNR {moved_db:.1f} dB"
                     tensor = replace(tensor, exponent=0.0, predicted_db=0.0, reason=reason)
                 else:
                     float_db = moved_db
@@ -215,7 +215,7 @@ def _equalize_exactly(
 
 
 def _rounding_db(model: nn.Module) -> float:
-    """SQNR in dB if the error is a hundred times the rounding of the parameters; outputs are compared in float32."""
+    """SQNR in dB of an error of a hundred times the rounding of the parameters; outputs are compared in float32."""
     steps = [torch.finfo(torch.float32).eps]
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -275,7 +275,7 @@ class _Group:
     Args:
         writers: Layers that write them, by name.
         readers: Layers that read them, by name.
-        axes: The axes along which the functions around them count channels.
+        axes: The channel axes of the functions around them.
         reason: Why they must stay unchanged, "" if they may be scaled.
         inputs: Reader -> statistics of its input.
     """
@@ -288,7 +288,7 @@ class _Group:
 
 
 class _ChannelGroups:
-    """Groups of tensors, as a union of sets; a tensor is known by its number in the trace."""
+    """Groups of tensors, as a union of sets; a tensor is identified by its number in the trace."""
 
     def __init__(self) -> None:
         self._parents: dict[int, int] = {}
@@ -356,7 +356,7 @@ def _find_groups(model: nn.Module, example_inputs: Any) -> list[_Group]:
         if not group.readers:
             group.reason = "no layer reads it"
         elif len(group.axes) > 1:
-            group.reason = "its layers count channels along different axes"
+            group.reason = "its layers have different channel axes"
     return written
 
 
@@ -430,17 +430,17 @@ class _Layers:
         if self._runs[name] > 1 or self._products[name] > 1:
             return f"{name} runs several times in one forward"
         if weight is None or isinstance(layer, _ConvTransposeNd) or len(computed) > 1:
-            return f"the weight of {name} is no plain parameter with the outputs first"
+            return f"the weight of {name} is not a plain parameter with the outputs first"
         if self._produced.intersection(operation.inputs[1:]):
             return f"{name} computes its weight or bias"
         if self._shares_parameters(layer, operation.inputs[1:]):
-            return f"a parameter of {name} is used elsewhere too"
+            return f"a parameter of {name} is also used elsewhere"
         if dims < layer.weight.dim():
             return f"the input of {name} has no axis of samples"
         return ""
 
     def _shares_parameters(self, layer: nn.Module, values: Sequence[int]) -> bool:
-        """Whether other functions read the parameters of a layer, or other modules hold their memory."""
+        """Whether other functions read the parameters of a layer, or other modules share their memory."""
         if any(self._uses[value] > 1 for value in values):
             return True
         for name in ("weight", "bias"):
@@ -499,7 +499,7 @@ def _is_residual_add(flow: Dataflow, operation: Operation, computed: list[int]) 
 def _is_by_channel(flow: Dataflow, operation: Operation, value: int) -> bool:
     """Whether a function that may mix channels does not mix them here.
 
-    So it is for zero padding, for flattening single pixels and for means over the pixels of each channel.
+    This is so for zero padding, for flattening single pixels and for means over the pixels of each channel.
     """
     shape = flow.shapes[value]
     output_shape = flow.shapes[operation.outputs[0]]
@@ -509,14 +509,14 @@ def _is_by_channel(flow: Dataflow, operation: Operation, value: int) -> bool:
     if operation.function in RESHAPES:
         return keeps_channels and prod(shape) == prod(output_shape)
     if operation.function == "mean":
-        # Where a side has as many pixels as there are channels, the shape does not tell the axes of the mean.
+        # If a side has as many pixels as there are channels, the shape does not show the axes of the mean.
         is_unambiguous = len(shape) == 4 and shape[1] not in shape[2:]
         return is_unambiguous and output_shape in (shape[:2], (*shape[:2], 1, 1))
     return False
 
 
 def _pads_zeros(operation: Operation) -> bool:
-    """Whether a padding adds zeros; arguments by position have their position as the name."""
+    """Whether a padding adds zeros; positional arguments are named by their position."""
     arguments = operation.arguments
     mode = arguments.get("mode", arguments.get("2", "constant"))
     value = arguments.get("value", arguments.get("3", 0))
@@ -576,7 +576,7 @@ def _equalize(group: _Group) -> EqualizedTensor:
 
 
 def _apply(group: _Group, factors: torch.Tensor) -> None:
-    """Multiply the channels of a group by factors `[C]`, and have its readers divide by them."""
+    """Multiply the channels of a group by factors `[C]`, and divide the weights of its readers by them."""
     for layer in group.writers.values():
         filter_shape = [1] * (layer.weight.dim() - 1)
         layer.weight.mul_(factors.reshape(-1, *filter_shape))
@@ -602,7 +602,7 @@ def _factors(group: _Group, exponent: float) -> torch.Tensor:
 
 
 def _noise(group: _Group, factors: torch.Tensor) -> float:
-    """Product over the readers of the noise that is predicted behind each with these factors; see the module."""
+    """Product of the noise predicted after each reader with these factors; see the module."""
     product = 1.0
     for name, layer in group.readers.items():
         statistics = group.inputs[name]
@@ -624,13 +624,13 @@ def _by_input(layer: Any, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _columns(layer: Any, factors: torch.Tensor) -> torch.Tensor:
-    """Factors of the input channels in a shape that broadcasts with `_by_input`."""
+    """The factors of the input channels, in a shape that broadcasts with `_by_input`."""
     kernel = [1] * (layer.weight.dim() - 2)
     return factors.reshape(getattr(layer, "groups", 1), 1, -1, *kernel)
 
 
 def _largest_weight(layer: Any) -> torch.Tensor:
-    """Largest weight that reads each input channel, relative to the largest of the layer, `[Cin]`."""
+    """The largest weight that reads each input channel, relative to the largest of the layer, `[Cin]`."""
     largest = _by_input(layer, layer.weight).abs()
     if largest.dim() > 3:
         largest = largest.flatten(3).amax(3)

@@ -1,8 +1,8 @@
-"""One forward in which the product of each quantized layer may be measured, or changed before the next layer sees it.
+"""One forward in which the product of each quantized layer can be measured, or changed before the next layer reads it.
 
 A pass that corrects one layer after another (`correct_bias`, `round_weights`) needs, for every layer, the input from
 the layers corrected so far. Batch by batch, that takes one forward per layer. Here all batches are joined into one, and
-a single forward is enough: each layer is corrected at the moment it runs.
+a single forward is enough: each layer is corrected when it runs.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Product:
         return output.flatten(0, -2)
 
     def patches_at(self, positions: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """The inputs that the weight is multiplied with at some positions of the output.
+        """The inputs that the weight multiplies at some positions of the output.
 
         Args:
             positions: Row numbers in `rows_of(output)`, `[N]`.
@@ -164,7 +164,7 @@ class _Visitor(TorchFunctionMode):
         if self._running and name_function(func) in WEIGHTED:
             name, layer = self._running[-1]
             arguments = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
-            # In its forward the weight of a layer is the quantized one, see QuantMixin.
+            # During its forward the weight of a layer is the quantized one, see QuantMixin.
             if arguments["weight"] is getattr(layer, "weight", None):
                 function = getattr(F, name_function(func))
                 return self._visit(name, layer, Product(function, arguments))
@@ -177,7 +177,7 @@ class LayerPlan:
 
     Args:
         layers: Quantized layers in the order in which they run.
-        intervals: Layer -> the values of its output that the function behind it passes on: 0..6 before a ReLU6.
+        intervals: Layer -> the values of its output that the function after it passes on: 0..6 before a ReLU6.
         skipped: Quantized layers that cannot be corrected -> the reason.
     """
 
@@ -269,7 +269,7 @@ class Sample:
     Args:
         positions: Rows of `Product.rows_of`, `[N]`.
         rows: The outputs there, float32 `[N, Cout]`.
-        interval: The values that the function behind the layer passes on.
+        interval: The values that the function after the layer passes on.
     """
 
     positions: torch.Tensor
@@ -277,7 +277,7 @@ class Sample:
     interval: tuple[float, float]
 
     def weigh(self, rows: torch.Tensor) -> torch.Tensor:
-        """Weight of each output in a mean: small where a clamp behind it hides it in both models.
+        """Weight of each output in a mean: small if a clamp after it hides it in both models.
 
         Args:
             rows: The outputs of the quantized model at the same positions.
@@ -334,7 +334,7 @@ def sample_outputs(
 
 @contextmanager
 def _explaining() -> Iterator[None]:
-    """Explain what joined batches need, if a model does not run on them; it may raise any error."""
+    """Explain the requirements of joined batches if a model does not run on them; it may raise any error."""
     try:
         yield
     except QdqError:
@@ -343,7 +343,7 @@ def _explaining() -> Iterator[None]:
         raise DataError(
             f"the model does not run on the batches joined into one, or on two samples of it: {error}",
             "check that model(batch) runs; give every tensor the samples as its first axis, in batches that differ in "
-            "it only; give fewer samples if memory is short.",
+            "it only; give fewer samples if there is not enough memory.",
         ) from error
 
 
@@ -390,7 +390,7 @@ def add_to_bias(layer: Any, shift: torch.Tensor) -> None:
 
 
 def _for_each_axis(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
-    """An argument that torch accepts as one number for all axes, for each axis."""
+    """For each axis, an argument that torch also accepts as one number for all axes."""
     if isinstance(value, int):
         return (value,) * dims
     if len(value) == 1:

@@ -173,7 +173,7 @@ def test_parameters_with_another_reader_stay(how):
     assert torch.equal(model(data), expected)
     assert all(torch.equal(value, parameters[name]) for name, value in model.state_dict().items())
     reasons = {tensor.written_by: tensor.reason for tensor in report.tensors}
-    assert reasons[("first",)] == "a parameter of second is used elsewhere too"
+    assert reasons[("first",)] == "a parameter of second is also used elsewhere"
 
 
 class Hidden(nn.Module):
@@ -199,7 +199,7 @@ def test_what_moves_the_float_outputs_is_put_back():
     torch.testing.assert_close(model(data), expected, rtol=1e-10, atol=1e-10)
     first, *further_tensors = report.tensors
     assert first.written_by == ("layers.0",)
-    assert "put back" in first.reason and first.exponent == 0
+    assert "undone" in first.reason and first.exponent == 0
     assert any(not tensor.reason for tensor in further_tensors)
     assert report.float_db > 100
 
@@ -238,7 +238,7 @@ def test_linear_layers_on_tokens():
     torch.testing.assert_close(model(2 * data), expected, rtol=1e-10, atol=1e-10)
     assert [tensor.reason for tensor in report.tensors] == [
         "",
-        "its layers count channels along different axes",
+        "its layers have different channel axes",
         "it is an output of the model",
     ]
     assert report.after_db > report.before_db + 1
