@@ -1,4 +1,4 @@
-"""Fine-tuning (QAT): win back the accuracy that quantization lost, with or without labels; export stays the same.
+"""Fine-tuning (QAT): recovers the accuracy that quantization lost, with or without labels; export stays the same.
 
 The forward pass is fake-quantized, and the gradient passes straight through (see `qdq.quantize`). By default the
 calibrated ranges stay fixed and the float model teaches the quantized one.
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 SUMMARY_FILE = "tuning.json"
 _PERSISTENT = (
-    "persistent_workers carry their random numbers from epoch to epoch, and these cannot be saved: where the data "
+    "persistent_workers carry their random numbers from epoch to epoch, and these cannot be saved: if the data "
     "is drawn at random, a resumed run sees other data; leave persistent_workers out to get the same losses"
 )
 _MEASUREMENTS = 10  # of the metric in a run, unless measure_every says otherwise
@@ -68,7 +68,7 @@ class Tuning:
         best_step: The step whose weights the model has now.
         stopped: Why training ended before the last step, "" if it did not.
         oscillating: Layers whose weights went back and forth between two codes, see `OscillationWatch`.
-        bad_ranges: Ranges that do not fit what they quantize.
+        bad_ranges: Ranges that do not fit the values that they quantize.
         seconds: Time of all steps, without measurements.
     """
 
@@ -84,9 +84,7 @@ class Tuning:
         """The curve, then oscillating weights and ranges that do not fit."""
         num_steps = len(self.losses)
         seconds = self.seconds / max(num_steps, 1)
-        title = (
-            f"{num_steps} steps, {seconds:.2f} s a step; the model is that of step {self.best_step}"
-        )
+        title = f"{num_steps} steps, {seconds:.2f} s per step; the model is that of step {self.best_step}"
         if self.stopped:
             title += f"; {self.stopped}"
         lines = [title, "   step   metric     loss        lr"]
@@ -126,21 +124,21 @@ def finetune(
     The model stays in evaluation mode (no dropout), except that BatchNorm is live at first. Under `torchrun` every
     process passes the same model and batches and takes its part of the samples of each batch. The gradients are the
     mean over all samples, so the result is that of one process. Only the first process reads and writes files, and its
-    metric counts. The process group is joined for the call, unless torch.distributed has one already.
+    metric counts. The call joins the process group, unless torch.distributed has one already.
 
     With `folder`, a killed run resumes when it is called again in the same way, and gives the same losses. A run that
     ends with an error or Ctrl-C loses no step.
 
     Args:
         model: A calibrated model, on its device. At the end it has the weights with the best metric, or the last ones.
-        batches: What the model is called with (see `forward.call_model`), a list or a DataLoader: every epoch iterates
-            over it. The seed and the number of the epoch seed the random numbers that it shuffles with, and the
-            `generator` of a DataLoader and of its samplers. If a sampler has `set_epoch(epoch)`, it is called.
+        batches: The inputs of the model (see `forward.call_model`), a list or a DataLoader: every epoch iterates over
+            it. The seed and the number of the epoch seed the random numbers that it shuffles with, and the `generator`
+            of a DataLoader and of its samplers. If a sampler has `set_epoch(epoch)`, it is called.
         loss: `(outputs, batch) -> scalar`, the mean over the samples: `cross_entropy`, or the loss of a detector.
             "own": the loss that the model itself returns in training mode, see `losses.run_with_loss`. None:
             distillation alone, which needs no labels.
         distillation: The distance to the teacher; None leaves it out.
-        teacher: The float model; None: the model as it is now, with its quantizers off.
+        teacher: The float model; None: the model at this call, with its quantizers off.
         schedule: Length and learning rates.
         ranges: "frozen", "lsq", "pact" or "ema", see `RangeTuning`.
         train: "all", "ranges" (learned ranges only) or "batchnorm" (only the statistics of live BatchNorm, no range).
@@ -149,14 +147,14 @@ def finetune(
             of their BatchNorm. None: everything.
         held: Held-out batches, which are not trained on. They are read once, with the random numbers of `seed`. The
             metric follows the training goal: with `loss` it is minus that loss, so the batches need the same labels;
-            otherwise it is the SQNR of the first output against that of the teacher, in dB.
-        metric: `model -> number`, higher is better, instead.
+            otherwise it is the SQNR of the first output against the teacher's, in dB.
+        metric: `model -> number`, higher is better; replaces the metric on `held`.
         measure_every: Steps between two measurements; None: a tenth of all steps.
-        folder: Holds the state of the run, the best and the last model and a summary. A finished run is read back. For
+        folder: For the state of the run, the best and the last model and a summary. A finished run is read back. For
             `loss`, `metric` and patterns that are functions, only the names are compared with those of an earlier run.
         tensorboard: Write loss, metric, learning rate and ranges as scalars into `folder`/tensorboard.
         amp: Compute in bfloat16 where torch.autocast does so; weights and quantizers stay in float32.
-        seed: Of the order of the data.
+        seed: Seed of the order of the data.
 
     Returns:
         Losses, the curve of the metric, and warnings about weights and ranges.
@@ -168,7 +166,7 @@ def finetune(
         ArgumentTypeError: One tensor or dictionary instead of batches; a number of another type.
         DataError: No batch to train or to measure on; an iterator that ran out; a batch that cannot be split among the
             processes, or that has no labels; a damaged file in the folder.
-        DependencyError: `tensorboard` without the package.
+        DependencyError: `tensorboard` is set, but the package is not installed.
         StateError: A quantizer has no range; the loss or a gradient is NaN or Inf (the message names the layer where it
             starts); the processes do not start in the same state, or another process failed. The model then has its
             best weights, or its last good ones.
@@ -220,7 +218,7 @@ class _Options:
 
     Raises:
         ArgumentError: A number out of range.
-        ArgumentTypeError: No integer.
+        ArgumentTypeError: A value that is not an integer.
     """
 
     schedule: Schedule
@@ -249,7 +247,7 @@ class _Options:
 
 @dataclass(frozen=True)
 class _Task:
-    """What to train, and what for; the fields are the parameters of `finetune` of the same names."""
+    """What to train, and the goal; the fields are the parameters of `finetune` of the same names."""
 
     model: nn.Module
     teacher: nn.Module | None
@@ -267,7 +265,7 @@ def _require_useful(
     """Refuse options that would have no effect.
 
     Raises:
-        ArgumentError: With the option, and what it needs.
+        ArgumentError: The message names the option and what it needs.
     """
     if teacher is not None and distillation is None:
         raise ArgumentError(
@@ -276,11 +274,12 @@ def _require_useful(
         )
     if options.schedule.patience is not None and not is_measured:
         raise ArgumentError(
-            "patience waits for a better metric, and there is none.", "give held, or a metric."
+            "patience waits for a better metric, but there is no metric.",
+            "give held, or a metric.",
         )
     if options.measure_every is not None and not is_measured:
         raise ArgumentError(
-            "measure_every is given, and there is no metric.",
+            "measure_every is given, but there is no metric.",
             "give held or a metric, or leave it out.",
         )
 
@@ -339,7 +338,7 @@ def _prepare(
 def _describe_settings(
     task: _Task, batches: Iterable[Any], options: _Options, num_steps: int
 ) -> dict[str, Any]:
-    """What a run depends on: a folder holds the run of one such description, and all processes must agree on it."""
+    """Everything that a run depends on: a folder is for one such description, and all processes must agree on it."""
     settings: dict[str, Any] = {
         "weights": digest_weights(task.model),
         "schedule": asdict(options.schedule),
@@ -362,10 +361,10 @@ def _describe_settings(
 
 
 def _require_alike(facts: dict[str, Any]) -> None:
-    """Refuse processes that do not start with the same facts; all of them end then.
+    """Refuse processes that do not start with the same facts; the error is raised in all of them.
 
     Raises:
-        StateError: With the names of the facts that differ.
+        StateError: The message names the facts that differ.
     """
     contents = gather_bytes(json.dumps(facts).encode())
     facts_of_processes = [json.loads(content) for content in contents]
@@ -378,7 +377,7 @@ def _require_alike(facts: dict[str, Any]) -> None:
     if different:
         raise StateError(
             f"the processes do not start in the same state: {', '.join(different)} differ.",
-            "give all of them the same model (weights, ranges, formats, layers in float), options and "
+            "give each the same model (weights, ranges, formats, layers in float), options and "
             "batches; each process takes its part of every batch itself.",
         )
 
@@ -443,7 +442,7 @@ def _find_bad_ranges(trainer: Trainer, batch: Any) -> tuple[BadRange, ...]:
 
 
 def _describe_distillation(distillation: Distillation | None) -> Any:
-    """Weights and layers, in the same words in every process."""
+    """Weights and layers as values that are the same in every process."""
     if distillation is None:
         return None
     patterns: Any = distillation.layers
@@ -464,15 +463,15 @@ def _name(function: Any) -> str:
 def _make_metric(
     loss: Loss | None, teacher: nn.Module | None, held_out: list[Any]
 ) -> Callable[[nn.Module], float]:
-    """The metric that fits what is trained for, on batches that are not trained on; higher is better."""
+    """The metric that fits the training goal, on batches that are not trained on; higher is better."""
     if loss is not None:
         return _LossMetric(loss, held_out)
-    assert teacher is not None  # noqa: S101  # without a loss there is distillation
+    assert teacher is not None  # noqa: S101  # without a loss there must be distillation
     return _DistanceMetric(teacher, held_out)
 
 
 class _DistanceMetric:
-    """SQNR of the first output against that of the teacher, in dB."""
+    """SQNR of the first output against the teacher's, in dB."""
 
     def __init__(self, teacher: nn.Module, held_out: list[Any]) -> None:
         self._batches = held_out
@@ -483,7 +482,7 @@ class _DistanceMetric:
 
 
 class _LossMetric:
-    """Minus the loss of the task, the mean over the samples."""
+    """Minus the loss of the task, averaged over the samples."""
 
     def __init__(self, loss: Loss, held_out: list[Any]) -> None:
         self._loss: Loss = loss

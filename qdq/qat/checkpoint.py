@@ -1,4 +1,4 @@
-"""Files of fine-tuning: the model, and the state from which a killed run resumes. safetensors, whole or absent."""
+"""Files of fine-tuning: the model, and the state from which a killed run resumes. safetensors, written atomically."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def load_tensors(
         read: Returns the content of a file.
 
     Raises:
-        DataError: The file cannot be read, is damaged, or is of another kind.
+        DataError: The file cannot be read, is damaged, or is another kind of file.
     """
     try:
         content = read(path)
@@ -80,7 +80,7 @@ def load_tensors(
 
 
 def _read_facts(content: bytes, path: Path) -> Any:
-    """The facts in the metadata of a safetensors file, which stands behind the 8 bytes of its length."""
+    """The facts in the metadata of a safetensors file, which follows the 8 bytes of its length."""
     length = int.from_bytes(content[:8], "little")
     header = parse_json(content[8 : 8 + length].decode(), f"the header of {path}", _FIX)
     metadata = header.get("__metadata__", {})
@@ -109,7 +109,7 @@ def save_tuned(model: nn.Module, path: Path | str, facts: dict[str, Any] | None 
 
     Args:
         model: A calibrated model.
-        path: Ends in `.safetensors`; the keys in it are those of the state dict.
+        path: Ends in `.safetensors`; it has the keys of the state dict.
         facts: More facts to store.
 
     Raises:
@@ -153,15 +153,15 @@ def load_tuned(model: nn.Module, path: Path | str) -> dict[str, Any]:
     """Give a model the weights, ranges and float layers that `save_tuned` or `finetune` wrote, in place.
 
     Args:
-        model: The model, folded, swapped and rewired as it was then; it need not be calibrated.
+        model: The model, folded, swapped and rewired as before fine-tuning; it need not be calibrated.
         path: The file.
 
     Returns:
         The other facts in the file: step and metric.
 
     Raises:
-        DataError: The file cannot be read, or is of another kind.
-        ModelError: It is of another model, which is then unchanged.
+        DataError: The file cannot be read, or is another kind of file.
+        ModelError: It is of another model; `model` is then unchanged.
     """
     require_model(model)
     tensors, facts = load_tensors(as_path(path, "path"), MODEL_FORMAT)
@@ -197,10 +197,10 @@ def _require_fit(
 def require_same_shapes(
     present: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], path: Path | str
 ) -> None:
-    """Refuse a file whose tensors have other names or shapes than those of the model.
+    """Refuse a file whose tensors differ from those of the model in names or shapes.
 
     Raises:
-        ModelError: With the first of them.
+        ModelError: The message names the first of them.
     """
     _require_same(_list_shapes(present), _list_shapes(tensors), path)
 
@@ -210,7 +210,7 @@ def _list_shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
 
 
 def _require_same(present: Mapping[str, Any], in_file: Mapping[str, Any], path: Path | str) -> None:
-    """Refuse a file in which a name is missing, unexpected or stands for something else.
+    """Refuse a file in which a name is missing, unexpected or has another value.
 
     Raises:
         ModelError: With the first of them.
@@ -249,7 +249,7 @@ def pack_random() -> dict[str, torch.Tensor]:
 
 
 def unpack_random(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Restore the state that `pack_random` gave."""
+    """Restore the state that `pack_random` returned."""
     python_gauss, numpy_gauss = tensors["gauss"].tolist()
     words = tuple(tensors["python"].tolist())
     random.setstate((3, words, None if math.isnan(python_gauss) else python_gauss))
@@ -264,7 +264,7 @@ def unpack_random(tensors: Mapping[str, torch.Tensor]) -> None:
 
 @contextmanager
 def keeping_random_state(generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
-    """Put back on exit the random numbers as they were, those of the generators included."""
+    """Restore the state of the random numbers on exit, including that of the generators."""
     state = pack_random()
     generator_states = [(generator, generator.get_state()) for generator in generators]
     try:

@@ -21,15 +21,16 @@ def iterate_epochs(
     position: tuple[int, int],
     random_state: Mapping[str, torch.Tensor],
 ) -> Iterator[tuple[Any, tuple[int, int]]]:
-    """Batches without end, each with its epoch and the number of batches that this epoch has given with it.
+    """Yield batches without end, each with its epoch and its number in this epoch, counted from 1.
 
-    Every epoch seeds all random numbers itself, so that a resumed run can start it again and skip what it has seen.
+    Every epoch seeds all random numbers, so that a resumed run can start it again and skip the batches that it has
+    seen.
 
     Args:
-        batches: What the epochs go over.
-        seed: Of the order of the data.
+        batches: The batches of an epoch.
+        seed: Seed of the order of the data.
         position: Epoch, and number of its batches that an earlier run took.
-        random_state: Random numbers of that run after these batches; empty where there was none.
+        random_state: Random numbers of that run after these batches; empty if there was no such run.
 
     Raises:
         DataError: An epoch without a batch.
@@ -60,7 +61,7 @@ def _no_batch(epoch: int) -> DataError:
 
 
 def digest_first_batch(batches: Iterable[Any], seed: int) -> str:
-    """A digest of the first batch, with its labels, that tells training sets apart; "" for an iterator."""
+    """A digest of the first batch and its labels, to tell training sets apart; "" for an iterator."""
     # Looking at the first batch of an iterator would use it up.
     if iter(batches) is batches:
         return ""
@@ -72,11 +73,11 @@ def digest_first_batch(batches: Iterable[Any], seed: int) -> str:
 
 
 def read_held_out(batches: Iterable[Any], seed: int) -> list[Any]:
-    """The batches to measure on; the same ones for the same seed where they are drawn at random.
+    """The batches to measure on; if they are drawn at random, the same ones for the same seed.
 
     Raises:
         ArgumentTypeError: One tensor or dictionary instead of batches.
-        DataError: There is none.
+        DataError: There is no batch.
     """
     require_batches(batches)
     with keeping_random_state(find_generators(batches)):

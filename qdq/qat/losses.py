@@ -27,9 +27,9 @@ from qdq.units import name_block
 Loss = Callable[[Any, Any], torch.Tensor] | Literal["own"]
 """`(outputs of the model, batch) -> scalar`, the mean over the samples of the batch; "own": see `run_with_loss`."""
 
-# The error of a sample with less energy than this fraction of the mean of its batch is measured against the fraction.
+# The energy of a sample counts as at least this fraction of the mean of its batch.
 _MIN_ENERGY = 1e-3
-_TINY = 1e-30  # an energy that counts as 0, far enough from the smallest float32 to divide by
+_TINY = 1e-30  # an energy that counts as 0, far enough above the smallest float32 to divide by
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Distillation:
         kl: Kullback-Leibler divergence of the classes, for outputs `[N, classes]`; other outputs have none.
         features: Squared error of the outputs of `layers` over the squares of the float ones, averaged over the layers.
             It ties the inner layers to those of the float model, so that the model does not memorize a few images.
-        layers: Patterns (see `qdq.patterns`) of the modules that `features` compares; of nested ones the outermost.
-            Empty: the blocks that hold layers with a quantized weight, for example `layer1.0` (see `units.name_block`).
+        layers: Patterns (see `qdq.patterns`) of the modules that `features` compares; of nested modules, the outermost.
+            Empty: the blocks with layers with a quantized weight, for example `layer1.0` (see `units.name_block`).
 
     Raises:
         ArgumentError: A weight below 0, no weight above 0, or layers without features.
@@ -79,7 +79,7 @@ class Distillation:
 
 
 def cross_entropy(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
-    """The task's loss of a classifier: logits `[N, classes]` against the labels of `(images, labels)`.
+    """The loss of a classifier: logits `[N, classes]` against the labels of `(images, labels)`.
 
     Raises:
         DataError: The batch has no labels.
@@ -126,11 +126,11 @@ class Objective:
             _require_layers(teacher, self._layers)
 
     def __call__(self, batch: Any) -> torch.Tensor:
-        """The loss, a float32 scalar with its gradient.
+        """The loss, a float32 scalar with a gradient.
 
         Raises:
             ArgumentError: A loss that is not a scalar, or outputs without a floating-point tensor.
-            StateError: A layer whose outputs are to be compared did not run.
+            StateError: A layer to compare did not run.
         """
         with _recording(self._model, self._layers) as features:
             outputs, total = run_with_loss(self._model, self._loss, batch)
@@ -154,7 +154,7 @@ def _require_loss(loss: Loss | None, distillation: Distillation | None) -> None:
     """Refuse an objective without a loss, or with parts that contradict each other.
 
     Raises:
-        ArgumentError: As said.
+        ArgumentError: It is such an objective.
     """
     if loss is None and distillation is None:
         raise ArgumentError(
@@ -189,10 +189,10 @@ def _measure_distance(distillation: Distillation, outputs: Any, targets: Any) ->
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Mean over the samples of noise over signal, 10^(-SQNR / 10); it is finite wherever the inputs are.
+    """Mean over the samples of noise over signal, 10^(-SQNR / 10); it is finite if the inputs are.
 
-    The error against a sample that is nearly 0, for example after a ReLU, would be infinite. So the signal counts as
-    at least a thousandth of its mean over the batch, and as 1 where the whole batch is 0.
+    The error relative to a sample that is nearly 0, for example after a ReLU, would be infinite. So the signal counts
+    as at least a thousandth of its mean over the batch, and as 1 if the whole batch is 0.
 
     Args:
         actual: `[N, ...]`.
@@ -207,7 +207,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor
 
 
 def _energy(values: torch.Tensor) -> torch.Tensor:
-    """Sum of squares of each sample, in one pass over the memory as it lies."""
+    """Sum of squares of each sample, in one pass in memory order."""
     if values.dim() < 2:
         return values.square()
     norm: torch.Tensor = torch.linalg.vector_norm(values, dim=tuple(range(1, values.dim())))
@@ -248,7 +248,7 @@ def _pair(
     target_shapes = [list(tensor.shape) for tensor in targets]
     if output_shapes != target_shapes:
         raise ArgumentError(
-            f"{name} gives {output_shapes}, in the teacher {target_shapes}.",
+            f"{name} gives {output_shapes}, but {target_shapes} in the teacher.",
             "give a teacher with the same outputs.",
         )
     return list(zip(outputs, targets, strict=True))
@@ -259,14 +259,14 @@ def _require_layers(teacher: nn.Module, layers: Sequence[str]) -> None:
     missing = [name for name in layers if name not in names]
     if missing:
         raise ArgumentError(
-            f"the teacher has no {list_names(missing, 3)}, whose outputs are to be compared.",
+            f"the teacher has no {list_names(missing, 3)}, whose outputs should be compared.",
             "give a teacher with the same modules, or Distillation(features=0).",
         )
 
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Switch the fused kernel of transformer layers off, which returns nested tensors where there is padding."""
+    """Switch off the fused kernel of transformer layers, which returns nested tensors if there is padding."""
     was_enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -291,23 +291,24 @@ def _recording(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, li
 
 
 def _find_layers(model: nn.Module, patterns: Sequence[Pattern]) -> list[str]:
-    """The modules to compare: those that match, or the blocks of the quantized layers without a pattern."""
+    """The modules to compare: those that match or, without a pattern, the blocks of the quantized layers."""
     if not patterns:
         return _find_blocks(model)
     wanted = Patterns(patterns, "layers")
     matches = [name for name, module in model.named_modules() if wanted.match([name], module)]
-    # A match stands for everything below it.
+    # A match includes everything below it.
     outermost = [name for name in matches if name.rpartition(".")[0] not in matches]
     if not outermost:
         raise ArgumentError(
-            "no module fits the layers of the distillation.", "see named_modules() for the names."
+            "no module matches the layers of the distillation.",
+            "see named_modules() for the names.",
         )
     wanted.warn_unused("module")
     return outermost
 
 
 def _find_blocks(model: nn.Module) -> list[str]:
-    """The block of each layer with a quantized weight; the layer itself where the block is a list without an output."""
+    """The block of each layer with a quantized weight; the layer itself if the block is a list, which has no output."""
     blocks: dict[str, None] = {}
     for name, layer in quantized_layers(model).items():
         if not isinstance(layer, QuantMixin):
@@ -336,9 +337,9 @@ def _require_floats(tree: Any) -> list[torch.Tensor]:
 def run_with_loss(model: nn.Module, loss: Loss | None, batch: Any) -> tuple[Any, torch.Tensor]:
     """The outputs of a model for a batch, and its loss as a float32 scalar; 0 without a loss.
 
-    With "own" the model is called on the whole batch, `model(images, targets)`, in training mode, in which
-    torchvision's detectors return their losses. BatchNorm and Dropout stay in their present mode. The loss is the sum
-    of the losses that the model returns.
+    With "own" the model is called on the whole batch, `model(images, targets)`, in training mode: torchvision's
+    detectors then return their losses. BatchNorm and Dropout stay in their current mode. The loss is the sum of the
+    losses that the model returns.
 
     Raises:
         ArgumentError: A loss that is not a scalar, or outputs without a floating-point tensor.
@@ -356,7 +357,7 @@ def run_with_loss(model: nn.Module, loss: Loss | None, batch: Any) -> tuple[Any,
 
 @contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
-    """Training mode for all modules except those that would learn or drop something by themselves."""
+    """Training mode for all modules except BatchNorm and Dropout."""
     modes = {}
     for module in model.modules():
         if not isinstance(module, _NormBase | _DropoutNd):
@@ -382,5 +383,5 @@ def _require_scalar(loss: Any) -> torch.Tensor:
     if isinstance(loss, torch.Tensor):
         kind = f"shape {tuple(loss.shape)}"
     raise ArgumentError(
-        f"the loss function gave {kind}; expected a scalar tensor.", "return its mean."
+        f"the loss function returned {kind}; expected a scalar tensor.", "return its mean."
     )

@@ -25,8 +25,8 @@ _DECAY = 0.99  # of the moving average, as in torch.ao's observer for training
 class RangeTuning:
     """The ranges of a model while they are tuned, until `stop`.
 
-    "lsq" learns the ranges of inputs and weights (Esser et al., arXiv 1902.08153). "pact" learns those of inputs, by
-    what they clip (Choi et al., arXiv 1805.06085). The quantizers hold learned ranges as parameters. With "ema" the
+    "lsq" learns the ranges of inputs and weights (Esser et al., arXiv 1902.08153). "pact" learns those of inputs, from
+    the clipped values (Choi et al., arXiv 1805.06085). The quantizers hold learned ranges as parameters. With "ema" the
     range of an input is the moving average of the largest value of each batch, and the range of a weight is its largest
     value (Jacob et al., CVPR 2018, arXiv 1712.05877). "frozen" changes no range.
 
@@ -37,10 +37,10 @@ class RangeTuning:
 
     Attributes:
         parameters: Parameters for the optimizer, by dotted name; empty after `stop`.
-        of_inputs: Those of them that are ranges of inputs; empty after `stop`.
+        of_inputs: The subset of `parameters` that are ranges of inputs; empty after `stop`.
 
     Raises:
-        ArgumentError: Another method, or no quantizer is enabled.
+        ArgumentError: An unknown method, or no quantizer is enabled.
         StateError: An enabled quantizer has no range.
     """
 
@@ -82,7 +82,7 @@ class RangeTuning:
         return weights
 
     def _learn(self, quantizers: Sequence[TensorQuantizer], method: str) -> None:
-        """Make ranges parameters until `stop`."""
+        """Turn ranges into parameters until `stop`."""
         names = {quantizer: name for name, quantizer in self._quantizers.items()}
         for quantizer in quantizers:
             parameter = quantizer.learn_range(method)
@@ -105,7 +105,7 @@ class RangeTuning:
         self._exits.callback(quantizer.register_forward_pre_hook(remember).remove)
 
     def require_finite(self) -> None:
-        """Refuse maxima that no range can follow, before anything is changed.
+        """Refuse maxima that are not finite, before anything is changed.
 
         Raises:
             StateError: A value of the step was NaN or Inf; the message names the quantizer.
@@ -116,7 +116,7 @@ class RangeTuning:
                 self._largest.clear()
                 raise StateError(
                     f"{name} received NaN or Inf, and its range follows the values.",
-                    "look at the batch and the layer.",
+                    "check the batch and the layer.",
                 )
 
     def after_step(self) -> None:
@@ -126,15 +126,15 @@ class RangeTuning:
         maxima = self._gather_maxima()
         for quantizer, largest in zip(self._inputs, maxima, strict=True):
             amax = quantizer.amax
-            assert amax is not None  # noqa: S101  # `require_ranges` has looked
-            if largest.any():  # 0 where the step did not reach it
+            assert amax is not None  # noqa: S101  # `require_ranges` has checked
+            if largest.any():  # 0 if the step did not reach it
                 quantizer.amax = _DECAY * amax + (1 - _DECAY) * largest.reshape(amax.shape)
         self._largest.clear()
         for quantizer, weight in self._weights.items():
             quantizer.amax = solve_weight(weight.label, weight.value, quantizer, "max")
 
     def _gather_maxima(self) -> Sequence[torch.Tensor]:
-        """The largest values of the step over all processes, by one collective; 0 for ranges that it did not reach."""
+        """The largest values of the step over all processes, in one collective; 0 for ranges that it did not reach."""
         maxima = []
         for quantizer in self._inputs:
             assert quantizer.amax is not None  # noqa: S101
@@ -146,7 +146,7 @@ class RangeTuning:
         return torch.split(max_over_ranks(torch.cat(maxima)), sizes)
 
     def stop(self) -> None:
-        """Leave every range as it is now, a buffer again; may be called more than once."""
+        """Keep the current ranges, as buffers again; may be called more than once."""
         self._exits.close()
         self.parameters = {}
         self.of_inputs = set()
@@ -169,7 +169,7 @@ class _Weight:
 
     @property
     def value(self) -> torch.Tensor:
-        """The weight as it is now."""
+        """The current weight."""
         value: torch.Tensor = getattr(self.module, self.parameter)
         return value
 
@@ -178,7 +178,7 @@ def require_range_method(method: str) -> None:
     """Refuse an unknown method.
 
     Raises:
-        ArgumentError: With the known ones.
+        ArgumentError: The message names the known methods.
     """
     if method not in RANGE_METHODS:
         raise ArgumentError(
@@ -191,7 +191,7 @@ def require_ranges(model: nn.Module) -> None:
     """Refuse a model with an enabled quantizer that has no range.
 
     Raises:
-        StateError: With the names of some.
+        StateError: The message names some of the quantizers.
     """
     missing = []
     for name, quantizer in named_quantizers(model):

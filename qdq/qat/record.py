@@ -39,7 +39,7 @@ BEST_FILE = "best.safetensors"
 LAST_FILE = "last.safetensors"
 SCALARS_FOLDER = "tensorboard"
 _RANDOM_PREFIX = "random//"  # of the random state among the tensors of the state file
-_SAVE_SECONDS = 30.0  # the most that a killed run loses
+_SAVE_SECONDS = 30.0  # the most time that a killed run loses
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,22 @@ class Measurement:
 class Record:
     """Losses and measurements of a run, in memory and in its folder.
 
-    Of several processes only the first reads and writes files, and its metric counts.
+    With several processes, only the first reads and writes files, and its metric counts.
 
     Args:
-        trainer: What trains the model.
+        trainer: The trainer of the model.
         metric: `model -> number`, higher is better; None: nothing is measured.
         measure_every: Steps between two measurements.
-        folder: Where the files go; None: no files.
-        settings: What the run depends on; the folder of a run with other settings is refused.
-        tensorboard: Write scalars too.
+        folder: The folder for the files; None: no files.
+        settings: Everything that the run depends on; the folder of a run with other settings is refused.
+        tensorboard: Also write scalars.
 
     Attributes:
         losses: Loss of each step.
         curve: The measurements.
         epoch: The epoch, and the number of its batches that were taken.
         seconds: Time of all steps, without measurements.
-        settings: As given.
+        settings: The parameter of the same name.
 
     Raises:
         ArgumentError: The folder cannot be written to; tensorboard without a folder.
@@ -118,7 +118,7 @@ class Record:
 
     @property
     def best(self) -> Measurement | None:
-        """The measurement with the best metric, the earliest of equal ones; None if there is none."""
+        """The measurement with the best metric, the earliest of equal ones; None without measurements."""
         best = None
         for measurement in self.curve:
             if math.isnan(measurement.metric):
@@ -128,11 +128,11 @@ class Record:
         return best
 
     def add_step(self, loss: float, epoch: tuple[int, int], seconds: float) -> None:
-        """Record a step that is done.
+        """Record a finished step.
 
         Args:
             loss: Its loss.
-            epoch: Its epoch, and the number of batches of that epoch that were taken with it.
+            epoch: Its epoch, and the number of batches of that epoch so far, including this one.
             seconds: Its time.
 
         Raises:
@@ -141,7 +141,7 @@ class Record:
         self.losses.append(loss)
         self.epoch = epoch
         self.seconds += seconds
-        self._random_state = pack_random()  # as of this step: the next batch draws more
+        self._random_state = pack_random()  # after this step, before the next batch draws more
         step = self._trainer.step
         if self._writer:
             self._writer.add_scalar("loss", loss, step)
@@ -154,7 +154,7 @@ class Record:
                 raise
 
     def measure(self) -> None:
-        """Measure the metric of the model as it is now, and keep its state if it is the best so far.
+        """Measure the metric of the current model, and keep its state if it is the best so far.
 
         Raises:
             StateError: It could not be measured in another process.
@@ -185,7 +185,7 @@ class Record:
                 self._writer.add_scalar(f"amax/{name}", amax, step)
 
     def _mean_recent_loss(self) -> float | None:
-        """Mean loss since the last measurement; None where there is none, or no step since."""
+        """Mean loss since the last measurement; None without a measurement or a step since then."""
         if not self.curve:
             return None
         recent = self.losses[self.curve[-1].step :]
@@ -207,7 +207,7 @@ class Record:
         return len(self.curve) - 1 - self.curve.index(best)
 
     def save_when_due(self) -> None:
-        """Write the state of the run if the last time was long ago."""
+        """Write the state of the run if the last save was long ago."""
         if self.losses and time.monotonic() - self._saved_at > _SAVE_SECONDS:
             self.save()
 
@@ -233,14 +233,14 @@ class Record:
         save_tensors(self._folder / STATE_FILE, tensors, facts)
 
     def resume(self) -> dict[str, torch.Tensor]:
-        """Go on from the state that an earlier run left in the folder, if there is one.
+        """Continue from the state that an earlier run left in the folder, if there is one.
 
         Returns:
             The random state of that run; empty if there was none.
 
         Raises:
             ArgumentError: The run has other settings.
-            DataError: A file of it is damaged, or the best model is missing.
+            DataError: A file is damaged, or the best model is missing.
             ModelError: The best model is of another run.
         """
         if self._folder is None:
@@ -291,7 +291,7 @@ class Record:
         return self.restore_best()
 
     def abandon(self) -> None:
-        """Write the state after the last whole step and restore the best weights, as an error or Ctrl-C asks for."""
+        """After an error or Ctrl-C, write the state after the last complete step and restore the best weights."""
         is_whole_step = self._trainer.intact and self._trainer.step == len(self.losses)
         try:
             if self.losses and is_whole_step:
@@ -332,7 +332,7 @@ def _require_tensorboard(folder: Path | None) -> None:
 
 
 def _open_tensorboard(folder: Path, step: int) -> Any:
-    """A writer of scalars; scalars of earlier runs from `step` on no longer count."""
+    """A writer of scalars; scalars of earlier runs from `step` on are discarded."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder / SCALARS_FOLDER), purge_step=step)

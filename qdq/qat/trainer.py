@@ -28,7 +28,7 @@ from qdq.schedule import Schedule
 from qdq.swap import restore_modules
 
 TRAINED = ("all", "ranges", "batchnorm")
-_RANGE_EPS = 1e-12  # of Adam: gradients of ranges are about 1e-9, and its default of 1e-8 would nearly stop them
+_RANGE_EPS = 1e-12  # epsilon of Adam: gradients of ranges are about 1e-9, and the default 1e-8 would nearly stop them
 _WATCHED = 0.25  # fraction of the steps, at the end, in which weights are watched for oscillation
 _MODEL_PREFIX = "model//"
 _WATCH_PREFIX = "watch//"
@@ -56,8 +56,8 @@ class Trainer:
         amp: As for `finetune`.
 
     Attributes:
-        step: Number of steps that are done.
-        intact: Whether the model is that of `step`; False during an update.
+        step: Number of finished steps.
+        intact: Whether the model is that after `step` steps; False during an update.
 
     Raises:
         ArgumentError: Unknown options, nothing to train, or weights in float16.
@@ -109,7 +109,7 @@ class Trainer:
         self._watch: OscillationWatch | None = None
 
     def _freeze_mode(self) -> None:
-        """Evaluation mode, and gradients only for the trained parameters, until `finish`."""
+        """Use evaluation mode, and gradients only for the trained parameters, until `finish`."""
         trained = set(self._parameters.values())
         for module in self.model.modules():
             self._exits.callback(setattr, module, "training", module.training)
@@ -135,7 +135,7 @@ class Trainer:
         """Refuse a model with nothing to train, or with weights that Adam cannot train.
 
         Raises:
-            ArgumentError: As said; the model is as before.
+            ArgumentError: It is such a model; it does not change.
         """
         trains_statistics = train == "batchnorm" and self._batchnorms
         if not self._parameters and not trains_statistics:
@@ -145,8 +145,8 @@ class Trainer:
         if torch.float16 in dtypes:
             self.finish()
             raise ArgumentError(
-                "the weights to train are float16, in which Adam divides by 0.",
-                "train the model in float32 (model.float()), with amp=True if you like.",
+                "the weights to train are float16, and Adam would divide by 0.",
+                "train the model in float32 (model.float()), if you like with amp=True.",
             )
 
     def _make_optimizer(self) -> torch.optim.Optimizer | None:
@@ -189,12 +189,12 @@ class Trainer:
         return self._watch
 
     def digest_trained(self) -> str:
-        """A digest that tells one choice of modules and parameters from another."""
+        """A digest of the chosen modules and parameters."""
         text = "\n".join([*self._chosen, "", *self._parameters])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def place(self, batch: Any) -> Any:
-        """A batch on the device of the model; tensors of inference mode are copied, because they have no gradient."""
+        """A batch on the device of the model; inference tensors are copied, because they have no gradient."""
 
         def place_tensor(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(self._device, copy=tensor.is_inference())
@@ -208,7 +208,7 @@ class Trainer:
             The loss before the update, the mean over the samples of all processes.
 
         Raises:
-            StateError: The loss or a gradient is NaN or Inf, or another process failed; the model is as before.
+            StateError: The loss or a gradient is NaN or Inf, or another process failed; the model does not change.
             DataError: A batch that cannot be split among the processes, or of one sample with live BatchNorm.
         """
         with self.failing_together():
@@ -241,10 +241,10 @@ class Trainer:
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """A part of a step before its processes meet: an error in it ends the step in all of them.
+        """Run a part of a step before the collective of the processes; an error in it ends the step in all of them.
 
         Raises:
-            StateError: In the other processes, where they meet.
+            StateError: In the other processes, at the collective.
         """
         try:
             yield
@@ -257,7 +257,7 @@ class Trainer:
 
     @contextmanager
     def _live_modules(self) -> Iterator[None]:
-        """BatchNorm in training mode while it is live; the quantizers whose turn has not come are disabled."""
+        """Set live BatchNorm to training mode, and disable the quantizers that are not yet on, in the block."""
         live = self._find_live()
         statistics = [(buffer, buffer.clone()) for module in live for buffer in module.buffers()]
         with ExitStack() as exits:
@@ -366,7 +366,7 @@ class Trainer:
         for parameter, mean, reached in zip(parameters, mean_gradients, reached_means, strict=True):
             if parameter in self._ranges.of_inputs:
                 mean = mean / total_samples.sqrt()
-            # None, not 0: Adam goes on moving a parameter whose gradient is 0 in a step.
+            # None, not 0: Adam keeps moving a parameter with gradient 0.
             parameter.grad = None
             if reached:
                 parameter.grad = mean.reshape(parameter.shape).to(parameter.dtype, copy=True)
@@ -392,7 +392,7 @@ class Trainer:
         """Refuse NaN and Inf, and clip the gradient.
 
         Raises:
-            StateError: With the layer or the parameter.
+            StateError: The message names the layer or the parameter.
         """
         parameters = self._parameters.values()
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -412,14 +412,14 @@ class Trainer:
             reason = self._explain_gradient(batch)
         else:
             layer = find_nonfinite(self.model, batch)
-            origin = "no layer makes it from finite inputs, so the batch or the loss does"
+            origin = "no layer returns it for finite inputs, so it comes from the batch or the loss"
             if layer:
                 origin = f"it begins in {layer}"
             reason = f"the loss is {loss} in step {self.step + 1}; {origin}."
-        return StateError(reason, "lower the learning rate (lr), or look at what is named.")
+        return StateError(reason, "lower the learning rate (lr), or check the part that is named.")
 
     def _explain_gradient(self, batch: Any) -> str:
-        """Where a gradient of NaN or Inf starts."""
+        """The origin of a gradient with NaN or Inf."""
         nonfinite = []
         for name, parameter in self._parameters.items():
             if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
@@ -446,7 +446,7 @@ class Trainer:
         self._ranges.stop()
 
     def pack(self) -> dict[str, torch.Tensor]:
-        """Model, optimizer and counts of oscillations as tensors, from which `unpack` goes on exactly."""
+        """Model, optimizer and counts of oscillations as tensors, from which `unpack` continues exactly."""
         tensors = {}
         for name, tensor in self.model.state_dict().items():
             tensors[f"{_MODEL_PREFIX}{name}"] = tensor
@@ -461,7 +461,7 @@ class Trainer:
         return tensors
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], step: int) -> None:
-        """Go on from the state that another trainer of the same model and options packed after `step` steps."""
+        """Continue from the state that another trainer of the same model and options packed after `step` steps."""
         is_learned = any(name.endswith("._log2_amax") for name in tensors)
         if self._ranges.parameters and not is_learned:
             self._stop_ranges()  # they were no longer learned then
@@ -486,15 +486,15 @@ class Trainer:
                 optimizer.state[parameter] = state
 
     def finish(self) -> None:
-        """Put back modes and flags, and leave the ranges as they are; may be called more than once."""
+        """Restore modes and flags, and keep the ranges; may be called more than once."""
         self._exits.close()
 
 
 def _require_no_inference(model: nn.Module) -> None:
-    """Refuse to train in inference mode, or parameters that were made in it.
+    """Refuse training in inference mode, and parameters that were made in it.
 
     Raises:
-        StateError: As said.
+        StateError: Either of the two.
     """
     is_made_there = any(parameter.is_inference() for parameter in model.parameters())
     if torch.is_inference_mode_enabled() or is_made_there:
@@ -546,7 +546,7 @@ def _choose_modules(model: nn.Module, patterns: Iterable[Pattern] | None) -> set
 
 
 def _group_by_owner(model: nn.Module, order: Sequence[str]) -> list[list[TensorQuantizer]]:
-    """The enabled quantizers, grouped by module, in the order in which the modules return for the first time."""
+    """The enabled quantizers, grouped by module, in the order in which the modules first return."""
     groups: dict[str, list[TensorQuantizer]] = {}
     for name, quantizer in named_quantizers(model):
         if quantizer.is_enabled:

@@ -1,4 +1,4 @@
-"""Silent faults of a run: oscillating weights, ranges that do not fit, and the layer where NaN starts."""
+"""Finds silent faults of a run: oscillating weights, ranges that do not fit, and the layer where NaN starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qdq.forward import call_model, evaluating, floats_of
 from qdq.quantize import quantize_codes
 from qdq.quantizer import TensorQuantizer, named_quantizers
 
-_MIN_REVERSALS = 2  # a code oscillates if it turned back so often
+_MIN_REVERSALS = 2  # a code oscillates if it reversed at least this often
 _MIN_OSCILLATING = 0.01  # a layer is reported if more than this fraction of its weights oscillates
 _MAX_CLIPPED = 0.5  # a range is reported if it clips more than this fraction of the values
 _MIN_USED = 1 / 8  # a range is reported if the values use less of it: 3 bits are lost
@@ -24,7 +24,7 @@ _MIN_USED = 1 / 8  # a range is reported if the values use less of it: 3 bits ar
 
 @dataclass(frozen=True)
 class Oscillation:
-    """Weights of a layer that went back and forth between two codes.
+    """The weights of a layer that went back and forth between two codes.
 
     Args:
         layer: Dotted name.
@@ -37,11 +37,11 @@ class Oscillation:
 
 @dataclass(frozen=True)
 class BadRange:
-    """A range that does not fit what it quantizes.
+    """A range that does not fit the values that it quantizes.
 
     Args:
         quantizer: Dotted name.
-        reason: What is wrong with it.
+        reason: The problem.
     """
 
     quantizer: str
@@ -49,7 +49,7 @@ class BadRange:
 
 
 class OscillationWatch:
-    """Counts for each weight how often its code changed back (Nagel et al., ICML 2022, arXiv 2203.11086, section 3.2).
+    """Counts how often the code of each weight changed back (Nagel et al., ICML 2022, arXiv 2203.11086, section 3.2).
 
     Args:
         model: A calibrated model.
@@ -73,7 +73,7 @@ class OscillationWatch:
             self._codes[index] = codes
 
     def pack(self) -> dict[str, torch.Tensor]:
-        """The counts so far, as tensors from which `unpack` goes on."""
+        """The counts so far, as tensors from which `unpack` continues."""
         packed = {}
         for index in range(len(self._weights)):
             packed[f"codes//{index}"] = self._codes[index]
@@ -82,7 +82,7 @@ class OscillationWatch:
         return packed
 
     def unpack(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Go on from the counts that another watch of the same model packed."""
+        """Continue from the counts that another watch of the same model packed."""
         for name, tensor in self.pack().items():
             tensor.copy_(tensors[name])
 
@@ -117,7 +117,7 @@ class _QuantizedWeight:
 
     @property
     def value(self) -> torch.Tensor:
-        """The weight as it is now, without its gradient."""
+        """The current weight, without its gradient."""
         value: torch.Tensor = getattr(self.module, self.parameter)
         return value.detach()
 
@@ -148,7 +148,7 @@ def _positive(axis: int | None, tensor: torch.Tensor) -> int | None:
 def find_bad_ranges(model: nn.Module, batch: Any) -> tuple[BadRange, ...]:
     """The ranges that are far too small or too large: most values are clipped, or most codes are unused.
 
-    Ranges of inputs are compared with a batch, those of weights with the weights, without channels of zeros.
+    Ranges of inputs are compared with a batch, ranges of weights with the weights, without channels of zeros.
 
     Args:
         model: A calibrated model.
@@ -177,7 +177,7 @@ def find_bad_ranges(model: nn.Module, batch: Any) -> tuple[BadRange, ...]:
 
 
 def _reason_against(quantizer: TensorQuantizer, values: torch.Tensor, *, may_be_zero: bool) -> str:
-    """What is wrong with a range, or with some ranges of a quantizer; "" if nothing is."""
+    """The problem of a range, or of some ranges of a quantizer; "" if there is none."""
     if quantizer.amax is None or not values.numel():
         return ""
     amax = quantizer.amax.detach().flatten()
@@ -210,7 +210,7 @@ def _as_rows(values: torch.Tensor, axis: int | None) -> torch.Tensor:
 
 
 def find_nonfinite(model: nn.Module, batch: Any) -> str:
-    """Dotted name of the first module that makes NaN or Inf from finite inputs; "" if none does."""
+    """Dotted name of the first module that returns NaN or Inf for finite inputs; "" if none does."""
     sources: list[str] = []
 
     def compare(name: str, module: nn.Module, inputs: Any, output: Any) -> None:

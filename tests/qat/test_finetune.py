@@ -248,7 +248,7 @@ def test_features_are_compared_where_that_is_asked_for(four_bits):
         if not torch.equal(tensor, before[name])
     }
     assert changed == {"stem.weight", "stem.bias"}
-    with pytest.raises(ArgumentError, match="no module fits the layers"):
+    with pytest.raises(ArgumentError, match="no module matches the layers"):
         finetune(
             four_bits, make_batches(1), distillation=Distillation(features=1, layers=["nothing"])
         )
@@ -370,7 +370,7 @@ def test_amp(quantized, amp):
 
 def test_weights_in_float16_are_refused(quantized):
     quantized.half()
-    with pytest.raises(ArgumentError, match="float16, in which Adam divides by 0"):
+    with pytest.raises(ArgumentError, match="float16, and Adam would divide by 0"):
         finetune(quantized, [batch.half() for batch in make_batches(1)], schedule=FAST)
     assert all(torch.isfinite(tensor).all() for tensor in quantized.state_dict().values())
 
@@ -468,7 +468,7 @@ def test_a_transformer_with_padding():
         ({"seed": "0"}, ArgumentTypeError, "seed is '0'"),
         ({"measure_every": 0}, ArgumentError, "measure_every is 0"),
         ({"measure_every": 1.5}, ArgumentTypeError, "measure_every is 1.5"),
-        ({"measure_every": 1}, ArgumentError, "measure_every is given, and there is no metric"),
+        ({"measure_every": 1}, ArgumentError, "measure_every is given, but there is no metric"),
         ({"loss": "hinge"}, ArgumentError, "loss is 'hinge'"),
         (
             {"loss": cross_entropy, "distillation": None, "teacher": nn.Identity()},
@@ -693,7 +693,7 @@ def test_a_batch_with_nan_leaves_the_statistics_of_batchnorm(residual, images, t
     qdq.calibrate_model(residual, [images])
     before = state_of(residual)
     with pytest.raises(
-        StateError, match="the loss is nan in step 1; no layer makes it from finite inputs"
+        StateError, match="the loss is nan in step 1; no layer returns it for finite inputs"
     ):
         finetune(residual, [images * math.nan], schedule=FAST, train=train)
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(residual).items())
@@ -749,7 +749,7 @@ def test_another_teacher_must_have_the_same_modules_and_outputs(quantized):
     with pytest.raises(ArgumentError, match="the teacher has no"):
         finetune(quantized, make_batches(1), teacher=other, schedule=FAST)
     with pytest.raises(
-        ArgumentError, match=r"the model gives \[\[8, \d+\]\], in the teacher \[\[8, 17\]\]"
+        ArgumentError, match=r"the model gives \[\[8, \d+\]\], but \[\[8, 17\]\] in the teacher"
     ):
         finetune(
             quantized,

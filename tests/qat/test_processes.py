@@ -60,7 +60,7 @@ def test_processes_that_begin_differently_are_refused_in_all_of_them(found, case
         ("loader fails", 1, "OSError: the disk is gone"),
         ("loader of the first fails as ranges stop", 0, "OSError: the disk is gone"),
         ("loss fails", 1, "ValueError: not today"),
-        ("nan", 1, "StateError: the loss is nan in step 3; no layer makes it from finite inputs"),
+        ("nan", 1, "StateError: the loss is nan in step 3; no layer returns it for finite inputs"),
         ("nan in a range", 1, "StateError: 0._input_quantizer received NaN or Inf"),
         ("save fails", 0, "ArgumentError: cannot write: the disk is full"),
     ],
