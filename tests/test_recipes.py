@@ -263,7 +263,7 @@ def bad_pattern(tmp_path):
         (["--target-sqnr", "nan"], 'invalid value "nan" for --target-sqnr'),
         (["--confirm", "-1"], 'invalid value "-1" for --confirm'),
         (["--gpu", "voodoo2"], "gpu is 'voodoo2'"),
-        (["--profile", "missing.json"], "missing.json is no engine profile"),
+        (["--profile", "missing.json"], "missing.json is not an engine profile"),
         (["--target-drop", "0.1"], "error: --target-drop is given, but no metric"),
         (["--target-metric", "1"], "error: --target-metric is given, but no metric"),
         (["--max-float-share", "2"], "error: --max-float-share is 2"),

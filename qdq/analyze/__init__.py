@@ -3,10 +3,10 @@
 A unit is a layer or a group of layers. Every unit is measured in one of two modes. Then units go to float until a
 target is met.
 
-- "one-at-a-time": only this unit is in int8, everything else is in float. The SQNR is that of the error of this unit.
+- "one-at-a-time": only this unit is in int8, everything else is in float. The SQNR measures the error of this unit.
   Errors of different layers add up, so the ranking holds for sets of layers too.
-- "leave-one-out": only this unit is in float, everything else is in int8. The SQNR says what one more float layer
-  would gain in the present state. After every step the remaining units are measured again.
+- "leave-one-out": only this unit is in float, everything else is in int8. The SQNR shows what one more float layer
+  would gain in the current state. After every step the remaining units are measured again.
 """
 
 from __future__ import annotations
@@ -72,35 +72,35 @@ def analyze_layers(
 ) -> Analysis:
     """Rank the layers by their sensitivity, and leave the worst in float until a target or a limit is reached.
 
-    Layers that are chosen are disabled in the model, together with the quantizers that exist only for them; nothing
+    The chosen layers are disabled in the model, together with the quantizers that exist only for them; nothing
     else in the model changes. Under torchrun the processes share the work and all return the same result.
 
     Args:
         model: A calibrated model. Layers that are disabled already stay disabled and are not ranked.
-        batches: Iterated once and held in memory; see `forward.call_model`. "top1" needs `(images, labels)`.
+        batches: Iterated once and kept in memory; see `forward.call_model`. "top1" needs `(images, labels)`.
         mode: "one-at-a-time" or "leave-one-out", see the module.
         metric: The metric that ranks: "sqnr" (the default), "cosine", "kl" (of the softmax, in nats) or "top1" of the
             outputs, or a function `model -> float`, which is called once for each state.
         higher_is_better: Direction of a function; True by default. The other metrics have a fixed direction.
         groups: Layers that are left in float together: None (each layer by itself), "block", "shared" (layers whose
             inputs have one range) or patterns, each of which makes a group.
-        pinned: Layer, or pattern of layers -> "int8" or "float": decided already, neither ranked nor changed. Or the
-            plan of an earlier analysis. A name goes before patterns.
+        pinned: Layer, or pattern of layers -> "int8" or "float": already decided, so neither ranked nor changed. Or the
+            plan of an earlier analysis. An exact name takes precedence over patterns.
         confirm: Rank by an estimate, which costs one to two evaluations, and measure only this many units exactly.
             None measures all.
         target_sqnr: Stop when the SQNR reaches this many dB.
         target_metric: Stop when the metric reaches this value.
-        target_drop: Stop when the metric is worse than that of the float model by no more than this.
+        target_drop: Stop when the metric is at most this much worse than that of the float model.
         max_float_layers: Upper limit on the layers left in float, not counting pinned and already-float layers;
             0 only ranks.
         max_float_share: Upper limit on the fraction of MACs left in float (0 to 1), counting pinned and already-float
             layers.
-        budget: Seconds. Only the first evaluation may begin later. Units that are not measured by then have no gain
-            and are listed in `unmeasured`; a step that is not finished by then is not taken. The ranking gets 3/4 of
-            the budget where layers may be left in float.
+        budget: Seconds. Only the first evaluation may begin after that. Units that are not measured by then have no
+            gain and are listed in `unmeasured`; a step that is not finished by then is not taken. The ranking gets 3/4
+            of the budget if layers may be left in float.
         gpu: Weigh the gain against the time of a layer on this GPU ("a100", "orin" ...; `qdq.analyze.cost.GPUS`).
-        profile: The same, with times measured in an engine: JSON of trtexec `--exportProfile`.
-        path: File to which every measurement is appended; an analysis that was killed continues from it.
+        profile: Like `gpu`, with times measured in an engine: JSON of trtexec `--exportProfile`.
+        path: File to which every measurement is appended; an interrupted analysis continues from it.
         cache_bytes: Limit on activations and quantized weights in memory; activations beyond it go to temporary files.
 
     Returns:
@@ -110,8 +110,8 @@ def analyze_layers(
         ArgumentError: An unknown name, a target for a metric that is not given, a number out of range, options that
             contradict each other, a pattern that matches nothing, or a file that cannot be written.
         DataError: No batch, "top1" without labels, or a file that is not a profile.
-        StateError: No layer is quantized, a layer has no amax, the outputs hold NaN, or a function returns no number;
-            `confirm` in `torch.inference_mode`, or with a model that was made there.
+        StateError: No layer is quantized, a layer has no amax, the outputs contain NaN, or a metric function does not
+            return a number; `confirm` is used in `torch.inference_mode` or with a model that was created there.
     """
     require_model(model)
     if confirm is not None:
@@ -183,7 +183,7 @@ def _require_precisions(pinned: Mapping[str, str]) -> None:
 def _trace_float_forward(
     model: nn.Module, batch: Any, options: Options
 ) -> tuple[ForwardTrace, dict[str, LayerCost]]:
-    """The one record that units, costs and fingerprint are read from; without costs if no option needs them."""
+    """Trace one float forward for units, costs and fingerprint; costs are counted only if an option needs them."""
     if options.needs_costs:
         return trace_costs(model, batch)
     with disable_quantization(model):
@@ -193,13 +193,13 @@ def _trace_float_forward(
 def _pin(
     model: nn.Module, units: list[Unit], pinned: Mapping[str, str], undo: ExitStack
 ) -> tuple[list[Unit], dict[str, str]]:
-    """Switch the layers off that are pinned to float.
+    """Switch off the layers that are pinned to float.
 
     Args:
         model: The model.
         units: All units, each a single layer or call.
         pinned: Layer, or pattern of layers -> "int8" or "float".
-        undo: Switches the layers on again if it is closed.
+        undo: Switches the layers on again when it is closed.
 
     Returns:
         The units that are not pinned, and the precision of each layer that is.

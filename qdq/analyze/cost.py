@@ -74,11 +74,11 @@ _FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._trilinear: _count_bilinear,
 }
 
-# Where a data sheet gives rates with sparsity, this table has half of them. Consumer cards: fp16 with fp16 sums.
-# Checked in November 2026 against published tables of NVIDIA's data sheets: all of a100, h100, l40s and t4, int8 of
-# orin (170 with sparsity) and rtx4090, fp16 of rtx3090, and every bandwidth. Computed as tensor cores x operations x
-# clock: a10 and l4. By the ratio of these chips, int8 of rtx3090 is twice its fp16, and fp16 of orin and rtx4090 is
-# half of their int8.
+# Where a data sheet gives rates with sparsity, this table has half of them. Consumer cards: fp16 with fp16
+# accumulation. Checked in November 2026 against published tables of NVIDIA's data sheets: all of a100, h100, l40s and
+# t4, int8 of orin (170 with sparsity) and rtx4090, fp16 of rtx3090, and every bandwidth. a10 and l4 are computed as
+# tensor cores x operations x clock. int8 of rtx3090 is twice its fp16, and fp16 of orin and rtx4090 is half of their
+# int8: the ratio of these chips.
 GPUS = {
     "a10": Gpu(250, 125, 600),
     "a100": Gpu(624, 312, 2039),  # SXM, 80 GB
@@ -122,7 +122,7 @@ def find_gpu(name: str) -> Gpu:
     """The rates of a GPU.
 
     Raises:
-        ArgumentError: It is not in `GPUS`.
+        ArgumentError: The name is not in `GPUS`.
     """
     if name not in GPUS:
         raise ArgumentError(
@@ -133,7 +133,7 @@ def find_gpu(name: str) -> Gpu:
 
 
 def count_costs(model: nn.Module, batch: Any) -> dict[str, LayerCost]:
-    """Arithmetic and traffic of every module and of every function call, counted in one forward in float.
+    """Count arithmetic and traffic of every module and every function call in one float forward.
 
     Args:
         model: Any module.
@@ -147,7 +147,7 @@ def count_costs(model: nn.Module, batch: Any) -> dict[str, LayerCost]:
 
 
 def trace_costs(model: nn.Module, batch: Any) -> tuple[ForwardTrace, dict[str, LayerCost]]:
-    """The costs as in `count_costs`, and the record of the float forward that they were counted in.
+    """Count costs like `count_costs`, and also return the trace of that float forward.
 
     Args:
         model: Any module.
@@ -159,7 +159,7 @@ def trace_costs(model: nn.Module, batch: Any) -> tuple[ForwardTrace, dict[str, L
         for name, module in model.named_modules():
             handle = module.register_forward_hook(_Traffic(name, values), with_kwargs=True)
             undo.callback(handle.remove)
-        # The counter reads the gradients of parameters by calling functions on them, which would be in the trace.
+        # The counter reads the gradients of parameters by calling functions on them, which would appear in the trace.
         undo.enter_context(freezing_parameters(model))
         with disable_quantization(model), counter:
             trace = trace_forward(model, batch, counter.get_total_flops)
@@ -228,20 +228,20 @@ class _ProfileRow(TypedDict, total=False):
     """A kernel of a profile; the first row has a count instead."""
 
     name: str
-    averageMs: Annotated[float, Ge(0)]  # the word of trtexec
+    averageMs: Annotated[float, Ge(0)]  # trtexec's spelling
 
 
 def read_profile(path: Path) -> list[tuple[str, float]]:
     """Kernels of an engine and their times in milliseconds, from JSON of trtexec `--exportProfile`.
 
     Raises:
-        DataError: The file is not a profile, or a time in it is not a time.
+        DataError: The file is not a profile, or contains an invalid time.
     """
     fix = "write one with trtexec --exportProfile=FILE --dumpProfile."
     try:
         rows = validate(list[_ProfileRow], read_json(path, fix), str(path), fix)
     except DataError as error:
-        raise DataError(f"{path} is no engine profile: {error.message}", error.fix) from error
+        raise DataError(f"{path} is not an engine profile: {error.message}", error.fix) from error
     kernels = []
     for row in rows:
         if "name" in row and "averageMs" in row:
@@ -290,7 +290,7 @@ def load_times(path: Path, names: Sequence[str], modules: Collection[str]) -> di
 
 
 def _find_layers(node: str, layers: Collection[str], calls: Mapping[str, list[str]]) -> list[str]:
-    """The layer that an ONNX node is part of; for a product outside of layers, the calls in its module.
+    """The layer that an ONNX node is part of; for a product outside any layer, the calls in its module.
 
     Args:
         node: Name of the node, as `module/operator_number`.
@@ -310,7 +310,7 @@ def _find_layers(node: str, layers: Collection[str], calls: Mapping[str, list[st
 
 
 def _join_scopes(scope: str) -> str:
-    """`layer1.0.conv1` from the `layer1.0.conv1` of qdq, and from the `/layer1/layer1.0/conv1` of torch."""
+    """The dotted name `layer1.0.conv1` from qdq's `layer1.0.conv1` or torch's `/layer1/layer1.0/conv1`."""
     joined: list[str] = []
     for part in scope.split("/"):
         if not part:

@@ -25,7 +25,7 @@ def fingerprint_analysis(
     metric: str,
     units: Sequence[Unit],
 ) -> str:
-    """Everything that the measurements of an analysis depend on, in 16 hexadecimal digits.
+    """A hash of everything that the measurements of an analysis depend on, 16 hexadecimal digits.
 
     Args:
         model: The model in the state of the analysis, with its float layers switched off.
@@ -59,7 +59,7 @@ def _describe(operation: Operation) -> str:
 
 
 def _feed(digest: Any, name: str, value: Any) -> None:
-    """Add a value to a digest: the bytes of a tensor, or anything else as it prints.
+    """Add a value to a digest: the bytes of a tensor, or the text of anything else.
 
     Args:
         digest: The digest of `hashlib`.

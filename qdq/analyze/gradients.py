@@ -1,4 +1,4 @@
-"""Gradients of a model while it is analyzed: whether they exist, and a block without those of its parameters."""
+"""Gradients during an analysis: a check that they exist, and a block that freezes the parameters."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def require_gradients(model: nn.Module) -> None:
     """Refuse `confirm` where autograd does not work.
 
     Raises:
-        StateError: In `torch.inference_mode`, or for a model that was made there.
+        StateError: In `torch.inference_mode`, or for a model that was created there.
     """
     tensors = [*model.parameters(), *model.buffers()]
     if torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in tensors):
         raise StateError(
-            "confirm estimates with gradients, and there are none in torch.inference_mode.",
-            "make and analyze the model outside of it, or leave confirm out.",
+            "confirm needs gradients, and torch.inference_mode has none.",
+            "create and analyze the model outside of it, or omit confirm.",
         )
 
 
@@ -29,7 +29,7 @@ def require_gradients(model: nn.Module) -> None:
 def freezing_parameters(model: nn.Module) -> Iterator[None]:
     """Compute no gradients for parameters in the block.
 
-    Parameters made in `torch.inference_mode` never have gradients, and their flag cannot be set back.
+    Parameters created in `torch.inference_mode` never have gradients, and their flag cannot be restored.
     """
     parameters = []
     for parameter in model.parameters():

@@ -1,7 +1,7 @@
-"""Measurements that survive `kill -9`: one line each, in files that several processes and several runs may share.
+"""Measurements that survive `kill -9`: one line each, in files that processes and runs may share.
 
-Each line has a checksum. A line that is damaged, or that a version without checksums wrote, is not used: its value is
-measured again. A line that a killed process left half written is not used either.
+Each line has a checksum. A line that is damaged, incomplete or without a checksum (from an earlier version) is not
+used: its value is measured again.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Journal:
     Args:
         path: The file, created if it does not exist; None stores nothing.
         fingerprint: Identifies everything that the measurements depend on: model, data, options.
-        ranks: The processes that share the work. Each but the first writes to a file of its own beside `path`. Each
-            gets everything that any of them has read, because they may have different disks.
+        ranks: The processes that share the work. Each except the first writes to its own file next to `path`. All of
+            them get everything that any of them has read, because they may have different disks.
 
     Raises:
         ArgumentError: The file cannot be written.
@@ -48,11 +48,11 @@ class Journal:
             self._file = _open_to_append(_file_of_rank(path, ranks.rank))
 
     def get(self, key: list[Any]) -> Any:
-        """The value that was measured, None if there is none."""
+        """The measured value, or None."""
         return self._values.get(_as_key(key))
 
     def learn(self, key: list[Any], value: Any) -> None:
-        """Remember what another process has measured and stored in its file."""
+        """Remember a measurement that another process has stored in its file."""
         self._values[_as_key(key)] = value
 
     def add(self, key: list[Any], value: Any) -> None:
@@ -71,9 +71,9 @@ class Journal:
             self._file.close()
 
     def _read(self, path: Path) -> dict[str, Any]:
-        """The sound measurements of this fingerprint in a file.
+        """Read the intact measurements of this fingerprint from a file.
 
-        A warning counts the damaged lines whose values are lost.
+        A warning gives the number of damaged lines.
         """
         values: dict[str, Any] = {}
         unreadable = 0
@@ -81,9 +81,9 @@ class Journal:
         for line in _read_lines(path):
             entry = _parse(line)
             if entry is None:
-                if line.endswith("}"):  # a line of a killed process ends otherwise
+                if line.endswith("}"):  # otherwise a killed process left it incomplete
                     unreadable += 1
-                    values.clear()  # it may be a line that forgets
+                    values.clear()  # it may be a line that drops all earlier ones
                 continue
 
             is_relevant = entry.fingerprint == self._fingerprint
@@ -122,9 +122,9 @@ class _Entry:
 
     Args:
         fingerprint: What the measurement depends on.
-        key: Key of the measurement; None forgets all measurements before it.
+        key: Key of the measurement; None drops all measurements before it.
         value: The measurement.
-        is_sound: Whether the checksum fits.
+        is_sound: Whether the checksum matches.
     """
 
     fingerprint: Any
@@ -149,7 +149,7 @@ def _parse(line: str) -> _Entry | None:
 
 
 def _find_files(path: Path) -> list[Path]:
-    """The files of all processes, in the order of their names."""
+    """The files of all processes, sorted by name."""
     pattern = f"{glob.escape(path.stem)}*{glob.escape(path.suffix)}"
     return sorted(path.parent.glob(pattern))
 
@@ -165,7 +165,7 @@ def _read_lines(path: Path) -> Iterator[str]:
 
 
 def _open_to_append(path: Path) -> IO[str]:
-    """Open a file for new lines; if a killed process left a line half written, that line is ended first.
+    """Open a file for new lines; an incomplete line of a killed process is ended first.
 
     Raises:
         ArgumentError: The file cannot be written.

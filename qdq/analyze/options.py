@@ -1,4 +1,4 @@
-"""How layers are ranked and chosen: the arguments of `analyze_layers`, with invalid ones refused."""
+"""The arguments of `analyze_layers`: how layers are ranked and chosen. Invalid ones are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ChosenMetric:
     Args:
         name: Name in tables and messages.
         higher_is_better: Its direction.
-        outputs: The measure of the outputs. It is SQNR for a function, because SQNR is always measured.
+        outputs: The measure of the outputs; SQNR for a function, because SQNR is always measured.
         function: The function; None for a measure of the outputs.
     """
 
@@ -37,7 +37,7 @@ class ChosenMetric:
 
     @property
     def is_sqnr(self) -> bool:
-        """Whether SQNR ranks."""
+        """Whether SQNR ranks the units."""
         return self.function is None and self.outputs is SQNR
 
     @property
@@ -118,7 +118,7 @@ class Options:
         return ChosenMetric(measure.name, measure.higher_is_better, measure)
 
     def _check_targets(self) -> None:
-        """Refuse targets without their metric, and targets that are not reached by any number."""
+        """Refuse targets without their metric, and targets that no number can reach."""
         if self.chosen_metric.is_sqnr:
             self._check_metric_is_given()
         for name in _TARGETS:
@@ -129,7 +129,7 @@ class Options:
         if self.target_drop is not None and self.target_drop < 0:
             raise ArgumentError(
                 f"target_drop is {self.target_drop}.",
-                "give how much worse than the float model it may be, 0 or more.",
+                "give the largest allowed drop, 0 or more.",
             )
 
     def _check_metric_is_given(self) -> None:
@@ -168,7 +168,7 @@ class Options:
             )
 
     def _check_ends_of_search(self) -> None:
-        """Refuse what ends a search where there is no search."""
+        """Refuse options that end a search if there is no search."""
         if self.max_float_layers:
             return
         for name in (*_TARGETS, "max_float_share"):

@@ -1,4 +1,4 @@
-"""The model measured in one state after another, against its float outputs."""
+"""Measurements of the model in one state after another, against its float outputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qdq.forward import call_model, evaluating
 from qdq.quantizer import TensorQuantizer, disable_quantization, toggling
 from qdq.samples import count_samples
 
-# Outputs of one model on two machines differ by less, relative to their energies.
+# Outputs of one model on two machines differ by less than this, relative to their energies.
 _MACHINE_TOLERANCE = 1e-3
 
 Variants = Mapping[str, Sequence[TensorQuantizer]]
@@ -50,7 +50,7 @@ class Value:
 
 
 class _TimeIsUpError(Exception):
-    """Ends a forward in many states. Never leaves this module."""
+    """The time is up; ends the evaluation of a batch and is caught in this module."""
 
 
 class Probe:
@@ -77,7 +77,7 @@ class Probe:
         self.metric = metric
         self.replay = replay
         self.deadline = math.inf
-        """Only a first evaluation begins later than this (`time.monotonic`)."""
+        """Only a first evaluation may begin after this time (`time.monotonic`)."""
         self.batches = batches
         self.references: list[Any] = []
         self._model = model
@@ -96,7 +96,7 @@ class Probe:
         return self._is_past(self.deadline)
 
     def prepare(self) -> None:
-        """Compute the float outputs, and drop the measurements of the journal if they are of another model."""
+        """Compute the float outputs, and drop the measurements of the journal if they belong to another model."""
         for batch in self.batches:
             if self.references and self.is_over:
                 break
@@ -115,8 +115,8 @@ class Probe:
         Args:
             state: Names of what is in float now; identifies the state of the model.
             variants: Name -> quantizers.
-            may_cut: Whether to use fewer batches when the time is up. From then on only the batches are used on which
-                everything is measured. If that is none, the first one is used with the variants that are measured on
+            may_cut: Whether to use fewer batches when the time is up. From then on only batches on which everything was
+                measured are used. If there are none, the first batch is used, with the variants that were measured on
                 it. Without `may_cut` the result is empty when the time is up.
         """
         # A function is called after the batches, and needs time as well.
@@ -142,7 +142,7 @@ class Probe:
         return metric
 
     def cut(self, value: Value) -> Value:
-        """A measurement restricted to the batches that are used now."""
+        """A measurement restricted to the batches that are still used."""
         parts = value.parts[: len(self.batches)]
         return self._reduce(parts, value.metric if self.metric.function else None)
 
@@ -245,7 +245,7 @@ class Probe:
     def _call_metric(self, state: list[str], variants: Variants) -> dict[str | None, float]:
         """Values of the function in each state.
 
-        Some are missing when the time is up, but never that of the model as it is.
+        Some are missing when the time is up, but never the value of the unchanged model.
 
         Args:
             state: As for `measure`.
@@ -274,7 +274,7 @@ class Probe:
         return {name: values[name] for name in names if name in values}
 
     def _call_function(self) -> float:
-        """The value of the function for the model in its present state.
+        """The value of the function for the model in its current state.
 
         Raises:
             StateError: It does not return a number.
@@ -313,12 +313,12 @@ class Probe:
             outputs: The outputs of the model.
 
         Raises:
-            StateError: The outputs hold NaN.
+            StateError: The outputs contain NaN.
         """
         rows = collect(self.metric.outputs, self.batches[index], self.references[index], outputs)
         if np.isnan(rows).any():
             raise StateError(
-                "the outputs of the model hold NaN.",
+                "the outputs of the model contain NaN.",
                 "check the float model on the same batches: its outputs must be finite.",
             )
         return rows
@@ -361,7 +361,7 @@ class Probe:
         return float(value)
 
     def _differs_from_journal(self) -> bool:
-        """Whether the model gives other outputs than in the journal: no fingerprint holds all that it depends on."""
+        """Whether the outputs differ from the journal's: a fingerprint cannot cover all that they depend on."""
         recorded = self._recall([[], None, 0])
         if recorded is not None:
             with evaluating(self._model):
@@ -375,7 +375,7 @@ class Probe:
             return self._has_other_metric(["float"])
 
     def _has_other_metric(self, state: list[str]) -> bool:
-        """Whether the journal has another value of the function in this state."""
+        """Whether the journal has a different value of the function in this state."""
         recorded = self._recall_metric([state, None, "metric"])
         if recorded is None:
             return False

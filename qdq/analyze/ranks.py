@@ -61,7 +61,7 @@ class Ranks:
         """The results of all processes, in each process.
 
         Args:
-            names: Everything that was shared out, in the same order in all processes.
+            names: Everything that was distributed, in the same order in all processes.
             results: The results of this process.
         """
         if self.size == 1 or not names:

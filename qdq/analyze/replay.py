@@ -1,18 +1,18 @@
-"""Forwards in many states of the quantizers, each at the cost of what its state changes; bit-identical to full ones.
+"""Forwards in many quantizer states, each computing only what its state changes; bit-identical to full forwards.
 
 The first forward of a batch is recorded: every torch function and every quantizer, with the numbers of its input and
 output tensors. In a later forward the code of the model runs again, but a call whose input tensors are all those of the
-recording is answered from it without being computed. So branches, shared modules and calls with several inputs need
-no special case, and only the calls that depend on the switched quantizers are computed.
+recording is not computed: its recorded result is returned. So branches, shared modules and calls with several inputs
+need no special case, and only the calls that depend on the switched quantizers are computed.
 
-The model is handed stand-ins: tensors with the shape, type and device of the value and hardly any memory. Functions in
-place work on a copy, and their stand-in is renumbered. A value is stored only if some later forward reads it, and only
-as long as one does; values beyond `cache_bytes` are in mapped temporary files. Values that depend on parameters alone
-are the same for every batch: fake-quantized weights are stored once, up to half of `cache_bytes`, and the others are
-computed again wherever they are read.
+The model gets stand-ins: tensors with the shape, type and device of the value and almost no memory. In-place functions
+work on a copy, and their stand-in is renumbered. A value is stored only if a later forward reads it, and only until the
+last such forward; values beyond `cache_bytes` are in memory-mapped temporary files. Values that depend on parameters
+alone are the same for every batch: fake-quantized weights are stored once, up to half of `cache_bytes`, and the others
+are computed again wherever they are read.
 
-Small models spend more time on this bookkeeping than on arithmetic. So recordings are timed beside plain forwards, and
-full forwards run instead where they are faster.
+Small models spend more time on this bookkeeping than on arithmetic. So recordings are timed against plain forwards, and
+full forwards run instead if they are faster.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from qdq.forward import call_model, evaluating, is_in_place, tensors_of
 from qdq.quantizer import TensorQuantizer, named_quantizers, toggling
 
 CACHE_BYTES = 2 * 2**30
-_FIRST_REPLAYED = 2**40  # numbers of tensors that replays compute: above those of any recording
+_FIRST_REPLAYED = 2**40  # replays number their tensors from here: above those of any recording
 _SLOT = "_qdq_slot"
 _METADATA = frozenset(
     [
@@ -66,7 +66,7 @@ _METADATA = frozenset(
 )
 _NOT_IN_PLACE = frozenset(
     ["__index__", "__int__", "__invert__"]
-)  # their names look as if they were
+)  # although their names look like it
 _SCALARS = (
     bool,
     int,
@@ -91,7 +91,7 @@ _InPlace = Literal["", "copy", "result"]
 
 
 class _NotReplayableError(Exception):
-    """The model does something that cannot be recorded: it is evaluated in full. Never leaves this module."""
+    """The model does something that cannot be recorded, so it is evaluated in full; caught in this module."""
 
 
 class Replay:
@@ -176,7 +176,7 @@ class Replay:
             return call_model(self._model, batch)
 
     def _pays(self, variants: _Variants) -> bool:
-        """Whether replays, with the recordings still to be made, take less time than as many full forwards.
+        """Whether replays, including the recordings still to be made, are faster than the same number of full forwards.
 
         A recording is a forward with bookkeeping. A replay has the bookkeeping and on average half of the arithmetic.
         """
@@ -188,7 +188,7 @@ class Replay:
         return self._cost(len(variants), recordings) < len(variants)
 
     def _cost(self, replays: int, recordings: int) -> float:
-        """Time in plain forwards."""
+        """Time in units of a plain forward."""
         return recordings * (1 + self._bookkeeping) + replays * (0.5 + self._bookkeeping)
 
     def _record(
@@ -229,7 +229,7 @@ class Replay:
             return recording
 
     def _plan(self, batch: Any, variants: _Variants) -> _Plan:
-        """The values to store; the first batch with these variants tells them, by a recording without values.
+        """The values to store; for the first batch with these variants, a recording without values finds them.
 
         Args:
             batch: The batch.
@@ -257,7 +257,7 @@ def _time_outputs(run: Callable[[], Any]) -> tuple[Any, float]:
         run: The forward.
 
     Returns:
-        The outputs, and the seconds until they exist; on the CPU only the seconds that this thread worked.
+        The outputs, and the seconds that they took; on the CPU the CPU time of this thread.
     """
     start, start_of_work = time.perf_counter(), time.thread_time()
     outputs = run()
@@ -269,7 +269,7 @@ def _time_outputs(run: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _are_equal(first: Any, second: Any) -> bool:
-    """Whether two results hold the same tensors, to the last bit."""
+    """Whether two results contain the same tensors, to the last bit."""
     for leaf, twin in zip(tree_leaves(first), tree_leaves(second), strict=False):
         if not isinstance(leaf, torch.Tensor):
             continue
@@ -284,7 +284,7 @@ class _Plan:
 
     Args:
         order: The variants, in the order in which the forward reaches their quantizers.
-        stored: Numbers of the values that some variant reads.
+        stored: Numbers of the values that at least one variant reads.
         freed: Variant -> numbers of the values that no later variant reads.
     """
 
@@ -317,7 +317,7 @@ class _Slot:
 
 
 class _External(NamedTuple):
-    """A tensor that no recorded call made: a parameter or an input. It is held so that its identity stays unique."""
+    """A tensor that no recorded call made: a parameter or an input. The reference keeps its identity unique."""
 
     tensor: torch.Tensor
     slot: _Slot
@@ -376,7 +376,7 @@ class _Call:
 
 
 class _QuantizerState(NamedTuple):
-    """A quantizer as a function to be called: another state is another function."""
+    """A quantizer as a function to be called; each state counts as a different function."""
 
     identity: int
     is_enabled: bool
@@ -390,7 +390,7 @@ class _CallKey(NamedTuple):
         function: The function.
         arguments: Its arguments without tensors.
         inputs: Numbers of its input tensors.
-        repetition: Which of the equal calls it is, from 1.
+        repetition: Its number among equal calls, from 1.
     """
 
     function: Hashable
@@ -450,7 +450,7 @@ class _Recording(TorchFunctionMode):
         return self._resolve(self._forward(batch))
 
     def plan(self, variants: _Variants) -> _Plan:
-        """The values that the variants read, if each takes the path of the recorded forward.
+        """The values that the variants read, if each follows the path of the recorded forward.
 
         Args:
             variants: As for `Replay.evaluate`.
@@ -508,7 +508,7 @@ class _Recording(TorchFunctionMode):
     # Running the model
 
     def _begin(self) -> None:
-        """Drop what belongs to the previous forward."""
+        """Drop the state of the previous forward."""
         self._repetitions: Counter[Hashable] = Counter()
         self._guests: dict[int, _External] = {}  # external tensors that only this forward has
         self._rebound: dict[int, _Slot] = {}  # external tensors that it has changed in place
@@ -533,7 +533,7 @@ class _Recording(TorchFunctionMode):
 
         def compute(tensors: list[torch.Tensor]) -> _FlatResult:
             result = type(quantizer).forward(quantizer, tensors[0])
-            if result is tensors[0]:  # it is off; its result gets a number of its own anyway
+            if result is tensors[0]:  # it is off; its result gets its own number anyway
                 result = result.view_as(result)
             return tree_flatten(result)
 
@@ -555,7 +555,7 @@ class _Recording(TorchFunctionMode):
         if func is torch.Tensor.__iter__:
             return iter(self.__torch_function__(torch.Tensor.unbind, types, args))
         if name == "__set__" or kwargs.get("out") is not None:
-            raise _NotReplayableError("the model passes a function a tensor to write into")
+            raise _NotReplayableError("the model passes a function an output tensor to write to")
 
         function: Hashable = func
         in_place: _InPlace = "copy" if _changes_argument(func, name) else ""
@@ -718,7 +718,7 @@ class _Recording(TorchFunctionMode):
         return _Output(self._number(result), _shell_of(result))
 
     def _number(self, value: torch.Tensor) -> int:
-        """A new number for a value, which is stored if the plan says so."""
+        """A new number for a value; the value is stored if the plan says so."""
         number = next(self._numbers)
         if self._is_recording and number in self._plan.stored:
             self._values[number] = value
@@ -734,7 +734,7 @@ class _Recording(TorchFunctionMode):
     # Tensors and their values
 
     def _slot(self, tensor: torch.Tensor) -> _Slot:
-        """The value that a tensor stands for which the model passes to a function."""
+        """The slot of a tensor that the model passes to a function."""
         slot: _Slot | None = tensor.__dict__.get(_SLOT) or self._rebound.get(id(tensor))
         if slot is not None:
             return slot
@@ -755,7 +755,7 @@ class _Recording(TorchFunctionMode):
         return slot
 
     def _rebind(self, tensor: torch.Tensor, slot: _Slot) -> None:
-        """Have a tensor of the model stand for another value from now on."""
+        """Make a tensor of the model stand for another value from now on."""
         if _SLOT in tensor.__dict__:
             tensor.__dict__[_SLOT] = slot
         else:
@@ -773,7 +773,7 @@ class _Recording(TorchFunctionMode):
         return value
 
     def _make_again(self, number: int) -> torch.Tensor:
-        """Compute a value that was not stored; only a forward on another path than the recorded one reads it.
+        """Compute a value that was not stored; only a forward that leaves the recorded path reads it.
 
         Args:
             number: The number of the value.
@@ -787,7 +787,7 @@ class _Recording(TorchFunctionMode):
             if isinstance(output, _Output) and output.number == number:
                 value: torch.Tensor = result
                 return value
-        raise _NotReplayableError("the model computes other results in a replay")
+        raise _NotReplayableError("the model computes different results in a replay")
 
     def _resolve(self, outputs: Any) -> Any:
         """The outputs of the model with their values instead of stand-ins."""
@@ -815,24 +815,24 @@ def _inplace_position(func: Callable[..., Any]) -> int:
     except (
         TypeError,
         ValueError,
-    ):  # native functions have no signature; they are told by their names
+    ):  # native functions have no signature; they are recognized by name
         return -1
 
 
 def _is_set(args: tuple[Any, ...], position: int) -> bool:
-    """Whether the argument at a position is given and true; there is none at -1."""
+    """Whether the argument at a position is given and true; position -1 means no argument."""
     return 0 <= position < len(args) and bool(args[position])
 
 
 def _without_inplace(
     args: tuple[Any, ...], kwargs: dict[str, Any], position: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of the same call that does not work in place.
+    """The arguments of the same call, not in place.
 
     Args:
         args: Its arguments by position.
         kwargs: Its arguments by keyword.
-        position: As `_inplace_position` gives it.
+        position: From `_inplace_position`.
     """
     if _is_set(args, position):
         args = (*args[:position], False, *args[position + 1 :])
@@ -847,7 +847,7 @@ class _Run(NamedTuple):
     Args:
         results: The flat results.
         spec: Structure of the results.
-        inputs_after: The input tensors with the values that they have afterwards.
+        inputs_after: The input tensors with their values after the call.
     """
 
     results: list[Any]
@@ -875,7 +875,7 @@ def _run(compute: _Compute, tensors: list[torch.Tensor], in_place: _InPlace) -> 
 
     if versions != [_version(tensor) for tensor in unchanging]:
         raise _NotReplayableError(
-            "a function of the model changes a tensor in place, and its name does not say so"
+            "a function of the model changes a tensor in place, but its name does not show it"
         )
     if in_place == "result":
         tensors = [results[0], *tensors[1:]]
@@ -1009,7 +1009,7 @@ class _Weights:
         self._bytes = 0
 
     def is_parameter(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is a parameter or buffer; they are all held here, so that their identities stay unique."""
+        """Whether a tensor is a parameter or buffer; references to them here keep their identities unique."""
         return self._parameters.get(id(tensor)) is tensor
 
     def compute(
@@ -1095,9 +1095,9 @@ def _storage_of(tensor: torch.Tensor) -> _Storage:
 
 
 def _map_to_file(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in a file that vanishes with it, with the same strides, so that the same kernels read it.
+    """A copy in a temporary file that is deleted with it; its strides are the same, so the same kernels read it.
 
-    If a tensor is a part of its memory, all of the memory is copied.
+    If the tensor is a view of a larger storage, the whole storage is copied.
     """
     if not _is_dense(tensor):
         memory = torch.empty(0, dtype=tensor.dtype, device=tensor.device)

@@ -1,4 +1,4 @@
-"""Result of an analysis: every unit with its sensitivity, the steps taken, and the plan that follows."""
+"""Result of an analysis: every unit with its sensitivity, the steps taken, and the resulting plan."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class LayerSensitivity:
             ("one-at-a-time": low is sensitive) or only this unit in float ("leave-one-out": high is sensitive).
         metric: The chosen metric in the same state, None if that is SQNR.
         gain: How much the metric (SQNR if there is none) improves when this unit alone goes from int8 to float;
-            positive is better, whatever its direction. "leave-one-out": measured. "one-at-a-time": estimated from the
-            loss of the float model when this unit alone is quantized, as if the errors of all units were independent.
-            For SQNR this is -10 log10(1 - e / E) dB, with e the energy of its error and E that of all units in int8,
-            but at least the sum of all e. Infinite if one unit makes all of the error.
+            positive is better for every metric. "leave-one-out": measured. "one-at-a-time": estimated from the loss of
+            the float model when this unit alone is quantized, as if the errors of all units were independent. For SQNR
+            this is -10 log10(1 - e / E) dB, with e the energy of its error and E that of all units in int8, but at
+            least the sum of all e. Infinite if one unit causes the whole error.
         gain_low: Lower end of the 95 % bootstrap interval of the gain over samples; None if there is no interval.
         gain_high: Upper end of the interval.
         is_exact: Whether the unit was measured; otherwise the screen estimated it.
         layers: The layers and calls in it.
         macs: Its MACs on one batch; None if no option needs costs.
-        cost: Microseconds that it takes longer in float than in int8; None without `gpu` and `profile`.
+        cost: Extra time in float compared with int8, in microseconds; None without `gpu` and `profile`.
     """
 
     name: str
@@ -91,7 +91,8 @@ class Analysis:
 
     Args:
         mode: "one-at-a-time" or "leave-one-out".
-        images: Number of samples behind every figure; fewer than in the batches if the budget ended the ranking.
+        images: Number of samples that the figures are measured on; fewer than in the batches if the budget ended the
+            ranking.
         sqnr_db: SQNR with every unit quantized, in dB.
         metric: The chosen metric with every unit quantized, None if that is SQNR.
         layers: Every unit, most sensitive first.
@@ -103,7 +104,7 @@ class Analysis:
             without `gpu` and `profile`.
         full_evaluations: Why layers were evaluated in full; "" if they were replayed.
         earlier: The plan that `pinned` came from; None if it did not come from a plan.
-        unmeasured: Layers that the budget left no time for. They stay in int8, and nothing is known about them.
+        unmeasured: Layers that the budget left no time for. They stay in int8, and their sensitivity is unknown.
     """
 
     mode: str
@@ -151,7 +152,7 @@ class Analysis:
     def _explain_steps(self) -> dict[str, str]:
         """Unit -> the metric before and after the unit went to float.
 
-        The gain of a unit is another number: it is measured with all other units in the state that the mode names.
+        The gain of a unit is a different number: the mode sets the state of all other units for it.
         """
         explanations = {}
         earlier_value = _value_of(self)

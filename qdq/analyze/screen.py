@@ -1,8 +1,8 @@
 """An estimate of the error of every unit, from one forward and one backward.
 
-Each unit makes an error e at its place: the output of its layer in int8 minus that in float, on the same input. To
-first order it adds J e to the error of the outputs, with J the derivative of the outputs with respect to that place. A
-backward pass gives J^T v for one v, and with it the product v . J e = (J^T v) . e, without J.
+Each unit makes an error e at one point of the model: the output of its layer in int8 minus that in float, on the same
+input. To first order it adds J e to the error of the outputs, with J the derivative of the outputs with respect to that
+point. A backward pass gives J^T v for one v, and with it the product v . J e = (J^T v) . e, without J.
 
 - "one-at-a-time": the model is in float and v is random with variance 1. Then the mean of (v . J e)^2 is the energy of
   J e. If errors of different channels are independent (each channel has its own weights), this energy is the sum of
@@ -35,7 +35,7 @@ from qdq.quantizer import TensorQuantizer, disable_quantization, named_quantizer
 from qdq.samples import count_samples
 from qdq.units import Unit
 
-_LEAST_NOISE = 1e-3  # fraction of the noise that remains at least when a unit is removed
+_LEAST_NOISE = 1e-3  # smallest fraction of the noise that remains when a unit is removed
 
 
 def screen_units(
@@ -101,7 +101,7 @@ def _screen_alone(
 def _screen_without(
     model: nn.Module, batch: Any, reference: Any, units: Sequence[Unit]
 ) -> dict[str, float]:
-    """Energies that the error of the int8 model loses without each unit, on one batch."""
+    """Decrease of the energy of the int8 model's error without each unit, on one batch."""
     taps = _Taps(power=1)
     with (
         evaluating(model),
@@ -143,7 +143,7 @@ class _Taps:
 
     @contextmanager
     def attached(self, model: nn.Module, units: Sequence[Unit]) -> Iterator[None]:
-        """Watch every layer of the units, and every quantizer of theirs that stands at a call."""
+        """Watch every layer of the units, and every one of their quantizers that belongs to a call."""
         modules = dict(model.named_modules())
         with ExitStack() as undo:
             for unit in units:
@@ -181,7 +181,7 @@ class _Taps:
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> Any:
             leaves = floats_of(output)
-            # A layer inside one that is run again has no gradient to multiply with.
+            # A layer inside another one that is run again has no gradient to multiply with.
             if not leaves or not torch.is_grad_enabled():
                 return None
             result = leaves[0]
@@ -227,8 +227,8 @@ def _measure_error(
 def _tap(result: torch.Tensor, inputs: Any) -> torch.Tensor:
     """A tensor with the values of a result whose gradient can be watched.
 
-    It is not a view: the hook of a view is lost when the model changes it in place. A quantizer that is off returns
-    its input, which others read too; so the result is copied then.
+    It is not a view: the hook of a view is lost when the model changes it in place. A quantizer that is off returns its
+    input, which other operations read too, so then the result is copied.
     """
     if not result.requires_grad:
         return result.clone().requires_grad_().clone()
@@ -272,7 +272,7 @@ def estimate_sqnr(mode: str, int8_sums: ErrorSums, energy: float) -> float:
     Args:
         mode: See the module.
         int8_sums: Error sums of the model in int8, whose first columns are signal and noise.
-        energy: Energy of the unit, as `screen_units` gives it.
+        energy: Energy of the unit, from `screen_units`.
     """
     signal, noise = int8_sums[:, 0].sum(), int8_sums[:, 1].sum()
     if mode == "leave-one-out":

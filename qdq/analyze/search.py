@@ -1,4 +1,4 @@
-"""Search for the units that go to float: all are ranked, then chosen one by one until a limit is reached."""
+"""Search for the units that go to float: rank all units, then choose one after another until a limit is reached."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from qdq.quantizer import disable_quantization, disable_until_exit
 from qdq.units import Unit
 
 _CONFIDENCE = (2.5, 97.5)  # percentiles
-_RANKING = 0.75  # fraction of a budget, where a search follows
-_NANOSECOND = 1e-3  # in microseconds: the price of a unit that costs nothing in float
+_RANKING = 0.75  # fraction of a budget, if a search follows
+_NANOSECOND = 1e-3  # in microseconds: the price of a unit that is not slower in float
 
 
 class Search:
@@ -36,7 +36,7 @@ class Search:
         options: How to rank and choose.
         costs: Cost of each layer, and of the model under ""; empty if no option needs them.
         times: Times of each layer; empty if no option needs them.
-        pinned: Layer -> "int8" or "float", decided already.
+        pinned: Layer -> "int8" or "float", already decided.
         start: When the budget began (`time.monotonic`).
     """
 
@@ -68,7 +68,7 @@ class Search:
         """Rank the units, then choose.
 
         Args:
-            undo: Switches the chosen units on again if it is closed.
+            undo: Switches the chosen units on again when it is closed.
             earlier_plan: The plan that the pinned layers come from.
         """
         budget = math.inf if self._options.budget is None else self._options.budget
@@ -108,7 +108,7 @@ class Search:
         by_energy = sorted(self._units, key=lambda name: -energies.get(name, 0.0))
         alone = self._measure_alone(set(by_energy[: self._options.confirm]))
 
-        int8 = self._probe.cut(int8)  # the time may have been up for some batches
+        int8 = self._probe.cut(int8)  # there may have been no time for some batches
 
         unswitched = alone.pop(None, int8)
         reference = unswitched if self._options.is_alone else int8
@@ -133,7 +133,7 @@ class Search:
         return self._sign * (unit.metric or 0.0), unit.sqnr_db
 
     def _is_screened(self, names: Collection[str]) -> bool:
-        """Whether fewer units are measured than there are, so that an estimate has to select them."""
+        """Whether only some units are measured, so that an estimate has to select them."""
         return self._options.confirm is not None and self._options.confirm < len(names)
 
     def _screen(self, names: Iterable[str]) -> dict[str, float]:
@@ -143,7 +143,7 @@ class Search:
             names: The units.
 
         Returns:
-            Unit -> energy, as `screen_units` gives it.
+            Unit -> energy, from `screen_units`.
         """
         probe = self._probe
         return screen_units(
@@ -162,7 +162,7 @@ class Search:
             names: The units.
 
         Returns:
-            Unit -> measurement; under None the model with no unit switched.
+            Unit -> measurement; None -> the model with no unit switched.
         """
         variants = {}
         for name, unit in self._units.items():
@@ -311,7 +311,7 @@ class Search:
         Args:
             ranking: All units.
             chosen: The units in float.
-            refused: Units that made the outputs no better.
+            refused: Units that did not improve the outputs.
         """
         excluded = {*chosen, *refused}
         candidates = []
@@ -321,7 +321,7 @@ class Search:
         return candidates
 
     def _fits(self, names: list[str]) -> bool:
-        """Whether some float units stay within the limits on layers and on MACs."""
+        """Whether a set of float units stays within the limits on layers and MACs."""
         if len(self._layers_of(names)) > self._options.max_float_layers:
             return False
         limit = self._options.max_float_share
@@ -336,7 +336,7 @@ class Search:
             current: The model in this state.
             chosen: The units in float.
             candidates: The units that may still go to float.
-            refused: Units that made the outputs no better.
+            refused: Units that did not improve the outputs.
         """
         reason = self._reason_of_target(current) or self._reason_of_fraction(chosen)
         if reason:
@@ -360,21 +360,21 @@ class Search:
         return f"{summary}; no further layer may go to float"
 
     def _reason_of_fraction(self, chosen: list[str]) -> str:
-        """That too many MACs are in float even without a further unit, "" if that is not so."""
+        """The limit on float MACs if no further unit fits below it, else ""."""
         limit = self._options.max_float_share
         if limit is None or not self._options.max_float_layers:
             return ""
         fraction = self._costs.find_float_fraction(chosen)
         if fraction <= limit:
             return ""
-        return f"{fraction:.3g} of the multiplications are in float already, at most {limit:g}"
+        return f"{fraction:.3g} of the multiplications are in float already, the limit is {limit:g}"
 
     @property
     def _budget_reason(self) -> str:
         return f"the budget of {self._options.budget or 0:g} s is used up"
 
     def _reason_of_target(self, current: Value) -> str:
-        """The target that is reached, "" if there is none."""
+        """The target that is reached, or ""."""
         options = self._options
         if options.target_sqnr is not None and current.sqnr >= options.target_sqnr:
             return f"SQNR {current.sqnr:.2f} dB reaches the target of {options.target_sqnr:g} dB"
@@ -388,7 +388,7 @@ class Search:
             if drop <= options.target_drop:
                 return (
                     f"{self._metric.name} is {drop:g} worse than the float model's, "
-                    f"at most {options.target_drop:g}"
+                    f"within the target of {options.target_drop:g}"
                 )
         return ""
 
@@ -417,7 +417,7 @@ class Search:
     def _measure_next(
         self, ranking: _Ranking, chosen: list[str], candidates: list[str]
     ) -> dict[str, Value]:
-        """Measure the first candidate of the ranking; with times the one with the largest gain per microsecond.
+        """Measure the first candidate of the ranking, or with times the one with the largest gain per microsecond.
 
         Args:
             ranking: All units.
@@ -455,7 +455,7 @@ class Search:
         return {str(name): value for name, value in values.items()}
 
     def _find_best(self, values: dict[str, Value], current: Value) -> str:
-        """The candidate with the best quality; with times the one with the largest gain per microsecond.
+        """The candidate with the best quality; if times are known, the largest gain per microsecond.
 
         Args:
             values: Candidate -> measurement.
@@ -491,7 +491,7 @@ class Search:
         return tuple(front)
 
     def _quality(self, value: Value) -> tuple[float, float]:
-        """Orders measurements: the metric with higher as better, then the SQNR."""
+        """Sort key of a measurement: the metric with higher as better, then the SQNR."""
         return self._sign * value.metric, value.sqnr
 
     def _metric_of(self, value: Value) -> float | None:
@@ -566,7 +566,7 @@ class _UnitCosts:
         return self._sum_macs(self._layers[name]) if self._costs else None
 
     def find_cost(self, name: str) -> float | None:
-        """Microseconds that a unit takes longer in float than in int8; None without times."""
+        """Extra time of a unit in float compared with int8, in microseconds; None without times."""
         if not self._times:
             return None
         differences = []
@@ -588,7 +588,7 @@ class _UnitCosts:
         return self._int8_time + extra
 
     def find_float_fraction(self, float_units: Sequence[str]) -> float:
-        """Fraction of all MACs in float, with those of pinned and never quantized layers.
+        """Fraction of all MACs in float, counting pinned and never quantized layers.
 
         Args:
             float_units: The units in float.

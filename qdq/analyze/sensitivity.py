@@ -1,4 +1,4 @@
-"""Measures of outputs against those of the float model, in one row per sample, so that samples can be resampled."""
+"""Measures of outputs against those of the float model, one row per sample, so that samples can be resampled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qdq.forward import floats_of
 from qdq.samples import count_samples
 
 ErrorSums = npt.NDArray[np.float64]
-"""One row per sample, or one per batch if its outputs have no axis of samples; the columns can be summed."""
+"""One row per sample, or one per batch if its outputs have no sample axis; the columns can be summed."""
 _DRAWS = 1000
 _SQNR_COLUMNS = 2
 
@@ -135,7 +135,7 @@ def collect(metric: OutputMetric, batch: Any, reference: Any, outputs: Any) -> E
         metric: The metric.
         batch: The batch, for the number of samples and the labels.
         reference: Outputs of the float model.
-        outputs: Outputs of the model in its present state.
+        outputs: Outputs of the model in its current state.
 
     Raises:
         DataError: The metric needs a label for each sample, and the batch has none.
@@ -158,20 +158,20 @@ def collect(metric: OutputMetric, batch: Any, reference: Any, outputs: Any) -> E
 
 
 def reduce_rows(metric: OutputMetric, rows: ErrorSums) -> tuple[float, float]:
-    """SQNR in dB and the metric, over all samples."""
+    """Compute SQNR in dB and the metric over all samples."""
     sums = rows.sum(0)
     return float(SQNR.reduce(sums)), float(reduce_sums(metric, sums))
 
 
 def reduce_sums(metric: OutputMetric, sums: ErrorSums) -> ErrorSums:
-    """The metric from sums of all columns that `collect` gives, `[..., columns]` -> `[...]`."""
+    """Compute the metric from sums of the columns of `collect`, `[..., columns]` -> `[...]`."""
     if metric is SQNR:
         return metric.reduce(sums[..., :_SQNR_COLUMNS])
     return metric.reduce(sums[..., _SQNR_COLUMNS:])
 
 
 def count_rows(batch: Any, reference: Any) -> int:
-    """Rows that `collect` gives: one per sample, or one if an output of the batch has no axis of samples."""
+    """Number of rows of `collect`: one per sample, or one if an output of the batch has no sample axis."""
     samples = count_samples(batch)
     for tensor in floats_of(reference):
         if tensor.dim() == 0 or tensor.shape[0] != samples:
@@ -180,12 +180,12 @@ def count_rows(batch: Any, reference: Any) -> int:
 
 
 def count_columns(metric: OutputMetric) -> int:
-    """Columns that `collect` gives."""
+    """Number of columns of `collect`."""
     return _SQNR_COLUMNS if metric is SQNR else _SQNR_COLUMNS + metric.columns
 
 
 def draw_sums(rows: ErrorSums) -> ErrorSums:
-    """Sums over samples drawn with replacement, `[draws, K]`; the same draws for the same number of samples.
+    """Sum over samples drawn with replacement, `[draws, K]`; the same draws for the same number of samples.
 
     Bootstrap: Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7, 1979.
     """

@@ -410,7 +410,7 @@ def test_costs_from_an_engine(deep, tmp_path):
     with pytest.raises(DataError, match="no layer"):
         analyze_layers(model, batches, profile=path)
     path.write_text("not json")
-    with pytest.raises(DataError, match="no engine profile"):
+    with pytest.raises(DataError, match="not an engine profile"):
         analyze_layers(model, batches, profile=path)
 
 

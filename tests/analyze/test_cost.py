@@ -152,7 +152,7 @@ def test_the_share_holds_what_is_float_already(is_pinned):
     options = {"pinned": pinned, "max_float_layers": 5}
     over = analyze_layers(model, [batch], max_float_share=0.3, **options)
     assert over.steps == ()
-    assert over.stopped_by == "0.4 of the multiplications are in float already, at most 0.3"
+    assert over.stopped_by == "0.4 of the multiplications are in float already, the limit is 0.3"
     assert len(analyze_layers(model, [batch], max_float_share=0.6, **options).steps) == 1
     enable_quantization(model)
     by_count = analyze_layers(model, [batch], **{**options, "max_float_layers": 1})
@@ -205,7 +205,9 @@ def test_a_kernel_is_of_the_layers_whose_whole_names_it_has(tmp_path):
 def test_a_time_that_is_none_is_refused(called, tmp_path, time):
     model, batches = called
     path = write(tmp_path / "profile.json", query=time)
-    with pytest.raises(DataError, match=r"no engine profile: .*(not a number|averageMs is -3\.0)"):
+    with pytest.raises(
+        DataError, match=r"not an engine profile: .*(not a number|averageMs is -3\.0)"
+    ):
         analyze_layers(model, batches, profile=path)
 
 
