@@ -33,7 +33,7 @@ _EXAMPLES = 8  # images on which the layers are measured
 
 
 class ReportedModel(Protocol):
-    """A model and where its weights come from, such as `load_model` returns."""
+    """A model and the source of its weights, as returned by `load_model`."""
 
     @property
     def module(self) -> nn.Module:
@@ -49,7 +49,7 @@ class ReportedModel(Protocol):
 
 
 class ReportedImages(Protocol):
-    """A set of images, such as `load_images` returns."""
+    """A set of images, as returned by `load_images`."""
 
     @property
     def images(self) -> Any:
@@ -90,7 +90,7 @@ class Report:
     Args:
         path: The JSON file.
         page: The HTML file.
-        summary: The numbers that decide, by name.
+        summary: The key figures, by name.
         findings: Facts that you must know before shipping; empty if all is well.
         text: The report as it was printed.
     """
@@ -158,7 +158,7 @@ def write_report(
         check: From `check_onnx`.
         build: From `build_engine`.
         evaluation: From `evaluate_outputs`.
-        tuning: From fine-tuning, where there was one.
+        tuning: From fine-tuning, if there was any.
     """
     run.stage("report")
     results = _StageResults(
@@ -252,13 +252,13 @@ def _describe_data(calibration: ReportedImages, images: ReportedImages) -> dict[
 
 
 def _digest(labels: Sequence[int]) -> str:
-    """16 hexadecimal digits that tell sets of labelled images apart, wherever the images lie."""
+    """A hash of a set of labelled images, 16 hexadecimal digits, independent of where the images are."""
     text = ",".join(str(label) for label in labels)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _summarize(results: _StageResults, layers: list[LayerRecord]) -> dict[str, Any]:
-    """The numbers that decide; docs/report.md has their meaning."""
+    """Collect the key figures; docs/report.md explains them."""
     check, build = results.check, results.build
     weighted_layers = [layer for layer in layers if layer.weights]
     listed_names = {layer.name for layer in layers}
@@ -284,7 +284,7 @@ def _summarize(results: _StageResults, layers: list[LayerRecord]) -> dict[str, A
 
 
 def _list_findings(results: _StageResults) -> list[str]:
-    """Facts that a person must know before shipping."""
+    """List the facts that a user must know before shipping."""
     findings = []
     for problem in results.check.problems:
         findings.append(f"{problem.rule} {problem.node}: {problem.message}")
@@ -333,7 +333,7 @@ def _format_report(run: Run, sections: Mapping[str, Any], results: _StageResults
 
 
 def _drop_missed(plan: SwapPlan, missed: Sequence[str]) -> SwapPlan:
-    """A plan without the missed modules that are listed with their calls; `missed` names the others."""
+    """Drop the missed modules that are listed with their calls from a plan; `missed` names the others."""
     modules = []
     for module in plan.modules:
         if module.action != "missed" or module.name in missed:
@@ -343,7 +343,7 @@ def _drop_missed(plan: SwapPlan, missed: Sequence[str]) -> SwapPlan:
 
 
 def _format_commands(commands: Mapping[str, str]) -> str:
-    """Two lines for each version of TensorRT; a command is longer than the texts in a table may be."""
+    """Two lines for each version of TensorRT, because a command is too long for a table."""
     lines = []
     for version, command in commands.items():
         lines += [f"# {version}", command]
@@ -360,5 +360,5 @@ def _format_block(title: str, body: str) -> str:
 
 
 def _join_lines(lines: Iterable[str]) -> str:
-    """Lines below each other, in which a foreign text cannot begin a line of its own."""
+    """Join lines. A line break in a foreign text does not begin a new line."""
     return "\n".join(printable(line, MOST_CHARACTERS) for line in lines)

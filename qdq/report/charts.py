@@ -1,6 +1,6 @@
 """The geometry of the charts of a report; the templates draw them.
 
-Horizontal places are in percent, so that a chart is as wide as the page and its text keeps its size.
+Horizontal positions are in percent, so that a chart is as wide as the page and its text keeps its size.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BEND = 4  # radius of the corners of a line
 
 @dataclass(frozen=True)
 class Bar:
-    """One layer or group in the chart of sensitivity; places are in percent.
+    """One layer or group in the chart of sensitivity; positions are in percent.
 
     Args:
         name: The layer or group.
@@ -36,7 +36,7 @@ class Bar:
         is_float: Whether it is in float now.
         left: Left end of the bar.
         width: Width of the bar.
-        low: Lower end of the interval; None where there is none.
+        low: Lower end of the interval; None if there is none.
         high: Upper end of the interval.
         label: The gain as text.
     """
@@ -57,7 +57,7 @@ class Bars:
 
     Args:
         bars: The most sensitive first.
-        zero: Place of a gain of zero, in percent.
+        zero: Position of a gain of zero, in percent.
         more: Number of layers and groups that are not drawn.
         unit: The unit of the gains.
     """
@@ -92,12 +92,12 @@ class _Scale:
     high: float
 
     def place(self, value: float) -> float:
-        """The place of a value in percent."""
+        """The position of a value in percent."""
         return self.length(value - self.low)
 
     def length(self, value: float) -> float:
         """The length of a bar from zero to a value in percent."""
-        span = max(self.high - self.low, 1e-12)  # no division by zero where all gains are zero
+        span = max(self.high - self.low, 1e-12)  # no division by zero if all gains are zero
         return round(100 * abs(value) / span, 2)
 
 
@@ -118,7 +118,7 @@ def draw_bars(report: StoredReport, count: int = BARS) -> Bars:
 
 
 def _fit_scale(units: Sequence[Sensitivity]) -> _Scale:
-    """A scale that holds zero, all gains and all intervals."""
+    """A scale that covers zero, all gains and all intervals."""
     values = [0.0]
     for unit in units:
         for value in (unit.gain, unit.low, unit.high):
@@ -183,7 +183,7 @@ class Curve:
 
 
 class _Sample(NamedTuple):
-    """A point of a curve in its own units; a coordinate that is not known is None."""
+    """A point of a curve in its own units; an unknown coordinate is None."""
 
     x: float | None
     y: float | None
@@ -196,12 +196,12 @@ def draw_curve(report: StoredReport) -> Curve | None:
     The vertical axis is the metric that ranked the layers.
 
     Returns:
-        The curve; None where there is one point only, or the size of a layer is not known.
+        The curve; None if there is only one point, or if the size of a layer is not known.
     """
     if report.data["analysis"]["pareto"]:
         samples = _sample_front(report)
         return _draw_samples(
-            samples, "Time of what can be int8, in microseconds", _name_quality(report)
+            samples, "Time of the quantizable layers, in microseconds", _name_quality(report)
         )
     samples = _sample_steps(report)
     if any(sample.x is None for sample in samples):
@@ -242,7 +242,7 @@ def _sample_steps(report: StoredReport) -> list[_Sample]:
             float_layers.append(name)
 
     work = _sum_work(report, float_layers)
-    samples = [_sample(report, work, analysis, "all that may be int8 in int8")]
+    samples = [_sample(report, work, analysis, "all quantizable layers in int8")]
 
     for step in analysis["steps"]:
         float_layers += step["layers"] or [step["layer"]]
@@ -258,7 +258,7 @@ def _sample(
     """One state of the model.
 
     Args:
-        report: The report, which says what metric ranked the layers.
+        report: The report, which names the metric that ranked the layers.
         cost: Time or work of the state; None if not known.
         state: `sqnr_db` and `metric` of the state.
         title: The float layers in words.
@@ -270,7 +270,7 @@ def _sample(
 
 
 def _sum_work(report: StoredReport, names: Sequence[str]) -> float | None:
-    """The part of all multiplications that layers have, in percent; None if the size of one is not known."""
+    """The percentage of all multiplications that are in some layers; None if the size of one is not known."""
     fractions = {layer.name: layer.macs_share for layer in report.layers}
     total = 0.0
     for name in names:
@@ -283,7 +283,7 @@ def _sum_work(report: StoredReport, names: Sequence[str]) -> float | None:
 
 
 def draw_tuning(report: StoredReport) -> list[Curve]:
-    """Draw the metric and the loss over the steps of fine-tuning, each where there are two points or more."""
+    """Draw the metric and the loss over the steps of fine-tuning, each if it has two points or more."""
     tuning = report.data.get("tuning")
     if tuning is None:
         return []
@@ -300,7 +300,7 @@ def draw_tuning(report: StoredReport) -> list[Curve]:
 
 
 def _average_losses(losses: Sequence[float | None]) -> list[_Sample]:
-    """Means over equally many steps each, so that a long training has at most `_MOST_LOSSES` points."""
+    """Average the losses over spans of equal length, so that a long training has at most `_MOST_LOSSES` points."""
     length = max(-(-len(losses) // _MOST_LOSSES), 1)
     samples = []
     for start in range(0, len(losses), length):
@@ -337,11 +337,11 @@ def _draw_samples(samples: Sequence[_Sample], x_label: str, y_label: str) -> Cur
     bottom, top = _widen(min(ys), max(ys))
 
     def across(x: float) -> float:
-        """The horizontal place of a value, in percent."""
+        """The horizontal position of a value, in percent."""
         return round(100 * (x - left) / (right - left), 2)
 
     def down(y: float) -> float:
-        """The vertical place of a value, in pixels from the top."""
+        """The vertical position of a value, in pixels from the top."""
         return round(_PLOT_HEIGHT * (top - y) / (top - bottom), 1)
 
     points = [Point(across(x), down(y), label) for x, y, label in zip(xs, ys, labels, strict=True)]
@@ -376,7 +376,7 @@ class Network:
     Args:
         nodes: In the order in which they run.
         edges: SVG paths.
-        x: Horizontal place of the nodes.
+        x: Horizontal position of the nodes.
         width: Width of the drawing.
         height: Height of the drawing.
     """
@@ -392,7 +392,7 @@ _Edge = tuple[int, int]  # from one row to another; the ends of the network have
 
 
 def draw_network(layers: Sequence[LayerRecord]) -> Network:
-    """Draw an arc diagram: a line to the next layer is straight, other lines go round on the left in lanes."""
+    """Draw an arc diagram: a line to the next layer is straight, other lines run in lanes on the left."""
     last_row = len(layers) + 1
     edges = _list_edges(layers)
     lanes = _assign_lanes(edges)
@@ -412,7 +412,7 @@ def draw_network(layers: Sequence[LayerRecord]) -> Network:
 
 
 def _list_edges(layers: Sequence[LayerRecord]) -> list[_Edge]:
-    """Each pair of a row and a row that reads it, once: first between layers, then those of the two ends.
+    """Each pair of a row and a row that reads it, once: first pairs of layers, then those of the two ends.
 
     Row 0 is the input of the network; the layers follow, and after them its output.
     """
@@ -478,7 +478,7 @@ def _draw_edge(x: int, edge: _Edge, lane: int | None) -> str:
     """An SVG path: straight down, or to the left, along a lane with round corners, and back.
 
     Args:
-        x: Horizontal place of the nodes.
+        x: Horizontal position of the nodes.
         edge: The two rows.
         lane: Its lane; None for a line to the next row.
     """

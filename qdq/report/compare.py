@@ -30,8 +30,7 @@ class Figure:
 
     Args:
         label: Its name.
-        values: One for each run; None where a run has none.
-        texts: The same as text.
+        values: One for each run; None if a run has none. texts: The same as text.
         better: +1 if more is better, -1 if less is, 0 if neither.
     """
 
@@ -43,7 +42,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting in which runs differ; None where a run has none."""
+    """A setting in which runs differ; None if a run does not have it."""
 
     name: str
     values: tuple[Any, ...]
@@ -51,7 +50,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """A layer that is not the same in all runs; None where a run has no such layer, or no range for it.
+    """A layer that is not the same in all runs; None if a run has no such layer, or no range for it.
 
     Args:
         name: Dotted name.
@@ -183,7 +182,7 @@ def _name_runs(reports: Sequence[StoredReport]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Summary:
-    """The numbers that decide, of one run."""
+    """The key figures of one run."""
 
     int8_layers: int
     int8_fraction: float | None
@@ -242,7 +241,7 @@ _COLUMNS = (
 
 
 def _list_figures(reports: Sequence[StoredReport]) -> list[Figure]:
-    """List the numbers that decide, one row for each, with a value for each run."""
+    """List the key figures, one row for each, with a value for each run."""
     summaries = [_Summary.of(report) for report in reports]
     figures = []
     for column in _COLUMNS:
@@ -284,7 +283,7 @@ def _collect_settings(report: StoredReport) -> dict[str, Any]:
 
 
 def _union_of_keys(tables: Sequence[dict[str, Any]]) -> list[str]:
-    """The keys of all tables, in the order in which they come."""
+    """The keys of all tables, in order of appearance."""
     keys: dict[str, None] = {}
     for table in tables:
         keys.update(dict.fromkeys(table))
@@ -305,7 +304,7 @@ def _list_layers(reports: Sequence[StoredReport]) -> list[LayerDifference]:
 
 
 class _LayerFacts(NamedTuple):
-    """The facts about a layer in one run; all None where the run has no such layer."""
+    """The facts about a layer in one run; all None if the run has no such layer."""
 
     precision: str | None = None
     reason: str | None = None
@@ -331,7 +330,7 @@ def _collect_facts(layer: LayerRecord | None) -> _LayerFacts:
 
 
 def _describe_layer(layers: Sequence[LayerRecord | None]) -> LayerDifference:
-    """Describe one layer in all runs, of which at least one has it."""
+    """Describe one layer in all runs; at least one of them has it."""
     example = next(layer for layer in layers if layer is not None)
     facts = map(_collect_facts, layers)
     precisions, reasons, ranges, weights, methods, gains = zip(*facts, strict=True)
@@ -383,7 +382,7 @@ class _Ranking:
 
 
 class _Bar(NamedTuple):
-    """One layer or group in one run; the defaults where the run has not ranked it."""
+    """One layer or group in one run; the defaults if the run has not ranked it."""
 
     rank: int | None = None
     gain: float | None = None
@@ -422,7 +421,7 @@ def _draw_bar(ranking: _Ranking, name: str, longest: float) -> _Bar:
 
 
 def _positive_gain(unit: Sensitivity) -> float:
-    """The gain as the length of a bar: zero for a loss, and where none is known."""
+    """The gain as the length of a bar: zero for a loss or an unknown gain."""
     return max(unit.gain or 0.0, 0.0)
 
 

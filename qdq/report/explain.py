@@ -73,7 +73,7 @@ def _explain(report: StoredReport, name: str) -> Explanation:
 
 
 def _refuse_name(report: StoredReport, name: str) -> ArgumentError:
-    """The error for a name that is no layer of the report."""
+    """The error for a name that is not a layer of the report."""
     for module in report.data["swap"]["modules"]:
         if module["name"] == name:
             return _refuse_module(report, module)

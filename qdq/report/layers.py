@@ -114,14 +114,14 @@ def describe_layers(
 
 @dataclass(frozen=True)
 class _Entry:
-    """One layer, call, or module that multiplies out of reach, as swapping and rewiring planned it.
+    """One layer or call, or a module with products out of reach, as swapping and rewiring planned it.
 
     Args:
         name: Dotted name.
         kind: Class of the module, or the function.
         is_call: Whether it is a function call.
         is_layer: Whether it is a module of a type that has a quantized class.
-        is_quantized: Whether it was given quantizers.
+        is_quantized: Whether it has quantizers.
         reason: Why, or why not.
         weights: Number of weights.
     """
@@ -303,7 +303,7 @@ def _find_missed(
 ) -> set[str]:
     """The missed modules with a product, in their own forward or with their weights, that is not listed as a call.
 
-    A missed module without any product in the trace counts, too: its products are out of reach.
+    A missed module without any product in the trace counts too: its products are out of reach.
 
     Args:
         model: The model.
@@ -396,7 +396,7 @@ def _find_owners(quantizers: _LayerQuantizers, entries: Mapping[str, _Entry]) ->
 def _split_off_calls(
     all_quantizers: _LayerQuantizers, owners: Mapping[str, str], entries: Mapping[str, _Entry]
 ) -> dict[str, list[TensorQuantizer]]:
-    """Take the quantizers of calls away from the layers that own the calls.
+    """Remove the quantizers of calls from the layers that own the calls.
 
     Args:
         all_quantizers: Quantizers of all layers and calls.
@@ -424,11 +424,11 @@ def _split_off_calls(
 # The neighbours
 
 _Source = str | None  # of a value: the layer that computes it; None is the input of the network
-_Sources = dict[_Source, None]  # a set that has an order
+_Sources = dict[_Source, None]  # an ordered set
 
 
 class _Neighbours:
-    """Which layer reads the output of which, directly or through operations that are no layers.
+    """Which layer reads the output of which, directly or through operations that are not layers.
 
     Args:
         flow: One forward.
@@ -439,7 +439,7 @@ class _Neighbours:
         reads: Layer -> the layers that it reads.
         feeds: Layer -> the layers that read it.
         reads_input: Layers that read the input of the network.
-        writes_output: Layers from which an output of the network comes.
+        writes_output: Layers that compute an output of the network.
     """
 
     def __init__(self, flow: Dataflow, entries: Mapping[str, _Entry]) -> None:
@@ -496,7 +496,7 @@ class _Neighbours:
         return len(self.reads[name]) + len(self.feeds[name]) > 0
 
     def _find_layer(self, operation: Operation) -> str | None:
-        """The layer or call that an operation is, or is a part of."""
+        """The layer or call that is, or contains, an operation."""
         call = self._entries.get(operation.name)
         if call is not None and call.is_call:
             return call.name
@@ -507,7 +507,7 @@ class _Neighbours:
         return self._find_layer_around(operation.module)
 
     def _find_layer_around(self, module: str) -> str | None:
-        """The innermost layer that a module is, or is a part of."""
+        """The innermost layer that is, or contains, a module."""
         if module in self._layers_around:
             return self._layers_around[module]
         entry = self._entries.get(module)
@@ -596,7 +596,7 @@ class _Reasons:
         """
         if is_int8:
             return f"{entry.reason}; it goes with {owner}"
-        return f"it is there only for {owner}, which is in float"
+        return f"it exists only for {owner}, which is in float"
 
     def _explain_step(self, number: int) -> str:
         """The step of the search that left a layer in float, with the figures before it and after it."""
@@ -673,7 +673,7 @@ class _TensorFigures:
 
 
 class _Tensors:
-    """The facts about the tensor behind each quantizer.
+    """The facts about the tensor of each quantizer.
 
     Args:
         model: The model.
@@ -691,7 +691,7 @@ class _Tensors:
     ) -> None:
         self._modules = dict(model.named_modules())
         self._ranges = {calibrated.name: calibrated for calibrated in ranges}
-        self._groups: dict[str, tuple[str, ...]] = {}  # quantizer -> all that have its range
+        self._groups: dict[str, tuple[str, ...]] = {}  # quantizer -> all quantizers with its range
         for leader, followers in rewired.shared.items():
             group = (leader, *followers)
             self._groups.update(dict.fromkeys(group, group))
@@ -736,7 +736,7 @@ class _Tensors:
         )
 
     def _measure(self, layer: str, quantizer: TensorQuantizer) -> _TensorFigures:
-        """Measure the tensor behind a quantizer, or say why that is not possible.
+        """Measure the tensor of a quantizer, or give the reason why that is not possible.
 
         Args:
             layer: Name of the layer.
@@ -760,7 +760,7 @@ class _Tensors:
             quantizer: One of its quantizers.
 
         Returns:
-            The parameter; None where the quantizer quantizes an activation.
+            The parameter; None if the quantizer quantizes an activation.
         """
         module = self._modules.get(layer)
         if not isinstance(module, QuantMixin):
@@ -773,7 +773,7 @@ class _Tensors:
         return parameters.get(parameter)
 
     def _measure_activation(self, amax: torch.Tensor, quantizer: TensorQuantizer) -> _TensorFigures:
-        """From the statistics of calibration: an estimate from the histogram."""
+        """Estimate the figures of an activation from the histogram of calibration."""
         leader = quantizer.leader.name or ""
         if self._statistics is None or leader not in self._statistics.tensors:
             fields = ("sqnr_db", "clipped", "methods", "histogram")
@@ -785,7 +785,9 @@ class _Tensors:
         counts, end = tensor.histogram(HISTOGRAM_COLUMNS)
         sqnr, clipped, unknown = None, None, {}
         if amax.numel() > 1:
-            reason = "it has a range for each channel, and the histogram is of all of them"
+            reason = (
+                "it has a range for each channel, but the histogram covers all channels together"
+            )
             unknown = dict.fromkeys(("sqnr_db", "clipped"), reason)
         else:
             limit = float(amax)
@@ -815,7 +817,7 @@ class _Tensors:
 def _measure_weight(
     weight: torch.Tensor, amax: torch.Tensor, quantizer: TensorQuantizer
 ) -> _TensorFigures:
-    """From the weight itself, so its error is exact."""
+    """Measure a weight itself, so its error is exact."""
     values = weight.detach().float()
     axis = quantizer.axis
     limit = amax
@@ -844,7 +846,7 @@ def _explain_infinite(sqnr: float) -> dict[str, str]:
     """The reason why an SQNR is not given; empty if it is finite."""
     if math.isfinite(sqnr):
         return {}
-    return {"sqnr_db": "no error: every value is a code, or all are zero"}
+    return {"sqnr_db": "no error: the codes are exact for every value, or all values are zero"}
 
 
 def _role_of(quantizer: str) -> str:
@@ -997,18 +999,21 @@ class _Engine:
         """The nodes of a layer or call, or none and the reason."""
         if not entry.is_call:
             nodes = self._nodes.get(entry.name, [])
-            return nodes, "the census lists convolutions and matrix products; this became none"
+            return (
+                nodes,
+                "the census lists convolutions and matrix products; this layer became neither",
+            )
         if entry.kind not in SINGLE_PRODUCTS:
             return [], "the census lists convolutions and matrix products only"
         module = _module_around(entry.name)
         nodes, calls = self._nodes.get(module, []), self._calls[module]
         if len(nodes) == len(calls):  # in the same order
             return [nodes[calls.index(entry.name)]], ""
-        reason = f"its module became {len(nodes)} products in the file and made {len(calls)} calls"
+        reason = f"its module made {len(calls)} calls, but has {len(nodes)} products in the file"
         return [], reason
 
     def _add_sizes(self, nodes: Sequence[LayerCensus]) -> tuple[int, float] | None:
-        """MACs of some nodes and their fraction of all; None where a size is not known."""
+        """Add MACs of some nodes and their fraction of all; None if a size is not known."""
         sizes = [self._sizes[node.node] for node in nodes if node.node in self._sizes]
         if not sizes:
             return None

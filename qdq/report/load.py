@@ -53,7 +53,7 @@ def load_report(run: Path | str) -> StoredReport:
         run: A run folder, or the `report.json` in it.
 
     Raises:
-        ArgumentError: There is no such folder, it is no run folder, or its run has not finished.
+        ArgumentError: There is no such folder, it is not a run folder, or its run has not finished.
         DataError: The report cannot be read, is damaged, or was written by an earlier qdq.
     """
     path, data = read_report(run)
@@ -67,7 +67,7 @@ def read_report(run: Path | str) -> tuple[Path, Any]:
         run: A run folder, or the `report.json` in it.
 
     Raises:
-        ArgumentError: There is no such folder, it is no run folder, or its run has not finished.
+        ArgumentError: There is no such folder, it is not a run folder, or its run has not finished.
         DataError: The report cannot be read, or is not JSON with finite numbers.
     """
     path = run = as_path(run, "run")

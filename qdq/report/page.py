@@ -71,7 +71,7 @@ class Figure:
         label: Its name.
         value: The number as text.
         note: What to compare it with.
-        is_bad: Whether a person should look at it.
+        is_bad: Whether a user should look at it.
     """
 
     label: str
@@ -216,7 +216,7 @@ def _write_headline(report: StoredReport) -> str:
 
     result = (
         f"{int8_layers(report)} of {data['summary']['weighted_layers']} layers with weights are int8; "
-        f"{final['name']} gives the answer of the float model on {format_percent(final['agreement'])} of "
+        f"{final['name']} agrees with the float model on {format_percent(final['agreement'])} of "
         f"{data['evaluation']['images']} images{sqnr}."
     )
     steps = data["analysis"]["steps"]

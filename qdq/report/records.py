@@ -38,7 +38,7 @@ class MethodRange:
 class TensorRecord:
     """One quantizer of a layer and the tensor that it quantizes.
 
-    Where quantizers share a range, the statistics of activations are of all their tensors together.
+    If quantizers share a range, the statistics of activations cover all their tensors together.
 
     Args:
         quantizer: Its dotted name.
@@ -83,12 +83,12 @@ class Sensitivity:
         rank: Its place; 1 is the most sensitive.
         units: Number of layers and groups that were ranked.
         gain: Gain of the outputs with it in float, in the unit of the metric; None if only estimated, or not finite.
-        low: Lower end of the 95 % interval; None where there is none.
+        low: Lower end of the 95 % interval; None if there is none.
         high: Upper end of the 95 % interval.
         sqnr_db: SQNR of the network's outputs in the state that was measured, in dB; None if infinite.
         is_exact: Whether it was measured; otherwise it was estimated.
         metric: The chosen metric in that state; None if the metric is SQNR, or is not finite.
-        cost: Extra time in float compared with int8, in microseconds; None if times were not asked for.
+        cost: Extra time in float compared with int8, in microseconds; None if times were not requested.
     """
 
     unit: str
@@ -125,10 +125,10 @@ class LayerRecord:
         engine: Type in the engine: "int8", "float", or "mixed" for several kernels.
         kernels: The engine's names of its kernels.
         engine_note: The note of the census on it.
-        reads: The layers whose outputs it reads, directly or through operations that are no layers.
+        reads: The layers whose outputs it reads, directly or through operations that are not layers.
         feeds: The layers that read its output.
         reads_input: Whether it reads the input of the network.
-        writes_output: Whether an output of the network comes from it.
+        writes_output: Whether it computes an output of the network.
         unknown: Field -> the reason why it is empty.
     """
 
@@ -155,7 +155,7 @@ class LayerRecord:
     unknown: Mapping[str, str] = field(default_factory=dict)
 
     def tensor(self, role: str) -> TensorRecord | None:
-        """The quantizer with a role. For "input" it may be the first one that is not the weight's."""
+        """The quantizer with a role. For "input" it may be the first quantizer that is not the weight's."""
         for tensor in self.tensors:
             if tensor.role == role:
                 return tensor

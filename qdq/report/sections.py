@@ -1,6 +1,7 @@
-"""What every reader of `report.json` relies on, as types: the file is held against them when it is read.
+"""Types of the fields of `report.json` that its readers need.
 
-More may stand in the file than is named here. What may be absent was not written by earlier versions.
+The file is checked against them when it is read. It may have more fields. Earlier versions did not write the optional
+ones.
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ class Data(TypedDict):
 
 
 class StoredSections(TypedDict):
-    """All of a report."""
+    """All sections of a report."""
 
     format: str
     model: str
@@ -227,13 +228,13 @@ class StoredSections(TypedDict):
 
 
 class RunState(TypedDict):
-    """What is asked of the `run.json` of a run without a report."""
+    """The fields that are read from the `run.json` of a run without a report."""
 
     stage: str
 
 
 class JudgedCandidate(TypedDict):
-    """What the gate asks of a candidate."""
+    """The fields of a candidate that the gate reads."""
 
     name: str
     top1: NotRequired[float | None]
@@ -243,27 +244,27 @@ class JudgedCandidate(TypedDict):
 
 
 class JudgedEvaluation(TypedDict):
-    """What the gate asks of `evaluation`."""
+    """The fields of `evaluation` that the gate reads."""
 
     images: NotRequired[Count]
     candidates: Annotated[list[JudgedCandidate], MinLen(1)]
 
 
 class JudgedSummary(TypedDict, total=False):
-    """What the gate asks of `summary`."""
+    """The fields of `summary` that the gate reads."""
 
     int8_macs: Size | None
     onnx_megabytes: Size | None
 
 
 class JudgedData(TypedDict, total=False):
-    """What the gate asks of `data`."""
+    """The fields of `data` that the gate reads."""
 
     labels_digest: str | None
 
 
 class JudgedLayer(TypedDict, total=False):
-    """What the gate says of a layer that is in float."""
+    """The fields of a layer in float that the gate reads."""
 
     module: str
     node: str
@@ -272,14 +273,14 @@ class JudgedLayer(TypedDict, total=False):
 
 
 class JudgedBuild(TypedDict, total=False):
-    """What the gate asks of `build`."""
+    """The fields of `build` that the gate reads."""
 
     layers: list[JudgedLayer]
     coverage: Coverage
 
 
 class JudgedSections(TypedDict):
-    """What the gate reads, in reports of earlier versions too; a fact that is not there is missed where it counts."""
+    """The sections that the gate reads, also from earlier versions; a missing field is reported where it is needed."""
 
     evaluation: JudgedEvaluation
     summary: NotRequired[JudgedSummary]

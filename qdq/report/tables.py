@@ -30,7 +30,7 @@ class Cell:
 
     Args:
         text: The text that it shows.
-        value: The value for sorting; None where it is unknown.
+        value: The value for sorting; None if it is unknown.
         note: Why it is unknown; "" if it is not.
     """
 
@@ -93,7 +93,7 @@ def _tensor_cell(layer: LayerRecord, role: str, field: str, write: Callable[[Any
         layer: The layer.
         role: Role of the quantizer.
         field: Field of its record.
-        write: Writes the value of the field.
+        write: Formats the value of the field.
     """
     tensor = layer.tensor(role)
     if tensor is None:
@@ -105,8 +105,8 @@ def _cell(value: float | str | None, write: Callable[[Any], str], reason: str) -
     """A value, or a dash with the reason.
 
     Args:
-        value: The value; None where it is unknown.
-        write: Writes the value.
+        value: The value; None if it is unknown.
+        write: Formats the value.
         reason: Why it is unknown.
     """
     if value is None:
@@ -208,7 +208,7 @@ def _judge(layer: Mapping[str, Any]) -> _CensusKey:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Layers that are not int8, or steps that a stage left out, for one reason."""
+    """Layers that are not int8, or steps that a stage left out, for the same reason."""
 
     stage: str
     what: str
@@ -250,7 +250,7 @@ def list_skipped(report: StoredReport) -> list[Skipped]:
 
 
 def _list_skips_of_swap(data: Mapping[str, Any]) -> list[_Skip]:
-    """Modules in float. A missed module counts only if the summary lists it: others are listed with their calls."""
+    """Modules in float. A missed module is listed only if the summary lists it: others are listed with their calls."""
     missed = set(data["summary"]["missed_modules"])
     skips = []
     for module in data["swap"]["modules"]:
@@ -285,7 +285,7 @@ def _list_skips_of_fold(data: Mapping[str, Any]) -> list[_Skip]:
 
 
 def _list_skips_of_calibration(data: Mapping[str, Any]) -> list[_Skip]:
-    """Quantizers for which calibration found no range."""
+    """Quantizers without a range from calibration."""
     skips = []
     for quantizer in data["calibration"]:
         if quantizer["note"]:

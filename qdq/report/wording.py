@@ -14,7 +14,7 @@ Fact = tuple[str, str]
 """A term and its text."""
 
 NOTHING = "–"
-"""Shown where a figure is unknown; its tooltip says why."""
+"""Shown if a figure is unknown; its tooltip says why."""
 
 _UNMEASURED = "nothing was measured"
 
@@ -132,7 +132,7 @@ def format_gain(unit: Sensitivity) -> str:
 
 
 def _format_interval(unit: Sensitivity, form: str) -> str:
-    """The 95 % interval of a gain, where there is one."""
+    """The 95 % interval of a gain, if there is one."""
     if unit.low is None or unit.high is None:
         return ""
     return form.format(unit.low, unit.high)
@@ -161,7 +161,9 @@ def _describe_rank(sensitivity: Sensitivity) -> str:
     if len(sensitivity.layers) == 1:
         return rank
     group = sensitivity.unit
-    if not group.startswith("group "):  # the name of a group of a pattern does: "group layer1.*"
+    if not group.startswith(
+        "group "
+    ):  # the name of a pattern's group already has it: "group layer1.*"
         group = f"group {group}"
 
     return f"{rank}, in the {group} of {len(sensitivity.layers)} layers"
@@ -222,7 +224,7 @@ def _describe_feeds(layer: LayerRecord, neighbours: Mapping[str, str] | None) ->
 
 
 def _name_neighbours(names: Sequence[str], precisions: Mapping[str, str] | None) -> list[str]:
-    """Names of layers, each with its type where that is asked for."""
+    """Names of layers, with their types unless `precisions` is None."""
     if precisions is None:
         return list(names)
     return [f"{name} ({precisions.get(name, 'not known')})" for name in names]

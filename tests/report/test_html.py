@@ -211,7 +211,7 @@ class TestCharts:
         names = [f"l{number}" for number in range(10)]
         curve = draw_curve(load_report(store(make_report(names, float_layers=names[:2]))))
         assert [point.label for point in curve.points] == [
-            "all that may be int8 in int8: 18.00 dB at 0",
+            "all quantizable layers in int8: 18.00 dB at 0",
             "+ l0 in float: 20.00 dB at 10",
             "+ l1 in float: 21.00 dB at 20",
         ]
@@ -258,7 +258,7 @@ class TestCharts:
         curve = draw_curve(report)
         assert curve.y_label == "mAP"
         assert [point.label for point in curve.points] == [
-            "all that may be int8 in int8: mAP 0.125, SQNR 18.00 dB at 0",
+            "all quantizable layers in int8: mAP 0.125, SQNR 18.00 dB at 0",
             "+ a in float: mAP 0.25, SQNR 20.00 dB at 50",
         ]
         assert [tick.label for tick in curve.y_ticks][-1] == "0.25"

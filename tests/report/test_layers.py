@@ -168,7 +168,7 @@ def test_a_call_in_float_says_which_layer_it_goes_with(finished):
     finally:
         for name, state in states.items():
             quantizers[name].is_enabled = state
-    assert records["add"].reason == "it is there only for conv, which is in float"
+    assert records["add"].reason == "it exists only for conv, which is in float"
     assert records["conv"].reason == "its quantizers are switched off"
 
 

@@ -99,7 +99,7 @@ function openTarget() {
 
 addEventListener("hashchange", openTarget);
 for (const link of document.querySelectorAll('a[href^="#layer-"]')) {
-  link.addEventListener("click", () => link.getAttribute("href") === location.hash && openTarget()); // of the place where one is already
+  link.addEventListener("click", () => link.getAttribute("href") === location.hash && openTarget()); // a link to the current location
 }
 filter();
 openTarget();
