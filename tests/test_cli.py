@@ -250,7 +250,7 @@ class TestErrors:
         code, err = self.run(monkeypatch, capsys, ZeroDivisionError("oops"))
         assert code == 2
         assert "Traceback" in err
-        assert "error: ZeroDivisionError: oops\n  fix: this is a defect of qdq" in err
+        assert "error: ZeroDivisionError: oops\n  fix: this is a bug in qdq" in err
 
     def test_interrupt(self, monkeypatch, capsys):
         code, err = self.run(monkeypatch, capsys, KeyboardInterrupt())

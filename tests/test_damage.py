@@ -64,7 +64,7 @@ def run(capsys):
         out, err = capsys.readouterr()
         assert caught.value.code in (0, 1, 2)
         assert "Traceback" not in err
-        assert "defect of qdq" not in err
+        assert "bug in qdq" not in err
         assert not re.search(r"\bnan\b", out)
         if caught.value.code == 2:
             assert re.fullmatch(r"(WARNING .*\n)*error: .*\n  fix: .+\n", err) and len(err) < 8000

@@ -36,7 +36,7 @@ def build(
         output: Engine file; by default beside the ONNX file, with a name that ends in .rtx.engine or .engine.
         backend: rtx (TensorRT-RTX, needs no GPU), tensorrt (needs a GPU), or auto.
         sm: Compute capability that TensorRT-RTX builds for; 89 is 8.9.
-        min_shapes: Smallest shapes of dynamic inputs: INPUT:DIMxDIM...,INPUT:... Required when more than the batch is
+        min_shapes: Smallest shapes of dynamic inputs: INPUT:DIMxDIM...,INPUT:... Required if more than the batch is
             dynamic; by default a batch of 1.
         opt_shapes: Usual shapes of dynamic inputs; by default a batch of 8.
         max_shapes: Largest shapes of dynamic inputs; by default a batch of 16.

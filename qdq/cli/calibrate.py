@@ -93,7 +93,7 @@ def solve(
     """Compute every range again by another method, without data and without the model. Needs no torch.
 
     Prints amax of each tensor and the fraction of values beyond it. With --onnx it also writes a copy of an exported
-    file with the new scales; the exit code is 1 when some activations of that file could not get theirs.
+    file with the new scales; the exit code is 1 when some activations of that file could not get new scales.
 
     For example:
 
@@ -130,7 +130,7 @@ def solve(
     statistics = Statistics.load(file)
     if not statistics.complete:
         cut = f"cut off after {statistics.batches} batches"
-        print(f"{printable(file)} holds a pass that was {cut}\n")
+        print(f"{printable(file)} contains a pass that was {cut}\n")
     ranges = statistics.solve_all(method, **options)
     print(format_ranges(statistics, ranges))
     rescaling = None

@@ -30,7 +30,7 @@ def check(
     For example:
 
         qdq check runs/ptq/model.onnx --ignore QDQ114,QDQ121 --sarif check.sarif
-        qdq check model.onnx --fix mended.onnx
+        qdq check model.onnx --fix fixed.onnx
         qdq check --explain QDQ112
 
     Args:
@@ -38,8 +38,8 @@ def check(
         select: Apply only these rules: ids, separated by commas, or one flag per id.
         ignore: Skip these rules, written the same way.
         explain: Print what a rule looks for, why, and the evidence for it.
-        fix: Write a copy to this file with everything mended that can be mended without changing a number, and check
-            the copy. The file itself may be named; it stays untouched when there is nothing to mend.
+        fix: Write a copy to this file with all flaws fixed that can be fixed without changing a number, and check the
+            copy. The file itself may be named; it stays untouched when there is nothing to fix.
         json: Also write the report to this file.
         sarif: Also write the findings to this file, as SARIF 2.1.0.
     """
@@ -48,7 +48,7 @@ def check(
     if explain is not None:
         if fix or json or sarif:
             raise ArgumentError(
-                "--explain prints, and writes no file.", "leave out --fix, --json and --sarif."
+                "--explain only prints and writes no file.", "leave out --fix, --json and --sarif."
             )
         return _explain_rule(explain)
     if onnx is None:
@@ -109,7 +109,7 @@ def _check_file(
 
 
 def _mend(onnx: Path, copy: Path) -> None:
-    """Write the mended copy, and print what was mended.
+    """Write the fixed copy, and print what was fixed.
 
     Raises:
         ArgumentError: The copy would go into a device, and could not be checked there.
@@ -126,4 +126,4 @@ def _mend(onnx: Path, copy: Path) -> None:
         )
     num_mended = fix_onnx(onnx, copy)
     mended = ", ".join(f"{count} nodes of {rule}" for rule, count in num_mended.items())
-    print(f"{printable(copy)}: {mended or 'nothing'} mended")
+    print(f"{printable(copy)}: {mended or 'nothing'} fixed")

@@ -1,4 +1,4 @@
-"""Messages on the standard error, and Ctrl-C. Imports almost nothing, so that it works from the first moment on."""
+"""Messages on the standard error, and Ctrl-C. Imports almost nothing, so that it works right from the start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def report_interrupt() -> int:
 
 
 def comes_from_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C caused an error: native code that is being loaded turns it into an ImportError."""
+    """Whether Ctrl-C caused an error: it becomes an ImportError while native code is loaded."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True
@@ -24,7 +24,7 @@ def comes_from_interrupt(error: BaseException | None) -> bool:
 
 
 def print_error(text: str) -> None:
-    """Print to the standard error, or nowhere if that takes no more data."""
+    """Print to the standard error, or nowhere if that is closed."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:

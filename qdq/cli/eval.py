@@ -29,7 +29,7 @@ def evaluate_files(
         qdq eval a.onnx b.onnx --model resnet50 --data-dir /data/imagenet
 
     Args:
-        onnx: ONNX files, which ONNX Runtime runs on the CPU; without any the model is evaluated alone.
+        onnx: ONNX files, which ONNX Runtime runs on the CPU; without any, only the model is evaluated.
         model: The float model that the files are compared with: efficientnet_lite0 or any torchvision classifier.
         weights: DEFAULT, another torchvision name, random, or the path of a checkpoint.
         data_dir: A folder with one folder per class, with or without train and val above them; the packaged photographs

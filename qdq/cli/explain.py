@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def explain(run: Path, layer: str, /, *, json: Path | None = None) -> int:
-    """Say why a layer runs in int8 or float, with its ranges, errors, kernel and neighbours. Needs no torch.
+    """Show why a layer runs in int8 or float, with its ranges, errors, kernel and neighbours. Needs no torch.
 
     For example:
 

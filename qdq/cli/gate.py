@@ -1,4 +1,4 @@
-"""`qdq gate`: limits that a run must keep before it is shipped."""
+"""`qdq gate`: limits that a run must meet before it is shipped."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def gate(
             min_int8_macs=min_int8_macs,
             max_size=max_size,
         )
-    except QdqError as error:  # the files of an earlier call must not pass for this result
+    except QdqError as error:  # the files of an earlier call must not be taken for this result
         _write_error(run, error, junit, json)
         raise
     print(report.format_table())

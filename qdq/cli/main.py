@@ -1,6 +1,6 @@
 """`qdq VERB ...`, and `run_command` for recipes: arguments in, exit code out, errors in one line.
 
-Exit codes: 0 clean, 1 findings, 2 wrong usage, data or environment (or a defect of qdq), 130 interrupted.
+Exit codes: 0 clean, 1 findings, 2 wrong usage, data or environment (or a bug in qdq), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ def _show_default(value: object) -> str | None:
 def _convert(type_: Any, tokens: Any) -> Any:
     """Convert arguments as cyclopts does, but more strictly.
 
-    cyclopts would round 1.5 to a whole number, and take numbers of any length. Python would take `model.onnx/` for the
-    file `model.onnx`.
+    cyclopts would round 1.5 to a whole number, and accept numbers of any length. Python would accept `model.onnx/` as
+    the file `model.onnx`.
     """
     if int in (type_, *get_args(type_)):
         for token in tokens:
@@ -178,11 +178,11 @@ def _run(app: cyclopts.App, argv: list[str]) -> None:
     try:
         _require_working_directory()
         code = app(argv, result_action="return_value", exit_on_error=False, print_error=False)
-        sys.stdout.flush()  # here, where an error of it is caught
+        sys.stdout.flush()  # here, where its errors are caught
     except KeyboardInterrupt:
         code = report_interrupt()
     except SystemExit as error:
-        # rich prints the help, and ends the process where nobody reads it.
+        # rich prints the help, and ends the process if nobody reads it.
         is_pipe_closed = isinstance(error.__context__, BrokenPipeError)
         code = _STOPPED_READING if is_pipe_closed else error.code
     except Exception as error:  # Python's exit code 1 would say "findings"
@@ -217,7 +217,7 @@ def _log_to_console(level: int) -> logging.Handler:
 
 
 def _require_working_directory() -> None:
-    """Refuse to run in a deleted folder, where native libraries end the process without a reason."""
+    """Refuse to run in a deleted folder, where native libraries end the process without a message."""
     try:
         os.getcwd()
     except OSError as error:
@@ -248,7 +248,7 @@ def _prepare_streams() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            # Closed by `>&-`. The next file to be opened would get this number, and the output of libraries.
+            # Closed by `>&-`. The next file to be opened would get this number, and so the output of libraries.
             discard_output(descriptor)
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(descriptor, "w", closefd=False))
@@ -276,7 +276,7 @@ def _report_error(error: Exception, program: str, verbose: bool) -> int:
         return _print_failure(message, "choose another file.")
     return _print_failure(
         f"{type(error).__name__}: {error}",
-        "this is a defect of qdq; please report it with the lines above.",
+        "this is a bug in qdq; please report it with the lines above.",
     )
 
 

@@ -45,9 +45,8 @@ def check_layers(
         profile: As for `analyze_layers`.
 
     Raises:
-        ArgumentError: An invalid regular expression, a name that matches nothing, or layers of which none is left to
-            train.
-        DataError: The profile is of another model.
+        ArgumentError: An invalid regular expression, a name that matches nothing, or no layer left to train.
+        DataError: The profile belongs to another model.
     """
     from qdq.patterns import Patterns
 

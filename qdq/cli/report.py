@@ -1,4 +1,4 @@
-"""`qdq report`: the page of a run again, or a comparison of several runs."""
+"""`qdq report`: write the page of a run again, or compare several runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def report(
     inputs: list[Path] = []
     for run in runs:
         inputs += list_run_files(run)
-    guard_command(inputs=inputs)  # before anything asks what the inputs are
+    guard_command(inputs=inputs)  # before `_default_page` looks at the inputs
     default_page = _default_page(runs)
     page_file = default_page if output is None else output
     guard_command(inputs=inputs, outputs=[page_file, json], in_place=[(page_file, default_page)])

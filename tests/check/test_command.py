@@ -124,12 +124,12 @@ def test_fix(qdq, tmp_path):
     ir.save(ir.from_onnx_text(text), tmp_path / "m.onnx")
     assert qdq(tmp_path / "m.onnx", "--ignore", "QDQ117")[0] == 1
     code, out, _ = qdq(tmp_path / "m.onnx", "--ignore", "QDQ117", "--fix", tmp_path / "out.onnx")
-    assert (code, out.splitlines()[0]) == (0, f"{tmp_path / 'out.onnx'}: 2 nodes of QDQ103 mended")
+    assert (code, out.splitlines()[0]) == (0, f"{tmp_path / 'out.onnx'}: 2 nodes of QDQ103 fixed")
     assert qdq(tmp_path / "m.onnx", "--ignore", "QDQ117", "--fix", tmp_path / "m.onnx")[0] == 0
     assert (
         qdq(tmp_path / "m.onnx", "--fix", tmp_path / "m.onnx")[1]
         .splitlines()[0]
-        .endswith(": nothing mended")
+        .endswith(": nothing fixed")
     )
 
 
