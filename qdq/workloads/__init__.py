@@ -1,1 +1,1 @@
-"""What knows a task: its models, its data and its metrics. One package for each task."""
+"""Tasks with their models, data and metrics: one package for each task."""

@@ -16,10 +16,10 @@ from qdq.workloads.classification.images import draw_crop, read_cached_image
 from qdq.workloads.classification.models import Preprocess
 
 CALIBRATION_IMAGES = 128
-"""Number of images that the loaders take for calibration by default."""
+"""Default number of calibration images."""
 
 EVALUATION_IMAGES = 500
-"""Number of images that the loaders take for evaluation by default."""
+"""Default number of evaluation images."""
 
 CACHE_BYTES = 2**30
 """Sets of float32 images up to this size are preprocessed once and kept; larger ones are preprocessed in every pass."""
@@ -86,7 +86,7 @@ class ImageBatches:
 
 
 def cache_images(load: Callable[[int], Tensor], count: int, preprocess: Preprocess) -> Images:
-    """Preprocess images now if they fit in CACHE_BYTES, otherwise anew in every pass.
+    """Preprocess images now if they fit in CACHE_BYTES, otherwise again in every pass.
 
     Args:
         load: Gives the preprocessed image of an index, float32 `[3, crop_size, crop_size]`.
@@ -120,8 +120,8 @@ class CropBatches:
     """Random-resized crops of images, half of them mirrored, as batches to train on; every pass draws new ones.
 
     Without labels, half of the crops are blended with another crop of the batch (mixup; Zhang, Cisse, Dauphin,
-    Lopez-Paz, ICLR 2018, arXiv 1710.09412): training on a teacher's outputs needs no label for that, and a few
-    photographs go further. Iterating gives `(images, labels)` as `ImageBatches` does. Order and crops are drawn from
+    Lopez-Paz, ICLR 2018, arXiv 1710.09412): training on a teacher's outputs needs no labels for it, and it gets more
+    out of a few photographs. Iterating gives `(images, labels)` as `ImageBatches` does. Order and crops are drawn from
     torch's global generator.
 
     Args:

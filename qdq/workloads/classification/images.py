@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # missing.
 
 CROP_AREA = (0.25, 1.0)
-"""Fraction of a photograph's area that a random crop has; smaller parts often miss the labelled object."""
+"""Fraction of a photograph's area that a random crop covers; smaller crops often miss the labelled object."""
 
 _CROP_ASPECT = (3 / 4, 4 / 3)  # width to height, as in training on ImageNet
 
@@ -51,7 +51,7 @@ class PhotographSource:
         """List the photographs, without importing the package (foolbox and scikit-learn take seconds).
 
         Raises:
-            DependencyError: The package or one of the files is not there.
+            DependencyError: The package or one of the files is missing.
         """
         spec = importlib.util.find_spec(self.module)
         if spec is None or not spec.submodule_search_locations:
@@ -106,7 +106,7 @@ def find_photographs(sources: Iterable[PhotographSource]) -> list[Path]:
     """List the photographs of all sources, in their order.
 
     Raises:
-        DependencyError: A package or one of its files is not there.
+        DependencyError: A package or one of its files is missing.
     """
     files: list[Path] = []
     for source in sources:
@@ -139,7 +139,7 @@ def read_image(path: Path) -> Image.Image:
 
 @functools.lru_cache(maxsize=16)
 def read_cached_image(path: Path) -> Image.Image:
-    """Decode an image file as RGB, and keep it: the packaged photographs are few and are cropped many times."""
+    """Decode an image file as RGB and cache it: the packaged photographs are few and are cropped many times."""
     return read_image(path)
 
 

@@ -149,8 +149,8 @@ class _Architecture:
 def load_model(model: str = PACKAGED_MODEL, weights: str = "DEFAULT", seed: int = 0) -> LoadedModel:
     """Load an image classifier with its weights and its own preprocessing.
 
-    GoogLeNet and Inception come without their auxiliary heads, which only training uses. They always renormalize
-    their input as their trained weights expect it, whatever the weights are.
+    GoogLeNet and Inception come without their auxiliary heads, which only training uses. They always renormalize their
+    input as their trained weights expect it, even with other weights.
 
     Args:
         model: Any classifier of torchvision by its name there, or "efficientnet_lite0", which is packaged.
@@ -175,7 +175,7 @@ def load_model(model: str = PACKAGED_MODEL, weights: str = "DEFAULT", seed: int 
     num_classes = len(pretrained.categories)
     image_size = pretrained.preprocess.crop_size
 
-    # Tensors of inference mode could be neither trained nor changed later.
+    # Tensors created in inference mode could be neither trained nor changed later.
     with torch.inference_mode(False), seeded_rng(seed):
         module = architecture.build(num_classes, image_size)
         if state is None:
@@ -356,7 +356,7 @@ def _fetch(entry: Any) -> StateDict:
             state: StateDict = entry.get_state_dict(
                 progress=sys.stderr.isatty(), check_hash=True, weights_only=True, map_location="cpu"
             )
-    except Exception as error:  # a network, a proxy, a disk or a damaged file can raise anything
+    except Exception as error:  # networks, proxies, disks and damaged files can raise anything
         if cached.exists():
             raise ModelError(
                 f"the cached weights {cached} cannot be read: {first_line(error)}.",
@@ -405,7 +405,7 @@ def _find_checkpoint(weights: str, architecture: _Architecture) -> Path:
 
 
 def _rename_keys(state: StateDict, source: str) -> StateDict:
-    """A state_dict in torchvision's present names, without wrappers and auxiliary heads.
+    """A state_dict with torchvision's current names, without wrappers and auxiliary heads.
 
     Raises:
         ModelError: Two tensors get the same name.
@@ -455,14 +455,14 @@ def _load_state(module: nn.Module, state: StateDict, model: str, source: str) ->
     if not misshapen:
         require_convertible(state, expected, source)
     if all(name in state or name.endswith(_COUNTER) for name in expected):
-        # The names are the present ones, and so is the version. MNASNet refuses tensors without a version.
+        # The names are the current ones, and so is the version. MNASNet refuses tensors without a version.
         state = OrderedDict(state)
         state._metadata = expected._metadata  # type: ignore[attr-defined]
 
     load_error: Exception | None = None
     try:
         missing, unexpected = module.load_state_dict(state, strict=False)
-    except (RuntimeError, ValueError) as error:  # ValueError: MNASNet cannot tell the version
+    except (RuntimeError, ValueError) as error:  # ValueError: MNASNet cannot determine the version
         load_error = error
         missing = [name for name in expected if name not in state]
         unexpected = [name for name in state if name not in expected]
@@ -489,7 +489,7 @@ def _load_state(module: nn.Module, state: StateDict, model: str, source: str) ->
 
 
 def _describe_misshapen(state: StateDict, expected: StateDict) -> list[str]:
-    """The tensors of a state_dict that have another shape than the model's, each with both shapes."""
+    """The tensors of a state_dict whose shape differs from the model's, each with both shapes."""
     texts = []
     for name, tensor in expected.items():
         if name in state and state[name].shape != tensor.shape:

@@ -1,4 +1,4 @@
-"""Crops of the photographs that installed packages contain: images without a folder of one's own."""
+"""Crops of the photographs that installed packages contain, for use without an image folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from qdq.workloads.classification.images import (
 )
 from qdq.workloads.classification.models import LoadedModel, Preprocess
 
-_MOST_CROPS = 10**6  # the places of all crops are drawn at once
+_MOST_CROPS = 10**6  # the positions of all crops are drawn at once
 _TRAINING_CROPS = 1024  # in a pass
 _IMAGENET_CLASSES = 1000
 
@@ -42,8 +42,8 @@ def load_sample_images(
     """Random-resized crops of the photographs that scikit-image, scikit-learn and foolbox contain.
 
     Those of scikit-image and scikit-learn are for calibration, the 20 labelled ones of foolbox for evaluation. Crops go
-    through the photographs in turn, so that the numbers of crops of any two differ by at most one. They depend on the
-    seed alone: more images or another batch size change none of them.
+    through the photographs in turn, so that any two photographs differ by at most one crop. They depend only on the
+    seed: more images or another batch size do not change them.
 
     Args:
         model: Model that gives crop size and normalization.
@@ -135,7 +135,7 @@ def _crop_photographs(files: list[Path], preprocess: Preprocess, count: int, see
 def load_training_samples(
     model: LoadedModel, num_images: int | None = None, batch_size: int = 32
 ) -> CropBatches:
-    """Random crops to train on, without labels, of the photographs that `load_sample_images` calibrates on.
+    """Random crops for training, without labels, of the photographs that `load_sample_images` calibrates on.
 
     Args:
         model: Model that gives crop size and normalization.
