@@ -1,4 +1,4 @@
-"""Parts of a model that onnx-ir has no place for, and so would lose."""
+"""Parts of a model that onnx-ir cannot represent and would lose."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def list_lost_fields(proto: onnx.ModelProto, model: ir.Model) -> list[str]:
 
 
 def _compare_messages(original: Any, copy: Any, prefix: str) -> Iterator[str]:
-    """The fields of a protobuf message that its copy lacks or holds with another value.
+    """The fields of a protobuf message that its copy lacks or has with another value.
 
     Args:
         original: The message.
@@ -54,7 +54,7 @@ def _compare_messages(original: Any, copy: Any, prefix: str) -> Iterator[str]:
 
 
 def _is_default(value: Any) -> bool:
-    """Whether a plain field says no more than a field that is left out.
+    """Whether a plain field has the meaning of a field that is left out.
 
     The domain of ONNX's operators is written "" or "ai.onnx", and onnx-ir writes the first.
     """
@@ -65,8 +65,8 @@ def _compare_values(value: Any, copied_value: Any, path: str) -> Iterator[str]:
     """The differences of a field that holds messages.
 
     Args:
-        value: One message, or a list of them.
-        copied_value: The same of the copy.
+        value: A message or a list of messages.
+        copied_value: The value in the copy.
         path: Path of the field.
     """
     is_single = hasattr(value, "ListFields")

@@ -24,8 +24,8 @@ from qdq.text import list_names
 
 # Operators that multiply by a weight, or by a second activation, and that TensorRT may run in int8.
 WEIGHTED_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-# A DQ in front of these still reaches the operator behind them: they move or pad values, they make no new ones.
-# TensorRT-RTX 1.7 computes a convolution behind each of them in int8.
+# A DQ before these still reaches the operator after them: they move or pad values, they compute no new ones.
+# TensorRT-RTX 1.7 computes a convolution after each of them in int8.
 TRANSPARENT_OPS = COPY_OPS | {"Cast", "Identity", "MaxPool", "Pad"}
 
 _Number = TypeVar("_Number", int, float)
@@ -57,7 +57,7 @@ class WeightedNode:
 
     @property
     def expects_int8(self) -> bool:
-        """Whether TensorRT can run it in int8, which takes both operands quantized (R-CONV-2)."""
+        """Whether TensorRT can run it in int8: both operands must be quantized (R-CONV-2)."""
         return self.input_quantized and self.weight_quantized
 
 
@@ -71,8 +71,8 @@ class LayerCoverage:
         op_type: The ONNX operator.
         int8: TensorRT is expected to run it in int8.
         reason: Why it is not expected in int8; empty if it is.
-        macs: Multiply-accumulate operations (MACs) for one sample; None where a shape is not known.
-        share: Its fraction of all known MACs, 0 to 1; None where `macs` is None.
+        macs: Multiply-accumulate operations (MACs) for one sample; None if a shape is not known.
+        share: Its fraction of all known MACs, 0 to 1; None if `macs` is None.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Coverage:
     def int8_share(self) -> float | None:
         """Fraction of the known MACs that is expected in int8, 0 to 1.
 
-        None where no MACs are known.
+        None if no MACs are known.
         """
         total = self.macs
         if not total:
@@ -152,7 +152,7 @@ class _FloatGroup:
         return _sum_known([layer.share for layer in self.layers])
 
     def sort_key(self) -> float:
-        """Orders the groups by their work, the largest first."""
+        """Sort key: the group with the most work comes first."""
         return -self.macs_fraction
 
     def format_line(self) -> str:
@@ -256,11 +256,11 @@ def _fraction_of(macs: int | None, total: int) -> float | None:
     """The fraction of a total.
 
     Args:
-        macs: The part; None where it is not known.
+        macs: The part; None if it is not known.
         total: The total. 0 gives a fraction of 0.
 
     Returns:
-        0 to 1; None where the part is not known.
+        0 to 1; None if the part is not known.
     """
     if macs is None:
         return None
@@ -315,8 +315,8 @@ def list_weighted_nodes(model: ir.Model) -> list[WeightedNode]:
 def _select_weighted_nodes(model: ir.Model) -> list[ir.Node]:
     """The weighted nodes of the main graph, in graph order.
 
-    A damaged file may hold such a node without its second operand or its output. It is left out, because nothing can be
-    said about it.
+    In a damaged file such a node may lack its second operand or its output. It is left out, because nothing is known
+    about it.
     """
     nodes = []
     for node in model.graph:
@@ -351,7 +351,7 @@ def dequantizer_of(value: ir.Value | None) -> ir.Node | None:
         value: An operand of a product.
 
     Returns:
-        None where there is none, so that the product reads float.
+        None if there is none, so that the product reads float.
     """
     visited = set()  # a damaged graph may be a cycle
     while value is not None and value not in visited:
@@ -419,8 +419,8 @@ def _reason_against_activation(dequantize: ir.Node) -> str:
 def _reason_against_weight(node: ir.Node, dequantize: ir.Node) -> str:
     """Why TensorRT does not take the DQ of the second operand of a product.
 
-    The axis of its scales is checked only where the product reads the DQ itself. Behind a Transpose it is another axis,
-    which the rule R-AXIS of `qdq check` follows.
+    The axis of its scales is checked only if the product reads the DQ directly. After a Transpose the axis differs; the
+    rule R-AXIS of `qdq check` follows it.
 
     Returns:
         "" if it does.
@@ -458,9 +458,9 @@ def _reason_against_parameters(dequantize: ir.Node, operand: str) -> str:
 
 
 def _scales_output_channels(node: ir.Node, dequantize: ir.Node) -> bool:
-    """Whether the axis of the weight scales is the one of the output channels.
+    """Whether the axis of the weight scales is that of the output channels.
 
-    It counts as such where the rank of the weight is not known.
+    This is assumed if the rank of the weight is not known.
 
     Args:
         node: The product.
@@ -494,7 +494,7 @@ def output_axis(node: ir.Node, rank: int) -> int:
 
 
 def follow_axis(value: ir.Value | None, weight: ir.Node, axis: int) -> int | None:
-    """Where an axis of the output of a DQ lies in a value that comes from it.
+    """The position of an axis of a DQ's output in a value that comes from it.
 
     Args:
         value: The value, such as the second operand of a product.
@@ -502,7 +502,7 @@ def follow_axis(value: ir.Value | None, weight: ir.Node, axis: int) -> int | Non
         axis: Axis of the output of the DQ.
 
     Returns:
-        None if a node between the two may move the axis in a way that is not known.
+        None if a node between the two may move the axis in an unknown way.
     """
     for node in reversed(_path_from(weight, value)):
         if has_reference(node):
@@ -546,10 +546,10 @@ def _copy_for_one_sample(model: ir.Model, data_prop: bool) -> ir.Model:
 
 
 def _bind_batch(inputs: Sequence[ir.Value], values: Sequence[ir.Value]) -> None:
-    """Put 1 for the dynamic batch into shapes, in place.
+    """Replace the dynamic batch in shapes by 1, in place.
 
     Args:
-        inputs: Inputs of the graph: the names of their first dimensions are the batch.
+        inputs: Inputs of the graph; the names of their first dimensions are the batch.
         values: The values whose shapes are changed.
     """
     names = [_batch_name_of(graph_input) for graph_input in inputs]
@@ -578,14 +578,14 @@ def _batch_name_of(graph_input: ir.Value) -> str | None:
 
 
 def _bind_size(size: int | ir.SymbolicDim, batches: dict[str, int]) -> int | ir.SymbolicDim:
-    """A dimension with the batch put in.
+    """A dimension with the batch replaced by its size.
 
     Args:
         size: A number, a name, or an expression of names.
         batches: Name -> size.
 
     Returns:
-        The dimension itself where it has no name, or a name of another tool that is no expression.
+        The dimension itself if it has no name, or a name from another tool that is not an expression.
     """
     if isinstance(size, int) or size.value is None:
         return size
@@ -607,7 +607,7 @@ def _count_macs(node: ir.Node) -> int | None:
         node: A weighted node.
 
     Returns:
-        None where a shape is not known.
+        None if a shape is not known.
     """
     first = _sizes_of(node.inputs[0])
     second = _sizes_of(node.inputs[1])

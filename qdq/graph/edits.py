@@ -1,4 +1,4 @@
-"""Edits that several passes make: a constant is added, and what nothing reads any more is removed."""
+"""Edits that several passes make: add a constant, remove what nothing reads any more."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def add_initializer(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.V
 def remove_if_unused(value: ir.Value | None) -> None:
     """Remove an initializer that nothing reads any more.
 
-    Inputs of the graph stay, because they belong to its signature. The outputs of nodes stay, too: a node goes with
-    `remove_if_unread`.
+    Inputs of the graph stay, because they belong to its signature. The outputs of nodes stay, too: `remove_if_unread`
+    removes a node.
 
     Args:
         value: Any value, such as a former input of a node; None for one that was left out.

@@ -1,4 +1,4 @@
-"""Casts that change nothing, that a wider one undoes, or that stand between a tensor and its Q/DQ (R-CAST)."""
+"""Remove Casts that change nothing, and Casts between a tensor and its Q/DQ (R-CAST)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qdq.graph.pairs import constant_of, is_op, producer_of
 _T = ir.DataType
 _HALF_TYPES = frozenset({_T.FLOAT16, _T.BFLOAT16})
 _SMALL_TYPES = frozenset({_T.INT8, _T.UINT8, _T.INT16, _T.UINT16, _T.BOOL})
-# A wide type -> the narrower types whose every value it can hold.
+# A wide type -> the narrower types whose values it can all represent.
 _HOLDS = {
     _T.FLOAT: _SMALL_TYPES | _HALF_TYPES,
     _T.DOUBLE: _SMALL_TYPES | _HALF_TYPES | {_T.FLOAT, _T.INT32},
@@ -28,15 +28,15 @@ class FoldCasts(ir.passes.InPlacePass):
     """Remove Casts without changing a number.
 
     - A Cast to the type that the value already has is removed.
-    - A Cast to a wider type in front of another Cast is skipped: narrow -> wide -> any becomes narrow -> any.
+    - A Cast to a wider type before another Cast is skipped: narrow -> wide -> any becomes narrow -> any.
     - half -> float -> Q and DQ -> float -> half lose their Cast: the Q or DQ takes a half scale, from opset 19 on, if
-      half holds the scale exactly. Other scales stay, because rounding a scale changes numbers.
+      half represents the scale exactly. Other scales stay, because rounding a scale changes numbers.
 
-    A Cast whose output is an output of the graph stays, because its name must.
+    A Cast whose output is an output of the graph stays, because the name must not change.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Visit the nodes in graph order; each sees the result of the edits in front of it.
+        """Visit the nodes in graph order; each sees the result of the earlier edits.
 
         Only the main graph is visited. Below opset 19 no Q or DQ can have a half scale, so only Casts are edited there.
         """
@@ -60,7 +60,7 @@ class FoldCasts(ir.passes.InPlacePass):
 
 
 def _target_type(cast: ir.Node) -> ir.DataType:
-    """The type that a Cast gives."""
+    """The target type of a Cast."""
     return ir.DataType(cast.attributes.get_int("to", 0))
 
 
@@ -70,9 +70,9 @@ def _is_cast_to(node: ir.Node | None, dtype: ir.DataType) -> bool:
 
 
 def _skip_widening_cast(cast: ir.Node) -> bool:
-    """Let a Cast read the input of a widening Cast in front of it.
+    """Let a Cast read the input of a widening Cast before it.
 
-    The wider type holds every value of the narrow one, so the second Cast sees the same numbers.
+    The wider type represents every value of the narrow one, so the second Cast sees the same numbers.
 
     Returns:
         Whether there was one.
@@ -133,13 +133,13 @@ def _quantize_half(graph: ir.Graph, quantize: ir.Node) -> bool:
 
 
 def _dequantize_to_half(graph: ir.Graph, dequantize: ir.Node) -> bool:
-    """DQ -> Casts to half: let the DQ give half where all its readers are such Casts.
+    """DQ -> Casts to half: let the DQ output half if all its readers are such Casts.
 
-    Code times scale is exact in float for a scale that half holds, so that rounding it to half, in the DQ or in the
-    Cast, gives the same number.
+    Code times scale is exact in float if half represents the scale, so rounding to half in the DQ or in the Cast gives
+    the same number.
 
     Returns:
-        Whether the DQ gives half now.
+        Whether the DQ outputs half now.
     """
     output = dequantize.outputs[0]
     casts = [user for user, _ in output.uses()]
@@ -158,21 +158,21 @@ def _dequantize_to_half(graph: ir.Graph, dequantize: ir.Node) -> bool:
 
 
 def _is_inner_cast_to_half(node: ir.Node) -> bool:
-    """Whether a node is a Cast to half whose output is no output of the graph."""
+    """Whether a node is a Cast to half whose output is not an output of the graph."""
     return _is_cast_to(node, _T.FLOAT16) and not node.outputs[0].is_graph_output()
 
 
 def _replace_scale_by_half(graph: ir.Graph, node: ir.Node) -> bool:
     """Give a Q or DQ its float scale as half.
 
-    The half scale is a constant of its own, which all Q and DQ with the same float scale share.
+    The half scale is a new constant, which all Q and DQ with the same float scale share.
 
     Args:
         graph: The graph.
         node: The Q or DQ.
 
     Returns:
-        False, with nothing changed, where half does not hold the scale or the node states a type of its own.
+        False, with nothing changed, if half cannot represent the scale or an attribute of the node fixes a type.
     """
     scale = node.inputs[1]
     numbers = constant_of(scale)
@@ -200,7 +200,7 @@ def _states_type(node: ir.Node) -> bool:
 
 
 def _fits_half(numbers: npt.NDArray[Any]) -> bool:
-    """Whether half holds numbers exactly, and as normal numbers: TensorRT may flush others to zero (R-SCALE)."""
+    """Whether half represents numbers exactly and as normal numbers: TensorRT may flush others to zero (R-SCALE)."""
     with np.errstate(over="ignore"):
         halves = numbers.astype(np.float16)
 

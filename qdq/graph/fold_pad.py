@@ -1,4 +1,4 @@
-"""Zero padding as an attribute of the convolution behind it (R-CONV-6)."""
+"""Fold zero padding into the convolution after it (R-CONV-6)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import onnx_ir as ir
 from qdq.graph.edits import remove_if_unread, remove_if_unused
 from qdq.graph.pairs import constant_of, input_of, is_op, producer_of
 
-_FIRST_SPATIAL_AXIS = 2  # behind batch and channels
+_FIRST_SPATIAL_AXIS = 2  # after batch and channels
 
 
 class FoldPad(ir.passes.InPlacePass):
     """Pad with zeros -> Conv becomes Conv with larger `pads`.
 
-    Only padding of spatial dimensions, by constants of 0 or more. A Q/DQ pair between the two must have been moved in
-    front of the Pad (`MoveQuantizeBeforeCopies`). The sums are the same but for added zeros; the order in which a
-    runtime adds may differ, and with it the last bit.
+    Only padding of spatial dimensions, by constants of 0 or more. A Q/DQ pair between the two must have been moved
+    before the Pad (`MoveQuantizeBeforeCopies`). The sums are the same except for added zeros; a runtime may add in
+    another order, so the last bit may differ.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -32,7 +32,7 @@ class FoldPad(ir.passes.InPlacePass):
 
 
 def _fold_pads_before(conv: ir.Node) -> bool:
-    """Fold every Pad of a chain in front of a Conv, the nearest first.
+    """Fold every Pad of a chain before a Conv, the nearest first.
 
     Returns:
         Whether there was one.
@@ -52,7 +52,7 @@ def _fold_pads_before(conv: ir.Node) -> bool:
 
 
 def _fold_pad(conv: ir.Node, pad: ir.Node, pads: list[int]) -> None:
-    """Let a Conv read the input of a Pad, with the `pads` of the two together."""
+    """Let a Conv read the input of a Pad, with the `pads` of both."""
     conv.attributes.pop("auto_pad", None)
     conv.attributes.add(ir.AttrInt64s("pads", pads))
     conv.replace_input_with(0, pad.inputs[0])
@@ -64,7 +64,7 @@ def _fold_pad(conv: ir.Node, pad: ir.Node, pads: list[int]) -> None:
 
 
 def join_pads(conv: ir.Node, pad: ir.Node) -> list[int] | None:
-    """The `pads` of a Conv that takes in a Pad, wherever the two stand.
+    """The `pads` of a Conv into which a Pad is folded, wherever the two are.
 
     Args:
         conv: The Conv.
@@ -72,7 +72,7 @@ def join_pads(conv: ir.Node, pad: ir.Node) -> list[int] | None:
 
     Returns:
         Rows or columns of zeros for each spatial dimension, all begins first, then all ends. None if the Conv cannot
-        do what the Pad does.
+        pad like the Pad.
     """
     weight = conv.inputs[1]
     if weight is None or weight.shape is None:
@@ -98,7 +98,7 @@ def _spatial_zeros(pad: ir.Node, rank: int) -> list[int] | None:
         rank: Number of dimensions of its input.
 
     Returns:
-        All begins first, then all ends. None where the Pad does anything else, or where its amounts are not known.
+        All begins first, then all ends. None if the Pad does anything else, or if its amounts are not known.
     """
     amounts = constant_of(input_of(pad, 1))
     if amounts is None or not _pads_with_zeros(pad):
@@ -136,14 +136,14 @@ def _pads_with_zeros(pad: ir.Node) -> bool:
 
 
 def _padded_axes(pad: ir.Node, rank: int) -> list[int] | None:
-    """The axes that a Pad lists, or all axes where it lists none.
+    """The axes that a Pad lists, or all axes if it lists none.
 
     Args:
         pad: The Pad.
         rank: Number of dimensions of its input.
 
     Returns:
-        Axes of 0 or above; None where they are computed.
+        Axes of 0 or above; None if they are computed.
     """
     if input_of(pad, 3) is None:
         return list(range(rank))

@@ -1,4 +1,4 @@
-"""Weights that a forward computes from parameters alone, as weight standardization does, made constant."""
+"""Make weights constant that a forward computes from parameters alone, such as weight standardization."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qdq.graph.pairs import COPY_OPS, QDQ_OPS, constant_of, is_op
 
 
 class FoldWeights(ir.passes.InPlacePass):
-    """Compute the nodes that lead from initializers to a weight, or to the Q of one, and read no input of the graph.
+    """Fold the nodes that compute a weight, or the input of its Q, from initializers only.
 
     TensorRT takes weights for int8 only as constants (R-WSTORE); the exporter leaves large ones to be computed.
     """
@@ -60,8 +60,8 @@ def _nodes_that_compute(weight: ir.Value | None) -> set[ir.Node]:
         weight: An input of a Q or of a product.
 
     Returns:
-        Nothing where an input of the graph or a Q/DQ is among the sources: Q/DQ are never computed away. Nothing
-        either where a parameter is only moved: it stays one, as other nodes may read it too.
+        Nothing if an input of the graph or a Q/DQ is among the sources: Q/DQ are never folded. Nothing either if a
+        parameter is only moved: it stays a parameter, because other nodes may read it too.
     """
     nodes: set[ir.Node] = set()
     pending = [weight]

@@ -1,4 +1,4 @@
-"""Einsum equations in the letters that TensorRT reads."""
+"""Rewrite Einsum equations with the letters that TensorRT reads."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from qdq.graph.pairs import is_op
 
 
 class LowerEinsum(ir.passes.InPlacePass):
-    """Write the equation of every Einsum in small letters and without spaces.
+    """Write the equation of every Einsum in lower case and without spaces.
 
     ONNX allows capital letters, and the parser of TensorRT refuses them. An equation that needs more than the 26 small
-    letters stays.
+    letters does not change.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -32,9 +32,9 @@ class LowerEinsum(ir.passes.InPlacePass):
 
 
 def _lower_equation(equation: str) -> str:
-    """The equation with a small letter for each capital one; small letters keep their meaning.
+    """The equation with a small letter for each capital letter; small letters keep their meaning.
 
-    Renaming is safe where the equation names its output: without an arrow, the order of the letters decides the order
+    Renaming is safe if the equation names its output: without an arrow, the order of the letters decides the order
     of the output dimensions.
     """
     equation = equation.replace(" ", "")
@@ -50,10 +50,10 @@ def _lower_equation(equation: str) -> str:
 
 
 def _choose_letters(equation: str) -> dict[str, str] | None:
-    """A small letter for each capital one.
+    """Choose a small letter for each capital letter.
 
-    A capital letter gets its own small one where that is free, and then the others get those that remain, in the order
-    of the alphabet.
+    A capital letter gets its own small letter if that is free. The others then get the remaining letters in
+    alphabetical order.
 
     Args:
         equation: The equation, without spaces.

@@ -1,4 +1,4 @@
-"""Equal initializers stored once."""
+"""Store equal initializers once."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import onnx_ir as ir
 
 from qdq.graph.pairs import QDQ_OPS, Parameters, is_op, parameters_of
 
-_LARGE = 1024  # elements; two equal parameters above this are tied weights, below it may be chance
+_LARGE = 1024  # elements; equal parameters above this size are tied weights, smaller ones may be equal by chance
 
 
 class MergeConstants(ir.passes.InPlacePass):
-    """Initializers of the same type, shape and bytes become one.
+    """Merge initializers of the same type, shape and bytes.
 
     `onnx_ir.passes.common.DeduplicateInitializersPass` keeps whichever name comes first. Here a parameter keeps its
     dotted name: nameless constants are merged into it, and two parameters become one only if they are large (tied
-    weights). Scales and zero points stay apart, because their names say which quantizer they belong to. Equal codes
-    with other scales stay apart too: they are other weights, which differ by a factor for each channel.
+    weights). Scales and zero points stay separate, because their names say which quantizer they belong to. Equal codes
+    with different scales stay separate too: they are different weights.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -51,16 +51,16 @@ def _is_nameless(value: ir.Value) -> bool:
 def _is_small_parameter(value: ir.Value) -> bool:
     """Whether a parameter is too small to be taken for a tied weight.
 
-    Small parameters, such as biases, are often equal by chance: all zeros, for one.
+    Small parameters, such as biases, are often equal by chance, for example all zeros.
     """
     tensor = value.const_value
     return tensor is not None and tensor.size <= _LARGE and not _is_nameless(value)
 
 
 def _identity_of(value: ir.Value) -> Hashable | None:
-    """Everything in which two initializers must agree to become one.
+    """Everything that must be equal for two initializers to be merged.
 
-    The digest stands for the bytes, so that the numbers of large weights need not stay in memory.
+    It has a digest instead of the bytes, so that large weights need not stay in memory.
 
     Returns:
         None for an initializer that stays as it is.
@@ -78,7 +78,7 @@ def _identity_of(value: ir.Value) -> Hashable | None:
 def _parameters_of_readers(value: ir.Value) -> frozenset[Parameters | None]:
     """The parameters of each Q or DQ that reads a value as data.
 
-    They turn codes into numbers, so equal codes with other parameters are other weights.
+    They turn codes into numbers, so equal codes with different parameters are different weights.
 
     Args:
         value: The initializer.

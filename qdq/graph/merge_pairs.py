@@ -1,4 +1,4 @@
-"""One tensor, one Q: duplicate and back-to-back pairs merged (R-FAN, R-DBL)."""
+"""Merge duplicate and back-to-back pairs, so that a tensor has one Q (R-FAN, R-DBL)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qdq.graph.pairs import Parameters, constant_of, input_of, is_op, parameters
 
 _CODE_TYPES = (ir.DataType.INT8, ir.DataType.UINT8)
 _MAX_CODE = 256  # no 8-bit code is larger
-# Types whose product of a code and a scale keeps 11 bits or more.
+# Types in which the product of a code and a scale keeps 11 bits or more.
 _PRECISE_TYPES = (np.float16, np.float32)
 
 
@@ -21,7 +21,7 @@ class MergePairs(ir.passes.InPlacePass):
     """Equal Q of one tensor become one, equal DQ likewise, and Q -> DQ -> Q -> DQ becomes Q -> DQ.
 
     Equal means that scale, zero point, axis and type are the same to the bit. Unequal ones stay, because they compute
-    something else. A node whose output is an output of the graph stays, because its name must.
+    something else. A node whose output is an output of the graph stays, because the name must not change.
     """
 
     def __init__(self) -> None:
@@ -58,10 +58,10 @@ class MergePairs(ir.passes.InPlacePass):
     def _remove_unread(self, dequantizes: list[ir.Node]) -> None:
         """Remove the DQ that nothing reads any more.
 
-        That is known once all of their readers have been visited.
+        This is known once all of their readers have been visited.
 
         Args:
-            dequantizes: The DQ. One that several Q have undone is there several times.
+            dequantizes: The DQ. One that several Q have undone is listed several times.
         """
         for dequantize in dequantizes:
             is_removed = dequantize.graph is None
@@ -94,14 +94,14 @@ class MergePairs(ir.passes.InPlacePass):
 
 
 def _undone_by(quantize: ir.Node, parameters: Parameters) -> ir.Node | None:
-    """The DQ in front of a Q that gives back the very codes which the DQ reads.
+    """The DQ before a Q, if the Q gives back exactly the codes that the DQ reads.
 
     Args:
         quantize: The Q.
         parameters: Its parameters.
 
     Returns:
-        None where there is no such DQ.
+        None if there is no such DQ.
     """
     dequantize = producer_of(quantize.inputs[0])
     if not is_op(quantize, "QuantizeLinear") or not is_op(dequantize, "DequantizeLinear"):
@@ -116,11 +116,11 @@ def _undone_by(quantize: ir.Node, parameters: Parameters) -> ir.Node | None:
 def _gives_codes_back(quantize: ir.Node) -> bool:
     """Whether rounding code * scale / scale gives every 8-bit code again.
 
-    It does where the product keeps 11 bits or more: in float16 and float32 while it neither overflows nor becomes
+    It does if the product keeps 11 bits or more: in float16 and float32 while it neither overflows nor becomes
     subnormal. In bfloat16 it need not.
 
     Args:
-        quantize: A Q, behind a DQ with the same parameters.
+        quantize: A Q, after a DQ with the same parameters.
     """
     if _code_type_of(quantize) not in _CODE_TYPES:
         return False

@@ -1,4 +1,4 @@
-"""Q/DQ in front of the operators that only copy values (R-COPY, R-CONV-6)."""
+"""Move Q/DQ before the operators that only copy values (R-COPY, R-CONV-6)."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from qdq.graph.pairs import (
     producer_of,
 )
 
-# ONNX Runtime (1.31) inserts a Q behind a DQ in front of these and from opset 21 on refuses the graph for it:
+# ONNX Runtime (1.31) inserts a Q after a DQ before these and from opset 21 on refuses the graph for it:
 # "output_dtype INT8 does not match y_zero_point type UINT8" (onnxruntime #25526).
 _REFUSED_OPSET = 21
 _REFUSED_OPS = frozenset({"Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
-# They do not compute in float: a pair in front of them costs no kernel of its own.
+# They do not compute in float: a pair before them does not cost a separate kernel.
 _READ_WITHOUT_FLOAT = COPY_OPS | {"Pad", "QuantizeLinear"}
 
 
 class MoveQuantizeBeforeCopies(ir.passes.InPlacePass):
-    """Copy -> Q -> DQ becomes Q -> DQ -> Copy, where that changes no bit.
+    """Copy -> Q -> DQ becomes Q -> DQ -> Copy, if that changes no bit.
 
-    One scale for the whole tensor and a zero point of zero make a pair a function of each value alone, so it can be
-    swapped with an operator that copies values. The same holds for a Pad with the constant 0, which a pair keeps, where
-    only convolutions read it: they can take it in then.
+    With one scale for the whole tensor and a zero point of zero, a pair is a function of each single value, so it can
+    be swapped with an operator that copies values. The same is true for a Pad with the constant 0, which a pair does
+    not change, if only convolutions read it: the Pad can then be folded into them.
 
     These stay as they are:
 
-    - a copy with any other reader, which would see quantized values then;
+    - a copy with any other reader, which would then see quantized values;
     - a copy whose output is an output of the graph;
-    - a copy, but for Pad, whose input is read in float elsewhere: the Q would become a kernel of its own there;
+    - a copy other than Pad whose input is read in float elsewhere: the Q would become a separate kernel there;
     - copies of constants;
-    - a Pad that stays a node, for TensorRT runs it in float behind the DQ, and the product loses int8 (the windows of
-      Swin);
-    - from opset 21 on, the copies with which ONNX Runtime could not load the graph any more.
+    - a Pad that stays a node, because TensorRT runs it in float after the DQ, and the product loses int8 (the windows
+      of Swin);
+    - from opset 21 on, the copies with which ONNX Runtime could no longer load the graph.
 
-    MaxPool commutes too, but TensorRT moves the Q itself, and with a pair in front of it a residual Add behind it costs
-    a second, float MaxPool (tools/bench_engine.py, layer1.0 of ResNet-18).
+    MaxPool commutes too, but TensorRT moves the Q itself, and with a pair before it a residual Add after it costs a
+    second, float MaxPool (tools/bench_engine.py, layer1.0 of ResNet-18).
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class MoveQuantizeBeforeCopies(ir.passes.InPlacePass):
         self.removed_dq = 0
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Go from the end to the front, so that a pair passes a whole chain of copies."""
+        """Go from the end to the start, so that a pair moves past a whole chain of copies."""
         self.removed_q = 0
         self.removed_dq = 0
         opset = model.graph.opset_imports.get("", 0)
@@ -72,11 +72,11 @@ class MoveQuantizeBeforeCopies(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=modified)
 
     def _move(self, copy: ir.Node, pairs: list[_Pair]) -> None:
-        """Keep the first of the equal pairs, in front of the copy, and remove the others.
+        """Keep the first of the equal pairs, before the copy, and remove the others.
 
         Args:
-            copy: The copy, which reads the pair then.
-            pairs: The pairs behind the copy; their readers read the copy then.
+            copy: The copy, which then reads the pair.
+            pairs: The pairs after the copy; their readers then read the copy.
         """
         graph = copy.graph
         source = copy.inputs[0]
@@ -108,7 +108,7 @@ class MoveQuantizeBeforeCopies(ir.passes.InPlacePass):
 
 @dataclass(frozen=True)
 class _Pair:
-    """A Q behind a copy, with the DQ that read it.
+    """A Q after a copy, with the DQ that read it.
 
     Args:
         copied: Output of the copy.
@@ -122,7 +122,7 @@ class _Pair:
 
 
 def _is_movable_copy(node: ir.Node, opset: int) -> bool:
-    """Whether a pair may stand in front of a node instead of behind it.
+    """Whether a pair may be before a node instead of after it.
 
     Args:
         node: Any node.
@@ -138,7 +138,8 @@ def _is_movable_copy(node: ir.Node, opset: int) -> bool:
 def _pads_with_positive_zero(pad: ir.Node) -> bool:
     """Whether a Pad adds the constant +0.0, as it does by default.
 
-    A pair with zero point 0 keeps +0.0 and turns -0.0 into +0.0, so only a Pad with +0.0 gives the same on both sides.
+    A pair with zero point 0 keeps +0.0 and turns -0.0 into +0.0, so only a Pad with +0.0 gives the same result on both
+    sides.
     """
     if pad.attributes.get_string("mode", "constant") != "constant":
         return False
@@ -152,13 +153,13 @@ def _pads_with_positive_zero(pad: ir.Node) -> bool:
 
 
 def _pairs_behind(copy: ir.Node) -> list[_Pair]:
-    """The equal pairs that read everything a copy gives.
+    """The equal pairs after a copy, if nothing else reads the copy.
 
     Args:
         copy: The copy.
 
     Returns:
-        Nothing where a reader is of another kind, as it would see quantized values if the pair was moved.
+        Nothing if there is another kind of reader: it would see quantized values if the pair was moved.
     """
     if not _may_quantize_input(copy):
         return []
@@ -181,8 +182,8 @@ def _pairs_behind(copy: ir.Node) -> list[_Pair]:
 def _may_quantize_input(copy: ir.Node) -> bool:
     """Whether the input of a copy is an activation that nothing reads in float.
 
-    A reader in float would make a kernel of the Q, which costs more than it saves. A Pad may quantize an input that
-    others read in float, because it goes into the convolution behind it.
+    With a reader in float the Q would be a separate kernel, which costs more than it saves. A Pad may quantize an input
+    that other nodes read in float, because it is folded into the convolution after it.
     """
     source = copy.inputs[0]
     if source is None or source.is_initializer() or constant_of(source) is not None:
@@ -203,7 +204,7 @@ def _pair_at(copied: ir.Value, quantize: ir.Node) -> _Pair | None:
         quantize: A reader of it.
 
     Returns:
-        None if the reader is no Q, or if anything but DQ reads the Q.
+        None if the reader is not a Q, or if anything but DQ reads the Q.
     """
     dequantizes = [reader for reader, _ in quantize.outputs[0].uses()]
     if not dequantizes or not is_op(quantize, "QuantizeLinear"):
@@ -214,10 +215,10 @@ def _pair_at(copied: ir.Value, quantize: ir.Node) -> _Pair | None:
 
 
 def _is_movable_pair(pair: _Pair, copy: ir.Node) -> bool:
-    """Whether each node of a pair can stand in front of a copy.
+    """Whether each node of a pair can be before a copy.
 
-    A pair behind a Pad moves only if the Pad can go into the convolutions behind the pair. Elsewhere the Pad would stay
-    a float node between the DQ and its product.
+    A pair after a Pad moves only if the Pad can be folded into the convolutions after the pair. Otherwise the Pad would
+    stay a float node between the DQ and its product.
     """
     nodes = [pair.quantize, *pair.dequantizes]
     if not all(_is_movable(node, copy) for node in nodes):
@@ -228,10 +229,10 @@ def _is_movable_pair(pair: _Pair, copy: ir.Node) -> bool:
 
 
 def _is_movable(node: ir.Node, copy: ir.Node) -> bool:
-    """Whether a Q or DQ computes each value alone, keeps 0.0, and can stand in front of a copy.
+    """Whether a Q or DQ computes each value separately, keeps 0.0, and can be before a copy.
 
     Args:
-        node: The Q or DQ, behind the copy.
+        node: The Q or DQ, after the copy.
         copy: The copy.
     """
     parameters = parameters_of(node)
@@ -242,15 +243,15 @@ def _is_movable(node: ir.Node, copy: ir.Node) -> bool:
     if node.graph is not copy.graph or node.outputs[0].is_graph_output():
         return False
 
-    # The node that computes a parameter, a Constant, may stand behind the copy.
+    # The node that computes a parameter, a Constant, may be after the copy.
     return all(producer_of(value) is None for value in node.inputs[1:])
 
 
 def _feeds_only_convolutions(dequantize: ir.Node, pad: ir.Node) -> bool:
-    """Whether only convolutions read a DQ, as their input, and each can take in the Pad.
+    """Whether only convolutions read a DQ, as their input, and the Pad can be folded into each of them.
 
     Args:
-        dequantize: The DQ, behind the Pad.
+        dequantize: The DQ, after the Pad.
         pad: The Pad.
     """
     for user, position in dequantize.outputs[0].uses():
@@ -263,10 +264,10 @@ def _feeds_only_convolutions(dequantize: ir.Node, pad: ir.Node) -> bool:
 
 
 def _have_same_parameters(pairs: list[_Pair]) -> bool:
-    """Whether there are pairs, and one Q and one DQ could compute all of them.
+    """Whether there are pairs, and one Q and one DQ can replace all of them.
 
     Args:
-        pairs: All pairs behind a copy.
+        pairs: All pairs after a copy.
     """
     parameters: set[Parameters | None] = set()
     for pair in pairs:

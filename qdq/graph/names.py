@@ -1,4 +1,4 @@
-"""Nodes, scales and zero points named after the torch modules they came from."""
+"""Name nodes, scales and zero points after the torch modules they came from."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class NameNodes(ir.passes.InPlacePass):
     A second node of the same kind in one module gets `_2`, and so on. TensorRT shows these names in its layer list.
 
     Args:
-        scales: Mark -> the quantizer that it stands for (see `qdq.capture`). The scale of each Q and DQ that holds a
-            mark becomes that of the quantizer. The module names that torch writes for a node may be wrong, and decide
-            only where there is no mark.
+        scales: Mark -> the quantizer that it stands for (see `qdq.capture`). Each Q and DQ whose scale is a mark gets
+            the scale of the quantizer. The module names that torch writes for a node may be wrong, so they are used
+            only if there is no mark.
         modules: Dotted names of all modules of the model.
     """
 
@@ -61,7 +61,7 @@ class NameNodes(ir.passes.InPlacePass):
         scales = self._read_marks(model)
         self.quantizers = {scale.name for scale in scales.values()}
 
-        # All places are decided before a scale is written: the marks are scales.
+        # All names are decided before a scale is written: the marks are scales.
         places = {node: self._place_of(node, scales) for node in model.graph}
         counts: Counter[str] = Counter()
         for node, place in places.items():
@@ -98,10 +98,10 @@ class NameNodes(ir.passes.InPlacePass):
         return self._scales.get(float(mark.flat[0]))
 
     def _place_of(self, node: ir.Node, scales: Mapping[ir.Node, QuantizerScale]) -> str:
-        """The name in front of the operator.
+        """The name before the operator.
 
-        It is the quantizer of a marked Q or DQ. For a product it is the module whose quantizer the product reads, and
-        for all other nodes the module that torch has written.
+        It is the quantizer of a marked Q or DQ. For a product it is the module whose quantizer the product reads; for
+        all other nodes, the module that torch has written.
         """
         if node in scales:
             return scales[node].name
@@ -116,9 +116,9 @@ class NameNodes(ir.passes.InPlacePass):
 
 
 def _dequantizers_of_operands(product: ir.Node) -> list[ir.Node]:
-    """The DQ at the operands of a product: that of the weight, which may stand behind copies, then that of the input.
+    """The DQ of the operands of a product: that of the weight, which may be before copies, then that of the input.
 
-    As long as no pairs are merged, each of them belongs to the call or the layer that reads it.
+    Before pairs are merged, each of them belongs to the call or layer that reads it.
     """
     nodes = []
     weight = dequantizer_of(input_of(product, 1))
@@ -150,11 +150,11 @@ def scope_of(node: ir.Node, modules: Collection[str] = frozenset()) -> str:
 
     Args:
         node: Any node.
-        modules: Dotted names of all modules. Inside a forward that is set on an instance, torch counts paths from that
-            instance, not from the model; these names show where it does.
+        modules: Dotted names of all modules. Inside a forward that is set on an instance, torch writes paths relative
+            to that instance, not to the model; these names reveal that.
 
     Returns:
-        "" for the model itself, and where torch has written nothing.
+        "" for the model itself, and if torch has written nothing.
     """
     scopes = node.metadata_props.get(SCOPES)
     if not scopes:
@@ -181,14 +181,14 @@ def _name_parameters(
 ) -> None:
     """Give the scale and zero point of a Q and of its DQ the name of the quantizer.
 
-    The exporter shares equal constants between quantizers. Here each quantizer gets constants of its own, so that the
-    name says whose they are.
+    The exporter shares equal constants between quantizers. Here each quantizer gets its own constants, so that the name
+    says whose they are.
 
     Args:
         graph: The graph.
         quantize: The Q.
-        place: Name in front of `.scale`.
-        quantizer: The scale to write; None leaves the one that stands there.
+        place: Name before `.scale`.
+        quantizer: The scale to write; None keeps the present one.
     """
     users = [quantize]
     for user, _ in quantize.outputs[0].uses():
@@ -212,9 +212,9 @@ def _name_parameters(
 
 
 def _add_parameter(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
-    """The initializer of a name and with these numbers, which exists already where a quantizer is used twice.
+    """The initializer with a name and numbers; it exists already if a quantizer is used twice.
 
-    An initializer of the same name with other numbers belongs to another quantizer: the new name gets a number then.
+    An initializer of the same name with other numbers belongs to another quantizer: then the new name gets a number.
     """
     number = 1
     candidate = name

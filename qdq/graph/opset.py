@@ -1,6 +1,6 @@
-"""A model of ONNX opset 18 written as one of opset 13 to 17: with the same meaning, or not at all.
+"""Rewrite a model of ONNX opset 18 as opset 13 to 17: with the same meaning, or not at all.
 
-torch's exporter writes opset 18 and above. An operator needs work here only where its definition changed in between;
+torch's exporter writes opset 18 and above. An operator needs work here only if its definition changed in between;
 `onnx.defs` knows when. `graph.opset_rules` has one rule for each such change.
 """
 
@@ -23,7 +23,7 @@ LOWEST = 13
 """The first opset in which Q/DQ have an axis."""
 
 NEWEST_OPSET = 23
-"""The newest opset to write: TensorRT 10 and ONNX Runtime read no opset far above this one."""
+"""The newest opset to write: TensorRT 10 and ONNX Runtime do not read opsets far above it."""
 
 FIRST_WITH_HALF_SCALES = 19
 """The first opset in which the scales of Q/DQ may be float16 or bfloat16."""
@@ -32,13 +32,13 @@ _Body = ir.Graph | ir.Function
 
 
 class LowerOpset(ir.passes.InPlacePass):
-    """Lower a model from opset 18 or below to an older one, in place; a model that is there already stays.
+    """Lower a model from opset 18 or below to an older one, in place; a model of the target opset does not change.
 
-    Subgraphs and functions are lowered too. Types and, for Split, shapes of values are needed where an operator
-    changed: torch writes them, and `onnx_ir.passes.common.ShapeInferencePass` adds them to files of other tools.
+    Subgraphs and functions are lowered too. Types and, for Split, shapes of values are needed if an operator changed:
+    torch writes them, and `onnx_ir.passes.common.ShapeInferencePass` adds them to files of other tools.
 
     Args:
-        target: The opset to arrive at, 13 to 18.
+        target: The target opset, 13 to 18.
 
     Raises:
         ArgumentError: The target is out of range.
@@ -55,7 +55,7 @@ class LowerOpset(ir.passes.InPlacePass):
         self._target = target
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Plan all edits, then make them: a model that is refused stays as it was."""
+        """Plan all edits, then make them: a model that is refused does not change."""
         bodies = _list_bodies_above(model, self._target)
         _require_rules(bodies)
 
@@ -70,13 +70,13 @@ class LowerOpset(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(bodies))
 
     def _explain(self, bodies: Sequence[_Body], obstacles: list[_Obstacle]) -> ExportError:
-        """The error that names the nodes in the way and the lowest opset without any.
+        """The error that names the obstacles and the lowest opset without any.
 
-        There is one: the opset of the model itself has no obstacles, so the search comes to an end.
+        The search always ends, because the opset of the model itself has no obstacles.
 
         Args:
             bodies: The bodies to lower.
-            obstacles: The nodes in the way at the target.
+            obstacles: The nodes that the target cannot express.
         """
         lowest = self._target + 1
         while _plan_edits(bodies, lowest).obstacles:
@@ -92,14 +92,14 @@ class LowerOpset(ir.passes.InPlacePass):
 def _list_bodies_above(model: ir.Model, target: int) -> list[_Body]:
     """The main graph and the functions whose opset is above the target.
 
-    Subgraphs are not among them: they have the opset of the graph that holds them.
+    Subgraphs are not listed: they have the opset of the graph that contains them.
     """
     bodies: list[_Body] = [model.graph, *model.functions.values()]
     return [body for body in bodies if body.opset_imports.get("", 0) > target]
 
 
 def _require_rules(bodies: Sequence[_Body]) -> None:
-    """Refuse a model of an opset whose changes have no rules."""
+    """Refuse a model of an opset without rules for its changes."""
     opsets = [body.opset_imports[""] for body in bodies]
     opset = max(opsets, default=0)
     if opset > HIGHEST:
@@ -110,7 +110,7 @@ def _require_rules(bodies: Sequence[_Body]) -> None:
 
 
 def _set_opset(body: _Body, opset: int) -> None:
-    """Write an opset into a body and drop the versions of operators that torch noted at its nodes."""
+    """Write an opset into a body and drop the operator versions that torch stored in its nodes."""
     body.opset_imports[""] = opset
     for node in body.all_nodes():
         node.version = None
@@ -134,11 +134,11 @@ class _Obstacle:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The way to an older opset.
+    """The edits for an older opset, or the reasons against it.
 
     Args:
         edits: Functions that edit the nodes, in graph order.
-        obstacles: The nodes that have no equal there.
+        obstacles: The nodes that the opset cannot express.
     """
 
     edits: list[Edit] = field(default_factory=list)
@@ -150,7 +150,7 @@ def _plan_edits(bodies: Sequence[_Body], target: int) -> _Plan:
 
     Args:
         bodies: Graphs and functions, each with its subgraphs.
-        target: The opset to arrive at.
+        target: The target opset.
     """
     plan = _Plan()
     for body in bodies:
@@ -171,7 +171,7 @@ def _edits_of(node: ir.Node, source: int, target: int) -> list[Edit]:
     They follow the definitions of its operator back, from the one in force at `source` to the one at `target`.
 
     Raises:
-        UnfitError: A change on the way has no rule, or its rule does not fit the node.
+        UnfitError: A change in between has no rule, or its rule does not fit the node.
     """
     edits = []
     newest_schema = schema_of(node.op_type, source)
@@ -217,7 +217,7 @@ def _require_types(node: ir.Node, schema: Any) -> None:
         schema: The definition, an `onnx.defs.OpSchema`.
 
     Raises:
-        UnfitError: The definition does not list a type, or wants two types to be equal that are not.
+        UnfitError: The definition does not list a type, or requires two types to be equal that are not.
     """
     bound_types: dict[str, str] = {}
     _require_types_of(node.inputs, schema.inputs, bound_types)
@@ -231,8 +231,8 @@ def _require_types_of(
 
     Args:
         values: The inputs or outputs.
-        parameters: Their definitions. There may be fewer, as a rule removes the inputs that came later.
-        bound_types: Type variable of the definition, such as `T` -> the type it stands for; is filled here.
+        parameters: Their definitions. There may be fewer, because a rule removes the inputs that came later.
+        bound_types: Type variable of the definition, such as `T` -> its type; is filled here.
     """
     for value, parameter in zip(values, _repeat_variadic(parameters), strict=False):
         if value is None:
@@ -252,7 +252,7 @@ def _require_types_of(
 
 
 def _repeat_variadic(parameters: Sequence[Any]) -> Iterator[Any]:
-    """The parameters of a definition, the last one without end where it stands for any number of values."""
+    """The parameters of a definition; a variadic last one is repeated without end."""
     variadic = defs.OpSchema.FormalParameterOption.Variadic
     if not parameters or parameters[-1].option != variadic:
         return iter(parameters)
@@ -260,7 +260,7 @@ def _repeat_variadic(parameters: Sequence[Any]) -> Iterator[Any]:
 
 
 def _type_name(value_type: ir.TypeProtocol | None) -> str | None:
-    """A type as operator definitions write it: `tensor(float)`, `seq(tensor(int64))`.
+    """A type as in operator definitions: `tensor(float)`, `seq(tensor(int64))`.
 
     Args:
         value_type: Type of a value.

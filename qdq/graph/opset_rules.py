@@ -1,4 +1,4 @@
-"""How to say in an older ONNX opset what an operator does in a newer one: one rule for each change.
+"""How to express a newer operator in an older ONNX opset: one rule for each change.
 
 The rules follow the ONNX operator changelog (onnx/docs/Changelog.md). Each looks at a node and plans its edit; nothing
 is edited before all nodes of a model are planned.
@@ -21,12 +21,12 @@ HIGHEST = 18
 """The newest opset whose changes have a rule here."""
 
 Edit = Callable[[], object]
-# Returns the edit of a node, None if it needs none; raises UnfitError where the older operator cannot do the same.
+# Returns the edit of a node, None if it needs none; raises UnfitError if the older operator cannot do the same.
 Rule = Callable[[ir.Node], "Edit | None"]
 
 
 class UnfitError(Exception):
-    """The reason why a node has no equal at the older opset."""
+    """The reason why an older opset cannot express a node."""
 
 
 @cache
@@ -34,7 +34,7 @@ def schema_of(op_type: str, opset: int) -> Any:
     """The definition of an operator that is in force at an opset.
 
     Returns:
-        An `onnx.defs.OpSchema`; None where the operator has no definition yet.
+        An `onnx.defs.OpSchema`; None if the operator has no definition yet.
     """
     try:
         return defs.get_schema(op_type, opset)
@@ -46,14 +46,14 @@ def schema_of(op_type: str, opset: int) -> Any:
 
 
 def _keep(node: ir.Node) -> None:
-    """Leave a node as it is: only the list of its types grew, which is checked for all nodes."""
+    """Do not change a node: only its list of types grew, which is checked for all nodes."""
 
 
 def _without(**neutral_values: Any) -> Rule:
-    """The rule for new attributes: they are removed where they say what the older operator does anyway.
+    """The rule for new attributes: they are removed if the older operator does the same without them.
 
     Args:
-        neutral_values: For each attribute, the value with which it changes nothing; for a list, the value of all its
+        neutral_values: For each attribute, the value with which it has no effect; for a list, the value of all its
             elements. None: there is no such value.
     """
 
@@ -72,20 +72,20 @@ def _without(**neutral_values: Any) -> Rule:
 
 
 def _reshape_14(node: ir.Node) -> Edit | None:
-    """13 copies a size where the shape says 0, and so does 14 unless allowzero.
+    """In 13 a 0 in the shape copies a size, and in 14 too unless allowzero is set.
 
-    Both do the same where no 0 can be in the shape.
+    Both do the same if the shape cannot contain 0.
     """
     if _attribute(node, "allowzero", 0) and not _copies_no_size(node):
-        raise UnfitError("allowzero=1 with a shape that may hold 0")
+        raise UnfitError("allowzero=1 with a shape that may contain 0")
     return partial(_remove_attributes, node, "allowzero")
 
 
 def _copies_no_size(node: ir.Node) -> bool:
-    """Whether a Reshape with allowzero=1 gives the same without.
+    """Whether a Reshape with allowzero=1 gives the same result without it.
 
-    Where its shape is computed, look at its output: with allowzero, a 0 in the shape is a size of 0 there. So a
-    size that is a number other than 0 rules it out, and one that is the same as in the input may as well be copied.
+    If its shape is computed, look at its output: with allowzero, a 0 in the shape gives a size of 0 there. So a size
+    that is a number other than 0 rules it out, and a size that equals that of the input may be copied.
     """
     data, shape = node.inputs
     sizes = _integers_of(shape)
@@ -111,7 +111,7 @@ def _copies_no_size(node: ir.Node) -> bool:
 
 
 def _is_same_name(size: ir.SymbolicDim, input_size: int | ir.SymbolicDim) -> bool:
-    """Whether two dimensions have one name; a dimension without name is like no other.
+    """Whether two dimensions have the same name; a dimension without name equals no other.
 
     Args:
         size: Dimension of the output.
@@ -123,7 +123,7 @@ def _is_same_name(size: ir.SymbolicDim, input_size: int | ir.SymbolicDim) -> boo
 
 
 def _shape_15(node: ir.Node) -> Edit | None:
-    """15 has start and end; here a Slice takes that part, which clamps and counts from the end in the same way."""
+    """15 has start and end; a Slice takes that part here, with the same clamping and counting from the end."""
     start = _attribute(node, "start", 0)
     end = _attribute(node, "end")
     if start == 0 and end is None:
@@ -145,9 +145,9 @@ def _shape_15(node: ir.Node) -> Edit | None:
 
 
 def _split_18(node: ir.Node) -> Edit | None:
-    """From num_outputs, 18 makes parts of the same size, rounded up, and a smaller last one.
+    """With num_outputs, 18 makes parts of the same size, rounded up, and a smaller last part.
 
-    13 takes the sizes of the parts, which can be written only for a known size.
+    13 needs the sizes of the parts, so the size must be known.
     """
     count = _attribute(node, "num_outputs")
     if count is None:
@@ -183,7 +183,7 @@ def _reduce_18(node: ir.Node) -> Edit | None:
     axes_input = input_of(node, 1)
     axes = [] if axes_input is None else _integers_of(axes_input)
     if axes is None:
-        raise UnfitError("axes that are no constant")
+        raise UnfitError("axes that are not constant")
     if not axes and _attribute(node, "noop_with_empty_axes", 0):
         raise UnfitError("noop_with_empty_axes=1 without axes")
 
@@ -199,23 +199,23 @@ def _reduce_18(node: ir.Node) -> Edit | None:
 
 
 def _pad_18(node: ir.Node) -> Edit | None:
-    """13 has no axes: pads are those of every axis."""
+    """13 has no axes: it needs pads for every axis."""
     if any(node.inputs[3:]):
-        raise UnfitError("an input axes")
+        raise UnfitError("an axes input")
 
     input_count = min(3, len(node.inputs))
     return partial(node.resize_inputs, input_count)
 
 
 def _scatter_18(node: ir.Node) -> None:
-    """Max and min are new among the reductions; the others are those of 16."""
+    """The reductions max and min are new; the others are those of 16."""
     reduction = _attribute(node, "reduction", "none")
     if reduction in ("max", "min"):
         raise UnfitError(f"reduction={reduction}")
 
 
 def _roi_align_16(node: ir.Node) -> Edit | None:
-    """10 does what 16 calls output_half_pixel, and the default of 16 is another."""
+    """10 does what 16 calls output_half_pixel, which is not the default of 16."""
     mode = _attribute(node, "coordinate_transformation_mode", "half_pixel")
     if mode != "output_half_pixel":
         raise UnfitError(f"coordinate_transformation_mode={mode}")
@@ -223,7 +223,7 @@ def _roi_align_16(node: ir.Node) -> Edit | None:
 
 
 def _expand(node: ir.Node) -> Edit:
-    """Replace an elementwise operator by the older ones that ONNX defines it by."""
+    """Replace an elementwise operator by the older operators of its ONNX definition."""
     body = schema_of(node.op_type, HIGHEST).function_body
 
     def edit() -> None:
@@ -267,7 +267,7 @@ _MORE_TYPES = (
     ("Sub", 14),
     ("Where", 16),
 )
-# The axes of these became an input; those of ReduceSum are one since 13.
+# The axes of these became an input; those of ReduceSum have been one since 13.
 _REDUCTIONS = (
     ("ReduceL1", 18),
     ("ReduceL2", 18),
@@ -301,9 +301,9 @@ RULES: dict[tuple[str, int], Rule] = {
     ("Shape", 15): _shape_15,
     ("Split", 18): _split_18,
 }
-"""(operator, opset that changed it or introduced it) -> how to say it in the opset before.
+"""(operator, opset that changed it or introduced it) -> how to express it in the opset before.
 
-A change without a rule cannot be undone; tests/graph/test_opset.py compares the table with all that ONNX changed.
+A change without a rule cannot be undone; tests/graph/test_opset.py compares the table with all changes in ONNX.
 """
 
 
@@ -314,7 +314,7 @@ def _attribute(node: ir.Node, name: str, default: Any = None) -> Any:
     """The value of an attribute.
 
     Raises:
-        UnfitError: A function takes it from its caller, so that it can be anything.
+        UnfitError: A function takes it from its caller, so it can be anything.
     """
     attribute = node.attributes.get(name)
     if attribute is None:
@@ -337,7 +337,7 @@ def _integers_of(value: ir.Value | None) -> list[int] | None:
 
 
 def _graph_of(node: ir.Node) -> ir.Graph:
-    """The graph or function that a node stands in."""
+    """The graph or function that contains a node."""
     assert node.graph is not None  # noqa: S101  # the pass reads it from a graph
     return node.graph
 
@@ -346,7 +346,7 @@ def _graph_of(node: ir.Node) -> ir.Graph:
 
 
 def _remove_attributes(node: ir.Node, *names: str) -> None:
-    """Remove the attributes that a node has of these."""
+    """Remove these attributes from a node, if it has them."""
     for name in names:
         node.attributes.pop(name, None)
 
@@ -355,7 +355,7 @@ def _remove_if_unused(value: ir.Value) -> None:
     """Remove a constant that nothing reads any more.
 
     Args:
-        value: An initializer, or the output of a Constant, whose node is removed then.
+        value: An initializer, or the output of a Constant, whose node is then removed.
     """
     if is_needed(value):
         return
@@ -370,16 +370,16 @@ def _remove_if_unused(value: ir.Value) -> None:
 def _node_like(
     node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], suffix: str = ""
 ) -> ir.Node:
-    """A node that does part of the work of another, with a name and metadata that say so.
+    """A node that does part of the work of another one, as its name and metadata show.
 
     Args:
-        node: The node that it does part of.
+        node: The node that is replaced.
         op_type: Its operator.
         inputs: Its inputs.
         suffix: End of its name; its operator if left out.
 
     Returns:
-        The node, which stands in no graph yet.
+        The node, which is not in a graph yet.
     """
     suffix = suffix or op_type
     part = ir.node(
@@ -393,7 +393,7 @@ def _node_like(
 
 
 def _integer_constant(node: ir.Node, suffix: str, numbers: list[int]) -> ir.Node:
-    """A Constant of int64, which functions and subgraphs can hold too."""
+    """A Constant of int64, which can be in functions and subgraphs too."""
     constant = _node_like(node, "Constant", [], suffix)
     output = constant.outputs[0]
     tensor = ir.tensor(np.array(numbers, dtype=np.int64), name=output.name)
@@ -404,7 +404,7 @@ def _integer_constant(node: ir.Node, suffix: str, numbers: list[int]) -> ir.Node
 
 
 def _replace(node: ir.Node, nodes: Sequence[ir.Node]) -> None:
-    """Put nodes in the place of one; the output of the last takes the place of its output."""
+    """Replace a node by several nodes; the output of the last one replaces its output."""
     ir.convenience.replace_nodes_and_values(
         _graph_of(node), node, [node], nodes, node.outputs, nodes[-1].outputs
     )

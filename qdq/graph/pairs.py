@@ -40,11 +40,11 @@ _IGNORED_ATTRIBUTES = frozenset({"axis", "saturate"})
 
 @dataclass(frozen=True)
 class Parameters:
-    """Everything that decides the numbers of a Q or DQ; equal parameters mean the same function.
+    """Everything that determines the numbers of a Q or DQ; equal parameters mean the same function.
 
     Args:
         scale: Type, shape and bytes of the scale.
-        zero_point: Type, shape and bytes of the zero point; empty where there is none.
+        zero_point: Type, shape and bytes of the zero point; empty if there is none.
         axis: Axis of a per-channel scale; None for a scalar scale.
         options: The other attributes, sorted by name.
     """
@@ -56,15 +56,15 @@ class Parameters:
 
     @property
     def is_scalar(self) -> bool:
-        """Whether one 0-D scale serves the whole tensor, as TensorRT expects it (R-SHAPE)."""
+        """Whether the whole tensor has one 0-D scale, as TensorRT expects (R-SHAPE)."""
         return self.axis is None
 
 
 def is_op(node: ir.Node | None, *op_types: str) -> TypeGuard[ir.Node]:
-    """Whether there is a node, and it is one of these operators of ONNX itself.
+    """Whether a node exists and is one of these operators of ONNX itself.
 
     Args:
-        node: A node, or None where there is none.
+        node: A node or None.
         op_types: Names of operators. Custom operators of the same name do not count.
     """
     if node is None or node.op_type not in op_types:
@@ -91,7 +91,7 @@ def input_of(node: ir.Node, position: int) -> ir.Value | None:
 
 
 def has_reference(node: ir.Node) -> bool:
-    """Whether an attribute refers to one of a function: its value is not known here."""
+    """Whether an attribute refers to an attribute of a function: its value is not known here."""
     return any(attribute.is_ref() for attribute in node.attributes.values())
 
 
@@ -99,7 +99,7 @@ def constant_of(value: ir.Value | None) -> npt.NDArray[Any] | None:
     """The numbers of a constant.
 
     Returns:
-        None if the value is computed, or if its data cannot be read. None for a graph input too: an initializer of
+        None if the value is computed, or if its data cannot be read. None for a graph input too: an initializer with
         the same name is only its default.
     """
     if value is None or value.is_graph_input():
@@ -115,7 +115,7 @@ def constant_of(value: ir.Value | None) -> npt.NDArray[Any] | None:
 
     try:
         return tensor.numpy()
-    except Exception:  # onnx-ir raises and asserts where data do not fit type and shape
+    except Exception:  # onnx-ir raises and asserts if data do not fit type and shape
         return None
 
 
@@ -131,7 +131,7 @@ def parameters_of(node: ir.Node) -> Parameters | None:
         node: Any node.
 
     Returns:
-        None for other operators, and where a parameter is computed in the graph or taken from the caller of a function.
+        None for other operators, and if a parameter is computed in the graph or taken from the caller of a function.
     """
     if not is_op(node, *QDQ_OPS) or has_reference(node):
         return None
@@ -173,8 +173,8 @@ def code_type_of(node: ir.Node) -> ir.DataType | None:
         node: A Q or DQ.
 
     Returns:
-        The type of the zero point. Where that is left out, the type that the attribute of a Q or the input of a DQ
-        says. None if the file does not say.
+        The type of the zero point. If that is left out, the type from the attribute of a Q or the input of a DQ. None
+        if the file has neither.
     """
     zero_point = input_of(node, 2)
     if zero_point is not None:
@@ -190,9 +190,9 @@ def code_type_of(node: ir.Node) -> ir.DataType | None:
 
 
 def _element_type(value: ir.Value | None) -> ir.DataType | None:
-    """The element type of a value, looked up behind the operators that keep it.
+    """The element type of a value, looked up through operators that keep it.
 
-    A file need not write the types of inner values down, but constants always have one.
+    A file may omit the types of inner values, but constants always have one.
 
     Args:
         value: The codes or the zero point of a Q or DQ.
@@ -207,7 +207,7 @@ def _element_type(value: ir.Value | None) -> ir.DataType | None:
 
         node = value.producer()
         if is_op(node, "QuantizeLinear"):
-            # This reads the type of a zero point, which no Q computes, so it comes to an end.
+            # This reads the type of a zero point, which no Q computes, so the recursion ends.
             return code_type_of(node)
         if not is_op(node, *_TYPE_KEEPING_OPS):
             return value.dtype
@@ -220,7 +220,7 @@ def _element_type(value: ir.Value | None) -> ir.DataType | None:
 def has_int8_zeros(node: ir.Node) -> bool:
     """Whether a Q or DQ has int8 codes and a zero point of zero (R-SYM): then 0.0 stays 0.0.
 
-    A zero point that is left out is zero, and the codes have the type that the node or its input says.
+    A missing zero point is zero, and the codes then have the type of the node or its input.
     """
     if input_of(node, 2) is None:
         return code_type_of(node) == ir.DataType.INT8

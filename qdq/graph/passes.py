@@ -1,4 +1,4 @@
-"""Runs onnx-ir passes and refuses any that loses Q/DQ (L25)."""
+"""Run onnx-ir passes and refuse any that loses Q/DQ (L25)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from qdq.graph.coverage import count_qdq
 def run_passes(model: ir.Model, passes: Sequence[ir.passes.InPlacePass]) -> ir.Model:
     """Run the passes in order, in place, and count Q/DQ around each of them.
 
-    A pass that removes Q or DQ nodes on purpose says how many in `removed_q` or `removed_dq`.
+    A pass that removes Q or DQ nodes on purpose gives their number in `removed_q` or `removed_dq`.
 
     Raises:
-        ExportError: A pass changed the number of Q or DQ nodes by more or less than it says.
+        ExportError: A pass changed the number of Q or DQ nodes by a number other than this.
     """
     for graph_pass in passes:
         q_before, dq_before = count_qdq(model)
@@ -29,7 +29,7 @@ def run_passes(model: ir.Model, passes: Sequence[ir.passes.InPlacePass]) -> ir.M
             raise ExportError(
                 f"pass {type(graph_pass).__name__} left {q_after} Q and {dq_after} DQ nodes, "
                 f"expected {expected_q} and {expected_dq}.",
-                "this is a fault of qdq: please report it with the model.",
+                "this is a bug in qdq: please report it with the model.",
             )
 
     return model

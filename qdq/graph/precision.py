@@ -1,4 +1,4 @@
-"""The part of a graph that Q/DQ leave in float, in float16 or bfloat16: TensorRT 11 takes types literally (rule 7)."""
+"""Convert the float part of a quantized graph to float16 or bfloat16: TensorRT 11 takes types literally (rule 7)."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _SUFFIXES = {_FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: 
 
 
 class ConvertPrecision(ir.passes.InPlacePass):
-    """Write the float32 values of the main graph in 16 bit, except where `graph.precision_rules` keeps them.
+    """Convert the float32 values of the main graph to 16 bit, except those that `graph.precision_rules` keeps.
 
-    Every value has one type, and where a reader wants the other there is one Cast for all such readers: so there are no
-    chains, and a region of float32 nodes has one Cast in and one out. Int8 codes stay as they are. A QuantizeLinear
-    takes the type of its input: behind a float32 value its scale stays float32, and the scale of its DequantizeLinear
-    is a 16 bit copy, which leads into the 16 bit region without a Cast.
+    Every value has one type, and one Cast serves all readers that need the other type. So there are no chains of Casts,
+    and a region of float32 nodes has one Cast in and one out. Int8 codes do not change. A QuantizeLinear has the type
+    of its input: after a float32 value its scale stays float32, and the scale of its DequantizeLinear is a 16 bit copy,
+    which leads into the 16 bit region without a Cast.
 
     Args:
         dtype: FLOAT16 or BFLOAT16.
@@ -46,7 +46,7 @@ class ConvertPrecision(ir.passes.InPlacePass):
 
     Raises:
         ArgumentError: Another dtype.
-        ExportError: The opset is too old; the model is unchanged then.
+        ExportError: The opset is too old; the model is then unchanged.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class ConvertPrecision(ir.passes.InPlacePass):
         self._keep_io_types = keep_io_types
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Decide what stays float32, change the types of the rest, then connect the two."""
+        """Decide which nodes stay float32, change the types of the others, then connect the two."""
         graph = model.graph
         opset = model.opset_imports.get("", 0)
         target = Target(self._dtype, opset, self._peaks, self._keep_io_types)
@@ -126,9 +126,9 @@ def _require_opset(graph: ir.Graph, target: Target) -> None:
 
 
 def _lowest_opset_for(products: list[ir.Node], target: Target) -> int:
-    """The lowest opset above that of the graph in which all products have the 16 bit type.
+    """The lowest opset above that of the graph where all products have the 16 bit type.
 
-    Every product has it in the newest opset, so the search comes to an end.
+    Every product has it in the newest opset, so the search always ends.
 
     Args:
         products: Convolutions and matrix products.
@@ -147,7 +147,7 @@ def _select_without_type(nodes: list[ir.Node], target: Target, opset: int) -> li
     Args:
         nodes: Nodes of ONNX operators with an output.
         target: The precision of the graph.
-        opset: The opset to look at, which may be another than that of the graph.
+        opset: The opset to check, which may differ from that of the graph.
     """
     refused_nodes = []
     for node in nodes:
@@ -170,7 +170,7 @@ class _Rewriter:
         float32_nodes: The nodes that stay float32.
 
     Attributes:
-        kept_io: Inputs and outputs of the graph that stay float32 because 16 bit does not hold their values.
+        kept_io: Inputs and outputs of the graph that stay float32 because their values do not fit 16 bit.
     """
 
     def __init__(self, graph: ir.Graph, target: Target, float32_nodes: frozenset[ir.Node]) -> None:
@@ -188,8 +188,8 @@ class _Rewriter:
     def retype(self) -> None:
         """Give every float value its type.
 
-        The operators whose attributes name the type of their output get the new one there, too. Readers are not looked
-        at: `connect` gives them what they want.
+        Attributes that name the type of an output get the new type, too. Readers are not considered: `connect` gives
+        them the types that they need.
         """
         for value in self._values:
             if self._becomes_half(value):
@@ -201,9 +201,9 @@ class _Rewriter:
                 _retype_attributes(node, self._target.dtype)
 
     def _becomes_half(self, value: ir.Value) -> bool:
-        """Whether an input of the graph, or the output of a node, is written in 16 bit.
+        """Whether an input of the graph, or the output of a node, becomes 16 bit.
 
-        An input of the graph is measured, too: it stays float32 where it may overflow.
+        An input of the graph is measured, too: it stays float32 if it may overflow.
         """
         producer = value.producer()
         if producer is not None:
@@ -213,7 +213,7 @@ class _Rewriter:
         return self._fits(value, "input")
 
     def connect(self) -> None:
-        """Insert Casts and converted constants where a reader wants another type than its value has.
+        """Insert Casts and converted constants for readers that need another type than their value has.
 
         Outputs of the graph come first, because a Cast there takes over the name of the output.
         """
@@ -231,8 +231,8 @@ class _Rewriter:
     def _connect_float32_readers(self) -> None:
         """Connect the readers that stay float32.
 
-        They are the nodes that `graph.precision_rules` keeps, and all nodes in subgraphs, which read values of the main
-        graph by name.
+        These are the nodes that `graph.precision_rules` keeps, and all nodes in subgraphs, which read values of the
+        main graph by name.
         """
         for value in self._values:
             if value.dtype == _FLOAT:
@@ -251,13 +251,13 @@ class _Rewriter:
                 converted.name = value.name
 
     def _input_types_of(self, node: ir.Node) -> list[ir.DataType | None]:
-        """The type that a node in 16 bit wants at each input.
+        """The type that a node in 16 bit needs at each input.
 
         Args:
             node: The node.
 
         Returns:
-            None for an input that the node takes as it is; inputs at the end may be left out. The scale of a Q must
+            None for an input of any type; inputs at the end may be left out. The scale of a Q must
             have the type of its data.
         """
         if node.op_type == "QuantizeLinear":
@@ -283,7 +283,7 @@ class _Rewriter:
             allowed_types: The types that the operator allows there.
 
         Returns:
-            float32 where the operator has no 16 bit input there; None for a value that was never float32.
+            float32 if the operator has no 16 bit input there; None for a value that was never float32.
         """
         was_float = value in self._value_set or is_float(value)
         if not was_float:
@@ -298,7 +298,7 @@ class _Rewriter:
         Args:
             node: The node.
             position: Position of the input.
-            dtype: The type that it wants; None for any.
+            dtype: The type that it needs; None for any.
         """
         value = node.inputs[position]
         if value is None or dtype is None or value.dtype == dtype:
@@ -309,7 +309,7 @@ class _Rewriter:
     def _connect_output(self, output: ir.Value) -> None:
         """Give an output of the graph its type.
 
-        It keeps its name, as callers use it. Where a Cast is needed, the value in front of the Cast gets a new name.
+        It keeps its name, because callers use it. If a Cast is needed, the value before the Cast gets a new name.
         """
         if output not in self._value_set or output.producer() is None:
             return
@@ -327,7 +327,7 @@ class _Rewriter:
         self._graph.outputs[index] = result
 
     def _fits(self, value: ir.Value, role: str) -> bool:
-        """Whether 16 bit holds an input or output of the graph; `kept_io` notes where it does not."""
+        """Whether an input or output of the graph fits 16 bit; if it does not, `kept_io` gets its name."""
         reason = self._target.overflows(value)
         if reason is None:
             return True
@@ -336,7 +336,7 @@ class _Rewriter:
         return False
 
     def _in_other_type(self, value: ir.Value) -> ir.Value:
-        """The value in its other type, one for all readers that want it.
+        """The value in its other type, shared by all readers that need it.
 
         A constant gets a 16 bit copy. Any other value gets a Cast.
         """
@@ -348,7 +348,7 @@ class _Rewriter:
         return self._converted[value]
 
     def _cast(self, value: ir.Value) -> ir.Value:
-        """The value in its other type, through a Cast right behind the node that computes it."""
+        """The value in its other type, through a Cast directly after the node that computes it."""
         producer = value.producer()
         producer_name = value.name if producer is None else producer.name
         dtype = self._target.dtype if value.dtype == _FLOAT else _FLOAT
@@ -381,7 +381,7 @@ class _Rewriter:
 
 
 def _list_float_values(graph: ir.Graph) -> list[ir.Value]:
-    """The float32 inputs of a graph, and the float32 outputs of its nodes, but for Constants.
+    """The float32 inputs of a graph, and the float32 outputs of its nodes, except Constants.
 
     Constants are converted for their readers, like initializers.
     """
@@ -401,12 +401,12 @@ def _suffix_of(dtype: ir.DataType | None) -> str:
 
 
 def _retype_attributes(node: ir.Node, dtype: ir.DataType) -> None:
-    """Write a type into the attributes of a node that say the type of its output.
+    """Write a type into the attributes of a node that name the type of its output.
 
-    An Attention keeps the precision of its softmax, which is that of its inputs if nothing is written.
+    An Attention keeps the precision of its softmax, which is that of its inputs by default.
 
     Args:
-        node: A node that is written in 16 bit.
+        node: A node that becomes 16 bit.
         dtype: FLOAT16 or BFLOAT16.
     """
     if node.op_type == "Cast":
@@ -430,10 +430,10 @@ def _remove_constant(graph: ir.Graph, value: ir.Value) -> None:
 
 
 def _fold_casts(graph: ir.Graph) -> None:
-    """Remove the Casts of the model that change nothing any more.
+    """Remove the Casts of the model that no longer change anything.
 
-    A Cast of the model from float16 to float32, or back, is one where both sides have become 16 bit. A Cast whose
-    output is an output of the graph stays, because its name must.
+    These are Casts from float16 to float32 or back if both sides have become 16 bit. A Cast whose output is an output
+    of the graph stays, because the name must not change.
     """
     for node in list(graph):
         if node.op_type != "Cast":

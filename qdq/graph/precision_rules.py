@@ -1,4 +1,4 @@
-"""The nodes of a graph that stay in float32 where the rest goes to 16 bit, each with its reason."""
+"""The nodes of a graph that stay in float32 when the others become 16 bit, each with its reason."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _NORMALIZATIONS = frozenset(
     }
 )
 _SOFTMAXES = frozenset({"Softmax", "LogSoftmax"})
-# Their results may leave the range of float16 on inputs that were not measured; bfloat16 has the range of float32.
+# Their results may leave the range of float16 for inputs that were not measured; bfloat16 has the range of float32.
 _GROWING_OPS = frozenset(
     {
         "Exp",
@@ -57,13 +57,13 @@ _GROWING_OPS = frozenset(
 # They turn small differences near zero into large ones.
 _NEAR_ZERO_OPS = frozenset({"Sqrt", "Reciprocal", "Log"})
 _MEAN_OPS = frozenset({"ReduceMean", "ReduceSum", "GlobalAveragePool"})
-# Their scales have a rule of their own, and small weights and biases lose no more than others do by rounding.
+# Their scales have a separate rule, and small weights and biases lose no more by rounding than others.
 _EXEMPT_FROM_CONSTANTS = frozenset({*QDQ_OPS, "Conv", "ConvTranspose", "Gemm"})
 # They keep a small value small or make it the divisor.
 _DIVISOR_OPS = COPY_OPS | {"Div", "Mul", "Sqrt", "Reciprocal"}
-# They keep the operand of a root away from zero.
+# They keep the operand of a square root away from zero.
 _EPSILON_OPS = frozenset({"Add", "Max", "Clip"})
-# A variance is one of these, of squares.
+# A variance is one of these, taken of squares.
 _VARIANCE_OPS = frozenset({"ReduceMean", "ReduceSum"})
 _BODY_TYPES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 _LARGEST_CODE = 128  # magnitude of int8 codes
@@ -110,12 +110,12 @@ class Target:
 
     @property
     def is_float16(self) -> bool:
-        """Whether the range is smaller than that of float32; bfloat16 has the same."""
+        """Whether the type is float16, whose range is smaller than that of float32 and bfloat16."""
         return self.dtype == ir.DataType.FLOAT16
 
     @property
     def name(self) -> str:
-        """As ONNX and numpy write it: float16, bfloat16."""
+        """The name in ONNX and numpy: float16 or bfloat16."""
         return self.dtype.name.lower()
 
     @cached_property
@@ -125,22 +125,22 @@ class Target:
 
     @cached_property
     def smallest_normal(self) -> float:
-        """Below it, numbers lose digits."""
+        """Smallest normal number; smaller ones lose digits."""
         return 2.0**-14 if self.is_float16 else 2.0**-126
 
     def allows(self, types: Collection[str]) -> bool:
-        """Whether the types that an operator lists include this one."""
+        """Whether the types that an operator allows include this one."""
         return f"tensor({self.name})" in types
 
     def overflows(self, value: ir.Value) -> str | None:
-        """Why 16 bit does not hold a value.
+        """Why a value does not fit 16 bit.
 
         Args:
             value: A constant, or a value whose largest magnitude may have been measured.
 
         Returns:
-            None if 16 bit holds it, or if nothing is known about it. bfloat16 holds every measured value: it has the
-            range of float32.
+            None if it fits, or if nothing is known about it. Every measured value fits bfloat16, which has the range of
+            float32.
         """
         constant = constant_of(value)
         if constant is not None:
@@ -176,10 +176,7 @@ def choose_float32(graph: ir.Graph, target: Target) -> dict[ir.Node, str]:
 
     Args:
         graph: The graph, with types of all values.
-        target: The precision of the rest.
-
-    Returns:
-        Node -> reason, in graph order, of those that stay.
+        target: The precision of the others. Returns: Node -> reason, in graph order, for the nodes that stay.
     """
     nodes = [node for node in graph if _needs_decision(node)]
 
@@ -189,7 +186,7 @@ def choose_float32(graph: ir.Graph, target: Target) -> dict[ir.Node, str]:
         if reason is not None:
             reasons[node] = reason
 
-    # The first reason of a node stays.
+    # A node keeps its first reason.
     _add_reason(reasons, _products_of_float32(nodes, reasons), _MIXED_PRODUCT)
     _add_reason(reasons, _decomposed_normalizations(nodes), _NORMALIZATION_PART)
     _add_reason(reasons, _divisions_by_floored(nodes, target), _DIVIDES_BY_FLOOR)
@@ -212,7 +209,7 @@ def _add_reason(reasons: dict[ir.Node, str], nodes: Iterable[ir.Node], reason: s
 def _needs_decision(node: ir.Node) -> bool:
     """Whether a node computes in float32, or reads it and depends on its type.
 
-    A Q is among them: its scale has the type of its input.
+    A Q does: its scale has the type of its input.
     """
     if any(map(is_float, node.outputs)):
         return True
@@ -229,7 +226,7 @@ def is_float(value: ir.Value | None) -> bool:
 def takes_either(node: ir.Node) -> bool:
     """Whether a node reads one float value, of any float type: Q, Cast, Shape, ArgMax, IsNaN ...
 
-    Such a node needs no Cast in front, and its result does not depend on the precision of its input but for rounding.
+    Such a node needs no Cast before it, and its result depends on the precision of its input only by rounding.
 
     Args:
         node: Any node, with the types of its inputs and outputs.
@@ -272,7 +269,7 @@ def _parameter_at(
 
 
 def _reason_of(node: ir.Node, target: Target) -> str | None:
-    """The reason of the first rule that keeps a node in float32; None if none does."""
+    """The reason of the first rule that keeps a node in float32; None if no rule does."""
     for rule in _RULES:
         reason = rule(node, target)
         if reason is not None:
@@ -282,7 +279,7 @@ def _reason_of(node: ir.Node, target: Target) -> str | None:
 
 
 def _by_types(node: ir.Node, target: Target) -> str | None:
-    """Keep what ONNX does not define in 16 bit, and what qdq cannot look into.
+    """Keep nodes that ONNX does not define in 16 bit, and nodes that qdq cannot look into.
 
     Args:
         node: The node.
@@ -307,8 +304,8 @@ def _by_types(node: ir.Node, target: Target) -> str | None:
 def _has_type(node: ir.Node, target: Target) -> bool:
     """Whether ONNX defines an operator in 16 bit.
 
-    Each float32 output must allow the type. Where no output is float32, one float32 input that allows it is enough: a
-    Cast in front of the other inputs gives them what they want.
+    Each float32 output must allow the type. If no output is float32, one float32 input that allows it is enough: the
+    other inputs get a Cast.
 
     Args:
         node: A node of an ONNX operator.
@@ -348,7 +345,7 @@ def _by_operator(node: ir.Node, target: Target) -> str | None:
 def _by_scale(node: ir.Node, target: Target) -> str | None:
     """Keep a scale that underflows or is subnormal, or whose codes overflow (R-SCALE).
 
-    TensorRT may flush subnormal scales to zero, and a code times such a scale would be zero then.
+    TensorRT may flush subnormal scales to zero, and then a code times such a scale would be zero.
     """
     if node.op_type not in QDQ_OPS:
         return None
@@ -388,7 +385,7 @@ def _reduced_values(node: ir.Node) -> int | None:
     """The number of values in each mean or sum of a node.
 
     Returns:
-        None where a size, or the axes, are not known.
+        None if a size or the axes are not known.
     """
     data = node.inputs[0]
     if data is None or data.shape is None:
@@ -416,7 +413,7 @@ def _reduced_axes(node: ir.Node, rank: int) -> list[int] | None:
         rank: Number of dimensions of its input.
 
     Returns:
-        All axes where none are listed; None where they are computed.
+        All axes if none are listed; None if they are computed.
     """
     if node.op_type == "GlobalAveragePool":
         return list(range(2, rank))
@@ -430,10 +427,10 @@ def _reduced_axes(node: ir.Node, rank: int) -> list[int] | None:
 
 
 def _by_constant(node: ir.Node, target: Target) -> str | None:
-    """Keep an epsilon, which 16 bit would make zero.
+    """Keep an epsilon, which would become zero in 16 bit.
 
-    It is a single number below the smallest normal one. Elements of larger constants that are so small matter as little
-    as other rounding errors.
+    It is a single number below the smallest normal one. Such small elements of larger constants matter no more than
+    other rounding errors.
 
     Args:
         node: The node.
@@ -459,12 +456,12 @@ def _by_constant(node: ir.Node, target: Target) -> str | None:
 def _by_range(node: ir.Node, target: Target) -> str | None:
     """Keep a node whose values overflow.
 
-    Inputs count as well: behind a node that stays float32, they would overflow in a Cast. A Q takes the type of its
-    input, so it needs no Cast.
+    Inputs count as well: after a node that stays float32, they would overflow in a Cast. A Q has the type of its input,
+    so it needs no Cast.
 
     Args:
         node: The node.
-        target: The precision of the rest, with the largest values that were measured.
+        target: The precision of the others, with the largest values that were measured.
     """
     if node.op_type == "QuantizeLinear":
         return None
@@ -495,8 +492,8 @@ _RULES: tuple[Callable[[ir.Node, Target], str | None], ...] = (
 def _products_of_float32(nodes: list[ir.Node], reasons: Mapping[ir.Node, str]) -> set[ir.Node]:
     """Products with an operand whose DQ stays float32, and all nodes that dequantize their operands.
 
-    TensorRT builds no int8 product then ("type mismatch between matmul operand scales"). An exception is a convolution
-    whose weight alone has float32 scales, with a Cast behind its DQ.
+    TensorRT cannot build an int8 product from them ("type mismatch between matmul operand scales"). An exception is a
+    convolution where only the weight has float32 scales, with a Cast after its DQ.
 
     Args:
         nodes: The nodes to decide about.
@@ -509,7 +506,7 @@ def _products_of_float32(nodes: list[ir.Node], reasons: Mapping[ir.Node, str]) -
     float32_nodes = set(reasons)
     size = 0
     while size != len(float32_nodes):
-        # A DQ that several products read carries the decision from one to the next, in any order.
+        # A DQ that several products read passes the decision from one to the next, in any order.
         size = len(float32_nodes)
         for product in products:
             if _has_float32_scales(product, float32_nodes):
@@ -519,9 +516,9 @@ def _products_of_float32(nodes: list[ir.Node], reasons: Mapping[ir.Node, str]) -
 
 
 def _has_float32_scales(product: ir.Node, float32_nodes: Collection[ir.Node]) -> bool:
-    """Whether the DQ of a deciding operand of a product stays float32.
+    """Whether the DQ of a relevant operand of a product stays float32.
 
-    The input decides for a convolution, and both operands decide for a matrix product.
+    For a convolution it is the input, for a matrix product both operands.
 
     Args:
         product: The product.
@@ -538,7 +535,7 @@ def _has_float32_scales(product: ir.Node, float32_nodes: Collection[ir.Node]) ->
 
 
 def _nodes_of_product(product: ir.Node) -> list[ir.Node]:
-    """A product behind all nodes that dequantize its operands."""
+    """All nodes that dequantize the operands of a product, then the product."""
     nodes = []
     for operand in product.inputs[:2]:
         nodes += _dequantizing_path(operand)
@@ -548,7 +545,7 @@ def _nodes_of_product(product: ir.Node) -> list[ir.Node]:
 
 
 def _dequantizing_path(value: ir.Value | None) -> list[ir.Node]:
-    """The nodes from a value back to its DQ: the copies, nearest to the value first, then the DQ.
+    """The nodes from a value back to its DQ: first the copies, nearest to the value first, then the DQ.
 
     Args:
         value: An operand of a product.
@@ -572,8 +569,8 @@ def _dequantizing_path(value: ir.Value | None) -> list[ir.Node]:
 def _decomposed_normalizations(nodes: list[ir.Node]) -> list[ir.Node]:
     """The nodes of every normalization that is written in single operators.
 
-    They are x - mean(x), its square, the mean of that, the addition of epsilon, the root, and the division by it, which
-    may be a Reciprocal and a product.
+    They are x - mean(x), its square, the mean of that, the addition of epsilon, the square root, and the division by
+    it, which may be a Reciprocal and a product.
 
     Args:
         nodes: The nodes to search.
@@ -598,13 +595,13 @@ def _decomposed_normalizations(nodes: list[ir.Node]) -> list[ir.Node]:
 
 
 def _variance_of(root: ir.Node) -> list[ir.Node]:
-    """The nodes that compute the variance in front of a root, as far as they can be told.
+    """The nodes that compute the variance before a square root, as far as they can be recognized.
 
     Args:
         root: A Sqrt.
 
     Returns:
-        Nothing where the root is not taken of a mean or sum, with or without an epsilon.
+        Nothing if the root is not that of a mean or sum, with or without an epsilon.
     """
     parts = []
     mean = producer_of(root.inputs[0])
@@ -622,8 +619,8 @@ def _variance_of(root: ir.Node) -> list[ir.Node]:
 def _squares_of(mean: ir.Node) -> list[ir.Node]:
     """The nodes that compute the operand of a mean of squares.
 
-    They are the square, the difference that is squared, and the mean that is subtracted there, as far as they are
-    written like that.
+    They are the square, the difference that is squared, and the mean that is subtracted there, if they are written like
+    that.
 
     Args:
         mean: A ReduceMean or ReduceSum.
@@ -648,7 +645,7 @@ def _first_producer_of(node: ir.Node) -> ir.Node | None:
     """The node that computes the first computed input of a node.
 
     Args:
-        node: The addition of an epsilon, which may stand on either side.
+        node: The addition of an epsilon, which may be either operand.
     """
     for value in node.inputs:
         producer = producer_of(value)
@@ -659,13 +656,13 @@ def _first_producer_of(node: ir.Node) -> ir.Node | None:
 
 
 def _divisions_by_floored(nodes: list[ir.Node], target: Target) -> list[ir.Node]:
-    """The nodes between max(|x|, 1e-12) and the division by it, which would be one by zero in 16 bit.
+    """The nodes between max(|x|, 1e-12) and the division by it, which would be by zero in 16 bit.
 
-    They are copies, roots and products of the floored value. Behind a Reciprocal, a product is the division.
+    They are copies, square roots and products of the floored value. After a Reciprocal, a product is the division.
 
     Args:
         nodes: The nodes to search.
-        target: The precision of the rest, which decides whether the floor becomes zero.
+        target: The precision of the others, which decides whether the floor becomes zero.
     """
     visited: dict[ir.Node, None] = {}
     pending: list[tuple[ir.Node, bool]] = []  # and whether the reciprocal has been taken already
@@ -679,7 +676,7 @@ def _divisions_by_floored(nodes: list[ir.Node], target: Target) -> list[ir.Node]
             if user in visited or not is_op(user, *_DIVISOR_OPS):
                 continue
 
-            # The first way to a node decides whether the reciprocal has been taken in front of it.
+            # The first path to a node decides whether the reciprocal has been taken before it.
             visited[user] = None
             if not _divides(user, is_inverse):
                 pending.append((user, is_inverse or is_op(user, "Reciprocal")))
@@ -692,7 +689,7 @@ def _divides(node: ir.Node, is_inverse: bool) -> bool:
 
     Args:
         node: A node that reads it or its reciprocal.
-        is_inverse: The node reads the reciprocal.
+        is_inverse: Whether the node reads the reciprocal.
     """
     if is_inverse and is_op(node, "Mul"):
         return True
@@ -702,10 +699,10 @@ def _divides(node: ir.Node, is_inverse: bool) -> bool:
 def _regions_between(
     nodes: list[ir.Node], reasons: Mapping[ir.Node, str], target: Target
 ) -> set[ir.Node]:
-    """Nodes where 16 bit would only add a Cast in front and one behind: all around them is float32 anyway.
+    """Nodes where 16 bit would only add a Cast before and after: all nodes around them are float32 anyway.
 
-    Matrix products are not among them, because they belong in 16 bit. Only what is connected with a node that stays
-    float32 counts: float32 inputs and outputs of the graph alone are no reason.
+    Matrix products are excluded, because they belong in 16 bit. Only nodes connected with a node that stays float32
+    count: float32 inputs and outputs of the graph alone are no reason.
 
     Args:
         nodes: The nodes to decide about.
@@ -727,9 +724,9 @@ def _regions_between(
 def _enclosed_nodes(
     nodes: list[ir.Node], reasons: Mapping[ir.Node, str], target: Target
 ) -> set[ir.Node]:
-    """The largest set of nodes that exchange values only with each other and with what stays float32.
+    """The largest set of nodes that exchange values only with each other and with nodes that stay float32.
 
-    It starts with all candidates and loses those with an open side, until none is open.
+    The search starts with all candidates and drops those with a 16 bit neighbor, until there are none.
 
     Args:
         nodes: The nodes to decide about.
@@ -767,11 +764,11 @@ def _neighbors_of(node: ir.Node) -> set[ir.Node]:
 
 
 def _is_enclosed(node: ir.Node, float32_nodes: set[ir.Node], target: Target) -> bool:
-    """Whether a node reads float32 only, and only float32 reads it.
+    """Whether a node reads only float32, and only float32 nodes read it.
 
     Args:
         node: The node.
-        float32_nodes: Nodes that stay float32, or would.
+        float32_nodes: Nodes that stay float32, or may.
         target: The precision of the rest.
     """
     for value in node.inputs:
@@ -792,7 +789,7 @@ def _is_enclosed(node: ir.Node, float32_nodes: set[ir.Node], target: Target) -> 
 def _stays_float32(value: ir.Value, float32_nodes: set[ir.Node], target: Target) -> bool:
     """Whether a float32 input of a node stays float32.
 
-    A constant does, because it has the type of each reader. An input of the graph does if the signature is kept.
+    A constant does, because it gets the type of each reader. An input of the graph does if the signature is kept.
     """
     if constant_of(value) is not None:
         return True
@@ -808,12 +805,12 @@ def _is_read_in_float32(
 ) -> bool:
     """Whether no reader of a float32 output of a node would read it in 16 bit.
 
-    Readers that take either type do not count, and neither do subgraphs, which stay float32.
+    Readers that accept either type do not count, and neither do subgraphs, which stay float32.
 
     Args:
         value: The output.
         node: The node.
-        float32_nodes: Nodes that stay float32, or would.
+        float32_nodes: Nodes that stay float32, or may.
         target: The precision of the rest.
     """
     if value.is_graph_output() and not target.keep_io_types:

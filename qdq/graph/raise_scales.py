@@ -1,4 +1,4 @@
-"""Weight scales that are too small for the bias of their layer, made larger."""
+"""Raise weight scales that are too small for the bias of their layer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from qdq.graph.pairs import constant_of, input_of, is_int8_zero, is_op, producer
 from qdq.text import list_names
 
 _BIAS_CODES = 2.0**30  # half of int32: the sum of products that the bias is added to needs room too
-# Of channels of zeros: the smallest that float16 holds with all digits (R-SCALE), so that the bias, in units of it and
-# of the scale of the input, loses as little as possible.
+# For channels of zeros: the smallest normal float16 number (R-SCALE), so that the bias, in units of it and of the scale
+# of the input, loses as little as possible.
 _DEAD_SCALE = 2.0**-14
 _INT8 = np.iinfo(np.int8)
 
@@ -27,16 +27,16 @@ Floats = npt.NDArray[np.float64]
 class RaiseWeightScales(ir.passes.InPlacePass):
     """Give weights a scale with which the bias of their layer fits int32.
 
-    A runtime that computes a product in integers adds the bias as int32 in units of input scale * weight scale. Where
-    the weights of a channel are zero, or tiny beside its bias, that number does not fit, and ONNX Runtime clips it.
+    A runtime that computes a product in integers adds the bias as int32 in units of input scale * weight scale. If the
+    weights of a channel are zero, or tiny compared with its bias, that number does not fit, and ONNX Runtime clips it.
 
-    A channel whose codes are all 0 keeps every number with any scale; where its scale is too small for float16, it
-    gets one that is not. Elsewhere each weight moves by half of the new scale at most, so the output of a
-    layer with K products per value moves by less than K * 2^-24 of the bias: no more than the order of a float32 sum
-    changes. What was clipped stays clipped.
+    A channel whose codes are all 0 keeps its numbers with any scale; if its scale is too small for float16, it gets a
+    larger one. Other weights change by at most half of the new scale, so the output of a layer with K products per
+    value changes by less than K * 2^-24 of the bias: no more than a different order of summation in float32. Clipped
+    weights stay clipped.
 
     Args:
-        only_dead: Change only what keeps every number, and only where a bias does not fit.
+        only_dead: Change only channels whose numbers do not change, and only if a bias does not fit.
     """
 
     def __init__(self, only_dead: bool = False) -> None:
@@ -51,7 +51,7 @@ class RaiseWeightScales(ir.passes.InPlacePass):
         """Change the weights of the main graph; `removed_q` and `removed_dq` count each copy of a pair as -1.
 
         Raises:
-            ExportError: A weight holds NaN or Inf, so that its codes are those of another number.
+            ExportError: A weight contains NaN or Inf, for which there is no code.
         """
         self.changed = []
         self.removed_q = 0
@@ -68,7 +68,7 @@ class RaiseWeightScales(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(self.changed))
 
     def _raise_dead_channels(self, nodes: list[ir.Node]) -> None:
-        """Give channels of zeros a scale that float16 holds."""
+        """Give channels of zeros a scale that fits float16."""
         weights = []
         for node in nodes:
             weight = _read_weight(node)
@@ -89,7 +89,7 @@ class RaiseWeightScales(ir.passes.InPlacePass):
         is_shared = len(output.uses()) > 1
         if is_shared and self._changes_numbers(weight, smallest_scale):
             if product.inputs[1] is not output:
-                return  # it is behind a Transpose, which other nodes may read too
+                return  # it is after a Transpose, which other nodes may read too
             weight = self._copy_pair(weight, product)
 
         self._raise_scale(weight, smallest_scale)
@@ -100,7 +100,7 @@ class RaiseWeightScales(ir.passes.InPlacePass):
         return bool(np.any(grows & ~weight.dead))
 
     def _raise_scale(self, weight: _Weight, smallest_scale: Floats) -> None:
-        """Write larger scales, and the numbers that go with them, if any scale grows and the file can hold all."""
+        """Write larger scales, and the numbers that go with them, if any scale grows and the file can store all."""
         scale = weight.raised(smallest_scale, self._only_dead)
         with np.errstate(over="ignore"):
             stored_scale = scale.astype(weight.scale_type)
@@ -114,7 +114,7 @@ class RaiseWeightScales(ir.passes.InPlacePass):
         self.changed.append(weight.dequantize.name or str(weight.dequantize.outputs[0].name))
 
     def _copy_pair(self, weight: _Weight, reader: ir.Node) -> _Weight:
-        """Give one reader of a weight a DQ, and a Q, of its own."""
+        """Give one reader of a weight a separate DQ, and a separate Q."""
         value = weight.dequantize.inputs[0]
         graph = reader.graph
         assert value is not None and graph is not None  # noqa: S101  # it was read from the graph
@@ -145,8 +145,8 @@ class _Weight:
 
     Args:
         dequantize: Its DQ.
-        quantize: Its Q; None where the file holds codes.
-        numbers: Float weights, or codes where there is no Q.
+        quantize: Its Q; None if the file contains codes.
+        numbers: Float weights, or codes if there is no Q.
         scale: As in the file, 0-D or 1-D.
         scale_type: Type of the scale in the file.
         axis: The axis of a 1-D scale; None for one scale.
@@ -168,7 +168,7 @@ class _Weight:
 
     @property
     def dead(self) -> npt.NDArray[np.bool_]:
-        """Whether all codes are 0, for each scale."""
+        """For each scale, whether all codes are 0."""
         sizes = np.abs(self.numbers.astype(np.float64))
         reduced_axes = tuple(axis for axis in range(sizes.ndim) if axis != self.axis)
         largest = sizes.max(reduced_axes, initial=0)
@@ -179,21 +179,21 @@ class _Weight:
         return np.asarray(largest <= self.scale / 2)
 
     def raised(self, smallest_scale: Floats, only_dead: bool) -> Floats:
-        """The scale, no smaller than `smallest_scale` where it may change."""
+        """The scale, at least `smallest_scale` where it may change."""
         larger_scale = np.maximum(self.scale, smallest_scale)
         if only_dead:
             return np.where(self.dead, larger_scale, self.scale)
         return np.asarray(larger_scale)
 
     def numbers_for(self, scale: Floats) -> npt.NDArray[Any]:
-        """The numbers that the file must hold with another scale: floats to quantize, or codes."""
+        """The numbers for the file with another scale: floats to quantize, or codes."""
         old_scale = self._broadcast(self.scale)
         new_scale = self._broadcast(scale)
         if self.quantize is None:
             codes = np.rint(self.numbers * (old_scale / new_scale))
             return codes.clip(_INT8.min, _INT8.max).astype(self.numbers.dtype)
 
-        # Floats that the old scale clips would get larger codes with the new one.
+        # Without this, floats that the old scale clips would get larger codes with the new one.
         floats = self.numbers.astype(np.float64)
         clipped_floats = floats.clip(_INT8.min * old_scale, _INT8.max * old_scale)
         floats_for_scale = np.where(new_scale > old_scale, clipped_floats, self.numbers)
@@ -210,14 +210,14 @@ class _Weight:
 
 
 def _read_weight(dequantize: ir.Node | None) -> _Weight | None:
-    """The constant behind a DQ.
+    """The constant that a DQ reads, directly or through a Q.
 
     Args:
         dequantize: Any node, or none.
 
     Returns:
-        None for other nodes, other types than int8 and other zero points than 0. None too where Q and DQ have different
-        scales, or where the codes of the Q have other readers.
+        None for other nodes, other types than int8 and other zero points than 0. None too if Q and DQ have different
+        scales, or if the codes of the Q have other readers.
     """
     if not is_op(dequantize, "DequantizeLinear") or not _is_symmetric(dequantize):
         return None
@@ -262,7 +262,7 @@ def _codes_of(dequantize: ir.Node) -> npt.NDArray[Any] | None:
 
 
 def _is_symmetric(node: ir.Node) -> bool:
-    """Whether the codes are int8 with zero point 0; a DQ of int8 codes need not write it."""
+    """Whether the codes are int8 with zero point 0; a DQ of int8 codes may omit the zero point."""
     if input_of(node, 2) is None:
         return node.op_type == "DequantizeLinear"
 
@@ -271,7 +271,7 @@ def _is_symmetric(node: ir.Node) -> bool:
 
 
 def _is_pair(quantize: ir.Node, scale: npt.NDArray[Any]) -> bool:
-    """Whether a Q and the DQ behind it can get another scale together.
+    """Whether a Q and the DQ after it can get another scale together.
 
     Args:
         quantize: The Q.
@@ -286,7 +286,7 @@ def _is_pair(quantize: ir.Node, scale: npt.NDArray[Any]) -> bool:
 
 
 def _require_finite(weights: list[_Weight]) -> None:
-    """Refuse weights that hold NaN or Inf."""
+    """Refuse weights that contain NaN or Inf."""
     broken_names = []
     for weight in weights:
         is_finite = np.isfinite(weight.numbers).all()
@@ -295,9 +295,9 @@ def _require_finite(weights: list[_Weight]) -> None:
 
     if broken_names:
         raise ExportError(
-            f"{len(broken_names)} weights hold NaN or Inf, which int8 has no code for: "
+            f"{len(broken_names)} weights contain NaN or Inf, which int8 has no code for: "
             f"{list_names(broken_names, 5)}.",
-            "look at the parameters that they are computed from.",
+            "check the parameters that they are computed from.",
         )
 
 
@@ -311,8 +311,8 @@ def least_scale(node: ir.Node) -> Floats | None:
         node: Any node.
 
     Returns:
-        One number for each weight scale, in its shape. None where there is no constant bias, where the operands are
-        not quantized, or where scales are not along the output channels.
+        One number for each weight scale, in its shape. None if there is no constant bias, if the operands are not
+        quantized, or if scales are not along the output channels.
     """
     bias = _bias_of(node)
     if bias is None:
@@ -342,7 +342,7 @@ def _bias_of(node: ir.Node) -> npt.NDArray[Any] | None:
     """The constant bias of a product.
 
     Returns:
-        None if it has none, as a MatMul, or if the bias is computed.
+        None if it has none, like a MatMul, or if the bias is computed.
     """
     if not is_op(node, *WEIGHTED_OPS) or node.op_type == "MatMul":
         return None
@@ -354,7 +354,7 @@ def _bias_of(node: ir.Node) -> npt.NDArray[Any] | None:
 
 
 def _positive_scalar(scale: npt.NDArray[Any] | None) -> float | None:
-    """The number of a scale, if it is a single one above 0.
+    """The number of a scale, if it is a single number above 0.
 
     Args:
         scale: From `constant_of`.
@@ -369,11 +369,11 @@ def _positive_scalar(scale: npt.NDArray[Any] | None) -> float | None:
 
 
 def _is_along_outputs(node: ir.Node, dequantize: ir.Node) -> bool:
-    """Whether the scales of a weight lie along the output channels of a product.
+    """Whether the scales of a weight are along the output channels of a product.
 
     Args:
         node: The product.
-        dequantize: The DQ of its weight, which may stand behind a Transpose.
+        dequantize: The DQ of its weight, which may be before a Transpose.
     """
     rank = _rank_of(dequantize.inputs[0])
     if not rank:
@@ -387,7 +387,7 @@ def _rank_of(value: ir.Value | None) -> int:
     """The number of dimensions of a value.
 
     Returns:
-        0 where it is not known, and for a scalar.
+        0 if it is not known, and for a scalar.
     """
     array = constant_of(value)
     if array is not None:
@@ -419,7 +419,7 @@ def _copy_node(node: ir.Node, value: ir.Value | None, suffix: str) -> ir.Node:
 def _set_constant(readers: list[ir.Node], position: int, array: npt.NDArray[Any]) -> None:
     """Give nodes another constant.
 
-    It keeps the name of the old one, unless that has other readers.
+    The new constant takes the name of the old one, unless that has other readers.
 
     Args:
         readers: The nodes.
@@ -449,7 +449,7 @@ def _set_constant(readers: list[ir.Node], position: int, array: npt.NDArray[Any]
 
 
 def _free_name(graph: ir.Graph, name: str) -> str:
-    """A name that no initializer has: the given one with a number behind it, from 2 on."""
+    """A name that no initializer has: the given one with a number after it, from 2 on."""
     number = 2
     while f"{name}_{number}" in graph.initializers:
         number += 1

@@ -1,4 +1,4 @@
-"""Identity nodes removed."""
+"""Remove Identity nodes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from qdq.graph.pairs import is_op
 class RemoveIdentities(ir.passes.InPlacePass):
     """Let the readers of an Identity read its input, and remove the Identity.
 
-    `onnx_ir.passes.common.IdentityEliminationPass` renames an output of the graph where an Identity joins two of
-    them (onnx-ir 1.1). Here the Identity stays in front of an output, unless a node of the same graph makes its value
-    and nothing else needs the name of that value.
+    `onnx_ir.passes.common.IdentityEliminationPass` renames an output of the graph if an Identity joins two of them
+    (onnx-ir 1.1). Here the Identity stays before an output, unless a node of the same graph computes its value and
+    nothing else needs the name of that value.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -26,7 +26,7 @@ class RemoveIdentities(ir.passes.InPlacePass):
 
 
 def _remove_identity(graph: ir.Graph, identity: ir.Node) -> bool:
-    """Remove an Identity; whether that was possible."""
+    """Remove an Identity; returns whether that was possible."""
     value = identity.inputs[0]
     output = identity.outputs[0]
     if value is None:
@@ -43,8 +43,8 @@ def _remove_identity(graph: ir.Graph, identity: ir.Node) -> bool:
 def _return_input_of(graph: ir.Graph, identity: ir.Node, value: ir.Value) -> bool:
     """Let the graph return the input of an Identity under the name of its output.
 
-    The value must be free to change its name, so an input, an initializer, another output of the graph and a value of
-    an outer graph stay.
+    The name of the value must be free to change, so an input, an initializer, another output of the graph and a value
+    of an outer graph stay.
     """
     if value.producer() is None or value.graph is not graph:
         return False

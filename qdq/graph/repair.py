@@ -1,4 +1,4 @@
-"""Repairs of Q/DQ that other tools wrote, where not one number of the model changes."""
+"""Repairs of Q/DQ from other tools that do not change any number of the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qdq.graph.edits import add_initializer, remove_if_unused
 from qdq.graph.pairs import QDQ_OPS, code_type_of, constant_of, input_of, is_op, producer_of
 
-_UINT8_MIDDLE = 128  # the zero point that makes the range of uint8 that of int8, moved
+_UINT8_MIDDLE = 128  # the zero point with which uint8 has the range of int8
 
 
 class _Repair(ir.passes.InPlacePass):
@@ -44,18 +44,18 @@ class _Repair(ir.passes.InPlacePass):
             node: A Q or DQ with a scale.
 
         Returns:
-            Whether there was something to repair.
+            Whether anything changed.
         """
         raise NotImplementedError
 
 
 class MakeScalesScalar(_Repair):
-    """A per-tensor scale and zero point of shape `[1]` become 0-D (R-SHAPE)."""
+    """Make per-tensor scales and zero points of shape `[1]` 0-D (R-SHAPE)."""
 
     def repair(self, node: ir.Node) -> bool:
-        """Repair one Q or DQ; whether there was something to repair.
+        """Repair one Q or DQ; returns whether anything changed.
 
-        The single scale of a weight with one output channel stays, because it is per channel.
+        The single scale of a weight with one output channel does not change, because it is per channel.
 
         Args:
             node: A Q or DQ with a scale.
@@ -74,12 +74,12 @@ class MakeScalesScalar(_Repair):
 
 
 class WriteAxes(_Repair):
-    """Per-channel Q/DQ of constants get the axis that their number of scales leaves no choice about (R-AXIS)."""
+    """Write the axis of per-channel Q/DQ of constants if the number of scales leaves only one choice (R-AXIS)."""
 
     def repair(self, node: ir.Node) -> bool:
-        """Repair one Q or DQ; whether there was something to repair.
+        """Repair one Q or DQ; returns whether anything changed.
 
-        Without the attribute the axis is 1. Where only another axis fits, no runtime could run the file.
+        Without the attribute the axis is 1. If only another axis fits, no runtime could run the file.
 
         Args:
             node: A Q or DQ with a scale.
@@ -101,17 +101,17 @@ class WriteAxes(_Repair):
 
 
 class MakeCodesSigned(_Repair):
-    """uint8 codes with zero point 128 become int8 codes with zero point 0 (R-SYM).
+    """Turn uint8 codes with zero point 128 into int8 codes with zero point 0 (R-SYM).
 
-    Codes and zero point are moved by 128 together, so every value keeps its number. With another zero point the range
-    itself would change: such pairs stay. So do codes that anything but a DQ reads.
+    Codes and zero point are both shifted by 128, so no value changes. With another zero point the range itself would
+    change: such pairs stay. So do codes that anything but a DQ reads.
     """
 
     def repair(self, node: ir.Node) -> bool:
-        """Repair a Q with all its DQ, or a DQ of constants; whether there was something to repair.
+        """Repair a Q with all its DQ, or a DQ of constants; returns whether anything changed.
 
         Args:
-            node: A Q or DQ with a scale. A DQ behind a Q is repaired with the Q.
+            node: A Q or DQ with a scale. A DQ after a Q is repaired with the Q.
         """
         if not _has_middle_zero_point(node):
             return False
@@ -121,10 +121,10 @@ class MakeCodesSigned(_Repair):
 
 
 class WriteZeroPoints(_Repair):
-    """A DQ of int8 codes without zero point gets the zeros that it has by definition (R-SYM)."""
+    """Write the zero point of DQ of int8 codes that have none: it is zero by definition (R-SYM)."""
 
     def repair(self, node: ir.Node) -> bool:
-        """Repair one DQ; whether there was something to repair.
+        """Repair one DQ; returns whether anything changed.
 
         A Q without a zero point is uint8: a zero point of int8 would change its numbers.
 
@@ -159,7 +159,7 @@ def _constant_shape_of(node: ir.Node) -> tuple[int, ...] | None:
     """The shape of the weight that a Q or DQ works on.
 
     Args:
-        node: The Q or DQ; a DQ may stand behind the Q of the weight.
+        node: The Q or DQ; a DQ may be after the Q of the weight.
 
     Returns:
         None if it is not constant.
@@ -190,7 +190,7 @@ def _sign_constant_codes(dequantize: ir.Node) -> bool:
         dequantize: A DQ whose zero point is the middle of uint8.
 
     Returns:
-        False, with nothing changed, where a node computes the codes.
+        False, with nothing changed, if a node computes the codes.
     """
     codes = constant_of(dequantize.inputs[0])
     if codes is None or codes.dtype != np.uint8:
@@ -209,7 +209,7 @@ def _sign_computed_codes(quantize: ir.Node) -> bool:
         quantize: A Q whose zero point is the middle of uint8.
 
     Returns:
-        False, with nothing changed, where the codes have a reader that would see other codes then.
+        False, with nothing changed, if the codes have a reader that would then see other codes.
     """
     output = quantize.outputs[0]
     readers = [reader for reader, _ in output.uses()]
@@ -238,7 +238,7 @@ def _write_int8_zeros(node: ir.Node) -> None:
 
 
 def _replace_constant(node: ir.Node, position: int, array: npt.NDArray[Any]) -> None:
-    """Give a node a constant of its own; other readers of the old one keep it.
+    """Give a node a separate constant; other readers of the old one keep it.
 
     Args:
         node: The node.

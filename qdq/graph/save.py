@@ -1,4 +1,4 @@
-"""A model as a file: one up to protobuf's limit, the weights in a second one beside it above."""
+"""Save a model in one file, or with its weights in a second file if it exceeds protobuf's limit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qdq.errors import ArgumentError, ExportError
 from qdq.files import is_replaceable, write_atomic
 
 _PROTOBUF_BYTES = 2**31
-_ONE_FILE_BYTES = _PROTOBUF_BYTES - 2**24  # the remainder is for nodes and names
+_ONE_FILE_BYTES = _PROTOBUF_BYTES - 2**24  # the rest is for nodes and names
 _EXTERNAL_BYTES = 1024  # smaller tensors, such as scales and shapes, stay in the model
 _ALIGNMENT = 4096  # offsets that can be mapped into memory
 
@@ -23,25 +23,25 @@ _ALIGNMENT = 4096  # offsets that can be mapped into memory
 _LENGTH_DELIMITED = 2  # wire type of a message in a field
 _WIRE_TYPE_BITS = 3
 _VARINT_BITS = 7  # bits of a number in one byte
-_VARINT_CONTINUES = 1 << _VARINT_BITS  # set in every byte but the last
+_VARINT_CONTINUES = 1 << _VARINT_BITS  # set in every byte except the last
 
 
 def save_model(model: ir.Model, path: Path) -> int:
     """Write a model completely or not at all.
 
     If the weights are larger than a protobuf file can be, they go to `NAME.data` in the same folder, written before the
-    model. An old model is removed before the old data are replaced: never does a model stand beside the data of
-    another.
+    model. An old model is removed before the old data are replaced, so a model is never next to the data of another
+    model.
 
     Args:
-        model: The model; its tensors stay as they are.
+        model: The model; its tensors do not change.
         path: The file.
 
     Returns:
         Bytes of all that was written.
 
     Raises:
-        ArgumentError: The folder cannot be written to, or the path is no regular file and two files are needed.
+        ArgumentError: The folder cannot be written to, or the path is not a regular file and two files are needed.
         ExportError: The model without its weights is too large.
     """
     values = []
@@ -71,10 +71,10 @@ def _save_two_files(model: ir.Model, values: list[ir.Value], path: Path) -> int:
     """
     if not is_replaceable(path):
         raise ArgumentError(
-            f"the model has more than 2 GB and takes two files, which {path} cannot hold.",
+            f"the model has more than 2 GB and needs two files, but {path} is not a regular file.",
             "write to a regular file.",
         )
-    path = Path(os.path.realpath(path))  # the weights lie beside the file that a link leads to
+    path = Path(os.path.realpath(path))  # the weights are next to the file that a link leads to
     data_path = path.with_name(f"{path.name}.data")
 
     large_values = [value for value in values if _bytes_of(value) >= _EXTERNAL_BYTES]
@@ -107,13 +107,13 @@ def serialize(model: ir.Model) -> bytes:
 
 @contextlib.contextmanager
 def _explaining_size() -> Iterator[None]:
-    """Turn the error of a message over 2 GB, which has a type of protobuf's own, into one that says what to do."""
+    """Turn protobuf's error for a message over 2 GB into one that says what to do."""
     try:
         yield
     except Exception as error:
         raise ExportError(
             f"the model does not fit one ONNX file even without its weights: {error}.",
-            "export parts of it, each to a file of its own.",
+            "export parts of it, each to a separate file.",
         ) from error
 
 
@@ -143,7 +143,7 @@ class _Parts:
     """One file, part by part: the bytes of the complete message, with one large tensor in memory at a time.
 
     A protobuf message is the bytes of its fields in the order of their numbers, and a message in a field follows its
-    length. So the file is the graph's initializers, each behind its length, between the bytes of all other fields.
+    length. So the file is the graph's initializers, each after its length, between the bytes of all other fields.
 
     Args:
         model: The model.
@@ -198,7 +198,7 @@ def _tensor_proto(value: ir.Value) -> onnx.TensorProto:
 
 
 def _around(message: onnx.ModelProto | onnx.GraphProto, name: str) -> tuple[bytes, bytes]:
-    """The bytes of a message in front of one of its fields, and those behind it.
+    """The bytes of a message before one of its fields, and those after it.
 
     Args:
         message: The message.
@@ -228,7 +228,7 @@ def _bytes_without(message: onnx.ModelProto | onnx.GraphProto, names: list[str])
 def _head_of(
     message_type: type[onnx.ModelProto | onnx.GraphProto], name: str, byte_count: int
 ) -> bytes:
-    """The bytes in front of a message in a field of another: the tag of the field, then the length of the message.
+    """The bytes before a message in a field of another message: the tag of the field, then the length.
 
     Args:
         message_type: Type of the outer message.
@@ -241,7 +241,7 @@ def _head_of(
 
 
 def _varint(number: int) -> bytes:
-    """A number as protobuf writes it: 7 bits a byte, the lowest first."""
+    """A number in protobuf's encoding: 7 bits per byte, the lowest first."""
     content = bytearray()
     while number >= _VARINT_CONTINUES:
         low_bits = number % _VARINT_CONTINUES
@@ -257,7 +257,7 @@ def _varint(number: int) -> bytes:
 
 @dataclass(frozen=True)
 class _PlacedValue:
-    """An initializer whose numbers lie in another file.
+    """An initializer whose numbers are in another file.
 
     Args:
         value: The initializer.
@@ -269,7 +269,7 @@ class _PlacedValue:
 
 
 def _place(values: list[ir.Value]) -> list[_PlacedValue]:
-    """Places for initializers in a data file, one behind the other, at offsets that can be mapped into memory."""
+    """Place initializers in a data file one after another, at offsets that can be mapped into memory."""
     placed_values = []
     end = 0
     for value in values:

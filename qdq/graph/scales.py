@@ -1,4 +1,4 @@
-"""Scales of activations in a file that qdq exported, by the quantizers that `NameNodes` named them after."""
+"""Scales of activations in a file that qdq exported, found by the quantizer names that `NameNodes` wrote."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _NAME = re.compile(r"(?P<quantizer>.+)\.scale(\.fp16|\.bf16)?")
 def list_scales(graph: ir.Graph) -> dict[str, list[ir.Value]]:
     """The scales of the activations of a graph.
 
-    The scales of weights, which a Q or DQ reads as constants, are not among them. Neither are constants whose name does
-    not say which quantizer they belong to.
+    Scales of weights, which a Q or DQ reads as constants, are left out, and so are constants whose name does not say
+    which quantizer they belong to.
 
     Args:
         graph: The main graph of a file that qdq exported.
 
     Returns:
-        Quantizer -> the initializers that hold its scale: one, or one of each type.
+        Quantizer -> the initializers with its scale: one, or one of each type.
     """
     scales: defaultdict[str, list[ir.Value]] = defaultdict(list)
     activation_quantizers = set()
@@ -55,14 +55,14 @@ def _nodes_scaled_by(value: ir.Value) -> list[ir.Node]:
 
 
 def _quantizes_activation(node: ir.Node) -> bool:
-    """Whether a node is a Q that reads what the graph computes, not a weight."""
+    """Whether a node is a Q that reads a computed value, not a weight."""
     return is_op(node, "QuantizeLinear") and not _is_constant(node.inputs[0])
 
 
 def _is_constant(value: ir.Value | None) -> bool:
     """Whether a value is an initializer, a Constant, or left out.
 
-    An initializer of the same name as an input of the graph counts as well.
+    An initializer with the same name as an input of the graph counts as well.
     """
     if value is None or value.is_initializer():
         return True
@@ -70,7 +70,7 @@ def _is_constant(value: ir.Value | None) -> bool:
 
 
 def reason_against(values: list[ir.Value], scale: npt.NDArray[np.float32]) -> str:
-    """Why the type of an initializer cannot hold a scale; "" if all can.
+    """Why a scale does not fit the type of an initializer; "" if it fits all.
 
     Args:
         values: From `list_scales`.
@@ -90,7 +90,7 @@ def set_scale(values: list[ir.Value], scale: npt.NDArray[np.float32]) -> bool:
 
     Args:
         values: From `list_scales`.
-        scale: 0-D, as they are.
+        scale: 0-D, like the initializers.
 
     Returns:
         Whether that changed a number.
@@ -106,7 +106,7 @@ def set_scale(values: list[ir.Value], scale: npt.NDArray[np.float32]) -> bool:
 
 
 def number_of(value: ir.Value) -> npt.NDArray[Any]:
-    """The scale that an initializer of `list_scales` holds."""
+    """The scale in an initializer of `list_scales`."""
     number = constant_of(value)
     assert number is not None  # noqa: S101  # `list_scales` has read it
     return number

@@ -1,4 +1,4 @@
-"""Shapes and types that onnx can infer, filled in."""
+"""Fill in the shapes and types that onnx can infer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qdq.graph.edits import is_needed
 
 @contextmanager
 def silence_onnx_ir() -> Iterator[None]:
-    """Keep onnx-ir from logging what is unusual in a file: the rules of `qdq check` report it."""
+    """Keep onnx-ir from logging what is unusual in a file, because the rules of `qdq check` report it."""
     logger = logging.getLogger("onnx_ir")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -25,7 +25,7 @@ def silence_onnx_ir() -> Iterator[None]:
 
 
 def complete_shapes(model: ir.Model, *, data_prop: bool = True) -> None:
-    """Infer shapes and types, in place, if any that is needed is missing.
+    """Infer shapes and types, in place, if a needed one is missing.
 
     Args:
         model: The model.
@@ -40,14 +40,14 @@ def complete_shapes(model: ir.Model, *, data_prop: bool = True) -> None:
 def _lacks_type(value: ir.Value) -> bool:
     """Whether a value that is needed has no type or no shape yet.
 
-    A value that nothing reads, such as an optional output, may stay without.
+    A value that nothing reads, such as an optional output, does not need them.
     """
     is_complete = value.dtype is not None and value.shape is not None
     return not is_complete and is_needed(value)
 
 
 def infer_shapes(model: ir.Model, *, data_prop: bool = True) -> None:
-    """Infer shapes and types, in place; those that onnx cannot infer stay as they are, without an error.
+    """Infer shapes and types, in place; those that onnx cannot infer do not change, without an error.
 
     Args:
         model: The model.
@@ -58,10 +58,10 @@ def infer_shapes(model: ir.Model, *, data_prop: bool = True) -> None:
     initializers = list(graph.initializers.values())
     constants = [value.const_value for value in initializers]
     try:
-        with silence_onnx_ir():  # it logs a traceback where inference fails
+        with silence_onnx_ir():  # it logs a traceback if inference fails
             ShapeInferencePass(check_type=False, strict_mode=False, data_prop=data_prop)(model)
     except Exception:
-        # For a constant that cannot be written: the pass has then made inputs of all of them.
+        # If a constant cannot be written, the pass has turned all of them into inputs.
         graph.inputs.clear()
         graph.inputs.extend(inputs)
         for value, constant in zip(initializers, constants, strict=True):

@@ -1,4 +1,4 @@
-"""Every constant of a model as protobuf, wherever it stands, and the file in which its data lie."""
+"""Every constant of a model in protobuf, wherever it is, and the file that contains its data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def list_tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto
     """Every constant of a model, its subgraphs and its functions.
 
     Yields:
-        The name of the node that holds it, "" for an initializer, and the constant.
+        The name of its node, "" for an initializer, and the constant.
     """
     yield from _list_in_graph(proto.graph)
     for function in proto.functions:
@@ -47,7 +47,7 @@ def _list_in_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[tuple[str, onnx.
 def _name_of(node: onnx.NodeProto) -> str:
     """The name of a node, or of its first output if it has none.
 
-    ONNX needs no names of nodes, and a damaged node may have no output either: its name is "".
+    ONNX does not require names of nodes, and a damaged node may have no output either: its name is "".
     """
     if node.name or not node.output:
         return str(node.name)
@@ -55,7 +55,7 @@ def _name_of(node: onnx.NodeProto) -> str:
 
 
 def _tensors_of(attribute: onnx.AttributeProto) -> list[onnx.TensorProto]:
-    """The constants that an attribute holds itself."""
+    """The constants directly in an attribute."""
     tensors = list(attribute.tensors)
     if attribute.HasField("t"):
         tensors.append(attribute.t)
@@ -63,7 +63,7 @@ def _tensors_of(attribute: onnx.AttributeProto) -> list[onnx.TensorProto]:
 
 
 def _bodies_of(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
-    """The subgraphs that an attribute holds, such as the branches of an If."""
+    """The subgraphs in an attribute, such as the branches of an If."""
     bodies = list(attribute.graphs)
     if attribute.HasField("g"):
         bodies.append(attribute.g)
@@ -76,13 +76,13 @@ def external_fields(tensor: onnx.TensorProto) -> dict[str, str]:
 
 
 def list_data_files(path: Path) -> list[Path]:
-    """The files beside a model that hold its data.
+    """The files next to a model that contain its data.
 
     Args:
         path: The model.
 
     Returns:
-        Each file once. None where the model cannot be read: whoever uses it reports that.
+        Each file once. None if the model cannot be read: its user reports that.
     """
     try:
         proto = onnx.load_model_from_string(read_file(path))

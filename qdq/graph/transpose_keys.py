@@ -1,4 +1,4 @@
-"""Attention written out in single operators, in the form that torch gives `scaled_dot_product_attention`."""
+"""Rewrite attention in single operators in the form that torch exports for `scaled_dot_product_attention`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _Shape = list[int | ir.SymbolicDim | None]
 
 
 class TransposeKeys(ir.passes.InPlacePass):
-    """MatMul(query, Transpose(key)) of four dimensions or more: the keys are transposed with all heads in one.
+    """In MatMul(query, Transpose(key)) of four or more dimensions, transpose the keys with all heads merged.
 
-    TensorRT-RTX 1.7 takes the int8 product that makes query, key and value into a float kernel with the plain
-    Transpose. With Reshape, Transpose, Reshape and a factor, as torch exports `scaled_dot_product_attention`, it stays
+    With the plain Transpose, TensorRT-RTX 1.7 fuses the int8 product that computes query, key and value into a float
+    kernel. With Reshape, Transpose, Reshape and a factor, as torch exports `scaled_dot_product_attention`, it stays
     int8; both the Reshapes and the factor are needed. No value changes: the factor is one.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Rewrite every such product whose sizes, but for the first, are known."""
+        """Rewrite every such product whose sizes, except the first, are known."""
         modified = False
         for node in list(model.graph):
             if not is_op(node, "MatMul"):
@@ -64,17 +64,17 @@ class _Keys:
 
     @property
     def rows(self) -> int | None:
-        """The size of batch and heads in one; None for a dynamic batch."""
+        """The product of batch and heads; None for a dynamic batch."""
         if not isinstance(self.batch, int):
             return None
         return self.batch * math.prod(self.heads)
 
 
 def _transpose_of_keys(product: ir.Node) -> ir.Node | None:
-    """The Transpose in front of the second operand of a product of two computed tensors.
+    """The Transpose before the second operand of a product of two computed tensors.
 
     Returns:
-        None if there is none, or if it does anything but swap the last two of four or more dimensions.
+        None if there is none, or if it does not just swap the last two of four or more dimensions.
     """
     query, keys = product.inputs
     transpose = producer_of(keys)
@@ -98,7 +98,7 @@ def _read_keys(transpose: ir.Node) -> _Keys | None:
         transpose: From `_transpose_of_keys`.
 
     Returns:
-        None unless its type and all sizes but the first are known, as the Reshapes need them.
+        None unless its type and all sizes except the first are known, because the Reshapes need them.
     """
     value = transpose.inputs[0]
     if value is None or not value.dtype or not value.shape:
@@ -160,7 +160,7 @@ def _rewrite(graph: ir.Graph, product: ir.Node, keys: _Keys) -> None:
 def _insert_step(
     graph: ir.Graph, product: ir.Node, value: ir.Value, step: _Step, suffix: str
 ) -> ir.Value:
-    """Insert a node in front of a product.
+    """Insert a node before a product.
 
     Args:
         graph: The graph.

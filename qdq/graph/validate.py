@@ -1,7 +1,7 @@
 """The verdicts of onnx's checker, its shape inference and ONNX Runtime on a file.
 
-All three are native code, and a damaged file can crash them or keep them busy for ever. They run in a helper process
-that is started at the first call, answers until this process ends, and is started again when a file has ended it.
+All three are native code, and a damaged file can crash them or keep them busy forever. They run in a helper process
+that starts at the first call, answers until this process ends, and is restarted after a file has crashed it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _INFERENCE_BYTES = 2**30
 _LARGEST_CONSTANT = 1024  # bytes; inference reads only shapes, which are smaller
 _LARGEST_NESTED = 2**26  # bytes of a constant in a body that may be replaced by zeros
 UNKNOWN_DOMAIN = "qdq.unknown"
-"""Where operators that onnx does not know are put, so that its checker looks at the rest."""
+"""The domain for operators that onnx does not know, so that its checker looks at the others."""
 
 RefusalKind = Literal["invalid", "limit"]
 
@@ -45,7 +45,7 @@ class CheckerVerdict:
         types: Why shape and type inference refuses it; None if it does not.
         has_crashed: onnx crashed and ended its process.
         limit: Why onnx did not finish, such as "it took longer than 60 s of processor time"; None if it did.
-        can_propagate: Whether inference may also follow the values of shape computations; they can grow without end.
+        can_propagate: Whether inference may also follow the values of shape computations; they can grow without limit.
     """
 
     version: str
@@ -57,7 +57,7 @@ class CheckerVerdict:
 
     @property
     def may_ask_again(self) -> bool:
-        """Whether onnx finishes on this file, so that this process may call it on the file."""
+        """Whether onnx finishes on this file, so that this process may call it."""
         return not self.has_crashed and self.limit is None
 
 
@@ -70,7 +70,7 @@ class RuntimeVerdict:
         refusal: Why it does not load the file; None if it does.
         kind: "invalid" if the file is at fault, "limit" if ONNX Runtime lacks an operator or version or took too long;
             None if loaded.
-        unknown_operators: The requested operators that it does not have, as `DOMAIN::OPERATOR`.
+        unknown_operators: The queried operators that it does not have, as `DOMAIN::OPERATOR`.
     """
 
     version: str
@@ -86,11 +86,11 @@ class _Helper:
         self._lock = threading.Lock()
         self._child: Child | None = None
         atexit.register(self._close)
-        if hasattr(os, "register_at_fork"):  # a fork may not talk to the helper of its parent
+        if hasattr(os, "register_at_fork"):  # a fork must not talk to the helper of its parent
             os.register_at_fork(after_in_child=self._forget)
 
     def start(self) -> None:
-        """Start the process if it does not run."""
+        """Start the process if it is not running."""
         with self._lock:
             self._require_child()
 
@@ -110,7 +110,7 @@ class _Helper:
         return dict(reply)
 
     def _require_child(self) -> Child:
-        """The process, started again if a file has ended it."""
+        """The process, restarted if a file has crashed it."""
         if self._child is None or not self._child.is_running:
             self._close()
             self._child = Child("qdq.graph.validate:answer")
@@ -130,15 +130,15 @@ _helper = _Helper()
 
 
 def start_helper() -> None:
-    """Start the helper process now, so that it loads its libraries while this process loads others."""
+    """Start the helper process now, so that it loads its libraries while this process loads its own."""
     _helper.start()
 
 
 def check_model(proto: onnx.ModelProto, unknown: Iterable[tuple[str, str]]) -> CheckerVerdict:
-    """Check a model with onnx, but for its large constants.
+    """Check a model with onnx, without its large constants.
 
-    TensorRT reads some models that onnx's checker refuses. They are changed in the copy that is checked: a graph
-    without name, a newer IR version, inputs and outputs without shape, operators that onnx does not know.
+    TensorRT reads some models that onnx's checker refuses. Their flaws are removed from the copy that is checked: a
+    graph without name, a newer IR version, inputs and outputs without shape, operators that onnx does not know.
 
     Args:
         proto: The model, which is not changed.
@@ -170,7 +170,7 @@ def load_in_runtime(path: Path, operators: Iterable[tuple[str, str]] = ()) -> Ru
         path: The file.
         operators: Domain and type of the operators to look up in ONNX Runtime.
     """
-    path = Path(os.path.abspath(path))  # the helper has a current folder of its own
+    path = Path(os.path.abspath(path))  # the helper has its own current folder
     request = {"do": "load", "path": str(path), "operators": sorted(set(operators))}
     try:
         verdict = _helper.ask(request)
@@ -301,7 +301,7 @@ def iterate_nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
 def _tensors_in(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     """The initializers of a graph, and the single tensors in the attributes of its nodes.
 
-    Only these can hold data in another file.
+    Only these can have data in another file.
     """
     yield from graph.initializer
     for node in graph.node:
@@ -330,7 +330,7 @@ def _fill_external(tensor: onnx.TensorProto) -> None:
 
 
 def _import_domains(outline: onnx.ModelProto, unknown: set[tuple[str, str]]) -> None:
-    """Give every unknown operator a domain that the model imports, so that onnx does not look it up.
+    """Give every unknown operator a domain that the model imports and onnx does not look up.
 
     Args:
         outline: The copy for onnx, changed in place.
@@ -352,7 +352,7 @@ def _import_domains(outline: onnx.ModelProto, unknown: set[tuple[str, str]]) -> 
 
 
 def answer(request: dict[str, Any], blob: bytes) -> tuple[dict[str, Any], bytes]:
-    """Run one of the checks in the helper process; any exception of the libraries becomes text.
+    """Run one of the checks in the helper process; every exception of the libraries becomes text.
 
     Args:
         request: From `_Helper.ask`.
@@ -419,9 +419,9 @@ def _refusal_of_inference(proto: onnx.ModelProto, data_prop: bool) -> str | None
 
 @contextlib.contextmanager
 def _limited_memory() -> Iterator[None]:
-    """Limit the memory of this process, where the system can.
+    """Limit the memory of this process, if the system can.
 
-    Inference of a sound file needs little. In a file whose constants double at every node it would take all there is.
+    Inference of a valid file needs little. If the constants of a file double at every node, it would use all memory.
     """
     if sys.platform == "win32":
         yield
@@ -441,7 +441,7 @@ def _limited_memory() -> Iterator[None]:
 
 
 def _used_address_space() -> int:
-    """Bytes of address space that this process uses; 0 where the system does not say."""
+    """Bytes of address space that this process uses; 0 if the system does not tell."""
     if sys.platform != "linux":
         return 0
     import resource
@@ -451,7 +451,7 @@ def _used_address_space() -> int:
 
 
 def _fill_types(proto: onnx.ModelProto) -> None:
-    """Give every input and output of a graph a type and a shape where it has none, so that the checker goes on.
+    """Give every input and output of a graph without type or shape one, so that the checker goes on.
 
     TensorRT reads such files. Without a type a value counts as a float32 tensor.
     """
@@ -484,7 +484,8 @@ def _load_and_look_up(request: dict[str, Any]) -> dict[str, Any]:
 def _unknown_to_runtime(operators: list[tuple[str, str]]) -> list[str]:
     """The operators that ONNX Runtime does not have, as `DOMAIN::OPERATOR`.
 
-    The function that lists its operators is private, but there is no other. Without it, it counts as having all.
+    The function that lists its operators is private, but there is no other. Without it, ONNX Runtime is assumed to have
+    all.
     """
     import onnxruntime
 
@@ -510,14 +511,14 @@ def _load(path: str) -> tuple[str | None, RefusalKind | None]:
     # Prepacking copies weights, and nothing runs here.
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:
-        # Without folding, which computes every constant, however large it gets.
+        # Folding would compute every constant, however large it gets.
         onnxruntime.InferenceSession(
             path,
             options,
             providers=["CPUExecutionProvider"],
             disabled_optimizers=["ConstantFolding"],
         )
-    except Exception as error:  # its own types share no base
+    except Exception as error:  # its exception types have no common base
         return _read_refusal(error)
     return None, None
 

@@ -1,4 +1,4 @@
-"""Weights stored as int8 with a DequantizeLinear only: a quarter of the file (R-WSTORE b)."""
+"""Store weights as int8 with only a DequantizeLinear: a quarter of the size (R-WSTORE b)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QuantizeFunction = Callable[
 
 
 class QuantizeWeights(ir.passes.InPlacePass):
-    """Float initializer -> Q -> DQ becomes int8 initializer -> DQ.
+    """Turn float initializer -> Q -> DQ into int8 initializer -> DQ.
 
     Args:
         quantize: The arithmetic of the quantizer, passed in so that it is defined in one place only.
@@ -43,7 +43,7 @@ class QuantizeWeights(ir.passes.InPlacePass):
     def _store_codes(self, graph: ir.Graph, quantize: ir.Node) -> None:
         """Replace a Q of an initializer by the codes that it computes.
 
-        The codes take over the name of the weight where nothing else reads that.
+        The codes take over the name of the weight if nothing else reads it.
 
         Args:
             graph: The graph.

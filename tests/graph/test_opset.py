@@ -268,12 +268,12 @@ REFUSED = {
     ),
     "Reshape to 0": (
         "(float[0,3] x) => (float[0,5] y) <int64[2] s = {0, 5}> { y = Reshape <allowzero = 1> (x, s) }",
-        "Reshape (allowzero=1 with a shape that may hold 0)",
+        "Reshape (allowzero=1 with a shape that may contain 0)",
         14,
     ),
     "Reshape to an input": (
         f"({X}, int64[2] s) => (float[A,B] y) {{ y = Reshape <allowzero = 1> (x, s) }}",
-        "Reshape (allowzero=1 with a shape that may hold 0)",
+        "Reshape (allowzero=1 with a shape that may contain 0)",
         14,
     ),
     "Reshape that moves the batch": (
@@ -282,12 +282,12 @@ REFUSED = {
             s = Concat <axis = 0> (six, n)
             y = Reshape <allowzero = 1> (x, s)
         }""",
-        "Reshape (allowzero=1 with a shape that may hold 0)",
+        "Reshape (allowzero=1 with a shape that may contain 0)",
         14,
     ),
     "axes that are an input": (
         f"({X}, int64[1] a) => (float[A,B,C] y) {{ y = ReduceMean (x, a) }}",
-        "ReduceMean (axes that are no constant)",
+        "ReduceMean (axes that are not constant)",
         18,
     ),
     "no axes, no reduction": (
@@ -319,7 +319,7 @@ REFUSED = {
     ),
     "axes of Pad": (
         f"({IMAGE}) => (float[1,2,8,6] y) <int64[2] p = {{1, 1}}, int64[1] a = {{2}}> {{ y = Pad (x, p, , a) }}",
-        "Pad (an input axes)",
+        "Pad (an axes input)",
         18,
     ),
     "layout": (
