@@ -1,4 +1,4 @@
-"""Ranges from and for other tools: TensorRT's calibration cache, ONNX Runtime's JSON, AIMET's encodings, QDQ ONNX.
+"""Exchange ranges with other tools: TensorRT's calibration cache, ONNX Runtime's JSON, AIMET's encodings, QDQ ONNX.
 
 `import_ranges` gives the quantizers of a model the ranges of a file. `export_ranges` writes the ranges of a model. Both
 list what could not be matched.
@@ -50,9 +50,9 @@ class RangeImport:
         format: Its format.
         matched: Quantizer -> the amax that it has now; one number, or one for each channel.
         notes: Quantizer -> what was changed to get that range.
-        unmatched: Entry of the file -> why no quantizer has it.
-        missing: Quantizer without an entry -> why; its range did not change. A weight that had none has the maximum of
-            each channel, as calibration would give it.
+        unmatched: Entry of the file -> why it has no quantizer.
+        missing: Quantizer without an entry -> why; its range did not change. A weight without a range got the maximum
+            of each channel, as calibration would give it.
     """
 
     path: Path
@@ -102,26 +102,26 @@ class RangeExport:
 def import_ranges(
     model: nn.Module, path: Path | str, *, format: str | None = None, onnx: Path | str | None = None
 ) -> RangeImport:
-    """Give the quantizers of a model the ranges that another tool has computed; in place, all or none.
+    """Give the quantizers of a model the ranges from another tool; in place, all or none.
 
-    A range that is not symmetric around 0 is widened to one that is. Quantizers that share a range get the largest of
-    theirs.
+    A range that is not symmetric around 0 is widened to one that is. Quantizers that share a range get their largest
+    one.
 
     Args:
         model: A swapped model.
         path: A calibration cache, a JSON file or a QDQ ONNX.
         format: "tensorrt", "onnxruntime", "aimet" or "qdq"; None: by the content.
         onnx: The ONNX file whose tensors `path` names, exported from the same torch model, with or without Q/DQ. Not
-            for "qdq", which is that file itself; not needed where an AIMET file names torch modules.
+            for "qdq", where `path` is this file; not needed if an AIMET file names torch modules.
 
     Returns:
-        What was matched, and what was not.
+        The matched and the unmatched ranges.
 
     Raises:
-        ArgumentError: An unknown format, a file that does not exist, `onnx` missing or one too many.
-        CalibrationError: A file that is damaged or of no known format, a range that is none, or no entry that matches.
+        ArgumentError: An unknown format, a file that does not exist, `onnx` missing or not needed.
+        CalibrationError: A file that is damaged or of an unknown format, an invalid range, or no entry that matches.
         CheckError: An ONNX file that cannot be read.
-        StateError: A quantizer has a range of another shape than the one it would get.
+        StateError: A quantizer has a range of another shape than the new one.
     """
     require_model(model)
     path = as_path(path, "path")
@@ -143,23 +143,23 @@ def import_ranges(
 def export_ranges(
     model: nn.Module, path: Path | str, *, format: str, onnx: Path | str | None = None
 ) -> RangeExport:
-    """Write the ranges of a calibrated model for another tool; the file is written whole or not at all.
+    """Write the ranges of a calibrated model for another tool; the file is written completely or not at all.
 
     Args:
         model: A swapped and calibrated model.
         path: Where to write.
         format: "tensorrt" (calibration cache), "onnxruntime" (JSON), "aimet" (version 1.0.0), "aimet-0.6.1", or "qdq"
-            (the file `onnx`, its pairs with the scales of the model).
-        onnx: The ONNX file that says what tensors are called, exported from the same torch model, with or without Q/DQ.
-            Needed but for "aimet-0.6.1", which can name torch modules.
+            (the file `onnx` with the scales of the model in its pairs).
+        onnx: The ONNX file with the names of the tensors, exported from the same torch model, with or without Q/DQ.
+            Required except for "aimet-0.6.1", which can name torch modules.
 
     Returns:
-        What was written under which name, and what was left out.
+        The ranges that were written, with their names, and those that were left out.
 
     Raises:
         ArgumentError: An unknown format, `onnx` missing, or a path that cannot be written.
-        CalibrationError: No quantizer has a range that the file could hold.
-        CheckError: `onnx` cannot be read, or holds what would be lost when it is written again.
+        CalibrationError: No quantizer has a range for the file.
+        CheckError: `onnx` cannot be read, or contains parts that would be lost when it is rewritten.
     """
     require_model(model)
     path = as_path(path, "path")
@@ -193,7 +193,7 @@ def export_ranges(
 
 
 def _load_document(path: Path, format: str, onnx: Path | str | None) -> ir.Model | None:
-    """The ONNX file, after checking that writing `path` replaces nothing it needs."""
+    """Load the ONNX file, after checking that writing `path` does not overwrite it."""
     data_files = [] if onnx is None else list_data_files(Path(onnx))
     may_replace = [(path, onnx)] if format == _QDQ else []
     guard_files(inputs=[onnx, *data_files], outputs=[path], in_place=may_replace)
@@ -206,7 +206,7 @@ def _load_document(path: Path, format: str, onnx: Path | str | None) -> ir.Model
 
 
 def _require_rows(rows: Mapping[str, Sequence[Row]], left_out: Mapping[str, str]) -> None:
-    """Refuse to write a file without any range; the message has the first reason."""
+    """Refuse to write a file without any range; the message gives the first reason."""
     if not rows:
         reason = next(iter(left_out.values()), "the model has no quantizer")
         raise CalibrationError(
@@ -219,23 +219,23 @@ def _require_format(format: str) -> None:
     """Refuse an unknown format."""
     if format not in FORMATS:
         raise ArgumentError(
-            f"format is {format!r}; known are {', '.join(FORMATS)}.", "choose one of them."
+            f"format is {format!r}; expected one of {', '.join(FORMATS)}.", "choose one of them."
         )
 
 
 def _require_import_onnx(format: str, onnx: Path | str | None) -> None:
-    """Refuse an ONNX file that is missing, or one too many.
+    """Refuse an ONNX file that is missing or not needed.
 
     Args:
         format: A known format.
         onnx: The argument of `import_ranges`.
 
     Raises:
-        ArgumentError: With what to do.
+        ArgumentError: The message says what to do.
     """
     if format == _QDQ and onnx is not None:
         raise ArgumentError(
-            "a QDQ ONNX names its tensors itself; onnx= is one file too many.", "leave onnx= out."
+            "a QDQ ONNX file contains the tensor names itself; do not pass onnx=.", "omit onnx=."
         )
     if format != _QDQ and not format.startswith("aimet"):
         _require_onnx(format, onnx)
@@ -249,7 +249,7 @@ def _require_export_onnx(format: str, onnx: Path | str | None) -> None:
         onnx: The argument of `export_ranges`.
 
     Raises:
-        ArgumentError: With what to do.
+        ArgumentError: The message says what to do.
     """
     if format != "aimet-0.6.1":
         _require_onnx(format, onnx)
@@ -259,7 +259,7 @@ def _require_onnx(format: str, onnx: Path | str | None) -> None:
     """Refuse a missing ONNX file."""
     if onnx is None:
         raise ArgumentError(
-            f"the format {format} has the names of an ONNX file, and onnx= is not given.",
+            f"the format {format} uses names of an ONNX file, but onnx= is missing.",
             "give the ONNX file that was calibrated, or one exported from the same torch model.",
         )
 
@@ -268,7 +268,7 @@ def _read_bytes(path: Path) -> bytes:
     """The content of a file.
 
     Raises:
-        ArgumentError: It cannot be read.
+        ArgumentError: The file cannot be read.
     """
     try:
         return read_file(path)
@@ -293,7 +293,7 @@ def _recognize(path: Path, content: bytes) -> str:
         content: Its content.
 
     Raises:
-        CalibrationError: It is of no known format.
+        CalibrationError: The format is unknown.
     """
     for name, file_format in _FILE_FORMATS.items():
         if file_format.recognize(content):
@@ -302,16 +302,16 @@ def _recognize(path: Path, content: bytes) -> str:
         load_onnx(path)
     except CheckError:
         raise CalibrationError(
-            f"{path} is of no known format: no TensorRT calibration cache, ONNX Runtime or AIMET JSON, nor ONNX.",
-            "check the path, or name the format to learn more; of the files of ONNX Runtime's write_calibration_table "
-            "it is calibration.json.",
+            f"{path} has an unknown format: it is not a TensorRT cache, ONNX Runtime JSON, AIMET JSON or ONNX.",
+            "check the path, or pass format= to get the reason; of ONNX Runtime's write_calibration_table "
+            "files, use calibration.json.",
         ) from None
     return _QDQ
 
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Let errors in the content of a file name the file."""
+    """Add the name of the file to errors about its content."""
     try:
         yield
     except CalibrationError as error:
@@ -319,7 +319,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _group(title: str, reasons: Mapping[str, str]) -> list[str]:
-    """A line for each reason with the names it stands for."""
+    """A line for each reason, with the names that it applies to."""
     if not reasons:
         return []
     lines = [f"{title}: {len(reasons)}"]

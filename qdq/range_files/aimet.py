@@ -1,14 +1,14 @@
 """AIMET's encodings, which SNPE and QNN read and write too: JSON of versions 0.4 to 2.1.0, tensors or torch modules.
 
 0.6.1 is a dictionary of tensors, or of modules with `input` and `output` (the `_torch.encodings` file); 1.0.0 a list
-with `bw`, `is_sym` and `enc_type`; from 2.0.0 on an encoding has the words of QuantizeLinear. An encoding up to 1.0.0
-has `min` and `max`, or `scale` and `offset`, or all four, which then must agree.
+with `bw`, `is_sym` and `enc_type`; from 2.0.0 on an encoding has the terms of QuantizeLinear. An encoding up to 1.0.0
+has `min` and `max`, or `scale` and `offset`, or all four, which must then agree.
 
 The offset is the negative of the zero point of unsigned codes, `value = (code + offset) * scale` with codes from 0, so
-that it is never above 0; -128 says symmetric int8. Other tools write the zero point itself (AIMET for TensorFlow, where
-it may be one too small) or count signed codes (QNN). `min` and `max` tell which it is. Without them a symmetric weight
-with offset 0 has signed codes; a symmetric activation with offset 0 may have either, and is noted.
-Source: the encoding format specification in AIMET's documentation, versions 0.4.0 to 2.1.0, and its examples.
+it is never above 0; -128 means symmetric int8. Other tools write the zero point itself (AIMET for TensorFlow, where it
+may be one too small) or count signed codes (QNN). `min` and `max` tell which one it is. Without them a symmetric weight
+with offset 0 has signed codes; a symmetric activation with offset 0 may have either, so it gets a note. Source: the
+encoding format specification in AIMET's documentation, versions 0.4.0 to 2.1.0, and its examples.
 """
 
 from __future__ import annotations
@@ -37,17 +37,19 @@ from qdq.text import list_names
 
 _SECTIONS = ("activation_encodings", "param_encodings", "encodings")
 MODULE_INPUT, MODULE_OUTPUT = "{}.input.0", "{}.output.0"
-"""The names that the entries of a torch module's tensors have here."""
+"""Names of the entries for the tensors of a torch module."""
 
 _Numbers = npt.NDArray[np.float64]
 _MOST_LISTED = 20  # contradictions in a message
-_ROUNDING_STEPS = 1.01  # bounds may lie a step beside the codes: a range with 0 at a code, the zero point of TensorFlow
-_ROUNDING_SPAN = 1e-3  # or be rounded for a person, who counts digits and not steps of 16 bit
+_ROUNDING_STEPS = 1.01  # bounds may be a step off: a range shifted so that 0 is a code, the zero point of TensorFlow
+_ROUNDING_SPAN = (
+    1e-3  # or be rounded to a few digits for display, which can be more than a step of 16 bit
+)
 _EXACT_STEPS = 0.05  # tolerance for bounds of symmetric codes that were printed in float32
 
 
 class _Contradiction(Exception):  # noqa: N818  # never leaves this file
-    """An encoding whose numbers cannot all be true."""
+    """An encoding whose numbers contradict each other."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class _Codes:
 
 @dataclass(frozen=True)
 class _Columns:
-    """The numbers of an encoding: 0-D or one a channel; None where the file has none.
+    """The numbers of an encoding: 0-D or one per channel; None if the file has none.
 
     Args:
         scale: Difference between the values of two codes.
@@ -121,7 +123,7 @@ def read(content: bytes) -> dict[str, Entry]:
     """The entries by tensor name; those of torch modules as "MODULE.input.0" and "MODULE.output.0".
 
     Raises:
-        CalibrationError: Another structure, or encodings that contradict themselves; the message lists them.
+        CalibrationError: Another structure, or contradictory encodings; the message lists them.
     """
     data = object_of("the file", parse_json(content))
     entries: dict[str, Entry] = {}
@@ -139,7 +141,7 @@ def read(content: bytes) -> dict[str, Entry]:
     if contradictions:
         texts = list_names(contradictions, _MOST_LISTED, "; ")
         raise CalibrationError(
-            f"{len(contradictions)} encodings contradict themselves: {texts}.",
+            f"{len(contradictions)} encodings are contradictory: {texts}.",
             "write the file again with that tool; leave out min and max, or scale and offset, where only one pair "
             "was corrected by hand.",
         )
@@ -177,7 +179,7 @@ def _module_encodings(
     """The inputs and outputs of a torch module with their encodings.
 
     Args:
-        place: The module's place in the file, for messages.
+        place: The module's position in the file, for messages.
         module: Dotted name.
         encoding: An object with the keys "input" and "output", or one of them.
 
@@ -194,13 +196,13 @@ def _read_encoding(place: str, encoding: Any, is_weight: bool) -> Entry:
     """The range of one tensor, in any of the versions.
 
     Args:
-        place: The tensor's place in the file, for messages.
+        place: The tensor's position in the file, for messages.
         encoding: An object, or a list of one object for each channel.
         is_weight: Whether the tensor is a weight.
 
     Raises:
         CalibrationError: Another structure.
-        _Contradiction: The numbers cannot all be true.
+        _Contradiction: The numbers contradict each other.
     """
     if isinstance(encoding, list):
         channels = [object_of(place, channel) for channel in encoding]
@@ -216,7 +218,7 @@ def _read_encoding(place: str, encoding: Any, is_weight: bool) -> Entry:
 def _read_list(place: str, encodings: Sequence[Mapping[str, Any]], is_weight: bool) -> Entry:
     """Versions up to 0.6.1: an encoding for the tensor, or one for each channel; see `_read_encoding`."""
     if not encodings:
-        raise malformed(place, "an encoding is expected, found an empty list")
+        raise malformed(place, "expected an encoding, found an empty list")
     for fields in encodings:
         problem = _reason_against_codes(fields)
         if problem:
@@ -237,28 +239,30 @@ def _read_version_1(place: str, fields: Mapping[str, Any], is_weight: bool) -> E
     kind = fields.get("enc_type", "PER_TENSOR")
     if kind not in ("PER_TENSOR", "PER_CHANNEL"):
         return Entry(
-            problem=f"it is encoded {kind!s:.20}: a quantizer has one range, or one a channel"
+            problem=f"it is encoded {kind!s:.20}: a quantizer has one range, or one per channel"
         )
     shift = fields.get("zero_point_shift")
     if shift is not None and np.any(number_array(place, shift)):
         return Entry(
-            problem="its codes are shifted by a fraction of a step; those of a quantizer are not"
+            problem="its codes are shifted by a fraction of a step, which a quantizer does not do"
         )
     traits = _Traits(fields["bw"], _is_true(fields.get("is_sym")), is_weight)
     return _read_numbers(place, _read_columns(place, [fields]), traits)
 
 
 def _read_version_2(place: str, fields: Mapping[str, Any]) -> Entry:
-    """Versions from 2.0.0 on: the words of QuantizeLinear; see `_read_encoding`.
+    """Versions from 2.0.0 on: the terms of QuantizeLinear; see `_read_encoding`.
 
-    The zero point is a code, signed or unsigned as the type says.
+    The zero point is a code, signed or unsigned according to the type.
     """
     dtype = fields.get("output_dtype")
     match = re.fullmatch(r"(u?)int(\d{1,2})", str(dtype))
     if match is None:
         return Entry(problem=f"it is encoded as {dtype!s:.20}, which has no range")
     if _is_in_blocks(fields):
-        return Entry(problem="it is encoded in blocks: a quantizer has one range, or one a channel")
+        return Entry(
+            problem="it is encoded in blocks: a quantizer has one range, or one per channel"
+        )
     if fields.get("y_scale") is None:
         return Entry(problem="it has no numbers, only a type")
 
@@ -270,7 +274,7 @@ def _read_version_2(place: str, fields: Mapping[str, Any]) -> Entry:
     _require_code(zero_point, codes, dtype)
     axis = fields.get("axis") if scale.ndim else None
     if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
-        raise malformed(place, f"its axis is {axis!r:.40}; a number is expected")
+        raise malformed(place, f"its axis is {axis!r:.40}; expected a number")
     return entry_of_codes(scale, zero_point, codes.qmin, codes.qmax, axis)
 
 
@@ -292,17 +296,17 @@ def _require_code(zero_point: _Numbers, codes: _Codes, dtype: Any) -> None:
     """Refuse a zero point that is not a code.
 
     Args:
-        zero_point: 0-D or one a channel.
+        zero_point: 0-D or one per channel.
         codes: The codes of the type.
         dtype: The type in the file, for the message.
 
     Raises:
-        _Contradiction: It lies outside of the codes.
+        _Contradiction: It is outside the range of codes.
     """
     if np.any((zero_point < codes.qmin) | (zero_point > codes.qmax)):
         worst = zero_point.flat[np.argmax(np.abs(zero_point))]
         raise _Contradiction(
-            f"its zero point {worst:g} is no {dtype}, which ends at {codes.qmin} and {codes.qmax}"
+            f"its zero point {worst:g} is not a code of {dtype}, {codes.qmin} to {codes.qmax}"
         )
 
 
@@ -312,7 +316,7 @@ def _reason_against_codes(fields: Mapping[str, Any]) -> str:
     if "float" in dtype:
         return "it is encoded as floating point, which has no range"
     if "int" not in dtype:
-        return f"its type is {dtype:.20}, which is no integer type"
+        return f"its type is {dtype:.20}, which is not an integer type"
     return ""
 
 
@@ -320,7 +324,7 @@ def _read_columns(place: str, encodings: Sequence[Mapping[str, Any]]) -> _Column
     """The numbers of an encoding, of all its channels.
 
     Args:
-        place: The tensor's place in the file, for messages.
+        place: The tensor's position in the file, for messages.
         encodings: One object for each channel, or one object with lists.
 
     Raises:
@@ -338,12 +342,12 @@ def _read_column(place: str, encodings: Sequence[Mapping[str, Any]], key: str) -
     """The numbers of all channels under one key.
 
     Args:
-        place: The tensor's place in the file, for messages.
+        place: The tensor's position in the file, for messages.
         encodings: As for `_read_columns`.
         key: The key.
 
     Returns:
-        0-D or one number a channel; None where no channel has the key.
+        0-D or one number per channel; None if no channel has the key.
 
     Raises:
         CalibrationError: Only some channels have the key, or a value is not a number.
@@ -361,13 +365,13 @@ def _read_numbers(place: str, columns: _Columns, traits: _Traits) -> Entry:
     """The range of `scale` and `offset`, of `min` and `max`, or of all four.
 
     Args:
-        place: The tensor's place in the file, for messages.
+        place: The tensor's position in the file, for messages.
         columns: The numbers.
         traits: The other facts.
 
     Raises:
         CalibrationError: A number is missing, or columns have different lengths.
-        _Contradiction: The numbers cannot all be true.
+        _Contradiction: The numbers contradict each other.
     """
     scale, offset, low, high = columns.scale, columns.offset, columns.low, columns.high
     _require_both(place, scale, offset, ("scale", "offset"))
@@ -392,13 +396,13 @@ def _require_both(
     """Refuse one of two columns without the other.
 
     Args:
-        place: The tensor's place in the file, for messages.
+        place: The tensor's position in the file, for messages.
         first: A column.
         second: The column that belongs to it.
         names: Their names in the file.
 
     Raises:
-        CalibrationError: Exactly one of them is there.
+        CalibrationError: Exactly one of the two is present.
     """
     if first is None and second is not None:
         raise malformed(place, f"it has no {names[0]}, but a {names[1]}")
@@ -407,10 +411,10 @@ def _require_both(
 
 
 def _read_codes(scale: _Numbers, offset: _Numbers, bits: int, traits: _Traits) -> Entry:
-    """The range of codes where only the sign of the offset shows its meaning.
+    """The range of codes if only the sign of the offset shows its meaning.
 
     Args:
-        scale: 0-D or one a channel.
+        scale: 0-D or one per channel.
         offset: Of the same shape.
         bits: Width of a code.
         traits: Whether the range is symmetric, and of a weight.
@@ -423,11 +427,11 @@ def _read_codes(scale: _Numbers, offset: _Numbers, bits: int, traits: _Traits) -
     if traits.is_symmetric and np.all(offset == 1 - half):  # strictly symmetric: -127 to 127
         return entry_of_codes(scale, 0, -half, half - 1)
     if traits.is_symmetric and np.all(offset == 0):
-        if traits.is_weight:  # both signs: the codes are signed, as QNN writes them
+        if traits.is_weight:  # both signs: the codes are signed, as in files of QNN
             return entry_of_codes(scale, 0, -half, half - 1)
         return _add_note(
             entry_of_codes(scale, 0, 0, steps),
-            "its symmetric codes with offset 0 were taken for unsigned; "
+            "its symmetric codes with offset 0 are read as unsigned; "
             "if they are signed, the range is half of it",
         )
     if np.all((offset >= -steps) & (offset <= 0)):
@@ -435,10 +439,10 @@ def _read_codes(scale: _Numbers, offset: _Numbers, bits: int, traits: _Traits) -
     if np.all((offset >= 0) & (offset <= steps)):
         return _add_note(
             entry_of_codes(scale, offset, 0, steps),
-            "its positive offset was taken for a zero point",
+            "its positive offset is read as a zero point",
         )
     if not np.isfinite(offset).all():
-        return entry_of_codes(scale, offset, 0, steps)  # its problem names the offset
+        return entry_of_codes(scale, offset, 0, steps)  # the message names the offset
     raise _Contradiction(_describe_offset(offset, bits))
 
 
@@ -449,8 +453,8 @@ def _describe_offset(offset: _Numbers, bits: int) -> str:
     if np.abs(outermost) <= steps:
         return f"its offsets have both signs, {np.min(offset):g} and {np.max(offset):g}"
     return (
-        f"its offset is {outermost:g}; with {bits} bit it lies between {-steps} and 0, "
-        f"or is a zero point up to {steps}"
+        f"its offset is {outermost:g}; with {bits} bit it must be between {-steps} and 0, "
+        f"or a zero point up to {steps}"
     )
 
 
@@ -462,10 +466,10 @@ def _add_note(entry: Entry, note: str) -> Entry:
 def _read_codes_and_bounds(
     scale: _Numbers, offset: _Numbers, low: _Numbers, high: _Numbers, bits: int
 ) -> Entry:
-    """The range of the bounds, made exact where they are those of symmetric codes.
+    """The range of the bounds, made exact if they are those of symmetric codes.
 
     Args:
-        scale: 0-D or one a channel.
+        scale: 0-D or one per channel.
         offset: Of the same shape.
         low: Of the same shape.
         high: Of the same shape.
@@ -477,7 +481,7 @@ def _read_codes_and_bounds(
     entry = entry_of_bounds(low, high)
     is_finite = np.isfinite(scale).all() and np.isfinite(offset).all()
     if not is_finite or np.any(scale < 0):
-        return entry_of_codes(scale, offset, 0, 2**bits - 1)  # its problem names the scale
+        return entry_of_codes(scale, offset, 0, 2**bits - 1)  # the message names the scale
     if entry.is_damaged:
         return entry
     _require_agreement(scale, offset, low, high, bits)
@@ -495,10 +499,10 @@ def _read_codes_and_bounds(
 def _require_agreement(
     scale: _Numbers, offset: _Numbers, low: _Numbers, high: _Numbers, bits: int
 ) -> None:
-    """Refuse bounds that no meaning of the offset gives, up to rounding.
+    """Refuse bounds that no meaning of the offset explains, up to rounding.
 
     Args:
-        scale: 0-D or one a channel.
+        scale: 0-D or one per channel.
         offset: Of the same shape.
         low: Of the same shape.
         high: Of the same shape.
@@ -518,12 +522,12 @@ def _require_agreement(
         first, last = _list_codes(bits)[nearest].bounds(scale, offset)
         raise _Contradiction(
             f"min and max are {_format(low)} to {_format(high)}, scale {_format(scale)} and offset {_format(offset)} "
-            f"say {_format(first)} to {_format(last)}"
+            f"give {_format(first)} to {_format(last)}"
         )
 
 
 def _list_codes(bits: int) -> list[_Codes]:
-    """Every meaning that tools give an offset, AIMET's own first."""
+    """Every meaning of an offset in these tools, AIMET's own first."""
     half = 2 ** (bits - 1)
     return [
         _Codes(0, 1, bits),
@@ -540,7 +544,7 @@ def _relative_distance(error: _Numbers, tolerance: _Numbers) -> float:
 
 
 def _format(values: _Numbers) -> str:
-    """The number, or the first of several."""
+    """The number, or the first number of an array."""
     first = f"{values.flat[0]:.6g}"
     return f"[{first}, ...]" if values.ndim else first
 
@@ -557,15 +561,15 @@ def _read_bits(place: str, value: Any) -> int:
         CalibrationError: It is another number, or not an integer.
     """
     if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 32:
-        raise malformed(place, f"its bitwidth is {value!r:.40}; 2 to 32 is expected")
+        raise malformed(place, f"its bitwidth is {value!r:.40}; expected 2 to 32")
     return value
 
 
 def _pair_up(place: str, first: _Numbers, second: _Numbers) -> tuple[_Numbers, _Numbers]:
-    """A number for each channel of both, 0-D where there is one channel.
+    """Both with a number for each channel, 0-D if there is one channel.
 
     Args:
-        place: The tensor's place in the file, for messages.
+        place: The tensor's position in the file, for messages.
         first: Any number of channels.
         second: As many as `first`, or one for all.
 
@@ -577,9 +581,7 @@ def _pair_up(place: str, first: _Numbers, second: _Numbers) -> tuple[_Numbers, _
     if second.size == 1:
         second = np.broadcast_to(second.reshape(()), first.shape)
     if first.shape != second.shape:
-        raise malformed(
-            place, f"{first.size} and {second.size} of its numbers do not belong together"
-        )
+        raise malformed(place, f"{first.size} and {second.size} of its numbers do not match")
     return first, second
 
 
@@ -657,5 +659,5 @@ def _write_channels(row: Row) -> list[dict[str, Any]]:
 
 
 def _offset(row: Row) -> int:
-    """That of the smallest code, which is stored as 0."""
+    """The offset: the smallest code, which is stored as 0."""
     return row.format.qmin

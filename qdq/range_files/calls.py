@@ -1,8 +1,8 @@
-"""Which node of an ONNX graph is which function call of a torch module, where that is certain.
+"""Match nodes of an ONNX graph with function calls of a torch module, if the match is certain.
 
-ONNX takes operators apart: the tanh GELU, `F.linear` with bias, `F.group_norm` and `torch.addcmul` all leave an Add. So
-the n-th Add of a module is its n-th `add` only if nothing else can have left one there, none is missing, and the nodes
-stand in the order of the calls. Where one of these is in doubt, no node is matched: a wrong range is worse than none.
+ONNX decomposes operators: the tanh GELU, `F.linear` with bias, `F.group_norm` and `torch.addcmul` all leave an Add. So
+the n-th Add of a module is its n-th `add` only if nothing else can have produced one there, none is missing, and the
+nodes are in the order of the calls. If one of these is in doubt, no node is matched: a wrong range is worse than none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qdq.range_files.format import METADATA_ERRORS
 
 _HIERARCHY = "pkg.torch.onnx.class_hierarchy"  # written by torch.onnx: the classes around a node, then its operator
 _NODES_OF = {name: function.onnx for name, function in FUNCTIONS.items() if function.onnx}
-_OPERATORS = {"interpolate": r"upsample_\w+"}  # of torch's exporter, where they have another name
+_OPERATORS = {"interpolate": r"upsample_\w+"}  # names in torch's exporter, if they differ
 
 
 def function_of(site: str) -> str:
@@ -45,7 +45,7 @@ def find_calls(
         nodes: The nodes of the module, in the order of the graph.
 
     Returns:
-        Calls with their nodes, and the reason if there are none.
+        The calls with their nodes, and the reason if there are none.
     """
     kinds = _NODES_OF.get(function, ())
     kinds_text = " or ".join(kinds)
@@ -57,7 +57,7 @@ def find_calls(
         rivals = _list_rivals(function, calls)
         if rivals:
             names = ", ".join(rivals)
-            return [], f"not matched: {names} of the same forward may leave {kinds_text} too"
+            return [], f"not matched: {names} of the same forward may become {kinds_text} too"
 
     sites = [site for site in calls if function_of(site) == function]
     if len(candidates) != len(sites):
@@ -93,7 +93,7 @@ def _select_by_operator(
 
 
 def _list_rivals(function: str, calls: Iterable[str]) -> list[str]:
-    """The functions among the calls that can leave the same kinds of nodes, sorted.
+    """The functions among the calls that can become the same kinds of nodes, sorted.
 
     Args:
         function: The function that is searched for.
@@ -105,10 +105,10 @@ def _list_rivals(function: str, calls: Iterable[str]) -> list[str]:
 
 
 def _may_leave(function: str, kinds: Iterable[str]) -> bool:
-    """Whether a function can leave nodes of these kinds.
+    """Whether a function can become nodes of these kinds.
 
     Args:
-        function: Its name; a function that is not in the tables may leave any node.
+        function: Its name; a function that is not in the tables may become any node.
         kinds: ONNX operators.
     """
     if function not in _NODES_OF and function not in ONNX_BESIDES:
@@ -120,7 +120,7 @@ def _may_leave(function: str, kinds: Iterable[str]) -> bool:
 def _operator_of(node: ir.Node) -> str:
     """The operator of torch that a node was made for, such as "aten.add.Tensor".
 
-    "" where the file does not have it, or has something else in its place.
+    "" if the file does not have it, or has something else in its place.
     """
     try:
         hierarchy = ast.literal_eval(node.metadata_props.get(_HIERARCHY, "[]"))
@@ -140,7 +140,7 @@ def _is_integer(node: ir.Node) -> bool:
 def _is_before(first: ir.Node, second: ir.Node) -> bool:
     """Whether the first node was surely called earlier than the second.
 
-    It was if the names are numbered so (`Add`, `Add_1`), or if the second needs the first.
+    It was if the numbers of the names show it (`Add`, `Add_1`), or if the second needs the first.
     """
     first_stem, first_number = _split_name(first)
     second_stem, second_number = _split_name(second)

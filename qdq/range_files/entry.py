@@ -20,11 +20,11 @@ class Entry:
     """The range of one tensor in a file.
 
     Args:
-        amax: The symmetric range: 0-D, or one number a channel.
-        axis: The axis of the channels, where the file has it.
+        amax: The symmetric range: 0-D, or one number per channel.
+        axis: The axis of the channels, if the file has it.
         note: What was changed to get a symmetric range, "" if nothing.
         problem: Why there is no range to use, "" if there is one.
-        is_damaged: Whether the problem is invalid numbers: an error where a quantizer has this tensor.
+        is_damaged: Whether the problem is invalid numbers: an error if a quantizer has this tensor.
     """
 
     amax: Floats = field(default_factory=lambda: np.zeros((), np.float32))
@@ -35,16 +35,17 @@ class Entry:
 
 
 def amax_of_scale(scale: Floats, qmax: int) -> Floats:
-    """The float32 amax that gives a scale back (`formats.scale_from_amax`), to the last bit where there is one.
+    """The float32 amax that gives exactly this scale (`formats.scale_from_amax`), if there is one.
 
-    One scale in 129 is not the quotient of any float32 number and 127, so no calibration in float32 gives it; it comes
-    back one unit in the last place away. For all others the rounded product is such a number (tried for each mantissa).
+    One scale in 129 is not the quotient of any float32 number and 127, so no calibration in float32 gives it; its amax
+    gives a scale that is one unit in the last place away. For all others the rounded product is exact (tested for each
+    mantissa).
 
     Args:
         scale: Positive, any shape.
         qmax: The largest code.
     """
-    with np.errstate(over="ignore"):  # infinity is refused where it is used
+    with np.errstate(over="ignore"):  # infinity is refused when it is used
         return np.asarray(scale * np.float32(qmax), np.float32)
 
 
@@ -56,13 +57,13 @@ def entry_of_codes(
     A scale that is NaN, infinite, negative or almost 0 gives a damaged entry.
 
     Args:
-        scale: 0-D or one a channel.
-        zero_point: As many as scales, or one.
+        scale: 0-D or one per channel.
+        zero_point: One for each scale, or one for all.
         qmin: The smallest code.
-        qmax: The largest one.
+        qmax: The largest code.
         axis: The axis of the channels.
     """
-    with np.errstate(over="ignore"):  # infinity is damage, as it is where the file has it
+    with np.errstate(over="ignore"):  # infinity is damage, as if the file had it
         scale = np.asarray(scale, np.float32)
     if not np.any(scale):
         return Entry(problem="its scale is 0: the tool found no range for it")
@@ -86,20 +87,20 @@ def entry_of_codes(
 def entry_of_bounds(low: npt.ArrayLike, high: npt.ArrayLike) -> Entry:
     """The symmetric range around two bounds.
 
-    Bounds that are NaN, infinite or the wrong way round give a damaged entry.
+    Bounds that are NaN, infinite or swapped give a damaged entry.
 
     Args:
-        low: The smallest value, 0-D or one a channel.
+        low: The smallest value, 0-D or one per channel.
         high: The largest, of the same shape.
     """
     bounds = np.asarray([low, high], np.float64)
     if not np.isfinite(bounds).all() or np.abs(bounds).max(initial=0.0) > np.finfo(np.float32).max:
-        return Entry(problem="its range holds NaN or Inf", is_damaged=True)
+        return Entry(problem="its range contains NaN or Inf", is_damaged=True)
     if np.any(bounds[0] > bounds[1]):
         channel = np.argmax((bounds[0] - bounds[1]).reshape(-1))
         first, last = bounds.reshape(2, -1)[:, channel]
         return Entry(
-            problem=f"its range {first:.6g} to {last:.6g} ends below where it begins",
+            problem=f"its range is inverted: {first:.6g} to {last:.6g}",
             is_damaged=True,
         )
     amax = np.abs(bounds).max(axis=0).astype(np.float32)
@@ -109,11 +110,11 @@ def entry_of_bounds(low: npt.ArrayLike, high: npt.ArrayLike) -> Entry:
 
 
 def _describe_asymmetry(bounds: npt.NDArray[np.float64], amax: Floats) -> str:
-    """A note where symmetric codes are coarser than those of the file; a difference of one int8 step is ignored."""
+    """A note if symmetric codes are coarser than those of the file; a difference of one int8 step is ignored."""
     if np.all(np.abs(np.abs(bounds) - amax) <= amax / 100):
         return ""
     low, high = bounds[0].min(), bounds[1].max()
-    return f"{low:.4g} to {high:.4g} made symmetric: TensorRT takes no other"
+    return f"{low:.4g} to {high:.4g} made symmetric, as TensorRT requires"
 
 
 def describe_damage(quantity: str, values: Floats, *, smallest: float) -> str:
@@ -132,16 +133,16 @@ def describe_damage(quantity: str, values: Floats, *, smallest: float) -> str:
 
 
 def add_entry(entries: dict[str, Entry], name: str, entry: Entry, place: str) -> None:
-    """Add the entry of a tensor; the same entry twice is no contradiction.
+    """Add the entry of a tensor; the same entry may come twice.
 
     Args:
         entries: The entries so far; changed in place.
         name: The name of the tensor.
         entry: Its entry.
-        place: Where the file has it, for messages.
+        place: Its position in the file, for messages.
 
     Raises:
-        CalibrationError: The file has another range of the tensor elsewhere.
+        CalibrationError: The file has another range for the tensor elsewhere.
     """
     former = entries.setdefault(name, entry)
     has_same_range = np.array_equal(former.amax, entry.amax)
@@ -149,7 +150,7 @@ def add_entry(entries: dict[str, Entry], name: str, entry: Entry, place: str) ->
     if not has_same_range or not has_same_state:
         raise CalibrationError(
             f"{place}: {name} has two different ranges in one file.",
-            "remove one of them; was the file joined from two?",
+            "remove one of them; the file may have been joined from two.",
         )
 
 
@@ -157,13 +158,11 @@ def number_array(place: str, value: Any) -> npt.NDArray[np.float64]:
     """A JSON number or list of numbers as an array.
 
     Raises:
-        CalibrationError: It is of another type.
+        CalibrationError: The value has another type.
     """
     items = value if isinstance(value, list) else [value]
     if not items or not all(map(_is_number, items)):
-        raise malformed(
-            place, f"a number or a list of numbers is expected, found {_shorten(value)}"
-        )
+        raise malformed(place, f"expected a number or a list of numbers, found {_shorten(value)}")
     try:
         return np.asarray(value, np.float64)
     except OverflowError as error:  # an integer of hundreds of digits
@@ -179,10 +178,10 @@ def object_of(place: str, value: Any) -> Mapping[str, Any]:
     """A JSON object.
 
     Raises:
-        CalibrationError: It is of another type.
+        CalibrationError: The value has another type.
     """
     if not isinstance(value, dict):
-        raise malformed(place, f"an object is expected, found {_shorten(value)}")
+        raise malformed(place, f"expected an object, found {_shorten(value)}")
     return value
 
 
@@ -194,7 +193,7 @@ def malformed(place: str, reason: str) -> CalibrationError:
         reason: What is wrong there.
     """
     return CalibrationError(
-        f"{place}: {reason}.", "write the file again with that tool, and copy it whole."
+        f"{place}: {reason}.", "write the file again with that tool, and copy all of it."
     )
 
 

@@ -16,7 +16,7 @@ from qdq.quantize import compute_scale
 from qdq.range_files.entry import Entry, Floats, malformed
 
 METADATA_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
-"""What parsing the metadata of a foreign ONNX file can raise."""
+"""Exceptions that parsing the metadata of a foreign ONNX file can raise."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Row:
 
     Args:
         tensor: Its name.
-        amax: The range: 0-D, or one number a channel.
+        amax: The range: 0-D, or one number per channel.
         axis: The axis of the channels, None for one range.
         is_weight: Whether it is a weight.
-        format: The codes.
+        format: The format of the codes.
         dequantize: The DequantizeLinear of its pair in the ONNX file, if there is one.
     """
 
@@ -41,7 +41,7 @@ class Row:
 
     @property
     def scale(self) -> Floats:
-        """The scale of the range, of its shape."""
+        """The scale of the range, in its shape."""
         return compute_scale(torch.from_numpy(self.amax.copy()), self.format).numpy()
 
 
@@ -50,9 +50,9 @@ class FileFormat:
     """A format of range files that name tensors.
 
     Args:
-        recognize: Whether a file's content is of this format.
-        read: The entries of a file.
-        write: A file of rows.
+        recognize: Whether the content of a file is in this format.
+        read: Reads the entries of a file.
+        write: Writes rows to a file.
     """
 
     recognize: Callable[[bytes], bool]
@@ -69,11 +69,11 @@ def decode(content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise malformed("the file", f"byte {error.start} is no UTF-8 text") from None
+        raise malformed("the file", f"byte {error.start} is not UTF-8 text") from None
 
 
 def parse_json(content: bytes) -> Any:
-    """The value of a JSON file; NaN and Infinity are numbers, because other tools write them.
+    """The value of a JSON file; NaN and Infinity count as numbers, because other tools write them.
 
     Raises:
         CalibrationError: It is not JSON, cut off, or has two values for one key.
@@ -83,5 +83,5 @@ def parse_json(content: bytes) -> Any:
     except DataError as error:
         raise CalibrationError(
             error.message,
-            "write the file again with that tool, and copy it whole; was it joined from two?",
+            "write the file again with that tool, and copy all of it; it may have been joined from two files.",
         ) from error

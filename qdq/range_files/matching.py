@@ -1,4 +1,4 @@
-"""Which entry of a file belongs to which quantizer, and the amax that follows from it."""
+"""Match the entries of a file with quantizers, and compute their amax."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _MOST_LISTED = 20  # damaged entries in a message
 
 @dataclass
 class Match:
-    """What a file says of a model, before anything changes.
+    """The match of a file and a model, before anything changes.
 
     Args:
         quantizers: By name, those that get a range.
         amaxes: By the same names; quantizers that share a range have the same array.
         notes: Quantizer -> what was changed to get its range.
-        unmatched: Entry -> why no quantizer has it.
+        unmatched: Entry -> why it has no quantizer.
         missing: Quantizer -> why it has no entry.
         weights: Among the missing, those that get the maximum of each channel of their weight.
     """
@@ -73,7 +73,7 @@ class _Mismatch(Exception):  # noqa: N818  # never leaves this file
 
 @dataclass(frozen=True)
 class _PlacedEntry:
-    """An entry and the place that it stands for.
+    """An entry and its place.
 
     Args:
         key: Its name in the file.
@@ -96,10 +96,12 @@ def match_entries(model: nn.Module, places: Places, entries: Mapping[str, Entry]
 
     Raises:
         CalibrationError: Nothing matches, an entry that a quantizer would get is damaged, or a weight that would have
-            to replace an entry holds NaN or Inf.
+            to replace an entry contains NaN or Inf.
     """
     if not entries:
-        raise CalibrationError("it holds no range.", "check that it is the right file, and whole.")
+        raise CalibrationError(
+            "it contains no range.", "check that it is the right file, and complete."
+        )
     matcher = _Matcher(model, places, entries)
     for members in _list_groups(model):
         matcher.match_group(members)
@@ -124,10 +126,10 @@ class _Matcher:
         self._damage: dict[str, str] = {}
 
     def match_group(self, members: Mapping[str, TensorQuantizer]) -> None:
-        """Find the range that quantizers have together.
+        """Find the common range of quantizers.
 
         Args:
-            members: By name, the quantizer that holds the range first.
+            members: Quantizers by name; the first one holds the range.
 
         Raises:
             CalibrationError: NaN or Inf in a weight that has to replace an entry.
@@ -184,11 +186,11 @@ class _Matcher:
         """
         if weight is not None and leader.amax is None:
             self._match.weights.append((leader, _weight_maxima(name, weight, leader.axis)))
-            reason += "; the maximum of its weight was taken"
+            reason += "; the maximum of its weight is used"
         self._match.missing[name] = reason
 
     def _reason_against(self, name: str, placed: Sequence[_PlacedEntry]) -> str:
-        """Why there is no entry to use, "" if there is one.
+        """Why there is no usable entry, "" if there is one.
 
         Args:
             name: The quantizer.
@@ -202,7 +204,7 @@ class _Matcher:
         return problems[0] if all(problems) else ""
 
     def finish(self) -> Match:
-        """The result, with the entries that no quantizer has.
+        """The result, with the entries without a quantizer.
 
         Raises:
             CalibrationError: A quantizer would get a damaged entry, or nothing matches.
@@ -211,7 +213,7 @@ class _Matcher:
             raise _damage_error(self._damage)
         for name, entry in self._entries.items():
             if name not in self._used:
-                reason = entry.problem or "no enabled quantizer of the model stands at it"
+                reason = entry.problem or "no enabled quantizer of the model quantizes it"
                 self._match.unmatched[name] = reason
         if not self._match.amaxes:
             raise _mismatch_error(self._places, self._entries)
@@ -251,7 +253,7 @@ def _list_weights(model: nn.Module) -> dict[TensorQuantizer, nn.Parameter]:
 
 
 def _weight_maxima(name: str, weight: nn.Parameter, axis: int | None) -> torch.Tensor:
-    """The range that calibration gives a weight; most tools take it from the weight and do not write it down.
+    """The range that calibration gives a weight; most tools compute it from the weight and do not store it.
 
     Args:
         name: The quantizer, for messages.
@@ -271,7 +273,7 @@ def _weight_maxima(name: str, weight: nn.Parameter, axis: int | None) -> torch.T
 
 
 def _find_entries(places: Iterable[Place], entries: Mapping[str, Entry]) -> list[_PlacedEntry]:
-    """The entry of each place, by the most exact name that the file has.
+    """The entry of each place, by the most exact name in the file.
 
     Args:
         places: The places of one quantizer.
@@ -288,7 +290,7 @@ def _find_entries(places: Iterable[Place], entries: Mapping[str, Entry]) -> list
 def _combine(
     quantizer: TensorQuantizer, placed: Sequence[_PlacedEntry], shape: tuple[int, ...] | None
 ) -> tuple[Floats, str]:
-    """The range that covers all entries, in the shape of the quantizer's, and what was changed.
+    """The range that covers all entries, in the shape of the quantizer's range, and notes on changes.
 
     Args:
         quantizer: The quantizer that holds the range.
@@ -296,7 +298,7 @@ def _combine(
         shape: Of the weight, if it quantizes one.
 
     Raises:
-        _Mismatch: There is no entry, or one does not fit.
+        _Mismatch: There is no entry, or an entry does not fit.
     """
     if not placed:
         raise _Mismatch("the file has no usable entry")
@@ -319,7 +321,7 @@ def _combine(
 
 
 def _fit(quantizer: TensorQuantizer, placed: _PlacedEntry, shape: tuple[int, ...] | None) -> Floats:
-    """The range of an entry in the shape of the quantizer's: 0-D per tensor, else as `_fit_channels`.
+    """The range of an entry in the shape of the quantizer's range: 0-D per tensor, else from `_fit_channels`.
 
     Args:
         quantizer: The quantizer that holds the range.
@@ -337,7 +339,7 @@ def _fit(quantizer: TensorQuantizer, placed: _PlacedEntry, shape: tuple[int, ...
 def _fit_channels(
     quantizer: TensorQuantizer, placed: _PlacedEntry, shape: tuple[int, ...] | None
 ) -> Floats:
-    """A range for each channel, with the rank of the weight where there is one.
+    """A range for each channel, with the rank of the weight if there is one.
 
     Args:
         quantizer: One with an axis.
@@ -358,7 +360,7 @@ def _fit_channels(
     axes = {placed.entry.axis, placed.place.axis} - {None}
     if amax.ndim and len(axes) > 1:
         raise _Mismatch(
-            f"the ranges of the file lie along axis {placed.entry.axis}, not along the outputs (R-AXIS)"
+            f"the ranges of the file are along axis {placed.entry.axis}, not along the outputs (R-AXIS)"
         )
     channels = np.broadcast_to(amax.reshape(-1), (num_channels,))
     if shape is None:
@@ -384,7 +386,7 @@ def _count_channels(
 
 
 def _damage_error(problems: Mapping[str, str]) -> CalibrationError:
-    """The error of entries that quantizers would get and that hold invalid numbers."""
+    """The error for entries with invalid numbers that quantizers would get."""
     texts = [f"{name}: {problem}" for name, problem in problems.items()]
     return CalibrationError(
         f"quantizers of the model would get invalid ranges: {list_names(texts, _MOST_LISTED, '; ')}.",
@@ -393,10 +395,10 @@ def _damage_error(problems: Mapping[str, str]) -> CalibrationError:
 
 
 def _mismatch_error(places: Places, entries: Mapping[str, Entry]) -> CalibrationError:
-    """The error of a file without any matching entry; it shows one name of each side."""
+    """The error for a file without any matching entry; it shows one name from each side."""
     tensors = [place.tensor for of_quantizer in places.of.values() for place in of_quantizer]
     expected = (
-        f"the first tensor that was looked for is {tensors[0]!r}"
+        f"the first tensor of a quantizer is {tensors[0]!r}"
         if tensors
         else "no quantizer has a tensor there"
     )
@@ -405,5 +407,5 @@ def _mismatch_error(places: Places, entries: Mapping[str, Entry]) -> Calibration
     return CalibrationError(
         f"none of its {len(entries)} entries belongs to a quantizer of the model; the first is {name!r}{reason}, "
         f"{expected}.",
-        "give onnx= the very file that was calibrated, made of this torch model; enable what shall be quantized.",
+        "pass the calibrated ONNX file of this torch model as onnx=, and enable the quantizers to use.",
     )

@@ -1,8 +1,8 @@
 """ONNX Runtime's ranges as JSON: `save_tensors_data`, `quantize_static(calibration_cache_path=...)` and the
 `calibration.json` of `write_calibration_table`.
 
-Lowest and highest value of each activation, as arrays that name their class (`CLS`) and type. `write_calibration_table`
-given a plain dictionary leaves the outer object out; early releases wrote pairs `[lowest, highest]`.
+The lowest and highest value of each activation, as arrays that name their class (`CLS`) and type. With a plain
+dictionary, `write_calibration_table` omits the outer object; early releases wrote pairs `[lowest, highest]`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from qdq.range_files.format import Row, parse_json
 
 
 def recognize(content: bytes) -> bool:
-    """Whether it is JSON with ONNX Runtime's classes, or a dictionary of pairs.
+    """Whether the content is JSON with ONNX Runtime's classes, or a dictionary of pairs.
 
-    A file that is cut off is recognized by its classes, so that `read` can say what is wrong with it.
+    A truncated file is recognized by its classes, so that `read` can say what is wrong with it.
     """
-    if b'"TensorsData"' in content or b'"TensorData"' in content:  # also if it is cut off
+    if b'"TensorsData"' in content or b'"TensorData"' in content:  # also if it is truncated
         return True
     try:
         data = json.loads(content)
@@ -66,20 +66,20 @@ def _read_entry(name: str, value: Any) -> Entry:
     if low.shape != high.shape:
         raise malformed(
             name,
-            f"{low.size} lowest and {high.size} highest values do not belong together",
+            f"{low.size} lowest and {high.size} highest values do not match",
         )
     return entry_of_bounds(low, high)
 
 
 def _read_array(place: str, value: Any) -> npt.NDArray[np.float64]:
-    """An array; one of a single element becomes a scalar.
+    """An array; a single element becomes a scalar.
 
     Args:
-        place: Its place in the file, for messages.
+        place: Its position in the file, for messages.
         value: An object with the key "data", or the data itself.
 
     Raises:
-        CalibrationError: It holds something else than numbers.
+        CalibrationError: It contains something other than numbers.
     """
     data = value.get("data") if isinstance(value, dict) else value
     if isinstance(data, list):
@@ -91,7 +91,7 @@ def _read_array(place: str, value: Any) -> npt.NDArray[np.float64]:
 def _flatten(values: list[Any]) -> list[Any]:
     """A flat list of all numbers.
 
-    Bounds of channels are nested as deep as the tensor has dimensions.
+    Bounds of channels are nested as deeply as the tensor has dimensions.
     """
     while values and all(isinstance(value, list) for value in values):
         values = list(chain.from_iterable(values))
@@ -99,7 +99,7 @@ def _flatten(values: list[Any]) -> list[Any]:
 
 
 def _is_pair(value: Any) -> bool:
-    """Whether it is `[lowest, highest]`, two numbers."""
+    """Whether a value is `[lowest, highest]`, two numbers."""
     if not isinstance(value, list) or len(value) != 2:
         return False
     return all(isinstance(item, int | float) for item in value)

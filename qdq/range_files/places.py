@@ -1,10 +1,10 @@
 """The tensors of an ONNX graph that the quantizers of a torch model quantize, and their names in range files.
 
-A layer is found by its node: by the scopes that torch's exporter wrote down, by the name of the node (`MODULE/OP` of
-qdq, `/layer1/layer1.0/conv1/Conv` of the exporter before), or by the name of its weight. The quantizer of a function
-call is found by its own name in files of qdq, else by the node of the call where `range_files.calls` is sure of it.
-From the node, the search goes upwards through Q/DQ and operators that keep the range, so that the float graph, ONNX
-Runtime's QDQ graph and qdq's own all lead to the same quantizers.
+A layer is found by its node: by the scopes that torch's exporter wrote, by the name of the node (`MODULE/OP` of qdq,
+`/layer1/layer1.0/conv1/Conv` of the earlier exporter), or by the name of its weight. The quantizer of a function call
+is found by its own name in files of qdq, else by the node of the call if `range_files.calls` is sure of it. From the
+node, the search goes upwards through Q/DQ and operators that keep the range, so that the float graph, ONNX Runtime's
+QDQ graph and qdq's own all lead to the same quantizers.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Place:
 
     Args:
         tensor: Its name in a file that is written.
-        names: All names that a file may have for it, the most exact first.
+        names: All names that it may have in a file, the most exact first.
         is_weight: Whether it is a weight.
-        axis: The only axis that channels may lie on, None where any number of channels that fits is right.
-        dequantize: The DequantizeLinear behind it, if the graph has one.
+        axis: The only possible axis of channels; None if any axis with the right number of channels is accepted.
+        dequantize: The DequantizeLinear after it, if the graph has one.
     """
 
     tensor: str
@@ -59,7 +59,7 @@ class Places:
     """The places of the quantizers of a model.
 
     Args:
-        of: Quantizer -> its places; those of a module that runs several times are several.
+        of: Quantizer -> its places; more than one if a module runs several times.
         reasons: Quantizer of a function call -> why its call was not found in the graph.
     """
 
@@ -72,8 +72,8 @@ def list_places(model: nn.Module, graph: ir.Graph | None = None) -> Places:
 
     Args:
         model: A swapped model.
-        graph: A graph of the same model, with or without Q/DQ. Without one, a place has the name that a file with the
-            names of torch modules gives it; a quantizer that a forward calls directly has none.
+        graph: A graph of the same model, with or without Q/DQ. Without one, a place has its name in a file with the
+            names of torch modules; a quantizer that a forward calls directly has no place.
     """
     finder = _Finder(model, graph)
     quantizers = dict(named_quantizers(model))
@@ -119,14 +119,14 @@ class _Finder:
                 self._nodes[owner].append(node)
 
     def find_module(self, name: str, module: nn.Module) -> _Found:
-        """The places of the quantizers of a module; none for a module without quantizers.
+        """Find the places of the quantizers of a module.
 
         Args:
             name: Dotted name.
             module: The module.
 
         Yields:
-            Quantizers, with one of their places each.
+            Quantizers, each with one of its places.
         """
         if isinstance(module, QuantInputMixin):
             yield from self._find_layer(name, module)
@@ -134,7 +134,7 @@ class _Finder:
             yield from self._find_functions(name, module)
 
     def find_by_name(self, quantizer: str, tensors: set[str]) -> list[Place]:
-        """The places of pairs that are called after the quantizer itself, as in files that qdq wrote.
+        """The places of pairs that are named after the quantizer itself, as in files that qdq wrote.
 
         Args:
             quantizer: Dotted name.
@@ -153,7 +153,7 @@ class _Finder:
     def _find_layer(self, name: str, layer: QuantInputMixin) -> _Found:
         """The input and the weights of a layer.
 
-        Without a node, the weights still have the names that the model gives them. Without a graph, so does the input.
+        Without a node, the weights still have their names in the model. Without a graph, so does the input.
 
         Args:
             name: Dotted name.
@@ -161,7 +161,7 @@ class _Finder:
         """
         if isinstance(layer, QuantMultiheadAttention):
             yield from self._find_projections(name, layer)
-        # The quantizers of a layer with a forward of its own, which leaves several nodes, are found by name only.
+        # The quantizers of a layer with its own forward, which becomes several nodes, are found by name only.
         nodes = [] if layer.replaces_forward else self._list_entries(name, layer)
         weights = _list_weights(name, layer)
         input_name = MODULE_INPUT.format(name)
@@ -177,7 +177,7 @@ class _Finder:
             yield quantizer, Place(weight_name, (weight_name,), is_weight=True)
 
     def _find_projections(self, name: str, layer: QuantMultiheadAttention) -> _Found:
-        """The inputs of attention: one product with weights for query, key and value that are one tensor, or several.
+        """The inputs of attention: one product if query, key and value are one tensor, or several.
 
         The float module computes `out_proj` in its own forward, last; the quantized one calls it as a module.
 
@@ -197,7 +197,7 @@ class _Finder:
                 yield output.input_quantizer, self._make_place(output_product.inputs[0])
         if (
             not 1 <= len(products) <= 3
-        ):  # more are several runs, and nothing shows which belongs to which
+        ):  # more products are several runs, and nothing shows which belong together
             return
         query, value = products[0], products[-1]
         key = products[min(1, len(products) - 1)]
@@ -240,7 +240,7 @@ class _Finder:
     def _find_functions(self, name: str, module: QuantFunctionsMixin) -> _Found:
         """The operands of the calls that a module's own forward makes.
 
-        Operands are left out where the file names their quantizers, because `find_by_name` lists these.
+        Operands are left out if the file names their quantizers, because `find_by_name` lists these.
 
         Args:
             name: Dotted name.
@@ -282,7 +282,8 @@ class _Finder:
     def _make_weight_place(self, node: ir.Node, *names: str) -> Place:
         """The place of the second operand of a node.
 
-        The axis of its channels is certain only where the operand is dequantized there, without a transpose between.
+        The axis of its channels is certain only if the operand is dequantized directly before the node, without a
+        transpose.
 
         Args:
             node: A node with a weight.
@@ -321,7 +322,7 @@ class _Finder:
         return Place(tensor, tuple(all_names), is_weight, axis, dequantize)
 
     def _list_names(self, value: ir.Value) -> list[str]:
-        """The tensor's own name, and the name that it has as the output of a module.
+        """The tensor's own name, and its name as the output of a module.
 
         A tensor is the output of a module if another module reads it.
 
@@ -352,7 +353,7 @@ class _OwnerFinder:
         return self._owners.get(node)
 
     def find(self, node: ir.Node) -> str | None:
-        """The dotted name of the module that made a node, None if nothing shows it.
+        """The dotted name of the module that made a node, None if unknown.
 
         Args:
             node: A node of the graph.
@@ -361,9 +362,9 @@ class _OwnerFinder:
         return owner
 
     def _find(self, node: ir.Node) -> str | None:
-        """The first answer of: the scope, the name of the node, the name of the weight.
+        """The module from the scope, else from the name of the node, else from the name of the weight.
 
-        The scope "", of the model itself, counts only where the name of the node has no module.
+        The scope "", of the model itself, counts only if the name of the node has no module.
 
         Args:
             node: A node of the graph.
@@ -383,8 +384,8 @@ class _OwnerFinder:
     def _module_of_path(self, name: str) -> str | None:
         """The module in the name of a node, None if there is none.
 
-        qdq writes `MODULE/OP`. The exporter before wrote `/layer1/layer1.0/relu_1/Relu`, where a part may repeat the
-        part before it and be numbered.
+        qdq writes `MODULE/OP`. The earlier exporter wrote `/layer1/layer1.0/relu_1/Relu`, where a part may repeat the
+        previous one and have a number.
 
         Args:
             name: Name of a node.
@@ -437,10 +438,10 @@ def _list_weights(name: str, layer: QuantInputMixin) -> list[tuple[TensorQuantiz
 
 
 def _read_scope(node: ir.Node) -> str | None:
-    """The module that torch's exporter wrote down for a node.
+    """The module that torch's exporter wrote for a node.
 
     Returns:
-        Dotted name, "" for the model itself; None where there is none, or it cannot be parsed.
+        Dotted name, "" for the model itself; None if there is none, or if it cannot be parsed.
     """
     if SCOPES not in node.metadata_props:
         return None
@@ -451,7 +452,7 @@ def _read_scope(node: ir.Node) -> str | None:
 
 
 def _has_operands(node: ir.Node) -> bool:
-    """Whether the inputs that are read here are there.
+    """Whether the node has the inputs that are read here.
 
     Args:
         node: A node; one with a weight needs two inputs.
@@ -461,9 +462,9 @@ def _has_operands(node: ir.Node) -> bool:
 
 
 def _upstream(value: ir.Value | None) -> Iterator[ir.Value]:
-    """A tensor, and the tensors above it that it has its values from.
+    """A tensor, and the tensors before it that its values come from.
 
-    The way goes through the first inputs of Q, DQ and operators that keep the range.
+    The path goes through the first inputs of Q, DQ and operators that keep the range.
 
     Args:
         value: An operand; None gives nothing.
@@ -477,12 +478,12 @@ def _upstream(value: ir.Value | None) -> Iterator[ir.Value]:
 
 
 def _float_value(value: ir.Value | None) -> ir.Value:
-    """The tensor before Q/DQ; the operand itself where there is none above it.
+    """The tensor before Q/DQ; the operand itself if there are none before it.
 
-    Where the codes are stored, it is the tensor of the codes.
+    If the codes are stored, it is the tensor of the codes.
 
     Args:
-        value: An operand, which must be there.
+        value: An operand; not None.
     """
     assert value is not None  # noqa: S101  # the operands of these operators are required
     chain = list(_upstream(value))
@@ -507,5 +508,5 @@ def _is_constant(value: ir.Value | None) -> bool:
 
 
 def _join(module: str, attribute: str) -> str:
-    """Dotted name of an attribute of a module, which is "" for the model itself."""
+    """Dotted name of an attribute of a module, whose name is "" for the model itself."""
     return f"{module}.{attribute}" if module else attribute

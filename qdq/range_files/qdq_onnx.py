@@ -22,9 +22,9 @@ _CODES = {np.dtype(np.int8): (-128, 127), np.dtype(np.uint8): (0, 255)}
 
 
 def read_pairs(graph: ir.Graph) -> dict[str, Entry]:
-    """The range of every DequantizeLinear, by the name of the tensor before Q, or of the codes.
+    """Read the range of every DequantizeLinear, by the name of the tensor before Q, or of the codes.
 
-    The name is that of the codes where they are stored, and where two Q of one tensor have different ranges.
+    The name is that of the codes if they are stored, or if two Q of one tensor have different ranges.
 
     Raises:
         CalibrationError: Two DequantizeLinear of the same codes have different scales.
@@ -48,7 +48,7 @@ def read_pairs(graph: ir.Graph) -> dict[str, Entry]:
 
 
 def _name_of_tensor(codes: ir.Value) -> str:
-    """The name of the tensor before Q, or of the codes where they are stored.
+    """The name of the tensor before Q, or of the codes if they are stored.
 
     Args:
         codes: The input of a DequantizeLinear.
@@ -62,7 +62,7 @@ def _name_of_tensor(codes: ir.Value) -> str:
 
 
 def _read_node(node: ir.Node) -> Entry:
-    """The range of one DequantizeLinear; its problem where there is none."""
+    """The range of one DequantizeLinear, or its problem."""
     scale = constant_of(input_of(node, 1))
     zero_point = constant_of(input_of(node, 2))
     is_zero_computed = zero_point is None and input_of(node, 2) is not None
@@ -74,7 +74,7 @@ def _read_node(node: ir.Node) -> Entry:
         return Entry(problem=f"its codes are {zero_point.dtype}, not of 8 bit")
     if scale.ndim > 1:
         return Entry(
-            problem="its scales are in blocks: a quantizer has one range, or one a channel"
+            problem="its scales are in blocks: a quantizer has one range, or one per channel"
         )
     qmin, qmax = _CODES[zero_point.dtype]
     if scale.size == 1:
@@ -85,7 +85,7 @@ def _read_node(node: ir.Node) -> Entry:
 def _axis_of(node: ir.Node) -> int:
     """The axis of the channels of a DequantizeLinear.
 
-    Counted from the start where the rank is known; as in the file where it is not.
+    Counted from the start if the rank is known; otherwise as in the file.
     """
     axis = node.attributes.get_int("axis", 1)
     for value in (node.outputs[0], node.inputs[0]):
@@ -118,7 +118,7 @@ def write_scales(
         for row in rows_of_quantizer:
             codes = None if row.dequantize is None else row.dequantize.inputs[0]
             if codes is None:
-                refused[name] = "no Q/DQ pair of the file stands at its tensor"
+                refused[name] = "the file has no Q/DQ pair at its tensor"
             else:
                 users_of_codes[codes].append((name, row))
 
@@ -143,7 +143,7 @@ def _set_largest_scale(graph: ir.Graph, users: _Users) -> str:
         Why it was not set, "" if it was.
     """
     if len({row.amax.size for _, row in users}) > 1:
-        return "quantizers of unlike channels share its pair"
+        return "quantizers with different numbers of channels share its pair"
     node = users[0][1].dequantize
     assert node is not None  # noqa: S101  # `write_scales` has looked
     scale = _largest_scale(users)
@@ -165,7 +165,7 @@ def _note_smaller_ranges(users: _Users) -> dict[str, str]:
     notes = {}
     for name, row in users:
         if not np.array_equal(row.scale, scale):
-            notes[name] = "another quantizer of its pair has a larger range, which the pair has now"
+            notes[name] = "another quantizer of its pair has a larger range, which the pair now has"
     return notes
 
 
@@ -180,22 +180,22 @@ def _reason_against(node: ir.Node, scale: Floats) -> str:
     if former is None or codes is None:
         return "the scale of its pair is computed in the graph"
     if not has_int8_zeros(node):
-        return "the codes of its pair are not int8 with zero point 0; `qdq check --fix` repairs what can be repaired"
+        return "the codes of its pair are not int8 with zero point 0; `qdq check --fix` can repair some of them"
     if scale.size != former.size:
         return f"the pair has {former.size} scales, the quantizer {scale.size}"
     is_stored = not is_op(codes.producer(), "QuantizeLinear")
     if is_stored and not np.array_equal(_as_stored(scale, former), former.reshape(-1)):
-        return "the file holds the weight as codes of another scale; export the model again"
+        return "the file stores the weight as codes with another scale; export the model again"
     return ""
 
 
 def _as_stored(scale: Floats, former: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Scales of the type of the former ones."""
+    """Scales in the type of the former ones."""
     return scale.reshape(-1).astype(former.dtype)
 
 
 def _set_scale(graph: ir.Graph, node: ir.Node, scale: Floats) -> None:
-    """Give the Q and all its DQ the scale, as a constant that no other node has.
+    """Give the Q and all its DQ the scale, as a constant that no other node reads.
 
     Args:
         graph: The graph.

@@ -1,4 +1,4 @@
-"""The rows of a file to write: the range of every quantizer of a model, under the names of its tensors."""
+"""The rows of a file: the range of every quantizer of a model, under the names of its tensors."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from qdq.range_files.places import Place, Places
 def list_rows(
     model: nn.Module, places: Places, *, holds_channels: bool, int8_only: bool
 ) -> tuple[dict[str, list[Row]], dict[str, str]]:
-    """The rows of every quantizer that can be written, and the reasons against all others.
+    """List the rows of every quantizer that can be written, and the reasons against all others.
 
     Args:
         model: A calibrated model.
         places: From `list_places`.
-        holds_channels: Whether the file can hold several ranges of a tensor, and so weights.
+        holds_channels: Whether the file can store several ranges per tensor, and so weights.
         int8_only: Whether the file is for int8 codes only.
     """
     rows: dict[str, list[Row]] = {}
@@ -42,7 +42,7 @@ def list_rows(
 
 
 def _reason_against_quantizer(quantizer: TensorQuantizer, *, int8_only: bool) -> str:
-    """Why no file can have the range of a quantizer, "" if one can.
+    """Why the range of a quantizer cannot be written to any file, "" if it can.
 
     Args:
         quantizer: The quantizer.
@@ -53,14 +53,14 @@ def _reason_against_quantizer(quantizer: TensorQuantizer, *, int8_only: bool) ->
     if quantizer.amax is None:
         return "it has no amax: calibrate first"
     if quantizer.format.unsigned or quantizer.format.narrow_range:
-        return "its codes are unsigned or leave one out: a scale alone does not say so"
+        return "its codes are unsigned or narrow-range, which a scale alone does not show"
     if int8_only and quantizer.format.tensorrt_reason:
         return quantizer.format.tensorrt_reason
     return ""
 
 
 def _reason_against_channels(quantizer: TensorQuantizer, places: Sequence[Place]) -> str:
-    """Why a file of activations cannot have the range of a quantizer, "" if it can.
+    """Why the range of a quantizer cannot be in a file of activations, "" if it can.
 
     Args:
         quantizer: The quantizer.
@@ -68,7 +68,9 @@ def _reason_against_channels(quantizer: TensorQuantizer, places: Sequence[Place]
     """
     if quantizer.axis is None and not any(place.is_weight for place in places):
         return ""
-    return "weights and ranges a channel have no place in such a file; tools take them from the weights"
+    return (
+        "the format has no weights and no ranges per channel; tools compute them from the weights"
+    )
 
 
 def _make_row(quantizer: TensorQuantizer, place: Place) -> Row:
@@ -86,7 +88,7 @@ def _make_row(quantizer: TensorQuantizer, place: Place) -> Row:
 
 
 def merge_rows(rows: Mapping[str, Sequence[Row]]) -> tuple[list[Row], dict[str, str]]:
-    """One row a tensor: the largest range where quantizers with different ranges quantize it.
+    """One row per tensor: the largest range if quantizers with different ranges quantize it.
 
     Args:
         rows: Quantizer -> its rows.
@@ -106,6 +108,6 @@ def merge_rows(rows: Mapping[str, Sequence[Row]]) -> tuple[list[Row], dict[str, 
         for row in rows_of_quantizer:
             if not np.array_equal(merged[row.tensor].amax, row.amax):
                 notes[name] = (
-                    f"another quantizer of {row.tensor} has a larger range, which the file has for both"
+                    f"another quantizer of {row.tensor} has a larger range, which the file uses for both"
                 )
     return list(merged.values()), notes

@@ -3,9 +3,9 @@
     TRT-101401-EntropyCalibration2
     input: 3c010a14
 
-The header is `TRT-VERSION-ALGORITHM`; tools that write caches for any TensorRT of a generation put `8XXX` there.
-The number is the big-endian float32 scale (amax / 127) in hexadecimal, leading zeros left out; 0 where calibration
-found no range. TensorRT up to 10 reads it for implicit quantization; it holds no weights.
+The header is `TRT-VERSION-ALGORITHM`; tools that write caches for any version of a generation write `8XXX` there.
+The number is the big-endian float32 scale (amax / 127) in hexadecimal, without leading zeros; 0 if calibration found no
+range. TensorRT up to 10 reads it for implicit quantization; it has no weights.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from qdq.errors import CalibrationError
 from qdq.range_files.entry import Entry, add_entry, entry_of_codes, malformed
 from qdq.range_files.format import Row, decode
 
-_HEADER = (
-    "TRT-101401-EntropyCalibration2"  # of TensorRT 10.14.1; others want their own number there
-)
+_HEADER = "TRT-101401-EntropyCalibration2"  # of TensorRT 10.14.1; other versions expect their own number there
 _LINE = re.compile(r"(?P<name>.+):\s*(?P<digits>[0-9a-fA-F]+)")
 
 
@@ -33,7 +31,7 @@ def read(content: bytes) -> dict[str, Entry]:
     """The entries by tensor name.
 
     Raises:
-        CalibrationError: No such file, a line of another form, or two scales of one tensor.
+        CalibrationError: Not such a file, a line of another form, or two scales for one tensor.
     """
     header, *lines = decode(content).splitlines() or [""]
     if not recognize(header.encode()):
@@ -49,7 +47,7 @@ def read(content: bytes) -> dict[str, Entry]:
         if match is None or len(match["digits"]) > 8:
             raise malformed(
                 f"line {number}",
-                f"'TENSOR: up to 8 hexadecimal digits' is expected, found {line[:60]!r}",
+                f"expected 'TENSOR: up to 8 hexadecimal digits', found {line[:60]!r}",
             )
         (scale,) = struct.unpack("!f", bytes.fromhex(match["digits"].zfill(8)))
         place = f"line {number} ({match['name']})"
@@ -70,7 +68,7 @@ def write(rows: Sequence[Row]) -> str:
     for row in rows:
         if "\n" in row.tensor or "\r" in row.tensor:
             raise CalibrationError(
-                f"the tensor name {row.tensor!r} holds a line break, which a calibration cache cannot.",
+                f"the tensor name {row.tensor!r} contains a line break, which a calibration cache cannot represent.",
                 "rename the tensor in the ONNX file.",
             )
         lines.append(f"{row.tensor}: {struct.pack('!f', float(row.scale)).hex()}")

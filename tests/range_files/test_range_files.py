@@ -161,7 +161,7 @@ class TestTensorRT:
         ("text", "message"),
         [
             ("relu: 3c010a14\n", "known format"),
-            ("TRT-8401-EntropyCalibration2\n", "holds no range"),
+            ("TRT-8401-EntropyCalibration2\n", "contains no range"),
             ("TRT-8401-EntropyCalibration2\nrelu 3c010a14\n", "line 2"),
             ("TRT-8401-EntropyCalibration2\nrelu: 3c01zz14\n", "line 2"),
             ("TRT-8401-EntropyCalibration2\nrelu: 3c010a1412\n", "line 2"),
@@ -367,15 +367,15 @@ class TestONNXRuntime:
         ("text", "message"),
         [
             ('{"CLS": "TensorsData", "data": {"relu": {"CLS": "TensorData", "lowest": ', "cut off"),
-            ('{"CLS": "TensorsData", "data": [1]}', "an object is expected"),
+            ('{"CLS": "TensorsData", "data": [1]}', "expected an object"),
             ('{"CLS": "TensorsData", "data": {"relu": {"lowest": NaN, "highest": 1}}}', "NaN"),
-            ('{"relu": [1.0, -1.0]}', "ends below"),
+            ('{"relu": [1.0, -1.0]}', "its range is inverted"),
             ('{"relu": [-1e39, 1.0]}', "NaN or Inf"),
             ('{"relu": [-1.0, 1.0], "relu": [-2.0, 1.0]}', "'relu' has two values"),
             ('{"CLS": "TensorsData", "data": {"relu": {"lowest": "a", "highest": 1}}}', "a number"),
             (
                 '{"CLS": "TensorsData", "data": {"relu": {"lowest": [1, 2], "highest": [1, 2, 3]}}}',
-                "belong together",
+                "values do not match",
             ),
             ('{"relu": [0, 0]}', "zeros only"),
             (
@@ -547,9 +547,9 @@ class TestAimet:
             ({"relu": [_encoding(0.5, bitwidth=True)]}, "bitwidth"),
             ({"relu": [_encoding("0.5")]}, "a number"),
             ([{"bw": 8}], "no name"),
-            ([_version_1("relu", 0.5, offset=[0, 0, 0])], "belong together"),
+            ([_version_1("relu", 0.5, offset=[0, 0, 0])], "numbers do not match"),
             ([_version_1("relu", 0.5), _version_1("relu", 0.25)], "two different ranges"),
-            ("relu", "an object is expected"),
+            ("relu", "expected an object"),
         ],
     )
     def test_damaged_files_change_nothing(self, case, tmp_path, activations, message):
@@ -836,9 +836,9 @@ def test_a_tensor_with_two_ranges_gets_the_larger(tmp_path):
     [
         ({"path": "absent"}, "cannot read"),
         ({"path": "."}, "cannot read"),
-        ({"path": "dynamo", "format": "tensorr"}, "known are"),
-        ({"path": "cache"}, "onnx= is not given"),
-        ({"path": "qdq", "onnx": "dynamo"}, "one file too many"),
+        ({"path": "dynamo", "format": "tensorr"}, "expected one of"),
+        ({"path": "cache"}, "onnx= is missing"),
+        ({"path": "qdq", "onnx": "dynamo"}, "do not pass onnx="),
     ],
 )
 def test_wrong_calls(case, tmp_path, arguments, message):
@@ -858,9 +858,9 @@ def test_wrong_calls(case, tmp_path, arguments, message):
 
 def test_export_needs_the_names_and_a_known_format(case, tmp_path):
     for name in ("tensorrt", "onnxruntime", "aimet", "qdq"):
-        with pytest.raises(ArgumentError, match="onnx= is not given"):
+        with pytest.raises(ArgumentError, match="onnx= is missing"):
             qdq.export_ranges(case.calibrated, tmp_path / "file", format=name)
-    with pytest.raises(ArgumentError, match="known are"):
+    with pytest.raises(ArgumentError, match="expected one of"):
         qdq.export_ranges(case.calibrated, tmp_path / "file", format="snpe")
     assert list(tmp_path.iterdir()) == []
 
