@@ -376,7 +376,7 @@ class TestBadInput:
 class TestTensorRTRefuses:
     @pytest.mark.parametrize("sm", [90, 100, 0, -1])
     def test_an_unknown_compute_capability(self, tmp_path, sm):
-        with pytest.raises(ArgumentError, match=f"SM {sm}; it knows 75, 80, 86, 89") as caught:
+        with pytest.raises(ArgumentError, match=f"SM {sm}; it supports 75, 80, 86, 89") as caught:
             build_engine(conv_file(tmp_path / "m.onnx"), backend="rtx", sm=sm)
         assert "SM 90" in caught.value.fix
 

@@ -12,13 +12,13 @@ from qdq.errors import ArgumentError, DependencyError
 
 logger = logging.getLogger(__name__)
 
-# Name of the backend -> module to import. The extra of qdq that installs it has the name of the backend.
+# Name of the backend -> module to import. The extra of qdq that installs it has the same name.
 _MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One TensorRT that can build engines here.
+    """A TensorRT that can build engines here.
 
     Args:
         name: `rtx` or `tensorrt`.
@@ -43,10 +43,10 @@ def find_backend(name: str, sm: int | None = None) -> Backend:
     """Import the TensorRT to build with.
 
     Args:
-        name: `rtx`, `tensorrt`, or `auto`: TensorRT where it is installed and can build (it needs a GPU),
-            TensorRT-RTX otherwise.
-        sm: Compute capability that TensorRT-RTX has to build for, so that a wrong one fails here and not in the
-            build; TensorRT builds for the GPU of this machine.
+        name: `rtx`, `tensorrt`, or `auto`: TensorRT if it is installed and can build (it needs a GPU), TensorRT-RTX
+            otherwise.
+        sm: Compute capability for TensorRT-RTX, so that an invalid one fails here and not in the build; TensorRT builds
+            for the GPU of this machine.
 
     Raises:
         ArgumentError: Another name, or a compute capability that TensorRT-RTX does not have.
@@ -78,7 +78,7 @@ def find_compute_capability(trt: Any, sm: int) -> Any:
             capabilities[name.removeprefix("SM")] = value
     if str(sm) not in capabilities:
         raise ArgumentError(
-            f"TensorRT-RTX {trt.__version__} cannot build for SM {sm}; it knows {', '.join(capabilities)}.",
+            f"TensorRT-RTX {trt.__version__} cannot build for SM {sm}; it supports {', '.join(capabilities)}.",
             "choose one of these (a GeForce or RTX workstation GPU); for data-centre GPUs such as SM 90 and "
             "SM 100 use the trtexec line that `qdq build` prints, or backend 'tensorrt', on such a machine.",
         )
@@ -102,11 +102,14 @@ def _find_any() -> Backend:
 
 
 def _load(name: str) -> Backend:
-    """Import a backend and prove that it can create a builder."""
+    """Import a backend and check that it can create a builder."""
     package = _MODULES[name]
     try:
         module = importlib.import_module(package)
-    except (ImportError, OSError) as error:  # OSError: the package is there, a library of it is not
+    except (
+        ImportError,
+        OSError,
+    ) as error:  # OSError: the package is installed, but one of its libraries is missing
         raise DependencyError(
             f"the package {package} cannot be imported: {error}.", f"pip install 'qdq[{name}]'"
         ) from error

@@ -1,6 +1,6 @@
 """Parse an ONNX file and build a serialized engine from it, with TensorRT or TensorRT-RTX.
 
-Both are native code that a damaged file can crash, so they run in a separate process.
+Both are native code that a damaged file can crash, so the build runs in a separate process.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ def build_plan(
 
     Args:
         backend: The TensorRT to build with.
-        onnx_path: The ONNX file, with its external data beside it.
+        onnx_path: The ONNX file, with its external data next to it.
         profiles: Input name -> `min`, `opt` and `max` shape, for every input with a dynamic dimension.
         sm: Compute capability to build for, 89 for 8.9 (TensorRT-RTX); None for the GPU of this machine (TensorRT).
 
     Raises:
         ArgumentError: TensorRT-RTX has no such compute capability.
-        BuildError: The parser or the builder refuses the file, with the names of the nodes; or it crashes.
+        BuildError: The parser or the builder refuses the file, with the names of the nodes; or one of them crashes.
     """
     request = {"backend": backend.name, "onnx": str(onnx_path), "profiles": profiles, "sm": sm}
     try:
@@ -153,7 +153,7 @@ def _configure(trt: Any, builder: Any, profiles: Mapping[str, Profile], sm: int 
 
 
 def _network_flags(backend: Backend) -> int:
-    """Strong typing where it is an option: only Q/DQ and the types in the graph decide."""
+    """Strong typing if it is an option: only Q/DQ and the types in the graph decide."""
     if not backend.weakly_typed:
         return 0
     return 1 << int(backend.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from qdq.trt.kernels import Kernel
 
-# Kernels that only convolve or multiply matrices, in the words of RTX and of TensorRT
+# Types of kernels that only convolve or multiply matrices, in TensorRT-RTX and in TensorRT
 _PRODUCT = re.compile(
     r"correlation|conv(?!ert)|gemm|matmul|matrix_?multiply|fully_?connected", re.IGNORECASE
 )
@@ -19,7 +19,7 @@ _FUSED_PREFIX = "__myl_"
 
 
 class QuantizableNode(Protocol):
-    """The properties of a node that the census reads; `graph.coverage.WeightedNode` has them."""
+    """The properties of a node that the census reads, as in `graph.coverage.WeightedNode`."""
 
     @property
     def name(self) -> str:
@@ -48,14 +48,14 @@ class QuantizableNode(Protocol):
 
 @dataclass(frozen=True)
 class LayerCensus:
-    """One weighted layer: expected against built.
+    """The expected and the built precision of one weighted layer.
 
     Args:
         module: Dotted name of the torch module.
         node: Name of the ONNX node.
         op_type: The ONNX operator.
-        expected_int8: Both of its operands have Q/DQ.
-        int8: Every kernel that computes it takes Int8 activations and Int8 weights.
+        expected_int8: Whether both of its operands have Q/DQ.
+        int8: Whether every kernel that computes it takes Int8 activations and Int8 weights.
         kernel: TensorRT's name of the kernel; empty if it is not known.
         reason: Why it is not in int8, or not as expected; empty if it is in int8 as expected.
     """
@@ -96,7 +96,7 @@ def _select_products(kernels: list[Kernel]) -> list[Kernel]:
     """The kernels of a node that multiply.
 
     A kernel that quantizes, pads or rescales for a convolution has the convolution's name as well. If no kernel is a
-    product by its type, all are returned: a fused kernel among them computes the node.
+    product by its type, all are returned, because a fused kernel among them computes the node.
     """
     products = []
     for kernel in kernels:
@@ -113,9 +113,9 @@ def _list_operations(kernel: Kernel) -> str:
 
 
 def _is_int8(kernel: Kernel) -> bool:
-    """Whether it multiplies an Int8 activation by Int8 weights, without a cast in front of the product.
+    """Whether it multiplies an Int8 activation by Int8 weights, without a cast before the product.
 
-    Weights are a constant. They are the second input where another kernel computes them, and in a product of two
+    Weights are a constant. They are the second input if another kernel computes them, and in a product of two
     activations.
     """
     weight_types = (*kernel.input_types[1:], *kernel.constant_types)
@@ -141,7 +141,7 @@ def _compare(node: QuantizableNode, kernels: list[Kernel], namesakes: int) -> La
     if node.expects_int8 and not is_int8:
         reason = _explain_missing(node, float_kernels, namesakes)
     elif is_int8 and not node.expects_int8:
-        reason = "in int8 all the same: TensorRT moved Q/DQ from other nodes to its inputs."
+        reason = "runs in int8 although this was not expected: TensorRT moved Q/DQ from other nodes to its inputs."
     elif not is_int8:
         reason = _explain_float(node)
 
@@ -158,7 +158,7 @@ def _compare(node: QuantizableNode, kernels: list[Kernel], namesakes: int) -> La
 
 
 def _explain_float(node: QuantizableNode) -> str:
-    """Why int8 is not expected of a node."""
+    """Why a node is not expected in int8."""
     if node.input_quantized:
         return "left in float: Q/DQ on its input only; int8 needs it on the weight too (R-CONV-2)."
     if node.weight_quantized:
@@ -190,7 +190,7 @@ def _explain_missing(node: QuantizableNode, float_kernels: Sequence[Kernel], nam
     if node.op_type == "ConvTranspose":
         return f"{fact}: TensorRT-RTX has no int8 kernel for ConvTranspose (R-CT-3); leave it in float."
     return (
-        f"{fact}: its Q/DQ became kernels of their own. Usual causes: a scale of shape [1] instead of a "
+        f"{fact}: its Q/DQ became separate kernels. Usual causes: a scale of shape [1] instead of a "
         "scalar (R-SHAPE), weight scales along the wrong axis (R-AXIS), a GPU without the kernel (SM 75: no "
         "int8 convolution); `qdq check` finds the first two. A product whose result is cut into q, k and v may be "
         "fused with the next layers in a float kernel; nothing in the file changes that."

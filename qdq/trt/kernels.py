@@ -1,4 +1,4 @@
-"""Read the kernels of an engine, with their types, from the output of the builder."""
+"""Read the kernels of an engine and their types from the output of the builder."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from qdq.errors import BuildError
 
-# One line of the VERBOSE log of TensorRT-RTX 1.7. The lists contain brackets themselves: the key that follows marks
-# the end of a list.
+# One line of the VERBOSE log of TensorRT-RTX 1.7. The lists contain brackets themselves, so the next key marks the end
+# of a list.
 _LINE = re.compile(
     r"Name: (?P<name>.*), LayerType: (?P<layer_type>\w+), Inputs: \[(?P<inputs>.*?)\], "
     r"Constants: \[(?P<constants>.*?)\], Outputs: \[(?P<outputs>.*?)\], TacticName: "
@@ -25,7 +25,7 @@ _LINE_TENSOR = re.compile(
 # Entries are separated by the ASCII characters unit and record separator; the name of a node may contain brackets.
 _ONNX_NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f\s]*(?:\[ONNX Layer: |$))")
 
-# The words of the inspector for a type, from "Half" to "Thirty-two wide channel vectorized row major Int8 format"
+# The inspector's words for a type, from "Half" to "Thirty-two wide channel vectorized row major Int8 format"
 _TYPES = {
     "int4": "Int4",
     "int8": "Int8",
@@ -61,15 +61,15 @@ class Kernel:
     """One kernel of an engine.
 
     Args:
-        name: TensorRT's name of it.
-        layer_type: TensorRT's word: `correlation`, `gemm`, `kgen`, `CaskConvolution` ...
+        name: TensorRT's name for it.
+        layer_type: TensorRT's type: `correlation`, `gemm`, `kgen`, `CaskConvolution` ...
         input_types: Types of the tensors it reads (`Int8`, `Float`, `Half` ...), activation first.
         constant_types: Types of its constants, weights first.
         output_types: Types of the tensors it writes.
         onnx_nodes: Names of the ONNX nodes it was made from.
         input_bytes: Bytes of the tensors it reads, without constants and without the padding of a memory format; None
-            where a dimension is open, a size is missing, or a type is unknown.
-        output_bytes: Likewise of the tensors it writes.
+            if a dimension is open, a size is missing, or a type is unknown.
+        output_bytes: Likewise for the tensors it writes.
     """
 
     name: str
@@ -90,8 +90,8 @@ class _Tensor(NamedTuple):
 def parse_build_log(messages: Iterable[str]) -> list[Kernel]:
     """Kernels from the VERBOSE messages of TensorRT-RTX, in order of execution.
 
-    Without a GPU this is the only list of them: the message that begins with `Layers:`. Lines that only synchronize
-    streams are kernels without inputs.
+    Without a GPU the only list of them is the message that begins with `Layers:`. Lines that only synchronize streams
+    are kernels without inputs.
 
     Raises:
         BuildError: There is no such line: this version writes its log differently.
@@ -177,7 +177,7 @@ def _parse_tensors(text: str) -> list[_Tensor]:
 
 
 def _parse_dimensions(text: str) -> list[int] | None:
-    """Sizes separated by commas; None where one is open (-1)."""
+    """Sizes separated by commas; None if one is open (-1)."""
     dimensions = []
     for part in text.split(","):
         size = part.strip()
@@ -204,7 +204,7 @@ def _list_types(tensors: Iterable[_Tensor]) -> tuple[str, ...]:
 
 
 def _count_bytes(tensors: Iterable[_Tensor]) -> int | None:
-    """Total size of tensors; None where a dimension is open or a type is unknown."""
+    """Total size of tensors; None if a dimension is open or a type is unknown."""
     total = 0
     for tensor in tensors:
         if tensor.dimensions is None or tensor.dtype not in _BITS:
@@ -217,7 +217,7 @@ def _count_bytes(tensors: Iterable[_Tensor]) -> int | None:
 
 
 def _find_type(text: str) -> str:
-    """The type in a description of type and memory format; the description itself if it names no known type."""
+    """The type in a description of type and memory format; the description itself if it contains no known type."""
     for word in _WORD.findall(text.lower()):
         if word in _TYPES:
             return _TYPES[word]

@@ -17,7 +17,7 @@ def parse_shapes(text: str) -> dict[str, Shape]:
     """Shapes in the syntax of trtexec, `x:1x3x224x224,mask:1x77`, as input name -> dimensions.
 
     Raises:
-        ArgumentError: Not that syntax, a dimension below 1, or an input named twice.
+        ArgumentError: Another syntax, a dimension below 1, or an input named twice.
     """
     shapes: dict[str, Shape] = {}
     for part in text.split(","):
@@ -26,7 +26,7 @@ def parse_shapes(text: str) -> dict[str, Shape]:
         shape = _parse_sizes(sizes)
         if not name or shape is None:
             raise ArgumentError(
-                f"{part.strip()!r} is no shape: expected INPUT:DIMxDIM... with dimensions of at least 1.",
+                f"{part.strip()!r} is not a shape: expected INPUT:DIMxDIM... with dimensions of at least 1.",
                 "write for example x:1x3x224x224, several inputs with commas between.",
             )
         if name in shapes:
@@ -36,7 +36,7 @@ def parse_shapes(text: str) -> dict[str, Shape]:
 
 
 def _parse_sizes(text: str) -> Shape | None:
-    """`1x3x224x224` as numbers; None if it is not that."""
+    """`1x3x224x224` as numbers; None for another form."""
     shape = []
     for size in text.split("x"):
         if not size.isdecimal() or int(size) < 1:
@@ -84,7 +84,7 @@ def _require_known_inputs(
         unknown = sorted(set(shapes) - set(inputs))
         if unknown:
             raise ArgumentError(
-                f"--{kind}-shapes names {', '.join(unknown)}, but the graph has no such input.",
+                f"--{kind}-shapes names {', '.join(unknown)}, which are not inputs of the graph.",
                 f"its inputs are {_list_inputs(inputs)}.",
             )
 
@@ -126,11 +126,12 @@ def _complete(name: str, dimensions: Dimensions, requested: Mapping[str, Shape])
 
 
 def _default_profile(name: str, dimensions: Dimensions) -> Profile:
-    """The default batches of an input of which only the batch is dynamic."""
+    """The default batches of an input that is dynamic only in the batch."""
     if None in dimensions[1:]:
         example = _format_shape([size or 1 for size in dimensions])
         raise ArgumentError(
-            f"input {name} of shape {_format_shape(dimensions)} is dynamic beside the batch, and has no shapes (L26).",
+            f"input {name} of shape {_format_shape(dimensions)} has a dynamic dimension besides the batch, but no "
+            "shapes (L26).",
             f"give its sizes, for example --min-shapes {name}:{example}, --opt-shapes and --max-shapes likewise.",
         )
     sample = [size for size in dimensions[1:] if size is not None]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qdq.trt.profiles import Profile
 
-# The defaults of TensorRT 11; with them TensorRT 10 measures the same.
+# The defaults of TensorRT 11; with them TensorRT 10 measures the same way.
 _PARITY_WITH_11 = ("--useCudaGraph", "--useSpinWait", "--noDataTransfers", "--separateProfileRun")
 
 
@@ -17,13 +17,13 @@ def trtexec_lines(
 ) -> dict[str, str]:
     """Commands for a shell on the target, where TensorRT and its GPU are.
 
-    Both write beside the engine: a timing cache, the list of layers, a profile and the times of each run.
+    Both also write, next to the engine, a timing cache, the list of layers, a profile and the times of each run.
 
     Args:
         onnx: The ONNX file with Q/DQ.
         engine: The file to which trtexec saves its engine.
         profiles: Input name -> `min`, `opt` and `max` shape, for dynamic inputs only.
-        half: The graph has float16 tensors. Then its own types decide in TensorRT 10 as well
+        half: Whether the graph has float16 tensors. Then its own types decide in TensorRT 10 as well
             (`--stronglyTyped`); a float32 graph needs `--int8 --fp16` there. TensorRT 11 has no such flags.
 
     Returns:
