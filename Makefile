@@ -8,7 +8,7 @@ BIN := .venv/bin
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
 
-# A stamp for each set of extras: what is installed is not installed again until pyproject.toml changes.
+# A stamp for each set of extras: nothing is installed again until pyproject.toml changes.
 .venv/.demo: EXTRAS = demo,rtx
 .venv/.dev: EXTRAS = demo,rtx,dev
 .venv/.demo .venv/.dev: pyproject.toml
@@ -16,7 +16,7 @@ help: ## this list
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]"
 	@touch $@
 
-demo: .venv/.demo ## quantize EfficientNet-Lite0, build its engine, show what it is worth (runs/demo)
+demo: .venv/.demo ## quantize EfficientNet-Lite0, build its engine, show the results (runs/demo)
 	$(BIN)/python recipes/ptq_classifier.py --output runs/demo
 
 test: .venv/.dev ## run the tests

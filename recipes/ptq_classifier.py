@@ -42,7 +42,7 @@ def ptq_classifier(
         output: Run folder. Files of an earlier run in it are removed first; a folder with other files is refused.
         exclude: Layers to keep in float: dotted names, globs or re:EXPRESSION.
         plan: The plan.yaml of an earlier run, which you may edit. The layers that it names run as it says.
-        calib_method: How the range of an activation is computed; best takes for each layer the method with the
+        calib_method: How the range of an activation is computed; best selects, for each layer, the method with the
             smallest error of its output.
         calib_batches: Batches to calibrate on.
         eval_images: Images to evaluate on.
@@ -55,7 +55,7 @@ def ptq_classifier(
     """
     settings = dict(locals())
 
-    # Wrong options are refused here, before any work.
+    # Invalid options are refused here, before any work.
     qdq.check_run_folder(output, settings)
     backend = qdq.find_backend("auto", sm)
     analysis_options = analysis.as_arguments()

@@ -37,7 +37,7 @@ def qat_classifier(
 ) -> int:
     """Quantize a classifier, fine-tune it, then export, check and build it.
 
-    When it is killed, the same command continues where it stopped.
+    If it is killed, the same command continues where it stopped.
 
     Args:
         model: efficientnet_lite0, whose weights are packaged, or the name of a torchvision classifier.
@@ -47,7 +47,7 @@ def qat_classifier(
         output: Run folder. Files of an earlier run in it are removed first; a folder with other files is refused.
         exclude: Layers to keep in float: dotted names, globs or re:EXPRESSION.
         plan: The plan.yaml of an earlier run, which you may edit. The layers that it names run as it says.
-        calib_method: How the range of an activation is computed; best takes for each layer the method with the
+        calib_method: How the range of an activation is computed; best selects, for each layer, the method with the
             smallest error of its output.
         calib_batches: Batches to calibrate on.
         eval_images: Images to evaluate on.
@@ -65,7 +65,7 @@ def qat_classifier(
     """
     settings = dict(locals())
 
-    # Wrong options are refused here, before any work.
+    # Invalid options are refused here, before any work.
     qdq.check_run_folder(output, settings)
     backend = qdq.find_backend("auto", sm)
     pinned = None

@@ -1,4 +1,4 @@
-"""Small networks on scikit-learn's digits with few bits: float, calibrated (PTQ) and fine-tuned (QAT), several seeds.
+"""Small networks with few bits on scikit-learn's digits: float, calibrated (PTQ) and fine-tuned (QAT), several seeds.
 
 python recipes/qat_digits.py
 python recipes/qat_digits.py --network mobilenet --bits 4,4 --seeds 1
@@ -68,7 +68,7 @@ def make_convolution(
 
 
 def make_shortcut(width: int, out: int, stride: int) -> nn.Sequential:
-    """A convolution, or nothing where the block keeps the shape."""
+    """A convolution, or nothing if the block keeps the shape."""
     if width == out and stride == 1:
         return nn.Sequential()
     return make_convolution(width, out, 1, stride)
@@ -121,8 +121,8 @@ def qat_digits(
 
     Args:
         network: Which small network.
-        bits: Pairs of bits: of the weights and of the inputs.
-        seeds: Number of repetitions, each with other weights and another order of the images.
+        bits: Pairs of bit widths: of the weights and of the inputs.
+        seeds: Number of repetitions, each with different weights and a different order of the images.
         epochs: Epochs of the training in float; fine-tuning takes a quarter of them.
     """
     digits = load_digits()

@@ -73,7 +73,7 @@ def test_rows_stand_side_by_side_and_in_a_file(row, tmp_path, monkeypatch, capsy
 
 
 def test_a_folder_without_python_is_refused(tmp_path):
-    with pytest.raises(ArgumentError, match="holds no function in Python"):
+    with pytest.raises(ArgumentError, match="contains no function in Python"):
         TOOL["measure_folder"](tmp_path)
     (tmp_path / "broken.py").write_text("def (")
     with pytest.raises(ArgumentError, match=r"broken\.py is not Python"):

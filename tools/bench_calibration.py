@@ -1,10 +1,10 @@
-"""What calibration costs and what it gives, side by side in one run, medians.
+"""The cost and the accuracy of calibration, side by side in one run, medians.
 
 python tools/bench_calibration.py [--json FILE] [--modelopt-python PATH] [--images 500]
 
-(a) entropy of one tensor, 2048 bins, beside ModelOpt on the same histogram; (b) all methods for all activations
-of ResNet-50; (c) the pass that collects and the fake-quantized forward beside the float forward, and the memory that
-the pass needs beyond it; (d) EfficientNet-Lite0 with every method, all layers in int8.
+(a) entropy of one tensor, 2048 bins, against ModelOpt on the same histogram; (b) all methods for all activations of
+ResNet-50; (c) the collecting pass and the fake-quantized forward against the float forward, and the additional memory
+of the pass; (d) EfficientNet-Lite0 with every method, all layers in int8.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ def bench_calibration(
     json: Path | None = None,
     modelopt_python: Path | None = None,
 ) -> int:
-    """Measure all of it and print it beside what was promised.
+    """Measure all of it and print it with the targets.
 
     Args:
         repeats: Runs of each timed piece; the median is shown.
         images: Crops to evaluate EfficientNet-Lite0 on.
-        json: Also write the figures there.
+        json: Also write the figures to this file.
         modelopt_python: Interpreter that has ModelOpt.
     """
     torch.manual_seed(0)
@@ -92,13 +92,13 @@ def _bench_entropy(repeats: int, modelopt_python: Path | None) -> dict[str, Any]
     counts = np.histogram(magnitudes, _BINS)[0]
     seconds = _median(lambda: solve_entropy(counts, 1.0, qdq.Format()), 4 * repeats)
     figures: dict[str, Any] = {"bin": solve_entropy(counts, 1.0, qdq.Format()), "ms": 1e3 * seconds}
-    print(f"entropy, {_BINS} bins: {figures['ms']:.2f} ms (promised 5)")
+    print(f"entropy, {_BINS} bins: {figures['ms']:.2f} ms (target 5)")
     if modelopt_python:
         peer = _run_modelopt(modelopt_python, counts, repeats)
         figures |= {"modelopt_bin": peer["bin"], "modelopt_ms": 1e3 * peer["seconds"]}
         figures["times_faster"] = peer["seconds"] / seconds
         print(
-            f"  ModelOpt: {figures['modelopt_ms']:.0f} ms, {figures['times_faster']:.0f} times as long (promised 200), "
+            f"  ModelOpt: {figures['modelopt_ms']:.0f} ms, {figures['times_faster']:.0f} times as long (target 200), "
             f"bins {figures['bin']:.0f} and {peer['bin']:.0f}"
         )
     return figures
@@ -141,16 +141,16 @@ def _bench_resnet(repeats: int) -> dict[str, Any]:
     figures |= _time_forward(model, batch, repeats)
     print(
         f"ResNet-50, batch 8, {torch.get_num_threads()} threads\n"
-        f"  pass that collects / float forward: {figures['collect_ratio']:.2f} (promised 1.5)\n"
-        f"  memory above the float pass: {figures['memory_mb']:.0f} MB (promised 64)\n"
-        f"  fake-quantized / float forward: {figures['fake_quantized_ratio']:.2f} (promised 1.3)\n"
-        f"  {figures['activations']} activations, {len(SOLVERS)} methods: {figures['all_methods_s']:.2f} s (promised 1)"
+        f"  pass that collects / float forward: {figures['collect_ratio']:.2f} (target 1.5)\n"
+        f"  memory above the float pass: {figures['memory_mb']:.0f} MB (target 64)\n"
+        f"  fake-quantized / float forward: {figures['fake_quantized_ratio']:.2f} (target 1.3)\n"
+        f"  {figures['activations']} activations, {len(SOLVERS)} methods: {figures['all_methods_s']:.2f} s (target 1)"
     )
     return figures
 
 
 def _time_collecting(model: nn.Module, batch: torch.Tensor, repeats: int) -> dict[str, float]:
-    """Float and collecting passes in turn, so that other load of the machine affects both."""
+    """Float and collecting passes in turn, so that other load on the machine affects both."""
     collection = Collection(model)
 
     def run_twice() -> None:
@@ -211,7 +211,7 @@ def _peak_memory(run: Callable[[], object]) -> float:
 
 
 def _compare_methods(images: int) -> dict[str, dict[str, float]]:
-    """SQNR and agreement with the float model of every method."""
+    """Measure SQNR and agreement with the float model for every method."""
     net = qdq.load_model()
     calib, evaluation = qdq.load_images(None, net, 128, images, 16)
     outputs = {"float": qdq.predict(net.module, evaluation)}
@@ -233,7 +233,7 @@ def _compare_methods(images: int) -> dict[str, dict[str, float]]:
                 activations = [entry for entry in ranges if "weight" not in entry.name]
                 layers_of_method.update(entry.method for entry in activations)
     table = qdq.evaluate_outputs(outputs, evaluation.labels)
-    print(f"EfficientNet-Lite0, all layers int8; best took {dict(layers_of_method)}")
+    print(f"EfficientNet-Lite0, all layers int8; best selected {dict(layers_of_method)}")
     print(table.format_table())
     figures = {}
     for candidate in table.candidates:

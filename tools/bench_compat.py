@@ -1,4 +1,4 @@
-"""The cost of `qdq.compat` on this CPU: medians of one run, each beside its reference.
+"""The cost of `qdq.compat` on this CPU: medians of one run, each next to its reference.
 
 python tools/bench_compat.py [--repeats 9] [--batch-size 8] [--json FILE]
 """
@@ -41,7 +41,7 @@ def bench_compat(*, repeats: int = 9, batch_size: int = 8, json: Path | None = N
     """Time ranges from one histogram, the collection of one activation, and ResNet-18 with quantizers; seed 0.
 
     Args:
-        repeats: Runs of each work, of which the median is shown. The slow plain searches run twice.
+        repeats: Runs of each work; the median is shown. The slow plain searches run twice.
         batch_size: Images per batch.
         json: Also write the figures to this file.
     """
@@ -64,7 +64,7 @@ def bench_compat(*, repeats: int = 9, batch_size: int = 8, json: Path | None = N
 
 
 def _make_row(work: str, reference: str, milliseconds: list[float]) -> dict[str, Any]:
-    """The figures of one work beside those of its reference.
+    """The figures of one work and of its reference.
 
     Args:
         work: Name of the work.
@@ -101,7 +101,7 @@ def _bench_solvers(repeats: int) -> list[dict[str, Any]]:
 
 
 def _plain_entropy(counts: np.ndarray, edges: np.ndarray) -> float:
-    """The last cut-off whose divergence from its 128-level version is smallest; zeros do not count."""
+    """The last cut-off with the smallest divergence from its 128-level version; zeros do not count."""
     hist = counts.copy()
     hist[0] = hist[1]
     smallest = math.inf
@@ -168,7 +168,7 @@ def _bench_collect(batch_size: int, repeats: int) -> dict[str, Any]:
 
 
 def _bench_network(batch_size: int, repeats: int) -> list[dict[str, Any]]:
-    """ResNet-18 of torchvision with random weights: quantized as scripts do it, beside the float network.
+    """ResNet-18 of torchvision with random weights: quantized as in user scripts, against the float network.
 
     The targets are for ResNet-50.
     """

@@ -112,7 +112,7 @@ class Row:
         activation_mb: Total that they read and write, without constants.
         engine_mb: Size of the engine.
         build_seconds: Time of parsing and building.
-        refused: Reason why TensorRT-RTX builds no engine; empty if it does.
+        refused: Reason why TensorRT-RTX does not build an engine; empty if it does.
         census: These kernels in order: name, type, types of the outputs, bytes read and written.
     """
 
@@ -209,7 +209,7 @@ def _run_script(interpreter: str, case: _ModelOptCase) -> subprocess.CompletedPr
         return subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
         raise ArgumentError(
-            f"{interpreter} cannot be run: {error}.", "pass an interpreter of Python."
+            f"{interpreter} cannot be run: {error}.", "pass a Python interpreter."
         ) from error
 
 
@@ -225,7 +225,7 @@ class _Bench:
                 f"torchvision has no model {model!r}.", "see torchvision.models.list_models()."
             ) from error
         for module in self._model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):  # a new one would fold into no bias at all
+            if isinstance(module, torch.nn.BatchNorm2d):  # a new one would fold into a zero bias
                 torch.nn.init.normal_(module.bias, std=0.1)
         self._name = model
         self._folder = folder
@@ -235,7 +235,7 @@ class _Bench:
         torch.save(self._model.state_dict(), self._weights)
 
     def write_files(self, modelopt_python: Path | None) -> Iterator[tuple[str, Path, float]]:
-        """Name, path and seconds of each file, one after another; a file is complete when it is yielded."""
+        """Name, path and seconds of each file, one after another; a yielded file is complete."""
         yield from self._write_onnxruntime()
         yield from self._write_modelopt(str(modelopt_python or sys.executable))
         yield from self._write_qdq()
@@ -289,7 +289,7 @@ class _Bench:
                 external_data=False,
                 verbose=False,
             )
-        quant_pre_process(float_file, source)  # folds BatchNorm, as its documentation asks for
+        quant_pre_process(float_file, source)  # folds BatchNorm, as its documentation recommends
         preparation_seconds = time.perf_counter() - began
         cases: list[tuple[str, str, dict[str, Any]]] = [
             ("ORT quantize_static, defaults", "ort_default", {}),
@@ -331,7 +331,7 @@ class _Bench:
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
-    """The batches as quantize_static reads them."""
+    """The batches in the interface of quantize_static."""
 
     def __init__(self, path: Path, batches: np.ndarray) -> None:
         name = str(ir.load(path).graph.inputs[0].name)
@@ -370,14 +370,14 @@ def _measure_kernels(row: Row, kernels: list[Kernel]) -> None:
     """Add what the kernels read and write to the row.
 
     Raises:
-        DependencyError: The builder's log does not say it.
+        DependencyError: The builder's log does not contain it.
     """
     read_bytes = 0
     written_bytes = 0
     for kernel in kernels:
         if kernel.input_bytes is None or kernel.output_bytes is None:
             raise DependencyError(
-                f"the builder's log does not tell how much kernel {kernel.name!r} reads and writes.",
+                f"the builder's log does not show how much kernel {kernel.name!r} reads and writes.",
                 "use tensorrt-rtx 1.7, whose log qdq can read.",
             )
         read_bytes += kernel.input_bytes
@@ -448,7 +448,7 @@ def _format_number(number: float | None, form: str) -> str:
 
 
 def _format_targets(rows: list[Row]) -> tuple[str, ...]:
-    """The targets of qdq's files: the best figures that another tool reaches in this run."""
+    """The targets for qdq's files: the best figures of the other tools in this run."""
     peers = [row for row in rows if row.is_peer and row.activation_mb is not None]
     if not peers:
         return ("target: no peer built", *[""] * 10)

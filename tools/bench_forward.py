@@ -1,4 +1,4 @@
-"""What fake quantization costs on this CPU, side by side in one run, medians.
+"""The cost of fake quantization on this CPU, side by side in one run, medians.
 
 python tools/bench_forward.py [--repeats 9] [--json FILE]
 """
@@ -20,12 +20,12 @@ from qdq.run import describe_environment
 
 
 def bench_forward(*, repeats: int = 9, batch_size: int = 16, json: Path | None = None) -> int:
-    """Time the two ways to the same fake-quantized tensor, and EfficientNet-Lite0 in float and fake-quantized.
+    """Time two methods for the same fake-quantized tensor, and EfficientNet-Lite0 in float and fake-quantized.
 
     Args:
         repeats: Runs of each; the median is shown.
-        batch_size: Images a batch.
-        json: Also write the figures there.
+        batch_size: Images per batch.
+        json: Also write the figures to this file.
     """
     torch.manual_seed(0)
     tensor, images = torch.randn(batch_size, 32, 112, 112), torch.randn(batch_size, 3, 224, 224)

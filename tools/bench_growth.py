@@ -40,7 +40,7 @@ class Traversals:
         modules: Number of modules in the model.
         whole: Walks that start at the model.
         partial: Walks that start at a module inside it.
-        visits: Modules that all walks visit together, divided by `modules`.
+        visits: Modules visited by all walks together, divided by `modules`.
     """
 
     modules: int
@@ -54,7 +54,7 @@ def bench_growth(*, repeats: PositiveInt = 5, json: Path | None = None) -> int:
 
     Args:
         repeats: Runs of each chain; the medians are shown.
-        json: Also write the figures there.
+        json: Also write the figures to this file.
 
     Returns:
         0, or 1 if the ratio of the times is above its limit.
@@ -143,7 +143,7 @@ def _counting(model: nn.Module) -> Iterator[Traversals]:
         self: nn.Module, memo: Any = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
         nonlocal visits
-        if memo is None:  # torch hands one to the walks inside a walk
+        if memo is None:  # torch passes one to the walks inside a walk
             count.whole += self is model
             count.partial += self is not model
         for item in walk(self, memo, prefix, remove_duplicate):

@@ -1,10 +1,10 @@
-"""What a step of fine-tuning costs beside a float step, and what fine-tuning wins on scikit-learn's digits.
+"""The cost of a fine-tuning step against a float step, and the gain of fine-tuning on scikit-learn's digits.
 
 python tools/bench_qat.py [--modelopt-python PATH] [--torchao-python PATH] [--digits] [--json FILE]
 
-Steps are of ResNet-18. Each tool is compared with the float model that it starts from, in one process and in turns;
-times are CPU times of the process, medians. First a forward, a backward and a step of SGD, as peers can be measured;
-then whole steps of `finetune` (Adam, clipped gradient, looking for NaN) beside float steps with its optimizer and loss.
+Steps are those of ResNet-18. Each tool is compared with the float model that it starts from, in one process and in
+turns; times are CPU times of the process, medians. First a forward, a backward and an SGD step, which other tools have
+too; then whole steps of `finetune` (Adam, clipped gradient, NaN check) against float steps with its optimizer and loss.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ json.dump([seconds[1:] for _, _, seconds in pairs], open(path, "w"))
 
 @dataclass
 class Row:
-    """What a step costs.
+    """The cost of a step.
 
     Args:
         name: The tool.
@@ -79,7 +79,7 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """Quantized by float."""
+        """Time of the quantized step divided by that of the float step."""
         return self.seconds / self.float_seconds
 
 
@@ -95,10 +95,10 @@ def bench_qat(
     """Time training steps of ResNet-18 side by side; with `digits` also run the recipe of the digits.
 
     Args:
-        batch_size: Images a step.
+        batch_size: Images per step.
         repeats: Steps of each; the median is shown.
         digits: Also train the small networks of recipes/qat_digits.py, three seeds each (minutes).
-        json: Also write the figures there.
+        json: Also write the figures to this file.
         modelopt_python: Interpreter that has ModelOpt and torchvision.
         torchao_python: Interpreter that has torchao and torchvision.
     """

@@ -3,8 +3,8 @@
 python tools/bench_sensitivity.py [--model efficientnet_lite0] [--json FILE] [--modelopt-python PATH]
 
 It compares four methods on the same model and images: the naive loop of full evaluations, qdq's replay, its screen, and
-ModelOpt's `auto_quantize`. Times are CPU times of the process, also in evaluations: forwards of the int8 model over all
-images. The SQNR is measured on held-out images, with the first layers of each ranking in float.
+ModelOpt's `auto_quantize`. Times are CPU times of the process, also given in evaluations: forwards of the int8 model
+over all images. The SQNR is measured on held-out images, with the first layers of each ranking in float.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ class _Bench:
         )
 
     def _measure(self, is_alone: bool, evaluate: Callable[..., None]) -> dict[str, float]:
-        """SQNR of each layer, from the same statistics whatever evaluates the variants."""
+        """SQNR of each layer, from the same statistics for every way to evaluate the variants."""
         rows: dict[str | None, list[Any]] = {}
         variants = {unit.name: unit.quantizers for unit in self.units}
         toggled = self._list_quantizers(list(variants)) if is_alone else []

@@ -1,10 +1,10 @@
-"""Try whether `qdq check` reads every file that TensorRT-RTX builds, on the backend tests of the onnx wheel.
+"""Check that `qdq check` reads every file that TensorRT-RTX builds, on the backend tests of the onnx wheel.
 
 Usage: python tools/check_foreign.py [--every N] [--json FILE]
 
-The models are those files of `onnx/backend/test/data` that the wheel brings, and those that its operator tests make.
-Each is checked twice: as it is, and without the shapes of its outputs, as onnx-graphsurgeon writes them. TensorRT-RTX
-builds each in a process of its own. `refused_but_built` must be empty.
+The models are the files of `onnx/backend/test/data` in the wheel, and those that its operator tests generate.
+Each is checked twice: unchanged, and without the shapes of its outputs, as onnx-graphsurgeon writes files. TensorRT-RTX
+builds each in a separate process. `refused_but_built` must be empty.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
 
 @dataclass
 class Figures:
-    """What was found.
+    """The results.
 
     Args:
-        models: How many were tried.
-        valid: How many are called valid ONNX.
-        built: How many TensorRT-RTX builds.
+        models: Number of models.
+        valid: Number of models that are reported as valid ONNX.
+        built: Number of models that TensorRT-RTX builds.
         refused: Names that `qdq check` refuses.
-        refused_but_built: Those of them that TensorRT-RTX builds.
+        refused_but_built: The refused ones that TensorRT-RTX builds.
         crashed: Names on which TensorRT-RTX crashed.
-        rules: How many models break each rule.
+        rules: Number of models that break each rule.
         seconds_checking: Time of all checks.
     """
 
@@ -57,7 +57,7 @@ def list_models() -> Iterator[tuple[str, onnx.ModelProto]]:
     for path in sorted(DATA.rglob("*.onnx")):
         yield str(path.relative_to(DATA)), onnx.load(path)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numpy's, of the tests' own data
+        warnings.simplefilter("ignore")  # warnings of numpy about the data of the tests
         cases = collect_testcases(None)
     for case in cases:
         if case.model is not None:
@@ -65,7 +65,7 @@ def list_models() -> Iterator[tuple[str, onnx.ModelProto]]:
 
 
 def drop_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose outputs have no shape."""
+    """A copy with outputs without shape."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     for output in copy.graph.output:

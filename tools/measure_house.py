@@ -189,7 +189,7 @@ def measure_house(*folders: Path, json: Path | None = None) -> int:
 
     Args:
         folders: Folders with Python files; the package qdq if left out.
-        json: Also write the figures there.
+        json: Also write the figures to this file.
     """
     rows = list(map(measure_folder, folders or (_PACKAGE,)))
     print(format_rows(rows))
@@ -215,7 +215,7 @@ def measure_folder(folder: Path) -> HouseRow:
             ) from error
     if not counts.lengths:
         raise ArgumentError(
-            f"{folder} holds no function in Python.",
+            f"{folder} contains no function in Python.",
             "give the folder of a package.",
         )
     return counts.summarize(str(folder))
@@ -249,7 +249,7 @@ def _format_cells(row: HouseRow) -> tuple[str, ...]:
 
 
 def _outermost_functions(tree: ast.AST) -> Iterator[_FunctionNode]:
-    """Functions and methods that do not stand in another function."""
+    """Functions and methods that are not inside another function."""
     for child in ast.iter_child_nodes(tree):
         if isinstance(child, _FunctionNode):
             yield child
@@ -260,7 +260,7 @@ def _outermost_functions(tree: ast.AST) -> Iterator[_FunctionNode]:
 def _public_functions(tree: ast.AST) -> Iterator[_FunctionNode]:
     """Functions and methods without an underscore, in the module and in its public classes.
 
-    A function inside a function is an implementation detail, and so is what a private class holds. A setter and an
+    A function inside a function is an implementation detail, and so is a method of a private class. A setter and an
     overload are documented with the function that they belong to.
     """
     for child in ast.iter_child_nodes(tree):

@@ -1,4 +1,4 @@
-"""How far ONNX Runtime lies from itself on one file, with and without its optimizations: rounding ties alone.
+"""Compare ONNX Runtime with itself on one file, with and without its optimizations: only rounding ties differ.
 
 python tools/show_ties.py runs/demo/model.onnx [--images 128] [--json FILE]
 """
@@ -22,8 +22,8 @@ def show_ties(onnx: Path, /, *, images: int = 128, json: Path | None = None) -> 
 
     Args:
         onnx: A file made from EfficientNet-Lite0.
-        images: How many of the evaluation crops.
-        json: Also write the figures there.
+        images: Number of evaluation crops.
+        json: Also write the figures to this file.
     """
     _, batches = qdq.load_images(None, qdq.load_model(), evaluation=images, batch_size=16)
     levels = onnxruntime.GraphOptimizationLevel

@@ -1,4 +1,4 @@
-"""The recipe on torchvision classifiers with random weights and two batches of random images.
+"""Run the recipe on torchvision classifiers with random weights and two batches of random images.
 
 python tools/try_classifiers.py [--models resnet50 mobilenet_v3_large vit_b_16] [--json FILE]
 """
@@ -30,7 +30,7 @@ def try_classifiers(
     Args:
         models: Names of torchvision classifiers.
         max_float_layers: Layers to leave in float; 0 skips the search.
-        json: Also write the lines there.
+        json: Also write the lines to this file.
     """
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -2,7 +2,7 @@
 
 python tools/try_floors.py [--json FILE] [--environment FOLDER] [-- PYTEST-ARGUMENTS ...]
 
-Needs about 6 GB of disk and as much time for the installation as `make test` in a fresh clone.
+Needs about 6 GB of disk; the installation takes as long as that of `make test` in a fresh clone.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _ROOT = Path(__file__).resolve().parents[1]
 _EXTRAS = (
     "demo",
     "rtx",
-)  # with `dev`, whose tools are the newest: they are no part of what users install
+)  # with `dev`, whose tools are the newest, because users do not install them
 
 
 @dataclass(frozen=True)
 class FloorRun:
-    """What the tests say at the floors.
+    """The result of the tests at the lowest versions.
 
     Args:
         floors: Package -> its version.
@@ -52,8 +52,8 @@ def try_floors(
 
     Args:
         tests: For pytest: files, folders, options; all tests if left out.
-        environment: Folder of the environment, which stays; a temporary one if left out.
-        json: Also write versions and result there.
+        environment: Folder of the environment, which is kept; a temporary one if left out.
+        json: Also write versions and result to this file.
     """
     project = tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     floors = read_floors(project)
@@ -115,7 +115,7 @@ def _install(folder: Path, floors: dict[str, str]) -> Path:
 
 
 def _run_tests(python: Path, tests: tuple[str, ...]) -> tuple[str, int]:
-    """pytest's last line and its exit code; what it prints is passed on."""
+    """Return pytest's last line and its exit code; its output is shown."""
     command = [str(python), "-m", "pytest", *tests]
     last = ""
     with subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True) as process:

@@ -3,7 +3,7 @@
 python tools/zoo.py [--models 'torchvision/*' levit_128s] [--precision fp32 fp16] [--json FILE] [--resume] [--timeout S]
 
 Every model runs in a separate process: a crash, a kill for memory or a hang costs one row. Weights are random (seed 0),
-images are noise. A model that plain `torch.onnx.export` cannot export is shown and not counted.
+images are noise. A model that plain `torch.onnx.export` cannot export is shown but not counted.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _is_finished(row: dict[str, Any], precisions: tuple[str, ...]) -> bool:
-    """Whether a row need not be measured again: it has not failed, and has all precisions."""
+    """Whether a row need not be measured again: it did not fail and has all precisions."""
     if judge_row(row).startswith("FAIL"):
         return False
     return not is_countable(row) or set(precisions) <= set(row.get("precisions", {}))
@@ -97,7 +97,7 @@ def _is_finished(row: dict[str, Any], precisions: tuple[str, ...]) -> bool:
 
 
 def _run_model(name: str, folder: Path, precision: tuple[str, ...], timeout: int) -> dict[str, Any]:
-    """The row of one model, from its own process; complete even if that process was killed."""
+    """The row of one model, from its own process; it is complete even if that process was killed."""
     began = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     row_file = folder / ROW_FILE
@@ -113,7 +113,7 @@ def _run_model(name: str, folder: Path, precision: tuple[str, ...], timeout: int
     for result in row["precisions"].values():
         if result.get("rtx_ok") is not False:
             continue
-        if "float_rtx_error" not in row:  # does TensorRT refuse the float file, too?
+        if "float_rtx_error" not in row:  # check whether TensorRT refuses the float file too
             arguments = [name, "--folder", str(folder), "--build-float"]
             row["float_rtx_error"], _ = _start(folder / "float_build.log", timeout, arguments)
         result["rtx_float_refused"] = bool(row["float_rtx_error"])
@@ -123,7 +123,7 @@ def _run_model(name: str, folder: Path, precision: tuple[str, ...], timeout: int
 
 
 def _start(log: Path, timeout: int, arguments: list[str]) -> tuple[str, int]:
-    """Run `zoo_one.py` in a session of its own.
+    """Run `zoo_one.py` in its own session.
 
     Returns:
         Why it failed ("" if it did not), and its peak memory in MB.
@@ -171,7 +171,7 @@ def _describe_end(exit_code: int, peak_mb: int, log: Path) -> str:
 
 
 def _die_first(pid: int) -> None:
-    """Let the kernel choose the model's process when memory runs out, not this one."""
+    """Make the kernel kill the model's process when memory runs out, not this one."""
     try:
         Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
     except OSError:
@@ -322,11 +322,11 @@ def format_row(row: dict[str, Any]) -> str:
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """All rows in columns, with the sum in the last line."""
+    """All rows in columns, with the totals in the last line."""
     table = [list(_COLUMNS)]
     for row in rows:
         table.append([*_format_cells(row), judge_row(row), "; ".join(describe_notes(row))])
-    num_aligned = len(_COLUMNS) - 2  # verdict and note are as long as they are
+    num_aligned = len(_COLUMNS) - 2  # verdict and note are not padded
     widths = [max(map(len, column)) for column in zip(*table, strict=True)][:num_aligned]
     lines = []
     for line in table:
@@ -382,7 +382,7 @@ def _format_nodes(result: dict[str, Any]) -> str:
 
 
 def _count_findings(result: dict[str, Any]) -> str:
-    """Errors and warnings, and infos behind a plus sign."""
+    """Errors and warnings, and infos after a plus sign."""
     if "findings" not in result:
         return "-"
     num_infos = sum(finding["severity"] == "info" for finding in result["findings"])

@@ -40,7 +40,7 @@ class Entry:
 class _Detector(nn.Module):
     """Backbone and heads of a torchvision detector.
 
-    The choice of boxes between them is left out: its shapes depend on the values, so it does not run in an engine. The
+    The selection of boxes between them is left out: its shapes depend on the values, so it cannot run in an engine. The
     heads of the second stage get the first feature map, pooled to the size of a region.
     """
 
@@ -254,7 +254,7 @@ def select_models(patterns: Iterable[str]) -> list[str]:
     """Names of the models that match a pattern, in the order of the list.
 
     Args:
-        patterns: Globs of names, with or without the library in front; all models if there are none.
+        patterns: Globs of names, with or without the library prefix; all models if there are none.
     """
     globs = tuple(patterns) or ("*",)
     return [name for name in MODELS if _matches(name, globs)]
@@ -292,10 +292,10 @@ def _make_image(shape: Shape, index: int, generator: torch.Generator) -> Tensor:
 
 
 def revive(model: nn.Module) -> int:
-    """Give parameters that are zero, or almost zero, values as training would; otherwise whole branches are dead.
+    """Give parameters that are almost zero values as after training; otherwise whole branches are dead.
 
-    Such are heads and class tokens of zeros, last gains of a residual block of 0, and layer scales of 1e-6. Biases do
-    not change.
+    Examples are heads and class tokens of zeros, zero gains at the end of residual blocks, and layer scales of 1e-6.
+    Biases do not change.
 
     Returns:
         Number of parameters that were changed.

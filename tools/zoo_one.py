@@ -2,8 +2,8 @@
 
 python tools/zoo_one.py torchvision/resnet18 --folder /tmp/one [--precision fp32 fp16]
 
-Writes float.onnx, fp32.onnx, fp16.onnx and row.json. The row is written again after every stage, so that a crash leaves
-the results of the stages before it.
+Writes float.onnx, fp32.onnx, fp16.onnx and row.json. The row is written again after every stage, so that after a crash
+the results of the earlier stages remain.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class _Sweep:
             self.row["seconds"][name] = round(time.perf_counter() - began, 1)
 
     def run(self, precisions: tuple[str, ...]) -> None:
-        """Run all stages; an error ends them and stands in the row."""
+        """Run all stages; an error ends them and is stored in the row."""
         try:
             self._run_stages(precisions)
         except Exception as error:
@@ -278,7 +278,7 @@ class _Sweep:
             floor_db = _measure_half_floor(model, batches, expected, worst)
         result["tie_floor_db"] = floor_db
         parity = measure_parity(expected[worst].numpy(), actual[worst].numpy(), floor_db)
-        # The product's limit is never below 15 dB; some random networks are more chaotic than that, as measured.
+        # The limit of `qdq check` is never below 15 dB; some random networks are measurably more chaotic.
         result["required_db"] = min(parity.required_sqnr_db, floor_db - TIE_MARGIN_DB)
         result["parity_ok"] = bool(parity.sqnr_db >= result["required_db"])
 
@@ -316,7 +316,7 @@ def _record_build(built: BuildReport, checked: CheckReport, result: dict[str, An
 
 
 def _list_float_products(plan: qdq.SwapPlan, rewired: qdq.RewirePlan) -> dict[str, str]:
-    """The reason of every layer with weights, and of every product called as a function, that stays in float."""
+    """The reason for every layer with weights, and for every product called as a function, that stays in float."""
     reasons = {}
     callers = set()
     for call in rewired.operations:
@@ -407,7 +407,7 @@ def _sqnr(expected: Tensor, actual: Tensor) -> float:
 
 
 def describe_error(error: BaseException) -> str:
-    """Class and beginning of the message; those of the cause if torch wraps it."""
+    """Class and beginning of the message; of the cause, if torch wraps it."""
     cause = error
     if error.__cause__ is not None and "Failed to" in str(error):
         cause = error.__cause__
@@ -416,7 +416,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def hash_code() -> str:
-    """A hash of qdq's code: rows of different code should not be in one table."""
+    """A hash of qdq's code: rows from different code should not be in one table."""
     digest = hashlib.sha256()
     for path in sorted(Path(qdq.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
