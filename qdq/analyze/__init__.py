@@ -73,7 +73,7 @@ def analyze_layers(
     """Rank the layers by their sensitivity, and leave the worst in float until a target or a limit is reached.
 
     The chosen layers are disabled in the model, together with the quantizers that exist only for them; nothing
-    else in the model changes. Under torchrun the processes share the work and all return the same result.
+    else in the model changes. Under torchrun the processes divide the work, and all return the same result.
 
     Args:
         model: A calibrated model. Layers that are disabled already stay disabled and are not ranked.

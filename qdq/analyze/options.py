@@ -133,7 +133,7 @@ class Options:
             )
 
     def _check_metric_is_given(self) -> None:
-        """Refuse targets of a metric where SQNR ranks, which has a target of its own."""
+        """Refuse targets for a metric if SQNR ranks, because SQNR has its own target."""
         for name in _METRIC_TARGETS:
             if getattr(self, name) is not None:
                 raise ArgumentError(

@@ -54,7 +54,7 @@ class _TimeIsUpError(Exception):
 
 
 class Probe:
-    """Measures the model against its float outputs, as it is and with units switched.
+    """Measures the model against its float outputs, unchanged and with units switched.
 
     Args:
         model: The model.

@@ -704,7 +704,7 @@ class _Recording(TorchFunctionMode):
         return call, run.results
 
     def _describe(self, result: Any, inputs: list[torch.Tensor]) -> Any:
-        """A result as it is recorded: a number and a shell instead of a tensor.
+        """A result for the recording: a number and a shell instead of each tensor.
 
         Args:
             result: The result.
@@ -827,13 +827,7 @@ def _is_set(args: tuple[Any, ...], position: int) -> bool:
 def _without_inplace(
     args: tuple[Any, ...], kwargs: dict[str, Any], position: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of the same call, not in place.
-
-    Args:
-        args: Its arguments by position.
-        kwargs: Its arguments by keyword.
-        position: From `_inplace_position`.
-    """
+    """The arguments of the same call without its in-place argument; `position` is that of `_inplace_position`."""
     if _is_set(args, position):
         args = (*args[:position], False, *args[position + 1 :])
     if "inplace" in kwargs:

@@ -33,7 +33,7 @@ def build(
 
     Args:
         onnx: ONNX file with Q/DQ.
-        output: Engine file; by default beside the ONNX file, with a name that ends in .rtx.engine or .engine.
+        output: Engine file; by default next to the ONNX file, with a name that ends in .rtx.engine or .engine.
         backend: rtx (TensorRT-RTX, needs no GPU), tensorrt (needs a GPU), or auto.
         sm: Compute capability that TensorRT-RTX builds for; 89 is 8.9.
         min_shapes: Smallest shapes of dynamic inputs: INPUT:DIMxDIM...,INPUT:... Required if more than the batch is

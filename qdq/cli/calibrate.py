@@ -63,7 +63,7 @@ def merge(*files: Path, output: Annotated[Path, Parameter(alias="-o")]) -> int:
 
     Args:
         files: Two or more files of statistics.
-        output: File to write, .safetensors; a readable summary is written beside it as .json.
+        output: File to write, .safetensors; a readable summary is written next to it as .json.
     """
     from qdq.run import guard_command
     from qdq.statistics import merge_files

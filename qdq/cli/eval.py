@@ -20,7 +20,7 @@ def evaluate_files(
 ) -> int:
     """Compare ONNX files with the float model on the same images.
 
-    Prints top-1 and top-5 where labels are known, and how far each file is from the float model: top-1 agreement and
+    Prints top-1 and top-5 if labels are known, and how far each file is from the float model: top-1 agreement and
     SQNR. If the folder has no train and val, the images on which `qdq ptq` calibrates are left out.
 
     For example:

@@ -19,7 +19,7 @@ from typing import Any, TypeGuard, get_args
 
 import cyclopts
 
-# For the signatures of recipes: Parameter turns the fields of a dataclass into flags of their own; the number types
+# For the signatures of recipes: Parameter turns the fields of a dataclass into separate flags; the number types
 # refuse an invalid number before any work begins.
 from cyclopts import Parameter as Parameter
 from cyclopts.types import NonNegativeInt as NonNegativeInt

@@ -1,4 +1,4 @@
-"""`qdq ptq`: the recipe itself; there is no second pipeline."""
+"""`qdq ptq`: runs the recipe."""
 
 from qdq.cli.recipes import load_recipe
 

@@ -1,4 +1,4 @@
-"""`qdq qat`: the recipe itself; there is no second pipeline."""
+"""`qdq qat`: runs the recipe."""
 
 from qdq.cli.recipes import load_recipe
 

@@ -114,7 +114,7 @@ def _check_quantized_copy(
 
 
 def _list_unmatched(patterns: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    """The patterns that match none of the named modules."""
+    """The patterns that do not match any named module."""
     from qdq.patterns import Patterns
 
     unmatched = []

@@ -62,7 +62,7 @@ def _is_default(value: Any) -> bool:
 
 
 def _compare_values(value: Any, copied_value: Any, path: str) -> Iterator[str]:
-    """The differences of a field that holds messages.
+    """The differences of a field with messages.
 
     Args:
         value: A message or a list of messages.

@@ -122,7 +122,7 @@ def _spatial_zeros(pad: ir.Node, rank: int) -> list[int] | None:
 
 
 def _pads_with_zeros(pad: ir.Node) -> bool:
-    """Whether a Pad adds a constant, and that constant is known to be zero, as it is by default.
+    """Whether a Pad adds a constant, and that constant is known to be zero, which is the default.
 
     Other modes, such as reflect, add values of the input.
     """
@@ -155,6 +155,6 @@ def _padded_axes(pad: ir.Node, rank: int) -> list[int] | None:
 
 
 def _are_valid(amounts: npt.NDArray[Any], axes: list[int]) -> bool:
-    """Whether there are two amounts for each axis, none of which crops."""
+    """Whether there are two amounts for each axis, and none of them crops."""
     is_complete = amounts.size == 2 * len(axes)
     return is_complete and bool((amounts >= 0).all())

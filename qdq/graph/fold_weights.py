@@ -36,7 +36,7 @@ class FoldWeights(ir.passes.InPlacePass):
 
 
 def _list_weights(graph: ir.Graph) -> list[ir.Value | None]:
-    """The values that TensorRT may want as constants.
+    """The values that TensorRT may need as constants.
 
     They are the inputs of every Q, and the second operands of products, which are weights or activations.
 

@@ -63,7 +63,7 @@ def _identity_of(value: ir.Value) -> Hashable | None:
     It has a digest instead of the bytes, so that large weights need not stay in memory.
 
     Returns:
-        None for an initializer that stays as it is.
+        None for an initializer that does not change.
     """
     tensor = value.const_value
     if tensor is None or tensor.dtype == ir.DataType.STRING:

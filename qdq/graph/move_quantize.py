@@ -136,7 +136,7 @@ def _is_movable_copy(node: ir.Node, opset: int) -> bool:
 
 
 def _pads_with_positive_zero(pad: ir.Node) -> bool:
-    """Whether a Pad adds the constant +0.0, as it does by default.
+    """Whether a Pad adds the constant +0.0, which is the default.
 
     A pair with zero point 0 keeps +0.0 and turns -0.0 into +0.0, so only a Pad with +0.0 gives the same result on both
     sides.

@@ -84,7 +84,7 @@ class NameNodes(ir.passes.InPlacePass):
         return scales
 
     def _read_mark(self, node: ir.Node) -> QuantizerScale | None:
-        """The quantizer that the scale of a Q or DQ stands for.
+        """The quantizer of a Q or DQ, if its scale is a mark.
 
         Returns:
             None for other nodes and other scales.

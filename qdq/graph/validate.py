@@ -410,7 +410,7 @@ def _refusal_of_inference(proto: onnx.ModelProto, data_prop: bool) -> str | None
         onnx.shape_inference.infer_shapes(
             proto, check_type=True, strict_mode=True, data_prop=data_prop
         )
-    except Exception as error:  # onnx and protobuf have types of their own
+    except Exception as error:  # onnx and protobuf have their own exception types
         if data_prop and isinstance(error, MemoryError):
             raise
         return first_line(error)

@@ -37,7 +37,7 @@ class ReportedModel(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """The model as it was exported."""
+        """The exported model."""
 
     @property
     def name(self) -> str:
@@ -92,7 +92,7 @@ class Report:
         page: The HTML file.
         summary: The key figures, by name.
         findings: Facts that you must know before shipping; empty if all is well.
-        text: The report as it was printed.
+        text: The printed report.
     """
 
     path: Path

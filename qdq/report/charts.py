@@ -374,7 +374,7 @@ class Network:
     """The layers in a column, with lines from each layer to its readers.
 
     Args:
-        nodes: In the order in which they run.
+        nodes: In the order of execution.
         edges: SVG paths.
         x: Horizontal position of the nodes.
         width: Width of the drawing.
@@ -457,7 +457,7 @@ def _length(edge: _Edge) -> int:
 
 
 def _find_free_lane(span: _Edge, spans: Sequence[Sequence[_Edge]]) -> int:
-    """The first lane in which no line overlaps a span.
+    """The first lane without a line that overlaps a span.
 
     Args:
         span: First and last row of a line.

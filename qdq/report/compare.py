@@ -42,7 +42,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting in which runs differ; None if a run does not have it."""
+    """A setting that differs between runs; None if a run does not have it."""
 
     name: str
     values: tuple[Any, ...]
@@ -170,7 +170,7 @@ def _compare(reports: Sequence[StoredReport]) -> Comparison:
 
 
 def _name_runs(reports: Sequence[StoredReport]) -> list[str]:
-    """Names of the folders; where two are equal, their paths."""
+    """Names of the folders; if two are equal, their paths."""
     counts = Counter(report.name for report in reports)
     names = []
     for report in reports:
@@ -292,7 +292,7 @@ def _union_of_keys(tables: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _list_layers(reports: Sequence[StoredReport]) -> list[LayerDifference]:
-    """List the layers that differ, in the order in which they run."""
+    """List the layers that differ, in the order of execution."""
     tables = [{layer.name: layer for layer in report.layers} for report in reports]
     differences = []
     for name in _union_of_keys(tables):

@@ -77,7 +77,7 @@ def describe_layers(
     The model runs a few times on the batch; it is not changed.
 
     Args:
-        model: The model as it was exported.
+        model: The exported model.
         batch: A few samples (see `forward.call_model`).
         plan: From `swap_modules`.
         rewired: From `rewire_operations`.
@@ -88,7 +88,7 @@ def describe_layers(
         float_bytes: Bytes of a weight that is not int8 in the exported file.
 
     Returns:
-        The records in the order in which the layers run; those that do not run come last.
+        The records in the order of execution; layers that do not run come last.
     """
     with disable_quantization(model):
         trace = trace_forward(model, batch)
@@ -185,7 +185,7 @@ class _StageFacts:
         )
 
     def _output_sqnr_db(self, name: str) -> float | None:
-        """The SQNR of a layer's own output, where it was measured and is finite."""
+        """The SQNR of a layer's own output, if it was measured and is finite."""
         output = self.outputs.get(name)
         if isinstance(output, float) and math.isfinite(output):
             return output
@@ -435,7 +435,7 @@ class _Neighbours:
         entries: The layers and calls.
 
     Attributes:
-        order: The names of all layers, in the order in which they run.
+        order: The names of all layers, in the order of execution.
         reads: Layer -> the layers that it reads.
         feeds: Layer -> the layers that read it.
         reads_input: Layers that read the input of the network.
@@ -466,7 +466,7 @@ class _Neighbours:
         """Follow the values through a forward.
 
         Returns:
-            Layer that runs -> the sources that it reads, in the order in which the layers run; and the sources of the
+            Layer that runs -> the sources that it reads, in the order of execution; and the sources of the
             outputs of the network.
         """
         sources_of_layers: dict[str, _Sources] = {}

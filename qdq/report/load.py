@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class StoredReport:
-    """A report as it was written.
+    """A report that was written by a run.
 
     Args:
         path: The JSON file.

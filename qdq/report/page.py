@@ -86,7 +86,7 @@ def list_figures(report: StoredReport) -> list[Figure]:
 
 
 def _list_quality(report: StoredReport) -> list[Figure]:
-    """What is in int8, and how close the outputs are to the float model's."""
+    """How much is in int8, and how close the outputs are to the float model's."""
     data = report.data
     reference, final = reference_candidate(report), final_candidate(report)
     figures = [

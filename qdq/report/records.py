@@ -75,7 +75,7 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The result of the analysis for a layer, or for the group in which it was measured.
+    """The result of the analysis for a layer, or for the group that it was measured with.
 
     Args:
         unit: Name of the layer or group that was measured.

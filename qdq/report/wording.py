@@ -99,7 +99,7 @@ def format_percent(value: float | None, digits: int = 1) -> str:
 
 
 def format_decibels(value: float | None, unknown: str = "no error") -> str:
-    """An SQNR in dB; None stands for an infinite one."""
+    """An SQNR in dB; None means that it is infinite."""
     if value is None:
         return unknown
     return f"{value:.2f} dB"
@@ -170,7 +170,7 @@ def _describe_rank(sensitivity: Sensitivity) -> str:
 
 
 def _describe_outputs(layer: LayerRecord, unit: str) -> str:
-    """The outputs of the network in the state in which the sensitivity was measured."""
+    """The outputs of the network in the state of the sensitivity measurement."""
     sensitivity = layer.sensitivity
     if sensitivity is None:
         return _not_known(_why_no_gain(layer))

@@ -35,8 +35,8 @@ class Images(Protocol):
 class ImageBatches:
     """A set of images as batches; every pass gives the same batches in the same order.
 
-    Iterating gives `(images, labels)`: float32 `[B, 3, H, W]` and int64 `[B]`, or None where labels are not
-    known. The last batch may be smaller. `len` is the number of batches, as of a DataLoader.
+    Iterating gives `(images, labels)`: float32 `[B, 3, H, W]` and int64 `[B]`, or None if labels are not known. The
+    last batch may be smaller. `len` is the number of batches, as of a DataLoader.
 
     Args:
         images: A float32 tensor `[N, 3, H, W]`, or anything whose slices are such tensors.

@@ -305,7 +305,7 @@ def _draw_images(
     """Images to calibrate and to evaluate on in random order, often more than needed; no image is in both.
 
     Raises:
-        DataError: A single folder holds a single image.
+        DataError: A single folder contains only one image.
     """
     generator = torch.Generator().manual_seed(seed)
     train = _shuffle(splits.train.images, generator)

@@ -34,7 +34,7 @@ class PhotographSource:
         package: Name of the package as pip knows it.
         module: Name of the package as Python imports it.
         folder: Folder below the module.
-        patterns: Globs of the files, in the order in which they are used.
+        patterns: Globs of the files, in the order of use.
     """
 
     package: str

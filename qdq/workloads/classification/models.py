@@ -58,7 +58,7 @@ _AVERAGED_MODEL_COUNTER = "n_averaged"  # added by torch.optim.swa_utils.Average
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a model wants its images: resize, crop, scale to 0..1, normalize.
+    """The preprocessing of a model's images: resize, crop, scale to 0..1, normalize.
 
     Calling it is the evaluation transform: the shorter side becomes `resize_size`, then the centre is cropped.
 
@@ -116,7 +116,7 @@ class LoadedModel:
         weights: Where its weights come from, in words.
         preprocess: The preprocessing of its images.
         num_classes: Number of logits.
-        categories: Name of each class; None where they are not known.
+        categories: Name of each class; None if unknown.
     """
 
     name: str
@@ -215,7 +215,7 @@ def _read_weights(
     """The tensors that `weights` names, and where they come from; None for random weights.
 
     Raises:
-        ModelError: There are none of this name, or they cannot be fetched or read.
+        ModelError: No weights have this name, or they cannot be fetched or read.
     """
     pretrained = architecture.pretrained.get(weights)
     if pretrained is not None:
@@ -448,7 +448,7 @@ def _load_state(module: nn.Module, state: StateDict, model: str, source: str) ->
     """Copy the tensors into the module.
 
     Raises:
-        ModelError: Names or shapes differ, or the module's types cannot hold the values.
+        ModelError: Names or shapes differ, or the values do not fit the module's types.
     """
     expected = module.state_dict()
     misshapen = _describe_misshapen(state, expected)
