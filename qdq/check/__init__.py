@@ -1,4 +1,4 @@
-"""Is the exported file valid, is its Q/DQ as TensorRT wants it, does it compute what torch computed?"""
+"""Check an exported file: is it valid ONNX, do its Q/DQ suit TensorRT, does it compute what torch computed?"""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Validity:
         runtime_version: Version of the ONNX Runtime that loaded the file, on one thread, without constant folding and
             prepacking.
         runtime_refusal: Why it did not load the file, None if it did.
-        onnx_limit: Why onnx came to no verdict, such as "it took longer than 60 s of processor time"; None if it did.
+        onnx_limit: Why onnx gave no verdict, such as "it took longer than 60 s of processor time"; None if it did.
     """
 
     is_valid: bool
@@ -67,7 +67,7 @@ class Validity:
         if self.onnx_refusal is not None:
             return "refuses it (QDQ202, QDQ203)"
         if self.onnx_limit is not None:
-            return "came to no verdict (QDQ202)"
+            return "gave no verdict (QDQ202)"
         return "accepts it (checker, types and shapes)"
 
 
@@ -78,7 +78,7 @@ class CheckReport:
     Args:
         path: The file.
         opset: Its ONNX opset.
-        file_bytes: Its size, with that of the data beside it.
+        file_bytes: Its size, including its external data.
         quantize_nodes: Number of QuantizeLinear nodes.
         dequantize_nodes: Number of DequantizeLinear nodes.
         coverage: Every Conv, ConvTranspose, Gemm and MatMul: int8 or not, why, and its fraction of the work.
@@ -115,7 +115,7 @@ class CheckReport:
         ]
         if self.quantize_nodes + self.dequantize_nodes == 0:
             lines.append(
-                "nothing is quantized: the file holds no QuantizeLinear and no DequantizeLinear"
+                "nothing is quantized: the file has no QuantizeLinear and no DequantizeLinear"
             )
         if self.parity is not None:
             lines += _format_parity(self.parity)
@@ -130,7 +130,7 @@ def _format_parity(parity: Parity) -> Iterator[str]:
     yield (
         f"against torch on {parity.images} images: same top-1 {parity.agreement:.1%}, "
         f"SQNR {parity.sqnr_db:.1f} dB, cosine {parity.cosine:.6f}, max abs {parity.max_abs:.3g}, "
-        f"equal but for float rounding {parity.exact:.1%}"
+        f"equal except for float rounding {parity.exact:.1%}"
     )
     if parity.tie_floor_db is not None and np.isfinite(parity.tie_floor_db):
         yield (
@@ -147,7 +147,7 @@ def _format_default_parity(parity: Parity) -> str:
 
 
 def _format_findings(findings: tuple[Finding, ...]) -> Iterator[str]:
-    """One line per finding, the worst first; of many equal ones the first few nodes and the number of all."""
+    """One line per finding, the worst first; for many equal ones, the first few nodes and the total."""
     if not findings:
         return
 
@@ -194,9 +194,10 @@ def check_onnx(
     Args:
         path: The file.
         expected: Outputs of the torch model `[N, ...]`.
-        found: Outputs of the file on the same inputs (`evaluate.predict`).
+        found: Outputs of the file for the same inputs (`evaluate.predict`).
         found_default: Likewise, in ONNX Runtime's default session (`evaluate.predict` with `session="default"`).
-        tie_floor_db: SQNR that ties alone leave (`evaluate.measure_tie_floor`), so that ties are not a fault.
+        tie_floor_db: SQNR with an error from ties only (`evaluate.measure_tie_floor`), so that ties do not count as a
+            fault.
         select: Ids of the only rules to apply, such as "QDQ112"; all if empty.
         ignore: Ids of rules to leave out.
 
@@ -262,7 +263,7 @@ def _check_parities(
     Args:
         path: The file.
         rules: The rules to apply.
-        parities: Id of such a rule -> what was measured, None if outputs were not given.
+        parities: Id of such a rule -> the measurement, None if outputs were not given.
     """
     for rule in rules:
         parity = parities.get(rule.id)
@@ -298,6 +299,6 @@ def _assess_validity(model: ir.Model, facts: FileFacts) -> Validity:
 
 def _refutes_validity(finding: Finding) -> bool:
     """Whether a finding of a rule about files means that the file cannot be called valid."""
-    if finding.rule == "QDQ201":  # even as an info: ONNX Runtime has not loaded the file
+    if finding.rule == "QDQ201":  # also as an info, because ONNX Runtime has not loaded the file
         return True
     return finding.severity != "info"

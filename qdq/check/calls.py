@@ -1,4 +1,4 @@
-"""Calls of a file's functions: which never end, and how many nodes they become when they are written out."""
+"""Calls of a file's functions: whether they end, and how many nodes they become when they are expanded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 import onnx_ir as ir
 
 LARGEST_EXPANSION = 1_000_000
-"""Nodes that the calls of a file may become; each function that calls another one twice doubles them."""
+"""Largest number of nodes after expanding all calls; each function that calls another one twice doubles it."""
 
 _Key = tuple[str, str, str]  # domain, name and overload of a function
 _Calls = dict[_Key, Counter[_Key]]  # for each function, how often it calls which function
@@ -41,10 +41,10 @@ def _reachable_functions(calls: _Calls, start: _Key) -> set[_Key]:
 
 
 def is_expansion_too_large(model: ir.Model) -> bool:
-    """Whether the calls of the graph become more than `LARGEST_EXPANSION` nodes when they are written out.
+    """Whether the calls of the graph become more than `LARGEST_EXPANSION` nodes when they are expanded.
 
     Args:
-        model: Only counted, nothing is written out.
+        model: The calls are only counted, not expanded.
 
     Returns:
         True if they do; False also if a call never ends, see `list_recursive_functions`.
@@ -61,7 +61,7 @@ def is_expansion_too_large(model: ir.Model) -> bool:
             size += times * sizes[callee]
         sizes[key] = min(
             size, LARGEST_EXPANSION + 1
-        )  # the true numbers can have thousands of digits
+        )  # the exact numbers can have thousands of digits
 
     total = 0
     for node in model.graph.all_nodes():

@@ -98,13 +98,13 @@ def _apply_repairs(path: Path, model: ir.Model) -> dict[str, int]:
         merge = MergePairs()
         merge(model)
         counts["QDQ120"] = merge.removed_q + merge.removed_dq
-    except Exception as error:  # onnx-ir wraps whatever a repair raises on a damaged graph
+    except Exception as error:  # onnx-ir wraps anything that a repair raises on a damaged graph
         raise _not_fixable(path, first_line(error)) from error
     return {rule: count for rule, count in counts.items() if count}
 
 
 def _may_copy_bytes(loaded: LoadedModel, output: Path) -> bool:
-    """Whether the file works at the other place as it is: its data are in it, or in the folder of both."""
+    """Whether the file works unchanged at the other path: its data are in it, or the folder is the same."""
     if output.resolve().parent == loaded.path.resolve().parent:
         return True
     locations = {tensor.data_location for _, tensor in list_tensors(loaded.proto)}
@@ -112,10 +112,10 @@ def _may_copy_bytes(loaded: LoadedModel, output: Path) -> bool:
 
 
 def _require_accepted(model: ir.Model, facts: FileFacts) -> None:
-    """Refuse a fixed model that cannot be written, or that onnx or ONNX Runtime refuses and accepted before."""
+    """Refuse a fixed model that cannot be written, or that onnx or ONNX Runtime newly refuses."""
     try:
         fixed = _inspect_copy(model)
-    except Exception as error:  # onnx-ir and the file system raise errors of their own
+    except Exception as error:  # onnx-ir and the file system raise their own errors
         raise _not_fixable(facts.path, first_line(error)) from error
 
     accepted = _list_refusals(facts)
@@ -126,7 +126,7 @@ def _require_accepted(model: ir.Model, facts: FileFacts) -> None:
 
 def _inspect_copy(model: ir.Model) -> FileFacts:
     """The facts about a model once it is written."""
-    # the copy may go to another folder, or to the place of the file
+    # the copy may go to another folder, or replace the file
     ir.external_data.load_to_model(model)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "model.onnx"
@@ -135,7 +135,7 @@ def _inspect_copy(model: ir.Model) -> FileFacts:
 
 
 def _list_refusals(facts: FileFacts) -> dict[str, str | None]:
-    """The reason why each judge does not accept a file; None if it does."""
+    """The reason why each check of onnx and ONNX Runtime refuses a file; None if it accepts it."""
     return {
         "structure": facts.checker.structure,
         "types": facts.checker.types,

@@ -53,7 +53,7 @@ def _ask(
 ) -> tuple[CheckerVerdict, RuntimeVerdict | None]:
     """The verdicts of onnx and of ONNX Runtime.
 
-    Both write out every call of a function, so they are not asked about a file that would become too large.
+    Both expand every call of a function, so they are not asked about a file that would become too large.
 
     Args:
         loaded: The file.
@@ -64,7 +64,9 @@ def _ask(
         The verdict of onnx; the verdict of ONNX Runtime, None if it was not asked.
     """
     if is_expansion_too_large(loaded.model):
-        reason = "it was not asked, as the functions of the file become too many nodes (QDQ208)"
+        reason = (
+            "it was not asked, because the functions of the file expand to too many nodes (QDQ208)"
+        )
         checker, runtime = skip_checker(reason), skip_runtime(reason)
         return checker, runtime if ask_runtime else None
 
@@ -90,7 +92,7 @@ def _sort_nodes(model: ir.Model) -> tuple[bool, bool]:
     """Put the nodes in order.
 
     Returns:
-        Whether they were in order, and whether that is impossible because of a cycle.
+        Whether they were in order, and whether a cycle makes that impossible.
     """
     nodes = list(model.graph.all_nodes())
     try:
@@ -102,7 +104,7 @@ def _sort_nodes(model: ir.Model) -> tuple[bool, bool]:
 
 
 def count_file_bytes(loaded: LoadedModel) -> int:
-    """Size of a model and of the files beside it that hold its data."""
+    """Size of a model and of its external data."""
     total = loaded.path.stat().st_size
     for path in _list_data_files(loaded):
         with contextlib.suppress(OSError):

@@ -55,7 +55,7 @@ def load_onnx(path: Path) -> LoadedModel:
         with silence_onnx_ir():
             model = ir.from_proto(proto)
         ir.external_data.set_base_dir(model.graph, os.path.dirname(path))
-    except Exception as error:  # onnx-ir wraps what it finds, each time once more
+    except Exception as error:  # onnx-ir wraps an exception again at each level
         reason = first_line(_root_cause(error))
         if faults:
             reason = f"the constant {faults[0].name}: {faults[0].message}"
@@ -72,13 +72,13 @@ def _read_proto(path: Path) -> onnx.ModelProto:
     require_file(path)
     try:
         proto = onnx.load_model_from_string(path.read_bytes())
-    except Exception as error:  # protobuf and the file system raise errors of their own
+    except Exception as error:  # protobuf and the file system raise their own errors
         raise _invalid(path, first_line(error)) from error
     if not proto.HasField("graph"):
-        raise _invalid(path, "it holds no graph")
+        raise _invalid(path, "it contains no graph")
     if not proto.graph.node:
         raise CheckError(
-            f"{path} holds no ONNX graph.",
+            f"{path} contains no ONNX graph.",
             "export it again: the file may be empty or truncated.",
         )
     return proto

@@ -1,4 +1,4 @@
-"""The exported file, run by ONNX Runtime, against the torch model it came from."""
+"""Compare the exported file in ONNX Runtime with the torch model that it came from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qdq.files import read_mode
 from qdq.metrics import Array, agreement, cosine, max_abs_difference, sqnr_db
 from qdq.text import printable
 
-# A correct file of a shallow network is far above the first figure; deep int8 networks amplify ties to about it.
+# A correct file of a shallow network is far above the first figure; ties that a deep int8 network amplifies reach it.
 MIN_SQNR_DB = 30.0
 TIE_MARGIN_DB = 3.0
 NEVER_BELOW_DB = 15.0
@@ -25,8 +25,8 @@ FLOAT_ROUNDING = 1e-4  # of the largest output of a sample
 Session = Literal["plain", "default"]
 SESSIONS: tuple[Session, ...] = ("plain", "default")
 
-# Of ONNX Runtime 1.31. The first drops a ReLU6 before a quantizer of tiny range, the second makes one MaxPool of
-# a zero Pad and a MaxPool, which pads with the smallest number: both change the results of the file.
+# In ONNX Runtime 1.31 the first drops a ReLU6 before a quantizer of tiny range, and the second merges a zero Pad into a
+# MaxPool, which pads with the smallest number: both change the results of the file.
 _WRONG_OPTIMIZERS = ["ClipQuantRewrite", "Pad_Fusion"]
 
 
@@ -36,8 +36,8 @@ class OnnxModel:
     Args:
         path: The file.
         session: "plain": as the file is written, ONNX Runtime's int8 fusions off, because they change the arithmetic.
-            "default": as ONNX Runtime optimizes it for its users. Only the kernels that saturate on x86 processors
-            without VNNI are left out: the accuracy that they lose is not a property of the file.
+            "default": as ONNX Runtime optimizes it for its users. Only kernels that saturate on x86 processors without
+            VNNI are disabled, because their error is not a property of the file.
 
     Raises:
         ArgumentError: Another session.
@@ -47,13 +47,13 @@ class OnnxModel:
     def __init__(self, path: Path, *, session: Session = "plain") -> None:
         if session not in SESSIONS:
             raise ArgumentError(
-                f"session is {session!r}; known are 'plain' and 'default'.",
+                f"session is {session!r}; expected 'plain' or 'default'.",
                 "use 'plain'.",
             )
         require_file(path)
         try:
             self._session = _start_session(path, session)
-        except Exception as error:  # the exception types of ONNX Runtime share no base
+        except Exception as error:  # the exception types of ONNX Runtime have no common base
             raise _describe_load_error(path, error) from error
         self.path = path
 
@@ -135,13 +135,14 @@ class Parity:
     """The difference of ONNX Runtime's outputs from torch's, or of its default session's from a plain session's.
 
     Args:
-        images: How many samples were compared.
+        images: Number of samples that were compared.
         max_abs: Largest absolute difference.
         cosine: Cosine of all outputs as one vector.
         sqnr_db: SQNR in dB of the second outputs against the first.
         agreement: Fraction of samples with the same largest output, 0..1.
         exact: Fraction of samples whose outputs differ by float rounding only (1e-4 of their largest value).
-        tie_floor_db: SQNR in dB that rounding ties alone leave (`evaluate.measure_tie_floor`), None if not measured.
+        tie_floor_db: SQNR in dB with an error from rounding ties only (`evaluate.measure_tie_floor`), None if not
+            measured.
     """
 
     images: int
@@ -154,14 +155,14 @@ class Parity:
 
     @property
     def required_sqnr_db(self) -> float:
-        """The least SQNR in dB of a correct file: 30, or 3 below what ties alone leave, but never below 15."""
+        """The lowest SQNR in dB of a correct file: 30, or 3 below the tie floor, but never below 15."""
         if self.tie_floor_db is None:
             return MIN_SQNR_DB
         return max(NEVER_BELOW_DB, min(MIN_SQNR_DB, self.tie_floor_db - TIE_MARGIN_DB))
 
     @property
     def is_sufficient(self) -> bool:
-        """Whether the SQNR is that of a correct file; False if it is NaN."""
+        """Whether the SQNR is high enough for a correct file; False if it is NaN."""
         return self.sqnr_db >= self.required_sqnr_db
 
 
@@ -189,7 +190,7 @@ def measure_parity(expected: Array, actual: Array, tie_floor_db: float | None = 
 
 
 def require_file(path: Path) -> None:
-    """Refuse a path without a file that has content: the messages of the parsers do not help.
+    """Refuse a path that is not a file with content, because the messages of the parsers do not help.
 
     Raises:
         CheckError: The path is a folder, a device, an empty file, does not exist, or is not UTF-8.

@@ -1,4 +1,4 @@
-"""The ranges of an ONNX graph and its outputs in 16 bit, measured by ONNX Runtime."""
+"""Measure the ranges of an ONNX graph, and its outputs in 16 bit, with ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def measure_peaks(model: ir.Model, inputs: Mapping[str, Array]) -> dict[str, float]:
-    """Run a copy of the model in which every float32 value also goes to Abs and ReduceMax.
+    """Run a copy of the model where every float32 value also goes to Abs and ReduceMax.
 
-    Only scalars come out, so that ONNX Runtime frees each value once it is read: it needs little more memory than for
-    the outputs alone.
+    The results are scalars, so ONNX Runtime frees each value once it is read and needs little more memory than usual.
 
     Args:
         model: A float32 model, unchanged by this.
@@ -68,13 +67,13 @@ def _add_peak(graph: ir.Graph, value: ir.Value) -> None:
 def run_rounded(model: ir.Model, inputs: Mapping[str, Array]) -> list[Array]:
     """Outputs of a model, every 16 bit value of the main graph rounded to 16 bit.
 
-    ONNX Runtime on a CPU has few kernels for float16. It computes the other operators in float32, passes float32
-    values on from one to the next, and removes Casts between them, so that nothing is rounded and nothing overflows.
-    In the copy that runs here every such value goes through Unsqueeze and Squeeze, which it has for 16 bit.
+    ONNX Runtime on a CPU has few kernels for float16. It computes the other operators in float32, passes float32 values
+    between them, and removes the Casts, so nothing is rounded and nothing overflows. In the copy that runs here every
+    such value goes through Unsqueeze and Squeeze, which have 16 bit kernels.
 
     Args:
         model: Unchanged by this.
-        inputs: One batch by input name; float32 arrays are brought to the types of the inputs.
+        inputs: One batch by input name; float32 arrays are converted to the types of the inputs.
 
     Raises:
         CheckError: ONNX Runtime cannot run the model.
@@ -117,7 +116,7 @@ def run_graph(model: ir.Model, inputs: Mapping[str, Array]) -> list[Array]:
 
     Args:
         model: The model.
-        inputs: One batch by input name; float32 arrays are brought to the types of the inputs.
+        inputs: One batch by input name; float32 arrays are converted to the types of the inputs.
 
     Raises:
         CheckError: ONNX Runtime cannot run the model.
@@ -132,7 +131,7 @@ def run_graph(model: ir.Model, inputs: Mapping[str, Array]) -> list[Array]:
 
 
 def _to_half(array: Array, dtype: ir.DataType | None) -> Array:
-    """A float32 array in the 16 bit type of an input; other arrays, and those of other inputs, as they are."""
+    """A float32 array in the 16 bit type of an input; unchanged for other arrays and other inputs."""
     if array.dtype != np.float32 or dtype not in _HALVES:
         return array
     half: Array = array.astype(dtype.numpy())

@@ -1,4 +1,4 @@
-"""Does a node have the inputs, outputs and attributes of its operator?"""
+"""Check whether a node has the inputs, outputs and attributes of its operator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def describe_misfit(node: ir.Node, opset: int) -> str:
 
     Args:
         node: The node.
-        opset: Of the model; for a number that onnx does not know, its newest opset is used.
+        opset: Opset of the model; for a number that onnx does not know, its newest opset is used.
 
     Returns:
         A text; empty if the node fits its operator, or if onnx does not know the operator.
@@ -38,7 +38,7 @@ def describe_misfit(node: ir.Node, opset: int) -> str:
 
 
 def _describe_count(node: ir.Node, values: str, count: int, least: int, most: int) -> str:
-    """The number of inputs or outputs, if it is wrong.
+    """A text about the number of inputs or outputs, if it is wrong.
 
     Args:
         node: The node.
@@ -73,7 +73,7 @@ def _describe_attribute(node: ir.Node, schema: Any) -> str:
 
 
 def _describe_missing_attribute(node: ir.Node, schema: Any) -> str:
-    """The first attribute that the operator must have and the node has not."""
+    """The first required attribute that the node does not have."""
     for name, formal in schema.attributes.items():
         if formal.required and name not in node.attributes:
             return f"{node.op_type} lacks the attribute {name}"

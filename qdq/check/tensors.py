@@ -1,4 +1,4 @@
-"""Do the data of a constant fit its type and shape, in the file itself or in one beside it?"""
+"""Check whether the data of a constant fit its type and shape, in the file itself or in an external file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TensorFault:
 
 
 def find_tensor_faults(proto: onnx.ModelProto, folder: Path) -> list[TensorFault]:
-    """Every constant whose data do not fit its type and shape.
+    """Find every constant whose data do not fit its type and shape.
 
     Args:
         proto: The model.
@@ -49,7 +49,7 @@ def find_tensor_faults(proto: onnx.ModelProto, folder: Path) -> list[TensorFault
 
 
 def count_bytes(tensor: TensorProto) -> int | None:
-    """How many bytes the data of a constant take by its type and shape.
+    """Number of bytes of the data of a constant, from its type and shape.
 
     Returns:
         The number; None for strings and unknown types.
@@ -193,7 +193,7 @@ def _describe_range_fault(tensor: TensorProto, location: str, file_bytes: int) -
 
 def _describe_cause(error: Exception) -> str:
     """The reason of an error of the file system, without the path."""
-    if isinstance(error, RuntimeError):  # its text holds the whole path
+    if isinstance(error, RuntimeError):  # its text contains the whole path
         return "a loop of symbolic links"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -201,7 +201,7 @@ def _describe_cause(error: Exception) -> str:
 
 
 def _shorten(location: str) -> str:
-    """A location for a message: the beginning of a very long one."""
+    """A location for a message: a very long one is cut."""
     if len(location) <= _SHOWN_CHARACTERS:
         return location
     return f"{location[:_SHOWN_CHARACTERS]}... ({len(location)} characters)"

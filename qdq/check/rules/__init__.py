@@ -30,12 +30,12 @@ def find_violations(
 ) -> list[Finding]:
     """All violations of a model, by rule and in graph order.
 
-    A rule that fails on the graph becomes a finding of its own, and the next rule is applied.
+    If a rule fails on the graph, this is reported as a finding, and the next rule is applied.
 
     Args:
-        model: Not changed. Rules that need shapes stay silent where it has none.
+        model: Not changed. Rules that need shapes report nothing if it has none.
         rules: Those to apply, all if None.
-        file: Facts about the file; rules about files stay silent without them.
+        file: Facts about the file; rules about files report nothing without them.
     """
     view = GraphView(model, file)
     findings: list[Finding] = []

@@ -63,7 +63,7 @@ def _attention_is_quantized(view: GraphView) -> Iterator[Flaw]:
 
 
 def _check_softmaxes(view: GraphView) -> Iterator[Flaw]:
-    """A softmax of an attention names the quantized parts of it, another one only its own input."""
+    """For a softmax of an attention, name the quantized parts of it; for another one, only its input."""
     for node in view.select("Softmax"):
         parts = _quantized_attention(view, node)
         if parts:
@@ -97,7 +97,7 @@ def _check_normalisations(view: GraphView) -> Iterator[Flaw]:
 
 
 def _comes_from_pair(view: GraphView, values: Iterable[ir.Value | None]) -> bool:
-    """Whether one of the values comes from a DQ, moved at most."""
+    """Whether one of the values comes from a DQ, directly or through copy operators."""
     return any(view.dequantizer(value, MOVING_OPS) for value in values)
 
 

@@ -1,4 +1,4 @@
-"""Is the file valid ONNX: QDQ201 to QDQ210."""
+"""Rules that check whether the file is valid ONNX: QDQ201 to QDQ210."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _about_file(find: Callable[[GraphView, FileFacts], Iterable[Flaw]]) -> Find:
     "The result of such a file is undefined: TensorRT's parser may refuse it, crash on it or read it differently. If "
     "ONNX Runtime lacks an operator or a kernel, or takes too long, the file is not at fault, and the finding is an "
     "info.",
-    "onnxruntime.InferenceSession on one thread, without constant folding and prepacking, in a process of its own",
+    "onnxruntime.InferenceSession on one thread, without constant folding and prepacking, in a separate process",
 )
 @_about_file
 def _runtime_does_not_load(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
@@ -79,7 +79,7 @@ def _runtime_does_not_load(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
     "onnx's checker refuses the file.",
     "The file violates the ONNX standard. Merely unusual parts, such as an output without shape, are not reported "
     "here (QDQ209). If the checker takes too long there is no verdict, only an info.",
-    "onnx.checker.check_model, in a process of its own",
+    "onnx.checker.check_model, in a separate process",
 )
 @_about_file
 def _checker_refuses(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
@@ -91,7 +91,7 @@ def _checker_refuses(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
     if checker.limit is not None:
         yield Flaw(
             node=file.path.name,
-            message=f"onnx {checker.version} came to no verdict on the file: {checker.limit}",
+            message=f"onnx {checker.version} gave no verdict on the file: {checker.limit}",
             fix="nothing, if the target builds it; a smaller file can be checked.",
             severity="info",
         )
@@ -112,7 +112,7 @@ def _checker_refuses(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
     "Types or shapes contradict one another.",
     "The declared types or shapes are not those that the operators compute. Runtimes refuse the file, or use either of "
     "the two.",
-    "onnx.shape_inference with check_type and strict_mode, in a process of its own",
+    "onnx.shape_inference with check_type and strict_mode, in a separate process",
 )
 @_about_file
 def _types_contradict(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
@@ -152,7 +152,7 @@ def _node_in(file: FileFacts, refusal: str) -> str:
 @register_rule(
     "QDQ204",
     "warning",
-    "Two nodes of a graph have one name.",
+    "Two nodes of a graph have the same name.",
     "ONNX Runtime does not load such a file. TensorRT does, and then the layers of the engine cannot be told apart.",
     "[probe] TensorRT-RTX builds it; ONNX Runtime: 'two nodes with same node name'",
 )
@@ -278,10 +278,10 @@ def _check_ir_version(file: FileFacts) -> Iterator[Flaw]:
     "error",
     "The graph cannot be computed: a cycle, a value that nothing provides, no output, a function that calls itself, or "
     "functions that expand to more than a million nodes.",
-    "No runtime can run it. TensorRT crashes on a function that calls itself. It writes every call out, as other tools "
-    "do: 24 functions that call the next one twice are 16 million nodes.",
-    "[probe] TensorRT-RTX 1.7.1: a segmentation fault on functions that call themselves, no end on those that double; "
-    "the rest is refused",
+    "No runtime can run it. TensorRT crashes on a function that calls itself. It expands every call, as other tools "
+    "do: 24 functions that call the next one twice become 16 million nodes.",
+    "[probe] TensorRT-RTX 1.7.1: a segmentation fault on functions that call themselves, an endless build on those "
+    "that double; the others are refused",
 )
 def _graph_cannot_be_computed(view: GraphView) -> Iterator[Flaw]:
     """Name the graph, the output, the node or the function that cannot be computed."""
@@ -437,7 +437,7 @@ def _check_declarations(graph: onnx.GraphProto, fix: str) -> Iterator[Flaw]:
     "error",
     "A node does not have the inputs, outputs or attributes of its operator, or has invalid numbers.",
     "ONNX Runtime refuses the file, at the latest when it runs. TensorRT silently ignores unknown attributes.",
-    "onnx.defs; the definition of Conv; [probe] TensorRT-RTX builds a Softmax whose axis is a text",
+    "onnx.defs; the definition of Conv; [probe] TensorRT-RTX builds a Softmax whose axis is a string",
 )
 def _node_does_not_fit(view: GraphView) -> Iterator[Flaw]:
     """Name the node; numbers are checked for convolutions only."""

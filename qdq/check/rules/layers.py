@@ -169,13 +169,13 @@ def _is_transposed(product: ir.Node) -> bool:
 @register_rule(
     "QDQ124",
     "info",
-    "A layer that makes an output of the model is quantized, or the output itself (R-OUT).",
-    "The last layers, especially in detection heads, are the most sensitive. Look at the accuracy with this layer in "
+    "A layer that computes an output of the model is quantized, or the output itself (R-OUT).",
+    "The last layers, especially in detection heads, are the most sensitive. Check the accuracy with this layer in "
     "float.",
     "[src] Ultralytics, cuDLA and yolov9 keep head outputs in float; ModelOpt quantizes only their inputs",
 )
 def _output_is_quantized(view: GraphView) -> Iterator[Flaw]:
-    """Name the DQ of an output, and each int8 layer that makes an output."""
+    """Name the DQ of an output, and each int8 layer that computes an output."""
     for output in view.model.graph.outputs:
         producer = view.source(output, COMMUTING_OPS)
         if not is_op(producer, "DequantizeLinear"):
@@ -193,13 +193,13 @@ def _output_is_quantized(view: GraphView) -> Iterator[Flaw]:
         if _makes_output(view, node):
             yield Flaw(
                 node=name_of(node),
-                message="it makes an output of the model, and is quantized (R-OUT)",
+                message="it computes an output of the model, and is quantized (R-OUT)",
                 fix="analyze the layer, or leave it in float if the accuracy is too low.",
             )
 
 
 def _makes_output(view: GraphView, node: ir.Node) -> bool:
-    """Whether a node computes an output of the model, but for operators that move or squash values.
+    """Whether a node computes an output of the model, except for operators that move or squash values.
 
     Args:
         view: The graph.
@@ -220,7 +220,7 @@ def _makes_output(view: GraphView, node: ir.Node) -> bool:
 
 
 def _passes_output_on(view: GraphView, node: ir.Node) -> bool:
-    """Whether the output of a node counts as that of the layer before it.
+    """Whether the output of a node counts as the output of the layer before it.
 
     An Add counts if it adds a constant such as a bias, not if it joins two branches.
     """

@@ -30,7 +30,7 @@ _BODY_OPS = ("If", "Loop", "Scan")
     "QDQ101",
     "error",
     "A scale is zero, negative, NaN, infinite or not a float; in fp16, too small (R-SCALE).",
-    "TensorRT's parser wants positive scales. An infinite one is accepted and destroys the layer's values. "
+    "TensorRT's parser requires positive scales. An infinite one is accepted and destroys the layer's values. "
     "An fp16 scale below 6.1e-5 is subnormal and loses precision (a warning).",
     "[probe] parser error for 0, negative and NaN, none for +inf; [src] ModelOpt's guards",
 )
@@ -173,7 +173,7 @@ def _codes_are_unsigned(view: GraphView) -> Iterator[Flaw]:
 
 
 def _describe_range(array: Array) -> str:
-    """The number of which an array consists, or the smallest and the largest."""
+    """The only number in an array, or the smallest and the largest."""
     low, high = int(array.min()), int(array.max())
     if low == high:
         return f"{low}"
@@ -209,7 +209,7 @@ def _scale_has_shape_1(view: GraphView) -> Iterator[Flaw]:
 
 
 def _has_one_channel(view: GraphView, node: ir.Node) -> bool:
-    """Whether a Q or DQ is that of a weight with one output channel, for which one scale in a list is right."""
+    """Whether a Q or DQ belongs to a weight with one output channel, for which a list of one scale is correct."""
     axis = node.attributes.get("axis")
     if axis is None or not view.is_weight(node):
         return False
@@ -291,14 +291,14 @@ def _axis_is_wrong(view: GraphView) -> Iterator[Flaw]:
 
 
 def _has_blocks(node: ir.Node, scale: Array) -> bool:
-    """Whether one scale is that of a block of values of a channel."""
+    """Whether each scale belongs to a block of values of a channel."""
     if scale.ndim > 1:
         return True
     return node.attributes.get_int("block_size", 0) != 0
 
 
 def _check_blocks(view: GraphView, node: ir.Node, scale: Array) -> Iterator[Flaw]:
-    """Block scales, which TensorRT has for narrower types than int8."""
+    """Block scales, which TensorRT supports only for types narrower than int8."""
     if view.code_type(node) in (ir.DataType.INT8, None):
         yield Flaw(
             node=name_of(node),
@@ -431,7 +431,7 @@ def _check_source(view: GraphView, dequantizer: ir.Node) -> Iterator[Flaw]:
 def _may_write_codes(view: GraphView, source: ir.Node) -> bool:
     """Whether the output of a node may be codes, or is the int32 of QDQ108.
 
-    Codes come from plugins, integer operators and bodies; a Concat may join those of several Q.
+    Codes come from plugins, integer operators and bodies; a Concat may join the codes of several Q.
     """
     if source.domain != "" or source.op_type.startswith("QLinear"):
         return True
@@ -441,7 +441,7 @@ def _may_write_codes(view: GraphView, source: ir.Node) -> bool:
 
 
 def _find_difference(view: GraphView, quantizer: ir.Node, dequantizer: ir.Node) -> str:
-    """The parameter in which a Q and a DQ differ.
+    """The parameter that differs between a Q and a DQ.
 
     Returns:
         Its name; empty if they match, or if the numbers are not known.
@@ -524,7 +524,7 @@ def _bias_does_not_fit(view: GraphView) -> Iterator[Flaw]:
         if scale is None or smallest_scale is None:
             continue
 
-        # `least_scale` keeps a margin of 2, which is not a fault yet
+        # `least_scale` includes a margin of 2; within it there is no fault yet
         channels = int(np.sum(scale < smallest_scale / 2))
         if channels:
             yield Flaw(

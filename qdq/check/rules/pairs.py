@@ -104,10 +104,10 @@ def _has_float_source(view: GraphView, weight: ir.Value | None) -> bool:
     "Separate Q/DQ on a copy operator, a bias or an element-wise operator with a constant (R-COPY, R-MUL, R-BIAS).",
     "Nothing gets faster: Q and DQ pass through copy operators, and an element-wise operator with a constant is part "
     "of the product before it. Every pair adds a rounding.",
-    "[src] ModelOpt takes these operators out of its registry and skips constant operands",
+    "[src] ModelOpt removes these operators from its registry and skips constant operands",
 )
 def _pair_is_useless(view: GraphView) -> Iterator[Flaw]:
-    """Name the DQ of the pair; pairs of outputs of the graph are QDQ124's."""
+    """Name the DQ of the pair; QDQ124 reports pairs of outputs of the graph."""
     for node in view.dequantizers:
         readers = view.readers(node.outputs[0])
         if not readers:
@@ -208,7 +208,7 @@ def _is_bias(dequantizer: ir.Node, reader: ir.Node) -> bool:
     "QDQ120",
     "info",
     "A Cast between Q/DQ and an operator, or two pairs in a row (R-CAST, R-DBL, R-FAN).",
-    "TensorRT folds equal pairs and most casts, so this is an info. Two pairs of different scale in a row are a "
+    "TensorRT folds equal pairs and most casts, so this is an info. Two pairs of different scale in a row become a "
     "rescale kernel: a warning.",
     "[probe] equal pairs collapse; [src] ModelOpt folds casts for FP8",
 )
@@ -235,7 +235,7 @@ def _check_reader(view: GraphView, dequantizer: ir.Node, reader: ir.Node) -> Ite
 
 
 def _check_producer(view: GraphView, quantizer: ir.Node) -> Iterator[Flaw]:
-    """A Cast before a Q; that of a constant costs nothing."""
+    """A Cast before a Q; a Cast of a constant costs nothing."""
     tensor = quantizer.inputs[0]
     producer = producer_of(tensor)
     if not is_op(producer, "Cast"):
@@ -249,7 +249,7 @@ def _check_producer(view: GraphView, quantizer: ir.Node) -> Iterator[Flaw]:
 
 
 def _check_second_pair(view: GraphView, dequantizer: ir.Node, quantizer: ir.Node) -> Iterator[Flaw]:
-    """A Q that reads a DQ: with equal scales nothing changes, with different ones TensorRT needs a kernel."""
+    """A Q that reads a DQ: with equal scales nothing changes, with different ones TensorRT adds a kernel."""
     first, second = view.scale(dequantizer), view.scale(quantizer)
     if first is None or second is None:
         return

@@ -148,7 +148,7 @@ def _shortcut_is_wrong(view: GraphView) -> Iterator[Flaw]:
             yield Flaw(
                 node=name_of(node),
                 message=f"a residual Add has {' and '.join(faults)} (R-ADD-1)",
-                fix="quantize the shortcut only, with the quantizer of the block's input where they are one tensor.",
+                fix="quantize the shortcut only, with the quantizer of the block's input if they are the same tensor.",
             )
 
 
@@ -230,21 +230,21 @@ def _is_branch(
         branch: The operand of the Add that comes from it.
         shortcut: The other operand.
     """
-    # if the shortcut comes from the convolution, the block begins with it (ConvNeXt)
+    # if the shortcut comes from the convolution, the block begins with that convolution (ConvNeXt)
     if _depends_on(view, shortcut, product):
         return False
 
     beginning = view.source(shortcut, _EPILOGUE)
     if not is_op(beginning, *_CONVOLUTIONS):
         return True
-    # there is no shortcut if the branch begins directly after a convolution, be it in float (R-ADD-2)
+    # there is no shortcut if the branch begins directly after a convolution, even one in float (R-ADD-2)
     return not _depends_on(view, branch, beginning)
 
 
 def _choose_branch(view: GraphView, add: ir.Node, first: ir.Node, second: ir.Node) -> int | None:
     """Which of two convolutions before an Add ends the branch: the one with the longer path (R-ADD-2).
 
-    If both paths have one length, either side may be the shortcut: the side that is quantized is taken for it.
+    If both paths have the same length, either side may be the shortcut: the quantized side is taken as the shortcut.
 
     Returns:
         The position of the input; None if one convolution depends on the other.
@@ -292,8 +292,8 @@ def _lengths_to_ancestor(
     """Nodes between each of two nodes and the last one that both depend on, Q/DQ not counted (R-ADD-2).
 
     Returns:
-        Both lengths; if the nodes share only the model's input, those of the paths to it. None if one node depends on
-        the other.
+        Both lengths; if the nodes share only the model's input, the lengths of the paths to it. None if one node
+        depends on the other.
     """
     from_first, from_second = _distances(view, first), _distances(view, second)
     common = from_first.keys() & from_second.keys()

@@ -109,7 +109,7 @@ def register_rule(
         )
     if severity not in SEVERITIES:
         raise ArgumentError(
-            f"severity is {severity!r}; known are {', '.join(SEVERITIES)}.",
+            f"severity is {severity!r}; expected one of {', '.join(SEVERITIES)}.",
             "use 'warning'.",
         )
 

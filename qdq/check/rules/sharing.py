@@ -1,4 +1,4 @@
-"""Scales that should be one: QDQ113, QDQ114 and QDQ115."""
+"""Scales that should be equal: QDQ113, QDQ114 and QDQ115."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qdq.check.rules.view import COMMUTING_OPS, MOVING_OPS, GraphView, is_op, na
     "warning",
     "One tensor is quantized with different scales (R-FAN, R-SHAREDW).",
     "It is quantized and written once for each scale. A shared weight gets two sets of codes.",
-    "[probe] two quantize outputs; [src] ModelOpt keeps one pair a tensor",
+    "[probe] two quantize outputs; [src] ModelOpt keeps one pair per tensor",
 )
 def _tensor_has_scales(view: GraphView) -> Iterator[Flaw]:
     """Name the first Q of the tensor, or the first DQ of a stored weight."""

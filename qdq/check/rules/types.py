@@ -52,7 +52,7 @@ def _check_operands(view: GraphView, node: ir.Node) -> Iterator[Flaw]:
         names = ", ".join(map(_type_name, dtypes))
         yield Flaw(
             node=name_of(node),
-            message=f"its operands are {names}; TensorRT wants one type",
+            message=f"its operands are {names}; TensorRT requires one type",
             fix="write scales and bias in the type of the other operands.",
         )
 

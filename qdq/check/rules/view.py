@@ -1,4 +1,4 @@
-"""A graph as rules read it: readers, constants, quantized values, and shapes and types where they are known."""
+"""The view of a graph for rules: readers, constants, quantized values, and shapes and types if they are known."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class GraphView:
             *op_types: Types of the operators, such as "Conv".
 
         Returns:
-            The nodes, type by type, those of one type in graph order.
+            The nodes, type by type, each type in graph order.
         """
         selected: list[ir.Node] = []
         for op_type in op_types:
@@ -111,14 +111,14 @@ class GraphView:
         return self._position[node]
 
     def _is_readable(self, node: ir.Node) -> bool:
-        """Whether a node fits its operator and none of its attributes is set by the call of a function."""
+        """Whether a node fits its operator and has no attribute that the call of a function sets."""
         return node not in self.misfits and not has_reference(node)
 
     # --- constants ----------------------------------------------------------------------------------------------
 
     @cached_property
     def _computed(self) -> set[ir.Value]:
-        """Values that depend on an input of the model. Inputs of bodies and functions may be constant."""
+        """Values that depend on an input of the model; inputs of bodies and functions may be constant."""
         computed: set[ir.Value] = set()
         for value in self.model.graph.inputs:
             if value.const_value is None:
@@ -394,7 +394,7 @@ def _read_constant(value: ir.Value) -> Array | None:
         return None
     try:
         return _read_tensor(source, reversed(casts))
-    except Exception:  # onnx-ir raises and asserts where data do not fit (QDQ205)
+    except Exception:  # onnx-ir raises and asserts if data do not fit (QDQ205)
         return None
 
 
@@ -440,7 +440,7 @@ def _declared_dtype(value: ir.Value) -> ir.DataType | None:
 
 
 def _type_attribute(node: ir.Node, name: str) -> ir.DataType | None:
-    """An attribute that holds a type.
+    """An attribute whose value is a type.
 
     Returns:
         The type; None if the attribute is missing or 0.
