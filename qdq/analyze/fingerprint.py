@@ -59,13 +59,7 @@ def _describe(operation: Operation) -> str:
 
 
 def _feed(digest: Any, name: str, value: Any) -> None:
-    """Add a value to a digest: the bytes of a tensor, or the text of anything else.
-
-    Args:
-        digest: The digest of `hashlib`.
-        name: Name of the value.
-        value: The value.
-    """
+    """Add a named value to a digest: the bytes of a tensor, or the text of anything else."""
     digest.update(name.encode())
     if not isinstance(value, torch.Tensor):
         digest.update(repr(value).encode())

@@ -149,16 +149,7 @@ class Probe:
     def _measure_batches(
         self, state: list[str], variants: Variants, *, may_cut: bool
     ) -> dict[str | None, tuple[ErrorSums, ...]]:
-        """Error sums of each state on each batch, as `measure` describes.
-
-        Args:
-            state: As for `measure`.
-            variants: As for `measure`.
-            may_cut: As for `measure`.
-
-        Returns:
-            Name -> one array per batch.
-        """
+        """Measure error sums of each state on each batch, by name; arguments as for `measure`."""
         count = 1 + len(variants)
         measured: list[dict[str | None, ErrorSums]] = []  # of each batch
         is_complete = True
@@ -183,14 +174,7 @@ class Probe:
     def _measure_batch(
         self, index: int, state: list[str], variants: Variants, progress: Any
     ) -> dict[str | None, ErrorSums]:
-        """Error sums of each state on one batch; some are missing when the time is up.
-
-        Args:
-            index: The batch.
-            state: As for `measure`.
-            variants: As for `measure`.
-            progress: A progress bar that counts forwards.
-        """
+        """Error sums of each state on one batch, incomplete when the time is up; arguments as for `measure`."""
         names: list[str | None] = [None, *variants]
         results: dict[str | None, ErrorSums] = {}
         for name in names:

@@ -73,12 +73,7 @@ class Ranks:
 
 
 def _pack(names: Sequence[Item], results: Results[Item]) -> bytes:
-    """Results as bytes; a name is stored as its position.
-
-    Args:
-        names: As for `Ranks.merge`.
-        results: As for `Ranks.merge`.
-    """
+    """Results as bytes; each name is stored as its position in `names`."""
     positions: list[int] = []
     arrays: list[npt.NDArray[np.float64]] = []
     for position, name in enumerate(names):
@@ -91,12 +86,7 @@ def _pack(names: Sequence[Item], results: Results[Item]) -> bytes:
 
 
 def _unpack(names: Sequence[Item], content: bytes) -> dict[Item, npt.NDArray[np.float64]]:
-    """The results in bytes that `_pack` made.
-
-    Args:
-        names: The names that the results were packed with.
-        content: The bytes.
-    """
+    """The results in bytes that `_pack` made with the same `names`."""
     archive = np.load(io.BytesIO(content), allow_pickle=False)
     positions, *arrays = [archive[key] for key in archive.files]
     return {names[position]: array for position, array in zip(positions, arrays, strict=True)}

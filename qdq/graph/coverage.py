@@ -177,11 +177,7 @@ def _group_float_layers(layers: Sequence[LayerCoverage]) -> list[_FloatGroup]:
 
 
 def _sum_known(numbers: Sequence[_Number | None]) -> _Number | int:
-    """The sum of the numbers that are known; 0 if there are none.
-
-    Args:
-        numbers: Numbers of layers, None for a layer of unknown size.
-    """
+    """The sum of the known numbers of layers; 0 if there are none."""
     return sum(number for number in numbers if number is not None)
 
 

@@ -134,11 +134,7 @@ def _dequantizers_of_operands(product: ir.Node) -> list[ir.Node]:
 
 
 def _reads_constant(dequantize: ir.Node) -> bool:
-    """Whether a DQ reads constant codes, or the Q of a constant.
-
-    Args:
-        dequantize: The DQ.
-    """
+    """Whether a DQ reads constant codes, or the Q of a constant."""
     quantize = producer_of(dequantize.inputs[0])
     if quantize is None:
         return constant_of(dequantize.inputs[0]) is not None
@@ -230,12 +226,7 @@ def _add_parameter(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Va
 
 
 def _is_equal(constant: npt.NDArray[Any] | None, array: npt.NDArray[Any]) -> bool:
-    """Whether a constant has the type and the numbers of an array.
-
-    Args:
-        constant: From `constant_of`.
-        array: The array.
-    """
+    """Whether a constant from `constant_of` has the type and the numbers of an array."""
     if constant is None or constant.dtype != array.dtype:
         return False
     return np.array_equal(constant, array)

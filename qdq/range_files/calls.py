@@ -1,8 +1,9 @@
 """Match nodes of an ONNX graph with function calls of a torch module, if the match is certain.
 
-ONNX decomposes operators: the tanh GELU, `F.linear` with bias, `F.group_norm` and `torch.addcmul` all leave an Add. So
-the n-th Add of a module is its n-th `add` only if nothing else can have produced one there, none is missing, and the
-nodes are in the order of the calls. If one of these is in doubt, no node is matched: a wrong range is worse than none.
+ONNX decomposes operators: the tanh GELU, `F.linear` with bias, `F.group_norm` and `torch.addcmul` all become an Add and
+other nodes. So the n-th Add of a module is its n-th `add` only if nothing else can have become one there, none is
+missing, and the nodes are in the order of the calls. If one of these is in doubt, no node is matched: a wrong range is
+worse than none.
 """
 
 from __future__ import annotations

@@ -587,13 +587,7 @@ class _Reasons:
         return "not measured" if is_int8 else "it was off when the analysis began"
 
     def _explain_owner(self, entry: _Entry, owner: str, is_int8: bool) -> str:
-        """A call runs in the type of the layer for which it exists.
-
-        Args:
-            entry: The call.
-            owner: The layer.
-            is_int8: Whether the call runs in int8.
-        """
+        """Explain a call, which runs in the type of the layer for which it exists."""
         if is_int8:
             return f"{entry.reason}; it goes with {owner}"
         return f"it exists only for {owner}, which is in float"
