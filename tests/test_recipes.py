@@ -250,7 +250,7 @@ def bad_pattern(tmp_path):
         (["--batch-size", "4000000000"], "crops of a few photographs are asked for"),
         (["--model", "resnet5"], "unknown model 'resnet5'"),
         (["--data-dir", "missing"], "missing does not exist"),
-        (empty_folder, "hold no image"),
+        (empty_folder, "contain no images"),
         (text_as_image, "expected an image, found text"),
         (foreign_checkpoint, "does not fit squeezenet1_1"),
         (foreign_folder, "is not a run folder"),

@@ -30,7 +30,7 @@ _TORCH_PARITY = "QDQ190"
 _SESSION_PARITY = "QDQ191"
 _PARITY_FIXES = {
     _TORCH_PARITY: "export again from the calibrated model; if it remains, report the model.",
-    _SESSION_PARITY: "where ONNX Runtime runs the file, set session.disable_quant_qdq=1; TensorRT is not affected.",
+    _SESSION_PARITY: "if ONNX Runtime runs the file, set session.disable_quant_qdq=1; TensorRT is not affected.",
 }
 
 

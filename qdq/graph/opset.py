@@ -20,13 +20,13 @@ from qdq.graph.opset_rules import RULES, Edit, UnfitError, schema_of
 from qdq.text import group_names, list_names
 
 LOWEST = 13
-"""The first opset in which Q/DQ have an axis."""
+"""The first opset where Q/DQ have an axis."""
 
 NEWEST_OPSET = 23
 """The newest opset to write: TensorRT 10 and ONNX Runtime do not read opsets far above it."""
 
 FIRST_WITH_HALF_SCALES = 19
-"""The first opset in which the scales of Q/DQ may be float16 or bfloat16."""
+"""The first opset where the scales of Q/DQ may be float16 or bfloat16."""
 
 _Body = ir.Graph | ir.Function
 

@@ -294,7 +294,7 @@ def _by_types(node: ir.Node, target: Target) -> str | None:
     if any(attribute.type in _BODY_TYPES for attribute in node.attributes.values()):
         return "has a subgraph"
     if "dtype" in node.attributes:
-        return "its attribute dtype says float32"
+        return "its attribute dtype is float32"
 
     if not _has_type(node, target):
         return f"{node.op_type} has no {target.name} in ONNX {target.opset}"
@@ -338,7 +338,7 @@ def _by_operator(node: ir.Node, target: Target) -> str | None:
     if node.op_type in _GROWING_OPS:
         return f"{node.op_type} of another input may leave the range of float16"
     if node.op_type in _NEAR_ZERO_OPS:
-        return f"{node.op_type} of numbers near zero, where float16 has few"
+        return f"{node.op_type} of numbers near zero, where float16 has few values"
     return None
 
 
@@ -358,7 +358,7 @@ def _by_scale(node: ir.Node, target: Target) -> str | None:
     if smallest < target.smallest_normal:
         count = int((scale < target.smallest_normal).sum())
         return (
-            f"{count} of {scale.size} scales lie below the smallest normal {target.name}, "
+            f"{count} of {scale.size} scales are below the smallest normal {target.name}, "
             f"down to {smallest:.3g}"
         )
 

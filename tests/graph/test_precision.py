@@ -241,7 +241,7 @@ class TestPairs:
     def test_one_tiny_channel_of_a_weight(self):
         model, reasons = convert(self.CONV.replace("{0.1, 0.2}", "{0.1, 0.00001}"))
         assert reasons == {
-            "v": "1 of 2 scales lie below the smallest normal float16, down to 1e-05"
+            "v": "1 of 2 scales are below the smallest normal float16, down to 1e-05"
         }
         assert count_qdq(model) == (1, 2)
 

@@ -11,7 +11,7 @@ from qdq.check.rules.registry import Flaw, register_rule
 from qdq.check.rules.view import GraphView, has_only, is_op, name_of, producer_of
 
 UNCALIBRATED = "qdq.uncalibrated"
-"""Metadata key of a file that was exported before calibration: the quantizers whose ranges are those of one example."""
+"""Metadata key of a file that was exported before calibration: quantizers with the ranges of one example."""
 
 
 @register_rule(

@@ -168,7 +168,7 @@ def _codes_are_unsigned(view: GraphView) -> Iterator[Flaw]:
         yield Flaw(
             node=name_of(node),
             message=f"{zero_point} is {code_type.name}; TensorRT reads int8 (R-SYM)",
-            fix="quantize to signed, symmetric int8; --fix does this where the zero point is 128.",
+            fix="quantize to signed, symmetric int8; --fix does this if the zero point is 128.",
         )
 
 
@@ -320,7 +320,7 @@ def _check_axis(view: GraphView, node: ir.Node, scale: Array) -> Iterator[Flaw]:
         yield Flaw(
             node=name_of(node),
             message="the axis is missing (R-AXIS)",
-            fix="write the axis attribute; --fix does this where the shape leaves no choice.",
+            fix="write the axis attribute; --fix does this if the shape leaves no choice.",
         )
         return
 
@@ -529,8 +529,8 @@ def _bias_does_not_fit(view: GraphView) -> Iterator[Flaw]:
         if channels:
             yield Flaw(
                 node=name_of(node),
-                message=f"the bias of {channels} channels is clipped where it is added as int32: "
+                message=f"the bias of {channels} channels is clipped when it is added as int32: "
                 "the weight scale is too small",
-                fix="write a larger scale; --fix does this where all codes of the channel are 0, "
+                fix="write a larger scale; --fix does this if all codes of the channel are 0, "
                 "export_onnx for any channel.",
             )

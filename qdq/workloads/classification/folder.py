@@ -276,7 +276,7 @@ def _scan(folder: Path) -> _ImageFolder:
     if not images:
         names = list_names(dataset.classes, _SHOWN_NAMES)
         raise DataError(
-            f"the {len(dataset.classes)} class folders of {folder} ({names}) hold no image; "
+            f"the {len(dataset.classes)} class folders of {folder} ({names}) contain no images; "
             f"expected files named {', '.join(IMG_EXTENSIONS)}.",
             "add images, or check --data-dir.",
         )
@@ -293,7 +293,7 @@ def _no_class_folders(folder: Path, suffixes: tuple[str, ...]) -> DataError:
     if num_images:
         content = f"{num_images} images but no class folders"
     return DataError(
-        f"{folder} holds {content}; expected one folder per class, "
+        f"{folder} contains {content}; expected one folder per class, "
         f"with images ({', '.join(suffixes)}) in it.",
         f"move the images to {folder / 'CLASS'}/, or check --data-dir.",
     )
@@ -314,7 +314,7 @@ def _draw_images(
 
     if len(train) < 2:
         raise DataError(
-            f"{splits.train.path} holds 1 image; expected 2 or more: one to calibrate on and another to evaluate on.",
+            f"{splits.train.path} contains 1 image; expected 2 or more: one for calibration and one for evaluation.",
             "add images.",
         )
     if len(train) < calibration + evaluation:

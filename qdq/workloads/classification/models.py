@@ -418,7 +418,7 @@ def _rename_keys(state: StateDict, source: str) -> StateDict:
             continue
         if name in renamed:
             raise ModelError(
-                f"{source} holds {name} twice, with and without the prefix of a wrapper.",
+                f"{source} contains {name} twice, with and without the prefix of a wrapper.",
                 "save one state_dict alone.",
             )
         renamed[name] = tensor

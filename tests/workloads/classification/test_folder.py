@@ -163,14 +163,14 @@ def test_file_instead_of_a_folder(tmp_path):
 
 def test_empty_folder(tmp_path):
     check_refused(
-        tmp_path, f"{tmp_path} holds neither class folders nor images", "one folder per class"
+        tmp_path, f"{tmp_path} contains neither class folders nor images", "one folder per class"
     )
 
 
 def test_empty_class_folders(tmp_path):
     make_folder(tmp_path, a=0, b=0, c=0, d=0)
     (tmp_path / "a" / "notes.txt").write_text("none yet")
-    check_refused(tmp_path, "the 4 class folders", "(a, b, c and 1 more) hold no image", ".jpg")
+    check_refused(tmp_path, "the 4 class folders", "(a, b, c and 1 more) contain no images", ".jpg")
 
 
 def test_some_empty_class_folders_are_named(tmp_path, caplog):
@@ -182,7 +182,7 @@ def test_some_empty_class_folders_are_named(tmp_path, caplog):
 
 def test_images_without_class_folders(tmp_path):
     make_folder(tmp_path / "cat", **{".": 3})
-    check_refused(tmp_path / "cat", "holds 3 images but no class folders", "CLASS")
+    check_refused(tmp_path / "cat", "contains 3 images but no class folders", "CLASS")
 
 
 @pytest.mark.parametrize("present", ["train", "val"])
@@ -201,7 +201,7 @@ def test_a_class_called_train_is_a_class(tmp_path):
 
 def test_a_single_image_cannot_be_shared(tmp_path):
     make_folder(tmp_path, cat=1)
-    check_refused(tmp_path, "holds 1 image; expected 2 or more")
+    check_refused(tmp_path, "contains 1 image; expected 2 or more")
 
 
 @pytest.mark.parametrize(

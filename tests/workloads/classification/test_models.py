@@ -454,7 +454,7 @@ def test_one_tensor_under_two_names(tmp_path):
     state = state_of_resnet18()
     state[f"module.{NAME}"] = state[NAME] + 1
     torch.save(state, file := tmp_path / "best.pth")
-    with pytest.raises(ModelError, match=f"holds {NAME} twice"):
+    with pytest.raises(ModelError, match=f"contains {NAME} twice"):
         load_model("resnet18", str(file))
 
 
