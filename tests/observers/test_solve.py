@@ -329,6 +329,6 @@ def test_the_default_percentile_is_the_same_everywhere():
     row = f"| {DEFAULT_PERCENTILE} | for"
     assert row in (root / "docs" / "calibrate.md").read_text(encoding="utf-8")
     assert row in (root / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert f"{DEFAULT_PERCENTILE} if left out" in qdq.cli.calibrate.solve.__doc__
+    assert f"{DEFAULT_PERCENTILE} by default" in qdq.cli.calibrate.solve.__doc__
     for function in (qdq.calibrate_model, qdq.solve_ranges, qdq.Calibration):
         assert signature(function).parameters["percentile"].default == DEFAULT_PERCENTILE
