@@ -18,7 +18,6 @@ from qdq.errors import CalibrationError, DataError, QdqError, StateError
 from qdq.files import read_file
 from qdq.forward import tensors_of
 from qdq.run import find_announced
-from qdq.samples import count_samples
 
 
 def find_rank() -> tuple[int, int]:
@@ -243,9 +242,9 @@ def shard_samples(batch: Any) -> tuple[Any, int]:
         DataError: Several processes, and no tensor, or tensors that differ in their first size.
     """
     rank, size = find_rank()
-    if size == 1:
-        return batch, count_samples(batch)
     lengths = {len(tensor) if tensor.dim() else 0 for tensor in tensors_of(batch)}
+    if size == 1:  # the number only tells whether there is any
+        return batch, max(lengths, default=1)
     if len(lengths) != 1 or lengths == {0}:
         raise DataError(
             f"a batch cannot be split among {size} processes: its tensors have the first sizes {sorted(lengths)}.",

@@ -39,7 +39,7 @@ from qdq.graph.merge_constants import MergeConstants
 from qdq.graph.merge_pairs import MergePairs
 from qdq.graph.move_quantize import MoveQuantizeBeforeCopies
 from qdq.graph.names import NameNodes
-from qdq.graph.opset import HIGHEST, LOWEST, NEWEST_OPSET, LowerOpset
+from qdq.graph.opset import DEFAULT_OPSET, HIGHEST, LOWEST, NEWEST_OPSET, LowerOpset
 from qdq.graph.passes import run_passes
 from qdq.graph.precision import ConvertPrecision
 from qdq.graph.precision_rules import KeptNode
@@ -131,7 +131,7 @@ def export_onnx(
     example_inputs: Any,
     path: Path | str,
     *,
-    opset: int = 19,
+    opset: int = DEFAULT_OPSET,
     dynamic_batch: bool = True,
     weights: str = "int8",
     precision: str = "fp32",

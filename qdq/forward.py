@@ -377,9 +377,8 @@ class _Recorder(TorchFunctionMode):
         self._makers: dict[int, str] = {}  # tensor -> module that returned it
         self._outputs: list[torch.Tensor] = []
         self._last_input: dict[str, int] = {}  # module -> tensor that another module returned
-        self._readers: defaultdict[str, set[str]] = defaultdict(
-            set
-        )  # module -> readers of its output
+        # Module -> readers of its output.
+        self._readers: defaultdict[str, set[str]] = defaultdict(set)
         self._trace = ForwardTrace()
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:

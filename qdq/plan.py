@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import yaml
 
+from qdq.errors import ArgumentTypeError
 from qdq.files import as_path, write_atomic
 from qdq.schema import read_yaml, validate
 
@@ -124,7 +125,15 @@ def save_plan(plan: Plan, path: Path | str) -> Path:
 
     Returns:
         The path of the file.
+
+    Raises:
+        ArgumentTypeError: `plan` is not a plan.
     """
+    if not isinstance(plan, Plan):
+        raise ArgumentTypeError(
+            f"plan is of type {type(plan).__name__}; expected a Plan.",
+            "pass the `plan` of analyze_layers, or what load_plan returned.",
+        )
     layers = {name: _to_yaml(entry) for name, entry in plan.layers.items()}
     content = {"metric": plan.metric, "layers": layers}
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10**6)

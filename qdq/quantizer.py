@@ -324,6 +324,17 @@ class TensorQuantizer(nn.Module):
             self._disabled, self._if_quant, self._if_calib = state
 
     @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Neither quantize nor collect in the block. `enable` and `disable` in the block outlast it."""
+        modes = self._if_quant, self._if_calib
+        self._if_quant = False
+        self._if_calib = False
+        try:
+            yield
+        finally:
+            self._if_quant, self._if_calib = modes
+
+    @contextmanager
     def collecting_into(self, collector: TensorCollector) -> Iterator[None]:
         """Collect into another collector in the block, without quantizing.
 
@@ -332,9 +343,8 @@ class TensorQuantizer(nn.Module):
         """
         leader = self.leader
         calibrator = leader._calibrator
-        with self.restoring_state():
+        with self.pausing():
             leader._calibrator = collector
-            self._if_quant = False
             self._if_calib = True
             try:
                 yield
@@ -584,7 +594,7 @@ class SharedQuantizer(TensorQuantizer):
 
     def __init__(self, leader: TensorQuantizer) -> None:
         nn.Module.__init__(self)
-        vars(self)["_leader"] = leader  # not a submodule: it is elsewhere in the model
+        vars(self)["leader"] = leader  # not a submodule: it is elsewhere in the model
         self.name = None
         self._disabled = False
         self._if_quant = True
@@ -593,7 +603,7 @@ class SharedQuantizer(TensorQuantizer):
     @property
     def leader(self) -> TensorQuantizer:
         """The quantizer that holds the range."""
-        leader: TensorQuantizer = vars(self)["_leader"]
+        leader: TensorQuantizer = vars(self)["leader"]
         return leader
 
     @property

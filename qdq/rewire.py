@@ -247,9 +247,8 @@ class _Planner:
                 operation.name, operation.function, action, reason, operands
             )
         for name, module in self._modules.items():
-            self._excluded.match(
-                [name], module
-            )  # it may name a layer that the swap has left in float
+            # It may name a layer that the swap has left in float.
+            self._excluded.match([name], module)
         self._included.warn_unused("function call")
         self._excluded.warn_unused("function call and no module")
         return planned

@@ -696,9 +696,8 @@ def _is_locked(path: Path) -> bool:
             _lock_shared(file.fileno())
     except BlockingIOError:
         return True
-    except (
-        OSError
-    ):  # a file system without locks, or a file of another user: the error comes when it is opened
+    except OSError:
+        # A file system without locks, or a file of another user: the error comes when it is opened.
         return False
 
     return False

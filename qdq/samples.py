@@ -12,20 +12,33 @@ from torch.utils._pytree import keystr, tree_map_with_path
 from qdq.errors import DataError
 from qdq.forward import require_batches, split_inputs, tensors_of
 
+_MAX_IMAGE_CHANNELS = 4
+
 
 def count_samples(batch: Any) -> int:
     """Number of samples in a batch as `forward.call_model` takes it.
 
-    It is the length of the first tensor of the inputs that has a dimension, or the length of a list of inputs, such as
-    the images of a detector. A batch without such a tensor is one sample.
+    It is the length of the first input tensor that has a dimension, or the number of images in a list of images
+    `[C, H, W]`, as a detector takes it. Inputs without a dimension are one sample.
     """
     args, kwargs = split_inputs(batch)
-    if len(args) == 1 and isinstance(args[0], list):
+    if len(args) == 1 and _is_list_of_images(args[0]):
         return len(args[0])
     for tensor in tensors_of((args, kwargs)):
         if tensor.dim() > 0:
             return len(tensor)
     return 1
+
+
+def _is_list_of_images(value: Any) -> bool:
+    """Whether a value is a list of images without a batch axis, and not a list of inputs `[N, ...]`."""
+    if not isinstance(value, list) or not value:
+        return False
+    for item in value:
+        is_image = isinstance(item, torch.Tensor) and item.dim() == 3
+        if not is_image or len(item) > _MAX_IMAGE_CHANNELS:
+            return False
+    return True
 
 
 def list_filled_batches(batches: Iterable[Any]) -> list[Any]:
@@ -40,8 +53,7 @@ def list_filled_batches(batches: Iterable[Any]) -> list[Any]:
     filled = []
     for batch in batches:
         num_batches += 1
-        tensors = tensors_of(split_inputs(batch))
-        if all(tensor.numel() for tensor in tensors):
+        if count_samples(batch) > 0:
             filled.append(batch)
     if not filled:
         problem = f"all {num_batches} batches are empty" if num_batches else "there is no batch"

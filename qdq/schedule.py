@@ -73,9 +73,8 @@ class Schedule:
             return self.steps
         try:
             num_batches = len(batches)
-        except (
-            TypeError
-        ) as error:  # a DataLoader has the method whether its data have a length or not
+        except TypeError as error:
+            # A DataLoader has the method whether its data have a length or not.
             raise ArgumentError(
                 "the batches have no length, so the number of steps in an epoch is unknown.",
                 "give Schedule(steps=...).",

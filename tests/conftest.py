@@ -2,9 +2,8 @@
 
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # two workers on two cores; more threads only wait for each other
+# Two workers on two cores; more threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import signal
 
@@ -13,9 +12,8 @@ import torch
 from processes import Processes
 from torch import nn
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # a shell's background job; tests of Ctrl-C send real ones
+# A shell's background job; tests of Ctrl-C send real ones.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

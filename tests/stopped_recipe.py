@@ -21,9 +21,8 @@ _CONTEXT.set_forkserver_preload(
         "tensorrt_rtx",
     ]
 )
-_NAMING = (
-    "os.link" if hasattr(os, "O_TMPFILE") else "os.rename"
-)  # how a file that is whole gets its name
+# How a file that is whole gets its name.
+_NAMING = "os.link" if hasattr(os, "O_TMPFILE") else "os.rename"
 
 
 @dataclass(frozen=True)

@@ -222,9 +222,8 @@ class TestReport:
 
     def test_warnings_of_the_builder_are_kept_once(self, tmp_path):
         g = Graph()
-        x = g.qdq(
-            "x", np.float32(0.05), np.uint8(0)
-        )  # read as int8, with the same warning for Q and DQ
+        # Read as int8, with the same warning for Q and DQ.
+        x = g.qdq("x", np.float32(0.05), np.uint8(0))
         y = g.op("Conv", x, g.weight(32, 16, 1, 1), name="a/Conv")
         report = build_engine(g.save(tmp_path / "m.onnx", {"x": [1, 16, 8, 8]}, y), backend="rtx")
         (warning,) = report.warnings

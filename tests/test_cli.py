@@ -618,7 +618,7 @@ class TestBuild:
             (["--sm", "77"], "cannot build for SM 77"),
             (["-o", "/dev/null/e"], "cannot write /dev/null/e"),
             (["--json", "/dev/null/e"], "cannot write /dev/null/e"),
-            (["--min-shapes", "x"], "'x' is no shape"),
+            (["--min-shapes", "x"], "'x' is not a shape"),
             (["--min-shapes", "y:1x3x12x12"], "names y"),
         ],
     )

@@ -122,9 +122,8 @@ def test_tie_floor_of_a_float_model_is_float_rounding(residual, images):
 def test_tie_floor_sees_ties_and_leaves_no_hook(quantized, images):
     with torch.no_grad():
         scale = quantized.stem.input_quantizer.scale
-        on_ties = (
-            (torch.floor(images / scale) + 0.5) * scale * (1 - 2**-24)
-        )  # the nudge takes half of them over
+        # The nudge takes half of them over.
+        on_ties = (torch.floor(images / scale) + 0.5) * scale * (1 - 2**-24)
     expected = predict(quantized, [images])
     assert measure_tie_floor(quantized, [on_ties]) < measure_tie_floor(
         quantized, [torch.zeros_like(images)]

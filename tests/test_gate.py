@@ -169,9 +169,8 @@ def test_where_the_images_lie_and_what_was_quantized_does_not_matter(tmp_path):
     copy.write_text(
         changed(tmp_path, lambda content: content["data"].update(labels_digest="0123")).read_text()
     )
-    assert gate_run(
-        GOOD, baseline=copy, max_drop=0
-    ).passed  # one of the two is from before there were digests
+    # One of the two is from before there were digests.
+    assert gate_run(GOOD, baseline=copy, max_drop=0).passed
 
     def retrain(content):
         content["data"]["labels_digest"] = "0123"

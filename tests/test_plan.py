@@ -19,6 +19,7 @@ from qdq import (
     swap_modules,
 )
 from qdq.cli.main import main
+from qdq.errors import ArgumentTypeError
 from qdq.plan import PlanChange, PlanEntry
 from qdq.quantizer import named_quantizers
 
@@ -122,9 +123,8 @@ def test_an_infinite_gain_is_null_in_the_file(tmp_path):
 
 def test_patterns_mean_the_same_to_apply_and_to_the_analysis(block):
     model, batch = block
-    plan = Plan(
-        {"*": PlanEntry("int8"), "conv": PlanEntry("float")}
-    )  # the name goes before the pattern
+    # The name goes before the pattern.
+    plan = Plan({"*": PlanEntry("int8"), "conv": PlanEntry("float")})
     assert analyze_layers(
         model, [batch], pinned=dict(reversed(plan.precisions.items()))
     ).float_layers == ["conv"]
@@ -257,3 +257,9 @@ def test_a_plan_that_is_not_there_cannot_be_corrected(tmp_path):
         with pytest.raises(DataError) as caught:
             load_plan(tmp_path / name)
         assert caught.value.fix.startswith(fix)
+
+
+def test_only_a_plan_is_saved(tmp_path):
+    with pytest.raises(ArgumentTypeError, match="plan is of type Linear; expected a Plan"):
+        save_plan(torch.nn.Linear(2, 2), tmp_path / "plan.yaml")
+    assert not (tmp_path / "plan.yaml").exists()

@@ -150,9 +150,8 @@ def learned_by_torch(values, amax, fmt, axis):
     along = (
         scale if axis is None else scale.reshape([-1 if d == axis else 1 for d in range(x.dim())])
     )
-    steps = (x / along).clamp(
-        fmt.qmin - 0.5, fmt.qmax + 0.5
-    )  # a value inside its code's half step is not clipped
+    # A value inside its code's half step is not clipped.
+    steps = (x / along).clamp(fmt.qmin - 0.5, fmt.qmax + 0.5)
     codes = (x / along).round().clamp(fmt.qmin, fmt.qmax)
     result = (steps + (codes - steps).detach()) * along
     weights = torch.arange(x.numel(), dtype=torch.float64).reshape(x.shape).sin()
@@ -166,9 +165,8 @@ def learned_by_torch(values, amax, fmt, axis):
 )
 @pytest.mark.parametrize("piece", [1 << 17, 7])
 def test_the_gradient_of_a_learned_range_is_that_of_lsq(shape, axis, fmt, piece, monkeypatch):
-    monkeypatch.setattr(
-        "qdq.quantize._PIECE", piece
-    )  # in one piece, and in several of which the last is smaller
+    # In one piece, and in several of which the last is smaller.
+    monkeypatch.setattr("qdq.quantize._PIECE", piece)
     x = torch.randn(shape)
     amax = torch.tensor(1.3) if axis is None else torch.rand(x.shape[axis]) + 0.7
     expected, of_inputs, of_range, weights = learned_by_torch(x, amax, fmt, axis)

@@ -145,11 +145,12 @@ def test_fine_tuning_interrupted_then_whole(tmp_path, pictures):
     assert code == 0, errors
     assert "6 steps" in (tmp_path / "output.txt").read_text()
     written = {path.name for path in (folder / "tuning").iterdir()}
+    # With labels nothing is held out.
     assert written == {
         "last.safetensors",
         "state.safetensors",
         "tuning.json",
-    }  # with labels nothing is held out
+    }
     report = json.loads((folder / "report.json").read_text())
     assert (
         report["summary"]["weighted_layers_swapped"]

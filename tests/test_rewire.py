@@ -182,10 +182,11 @@ class TestResidual:
         class Reparametrized(nn.Module):
             def __init__(self):
                 super().__init__()
+                # R-CONV-3 leaves the second in float.
                 self.wide, self.scale = (
                     conv(),
                     conv(size=1, groups=WIDTH),
-                )  # R-CONV-3 leaves the second in float
+                )
 
             def forward(self, x):
                 return F.relu(self.wide(x) + self.scale(x))
@@ -560,9 +561,8 @@ class TestReach:
                 self.inner, self.conv = Block(), conv()
 
             def forward(self, x):
-                return (
-                    self.conv(self.inner(x)) + x
-                )  # the first add of this forward, the second that runs
+                # The first add of this forward, the second that runs.
+                return self.conv(self.inner(x)) + x
 
         model = Network(Outer())
         plan = build(model, images)

@@ -19,8 +19,20 @@ IMAGES = torch.arange(24.0).reshape(4, 3, 2)
         (torch.tensor(1.0), 1),
         ({"name": "text"}, 1),
         (torch.zeros(0, 3), 0),
+        (([torch.zeros(5, 8), torch.zeros(5, 9)], None), 5),  # a model whose input is a list
+        (([torch.zeros(6, 7, 8), torch.zeros(6, 9, 8)], None), 6),
     ],
-    ids=["tensor", "pair", "dictionary", "images", "number", "text", "empty"],
+    ids=[
+        "tensor",
+        "pair",
+        "dictionary",
+        "images",
+        "number",
+        "text",
+        "empty",
+        "list",
+        "list of sequences",
+    ],
 )
 def test_count(batch, expected):
     assert count_samples(batch) == expected
@@ -44,6 +56,18 @@ def test_no_samples_at_all(batches, message):
 def test_one_tensor_is_not_batches():
     with pytest.raises(ArgumentTypeError, match=r"pass \[batch\]"):
         list_filled_batches(IMAGES)
+
+
+def test_an_empty_input_beside_others_does_not_empty_a_batch():
+    batch = {"x": IMAGES, "extra": torch.zeros(8, 0)}
+    assert list_filled_batches([batch]) == [batch]
+
+
+def test_inputs_in_a_list_are_joined_one_by_one():
+    batches = [([torch.ones(size, 3), torch.zeros(size, 2)], size) for size in (2, 3)]
+    ((first, second),) = join_batches(batches)
+    assert first.shape == (5, 3)
+    assert second.shape == (5, 2)
 
 
 def test_join_is_concatenation():

@@ -296,10 +296,11 @@ class TestOverridden:
         assert action(nn.ReLU(), nn.Conv2d(16, 16, 3)) == ("quantize", False)
         assert action(nn.Flatten(), nn.Linear(256, 16)) == ("quantize", False)
         assert action(nn.Softmax(1)) == ("float", True)
+        # That one stays in float (R-CONV-4).
         assert action(nn.ReLU(), nn.Conv2d(16, 6, 3, groups=2)) == (
             "float",
             True,
-        )  # that one stays in float (R-CONV-4)
+        )
         assert action(nn.ReLU()) == ("float", True)
 
     def test_the_last_convolution(self):
@@ -423,9 +424,8 @@ class TestFirstConvolution:
     def test_with_three_channels_is_quantized(self):
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1))
         for x in (None, torch.randn(1, 3, 8, 8)):
-            assert [m.name for m in plan_swap(model, x).weighted] == [
-                "0"
-            ]  # the second is as small, and not first
+            # The second is as small, and not first.
+            assert [m.name for m in plan_swap(model, x).weighted] == ["0"]
 
     def test_is_the_one_that_runs_first(self):
         class Backwards(nn.Module):
@@ -440,9 +440,8 @@ class TestFirstConvolution:
         assert [m.name for m in plan_swap(Backwards(), torch.randn(1, 3, 8, 8)).weighted] == [
             "first"
         ]
-        assert [m.name for m in plan_swap(Backwards()).weighted] == [
-            "second"
-        ]  # without a run, the first declared
+        # Without a run, the first declared.
+        assert [m.name for m in plan_swap(Backwards()).weighted] == ["second"]
 
 
 def test_depthwise_is_quantized():
@@ -584,9 +583,8 @@ def test_fused_transformer_layer_does_not_pass_over_quantization(activation):
         }
         outputs = model(x)
     assert not torch.equal(outputs, expected)
-    torch.testing.assert_close(
-        model(x).detach(), outputs, atol=1e-3, rtol=0
-    )  # with gradients torch never fuses
+    # With gradients torch never fuses.
+    torch.testing.assert_close(model(x).detach(), outputs, atol=1e-3, rtol=0)
     restore_modules(model)
     assert {key: vars(model)[key] for key in attributes} == attributes
 

@@ -22,10 +22,11 @@ from qdq.errors import DependencyError
 from qdq.files import write_json
 
 _ROOT = Path(__file__).resolve().parents[1]
+# With `dev`, whose tools are the newest, because users do not install them.
 _EXTRAS = (
     "demo",
     "rtx",
-)  # with `dev`, whose tools are the newest, because users do not install them
+)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def fingerprint_analysis(
     for name, tensor in model.state_dict().items():
         _feed(digest, name, tensor)
     for name, quantizer in named_quantizers(model):
-        digest.update(f"{name} {not quantizer.is_enabled} {quantizer.format}".encode())
+        digest.update(f"{name} {quantizer.extra_repr()}".encode())
 
     for operation in trace.operations:
         digest.update(_describe(operation).encode())

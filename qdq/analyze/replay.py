@@ -64,9 +64,8 @@ _METADATA = frozenset(
         "grad_fn",
     ]
 )
-_NOT_IN_PLACE = frozenset(
-    ["__index__", "__int__", "__invert__"]
-)  # although their names look like it
+# These names begin with "i" and are not in place.
+_NOT_IN_PLACE = frozenset(["__index__", "__int__", "__invert__"])
 _SCALARS = (
     bool,
     int,
@@ -815,7 +814,8 @@ def _inplace_position(func: Callable[..., Any]) -> int:
     except (
         TypeError,
         ValueError,
-    ):  # native functions have no signature; they are recognized by name
+    ):
+        # Native functions have no signature; they are recognized by name.
         return -1
 
 

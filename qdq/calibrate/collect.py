@@ -140,9 +140,7 @@ class Collection:
         with ExitStack() as exits:
             exits.enter_context(evaluating(self.model))
             for quantizer in self.quantizers.values():
-                exits.enter_context(quantizer.restoring_state())
-                quantizer.disable_quant()
-                quantizer.disable_calib()
+                exits.enter_context(quantizer.pausing())
             for name, quantizer in self.collecting.items():
                 collector = self._collectors[self.leaders[name]]
                 exits.enter_context(quantizer.collecting_into(collector))

@@ -59,9 +59,8 @@ def is_expansion_too_large(model: ir.Model) -> bool:
         size = 1 + len(list(model.functions[key].all_nodes()))
         for callee, times in calls[key].items():
             size += times * sizes[callee]
-        sizes[key] = min(
-            size, LARGEST_EXPANSION + 1
-        )  # the exact numbers can have thousands of digits
+        # The exact numbers can have thousands of digits.
+        sizes[key] = min(size, LARGEST_EXPANSION + 1)
 
     total = 0
     for node in model.graph.all_nodes():

@@ -86,9 +86,8 @@ def _run_script(script: str, arguments: list[str]) -> None:
         ) from error
     register_alias()
     sys.argv[:] = [script, *arguments]
-    if not sys.flags.isolated and not getattr(
-        sys.flags, "safe_path", False
-    ):  # else nothing was put there
+    # An isolated or safe Python has put no folder there.
+    if not sys.flags.isolated and not getattr(sys.flags, "safe_path", False):
         sys.path[0] = os.path.dirname(os.path.realpath(path))
     code = compile(source, path, "exec", dont_inherit=True)
     _execute(

@@ -381,9 +381,8 @@ def _constants(
     for name, quantizer in quantizers.items():
         amax = None if name in uncalibrated else quantizer.static_amax()
         ranges = recorded.get(id(quantizer), []) if amax is None else [amax]
-        if (
-            amax is None
-        ):  # exporters merge equal pairs on one tensor, and rule scripts look for each layer's own
+        # Exporters merge equal pairs on one tensor, and rule scripts look for each layer's own.
+        if amax is None:
             ranges = [value * (1 + next(ulps) * torch.finfo(torch.float32).eps) for value in ranges]
         quantizer._export_constants = [
             make_constants(

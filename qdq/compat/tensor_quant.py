@@ -147,12 +147,11 @@ class QuantDescriptor:
         fields: dict[str, Any] = {"num_bits": self._num_bits, "name": self._name}
         for field, default in _DEFAULTS.items():
             value = getattr(self, field)
-            if field == "amax":
-                continue  # below: an array has no single truth value
-            if value is not default and value != default:
+            if value is default:
+                continue
+            # An array has no single truth value, and the default of amax is None.
+            if field == "amax" or value != default:
                 fields[field] = value
-        if self._amax is not None:
-            fields["amax"] = self.amax
         return fields
 
     def to_yaml(self) -> str:

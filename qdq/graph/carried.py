@@ -47,9 +47,8 @@ def _compare_messages(original: Any, copy: Any, prefix: str) -> Iterator[str]:
                 yield path
         elif field.name not in copied_values:
             yield path
-        elif (
-            field.message_type.name != "TensorProto"
-        ):  # tensors are the same numbers, stored differently
+        elif field.message_type.name != "TensorProto":
+            # Tensors are the same numbers, stored differently.
             yield from _compare_values(value, copied_value, path)
 
 

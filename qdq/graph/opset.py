@@ -22,6 +22,9 @@ from qdq.text import group_names, list_names
 LOWEST = 13
 """The first opset where Q/DQ have an axis."""
 
+DEFAULT_OPSET = 19
+"""The opset that export writes by default: the lowest one with 16-bit scales."""
+
 NEWEST_OPSET = 23
 """The newest opset to write: TensorRT 10 and ONNX Runtime do not read opsets far above it."""
 

@@ -431,9 +431,8 @@ class Trainer:
         def place_of(parameter: str) -> int:
             return places.get(parameter.rpartition(".")[0], -1)
 
-        first = max(
-            nonfinite, key=place_of
-        )  # the backward pass goes from the last module to the first
+        # The backward pass goes from the last module to the first.
+        first = max(nonfinite, key=place_of)
         return f"the gradient of {first} is NaN or Inf in step {self.step + 1}."
 
     def _stop_ranges_when_due(self) -> None:

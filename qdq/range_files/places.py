@@ -30,9 +30,8 @@ from qdq.range_files.calls import find_calls, function_of
 from qdq.range_files.format import METADATA_ERRORS
 
 _SAME_RANGE = ("QuantizeLinear", "DequantizeLinear", *TRANSPARENT_OPS)
-_WEIGHT_NAME = re.compile(
-    r"(?:(?P<module>.*)\.)?weight(?:[._].*)?"
-)  # ONNX Runtime adds "_quantized"
+# ONNX Runtime adds "_quantized".
+_WEIGHT_NAME = re.compile(r"(?:(?P<module>.*)\.)?weight(?:[._].*)?")
 
 
 @dataclass(frozen=True)
@@ -195,9 +194,8 @@ class _Finder:
             output_product = products.pop()
             if isinstance(output, QuantInputMixin):
                 yield output.input_quantizer, self._make_place(output_product.inputs[0])
-        if (
-            not 1 <= len(products) <= 3
-        ):  # more products are several runs, and nothing shows which belong together
+        # More products are several runs, and nothing shows which belong together.
+        if not 1 <= len(products) <= 3:
             return
         query, value = products[0], products[-1]
         key = products[min(1, len(products) - 1)]

@@ -138,9 +138,8 @@ def compare_runs(runs: Sequence[Path | str]) -> Comparison:
             "name another run folder.",
         )
     reports = [load_report(run) for run in runs]
-    for (
-        report
-    ) in reports:  # each by itself first, so that the error of a damaged one names its file
+    # Each by itself first, so that the error of a damaged one names its file.
+    for report in reports:
         guarded(report.path, functools.partial(_compare, [report]))
 
     return _compare(reports)

@@ -161,9 +161,8 @@ def _describe_rank(sensitivity: Sensitivity) -> str:
     if len(sensitivity.layers) == 1:
         return rank
     group = sensitivity.unit
-    if not group.startswith(
-        "group "
-    ):  # the name of a pattern's group already has it: "group layer1.*"
+    # The name of a pattern's group already has it: "group layer1.*".
+    if not group.startswith("group "):
         group = f"group {group}"
 
     return f"{rank}, in the {group} of {len(sensitivity.layers)} layers"

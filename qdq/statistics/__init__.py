@@ -29,12 +29,13 @@ logger = logging.getLogger(__name__)
 _SUMMARY_KEYS = {"batches", "complete", "tensors"}
 STATISTICS_FORMAT = "qdq calibration statistics 1"
 _FIX = "give a file that calibration saved, or collect the statistics again."
+# The last for types that numpy lacks.
 _LOAD_ERRORS = (
     SafetensorError,
     ValueError,
     KeyError,
     TypeError,
-)  # the last for types that numpy lacks
+)
 _FIGURES = (
     "count",
     "zeros",

@@ -31,7 +31,7 @@ def format_statistics(summary: dict[str, Any]) -> str:
     methods = _list_methods(tensors)
     figure_rows = [["values", "count", "zeros", "mean", "std", "max"]]
     amax_rows = [["amax", *methods]]
-    clipped_rows = [["clipped share", *methods]]
+    clipped_rows = [["clipped fraction", *methods]]
     for name, entry in tensors.items():
         label = printable(name)
         figure_rows.append([label, *_figures(entry).values()])

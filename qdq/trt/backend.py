@@ -109,7 +109,8 @@ def _load(name: str) -> Backend:
     except (
         ImportError,
         OSError,
-    ) as error:  # OSError: the package is installed, but one of its libraries is missing
+    ) as error:
+        # OSError: the package is installed, but one of its libraries is missing.
         raise DependencyError(
             f"the package {package} cannot be imported: {error}.", f"pip install 'qdq[{name}]'"
         ) from error

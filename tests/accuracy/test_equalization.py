@@ -229,10 +229,11 @@ def test_linear_layers_on_tokens():
         factors = 10 ** torch.linspace(-2, 1, 32)
         model[0].weight.mul_(factors[:, None])
         model[0].bias.mul_(factors)
+    # As many tokens as channels.
     model, data = (
         model.double(),
         torch.randn(8, 32, 16, dtype=torch.float64),
-    )  # as many tokens as channels
+    )
     expected = model(2 * data)
     report = equalize_layers(model, [data])
     torch.testing.assert_close(model(2 * data), expected, rtol=1e-10, atol=1e-10)

@@ -351,9 +351,8 @@ def test_greedy_measures_anew_after_each_step(deep):
 @pytest.mark.parametrize("mode", ["one-at-a-time", "leave-one-out"])
 def test_screen_and_confirm(deep, mode):
     model, batches = deep
-    model.blocks[1]["a"].weight_quantizer.amax = (
-        model.blocks[1]["a"].weight_quantizer.amax * 40
-    )  # a bad range
+    # A bad range.
+    model.blocks[1]["a"].weight_quantizer.amax = model.blocks[1]["a"].weight_quantizer.amax * 40
     exact = analyze_layers(model, batches, mode=mode)
     assert exact.layers[0].name == "blocks.1.a"
     screened = analyze_layers(model, batches, mode=mode, confirm=0)
@@ -465,9 +464,8 @@ def test_more_bad_input(deep, options):
     options = {"max_float_layers": 2, **options}
     with pytest.raises(ArgumentError):
         analyze_layers(*deep, **options)
-    if (
-        "groups" not in options
-    ):  # patterns are compared with the model; the rest is refused before there is one
+    # Patterns are compared with the model; the rest is refused before there is one.
+    if "groups" not in options:
         with pytest.raises(ArgumentError):
             check_options(**options)
 
@@ -552,9 +550,8 @@ def test_a_step_that_makes_it_worse_is_not_taken(deep, mode):
     def distance(model):
         return float((torch.tensor(outputs(model, batches[:1])) - reference).abs().sum())
 
-    analysis = analyze_layers(
-        model, batches, metric=distance, mode=mode, max_float_layers=8
-    )  # more is "better"
+    # More is "better".
+    analysis = analyze_layers(model, batches, metric=distance, mode=mode, max_float_layers=8)
     values = [analysis.metric, *(step.metric for step in analysis.steps)]
     assert values == sorted(values)
     assert len(analysis.steps) < 8
@@ -600,9 +597,8 @@ analysis.save(path / f"result{sys.argv[3]}.json")
 """
 
 
-PROCESSES = pytest.mark.xdist_group(
-    "processes of an analysis"
-)  # they share the run that nobody stops
+# They share the run that nobody stops.
+PROCESSES = pytest.mark.xdist_group("processes of an analysis")
 
 
 @pytest.fixture
@@ -661,9 +657,8 @@ def test_processes_on_two_disks_know_what_either_has_measured(tmp_path, run_scri
     first, second = tmp_path / "first", tmp_path / "second"
     lines = (complete_run / "analysis.jsonl").read_text().splitlines(keepends=True)
     first.mkdir()
-    (first / "analysis.jsonl").write_text(
-        "".join(lines[: len(lines) // 2])
-    )  # that of a killed run; `second` has none
+    # That of a killed run; `second` has none.
+    (first / "analysis.jsonl").write_text("".join(lines[: len(lines) // 2]))
     assert run_pair(run_script, [first, second]) == [0, 0]
     expected = (complete_run / "result.json").read_text()
     assert (first / "result0.json").read_text() == (second / "result1.json").read_text() == expected

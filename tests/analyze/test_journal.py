@@ -110,17 +110,15 @@ def test_any_flipped_bit_is_measured_again(chain, tmp_path, caplog):
         damaged[place] ^= 1 << random.integers(8)
         path.write_bytes(damaged)
         assert analyze_layers(model, batches, path=path) == expected
-    path.write_text(
-        re.sub(r'"value": \[\[\d', '"value": [[7', sound.decode(), count=1)
-    )  # a value that looks as good
+    # A value that looks as good.
+    path.write_text(re.sub(r'"value": \[\[\d', '"value": [[7', sound.decode(), count=1))
     caplog.clear()
     assert analyze_layers(model, batches, path=path) == expected
     (record,) = caplog.records
     assert "1 lines are damaged" in record.getMessage()
     caplog.clear()
-    assert (
-        analyze_layers(model, batches, path=path) == expected
-    )  # what was measured again replaces the line
+    # What was measured again replaces the line.
+    assert analyze_layers(model, batches, path=path) == expected
     assert not caplog.records
 
 

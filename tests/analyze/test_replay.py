@@ -320,9 +320,8 @@ def test_only_what_changes_is_computed(monkeypatch):
 
     monkeypatch.setattr(replay_module, "_run", count)
     replayed(model, batch, variants)
-    assert sum(calls) == 10 + 10 + sum(
-        range(1, 11)
-    )  # two recordings, then each layer and what follows it
+    # Two recordings, then each layer and what follows it.
+    assert sum(calls) == 10 + 10 + sum(range(1, 11))
 
 
 @pytest.mark.parametrize(("slowdown", "is_replayed"), [(1.2, True), (3.0, False)])

@@ -39,9 +39,8 @@ def test_the_estimate_alone_is_the_energy_of_the_error_of_each_channel(two_layer
     model, batch, first, second, _ = two_layers
     energies = screened(model, batch, "one-at-a-time")
     columns = model[1].weight.detach().double().square().sum(0)
-    assert energies["0"] == pytest.approx(
-        float((first.square() * columns).sum()), rel=0.03
-    )  # one draw for each sample
+    # One draw for each sample.
+    assert energies["0"] == pytest.approx(float((first.square() * columns).sum()), rel=0.03)
     assert energies["1"] == pytest.approx(float(second.square().sum()), rel=0.03)
 
 

@@ -377,7 +377,8 @@ def make_mutants(count: int, seed: int) -> list[Mutant]:
             IndexError,
             StopIteration,
             ValueError,
-        ):  # the first change has left nothing to change
+        ):
+            # The first change has left nothing to change.
             content = model.SerializeToString()
         mutants.append(Mutant(name, content))
     return mutants

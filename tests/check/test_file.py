@@ -393,10 +393,11 @@ def test_a_reference_outside_of_functions_is_not_known(tmp_path, node, name, typ
 
 
 def drop_shapes(model):
+    # Of a convolution TensorRT wants the number of dimensions.
     del (
         model.graph.node[0],
         model.graph.initializer[:],
-    )  # of a convolution TensorRT wants the number of dimensions
+    )
     model.graph.node[0].CopyFrom(helper.make_node("Relu", ["x"], ["y"], name="relu"))
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.ClearField("shape")

@@ -89,9 +89,8 @@ def run(path):
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    x = (
-        np.random.default_rng(0).normal(scale=3, size=(5, 2, 4, 4)).astype(np.float32)
-    )  # some beyond the range
+    # Some beyond the range.
+    x = np.random.default_rng(0).normal(scale=3, size=(5, 2, 4, 4)).astype(np.float32)
     return session.run(None, {"x": x})[0]
 
 
@@ -104,9 +103,8 @@ def test_same_numbers_and_no_finding_of_the_rule(tmp_path, case):
     assert rule in {finding.rule for finding in check_onnx(before).findings}
     assert fix_onnx(before, after) == expected
     findings = check_onnx(after).findings
-    if (
-        case != "axis 1 not written"
-    ):  # written down, it is seen to be the wrong one, which only a new export fixes
+    # Written down, it is seen to be the wrong one, which only a new export fixes.
+    if case != "axis 1 not written":
         assert rule not in {finding.rule for finding in findings}
     np.testing.assert_array_equal(run(after), run(before))
     assert fix_onnx(after, after) == {}

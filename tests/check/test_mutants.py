@@ -94,9 +94,8 @@ def test_no_verdict_of_a_mutant_is_wrong(files, loader):
 
 def test_a_fix_that_fails_writes_nothing_and_one_that_works_breaks_nothing(files, loader, tmp_path):
     wrong = []
-    for index, (name, path) in enumerate(
-        list(files.items())[::2]
-    ):  # each loads the file three times
+    # Each loads the file three times.
+    for index, (name, path) in enumerate(list(files.items())[::2]):
         output = tmp_path / "models" / f"{index}.onnx"
         try:
             fix_onnx(path, output)

@@ -433,9 +433,8 @@ def test_flow(options, opset, weights, data, tmp_path, capsys):
     assert kinds.count("Conv") == 6 and kinds.count("QuantizeLinear") == kinds.count(
         "DequantizeLinear"
     )
-    assert (
-        kinds.count("QuantizeLinear") >= 14
-    )  # 7 weights and their inputs; two layers on one tensor may share a pair
+    # 7 weights and their inputs; two layers on one tensor may share a pair.
+    assert kinds.count("QuantizeLinear") >= 14
 
     last = "finetuned" if tuned else "max-256" if "max" in options else "entropy-256"
     state = torch.load(tmp_path / f"resnet6-{last}.pth")

@@ -64,9 +64,8 @@ def test_strides_zero_elements_and_nan():
 
 
 def test_gradients_against_finite_differences():
-    x = (
-        torch.arange(-20, 20, dtype=torch.float64) / 10 + 0.05
-    ).requires_grad_()  # no value on a bound
+    # No value on a bound.
+    x = (torch.arange(-20, 20, dtype=torch.float64) / 10 + 0.05).requires_grad_()
     low, high = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (-0.7, [1.1]))
     assert torch.autograd.gradcheck(clip, (x, low, high))
     assert torch.autograd.gradgradcheck(clip, (x, low, high))

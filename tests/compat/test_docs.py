@@ -210,9 +210,8 @@ def _build_model():
 def both(tmp_path, monkeypatch):
     """The namespaces that the two scripts leave behind."""
     monkeypatch.chdir(tmp_path)
-    for entry in (
-        quant_modules._DEFAULT_QUANT_MAP
-    ):  # put back at the end: the script sets them for the process
+    # Put back at the end: the script sets them for the process.
+    for entry in quant_modules._DEFAULT_QUANT_MAP:
         monkeypatch.setattr(
             entry.replace_mod,
             "default_quant_desc_input",

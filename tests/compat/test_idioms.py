@@ -550,9 +550,8 @@ def test_shared_quantizers(loader):
         hook.remove()
     compute_amax(model)
     amax = block.cv1._input_quantizer.amax
-    assert block.cv2._input_quantizer.amax is amax and amax == max(
-        seen
-    )  # the range covers all sharers
+    # The range covers all sharers.
+    assert block.cv2._input_quantizer.amax is amax and amax == max(seen)
     state = model.state_dict()
     keys = [f"blocks.0.{name}._amax" for name in ("cv1._input_quantizer", "cv2._input_quantizer")]
     assert all(key in state and torch.equal(state[key], amax) for key in keys)

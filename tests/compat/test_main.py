@@ -197,9 +197,10 @@ def test_interrupt_ends_it_as_it_ends_python(launch, write):
         "script.py",
         "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n",
     )
+    # A shell's 130.
     assert (
         launch("script.py").returncode == launch("script.py", flags=()).returncode == -signal.SIGINT
-    )  # a shell's 130
+    )
 
 
 @pytest.mark.parametrize(

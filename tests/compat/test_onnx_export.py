@@ -148,9 +148,8 @@ def test_zero_range_and_one_element_amax(inputs, tmp_path, dynamo):
     ).eval()
     export(model, inputs, tmp_path / "m.onnx", dynamo=dynamo, opset_version=13)
     findings = check_onnx(tmp_path / "m.onnx").findings
-    assert not [
-        finding for finding in findings if finding.severity == "error"
-    ]  # scales are positive and 0-D
+    # Scales are positive and 0-D.
+    assert not [finding for finding in findings if finding.severity == "error"]
 
 
 def test_fp8_from_opset_19(inputs, tmp_path):
@@ -333,9 +332,8 @@ def test_ranges_that_do_not_belong_to_the_axis(inputs, tmp_path):
     model = nn.Sequential(quant_nn.QuantConv2d(3, 3, 3, quant_desc_weight=flat)).eval()
     model[0]._input_quantizer.amax = 3.0
     export(model, inputs, tmp_path / "m.onnx")
-    assert (
-        difference(tmp_path / "m.onnx", model, inputs) < 1e-5
-    )  # a flat list means the axis, in both
+    # A flat list means the axis, in both.
+    assert difference(tmp_path / "m.onnx", model, inputs) < 1e-5
 
     model[0]._weight_quantizer = TensorQuantizer(QuantDescriptor())
     model.load_state_dict(

@@ -245,9 +245,8 @@ def test_quantized_modules_of_the_package_compute_the_same_afterwards(caplog):
             ):
                 if quantizer is not None:
                     quantizer.disable()
-            torch.testing.assert_close(
-                module(*inputs), result
-            )  # quantized in the forward, or once and for all
+            # Quantized in the forward, or once and for all.
+            torch.testing.assert_close(module(*inputs), result)
     assert caplog.records == []
 
 

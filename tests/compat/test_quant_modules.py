@@ -121,9 +121,8 @@ def test_unknown_float_name_is_warned(caplog):
 
 def test_custom_modules(caplog):
     models = types.SimpleNamespace(Concat=torch.nn.Identity)
-    quant_modules.initialize(
-        ["MaxPool2d"], [(torch.nn, "MaxPool2d", quant_nn.QuantMaxPool2d)]
-    )  # wins over the list
+    # Wins over the list.
+    quant_modules.initialize(["MaxPool2d"], [(torch.nn, "MaxPool2d", quant_nn.QuantMaxPool2d)])
     assert torch.nn.MaxPool2d is quant_nn.QuantMaxPool2d and not caplog.records
     custom = [
         (torch.nn, "Linear", QuantSiLU),

@@ -471,9 +471,8 @@ def test_rules_to_the_final_file(fan_out, dynamo, inputs, loader, tmp_path):
     for group in groups_of(model, fan_out):
         quantizer = get_attr_with_path(model, group[0])._input_quantizer
         values = torch.cat([x.flatten().abs() for name in group for x in seen[name]])
-        assert (
-            int(quantizer._calibrator._calib_hist.sum()) == values.numel()
-        )  # one histogram of all their data
+        # One histogram of all their data.
+        assert int(quantizer._calibrator._calib_hist.sum()) == values.numel()
         assert quantizer._calibrator._calib_bin_edges[-1] >= values.max()
         for name in group:
             assert get_attr_with_path(model, name)._input_quantizer is quantizer
@@ -484,12 +483,10 @@ def test_rules_to_the_final_file(fan_out, dynamo, inputs, loader, tmp_path):
     for group in groups_of(model, fan_out):
         for name in group:
             tensors[scales[name][1]].add(float(scales[name][0]))
-    assert all(
-        len(values) == 1 for values in tensors.values()
-    )  # no tensor is quantized in two ways
-    assert len({float(scale) for scale, _ in scales.values()}) > len(
-        GROUPS[fan_out]
-    )  # ranges are not all one
+    # No tensor is quantized in two ways.
+    assert all(len(values) == 1 for values in tensors.values())
+    # Ranges are not all one.
+    assert len({float(scale) for scale, _ in scales.values()}) > len(GROUPS[fan_out])
 
     block = model.model[4]
     assert (

@@ -560,9 +560,8 @@ def test_onnx_agrees_with_torch(options, dynamo, tmp_path, recwarn):
     found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     expected = flatten(quantized(x))
     for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(
-            one, other.detach(), rtol=0, atol=2e-3
-        )  # one code more or less in [x, h]
+        # One code more or less in [x, h].
+        np.testing.assert_allclose(one, other.detach(), rtol=0, atol=2e-3)
 
 
 def test_compiled_equals_eager():

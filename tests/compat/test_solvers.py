@@ -128,9 +128,8 @@ def case(kind, seed):
     split = seed >= 5 and seed % 2
     batches = np.split(data, [1500]) if split else [data]
     num_bins, start_bin = (2048, 128) if seed < 5 else (512, 64)
-    if (
-        kind == "outlier" and split
-    ):  # grows to 16 times as many: the definition takes the square of that
+    # Grows to 16 times as many: the definition takes the square of that.
+    if kind == "outlier" and split:
         num_bins, start_bin = 64, 16
     num_bits, unsigned = FORMATS[seed % 5]
     return batches, {

@@ -221,9 +221,8 @@ class TestIntegers:
     @pytest.mark.parametrize("amax", [0.3, 127.0, 6.0, EPS, EPS * 1.01, 0.0, 1e30])
     def test_per_tensor(self, device, num_bits, unsigned, narrow, amax):
         rng = np.random.default_rng(0)
-        steps = (
-            np.arange(-300, 300) * amax / (2 ** (num_bits - 1 + unsigned) - 1) / 2
-        )  # ties among them
+        # Ties among them.
+        steps = np.arange(-300, 300) * amax / (2 ** (num_bits - 1 + unsigned) - 1) / 2
         x = np.concatenate(
             [rng.normal(0, amax or 1, 500), steps, [amax, -amax, 0, 1e30, -1e30]]
         ).astype(np.float32)

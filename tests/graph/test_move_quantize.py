@@ -128,6 +128,7 @@ def test_a_chain_and_a_split_with_all_its_pairs():
     """)
     apply(model, MoveQuantizeBeforeCopies())
     pair = ["QuantizeLinear", "DequantizeLinear"]
+    # The Pad would stay a node.
     assert ops(model) == [
         "Neg",
         "Pad",
@@ -136,7 +137,7 @@ def test_a_chain_and_a_split_with_all_its_pairs():
         "Split",
         "Sin",
         "Sin",
-    ]  # the Pad would stay a node
+    ]
 
 
 @pytest.mark.parametrize(

@@ -210,9 +210,8 @@ class TestPairs:
         (expected,) = ReferenceEvaluator(ir.to_proto(read(self.CONV))).run(None, {"x": x})
         model, _ = convert(self.CONV, **entry)
         inputs = x if entry["keep_io_types"] else x.astype(np.float16)
-        np.testing.assert_allclose(
-            run(model, inputs)[0], expected, rtol=2e-3, atol=0.05
-        )  # one code more or less
+        # One code more or less.
+        np.testing.assert_allclose(run(model, inputs)[0], expected, rtol=2e-3, atol=0.05)
         (outputs,) = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": inputs})
         np.testing.assert_allclose(outputs, expected, rtol=2e-3, atol=0.05)
 

@@ -413,7 +413,6 @@ class TestExport:
         )
         report = build_engine(tmp_path / "m.onnx", backend="rtx")
         assert not report.missing_int8
-        assert report.expected_int8 == (
-            8 if build is Encoder else 11
-        )  # key and value of a decoder are one product
+        # Key and value of a decoder are one product.
+        assert report.expected_int8 == (8 if build is Encoder else 11)
         assert sum(kernel.name.startswith("_gemm_mha") for kernel in kernels) == count

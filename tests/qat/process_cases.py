@@ -158,9 +158,8 @@ def main():
     with joined_group():
         for name, case in cases():
             found[name] = run_case(name, case)
-            assert (
-                len(set(gather_bytes(name.encode()))) == 1
-            )  # both are at the same place, and can still speak
+            # Both are at the same place, and can still speak.
+            assert len(set(gather_bytes(name.encode()))) == 1
     Path(f"{sys.argv[1]}.{RANK}").write_text(json.dumps(found))
 
 

@@ -612,9 +612,8 @@ def test_a_model_that_gives_its_own_loss():
     qdq.calibrate_model(model, scenes)
     images, targets = scenes[0]
     with torch.no_grad():
-        boxes = torch.stack(
-            [row["boxes"] for row in model(images)]
-        )  # without Dropout, BatchNorm as it is
+        # Without Dropout, BatchNorm as it is.
+        boxes = torch.stack([row["boxes"] for row in model(images)])
     wanted = torch.stack([target["box"] for target in targets])
     first = float((boxes - wanted).square().mean() + boxes.abs().mean())
     schedule = Schedule(steps=40, lr=1e-3, bias_lr=1e-2, tune_batchnorm=0)

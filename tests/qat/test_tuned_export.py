@@ -55,9 +55,8 @@ def test_the_graph_is_that_of_a_calibrated_model(residual, images, tmp_path, ran
 
 def test_folding_after_fine_tuning_keeps_the_codes(residual, images):
     tuned = prepare(residual, images, fold=False)
-    torch.nn.init.constant_(
-        residual.norm.weight[:3], -0.7
-    )  # a negative factor turns the codes around
+    # A negative factor turns the codes around.
+    torch.nn.init.constant_(residual.norm.weight[:3], -0.7)
     qdq.finetune(tuned, make_batches(3), schedule=qdq.Schedule(steps=6))
     gain = tuned.norm.weight.detach()
 

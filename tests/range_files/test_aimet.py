@@ -147,9 +147,8 @@ def test_the_examples_of_the_specification():
         }
         assert read([encoding]).amax == pytest.approx(max(-low, high), rel=1e-6)
         bare = {key: encoding[key] for key in ("bitwidth", "offset", "scale", "is_symmetric")}
-        assert read([bare]).amax == pytest.approx(
-            max(-low, high), rel=0.01
-        )  # a step of TensorFlow's
+        # A step of TensorFlow's.
+        assert read([bare]).amax == pytest.approx(max(-low, high), rel=0.01)
 
 
 @pytest.mark.parametrize("steps", [127, 128])

@@ -29,10 +29,11 @@ ACTIVATIONS = {
     "layers.1.conv2._input_quantizer",
     "fc._input_quantizer",
 }
+# Each has the range of the conv1 beside it.
 SHORTCUTS = {
     "layers.0._add_quantizer",
     "layers.1._add_quantizer",
-}  # each has the range of the conv1 beside it
+}
 ONE_OF_EACH = [
     (name, link) for name in FORMATS if name != "qdq" for link in ("dynamo", "torchscript", "qdq")
 ]
@@ -67,9 +68,8 @@ def test_round_trip_keeps_every_bit_of_the_scales(case, tmp_path, name, link):
     read = qdq.import_ranges(case.swapped, path, onnx=None if name == "qdq" else onnx_file)
     assert read.format == name.replace("-0.6.1", "")
     expected, scales = _scales(case.calibrated), _scales(case.swapped)
-    assert (
-        scales.keys() == expected.keys()
-    )  # weights that a file has no place for come from the weights
+    # Weights that a file has no place for come from the weights.
+    assert scales.keys() == expected.keys()
     assert all(torch.equal(scales[key], expected[key]) for key in expected)
     assert set(read.matched) >= ACTIVATIONS | SHORTCUTS
     holds_weights = name not in ("tensorrt", "onnxruntime")
@@ -86,9 +86,8 @@ def test_what_was_imported_computes_as_what_was_exported(case, tmp_path):
 
 
 def test_scales_without_an_exact_amax_are_the_only_ones_that_move():
-    bits = np.random.default_rng(0).integers(
-        80 << 23, 150 << 23, 20000, np.int32
-    )  # any mantissa, 2^-47 to 2^23
+    # Any mantissa, 2^-47 to 2^23.
+    bits = np.random.default_rng(0).integers(80 << 23, 150 << 23, 20000, np.int32)
     scales = bits.view(np.float32)
     computed = compute_scale(torch.from_numpy(amax_of_scale(scales, 127)), qdq.Format()).numpy()
     moved = computed != scales
@@ -115,10 +114,11 @@ class TestTensorRT:
         report = qdq.export_ranges(
             case.calibrated, tmp_path / "cache", format="tensorrt", onnx=case.files["dynamo"]
         )
+        # Not the convolutions.
         assert [report.written[name] for name in sorted(SHORTCUTS)] == [
             ("relu",),
             ("relu_2",),
-        ]  # not the convolutions
+        ]
         header, *lines = (tmp_path / "cache").read_text().splitlines()
         assert header.startswith("TRT-") and header.endswith("-EntropyCalibration2")
         scale_texts = dict(line.split(": ") for line in lines)
@@ -269,9 +269,8 @@ class TestONNXRuntime:
                 assert {name: report.matched[name] for name in truth} == pytest.approx(
                     truth, rel=1e-5
                 )
-                assert (
-                    "made symmetric" in report.notes["layers.0.conv2._input_quantizer"]
-                )  # behind a ReLU
+                # Behind a ReLU.
+                assert "made symmetric" in report.notes["layers.0.conv2._input_quantizer"]
 
     def test_its_loader_and_its_quantizer_take_ours(self, case, folder):
         from onnxruntime.quantization import (
@@ -610,7 +609,7 @@ class TestQdqOnnx:
     def test_a_pair_of_several_quantizers_gets_the_largest(self, case, tmp_path):
         shortcut = case.calibrated.layers[0]._add_quantizer
         leader = case.calibrated.layers[0].conv1._input_quantizer
-        vars(shortcut)["_leader"] = qdq.TensorQuantizer(
+        vars(shortcut)["leader"] = qdq.TensorQuantizer(
             qdq.QuantDescriptor(amax=2 * leader.amax.item())
         )
         report = qdq.export_ranges(
@@ -681,7 +680,7 @@ class TestQdqOnnx:
             case.swapped.layers[1]._add_quantizer,
         )
         assert isinstance(follower, SharedQuantizer) and follower.leader is not leader
-        vars(follower)["_leader"] = leader
+        vars(follower)["leader"] = leader
         (tmp_path / "ranges.json").write_text('{"relu": [-1.0, 1.0], "relu_2": [-3.0, 3.0]}')
         report = qdq.import_ranges(
             case.swapped, tmp_path / "ranges.json", onnx=case.files["dynamo"]
@@ -766,9 +765,8 @@ class TestQdqOnnx:
 
 
 def test_a_quantizer_that_cannot_take_its_range_keeps_the_others_from_theirs(case):
-    case.swapped.fc._weight_quantizer.amax = torch.tensor(
-        1.0
-    )  # one number; the file has one a channel
+    # One number; the file has one a channel.
+    case.swapped.fc._weight_quantizer.amax = torch.tensor(1.0)
     with pytest.raises(
         StateError, match=r"fc\._weight_quantizer has 1 ranges now, and would get 32"
     ) as caught:

@@ -107,9 +107,8 @@ def test_fine_tuning_has_a_section_of_its_own(page):
     outline = Outline(text)
     assert [attributes["id"] for tag, attributes in outline.tags if tag == "section"][3] == "tuning"
     assert EVIL not in text and "Quantization with fine-tuning" in text
-    assert (
-        text.count("<circle") == 3 + 40 + 2
-    )  # the metric, three steps a point of the loss, the ends of the network
+    # The metric, three steps a point of the loss, the ends of the network.
+    assert text.count("<circle") == 3 + 40 + 2
 
 
 def test_the_page_needs_nothing_else(page):

@@ -205,9 +205,8 @@ def test_activations_are_measured_on_the_calibration_data(finished, layers):
     assert record.clipped == pytest.approx(
         float((inputs[0].abs() > record.amax).double().mean()), abs=2e-4
     )
-    assert record.shares == (
-        "_add_quantizer",
-    )  # which reads the same tensor; it was collected at both
+    # Which reads the same tensor; it was collected at both.
+    assert record.shares == ("_add_quantizer",)
     assert sum(record.histogram) == 2 * int((inputs[0] != 0).sum())
     assert 2 <= len(record.histogram) <= 64
     counts, _ = np.histogram(

@@ -8,11 +8,11 @@ import onnx_ir as ir
 
 from qdq.check.rules.registry import Flaw, register_rule
 from qdq.check.rules.view import GraphView, is_op, name_of
+from qdq.graph.opset import FIRST_WITH_HALF_SCALES
 
 _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _FLOATS = (*_HALVES, ir.DataType.FLOAT, ir.DataType.DOUBLE)
-_FIRST_HALF_OPSET = 19
-_FIRST_MIXED_OPSET = 23
+_FIRST_MIXED_OPSET = 23  # input and scale of Q/DQ may differ in type
 _INTEGER_OPS = (
     "DynamicQuantizeLinear",
     "QGemm",
@@ -67,7 +67,7 @@ def _check_scale_type(view: GraphView, node: ir.Node) -> Iterator[Flaw]:
     Half precision needs opset 19. A type other than that of the tensor needs opset 23.
     """
     scale = view.dtype(node.inputs[1])
-    has_no_halves = 0 < view.opset < _FIRST_HALF_OPSET
+    has_no_halves = 0 < view.opset < FIRST_WITH_HALF_SCALES
     if scale in _HALVES and has_no_halves:
         yield Flaw(
             node=name_of(node),

@@ -15,6 +15,7 @@ from qdq.compat.calib.calibrator import _Calibrator
 from qdq.compat.tensor_quant import E4M3, EPS
 from qdq.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from qdq.formats import Format
+from qdq.observers import DEFAULT_PERCENTILE
 from qdq.observers.entropy import solve_entropy
 from qdq.observers.finite import require_finite, require_tensor
 from qdq.observers.max import Axis, reduce_amax
@@ -198,7 +199,12 @@ class HistogramCalibrator(_Calibrator):
         return hist
 
     def compute_amax(
-        self, method: str, *, stride: int = 1, start_bin: int = 128, percentile: float = 99.99
+        self,
+        method: str,
+        *,
+        stride: int = 1,
+        start_bin: int = 128,
+        percentile: float = DEFAULT_PERCENTILE,
     ) -> torch.Tensor | None:
         """Compute amax from the counts; may be called again with another method, the counts stay.
 

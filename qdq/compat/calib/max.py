@@ -53,9 +53,8 @@ class MaxCalibrator(_Calibrator):
         if x.numel() == 0:
             return
         amax = reduce_amax(x, self._axis)
-        amax = (
-            amax.reshape(()) if amax.numel() == 1 else amax
-        )  # one element is 0-D, whatever the axes
+        # One element is 0-D, whatever the axes.
+        amax = amax.reshape(()) if amax.numel() == 1 else amax
         require_finite(amax, x)
         self._merge(amax)
         self.num_batches += 1

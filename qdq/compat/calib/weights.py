@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from qdq.compat.calib.bins import bin_of
 from qdq.compat.calib.histogram import HistogramCalibrator
 from qdq.errors import ArgumentTypeError, CalibrationError
+from qdq.observers import DEFAULT_PERCENTILE
 from qdq.observers.finite import require_finite
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ def calibrate_weights(
     model: nn.Module,
     method: str = "percentile",
     perchannel: bool = True,
-    percentile: float = 99.99,
+    percentile: float = DEFAULT_PERCENTILE,
     num_bins: int = 2048,
 ) -> None:
     """Give every weight quantizer of a model its range, without data.

@@ -86,9 +86,8 @@ def _set_default(quant_cls: type, name: str, value: Any) -> None:
             f"{value!r} is not an instance of QuantDescriptor but of {type(value).__name__}.",
             "build one with tensor_quant.QuantDescriptor(...).",
         )
-    setattr(
-        quant_cls, name, copy.deepcopy(value)
-    )  # on this class: subclasses inherit it, siblings do not
+    # On this class: subclasses inherit it, siblings do not.
+    setattr(quant_cls, name, copy.deepcopy(value))
 
 
 class _QuantizesInput:

@@ -206,9 +206,8 @@ class TensorQuantizer(CoreTensorQuantizer):
     @property
     def amax(self) -> torch.Tensor | None:
         """The range as the buffer itself, None until set."""
-        return self._buffers.get(
-            "_amax"
-        )  # again: torch.compile cannot follow super() to a property
+        # Not through super(): torch.compile cannot follow it to a property.
+        return self._buffers.get("_amax")
 
     @amax.setter
     def amax(self, value: Any) -> None:
@@ -245,9 +244,8 @@ class TensorQuantizer(CoreTensorQuantizer):
 
     def _store(self, buffer: str, value: torch.Tensor) -> None:
         current = self._buffers.get(buffer)
-        if current is None or bool(
-            current.isnan().all()
-        ):  # NaN: calibrated without data, and whatever comes is better
+        # A range of NaN was calibrated without data; any other range is better.
+        if current is None or bool(current.isnan().all()):
             self.register_buffer(buffer, own_tensor(value))
         elif buffer == "_amax" and self._mends_axis(value):
             self.register_buffer(buffer, own_tensor(value.to(current.device)))
@@ -459,9 +457,8 @@ class TensorQuantizer(CoreTensorQuantizer):
             return fake_quantize(
                 inputs, amax, Format(self._num_bits, self._unsigned), self._single_axis()
             )
-        if (
-            self._fake_quant and is_exporting() and self._is_int8()
-        ):  # the program that is captured may become ONNX
+        # The program that is captured may become ONNX.
+        if self._fake_quant and is_exporting() and self._is_int8():
             fmt = Format(8, self._unsigned, self._narrow_range)
             return fake_quantize(inputs, amax, fmt, self._single_axis())
         if self._fake_quant:
