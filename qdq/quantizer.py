@@ -131,6 +131,21 @@ class TensorQuantizer(nn.Module):
             self.amax = desc.amax
 
     @property
+    def num_bits(self) -> int:
+        """Width of the codes in bits."""
+        return self.format.num_bits
+
+    @property
+    def unsigned(self) -> bool:
+        """Whether codes start at 0."""
+        return self.format.unsigned
+
+    @property
+    def narrow_range(self) -> bool:
+        """Whether the most negative code is left out."""
+        return self.format.narrow_range
+
+    @property
     def format(self) -> Format:
         """Codes and width as a `Format`."""
         return Format(self._num_bits, self._unsigned, self._narrow_range)
@@ -350,6 +365,20 @@ class TensorQuantizer(nn.Module):
                 yield
             finally:
                 leader._calibrator = calibrator
+
+    @contextmanager
+    def restoring_range_on_error(self) -> Iterator[None]:
+        """Restore the range, or its absence, if the block raises."""
+        former = self._buffers.get("_amax")
+        if former is not None:
+            former = former.clone()
+        try:
+            yield
+        except BaseException:
+            self._buffers.pop("_amax", None)
+            if former is not None:
+                self._buffers["_amax"] = former
+            raise
 
     @contextmanager
     def using_range(self, amax: float) -> Iterator[None]:

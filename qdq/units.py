@@ -113,7 +113,7 @@ class _Quantizers:
             if isinstance(module, QuantInputMixin):
                 self.by_name[name] = list(module.quantizers().values())
             if isinstance(module, QuantFunctionsMixin):
-                for site, operands in module._function_quantizers.items():
+                for site, operands in module.function_quantizers.items():
                     call = join_name(name, site)
                     calls[call] = [getattr(module, attribute) for attribute in operands.values()]
                     if len(operands) == 1:

@@ -4,9 +4,9 @@ python tools/measure_house.py [FOLDER ...] [--json FILE]
 
 Without a folder it measures the package qdq. Give the folders of other packages, or of an older checkout, to compare:
 
-git worktree add /tmp/before v0.1.0
-pip install --no-deps --target /tmp/peer optimum-quanto
-python tools/measure_house.py qdq /tmp/before/qdq /tmp/peer/optimum/quanto
+git worktree add ../before v0.1.0
+pip install --no-deps --target ../peer optimum-quanto
+python tools/measure_house.py qdq ../before/qdq ../peer/optimum/quanto
 """
 
 from __future__ import annotations

@@ -490,15 +490,7 @@ def _reason_against_range(statistics: Statistics, leader: str) -> str:
 @contextmanager
 def _all_or_none(quantizers: Iterable[TensorQuantizer]) -> Iterator[None]:
     """Restore all ranges if the block raises."""
-    former_ranges = []
-    for quantizer in quantizers:
-        amax = quantizer._buffers.get("_amax")
-        former_ranges.append((quantizer, None if amax is None else amax.clone()))
-    try:
+    with ExitStack() as exits:
+        for quantizer in quantizers:
+            exits.enter_context(quantizer.restoring_range_on_error())
         yield
-    except BaseException:
-        for quantizer, amax in former_ranges:
-            quantizer._buffers.pop("_amax", None)
-            if amax is not None:
-                quantizer._buffers["_amax"] = amax
-        raise

@@ -408,7 +408,7 @@ def _fingerprint(quantizers: dict[str, TensorQuantizer], model: nn.Module) -> st
     lines = []
     for name, q in quantizers.items():
         if not isinstance(q, SharedQuantizer):
-            lines.append(f"{name} {q._num_bits} {q._unsigned} {q._narrow_range} {q._axis}")
+            lines.append(f"{name} {q.num_bits} {q.unsigned} {q.narrow_range} {q.axis}")
     for name, parameter in model.named_parameters():
         lines.append(f"{name} {list(parameter.shape)}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -40,9 +40,17 @@ class QuantFunctionsMixin(nn.Module):
 
     float_class: ClassVar[type[nn.Module]]
     _function_quantizers: dict[str, dict[int, str]]
-    """Call ("add", "add_1") -> position among its tensors -> attribute of the quantizer."""
     _function_calls: tuple[str, ...]
-    """All calls that this module makes in one forward of the model, in order, over all runs of the module."""
+
+    @property
+    def function_quantizers(self) -> dict[str, dict[int, str]]:
+        """Call ("add", "add_1") -> position among its tensors -> attribute of the quantizer."""
+        return self._function_quantizers
+
+    @property
+    def function_calls(self) -> tuple[str, ...]:
+        """All calls that this module makes in one forward of the model, in order, over all runs of the module."""
+        return self._function_calls
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Give the class the forward of the module, with its signature, which torch.export reads."""

@@ -244,9 +244,9 @@ class _Finder:
             name: Dotted name.
             module: The module.
         """
-        for site, operands in module._function_quantizers.items():
+        for site, operands in module.function_quantizers.items():
             function = function_of(site)
-            calls, reason = find_calls(function, module._function_calls, self._nodes.get(name, []))
+            calls, reason = find_calls(function, module.function_calls, self._nodes.get(name, []))
             nodes = [node for called, node in calls if called == site]
             for operand, attribute in operands.items():
                 path = _join(name, attribute)
