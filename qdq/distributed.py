@@ -14,9 +14,9 @@ import torch
 from torch import distributed
 from torch.utils._pytree import tree_map_only
 
+from qdq.batch import tensors_of
 from qdq.errors import CalibrationError, DataError, QdqError, StateError
 from qdq.files import read_file
-from qdq.forward import tensors_of
 from qdq.run import find_announced
 
 

@@ -15,17 +15,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from qdq.batch import require_batches, split_inputs, tensors_of
 from qdq.check import OnnxModel, Session
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError, is_out_of_memory
-from qdq.forward import (
-    call_model,
-    evaluating,
-    name_leaves,
-    require_batches,
-    require_model,
-    split_inputs,
-    tensors_of,
-)
+from qdq.forward import call_model, evaluating, name_leaves, require_model
 from qdq.graph.tensors import list_data_files
 from qdq.metrics import Array, agreement, sqnr_db, top_k
 from qdq.quantizer import named_quantizers

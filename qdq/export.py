@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 import qdq
+from qdq.batch import split_inputs, tensors_of
 from qdq.calibrate import Range
 from qdq.calibrate.collect import bytes_of
 from qdq.capture import CapturedGraph, capture_graph
@@ -29,7 +30,7 @@ from qdq.check.rules import find_violations
 from qdq.errors import ArgumentError, ArgumentTypeError, CheckError, ExportError
 from qdq.files import as_path, guard_files
 from qdq.formats import Format
-from qdq.forward import require_model, split_inputs, tensors_of
+from qdq.forward import require_model
 from qdq.graph.coverage import WeightedNode, count_qdq, list_weighted_nodes
 from qdq.graph.fold_casts import FoldCasts
 from qdq.graph.fold_pad import FoldPad

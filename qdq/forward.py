@@ -22,8 +22,9 @@ import torch.fx
 from torch import nn
 from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten_with_path, tree_leaves
+from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten_with_path
 
+from qdq.batch import split_inputs, tensors_of
 from qdq.errors import ArgumentTypeError
 from qdq.functions import ALIASES, CONTRACTIONS
 
@@ -164,59 +165,6 @@ def _has_operators(module: torch.fx.GraphModule) -> bool:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten":
             return True
     return False
-
-
-def require_batches(batches: Any) -> None:
-    """Refuse a single tensor or dictionary where batches are expected: iterating it would give its rows or its keys.
-
-    Args:
-        batches: Any object.
-
-    Raises:
-        ArgumentTypeError: It yields no batches. The message says what to pass instead.
-    """
-    is_iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
-    if isinstance(batches, str | bytes | nn.Module) or not is_iterable:
-        raise ArgumentTypeError(
-            f"batches is of type {type(batches).__name__}; expected something that yields batches.",
-            "pass a list of batches, or a DataLoader.",
-        )
-    if isinstance(batches, torch.Tensor | Mapping):
-        raise ArgumentTypeError(
-            f"batches is one {type(batches).__name__}; expected something that yields batches.",
-            "pass [batch].",
-        )
-
-
-def tensors_of(tree: Any) -> list[torch.Tensor]:
-    """The tensors among the inputs or outputs of a model, in order; all other values in them are left out.
-
-    Args:
-        tree: Tensors and other values, in lists, tuples and dictionaries of any depth.
-    """
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def floats_of(tree: Any) -> list[torch.Tensor]:
-    """The floating-point tensors among the inputs or outputs of a model, in order.
-
-    Args:
-        tree: As for `tensors_of`.
-    """
-    return [tensor for tensor in tensors_of(tree) if tensor.is_floating_point()]
-
-
-def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments for a model, from an item of a loader.
-
-    A tensor is the input; a mapping gives keyword arguments; of a tuple or list the first item is the input, as in
-    `(images, labels)`.
-    """
-    if isinstance(inputs, tuple | list) and inputs:
-        inputs = inputs[0]
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (inputs,), {}
 
 
 def name_leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qdq.forward import call_model, evaluating, floats_of, tensors_of, trace_forward
+from qdq.batch import floats_of, tensors_of
+from qdq.forward import call_model, evaluating, trace_forward
 
 
 def test_chain():

@@ -35,12 +35,12 @@ from qdq.accuracy.layerwise import (
     sample_outputs,
     visit_products,
 )
+from qdq.batch import join_batches
 from qdq.errors import StateError
 from qdq.forward import require_model
 from qdq.metrics import Array, sqnr_db
 from qdq.nn import QuantMixin
 from qdq.quantizer import TensorQuantizer
-from qdq.samples import join_batches
 
 logger = logging.getLogger(__name__)
 

@@ -32,13 +32,13 @@ from qdq.accuracy.layerwise import (
     sample_outputs,
     visit_products,
 )
+from qdq.batch import join_batches
 from qdq.errors import ArgumentError
 from qdq.forward import require_model
 from qdq.metrics import Array, sqnr_db
 from qdq.nn import QuantMixin
 from qdq.quantize import fake_quantize
 from qdq.quantizer import disable_quantization
-from qdq.samples import join_batches
 
 logger = logging.getLogger(__name__)
 

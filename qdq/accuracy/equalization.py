@@ -33,6 +33,7 @@ from torch.nn.modules.linear import Linear
 from tqdm import tqdm
 
 from qdq.accuracy.layerwise import flatten_outputs
+from qdq.batch import list_filled_batches
 from qdq.calibrate import calibrate_model
 from qdq.dataflow import Dataflow, clamp_of
 from qdq.errors import StateError
@@ -57,7 +58,6 @@ from qdq.functions import (
 from qdq.metrics import Array, sqnr_db
 from qdq.nn import QuantInputMixin
 from qdq.quantizer import disable_quantization
-from qdq.samples import list_filled_batches
 from qdq.swap import quantized_layers, restore_modules, swap_modules
 from qdq.text import group_names
 

@@ -21,21 +21,15 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from qdq.batch import count_samples, floats_of, is_by_sample
 from qdq.dataflow import Dataflow
 from qdq.errors import ArgumentError, DataError, QdqError, StateError
-from qdq.forward import (
-    call_model,
-    evaluating,
-    floats_of,
-    name_function,
-    trace_forward,
-)
+from qdq.forward import call_model, evaluating, name_function, trace_forward
 from qdq.functions import WEIGHTED
 from qdq.metrics import Array
 from qdq.nn import QuantMixin
 from qdq.quantize import own_tensor
 from qdq.quantizer import disable_quantization
-from qdq.samples import count_samples, is_by_sample
 from qdq.swap import quantized_layers
 
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")

@@ -30,12 +30,12 @@ from qdq.analyze.replay import CACHE_BYTES, Replay
 from qdq.analyze.result import Analysis, LayerSensitivity, MixedPoint, Step
 from qdq.analyze.search import Search
 from qdq.analyze.sensitivity import require_labels
+from qdq.batch import list_filled_batches
 from qdq.errors import ArgumentError
 from qdq.forward import ForwardTrace, require_model, trace_forward
 from qdq.patterns import Pattern
 from qdq.plan import PRECISIONS, Plan
 from qdq.quantizer import disable_quantization, disable_until_exit
-from qdq.samples import list_filled_batches
 from qdq.units import Unit, find_units, group_units, match_precisions
 
 __all__ = [

@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import TypedDict
 
 from qdq.analyze.gradients import freezing_parameters
+from qdq.batch import tensors_of
 from qdq.errors import ArgumentError, DataError
-from qdq.forward import ForwardTrace, tensors_of, trace_forward
+from qdq.forward import ForwardTrace, trace_forward
 from qdq.functions import PRODUCT_OPERATORS
 from qdq.quantizer import disable_quantization
 from qdq.schema import read_json, validate

@@ -18,10 +18,10 @@ from qdq.analyze.options import ChosenMetric
 from qdq.analyze.ranks import Ranks
 from qdq.analyze.replay import Replay
 from qdq.analyze.sensitivity import ErrorSums, collect, count_columns, count_rows, reduce_rows
+from qdq.batch import count_samples
 from qdq.errors import StateError
 from qdq.forward import call_model, evaluating
 from qdq.quantizer import TensorQuantizer, disable_quantization, toggling
-from qdq.samples import count_samples
 
 # Outputs of one model on two machines differ by less than this, relative to their energies.
 _MACHINE_TOLERANCE = 1e-3

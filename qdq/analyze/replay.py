@@ -35,7 +35,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from qdq.forward import call_model, evaluating, is_in_place, tensors_of
+from qdq.batch import tensors_of
+from qdq.forward import call_model, evaluating, is_in_place
 from qdq.quantizer import TensorQuantizer, named_quantizers, toggling
 
 CACHE_BYTES = 2 * 2**30

@@ -28,11 +28,11 @@ from torch.utils._pytree import tree_leaves
 
 from qdq.analyze.gradients import freezing_parameters
 from qdq.analyze.sensitivity import ErrorSums
-from qdq.forward import call_model, evaluating, floats_of
+from qdq.batch import count_samples, floats_of
+from qdq.forward import call_model, evaluating
 from qdq.nn import QuantInputMixin
 from qdq.nn.functions import run_again
 from qdq.quantizer import TensorQuantizer, disable_quantization, named_quantizers, toggling
-from qdq.samples import count_samples
 from qdq.units import Unit
 
 _LEAST_NOISE = 1e-3  # smallest fraction of the noise that remains when a unit is removed

@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from qdq.batch import count_samples, floats_of
 from qdq.errors import DataError
-from qdq.forward import floats_of
-from qdq.samples import count_samples
 
 ErrorSums = npt.NDArray[np.float64]
 """One row per sample, or one per batch if its outputs have no sample axis; the columns can be summed."""

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from qdq.batch import require_batches
 from qdq.calibrate.collect import Collection, collect_and_hold_out, format_of
 from qdq.calibrate.selection import select_methods
 from qdq.calibrate.weights import require_weight_method, solve_weight
 from qdq.distributed import failing_together, find_rank, gather_bytes
 from qdq.errors import ArgumentError, ArgumentTypeError, CalibrationError
-from qdq.forward import require_batches, require_model
-from qdq.observers import DEFAULT_PERCENTILE
+from qdq.forward import require_model
+from qdq.observers.methods import DEFAULT_PERCENTILE
 from qdq.observers.solve import SOLVERS
 from qdq.observers.tensor_statistics import TensorStatistics
 from qdq.quantizer import TensorQuantizer

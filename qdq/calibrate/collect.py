@@ -16,18 +16,12 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
+from qdq.batch import require_batches, split_inputs, tensors_of
 from qdq.calibrate.pass_file import PassFile
 from qdq.distributed import failing_together, find_rank, gather_bytes
 from qdq.errors import ArgumentError, CalibrationError
 from qdq.formats import Format
-from qdq.forward import (
-    call_model,
-    evaluating,
-    require_batches,
-    require_model,
-    split_inputs,
-    tensors_of,
-)
+from qdq.forward import call_model, evaluating, require_model
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.observers.collector import TensorCollector, TensorReader
 from qdq.quantizer import SharedQuantizer, TensorQuantizer, named_quantizers

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from qdq.batch import floats_of
 from qdq.calibrate.collect import Collection
 from qdq.distributed import failing_together, gather_bytes
 from qdq.errors import CalibrationError
-from qdq.forward import call_model, evaluating, floats_of
+from qdq.forward import call_model, evaluating
 from qdq.nn import QuantInputMixin
 from qdq.nn.functions import run_again
 from qdq.quantize import fake_quantize

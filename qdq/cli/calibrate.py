@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.types import PositiveFloat
 
-from qdq.observers import Method
+from qdq.observers.methods import Method
 
 CalibMethod = Literal[Method, "best"]
 """Methods of `calibrate_model`, for the signatures of recipes; "best" needs the model."""

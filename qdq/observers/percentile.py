@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qdq.errors import ArgumentError
-from qdq.observers import DEFAULT_PERCENTILE
+from qdq.observers.methods import DEFAULT_PERCENTILE
 
 logger = logging.getLogger(__name__)
 

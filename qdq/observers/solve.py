@@ -7,10 +7,10 @@ from typing import Any
 
 from qdq.errors import ArgumentError
 from qdq.formats import Format
-from qdq.observers import DEFAULT_PERCENTILE
 from qdq.observers.aciq import gauss_ratio, laplace_ratio
 from qdq.observers.batch_maxima import average_maxima, moving_average
 from qdq.observers.entropy import solve_entropy
+from qdq.observers.methods import DEFAULT_PERCENTILE
 from qdq.observers.mse import solve_mse
 from qdq.observers.percentile import solve_percentile
 from qdq.observers.tensor_statistics import TensorStatistics

@@ -19,12 +19,13 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
+from qdq.batch import count_samples, require_batches, tensors_of
 from qdq.calibrate.collect import digest_tensors
 from qdq.distributed import failing_together, find_rank, gather_bytes, joining_processes
 from qdq.errors import ArgumentError, ArgumentTypeError, StateError
 from qdq.evaluate import predict
 from qdq.files import to_jsonable, write_json
-from qdq.forward import find_device, require_batches, require_model, tensors_of
+from qdq.forward import find_device, require_model
 from qdq.metrics import sqnr_db
 from qdq.patterns import Pattern
 from qdq.qat.checkpoint import keeping_random_state, load_tuned, save_tuned
@@ -35,7 +36,6 @@ from qdq.qat.record import Measurement, Record
 from qdq.qat.trainer import Trainer, copy_float, digest_weights
 from qdq.qat.watch import BadRange, Oscillation, find_bad_ranges
 from qdq.run import require_seed
-from qdq.samples import count_samples
 from qdq.schedule import Schedule
 
 __all__ = [

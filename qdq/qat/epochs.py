@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from qdq.batch import require_batches, tensors_of
 from qdq.calibrate.collect import digest_tensors
 from qdq.errors import DataError
-from qdq.forward import require_batches, tensors_of
 from qdq.qat.checkpoint import keeping_random_state, unpack_random
 from qdq.run import set_seed
 

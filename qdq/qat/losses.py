@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from qdq.batch import floats_of
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError, StateError
-from qdq.forward import call_model, evaluating, floats_of
+from qdq.forward import call_model, evaluating
 from qdq.nn import QuantMixin
 from qdq.patterns import Pattern, Patterns
 from qdq.swap import quantized_layers

@@ -1,4 +1,4 @@
-"""How ranges change during fine-tuning: not at all, learned by gradient, or as a moving average of maxima."""
+"""How ranges change during fine-tuning: not at all, as averages, or learned (gradient: `quantize.fake_quantize`)."""
 
 from __future__ import annotations
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from qdq.batch import floats_of
 from qdq.calibrate.collect import Collection
-from qdq.forward import call_model, evaluating, floats_of
+from qdq.forward import call_model, evaluating
 from qdq.quantize import quantize_codes
 from qdq.quantizer import TensorQuantizer, named_quantizers
 

@@ -22,18 +22,11 @@ import torch
 from torch import nn
 
 from qdq.analyze import Analysis, LayerSensitivity
+from qdq.batch import floats_of
 from qdq.build import BuildReport
 from qdq.calibrate import Range
 from qdq.dataflow import Dataflow
-from qdq.forward import (
-    Contraction,
-    ForwardTrace,
-    Operation,
-    call_model,
-    evaluating,
-    floats_of,
-    trace_forward,
-)
+from qdq.forward import Contraction, ForwardTrace, Operation, call_model, evaluating, trace_forward
 from qdq.functions import CONTRACTIONS, SINGLE_PRODUCTS
 from qdq.metrics import sqnr_db
 from qdq.nn import QuantInputMixin, QuantMixin

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 import qdq.cli.calibrate
 from qdq import ArgumentError, ArgumentTypeError
 from qdq.formats import Format
-from qdq.observers import DEFAULT_PERCENTILE
 from qdq.observers.aciq import gauss_ratio, laplace_ratio
 from qdq.observers.collector import TensorCollector
 from qdq.observers.entropy import solve_entropy
 from qdq.observers.max import reduce_amax
+from qdq.observers.methods import DEFAULT_PERCENTILE
 from qdq.observers.mse import solve_mse
 from qdq.observers.percentile import solve_percentile
 from qdq.observers.solve import SOLVERS, solve_amax

@@ -20,7 +20,7 @@ from qdq import (
     export_onnx,
     solve_ranges,
 )
-from qdq.observers import METHODS
+from qdq.observers.methods import METHODS
 from qdq.observers.solve import SOLVERS
 from qdq.observers.tensor_statistics import TensorStatistics
 from qdq.quantize import compute_scale

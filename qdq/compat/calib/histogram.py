@@ -15,10 +15,10 @@ from qdq.compat.calib.calibrator import _Calibrator
 from qdq.compat.tensor_quant import E4M3, EPS
 from qdq.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from qdq.formats import Format
-from qdq.observers import DEFAULT_PERCENTILE
 from qdq.observers.entropy import solve_entropy
 from qdq.observers.finite import require_finite, require_tensor
 from qdq.observers.max import Axis, reduce_amax
+from qdq.observers.methods import DEFAULT_PERCENTILE
 from qdq.observers.mse import solve_mse_levels
 from qdq.observers.percentile import solve_percentile
 

@@ -12,8 +12,8 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from qdq.compat.calib.bins import bin_of
 from qdq.compat.calib.histogram import HistogramCalibrator
 from qdq.errors import ArgumentTypeError, CalibrationError
-from qdq.observers import DEFAULT_PERCENTILE
 from qdq.observers.finite import require_finite
+from qdq.observers.methods import DEFAULT_PERCENTILE
 
 logger = logging.getLogger(__name__)
 

@@ -1,18 +1,71 @@
-"""The samples of a batch: their number, the batches that hold any, and several batches as one."""
+"""Batches: how one is unpacked for a model, how many samples it has, and several batches as one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._pytree import keystr, tree_map_with_path
+from torch import nn
+from torch.utils._pytree import keystr, tree_leaves, tree_map_with_path
 
-from qdq.errors import DataError
-from qdq.forward import require_batches, split_inputs, tensors_of
+from qdq.errors import ArgumentTypeError, DataError
 
 _MAX_IMAGE_CHANNELS = 4
+
+
+def require_batches(batches: Any) -> None:
+    """Refuse a single tensor or dictionary where batches are expected: iterating it would give its rows or its keys.
+
+    Args:
+        batches: Any object.
+
+    Raises:
+        ArgumentTypeError: It yields no batches. The message says what to pass instead.
+    """
+    is_iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    if isinstance(batches, str | bytes | nn.Module) or not is_iterable:
+        raise ArgumentTypeError(
+            f"batches is of type {type(batches).__name__}; expected something that yields batches.",
+            "pass a list of batches, or a DataLoader.",
+        )
+    if isinstance(batches, torch.Tensor | Mapping):
+        raise ArgumentTypeError(
+            f"batches is one {type(batches).__name__}; expected something that yields batches.",
+            "pass [batch].",
+        )
+
+
+def tensors_of(tree: Any) -> list[torch.Tensor]:
+    """The tensors among the inputs or outputs of a model, in order; all other values in them are left out.
+
+    Args:
+        tree: Tensors and other values, in lists, tuples and dictionaries of any depth.
+    """
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def floats_of(tree: Any) -> list[torch.Tensor]:
+    """The floating-point tensors among the inputs or outputs of a model, in order.
+
+    Args:
+        tree: As for `tensors_of`.
+    """
+    return [tensor for tensor in tensors_of(tree) if tensor.is_floating_point()]
+
+
+def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments for a model, from an item of a loader.
+
+    A tensor is the input; a mapping gives keyword arguments; of a tuple or list the first item is the input, as in
+    `(images, labels)`.
+    """
+    if isinstance(inputs, tuple | list) and inputs:
+        inputs = inputs[0]
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs,), {}
 
 
 def count_samples(batch: Any) -> int:

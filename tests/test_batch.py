@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from qdq.batch import count_samples, join_batches, list_filled_batches
 from qdq.errors import ArgumentTypeError, DataError
-from qdq.samples import count_samples, join_batches, list_filled_batches
 
 IMAGES = torch.arange(24.0).reshape(4, 3, 2)
 
