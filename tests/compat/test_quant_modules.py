@@ -151,7 +151,7 @@ def test_custom_modules(caplog):
 )
 def test_wrong_custom_entry(wrong):
     quant_modules.initialize()
-    with pytest.raises(TypeError, match="no entry") as caught:
+    with pytest.raises(TypeError, match="not an entry") as caught:
         quant_modules.initialize(custom_quant_modules=[wrong])
     assert isinstance(caught.value, QdqError)
     quant_modules.deactivate()
