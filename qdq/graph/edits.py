@@ -64,3 +64,18 @@ def remove_if_unread(node: ir.Node) -> bool:
 def is_needed(value: ir.Value) -> bool:
     """Whether a node reads a value, or the graph returns it."""
     return bool(value.uses()) or value.is_graph_output()
+
+
+def find_free_name(graph: ir.Graph, stem: str, first: int) -> str:
+    """A name that no initializer has: the stem and a number.
+
+    Args:
+        graph: The graph.
+        stem: How the name begins.
+        first: The lowest number to try.
+    """
+    number = first
+    while f"{stem}{number}" in graph.initializers:
+        number += 1
+
+    return f"{stem}{number}"

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from qdq.errors import ExportError
 from qdq.graph.coverage import WEIGHTED_OPS, dequantizer_of, follow_axis, module_of, output_axis
-from qdq.graph.edits import add_initializer, remove_if_unused
+from qdq.graph.edits import add_initializer, find_free_name, remove_if_unused
 from qdq.graph.pairs import constant_of, input_of, is_int8_zero, is_op, producer_of
 from qdq.text import list_names
 
@@ -440,18 +440,9 @@ def _set_constant(readers: list[ir.Node], position: int, array: npt.NDArray[Any]
             old_value.const_value = ir.tensor(array, name=old_value.name)
             continue
 
-        name = _free_name(graph, str(old_value.name))
+        name = find_free_name(graph, f"{old_value.name}_", 2)
         new_value = add_initializer(graph, name, array)
         for user in readers:
             if user.inputs[position] is old_value:
                 user.replace_input_with(position, new_value)
         remove_if_unused(old_value)
-
-
-def _free_name(graph: ir.Graph, name: str) -> str:
-    """A name that no initializer has: the given one with a number after it, from 2 on."""
-    number = 2
-    while f"{name}_{number}" in graph.initializers:
-        number += 1
-
-    return f"{name}_{number}"

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qdq.graph.edits import add_initializer, remove_if_unused
+from qdq.graph.edits import add_initializer, find_free_name, remove_if_unused
 from qdq.graph.pairs import QDQ_OPS, code_type_of, constant_of, input_of, is_op, producer_of
 
 _UINT8_MIDDLE = 128  # the zero point with which uint8 has the range of int8
@@ -250,15 +250,6 @@ def _replace_constant(node: ir.Node, position: int, array: npt.NDArray[Any]) -> 
 
     old_value = input_of(node, position)
     old_name = node.outputs[0].name if old_value is None else old_value.name
-    name = _free_name(graph, f"{old_name or 'constant'}.qdq")
+    name = find_free_name(graph, f"{old_name or 'constant'}.qdq", 0)
     node.replace_input_with(position, add_initializer(graph, name, array))
     remove_if_unused(old_value)
-
-
-def _free_name(graph: ir.Graph, stem: str) -> str:
-    """A name with the first number, from 0 on, that no initializer has."""
-    number = 0
-    while f"{stem}{number}" in graph.initializers:
-        number += 1
-
-    return f"{stem}{number}"

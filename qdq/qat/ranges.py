@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from qdq.calibrate.collect import Collection
+from qdq.calibrate.collect import Collection, WeightSite
 from qdq.calibrate.weights import solve_weight
 from qdq.distributed import max_over_ranks
 from qdq.errors import ArgumentError, StateError
@@ -73,12 +72,12 @@ class RangeTuning:
 
     def _select_weights(
         self, collection: Collection, within: set[nn.Module]
-    ) -> dict[TensorQuantizer, _Weight]:
+    ) -> dict[TensorQuantizer, WeightSite]:
         weights = {}
-        for name, (layer, module, parameter) in collection.weights.items():
+        for name, site in collection.weights.items():
             quantizer = self._quantizers[name]
             if quantizer in within:
-                weights[quantizer] = _Weight(f"{layer}.{parameter}", module, parameter)
+                weights[quantizer] = site
         return weights
 
     def _learn(self, quantizers: Sequence[TensorQuantizer], method: str) -> None:
@@ -130,8 +129,8 @@ class RangeTuning:
             if largest.any():  # 0 if the step did not reach it
                 quantizer.amax = _DECAY * amax + (1 - _DECAY) * largest.reshape(amax.shape)
         self._largest.clear()
-        for quantizer, weight in self._weights.items():
-            quantizer.amax = solve_weight(weight.label, weight.value, quantizer, "max")
+        for quantizer, site in self._weights.items():
+            quantizer.amax = solve_weight(site.label, site.weight, quantizer, "max")
 
     def _gather_maxima(self) -> Sequence[torch.Tensor]:
         """The largest values of the step over all processes, in one collective; 0 for ranges that it did not reach."""
@@ -151,27 +150,6 @@ class RangeTuning:
         self.parameters = {}
         self.of_inputs = set()
         self._follows_maxima = False
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """A weight whose range follows it.
-
-    Args:
-        label: Dotted name.
-        module: The layer that holds it.
-        parameter: Name of the parameter in the layer.
-    """
-
-    label: str
-    module: nn.Module
-    parameter: str
-
-    @property
-    def value(self) -> torch.Tensor:
-        """The current weight."""
-        value: torch.Tensor = getattr(self.module, self.parameter)
-        return value
 
 
 def require_range_method(method: str) -> None:

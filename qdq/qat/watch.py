@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qdq.batch import floats_of
-from qdq.calibrate.collect import Collection
+from qdq.calibrate.collect import Collection, WeightSite
 from qdq.forward import call_model, evaluating
 from qdq.quantize import quantize_codes
 from qdq.quantizer import TensorQuantizer, named_quantizers
@@ -93,7 +93,7 @@ class OscillationWatch:
         for weight, reversals in zip(self._weights, self._reversals, strict=True):
             share = float((reversals >= _MIN_REVERSALS).float().mean())
             if share > _MIN_OSCILLATING:
-                oscillations.append(Oscillation(weight.layer, share))
+                oscillations.append(Oscillation(weight.site.layer_name, share))
         oscillations.sort(key=lambda oscillation: -oscillation.share)
         return tuple(oscillations)
 
@@ -103,24 +103,19 @@ class _QuantizedWeight:
     """A weight and its quantizer.
 
     Args:
-        layer: Dotted name of the layer.
+        site: The parameter in its layer.
         quantizer_name: Dotted name of the quantizer.
-        module: The layer.
-        parameter: Name of the parameter in the layer.
         quantizer: The quantizer.
     """
 
-    layer: str
+    site: WeightSite
     quantizer_name: str
-    module: nn.Module
-    parameter: str
     quantizer: TensorQuantizer
 
     @property
     def value(self) -> torch.Tensor:
         """The current weight, without its gradient."""
-        value: torch.Tensor = getattr(self.module, self.parameter)
-        return value.detach()
+        return self.site.weight.detach()
 
     @torch.no_grad()
     def quantize(self) -> torch.Tensor:
@@ -135,8 +130,8 @@ class _QuantizedWeight:
 def _list_weights(model: nn.Module) -> list[_QuantizedWeight]:
     quantizers = dict(named_quantizers(model))
     weights = []
-    for name, (layer, module, parameter) in Collection(model).weights.items():
-        weights.append(_QuantizedWeight(layer, name, module, parameter, quantizers[name]))
+    for name, site in Collection(model).weights.items():
+        weights.append(_QuantizedWeight(site, name, quantizers[name]))
     return weights
 
 
