@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten_with_path
 
 from qdq.batch import split_inputs, tensors_of
+from qdq.device import find_device, move_batch
 from qdq.errors import ArgumentTypeError
 from qdq.functions import ALIASES, CONTRACTIONS
 
@@ -223,12 +224,12 @@ def _describe_key(key: Any) -> str:
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call a model on an item of a loader, see `split_inputs`.
+    """Call a model on an item of a loader, see `split_inputs`, which is moved to the device of the model.
 
     A model that `torch.compile` has compiled runs uncompiled, so that hooks and quantizers take effect; in training
     (with gradients) it runs compiled.
     """
-    args, kwargs = split_inputs(inputs)
+    args, kwargs = move_batch(split_inputs(inputs), find_device(model))
     can_be_compiled = "torch._dynamo" in sys.modules
     if torch.is_grad_enabled() or not can_be_compiled:
         return model(*args, **kwargs)
@@ -260,16 +261,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training.items():
             module.training = flag
-
-
-def find_device(model: nn.Module) -> torch.device:
-    """The device of the first parameter of a model; the CPU if it has no parameters.
-
-    Args:
-        model: Any module.
-    """
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def trace_forward(

@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import signal
 
+import pretended_device
 import pytest
 import torch
 from processes import Processes
@@ -15,6 +16,36 @@ from torch import nn
 # A shell's background job; tests of Ctrl-C send real ones.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark the tests that use a GPU, and keep them in one worker: the others stay without the pretended device."""
+    for item in items:
+        if "gpu" in item.fixturenames:
+            item.add_marker("gpu")
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.xdist_group("gpu"))
+
+
+@pytest.fixture(scope="session")
+def gpu(pytestconfig):
+    """A GPU; without one, the pretended device."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    try:
+        return pretended_device.install(pytestconfig.cache.mkdir("pretended_device"))
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        pytest.skip(f"no GPU, and the pretended device cannot be built: {reason}")
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request):
+    """The CPU, and as `gpu`."""
+    if request.param == "cpu":
+        return torch.device("cpu")
+    return request.getfixturevalue("gpu")
 
 
 @pytest.fixture(autouse=True)

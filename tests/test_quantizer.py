@@ -135,17 +135,16 @@ class TestTensorQuantizer:
         quantizer = TensorQuantizer(QuantDescriptor(amax=1.0)).to("meta")
         assert "meta" in repr(quantizer)
 
-    @pytest.mark.gpu
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-    def test_same_bits_on_the_gpu(self):
+    def test_same_bits_on_the_gpu(self, gpu):
         for fmt in FORMATS:
             x = torch.from_numpy(edge_values(1.3, fmt).astype(np.float32))
             same_bits(
-                fake_quantize(x.cuda(), torch.tensor(1.3).cuda(), fmt).cpu(), reference(x, 1.3, fmt)
+                fake_quantize(x.to(gpu), torch.tensor(1.3, device=gpu), fmt).cpu(),
+                reference(x, 1.3, fmt),
             )
         quantizer = TensorQuantizer(QuantDescriptor(amax=1.0))
-        quantizer(torch.ones(3).cuda())
-        assert quantizer.amax.is_cuda
+        quantizer(torch.ones(3, device=gpu))
+        assert quantizer.amax.device == gpu
 
 
 class TestSwitch:

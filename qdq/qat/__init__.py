@@ -21,11 +21,12 @@ from tqdm import tqdm
 
 from qdq.batch import count_samples, require_batches, tensors_of
 from qdq.calibrate.collect import digest_tensors
+from qdq.device import find_device
 from qdq.distributed import failing_together, find_rank, gather_bytes, joining_processes
 from qdq.errors import ArgumentError, ArgumentTypeError, StateError
 from qdq.evaluate import predict
 from qdq.files import to_jsonable, write_json
-from qdq.forward import find_device, require_model
+from qdq.forward import require_model
 from qdq.metrics import sqnr_db
 from qdq.patterns import Pattern
 from qdq.qat.checkpoint import keeping_random_state, load_tuned, save_tuned

@@ -15,9 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from qdq.calibrate.collect import bytes_of, fingerprint_model
+from qdq.device import find_device
 from qdq.distributed import find_rank, raise_together, shard_samples, sum_over_ranks
 from qdq.errors import ArgumentError, DataError, StateError
-from qdq.forward import find_device
 from qdq.patterns import Pattern, Patterns
 from qdq.qat.checkpoint import select_prefix
 from qdq.qat.losses import Objective

@@ -15,16 +15,6 @@ from qdq.compat.calib.calibrator import _Calibrator
 from qdq.compat.tensor_quant import QuantDescriptor
 from qdq.errors import QdqError
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        ],
-    ),
-]
 METHODS = ("entropy", "mse", "percentile")
 
 
@@ -126,7 +116,6 @@ def test_base_class_for_own_calibrators():
         assert isinstance(caught.value, QdqError)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 class TestMax:
     @pytest.mark.parametrize("axis", [0, 1, -1, -3, (0, 2), [1, -1], (0, 1, 2)])
     def test_equals_numpy(self, axis, device):
@@ -136,7 +125,7 @@ class TestMax:
             calibrator.collect(torch.from_numpy(batch).to(device))
         kept = {dim % 3 for dim in np.atleast_1d(axis)}
         expected = np.abs(batches).max(0).max(tuple({0, 1, 2} - kept), keepdims=True)
-        assert calibrator.compute_amax().device.type == device
+        assert calibrator.compute_amax().device.type == device.type
         np.testing.assert_array_equal(calibrator.compute_amax().cpu().numpy(), expected)
 
     @pytest.mark.parametrize(
@@ -228,7 +217,6 @@ class TestMaxState:
         )
 
 
-@pytest.mark.parametrize("device", DEVICES)
 class TestHistogramCounts:
     @pytest.mark.parametrize("num_bins", [1, 10, 100, 2048, 3000])
     @pytest.mark.parametrize("scale", [1.0, 0.1, 3e-5, 1e-30, 1e30])
@@ -251,7 +239,7 @@ class TestHistogramCounts:
         bins = np.minimum(np.floor(np.abs(values).astype(np.float64) / width), num_bins - 1).astype(
             int
         )
-        assert calibrator._calib_hist.device.type == device
+        assert calibrator._calib_hist.device.type == device.type
         assert np.array_equal(
             calibrator._calib_hist.cpu().numpy(), np.bincount(bins, minlength=num_bins)
         )
@@ -295,7 +283,7 @@ class TestHistogramCounts:
         for method in METHODS:
             amax = calibrator.compute_amax(method)
             assert amax == 0
-            assert amax.device.type == device
+            assert amax.device.type == device.type
 
 
 class TestHistogramState:
@@ -447,7 +435,6 @@ def slices(weight, axis):
     )
 
 
-@pytest.mark.parametrize("device", DEVICES)
 class TestWeights:
     def layer(self, kind, device, num_bits=8):
         make, axis = LAYERS[kind]
@@ -476,7 +463,7 @@ class TestWeights:
                 calibrator.collect(part)
                 expected.append(calibrator.compute_amax(method, percentile=97.0).cpu())
             amax = layer.weight_quantizer.amax
-            assert amax.device.type == device
+            assert amax.device.type == device.type
             assert torch.equal(amax.cpu().flatten(), torch.stack(expected))
             kept = [
                 layer.weight.shape[dim] if dim == axis else 1 for dim in range(layer.weight.dim())

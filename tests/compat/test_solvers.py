@@ -10,16 +10,6 @@ from qdq.compat import calib
 from qdq.compat.tensor_quant import scaled_e4m3
 from qdq.errors import QdqError
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        ],
-    ),
-]
 EPS = 2.0**-24
 METHODS = ("entropy", "mse", "percentile")
 
@@ -140,7 +130,6 @@ def case(kind, seed):
     }
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seed", range(25))
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
 def test_within_one_bin_of_the_definition(kind, seed, device):
@@ -158,7 +147,7 @@ def test_within_one_bin_of_the_definition(kind, seed, device):
         amax = calibrator.compute_amax(method, start_bin=settings["start_bin"])
         assert amax.shape == ()
         assert amax.dtype == torch.float32
-        assert amax.device.type == device
+        assert amax.device.type == device.type
         assert abs(float(amax) - expected[method]) <= 1.001 * reference.width
 
 

@@ -15,18 +15,6 @@ from qdq.compat.nn import TensorQuantizer
 from qdq.compat.tensor_quant import QuantDescriptor, fake_tensor_quant, scaled_e4m3, tensor_quant
 from qdq.errors import QdqError
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-        ],
-    ),
-]
-on_devices = pytest.mark.parametrize("device", DEVICES)
-
 
 def make(**fields):
     return TensorQuantizer(QuantDescriptor(**fields))
@@ -300,7 +288,6 @@ class TestSwitches:
         raises_ours(RuntimeError, "Calibrator", lambda: q(torch.ones(2)))
 
 
-@on_devices
 class TestForward:
     @pytest.mark.parametrize("axis", [None, 0, -1, (0, 2), (-3, -1), [1]])
     def test_dynamic(self, device, axis):

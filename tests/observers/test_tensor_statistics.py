@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pretended_device import list_waits, watch
 
 from qdq import ArgumentError, ArgumentTypeError, CalibrationError
 from qdq.formats import Format
@@ -211,19 +212,15 @@ def test_arithmetic_of_devices_is_that_of_the_cpu(dtype, relu, monkeypatch):
     )
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gpu(dtype):
+def test_gpu(dtype, gpu):
     batches = [(torch.randn(2, 3, 200, 200) * 10**i).to(dtype) for i in (0, 3, -3)]
     expected, collector = collect(batches), TensorCollector()
-    with torch.cuda.device(0):
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for batch in [batch.cuda() for batch in batches]:
-                collector.collect(batch)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    moved = [batch.to(gpu) for batch in batches]
+    with watch(gpu) as events:
+        for batch in moved:
+            collector.collect(batch)
+    assert list_waits(events) == []
     statistics = collector.statistics()
     assert statistics.exponent == expected.exponent
     assert np.array_equal(statistics.counts, expected.counts)
@@ -232,13 +229,11 @@ def test_gpu(dtype):
     )
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_gpu_reports_defects_at_the_end():
+def test_gpu_reports_defects_at_the_end(gpu):
     collector = TensorCollector()
     for number, value in enumerate((1.0, math.nan, 1.0)):
         collector.batch = number
-        collector.collect(torch.tensor([0.0, 2.0, value], device="cuda"))
+        collector.collect(torch.tensor([0.0, 2.0, value], device=gpu))
     with pytest.raises(
         CalibrationError, match="batch 1: 1 of 3 values are NaN or Inf, the first at flat index 2;"
     ):

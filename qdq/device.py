@@ -1,0 +1,137 @@
+"""Devices: where a model runs, batches on their way there, and float32 without TF32.
+
+The rule for batches: every stage moves them to the device of the model.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from qdq.batch import tensors_of
+from qdq.errors import ArgumentError
+
+logger = logging.getLogger(__name__)
+
+_DEVICE_NAME = re.compile(r"cpu|cuda(:\d+)?")
+_CONV_PRECISION: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+_RNN_PRECISION: Any = torch.backends.cudnn.rnn
+_MATMUL_PRECISION: Any = torch.backends.cuda.matmul
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device to run on.
+
+    Args:
+        name: "cpu", "cuda" or "cuda:N"; None: a GPU if there is one. Under torchrun, "cuda" and None mean the GPU of
+            the local rank.
+
+    Raises:
+        ArgumentError: Another name, or a GPU that is not there.
+    """
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        name = "cuda" if num_gpus else "cpu"
+    if not _DEVICE_NAME.fullmatch(name):
+        raise ArgumentError(
+            f"device is {name!r}; expected cpu, cuda or cuda:N.", "name one of those."
+        )
+    if name == "cpu":
+        return torch.device("cpu")
+    index = torch.device(name).index
+    if index is None:
+        index = int(os.environ.get("LOCAL_RANK", 0))
+    if index >= num_gpus:
+        raise ArgumentError(
+            f"device is cuda:{index}, but torch finds {num_gpus} GPUs.",
+            "choose another one, or device cpu; nvidia-smi lists the GPUs, and torch needs a build for CUDA.",
+        )
+    return torch.device("cuda", index)
+
+
+def describe_device(device: torch.device) -> str:
+    """The device with the name of the GPU: "cuda:0 (NVIDIA L4)".
+
+    Args:
+        device: Any device.
+    """
+    if device.type != "cuda":
+        return str(device)
+    return f"{device} ({torch.cuda.get_device_name(device)})"
+
+
+def find_device(model: nn.Module) -> torch.device:
+    """The device of the first parameter of a model; the CPU if it has no parameters.
+
+    Args:
+        model: Any module.
+    """
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def move_batch(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on a device; the batch itself if they are there.
+
+    Args:
+        batch: Tensors in lists, tuples and dictionaries.
+        device: The device.
+    """
+    if all(tensor.device == device for tensor in tensors_of(batch)):
+        return batch
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, non_blocking=device.type != "cpu")
+
+    return tree_map_only(torch.Tensor, move, batch)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Compute float32 in float32 in the block, also on a GPU.
+
+    By default, cuDNN rounds the inputs of a float32 convolution to TF32, which has 10 bits of mantissa. This error is
+    as large as one of int8, so what measures one of int8, or whether two models are equal, runs without TF32.
+    torch keeps the setting twice, in an older and a newer form. This sets both, and restores them.
+    """
+    older_conv = _read_older(lambda: torch.backends.cudnn.allow_tf32)
+    older_matmul = _read_older(torch.get_float32_matmul_precision)
+    settings = _CONV_PRECISION, _RNN_PRECISION, _MATMUL_PRECISION
+    newer = [setting.fp32_precision for setting in settings]
+    if "tf32" in newer:
+        _tell_once()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    for setting in settings:
+        setting.fp32_precision = "ieee"  # not what torch.backends.fp32_precision says for all
+    try:
+        yield
+    finally:
+        if older_conv is not None:
+            torch.backends.cudnn.allow_tf32 = older_conv
+        if older_matmul is not None:
+            torch.set_float32_matmul_precision(older_matmul)
+        for setting, precision in zip(settings, newer, strict=True):
+            setting.fp32_precision = precision
+
+
+def _read_older(read: Any) -> Any:
+    """A setting in its older form; None if the newer form says something else, where torch raises."""
+    try:
+        return read()
+    except RuntimeError:
+        return None
+
+
+@functools.cache
+def _tell_once() -> None:
+    logger.info("TF32 is off while qdq measures and calibrates; elsewhere it stays as it is.")

@@ -1,0 +1,100 @@
+"""Choice of a device, batches on their way there, float32 without TF32."""
+
+import pytest
+import torch
+from torch import nn
+
+from qdq.device import choose_device, describe_device, find_device, move_batch, without_tf32
+from qdq.errors import ArgumentError
+from qdq.forward import call_model
+
+
+@pytest.fixture
+def four_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
+
+
+class TestChoose:
+    def test_without_a_gpu(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert choose_device() == torch.device("cpu")
+        with pytest.raises(ArgumentError, match="torch finds 0 GPUs"):
+            choose_device("cuda")
+
+    def test_with_gpus(self, four_gpus):
+        assert choose_device() == torch.device("cuda", 0)
+        assert choose_device("cpu") == torch.device("cpu")
+        assert choose_device("cuda:3") == torch.device("cuda", 3)
+        assert describe_device(choose_device("cuda:3")) == "cuda:3 (Card 3)"
+        with pytest.raises(ArgumentError, match="cuda:4, but torch finds 4 GPUs"):
+            choose_device("cuda:4")
+
+    def test_the_local_rank_chooses(self, four_gpus, monkeypatch):
+        monkeypatch.setenv("LOCAL_RANK", "2")
+        assert choose_device() == choose_device("cuda") == torch.device("cuda", 2)
+        assert choose_device("cuda:1") == torch.device("cuda", 1)
+
+    @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:-1", "cuda:x", "CUDA", "", "cpu:0"])
+    def test_other_names_are_refused(self, name):
+        with pytest.raises(ArgumentError, match="expected cpu, cuda or cuda:N"):
+            choose_device(name)
+
+
+class TestBatches:
+    def test_every_tensor_moves(self, gpu):
+        batch = {"images": [torch.ones(2)], "sizes": (torch.ones(1), 3)}
+        moved = move_batch(batch, gpu)
+        assert moved["images"][0].device == moved["sizes"][0].device == gpu
+        assert moved["sizes"][1] == 3
+        assert move_batch(moved, gpu) is moved
+
+    def test_a_model_gets_its_batch_on_its_device(self, gpu):
+        model = nn.Linear(3, 2).to(gpu)
+        assert find_device(model) == gpu
+        assert call_model(model, (torch.ones(1, 3), "label")).device == gpu
+        assert call_model(model.cpu(), torch.ones(1, 3, device=gpu)).device == torch.device("cpu")
+
+
+def list_settings():
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    return [cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, matmul.fp32_precision]
+
+
+class TestTf32:
+    @pytest.fixture(autouse=True)
+    def _restore(self):
+        yield
+        torch.backends.fp32_precision = "none"
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("highest")
+
+    def allow_older(self):
+        torch.set_float32_matmul_precision("medium")
+
+    def allow_newer(self):
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+    def allow_all(self):
+        torch.backends.fp32_precision = "tf32"
+        torch.backends.cudnn.allow_tf32 = False
+
+    @pytest.mark.parametrize("allow", [allow_older, allow_newer, allow_all])
+    def test_is_off_in_the_block_and_back_after_it(self, allow):
+        allow(self)
+        before = list_settings()
+        assert "tf32" in before
+        with without_tf32():
+            assert list_settings() == ["ieee"] * 3
+            assert not torch.backends.cudnn.allow_tf32
+            assert not torch.backends.cuda.matmul.allow_tf32
+        assert list_settings() == before
+
+    def test_convolutions_are_exact_in_the_block(self, gpu):
+        conv, images = nn.Conv2d(3, 8, 3), torch.randn(2, 3, 9, 9)
+        expected = conv(images)
+        conv.to(gpu)
+        assert not torch.allclose(conv(images.to(gpu)).cpu(), expected, rtol=0, atol=1e-5)
+        with without_tf32():
+            assert torch.allclose(conv(images.to(gpu)).cpu(), expected, rtol=0, atol=1e-5)
