@@ -32,6 +32,7 @@ _HOMES = {
         "QdqError",
         "StateError",
     ),
+    "device": ("choose_device", "describe_device", "find_sm"),
     "evaluate": ("Evaluation", "evaluate_outputs", "measure_tie_floor", "predict"),
     "export": ("ExportReport", "export_onnx"),
     "fold": ("fold_batchnorm",),

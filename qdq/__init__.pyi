@@ -16,6 +16,9 @@ from qdq.calibrate.collect import collect_statistics as collect_statistics
 from qdq.check import CheckReport as CheckReport
 from qdq.check import check_onnx as check_onnx
 from qdq.check.rules import register_rule as register_rule
+from qdq.device import choose_device as choose_device
+from qdq.device import describe_device as describe_device
+from qdq.device import find_sm as find_sm
 from qdq.distributed import shard_batches as shard_batches
 from qdq.errors import ArgumentError as ArgumentError
 from qdq.errors import ArgumentTypeError as ArgumentTypeError

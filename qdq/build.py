@@ -18,7 +18,7 @@ from qdq.files import as_path, guard_files, write_atomic
 from qdq.graph.coverage import Coverage, list_weighted_nodes, measure_coverage
 from qdq.graph.tensors import list_data_files
 from qdq.graph.validate import CheckerVerdict
-from qdq.trt.backend import Backend, find_backend
+from qdq.trt.backend import DEFAULT_SM, Backend, find_backend
 from qdq.trt.builder import build_plan
 from qdq.trt.census import LayerCensus, take_census
 from qdq.trt.profiles import Profile, Shape, choose_profiles
@@ -153,7 +153,7 @@ def build_engine(
     output: Path | str | None = None,
     *,
     backend: str = "auto",
-    sm: int = 89,
+    sm: int = DEFAULT_SM,
     min_shapes: Mapping[str, Shape] | None = None,
     opt_shapes: Mapping[str, Shape] | None = None,
     max_shapes: Mapping[str, Shape] | None = None,

@@ -59,14 +59,26 @@ def choose_device(name: str | None = None) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    """The device with the name of the GPU: "cuda:0 (NVIDIA L4)".
+    """The device in words; of a GPU its name, and that qdq switches TF32 off (`without_tf32`).
 
     Args:
         device: Any device.
     """
     if device.type != "cuda":
         return str(device)
-    return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.cuda.get_device_name(device)}), TF32 off while qdq measures"
+
+
+def find_sm(device: torch.device) -> int | None:
+    """Compute capability of a GPU, 89 for 8.9; None for any other device.
+
+    Args:
+        device: Any device.
+    """
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def find_device(model: nn.Module) -> torch.device:

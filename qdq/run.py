@@ -232,13 +232,19 @@ class Run:
         write_json(self.folder / STATE_FILE, state)
 
 
-def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | None = None) -> Run:
+def start_run(
+    folder: Path | str,
+    *,
+    seed: int = 0,
+    settings: dict[str, Any] | None = None,
+    device: str | None = None,
+) -> Run:
     """Open a run folder, set the seeds and write the log of qdq to `run.log` in it.
 
     Files that an earlier run wrote into the folder are removed, so that a folder never mixes two runs. All other files
     stay. The analysis of the earlier run stays, too, and so do the statistics that it collected, if it was interrupted
-    and had the same settings, seed and versions. A file that a setting names, such as the plan, stays until the run
-    writes its own; a copy is kept beside it, as `plan.input.yaml`.
+    and had the same settings, seed, versions and device. A file that a setting names, such as the plan, stays until the
+    run writes its own; a copy is kept beside it, as `plan.input.yaml`.
 
     Until `Run.finish` or the end of this process no other run can start in the folder.
 
@@ -249,6 +255,8 @@ def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | N
         folder: Created if it does not exist.
         seed: For Python, numpy and torch.
         settings: The settings of the run, for the report.
+        device: The device that the model runs on, in words (`describe_device`). It is printed, and it is part of the
+            environment: on another device, an interrupted run starts again.
 
     Raises:
         ArgumentError: As for `check_run_folder`; a seed below 0 or above 2^32 - 1.
@@ -262,6 +270,9 @@ def start_run(folder: Path | str, *, seed: int = 0, settings: dict[str, Any] | N
     check_run_folder(folder, settings)
 
     run = Run(folder, settings or {}, seed)
+    if device is not None:
+        run.environment["device"] = device
+        print(f"device: {device}", flush=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         run._lock = _take_lock(folder / LOG_FILE)

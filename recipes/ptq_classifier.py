@@ -29,7 +29,8 @@ def ptq_classifier(
     analysis: AnalysisOptions = AnalysisOptions(),
     precision: Literal["fp32", "fp16"] = "fp32",
     batch_size: PositiveInt = 16,
-    sm: int = 89,
+    device: str | None = None,
+    sm: int | None = None,
     seed: UInt32 = 0,
 ) -> int:
     """Quantize a classifier, leave its most sensitive layers in float, then export, check and build it.
@@ -50,14 +51,16 @@ def ptq_classifier(
         analysis: Options of the sensitivity analysis.
         precision: Type of the float layers in the exported file.
         batch_size: Images per batch.
-        sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121.
+        device: Where the model runs: cpu, cuda or cuda:N. By default a GPU if there is one.
+        sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121. By default that of the device, on a CPU 89.
         seed: Seed of random weights, crops and the choice of images.
     """
     settings = dict(locals())
 
     # Invalid options are refused here, before any work.
     qdq.check_run_folder(output, settings)
-    backend = qdq.find_backend("auto", sm)
+    run_device = qdq.choose_device(device)
+    backend = qdq.find_backend("auto", sm, gpu_sm=qdq.find_sm(run_device))
     analysis_options = analysis.as_arguments()
     pinned = None
     if plan is not None:
@@ -74,9 +77,12 @@ def ptq_classifier(
         data_dir, net, calib_batches * batch_size, eval_images, batch_size, seed
     )
     analysis.check_labels(calibration.labels)
-    run = qdq.start_run(output, seed=seed, settings=settings)
+    run = qdq.start_run(
+        output, seed=seed, settings=settings, device=qdq.describe_device(run_device)
+    )
 
     run.stage("float")
+    net.module.to(run_device)
     logits = {}
     logits["float"] = qdq.predict(net.module, images)
 
@@ -125,7 +131,7 @@ def ptq_classifier(
     )
 
     run.stage("build")
-    build = qdq.build_engine(exported.path, backend=backend.name, sm=sm)
+    build = qdq.build_engine(exported.path, backend=backend.name, sm=backend.sm)
     evaluation = qdq.evaluate_outputs(
         logits, images.labels, files={"float": net.module, "ONNX": exported.path}
     )

@@ -32,7 +32,8 @@ def qat_classifier(
     amp: bool = False,
     tensorboard: bool = False,
     batch_size: PositiveInt = 16,
-    sm: int = 89,
+    device: str | None = None,
+    sm: int | None = None,
     seed: UInt32 = 0,
 ) -> int:
     """Quantize a classifier, fine-tune it, then export, check and build it.
@@ -60,14 +61,17 @@ def qat_classifier(
         amp: Compute in bfloat16 where torch.autocast does.
         tensorboard: Write the curves into the run folder for TensorBoard.
         batch_size: Images per batch.
-        sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121.
+        device: Where the model runs: cpu, cuda or cuda:N. By default a GPU if there is one, under torchrun that of
+            the local rank.
+        sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121. By default that of the device, on a CPU 89.
         seed: Seed of random weights, crops and the choice of images.
     """
     settings = dict(locals())
 
     # Invalid options are refused here, before any work.
     qdq.check_run_folder(output, settings)
-    backend = qdq.find_backend("auto", sm)
+    run_device = qdq.choose_device(device)
+    backend = qdq.find_backend("auto", sm, gpu_sm=qdq.find_sm(run_device))
     pinned = None
     if plan is not None:
         pinned = qdq.load_plan(plan)
@@ -81,9 +85,12 @@ def qat_classifier(
     calibration, images = qdq.load_images(
         data_dir, net, calib_images, eval_images, batch_size, seed
     )
-    run = qdq.start_run(output, seed=seed, settings=settings)
+    run = qdq.start_run(
+        output, seed=seed, settings=settings, device=qdq.describe_device(run_device)
+    )
 
     run.stage("float")
+    net.module.to(run_device)
     logits = {}
     logits["float"] = qdq.predict(net.module, images)
 
@@ -152,7 +159,7 @@ def qat_classifier(
     )
 
     run.stage("build")
-    build = qdq.build_engine(exported.path, backend=backend.name, sm=sm)
+    build = qdq.build_engine(exported.path, backend=backend.name, sm=backend.sm)
     evaluation = qdq.evaluate_outputs(
         logits, images.labels, files={"float": net.module, "ONNX": exported.path}
     )

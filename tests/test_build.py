@@ -426,6 +426,21 @@ class TestBackend:
         module.__version__ = version
         assert Backend(name, module).weakly_typed is weak
 
+    @needs_rtx
+    @pytest.mark.parametrize(
+        ("sm", "gpu_sm", "expected"), [(None, None, 89), (None, 86, 86), (75, 86, 75)]
+    )
+    def test_the_default_is_the_gpu_of_this_machine(self, sm, gpu_sm, expected):
+        assert find_backend("rtx", sm, gpu_sm=gpu_sm).sm == expected
+
+    @needs_rtx
+    def test_a_gpu_that_it_cannot_build_for_is_only_a_warning(self, caplog):
+        assert find_backend("rtx", gpu_sm=90).sm == 89
+        assert "cannot build for SM 90" in caplog.text
+        assert "SM 89 instead" in caplog.text
+        with pytest.raises(ArgumentError, match="cannot build for SM 90"):
+            find_backend("rtx", 90, gpu_sm=86)
+
     def test_a_tensorrt_without_gpu_says_why(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "tensorrt", _unusable_tensorrt())
         with pytest.raises(DependencyError, match="CUDA initialization failure") as caught:

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from qdq.device import choose_device, describe_device, find_device, move_batch, without_tf32
+from qdq.device import (
+    choose_device,
+    describe_device,
+    find_device,
+    find_sm,
+    move_batch,
+    without_tf32,
+)
 from qdq.errors import ArgumentError
 from qdq.forward import call_model
 
@@ -14,12 +21,15 @@ def four_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
 
 
 class TestChoose:
     def test_without_a_gpu(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert choose_device() == torch.device("cpu")
+        assert describe_device(choose_device()) == "cpu"
+        assert find_sm(choose_device()) is None
         with pytest.raises(ArgumentError, match="torch finds 0 GPUs"):
             choose_device("cuda")
 
@@ -27,7 +37,8 @@ class TestChoose:
         assert choose_device() == torch.device("cuda", 0)
         assert choose_device("cpu") == torch.device("cpu")
         assert choose_device("cuda:3") == torch.device("cuda", 3)
-        assert describe_device(choose_device("cuda:3")) == "cuda:3 (Card 3)"
+        assert describe_device(choose_device("cuda:3")).startswith("cuda:3 (Card 3), TF32 off")
+        assert find_sm(choose_device("cuda:3")) == 86
         with pytest.raises(ArgumentError, match="cuda:4, but torch finds 4 GPUs"):
             choose_device("cuda:4")
 

@@ -33,9 +33,20 @@ def test_run_folder_is_emptied_of_an_earlier_run(tmp_path):
     assert json.loads((again.folder / "run.json").read_text())["status"] == "finished"
 
 
+def test_the_device_is_printed_and_part_of_the_environment(tmp_path, capsys):
+    run = start_run(tmp_path, device="cuda:0 (NVIDIA L4)")
+    assert run.environment["device"] == "cuda:0 (NVIDIA L4)"
+    assert capsys.readouterr().out == "device: cuda:0 (NVIDIA L4)\n"
+
+
 @pytest.mark.parametrize(
     ("change", "is_kept"),
-    [({}, True), ({"seed": 4}, False), ({"settings": {"model": "y"}}, False)],
+    [
+        ({}, True),
+        ({"seed": 4}, False),
+        ({"settings": {"model": "y"}}, False),
+        ({"device": "cuda:0"}, False),
+    ],
     ids=str,
 )
 def test_what_was_collected_is_kept_for_the_same_run_only(tmp_path, change, is_kept):

@@ -15,6 +15,7 @@ def evaluate_files(
     data_dir: Path | None = None,
     eval_images: PositiveInt = 500,
     batch_size: PositiveInt = 16,
+    device: str | None = None,
     seed: UInt32 = 0,
     json: Path | None = None,
 ) -> int:
@@ -36,23 +37,27 @@ def evaluate_files(
             by default.
         eval_images: Number of images.
         batch_size: Images per batch.
+        device: Where the float model runs: cpu, cuda or cuda:N. By default a GPU if there is one.
         seed: Seed of random weights, and of the choice and the crops of images.
-        json: Also write the table to this file.
+        json: Also write the table, and the device, to this file.
     """
     from qdq.check import OnnxModel
+    from qdq.device import choose_device, describe_device
     from qdq.evaluate import evaluate_outputs, predict
-    from qdq.files import write_json
+    from qdq.files import to_jsonable, write_json
     from qdq.text import MOST_CHARACTERS, make_printable, printable
     from qdq.workloads.classification import load_images
     from qdq.workloads.classification.models import load_model
 
     _guard_files(onnx, data_dir, weights, json)
+    run_device = choose_device(device)
     for path in onnx:
         OnnxModel(path)  # refuses a bad file now, not after the float model has run
     net = load_model(model, weights, seed)
     _, images = load_images(data_dir, net, evaluation=eval_images, batch_size=batch_size, seed=seed)
 
-    candidates: dict[str, Any] = {"float": net.module}
+    print(f"device: {describe_device(run_device)}")
+    candidates: dict[str, Any] = {"float": net.module.to(run_device)}
     for path in onnx:
         candidates[str(path)] = path  # the whole path: files of different runs have the same name
     outputs = {name: predict(candidate, images) for name, candidate in candidates.items()}
@@ -61,7 +66,7 @@ def evaluate_files(
     if images.labels is None:
         print(f"no top-1: {printable(images.label_note, MOST_CHARACTERS)}")
     if json is not None:
-        write_json(json, evaluation)
+        write_json(json, {**to_jsonable(evaluation), "device": describe_device(run_device)})
     return 0
 
 

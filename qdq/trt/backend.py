@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 from qdq.errors import ArgumentError, DependencyError
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_SM = 89
+"""Compute capability that TensorRT-RTX builds for unless told otherwise: 8.9."""
 
 # Name of the backend -> module to import. The extra of qdq that installs it has the same name.
 _MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
@@ -23,10 +26,12 @@ class Backend:
     Args:
         name: `rtx` or `tensorrt`.
         module: The imported Python package.
+        sm: Compute capability that TensorRT-RTX builds for, 89 for 8.9; TensorRT builds for the GPU of this machine.
     """
 
     name: str
     module: ModuleType
+    sm: int = DEFAULT_SM
 
     @property
     def version(self) -> str:
@@ -39,14 +44,15 @@ class Backend:
         return self.name == "tensorrt" and int(self.version.partition(".")[0]) < 11
 
 
-def find_backend(name: str, sm: int | None = None) -> Backend:
+def find_backend(name: str, sm: int | None = None, *, gpu_sm: int | None = None) -> Backend:
     """Import the TensorRT to build with.
 
     Args:
         name: `rtx`, `tensorrt`, or `auto`: TensorRT if it is installed and can build (it needs a GPU), TensorRT-RTX
             otherwise.
-        sm: Compute capability for TensorRT-RTX, so that an invalid one fails here and not in the build; TensorRT builds
-            for the GPU of this machine.
+        sm: Compute capability for TensorRT-RTX, so that an invalid one fails here and not in the build.
+        gpu_sm: Compute capability of the GPU of this machine, None if there is none. It is the default of `sm`. Without
+            it, or if TensorRT-RTX cannot build for it, which is a warning, the default is 89.
 
     Raises:
         ArgumentError: Another name, or a compute capability that TensorRT-RTX does not have.
@@ -57,9 +63,25 @@ def find_backend(name: str, sm: int | None = None) -> Backend:
             f"backend {name!r} is unknown.", f"choose one of auto, {', '.join(sorted(_MODULES))}."
         )
     backend = _find_any() if name == "auto" else _load(name)
-    if backend.name == "rtx" and sm is not None:
+    if sm is None:
+        return replace(backend, sm=_choose_default_sm(backend, gpu_sm))
+    if backend.name == "rtx":
         find_compute_capability(backend.module, sm)
-    return backend
+    return replace(backend, sm=sm)
+
+
+def _choose_default_sm(backend: Backend, gpu_sm: int | None) -> int:
+    """The compute capability of the GPU of this machine, or `DEFAULT_SM`."""
+    if gpu_sm is None:
+        return DEFAULT_SM
+    if backend.name != "rtx":
+        return gpu_sm
+    try:
+        find_compute_capability(backend.module, gpu_sm)
+    except ArgumentError as error:
+        logger.warning("%s It builds for SM %d instead.", error.message, DEFAULT_SM)
+        return DEFAULT_SM
+    return gpu_sm
 
 
 def find_compute_capability(trt: Any, sm: int) -> Any:
