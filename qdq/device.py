@@ -9,13 +9,13 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from qdq.batch import tensors_of
 from qdq.errors import ArgumentError
@@ -105,6 +105,69 @@ def move_batch(batch: Any, device: torch.device) -> Any:
         return tensor.to(device, non_blocking=device.type != "cpu")
 
     return tree_map_only(torch.Tensor, move, batch)
+
+
+def copy_to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies of float32 tensors on the CPU; each device is waited for once.
+
+    Args:
+        tensors: Tensors of any shapes and devices.
+    """
+    indices: dict[torch.device, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        indices.setdefault(tensor.device, []).append(index)
+    copies = list(tensors)
+    for group in indices.values():
+        flat = torch.cat([tensors[index].flatten() for index in group]).cpu()
+        parts = flat.split([tensors[index].numel() for index in group])
+        for index, part in zip(group, parts, strict=True):
+            copies[index] = part.reshape(tensors[index].shape)
+    return copies
+
+
+@contextmanager
+def on_host(model: nn.Module) -> Iterator[None]:
+    """Give a model copies of its tensors on the CPU in the block; the tensors themselves stay as they are.
+
+    All modules, hooks and wrappers of the model stay in place, which a copy of the model would not promise.
+
+    Args:
+        model: Any module. Attributes that are tensors or devices count, also in lists and dictionaries. Meta tensors
+            are left out.
+    """
+    copies: dict[int, Any] = {}
+
+    def copy(value: Any) -> Any:
+        if not _is_elsewhere(value):
+            return value
+        if isinstance(value, torch.device):
+            return torch.device("cpu")
+        if id(value) not in copies:
+            copies[id(value)] = _copy_tensor_to_host(value)
+        return copies[id(value)]
+
+    with ExitStack() as exits:
+        for module in model.modules():
+            attributes = vars(module)
+            for name, value in list(attributes.items()):
+                if any(map(_is_elsewhere, tree_leaves(value))):
+                    exits.callback(attributes.__setitem__, name, value)
+                    attributes[name] = tree_map(copy, value)
+        yield
+
+
+def _is_elsewhere(value: Any) -> bool:
+    """Whether a value is a tensor or a device that is not the CPU and that holds data."""
+    if isinstance(value, torch.device):
+        return value.type not in ("cpu", "meta")
+    return isinstance(value, torch.Tensor) and _is_elsewhere(value.device)
+
+
+def _copy_tensor_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    copied = tensor.detach().cpu()
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(copied, requires_grad=tensor.requires_grad)
+    return copied
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from qdq.capture import CapturedGraph, capture_graph
 from qdq.check.parity import Parity, measure_parity
 from qdq.check.precision import measure_peaks, run_graph, run_rounded
 from qdq.check.rules import find_violations
+from qdq.device import move_batch, on_host
 from qdq.errors import ArgumentError, ArgumentTypeError, CheckError, ExportError
 from qdq.files import as_path, guard_files
 from qdq.formats import Format
@@ -146,6 +147,9 @@ def export_onnx(
     Scales are 0-D per tensor and 1-D per channel with an explicit axis, zero points are int8 zeros, nodes have the
     names of the torch modules. The file is written completely or not at all.
 
+    A model on a GPU gives the same file as on the CPU: torch captures it with copies of its tensors on the CPU. The
+    model itself stays where it is.
+
     Args:
         model: A swapped and calibrated model. Disabled quantizers leave no trace in the file.
         example_inputs: One batch, as for `calibrate_model`: a tensor `[B, ...]`, `(inputs, labels)` or a dictionary.
@@ -173,12 +177,15 @@ def export_onnx(
     _require_flags(dynamic_batch=dynamic_batch, keep_io_types=keep_io_types)
     _require_records(calibration, plan, rewired)
     guard_files(outputs=[path])  # capturing and converting take minutes
-    _require_exportable(model)
+    example_inputs = move_batch(example_inputs, torch.device("cpu"))
+    with on_host(model):
+        _require_exportable(model)
+        args, kwargs = _prepare_example(example_inputs, dynamic_batch)
+        captured = capture_graph(  # torch writes no opset below HIGHEST
+            model, args, kwargs, max(opset, HIGHEST), dynamic_batch=dynamic_batch
+        )
+        origin = _describe_origin(model, calibration, plan, rewired)
 
-    args, kwargs = _prepare_example(example_inputs, dynamic_batch)
-    captured = capture_graph(  # torch writes no opset below HIGHEST
-        model, args, kwargs, max(opset, HIGHEST), dynamic_batch=dynamic_batch
-    )
     exported = captured.graph
     if dynamic_batch:
         _require_dynamic_batch(exported)
@@ -190,7 +197,7 @@ def export_onnx(
 
     exported.producer_name = "qdq"
     exported.producer_version = qdq.__version__
-    exported.metadata_props.update(_describe_origin(model, calibration, plan, rewired))
+    exported.metadata_props.update(origin)
     converted = None
     if precision != "fp32":
         arrays = _name_arrays(captured, example_inputs)
@@ -532,7 +539,7 @@ def _name_arrays(captured: CapturedGraph, example_inputs: Any) -> dict[str, Arra
     for value in captured.graph.graph.inputs:
         name = str(value.name)
         if name in tensors:
-            arrays[name] = tensors[name].detach().cpu().numpy()
+            arrays[name] = tensors[name].detach().numpy()
     return arrays
 
 

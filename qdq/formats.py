@@ -65,7 +65,7 @@ class Format:
 def scale_from_amax(amax: Any, fmt: Format) -> Any:
     """Scale of a range: max(amax, AMAX_FLOOR) / qmax, a divisor as in ONNX.
 
-    A tensor of torch and an array of numpy give the same bits on the CPU.
+    A tensor of torch, on any device, and an array of numpy give the same bits.
 
     Args:
         amax: A float tensor, or a float array with at least one axis, or a numpy float.
@@ -74,4 +74,8 @@ def scale_from_amax(amax: Any, fmt: Format) -> Any:
     Returns:
         Positive numbers of the type, the precision and the shape of `amax`; NaN where `amax` is NaN.
     """
-    return amax.clip(min=AMAX_FLOOR) / fmt.qmax
+    clipped = amax.clip(min=AMAX_FLOOR)
+    if getattr(clipped, "is_cpu", True):  # numpy too
+        return clipped / fmt.qmax
+    # CUDA multiplies by the reciprocal of a number, which rounds twice.
+    return clipped / clipped.new_full((), fmt.qmax)

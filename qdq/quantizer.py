@@ -97,6 +97,9 @@ class TensorQuantizer(nn.Module):
     is set, so that an uncalibrated quantizer adds nothing to a state dict. While the range is learned it is the
     parameter `_log2_amax` instead: no step of an optimizer can make it negative, and every step is relative to it.
 
+    A range is stored on the device of the quantizer, wherever its value comes from. `module.to(device)` moves the
+    quantizer even before it has a range.
+
     Args:
         quant_desc: Format, axis and the collector for calibration.
         disabled: Start disabled.
@@ -107,6 +110,8 @@ class TensorQuantizer(nn.Module):
     _amax: torch.Tensor
     _range_rule: str | None = None
     """The gradient of a learned range, see `fake_quantize`; None while it is not learned."""
+    _place = torch.empty(0, device="cpu")
+    """An empty tensor where the first range will be stored: unlike a device, it follows `torch.load(map_location=)`."""
 
     def __init__(
         self,
@@ -116,6 +121,7 @@ class TensorQuantizer(nn.Module):
         if_calib: bool = False,
     ) -> None:
         super().__init__()
+        self._move(torch.empty(0))  # follows `with torch.device(...)`
         desc = quant_desc or QuantDescriptor()
         self.name = desc.name
         self._num_bits = desc.num_bits
@@ -161,6 +167,23 @@ class TensorQuantizer(nn.Module):
         return find_range_axis(self.amax, self._axis)
 
     @property
+    def device(self) -> torch.device:
+        """Where the range is, or where the first one will be stored."""
+        stored = self._stored_range
+        return self._place.device if stored is None else stored.device
+
+    @property
+    def _stored_range(self) -> torch.Tensor | None:
+        """The buffer or the parameter with the range."""
+        amax = self._buffers.get("_amax")
+        return self._parameters.get("_log2_amax") if amax is None else amax
+
+    def _move(self, neighbour: torch.Tensor) -> None:
+        """Store the first range on the device of a tensor, unless that is "meta", which holds no values."""
+        if not neighbour.is_meta and neighbour.device != self._place.device:
+            self._place = torch.empty(0, device=neighbour.device)
+
+    @property
     def amax(self) -> torch.Tensor | None:
         """The range as the buffer itself (edits in place take effect at once), or None before calibration.
 
@@ -188,7 +211,7 @@ class TensorQuantizer(nn.Module):
             )
         former = self.amax
         if former is None or self._mends_axis(amax):
-            self.register_buffer("_amax", own_tensor(amax))
+            self.register_buffer("_amax", self._own_range(amax))
             return
         if not self._fits_range(former, amax):
             raise StateError(
@@ -198,7 +221,15 @@ class TensorQuantizer(nn.Module):
             )
         if former.is_inference():
             self._amax = former = own_tensor(former)
-        former.copy_(amax.reshape(former.shape))
+        former.copy_(self._own_range(amax).reshape(former.shape))
+
+    def _own_range(self, amax: torch.Tensor) -> torch.Tensor:
+        """A copy on the device of the quantizer; one that comes from the CPU does not wait for that device."""
+        device = self._place.device if self.device.type == "meta" else self.device
+        with torch.inference_mode(False):
+            # Nobody else changes this copy while it is being sent.
+            owned = own_tensor(amax)
+            return owned if amax.is_meta else owned.to(device, non_blocking=amax.is_cpu)
 
     def _mends_axis(self, amax: torch.Tensor) -> bool:
         """Whether new ranges are on the axis of this quantizer while the current ones, from a checkpoint, are not."""
@@ -387,11 +418,10 @@ class TensorQuantizer(nn.Module):
         Args:
             amax: One range for the whole tensor.
         """
-        buffers = self.leader._buffers
+        leader = self.leader
+        buffers = leader._buffers
         former = buffers.get("_amax")
-        temporary = torch.tensor(amax, dtype=torch.float32)
-        if former is not None:
-            temporary = temporary.to(former.device)
+        temporary = torch.full((), amax, dtype=torch.float32, device=leader.device)
         with self.restoring_state():
             self._disabled = False
             self._if_quant = True
@@ -532,6 +562,7 @@ class TensorQuantizer(nn.Module):
         return fake_quantize(inputs, amax, self.format, self._axis, range_rule=range_rule)
 
     def _collect(self, inputs: torch.Tensor, calibrator: TensorCollector) -> None:
+        self.leader._move(inputs)
         try:
             calibrator.collect(inputs)
         except CalibrationError as error:
@@ -554,6 +585,8 @@ class TensorQuantizer(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if former is not None and self._amax.dtype != torch.float32:
             self._amax = own_tensor(former.to(self._amax.device))
+        stored = self._stored_range
+        self._move(fn(self._place) if stored is None else stored)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -574,7 +607,7 @@ class TensorQuantizer(nn.Module):
         """Give `_amax` the shape of the saved ranges; returns them in the shape of `_amax`."""
         former = self.amax
         if former is None:
-            self.register_buffer("_amax", own_tensor(saved))
+            self.register_buffer("_amax", self._own_range(saved))
         elif self._has_other_axis(former, saved):
             self._amax = own_tensor(saved.to(former.device))
         elif former.numel() == saved.numel() == 1:  # [], [1] and [1, 1] are the same range
@@ -634,6 +667,11 @@ class SharedQuantizer(TensorQuantizer):
         """The quantizer that holds the range."""
         leader: TensorQuantizer = vars(self)["leader"]
         return leader
+
+    @property
+    def device(self) -> torch.device:
+        """Where the range of the leader is, or will be."""
+        return self.leader.device
 
     @property
     def format(self) -> Format:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from qdq.dataflow import Dataflow
+from qdq.device import find_device
 from qdq.errors import ArgumentError
 from qdq.float_rules import CallRules, list_factors
 from qdq.forward import Operation, join_name, require_model, trace_forward
@@ -516,6 +517,7 @@ def _attach(
         if place.layer is not None:
             place.layer._input_quantizer = quantizer
         else:
+            quantizer.to(_find_owner_device(modules, place))
             operands = sites.setdefault(place.owner, {}).setdefault(place.site, {})
             operands[place.operand] = quantizer
 
@@ -526,6 +528,13 @@ def _attach(
     for owner, quantizers in sites.items():
         add_function_quantizers(modules[owner], quantizers, calls[owner])
     return {leader: tuple(names) for leader, names in followers.items()}
+
+
+def _find_owner_device(modules: dict[str, nn.Module], place: _Place) -> torch.device:
+    """The device of the module that calls the function; of the model if that module has no parameters."""
+    owner = modules[place.owner]
+    has_parameters = next(owner.parameters(), None) is not None
+    return find_device(owner if has_parameters else modules[""])
 
 
 def _choose_quantizer(place: _Place, leaders: list[TensorQuantizer]) -> TensorQuantizer:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from qdq.dataflow import Dataflow
+from qdq.device import find_device
 from qdq.errors import ArgumentTypeError
 from qdq.float_rules import ModuleRules, reason_against_type
 from qdq.forward import Contraction, ForwardTrace, join_name, require_model, trace_forward
@@ -186,10 +187,11 @@ def swap_modules(
             )
     plan = plan_swap(model, example_inputs, include=include, exclude=exclude)
     modules = dict(model.named_modules())
+    model_device = find_device(model)
     for planned in plan.of("quantize"):
         module = modules[planned.name]
         if not isinstance(module, QuantInputMixin):
-            _swap_one(planned.name, module, input_desc, weight_desc)
+            _swap_one(planned.name, module, input_desc, weight_desc, model_device)
     _switch_fast_path(model)
     if plan.of("missed"):
         logger.warning("some modules multiply matrices in float:\n%s", plan.format_table())
@@ -548,6 +550,7 @@ def _swap_one(
     module: nn.Module,
     input_desc: QuantDescriptor | None,
     weight_desc: QuantDescriptor | None,
+    model_device: torch.device,
 ) -> None:
     """Give one module its quantized class and its quantizers, on the device of its parameters.
 
@@ -556,10 +559,12 @@ def _swap_one(
         module: The module, of a mapped type.
         input_desc: As for `swap_modules`.
         weight_desc: As for `swap_modules`.
+        model_device: Where the quantizers are if the module has no parameters.
     """
     quant_class = find_counterpart(type(module))
     assert quant_class is not None  # noqa: S101  # the plan has looked it up
-    reference = next(module.parameters(), None)
+    parameter = next(module.parameters(), None)
+    device = model_device if parameter is None else parameter.device
     module.__class__ = quant_class
     if isinstance(module, QuantMixin):
         module.init_quantizer(input_desc, weight_desc)
@@ -569,8 +574,7 @@ def _swap_one(
     for attribute, quantizer in module.quantizers().items():
         quantizer.name = join_name(name, attribute)
         quantizer.train(module.training)
-        if reference is not None:
-            quantizer.to(reference.device)
+        quantizer.to(device)
 
 
 def _restore_one(layer: QuantInputMixin) -> None:

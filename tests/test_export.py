@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -440,3 +442,100 @@ def test_a_model_that_is_printed_while_it_is_captured(tmp_path):
     file = export_onnx(model, images, tmp_path / "model.onnx").path
     kinds = {node.op_type for node in onnx.load(file).graph.node}
     assert kinds == {"QuantizeLinear", "DequantizeLinear", "Conv", "Relu"}
+
+
+class Attention(nn.Module):
+    """Attention and a shortcut over a sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = nn.Linear(16, 16)
+
+    def forward(self, tokens):
+        mixed, _ = self.attention(tokens, tokens, tokens, need_weights=False)
+        return self.head(mixed + tokens)
+
+
+class Recurrent(nn.Module):
+    """Recurrent layers, whose list of weights is an attribute of their own, and a shortcut."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(16, 16, batch_first=True)
+        self.gru = nn.GRU(16, 16, batch_first=True)
+        self.head = nn.Linear(16, 16)
+        self.offset = torch.full((16,), 0.25)  # neither a parameter nor a buffer
+        self.options = {"device": self.offset.device}
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.offset = fn(self.offset)
+        self.options = {"device": self.offset.device}
+        return self
+
+    def forward(self, tokens):
+        states = self.gru(self.lstm(tokens)[0])[0] + self.offset
+        return self.head(states + tokens + torch.ones(1, **self.options))
+
+
+def make_calibrated(name, residual, gpu):
+    """A model whose ranges were computed on the CPU, on the GPU, and an example there; no forward runs after that."""
+    models = {"residual": residual, "attention": Attention().eval(), "recurrent": Recurrent().eval()}
+    shape = (4, 3, 12, 12) if name == "residual" else (2, 5, 16)
+    batch = torch.randn(shape)
+    model = models[name]
+    swap_modules(model, batch)
+    rewire_operations(model, batch)
+    calibrate_model(model, [batch])
+    return model.to(gpu), batch.to(gpu)
+
+
+class TestOnTheGpu:
+    """The file is that of the CPU, and the model stays on the device."""
+
+    @pytest.mark.parametrize(
+        ("name", "precision"), [("residual", "fp32"), ("attention", "fp32"), ("recurrent", "fp16")]
+    )
+    def test_the_same_bytes(self, name, precision, residual, gpu, tmp_path):
+        model, batch = make_calibrated(name, residual, gpu)
+        model.head.input_quantizer.learn_range()  # log2 of it differs by device, but is read on the CPU
+        tensors = [*model.parameters(), *model.buffers()]
+        export_onnx(model, batch, tmp_path / "gpu.onnx", precision=precision)
+        for tensor, former in zip([*model.parameters(), *model.buffers()], tensors, strict=True):
+            assert tensor is former
+            assert tensor.device == gpu
+        export_onnx(model.cpu(), batch, tmp_path / "cpu.onnx", precision=precision)
+        assert (tmp_path / "gpu.onnx").read_bytes() == (tmp_path / "cpu.onnx").read_bytes()
+
+    def test_calibrated_there_compiled_and_with_hooks(self, residual, images, gpu, tmp_path):
+        model = residual.to(gpu)
+        swap_modules(model, images)
+        calibrate_model(model, [images])
+        devices = set()
+        model.conv.register_forward_hook(lambda module, *_: devices.add(module.weight.device.type))
+        report = export_onnx(torch.compile(model), images, tmp_path / "model.onnx")
+        assert report.quantize_nodes == 3
+        assert devices == {"cpu"}
+
+    def test_a_refused_model_stays_there(self, residual, gpu, tmp_path):
+        model, batch = make_calibrated("residual", residual, gpu)
+        weight = model.conv.weight
+        weight.data[0] = float("nan")
+        with pytest.raises(ExportError, match="NaN"):
+            export_onnx(model, batch, tmp_path / "model.onnx")
+        assert model.conv.weight is weight
+        assert weight.device == gpu
+
+    def test_states_loaded_there(self, residual, images, gpu, tmp_path):
+        """A state is loaded into quantizers that have no range yet, and exported without a forward."""
+        twin = copy.deepcopy(residual).to(gpu)
+        swap_modules(residual, images)
+        calibrate_model(residual, [images])
+        torch.save(residual.state_dict(), tmp_path / "state.pt")
+        export_onnx(residual, images, tmp_path / "cpu.onnx")
+        swap_modules(twin, images)
+        twin.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        assert {tensor.device for tensor in twin.state_dict().values()} == {gpu}
+        export_onnx(twin, images, tmp_path / "gpu.onnx")
+        assert (tmp_path / "gpu.onnx").read_bytes() == (tmp_path / "cpu.onnx").read_bytes()

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from torch import nn
 
 from qdq.batch import require_batches
 from qdq.calibrate.collect import Collection, collect_and_hold_out, format_of
 from qdq.calibrate.selection import select_methods
 from qdq.calibrate.weights import require_weight_method, solve_weight
+from qdq.device import copy_to_host
 from qdq.distributed import failing_together, find_rank, gather_bytes
 from qdq.errors import ArgumentError, ArgumentTypeError, CalibrationError
 from qdq.forward import require_model
@@ -31,6 +32,8 @@ from qdq.quantizer import TensorQuantizer
 from qdq.statistics import Statistics, merge_parts
 
 logger = logging.getLogger(__name__)
+
+_Amaxes = np.ndarray[Any, np.dtype[np.float32]]
 
 BEST = "best"
 CALIB_METHODS = (*SOLVERS, BEST)
@@ -275,6 +278,8 @@ def _compute_ranges(
     _log_disabled(collection)
 
     weight_amaxes = _compute_weight_ranges(collection, options.weight_method)
+    for name, site in collection.weights.items():
+        collection.quantizers[name].to(site.weight.device)
     float_notes = _find_float_notes(collection, statistics)
     for name in float_notes:
         weight_amaxes.pop(name, None)
@@ -283,15 +288,15 @@ def _compute_ranges(
     ranges = []
     with _all_or_none(quantizers.values()):
         for name, amax in weight_amaxes.items():
-            quantizers[name].amax = amax.cpu().numpy()
+            quantizers[name].amax = amax
         methods = _choose_methods(collection, statistics, options, held_out)
         for name, leader in collection.leaders.items():
             if name not in float_notes:
                 tensor = statistics.tensors[leader]
                 ranges.append(_set_range(quantizers[name], name, tensor, methods[leader], options))
 
-    for name in weight_amaxes:
-        ranges.append(_describe_range(quantizers[name], name, options.weight_method, 0))
+    for name, amax in weight_amaxes.items():
+        ranges.append(_describe_range(quantizers[name], name, amax, options.weight_method, 0))
     return ranges + _leave_in_float(collection, float_notes, options.method)
 
 
@@ -339,12 +344,13 @@ def _log_disabled(collection: Collection) -> None:
         )
 
 
-def _compute_weight_ranges(collection: Collection, method: str) -> dict[str, torch.Tensor]:
+def _compute_weight_ranges(collection: Collection, method: str) -> dict[str, _Amaxes]:
     """The amax of each weight by the name of its quantizer; nothing is stored."""
     amaxes = {}
     for name, site in collection.weights.items():
         amaxes[name] = solve_weight(site.label, site.weight, collection.quantizers[name], method)
-    return amaxes
+    on_host = copy_to_host(list(amaxes.values()))
+    return {name: amax.numpy() for name, amax in zip(amaxes, on_host, strict=True)}
 
 
 def _set_range(
@@ -359,17 +365,18 @@ def _set_range(
         method: The method; without an integer format the maximum is used.
         options: The options of the method.
     """
-    if format_of(quantizer) is None:
-        quantizer.amax = tensor.absmax
-    else:
-        quantizer.amax = quantizer.solve_range(tensor, method, **options.solver_options(method))
-    return _describe_range(quantizer, name, method, tensor.num_batches)
+    amax: float | _Amaxes = tensor.absmax
+    if format_of(quantizer) is not None:
+        amax = quantizer.solve_range(tensor, method, **options.solver_options(method))
+    quantizer.amax = amax
+    return _describe_range(quantizer, name, amax, method, tensor.num_batches)
 
 
-def _describe_range(quantizer: TensorQuantizer, name: str, method: str, batches: int) -> Range:
-    """The `Range` of a quantizer that has just got its range."""
-    assert quantizer.amax is not None  # noqa: S101  # the caller has set it
-    amaxes = quantizer.amax.flatten().tolist()
+def _describe_range(
+    quantizer: TensorQuantizer, name: str, amax: float | _Amaxes, method: str, batches: int
+) -> Range:
+    """The `Range` of a quantizer; its buffer is not read, which would wait for the device."""
+    amaxes = np.asarray(amax, dtype=np.float32).flatten().tolist()
     return Range(name, amaxes[0] if quantizer.axis is None else amaxes, method, batches)
 
 

@@ -41,10 +41,19 @@ class QuantInputMixin(nn.Module):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.init_quantizer(quant_desc_input)
+        self._move_quantizers()
 
     def init_quantizer(self, quant_desc_input: QuantDescriptor | None = None) -> None:
         """Attach the quantizer; a swapped module gets it here, because its constructor does not run again."""
         self._input_quantizer = TensorQuantizer(quant_desc_input or self.default_quant_desc_input)
+
+    def _move_quantizers(self) -> None:
+        """Move the quantizers to the device of the parameters, which may be an argument of the constructor."""
+        parameter = next(self.parameters(), None)
+        if parameter is None:
+            return
+        for quantizer in self.quantizers().values():
+            quantizer.to(parameter.device)
 
     @property
     def input_quantizer(self) -> TensorQuantizer:
@@ -104,6 +113,7 @@ class QuantMixin(QuantInputMixin):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.init_quantizer(quant_desc_input, quant_desc_weight)
+        self._move_quantizers()
 
     def init_quantizer(
         self,
