@@ -155,19 +155,23 @@ def _fake_quantize_float32(
 ) -> torch.Tensor:
     """Choose one of three implementations, which give the same bits.
 
-    The operators of torch export to Q/DQ, and on a GPU they are one kernel. On a CPU they cost three to five times as
-    much as the same arithmetic in place, because they fill a mask for the backward pass (tools/bench_forward.py). They
-    have no gradient for the scale.
+    The operators of torch export to Q/DQ, and on a GPU they are one kernel or two. On a CPU they cost three to five
+    times as much as the same arithmetic in place, because they fill a mask for the backward pass
+    (tools/bench_forward.py). They have no gradient for the scale.
     """
     has_gradients = torch.is_grad_enabled()
     if has_gradients and scale.requires_grad:
         return _straight_through(values, scale, fmt, axis, range_rule)
-    is_captured = torch.compiler.is_compiling() or is_tracing()  # type: ignore[no-untyped-call]
-    if is_captured or values.device.type != "cpu":
+    if _is_captured() or values.device.type != "cpu":
         return fake_quantize_with_operator(values, scale, fmt, axis)
     if has_gradients and values.requires_grad:
         return _straight_through(values, scale, fmt, axis, range_rule)
     return fake_quantize_in_pieces(values, scale, fmt, axis)
+
+
+def _is_captured() -> bool:
+    """Whether torch records the operators instead of only running them."""
+    return torch.compiler.is_compiling() or bool(is_tracing())  # type: ignore[no-untyped-call]
 
 
 def fake_quantize_with_operator(
@@ -181,7 +185,9 @@ def fake_quantize_with_operator(
         fmt: The format.
         axis: The axis that `scale` belongs to, counted from the front; None for one scale.
     """
-    zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    # torch reads integer zero points of channels to check them, and so waits for a GPU. Q/DQ needs integers.
+    is_integer = axis is None or _is_captured()
+    zero_point = torch.zeros_like(scale, dtype=torch.int32 if is_integer else torch.float32)
     if axis is None:
         return torch.fake_quantize_per_tensor_affine(values, scale, zero_point, fmt.qmin, fmt.qmax)
     num_channels = values.shape[axis]
@@ -219,7 +225,7 @@ def fake_quantize_in_pieces(
 
 
 class _StraightThrough(torch.autograd.Function):
-    """`fake_quantize_in_pieces` with gradients.
+    """`fake_quantize_in_pieces`, or the operator of torch on a GPU, with gradients.
 
     It saves its inputs, not a mask: the layer before has usually saved the same tensor for its own gradient.
     """
@@ -237,6 +243,8 @@ class _StraightThrough(torch.autograd.Function):
         ctx.fmt = fmt
         ctx.axis = axis
         ctx.range_rule = range_rule
+        if values.device.type != "cpu":
+            return fake_quantize_with_operator(values, scale, fmt, axis)
         return fake_quantize_in_pieces(values, scale, fmt, axis)
 
     @staticmethod
@@ -326,7 +334,7 @@ def _differentiate(
             codes.mul_(torch.sub(piece_grad, target, out=ratio))
         sums.append(_sum_to_scale(codes, axis))
 
-    total = torch.stack(sums).sum(0) if axis is None else torch.cat(sums)
+    total = _join_sums(sums, axis)
     elements_per_range = max(values.numel(), 1) / scale.numel()
     return grad_values, total.reshape(scale.shape) / math.sqrt(elements_per_range * fmt.qmax)
 
@@ -344,6 +352,13 @@ def _pass_inside(
     torch.ops.aten.hardtanh_backward(
         grad, ratio, fmt.qmin - 0.5, fmt.qmax + 0.5, grad_input=grad_values
     )
+
+
+def _join_sums(sums: Sequence[torch.Tensor], axis: int | None) -> torch.Tensor:
+    """The sums of all pieces: their sum without an axis, else one after the other."""
+    if len(sums) == 1:
+        return sums[0]
+    return torch.stack(sums).sum(0) if axis is None else torch.cat(sums)
 
 
 def _sum_to_scale(values: torch.Tensor, axis: int | None) -> torch.Tensor:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pretended_device import list_waits, watch
 from quantize_reference import FORMATS, edge_values, reference, same_bits
 
 from qdq import ArgumentError
@@ -249,3 +250,44 @@ def test_a_copy_made_in_inference_mode_can_be_trained():
     assert not twin.is_inference()
     twin.requires_grad_().sum().backward()
     assert twin.grad.tolist() == [1, 1, 1]
+
+
+def run_and_differentiate(device, amax, axis, rule):
+    """Result and gradients of more values than one piece holds, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = 3 * torch.randn(20, 4, 60, 60, generator=generator)
+    weights = torch.randn(inputs.shape, generator=generator)
+    inputs = inputs.to(device).requires_grad_()
+    amax = amax.clone().to(device).requires_grad_()
+    result = fake_quantize(inputs, amax, axis=axis, range_rule=rule)
+    (result * weights.to(device)).sum().backward()
+    return result.detach().cpu(), inputs.grad.cpu(), amax.grad.cpu()
+
+
+RANGES = [
+    pytest.param(torch.tensor(2.0), None, id="tensor"),
+    pytest.param(torch.linspace(0.5, 2, 20), 0, id="axis 0"),
+    pytest.param(torch.linspace(0.5, 2, 4), 1, id="axis 1"),
+]
+
+
+class TestDevice:
+    """On a GPU it is one piece and the operators of torch."""
+
+    @pytest.mark.parametrize(("amax", "axis"), RANGES)
+    @pytest.mark.parametrize("rule", ["lsq", "pact"])
+    def test_learned_ranges_are_those_of_the_cpu(self, gpu, amax, axis, rule):
+        expected = run_and_differentiate("cpu", amax, axis, rule)
+        result, grad_inputs, grad_amax = run_and_differentiate(gpu, amax, axis, rule)
+        assert torch.allclose(result, expected[0], rtol=1e-6)
+        assert torch.equal(grad_inputs, expected[1])
+        assert torch.allclose(grad_amax, expected[2], rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize(("amax", "axis"), RANGES)
+    @pytest.mark.parametrize("learned", [False, True])
+    def test_nothing_waits(self, gpu, amax, axis, learned):
+        inputs = torch.randn(20, 4, 6, 6).to(gpu).requires_grad_()
+        amax = amax.to(gpu).requires_grad_(learned)
+        with watch(gpu) as events:
+            fake_quantize(inputs, amax, axis=axis).sum().backward()
+        assert list_waits(events) == []

@@ -338,6 +338,9 @@ void require_one_device(const c10::FunctionSchema& schema, const std::vector<IVa
 
 void tell_of_wait(const c10::FunctionSchema& schema, const std::vector<IValue>& arguments) {
   bool waits = WAITING.count(schema.name()) > 0;
+  if (schema.name() == "aten::fake_quantize_per_channel_affine_cachemask") {
+    waits |= !arguments[2].toTensor().is_floating_point();  // it reads integer zero points to check them
+  }
   if (takes_index_of_cpu(schema.name())) {
     for_each_tensor(arguments[1], [&](const Tensor& index) {
       waits |= index.scalar_type() == at::kBool;  // how many elements it selects is known on the device only
