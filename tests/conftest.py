@@ -20,12 +20,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark the tests that use a GPU, and keep them in one worker: the others stay without the pretended device."""
+    """Mark the tests that use a GPU, and keep them in one worker: the others stay without the pretended device.
+
+    They come first: torch counts the devices at the first backward pass, and the pretended one must be there by then.
+    """
     for item in items:
         if "gpu" in item.fixturenames:
             item.add_marker("gpu")
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.xdist_group("gpu"))
+    items.sort(key=lambda item: item.get_closest_marker("gpu") is None)
 
 
 @pytest.fixture(scope="session")
