@@ -6,6 +6,7 @@ The rule for batches: every stage moves them to the device of the model.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 import re
@@ -82,13 +83,13 @@ def find_sm(device: torch.device) -> int | None:
 
 
 def find_device(model: nn.Module) -> torch.device:
-    """The device of the first parameter of a model; the CPU if it has no parameters.
+    """The device of the first parameter of a model, or else of its first buffer; the CPU if it has neither.
 
     Args:
         model: Any module.
     """
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def move_batch(batch: Any, device: torch.device) -> Any:
@@ -168,6 +169,19 @@ def _copy_tensor_to_host(tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(copied, requires_grad=tensor.requires_grad)
     return copied
+
+
+def read_numbers(tensors: Sequence[torch.Tensor]) -> list[float]:
+    """The values of tensors of one element, in one transfer from their device.
+
+    Args:
+        tensors: Any number of tensors, of one device or of several.
+    """
+    if not tensors:
+        return []
+    device = tensors[0].device
+    numbers = [tensor.detach().reshape(()).to(device, torch.float64) for tensor in tensors]
+    return list(torch.stack(numbers).tolist())
 
 
 @contextmanager

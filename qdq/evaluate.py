@@ -17,11 +17,18 @@ from tqdm import tqdm
 
 from qdq.batch import require_batches, split_inputs, tensors_of
 from qdq.check import OnnxModel, Session
+from qdq.device import without_tf32
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError, is_out_of_memory
 from qdq.forward import call_model, evaluating, name_leaves, require_model
 from qdq.graph.tensors import list_data_files
 from qdq.metrics import Array, agreement, sqnr_db, top_k
 from qdq.quantizer import named_quantizers
+
+_FLOAT_TYPES = {
+    "tensor(float16)": torch.float16,
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+}
 
 
 @dataclass(frozen=True)
@@ -75,10 +82,14 @@ class Evaluation:
         return "\n".join(lines)
 
 
+@without_tf32()
 def predict(
     model: nn.Module | Path | str, batches: Iterable[Any], *, session: Session = "plain"
 ) -> Array:
     """First output of a model on all batches.
+
+    The tensors of a batch may be on any device: they are moved to that of the module, or to the CPU for a file. On a
+    GPU, a module runs without TF32, whose error is as large as one of int8.
 
     Args:
         model: A module, or the path of an ONNX file (run by ONNX Runtime on the CPU).
@@ -92,7 +103,7 @@ def predict(
     Raises:
         ArgumentError: An unknown session.
         ArgumentTypeError: `model` is neither.
-        DataError: No batch, or not enough memory for one.
+        DataError: No batch, not enough memory for one, or one that is not on the device of the module.
         CheckError: The ONNX file cannot be run on them.
     """
     require_batches(batches)
@@ -117,11 +128,34 @@ def predict(
 def _run_file(model: OnnxModel, batch: Any) -> Array:
     """First output of an ONNX file on one batch."""
     args, kwargs = split_inputs(batch)
+    names = list(model.inputs)
     leaves = tree_leaves(args)
     if not args:
         named = name_leaves(kwargs)
-        leaves = [named[name] for name in model.inputs if name in named]
-    return model(*map(np.asarray, leaves))[0]
+        names = [name for name in names if name in named]
+        leaves = [named[name] for name in names]
+    dtypes = [_FLOAT_TYPES.get(model.types[name]) for name in names]
+    if len(leaves) != len(dtypes):  # refused by the file, with its own message
+        dtypes = [None] * len(leaves)
+    return model(*map(_to_input, leaves, dtypes))[0]
+
+
+def _to_input(leaf: Any, dtype: torch.dtype | None) -> Any:
+    """An input of a file as an array.
+
+    Args:
+        leaf: The input.
+        dtype: The type of floats that the file takes, None if it takes something else. Narrower floats become it.
+    """
+    if not isinstance(leaf, torch.Tensor):
+        return np.asarray(leaf)
+    tensor = leaf.detach().cpu()
+    if dtype is not None and tensor.is_floating_point():
+        is_wider = torch.promote_types(tensor.dtype, dtype) == dtype
+        tensor = tensor.to(dtype if is_wider else tensor.dtype)
+    if tensor.dtype == torch.bfloat16:  # numpy has none
+        tensor = tensor.float()
+    return tensor.numpy()
 
 
 def _run_module(model: nn.Module, batch: Any) -> Array:
@@ -152,10 +186,10 @@ def _to_array(tensor: torch.Tensor) -> Array:
 def measure_tie_floor(model: nn.Module, batches: Iterable[Any]) -> float:
     """SQNR in dB that rounding ties alone leave between two correct runs of a quantized model.
 
-    The model is run twice. In the second run the input of every quantizer is larger by 2^-22 of itself, about as much
-    as another order of summation in float32 changes it. A float model hardly changes. A quantized one does, because
-    values next to a tie round to the other code, and later layers propagate the difference. The SQNR of another runtime
-    may be a little above or below this figure, but not far above.
+    The model is run twice, without TF32. In the second run the input of every quantizer is larger by 2^-22 of itself,
+    about as much as another order of summation in float32 changes it. A float model hardly changes. A quantized one
+    does, because values next to a tie round to the other code, and later layers propagate the difference. The SQNR of
+    another runtime may be a little above or below this figure, but not far above.
 
     Args:
         model: A calibrated model.

@@ -26,8 +26,13 @@ from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten_with_path
 
 from qdq.batch import split_inputs, tensors_of
 from qdq.device import find_device, move_batch
-from qdq.errors import ArgumentTypeError
+from qdq.errors import ArgumentTypeError, DataError
 from qdq.functions import ALIASES, CONTRACTIONS
+
+# How torch says that tensors of several devices met. A convolution shows their types: torch.FloatTensor and
+# torch.cuda.FloatTensor. If only the part behind the last dot differs, the devices are the same.
+_OF_FUNCTIONS = re.compile("the same device|not on the expected device")
+_OF_CONVOLUTIONS = re.compile(r"Input type \((.*?)\) and (?:weight|bias) type \((.*?)\)")
 
 
 @dataclass(frozen=True)
@@ -228,8 +233,57 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
 
     A model that `torch.compile` has compiled runs uncompiled, so that hooks and quantizers take effect; in training
     (with gradients) it runs compiled.
+
+    Args:
+        model: The model.
+        inputs: The item.
+
+    Raises:
+        DataError: The item cannot be moved to the device of the model, or tensors of other devices meet in the model.
     """
-    args, kwargs = move_batch(split_inputs(inputs), find_device(model))
+    device = find_device(model)
+    args, kwargs = _place_inputs(split_inputs(inputs), device)
+    try:
+        return _run_uncompiled(model, args, kwargs)
+    except RuntimeError as error:
+        if not _says_devices_differ(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"the model is on {device}, and a function in it gets tensors of another device: {reason}",
+            "give batches of tensors in lists, tuples and dictionaries, which are moved to the device of the model; "
+            "keep constants of the model in buffers, or make them on the device of an input.",
+        ) from error
+
+
+def _says_devices_differ(error: RuntimeError) -> bool:
+    """Whether an error of torch says that tensors of several devices met in one function."""
+    text = str(error)
+    if _OF_FUNCTIONS.search(text):
+        return True
+    types = _OF_CONVOLUTIONS.search(text)
+    if types is None:
+        return False
+    first, second = types.groups()
+    return first.rpartition(".")[0] != second.rpartition(".")[0]
+
+
+def _place_inputs(inputs: Any, device: torch.device) -> Any:
+    """Inputs on the device of a model.
+
+    Raises:
+        DataError: The device is "meta", and the inputs have values.
+    """
+    if device.type == "meta" and not all(tensor.is_meta for tensor in tensors_of(inputs)):
+        raise DataError(
+            "the model is on the device 'meta': its parameters have no values, so it cannot run on data.",
+            "load it with its values, for instance model.to_empty(device='cpu') and load_state_dict.",
+        )
+    return move_batch(inputs, device)
+
+
+def _run_uncompiled(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a model; without gradients, one that is compiled runs uncompiled."""
     can_be_compiled = "torch._dynamo" in sys.modules
     if torch.is_grad_enabled() or not can_be_compiled:
         return model(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pretended_device import list_waits, watch
 from torch import nn
 
 from qdq.device import (
@@ -10,6 +11,7 @@ from qdq.device import (
     find_device,
     find_sm,
     move_batch,
+    read_numbers,
     without_tf32,
 )
 from qdq.errors import ArgumentError
@@ -66,6 +68,19 @@ class TestBatches:
         assert find_device(model) == gpu
         assert call_model(model, (torch.ones(1, 3), "label")).device == gpu
         assert call_model(model.cpu(), torch.ones(1, 3, device=gpu)).device == torch.device("cpu")
+
+    def test_a_model_may_have_buffers_only(self, gpu):
+        model = nn.BatchNorm1d(3, affine=False).to(gpu)
+        assert find_device(model) == gpu
+        assert find_device(nn.ReLU()) == torch.device("cpu")
+
+
+def test_numbers_come_in_one_transfer(device):
+    tensors = [torch.tensor(value, device=device) for value in (1, 2.5, True)]
+    with watch(device) as events:
+        assert read_numbers(tensors) == [1.0, 2.5, 1.0]
+        assert read_numbers([]) == []
+    assert len(list_waits(events)) == (device.type != "cpu")
 
 
 def list_settings():

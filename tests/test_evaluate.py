@@ -8,17 +8,22 @@ import onnxruntime
 import pytest
 import torch
 from onnx import helper
+from pretended_device import list_waits, watch
 from torch import nn
 
 from qdq import (
     ArgumentError,
     CheckError,
     DataError,
+    calibrate_model,
     evaluate_outputs,
     export_onnx,
     measure_tie_floor,
     predict,
+    swap_modules,
 )
+from qdq.check import measure_parity
+from qdq.device import move_batch
 from qdq.metrics import sqnr_db
 
 
@@ -113,6 +118,54 @@ def test_predict_file_and_module_alike(quantized, images, tmp_path):
     assert sqnr_db(from_torch, from_file) > 30
     with pytest.raises(CheckError, match=r"given \[4, 3, 12\] float32"):
         predict(str(path), [images[..., 0]])
+
+
+@pytest.mark.parametrize("batch_is_on_gpu", [False, True])
+@pytest.mark.parametrize(
+    "pack", [lambda x: x, lambda x: (x, torch.zeros(2)), lambda x: {"images": x}]
+)
+def test_batches_may_be_on_any_device(quantized, images, tmp_path, gpu, batch_is_on_gpu, pack):
+    path = export_onnx(quantized, images, tmp_path / "model.onnx").path
+    expected = predict(quantized, [images, images[:1]])
+    batches = [pack(images), pack(images[:1])]
+    if batch_is_on_gpu:
+        batches = [move_batch(batch, gpu) for batch in batches]
+    quantized.to(gpu)
+    predict(quantized, batches)  # moves the ranges
+    with watch(gpu) as events:
+        outputs = predict(quantized, batches)
+    assert sqnr_db(expected, outputs) > 90
+    assert len(list_waits(events)) <= len(batches)
+    from_file = predict(path, batches)
+    np.testing.assert_array_equal(from_file, predict(path, [images, images[:1]]))
+    assert sqnr_db(outputs, from_file) > 30
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_file_takes_what_its_type_can_hold(quantized, images, tmp_path, device, dtype):
+    path = export_onnx(quantized, images, tmp_path / "model.onnx").path
+    batch = images.to(dtype)
+    expected = predict(path, [batch.float()])
+    np.testing.assert_array_equal(predict(path, [batch.to(device).requires_grad_()]), expected)
+    with pytest.raises(CheckError, match="float64, its inputs are"):
+        predict(path, [images.double().to(device)])
+
+
+def test_tf32_of_the_gpu_does_not_reach_the_figures(tmp_path, gpu):
+    convolutions = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(4)]
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), *convolutions).eval()
+    batches = [torch.randn(16, 3, 12, 12) for _ in range(2)]
+    swap_modules(model, batches[0], include=["*"])
+    calibrate_model(model, batches, method="max")
+    path = export_onnx(model, batches[0], tmp_path / "model.onnx").path
+    floor, outputs = measure_tie_floor(model, batches), predict(model, batches)
+    from_file = predict(path, batches)
+    model.to(gpu)
+    outputs_of_gpu = predict(model, batches)
+    assert math.isfinite(floor)
+    assert measure_tie_floor(model, batches) == pytest.approx(floor, abs=0.1)
+    assert measure_parity(outputs, from_file).sqnr_db > 90
+    assert measure_parity(outputs_of_gpu, from_file).sqnr_db > 90
 
 
 def test_tie_floor_of_a_float_model_is_float_rounding(residual, images):

@@ -481,7 +481,11 @@ class Recurrent(nn.Module):
 
 def make_calibrated(name, residual, gpu):
     """A model whose ranges were computed on the CPU, on the GPU, and an example there; no forward runs after that."""
-    models = {"residual": residual, "attention": Attention().eval(), "recurrent": Recurrent().eval()}
+    models = {
+        "residual": residual,
+        "attention": Attention().eval(),
+        "recurrent": Recurrent().eval(),
+    }
     shape = (4, 3, 12, 12) if name == "residual" else (2, 5, 16)
     batch = torch.randn(shape)
     model = models[name]

@@ -1,11 +1,14 @@
 """What one forward is said to have done, on modules small enough to know it."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from qdq.batch import floats_of, tensors_of
+from qdq.errors import DataError
 from qdq.forward import call_model, evaluating, trace_forward
 
 
@@ -134,6 +137,68 @@ def test_call_model_takes_what_loaders_yield():
     assert torch.equal(call_model(Model(), (x, "labels")), x)
     assert torch.equal(call_model(Model(), [x, "labels"]), x)
     assert torch.equal(call_model(Model(), {"x": x, "factor": 3}), 3 * x)
+
+
+@dataclasses.dataclass
+class Hidden:
+    """An object that qdq does not look into."""
+
+    images: torch.Tensor
+
+
+class Opening(nn.Module):
+    """Reads a tensor in an object."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden):
+        return self.layer(hidden.images)
+
+
+class Constant(nn.Module):
+    """Makes a constant on the CPU."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, images):
+        return self.layer(images) + torch.ones(5)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(5, 5), nn.Conv2d(3, 4, 1), nn.LSTM(5, 5), nn.BatchNorm2d(3)]
+)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_tensors_of_two_devices_are_an_error_with_a_fix(layer, swapped, gpu):
+    images = torch.randn(2, 3, 5, 5)[:, :, 0 if isinstance(layer, nn.LSTM) else slice(None)]
+    places = (torch.device("cpu"), gpu) if swapped else (gpu, torch.device("cpu"))
+    model = Opening(layer).to(places[0]).eval()
+    with pytest.raises(
+        DataError, match=f"the model is on {places[0]}, and a function in it"
+    ) as caught:
+        call_model(model, Hidden(images.to(places[1])))
+    assert "lists, tuples and dictionaries" in caught.value.fix
+
+
+def test_a_constant_of_the_cpu_is_an_error_with_a_fix(gpu):
+    with pytest.raises(DataError, match="gets tensors of another device") as caught:
+        call_model(Constant(nn.Linear(5, 5)).to(gpu), torch.randn(2, 5))
+    assert "keep constants of the model in buffers" in caught.value.fix
+
+
+def test_other_errors_of_a_model_stay(device):
+    with pytest.raises(RuntimeError, match="should be the same"):
+        call_model(nn.Conv2d(3, 4, 1).to(device), torch.randn(2, 3, 5, 5, dtype=torch.float64))
+
+
+def test_a_model_without_values_cannot_run():
+    model = nn.Linear(3, 2, device="meta")
+    with pytest.raises(DataError, match="its parameters have no values"):
+        call_model(model, torch.ones(1, 3))
+    assert call_model(model, torch.ones(1, 3, device="meta")).is_meta
 
 
 def test_evaluating_puts_the_flags_back_after_an_error():

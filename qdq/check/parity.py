@@ -62,6 +62,11 @@ class OnnxModel:
         """Shape of each input; a dynamic dimension is a name."""
         return {value.name: list(value.shape) for value in self._session.get_inputs()}
 
+    @property
+    def types(self) -> dict[str, str]:
+        """Type of each input, as ONNX Runtime writes it: "tensor(float)"."""
+        return {value.name: value.type for value in self._session.get_inputs()}
+
     def __call__(self, *inputs: Any) -> list[Array]:
         """Run once.
 
