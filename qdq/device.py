@@ -120,7 +120,7 @@ def copy_to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     copies = list(tensors)
     for group in indices.values():
         flat = torch.cat([tensors[index].flatten() for index in group]).cpu()
-        parts = flat.split([tensors[index].numel() for index in group])
+        parts = torch.split(flat, [tensors[index].numel() for index in group])
         for index, part in zip(group, parts, strict=True):
             copies[index] = part.reshape(tensors[index].shape)
     return copies

@@ -354,7 +354,7 @@ def _pass_inside(
     )
 
 
-def _join_sums(sums: Sequence[torch.Tensor], axis: int | None) -> torch.Tensor:
+def _join_sums(sums: list[torch.Tensor], axis: int | None) -> torch.Tensor:
     """The sums of all pieces: their sum without an axis, else one after the other."""
     if len(sums) == 1:
         return sums[0]
