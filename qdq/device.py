@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -109,20 +110,24 @@ def move_batch(batch: Any, device: torch.device) -> Any:
 
 
 def copy_to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Copies of float32 tensors on the CPU; each device is waited for once.
+    """The tensors on the CPU; each device is waited for once, however many tensors there are.
 
     Args:
-        tensors: Tensors of any shapes and devices.
+        tensors: Tensors of any types, shapes and devices. Those on the CPU are returned as they are.
     """
-    indices: dict[torch.device, list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        indices.setdefault(tensor.device, []).append(index)
     copies = list(tensors)
+    indices: defaultdict[torch.device, list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        if tensor.device.type != "cpu":
+            indices[tensor.device].append(index)
     for group in indices.values():
-        flat = torch.cat([tensors[index].flatten() for index in group]).cpu()
-        parts = torch.split(flat, [tensors[index].numel() for index in group])
-        for index, part in zip(group, parts, strict=True):
-            copies[index] = part.reshape(tensors[index].shape)
+        parts = [tensors[index].detach().reshape(-1).view(torch.uint8) for index in group]
+        packed = torch.cat(parts).cpu()
+        on_host = torch.split(packed, [part.numel() for part in parts])
+        for index, part in zip(group, on_host, strict=True):
+            tensor = tensors[index]
+            aligned = part.clone()
+            copies[index] = aligned.view(tensor.dtype).reshape(tensor.shape)
     return copies
 
 

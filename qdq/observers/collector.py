@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 
+import numpy as np
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from qdq.device import copy_to_host
 from qdq.errors import CalibrationError
 from qdq.observers.finite import require_tensor
-from qdq.observers.summarize import Summary, add_counts, summarize
-from qdq.observers.tensor_statistics import LEAST_EXPONENT, TensorStatistics
+from qdq.observers.on_device import DeviceSummary, DeviceTally
+from qdq.observers.summarize import Summary, summarize
+from qdq.observers.tensor_statistics import Counts, TensorStatistics, coarsen
+
+AnySummary = Summary | DeviceSummary
 
 
 class TensorReader:
@@ -20,7 +25,7 @@ class TensorReader:
     """
 
     def __init__(self) -> None:
-        self._summaries: MutableMapping[torch.Tensor, tuple[object, Summary]] = (
+        self._summaries: MutableMapping[torch.Tensor, tuple[object, AnySummary]] = (
             WeakIdKeyDictionary()
         )
 
@@ -28,7 +33,7 @@ class TensorReader:
         """Read all tensors again."""
         self._summaries.clear()
 
-    def read(self, inputs: torch.Tensor, channel_axis: int | None) -> Summary:
+    def read(self, inputs: torch.Tensor, channel_axis: int | None) -> AnySummary:
         """As `summarize`."""
         if inputs.is_inference():  # it has no version, so a change would not be noticed
             return summarize(inputs, channel_axis)
@@ -42,10 +47,64 @@ class TensorReader:
         return summary
 
 
+class _HostTally:
+    """Adds up the summaries of one tensor on the CPU."""
+
+    def __init__(self, summary: Summary) -> None:
+        self._counts: Counts = np.zeros_like(summary.counts.numpy())
+        self._exponent = int(summary.exponent)
+        self._channel_absmax: torch.Tensor | None = torch.zeros_like(summary.channel_absmax)
+        # float64 [7] by number of the batch
+        self._records: dict[int, torch.Tensor] = {}
+
+    def add(self, number: int, summary: Summary) -> None:
+        """Add a summary to the batch with this number."""
+        exponent = int(summary.exponent)
+        common = max(self._exponent, exponent)
+        added = coarsen(summary.counts.numpy(), common - exponent)
+        self._counts = coarsen(self._counts, common - self._exponent) + added
+        self._exponent = common
+        self._add_channels(summary.channel_absmax)
+        self._add_record(number, torch.cat([summary.extremes, summary.sums]))
+
+    def _add_channels(self, absmax: torch.Tensor) -> None:
+        """Add the maxima of the channels; give them up for good if their shape changes."""
+        if self._channel_absmax is None:
+            return
+        if self._channel_absmax.shape != absmax.shape:
+            self._channel_absmax = None
+            return
+        self._channel_absmax = torch.maximum(self._channel_absmax, absmax)
+
+    def _add_record(self, number: int, record: torch.Tensor) -> None:
+        """Add the numbers of a batch, of which another part may have come earlier."""
+        former = self._records.get(number)
+        if former is not None:
+            low = torch.minimum(former[:1], record[:1])
+            high = torch.maximum(former[1:2], record[1:2])
+            record = torch.cat([low, high, former[2:] + record[2:]])
+        self._records[number] = record
+
+    def read(self) -> TensorStatistics:
+        """The statistics."""
+        numbers = sorted(self._records)
+        channel_absmax = None
+        if self._channel_absmax is not None:
+            channel_absmax = self._channel_absmax.numpy().copy()
+        return TensorStatistics(
+            counts=self._counts,
+            exponent=self._exponent,
+            channel_absmax=channel_absmax,
+            numbers=np.array(numbers, np.int64),
+            records=torch.stack([self._records[number] for number in numbers]).numpy(),
+        )
+
+
 class TensorCollector:
     """Collects everything that any solver needs from one tensor, in one pass.
 
-    Only seven numbers of a batch are kept. On a GPU nothing waits for the device until `statistics` is called.
+    Only seven numbers of a batch are kept. On a GPU nothing waits for the device until `statistics` is called. The
+    tensors may come from several devices.
 
     Args:
         channel_axis: The axis of the channels; None: axis 1 of four and more dimensions, else the last.
@@ -64,18 +123,14 @@ class TensorCollector:
 
     def reset(self) -> None:
         """Forget all batches."""
-        self._counts: torch.Tensor | None = None
-        self._exponent = torch.tensor(LEAST_EXPONENT)
-        self._channel_absmax: torch.Tensor | None = None
-        # float64 [7] by number of the batch
-        self._records: dict[int, torch.Tensor] = {}
-        # int64 [3] by number of the batch: `Summary.defects` and the size
-        self._defects: dict[int, torch.Tensor] = {}
+        self._numbers: set[int] = set()
+        self._host_tally: _HostTally | None = None
+        self._device_tallies: dict[torch.device, DeviceTally] = {}
 
     @property
     def num_batches(self) -> int:
         """Number of batches so far."""
-        return len(self._records)
+        return len(self._numbers)
 
     @torch.no_grad()
     def collect(self, inputs: torch.Tensor) -> None:
@@ -91,81 +146,60 @@ class TensorCollector:
         require_tensor(inputs)
         if inputs.numel() == 0:
             return
-        number = self.batch if self.batch is not None else max(self._records, default=-1) + 1
+        number = self.batch if self.batch is not None else max(self._numbers, default=-1) + 1
         summary = self._read(inputs, self.channel_axis)
-        if inputs.device.type != "cpu":
-            self._note_defects(number, summary.defects, inputs.numel())
-        elif int(summary.defects[0]):
-            raise _defect_error(summary.defects, inputs.numel())
-        self._add_counts(summary)
-        self._add_record(number, summary)
+        if isinstance(summary, DeviceSummary):
+            tally = self._device_tallies.setdefault(inputs.device, DeviceTally())
+            tally.add(number, summary)
+        else:
+            self._add_on_host(number, summary, inputs.numel())
+        self._numbers.add(number)
 
-    def _note_defects(self, number: int, defects: torch.Tensor, size: int) -> None:
-        """Keep the first defects of a batch on the device."""
-        entry = torch.cat([defects, defects.new_tensor([size])])
-        former = self._defects.get(number, entry)
-        self._defects[number] = torch.where(former[0] > 0, former, entry)
-
-    def _add_counts(self, summary: Summary) -> None:
-        """Add the histogram and the maxima of the channels."""
-        if self._counts is None:
-            self._counts = summary.counts
-            self._exponent = summary.exponent
-            self._channel_absmax = summary.channel_absmax
-            return
-        device = self._counts.device
-        self._counts, self._exponent = add_counts(
-            self._counts, self._exponent, summary.counts.to(device), summary.exponent.to(device)
-        )
-        if self._channel_absmax is None:
-            return
-        if self._channel_absmax.shape != summary.channel_absmax.shape:
-            self._channel_absmax = None
-            return
-        absmax = summary.channel_absmax.to(device)
-        self._channel_absmax = torch.maximum(self._channel_absmax, absmax)
-
-    def _add_record(self, number: int, summary: Summary) -> None:
-        """Add the numbers of a batch, of which another part may have come earlier."""
-        record = torch.cat([summary.extremes, summary.sums])
-        former = self._records.get(number)
-        if former is not None:
-            record = record.to(former.device)
-            low = torch.minimum(former[:1], record[:1])
-            high = torch.maximum(former[1:2], record[1:2])
-            record = torch.cat([low, high, former[2:] + record[2:]])
-        self._records[number] = record
+    def _add_on_host(self, number: int, summary: Summary, size: int) -> None:
+        count, first = summary.defects.tolist()
+        if count:
+            raise _defect_error(count, first, size)
+        if self._host_tally is None:
+            self._host_tally = _HostTally(summary)
+        self._host_tally.add(number, summary)
 
     def statistics(self) -> TensorStatistics:
-        """The statistics collected so far, on the CPU.
+        """The statistics collected so far, on the CPU; each device is waited for once.
 
         Raises:
             CalibrationError: NaN or Inf in a batch on a GPU.
         """
-        if self._counts is None:
-            return TensorStatistics.empty()
-        self._raise_defects()
-        numbers = sorted(self._records)
-        channel_absmax = None
-        if self._channel_absmax is not None:
-            channel_absmax = self._channel_absmax.cpu().numpy().copy()
-        return TensorStatistics(
-            counts=self._counts.cpu().numpy().copy(),
-            exponent=int(self._exponent),
-            channel_absmax=channel_absmax,
-            numbers=torch.tensor(numbers, dtype=torch.int64).numpy(),
-            records=torch.stack([self._records[number] for number in numbers]).cpu().numpy(),
-        )
+        return self.finish(iter(copy_to_host(self.tensors())))
 
-    def _raise_defects(self) -> None:
-        for number, defects in self._defects.items():
-            if int(defects[0]):
-                error = _defect_error(defects[:2], int(defects[2]))
-                raise CalibrationError(f"batch {number}: {error.message}", error.fix)
+    def tensors(self) -> list[torch.Tensor]:
+        """What `finish` needs, on the devices: the tensors of several collectors can be copied to the CPU together."""
+        tensors = []
+        for tally in self._device_tallies.values():
+            tensors += tally.tensors()
+        return tensors
+
+    def finish(self, tensors: Iterator[torch.Tensor]) -> TensorStatistics:
+        """As `statistics`.
+
+        Args:
+            tensors: The result of `tensors`, on the CPU; those of the next collector may follow.
+
+        Raises:
+            CalibrationError: As for `statistics`.
+        """
+        statistics = TensorStatistics.empty()
+        if self._host_tally is not None:
+            statistics = self._host_tally.read()
+        for tally in self._device_tallies.values():
+            part, defects = tally.read(tensors)
+            if defects is not None:
+                error = _defect_error(defects.count, defects.first, defects.size)
+                raise CalibrationError(f"batch {defects.number}: {error.message}", error.fix)
+            statistics = statistics.add_part(part)
+        return statistics
 
 
-def _defect_error(defects: torch.Tensor, size: int) -> CalibrationError:
-    count, first = defects.tolist()
+def _defect_error(count: int, first: int, size: int) -> CalibrationError:
     return CalibrationError(
         f"{count} of {size} values are NaN or Inf, the first at flat index {first}; a range needs finite ones.",
         "run the float model on this batch: either the data or a layer before this one is broken.",

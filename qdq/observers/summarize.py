@@ -1,10 +1,8 @@
-"""The statistics of one tensor, on its device.
+"""The statistics of one tensor on a CPU; `on_device` has those on other devices.
 
-On a CPU, torch's threads compute extremes and sums of all values; then one thread finds the bins, in pieces that fit
-a cache. (More threads for the bins do not help: Python threads wait for the interpreter lock. Torch's threads save
-little, and on a busy machine each of the many short operations waits for the slowest thread.)
-
-On other devices everything stays on the device, and nothing waits for it.
+Torch's threads compute extremes and sums of all values; then one thread finds the bins, in pieces that fit a cache.
+(More threads for the bins do not help: Python threads wait for the interpreter lock. Torch's threads save little, and
+on a busy machine each of the many short operations waits for the slowest thread.)
 """
 
 from __future__ import annotations
@@ -16,8 +14,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from qdq.observers.on_device import DeviceSummary, summarize_on_device
 from qdq.observers.tensor_statistics import (
-    LEAST_ABSMAX,
     LEAST_EXPONENT,
     LOG_BINS,
     NUM_BINS,
@@ -28,12 +26,11 @@ _PIECE = (1 << 15) - 64  # torch divides work of 2^15 elements and more among th
 _CHUNK = 8 * _PIECE
 _TURNS = 2
 _ROW = 1 << 11
-_DEVICE_PIECE = 1 << 24  # float32 counts are exact up to here
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Result of `summarize`; tensors on the device of the values.
+    """Result of `summarize` on a CPU.
 
     Args:
         counts: int64 `[2, NUM_BINS]`.
@@ -53,7 +50,7 @@ class Summary:
     defects: torch.Tensor
 
 
-def summarize(values: torch.Tensor, channel_axis: int | None = None) -> Summary:
+def summarize(values: torch.Tensor, channel_axis: int | None = None) -> Summary | DeviceSummary:
     """Read a tensor once.
 
     Args:
@@ -65,11 +62,9 @@ def summarize(values: torch.Tensor, channel_axis: int | None = None) -> Summary:
     # The modes are per thread; in inference mode, this thread would make tensors that the others could not write to.
     with torch.inference_mode(False), torch.no_grad():
         values = values.reshape(1) if values.dim() == 0 else values
-        matrices = _as_matrices(values, channel_axis)
-        if values.device.type == "cpu":
-            summary = _summarize_on_cpu(values, matrices)
-        else:
-            summary = _summarize_on_device(values, matrices)
+        if values.device.type != "cpu":
+            return summarize_on_device(values, channel_axis)
+        summary = _summarize_on_cpu(values, _as_matrices(values, channel_axis))
         shape = [1] * values.dim()
         shape[channel_axis] = -1
         return replace(summary, channel_absmax=summary.channel_absmax.reshape(shape))
@@ -133,32 +128,6 @@ def _reduce(matrix: _Matrix, reduction: Callable[..., torch.Tensor]) -> torch.Te
     return reduction(reduced.reshape(-1, matrix.channels), 0).float()
 
 
-# -- histograms ------------------------------------------------------------------------------------------------------
-
-
-def add_counts(
-    counts: torch.Tensor,
-    exponent: torch.Tensor,
-    other_counts: torch.Tensor,
-    other_exponent: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of two histograms at the larger of their exponents, without waiting for a device.
-
-    Args:
-        counts: int64 `[2, NUM_BINS]`.
-        exponent: int64 `[]`.
-        other_counts: As `counts`.
-        other_exponent: As `exponent`.
-    """
-    common = torch.maximum(exponent, other_exponent)
-    merged = torch.zeros_like(counts)
-    bins = torch.arange(NUM_BINS, device=counts.device)
-    for part, part_exponent in ((counts, exponent), (other_counts, other_exponent)):
-        shift = (common - part_exponent).clamp_max(LOG_BINS)
-        merged.index_add_(1, bins >> shift, part)
-    return merged, common
-
-
 def _split_signs(histogram: torch.Tensor, negatives: torch.Tensor | int) -> torch.Tensor:
     """Split a histogram of x into one of positive and one of negative values.
 
@@ -175,9 +144,6 @@ def _split_signs(histogram: torch.Tensor, negatives: torch.Tensor | int) -> torc
     counts[0, 0] -= near_zero
     counts[1, 0] = near_zero
     return counts
-
-
-# -- CPU -------------------------------------------------------------------------------------------------------------
 
 
 def _summarize_on_cpu(values: torch.Tensor, matrices: list[_Matrix]) -> Summary:
@@ -302,44 +268,3 @@ def _count_positives(values: torch.Tensor) -> int:
     """Number of values above 0, from the bits, which takes a third of the time of a comparison."""
     signs = torch.clamp(values.view(torch.int32), 0, 1, out=_buffers.signs[: values.numel()])
     return int(signs.sum(dtype=torch.int32))
-
-
-# -- other devices ---------------------------------------------------------------------------------------------------
-
-
-def _summarize_on_device(values: torch.Tensor, matrices: list[_Matrix]) -> Summary:
-    lows, highs = _channel_extremes(matrices)
-    channel_absmax = torch.maximum(-lows, highs)
-    exponent = _exponent_on_device(channel_absmax.amax())
-    factor = ((127 - exponent) << 23).to(torch.int32).view(torch.float32)  # 2^-k to the last bit
-    counts = torch.zeros(2, NUM_BINS, dtype=torch.int64, device=values.device)
-    sums = torch.zeros(5, dtype=torch.float64, device=values.device)
-    for matrix in matrices:
-        for piece in torch.split(matrix.values.reshape(-1), _DEVICE_PIECE):
-            single = piece.float()
-            bins = (single * factor).trunc_()
-            # 2 NUM_BINS bins of width 1 from -NUM_BINS on, of which the first stays empty
-            histogram = torch.histc(bins, 2 * NUM_BINS, -NUM_BINS, NUM_BINS)[1:].long()
-            counts += _split_signs(histogram, (single < 0).sum())
-            sums += _sum_on_device(single)
-    extremes = torch.stack([lows.amin(), highs.amax()]).double()
-    return Summary(counts, exponent, channel_absmax, extremes, sums, locate_defects(values))
-
-
-def _sum_on_device(values: torch.Tensor) -> torch.Tensor:
-    """As `Summary.sums`."""
-    wide = values.double()
-    return torch.stack(
-        [
-            wide.sum(),
-            wide.abs().sum(),
-            wide.square().sum(),
-            wide.new_tensor(wide.numel()),
-            (wide != 0).sum(),
-        ]
-    )
-
-
-def _exponent_on_device(absmax: torch.Tensor) -> torch.Tensor:
-    """As `tensor_statistics.exponent_of`."""
-    return torch.frexp(torch.nan_to_num(absmax).clamp_min(LEAST_ABSMAX)).exponent.long() - LOG_BINS

@@ -10,7 +10,7 @@ not depend on the order either.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -234,6 +234,13 @@ class TensorStatistics:
             records=np.concatenate([self.records, other.records])[order],
         )
 
+    def add_part(self, other: TensorStatistics) -> TensorStatistics:
+        """As `merge`, for other parts of the same batches."""
+        merged = self.shifted(other.end_number).merge(other)
+        numbers = np.concatenate([other.numbers, self.numbers])
+        numbers, records = combine_records(numbers, merged.records)
+        return replace(merged, numbers=numbers, records=records)
+
     def _merge_channels(self, other: TensorStatistics) -> npt.NDArray[np.float32] | None:
         """The maxima of the channels of both; None if their shapes differ."""
         absmax, other_absmax = self.channel_absmax, other.channel_absmax
@@ -340,6 +347,22 @@ def coarsen(counts: Counts, steps: int) -> Counts:
     factor = 1 << min(steps, LOG_BINS)
     coarse[:, : NUM_BINS // factor] = counts.reshape(2, -1, factor).sum(2)
     return coarse
+
+
+def combine_records(numbers: Counts, records: Floats) -> tuple[Counts, Floats]:
+    """Records of parts of batches, as one record for each batch, and the numbers of the batches, ascending.
+
+    Args:
+        numbers: int64 `[P]`, the number of the batch of each part.
+        records: float64 `[P, 7]`, see RECORD.
+    """
+    order = np.argsort(numbers, kind="stable")
+    unique_numbers, starts = np.unique(numbers[order], return_index=True)
+    sorted_records = records[order]
+    low = np.minimum.reduceat(sorted_records[:, :1], starts)
+    high = np.maximum.reduceat(sorted_records[:, 1:2], starts)
+    sums = np.add.reduceat(sorted_records[:, 2:], starts)
+    return unique_numbers, np.concatenate([low, high, sums], axis=1)
 
 
 def exponent_of(absmax: float) -> int:

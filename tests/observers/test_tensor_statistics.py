@@ -1,6 +1,7 @@
 """Statistics against numpy in float64, and against themselves in another order or in parts."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -8,15 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pretended_device import list_waits, watch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qdq import ArgumentError, ArgumentTypeError, CalibrationError
 from qdq.formats import Format
 from qdq.observers import collector as collector_module
-from qdq.observers import summarize
+from qdq.observers import on_device, summarize
 from qdq.observers.collector import TensorCollector, TensorReader
 from qdq.observers.tensor_statistics import (
     LEAST_EXPONENT,
     NUM_BINS,
+    RECORD,
     TensorStatistics,
     coarsen,
     exponent_of,
@@ -194,50 +198,179 @@ def test_parts_in_any_order_are_one_pass(batches, cut, random):
         assert expected.num_batches == 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("relu", [False, True])
-def test_arithmetic_of_devices_is_that_of_the_cpu(dtype, relu, monkeypatch):
-    """What runs on a GPU, run here: the counts are the same, the sums but for the order of additions."""
-    batches = [torch.randn(2, 3, 50, 50) * 10**i for i in (0, 3, -6)]
-    batches = [(batch.relu() if relu else batch).to(dtype) for batch in batches]
-    expected = collect(batches)
-    monkeypatch.setattr(summarize, "_summarize_on_cpu", summarize._summarize_on_device)
-    monkeypatch.setattr(summarize, "_DEVICE_PIECE", 1000)
-    statistics = collect(batches)
+LAYOUTS = {
+    "rows": lambda data: data,
+    "channels last": lambda data: data.to(memory_format=torch.channels_last),
+    "every second": lambda data: data[:, ::2, 1:],
+    "after ReLU": torch.relu,
+    "zeros": torch.zeros_like,
+}
+
+
+def assert_same_but_rounding(statistics, expected):
+    """The sums are added in another order on a GPU."""
     assert statistics.exponent == expected.exponent
     assert np.array_equal(statistics.counts, expected.counts)
     assert np.array_equal(statistics.channel_absmax, expected.channel_absmax)
+    names = list(RECORD)
+    exact = [names.index(name) for name in ("low", "high", "count", "nonzero")]
+    assert np.array_equal(statistics.records[:, exact], expected.records[:, exact])
+    sums_of_magnitudes = expected.records[:, names.index("sum_abs")]
     np.testing.assert_allclose(
-        statistics.records, expected.records, rtol=1e-6, atol=1e-6 * expected.absmax
+        statistics.records, expected.records, rtol=1e-6, atol=1e-6 * sums_of_magnitudes.max()
     )
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gpu(dtype, gpu):
-    batches = [(torch.randn(2, 3, 200, 200) * 10**i).to(dtype) for i in (0, 3, -3)]
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gpu(dtype, layout, gpu, deterministic):
+    powers = (0, 3, -3, 1, 2, 0, 0, -1, 1, 4)  # more batches than are added at once
+    batches = [LAYOUTS[layout](torch.randn(2, 4, 20, 21) * 10**i).to(dtype) for i in powers]
     expected, collector = collect(batches), TensorCollector()
     moved = [batch.to(gpu) for batch in batches]
     with watch(gpu) as events:
         for batch in moved:
             collector.collect(batch)
     assert list_waits(events) == []
-    statistics = collector.statistics()
-    assert statistics.exponent == expected.exponent
-    assert np.array_equal(statistics.counts, expected.counts)
-    np.testing.assert_allclose(
-        statistics.records, expected.records, rtol=1e-6, atol=1e-6 * expected.absmax
-    )
+    with watch(gpu) as events:
+        statistics = collector.statistics()
+    assert len(list_waits(events)) == 1, list_waits(events)
+    assert_same_but_rounding(statistics, expected)
+    assert_same(collector.statistics(), statistics)
 
 
-def test_gpu_reports_defects_at_the_end(gpu):
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2, 3, 5, 5), (3, 0)], ids=str)
+def test_gpu_any_shape(shape, gpu):
+    batches = [torch.randn(shape), torch.randn(shape) * 5]
+    moved = collect([batch.to(gpu) for batch in batches])
+    if batches[0].numel():
+        assert_same_but_rounding(moved, collect(batches))
+    else:
+        assert moved.num_batches == 0
+
+
+def test_gpu_reads_large_tensors_in_pieces(gpu, monkeypatch):
+    monkeypatch.setattr(on_device, "_PIECE", on_device._ROW)
+    batches = [torch.randn(5, 2000), torch.randn(3, 4096).relu()]
+    expected = collect(batches)
+    assert_same_but_rounding(collect([batch.to(gpu) for batch in batches]), expected)
+    for place in (0, 5000, 9999):
+        broken = batches[0].clone().view(-1)
+        broken[place:] = -math.inf
+        with pytest.raises(
+            CalibrationError, match=f"{10000 - place} of 10000 .* flat index {place};"
+        ):
+            collect([broken.to(gpu)])
+
+
+def test_gpu_at_the_edges_of_bins(gpu):
+    steps = torch.arange(-NUM_BINS + 1, NUM_BINS).float()
+    for power in (-149, -120, -75, -40, 0, 60, 115):
+        edges = steps * 2.0**power
+        inside = torch.nextafter(edges, torch.zeros(()))
+        beyond = torch.nextafter(edges[1:-1], edges[1:-1] * 2)
+        batches = [edges, inside, beyond]
+        assert_same_but_rounding(collect([batch.to(gpu) for batch in batches]), collect(batches))
+
+
+@pytest.mark.gpu
+@settings(max_examples=40, deadline=None)
+@given(BATCHES)
+def test_gpu_extreme_values(gpu_of_module, batches):
+    tensors = [torch.tensor(batch, dtype=torch.float32) for batch in batches]
+    expected, moved = collect(tensors), collect([tensor.to(gpu_of_module) for tensor in tensors])
+    if expected.num_batches:
+        assert_same_but_rounding(moved, expected)
+
+
+@pytest.fixture(scope="module")
+def gpu_of_module(gpu):
+    return gpu
+
+
+def test_gpu_takes_little_memory(gpu):
+    """At most 9 bytes for a value of float32, and 13 for one of another type, beyond the values themselves."""
+    for dtype, most in ((torch.float32, 9), (torch.bfloat16, 13)):
+        batch = torch.randn(4, 16, 128, 128, device=gpu).to(dtype)
+        TensorCollector().collect(batch)  # the edges are made once
+        with Allocations(gpu) as allocations:
+            TensorCollector().collect(batch)
+        assert allocations.peak <= most * batch.numel()
+
+
+class Allocations(TorchDispatchMode):
+    """The most memory at once that the operators of the block take, in bytes."""
+
+    def __init__(self, device):
+        super().__init__()
+        self._device = device
+        self._sizes = weakref.WeakKeyDictionary()
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device == self._device:
+                self._note(tensor)
+        return result
+
+    def _note(self, tensor):
+        storage = tensor.untyped_storage()
+        known = {entry.data_ptr() for entry in self._sizes}
+        if storage.data_ptr() not in known:
+            self._sizes[storage] = storage.nbytes()
+        self.peak = max(self.peak, sum(self._sizes.values()))
+
+
+@pytest.mark.parametrize("layout", ["rows", "channels last", "every second"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_gpu_reports_defects_at_the_end(gpu, bad, layout):
     collector = TensorCollector()
-    for number, value in enumerate((1.0, math.nan, 1.0)):
+    data = LAYOUTS[layout](torch.randn(2, 4, 6, 5))
+    places = [(1, 1, 2, 3), (1, 1, 2, 2)]
+    first = int(np.ravel_multi_index(places[1], data.shape))
+    for number in range(3):
         collector.batch = number
-        collector.collect(torch.tensor([0.0, 2.0, value], device=gpu))
+        batch = data.clone()
+        if number == 1:
+            for place in places:
+                batch[place] = bad
+        with watch(gpu) as events:
+            collector.collect(batch.to(gpu, non_blocking=True))
+        assert list_waits(events) == []
     with pytest.raises(
-        CalibrationError, match="batch 1: 1 of 3 values are NaN or Inf, the first at flat index 2;"
+        CalibrationError,
+        match=f"batch 1: 2 of {data.numel()} values are NaN or Inf, the first at flat index {first};",
     ):
         collector.statistics()
+
+
+def test_one_collector_for_two_devices(gpu):
+    batches = [torch.randn(2, 3, 4, 4) * 2**i for i in range(4)]
+    expected = collect([torch.cat(batches[:2]), torch.cat(batches[2:])])
+    for first, second in ((gpu, "cpu"), ("cpu", gpu)):
+        moved = [batch.to((first, second)[i % 2]) for i, batch in enumerate(batches)]
+        assert_same_but_rounding(collect(moved, [0, 0, 1, 1]), expected)
+
+
+def test_gpu_several_calls_are_one_batch(gpu):
+    parts = [torch.randn(3, 5) * i for i in range(1, 21)]
+    numbers = [i // 10 for i in range(20)]
+    moved = collect([part.to(gpu) for part in parts], numbers)
+    assert moved.num_batches == 2
+    assert_same_but_rounding(moved, collect(parts, numbers))
+
+
+def test_gpu_gives_up_channels_of_changing_number(gpu):
+    shapes = [(2, 3), (2, 4)] + [(2, 3)] * 20
+    assert collect([torch.ones(shape, device=gpu) for shape in shapes]).channel_absmax is None
 
 
 def test_a_tensor_is_read_again_once_it_has_changed(monkeypatch):
