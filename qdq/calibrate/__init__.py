@@ -20,8 +20,8 @@ from torch import nn
 from qdq.batch import require_batches
 from qdq.calibrate.collect import Collection, collect_and_hold_out, format_of
 from qdq.calibrate.selection import select_methods
-from qdq.calibrate.weights import require_weight_method, solve_weight
-from qdq.device import copy_to_host
+from qdq.calibrate.weights import require_weight_method, solve_weights
+from qdq.device import without_tf32
 from qdq.distributed import failing_together, find_rank, gather_bytes
 from qdq.errors import ArgumentError, ArgumentTypeError, CalibrationError
 from qdq.forward import require_model
@@ -150,6 +150,7 @@ class Calibration:
 
         self._exits = ExitStack()
         self._exits.enter_context(failing_together())
+        self._exits.enter_context(without_tf32())
         self._exits.enter_context(self._collection)
         hook = self._model.register_forward_pre_hook(begin_batch)
         self._exits.callback(hook.remove)
@@ -346,11 +347,8 @@ def _log_disabled(collection: Collection) -> None:
 
 def _compute_weight_ranges(collection: Collection, method: str) -> dict[str, _Amaxes]:
     """The amax of each weight by the name of its quantizer; nothing is stored."""
-    amaxes = {}
-    for name, site in collection.weights.items():
-        amaxes[name] = solve_weight(site.label, site.weight, collection.quantizers[name], method)
-    on_host = copy_to_host(list(amaxes.values()))
-    return {name: amax.numpy() for name, amax in zip(amaxes, on_host, strict=True)}
+    amaxes = solve_weights(collection.weights, collection.quantizers, method)
+    return {name: amax.numpy() for name, amax in amaxes.items()}
 
 
 def _set_range(

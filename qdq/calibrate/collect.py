@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from qdq.batch import require_batches, split_inputs, tensors_of
 from qdq.calibrate.pass_file import PassFile
+from qdq.device import copy_to_host, without_tf32
 from qdq.distributed import failing_together, find_rank, gather_bytes
 from qdq.errors import ArgumentError, CalibrationError
 from qdq.formats import Format
@@ -26,6 +27,8 @@ from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.observers.collector import TensorCollector, TensorReader
 from qdq.quantizer import SharedQuantizer, TensorQuantizer, named_quantizers
 from qdq.statistics import Statistics, merge_parts
+
+_COPIED_BYTES = 1 << 26  # copied from a device to the host at once
 
 
 class WeightSite(NamedTuple):
@@ -151,16 +154,20 @@ class Collection:
             collector.batch = number
 
     def statistics(self) -> Statistics:
-        """The statistics collected so far.
+        """The statistics collected so far; each device is waited for once.
 
         Raises:
             CalibrationError: NaN or Inf in a batch on a GPU, with the quantizer and the batch.
         """
+        on_devices = []
+        for collector in self._collectors.values():
+            on_devices += collector.tensors()
+        on_host = iter(copy_to_host(on_devices))
         tensors = {}
         num_batches = 0
         for name, collector in self._collectors.items():
             try:
-                tensors[name] = collector.statistics()
+                tensors[name] = collector.finish(on_host)
             except CalibrationError as error:
                 raise CalibrationError(
                     f"the input of quantizer {name}: {error.message}", error.fix
@@ -314,7 +321,7 @@ def _collect(collection: Collection, stream: _Stream, file: PassFile) -> Statist
     num_read = 0
     data = ""
     rank, size = find_rank()
-    with collection:
+    with collection, without_tf32():
         for batch in tqdm(stream, desc="calibrate", unit="batch", disable=None):
             if num_read == 0:
                 data = digest_sources(collection.model, batch)
@@ -422,10 +429,25 @@ def digest_sources(model: nn.Module, batch: Any) -> str:
 def digest_tensors(tensors: Iterable[torch.Tensor]) -> str:
     """Digest of types, shapes and values."""
     digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(bytes_of(tensor))
+    for group in _split_by_size(tensors):
+        for tensor in copy_to_host(group):
+            digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+            digest.update(bytes_of(tensor))
     return digest.hexdigest()
+
+
+def _split_by_size(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Groups of tensors that are copied to the host together, which takes their size again on their device."""
+    group: list[torch.Tensor] = []
+    num_bytes = 0
+    for tensor in tensors:
+        group.append(tensor)
+        num_bytes += tensor.nbytes
+        if num_bytes >= _COPIED_BYTES:
+            yield group
+            group = []
+            num_bytes = 0
+    yield group
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -13,6 +13,7 @@ import torch
 
 from qdq.batch import floats_of
 from qdq.calibrate.collect import Collection
+from qdq.device import copy_to_host, without_tf32
 from qdq.distributed import failing_together, gather_bytes
 from qdq.errors import CalibrationError
 from qdq.forward import call_model, evaluating
@@ -52,10 +53,13 @@ def select_methods(
         exits.enter_context(failing_together())
         disable_until_exit(collection.quantizers.values(), exits)
         exits.enter_context(evaluating(collection.model))
+        exits.enter_context(without_tf32())
         exits.enter_context(trials.watching())
         for batch in held_out:
             call_model(collection.model, batch)
-    errors = _sum_over_processes(trials.errors)
+            trials.end_batch()
+        errors_of_batches = trials.read_errors()
+    errors = _sum_over_processes(errors_of_batches)
     _require_finite(errors)
 
     methods = {}
@@ -95,7 +99,9 @@ class _Trials:
     def __init__(self, collection: Collection, candidates: Candidates) -> None:
         self._collection = collection
         self._candidates = candidates
-        self.errors: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+        # By device: the range and the method of each trial, and its sums, float64 `[T, 2]` in parts.
+        self._keys: defaultdict[torch.device, list[tuple[str, str]]] = defaultdict(list)
+        self._sums: defaultdict[torch.device, list[torch.Tensor]] = defaultdict(list)
         # A layer under trial may call layers inside it; their hooks must do nothing then.
         self._is_busy = False
 
@@ -172,7 +178,7 @@ class _Trials:
             if self._is_busy:
                 return
             for method, amax in self._candidates_of(name).items():
-                amax_tensor = torch.tensor(amax, device=output.device)
+                amax_tensor = torch.full((), amax, device=output.device)
                 quantized = fake_quantize(output, amax_tensor, quantizer.format)
                 self._add_error(name, method, output, quantized)
 
@@ -183,17 +189,34 @@ class _Trials:
         return self._candidates[self._collection.leaders[name]]
 
     def _add_error(self, name: str, method: str, expected: Any, quantized: Any) -> None:
-        """Add the squared error relative to the square of the float output; the absolute error if that is 0."""
-        noise_terms = []
-        signal_terms = []
+        """Add the squared error and the square of the float output, which stay on their device."""
+        pairs = []
         for reference, trial in zip(floats_of(expected), floats_of(quantized), strict=True):
             wide = reference.double()
-            noise_terms.append(float((wide - trial.double()).square().sum()))
-            signal_terms.append(float(wide.square().sum()))
-        noise = math.fsum(noise_terms)
-        signal = math.fsum(signal_terms)
-        leader = self._collection.leaders[name]
-        self.errors[leader, method].append(noise / signal if signal else noise)
+            noise = (wide - trial.double()).square().sum()
+            pairs.append(torch.stack([noise, wide.square().sum()]))
+        sums = pairs[0] if pairs else torch.zeros(2, dtype=torch.float64)
+        for pair in pairs[1:]:
+            sums = sums + pair.to(sums.device)
+        self._keys[sums.device].append((self._collection.leaders[name], method))
+        self._sums[sums.device].append(sums[None])
+
+    def end_batch(self) -> None:
+        """Join the sums, so that they take little memory."""
+        for device, parts in self._sums.items():
+            self._sums[device] = [torch.cat(parts)]
+
+    def read_errors(self) -> dict[tuple[str, str], list[float]]:
+        """The errors of each range and method in each batch; each device is waited for once.
+
+        An error is relative to the square of the float output, and absolute if that is 0.
+        """
+        on_host = copy_to_host([torch.cat(parts) for parts in self._sums.values()])
+        errors: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+        for keys, sums in zip(self._keys.values(), on_host, strict=True):
+            for key, (noise, signal) in zip(keys, sums.tolist(), strict=True):
+                errors[key].append(noise / signal if signal else noise)
+        return errors
 
 
 @contextmanager

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
+from qdq.calibrate.collect import WeightSite
+from qdq.device import copy_to_host
 from qdq.errors import ArgumentError, CalibrationError
 from qdq.formats import Format
 from qdq.observers.max import reduce_amax
@@ -47,12 +51,57 @@ def solve_weight(
         CalibrationError: NaN or Inf in the weight.
     """
     amax = reduce_amax(weight, quantizer.axis)
-    if not bool(torch.isfinite(amax).all()):
-        num_defects = int((~torch.isfinite(weight)).sum())
-        raise CalibrationError(
-            f"{label} holds {num_defects} NaN or Inf of {weight.numel()} values.",
-            "load other weights: this model was broken before quantization.",
-        )
+    _require_finite(label, weight, amax)
+    return _search(weight, amax, quantizer, method)
+
+
+@torch.no_grad()
+def solve_weights(
+    sites: Mapping[str, WeightSite], quantizers: Mapping[str, TensorQuantizer], method: str
+) -> dict[str, torch.Tensor]:
+    """Compute the ranges of weights; each device is waited for once.
+
+    Args:
+        sites: Name of the quantizer -> its weight.
+        quantizers: Name -> quantizer.
+        method: As for `solve_weight`.
+
+    Returns:
+        Name of the quantizer -> as `solve_weight`, on the CPU.
+
+    Raises:
+        CalibrationError: NaN or Inf in a weight.
+    """
+    maxima = {}
+    amaxes = {}
+    for name, site in sites.items():
+        maxima[name] = reduce_amax(site.weight, quantizers[name].axis)
+        amaxes[name] = _search(site.weight, maxima[name], quantizers[name], method)
+    on_host = copy_to_host([*maxima.values(), *amaxes.values()])
+    for site, amax in zip(sites.values(), on_host, strict=False):
+        _require_finite(site.label, site.weight, amax)
+    return dict(zip(amaxes, on_host[len(maxima) :], strict=True))
+
+
+def _require_finite(label: str, weight: torch.Tensor, amax: torch.Tensor) -> None:
+    """Refuse a weight whose maximum of |x| is NaN or Inf.
+
+    Raises:
+        CalibrationError: The message says how many values are not finite.
+    """
+    if bool(torch.isfinite(amax).all()):
+        return
+    num_defects = int((~torch.isfinite(weight)).sum())
+    raise CalibrationError(
+        f"{label} holds {num_defects} NaN or Inf of {weight.numel()} values.",
+        "load other weights: this model was broken before quantization.",
+    )
+
+
+def _search(
+    weight: torch.Tensor, amax: torch.Tensor, quantizer: TensorQuantizer, method: str
+) -> torch.Tensor:
+    """The range by a method, from the maximum of |x|."""
     if method == "max" or not weight.numel():
         return amax
     return _Search(weight.float(), amax, quantizer.format).run()
