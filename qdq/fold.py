@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import Linear
 from torch.utils._pytree import tree_map_only
 
+from qdq.device import copy_to_host, without_tf32
 from qdq.forward import ForwardTrace, call_model, evaluating, require_model, trace_forward
 from qdq.nn import QuantMixin
 from qdq.quantize import own_tensor
@@ -76,13 +77,12 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> list[FoldedPair]:
         if pair.batchnorm in changed:
             pairs[position] = replace(pair, folded=False, reason=reason)
 
+    folded = [(modules[pair.layer], modules[pair.batchnorm]) for pair in pairs if pair.folded]
+    _scale_ranges(folded)
     remainders: dict[nn.Module, nn.Module] = {}
-    for pair in pairs:
-        if pair.folded:
-            layer, batchnorm = modules[pair.layer], modules[pair.batchnorm]
-            _scale_range(layer, batchnorm)
-            _fold(layer, batchnorm)
-            remainders[batchnorm] = _remainder_of(batchnorm)
+    for layer, batchnorm in folded:
+        _fold(layer, batchnorm)
+        remainders[batchnorm] = _remainder_of(batchnorm)
     _replace_everywhere(model, remainders)
     _warn_of_unfolded(pairs)
     return pairs
@@ -218,12 +218,13 @@ def _find_changed(
         candidates: BatchNorm -> the layer before it, by dotted names.
         modules: The modules of the model, by dotted name.
     """
-    changed: set[str] = set()
+    probed: list[str] = []
+    is_exact: list[torch.Tensor] = []  # read at the end: each read waits for a GPU
 
     def probe(name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
         noise_args, noise_kwargs = tree_map_only(torch.Tensor, _noise_like, (args, kwargs))
-        if not _folds_exactly(layer, modules[name], noise_args, noise_kwargs):
-            changed.add(name)
+        probed.append(name)
+        is_exact.append(_folds_exactly(layer, modules[name], noise_args, noise_kwargs))
 
     with ExitStack() as hooks:
         for batchnorm, layer_name in candidates.items():
@@ -231,9 +232,9 @@ def _find_changed(
                 partial(probe, batchnorm), with_kwargs=True
             )
             hooks.callback(handle.remove)
-        with evaluating(model):
+        with evaluating(model), without_tf32():
             call_model(model, example_inputs)
-    return changed
+    return {name for name, exact in zip(probed, copy_to_host(is_exact), strict=True) if not exact}
 
 
 def _noise_like(tensor: torch.Tensor) -> torch.Tensor:
@@ -241,8 +242,8 @@ def _noise_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor).normal_(generator=torch.Generator(tensor.device).manual_seed(0))
 
 
-def _folds_exactly(layer: nn.Module, batchnorm: nn.Module, args: Any, kwargs: Any) -> bool:
-    """Whether a layer with the BatchNorm folded into it gives the output of both.
+def _folds_exactly(layer: nn.Module, batchnorm: nn.Module, args: Any, kwargs: Any) -> torch.Tensor:
+    """Whether a layer with the BatchNorm folded into it gives the output of both, bool `[]` on their device.
 
     Args:
         layer: The layer; its parameters are put back.
@@ -260,7 +261,7 @@ def _folds_exactly(layer: nn.Module, batchnorm: nn.Module, args: Any, kwargs: An
         finally:
             layer._parameters = parameters
     error = (folded - expected).abs().max()
-    return bool(error <= _TOLERANCE * expected.abs().max())
+    return torch.le(error, _TOLERANCE * expected.abs().max())
 
 
 def _remainder_of(batchnorm: nn.Module) -> nn.Module:
@@ -312,18 +313,22 @@ def _has_range_per_output(layer: QuantMixin) -> bool:
     return axis in (0, -weight.dim())
 
 
-def _scale_range(layer: nn.Module, batchnorm: Any) -> None:
+def _scale_ranges(folded: list[tuple[nn.Module, nn.Module]]) -> None:
     """Multiply the range of each output channel by the factor of its weights, which does not change the codes.
 
     Args:
-        layer: The layer, quantized or not.
-        batchnorm: The BatchNorm that is folded into it.
+        folded: Each layer, quantized or not, with the BatchNorm that is folded into it.
     """
-    if not isinstance(layer, QuantMixin) or layer.weight_quantizer.amax is None:
-        return
-    amax = layer.weight_quantizer.amax
-    gain = _gain_of(batchnorm).abs().reshape(amax.shape)
-    layer.weight_quantizer.amax = (amax.double() * gain).float()
+    quantizers = []
+    amaxes = []
+    for layer, batchnorm in folded:
+        if isinstance(layer, QuantMixin) and layer.weight_quantizer.amax is not None:
+            amax = layer.weight_quantizer.amax
+            gain = _gain_of(batchnorm).abs().reshape(amax.shape)
+            quantizers.append(layer.weight_quantizer)
+            amaxes.append((amax.double() * gain).float())
+    for quantizer, amax in zip(quantizers, copy_to_host(amaxes), strict=True):
+        quantizer.amax = amax
 
 
 def _per_output(layer: _ConvNd | Linear, gain: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,11 @@
+import copy
+
 import pytest
 import torch
+from pretended_device import list_waits, watch
 from torch import nn
 
-from qdq import fold_batchnorm
+from qdq import calibrate_model, fold_batchnorm, swap_modules
 
 
 def randomize(model):
@@ -237,8 +240,6 @@ def test_training_flags_and_requires_grad_survive():
 
 
 def test_real_network(lite0):
-    import copy
-
     model = copy.deepcopy(lite0.module)
     x = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
@@ -279,3 +280,60 @@ def test_batchnorm_with_an_activation(norm, folded):
     assert pair.folded == folded
     torch.testing.assert_close(model(x), expected)
     assert isinstance(dict(model.named_modules())["1.act"], nn.ReLU)
+
+
+@pytest.mark.parametrize(("build", "shape"), LAYERS)
+def test_gpu_folds_as_the_cpu_does(build, shape, gpu):
+    expected, inputs = randomize(build()), torch.randn(shape)
+    model = copy.deepcopy(expected).to(gpu)
+    fold_batchnorm(expected, inputs)
+    with watch(gpu) as events:
+        (pair,) = fold_batchnorm(model, inputs)
+    assert pair.folded
+    assert len(list_waits(events)) <= 1, list_waits(events)
+    for name, parameter in model.named_parameters():
+        assert parameter.device == gpu
+        torch.testing.assert_close(parameter.cpu(), expected.get_parameter(name))
+
+
+def test_the_fold_is_checked_without_tf32(monkeypatch):
+    class Watching(nn.Conv2d):
+        def forward(self, x):
+            settings.append(torch.backends.cudnn.allow_tf32)
+            return super().forward(x)
+
+    settings = []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    model = nn.Sequential(Watching(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    (pair,) = fold_batchnorm(model, torch.randn(2, 3, 9, 9))
+    assert pair.folded
+    assert settings[0]  # the first forward records the pairs; its numbers do not matter
+    assert not any(settings[1:])
+    assert len(settings) == 4
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_gpu_notices_weight_standardization(gpu):
+    class StdConv(nn.Conv2d):
+        def forward(self, x):
+            weight = self.weight / self.weight.std((1, 2, 3), keepdim=True)
+            return nn.functional.conv2d(x, weight, self.bias)
+
+    model = randomize(nn.Sequential(StdConv(3, 4, 3), nn.BatchNorm2d(4))).to(gpu)
+    (pair,) = fold_batchnorm(model, torch.randn(2, 3, 9, 9))
+    assert "own way" in pair.reason
+
+
+def test_gpu_scales_the_ranges_of_a_quantized_layer(gpu):
+    images = torch.randn(2, 3, 9, 9)
+    expected = randomize(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()))
+    swap_modules(expected)
+    calibrate_model(expected, [images], method="max")
+    model = copy.deepcopy(expected).to(gpu)
+    fold_batchnorm(expected, images)
+    with watch(gpu) as events:
+        fold_batchnorm(model, images)
+    assert len(list_waits(events)) <= 2, list_waits(events)
+    amax = model[0].weight_quantizer.amax
+    assert amax.device == gpu
+    torch.testing.assert_close(amax.cpu(), expected[0].weight_quantizer.amax)
