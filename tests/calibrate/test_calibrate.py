@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from pretended_device import list_waits, watch
 from torch import nn
 
 from qdq import (
@@ -15,6 +16,7 @@ from qdq import (
     calibrate_model,
     collect_statistics,
     disable_quantization,
+    fold_batchnorm,
     rewire_operations,
     solve_ranges,
     swap_modules,
@@ -532,3 +534,150 @@ def test_unknown_weight_method(residual, batches):
     swap_modules(residual)
     with pytest.raises(ArgumentError, match="unknown weight method 'kl'"):
         calibrate_model(residual, batches, weight_method="kl")
+
+
+def prepare_pair(model, images, gpu):
+    """The model folded, swapped and rewired, and the same on the GPU."""
+    fold_batchnorm(model, images)
+    swap_modules(model, images)
+    rewire_operations(model, images)
+    return model, copy.deepcopy(model).to(gpu)
+
+
+@pytest.mark.parametrize("method", ["max", "percentile", "entropy", "mse", "average_max", "best"])
+def test_gpu_gives_the_ranges_of_the_cpu(residual, batches, gpu, method, monkeypatch):
+    """To the last bit, also where TF32 is allowed; the sums that best may choose are added in another order."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    model, moved = prepare_pair(residual, batches[0], gpu)
+    expected = calibrate_model(model, batches, method=method)
+    ranges = calibrate_model(moved, batches, method=method)
+    assert torch.backends.cudnn.allow_tf32
+    for calculated, truth in zip(ranges, expected, strict=True):
+        if method != "best":
+            assert calculated == truth
+            continue
+        assert (calculated.name, calculated.method) == (truth.name, truth.method)
+        assert calculated.amax == pytest.approx(truth.amax, rel=1e-6)
+    for name, quantizer in named_quantizers(moved):
+        if quantizer.amax is not None:
+            assert quantizer.amax.device == gpu, name
+
+
+@pytest.mark.parametrize("method", ["laplace", "gauss", "mean_std"])
+def test_gpu_gives_the_ranges_of_the_cpu_but_rounding(residual, batches, gpu, method):
+    model, moved = prepare_pair(residual, batches[0], gpu)
+    expected = [r.amax for r in calibrate_model(model, batches, method=method)]
+    ranges = [r.amax for r in calibrate_model(moved, batches, method=method)]
+    for calculated, truth in zip(ranges, expected, strict=True):
+        assert calculated == pytest.approx(truth, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["max", "mse", "entropy", "percentile", "best"])
+def test_gpu_is_waited_for_as_often_for_many_batches_as_for_one(residual, gpu, method):
+    """Once for the digest of the weights, the statistics and the ranges of weights; once more for best."""
+    batches = [torch.randn(2, 3, 12, 12) for _ in range(12)]
+    _, model = prepare_pair(residual, batches[0], gpu)
+    most = 4 if method == "best" else 3
+    for num_batches in (1, 12):
+        with watch(gpu) as events:
+            calibrate_model(model, batches[:num_batches], method=method, held=batches[:num_batches])
+        assert len(list_waits(events)) <= most, list_waits(events)
+
+
+def test_gpu_is_not_waited_for_in_a_batch_of_resnet18(gpu):
+    torchvision = pytest.importorskip("torchvision", reason="needs the extra 'demo'")
+    batches = list(torch.randn(3, 1, 3, 32, 32))
+    _, model = prepare_pair(torchvision.models.resnet18().eval(), batches[0], gpu)
+    waits = []
+
+    def stream():
+        with watch(gpu) as events:
+            for batch in batches:
+                yield batch
+                waits.append(list_waits(events))
+                events.clear()
+
+    collect_statistics(model, stream())
+    assert len(waits) == 3
+    assert len(waits[0]) <= 1, waits[0]  # the digest of the weights
+    assert not any(waits[1:]), waits[1:]
+
+
+def test_gpu_in_a_with_block(residual, batches, gpu, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    model, moved = prepare_pair(residual, batches[0], gpu)
+    on_device = [batch.to(gpu) for batch in batches]
+    with Calibration(model) as expected:
+        for batch in batches:
+            model(batch)
+    with watch(gpu) as events, Calibration(moved) as calibration:
+        for batch in on_device:
+            moved(batch)
+        assert list_waits(events) == []
+    assert len(list_waits(events)) <= 2, list_waits(events)
+    assert calibration.ranges == expected.ranges
+
+
+def test_gpu_with_deterministic_algorithms(residual, batches, gpu):
+    model, moved = prepare_pair(residual, batches[0], gpu)
+    expected = calibrate_model(model, batches)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert calibrate_model(moved, batches) == expected
+        ranges = calibrate_model(moved, batches, method="best", weight_method="mse")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert ranges == calibrate_model(moved, batches, method="best", weight_method="mse")
+
+
+def test_gpu_ranges_of_weights_by_mse(residual, batches, gpu):
+    model, moved = prepare_pair(residual, batches[0], gpu)
+    expected = calibrate_model(model, batches, method="max", weight_method="mse")
+    with watch(gpu) as events:
+        ranges = calibrate_model(moved, batches, method="max", weight_method="mse")
+    assert len(list_waits(events)) <= 3, list_waits(events)
+    assert ranges == expected
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_gpu_names_layer_and_batch_of_nan(residual, batches, gpu, bad):
+    swap_modules(residual)
+    moved = residual.to(gpu)
+    batches[1][1, 2, 3, 4] = bad
+    index = np.ravel_multi_index((1, 2, 3, 4), batches[1].shape)
+    message = rf"quantizer stem\._input_quantizer: batch 1: 1 of 864 .* at flat index {index};"
+    with watch(gpu) as events, pytest.raises(CalibrationError, match=message):
+        calibrate_model(moved, batches)
+    assert len(list_waits(events)) <= 2, list_waits(events)
+    assert all(q.amax is None and not q._if_calib for _, q in named_quantizers(moved))
+
+
+def test_gpu_nan_in_a_weight_names_the_layer(residual, batches, gpu):
+    swap_modules(residual)
+    moved = residual.to(gpu)
+    moved.head.weight.data[0, 0] = math.nan
+    with pytest.raises(CalibrationError, match=r"head\.weight holds 1 NaN"):
+        calibrate_model(moved, batches)
+
+
+def test_model_on_two_devices(batches, gpu):
+    class Split(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            return self.second(x.to(self.second.weight.device))
+
+    model = Split().eval()
+    swap_modules(model)
+    for method in ("mse", "best"):
+        expected = calibrate_model(copy.deepcopy(model), batches, method=method)
+        for first, second in (("cpu", gpu), (gpu, "cpu")):
+            split = copy.deepcopy(model)
+            split.first.to(first)
+            split.second.to(second)
+            ranges = calibrate_model(split, batches, method=method)
+            assert [r.method for r in ranges] == [r.method for r in expected]
+            assert [r.amax for r in ranges] == [pytest.approx(r.amax, rel=1e-6) for r in expected]

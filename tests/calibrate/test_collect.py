@@ -22,7 +22,7 @@ from qdq import (
     solve_ranges,
     swap_modules,
 )
-from qdq.calibrate.collect import bytes_of
+from qdq.calibrate.collect import bytes_of, digest_tensors
 from qdq.observers.solve import SOLVERS
 
 METHODS = [*SOLVERS, "best"]
@@ -227,6 +227,59 @@ class TestFile:
         assert Statistics.load(path).batches == 2
 
 
+class TestFileOfAGpu:
+    """Statistics of a GPU are those of the CPU but for the rounding of sums, and either goes on with the other's."""
+
+    def test_equals_that_of_the_cpu(self, tmp_path, gpu):
+        batches = make_batches(3)
+        expected = collect_statistics(
+            make_model(), batches, statistics=tmp_path / "cpu.safetensors"
+        )
+        collect_statistics(make_model().to(gpu), batches, statistics=tmp_path / "gpu.safetensors")
+        statistics = Statistics.load(tmp_path / "gpu.safetensors")
+        assert (statistics.model, statistics.data) == (expected.model, expected.data)
+        for name, tensor in expected.tensors.items():
+            moved = statistics.tensors[name]
+            assert (moved.exponent, moved.low, moved.high) == (
+                tensor.exponent,
+                tensor.low,
+                tensor.high,
+            )
+            assert np.array_equal(moved.counts, tensor.counts)
+            assert np.array_equal(moved.channel_absmax, tensor.channel_absmax)
+            np.testing.assert_allclose(moved.records, tensor.records, rtol=1e-6, atol=1e-3)
+
+    @pytest.mark.parametrize("is_first_on_gpu", [True, False])
+    def test_goes_on_where_the_other_stopped(self, tmp_path, gpu, is_first_on_gpu, monkeypatch):
+        monkeypatch.setattr("qdq.calibrate.pass_file._SAVE_SECONDS", 0)
+        path, batches = tmp_path / "calibration.safetensors", make_batches(4)
+        devices = [gpu, torch.device("cpu")] if is_first_on_gpu else [torch.device("cpu"), gpu]
+
+        def interrupted():
+            yield from batches[:2]
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            collect_statistics(make_model().to(devices[0]), interrupted(), statistics=path)
+        assert Statistics.load(path).batches == 2
+        model = make_model().to(devices[1])
+        expected = collect_statistics(make_model(), batches)
+        resumed = collect_statistics(model, batches, statistics=path)
+        for method in ("max", "mse", "entropy", "percentile"):
+            assert resumed.solve_all(method) == expected.solve_all(method)
+            assert solve_ranges(model, resumed, method=method) == solve_ranges(
+                make_model(), expected, method=method
+            )
+
+    def test_nan_keeps_what_was_saved(self, tmp_path, gpu, monkeypatch):
+        monkeypatch.setattr("qdq.calibrate.pass_file._SAVE_SECONDS", 0)
+        path, batches = tmp_path / "calibration.safetensors", make_batches(3)
+        batches[2][0] = float("nan")
+        with pytest.raises(CalibrationError, match=r"0\._input_quantizer: batch 2: 432 of"):
+            collect_statistics(make_model().to(gpu), batches, statistics=path)
+        assert Statistics.load(path).batches == 2
+
+
 PROCESS = """
 import sys
 import qdq
@@ -391,6 +444,14 @@ def test_a_layer_that_runs_twice():
     assert statistics.num_batches == 2
     assert statistics.count == 2 * inputs.numel()
     assert statistics.batch_maxima().tolist() == [inputs.abs().max()] * 2
+
+
+def test_the_digest_is_that_of_the_cpu(gpu, monkeypatch):
+    monkeypatch.setattr("qdq.calibrate.collect._COPIED_BYTES", 1000)
+    tensors = [torch.randn(100), torch.arange(9), torch.empty(0), torch.randn(4, 3, 5).half()]
+    tensors += [torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.tensor(True)]
+    tensors.append(torch.randn(6, 5).t())
+    assert digest_tensors(tensor.to(gpu) for tensor in tensors) == digest_tensors(tensors)
 
 
 def test_bytes_are_the_values_in_the_order_of_their_indices():
