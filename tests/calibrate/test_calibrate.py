@@ -607,10 +607,10 @@ def test_gpu_in_a_with_block(residual, batches, gpu, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     model, moved = prepare_pair(residual, batches[0], gpu)
     on_device = [batch.to(gpu) for batch in batches]
-    with Calibration(model) as expected:
+    with Calibration(model, "max") as expected:
         for batch in batches:
             model(batch)
-    with watch(gpu) as events, Calibration(moved) as calibration:
+    with watch(gpu) as events, Calibration(moved, "max") as calibration:
         for batch in on_device:
             moved(batch)
         assert list_waits(events) == []
