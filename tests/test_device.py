@@ -7,6 +7,7 @@ from torch import nn
 
 from qdq.device import (
     choose_device,
+    copy_to_host,
     describe_device,
     find_device,
     find_sm,
@@ -124,3 +125,17 @@ class TestTf32:
         assert not torch.allclose(conv(images.to(gpu)).cpu(), expected, rtol=0, atol=1e-5)
         with without_tf32():
             assert torch.allclose(conv(images.to(gpu)).cpu(), expected, rtol=0, atol=1e-5)
+
+
+def test_tensors_come_to_the_host_together(gpu):
+    tensors = [torch.randn(3, 4), torch.arange(5), torch.tensor(True), torch.empty(0, 2)]
+    tensors += [torch.randn(7).half(), torch.randn(2, 3).t(), torch.tensor(2.0, dtype=torch.double)]
+    moved = [tensor.to(gpu) for tensor in tensors]
+    with watch(gpu) as events:
+        copies = copy_to_host([*moved, tensors[0]])
+    assert len(list_waits(events)) == 1
+    assert copies[-1] is tensors[0]
+    for copied, tensor in zip(copies, tensors, strict=False):
+        assert copied.dtype == tensor.dtype
+        assert torch.equal(copied, tensor)
+    assert copy_to_host([]) == []

@@ -173,9 +173,10 @@ def count_walks_of_stages(blocks: int) -> dict[str, int]:
 def test_walks_over_all_modules_do_not_grow_with_the_layers():
     few, many = count_walks_of_stages(5), count_walks_of_stages(20)
     assert few == many
-    assert few["plan"] <= 4
-    assert few["rewire"] <= 5
-    assert few["find units"] <= 5
+    # One of them only looks at the first parameter, for the device.
+    assert few["plan"] <= 5
+    assert few["rewire"] <= 6
+    assert few["find units"] <= 6
     assert few["match"] == 1
 
 
