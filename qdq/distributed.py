@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
+import socket
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,9 +17,10 @@ from torch import distributed
 from torch.utils._pytree import tree_map_only
 
 from qdq.batch import tensors_of
-from qdq.errors import CalibrationError, DataError, QdqError, StateError
+from qdq.errors import CalibrationError, DataError, QdqError, StateError, is_out_of_memory
 from qdq.files import read_file
 from qdq.run import find_announced
+from qdq.text import printable
 
 
 def find_rank() -> tuple[int, int]:
@@ -48,8 +51,15 @@ def joining_processes(device: torch.device) -> Iterator[None]:
         device: The device of the model; on GPUs, each process needs a separate one.
 
     Raises:
-        StateError: The other processes cannot be reached.
+        StateError: The other processes cannot be reached, or two of them have their models on one GPU.
     """
+    with _joined(device), _sending_from(device):
+        _require_separate_gpus(device)
+        yield
+
+
+@contextmanager
+def _joined(device: torch.device) -> Iterator[None]:
     rank, size = find_announced()
     if size == 1 or not distributed.is_available() or distributed.is_initialized():
         yield
@@ -68,6 +78,58 @@ def joining_processes(device: torch.device) -> Iterator[None]:
         yield
     finally:
         distributed.destroy_process_group()
+
+
+_model_devices: list[torch.device] = []  # of the blocks that run, see `_find_device`
+
+
+@contextmanager
+def _sending_from(device: torch.device) -> Iterator[None]:
+    _model_devices.append(device)
+    try:
+        yield
+    finally:
+        _model_devices.pop()
+
+
+_checks = itertools.count()  # names in the store, like `_groups`
+
+
+def _require_separate_gpus(device: torch.device) -> None:
+    """Refuse two processes with their models on one GPU where nccl connects them.
+
+    They talk through the store: nccl itself would end with an error about its own state, or wait forever.
+
+    Args:
+        device: The device of the model of this process.
+
+    Raises:
+        StateError: In all processes.
+    """
+    rank, size = find_rank()
+    is_on_gpu = device.type == "cuda"
+    if size == 1 or "cuda:nccl" not in distributed.get_backend_config():
+        return
+    gpu = (
+        f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+        if is_on_gpu
+        else ""
+    )
+    number = next(_checks)
+    with connected():
+        store = distributed.distributed_c10d._get_default_store()
+        store.set(f"qdq GPU {number} {rank}", gpu)
+        gpus = [store.get(f"qdq GPU {number} {other}").decode() for other in range(size)]
+    ranks: dict[str, list[int]] = {}
+    for other, name in enumerate(gpus):
+        ranks.setdefault(name, []).append(other)
+    for name, sharing in ranks.items():
+        if name and len(sharing) > 1:
+            numbers = " and ".join(map(str, sharing))
+            raise StateError(
+                f"the models of the processes {numbers} are on the same GPU.",
+                "give each process its own: model.to(f\"cuda:{os.environ['LOCAL_RANK']}\").",
+            )
 
 
 def shard_batches(batches: Iterable[Any]) -> Iterator[Any]:
@@ -89,17 +151,16 @@ def gather_bytes(content: bytes) -> list[bytes]:
     _, size = find_rank()
     if size == 1:
         return [content]
-    with _connected():
+    with connected():
         length = torch.tensor([len(content)], device=_find_device())
-        lengths = [torch.zeros_like(length) for _ in range(size)]
-        distributed.all_gather(lengths, length)
-        padded = _to_tensor(content, max(1, *map(int, lengths)))
-        gathered = [torch.empty_like(padded) for _ in range(size)]
-        distributed.all_gather(gathered, padded)
-    contents = []
-    for tensor, num_bytes in zip(gathered, lengths, strict=True):
-        contents.append(tensor[: int(num_bytes)].cpu().numpy().tobytes())
-    return contents
+        all_lengths = torch.zeros(size, 1, dtype=length.dtype, device=length.device)
+        _wait(distributed.all_gather(list(all_lengths), length, async_op=True))
+        lengths = all_lengths.flatten().tolist()
+        padded = _to_tensor(content, max(1, *lengths))
+        gathered = padded.new_empty(size, len(padded))
+        _wait(distributed.all_gather(list(gathered), padded, async_op=True))
+        rows = gathered.cpu().numpy()
+    return [row[:num_bytes].tobytes() for row, num_bytes in zip(rows, lengths, strict=True)]
 
 
 def broadcast_bytes(content: bytes) -> bytes:
@@ -110,12 +171,13 @@ def broadcast_bytes(content: bytes) -> bytes:
     """
     if find_rank()[1] == 1:
         return content
-    with _connected():
+    with connected():
         length = torch.tensor([len(content)], device=_find_device())
-        distributed.broadcast(length, 0)
-        tensor = _to_tensor(content[: int(length)], int(length))
-        distributed.broadcast(tensor, 0)
-    return tensor.cpu().numpy().tobytes()
+        _wait(distributed.broadcast(length, 0, async_op=True))
+        num_bytes = int(length)
+        tensor = _to_tensor(content[:num_bytes], num_bytes)
+        _wait(distributed.broadcast(tensor, 0, async_op=True))
+        return tensor.cpu().numpy().tobytes()
 
 
 def broadcast_number(number: float) -> float:
@@ -136,10 +198,29 @@ def read_together(path: Path) -> bytes:
 
 
 def _find_device() -> torch.device:
-    """The device of tensors that the backend of the group can send."""
-    if "gloo" in distributed.get_backend():
+    """The device of tensors that the backend of the group can send, if possible the CPU.
+
+    For a group of nccl alone it is the device of the model if that is known. Else it is the device that the group or
+    the process is bound to, and else that of the local rank: without `torch.cuda.set_device` the current one is GPU 0
+    in every process, and nccl refuses that.
+    """
+    group = distributed.group.WORLD
+    types = [device.type for device in group._device_types]  # type: ignore[union-attr]
+    if "cpu" in types:
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    kind = types[0]
+    for device in reversed(_model_devices):
+        if device.type == kind:
+            return device
+    bound = group.bound_device_id  # type: ignore[union-attr]
+    if bound is not None:
+        return torch.device(bound)
+    module = torch.get_device_module(kind)
+    index = module.current_device()
+    local_rank = int(os.environ.get("LOCAL_RANK", find_rank()[0] % module.device_count()))
+    if index == 0 and local_rank < module.device_count():
+        index = local_rank
+    return torch.device(kind, index)
 
 
 def _to_tensor(content: bytes, length: int) -> torch.Tensor:
@@ -151,19 +232,54 @@ def _to_tensor(content: bytes, length: int) -> torch.Tensor:
     return padded
 
 
+def _wait(work: Any) -> None:
+    """Wait for a collective where its error can be caught; on a GPU the error may come when a result is read."""
+    if work is not None:
+        work.wait()
+
+
 @contextmanager
-def _connected() -> Iterator[None]:
-    """A block of collectives; turns the errors that they raise when another process has ended into one that says so."""
+def connected() -> Iterator[None]:
+    """A block of collectives that also reads their results.
+
+    Raises:
+        StateError: Another process has ended, or there is not enough memory.
+    """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         # The frames of torch hold the group. While they do, its threads continue after it is destroyed, until the
         # interpreter ends, where gloo may abort the process.
         traceback.clear_frames(error.__traceback__)
+        if is_out_of_memory(error):
+            raise _explain_memory(error, StateError) from None
         raise StateError(
             f"the connection to the other processes broke: {error}",
             "see the output of the one that ended first.",
         ) from error
+
+
+def free_memory(error: BaseException) -> None:
+    """Free what the calls that raised an error still hold, so that the processes can talk about it.
+
+    Args:
+        error: The error. Its traceback keeps the lines, but not the variables.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__context__
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+
+
+def _explain_memory(error: BaseException, kind: type[QdqError]) -> QdqError:
+    """The error of a process that ran out of memory, in one line."""
+    cause = printable(str(error) or type(error).__name__, 120)
+    return kind(
+        f"there is not enough memory in process {find_rank()[0]}: {cause}",
+        "give smaller batches, or free memory.",
+    )
 
 
 @contextmanager
@@ -188,12 +304,18 @@ def raise_together(failure: Exception | None, kind: type[QdqError]) -> None:
     """Raise an error in every process if one has failed; all must call it.
 
     Args:
-        failure: The error of this process, which is raised again; None: it did not fail.
+        failure: The error of this process, which is raised again; None: it did not fail. If there are several
+            processes and it had too little memory, one of `kind` says so.
         kind: Class of the error if another process has failed.
 
     Raises:
         QdqError: Of that class, with the message of the process that failed.
     """
+    is_alone = find_rank()[1] == 1
+    if failure is not None and not is_alone:
+        free_memory(failure)
+        if is_out_of_memory(failure) and not isinstance(failure, QdqError):
+            failure = _explain_memory(failure, kind)
     local_message = ""
     if failure is not None:
         local_message = f"{type(failure).__name__}: {failure}"
@@ -219,16 +341,16 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
         StateError: Another process has ended.
     """
     if find_rank()[1] > 1:
-        with _connected():
-            distributed.all_reduce(tensor)
+        with connected():
+            _wait(distributed.all_reduce(tensor, async_op=True))
     return tensor
 
 
 def max_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The largest of the tensors of all processes, element by element and in place; all must call it."""
     if find_rank()[1] > 1:
-        with _connected():
-            distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+        with connected():
+            _wait(distributed.all_reduce(tensor, distributed.ReduceOp.MAX, async_op=True))
     return tensor
 
 
