@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from tqdm import tqdm
 
 from qdq.batch import count_samples, require_batches, tensors_of
 from qdq.calibrate.collect import digest_tensors
-from qdq.device import find_device
+from qdq.device import find_device, without_tf32
 from qdq.distributed import failing_together, find_rank, gather_bytes, joining_processes
 from qdq.errors import ArgumentError, ArgumentTypeError, StateError
 from qdq.evaluate import predict
@@ -173,8 +174,9 @@ def finetune(
             best weights, or its last good ones.
     """
     require_model(model)
-    with joining_processes(find_device(model)), ExitStack() as exits:
-        exits.enter_context(keeping_random_state(find_generators(batches)))
+    device = find_device(model)
+    with joining_processes(device), ExitStack() as exits:
+        exits.enter_context(keeping_random_state(find_generators(batches), device))
         with failing_together(StateError):
             require_batches(batches)
             require_ranges(model)
@@ -321,7 +323,8 @@ def _prepare(
     settings["measure_every"] = measure_every
     metric = task.metric
     if metric is None and held is not None:
-        held_out = [trainer.place(batch) for batch in read_held_out(held, options.seed)]
+        held_batches = read_held_out(held, options.seed, trainer.device)
+        held_out = [trainer.place(batch) for batch in held_batches]
         settings["held"] = digest_tensors(tensors_of(held_out))
         metric = _make_metric(task.loss, teacher, held_out)
     record = Record(
@@ -355,7 +358,7 @@ def _describe_settings(
     }
     is_compared = options.folder is not None or find_rank()[1] > 1
     if is_compared:
-        settings["data"] = digest_first_batch(batches, options.seed)
+        settings["data"] = digest_first_batch(batches, options.seed, find_device(task.model))
     if options.folder is not None and getattr(batches, "persistent_workers", False):
         logger.warning(_PERSISTENT)
     return settings
@@ -397,7 +400,7 @@ def _run(
     batch = None
     patience = options.schedule.patience
     stopped = _reason_to_stop(record, patience)
-    stream = iterate_epochs(batches, options.seed, record.epoch, random_state)
+    stream = iterate_epochs(batches, options.seed, record.epoch, random_state, trainer.device)
     progress = tqdm(
         total=trainer.total,
         initial=trainer.step,
@@ -439,7 +442,8 @@ def _reason_to_stop(record: Record, patience: int | None) -> str:
 def _find_bad_ranges(trainer: Trainer, batch: Any) -> tuple[BadRange, ...]:
     if batch is None:
         return ()
-    return find_bad_ranges(trainer.model, trainer.place(batch))
+    with without_tf32():
+        return find_bad_ranges(trainer.model, trainer.place(batch))
 
 
 def _describe_distillation(distillation: Distillation | None) -> Any:
@@ -476,7 +480,8 @@ class _DistanceMetric:
 
     def __init__(self, teacher: nn.Module, held_out: list[Any]) -> None:
         self._batches = held_out
-        self._expected = predict(teacher, held_out)
+        with without_tf32():  # as the metric is measured
+            self._expected = predict(teacher, held_out)
 
     def __call__(self, model: nn.Module) -> float:
         return sqnr_db(self._expected, predict(model, self._batches))
@@ -494,5 +499,5 @@ class _LossMetric:
         losses = []
         for batch in self._batches:
             _, loss = run_with_loss(model, self._loss, batch)
-            losses.append(float(loss))
-        return -float(np.average(losses, weights=self._sizes))
+            losses.append(loss)
+        return -float(np.average(torch.stack(losses).tolist(), weights=self._sizes))

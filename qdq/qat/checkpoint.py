@@ -228,8 +228,15 @@ def _require_same(present: Mapping[str, Any], in_file: Mapping[str, Any], path: 
     )
 
 
-def pack_random() -> dict[str, torch.Tensor]:
-    """The state of the random numbers of Python, numpy and torch, as tensors."""
+_CPU = torch.device("cpu")
+
+
+def pack_random(device: torch.device = _CPU) -> dict[str, torch.Tensor]:
+    """The state of the random numbers of Python, numpy and torch, as tensors.
+
+    Args:
+        device: Its state is packed too, under its type. No other device is touched.
+    """
     version, words, gauss = random.getstate()
     assert version == 3  # noqa: S101  # since Python 3.2
     numpy_state = np.random.get_state(legacy=False)
@@ -243,13 +250,18 @@ def pack_random() -> dict[str, torch.Tensor]:
         "gauss": torch.tensor([python_gauss, numpy_state["gauss"]], dtype=torch.float64),
         "numpy has gauss": torch.tensor(numpy_state["has_gauss"]),
     }
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
+    if device.type != "cpu":
+        tensors[device.type] = torch.get_device_module(device).get_rng_state(device)
     return tensors
 
 
-def unpack_random(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Restore the state that `pack_random` returned."""
+def unpack_random(tensors: Mapping[str, torch.Tensor], device: torch.device = _CPU) -> None:
+    """Restore the state that `pack_random` returned.
+
+    Args:
+        tensors: The state, which may be that of a process on another kind of device.
+        device: The device whose state is restored, if it is there.
+    """
     python_gauss, numpy_gauss = tensors["gauss"].tolist()
     words = tuple(tensors["python"].tolist())
     random.setstate((3, words, None if math.isnan(python_gauss) else python_gauss))
@@ -258,18 +270,25 @@ def unpack_random(tensors: Mapping[str, torch.Tensor]) -> None:
     has_gauss = int(tensors["numpy has gauss"])
     np.random.set_state(("MT19937", key, position, has_gauss, numpy_gauss))
     torch.set_rng_state(tensors["torch"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
+    if device.type != "cpu" and device.type in tensors:
+        torch.get_device_module(device).set_rng_state(tensors[device.type], device)
 
 
 @contextmanager
-def keeping_random_state(generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
-    """Restore the state of the random numbers on exit, including that of the generators."""
-    state = pack_random()
+def keeping_random_state(
+    generators: Iterable[torch.Generator] = (), device: torch.device = _CPU
+) -> Iterator[None]:
+    """Restore the state of the random numbers on exit.
+
+    Args:
+        generators: Their states are restored too.
+        device: Likewise.
+    """
+    state = pack_random(device)
     generator_states = [(generator, generator.get_state()) for generator in generators]
     try:
         yield
     finally:
-        unpack_random(state)
+        unpack_random(state, device)
         for generator, generator_state in generator_states:
             generator.set_state(generator_state)

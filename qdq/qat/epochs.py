@@ -20,6 +20,7 @@ def iterate_epochs(
     seed: int,
     position: tuple[int, int],
     random_state: Mapping[str, torch.Tensor],
+    device: torch.device,
 ) -> Iterator[tuple[Any, tuple[int, int]]]:
     """Yield batches without end, each with its epoch and its number in this epoch, counted from 1.
 
@@ -31,6 +32,7 @@ def iterate_epochs(
         seed: Seed of the order of the data.
         position: Epoch, and number of its batches that an earlier run took.
         random_state: Random numbers of that run after these batches; empty if there was no such run.
+        device: The device of the model.
 
     Raises:
         DataError: An epoch without a batch.
@@ -44,7 +46,7 @@ def iterate_epochs(
             if taken > num_skipped:
                 yield batch, (epoch, taken)
             elif taken == num_skipped and random_state:
-                unpack_random(random_state)
+                unpack_random(random_state, device)
         if taken == 0:
             raise _no_batch(epoch)
         epoch += 1
@@ -60,19 +62,19 @@ def _no_batch(epoch: int) -> DataError:
     )
 
 
-def digest_first_batch(batches: Iterable[Any], seed: int) -> str:
+def digest_first_batch(batches: Iterable[Any], seed: int, device: torch.device) -> str:
     """A digest of the first batch and its labels, to tell training sets apart; "" for an iterator."""
     # Looking at the first batch of an iterator would use it up.
     if iter(batches) is batches:
         return ""
-    with keeping_random_state():
+    with keeping_random_state(device=device):
         begin_epoch(batches, seed, 0)
         for batch in batches:
             return digest_tensors(tensors_of(batch))
     return ""
 
 
-def read_held_out(batches: Iterable[Any], seed: int) -> list[Any]:
+def read_held_out(batches: Iterable[Any], seed: int, device: torch.device) -> list[Any]:
     """The batches to measure on; if they are drawn at random, the same ones for the same seed.
 
     Raises:
@@ -80,7 +82,7 @@ def read_held_out(batches: Iterable[Any], seed: int) -> list[Any]:
         DataError: There is no batch.
     """
     require_batches(batches)
-    with keeping_random_state(find_generators(batches)):
+    with keeping_random_state(find_generators(batches), device):
         begin_epoch(batches, seed, 0)
         held_out = list(batches)
     if not held_out:

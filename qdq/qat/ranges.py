@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 from qdq.calibrate.collect import Collection, WeightSite
-from qdq.calibrate.weights import solve_weight
 from qdq.distributed import max_over_ranks
 from qdq.errors import ArgumentError, StateError
 from qdq.observers.max import reduce_amax
-from qdq.quantize import RANGE_RULES
+from qdq.quantize import RANGE_RULES, find_range_axis
 from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.text import list_names
 
@@ -103,46 +102,61 @@ class RangeTuning:
 
         self._exits.callback(quantizer.register_forward_pre_hook(remember).remove)
 
-    def require_finite(self) -> None:
-        """Refuse maxima that are not finite, before anything is changed.
+    def find_largest(self, device: torch.device) -> torch.Tensor:
+        """With "ema", the largest value of the step in this process, 0-D; NaN or Inf if a range would become so.
 
-        Raises:
-            StateError: A value of the step was NaN or Inf; the message names the quantizer.
+        Args:
+            device: Where the result is 0 if there is no value.
         """
+        maxima = [largest.flatten() for largest in self._largest.values()]
+        if not maxima:
+            return torch.zeros((), device=device)
+        return torch.cat(maxima).max()
+
+    def explain_nonfinite(self) -> StateError:
+        """The error of a step with NaN or Inf among the values that ranges follow; it names the quantizer."""
+        nonfinite = []
         for name, quantizer in self._quantizers.items():
             largest = self._largest.get(quantizer)
             if largest is not None and not bool(torch.isfinite(largest).all()):
-                self._largest.clear()
-                raise StateError(
-                    f"{name} received NaN or Inf, and its range follows the values.",
-                    "check the batch and the layer.",
-                )
+                nonfinite.append(name)
+        return StateError(
+            f"{nonfinite[0]} received NaN or Inf, and its range follows the values.",
+            "check the batch and the layer.",
+        )
 
+    def begin_step(self) -> None:
+        """Forget the values of a step that was not finished."""
+        self._largest.clear()
+
+    @torch.no_grad()
     def after_step(self) -> None:
         """With "ema", update the ranges from the values of the step."""
         if not self._follows_maxima:
             return
-        maxima = self._gather_maxima()
-        for quantizer, largest in zip(self._inputs, maxima, strict=True):
-            amax = quantizer.amax
-            assert amax is not None  # noqa: S101  # `require_ranges` has checked
-            if largest.any():  # 0 if the step did not reach it
-                quantizer.amax = _DECAY * amax + (1 - _DECAY) * largest.reshape(amax.shape)
-        self._largest.clear()
+        self._follow_inputs()
         for quantizer, site in self._weights.items():
-            quantizer.amax = solve_weight(site.label, site.weight, quantizer, "max")
+            _replace_range(quantizer, reduce_amax(site.weight, quantizer.axis))
 
-    def _gather_maxima(self) -> Sequence[torch.Tensor]:
-        """The largest values of the step over all processes, in one collective; 0 for ranges that it did not reach."""
+    def _follow_inputs(self) -> None:
+        """Move the ranges of inputs towards the largest values of the step over all processes."""
+        if not self._inputs:
+            return
+        ranges = []
         maxima = []
         for quantizer in self._inputs:
-            assert quantizer.amax is not None  # noqa: S101
+            assert quantizer.amax is not None  # noqa: S101  # `require_ranges` has checked
             largest = self._largest.get(quantizer, torch.zeros_like(quantizer.amax))
+            ranges.append(quantizer.amax.flatten())
             maxima.append(largest.flatten())
-        if not maxima:
-            return ()
         sizes = [len(largest) for largest in maxima]
-        return torch.split(max_over_ranks(torch.cat(maxima)), sizes)
+        former = torch.cat(ranges)
+        largest = max_over_ranks(torch.cat(maxima))
+        moved = _DECAY * former + (1 - _DECAY) * largest
+        moved = torch.where(_is_any(largest, sizes), moved, former)
+        for quantizer, amax in zip(self._inputs, torch.split(moved, sizes), strict=True):
+            assert quantizer.amax is not None  # noqa: S101
+            _replace_range(quantizer, amax.reshape(quantizer.amax.shape))
 
     def stop(self) -> None:
         """Keep the current ranges, as buffers again; may be called more than once."""
@@ -150,6 +164,30 @@ class RangeTuning:
         self.parameters = {}
         self.of_inputs = set()
         self._follows_maxima = False
+
+
+def _is_any(values: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Whether any value of a part is not 0, for each value of the part: a step that reached its range has some.
+
+    Args:
+        values: The values of all parts, 1-D.
+        sizes: Their lengths.
+    """
+    is_any = values != 0
+    if len(sizes) == len(values):
+        return is_any
+    return torch.cat([part.any().expand_as(part) for part in torch.split(is_any, sizes)])
+
+
+def _replace_range(quantizer: TensorQuantizer, amax: torch.Tensor) -> None:
+    """Change a range in its buffer if it fits; the setter also checks the values, and so waits for a GPU."""
+    former = quantizer.amax
+    assert former is not None  # noqa: S101  # `require_ranges` has checked
+    has_same_axis = find_range_axis(amax, quantizer.axis) == quantizer.range_axis
+    if has_same_axis and former.numel() == amax.numel() and not former.is_inference():
+        former.copy_(amax.reshape(former.shape))
+    else:
+        quantizer.amax = amax
 
 
 def require_range_method(method: str) -> None:
@@ -184,8 +222,12 @@ def require_ranges(model: nn.Module) -> None:
 
 def describe_ranges(model: nn.Module) -> dict[str, float]:
     """The largest range of each enabled quantizer, by name."""
-    ranges = {}
+    names = []
+    ranges = []
     for name, quantizer in named_quantizers(model):
         if quantizer.is_enabled and quantizer.amax is not None:
-            ranges[name] = float(quantizer.amax.max())
-    return ranges
+            names.append(name)
+            ranges.append(quantizer.amax.detach().max())
+    if not names:
+        return {}
+    return dict(zip(names, torch.stack(ranges).tolist(), strict=True))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qdq.device import without_tf32
 from qdq.distributed import broadcast_number, failing_together, find_rank, read_together
 from qdq.errors import ArgumentError, DataError, DependencyError, StateError
 from qdq.files import guard_files
@@ -141,7 +142,7 @@ class Record:
         self.losses.append(loss)
         self.epoch = epoch
         self.seconds += seconds
-        self._random_state = pack_random()  # after this step, before the next batch draws more
+        self._random_state = pack_random(self._trainer.device)  # before the next batch draws more
         step = self._trainer.step
         if self._writer:
             self._writer.add_scalar("loss", loss, step)
@@ -170,7 +171,7 @@ class Record:
     def _take_metric(self) -> float:
         assert self._metric is not None  # noqa: S101
         model = self._trainer.model
-        with evaluating(model), keeping_random_state():
+        with evaluating(model), without_tf32(), keeping_random_state(device=self._trainer.device):
             return float(self._metric(model))
 
     def _add_measurement(self, metric: float) -> None:

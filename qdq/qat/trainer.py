@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +16,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from qdq.calibrate.collect import bytes_of, fingerprint_model
-from qdq.device import find_device
-from qdq.distributed import find_rank, raise_together, shard_samples, sum_over_ranks
+from qdq.device import find_device, move_batch
+from qdq.distributed import (
+    connected,
+    find_rank,
+    free_memory,
+    raise_together,
+    shard_samples,
+    sum_over_ranks,
+)
 from qdq.errors import ArgumentError, DataError, StateError
 from qdq.patterns import Pattern, Patterns
 from qdq.qat.checkpoint import select_prefix
@@ -40,6 +48,23 @@ _FIXES = {
 }
 
 
+@dataclass(frozen=True)
+class _Figures:
+    """What the host must know of a step; it is read from a GPU all at once.
+
+    Args:
+        loss: The loss.
+        norm_value: The norm of the gradient.
+        largest: As from `RangeTuning.find_largest`.
+        norm: The norm of the gradient, where the gradient is.
+    """
+
+    loss: float
+    norm_value: float
+    largest: float
+    norm: torch.Tensor
+
+
 class Trainer:
     """Trains a model step by step.
 
@@ -56,6 +81,7 @@ class Trainer:
         amp: As for `finetune`.
 
     Attributes:
+        device: The device of the model.
         step: Number of finished steps.
         intact: Whether the model is that after `step` steps; False during an update.
 
@@ -90,7 +116,7 @@ class Trainer:
         self._objective = objective
         self._schedule = schedule
         self._amp = amp
-        self._device = find_device(model)
+        self.device = find_device(model)
         self._chosen = [name for name, module in model.named_modules() if module in modules]
         self._exits = ExitStack()
         self._ranges = RangeTuning(model, "frozen" if train == "batchnorm" else ranges, modules)
@@ -107,6 +133,7 @@ class Trainer:
             self._exits.callback(self._optimizer.zero_grad)  # frees the gradients
         self._growing: list[list[TensorQuantizer]] = []  # see `_find_waiting`
         self._watch: OscillationWatch | None = None
+        self._sums = self._allocate_sums()
 
     def _freeze_mode(self) -> None:
         """Use evaluation mode, and gradients only for the trained parameters, until `finish`."""
@@ -196,10 +223,10 @@ class Trainer:
     def place(self, batch: Any) -> Any:
         """A batch on the device of the model; inference tensors are copied, because they have no gradient."""
 
-        def place_tensor(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(self._device, copy=tensor.is_inference())
+        def make_trainable(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.clone() if tensor.is_inference() else tensor
 
-        return tree_map_only(torch.Tensor, place_tensor, batch)
+        return tree_map_only(torch.Tensor, make_trainable, move_batch(batch, self.device))
 
     def run_step(self, batch: Any) -> float:
         """Train on one batch.
@@ -221,18 +248,18 @@ class Trainer:
         with self._live_modules(), torch.set_grad_enabled(self._optimizer is not None):
             with self.failing_together():
                 loss = self._forward_backward(samples, num_samples)
-            if find_rank()[1] > 1:
-                loss = self._average(loss, num_samples)
-            self._require_finite(float(loss), samples)
+            is_alone = find_rank()[1] == 1
+            figures = self._measure(loss) if is_alone else self._average(loss, samples, num_samples)
+            self._require_finite(figures, samples)
         self.intact = False
         if self._optimizer is not None:
-            self._update(self._optimizer)
+            self._update(self._optimizer, figures.norm)
         self._ranges.after_step()
         if self._watch:
             self._watch.after_step()
         self.step += 1
         self.intact = True
-        return float(loss)
+        return figures.loss
 
     def _start_watch_when_due(self) -> None:
         is_due = self.step >= (1 - _WATCHED) * self.total
@@ -251,8 +278,7 @@ class Trainer:
         except Exception as error:
             if find_rank()[1] > 1:
                 self._stop_ranges_when_due()  # the other processes do so as well
-                with suppress(StateError):
-                    self._average(torch.zeros((), device=self._device), 0, error)
+                self._share_failure(error)
             raise
 
     @contextmanager
@@ -303,21 +329,17 @@ class Trainer:
 
         Raises:
             ArgumentError: The loss has no gradient.
-            StateError: The loss, or a value that a range follows, is NaN or Inf.
         """
+        self._ranges.begin_step()
         if self._optimizer is not None:
             self._optimizer.zero_grad()
         if num_samples == 0:
-            return torch.zeros((), device=self._device)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._amp):
+            return torch.zeros((), device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._amp):
             loss = self._objective(batch)
         if self._optimizer is not None:
             self._backward(loss)
-        loss = loss.detach()
-        if not bool(torch.isfinite(loss)):
-            raise self._explain_nonfinite(float(loss), batch)
-        self._ranges.require_finite()
-        return loss
+        return loss.detach().to(self.device, non_blocking=True)
 
     def _backward(self, loss: torch.Tensor) -> None:
         if loss.requires_grad:
@@ -328,49 +350,108 @@ class Trainer:
                 "check the loss, and the patterns in layers.",
             )
 
-    def _average(
-        self, loss: torch.Tensor, num_samples: int, failure: Exception | None = None
-    ) -> torch.Tensor:
+    def _measure(self, loss: torch.Tensor) -> _Figures:
+        """The figures of a step in one process."""
+        gradients = [
+            parameter.grad for parameter in self._parameters.values() if parameter.grad is not None
+        ]
+        norm = _measure_norm(gradients, loss)
+        largest = self._ranges.find_largest(self.device)
+        values = torch.stack([loss, norm.float(), largest])
+        loss_value, norm_value, largest_value = values.tolist()
+        return _Figures(loss_value, norm_value, largest_value, norm)
+
+    def _average(self, loss: torch.Tensor, batch: Any, num_samples: int) -> _Figures:
         """Replace gradients, and statistics of live BatchNorm, by their means over the samples of all processes.
 
         One collective carries all of them, and whether a process has failed: then its number of samples is NaN.
 
         Returns:
-            The mean of the loss.
+            The figures of all processes together.
 
         Raises:
-            Exception: `failure`.
-            StateError: Another process has failed.
+            StateError: A process has failed.
         """
         parameters = list(self._parameters.values())
+        statistics = self._list_statistics()
+        gradients = self._scale_gradients(num_samples)
+        has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters])
+        is_reached = has_gradient.to(loss.device, non_blocking=True)
+        largest = self._ranges.find_largest(self.device)
+        is_finite = torch.isfinite(loss) & torch.isfinite(largest)
+        weight = torch.where(is_finite, float(num_samples), math.nan)
+
+        parts = [*gradients, *statistics, is_reached, loss, torch.ones_like(loss)]
+        sums = self._sums[: self._count_sums()]
+        torch.cat([part.flatten() for part in parts], out=sums)
+        sum_over_ranks(sums.mul_(weight))
+        total_samples = sums[-1].clone()
+        means = iter(torch.split(sums.div_(total_samples), [part.numel() for part in parts]))
+
+        mean_gradients = []
+        for parameter in parameters:
+            mean = next(means)
+            if parameter in self._ranges.of_inputs:
+                mean = mean / total_samples.sqrt()
+            mean_gradients.append(mean.reshape(parameter.shape))
+        for buffer in statistics:
+            buffer.copy_(next(means).reshape(buffer.shape))
+        reached_means = next(means)
+        mean_loss = next(means)[0]
+        norm = _measure_norm(mean_gradients, loss)
+        scalars = torch.stack(
+            [mean_loss.float(), norm.float(), total_samples.float(), loss, largest]
+        )
+        with connected():
+            values = torch.cat([scalars, reached_means.float()]).tolist()
+        loss_value, norm_value, num_total, local_loss, local_largest, *reached = values
+        if math.isnan(num_total):
+            local_figures = _Figures(local_loss, 0.0, local_largest, norm)
+            raise_together(self._explain_failure(local_figures, batch), StateError)
+
+        for parameter, mean, fraction in zip(parameters, mean_gradients, reached, strict=True):
+            # None, not 0: Adam keeps moving a parameter with gradient 0.
+            parameter.grad = None
+            if fraction:
+                parameter.grad = mean.to(parameter.dtype, copy=True)
+        return _Figures(loss_value, norm_value, local_largest, norm)
+
+    def _share_failure(self, failure: Exception) -> None:
+        """End the step in the other processes, which wait at the collective of `_average`.
+
+        There may be no memory left. So this frees what the step holds, and sends what was allocated before it.
+
+        Raises:
+            Exception: `failure`, or what `raise_together` makes of it.
+        """
+        free_memory(failure)
+        if self._optimizer is not None:
+            self._optimizer.zero_grad()
+        with suppress(StateError):
+            sum_over_ranks(self._sums[: self._count_sums()].fill_(math.nan))
+        raise_together(failure, StateError)
+
+    def _list_statistics(self) -> list[torch.Tensor]:
+        """The statistics of live BatchNorm."""
         statistics = []
         for module in self._find_live():
             statistics += [buffer for buffer in module.buffers() if buffer.is_floating_point()]
-        gradients = self._scale_gradients(num_samples)
-        has_gradient = [parameter.grad is not None for parameter in parameters]
-        is_reached = torch.tensor(has_gradient, device=loss.device)
+        return statistics
 
-        parts = [*gradients, *statistics, is_reached, loss, torch.ones_like(loss)]
-        weight = num_samples if failure is None else math.nan
-        sums = sum_over_ranks(torch.cat([part.flatten() for part in parts]) * weight)
-        total_samples = sums[-1]
-        if total_samples.isnan():
-            raise_together(failure, StateError)
-        means = iter(torch.split(sums / total_samples, [part.numel() for part in parts]))
+    def _count_sums(self) -> int:
+        """Number of values that the processes add up: gradients, whether there is one, statistics, loss, samples."""
+        parameters = self._parameters.values()
+        num_values = sum(tensor.numel() for tensor in [*parameters, *self._list_statistics()])
+        return num_values + len(parameters) + 2
 
-        mean_gradients = [next(means) for _ in parameters]
-        for buffer in statistics:
-            buffer.copy_(next(means).reshape(buffer.shape))
-        reached_means = next(means).tolist()
-        mean_loss = next(means)
-        for parameter, mean, reached in zip(parameters, mean_gradients, reached_means, strict=True):
-            if parameter in self._ranges.of_inputs:
-                mean = mean / total_samples.sqrt()
-            # None, not 0: Adam keeps moving a parameter with gradient 0.
-            parameter.grad = None
-            if reached:
-                parameter.grad = mean.reshape(parameter.shape).to(parameter.dtype, copy=True)
-        return mean_loss
+    def _allocate_sums(self) -> torch.Tensor:
+        """Memory for what the processes add up in a step; none if there is one process."""
+        if find_rank()[1] == 1:
+            return torch.empty(0)
+        dtype = torch.float32
+        for parameter in self._parameters.values():
+            dtype = torch.promote_types(dtype, parameter.dtype)
+        return torch.empty(self._count_sums(), dtype=dtype, device=self.device)
 
     def _scale_gradients(self, num_samples: int) -> list[torch.Tensor]:
         """The gradients of this process; 0 for parameters without one.
@@ -388,34 +469,39 @@ class Trainer:
             gradients.append(gradient)
         return gradients
 
-    def _require_finite(self, loss: float, batch: Any) -> None:
-        """Refuse NaN and Inf, and clip the gradient.
+    def _require_finite(self, figures: _Figures, batch: Any) -> None:
+        """Refuse NaN and Inf.
 
         Raises:
-            StateError: The message names the layer or the parameter.
+            StateError: The message names the layer, the quantizer or the parameter.
         """
-        parameters = self._parameters.values()
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
-            raise self._explain_nonfinite(loss, batch)
-        nn.utils.clip_grads_with_norm_(parameters, self._schedule.max_norm, norm)
+        failure = self._explain_failure(figures, batch)
+        if failure is not None:
+            raise failure
 
-    def _update(self, optimizer: torch.optim.Optimizer) -> None:
+    def _update(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
+        """Clip the gradient, which has this norm, and take a step."""
+        nn.utils.clip_grads_with_norm_(self._parameters.values(), self._schedule.max_norm, norm)
         rate = self._schedule.rate_at(self.step, self.total)
         for group in optimizer.param_groups:
             group["lr"] = group["largest_lr"] * rate
         optimizer.step()
 
-    def _explain_nonfinite(self, loss: float, batch: Any) -> StateError:
-        if math.isfinite(loss):
-            reason = self._explain_gradient(batch)
-        else:
+    def _explain_failure(self, figures: _Figures, batch: Any) -> StateError | None:
+        """The error of a step whose figures are NaN or Inf; None if they are finite."""
+        step = self.step + 1
+        if not math.isfinite(figures.loss):
             layer = find_nonfinite(self.model, batch)
             origin = "no layer returns it for finite inputs, so it comes from the batch or the loss"
             if layer:
                 origin = f"it begins in {layer}"
-            reason = f"the loss is {loss} in step {self.step + 1}; {origin}."
+            reason = f"the loss is {figures.loss} in step {step}; {origin}."
+        elif not math.isfinite(figures.largest):
+            return self._ranges.explain_nonfinite()
+        elif not math.isfinite(figures.norm_value):
+            reason = self._explain_gradient(batch)
+        else:
+            return None
         return StateError(reason, "lower the learning rate (lr), or check the part that is named.")
 
     def _explain_gradient(self, batch: Any) -> str:
@@ -487,6 +573,13 @@ class Trainer:
     def finish(self) -> None:
         """Restore modes and flags, and keep the ranges; may be called more than once."""
         self._exits.close()
+
+
+def _measure_norm(gradients: list[torch.Tensor], loss: torch.Tensor) -> torch.Tensor:
+    """The norm of all gradients together, 0 without a gradient; on the device of the loss."""
+    if not gradients:
+        return torch.zeros_like(loss)
+    return nn.utils.get_total_norm(gradients).to(loss.device, non_blocking=True)
 
 
 def _require_no_inference(model: nn.Module) -> None:

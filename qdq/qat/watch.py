@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -89,9 +89,12 @@ class OscillationWatch:
 
     def find(self) -> tuple[Oscillation, ...]:
         """The layers in which more than 1 % of the weights oscillated, worst first."""
+        if not self._weights:
+            return ()
+        means = [(reversals >= _MIN_REVERSALS).float().mean() for reversals in self._reversals]
+        shares = torch.stack(means).tolist()
         oscillations = []
-        for weight, reversals in zip(self._weights, self._reversals, strict=True):
-            share = float((reversals >= _MIN_REVERSALS).float().mean())
+        for weight, share in zip(self._weights, shares, strict=True):
             if share > _MIN_OSCILLATING:
                 oscillations.append(Oscillation(weight.site.layer_name, share))
         oscillations.sort(key=lambda oscillation: -oscillation.share)
@@ -150,32 +153,51 @@ def find_bad_ranges(model: nn.Module, batch: Any) -> tuple[BadRange, ...]:
         model: A calibrated model.
         batch: As for `forward.call_model`.
     """
-    bad_ranges: list[BadRange] = []
+    fits: list[_Fit] = []
 
-    def judge_input(name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def measure_input(name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         assert isinstance(module, TensorQuantizer)  # noqa: S101
-        reason = _reason_against(module, inputs[0], may_be_zero=False)
-        if reason:
-            bad_ranges.append(BadRange(name, reason))
+        _add_fit(fits, name, module, inputs[0], may_be_zero=False)
 
     with ExitStack() as hooks:
         for name in Collection(model).collecting:
             quantizer = model.get_submodule(name)
-            hook = quantizer.register_forward_pre_hook(partial(judge_input, name))
+            hook = quantizer.register_forward_pre_hook(partial(measure_input, name))
             hooks.callback(hook.remove)
         with evaluating(model):
             call_model(model, batch)
     for weight in _list_weights(model):
-        reason = _reason_against(weight.quantizer, weight.value, may_be_zero=True)
-        if reason:
-            bad_ranges.append(BadRange(weight.quantizer_name, reason))
-    return tuple(bad_ranges)
+        _add_fit(fits, weight.quantizer_name, weight.quantizer, weight.value, may_be_zero=True)
+    return _judge(fits)
 
 
-def _reason_against(quantizer: TensorQuantizer, values: torch.Tensor, *, may_be_zero: bool) -> str:
-    """The problem of a range, or of some ranges of a quantizer; "" if there is none."""
+@dataclass(frozen=True)
+class _Fit:
+    """How the ranges of a quantizer fit the values that it quantizes.
+
+    Args:
+        quantizer: Dotted name.
+        num_ranges: Number of its ranges.
+        figures: `[5]`: the largest fraction of clipped values, the least fraction of a range that is used, and how many
+            ranges clip too much, have no code but 0, and are used too little.
+    """
+
+    quantizer: str
+    num_ranges: int
+    figures: torch.Tensor
+
+
+def _add_fit(
+    fits: list[_Fit],
+    name: str,
+    quantizer: TensorQuantizer,
+    values: torch.Tensor,
+    *,
+    may_be_zero: bool,
+) -> None:
+    """Measure the ranges of a quantizer; not if it has none, or if there are no values."""
     if quantizer.amax is None or not values.numel():
-        return ""
+        return
     amax = quantizer.amax.detach().flatten()
     rows = _as_rows(values.float().abs(), _positive(quantizer.range_axis, values))
     largest = rows.amax(1)
@@ -184,17 +206,43 @@ def _reason_against(quantizer: TensorQuantizer, values: torch.Tensor, *, may_be_
     is_judged = torch.ones_like(largest, dtype=torch.bool)
     if may_be_zero:
         is_judged = largest > 0
+    faults = [clipped > _MAX_CLIPPED, used * quantizer.format.qmax < 0.5, used < _MIN_USED]
+    counts = [(is_bad & is_judged).sum().float() for is_bad in faults]
+    fits.append(_Fit(name, len(amax), torch.stack([clipped.max(), used.min(), *counts])))
+
+
+def _judge(fits: Sequence[_Fit]) -> tuple[BadRange, ...]:
+    """The ranges that do not fit; all figures are read from a GPU at once."""
+    if not fits:
+        return ()
+    rows = torch.stack([fit.figures for fit in fits]).tolist()
+    bad_ranges = []
+    for fit, row in zip(fits, rows, strict=True):
+        reason = _reason_against(fit.num_ranges, *row)
+        if reason:
+            bad_ranges.append(BadRange(fit.quantizer, reason))
+    return tuple(bad_ranges)
+
+
+def _reason_against(
+    num_ranges: int,
+    clipped: float,
+    used: float,
+    num_clipping: float,
+    num_zero: float,
+    num_unused: float,
+) -> str:
+    """The problem of some ranges of a quantizer; "" if there is none. The numbers are those of `_Fit`."""
     faults = (
-        (clipped > _MAX_CLIPPED, f"{float(clipped.max()):.0%} of the values are clipped"),
-        (used * quantizer.format.qmax < 0.5, "every code is 0"),
-        (used < _MIN_USED, f"the largest value uses {float(used.min()):.1%} of the range"),
+        (num_clipping, f"{clipped:.0%} of the values are clipped"),
+        (num_zero, "every code is 0"),
+        (num_unused, f"the largest value uses {used:.1%} of the range"),
     )
-    for is_bad, reason in faults:
-        count = int((is_bad & is_judged).sum())
-        if count and len(amax) == 1:
+    for count, reason in faults:
+        if count and num_ranges == 1:
             return reason
         if count:
-            return f"in {count} of {len(amax)} channels {reason}"
+            return f"in {count:.0f} of {num_ranges} channels {reason}"
     return ""
 
 
