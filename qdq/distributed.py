@@ -206,7 +206,7 @@ def _find_device() -> torch.device:
     """
     group = distributed.group.WORLD
     types = [device.type for device in group._device_types]  # type: ignore[union-attr]
-    if "cpu" in types:
+    if "cpu" in types or not types:  # a backend in Python has none
         return torch.device("cpu")
     kind = types[0]
     for device in reversed(_model_devices):

@@ -1,11 +1,18 @@
 """Collectives of two processes over gloo; without a group, one process is all of them."""
 
+import itertools
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import distributed
 
+import qdq.distributed
 from qdq.distributed import (
+    _find_device,
+    _require_separate_gpus,
+    _sending_from,
     broadcast_bytes,
     failing_together,
     find_rank,
@@ -16,6 +23,7 @@ from qdq.distributed import (
     shard_samples,
     sum_over_ranks,
 )
+from qdq.errors import StateError
 
 SCRIPT = """
 import os
@@ -130,3 +138,96 @@ def test_one_process_is_all_of_them():
         assert find_rank() == (0, 1)
     with pytest.raises(ValueError, match="alone"), failing_together():
         raise ValueError("alone")
+
+
+class Later:
+    """The work of a collective that fails when it is waited for, as those of nccl do."""
+
+    def wait(self):
+        raise RuntimeError("NCCL communicator was aborted")
+
+
+def test_an_error_of_a_collective_that_comes_later(monkeypatch):
+    def start(*_, async_op=False, **__):
+        return Later() if async_op else None
+
+    monkeypatch.setattr(qdq.distributed, "find_rank", lambda: (0, 2))
+    monkeypatch.setattr(qdq.distributed, "_find_device", lambda: torch.device("cpu"))
+    for name in ("all_reduce", "all_gather", "broadcast"):
+        monkeypatch.setattr(distributed, name, start)
+    message = "the connection to the other processes broke: NCCL communicator was aborted"
+    for collective in (sum_over_ranks, max_over_ranks):
+        with pytest.raises(StateError, match=message):
+            collective(torch.ones(2))
+    for collective in (gather_bytes, broadcast_bytes):
+        with pytest.raises(StateError, match=message):
+            collective(b"content")
+
+
+def make_group(monkeypatch, types, rank=1, bound=None, num_gpus=4, current=0):
+    """A group of two processes with backends for these types of device, on a machine with GPUs."""
+    devices = [torch.device(kind) for kind in types]
+    world = SimpleNamespace(_device_types=devices, bound_device_id=bound)
+    monkeypatch.setattr(distributed, "group", SimpleNamespace(WORLD=world))
+    monkeypatch.setattr(qdq.distributed, "find_rank", lambda: (rank, 2))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
+class TestDeviceOfCollectives:
+    @pytest.mark.parametrize("types", [("cuda", "cpu"), ("cpu",), ()])
+    def test_is_the_cpu_if_the_group_can_send_from_there(self, monkeypatch, types):
+        make_group(monkeypatch, types)
+        assert _find_device() == torch.device("cpu")
+
+    def test_is_that_of_the_model(self, monkeypatch):
+        make_group(monkeypatch, ["cuda"], current=2)
+        with _sending_from(torch.device("cuda", 3)), _sending_from(torch.device("cpu")):
+            assert _find_device() == torch.device("cuda", 3)
+        assert _find_device() == torch.device("cuda", 2)
+
+    def test_is_that_of_the_local_rank_if_nobody_chose_one(self, monkeypatch):
+        make_group(monkeypatch, ["cuda"])
+        assert _find_device() == torch.device("cuda", 1)
+        monkeypatch.setenv("LOCAL_RANK", "3")
+        assert _find_device() == torch.device("cuda", 3)
+        make_group(monkeypatch, ["cuda"], num_gpus=1)  # each process sees only its own
+        monkeypatch.setenv("LOCAL_RANK", "3")
+        assert _find_device() == torch.device("cuda", 0)
+        make_group(monkeypatch, ["cuda"], bound=torch.device("cuda", 2))
+        assert _find_device() == torch.device("cuda", 2)
+
+
+class TestSeparateGpus:
+    @pytest.fixture
+    def store(self, monkeypatch):
+        make_group(monkeypatch, ["cuda", "cpu"], rank=0)
+        store = distributed.HashStore()
+        monkeypatch.setattr(qdq.distributed, "_checks", itertools.count())
+        monkeypatch.setattr(distributed.distributed_c10d, "_get_default_store", lambda: store)
+        monkeypatch.setattr(distributed, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+        monkeypatch.setattr("socket.gethostname", lambda: "host")
+        monkeypatch.setattr(
+            torch.cuda,
+            "get_device_properties",
+            lambda device: SimpleNamespace(uuid=f"GPU-{device.index}"),
+        )
+        return store
+
+    def test_one_gpu_for_two_is_refused(self, store):
+        store.set("qdq GPU 0 1", "host GPU-0")
+        with pytest.raises(StateError, match="processes 0 and 1 are on the same GPU") as error:
+            _require_separate_gpus(torch.device("cuda", 0))
+        assert "LOCAL_RANK" in error.value.fix
+
+    @pytest.mark.parametrize("other", ["host GPU-1", "elsewhere GPU-0", ""])
+    def test_others_are_fine(self, store, other):
+        store.set("qdq GPU 0 1", other)
+        _require_separate_gpus(torch.device("cuda", 0))
+        store.set("qdq GPU 1 1", other)
+        _require_separate_gpus(torch.device("cpu"))
+
+    def test_gloo_may_share_one(self, store, monkeypatch):
+        monkeypatch.setattr(distributed, "get_backend_config", lambda: "cpu:gloo,cuda:gloo")
+        _require_separate_gpus(torch.device("cuda", 0))

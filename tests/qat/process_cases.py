@@ -90,6 +90,49 @@ def raises_in_second(*_):
     return raises() if RANK == 1 else torch.zeros((), requires_grad=True)
 
 
+NO_MEMORY = "CUDA out of memory. Tried to allocate 20.00 MiB."
+
+
+def run_out_of_memory(*_):
+    """In the second process, as torch says it on a GPU."""
+    if RANK == 1:
+        raise torch.OutOfMemoryError(NO_MEMORY + "\nAnd more lines.")
+    return torch.zeros((), requires_grad=True)
+
+
+def run_out_for_good(*_):
+    """In the second process, which then gets no memory for what it sends."""
+    if RANK == 1:
+        for name in ("cat", "zeros_like", "stack"):
+            patch.object(torch, name, run_out_of_memory).start()
+    return run_out_of_memory()
+
+
+def tune_without_memory(loss):
+    try:
+        return tune(loss=loss, distillation=None)
+    finally:
+        patch.stopall()
+
+
+class Large(nn.Module):
+    """A layer that needs more memory than there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, inputs):
+        run_out_of_memory()
+        return self.layer(inputs)
+
+
+def calibrate_without_memory():
+    model = Large()
+    qdq.swap_modules(model)
+    qdq.calibrate_model(model, [torch.randn(3, 16)] * 4)
+
+
 def save_in_first(*_):
     if RANK == 0:
         raise qdq.ArgumentError("cannot write: the disk is full.", "make room.")
@@ -139,6 +182,10 @@ def cases():
         ),
     )
     yield "loss fails", lambda: tune(loss=raises_in_second)
+    yield "no memory in the step", lambda: tune_without_memory(run_out_of_memory)
+    yield "no memory to say so", lambda: tune_without_memory(run_out_for_good)
+    yield "no memory in the metric", lambda: tune(metric=run_out_of_memory)
+    yield "no memory in calibration", calibrate_without_memory
     yield "nan", lambda: tune(batches=broken_share())
     finite = {"loss": lambda outputs, _: outputs.nan_to_num().square().mean(), "distillation": None}
     yield "nan in a range", lambda: tune(batches=broken_share(), ranges="ema", **finite)

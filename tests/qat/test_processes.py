@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes_on_device
 import pytest
 import torch
 from processes import TORCHRUN, Processes, wait_for
@@ -70,6 +71,27 @@ def test_an_error_in_one_process_ends_the_other(found, case, failing, message):
     assert found[case][1 - failing].startswith(f"StateError: process {failing} failed: {message}")
 
 
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        ("no memory in the step", "StateError"),
+        ("no memory to say so", "StateError"),
+        ("no memory in the metric", "StateError"),
+        ("no memory in calibration", "CalibrationError"),
+    ],
+)
+def test_a_process_without_memory_ends_all_with_one_line(found, case, kind):
+    cause = (
+        "there is not enough memory in process 1: CUDA out of memory. Tried to allocate 20.00 MiB."
+    )
+    other, failing = found[case]
+    assert failing.startswith(f"{kind}: {cause}")
+    assert other.startswith(f"{kind}: process 1 failed: {kind}: {cause}")
+    for line in found[case]:
+        assert "\n" not in line
+        assert "give smaller batches, or free memory." in line
+
+
 def test_the_metric_of_the_first_process_decides_for_both(found):
     first, second = found["metric of rank"]
     assert first == second
@@ -96,6 +118,21 @@ def test_ranges_follow_what_all_processes_see(found):
             assert torch.allclose(
                 torch.tensor(state[f"{name}._amax"]), quantizer.amax, rtol=1e-4
             ), name
+
+
+def test_two_processes_on_a_device_give_what_one_gives(tmp_path, processes, gpu, pytestconfig):
+    """The gradients are averaged on the device, by a backend that copies over gloo where the device is pretended."""
+    folder = pytestconfig.cache.mkdir("pretended_device")
+    script = [HERE / "processes_on_device.py", tmp_path / "out", folder]
+    pair = processes.start_pair([script] * 2, tmp_path / "store")
+    assert [process.wait() for process in pair] == [0, 0]
+    shared = [json.loads((tmp_path / f"out.{rank}").read_text()) for rank in range(2)]
+    assert shared[0] == shared[1]
+    for ranges, alone in processes_on_device.tune(gpu).items():
+        assert shared[0][ranges]["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+        for name, values in alone["state"].items():
+            state = torch.tensor(shared[0][ranges]["state"][name])
+            assert torch.allclose(state, torch.tensor(values), rtol=1e-2, atol=1e-3), name
 
 
 def assert_is_that_of_one_process(model, tuning, case):
