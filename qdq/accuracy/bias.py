@@ -14,7 +14,7 @@ A bias is added in float, so it costs an engine nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from qdq.accuracy.layerwise import (
     visit_products,
 )
 from qdq.batch import join_batches
+from qdq.device import read_numbers, without_tf32
 from qdq.errors import ArgumentError
 from qdq.forward import require_model
 from qdq.metrics import Array, sqnr_db
@@ -88,6 +89,7 @@ class BiasCorrection:
         return "\n".join(lines)
 
 
+@without_tf32()
 def correct_bias(
     model: nn.Module,
     batches: Iterable[Any],
@@ -99,7 +101,7 @@ def correct_bias(
 
     The model changes in place. A layer without a bias gets one, which a swapped model accepts in a state dict and a
     float model does not. The batches are joined into one, so that one forward can correct the layers in their order; a
-    few dozen images are enough.
+    few dozen images are enough. On a GPU, everything runs without TF32.
 
     Args:
         model: A calibrated model.
@@ -157,7 +159,7 @@ def _correct_empirically(
 ) -> _Correction:
     """Compute the outputs of the float model first; then correct each layer while it runs."""
     samples, expected = sample_outputs(reference, plan, inputs)
-    layers: list[CorrectedBias] = []
+    shifts: dict[str, torch.Tensor] = {}
     with tqdm(total=len(plan.layers), desc="correct bias", unit="layer", disable=None) as progress:
 
         def correct(name: str, layer: nn.Module, product: Product) -> torch.Tensor:
@@ -167,20 +169,20 @@ def _correct_empirically(
             shift = (weight * (sample.rows - rows)).sum(0)
             add_to_bias(layer, shift)
             means = (weight * sample.rows).sum(0)
-            layers.append(CorrectedBias(name, _relative(shift, means)))
+            shifts[name] = _relative(shift, means)
             progress.update()
             return product.compute(bias=layer.bias)
 
         outputs = flatten_outputs(visit_products(model, plan.layers, inputs, correct))
-    return _Correction(layers, expected, outputs)
+    return _Correction(_describe_shifts(shifts), expected, outputs)
 
 
 def _correct_analytically(
     model: nn.Module, reference: nn.Module, plan: LayerPlan, inputs: Any
 ) -> _Correction:
     """Run one float forward; a product is linear, so the mean of its inputs gives the mean of its outputs."""
-    layers: list[CorrectedBias] = []
     shifts: dict[str, torch.Tensor] = {}
+    relative_shifts: dict[str, torch.Tensor] = {}
     modules = dict(reference.named_modules())
 
     def measure(name: str, _: nn.Module, product: Product) -> torch.Tensor:
@@ -190,7 +192,7 @@ def _correct_analytically(
         mean_error = product.compute(input=mean_input, weight=error, bias=None)
         shift = -_channel_means(product, mean_error)
         shifts[name] = shift
-        layers.append(CorrectedBias(name, _relative(shift, _channel_means(product, output))))
+        relative_shifts[name] = _relative(shift, _channel_means(product, output))
         return output
 
     with disable_quantization(reference):
@@ -198,7 +200,12 @@ def _correct_analytically(
         expected = flatten_outputs(visit_products(reference, measured, inputs, measure))
     for name, shift in shifts.items():
         add_to_bias(plan.layers[name], shift)
-    return _Correction(layers, expected, run_flat(model, inputs))
+    return _Correction(_describe_shifts(relative_shifts), expected, run_flat(model, inputs))
+
+
+def _describe_shifts(shifts: Mapping[str, torch.Tensor]) -> list[CorrectedBias]:
+    """The results of the corrected layers, from the relative shift of each."""
+    return list(map(CorrectedBias, shifts, read_numbers(list(shifts.values()))))
 
 
 def _quantized_weight(layer: QuantMixin) -> torch.Tensor:
@@ -213,5 +220,6 @@ def _channel_means(product: Product, output: torch.Tensor) -> torch.Tensor:
     return product.rows_of(output).double().mean(0)
 
 
-def _relative(shift: torch.Tensor, means: torch.Tensor) -> float:
-    return float(shift.norm() / means.norm().clamp_min(_TINY))
+def _relative(shift: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    relative: torch.Tensor = shift.norm() / means.norm().clamp_min(_TINY)
+    return relative

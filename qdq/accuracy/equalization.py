@@ -32,10 +32,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import Linear
 from tqdm import tqdm
 
-from qdq.accuracy.layerwise import flatten_outputs
+from qdq.accuracy.layerwise import FlatOutputs
 from qdq.batch import list_filled_batches
 from qdq.calibrate import calibrate_model
 from qdq.dataflow import Dataflow, clamp_of
+from qdq.device import read_numbers, without_tf32
 from qdq.errors import StateError
 from qdq.forward import (
     ForwardTrace,
@@ -129,12 +130,14 @@ class Equalization:
         return "\n".join(lines)
 
 
+@without_tf32()
 def equalize_layers(model: nn.Module, batches: Iterable[Any]) -> Equalization:
     """Scale the channels between layers so that they use a common range better; in place.
 
     Call it after `fold_batchnorm` and before `swap_modules`. A tensor is left unchanged if one of its readers or
     writers is not a convolution or linear layer, if a parameter of these is also used elsewhere, if it is an output of
-    the model, or if no less noise is predicted. A change of the float outputs beyond rounding is undone.
+    the model, or if no less noise is predicted. A change of the float outputs beyond rounding is undone. On a GPU,
+    everything runs without TF32, which rounds more than that.
 
     Args:
         model: A float model; its layers are quantized temporarily, to measure the effect of the pass.
@@ -525,7 +528,7 @@ def _pads_zeros(operation: Operation) -> bool:
 
 def _observe(model: nn.Module, batches: list[Any], groups: list[_Group]) -> Array:
     """Run all batches, collect the statistics of the groups, and return the outputs as one flat array."""
-    outputs: list[Array] = []
+    outputs = FlatOutputs()
     task = "equalize" if groups else "verify"
     with ExitStack() as hooks:
         for group in groups:
@@ -533,8 +536,8 @@ def _observe(model: nn.Module, batches: list[Any], groups: list[_Group]) -> Arra
                 _watch_readers(group, hooks)
         with evaluating(model):
             for batch in tqdm(batches, desc=task, unit="batch", disable=None):
-                outputs.append(flatten_outputs(call_model(model, batch)))
-    return np.concatenate(outputs)
+                outputs.add(call_model(model, batch))
+    return outputs.join()
 
 
 def _watch_readers(group: _Group, hooks: ExitStack) -> None:
@@ -564,8 +567,10 @@ def _equalize(group: _Group) -> EqualizedTensor:
     if group.reason:
         return EqualizedTensor(writers, readers, 0.0, 0.0, group.reason)
     candidates = {exponent: _factors(group, exponent) for exponent in _EXPONENTS}
-    noise = {exponent: _noise(group, factors) for exponent, factors in candidates.items()}
-    noise_before = _noise(group, torch.ones_like(candidates[1.0]))
+    unchanged = torch.ones_like(candidates[1.0])
+    products = [_noise(group, factors) for factors in (unchanged, *candidates.values())]
+    noise_before, *noise_after = read_numbers(products)
+    noise = dict(zip(candidates, noise_after, strict=True))
     exponent = min(noise, key=noise.__getitem__)
     if not noise[exponent] < _WORTHWHILE * noise_before:
         reason = "no factors are predicted to lower the noise"
@@ -595,15 +600,16 @@ def _factors(group: _Group, exponent: float) -> torch.Tensor:
     ranges = torch.where(is_live, ranges, ranges.max())
     weights = torch.where(is_live, weights, weights.max())
     factors = weights ** (1 - exponent) / ranges**exponent
-    if bool(is_live.any()):
-        factors = factors * (ranges.max() / (factors * ranges)[is_live].max())
+    # If all are dead, this divides by zero, and no factor is used.
+    largest = torch.where(is_live, factors * ranges, torch.zeros_like(ranges)).max()
+    factors = factors * (ranges.max() / largest)
     factors = factors.clamp(1 / _LARGEST, _LARGEST)
     return torch.where(is_live, factors, torch.ones_like(factors))
 
 
-def _noise(group: _Group, factors: torch.Tensor) -> float:
-    """Product of the noise predicted after each reader with these factors; see the module."""
-    product = 1.0
+def _noise(group: _Group, factors: torch.Tensor) -> torch.Tensor:
+    """Product of the noise predicted after each reader with these factors, float64; see the module."""
+    product = torch.ones((), dtype=torch.float64, device=factors.device)
     for name, layer in group.readers.items():
         statistics = group.inputs[name]
         weight = (_by_input(layer, layer.weight) / _columns(layer, factors)).double()
@@ -614,7 +620,7 @@ def _noise(group: _Group, factors: torch.Tensor) -> float:
         kernel_size = weight[0, 0, 0].numel()
         from_weight = (filter_steps.square() * group_energy).sum() * kernel_size
         from_input = input_step.square() * weight.square().sum()
-        product *= float(from_input + from_weight)
+        product *= from_input + from_weight
     return product
 
 

@@ -35,6 +35,7 @@ from qdq.swap import quantized_layers
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 # Weight of an output that a clamp hides, so that a channel that is always hidden has a mean.
 _HIDDEN = 1e-2
+_PENDING_BYTES = 2**28  # of outputs on a GPU
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Product:
             span = dilations[axis] * (size - 1) + 1
             windows = windows.unfold(axis + 2, span, strides[axis])[..., :: dilations[axis]]
         pixels = windows.movedim(1, 1 + len(kernel))  # [B, out ..., Cin, kernel ...], a view
-        patches = pixels[torch.unravel_index(positions, (shape[0], *shape[2:]))]
+        patches = pixels[_unravel(positions, (shape[0], *shape[2:]))]
         return patches.reshape(len(positions), self.groups, -1).transpose(0, 1)
 
 
@@ -310,7 +311,8 @@ def sample_outputs(
     def record(name: str, _: nn.Module, product: Product) -> torch.Tensor:
         output = product.compute()
         rows = product.rows_of(output)
-        chosen = torch.randperm(len(rows), generator=generator)[:positions].to(rows.device)
+        chosen = torch.randperm(len(rows), generator=generator)[:positions]
+        chosen = chosen.to(rows.device, non_blocking=True)
         samples[name] = Sample(chosen, rows[chosen].float(), plan.intervals[name])
         return output
 
@@ -347,25 +349,68 @@ def run_flat(model: nn.Module, inputs: Any) -> Array:
         return flatten_outputs(call_model(model, inputs))
 
 
+class FlatOutputs:
+    """The floating-point outputs of several forwards as one flat array.
+
+    Outputs on a GPU stay there until they are many, or until the array is asked for: each copy waits for the GPU.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: list[Array] = []
+        self._pending: list[torch.Tensor] = []
+        self._pending_bytes = 0
+
+    def add(self, outputs: Any) -> None:
+        """Add the outputs of a forward.
+
+        Raises:
+            StateError: They hold no floating-point tensor.
+        """
+        leaves = floats_of(outputs)
+        if not leaves:
+            raise StateError(
+                "the model returns no floating-point tensor.",
+                "have it return the scores before argmax or a similar function.",
+            )
+        for leaf in leaves:
+            values = leaf.detach().float().flatten()
+            self._pending.append(values.to(leaves[0].device))
+            self._pending_bytes += values.nbytes
+        if self._pending_bytes > _PENDING_BYTES or leaves[0].device.type == "cpu":
+            self._copy_pending()
+
+    def join(self) -> Array:
+        """All outputs.
+
+        Raises:
+            StateError: They hold NaN or Inf.
+        """
+        self._copy_pending()
+        flat = np.concatenate(self._arrays)
+        if not np.isfinite(flat).all():
+            raise StateError(
+                "the outputs of the model hold NaN or Inf.",
+                "check the float model on the same batches.",
+            )
+        return flat
+
+    def _copy_pending(self) -> None:
+        """Copy the pending outputs to the CPU."""
+        if self._pending:
+            self._arrays.append(torch.cat(self._pending).cpu().numpy())
+        self._pending = []
+        self._pending_bytes = 0
+
+
 def flatten_outputs(outputs: Any) -> Array:
-    """All floating-point outputs as one flat array.
+    """All floating-point outputs of one forward as one flat array.
 
     Raises:
         StateError: They hold NaN or Inf, or there is no floating-point tensor.
     """
-    leaves = floats_of(outputs)
-    if not leaves:
-        raise StateError(
-            "the model returns no floating-point tensor.",
-            "have it return the scores before argmax or a similar function.",
-        )
-    flat = np.concatenate([leaf.detach().float().cpu().numpy().ravel() for leaf in leaves])
-    if not np.isfinite(flat).all():
-        raise StateError(
-            "the outputs of the model hold NaN or Inf.",
-            "check the float model on the same batches.",
-        )
-    return flat
+    flat = FlatOutputs()
+    flat.add(outputs)
+    return flat.join()
 
 
 def add_to_bias(layer: Any, shift: torch.Tensor) -> None:
@@ -381,6 +426,15 @@ def add_to_bias(layer: Any, shift: torch.Tensor) -> None:
         layer.bias = nn.Parameter(zeros, weight.requires_grad)
     with torch.no_grad():
         layer.bias.copy_(layer.bias.double() + shift)
+
+
+def _unravel(positions: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    """`torch.unravel_index`, which copies the shape to the device and waits for it."""
+    coordinates: list[torch.Tensor] = []
+    for size in reversed(shape):
+        coordinates.insert(0, positions % size)
+        positions = positions // size
+    return tuple(coordinates)
 
 
 def _for_each_axis(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:

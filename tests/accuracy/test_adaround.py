@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from pretended_device import list_waits, watch
 from torch import nn
 
 from qdq import (
@@ -167,6 +168,29 @@ def test_interrupt_keeps_what_is_done(quantized, images, monkeypatch, caplog):
     assert not torch.equal(quantized.stem.weight, weights["stem"])
     assert torch.equal(quantized.conv.weight, weights["conv"])
     assert torch.isfinite(quantized(images)).all()
+
+
+@pytest.mark.parametrize("steps", [0, 20])
+def test_the_gpu_rounds_as_the_cpu_does(quantized, gpu, steps):
+    batches = [torch.randn(4, 3, 12, 12) for _ in range(2)]
+    twin = copy.deepcopy(quantized).to(gpu)
+    expected, report = (round_weights(model, batches, steps=steps) for model in (quantized, twin))
+    assert report.before_db == pytest.approx(expected.before_db, abs=0.01)
+    assert report.after_db == pytest.approx(expected.after_db, abs=0.3)
+    for name in ("stem", "conv", "head"):
+        codes, codes_of_gpu = (codes_of(model.get_submodule(name)) for model in (quantized, twin))
+        assert (codes == codes_of_gpu.cpu()).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("steps", [5, 50])
+def test_waits_for_the_gpu_do_not_grow_with_the_steps(quantized, gpu, steps):
+    quantized.to(gpu)
+    batches = [torch.randn(4, 3, 12, 12, device=gpu) for _ in range(2)]
+    with watch(gpu) as events:
+        report = round_weights(quantized, batches, steps=steps)
+    num_waits = len(list_waits(events))
+    print(f"round_weights: {num_waits} waits for {len(report.layers)} layers and {steps} steps")
+    assert num_waits <= len(report.layers) + 4
 
 
 def test_residual_network_of_torchvision():

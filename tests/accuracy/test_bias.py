@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from pretended_device import list_waits, watch
 from torch import nn
 
 from qdq import (
@@ -285,3 +286,18 @@ def test_refusals(residual, images):
         correct_bias(residual, [images], reference=nn.Linear(2, 2))
     with pytest.raises(StateError, match="NaN"):
         correct_bias(residual, [images * float("nan")])
+
+
+@pytest.mark.parametrize("method", ["empirical", "analytic"])
+def test_the_gpu_corrects_as_the_cpu_does(quantized, gpu, method):
+    batches = [torch.randn(4, 3, 12, 12) for _ in range(3)]
+    twin = copy.deepcopy(quantized).to(gpu)
+    expected = correct_bias(quantized, batches, method=method)
+    with watch(gpu) as events:
+        report = correct_bias(twin, batches, method=method)
+    assert report.before_db == pytest.approx(expected.before_db, abs=0.01)
+    assert report.after_db == pytest.approx(expected.after_db, abs=0.01)
+    for name, parameter in twin.named_parameters():
+        torch.testing.assert_close(parameter.cpu(), quantized.get_parameter(name))
+    print(f"correct_bias {method}: {len(list_waits(events))} waits for 3 layers and 3 batches")
+    assert len(list_waits(events)) <= 4

@@ -3,6 +3,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from pretended_device import list_waits, watch
 from torch import nn
 
 from qdq import (
@@ -61,6 +62,45 @@ def test_the_float_function_is_unchanged(chain):
     report = equalize_layers(model, [batch.double() for batch in data])
     torch.testing.assert_close(model(unseen.double()), expected, rtol=1e-10, atol=1e-10)
     assert report.float_db > 100
+
+
+def list_waits_in(events, place):
+    return [wait for wait in list_waits(events) if place in wait]
+
+
+def test_the_gpu_equalizes_what_the_cpu_does(chain, gpu):
+    """TF32, which is on, would change the float outputs more than rounding may."""
+    data = [torch.randn(4, 3, 8, 8) for _ in range(2)]
+    twin = copy.deepcopy(chain).to(gpu)
+    expected, report = equalize_layers(chain, data), equalize_layers(twin, data)
+    assert [tensor.reason for tensor in report.tensors] == [
+        tensor.reason for tensor in expected.tensors
+    ]
+    assert report.float_db == pytest.approx(expected.float_db, abs=5)  # an error of float rounding
+    for name, parameter in twin.named_parameters():
+        torch.testing.assert_close(parameter.cpu(), chain.get_parameter(name))
+
+
+def test_waits_for_the_gpu_do_not_grow_with_the_batches(chain, gpu):
+    num_waits = []
+    for num_batches in (1, 4):
+        data = [torch.randn(2, 3, 8, 8, device=gpu) for _ in range(num_batches)]
+        model = copy.deepcopy(chain).to(gpu)
+        with watch(gpu) as events:
+            equalize_layers(model, data)
+        num_waits.append(len(list_waits_in(events, "qdq/accuracy")))
+        num_waits[-1] += len(list_waits_in(events, "qdq/device"))
+    print(f"equalize_layers: {num_waits} waits for 1 and 4 batches, without those of calibration")
+    assert num_waits[0] == num_waits[1] <= 8
+
+
+def test_dead_channels_are_not_scaled(chain):
+    with torch.no_grad():
+        chain.grouped.weight.zero_()
+        chain.grouped.bias.zero_()
+    report = equalize_layers(chain, [torch.randn(4, 3, 8, 8)])
+    assert report.float_db > 100
+    assert all(torch.isfinite(parameter).all() for parameter in chain.parameters())
 
 
 def test_groups_follow_the_data_flow(chain):
