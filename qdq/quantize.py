@@ -155,14 +155,15 @@ def _fake_quantize_float32(
 ) -> torch.Tensor:
     """Choose one of three implementations, which give the same bits.
 
-    The operators of torch export to Q/DQ, and on a GPU they are one kernel or two. On a CPU they cost three to five
-    times as much as the same arithmetic in place, because they fill a mask for the backward pass
-    (tools/bench_forward.py). They have no gradient for the scale.
+    The operators of torch export to Q/DQ, and on a GPU the one for a single range is one kernel. On a CPU they cost
+    three to five times as much as the same arithmetic in place, because they fill a mask for the backward pass
+    (tools/bench_forward.py). They have no gradient for the scale. The one for channels reads its zero points to check
+    them, and so waits for a GPU.
     """
     has_gradients = torch.is_grad_enabled()
     if has_gradients and scale.requires_grad:
         return _straight_through(values, scale, fmt, axis, range_rule)
-    if _is_captured() or values.device.type != "cpu":
+    if _is_captured() or _is_one_kernel(values, axis):
         return fake_quantize_with_operator(values, scale, fmt, axis)
     if has_gradients and values.requires_grad:
         return _straight_through(values, scale, fmt, axis, range_rule)
@@ -172,6 +173,11 @@ def _fake_quantize_float32(
 def _is_captured() -> bool:
     """Whether torch records the operators instead of only running them."""
     return torch.compiler.is_compiling() or bool(is_tracing())  # type: ignore[no-untyped-call]
+
+
+def _is_one_kernel(values: torch.Tensor, axis: int | None) -> bool:
+    """Whether the operator of torch is the fastest implementation."""
+    return axis is None and values.device.type != "cpu"
 
 
 def fake_quantize_with_operator(
@@ -185,9 +191,7 @@ def fake_quantize_with_operator(
         fmt: The format.
         axis: The axis that `scale` belongs to, counted from the front; None for one scale.
     """
-    # torch reads integer zero points of channels to check them, and so waits for a GPU. Q/DQ needs integers.
-    is_integer = axis is None or _is_captured()
-    zero_point = torch.zeros_like(scale, dtype=torch.int32 if is_integer else torch.float32)
+    zero_point = torch.zeros_like(scale, dtype=torch.int32)
     if axis is None:
         return torch.fake_quantize_per_tensor_affine(values, scale, zero_point, fmt.qmin, fmt.qmax)
     num_channels = values.shape[axis]
@@ -225,7 +229,7 @@ def fake_quantize_in_pieces(
 
 
 class _StraightThrough(torch.autograd.Function):
-    """`fake_quantize_in_pieces`, or the operator of torch on a GPU, with gradients.
+    """`fake_quantize_in_pieces`, or the operator of torch where it is one kernel, with gradients.
 
     It saves its inputs, not a mask: the layer before has usually saved the same tensor for its own gradient.
     """
@@ -243,7 +247,7 @@ class _StraightThrough(torch.autograd.Function):
         ctx.fmt = fmt
         ctx.axis = axis
         ctx.range_rule = range_rule
-        if values.device.type != "cpu":
+        if _is_one_kernel(values, axis):
             return fake_quantize_with_operator(values, scale, fmt, axis)
         return fake_quantize_in_pieces(values, scale, fmt, axis)
 
