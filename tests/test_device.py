@@ -12,6 +12,7 @@ from qdq.device import (
     find_device,
     find_sm,
     move_batch,
+    on_host,
     read_numbers,
     without_tf32,
 )
@@ -125,6 +126,41 @@ class TestTf32:
         assert not torch.allclose(conv(images.to(gpu)).cpu(), expected, rtol=0, atol=1e-5)
         with without_tf32():
             assert torch.allclose(conv(images.to(gpu)).cpu(), expected, rtol=0, atol=1e-5)
+
+
+class TestOnHost:
+    def test_a_model_has_copies_in_the_block(self, gpu):
+        model = nn.Sequential(nn.LSTM(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3)).to(gpu)
+        model.tied = model[1].weight
+        model.options = {"device": gpu, "offsets": [torch.ones(3, device=gpu)], "count": 3}
+        state, options = model.state_dict(keep_vars=True), model.options
+        with on_host(model):
+            for name, tensor in model.state_dict(keep_vars=True).items():
+                assert tensor.device.type == "cpu"
+                assert torch.equal(tensor, state[name].cpu())
+                assert type(tensor) is type(state[name])
+                assert tensor.requires_grad == state[name].requires_grad
+            assert model.tied is model[1].weight
+            assert model.options["device"].type == "cpu"
+            assert model.options["offsets"][0].device.type == "cpu"
+            model[0](torch.ones(4, 3))
+        assert model.options is options
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            assert tensor is state[name]
+
+    def test_the_model_is_back_after_an_error(self, gpu):
+        model = nn.Linear(3, 3).to(gpu)
+        weight = model.weight
+        with pytest.raises(ValueError, match="planted"), on_host(model):
+            raise ValueError("planted")
+        assert model.weight is weight
+
+    def test_a_model_of_the_cpu_or_without_data_is_left_alone(self):
+        for device in ("cpu", "meta"):
+            model = nn.Linear(3, 3, device=device)
+            weight = model.weight
+            with on_host(model):
+                assert model.weight is weight
 
 
 def test_tensors_come_to_the_host_together(gpu):

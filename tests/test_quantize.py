@@ -271,23 +271,77 @@ RANGES = [
 ]
 
 
-class TestDevice:
-    """On a GPU it is one piece and the operators of torch."""
+@pytest.mark.parametrize(("amax", "axis"), RANGES)
+@pytest.mark.parametrize("rule", ["lsq", "pact"])
+def test_one_piece_on_a_gpu_gives_what_many_give_on_the_cpu(gpu, amax, axis, rule):
+    expected = run_and_differentiate("cpu", amax, axis, rule)
+    result, grad_inputs, grad_amax = run_and_differentiate(gpu, amax, axis, rule)
+    assert torch.allclose(result, expected[0], rtol=1e-6)
+    assert torch.equal(grad_inputs, expected[1])
+    assert torch.allclose(grad_amax, expected[2], rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize(("amax", "axis"), RANGES)
+
+class TestOnTheGpu:
+    """The device gives the bits of the CPU."""
+
+    @pytest.mark.parametrize("fmt", FORMATS, ids=str)
+    def test_scales(self, fmt, gpu):
+        """CUDA multiplies a tensor by the reciprocal of a number that divides it."""
+        ranges = np.random.default_rng(0).lognormal(0, 20, 2000).clip(1e-30, 1e30)
+        amax = torch.from_numpy(ranges.astype(np.float32))
+        scales = compute_scale(amax, fmt)
+        assert torch.equal(compute_scale(amax.to(gpu), fmt).cpu(), scales)
+        assert torch.equal(compute_scale(amax[0].to(gpu), fmt).cpu(), scales[0])
+        assert torch.equal(
+            compute_scale(amax.half().to(gpu), fmt).cpu(), compute_scale(amax.half(), fmt)
+        )
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("axis", [None, 0, 1])
+    def test_values_and_gradients(self, axis, dtype, gpu):
+        for fmt in FORMATS:
+            values = (2 * torch.randn(6, 5)).to(dtype)
+            amax = torch.tensor(1.3) if axis is None else torch.rand(values.shape[axis]) + 0.5
+            moved_amax = amax.to(gpu)
+            expected = fake_quantize(values, amax, fmt, axis)
+            same_bits(
+                fake_quantize(values.to(gpu), moved_amax, fmt, axis).float().cpu(), expected.float()
+            )
+            values.requires_grad_()
+            moved = values.detach().to(gpu).requires_grad_()
+            weights = torch.randn(6, 5)
+            fake_quantize(values, amax, fmt, axis).mul(weights).sum().backward()
+            result = fake_quantize(moved, moved_amax, fmt, axis)
+            same_bits(result.detach().float().cpu(), expected.float())
+            result.mul(weights.to(gpu)).sum().backward()
+            assert torch.equal(moved.grad.cpu(), values.grad)
+
     @pytest.mark.parametrize("rule", ["lsq", "pact"])
-    def test_learned_ranges_are_those_of_the_cpu(self, gpu, amax, axis, rule):
-        expected = run_and_differentiate("cpu", amax, axis, rule)
-        result, grad_inputs, grad_amax = run_and_differentiate(gpu, amax, axis, rule)
-        assert torch.allclose(result, expected[0], rtol=1e-6)
-        assert torch.equal(grad_inputs, expected[1])
-        assert torch.allclose(grad_amax, expected[2], rtol=1e-4, atol=1e-5)
+    @pytest.mark.parametrize("axis", [None, 0, 1])
+    def test_learned_ranges(self, axis, rule, gpu):
+        values, weights = 2 * torch.randn(40, 5), torch.randn(40, 5)
+        shape = () if axis is None else (values.shape[axis],)
+        amax = torch.full(shape, 1.3).requires_grad_()
+        moved, moved_amax = values.to(gpu), amax.detach().to(gpu).requires_grad_()
+        expected = fake_quantize(values, amax, axis=axis, range_rule=rule)
+        result = fake_quantize(moved, moved_amax, axis=axis, range_rule=rule)
+        same_bits(result.detach().cpu(), expected.detach())
+        expected.mul(weights).sum().backward()
+        result.mul(weights.to(gpu)).sum().backward()
+        torch.testing.assert_close(moved_amax.grad.cpu(), amax.grad)
 
-    @pytest.mark.parametrize(("amax", "axis"), RANGES)
-    @pytest.mark.parametrize("learned", [False, True])
-    def test_nothing_waits(self, gpu, amax, axis, learned):
-        inputs = torch.randn(20, 4, 6, 6).to(gpu).requires_grad_()
-        amax = amax.to(gpu).requires_grad_(learned)
+    def test_codes(self, gpu):
+        values, amax = torch.randn(4, 5), torch.rand(4) + 0.5
+        scale = compute_scale(amax, Format())
+        codes = quantize_codes(values.to(gpu), scale.to(gpu), Format(), 0)
+        assert torch.equal(codes.cpu(), quantize_codes(values, scale, Format(), 0))
+
+    @pytest.mark.parametrize("axis", [None, 0])
+    @pytest.mark.parametrize("rule", [None, "lsq", "pact"])
+    def test_nothing_waits(self, axis, rule, gpu):
+        values = torch.randn(4, 5, device=gpu, requires_grad=True)
+        shape = () if axis is None else (4,)
+        amax = torch.ones(shape, device=gpu, requires_grad=rule is not None)
         with watch(gpu) as events:
-            fake_quantize(inputs, amax, axis=axis).sum().backward()
+            fake_quantize(values, amax, axis=axis, range_rule=rule or "lsq").sum().backward()
         assert list_waits(events) == []

@@ -1,12 +1,26 @@
 import copy
+import io
 
 import numpy as np
 import pytest
 import torch
+from pretended_device import list_waits, watch
 from quantize_reference import FORMATS, edge_values, reference, same_bits
 from torch import nn
 
-from qdq import ArgumentError, ArgumentTypeError, CalibrationError, StateError
+from qdq import (
+    ArgumentError,
+    ArgumentTypeError,
+    CalibrationError,
+    Schedule,
+    StateError,
+    calibrate_model,
+    finetune,
+    load_tuned,
+    rewire_operations,
+    save_tuned,
+    swap_modules,
+)
 from qdq.formats import AMAX_FLOOR, Format
 from qdq.nn import QuantConv2d
 from qdq.quantize import fake_quantize
@@ -16,6 +30,7 @@ from qdq.quantizer import (
     TensorQuantizer,
     disable_quantization,
     enable_quantization,
+    named_quantizers,
 )
 
 
@@ -245,3 +260,181 @@ def test_the_shape_of_ranges_says_their_axis(shape, axis):
     )
     loaded.amax = recalibrated  # calibrated again, on the axis of the quantizer
     same_bits(loaded(weight), reference(weight, recalibrated.flatten(), Format(), 1 - axis))
+
+
+class TestOnTheGpu:
+    """A range is on the device of its quantizer, whatever it comes from."""
+
+    @pytest.fixture
+    def quantizer(self, gpu):
+        return TensorQuantizer().to(gpu)
+
+    def test_it_is_set(self, quantizer, gpu):
+        for value in (2.0, [3.0], np.float32(4), torch.tensor(5.0), torch.tensor(6.0, device=gpu)):
+            quantizer.amax = value
+            assert quantizer.amax.device == gpu
+            assert quantizer.amax.item() == np.asarray(torch.as_tensor(value).cpu()).item()
+
+    def test_setting_does_not_wait(self, quantizer, gpu):
+        with watch(gpu) as events:
+            quantizer.amax = 2.0
+            quantizer.amax = np.float32(3)
+        assert list_waits(events) == []
+
+    def test_it_moves_before_and_after_it_has_a_range(self, gpu):
+        quantizer = TensorQuantizer()
+        assert quantizer.device.type == "cpu"
+        assert quantizer.to(gpu).device == gpu
+        quantizer.half()
+        quantizer.amax = 1.0
+        assert quantizer.amax.dtype == torch.float32
+        assert quantizer.cpu().amax.device.type == "cpu"
+        quantizer.to(gpu)
+        quantizer.learn_range()
+        assert quantizer.device == gpu
+        quantizer.keep_range()
+        assert quantizer.amax.device == gpu
+
+    def test_it_is_copied_pickled_and_loaded_elsewhere(self, quantizer, gpu):
+        assert copy.deepcopy(quantizer).device == gpu
+        file = io.BytesIO()
+        torch.save(nn.Sequential(quantizer), file)
+        for location in (gpu, torch.device("cpu")):
+            file.seek(0)
+            loaded = torch.load(file, map_location=location, weights_only=False)[0]
+            loaded.amax = 1.0
+            assert loaded.amax.device == location
+
+    def test_a_state_is_loaded(self, gpu):
+        state = TensorQuantizer(QuantDescriptor(amax=2.0)).state_dict()
+        for saved in (state, {"_amax": state["_amax"].to(gpu)}):
+            for location in (gpu, torch.device("cpu")):
+                quantizer = TensorQuantizer().to(location)
+                quantizer.load_state_dict(saved)
+                assert quantizer.amax.device == location
+        quantizer = TensorQuantizer()
+        quantizer.load_state_dict({"_amax": state["_amax"].to(gpu)}, assign=True)
+        assert quantizer.device == gpu
+
+    def test_without_data_first(self, gpu):
+        with torch.device("meta"):
+            layer = QuantConv2d(3, 4, 3)
+        layer.to_empty(device=gpu)
+        layer.weight_quantizer.amax = torch.ones(4, 1, 1, 1)
+        assert layer.weight_quantizer.amax.device == gpu
+
+    def test_built_there(self, gpu):
+        layer = QuantConv2d(3, 4, 3, device=gpu)
+        assert {quantizer.device for quantizer in layer.quantizers().values()} == {gpu}
+
+    def test_another_range_for_a_while(self, quantizer, gpu):
+        values = torch.randn(5, device=gpu)
+        for former in (None, 1.0):
+            if former:
+                quantizer.amax = former
+            with watch(gpu) as events, quantizer.using_range(0.5):
+                assert quantizer.amax.device == gpu
+                quantizer(values)
+            assert list_waits(events) == []
+
+    def test_a_shared_range(self, quantizer, gpu):
+        shared = SharedQuantizer(quantizer)
+        assert shared.device == gpu
+        shared.amax = 1.0
+        assert quantizer.amax.device == gpu
+        values = torch.randn(5, device=gpu)
+        assert torch.equal(shared(values), quantizer(values))
+
+    def test_collecting_finds_the_device(self, gpu):
+        quantizer = TensorQuantizer(if_quant=False, if_calib=True)
+        quantizer(torch.ones(3, device=gpu))
+        quantizer.load_calib_amax()
+        assert quantizer.amax.device == gpu
+
+    @pytest.mark.parametrize("rule", [None, "lsq"])
+    def test_a_forward_does_not_wait(self, quantizer, rule, gpu):
+        quantizer.amax = 1.0
+        if rule:
+            quantizer.learn_range(rule)
+        values = torch.randn(5, device=gpu, requires_grad=True)
+        with watch(gpu) as events:
+            quantizer(values).sum().backward()
+        assert list_waits(events) == []
+
+    def test_a_constant_of_the_cpu_in_a_forward_raises(self, gpu, monkeypatch):
+        quantizer = TensorQuantizer(QuantDescriptor(axis=0)).to(gpu)
+        monkeypatch.setattr(quantizer, "_range_for", lambda inputs: torch.ones(3))
+        with pytest.raises(RuntimeError, match="same device"):
+            quantizer(torch.ones(3, device=gpu))
+
+
+class Attending(nn.Module):
+    """Attention with a shortcut."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = nn.Linear(16, 16)
+
+    def forward(self, tokens):
+        return self.head(self.attention(tokens, tokens, tokens)[0] + tokens)
+
+
+class TestCalibratedOnTheGpu:
+    """What follows calibration at once, with no forward between that could move a range."""
+
+    @pytest.fixture(params=["residual", "attention"])
+    def calibrated(self, request, gpu):
+        """A model and a batch on the device."""
+        if request.param == "attention":
+            model, batch = Attending().eval(), torch.randn(2, 3, 16)
+        else:
+            model, batch = request.getfixturevalue("residual"), torch.randn(4, 3, 6, 6)
+        model, batch = model.to(gpu), batch.to(gpu)
+        swap_modules(model, batch)
+        rewire_operations(model, batch)
+        ranges = calibrate_model(model, [batch])
+        assert ranges
+        return model, batch
+
+    def test_ranges(self, calibrated, gpu):
+        model, _ = calibrated
+        quantizers = [quantizer for _, quantizer in named_quantizers(model)]
+        assert {quantizer.amax.device for quantizer in quantizers} == {gpu}
+        assert {quantizer.device for quantizer in quantizers} == {gpu}
+
+    def test_torch_export(self, calibrated):
+        model, batch = calibrated
+        program = torch.export.export(model, (batch,))
+        assert torch.equal(program.module()(batch), model(batch))
+
+    @pytest.mark.parametrize("method", ["frozen", "lsq", "pact", "ema"])
+    def test_finetune(self, calibrated, method, gpu):
+        model, batch = calibrated
+        finetune(model, [batch] * 2, schedule=Schedule(steps=2), ranges=method)
+        assert {quantizer.amax.device for _, quantizer in named_quantizers(model)} == {gpu}
+
+    def test_forward_does_not_wait(self, calibrated, gpu):
+        model, batch = calibrated
+        with watch(gpu) as events:
+            model(batch).sum().backward()
+        assert list_waits(events) == []
+
+    def test_tuned_weights_are_loaded(self, calibrated, gpu, tmp_path):
+        model, batch = calibrated
+        save_tuned(model, tmp_path / "tuned.safetensors")
+        twin = copy.deepcopy(model)
+        for _, quantizer in named_quantizers(twin):
+            quantizer._buffers.pop("_amax", None)
+        load_tuned(twin, tmp_path / "tuned.safetensors")
+        assert {quantizer.amax.device for _, quantizer in named_quantizers(twin)} == {gpu}
+        assert torch.equal(torch.export.export(twin, (batch,)).module()(batch), model(batch))
+
+    def test_torch_compile(self, gpu):
+        model, batch = (
+            nn.Sequential(nn.Linear(16, 16), nn.ReLU()).to(gpu),
+            torch.randn(2, 16, device=gpu),
+        )
+        swap_modules(model, batch)
+        calibrate_model(model, [batch])
+        assert torch.equal(torch.compile(model, backend="aot_eager")(batch), model(batch))

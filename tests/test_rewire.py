@@ -722,3 +722,12 @@ def test_random_networks_compute_the_same_in_onnx_runtime(seed, tmp_path):
     expected = qdq.predict(model, [images])
     assert np.abs(outputs - expected).max() <= 0.02 * np.abs(expected).max()  # a tie or two
     assert not [f for f in qdq.check_onnx(report.path).findings if f.severity == "error"]
+
+
+def test_quantizers_of_calls_are_on_the_device_of_the_model(residual, images, gpu):
+    model = residual.to(gpu)
+    swap_modules(model, images)
+    rewire_operations(model, images, scales="independent")
+    quantizers = dict(named_quantizers(model))
+    assert "_add_quantizer" in quantizers
+    assert {quantizer.device for quantizer in quantizers.values()} == {gpu}

@@ -17,7 +17,7 @@ from qdq import (
 )
 from qdq.nn.registry import _DEFAULT_QUANT_MAP
 from qdq.quantize import fake_quantize
-from qdq.quantizer import QuantDescriptor, TensorQuantizer
+from qdq.quantizer import QuantDescriptor, TensorQuantizer, named_quantizers
 from qdq.swap import quantized_layers
 
 NAMES = [
@@ -698,3 +698,13 @@ def test_products_of_activations_are_float_on_purpose_and_those_with_weights_are
     for kind, action in ((Attention, "float"), (Mixed, "missed")):
         plan = plan_swap(nn.Sequential(kind()), torch.randn(2, 5, 16))
         assert {m.name: m.action for m in plan.modules}["0"] == action
+
+
+def test_quantizers_are_on_the_device_of_the_model(gpu):
+    """Also those of a layer without parameters, and the ranges of a descriptor."""
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.AvgPool2d(2)).to(gpu)
+    swap_modules(model, include=["*"], input_desc=QuantDescriptor(amax=2.0))
+    quantizers = [quantizer for _, quantizer in named_quantizers(model)]
+    assert len(quantizers) == 3
+    assert {quantizer.device for quantizer in quantizers} == {gpu}
+    assert {buffer.device for buffer in model.buffers()} == {gpu}

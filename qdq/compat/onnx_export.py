@@ -30,6 +30,7 @@ from qdq.compat.nn.modules._utils import quantized_weights
 from qdq.compat.nn.modules.tensor_quantizer import TensorQuantizer, missing_ranges, named_quantizers
 from qdq.compat.qdq_nodes import make_constants
 from qdq.compat.tensor_quant import E4M3
+from qdq.device import move_batch, on_host
 from qdq.errors import ArgumentTypeError, ExportError
 from qdq.forward import evaluating
 from qdq.graph.opset import HIGHEST, LOWEST, LowerOpset
@@ -63,6 +64,8 @@ def enable_onnx_export() -> Iterator[None]:
 def export(model: Any, args: Any = (), f: Any = None, **kwargs: Any) -> Any:
     """`torch.onnx.export`; a model with quantizers becomes QDQ ONNX.
 
+    It is captured with copies of its tensors and of the arguments on the CPU: the file is the same from any device.
+
     Args:
         model: Any model; torch alone exports one without quantizers of `qdq.compat`.
         args: As for torch.
@@ -76,6 +79,13 @@ def export(model: Any, args: Any = (), f: Any = None, **kwargs: Any) -> Any:
     """
     if not isinstance(model, nn.Module) or not named_quantizers(model):
         return _torch_export(model, args, f, **kwargs)
+    args, kwargs = move_batch((args, kwargs), torch.device("cpu"))
+    with on_host(model):
+        return _export_quantized(model, args, f, kwargs)
+
+
+def _export_quantized(model: nn.Module, args: Any, f: Any, kwargs: dict[str, Any]) -> Any:
+    """Export a model with quantizers that is on the CPU."""
     quantizers = _enabled_quantizers(model)
     dynamo = kwargs.get("dynamo", True)
     opset = kwargs.get("opset_version")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from qdq.compat.tensor_quant import E4M3, E4M3_MAX, NumBits
+from qdq.compat.tensor_quant import E4M3, E4M3_MAX, NumBits, divide_by_number
 from qdq.formats import Format
 from qdq.quantize import compute_scale
 
@@ -24,7 +24,8 @@ def make_constants(
 ) -> Constants:
     """The constants for a range; one element is 0-D (R-SHAPE), and a scale is never 0 (R-SCALE)."""
     if num_bits == E4M3:
-        scale = (amax.detach().float() / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+        scale = divide_by_number(amax.detach().float(), E4M3_MAX)
+        scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
         return Constants(
             scale.reshape(()).clone(), torch.zeros((), dtype=torch.float8_e4m3fn), None
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -447,13 +448,19 @@ class _Quantized(NamedTuple):
 
 
 def _quantize(
-    inputs: torch.Tensor, amax: torch.Tensor, num_bits: int, unsigned: bool, narrow: bool
+    inputs: torch.Tensor,
+    amax: torch.Tensor,
+    num_bits: int,
+    unsigned: bool,
+    narrow: bool,
+    *,
+    is_checked: bool = True,
 ) -> _Quantized:
-    """Codes and scale in float32 (float64 for float64 inputs)."""
+    """Codes and scale in float32 (float64 for float64 inputs), after a check of the values."""
     values = _computable(inputs)
     amax = amax.detach().to(values)
     _require_broadcasting(values, amax)
-    if not is_capturing():
+    if is_checked and not is_capturing():
         _require_legal(values, amax, unsigned)
     qmax = largest_code(num_bits, unsigned)
     if unsigned:
@@ -465,7 +472,7 @@ def _quantize(
     empty = amax <= EPS
     multiplier = _divide(qmax, amax)
     codes = (values * multiplier).round_().clamp_(qmin, qmax)
-    if is_capturing() or bool(empty.any()):
+    if not empty.is_cpu or is_capturing() or bool(empty.any()):  # on a GPU reading it would wait
         codes.masked_fill_(empty, 0)
     return _Quantized(
         codes, torch.where(empty | (multiplier == 0), torch.ones_like(amax), multiplier)
@@ -487,6 +494,18 @@ def _tensor_quant(
 def _divide(largest: float, amax: torch.Tensor) -> torch.Tensor:
     """A quotient rounded once; torch computes number / tensor as a reciprocal and a product, which round twice."""
     return torch.full_like(amax, largest) / amax
+
+
+def divide_by_number(values: torch.Tensor, divisor: float) -> torch.Tensor:
+    """The quotient, rounded once; a GPU would multiply by the reciprocal of a number, which rounds twice.
+
+    Args:
+        values: The dividend.
+        divisor: A number.
+    """
+    if values.is_cpu:
+        return values / divisor
+    return values / torch.full_like(values, divisor)
 
 
 def _computable(inputs: torch.Tensor) -> torch.Tensor:
@@ -562,20 +581,46 @@ class TensorQuantFunction(_StraightThrough):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `tensor_quant`."""
         amax = _as_tensor(amax, inputs)
-        ctx.save_for_backward(inputs, amax)
         codes, scale = _quantize(inputs, amax, num_bits, unsigned, narrow_range)
-        if (
-            inputs.dtype == torch.float16
-            and not is_capturing()
-            and float(scale.max()) > torch.finfo(torch.float16).max
-        ):
-            raise ArgumentError(
-                f"scale is too large for FP16: {float(scale.max())} with amax down to {float(amax.min())}.",
-                "quantize in float32, or use fake_tensor_quant, which keeps the scale in float32.",
-            )
-        scale = scale.to(inputs.dtype)
-        ctx.mark_non_differentiable(scale)
-        return _cast_back(codes, inputs.dtype), scale
+        if inputs.dtype == torch.float16 and not is_capturing():
+            _require_fp16_scale(scale, amax)
+        return _finish_codes(ctx, inputs, amax, codes, scale)
+
+
+class UncheckedTensorQuantFunction(TensorQuantFunction):
+    """The same without a check of the values: on a GPU it would wait for the device, and forbid CUDA graphs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: torch.Tensor,
+        amax: Range,
+        num_bits: int = 8,
+        unsigned: bool = False,
+        narrow_range: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `tensor_quant`; a scale too large for float16 is infinite."""
+        amax = _as_tensor(amax, inputs)
+        codes, scale = _quantize(inputs, amax, num_bits, unsigned, narrow_range, is_checked=False)
+        return _finish_codes(ctx, inputs, amax, codes, scale)
+
+
+def _finish_codes(
+    ctx: Any, inputs: torch.Tensor, amax: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scale in the type of the inputs."""
+    ctx.save_for_backward(inputs, amax)
+    scale = scale.to(inputs.dtype)
+    ctx.mark_non_differentiable(scale)
+    return _cast_back(codes, inputs.dtype), scale
+
+
+def _require_fp16_scale(scale: torch.Tensor, amax: torch.Tensor) -> None:
+    if float(scale.max()) > torch.finfo(torch.float16).max:
+        raise ArgumentError(
+            f"scale is too large for FP16: {float(scale.max())} with amax down to {float(amax.min())}.",
+            "quantize in float32, or use fake_tensor_quant, which keeps the scale in float32.",
+        )
 
 
 class FakeTensorQuantFunction(_StraightThrough):
@@ -594,6 +639,25 @@ class FakeTensorQuantFunction(_StraightThrough):
         amax = _as_tensor(amax, inputs)
         ctx.save_for_backward(inputs, amax)
         codes, scale = _quantize(inputs, amax, num_bits, unsigned, narrow_range)
+        return _cast_back(codes.div_(scale), inputs.dtype)
+
+
+class UncheckedFakeTensorQuantFunction(FakeTensorQuantFunction):
+    """The same without a check of the values: on a GPU it would wait for the device, and forbid CUDA graphs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: torch.Tensor,
+        amax: Range,
+        num_bits: int = 8,
+        unsigned: bool = False,
+        narrow_range: bool = True,
+    ) -> torch.Tensor:
+        """As `fake_tensor_quant`."""
+        amax = _as_tensor(amax, inputs)
+        ctx.save_for_backward(inputs, amax)
+        codes, scale = _quantize(inputs, amax, num_bits, unsigned, narrow_range, is_checked=False)
         return _cast_back(codes.div_(scale), inputs.dtype)
 
 
@@ -621,7 +685,8 @@ class FakeAffineTensorQuantFunction(torch.autograd.Function):
             raise ArgumentError("min_range is above max_range.", "give the smaller bound first.")
         half = 2.0 ** (num_bits - 1)
         flat = low == high
-        step = torch.where(flat, torch.ones_like(low), (high - low) / (2**num_bits - 1))
+        width = divide_by_number(high - low, 2**num_bits - 1)
+        step = torch.where(flat, torch.ones_like(low), width)
         zero_point = (low / step).round_() + half
         codes = ((values / step).round_() - zero_point).clamp_(-half, half - 1)
         return _cast_back(torch.where(flat, low, (codes + zero_point) * step), inputs.dtype)
@@ -652,19 +717,42 @@ class ScaledE4M3Function(torch.autograd.Function):
         amax = _as_tensor(E4M3_MAX if amax is None else amax, inputs)
         ctx.save_for_backward(inputs, amax)
         values = _computable(inputs)
-        amax = amax.to(values)
         if not is_capturing():
-            _require_legal(values, amax, unsigned=False)
-        empty = amax <= EPS
-        scale = torch.where(empty, torch.ones_like(amax), _divide(E4M3_MAX, amax))
-        rounded = round_e4m3(values * scale).div_(scale)
-        return _cast_back(rounded.masked_fill_(empty | (values.abs() < EPS), 0), inputs.dtype)
+            _require_legal(values, amax.to(values), unsigned=False)
+        return _cast_back(_round_scaled(values, amax.to(values)), inputs.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Straight through where |x| <= amax, 448 without one."""
         inputs, amax = ctx.saved_tensors
         return _pass_inside(inputs, -amax, amax, grads[0]), None, None, None
+
+
+class UncheckedScaledE4M3Function(ScaledE4M3Function):
+    """The same without a check of the values: on a GPU it would wait for the device, and forbid CUDA graphs."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]  # one format
+        ctx: Any, inputs: torch.Tensor, amax: Range
+    ) -> torch.Tensor:
+        """As `scaled_e4m3`."""
+        amax = _as_tensor(amax, inputs)
+        ctx.save_for_backward(inputs, amax)
+        values = _computable(inputs)
+        return _cast_back(_round_scaled(values, amax.to(values)), inputs.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """As `scaled_e4m3`."""
+        return ScaledE4M3Function.backward(ctx, *grads)[:2]
+
+
+def _round_scaled(values: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+    """Values on the FP8 E4M3 grid for a range."""
+    empty = amax <= EPS
+    scale = torch.where(empty, torch.ones_like(amax), _divide(E4M3_MAX, amax))
+    rounded = round_e4m3(values * scale).div_(scale)
+    return rounded.masked_fill_(empty | (values.abs() < EPS), 0)
 
 
 def round_e4m3(values: torch.Tensor) -> torch.Tensor:
@@ -682,6 +770,8 @@ def _as_tensor(value: Range, inputs: torch.Tensor) -> torch.Tensor:
     """A range on the device of the inputs; numbers become 0-D tensors."""
     if not isinstance(inputs, torch.Tensor):
         _computable(inputs)
+    if isinstance(value, Real) and not inputs.is_cpu:  # a copy from the CPU would wait
+        return torch.full((), float(value), dtype=torch.float64, device=inputs.device).float()
     dtype = None if isinstance(value, torch.Tensor) else torch.float32
     try:
         return torch.as_tensor(value, dtype=dtype, device=inputs.device)

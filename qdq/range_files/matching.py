@@ -263,8 +263,8 @@ def _weight_maxima(name: str, weight: nn.Parameter, axis: int | None) -> torch.T
     Raises:
         CalibrationError: NaN or Inf in the weight.
     """
-    amax = reduce_amax(weight, axis)
-    damage = describe_damage("largest value", amax.cpu().numpy(), smallest=0.0)
+    amax = reduce_amax(weight, axis).cpu()
+    damage = describe_damage("largest value", amax.detach().numpy(), smallest=0.0)
     if damage:
         raise CalibrationError(
             f"the weight of {name}: {damage}.", "load the weights again; the checkpoint is damaged."

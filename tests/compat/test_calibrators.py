@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from pretended_device import list_waits, watch
 
 from qdq import ArgumentError, ArgumentTypeError, CalibrationError, StateError
 from qdq.compat.calib import HistogramCalibrator, MaxCalibrator
@@ -137,3 +138,61 @@ class TestMax:
         calibrator.collect(torch.ones(3, 2))
         with pytest.raises(StateError, match="amax shape changed"):
             calibrator.collect(torch.ones(4, 2))
+
+
+class TestOnTheGpu:
+    """Calibrators on a device wait for it as little as they can."""
+
+    @pytest.fixture
+    def deterministic(self):
+        torch.use_deterministic_algorithms(True)
+        yield
+        torch.use_deterministic_algorithms(False)
+
+    @pytest.mark.parametrize("axis", [None, 0])
+    @pytest.mark.parametrize("track", [False, True])
+    def test_maxima_do_not_wait(self, axis, track, gpu, deterministic):
+        batches = torch.randn(3, 4, 5)
+        moved = list(batches.to(gpu))
+        calibrator, expected = (MaxCalibrator(8, axis, False, track) for _ in range(2))
+        with watch(gpu) as events:
+            for batch in moved:
+                calibrator.collect(batch)
+        assert list_waits(events) == []
+        for batch in batches:
+            expected.collect(batch)
+        assert torch.equal(calibrator.compute_amax().cpu(), expected.compute_amax())
+        np.testing.assert_array_equal(calibrator.amaxs, expected.amaxs)
+
+    @pytest.mark.parametrize("skip_zeros", [False, True])
+    def test_a_histogram_waits_once_a_batch(self, skip_zeros, gpu, deterministic):
+        batches = [torch.zeros(9), torch.randn(1000).relu(), 3 * torch.randn(500), torch.zeros(9)]
+        moved = [batch.to(gpu) for batch in batches]
+        calibrator, expected = (
+            HistogramCalibrator(8, None, False, skip_zeros=skip_zeros) for _ in range(2)
+        )
+        for batch, moved_batch in zip(batches, moved, strict=True):
+            with watch(gpu) as events:
+                calibrator.collect(moved_batch)
+            assert len(list_waits(events)) <= 1
+            expected.collect(batch)
+            if expected._calib_hist is not None:
+                assert torch.equal(calibrator._calib_hist.cpu(), expected._calib_hist)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_the_first_batch_with_defects_is_named(self, value, gpu):
+        calibrator = MaxCalibrator(8, None, False)
+        for batch in (
+            torch.ones(3),
+            torch.tensor([1.0, value]),
+            torch.ones(3),
+            torch.tensor([value]),
+        ):
+            calibrator.collect(batch.to(gpu))
+        with pytest.raises(CalibrationError, match="batch 1 has values that are NaN or Inf"):
+            calibrator.compute_amax()
+        calibrator.reset()
+        calibrator.collect(torch.ones(3, device=gpu))
+        assert calibrator.compute_amax().item() == 1
+        with pytest.raises(CalibrationError, match="1 of 2 values"):
+            HistogramCalibrator(8, None, False).collect(torch.tensor([1.0, value], device=gpu))

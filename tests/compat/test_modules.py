@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
+from pretended_device import list_waits, watch
 from torch import nn
 
 import qdq.compat as pytorch_quantization
@@ -548,3 +549,35 @@ def test_pruned_weight_is_quantized_and_a_parametrized_one_refused():
     layer = torch.nn.utils.parametrizations.weight_norm(quant_nn.QuantLinear(4, 3))
     with pytest.raises(RuntimeError, match="parametrized"):
         layer(inputs)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda **device: quant_nn.QuantConv1d(3, 4, 3, padding="same", **device), (2, 3, 6)),
+        (lambda **device: quant_nn.QuantConv2d(3, 4, 3, **device), (2, 3, 6, 6)),
+        (lambda **device: quant_nn.QuantConvTranspose2d(3, 4, 3, **device), (2, 3, 6, 6)),
+        (lambda **device: quant_nn.QuantLinear(3, 4, **device), (2, 3)),
+        (lambda **device: quant_nn.QuantLSTM(3, 4, 2, bidirectional=True, **device), (5, 2, 3)),
+        (lambda **device: quant_nn.QuantLSTMCell(3, 4, **device), (2, 3)),
+        (lambda **device: quant_nn.QuantAvgPool2d(2), (2, 3, 6, 6)),
+        (lambda **device: quant_nn.QuantMaxPool2d(2), (2, 3, 6, 6)),
+        (lambda **device: quant_nn.QuantInstanceNorm2d(3), (2, 3, 6, 6)),
+        (lambda **device: quant_nn.Clip(-1.0, 1.0), (2, 3)),
+    ],
+)
+def test_a_calibrated_layer_does_not_wait_for_the_gpu(make, shape, gpu):
+    layer, inputs = make(device=gpu), torch.randn(shape).to(gpu)
+    quantizers = [q for q in layer.modules() if isinstance(q, quant_nn.TensorQuantizer)]
+    for quantizer in quantizers:
+        quantizer.enable_calib()
+        quantizer.disable_quant()
+    layer(inputs)
+    for quantizer in quantizers:
+        quantizer.disable_calib()
+        quantizer.enable_quant()
+        quantizer.load_calib_amax()
+        assert quantizer.device == quantizer.amax.device == gpu
+    with watch(gpu) as events:
+        layer(inputs)
+    assert list_waits(events) == []

@@ -463,3 +463,18 @@ def test_numbers_that_have_no_code_are_refused_all_at_once(
     ):
         assert text in str(caught.value)
     assert not (tmp_path / "m.onnx").exists()
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_a_model_on_the_gpu_gives_the_file_of_the_cpu(dynamo, gpu, tmp_path):
+    model = nn.Sequential(quant_nn.QuantConv2d(3, 4, 3), nn.ReLU(), quant_nn.QuantLinear(4, 4))
+    for quantizer in model.modules():
+        if isinstance(quantizer, quant_nn.TensorQuantizer):
+            quantizer.amax = 1.3 if quantizer.axis is None else [0.7] * 4
+    model, inputs = model.to(gpu).eval(), torch.randn(2, 3, 6, 6).to(gpu)
+    weight = model[0].weight
+    torch.onnx.export(model, (inputs,), tmp_path / "gpu.onnx", dynamo=dynamo)
+    assert model[0].weight is weight
+    assert weight.device == gpu
+    torch.onnx.export(model.cpu(), (inputs.cpu(),), tmp_path / "cpu.onnx", dynamo=dynamo)
+    assert (tmp_path / "gpu.onnx").read_bytes() == (tmp_path / "cpu.onnx").read_bytes()

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from pretended_device import list_waits, watch
 from torch import nn
 
 from qdq.compat import calib
@@ -576,3 +577,98 @@ class TestStateDict:
     def test_half_models_keep_float32_ranges(self):
         q = make(amax=0.1).half()
         assert q.amax.dtype == torch.float32
+
+
+MODES = {
+    "fake": {},
+    "per channel": {"axis": 0},
+    "two axes": {"axis": (0, 1)},
+    "unsigned": {"unsigned": True},
+    "codes": {"fake_quant": False},
+    "fp8": {"num_bits": (4, 3)},
+    "four bits": {"num_bits": 4, "narrow_range": True},
+    "scaled": {"scale_amax": 0.9},
+    "learned": {"learn_amax": True},
+}
+
+
+class TestOnTheGpu:
+    """A forward after calibration gives the numbers of the CPU and waits for nothing."""
+
+    def calibrated(self, fields, batch):
+        quantizer = make(**fields).to(batch.device)
+        collect(quantizer, batch)
+        quantizer.load_calib_amax()
+        if fields.get("learn_amax"):
+            quantizer.init_learn_amax()
+        return quantizer
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_calibrated(self, mode, dtype, gpu):
+        batch = torch.rand(4, 5).to(dtype)
+        expected = self.calibrated(MODES[mode], batch)
+        inputs = batch.to(gpu)
+        quantizer = self.calibrated(MODES[mode], inputs)
+        inputs.requires_grad_()
+        with watch(gpu) as events:
+            result = quantizer(inputs)
+            result.sum().backward()
+        assert list_waits(events) == []
+        assert torch.equal(result.detach().cpu(), expected(batch).detach())
+        if isinstance(expected._scale, torch.Tensor):
+            assert torch.equal(quantizer._scale.cpu(), expected._scale)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_dynamic_disabled_and_collecting(self, mode, gpu):
+        batch = torch.rand(4, 5)
+        expected, quantizer = make(**MODES[mode]), make(**MODES[mode]).to(gpu)
+        inputs = batch.to(gpu)
+        with watch(gpu) as events:
+            result = quantizer(inputs)
+            collect(quantizer, inputs)
+            quantizer.disable()
+            assert quantizer(inputs) is inputs
+        assert list_waits(events) == []
+        assert torch.equal(result.detach().cpu(), expected(batch).detach())
+
+    def test_moved_loaded_and_scaled_before(self, gpu):
+        quantizer = make(axis=0)
+        quantizer.amax = [[1.0], [2.0]]
+        quantizer.pre_quant_scale = 0.5
+        loaded = make(axis=0).to(gpu)
+        loaded.load_state_dict(quantizer.state_dict())
+        inputs = torch.rand(2, 3, device=gpu)
+        expected = quantizer(inputs.cpu())
+        for moved in (quantizer.to(gpu), loaded):
+            assert {buffer.device for buffer in moved.buffers()} == {gpu}
+            with watch(gpu) as events:
+                result = moved(inputs)
+            assert list_waits(events) == []
+            assert torch.equal(result.cpu(), expected)
+
+    def test_the_switch_for_torchs_operators(self, gpu, monkeypatch):
+        monkeypatch.setattr(TensorQuantizer, "use_fb_fake_quant", True)
+        quantizer = make().to(gpu)
+        quantizer.amax = 1.0
+        inputs = torch.rand(3, device=gpu)
+        with watch(gpu) as events:
+            quantizer(inputs)
+        assert list_waits(events) == []
+
+    def test_nan_is_refused(self, gpu):
+        """Noted where the range is set, and again where it changes in place."""
+        quantizer = make().to(gpu)
+        quantizer.amax = 1.0
+        inputs = torch.ones(3, device=gpu)
+        quantizer(inputs)
+        quantizer.amax.fill_(math.nan)
+        raises_ours(RuntimeError, "NaN", lambda: quantizer(inputs))
+        quantizer.amax = 2.0
+        assert quantizer(inputs).device == gpu
+
+    def test_step_size(self, gpu):
+        amax = np.random.default_rng(0).lognormal(0, 3, 999).astype(np.float32)
+        quantizer, moved = make(axis=0), make(axis=0).to(gpu)
+        quantizer.amax, moved.amax = amax, amax
+        assert torch.equal(moved.step_size.cpu(), quantizer.step_size)

@@ -888,3 +888,16 @@ def test_damaged_bytes_end_in_an_error_of_qdq(case, tmp_path):
             except qdq.QdqError:
                 assert _scales(model) == {}
             assert all(torch.isfinite(scale).all() for scale in _scales(model).values())
+
+
+def test_ranges_of_a_model_on_the_gpu(gpu, tmp_path):
+    """They are imported onto the device, and written as those of the CPU."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    qdq.swap_modules(model, torch.randn(4, 16))
+    twin = copy.deepcopy(model).to(gpu)
+    qdq.calibrate_model(model, [torch.randn(4, 16)])
+    qdq.export_ranges(model, tmp_path / "cpu.json", format="aimet-0.6.1")
+    qdq.import_ranges(twin, tmp_path / "cpu.json")
+    assert {buffer.device for buffer in twin.buffers()} == {gpu}
+    qdq.export_ranges(twin, tmp_path / "gpu.json", format="aimet-0.6.1")
+    assert (tmp_path / "gpu.json").read_bytes() == (tmp_path / "cpu.json").read_bytes()

@@ -5,6 +5,19 @@ from __future__ import annotations
 import torch
 
 
+def count_bins(bins: torch.Tensor, num_bins: int) -> torch.Tensor:
+    """How often each bin occurs; int64 [num_bins].
+
+    Args:
+        bins: Numbers of bins, one dimension.
+        num_bins: Number of bins.
+    """
+    if bins.is_cpu:
+        return torch.bincount(bins, minlength=num_bins)
+    # `bincount` waits for the device. This is deterministic for integers, and exact in int64.
+    return torch.histc(bins.long(), num_bins, 0, num_bins)
+
+
 def bin_of(values: torch.Tensor, width: torch.Tensor, num_bins: int) -> torch.Tensor:
     """floor(|v| / width); the last edge belongs to the last bin.
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qdq.compat.calib.bins import bin_of
+from qdq.compat.calib.bins import bin_of, count_bins
 from qdq.compat.calib.calibrator import _Calibrator
 from qdq.compat.tensor_quant import E4M3, EPS
 from qdq.errors import ArgumentError, ArgumentTypeError, UnsupportedError
@@ -34,7 +34,7 @@ _CHUNK_ELSEWHERE = 1 << 24
 
 
 class HistogramCalibrator(_Calibrator):
-    """Counts |x| in bins of equal width from 0, on the device of the data.
+    """Counts |x| in bins of equal width from 0, on the device of the data, which each batch waits for once.
 
     The first batch with a non-zero value sets the width to `max / num_bins`; later, larger values append bins of
     that width. Above 16 x `num_bins` neighbouring bins merge (the width doubles, counts stay exact).
@@ -163,13 +163,11 @@ class HistogramCalibrator(_Calibrator):
         if x.numel() == 0:
             return
         values = x.detach().float().flatten()
-        maximum = reduce_amax(values, None)
-        require_finite(maximum, x)
+        maximum = float(reduce_amax(values, None))  # the only value that a GPU is waited for
+        require_finite(torch.tensor(maximum), x)
         self.num_batches += 1
-        if self._skip_zeros:
-            values = values[values != 0]
-        if values.numel():
-            self._add(values, float(maximum))
+        if maximum or not self._skip_zeros:
+            self._add(values, maximum)
 
     def _add(self, values: torch.Tensor, maximum: float) -> None:
         if self._counts is None:
@@ -181,9 +179,12 @@ class HistogramCalibrator(_Calibrator):
             self._counts = values.new_zeros(self._num_bins, dtype=torch.int64)
             self._counts[0] = zeros
         hist = self._grow_to(self._counts.to(values.device), maximum)
-        width = torch.tensor([self._width], dtype=torch.float64, device=values.device)
+        width = torch.full((1,), self._width, dtype=torch.float64, device=values.device)
+        if self._skip_zeros:
+            hist = hist.clone()
+            hist[0] -= (values == 0).sum()
         for chunk in torch.split(values, _CHUNK.get(values.device.type, _CHUNK_ELSEWHERE)):
-            hist = hist + torch.bincount(bin_of(chunk, width, hist.numel()), minlength=hist.numel())
+            hist = hist + count_bins(bin_of(chunk, width, hist.numel()), hist.numel())
         self._counts = hist
 
     def _grow_to(self, hist: torch.Tensor, maximum: float) -> torch.Tensor:

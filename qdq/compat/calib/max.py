@@ -9,13 +9,15 @@ import numpy.typing as npt
 import torch
 
 from qdq.compat.calib.calibrator import _Calibrator
-from qdq.errors import StateError
+from qdq.errors import CalibrationError, StateError
 from qdq.observers.finite import require_finite, require_tensor
 from qdq.observers.max import Axis, reduce_amax
 
 
 class MaxCalibrator(_Calibrator):
     """Running maximum of |x|, in `_calib_amax`.
+
+    On a GPU nothing waits for the device before `compute_amax`, which then refuses NaN and Inf.
 
     Args:
         num_bits: Width of the format; a maximum does not depend on it.
@@ -32,20 +34,22 @@ class MaxCalibrator(_Calibrator):
     def reset(self) -> None:
         """Forget all batches."""
         self._calib_amax: torch.Tensor | None = None
-        self._amaxs: list[npt.NDArray[np.float32]] = []
+        self._amaxs: list[torch.Tensor] = []
+        # Number of the first batch with NaN or Inf, -1 if there is none; only of batches on a GPU.
+        self._first_defect: torch.Tensor | None = None
         self.num_batches = 0
 
     @property
     def amaxs(self) -> list[npt.NDArray[np.float32]]:
         """The maximum of each batch; empty unless tracked."""
-        return self._amaxs
+        return [amax.cpu().numpy() for amax in self._amaxs]
 
     @torch.no_grad()
     def collect(self, x: torch.Tensor) -> None:
         """Add one batch; an empty one changes nothing.
 
         Raises:
-            CalibrationError: NaN or Inf in the batch.
+            CalibrationError: NaN or Inf in the batch; on a GPU `compute_amax` raises it.
             RuntimeError: The length of the kept axis has changed.
             ValueError: The batch does not have the kept axis.
         """
@@ -55,9 +59,32 @@ class MaxCalibrator(_Calibrator):
         amax = reduce_amax(x, self._axis)
         # One element is 0-D, whatever the axes.
         amax = amax.reshape(()) if amax.numel() == 1 else amax
-        require_finite(amax, x)
+        if x.is_cpu:
+            require_finite(amax, x)
+        else:
+            self._note_defect(amax)
         self._merge(amax)
         self.num_batches += 1
+
+    def _note_defect(self, amax: torch.Tensor) -> None:
+        """Remember on the device whether this batch is the first one with NaN or Inf."""
+        is_broken = ~torch.isfinite(amax).all()
+        number = torch.full_like(is_broken, self.num_batches, dtype=torch.int64)
+        defect = torch.where(is_broken, number, torch.full_like(number, -1))
+        if self._first_defect is not None:
+            former = self._first_defect.to(defect.device)
+            defect = torch.where(former < 0, defect, former)
+        self._first_defect = defect
+
+    def _require_no_defect(self) -> None:
+        if self._first_defect is None:
+            return
+        number = int(self._first_defect)
+        if number >= 0:
+            raise CalibrationError(
+                f"batch {number} has values that are NaN or Inf; a range needs finite ones.",
+                "run the float model on this batch: either the data or a layer before this one is broken.",
+            )
 
     def _merge(self, amax: torch.Tensor) -> None:
         if self._calib_amax is None:
@@ -70,12 +97,17 @@ class MaxCalibrator(_Calibrator):
         else:
             self._calib_amax = torch.maximum(self._calib_amax, amax.to(self._calib_amax.device))
         if self._track_amax:
-            self._amaxs.append(amax.cpu().numpy().copy())
+            self._amaxs.append(amax.clone())
 
     def compute_amax(self) -> torch.Tensor | None:
-        """The maximum so far as a copy, or None before any data."""
+        """The maximum so far as a copy, or None before any data.
+
+        Raises:
+            CalibrationError: NaN or Inf in a batch on a GPU.
+        """
         if self._calib_amax is None:
             return None
+        self._require_no_defect()
         return self._calib_amax.clone()
 
     def __str__(self) -> str:

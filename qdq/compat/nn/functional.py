@@ -89,7 +89,7 @@ def require_bound(name: str, value: object) -> Bound:
 def _as_bound(value: Bound, input: torch.Tensor) -> torch.Tensor:
     keep = input.is_floating_point()  # then a bound does not change the type
     if not isinstance(value, torch.Tensor):
-        value = torch.full((), value, dtype=torch.float64 if keep else None)
+        value = torch.full((), value, dtype=torch.float64 if keep else None, device=input.device)
     return value.to(device=input.device, dtype=input.dtype if keep else value.dtype)
 
 

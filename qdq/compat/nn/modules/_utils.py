@@ -90,6 +90,18 @@ def _set_default(quant_cls: type, name: str, value: Any) -> None:
     setattr(quant_cls, name, copy.deepcopy(value))
 
 
+def _move_to_parameters(layer: object) -> None:
+    """Move the quantizers of a layer to the device of its parameters, which may be an argument of the constructor."""
+    if not isinstance(layer, nn.Module):
+        return
+    parameter = next(layer.parameters(recurse=False), None)
+    if parameter is None:
+        return
+    for module in layer.modules():
+        if isinstance(module, TensorQuantizer):
+            module.to(parameter.device)
+
+
 class _QuantizesInput:
     """The base of both mixins: the input's quantizer, and the class-wide default of its descriptor."""
 
@@ -123,6 +135,7 @@ class QuantInputMixin(_QuantizesInput):
         """
         _require_fake(type(self), quant_desc_input=quant_desc_input)
         self._input_quantizer = TensorQuantizer(quant_desc_input)
+        _move_to_parameters(self)
 
 
 class QuantMixin(_QuantizesInput):
@@ -181,6 +194,7 @@ class QuantMixin(_QuantizesInput):
             self._weight_quantizers = nn.ModuleList(
                 TensorQuantizer(quant_desc_weight) for _ in range(num_layers)
             )
+        _move_to_parameters(self)
 
     @property
     def weight_quantizer(self) -> TensorQuantizer:

@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -24,6 +24,10 @@ from qdq.compat.tensor_quant import (
     Axis,
     NumBits,
     QuantDescriptor,
+    UncheckedFakeTensorQuantFunction,
+    UncheckedScaledE4M3Function,
+    UncheckedTensorQuantFunction,
+    divide_by_number,
     fake_tensor_quant,
     largest_code,
     scaled_e4m3,
@@ -41,6 +45,14 @@ logger = logging.getLogger(__name__)
 
 _CALIBRATORS = {"max": calib.MaxCalibrator, "histogram": calib.HistogramCalibrator}
 _RANGES = ("_amax", "_pre_quant_scale")
+
+
+class _NotedNan(NamedTuple):
+    """Whether a range was NaN at a version of its buffer."""
+
+    amax: torch.Tensor
+    version: int
+    has_nan: bool
 
 
 class TensorQuantizer(CoreTensorQuantizer):
@@ -65,6 +77,7 @@ class TensorQuantizer(CoreTensorQuantizer):
     _export_constants: list[Constants]
     _export_calls: int
     _export_dtype: torch.dtype | None = None
+    _noted_nan: _NotedNan | None = None
 
     def __init__(
         self,
@@ -81,6 +94,7 @@ class TensorQuantizer(CoreTensorQuantizer):
                 f"quant_desc must be a QuantDescriptor, found {desc!r} of type {type(desc).__name__}.",
                 "give one of qdq.compat.tensor_quant, such as QuantDescriptor(num_bits=8).",
             )
+        self._move(torch.empty(0))
         self.name = desc.name
         self._num_bits: NumBits = desc.num_bits  # type: ignore[assignment]  # also (4, 3)
         self._fake_quant = desc.fake_quant
@@ -201,7 +215,7 @@ class TensorQuantizer(CoreTensorQuantizer):
         if self.amax is None:
             logger.error("%s has no amax: its step size is not defined.", self._label)
             return None
-        return self.amax / self.maxbound
+        return divide_by_number(self.amax, self.maxbound)
 
     @property
     def amax(self) -> torch.Tensor | None:
@@ -244,26 +258,27 @@ class TensorQuantizer(CoreTensorQuantizer):
 
     def _store(self, buffer: str, value: torch.Tensor) -> None:
         current = self._buffers.get(buffer)
-        # A range of NaN was calibrated without data; any other range is better.
-        if current is None or bool(current.isnan().all()):
-            self.register_buffer(buffer, own_tensor(value))
-        elif buffer == "_amax" and self._mends_axis(value):
-            self.register_buffer(buffer, own_tensor(value.to(current.device)))
-        elif current.is_inference() and (
-            current.shape == value.shape or current.numel() == value.numel() == 1
-        ):
-            self.register_buffer(
-                buffer, own_tensor(value.reshape(current.shape).to(current.device))
-            )
-        elif current.shape == value.shape or current.numel() == value.numel() == 1:
-            current.copy_(value.reshape(current.shape))
-        else:
+        owned = self._own_range(value)
+        if current is None or self._is_replaced(buffer, current, value):
+            self.register_buffer(buffer, owned)
+        elif current.shape != value.shape and not current.numel() == value.numel() == 1:
             name = buffer.removeprefix("_")
             raise StateError(
                 f"Changing shape when setting {name} is not allowed: {self._label} has {tuple(current.shape)}, "
                 f"the new value {tuple(value.shape)}.",
                 "make a new quantizer for another axis.",
             )
+        elif current.is_inference():
+            self.register_buffer(buffer, owned.reshape(current.shape))
+        else:
+            current.copy_(owned.reshape(current.shape))
+        self._has_nan()  # now, not in a forward
+
+    def _is_replaced(self, buffer: str, current: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether a new value of any shape may replace the current one."""
+        if bool(current.isnan().all()):  # calibrated without data; any other range is better
+            return True
+        return buffer == "_amax" and self._mends_axis(value)
 
     # -- switches ----------------------------------------------------------------------------------------------
 
@@ -449,10 +464,10 @@ class TensorQuantizer(CoreTensorQuantizer):
                 "import qdq.compat first, or call torch.onnx.export(model, ...) by that name.",
             )
         amax = self._get_amax(inputs)
-        if not is_capturing() and bool(torch.isnan(amax).any()):
+        if not is_capturing() and self._has_nan():
             self._refuse_nan()
         if self._num_bits == E4M3:
-            return scaled_e4m3(inputs, amax)
+            return self._round_to_e4m3(inputs, amax)
         if self._fake_quant and self.use_fb_fake_quant:
             return fake_quantize(
                 inputs, amax, Format(self._num_bits, self._unsigned), self._single_axis()
@@ -461,14 +476,29 @@ class TensorQuantizer(CoreTensorQuantizer):
         if self._fake_quant and is_exporting() and self._is_int8():
             fmt = Format(8, self._unsigned, self._narrow_range)
             return fake_quantize(inputs, amax, fmt, self._single_axis())
+        return self._apply_arithmetic(inputs, amax)
+
+    def _round_to_e4m3(self, inputs: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+        """FP8; on a GPU the values are not checked, because that would wait for them."""
+        result: torch.Tensor
+        if inputs.is_cpu or is_capturing():
+            result = scaled_e4m3(inputs, amax)
+        else:
+            result = UncheckedScaledE4M3Function.apply(inputs, amax)
+        return result
+
+    def _apply_arithmetic(self, inputs: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+        """Values or codes by the legacy formula; on a GPU the values are not checked."""
+        arguments = (inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
+        is_checked = inputs.is_cpu or is_capturing()
+        result: torch.Tensor
         if self._fake_quant:
-            return fake_tensor_quant(
-                inputs, amax, self._num_bits, self._unsigned, self._narrow_range
-            )
-        codes, self._scale = tensor_quant(
-            inputs, amax, self._num_bits, self._unsigned, self._narrow_range
-        )
-        return codes
+            quantize = fake_tensor_quant if is_checked else UncheckedFakeTensorQuantFunction.apply
+            result = quantize(*arguments)
+            return result
+        quantize_codes = tensor_quant if is_checked else UncheckedTensorQuantFunction.apply
+        result, self._scale = quantize_codes(*arguments)
+        return result
 
     def _is_int8(self) -> bool:
         """Whether torch's operators, which become Q/DQ, can express it."""
@@ -555,9 +585,7 @@ class TensorQuantizer(CoreTensorQuantizer):
         return amax is not None and not bool(torch.isnan(amax).any())
 
     def _refuse_nan(self) -> None:
-        """Refuse a range without data; inputs that are NaN are passed on."""
-        if not self._has_nan():
-            return
+        """Refuse a range without data."""
         names = {
             name: q for name, q in named_quantizers(find_root(self)[0]).items() if q._has_nan()
         }
@@ -567,7 +595,23 @@ class TensorQuantizer(CoreTensorQuantizer):
         )
 
     def _has_nan(self) -> bool:
-        return not self._disabled and self.amax is not None and bool(torch.isnan(self._amax).any())
+        """Whether the range is NaN. On a GPU, a range that has not changed is not read again: that would wait."""
+        amax = self.amax
+        if self._disabled or amax is None or amax.is_meta:
+            return False
+        if amax.is_cpu or amax.is_inference():  # an inference tensor has no version
+            return bool(torch.isnan(amax).any())
+        noted = self._noted_nan
+        if noted is None or noted.amax is not amax or noted.version != amax._version:
+            noted = _NotedNan(amax, amax._version, bool(torch.isnan(amax).any()))
+            self._noted_nan = noted
+        return noted.has_nan
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TensorQuantizer:
+        """Follow the module to another device."""
+        super()._apply(fn, recurse)
+        self._has_nan()  # now, not in a forward
+        return self
 
     @property
     def _label(self) -> str:
@@ -596,7 +640,7 @@ class TensorQuantizer(CoreTensorQuantizer):
             del self._amax
         incoming = state_dict.get(prefix + "_pre_quant_scale")
         if incoming is not None and self.pre_quant_scale is None:
-            self.register_buffer("_pre_quant_scale", own_tensor(incoming.float()))
+            self.register_buffer("_pre_quant_scale", self._own_range(incoming.float()))
         elif incoming is not None and incoming.numel() == self._pre_quant_scale.numel() == 1:
             state_dict[prefix + "_pre_quant_scale"] = incoming.reshape(self._pre_quant_scale.shape)
         if self.amax is not None and prefix + "_amax" not in state_dict:
@@ -605,6 +649,7 @@ class TensorQuantizer(CoreTensorQuantizer):
                 prefix.rstrip("."),
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._has_nan()  # now, not in a forward
 
     def extra_repr(self) -> str:
         """Format, axes, range, calibrator, state, as pytorch-quantization prints them."""
