@@ -571,11 +571,12 @@ class TensorQuantizer(nn.Module):
             ) from None
 
     def _range_for(self, inputs: torch.Tensor) -> torch.Tensor:
-        if self.amax is None:
+        amax = self.amax
+        if amax is None:
             return reduce_amax(inputs, self._axis)
         if self._range_rule is not None:
-            return self.amax
-        if self.amax.device != inputs.device and not torch.compiler.is_compiling():
+            return amax
+        if amax.device != inputs.device and not torch.compiler.is_compiling():
             self._amax = own_tensor(self._amax.to(inputs.device))
         return self._amax
 
