@@ -1,5 +1,7 @@
 """The device on which the tests of GPUs run without one keeps the rules of CUDA, and catches planted faults."""
 
+import copy
+
 import pretended_device
 import pytest
 import torch
@@ -93,3 +95,16 @@ def test_a_wait_in_the_collector_is_told_with_its_line(gpu, monkeypatch):
     with watch(gpu) as events:
         planted.collect(batch)
     assert any("qdq/observers/collector.py" in line for line in list_waits(events))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_have_the_gradients_of_the_cpu(pretended, kind, bias):
+    layer, steps = kind(3, 4, bias=bias), torch.randn(5, 2, 3, requires_grad=True)
+    twin, moved = copy.deepcopy(layer).to(pretended), steps.detach().to(pretended).requires_grad_()
+    weights = torch.randn(5, 2, 4)
+    (layer(steps)[0] * weights).sum().backward()
+    (twin(moved)[0] * weights.to(pretended)).sum().backward()
+    torch.testing.assert_close(moved.grad.cpu(), steps.grad)
+    for parameter, moved_parameter in zip(layer.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(moved_parameter.grad.cpu(), parameter.grad)

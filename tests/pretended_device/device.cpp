@@ -237,14 +237,32 @@ Tensor add_bias(const Tensor& gates, const std::optional<Tensor>& bias) {
   return bias && bias->defined() ? values + view_on_host(*bias) : values;
 }
 
-// Without a gradient: the workspace, from which CUDA computes it, holds nothing.
+// As on CUDA, the workspace of a cell holds what its gradient needs: of an LSTM the activated gates.
 std::tuple<Tensor, Tensor, Tensor> run_lstm_cell(const Tensor& input_gates, const Tensor& hidden_gates, const Tensor& cell,
                                                  const std::optional<Tensor>& input_bias,
                                                  const std::optional<Tensor>& hidden_bias) {
-  auto gates = (add_bias(input_gates, input_bias) + add_bias(hidden_gates, hidden_bias)).chunk(4, 1);
-  auto new_cell = gates[1].sigmoid() * view_on_host(cell) + gates[0].sigmoid() * gates[2].tanh();
-  auto hidden = gates[3].sigmoid() * new_cell.tanh();
-  return {move_to_device(hidden), move_to_device(new_cell), at::empty({0}, cell.options())};
+  auto sums = (add_bias(input_gates, input_bias) + add_bias(hidden_gates, hidden_bias)).chunk(4, 1);
+  auto in = sums[0].sigmoid(), forget = sums[1].sigmoid(), proposal = sums[2].tanh(), out = sums[3].sigmoid();
+  auto new_cell = forget * view_on_host(cell) + in * proposal;
+  auto hidden = out * new_cell.tanh();
+  return {move_to_device(hidden), move_to_device(new_cell), move_to_device(at::cat({in, forget, proposal, out}, 1))};
+}
+
+std::tuple<Tensor, Tensor, Tensor> run_lstm_cell_backward(const std::optional<Tensor>& grad_hidden,
+                                                          const std::optional<Tensor>& grad_new_cell, const Tensor& cell,
+                                                          const Tensor& new_cell, const Tensor& workspace, bool has_bias) {
+  auto gates = view_on_host(workspace).chunk(4, 1);
+  auto in = gates[0], forget = gates[1], proposal = gates[2], out = gates[3];
+  auto squashed = view_on_host(new_cell).tanh();
+  auto zero = at::zeros_like(squashed);
+  auto grad_h = grad_hidden && grad_hidden->defined() ? view_on_host(*grad_hidden) : zero;
+  auto grad_c = grad_new_cell && grad_new_cell->defined() ? view_on_host(*grad_new_cell) : zero;
+  grad_c = grad_c + grad_h * out * (1 - squashed * squashed);
+  auto grad_gates = at::cat({grad_c * proposal * in * (1 - in), grad_c * view_on_host(cell) * forget * (1 - forget),
+                             grad_c * in * (1 - proposal * proposal), grad_h * squashed * out * (1 - out)},
+                            1);
+  auto grad_bias = has_bias ? move_to_device(grad_gates.sum(0)) : Tensor();
+  return {move_to_device(grad_gates), move_to_device(grad_c * forget), grad_bias};
 }
 
 std::tuple<Tensor, Tensor> run_gru_cell(const Tensor& input_gates, const Tensor& hidden_gates, const Tensor& hidden,
@@ -255,8 +273,24 @@ std::tuple<Tensor, Tensor> run_gru_cell(const Tensor& input_gates, const Tensor&
   auto reset = (from_input[0] + from_hidden[0]).sigmoid();
   auto update = (from_input[1] + from_hidden[1]).sigmoid();
   auto proposal = (from_input[2] + reset * from_hidden[2]).tanh();
-  auto new_hidden = proposal + update * (view_on_host(hidden) - proposal);
-  return {move_to_device(new_hidden), at::empty({0}, hidden.options())};
+  auto former = view_on_host(hidden);
+  auto workspace = at::cat({reset, update, proposal, former, from_hidden[2]}, 1);
+  return {move_to_device(proposal + update * (former - proposal)), move_to_device(workspace)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_gru_cell_backward(const Tensor& grad_hidden, const Tensor& workspace,
+                                                                         bool has_bias) {
+  auto saved = view_on_host(workspace).chunk(5, 1);
+  auto reset = saved[0], update = saved[1], proposal = saved[2], former = saved[3], from_hidden = saved[4];
+  auto grad = view_on_host(grad_hidden);
+  auto grad_proposal = grad * (1 - update) * (1 - proposal * proposal);
+  auto grad_update = grad * (former - proposal) * update * (1 - update);
+  auto grad_reset = grad_proposal * from_hidden * reset * (1 - reset);
+  auto grad_input_gates = at::cat({grad_reset, grad_update, grad_proposal}, 1);
+  auto grad_hidden_gates = at::cat({grad_reset, grad_update, grad_proposal * reset}, 1);
+  auto sum = [&](const Tensor& gates) { return has_bias ? move_to_device(gates.sum(0)) : Tensor(); };
+  return {move_to_device(grad_input_gates), move_to_device(grad_hidden_gates), move_to_device(grad * update),
+          sum(grad_input_gates), sum(grad_hidden_gates)};
 }
 
 // Of floats it is the operator of the CPU; the CPU has none of integers.
@@ -434,7 +468,9 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("_local_scalar_dense", read_scalar);
   library.impl("_reshape_alias", reshape_alias);
   library.impl("_thnn_fused_gru_cell", run_gru_cell);
+  library.impl("_thnn_fused_gru_cell_backward", run_gru_cell_backward);
   library.impl("_thnn_fused_lstm_cell", run_lstm_cell);
+  library.impl("_thnn_fused_lstm_cell_backward_impl", run_lstm_cell_backward);
   library.impl("as_strided", as_strided);
   library.impl("convolution_backward_overrideable", convolve_backward);
   library.impl("convolution_overrideable", convolve);
