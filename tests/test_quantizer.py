@@ -380,16 +380,30 @@ class Attending(nn.Module):
         return self.head(self.attention(tokens, tokens, tokens)[0] + tokens)
 
 
+class Recurrent(nn.Module):
+    """Recurrent layers in float before a quantized one."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(16, 16, batch_first=True)
+        self.gru = nn.GRU(16, 16, batch_first=True)
+        self.head = nn.Linear(16, 16)
+
+    def forward(self, tokens):
+        return self.head(self.gru(self.lstm(tokens)[0])[0] + tokens)
+
+
 class TestCalibratedOnTheGpu:
     """What follows calibration at once, with no forward between that could move a range."""
 
-    @pytest.fixture(params=["residual", "attention"])
+    @pytest.fixture(params=["residual", "attention", "recurrent"])
     def calibrated(self, request, gpu):
         """A model and a batch on the device."""
-        if request.param == "attention":
-            model, batch = Attending().eval(), torch.randn(2, 3, 16)
-        else:
+        if request.param == "residual":
             model, batch = request.getfixturevalue("residual"), torch.randn(4, 3, 6, 6)
+        else:
+            sequences = {"attention": Attending, "recurrent": Recurrent}
+            model, batch = sequences[request.param]().eval(), torch.randn(2, 3, 16)
         model, batch = model.to(gpu), batch.to(gpu)
         swap_modules(model, batch)
         rewire_operations(model, batch)
