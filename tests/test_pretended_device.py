@@ -81,6 +81,17 @@ def test_a_recurrent_layer_equals_the_one_of_the_cpu(gpu, kind):
     torch.testing.assert_close(outputs.cpu(), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_recurrent_layer_has_the_gradients_of_the_one_of_the_cpu(gpu):
+    gradients = []
+    for device in (torch.device("cpu"), gpu):
+        torch.manual_seed(0)
+        layer = nn.LSTM(4, 5, num_layers=2, batch_first=True).to(device)
+        outputs, (_, cell) = layer(torch.randn(2, 6, 4).to(device))
+        (outputs.square().sum() + cell.sum()).backward()
+        gradients.append([parameter.grad.cpu() for parameter in layer.parameters()])
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
 def test_a_wait_in_the_collector_is_told_with_its_line(gpu, monkeypatch):
     summarize = collector.summarize
 

@@ -31,6 +31,7 @@ from qdq.analyze.result import Analysis, LayerSensitivity, MixedPoint, Step
 from qdq.analyze.search import Search
 from qdq.analyze.sensitivity import require_labels
 from qdq.batch import list_filled_batches
+from qdq.device import without_tf32
 from qdq.errors import ArgumentError
 from qdq.forward import ForwardTrace, require_model, trace_forward
 from qdq.patterns import Pattern
@@ -49,6 +50,7 @@ __all__ = [
 ]
 
 
+@without_tf32()
 def analyze_layers(
     model: nn.Module,
     batches: Iterable[Any],
@@ -73,7 +75,8 @@ def analyze_layers(
     """Rank the layers by their sensitivity, and leave the worst in float until a target or a limit is reached.
 
     The chosen layers are disabled in the model, together with the quantizers that exist only for them; nothing
-    else in the model changes. Under torchrun the processes divide the work, and all return the same result.
+    else in the model changes. Under torchrun the processes divide the work, and all return the same result. On a GPU,
+    the model runs without TF32, whose error is as large as one of int8.
 
     Args:
         model: A calibrated model. Layers that are disabled already stay disabled and are not ranked.
@@ -102,6 +105,8 @@ def analyze_layers(
         profile: Like `gpu`, with times measured in an engine: JSON of trtexec `--exportProfile`.
         path: File to which every measurement is appended; an interrupted analysis continues from it.
         cache_bytes: Limit on activations and quantized weights in memory; activations beyond it go to temporary files.
+            For a model on a GPU, it is the limit in the memory of the GPU; as much again may go to that of the host
+            before files are written, and each is filled up to half of what is free.
 
     Returns:
         The ranking, the steps taken and the reason why the search ended.
@@ -150,7 +155,9 @@ def analyze_layers(
         units = group_units(model, free_units, groups)
         times = _find_times(model, costs, options, units)
         with Ranks() as ranks:
-            fingerprint = fingerprint_analysis(model, trace, samples, metric_used.name, units)
+            fingerprint = ""
+            if path is not None:  # it reads all weights and data, which only a file needs
+                fingerprint = fingerprint_analysis(model, trace, samples, metric_used.name, units)
             journal = Journal(None if path is None else Path(path), fingerprint, ranks)
             replay = Replay(model, cache_bytes=cache_bytes)
             probe = Probe(model, samples, metric_used, journal, ranks, replay)

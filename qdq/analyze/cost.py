@@ -54,6 +54,11 @@ def _count_recurrent_layer(
     return 2 * math.prod(inputs[:-1]) * (math.prod(input_weight) + math.prod(hidden_weight))
 
 
+def _count_cudnn_layers(inputs: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
+    matrices = [math.prod(weight) for weight in weights if len(weight) == 2]
+    return 2 * math.prod(inputs[:-1]) * sum(matrices)
+
+
 def _count_batched_sum(_: Shape, first: Shape, second: Shape, **__: Any) -> int:
     return 2 * math.prod(first) * second[-1]
 
@@ -70,6 +75,7 @@ def _count_bilinear(first: Shape, weight: Shape, *_: Any, **__: Any) -> int:
 _FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention,
     torch.ops.aten.mkldnn_rnn_layer: _count_recurrent_layer,
+    torch.ops.aten._cudnn_rnn: _count_cudnn_layers,
     torch.ops.aten.addbmm: _count_batched_sum,
     torch.ops.aten.mv: _count_matrix_vector,
     torch.ops.aten._trilinear: _count_bilinear,

@@ -1,4 +1,4 @@
-"""Gradients during an analysis: a check that they exist, and a block that freezes the parameters."""
+"""Gradients during an analysis: a check that they exist, and blocks that freeze parameters and prepare layers."""
 
 from __future__ import annotations
 
@@ -43,3 +43,23 @@ def freezing_parameters(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def recording_recurrence(model: nn.Module) -> Iterator[None]:
+    """Have the recurrent layers of a model on a GPU record what their gradients need, with the same outputs.
+
+    cuDNN does so only in training mode, where a layer also drops values out, so the block sets dropout to 0.
+    """
+    layers = []
+    for layer in model.modules():
+        is_on_cpu = all(parameter.device.type == "cpu" for parameter in layer.parameters())
+        if isinstance(layer, nn.RNNBase) and not is_on_cpu:
+            layers.append((layer, layer.training, layer.dropout))
+    try:
+        for layer, _, _ in layers:
+            layer.training, layer.dropout = True, 0.0
+        yield
+    finally:
+        for layer, is_training, dropout in layers:
+            layer.training, layer.dropout = is_training, dropout

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -17,12 +18,24 @@ from qdq.analyze.journal import Journal
 from qdq.analyze.options import ChosenMetric
 from qdq.analyze.ranks import Ranks
 from qdq.analyze.replay import Replay
-from qdq.analyze.sensitivity import ErrorSums, collect, count_columns, count_rows, reduce_rows
-from qdq.batch import count_samples
+from qdq.analyze.sensitivity import (
+    ErrorSums,
+    OutputMetric,
+    collect,
+    collect_on_device,
+    count_columns,
+    count_rows,
+    reduce_rows,
+)
+from qdq.batch import count_samples, floats_of, tensors_of
+from qdq.device import find_device, move_batch
 from qdq.errors import StateError
 from qdq.forward import call_model, evaluating
 from qdq.quantizer import TensorQuantizer, disable_quantization, toggling
 
+# Outputs on a GPU stay there, up to this many bytes of the float model, and this many measurements until they are read.
+_REFERENCE_BYTES = 2**28
+_MOST_UNREAD = 32
 # Outputs of one model on two machines differ by less than this, relative to their energies.
 _MACHINE_TOLERANCE = 1e-3
 
@@ -47,6 +60,58 @@ class Value:
     def rows(self) -> ErrorSums:
         """Error sums of each sample."""
         return np.concatenate(self.parts)
+
+
+class _UnreadSums:
+    """Error sums of one batch in several states, on the device of the outputs until they are read.
+
+    Args:
+        metric: The metric to measure.
+        batch: The batch.
+        reference: Outputs of the float model on it.
+    """
+
+    def __init__(self, metric: OutputMetric, batch: Any, reference: Any) -> None:
+        self._metric = metric
+        self._batch = batch
+        self._reference = reference
+        self._sums: dict[str | None, torch.Tensor] = {}
+
+    @property
+    def should_be_read(self) -> bool:
+        """Whether reading costs nothing, because the sums are on the CPU, or there are many of them."""
+        is_on_cpu = any(rows.device.type == "cpu" for rows in self._sums.values())
+        return is_on_cpu or len(self._sums) >= _MOST_UNREAD
+
+    def add(self, name: str | None, outputs: Any) -> None:
+        """Measure outputs.
+
+        Args:
+            name: The state of the model.
+            outputs: Its outputs.
+        """
+        tensors = floats_of(outputs)
+        if tensors:
+            self._reference = move_batch(self._reference, tensors[0].device)
+        self._sums[name] = collect_on_device(self._metric, self._batch, self._reference, outputs)
+
+    def read(self) -> dict[str | None, ErrorSums]:
+        """What has been added since the last call, in one transfer.
+
+        Raises:
+            StateError: It contains NaN.
+        """
+        if not self._sums:
+            return {}
+        rows = torch.stack(list(self._sums.values())).cpu().numpy()
+        if np.isnan(rows).any():
+            raise StateError(
+                "the outputs of the model contain NaN.",
+                "check the float model on the same batches: its outputs must be finite.",
+            )
+        results: dict[str | None, ErrorSums] = dict(zip(self._sums, rows, strict=True))
+        self._sums.clear()
+        return results
 
 
 class _TimeIsUpError(Exception):
@@ -97,12 +162,17 @@ class Probe:
 
     def prepare(self) -> None:
         """Compute the float outputs, and drop the measurements of the journal if they belong to another model."""
+        num_bytes = 0
         for batch in self.batches:
             if self.references and self.is_over:
                 break
 
             with disable_quantization(self._model), evaluating(self._model):
-                self.references.append(call_model(self._model, batch))
+                outputs = call_model(self._model, batch)
+            num_bytes += sum(tensor.nbytes for tensor in tensors_of(outputs))
+            if num_bytes > _REFERENCE_BYTES:
+                outputs = move_batch(outputs, torch.device("cpu"))
+            self.references.append(outputs)
         self._limit_batches(len(self.references))
         if self._ranks.any(self._differs_from_journal()):
             self._journal.forget()
@@ -184,26 +254,54 @@ class Probe:
         progress.update(len(results))
 
         missing = [name for name in names if name not in results]
-        assigned = self._ranks.share(missing)
-        fresh: dict[str | None, ErrorSums] = {}
-
-        def store(name: str | None, outputs: Any) -> None:
-            if name in assigned:
-                fresh[name] = self._collect(index, outputs)
-                self._journal.add([state, name, index], fresh[name].tolist())
-                progress.update()
-            if time.monotonic() >= self._until:
-                raise _TimeIsUpError
-
-        if assigned:
-            selected = {name: variants[name] for name in assigned if name is not None}
-            with suppress(_TimeIsUpError):
-                self.replay.evaluate(self.batches[index], selected, store)
-
+        fresh = self._measure_missing(index, state, variants, self._ranks.share(missing), progress)
         for name, rows in self._ranks.merge(missing, fresh).items():
             self._journal.learn([state, name, index], rows.tolist())
             results[name] = rows
         return {name: results[name] for name in names if name in results}
+
+    def _measure_missing(
+        self,
+        index: int,
+        state: list[str],
+        variants: Variants,
+        assigned: Sequence[str | None],
+        progress: Any,
+    ) -> dict[str | None, ErrorSums]:
+        """Error sums that the journal does not have, incomplete when the time is up.
+
+        Args:
+            index: The batch.
+            state: As for `measure`.
+            variants: As for `measure`.
+            assigned: Names of what this process measures.
+            progress: Counts the measurements.
+        """
+        results: dict[str | None, ErrorSums] = {}
+        if not assigned:
+            return results
+        batch = move_batch(self.batches[index], find_device(self._model))
+        unread = _UnreadSums(self.metric.outputs, batch, self.references[index])
+
+        def read() -> None:
+            for name, rows in unread.read().items():
+                results[name] = rows
+                self._journal.add([state, name, index], rows.tolist())
+                progress.update()
+
+        def store(name: str | None, outputs: Any) -> None:
+            if name in assigned:
+                unread.add(name, outputs)
+                if unread.should_be_read:
+                    read()
+            if time.monotonic() >= self._until:
+                raise _TimeIsUpError
+
+        selected = {name: variants[name] for name in assigned if name is not None}
+        with suppress(_TimeIsUpError):
+            self.replay.evaluate(batch, selected, store)
+        read()
+        return results
 
     def _measure_metrics(
         self,
@@ -289,24 +387,6 @@ class Probe:
             metric = function_value
         return Value(parts, sqnr, metric)
 
-    def _collect(self, index: int, outputs: Any) -> ErrorSums:
-        """Error sums of the outputs on a batch.
-
-        Args:
-            index: The batch.
-            outputs: The outputs of the model.
-
-        Raises:
-            StateError: The outputs contain NaN.
-        """
-        rows = collect(self.metric.outputs, self.batches[index], self.references[index], outputs)
-        if np.isnan(rows).any():
-            raise StateError(
-                "the outputs of the model contain NaN.",
-                "check the float model on the same batches: its outputs must be finite.",
-            )
-        return rows
-
     def _recall(self, key: list[Any]) -> ErrorSums | None:
         """Error sums in the journal.
 
@@ -348,8 +428,11 @@ class Probe:
         """Whether the outputs differ from the journal's: a fingerprint cannot cover all that they depend on."""
         recorded = self._recall([[], None, 0])
         if recorded is not None:
+            batch = self.batches[0]
+            unread = _UnreadSums(self.metric.outputs, batch, self.references[0])
             with evaluating(self._model):
-                sums = self._collect(0, call_model(self._model, self.batches[0])).sum(0)
+                unread.add(None, call_model(self._model, batch))
+            sums = unread.read()[None].sum(0)
             if not np.allclose(sums, recorded.sum(0), rtol=_MACHINE_TOLERANCE, atol=0):
                 return True
 

@@ -7,9 +7,10 @@ need no special case, and only the calls that depend on the switched quantizers 
 
 The model gets stand-ins: tensors with the shape, type and device of the value and almost no memory. In-place functions
 work on a copy, and their stand-in is renumbered. A value is stored only if a later forward reads it, and only until the
-last such forward; values beyond `cache_bytes` are in memory-mapped temporary files. Values that depend on parameters
-alone are the same for every batch: fake-quantized weights are stored once, up to half of `cache_bytes`, and the others
-are computed again wherever they are read.
+last such forward; values beyond `cache_bytes` are in memory-mapped temporary files. On a GPU, `cache_bytes` limits the
+values in its memory and then, once more, those in the memory of the host, and each memory is filled up to half of what
+is free in it. Values that depend on parameters alone are the same for every batch: fake-quantized weights are stored
+once, up to half of `cache_bytes`, and the others are computed again wherever they are read.
 
 Small models spend more time on this bookkeeping than on arithmetic. So recordings are timed against plain forwards, and
 full forwards run instead if they are faster.
@@ -36,6 +37,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from qdq.batch import tensors_of
+from qdq.device import find_device, move_batch
+from qdq.errors import is_out_of_memory
 from qdq.forward import call_model, evaluating, is_in_place
 from qdq.quantizer import TensorQuantizer, named_quantizers, toggling
 
@@ -102,7 +105,8 @@ class Replay:
 
     Args:
         model: Any module.
-        cache_bytes: Limit on values and weights in memory; values beyond it are in temporary files.
+        cache_bytes: Limit on values and weights in memory; see the module for a GPU. Values beyond it are in temporary
+            files.
         always: Whether to replay even if full forwards are faster.
     """
 
@@ -112,7 +116,8 @@ class Replay:
         self._model = model
         self._always = always
         self._bookkeeping = 0.0  # of a recording or a replay, in plain forwards
-        self._memory = _Memory(cache_bytes)
+        device = find_device(model)
+        self._memory = _Memory(_limit_memory(device, cache_bytes), _limit_host(device, cache_bytes))
         self._weights = _Weights(self._memory, model)
         self.reason = ""
         """Why forwards are computed in full, "" if they are replayed."""
@@ -131,6 +136,8 @@ class Replay:
             measure: Called with None and the outputs of the model as it is, then with the name of each variant and its
                 outputs, in the order in which the forward reaches their quantizers.
         """
+        # Every forward must get the same tensors, because the recording knows them by their identity.
+        batch = move_batch(batch, find_device(self._model))
         with evaluating(self._model):
             outputs, seconds = _time_outputs(functools.partial(call_model, self._model, batch))
             measure(None, outputs)
@@ -171,9 +178,13 @@ class Replay:
     def _replay(self, recording: _Recording, batch: Any) -> Any:
         try:
             return recording.replay(batch)
-        except Exception:
+        except Exception as error:
             # The forward may take another path than the recorded one. An error of the model itself is raised again.
-            return call_model(self._model, batch)
+            needs_memory = is_out_of_memory(error)
+        if needs_memory:
+            self._memory.limit = 0
+            recording.spill()
+        return call_model(self._model, batch)
 
     def _pays(self, variants: _Variants) -> bool:
         """Whether replays, including the recordings still to be made, are faster than the same number of full forwards.
@@ -205,6 +216,16 @@ class Replay:
         Returns:
             None if the model cannot be recorded, with the reason in `reason`, or if the recording does not pay.
         """
+        limit = self._memory.limit
+        recording = self._try_to_record(batch, expected, seconds, variants)
+        if recording is None and self._memory.limit < limit:  # there was not enough memory
+            return self._try_to_record(batch, expected, seconds, variants)
+        return recording
+
+    def _try_to_record(
+        self, batch: Any, expected: Any, seconds: float, variants: _Variants
+    ) -> _Recording | None:
+        """As `_record`. If there is not enough memory for it, nothing more is stored there, and there is no reason."""
         with ExitStack() as undo:
             try:
                 plan = self._plan(batch, variants)
@@ -217,6 +238,9 @@ class Replay:
                 self.reason = str(error)
                 return None
             except Exception as error:  # not an error of the model: its plain forward succeeded
+                if is_out_of_memory(error) and self._memory.limit:
+                    self._memory.limit = 0
+                    return None
                 self.reason = f"recording fails: {error!r}"
                 return None
             if not _are_equal(expected, outputs):
@@ -476,6 +500,10 @@ class _Recording(TorchFunctionMode):
         """Free the values that no later variant reads."""
         for number in self._plan.freed.get(variant, ()):
             self._values.pop(number)
+
+    def spill(self) -> None:
+        """Move all values out of the memory of the device."""
+        self._values.spill()
 
     def close(self) -> None:
         """Free all values."""
@@ -976,16 +1004,43 @@ class _Memory:
     """Limit on the values of a recording and the weights of all recordings together.
 
     Args:
-        limit: Bytes.
+        limit: Bytes in the memory of the model's device.
+        host_limit: Bytes in that of the host, for values that do not fit there; 0 if the model is on the CPU.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, host_limit: int = 0) -> None:
         self.limit = limit
         self.used = 0
+        self._host_limit = host_limit
+        self.used_on_host = 0
 
     def fits(self, size: int) -> bool:
         """Whether this many more bytes stay within the limit."""
         return self.used + size <= self.limit
+
+    def fits_on_host(self, size: int) -> bool:
+        """Whether this many more bytes stay within the limit of the host."""
+        return self.used_on_host + size <= self._host_limit
+
+
+def _limit_memory(device: torch.device, cache_bytes: int) -> int:
+    """How much memory of a device may be used: on a GPU at most half of what is free."""
+    if device.type != "cuda":
+        return cache_bytes
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(cache_bytes, free // 2)
+
+
+def _limit_host(device: torch.device, cache_bytes: int) -> int:
+    """How much memory of the host may be used for values of another device: at most half of what is free."""
+    if device.type == "cpu":
+        return 0
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not every system tells
+        return cache_bytes
+    return min(cache_bytes, free // 2)
 
 
 class _Weights:
@@ -1029,7 +1084,7 @@ class _Weights:
 
 
 class _Values:
-    """Tensors by number; those beyond a limit are in unnamed files that are mapped into memory.
+    """Tensors by number; those beyond a limit are in the memory of the host or in unnamed files.
 
     Args:
         memory: The limit.
@@ -1038,38 +1093,57 @@ class _Values:
     def __init__(self, memory: _Memory) -> None:
         self._memory = memory
         self._tensors: dict[int, torch.Tensor] = {}
-        self._devices: dict[int, torch.device] = {}  # of the tensors that are in files
+        self._devices: dict[int, torch.device] = {}  # of the tensors that are elsewhere
+        self._bytes_on_host: dict[int, int] = {}
         self._users: Counter[int] = Counter()  # of each storage: views share one
 
     def __setitem__(self, number: int, tensor: torch.Tensor) -> None:
         storage = _storage_of(tensor)
         is_new = not self._users[storage.address]
         if is_new and storage.size and not self._memory.fits(storage.size):
-            self._devices[number] = tensor.device
-            self._tensors[number] = _map_to_file(tensor)
+            self._move_out(number, tensor)
             return
         if is_new:
             self._memory.used += storage.size
         self._users[storage.address] += 1
         self._tensors[number] = tensor
 
+    def _move_out(self, number: int, tensor: torch.Tensor) -> None:
+        """Store a tensor outside of the memory of its device."""
+        size = tensor.nbytes if _is_dense(tensor) else _storage_of(tensor).size
+        self._devices[number] = tensor.device
+        if self._memory.fits_on_host(size):
+            self._tensors[number] = _copy_to_host(tensor)
+            self._bytes_on_host[number] = size
+            self._memory.used_on_host += size
+        else:
+            self._tensors[number] = _map_to_file(tensor)
+
     def get(self, number: int) -> torch.Tensor | None:
         """The tensor, None if it is not stored."""
         tensor = self._tensors.get(number)
         if tensor is not None and number in self._devices:
-            return tensor.to(self._devices[number])
+            return _copy_back(tensor, self._devices[number])
         return tensor
 
     def pop(self, number: int) -> None:
         """Free a tensor, if it is stored."""
         tensor = self._tensors.pop(number, None)
         device = self._devices.pop(number, None)
+        self._memory.used_on_host -= self._bytes_on_host.pop(number, 0)
         if tensor is None or device is not None:
             return
         storage = _storage_of(tensor)
         self._users[storage.address] -= 1
         if not self._users[storage.address]:
             self._memory.used -= storage.size
+
+    def spill(self) -> None:
+        """Move all tensors out of the memory of their device."""
+        for number, tensor in list(self._tensors.items()):
+            if number not in self._devices:
+                self.pop(number)
+                self._move_out(number, tensor)
 
     def clear(self) -> None:
         """Free all tensors."""
@@ -1090,22 +1164,58 @@ def _storage_of(tensor: torch.Tensor) -> _Storage:
 
 
 def _map_to_file(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in a temporary file that is deleted with it; its strides are the same, so the same kernels read it.
+    """A copy in a temporary file that is deleted with it, see `_copy_into`."""
+    return _copy_into(_make_file, tensor)
+
+
+def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in the memory of the host, see `_copy_into`."""
+    return _copy_into(_make_vector, tensor)
+
+
+def _copy_into(
+    make_vector: Callable[[int, torch.dtype], torch.Tensor], tensor: torch.Tensor
+) -> torch.Tensor:
+    """A copy in new memory; its strides are the same, so the same kernels read it.
 
     If the tensor is a view of a larger storage, the whole storage is copied.
+
+    Args:
+        make_vector: Makes the memory, for a number of elements of a type.
+        tensor: The tensor.
     """
     if not _is_dense(tensor):
-        memory = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        memory.set_(tensor.untyped_storage())
-        copy = _map_to_file(memory)
+        copy = _copy_into(make_vector, _view_storage(tensor))
         return copy.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    flat = make_vector(tensor.numel(), tensor.dtype)
+    return flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
+def _make_vector(size: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype)
+
+
+def _make_file(size: int, dtype: torch.dtype) -> torch.Tensor:
     descriptor, name = tempfile.mkstemp(prefix="qdq-replay-")
     os.close(descriptor)
     try:
-        flat = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        return torch.from_file(name, shared=True, size=size, dtype=dtype)
     finally:
         Path(name).unlink()
-    return flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
+def _copy_back(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of `_copy_into` on its device, with the same strides; the copy itself for the CPU."""
+    if device.type == "cpu":
+        return tensor
+    moved = _view_storage(tensor).to(device, non_blocking=True)
+    return moved.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _view_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """All elements of the memory that a tensor is a view of."""
+    memory = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return memory.set_(tensor.untyped_storage())
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

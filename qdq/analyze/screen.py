@@ -24,17 +24,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from qdq.analyze.gradients import freezing_parameters
+from qdq.analyze.gradients import freezing_parameters, recording_recurrence
 from qdq.analyze.sensitivity import ErrorSums
 from qdq.batch import count_samples, floats_of
+from qdq.device import read_numbers
 from qdq.forward import call_model, evaluating
 from qdq.nn import QuantInputMixin
 from qdq.nn.functions import run_again
 from qdq.quantizer import TensorQuantizer, disable_quantization, named_quantizers, toggling
 from qdq.units import Unit
 
+_Energies = dict[str, torch.Tensor]  # float64, on the devices of the units until all are known
 _LEAST_NOISE = 1e-3  # smallest fraction of the noise that remains when a unit is removed
 
 
@@ -60,7 +62,7 @@ def screen_units(
         Unit -> energy, in the squared unit of the outputs, summed over all samples.
     """
     random = torch.Generator().manual_seed(0)
-    totals = dict.fromkeys((unit.name for unit in units), 0.0)
+    totals: _Energies = {}
     screened: list[Any] = []
     half = (len(batches) + 1) // 2
     for batch, reference in zip(batches[:half], references[:half], strict=True):
@@ -72,20 +74,22 @@ def screen_units(
         else:
             energies = _screen_without(model, batch, reference, units)
         for name, energy in energies.items():
-            totals[name] += energy
+            totals[name] = totals.get(name, 0.0) + energy
     scale = sum(map(count_samples, batches)) / sum(map(count_samples, screened))
-    return {name: scale * energy for name, energy in totals.items()}
+    numbers = dict(zip(totals, read_numbers(list(totals.values())), strict=True))
+    return {unit.name: scale * numbers.get(unit.name, 0.0) for unit in units}
 
 
 def _screen_alone(
     model: nn.Module, batch: Any, units: Sequence[Unit], random: torch.Generator
-) -> dict[str, float]:
+) -> _Energies:
     """Energies that the units add to the error of the float model on one batch."""
     taps = _Taps(power=2)
     with (
         evaluating(model),
         torch.enable_grad(),
         freezing_parameters(model),
+        recording_recurrence(model),
         taps.attached(model, units),
     ):
         with disable_quantization(model):
@@ -93,27 +97,29 @@ def _screen_alone(
         vectors = []
         for output in outputs:
             vector = torch.randn(output.shape, generator=random)
-            vectors.append(vector.to(output.device, output.dtype))
+            is_copied = output.device.type != "cpu"
+            vectors.append(vector.to(output.device, output.dtype, non_blocking=is_copied))
         _backpropagate(outputs, vectors)
     return taps.sums
 
 
 def _screen_without(
     model: nn.Module, batch: Any, reference: Any, units: Sequence[Unit]
-) -> dict[str, float]:
+) -> _Energies:
     """Decrease of the energy of the int8 model's error without each unit, on one batch."""
     taps = _Taps(power=1)
     with (
         evaluating(model),
         torch.enable_grad(),
         freezing_parameters(model),
+        recording_recurrence(model),
         taps.attached(model, units),
     ):
         with _straight_through(model):
             outputs = floats_of(call_model(model, batch))
         errors = []
         for output, expected in zip(outputs, floats_of(reference), strict=True):
-            errors.append((output - expected).detach())
+            errors.append((output - expected.to(output.device)).detach())
         _backpropagate(outputs, errors)
     return taps.sums
 
@@ -138,7 +144,7 @@ class _Taps:
 
     def __init__(self, power: int) -> None:
         self._power = power
-        self.sums: dict[str, float] = {}
+        self.sums: _Energies = {}
         """The sum for each unit that ran."""
 
     @contextmanager
@@ -186,13 +192,11 @@ class _Taps:
                 return None
             result = leaves[0]
             error = _measure_error(module, args, kwargs, result, quantizers)
-            if not isinstance(output, torch.Tensor) and not result.requires_grad:
-                return None
             tapped = _tap(result, (args, kwargs))
             tapped.register_hook(  # type: ignore[no-untyped-call]
                 lambda gradient: self._add(name, gradient, error)
             )
-            return tapped if isinstance(output, torch.Tensor) else None
+            return tree_map(lambda leaf: tapped if leaf is result else leaf, output)
 
         handle = module.register_forward_hook(hook, with_kwargs=True)
         undo.callback(handle.remove)
@@ -204,7 +208,7 @@ class _Taps:
             products = products.flatten(2).sum(2)
         elif products.dim() == 3:
             products = products.sum(1)
-        energy = float(products.double().pow(self._power).sum())
+        energy = products.double().pow(self._power).sum()
         self.sums[name] = self.sums.get(name, 0.0) + energy
 
 
@@ -227,13 +231,14 @@ def _measure_error(
 def _tap(result: torch.Tensor, inputs: Any) -> torch.Tensor:
     """A tensor with the values of a result whose gradient can be watched.
 
-    It is not a view: the hook of a view is lost when the model changes it in place. A quantizer that is off returns its
-    input, which other operations read too, so then the result is copied.
+    It is not a view: the hook of a view is lost when the model changes it in place. A linear layer and an attention may
+    return views. A quantizer that is off returns its input, which other operations read too, so then the result is
+    copied.
     """
     if not result.requires_grad:
         return result.clone().requires_grad_().clone()
     is_input = any(result is leaf for leaf in tree_leaves(inputs))
-    return result.clone() if is_input else result
+    return result.clone() if is_input or result._is_view() else result
 
 
 class _StraightThrough(torch.autograd.Function):

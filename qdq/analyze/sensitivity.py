@@ -79,7 +79,8 @@ def _collect_kl(pair: _Pair) -> list[torch.Tensor]:
 def _collect_top1(pair: _Pair) -> list[torch.Tensor]:
     if pair.labels is None or pair.labels.shape != pair.scores.shape[:1]:
         raise _lacks_labels()
-    hits = (pair.scores.argmax(1) == pair.labels.to(pair.scores.device)).double()
+    labels = pair.labels.to(pair.scores.device, non_blocking=True)
+    hits = (pair.scores.argmax(1) == labels).double()
     return [hits, torch.ones_like(hits)]
 
 
@@ -128,7 +129,14 @@ METRICS = {
 
 
 def collect(metric: OutputMetric, batch: Any, reference: Any, outputs: Any) -> ErrorSums:
-    """The columns of SQNR, then those of another metric, for the outputs of one batch.
+    """The result of `collect_on_device` as an array."""
+    return collect_on_device(metric, batch, reference, outputs).cpu().numpy()
+
+
+def collect_on_device(
+    metric: OutputMetric, batch: Any, reference: Any, outputs: Any
+) -> torch.Tensor:
+    """The columns of SQNR, then those of another metric, for the outputs of one batch; on the device of the outputs.
 
     Args:
         metric: The metric.
@@ -153,7 +161,7 @@ def collect(metric: OutputMetric, batch: Any, reference: Any, outputs: Any) -> E
     if metric is not SQNR:
         for column in metric.collect(pair):
             columns.append(column.reshape(rows, -1).sum(1))
-    return torch.stack(columns, 1).cpu().numpy()
+    return torch.stack(columns, 1)
 
 
 def reduce_rows(metric: OutputMetric, rows: ErrorSums) -> tuple[float, float]:

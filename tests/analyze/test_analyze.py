@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pretended_device import list_waits, watch
 from processes import Processes
 from torch import nn
 
@@ -24,7 +25,7 @@ from qdq import (
     rewire_operations,
     swap_modules,
 )
-from qdq.analyze import MODES, check_options
+from qdq.analyze import MODES, check_options, probe
 from qdq.cli.analyze import AnalysisOptions
 from qdq.metrics import sqnr_db
 from qdq.quantizer import disable_quantization, named_quantizers, toggling
@@ -672,3 +673,120 @@ def test_two_processes_come_to_the_result_of_one(tmp_path, run_script, complete_
     assert (tmp_path / "result0.json").read_text() == expected
     assert (tmp_path / "result1.json").read_text() == expected
     assert (tmp_path / "analysis.1.jsonl").is_file()
+
+
+class Sentence(nn.Module):
+    """Attention of both kinds and a recurrent layer, called by keywords."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.recurrent = nn.LSTM(16, 16, batch_first=True)
+        self.last = nn.Linear(16, 16)
+
+    def forward(self, words, mask):
+        x = self.first(words)
+        x = x + self.attention(x, x, x, key_padding_mask=mask, need_weights=False)[0]
+        heads = self.recurrent(x)[0].unflatten(-1, (2, 8)).transpose(1, 2)
+        x = nn.functional.scaled_dot_product_attention(heads, heads, heads)
+        return {"scores": self.last(x.transpose(1, 2).flatten(2)), "length": x.shape[2]}
+
+
+def make_sentences():
+    mask = torch.tensor([[False] * 4 + [True], [False] * 5])
+    return [{"words": torch.randn(2, 5, 8), "mask": mask} for _ in range(3)]
+
+
+def make_convolutions(count=3):
+    return nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(count)))
+
+
+def make_images(count=3):
+    return [torch.randn(2, 3, 8, 8) for _ in range(count)]
+
+
+def quantize(model, batches):
+    swap_modules(model.eval(), batches[0], include=["*"])
+    rewire_operations(model, batches[0])
+    calibrate_model(model, batches, method="max")
+    return model
+
+
+MODES_AND_OPTIONS = [
+    {},
+    {"mode": "leave-one-out", "max_float_layers": 2},
+    {"confirm": 1, "max_float_layers": 1},
+    {"confirm": 1, "mode": "leave-one-out", "max_float_layers": 1},
+]
+
+
+@pytest.mark.parametrize("options", MODES_AND_OPTIONS)
+@pytest.mark.parametrize(
+    ("make", "make_batches"), [(Sentence, make_sentences), (make_convolutions, make_images)]
+)
+def test_a_gpu_gives_the_scores_of_the_cpu(gpu, make, make_batches, options):
+    """TF32, which is on, would change the errors of convolutions."""
+    batches = make_batches()
+    model = quantize(make(), batches)
+    twin = copy.deepcopy(model).to(gpu)
+    expected, analysis = (analyze_layers(net, batches, **options) for net in (model, twin))
+    assert analysis.sqnr_db == pytest.approx(expected.sqnr_db, abs=0.01)
+    assert [layer.name for layer in analysis.layers] == [layer.name for layer in expected.layers]
+    assert [layer.sqnr_db for layer in analysis.layers] == pytest.approx(
+        [layer.sqnr_db for layer in expected.layers], abs=0.01
+    )
+    assert analysis.float_layers == expected.float_layers
+    assert analysis.full_evaluations == expected.full_evaluations == ""
+
+
+@pytest.mark.parametrize("options", MODES_AND_OPTIONS)
+@pytest.mark.parametrize("metric", [None, "top1"])
+def test_waits_for_a_gpu_do_not_grow_with_the_layers(gpu, options, metric):
+    num_waits = {}
+    for num_layers, num_batches in ((2, 2), (6, 2), (2, 6)):
+        batches = [(batch, torch.zeros(2, dtype=torch.int64)) for batch in make_images(num_batches)]
+        head = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        model = quantize(nn.Sequential(make_convolutions(num_layers), *head), batches).to(gpu)
+        with watch(gpu) as events:
+            analyze_layers(model, batches, metric=metric, **options)
+        num_waits[num_layers, num_batches] = len(list_waits(events))
+    print(f"analyze_layers {options} {metric}: {num_waits} waits by layers and batches")
+    assert num_waits[6, 2] <= num_waits[2, 2] + 8
+    assert num_waits[2, 6] <= 4 * num_waits[2, 2]
+
+
+def test_measurements_of_a_gpu_are_in_the_journal(gpu, tmp_path):
+    batches = make_images()
+    model = quantize(make_convolutions(), batches).to(gpu)
+    first = analyze_layers(model, batches, path=tmp_path / "journal.jsonl")
+    lines = (tmp_path / "journal.jsonl").read_text().splitlines()
+    assert len(lines) == 3 * (1 + 1 + 3)  # batches, by states: int8, float, and each layer
+    assert analyze_layers(model, batches, path=tmp_path / "journal.jsonl") == first
+    assert (tmp_path / "journal.jsonl").read_text().splitlines() == lines
+
+
+def test_float_outputs_of_a_gpu_go_to_the_host_if_they_are_many(gpu, monkeypatch):
+    batches = make_images()
+    model = quantize(make_convolutions(), batches).to(gpu)
+    expected = analyze_layers(model, batches)
+    monkeypatch.setattr(probe, "_REFERENCE_BYTES", 2000)  # one batch of three
+    places = []
+    prepare = probe.Probe.prepare
+
+    def note(self):
+        prepare(self)
+        places.extend(reference.device.type for reference in self.references)
+
+    monkeypatch.setattr(probe.Probe, "prepare", note)
+    assert analyze_layers(model, batches) == expected
+    assert places == [gpu.type, "cpu", "cpu"]
+    analyze_layers(model, batches, confirm=1, mode="leave-one-out")
+
+
+def test_nan_on_a_gpu(gpu):
+    batches = make_images()
+    model = quantize(make_convolutions(), batches).to(gpu)
+    batches[1][0, 0, 0, 0] = float("nan")
+    with pytest.raises(StateError, match="contain NaN"):
+        analyze_layers(model, batches)

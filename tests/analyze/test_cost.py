@@ -217,3 +217,14 @@ def test_a_gpu_and_a_profile_are_one_too_many(called, tmp_path):
         analyze_layers(
             model, batches, gpu="orin", profile=write(tmp_path / "profile.json", query=1.0)
         )
+
+
+def test_layers_of_cudnn_count_as_those_of_the_cpu():
+    from qdq.analyze.cost import _FLOP_FORMULAS
+
+    layer = nn.LSTM(4, 8, num_layers=2, bidirectional=True)
+    expected = count_costs(layer, torch.randn(5, 3, 4))[""].macs
+    formula = _FLOP_FORMULAS[torch.ops.aten._cudnn_rnn]
+    assert (
+        formula((5, 3, 4), [tuple(weight.shape) for weight in layer.parameters()]) == 2 * expected
+    )

@@ -306,10 +306,116 @@ def test_the_cache_holds_no_more_than_it_may(monkeypatch, limit):
     assert_identical(model, batch, variants, results)
 
 
-def test_only_what_changes_is_computed(monkeypatch):
+def count_calls(monkeypatch, name):
+    """A list that gets an entry for each call of a function of the module."""
+    calls = []
+    original = getattr(replay_module, name)
+    monkeypatch.setattr(replay_module, name, lambda *args: calls.append(args) or original(*args))
+    return calls
+
+
+@pytest.mark.parametrize("kind", [Branches, Parts])
+def test_values_of_a_gpu_go_to_the_host_and_then_to_files(monkeypatch, gpu, kind):
+    batch = torch.randn(4, 3, 12, 12)
+    model = prepare(kind(), batch).to(gpu)
+    variants = variants_of(model, batch)
+    copied = count_calls(monkeypatch, "_copy_to_host")
+    mapped = count_calls(monkeypatch, "_map_to_file")
+    replay, results = replayed(model, batch, variants)
+    assert not copied
+    assert_identical(model, batch, variants, results)
+
+    replay, results = replayed(model, batch, variants, cache_bytes=60_000)
+    assert len(copied) > 0
+    assert len(mapped) > 0
+    assert replay.reason == ""
+    assert_identical(model, batch, variants, results)
+    assert replay._memory.used_on_host == 0
+
+    copied.clear()
+    mapped.clear()
+    monkeypatch.setattr(replay_module, "_limit_memory", lambda device, limit: 0)
+    replay, results = replayed(model, batch, variants)
+    assert len(copied) > 0
+    assert not mapped
+    assert_identical(model, batch, variants, results)
+
+
+def test_a_value_comes_back_with_its_strides(gpu):
+    store = replay_module._Values(replay_module._Memory(0, 2**20))
+    memory = torch.randn(4, 6, 8, device=gpu)
+    views = [memory, memory[:, 1:4], memory.transpose(0, 2), memory[1].expand(3, 6, 8)]
+    for number, view in enumerate(views):
+        store[number] = view
+    for number, view in enumerate(views):
+        copy = store.get(number)
+        assert copy.device == gpu
+        assert copy.stride() == view.stride()
+        assert torch.equal(copy, view)
+
+
+@pytest.mark.parametrize("is_recording", [True, False])
+def test_a_gpu_without_memory_stores_on_the_host(monkeypatch, device, is_recording):
+    """Planted: the device takes a few values, and then nothing."""
+    batch = torch.randn(4, 3, 12, 12)
+    model = prepare(Branches(), batch).to(device)
+    variants = variants_of(model, batch)
+    replay = Replay(model, always=True)
+    refused = []
+
+    def refuse(name):
+        run = getattr(replay_module._Recording, name)
+
+        def run_or_refuse(recording, batch):
+            outputs = run(recording, batch)
+            if any(
+                number not in recording._values._devices for number in recording._values._tensors
+            ):
+                refused.append(name)
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return outputs
+
+        monkeypatch.setattr(replay_module._Recording, name, run_or_refuse)
+
+    refuse("record" if is_recording else "replay")
+    results = {}
+    replay.evaluate(batch, variants, results.__setitem__)
+    assert len(refused) == 1
+    assert replay.reason == ""
+    assert_identical(model, batch, variants, results)
+    assert replay._memory.used == replay._weights._bytes
+
+
+class FreeMemory:
+    """The functions of torch.cuda that tell the memory of a GPU with 10,000 bytes for us."""
+
+    def mem_get_info(self, device):
+        return 8_000, 80_000
+
+    def memory_reserved(self, device):
+        return 5_000
+
+    def memory_allocated(self, device):
+        return 3_000
+
+
+def test_half_of_the_free_memory_at_most(monkeypatch):
+    monkeypatch.setattr(torch, "cuda", FreeMemory())
+    assert replay_module._limit_memory(torch.device("cuda"), 2**30) == 5_000
+    assert replay_module._limit_memory(torch.device("cuda"), 100) == 100
+    assert replay_module._limit_memory(torch.device("cpu"), 2**30) == 2**30
+    monkeypatch.setattr(
+        replay_module.os, "sysconf", {"SC_AVPHYS_PAGES": 3, "SC_PAGE_SIZE": 4096}.get
+    )
+    assert replay_module._limit_host(torch.device("cuda"), 2**30) == 6_144
+    assert replay_module._limit_host(torch.device("cpu"), 2**30) == 0
+
+
+def test_only_what_changes_is_computed(monkeypatch, device):
+    """Also for a model on a GPU with batches on the CPU, which are moved."""
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(10)))
     batch = torch.randn(4, 16)
-    prepare(model, batch, rewire=False)
+    prepare(model, batch, rewire=False).to(device)
     variants = variants_of(model, batch)
     calls = []
     run = replay_module._run
