@@ -64,10 +64,6 @@ def test_the_float_function_is_unchanged(chain):
     assert report.float_db > 100
 
 
-def list_waits_in(events, place):
-    return [wait for wait in list_waits(events) if place in wait]
-
-
 def test_the_gpu_equalizes_what_the_cpu_does(chain, gpu):
     """TF32, which is on, would change the float outputs more than rounding may."""
     data = [torch.randn(4, 3, 8, 8) for _ in range(2)]
@@ -88,10 +84,9 @@ def test_waits_for_the_gpu_do_not_grow_with_the_batches(chain, gpu):
         model = copy.deepcopy(chain).to(gpu)
         with watch(gpu) as events:
             equalize_layers(model, data)
-        num_waits.append(len(list_waits_in(events, "qdq/accuracy")))
-        num_waits[-1] += len(list_waits_in(events, "qdq/device"))
-    print(f"equalize_layers: {num_waits} waits for 1 and 4 batches, without those of calibration")
-    assert num_waits[0] == num_waits[1] <= 8
+        num_waits.append(len(list_waits(events)))
+    print(f"equalize_layers: {num_waits} waits for 1 and 4 batches")
+    assert num_waits[0] == num_waits[1] <= 24  # of a chain of layers, and of the calibrations between
 
 
 def test_dead_channels_are_not_scaled(chain):
