@@ -26,6 +26,7 @@ from qdq.batch import floats_of
 from qdq.build import BuildReport
 from qdq.calibrate import Range
 from qdq.dataflow import Dataflow
+from qdq.device import without_tf32
 from qdq.forward import Contraction, ForwardTrace, Operation, call_model, evaluating, trace_forward
 from qdq.functions import CONTRACTIONS, SINGLE_PRODUCTS
 from qdq.metrics import sqnr_db
@@ -53,6 +54,7 @@ NO_STATISTICS = "no calibration statistics in the run folder; give calibrate_mod
 _LayerQuantizers = Mapping[str, Sequence[TensorQuantizer]]  # by the name of the layer or call
 
 
+@without_tf32()
 def describe_layers(
     model: nn.Module,
     batch: Any,
@@ -67,7 +69,7 @@ def describe_layers(
 ) -> list[LayerRecord]:
     """Describe every layer that could be int8, and every call for which a rule has a reason.
 
-    The model runs a few times on the batch; it is not changed.
+    The model runs a few times on the batch, without TF32; it is not changed.
 
     Args:
         model: The exported model.
@@ -807,6 +809,7 @@ def _measure_weight(
     """Measure a weight itself, so its error is exact."""
     values = weight.detach().float()
     axis = quantizer.axis
+    amax = amax.to(values.device)
     limit = amax
     if axis is not None:
         shape = [1] * values.dim()
@@ -815,7 +818,7 @@ def _measure_weight(
 
     clipped = 0.0
     if values.numel():
-        clipped = float((values.abs() > limit.to(values.device)).float().mean())
+        clipped = float((values.abs() > limit).float().mean())
 
     quantized = fake_quantize(values, amax, quantizer.format, axis)
     sqnr = sqnr_db(values.cpu().numpy(), quantized.cpu().numpy())

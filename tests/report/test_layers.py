@@ -353,6 +353,27 @@ def test_describing_changes_nothing(finished):
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 
+def test_a_gpu_gives_the_figures_of_the_cpu(residual, images, gpu):
+    """TF32, which is on, would change the errors of convolutions."""
+    plan = qdq.swap_modules(residual, images)
+    rewired = qdq.rewire_operations(residual, images)
+    arguments = {
+        "plan": plan,
+        "rewired": rewired,
+        "ranges": qdq.calibrate_model(residual, [images]),
+        "analysis": qdq.Analysis("one-at-a-time", 4, 30.0, None, (), (), "nothing was asked for"),
+        "build": NO_BUILD,
+        "statistics": None,
+    }
+    expected = describe_layers(residual, images, **arguments)
+    records = describe_layers(residual.to(gpu), images, **arguments)
+    for record, twin in zip(records, expected, strict=True):
+        assert record.output_sqnr_db == pytest.approx(twin.output_sqnr_db, abs=0.01)
+        assert [tensor.sqnr_db for tensor in record.tensors] == pytest.approx(
+            [tensor.sqnr_db for tensor in twin.tensors], abs=0.01
+        )
+
+
 def test_a_layer_that_does_not_run_and_one_without_range():
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3)
