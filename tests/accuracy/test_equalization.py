@@ -86,7 +86,9 @@ def test_waits_for_the_gpu_do_not_grow_with_the_batches(chain, gpu):
             equalize_layers(model, data)
         num_waits.append(len(list_waits(events)))
     print(f"equalize_layers: {num_waits} waits for 1 and 4 batches")
-    assert num_waits[0] == num_waits[1] <= 24  # of a chain of layers, and of the calibrations between
+    assert (
+        num_waits[0] == num_waits[1] <= 24
+    )  # of a chain of layers, and of the calibrations between
 
 
 def test_dead_channels_are_not_scaled(chain):

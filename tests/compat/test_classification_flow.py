@@ -448,7 +448,9 @@ def test_flow(options, opset, weights, data, tmp_path, capsys):
         [session.run(["output"], {"input": images.numpy()})[0] for images in batches]
     )
     # A value on the edge of two codes may go to either on another processor, and later layers carry that on.
-    assert sqnr_db(predict(reference, batches), found) >= measure_tie_floor(reference, batches) - 3
+    # Without such values the floor is infinite, and float32 alone leaves about 140 dB.
+    floor = min(measure_tie_floor(reference, batches), 120)
+    assert sqnr_db(predict(reference, batches), found) >= floor - 3
 
 
 def test_finetuning_keeps_ranges(weights, data, tmp_path):

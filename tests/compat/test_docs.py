@@ -80,7 +80,12 @@ HELPERS = {
         "quantized_weights",
         "require_bound",
     ),
-    *("round_e4m3", "split_kwargs"),
+    *("divide_by_number", "round_e4m3", "split_kwargs"),
+    *(
+        "UncheckedFakeTensorQuantFunction",
+        "UncheckedScaledE4M3Function",
+        "UncheckedTensorQuantFunction",
+    ),
 }
 
 
