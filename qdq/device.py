@@ -24,10 +24,11 @@ from qdq.errors import ArgumentError
 
 logger = logging.getLogger(__name__)
 
-_DEVICE_NAME = re.compile(r"cpu|cuda(:\d+)?")
+_DEVICE_NAME = re.compile(r"cpu|cuda(?::(0|[1-9][0-9]{0,5}))?", re.ASCII)
 _CONV_PRECISION: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
 _RNN_PRECISION: Any = torch.backends.cudnn.rnn
 _MATMUL_PRECISION: Any = torch.backends.cuda.matmul
+_CPU_MATMUL_PRECISION: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -35,29 +36,44 @@ def choose_device(name: str | None = None) -> torch.device:
 
     Args:
         name: "cpu", "cuda" or "cuda:N"; None: a GPU if there is one. Under torchrun, "cuda" and None mean the GPU of
-            the local rank.
+            the local rank, or the only one that this process sees.
 
     Raises:
-        ArgumentError: Another name, or a GPU that is not there.
+        ArgumentError: Another name, a GPU that is not there, or a local rank that is no number.
     """
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name is None:
         name = "cuda" if num_gpus else "cpu"
-    if not _DEVICE_NAME.fullmatch(name):
+    match = _DEVICE_NAME.fullmatch(name)
+    if match is None:
         raise ArgumentError(
             f"device is {name!r}; expected cpu, cuda or cuda:N.", "name one of those."
         )
     if name == "cpu":
         return torch.device("cpu")
-    index = torch.device(name).index
-    if index is None:
-        index = int(os.environ.get("LOCAL_RANK", 0))
+    index = _read_local_rank(num_gpus) if match[1] is None else int(match[1])
     if index >= num_gpus:
         raise ArgumentError(
-            f"device is cuda:{index}, but torch finds {num_gpus} GPUs.",
+            f"device is cuda:{index}; torch finds GPUs: {num_gpus}.",
             "choose another one, or device cpu; nvidia-smi lists the GPUs, and torch needs a build for CUDA.",
         )
     return torch.device("cuda", index)
+
+
+def _read_local_rank(num_gpus: int) -> int:
+    """The number of the GPU of this process, 0 without torchrun.
+
+    Raises:
+        ArgumentError: The environment has no number there.
+    """
+    text = os.environ.get("LOCAL_RANK", "0")
+    if not text.isdecimal():
+        raise ArgumentError(
+            f"the environment variable LOCAL_RANK is {text!r}; expected a number.",
+            "start the script with torchrun, or unset LOCAL_RANK.",
+        )
+    # Some launchers show each process its own GPU alone.
+    return 0 if num_gpus == 1 else int(text)
 
 
 def describe_device(device: torch.device) -> str:
@@ -86,11 +102,17 @@ def find_sm(device: torch.device) -> int | None:
 def find_device(model: nn.Module) -> torch.device:
     """The device of the first parameter of a model, or else of its first buffer; the CPU if it has neither.
 
+    A tensor on "meta" counts only if all are there: some hooks load the values of a layer when it runs.
+
     Args:
         model: Any module.
     """
-    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if tensor is None else tensor.device
+    device = None
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        device = tensor.device
+        if device.type != "meta":
+            break
+    return device or torch.device("cpu")
 
 
 def move_batch(batch: Any, device: torch.device) -> Any:
@@ -121,6 +143,9 @@ def copy_to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if tensor.device.type != "cpu":
             indices[tensor.device].append(index)
     for group in indices.values():
+        if len(group) == 1:  # without a second copy of it on the device
+            copies[group[0]] = tensors[group[0]].detach().cpu()
+            continue
         parts = [tensors[index].detach().reshape(-1).view(torch.uint8) for index in group]
         packed = torch.cat(parts).cpu()
         on_host = torch.split(packed, [part.numel() for part in parts])
@@ -194,12 +219,13 @@ def without_tf32() -> Iterator[None]:
     """Compute float32 in float32 in the block, also on a GPU.
 
     By default, cuDNN rounds the inputs of a float32 convolution to TF32, which has 10 bits of mantissa. This error is
-    as large as one of int8, so what measures one of int8, or whether two models are equal, runs without TF32.
+    as large as one of int8, so what measures one of int8, or whether two models are equal, runs without TF32. On the
+    CPU, `torch.set_float32_matmul_precision` may allow bfloat16, which goes likewise.
     torch keeps the setting twice, in an older and a newer form. This sets both, and restores them.
     """
     older_conv = _read_older(lambda: torch.backends.cudnn.allow_tf32)
     older_matmul = _read_older(torch.get_float32_matmul_precision)
-    settings = _CONV_PRECISION, _RNN_PRECISION, _MATMUL_PRECISION
+    settings = _CONV_PRECISION, _RNN_PRECISION, _MATMUL_PRECISION, _CPU_MATMUL_PRECISION
     newer = [setting.fp32_precision for setting in settings]
     if "tf32" in newer:
         _tell_once()

@@ -329,7 +329,7 @@ def raise_together(failure: Exception | None, kind: type[QdqError]) -> None:
     for rank, message in enumerate(messages):
         if message:
             raise kind(
-                f"process {rank} failed: {message.decode(errors='replace')}",
+                f"process {rank} failed: {message.decode(errors='replace').partition(' Fix: ')[0]}",
                 "see the output of that process.",
             )
 

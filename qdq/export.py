@@ -27,11 +27,11 @@ from qdq.capture import CapturedGraph, capture_graph
 from qdq.check.parity import Parity, measure_parity
 from qdq.check.precision import measure_peaks, run_graph, run_rounded
 from qdq.check.rules import find_violations
-from qdq.device import move_batch, on_host
+from qdq.device import find_device, move_batch, on_host
 from qdq.errors import ArgumentError, ArgumentTypeError, CheckError, ExportError
 from qdq.files import as_path, guard_files
 from qdq.formats import Format
-from qdq.forward import require_model
+from qdq.forward import require_data, require_model, says_devices_differ
 from qdq.graph.coverage import WeightedNode, count_qdq, list_weighted_nodes
 from qdq.graph.fold_casts import FoldCasts
 from qdq.graph.fold_pad import FoldPad
@@ -177,15 +177,12 @@ def export_onnx(
     _require_flags(dynamic_batch=dynamic_batch, keep_io_types=keep_io_types)
     _require_records(calibration, plan, rewired)
     guard_files(outputs=[path])  # capturing and converting take minutes
+    require_data(model)
     example_inputs = move_batch(example_inputs, torch.device("cpu"))
     with on_host(model):
         _require_exportable(model)
-        args, kwargs = _prepare_example(example_inputs, dynamic_batch)
-        captured = capture_graph(  # torch writes no opset below HIGHEST
-            model, args, kwargs, max(opset, HIGHEST), dynamic_batch=dynamic_batch
-        )
         origin = _describe_origin(model, calibration, plan, rewired)
-
+    captured = _capture(model, example_inputs, opset, dynamic_batch)
     exported = captured.graph
     if dynamic_batch:
         _require_dynamic_batch(exported)
@@ -222,6 +219,27 @@ def export_onnx(
         layers=layers,
         precision=converted,
     )
+
+
+def _capture(
+    model: nn.Module, example_inputs: Any, opset: int, dynamic_batch: bool
+) -> CapturedGraph:
+    """The graph of a model, from copies of its tensors on the CPU.
+
+    A model whose forward names its device, or uses tensors that no module holds, is captured on its device.
+    """
+    newest = max(opset, HIGHEST)  # torch writes no opset below HIGHEST
+    args, kwargs = _prepare_example(example_inputs, dynamic_batch)
+    device = find_device(model)
+    try:
+        with on_host(model):
+            return capture_graph(model, args, kwargs, newest, dynamic_batch=dynamic_batch)
+    except ExportError as error:
+        if device.type == "cpu" or not says_devices_differ(error):
+            raise
+        logger.info("captured on %s, because of constants there: %s", device, error.message)
+    args, kwargs = move_batch((args, kwargs), device)
+    return capture_graph(model, args, kwargs, newest, dynamic_batch=dynamic_batch)
 
 
 def _require_options(opset: Any, weights: Any, precision: Any) -> None:

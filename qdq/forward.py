@@ -6,6 +6,7 @@ trace. It is valid for the path that the example inputs took.
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import warnings
@@ -31,7 +32,9 @@ from qdq.functions import ALIASES, CONTRACTIONS
 
 # How torch says that tensors of several devices met. A convolution shows their types: torch.FloatTensor and
 # torch.cuda.FloatTensor. If only the part behind the last dot differs, the devices are the same.
-_OF_FUNCTIONS = re.compile("the same device|not on the expected device")
+_OF_FUNCTIONS = re.compile(
+    "the same device|not on the expected device|different from other tensors on"
+)
 _OF_CONVOLUTIONS = re.compile(r"Input type \((.*?)\) and (?:weight|bias) type \((.*?)\)")
 
 
@@ -242,11 +245,11 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
         DataError: The item cannot be moved to the device of the model, or tensors of other devices meet in the model.
     """
     device = find_device(model)
-    args, kwargs = _place_inputs(split_inputs(inputs), device)
+    args, kwargs = _place_inputs(model, split_inputs(inputs), device)
     try:
         return _run_uncompiled(model, args, kwargs)
     except RuntimeError as error:
-        if not _says_devices_differ(error):
+        if not says_devices_differ(error):
             raise
         reason = str(error).strip().splitlines()[0]
         raise DataError(
@@ -256,8 +259,12 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
         ) from error
 
 
-def _says_devices_differ(error: RuntimeError) -> bool:
-    """Whether an error of torch says that tensors of several devices met in one function."""
+def says_devices_differ(error: Exception) -> bool:
+    """Whether an error of torch says that tensors of several devices met in one function.
+
+    Args:
+        error: Any error.
+    """
     text = str(error)
     if _OF_FUNCTIONS.search(text):
         return True
@@ -268,18 +275,38 @@ def _says_devices_differ(error: RuntimeError) -> bool:
     return first.rpartition(".")[0] != second.rpartition(".")[0]
 
 
-def _place_inputs(inputs: Any, device: torch.device) -> Any:
-    """Inputs on the device of a model.
+def _place_inputs(model: nn.Module, inputs: Any, device: torch.device) -> Any:
+    """Inputs on the device of a model, if it has one.
 
     Raises:
         DataError: The device is "meta", and the inputs have values.
     """
-    if device.type == "meta" and not all(tensor.is_meta for tensor in tensors_of(inputs)):
+    tensors = tensors_of(inputs)
+    if all(tensor.device == device for tensor in tensors):
+        return inputs
+    if not all(tensor.is_meta for tensor in tensors):
+        require_data(model)
+    devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
+    is_elsewhere = any(tensor.device.type != "cpu" for tensor in tensors)
+    if is_elsewhere and len(devices) != 1:
+        return inputs  # a model on several devices, or without tensors: the caller knows where its inputs belong
+    return move_batch(inputs, device)
+
+
+def require_data(model: nn.Module) -> None:
+    """Refuse a model whose parameters have no values.
+
+    Args:
+        model: Any module.
+
+    Raises:
+        DataError: It is on the device "meta".
+    """
+    if find_device(model).type == "meta":
         raise DataError(
             "the model is on the device 'meta': its parameters have no values, so it cannot run on data.",
             "load it with its values, for instance model.to_empty(device='cpu') and load_state_dict.",
         )
-    return move_batch(inputs, device)
 
 
 def _run_uncompiled(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -139,6 +139,21 @@ class TestWrongUsage:
                 "see qdq build --help",
             ),
             (
+                ["eval", "--device", "gpu"],
+                "device is 'gpu'; expected cpu, cuda or cuda:N.",
+                "name one of those.",
+            ),
+            (
+                ["ptq", "--device", "cuda:77"],
+                "device is cuda:77; torch finds GPUs:",
+                "choose another one, or device cpu; nvidia-smi lists the GPUs, and torch needs a build for CUDA.",
+            ),
+            (
+                ["qat", "--device", "cuda:x"],
+                "device is 'cuda:x'; expected cpu, cuda or cuda:N.",
+                "name one of those.",
+            ),
+            (
                 ["eval", "--batch-size", "0"],
                 'invalid value "0" for --batch-size',
                 "see qdq eval --help",

@@ -34,7 +34,7 @@ class TestChoose:
         assert choose_device() == torch.device("cpu")
         assert describe_device(choose_device()) == "cpu"
         assert find_sm(choose_device()) is None
-        with pytest.raises(ArgumentError, match="torch finds 0 GPUs"):
+        with pytest.raises(ArgumentError, match="torch finds GPUs: 0"):
             choose_device("cuda")
 
     def test_with_gpus(self, four_gpus):
@@ -43,7 +43,7 @@ class TestChoose:
         assert choose_device("cuda:3") == torch.device("cuda", 3)
         assert describe_device(choose_device("cuda:3")).startswith("cuda:3 (Card 3), TF32 off")
         assert find_sm(choose_device("cuda:3")) == 86
-        with pytest.raises(ArgumentError, match="cuda:4, but torch finds 4 GPUs"):
+        with pytest.raises(ArgumentError, match="cuda:4; torch finds GPUs: 4"):
             choose_device("cuda:4")
 
     def test_the_local_rank_chooses(self, four_gpus, monkeypatch):
@@ -51,7 +51,26 @@ class TestChoose:
         assert choose_device() == choose_device("cuda") == torch.device("cuda", 2)
         assert choose_device("cuda:1") == torch.device("cuda", 1)
 
-    @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:-1", "cuda:x", "CUDA", "", "cpu:0"])
+    @pytest.mark.parametrize("name", ["cuda:128", "cuda:256", "cuda:99999"])
+    def test_large_numbers_are_no_other_gpu(self, four_gpus, name):
+        """torch keeps the number in 8 bits."""
+        with pytest.raises(ArgumentError, match=f"{name}; torch finds GPUs: 4"):
+            choose_device(name)
+
+    def test_a_process_that_sees_one_gpu_takes_it(self, four_gpus, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setenv("LOCAL_RANK", "3")
+        assert choose_device() == torch.device("cuda", 0)
+
+    @pytest.mark.parametrize("rank", ["", "abc", "-1", "1.5"])
+    def test_a_local_rank_that_is_no_number(self, four_gpus, monkeypatch, rank):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(ArgumentError, match="LOCAL_RANK"):
+            choose_device()
+
+    @pytest.mark.parametrize(
+        "name", ["gpu", "cuda:", "cuda:-1", "cuda:x", "CUDA", "", "cpu:0", "cuda:01", "cuda:１"]
+    )
     def test_other_names_are_refused(self, name):
         with pytest.raises(ArgumentError, match="expected cpu, cuda or cuda:N"):
             choose_device(name)
@@ -69,6 +88,10 @@ class TestBatches:
         model = nn.Linear(3, 2).to(gpu)
         assert find_device(model) == gpu
         assert call_model(model, (torch.ones(1, 3), "label")).device == gpu
+        mixed = nn.Sequential(nn.Identity(), nn.Linear(3, 2).to(gpu))
+        mixed.scale = nn.Parameter(torch.ones(()))  # the first parameter
+        assert call_model(mixed, torch.ones(1, 3, device=gpu)).device == gpu
+        assert call_model(nn.ReLU(), torch.ones(1, 3, device=gpu)).device == gpu
         assert call_model(model.cpu(), torch.ones(1, 3, device=gpu)).device == torch.device("cpu")
 
     def test_a_model_may_have_buffers_only(self, gpu):
@@ -87,7 +110,8 @@ def test_numbers_come_in_one_transfer(device):
 
 def list_settings():
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    return [cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, matmul.fp32_precision]
+    settings = [cudnn.conv, cudnn.rnn, matmul, torch.backends.mkldnn.matmul]
+    return [setting.fp32_precision for setting in settings]
 
 
 class TestTf32:
@@ -95,6 +119,7 @@ class TestTf32:
     def _restore(self):
         yield
         torch.backends.fp32_precision = "none"
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
         torch.backends.cudnn.allow_tf32 = True
         torch.set_float32_matmul_precision("highest")
 
@@ -114,9 +139,16 @@ class TestTf32:
         before = list_settings()
         assert "tf32" in before
         with without_tf32():
-            assert list_settings() == ["ieee"] * 3
+            assert list_settings() == ["ieee"] * 4
             assert not torch.backends.cudnn.allow_tf32
             assert not torch.backends.cuda.matmul.allow_tf32
+        assert list_settings() == before
+
+    def test_the_defaults_are_back(self):
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+        before = list_settings()
+        with without_tf32():
+            pass
         assert list_settings() == before
 
     def test_convolutions_are_exact_in_the_block(self, gpu):

@@ -18,6 +18,7 @@ from qdq import (
     rewire_operations,
     swap_modules,
 )
+from qdq.metrics import sqnr_db
 from qdq.quantizer import QuantDescriptor, disable_quantization, named_quantizers
 
 
@@ -521,6 +522,19 @@ class TestOnTheGpu:
         report = export_onnx(torch.compile(model), images, tmp_path / "model.onnx")
         assert report.quantize_nodes == 3
         assert devices == {"cpu"}
+
+    def test_constants_that_no_module_holds_are_captured_there(
+        self, residual, images, gpu, tmp_path
+    ):
+        model = residual.to(gpu)
+        swap_modules(model, images)
+        calibrate_model(model, [images])
+        expected = predict(model, [images])
+        factor = torch.full((1,), 2.0, device=gpu)
+        model.head.register_forward_hook(lambda *arguments: arguments[-1] * factor)
+        export_onnx(model, images, tmp_path / "model.onnx")
+        outputs = predict(tmp_path / "model.onnx", [images])
+        assert sqnr_db(2 * expected, outputs) > 60
 
     def test_a_refused_model_stays_there(self, residual, gpu, tmp_path):
         model, batch = make_calibrated("residual", residual, gpu)

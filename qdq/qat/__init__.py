@@ -27,7 +27,7 @@ from qdq.distributed import failing_together, find_rank, gather_bytes, joining_p
 from qdq.errors import ArgumentError, ArgumentTypeError, StateError
 from qdq.evaluate import predict
 from qdq.files import to_jsonable, write_json
-from qdq.forward import require_model
+from qdq.forward import require_data, require_model
 from qdq.metrics import sqnr_db
 from qdq.patterns import Pattern
 from qdq.qat.checkpoint import keeping_random_state, load_tuned, save_tuned
@@ -174,6 +174,7 @@ def finetune(
             best weights, or its last good ones.
     """
     require_model(model)
+    require_data(model)
     device = find_device(model)
     with joining_processes(device), ExitStack() as exits:
         exits.enter_context(keeping_random_state(find_generators(batches), device))

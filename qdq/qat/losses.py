@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from qdq.batch import floats_of
+from qdq.device import move_batch
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError, StateError
 from qdq.forward import call_model, evaluating
 from qdq.nn import QuantMixin
@@ -175,6 +176,8 @@ def _require_loss(loss: Loss | None, distillation: Distillation | None) -> None:
 
 def _measure_distance(distillation: Distillation, outputs: Any, targets: Any) -> torch.Tensor:
     """The weighted distance of the outputs of two models."""
+    device = _require_floats(outputs)[0].device
+    targets = move_batch(targets, device)  # a teacher may be elsewhere
     pairs = _pair(_require_floats(outputs), _require_floats(targets), "the model")
     errors = [relative_error(output, target) for output, target in pairs]
     divergences = [divergence(output, target) for output, target in pairs if output.dim() == 2]
@@ -226,10 +229,11 @@ def _compare_features(
     features: dict[str, list[torch.Tensor]], expected: dict[str, list[torch.Tensor]]
 ) -> torch.Tensor:
     """Mean relative error of the outputs of layers."""
-    errors = []
+    errors: list[torch.Tensor] = []
     for name, targets in expected.items():
         for output, target in _pair(features[name], targets, name):
-            errors.append(relative_error(output, target))
+            error = relative_error(output, target.to(output.device))
+            errors.append(error.to(errors[0].device) if errors else error)
     if not errors:
         raise StateError(
             "none of the layers of the distillation ran.", "choose layers that the batches reach."
