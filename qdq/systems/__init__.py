@@ -1,0 +1,25 @@
+"""Other number systems: fixed point, logarithmic, affine, binary, ternary and powers of two.
+
+Each is emulated in torch on any device. `to_tensorrt` turns a model of any of them into quantized layers of qdq, if its
+values fit int8 Q/DQ. docs/systems.md has one table of all. A name loads its module on first use.
+"""
+
+import importlib
+from typing import Any
+
+_HOMES: dict[str, tuple[str, ...]] = {}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        value = getattr(importlib.import_module(f"qdq.systems.{_HOME_OF[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'qdq.systems' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,90 @@
+"""What all number systems share: their rounding, the sign without zero, gradients, and the refusal of bad input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qdq.errors import ArgumentError, ArgumentTypeError
+
+FLOAT_BITS = 32
+"""This many bits mean that a part is not quantized."""
+
+
+def round_half_up(values: torch.Tensor) -> torch.Tensor:
+    """floor(x + 0.5): ties go up, where `torch.round` takes the even neighbour."""
+    return (values + 0.5).floor()
+
+
+def sign_of(values: torch.Tensor, zero: int = 1) -> torch.Tensor:
+    """+1 or -1 in the type of the values, never 0.
+
+    Args:
+        values: Any shape.
+        zero: The sign of 0, 1 or -1.
+    """
+    is_positive = values >= 0 if zero > 0 else values > 0
+    return torch.where(is_positive, 1.0, -1.0).to(values.dtype)
+
+
+def pass_gradient(values: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+    """The quantized values with the gradient of the values (straight-through; Bengio et al., arXiv 1308.3432)."""
+    return values + (quantized - values).detach()
+
+
+def require_bits(bits: Any, layer: str, least: int = 1) -> None:
+    """Refuse a width that no quantizer has.
+
+    Args:
+        bits: The width.
+        layer: Name of the layer or quantizer, for the message.
+        least: The smallest width.
+
+    Raises:
+        ArgumentTypeError: Not an integer.
+        ArgumentError: Below `least`, or above 32.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        raise ArgumentTypeError(
+            f"{layer}: bits is {bits!r}, a {type(bits).__name__}.", "give an integer."
+        )
+    if not least <= bits <= FLOAT_BITS:
+        raise ArgumentError(
+            f"{layer}: bits is {bits}; it must be {least} to {FLOAT_BITS}.", "choose another width."
+        )
+
+
+def require_values(values: Any, layer: str) -> None:
+    """Refuse a tensor that has no range.
+
+    Args:
+        values: The tensor to quantize.
+        layer: Name of the layer or quantizer, for the message.
+
+    Raises:
+        ArgumentTypeError: Not a tensor, or one of integers or bools, which are never quantized.
+        ArgumentError: Empty, or NaN or Inf in it.
+    """
+    if not isinstance(values, torch.Tensor):
+        raise ArgumentTypeError(
+            f"{layer}: the input is a {type(values).__name__}.", "give a float tensor."
+        )
+    if not values.is_floating_point():
+        raise ArgumentTypeError(
+            f"{layer}: the input is of type {values.dtype}; only float tensors are quantized.",
+            "leave integers and bools as they are.",
+        )
+    if values.numel() == 0:
+        raise ArgumentError(
+            f"{layer}: the input of shape {tuple(values.shape)} is empty.",
+            "give at least one value.",
+        )
+    is_finite = torch.isfinite(values)
+    if not bool(is_finite.all()):
+        first = values.flatten()[int((~is_finite).flatten().to(torch.uint8).argmax())]
+        count = int((~is_finite).sum())
+        raise ArgumentError(
+            f"{layer}: {count} of {values.numel()} values are not finite, the first is {float(first)}.",
+            "mend the data or the layer before this one.",
+        )

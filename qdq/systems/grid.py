@@ -1,0 +1,64 @@
+"""`Grid`: the values that a quantized tensor takes, by which `to_tensorrt` judges every system alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+Verdict = Literal["exact", "convert", "refuse"]
+
+INT8_LOWEST, INT8_HIGHEST = -128, 127
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values scale * (code - zero_point), for codes from `lowest` to `highest`.
+
+    Args:
+        system: Name of the number system, for messages: "fixed point", "min-max affine".
+        scale: Float32, one element, or one for each output channel of a weight.
+        zero_point: Likewise, in float32; all 0 for a symmetric system.
+        lowest: The smallest code that can occur.
+        highest: The largest code that can occur.
+        obstacle: The property, with its value, for which no int8 Q/DQ can have these values, even converted: "values
+            are powers of e", "16 bits". "" if there is none.
+        amax: The range if it is converted: the largest absolute value, in the shape of `scale`; None: computed from
+            scale, zero point and codes.
+        on_request: A reason to ask before exporting, though the values fit, such as no gain; "" if there is none.
+    """
+
+    system: str
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    lowest: int
+    highest: int
+    obstacle: str = ""
+    amax: torch.Tensor | None = None
+    on_request: str = ""
+
+
+def note_grid(module: nn.Module, parameter: str, grid: Grid) -> None:
+    """Remember the grid of a parameter whose values were replaced by quantized ones.
+
+    It is an attribute, not a buffer: a state dict has the names and tensors that other tools expect.
+
+    Args:
+        module: The layer.
+        parameter: Name of its parameter.
+        grid: The grid of its values.
+    """
+    vars(module).setdefault("_system_grids", {})[parameter] = grid
+
+
+def find_grid(module: nn.Module, parameter: str) -> Grid | None:
+    """The grid that `note_grid` has remembered; None if there is none.
+
+    Args:
+        module: The layer.
+        parameter: Name of its parameter.
+    """
+    grid: Grid | None = vars(module).get("_system_grids", {}).get(parameter)
+    return grid
