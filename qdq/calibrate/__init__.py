@@ -187,7 +187,8 @@ def calibrate_model(
         method: For inputs: "max", "percentile", "entropy", "mse", "average_max", "mean_std", "laplace", "gauss",
             "moving_average", or "best": for each range the method with the smallest error of the layer's output.
         percentile: 0 to 100, for "percentile".
-        weight_method: "max" or "mse", for each channel or for the whole weight, depending on the axis of its quantizer.
+        weight_method: "max" or "mse", for each channel or for the whole weight, depending on the axis of its quantizer;
+            "keep" leaves weights the ranges that they have.
         num_batches: As for `collect_statistics`.
         statistics: As for `collect_statistics`: a file from which a killed run continues.
         held: Held-out batches on which "best" compares methods; None: the last batch is held out.

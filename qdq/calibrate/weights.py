@@ -14,7 +14,8 @@ from qdq.observers.max import reduce_amax
 from qdq.quantize import compute_scale, quantize_codes
 from qdq.quantizer import TensorQuantizer
 
-WEIGHT_METHODS = ("max", "mse")
+KEEP = "keep"
+WEIGHT_METHODS = ("max", "mse", KEEP)
 _OCTAVES = 3  # amax is searched from the maximum down to 1/8 of it
 _STEPS = 8  # candidates per octave; then as many again on either side of the best one
 
@@ -42,7 +43,8 @@ def solve_weight(
         label: The name of the weight in messages.
         weight: Any shape.
         quantizer: The quantizer, for its format and axis.
-        method: "max", or "mse": the range with the least squared error, for each channel separately.
+        method: "max", or "mse": the range with the least squared error, for each channel separately. "keep": the range
+            that the quantizer has; "max" if it has none.
 
     Returns:
         float32, of the rank of the weight with size 1 on all axes but the kept one; `[]` per tensor.
@@ -102,7 +104,9 @@ def _search(
     weight: torch.Tensor, amax: torch.Tensor, quantizer: TensorQuantizer, method: str
 ) -> torch.Tensor:
     """The range by a method, from the maximum of |x|."""
-    if method == "max" or not weight.numel():
+    if method == KEEP and quantizer.amax is not None:
+        return quantizer.amax
+    if method != "mse" or not weight.numel():
         return amax
     return _Search(weight.float(), amax, quantizer.format).run()
 

@@ -106,3 +106,15 @@ def convert_layer(
     converted.weight_system = None if weight_system is None else weight_system.to(device)
     converted.input_system = None if input_system is None else input_system.to(device)
     return converted  # type: ignore[no-any-return]
+
+
+def restore_layer(layer: SystemLayer) -> None:
+    """Undo `convert_layer`: the class of torch again and no quantizers; the weight keeps its current values.
+
+    Args:
+        layer: A converted layer.
+    """
+    del layer.weight_system
+    del layer.input_system
+    float_classes = {converted: original for original, converted in _CLASSES.items()}
+    layer.__class__ = float_classes[type(layer)]  # type: ignore[assignment]

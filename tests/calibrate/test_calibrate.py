@@ -530,6 +530,15 @@ def test_an_error_while_solving_puts_all_ranges_back(residual, batches):
     assert all(q._if_quant and not q._disabled for _, q in named_quantizers(residual))
 
 
+def test_weights_may_keep_their_ranges(residual, batches):
+    swap_modules(residual)
+    residual.conv._weight_quantizer.amax = torch.full((16, 1, 1, 1), 3.0)
+    calibrate_model(residual, batches, weight_method="keep")
+    assert (residual.conv._weight_quantizer.amax == 3).all()
+    largest = residual.head.weight.detach().abs().amax(1)  # it had none
+    assert torch.equal(residual.head._weight_quantizer.amax.flatten(), largest)
+
+
 def test_unknown_weight_method(residual, batches):
     swap_modules(residual)
     with pytest.raises(ArgumentError, match="unknown weight method 'kl'"):
