@@ -284,6 +284,7 @@ def _require_exportable(model: nn.Module) -> None:
     """Refuse models and quantizers that cannot become int8 Q/DQ."""
     _require_python_modules(model)
     _require_parameter_types(model)
+    _refuse_foreign_quantizers(model)
     enabled = {}
     for name, quantizer in named_quantizers(model):
         if quantizer.is_enabled:
@@ -302,6 +303,20 @@ def _require_python_modules(model: nn.Module) -> None:
         raise ExportError(
             f"torch.export cannot capture scripted modules (TorchScript): {list_names(scripted, 5)}.",
             "use the Python modules that they were made from.",
+        )
+
+
+def _refuse_foreign_quantizers(model: nn.Module) -> None:
+    """Refuse quantizers of another number system, which would become ordinary operations."""
+    foreign = []
+    inside = tuple(f"{name}." for name, _ in named_quantizers(model))
+    for name, module in model.named_modules():
+        if getattr(module, "is_foreign_quantizer", False) and not name.startswith(inside):
+            foreign.append(f"{name} ({type(module).__name__})")
+    if foreign:
+        raise ExportError(
+            f"{len(foreign)} quantizers are of another number system: {list_names(foreign, 3)}.",
+            "call qdq.systems.to_tensorrt(model) first: it says what fits TensorRT int8.",
         )
 
 

@@ -18,6 +18,9 @@ from qdq.systems.grid import Grid
 class SystemQuantizer(nn.Module):
     """Quantizes one tensor by the rule of a system; its state, if it has any, is in buffers."""
 
+    is_foreign_quantizer = True
+    """Tells `export_onnx` that this is no quantizer of its own."""
+
     @abstractmethod
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """The quantized values, in shape, type and device of the values, with a gradient."""
