@@ -7,7 +7,19 @@ values fit int8 Q/DQ. docs/systems.md has one table of all. A name loads its mod
 import importlib
 from typing import Any
 
-_HOMES: dict[str, tuple[str, ...]] = {}
+_HOMES: dict[str, tuple[str, ...]] = {
+    "acoustic": ("AcousticInput", "AcousticWeight", "acoustic_quantize"),
+    "acoustic_model": ("prepare_acoustic",),
+    "affine": ("FakeQuantize", "find_codes", "solve_affine"),
+    "integer": ("QModule",),
+    "integer_functions": ("QMaxPooling2d", "QReLU", "QSigmoid"),
+    "integer_layers": ("QConv2d", "QConvBNReLU", "QLinear"),
+    "integer_network": ("IntegerNetwork", "holding_ranges"),
+    "integer_restore": ("restore_float",),
+    "qparam": ("QParam",),
+    "uint8_quantizers": ("UInt8Activation", "UInt8Weight"),
+    "uint8_training": ("bias_codes", "moving_ranges", "prepare_uint8_training"),
+}
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = sorted(_HOME_OF)

@@ -30,7 +30,7 @@ def sign_of(values: torch.Tensor, zero: int = 1) -> torch.Tensor:
 
 def pass_gradient(values: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
     """The quantized values with the gradient of the values (straight-through; Bengio et al., arXiv 1308.3432)."""
-    return values + (quantized - values).detach()
+    return quantized.detach() + (values - values.detach())  # adds exactly 0
 
 
 def require_bits(bits: Any, layer: str, least: int = 1) -> None:

@@ -1,0 +1,189 @@
+"""Layers for integer-only inference: calibrated on fake-quantized values, frozen, then run on codes.
+
+With scales S and zero points Z of the input x, the weight w and the output a, and M = Sw * Sx / Sa:
+
+    qa = clamp(round(M * (sum (qx - Zx) * (qw - Zw) + qb)) + Za),  qb = round_half_even(bias / (Sw * Sx)) in int32
+
+(Jacob et al., CVPR 2018, arXiv 1712.05877, section 2.) The sums are int32, and M is an integer and a shift.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from qdq.errors import ArgumentError, StateError
+from qdq.systems.affine import FakeQuantize, Scheme
+from qdq.systems.grid import Grid
+from qdq.systems.qparam import QParam
+
+
+class QModule(nn.Module):
+    """A layer with the range of its input, `qi`, and the range of its output, `qo`.
+
+    Args:
+        qi: It has a range for its input; False: `freeze` gets that of the layer before.
+        qo: It has a range for its output.
+        num_bits: Width of the codes.
+        scheme: As for `affine.find_codes`.
+
+    Attributes:
+        is_frozen: Whether it computes on codes.
+    """
+
+    qi: QParam
+    qo: QParam
+
+    def __init__(
+        self,
+        qi: bool = True,
+        qo: bool = True,
+        num_bits: int | None = 8,
+        *,
+        scheme: Scheme = "unsigned",
+    ) -> None:
+        super().__init__()
+        self.num_bits = num_bits
+        self.scheme: Scheme = scheme
+        self.is_frozen = False
+        if qi:
+            self.qi = QParam(num_bits, scheme=scheme)
+        if qo:
+            self.qo = QParam(num_bits, scheme=scheme)
+
+    @property
+    def label(self) -> str:
+        """The layer, for messages."""
+        return type(self).__name__
+
+    def freeze(self, qi: QParam | None = None, qo: QParam | None = None) -> None:
+        """Turn to codes, once.
+
+        Args:
+            qi: Range of the input, if it was made with `qi=False`.
+            qo: Range of the output, if it was made with `qo=False`.
+
+        Raises:
+            ArgumentError: Two ranges for the input or the output, or none.
+            StateError: It is frozen, or not calibrated.
+        """
+        self.take_ranges(qi=qi, qo=qo)
+        self.is_frozen = True
+
+    def quantize_inference(self, x: torch.Tensor) -> torch.Tensor:
+        """The codes of the output, int32.
+
+        Args:
+            x: Codes of the input, integers of any type.
+
+        Raises:
+            ArgumentError: Numbers that are no integers.
+            StateError: It is not frozen.
+        """
+        raise NotImplementedError("quantize_inference should be implemented.")
+
+    def grids(self, system: str = "affine") -> dict[str, Grid]:
+        """The grids of "input", "weight" and "output", those that it has.
+
+        Args:
+            system: Name of the number system.
+        """
+        grids = {}
+        for name, attribute in (("input", "qi"), ("output", "qo")):
+            qparam = getattr(self, attribute, None)
+            if qparam is not None and qparam.is_calibrated:
+                grids[name] = qparam.describe(system)
+        return grids
+
+    def take_ranges(self, **ranges: QParam | None) -> None:
+        """Take the ranges that `freeze` was given; change nothing if one is missing or in the way.
+
+        Args:
+            ranges: "qi" and "qo".
+
+        Raises:
+            ArgumentError: Two ranges for one tensor, or none.
+            StateError: It is frozen, or a range is not calibrated.
+        """
+        self.require_open("freeze")
+        for name, given in ranges.items():
+            has_range = hasattr(self, name)
+            if has_range and given is not None:
+                raise ArgumentError(
+                    f"{self.label}: {name} has been provided in init function.",
+                    f"call freeze without {name}, or make the layer with {name}=False.",
+                )
+            if not has_range and given is None:
+                raise ArgumentError(
+                    f"{self.label}: {name} is not existed, should be provided.",
+                    f"give freeze the {name} of the layer next to it.",
+                )
+            qparam = getattr(self, name) if given is None else given
+            if not qparam.is_calibrated:
+                raise StateError(
+                    f"{self.label}: {name} has no range.", "call forward on data before freeze."
+                )
+        for name, given in ranges.items():
+            if given is not None:
+                setattr(self, name, given)
+
+    def require_open(self, call: str) -> None:
+        """Refuse a call that needs float weights.
+
+        Args:
+            call: Name of the method.
+
+        Raises:
+            StateError: It is frozen.
+        """
+        if self.is_frozen:
+            raise StateError(
+                f"{self.label}: {call} after freeze; it computes on codes now.",
+                "call quantize_inference, or keep a copy from before freeze.",
+            )
+
+    def require_codes(self, x: torch.Tensor) -> torch.Tensor:
+        """The codes of the input, int32.
+
+        Raises:
+            ArgumentError: Numbers that are no integers.
+            StateError: It is not frozen.
+        """
+        if not self.is_frozen:
+            raise StateError(
+                f"{self.label}: quantize_inference before freeze.", "call freeze first."
+            )
+        if x.is_floating_point() and not bool((x == x.round()).all()):
+            raise ArgumentError(
+                f"{self.label}: quantize_inference takes codes, and got numbers that are no integers.",
+                "call qi.quantize_tensor on the input of the network.",
+            )
+        return x.to(torch.int32)
+
+    def observe_input(self, x: torch.Tensor) -> torch.Tensor:
+        """The input on the grid of `qi`, which follows it; the input itself if the layer before has quantized it."""
+        self.require_open("forward")
+        return self._observe("qi", x)
+
+    def observe_output(self, x: torch.Tensor) -> torch.Tensor:
+        """The output on the grid of `qo`, which follows it; the output itself without `qo`."""
+        return self._observe("qo", x)
+
+    def _observe(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, name):
+            return x
+        qparam = getattr(self, name)
+        qparam.observe(x)
+        result: torch.Tensor = FakeQuantize.apply(x, qparam)
+        return result
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # A frozen layer has the ranges that `freeze` gave it. `load_state_dict` loads the children after this call.
+        for name in ("qi", "qo"):
+            scale = state_dict.get(f"{prefix}{name}.scale")
+            if scale is not None and not hasattr(self, name):
+                setattr(self, name, QParam(self.num_bits, scheme=self.scheme).to(scale.device))
+                self.is_frozen = True
+        super()._load_from_state_dict(state_dict, prefix, *args)

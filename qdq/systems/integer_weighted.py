@@ -1,0 +1,216 @@
+"""`QWeighted`: what layers with weights have in common in integer-only inference; `integer` has the formula."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from qdq.errors import StateError
+from qdq.systems.affine import FakeQuantize, Scheme
+from qdq.systems.grid import Grid
+from qdq.systems.integer import QModule
+from qdq.systems.integer_arithmetic import fits_int32, quantize_bias, rescale, split_blocks
+from qdq.systems.qparam import QParam
+
+logger = logging.getLogger(__name__)
+
+
+class QWeighted(QModule):
+    """A layer with a weight.
+
+    Args:
+        qi: As for `QModule`.
+        qo: As for `QModule`.
+        num_bits: Width of all codes.
+        scheme: As for `affine.find_codes`.
+        axis: As for `QParam`, for the weight.
+        groups: As for `QParam`, for the weight.
+
+    Attributes:
+        qw: Range of the weight.
+        M: Sw * Sx / Sa after `freeze`: one number, or one for each output channel or block of inputs; before, empty.
+    """
+
+    M: torch.Tensor
+    attribute: str
+    """Name of the attribute that holds the float layer; `freeze` replaces its weight by qw - Zw and its bias by qb."""
+    has_relu = False
+
+    def __init__(
+        self,
+        qi: bool = True,
+        qo: bool = True,
+        num_bits: int = 8,
+        *,
+        scheme: Scheme = "unsigned",
+        axis: int | None = None,
+        groups: int | None = None,
+    ) -> None:
+        super().__init__(qi, qo, num_bits, scheme=scheme)
+        self.qw = QParam(num_bits, scheme=scheme, axis=axis, groups=groups)
+        self.register_buffer("M", torch.empty(0, dtype=torch.float64))
+
+    @property
+    def layer(self) -> Any:
+        """The float layer."""
+        return getattr(self, self.attribute)
+
+    @property
+    def label(self) -> str:
+        """The layer, for messages."""
+        return f"{type(self).__name__} of {self.layer}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Calibrate: compute on the fake-quantized input and weight, which widen their ranges, then fake-quantize.
+
+        Raises:
+            ArgumentError: An empty tensor, NaN or Inf.
+            StateError: It is frozen.
+        """
+        x = self.observe_input(x)
+        weight, bias = self.fold(x)
+        self.qw.observe(weight)
+        x = self.operate(x, FakeQuantize.apply(weight, self.qw), bias)
+        return self.observe_output(F.relu(x) if self.has_relu else x)
+
+    def fold(self, x: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight and bias to quantize.
+
+        Args:
+            x: The input; None: what was learned from earlier inputs counts.
+        """
+        return self.layer.weight, self.layer.bias
+
+    def operate(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The float layer with another weight."""
+        raise NotImplementedError
+
+    def per_channel(self, numbers: torch.Tensor) -> torch.Tensor:
+        """One number, or one for each output channel, in a shape that fits the output."""
+        return numbers
+
+    @torch.no_grad()
+    def freeze(self, qi: QParam | None = None, qo: QParam | None = None) -> None:
+        """Compute M, and replace the weight by qw - Zw and the bias by qb; once. The arguments are as for `QModule`.
+
+        Raises:
+            ArgumentError: Two ranges for the input or the output, or none.
+            StateError: It is frozen or not calibrated, or its weight holds codes already.
+        """
+        if not (self.is_frozen or self.layer.weight.is_floating_point()):
+            raise StateError(
+                f"{self.label}: the weight holds codes already.",
+                "freeze once; a layer that two QModules share needs a copy for each.",
+            )
+        self.take_ranges(qi=qi, qo=qo)
+        weight, bias = self.fold(None)
+        codes = self.qw.quantize_tensor(weight)
+        codes = codes - self.qw.spread(self.qw.zero_point, codes).to(torch.int32)
+        if bias is not None:
+            bias = quantize_bias(bias, self._bias_scale(codes), self.label)
+            self.layer.bias = nn.Parameter(bias, requires_grad=False)
+        self.layer.weight = nn.Parameter(codes, requires_grad=False)
+        self.M = self._weight_scale(codes) * self.qi.scale.double() / self.qo.scale.double()
+        self.is_frozen = True
+        if not self._fits_int32():
+            logger.warning(
+                "%s: its sums may exceed int32; they are computed in float64", self.label
+            )
+
+    @torch.no_grad()
+    def quantize_inference(self, x: torch.Tensor) -> torch.Tensor:
+        """The codes of the output, int32. See `QModule.quantize_inference`."""
+        codes = self.require_codes(x) - self.qi.zero_point.to(torch.int32)
+        sums = self.accumulate(codes)
+        by_block = self.qw.axis == 1
+        ratio = self.M.reshape(-1, *[1] * codes.dim()) if by_block else self.per_channel(self.M)
+        scaled = rescale(sums, ratio, is_shared=by_block, is_integer=self._fits_int32())
+        zero_point = self.qo.zero_point.long()
+        lowest, highest = self.qo.codes
+        result = (scaled + zero_point).clamp(lowest, highest)
+        if self.has_relu:
+            result = torch.maximum(result, zero_point)
+        return result.to(torch.int32)
+
+    def accumulate(self, codes: torch.Tensor) -> torch.Tensor:
+        """The sums of products and the bias: in int32 on a CPU, exact in float64 on other devices; returned as int64.
+
+        Args:
+            codes: Codes of the input minus its zero point, int32.
+
+        Returns:
+            `[blocks, N, C, ...]`; one block, unless the weight has several scales along its inputs.
+        """
+        layer = self.layer
+        is_integer = codes.device.type == "cpu" and self._fits_int32()
+        if getattr(layer, "padding_mode", "zeros") != "zeros":  # not implemented for integers
+            is_integer = False
+        dtype = torch.int32 if is_integer else torch.float64
+        sums = []
+        for weight in split_blocks(layer.weight, self.qw):
+            products = self.operate(codes.to(dtype), weight.to(dtype), None)
+            sums.append(products.long())
+        if layer.bias is not None:
+            sums[self._bias_block()] += self.per_channel(layer.bias)
+        return torch.stack(sums)
+
+    def read_parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight and bias of a frozen layer as floats."""
+        codes, bias = self.layer.weight, self.layer.bias
+        weight = codes * self.qw.spread(self.qw.scale, codes)
+        if bias is not None:
+            bias = (bias * self._bias_scale(codes)).float()
+        return weight, bias
+
+    def grids(self, system: str = "affine") -> dict[str, Grid]:
+        """The grids of "input", "weight" and "output", those that it has. See `QModule.grids`."""
+        grids = super().grids(system)
+        if self.qw.is_calibrated:
+            grids["weight"] = self.qw.describe(system, len(self.layer.weight))
+        return grids
+
+    def _weight_scale(self, weight: torch.Tensor) -> torch.Tensor:
+        """The scale of the weight in float64: one, or one for each output channel or block of inputs."""
+        scale = self.qw.scale.double()
+        return self.qw.spread(scale, weight).flatten() if self.qw.axis == 0 else scale
+
+    def _bias_scale(self, weight: torch.Tensor) -> torch.Tensor:
+        scale = self._weight_scale(weight)
+        if self.qw.axis == 1:
+            scale = scale[self._bias_block()]
+        return scale * self.qi.scale.double()
+
+    def _bias_block(self) -> int:
+        """The block of inputs whose scale the bias has: the largest scale, blocks of zeros apart."""
+        if self.qw.axis != 1:
+            return 0
+        is_empty = self.qw.max == self.qw.min
+        return int(torch.where(is_empty, 0, self.qw.scale).argmax())
+
+    def _fits_int32(self) -> bool:
+        return fits_int32(self.layer.weight, self.layer.bias, self.qi)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        ratio = state_dict.get(f"{prefix}M")
+        if ratio is not None:
+            self.M = torch.empty(ratio.shape, dtype=torch.float64, device=self.M.device)
+            self.is_frozen = ratio.numel() > 0
+            self._fit_parameters(state_dict, f"{prefix}{self.attribute}.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _fit_parameters(self, state_dict: Any, prefix: str) -> None:
+        """Give the layer parameters of the kind in a state dict, codes or floats, before they are loaded."""
+        dtype = torch.int32 if self.is_frozen else torch.float32
+        for name in ("weight", "bias"):
+            value = state_dict.get(f"{prefix}{name}")
+            former = getattr(self.layer, name)
+            is_other = former is None or former.is_floating_point() == self.is_frozen
+            if value is not None and is_other:
+                empty = torch.empty(value.shape, dtype=dtype, device=self.layer.weight.device)
+                setattr(self.layer, name, nn.Parameter(empty, requires_grad=not self.is_frozen))

@@ -1,0 +1,163 @@
+"""The fake quantization of UINT8 training (Jacob et al., CVPR 2018, arXiv 1712.05877, section 3).
+
+For a range [a, b] that contains 0, codes L to H, scale S and zero point Z (`affine`), and the nudged range
+[a', b'] = [S * (L - Z), S * (H - Z)]:
+
+    value = S * (clamp(round_half_even(x / S) + Z, L, H) - Z);  the gradient passes where a' <= x <= b'
+
+A weight has its smallest and largest value as range, and codes 1 to 255, so that codes shifted to int8 are never -128.
+An input has codes 0 to 255, and averages of the smallest and largest values of the batches as range.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qdq.distributed import find_rank
+from qdq.errors import StateError
+from qdq.systems.affine import cast_like, solve_affine
+from qdq.systems.arithmetic import pass_gradient, require_values
+from qdq.systems.grid import Grid
+from qdq.systems.layer import SystemQuantizer
+
+EMA_DECAY = 0.999
+_SYSTEM = "UINT8 training"
+
+
+class UInt8Weight(SystemQuantizer):
+    """Quantizes a weight by its smallest and largest value.
+
+    Args:
+        name: Name of the layer, for messages.
+        symmetric: Codes -127 to 127 with zero point 0 instead, which TensorRT has.
+    """
+
+    def __init__(self, name: str = "UInt8Weight", *, symmetric: bool = False) -> None:
+        super().__init__()
+        self.name = name
+        self.symmetric = symmetric
+        self.codes = (-127, 127) if symmetric else (1, 255)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """The quantized weight.
+
+        Raises:
+            ArgumentError: An empty weight, NaN or Inf.
+        """
+        require_values(values, self.name)
+        return _fake_quantize(values, *self._solve(values), *self.codes)
+
+    def describe(self, values: torch.Tensor | None) -> Grid:
+        """The grid of a weight."""
+        assert values is not None  # noqa: S101  # a weight
+        scale, zero_point = self._solve(values)
+        return Grid(_SYSTEM, scale.reshape(1), zero_point.reshape(1), *self.codes)
+
+    def _solve(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        low, high = values.detach().aminmax()
+        return solve_affine(low, high, *self.codes, is_symmetric=self.symmetric)
+
+
+class UInt8Activation(SystemQuantizer):
+    """Quantizes an input by averages of the smallest and largest values of the batches.
+
+    With decay B, the average m_t = B * m_(t-1) + (1 - B) * v_t is divided by 1 - B^t. It moves in training mode, and in
+    the steps within `moving_ranges`.
+
+    Args:
+        name: Name of the layer, for messages.
+        symmetric: Codes -128 to 127 with zero point 0 instead, which TensorRT has.
+        decay: B.
+        delay: Number of steps in which it only watches; the paper takes 50 000 to 2 million.
+
+    Attributes:
+        running_min: Average of the smallest values, not divided.
+        running_max: Average of the largest values, not divided.
+        num_steps: Number of batches so far.
+        is_moving: Whether it also moves in evaluation mode, where there are gradients.
+    """
+
+    running_min: torch.Tensor
+    running_max: torch.Tensor
+    num_steps: torch.Tensor
+
+    def __init__(
+        self,
+        name: str = "UInt8Activation",
+        *,
+        symmetric: bool = False,
+        decay: float = EMA_DECAY,
+        delay: int = 0,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.symmetric = symmetric
+        self.codes = (-128, 127) if symmetric else (0, 255)
+        self.decay = decay
+        self.delay = delay
+        self.is_moving = False
+        self.register_buffer("running_min", torch.zeros(()))
+        self.register_buffer("running_max", torch.zeros(()))
+        self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """The quantized input; the input itself during the delay.
+
+        Raises:
+            ArgumentError: An empty batch, NaN or Inf.
+            StateError: It has seen no batch; it should move in one of several processes.
+        """
+        require_values(values, self.name)
+        if self.training or (self.is_moving and torch.is_grad_enabled()):
+            self._move(values.detach().float())
+        if self.num_steps == 0 and not self.is_moving:
+            raise self._uncalibrated()
+        if self.num_steps == 0 or self.num_steps <= self.delay:
+            return values
+        return _fake_quantize(values, *self._solve(), *self.codes)
+
+    def describe(self, values: torch.Tensor | None) -> Grid:
+        """The grid of the input.
+
+        Raises:
+            StateError: It has seen no more batches than the delay.
+        """
+        if self.num_steps == 0 or self.num_steps <= self.delay:
+            raise self._uncalibrated()
+        scale, zero_point = self._solve()
+        return Grid(_SYSTEM, scale.reshape(1), zero_point.reshape(1), *self.codes)
+
+    @torch.no_grad()
+    def _move(self, values: torch.Tensor) -> None:
+        if find_rank()[1] > 1:
+            raise StateError(
+                f"{self.name}: the averages of several processes differ.", "train in one process."
+            )
+        low, high = values.aminmax()
+        self.running_min.mul_(self.decay).add_(low * (1 - self.decay))
+        self.running_max.mul_(self.decay).add_(high * (1 - self.decay))
+        self.num_steps.add_(1)
+
+    def _solve(self) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = 1 - self.decay ** self.num_steps.double()
+        low, high = self.running_min / weight, self.running_max / weight
+        return solve_affine(low, high, *self.codes, is_symmetric=self.symmetric)
+
+    def _uncalibrated(self) -> StateError:
+        return StateError(
+            f"{self.name}: the range of its input has seen {int(self.num_steps)} batches, with a delay "
+            f"of {self.delay}.",
+            "train first.",
+        )
+
+
+def _fake_quantize(
+    values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, lowest: int, highest: int
+) -> torch.Tensor:
+    """The quantized values; the gradient passes inside the nudged range, ends included."""
+    codes = (values.float() / scale).round() + zero_point
+    quantized = scale * (codes.clamp(lowest, highest) - zero_point)
+    inside = torch.clamp(
+        values.float(), scale * (lowest - zero_point), scale * (highest - zero_point)
+    )
+    return cast_like(pass_gradient(inside, quantized), values)

@@ -1,0 +1,98 @@
+"""UINT8 training of a model (Jacob et al., CVPR 2018, arXiv 1712.05877); `uint8_quantizers` has the formulas.
+
+BatchNorm is folded before training. The inputs of layers are quantized: what a ReLU cuts off is outside the range of its
+reader; the result of an addition, and a concat with all its parts, has the scale of the layer that reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from qdq.errors import ArgumentError
+from qdq.fold import fold_batchnorm
+from qdq.systems.integer_arithmetic import quantize_bias
+from qdq.systems.layer import SystemLayer, convert_layer, is_layer
+from qdq.systems.uint8_quantizers import EMA_DECAY, UInt8Activation, UInt8Weight
+
+
+@contextmanager
+def moving_ranges(model: nn.Module) -> Iterator[None]:
+    """Let the ranges of inputs follow the batches in the block, though the model is in evaluation mode.
+
+    `qdq.finetune` keeps a model in that mode. Only forwards with gradients move the ranges, so measurements do not.
+
+    Args:
+        model: A model from `prepare_uint8_training`.
+    """
+    quantizers = [module for module in model.modules() if isinstance(module, UInt8Activation)]
+    for quantizer in quantizers:
+        quantizer.is_moving = True
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.is_moving = False
+
+
+def prepare_uint8_training(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    symmetric: bool = False,
+    decay: float = EMA_DECAY,
+    delay: int = 0,
+) -> list[str]:
+    """Fold BatchNorm, and quantize the weights and inputs of all convolutions and linear layers; in place.
+
+    Train it in training mode, or with `qdq.finetune` within `moving_ranges`.
+
+    Args:
+        model: A trained float model.
+        example_inputs: One batch, for `fold_batchnorm`.
+        symmetric: Zero point 0 and signed codes, so that the result fits TensorRT as it is.
+        decay: Of the averages of `UInt8Activation`.
+        delay: Number of steps before inputs are quantized.
+
+    Returns:
+        Dotted names of the layers.
+
+    Raises:
+        ArgumentError: A decay outside [0, 1), a negative delay, or no layer.
+        ArgumentTypeError: No model.
+    """
+    if not 0 <= decay < 1:
+        raise ArgumentError(f"decay is {decay}; it must be at least 0 and below 1.", "use 0.999.")
+    if delay < 0:
+        raise ArgumentError(f"delay is {delay}; it must be 0 or more.", "use 0.")
+    fold_batchnorm(model, example_inputs)
+    layers = {name: module for name, module in model.named_modules() if is_layer(module)}
+    if not layers:
+        raise ArgumentError("the model has no float layer.", "pass a float model.")
+    for name, layer in layers.items():
+        weight_system = UInt8Weight(name, symmetric=symmetric)
+        input_system = UInt8Activation(name, symmetric=symmetric, decay=decay, delay=delay)
+        convert_layer(layer, weight_system, input_system)
+    return list(layers)
+
+
+def bias_codes(layer: SystemLayer) -> torch.Tensor | None:
+    """The bias of a trained layer in int32, with the scale of the input times that of the weight; None without a bias.
+
+    Args:
+        layer: A layer of a model from `prepare_uint8_training`.
+
+    Raises:
+        StateError: It is not trained.
+    """
+    bias: Any = layer.bias
+    if bias is None or layer.input_system is None or layer.weight_system is None:
+        return None
+    scale = (
+        layer.input_system.describe(None).scale * layer.weight_system.describe(layer.weight).scale
+    )
+    return quantize_bias(bias, scale, getattr(layer.input_system, "name", "layer"))
