@@ -66,6 +66,7 @@ class Collection:
 
     Args:
         model: A swapped model.
+        may_be_empty: Accept a model without an enabled quantizer.
 
     Attributes:
         model: The model.
@@ -80,7 +81,7 @@ class Collection:
         ArgumentError: No enabled quantizer, or one with several axes.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, may_be_empty: bool = False) -> None:
         self.model = model
         self.quantizers: dict[str, TensorQuantizer] = {}
         self.layers: dict[str, QuantInputMixin] = {}
@@ -103,7 +104,7 @@ class Collection:
             else:
                 self.collecting[name] = quantizer
                 self.leaders[name] = self.names[quantizer.leader]
-        if not self.weights and not self.collecting:
+        if not self.weights and not self.collecting and not may_be_empty:
             raise ArgumentError(
                 "the model has no enabled quantizer.",
                 "call swap_modules first, and rewire_operations for products that are function calls (or "

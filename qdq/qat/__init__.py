@@ -142,7 +142,7 @@ def finetune(
         distillation: The distance to the teacher; None leaves it out.
         teacher: The float model; None: the model at this call, with its quantizers off.
         schedule: Length and learning rates.
-        ranges: "frozen", "lsq", "pact" or "ema", see `RangeTuning`.
+        ranges: "frozen", "lsq", "pact", "ema" or "none", see `RangeTuning`.
         train: "all", "ranges" (learned ranges only) or "batchnorm" (only the statistics of live BatchNorm, no range).
             Parameters with `requires_grad=False` do not change.
         layers: Patterns (see `qdq.patterns`) of modules. Only these are trained, with their ranges and the statistics

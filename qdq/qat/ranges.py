@@ -16,7 +16,7 @@ from qdq.quantize import RANGE_RULES, find_range_axis
 from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.text import list_names
 
-RANGE_METHODS = ("frozen", *RANGE_RULES, "ema")
+RANGE_METHODS = ("frozen", *RANGE_RULES, "ema", "none")
 _DECAY = 0.99  # of the moving average, as in torch.ao's observer for training
 
 
@@ -26,7 +26,8 @@ class RangeTuning:
     "lsq" learns the ranges of inputs and weights (Esser et al., arXiv 1902.08153). "pact" learns those of inputs, from
     the clipped values (Choi et al., arXiv 1805.06085). The quantizers hold learned ranges as parameters. With "ema" the
     range of an input is the moving average of the largest value of each batch, and the range of a weight is its largest
-    value (Jacob et al., CVPR 2018, arXiv 1712.05877). "frozen" changes no range.
+    value (Jacob et al., CVPR 2018, arXiv 1712.05877). "frozen" changes no range. "none" is for models
+    without ranges: those of another number system, see `qdq.systems`.
 
     Args:
         model: A calibrated model.
@@ -52,7 +53,7 @@ class RangeTuning:
         self._exits = ExitStack()
         self._largest: dict[TensorQuantizer, torch.Tensor] = {}
         self._quantizers = dict(named_quantizers(model))
-        collection = Collection(model)
+        collection = Collection(model, may_be_empty=method == "none")
         self._weights = self._select_weights(collection, within)
         leaders = {
             name: leader

@@ -133,7 +133,7 @@ class _QuantizedWeight:
 def _list_weights(model: nn.Module) -> list[_QuantizedWeight]:
     quantizers = dict(named_quantizers(model))
     weights = []
-    for name, site in Collection(model).weights.items():
+    for name, site in Collection(model, may_be_empty=True).weights.items():
         weights.append(_QuantizedWeight(site, name, quantizers[name]))
     return weights
 
@@ -160,7 +160,7 @@ def find_bad_ranges(model: nn.Module, batch: Any) -> tuple[BadRange, ...]:
         _add_fit(fits, name, module, inputs[0], may_be_zero=False)
 
     with ExitStack() as hooks:
-        for name in Collection(model).collecting:
+        for name in Collection(model, may_be_empty=True).collecting:
             quantizer = model.get_submodule(name)
             hook = quantizer.register_forward_pre_hook(partial(measure_input, name))
             hooks.callback(hook.remove)

@@ -78,7 +78,7 @@ def cast_like(quantized: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         quantized: In float32 or float64.
         values: A tensor of the type.
     """
-    limit = torch.finfo(values.dtype).max
+    limit = min(torch.finfo(values.dtype).max, torch.finfo(quantized.dtype).max)
     return quantized.clamp(-limit, limit).to(values.dtype)
 
 

@@ -30,7 +30,8 @@ def sign_of(values: torch.Tensor, zero: int = 1) -> torch.Tensor:
 
 def pass_gradient(values: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
     """The quantized values with the gradient of the values (straight-through; Bengio et al., arXiv 1308.3432)."""
-    return quantized.detach() + (values - values.detach())  # adds exactly 0
+    # Not values + (quantized - values): this sum is rounded, and its result is not always the quantized value.
+    return quantized.detach() + (values - values.detach())
 
 
 def require_bits(bits: Any, layer: str, least: int = 1) -> None:

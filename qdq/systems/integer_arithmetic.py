@@ -115,3 +115,26 @@ def split_blocks(weight: torch.Tensor, qw: QParam) -> list[torch.Tensor]:
     numbers = torch.arange(qw.scale.numel(), device=weight.device)
     number_of_input = qw.spread(numbers, weight)
     return [weight * (number_of_input == number) for number in numbers]
+
+
+def spread_scale(qw: QParam, weight: torch.Tensor) -> torch.Tensor:
+    """The scale of a weight in float64: one, or one for each output channel or block of inputs.
+
+    Args:
+        qw: Range of the weight.
+        weight: The weight or its codes.
+    """
+    scale = qw.scale.double()
+    return qw.spread(scale, weight).flatten() if qw.axis == 0 else scale
+
+
+def find_bias_block(qw: QParam) -> int:
+    """The block of inputs to whose sum the bias is added: that of the largest scale, blocks of zeros apart.
+
+    Args:
+        qw: Range of the weight.
+    """
+    if qw.axis != 1:
+        return 0
+    is_empty = qw.max == qw.min
+    return int(torch.where(is_empty, 0, qw.scale).argmax())

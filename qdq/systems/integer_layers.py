@@ -43,6 +43,12 @@ class QConv2d(QWeighted):
         result: torch.Tensor = self.conv_module._conv_forward(x, weight, bias)
         return result
 
+    @property
+    def has_integer_kernel(self) -> bool:
+        """Whether torch computes the layer on integers, on a CPU."""
+        layer = self.conv_module
+        return layer.padding_mode == "zeros" and set(layer.dilation) == {1}
+
     def per_channel(self, numbers: torch.Tensor) -> torch.Tensor:
         """Numbers `[]` or `[C]` in a shape that fits `[N, C, H, W]`."""
         return numbers.reshape(-1, 1, 1)

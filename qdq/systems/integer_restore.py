@@ -1,4 +1,4 @@
-"""`restore_float`: the way back from a frozen network to float layers, which `to_tensorrt` needs."""
+"""`restore_float`: the way back from a frozen network to float layers, from which it is exported."""
 
 from __future__ import annotations
 
@@ -6,50 +6,67 @@ import torch
 from torch import nn
 
 from qdq.errors import StateError
-from qdq.systems.grid import Grid
+from qdq.systems.grid import note_grid
+from qdq.systems.integer import QModule
 from qdq.systems.integer_layers import QConvBNReLU
+from qdq.systems.integer_network import IntegerNetwork
 from qdq.systems.integer_weighted import QWeighted
 
 
 @torch.no_grad()
-def restore_float(model: nn.Module) -> dict[nn.Module, dict[str, Grid]]:
-    """Put the quantized weights of a frozen network into its float layers, in place.
+def restore_float(model: nn.Module) -> list[nn.Module]:
+    """Put the quantized weights of a frozen network into its float layers, and remove the integer layers; in place.
 
-    The float forward of the model then computes with them, and its integer layers are of no more use. A BatchNorm that
-    was folded becomes neutral.
+    The float forward of the model then computes with these weights. A BatchNorm that was folded is `nn.Identity`. The
+    layers remember the grids of "weight" and "input" (`grid.find_grid`).
 
     Args:
         model: A frozen network.
 
     Returns:
-        Float layer -> grids of its "input", "weight" and "output".
+        The float layers.
 
     Raises:
-        StateError: A layer is not frozen.
+        StateError: A layer is not frozen, or there is none.
     """
     qlayers = [module for module in model.modules() if isinstance(module, QWeighted)]
+    if not qlayers:
+        raise StateError("the model has no integer layer.", "call quantize, calibrate and freeze.")
     for qlayer in qlayers:
         if not qlayer.is_frozen:
             raise StateError(f"{qlayer.label}: it is not frozen.", "calibrate and freeze it.")
-    grids: dict[nn.Module, dict[str, Grid]] = {}
+    folded = set()
     for qlayer in qlayers:
-        layer = qlayer.layer
-        grids[layer] = qlayer.grids()
-        weight, bias = qlayer.read_parameters()
-        qlayer.is_frozen = False
-        qlayer.M = qlayer.M.new_empty(0)
-        layer.weight = nn.Parameter(weight)
-        layer.bias = None if bias is None else nn.Parameter(bias)
+        grids = qlayer.grids()
+        weight, bias = read_parameters(qlayer)
+        qlayer.layer.weight = nn.Parameter(weight)
+        qlayer.layer.bias = None if bias is None else nn.Parameter(bias)
+        note_grid(qlayer.layer, "weight", grids["weight"])
+        note_grid(qlayer.layer, "input", grids["input"])
         if isinstance(qlayer, QConvBNReLU):
-            _neutralize(qlayer.bn_module)
-    return grids
+            folded.add(qlayer.bn_module)
+    _remove(model, folded)
+    return [qlayer.layer for qlayer in qlayers]
 
 
-def _neutralize(batchnorm: nn.BatchNorm2d) -> None:
-    """Make a BatchNorm return its input."""
-    batchnorm.reset_running_stats()
-    assert batchnorm.running_var is not None  # noqa: S101
-    batchnorm.running_var.sub_(batchnorm.eps)
-    if batchnorm.affine:
-        batchnorm.weight.fill_(1)
-        batchnorm.bias.fill_(0)
+def read_parameters(qlayer: QWeighted) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight and bias of a frozen layer as floats.
+
+    Args:
+        qlayer: The layer.
+    """
+    codes, bias = qlayer.layer.weight, qlayer.layer.bias
+    weight = codes * qlayer.qw.spread(qlayer.qw.scale, codes)
+    return weight, None if bias is None else (bias * qlayer.bias_scale()).float()
+
+
+def _remove(model: nn.Module, folded: set[nn.BatchNorm2d]) -> None:
+    """Remove the integer layers, and replace each folded BatchNorm by `nn.Identity`."""
+    for parent in list(model.modules()):
+        if isinstance(parent, IntegerNetwork):
+            del parent.qlayers
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, QModule):
+                del parent._modules[name]
+            elif child in folded:
+                parent._modules[name] = nn.Identity()

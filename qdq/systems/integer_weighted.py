@@ -13,7 +13,14 @@ from qdq.errors import StateError
 from qdq.systems.affine import FakeQuantize, Scheme
 from qdq.systems.grid import Grid
 from qdq.systems.integer import QModule
-from qdq.systems.integer_arithmetic import fits_int32, quantize_bias, rescale, split_blocks
+from qdq.systems.integer_arithmetic import (
+    find_bias_block,
+    fits_int32,
+    quantize_bias,
+    rescale,
+    split_blocks,
+    spread_scale,
+)
 from qdq.systems.qparam import QParam
 
 logger = logging.getLogger(__name__)
@@ -113,10 +120,10 @@ class QWeighted(QModule):
         codes = self.qw.quantize_tensor(weight)
         codes = codes - self.qw.spread(self.qw.zero_point, codes).to(torch.int32)
         if bias is not None:
-            bias = quantize_bias(bias, self._bias_scale(codes), self.label)
+            bias = quantize_bias(bias, self.bias_scale(), self.label)
             self.layer.bias = nn.Parameter(bias, requires_grad=False)
         self.layer.weight = nn.Parameter(codes, requires_grad=False)
-        self.M = self._weight_scale(codes) * self.qi.scale.double() / self.qo.scale.double()
+        self.M = spread_scale(self.qw, codes) * self.qi.scale.double() / self.qo.scale.double()
         self.is_frozen = True
         if not self._fits_int32():
             logger.warning(
@@ -138,6 +145,11 @@ class QWeighted(QModule):
             result = torch.maximum(result, zero_point)
         return result.to(torch.int32)
 
+    @property
+    def has_integer_kernel(self) -> bool:
+        """Whether torch computes the layer on integers, on a CPU."""
+        return True
+
     def accumulate(self, codes: torch.Tensor) -> torch.Tensor:
         """The sums of products and the bias: in int32 on a CPU, exact in float64 on other devices; returned as int64.
 
@@ -148,25 +160,16 @@ class QWeighted(QModule):
             `[blocks, N, C, ...]`; one block, unless the weight has several scales along its inputs.
         """
         layer = self.layer
-        is_integer = codes.device.type == "cpu" and self._fits_int32()
-        if getattr(layer, "padding_mode", "zeros") != "zeros":  # not implemented for integers
-            is_integer = False
+        has_kernel = codes.device.type == "cpu" and self.has_integer_kernel
+        is_integer = has_kernel and self._fits_int32()
         dtype = torch.int32 if is_integer else torch.float64
         sums = []
         for weight in split_blocks(layer.weight, self.qw):
             products = self.operate(codes.to(dtype), weight.to(dtype), None)
             sums.append(products.long())
         if layer.bias is not None:
-            sums[self._bias_block()] += self.per_channel(layer.bias)
+            sums[find_bias_block(self.qw)] += self.per_channel(layer.bias)
         return torch.stack(sums)
-
-    def read_parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weight and bias of a frozen layer as floats."""
-        codes, bias = self.layer.weight, self.layer.bias
-        weight = codes * self.qw.spread(self.qw.scale, codes)
-        if bias is not None:
-            bias = (bias * self._bias_scale(codes)).float()
-        return weight, bias
 
     def grids(self, system: str = "affine") -> dict[str, Grid]:
         """The grids of "input", "weight" and "output", those that it has. See `QModule.grids`."""
@@ -175,23 +178,12 @@ class QWeighted(QModule):
             grids["weight"] = self.qw.describe(system, len(self.layer.weight))
         return grids
 
-    def _weight_scale(self, weight: torch.Tensor) -> torch.Tensor:
-        """The scale of the weight in float64: one, or one for each output channel or block of inputs."""
-        scale = self.qw.scale.double()
-        return self.qw.spread(scale, weight).flatten() if self.qw.axis == 0 else scale
-
-    def _bias_scale(self, weight: torch.Tensor) -> torch.Tensor:
-        scale = self._weight_scale(weight)
+    def bias_scale(self) -> torch.Tensor:
+        """Scale of the bias codes in float64: that of the input times that of the weight."""
+        scale = spread_scale(self.qw, self.layer.weight)
         if self.qw.axis == 1:
-            scale = scale[self._bias_block()]
+            scale = scale[find_bias_block(self.qw)]
         return scale * self.qi.scale.double()
-
-    def _bias_block(self) -> int:
-        """The block of inputs whose scale the bias has: the largest scale, blocks of zeros apart."""
-        if self.qw.axis != 1:
-            return 0
-        is_empty = self.qw.max == self.qw.min
-        return int(torch.where(is_empty, 0, self.qw.scale).argmax())
 
     def _fits_int32(self) -> bool:
         return fits_int32(self.layer.weight, self.layer.bias, self.qi)

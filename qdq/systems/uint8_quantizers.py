@@ -61,8 +61,8 @@ class UInt8Weight(SystemQuantizer):
 class UInt8Activation(SystemQuantizer):
     """Quantizes an input by averages of the smallest and largest values of the batches.
 
-    With decay B, the average m_t = B * m_(t-1) + (1 - B) * v_t is divided by 1 - B^t. It moves in training mode, and in
-    the steps within `moving_ranges`.
+    With decay B, the average m_t = B * m_(t-1) + (1 - B) * v_t is divided by 1 - B^t. It moves in every forward in
+    training mode, and in every step of an optimizer within `moving_ranges`.
 
     Args:
         name: Name of the layer, for messages.
@@ -96,6 +96,7 @@ class UInt8Activation(SystemQuantizer):
         self.decay = decay
         self.delay = delay
         self.is_moving = False
+        self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
         self.register_buffer("running_min", torch.zeros(()))
         self.register_buffer("running_max", torch.zeros(()))
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
@@ -109,12 +110,15 @@ class UInt8Activation(SystemQuantizer):
         """
         require_values(values, self.name)
         if self.training or (self.is_moving and torch.is_grad_enabled()):
-            self._move(values.detach().float())
-        if self.num_steps == 0 and not self.is_moving:
+            self._observe(values.detach().float())
+        low, high, num_steps = self._average()
+        if self.training:
+            self.after_step()
+        if num_steps == 0 and not self.is_moving:
             raise self._uncalibrated()
-        if self.num_steps == 0 or self.num_steps <= self.delay:
+        if num_steps == 0 or num_steps <= self.delay:
             return values
-        return _fake_quantize(values, *self._solve(), *self.codes)
+        return _fake_quantize(values, *self._solve(low, high), *self.codes)
 
     def describe(self, values: torch.Tensor | None) -> Grid:
         """The grid of the input.
@@ -122,25 +126,49 @@ class UInt8Activation(SystemQuantizer):
         Raises:
             StateError: It has seen no more batches than the delay.
         """
-        if self.num_steps == 0 or self.num_steps <= self.delay:
+        low, high, num_steps = self._average()
+        if num_steps == 0 or num_steps <= self.delay:
             raise self._uncalibrated()
-        scale, zero_point = self._solve()
+        scale, zero_point = self._solve(low, high)
         return Grid(_SYSTEM, scale.reshape(1), zero_point.reshape(1), *self.codes)
 
     @torch.no_grad()
-    def _move(self, values: torch.Tensor) -> None:
+    def after_step(self) -> None:
+        """Keep the averages with the batch of this step, if the step reached the layer."""
+        if self._pending is None:
+            return
+        low, high = self._pending
+        self.running_min.mul_(self.decay).add_(low * (1 - self.decay))
+        self.running_max.mul_(self.decay).add_(high * (1 - self.decay))
+        self.num_steps.add_(1)
+        self._pending = None
+
+    def forget_step(self) -> None:
+        """Drop the batch of a step that did not end."""
+        self._pending = None
+
+    def _observe(self, values: torch.Tensor) -> None:
         if find_rank()[1] > 1:
             raise StateError(
                 f"{self.name}: the averages of several processes differ.", "train in one process."
             )
         low, high = values.aminmax()
-        self.running_min.mul_(self.decay).add_(low * (1 - self.decay))
-        self.running_max.mul_(self.decay).add_(high * (1 - self.decay))
-        self.num_steps.add_(1)
+        if self._pending is not None:  # the layer runs more than once in a step
+            low = torch.minimum(low, self._pending[0])
+            high = torch.maximum(high, self._pending[1])
+        self._pending = low, high
 
-    def _solve(self) -> tuple[torch.Tensor, torch.Tensor]:
-        weight = 1 - self.decay ** self.num_steps.double()
-        low, high = self.running_min / weight, self.running_max / weight
+    def _average(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The averages with the batch of this step, divided, and the number of batches in them."""
+        low, high, num_steps = self.running_min, self.running_max, self.num_steps
+        if self._pending is not None:
+            low = self.decay * low + (1 - self.decay) * self._pending[0]
+            high = self.decay * high + (1 - self.decay) * self._pending[1]
+            num_steps = num_steps + 1
+        weight = 1 - self.decay ** num_steps.double()
+        return low / weight, high / weight, num_steps
+
+    def _solve(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return solve_affine(low, high, *self.codes, is_symmetric=self.symmetric)
 
     def _uncalibrated(self) -> StateError:
@@ -155,9 +183,12 @@ def _fake_quantize(
     values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, lowest: int, highest: int
 ) -> torch.Tensor:
     """The quantized values; the gradient passes inside the nudged range, ends included."""
-    codes = (values.float() / scale).round() + zero_point
+    inputs = values.float()
+    codes = (inputs / scale).round() + zero_point
     quantized = scale * (codes.clamp(lowest, highest) - zero_point)
-    inside = torch.clamp(
-        values.float(), scale * (lowest - zero_point), scale * (highest - zero_point)
+    low, high = scale * (lowest - zero_point), scale * (highest - zero_point)
+    is_inside = (inputs >= low) & (inputs <= high)
+    # Not torch.clamp: its gradient at an end is 1/2.
+    return cast_like(
+        pass_gradient(torch.where(is_inside, inputs, inputs.detach()), quantized), values
     )
-    return cast_like(pass_gradient(inside, quantized), values)

@@ -1,7 +1,7 @@
 """UINT8 training of a model (Jacob et al., CVPR 2018, arXiv 1712.05877); `uint8_quantizers` has the formulas.
 
-BatchNorm is folded before training. The inputs of layers are quantized: what a ReLU cuts off is outside the range of its
-reader; the result of an addition, and a concat with all its parts, has the scale of the layer that reads it.
+BatchNorm is folded before training. The inputs of layers are quantized: what a ReLU cuts off is outside the range of
+its reader; the result of an addition, and a concat with all its parts, has the scale of the layer that reads it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qdq.errors import ArgumentError
 from qdq.fold import fold_batchnorm
@@ -24,19 +25,28 @@ from qdq.systems.uint8_quantizers import EMA_DECAY, UInt8Activation, UInt8Weight
 def moving_ranges(model: nn.Module) -> Iterator[None]:
     """Let the ranges of inputs follow the batches in the block, though the model is in evaluation mode.
 
-    `qdq.finetune` keeps a model in that mode. Only forwards with gradients move the ranges, so measurements do not.
+    `qdq.finetune` keeps a model in that mode. The ranges move with each step of an optimizer, by the forwards that had
+    gradients: neither measurements nor a step that fails move them.
 
     Args:
         model: A model from `prepare_uint8_training`.
     """
     quantizers = [module for module in model.modules() if isinstance(module, UInt8Activation)]
+
+    def move(*_: Any) -> None:
+        for quantizer in quantizers:
+            quantizer.after_step()
+
     for quantizer in quantizers:
         quantizer.is_moving = True
+    handle = register_optimizer_step_post_hook(move)
     try:
         yield
     finally:
+        handle.remove()
         for quantizer in quantizers:
             quantizer.is_moving = False
+            quantizer.forget_step()
 
 
 def prepare_uint8_training(
@@ -76,7 +86,7 @@ def prepare_uint8_training(
     for name, layer in layers.items():
         weight_system = UInt8Weight(name, symmetric=symmetric)
         input_system = UInt8Activation(name, symmetric=symmetric, decay=decay, delay=delay)
-        convert_layer(layer, weight_system, input_system)
+        convert_layer(layer, weight_system, input_system).train(layer.training)
     return list(layers)
 
 
