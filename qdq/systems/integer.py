@@ -175,7 +175,7 @@ class QModule(nn.Module):
         if not hasattr(self, name):
             return x
         qparam = getattr(self, name)
-        qparam.observe(x)
+        qparam.observe(x, f"{self.label}, {name}")
         result: torch.Tensor = FakeQuantize.apply(x, qparam)
         return result
 

@@ -35,6 +35,8 @@ class QConv2d(QWeighted):
     ) -> None:
         super().__init__(qi, qo, num_bits, **options)
         self.conv_module = conv_module
+        is_plain = conv_module.padding_mode == "zeros" and set(conv_module.dilation) == {1}
+        self.has_integer_kernel = is_plain
 
     def operate(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
@@ -42,12 +44,6 @@ class QConv2d(QWeighted):
         """The convolution with another weight; a padded zero is code Zx."""
         result: torch.Tensor = self.conv_module._conv_forward(x, weight, bias)
         return result
-
-    @property
-    def has_integer_kernel(self) -> bool:
-        """Whether torch computes the layer on integers, on a CPU."""
-        layer = self.conv_module
-        return layer.padding_mode == "zeros" and set(layer.dilation) == {1}
 
     def per_channel(self, numbers: torch.Tensor) -> torch.Tensor:
         """Numbers `[]` or `[C]` in a shape that fits `[N, C, H, W]`."""

@@ -46,6 +46,8 @@ class QWeighted(QModule):
     attribute: str
     """Name of the attribute that holds the float layer; `freeze` replaces its weight by qw - Zw and its bias by qb."""
     has_relu = False
+    has_integer_kernel = True
+    """Whether torch computes the layer on integers, on a CPU."""
 
     def __init__(
         self,
@@ -72,15 +74,10 @@ class QWeighted(QModule):
         return f"{type(self).__name__} of {self.layer}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Calibrate: compute on the fake-quantized input and weight, which widen their ranges, then fake-quantize.
-
-        Raises:
-            ArgumentError: An empty tensor, NaN or Inf.
-            StateError: It is frozen.
-        """
+        """Calibrate: compute on the fake-quantized input and weight, which widen their ranges, then fake-quantize."""
         x = self.observe_input(x)
         weight, bias = self.fold(x)
-        self.qw.observe(weight)
+        self.qw.observe(weight, f"{self.label}, weight")
         x = self.operate(x, FakeQuantize.apply(weight, self.qw), bias)
         return self.observe_output(F.relu(x) if self.has_relu else x)
 
@@ -104,12 +101,7 @@ class QWeighted(QModule):
 
     @torch.no_grad()
     def freeze(self, qi: QParam | None = None, qo: QParam | None = None) -> None:
-        """Compute M, and replace the weight by qw - Zw and the bias by qb; once. The arguments are as for `QModule`.
-
-        Raises:
-            ArgumentError: Two ranges for the input or the output, or none.
-            StateError: It is frozen or not calibrated, or its weight holds codes already.
-        """
+        """Compute M, and replace the weight by qw - Zw and the bias by qb; once. See `QModule.freeze`."""
         if not (self.is_frozen or self.layer.weight.is_floating_point()):
             raise StateError(
                 f"{self.label}: the weight holds codes already.",
@@ -144,11 +136,6 @@ class QWeighted(QModule):
         if self.has_relu:
             result = torch.maximum(result, zero_point)
         return result.to(torch.int32)
-
-    @property
-    def has_integer_kernel(self) -> bool:
-        """Whether torch computes the layer on integers, on a CPU."""
-        return True
 
     def accumulate(self, codes: torch.Tensor) -> torch.Tensor:
         """The sums of products and the bias: in int32 on a CPU, exact in float64 on other devices; returned as int64.

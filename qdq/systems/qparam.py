@@ -81,8 +81,12 @@ class QParam(nn.Module):
         return find_codes(self.num_bits, self.scheme)
 
     @torch.no_grad()
-    def update(self, tensor: torch.Tensor) -> None:
+    def update(self, tensor: torch.Tensor, label: str = "QParam") -> None:
         """Widen the range to the values of a tensor, and compute scale and zero point anew.
+
+        Args:
+            tensor: Any shape.
+            label: Name of the tensor, for messages.
 
         Raises:
             ArgumentError: An empty tensor, NaN or Inf; an axis that the groups do not divide.
@@ -90,8 +94,8 @@ class QParam(nn.Module):
             StateError: It has no width.
         """
         codes = self.codes
-        require_values(tensor, "QParam")
-        low, high = self._find_ends(tensor.float())
+        require_values(tensor, label)
+        low, high = self._find_ends(tensor.float(), label)
         low, high = low.clamp(max=0), high.clamp(min=0)
         if self.is_calibrated:
             low, high = torch.minimum(self.min, low), torch.maximum(self.max, high)
@@ -99,17 +103,13 @@ class QParam(nn.Module):
         is_symmetric = self.scheme == "symmetric"
         self.scale, self.zero_point = solve_affine(low, high, *codes, is_symmetric=is_symmetric)
 
-    def observe(self, tensor: torch.Tensor) -> None:
+    def observe(self, tensor: torch.Tensor, label: str) -> None:
         """`update`, unless the range is held (`holding_ranges`)."""
         if self.is_tracking:
-            self.update(tensor)
+            self.update(tensor, label)
 
     def quantize_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The codes of a tensor, int32.
-
-        Raises:
-            StateError: Not calibrated.
-        """
+        """The codes of a tensor, int32."""
         self.require_calibrated()
         lowest, highest = self.codes
         scaled = tensor.float() / self.spread(self.scale, tensor)
@@ -117,11 +117,7 @@ class QParam(nn.Module):
         return codes.clamp(lowest, highest).to(torch.int32)
 
     def dequantize_tensor(self, codes: torch.Tensor) -> torch.Tensor:
-        """The values of codes, float32.
-
-        Raises:
-            StateError: Not calibrated.
-        """
+        """The values of codes, float32."""
         self.require_calibrated()
         return self.spread(self.scale, codes) * (codes - self.spread(self.zero_point, codes))
 
@@ -168,7 +164,7 @@ class QParam(nn.Module):
             scale, zero_point = scale.max().reshape(1), zero_point[:1]
         return Grid(system, scale, zero_point, *self.codes, obstacle=obstacle)
 
-    def _find_ends(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _find_ends(self, tensor: torch.Tensor, label: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The smallest and the largest value of each range."""
         if self.axis is None:
             return tensor.aminmax()
@@ -176,7 +172,7 @@ class QParam(nn.Module):
         groups = size if self.groups is None else self.groups
         if size % groups:
             raise ShapeError(
-                f"QParam: {groups} groups do not divide the {size} indices of axis {self.axis} of a tensor "
+                f"{label}: {groups} groups do not divide the {size} indices of axis {self.axis} of a tensor "
                 f"of shape {tuple(tensor.shape)}.",
                 "choose a divisor.",
             )

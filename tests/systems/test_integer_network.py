@@ -297,3 +297,16 @@ def test_training_moves_the_weights():
     assert losses[-1] < losses[0] - 0.02
     net.eval().freeze()
     assert net.quantize_inference(x).shape == (64, 2)
+
+
+def test_the_recipe(capsys):
+    RECIPE["integer_only"](bits=6, epochs=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["float", lines[0].split()[1]],
+        ["per", "layer"],
+        ["per", "group"],
+        ["per", "channel"],
+    ]
+    with pytest.raises(ArgumentError, match="num_bits is 20"):
+        RECIPE["integer_only"](bits=20, epochs=1)
