@@ -19,6 +19,15 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "qparam": ("QParam",),
     "uint8_quantizers": ("UInt8Activation", "UInt8Weight"),
     "uint8_training": ("bias_codes", "moving_ranges", "prepare_uint8_training"),
+    "counting": ("LinearQuant", "LogQuant"),
+    "duplicate": ("duplicate_model_with_quant",),
+    "fixed_point": ("compute_integral_part", "linear_quantize", "sign_quantize"),
+    "hyperbolic": ("tanh_quantize",),
+    "logarithmic": ("compute_log_sf", "log_linear_quantize", "log_minmax_quantize"),
+    "min_max": ("min_max_quantize",),
+    "normal": ("NormalQuant",),
+    "parameters": ("quantize_parameters",),
+    "unquantized": ("list_unquantized",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -11,10 +11,14 @@ from qdq.errors import ArgumentError, ArgumentTypeError
 FLOAT_BITS = 32
 """This many bits mean that a part is not quantized."""
 
+_FLOAT32_BITS = 16  # codes, halves between them and their sums are exact in float32
+
 
 def round_half_up(values: torch.Tensor) -> torch.Tensor:
     """floor(x + 0.5): ties go up, where `torch.round` takes the even neighbour."""
-    return (values + 0.5).floor()
+    # The sum itself is rounded: 0.49999997 + 0.5 is 1, and so is the next code.
+    whole = values.floor()
+    return whole + (values - whole >= 0.5)
 
 
 def sign_of(values: torch.Tensor, zero: int = 1) -> torch.Tensor:
@@ -32,6 +36,23 @@ def pass_gradient(values: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor
     """The quantized values with the gradient of the values (straight-through; Bengio et al., arXiv 1308.3432)."""
     # Not values + (quantized - values): this sum is rounded, and its result is not always the quantized value.
     return quantized.detach() + (values - values.detach())
+
+
+def widen(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """The values in a type in which codes are exact: float32, or float64 for more than 16 bits.
+
+    Args:
+        values: Any float type.
+        bits: Width of the codes.
+    """
+    least = torch.float64 if bits > _FLOAT32_BITS else torch.float32
+    return values.detach().to(torch.promote_types(values.dtype, least))
+
+
+def narrow(result: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The result in the type of the values, within its finite range."""
+    limits = torch.finfo(values.dtype)
+    return result.clamp(limits.min, limits.max).to(values.dtype)
 
 
 def require_bits(bits: Any, layer: str, least: int = 1) -> None:

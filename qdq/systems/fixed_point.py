@@ -1,0 +1,197 @@
+"""Fixed point: codes of b bits times a power of two (section 3.1 of Lin, Talathi, Annapureddy, arXiv 1511.06393).
+
+`compute_integral_part` finds the bits before the point, `linear_quantize` rounds. With one bit there is no point: the
+values are plus and minus their mean absolute value (Rastegari et al., arXiv 1603.05279, equation 6).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from qdq.errors import ArgumentError
+from qdq.formats import AMAX_FLOOR
+from qdq.systems.arithmetic import (
+    narrow,
+    require_bits,
+    require_values,
+    round_half_up,
+    sign_of,
+    widen,
+)
+from qdq.systems.grid import Grid
+
+_LEAST = 1e-12  # added to the largest value: the logarithm of 0 is finite, and a power of two gets one more bit
+_MOST_TENSORRT_BITS = 8
+_LOWEST_SF, _HIGHEST_SF = -127, 126  # 2^-sf is a normal float32
+
+
+def compute_integral_part(values: torch.Tensor, overflow_rate: float = 0.0) -> int:
+    """Number of bits before the point: ceil(log2(v + 1e-12)) of the largest |x| that need not saturate.
+
+    Args:
+        values: Any shape.
+        overflow_rate: Fraction of the elements that may saturate, 0 <= rate < 1.
+
+    Returns:
+        -39 if all values are 0.
+
+    Raises:
+        ArgumentError: An empty or non-finite tensor, or a rate outside 0 to 1.
+        ArgumentTypeError: Not a float tensor.
+    """
+    require_values(values, "compute_integral_part")
+    require_rate(overflow_rate, "compute_integral_part")
+    magnitudes = widen(values, bits=8).abs().flatten()
+    count = magnitudes.numel()
+    num_saturated = min(int(overflow_rate * count), count - 1)
+    largest = magnitudes.max()
+    if num_saturated:
+        largest = magnitudes.kthvalue(count - num_saturated).values
+    return math.ceil(math.log2(float(largest) + _LEAST))
+
+
+def linear_quantize(
+    values: torch.Tensor, sf: int, bits: int, *, alpha: float | None = None
+) -> torch.Tensor:
+    """Codes clamp(floor(x / D + 0.5), -2^(b-1), 2^(b-1) - 1) times D = 2^-sf.
+
+    Args:
+        values: Any shape.
+        sf: Number of bits after the point; it may be negative. One bit does not use it.
+        bits: Width b of a code.
+        alpha: For one bit, as for `sign_quantize`.
+
+    Raises:
+        ArgumentError: An empty or non-finite tensor, or bits or sf out of range.
+        ArgumentTypeError: Not a float tensor, or bits that are no integer.
+    """
+    require_values(values, "linear_quantize")
+    require_bits(bits, "linear_quantize")
+    if bits == 1:
+        return sign_quantize(values, alpha)
+    require_sf(sf, "linear_quantize")
+    return narrow(scale_and_round(widen(values, bits), sf, bits), values)
+
+
+def scale_and_round(values: torch.Tensor, sf: int, bits: int) -> torch.Tensor:
+    """The formula of `linear_quantize` alone, for widened values; one bit has the codes -1 and 0."""
+    half = 2 ** (bits - 1)
+    # Powers of two: both products are exact.
+    codes = round_half_up(values * 2.0**sf).clamp(-half, half - 1)
+    return codes * 2.0**-sf
+
+
+def sign_quantize(values: torch.Tensor, alpha: float | None = None) -> torch.Tensor:
+    """The rule for one bit: alpha where x >= 0, otherwise -alpha.
+
+    Args:
+        values: Any shape.
+        alpha: The value; None: the mean of |x|.
+
+    Raises:
+        ArgumentError: An empty or non-finite tensor, or an alpha that is not positive.
+        ArgumentTypeError: Not a float tensor.
+    """
+    require_values(values, "sign_quantize")
+    return narrow(sign_of(widen(values, bits=1)) * _find_alpha(values, alpha), values)
+
+
+def _find_alpha(values: torch.Tensor, alpha: float | None) -> torch.Tensor:
+    """The value of one bit, as a tensor in float32 or wider."""
+    wide = widen(values, bits=1)
+    if alpha is None:
+        # A sum of float32 could overflow.
+        return wide.abs().mean(dtype=torch.float64).to(wide.dtype)
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ArgumentError(
+            f"sign_quantize: alpha is {alpha}; it must be positive.", "leave it out, or give 1."
+        )
+    return torch.full((), alpha, dtype=wide.dtype, device=wide.device)
+
+
+def describe_linear(sf: int, bits: int, device: torch.device | None = None) -> Grid:
+    """The grid of `linear_quantize` with two bits or more.
+
+    Args:
+        sf: As for `linear_quantize`.
+        bits: Likewise.
+        device: Device of the grid.
+    """
+    half = 2 ** (bits - 1)
+    scale = torch.full((1,), 2.0**-sf, device=device)
+    return Grid(
+        system="fixed point",
+        scale=scale,
+        zero_point=torch.zeros_like(scale),
+        lowest=-half,
+        highest=half - 1,
+        obstacle=name_width(bits),
+    )
+
+
+def describe_sign(values: torch.Tensor, system: str, alpha: float | None = None) -> Grid:
+    """The grid of `sign_quantize`: codes -1 and 1, scale alpha.
+
+    Args:
+        values: The values before they are quantized.
+        system: Name of the number system.
+        alpha: As for `sign_quantize`.
+    """
+    scale = _find_alpha(values, alpha).float().reshape(1)
+    lowest, highest = (-1, 1) if bool(scale > 0) else (0, 0)
+    return Grid(system, scale.clamp(min=AMAX_FLOOR), torch.zeros_like(scale), lowest, highest)
+
+
+def describe_moving(system: str, bits: int) -> Grid:
+    """The grid of activations whose range is computed for each batch, which no constant scale has.
+
+    Args:
+        system: Name of the number system.
+        bits: Width of a code.
+    """
+    obstacle = "its range is recomputed for every batch"
+    return replace(describe_linear(0, bits), system=system, obstacle=obstacle)
+
+
+def name_width(bits: int) -> str:
+    """The obstacle of codes that are wider than int8; "" if they are not."""
+    return f"{bits} bits" if bits > _MOST_TENSORRT_BITS else ""
+
+
+def require_rate(overflow_rate: Any, layer: str) -> None:
+    """Refuse a fraction outside 0 <= rate < 1.
+
+    Args:
+        overflow_rate: The fraction.
+        layer: Name of the layer or quantizer, for the message.
+
+    Raises:
+        ArgumentError: It is outside.
+    """
+    if not isinstance(overflow_rate, int | float) or not 0 <= overflow_rate < 1:
+        raise ArgumentError(
+            f"{layer}: overflow_rate is {overflow_rate}; it must be at least 0 and below 1.",
+            "give the fraction of elements that may saturate, such as 0.01.",
+        )
+
+
+def require_sf(sf: Any, layer: str) -> None:
+    """Refuse a number of bits after the point that is no integer or gives no float32.
+
+    Args:
+        sf: The number.
+        layer: Name of the layer or quantizer, for the message.
+
+    Raises:
+        ArgumentError: It is neither.
+    """
+    is_number = isinstance(sf, int | float) and _LOWEST_SF <= sf <= _HIGHEST_SF
+    if not is_number or sf != int(sf):
+        raise ArgumentError(
+            f"{layer}: sf is {sf}; it must be an integer from {_LOWEST_SF} to {_HIGHEST_SF}.",
+            "give bits - 1 - compute_integral_part(values).",
+        )

@@ -1,0 +1,75 @@
+"""Min-max: 2^b equally spaced values from the smallest to the largest element; 0 need not be one of them."""
+
+from __future__ import annotations
+
+import torch
+
+from qdq.systems.arithmetic import narrow, require_bits, require_values, round_half_up, widen
+from qdq.systems.fixed_point import name_width
+from qdq.systems.grid import Grid
+
+
+def min_max_quantize(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """floor((x - lo) / (hi - lo) * n + 0.5) / n * (hi - lo) + lo, with n = 2^b - 1 and lo, hi the extrema of x.
+
+    Args:
+        values: Any shape; equal values stay as they are.
+        bits: Width b of a code; with one bit the values are lo and hi.
+
+    Raises:
+        ArgumentError: An empty or non-finite tensor, or bits out of range.
+        ArgumentTypeError: Not a float tensor, or bits that are no integer.
+    """
+    require_values(values, "min_max_quantize")
+    require_bits(bits, "min_max_quantize")
+    return narrow(spread_and_round(widen(values, bits), bits), values)
+
+
+def spread_and_round(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """The formula of `min_max_quantize` alone, for widened values."""
+    lowest, highest = values.aminmax()
+    # Half the range: the whole one may be beyond float32.
+    half_range = highest / 2 - lowest / 2
+    if not bool(half_range > 0):
+        return values.clone()
+    # A tensor: on a GPU, torch divides by a Python number with another rounding.
+    num_steps = torch.full_like(half_range, 2**bits - 1)
+    fraction = (values / 2 - lowest / 2) / half_range
+    fraction = round_half_up(fraction * num_steps) / num_steps
+    return fraction * highest + (1 - fraction) * lowest
+
+
+def describe_min_max(values: torch.Tensor, bits: int) -> Grid:
+    """The grid of a constant tensor, such as a weight.
+
+    Its zero point is rounded: 0 lies between two codes in general. One that rounds to 0 is not rounded, so that it does
+    not look symmetric.
+
+    Args:
+        values: The values before they are quantized.
+        bits: As for `min_max_quantize`.
+    """
+    lowest, highest = widen(values, bits).double().aminmax()
+    if bool(lowest == highest):
+        return _describe_constant(lowest)
+    scale = (highest - lowest) / (2**bits - 1)
+    exact = -lowest / scale
+    zero_point = exact.round()
+    if bool(zero_point == 0):
+        zero_point = exact
+    return Grid(
+        system="min-max affine",
+        scale=scale.float().reshape(1),
+        zero_point=zero_point.float().reshape(1),
+        lowest=0,
+        highest=2**bits - 1,
+        obstacle=name_width(bits),
+        amax=torch.maximum(lowest.abs(), highest.abs()).float().reshape(1),
+    )
+
+
+def _describe_constant(value: torch.Tensor) -> Grid:
+    """The grid of a tensor whose elements are equal: one code, -1, 0 or 1."""
+    code = int(value.sign())
+    scale = value.abs().float().reshape(1) if code else torch.ones_like(value).float().reshape(1)
+    return Grid("min-max affine", scale, torch.zeros_like(scale), code, code)
