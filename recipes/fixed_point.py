@@ -23,8 +23,7 @@ from qdq.cli.recipes import load_recipe
 from qdq.errors import ArgumentError, DataError, ModelError
 from qdq.metrics import top_k
 from qdq.systems import duplicate_model_with_quant, quantize_parameters
-from qdq.systems.arithmetic import FLOAT_BITS, require_bits
-from qdq.systems.fixed_point import require_rate
+from qdq.systems.arithmetic import FLOAT_BITS, require_bits, require_rate
 from qdq.systems.parameters import QuantMethod
 
 PACKAGED = ("digits", "efficientnet_lite0")

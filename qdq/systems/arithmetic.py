@@ -18,7 +18,7 @@ def round_half_up(values: torch.Tensor) -> torch.Tensor:
     """floor(x + 0.5): ties go up, where `torch.round` takes the even neighbour."""
     # The sum itself is rounded: 0.49999997 + 0.5 is 1, and so is the next code.
     whole = values.floor()
-    return whole + (values - whole >= 0.5)
+    return whole.add_((values - whole).ge_(0.5))
 
 
 def sign_of(values: torch.Tensor, zero: int = 1) -> torch.Tensor:
@@ -50,9 +50,9 @@ def widen(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def narrow(result: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """The result in the type of the values, within its finite range."""
+    """The result, which is clamped in place, in the type of the values and within its finite range."""
     limits = torch.finfo(values.dtype)
-    return result.clamp(limits.min, limits.max).to(values.dtype)
+    return result.clamp_(limits.min, limits.max).to(values.dtype)
 
 
 def require_bits(bits: Any, layer: str, least: int = 1) -> None:
@@ -102,11 +102,46 @@ def require_values(values: Any, layer: str) -> None:
             f"{layer}: the input of shape {tuple(values.shape)} is empty.",
             "give at least one value.",
         )
-    is_finite = torch.isfinite(values)
-    if not bool(is_finite.all()):
+    # NaN is the minimum and the maximum of any tensor with NaN: one pass over the values.
+    if not bool(torch.isfinite(torch.stack(values.detach().aminmax())).all()):
+        is_finite = torch.isfinite(values)
         first = values.flatten()[int((~is_finite).flatten().to(torch.uint8).argmax())]
         count = int((~is_finite).sum())
         raise ArgumentError(
             f"{layer}: {count} of {values.numel()} values are not finite, the first is {float(first)}.",
             "mend the data or the layer before this one.",
+        )
+
+
+def require_rate(overflow_rate: Any, layer: str) -> None:
+    """Refuse a fraction outside 0 <= rate < 1.
+
+    Args:
+        overflow_rate: The fraction.
+        layer: Name of the layer or quantizer, for the message.
+
+    Raises:
+        ArgumentError: It is outside.
+    """
+    if not isinstance(overflow_rate, int | float) or not 0 <= overflow_rate < 1:
+        raise ArgumentError(
+            f"{layer}: overflow_rate is {overflow_rate}; it must be at least 0 and below 1.",
+            "give the fraction of elements that may saturate, such as 0.01.",
+        )
+
+
+def require_count(counter: Any, layer: str) -> None:
+    """Refuse a number of forward calls that is no integer or negative.
+
+    Args:
+        counter: The number.
+        layer: Name of the layer or quantizer, for the message.
+
+    Raises:
+        ArgumentError: It is neither.
+    """
+    if isinstance(counter, bool) or not isinstance(counter, int) or counter < 0:
+        raise ArgumentError(
+            f"{layer}: counter is {counter!r}; it must be an integer of at least 0.",
+            "give the number of forward calls that calibrate.",
         )

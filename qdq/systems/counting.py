@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from qdq.distributed import find_rank
-from qdq.errors import ArgumentError, StateError
-from qdq.systems.arithmetic import pass_gradient, require_bits, require_values
+from qdq.errors import StateError
+from qdq.systems.arithmetic import (
+    pass_gradient,
+    require_bits,
+    require_count,
+    require_rate,
+    require_values,
+)
 from qdq.systems.fixed_point import (
     compute_integral_part,
     describe_linear,
     describe_moving,
     describe_sign,
-    linear_quantize,
-    require_rate,
+    quantize_checked,
     require_sf,
+    sign_quantize,
 )
 from qdq.systems.grid import Grid
 from qdq.systems.layer import SystemQuantizer
@@ -97,7 +101,8 @@ class _CountingQuant(SystemQuantizer):
             self._sf.clamp_(max=self._compute_sf(values))
             self._counter.sub_(1)
             return values
-        return pass_gradient(values, self._quantize(values, self._require_sf()))
+        quantized = self._quantize(values, self._require_sf())
+        return pass_gradient(values, quantized) if values.requires_grad else quantized
 
     def extra_repr(self) -> str:
         """The state, between the brackets of `repr`."""
@@ -146,7 +151,9 @@ class LinearQuant(_CountingQuant):
         return self.bits - 1 - compute_integral_part(values, self.overflow_rate)
 
     def _quantize(self, values: torch.Tensor, sf: int) -> torch.Tensor:
-        return linear_quantize(values, sf, self.bits)
+        if self.bits == 1:
+            return sign_quantize(values)
+        return quantize_checked(values, sf, self.bits)
 
     def describe(self, values: torch.Tensor | None) -> Grid:
         """The grid: scale 2^-sf; of one bit the mean |x| of the values, which is constant for a weight only.
@@ -179,20 +186,3 @@ class LogQuant(_CountingQuant):
         """
         self._require_sf()
         return describe_log(values, self.bits)
-
-
-def require_count(counter: Any, layer: str) -> None:
-    """Refuse a number of forward calls that is no integer or negative.
-
-    Args:
-        counter: The number.
-        layer: Name of the layer or quantizer, for the message.
-
-    Raises:
-        ArgumentError: It is neither.
-    """
-    if isinstance(counter, bool) or not isinstance(counter, int) or counter < 0:
-        raise ArgumentError(
-            f"{layer}: counter is {counter!r}; it must be an integer of at least 0.",
-            "give the number of forward calls that calibrate.",
-        )

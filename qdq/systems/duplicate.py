@@ -13,9 +13,8 @@ from torch import nn
 from qdq.device import find_device
 from qdq.errors import ArgumentError, StateError
 from qdq.forward import join_name, require_model
-from qdq.systems.arithmetic import require_bits
-from qdq.systems.counting import LinearQuant, require_count
-from qdq.systems.fixed_point import require_rate
+from qdq.systems.arithmetic import require_bits, require_count, require_rate
+from qdq.systems.counting import LinearQuant
 from qdq.systems.hyperbolic import tanh_quantize
 from qdq.systems.layer import SystemQuantizer
 from qdq.systems.logarithmic import log_minmax_quantize

@@ -17,6 +17,7 @@ from qdq.formats import AMAX_FLOOR
 from qdq.systems.arithmetic import (
     narrow,
     require_bits,
+    require_rate,
     require_values,
     round_half_up,
     sign_of,
@@ -74,6 +75,11 @@ def linear_quantize(
     if bits == 1:
         return sign_quantize(values, alpha)
     require_sf(sf, "linear_quantize")
+    return quantize_checked(values, sf, bits)
+
+
+def quantize_checked(values: torch.Tensor, sf: int, bits: int) -> torch.Tensor:
+    """`linear_quantize` with two bits or more, for arguments that have been checked."""
     return narrow(scale_and_round(widen(values, bits), sf, bits), values)
 
 
@@ -81,8 +87,8 @@ def scale_and_round(values: torch.Tensor, sf: int, bits: int) -> torch.Tensor:
     """The formula of `linear_quantize` alone, for widened values; one bit has the codes -1 and 0."""
     half = 2 ** (bits - 1)
     # Powers of two: both products are exact.
-    codes = round_half_up(values * 2.0**sf).clamp(-half, half - 1)
-    return codes * 2.0**-sf
+    codes = round_half_up(values * 2.0**sf)
+    return codes.clamp_(-half, half - 1).mul_(2.0**-sf)
 
 
 def sign_quantize(values: torch.Tensor, alpha: float | None = None) -> torch.Tensor:
@@ -160,23 +166,6 @@ def describe_moving(system: str, bits: int) -> Grid:
 def name_width(bits: int) -> str:
     """The obstacle of codes that are wider than int8; "" if they are not."""
     return f"{bits} bits" if bits > _MOST_TENSORRT_BITS else ""
-
-
-def require_rate(overflow_rate: Any, layer: str) -> None:
-    """Refuse a fraction outside 0 <= rate < 1.
-
-    Args:
-        overflow_rate: The fraction.
-        layer: Name of the layer or quantizer, for the message.
-
-    Raises:
-        ArgumentError: It is outside.
-    """
-    if not isinstance(overflow_rate, int | float) or not 0 <= overflow_rate < 1:
-        raise ArgumentError(
-            f"{layer}: overflow_rate is {overflow_rate}; it must be at least 0 and below 1.",
-            "give the fraction of elements that may saturate, such as 0.01.",
-        )
 
 
 def require_sf(sf: Any, layer: str) -> None:

@@ -53,7 +53,8 @@ class NormalQuant(SystemQuantizer):
             ArgumentTypeError: Not a float tensor.
         """
         require_values(values, self.path or self.name)
-        return pass_gradient(values, self.quant_func(values.detach(), self.bits))
+        quantized = self.quant_func(values.detach(), self.bits)
+        return pass_gradient(values, quantized) if values.requires_grad else quantized
 
     def extra_repr(self) -> str:
         """The setting, between the brackets of `repr`."""

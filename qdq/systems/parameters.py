@@ -11,13 +11,12 @@ from torch import nn
 
 from qdq.errors import ArgumentError
 from qdq.forward import require_model
-from qdq.systems.arithmetic import FLOAT_BITS, require_bits, require_values
+from qdq.systems.arithmetic import FLOAT_BITS, require_bits, require_rate, require_values
 from qdq.systems.fixed_point import (
     compute_integral_part,
     describe_linear,
     describe_sign,
     linear_quantize,
-    require_rate,
 )
 from qdq.systems.grid import Grid, note_grid
 from qdq.systems.hyperbolic import describe_tanh, tanh_quantize
