@@ -197,6 +197,15 @@ def require_type(type: str, data_dir: Path | None) -> None:
         raise ArgumentError("digits has images of its own.", "leave out --data_dir.")
 
 
+def choose_device(gpu: str | None, ngpu: int) -> torch.device:
+    """The CPU, or the first GPU of a list such as "0,1"."""
+    if ngpu == 0:
+        return qdq.choose_device("cpu")
+    if gpu is None:
+        return qdq.choose_device()
+    return qdq.choose_device(f"cuda:{gpu.split(',')[0]}")
+
+
 def fixed_point(
     *,
     type: str = "cifar10",
@@ -242,7 +251,7 @@ def fixed_point(
         require_bits(flags[name], name)
     require_rate(overflow_rate, "fixed_point")
     require_type(type, data_dir)
-    device = qdq.choose_device("cpu" if ngpu == 0 else gpu and f"cuda:{gpu.split(',')[0]}")
+    device = choose_device(gpu, ngpu)
     print("=================FLAGS==================")
     for name, value in flags.items():
         print(f"{name}: {value}")

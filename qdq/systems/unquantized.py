@@ -101,9 +101,11 @@ def _list_layers(module: nn.Module, name: str) -> Iterator[Unquantized]:
 def _explain(layer: nn.Module, parent: nn.Module) -> str:
     """Why a layer without a quantizer has none; "" for a module that computes nothing itself."""
     if isinstance(layer, QUANTIZED_LAYERS):
-        if isinstance(parent, nn.Sequential):
-            return f"{type(parent).__name__} has a forward of its own"
-        return "outside a Sequential"
+        if not isinstance(parent, nn.Sequential):
+            return "outside a Sequential"
+        if runs_children_in_order(parent):
+            return "put in without a quantizer"
+        return f"{type(parent).__name__} has a forward of its own"
     has_parameters = any(True for _ in layer.parameters(recurse=False))
     if has_parameters or isinstance(layer, _AVERAGES):
         return "no quantizer is defined for this class"

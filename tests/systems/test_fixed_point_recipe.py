@@ -129,6 +129,7 @@ def test_weights_in_a_folder(tmp_path):
         ),
         (["--type", "digits", "--data_dir", "images"], "digits has images of its own"),
         (["--type", "digits", "--param_bits", "0"], "param_bits: bits is 0"),
+        (["--type", "digits", "--gpu", "9,1"], "device is cuda:9"),
         (["--type", "digits", "--overflow_rate", "1"], "overflow_rate is 1.0"),
         (["--quant_method", "cubic"], "quant_method"),
         (["--n_sample", "0"], "n_sample"),

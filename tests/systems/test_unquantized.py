@@ -63,6 +63,11 @@ def test_a_model_that_cannot_be_traced():
     assert "function calls are not listed: torch.fx cannot trace" in report.format_table()
 
 
+def test_a_float_model():
+    report = list_unquantized(nn.Sequential(nn.Linear(3, 3)))
+    assert report.entries[0].reason == "put in without a quantizer"
+
+
 def test_not_a_module():
     with pytest.raises(TypeError):
         list_unquantized(3)
