@@ -814,3 +814,15 @@ def test_interrupted_it_leaves_a_whole_model(quantized, tmp_path):
         )
         == 30
     )
+
+
+def test_a_model_without_ranges_is_trained_on_request(residual):
+    labelled = [(images, torch.arange(8)) for images in make_batches()]
+    options = {"loss": cross_entropy, "distillation": None, "schedule": FAST}
+    before = state_of(residual)
+    with pytest.raises(ArgumentError, match="no enabled quantizer"):
+        finetune(residual, labelled, **options)
+    tuning = finetune(residual, labelled, ranges="none", **options)
+    assert tuning.losses[-1] < tuning.losses[0]
+    assert (tuning.oscillating, tuning.bad_ranges) == ((), ())
+    assert any(not torch.equal(state_of(residual)[name], before[name]) for name in before)
