@@ -28,6 +28,16 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "normal": ("NormalQuant",),
     "parameters": ("quantize_parameters",),
     "unquantized": ("list_unquantized",),
+    "bases": ("BinaryBases", "fit_bases", "split_bases"),
+    "binarize": ("binarize_model", "clipping_weights", "replace_weights"),
+    "binary": ("BinaryInput", "BinaryWeight", "sign_at_random"),
+    "incremental": ("train_incremental",),
+    "powers": ("PowerLevels",),
+    "rounds": ("RoundOptions",),
+    "selection": ("select_layers",),
+    "ternary": ("project_ternary",),
+    "ternary_training": ("train_ternary",),
+    "xnor": ("xnor_conv2d", "xnor_dot"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
