@@ -144,6 +144,15 @@ class QModule(nn.Module):
                 "call quantize_inference, or keep a copy from before freeze.",
             )
 
+    def require_frozen(self) -> None:
+        """Refuse a layer that does not compute on codes yet.
+
+        Raises:
+            StateError: It is not frozen.
+        """
+        if not self.is_frozen:
+            raise StateError(f"{self.label}: it is not frozen.", "calibrate and freeze it.")
+
     def require_codes(self, x: torch.Tensor) -> torch.Tensor:
         """The codes of the input, int32.
 

@@ -33,8 +33,7 @@ def restore_float(model: nn.Module) -> list[nn.Module]:
     if not qlayers:
         raise StateError("the model has no integer layer.", "call quantize, calibrate and freeze.")
     for qlayer in qlayers:
-        if not qlayer.is_frozen:
-            raise StateError(f"{qlayer.label}: it is not frozen.", "calibrate and freeze it.")
+        qlayer.require_frozen()
     folded = set()
     for qlayer in qlayers:
         grids = qlayer.grids()

@@ -123,7 +123,7 @@ class Rounds:
             "schedule": asdict(options.schedule),
             "loss": getattr(options.loss, "__qualname__", type(options.loss).__qualname__),
             "seed": options.seed,
-            "data": digest_first_batch(self._batches, options.seed),
+            "data": digest_first_batch(self._batches, options.seed, find_device(self._model)),
         }
         described: dict[str, Any] = to_jsonable(facts)
         return described

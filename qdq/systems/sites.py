@@ -17,6 +17,8 @@ from qdq.errors import UnsupportedError
 from qdq.forward import name_function
 from qdq.functions import COPIES, FUNCTIONS, MAX_POOLINGS
 from qdq.systems.grid import Grid, find_grid
+from qdq.systems.integer_restore import read_parameters
+from qdq.systems.integer_weighted import QWeighted
 from qdq.systems.layer import SystemLayer, SystemQuantizer
 
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -29,6 +31,7 @@ class Site:
     Args:
         name: Dotted name.
         layer: The layer.
+        values: Its float weight; of a layer that computes with integers, the values of its codes.
         weight: Grid of its weight; None: the weight is float.
         input: Grid of its input; None: the input is float.
         source: Name of the quantizer before it that gives `input`; "" if the layer has it, or there is none.
@@ -36,6 +39,7 @@ class Site:
 
     name: str
     layer: nn.Module
+    values: torch.Tensor
     weight: Grid | None
     input: Grid | None
     source: str = ""
@@ -67,16 +71,32 @@ def find_sites(model: nn.Module) -> Layout:
     layout = Layout(standing=_find_standing(model))
     graph = _trace(model) if layout.standing else None
     layout.needed = set(layout.standing)
+    frozen = {module.layer: module for module in model.modules() if isinstance(module, QWeighted)}
     before = {} if graph is None else _find_sources(model, graph, layout)
     for name, module in model.named_modules():
         if not isinstance(module, _WEIGHTED):
             continue
-        site = Site(name, module, _grid_of_weight(module), _grid_of_input(module))
+        site = _make_site(name, module, frozen.get(module))
         if site.input is None and name in before:
             site.source = before[name]
             site.input = layout.standing[site.source].describe(None)
         layout.sites.append(site)
     return layout
+
+
+def _make_site(name: str, layer: Any, integer_layer: QWeighted | None) -> Site:
+    """One layer; of an integer layer, the float layer that it was made of.
+
+    Raises:
+        StateError: The integer layer is not frozen.
+    """
+    if integer_layer is None:
+        values = layer.weight.detach()
+        return Site(name, layer, values, _grid_of_weight(layer), _grid_of_input(layer))
+    integer_layer.require_frozen()
+    grids = integer_layer.grids()
+    values, _ = read_parameters(integer_layer)
+    return Site(name, layer, values, grids["weight"], grids["input"])
 
 
 def _grid_of_weight(layer: Any) -> Grid | None:
@@ -88,7 +108,7 @@ def _grid_of_weight(layer: Any) -> Grid | None:
 def _grid_of_input(layer: nn.Module) -> Grid | None:
     if isinstance(layer, SystemLayer) and layer.input_system is not None:
         return layer.input_system.describe(None)
-    return None
+    return find_grid(layer, "input")
 
 
 def _find_standing(model: nn.Module) -> dict[str, SystemQuantizer]:

@@ -14,6 +14,8 @@ from qdq.quantize import fake_quantize
 from qdq.quantizer import QuantDescriptor, TensorQuantizer
 from qdq.swap import swap_modules
 from qdq.systems.grid import INT8_HIGHEST, INT8_LOWEST, Grid
+from qdq.systems.integer_restore import restore_float
+from qdq.systems.integer_weighted import QWeighted
 from qdq.systems.layer import SystemLayer, SystemQuantizer, restore_layer
 from qdq.systems.sites import Layout, Site
 
@@ -46,6 +48,8 @@ def transfer(model: nn.Module, layout: Layout) -> None:
         model: A model whose verdicts allow it.
         layout: Its layers and quantizers.
     """
+    if any(isinstance(module, QWeighted) for module in model.modules()):
+        restore_float(model)
     sites = [site for site in layout.sites if site.weight is not None]
     input_systems = {}
     for site in layout.sites:
@@ -140,12 +144,12 @@ def measure_conversion(grid: Grid, site: Site | None) -> tuple[float, float]:
     if site is None:
         return _measure_activation(grid)
     layer: Any = site.layer
-    weight = layer.weight.detach().float()
+    weight = site.values.float()
     amax = reduce_amax(weight, 0)
     after = fake_quantize(weight, amax, axis=0)
     before = weight
     if isinstance(layer, SystemLayer) and layer.weight_system is not None:
-        before = layer.weight_system(layer.weight).detach().float()
+        before = layer.weight_system(site.values).detach().float()
     return _sqnr(weight, before), _sqnr(weight, after)
 
 
