@@ -7,6 +7,7 @@ range. Others are refused.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,8 @@ def _format_tensor(tensor: TensorVerdict) -> str:
     line = f"{tensor.place}: {tensor.system}, {tensor.verdict}{_prefix(', ', tensor.reason)}"
     if tensor.before_db is None or tensor.after_db is None:
         return line
+    if math.isinf(tensor.before_db):
+        return f"{line}; SQNR of the conversion {tensor.after_db:.1f} dB"
     return f"{line}; SQNR {tensor.before_db:.1f} dB before, {tensor.after_db:.1f} dB after"
 
 
