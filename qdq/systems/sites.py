@@ -6,7 +6,7 @@ its values on the grid: ReLU, max pooling, reshaping. torch.fx says what is befo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from qdq.systems.integer_restore import read_parameters
 from qdq.systems.integer_weighted import QWeighted
 from qdq.systems.layer import SystemLayer, SystemQuantizer
 
+_CODE_TOLERANCE = 1e-3  # float32 values are this near to an integer multiple of their scale
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
@@ -102,7 +103,23 @@ def _make_site(name: str, layer: Any, integer_layer: QWeighted | None) -> Site:
 def _grid_of_weight(layer: Any) -> Grid | None:
     if isinstance(layer, SystemLayer) and layer.weight_system is not None:
         return layer.weight_system.describe(layer.weight)
-    return find_grid(layer, "weight")
+    grid = find_grid(layer, "weight")
+    if grid is not None and not _has_values_of(grid, layer.weight.detach()):
+        # After training, or with other weights loaded.
+        obstacle = "have other values than when they were quantized"
+        return replace(grid, obstacle=obstacle)
+    return grid
+
+
+def _has_values_of(grid: Grid, values: torch.Tensor) -> bool:
+    """Whether a tensor is on a grid; a grid with a zero point may be an approximation, and is not asked."""
+    if bool((grid.zero_point != 0).any()) or grid.on_request:
+        return True
+    shape = [-1] + [1] * (values.dim() - 1)
+    codes = values.double() / grid.scale.double().reshape(shape)
+    is_near = (codes - codes.round()).abs() < _CODE_TOLERANCE
+    is_inside = (codes.round() >= grid.lowest) & (codes.round() <= grid.highest)
+    return bool((is_near & is_inside).all())
 
 
 def _grid_of_input(layer: nn.Module) -> Grid | None:

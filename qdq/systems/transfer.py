@@ -81,7 +81,7 @@ def is_convertible(grid: Grid) -> bool:
 def _keep_exact_weight(site: Site) -> None:
     """Replace the float weight by its quantized values, if int8 has them."""
     layer: Any = site.layer
-    if site.weight is None or is_convertible(site.weight):
+    if site.weight is None or layer.weight_system is None or is_convertible(site.weight):
         return
     with torch.no_grad():
         layer.weight.copy_(layer.weight_system(layer.weight))

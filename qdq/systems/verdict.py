@@ -29,7 +29,8 @@ class TensorVerdict:
         verdict: "exact", "convert" or "refuse".
         reason: The property that does not fit, with its value; "" if it is exact.
         before_db: SQNR of the system's values, in dB: of a weight against the float weight, of an input against evenly
-            spread values. None if it is exact, infinite if the system's values are all that is known.
+            spread values. None if it has the same values in int8, infinite if the system's values are all that is
+            known.
         after_db: The same for the int8 values.
     """
 
@@ -183,8 +184,13 @@ def judge_tensor(place: str, grid: Grid, site: Site | None = None) -> TensorVerd
     problem = _find_problem(grid)
     if not problem:
         return TensorVerdict(place, grid.system, "exact", "")
+    reason = f"{subject} {problem}"
+    if (
+        site is None and grid.on_request
+    ):  # the quantizer of the system stays, before the one of int8
+        return TensorVerdict(place, grid.system, "convert", reason)
     before, after = measure_conversion(grid, site)
-    return TensorVerdict(place, grid.system, "convert", f"{subject} {problem}", before, after)
+    return TensorVerdict(place, grid.system, "convert", reason, before, after)
 
 
 def _find_problem(grid: Grid) -> str:
