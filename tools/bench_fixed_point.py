@@ -1,8 +1,8 @@
 """Fixed point on EfficientNet-Lite0: accuracy and SQNR for several numbers of bits, beside qdq's own int8.
 
-python tools/bench_fixed_point.py [--bits 12 10 8 6] [--eval-images 500] [--json FILE]
+python tools/bench_fixed_point.py [--bits 12 10 8 6] [--bn-bits 10] [--eval-images 500] [--json FILE]
 
-Parameters and activations have the bits of a row, BatchNorm statistics 10. Images are those of the demo.
+Parameters and activations have the bits of a row. Images are those of the demo.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from qdq.files import write_json
 from qdq.run import describe_environment
 from qdq.systems import duplicate_model_with_quant, quantize_parameters
 
-_BN_BITS = 10
 _BATCHES = 20  # of 10 images, to calibrate fixed point on
 _INT8_IMAGES = 128  # that the demo calibrates on
 
@@ -26,6 +25,7 @@ _INT8_IMAGES = 128  # that the demo calibrates on
 def bench_fixed_point(
     *,
     bits: tuple[PositiveInt, ...] = (12, 10, 8, 6),
+    bn_bits: PositiveInt = 10,
     eval_images: PositiveInt = 500,
     seed: UInt32 = 0,
     json: Path | None = None,
@@ -34,6 +34,7 @@ def bench_fixed_point(
 
     Args:
         bits: Bits of parameters and activations.
+        bn_bits: Bits of the running statistics of BatchNorm; 32 leaves them in float.
         eval_images: Number of images to measure on.
         seed: Seed of the crops.
         json: Also write the figures to this file.
@@ -46,7 +47,7 @@ def bench_fixed_point(
 
     for width in bits:
         net = recipe.make_sequential(copy.deepcopy(loaded.module))
-        quantize_parameters(net, width, _BN_BITS)
+        quantize_parameters(net, width, bn_bits)
         net = duplicate_model_with_quant(net, width, counter=_BATCHES)
         qdq.predict(net, replace(calibration, batch_size=recipe.CALIBRATION_BATCH))
         logits[f"fixed point, {width} bits"] = qdq.predict(net, images)
