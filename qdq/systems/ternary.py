@@ -56,7 +56,7 @@ def project_ternary(
 
 
 def _alternate(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Alpha `[C, 1]` and codes `[C, K]` of float64 rows."""
+    """The factors `[C, 1]` and codes `[C, K]` of float64 rows."""
     codes = _take_codes(rows, rows.abs().mean(1, keepdim=True))
     for _ in range(_MOST_ITERATIONS):
         scale = (rows * codes).sum(1, keepdim=True) / codes.square().sum(1, keepdim=True).clamp_min(
@@ -80,17 +80,13 @@ class TernarySplitting:
         selection: The layers.
         per_channel: As for `train_ternary`.
         alpha: As for `train_ternary`.
-        rho: As for `train_ternary`.
     """
 
-    def __init__(
-        self, selection: Selection, per_channel: bool, alpha: float | None, rho: float
-    ) -> None:
+    def __init__(self, selection: Selection, per_channel: bool, alpha: float | None) -> None:
         self.weights: dict[str, torch.Tensor] = {}
         self._selection = selection
         self._per_channel = per_channel
         self._alpha = alpha
-        self._rho = rho
         self._scales: dict[str, torch.Tensor] = {}
         self._targets: dict[str, torch.Tensor] = {}
         self._duals: dict[str, torch.Tensor] = {}
@@ -107,19 +103,32 @@ class TernarySplitting:
             self._scales[name] = scale
             self._targets[name] = scale * codes
 
-    def penalty(self) -> torch.Tensor:
-        """Rho / 2 * |W - G + U|^2."""
+    def penalty(self, rho: float) -> torch.Tensor:
+        """The penalty rho / 2 * |W - G + U|^2.
+
+        Args:
+            rho: Its weight.
+        """
         parts = []
         for name, weight in self.weights.items():
             distance = weight - self._targets[name] + self._duals[name]
             parts.append(distance.float().square().sum())
-        return self._rho / 2 * torch.stack(parts).sum()
+        return rho / 2 * torch.stack(parts).sum()
 
     def update(self) -> None:
         """G, then U."""
         self._project()
         for name, weight in self.weights.items():
             self._duals[name] += weight.detach() - self._targets[name]
+
+    def scale_dual(self, factor: float) -> None:
+        """Multiply U by a number, because rho is divided by it.
+
+        Args:
+            factor: The number.
+        """
+        for dual in self._duals.values():
+            dual *= factor
 
     def measure(self) -> dict[str, float]:
         """|W - G| / |W| and the fraction of zeros."""

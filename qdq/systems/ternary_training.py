@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -65,6 +66,7 @@ def train_ternary(
     *,
     rounds: int = 8,
     rho: float = 1e-3,
+    growth: float = 1.0,
     per_channel: bool = True,
     alpha: float | None = None,
     float_layers: Iterable[Pattern] | None = None,
@@ -80,38 +82,55 @@ def train_ternary(
         example: Example inputs, see `selection.select_layers`.
         options: How each round is trained.
         rounds: Number of rounds.
-        rho: Weight of the penalty.
+        rho: Weight of the penalty in the first round.
+        growth: Factor of rho from round to round, at least 1. Above 1, codes can change in the first rounds, and the
+            distance falls in the last ones. U, which is scaled by 1 / rho, is divided by it (Boyd et al.: Distributed
+            Optimization and Statistical Learning via ADMM, 2011, section 3.4.1).
         per_channel: As for `project_ternary`.
         alpha: As for `project_ternary`.
         float_layers: Patterns of layers that stay in float; None: the first and the last one that run.
 
     Raises:
-        ArgumentError: No layer, no round, or a rho that is not above 0; otherwise as for `qdq.finetune`.
+        ArgumentError: No layer, no round, or a rho or growth out of range; otherwise as for `qdq.finetune`.
     """
-    if rounds < 1 or not 0 < rho < float("inf"):
-        raise ArgumentError(
-            f"rounds is {rounds} and rho is {rho}; both must be above 0.", "leave them out."
-        )
+    _require_rounds(rounds, rho, growth)
     with joining_processes(find_device(model)):
         selection = select_layers(model, example, float_layers)
         settings = {
             "system": "ternary",
             "rounds": rounds,
             "rho": rho,
+            "growth": growth,
             "per_channel": per_channel,
             "alpha": alpha,
             "layers": list(selection.layers),
         }
-        splitting = TernarySplitting(selection, per_channel, alpha, rho)
+        splitting = TernarySplitting(selection, per_channel, alpha)
         runs = Rounds(model, batches, options, settings)
         splitting.unpack(runs.resume())
         for number in range(len(runs.rows), rounds):
-            loss = runs.tune(f"round-{number}", splitting.penalty)
+            penalty = partial(splitting.penalty, rho * growth**number)
+            loss = runs.tune(f"round-{number}", penalty)
             splitting.update()
             row = {"loss": loss, **splitting.measure()}
+            splitting.scale_dual(1 / growth)
             runs.save(row, splitting.pack())
             logger.info("round %d: %s", number, row)
         splitting.finish()
         rest_loss = runs.tune_rest(splitting.weights.values())
     rows = tuple(TernaryRound(**row) for row in runs.rows)
     return TernaryTraining(selection, rows, rest_loss)
+
+
+def _require_rounds(rounds: int, rho: float, growth: float) -> None:
+    """Refuse numbers out of range.
+
+    Raises:
+        ArgumentError: The message names them.
+    """
+    if rounds < 1 or not 0 < rho < float("inf"):
+        raise ArgumentError(
+            f"rounds is {rounds} and rho is {rho}; both must be above 0.", "leave them out."
+        )
+    if not 1 <= growth < float("inf"):
+        raise ArgumentError(f"growth is {growth}; it must be 1 or more.", "leave it out.")

@@ -88,6 +88,17 @@ def test_admm_comes_nearer_every_round_and_ends_ternary():
     assert len(training.format_table().splitlines()) == 6
 
 
+def test_a_growing_penalty_lets_codes_change_first():
+    net = make_trained()
+    weight = net[3].weight.detach().clone()
+    training = train("ternary", net, epochs=10, lr=1e-2, rounds=5, rho=1e-3, growth=6.0)
+    distances = [row.distance for row in training.rounds]
+    assert distances == sorted(distances, reverse=True)
+    _, before = project_ternary(weight)
+    _, after = project_ternary(net[3].weight)
+    assert float((before != after).float().mean()) > 0.01
+
+
 def test_the_first_distance_is_that_of_the_projection():
     net = make_net()
     training = train("ternary", net, lr=1e-12, rounds=1)
@@ -100,7 +111,7 @@ def test_the_first_distance_is_that_of_the_projection():
     assert training.rounds[0].distance == pytest.approx((differences / norms) ** 0.5, rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"rounds": 0}, {"rho": 0.0}, {"alpha": -1.0}])
+@pytest.mark.parametrize("options", [{"rounds": 0}, {"rho": 0.0}, {"growth": 0.5}, {"alpha": -1.0}])
 def test_bad_options_are_refused(options):
     with pytest.raises(ArgumentError, match=next(iter(options))):
         train("ternary", make_net(), **options)
