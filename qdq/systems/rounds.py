@@ -57,28 +57,6 @@ class RoundOptions:
             )
 
 
-class PenalizedLoss:
-    """The loss of the task plus a penalty on the weights.
-
-    Args:
-        loss: `(outputs, batch) -> scalar`; None: the penalty alone.
-        penalty: `() -> scalar`.
-    """
-
-    def __init__(
-        self,
-        loss: Callable[[Any, Any], torch.Tensor] | None,
-        penalty: Callable[[], torch.Tensor],
-    ) -> None:
-        self._loss = loss
-        self._penalty = penalty
-
-    def __call__(self, outputs: Any, batch: Any) -> torch.Tensor:
-        """The sum, a scalar with a gradient."""
-        total = self._penalty()
-        return total if self._loss is None else total + self._loss(outputs, batch)
-
-
 class Rounds:
     """The rounds of one run.
 
@@ -122,9 +100,14 @@ class Rounds:
             "weights": digest_weights(self._model),
             "schedule": asdict(options.schedule),
             "loss": getattr(options.loss, "__qualname__", type(options.loss).__qualname__),
+            "distillation": None,
+            "teacher": None if options.teacher is None else digest_weights(options.teacher),
             "seed": options.seed,
             "data": digest_first_batch(self._batches, options.seed, find_device(self._model)),
         }
+        if options.distillation is not None:
+            weights = options.distillation
+            facts["distillation"] = [weights.mse, weights.kl, weights.features]
         described: dict[str, Any] = to_jsonable(facts)
         return described
 
@@ -169,7 +152,7 @@ class Rounds:
         loss = options.loss
         if penalty is not None:
             assert not isinstance(loss, str)  # noqa: S101  # refused above
-            loss = PenalizedLoss(loss, penalty)
+            loss = _add_penalty(loss, penalty)
         tuning = finetune(
             self._model,
             self._batches,
@@ -199,3 +182,15 @@ class Rounds:
             if not any(parameter.requires_grad for parameter in self._model.parameters()):
                 return None
             return self.tune("rest")
+
+
+def _add_penalty(
+    loss: Callable[[Any, Any], torch.Tensor] | None, penalty: Callable[[], torch.Tensor]
+) -> Callable[[Any, Any], torch.Tensor]:
+    """A loss plus a penalty on the weights; the penalty alone without a loss."""
+
+    def penalized(outputs: Any, batch: Any) -> torch.Tensor:
+        total = penalty()
+        return total if loss is None else total + loss(outputs, batch)
+
+    return penalized

@@ -89,15 +89,17 @@ def test_a_damaged_file_is_refused(tmp_path):
 
 
 def test_a_teacher_is_the_float_model_in_every_round(tmp_path):
-    options = systems.RoundOptions(
-        distillation=qdq.Distillation(features=0), schedule=qdq.Schedule(epochs=1, lr=1e-3)
-    )
     batches = make_batches()
     results = []
     for teacher in (None, make_net()):
         net = make_net()
-        rounds = systems.RoundOptions(**{**vars(options), "teacher": teacher})
-        systems.train_incremental(net, batches, batches[0], rounds)
+        options = systems.RoundOptions(
+            distillation=qdq.Distillation(features=0),
+            teacher=teacher,
+            schedule=qdq.Schedule(epochs=1, lr=1e-3),
+            folder=tmp_path / str(teacher is None),
+        )
+        systems.train_incremental(net, batches, batches[0], options)
         results.append(net.state_dict())
     for name, tensor in results[0].items():
         assert torch.equal(tensor, results[1][name])
