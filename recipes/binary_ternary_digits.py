@@ -7,7 +7,7 @@ python recipes/binary_ternary_digits.py --seeds 1 --json figures.json
 import copy
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ import qdq
 from qdq import systems
 from qdq.cli.main import PositiveInt, run_command
 from qdq.files import guard_files, write_json
-from qdq.systems.grid import INT8_HIGHEST, INT8_LOWEST, find_grid
 
 
 @dataclass(frozen=True)
@@ -109,21 +108,12 @@ SYSTEMS = {
 
 
 def describe_export(net: nn.Module) -> str:
-    """The codes of the weights, and whether the inputs of their layers are quantized too."""
-    num_layers = 0
-    lowest = highest = 0
-    inputs = "inputs float: calibrate them"
-    for module in net.modules():
-        grid = find_grid(module, "weight")
-        if grid is not None:
-            num_layers += 1
-            lowest = min(lowest, grid.lowest)
-            highest = max(highest, grid.highest)
-        if getattr(module, "input_system", None) is not None:
-            inputs = "inputs are signs: on request"
-    fits = lowest >= INT8_LOWEST and highest <= INT8_HIGHEST
-    verdict = "exact" if fits else "convert"
-    return f"{num_layers} weights {verdict}, codes {lowest} to {highest}; {inputs}"
+    """What TensorRT int8 takes of a network, which becomes a quantized one."""
+    transfer = systems.to_tensorrt(net, convert=True)
+    verdicts: Counter[str] = Counter()
+    for layer in transfer.layers:
+        verdicts.update(f"{tensor.place}s {tensor.verdict}" for tensor in layer.tensors)
+    return ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
 
 
 def load_data(
