@@ -172,7 +172,7 @@ def test_digits_in_integers(granularity, digits, float_net):
     """Within 0.3 point of float, and in every layer within one code of the fake-quantized network."""
     images, labels = digits[0][1::2], digits[1][1::2]
     net = copy.deepcopy(float_net)
-    RECIPE["quantize"](net, digits[0][::2], 8, granularity)
+    RECIPE["quantize"](net, digits[0][::2], 8, granularity, "unsigned")
     fake = copy.deepcopy(net)
     net.freeze()
     outputs = net.quantize_inference(images)
@@ -195,7 +195,7 @@ def test_digits_in_integers(granularity, digits, float_net):
 @torch.no_grad()
 def test_the_linear_layer_of_digits_sums_as_numpy(digits, float_net):
     net = copy.deepcopy(float_net)
-    RECIPE["quantize"](net, digits[0][::2], 8, "channel")
+    RECIPE["quantize"](net, digits[0][::2], 8, "channel", "unsigned")
     net.freeze()
     last = net.qlayers[-1]
     codes = torch.randint(0, 256, (50, 512), dtype=torch.int32)
@@ -299,14 +299,17 @@ def test_training_moves_the_weights():
     assert net.quantize_inference(x).shape == (64, 2)
 
 
-def test_the_recipe(capsys):
-    RECIPE["integer_only"](bits=6, epochs=1)
+def test_the_recipe(tmp_path, capsys):
+    RECIPE["integer_only"](bits=6, epochs=1, scheme="symmetric", output=tmp_path / "model.onnx")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines] == [
+    assert [line.split()[:2] for line in lines[:4]] == [
         ["float", lines[0].split()[1]],
         ["per", "layer"],
         ["per", "group"],
         ["per", "channel"],
     ]
+    assert lines[4] == "3 of 3 layers in int8"
+    assert sum("exact" in line for line in lines) == 6
+    assert lines[-1].startswith(str(tmp_path / "model.onnx"))
     with pytest.raises(ArgumentError, match="num_bits is 20"):
         RECIPE["integer_only"](bits=20, epochs=1)
