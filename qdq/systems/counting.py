@@ -124,6 +124,14 @@ class _CountingQuant(SystemQuantizer):
             )
         return sf
 
+    def _require_calibrated(self) -> int:
+        if self.counter > 0:
+            raise StateError(
+                f"{self._label} still calibrates: counter is {self.counter}.",
+                "run the model that often first.",
+            )
+        return self._require_sf()
+
     def _require_single(self) -> None:
         if getattr(self, "_is_replica", False):
             raise StateError(
@@ -161,7 +169,7 @@ class LinearQuant(_CountingQuant):
         Raises:
             StateError: Not calibrated.
         """
-        sf = self._require_sf()
+        sf = self._require_calibrated()
         if self.bits > 1:
             return describe_linear(sf, self.bits, self._sf.device)
         if values is not None:
@@ -184,5 +192,5 @@ class LogQuant(_CountingQuant):
         Raises:
             StateError: Not calibrated.
         """
-        self._require_sf()
+        self._require_calibrated()
         return describe_log(values, self.bits)

@@ -36,6 +36,8 @@ class QModule(nn.Module):
     qi: QParam
     qo: QParam
 
+    is_foreign_quantizer = True  # see `SystemQuantizer`
+
     def __init__(
         self,
         qi: bool = True,

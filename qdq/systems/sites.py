@@ -10,19 +10,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import nn
 
 from qdq.errors import UnsupportedError
-from qdq.forward import name_function
-from qdq.functions import COPIES, FUNCTIONS, MAX_POOLINGS
 from qdq.systems.grid import Grid, find_grid
+from qdq.systems.integer import QModule
+from qdq.systems.integer_functions import QSigmoid
 from qdq.systems.integer_restore import read_parameters
 from qdq.systems.integer_weighted import QWeighted
 from qdq.systems.layer import SystemLayer, SystemQuantizer
+from qdq.systems.sources import WEIGHTED, find_sources, find_standing
 
 _CODE_TOLERANCE = 1e-3  # float32 values are this near to an integer multiple of their scale
-_WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass
@@ -69,20 +69,80 @@ def find_sites(model: nn.Module) -> Layout:
         UnsupportedError: Quantizers stand between layers, and torch.fx cannot trace the model.
         StateError: A quantizer is not calibrated.
     """
-    layout = Layout(standing=_find_standing(model))
-    graph = _trace(model) if layout.standing else None
-    layout.needed = set(layout.standing)
+    _require_layers_outside(model)
+    layout = Layout(standing=find_standing(model))
+    before, layout.needed = find_sources(model, layout.standing)
     frozen = {module.layer: module for module in model.modules() if isinstance(module, QWeighted)}
-    before = {} if graph is None else _find_sources(model, graph, layout)
     for name, module in model.named_modules():
-        if not isinstance(module, _WEIGHTED):
+        if isinstance(module, _TRANSPOSED):
+            layout.sites.append(Site(name, module, module.weight.detach(), None, None))
+        if not isinstance(module, WEIGHTED):
             continue
         site = _make_site(name, module, frozen.get(module))
         if site.input is None and name in before:
             site.source = before[name]
             site.input = layout.standing[site.source].describe(None)
         layout.sites.append(site)
+    _refuse_other_grids_of_one_weight(layout.sites)
+    if any(isinstance(module, QSigmoid) for module in model.modules()):
+        _mark_table(layout.sites)
     return layout
+
+
+def _require_layers_outside(model: nn.Module) -> None:
+    """Refuse integer layers whose float layer is nowhere else in the model: nothing would be left of them.
+
+    Raises:
+        UnsupportedError: It is such a model.
+    """
+    outside: set[nn.Module] = set()
+    inside = tuple(
+        f"{name}." if name else ""
+        for name, module in model.named_modules()
+        if isinstance(module, QModule)
+    )
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name.startswith(inside):
+            outside.add(module)
+    for name, module in model.named_modules():
+        if isinstance(module, QWeighted) and module.layer not in outside:
+            raise UnsupportedError(
+                f"the float layer of {name} is nowhere else in the model.",
+                "write a network that has its float layers, with a forward in float, beside the integer ones.",
+            )
+
+
+def _refuse_other_grids_of_one_weight(sites: list[Site]) -> None:
+    """Give layers that share one parameter an obstacle, unless its grid is the same in all of them."""
+    sharing: dict[int, list[Site]] = {}
+    for site in sites:
+        sharing.setdefault(id(site.layer.weight), []).append(site)
+    for group in sharing.values():
+        if all(_are_equal(group[0].weight, site.weight) for site in group):
+            continue
+        for site in group:
+            if site.weight is not None:
+                obstacle = "are those of another layer, too, which has another grid"
+                site.weight = replace(site.weight, obstacle=obstacle)
+
+
+def _are_equal(first: Grid | None, second: Grid | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    codes = (first.lowest, first.highest) == (second.lowest, second.highest)
+    return (
+        codes
+        and torch.equal(first.scale, second.scale)
+        and torch.equal(first.zero_point, second.zero_point)
+    )
+
+
+def _mark_table(sites: list[Site]) -> None:
+    """The float layers have the exact sigmoid where the integer layers have a table."""
+    for site in sites:
+        if site.input is not None:
+            reason = "are in a network with a sigmoid from a table, which is exact in the export"
+            site.input = replace(site.input, on_request=reason)
 
 
 def _make_site(name: str, layer: Any, integer_layer: QWeighted | None) -> Site:
@@ -116,7 +176,7 @@ def _has_values_of(grid: Grid, values: torch.Tensor) -> bool:
     if bool((grid.zero_point != 0).any()) or grid.on_request:
         return True
     shape = [-1] + [1] * (values.dim() - 1)
-    codes = values.double() / grid.scale.double().reshape(shape)
+    codes = values.double() / grid.scale.to(values.device).double().reshape(shape)
     is_near = (codes - codes.round()).abs() < _CODE_TOLERANCE
     is_inside = (codes.round() >= grid.lowest) & (codes.round() <= grid.highest)
     return bool((is_near & is_inside).all())
@@ -126,113 +186,3 @@ def _grid_of_input(layer: nn.Module) -> Grid | None:
     if isinstance(layer, SystemLayer) and layer.input_system is not None:
         return layer.input_system.describe(None)
     return find_grid(layer, "input")
-
-
-def _find_standing(model: nn.Module) -> dict[str, SystemQuantizer]:
-    """The quantizers that belong to no layer, by dotted name."""
-    in_layers: set[nn.Module] = set()
-    for module in model.modules():
-        if isinstance(module, SystemLayer):
-            in_layers.update(module.children())
-    standing = {}
-    for name, module in model.named_modules():
-        if isinstance(module, SystemQuantizer) and module not in in_layers:
-            standing[name] = module
-    return standing
-
-
-class _Tracer(fx.Tracer):
-    """Sees layers, normalizations and quantizers as modules, and everything else as functions."""
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        """Whether a module is one node of the graph."""
-        return isinstance(module, (*_WEIGHTED, _NormBase, SystemQuantizer))
-
-
-def _trace(model: nn.Module) -> fx.Graph:
-    try:
-        return _Tracer().trace(model)
-    except Exception as error:
-        raise UnsupportedError(
-            f"quantizers stand between the layers, and torch.fx cannot say between which: {error}",
-            "write the forward without branches on values and sizes, or make the quantizers parts of the layers.",
-        ) from error
-
-
-def _find_sources(model: nn.Module, graph: fx.Graph, layout: Layout) -> dict[str, str]:
-    """Layer -> the quantizer before it; takes the quantizers that nothing else reads out of `layout.needed`."""
-    sources: dict[str, set[str]] = {}
-    needed = set()
-    for node in graph.nodes:
-        quantizer = str(node.target)
-        if node.op != "call_module" or quantizer not in layout.standing:
-            continue
-        grid = layout.standing[quantizer].describe(None)
-        for reader in _list_readers(node, grid):
-            if _is_layer(model, reader):
-                sources.setdefault(str(reader.target), set()).add(quantizer)
-            else:
-                needed.add(quantizer)
-    # A layer that is called twice with different grids has no grid.
-    for layer, quantizers in list(sources.items()):
-        if len(quantizers) > 1 or _count_calls(graph, layer) > 1:
-            needed.update(quantizers)
-            del sources[layer]
-    layout.needed = needed
-    return {layer: quantizers.pop() for layer, quantizers in sources.items()}
-
-
-def _is_layer(model: nn.Module, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), _WEIGHTED)
-
-
-def _count_calls(graph: fx.Graph, layer: str) -> int:
-    return sum(node.op == "call_module" and node.target == layer for node in graph.nodes)
-
-
-def _list_readers(node: fx.Node, grid: Grid) -> list[fx.Node]:
-    """The nodes that read values of a grid, also through functions that keep values on it."""
-    readers = []
-    for user in node.users:
-        if _keeps_grid(user, grid):
-            readers += _list_readers(user, grid)
-        else:
-            readers.append(user)
-    return readers
-
-
-def _keeps_grid(node: fx.Node, grid: Grid) -> bool:
-    """Whether a function returns values of the grid that it was given."""
-    if node.op not in ("call_function", "call_method") or len(node.all_input_nodes) != 1:
-        return False
-    name = name_function(node.target) if callable(node.target) else str(node.target).strip("_")
-    if name in COPIES or name in MAX_POOLINGS:
-        return True
-    function = FUNCTIONS.get(name)
-    if function is None or function.clamp is None:
-        return False
-    low, high = function.clamp.low, function.clamp.high
-    names = function.clamp.parameters
-    if names:
-        low, high = _read_bounds(node, names, (low, high))
-    return _is_on_grid(low, grid) and _is_on_grid(high, grid)
-
-
-def _read_bounds(
-    node: fx.Node, names: tuple[str, ...], defaults: tuple[float, float]
-) -> tuple[float, float]:
-    """The bounds of a clamp: its second and third argument, or those with these names."""
-    bounds = []
-    for position, (name, default) in enumerate(zip(names, defaults, strict=True), start=1):
-        value = node.args[position] if len(node.args) > position else node.kwargs.get(name)
-        bounds.append(float(value) if isinstance(value, int | float) else default)
-    return bounds[0], bounds[1]
-
-
-def _is_on_grid(bound: float, grid: Grid) -> bool:
-    if bound in (float("inf"), float("-inf")):
-        return True
-    if grid.scale.numel() > 1:
-        return bound == 0
-    code = torch.tensor(bound, dtype=torch.float64) / grid.scale.double().cpu().reshape(())
-    return bool(code == code.round())

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from qdq.device import find_device
 from qdq.metrics import sqnr_db
 from qdq.observers.max import reduce_amax
 from qdq.quantize import fake_quantize
@@ -65,11 +66,20 @@ def transfer(model: nn.Module, layout: Layout) -> None:
         if site.input is not None:
             system = input_systems.get(site.name)
             layer._input_quantizer = _make_quantizer(site.input, system).to(layer.weight.device)
+    _replace_standing(model, layout)
+
+
+def _replace_standing(model: nn.Module, layout: Layout) -> None:
+    """Replace the quantizers between layers, at all their names: one that is used twice has several."""
+    device = find_device(model)
+    names = list(model.named_modules(remove_duplicate=False))
     for name, quantizer in layout.standing.items():
         replacement: nn.Module = nn.Identity()
         if name in layout.needed:
-            replacement = _make_quantizer(quantizer.describe(None), quantizer)
-        model.set_submodule(name, replacement)
+            replacement = _make_quantizer(quantizer.describe(None), quantizer).to(device)
+        for alias, module in names:
+            if module is quantizer:
+                model.set_submodule(alias, replacement)
 
 
 def is_convertible(grid: Grid) -> bool:
@@ -89,14 +99,13 @@ def _keep_exact_weight(site: Site) -> None:
 
 def _weight_range(site: Site) -> torch.Tensor:
     """Amax of each output channel, `[C, 1, ...]`."""
-    layer: Any = site.layer
     grid = site.weight
     assert grid is not None  # noqa: S101  # the caller has chosen such layers
-    weight = layer.weight.detach()
+    weight = site.values
     if is_convertible(grid):
         return reduce_amax(weight, 0)
     shape = [-1] + [1] * (weight.dim() - 1)
-    scale = grid.scale.float().flatten().expand(weight.shape[0])
+    scale = grid.scale.to(weight.device).float().flatten().expand(weight.shape[0])
     return (scale * INT8_HIGHEST).reshape(shape)
 
 
@@ -145,11 +154,11 @@ def measure_conversion(grid: Grid, site: Site | None) -> tuple[float, float]:
         return _measure_activation(grid)
     layer: Any = site.layer
     weight = site.values.float()
-    amax = reduce_amax(weight, 0)
-    after = fake_quantize(weight, amax, axis=0)
     before = weight
     if isinstance(layer, SystemLayer) and layer.weight_system is not None:
         before = layer.weight_system(site.values).detach().float()
+    exported = weight if is_convertible(grid) else before
+    after = fake_quantize(exported, _weight_range(site), axis=0)
     return _sqnr(weight, before), _sqnr(weight, after)
 
 

@@ -7,100 +7,24 @@ range. Others are refused.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from qdq.errors import ExportError
-from qdq.systems.grid import INT8_HIGHEST, INT8_LOWEST, Grid, Verdict
+from qdq.forward import evaluating
+from qdq.systems.grid import INT8_HIGHEST, INT8_LOWEST, Grid
+from qdq.systems.records import LayerVerdict, TensorVerdict, Transfer
 from qdq.systems.sites import Site, find_sites
 from qdq.systems.transfer import measure_conversion, transfer
-
-
-@dataclass(frozen=True)
-class TensorVerdict:
-    """The verdict on one tensor.
-
-    Args:
-        place: "weight", "input", or the name of a quantizer between layers.
-        system: Its number system.
-        verdict: "exact", "convert" or "refuse".
-        reason: The property that does not fit, with its value; "" if it is exact.
-        before_db: SQNR of the system's values, in dB: of a weight against the float weight, of an input against evenly
-            spread values. None if it has the same values in int8, infinite if the system's values are all that is
-            known.
-        after_db: The same for the int8 values.
-    """
-
-    place: str
-    system: str
-    verdict: Verdict
-    reason: str
-    before_db: float | None = None
-    after_db: float | None = None
-
-
-@dataclass(frozen=True)
-class LayerVerdict:
-    """What becomes of a layer.
-
-    Args:
-        name: Dotted name.
-        precision: "int8" or "float".
-        tensors: The verdicts on its weight and its input.
-        note: Why it is float, or what is still to do; "" if nothing.
-    """
-
-    name: str
-    precision: str
-    tensors: tuple[TensorVerdict, ...]
-    note: str
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """Result of `to_tensorrt`.
-
-    Args:
-        layers: All convolutions and linear layers.
-        standing: The quantizers that stay between layers, such as before a sum.
-    """
-
-    layers: tuple[LayerVerdict, ...]
-    standing: tuple[TensorVerdict, ...]
-
-    def format_table(self) -> str:
-        """A line for each layer, with the SQNR before and after where something was converted."""
-        num_int8 = sum(layer.precision == "int8" for layer in self.layers)
-        lines = [f"{num_int8} of {len(self.layers)} layers in int8"]
-        for layer in self.layers:
-            lines.append(f"  {layer.name}: {layer.precision}{_prefix(': ', layer.note)}")
-            lines += [f"    {_format_tensor(tensor)}" for tensor in layer.tensors]
-        lines += [f"  between layers: {_format_tensor(tensor)}" for tensor in self.standing]
-        return "\n".join(lines)
-
-
-def _prefix(separator: str, text: str) -> str:
-    return separator + text if text else ""
-
-
-def _format_tensor(tensor: TensorVerdict) -> str:
-    line = f"{tensor.place}: {tensor.system}, {tensor.verdict}{_prefix(', ', tensor.reason)}"
-    if tensor.before_db is None or tensor.after_db is None:
-        return line
-    if math.isinf(tensor.before_db):
-        return f"{line}; SQNR of the conversion {tensor.after_db:.1f} dB"
-    return f"{line}; SQNR {tensor.before_db:.1f} dB before, {tensor.after_db:.1f} dB after"
 
 
 def to_tensorrt(model: nn.Module, *, convert: bool = False) -> Transfer:
     """Turn a model of any number system into swapped layers with ranges, in place.
 
     Then `export_onnx`, `check_onnx` and `build_engine` do what they always do. A layer whose weight is quantized and
-    whose input is not gets an input quantizer without a range: `calibrate_model(model, batches, weight_method="keep")`
-    computes it. A layer whose weight is float stays float. A range of fewer codes than int8 gets a Clip before its Q.
+    whose input is not gets an input quantizer without a range, which `calibrate_inputs` computes. A layer whose weight
+    is float stays float. A range of fewer codes than int8 gets a Clip before its Q.
 
     Args:
         model: A calibrated model, in evaluation mode.
@@ -114,6 +38,11 @@ def to_tensorrt(model: nn.Module, *, convert: bool = False) -> Transfer:
         StateError: A quantizer is not calibrated.
         UnsupportedError: As for `sites.find_sites`.
     """
+    with evaluating(model):  # some systems draw at random in training
+        return _transfer(model, convert)
+
+
+def _transfer(model: nn.Module, convert: bool) -> Transfer:
     layout = find_sites(model)
     verdicts = {site.name: judge_site(site) for site in layout.sites}
     standing = {}
@@ -206,10 +135,12 @@ def _find_problem(grid: Grid) -> str:
 
 
 def _note_of(site: Site) -> str:
+    if isinstance(site.layer, _ConvTransposeNd):
+        return "transposed convolutions are not taken"
     if site.weight is None and site.input is None:
         return "no number system quantizes it"
     if site.weight is None:
         return "its weight is float, and TensorRT needs both inputs of a product in int8"
     if site.input is None:
-        return "its input has no range yet: calibrate_model(model, batches, weight_method='keep')"
+        return "its input has no range yet: call qdq.systems.calibrate_inputs(model, batches)"
     return ""
