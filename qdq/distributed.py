@@ -328,9 +328,9 @@ def raise_together(failure: Exception | None, kind: type[QdqError]) -> None:
         raise failure
     for rank, message in enumerate(messages):
         if message:
+            problem, _, fix = message.decode(errors="replace").partition(" Fix: ")
             raise kind(
-                f"process {rank} failed: {message.decode(errors='replace').partition(' Fix: ')[0]}",
-                "see the output of that process.",
+                f"process {rank} failed: {problem}", fix or "see the output of that process."
             )
 
 

@@ -44,6 +44,14 @@ def gpu(pytestconfig):
         pytest.skip(f"no GPU, and the pretended device cannot be built: {reason}")
 
 
+@pytest.fixture(autouse=True)
+def _hide_pretended_device(request, monkeypatch):
+    """Only the tests of GPUs see the device: elsewhere DataParallel, for instance, would choose it by itself."""
+    module = getattr(torch, pretended_device.NAME, None)
+    if module is not None and request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(module, "is_available", lambda: False)
+
+
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request):
     """The CPU, and as `gpu`."""

@@ -260,10 +260,19 @@ def list_texts(node):
     return [item.value for item in items if isinstance(item, ast.Constant)]
 
 
+def is_literal_type(node):
+    """Whether a node is `Literal[...]`: the options of a parameter, which may have the names of functions."""
+    return isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "Literal"
+
+
 def find_function_names(source):
     """Line -> two or more names of torch functions in one literal."""
     lines = {}
-    for node in ast.walk(ast.parse(source)):
+    nodes = list(ast.walk(ast.parse(source)))
+    options = [node.slice for node in nodes if is_literal_type(node)]
+    for node in nodes:
+        if node in options:
+            continue
         names = {text for text in list_texts(node) if text in FUNCTIONS or text in ALIASES}
         if len(names) > 1:
             lines[node.lineno] = sorted(names)
