@@ -38,7 +38,9 @@ def gpu(pytestconfig):
     if torch.cuda.is_available():
         return torch.device("cuda", 0)
     try:
-        return pretended_device.install(pytestconfig.cache.mkdir("pretended_device"))
+        # Where pytest keeps what a test wants to find again, also if its cache is off.
+        folder = pytestconfig.rootpath / ".pytest_cache" / "d" / "pretended_device"
+        return pretended_device.install(folder)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         pytest.skip(f"no GPU, and the pretended device cannot be built: {reason}")
