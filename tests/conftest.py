@@ -33,14 +33,18 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def gpu(pytestconfig):
+def device_folder(pytestconfig):
+    """Where pytest keeps what a test wants to find again, also if its cache is off: the built device."""
+    return pytestconfig.rootpath / ".pytest_cache" / "d" / "pretended_device"
+
+
+@pytest.fixture(scope="session")
+def gpu(device_folder):
     """A GPU; without one, the pretended device."""
     if torch.cuda.is_available():
         return torch.device("cuda", 0)
     try:
-        # Where pytest keeps what a test wants to find again, also if its cache is off.
-        folder = pytestconfig.rootpath / ".pytest_cache" / "d" / "pretended_device"
-        return pretended_device.install(folder)
+        return pretended_device.install(device_folder)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         pytest.skip(f"no GPU, and the pretended device cannot be built: {reason}")

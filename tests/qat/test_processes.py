@@ -120,10 +120,9 @@ def test_ranges_follow_what_all_processes_see(found):
             ), name
 
 
-def test_two_processes_on_a_device_give_what_one_gives(tmp_path, processes, gpu, pytestconfig):
+def test_two_processes_on_a_device_give_what_one_gives(tmp_path, processes, gpu, device_folder):
     """The gradients are averaged on the device, by a backend that copies over gloo where the device is pretended."""
-    folder = pytestconfig.cache.mkdir("pretended_device")
-    script = [HERE / "processes_on_device.py", tmp_path / "out", folder]
+    script = [HERE / "processes_on_device.py", tmp_path / "out", device_folder]
     pair = processes.start_pair([script] * 2, tmp_path / "store")
     assert [process.wait() for process in pair] == [0, 0]
     shared = [json.loads((tmp_path / f"out.{rank}").read_text()) for rank in range(2)]
