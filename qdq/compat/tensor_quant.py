@@ -564,7 +564,7 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Straight through where |x| <= amax."""
         inputs, amax = ctx.saved_tensors
-        return _pass_inside(inputs, -amax, amax, grads[0]), None, None, None, None
+        return _pass_inside(inputs, -amax, amax, grads[0]), None, None, None, None, None
 
 
 class TensorQuantFunction(_StraightThrough):
@@ -578,41 +578,19 @@ class TensorQuantFunction(_StraightThrough):
         num_bits: int = 8,
         unsigned: bool = False,
         narrow_range: bool = True,
+        is_checked: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `tensor_quant`."""
+        """As `tensor_quant`; without the check, a GPU is not waited for."""
         amax = _as_tensor(amax, inputs)
-        codes, scale = _quantize(inputs, amax, num_bits, unsigned, narrow_range)
-        if inputs.dtype == torch.float16 and not is_capturing():
+        codes, scale = _quantize(
+            inputs, amax, num_bits, unsigned, narrow_range, is_checked=is_checked
+        )
+        if is_checked and inputs.dtype == torch.float16 and not is_capturing():
             _require_fp16_scale(scale, amax)
-        return _finish_codes(ctx, inputs, amax, codes, scale)
-
-
-class UncheckedTensorQuantFunction(TensorQuantFunction):
-    """The same without a check of the values: on a GPU it would wait for the device, and forbid CUDA graphs."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        inputs: torch.Tensor,
-        amax: Range,
-        num_bits: int = 8,
-        unsigned: bool = False,
-        narrow_range: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `tensor_quant`; a scale too large for float16 is infinite."""
-        amax = _as_tensor(amax, inputs)
-        codes, scale = _quantize(inputs, amax, num_bits, unsigned, narrow_range, is_checked=False)
-        return _finish_codes(ctx, inputs, amax, codes, scale)
-
-
-def _finish_codes(
-    ctx: Any, inputs: torch.Tensor, amax: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scale in the type of the inputs."""
-    ctx.save_for_backward(inputs, amax)
-    scale = scale.to(inputs.dtype)
-    ctx.mark_non_differentiable(scale)
-    return _cast_back(codes, inputs.dtype), scale
+        ctx.save_for_backward(inputs, amax)
+        scale = scale.to(inputs.dtype)
+        ctx.mark_non_differentiable(scale)
+        return _cast_back(codes, inputs.dtype), scale
 
 
 def _require_fp16_scale(scale: torch.Tensor, amax: torch.Tensor) -> None:
@@ -634,30 +612,14 @@ class FakeTensorQuantFunction(_StraightThrough):
         num_bits: int = 8,
         unsigned: bool = False,
         narrow_range: bool = True,
+        is_checked: bool = True,
     ) -> torch.Tensor:
-        """As `fake_tensor_quant`."""
+        """As `fake_tensor_quant`; without the check, a GPU is not waited for."""
         amax = _as_tensor(amax, inputs)
         ctx.save_for_backward(inputs, amax)
-        codes, scale = _quantize(inputs, amax, num_bits, unsigned, narrow_range)
-        return _cast_back(codes.div_(scale), inputs.dtype)
-
-
-class UncheckedFakeTensorQuantFunction(FakeTensorQuantFunction):
-    """The same without a check of the values: on a GPU it would wait for the device, and forbid CUDA graphs."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        inputs: torch.Tensor,
-        amax: Range,
-        num_bits: int = 8,
-        unsigned: bool = False,
-        narrow_range: bool = True,
-    ) -> torch.Tensor:
-        """As `fake_tensor_quant`."""
-        amax = _as_tensor(amax, inputs)
-        ctx.save_for_backward(inputs, amax)
-        codes, scale = _quantize(inputs, amax, num_bits, unsigned, narrow_range, is_checked=False)
+        codes, scale = _quantize(
+            inputs, amax, num_bits, unsigned, narrow_range, is_checked=is_checked
+        )
         return _cast_back(codes.div_(scale), inputs.dtype)
 
 
@@ -708,8 +670,9 @@ class ScaledE4M3Function(torch.autograd.Function):
         amax: Range | None = None,
         E: int = 4,  # noqa: N803  # the names that scripts know
         M: int = 3,  # noqa: N803
+        is_checked: bool = True,
     ) -> torch.Tensor:
-        """As `scaled_e4m3`."""
+        """As `scaled_e4m3`; without the check, a GPU is not waited for."""
         if (E, M) != E4M3:
             raise UnsupportedError(
                 f"FP8 with E={E}, M={M}; only E=4, M=3 is supported.", "use E=4 and M=3."
@@ -717,7 +680,7 @@ class ScaledE4M3Function(torch.autograd.Function):
         amax = _as_tensor(E4M3_MAX if amax is None else amax, inputs)
         ctx.save_for_backward(inputs, amax)
         values = _computable(inputs)
-        if not is_capturing():
+        if is_checked and not is_capturing():
             _require_legal(values, amax.to(values), unsigned=False)
         return _cast_back(_round_scaled(values, amax.to(values)), inputs.dtype)
 
@@ -725,26 +688,7 @@ class ScaledE4M3Function(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Straight through where |x| <= amax, 448 without one."""
         inputs, amax = ctx.saved_tensors
-        return _pass_inside(inputs, -amax, amax, grads[0]), None, None, None
-
-
-class UncheckedScaledE4M3Function(ScaledE4M3Function):
-    """The same without a check of the values: on a GPU it would wait for the device, and forbid CUDA graphs."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]  # one format
-        ctx: Any, inputs: torch.Tensor, amax: Range
-    ) -> torch.Tensor:
-        """As `scaled_e4m3`."""
-        amax = _as_tensor(amax, inputs)
-        ctx.save_for_backward(inputs, amax)
-        values = _computable(inputs)
-        return _cast_back(_round_scaled(values, amax.to(values)), inputs.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """As `scaled_e4m3`."""
-        return ScaledE4M3Function.backward(ctx, *grads)[:2]
+        return _pass_inside(inputs, -amax, amax, grads[0]), None, None, None, None
 
 
 def _round_scaled(values: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:

@@ -81,11 +81,6 @@ HELPERS = {
         "require_bound",
     ),
     *("divide_by_number", "round_e4m3", "split_kwargs"),
-    *(
-        "UncheckedFakeTensorQuantFunction",
-        "UncheckedScaledE4M3Function",
-        "UncheckedTensorQuantFunction",
-    ),
 }
 
 

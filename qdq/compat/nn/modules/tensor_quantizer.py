@@ -22,16 +22,13 @@ from qdq.compat.tensor_quant import (
     E4M3,
     E4M3_MAX,
     Axis,
+    FakeTensorQuantFunction,
     NumBits,
     QuantDescriptor,
-    UncheckedFakeTensorQuantFunction,
-    UncheckedScaledE4M3Function,
-    UncheckedTensorQuantFunction,
+    ScaledE4M3Function,
+    TensorQuantFunction,
     divide_by_number,
-    fake_tensor_quant,
     largest_code,
-    scaled_e4m3,
-    tensor_quant,
 )
 from qdq.errors import ArgumentError, ArgumentTypeError, ModelError, QdqError, StateError
 from qdq.formats import Format
@@ -480,24 +477,17 @@ class TensorQuantizer(CoreTensorQuantizer):
 
     def _round_to_e4m3(self, inputs: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
         """FP8; on a GPU the values are not checked, because that would wait for them."""
-        result: torch.Tensor
-        if inputs.is_cpu or is_capturing():
-            result = scaled_e4m3(inputs, amax)
-        else:
-            result = UncheckedScaledE4M3Function.apply(inputs, amax)
+        result: torch.Tensor = ScaledE4M3Function.apply(inputs, amax, *E4M3, inputs.is_cpu)
         return result
 
     def _apply_arithmetic(self, inputs: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
         """Values or codes by the legacy formula; on a GPU the values are not checked."""
         arguments = (inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
-        is_checked = inputs.is_cpu or is_capturing()
         result: torch.Tensor
         if self._fake_quant:
-            quantize = fake_tensor_quant if is_checked else UncheckedFakeTensorQuantFunction.apply
-            result = quantize(*arguments)
+            result = FakeTensorQuantFunction.apply(*arguments, inputs.is_cpu)
             return result
-        quantize_codes = tensor_quant if is_checked else UncheckedTensorQuantFunction.apply
-        result, self._scale = quantize_codes(*arguments)
+        result, self._scale = TensorQuantFunction.apply(*arguments, inputs.is_cpu)
         return result
 
     def _is_int8(self) -> bool:
