@@ -110,22 +110,34 @@ def test_predict_of_nothing():
         predict(nn.Identity(), [])
 
 
-def test_predict_file_and_module_alike(quantized, images, tmp_path):
-    path = export_onnx(quantized, images, tmp_path / "model.onnx").path
+@pytest.fixture
+def exported_file(quantized, images, exported_once):
+    """The file of `quantized`, which no test changes."""
+    path = exported_once / "model.onnx"
+    if not path.exists():
+        export_onnx(quantized, images, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported_once(tmp_path_factory):
+    return tmp_path_factory.mktemp("exported_once")
+
+
+def test_predict_file_and_module_alike(quantized, images, exported_file):
     batches = [(images, None), (images[:1], None)]
-    from_file, from_torch = predict(path, batches), predict(quantized, batches)
+    from_file, from_torch = predict(exported_file, batches), predict(quantized, batches)
     assert from_file.shape == from_torch.shape == (5, 16)
     assert sqnr_db(from_torch, from_file) > 30
     with pytest.raises(CheckError, match=r"given \[4, 3, 12\] float32"):
-        predict(str(path), [images[..., 0]])
+        predict(str(exported_file), [images[..., 0]])
 
 
 @pytest.mark.parametrize("batch_is_on_gpu", [False, True])
 @pytest.mark.parametrize(
     "pack", [lambda x: x, lambda x: (x, torch.zeros(2)), lambda x: {"images": x}]
 )
-def test_batches_may_be_on_any_device(quantized, images, tmp_path, gpu, batch_is_on_gpu, pack):
-    path = export_onnx(quantized, images, tmp_path / "model.onnx").path
+def test_batches_may_be_on_any_device(quantized, images, exported_file, gpu, batch_is_on_gpu, pack):
     expected = predict(quantized, [images, images[:1]])
     batches = [pack(images), pack(images[:1])]
     if batch_is_on_gpu:
@@ -136,19 +148,19 @@ def test_batches_may_be_on_any_device(quantized, images, tmp_path, gpu, batch_is
         outputs = predict(quantized, batches)
     assert sqnr_db(expected, outputs) > 90
     assert len(list_waits(events)) <= len(batches)
-    from_file = predict(path, batches)
-    np.testing.assert_array_equal(from_file, predict(path, [images, images[:1]]))
+    from_file = predict(exported_file, batches)
+    np.testing.assert_array_equal(from_file, predict(exported_file, [images, images[:1]]))
     assert sqnr_db(outputs, from_file) > 30
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_file_takes_what_its_type_can_hold(quantized, images, tmp_path, device, dtype):
-    path = export_onnx(quantized, images, tmp_path / "model.onnx").path
+def test_a_file_takes_what_its_type_can_hold(images, exported_file, device, dtype):
     batch = images.to(dtype)
-    expected = predict(path, [batch.float()])
-    np.testing.assert_array_equal(predict(path, [batch.to(device).requires_grad_()]), expected)
+    expected = predict(exported_file, [batch.float()])
+    outputs = predict(exported_file, [batch.to(device).requires_grad_()])
+    np.testing.assert_array_equal(outputs, expected)
     with pytest.raises(CheckError, match="float64, its inputs are"):
-        predict(path, [images.double().to(device)])
+        predict(exported_file, [images.double().to(device)])
 
 
 def test_tf32_of_the_gpu_does_not_reach_the_figures(tmp_path, gpu):
