@@ -323,9 +323,9 @@ def _as_root(model: nn.Module, call: _Call) -> nn.Module:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """The model inside a wrapper that torch.export does not follow, from `torch.compile` or distributed training."""
+    """The model inside a wrapper that torch.export does not follow, from `torch.compile` or parallel training."""
     model = unwrap_compiled(model)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         wrapped: nn.Module = model.module
         return wrapped
     return model

@@ -145,8 +145,8 @@ def require_model(model: Any) -> None:
         model: Any object.
 
     Raises:
-        ArgumentTypeError: It is not a module, or a scripted one, or a graph of operators. The message says what to
-            pass instead.
+        ArgumentTypeError: It is not a module, or a scripted one, a graph of operators or data-parallel. The message
+            says what to pass instead.
     """
     if not isinstance(model, nn.Module):
         kind = f"of type {type(model).__name__}"
@@ -161,6 +161,12 @@ def require_model(model: Any) -> None:
             "use the Python module that it was made from.",
         )
     for name, module in model.named_modules():
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise ArgumentTypeError(
+                f"{name or 'the model'} is a DataParallel over {len(module.device_ids)} devices, whose replicas lose"
+                " what their quantizers collect.",
+                "use its module; torchrun runs several GPUs in processes of their own.",
+            )
         if isinstance(module, torch.fx.GraphModule) and _has_operators(module):
             raise ArgumentTypeError(
                 f"{name or 'the model'} is a graph of operators, as torch.export makes it, and has no layers.",

@@ -96,7 +96,7 @@ def require_dynamic(model, batch, smaller, path):
 @pytest.mark.parametrize(
     ("wrap", "name"),
     [
-        (lambda: nn.DataParallel(Net()), "inputs_0"),
+        (lambda: nn.DataParallel(Net()), "x"),
         (lambda: AveragedModel(Net()), "args_0"),
         (lambda: Timing(Timing(Net())), "args_0"),
         (lambda: torch.compile(Net()), "x"),

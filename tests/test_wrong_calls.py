@@ -88,6 +88,12 @@ def exported(x):
     return torch.export.export(Net().eval(), (x,))
 
 
+def parallel(x):
+    model = nn.DataParallel(Net().eval())
+    model.device_ids = [0, 1]
+    return model
+
+
 NO_MODELS = {
     "None": lambda x: None,
     "class": lambda x: Net,
@@ -96,6 +102,7 @@ NO_MODELS = {
     "exported program": exported,
     "TorchScript": scripted,
     "graph of operators": lambda x: exported(x).module(),
+    "DataParallel over two devices": parallel,
 }
 
 
