@@ -252,17 +252,32 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     """
     device = find_device(model)
     args, kwargs = _place_inputs(model, split_inputs(inputs), device)
-    try:
+    fix = (
+        "give batches of tensors in lists, tuples and dictionaries, which are moved to the device of the model; "
+        "keep constants of the model in buffers, or make them on the device of an input."
+    )
+    with explaining_devices(f"the model is on {device}, and a function in it", fix):
         return _run_uncompiled(model, args, kwargs)
+
+
+@contextmanager
+def explaining_devices(subject: str, fix: str) -> Iterator[None]:
+    """Replace the error of torch about tensors of several devices in the block.
+
+    Args:
+        subject: What gets these tensors, for the message.
+        fix: What to do.
+
+    Raises:
+        DataError: Tensors of several devices met.
+    """
+    try:
+        yield
     except RuntimeError as error:
         if not says_devices_differ(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise DataError(
-            f"the model is on {device}, and a function in it gets tensors of another device: {reason}",
-            "give batches of tensors in lists, tuples and dictionaries, which are moved to the device of the model; "
-            "keep constants of the model in buffers, or make them on the device of an input.",
-        ) from error
+        raise DataError(f"{subject} gets tensors of another device: {reason}", fix) from error
 
 
 def says_devices_differ(error: Exception) -> bool:

@@ -19,7 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from qdq.batch import floats_of
 from qdq.device import move_batch
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError, StateError
-from qdq.forward import call_model, evaluating
+from qdq.forward import call_model, evaluating, explaining_devices
 from qdq.nn import QuantMixin
 from qdq.patterns import Pattern, Patterns
 from qdq.swap import quantized_layers
@@ -348,6 +348,7 @@ def run_with_loss(model: nn.Module, loss: Loss | None, batch: Any) -> tuple[Any,
 
     Raises:
         ArgumentError: A loss that is not a scalar, or outputs without a floating-point tensor.
+        DataError: The loss gets tensors of several devices.
     """
     if loss == "own":
         with _training(model):
@@ -357,7 +358,10 @@ def run_with_loss(model: nn.Module, loss: Loss | None, batch: Any) -> tuple[Any,
     outputs = call_model(model, batch)
     if loss is None:
         return outputs, torch.zeros((), device=_require_floats(outputs)[0].device)
-    return outputs, _require_scalar(loss(outputs, batch))
+    fix = "make constants of the loss on the device of the outputs: torch.tensor(..., device=outputs.device)."
+    with explaining_devices("the loss function", fix):
+        value = loss(outputs, batch)
+    return outputs, _require_scalar(value)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 import qdq
-from qdq.errors import StateError
+from qdq.errors import DataError, StateError
 from qdq.qat import Distillation, Schedule, cross_entropy, finetune, load_tuned
 from qdq.qat.checkpoint import pack_random, unpack_random
 from qdq.qat.losses import Objective
@@ -244,6 +244,19 @@ def test_nan_ends_the_run(quantized, gpu, ranges):
 
     with pytest.raises(StateError, match="the loss is nan in step 2"):
         finetune(model, batches, loss=loss, distillation=None, ranges=ranges, schedule=FAST)
+
+
+def test_a_loss_with_a_constant_of_the_cpu(quantized, gpu):
+    weights = torch.ones(16)
+
+    def loss(outputs, _):
+        return (outputs * weights).mean()
+
+    with pytest.raises(
+        DataError, match="the loss function gets tensors of another device"
+    ) as error:
+        tune(quantized, gpu, loss=loss, distillation=None)
+    assert "device=outputs.device" in error.value.fix
 
 
 def test_nan_in_a_value_that_a_range_follows(quantized, gpu):
