@@ -14,10 +14,10 @@ from torch import nn
 
 from qdq.errors import UnsupportedError
 from qdq.systems.grid import Grid, find_grid
-from qdq.systems.integer import QModule
-from qdq.systems.integer_functions import QSigmoid
-from qdq.systems.integer_restore import read_parameters
-from qdq.systems.integer_weighted import QWeighted
+from qdq.systems.integer.functions import QSigmoid
+from qdq.systems.integer.module import QModule
+from qdq.systems.integer.restore import read_parameters
+from qdq.systems.integer.weighted import QWeighted
 from qdq.systems.layer import SystemLayer, SystemQuantizer
 from qdq.systems.sources import WEIGHTED, find_sources, find_standing
 

@@ -15,8 +15,8 @@ from qdq.quantize import fake_quantize
 from qdq.quantizer import QuantDescriptor, TensorQuantizer
 from qdq.swap import swap_modules
 from qdq.systems.grid import INT8_HIGHEST, INT8_LOWEST, Grid
-from qdq.systems.integer_restore import restore_float
-from qdq.systems.integer_weighted import QWeighted
+from qdq.systems.integer.restore import restore_float
+from qdq.systems.integer.weighted import QWeighted
 from qdq.systems.layer import SystemLayer, SystemQuantizer, restore_layer
 from qdq.systems.sites import Layout, Site
 

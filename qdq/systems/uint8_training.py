@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qdq.errors import ArgumentError
 from qdq.fold import fold_batchnorm
-from qdq.systems.integer_arithmetic import quantize_bias
+from qdq.systems.integer.arithmetic import quantize_bias
 from qdq.systems.layer import SystemLayer, convert_layer, is_layer
 from qdq.systems.uint8_quantizers import EMA_DECAY, UInt8Activation, UInt8Weight
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qdq.systems.integer_weighted import QWeighted
-from qdq.systems.qparam import QParam
+from qdq.systems.integer.qparam import QParam
+from qdq.systems.integer.weighted import QWeighted
 
 
 class QConv2d(QWeighted):

@@ -29,7 +29,7 @@ from qdq.systems import (
 )
 from qdq.systems.grid import find_grid
 
-RECIPE = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "integer_only.py"))
+RECIPE = runpy.run_path(str(Path(__file__).parents[3] / "recipes" / "integer_only.py"))
 NAMES = read_cases("jermmy_names")
 
 

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from qdq.errors import ArgumentError
 from qdq.systems.affine import Scheme, find_codes
-from qdq.systems.integer import QModule
-from qdq.systems.qparam import QParam
+from qdq.systems.integer.module import QModule
+from qdq.systems.integer.qparam import QParam
 
 
 class QReLU(QModule):

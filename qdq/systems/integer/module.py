@@ -17,7 +17,7 @@ from torch import nn
 from qdq.errors import ArgumentError, StateError
 from qdq.systems.affine import FakeQuantize, Scheme
 from qdq.systems.grid import Grid
-from qdq.systems.qparam import QParam
+from qdq.systems.integer.qparam import QParam
 
 
 class QModule(nn.Module):

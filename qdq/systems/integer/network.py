@@ -15,10 +15,10 @@ from torch import nn
 
 from qdq.errors import ArgumentError, StateError
 from qdq.systems.affine import Scheme
-from qdq.systems.integer import QModule
-from qdq.systems.integer_functions import QMaxPooling2d, QReLU, QSigmoid
-from qdq.systems.integer_layers import QConv2d, QConvBNReLU, QLinear
-from qdq.systems.qparam import QParam
+from qdq.systems.integer.functions import QMaxPooling2d, QReLU, QSigmoid
+from qdq.systems.integer.layers import QConv2d, QConvBNReLU, QLinear
+from qdq.systems.integer.module import QModule
+from qdq.systems.integer.qparam import QParam
 
 _SHAPE_ONLY = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)
 _ACTIVATIONS = (nn.ReLU, nn.MaxPool2d, nn.Sigmoid)

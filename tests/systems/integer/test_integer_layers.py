@@ -12,8 +12,8 @@ from torch import nn
 from qdq.errors import QdqError, StateError
 from qdq.systems import QConv2d, QConvBNReLU, QLinear
 from qdq.systems.affine import find_codes
-from qdq.systems.integer_arithmetic import find_multiplier, quantize_bias, shift_right
-from qdq.systems.integer_restore import read_parameters
+from qdq.systems.integer.arithmetic import find_multiplier, quantize_bias, shift_right
+from qdq.systems.integer.restore import read_parameters
 
 GRANULARITIES = {
     "layer": {},

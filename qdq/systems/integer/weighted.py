@@ -1,4 +1,4 @@
-"""`QWeighted`: what layers with weights have in common in integer-only inference; `integer` has the formula."""
+"""`QWeighted`: what layers with weights have in common in integer-only inference; `module` has the formula."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from qdq.errors import StateError
 from qdq.systems.affine import FakeQuantize, Scheme
 from qdq.systems.grid import Grid
-from qdq.systems.integer import QModule
-from qdq.systems.integer_arithmetic import (
+from qdq.systems.integer.arithmetic import (
     find_bias_block,
     fits_int32,
     quantize_bias,
@@ -21,7 +20,8 @@ from qdq.systems.integer_arithmetic import (
     split_blocks,
     spread_scale,
 )
-from qdq.systems.qparam import QParam
+from qdq.systems.integer.module import QModule
+from qdq.systems.integer.qparam import QParam
 
 logger = logging.getLogger(__name__)
 

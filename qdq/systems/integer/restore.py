@@ -7,10 +7,10 @@ from torch import nn
 
 from qdq.errors import StateError
 from qdq.systems.grid import note_grid
-from qdq.systems.integer import QModule
-from qdq.systems.integer_layers import QConvBNReLU
-from qdq.systems.integer_network import IntegerNetwork
-from qdq.systems.integer_weighted import QWeighted
+from qdq.systems.integer.layers import QConvBNReLU
+from qdq.systems.integer.module import QModule
+from qdq.systems.integer.network import IntegerNetwork
+from qdq.systems.integer.weighted import QWeighted
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from golden import read_cases
 
 from qdq import systems
 from qdq.errors import ArgumentTypeError, QdqError, StateError
-from qdq.systems import FakeQuantize, QParam
+from qdq.systems import FakeQuantize, QParam, integer
 from qdq.systems.affine import find_codes, solve_affine
 
 CASES = read_cases("jermmy_qparam")
@@ -233,3 +233,8 @@ def test_the_names_of_users_exist():
     names = read_cases("jermmy_names")[0]["classes"]
     assert [name for name in names if not hasattr(systems, name)] == []
     assert set(names) <= set(dir(systems))
+
+
+def test_the_package_has_the_names_too():
+    for name in integer.__all__:
+        assert getattr(systems, name) is getattr(integer, name)

@@ -9,7 +9,7 @@ import logging
 
 import torch
 
-from qdq.systems.qparam import QParam
+from qdq.systems.integer.qparam import QParam
 
 logger = logging.getLogger(__name__)
 
