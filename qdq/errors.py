@@ -4,6 +4,7 @@ QdqError
 ├── ArgumentError      (ValueError)    an invalid value: unknown name, out of range, wrong shape
 │   └── ShapeError     (RuntimeError)  a size that does not fit, where torch raises RuntimeError
 ├── ArgumentTypeError  (TypeError)     a value of the wrong type
+│   └── NumberTypeError (ValueError)   a number or tensor of a type that no number system quantizes
 ├── StateError         (RuntimeError)  calls in the wrong order, or a state that cannot be quantized
 ├── UnsupportedError   (NotImplementedError)  a combination that qdq does not support
 ├── DependencyError    (ImportError)   a missing package that an extra installs
@@ -55,6 +56,10 @@ class ShapeError(ArgumentError, RuntimeError):
 
 class ArgumentTypeError(QdqError, TypeError):
     """A value of the wrong type."""
+
+
+class NumberTypeError(ArgumentTypeError, ValueError):
+    """A number or tensor of a type that no number system quantizes. Scripts may catch either type."""
 
 
 class StateError(QdqError, RuntimeError):

@@ -23,6 +23,19 @@ def test_the_tree_in_the_docstring_is_the_tree(error_class):
         assert branch[1] in {base.__name__ for base in error_class.__mro__}
 
 
+@pytest.mark.parametrize(
+    ("error_class", "bases"),
+    [
+        (errors.ShapeError, (ValueError, RuntimeError)),
+        (errors.NumberTypeError, (TypeError, ValueError)),
+    ],
+)
+def test_scripts_may_catch_either_type(error_class, bases):
+    for base in (*bases, QdqError):
+        with pytest.raises(base, match="bits is"):
+            raise error_class("bits is 1.5, a float.", "give an integer.")
+
+
 @pytest.mark.parametrize("error_class", CLASSES, ids=lambda error_class: error_class.__name__)
 def test_an_error_says_what_was_found_and_what_to_do(error_class):
     error = error_class("width is 0; expected 1 or more.", "pass a positive width.")

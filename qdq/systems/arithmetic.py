@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qdq.errors import ArgumentError, ArgumentTypeError
+from qdq.errors import ArgumentError, NumberTypeError
 
 FLOAT_BITS = 32
 """This many bits mean that a part is not quantized."""
@@ -55,25 +55,26 @@ def narrow(result: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return result.clamp_(limits.min, limits.max).to(values.dtype)
 
 
-def require_bits(bits: Any, layer: str, least: int = 1) -> None:
+def require_bits(bits: Any, layer: str, least: int = 1, most: int = FLOAT_BITS) -> None:
     """Refuse a width that no quantizer has.
 
     Args:
         bits: The width.
         layer: Name of the layer or quantizer, for the message.
         least: The smallest width.
+        most: The largest width.
 
     Raises:
-        ArgumentTypeError: Not an integer.
-        ArgumentError: Below `least`, or above 32.
+        NumberTypeError: Not an integer.
+        ArgumentError: Below `least`, or above `most`.
     """
     if isinstance(bits, bool) or not isinstance(bits, int):
-        raise ArgumentTypeError(
+        raise NumberTypeError(
             f"{layer}: bits is {bits!r}, a {type(bits).__name__}.", "give an integer."
         )
-    if not least <= bits <= FLOAT_BITS:
+    if not least <= bits <= most:
         raise ArgumentError(
-            f"{layer}: bits is {bits}; it must be {least} to {FLOAT_BITS}.", "choose another width."
+            f"{layer}: bits is {bits}; it must be {least} to {most}.", "choose another width."
         )
 
 
@@ -85,15 +86,15 @@ def require_values(values: Any, layer: str) -> None:
         layer: Name of the layer or quantizer, for the message.
 
     Raises:
-        ArgumentTypeError: Not a tensor, or one of integers or bools, which are never quantized.
+        NumberTypeError: Not a tensor, or one of integers or bools, which are never quantized.
         ArgumentError: Empty, or NaN or Inf in it.
     """
     if not isinstance(values, torch.Tensor):
-        raise ArgumentTypeError(
+        raise NumberTypeError(
             f"{layer}: the input is a {type(values).__name__}.", "give a float tensor."
         )
     if not values.is_floating_point():
-        raise ArgumentTypeError(
+        raise NumberTypeError(
             f"{layer}: the input is of type {values.dtype}; only float tensors are quantized.",
             "leave integers and bools as they are.",
         )
