@@ -97,19 +97,21 @@ class FakeQuantize(torch.autograd.Function):
         return gradient, None
 
 
-def require_width(num_bits: int, scheme: str) -> None:
+def require_width(num_bits: int | None, scheme: str, layer: str) -> None:
     """Refuse a width or a scheme that does not exist.
+
+    Args:
+        num_bits: The width; None: there is none.
+        scheme: As for `find_codes`.
+        layer: Name of the layer, for the message.
 
     Raises:
         ArgumentError: The message says which exist.
-        ArgumentTypeError: The width is not an integer.
+        NumberTypeError: The width is not an integer.
     """
     if scheme not in SCHEMES:
         raise ArgumentError(
-            f"QParam: scheme is {scheme!r}; known are {', '.join(SCHEMES)}.", "use 'unsigned'."
+            f"{layer}: scheme is {scheme!r}; known are {', '.join(SCHEMES)}.", "use 'unsigned'."
         )
-    require_bits(num_bits, "QParam", 2 if scheme == "symmetric" else 1)
-    if num_bits > MAX_BITS:
-        raise ArgumentError(
-            f"QParam: num_bits is {num_bits}; codes have at most {MAX_BITS}.", "use 8."
-        )
+    if num_bits is not None:
+        require_bits(num_bits, layer, 2 if scheme == "symmetric" else 1, MAX_BITS)

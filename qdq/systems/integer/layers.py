@@ -23,6 +23,7 @@ class QConv2d(QWeighted):
         options: scheme, axis and groups, as for `QWeighted`.
     """
 
+    conv_module: nn.Conv2d
     attribute = "conv_module"
 
     def __init__(
@@ -33,8 +34,7 @@ class QConv2d(QWeighted):
         num_bits: int = 8,
         **options: Any,
     ) -> None:
-        super().__init__(qi, qo, num_bits, **options)
-        self.conv_module = conv_module
+        super().__init__(conv_module, qi, qo, num_bits, **options)
         is_plain = conv_module.padding_mode == "zeros" and set(conv_module.dilation) == {1}
         self.has_integer_kernel = is_plain
 
@@ -110,6 +110,7 @@ class QLinear(QWeighted):
         options: scheme, axis and groups, as for `QWeighted`.
     """
 
+    fc_module: nn.Linear
     attribute = "fc_module"
 
     def __init__(
@@ -120,8 +121,7 @@ class QLinear(QWeighted):
         num_bits: int = 8,
         **options: Any,
     ) -> None:
-        super().__init__(qi, qo, num_bits, **options)
-        self.fc_module = fc_module
+        super().__init__(fc_module, qi, qo, num_bits, **options)
 
     def operate(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None

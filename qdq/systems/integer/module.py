@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from qdq.errors import ArgumentError, StateError
-from qdq.systems.affine import FakeQuantize, Scheme
+from qdq.systems.affine import FakeQuantize, Scheme, require_width
+from qdq.systems.arithmetic import require_values
 from qdq.systems.grid import Grid
 from qdq.systems.integer.qparam import QParam
 
@@ -28,9 +29,14 @@ class QModule(nn.Module):
         qo: It has a range for its output.
         num_bits: Width of the codes.
         scheme: As for `affine.find_codes`.
+        label: Name of the layer, for messages; "": its class.
 
     Attributes:
         is_frozen: Whether it computes on codes.
+
+    Raises:
+        ArgumentError: A width or scheme that does not exist.
+        NumberTypeError: A width that is not an integer.
     """
 
     qi: QParam
@@ -45,20 +51,18 @@ class QModule(nn.Module):
         num_bits: int | None = 8,
         *,
         scheme: Scheme = "unsigned",
+        label: str = "",
     ) -> None:
         super().__init__()
+        self.label = label or type(self).__name__
+        require_width(num_bits, scheme, self.label)
         self.num_bits = num_bits
         self.scheme: Scheme = scheme
         self.is_frozen = False
         if qi:
-            self.qi = QParam(num_bits, scheme=scheme)
+            self.qi = self._make_range("qi")
         if qo:
-            self.qo = QParam(num_bits, scheme=scheme)
-
-    @property
-    def label(self) -> str:
-        """The layer, for messages."""
-        return type(self).__name__
+            self.qo = self._make_range("qo")
 
     def freeze(self, qi: QParam | None = None, qo: QParam | None = None) -> None:
         """Turn to codes, once.
@@ -184,17 +188,21 @@ class QModule(nn.Module):
 
     def _observe(self, name: str, x: torch.Tensor) -> torch.Tensor:
         if not hasattr(self, name):
+            require_values(x, f"{self.label}, {name}")
             return x
         qparam = getattr(self, name)
-        qparam.observe(x, f"{self.label}, {name}")
+        qparam.observe(x)
         result: torch.Tensor = FakeQuantize.apply(x, qparam)
         return result
+
+    def _make_range(self, name: str) -> QParam:
+        return QParam(self.num_bits, scheme=self.scheme, label=f"{self.label}, {name}")
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # A frozen layer has the ranges that `freeze` gave it. `load_state_dict` loads the children after this call.
         for name in ("qi", "qo"):
             scale = state_dict.get(f"{prefix}{name}.scale")
             if scale is not None and not hasattr(self, name):
-                setattr(self, name, QParam(self.num_bits, scheme=self.scheme).to(scale.device))
+                setattr(self, name, self._make_range(name).to(scale.device))
                 self.is_frozen = True
         super()._load_from_state_dict(state_dict, prefix, *args)

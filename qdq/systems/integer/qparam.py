@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from qdq.errors import ArgumentError, ShapeError, StateError
+from qdq.errors import ShapeError, StateError
 from qdq.systems.affine import Scheme, find_codes, require_width, solve_affine
 from qdq.systems.arithmetic import require_values
 from qdq.systems.grid import Grid
+from qdq.systems.integer.granularity import find_ends, require_granularity, spread
 
 _STATE = ("scale", "zero_point", "min", "max")
 
@@ -23,6 +24,7 @@ class QParam(nn.Module):
         scheme: As for `find_codes`.
         axis: The axis of a weight that has several ranges: 0 (output channels) or 1 (inputs); None: one range.
         groups: Number of ranges, of equally many indices each; None: one for each index.
+        label: Name of the layer and the tensor, for messages.
 
     Attributes:
         scale: The scale S; empty before the first `update`.
@@ -32,8 +34,8 @@ class QParam(nn.Module):
         is_tracking: Whether `observe` widens the range.
 
     Raises:
-        ArgumentError: A width, a scheme or groups that do not exist.
-        ArgumentTypeError: A width that is not an integer.
+        ArgumentError: A width, a scheme, an axis or groups that do not exist.
+        NumberTypeError: A width, an axis or groups that are not integers.
     """
 
     scale: torch.Tensor
@@ -48,14 +50,12 @@ class QParam(nn.Module):
         scheme: Scheme = "unsigned",
         axis: int | None = None,
         groups: int | None = None,
+        label: str = "QParam",
     ) -> None:
         super().__init__()
-        if num_bits is not None:
-            require_width(num_bits, scheme)
-        if groups is not None and (axis is None or groups < 1):
-            raise ArgumentError(
-                f"QParam: groups is {groups}, axis is {axis}.", "give an axis and at least 1 group."
-            )
+        require_width(num_bits, scheme, label)
+        require_granularity(axis, groups, label)
+        self.label = label
         self.num_bits = num_bits
         self.scheme: Scheme = scheme
         self.axis = axis
@@ -77,40 +77,49 @@ class QParam(nn.Module):
             StateError: It has no width.
         """
         if self.num_bits is None:
-            raise StateError("QParam: it was made without num_bits.", "give num_bits to the layer.")
+            raise StateError(
+                f"{self.label}: it was made without num_bits.", "give num_bits to the layer."
+            )
         return find_codes(self.num_bits, self.scheme)
 
     @torch.no_grad()
-    def update(self, tensor: torch.Tensor, label: str = "QParam") -> None:
+    def update(self, tensor: torch.Tensor) -> None:
         """Widen the range to the values of a tensor, and compute scale and zero point anew.
 
         Args:
             tensor: Any shape.
-            label: Name of the tensor, for messages.
 
         Raises:
-            ArgumentError: An empty tensor, NaN or Inf; an axis that the groups do not divide.
-            ArgumentTypeError: A tensor of integers.
+            ArgumentError: An empty tensor, NaN or Inf; an axis that the groups do not divide, or that has another
+                number of ranges than before.
+            NumberTypeError: A tensor of integers.
             StateError: It has no width.
         """
         codes = self.codes
-        require_values(tensor, label)
-        low, high = self._find_ends(tensor.float(), label)
-        low, high = low.clamp(max=0), high.clamp(min=0)
+        require_values(tensor, self.label)
+        low, high = find_ends(tensor, self.axis, self.groups, self.label)
         if self.is_calibrated:
+            self._require_as_many(low.numel(), tensor)
             low, high = torch.minimum(self.min, low), torch.maximum(self.max, high)
         self.min, self.max = low, high
         is_symmetric = self.scheme == "symmetric"
         self.scale, self.zero_point = solve_affine(low, high, *codes, is_symmetric=is_symmetric)
 
-    def observe(self, tensor: torch.Tensor, label: str) -> None:
+    def observe(self, tensor: torch.Tensor) -> None:
         """`update`, unless the range is held (`holding_ranges`)."""
         if self.is_tracking:
-            self.update(tensor, label)
+            self.update(tensor)
 
     def quantize_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The codes of a tensor, int32."""
+        """The codes of a tensor, int32.
+
+        Raises:
+            ArgumentError: An empty tensor, NaN or Inf, or a shape that the ranges do not fit.
+            NumberTypeError: A tensor of integers.
+            StateError: Not calibrated.
+        """
         self.require_calibrated()
+        require_values(tensor, self.label)
         lowest, highest = self.codes
         scaled = tensor.float() / self.spread(self.scale, tensor)
         codes = (scaled + self.spread(self.zero_point, tensor)).round()
@@ -128,7 +137,9 @@ class QParam(nn.Module):
             StateError: It is not calibrated.
         """
         if not self.is_calibrated:
-            raise StateError("QParam: it has no range yet.", "call update, or forward on data.")
+            raise StateError(
+                f"{self.label}: it has no range yet.", "call update, or forward on data."
+            )
 
     def spread(self, numbers: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         """One number for each range in a shape that fits a tensor.
@@ -137,11 +148,7 @@ class QParam(nn.Module):
             numbers: Scale or zero point.
             tensor: A tensor with the axis of the ranges.
         """
-        if self.axis is None:
-            return numbers.reshape(())
-        shape = [1] * tensor.dim()
-        shape[self.axis] = tensor.shape[self.axis]
-        return numbers.repeat_interleave(shape[self.axis] // numbers.numel()).reshape(shape)
+        return spread(numbers, tensor, self.axis, self.label)
 
     def describe(self, system: str = "affine", channels: int = 1) -> Grid:
         """The grid of its values.
@@ -164,19 +171,13 @@ class QParam(nn.Module):
             scale, zero_point = scale.max().reshape(1), zero_point[:1]
         return Grid(system, scale, zero_point, *self.codes, obstacle=obstacle)
 
-    def _find_ends(self, tensor: torch.Tensor, label: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The smallest and the largest value of each range."""
-        if self.axis is None:
-            return tensor.aminmax()
-        size = tensor.shape[self.axis]
-        groups = size if self.groups is None else self.groups
-        if size % groups:
+    def _require_as_many(self, num_ranges: int, tensor: torch.Tensor) -> None:
+        if num_ranges != self.min.numel():
             raise ShapeError(
-                f"{label}: {groups} groups do not divide the {size} indices of axis {self.axis} of a tensor "
-                f"of shape {tuple(tensor.shape)}.",
-                "choose a divisor.",
+                f"{self.label}: a tensor of shape {tuple(tensor.shape)} has {num_ranges} ranges along axis "
+                f"{self.axis}, and {self.min.numel()} are calibrated.",
+                "give tensors of one shape.",
             )
-        return tensor.movedim(self.axis, 0).reshape(groups, -1).aminmax(dim=1)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # The buffers are empty before calibration, and have one number for each range after it.

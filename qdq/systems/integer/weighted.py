@@ -30,6 +30,7 @@ class QWeighted(QModule):
     """A layer with a weight.
 
     Args:
+        layer: The float layer, which keeps its place in the model; `freeze` changes it.
         qi: As for `QModule`.
         qo: As for `QModule`.
         num_bits: Width of all codes.
@@ -51,6 +52,7 @@ class QWeighted(QModule):
 
     def __init__(
         self,
+        layer: nn.Module,
         qi: bool = True,
         qo: bool = True,
         num_bits: int = 8,
@@ -59,8 +61,11 @@ class QWeighted(QModule):
         axis: int | None = None,
         groups: int | None = None,
     ) -> None:
-        super().__init__(qi, qo, num_bits, scheme=scheme)
-        self.qw = QParam(num_bits, scheme=scheme, axis=axis, groups=groups)
+        label = f"{type(self).__name__} of {layer}"
+        super().__init__(qi, qo, num_bits, scheme=scheme, label=label)
+        weight_label = f"{label}, weight"
+        self.qw = QParam(num_bits, scheme=scheme, axis=axis, groups=groups, label=weight_label)
+        setattr(self, self.attribute, layer)
         self.register_buffer("M", torch.empty(0, dtype=torch.float64))
 
     @property
@@ -68,16 +73,11 @@ class QWeighted(QModule):
         """The float layer."""
         return getattr(self, self.attribute)
 
-    @property
-    def label(self) -> str:
-        """The layer, for messages."""
-        return f"{type(self).__name__} of {self.layer}"
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Calibrate: compute on the fake-quantized input and weight, which widen their ranges, then fake-quantize."""
         x = self.observe_input(x)
         weight, bias = self.fold(x)
-        self.qw.observe(weight, f"{self.label}, weight")
+        self.qw.observe(weight)
         x = self.operate(x, FakeQuantize.apply(weight, self.qw), bias)
         return self.observe_output(F.relu(x) if self.has_relu else x)
 

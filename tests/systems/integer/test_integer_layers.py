@@ -310,12 +310,26 @@ def test_a_layer_is_frozen_by_one_module():
         second.freeze()
 
 
-def test_bad_input_is_refused():
-    for x in (torch.empty(0, 4), torch.full((1, 4), torch.nan), torch.zeros(1, 4).int()):
-        with pytest.raises(
-            QdqError, match=r"QLinear of Linear\(.*, qi: the input|values are not finite"
-        ):
-            QLinear(nn.Linear(4, 3))(x)
+@pytest.mark.parametrize("qi", [True, False])
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [
+        (torch.empty(0, 4), r"the input of shape \(0, 4\) is empty"),
+        (torch.full((1, 4), torch.nan), "4 of 4 values are not finite"),
+        (torch.full((1, 4), torch.inf), "4 of 4 values are not finite, the first is inf"),
+        (torch.zeros(1, 4).int(), r"the input is of type torch.int32; only float"),
+        ([1.0], "the input is a list"),
+    ],
+)
+def test_a_bad_batch_is_refused(qi, x, text):
+    layer = QLinear(nn.Linear(4, 3), qi=qi)
+    with pytest.raises(ValueError, match=rf"QLinear of Linear\(.*, qi: {text}") as caught:
+        layer(x)
+    assert isinstance(caught.value, QdqError)
+    assert not layer.qo.is_calibrated
+
+
+def test_groups_that_do_not_divide_are_refused():
     with pytest.raises(
         ValueError, match=r"QLinear of Linear\(.*weight: 2 groups do not divide the 3"
     ):

@@ -311,5 +311,5 @@ def test_the_recipe(tmp_path, capsys):
     assert lines[4] == "3 of 3 layers in int8"
     assert sum("exact" in line for line in lines) == 6
     assert lines[-1].startswith(str(tmp_path / "model.onnx"))
-    with pytest.raises(ArgumentError, match="num_bits is 20"):
+    with pytest.raises(ArgumentError, match="bits is 20"):
         RECIPE["integer_only"](bits=20, epochs=1)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from golden import read_cases
+from torch import nn
 
 from qdq import systems
-from qdq.errors import ArgumentTypeError, QdqError, StateError
-from qdq.systems import FakeQuantize, QParam, integer
+from qdq.errors import NumberTypeError, QdqError, ShapeError, StateError
+from qdq.systems import FakeQuantize, QLinear, QParam, integer
 from qdq.systems.affine import find_codes, solve_affine
 
 CASES = read_cases("jermmy_qparam")
@@ -132,6 +133,9 @@ def test_half_types_are_computed_in_float32(dtype):
     assert result.dtype == dtype
     expected = qparam.dequantize_tensor(qparam.quantize_tensor(values.float()))
     assert torch.equal(result, expected.to(dtype))
+    doubled = QParam()
+    doubled.update(torch.tensor([-1e300, 1e300], dtype=torch.float64))
+    assert torch.isfinite(torch.stack([*doubled.buffers()])).all()
     largest = torch.tensor([-torch.finfo(torch.float16).max, torch.finfo(torch.float16).max])
     qparam.update(largest)
     assert torch.isfinite(FakeQuantize.apply(largest.half(), qparam)).all()
@@ -158,23 +162,49 @@ def test_each_group_has_its_scale(axis, groups):
 def test_groups_divide_the_axis():
     with pytest.raises(ValueError, match="3 groups do not divide the 4 indices of axis 0"):
         QParam(8, axis=0, groups=3).update(torch.randn(4, 6))
+    with pytest.raises(ShapeError, match=r"a tensor of shape \(4,\) has no axis 1"):
+        QParam(8, axis=1).update(torch.randn(4))
+
+
+def test_a_range_stays_with_tensors_of_its_shape():
+    qparam = QParam(8, axis=0)
+    qparam.update(torch.randn(4, 6))
+    with pytest.raises(ShapeError, match=r"shape \(1, 6\) has 1 ranges along axis 0, and 4 are"):
+        qparam.update(torch.randn(1, 6))
+    for shape in ((3, 6), (6, 6), (0, 6)):
+        with pytest.raises(ShapeError, match="4 ranges along axis 0 do not fit a tensor of shape"):
+            qparam.dequantize_tensor(torch.zeros(shape))
+    with pytest.raises(ShapeError, match=r"do not fit a tensor of shape \(3, 6\)"):
+        qparam.quantize_tensor(torch.zeros(3, 6))
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"num_bits": 0}, "bits is 0"),
-        ({"num_bits": 17}, "num_bits is 17"),
-        ({"num_bits": 8.0}, "bits is 8.0, a float"),
-        ({"num_bits": 1, "scheme": "symmetric"}, "bits is 1"),
+        ({"num_bits": 0}, "bits is 0; it must be 1 to 16"),
+        ({"num_bits": -8}, "bits is -8"),
+        ({"num_bits": 17}, "bits is 17"),
+        ({"num_bits": 33}, "bits is 33; it must be 1 to 16"),
+        ({"num_bits": 1.5}, "bits is 1.5, a float"),
+        ({"num_bits": True}, "bits is True, a bool"),
+        ({"num_bits": 1, "scheme": "symmetric"}, "bits is 1; it must be 2 to 16"),
         ({"scheme": "other"}, "scheme is 'other'"),
+        ({"num_bits": None, "scheme": "other"}, "scheme is 'other'"),
         ({"groups": 2}, "groups is 2, axis is None"),
         ({"groups": 0, "axis": 0}, "groups is 0"),
+        ({"groups": -2, "axis": 0}, "groups is -2"),
+        ({"groups": 1.5, "axis": 0}, "groups is 1.5, a float"),
+        ({"axis": 2}, "axis is 2"),
+        ({"axis": -1}, "axis is -1"),
+        ({"axis": "0"}, "axis is '0', a str"),
     ],
 )
 def test_bad_options_are_refused(options, text):
-    with pytest.raises(QdqError, match=text):
+    with pytest.raises(ValueError, match=f"^QParam: {text}") as caught:
         QParam(**options)
+    assert isinstance(caught.value, QdqError)
+    with pytest.raises(ValueError, match=rf"^QLinear of Linear\(.*: {text}"):
+        QLinear(nn.Linear(4, 2), **options)
 
 
 @pytest.mark.parametrize(
@@ -182,17 +212,22 @@ def test_bad_options_are_refused(options, text):
     [
         (torch.empty(0), ValueError, "is empty"),
         (torch.tensor([1.0, torch.nan]), ValueError, "not finite"),
-        (torch.tensor([1]), ArgumentTypeError, "only float tensors"),
+        (torch.tensor([1]), NumberTypeError, "only float tensors"),
     ],
 )
 def test_bad_tensors_are_refused(values, error, text):
     with pytest.raises(error, match=text):
         QParam().update(values)
+    calibrated = calibrate(QParam(label="conv1, qi"), (-1.0, 1.0))
+    with pytest.raises(error, match=f"^conv1, qi: .*{text}"):
+        calibrated.quantize_tensor(values)
+    assert (float(calibrated.min), float(calibrated.max)) == (-1, 1)
 
 
 def test_calls_before_calibration_are_refused():
-    for call in (QParam().quantize_tensor, QParam().dequantize_tensor):
-        with pytest.raises(StateError, match="no range yet"):
+    qparam = QParam(label="conv1, qi")
+    for call in (qparam.quantize_tensor, qparam.dequantize_tensor):
+        with pytest.raises(StateError, match="conv1, qi: it has no range yet"):
             call(torch.zeros(1))
     with pytest.raises(StateError, match="without num_bits"):
         QParam(None).update(torch.zeros(1))
