@@ -12,16 +12,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from qdq.errors import ArgumentError, StateError
 from qdq.systems.affine import FakeQuantize, Scheme, require_width
 from qdq.systems.arithmetic import require_values
 from qdq.systems.grid import Grid
 from qdq.systems.integer.qparam import QParam
+from qdq.systems.integer.state import TypedState, require_original
 
 
-class QModule(nn.Module):
+class QModule(TypedState):
     """A layer with the range of its input, `qi`, and the range of its output, `qo`.
 
     Args:
@@ -111,9 +111,10 @@ class QModule(nn.Module):
 
         Raises:
             ArgumentError: Two ranges for one tensor, or none.
-            StateError: It is frozen, or a range is not calibrated.
+            StateError: It is frozen, a replica of nn.DataParallel, or a range is not calibrated.
         """
         self.require_open("freeze")
+        require_original(self, self.label)
         for name, given in ranges.items():
             has_range = hasattr(self, name)
             if has_range and given is not None:

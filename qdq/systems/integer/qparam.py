@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from qdq.errors import ShapeError, StateError
 from qdq.systems.affine import Scheme, find_codes, require_width, solve_affine
 from qdq.systems.arithmetic import require_values
 from qdq.systems.grid import Grid
 from qdq.systems.integer.granularity import find_ends, require_granularity, spread
+from qdq.systems.integer.state import TypedState, require_original
 
 _STATE = ("scale", "zero_point", "min", "max")
 
 
-class QParam(nn.Module):
+class QParam(TypedState):
     """The running range of a tensor, with its scale and zero point.
 
     Args:
@@ -62,7 +62,7 @@ class QParam(nn.Module):
         self.groups = groups
         self.is_tracking = True
         for name in _STATE:
-            self.register_buffer(name, torch.empty(0))
+            self.register_buffer(name, torch.empty(0, dtype=torch.float32))
 
     @property
     def is_calibrated(self) -> bool:
@@ -93,9 +93,10 @@ class QParam(nn.Module):
             ArgumentError: An empty tensor, NaN or Inf; an axis that the groups do not divide, or that has another
                 number of ranges than before.
             NumberTypeError: A tensor of integers.
-            StateError: It has no width.
+            StateError: It has no width, or is in a replica of nn.DataParallel.
         """
         codes = self.codes
+        require_original(self, self.label)
         require_values(tensor, self.label)
         low, high = find_ends(tensor, self.axis, self.groups, self.label)
         if self.is_calibrated:
@@ -184,8 +185,7 @@ class QParam(nn.Module):
         for name in _STATE:
             value = state_dict.get(f"{prefix}{name}")
             if value is not None:
-                buffer = getattr(self, name)
-                setattr(self, name, torch.empty(value.shape, device=buffer.device))
+                setattr(self, name, getattr(self, name).new_empty(value.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __str__(self) -> str:

@@ -126,6 +126,7 @@ class QWeighted(QModule):
     def quantize_inference(self, x: torch.Tensor) -> torch.Tensor:
         """The codes of the output, int32. See `QModule.quantize_inference`."""
         codes = self.require_codes(x) - self.qi.zero_point.to(torch.int32)
+        self._require_weight_codes()
         sums = self.accumulate(codes)
         by_block = self.qw.axis == 1
         ratio = self.M.reshape(-1, *[1] * codes.dim()) if by_block else self.per_channel(self.M)
@@ -171,6 +172,14 @@ class QWeighted(QModule):
         if self.qw.axis == 1:
             scale = scale[find_bias_block(self.qw)]
         return scale * self.qi.scale.double()
+
+    def _require_weight_codes(self) -> None:
+        dtype = self.layer.weight.dtype
+        if dtype != torch.int32:
+            raise StateError(
+                f"{self.label}: the weight is of type {dtype}; its codes are int32.",
+                "load the frozen state again; move a frozen network with to(device).",
+            )
 
     def _fits_int32(self) -> bool:
         return fits_int32(self.layer.weight, self.layer.bias, self.qi)
