@@ -6,6 +6,7 @@ QdqError
 ├── ArgumentTypeError  (TypeError)     a value of the wrong type
 │   └── NumberTypeError (ValueError)   a number or tensor of a type that no number system quantizes
 ├── StateError         (RuntimeError)  calls in the wrong order, or a state that cannot be quantized
+│   └── MissingRangeError (AttributeError)  a range that a layer has after another call only
 ├── UnsupportedError   (NotImplementedError)  a combination that qdq does not support
 ├── DependencyError    (ImportError)   a missing package that an extra installs
 ├── ModelError         (RuntimeError)  a model or checkpoint that cannot be loaded
@@ -64,6 +65,10 @@ class NumberTypeError(ArgumentTypeError, ValueError):
 
 class StateError(QdqError, RuntimeError):
     """Calls in the wrong order, or a state that cannot be quantized."""
+
+
+class MissingRangeError(StateError, AttributeError):
+    """A range that a layer has after another call only; `hasattr` says that it has none."""
 
 
 class UnsupportedError(QdqError, NotImplementedError):

@@ -28,6 +28,7 @@ def test_the_tree_in_the_docstring_is_the_tree(error_class):
     [
         (errors.ShapeError, (ValueError, RuntimeError)),
         (errors.NumberTypeError, (TypeError, ValueError)),
+        (errors.MissingRangeError, (RuntimeError, AttributeError)),
     ],
 )
 def test_scripts_may_catch_either_type(error_class, bases):

@@ -8,12 +8,28 @@ import torch
 from torch.nn import functional as F
 
 from qdq.errors import ArgumentError
-from qdq.systems.affine import Scheme, find_codes
+from qdq.systems.affine import Scheme
 from qdq.systems.integer.module import QModule
 from qdq.systems.integer.qparam import QParam
 
 
-class QReLU(QModule):
+class _OnInputRange(QModule):
+    """A layer whose output has the range of its input; its own `qo` is an entry in the state dicts of users."""
+
+    range_names = ("qi",)
+
+    def __init__(
+        self, qi: bool = False, num_bits: int | None = None, *, scheme: Scheme = "unsigned"
+    ) -> None:
+        super().__init__(qi, num_bits=num_bits, scheme=scheme)
+
+    def freeze(self, qi: QParam | None = None) -> None:  # type: ignore[override]
+        """Take the range of the layer before; once. See `QModule.freeze`."""
+        self.take_ranges(qi)
+        self.is_frozen = True
+
+
+class QReLU(_OnInputRange):
     """max(x, 0), on codes max(q, Z); scale and zero point do not change.
 
     Args:
@@ -22,28 +38,16 @@ class QReLU(QModule):
         scheme: As for `affine.find_codes`.
     """
 
-    def __init__(
-        self, qi: bool = False, num_bits: int | None = None, *, scheme: Scheme = "unsigned"
-    ) -> None:
-        super().__init__(
-            qi, num_bits=num_bits, scheme=scheme
-        )  # `qo` is in the state dicts of users
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The ReLU of the fake-quantized input."""
         return F.relu(self.observe_input(x))
-
-    def freeze(self, qi: QParam | None = None) -> None:  # type: ignore[override]
-        """Take the range of the layer before; once. See `QModule.freeze`."""
-        self.take_ranges(qi=qi)
-        self.is_frozen = True
 
     def quantize_inference(self, x: torch.Tensor) -> torch.Tensor:
         """The codes of the output. See `QModule.quantize_inference`."""
         return torch.maximum(self.require_codes(x), self.qi.zero_point.to(torch.int32))
 
 
-class QMaxPooling2d(QModule):
+class QMaxPooling2d(_OnInputRange):
     """Max pooling, on codes the same; scale and zero point do not change.
 
     Args:
@@ -65,9 +69,7 @@ class QMaxPooling2d(QModule):
         *,
         scheme: Scheme = "unsigned",
     ) -> None:
-        super().__init__(
-            qi, num_bits=num_bits, scheme=scheme
-        )  # `qo` is in the state dicts of users
+        super().__init__(qi, num_bits, scheme=scheme)
         self.kernel_size = kernel_size
         self.stride = stride
         self.padding = padding
@@ -75,11 +77,6 @@ class QMaxPooling2d(QModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The largest values of the fake-quantized input."""
         return F.max_pool2d(self.observe_input(x), self.kernel_size, self.stride, self.padding)
-
-    def freeze(self, qi: QParam | None = None) -> None:  # type: ignore[override]
-        """Take the range of the layer before; once. See `QModule.freeze`."""
-        self.take_ranges(qi=qi)
-        self.is_frozen = True
 
     def quantize_inference(self, x: torch.Tensor) -> torch.Tensor:
         """The largest codes. See `QModule.quantize_inference`."""
@@ -134,7 +131,7 @@ class QSigmoid(QModule):
     def freeze(self, qi: QParam | None = None, qo: QParam | None = None) -> None:
         """Compute the table; once. See `QModule.freeze`."""
         super().freeze(qi, qo)
-        lowest, highest = find_codes(self.qi.num_bits or 8, self.qi.scheme)
+        lowest, highest = self.qi.codes
         num_points = min(self.lut_size, highest - lowest + 1)
         steps = torch.arange(num_points, device=self.qi.scale.device)
         points = lowest + steps * (highest - lowest) // (num_points - 1)
@@ -145,7 +142,6 @@ class QSigmoid(QModule):
     def quantize_inference(self, x: torch.Tensor) -> torch.Tensor:
         """The codes of the output, interpolated in integers. See `QModule.quantize_inference`."""
         codes = self.require_codes(x)
-        codes = torch.clamp(codes, self.lut_qx[0], self.lut_qx[-1])
         right = torch.searchsorted(self.lut_qx, codes).clamp(min=1)
         left = right - 1
         width = self.lut_qx[right] - self.lut_qx[left]

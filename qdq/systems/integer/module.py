@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from qdq.errors import ArgumentError, StateError
+from qdq.errors import MissingRangeError, StateError
 from qdq.systems.affine import FakeQuantize, Scheme, require_width
 from qdq.systems.arithmetic import require_values
 from qdq.systems.grid import Grid
+from qdq.systems.integer.checks import choose_range, require_codes
 from qdq.systems.integer.qparam import QParam
 from qdq.systems.integer.state import TypedState, require_original
 
@@ -41,6 +42,8 @@ class QModule(TypedState):
 
     qi: QParam
     qo: QParam
+    range_names: tuple[str, ...] = ("qi", "qo")
+    """The ranges that it needs to be frozen; the last one is that of its output."""
 
     is_foreign_quantizer = True  # see `SystemQuantizer`
 
@@ -73,9 +76,9 @@ class QModule(TypedState):
 
         Raises:
             ArgumentError: Two ranges for the input or the output, or none.
-            StateError: It is frozen, or not calibrated.
+            StateError: It is frozen, not calibrated, or a replica of nn.DataParallel.
         """
-        self.take_ranges(qi=qi, qo=qo)
+        self.take_ranges(qi, qo)
         self.is_frozen = True
 
     def quantize_inference(self, x: torch.Tensor) -> torch.Tensor:
@@ -85,107 +88,80 @@ class QModule(TypedState):
             x: Codes of the input, integers of any type.
 
         Raises:
-            ArgumentError: Numbers that are no integers.
+            ArgumentError: Numbers that are no codes of the input: no integers, or outside its codes.
             StateError: It is not frozen.
         """
         raise NotImplementedError("quantize_inference should be implemented.")
 
-    def grids(self, system: str = "affine") -> dict[str, Grid]:
-        """The grids of "input", "weight" and "output", those that it has.
-
-        Args:
-            system: Name of the number system.
-        """
+    def grids(self) -> dict[str, Grid]:
+        """The grids of "input", "weight" and "output", those that it has."""
         grids = {}
         for name, attribute in (("input", "qi"), ("output", "qo")):
             qparam = getattr(self, attribute, None)
             if qparam is not None and qparam.is_calibrated:
-                grids[name] = qparam.describe(system)
+                grids[name] = qparam.describe()
         return grids
 
-    def take_ranges(self, **ranges: QParam | None) -> None:
-        """Take the ranges that `freeze` was given; change nothing if one is missing or in the way.
+    @property
+    def output_range(self) -> QParam:
+        """The range of the output of a frozen layer."""
+        qparam: QParam = getattr(self, self.range_names[-1])
+        return qparam
 
-        Args:
-            ranges: "qi" and "qo".
-
-        Raises:
-            ArgumentError: Two ranges for one tensor, or none.
-            StateError: It is frozen, a replica of nn.DataParallel, or a range is not calibrated.
-        """
-        self.require_open("freeze")
+    def check_freeze(self, qi: QParam | None = None, qo: QParam | None = None) -> list[QParam]:
+        """The ranges with which `freeze` would freeze it, one for each of `range_names`; it raises the same errors."""
+        self._require_open("freeze")
         require_original(self, self.label)
-        for name, given in ranges.items():
-            has_range = hasattr(self, name)
-            if has_range and given is not None:
-                raise ArgumentError(
-                    f"{self.label}: {name} has been provided in init function.",
-                    f"call freeze without {name}, or make the layer with {name}=False.",
-                )
-            if not has_range and given is None:
-                raise ArgumentError(
-                    f"{self.label}: {name} is not existed, should be provided.",
-                    f"give freeze the {name} of the layer next to it.",
-                )
-            qparam = getattr(self, name) if given is None else given
-            if not qparam.is_calibrated:
-                raise StateError(
-                    f"{self.label}: {name} has no range.", "call forward on data before freeze."
-                )
-        for name, given in ranges.items():
-            if given is not None:
-                setattr(self, name, given)
+        ranges = []
+        for name, offered in zip(self.range_names, (qi, qo), strict=False):
+            ranges.append(choose_range(name, getattr(self, name, None), offered, self.label))
+        return ranges
 
-    def require_open(self, call: str) -> None:
-        """Refuse a call that needs float weights.
+    def take_ranges(self, qi: QParam | None = None, qo: QParam | None = None) -> None:
+        """Take the ranges that `freeze` was given; change nothing if it cannot freeze. See `check_freeze`."""
+        for name, qparam in zip(self.range_names, self.check_freeze(qi, qo), strict=True):
+            setattr(self, name, qparam)
+
+    def require_frozen(self, call: str = "export") -> None:
+        """Refuse a call that needs codes.
 
         Args:
-            call: Name of the method.
-
-        Raises:
-            StateError: It is frozen.
-        """
-        if self.is_frozen:
-            raise StateError(
-                f"{self.label}: {call} after freeze; it computes on codes now.",
-                "call quantize_inference, or keep a copy from before freeze.",
-            )
-
-    def require_frozen(self) -> None:
-        """Refuse a layer that does not compute on codes yet.
+            call: What was called, for the message.
 
         Raises:
             StateError: It is not frozen.
         """
         if not self.is_frozen:
-            raise StateError(f"{self.label}: it is not frozen.", "calibrate and freeze it.")
+            raise StateError(
+                f"{self.label}: {call} before freeze; it is not frozen.",
+                "calibrate and freeze it first.",
+            )
 
     def require_codes(self, x: torch.Tensor) -> torch.Tensor:
         """The codes of the input, int32.
 
         Raises:
-            ArgumentError: Numbers that are no integers.
+            ArgumentError: Numbers that are no codes of the input.
             StateError: It is not frozen.
         """
-        if not self.is_frozen:
-            raise StateError(
-                f"{self.label}: quantize_inference before freeze.", "call freeze first."
-            )
-        if x.is_floating_point() and not bool((x == x.round()).all()):
-            raise ArgumentError(
-                f"{self.label}: quantize_inference takes codes, and got numbers that are no integers.",
-                "call qi.quantize_tensor on the input of the network.",
-            )
-        return x.to(torch.int32)
+        self.require_frozen("quantize_inference")
+        return require_codes(x, self.qi, self.label)
 
     def observe_input(self, x: torch.Tensor) -> torch.Tensor:
         """The input on the grid of `qi`, which follows it; the input itself if the layer before has quantized it."""
-        self.require_open("forward")
+        self._require_open("forward")
         return self._observe("qi", x)
 
     def observe_output(self, x: torch.Tensor) -> torch.Tensor:
         """The output on the grid of `qo`, which follows it; the output itself without `qo`."""
         return self._observe("qo", x)
+
+    def _require_open(self, call: str) -> None:
+        if self.is_frozen:
+            raise StateError(
+                f"{self.label}: {call} after freeze; it computes on codes now.",
+                "call quantize_inference, or keep a copy from before freeze.",
+            )
 
     def _observe(self, name: str, x: torch.Tensor) -> torch.Tensor:
         if not hasattr(self, name):
@@ -195,6 +171,15 @@ class QModule(TypedState):
         qparam.observe(x)
         result: torch.Tensor = FakeQuantize.apply(x, qparam)
         return result
+
+    def __getattr__(self, name: str) -> Any:
+        # A property would hide from `hasattr` whether there is a range.
+        if name in self.range_names and name not in self._modules:
+            raise MissingRangeError(
+                f"{self.label}: it has no {name} before freeze.",
+                "freeze the layers in their order, or use the range of the layer before.",
+            )
+        return super().__getattr__(name)
 
     def _make_range(self, name: str) -> QParam:
         return QParam(self.num_bits, scheme=self.scheme, label=f"{self.label}, {name}")

@@ -1,9 +1,10 @@
-"""The state of integer layers: buffers that keep their types, in one model that is no replica."""
+"""The state of integer layers: buffers that keep their types, in a model that is no replica, codes that are loaded."""
 
 from __future__ import annotations
 
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 from qdq.errors import StateError
@@ -40,3 +41,23 @@ def require_original(module: nn.Module, label: str) -> None:
             f"{label}: a replica of nn.DataParallel calibrates, and its ranges would be lost.",
             "calibrate and freeze the model itself, before it is wrapped.",
         )
+
+
+def fit_parameters(layer: nn.Module, state_dict: Any, prefix: str, is_frozen: bool) -> None:
+    """Give a float layer parameters of the kind in a state dict, codes or floats, before they are loaded.
+
+    Args:
+        layer: The layer, with weight and bias.
+        state_dict: The state to load.
+        prefix: Of the names of the layer in it.
+        is_frozen: Whether they are codes.
+    """
+    dtype = torch.int32 if is_frozen else torch.float32
+    device = layer.weight.device
+    for name in ("weight", "bias"):
+        value = state_dict.get(f"{prefix}{name}")
+        former = getattr(layer, name)
+        is_other = former is None or former.is_floating_point() == is_frozen
+        if value is not None and is_other:
+            empty = torch.empty(value.shape, dtype=dtype, device=device)
+            setattr(layer, name, nn.Parameter(empty, requires_grad=not is_frozen))

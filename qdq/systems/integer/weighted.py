@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from qdq.errors import StateError
 from qdq.systems.affine import FakeQuantize, Scheme
+from qdq.systems.arithmetic import require_values
 from qdq.systems.grid import Grid
 from qdq.systems.integer.arithmetic import (
     find_bias_block,
@@ -20,8 +21,10 @@ from qdq.systems.integer.arithmetic import (
     split_blocks,
     spread_scale,
 )
+from qdq.systems.integer.checks import require_int32
 from qdq.systems.integer.module import QModule
 from qdq.systems.integer.qparam import QParam
+from qdq.systems.integer.state import fit_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -99,15 +102,25 @@ class QWeighted(QModule):
         """One number, or one for each output channel, in a shape that fits the output."""
         return numbers
 
-    @torch.no_grad()
-    def freeze(self, qi: QParam | None = None, qo: QParam | None = None) -> None:
-        """Compute M, and replace the weight by qw - Zw and the bias by qb; once. See `QModule.freeze`."""
-        if not (self.is_frozen or self.layer.weight.is_floating_point()):
+    def check_freeze(self, qi: QParam | None = None, qo: QParam | None = None) -> list[QParam]:
+        """The ranges of the input and the output; the weight has a range, too. See `QModule.check_freeze`."""
+        ranges = super().check_freeze(qi, qo)
+        if not self.layer.weight.is_floating_point():
             raise StateError(
                 f"{self.label}: the weight holds codes already.",
                 "freeze once; a layer that two QModules share needs a copy for each.",
             )
-        self.take_ranges(qi=qi, qo=qo)
+        self.qw.require_calibrated()
+        weight, bias = self.fold(None)
+        require_values(weight, self.qw.label)
+        if bias is not None:
+            require_values(bias, f"{self.label}, bias")
+        return ranges
+
+    @torch.no_grad()
+    def freeze(self, qi: QParam | None = None, qo: QParam | None = None) -> None:
+        """Compute M, and replace the weight by qw - Zw and the bias by qb; once. See `QModule.freeze`."""
+        self.take_ranges(qi, qo)
         weight, bias = self.fold(None)
         codes = self.qw.quantize_tensor(weight)
         codes = codes - self.qw.spread(self.qw.zero_point, codes).to(torch.int32)
@@ -126,7 +139,7 @@ class QWeighted(QModule):
     def quantize_inference(self, x: torch.Tensor) -> torch.Tensor:
         """The codes of the output, int32. See `QModule.quantize_inference`."""
         codes = self.require_codes(x) - self.qi.zero_point.to(torch.int32)
-        self._require_weight_codes()
+        require_int32(self.layer.weight, self.label)
         sums = self.accumulate(codes)
         by_block = self.qw.axis == 1
         ratio = self.M.reshape(-1, *[1] * codes.dim()) if by_block else self.per_channel(self.M)
@@ -159,11 +172,11 @@ class QWeighted(QModule):
             sums[find_bias_block(self.qw)] += self.per_channel(layer.bias)
         return torch.stack(sums)
 
-    def grids(self, system: str = "affine") -> dict[str, Grid]:
+    def grids(self) -> dict[str, Grid]:
         """The grids of "input", "weight" and "output", those that it has. See `QModule.grids`."""
-        grids = super().grids(system)
+        grids = super().grids()
         if self.qw.is_calibrated:
-            grids["weight"] = self.qw.describe(system, len(self.layer.weight))
+            grids["weight"] = self.qw.describe(channels=len(self.layer.weight))
         return grids
 
     def bias_scale(self) -> torch.Tensor:
@@ -173,14 +186,6 @@ class QWeighted(QModule):
             scale = scale[find_bias_block(self.qw)]
         return scale * self.qi.scale.double()
 
-    def _require_weight_codes(self) -> None:
-        dtype = self.layer.weight.dtype
-        if dtype != torch.int32:
-            raise StateError(
-                f"{self.label}: the weight is of type {dtype}; its codes are int32.",
-                "load the frozen state again; move a frozen network with to(device).",
-            )
-
     def _fits_int32(self) -> bool:
         return fits_int32(self.layer.weight, self.layer.bias, self.qi)
 
@@ -189,16 +194,5 @@ class QWeighted(QModule):
         if ratio is not None:
             self.M = torch.empty(ratio.shape, dtype=torch.float64, device=self.M.device)
             self.is_frozen = ratio.numel() > 0
-            self._fit_parameters(state_dict, f"{prefix}{self.attribute}.")
+            fit_parameters(self.layer, state_dict, f"{prefix}{self.attribute}.", self.is_frozen)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _fit_parameters(self, state_dict: Any, prefix: str) -> None:
-        """Give the layer parameters of the kind in a state dict, codes or floats, before they are loaded."""
-        dtype = torch.int32 if self.is_frozen else torch.float32
-        for name in ("weight", "bias"):
-            value = state_dict.get(f"{prefix}{name}")
-            former = getattr(self.layer, name)
-            is_other = former is None or former.is_floating_point() == self.is_frozen
-            if value is not None and is_other:
-                empty = torch.empty(value.shape, dtype=dtype, device=self.layer.weight.device)
-                setattr(self.layer, name, nn.Parameter(empty, requires_grad=not self.is_frozen))

@@ -10,7 +10,7 @@ from integer_reference import convolve, pad_codes, requantize, to_array
 from torch import nn
 
 from qdq.errors import QdqError, StateError
-from qdq.systems import QConv2d, QConvBNReLU, QLinear
+from qdq.systems import QConv2d, QConvBNReLU, QLinear, QParam, QReLU, QSigmoid
 from qdq.systems.affine import find_codes
 from qdq.systems.integer.arithmetic import find_multiplier, quantize_bias, shift_right
 from qdq.systems.integer.restore import read_parameters
@@ -385,3 +385,74 @@ def test_the_grids_of_a_layer():
     assert bias.dtype == torch.float32
     layer = calibrated(axis=1, groups=2)
     assert "along its inputs" in layer.grids()["weight"].obstacle
+
+
+BAD_CODES = [
+    (torch.tensor([[0, 1, 2, 256]]), r"numbers from 0 to 256; its input has codes from 0 to 255"),
+    (torch.tensor([[-1, 1, 2, 3]], dtype=torch.int8), "numbers from -1 to 3"),
+    (torch.tensor([[2**40, 1, 2, 3]]), f"numbers from 1 to {2**40}"),
+    (torch.full((1, 4), torch.inf), "numbers from inf to inf"),
+    (torch.full((1, 4), 1e30), "numbers from 1000000015047466219876688855040"),
+    (torch.tensor([[0.0, 1.0, 0.37, 2.0]]), "numbers that are no integers, such as 0.37"),
+    (torch.full((1, 4), torch.nan), "numbers that are no integers, such as nan"),
+    (torch.ones(1, 4, dtype=torch.bool), r"takes codes, and got torch.bool"),
+    (torch.ones(1, 4, dtype=torch.complex64), r"takes codes, and got torch.complex64"),
+    (torch.empty(0, 4, dtype=torch.int32), r"the input of shape \(0, 4\) is empty"),
+    ([1, 2, 3, 4], "the input is a list"),
+]
+
+
+@pytest.mark.parametrize(("x", "text"), BAD_CODES)
+def test_what_is_no_code_is_refused(x, text):
+    layer = calibrated()
+    layer.freeze()
+    relu, sigmoid = QReLU(), QSigmoid(qi=False)
+    relu.freeze(layer.qi)
+    sigmoid(torch.linspace(-4, 4, 10))
+    sigmoid.freeze(layer.qi)
+    for frozen, label in (
+        (layer, r"QLinear of Linear\(.*"),
+        (relu, "QReLU"),
+        (sigmoid, "QSigmoid"),
+    ):
+        with pytest.raises(ValueError, match=f"^{label}: .*{text}") as caught:
+            frozen.quantize_inference(x)
+        assert isinstance(caught.value, QdqError)
+
+
+def test_freeze_changes_nothing_unless_all_is_there():
+    source = calibrated()
+    layer = QLinear(nn.Linear(4, 3), qi=False, qo=False)
+    for error, qi, qo, text in (
+        (StateError, source.qi, source.qo, "weight: it has no range yet"),
+        (ValueError, source.qi, None, "qo is not existed"),
+        (TypeError, source.qi, 0.5, "qo is a float"),
+        (ValueError, source.qi, calibrated(axis=0).qw, "qo has ranges along axis 0"),
+        (StateError, QParam(), source.qo, "qi has no range"),
+    ):
+        with pytest.raises(error, match=rf"QLinear of Linear\(.*{text}"):
+            layer.freeze(qi, qo)
+        assert not (layer.is_frozen or hasattr(layer, "qi") or hasattr(layer, "qo"))
+        assert layer.fc_module.weight.is_floating_point()
+    layer(torch.randn(2, 4))
+    layer.freeze(source.qi, source.qo)
+    assert layer.is_frozen
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_parameters_that_are_not_finite_are_not_frozen(name):
+    layer = calibrated()
+    nn.init.constant_(getattr(layer.fc_module, name), torch.nan)
+    with pytest.raises(ValueError, match=rf"QLinear of Linear\(.*, {name}: .* not finite"):
+        layer.freeze()
+    assert not layer.is_frozen
+
+
+def test_layers_that_are_frozen_in_another_order_are_told_so():
+    layer, relu, following = calibrated(), QReLU(), calibrated(qi=False)
+    with pytest.raises(StateError, match="QReLU: it has no qi before freeze"):
+        following.freeze(qi=relu.qi)
+    assert not hasattr(relu, "qi") and not hasattr(relu, "other")
+    relu.freeze(layer.qo)
+    following.freeze(qi=relu.qi)
+    assert copy.deepcopy(following).qi.is_calibrated
