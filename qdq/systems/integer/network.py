@@ -13,15 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from qdq.errors import ArgumentError, StateError
+from qdq.errors import StateError
 from qdq.systems.affine import Scheme
-from qdq.systems.integer.functions import QMaxPooling2d, QReLU, QSigmoid
-from qdq.systems.integer.layers import QConv2d, QConvBNReLU, QLinear
+from qdq.systems.integer.chain import make_chain
 from qdq.systems.integer.module import QModule
 from qdq.systems.integer.qparam import QParam
-
-_SHAPE_ONLY = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)
-_ACTIVATIONS = (nn.ReLU, nn.MaxPool2d, nn.Sigmoid)
 
 
 class IntegerNetwork(nn.Module):
@@ -41,9 +37,26 @@ class IntegerNetwork(nn.Module):
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
         self.layers = nn.Sequential(*layers)
+        self.register_load_state_dict_post_hook(_freeze_first)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether a layer computes on codes, so that its float layer holds codes."""
+        qlayers = getattr(self, "qlayers", ())
+        return any(isinstance(qlayer, QModule) and qlayer.is_frozen for qlayer in qlayers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The float network."""
+        """The float network.
+
+        Raises:
+            StateError: Frozen; its layers hold codes.
+        """
+        # torch.fx may trace a frozen network, to find what is before it.
+        if self.is_frozen and isinstance(x, torch.Tensor):
+            raise StateError(
+                "IntegerNetwork: forward after freeze; its layers hold codes.",
+                "call quantize_inference; for a float forward keep a copy from before freeze, or call restore_float.",
+            )
         result: torch.Tensor = self.layers(x)
         return result
 
@@ -64,28 +77,16 @@ class IntegerNetwork(nn.Module):
             groups: As for `QParam`, for the weights.
 
         Raises:
-            ArgumentError: A layer that has no integer form, a width or scheme that does not exist.
+            ArgumentError: A layer that has no integer form, one with weights that occurs twice, or none to quantize; a
+                width or scheme that does not exist.
+            StateError: It is frozen.
         """
-        weighted = {"scheme": scheme, "axis": axis, "groups": groups}
-        queue = list(self.layers)
-        qlayers: list[nn.Module] = []
-        while queue:
-            layer = queue.pop(0)
-            is_first = not any(isinstance(qlayer, QModule) for qlayer in qlayers)
-            if isinstance(layer, _SHAPE_ONLY):
-                qlayers.append(nn.Identity() if isinstance(layer, nn.Dropout) else layer)
-            elif isinstance(layer, _ACTIVATIONS):
-                qlayers.append(_make_activation(layer, is_first, num_bits, scheme))
-            elif isinstance(layer, nn.Linear):
-                qlayers.append(QLinear(layer, is_first, True, num_bits, **weighted))
-            elif isinstance(layer, nn.Conv2d):
-                qlayers.append(_make_convolution(layer, queue, is_first, num_bits, weighted))
-            else:
-                raise ArgumentError(
-                    f"{layer} has no integer form here.",
-                    "write a network with the methods of IntegerNetwork.",
-                )
-        self.qlayers = nn.ModuleList(qlayers)
+        if self.is_frozen:
+            raise StateError(
+                "IntegerNetwork: quantize after freeze; its layers hold codes.",
+                "quantize a copy from before freeze.",
+            )
+        self.qlayers = nn.ModuleList(make_chain(list(self.layers), num_bits, scheme, axis, groups))
 
     def quantize_forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run the fake-quantized network, which calibrates it unless its ranges are held (`holding_ranges`).
@@ -103,11 +104,14 @@ class IntegerNetwork(nn.Module):
         Raises:
             StateError: Not quantized, not calibrated, or frozen.
         """
+        qlayers = self._require_qmodules()
         before: QParam | None = None
-        for qlayer in self._require_layers():
-            if isinstance(qlayer, QModule):
-                qlayer.freeze(qi=before)
-                before = qlayer.qo if qlayer.qo.is_calibrated else qlayer.qi
+        inputs = []
+        for qlayer in qlayers:  # nothing is frozen, unless all can be
+            inputs.append(before)
+            before = qlayer.check_freeze(before)[-1]
+        for qlayer, qi in zip(qlayers, inputs, strict=True):
+            qlayer.freeze(qi)
 
     def quantize_inference(self, x: torch.Tensor) -> torch.Tensor:
         """The values of the output codes, float32.
@@ -118,49 +122,28 @@ class IntegerNetwork(nn.Module):
         Raises:
             StateError: Not frozen.
         """
-        qmodules = [qlayer for qlayer in self._require_layers() if isinstance(qlayer, QModule)]
-        if not qmodules[0].is_frozen:
+        qmodules = self._require_qmodules()
+        if not self.is_frozen:
             raise StateError("IntegerNetwork: quantize_inference before freeze.", "call freeze.")
         x = qmodules[0].qi.quantize_tensor(x)
         for qlayer in self.qlayers:
             x = qlayer.quantize_inference(x) if isinstance(qlayer, QModule) else qlayer(x)
-        last = qmodules[-1]
-        return (last.qo if last.qo.is_calibrated else last.qi).dequantize_tensor(x)
+        return qmodules[-1].output_range.dequantize_tensor(x)
 
     def _require_layers(self) -> nn.ModuleList:
         if not hasattr(self, "qlayers"):
             raise StateError("IntegerNetwork: it is not quantized.", "call quantize first.")
         return self.qlayers
 
-
-def _make_activation(layer: Any, is_first: bool, num_bits: int, scheme: Scheme) -> QModule:
-    """The integer form of a layer without weights."""
-    if isinstance(layer, nn.Sigmoid):
-        return QSigmoid(is_first, True, num_bits, scheme=scheme)
-    if isinstance(layer, nn.ReLU):
-        return QReLU(is_first, num_bits, scheme=scheme)
-    sizes = (layer.kernel_size, layer.stride, layer.padding)
-    return QMaxPooling2d(*sizes, qi=is_first, num_bits=num_bits, scheme=scheme)
+    def _require_qmodules(self) -> list[QModule]:
+        return [qlayer for qlayer in self._require_layers() if isinstance(qlayer, QModule)]
 
 
-def _make_convolution(
-    layer: nn.Conv2d, queue: list[nn.Module], is_first: bool, num_bits: int, options: Any
-) -> QConv2d:
-    """The integer form of a convolution; BatchNorm and ReLU behind it are taken from the queue.
-
-    Raises:
-        ArgumentError: BatchNorm without ReLU.
-    """
-    if not (queue and isinstance(queue[0], nn.BatchNorm2d)):
-        return QConv2d(layer, is_first, True, num_bits, **options)
-    batchnorm = queue.pop(0)
-    if not (queue and isinstance(queue[0], nn.ReLU)):
-        raise ArgumentError(
-            f"{batchnorm} has no ReLU after it.", "fold it into the convolution (fold_batchnorm)."
-        )
-    queue.pop(0)
-    assert isinstance(batchnorm, nn.BatchNorm2d)  # noqa: S101
-    return QConvBNReLU(layer, batchnorm, is_first, True, num_bits, **options)
+def _freeze_first(network: IntegerNetwork, _: Any) -> None:
+    """Freeze the first layer if the next one was loaded frozen: a pooling with a range of its own cannot tell."""
+    qmodules = [qlayer for qlayer in getattr(network, "qlayers", ()) if isinstance(qlayer, QModule)]
+    if len(qmodules) > 1:
+        qmodules[0].is_frozen = qmodules[1].is_frozen
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from qdq.errors import ArgumentError, StateError
+from qdq.errors import ArgumentError, QdqError, StateError
 from qdq.systems import (
     IntegerNetwork,
     QConv2d,
@@ -246,6 +246,27 @@ def test_a_network_that_is_not_frozen_stays():
         IntegerNetwork(nn.Linear(4, 2)).freeze()
 
 
+def test_chains_that_no_integer_network_computes_are_refused():
+    with pytest.raises(ArgumentError, match=r"MaxPool2d\(.*ceil_mode=True.* has no integer form"):
+        IntegerNetwork(nn.MaxPool2d(2, ceil_mode=True)).quantize()
+    with pytest.raises(ArgumentError, match=r"MaxPool2d\(.*dilation=2.* has no integer form"):
+        IntegerNetwork(nn.MaxPool2d(2, dilation=2)).quantize()
+    with pytest.raises(ArgumentError, match=r"return_indices=True has no integer form"):
+        IntegerNetwork(nn.MaxPool2d(2, return_indices=True)).quantize()
+    layer = nn.Linear(4, 4)
+    with pytest.raises(ArgumentError, match=r"Linear\(.* occurs twice"):
+        IntegerNetwork(layer, nn.ReLU(), layer).quantize()
+    for layers in ([], [nn.Flatten()]):
+        with pytest.raises(ArgumentError, match=f"none of its {len(layers)} layers"):
+            IntegerNetwork(*layers).quantize()
+    net = IntegerNetwork(layer)
+    net.quantize()
+    net.quantize_forward(torch.randn(1, 4))
+    net.freeze()
+    with pytest.raises(StateError, match="quantize after freeze"):
+        net.quantize()
+
+
 def test_layers_without_an_integer_form_are_refused():
     with pytest.raises(ArgumentError, match=r"GELU.* has no integer form"):
         IntegerNetwork(nn.Linear(4, 2), nn.GELU()).quantize()
@@ -263,6 +284,11 @@ def test_a_sigmoid_and_a_first_pooling():
     net.quantize_forward(x)
     net.freeze()
     assert (net.quantize_inference(x) - net.qlayers[-1].qo.max).max() <= 0.01
+    loaded = IntegerNetwork(*copy.deepcopy(net.layers))
+    loaded.layers[3] = nn.Linear(16, 4)
+    loaded.quantize()
+    loaded.load_state_dict(net.state_dict())
+    assert torch.equal(loaded.quantize_inference(x), net.quantize_inference(x))
     float_net = copy.deepcopy(net)
     restore_float(float_net)
     assert (net.quantize_inference(x) - float_net(x)).abs().max() < 0.05
@@ -313,3 +339,52 @@ def test_the_recipe(tmp_path, capsys):
     assert lines[-1].startswith(str(tmp_path / "model.onnx"))
     with pytest.raises(ArgumentError, match="bits is 20"):
         RECIPE["integer_only"](bits=20, epochs=1)
+
+
+def test_forward_after_freeze_is_refused():
+    net = IntegerNetwork(nn.Linear(4, 2), nn.ReLU())
+    net.quantize()
+    x = torch.randn(3, 4)
+    net.quantize_forward(x)
+    expected = net(x)
+    net.freeze()
+    for call, text in (
+        (net, "IntegerNetwork: forward after freeze.*call quantize_inference"),
+        (net.quantize_forward, r"QLinear of Linear\(.*: forward after freeze"),
+        (lambda _: net.freeze(), r"QLinear of Linear\(.*: freeze after freeze"),
+    ):
+        with pytest.raises(RuntimeError, match=text) as caught:
+            call(x)
+        assert isinstance(caught.value, QdqError)
+    assert net.is_frozen
+    restore_float(net)
+    assert not net.is_frozen
+    assert (net(x) - expected).abs().max() < 0.1
+
+
+def test_a_network_is_frozen_as_a_whole_or_not_at_all():
+    """A batch of another size stops the calibration in the middle."""
+    net = IntegerNetwork(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+    net.quantize()
+    with pytest.raises(RuntimeError, match="shapes"):
+        net.quantize_forward(torch.randn(1, 1, 5, 5))
+    with pytest.raises(StateError, match=r"QLinear of Linear\(.*: qo has no range"):
+        net.freeze()
+    assert not net.is_frozen
+    net.quantize_forward(torch.randn(1, 1, 4, 4))
+    net.freeze()
+    assert net.quantize_inference(torch.randn(1, 1, 4, 4)).shape == (1, 2)
+
+
+def test_the_input_of_a_frozen_network_is_checked():
+    net = IntegerNetwork(nn.Linear(4, 2))
+    net.quantize()
+    net.quantize_forward(torch.randn(3, 4))
+    net.freeze()
+    for x, text in (
+        (torch.full((1, 4), torch.nan), "4 of 4 values are not finite"),
+        (torch.empty(0, 4), "is empty"),
+        (torch.zeros(1, 4, dtype=torch.int32), r"type torch.int32; only float tensors"),
+    ):
+        with pytest.raises(ValueError, match=rf"QLinear of Linear\(.*, qi: .*{text}"):
+            net.quantize_inference(x)
