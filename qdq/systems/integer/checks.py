@@ -119,3 +119,30 @@ def require_layer(layer: Any, kind: type[nn.Module], label: str) -> None:
             f"{label}: it was given a {type(layer).__name__}, not a {kind.__name__}.",
             f"pass a {kind.__name__}.",
         )
+
+
+def require_statistics(
+    batchnorm: nn.BatchNorm2d, channels: int, label: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The running mean and variance that are folded into a convolution.
+
+    Args:
+        batchnorm: The BatchNorm after it.
+        channels: Output channels of the convolution.
+        label: Name of the layer, for the message.
+
+    Raises:
+        ArgumentError: There are none, or they are those of other channels.
+    """
+    mean, variance = batchnorm.running_mean, batchnorm.running_var
+    if mean is None or variance is None:
+        raise ArgumentError(
+            f"{label}: {batchnorm} has no running statistics, so there is nothing to fold.",
+            "make the BatchNorm with track_running_stats=True, and train or load it.",
+        )
+    if len(mean) != channels:
+        raise ArgumentError(
+            f"{label}: {batchnorm} has {len(mean)} channels, the convolution before it {channels}.",
+            "pass the BatchNorm of this convolution.",
+        )
+    return mean, variance

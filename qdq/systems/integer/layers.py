@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from qdq.systems.integer.checks import require_layer, require_statistics
 from qdq.systems.integer.qparam import QParam
 from qdq.systems.integer.weighted import QWeighted
 
@@ -34,6 +35,7 @@ class QConv2d(QWeighted):
         num_bits: int = 8,
         **options: Any,
     ) -> None:
+        require_layer(conv_module, nn.Conv2d, type(self).__name__)
         super().__init__(conv_module, qi, qo, num_bits, **options)
         is_plain = conv_module.padding_mode == "zeros" and set(conv_module.dilation) == {1}
         self.has_integer_kernel = is_plain
@@ -62,6 +64,10 @@ class QConvBNReLU(QConv2d):
         qo: As for `QModule`.
         num_bits: Width of all codes.
         options: scheme, axis and groups, as for `QWeighted`.
+
+    Raises:
+        ArgumentError: The BatchNorm has no running statistics, or other channels.
+        ArgumentTypeError: Layers of another kind.
     """
 
     has_relu = True
@@ -76,19 +82,20 @@ class QConvBNReLU(QConv2d):
         **options: Any,
     ) -> None:
         super().__init__(conv_module, qi, qo, num_bits, **options)
+        require_layer(bn_module, nn.BatchNorm2d, self.label)
+        require_statistics(bn_module, conv_module.out_channels, self.label)
         self.bn_module = bn_module
         self.qb = QParam(None)  # an entry of the state dicts of users; it has no range
 
     def fold(self, x: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The weight w * g / sqrt(var + eps) and the bias beta + (b - mean) * g / sqrt(var + eps)."""
         layer, batchnorm = self.conv_module, self.bn_module
-        mean, variance = batchnorm.running_mean, batchnorm.running_var
+        mean, variance = require_statistics(batchnorm, layer.out_channels, self.label)
         if x is not None and batchnorm.training:
             with torch.no_grad():
                 result = layer(x)
                 batchnorm(result)
             variance, mean = torch.var_mean(result, (0, 2, 3), unbiased=False)
-        assert mean is not None and variance is not None  # noqa: S101
         gain = (variance + batchnorm.eps).rsqrt()
         if batchnorm.weight is not None:
             gain = gain * batchnorm.weight
@@ -121,6 +128,7 @@ class QLinear(QWeighted):
         num_bits: int = 8,
         **options: Any,
     ) -> None:
+        require_layer(fc_module, nn.Linear, type(self).__name__)
         super().__init__(fc_module, qi, qo, num_bits, **options)
 
     def operate(

@@ -9,8 +9,8 @@ from golden import read_cases
 from integer_reference import convolve, pad_codes, requantize, to_array
 from torch import nn
 
-from qdq.errors import QdqError, StateError
-from qdq.systems import QConv2d, QConvBNReLU, QLinear, QParam, QReLU, QSigmoid
+from qdq.errors import ArgumentTypeError, QdqError, StateError
+from qdq.systems import IntegerNetwork, QConv2d, QConvBNReLU, QLinear, QParam, QReLU, QSigmoid
 from qdq.systems.affine import find_codes
 from qdq.systems.integer.arithmetic import find_multiplier, quantize_bias, shift_right
 from qdq.systems.integer.restore import read_parameters
@@ -456,3 +456,33 @@ def test_layers_that_are_frozen_in_another_order_are_told_so():
     relu.freeze(layer.qo)
     following.freeze(qi=relu.qi)
     assert copy.deepcopy(following).qi.is_calibrated
+
+
+def test_a_batchnorm_that_cannot_be_folded_is_refused():
+    conv = nn.Conv2d(1, 2, 3)
+    with pytest.raises(ValueError, match=r"QConvBNReLU of Conv2d\(.*no running statistics"):
+        QConvBNReLU(conv, nn.BatchNorm2d(2, track_running_stats=False))
+    with pytest.raises(ValueError, match=r"BatchNorm2d\(3,.* has 3 channels, the convolution .* 2"):
+        QConvBNReLU(conv, nn.BatchNorm2d(3))
+    layer = QConvBNReLU(conv, nn.BatchNorm2d(2))
+    layer.bn_module.running_mean = None
+    with pytest.raises(ValueError, match="no running statistics"):
+        layer(torch.randn(2, 1, 4, 4))
+    network = IntegerNetwork(conv, nn.BatchNorm2d(2, track_running_stats=False), nn.ReLU())
+    with pytest.raises(ValueError, match="no running statistics"):
+        network.quantize()
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: QConv2d(nn.Linear(2, 2)), "QConv2d: it was given a Linear, not a Conv2d"),
+        (lambda: QConv2d(nn.Conv1d(1, 1, 1)), "given a Conv1d"),
+        (lambda: QLinear(nn.Conv2d(1, 1, 1)), "QLinear: it was given a Conv2d, not a Linear"),
+        (lambda: QLinear(None), "given a NoneType"),
+        (lambda: QConvBNReLU(nn.Conv2d(1, 2, 1), nn.BatchNorm1d(2)), "given a BatchNorm1d"),
+    ],
+)
+def test_layers_of_another_kind_are_refused(make, text):
+    with pytest.raises(ArgumentTypeError, match=text):
+        make()
