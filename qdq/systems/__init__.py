@@ -25,6 +25,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "QConv2d",
         "QConvBNReLU",
         "QLinear",
+        "QMaxPool2d",
         "QMaxPooling2d",
         "QModule",
         "QParam",

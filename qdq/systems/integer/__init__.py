@@ -3,7 +3,7 @@
 `module` has the phases and the formula, `qparam` the range of a tensor, `network` a chain of layers.
 """
 
-from qdq.systems.integer.functions import QMaxPooling2d, QReLU, QSigmoid
+from qdq.systems.integer.functions import QMaxPool2d, QMaxPooling2d, QReLU, QSigmoid
 from qdq.systems.integer.layers import QConv2d, QConvBNReLU, QLinear
 from qdq.systems.integer.module import QModule
 from qdq.systems.integer.network import IntegerNetwork, holding_ranges
@@ -15,6 +15,7 @@ __all__ = [
     "QConv2d",
     "QConvBNReLU",
     "QLinear",
+    "QMaxPool2d",
     "QMaxPooling2d",
     "QModule",
     "QParam",

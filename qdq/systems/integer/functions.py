@@ -84,6 +84,10 @@ class QMaxPooling2d(_OnInputRange):
         return F.max_pool2d(codes, self.kernel_size, self.stride, self.padding).to(torch.int32)
 
 
+QMaxPool2d = QMaxPooling2d
+"""Its name in torch: users write either."""
+
+
 class QSigmoid(QModule):
     """The logistic sigmoid; on codes by a table, between whose points it is linear.
 

@@ -8,6 +8,7 @@ import torch
 from golden import read_cases
 from torch.nn import functional as F
 
+from qdq import systems
 from qdq.systems import QMaxPooling2d, QParam, QReLU, QSigmoid
 
 
@@ -91,3 +92,8 @@ def test_a_range_of_its_own_needs_a_width():
     with pytest.raises(ValueError, match="qi has been provided"):
         layer.freeze(QParam())
     layer.freeze()
+
+
+def test_max_pooling_has_two_names():
+    for package in (systems, systems.integer):
+        assert package.QMaxPool2d is package.QMaxPooling2d is QMaxPooling2d
