@@ -9,11 +9,16 @@ import logging
 
 import torch
 
+from qdq.systems.integer.granularity import find_ends
 from qdq.systems.integer.qparam import QParam
 
 logger = logging.getLogger(__name__)
 
 INT32_MAX = 2**31 - 1
+_LIMIT = 2**62  # more than any code, and its sums with codes fit int64
+_ZERO_WEIGHT_RATIO = (
+    2.0**-8
+)  # M of a weight of zeros: its bias is rounded to this part of an output code
 
 
 def quantize_bias(bias: torch.Tensor, scale: torch.Tensor, layer: str) -> torch.Tensor:
@@ -51,9 +56,11 @@ def find_multiplier(
     Returns:
         M0, of the shape of M, and k, in int64.
     """
-    ratio = ratio.double()
-    _, exponent = torch.frexp(ratio.max() if is_shared else ratio)
-    multiplier = torch.ldexp(ratio, 31 - exponent).round().clamp(max=2**31 - 1)
+    mantissa, exponent = torch.frexp(ratio.double())
+    if is_shared:
+        mantissa = torch.ldexp(mantissa, exponent - exponent.max())
+        exponent = exponent.max()
+    multiplier = (mantissa * 2**31).round().clamp(max=INT32_MAX)
     return multiplier.long(), -exponent.long()
 
 
@@ -61,12 +68,15 @@ def shift_right(products: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """Products * 2^-shift, rounded to the nearest integer; ties go up.
 
     Args:
-        products: int64 below 2^62.
-        shift: int64; a negative one multiplies.
+        products: int64 of magnitude below 2^62.
+        shift: int64; a negative one multiplies, and the result saturates at 2^62.
     """
-    down = shift.clamp(1, 62)
+    down = shift.clamp(1, 63)  # with 63, all products become 0
     half = torch.ones_like(down) << (down - 1)
-    return torch.where(shift > 0, (products + half) >> down, products << (-shift).clamp(0, 62))
+    up = (-shift).clamp(0, 62)
+    limit = torch.full_like(up, _LIMIT) >> up
+    saturated = torch.maximum(torch.minimum(products, limit), -limit)
+    return torch.where(shift > 0, (products + half) >> down, saturated << up)
 
 
 def rescale(
@@ -81,7 +91,7 @@ def rescale(
         is_integer: The sums fit int32, and M becomes an integer and a shift; otherwise the product is in float64.
     """
     if not is_integer:
-        return (sums * ratio).sum(0).round().long()
+        return (sums * ratio).sum(0).round().clamp(-_LIMIT, _LIMIT).long()
     multiplier, shift = find_multiplier(ratio, is_shared=is_shared)
     return shift_right((sums * multiplier).sum(0), 31 + shift)
 
@@ -117,15 +127,56 @@ def split_blocks(weight: torch.Tensor, qw: QParam) -> list[torch.Tensor]:
     return [weight * (number_of_input == number) for number in numbers]
 
 
-def spread_scale(qw: QParam, weight: torch.Tensor) -> torch.Tensor:
-    """The scale of a weight in float64: one, or one for each output channel or block of inputs.
+def find_ratio(
+    qw: QParam, codes: torch.Tensor, input_scale: torch.Tensor, output_scale: torch.Tensor
+) -> torch.Tensor:
+    """M = Sw * Sx / Sa in float64: one, or one for each output channel or block of inputs.
+
+    Weights of zeros have Sw = 1, which says nothing about their bias, and any Sw fits their codes. They get an M for
+    which the bias is exact to a part of an output code.
 
     Args:
         qw: Range of the weight.
-        weight: The weight or its codes.
+        codes: Codes of the weight minus the zero point.
+        input_scale: Sx.
+        output_scale: Sa.
     """
-    scale = qw.scale.double()
-    return qw.spread(scale, weight).flatten() if qw.axis == 0 else scale
+    ratio = qw.scale.double() * input_scale.double() / output_scale.double()
+    low, high = find_ends(codes.float(), qw.axis, qw.groups, qw.label)
+    ratio = torch.where(low == high, _ZERO_WEIGHT_RATIO, ratio)
+    return qw.spread(ratio, codes).flatten() if qw.axis == 0 else ratio
+
+
+def report_coarse_bias(
+    bias: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    output_scale: torch.Tensor,
+    layer: str,
+) -> None:
+    """Log a warning about biases that rounding to their codes moves by more than one code of the output.
+
+    This happens if M is above 2: the range of the output is narrow beside those of the weight and the input.
+
+    Args:
+        bias: The float bias.
+        codes: Its codes; those that saturate are logged by `quantize_bias`.
+        scale: Scale of the codes.
+        output_scale: Sa.
+        layer: Name of the layer, for the warning.
+    """
+    distance = (codes * scale - bias.double()).abs() / output_scale.double()
+    is_coarse = (distance > 1) & (codes.long().abs() < INT32_MAX)
+    count = int(is_coarse.sum())
+    if count:
+        logger.warning(
+            "%s: M is %.4g, so %d of %d biases are rounded by more than one code of the output, the largest by %.0f",
+            layer,
+            float(scale.max() / output_scale.double()),
+            count,
+            codes.numel(),
+            float(distance[is_coarse].max()),
+        )
 
 
 def find_bias_block(qw: QParam) -> int:

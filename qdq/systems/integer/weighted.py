@@ -15,11 +15,12 @@ from qdq.systems.arithmetic import require_values
 from qdq.systems.grid import Grid
 from qdq.systems.integer.arithmetic import (
     find_bias_block,
+    find_ratio,
     fits_int32,
     quantize_bias,
+    report_coarse_bias,
     rescale,
     split_blocks,
-    spread_scale,
 )
 from qdq.systems.integer.checks import require_int32
 from qdq.systems.integer.module import QModule
@@ -124,11 +125,13 @@ class QWeighted(QModule):
         weight, bias = self.fold(None)
         codes = self.qw.quantize_tensor(weight)
         codes = codes - self.qw.spread(self.qw.zero_point, codes).to(torch.int32)
+        self.M = find_ratio(self.qw, codes, self.qi.scale, self.qo.scale)
         if bias is not None:
-            bias = quantize_bias(bias, self.bias_scale(), self.label)
-            self.layer.bias = nn.Parameter(bias, requires_grad=False)
+            scale = self.bias_scale()
+            bias_codes = quantize_bias(bias, scale, self.label)
+            report_coarse_bias(bias, bias_codes, scale, self.qo.scale, self.label)
+            self.layer.bias = nn.Parameter(bias_codes, requires_grad=False)
         self.layer.weight = nn.Parameter(codes, requires_grad=False)
-        self.M = spread_scale(self.qw, codes) * self.qi.scale.double() / self.qo.scale.double()
         self.is_frozen = True
         if not self._fits_int32():
             logger.warning(
@@ -180,11 +183,9 @@ class QWeighted(QModule):
         return grids
 
     def bias_scale(self) -> torch.Tensor:
-        """Scale of the bias codes in float64: that of the input times that of the weight."""
-        scale = spread_scale(self.qw, self.layer.weight)
-        if self.qw.axis == 1:
-            scale = scale[find_bias_block(self.qw)]
-        return scale * self.qi.scale.double()
+        """Scale of the bias codes in float64: Sw * Sx = M * Sa."""
+        ratio = self.M[find_bias_block(self.qw)] if self.qw.axis == 1 else self.M
+        return ratio * self.qo.scale.double()
 
     def _fits_int32(self) -> bool:
         return fits_int32(self.layer.weight, self.layer.bias, self.qi)
