@@ -42,17 +42,11 @@ def make_network() -> IntegerNetwork:
 
 
 def train(net: nn.Module, batches: DataLoader[tuple[torch.Tensor, ...]], epochs: int) -> None:
-    """Train in float, with Adam and a cosine schedule."""
-    net.train()
-    optimizer = torch.optim.Adam(net.parameters(), 4e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(batches))
-    for _ in range(epochs):
-        for images, labels in batches:
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(net(images), labels)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
+    """Train in float; a network without quantizers is trained by `finetune` as any other."""
+    schedule = qdq.Schedule(epochs=epochs, lr=4e-3, bias_lr=4e-3, tune_batchnorm=0.9)
+    qdq.finetune(
+        net, batches, loss=qdq.cross_entropy, distillation=None, schedule=schedule, ranges="none"
+    )
     net.eval()
 
 
@@ -105,8 +99,7 @@ def integer_only(
     torch.manual_seed(0)
     float_net = make_network()
     batches = DataLoader(TensorDataset(train_images, train_labels), 64, shuffle=True)
-    with torch.enable_grad():
-        train(float_net, batches, epochs)
+    train(float_net, batches, epochs)
     accuracy = measure_accuracy(float_net(test_images), test_labels)
     print(f"float          {accuracy:6.2f} %")
 
