@@ -49,7 +49,8 @@ def require_codes(x: Any, qi: QParam, label: str) -> torch.Tensor:
             f"from {lowest} to {highest}.",
             fix,
         )
-    return x.to(torch.int32)
+    codes: torch.Tensor = x.to(torch.int32)
+    return codes
 
 
 def require_int32(weight: torch.Tensor, label: str) -> None:

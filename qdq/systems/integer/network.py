@@ -37,7 +37,7 @@ class IntegerNetwork(nn.Module):
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
         self.layers = nn.Sequential(*layers)
-        self.register_load_state_dict_post_hook(_freeze_first)
+        self.register_load_state_dict_post_hook(_freeze_first)  # type: ignore[no-untyped-call]
 
     @property
     def is_frozen(self) -> bool:

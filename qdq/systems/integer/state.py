@@ -43,7 +43,7 @@ def require_original(module: nn.Module, label: str) -> None:
         )
 
 
-def fit_parameters(layer: nn.Module, state_dict: Any, prefix: str, is_frozen: bool) -> None:
+def fit_parameters(layer: Any, state_dict: Any, prefix: str, is_frozen: bool) -> None:
     """Give a float layer parameters of the kind in a state dict, codes or floats, before they are loaded.
 
     Args:
