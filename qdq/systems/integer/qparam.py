@@ -11,7 +11,7 @@ from qdq.systems.affine import Scheme, find_codes, require_width, solve_affine
 from qdq.systems.arithmetic import require_values
 from qdq.systems.grid import Grid
 from qdq.systems.integer.granularity import find_ends, require_granularity, spread
-from qdq.systems.integer.state import TypedState, require_original
+from qdq.systems.integer.state import TypedState, require_sole
 
 _STATE = ("scale", "zero_point", "min", "max")
 
@@ -93,10 +93,10 @@ class QParam(TypedState):
             ArgumentError: An empty tensor, NaN or Inf; an axis that the groups do not divide, or that has another
                 number of ranges than before.
             NumberTypeError: A tensor of integers.
-            StateError: It has no width, or is in a replica of nn.DataParallel.
+            StateError: It has no width, or calibrates in a replica or in several processes.
         """
         codes = self.codes
-        require_original(self, self.label)
+        require_sole(self, self.label)
         require_values(tensor, self.label)
         low, high = find_ends(tensor, self.axis, self.groups, self.label)
         if self.is_calibrated:

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from qdq.distributed import find_rank
 from qdq.errors import StateError
 
 
@@ -40,6 +41,25 @@ def require_original(module: nn.Module, label: str) -> None:
         raise StateError(
             f"{label}: a replica of nn.DataParallel calibrates, and its ranges would be lost.",
             "calibrate and freeze the model itself, before it is wrapped.",
+        )
+
+
+def require_sole(module: nn.Module, label: str) -> None:
+    """Refuse to calibrate where ranges would be lost, or would differ from those of others.
+
+    Args:
+        module: The module that calibrates.
+        label: Name of the layer, for the message.
+
+    Raises:
+        StateError: It is a replica, or there are several processes.
+    """
+    require_original(module, label)
+    _, num_processes = find_rank()
+    if num_processes > 1:
+        raise StateError(
+            f"{label}: {num_processes} processes calibrate, each of which would get its own range.",
+            "calibrate in one process and load its state dict in the others.",
         )
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from qdq.errors import QdqError
 from qdq.systems import IntegerNetwork, QLinear, QParam, QReLU, holding_ranges
+from qdq.systems.integer import state
 
 IMAGES = torch.randn(6, 1, 6, 6)
 CASTS = {
@@ -142,3 +143,16 @@ def test_replicas_compute_what_is_calibrated():
     expected = frozen.quantize_inference(IMAGES)
     for _ in range(2):
         assert torch.equal(replicate(frozen).quantize_inference(IMAGES), expected)
+
+
+@torch.no_grad()
+def test_several_processes_do_not_calibrate(monkeypatch):
+    """Each would get its own ranges; with loaded or held ones they are frozen and run."""
+    net = make_calibrated()
+    monkeypatch.setattr(state, "find_rank", lambda: (0, 2))
+    with pytest.raises(RuntimeError, match=r"QConvBNReLU of .*, qi: 2 processes calibrate"):
+        net.quantize_forward(IMAGES)
+    with holding_ranges(net):
+        net.quantize_forward(IMAGES)
+    net.freeze()
+    assert net.quantize_inference(IMAGES).shape == (6, 2)
