@@ -733,7 +733,7 @@ def test_interrupt_that_native_code_turned_into_another_error(monkeypatch, capsy
             raise ImportError("initialization failed") from error
 
     monkeypatch.setattr(main, "_keep_freed_memory", lambda: None)
-    monkeypatch.setattr(main, "_log_to_console", lambda level: None)
+    monkeypatch.setattr(main, "_log_to_console", lambda *_: None)
     monkeypatch.setattr("sys.argv", ["recipe.py"])
     with pytest.raises(SystemExit) as exit:
         main.run_command(command)

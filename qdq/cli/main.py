@@ -174,7 +174,9 @@ def _run(app: cyclopts.App, argv: list[str]) -> None:
     _prepare_streams()
     verbose = _take_flag(argv, _VERBOSE)
     quiet = _take_flag(argv, _QUIET)
-    handler = _log_to_console(_choose_level(verbose, quiet))
+    logger = logging.getLogger("qdq")
+    former_level = logger.level
+    handler = _log_to_console(logger, _choose_level(verbose, quiet))
     try:
         _require_working_directory()
         code = app(argv, result_action="return_value", exit_on_error=False, print_error=False)
@@ -188,7 +190,8 @@ def _run(app: cyclopts.App, argv: list[str]) -> None:
     except Exception as error:  # Python's exit code 1 would say "findings"
         code = _report_error(error, app.name[0], verbose)
     finally:
-        logging.getLogger("qdq").removeHandler(handler)
+        logger.removeHandler(handler)
+        logger.setLevel(former_level)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -206,11 +209,10 @@ def _choose_level(verbose: bool, quiet: bool) -> int:
     return logging.ERROR if quiet else logging.WARNING
 
 
-def _log_to_console(level: int) -> logging.Handler:
+def _log_to_console(logger: logging.Logger, level: int) -> logging.Handler:
     handler = logging.StreamHandler()
     handler.setLevel(level)
     handler.setFormatter(PrintableFormatter("%(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger("qdq")
     logger.addHandler(handler)
     logger.setLevel(level)  # a run folder logs more, and lowers it
     return handler
