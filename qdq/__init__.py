@@ -3,8 +3,9 @@
 A name of the public API (`__init__.pyi` lists them) loads its module on first use, so that `import qdq` is light.
 """
 
-import importlib
 from typing import Any
+
+from qdq.lazy import list_homes, load_name
 
 __version__ = "0.1.0"
 
@@ -63,17 +64,13 @@ _HOMES = {
     "workloads.classification": ("load_images", "load_training_images"),
     "workloads.classification.models": ("load_model",),
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+_HOME_OF = list_homes(_HOMES)
 
 __all__ = sorted([*_HOME_OF, "__version__"])  # the literal list is in __init__.pyi
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME_OF:
-        value = getattr(importlib.import_module(f"qdq.{_HOME_OF[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'qdq' has no attribute {name!r}")
+    return load_name(__name__, _HOME_OF, name)
 
 
 def __dir__() -> list[str]:

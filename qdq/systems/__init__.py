@@ -4,8 +4,9 @@ Each is emulated in torch on any device. `to_tensorrt` turns a model of any of t
 values fit int8 Q/DQ. docs/systems.md has one table of all. A name loads its module on first use.
 """
 
-import importlib
 from typing import Any
+
+from qdq.lazy import list_homes, load_name
 
 _HOMES: dict[str, tuple[str, ...]] = {
     "acoustic": ("AcousticInput", "AcousticWeight", "acoustic_quantize"),
@@ -50,17 +51,13 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "verdict": ("to_tensorrt",),
     "xnor": ("xnor_conv2d", "xnor_dot"),
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+_HOME_OF = list_homes(_HOMES)
 
 __all__ = sorted(_HOME_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME_OF:
-        value = getattr(importlib.import_module(f"qdq.systems.{_HOME_OF[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'qdq.systems' has no attribute {name!r}")
+    return load_name(__name__, _HOME_OF, name)
 
 
 def __dir__() -> list[str]:
