@@ -192,7 +192,7 @@ def swap_modules(
         module = modules[planned.name]
         if not isinstance(module, QuantInputMixin):
             _swap_one(planned.name, module, input_desc, weight_desc, model_device)
-    _switch_fast_path(model)
+    switch_fast_paths(model)
     if plan.of("missed"):
         logger.warning("some modules multiply matrices in float:\n%s", plan.format_table())
     return plan
@@ -226,7 +226,7 @@ def restore_modules(model: nn.Module) -> int:
     for module in list(model.modules()):
         if isinstance(module, QuantFunctionsMixin):
             remove_function_quantizers(module)
-    _switch_fast_path(model)
+    switch_fast_paths(model)
     return num_restored
 
 
@@ -584,13 +584,16 @@ def _restore_one(layer: QuantInputMixin) -> None:
     layer.__class__ = layer.float_class  # type: ignore[assignment]
 
 
-def _switch_fast_path(model: nn.Module) -> None:
-    """Have transformer layers call their swapped children.
+def switch_fast_paths(model: nn.Module) -> None:
+    """Have transformer layers call their quantized children, also those of a number system.
 
     In evaluation `nn.TransformerEncoderLayer` hands the weights of its linear layers to one fused kernel, and
     quantization would be skipped without a warning. It does so only if it knows the activation of the layer.
     `nn.TransformerEncoder` hands it nested tensors if there is padding, which only that kernel accepts. The layer
     itself must be part of `model`: if its linear layers are swapped one by one, the fused kernel stays in use.
+
+    Args:
+        model: A model after its layers were quantized or restored.
     """
     for module in model.modules():
         for path in _FAST_PATHS:
@@ -599,17 +602,22 @@ def _switch_fast_path(model: nn.Module) -> None:
 
 
 def _switch_one_path(module: nn.Module, path: _FastPath) -> None:
-    """Switch a fused kernel off if something in a module is swapped, and on again if not.
+    """Switch a fused kernel off if something in a module is quantized, and on again if not.
 
     Args:
         module: The transformer module.
         path: Its attribute; the float value is kept beside it, under another name.
     """
-    is_swapped = any(isinstance(inner, QuantInputMixin) for inner in module.modules())
+    is_quantized = any(_quantizes(inner) for inner in module.modules())
     backup = f"_float_{path.attribute}"
     is_off = backup in vars(module)
-    if is_swapped and not is_off:
+    if is_quantized and not is_off:
         vars(module)[backup] = getattr(module, path.attribute)
         setattr(module, path.attribute, path.off)
-    elif is_off and not is_swapped:
+    elif is_off and not is_quantized:
         setattr(module, path.attribute, vars(module).pop(backup))
+
+
+def _quantizes(module: nn.Module) -> bool:
+    """Whether a module is a swapped one, or a quantizer of a number system, which says so itself."""
+    return isinstance(module, QuantInputMixin) or getattr(module, "is_foreign_quantizer", False)
