@@ -2,9 +2,9 @@
 
 QdqError
 ├── ArgumentError      (ValueError)    an invalid value: unknown name, out of range, wrong shape
-│   └── ShapeError     (RuntimeError)  a size that does not fit, where torch raises RuntimeError
+│   ├── ShapeError     (RuntimeError)  a size that does not fit, where torch raises RuntimeError
+│   └── NumberTypeError  (TypeError)   numbers of the wrong type, such as a tensor of integers; an ArgumentTypeError too
 ├── ArgumentTypeError  (TypeError)     a value of the wrong type
-│   └── NumberTypeError (ValueError)   a number or tensor of a type that no number system quantizes
 ├── StateError         (RuntimeError)  calls in the wrong order, or a state that cannot be quantized
 │   └── MissingRangeError (AttributeError)  a range that a layer has after another call only
 ├── UnsupportedError   (NotImplementedError)  a combination that qdq does not support
@@ -59,8 +59,8 @@ class ArgumentTypeError(QdqError, TypeError):
     """A value of the wrong type."""
 
 
-class NumberTypeError(ArgumentTypeError, ValueError):
-    """A number or tensor of a type that no number system quantizes. Scripts may catch either type."""
+class NumberTypeError(ArgumentError, ArgumentTypeError):
+    """Numbers of the wrong type, such as a tensor of integers. Scripts may catch ValueError or TypeError."""
 
 
 class StateError(QdqError, RuntimeError):

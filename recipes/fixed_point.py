@@ -23,8 +23,8 @@ from qdq.cli.recipes import load_recipe
 from qdq.errors import ArgumentError, DataError, ModelError
 from qdq.metrics import top_k
 from qdq.systems import duplicate_model_with_quant, quantize_parameters
-from qdq.systems.arithmetic import FLOAT_BITS, require_bits, require_rate
 from qdq.systems.parameters import QuantMethod
+from qdq.systems.settings import FLOAT_BITS, require_bits, require_rate
 
 PACKAGED = ("digits", "efficientnet_lite0")
 TORCHVISION_NAMES = {

@@ -15,13 +15,14 @@ import torch
 
 from qdq.errors import ArgumentError, StateError
 from qdq.systems.affine import cast_like
-from qdq.systems.arithmetic import pass_gradient, require_values
+from qdq.systems.arithmetic import pass_gradient, require_batch, require_values
 from qdq.systems.grid import Grid
-from qdq.systems.layer import SystemQuantizer
+from qdq.systems.quantizer import SystemQuantizer
+from qdq.systems.ranged import MOVING_RANGE, RangedQuantizer
+from qdq.systems.settings import require_choice, require_integer
 
 _BITS = (8, 16)
 _SYSTEM = "acoustic"
-_DYNAMIC = "its range is recomputed for every batch"
 
 
 def solve_acoustic(
@@ -47,10 +48,29 @@ def acoustic_quantize(
 
     Args:
         values: Any shape.
-        low: Lower end of the range.
+        low: Lower end of the range, one number.
         high: Upper end.
         num_bits: 8 or 16.
+
+    Raises:
+        ArgumentError: Empty or non-finite values or ends, ends in the wrong order, or another width.
+        NumberTypeError: Not a float tensor, or a width that is no integer.
     """
+    for tensor, name in ((values, "values"), (low, "low"), (high, "high")):
+        require_values(tensor, f"acoustic_quantize, {name}")
+    require_width(num_bits, "acoustic_quantize")
+    if low.numel() > 1 or high.numel() > 1 or bool(low > high):
+        raise ArgumentError(
+            f"acoustic_quantize: the range is from {low.tolist()} to {high.tolist()}.",
+            "give one number each, the lower end first.",
+        )
+    return _quantize(values, low.reshape(()), high.reshape(()), num_bits)
+
+
+def _quantize(
+    values: torch.Tensor, low: torch.Tensor, high: torch.Tensor, num_bits: int
+) -> torch.Tensor:
+    """`acoustic_quantize` for arguments that have been checked."""
     factor, offset = solve_acoustic(low, high, num_bits)
     codes = ((factor * values.double()).round() - offset).clamp(0, 2**num_bits - 1)
     return pass_gradient(values, cast_like((codes + offset) / factor, values))
@@ -65,18 +85,18 @@ class AcousticWeight(SystemQuantizer):
 
     Raises:
         ArgumentError: Another width.
+        NumberTypeError: A width that is no integer.
     """
 
     def __init__(self, num_bits: int = 8, name: str = "AcousticWeight") -> None:
-        super().__init__()
+        super().__init__(name)
         require_width(num_bits, name)
         self.num_bits = num_bits
-        self.name = name
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """The quantized weight. See `acoustic_quantize`."""
-        require_values(values, self.name)
-        return acoustic_quantize(values, *values.detach().aminmax(), self.num_bits)
+        require_batch(values, self.label)
+        return _quantize(values, *values.detach().aminmax(), self.num_bits)
 
     def describe(self, values: torch.Tensor | None) -> Grid:
         """The grid of a weight."""
@@ -84,12 +104,12 @@ class AcousticWeight(SystemQuantizer):
         return _describe(*values.detach().aminmax(), self.num_bits, "")
 
 
-class AcousticInput(SystemQuantizer):
+class AcousticInput(RangedQuantizer):
     """Quantizes a batch by its own range, or by that of all calibration batches.
 
     Args:
         num_bits: 8 or 16.
-        is_static: Use the range of the batches that it saw while `is_collecting`.
+        is_static: Refuse to quantize before it has a range of calibration batches.
         name: Name of the layer, for messages.
 
     Attributes:
@@ -99,54 +119,55 @@ class AcousticInput(SystemQuantizer):
 
     Raises:
         ArgumentError: Another width.
+        NumberTypeError: A width that is no integer.
     """
-
-    low: torch.Tensor
-    high: torch.Tensor
 
     def __init__(
         self, num_bits: int = 8, *, is_static: bool = False, name: str = "AcousticInput"
     ) -> None:
-        super().__init__()
+        super().__init__(name)
         require_width(num_bits, name)
         self.num_bits = num_bits
         self.is_static = is_static
-        self.is_collecting = False
-        self.name = name
-        self.register_buffer("low", torch.tensor(torch.inf))
-        self.register_buffer("high", torch.tensor(-torch.inf))
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """The quantized batch. See `acoustic_quantize`.
 
         Raises:
             ArgumentError: An empty batch, NaN or Inf.
-            StateError: The range is static, and it has none.
+            StateError: The range is to be static, and it has none.
         """
-        require_values(values, self.name)
-        low, high = values.detach().float().aminmax()
         if self.is_collecting:
-            self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+            self.widen(values)
             return values
-        if self.is_static:
-            self._require_calibrated()
+        require_batch(values, self.label)
+        if self._is_moving():
+            low, high = values.detach().aminmax()
+        else:
             low, high = self.low, self.high
-        return acoustic_quantize(values, low, high, self.num_bits)
+        return _quantize(values, low, high, self.num_bits)
 
     def describe(self, values: torch.Tensor | None) -> Grid:
         """The grid of the input; that of a dynamic range has scale 1 and an obstacle."""
-        if not self.is_static:
+        if self._is_moving():
             zero = torch.zeros_like(self.low)
-            return _describe(zero, zero, self.num_bits, _DYNAMIC)
-        self._require_calibrated()
+            return _describe(zero, zero, self.num_bits, MOVING_RANGE)
         return _describe(self.low, self.high, self.num_bits, "")
 
-    def _require_calibrated(self) -> None:
-        if bool(self.low > self.high):
+    def _is_moving(self) -> bool:
+        """Whether its range is that of each batch.
+
+        Raises:
+            StateError: It is to be static, and has no range.
+        """
+        if self.has_range:
+            return False
+        if self.is_static:
             raise StateError(
-                f"{self.name}: its input has no range.",
+                f"{self.label}: its input has no range.",
                 "calibrate on batches that reach the layer.",
             )
+        return True
 
 
 def _describe(low: torch.Tensor, high: torch.Tensor, num_bits: int, obstacle: str) -> Grid:
@@ -168,6 +189,7 @@ def require_width(num_bits: int, name: str) -> None:
 
     Raises:
         ArgumentError: It is another one.
+        NumberTypeError: It is no integer.
     """
-    if num_bits not in _BITS:
-        raise ArgumentError(f"{name}: bits is {num_bits!r}; it must be 8 or 16.", "use 8.")
+    require_integer(num_bits, "bits", name)
+    require_choice(num_bits, _BITS, "bits", name)

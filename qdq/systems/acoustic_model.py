@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 
 from qdq.batch import require_batches
-from qdq.errors import ArgumentError
-from qdq.forward import call_model, evaluating, require_model
+from qdq.swap import switch_fast_paths
 from qdq.systems.acoustic import AcousticInput, AcousticWeight, require_width
-from qdq.systems.layer import convert_layer, is_layer
+from qdq.systems.layer import convert_layer, restore_layer
+from qdq.systems.ranged import collect_ranges
+from qdq.systems.selection import take_layers
 
 
 def prepare_acoustic(
@@ -19,10 +20,13 @@ def prepare_acoustic(
 ) -> list[str]:
     """Quantize the weights and inputs of all convolutions and linear layers, in place.
 
+    A warning lists the layers that no system has, such as transposed convolutions.
+
     Args:
-        model: A float model.
+        model: A float model; if calibration fails, it does not change.
         num_bits: 8 or 16.
-        batches: Calibration batches for static ranges of the inputs; None: each batch has its own range.
+        batches: Calibration batches for static ranges of the inputs; None: each batch has its own range, until
+            `calibrate_inputs` records one.
 
     Returns:
         Dotted names of the layers.
@@ -32,34 +36,21 @@ def prepare_acoustic(
         ArgumentTypeError: No model; one tensor instead of batches.
         StateError: A layer that no batch reaches.
     """
-    require_model(model)
     require_width(num_bits, "prepare_acoustic")
     if batches is not None:
         require_batches(batches)
-    layers = {name: module for name, module in model.named_modules() if is_layer(module)}
-    if not layers:
-        raise ArgumentError(
-            "prepare_acoustic: the model has no float layer.", "pass a float model."
-        )
-    inputs = []
+    layers = take_layers(model, "prepare_acoustic")
+    inputs = {}
     for name, layer in layers.items():
-        quantizer = AcousticInput(num_bits, is_static=batches is not None, name=name)
-        convert_layer(layer, AcousticWeight(num_bits, name), quantizer)
-        inputs.append(quantizer)
-    if batches is not None:
-        _calibrate(model, inputs, batches)
-    return list(layers)
-
-
-def _calibrate(model: nn.Module, inputs: list[AcousticInput], batches: Iterable[Any]) -> None:
-    for quantizer in inputs:
-        quantizer.is_collecting = True
+        inputs[name] = AcousticInput(num_bits, is_static=batches is not None, name=name)
+        convert_layer(layer, AcousticWeight(num_bits, name), inputs[name])
     try:
-        with evaluating(model):
-            for batch in batches:
-                call_model(model, batch)
+        if batches is not None:
+            collect_ranges(model, inputs, batches)
+    except BaseException:
+        for layer in layers.values():
+            restore_layer(layer)
+        raise
     finally:
-        for quantizer in inputs:
-            quantizer.is_collecting = False
-    for quantizer in inputs:
-        quantizer.describe(None)  # refuses one without a range
+        switch_fast_paths(model)
+    return list(layers)

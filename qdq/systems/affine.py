@@ -14,7 +14,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from qdq.errors import ArgumentError
-from qdq.systems.arithmetic import require_bits
+from qdq.systems.arithmetic import require_batch
+from qdq.systems.settings import require_bits
 
 Scheme = Literal["unsigned", "signed", "symmetric"]
 
@@ -29,7 +30,12 @@ def find_codes(num_bits: int, scheme: Scheme = "unsigned") -> tuple[int, int]:
     Args:
         num_bits: The width b.
         scheme: "unsigned", "signed", or "symmetric", which has signed codes and Z = 0.
+
+    Raises:
+        ArgumentError: A width or a scheme that does not exist.
+        NumberTypeError: A width that is not an integer.
     """
+    require_width(num_bits, scheme)
     if scheme == "unsigned":
         return 0, 2**num_bits - 1
     half = 2 ** (num_bits - 1)
@@ -50,7 +56,17 @@ def solve_affine(
 
     Returns:
         Both in float32, of the shape of the ends.
+
+    Raises:
+        ArgumentError: Empty or non-finite ends, or no codes.
+        NumberTypeError: Not float tensors.
     """
+    require_batch(low, "solve_affine, low")
+    require_batch(high, "solve_affine, high")
+    if lowest >= highest:
+        raise ArgumentError(
+            f"solve_affine: codes are from {lowest} to {highest}.", "give the smallest one first."
+        )
     low = low.double().clamp(max=0)
     high = high.double().clamp(min=0)
     num_steps = highest - lowest

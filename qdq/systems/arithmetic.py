@@ -1,4 +1,4 @@
-"""What all number systems share: their rounding, the sign without zero, gradients, and the refusal of bad input."""
+"""What all number systems share: their rounding, the sign without zero, gradients, and the refusal of bad tensors."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from typing import Any
 import torch
 
 from qdq.errors import ArgumentError, NumberTypeError
-
-FLOAT_BITS = 32
-"""This many bits mean that a part is not quantized."""
 
 _FLOAT32_BITS = 16  # codes, halves between them and their sums are exact in float32
 
@@ -33,7 +30,12 @@ def sign_of(values: torch.Tensor, zero: int = 1) -> torch.Tensor:
 
 
 def pass_gradient(values: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
-    """The quantized values with the gradient of the values (straight-through; Bengio et al., arXiv 1308.3432)."""
+    """The quantized values with the gradient of the values (straight-through; Bengio et al., arXiv 1308.3432).
+
+    Where a value is NaN or Inf on a GPU, the result is NaN: see `require_batch`.
+    """
+    if values.is_cpu and not values.requires_grad:
+        return quantized
     # Not values + (quantized - values): this sum is rounded, and its result is not always the quantized value.
     return quantized.detach() + (values - values.detach())
 
@@ -55,31 +57,8 @@ def narrow(result: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return result.clamp_(limits.min, limits.max).to(values.dtype)
 
 
-def require_bits(bits: Any, layer: str, least: int = 1, most: int = FLOAT_BITS) -> None:
-    """Refuse a width that no quantizer has.
-
-    Args:
-        bits: The width.
-        layer: Name of the layer or quantizer, for the message.
-        least: The smallest width.
-        most: The largest width.
-
-    Raises:
-        NumberTypeError: Not an integer.
-        ArgumentError: Below `least`, or above `most`.
-    """
-    if isinstance(bits, bool) or not isinstance(bits, int):
-        raise NumberTypeError(
-            f"{layer}: bits is {bits!r}, a {type(bits).__name__}.", "give an integer."
-        )
-    if not least <= bits <= most:
-        raise ArgumentError(
-            f"{layer}: bits is {bits}; it must be {least} to {most}.", "choose another width."
-        )
-
-
-def require_values(values: Any, layer: str) -> None:
-    """Refuse a tensor that has no range.
+def require_floats(values: Any, layer: str) -> None:
+    """Refuse what is no float tensor with elements; their values are not looked at.
 
     Args:
         values: The tensor to quantize.
@@ -87,7 +66,7 @@ def require_values(values: Any, layer: str) -> None:
 
     Raises:
         NumberTypeError: Not a tensor, or one of integers or bools, which are never quantized.
-        ArgumentError: Empty, or NaN or Inf in it.
+        ArgumentError: Empty.
     """
     if not isinstance(values, torch.Tensor):
         raise NumberTypeError(
@@ -103,6 +82,20 @@ def require_values(values: Any, layer: str) -> None:
             f"{layer}: the input of shape {tuple(values.shape)} is empty.",
             "give at least one value.",
         )
+
+
+def require_values(values: Any, layer: str) -> None:
+    """Refuse a tensor that has no range.
+
+    Args:
+        values: The tensor to quantize.
+        layer: Name of the layer or quantizer, for the message.
+
+    Raises:
+        NumberTypeError: Not a tensor, or one of integers or bools, which are never quantized.
+        ArgumentError: Empty, or NaN or Inf in it.
+    """
+    require_floats(values, layer)
     # NaN is the minimum and the maximum of any tensor with NaN: one pass over the values.
     if not bool(torch.isfinite(torch.stack(values.detach().aminmax())).all()):
         is_finite = torch.isfinite(values)
@@ -114,35 +107,20 @@ def require_values(values: Any, layer: str) -> None:
         )
 
 
-def require_rate(overflow_rate: Any, layer: str) -> None:
-    """Refuse a fraction outside 0 <= rate < 1.
+def require_batch(values: Any, layer: str) -> None:
+    """As `require_values`, for what a layer quantizes in every forward: it never waits for a GPU.
+
+    On a GPU, and in a graph that torch captures, NaN and Inf are not looked for. `pass_gradient` makes NaN of them, so
+    they never become codes.
 
     Args:
-        overflow_rate: The fraction.
+        values: The tensor to quantize.
         layer: Name of the layer or quantizer, for the message.
 
     Raises:
-        ArgumentError: It is outside.
+        NumberTypeError: As for `require_values`.
+        ArgumentError: Empty, or on the CPU NaN or Inf in it.
     """
-    if not isinstance(overflow_rate, int | float) or not 0 <= overflow_rate < 1:
-        raise ArgumentError(
-            f"{layer}: overflow_rate is {overflow_rate}; it must be at least 0 and below 1.",
-            "give the fraction of elements that may saturate, such as 0.01.",
-        )
-
-
-def require_count(counter: Any, layer: str) -> None:
-    """Refuse a number of forward calls that is no integer or negative.
-
-    Args:
-        counter: The number.
-        layer: Name of the layer or quantizer, for the message.
-
-    Raises:
-        ArgumentError: It is neither.
-    """
-    if isinstance(counter, bool) or not isinstance(counter, int) or counter < 0:
-        raise ArgumentError(
-            f"{layer}: counter is {counter!r}; it must be an integer of at least 0.",
-            "give the number of forward calls that calibrate.",
-        )
+    require_floats(values, layer)
+    if values.is_cpu and not torch.compiler.is_compiling():
+        require_values(values, layer)

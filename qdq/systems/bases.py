@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from qdq.errors import ArgumentError
-from qdq.systems.arithmetic import pass_gradient, require_values, sign_of
+from qdq.forward import require_model
+from qdq.systems.arithmetic import pass_gradient, require_batch, require_values, sign_of
 from qdq.systems.binary import SMALLEST_SCALE
 from qdq.systems.grid import INT8_HIGHEST, Grid, note_grid
-from qdq.systems.layer import SystemLayer, SystemQuantizer
+from qdq.systems.layer import SystemLayer
+from qdq.systems.quantizer import SystemQuantizer
+from qdq.systems.settings import require_count
 
 
 def fit_bases(
@@ -32,12 +34,15 @@ def fit_bases(
 
     Raises:
         ArgumentError: As for `arithmetic.require_values`, or no base.
+        NumberTypeError: Not a float tensor, or a count that is no integer.
     """
     require_values(values, name)
-    if count < 1:
-        raise ArgumentError(
-            f"{name}: {count} bases; it must be 1 or more.", "choose another count."
-        )
+    require_count(count, "the number of bases", name, least=1)
+    return _fit(values, count)
+
+
+def _fit(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`fit_bases` for arguments that have been checked."""
     weight = values.detach().double()
     shifts = [0.0] if count == 1 else torch.linspace(-1, 1, count, dtype=torch.float64).tolist()
     centered = weight - weight.mean()
@@ -55,22 +60,27 @@ class BinaryBases(SystemQuantizer):
     Args:
         name: For messages.
         count: Number of bases.
+
+    Raises:
+        ArgumentError: No base.
+        NumberTypeError: A count that is no integer.
     """
 
     def __init__(self, name: str, count: int) -> None:
-        super().__init__()
-        self.name = name
+        super().__init__(name)
+        require_count(count, "the number of bases", name, least=1)
         self.count = count
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """The sum."""
-        factors, bases = fit_bases(values, self.count, self.name)
+        require_batch(values, self.label)
+        factors, bases = _fit(values, self.count)
         return pass_gradient(values, torch.tensordot(factors, bases, 1).to(values.dtype))
 
     def describe(self, values: torch.Tensor | None) -> Grid:
         """The range of the sum, whose values are no multiples of one scale."""
         assert values is not None  # noqa: S101  # a weight
-        factors, _ = fit_bases(values, self.count, self.name)
+        factors, _ = fit_bases(values, self.count, self.label)
         amax = factors.abs().sum().reshape(1)
         scale = (amax / INT8_HIGHEST).clamp_min(SMALLEST_SCALE)
         reason = f"are a sum of {self.count} binary bases, not one grid; split_bases keeps {self.count} layers"
@@ -110,14 +120,18 @@ def split_bases(model: nn.Module) -> None:
 
     Args:
         model: A model with layers that `convert_layer` gave `BinaryBases`.
+
+    Raises:
+        ArgumentTypeError: Not a module.
     """
+    require_model(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, SystemLayer) and isinstance(module.weight_system, BinaryBases):
             model.set_submodule(name, _split(module, module.weight_system))
 
 
 def _split(layer: Any, system: BinaryBases) -> SumOfLayers:
-    factors, bases = fit_bases(layer.weight, system.count, system.name)
+    factors, bases = fit_bases(layer.weight, system.count, system.label)
     layers: list[nn.Module] = []
     for factor, base in zip(factors, bases, strict=True):
         part = copy.deepcopy(layer)

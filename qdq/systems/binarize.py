@@ -14,13 +14,15 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qdq.errors import ArgumentError
-from qdq.forward import call_model, evaluating
+from qdq.forward import call_model, evaluating, require_model
 from qdq.patterns import Pattern
+from qdq.swap import switch_fast_paths
 from qdq.systems.arithmetic import sign_of
 from qdq.systems.binary import BinaryInput, BinaryQuantizer, BinaryWeight, Sampling
 from qdq.systems.grid import note_grid
 from qdq.systems.layer import SystemLayer, convert_layer
 from qdq.systems.selection import Selection, select_layers
+from qdq.systems.settings import require_choice
 from qdq.text import list_names
 
 
@@ -49,8 +51,7 @@ def binarize_model(
     Raises:
         ArgumentError: No layer is left, or the input of a layer has one sign only.
     """
-    if zero not in (1, -1):
-        raise ArgumentError(f"zero is {zero!r}; the sign of 0 is 1 or -1.", "leave it out.")
+    require_choice(zero, (1, -1), "zero", "binarize_model")
     selection = select_layers(model, example, float_layers)
     if inputs:
         _require_both_signs(model, example, selection, zero)
@@ -58,6 +59,7 @@ def binarize_model(
         weight = BinaryWeight(f"{name}.weight", zero, sampling, scaled=not inputs)
         signs = BinaryInput(f"{name}.input", zero, sampling) if inputs else None
         convert_layer(layer, weight, signs)
+    switch_fast_paths(model)
     return selection
 
 
@@ -109,7 +111,11 @@ def clipping_weights(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: A binary model.
+
+    Raises:
+        ArgumentTypeError: Not a module.
     """
+    require_model(model)
     weights = {layer.weight for layer in list_binary(model)}
     quantizers = [module for module in model.modules() if isinstance(module, BinaryQuantizer)]
 
@@ -135,7 +141,11 @@ def replace_weights(model: nn.Module) -> None:
 
     Args:
         model: A binary model.
+
+    Raises:
+        ArgumentTypeError: Not a module.
     """
+    require_model(model)
     for layer in list_binary(model):
         system = layer.weight_system
         assert system is not None  # noqa: S101

@@ -6,13 +6,17 @@ from typing import Literal
 
 import torch
 
+from qdq.errors import ArgumentError
 from qdq.formats import AMAX_FLOOR
-from qdq.systems.arithmetic import pass_gradient, require_values, sign_of
+from qdq.systems.arithmetic import pass_gradient, require_batch, require_values, sign_of
 from qdq.systems.grid import INT8_HIGHEST, Grid
-from qdq.systems.layer import SystemQuantizer
+from qdq.systems.quantizer import SystemQuantizer
+from qdq.systems.settings import require_choice
 
 Sampling = Literal["", "hard", "logistic"]
 """How training draws signs: "" not at all, or with a probability of +1 that is a hard or a logistic sigmoid."""
+
+_SAMPLINGS = ("hard", "logistic")
 
 SMALLEST_SCALE = AMAX_FLOOR / INT8_HIGHEST
 """The scale of a channel of zeros, which must be above 0."""
@@ -29,7 +33,25 @@ def sign_at_random(
         values: Any shape.
         sampling: "logistic": the probability is 1 / (1 + exp(-x)).
         generator: Random numbers on the device of the values; None: those of torch.
+
+    Raises:
+        ArgumentError: Empty or non-finite values, another sampling, or a generator of another device.
+        NumberTypeError: Not a float tensor.
     """
+    require_values(values, "sign_at_random")
+    require_choice(sampling, _SAMPLINGS, "sampling", "sign_at_random")
+    if generator is not None and generator.device.type != values.device.type:
+        raise ArgumentError(
+            f"sign_at_random: the generator is on {generator.device}, the values are on {values.device}.",
+            "make one with torch.Generator(values.device).",
+        )
+    return _draw(values, sampling, generator)
+
+
+def _draw(
+    values: torch.Tensor, sampling: Sampling, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """`sign_at_random` for arguments that have been checked."""
     values_32 = values.float()
     probability = ((values_32 + 1) / 2).clamp(0, 1)
     if sampling == "logistic":
@@ -46,11 +68,15 @@ class BinaryQuantizer(SystemQuantizer):
         zero: The sign of 0, 1 or -1.
         sampling: How training draws signs. Evaluation, and every forward without gradients, takes the nearest one.
             The random numbers are those of torch, which `finetune` seeds.
+
+    Raises:
+        ArgumentError: Another `zero` or `sampling`.
     """
 
     def __init__(self, name: str, zero: int = 1, sampling: Sampling = "") -> None:
-        super().__init__()
-        self.name = name
+        super().__init__(name)
+        require_choice(zero, (1, -1), "zero", name)
+        require_choice(sampling, ("", *_SAMPLINGS), "sampling", name)
         self.zero = zero
         self.sampling: Sampling = sampling
         self.is_tuned = False  # see `clipping_weights`
@@ -59,13 +85,12 @@ class BinaryQuantizer(SystemQuantizer):
         """+1 or -1 for each value, without a gradient.
 
         Raises:
-            ArgumentError: As for `arithmetic.require_values`.
+            ArgumentError: As for `arithmetic.require_batch`.
         """
-        if not torch.compiler.is_compiling():  # a captured graph has no values to look at
-            require_values(values, self.name)
+        require_batch(values, self.label)
         is_training = self.training or (self.is_tuned and torch.is_grad_enabled())
         if self.sampling and is_training:
-            return sign_at_random(values.detach(), self.sampling)
+            return _draw(values.detach(), self.sampling)
         return sign_of(values.detach(), self.zero)
 
 
@@ -114,9 +139,10 @@ class BinaryInput(BinaryQuantizer):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """The signs."""
+        signs = self.take_signs(values)
         # The gradient of torch.clamp at -1 and 1 is not the same in all versions.
         passing = torch.where(values.detach().abs() <= 1, values, values.detach())
-        return pass_gradient(passing, self.take_signs(values))
+        return pass_gradient(passing, signs)
 
     def describe(self, values: torch.Tensor | None) -> Grid:
         """Codes -1 and 1, with scale 1."""

@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from qdq.distributed import find_rank
 from qdq.errors import StateError
-from qdq.systems.arithmetic import (
-    pass_gradient,
-    require_bits,
-    require_count,
-    require_rate,
-    require_values,
-)
+from qdq.systems.arithmetic import pass_gradient, require_batch, require_values
 from qdq.systems.fixed_point import (
     compute_integral_part,
     describe_linear,
-    describe_moving,
     describe_sign,
-    quantize_checked,
+    quantize_linear,
     require_sf,
-    sign_quantize,
 )
-from qdq.systems.grid import Grid
-from qdq.systems.layer import SystemQuantizer
-from qdq.systems.logarithmic import (
-    compute_log_sf,
-    describe_log,
-    log_linear_quantize,
-)
+from qdq.systems.grid import Grid, describe_moving
+from qdq.systems.logarithmic import compute_log_sf, describe_log, quantize_log_linear
+from qdq.systems.quantizer import SystemQuantizer
+from qdq.systems.settings import require_bits, require_count, require_rate
 
 _UNSET = torch.iinfo(torch.int32).max  # the minimum of this and any sf is that sf
 
@@ -43,12 +31,9 @@ class _CountingQuant(SystemQuantizer):
         overflow_rate: Fraction of the elements of a batch that may saturate.
         counter: Number of forward calls that calibrate. They count in training and in evaluation alike.
 
-    Attributes:
-        path: Dotted name in the model, for messages; "" if it is not known.
-
     Raises:
         ArgumentError: A number is out of range.
-        ArgumentTypeError: `bits` is no integer.
+        NumberTypeError: A number of the wrong type.
     """
 
     _sf: torch.Tensor
@@ -62,14 +47,12 @@ class _CountingQuant(SystemQuantizer):
         overflow_rate: float = 0.0,
         counter: int = 10,
     ) -> None:
-        super().__init__()
+        super().__init__(name)
         require_bits(bits, name)
         require_rate(overflow_rate, name)
         if sf is not None:
             require_sf(sf, name)
-        require_count(counter, name)
-        self.name = name
-        self.path = ""
+        require_count(counter, "counter", name)
         self.bits = bits
         self.overflow_rate = overflow_rate
         start = _UNSET if sf is None else int(sf)
@@ -79,30 +62,32 @@ class _CountingQuant(SystemQuantizer):
     @property
     def sf(self) -> int | None:
         """Number of bits after the point; None before the first forward call."""
-        sf = int(self._sf)
+        sf = int(self.read_number("_sf"))
         return None if sf == _UNSET else sf
 
     @property
     def counter(self) -> int:
         """Number of forward calls that will calibrate."""
-        return int(self._counter)
+        return int(self.read_number("_counter"))
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """The values as they are while it calibrates, then the quantized ones.
+        """The values as they are while it calibrates, then the quantized ones; these calls do not wait for a GPU.
 
         Raises:
             ArgumentError: Empty or non-finite values.
-            ArgumentTypeError: Not a float tensor.
+            NumberTypeError: Not a float tensor.
             StateError: Not calibrated, or to be calibrated in several processes or replicas, which do not share counts.
         """
-        require_values(values, self._label)
-        if self.counter > 0:
-            self._require_single()
-            self._sf.clamp_(max=self._compute_sf(values))
-            self._counter.sub_(1)
-            return values
-        quantized = self._quantize(values, self._require_sf())
-        return pass_gradient(values, quantized) if values.requires_grad else quantized
+        counter = self.counter
+        if counter == 0:
+            require_batch(values, self.label)
+            return pass_gradient(values, self._quantize(values, self._require_sf()))
+        require_values(values, self.label)
+        self.require_single("calibrates")
+        sf = self._compute_sf(values)
+        self.write_number("_sf", min(sf, self.read_number("_sf")))
+        self.write_number("_counter", counter - 1)
+        return values
 
     def extra_repr(self) -> str:
         """The state, between the brackets of `repr`."""
@@ -111,15 +96,11 @@ class _CountingQuant(SystemQuantizer):
             f"counter={self.counter}"
         )
 
-    @property
-    def _label(self) -> str:
-        return self.path or self.name
-
     def _require_sf(self) -> int:
         sf = self.sf
         if sf is None:
             raise StateError(
-                f"{self._label} is not calibrated: sf is None and counter is {self.counter}.",
+                f"{self.label} is not calibrated: sf is None and counter is {self.counter}.",
                 "give sf, or a counter above 0 and run the model that often.",
             )
         return sf
@@ -127,23 +108,10 @@ class _CountingQuant(SystemQuantizer):
     def _require_calibrated(self) -> int:
         if self.counter > 0:
             raise StateError(
-                f"{self._label} still calibrates: counter is {self.counter}.",
+                f"{self.label} still calibrates: counter is {self.counter}.",
                 "run the model that often first.",
             )
         return self._require_sf()
-
-    def _require_single(self) -> None:
-        if getattr(self, "_is_replica", False):
-            raise StateError(
-                f"{self._label} calibrates in a replica of nn.DataParallel, whose counts and sf are lost.",
-                "calibrate the model itself, before it is wrapped.",
-            )
-        _, num_processes = find_rank()
-        if num_processes > 1:
-            raise StateError(
-                f"{self._label} calibrates in {num_processes} processes, each of which would get its own sf.",
-                "calibrate in one process and load its state dict in the others.",
-            )
 
     def _compute_sf(self, values: torch.Tensor) -> int:
         raise NotImplementedError
@@ -159,9 +127,7 @@ class LinearQuant(_CountingQuant):
         return self.bits - 1 - compute_integral_part(values, self.overflow_rate)
 
     def _quantize(self, values: torch.Tensor, sf: int) -> torch.Tensor:
-        if self.bits == 1:
-            return sign_quantize(values)
-        return quantize_checked(values, sf, self.bits)
+        return quantize_linear(values, sf, self.bits)
 
     def describe(self, values: torch.Tensor | None) -> Grid:
         """The grid: scale 2^-sf; of one bit the mean |x| of the values, which is constant for a weight only.
@@ -184,7 +150,7 @@ class LogQuant(_CountingQuant):
         return compute_log_sf(values, self.bits, self.overflow_rate)
 
     def _quantize(self, values: torch.Tensor, sf: int) -> torch.Tensor:
-        return log_linear_quantize(values, sf, self.bits)
+        return quantize_log_linear(values, sf, self.bits)
 
     def describe(self, values: torch.Tensor | None) -> Grid:
         """As `describe_log`.

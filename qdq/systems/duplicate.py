@@ -11,25 +11,16 @@ import torch
 from torch import nn
 
 from qdq.device import find_device
-from qdq.errors import ArgumentError, StateError
+from qdq.errors import StateError
 from qdq.forward import join_name, require_model
-from qdq.systems.arithmetic import require_bits, require_count, require_rate
 from qdq.systems.counting import LinearQuant
-from qdq.systems.hyperbolic import tanh_quantize
-from qdq.systems.layer import SystemQuantizer
-from qdq.systems.logarithmic import log_minmax_quantize
-from qdq.systems.min_max import min_max_quantize
 from qdq.systems.normal import NormalQuant
-from qdq.systems.parameters import QuantMethod
+from qdq.systems.parameters import FUNCTIONS, QuantMethod
+from qdq.systems.quantizer import SystemQuantizer
+from qdq.systems.settings import require_bits, require_choice, require_count, require_rate
 from qdq.systems.unquantized import QUANTIZED_LAYERS, list_unquantized, runs_children_in_order
 
 logger = logging.getLogger(__name__)
-
-_FUNCTIONS = {
-    "minmax": min_max_quantize,
-    "log": log_minmax_quantize,
-    "tanh": tanh_quantize,
-}
 
 
 def duplicate_model_with_quant(
@@ -59,17 +50,15 @@ def duplicate_model_with_quant(
 
     Raises:
         ArgumentError: An unknown type, or a number out of range.
-        ArgumentTypeError: Not a module, or bits that are no integer.
+        ArgumentTypeError: Not a module.
+        NumberTypeError: A number of the wrong type.
         StateError: The model has quantizers already.
     """
     require_model(model)
-    if type not in get_args(QuantMethod):
-        raise ArgumentError(
-            f"type is {type!r}; expected {', '.join(get_args(QuantMethod))}.", "choose one of them."
-        )
+    require_choice(type, get_args(QuantMethod), "type", "duplicate_model_with_quant")
     require_bits(bits, "duplicate_model_with_quant")
     require_rate(overflow_rate, "duplicate_model_with_quant")
-    require_count(counter, "duplicate_model_with_quant")
+    require_count(counter, "counter", "duplicate_model_with_quant")
     for name, module in model.named_modules():
         if isinstance(module, SystemQuantizer):
             raise StateError(
@@ -136,7 +125,7 @@ class _Duplication:
             return LinearQuant(
                 name, self.bits, overflow_rate=self.overflow_rate, counter=self.counter
             )
-        return NormalQuant(name, self.bits, _FUNCTIONS[self.type])
+        return NormalQuant(name, self.bits, FUNCTIONS[self.type][0])
 
 
 def _copy_container(module: nn.Module) -> nn.Module:

@@ -7,26 +7,18 @@ values are plus and minus their mean absolute value (Rastegari et al., arXiv 160
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from qdq.errors import ArgumentError
 from qdq.formats import AMAX_FLOOR
-from qdq.systems.arithmetic import (
-    narrow,
-    require_bits,
-    require_rate,
-    require_values,
-    round_half_up,
-    sign_of,
-    widen,
-)
-from qdq.systems.grid import Grid
+from qdq.systems.arithmetic import narrow, require_values, round_half_up, sign_of, widen
+from qdq.systems.grid import Grid, name_width
+from qdq.systems.settings import require_bits, require_number, require_rate
 
 _LEAST = 1e-12  # added to the largest value: the logarithm of 0 is finite, and a power of two gets one more bit
-_MOST_TENSORRT_BITS = 8
 _LOWEST_SF, _HIGHEST_SF = -127, 126  # 2^-sf is a normal float32
 
 
@@ -42,7 +34,7 @@ def compute_integral_part(values: torch.Tensor, overflow_rate: float = 0.0) -> i
 
     Raises:
         ArgumentError: An empty or non-finite tensor, or a rate outside 0 to 1.
-        ArgumentTypeError: Not a float tensor.
+        NumberTypeError: Not a float tensor, or a rate that is no number.
     """
     require_values(values, "compute_integral_part")
     require_rate(overflow_rate, "compute_integral_part")
@@ -68,19 +60,58 @@ def linear_quantize(
 
     Raises:
         ArgumentError: An empty or non-finite tensor, or bits or sf out of range.
-        ArgumentTypeError: Not a float tensor, or bits that are no integer.
+        NumberTypeError: Not a float tensor, or a number of the wrong type.
     """
-    require_values(values, "linear_quantize")
-    require_bits(bits, "linear_quantize")
+    require_input(values, bits, alpha, "linear_quantize")
+    if bits > 1:
+        require_sf(sf, "linear_quantize")
+    return quantize_linear(values, sf, bits, alpha)
+
+
+def require_input(values: Any, bits: Any, alpha: Any, function: str) -> None:
+    """Refuse what no function of values and bits takes.
+
+    Args:
+        values: The tensor.
+        bits: Width of a code.
+        alpha: As for `sign_quantize`.
+        function: Its name, for messages.
+
+    Raises:
+        ArgumentError: An empty or non-finite tensor, bits out of range, or an alpha that is not positive.
+        NumberTypeError: Not a float tensor, or a number of the wrong type.
+    """
+    require_values(values, function)
+    require_bits(bits, function)
+    if alpha is not None:
+        require_number(alpha, "alpha", function, AMAX_FLOOR, math.inf)
+
+
+def quantize_linear(
+    values: torch.Tensor, sf: int, bits: int, alpha: float | None = None
+) -> torch.Tensor:
+    """`linear_quantize` for arguments that have been checked."""
+    return apply_formula(values, bits, alpha, lambda wide: scale_and_round(wide, sf, bits))
+
+
+def apply_formula(
+    values: torch.Tensor,
+    bits: int,
+    alpha: float | None,
+    formula: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """The result of a formula in the type of the values; with one bit that of `sign_quantize`.
+
+    Args:
+        values: Any shape, checked.
+        bits: Width of a code.
+        alpha: As for `sign_quantize`.
+        formula: A function of the widened values.
+    """
+    wide = widen(values, bits)
     if bits == 1:
-        return sign_quantize(values, alpha)
-    require_sf(sf, "linear_quantize")
-    return quantize_checked(values, sf, bits)
-
-
-def quantize_checked(values: torch.Tensor, sf: int, bits: int) -> torch.Tensor:
-    """`linear_quantize` with two bits or more, for arguments that have been checked."""
-    return narrow(scale_and_round(widen(values, bits), sf, bits), values)
+        return narrow(sign_of(wide) * _find_alpha(wide, alpha), values)
+    return narrow(formula(wide), values)
 
 
 def scale_and_round(values: torch.Tensor, sf: int, bits: int) -> torch.Tensor:
@@ -100,22 +131,17 @@ def sign_quantize(values: torch.Tensor, alpha: float | None = None) -> torch.Ten
 
     Raises:
         ArgumentError: An empty or non-finite tensor, or an alpha that is not positive.
-        ArgumentTypeError: Not a float tensor.
+        NumberTypeError: Not a float tensor, or an alpha that is no number.
     """
-    require_values(values, "sign_quantize")
-    return narrow(sign_of(widen(values, bits=1)) * _find_alpha(values, alpha), values)
+    require_input(values, 1, alpha, "sign_quantize")
+    return quantize_linear(values, 0, 1, alpha)
 
 
-def _find_alpha(values: torch.Tensor, alpha: float | None) -> torch.Tensor:
-    """The value of one bit, as a tensor in float32 or wider."""
-    wide = widen(values, bits=1)
+def _find_alpha(wide: torch.Tensor, alpha: float | None) -> torch.Tensor:
+    """The value of one bit, in the type of the widened values."""
     if alpha is None:
         # A sum of float32 could overflow.
         return wide.abs().mean(dtype=torch.float64).to(wide.dtype)
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ArgumentError(
-            f"sign_quantize: alpha is {alpha}; it must be positive.", "leave it out, or give 1."
-        )
     return torch.full((), alpha, dtype=wide.dtype, device=wide.device)
 
 
@@ -147,25 +173,9 @@ def describe_sign(values: torch.Tensor, system: str, alpha: float | None = None)
         system: Name of the number system.
         alpha: As for `sign_quantize`.
     """
-    scale = _find_alpha(values, alpha).float().reshape(1)
+    scale = _find_alpha(widen(values, bits=1), alpha).float().reshape(1)
     lowest, highest = (-1, 1) if bool(scale > 0) else (0, 0)
     return Grid(system, scale.clamp(min=AMAX_FLOOR), torch.zeros_like(scale), lowest, highest)
-
-
-def describe_moving(system: str, bits: int) -> Grid:
-    """The grid of activations whose range is computed for each batch, which no constant scale has.
-
-    Args:
-        system: Name of the number system.
-        bits: Width of a code.
-    """
-    obstacle = "its range is recomputed for every batch"
-    return replace(describe_linear(0, bits), system=system, obstacle=obstacle)
-
-
-def name_width(bits: int) -> str:
-    """The obstacle of codes that are wider than int8; "" if they are not."""
-    return f"{bits} bits" if bits > _MOST_TENSORRT_BITS else ""
 
 
 def require_sf(sf: Any, layer: str) -> None:
@@ -177,9 +187,10 @@ def require_sf(sf: Any, layer: str) -> None:
 
     Raises:
         ArgumentError: It is neither.
+        NumberTypeError: It is no number.
     """
-    is_number = isinstance(sf, int | float) and _LOWEST_SF <= sf <= _HIGHEST_SF
-    if not is_number or sf != int(sf):
+    require_number(sf, "sf", layer, _LOWEST_SF, _HIGHEST_SF + 1)
+    if sf != int(sf):
         raise ArgumentError(
             f"{layer}: sf is {sf}; it must be an integer from {_LOWEST_SF} to {_HIGHEST_SF}.",
             "give bits - 1 - compute_integral_part(values).",

@@ -11,6 +11,8 @@ from torch import nn
 Verdict = Literal["exact", "convert", "refuse"]
 
 INT8_LOWEST, INT8_HIGHEST = -128, 127
+_MOST_TENSORRT_BITS = 8
+_MOVING = "its range is recomputed for every batch"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,23 @@ class Grid:
     obstacle: str = ""
     amax: torch.Tensor | None = None
     on_request: str = ""
+
+
+def describe_moving(system: str, bits: int, obstacle: str = _MOVING) -> Grid:
+    """The grid of activations whose range is computed for each batch, which no constant scale has.
+
+    Args:
+        system: Name of the number system.
+        bits: Width of a code.
+        obstacle: As for `Grid`.
+    """
+    half = 2 ** (bits - 1)
+    return Grid(system, torch.ones(1), torch.zeros(1), -half, half - 1, obstacle)
+
+
+def name_width(bits: int) -> str:
+    """The obstacle of codes that are wider than int8; "" if they are not."""
+    return f"{bits} bits" if bits > _MOST_TENSORRT_BITS else ""
 
 
 def note_grid(module: nn.Module, parameter: str, grid: Grid) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from qdq.systems.arithmetic import narrow, require_bits, require_values, round_half_up, widen
-from qdq.systems.fixed_point import sign_quantize
+from qdq.systems.arithmetic import round_half_up
+from qdq.systems.fixed_point import apply_formula, require_input
 from qdq.systems.grid import Grid
 from qdq.systems.logarithmic import describe_curved
 
@@ -23,19 +23,20 @@ def tanh_quantize(values: torch.Tensor, bits: int, *, alpha: float | None = None
 
     Raises:
         ArgumentError: An empty or non-finite tensor, or bits out of range.
-        ArgumentTypeError: Not a float tensor, or bits that are no integer.
+        NumberTypeError: Not a float tensor, or a number of the wrong type.
     """
-    require_values(values, "tanh_quantize")
-    require_bits(bits, "tanh_quantize")
-    if bits == 1:
-        return sign_quantize(values, alpha)
-    wide = widen(values, bits)
+    require_input(values, bits, alpha, "tanh_quantize")
+    return apply_formula(values, bits, alpha, lambda wide: _round_tanh(wide, bits))
+
+
+def _round_tanh(wide: torch.Tensor, bits: int) -> torch.Tensor:
+    """The formula of `tanh_quantize` alone."""
     last = 2**bits - 1
     # A tensor: on a GPU, torch divides by a Python number with another rounding.
     num_steps = torch.full((), last, dtype=wide.dtype, device=wide.device)
     codes = round_half_up((wide.tanh() + 1) / 2 * num_steps)
     end = 1 - 1 / (2 * last)
-    return narrow((2 * codes / num_steps - 1).clamp(-end, end).atanh(), values)
+    return (2 * codes / num_steps - 1).clamp(-end, end).atanh()
 
 
 def describe_tanh(values: torch.Tensor | None, bits: int) -> Grid:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ from torch import nn
 from qdq.device import find_device
 from qdq.distributed import joining_processes
 from qdq.errors import ArgumentError
+from qdq.forward import require_model
 from qdq.patterns import Pattern
 from qdq.systems.grid import note_grid
 from qdq.systems.powers import PowerLevels
 from qdq.systems.rounds import RoundOptions, Rounds
 from qdq.systems.selection import Selection, select_layers
+from qdq.systems.settings import require_number
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +79,7 @@ def train_incremental(
 ) -> IncrementalTraining:
     """Quantize the weights of a float model to powers of two, in place, and train the rest in between.
 
-    Each round quantizes the largest of the weights that are still free, and these do not change any more; the others,
-    biases, BatchNorm and float layers are trained.
+    Each round quantizes the largest of the free weights, and these do not change any more; all else is trained.
 
     Args:
         model: A float model, on its device.
@@ -91,14 +93,16 @@ def train_incremental(
 
     Raises:
         ArgumentError: No layer, or portions that do not rise to 1; otherwise as for `qdq.finetune`.
+        NumberTypeError: A number of the wrong type.
     """
-    _require_rising(portions)
+    require_model(model)
+    portions = _list_rising(portions)
     with joining_processes(find_device(model)):
         selection = select_layers(model, example, float_layers)
         settings = {
             "system": "powers of two",
             "bits": bits,
-            "portions": list(portions),
+            "portions": portions,
             "by_layer": by_layer,
             "layers": list(selection.layers),
         }
@@ -119,18 +123,15 @@ def train_incremental(
     return IncrementalTraining(selection, tuple(IncrementalRound(**row) for row in runs.rows))
 
 
-def _require_rising(portions: Sequence[float]) -> None:
-    """Refuse portions that leave weights in float.
-
-    Raises:
-        ArgumentError: They do not rise to 1.
-    """
-    pairs = zip([0.0, *portions], portions, strict=False)
-    is_rising = all(first < second for first, second in pairs)
-    if not portions or not is_rising or portions[-1] != 1:
-        raise ArgumentError(
-            f"portions are {list(portions)}; they must rise to 1.", f"use {list(PORTIONS)}."
-        )
+def _list_rising(portions: Any) -> list[float]:
+    """The portions, which must rise to 1."""
+    numbers = list(portions) if isinstance(portions, Iterable) else [portions]
+    for number in numbers:
+        require_number(number, "a portion", "train_incremental", 0, math.inf)
+    is_rising = all(first < second for first, second in pairwise([0.0, *numbers]))
+    if not numbers or not is_rising or numbers[-1] != 1:
+        raise ArgumentError(f"portions are {numbers}; they must rise to 1.", f"use {PORTIONS}.")
+    return numbers
 
 
 class _Freezing:

@@ -6,35 +6,16 @@ which training changes; the quantized one is computed in every forward.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import nn
 
-from qdq.systems.grid import Grid
+from qdq.errors import ArgumentTypeError, StateError, UnsupportedError
+from qdq.systems.quantizer import SystemQuantizer, refuse_replica
 
-
-class SystemQuantizer(nn.Module):
-    """Quantizes one tensor by the rule of a system; its state, if it has any, is in buffers."""
-
-    is_foreign_quantizer = True
-    """Tells `export_onnx` that this is no quantizer of its own."""
-
-    @abstractmethod
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """The quantized values, in shape, type and device of the values, with a gradient."""
-
-    @abstractmethod
-    def describe(self, values: torch.Tensor | None) -> Grid:
-        """The grid of the quantized values.
-
-        Args:
-            values: The float weight; None for an input, whose grid is in the state of the quantizer.
-
-        Raises:
-            StateError: Not calibrated.
-        """
+_COMPUTED = "its weight is computed, which a quantized layer cannot replace"
+_REMOVE = "remove the parametrization, for instance with torch.nn.utils.parametrize.remove_parametrizations."
 
 
 class SystemLayer(nn.Module):
@@ -50,17 +31,30 @@ class SystemLayer(nn.Module):
     input_system: SystemQuantizer | None
 
     def forward(self, values: torch.Tensor, *args: Any) -> Any:
-        """As the float layer."""
+        """As the float layer.
+
+        Raises:
+            StateError: In a replica of `nn.DataParallel`; the weight is computed by a parametrization.
+        """
+        refuse_replica(self, self.label, "quantizes")
         if self.input_system is not None:
             values = self.input_system(values)
         if self.weight_system is None:
             return super().forward(values, *args)
+        if "weight" not in self._parameters:
+            raise StateError(f"{self.label}: {_COMPUTED}.", _REMOVE)
         # An attribute of the instance comes before the parameter, which is neither moved nor renamed.
         vars(self)["weight"] = self.weight_system(self.weight)
         try:
             return super().forward(values, *args)
         finally:
             del vars(self)["weight"]
+
+    @property
+    def label(self) -> str:
+        """The layer, for messages."""
+        quantizer = self.weight_system or self.input_system
+        return type(self).__name__ if quantizer is None else quantizer.label
 
 
 class SystemConv1d(SystemLayer, nn.Conv1d):
@@ -82,9 +76,20 @@ _CLASSES: dict[type[nn.Module], type[SystemLayer]] = {
 }
 
 
+def reason_against(layer: nn.Module) -> str:
+    """Why a layer cannot become a `SystemLayer`; "" if it can, or is one.
+
+    Args:
+        layer: Any module. A subclass of a layer of torch may have another forward.
+    """
+    if not isinstance(layer, SystemLayer) and type(layer) not in _CLASSES:
+        return f"no system has a {type(layer).__name__}"
+    return "" if "weight" in layer._parameters else _COMPUTED
+
+
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module can become a `SystemLayer`: exactly a class of torch, no subclass with another forward."""
-    return type(module) in _CLASSES
+    """Whether a module can become a `SystemLayer`, and is none yet."""
+    return not isinstance(module, SystemLayer) and not reason_against(module)
 
 
 def convert_layer(
@@ -101,14 +106,35 @@ def convert_layer(
 
     Returns:
         The same object.
+
+    Raises:
+        ArgumentTypeError: A quantizer that is none.
+        UnsupportedError: Another layer.
     """
+    for system in (weight_system, input_system):
+        if not isinstance(system, SystemQuantizer | None):
+            raise ArgumentTypeError(
+                f"convert_layer: a quantizer is of type {type(system).__name__}.",
+                "give a quantizer of qdq.systems, such as BinaryWeight.",
+            )
+    reason = reason_against(layer)
+    if reason:
+        raise UnsupportedError(
+            f"convert_layer: {reason}.",
+            "give a Conv1d, Conv2d or Linear with a weight of its own.",
+        )
     if not isinstance(layer, SystemLayer):
         layer.__class__ = _CLASSES[type(layer)]
+        vars(layer)["_hook"] = layer.register_forward_pre_hook(_stay_as_called)
     converted: Any = layer
     device = converted.weight.device
     converted.weight_system = None if weight_system is None else weight_system.to(device)
     converted.input_system = None if input_system is None else input_system.to(device)
     return converted  # type: ignore[no-any-return]
+
+
+def _stay_as_called(*_: Any) -> None:
+    """A hook without effect: `nn.TransformerEncoderLayer` calls layers with a hook, and reads the weights of others."""
 
 
 def restore_layer(layer: SystemLayer) -> None:
@@ -117,6 +143,7 @@ def restore_layer(layer: SystemLayer) -> None:
     Args:
         layer: A converted layer.
     """
+    vars(layer).pop("_hook").remove()
     del layer.weight_system
     del layer.input_system
     float_classes = {converted: original for original, converted in _CLASSES.items()}

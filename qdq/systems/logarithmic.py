@@ -11,16 +11,18 @@ from collections.abc import Callable
 import torch
 
 from qdq.formats import AMAX_FLOOR
-from qdq.systems.arithmetic import narrow, require_bits, require_values, sign_of, widen
+from qdq.systems.arithmetic import require_values, sign_of, widen
 from qdq.systems.fixed_point import (
+    apply_formula,
     compute_integral_part,
     describe_sign,
+    require_input,
     require_sf,
     scale_and_round,
-    sign_quantize,
 )
 from qdq.systems.grid import Grid
 from qdq.systems.min_max import spread_and_round
+from qdq.systems.settings import require_bits, require_rate
 
 
 def log_minmax_quantize(
@@ -35,13 +37,12 @@ def log_minmax_quantize(
 
     Raises:
         ArgumentError: An empty or non-finite tensor, or bits out of range.
-        ArgumentTypeError: Not a float tensor, or bits that are no integer.
+        NumberTypeError: Not a float tensor, or a number of the wrong type.
     """
-    require_values(values, "log_minmax_quantize")
-    require_bits(bits, "log_minmax_quantize")
-    if bits == 1:
-        return sign_quantize(values, alpha)
-    return _quantize_logs(values, bits, lambda logs: spread_and_round(logs, bits - 1))
+    require_input(values, bits, alpha, "log_minmax_quantize")
+    return apply_formula(
+        values, bits, alpha, _of_logs(lambda logs: spread_and_round(logs, bits - 1))
+    )
 
 
 def log_linear_quantize(
@@ -57,14 +58,21 @@ def log_linear_quantize(
 
     Raises:
         ArgumentError: An empty or non-finite tensor, or bits or sf out of range.
-        ArgumentTypeError: Not a float tensor, or bits that are no integer.
+        NumberTypeError: Not a float tensor, or a number of the wrong type.
     """
-    require_values(values, "log_linear_quantize")
-    require_bits(bits, "log_linear_quantize")
-    if bits == 1:
-        return sign_quantize(values, alpha)
-    require_sf(sf, "log_linear_quantize")
-    return _quantize_logs(values, bits, lambda logs: scale_and_round(logs, sf, bits - 1))
+    require_input(values, bits, alpha, "log_linear_quantize")
+    if bits > 1:
+        require_sf(sf, "log_linear_quantize")
+    return quantize_log_linear(values, sf, bits, alpha)
+
+
+def quantize_log_linear(
+    values: torch.Tensor, sf: int, bits: int, alpha: float | None = None
+) -> torch.Tensor:
+    """`log_linear_quantize` for arguments that have been checked."""
+    return apply_formula(
+        values, bits, alpha, _of_logs(lambda logs: scale_and_round(logs, sf, bits - 1))
+    )
 
 
 def compute_log_sf(values: torch.Tensor, bits: int, overflow_rate: float = 0.0) -> int:
@@ -76,7 +84,14 @@ def compute_log_sf(values: torch.Tensor, bits: int, overflow_rate: float = 0.0) 
         values: Any shape; if all are 0, their logarithms count as 0.
         bits: Width b of a code.
         overflow_rate: As for `compute_integral_part`.
+
+    Raises:
+        ArgumentError: As for `compute_integral_part`, or bits out of range.
+        NumberTypeError: Likewise.
     """
+    require_values(values, "compute_log_sf")
+    require_bits(bits, "compute_log_sf")
+    require_rate(overflow_rate, "compute_log_sf")
     wide = widen(values, bits)
     logs = wide[wide != 0].abs().log()
     if logs.numel() == 0:
@@ -84,17 +99,22 @@ def compute_log_sf(values: torch.Tensor, bits: int, overflow_rate: float = 0.0) 
     return bits - 2 - compute_integral_part(logs, overflow_rate)
 
 
-def _quantize_logs(
-    values: torch.Tensor, bits: int, quantize: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    wide = widen(values, bits)
-    is_nonzero = wide != 0
-    nonzero = wide[is_nonzero]
-    if nonzero.numel() == 0:
-        return values.detach().clone()
-    result = torch.zeros_like(wide)
-    result[is_nonzero] = sign_of(nonzero) * quantize(nonzero.abs().log()).exp()
-    return narrow(result, values)
+def _of_logs(
+    formula: Callable[[torch.Tensor], torch.Tensor],
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """sgn(x) * exp(formula(ln |x|)), and 0 for 0."""
+
+    def quantize(wide: torch.Tensor) -> torch.Tensor:
+        is_nonzero = wide != 0
+        magnitudes = wide.abs()
+        # Not an index of those that are not 0, for which the host would wait: zeros become the largest one, which is in
+        # the range already.
+        largest = magnitudes.max()
+        largest = torch.where(largest > 0, largest, 1.0)
+        logs = torch.where(is_nonzero, magnitudes, largest).log()
+        return torch.where(is_nonzero, sign_of(wide) * formula(logs).exp(), 0.0)
+
+    return quantize
 
 
 def describe_log(values: torch.Tensor | None, bits: int) -> Grid:

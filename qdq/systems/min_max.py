@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from qdq.systems.arithmetic import narrow, require_bits, require_values, round_half_up, widen
-from qdq.systems.fixed_point import name_width
-from qdq.systems.grid import Grid
+from qdq.systems.arithmetic import narrow, require_values, round_half_up, widen
+from qdq.systems.grid import Grid, name_width
+from qdq.systems.settings import require_bits
+
+MIN_MAX = "min-max affine"
+"""Name of the system in verdicts."""
 
 
 def min_max_quantize(values: torch.Tensor, bits: int) -> torch.Tensor:
@@ -18,7 +21,7 @@ def min_max_quantize(values: torch.Tensor, bits: int) -> torch.Tensor:
 
     Raises:
         ArgumentError: An empty or non-finite tensor, or bits out of range.
-        ArgumentTypeError: Not a float tensor, or bits that are no integer.
+        NumberTypeError: Not a float tensor, or bits that are no integer.
     """
     require_values(values, "min_max_quantize")
     require_bits(bits, "min_max_quantize")
@@ -27,16 +30,37 @@ def min_max_quantize(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 def spread_and_round(values: torch.Tensor, bits: int) -> torch.Tensor:
     """The formula of `min_max_quantize` alone, for widened values."""
-    lowest, highest = values.aminmax()
+    return round_between(values, bits, *values.aminmax())
+
+
+def quantize_between(
+    values: torch.Tensor, bits: int, low: torch.Tensor, high: torch.Tensor
+) -> torch.Tensor:
+    """`min_max_quantize` with another range, to which the values are clamped; for arguments that have been checked.
+
+    Args:
+        values: Any shape.
+        bits: Width of a code.
+        low: Lower end of the range.
+        high: Upper end.
+    """
+    wide = widen(values, bits)
+    low, high = low.to(wide.dtype), high.to(wide.dtype)
+    return narrow(round_between(wide.clamp(low, high), bits, low, high), values)
+
+
+def round_between(
+    values: torch.Tensor, bits: int, lowest: torch.Tensor, highest: torch.Tensor
+) -> torch.Tensor:
+    """Widened values of a range at one of 2^b equally spaced places; those of an empty range stay as they are."""
     # Half the range: the whole one may be beyond float32.
     half_range = highest / 2 - lowest / 2
-    if not bool(half_range > 0):
-        return values.clone()
+    is_empty = half_range <= 0
     # A tensor: on a GPU, torch divides by a Python number with another rounding.
     num_steps = torch.full_like(half_range, 2**bits - 1)
-    fraction = (values / 2 - lowest / 2) / half_range
+    fraction = (values / 2 - lowest / 2) / torch.where(is_empty, 1.0, half_range)
     fraction = round_half_up(fraction * num_steps) / num_steps
-    return fraction * highest + (1 - fraction) * lowest
+    return torch.where(is_empty, values, fraction * highest + (1 - fraction) * lowest)
 
 
 def describe_min_max(values: torch.Tensor, bits: int) -> Grid:
@@ -58,7 +82,7 @@ def describe_min_max(values: torch.Tensor, bits: int) -> Grid:
     if bool(zero_point == 0):
         zero_point = exact
     return Grid(
-        system="min-max affine",
+        system=MIN_MAX,
         scale=scale.float().reshape(1),
         zero_point=zero_point.float().reshape(1),
         lowest=0,
@@ -72,4 +96,4 @@ def _describe_constant(value: torch.Tensor) -> Grid:
     """The grid of a tensor whose elements are equal: one code, -1, 0 or 1."""
     code = int(value.sign())
     scale = value.abs().float().reshape(1) if code else torch.ones_like(value).float().reshape(1)
-    return Grid("min-max affine", scale, torch.zeros_like(scale), code, code)
+    return Grid(MIN_MAX, scale, torch.zeros_like(scale), code, code)

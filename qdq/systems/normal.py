@@ -7,17 +7,26 @@ from typing import Any
 
 import torch
 
-from qdq.systems.arithmetic import pass_gradient, require_bits, require_values
-from qdq.systems.fixed_point import describe_moving
-from qdq.systems.grid import Grid
+from qdq.errors import ArgumentTypeError
+from qdq.systems.arithmetic import pass_gradient, require_batch, require_values
+from qdq.systems.grid import Grid, describe_moving
 from qdq.systems.hyperbolic import describe_tanh, tanh_quantize
-from qdq.systems.layer import SystemQuantizer
 from qdq.systems.logarithmic import describe_log, log_minmax_quantize
-from qdq.systems.min_max import describe_min_max, min_max_quantize
+from qdq.systems.min_max import (
+    MIN_MAX,
+    describe_min_max,
+    min_max_quantize,
+    quantize_between,
+)
+from qdq.systems.ranged import MOVING_RANGE, RangedQuantizer
+from qdq.systems.settings import require_bits
 
 
-class NormalQuant(SystemQuantizer):
+class NormalQuant(RangedQuantizer):
     """Applies a function to every batch anew, so it has nothing to calibrate.
+
+    Only `calibrate_inputs` gives it a range, if its function is `min_max_quantize`: then it clamps each batch to that
+    range, and rounds in it.
 
     Args:
         name: Its name, for messages.
@@ -26,11 +35,11 @@ class NormalQuant(SystemQuantizer):
 
     Attributes:
         counter: 0.
-        path: Dotted name in the model, for messages; "" if it is not known.
 
     Raises:
         ArgumentError: `bits` is out of range.
-        ArgumentTypeError: `bits` is no integer.
+        ArgumentTypeError: `quant_func` is no function.
+        NumberTypeError: `bits` is no integer.
     """
 
     counter = 0
@@ -38,10 +47,13 @@ class NormalQuant(SystemQuantizer):
     def __init__(
         self, name: str, bits: int, quant_func: Callable[[torch.Tensor, int], torch.Tensor]
     ) -> None:
-        super().__init__()
+        super().__init__(name, takes_range=quant_func is min_max_quantize)
         require_bits(bits, name)
-        self.name = name
-        self.path = ""
+        if not callable(quant_func):
+            raise ArgumentTypeError(
+                f"{name}: quant_func is of type {type(quant_func).__name__}.",
+                "give a function of values and bits, such as min_max_quantize.",
+            )
         self.bits = bits
         self.quant_func = quant_func
 
@@ -50,25 +62,38 @@ class NormalQuant(SystemQuantizer):
 
         Raises:
             ArgumentError: Empty or non-finite values.
-            ArgumentTypeError: Not a float tensor.
+            NumberTypeError: Not a float tensor.
         """
-        require_values(values, self.path or self.name)
-        quantized = self.quant_func(values.detach(), self.bits)
-        return pass_gradient(values, quantized) if values.requires_grad else quantized
+        if self.is_collecting:
+            self.widen(values)
+            return values
+        if self.has_range:
+            require_batch(values, self.label)
+            quantized = quantize_between(values.detach(), self.bits, self.low, self.high)
+        else:
+            require_values(values, self.label)
+            quantized = self.quant_func(values.detach(), self.bits)
+        return pass_gradient(values, quantized)
 
     def extra_repr(self) -> str:
         """The setting, between the brackets of `repr`."""
         return f"bits={self.bits}"
 
     def describe(self, values: torch.Tensor | None) -> Grid:
-        """The grid; of activations it is not constant, and those of log and tanh are never equally spaced."""
-        if self.quant_func is min_max_quantize and values is not None:
-            return describe_min_max(values, self.bits)
+        """The grid; that of activations is constant only with a range, and log and tanh have no equal steps."""
+        if self.takes_range:
+            return self._describe_min_max(values)
         describe = _CURVED.get(self.quant_func)
         is_constant = values is not None or self.bits > 1
         if describe is not None and is_constant:
             return describe(values, self.bits)
         return describe_moving(_SYSTEMS.get(self.quant_func, "NormalQuant"), self.bits)
+
+    def _describe_min_max(self, values: torch.Tensor | None) -> Grid:
+        if values is None and not self.has_range:
+            return describe_moving(MIN_MAX, self.bits, MOVING_RANGE)
+        ends = torch.stack([self.low, self.high]) if values is None else values
+        return describe_min_max(ends, self.bits)
 
 
 _CURVED: dict[Any, Callable[[torch.Tensor | None, int], Grid]] = {
@@ -76,7 +101,6 @@ _CURVED: dict[Any, Callable[[torch.Tensor | None, int], Grid]] = {
     tanh_quantize: describe_tanh,
 }
 _SYSTEMS: dict[Any, str] = {
-    min_max_quantize: "min-max affine",
     log_minmax_quantize: "logarithmic",
     tanh_quantize: "tanh",
 }

@@ -9,9 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from qdq.errors import ArgumentError
 from qdq.forward import require_model
-from qdq.systems.arithmetic import FLOAT_BITS, require_bits, require_rate, require_values
+from qdq.systems.arithmetic import require_values
 from qdq.systems.fixed_point import (
     compute_integral_part,
     describe_linear,
@@ -22,16 +21,18 @@ from qdq.systems.grid import Grid, note_grid
 from qdq.systems.hyperbolic import describe_tanh, tanh_quantize
 from qdq.systems.logarithmic import describe_log, log_minmax_quantize
 from qdq.systems.min_max import describe_min_max, min_max_quantize
+from qdq.systems.settings import FLOAT_BITS, require_bits, require_choice, require_rate
 
 logger = logging.getLogger(__name__)
 
 QuantMethod = Literal["linear", "minmax", "log", "tanh"]
 
-_FUNCTIONS = {
+FUNCTIONS = {
     "minmax": (min_max_quantize, describe_min_max),
     "log": (log_minmax_quantize, describe_log),
     "tanh": (tanh_quantize, describe_tanh),
 }
+"""The function of values and bits of each method but "linear", and the function that describes its grid."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,11 @@ def quantize_parameters(
 
     Raises:
         ArgumentError: An unknown method, a number out of range, or an entry that is empty or not finite.
-        ArgumentTypeError: Not a module, or bits that are no integer.
+        ArgumentTypeError: Not a module.
+        NumberTypeError: A number of the wrong type.
     """
     require_model(model)
-    if quant_method not in get_args(QuantMethod):
-        raise ArgumentError(
-            f"quant_method is {quant_method!r}; expected {', '.join(get_args(QuantMethod))}.",
-            "choose one of them.",
-        )
+    require_choice(quant_method, get_args(QuantMethod), "quant_method", "quantize_parameters")
     require_bits(param_bits, "param_bits")
     require_bits(bn_bits, "bn_bits")
     require_rate(overflow_rate, "quantize_parameters")
@@ -126,7 +124,7 @@ def _quantize(
 ) -> tuple[torch.Tensor, Grid]:
     """The quantized values of an entry, and their grid."""
     if method != "linear":
-        quantize, describe = _FUNCTIONS[method]
+        quantize, describe = FUNCTIONS[method]
         return quantize(values, bits), describe(values, bits)
     sf = bits - 1 - compute_integral_part(values, overflow_rate)
     if bits == 1:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from qdq.systems.arithmetic import require_bits, require_values
+from qdq.systems.arithmetic import require_values
 from qdq.systems.binary import SMALLEST_SCALE
 from qdq.systems.grid import INT8_HIGHEST, Grid
+from qdq.systems.settings import require_bits
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class PowerLevels:
             name: Name of the weight, for messages.
 
         Raises:
-            ArgumentError: As for `arithmetic.require_values` and `arithmetic.require_bits`.
+            ArgumentError: As for `arithmetic.require_values` and `settings.require_bits`.
+            NumberTypeError: Likewise.
         """
         require_bits(bits, name, least=2)
         require_values(values, name)
@@ -52,7 +54,12 @@ class PowerLevels:
 
         Args:
             values: Any shape.
+
+        Raises:
+            ArgumentError: As for `arithmetic.require_values`.
+            NumberTypeError: Likewise.
         """
+        require_values(values, "PowerLevels")
         magnitudes = values.detach().double().abs()
         exponents = torch.frexp(4 * magnitudes / 3).exponent - 1
         exponents = exponents.clamp(self.smallest, self.largest)

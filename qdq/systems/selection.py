@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from qdq.errors import ArgumentError
 from qdq.forward import require_model, trace_forward
 from qdq.patterns import Pattern, Patterns
-from qdq.systems.layer import SystemLayer, is_layer
+from qdq.systems.layer import is_layer, reason_against
+from qdq.text import group_names, list_names
+
+logger = logging.getLogger(__name__)
 
 _WEIGHTED = (_ConvNd, nn.Linear)
+_SHOWN_NAMES = 4
 
 
 @dataclass(frozen=True)
@@ -54,11 +61,7 @@ def select_layers(
     Raises:
         ArgumentError: No layer is left.
     """
-    require_model(model)
-    weighted: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, _WEIGHTED):
-            weighted[name] = module
+    weighted = list_weighted(model)
     runs = [run.module for run in trace_forward(model, example).runs if run.module in weighted]
     reasons = _choose_float(weighted, runs, float_layers)
     selected: dict[str, Any] = {}
@@ -86,15 +89,63 @@ def _choose_float(
         names = [name for name, layer in weighted.items() if wanted.match([name], layer)]
         wanted.warn_unused("layer")
         return dict.fromkeys(names, "chosen")
-    if not runs:
+    layers = [name for name in runs if isinstance(weighted[name], _WEIGHTED)]
+    if not layers:
         return {}
-    return {runs[-1]: "the last layer that runs", runs[0]: "the first layer that runs"}
+    return {layers[-1]: "the last layer that runs", layers[0]: "the first layer that runs"}
 
 
 def _reason_against(layer: nn.Module, runs: bool) -> str:
     """Why a layer cannot be quantized; "" if it can."""
-    if not runs:
-        return "it does not run"
-    if is_layer(layer) or isinstance(layer, SystemLayer):
-        return ""
-    return f"no system has a {type(layer).__name__}"
+    return reason_against(layer) if runs else "it does not run"
+
+
+def list_weighted(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers with matrices, by dotted name: convolutions, linear layers, attention, recurrent layers, embeddings.
+
+    Args:
+        model: Any model.
+
+    Raises:
+        ArgumentTypeError: Not a module.
+    """
+    require_model(model)
+    layers = {}
+    for name, module in model.named_modules():
+        parameters = [tensor for tensor in module._parameters.values() if tensor is not None]
+        has_matrix = any(not is_lazy(tensor) and tensor.dim() > 1 for tensor in parameters)
+        is_part = isinstance(module, ParametrizationList)
+        if isinstance(module, _WEIGHTED) or (has_matrix and not is_part):
+            layers[name] = module
+    return layers
+
+
+def take_layers(model: nn.Module, function: str) -> dict[str, nn.Module]:
+    """The layers that can become quantized ones, by dotted name; a warning lists those that no system has.
+
+    Args:
+        model: A float model.
+        function: Name of the function that quantizes them, for messages.
+
+    Raises:
+        ArgumentError: There is none.
+        ArgumentTypeError: Not a module.
+    """
+    weighted = list_weighted(model)
+    layers = {name: layer for name, layer in weighted.items() if is_layer(layer)}
+    reasons = [(reason_against(layer), name) for name, layer in weighted.items()]
+    left = group_names((reason, name) for reason, name in reasons if reason)
+    if not layers:
+        refused = f", and {'; '.join(left)}" if left else ""
+        raise ArgumentError(
+            f"{function}: the model has no float layer{refused}.", "pass a float model."
+        )
+    for reason, names in left.items():
+        logger.warning(
+            "%s: %d layers stay in float (%s): %s",
+            function,
+            len(names),
+            list_names(names, _SHOWN_NAMES),
+            reason,
+        )
+    return layers

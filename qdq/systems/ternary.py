@@ -5,16 +5,17 @@ Leng, Li, Zhu, Jin: Extremely Low Bit Neural Network: Squeeze the Last Bit Out w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 
-from qdq.errors import ArgumentError
 from qdq.qat.checkpoint import select_prefix
 from qdq.systems.arithmetic import require_values
 from qdq.systems.binary import SMALLEST_SCALE
 from qdq.systems.grid import Grid, note_grid
 from qdq.systems.selection import Selection
+from qdq.systems.settings import require_number
 
 _MOST_ITERATIONS = 20
 
@@ -41,11 +42,13 @@ def project_ternary(
 
     Raises:
         ArgumentError: As for `arithmetic.require_values`, or alpha is not above 0.
+        NumberTypeError: Not a float tensor, or an alpha that is no number.
     """
     require_values(values, name)
-    if alpha is not None and not 0 < alpha < float("inf"):
-        raise ArgumentError(f"{name}: alpha is {alpha}; it must be above 0.", "leave it out.")
-    rows = values.detach().double().reshape(values.shape[0] if per_channel else 1, -1)
+    if alpha is not None:
+        require_number(alpha, "alpha", name, SMALLEST_SCALE, math.inf)
+    num_rows = values.shape[0] if per_channel and values.dim() else 1
+    rows = values.detach().double().reshape(num_rows, -1)
     if alpha is not None:
         scale = torch.full_like(rows[:, :1], alpha)
         codes = _take_codes(rows, scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +13,12 @@ from torch import nn
 
 from qdq.device import find_device
 from qdq.distributed import joining_processes
-from qdq.errors import ArgumentError
+from qdq.forward import require_model
 from qdq.patterns import Pattern
+from qdq.systems.binary import SMALLEST_SCALE
 from qdq.systems.rounds import RoundOptions, Rounds
 from qdq.systems.selection import Selection, select_layers
+from qdq.systems.settings import require_count, require_number
 from qdq.systems.ternary import TernarySplitting
 
 logger = logging.getLogger(__name__)
@@ -91,9 +94,16 @@ def train_ternary(
         float_layers: Patterns of layers that stay in float; None: the first and the last one that run.
 
     Raises:
-        ArgumentError: No layer, no round, or a rho or growth out of range; otherwise as for `qdq.finetune`.
+        ArgumentError: No layer, no round, or a number out of range; otherwise as for `qdq.finetune`.
+        ArgumentTypeError: Not a module.
+        NumberTypeError: A number of the wrong type.
     """
-    _require_rounds(rounds, rho, growth)
+    require_model(model)
+    require_count(rounds, "rounds", "train_ternary", least=1)
+    require_number(rho, "rho", "train_ternary", SMALLEST_SCALE, math.inf)
+    require_number(growth, "growth", "train_ternary", 1, math.inf)
+    if alpha is not None:
+        require_number(alpha, "alpha", "train_ternary", SMALLEST_SCALE, math.inf)
     with joining_processes(find_device(model)):
         selection = select_layers(model, example, float_layers)
         settings = {
@@ -120,17 +130,3 @@ def train_ternary(
         rest_loss = runs.tune_rest(splitting.weights.values())
     rows = tuple(TernaryRound(**row) for row in runs.rows)
     return TernaryTraining(selection, rows, rest_loss)
-
-
-def _require_rounds(rounds: int, rho: float, growth: float) -> None:
-    """Refuse numbers out of range.
-
-    Raises:
-        ArgumentError: The message names them.
-    """
-    if rounds < 1 or not 0 < rho < float("inf"):
-        raise ArgumentError(
-            f"rounds is {rounds} and rho is {rho}; both must be above 0.", "leave them out."
-        )
-    if not 1 <= growth < float("inf"):
-        raise ArgumentError(f"growth is {growth}; it must be 1 or more.", "leave it out.")

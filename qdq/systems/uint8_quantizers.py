@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import torch
 
-from qdq.distributed import find_rank
 from qdq.errors import StateError
 from qdq.systems.affine import cast_like, solve_affine
-from qdq.systems.arithmetic import pass_gradient, require_values
+from qdq.systems.arithmetic import pass_gradient, require_batch
 from qdq.systems.grid import Grid
-from qdq.systems.layer import SystemQuantizer
+from qdq.systems.quantizer import SystemQuantizer
+from qdq.systems.settings import require_count, require_number
 
 EMA_DECAY = 0.999
 _SYSTEM = "UINT8 training"
@@ -33,8 +33,7 @@ class UInt8Weight(SystemQuantizer):
     """
 
     def __init__(self, name: str = "UInt8Weight", *, symmetric: bool = False) -> None:
-        super().__init__()
-        self.name = name
+        super().__init__(name)
         self.symmetric = symmetric
         self.codes = (-127, 127) if symmetric else (1, 255)
 
@@ -44,7 +43,7 @@ class UInt8Weight(SystemQuantizer):
         Raises:
             ArgumentError: An empty weight, NaN or Inf.
         """
-        require_values(values, self.name)
+        require_batch(values, self.label)
         return _fake_quantize(values, *self._solve(values), *self.codes)
 
     def describe(self, values: torch.Tensor | None) -> Grid:
@@ -75,6 +74,10 @@ class UInt8Activation(SystemQuantizer):
         running_max: Average of the largest values, not divided.
         num_steps: Number of batches so far.
         is_moving: Whether it also moves in evaluation mode, where there are gradients.
+
+    Raises:
+        ArgumentError: A decay outside [0, 1), or a negative delay.
+        NumberTypeError: Numbers of the wrong type.
     """
 
     running_min: torch.Tensor
@@ -89,8 +92,9 @@ class UInt8Activation(SystemQuantizer):
         decay: float = EMA_DECAY,
         delay: int = 0,
     ) -> None:
-        super().__init__()
-        self.name = name
+        super().__init__(name)
+        require_number(decay, "decay", name, 0, 1)
+        require_count(delay, "delay", name)
         self.symmetric = symmetric
         self.codes = (-128, 127) if symmetric else (0, 255)
         self.decay = decay
@@ -106,9 +110,9 @@ class UInt8Activation(SystemQuantizer):
 
         Raises:
             ArgumentError: An empty batch, NaN or Inf.
-            StateError: It has seen no batch; it should move in one of several processes.
+            StateError: It has seen no batch; it should move in a replica or in one of several processes.
         """
-        require_values(values, self.name)
+        require_batch(values, self.label)
         if self.training or (self.is_moving and torch.is_grad_enabled()):
             self._observe(values.detach().float())
         low, high, num_steps = self._average()
@@ -140,7 +144,7 @@ class UInt8Activation(SystemQuantizer):
         low, high = self._pending
         self.running_min.mul_(self.decay).add_(low * (1 - self.decay))
         self.running_max.mul_(self.decay).add_(high * (1 - self.decay))
-        self.num_steps.add_(1)
+        self.write_number("num_steps", self.read_number("num_steps") + 1)
         self._pending = None
 
     def forget_step(self) -> None:
@@ -148,24 +152,23 @@ class UInt8Activation(SystemQuantizer):
         self._pending = None
 
     def _observe(self, values: torch.Tensor) -> None:
-        if find_rank()[1] > 1:
-            raise StateError(
-                f"{self.name}: the averages of several processes differ.", "train in one process."
-            )
+        self.require_single("averages ranges")
         low, high = values.aminmax()
         if self._pending is not None:  # the layer runs more than once in a step
             low = torch.minimum(low, self._pending[0])
             high = torch.maximum(high, self._pending[1])
         self._pending = low, high
 
-    def _average(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _average(self) -> tuple[torch.Tensor, torch.Tensor, int]:
         """The averages with the batch of this step, divided, and the number of batches in them."""
-        low, high, num_steps = self.running_min, self.running_max, self.num_steps
+        low, high = self.running_min, self.running_max
+        num_steps = int(self.read_number("num_steps"))
         if self._pending is not None:
             low = self.decay * low + (1 - self.decay) * self._pending[0]
             high = self.decay * high + (1 - self.decay) * self._pending[1]
             num_steps = num_steps + 1
-        weight = 1 - self.decay ** num_steps.double()
+        # A tensor: on a GPU, torch divides by a Python number with another rounding.
+        weight = torch.full_like(low, 1 - self.decay ** max(num_steps, 1), dtype=torch.float64)
         return low / weight, high / weight, num_steps
 
     def _solve(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,7 +176,7 @@ class UInt8Activation(SystemQuantizer):
 
     def _uncalibrated(self) -> StateError:
         return StateError(
-            f"{self.name}: the range of its input has seen {int(self.num_steps)} batches, with a delay "
+            f"{self.label}: the range of its input has seen {int(self.num_steps)} batches, with a delay "
             f"of {self.delay}.",
             "train first.",
         )

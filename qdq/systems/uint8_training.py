@@ -14,10 +14,13 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from qdq.errors import ArgumentError
+from qdq.errors import ArgumentTypeError
 from qdq.fold import fold_batchnorm
+from qdq.forward import require_model
+from qdq.swap import switch_fast_paths
 from qdq.systems.integer.arithmetic import quantize_bias
-from qdq.systems.layer import SystemLayer, convert_layer, is_layer
+from qdq.systems.layer import SystemLayer, convert_layer
+from qdq.systems.selection import take_layers
 from qdq.systems.uint8_quantizers import EMA_DECAY, UInt8Activation, UInt8Weight
 
 
@@ -30,7 +33,11 @@ def moving_ranges(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: A model from `prepare_uint8_training`.
+
+    Raises:
+        ArgumentTypeError: Not a module.
     """
+    require_model(model)
     quantizers = [module for module in model.modules() if isinstance(module, UInt8Activation)]
 
     def move(*_: Any) -> None:
@@ -59,7 +66,8 @@ def prepare_uint8_training(
 ) -> list[str]:
     """Fold BatchNorm, and quantize the weights and inputs of all convolutions and linear layers; in place.
 
-    Train it in training mode, or with `qdq.finetune` within `moving_ranges`.
+    Train it in training mode, or with `qdq.finetune` within `moving_ranges`. A warning lists the layers that no system
+    has, such as transposed convolutions.
 
     Args:
         model: A trained float model.
@@ -74,19 +82,16 @@ def prepare_uint8_training(
     Raises:
         ArgumentError: A decay outside [0, 1), a negative delay, or no layer.
         ArgumentTypeError: No model.
+        NumberTypeError: Numbers of the wrong type.
     """
-    if not 0 <= decay < 1:
-        raise ArgumentError(f"decay is {decay}; it must be at least 0 and below 1.", "use 0.999.")
-    if delay < 0:
-        raise ArgumentError(f"delay is {delay}; it must be 0 or more.", "use 0.")
+    UInt8Activation("prepare_uint8_training", decay=decay, delay=delay)  # refuses bad ones
+    layers = take_layers(model, "prepare_uint8_training")
     fold_batchnorm(model, example_inputs)
-    layers = {name: module for name, module in model.named_modules() if is_layer(module)}
-    if not layers:
-        raise ArgumentError("the model has no float layer.", "pass a float model.")
     for name, layer in layers.items():
         weight_system = UInt8Weight(name, symmetric=symmetric)
         input_system = UInt8Activation(name, symmetric=symmetric, decay=decay, delay=delay)
         convert_layer(layer, weight_system, input_system).train(layer.training)
+    switch_fast_paths(model)
     return list(layers)
 
 
@@ -97,12 +102,18 @@ def bias_codes(layer: SystemLayer) -> torch.Tensor | None:
         layer: A layer of a model from `prepare_uint8_training`.
 
     Raises:
+        ArgumentTypeError: Another layer.
         StateError: It is not trained.
     """
+    if not isinstance(layer, SystemLayer):
+        raise ArgumentTypeError(
+            f"bias_codes: the layer is of type {type(layer).__name__}.",
+            "give a layer of a model from prepare_uint8_training.",
+        )
     bias: Any = layer.bias
     if bias is None or layer.input_system is None or layer.weight_system is None:
         return None
     scale = (
         layer.input_system.describe(None).scale * layer.weight_system.describe(layer.weight).scale
     )
-    return quantize_bias(bias, scale, getattr(layer.input_system, "name", "layer"))
+    return quantize_bias(bias, scale, layer.label)

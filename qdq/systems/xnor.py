@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+
+from qdq.errors import NumberTypeError, ShapeError
+from qdq.systems.arithmetic import require_values
 
 _BITS = 8  # of a word
 
@@ -46,7 +51,47 @@ def xnor_dot(
 
     Returns:
         Integers, the product of the broadcast shapes without the last axis.
+
+    Raises:
+        ArgumentError: Empty or non-finite values.
+        NumberTypeError: Not float tensors, or an `is_valid` that has no bools.
+        ShapeError: Shapes that cannot be broadcast, or another number of values.
     """
+    _require_pairs(inputs, weights, is_valid)
+    return _dot(inputs, weights, is_valid)
+
+
+def _require_pairs(inputs: Any, weights: Any, is_valid: Any) -> None:
+    """Refuse what `xnor_dot` cannot multiply."""
+    require_values(inputs, "xnor_dot, inputs")
+    require_values(weights, "xnor_dot, weights")
+    tensors = [inputs, weights]
+    if is_valid is not None:
+        if not isinstance(is_valid, torch.Tensor) or is_valid.dtype != torch.bool:
+            kind = getattr(is_valid, "dtype", type(is_valid).__name__)
+            raise NumberTypeError(
+                f"xnor_dot: is_valid is of type {kind}.", "give a tensor of bools."
+            )
+        tensors.append(is_valid)
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    if not all(shapes) or len({shape[-1] for shape in shapes}) > 1:
+        raise ShapeError(
+            f"xnor_dot: the shapes are {shapes}; their last axes must have one size.",
+            "give as many weights as inputs.",
+        )
+    try:
+        torch.broadcast_shapes(*shapes)
+    except RuntimeError as error:
+        raise ShapeError(
+            f"xnor_dot: the shapes are {shapes}, which cannot be broadcast.",
+            "make the axes before the last one equal, or 1.",
+        ) from error
+
+
+def _dot(
+    inputs: torch.Tensor, weights: torch.Tensor, is_valid: torch.Tensor | None
+) -> torch.Tensor:
+    """`xnor_dot` for arguments that have been checked."""
     if is_valid is None:
         is_valid = torch.ones(inputs.shape[-1], dtype=torch.bool, device=inputs.device)
     mask = pack_bits(is_valid)
@@ -74,7 +119,16 @@ def xnor_conv2d(
 
     Returns:
         Integers `[N, out, ...]`.
+
+    Raises:
+        ArgumentError: Empty or non-finite values.
+        NumberTypeError: Not float tensors.
+        ShapeError: What `torch.nn.functional.conv2d` refuses.
     """
+    require_values(values, "xnor_conv2d, values")
+    require_values(weight, "xnor_conv2d, weight")
+    options = (stride, padding, dilation, groups)
+    output_size = _find_output_size(values, weight, options)
     size = weight.shape[2:]
     # Unfolding fills the padding with 0, which tells it from signs.
     signs = torch.where(values >= 0, 1.0, -1.0)
@@ -82,8 +136,29 @@ def xnor_conv2d(
     columns = F.unfold(signs, size, dilation, padding, stride)
     columns = columns.reshape(len(values), groups, 1, -1, columns.shape[-1]).transpose(-1, -2)
     kernels = weight.reshape(1, groups, -1, 1, weight[0].numel())
-    sums = xnor_dot(columns, kernels, columns != 0)  # [N, groups, out / groups, positions]
-    probe = torch.empty(1, 1, *values.shape[2:], device="meta")
-    kernel = torch.empty(1, 1, *size, device="meta")
-    output_size = F.conv2d(probe, kernel, None, stride, padding, dilation).shape[2:]
+    sums = _dot(columns, kernels, columns != 0)  # [N, groups, out / groups, positions]
     return sums.reshape(len(values), len(weight), *output_size)
+
+
+def _find_output_size(
+    values: torch.Tensor, weight: torch.Tensor, options: tuple[Any, ...]
+) -> torch.Size:
+    """Height and width of the output of a convolution.
+
+    Raises:
+        ShapeError: torch refuses the shapes or the options.
+    """
+    stride, padding, dilation, groups = options
+    probe, kernel = torch.zeros(1, *values.shape[1:]), torch.zeros(weight.shape)
+    try:
+        if values.dim() != 4:
+            raise ValueError("values have no four axes")
+        outputs = F.conv2d(probe, kernel, None, stride, padding, dilation, groups)
+        F.unfold(probe, kernel.shape[2:], dilation, padding, stride)  # takes no padding by name
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ShapeError(
+            f"xnor_conv2d: values {tuple(values.shape)}, weight {tuple(weight.shape)}: {reason}",
+            "give [N, C, H, W] and [out, C / groups, height, width], with options of numbers.",
+        ) from error
+    return outputs.shape[2:]

@@ -9,6 +9,7 @@ from torch import nn
 
 from qdq.errors import ArgumentError, StateError
 from qdq.systems import AcousticInput, AcousticWeight, acoustic_quantize, prepare_acoustic
+from qdq.systems.ranged import MOVING_RANGE
 
 
 def quantize_exactly(values, num_bits):
@@ -117,14 +118,14 @@ def test_what_no_int8_has_is_an_obstacle():
     model = make_model()
     prepare_acoustic(model, 8)
     grid = model[0].input_system.describe(None)
-    assert grid.obstacle == "its range is recomputed for every batch"
+    assert grid.obstacle == MOVING_RANGE
     assert model[0].weight_system.describe(model[0].weight).obstacle == ""
     model = make_model()
     prepare_acoustic(model, 16, batches=[torch.randn(2, 1, 4, 4)])
     assert model[0].input_system.describe(None).obstacle == "16 bits"
     assert model[0].weight_system.describe(model[0].weight).obstacle == "16 bits"
     dynamic = AcousticInput(16).describe(None)
-    assert dynamic.obstacle == "16 bits, and its range is recomputed for every batch"
+    assert dynamic.obstacle == f"16 bits, and {MOVING_RANGE}"
 
 
 def test_bad_calls_are_refused():
@@ -148,5 +149,8 @@ class Unreached(nn.Module):
 
 
 def test_a_layer_that_no_batch_reaches_is_refused():
-    with pytest.raises(StateError, match=r"^unused: its input has no range"):
-        prepare_acoustic(Unreached(), batches=[torch.randn(3, 2)])
+    model = Unreached()
+    message = r"^unused: no range; 1 batches did not reach 1 of 2 quantizers"
+    with pytest.raises(StateError, match=message):
+        prepare_acoustic(model, batches=[torch.randn(3, 2)])
+    assert [type(model.used), type(model.unused)] == [nn.Linear, nn.Linear]

@@ -61,5 +61,5 @@ def test_the_sum_is_converted_on_request_and_each_base_is_exact():
 
 
 def test_no_base_is_refused():
-    with pytest.raises(ArgumentError, match="conv: 0 bases"):
+    with pytest.raises(ArgumentError, match="conv: the number of bases is 0"):
         BinaryBases("conv", 0)(torch.ones(2, 2))

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from qdq.systems import LinearQuant, LogQuant, counting
+from qdq.systems import LinearQuant, LogQuant
 
 both = pytest.mark.parametrize("kind", [LinearQuant, LogQuant])
 
@@ -97,7 +97,7 @@ def test_replicas_are_refused(kind):
 
 @both
 def test_several_processes_are_refused(kind, monkeypatch):
-    monkeypatch.setattr(counting, "find_rank", lambda: (0, 2))
+    monkeypatch.setattr("qdq.systems.quantizer.find_rank", lambda: (0, 2))
     with pytest.raises(RuntimeError, match="calibrates in 2 processes"):
         kind("conv_quant", 8, counter=1)(torch.ones(2))
 

@@ -209,7 +209,7 @@ def test_a_model_that_has_quantizers():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"type": "cubic"}, "type is 'cubic'; expected linear, minmax, log, tanh"),
+        ({"type": "cubic"}, "type is 'cubic'; it must be 'linear', 'minmax', 'log' or 'tanh'"),
         ({"bits": 0}, "bits is 0"),
         ({"overflow_rate": 1.0}, "overflow_rate is 1.0"),
         ({"counter": -1}, "counter is -1"),
