@@ -17,8 +17,9 @@ from qdq.systems.counting import LinearQuant
 from qdq.systems.normal import NormalQuant
 from qdq.systems.parameters import FUNCTIONS, QuantMethod
 from qdq.systems.quantizer import SystemQuantizer
+from qdq.systems.sequential import runs_children_in_order
 from qdq.systems.settings import require_bits, require_choice, require_count, require_rate
-from qdq.systems.unquantized import QUANTIZED_LAYERS, list_unquantized, runs_children_in_order
+from qdq.systems.unquantized import QUANTIZED_LAYERS, list_unquantized
 
 logger = logging.getLogger(__name__)
 

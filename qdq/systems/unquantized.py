@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +10,8 @@ from torch import fx, nn
 
 from qdq.forward import join_name, name_function, require_model
 from qdq.functions import ACTIVATIONS, COPIES, FUNCTIONS, MAX_POOLINGS
-from qdq.systems.layer import SystemQuantizer
+from qdq.systems.quantizer import SystemQuantizer
+from qdq.systems.sequential import runs_children_in_order
 from qdq.text import group_names, list_names
 
 QUANTIZED_LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.AvgPool2d)
@@ -147,47 +145,3 @@ def _find_caller(node: fx.Node) -> str:
     """Dotted name of the module whose forward made a call."""
     stack = node.meta.get("nn_module_stack") or {}
     return next(reversed(stack), "")
-
-
-def runs_children_in_order(container: nn.Sequential) -> bool:
-    """Whether a forward runs every child, also one that is put between two others.
-
-    A forward of a subclass does if it calls that of Sequential or loops over itself, and picks no child by name or
-    number.
-
-    Args:
-        container: A Sequential or an object of a subclass.
-    """
-    if "forward" in vars(container):
-        return False
-    forward = type(container).forward
-    if forward is nn.Sequential.forward:
-        return True
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    except (OSError, TypeError, SyntaxError):
-        return False
-    nodes = list(ast.walk(tree))
-    if any(_picks_child(node, container) for node in nodes):
-        return False
-    return any(_runs_children(node) for node in nodes)
-
-
-def _picks_child(node: ast.AST, container: nn.Sequential) -> bool:
-    """Whether code reads `self[...]`, or `self.k` for a child `k`."""
-    if isinstance(node, ast.Subscript):
-        return _is_self(node.value)
-    if isinstance(node, ast.Attribute):
-        return _is_self(node.value) and node.attr in container._modules
-    return False
-
-
-def _runs_children(node: ast.AST) -> bool:
-    """Whether code is `super().forward(...)` or `for ... in self`."""
-    if isinstance(node, ast.For):
-        return _is_self(node.iter)
-    return isinstance(node, ast.Call) and ast.unparse(node.func) == "super().forward"
-
-
-def _is_self(node: ast.expr) -> bool:
-    return isinstance(node, ast.Name) and node.id == "self"
