@@ -18,11 +18,13 @@ from qdq.systems.integer.functions import QSigmoid
 from qdq.systems.integer.module import QModule
 from qdq.systems.integer.restore import read_parameters
 from qdq.systems.integer.weighted import QWeighted
-from qdq.systems.layer import SystemLayer, SystemQuantizer
+from qdq.systems.layer import SystemLayer
+from qdq.systems.others import list_others
+from qdq.systems.quantizer import SystemQuantizer
+from qdq.systems.records import LayerVerdict
 from qdq.systems.sources import WEIGHTED, find_sources, find_standing
 
 _CODE_TOLERANCE = 1e-3  # float32 values are this near to an integer multiple of their scale
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass
@@ -55,11 +57,13 @@ class Layout:
         standing: Name -> quantizer that stands between layers.
         needed: Names of the standing quantizers whose values also reach something else than the layers they are the
             source of, such as a sum or an output.
+        others: The verdicts on the layers that stay as they are, in the order of `named_modules`.
     """
 
     sites: list[Site] = field(default_factory=list)
     standing: dict[str, SystemQuantizer] = field(default_factory=dict)
     needed: set[str] = field(default_factory=set)
+    others: list[LayerVerdict] = field(default_factory=list)
 
 
 def find_sites(model: nn.Module) -> Layout:
@@ -73,10 +77,10 @@ def find_sites(model: nn.Module) -> Layout:
     layout = Layout(standing=find_standing(model))
     before, layout.needed = find_sources(model, layout.standing)
     frozen = {module.layer: module for module in model.modules() if isinstance(module, QWeighted)}
+    layout.others = list_others(model)
+    other_names = {verdict.name for verdict in layout.others}
     for name, module in model.named_modules():
-        if isinstance(module, _TRANSPOSED):
-            layout.sites.append(Site(name, module, module.weight.detach(), None, None))
-        if not isinstance(module, WEIGHTED):
+        if not isinstance(module, WEIGHTED) or name in other_names:
             continue
         site = _make_site(name, module, frozen.get(module))
         if site.input is None and name in before:

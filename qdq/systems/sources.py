@@ -14,8 +14,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from qdq.errors import UnsupportedError
 from qdq.forward import name_function
 from qdq.functions import COPIES, FUNCTIONS, MAX_POOLINGS
+from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.systems.grid import Grid, find_grid
-from qdq.systems.layer import SystemLayer, SystemQuantizer
+from qdq.systems.layer import SystemLayer
+from qdq.systems.quantizer import SystemQuantizer
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 """The layers that become quantized ones."""
@@ -31,9 +33,12 @@ def find_standing(model: nn.Module) -> dict[str, SystemQuantizer]:
     for module in model.modules():
         if isinstance(module, SystemLayer):
             in_layers.update(module.children())
+    # A quantizer of qdq has kept one as an ordinary operation, see `PreparedQuantizer`.
+    inside = tuple(f"{name}." for name, _ in named_quantizers(model))
     standing = {}
     for name, module in model.named_modules():
-        if isinstance(module, SystemQuantizer) and module not in in_layers:
+        is_standing = isinstance(module, SystemQuantizer) and module not in in_layers
+        if is_standing and not name.startswith(inside):
             standing[name] = module
     return standing
 
@@ -43,7 +48,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         """Whether a module is one node of the graph."""
-        return isinstance(module, (*WEIGHTED, _NormBase, SystemQuantizer))
+        return isinstance(module, (*WEIGHTED, _NormBase, SystemQuantizer, TensorQuantizer))
 
 
 def _trace(model: nn.Module) -> fx.Graph:

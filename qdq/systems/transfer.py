@@ -13,11 +13,12 @@ from qdq.metrics import sqnr_db
 from qdq.observers.max import reduce_amax
 from qdq.quantize import fake_quantize
 from qdq.quantizer import QuantDescriptor, TensorQuantizer
-from qdq.swap import swap_modules
+from qdq.swap import swap_modules, switch_fast_paths
 from qdq.systems.grid import INT8_HIGHEST, INT8_LOWEST, Grid
 from qdq.systems.integer.restore import restore_float
 from qdq.systems.integer.weighted import QWeighted
-from qdq.systems.layer import SystemLayer, SystemQuantizer, restore_layer
+from qdq.systems.layer import SystemLayer, restore_layer
+from qdq.systems.quantizer import SystemQuantizer
 from qdq.systems.sites import Layout, Site
 
 _SAMPLES = 10_001  # evenly spread over a range, to compare two grids
@@ -59,7 +60,8 @@ def transfer(model: nn.Module, layout: Layout) -> None:
             _keep_exact_weight(site)
             restore_layer(site.layer)
     if sites:
-        swap_modules(model, include=[site.name for site in sites])
+        layers = {site.layer for site in sites}
+        swap_modules(model, include=[lambda _, module: module in layers])
     for site in sites:
         layer: Any = site.layer
         layer._weight_quantizer.amax = _weight_range(site)
@@ -67,6 +69,7 @@ def transfer(model: nn.Module, layout: Layout) -> None:
             system = input_systems.get(site.name)
             layer._input_quantizer = _make_quantizer(site.input, system).to(layer.weight.device)
     _replace_standing(model, layout)
+    switch_fast_paths(model)
 
 
 def _replace_standing(model: nn.Module, layout: Layout) -> None:

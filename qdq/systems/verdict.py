@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from qdq.errors import ExportError
-from qdq.forward import evaluating
+from qdq.forward import evaluating, require_model
+from qdq.swap import plan_swap
 from qdq.systems.grid import INT8_HIGHEST, INT8_LOWEST, Grid
+from qdq.systems.others import NO_RANGE
 from qdq.systems.records import LayerVerdict, TensorVerdict, Transfer
 from qdq.systems.sites import Site, find_sites
 from qdq.systems.transfer import measure_conversion, transfer
@@ -24,7 +25,8 @@ def to_tensorrt(model: nn.Module, *, convert: bool = False) -> Transfer:
 
     Then `export_onnx`, `check_onnx` and `build_engine` do what they always do. A layer whose weight is quantized and
     whose input is not gets an input quantizer without a range, which `calibrate_inputs` computes. A layer whose weight
-    is float stays float. A range of fewer codes than int8 gets a Clip before its Q.
+    is float stays float, and one that is int8 already stays as it is. A range of fewer codes than int8 gets a Clip
+    before its Q.
 
     Args:
         model: A calibrated model, in evaluation mode.
@@ -34,10 +36,13 @@ def to_tensorrt(model: nn.Module, *, convert: bool = False) -> Transfer:
         The verdicts.
 
     Raises:
-        ExportError: Tensors that do not fit; the message names all of them, and the model does not change.
+        ArgumentTypeError: Not a module.
+        ExportError: Tensors that do not fit, or layers that cannot be replaced; the message names all of them, and the
+            model does not change.
         StateError: A quantizer is not calibrated.
         UnsupportedError: As for `sites.find_sites`.
     """
+    require_model(model)
     with evaluating(model):  # some systems draw at random in training
         return _transfer(model, convert)
 
@@ -48,23 +53,42 @@ def _transfer(model: nn.Module, convert: bool) -> Transfer:
     standing = {}
     for name in sorted(layout.needed):
         standing[name] = judge_tensor(name, layout.standing[name].describe(None))
-    _require_fit(verdicts | {name: (verdict,) for name, verdict in standing.items()}, convert)
+    tensors = verdicts | {name: (verdict,) for name, verdict in standing.items()}
+    _require_fit(tensors, _find_obstacles(model, layout.sites), convert)
+    order = [name for name, _ in model.named_modules()]
     transfer(model, layout)
-    layers = []
+    layers = list(layout.others)
     for site in layout.sites:
         precision = "float" if site.weight is None else "int8"
         layers.append(LayerVerdict(site.name, precision, verdicts[site.name], _note_of(site)))
+    layers.sort(key=lambda layer: order.index(layer.name))
     return Transfer(tuple(layers), tuple(standing.values()))
 
 
-def _require_fit(verdicts: dict[str, tuple[TensorVerdict, ...]], convert: bool) -> None:
-    """Refuse all tensors that do not fit, in one error.
+def _find_obstacles(model: nn.Module, sites: list[Site]) -> dict[str, str]:
+    """Layer -> why it cannot become one of qdq, such as a weight that is computed."""
+    names = {site.name for site in sites if site.weight is not None}
+    layers = {site.layer for site in sites if site.weight is not None}
+    if not layers:
+        return {}
+    plan = plan_swap(model, include=[lambda _, module: module in layers])
+    obstacles = {}
+    for planned in plan.modules:
+        if planned.name in names and planned.action != "quantize":
+            obstacles[planned.name] = planned.reason
+    return obstacles
+
+
+def _require_fit(
+    verdicts: dict[str, tuple[TensorVerdict, ...]], obstacles: dict[str, str], convert: bool
+) -> None:
+    """Refuse all tensors that do not fit and all layers that cannot be replaced, in one error.
 
     Raises:
         ExportError: The message has a line for each of them.
     """
-    lines = []
-    is_hopeless = False
+    lines = [f"{name}: {reason}" for name, reason in obstacles.items()]
+    is_hopeless = bool(obstacles)
     for name, tensors in verdicts.items():
         for tensor in tensors:
             if tensor.verdict == "exact" or (tensor.verdict == "convert" and convert):
@@ -135,12 +159,8 @@ def _find_problem(grid: Grid) -> str:
 
 
 def _note_of(site: Site) -> str:
-    if isinstance(site.layer, _ConvTransposeNd):
-        return "transposed convolutions are not taken"
     if site.weight is None and site.input is None:
         return "no number system quantizes it"
     if site.weight is None:
         return "its weight is float, and TensorRT needs both inputs of a product in int8"
-    if site.input is None:
-        return "its input has no range yet: call qdq.systems.calibrate_inputs(model, batches)"
-    return ""
+    return NO_RANGE if site.input is None else ""
