@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from qdq.errors import UnsupportedError
-from qdq.systems.grid import Grid, find_grid
-from qdq.systems.integer.functions import QSigmoid
+from qdq.systems.grid import Grid, describe_moving, find_grid
 from qdq.systems.integer.module import QModule
+from qdq.systems.integer.functions import QSigmoid
 from qdq.systems.integer.restore import read_parameters
 from qdq.systems.integer.weighted import QWeighted
 from qdq.systems.layer import SystemLayer
@@ -122,7 +122,7 @@ def _refuse_other_grids_of_one_weight(sites: list[Site]) -> None:
     for site in sites:
         sharing.setdefault(id(site.layer.weight), []).append(site)
     for group in sharing.values():
-        if all(_are_equal(group[0].weight, site.weight) for site in group):
+        if all(_are_equal(group[0].weight, site.weight) for site in group[1:]):
             continue
         for site in group:
             if site.weight is not None:
@@ -165,13 +165,20 @@ def _make_site(name: str, layer: Any, integer_layer: QWeighted | None) -> Site:
 
 
 def _grid_of_weight(layer: Any) -> Grid | None:
-    if isinstance(layer, SystemLayer) and layer.weight_system is not None:
-        return layer.weight_system.describe(layer.weight)
+    weight = layer.weight.detach()
+    system = layer.weight_system if isinstance(layer, SystemLayer) else None
     grid = find_grid(layer, "weight")
-    if grid is not None and not _has_values_of(grid, layer.weight.detach()):
-        # After training, or with other weights loaded.
-        obstacle = "have other values than when they were quantized"
-        return replace(grid, obstacle=obstacle)
+    if system is None and grid is None:
+        return None
+    num_bad = int((~torch.isfinite(weight)).sum())
+    if num_bad:
+        name = type(system).__name__ if grid is None else grid.system
+        return describe_moving(name, 8, f"{num_bad} of {weight.numel()} values are not finite")
+    if system is not None:
+        return system.describe(weight)
+    assert grid is not None  # noqa: S101
+    if not _has_values_of(grid, weight):  # after training, or with other weights loaded
+        return replace(grid, obstacle="have other values than when they were quantized")
     return grid
 
 

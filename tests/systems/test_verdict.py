@@ -1,273 +1,64 @@
-"""`to_tensorrt`: two layers of each system, exported where they fit, against the emulation; and the refusals."""
-
-import copy
+"""`to_tensorrt`: what it refuses and what it leaves. `test_verdict_values` compares the values."""
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import numpy_helper
 from torch import nn
+from torch.nn.utils import parametrize
+from verdict_nets import (
+    IMAGES,
+    fixed_inputs,
+    make_acoustic,
+    make_binary,
+    make_bnn,
+    make_fixed_point,
+    make_integer,
+    make_net,
+    make_parameters,
+    make_standing,
+    make_ternary,
+    make_uint8,
+    net_layers,
+)
 
-from qdq import build_engine, export_onnx, predict
+from qdq import export_onnx
 from qdq.errors import ExportError, StateError, UnsupportedError
 from qdq.systems import (
-    BinaryBases,
-    BinaryInput,
     BinaryWeight,
     IntegerNetwork,
     LinearQuant,
     QConv2d,
     calibrate_inputs,
+    convert_layer,
     duplicate_model_with_quant,
-    min_max_quantize,
-    prepare_acoustic,
-    prepare_uint8_training,
-    project_ternary,
     quantize_parameters,
     to_tensorrt,
 )
 from qdq.systems.arithmetic import sign_of
 from qdq.systems.grid import Grid, note_grid
-from qdq.systems.layer import SystemQuantizer, convert_layer
-from qdq.systems.powers import PowerLevels
-
-needs_rtx = pytest.mark.trt
-IMAGES = torch.randn(8, 3, 10, 10, generator=torch.Generator().manual_seed(1))
-
-
-def make_net():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, bias=False), nn.ReLU(), nn.Conv2d(16, 16, 3, bias=False)
-    ).eval()
-
-
-def fixed_inputs(bits=8):
-    """A calibrated quantizer in fixed point."""
-    quantizer = LinearQuant("input", bits, counter=1)
-    quantizer(4 * torch.randn(1000))
-    return quantizer
-
-
-def give_inputs(net, bits=8):
-    """Quantize the inputs of both layers in fixed point."""
-    for layer in (net[0], net[2]):
-        convert_layer(layer, getattr(layer, "weight_system", None), fixed_inputs(bits))
-    return net
-
-
-def make_fixed_point(bits=8):
-    net = make_net()
-    quantize_parameters(net, bits)
-    standing = nn.Sequential(*net)
-    duplicated = duplicate_model_with_quant(standing, bits, counter=1)
-    net = nn.Sequential(fixed_inputs(bits), *duplicated).eval()
-    net(IMAGES)
-    return net
-
-
-def make_binary():
-    net = make_net()
-    for layer in (net[0], net[2]):
-        convert_layer(layer, BinaryWeight("w"), fixed_inputs())
-    return net
-
-
-def make_ternary():
-    net = make_net()
-    for layer in (net[0], net[2]):
-        alpha, codes = project_ternary(layer.weight.detach())
-        with torch.no_grad():
-            layer.weight.copy_(alpha * codes)
-        scale = alpha.flatten().float()
-        note_grid(layer, "weight", Grid("ternary", scale, torch.zeros_like(scale), -1, 1))
-    return give_inputs(net)
-
-
-def make_powers(bits):
-    net = make_net()
-    for layer in (net[0], net[2]):
-        levels = PowerLevels.of(layer.weight.detach(), bits)
-        with torch.no_grad():
-            layer.weight.copy_(levels.quantize(layer.weight))
-        note_grid(layer, "weight", levels.describe(layer.weight.detach()))
-    return give_inputs(net)
-
-
-def make_uint8(symmetric):
-    net = make_net()
-    prepare_uint8_training(net, IMAGES, symmetric=symmetric)
-    net.train()(IMAGES)
-    return net.eval()
-
-
-def make_integer(scheme, axis=None, groups=None):
-    net = IntegerNetwork(*make_net())
-    net.quantize(8, scheme=scheme, axis=axis, groups=groups)
-    net.quantize_forward(IMAGES)
-    net.freeze()
-    return net
-
-
-EXACT = {
-    "fixed point": make_fixed_point,
-    "fixed point, 6 bits": lambda: make_fixed_point(6),
-    "binary": make_binary,
-    "ternary": make_ternary,
-    "powers of two, 4 bits": lambda: make_powers(4),
-    "UINT8 training, symmetric": lambda: make_uint8(True),
-    "integer, per layer": lambda: make_integer("symmetric"),
-    "integer, per group": lambda: make_integer("symmetric", 0, 4),
-    "integer, per channel": lambda: make_integer("symmetric", 0),
-}
 
 
 def run(net):
     with torch.no_grad():
-        if isinstance(net, IntegerNetwork):
-            return net.quantize_inference(IMAGES).numpy()
         return net(IMAGES).numpy()
 
 
-def read_codes(path):
-    """The int8 tensors of a file, by shape."""
-    graph = onnx.load(path).graph
-    arrays = [numpy_helper.to_array(tensor) for tensor in graph.initializer]
-    return [array for array in arrays if array.dtype == np.int8 and array.ndim == 4]
-
-
-def largest_effect_of_one_code(net):
-    """The change of an output if all codes of both inputs are one off."""
-    first, second = net_layers(net)
-    bound = 0.0
-    for layer in (first, second):
-        step = float(layer._input_quantizer.scale)
-        gain = float(layer.weight.detach().abs().sum((1, 2, 3)).max())
-        bound = (bound + step) * gain
-    return bound
-
-
-def net_layers(net):
-    return [module for module in net.modules() if isinstance(module, nn.Conv2d)]
-
-
-@needs_rtx
-@pytest.mark.parametrize("make", EXACT.values(), ids=EXACT)
-def test_exact_systems(make, tmp_path):
-    net = make()
-    expected = run(net)
-    transfer = to_tensorrt(net)
-    assert [layer.precision for layer in transfer.layers] == ["int8", "int8"]
-    assert {tensor.verdict for layer in transfer.layers for tensor in layer.tensors} == {"exact"}
-    path = tmp_path / "model.onnx"
-    weights = [layer.weight.detach().clone() for layer in net_layers(net)]
-    export_onnx(net, IMAGES[:2], path)
-
-    codes = read_codes(path)
-    for layer, weight in zip(net_layers(net), weights, strict=True):
-        scale = layer._weight_quantizer.scale
-        expected_codes = (weight.double() / scale.double()).round().numpy()
-        np.testing.assert_allclose(expected_codes * scale.numpy(), weight.numpy(), rtol=1e-5)
-        assert any(np.array_equal(array, expected_codes) for array in codes)
-    outputs = predict(path, [IMAGES])
-    difference = np.abs(outputs - expected)
-    # Ties round half up here and half to even there, and the integer network quantizes its output, too.
-    assert difference.max() <= largest_effect_of_one_code(net)
-    assert np.median(difference) < 0.01 * np.abs(expected).max()
-    report = build_engine(path, backend="rtx")
-    assert not report.missing_int8
-    assert sum(layer.int8 for layer in report.layers) == 2
-
-
-def make_min_max():
-    net = make_net()
-    quantize_parameters(net, 8, quant_method="minmax")
-    return give_inputs(net)
-
-
-def make_acoustic(bits=8, static=True):
-    net = make_net()
-    prepare_acoustic(net, bits, batches=[IMAGES] if static else None)
-    return net
-
-
-def make_bnn():
-    net = make_net()
-    for layer in (net[0], net[2]):
-        convert_layer(layer, BinaryWeight("w", scaled=False), BinaryInput("x"))
-    net[1] = nn.Identity()
-    return net
-
-
-def make_bases():
-    net = make_net()
-    for layer in (net[0], net[2]):
-        convert_layer(layer, BinaryBases("w", 3), fixed_inputs())
-    return net
-
-
-CONVERTED = {
-    "min-max weights": (make_min_max, "zero point", 25),
-    "affine": (lambda: make_integer("unsigned"), "zero point", 25),
-    "acoustic, 8 bits": (make_acoustic, "zero point", 25),
-    "UINT8 training": (lambda: make_uint8(False), "zero point", 25),
-    "powers of two, 5 bits": (lambda: make_powers(5), "codes from", 25),
-    "binary activations": (make_bnn, "no 1-bit gain", 60),
-    "binary bases": (make_bases, "sum of 3 binary bases", 25),
-}
-
-
-@needs_rtx
-@pytest.mark.parametrize(("make", "reason", "least_db"), CONVERTED.values(), ids=CONVERTED)
-def test_converted_systems(make, reason, least_db, tmp_path):
-    net = make()
-    expected = run(net)
-    state = copy.deepcopy(net.state_dict())
-    with pytest.raises(ExportError, match=reason) as refused:
-        to_tensorrt(net)
-    assert "convert=True" in refused.value.fix
-    assert all(torch.equal(net.state_dict()[name], tensor) for name, tensor in state.items())
-
-    transfer = to_tensorrt(net, convert=True)
-    converted = []
-    for layer in transfer.layers:
-        converted += [tensor for tensor in layer.tensors if tensor.verdict == "convert"]
-    assert converted
-    assert all(tensor.after_db is None or tensor.after_db > 8 for tensor in converted)
-    assert reason in transfer.format_table()
-    path = tmp_path / "model.onnx"
-    export_onnx(net, IMAGES[:2], path)
-    outputs = predict(path, [IMAGES])
-    error = np.square(outputs - expected).sum()
-    assert 10 * np.log10(np.square(expected).sum() / max(error, 1e-30)) > least_db
-    assert not build_engine(path, backend="rtx").missing_int8
-
-
-class Dynamic(SystemQuantizer):
-    """Min-max of each batch."""
-
-    def forward(self, values):
-        return min_max_quantize(values, 8)
-
-    def describe(self, values):
-        one = torch.ones(1)
-        return Grid("min-max", one, 0 * one, 0, 255, "have a range that each batch changes")
-
-
-def make_standing(kind):
-    net = make_net()
+def give_one_bit(net):
+    """Activations of one bit, whose scale is the mean of each batch."""
     quantize_parameters(net, 8)
-    return duplicate_model_with_quant(net, 8, type=kind).eval()
+    standing = nn.Sequential(*duplicate_model_with_quant(net, 1, counter=1)).eval()
+    standing(IMAGES)
+    return standing
 
 
 REFUSED = {
     "log": (lambda: make_standing("log"), "log"),
     "tanh": (lambda: make_standing("tanh"), "tanh"),
-    "ranges of each batch": (lambda: make_standing("minmax"), "batch"),
+    "ranges of each batch": (lambda: make_standing("minmax"), "calibrate_inputs"),
+    "one bit of each batch": (lambda: give_one_bit(make_net()), "batch"),
     "12 bits": (lambda: make_fixed_point(12), "12 bits"),
     "acoustic, 16 bits": (lambda: make_acoustic(16), "16 bits"),
-    "acoustic, dynamic": (lambda: make_acoustic(static=False), "batch"),
+    "acoustic, dynamic": (lambda: make_acoustic(ranges="moving"), "calibrate_inputs"),
     "blocks of inputs": (lambda: make_integer("symmetric", 1), "input"),
 }
 
@@ -280,6 +71,14 @@ def test_refused_systems(make, reason):
         to_tensorrt(net, convert=True)
     assert "TensorRT int8" in refused.value.message
     assert [type(module) for module in net.modules()] == modules
+
+
+def test_a_weight_that_is_not_finite_is_refused():
+    for net in (make_binary(), make_parameters("minmax", 8), make_ternary()):
+        with torch.no_grad():
+            net[2].weight[0, 0, 0, 0] = torch.nan
+        with pytest.raises(ExportError, match=r"2: .* weights.*: 1 of 2304 values are not finite"):
+            to_tensorrt(net, convert=True)
 
 
 def test_all_offenders_are_in_one_error():
@@ -472,3 +271,85 @@ def test_a_model_that_has_moved_is_judged_there(gpu):
     assert [layer.precision for layer in transfer.layers] == ["int8", "int8"]
     outputs = net(IMAGES.to(gpu)).detach().cpu()
     assert torch.allclose(outputs, expected, atol=0.05)
+
+
+def count_layers(transfer):
+    return [(layer.name, layer.precision, layer.note) for layer in transfer.layers]
+
+
+@pytest.mark.parametrize("make", [make_ternary, make_fixed_point, make_bnn, make_binary])
+def test_a_second_call_changes_nothing_and_knows_the_ranges(make):
+    net = make()
+    to_tensorrt(net, convert=True)
+    expected, modules = run(net), list(net.modules())
+    transfer = to_tensorrt(net)
+    assert [layer.precision for layer in transfer.layers] == ["int8", "int8"]
+    assert [layer.note for layer in transfer.layers] == ["", ""]
+    assert transfer.standing == ()
+    assert list(net.modules()) == modules
+    assert np.array_equal(run(net), expected)
+
+
+def test_a_second_call_takes_what_was_added_and_says_what_has_no_range():
+    net = make_ternary()
+    to_tensorrt(net)
+    net.append(convert_layer(nn.Conv2d(16, 4, 1), BinaryWeight("3")))
+    for _ in range(2):
+        transfer = to_tensorrt(net)
+        assert [layer.precision for layer in transfer.layers] == ["int8"] * 3
+        assert [bool(layer.note) for layer in transfer.layers] == [False, False, True]
+        assert "calibrate_inputs" in transfer.layers[-1].note
+    calibrate_inputs(net, [IMAGES])
+    assert to_tensorrt(net).layers[-1].note == ""
+
+
+def test_layers_that_cannot_be_swapped_are_in_the_one_error_and_nothing_changes():
+    net = make_ternary()
+    for layer in (net[0], net[2]):
+        parametrize.register_parametrization(layer, "weight", nn.Identity())
+    net.append(make_uint8(False)[2])
+    modules = [(type(module), module) for module in net.modules()]
+    with pytest.raises(ExportError) as refused:
+        to_tensorrt(net)
+    lines = refused.value.message.splitlines()[1:]
+    assert [line.partition(":")[0] for line in lines] == ["0", "2", "3", "3"]
+    assert all("its weight is computed" in line for line in lines[:2])
+    assert [(type(module), module) for module in net.modules()] == modules
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(9, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.layer = convert_layer(nn.Linear(16, 16), BinaryWeight("layer"))
+
+    def forward(self, tokens):
+        words = self.embedding(tokens)
+        return self.layer(self.attention(words, words, words)[0])
+
+
+def test_layers_that_no_system_has_are_listed():
+    net = Attention().eval()
+    quantize_parameters(net, 8)  # also what attention reads
+    transfer = to_tensorrt(net)
+    assert count_layers(transfer) == [
+        ("embedding", "float", "no number system has a Embedding"),
+        ("attention", "float", "no number system has a MultiheadAttention"),
+        ("attention.out_proj", "float", "MultiheadAttention reads its weight and does not call it"),
+        ("layer", "int8", transfer.layers[-1].note),
+    ]
+    assert type(net.attention.out_proj) is type(nn.MultiheadAttention(16, 2).out_proj)
+
+
+def test_a_layer_that_is_not_initialized_stays():
+    net = nn.Sequential(nn.LazyLinear(3))
+    assert "not initialized" in to_tensorrt(net).layers[0].note
+
+
+def test_a_model_that_is_one_layer():
+    layer = convert_layer(nn.Linear(4, 4), BinaryWeight("layer"), fixed_inputs())
+    values = torch.randn(3, 4)
+    expected = layer(values)
+    assert count_layers(to_tensorrt(layer)) == [("", "int8", "")]
+    torch.testing.assert_close(layer(values), expected)
