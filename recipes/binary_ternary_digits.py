@@ -1,4 +1,4 @@
-"""Binary, ternary and power-of-two weights on scikit-learn's digits, from one float network; several seeds.
+"""UINT8 training, and binary, ternary and power-of-two weights, on scikit-learn's digits; several seeds.
 
 python recipes/binary_ternary_digits.py
 python recipes/binary_ternary_digits.py --seeds 1 --json figures.json
@@ -41,6 +41,14 @@ class Task:
     seed: int
 
 
+def train_uint8(net: nn.Module, task: Task) -> tuple[Any, ...]:
+    """UINT8: codes with a zero point for weights and inputs, whose ranges follow the training."""
+    systems.prepare_uint8_training(net, task.example)
+    with systems.moving_ranges(net):
+        tune(net, task, task.epochs / 4, 1e-4)
+    return ()
+
+
 def binarize_weights(net: nn.Module, task: Task) -> tuple[Any, ...]:
     """BWN: a sign for each weight, and a scale for each output channel."""
     selection = systems.binarize_model(net, task.example)
@@ -62,16 +70,21 @@ def binarize_all(net: nn.Module, task: Task) -> tuple[Any, ...]:
 def tune_binary(net: nn.Module, task: Task, epochs: float) -> None:
     """Train the float weights behind the binary ones, then keep the binary ones."""
     with systems.clipping_weights(net):
-        qdq.finetune(
-            net,
-            task.batches,
-            loss=qdq.cross_entropy,
-            distillation=None,
-            schedule=make_schedule(epochs, 3e-3),
-            ranges="none",
-            seed=task.seed,
-        )
+        tune(net, task, epochs, 3e-3)
     systems.replace_weights(net)
+
+
+def tune(net: nn.Module, task: Task, epochs: float, lr: float) -> None:
+    """Train on the labels."""
+    qdq.finetune(
+        net,
+        task.batches,
+        loss=qdq.cross_entropy,
+        distillation=None,
+        schedule=make_schedule(epochs, lr),
+        ranges="none",
+        seed=task.seed,
+    )
 
 
 def make_ternary(net: nn.Module, task: Task) -> tuple[Any, ...]:
@@ -100,6 +113,7 @@ def make_schedule(epochs: float, lr: float) -> qdq.Schedule:
 
 
 SYSTEMS = {
+    "UINT8": train_uint8,
     "BWN": binarize_weights,
     "BNN": binarize_all,
     "ADMM ternary": make_ternary,
@@ -139,11 +153,12 @@ def binary_ternary_digits(
 ) -> int:
     """Print the accuracy on half of the digits, after training on the other half.
 
-    The first and the last layer stay in float.
+    All layers have 8 bits in UINT8 training; in the other systems, the first and the last one stay in float.
 
     Args:
         seeds: Number of repetitions, each with different weights and a different order of the images.
-        epochs: Epochs of the training in float; BWN takes half of them, BNN twice as many, ADMM 7/5 and INQ a half.
+        epochs: Epochs of the training in float; UINT8 takes a quarter of them, BWN and INQ a half, ADMM 7/5,
+            BNN twice as many.
         validate: Train on three quarters of the training half and measure on the fourth, another one for each of four
             seeds. The rates and epochs of this recipe were chosen so, not on the other half.
         json: Also write the figures to this file.

@@ -41,15 +41,16 @@ def prepare_acoustic(
         require_batches(batches)
     layers = take_layers(model, "prepare_acoustic")
     inputs = {}
+    converted = []
     for name, layer in layers.items():
         inputs[name] = AcousticInput(num_bits, is_static=batches is not None, name=name)
-        convert_layer(layer, AcousticWeight(num_bits, name), inputs[name])
+        converted.append(convert_layer(layer, AcousticWeight(num_bits, name), inputs[name]))
     try:
         if batches is not None:
             collect_ranges(model, inputs, batches)
     except BaseException:
-        for layer in layers.values():
-            restore_layer(layer)
+        for system_layer in converted:
+            restore_layer(system_layer)
         raise
     finally:
         switch_fast_paths(model)

@@ -38,7 +38,7 @@ def _list_unread(model: nn.Module) -> dict[nn.Module, str]:
     for module in model.modules():
         is_float = isinstance(module, nn.MultiheadAttention)
         if is_float and not isinstance(module, QuantMultiheadAttention):
-            reasons[module.out_proj] = (
+            reasons[module.get_submodule("out_proj")] = (
                 f"{type(module).__name__} reads its weight and does not call it"
             )
     return reasons
@@ -59,6 +59,6 @@ def _reason_against(layer: nn.Module) -> str:
         return "transposed convolutions are not taken"
     if not isinstance(layer, WEIGHTED):
         return f"no number system has a {type(layer).__name__}"
-    if any(is_lazy(tensor) for tensor in layer._parameters.values()):
+    if any(map(is_lazy, layer.parameters(recurse=False))):
         return "its weight is not initialized yet: run the model once"
     return ""

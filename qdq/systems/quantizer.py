@@ -58,14 +58,14 @@ class SystemQuantizer(nn.Module):
         Args:
             buffer_name: Its attribute.
         """
-        buffer = getattr(self, buffer_name)
+        buffer: torch.Tensor = getattr(self, buffer_name)
         if buffer.is_cpu or buffer.is_inference():  # such a tensor does not count its changes
             return float(buffer)
-        former, version, number = self._numbers.get(buffer_name, (None, 0, 0.0))
-        if former is not buffer or version != buffer._version:
-            number = float(buffer)
-            self._numbers[buffer_name] = (buffer, buffer._version, number)
-        return number
+        known = self._numbers.get(buffer_name)
+        if known is None or known[0] is not buffer or known[1] != buffer._version:
+            known = buffer, buffer._version, float(buffer)
+            self._numbers[buffer_name] = known
+        return known[2]
 
     def write_number(self, buffer_name: str, number: float) -> None:
         """Replace the number in a buffer, without a wait now or when it is read.

@@ -74,7 +74,7 @@ class _Forward:
         """Whether it runs all children, and touches them nowhere else."""
         if not self._loops and not self.calls_base:
             return False
-        allowed = {id(loop.iter) for loop in self._loops}
+        allowed = {id(loop.iter) for loop in self._loops if isinstance(loop, ast.For)}
         for node in self._nodes:
             if isinstance(node, ast.Attribute) and self._is_own_state(node):
                 allowed.add(id(node.value))

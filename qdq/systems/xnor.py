@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -80,8 +81,8 @@ def _require_pairs(inputs: Any, weights: Any, is_valid: Any) -> None:
             "give as many weights as inputs.",
         )
     try:
-        torch.broadcast_shapes(*shapes)
-    except RuntimeError as error:
+        np.broadcast_shapes(*shapes)
+    except ValueError as error:
         raise ShapeError(
             f"xnor_dot: the shapes are {shapes}, which cannot be broadcast.",
             "make the axes before the last one equal, or 1.",

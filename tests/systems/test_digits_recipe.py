@@ -21,7 +21,8 @@ def test_the_recipe_prints_a_table_and_writes_figures(tmp_path, monkeypatch, cap
     assert "7 of 9 layers are quantized" in printed
     for name in ("BWN", "ADMM ternary", "INQ 4 bits"):
         assert re.search(rf"^{name} .*7 weights exact$", printed, re.M)
+    assert re.search(r"^UINT8 .*9 weights convert, 9 inputs convert$", printed, re.M)
     assert re.search(r"^BNN .*7 weights exact, 7 inputs convert$", printed, re.M)
     figures = json.loads(file.read_text())
     assert len(figures["accuracies"]["float"]) == 1
-    assert [len(log[0]) for log in figures["rounds"].values()] == [0, 0, 6, 4]
+    assert [len(log[0]) for log in figures["rounds"].values()] == [0, 0, 0, 6, 4]

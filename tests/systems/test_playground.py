@@ -124,6 +124,20 @@ def test_inserted_modules(case):
     assert modules == case["modules"]
 
 
+ACCURACY = {case["model"]: case for case in load_cases("playground_accuracy.json")}
+
+
+def test_published_accuracies_in_the_docs():
+    page = (Path(__file__).parents[2] / "docs" / "systems.md").read_text()
+    table = page.partition("| network | float | 12 | 10 | 8 | 6 |")[2].partition("\n\n")[0]
+    rows = [row.strip("|").split("|") for row in table.strip().splitlines()[1:]]
+    assert len(rows) >= 4
+    for name, *cells in ([cell.strip() for cell in row] for row in rows):
+        case = ACCURACY[name]
+        published = [case[column].partition("/")[0] for column in ("float", "12", "10", "8", "6")]
+        assert cells == published, name
+
+
 RECIPE = load_recipe("fixed_point")
 PARAMETERS = inspect.signature(RECIPE.fixed_point).parameters
 OTHERS = {
