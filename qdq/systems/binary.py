@@ -35,14 +35,15 @@ def sign_at_random(
         generator: Random numbers on the device of the values; None: those of torch.
 
     Raises:
-        ArgumentError: Empty or non-finite values, another sampling, or a generator of another device.
+        ArgumentError: Empty or non-finite values, another sampling, or no generator of this device.
         NumberTypeError: Not a float tensor.
     """
     require_values(values, "sign_at_random")
     require_choice(sampling, _SAMPLINGS, "sampling", "sign_at_random")
-    if generator is not None and generator.device.type != values.device.type:
+    is_fitting = isinstance(generator, torch.Generator | None)
+    if not is_fitting or (generator and generator.device.type != values.device.type):
         raise ArgumentError(
-            f"sign_at_random: the generator is on {generator.device}, the values are on {values.device}.",
+            f"sign_at_random: the generator is {generator}, the values are on {values.device}.",
             "make one with torch.Generator(values.device).",
         )
     return _draw(values, sampling, generator)

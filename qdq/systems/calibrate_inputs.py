@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from qdq.calibrate import Range, calibrate_model
+from qdq.calibrate import CALIB_METHODS, Range, calibrate_model
 from qdq.calibrate.weights import KEEP
 from qdq.forward import require_model
 from qdq.quantizer import named_quantizers
 from qdq.systems.ranged import RangedQuantizer, collect_ranges, list_moving
+from qdq.systems.settings import require_choice
 
 
 def calibrate_inputs(
@@ -40,6 +41,7 @@ def calibrate_inputs(
         StateError: No batch reaches a quantizer, or several processes calibrate min-max ranges.
     """
     require_model(model)
+    require_choice(method, CALIB_METHODS, "method", "calibrate_inputs")
     moving = list_moving(model)
     if moving:
         return _record(model, moving, batches)

@@ -10,7 +10,7 @@ import torch
 from qdq.systems.arithmetic import require_values
 from qdq.systems.binary import SMALLEST_SCALE
 from qdq.systems.grid import INT8_HIGHEST, Grid
-from qdq.systems.settings import require_bits
+from qdq.systems.settings import require_bits, require_count, require_integer
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,18 @@ class PowerLevels:
     Args:
         smallest: n2 = n1 + 1 - 2^(b - 1) / 2.
         largest: n1 = floor(log2(4 / 3 * max |W|)).
+
+    Raises:
+        ArgumentError: The smallest one is above the largest one.
+        NumberTypeError: Not integers.
     """
 
     smallest: int
     largest: int
+
+    def __post_init__(self) -> None:
+        require_integer(self.smallest, "smallest", "PowerLevels")
+        require_count(self.largest, "largest", "PowerLevels", least=self.smallest)
 
     @classmethod
     def of(cls, values: torch.Tensor, bits: int, name: str = "PowerLevels") -> PowerLevels:
@@ -47,7 +55,7 @@ class PowerLevels:
         limits = torch.finfo(values.dtype)  # beyond them the type has no such value
         least = math.frexp(limits.smallest_normal)[1] - 1
         most = math.frexp(limits.max)[1] - 1
-        return cls(max(smallest, least), min(max(largest, least), most))
+        return cls(min(max(smallest, least), most), min(max(largest, least), most))
 
     def quantize(self, values: torch.Tensor) -> torch.Tensor:
         """The nearest levels: +-beta if (alpha + beta) / 2 <= |w| < 3 / 2 * beta, alpha < beta neighbours.

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from qdq.device import find_device
-from qdq.errors import ArgumentError
+from qdq.errors import ArgumentError, ArgumentTypeError
 from qdq.files import as_path, to_jsonable
 from qdq.qat import finetune
 from qdq.qat.epochs import digest_first_batch
@@ -40,6 +40,7 @@ class RoundOptions:
 
     Raises:
         ArgumentError: The loss is "own".
+        ArgumentTypeError: The schedule is none.
     """
 
     loss: Loss | None = None
@@ -54,6 +55,10 @@ class RoundOptions:
             raise ArgumentError(
                 "loss is 'own', and a model that returns its own loss has no place for a penalty.",
                 "give a function (outputs, batch) -> scalar.",
+            )
+        if not isinstance(self.schedule, Schedule):
+            raise ArgumentTypeError(
+                f"schedule is of type {type(self.schedule).__name__}.", "give a qdq.Schedule."
             )
 
 
@@ -95,19 +100,17 @@ class Rounds:
 
     def _describe(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         options = self._options
+        weights = options.distillation
         facts = {
             **settings,
             "weights": digest_weights(self._model),
             "schedule": asdict(options.schedule),
             "loss": getattr(options.loss, "__qualname__", type(options.loss).__qualname__),
-            "distillation": None,
+            "distillation": weights and [weights.mse, weights.kl, weights.features],
             "teacher": None if options.teacher is None else digest_weights(options.teacher),
             "seed": options.seed,
             "data": digest_first_batch(self._batches, options.seed, find_device(self._model)),
         }
-        if options.distillation is not None:
-            weights = options.distillation
-            facts["distillation"] = [weights.mse, weights.kl, weights.features]
         described: dict[str, Any] = to_jsonable(facts)
         return described
 

@@ -17,7 +17,7 @@ WHOLE = torch.tensor([[1, 2]])
 BOOLS = torch.tensor([True])
 GOOD = torch.randn(2, 3)
 RANGE = torch.tensor(-1.0), torch.tensor(1.0)
-OPTIONS = systems.RoundOptions(loss=None, schedule=None)
+OPTIONS = systems.RoundOptions()
 
 
 def trained(values):
@@ -118,6 +118,7 @@ NUMBERS = {
     "unknown sampling of a model": lambda: systems.binarize_model(
         nn.Sequential(nn.Linear(3, 3)), GOOD, sampling="soft", float_layers=()
     ),
+    "no generator": lambda: systems.sign_at_random(GOOD, generator=3),
     "no sampling": lambda: systems.sign_at_random(GOOD, ""),
     "sf 0.5": lambda: systems.linear_quantize(GOOD, 0.5, 8),
     "sf 'a'": lambda: systems.log_linear_quantize(GOOD, "a", 8),
@@ -133,6 +134,9 @@ NUMBERS = {
     "ternary alpha of text": lambda: systems.project_ternary(GOOD, alpha="a"),
     "ternary alpha of NaN": lambda: systems.project_ternary(GOOD, alpha=float("nan")),
     "power levels of 1 bit": lambda: systems.PowerLevels.of(GOOD, 1),
+    "power levels in the wrong order": lambda: systems.PowerLevels(3, 0),
+    "power levels that are no integers": lambda: systems.PowerLevels(-3.5, 0),
+    "unknown calibration": lambda: systems.calibrate_inputs(nn.ReLU(), [GOOD], method="best?"),
     "decay 1": lambda: systems.UInt8Activation(decay=1.0),
     "decay of text": lambda: systems.UInt8Activation(decay="0"),
     "delay -1": lambda: systems.UInt8Activation(delay=-1),
@@ -197,6 +201,7 @@ MODELS = {
     "list_unquantized": systems.list_unquantized,
     "to_tensorrt": systems.to_tensorrt,
     "bias_codes": systems.bias_codes,
+    "a schedule that is none": lambda x: systems.RoundOptions(schedule=x),
     "a function that is none": lambda x: systems.NormalQuant("layer", 8, x),
     "a quantizer that is none": lambda x: systems.convert_layer(nn.Linear(2, 2), x),
 }

@@ -128,3 +128,12 @@ def test_bad_options_are_refused():
         train("incremental", make_net(), bits=1)
     with pytest.raises(ArgumentTypeError, match=r"bits is 4\.0"):
         train("incremental", make_net(), bits=4.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_the_largest_numbers_of_a_type_have_levels(bits, dtype):
+    values = torch.tensor([torch.finfo(dtype).max, -1.0], dtype=dtype)
+    levels = PowerLevels.of(values, bits)
+    assert levels.smallest <= levels.largest
+    assert torch.isfinite(levels.quantize(values)).all()
