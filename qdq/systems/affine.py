@@ -35,7 +35,7 @@ def find_codes(num_bits: int, scheme: Scheme = "unsigned") -> tuple[int, int]:
         ArgumentError: A width or a scheme that does not exist.
         NumberTypeError: A width that is not an integer.
     """
-    require_width(num_bits, scheme)
+    require_width(num_bits, scheme, "find_codes")
     if scheme == "unsigned":
         return 0, 2**num_bits - 1
     half = 2 ** (num_bits - 1)

@@ -11,22 +11,23 @@ FLOAT_BITS = 32
 """This many bits mean that a part is not quantized."""
 
 
-def require_bits(bits: Any, layer: str, least: int = 1) -> None:
+def require_bits(bits: Any, layer: str, least: int = 1, most: int = FLOAT_BITS) -> None:
     """Refuse a width that no quantizer has.
 
     Args:
         bits: The width.
         layer: Name of the layer or quantizer, for the message.
         least: The smallest width.
+        most: The largest width.
 
     Raises:
         NumberTypeError: Not an integer.
-        ArgumentError: Below `least`, or above 32.
+        ArgumentError: Below `least`, or above `most`.
     """
     require_integer(bits, "bits", layer)
-    if not least <= bits <= FLOAT_BITS:
+    if not least <= bits <= most:
         raise ArgumentError(
-            f"{layer}: bits is {bits}; it must be {least} to {FLOAT_BITS}.", "choose another width."
+            f"{layer}: bits is {bits}; it must be {least} to {most}.", "choose another width."
         )
 
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from qdq.errors import UnsupportedError
 from qdq.systems.grid import Grid, describe_moving, find_grid
-from qdq.systems.integer.module import QModule
 from qdq.systems.integer.functions import QSigmoid
+from qdq.systems.integer.module import QModule
 from qdq.systems.integer.restore import read_parameters
 from qdq.systems.integer.weighted import QWeighted
 from qdq.systems.layer import SystemLayer
