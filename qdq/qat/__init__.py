@@ -35,7 +35,7 @@ from qdq.qat.epochs import digest_first_batch, find_generators, iterate_epochs, 
 from qdq.qat.losses import Distillation, Loss, Objective, cross_entropy, run_with_loss
 from qdq.qat.ranges import require_ranges
 from qdq.qat.record import Measurement, Record
-from qdq.qat.trainer import Trainer, copy_float, digest_weights
+from qdq.qat.trainer import MakeOptimizer, Trainer, copy_float, digest_weights
 from qdq.qat.watch import BadRange, Oscillation, find_bad_ranges
 from qdq.run import require_seed
 from qdq.schedule import Schedule
@@ -120,6 +120,7 @@ def finetune(
     tensorboard: bool = False,
     amp: bool = False,
     seed: int = 0,
+    optimizer: MakeOptimizer | None = None,
 ) -> Tuning:
     """Train a calibrated model with its quantizers on, in place.
 
@@ -157,6 +158,8 @@ def finetune(
         tensorboard: Write loss, metric, learning rate and ranges as scalars into `folder`/tensorboard.
         amp: Compute in bfloat16 where torch.autocast does so; weights and quantizers stay in float32.
         seed: Seed of the order of the data.
+        optimizer: Makes the optimizer of groups of parameters with learning rates, which follow the schedule:
+            `functools.partial(torch.optim.SGD, momentum=0.9)`. None: Adam.
 
     Returns:
         Losses, the curve of the metric, and warnings about weights and ranges.
@@ -191,6 +194,7 @@ def finetune(
                 tensorboard=tensorboard,
                 amp=amp,
                 seed=seed,
+                optimizer=optimizer,
             )
             is_measured = metric is not None or held is not None
             _require_useful(options, teacher, distillation, is_measured)
@@ -234,6 +238,7 @@ class _Options:
     tensorboard: bool
     amp: bool
     seed: int
+    optimizer: MakeOptimizer | None
 
     def __post_init__(self) -> None:
         for name in ("seed", "measure_every"):
@@ -316,9 +321,12 @@ def _prepare(
         train=options.train,
         layers=options.layers,
         amp=options.amp,
+        optimizer=options.optimizer,
     )
     exits.callback(trainer.finish)
     settings["layers"] = trainer.digest_trained()
+    if options.optimizer is not None:
+        settings["optimizer"] = trainer.describe_optimizer()
 
     measure_every = options.measure_every or max(num_steps // _MEASUREMENTS, 1)
     settings["measure_every"] = measure_every

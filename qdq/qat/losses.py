@@ -47,9 +47,12 @@ class Distillation:
             It ties the inner layers to those of the float model, so that the model does not memorize a few images.
         layers: Patterns (see `qdq.patterns`) of the modules that `features` compares; of nested modules, the outermost.
             Empty: the blocks with layers with a quantized weight, for example `layer1.0` (see `units.name_block`).
+        temperature: T by which `kl` divides the logits of both models; it is multiplied by T^2, as its gradient falls
+            with 1 / T^2.
 
     Raises:
-        ArgumentError: A weight below 0, no weight above 0, or layers without features.
+        ArgumentError: A weight below 0, no weight above 0, layers without features, or a temperature that is not above
+            0.
         ArgumentTypeError: A weight that is not a number.
     """
 
@@ -57,22 +60,26 @@ class Distillation:
     kl: float = 1.0
     features: float = 1.0
     layers: Sequence[Pattern] = ()
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         weights = {"mse": self.mse, "kl": self.kl, "features": self.features}
-        for name, weight in weights.items():
-            if isinstance(weight, bool) or not isinstance(weight, Real):
+        for name, number in {**weights, "temperature": self.temperature}.items():
+            if isinstance(number, bool) or not isinstance(number, Real):
                 raise ArgumentTypeError(
-                    f"{name} is {weight!r}, a {type(weight).__name__}.", f"give {name} as a number."
+                    f"{name} is {number!r}, a {type(number).__name__}.", f"give {name} as a number."
                 )
-            if not 0 <= weight < float("inf"):
+            if not 0 <= number < float("inf"):
                 raise ArgumentError(
-                    f"{name} is {weight}; a weight of a loss is 0 or more.", f"pass another {name}."
+                    f"{name} is {number}; it must be 0 or more, and finite.",
+                    f"pass another {name}.",
                 )
         if not any(weights.values()):
             raise ArgumentError(
                 "all weights of the distillation are 0.", "pass distillation=None to leave it out."
             )
+        if self.temperature == 0:
+            raise ArgumentError("temperature is 0; logits are divided by it.", "leave it out.")
         if self.layers and not self.features:
             raise ArgumentError(
                 "features is 0, so layers have no effect.",
@@ -180,7 +187,7 @@ def _measure_distance(distillation: Distillation, outputs: Any, targets: Any) ->
     targets = move_batch(targets, device)  # a teacher may be elsewhere
     pairs = _pair(_require_floats(outputs), _require_floats(targets), "the model")
     errors = [relative_error(output, target) for output, target in pairs]
-    divergences = [divergence(output, target) for output, target in pairs if output.dim() == 2]
+    divergences = _soften(distillation.temperature, pairs)
     if not (distillation.mse or distillation.features or divergences):
         raise ArgumentError(
             "the distillation is 0: kl needs outputs [N, classes].",
@@ -190,6 +197,18 @@ def _measure_distance(distillation: Distillation, outputs: Any, targets: Any) ->
     if divergences and distillation.kl:
         total = total + distillation.kl * torch.stack(divergences).mean()
     return total
+
+
+def _soften(
+    temperature: float, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> list[torch.Tensor]:
+    """The divergences of all logits, at a temperature."""
+    divergences = []
+    for output, target in pairs:
+        if output.dim() == 2:
+            distance = divergence(output / temperature, target / temperature)
+            divergences.append(distance * temperature**2)
+    return divergences
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

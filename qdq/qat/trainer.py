@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -34,6 +34,9 @@ from qdq.qat.watch import OscillationWatch, find_nonfinite, order_modules
 from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.schedule import Schedule
 from qdq.swap import restore_modules
+
+MakeOptimizer: TypeAlias = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+"""Makes an optimizer of groups of parameters, which have their learning rates."""
 
 TRAINED = ("all", "ranges", "batchnorm")
 _RANGE_EPS = 1e-12  # epsilon of Adam: gradients of ranges are about 1e-9, and the default 1e-8 would nearly stop them
@@ -79,6 +82,7 @@ class Trainer:
         train: As for `finetune`.
         layers: As for `finetune`.
         amp: As for `finetune`.
+        optimizer: As for `finetune`.
 
     Attributes:
         device: The device of the model.
@@ -101,6 +105,7 @@ class Trainer:
         train: str = "all",
         layers: Iterable[Pattern] | None = None,
         amp: bool = False,
+        optimizer: MakeOptimizer | None = None,
     ) -> None:
         if train not in TRAINED:
             raise ArgumentError(
@@ -128,7 +133,7 @@ class Trainer:
         # If only BatchNorm or only ranges are trained, they are trained to the end.
         self._live_batchnorm = 1.0 if train == "batchnorm" else schedule.tune_batchnorm
         self._tune_ranges = 1.0 if train == "ranges" else schedule.tune_ranges
-        self._optimizer = self._make_optimizer()
+        self._optimizer = self._make_optimizer(optimizer or torch.optim.Adam)
         if self._optimizer:
             self._exits.callback(self._optimizer.zero_grad)  # frees the gradients
         self._growing: list[list[TensorQuantizer]] = []  # see `_find_waiting`
@@ -176,7 +181,7 @@ class Trainer:
                 "train the model in float32 (model.float()), if you like with amp=True.",
             )
 
-    def _make_optimizer(self) -> torch.optim.Optimizer | None:
+    def _make_optimizer(self, make: MakeOptimizer) -> torch.optim.Optimizer | None:
         if not self._parameters:
             return None
         learned = set(self._ranges.parameters.values())
@@ -201,7 +206,7 @@ class Trainer:
                 "eps": _RANGE_EPS,
             },
         ]
-        return torch.optim.Adam([group for group in groups if group["params"]])
+        return make([group for group in groups if group["params"]])
 
     @property
     def lr(self) -> float:
@@ -219,6 +224,15 @@ class Trainer:
         """A digest of the chosen modules and parameters."""
         text = "\n".join([*self._chosen, "", *self._parameters])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def describe_optimizer(self) -> dict[str, Any]:
+        """The class of the optimizer, and the settings of each group of parameters."""
+        if self._optimizer is None:
+            return {}
+        groups = []
+        for group in self._optimizer.param_groups:
+            groups.append({name: value for name, value in group.items() if name != "params"})
+        return {"class": type(self._optimizer).__qualname__, "groups": groups}
 
     def place(self, batch: Any) -> Any:
         """A batch on the device of the model; inference tensors are copied, because they have no gradient."""

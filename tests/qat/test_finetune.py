@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -826,3 +827,56 @@ def test_a_model_without_ranges_is_trained_on_request(residual):
     assert tuning.losses[-1] < tuning.losses[0]
     assert (tuning.oscillating, tuning.bad_ranges) == ((), ())
     assert any(not torch.equal(state_of(residual)[name], before[name]) for name in before)
+
+
+def test_another_optimizer_takes_the_steps_of_its_formula():
+    """SGD with momentum and decay, v = m v + g + d w and w = w - r v, in float64."""
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(4, 2, bias=False), torch.randn(8, 4)
+    weight = layer.weight.detach().double()
+    images = inputs.double()
+    finetune(
+        layer,
+        [inputs],
+        loss=lambda outputs, _: outputs.square().mean(),
+        distillation=None,
+        ranges="none",
+        schedule=Schedule(steps=5, lr=0.1, warm_up=0, max_norm=1e9),
+        optimizer=partial(torch.optim.SGD, momentum=0.9, weight_decay=0.01),
+    )
+    velocity = torch.zeros_like(weight)
+    for step in range(5):
+        gradient = (images @ weight.T).T @ images * 2 / 16
+        velocity = 0.9 * velocity + gradient + 0.01 * weight
+        weight = weight - 0.1 * (1 + math.cos(math.pi * step / 5)) / 2 * velocity
+    torch.testing.assert_close(layer.weight.detach().double(), weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_with_another_optimizer_resumes_with_its_momentum(tmp_path, monkeypatch):
+    monkeypatch.setattr("qdq.qat.record._SAVE_SECONDS", -1.0)
+    calls = []
+
+    def fail_in_step_4(outputs, _):
+        calls.append(outputs)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return outputs.square().mean()
+
+    def run(folder, momentum=0.9):
+        torch.manual_seed(0)
+        return finetune(
+            nn.Linear(4, 2),
+            [torch.randn(8, 4)],
+            loss=fail_in_step_4,
+            distillation=None,
+            ranges="none",
+            schedule=Schedule(steps=6, lr=0.1),
+            optimizer=partial(torch.optim.SGD, momentum=momentum),
+            folder=folder,
+        ).losses
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped")
+    assert run(tmp_path / "stopped") == run(tmp_path / "whole")
+    with pytest.raises(ArgumentError, match="other settings: optimizer"):
+        run(tmp_path / "whole", momentum=0.5)

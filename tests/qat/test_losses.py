@@ -9,7 +9,7 @@ from torch import nn
 
 import qdq
 from qdq.errors import ArgumentError
-from qdq.qat.losses import divergence, relative_error
+from qdq.qat.losses import Objective, divergence, relative_error
 from qdq.quantizer import named_quantizers
 from qdq.schedule import Schedule
 
@@ -61,6 +61,25 @@ def test_divergence():
     assert float(divergence(found, expected)) == pytest.approx(
         (p * np.log(p / q)).sum(1).mean(), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
+def test_a_temperature_softens_the_classes(temperature):
+    teacher, student = nn.Linear(6, 10), nn.Linear(6, 10)
+    inputs = torch.randn(6, 6)
+    with torch.no_grad():
+        logits = [model(inputs).double().numpy() / temperature for model in (teacher, student)]
+    p, q = (np.exp(values) / np.exp(values).sum(1, keepdims=True) for values in logits)
+    distillation = qdq.Distillation(mse=0, kl=0.3, features=0, temperature=temperature)
+    loss = Objective(student, teacher, None, distillation)([inputs])
+    expected = 0.3 * temperature**2 * (p * np.log(p / q)).sum(1).mean()
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("inf"), float("nan")])
+def test_a_temperature_is_above_0(temperature):
+    with pytest.raises(ArgumentError, match="temperature is"):
+        qdq.Distillation(temperature=temperature)
 
 
 def test_gradients_of_equal_outputs_are_finite():
