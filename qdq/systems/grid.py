@@ -81,3 +81,12 @@ def find_grid(module: nn.Module, parameter: str) -> Grid | None:
     """
     grid: Grid | None = vars(module).get("_system_grids", {}).get(parameter)
     return grid
+
+
+def forget_grids(module: nn.Module) -> None:
+    """Undo `note_grid` for all parameters of a layer.
+
+    Args:
+        module: The layer.
+    """
+    vars(module).pop("_system_grids", None)

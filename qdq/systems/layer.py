@@ -19,16 +19,19 @@ _REMOVE = "remove the parametrization, for instance with torch.nn.utils.parametr
 
 
 class SystemLayer(nn.Module):
-    """A convolution or linear layer whose weight, and whose input if it has a quantizer, are quantized.
+    """A convolution or linear layer whose weight, and whose input and bias if they have a quantizer, are quantized.
 
     Attributes:
         weight_system: Quantizer of the weight; None: the weight stays float.
         input_system: Quantizer of the input; None: the input stays float.
+        bias_system: Quantizer of the bias; None: the bias stays float.
     """
 
     weight: torch.Tensor
+    bias: Any  # a parameter, or None
     weight_system: SystemQuantizer | None
     input_system: SystemQuantizer | None
+    bias_system: SystemQuantizer | None
 
     def forward(self, values: torch.Tensor, *args: Any) -> Any:
         """As the float layer.
@@ -39,16 +42,24 @@ class SystemLayer(nn.Module):
         refuse_replica(self, self.label, "quantizes")
         if self.input_system is not None:
             values = self.input_system(values)
-        if self.weight_system is None:
-            return super().forward(values, *args)
-        if "weight" not in self._parameters:
-            raise StateError(f"{self.label}: {_COMPUTED}.", _REMOVE)
+        quantized = self._quantize_parameters()
         # An attribute of the instance comes before the parameter, which is neither moved nor renamed.
-        vars(self)["weight"] = self.weight_system(self.weight)
+        vars(self).update(quantized)
         try:
             return super().forward(values, *args)
         finally:
-            del vars(self)["weight"]
+            for name in quantized:
+                del vars(self)[name]
+
+    def _quantize_parameters(self) -> dict[str, torch.Tensor]:
+        quantized = {}
+        if self.weight_system is not None:
+            if "weight" not in self._parameters:
+                raise StateError(f"{self.label}: {_COMPUTED}.", _REMOVE)
+            quantized["weight"] = self.weight_system(self.weight)
+        if self.bias_system is not None and self.bias is not None:
+            quantized["bias"] = self.bias_system(self.bias)
+        return quantized
 
     @property
     def label(self) -> str:
@@ -65,6 +76,10 @@ class SystemConv2d(SystemLayer, nn.Conv2d):
     """`nn.Conv2d` in a number system."""
 
 
+class SystemConv3d(SystemLayer, nn.Conv3d):
+    """`nn.Conv3d` in a number system."""
+
+
 class SystemLinear(SystemLayer, nn.Linear):
     """`nn.Linear` in a number system."""
 
@@ -72,6 +87,7 @@ class SystemLinear(SystemLayer, nn.Linear):
 _CLASSES: dict[type[nn.Module], type[SystemLayer]] = {
     nn.Conv1d: SystemConv1d,
     nn.Conv2d: SystemConv2d,
+    nn.Conv3d: SystemConv3d,
     nn.Linear: SystemLinear,
 }
 
@@ -96,6 +112,7 @@ def convert_layer(
     layer: nn.Module,
     weight_system: SystemQuantizer | None,
     input_system: SystemQuantizer | None = None,
+    bias_system: SystemQuantizer | None = None,
 ) -> SystemLayer:
     """Give a float layer its quantizers, in place.
 
@@ -103,6 +120,7 @@ def convert_layer(
         layer: A layer for which `is_layer` is true, or one that was converted before; its quantizers are replaced.
         weight_system: Quantizer of the weight.
         input_system: Quantizer of the input.
+        bias_system: Quantizer of the bias.
 
     Returns:
         The same object.
@@ -127,9 +145,10 @@ def convert_layer(
         layer.__class__ = _CLASSES[type(layer)]
         vars(layer)["_hook"] = layer.register_forward_pre_hook(_stay_as_called)
     converted: Any = layer
-    device = converted.weight.device
-    converted.weight_system = None if weight_system is None else weight_system.to(device)
-    converted.input_system = None if input_system is None else input_system.to(device)
+    systems = {"weight": weight_system, "input": input_system, "bias": bias_system}
+    for tensor, system in systems.items():
+        placed = None if system is None else system.to(converted.weight.device)
+        setattr(converted, f"{tensor}_system", placed)
     return converted  # type: ignore[no-any-return]
 
 
@@ -146,5 +165,6 @@ def restore_layer(layer: SystemLayer) -> None:
     vars(layer).pop("_hook").remove()
     del layer.weight_system
     del layer.input_system
+    del layer.bias_system
     float_classes = {converted: original for original, converted in _CLASSES.items()}
     layer.__class__ = float_classes[type(layer)]  # type: ignore[assignment]

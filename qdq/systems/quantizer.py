@@ -41,6 +41,14 @@ class SystemQuantizer(nn.Module):
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """The quantized values, in shape, type and device of the values, with a gradient."""
 
+    def transform(self, values: torch.Tensor) -> torch.Tensor:
+        """The float values that are rounded, in systems that do more with a weight than to round it.
+
+        Args:
+            values: The float weight.
+        """
+        return values
+
     @abstractmethod
     def describe(self, values: torch.Tensor | None) -> Grid:
         """The grid of the quantized values.

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qdq.systems.grid import Verdict
+from qdq.text import group_names, list_names
+
+_SHOWN_NAMES = 5
 
 
 @dataclass(frozen=True)
@@ -49,26 +53,81 @@ class LayerVerdict:
 
 
 @dataclass(frozen=True)
+class MovedRounding:
+    """A place where the emulation of a system rounds, and TensorRT does not, or elsewhere.
+
+    Args:
+        name: Dotted name of the layer.
+        reason: What is rounded, and why it is not in TensorRT.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Transfer:
     """Result of `to_tensorrt`.
 
     Args:
         layers: All convolutions and linear layers.
         standing: The quantizers that stay between layers, such as before a sum.
+        moved: Where the emulation rounds and TensorRT does not.
     """
 
     layers: tuple[LayerVerdict, ...]
     standing: tuple[TensorVerdict, ...]
+    moved: tuple[MovedRounding, ...] = ()
 
     def format_table(self) -> str:
         """A line for each layer, with the SQNR before and after where something was converted."""
-        num_int8 = sum(layer.precision == "int8" for layer in self.layers)
-        lines = [f"{num_int8} of {len(self.layers)} layers in int8"]
+        lines = [self._count_int8()]
         for layer in self.layers:
-            lines.append(f"  {layer.name}: {layer.precision}{_prefix(': ', layer.note)}")
-            lines += [f"    {_format_tensor(tensor)}" for tensor in layer.tensors]
-        lines += [f"  between layers: {_format_tensor(tensor)}" for tensor in self.standing]
-        return "\n".join(lines)
+            lines += _format_layer(layer)
+        lines += map(_format_standing, self.standing)
+        return "\n".join([*lines, *self._format_moved()])
+
+    def format_summary(self) -> str:
+        """As `format_table`, without what int8 represents exactly."""
+        num_exact = 0
+        lines = []
+        for layer in self.layers:
+            if layer.precision == "int8" and not layer.note and _are_exact(layer.tensors):
+                num_exact += 1
+            else:
+                lines += _format_layer(layer)
+        for tensor in self.standing:
+            if not _are_exact([tensor]):
+                lines.append(_format_standing(tensor))
+        first = f"{self._count_int8()}, {num_exact} of them exactly"
+        return "\n".join([first, *lines, *self._format_moved()])
+
+    def _count_int8(self) -> str:
+        num_int8 = sum(layer.precision == "int8" for layer in self.layers)
+        return f"{num_int8} of {len(self.layers)} layers in int8"
+
+    def _format_moved(self) -> list[str]:
+        """The places with other rounding, those with the same reason together."""
+        if not self.moved:
+            return []
+        lines = [f"  TensorRT rounds otherwise than the emulation at {len(self.moved)} places"]
+        groups = group_names((place.reason, place.name) for place in self.moved)
+        for reason, names in groups.items():
+            lines.append(f"    {list_names(names, _SHOWN_NAMES)}: {reason}")
+        return lines
+
+
+def _are_exact(tensors: Iterable[TensorVerdict]) -> bool:
+    return all(tensor.verdict == "exact" for tensor in tensors)
+
+
+def _format_layer(layer: LayerVerdict) -> list[str]:
+    line = f"  {layer.name}: {layer.precision}{_prefix(': ', layer.note)}"
+    return [line, *(f"    {_format_tensor(tensor)}" for tensor in layer.tensors)]
+
+
+def _format_standing(tensor: TensorVerdict) -> str:
+    return f"  between layers: {_format_tensor(tensor)}"
 
 
 def _prefix(separator: str, text: str) -> str:

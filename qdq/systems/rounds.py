@@ -111,6 +111,14 @@ class Rounds:
             "seed": options.seed,
             "data": digest_first_batch(self._batches, options.seed, find_device(self._model)),
         }
+        if options.distillation is not None:
+            weights = options.distillation
+            facts["distillation"] = [
+                weights.mse,
+                weights.kl,
+                weights.features,
+                weights.temperature,
+            ]
         described: dict[str, Any] = to_jsonable(facts)
         return described
 

@@ -56,7 +56,7 @@ def _trace(model: nn.Module) -> fx.Graph:
         return _Tracer().trace(model)
     except Exception as error:
         raise UnsupportedError(
-            f"quantizers stand between the layers, and torch.fx cannot say between which: {error}",
+            f"torch.fx cannot say what is before and after the layers, where quantizers stand: {error}",
             "write the forward without branches on values and sizes, or make the quantizers parts of the layers.",
         ) from error
 
@@ -101,6 +101,32 @@ def find_sources(
     return {layer: quantizers.pop() for layer, quantizers in sources.items()}, needed
 
 
+def find_input_layers(model: nn.Module) -> tuple[list[str], list[str]]:
+    """What reads the inputs of a model, also through functions that only copy or reshape.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The names of layers, and those of all other readers.
+
+    Raises:
+        UnsupportedError: torch.fx cannot trace the model.
+    """
+    layers: dict[str, None] = {}
+    others: dict[str, None] = {}
+    for node in _trace(model).nodes:
+        if node.op != "placeholder":
+            continue
+        for reader in _list_readers(node, None):
+            is_module = reader.op == "call_module"
+            name = str(reader.target) if is_module else reader.name
+            is_layer = is_module and isinstance(model.get_submodule(name), WEIGHTED)
+            readers = layers if is_layer else others
+            readers[name] = None
+    return list(layers), list(others)
+
+
 def _takes_float(model: nn.Module, node: fx.Node) -> bool:
     """Whether a node is a layer that does not quantize its input itself."""
     if node.op != "call_module":
@@ -114,8 +140,8 @@ def _count_calls(graph: fx.Graph, layer: str) -> int:
     return sum(node.op == "call_module" and node.target == layer for node in graph.nodes)
 
 
-def _list_readers(node: fx.Node, grid: Grid) -> list[fx.Node]:
-    """The nodes that read values of a grid, also through functions that keep values on it."""
+def _list_readers(node: fx.Node, grid: Grid | None) -> list[fx.Node]:
+    """The nodes that read values of a grid, also through functions that keep values on it; None: through copies."""
     readers = []
     for user in node.users:
         if _keeps_grid(user, grid):
@@ -125,7 +151,7 @@ def _list_readers(node: fx.Node, grid: Grid) -> list[fx.Node]:
     return readers
 
 
-def _keeps_grid(node: fx.Node, grid: Grid) -> bool:
+def _keeps_grid(node: fx.Node, grid: Grid | None) -> bool:
     """Whether a function returns values of the grid that it was given."""
     if node.op not in ("call_function", "call_method") or len(node.all_input_nodes) != 1:
         return False
@@ -133,7 +159,7 @@ def _keeps_grid(node: fx.Node, grid: Grid) -> bool:
     if name in COPIES or name in MAX_POOLINGS:
         return True
     function = FUNCTIONS.get(name)
-    if function is None or function.clamp is None:
+    if grid is None or function is None or function.clamp is None:
         return False
     low, high = function.clamp.low, function.clamp.high
     names = function.clamp.parameters

@@ -57,17 +57,18 @@ def transfer(model: nn.Module, layout: Layout) -> None:
     for site in layout.sites:
         if isinstance(site.layer, SystemLayer):
             input_systems[site.name] = site.layer.input_system
-            _keep_exact_weight(site)
+            _keep_weight(site)
+            _keep_bias(site.layer)
             restore_layer(site.layer)
     if sites:
         layers = {site.layer for site in sites}
         swap_modules(model, include=[lambda _, module: module in layers])
     for site in sites:
         layer: Any = site.layer
-        layer._weight_quantizer.amax = _weight_range(site)
+        layer._weight_quantizer.amax = _weight_range(site.weight, site.values)
         if site.input is not None:
             system = input_systems.get(site.name)
-            layer._input_quantizer = _make_quantizer(site.input, system).to(layer.weight.device)
+            layer._input_quantizer = make_quantizer(site.input, system).to(layer.weight.device)
     _replace_standing(model, layout)
     switch_fast_paths(model)
 
@@ -79,7 +80,7 @@ def _replace_standing(model: nn.Module, layout: Layout) -> None:
     for name, quantizer in layout.standing.items():
         replacement: nn.Module = nn.Identity()
         if name in layout.needed:
-            replacement = _make_quantizer(quantizer.describe(None), quantizer).to(device)
+            replacement = make_quantizer(quantizer.describe(None), quantizer).to(device)
         for alias, module in names:
             if module is quantizer:
                 model.set_submodule(alias, replacement)
@@ -91,20 +92,28 @@ def is_convertible(grid: Grid) -> bool:
     return not is_symmetric or grid.lowest < INT8_LOWEST or grid.highest > INT8_HIGHEST
 
 
-def _keep_exact_weight(site: Site) -> None:
-    """Replace the float weight by its quantized values, if int8 has them."""
+@torch.no_grad()
+def _keep_weight(site: Site) -> None:
+    """Replace the float weight by its quantized values, if int8 has them; otherwise by those that are rounded."""
     layer: Any = site.layer
-    if site.weight is None or layer.weight_system is None or is_convertible(site.weight):
+    if site.weight is None or layer.weight_system is None:
         return
-    with torch.no_grad():
-        layer.weight.copy_(layer.weight_system(layer.weight))
+    system = layer.weight_system
+    exported = system.transform if is_convertible(site.weight) else system
+    layer.weight.copy_(exported(layer.weight))
+    site.values = layer.weight.detach()
 
 
-def _weight_range(site: Site) -> torch.Tensor:
+@torch.no_grad()
+def _keep_bias(layer: SystemLayer) -> None:
+    """Replace the float bias by its quantized values: TensorRT adds it in float."""
+    if layer.bias_system is not None and layer.bias is not None:
+        layer.bias.copy_(layer.bias_system(layer.bias))
+
+
+def _weight_range(grid: Grid | None, weight: torch.Tensor) -> torch.Tensor:
     """Amax of each output channel, `[C, 1, ...]`."""
-    grid = site.weight
     assert grid is not None  # noqa: S101  # the caller has chosen such layers
-    weight = site.values
     if is_convertible(grid):
         return reduce_amax(weight, 0)
     shape = [-1] + [1] * (weight.dim() - 1)
@@ -129,7 +138,7 @@ def _find_ends(grid: Grid) -> tuple[float, float]:
     return scale * (grid.lowest - zero_point), scale * (grid.highest - zero_point)
 
 
-def _make_quantizer(grid: Grid, system: SystemQuantizer | None) -> TensorQuantizer:
+def make_quantizer(grid: Grid, system: SystemQuantizer | None) -> TensorQuantizer:
     """The quantizer of an activation.
 
     Args:
@@ -160,8 +169,9 @@ def measure_conversion(grid: Grid, site: Site | None) -> tuple[float, float]:
     before = weight
     if isinstance(layer, SystemLayer) and layer.weight_system is not None:
         before = layer.weight_system(site.values).detach().float()
+        weight = layer.weight_system.transform(site.values).detach().float()
     exported = weight if is_convertible(grid) else before
-    after = fake_quantize(exported, _weight_range(site), axis=0)
+    after = fake_quantize(exported, _weight_range(grid, weight), axis=0)
     return _sqnr(weight, before), _sqnr(weight, after)
 
 

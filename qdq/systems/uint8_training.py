@@ -6,54 +6,19 @@ its reader; the result of an addition, and a concat with all its parts, has the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qdq.errors import ArgumentTypeError
 from qdq.fold import fold_batchnorm
-from qdq.forward import require_model
 from qdq.swap import switch_fast_paths
 from qdq.systems.integer.arithmetic import quantize_bias
 from qdq.systems.layer import SystemLayer, convert_layer
+from qdq.systems.moving_range import EMA_DECAY
 from qdq.systems.selection import take_layers
-from qdq.systems.uint8_quantizers import EMA_DECAY, UInt8Activation, UInt8Weight
-
-
-@contextmanager
-def moving_ranges(model: nn.Module) -> Iterator[None]:
-    """Let the ranges of inputs follow the batches in the block, though the model is in evaluation mode.
-
-    `qdq.finetune` keeps a model in that mode. The ranges move with each step of an optimizer, by the forwards that had
-    gradients: neither measurements nor a step that fails move them.
-
-    Args:
-        model: A model from `prepare_uint8_training`.
-
-    Raises:
-        ArgumentTypeError: Not a module.
-    """
-    require_model(model)
-    quantizers = [module for module in model.modules() if isinstance(module, UInt8Activation)]
-
-    def move(*_: Any) -> None:
-        for quantizer in quantizers:
-            quantizer.after_step()
-
-    for quantizer in quantizers:
-        quantizer.is_moving = True
-    handle = register_optimizer_step_post_hook(move)
-    try:
-        yield
-    finally:
-        handle.remove()
-        for quantizer in quantizers:
-            quantizer.is_moving = False
-            quantizer.forget_step()
+from qdq.systems.uint8_quantizers import UInt8Activation, UInt8Weight
 
 
 def prepare_uint8_training(

@@ -15,9 +15,11 @@ from qdq.forward import evaluating, require_model
 from qdq.swap import plan_swap
 from qdq.systems.grid import INT8_HIGHEST, INT8_LOWEST, Grid
 from qdq.systems.others import NO_RANGE
+from qdq.systems.quantized_inputs import quantize_inputs
 from qdq.systems.records import LayerVerdict, TensorVerdict, Transfer
 from qdq.systems.sites import Site, find_sites
 from qdq.systems.transfer import measure_conversion, transfer
+from qdq.systems.unwrap import Unwrapped, unwrap
 
 
 def to_tensorrt(model: nn.Module, *, convert: bool = False) -> Transfer:
@@ -44,25 +46,36 @@ def to_tensorrt(model: nn.Module, *, convert: bool = False) -> Transfer:
     """
     require_model(model)
     with evaluating(model):  # some systems draw at random in training
-        return _transfer(model, convert)
+        unwrapped = unwrap(model)
+        try:
+            return _transfer(model, convert, unwrapped)
+        except Exception:
+            unwrapped.undo()
+            raise
 
 
-def _transfer(model: nn.Module, convert: bool) -> Transfer:
+def _transfer(model: nn.Module, convert: bool, unwrapped: Unwrapped) -> Transfer:
     layout = find_sites(model)
     verdicts = {site.name: judge_site(site) for site in layout.sites}
     standing = {}
     for name in sorted(layout.needed):
         standing[name] = judge_tensor(name, layout.standing[name].describe(None))
+    for module, grids in unwrapped.inputs.items():
+        for index, grid in grids.items():
+            name = f"{module}, input {index}"
+            standing[name] = judge_tensor(name, grid)
     tensors = verdicts | {name: (verdict,) for name, verdict in standing.items()}
     _require_fit(tensors, _find_obstacles(model, layout.sites), convert)
     order = [name for name, _ in model.named_modules()]
     transfer(model, layout)
+    quantize_inputs(model, unwrapped)
     layers = list(layout.others)
     for site in layout.sites:
         precision = "float" if site.weight is None else "int8"
-        layers.append(LayerVerdict(site.name, precision, verdicts[site.name], _note_of(site)))
+        note = unwrapped.float_reasons.get(site.name) or _note_of(site)
+        layers.append(LayerVerdict(site.name, precision, verdicts[site.name], note))
     layers.sort(key=lambda layer: order.index(layer.name))
-    return Transfer(tuple(layers), tuple(standing.values()))
+    return Transfer(tuple(layers), tuple(standing.values()), unwrapped.moved)
 
 
 def _find_obstacles(model: nn.Module, sites: list[Site]) -> dict[str, str]:

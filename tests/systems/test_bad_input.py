@@ -214,7 +214,7 @@ def test_objects_of_another_type(call):
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.ConvTranspose2d(2, 2, 2), nn.Conv3d(2, 2, 2), nn.ReLU(), "layer"]
+    "layer", [nn.ConvTranspose2d(2, 2, 2), nn.ConvTranspose3d(2, 2, 2), nn.ReLU(), "layer"]
 )
 def test_a_layer_that_no_system_has(layer):
     with pytest.raises(RuntimeError, match=rf"no system has a {type(layer).__name__}") as refused:

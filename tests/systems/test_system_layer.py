@@ -155,7 +155,7 @@ class Mixed(nn.Module):
         self.conv = nn.Conv2d(1, 2, 3, padding=1)
         self.up = nn.ConvTranspose2d(2, 2, 1)
         self.up2 = nn.ConvTranspose2d(2, 2, 1)
-        self.deep = nn.Conv3d(1, 1, 1)
+        self.deep = nn.ConvTranspose3d(1, 1, 1)
         self.attention = nn.MultiheadAttention(4, 2)
         self.normed = parametrize.register_parametrization(nn.Linear(4, 4), "weight", nn.Tanh())
         self.fc = nn.Linear(4, 4)
@@ -168,7 +168,7 @@ class Mixed(nn.Module):
 LEFT = {
     "up": "no system has a ConvTranspose2d",
     "up2": "no system has a ConvTranspose2d",
-    "deep": "no system has a Conv3d",
+    "deep": "no system has a ConvTranspose3d",
     "attention": "no system has a MultiheadAttention",
     "normed": "no system has a ParametrizedLinear",
 }
