@@ -38,7 +38,7 @@ def read_checkpoint(path: Path) -> tuple[StateDict, str]:
     Raises:
         ModelError: It is not a checkpoint, needs code to be loaded, or has no state_dict.
     """
-    content = _load_file(path)
+    content = load_plain(path)
     place = ""
     for _ in range(_MOST_CONTAINERS):
         key = _find_nested(content)
@@ -181,8 +181,11 @@ def _short(kind: torch.dtype | torch.layout) -> str:
     return str(kind).removeprefix("torch.")
 
 
-def _load_file(path: Path) -> Any:
+def load_plain(path: Path) -> Any:
     """The content of a checkpoint file, read without running code from it.
+
+    Args:
+        path: A file that `torch.save` wrote, or a `.safetensors` file.
 
     Raises:
         ModelError: It cannot be read in this way.
