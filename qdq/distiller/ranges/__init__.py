@@ -1,0 +1,1 @@
+"""Scales and zero points: modes, clip modes, and the functions of one tensor."""

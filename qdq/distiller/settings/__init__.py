@@ -1,0 +1,1 @@
+"""How each layer is quantized: settings, and the overrides of single layers."""
