@@ -1,0 +1,1 @@
+"""The files of Distiller: configurations, checkpoints, parameters of layers."""

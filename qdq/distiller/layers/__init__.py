@@ -1,0 +1,1 @@
+"""The quantized layers: they read codes, compute on integers and give codes."""

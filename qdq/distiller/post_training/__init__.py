@@ -1,0 +1,1 @@
+"""From a trained float model to one whose layers compute on codes."""
