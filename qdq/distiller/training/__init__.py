@@ -1,0 +1,1 @@
+"""Quantizers of training, and a training as a file describes it."""

@@ -1,0 +1,107 @@
+"""Which layers and activations of a model are quantized in training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from qdq.distiller.post_training.preparation import require_float
+from qdq.distiller.settings.layer_settings import LayerSettings
+from qdq.errors import StateError, UnsupportedError
+from qdq.systems.layer import SystemLayer, is_layer
+from qdq.systems.quantizer import SystemQuantizer
+from qdq.systems.settings import FLOAT_BITS
+from qdq.systems.unquantized import Unquantized
+
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6)
+_WEIGHTED = (_ConvNd, nn.Linear, nn.Embedding)
+_REPLICAS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+class FakeQuantizationWrapper(nn.Module):
+    """An activation and the quantizer of its output.
+
+    Args:
+        wrapped_module: The activation.
+        fake_q: The quantizer.
+    """
+
+    def __init__(self, wrapped_module: nn.Module, fake_q: SystemQuantizer) -> None:
+        super().__init__()
+        self.wrapped_module = wrapped_module
+        self.fake_q = fake_q
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """The quantized output."""
+        quantized: torch.Tensor = self.fake_q(self.wrapped_module(values))
+        return quantized
+
+
+def is_float(bits: int | None) -> bool:
+    """Whether a number of bits means that nothing is quantized.
+
+    Args:
+        bits: The number; None is float.
+    """
+    return bits is None or bits == FLOAT_BITS
+
+
+def require_untouched(model: nn.Module) -> None:
+    """Refuse a model that is quantized, or wrapped for several devices.
+
+    Raises:
+        StateError: It is quantized.
+        UnsupportedError: It is wrapped.
+    """
+    if isinstance(model, _REPLICAS):
+        raise UnsupportedError(
+            f"the model is wrapped in {type(model).__name__}, whose replicas lose moving ranges.",
+            "quantize model.module.",
+        )
+    require_float(model)
+    for name, module in model.named_modules():
+        if isinstance(module, SystemLayer | SystemQuantizer):
+            raise StateError(
+                f"the model is quantized already: {name} is a {type(module).__name__}.",
+                "prepare a float model, once.",
+            )
+
+
+def choose_layers(
+    model: nn.Module, settings: Mapping[str, LayerSettings]
+) -> tuple[dict[str, nn.Module], list[Unquantized]]:
+    """The layers whose weight is quantized, and the others with the reason."""
+    layers: dict[str, nn.Module] = {}
+    entries = []
+    for name, module in model.named_modules():
+        if not isinstance(module, _WEIGHTED):
+            continue
+        kind = type(module).__name__
+        if name not in settings or is_float(settings[name].bits_weights):
+            entries.append(Unquantized(name, kind, "its weight has no bits"))
+        elif is_layer(module):
+            layers[name] = module
+        else:
+            entries.append(Unquantized(name, kind, f"training does not quantize a {kind}"))
+    return layers, entries
+
+
+def choose_activations(
+    model: nn.Module, settings: Mapping[str, LayerSettings]
+) -> dict[str, nn.Module]:
+    """The activations whose output is quantized."""
+    activations = {}
+    for name, module in model.named_modules():
+        if type(module) in _ACTIVATIONS and not is_float(settings[name].bits_activations):
+            activations[name] = module
+    return activations
+
+
+def replace_everywhere(model: nn.Module, module: nn.Module, replacement: nn.Module) -> None:
+    """Put a module in the place of another one, at all its names."""
+    for name, candidate in list(model.named_modules(remove_duplicate=False)):
+        if candidate is module:
+            model.set_submodule(name, replacement)
