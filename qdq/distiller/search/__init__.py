@@ -1,0 +1,1 @@
+"""Searches for better scales: LAPQ, and greedy by layer."""
