@@ -1,0 +1,1 @@
+"""What `recipes/compress_classifier.py` needs: its options and its log."""
