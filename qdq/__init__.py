@@ -3,6 +3,7 @@
 A name of the public API (`__init__.pyi` lists them) loads its module on first use, so that `import qdq` is light.
 """
 
+import importlib
 from typing import Any
 
 from qdq.lazy import list_homes, load_name
@@ -65,13 +66,16 @@ _HOMES = {
     "workloads.classification.models": ("load_model",),
 }
 _HOME_OF = list_homes(_HOMES)
+_PACKAGES = ("distiller", "systems")  # public packages with names of their own
 
-__all__ = sorted([*_HOME_OF, "__version__"])  # the literal list is in __init__.pyi
+__all__ = sorted([*_HOME_OF, *_PACKAGES, "__version__"])  # the literal list is in __init__.pyi
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
     return load_name(__name__, _HOME_OF, name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME_OF])
+    return sorted({*globals(), *_HOME_OF, *_PACKAGES})

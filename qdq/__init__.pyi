@@ -1,4 +1,6 @@
 # The public API. What is not named here is reached by its module and may change.
+from qdq import distiller as distiller
+from qdq import systems as systems
 from qdq.accuracy.adaround import Rounding as Rounding
 from qdq.accuracy.adaround import round_weights as round_weights
 from qdq.accuracy.bias import BiasCorrection as BiasCorrection

@@ -20,7 +20,7 @@ def test_stub_and_lazy_table_say_the_same():
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert names == set(qdq._HOME_OF)
+    assert names == {*qdq._HOME_OF, *qdq._PACKAGES}
 
 
 @pytest.mark.parametrize("package", ["qdq", "qdq.systems", "qdq.distiller"])
@@ -32,6 +32,15 @@ def test_every_name_loads_and_hides_no_module(package):
         assert not (Path(module.__file__).parent / name).exists()
 
 
+@pytest.mark.parametrize("package", ["systems", "distiller"])
+def test_packages_are_imported_on_first_use(package):
+    script = f"import qdq; assert {package!r} in dir(qdq); print(qdq.{package}.__name__)"
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == f"qdq.{package}"
+
+
 def test_unknown_name():
     with pytest.raises(AttributeError, match="quantise"):
         qdq.quantise  # noqa: B018
@@ -41,6 +50,7 @@ def test_unknown_name():
     "command",
     [
         ["-c", "import qdq"],
+        ["-c", "import qdq; qdq.systems.__all__; qdq.distiller.__all__"],
         ["-m", "qdq.cli.main", "--help"],
         [
             "-c",
