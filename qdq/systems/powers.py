@@ -9,7 +9,7 @@ import torch
 
 from qdq.systems.arithmetic import require_values
 from qdq.systems.binary import SMALLEST_SCALE
-from qdq.systems.grid import INT8_HIGHEST, Grid
+from qdq.systems.grid import INT8_HIGHEST, Grid, name_width
 from qdq.systems.settings import require_bits, require_count, require_integer
 
 
@@ -32,6 +32,11 @@ class PowerLevels:
     def __post_init__(self) -> None:
         require_integer(self.smallest, "smallest", "PowerLevels")
         require_count(self.largest, "largest", "PowerLevels", least=self.smallest)
+
+    @property
+    def bits(self) -> int:
+        """The width: one code for 0, and each level with both signs."""
+        return 2 + (self.largest - self.smallest).bit_length()
 
     @classmethod
     def of(cls, values: torch.Tensor, bits: int, name: str = "PowerLevels") -> PowerLevels:
@@ -100,4 +105,5 @@ class PowerLevels:
             torch.zeros_like(scale),
             int(codes.min()),
             int(codes.max()),
+            obstacle=name_width(self.bits),
         )

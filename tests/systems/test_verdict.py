@@ -15,6 +15,7 @@ from verdict_nets import (
     make_integer,
     make_net,
     make_parameters,
+    make_powers,
     make_standing,
     make_ternary,
     make_uint8,
@@ -59,6 +60,9 @@ REFUSED = {
     "12 bits": (lambda: make_fixed_point(12), "12 bits"),
     "acoustic, 16 bits": (lambda: make_acoustic(16), "16 bits"),
     "acoustic, dynamic": (lambda: make_acoustic(ranges="moving"), "calibrate_inputs"),
+    "affine, 12 bits": (lambda: make_integer("symmetric", bits=12), "12 bits"),
+    "affine with a zero point, 9 bits": (lambda: make_integer("unsigned", bits=9), "9 bits"),
+    "powers of two, 9 bits": (lambda: make_powers(9), "9 bits"),
     "blocks of inputs": (lambda: make_integer("symmetric", 1), "input"),
 }
 

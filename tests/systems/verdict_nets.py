@@ -131,9 +131,9 @@ def make_uint8(symmetric):
     return net.eval()
 
 
-def make_integer(scheme, axis=None, groups=None):
+def make_integer(scheme, axis=None, groups=None, bits=8):
     net = IntegerNetwork(*make_net())
-    net.quantize(8, scheme=scheme, axis=axis, groups=groups)
+    net.quantize(bits, scheme=scheme, axis=axis, groups=groups)
     net.quantize_forward(IMAGES)
     net.freeze()
     return net

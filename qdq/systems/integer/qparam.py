@@ -9,7 +9,7 @@ import torch
 from qdq.errors import ShapeError, StateError
 from qdq.systems.affine import Scheme, find_codes, require_width, solve_affine
 from qdq.systems.arithmetic import require_values
-from qdq.systems.grid import Grid
+from qdq.systems.grid import Grid, name_width
 from qdq.systems.integer.granularity import find_ends, require_granularity, spread
 from qdq.systems.integer.state import TypedState, require_sole
 
@@ -163,14 +163,15 @@ class QParam(TypedState):
         """
         self.require_calibrated()
         scale, zero_point = self.scale.reshape(-1), self.zero_point.reshape(-1)
-        obstacle = ""
+        lowest, highest = self.codes
+        obstacle = name_width(int(highest - lowest).bit_length())
         if self.axis == 0:
             scale = scale.repeat_interleave(channels // scale.numel())
             zero_point = zero_point.repeat_interleave(channels // zero_point.numel())
         elif self.axis is not None and scale.numel() > 1:
             obstacle = f"{scale.numel()} scales along its inputs"
             scale, zero_point = scale.max().reshape(1), zero_point[:1]
-        return Grid(system, scale, zero_point, *self.codes, obstacle=obstacle)
+        return Grid(system, scale, zero_point, lowest, highest, obstacle=obstacle)
 
     def _require_as_many(self, num_ranges: int, tensor: torch.Tensor) -> None:
         if num_ranges != self.min.numel():
