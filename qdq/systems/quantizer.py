@@ -11,10 +11,11 @@ from torch import nn
 from qdq.distributed import find_rank
 from qdq.errors import StateError
 from qdq.systems.grid import Grid
+from qdq.systems.typed_state import TypedState
 
 
-class SystemQuantizer(nn.Module):
-    """Quantizes one tensor by the rule of a system; its state, if it has any, is in buffers.
+class SystemQuantizer(TypedState):
+    """Quantizes one tensor by the rule of a system; its state, if it has any, is in buffers that keep their types.
 
     Args:
         name: For messages.

@@ -19,7 +19,8 @@ from qdq.systems.arithmetic import require_values
 from qdq.systems.grid import Grid
 from qdq.systems.integer.checks import choose_range, require_codes
 from qdq.systems.integer.qparam import QParam
-from qdq.systems.integer.state import TypedState, require_original
+from qdq.systems.integer.state import require_original
+from qdq.systems.typed_state import TypedState
 
 
 class QModule(TypedState):

@@ -11,7 +11,8 @@ from qdq.systems.affine import Scheme, find_codes, require_width, solve_affine
 from qdq.systems.arithmetic import require_values
 from qdq.systems.grid import Grid, name_width
 from qdq.systems.integer.granularity import find_ends, require_granularity, spread
-from qdq.systems.integer.state import TypedState, require_sole
+from qdq.systems.integer.state import require_fitting, require_sole
+from qdq.systems.typed_state import TypedState
 
 _STATE = ("scale", "zero_point", "min", "max")
 
@@ -188,6 +189,12 @@ class QParam(TypedState):
             if value is not None:
                 setattr(self, name, getattr(self, name).new_empty(value.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.num_bits is not None and self.is_calibrated:
+            ends = self.min, self.max
+            is_symmetric = self.scheme == "symmetric"
+            expected = solve_affine(*ends, *self.codes, is_symmetric=is_symmetric)
+            about = f"{self.label}, {self.num_bits} bits, {self.scheme}"
+            require_fitting((self.scale, self.zero_point), expected, about)
 
     def __str__(self) -> str:
         columns = [getattr(self, name).flatten().tolist() for name in _STATE]

@@ -1,8 +1,8 @@
-"""The state of integer layers: buffers that keep their types, in a model that is no replica, codes that are loaded."""
+"""The state of integer layers: in a model that is no replica, and loaded as ranges and codes that fit them."""
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,21 +10,7 @@ from torch import nn
 from qdq.distributed import find_rank
 from qdq.errors import StateError
 
-
-class TypedState(nn.Module):
-    """A module whose own buffers follow it to a device and never to another type.
-
-    `half()` or `to(dtype)` of a model would round scales, ranges and multipliers.
-    """
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        former = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in former.items():
-            moved = self._buffers[name]
-            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
+_SCALE_TOLERANCE = 1e-3  # other widths differ by a factor of 2; other tools round otherwise
 
 
 def require_original(module: nn.Module, label: str) -> None:
@@ -60,6 +46,36 @@ def require_sole(module: nn.Module, label: str) -> None:
         raise StateError(
             f"{label}: {num_processes} processes calibrate, each of which would get its own range.",
             "calibrate in one process and load its state dict in the others.",
+        )
+
+
+def require_fitting(
+    loaded: tuple[torch.Tensor, torch.Tensor],
+    expected: tuple[torch.Tensor, torch.Tensor],
+    about: str,
+) -> None:
+    """Refuse a loaded scale and zero point that are those of another width or scheme.
+
+    Args:
+        loaded: Scale and zero point in the state.
+        expected: Those of the ends in the state, for the width and scheme of the layer.
+        about: The layer, its width and its scheme, for the message.
+
+    Raises:
+        StateError: They differ by more than roundings.
+    """
+    is_scale_near = torch.isclose(loaded[0], expected[0], _SCALE_TOLERANCE, 0)
+    is_zero_point_near = (loaded[1] - expected[1]).abs() <= 1
+    is_fitting = is_scale_near & is_zero_point_near
+    if not bool(is_fitting.all()):
+        first = int((~is_fitting).flatten().to(torch.uint8).argmax())
+        found, wanted = (
+            f"scale {float(scale.flatten()[first]):g} and zero point {float(zero_point.flatten()[first]):g}"
+            for scale, zero_point in (loaded, expected)
+        )
+        raise StateError(
+            f"{about}: the loaded state has {found} where its range gives {wanted}.",
+            "make the layers with the width and the scheme of the state, then load it.",
         )
 
 

@@ -156,3 +156,28 @@ def test_several_processes_do_not_calibrate(monkeypatch):
         net.quantize_forward(IMAGES)
     net.freeze()
     assert net.quantize_inference(IMAGES).shape == (6, 2)
+
+
+@pytest.mark.parametrize(
+    ("made", "loaded"),
+    [
+        ({"num_bits": 8}, {"num_bits": 4}),
+        ({"num_bits": 4}, {"num_bits": 8}),
+        ({"num_bits": 8, "scheme": "signed"}, {"num_bits": 8}),
+        ({"num_bits": 8}, {"num_bits": 8, "scheme": "symmetric"}),
+    ],
+)
+def test_a_state_of_another_width_or_scheme_is_refused(made, loaded):
+    first, second = nn.Conv2d(1, 2, 3), nn.Conv2d(1, 2, 3)
+    source, target = IntegerNetwork(first), IntegerNetwork(second)
+    source.quantize(**made)
+    source.quantize_forward(IMAGES)
+    source.freeze()
+    target.quantize(**loaded)
+    with pytest.raises(RuntimeError, match=r"QConv2d of .*[48] bits, .*loaded state") as caught:
+        target.load_state_dict(source.state_dict())
+    assert isinstance(caught.value, QdqError)
+    target = IntegerNetwork(second)
+    target.quantize(**made)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target.quantize_inference(IMAGES), source.quantize_inference(IMAGES))
