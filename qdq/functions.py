@@ -208,6 +208,7 @@ IDENTITIES = names_of("identity")
 RESHAPES = names_of("reshape")
 COPIES = IDENTITIES | RESHAPES | names_of("copy")
 CONCATS = names_of("concat")
+SHAPE_READERS = frozenset({"size", "shape", "dim", "ndim", "ndimension", "numel"})
 # The functions that TensorRT fuses into the convolution before them.
 SCALINGS = IDENTITIES | MULTIPLICATIONS | names_of("normalization")
 HOMOGENEOUS = frozenset(name for name, function in FUNCTIONS.items() if function.is_homogeneous)

@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 from qdq.nn import QuantMixin, QuantMultiheadAttention
 from qdq.systems.records import LayerVerdict
 from qdq.systems.selection import list_weighted
-from qdq.systems.sources import WEIGHTED
+from qdq.systems.tracing import WEIGHTED
 
 NO_RANGE = "its input has no range yet: call qdq.systems.calibrate_inputs(model, batches)"
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from qdq.distributed import find_rank
 from qdq.errors import StateError
-from qdq.systems.grid import Grid
+from qdq.systems.grid import Grid, describe_moving
 from qdq.systems.typed_state import TypedState
 
 
@@ -108,6 +108,20 @@ class SystemQuantizer(TypedState):
     def __getstate__(self) -> dict[str, Any]:
         # A copy has buffers of its own, which count their changes anew.
         return {**vars(self), "_numbers": {}}
+
+
+def describe_or_refuse(quantizer: SystemQuantizer, values: torch.Tensor | None = None) -> Grid:
+    """The grid of a quantizer, with an obstacle if it is not calibrated, so that one error can name all of them.
+
+    Args:
+        quantizer: The quantizer.
+        values: As for `SystemQuantizer.describe`.
+    """
+    try:
+        return quantizer.describe(values)
+    except StateError as error:
+        reason = error.message.removeprefix(quantizer.label).strip(" :.")
+        return describe_moving(type(quantizer).__name__, 8, f"not calibrated ({reason})")
 
 
 def refuse_replica(module: nn.Module, label: str, action: str) -> None:

@@ -20,9 +20,10 @@ from qdq.systems.integer.restore import read_parameters
 from qdq.systems.integer.weighted import QWeighted
 from qdq.systems.layer import SystemLayer
 from qdq.systems.others import list_others
-from qdq.systems.quantizer import SystemQuantizer
+from qdq.systems.quantizer import SystemQuantizer, describe_or_refuse
 from qdq.systems.records import LayerVerdict
-from qdq.systems.sources import WEIGHTED, find_sources, find_standing
+from qdq.systems.sources import find_sources, find_standing
+from qdq.systems.tracing import WEIGHTED
 
 _CODE_TOLERANCE = 1e-3  # float32 values are this near to an integer multiple of their scale
 
@@ -71,7 +72,6 @@ def find_sites(model: nn.Module) -> Layout:
 
     Raises:
         UnsupportedError: Quantizers stand between layers, and torch.fx cannot trace the model.
-        StateError: A quantizer is not calibrated.
     """
     _require_layers_outside(model)
     layout = Layout(standing=find_standing(model))
@@ -85,7 +85,7 @@ def find_sites(model: nn.Module) -> Layout:
         site = _make_site(name, module, frozen.get(module))
         if site.input is None and name in before:
             site.source = before[name]
-            site.input = layout.standing[site.source].describe(None)
+            site.input = describe_or_refuse(layout.standing[site.source])
         layout.sites.append(site)
     _refuse_other_grids_of_one_weight(layout.sites)
     if any(isinstance(module, QSigmoid) for module in model.modules()):
@@ -150,15 +150,13 @@ def _mark_table(sites: list[Site]) -> None:
 
 
 def _make_site(name: str, layer: Any, integer_layer: QWeighted | None) -> Site:
-    """One layer; of an integer layer, the float layer that it was made of.
-
-    Raises:
-        StateError: The integer layer is not frozen.
-    """
+    """One layer; of an integer layer, the float layer that it was made of."""
+    values = layer.weight.detach()
     if integer_layer is None:
-        values = layer.weight.detach()
         return Site(name, layer, values, _grid_of_weight(layer), _grid_of_input(layer))
-    integer_layer.require_frozen()
+    if not integer_layer.is_frozen:
+        obstacle = "not frozen: calibrate and freeze the network first"
+        return Site(name, layer, values, describe_moving("affine", 8, obstacle), None)
     grids = integer_layer.grids()
     values, _ = read_parameters(integer_layer)
     return Site(name, layer, values, grids["weight"], grids["input"])
@@ -175,7 +173,7 @@ def _grid_of_weight(layer: Any) -> Grid | None:
         name = type(system).__name__ if grid is None else grid.system
         return describe_moving(name, 8, f"{num_bad} of {weight.numel()} values are not finite")
     if system is not None:
-        return system.describe(weight)
+        return describe_or_refuse(system, weight)
     assert grid is not None  # noqa: S101
     if not _has_values_of(grid, weight):  # after training, or with other weights loaded
         return replace(grid, obstacle="have other values than when they were quantized")
@@ -195,5 +193,5 @@ def _has_values_of(grid: Grid, values: torch.Tensor) -> bool:
 
 def _grid_of_input(layer: nn.Module) -> Grid | None:
     if isinstance(layer, SystemLayer) and layer.input_system is not None:
-        return layer.input_system.describe(None)
+        return describe_or_refuse(layer.input_system)
     return find_grid(layer, "input")

@@ -9,18 +9,13 @@ from collections.abc import Mapping
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _NormBase
 
-from qdq.errors import UnsupportedError
-from qdq.forward import name_function
 from qdq.functions import COPIES, FUNCTIONS, MAX_POOLINGS
-from qdq.quantizer import TensorQuantizer, named_quantizers
+from qdq.quantizer import named_quantizers
 from qdq.systems.grid import Grid, find_grid
 from qdq.systems.layer import SystemLayer
-from qdq.systems.quantizer import SystemQuantizer
-
-WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-"""The layers that become quantized ones."""
+from qdq.systems.quantizer import SystemQuantizer, describe_or_refuse
+from qdq.systems.tracing import WEIGHTED, name_of, trace
 
 
 def find_standing(model: nn.Module) -> dict[str, SystemQuantizer]:
@@ -43,24 +38,6 @@ def find_standing(model: nn.Module) -> dict[str, SystemQuantizer]:
     return standing
 
 
-class _Tracer(fx.Tracer):
-    """Sees layers, normalizations and quantizers as modules, and everything else as functions."""
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        """Whether a module is one node of the graph."""
-        return isinstance(module, (*WEIGHTED, _NormBase, SystemQuantizer, TensorQuantizer))
-
-
-def _trace(model: nn.Module) -> fx.Graph:
-    try:
-        return _Tracer().trace(model)
-    except Exception as error:
-        raise UnsupportedError(
-            f"torch.fx cannot say what is before and after the layers, where quantizers stand: {error}",
-            "write the forward without branches on values and sizes, or make the quantizers parts of the layers.",
-        ) from error
-
-
 def find_sources(
     model: nn.Module, standing: Mapping[str, SystemQuantizer]
 ) -> tuple[dict[str, str], set[str]]:
@@ -76,18 +53,17 @@ def find_sources(
 
     Raises:
         UnsupportedError: torch.fx cannot trace the model.
-        StateError: A quantizer is not calibrated.
     """
     if not standing:
         return {}, set()
-    graph = _trace(model)
+    graph = trace(model)
     sources: dict[str, set[str]] = {}
     needed = set()
     for node in graph.nodes:
         quantizer = str(node.target)
         if node.op != "call_module" or quantizer not in standing:
             continue
-        grid = standing[quantizer].describe(None)
+        grid = describe_or_refuse(standing[quantizer])
         for reader in _list_readers(node, grid):
             if _takes_float(model, reader):
                 sources.setdefault(str(reader.target), set()).add(quantizer)
@@ -115,7 +91,7 @@ def find_input_layers(model: nn.Module) -> tuple[list[str], list[str]]:
     """
     layers: dict[str, None] = {}
     others: dict[str, None] = {}
-    for node in _trace(model).nodes:
+    for node in trace(model).nodes:
         if node.op != "placeholder":
             continue
         for reader in _list_readers(node, None):
@@ -144,6 +120,8 @@ def _list_readers(node: fx.Node, grid: Grid | None) -> list[fx.Node]:
     """The nodes that read values of a grid, also through functions that keep values on it; None: through copies."""
     readers = []
     for user in node.users:
+        if "is_size" in user.meta:
+            continue
         if _keeps_grid(user, grid):
             readers += _list_readers(user, grid)
         else:
@@ -153,13 +131,16 @@ def _list_readers(node: fx.Node, grid: Grid | None) -> list[fx.Node]:
 
 def _keeps_grid(node: fx.Node, grid: Grid | None) -> bool:
     """Whether a function returns values of the grid that it was given."""
-    if node.op not in ("call_function", "call_method") or len(node.all_input_nodes) != 1:
+    if node.op not in ("call_function", "call_method"):
         return False
-    name = name_function(node.target) if callable(node.target) else str(node.target).strip("_")
+    inputs = node.all_input_nodes
+    if sum("is_size" not in other.meta for other in inputs) != 1:
+        return False
+    name = name_of(node)
     if name in COPIES or name in MAX_POOLINGS:
         return True
     function = FUNCTIONS.get(name)
-    if grid is None or function is None or function.clamp is None:
+    if grid is None or function is None or function.clamp is None or len(inputs) != 1:
         return False
     low, high = function.clamp.low, function.clamp.high
     names = function.clamp.parameters

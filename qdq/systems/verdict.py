@@ -16,6 +16,7 @@ from qdq.swap import plan_swap
 from qdq.systems.grid import INT8_HIGHEST, INT8_LOWEST, Grid
 from qdq.systems.others import NO_RANGE
 from qdq.systems.quantized_inputs import quantize_inputs
+from qdq.systems.quantizer import describe_or_refuse
 from qdq.systems.records import LayerVerdict, TensorVerdict, Transfer
 from qdq.systems.sites import Site, find_sites
 from qdq.systems.transfer import measure_conversion, transfer
@@ -39,9 +40,9 @@ def to_tensorrt(model: nn.Module, *, convert: bool = False) -> Transfer:
 
     Raises:
         ArgumentTypeError: Not a module.
-        ExportError: Tensors that do not fit, or layers that cannot be replaced; the message names all of them, and the
-            model does not change.
-        StateError: A quantizer is not calibrated.
+        ExportError: Tensors that do not fit or are not calibrated, or layers that cannot be replaced; the message names
+            all of them, and the model does not change.
+        StateError: A module of another tool has not run, see `unwrap`.
         UnsupportedError: As for `sites.find_sites`.
     """
     require_model(model)
@@ -59,7 +60,7 @@ def _transfer(model: nn.Module, convert: bool, unwrapped: Unwrapped) -> Transfer
     verdicts = {site.name: judge_site(site) for site in layout.sites}
     standing = {}
     for name in sorted(layout.needed):
-        standing[name] = judge_tensor(name, layout.standing[name].describe(None))
+        standing[name] = judge_tensor(name, describe_or_refuse(layout.standing[name]))
     for module, grids in unwrapped.inputs.items():
         for index, grid in grids.items():
             name = f"{module}, input {index}"

@@ -23,7 +23,7 @@ from verdict_nets import (
 )
 
 from qdq import export_onnx
-from qdq.errors import ExportError, StateError, UnsupportedError
+from qdq.errors import ExportError, UnsupportedError
 from qdq.systems import (
     BinaryWeight,
     IntegerNetwork,
@@ -105,8 +105,66 @@ def test_export_names_the_function(tmp_path):
 def test_an_uncalibrated_model_is_refused():
     net = make_binary()
     net[0].input_system = LinearQuant("x", 8)
-    with pytest.raises(StateError):
+    with pytest.raises(ExportError, match="0: LinearQuant inputs: not calibrated"):
         to_tensorrt(net)
+
+
+def test_all_uncalibrated_quantizers_are_named_with_the_other_offenders():
+    net = make_uint8(False)
+    net[0].input_system = LinearQuant("x", 8)
+    last = nn.Conv2d(16, 4, 1)
+    quantize_parameters(last, 8)
+    standing = nn.Sequential(net, LinearQuant("y", 8), last, LinearQuant("z", 8))
+    with pytest.raises(ExportError) as refused:
+        to_tensorrt(standing)
+    lines = refused.value.message.splitlines()[1:]
+    names = [line.partition(":")[0] for line in lines]
+    assert names == ["0.0", "0.0", "0.2", "0.2", "2", "3"]
+    assert sum("not calibrated" in line for line in lines) == 3
+    assert sum("zero point" in line.partition(";")[0] for line in lines) == 3
+
+
+def test_a_network_that_is_not_frozen_is_refused_with_its_layers():
+    net = IntegerNetwork(*make_net())
+    net.quantize(8)
+    net.quantize_forward(IMAGES)
+    with pytest.raises(ExportError, match="not frozen") as refused:
+        to_tensorrt(net)
+    assert refused.value.message.count("layers.") == 2
+
+
+class Flat(nn.Module):
+    def __init__(self, flatten):
+        super().__init__()
+        torch.manual_seed(0)
+        self.quant = LinearQuant("q", 8, counter=1)
+        self.fc = nn.Linear(300, 2)
+        self.flatten = flatten
+
+    def forward(self, x):
+        return self.fc(self.flatten(self.quant(x)))
+
+
+FLATTENINGS = {
+    "size(0)": lambda x: x.view(x.size(0), -1),
+    "shape[0]": lambda x: x.reshape(x.shape[0], -1),
+    "size()[0]": lambda x: x.view(x.size()[0], x.size(1) * x.size(2) * x.size(3)),
+    "numel()": lambda x: x.view(-1, x.numel() // x.shape[0]),
+}
+
+
+@pytest.mark.parametrize("flatten", FLATTENINGS.values(), ids=FLATTENINGS)
+def test_reshaping_to_read_sizes_keeps_the_grid(flatten):
+    net = Flat(flatten).eval()
+    quantize_parameters(net, 8)
+    net(IMAGES)
+    expected = run(net)
+    sf = net.quant.sf
+    transfer = to_tensorrt(net)
+    assert [tensor.place for tensor in transfer.layers[0].tensors] == ["weight", "input"]
+    assert not transfer.standing
+    assert float(net.fc._input_quantizer.amax) == 127 * 2.0**-sf
+    np.testing.assert_allclose(run(net), expected, atol=1e-5)
 
 
 def test_a_weight_that_has_changed_is_refused():
@@ -193,7 +251,7 @@ def test_calibrating_what_is_missing_keeps_the_ranges_of_the_system():
 def test_a_quantizer_that_still_counts_is_refused():
     net = nn.Sequential(LinearQuant("q", 4, counter=10), make_ternary()[0])
     net[0](IMAGES)
-    with pytest.raises(StateError, match="counter is 9"):
+    with pytest.raises(ExportError, match="counter is 9"):
         to_tensorrt(net)
 
 

@@ -164,15 +164,14 @@ class QParam(TypedState):
         """
         self.require_calibrated()
         scale, zero_point = self.scale.reshape(-1), self.zero_point.reshape(-1)
-        lowest, highest = self.codes
-        obstacle = name_width(int(highest - lowest).bit_length())
+        obstacle = name_width(self.num_bits or 0)
         if self.axis == 0:
             scale = scale.repeat_interleave(channels // scale.numel())
             zero_point = zero_point.repeat_interleave(channels // zero_point.numel())
         elif self.axis is not None and scale.numel() > 1:
             obstacle = f"{scale.numel()} scales along its inputs"
             scale, zero_point = scale.max().reshape(1), zero_point[:1]
-        return Grid(system, scale, zero_point, lowest, highest, obstacle=obstacle)
+        return Grid(system, scale, zero_point, *self.codes, obstacle=obstacle)
 
     def _require_as_many(self, num_ranges: int, tensor: torch.Tensor) -> None:
         if num_ranges != self.min.numel():
@@ -190,11 +189,7 @@ class QParam(TypedState):
                 setattr(self, name, getattr(self, name).new_empty(value.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.num_bits is not None and self.is_calibrated:
-            ends = self.min, self.max
-            is_symmetric = self.scheme == "symmetric"
-            expected = solve_affine(*ends, *self.codes, is_symmetric=is_symmetric)
-            about = f"{self.label}, {self.num_bits} bits, {self.scheme}"
-            require_fitting((self.scale, self.zero_point), expected, about)
+            require_fitting(self)
 
     def __str__(self) -> str:
         columns = [getattr(self, name).flatten().tolist() for name in _STATE]

@@ -9,6 +9,7 @@ from torch import nn
 
 from qdq.distributed import find_rank
 from qdq.errors import StateError
+from qdq.systems.affine import solve_affine
 
 _SCALE_TOLERANCE = 1e-3  # other widths differ by a factor of 2; other tools round otherwise
 
@@ -49,34 +50,30 @@ def require_sole(module: nn.Module, label: str) -> None:
         )
 
 
-def require_fitting(
-    loaded: tuple[torch.Tensor, torch.Tensor],
-    expected: tuple[torch.Tensor, torch.Tensor],
-    about: str,
-) -> None:
+def require_fitting(qparam: Any) -> None:
     """Refuse a loaded scale and zero point that are those of another width or scheme.
 
     Args:
-        loaded: Scale and zero point in the state.
-        expected: Those of the ends in the state, for the width and scheme of the layer.
-        about: The layer, its width and its scheme, for the message.
+        qparam: The `QParam` that was loaded.
 
     Raises:
-        StateError: They differ by more than roundings.
+        StateError: They differ from those of its range by more than roundings.
     """
-    is_scale_near = torch.isclose(loaded[0], expected[0], _SCALE_TOLERANCE, 0)
-    is_zero_point_near = (loaded[1] - expected[1]).abs() <= 1
-    is_fitting = is_scale_near & is_zero_point_near
-    if not bool(is_fitting.all()):
-        first = int((~is_fitting).flatten().to(torch.uint8).argmax())
-        found, wanted = (
-            f"scale {float(scale.flatten()[first]):g} and zero point {float(zero_point.flatten()[first]):g}"
-            for scale, zero_point in (loaded, expected)
-        )
-        raise StateError(
-            f"{about}: the loaded state has {found} where its range gives {wanted}.",
-            "make the layers with the width and the scheme of the state, then load it.",
-        )
+    scale, zero_point = solve_affine(
+        qparam.min, qparam.max, *qparam.codes, is_symmetric=qparam.scheme == "symmetric"
+    )
+    is_scale_near = torch.isclose(qparam.scale, scale, _SCALE_TOLERANCE, 0)
+    is_fitting = is_scale_near & ((qparam.zero_point - zero_point).abs() <= 1)
+    if bool(is_fitting.all()):
+        return
+    first = int((~is_fitting).flatten().to(torch.uint8).argmax())
+    loaded = [float(numbers.flatten()[first]) for numbers in (qparam.scale, qparam.zero_point)]
+    expected = [float(numbers.flatten()[first]) for numbers in (scale, zero_point)]
+    raise StateError(
+        f"{qparam.label}: the loaded scale is {loaded[0]:g} and the zero point {loaded[1]:g}, where "
+        f"{qparam.num_bits} bits, {qparam.scheme}, give its range {expected[0]:g} and {expected[1]:g}.",
+        "make the layers with the width and the scheme of the state, then load it.",
+    )
 
 
 def fit_parameters(layer: Any, state_dict: Any, prefix: str, is_frozen: bool) -> None:

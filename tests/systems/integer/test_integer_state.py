@@ -174,7 +174,9 @@ def test_a_state_of_another_width_or_scheme_is_refused(made, loaded):
     source.quantize_forward(IMAGES)
     source.freeze()
     target.quantize(**loaded)
-    with pytest.raises(RuntimeError, match=r"QConv2d of .*[48] bits, .*loaded state") as caught:
+    with pytest.raises(
+        RuntimeError, match=r"QConv2d of .*the loaded scale is .* [48] bits, "
+    ) as caught:
         target.load_state_dict(source.state_dict())
     assert isinstance(caught.value, QdqError)
     target = IntegerNetwork(second)
