@@ -19,6 +19,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "counting": ("LinearQuant", "LogQuant"),
     "duplicate": ("duplicate_model_with_quant",),
     "fixed_point": ("compute_integral_part", "linear_quantize", "sign_quantize"),
+    "grid_state": ("pack_grids", "unpack_grids"),
     "hyperbolic": ("tanh_quantize",),
     "incremental": ("train_incremental",),
     "integer": (

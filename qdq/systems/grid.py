@@ -62,7 +62,8 @@ def name_width(bits: int) -> str:
 def note_grid(module: nn.Module, parameter: str, grid: Grid) -> None:
     """Remember the grid of a parameter whose values were replaced by quantized ones.
 
-    It is an attribute, not a buffer: a state dict has the names and tensors that other tools expect.
+    It is an attribute, not a buffer: a state dict has the names and tensors that other tools expect. `grid_state` saves
+    it beside that.
 
     Args:
         module: The layer.
@@ -79,8 +80,17 @@ def find_grid(module: nn.Module, parameter: str) -> Grid | None:
         module: The layer.
         parameter: Name of its parameter.
     """
-    grid: Grid | None = vars(module).get("_system_grids", {}).get(parameter)
-    return grid
+    return list_grids(module).get(parameter)
+
+
+def list_grids(module: nn.Module) -> dict[str, Grid]:
+    """The grids that `note_grid` has remembered for a layer, by parameter.
+
+    Args:
+        module: The layer.
+    """
+    grids: dict[str, Grid] = vars(module).get("_system_grids", {})
+    return grids
 
 
 def forget_grids(module: nn.Module) -> None:

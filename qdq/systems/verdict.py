@@ -22,6 +22,8 @@ from qdq.systems.sites import Site, find_sites
 from qdq.systems.transfer import measure_conversion, transfer
 from qdq.systems.unwrap import Unwrapped, unwrap
 
+_AFTER_LOADING = " (if its weight was replaced before it was saved, call unpack_grids)"
+
 
 def to_tensorrt(model: nn.Module, *, convert: bool = False) -> Transfer:
     """Turn a model of any number system into swapped layers with ranges, in place.
@@ -174,7 +176,7 @@ def _find_problem(grid: Grid) -> str:
 
 def _note_of(site: Site) -> str:
     if site.weight is None and site.input is None:
-        return "no number system quantizes it"
+        return f"no number system quantizes it{_AFTER_LOADING}"
     if site.weight is None:
         return "its weight is float, and TensorRT needs both inputs of a product in int8"
     return NO_RANGE if site.input is None else ""
