@@ -345,9 +345,10 @@ def _require_calibrated(enabled: Mapping[str, TensorQuantizer]) -> None:
             "leave the Calibration block (or call enable_quant and disable_calib) first.",
         )
     if missing:
+        calls = dict.fromkeys(enabled[name].calibration_call for name in missing)
         raise ExportError(
             f"{len(missing)} quantizers have no amax: {list_names(missing, 5)}.",
-            "call calibrate_model, or disable_quantization for the layers that should stay float.",
+            f"call {' and '.join(calls)}, or disable_quantization for the layers that should stay float.",
         )
 
 

@@ -108,6 +108,8 @@ class TensorQuantizer(nn.Module):
     """
 
     _amax: torch.Tensor
+    calibration_call = "calibrate_model"
+    """The function that gives it a range, for messages; another one where ranges come from elsewhere."""
     _range_rule: str | None = None
     """The gradient of a learned range, see `fake_quantize`; None while it is not learned."""
     _place = torch.empty(0, device="cpu")

@@ -20,7 +20,7 @@ from torch import nn
 from qdq.batch import require_batches
 from qdq.calibrate.collect import Collection, collect_and_hold_out, format_of
 from qdq.calibrate.selection import select_methods
-from qdq.calibrate.weights import require_weight_method, solve_weights
+from qdq.calibrate.weights import KEEP, require_weight_method, solve_weights
 from qdq.device import without_tf32
 from qdq.distributed import failing_together, find_rank, gather_bytes
 from qdq.errors import ArgumentError, ArgumentTypeError, CalibrationError
@@ -28,8 +28,9 @@ from qdq.forward import require_model
 from qdq.observers.methods import DEFAULT_PERCENTILE
 from qdq.observers.solve import SOLVERS
 from qdq.observers.tensor_statistics import TensorStatistics
-from qdq.quantizer import TensorQuantizer
+from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.statistics import Statistics, merge_parts
+from qdq.text import list_names
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +181,8 @@ def calibrate_model(
 ) -> list[Range]:
     """Run the batches through the model and give every enabled quantizer its range.
 
+    A warning says how many ranges of another number system are replaced, unless weights keep theirs.
+
     Args:
         model: A swapped model, on its device.
         batches: Inputs of the model (see `forward.call_model`): tensors `[B, ...]`, `(inputs, labels)` or
@@ -202,12 +205,30 @@ def calibrate_model(
         DataError: As for `collect_statistics`.
     """
     options = _Options(method, percentile, weight_method)
+    if weight_method != KEEP:
+        _warn_of_replaced(model)
     if held is not None:
         require_batches(held)
     hold_out = method == BEST and held is None
     collected = collect_and_hold_out(model, batches, num_batches, statistics, hold_out=hold_out)
     held_out = collected.held_out if held is None else list(held)
     return _compute_ranges(collected.collection, collected.statistics, options, held_out)
+
+
+def _warn_of_replaced(model: nn.Module) -> None:
+    """Name the call that keeps the ranges which another function has set, such as those of a number system."""
+    calls: dict[str, list[str]] = {}
+    for name, quantizer in named_quantizers(model):
+        is_foreign = quantizer.calibration_call != TensorQuantizer.calibration_call
+        if is_foreign and quantizer.is_enabled and quantizer.amax is not None:
+            calls.setdefault(quantizer.calibration_call, []).append(name)
+    for call, names in calls.items():
+        logger.warning(
+            "calibrate_model replaces %d ranges of another number system (%s); %s keeps them",
+            len(names),
+            list_names(names, 3),
+            call,
+        )
 
 
 def solve_ranges(

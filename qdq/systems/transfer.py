@@ -21,6 +21,9 @@ from qdq.systems.layer import SystemLayer, restore_layer
 from qdq.systems.quantizer import SystemQuantizer
 from qdq.systems.sites import Layout, Site
 
+CALIBRATION_CALL = "qdq.systems.calibrate_inputs"
+"""What computes missing ranges, and keeps those of the number system."""
+
 _SAMPLES = 10_001  # evenly spread over a range, to compare two grids
 
 
@@ -65,6 +68,8 @@ def transfer(model: nn.Module, layout: Layout) -> None:
         swap_modules(model, include=[lambda _, module: module in layers])
     for site in sites:
         layer: Any = site.layer
+        for quantizer in (layer._weight_quantizer, layer._input_quantizer):
+            quantizer.calibration_call = CALIBRATION_CALL
         layer._weight_quantizer.amax = _weight_range(site.weight, site.values)
         if site.input is not None:
             system = input_systems.get(site.name)
@@ -127,8 +132,7 @@ def _input_range(grid: Grid) -> float:
         return float(grid.scale) * INT8_HIGHEST
     if grid.amax is not None:
         return float(grid.amax.max())
-    low, high = _find_ends(grid)
-    return max(abs(low), abs(high))
+    return max(map(abs, _find_ends(grid)))
 
 
 def _find_ends(grid: Grid) -> tuple[float, float]:
@@ -146,12 +150,14 @@ def make_quantizer(grid: Grid, system: SystemQuantizer | None) -> TensorQuantize
         system: The quantizer of the system; it stays as an ordinary operation where the grid is taken on request only.
     """
     desc = QuantDescriptor(amax=_input_range(grid))
-    if grid.on_request and system is not None:
-        return PreparedQuantizer(desc, system)
     is_shorter = grid.lowest > INT8_LOWEST or grid.highest < INT8_HIGHEST
-    if is_convertible(grid) or not is_shorter:
-        return TensorQuantizer(desc)
-    return PreparedQuantizer(desc, nn.Hardtanh(*_find_ends(grid)))
+    quantizer = TensorQuantizer(desc)
+    if grid.on_request and system is not None:
+        quantizer = PreparedQuantizer(desc, system)
+    elif is_shorter and not is_convertible(grid):
+        quantizer = PreparedQuantizer(desc, nn.Hardtanh(*_find_ends(grid)))
+    quantizer.calibration_call = CALIBRATION_CALL
+    return quantizer
 
 
 def measure_conversion(grid: Grid, site: Site | None) -> tuple[float, float]:

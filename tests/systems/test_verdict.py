@@ -22,7 +22,7 @@ from verdict_nets import (
     net_layers,
 )
 
-from qdq import export_onnx
+from qdq import calibrate_model, export_onnx
 from qdq.errors import ExportError, UnsupportedError
 from qdq.systems import (
     BinaryWeight,
@@ -246,6 +246,22 @@ def test_calibrating_what_is_missing_keeps_the_ranges_of_the_system():
     assert [entry.name for entry in ranges] == ["0._input_quantizer"]
     assert first._input_quantizer.amax == (IMAGES[:2] * 0.1).abs().max()
     assert torch.equal(second._input_quantizer.amax, known)
+
+
+def test_messages_name_the_call_that_keeps_exact_ranges(tmp_path, caplog):
+    net = make_binary()
+    net[0].input_system = None
+    to_tensorrt(net)
+    known = net[2]._input_quantizer.amax.clone()
+    with pytest.raises(ExportError, match="no amax") as refused:
+        export_onnx(net, IMAGES, tmp_path / "model.onnx")
+    assert "call qdq.systems.calibrate_inputs, or" in refused.value.fix
+    calibrate_inputs(net, [IMAGES])
+    assert not caplog.records
+    assert torch.equal(net[2]._input_quantizer.amax, known)
+    calibrate_model(net, [IMAGES])
+    assert "replaces 4 ranges" in caplog.text
+    assert "qdq.systems.calibrate_inputs keeps them" in caplog.text
 
 
 def test_a_quantizer_that_still_counts_is_refused():
