@@ -8,8 +8,11 @@ from typing import Literal, get_args
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from qdq.errors import StateError
 from qdq.forward import require_model
+from qdq.quantizer import TensorQuantizer
 from qdq.systems.arithmetic import require_values
 from qdq.systems.fixed_point import (
     compute_integral_part,
@@ -21,6 +24,7 @@ from qdq.systems.grid import Grid, note_grid
 from qdq.systems.hyperbolic import describe_tanh, tanh_quantize
 from qdq.systems.logarithmic import describe_log, log_minmax_quantize
 from qdq.systems.min_max import describe_min_max, min_max_quantize
+from qdq.systems.quantizer import SystemQuantizer
 from qdq.systems.settings import FLOAT_BITS, require_bits, require_choice, require_rate
 
 logger = logging.getLogger(__name__)
@@ -90,7 +94,8 @@ def quantize_parameters(
     Raises:
         ArgumentError: An unknown method, a number out of range, or an entry that is empty or not finite.
         ArgumentTypeError: Not a module.
-        NumberTypeError: A number of the wrong type.
+        NumberTypeError: A number of the wrong type, or a tensor without values, such as one on "meta".
+        StateError: The model has quantizers, or parameters that are not initialized.
     """
     require_model(model)
     require_choice(quant_method, get_args(QuantMethod), "quant_method", "quantize_parameters")
@@ -98,10 +103,16 @@ def quantize_parameters(
     require_bits(bn_bits, "bn_bits")
     require_rate(overflow_rate, "quantize_parameters")
 
+    _require_float_model(model)
     state = model.state_dict()
     entries = []
     quantized: dict[str, tuple[torch.Tensor, Grid]] = {}
     for name, values in state.items():
+        if not isinstance(values, torch.Tensor):  # what `get_extra_state` has returned
+            entries.append(ParameterBits(name, None))
+            continue
+        if is_lazy(values):
+            raise StateError(f"{name} is not initialized yet.", "run the model once.")
         bits = bn_bits if "running" in name else param_bits
         if bits == FLOAT_BITS or not values.is_floating_point():
             entries.append(ParameterBits(name, None))
@@ -119,20 +130,45 @@ def quantize_parameters(
     return ParameterReport(tuple(entries))
 
 
+def _require_float_model(model: nn.Module) -> None:
+    """Refuse quantizers, whose ranges are in the state dict, too."""
+    for name, module in model.named_modules():
+        if isinstance(module, TensorQuantizer | SystemQuantizer):
+            raise StateError(
+                f"the model has quantizers already: {name} is a {type(module).__name__}.",
+                "give the float model; its parameters are quantized first.",
+            )
+
+
 def _quantize(
     name: str, values: torch.Tensor, bits: int, overflow_rate: float, method: QuantMethod
 ) -> tuple[torch.Tensor, Grid]:
     """The quantized values of an entry, and their grid."""
+    sf = bits - 1 - compute_integral_part(values, overflow_rate)
+    step = 2.0**-sf
     if method != "linear":
         quantize, describe = FUNCTIONS[method]
-        return quantize(values, bits), describe(values, bits)
-    sf = bits - 1 - compute_integral_part(values, overflow_rate)
-    if bits == 1:
-        return linear_quantize(values, sf, bits), describe_sign(values, "fixed point")
-    result = linear_quantize(values, sf, bits)
+        result, grid = quantize(values, bits), describe(values, bits)
+        step = _find_step(values, result, bits, method) or step
+    else:
+        result = linear_quantize(values, sf, bits)
+        grid = describe_linear(sf, bits, values.device)
+        if bits == 1:
+            grid = describe_sign(values, "fixed point")
     if name.endswith("running_var"):
-        result = _raise_zeros(name, result, 2.0**-sf)
-    return result, describe_linear(sf, bits, values.device)
+        result = _raise_zeros(name, result, step)
+    return result, grid
+
+
+def _find_step(
+    values: torch.Tensor, quantized: torch.Tensor, bits: int, method: QuantMethod
+) -> float:
+    """The difference of two codes in "minmax", otherwise the smallest value above 0; 0 if there is none."""
+    if method == "minmax":
+        low, high = (float(end) for end in values.double().aminmax())
+        return (high - low) / (2**bits - 1)
+    positive = quantized[quantized > 0]
+    return float(positive.min()) if positive.numel() else 0.0
 
 
 def _raise_zeros(name: str, variances: torch.Tensor, step: float) -> torch.Tensor:

@@ -63,6 +63,44 @@ def test_defaults_leave_running_statistics():
     assert "Ignoring 1.running_mean" in report.format_table()
 
 
+@pytest.mark.parametrize("bits", [1, 2, 8])
+@pytest.mark.parametrize("method", ["linear", "minmax", "log", "tanh"])
+@pytest.mark.parametrize("variances", [[0.0, 1e-3, 2.0, 100.0], [0.0, 0.0, 0.0, 0.0]])
+def test_no_running_variance_is_0(method, bits, variances):
+    model = make_model()
+    model[1].running_var.copy_(torch.tensor(variances))
+    quantize_parameters(model, 32, bits, quant_method=method)
+    assert (model[1].running_var > 0).all()
+    assert torch.isfinite(model[1].running_var).all()
+
+
+def test_a_running_variance_of_0_is_raised_to_one_step_of_min_max(caplog):
+    model = make_model()
+    model[1].running_var.copy_(torch.tensor([0.0, 1e-3, 2.0, 51.0]))
+    quantize_parameters(model, 32, 8, quant_method="minmax")
+    step = 51 / 255
+    expected = torch.tensor([step, step, 10 * step, 51.0])
+    torch.testing.assert_close(model[1].running_var, expected)
+    assert "2 of 4 variances have code 0" in caplog.text
+
+
+class WithExtraState(nn.Linear):
+    def get_extra_state(self):
+        return {"version": 2}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_extra_state_stays():
+    report = quantize_parameters(WithExtraState(2, 2), 4)
+    assert report.format_table().splitlines() == [
+        "weight 4",
+        "bias 4",
+        "Ignoring _extra_state",
+    ]
+
+
 def test_only_running_statistics():
     model = make_model()
     state = copy.deepcopy(model.state_dict())
