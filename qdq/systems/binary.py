@@ -70,6 +70,10 @@ class BinaryQuantizer(SystemQuantizer):
         sampling: How training draws signs. Evaluation, and every forward without gradients, takes the nearest one.
             The random numbers are those of torch, which `finetune` seeds.
 
+    Attributes:
+        generator: Random numbers to draw from instead, on the device of the values; None: those of torch. No
+            checkpoint has its state.
+
     Raises:
         ArgumentError: Another `zero` or `sampling`.
     """
@@ -80,6 +84,7 @@ class BinaryQuantizer(SystemQuantizer):
         require_choice(sampling, ("", *_SAMPLINGS), "sampling", name)
         self.zero = zero
         self.sampling: Sampling = sampling
+        self.generator: torch.Generator | None = None
         self.is_tuned = False  # see `clipping_weights`
 
     def take_signs(self, values: torch.Tensor) -> torch.Tensor:
@@ -89,9 +94,9 @@ class BinaryQuantizer(SystemQuantizer):
             ArgumentError: As for `arithmetic.require_batch`.
         """
         require_batch(values, self.label)
-        is_training = self.training or (self.is_tuned and torch.is_grad_enabled())
+        is_training = (self.training or self.is_tuned) and torch.is_grad_enabled()
         if self.sampling and is_training:
-            return _draw(values.detach(), self.sampling)
+            return _draw(values.detach(), self.sampling, self.generator)
         return sign_of(values.detach(), self.zero)
 
 

@@ -87,6 +87,27 @@ def test_signs_are_drawn_from_a_generator_and_in_training_only():
     assert torch.equal(quantizer.eval()(values), torch.where(values >= 0, 1.0, -1.0))
 
 
+@pytest.mark.parametrize("make", [BinaryInput, BinaryWeight])
+def test_signs_are_not_drawn_without_gradients(make):
+    values = torch.randn(100, 2)
+    quantizer = make("x", sampling="hard").train()
+    expected = copy.deepcopy(quantizer).eval()(values)
+    with torch.no_grad():
+        assert torch.equal(quantizer(values), expected)
+
+
+def test_a_quantizer_draws_from_its_generator():
+    values = torch.randn(1000) / 2
+    quantizer = BinaryInput("x", sampling="hard")
+    quantizer.generator = torch.Generator().manual_seed(3)
+    twin = copy.deepcopy(quantizer)
+    state = torch.get_rng_state()
+    expected = sign_at_random(values, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(quantizer(values), expected)
+    assert torch.equal(twin(values), expected)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_grids_have_codes_of_one_and_a_scale_above_zero():
     weight = torch.randn(3, 8)
     weight[1] = 0
