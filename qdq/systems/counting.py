@@ -65,6 +65,12 @@ class _CountingQuant(SystemQuantizer):
         sf = int(self.read_number("_sf"))
         return None if sf == _UNSET else sf
 
+    @sf.setter
+    def sf(self, sf: int | None) -> None:
+        if sf is not None:
+            require_sf(sf, self.label)
+        self.write_number("_sf", _UNSET if sf is None else int(sf))
+
     @property
     def counter(self) -> int:
         """Number of forward calls that will calibrate."""

@@ -171,3 +171,16 @@ def test_values_that_are_refused(kind):
     with pytest.raises(TypeError, match=r"features.0_linear_quant: .*torch.int64"):
         quantizer(torch.tensor([1]))
     assert (quantizer.counter, quantizer.sf) == (10, None)
+
+
+def test_sf_can_be_set():
+    quantizer = LinearQuant("conv_quant", 8, counter=0)
+    quantizer.sf = 2
+    assert quantizer(torch.tensor([0.3])).tolist() == [0.25]
+    assert int(quantizer.state_dict()["_sf"]) == 2
+    quantizer.sf = None
+    with pytest.raises(RuntimeError, match="not calibrated"):
+        quantizer(torch.tensor([0.3]))
+    for sf in (0.5, "a"):
+        with pytest.raises(ValueError, match="conv_quant: sf is"):
+            quantizer.sf = sf
