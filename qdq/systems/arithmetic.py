@@ -8,6 +8,7 @@ import torch
 
 from qdq.errors import ArgumentError, NumberTypeError
 
+_FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FLOAT32_BITS = 16  # codes, halves between them and their sums are exact in float32
 
 
@@ -65,7 +66,8 @@ def require_floats(values: Any, layer: str) -> None:
         layer: Name of the layer or quantizer, for the message.
 
     Raises:
-        NumberTypeError: Not a tensor, or one of integers or bools, which are never quantized.
+        NumberTypeError: Not a tensor, or one of integers or bools, which are never quantized; float8, sparse, or
+            without values ("meta").
         ArgumentError: Empty.
     """
     if not isinstance(values, torch.Tensor):
@@ -76,6 +78,16 @@ def require_floats(values: Any, layer: str) -> None:
         raise NumberTypeError(
             f"{layer}: the input is of type {values.dtype}; only float tensors are quantized.",
             "leave integers and bools as they are.",
+        )
+    if (
+        values.dtype not in _FLOAT_TYPES
+        or values.layout != torch.strided
+        or values.device.type == "meta"
+    ):
+        raise NumberTypeError(
+            f"{layer}: the input is {values.dtype}, {values.layout}, on {values.device}; quantizers compute with "
+            "dense values of float16, bfloat16, float32 or float64.",
+            "convert it with to(torch.float32), to_dense(), or load its values.",
         )
     if values.numel() == 0:
         raise ArgumentError(

@@ -25,7 +25,7 @@ from qdq.systems.grid import note_grid
 from qdq.systems.powers import PowerLevels
 from qdq.systems.rounds import RoundOptions, Rounds
 from qdq.systems.selection import Selection, select_layers
-from qdq.systems.settings import require_number
+from qdq.systems.settings import require_kind, require_number
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,7 @@ def train_incremental(
         NumberTypeError: A number of the wrong type.
     """
     require_model(model)
+    require_kind(options, RoundOptions, "options", "train_incremental")
     portions = _list_rising(portions)
     with joining_processes(find_device(model)):
         selection = select_layers(model, example, float_layers)

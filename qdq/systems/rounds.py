@@ -101,24 +101,17 @@ class Rounds:
     def _describe(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         options = self._options
         weights = options.distillation
-        facts = {
+        facts: dict[str, Any] = {
             **settings,
             "weights": digest_weights(self._model),
             "schedule": asdict(options.schedule),
             "loss": getattr(options.loss, "__qualname__", type(options.loss).__qualname__),
-            "distillation": weights and [weights.mse, weights.kl, weights.features],
             "teacher": None if options.teacher is None else digest_weights(options.teacher),
             "seed": options.seed,
             "data": digest_first_batch(self._batches, options.seed, find_device(self._model)),
         }
-        if options.distillation is not None:
-            weights = options.distillation
-            facts["distillation"] = [
-                weights.mse,
-                weights.kl,
-                weights.features,
-                weights.temperature,
-            ]
+        if weights is not None:
+            facts["distillation"] = [weights.mse, weights.kl, weights.features, weights.temperature]
         described: dict[str, Any] = to_jsonable(facts)
         return described
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from qdq.errors import ArgumentError, NumberTypeError
+from qdq.errors import ArgumentError, ArgumentTypeError, NumberTypeError
 
 FLOAT_BITS = 32
 """This many bits mean that a part is not quantized."""
@@ -92,6 +92,24 @@ def require_number(value: Any, what: str, layer: str, least: float, limit: float
         raise ArgumentError(
             f"{layer}: {what} is {value}; it must be at least {least:g} and below {limit:g}.",
             "choose another number.",
+        )
+
+
+def require_kind(value: Any, kind: type, what: str, layer: str) -> None:
+    """Refuse an argument of another class.
+
+    Args:
+        value: The argument.
+        kind: The class.
+        what: Name of the argument, for the message.
+        layer: Name of the function, for the message.
+
+    Raises:
+        ArgumentTypeError: It is of another one.
+    """
+    if not isinstance(value, kind):
+        raise ArgumentTypeError(
+            f"{layer}: {what} is {value!r}, a {type(value).__name__}.", f"give a {kind.__name__}."
         )
 
 

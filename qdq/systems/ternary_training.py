@@ -18,7 +18,7 @@ from qdq.patterns import Pattern
 from qdq.systems.binary import SMALLEST_SCALE
 from qdq.systems.rounds import RoundOptions, Rounds
 from qdq.systems.selection import Selection, select_layers
-from qdq.systems.settings import require_count, require_number
+from qdq.systems.settings import require_count, require_kind, require_number
 from qdq.systems.ternary import TernarySplitting
 
 logger = logging.getLogger(__name__)
@@ -95,10 +95,11 @@ def train_ternary(
 
     Raises:
         ArgumentError: No layer, no round, or a number out of range; otherwise as for `qdq.finetune`.
-        ArgumentTypeError: Not a module.
+        ArgumentTypeError: Not a module, or no options.
         NumberTypeError: A number of the wrong type.
     """
     require_model(model)
+    require_kind(options, RoundOptions, "options", "train_ternary")
     require_count(rounds, "rounds", "train_ternary", least=1)
     require_number(rho, "rho", "train_ternary", SMALLEST_SCALE, math.inf)
     require_number(growth, "growth", "train_ternary", 1, math.inf)

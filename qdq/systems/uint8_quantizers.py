@@ -100,6 +100,7 @@ class UInt8Activation(MovingRange):
         return Grid(_SYSTEM, scale.reshape(1), zero_point.reshape(1), *self.codes)
 
     def _solve(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        require_batch(torch.stack([low, high]), f"{self.label}, the range of its input")
         return solve_affine(low, high, *self.codes, is_symmetric=self.symmetric)
 
 

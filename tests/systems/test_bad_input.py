@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import qdq
 from qdq import systems
 from qdq.errors import ArgumentTypeError, QdqError
 
@@ -94,12 +95,62 @@ def square(batch, weight, **options):
     return lambda: systems.xnor_conv2d(torch.randn(batch), torch.randn(weight), **options)
 
 
-def train(name, **options):
+def train(name, options=OPTIONS, **settings):
     model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(3)])
-    return getattr(systems, name)(model, [GOOD], GOOD, OPTIONS, **options)
+    return getattr(systems, name)(model, [GOOD], GOOD, options, **settings)
+
+
+def pool_codes():
+    layer = systems.QMaxPooling2d(3, 2, 1, qi=True, num_bits=8)
+    layer(torch.randn(1, 1, 4, 4))
+    layer.freeze()
+    return layer.quantize_inference(torch.ones(4, dtype=torch.int32))
+
+
+def convolve_codes():
+    layer = systems.QConv2d(nn.Conv2d(3, 2, 3))
+    layer(torch.randn(1, 3, 4, 4))
+    layer.freeze()
+    return layer.quantize_inference(torch.ones(1, 2, 4, 4, dtype=torch.int32))
+
+
+def dequantize(codes):
+    qparam = systems.QParam(label="layer")
+    qparam.update(GOOD)
+    return qparam.dequantize_tensor(codes)
+
+
+def quantize_calibrated():
+    model = nn.Sequential(nn.Linear(3, 3))
+    qdq.swap_modules(model)
+    qdq.calibrate_model(model, [GOOD])
+    return systems.quantize_parameters(model)
 
 
 NUMBERS = {
+    "float8": lambda: systems.linear_quantize(GOOD.to(torch.float8_e4m3fn), 3, 8),
+    "sparse": lambda: systems.sign_quantize(GOOD.to_sparse()),
+    "meta": lambda: systems.min_max_quantize(GOOD.to("meta"), 8),
+    "meta in a layer": lambda: systems.BinaryWeight("layer")(GOOD.to("meta")),
+    "parameters on meta": lambda: systems.quantize_parameters(nn.Linear(2, 2, device="meta")),
+    "lazy parameters": lambda: systems.quantize_parameters(nn.LazyLinear(2)),
+    "parameters of a calibrated model": quantize_calibrated,
+    "parameters of a model of a system": lambda: systems.quantize_parameters(
+        nn.Sequential(systems.UInt8Activation())
+    ),
+    "ternary without options": lambda: train("train_ternary", options=None),
+    "ternary with a dictionary": lambda: train("train_ternary", options={}),
+    "incremental without options": lambda: train("train_incremental", options=None),
+    "incremental with a dictionary": lambda: train("train_incremental", options={}),
+    "a table of text": lambda: systems.QSigmoid(lut_size="a"),
+    "a table of 2.5 points": lambda: systems.QSigmoid(lut_size=2.5),
+    "padding above half the kernel": lambda: systems.QMaxPooling2d(padding=5),
+    "padding of text": lambda: systems.QMaxPooling2d(padding="same"),
+    "codes of other channels": convolve_codes,
+    "codes of a vector to pool": pool_codes,
+    "codes in a list": lambda: dequantize([1, 2]),
+    "codes that are NaN": lambda: dequantize(NAN),
+    "a function as a layer": lambda: systems.IntegerNetwork(torch.relu),
     "bits 0": lambda: systems.acoustic_quantize(GOOD, *RANGE, 0),
     "bits 8.0": lambda: systems.acoustic_quantize(GOOD, *RANGE, 8.0),
     "ends in the wrong order": lambda: systems.acoustic_quantize(GOOD, *RANGE[::-1], 8),
@@ -178,7 +229,7 @@ NUMBERS = {
 
 @pytest.mark.parametrize("call", NUMBERS.values(), ids=NUMBERS)
 def test_numbers_and_choices(call):
-    with pytest.raises((ValueError, RuntimeError)) as refused:
+    with pytest.raises((ValueError, RuntimeError, TypeError)) as refused:
         call()
     assert isinstance(refused.value, QdqError)
     assert refused.value.fix
@@ -220,6 +271,38 @@ def test_a_layer_that_no_system_has(layer):
     with pytest.raises(RuntimeError, match=rf"no system has a {type(layer).__name__}") as refused:
         systems.convert_layer(layer, systems.BinaryWeight("layer"))
     assert isinstance(refused.value, QdqError)
+
+
+def test_messages_name_the_layer():
+    for call, name in [
+        (convolve_codes, r"^QConv2d of .* shape \(1, 2, 4, 4\) does not fit"),
+        (pool_codes, r"^QMaxPooling2d: the input of shape \(4,\) does not fit"),
+        (lambda: dequantize(NAN), "^layer, codes: 1 of 2 values are not finite"),
+        (lambda: systems.IntegerNetwork(torch.relu), "^IntegerNetwork: layer 0 is "),
+    ]:
+        with pytest.raises(QdqError, match=name):
+            call()
+
+
+def test_a_bad_running_range_names_its_layer():
+    quantizer = systems.UInt8Activation("head.fc")
+    quantizer(GOOD)
+    quantizer.eval().running_min.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"^head.fc, the range of its input: 1 of 2 values"):
+        quantizer(GOOD)
+    with pytest.raises(ValueError, match=r"^head.fc, the range of its input: 1 of 2 values"):
+        quantizer.describe(None)
+
+
+def test_integer_layers_are_named_by_their_path():
+    model = nn.ModuleDict({"net": systems.IntegerNetwork(nn.Linear(3, 2), nn.Linear(2, 2))})
+    model["net"].quantize()
+    with pytest.raises(QdqError, match=r"^qlayers.0, QLinear of .*, qi: 1 of 2 values"):
+        model["net"].quantize_forward(torch.tensor([[1.0, float("nan")]]))
+    model["net"].quantize_forward(GOOD)
+    model["net"].freeze()
+    with pytest.raises(QdqError, match=r"^qlayers.0, QLinear of .*: forward"):
+        model["net"].qlayers[0](GOOD)
 
 
 def test_a_model_does_not_change_if_its_settings_are_refused():

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from qdq.errors import ArgumentError, ArgumentTypeError, NumberTypeError, StateError
+from qdq.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    NumberTypeError,
+    QdqError,
+    ShapeError,
+    StateError,
+    is_out_of_memory,
+)
 from qdq.systems.integer.qparam import QParam
 
 
@@ -51,6 +61,29 @@ def require_codes(x: Any, qi: QParam, label: str) -> torch.Tensor:
         )
     codes: torch.Tensor = x.to(torch.int32)
     return codes
+
+
+@contextmanager
+def naming_layer(label: str, x: torch.Tensor) -> Iterator[None]:
+    """Turn an error of torch in the block into one that names the layer and the shape of its input.
+
+    Args:
+        label: Name of the layer.
+        x: The input.
+
+    Raises:
+        ShapeError: The layer cannot compute with such an input.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, QdqError) or is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ShapeError(
+            f"{label}: the input of shape {tuple(x.shape)} does not fit: {reason}.",
+            "give an input of the shape for which it was calibrated.",
+        ) from error
 
 
 def require_int32(weight: torch.Tensor, label: str) -> None:

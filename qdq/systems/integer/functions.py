@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.nn.modules.utils import _pair
 
 from qdq.errors import ArgumentError
 from qdq.systems.affine import Scheme
+from qdq.systems.integer.checks import naming_layer
 from qdq.systems.integer.module import QModule
 from qdq.systems.integer.qparam import QParam
+from qdq.systems.settings import require_count
 
 
 class _OnInputRange(QModule):
@@ -57,6 +60,9 @@ class QMaxPooling2d(_OnInputRange):
         qi: As for `QModule`.
         num_bits: Width of the codes, if it has a range.
         scheme: As for `affine.find_codes`.
+
+    Raises:
+        ArgumentError: Padding that is no number from 0 to half the kernel.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class QMaxPooling2d(_OnInputRange):
         scheme: Scheme = "unsigned",
     ) -> None:
         super().__init__(qi, num_bits, scheme=scheme)
+        _require_padding(kernel_size, padding, self.label)
         self.kernel_size = kernel_size
         self.stride = stride
         self.padding = padding
@@ -81,7 +88,20 @@ class QMaxPooling2d(_OnInputRange):
     def quantize_inference(self, x: torch.Tensor) -> torch.Tensor:
         """The largest codes. See `QModule.quantize_inference`."""
         codes = self.require_codes(x).float()  # exact, and implemented on every device
-        return F.max_pool2d(codes, self.kernel_size, self.stride, self.padding).to(torch.int32)
+        with naming_layer(self.label, x):
+            return F.max_pool2d(codes, self.kernel_size, self.stride, self.padding).to(torch.int32)
+
+
+def _require_padding(kernel_size: Any, padding: Any, label: str) -> None:
+    """Refuse padding from which torch takes no maximum: more than half the kernel."""
+    for size, width in zip(_pair(kernel_size), _pair(padding), strict=False):
+        require_count(size, "kernel_size", label, least=1)
+        require_count(width, "padding", label)
+        if width > size // 2:
+            raise ArgumentError(
+                f"{label}: padding is {padding}, the kernel {kernel_size}.",
+                "pad at most half the kernel.",
+            )
 
 
 QMaxPool2d = QMaxPooling2d
@@ -104,6 +124,7 @@ class QSigmoid(QModule):
 
     Raises:
         ArgumentError: Fewer than 2 points.
+        NumberTypeError: A number of points that is no integer.
     """
 
     lut_qx: torch.Tensor
@@ -119,10 +140,7 @@ class QSigmoid(QModule):
         scheme: Scheme = "unsigned",
     ) -> None:
         super().__init__(qi, qo, num_bits, scheme=scheme)
-        if lut_size < 2:
-            raise ArgumentError(
-                f"QSigmoid: lut_size is {lut_size}; a line needs 2 points.", "use 64."
-            )
+        require_count(lut_size, "lut_size", "QSigmoid", least=2)
         self.lut_size = lut_size
         self.register_buffer("lut_qx", torch.empty(0, dtype=torch.int32))
         self.register_buffer("lut_qy", torch.empty(0, dtype=torch.int32))

@@ -133,10 +133,8 @@ class QModule(TypedState):
             StateError: It is not frozen.
         """
         if not self.is_frozen:
-            raise StateError(
-                f"{self.label}: {call} before freeze; it is not frozen.",
-                "calibrate and freeze it first.",
-            )
+            fix = "calibrate and freeze it first."
+            raise StateError(f"{self.label}: {call} before freeze; it is not frozen.", fix)
 
     def require_codes(self, x: torch.Tensor) -> torch.Tensor:
         """The codes of the input, int32.

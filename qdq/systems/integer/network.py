@@ -18,6 +18,7 @@ from qdq.systems.affine import Scheme
 from qdq.systems.integer.chain import make_chain
 from qdq.systems.integer.module import QModule
 from qdq.systems.integer.qparam import QParam
+from qdq.systems.settings import require_kind
 
 
 class IntegerNetwork(nn.Module):
@@ -30,12 +31,17 @@ class IntegerNetwork(nn.Module):
     Attributes:
         layers: The float layers, whose weights `freeze` replaces by codes.
         qlayers: The integer layers after `quantize`.
+
+    Raises:
+        ArgumentTypeError: A layer that is no module, such as `torch.relu`.
     """
 
     qlayers: nn.ModuleList
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
+        for index, layer in enumerate(layers):
+            require_kind(layer, nn.Module, f"layer {index}", "IntegerNetwork")
         self.layers = nn.Sequential(*layers)
         self.register_load_state_dict_post_hook(_freeze_first)  # type: ignore[no-untyped-call]
 
@@ -86,7 +92,11 @@ class IntegerNetwork(nn.Module):
                 "IntegerNetwork: quantize after freeze; its layers hold codes.",
                 "quantize a copy from before freeze.",
             )
-        self.qlayers = nn.ModuleList(make_chain(list(self.layers), num_bits, scheme, axis, groups))
+        qlayers = make_chain(list(self.layers), num_bits, scheme, axis, groups)
+        self.qlayers = nn.ModuleList(qlayers)
+        for name, module in self.named_modules():
+            if isinstance(module, QModule):
+                _put_path(module, name)
 
     def quantize_forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run the fake-quantized network, which calibrates it unless its ranges are held (`holding_ranges`).
@@ -137,6 +147,13 @@ class IntegerNetwork(nn.Module):
 
     def _require_qmodules(self) -> list[QModule]:
         return [qlayer for qlayer in self._require_layers() if isinstance(qlayer, QModule)]
+
+
+def _put_path(qlayer: QModule, path: str) -> None:
+    """Begin messages about a layer and its ranges with its dotted name."""
+    for module in (qlayer, *qlayer.children()):
+        if isinstance(module, QModule | QParam):
+            module.label = f"{path}, {module.label}"
 
 
 def _freeze_first(network: IntegerNetwork, _: Any) -> None:

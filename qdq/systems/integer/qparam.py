@@ -11,7 +11,7 @@ from qdq.systems.affine import Scheme, find_codes, require_width, solve_affine
 from qdq.systems.arithmetic import require_values
 from qdq.systems.grid import Grid, name_width
 from qdq.systems.integer.granularity import find_ends, require_granularity, spread
-from qdq.systems.integer.state import require_fitting, require_sole
+from qdq.systems.integer.state import require_finite_codes, require_fitting, require_sole
 from qdq.systems.typed_state import TypedState
 
 _STATE = ("scale", "zero_point", "min", "max")
@@ -104,8 +104,8 @@ class QParam(TypedState):
             self._require_as_many(low.numel(), tensor)
             low, high = torch.minimum(self.min, low), torch.maximum(self.max, high)
         self.min, self.max = low, high
-        is_symmetric = self.scheme == "symmetric"
-        self.scale, self.zero_point = solve_affine(low, high, *codes, is_symmetric=is_symmetric)
+        ends = solve_affine(low, high, *codes, is_symmetric=self.scheme == "symmetric")
+        self.scale, self.zero_point = ends
 
     def observe(self, tensor: torch.Tensor) -> None:
         """`update`, unless the range is held (`holding_ranges`)."""
@@ -123,13 +123,14 @@ class QParam(TypedState):
         self.require_calibrated()
         require_values(tensor, self.label)
         lowest, highest = self.codes
-        scaled = tensor.float() / self.spread(self.scale, tensor)
-        codes = (scaled + self.spread(self.zero_point, tensor)).round()
+        codes = tensor.float() / self.spread(self.scale, tensor)
+        codes = (codes + self.spread(self.zero_point, tensor)).round()
         return codes.clamp(lowest, highest).to(torch.int32)
 
     def dequantize_tensor(self, codes: torch.Tensor) -> torch.Tensor:
         """The values of codes, float32."""
         self.require_calibrated()
+        require_finite_codes(codes, self.label)
         return self.spread(self.scale, codes) * (codes - self.spread(self.zero_point, codes))
 
     def require_calibrated(self) -> None:
@@ -139,9 +140,8 @@ class QParam(TypedState):
             StateError: It is not calibrated.
         """
         if not self.is_calibrated:
-            raise StateError(
-                f"{self.label}: it has no range yet.", "call update, or forward on data."
-            )
+            fix = "call update, or forward on data."
+            raise StateError(f"{self.label}: it has no range yet.", fix)
 
     def spread(self, numbers: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         """One number for each range in a shape that fits a tensor.

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from qdq.distributed import find_rank
-from qdq.errors import StateError
+from qdq.errors import NumberTypeError, StateError
 from qdq.systems.affine import solve_affine
+from qdq.systems.arithmetic import require_values
 
 _SCALE_TOLERANCE = 1e-3  # other widths differ by a factor of 2; other tools round otherwise
 
@@ -74,6 +75,21 @@ def require_fitting(qparam: Any) -> None:
         f"{qparam.num_bits} bits, {qparam.scheme}, give its range {expected[0]:g} and {expected[1]:g}.",
         "make the layers with the width and the scheme of the state, then load it.",
     )
+
+
+def require_finite_codes(codes: Any, label: str) -> None:
+    """Refuse what has no values as codes: no tensor, or NaN or Inf in it.
+
+    Raises:
+        ArgumentError: NaN or Inf.
+        NumberTypeError: Not a tensor.
+    """
+    if not isinstance(codes, torch.Tensor):
+        raise NumberTypeError(
+            f"{label}: the codes are a {type(codes).__name__}.", "give a tensor of codes."
+        )
+    if codes.is_floating_point() and codes.numel():
+        require_values(codes, f"{label}, codes")
 
 
 def fit_parameters(layer: Any, state_dict: Any, prefix: str, is_frozen: bool) -> None:

@@ -22,7 +22,7 @@ from qdq.systems.integer.arithmetic import (
     rescale,
     split_blocks,
 )
-from qdq.systems.integer.checks import require_int32
+from qdq.systems.integer.checks import naming_layer, require_int32
 from qdq.systems.integer.module import QModule
 from qdq.systems.integer.qparam import QParam
 from qdq.systems.integer.state import fit_parameters
@@ -143,7 +143,8 @@ class QWeighted(QModule):
         """The codes of the output, int32. See `QModule.quantize_inference`."""
         codes = self.require_codes(x) - self.qi.zero_point.to(torch.int32)
         require_int32(self.layer.weight, self.label)
-        sums = self.accumulate(codes)
+        with naming_layer(self.label, x):
+            sums = self.accumulate(codes)
         by_block = self.qw.axis == 1
         ratio = self.M.reshape(-1, *[1] * codes.dim()) if by_block else self.per_channel(self.M)
         scaled = rescale(sums, ratio, is_shared=by_block, is_integer=self._fits_int32())
