@@ -6,14 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden import read_cases
 
 pytest.importorskip("torchvision", reason="needs the extra 'demo'")
 pytest.importorskip("sklearn", reason="needs the extra 'demo'")
 
 from qdq.cli.main import run_command
 from qdq.cli.recipes import load_recipe
+from qdq.systems import LinearQuant
 
 recipe = load_recipe("fixed_point")
+
+
+def read_case(key):
+    return next(case for case in read_cases("playground_cli") if key in case)
 
 
 @pytest.fixture
@@ -70,6 +76,53 @@ def test_digits(run, trained_digits):
     code, more, _ = run("--type", "digits", "--fwd-bits", "32", "--param-bits", "32", "--ngpu", "0")
     assert code == 0 and "Quant(" not in more
     assert Path("acc1_acc5.txt").read_text().splitlines() == [lines[-1], more.splitlines()[-1]]
+
+
+def test_the_example_of_the_source_is_understood(run):
+    case = read_case("console_script")
+    name, *options = case["example"].split()
+    assert name == case["console_script"]
+    code, _, errors = run(*options)
+    assert code == 2
+    assert "the network, weights and images of cifar10 are not packaged" in errors
+
+
+def test_prints_are_those_of_the_source(run, trained_digits):
+    first, flag, last, ignored, entry, *_ = read_case("prints")["prints"]
+    code, output, _ = run("--type", "digits", "--param_bits", "6", "--n_sample", "2")
+    assert code == 0
+    lines = output.splitlines()
+    assert lines[0] == first
+    assert flag.startswith("<name>: <value>")
+    end = lines.index(last)
+    flags = dict(line.split(": ", 1) for line in lines[1:end])
+    assert flags["param_bits"] == "6" and flags["n_sample"] == "2"
+    entries = lines[end + 1 :]
+    assert ignored.startswith("Ignoring <key>") and "Ignoring 0.1.running_mean" in entries
+    assert entry.startswith("<key> <bits>") and "0.0.weight 6" in entries
+    assert entries.index("0.0.weight 6") < entries.index("Ignoring 0.1.running_mean")
+    models = output.split("Sequential(", 1)[1]
+    assert models.index("sf=None, bits=8") < models.index("counter=0)")
+
+
+def test_flow_is_that_of_the_source(run, trained_digits, monkeypatch):
+    text = read_case("flow")["flow"]
+    assert "n_sample batches of 10" in text and "duplicate" in text
+    calls = []
+    forward = LinearQuant.forward
+
+    def watch(quantizer, values):
+        calls.append((id(quantizer), quantizer.counter, len(values)))
+        return forward(quantizer, values)
+
+    monkeypatch.setattr(LinearQuant, "forward", watch)
+    code, _, errors = run("--type", "digits", "--n_sample", "3", "--batch_size", "50")
+    assert code == 0, errors
+    first = [(counter, size) for quantizer, counter, size in calls if quantizer == calls[0][0]]
+    assert first[:3] == [(3, 10), (2, 10), (1, 10)]
+    assert {counter for counter, _ in first[3:]} == {0}
+    assert sum(size for _, size in first[3:]) == 898  # the half that is evaluated, in batches of 50
+    assert first[3] == (0, 50)
 
 
 @pytest.mark.parametrize("method", ["minmax", "log", "tanh"])

@@ -1,6 +1,7 @@
 """Networks of integer layers: the names and the flow of users, a chain trained on digits, the way back to float."""
 
 import copy
+import inspect
 import runpy
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from qdq import systems
 from qdq.errors import ArgumentError, QdqError, StateError
 from qdq.systems import (
     IntegerNetwork,
@@ -388,3 +390,56 @@ def test_the_input_of_a_frozen_network_is_checked():
     ):
         with pytest.raises(ValueError, match=rf"QLinear of Linear\(.*, qi: .*{text}"):
             net.quantize_inference(x)
+
+
+def read_parameters_of(text):
+    """Name -> default, or "" without one, of "conv_module, qi=True"."""
+    parameters = {}
+    for part in text.split(", "):
+        name, _, default = part.partition("=")
+        parameters[name] = default
+    return parameters
+
+
+@pytest.mark.parametrize(("name", "text"), names_of("constructors").items())
+def test_constructors_of_users(name, text):
+    parameters = inspect.signature(getattr(systems, name)).parameters
+    expected = read_parameters_of(text)
+    taken = {key: parameter for key, parameter in parameters.items() if key in expected}
+    assert list(taken) == list(expected)
+    for key, default in expected.items():
+        assert not default or str(taken[key].default) == default
+    positional = [
+        key for key, parameter in parameters.items() if parameter.kind != parameter.KEYWORD_ONLY
+    ]
+    assert [key for key in positional if key != "options"][: len(expected)] == list(expected)
+
+
+def test_methods_of_users():
+    homes = {"QParam": systems.QParam, "Net": systems.IntegerNetwork}
+    for method in names_of("methods"):
+        path, _, arguments = method.partition("(")
+        home, _, name = path.rpartition(".")
+        function = getattr(homes.get(home, systems.QConv2d), name)
+        for argument in filter(None, arguments.rstrip(")").split(", ")):
+            key, _, default = argument.partition("=")
+            parameter = inspect.signature(function).parameters[key]
+            assert not default or str(parameter.default) == default
+
+
+def test_errors_of_users():
+    assert len(names_of("errors")) == 3
+    x = torch.randn(2, 3)
+    for name in ("qi", "qo"):
+        other = {"qi": "qo", "qo": "qi"}[name]
+        with_range = systems.QLinear(nn.Linear(3, 2))
+        without = systems.QLinear(nn.Linear(3, 2), **{name: False})
+        with_range(x)
+        without(x)
+        with pytest.raises(ValueError, match=f"{name} has been provided in init function"):
+            with_range.freeze(**{name: getattr(with_range, name)})
+        with pytest.raises(ValueError, match=f"{name} is not existed"):
+            without.freeze()
+        assert not with_range.is_frozen
+        without.freeze(**{name: getattr(with_range, other)})
+        assert without.is_frozen

@@ -273,3 +273,11 @@ def test_the_names_of_users_exist():
 def test_the_package_has_the_names_too():
     for name in integer.__all__:
         assert getattr(systems, name) is getattr(integer, name)
+
+
+def test_the_text_is_that_of_the_source():
+    form = next(case["QParam_str"] for case in read_cases("jermmy_names") if "QParam_str" in case)
+    qparam = QParam()
+    qparam.update(torch.tensor([-1.0, 2.0]))
+    numbers = torch.tensor(3 / 255).item(), 85, -1.0, 2.0
+    assert str(qparam) == form % numbers
