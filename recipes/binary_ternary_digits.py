@@ -1,7 +1,7 @@
 """UINT8 training, and binary, ternary and power-of-two weights, on scikit-learn's digits; several seeds.
 
 python recipes/binary_ternary_digits.py
-python recipes/binary_ternary_digits.py --seeds 1 --json figures.json
+python recipes/binary_ternary_digits.py --seeds 1 --json figures.json --output runs/digits
 """
 
 import copy
@@ -33,12 +33,14 @@ class Task:
         example: Some images.
         epochs: Epochs of the training in float.
         seed: Seed of the order of the images.
+        folder: Of the runs of a system, from which a killed one resumes; None: no files.
     """
 
     batches: DataLoader[tuple[torch.Tensor, ...]]
     example: torch.Tensor
     epochs: int
     seed: int
+    folder: Path | None
 
 
 def train_uint8(net: nn.Module, task: Task) -> tuple[Any, ...]:
@@ -83,6 +85,7 @@ def tune(net: nn.Module, task: Task, epochs: float, lr: float) -> None:
         distillation=None,
         schedule=make_schedule(epochs, lr),
         ranges="none",
+        folder=task.folder,
         seed=task.seed,
     )
 
@@ -90,7 +93,7 @@ def tune(net: nn.Module, task: Task, epochs: float, lr: float) -> None:
 def make_ternary(net: nn.Module, task: Task) -> tuple[Any, ...]:
     """ADMM: a penalty pulls the weights to alpha * {-1, 0, 1}, round by round."""
     schedule = make_schedule(task.epochs / 5, 5e-3)
-    options = systems.RoundOptions(loss=qdq.cross_entropy, schedule=schedule, seed=task.seed)
+    options = make_options(schedule, task)
     training = systems.train_ternary(
         net, task.batches, task.example, options, rounds=6, rho=1e-3, growth=4
     )
@@ -101,10 +104,17 @@ def make_ternary(net: nn.Module, task: Task) -> tuple[Any, ...]:
 def make_powers(net: nn.Module, task: Task) -> tuple[Any, ...]:
     """INQ: 0 and four powers of two, the largest weights first."""
     schedule = make_schedule(task.epochs / 8, 1e-3)
-    options = systems.RoundOptions(loss=qdq.cross_entropy, schedule=schedule, seed=task.seed)
+    options = make_options(schedule, task)
     training = systems.train_incremental(net, task.batches, task.example, options, bits=4)
     print(training.format_table())
     return tuple(training.rounds)
+
+
+def make_options(schedule: qdq.Schedule, task: Task) -> systems.RoundOptions:
+    """How each round is trained."""
+    return systems.RoundOptions(
+        loss=qdq.cross_entropy, schedule=schedule, folder=task.folder, seed=task.seed
+    )
 
 
 def make_schedule(epochs: float, lr: float) -> qdq.Schedule:
@@ -150,6 +160,7 @@ def binary_ternary_digits(
     epochs: PositiveInt = 40,
     validate: bool = False,
     json: Path | None = None,
+    output: Path | None = None,
 ) -> int:
     """Print the accuracy on half of the digits, after training on the other half.
 
@@ -162,6 +173,7 @@ def binary_ternary_digits(
         validate: Train on three quarters of the training half and measure on the fourth, another one for each of four
             seeds. The rates and epochs of this recipe were chosen so, not on the other half.
         json: Also write the figures to this file.
+        output: Folder for the runs. A killed recipe that is called again in the same way resumes in it.
     """
     guard_files(outputs=[json])
     accuracies: defaultdict[str, list[float]] = defaultdict(list)
@@ -173,12 +185,13 @@ def binary_ternary_digits(
         train_images, train_labels, test_images, test_labels = load_data(fold)
         torch.manual_seed(seed)
         batches = DataLoader(TensorDataset(train_images, train_labels), 64, shuffle=True)
-        task = Task(batches, train_images[:32], epochs, seed)
         float_net = make_network("resnet")
         train(float_net, batches, epochs)
         accuracies["float"].append(measure_accuracy(float_net, test_images, test_labels))
         for name, quantize in SYSTEMS.items():
             print(f"seed {seed}: {name}")
+            folder = output / f"seed-{seed}" / name.replace(" ", "-") if output else None
+            task = Task(batches, train_images[:32], epochs, seed, folder)
             net = copy.deepcopy(float_net)
             rounds[name].append(quantize(net, task))
             accuracies[name].append(measure_accuracy(net, test_images, test_labels))
