@@ -57,6 +57,7 @@ EXACT = {
     "UINT8 training, symmetric": Case(lambda: nets.make_uint8(True)),
     "integer, per layer": Case(lambda: nets.make_integer("symmetric")),
     "integer, per group": Case(lambda: nets.make_integer("symmetric", 0, 4)),
+    "integer, 6 bits": Case(lambda: nets.make_integer("symmetric", bits=6), SIGNED_6),
     "integer, per channel": Case(lambda: nets.make_integer("symmetric", 0)),
 }
 CONVERTED = {
