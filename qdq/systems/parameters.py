@@ -166,7 +166,7 @@ def _find_step(
     """The difference of two codes in "minmax", otherwise the smallest value above 0; 0 if there is none."""
     if method == "minmax":
         low, high = (float(end) for end in values.double().aminmax())
-        return (high - low) / (2**bits - 1)
+        return (high - low) / (2.0**bits - 1)
     positive = quantized[quantized > 0]
     return float(positive.min()) if positive.numel() else 0.0
 

@@ -29,10 +29,12 @@ from qdq.systems import (
     IntegerNetwork,
     LinearQuant,
     QConv2d,
+    UInt8Weight,
     calibrate_inputs,
     convert_layer,
     duplicate_model_with_quant,
     quantize_parameters,
+    select_layers,
     to_tensorrt,
 )
 from qdq.systems.arithmetic import sign_of
@@ -262,6 +264,23 @@ def test_messages_name_the_call_that_keeps_exact_ranges(tmp_path, caplog):
     calibrate_model(net, [IMAGES])
     assert "replaces 4 ranges" in caplog.text
     assert "qdq.systems.calibrate_inputs keeps them" in caplog.text
+
+
+def test_the_first_and_the_last_layer_may_have_8_bits_of_another_system():
+    net = make_net().append(nn.ReLU()).append(nn.Conv2d(16, 4, 1))
+    selection = select_layers(net, IMAGES)
+    assert list(selection.float_layers) == ["0", "4"] and list(selection.layers) == ["2"]
+    convert_layer(net[2], BinaryWeight("2"), LinearQuant("2", 4, counter=1))
+    for name in selection.float_layers:
+        layer = net.get_submodule(name)
+        convert_layer(layer, UInt8Weight(name, symmetric=True), LinearQuant(name, 8, counter=1))
+    run(net)
+    expected = run(net)
+    transfer = to_tensorrt(net)
+    assert [layer.precision for layer in transfer.layers] == ["int8"] * 3
+    systems = [layer.tensors[0].system for layer in transfer.layers]
+    assert systems == ["UINT8 training", "binary", "UINT8 training"]
+    np.testing.assert_allclose(run(net), expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_a_quantizer_that_still_counts_is_refused():
