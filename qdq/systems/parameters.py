@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -81,8 +81,8 @@ def quantize_parameters(
     """Replace all floating entries of the state dict by quantized ones, in place.
 
     Each tensor has its own range. A running variance whose code is 0 is raised to one step, with a warning: the
-    network divides by its root. Integers such as `num_batches_tracked` stay. `find_grid` knows the grid of each
-    parameter afterwards.
+    network divides by its root. Integers such as `num_batches_tracked` and ranges of quantizers stay. `find_grid` knows
+    the grid of each parameter afterwards.
 
     Args:
         model: The float model, which changes only if all entries can be quantized.
@@ -95,7 +95,7 @@ def quantize_parameters(
         ArgumentError: An unknown method, a number out of range, or an entry that is empty or not finite.
         ArgumentTypeError: Not a module.
         NumberTypeError: A number of the wrong type, or a tensor without values, such as one on "meta".
-        StateError: The model has quantizers, or parameters that are not initialized.
+        StateError: The model has quantizers of qdq, or parameters that are not initialized.
     """
     require_model(model)
     require_choice(quant_method, get_args(QuantMethod), "quant_method", "quantize_parameters")
@@ -105,21 +105,11 @@ def quantize_parameters(
 
     _require_float_model(model)
     state = model.state_dict()
-    entries = []
-    quantized: dict[str, tuple[torch.Tensor, Grid]] = {}
-    for name, values in state.items():
-        if not isinstance(values, torch.Tensor):  # what `get_extra_state` has returned
-            entries.append(ParameterBits(name, None))
-            continue
-        if is_lazy(values):
-            raise StateError(f"{name} is not initialized yet.", "run the model once.")
-        bits = bn_bits if "running" in name else param_bits
-        if bits == FLOAT_BITS or not values.is_floating_point():
-            entries.append(ParameterBits(name, None))
-            continue
-        require_values(values, name)
-        quantized[name] = _quantize(name, values, bits, overflow_rate, quant_method)
-        entries.append(ParameterBits(name, bits))
+    widths = _choose_widths(model, state, param_bits, bn_bits)
+    quantized = {}
+    for name, bits in widths.items():
+        require_values(state[name], name)
+        quantized[name] = _quantize(name, state[name], bits, overflow_rate, quant_method)
 
     for name, (values, grid) in quantized.items():
         state[name].copy_(values)
@@ -127,15 +117,39 @@ def quantize_parameters(
         owner = model.get_submodule(path)
         if attribute in owner._parameters:
             note_grid(owner, attribute, grid)
-    return ParameterReport(tuple(entries))
+    return ParameterReport(tuple(ParameterBits(name, widths.get(name)) for name in state))
+
+
+def _choose_widths(
+    model: nn.Module, state: dict[str, Any], param_bits: int, bn_bits: int
+) -> dict[str, int]:
+    """The entries to quantize, with their widths.
+
+    Raises:
+        StateError: An entry is not initialized.
+    """
+    quantizers = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, SystemQuantizer)
+    )
+    widths = {}
+    for name, values in state.items():
+        is_tensor = isinstance(values, torch.Tensor)  # otherwise `get_extra_state` has returned it
+        if not is_tensor or name.startswith(quantizers):
+            continue
+        if is_lazy(values):
+            raise StateError(f"{name} is not initialized yet.", "run the model once.")
+        bits = bn_bits if "running" in name else param_bits
+        if bits != FLOAT_BITS and values.is_floating_point():
+            widths[name] = bits
+    return widths
 
 
 def _require_float_model(model: nn.Module) -> None:
-    """Refuse quantizers, whose ranges are in the state dict, too."""
+    """Refuse quantizers of qdq, whose ranges are in the state dict, too."""
     for name, module in model.named_modules():
-        if isinstance(module, TensorQuantizer | SystemQuantizer):
+        if isinstance(module, TensorQuantizer):
             raise StateError(
-                f"the model has quantizers already: {name} is a {type(module).__name__}.",
+                f"the model is one of qdq already: {name} is a {type(module).__name__}.",
                 "give the float model; its parameters are quantized first.",
             )
 

@@ -135,9 +135,6 @@ NUMBERS = {
     "parameters on meta": lambda: systems.quantize_parameters(nn.Linear(2, 2, device="meta")),
     "lazy parameters": lambda: systems.quantize_parameters(nn.LazyLinear(2)),
     "parameters of a calibrated model": quantize_calibrated,
-    "parameters of a model of a system": lambda: systems.quantize_parameters(
-        nn.Sequential(systems.UInt8Activation())
-    ),
     "ternary without options": lambda: train("train_ternary", options=None),
     "ternary with a dictionary": lambda: train("train_ternary", options={}),
     "incremental without options": lambda: train("train_incremental", options=None),

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qdq.systems import (
+    UInt8Activation,
     compute_integral_part,
     linear_quantize,
     log_minmax_quantize,
@@ -99,6 +100,15 @@ def test_extra_state_stays():
         "bias 4",
         "Ignoring _extra_state",
     ]
+
+
+def test_ranges_of_quantizers_stay():
+    quantizer = UInt8Activation("x")
+    quantizer(torch.randn(9))
+    before = {name: buffer.clone() for name, buffer in quantizer.named_buffers()}
+    report = quantize_parameters(nn.Sequential(quantizer, nn.Linear(2, 2)), 4, 2)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in quantizer.named_buffers())
+    assert "Ignoring 0.running_min" in report.format_table()
 
 
 def test_only_running_statistics():
