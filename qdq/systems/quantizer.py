@@ -13,6 +13,9 @@ from qdq.errors import StateError
 from qdq.systems.grid import Grid, describe_moving
 from qdq.systems.typed_state import TypedState
 
+UNCALIBRATED = "not calibrated"
+"""How the obstacle of a quantizer begins that has no state yet."""
+
 
 class SystemQuantizer(TypedState):
     """Quantizes one tensor by the rule of a system; its state, if it has any, is in buffers that keep their types.
@@ -121,7 +124,7 @@ def describe_or_refuse(quantizer: SystemQuantizer, values: torch.Tensor | None =
         return quantizer.describe(values)
     except StateError as error:
         reason = error.message.removeprefix(quantizer.label).strip(" :.")
-        return describe_moving(type(quantizer).__name__, 8, f"not calibrated ({reason})")
+        return describe_moving(type(quantizer).__name__, 8, f"{UNCALIBRATED} ({reason})")
 
 
 def refuse_replica(module: nn.Module, label: str, action: str) -> None:

@@ -16,7 +16,7 @@ from qdq.swap import plan_swap
 from qdq.systems.grid import INT8_HIGHEST, INT8_LOWEST, Grid
 from qdq.systems.others import NO_RANGE
 from qdq.systems.quantized_inputs import quantize_inputs
-from qdq.systems.quantizer import describe_or_refuse
+from qdq.systems.quantizer import UNCALIBRATED, describe_or_refuse
 from qdq.systems.records import LayerVerdict, TensorVerdict, Transfer
 from qdq.systems.sites import Site, find_sites
 from qdq.systems.transfer import measure_conversion, transfer
@@ -61,8 +61,12 @@ def _transfer(model: nn.Module, convert: bool, unwrapped: Unwrapped) -> Transfer
     layout = find_sites(model)
     verdicts = {site.name: judge_site(site) for site in layout.sites}
     standing = {}
-    for name in sorted(layout.needed):
-        standing[name] = judge_tensor(name, describe_or_refuse(layout.standing[name]))
+    judged = {site.source for site in layout.sites if site.weight is not None}
+    for name, quantizer in sorted(layout.standing.items()):
+        grid = describe_or_refuse(quantizer)
+        is_uncalibrated = grid.obstacle.startswith(UNCALIBRATED) and name not in judged
+        if name in layout.needed or is_uncalibrated:
+            standing[name] = judge_tensor(name, grid)
     for module, grids in unwrapped.inputs.items():
         for index, grid in grids.items():
             name = f"{module}, input {index}"

@@ -126,6 +126,12 @@ def test_all_uncalibrated_quantizers_are_named_with_the_other_offenders():
     assert sum("zero point" in line.partition(";")[0] for line in lines) == 2
 
 
+def test_an_uncalibrated_quantizer_before_a_float_layer_is_refused():
+    net = nn.Sequential(LinearQuant("y", 8), nn.Conv2d(3, 4, 1))
+    with pytest.raises(ExportError, match="0: LinearQuant values: not calibrated"):
+        to_tensorrt(net)
+
+
 def test_a_network_that_is_not_frozen_is_refused_with_its_layers():
     net = IntegerNetwork(*make_net())
     net.quantize(8)
