@@ -144,6 +144,9 @@ NUMBERS = {
     "padding above half the kernel": lambda: systems.QMaxPooling2d(padding=5),
     "padding of text": lambda: systems.QMaxPooling2d(padding="same"),
     "codes of other channels": convolve_codes,
+    "values of other channels": lambda: systems.QConv2d(nn.Conv2d(3, 2, 3))(
+        torch.randn(1, 2, 5, 5)
+    ),
     "codes of a vector to pool": pool_codes,
     "codes in a list": lambda: dequantize([1, 2]),
     "codes that are NaN": lambda: dequantize(NAN),

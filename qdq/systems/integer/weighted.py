@@ -67,8 +67,8 @@ class QWeighted(QModule):
     ) -> None:
         label = f"{type(self).__name__} of {layer}"
         super().__init__(qi, qo, num_bits, scheme=scheme, label=label)
-        weight_label = f"{label}, weight"
-        self.qw = QParam(num_bits, scheme=scheme, axis=axis, groups=groups, label=weight_label)
+        options: Any = {"scheme": scheme, "axis": axis, "groups": groups}
+        self.qw = QParam(num_bits, label=f"{label}, weight", **options)
         setattr(self, self.attribute, layer)
         self.register_buffer("M", torch.empty(0, dtype=torch.float64))
 
@@ -82,7 +82,8 @@ class QWeighted(QModule):
         x = self.observe_input(x)
         weight, bias = self.fold(x)
         self.qw.observe(weight)
-        x = self.operate(x, FakeQuantize.apply(weight, self.qw), bias)
+        with naming_layer(self.label, x):
+            x = self.operate(x, FakeQuantize.apply(weight, self.qw), bias)
         return self.observe_output(F.relu(x) if self.has_relu else x)
 
     def fold(self, x: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -134,9 +135,8 @@ class QWeighted(QModule):
         self.layer.weight = nn.Parameter(codes, requires_grad=False)
         self.is_frozen = True
         if not self._fits_int32():
-            logger.warning(
-                "%s: its sums may exceed int32; they are computed in float64", self.label
-            )
+            text = "%s: its sums may exceed int32; they are computed in float64"
+            logger.warning(text, self.label)
 
     @torch.no_grad()
     def quantize_inference(self, x: torch.Tensor) -> torch.Tensor:
