@@ -15,6 +15,7 @@ _HOMES = {
     "accuracy.bias": ("BiasCorrection", "correct_bias"),
     "accuracy.equalization": ("Equalization", "equalize_layers"),
     "analyze": ("Analysis", "analyze_layers"),
+    "batch": ("Labelled",),
     "build": ("BuildReport", "build_engine"),
     "calibrate": ("Calibration", "calibrate_model", "solve_ranges"),
     "calibrate.collect": ("collect_statistics",),

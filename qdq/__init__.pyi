@@ -9,6 +9,7 @@ from qdq.accuracy.equalization import Equalization as Equalization
 from qdq.accuracy.equalization import equalize_layers as equalize_layers
 from qdq.analyze import Analysis as Analysis
 from qdq.analyze import analyze_layers as analyze_layers
+from qdq.batch import Labelled as Labelled
 from qdq.build import BuildReport as BuildReport
 from qdq.build import build_engine as build_engine
 from qdq.calibrate import Calibration as Calibration

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
 
-from qdq.batch import tensors_of
+from qdq.batch import map_tensors, tensors_of
 from qdq.errors import ArgumentError
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def move_batch(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on a device; the batch itself if they are there.
 
     Args:
-        batch: Tensors in lists, tuples and dictionaries.
+        batch: As for `batch.list_leaves`.
         device: The device.
     """
     if all(tensor.device == device for tensor in tensors_of(batch)):
@@ -128,7 +128,7 @@ def move_batch(batch: Any, device: torch.device) -> Any:
     def move(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device, non_blocking=device.type != "cpu")
 
-    return tree_map_only(torch.Tensor, move, batch)
+    return map_tensors(move, batch)
 
 
 def copy_to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

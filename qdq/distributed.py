@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import distributed
-from torch.utils._pytree import tree_map_only
 
-from qdq.batch import tensors_of
+from qdq.batch import map_tensors, tensors_of
 from qdq.errors import CalibrationError, DataError, QdqError, StateError, is_out_of_memory
 from qdq.files import read_file
 from qdq.run import find_announced
@@ -372,5 +371,5 @@ def shard_samples(batch: Any) -> tuple[Any, int]:
             f"a batch cannot be split among {size} processes: its tensors have the first sizes {sorted(lengths)}.",
             "give batches whose tensors all have one row per sample, or run one process.",
         )
-    shard = tree_map_only(torch.Tensor, lambda tensor: tensor[rank::size], batch)
+    shard = map_tensors(lambda tensor: tensor[rank::size], batch)
     return shard, len(range(rank, lengths.pop(), size))

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from qdq.batch import require_batches, split_inputs, tensors_of
+from qdq.batch import list_leaves, require_batches, split_inputs, tensors_of
 from qdq.check import OnnxModel, Session
 from qdq.device import without_tf32
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError, is_out_of_memory
@@ -93,7 +92,7 @@ def predict(
 
     Args:
         model: A module, or the path of an ONNX file (run by ONNX Runtime on the CPU).
-        batches: As for `forward.call_model`: tensors or `(images, labels)`.
+        batches: As for `forward.call_model`: tensors, `(images, labels)`, dictionaries or `Labelled`.
         session: Session of ONNX Runtime. "plain" computes exactly what is in the file, "default" is what its users get
             (`check.OnnxModel`). A module needs none.
 
@@ -129,7 +128,8 @@ def _run_file(model: OnnxModel, batch: Any) -> Array:
     """First output of an ONNX file on one batch."""
     args, kwargs = split_inputs(batch)
     names = list(model.inputs)
-    leaves = tree_leaves(args)
+    # Flags and strings are constants of the file.
+    leaves = [leaf for leaf in list_leaves(args) if isinstance(leaf, torch.Tensor | np.ndarray)]
     if not args:
         named = name_leaves(kwargs)
         names = [name for name in names if name in named]

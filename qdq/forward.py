@@ -6,6 +6,7 @@ trace. It is valid for the path that the example inputs took.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 import sys
@@ -13,10 +14,10 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from keyword import iskeyword
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
@@ -25,10 +26,11 @@ from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten_with_path
 
-from qdq.batch import split_inputs, tensors_of
+from qdq.batch import split_inputs, tensors_of, to_plain
 from qdq.device import find_device, move_batch
 from qdq.errors import ArgumentTypeError, DataError
 from qdq.functions import ALIASES, CONTRACTIONS
+from qdq.text import list_names
 
 # How torch says that tensors of several devices met. A convolution shows their types: torch.FloatTensor and
 # torch.cuda.FloatTensor. If only the part behind the last dot differs, the devices are the same.
@@ -105,7 +107,7 @@ class ModuleRun:
     Args:
         module: Dotted name.
         caller: Dotted name of the module whose forward made the call, None for the model itself.
-        inputs: The tensors among its positional arguments, numbered as in `Operation`.
+        inputs: The tensors among its positional and keyword arguments, numbered as in `Operation`.
     """
 
     module: str
@@ -188,9 +190,9 @@ def name_leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
     The names are unique identifiers: for `a.b` and `a_b`, the second is named `a_b_1`.
 
     Args:
-        arguments: Name -> argument, which may hold lists, tuples and dictionaries.
+        arguments: Name -> argument, as for `batch.list_leaves`.
     """
-    leaves_by_path, _ = tree_flatten_with_path(dict(arguments))
+    leaves_by_path, _ = tree_flatten_with_path(to_plain(dict(arguments)))
     texts = []
     leaves = []
     for path, leaf in leaves_by_path:
@@ -248,6 +250,7 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
         inputs: The item.
 
     Raises:
+        ArgumentTypeError: The forward cannot be called with the arguments of the item.
         DataError: The item cannot be moved to the device of the model, or tensors of other devices meet in the model.
     """
     device = find_device(model)
@@ -257,7 +260,36 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
         "keep constants of the model in buffers, or make them on the device of an input."
     )
     with explaining_devices(f"the model is on {device}, and a function in it", fix):
-        return _run_uncompiled(model, args, kwargs)
+        try:
+            return _run_uncompiled(model, args, kwargs)
+        except TypeError as error:
+            _explain_arguments(model, inputs, args, kwargs, error)
+            raise
+
+
+def _explain_arguments(
+    model: nn.Module,
+    batch: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    error: TypeError,
+) -> None:
+    """Explain the error of a call whose arguments are not those of the forward; any other error is left alone.
+
+    Raises:
+        ArgumentTypeError: The forward takes other arguments.
+    """
+    signature = inspect.signature(unwrap_compiled(model).forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as reason:
+        given = list_names(list(kwargs), 5) or f"{len(args)} positional"
+        raise ArgumentTypeError(
+            f"the forward of {type(model).__name__} takes {signature}, and a batch of type {type(batch).__name__} "
+            f"gives it {given}: {reason}.",
+            "pass a dictionary of its arguments, or qdq.Labelled((first, second), labels): the only input in a bare "
+            "tuple or list is its first item.",
+        ) from error
 
 
 @contextmanager
@@ -348,6 +380,8 @@ def unwrap_compiled(model: nn.Module) -> nn.Module:
     Args:
         model: Any module.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        return model  # its children are no dictionary
     wrapped = model._modules.get("_orig_mod")
     return model if wrapped is None else wrapped
 
@@ -381,12 +415,12 @@ def trace_forward(
     if not tensors_of(split_inputs(inputs)):
         raise ArgumentTypeError(
             f"the example inputs, of type {type(inputs).__name__}, hold no tensor.",
-            "pass one batch: a tensor, (inputs, labels), or a dictionary of keyword arguments.",
+            "pass one batch: a tensor, (inputs, labels), a dictionary of keyword arguments, or qdq.Labelled.",
         )
     recorder = _Recorder(model, meter or (lambda: 0))
     handles = [
         hooks.register_module_forward_pre_hook(recorder.enter),
-        hooks.register_module_forward_hook(recorder.leave),
+        hooks.register_module_forward_hook(recorder.leave, with_kwargs=True),
     ]
     try:
         with evaluating(model), recorder:
@@ -395,6 +429,20 @@ def trace_forward(
         for handle in handles:
             handle.remove()
     return recorder.finish(outputs)
+
+
+class _Running(NamedTuple):
+    """A module that runs.
+
+    Args:
+        module: Dotted name.
+        index: Position of its run in the trace.
+        moment: How many tensors had numbers when it started.
+    """
+
+    module: str
+    index: int
+    moment: int
 
 
 class _Recorder(TorchFunctionMode):
@@ -410,10 +458,10 @@ class _Recorder(TorchFunctionMode):
         self._meter = meter
         self._names = {id(module): name for name, module in model.named_modules()}
         # The running modules, innermost last, and for each of them the number of calls of each function.
-        self._stack: list[str] = []
+        self._stack: list[_Running] = []
         self._counters: list[Counter[str]] = [Counter()]
         # Tensors are identified by `id`. They stay in memory, so that no `id` is used twice.
-        self._numbers: dict[int, int] = {}
+        self._numbers: dict[int, list[int]] = {}
         self._numbered: list[torch.Tensor] = []
         self._makers: dict[int, str] = {}  # tensor -> module that returned it
         self._outputs: list[torch.Tensor] = []
@@ -428,25 +476,34 @@ class _Recorder(TorchFunctionMode):
         if name is None:
             return
         tensors = tensors_of(args)
-        caller = self._stack[-1] if self._stack else None
-        run = ModuleRun(name, caller, self._number_all(tensors))
-        self._trace.runs.append(run)
-        if caller is None and not self._trace.inputs:
-            self._trace.inputs = run.inputs
-        self._stack.append(name)
+        caller = self._stack[-1].module if self._stack else None
+        inputs = self._number_all(tensors)
+        self._stack.append(_Running(name, len(self._trace.runs), len(self._numbered)))
+        self._trace.runs.append(ModuleRun(name, caller, inputs))
         self._counters.append(Counter())
         self._trace.calls[name] += 1
+        self._note_inputs(name, tensors)
+
+    def _note_inputs(self, name: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Note which tensors that modules made a module gets."""
         for tensor in tensors:
             if id(tensor) in self._makers:
                 self._last_input[name] = id(tensor)
 
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Note that a module has run; a hook after its forward."""
+    def leave(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Note that a module has run; a hook after its forward. Only this one gets the keyword arguments."""
         name = self._names.get(id(module))
         if name is None:
             return
-        self._stack.pop()
+        running = self._stack.pop()
         self._counters.pop()
+        tensors = tensors_of(kwargs)
+        numbers = tuple(self._number_at(tensor, running.moment) for tensor in tensors)
+        run = self._trace.runs[running.index]
+        self._trace.runs[running.index] = replace(run, inputs=(*run.inputs, *numbers))
+        self._note_inputs(name, tensors)
         if not isinstance(output, torch.Tensor):
             return
         is_leaf = next(module.children(), None) is None
@@ -485,7 +542,7 @@ class _Recorder(TorchFunctionMode):
 
     def _innermost(self) -> str:
         """The innermost running module; "" for the model itself or for code outside of it."""
-        return self._stack[-1] if self._stack else ""
+        return self._stack[-1].module if self._stack else ""
 
     def _record_readers(self, module: str, function: str, arguments: list[torch.Tensor]) -> None:
         """Note whose output a module reads, and the memory that its products read.
@@ -508,14 +565,25 @@ class _Recorder(TorchFunctionMode):
 
     def _number(self, tensor: torch.Tensor) -> int:
         """The number of a tensor; a new one if it has none."""
-        number = self._numbers.get(id(tensor))
-        return self._renumber(tensor) if number is None else number
+        numbers = self._numbers.get(id(tensor))
+        return numbers[-1] if numbers else self._renumber(tensor)
+
+    def _number_at(self, tensor: torch.Tensor, moment: int) -> int:
+        """The number that a tensor had at a moment: a later change in place gives it another.
+
+        Args:
+            tensor: The tensor.
+            moment: How many numbers there were.
+        """
+        numbers = self._numbers.get(id(tensor)) or [self._renumber(tensor)]
+        earlier = [number for number in numbers if number <= moment]
+        return earlier[-1] if earlier else numbers[0]
 
     def _renumber(self, tensor: torch.Tensor) -> int:
         """A number that no tensor has had."""
         self._numbered.append(tensor)
         number = len(self._numbered)
-        self._numbers[id(tensor)] = number
+        self._numbers.setdefault(id(tensor), []).append(number)
         self._trace.shapes[number] = tuple(tensor.shape)
         return number
 
@@ -526,6 +594,9 @@ class _Recorder(TorchFunctionMode):
             outputs: The outputs of the model.
         """
         returned = tensors_of(outputs)
+        runs_of_model = [run for run in self._trace.runs if run.caller is None]
+        if runs_of_model:
+            self._trace.inputs = runs_of_model[0].inputs
         self._trace.outputs = self._number_all(returned)
         identities = {id(tensor) for tensor in returned}
         for identity, name in self._makers.items():

@@ -98,15 +98,23 @@ class SwapPlan:
 
     def format_table(self) -> str:
         """The counts, then the modules that are not quantized, with the reasons; similar modules are on one line."""
-        lines = [self._format_counts()]
-        reasons: list[tuple[tuple[str, str, str], str]] = []
-        for module in self.of("missed") + self.of("float"):
-            key = (module.action, module.type, module.reason)
-            reasons.append((key, module.name or "the model"))
-        for (action, type_name, reason), names in group_names(reasons).items():
+        lines = [self._format_counts(), *self.list_reasons("missed"), *self.list_reasons("float")]
+        return "\n".join(lines)
+
+    def list_reasons(self, action: str) -> list[str]:
+        """One line for all modules with the same action, class and reason.
+
+        Args:
+            action: As for `of`.
+        """
+        reasons: list[tuple[tuple[str, str], str]] = []
+        for module in self.of(action):
+            reasons.append(((module.type, module.reason), module.name or "the model"))
+        lines = []
+        for (type_name, reason), names in group_names(reasons).items():
             shown = list_names(names, 2)
             lines.append(f"  {action:6}  {len(names)} {type_name} ({shown}): {reason}")
-        return "\n".join(lines)
+        return lines
 
     def _format_counts(self) -> str:
         counts = Counter(module.action for module in self.modules)
@@ -193,8 +201,9 @@ def swap_modules(
         if not isinstance(module, QuantInputMixin):
             _swap_one(planned.name, module, input_desc, weight_desc, model_device)
     switch_fast_paths(model)
-    if plan.of("missed"):
-        logger.warning("some modules multiply matrices in float:\n%s", plan.format_table())
+    missed = plan.list_reasons("missed")
+    if missed:
+        logger.warning("some modules multiply matrices in float:\n%s", "\n".join(missed))
     return plan
 
 
@@ -342,7 +351,11 @@ class _Planner:
         """
         obstacle = _find_obstacle(module, counterpart)
         if not obstacle and self._usage is not None:
-            obstacle = self._find_other_use(name, module, counterpart, self._usage)
+            readers = self._usage.readers_of(_list_memory(module, counterpart))
+            never_runs = self._usage.num_runs[name] == 0 and name not in self._called_when_swapped
+            if never_runs and not readers:
+                return _Decision("float", "it does not run on the example inputs")
+            obstacle = _describe_other_use(name, readers, self._usage, never_runs=never_runs)
         if obstacle:
             return _Decision("missed", obstacle)
         rule = self._rules.reason_against(name, module) if follows_rules else ""
@@ -352,33 +365,6 @@ class _Planner:
         if mapped_name == type(module).__name__:
             return _Decision("quantize", f"{mapped_name} is in the map")
         return _Decision("quantize", f"subclass of {mapped_name}, keeps its own forward")
-
-    def _find_other_use(
-        self,
-        name: str,
-        module: nn.Module,
-        counterpart: type[QuantInputMixin],
-        usage: _Usage,
-    ) -> str:
-        """Why quantizers in a module would have no effect, according to the forward.
-
-        Args:
-            name: Dotted name.
-            module: The module.
-            counterpart: Its quantized class.
-            usage: How modules were used in the forward.
-
-        Returns:
-            The reason; "" if the module runs and its weights are used unchanged.
-        """
-        readers = usage.readers_of(_list_memory(module, counterpart))
-        if usage.num_runs[name] == 0 and name not in self._called_when_swapped:
-            if readers:
-                return "its own forward never runs: the module around it reads its weight directly"
-            return "it does not run on the example inputs"
-        if name in usage.products and name not in readers:
-            return "its forward transforms the weight and uses the result, which rewire_operations can quantize"
-        return ""
 
     def _decide_unmapped(self, name: str, module: nn.Module) -> _Decision:
         """The decision for a module with parameters and no counterpart."""
@@ -429,6 +415,25 @@ class _Planner:
                 PlannedModule(name, type(module).__name__, action, reason, weights=0, mapped=False)
             )
         return callers
+
+
+def _describe_other_use(name: str, readers: set[str], usage: _Usage, *, never_runs: bool) -> str:
+    """Why quantizers in a module would have no effect, according to the forward.
+
+    Args:
+        name: Dotted name.
+        readers: Modules whose products read its weights.
+        usage: How modules were used in the forward.
+        never_runs: Whether its own forward never runs.
+
+    Returns:
+        The reason; "" if the module runs and its weights are used unchanged.
+    """
+    if never_runs:
+        return "its own forward never runs: the module around it reads its weight directly"
+    if name in usage.products and name not in readers:
+        return "its forward transforms the weight and uses the result, which rewire_operations can quantize"
+    return ""
 
 
 class _Usage:

@@ -1,6 +1,5 @@
 """What one forward is said to have done, on modules small enough to know it."""
 
-import dataclasses
 
 import pytest
 import torch
@@ -139,11 +138,11 @@ def test_call_model_takes_what_loaders_yield():
     assert torch.equal(call_model(Model(), {"x": x, "factor": 3}), 3 * x)
 
 
-@dataclasses.dataclass
 class Hidden:
     """An object that qdq does not look into."""
 
-    images: torch.Tensor
+    def __init__(self, images):
+        self.images = images
 
 
 class Opening(nn.Module):

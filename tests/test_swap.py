@@ -539,7 +539,16 @@ class TestMissed:
         model = nn.Sequential(nn.Linear(4, 4))
         model.spare = nn.Linear(4, 4)
         model.forward = lambda x: model[0](x)
-        assert "does not run" in self.missed(model, torch.randn(1, 4))["spare"]
+        plan = plan_swap(model, torch.randn(1, 4))
+        reasons = {module.name: module.reason for module in plan.of("float")}
+        assert "does not run" in reasons["spare"]
+        assert not plan.of("missed")
+
+    def test_the_warning_repeats_no_other_line_of_the_table(self, caplog):
+        plan = swap_modules(nn.Sequential(nn.Conv2d(3, 16, 3), nn.LSTM(4, 4)))
+        assert "missed" in caplog.text
+        assert "R-CONV-3" in plan.format_table()
+        assert "R-CONV-3" not in caplog.text
 
     def test_elementwise_parameters_are_not_missed(self):
         class Scale(nn.Module):

@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
-from qdq.batch import count_samples, floats_of, is_by_sample
+from qdq.batch import count_samples, floats_of, is_by_sample, map_leaves
 from qdq.dataflow import Dataflow
 from qdq.errors import ArgumentError, DataError, QdqError, StateError
 from qdq.forward import call_model, evaluating, name_function, trace_forward
@@ -246,7 +245,7 @@ def _take_samples(inputs: Any, count: int) -> Any:
     def take(leaf: Any) -> Any:
         return leaf[:count] if is_by_sample(leaf, size) else leaf
 
-    return tree_map(take, inputs)
+    return map_leaves(take, inputs)
 
 
 def _reason_to_skip(is_active: bool, calls: int) -> str:

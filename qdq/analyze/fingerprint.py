@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from qdq.batch import list_leaves
 from qdq.calibrate.collect import bytes_of
 from qdq.forward import ForwardTrace, Operation
 from qdq.quantizer import named_quantizers
@@ -42,7 +43,7 @@ def fingerprint_analysis(
 
     for operation in trace.operations:
         digest.update(_describe(operation).encode())
-    for leaf in tree_leaves(batches):
+    for leaf in list_leaves(list(batches)):
         _feed(digest, "batch", leaf)
     members = [(unit.name, unit.layers, unit.calls) for unit in units]
     digest.update(repr(members).encode())

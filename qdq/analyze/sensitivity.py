@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qdq.batch import count_samples, floats_of
+from qdq.batch import count_samples, find_labels, floats_of
 from qdq.errors import DataError
 
 ErrorSums = npt.NDArray[np.float64]
@@ -223,9 +223,7 @@ def _scores(output: torch.Tensor) -> torch.Tensor:
 
 def _labels_of(batch: Any) -> torch.Tensor | None:
     """The labels of a batch `(images, labels, ...)`: whole numbers in a tensor; None if there are none."""
-    if not isinstance(batch, tuple | list) or len(batch) < 2:
-        return None
-    labels = batch[1]
+    labels = find_labels(batch)
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
         return None
     return labels

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from qdq.batch import floats_of
+from qdq.batch import Labelled, find_labels, floats_of, split_inputs
 from qdq.device import move_batch
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError, StateError
 from qdq.forward import call_model, evaluating, explaining_devices
@@ -93,13 +93,13 @@ def cross_entropy(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
     Raises:
         DataError: The batch has no labels.
     """
-    is_pair = isinstance(batch, tuple | list) and len(batch) > 1
-    if not is_pair or not isinstance(batch[1], torch.Tensor):
+    labels = find_labels(batch)
+    if not isinstance(labels, torch.Tensor):
         raise DataError(
             "a batch has no labels.",
-            "give batches (images, labels), or use distillation alone: loss=None.",
+            "give batches (images, labels) or qdq.Labelled, or use distillation alone: loss=None.",
         )
-    return F.cross_entropy(outputs.float(), batch[1])
+    return F.cross_entropy(outputs.float(), labels)
 
 
 class Objective:
@@ -361,8 +361,9 @@ def _require_floats(tree: Any) -> list[torch.Tensor]:
 def run_with_loss(model: nn.Module, loss: Loss | None, batch: Any) -> tuple[Any, torch.Tensor]:
     """The outputs of a model for a batch, and its loss as a float32 scalar; 0 without a loss.
 
-    With "own" the model is called on the whole batch, `model(images, targets)`, in training mode: torchvision's
-    detectors then return their losses. BatchNorm and Dropout stay in their current mode. The loss is the sum of the
+    With "own" the model is called on the whole batch, `model(images, targets)` or, if its inputs are a mapping,
+    `model(**inputs, labels=labels)`, in training mode: the detectors of torchvision and the models of transformers
+    then return their losses. BatchNorm and Dropout stay in their current mode. The loss is the sum of the
     losses that the model returns.
 
     Raises:
@@ -371,7 +372,7 @@ def run_with_loss(model: nn.Module, loss: Loss | None, batch: Any) -> tuple[Any,
     """
     if loss == "own":
         with _training(model):
-            outputs = model(*batch) if isinstance(batch, tuple | list) else call_model(model, batch)
+            outputs = call_model(model, _with_labels(batch))
         losses = [_require_scalar(part) for part in _require_floats(outputs)]
         return outputs, torch.stack(losses).sum()
     outputs = call_model(model, batch)
@@ -381,6 +382,17 @@ def run_with_loss(model: nn.Module, loss: Loss | None, batch: Any) -> tuple[Any,
     with explaining_devices("the loss function", fix):
         value = loss(outputs, batch)
     return outputs, _require_scalar(value)
+
+
+def _with_labels(batch: Any) -> Any:
+    """A batch whose labels are among its inputs: the last positional one, or the keyword `labels`."""
+    if isinstance(batch, tuple | list):
+        return Labelled(tuple(batch))
+    labels = find_labels(batch)
+    if labels is None:
+        return batch
+    args, kwargs = split_inputs(batch)
+    return Labelled({**kwargs, "labels": labels} if kwargs else (*args, labels))
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map_only
 
+from qdq.batch import map_tensors
 from qdq.calibrate.collect import bytes_of, fingerprint_model
 from qdq.device import find_device, move_batch
 from qdq.distributed import (
@@ -240,7 +240,7 @@ class Trainer:
         def make_trainable(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.clone() if tensor.is_inference() else tensor
 
-        return tree_map_only(torch.Tensor, make_trainable, move_batch(batch, self.device))
+        return map_tensors(make_trainable, move_batch(batch, self.device))
 
     def run_step(self, batch: Any) -> float:
         """Train on one batch.
