@@ -13,17 +13,21 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
+from qdq.batch import map_tensors
+from qdq.caches import forgetting_calls
+from qdq.dynamic import Dimensions, Dynamic, change_sizes, name_dimensions, repeat_single
 from qdq.errors import ExportError
 from qdq.forward import evaluating, make_identifiers, name_leaves, unwrap_compiled
 from qdq.graph.names import QuantizerScale
@@ -62,12 +66,14 @@ class CapturedGraph:
         names: Names of the example's tensors, in order; the graph has no input for a tensor that it does not read.
         scales: Mark -> its quantizer, for all quantizers that were enabled.
         ran: Names of the quantizers that quantized a tensor while the model was captured.
+        dimensions: The dynamic dimensions of each input.
     """
 
     graph: ir.Model
     names: tuple[str, ...]
     scales: Mapping[float, QuantizerScale]
     ran: frozenset[str]
+    dimensions: Dimensions
 
 
 def capture_graph(
@@ -77,8 +83,12 @@ def capture_graph(
     opset: int,
     *,
     dynamic_batch: bool,
+    dynamic: Dynamic | None = None,
 ) -> CapturedGraph:
     """Capture a model whose quantizers have ranges; they and the model do not change.
+
+    A dynamic dimension gets a size that it did not have in the call before, so that a shape that the model keeps from
+    call to call does not fix it.
 
     Args:
         model: Any module that can be called.
@@ -86,13 +96,21 @@ def capture_graph(
         kwargs: Its keyword arguments.
         opset: The opset that torch writes.
         dynamic_batch: Make the first dimension of every tensor dynamic.
+        dynamic: Further dynamic dimensions, see `dynamic.name_dimensions`.
 
     Raises:
+        ArgumentError: Dynamic dimensions that the inputs do not have.
+        ArgumentTypeError: `dynamic` of another form.
         ExportError: torch cannot capture the model.
     """
     call = _describe_call(_unwrap(model), args, kwargs)
-    with _marked(model) as marks:
-        program = _run_export(model, call, opset, dynamic_batch=dynamic_batch)
+    dimensions = name_dimensions(call.tensors, dynamic, has_batch=dynamic_batch)
+    call.tensors = repeat_single(call.tensors, dimensions)
+    with (
+        forgetting_calls(model, _list_other_calls(call, dimensions)) as list_changed,
+        _marked(model) as marks,
+    ):
+        program = _run_export(model, call, opset, dimensions, list_changed)
     if program is None:
         raise ExportError("torch.onnx.export returned nothing.", "update torch to 2.11 or newer.")
     left_out = ", ".join(call.left_out)
@@ -109,21 +127,43 @@ def capture_graph(
         value.name = names.get(str(value.name), value.name)
     scales = {mark.scale: _scale_of(mark) for mark in marks}
     ran = frozenset(mark.name for mark in marks if mark.has_run)
-    return CapturedGraph(program.model, tuple(call.tensors), scales, ran)
+    return CapturedGraph(program.model, tuple(call.tensors), scales, ran, dimensions)
+
+
+def _list_other_calls(call: _Call, dimensions: Dimensions) -> list[Callable[[], Any]]:
+    """Calls with other sizes in all dynamic dimensions, then in the batch alone; none if all sizes are fixed."""
+    if not any(dimensions.values()):
+        return []
+    calls: list[Callable[[], Any]] = []
+    for only_batch in (False, True):
+        changed = change_sizes(call.tensors, dimensions, only_batch=only_batch)
+        calls.append(partial(call, *changed.values()))
+    return calls
 
 
 def _run_export(
-    model: nn.Module, call: _Call, opset: int, *, dynamic_batch: bool
+    model: nn.Module,
+    call: _Call,
+    opset: int,
+    dimensions: Dimensions,
+    list_changed: Callable[[], list[str]],
 ) -> torch.onnx.ONNXProgram | None:
     """Have torch export a model.
+
+    Args:
+        model: The model.
+        call: Its call on the example.
+        opset: The opset that torch writes.
+        dimensions: The dynamic dimensions of each input.
+        list_changed: Lists what the model keeps from call to call.
 
     Raises:
         ExportError: torch cannot capture it.
     """
     dynamic_shapes = None
-    if dynamic_batch:
-        dimensions = [{0: "batch"} if tensor.dim() else None for tensor in call.tensors.values()]
-        dynamic_shapes = dict(zip(call.parameters, dimensions, strict=True))
+    if any(dimensions.values()):
+        axes = [dict(axes) or None for axes in dimensions.values()]
+        dynamic_shapes = dict(zip(call.parameters, axes, strict=True))
     try:
         with _quiet(), _inference_as_made(model), evaluating(model):
             return torch.onnx.export(
@@ -137,12 +177,17 @@ def _run_export(
     except Exception as error:  # torch raises many types here
         raise ExportError(
             f"torch.export cannot capture the model: {_summarize(error.__cause__ or error)}",
-            _advise(model),
+            _advise(model, list_changed()),
         ) from error
 
 
-def _advise(model: nn.Module) -> str:
-    """The fix for a model that torch cannot capture."""
+def _advise(model: nn.Module, kept: list[str]) -> str:
+    """The fix for a model that torch cannot capture.
+
+    Args:
+        model: The model.
+        kept: The attributes in which it keeps tensors or shapes of its last call.
+    """
     parametrized = []
     for name, module in model.named_modules():
         if is_parametrized(module):
@@ -152,7 +197,13 @@ def _advise(model: nn.Module) -> str:
             f"{list_names(parametrized, 5)} compute parameters from others: call "
             "torch.nn.utils.parametrize.remove_parametrizations there, before swap_modules."
         )
-    return "change the forward as torch says, or try dynamic_batch=False if it names a dimension."
+    fix = "change the forward as torch says, or try dynamic_batch=False if it names a dimension."
+    if kept:
+        fix += (
+            f" The forward keeps {list_names(kept, 5)} from call to call: have it compute them anew in every call, or "
+            "keep them in buffers of fixed size."
+        )
+    return fix
 
 
 def _inference_as_made(model: nn.Module) -> torch.inference_mode:
@@ -237,7 +288,7 @@ class _Call:
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._model = model
-        self._leaves, self._structure = tree_flatten((args, kwargs))
+        self._arguments = (args, kwargs)
         names = _name_positional(model, len(args))
         arguments = {**dict(zip(names, args, strict=True)), **kwargs}
         self.tensors: dict[str, torch.Tensor] = {}
@@ -256,10 +307,7 @@ class _Call:
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
         remaining = iter(tensors)
-        leaves = []
-        for leaf in self._leaves:
-            leaves.append(next(remaining) if isinstance(leaf, torch.Tensor) else leaf)
-        args, kwargs = tree_unflatten(leaves, self._structure)
+        args, kwargs = map_tensors(lambda _: next(remaining), self._arguments)
         results = tree_leaves(self._model(*args, **kwargs))
         outputs = []
         self.left_out = []

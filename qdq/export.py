@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,9 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 import qdq
-from qdq.batch import split_inputs, tensors_of
+from qdq.batch import count_samples, split_inputs, tensors_of
 from qdq.calibrate import Range
 from qdq.calibrate.collect import bytes_of
 from qdq.capture import CapturedGraph, capture_graph
@@ -28,6 +28,7 @@ from qdq.check.parity import Parity, measure_parity
 from qdq.check.precision import measure_peaks, run_graph, run_rounded
 from qdq.check.rules import find_violations
 from qdq.device import find_device, move_batch, on_host
+from qdq.dynamic import Dynamic, require_dynamic
 from qdq.errors import ArgumentError, ArgumentTypeError, CheckError, ExportError
 from qdq.files import as_path, guard_files
 from qdq.formats import Format
@@ -135,6 +136,7 @@ def export_onnx(
     *,
     opset: int = DEFAULT_OPSET,
     dynamic_batch: bool = True,
+    dynamic: Dynamic | None = None,
     weights: str = "int8",
     precision: str = "fp32",
     keep_io_types: bool = True,
@@ -152,11 +154,14 @@ def export_onnx(
 
     Args:
         model: A swapped and calibrated model. Disabled quantizers leave no trace in the file.
-        example_inputs: One batch, as for `calibrate_model`: a tensor `[B, ...]`, `(inputs, labels)` or a dictionary.
+        example_inputs: One batch, as for `calibrate_model`: a tensor `[B, ...]`, `(inputs, labels)`, a dictionary or
+            `Labelled`.
         path: The file to write.
         opset: 13 to 23; 19 is the first with fp16 scales, and TensorRT 10.0 still reads it. Below 18 the model is
             written at 18 and lowered, exactly or not at all.
-        dynamic_batch: Make the first dimension of every input dynamic.
+        dynamic_batch: Make the first dimension of every input dynamic, with the name "batch".
+        dynamic: Further dynamic dimensions: name of an input -> axis -> name, as in `{"x": {2: "height", 3: "width"}}`.
+            For axis 0 it takes the place of "batch"; None instead of a name fixes an axis.
         weights: "int8" stores codes and a DQ; "float" stores float weights with Q and DQ (four times as large).
         precision: Type of everything that is not int8: "fp32", "fp16" (opset 19 and above) or "bf16" (22 where there
             are convolutions). Nodes that need float32 keep it; the report lists them.
@@ -166,15 +171,16 @@ def export_onnx(
         rewired: The result of `rewire_operations`; likewise.
 
     Raises:
-        ArgumentError: An option out of range.
+        ArgumentError: An option out of range, or a dynamic dimension that the inputs do not have.
         ArgumentTypeError: An argument of the wrong kind.
         ExportError: A quantizer without amax or of a format that TensorRT refuses; a model that torch.export cannot
-            capture; a batch dimension that the model fixes; operators newer than the opset; Q/DQ lost on the way.
+            capture; a dynamic dimension that the model fixes; operators newer than the opset; Q/DQ lost on the way.
     """
     require_model(model)
     path = as_path(path, "path")
     _require_options(opset, weights, precision)
     _require_flags(dynamic_batch=dynamic_batch, keep_io_types=keep_io_types)
+    require_dynamic(dynamic)
     _require_records(calibration, plan, rewired)
     guard_files(outputs=[path])  # capturing and converting take minutes
     require_data(model)
@@ -182,10 +188,9 @@ def export_onnx(
     with on_host(model):
         _require_exportable(model)
         origin = _describe_origin(model, calibration, plan, rewired)
-    captured = _capture(model, example_inputs, opset, dynamic_batch)
+    captured = _capture(model, example_inputs, opset, dynamic_batch, dynamic)
     exported = captured.graph
-    if dynamic_batch:
-        _require_dynamic_batch(exported)
+    _require_dimensions(captured)
     module_names = dict(model.named_modules(remove_duplicate=False)).keys()
     naming = NameNodes(captured.scales, set(module_names))
     run_passes(exported, _list_passes(opset, weights, naming))
@@ -199,6 +204,7 @@ def export_onnx(
     if precision != "fp32":
         arrays = _name_arrays(captured, example_inputs)
         converted = _convert(exported, arrays, precision, keep_io_types)
+        converted = _count_images(converted, count_samples(example_inputs))
         _require_complete(model, exported)
 
     file_bytes = save_model(exported, path)
@@ -222,24 +228,31 @@ def export_onnx(
 
 
 def _capture(
-    model: nn.Module, example_inputs: Any, opset: int, dynamic_batch: bool
+    model: nn.Module,
+    example_inputs: Any,
+    opset: int,
+    dynamic_batch: bool,
+    dynamic: Dynamic | None,
 ) -> CapturedGraph:
     """The graph of a model, from copies of its tensors on the CPU.
 
     A model whose forward names its device, or uses tensors that no module holds, is captured on its device.
     """
     newest = max(opset, HIGHEST)  # torch writes no opset below HIGHEST
-    args, kwargs = _prepare_example(example_inputs, dynamic_batch)
+    args, kwargs = _split_example(example_inputs)
+    capture = partial(
+        capture_graph, model, opset=newest, dynamic_batch=dynamic_batch, dynamic=dynamic
+    )
     device = find_device(model)
     try:
         with on_host(model):
-            return capture_graph(model, args, kwargs, newest, dynamic_batch=dynamic_batch)
+            return capture(args, kwargs)
     except ExportError as error:
         if device.type == "cpu" or not says_devices_differ(error):
             raise
         logger.info("captured on %s, because of constants there: %s", device, error.message)
     args, kwargs = move_batch((args, kwargs), device)
-    return capture_graph(model, args, kwargs, newest, dynamic_batch=dynamic_batch)
+    return capture(args, kwargs)
 
 
 def _require_options(opset: Any, weights: Any, precision: Any) -> None:
@@ -411,37 +424,27 @@ def _find_bad_parameters(model: nn.Module, layers: Sequence[QuantMixin]) -> Iter
             yield f"{name} holds {int(is_bad.sum())} NaN or Inf"
 
 
-def _prepare_example(
-    example_inputs: Any, dynamic_batch: bool
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _split_example(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments to capture the model with."""
-    if dynamic_batch:
-        example_inputs = tree_map_only(torch.Tensor, _repeat_single, example_inputs)
     args, kwargs = split_inputs(example_inputs)
     if not tensors_of((args, kwargs)):
         raise ArgumentTypeError(
             f"the example inputs, of type {type(example_inputs).__name__}, hold no tensor.",
-            "pass one batch: a tensor, (inputs, labels), or a dictionary of keyword arguments.",
+            "pass one batch: a tensor, (inputs, labels), a dictionary of keyword arguments, or qdq.Labelled.",
         )
     return args, kwargs
 
 
-def _repeat_single(tensor: torch.Tensor) -> torch.Tensor:
-    """Repeat a batch of one sample: torch.export treats a size of 1 as a constant."""
-    if tensor.dim() and tensor.shape[0] == 1:
-        return torch.cat([tensor, tensor])
-    return tensor
-
-
-def _require_dynamic_batch(model: ir.Model) -> None:
-    for number, value in enumerate(model.graph.inputs):
-        if value.shape is not None and not len(value.shape):
-            continue  # an input without dimensions has no batch
-        if value.shape is None or isinstance(value.shape[0], int):
-            raise ExportError(
-                f"the model fixes the batch of input {value.name} (number {number}) to {value.shape}.",
-                "find the reshape or view in its forward that uses a constant, or export with dynamic_batch=False.",
-            )
+def _require_dimensions(captured: CapturedGraph) -> None:
+    """Refuse a graph that fixes a dimension that is to be dynamic."""
+    for number, value in enumerate(captured.graph.graph.inputs):
+        for axis, dimension in captured.dimensions[str(value.name)].items():
+            if value.shape is None or isinstance(value.shape[axis], int):
+                raise ExportError(
+                    f"the model fixes the {dimension} of input {value.name} (number {number}) to {value.shape}.",
+                    "find the reshape or view in its forward that uses a constant, or export with it fixed: "
+                    f"dynamic_batch=False, or dynamic={{{value.name!r}: {{{axis}: None}}}}.",
+                )
 
 
 def _list_passes(opset: int, weights: str, naming: NameNodes) -> list[ir.passes.InPlacePass]:
@@ -564,6 +567,13 @@ def _convert(
     return PrecisionReport(
         precision, conversion.kept, conversion.casts, parity, tuple(not_measured)
     )
+
+
+def _count_images(report: PrecisionReport, count: int) -> PrecisionReport:
+    """The report with the number of samples of the example, which the first axis of an output need not be."""
+    if report.parity is None:
+        return report
+    return replace(report, parity=replace(report.parity, images=count))
 
 
 def _name_arrays(captured: CapturedGraph, example_inputs: Any) -> dict[str, Array]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from qdq import (
     Labelled,
+    Schedule,
     analyze_layers,
     calibrate_model,
     correct_bias,
@@ -154,17 +155,26 @@ def test_every_form_goes_through_the_stages_of_accuracy(form):
     swap_modules(model, wrap(IMAGES))
     calibrate_model(model, [wrap(IMAGES)])
     correct_bias(model, [wrap(IMAGES), wrap(IMAGES[:2])])
-    round_weights(model, [wrap(IMAGES)], iterations=2)
+    round_weights(model, [wrap(IMAGES)], steps=2)
     analysis = analyze_layers(model, [wrap(IMAGES)])
     assert analysis.images == 4
 
 
-@pytest.mark.parametrize("form", list(FORMS))
-def test_every_form_trains_by_distillation(form):
+def train(form):
     model, wrap, _ = quantize(form)
     teacher, _ = build(form)
-    tuning = finetune(model, [wrap(IMAGES)], teacher=teacher, loss=None, epochs=1)
-    assert tuning is not None
+    finetune(model, [wrap(IMAGES)], teacher=teacher, schedule=Schedule(epochs=1))
+    return model.last.weight
+
+
+@pytest.fixture(scope="module")
+def trained_by_tensor():
+    return train("tensor")
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_every_form_trains_alike_by_distillation(form, trained_by_tensor):
+    assert torch.equal(train(form), trained_by_tensor)
 
 
 def test_labels_are_those_of_the_batch():
