@@ -35,6 +35,7 @@ _HOMES = {
         "QdqError",
         "StateError",
     ),
+    "detector": ("SplitDetector", "split_detector"),
     "device": ("choose_device", "describe_device", "find_sm"),
     "evaluate": ("Evaluation", "evaluate_outputs", "measure_tie_floor", "predict"),
     "export": ("ExportReport", "export_onnx"),

@@ -19,6 +19,8 @@ from qdq.calibrate.collect import collect_statistics as collect_statistics
 from qdq.check import CheckReport as CheckReport
 from qdq.check import check_onnx as check_onnx
 from qdq.check.rules import register_rule as register_rule
+from qdq.detector import SplitDetector as SplitDetector
+from qdq.detector import split_detector as split_detector
 from qdq.device import choose_device as choose_device
 from qdq.device import describe_device as describe_device
 from qdq.device import find_sm as find_sm

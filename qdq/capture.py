@@ -14,7 +14,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,10 +23,12 @@ import onnx_ir as ir
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qdq.batch import map_tensors
 from qdq.caches import forgetting_calls
+from qdq.detector import is_detector
 from qdq.dynamic import Dimensions, Dynamic, change_sizes, name_dimensions, repeat_single
 from qdq.errors import ExportError
 from qdq.forward import evaluating, make_identifiers, name_leaves, unwrap_compiled
@@ -177,17 +179,33 @@ def _run_export(
     except Exception as error:  # torch raises many types here
         raise ExportError(
             f"torch.export cannot capture the model: {_summarize(error.__cause__ or error)}",
-            _advise(model, list_changed()),
+            _advise(model, call, list_changed()),
         ) from error
 
 
-def _advise(model: nn.Module, kept: list[str]) -> str:
+def _advise(model: nn.Module, call: _Call, kept: list[str]) -> str:
     """The fix for a model that torch cannot capture.
 
     Args:
         model: The model.
+        call: Its call on the example.
         kept: The attributes in which it keeps tensors or shapes of its last call.
     """
+    if is_detector(model):
+        return (
+            "the boxes that NMS leaves depend on the data. split = qdq.split_detector(model); quantize and export "
+            "split.core; split.postprocess(outputs, images) gives the detections."
+        )
+    if _calls_suppression(model, call):
+        return (
+            "the boxes that NMS leaves depend on the data: export a module that returns the outputs of backbone and "
+            "head, and call NMS on them outside of it."
+        )
+    if getattr(getattr(model, "config", None), "use_cache", False):
+        return (
+            "set model.config.use_cache = False: the model returns the keys and values of its attention in an object "
+            "of transformers. If that is not the reason, change the forward as torch says."
+        )
     parametrized = []
     for name, module in model.named_modules():
         if is_parametrized(module):
@@ -204,6 +222,28 @@ def _advise(model: nn.Module, kept: list[str]) -> str:
             "keep them in buffers of fixed size."
         )
     return fix
+
+
+def _calls_suppression(model: nn.Module, call: _Call) -> bool:
+    """Whether a forward calls the NMS of torchvision."""
+    watch = _OperatorWatch()
+    with evaluating(model), watch, suppress(Exception):  # torch has said why it cannot be captured
+        call(*call.tensors.values())
+    return any("nms" in name for name in watch.names)
+
+
+class _OperatorWatch(TorchDispatchMode):
+    """Collects the names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def _inference_as_made(model: nn.Module) -> torch.inference_mode:

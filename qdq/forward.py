@@ -250,10 +250,12 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
         inputs: The item.
 
     Raises:
-        ArgumentTypeError: The forward cannot be called with the arguments of the item.
+        ArgumentTypeError: The forward cannot be called with the arguments of the item, or one is a cache of
+            transformers.
         DataError: The item cannot be moved to the device of the model, or tensors of other devices meet in the model.
     """
     device = find_device(model)
+    _refuse_caches(inputs)
     args, kwargs = _place_inputs(model, split_inputs(inputs), device)
     fix = (
         "give batches of tensors in lists, tuples and dictionaries, which are moved to the device of the model; "
@@ -265,6 +267,21 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
         except TypeError as error:
             _explain_arguments(model, inputs, args, kwargs, error)
             raise
+
+
+def _refuse_caches(batch: Any) -> None:
+    """Refuse the keys and values of earlier tokens, which transformers keeps in an object that each forward changes.
+
+    Raises:
+        ArgumentTypeError: There are such keys and values.
+    """
+    _, kwargs = split_inputs(batch)
+    for name, value in kwargs.items():
+        if hasattr(value, "get_seq_length"):
+            raise ArgumentTypeError(
+                f"the input {name} is a {type(value).__name__}, which every forward changes.",
+                f"leave {name} out, and set model.config.use_cache = False.",
+            )
 
 
 def _explain_arguments(
