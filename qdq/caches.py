@@ -87,8 +87,7 @@ class _State:
         for module, attributes, before in self._attributes:
             for attribute, value in attributes.items():
                 old = before.get(attribute)
-                if value is old:  # its content may have changed
-                    old = contents.get(id(value), old)
+                old = contents.get(id(old), old)  # its content may have changed
                 if attribute not in _REGISTRIES and _holds_others(value, old):
                     names.append(join_name(module, attribute))
         return names

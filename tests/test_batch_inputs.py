@@ -34,7 +34,7 @@ from qdq.batch import (
     split_inputs,
     tensors_of,
 )
-from qdq.errors import ArgumentTypeError
+from qdq.errors import ArgumentTypeError, ExportError
 from qdq.forward import call_model, trace_forward
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -331,3 +331,67 @@ def test_type_errors_of_the_model_stay():
 
     with pytest.raises(TypeError, match="has no len"):
         call_model(Broken(), torch.ones(1))
+
+
+# Batches of different sizes, caches, scripted models
+
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(16, 32)
+        self.second = nn.Linear(32, 16)
+
+    def forward(self, x):
+        return self.second(F.relu(self.first(x)))
+
+
+def test_batches_of_different_lengths_are_calibrated_and_analyzed():
+    batches = [{"x": torch.randn(4, length, 16)} for length in (5, 9, 12)]
+    model = Tagger().eval()
+    swap_modules(model, batches[0])
+    rewire_operations(model, batches[0])
+    ranges = calibrate_model(model, batches, method="max")
+    largest = max(batch["x"].abs().max() for batch in batches)
+    (amax,) = [entry.amax for entry in ranges if entry.name == "first._input_quantizer"]
+    assert amax == pytest.approx(float(largest))
+    assert analyze_layers(model, batches).images == 12
+
+
+class KeysAndValues:
+    """Like the caches of transformers."""
+
+    def get_seq_length(self):
+        return 3
+
+
+def test_a_cache_of_transformers_is_refused_with_the_way_out():
+    inputs = {"x": torch.ones(2, 3), "other": KeysAndValues()}
+    with pytest.raises(ArgumentTypeError, match="other is a KeysAndValues") as caught:
+        trace_forward(Outer(), inputs)
+    assert "use_cache = False" in caught.value.fix
+
+
+def test_a_model_that_returns_its_cache_names_the_way_out(tmp_path):
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = SimpleNamespace(use_cache=True)
+
+        def forward(self, x):
+            return x if x.sum() > 0 else -x  # torch cannot capture it
+
+    with pytest.raises(ExportError) as caught:
+        export_onnx(Caching(), torch.ones(2, 3), tmp_path / "model.onnx")
+    assert "model.config.use_cache = False" in caught.value.fix
+
+
+def test_a_scripted_model_predicts_and_is_not_quantized():
+    model = Tagger().eval()
+    scripted = torch.jit.script(model)
+    batch = torch.randn(2, 16)
+    assert np.array_equal(predict(scripted, [batch]), predict(model, [batch]))
+    for stage in (fold_batchnorm, swap_modules, rewire_operations):
+        with pytest.raises(ArgumentTypeError, match="scripted") as caught:
+            stage(scripted, batch)
+        assert "Python module" in caught.value.fix
