@@ -232,11 +232,11 @@ def _calls_suppression(model: nn.Module, call: _Call) -> bool:
     return any("nms" in name for name in watch.names)
 
 
-class _OperatorWatch(TorchDispatchMode):
+class _OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Collects the names of the operators that run."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
 
     def __torch_dispatch__(

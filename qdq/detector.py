@@ -33,6 +33,18 @@ def is_detector(model: nn.Module) -> bool:
     return any(type(module).__name__ == _TRANSFORM for module in model.modules())
 
 
+class _Proposals(nn.Module):
+    """Holds the head of the first stage under the name that it has in the detector.
+
+    Args:
+        head: The head.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+
 class DetectorCore(nn.Module):
     """Backbone and head of a detector, whose layers have the names that they have in the detector.
 
@@ -45,8 +57,7 @@ class DetectorCore(nn.Module):
         self.backbone = detector.backbone
         self.has_proposals = hasattr(detector, "rpn")
         if self.has_proposals:
-            self.rpn = nn.Module()
-            self.rpn.head = detector.rpn.head
+            self.rpn = _Proposals(detector.rpn.head)
         else:
             self.head = detector.head
         self.eval()
@@ -119,7 +130,7 @@ class SplitDetector:
         named = {name: torch.as_tensor(value).to(device) for name, value in outputs.items()}
         batch = self.preprocess(images)
         features = self._make_features(named, batch)
-        head = self.core.rpn.head if self.core.has_proposals else self.core.head
+        head: nn.Module = self.core.rpn.head if self.core.has_proposals else self.core.head
         heads = _list_proposals(named, len(features)) if self.core.has_proposals else named
         with (
             evaluating(self._detector),

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from keyword import iskeyword
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.fx
@@ -448,7 +448,8 @@ def trace_forward(
     return recorder.finish(outputs)
 
 
-class _Running(NamedTuple):
+@dataclass(frozen=True)
+class _Running:
     """A module that runs.
 
     Args:
