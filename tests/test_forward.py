@@ -1,6 +1,5 @@
 """What one forward is said to have done, on modules small enough to know it."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
