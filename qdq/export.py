@@ -438,7 +438,7 @@ def _split_example(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]
 def _require_dimensions(captured: CapturedGraph) -> None:
     """Refuse a graph that fixes a dimension that is to be dynamic."""
     for number, value in enumerate(captured.graph.graph.inputs):
-        for axis, dimension in captured.dimensions[str(value.name)].items():
+        for axis, dimension in captured.dimensions.get(str(value.name), {}).items():
             if value.shape is None or isinstance(value.shape[axis], int):
                 raise ExportError(
                     f"the model fixes the {dimension} of input {value.name} (number {number}) to {value.shape}.",

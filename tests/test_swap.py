@@ -545,10 +545,10 @@ class TestMissed:
         assert not plan.of("missed")
 
     def test_the_warning_repeats_no_other_line_of_the_table(self, caplog):
-        plan = swap_modules(nn.Sequential(nn.Conv2d(3, 16, 3), nn.LSTM(4, 4)))
-        assert "missed" in caplog.text
-        assert "R-CONV-3" in plan.format_table()
-        assert "R-CONV-3" not in caplog.text
+        plan = swap_modules(nn.Sequential(nn.Conv2d(3, 16, 3), nn.Bilinear(4, 4, 4)), exclude=["0"])
+        assert "Bilinear" in caplog.text
+        assert "excluded by '0'" in plan.format_table()
+        assert "excluded by '0'" not in caplog.text
 
     def test_elementwise_parameters_are_not_missed(self):
         class Scale(nn.Module):

@@ -69,6 +69,7 @@ def calls_of(tmp_path, x):
         "round_weights": lambda model: qdq.round_weights(model, [x]),
         "equalize_layers": lambda model: qdq.equalize_layers(model, [x]),
         "measure_tie_floor": lambda model: qdq.measure_tie_floor(model, [x]),
+        "split_detector": qdq.split_detector,
         "export_onnx": lambda model: export_onnx(model, x, tmp_path / "model.onnx"),
         "import_ranges": lambda model: qdq.import_ranges(model, tmp_path / "no.cache"),
         "export_ranges": lambda model: qdq.export_ranges(
