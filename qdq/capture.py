@@ -11,9 +11,10 @@ from __future__ import annotations
 import enum
 import inspect
 import io
+import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,6 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from qdq.batch import map_tensors
 from qdq.caches import forgetting_calls
@@ -33,6 +33,7 @@ from qdq.dynamic import Dimensions, Dynamic, change_sizes, name_dimensions, repe
 from qdq.errors import ExportError
 from qdq.forward import evaluating, make_identifiers, name_leaves, unwrap_compiled
 from qdq.graph.names import QuantizerScale
+from qdq.outputs import name_other_outputs, name_outputs
 from qdq.quantize import compute_scale
 from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.text import list_names
@@ -125,8 +126,12 @@ def capture_graph(
         logger.warning("outputs that are not tensors are left out of the file: %s", left_out)
 
     names = dict(zip(call.parameters, call.tensors, strict=True))
-    for value in program.model.graph.inputs:
+    inputs = program.model.graph.inputs
+    if len(inputs) == len(call.tensors):  # torch renames an input that the model returns
+        names = dict(zip([str(value.name) for value in inputs], call.tensors, strict=True))
+    for value in inputs:
         value.name = names.get(str(value.name), value.name)
+    _name_graph_outputs(program.model.graph, call.outputs)
     scales = {mark.scale: _scale_of(mark) for mark in marks}
     ran = frozenset(mark.name for mark in marks if mark.has_run)
     return CapturedGraph(program.model, tuple(call.tensors), scales, ran, dimensions)
@@ -141,6 +146,40 @@ def _list_other_calls(call: _Call, dimensions: Dimensions) -> list[Callable[[], 
         changed = change_sizes(call.tensors, dimensions, only_batch=only_batch)
         calls.append(partial(call, *changed.values()))
     return calls
+
+
+def _name_graph_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
+    """Give the outputs of a graph their names; one with the name of an input gets a number.
+
+    Args:
+        graph: The graph, which changes.
+        names: One for each output, in order.
+    """
+    taken = {str(value.name) for value in graph.inputs}
+    named: list[ir.Value] = []
+    for index, (output, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
+        is_shared = output in named or output.producer() is None
+        if is_shared:  # an input that is returned as it is, or one tensor under two names
+            copy = ir.node("Identity", [output])
+            copy.outputs[0].type, copy.outputs[0].shape = output.type, output.shape
+            graph.append(copy)
+            graph.outputs[index] = output = copy.outputs[0]
+        named.append(output)
+        output.name = _number_until_free(name, taken)
+        taken.add(output.name)
+    inner = [value for node in graph for value in node.outputs]
+    others = [value for value in (*graph.initializers.values(), *inner) if value not in named]
+    used = taken | {str(value.name) for value in others}
+    for value in others:
+        if value.name in taken:
+            value.name = _number_until_free(str(value.name), used)
+            used.add(value.name)
+
+
+def _number_until_free(name: str, taken: Collection[str]) -> str:
+    """A name, with the first number that makes it unique if it is taken."""
+    candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
+    return next(candidate for candidate in candidates if candidate not in taken)
 
 
 def _run_export(
@@ -320,6 +359,7 @@ class _Call:
     Attributes:
         tensors: The tensors among the arguments, by name.
         parameters: The names of these tensors as torch writes them, in lower case.
+        outputs: Names of the tensors that the last call returned.
         left_out: The results of the last call that are not tensors, for a message.
 
     Raises:
@@ -337,6 +377,7 @@ class _Call:
             if isinstance(leaf, torch.Tensor):
                 self.tensors[name] = leaf
         self.parameters = make_identifiers(name.lower() for name in self.tensors)
+        self.outputs: list[str] = []
         self.left_out: list[str] = []
 
     @property
@@ -348,15 +389,12 @@ class _Call:
     def __call__(self, *tensors: torch.Tensor) -> Any:
         remaining = iter(tensors)
         args, kwargs = map_tensors(lambda _: next(remaining), self._arguments)
-        results = tree_leaves(self._model(*args, **kwargs))
-        outputs = []
-        self.left_out = []
-        for index, result in enumerate(results):
-            if isinstance(result, torch.Tensor):
-                outputs.append(result)
-            elif result is not None:
-                self.left_out.append(f"number {index} ({type(result).__name__})")
-        return tuple(outputs)
+        results = self._model(*args, **kwargs)
+        others = name_other_outputs(results)
+        self.left_out = [f"{name} ({kind})" for name, kind in others.items()]
+        outputs = name_outputs(results)
+        self.outputs = list(outputs)
+        return tuple(outputs.values())
 
 
 def _describe_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:

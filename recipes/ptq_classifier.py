@@ -121,7 +121,7 @@ def ptq_classifier(
     )
     logits["ONNX"] = qdq.predict(exported.path, images)
     default_logits = qdq.predict(exported.path, images, session="default")
-    tie_floor_db = qdq.measure_tie_floor(net.module, images.subset(128))
+    tie_floor_db = qdq.measure_tie_floor(net.module, images, expected=logits["mixed"])
     check = qdq.check_onnx(
         exported.path,
         expected=logits["mixed"],

@@ -149,7 +149,7 @@ def qat_classifier(
     )
     logits["ONNX"] = qdq.predict(exported.path, images)
     default_logits = qdq.predict(exported.path, images, session="default")
-    tie_floor_db = qdq.measure_tie_floor(net.module, images.subset(128))
+    tie_floor_db = qdq.measure_tie_floor(net.module, images, expected=logits["fine-tuned"])
     check = qdq.check_onnx(
         exported.path,
         expected=logits["fine-tuned"],

@@ -44,7 +44,7 @@ class Doubled(nn.Module):
     [
         lambda y: y,
         lambda y: (y, None),
-        lambda y: {"logits": y, "other": 0 * y},
+        lambda y: {"logits": y, "other": None},
         lambda y: [{"a": [y]}],
     ],
 )

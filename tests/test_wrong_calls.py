@@ -411,7 +411,7 @@ def test_an_input_without_dimensions(dynamic_batch, x, tmp_path):
 
 def test_a_model_without_tensors_to_return(quantized, x, tmp_path):
     quantized.forward = lambda x: "done"
-    with pytest.raises(ExportError, match=r"the model returns no tensor: number 0 \(str\)"):
+    with pytest.raises(ExportError, match=r"the model returns no tensor: output \(str\)"):
         export_onnx(quantized, x, tmp_path / "model.onnx")
 
 

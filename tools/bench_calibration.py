@@ -210,7 +210,7 @@ def _peak_memory(run: Callable[[], object]) -> float:
 # -- (d) ---------------------------------------------------------------------------------------------------------------
 
 
-def _compare_methods(images: int) -> dict[str, dict[str, float]]:
+def _compare_methods(images: int) -> dict[str, dict[str, float | None]]:
     """Measure SQNR and agreement with the float model for every method."""
     net = qdq.load_model()
     calib, evaluation = qdq.load_images(None, net, 128, images, 16)

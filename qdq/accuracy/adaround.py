@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,8 @@ from qdq.accuracy.layerwise import (
     Sample,
     add_to_bias,
     flatten_outputs,
+    format_change,
+    measure_change,
     plan_layers,
     run_flat,
     sample_outputs,
@@ -39,8 +41,8 @@ from qdq.batch import join_batches
 from qdq.device import read_numbers, without_tf32
 from qdq.errors import StateError
 from qdq.forward import require_model
-from qdq.metrics import Array, sqnr_db
 from qdq.nn import QuantMixin
+from qdq.outputs import Mask, OutputView, Selection
 from qdq.quantizer import TensorQuantizer
 
 logger = logging.getLogger(__name__)
@@ -84,13 +86,16 @@ class Rounding:
 
     Args:
         layers: The quantized layers with a weight, in the order in which they run; then the skipped ones.
-        before_db: SQNR of the outputs against the float model on the same batches, before the rounding, in dB.
+        before_db: SQNR of the outputs against the float model on the same batches, before the rounding, in dB; of
+            several outputs, that of the worst.
         after_db: The same after the rounding.
+        outputs: Name -> SQNR before and after, if there are several outputs.
     """
 
     layers: tuple[RoundedLayer, ...]
     before_db: float
     after_db: float
+    outputs: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def format_table(self) -> str:
         """SQNR before and after, then the skipped layers and the reasons."""
@@ -101,6 +106,7 @@ class Rounding:
             f"{changed:.1%} of the codes not to the nearest: "
             f"SQNR {self.before_db:.2f} to {self.after_db:.2f} dB"
         ]
+        lines += format_change(self.outputs)
         for layer in self.layers:
             if layer.reason:
                 lines.append(f"  {layer.layer}: {layer.reason}")
@@ -115,6 +121,8 @@ def round_weights(
     steps: int = 300,
     seed: int = 0,
     reference: nn.Module | None = None,
+    outputs: Selection | None = None,
+    mask: Mask | None = None,
 ) -> Rounding:
     """Replace every weight by the value of its learned code, and every bias by the best one for it; in place.
 
@@ -131,11 +139,14 @@ def round_weights(
         seed: Seed of the random positions.
         reference: The float model, for instance a copy made before `correct_bias` changed it. None: the model itself
             with its quantizers off.
+        outputs: Parts of the outputs to report, as for `evaluate.predict`; None for all.
+        mask: What leaves padding out of these figures, as for `evaluate.predict`.
 
     Returns:
         The rounded and the skipped layers, with the SQNR before and after.
 
     Raises:
+        ArgumentError: A reference with other layers, or an unknown output.
         ArgumentTypeError: One tensor or dictionary instead of batches.
         DataError: No batch, or batches that differ in shape.
         StateError: No layer is quantized, one has no range, or the outputs hold NaN or Inf; in `torch.inference_mode`.
@@ -147,16 +158,15 @@ def round_weights(
         )
     inputs = join_batches(batches)
     plan = plan_layers(model, inputs)
-    outputs_before = run_flat(model, inputs)
-    samples, expected = sample_outputs(reference or model, plan, inputs, seed=seed)
-    layers, outputs_after = _round_in_order(model, plan.layers, samples, inputs, steps)
+    view = OutputView(outputs, mask)
+    outputs_before = run_flat(model, inputs, view)
+    samples, expected = sample_outputs(reference or model, plan, inputs, view, seed=seed)
+    layers, rounded_outputs = _round_in_order(model, plan.layers, samples, inputs, steps)
     for name, reason in plan.skipped.items():
         layers.append(RoundedLayer(name, 0.0, 1.0, reason))
-    return Rounding(
-        layers=tuple(layers),
-        before_db=sqnr_db(expected, outputs_before),
-        after_db=sqnr_db(expected, outputs_after),
-    )
+    outputs_after = flatten_outputs(rounded_outputs, inputs, view)
+    change = measure_change(expected, outputs_before, outputs_after)
+    return Rounding(layers=tuple(layers), **vars(change))
 
 
 def _round_in_order(
@@ -165,7 +175,7 @@ def _round_in_order(
     samples: dict[str, Sample],
     inputs: Any,
     steps: int,
-) -> tuple[list[RoundedLayer], Array]:
+) -> tuple[list[RoundedLayer], Any]:
     """Round each layer while it runs, in one quantized forward.
 
     Returns:
@@ -192,7 +202,7 @@ def _round_in_order(
     errors = [result.error for result in results.values()]
     numbers = read_numbers(changed + errors)
     rounded = map(RoundedLayer, results, numbers[: len(results)], numbers[len(results) :])
-    return list(rounded), flatten_outputs(outputs)
+    return list(rounded), outputs
 
 
 class _LayerResult(NamedTuple):

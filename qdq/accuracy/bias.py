@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +23,13 @@ from torch import nn
 from tqdm import tqdm
 
 from qdq.accuracy.layerwise import (
+    FlatArrays,
     LayerPlan,
     Product,
     add_to_bias,
     flatten_outputs,
+    format_change,
+    measure_change,
     plan_layers,
     run_flat,
     sample_outputs,
@@ -36,8 +39,8 @@ from qdq.batch import join_batches
 from qdq.device import read_numbers, without_tf32
 from qdq.errors import ArgumentError
 from qdq.forward import require_model
-from qdq.metrics import Array, sqnr_db
 from qdq.nn import QuantMixin
+from qdq.outputs import Mask, OutputView, Selection
 from qdq.quantize import fake_quantize
 from qdq.quantizer import disable_quantization
 
@@ -69,14 +72,17 @@ class BiasCorrection:
     Args:
         method: "empirical" or "analytic".
         layers: The quantized layers with a weight, in the order in which they run; then the skipped ones.
-        before_db: SQNR of the outputs against the float model on the same batches, before the correction, in dB.
+        before_db: SQNR of the outputs against the float model on the same batches, before the correction, in dB; of
+            several outputs, that of the worst.
         after_db: The same after the correction.
+        outputs: Name -> SQNR before and after, if there are several outputs.
     """
 
     method: str
     layers: tuple[CorrectedBias, ...]
     before_db: float
     after_db: float
+    outputs: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def format_table(self) -> str:
         """SQNR before and after, then the skipped layers and the reasons."""
@@ -84,6 +90,7 @@ class BiasCorrection:
         count = len(self.layers) - len(skipped)
         sqnr = f"SQNR {self.before_db:.2f} to {self.after_db:.2f} dB"
         lines = [f"{self.method} bias correction of {count} layers: {sqnr}"]
+        lines += format_change(self.outputs)
         for layer in skipped:
             lines.append(f"  {layer.layer}: {layer.reason}")
         return "\n".join(lines)
@@ -96,6 +103,8 @@ def correct_bias(
     *,
     method: str = "empirical",
     reference: nn.Module | None = None,
+    outputs: Selection | None = None,
+    mask: Mask | None = None,
 ) -> BiasCorrection:
     """Shift the bias of every quantized layer so that quantization does not change the mean of its output channels.
 
@@ -109,12 +118,14 @@ def correct_bias(
         method: "empirical" or "analytic", see the module.
         reference: The float model, for instance a copy made before `round_weights` changed the weights. None: the
             model itself with its quantizers off.
+        outputs: Parts of the outputs to report, as for `evaluate.predict`; None for all.
+        mask: What leaves padding out of these figures, as for `evaluate.predict`.
 
     Returns:
         The corrected and the skipped layers, with the SQNR before and after.
 
     Raises:
-        ArgumentError: An unknown method, or a reference with other layers.
+        ArgumentError: An unknown method or output, or a reference with other layers.
         ArgumentTypeError: One tensor or dictionary instead of batches.
         DataError: No batch, or batches that differ in shape.
         StateError: No layer is quantized, one has no range, or the outputs hold NaN or Inf.
@@ -126,18 +137,15 @@ def correct_bias(
     require_model(model)
     inputs = join_batches(batches)
     plan = plan_layers(model, inputs)
-    outputs_before = run_flat(model, inputs)
+    view = OutputView(outputs, mask)
+    outputs_before = run_flat(model, inputs, view)
     correct = _correct_empirically if method == "empirical" else _correct_analytically
-    correction = correct(model, reference or model, plan, inputs)
+    correction = correct(model, reference or model, plan, inputs, view)
     layers = list(correction.layers)
     for name, reason in plan.skipped.items():
         layers.append(CorrectedBias(name, 0.0, reason))
-    return BiasCorrection(
-        method=method,
-        layers=tuple(layers),
-        before_db=sqnr_db(correction.expected, outputs_before),
-        after_db=sqnr_db(correction.expected, correction.outputs),
-    )
+    change = measure_change(correction.expected, outputs_before, correction.outputs)
+    return BiasCorrection(method=method, layers=tuple(layers), **vars(change))
 
 
 class _Correction(NamedTuple):
@@ -150,15 +158,15 @@ class _Correction(NamedTuple):
     """
 
     layers: list[CorrectedBias]
-    expected: Array
-    outputs: Array
+    expected: FlatArrays
+    outputs: FlatArrays
 
 
 def _correct_empirically(
-    model: nn.Module, reference: nn.Module, plan: LayerPlan, inputs: Any
+    model: nn.Module, reference: nn.Module, plan: LayerPlan, inputs: Any, view: OutputView
 ) -> _Correction:
     """Compute the outputs of the float model first; then correct each layer while it runs."""
-    samples, expected = sample_outputs(reference, plan, inputs)
+    samples, expected = sample_outputs(reference, plan, inputs, view)
     shifts: dict[str, torch.Tensor] = {}
     with tqdm(total=len(plan.layers), desc="correct bias", unit="layer", disable=None) as progress:
 
@@ -173,12 +181,13 @@ def _correct_empirically(
             progress.update()
             return product.compute(bias=layer.bias)
 
-        outputs = flatten_outputs(visit_products(model, plan.layers, inputs, correct))
-    return _Correction(_describe_shifts(shifts), expected, outputs)
+        outputs = visit_products(model, plan.layers, inputs, correct)
+    flat = flatten_outputs(outputs, inputs, view)
+    return _Correction(_describe_shifts(shifts), expected, flat)
 
 
 def _correct_analytically(
-    model: nn.Module, reference: nn.Module, plan: LayerPlan, inputs: Any
+    model: nn.Module, reference: nn.Module, plan: LayerPlan, inputs: Any, view: OutputView
 ) -> _Correction:
     """Run one float forward; a product is linear, so the mean of its inputs gives the mean of its outputs."""
     shifts: dict[str, torch.Tensor] = {}
@@ -197,10 +206,12 @@ def _correct_analytically(
 
     with disable_quantization(reference):
         measured = {name: modules[name] for name in plan.layers}
-        expected = flatten_outputs(visit_products(reference, measured, inputs, measure))
+        outputs = visit_products(reference, measured, inputs, measure)
+    expected = flatten_outputs(outputs, inputs, view)
     for name, shift in shifts.items():
         add_to_bias(plan.layers[name], shift)
-    return _Correction(_describe_shifts(relative_shifts), expected, run_flat(model, inputs))
+    corrected = run_flat(model, inputs, view)
+    return _Correction(_describe_shifts(relative_shifts), expected, corrected)
 
 
 def _describe_shifts(shifts: Mapping[str, torch.Tensor]) -> list[CorrectedBias]:

@@ -32,7 +32,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import Linear
 from tqdm import tqdm
 
-from qdq.accuracy.layerwise import FlatOutputs
+from qdq.accuracy.layerwise import FlatArrays, FlatOutputs, list_decibels
 from qdq.batch import list_filled_batches
 from qdq.calibrate import calibrate_model
 from qdq.dataflow import Dataflow, clamp_of
@@ -56,7 +56,6 @@ from qdq.functions import (
     MAX_POOLINGS,
     RESHAPES,
 )
-from qdq.metrics import Array, sqnr_db
 from qdq.nn import QuantInputMixin
 from qdq.quantizer import disable_quantization
 from qdq.swap import quantized_layers, restore_modules, swap_modules
@@ -170,7 +169,7 @@ def equalize_layers(model: nn.Module, batches: Iterable[Any]) -> Equalization:
     return Equalization(tuple(tensors), float_db, before_db, after_db)
 
 
-def _measure_int8(model: nn.Module, batches: list[Any], expected: Array) -> float | None:
+def _measure_int8(model: nn.Module, batches: list[Any], expected: FlatArrays) -> float | None:
     """SQNR in dB of the swapped model with maxima as ranges, None if no layer is quantized."""
     if not quantized_layers(model):
         return None
@@ -178,15 +177,13 @@ def _measure_int8(model: nn.Module, batches: list[Any], expected: Array) -> floa
     return _sqnr(expected, _observe(model, batches, []))
 
 
-def _sqnr(expected: Array, actual: Array) -> float:
-    """In dB; minus infinity if the numbers of outputs differ."""
-    if actual.shape != expected.shape:
-        return -inf
-    return sqnr_db(expected, actual)
+def _sqnr(expected: FlatArrays, actual: FlatArrays) -> float:
+    """In dB, of the worst output; minus infinity if one is missing or has another size."""
+    return min(list_decibels(expected, actual).values())
 
 
 def _equalize_exactly(
-    model: nn.Module, batches: list[Any], groups: list[_Group], expected: Array
+    model: nn.Module, batches: list[Any], groups: list[_Group], expected: FlatArrays
 ) -> tuple[list[EqualizedTensor], float]:
     """Equalize all groups; if the float outputs change beyond rounding, equalize one by one and undo those that do so.
 
@@ -526,8 +523,8 @@ def _pads_zeros(operation: Operation) -> bool:
     return mode == "constant" and not value
 
 
-def _observe(model: nn.Module, batches: list[Any], groups: list[_Group]) -> Array:
-    """Run all batches, collect the statistics of the groups, and return the outputs as one flat array."""
+def _observe(model: nn.Module, batches: list[Any], groups: list[_Group]) -> FlatArrays:
+    """Run all batches, collect the statistics of the groups, and return the outputs by name."""
     outputs = FlatOutputs()
     task = "equalize" if groups else "verify"
     with ExitStack() as hooks:
@@ -536,7 +533,7 @@ def _observe(model: nn.Module, batches: list[Any], groups: list[_Group]) -> Arra
                 _watch_readers(group, hooks)
         with evaluating(model):
             for batch in tqdm(batches, desc=task, unit="batch", disable=None):
-                outputs.add(call_model(model, batch))
+                outputs.add(call_model(model, batch), batch)
     return outputs.join()
 
 

@@ -7,7 +7,8 @@ a single forward is enough: each layer is corrected when it runs.
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,16 +21,21 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from qdq.batch import count_samples, floats_of, is_by_sample, map_leaves
+from qdq.batch import count_samples, is_by_sample, map_leaves
 from qdq.dataflow import Dataflow
 from qdq.errors import ArgumentError, DataError, QdqError, StateError
 from qdq.forward import call_model, evaluating, name_function, trace_forward
 from qdq.functions import WEIGHTED
-from qdq.metrics import Array
+from qdq.metrics import Array, decide_db, sqnr_db
 from qdq.nn import QuantMixin
+from qdq.outputs import ALL_OUTPUTS, OutputView
 from qdq.quantize import own_tensor
 from qdq.quantizer import disable_quantization
 from qdq.swap import quantized_layers
+from qdq.text import printable
+
+FlatArrays = dict[str, Array]
+"""Name of an output -> all its values."""
 
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 # Weight of an output that a clamp hides, so that a channel that is always hidden has a mean.
@@ -287,14 +293,21 @@ class Sample:
 
 
 def sample_outputs(
-    model: nn.Module, plan: LayerPlan, inputs: Any, *, positions: int = 4096, seed: int = 0
-) -> tuple[dict[str, Sample], Array]:
+    model: nn.Module,
+    plan: LayerPlan,
+    inputs: Any,
+    view: OutputView,
+    *,
+    positions: int = 4096,
+    seed: int = 0,
+) -> tuple[dict[str, Sample], FlatArrays]:
     """Run the float model and store the outputs of its layers at random positions.
 
     Args:
         model: The quantized model, which runs with its quantizers off, or a float model with the same names.
         plan: The layers.
         inputs: As for `forward.call_model`.
+        view: Which outputs count, and where.
         positions: Upper limit on the positions of a layer.
         seed: Seed of the random positions.
 
@@ -324,7 +337,7 @@ def sample_outputs(
     layers = {name: modules[name] for name in plan.layers}
     with disable_quantization(model):
         outputs = visit_products(model, layers, inputs, record)
-        return samples, flatten_outputs(outputs)
+        return samples, flatten_outputs(outputs, inputs, view)
 
 
 @contextmanager
@@ -342,51 +355,63 @@ def _explaining() -> Iterator[None]:
         ) from error
 
 
-def run_flat(model: nn.Module, inputs: Any) -> Array:
+def run_flat(model: nn.Module, inputs: Any, view: OutputView) -> FlatArrays:
     """`flatten_outputs` of one forward."""
     with evaluating(model), _explaining():
-        return flatten_outputs(call_model(model, inputs))
+        outputs = call_model(model, inputs)
+    return flatten_outputs(outputs, inputs, view)
 
 
 class FlatOutputs:
-    """The floating-point outputs of several forwards as one flat array.
+    """The floating-point outputs of several forwards, each as one flat array.
 
-    Outputs on a GPU stay there until they are many, or until the array is asked for: each copy waits for the GPU.
+    Outputs on a GPU stay there until they are many, or until the arrays are asked for: each copy waits for the GPU.
+
+    Args:
+        view: Which outputs count, and where.
     """
 
-    def __init__(self) -> None:
-        self._arrays: list[Array] = []
-        self._pending: list[torch.Tensor] = []
+    def __init__(self, view: OutputView = ALL_OUTPUTS) -> None:
+        self._view = view
+        self._arrays: defaultdict[str, list[Array]] = defaultdict(list)
+        self._pending: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         self._pending_bytes = 0
 
-    def add(self, outputs: Any) -> None:
+    def add(self, outputs: Any, batch: Any) -> None:
         """Add the outputs of a forward.
 
+        Args:
+            outputs: What the model returned.
+            batch: Its inputs, for the mask.
+
         Raises:
+            DataError: The mask fits no output.
             StateError: They hold no floating-point tensor.
         """
-        leaves = floats_of(outputs)
-        if not leaves:
+        selected = self._view.select_rows(outputs, batch)
+        floats = {name: part for name, part in selected.items() if part.is_floating_point()}
+        if not floats:
             raise StateError(
                 "the model returns no floating-point tensor.",
                 "have it return the scores before argmax or a similar function.",
             )
-        for leaf in leaves:
-            values = leaf.detach().float().flatten()
-            self._pending.append(values.to(leaves[0].device))
+        device = next(iter(floats.values())).device
+        for name, part in floats.items():
+            values = part.detach().float().flatten()
+            self._pending[name].append(values.to(device))
             self._pending_bytes += values.nbytes
-        if self._pending_bytes > _PENDING_BYTES or leaves[0].device.type == "cpu":
+        if self._pending_bytes > _PENDING_BYTES or device.type == "cpu":
             self._copy_pending()
 
-    def join(self) -> Array:
-        """All outputs.
+    def join(self) -> FlatArrays:
+        """All outputs by name.
 
         Raises:
             StateError: They hold NaN or Inf.
         """
         self._copy_pending()
-        flat = np.concatenate(self._arrays)
-        if not np.isfinite(flat).all():
+        flat = {name: np.concatenate(arrays) for name, arrays in self._arrays.items()}
+        if not all(np.isfinite(array).all() for array in flat.values()):
             raise StateError(
                 "the outputs of the model hold NaN or Inf.",
                 "check the float model on the same batches.",
@@ -395,21 +420,76 @@ class FlatOutputs:
 
     def _copy_pending(self) -> None:
         """Copy the pending outputs to the CPU."""
-        if self._pending:
-            self._arrays.append(torch.cat(self._pending).cpu().numpy())
-        self._pending = []
+        for name, tensors in self._pending.items():
+            self._arrays[name].append(torch.cat(tensors).cpu().numpy())
+        self._pending.clear()
         self._pending_bytes = 0
 
 
-def flatten_outputs(outputs: Any) -> Array:
-    """All floating-point outputs of one forward as one flat array.
+def flatten_outputs(outputs: Any, inputs: Any, view: OutputView) -> FlatArrays:
+    """All floating-point outputs of one forward, each as one flat array.
+
+    Args:
+        outputs: What the model returned.
+        inputs: Its inputs, for the mask.
+        view: Which outputs count, and where.
 
     Raises:
+        DataError: The mask fits no output.
         StateError: They hold NaN or Inf, or there is no floating-point tensor.
     """
-    flat = FlatOutputs()
-    flat.add(outputs)
+    flat = FlatOutputs(view)
+    flat.add(outputs, inputs)
     return flat.join()
+
+
+def list_decibels(expected: FlatArrays, actual: FlatArrays) -> dict[str, float]:
+    """SQNR of each output in dB; minus infinity for one that is missing or has another number of values."""
+    decibels = {}
+    for name, reference in expected.items():
+        found = actual.get(name)
+        is_same = found is not None and found.shape == reference.shape
+        decibels[name] = sqnr_db(reference, found) if is_same and found is not None else -math.inf
+    return decibels
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a pass did to the outputs.
+
+    Args:
+        before_db: SQNR before it in dB, of the worst output.
+        after_db: The same after it.
+        outputs: Name -> SQNR before and after, if there are several outputs.
+    """
+
+    before_db: float
+    after_db: float
+    outputs: dict[str, tuple[float, float]]
+
+
+def measure_change(expected: FlatArrays, before: FlatArrays, after: FlatArrays) -> Change:
+    """The SQNR of the outputs before and after a pass.
+
+    Args:
+        expected: Outputs of the float model.
+        before: Outputs before the pass.
+        after: Outputs after it.
+    """
+    decibels_before = list_decibels(expected, before)
+    decibels_after = list_decibels(expected, after)
+    outputs = {}
+    if len(expected) > 1:
+        outputs = {name: (decibels_before[name], decibels_after[name]) for name in expected}
+    return Change(decide_db(decibels_before), decide_db(decibels_after), outputs)
+
+
+def format_change(outputs: Mapping[str, tuple[float, float]]) -> list[str]:
+    """A line for each of several outputs."""
+    lines = []
+    for name, (before_db, after_db) in outputs.items():
+        lines.append(f"  output {printable(name)}: SQNR {before_db:.2f} to {after_db:.2f} dB")
+    return lines
 
 
 def add_to_bias(layer: Any, shift: torch.Tensor) -> None:

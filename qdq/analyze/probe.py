@@ -20,16 +20,16 @@ from qdq.analyze.ranks import Ranks
 from qdq.analyze.replay import Replay
 from qdq.analyze.sensitivity import (
     ErrorSums,
-    OutputMetric,
     collect,
     collect_on_device,
     count_columns,
     count_rows,
+    list_decibels,
     reduce_rows,
 )
 from qdq.batch import count_samples, floats_of, tensors_of
 from qdq.device import find_device, move_batch
-from qdq.errors import StateError
+from qdq.errors import DataError, StateError
 from qdq.forward import call_model, evaluating
 from qdq.quantizer import TensorQuantizer, disable_quantization, toggling
 
@@ -48,13 +48,15 @@ class Value:
 
     Args:
         parts: Error sums of each sample, one array per batch.
-        sqnr: SQNR in dB.
+        sqnr: SQNR in dB, of the worst output or weighted.
         metric: The chosen metric; SQNR if that is the metric.
+        outputs: SQNR in dB of each output, if there are several.
     """
 
     parts: tuple[ErrorSums, ...]
     sqnr: float
     metric: float
+    outputs: Mapping[str, float]
 
     @property
     def rows(self) -> ErrorSums:
@@ -71,7 +73,7 @@ class _UnreadSums:
         reference: Outputs of the float model on it.
     """
 
-    def __init__(self, metric: OutputMetric, batch: Any, reference: Any) -> None:
+    def __init__(self, metric: ChosenMetric, batch: Any, reference: Any) -> None:
         self._metric = metric
         self._batch = batch
         self._reference = reference
@@ -93,7 +95,10 @@ class _UnreadSums:
         tensors = floats_of(outputs)
         if tensors:
             self._reference = move_batch(self._reference, tensors[0].device)
-        self._sums[name] = collect_on_device(self._metric, self._batch, self._reference, outputs)
+        metric = self._metric
+        self._sums[name] = collect_on_device(
+            metric.outputs, self._batch, self._reference, outputs, metric.view
+        )
 
     def read(self) -> dict[str | None, ErrorSums]:
         """What has been added since the last call, in one transfer.
@@ -145,6 +150,10 @@ class Probe:
         """Only a first evaluation may begin after this time (`time.monotonic`)."""
         self.batches = batches
         self.references: list[Any] = []
+        self.outputs: list[str] = []
+        """Names of the outputs that are measured."""
+        self.weights: list[float] | None = None
+        """Their weights; None if the worst decides."""
         self._model = model
         self._journal = journal
         self._ranks = ranks
@@ -172,10 +181,32 @@ class Probe:
             num_bytes += sum(tensor.nbytes for tensor in tensors_of(outputs))
             if num_bytes > _REFERENCE_BYTES:
                 outputs = move_batch(outputs, torch.device("cpu"))
+            self._require_outputs(outputs)
             self.references.append(outputs)
+        self.weights = self.metric.view.weigh(self.outputs)
         self._limit_batches(len(self.references))
         if self._ranks.any(self._differs_from_journal()):
             self._journal.forget()
+
+    def _require_outputs(self, outputs: Any) -> None:
+        """Learn the names of the outputs from those of the first batch, and require them of the others.
+
+        Raises:
+            DataError: A batch has other outputs.
+            StateError: There is nothing to measure.
+        """
+        names = list(self.metric.view.select_floats(outputs))
+        if not names:
+            raise StateError(
+                "the model returns no floating-point tensor.",
+                "have it return the scores before argmax or a similar function.",
+            )
+        if self.references and names != self.outputs:
+            raise DataError(
+                f"the model returns {names} for a batch, and {self.outputs} for the first one.",
+                "give batches for which it returns the same outputs, or select those with outputs=.",
+            )
+        self.outputs = names
 
     def measure(
         self, state: list[str], variants: Variants, *, may_cut: bool = False
@@ -207,8 +238,11 @@ class Probe:
                 return self._call_metric(["float"], {})[None]
         rows = []
         for batch, reference in zip(self.batches, self.references, strict=True):
-            rows.append(collect(self.metric.outputs, batch, reference, reference))
-        _, metric = reduce_rows(self.metric.outputs, np.concatenate(rows))
+            metric_rows = collect(
+                self.metric.outputs, batch, reference, reference, self.metric.view
+            )
+            rows.append(metric_rows)
+        _, metric = reduce_rows(self.metric.outputs, np.concatenate(rows), self.weights)
         return metric
 
     def cut(self, value: Value) -> Value:
@@ -281,7 +315,7 @@ class Probe:
         if not assigned:
             return results
         batch = move_batch(self.batches[index], find_device(self._model))
-        unread = _UnreadSums(self.metric.outputs, batch, self.references[index])
+        unread = _UnreadSums(self.metric, batch, self.references[index])
 
         def read() -> None:
             for name, rows in unread.read().items():
@@ -382,10 +416,15 @@ class Probe:
             parts: One array per batch.
             function_value: The metric, if it is a function of the model.
         """
-        sqnr, metric = reduce_rows(self.metric.outputs, np.concatenate(parts))
+        rows = np.concatenate(parts)
+        sqnr, metric = reduce_rows(self.metric.outputs, rows, self.weights)
         if function_value is not None:
             metric = function_value
-        return Value(parts, sqnr, metric)
+        outputs: dict[str, float] = {}
+        if len(self.outputs) > 1:
+            decibels = list_decibels(self.metric.outputs, rows.sum(0))
+            outputs = dict(zip(self.outputs, map(float, decibels), strict=True))
+        return Value(parts, sqnr, metric, outputs)
 
     def _recall(self, key: list[Any]) -> ErrorSums | None:
         """Error sums in the journal.
@@ -403,8 +442,8 @@ class Probe:
 
         index = key[-1]
         shape = (
-            count_rows(self.batches[index], self.references[index]),
-            count_columns(self.metric.outputs),
+            count_rows(self.batches[index], self.references[index], self.metric.view),
+            count_columns(self.metric.outputs, len(self.outputs)),
         )
         if rows.shape != shape or np.isnan(rows).any():
             return None
@@ -429,7 +468,7 @@ class Probe:
         recorded = self._recall([[], None, 0])
         if recorded is not None:
             batch = self.batches[0]
-            unread = _UnreadSums(self.metric.outputs, batch, self.references[0])
+            unread = _UnreadSums(self.metric, batch, self.references[0])
             with evaluating(self._model):
                 unread.add(None, call_model(self._model, batch))
             sums = unread.read()[None].sum(0)

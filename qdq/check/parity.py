@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import stat
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +15,18 @@ import onnxruntime
 
 from qdq.errors import ArgumentError, CheckError, is_out_of_memory
 from qdq.files import read_mode
-from qdq.metrics import Array, agreement, cosine, max_abs_difference, sqnr_db
+from qdq.metrics import (
+    Array,
+    Batches,
+    Outputs,
+    agreement,
+    cosine,
+    count_rows,
+    list_batches,
+    max_abs_difference,
+    pair_arrays,
+    sqnr_db,
+)
 from qdq.text import printable
 
 # A correct file of a shallow network is far above the first figure; ties that a deep int8 network amplifies reach it.
@@ -61,6 +74,11 @@ class OnnxModel:
     def inputs(self) -> dict[str, list[int | str]]:
         """Shape of each input; a dynamic dimension is a name."""
         return {value.name: list(value.shape) for value in self._session.get_inputs()}
+
+    @property
+    def outputs(self) -> list[str]:
+        """Name of each output."""
+        return [value.name for value in self._session.get_outputs()]
 
     @property
     def types(self) -> dict[str, str]:
@@ -139,6 +157,8 @@ def _describe_array(array: Any) -> str:
 class Parity:
     """The difference of ONNX Runtime's outputs from torch's, or of its default session's from a plain session's.
 
+    Of several outputs, the figures are those of the output that is closest to failing, or fails most.
+
     Args:
         images: Number of samples that were compared.
         max_abs: Largest absolute difference.
@@ -148,6 +168,7 @@ class Parity:
         exact: Fraction of samples whose outputs differ by float rounding only (1e-4 of their largest value).
         tie_floor_db: SQNR in dB with an error from rounding ties only (`evaluate.measure_tie_floor`), None if not
             measured.
+        outputs: Name -> the same for each output, if there are several.
     """
 
     images: int
@@ -157,6 +178,7 @@ class Parity:
     agreement: float
     exact: float
     tie_floor_db: float | None
+    outputs: Mapping[str, Parity] = field(default_factory=dict)
 
     @property
     def required_sqnr_db(self) -> float:
@@ -167,31 +189,89 @@ class Parity:
 
     @property
     def is_sufficient(self) -> bool:
-        """Whether the SQNR is high enough for a correct file; False if it is NaN."""
+        """Whether the SQNR of every output is high enough for a correct file; False if one is NaN."""
+        if self.outputs:
+            return all(parity.is_sufficient for parity in self.outputs.values())
         return self.sqnr_db >= self.required_sqnr_db
 
+    @property
+    def failures(self) -> dict[str, Parity]:
+        """The outputs that are not sufficient; a single output has no name."""
+        entries = self.outputs or {"": self}
+        return {name: entry for name, entry in entries.items() if not entry.is_sufficient}
 
-def measure_parity(expected: Array, actual: Array, tie_floor_db: float | None = None) -> Parity:
+
+def measure_parity(
+    expected: Outputs,
+    actual: Outputs,
+    tie_floor_db: float | Mapping[str, float] | None = None,
+) -> Parity:
     """Compare outputs on the same inputs.
 
     Args:
-        expected: Outputs of the reference `[N, ...]`.
-        actual: Outputs that are compared with them, of the same shape.
-        tie_floor_db: See `Parity`.
+        expected: Outputs of the reference `[N, ...]`, or several by name.
+        actual: Outputs that are compared with them, of the same shapes.
+        tie_floor_db: See `Parity`; for several outputs also by name.
+
+    Raises:
+        ArgumentError: Other outputs, other shapes, or a floor that lacks an output.
     """
-    reference = np.asarray(expected, np.float64).reshape(len(expected), -1)
-    outputs = np.asarray(actual, np.float64).reshape(len(actual), -1)
-    differences = np.abs(reference - outputs).max(1)
-    is_exact = differences <= FLOAT_ROUNDING * np.abs(reference).max(1)
+    if isinstance(tie_floor_db, Mapping) and not isinstance(expected, Mapping):
+        raise ArgumentError(
+            f"tie_floor_db is of the outputs {list(tie_floor_db)}, and one output is compared.",
+            "measure it with the same outputs= as in predict.",
+        )
+    pairs = pair_arrays(expected, actual)
+    parities = {}
+    for name, pair in pairs.items():
+        floor = tie_floor_db
+        if isinstance(floor, Mapping):
+            floor = _find_floor(floor, name)
+        parities[name] = _measure_output(*pair, floor)
+    worst = min(parities.values(), key=_margin_of)
+    if not isinstance(expected, Mapping):
+        return worst
+    return replace(worst, outputs=parities)
+
+
+def _find_floor(floors: Mapping[str, float], name: str) -> float:
+    if name not in floors:
+        raise ArgumentError(
+            f"tie_floor_db has no output {name!r}; it has {list(floors)}.",
+            "measure it with the same outputs= as in predict.",
+        )
+    return floors[name]
+
+
+def _margin_of(parity: Parity) -> float:
+    """How far an SQNR is above the required one, in dB; NaN is below all."""
+    margin = parity.sqnr_db - parity.required_sqnr_db
+    return -math.inf if math.isnan(margin) else margin
+
+
+def _measure_output(expected: Batches, actual: Batches, tie_floor_db: float | None) -> Parity:
+    """The parity of one output."""
+    reference = [_flatten_samples(batch) for batch in list_batches(expected)]
+    outputs = [_flatten_samples(batch) for batch in list_batches(actual)]
+    decibels = sqnr_db(reference, outputs)  # refuses other shapes
+    is_exact = []
+    for one, other in zip(reference, outputs, strict=True):
+        differences = np.abs(one - other).max(1, initial=0.0)
+        is_exact.append(differences <= FLOAT_ROUNDING * np.abs(one).max(1, initial=0.0))
     return Parity(
-        images=len(reference),
+        images=count_rows(expected),
         max_abs=max_abs_difference(reference, outputs),
         cosine=cosine(reference, outputs),
-        sqnr_db=sqnr_db(reference, outputs),
+        sqnr_db=decibels,
         agreement=agreement(reference, outputs),
-        exact=float(is_exact.mean()),
+        exact=float(np.concatenate(is_exact).mean()),
         tie_floor_db=tie_floor_db,
     )
+
+
+def _flatten_samples(outputs: Array) -> Array:
+    """`[N, ...]` as float64 `[N, values]`."""
+    return np.asarray(outputs, np.float64).reshape(len(outputs), -1)
 
 
 def require_file(path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from qdq.errors import QdqError
+from cyclopts import Parameter
+
+from qdq.errors import ArgumentError, QdqError
 
 if TYPE_CHECKING:
     from qdq.gate import GateReport
@@ -18,7 +20,7 @@ def gate(
     baseline: Path | None = None,
     max_drop: float | None = None,
     max_sqnr_drop: float | None = None,
-    min_sqnr: float | None = None,
+    min_sqnr: Annotated[tuple[str, ...], Parameter(consume_multiple=False)] = (),
     min_agreement: float | None = None,
     min_int8_macs: float | None = None,
     max_size: float | None = None,
@@ -40,7 +42,8 @@ def gate(
         max_drop: Largest loss of top-1 against the baseline, in percentage points. Without a baseline the run's own
             float model is the reference.
         max_sqnr_drop: Largest loss of SQNR against the baseline, in dB.
-        min_sqnr: Smallest SQNR against the float model, in dB.
+        min_sqnr: Smallest SQNR against the float model, in dB; NAME=DB for that of one of several outputs, may be
+            repeated.
         min_agreement: Smallest fraction of images (0 to 1) with the same top-1 as the float model.
         min_int8_macs: Smallest fraction of MACs (0 to 1) that run in int8 in the engine.
         max_size: Largest size of the ONNX file, in MB.
@@ -60,7 +63,7 @@ def gate(
             baseline=baseline,
             max_drop=max_drop,
             max_sqnr_drop=max_sqnr_drop,
-            min_sqnr=min_sqnr,
+            min_sqnr=_parse_min_sqnr(min_sqnr),
             min_agreement=min_agreement,
             min_int8_macs=min_int8_macs,
             max_size=max_size,
@@ -71,6 +74,37 @@ def gate(
     print(report.format_table())
     _write_report(report, junit, json)
     return 0 if report.passed else 1
+
+
+def _parse_min_sqnr(texts: tuple[str, ...]) -> float | dict[str, float] | None:
+    """One number, or NAME=DB for each of several outputs.
+
+    Raises:
+        ArgumentError: Anything else.
+    """
+    if not texts:
+        return None
+    if len(texts) == 1 and "=" not in texts[0]:
+        return _parse_number(texts[0])
+    limits = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        if not name or name in limits:
+            raise ArgumentError(
+                f"invalid value for --min-sqnr: {', '.join(texts)}.",
+                "give one number of dB, or NAME=DB once for each output.",
+            )
+        limits[name] = _parse_number(number)
+    return limits
+
+
+def _parse_number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ArgumentError(
+            f"invalid value for --min-sqnr: {text!r} is not a number.", "give dB, for example 20."
+        ) from None
 
 
 def _write_error(run: Path, error: QdqError, junit: Path | None, json: Path | None) -> None:

@@ -28,7 +28,8 @@ from qdq.errors import ArgumentError, ArgumentTypeError, StateError
 from qdq.evaluate import predict
 from qdq.files import to_jsonable, write_json
 from qdq.forward import require_data, require_model
-from qdq.metrics import sqnr_db
+from qdq.metrics import Outputs, decide_db, pair_arrays, sqnr_db
+from qdq.outputs import ALL_OUTPUTS, OutputView
 from qdq.patterns import Pattern
 from qdq.qat.checkpoint import keeping_random_state, load_tuned, save_tuned
 from qdq.qat.epochs import digest_first_batch, find_generators, iterate_epochs, read_held_out
@@ -150,7 +151,8 @@ def finetune(
             of their BatchNorm. None: everything.
         held: Held-out batches, which are not trained on. They are read once, with the random numbers of `seed`. The
             metric follows the training goal: with `loss` it is minus that loss, so the batches need the same labels;
-            otherwise it is the SQNR of the first output against the teacher's, in dB.
+            otherwise it is the SQNR of the outputs against the teacher's, in dB; of several, that of the worst, or of
+            all with the weights of `distillation`.
         metric: `model -> number`, higher is better; replaces the metric on `held`.
         measure_every: Steps between two measurements; None: a tenth of all steps.
         folder: For the state of the run, the best and the last model and a summary. A finished run is read back. For
@@ -335,7 +337,8 @@ def _prepare(
         held_batches = read_held_out(held, options.seed, trainer.device)
         held_out = [trainer.place(batch) for batch in held_batches]
         settings["held"] = digest_tensors(tensors_of(held_out))
-        metric = _make_metric(task.loss, teacher, held_out)
+        view = task.distillation.view if task.distillation else ALL_OUTPUTS
+        metric = _make_metric(task.loss, teacher, held_out, view)
     record = Record(
         trainer,
         metric,
@@ -463,7 +466,18 @@ def _describe_distillation(distillation: Distillation | None) -> Any:
     if isinstance(patterns, str | type) or callable(patterns):
         patterns = [patterns]
     layers = [pattern if isinstance(pattern, str) else _name(pattern) for pattern in patterns]
-    return {**vars(distillation), "layers": layers}
+    facts: dict[str, Any] = {
+        "mse": distillation.mse,
+        "kl": distillation.kl,
+        "features": distillation.features,
+        "layers": layers,
+    }
+    if distillation.temperature != 1:
+        facts["temperature"] = distillation.temperature
+    if distillation.view != ALL_OUTPUTS:
+        facts["outputs"] = distillation.view.describe()
+        facts["output weights"] = distillation.weights
+    return facts
 
 
 def _name(function: Any) -> str:
@@ -475,25 +489,34 @@ def _name(function: Any) -> str:
 
 
 def _make_metric(
-    loss: Loss | None, teacher: nn.Module | None, held_out: list[Any]
+    loss: Loss | None, teacher: nn.Module | None, held_out: list[Any], view: OutputView
 ) -> Callable[[nn.Module], float]:
     """The metric that fits the training goal, on batches that are not trained on; higher is better."""
     if loss is not None:
         return _LossMetric(loss, held_out)
     assert teacher is not None  # noqa: S101  # without a loss there must be distillation
-    return _DistanceMetric(teacher, held_out)
+    return _DistanceMetric(teacher, held_out, view)
 
 
 class _DistanceMetric:
-    """SQNR of the first output against the teacher's, in dB."""
+    """SQNR of the outputs against the teacher's, in dB: of the worst output, or weighted."""
 
-    def __init__(self, teacher: nn.Module, held_out: list[Any]) -> None:
+    def __init__(self, teacher: nn.Module, held_out: list[Any], view: OutputView) -> None:
         self._batches = held_out
+        self._view = view
         with without_tf32():  # as the metric is measured
-            self._expected = predict(teacher, held_out)
+            self._expected = self._predict(teacher)
 
     def __call__(self, model: nn.Module) -> float:
-        return sqnr_db(self._expected, predict(model, self._batches))
+        pairs = pair_arrays(self._expected, self._predict(model))
+        decibels = {name: sqnr_db(*pair) for name, pair in pairs.items()}
+        return decide_db(decibels, self._view.weigh(list(decibels)))
+
+    def _predict(self, model: nn.Module) -> Outputs:
+        outputs: Outputs = predict(
+            model, self._batches, outputs=self._view.outputs, mask=self._view.mask
+        )
+        return outputs
 
 
 class _LossMetric:

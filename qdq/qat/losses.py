@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from qdq.device import move_batch
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError, StateError
 from qdq.forward import call_model, evaluating, explaining_devices
 from qdq.nn import QuantMixin
+from qdq.outputs import Mask, OutputView, Selection, clear_padding, require_fitting, require_weights
 from qdq.patterns import Pattern, Patterns
 from qdq.swap import quantized_layers
 from qdq.text import list_names
@@ -42,28 +43,46 @@ class Distillation:
 
     Args:
         mse: Squared error of the outputs over the squares of the float ones; 0.01 is an SQNR of 20 dB.
-        kl: Kullback-Leibler divergence of the classes, for outputs `[N, classes]`; other outputs have none.
+        kl: Kullback-Leibler divergence of the classes, for a single output `[N, classes]`. Of several outputs none has
+            it by itself, because boxes `[N, 4]` are no classes: give name -> weight of those that are.
         features: Squared error of the outputs of `layers` over the squares of the float ones, averaged over the layers.
             It ties the inner layers to those of the float model, so that the model does not memorize a few images.
         layers: Patterns (see `qdq.patterns`) of the modules that `features` compares; of nested modules, the outermost.
             Empty: the blocks with layers with a quantized weight, for example `layer1.0` (see `units.name_block`).
         temperature: T by which `kl` divides the logits of both models; it is multiplied by T^2, as its gradient falls
             with 1 / T^2.
+        outputs: Parts of the outputs to compare, as for `evaluate.predict`; None for all. Each has its own error, so
+            outputs of other scales count the same.
+        mask: What leaves padding out of the outputs, as for `evaluate.predict`.
+        weights: Name -> weight of each output that counts. None: all count the same, and the worst output, whose
+            relative error is largest, has the largest gradient.
 
     Raises:
-        ArgumentError: A weight below 0, no weight above 0, layers without features, or a temperature that is not above
-            0.
-        ArgumentTypeError: A weight that is not a number.
+        ArgumentError: A weight below 0, no weight above 0, layers without features, a temperature that is not above
+            0, or invalid outputs or weights.
+        ArgumentTypeError: A weight that is not a number, or outputs or a mask of another kind.
     """
 
     mse: float = 1.0
-    kl: float = 1.0
+    kl: float | Mapping[str, float] = 1.0
     features: float = 1.0
     layers: Sequence[Pattern] = ()
     temperature: float = 1.0
+    outputs: Selection | None = None
+    mask: Mask | None = None
+    weights: Mapping[str, float] | None = None
+
+    @property
+    def view(self) -> OutputView:
+        """The outputs that count, and where."""
+        return OutputView(self.outputs, self.mask, self.weights)
 
     def __post_init__(self) -> None:
-        weights = {"mse": self.mse, "kl": self.kl, "features": self.features}
+        weights: dict[str, float] = {"mse": self.mse, "features": self.features}
+        if isinstance(self.kl, Mapping):
+            require_weights(self.kl)
+        else:
+            weights["kl"] = self.kl
         for name, number in {**weights, "temperature": self.temperature}.items():
             if isinstance(number, bool) or not isinstance(number, Real):
                 raise ArgumentTypeError(
@@ -74,7 +93,7 @@ class Distillation:
                     f"{name} is {number}; it must be 0 or more, and finite.",
                     f"pass another {name}.",
                 )
-        if not any(weights.values()):
+        if not any(weights.values()) and not isinstance(self.kl, Mapping):
             raise ArgumentError(
                 "all weights of the distillation are 0.", "pass distillation=None to leave it out."
             )
@@ -85,6 +104,7 @@ class Distillation:
                 "features is 0, so layers have no effect.",
                 "give features a weight, or leave layers out.",
             )
+        _ = self.view  # refuses invalid outputs
 
 
 def cross_entropy(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
@@ -152,7 +172,7 @@ class Objective:
         ):
             targets = call_model(self._teacher, batch)
         if self._loss != "own":
-            total = total + _measure_distance(self._distillation, outputs, targets)
+            total = total + _measure_distance(self._distillation, outputs, targets, batch)
         if self._layers:
             distance = _compare_features(features, expected_features)
             total = total + self._distillation.features * distance
@@ -181,34 +201,71 @@ def _require_loss(loss: Loss | None, distillation: Distillation | None) -> None:
         )
 
 
-def _measure_distance(distillation: Distillation, outputs: Any, targets: Any) -> torch.Tensor:
-    """The weighted distance of the outputs of two models."""
-    device = _require_floats(outputs)[0].device
-    targets = move_batch(targets, device)  # a teacher may be elsewhere
-    pairs = _pair(_require_floats(outputs), _require_floats(targets), "the model")
+def _measure_distance(
+    distillation: Distillation, outputs: Any, targets: Any, batch: Any
+) -> torch.Tensor:
+    """The weighted distance of the outputs of two models on a batch."""
+    view = distillation.view
+    actual = _require_floats(view.select(outputs))
+    names = list(view.select_floats(outputs))
+    # A teacher may be elsewhere, and return the same outputs in another order or under other names.
+    expected = view.select_floats(move_batch(targets, actual[0].device))
+    if set(expected) == set(names):
+        expected = {name: expected[name] for name in names}
+    pairs = _pair(actual, list(expected.values()), "the model")
+    mask = view.find_mask(batch)
+    if mask is not None:
+        require_fitting(mask, dict(zip(names, actual, strict=True)))
+        pairs = [(clear_padding(one, mask), clear_padding(other, mask)) for one, other in pairs]
     errors = [relative_error(output, target) for output, target in pairs]
-    divergences = _soften(distillation.temperature, pairs)
+    total = distillation.mse * _mean(errors, view.weigh(names))
+    divergences = _measure_divergences(distillation, names, pairs)
     if not (distillation.mse or distillation.features or divergences):
         raise ArgumentError(
-            "the distillation is 0: kl needs outputs [N, classes].",
-            "give mse or features a weight.",
+            "the distillation is 0: kl needs one output [N, classes], or the names of those that are.",
+            "give mse or features a weight, or kl={NAME: 1.0}.",
         )
-    total = distillation.mse * torch.stack(errors).mean()
-    if divergences and distillation.kl:
-        total = total + distillation.kl * torch.stack(divergences).mean()
-    return total
+    return total + sum(divergences)
 
 
-def _soften(
-    temperature: float, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]
+def _measure_divergences(
+    distillation: Distillation,
+    names: list[str],
+    pairs: list[tuple[torch.Tensor, torch.Tensor]],
 ) -> list[torch.Tensor]:
-    """The divergences of all logits, at a temperature."""
+    """The weighted divergence of each output that has classes.
+
+    Raises:
+        ArgumentError: `kl` names an output that does not exist or is not `[N, classes]`.
+    """
+    kl, temperature = distillation.kl, distillation.temperature
+    if not isinstance(kl, Mapping):
+        is_classes = len(pairs) == 1 and pairs[0][0].dim() == 2
+        return [kl * _soften(temperature, *pairs[0])] if kl and is_classes else []
+    by_name = dict(zip(names, pairs, strict=True))
     divergences = []
-    for output, target in pairs:
-        if output.dim() == 2:
-            distance = divergence(output / temperature, target / temperature)
-            divergences.append(distance * temperature**2)
+    for name, weight in kl.items():
+        if name not in by_name or by_name[name][0].dim() != 2:
+            shapes = {known: list(pair[0].shape) for known, pair in by_name.items()}
+            raise ArgumentError(
+                f"kl names {name}; the outputs are {shapes}.", "name those that are [N, classes]."
+            )
+        divergences.append(weight * _soften(temperature, *by_name[name]))
     return divergences
+
+
+def _soften(temperature: float, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The divergence of logits at a temperature, times its square."""
+    return divergence(output / temperature, target / temperature) * temperature**2
+
+
+def _mean(values: list[torch.Tensor], weights: list[float] | None) -> torch.Tensor:
+    """The mean of scalars, with or without weights."""
+    stacked = torch.stack(values)
+    if weights is None:
+        return stacked.mean()
+    factors = torch.tensor(weights, device=stacked.device)
+    return (factors * stacked).sum() / factors.sum()
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from qdq.report.load import StoredReport, guarded, load_report
 from qdq.report.page import final_candidate, int8_fraction, int8_layers, render
 from qdq.report.records import RULE, LayerRecord, Sensitivity
 from qdq.report.wording import format_gain, format_percent
+from qdq.text import printable
 
 TOLERANCE = 0.01
 """Ranges that differ by a smaller fraction count as equal."""
@@ -248,6 +249,21 @@ def _list_figures(reports: Sequence[StoredReport]) -> list[Figure]:
         texts = tuple(_write_value(value, column) for value in values)
         figures.append(Figure(column.label, values, texts, column.better))
 
+    return figures + _list_output_figures(reports)
+
+
+def _list_output_figures(reports: Sequence[StoredReport]) -> list[Figure]:
+    """The SQNR of each output of runs with several outputs."""
+    tables = []
+    for report in reports:
+        outputs = final_candidate(report).get("outputs") or ()
+        tables.append({output["name"]: output["sqnr_db"] for output in outputs})
+    figures = []
+    for name in _union_of_keys(tables):
+        column = _Column("", f"SQNR of {printable(name)}, dB", "{:.2f}".format, 1)
+        values = tuple(table.get(name) for table in tables)
+        texts = tuple(_write_value(value, column) for value in values)
+        figures.append(Figure(column.label, values, texts, column.better))
     return figures
 
 

@@ -23,6 +23,7 @@ from qdq.report.load import StoredReport, guarded
 from qdq.report.tables import list_census, list_commands, list_details, list_rows, list_skipped
 from qdq.report.wording import format_decibels, format_number, format_percent, format_state
 from qdq.statistics.show import load_templates
+from qdq.text import printable
 
 
 def render_report(report: StoredReport) -> str:
@@ -105,12 +106,13 @@ def _list_quality(report: StoredReport) -> list[Figure]:
             format_decibels(final["sqnr_db"]),
             f"{final['name']} against {reference['name']}",
         ),
-        Figure(
-            "same answer as float",
-            format_percent(final["agreement"]),
-            f"on {data['evaluation']['images']} images",
-        ),
     ]
+    for output in final.get("outputs") or ():
+        label = f"SQNR of {printable(output['name'])}"
+        figures.append(Figure(label, format_decibels(output["sqnr_db"]), "one of several outputs"))
+    if final["agreement"] is not None:
+        note = f"on {data['evaluation']['images']} images"
+        figures.append(Figure("same answer as float", format_percent(final["agreement"]), note))
     if final["top1"] is not None:
         change = 100 * (final["top1"] - reference["top1"])
         note = f"float {format_percent(reference['top1'])}: {change:+.1f} points"
@@ -193,6 +195,7 @@ def _view(report: StoredReport) -> dict[str, Any]:
         "headline": _write_headline(report),
         "candidates": data["evaluation"]["candidates"],
         "bars": draw_bars(report),
+        "output_states": _list_output_states(data["analysis"]),
         "curve": draw_curve(report),
         "tuning": data.get("tuning"),
         "tuning_curves": draw_tuning(report),
@@ -207,22 +210,43 @@ def _view(report: StoredReport) -> dict[str, Any]:
     }
 
 
+def _list_output_states(analysis: dict[str, Any]) -> list[tuple[str, dict[str, float | None]]]:
+    """The SQNR of each of several outputs before the search and after each step, with what was done."""
+    if not analysis.get("outputs"):
+        return []
+    states = [("before the search", analysis["outputs"])]
+    for step in analysis["steps"]:
+        states.append((f"+ {step['layer']} in float", step.get("outputs") or {}))
+    return states
+
+
 def _write_headline(report: StoredReport) -> str:
     """The result and the search in two sentences."""
     data, final = report.data, final_candidate(report)
-    sqnr = ""
-    if final["sqnr_db"] is not None:
-        sqnr = f", with {final['sqnr_db']:.2f} dB SQNR"
-
     result = (
         f"{int8_layers(report)} of {data['summary']['weighted_layers']} layers with weights are int8; "
-        f"{final['name']} agrees with the float model on {format_percent(final['agreement'])} of "
-        f"{data['evaluation']['images']} images{sqnr}."
+        f"{_describe_quality(final, data['evaluation']['images'])}."
     )
     steps = data["analysis"]["steps"]
     if not steps:
         return result
     return f"{result} {_describe_search(report)}"
+
+
+def _describe_quality(final: dict[str, Any], images: int) -> str:
+    """How close the last candidate is to the float model, in one clause."""
+    decibels = final["sqnr_db"]
+    if final["agreement"] is not None:
+        sqnr = "" if decibels is None else f", with {decibels:.2f} dB SQNR"
+        return (
+            f"{final['name']} agrees with the float model on {format_percent(final['agreement'])} of "
+            f"{images} images{sqnr}"
+        )
+    outputs = []
+    for output in final.get("outputs") or ():
+        outputs.append(f"{printable(output['name'])} {format_decibels(output['sqnr_db'])}")
+    shown = ", ".join(outputs) or format_decibels(decibels)
+    return f"the SQNR of {final['name']} on {images} samples is {shown}"
 
 
 def _describe_search(report: StoredReport) -> str:

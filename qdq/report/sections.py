@@ -14,6 +14,16 @@ from typing_extensions import TypedDict
 from qdq.report.records import Count, LayerRecord, Size
 
 
+class OutputFigures(TypedDict):
+    """One of several outputs of a model that was evaluated."""
+
+    name: str
+    top1: float | None
+    top5: float | None
+    agreement: float | None
+    sqnr_db: float | None
+
+
 class Candidate(TypedDict):
     """A model that was evaluated."""
 
@@ -23,6 +33,7 @@ class Candidate(TypedDict):
     agreement: float | None
     sqnr_db: float | None
     megabytes: Size | None
+    outputs: NotRequired[list[OutputFigures]]
 
 
 class Evaluation(TypedDict):
@@ -50,6 +61,7 @@ class State(TypedDict):
 
     sqnr_db: float | None
     metric: float | None
+    outputs: NotRequired[dict[str, float | None]]
 
 
 class Step(State):
@@ -233,6 +245,13 @@ class RunState(TypedDict):
     stage: str
 
 
+class JudgedOutput(TypedDict):
+    """The fields of an output that the gate reads."""
+
+    name: str
+    sqnr_db: float | None
+
+
 class JudgedCandidate(TypedDict):
     """The fields of a candidate that the gate reads."""
 
@@ -241,6 +260,7 @@ class JudgedCandidate(TypedDict):
     top5: NotRequired[float | None]
     agreement: NotRequired[float | None]
     sqnr_db: NotRequired[float | None]
+    outputs: NotRequired[list[JudgedOutput]]
 
 
 class JudgedEvaluation(TypedDict):

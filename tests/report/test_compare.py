@@ -46,6 +46,20 @@ def test_what_differs(runs):
     assert figures["findings"].texts == ("0", "0")
 
 
+def test_outputs_have_rows(store):
+    reports = [make_report(NAMES), make_report(NAMES), make_report(NAMES)]
+    for report, scores in zip(reports[:2], (15.5, 18.25), strict=True):
+        report["summary"]["candidates"]["ONNX"]["outputs"] = [
+            {"name": "boxes", "top1": None, "top5": None, "agreement": None, "sqnr_db": 40.0},
+            {"name": "<b>", "top1": None, "top5": None, "agreement": None, "sqnr_db": scores},
+        ]
+    comparison = compare_runs([store(report, f"{i}") for i, report in enumerate(reports)])
+    figures = {figure.label: figure for figure in comparison.figures}
+    assert figures["SQNR of boxes, dB"].values == (40.0, 40.0, None)
+    assert figures["SQNR of <b>, dB"].texts == ("15.50", "18.25", "not known")
+    assert "<b>, dB" not in render_comparison(comparison)
+
+
 def test_weights_methods_and_reasons_that_differ(store):
     names = ["same", "weight", "method", "reason", "rule", "figures"]
     first, second = make_report(names), make_report(names)

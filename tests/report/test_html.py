@@ -57,6 +57,33 @@ def page(store):
     return render
 
 
+def test_every_output_has_its_lines(page):
+    report = make_report(["stem", "head"], float_layers=["head"])
+    for candidate in report["evaluation"]["candidates"]:
+        candidate["agreement"] = candidate["top1"] = candidate["top5"] = None
+        candidate["outputs"] = [
+            {"name": "boxes", "top1": None, "top5": None, "agreement": None, "sqnr_db": 41.25},
+            {"name": EVIL, "top1": 0.625, "top5": 0.75, "agreement": 0.875, "sqnr_db": 15.5},
+        ]
+    candidates = report["evaluation"]["candidates"]
+    summary = report["summary"] | {"candidates": {each["name"]: each for each in candidates}}
+    analysis = report["analysis"] | {"outputs": {"boxes": 40.5, EVIL: 12.75}}
+    analysis["steps"][0]["outputs"] = {"boxes": 40.625, EVIL: 18.375}
+    text = page(
+        ["stem", "head"],
+        float_layers=["head"],
+        evaluation=report["evaluation"],
+        summary=summary,
+        analysis=analysis,
+    )
+    assert EVIL not in text
+    content = " ".join(Outline(text).text)
+    for figure in ("41.25", "15.5", "87.5 %", "62.5 %", "75.0 %", "40.62", "12.75", "18.38"):
+        assert figure in content
+    assert f"the SQNR of ONNX on 100 samples is boxes 41.25 dB, {EVIL} 15.50 dB" in content
+    assert "same answer as float" not in [part.strip() for part in Outline(text).text[:60]]
+
+
 def test_a_folder_whose_name_is_not_utf_8(store, tmp_path, capsys):
     folder = store(make_report(["a", "b"]), os.fsdecode(b"run\xff"))
     other_folder = store(make_report(["a", "b"]), "other")
