@@ -15,7 +15,7 @@ from qdq.check.load import load_onnx
 from qdq.check.rules import choose_rules, find_violations
 from qdq.errors import ArgumentError, BuildError, CheckError, DependencyError
 from qdq.files import as_path, guard_files, write_atomic
-from qdq.graph.coverage import Coverage, list_weighted_nodes, measure_coverage
+from qdq.graph.coverage import Coverage, list_work_nodes, measure_coverage
 from qdq.graph.tensors import list_data_files
 from qdq.graph.validate import CheckerVerdict
 from qdq.trt.backend import DEFAULT_SM, Backend, find_backend
@@ -105,9 +105,10 @@ class BuildReport:
             f"{target}, {self.seconds:.1f} s"
         )
         if self.int8_share is not None and self.coverage.int8_share is not None:
-            lines.append(
-                f"{self.int8_share:.1%} of all MACs in int8, {self.coverage.int8_share:.1%} were predicted"
-            )
+            summary = f"{self.int8_share:.1%} of all MACs in int8, {self.coverage.int8_share:.1%} were predicted"
+            if self.coverage.num_unknown:
+                summary += f" ({self.coverage.num_unknown} nodes of unknown work not counted)"
+            lines.append(summary)
         lines.append(self._summarize())
         return "\n".join(lines)
 
@@ -208,7 +209,7 @@ def build_engine(
         sm=target,
         seconds=seconds,
         profiles=profiles,
-        layers=take_census(list_weighted_nodes(model), plan.kernels),
+        layers=take_census(list_work_nodes(model), plan.kernels),
         coverage=measure_coverage(model, **facts.inference),
         trtexec=commands,
         warnings=[*refusal, *plan.warnings],

@@ -16,9 +16,12 @@ from qdq.functions import (
     CONVOLUTIONS,
     COPIES,
     FUNCTIONS,
+    MATRIX_PRODUCTS,
     MAX_POOLINGS,
     RESIZES,
     SCALINGS,
+    SOFTMAX,
+    STREAM,
 )
 
 _FUSED = ACTIVATIONS | SCALINGS
@@ -142,7 +145,8 @@ class Dataflow:
         """Convolutions that write an output of the network: no pooling or product follows them (R-OUT).
 
         The search goes back from each output. It stops at convolutions, and at averages and products, because their
-        input is not an output. A convolution of pooled pixels is a classifier and does not count.
+        input is not an output. A convolution of pooled pixels is a classifier and does not count, nor does one whose
+        result reaches an output along a residual stream only: later products add to it.
 
         Returns:
             Each of them once, those nearest to the outputs first.
@@ -165,12 +169,12 @@ class Dataflow:
         return convolutions
 
     def _feeds_product(self, value: int) -> bool:
-        """Whether a convolution or product reads a tensor, possibly through activations; then it is not only an output.
+        """Whether a product reads a tensor, possibly through sums and normalisations; then it is not only an output.
 
         Args:
             value: Number of the tensor.
         """
-        readers = self._readers_behind([value], _FUSED | MAX_POOLINGS | CONCATS)
+        readers = self._readers_behind([value], STREAM)
         return any(reader.function in CONTRACTIONS for reader in readers)
 
     def _reads_pooled(self, operation: Operation) -> bool:
@@ -179,6 +183,50 @@ class Dataflow:
         while producer is not None and producer.function in _FUSED | COPIES:
             producer = self._producers.get(producer.inputs[0])
         return producer is not None and producer.function in AVERAGES
+
+    def attention_products(self) -> list[Operation]:
+        """The products of attention that is written out: one before a softmax, and one that reads the softmax."""
+        products: list[Operation] = []
+        for operation in self.operations:
+            if operation.function not in SOFTMAX:
+                continue
+            before = self._products_before(operation)
+            after = self._products_after(operation)
+            if before and after:
+                products += before + after
+        return products
+
+    def _products_before(self, operation: Operation) -> list[Operation]:
+        """The products of matrices that a call comes from, with no other product between."""
+        products: list[Operation] = []
+        visited = set(operation.inputs)
+        queue = deque(operation.inputs)
+        while queue:
+            producer = self._producers.get(queue.popleft())
+            if producer is None:
+                continue
+            if producer.function in CONTRACTIONS:
+                products.append(producer)
+                continue
+            fresh = [value for value in producer.inputs if value not in visited]
+            visited.update(fresh)
+            queue.extend(fresh)
+        return [product for product in products if product.function in MATRIX_PRODUCTS]
+
+    def _products_after(self, operation: Operation) -> list[Operation]:
+        """The products of matrices that read the result of a call, with no other product between."""
+        products: list[Operation] = []
+        visited = set(operation.outputs)
+        queue = deque(operation.outputs)
+        while queue:
+            for reader in self._readers.get(queue.popleft(), ()):
+                if reader.function in CONTRACTIONS:
+                    products.append(reader)
+                    continue
+                fresh = [value for value in reader.outputs if value not in visited]
+                visited.update(fresh)
+                queue.extend(fresh)
+        return [product for product in products if product.function in MATRIX_PRODUCTS]
 
     def backbone_of(self, value: int, *, through_activations: bool = False) -> Operation | None:
         """The convolution that a tensor comes from in a straight line: bias, BatchNorm and scaling fuse into it.

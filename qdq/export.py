@@ -33,7 +33,7 @@ from qdq.errors import ArgumentError, ArgumentTypeError, CheckError, ExportError
 from qdq.files import as_path, guard_files
 from qdq.formats import Format
 from qdq.forward import require_data, require_model, says_devices_differ
-from qdq.graph.coverage import WeightedNode, count_qdq, list_weighted_nodes
+from qdq.graph.coverage import WorkNode, count_qdq, list_work_nodes
 from qdq.graph.fold_casts import FoldCasts
 from qdq.graph.fold_pad import FoldPad
 from qdq.graph.fold_weights import FoldWeights
@@ -516,15 +516,15 @@ def _require_complete(model: nn.Module, exported: ir.Model) -> dict[str, list[st
     return layers
 
 
-def _group_nodes_by_layer(model: nn.Module, exported: ir.Model) -> dict[str, list[WeightedNode]]:
+def _group_nodes_by_layer(model: nn.Module, exported: ir.Model) -> dict[str, list[WorkNode]]:
     """The weighted nodes of each module, by the module's first name."""
     names: dict[int, str] = {}
     aliases = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), name)
         aliases[name] = names[id(module)]
-    nodes: dict[str, list[WeightedNode]] = {}
-    for node in list_weighted_nodes(exported):
+    nodes: dict[str, list[WorkNode]] = {}
+    for node in list_work_nodes(exported):
         layer_name = aliases.get(node.module, node.module)
         nodes.setdefault(layer_name, []).append(node)
     return nodes

@@ -7,6 +7,7 @@ these rules. See `tensorrt-qdq-rules.md` for their ids.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -27,6 +28,7 @@ from qdq.functions import (
     MATRIX_PRODUCTS,
     MEANS,
     MULTIPLICATIONS,
+    RECURRENT,
     RESIZES,
     WEIGHTED,
 )
@@ -40,19 +42,23 @@ _NEVER_INT8 = (*_NORMALIZATIONS, nn.Embedding, nn.EmbeddingBag, nn.PReLU)
 _PRODUCTS = MATRIX_PRODUCTS | ATTENTION
 
 _LAST_CONVOLUTION = "last convolution: it writes an output of the network (R-OUT)"
+_ATTENTION = "product of attention: int8 Q/DQ would break the fused attention kernel (R-MHA-2)"
 _PRODUCT_OF_ACTIVATIONS = (
-    "product of two activations: int8 Q/DQ would break the fused attention kernel (R-MHA-2)"
+    "product of two activations: in int8 only if rewire_operations includes it (R-MM-4)"
 )
+_RECURRENT = "recurrent: TensorRT has no int8 path for it (R-RNN)"
 
 
 def reason_against_type(module: nn.Module) -> str:
-    """Why a module stays in float because of its class; "" if it does not (R-LN, R-SM).
+    """Why a module stays in float because of its class; "" if it does not (R-LN, R-SM, R-RNN).
 
     Args:
         module: A module with parameters.
     """
     if isinstance(module, _NEVER_INT8):
         return "normalisation, embedding or activation: no int8 counterpart (R-LN, R-SM)"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return _RECURRENT
     return ""
 
 
@@ -110,6 +116,7 @@ class ModuleRules:
         self._first = _find_first_convolution(modules, flow)
         self._weights = _list_weights(modules.values())
         self._writes_output: set[str] = set()
+        self._attends: set[str] = set()
         self._results: dict[str, list[int]] = {}  # module -> tensors that its functions return
         if flow is None:
             return
@@ -117,6 +124,8 @@ class ModuleRules:
             self._results.setdefault(operation.module, []).extend(operation.outputs)
         for operation in flow.output_convolutions():
             self._writes_output.add(operation.module)
+        for operation in flow.attention_products():
+            self._attends.add(operation.module)
 
     def reason_against(self, name: str, module: nn.Module) -> str:
         """Why a module stays in float.
@@ -164,7 +173,7 @@ class ModuleRules:
         return any(not self.reason_against(reader, self._modules[reader]) for reader in readers)
 
     def reason_against_products(self, calls: Iterable[Contraction]) -> str:
-        """Why the products that a forward calls as functions stay in float (R-MHA-2).
+        """Why the products that a forward calls as functions stay in float (R-MHA-2, R-RNN).
 
         Args:
             calls: The products that one module calls.
@@ -172,9 +181,14 @@ class ModuleRules:
         Returns:
             The reason; "" if one of them reads a parameter or is neither a matrix product nor attention.
         """
+        calls = list(calls)
+        if all(call.function in RECURRENT for call in calls):
+            return _RECURRENT
         for call in calls:
             if call.function not in _PRODUCTS or call.storages & self._weights:
                 return ""
+        if any(call.function in ATTENTION or call.module in self._attends for call in calls):
+            return _ATTENTION
         return _PRODUCT_OF_ACTIVATIONS
 
 
@@ -234,6 +248,7 @@ class CallRules:
         self._is_quantized = is_quantized
         self._first = flow.first_convolution()
         self._writes_output = {operation.name for operation in flow.output_convolutions()}
+        self._attends = {operation.name for operation in flow.attention_products()}
 
     def reason_against(self, operation: Operation) -> str:
         """Why a function call stays in float.
@@ -355,15 +370,24 @@ class CallRules:
         return ""
 
     def _against_product(self, operation: Operation) -> str:
-        """R-MHA-2; a matrix product that reads a weight is reported as such."""
+        """The rule for linear layers, applied to a product with a weight; R-MHA-2 for one of two activations."""
+        weight = find_weight(operation, self._flow)
+        if weight is not None:
+            inputs, outputs = self._flow.shapes[operation.inputs[weight.position]]
+            if weight.axis == 0:
+                inputs, outputs = outputs, inputs
+            return reason_against_linear((outputs, inputs))
         if operation.function in MATRIX_PRODUCTS:
             positions = list_factors(operation)
             factors = [operation.inputs[position] for position in positions]
             if not all(map(self._flow.is_computed, factors)):
                 return (
-                    f"product with a weight by {operation.function}: call F.linear, or include it"
+                    f"product with a weight by {operation.function} that is no matrix with the inputs first: "
+                    "call F.linear, or include it"
                 )
-        return _PRODUCT_OF_ACTIVATIONS
+            if operation.name not in self._attends:
+                return _PRODUCT_OF_ACTIVATIONS
+        return _ATTENTION
 
     def _feeds_quantized(self, operation: Operation) -> bool:
         """Whether something quantized reads the result of a call, directly or through activations and copies."""
@@ -381,6 +405,65 @@ def list_factors(operation: Operation) -> tuple[int, ...]:
         operation: The call of a product.
     """
     return FUNCTIONS[operation.function].factors or tuple(range(len(operation.inputs)))
+
+
+class Weight(NamedTuple):
+    """The weight of a product.
+
+    Args:
+        position: Its position among all tensors of the call.
+        axis: Its axis of the outputs, each of which has a range (R-AXIS).
+    """
+
+    position: int
+    axis: int
+
+
+def find_weight(operation: Operation, flow: Dataflow) -> Weight | None:
+    """The weight of a call that computes what a linear layer or a convolution does.
+
+    Args:
+        operation: Any call.
+        flow: One forward that contains it.
+
+    Returns:
+        None for a product of computed tensors, of more than two tensors, or of a weight that is no matrix.
+    """
+    if operation.function in WEIGHTED:
+        return Weight(1, 0)
+    if operation.function not in MATRIX_PRODUCTS:
+        return None
+    factors = list_factors(operation)
+    if len(factors) != 2 or flow.is_computed(operation.inputs[factors[1]]):
+        return None
+    first, second = (flow.shapes[operation.inputs[position]] for position in factors)
+    if len(second) != 2 or not flow.is_computed(operation.inputs[factors[0]]):
+        return None
+    axis = FUNCTIONS[operation.function].output_axis
+    if operation.function == "einsum":
+        axis = _find_output_label(str(operation.arguments.get("0", "")), len(first))
+    return None if axis is None else Weight(factors[1], axis)
+
+
+def _find_output_label(equation: str, rank: int) -> int | None:
+    """The axis of the outputs in the second factor of an einsum, if it is a matrix as in a linear layer.
+
+    Args:
+        equation: As for `torch.einsum`.
+        rank: Number of dimensions of the first factor.
+
+    Returns:
+        None for another equation.
+    """
+    operands, _, result = equation.replace(" ", "").replace("...", "").partition("->")
+    first, _, second = operands.partition(",")
+    if len(second) != 2 or len(set(first)) != len(first) or len(first) > rank:
+        return None
+    summed = [label for label in second if label in first and label not in result]
+    outputs = [label for label in second if label not in first and label in result]
+    if len(summed) != 1 or len(outputs) != 1:
+        return None
+    return second.index(outputs[0])
 
 
 def _drop_none(operations: Iterable[Operation | None]) -> list[Operation]:

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 # Relative to the largest output: above the rounding of float32, far below any change of meaning.
 _TOLERANCE = 1e-3
 _FROZEN_BUFFERS = {"weight", "bias", "running_mean", "running_var"}
+_DEFAULT_EPS = 1e-5  # of torch, and of frozen BatchNorms that do not say theirs; a fold is tested before it is done
 _REMAINDERS = ("drop", "act")
 
 
@@ -121,12 +122,12 @@ def _warn_of_unfolded(pairs: list[FoldedPair]) -> None:
 
 
 def _is_batchnorm(module: nn.Module) -> bool:
-    """Whether a module is torch's BatchNorm or has the same buffers, like the frozen one of torchvision's detectors."""
+    """Whether a module is torch's BatchNorm or has the same buffers, like the frozen ones of detectors."""
     if isinstance(module, torch.jit.ScriptModule):
         return False  # nothing inside it can be changed
     if isinstance(module, _BatchNorm):
         return True
-    return module._buffers.keys() >= _FROZEN_BUFFERS and hasattr(module, "eps")
+    return module._buffers.keys() >= _FROZEN_BUFFERS
 
 
 def _reason_against(batchnorm: Any, layer: nn.Module | None, calls: int) -> str:
@@ -295,7 +296,8 @@ def _fold(layer: nn.Module, batchnorm: Any) -> None:
 
 def _gain_of(batchnorm: Any) -> torch.Tensor:
     """The factor g / sqrt(var + eps) of each channel `[C]`, in float64."""
-    inverse_std: torch.Tensor = (batchnorm.running_var.double() + batchnorm.eps).rsqrt()
+    eps = getattr(batchnorm, "eps", _DEFAULT_EPS)
+    inverse_std: torch.Tensor = (batchnorm.running_var.double() + eps).rsqrt()
     if batchnorm.weight is None:
         return inverse_std
     gain: torch.Tensor = batchnorm.weight.double() * inverse_std

@@ -37,6 +37,7 @@ from qdq.text import list_names
 _OF_FUNCTIONS = re.compile(
     "the same device|not on the expected device|different from other tensors on"
 )
+_OWN_NAMESPACES = ("aten", "prim", "prims", "quantized", "qdq")
 _OF_CONVOLUTIONS = re.compile(r"Input type \((.*?)\) and (?:weight|bias) type \((.*?)\)")
 
 
@@ -69,6 +70,7 @@ class Operation:
         outputs: The tensors it returned.
         arguments: Its other arguments by keyword.
         metered: By how much the meter of `trace_forward` rose during the call.
+        is_foreign: Whether it is an operator that another library registered, such as torchvision.
     """
 
     module: str
@@ -78,6 +80,7 @@ class Operation:
     outputs: tuple[int, ...]
     arguments: dict[str, Any]
     metered: int = 0
+    is_foreign: bool = False
 
     @property
     def site(self) -> str:
@@ -554,7 +557,9 @@ class _Recorder(TorchFunctionMode):
         self._record_readers(module, function, arguments)
         outputs = tuple(self._renumber(tensor) for tensor in changed)
         constants = _list_constants(args, kwargs)
-        operation = Operation(module, function, index, inputs, outputs, constants, metered)
+        operation = Operation(
+            module, function, index, inputs, outputs, constants, metered, _is_foreign(func)
+        )
         self._trace.operations.append(operation)
         return result
 
@@ -648,6 +653,15 @@ def name_function(func: Callable[..., Any]) -> str:
         name = str(getattr(attribute, "__name__", name))
     name = name.partition(".")[0].strip("_")  # torch.ops.aten.mm.default
     return ALIASES.get(name, name)
+
+
+def _is_foreign(func: Callable[..., Any]) -> bool:
+    """Whether a function is a registered operator that is not torch's own, such as `torchvision::nms`."""
+    if isinstance(func, torch._ops.OpOverload):
+        return func.namespace not in _OWN_NAMESPACES
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        return func._qualified_op_name.partition("::")[0] not in _OWN_NAMESPACES
+    return False
 
 
 def is_in_place(func: Callable[..., Any]) -> bool:

@@ -27,6 +27,8 @@ Kind = Literal[
     "activation",
     "multiplication",
     "normalization",
+    "sample normalization",
+    "softmax",
     "identity",
     "reshape",
     "copy",
@@ -57,9 +59,12 @@ class Function:
     """The properties of a torch function.
 
     Args:
-        kind: "linear" has a weight with the outputs first, "matrix product" any two factors; "identity" gives the same
-            values in evaluation, "reshape" keeps them in their order, "copy" moves or repeats them.
+        kind: "linear" has a weight with the outputs first, "matrix product" any factors; "identity" gives the same
+            values in evaluation, "reshape" keeps them in their order, "copy" moves or repeats them; a "sample
+            normalization" computes its statistics from its input.
         factors: Positions of the tensors that it multiplies, among all its tensors; () if it multiplies all or none.
+        output_axis: Axis of the outputs in a weight that is its second factor; None if it has none, or if an equation
+            says it.
         onnx: Each call is exported as exactly one node of one of these ONNX operators; () for functions that are
             exported in another way.
         is_homogeneous: Whether f(s x) = s f(x) for every s > 0, channel by channel.
@@ -68,6 +73,7 @@ class Function:
 
     kind: Kind
     factors: tuple[int, ...] = ()
+    output_axis: int | None = None
     onnx: tuple[str, ...] = ()
     is_homogeneous: bool = False
     clamp: Clamp | None = None
@@ -79,19 +85,19 @@ def _alike(value: _Value, names: str) -> dict[str, _Value]:
 
 
 FUNCTIONS: dict[str, Function] = {
-    **_alike(Function("convolution", (0, 1), ("Conv",)), "conv1d conv2d conv3d"),
+    **_alike(Function("convolution", (0, 1), 0, ("Conv",)), "conv1d conv2d conv3d"),
     **_alike(Function("convolution"), "convolution conv_tbc deform_conv2d"),
     **_alike(
-        Function("transposed convolution", (0, 1), ("ConvTranspose",)),
+        Function("transposed convolution", (0, 1), onnx=("ConvTranspose",)),
         "conv_transpose1d conv_transpose2d conv_transpose3d",
     ),
-    "linear": Function("linear", (0, 1), ("Gemm", "MatMul")),
-    **_alike(Function("matrix product", (0, 1), ("MatMul",)), "matmul bmm"),
-    "mm": Function("matrix product", (0, 1), ("MatMul", "Gemm")),
-    **_alike(Function("matrix product", (1, 2), ("MatMul", "Gemm")), "addmm baddbmm"),
+    "linear": Function("linear", (0, 1), 0, ("Gemm", "MatMul")),
+    **_alike(Function("matrix product", (0, 1), 1, ("MatMul",)), "matmul bmm"),
+    "mm": Function("matrix product", (0, 1), 1, ("MatMul", "Gemm")),
+    **_alike(Function("matrix product", (1, 2), 1, ("MatMul", "Gemm")), "addmm baddbmm"),
     **_alike(Function("matrix product", (0, 1)), "mv dot vdot inner linalg_vecdot tensordot"),
     **_alike(Function("matrix product", (1, 2)), "addmv addbmm"),
-    "einsum": Function("matrix product", (), ("Einsum", "MatMul")),
+    "einsum": Function("matrix product", onnx=("Einsum", "MatMul")),
     "bilinear": Function("matrix product", (0, 1, 2)),
     **_alike(Function("matrix product"), "chain_matmul linalg_multi_dot"),
     **_alike(Function("attention"), "scaled_dot_product_attention multi_head_attention_forward"),
@@ -127,6 +133,8 @@ FUNCTIONS: dict[str, Function] = {
     ),
     "mul": Function("multiplication", onnx=("Mul",)),
     "batch_norm": Function("normalization"),
+    "softmax": Function("softmax"),
+    **_alike(Function("sample normalization"), "layer_norm group_norm instance_norm rms_norm"),
     **_alike(
         Function("identity", is_homogeneous=True),
         "contiguous clone data detach dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout "
@@ -189,8 +197,10 @@ LINEAR = names_of("linear")
 CONVOLUTIONS = names_of("convolution", "transposed convolution")
 MATRIX_PRODUCTS = names_of("matrix product")
 ATTENTION = names_of("attention")
+RECURRENT = names_of("recurrent")
+SOFTMAX = names_of("softmax")
 # The functions that sum products: all that TensorRT could run in int8.
-CONTRACTIONS = CONVOLUTIONS | MATRIX_PRODUCTS | ATTENTION | LINEAR | names_of("recurrent")
+CONTRACTIONS = CONVOLUTIONS | MATRIX_PRODUCTS | ATTENTION | LINEAR | RECURRENT
 # The functions of an input, a weight with the outputs first, and a bias.
 WEIGHTED = frozenset(name for name in names_of("convolution", "linear") if FUNCTIONS[name].factors)
 
@@ -211,6 +221,16 @@ CONCATS = names_of("concat")
 SHAPE_READERS = frozenset({"size", "shape", "dim", "ndim", "ndimension", "numel"})
 # The functions that TensorRT fuses into the convolution before them.
 SCALINGS = IDENTITIES | MULTIPLICATIONS | names_of("normalization")
+# The functions between the sum that a residual stream carries and the next product.
+STREAM = (
+    ACTIVATIONS
+    | SCALINGS
+    | COPIES
+    | CONCATS
+    | MAX_POOLINGS
+    | ADDITIONS
+    | names_of("sample normalization")
+)
 HOMOGENEOUS = frozenset(name for name, function in FUNCTIONS.items() if function.is_homogeneous)
 
 # ONNX operators that sum products, and the functions whose calls are each exported as exactly one of them.

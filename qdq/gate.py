@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
@@ -87,7 +88,7 @@ def gate_run(
     baseline: Path | str | None = None,
     max_drop: float | None = None,
     max_sqnr_drop: float | None = None,
-    min_sqnr: float | None = None,
+    min_sqnr: float | Mapping[str, float] | None = None,
     min_agreement: float | None = None,
     min_int8_macs: float | None = None,
     max_size: float | None = None,
@@ -100,7 +101,8 @@ def gate_run(
         max_drop: Largest drop in top-1 from the baseline, in points (0 to 100); without a baseline from the run's own
             float model.
         max_sqnr_drop: Largest drop in SQNR from the baseline, in dB.
-        min_sqnr: Smallest SQNR of the outputs against the float model, in dB.
+        min_sqnr: Smallest SQNR of the outputs against the float model, in dB: of several outputs, that of the worst.
+            Or the smallest of each output by name, `{"scores": 20}`.
         min_agreement: Smallest fraction of images (0 to 1) with the same top-1 answer as the float model.
         min_int8_macs: Smallest fraction of all MACs (0 to 1) that runs in int8 in the engine.
         max_size: Largest ONNX file, in MB (10^6 bytes).
@@ -118,7 +120,12 @@ def gate_run(
         "min_int8_macs": min_int8_macs,
         "max_size": max_size,
     }
-    limits = {name: limit for name, limit in arguments.items() if limit is not None}
+    limits: dict[_Limit, float] = {}
+    for name, limit in arguments.items():
+        if isinstance(limit, Mapping):
+            limits |= {_Limit(name, output): value for output, value in limit.items()}
+        elif limit is not None:
+            limits[_Limit(name)] = limit
     _check_limits(limits, has_baseline=baseline is not None)
 
     run = as_path(run, "run")
@@ -253,6 +260,11 @@ class _RunFacts:
         fix = "evaluate on images with labels, or use min_agreement."
         return 100 * self.require(candidate.get("top1"), title, fix)
 
+    @property
+    def outputs(self) -> dict[str, float | None]:
+        """SQNR of each output of the result in dB, if there are several; None is infinite."""
+        return {entry["name"]: entry["sqnr_db"] for entry in self.result.get("outputs") or ()}
+
     def sqnr(self) -> float:
         """SQNR of the result, in dB."""
         title = f"finite SQNR of {self.result['name']}"
@@ -260,14 +272,29 @@ class _RunFacts:
         return self.require(self.result.get("sqnr_db"), title, fix)
 
 
-def _check_limits(limits: Mapping[str, float], *, has_baseline: bool) -> None:
+class _Limit(NamedTuple):
+    """What a limit is on.
+
+    Args:
+        name: The argument of `gate_run`.
+        output: The output of the model; empty for all.
+    """
+
+    name: str
+    output: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} of {printable(self.output)}" if self.output else self.name
+
+
+def _check_limits(limits: Mapping[_Limit, float], *, has_baseline: bool) -> None:
     if not limits:
         raise ArgumentError(
             "no limit is given, and without one every run passes.",
             "give --max-drop 0.5, for example.",
         )
     for name, limit in limits.items():
-        rule = _RULES[name]
+        rule = _RULES[name.name]
         is_in_range = rule.low <= limit <= rule.high
         if not is_in_range or math.isinf(limit):
             unit = ", a fraction" if rule.high == 1 else ""
@@ -276,11 +303,12 @@ def _check_limits(limits: Mapping[str, float], *, has_baseline: bool) -> None:
                 "correct the limit.",
             )
 
-    if "max_sqnr_drop" in limits and not has_baseline:
+    names = {name.name for name in limits}
+    if "max_sqnr_drop" in names and not has_baseline:
         raise ArgumentError(
             "max_sqnr_drop is given, but no baseline.", "give one, or use min_sqnr."
         )
-    compares = "max_drop" in limits or "max_sqnr_drop" in limits
+    compares = "max_drop" in names or "max_sqnr_drop" in names
     if has_baseline and not compares:
         raise ArgumentError(
             "a baseline is given, but no limit that compares with it.",
@@ -343,24 +371,31 @@ class _Rule:
 
 
 def _check_run(
-    limits: Mapping[str, float], run: _RunFacts, baseline: _RunFacts | None
+    limits: Mapping[_Limit, float], run: _RunFacts, baseline: _RunFacts | None
 ) -> tuple[GateCheck, ...]:
     return tuple(_check_limit(name, limit, run, baseline) for name, limit in limits.items())
 
 
-def _check_limit(name: str, limit: float, run: _RunFacts, baseline: _RunFacts | None) -> GateCheck:
-    rule = _RULES[name]
-    value, text = rule.measure(run, baseline, _DIGITS)
+def _check_limit(
+    name: _Limit, limit: float, run: _RunFacts, baseline: _RunFacts | None
+) -> GateCheck:
+    rule = _RULES[name.name]
+    measure = rule.measure
+    title = name.name.replace("_", "-")
+    if name.output:
+        measure = partial(_measure_output_sqnr, name.output)
+        title = f"{title} of {printable(name.output)}"
+    value, text = measure(run, baseline, _DIGITS)
     excess = value - limit if rule.is_maximum else limit - value
     passed = excess <= _ROUNDING
     if not passed:
-        value, text = rule.measure(run, baseline, _count_digits(value, limit))
-        if name == "min_int8_macs":
+        value, text = measure(run, baseline, _count_digits(value, limit))
+        if name.name == "min_int8_macs":
             text += _name_float_layers(run)
 
     bound = "at most" if rule.is_maximum else "at least"
     message = printable(f"{text}; {bound} {limit:.12g}{rule.unit}", MOST_CHARACTERS)
-    return GateCheck(name.replace("_", "-"), limit, value, passed, message)
+    return GateCheck(title, limit, value, passed, message)
 
 
 def _count_digits(value: float, limit: float) -> int:
@@ -409,12 +444,32 @@ def _describe_difference(value: float, reference: float, unit: str, digits: int)
 
 def _measure_sqnr(run: _RunFacts, baseline: _RunFacts | None, digits: int) -> _Measured:
     sqnr = run.sqnr()
-    return _Measured(sqnr, f"SQNR of {run.result['name']} is {sqnr:.{digits}f} dB")
+    text = f"SQNR of {run.result['name']} is {sqnr:.{digits}f} dB"
+    return _Measured(sqnr, text + _name_worst_output(run))
+
+
+def _name_worst_output(run: _RunFacts) -> str:
+    """The output whose SQNR is that of a run with several outputs."""
+    decibels = {name: value for name, value in run.outputs.items() if value is not None}
+    if not decibels:
+        return ""
+    return f" ({min(decibels, key=decibels.__getitem__)}, the worst of {len(run.outputs)} outputs)"
+
+
+def _measure_output_sqnr(
+    output: str, run: _RunFacts, baseline: _RunFacts | None, digits: int
+) -> _Measured:
+    """The SQNR of one of several outputs."""
+    names = ", ".join(run.outputs)
+    fix = f"name one of {names}." if names else "it has one output: give min_sqnr as a number."
+    title = f"finite SQNR of the output {output} of {run.result['name']}"
+    sqnr = run.require(run.outputs.get(output), title, fix)
+    return _Measured(sqnr, f"SQNR of {output} of {run.result['name']} is {sqnr:.{digits}f} dB")
 
 
 def _measure_agreement(run: _RunFacts, baseline: _RunFacts | None, digits: int) -> _Measured:
     name = run.result["name"]
-    fix = "run qdq ptq again."
+    fix = "run qdq ptq again; several outputs, and one that is not [N, classes], have none."
     agreement = run.require(run.result.get("agreement"), f"agreement of {name}", fix)
     fraction = f"{agreement:.{max(digits, _FRACTION_DIGITS)}f}"
     text = f"{name} agrees with {run.reference['name']} on {fraction} of the images"
@@ -425,7 +480,12 @@ def _measure_int8_macs(run: _RunFacts, baseline: _RunFacts | None, digits: int) 
     fix = "run qdq ptq again, with an engine: runs of an earlier version lack it."
     int8_macs = run.require(run.get("summary", "int8_macs"), "fraction of MACs in int8", fix)
     fraction = f"{int8_macs:.{max(digits, _FRACTION_DIGITS)}f}"
-    return _Measured(int8_macs, f"{fraction} of the MACs run in int8")
+    text = f"{fraction} of the MACs run in int8"
+    sizes = run.get("build", "coverage", "layers") or ()
+    num_unknown = sum(size["share"] is None for size in sizes)
+    if num_unknown:
+        text += f" ({num_unknown} nodes of unknown work are not counted)"
+    return _Measured(int8_macs, text)
 
 
 def _measure_size(run: _RunFacts, baseline: _RunFacts | None, digits: int) -> _Measured:

@@ -19,8 +19,8 @@ from torch import nn
 from qdq.dataflow import Dataflow
 from qdq.device import find_device
 from qdq.errors import ArgumentError
-from qdq.float_rules import CallRules, list_factors
-from qdq.forward import Operation, join_name, require_model, trace_forward
+from qdq.float_rules import CallRules, find_weight, list_factors
+from qdq.forward import Operation, join_name, require_model
 from qdq.functions import (
     ADDITIONS,
     ATTENTION,
@@ -39,7 +39,8 @@ from qdq.nn.functions import QuantFunctionsMixin, add_function_quantizers, name_
 from qdq.nn.registry import find_counterpart
 from qdq.patterns import Pattern, Patterns
 from qdq.quantizer import QuantDescriptor, SharedQuantizer, TensorQuantizer, disable_quantization
-from qdq.text import group_names, list_names
+from qdq.text import list_names
+from qdq.work import Work, trace_work
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class PlannedOperation:
         action: "quantize" (some of its tensors get a quantizer), "share" (its tensors have one scale) or "float".
         reason: One sentence.
         operands: Positions of the tensors that are quantized.
+        macs: MACs of the call.
     """
 
     name: str
@@ -76,6 +78,7 @@ class PlannedOperation:
     action: str
     reason: str
     operands: tuple[int, ...] = ()
+    macs: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,14 @@ class RewirePlan:
     Args:
         operations: In the order in which they ran.
         shared: Quantizer -> the quantizers that have its range.
+        macs: All known MACs of one forward.
+        int8_macs: Those of quantized layers and calls.
     """
 
     operations: tuple[PlannedOperation, ...]
     shared: dict[str, tuple[str, ...]]
+    macs: int = 0
+    int8_macs: int = 0
 
     def of(self, action: str) -> list[PlannedOperation]:
         """The operations with one action.
@@ -106,13 +113,19 @@ class RewirePlan:
             f"{counts['quantize']} function calls quantized, {counts['float']} left in float; "
             f"{num_followers} quantizers use the range of {len(self.shared)} others"
         ]
-        reasons: list[tuple[tuple[str, str, str], str]] = []
+        if self.macs:
+            lines[0] += f"; {self.int8_macs / self.macs:.1%} of all MACs quantized, layers included"
+        groups: dict[tuple[str, str, str], list[PlannedOperation]] = {}
         for operation in self.operations:
             key = (operation.action, operation.function, operation.reason)
-            reasons.append((key, operation.name))
-        for (action, function, reason), names in group_names(reasons).items():
-            shown = list_names(names, 2)
-            lines.append(f"  {action:8}  {len(names)} {function} ({shown}): {reason}")
+            groups.setdefault(key, []).append(operation)
+        for (action, function, reason), operations in groups.items():
+            shown = list_names([operation.name for operation in operations], 2)
+            line = f"  {action:8}  {len(operations)} {function} ({shown}): {reason}"
+            macs = sum(operation.macs for operation in operations)
+            if macs:
+                line += f"; {macs / self.macs:.1%} of all MACs"
+            lines.append(line)
         return "\n".join(lines)
 
 
@@ -157,16 +170,19 @@ def rewire_operations(
             "the model is already rewired.", "call restore_modules, then swap and rewire again."
         )
     with disable_quantization(model):
-        flow = Dataflow(trace_forward(model, example_inputs))
+        trace, work = trace_work(model, example_inputs)
+    flow = Dataflow(trace)
     included = Patterns(include, "include")
     excluded = Patterns(exclude, "exclude")
-    planned = _Planner(modules, flow, included, excluded).plan()
+    planner = _Planner(modules, flow, included, excluded)
+    planned = planner.plan(work)
+    int8_macs = planner.count_int8_macs()
     if not any(isinstance(module, QuantInputMixin) for module in modules.values()):
         _require_calls(modules, planned)
     places = _list_places(modules, flow, planned)
     _group_places(places, flow, planned, is_shared=scales == "shared")
     shared = _attach(modules, places, flow, is_training=model.training)
-    return RewirePlan(tuple(planned.values()), shared)
+    return RewirePlan(tuple(planned.values()), shared, work.total, int8_macs)
 
 
 def _require_calls(modules: dict[str, nn.Module], planned: dict[str, PlannedOperation]) -> None:
@@ -237,15 +253,24 @@ class _Planner:
         self._excluded = excluded
         self._rules = CallRules(modules, flow, self._is_quantized)
 
-    def plan(self) -> dict[str, PlannedOperation]:
-        """The plan by the name of the call; if a module runs several times, its first run counts for all."""
+    def plan(self, work: Work) -> dict[str, PlannedOperation]:
+        """The plan by the name of the call; if a module runs several times, its first run counts for all.
+
+        Args:
+            work: The work of the forward, in which all runs count.
+        """
         planned: dict[str, PlannedOperation] = {}
         for operation in self._flow.operations:
             if operation.name in planned or not self._is_candidate(operation):
                 continue
             action, reason, operands = self._decide(operation)
             planned[operation.name] = PlannedOperation(
-                operation.name, operation.function, action, reason, operands
+                operation.name,
+                operation.function,
+                action,
+                reason,
+                operands,
+                macs=work.macs.get(operation.name, 0),
             )
         for name, module in self._modules.items():
             # It may name a layer that the swap has left in float.
@@ -253,6 +278,14 @@ class _Planner:
         self._included.warn_unused("function call")
         self._excluded.warn_unused("function call and no module")
         return planned
+
+    def count_int8_macs(self) -> int:
+        """MACs of all products that run in int8, as layers or as calls."""
+        flops = 0
+        for operation in self._flow.operations:
+            if operation.metered and self._is_quantized(operation):
+                flops += operation.metered
+        return flops // 2
 
     def _is_candidate(self, operation: Operation) -> bool:
         """Whether a rule exists for a call: a sum or product of two computed tensors, a concat, attention ...
@@ -293,8 +326,8 @@ class _Planner:
             )
         if operation.function in ADDITIONS:
             return self._quantize_addition(operation)
-        if operation.function in WEIGHTED:
-            return self._quantize_weighted(operation)
+        if weight := find_weight(operation, self._flow):
+            return self._quantize_weighted(operation, weight.position)
         if operation.function in RESIZES:
             reason = "copies values between int8 layers: its input (R-RSZ)"
         else:
@@ -310,11 +343,17 @@ class _Planner:
         reason = "an activation precedes the add: both operands, with one scale (R-ADD-4, R-ADD-5)"
         return self._quantize(operation, reason, (0, 1))
 
-    def _quantize_weighted(self, operation: Operation) -> _Decision:
-        """`F.linear` or `F.conv2d` on a stored or a computed weight: both operands (R-CONV-2)."""
-        is_stored = self._flow.is_stored(operation.inputs[1])
+    def _quantize_weighted(self, operation: Operation, position: int) -> _Decision:
+        """`F.linear`, `F.conv2d` or `x @ weight` on a stored or a computed weight: both operands (R-CONV-2).
+
+        Args:
+            operation: The call.
+            position: Position of the weight among its tensors, which follows that of the input.
+        """
+        is_stored = self._flow.is_stored(operation.inputs[position])
         origin = "called as a function" if is_stored else "which the forward computes"
-        return self._quantize(operation, f"a product with a weight, {origin}", (0, 1))
+        operands = (position - 1, position)
+        return self._quantize(operation, f"a product with a weight, {origin}", operands)
 
     def _quantize(self, operation: Operation, reason: str, operands: tuple[int, ...]) -> _Decision:
         """Quantize operands, unless the forward of the module is out of reach."""
@@ -344,7 +383,8 @@ class _Planner:
         """
         if isinstance(self._modules[operation.module], QuantMixin):
             return True
-        is_call = operation.function in WEIGHTED and self._is_candidate(operation)
+        is_product = operation.function in WEIGHTED | MATRIX_PRODUCTS
+        is_call = is_product and self._is_candidate(operation)
         return is_call and self._decide(operation).action == "quantize"
 
 
@@ -360,6 +400,7 @@ class _Place:
         site: The call in that module.
         operand: Position among its tensors.
         function: Name of the function that is called.
+        axis: Axis of the ranges of a weight, which has one for each output; None for other operands.
         group: Equal for all places that share one range.
     """
 
@@ -370,12 +411,8 @@ class _Place:
     site: str = ""
     operand: int = 0
     function: str = ""
+    axis: int | None = None
     group: int | str = 0
-
-    @property
-    def is_weight(self) -> bool:
-        """Whether the operand is a weight, which has a range for each output."""
-        return self.function in WEIGHTED and self.operand == 1
 
 
 def _list_places(
@@ -402,12 +439,14 @@ def _list_places(
         for operand in operands:
             attribute = name_quantizer(operation.site, operand, len(operands))
             name = join_name(operation.module, attribute)
-            place = places.setdefault(name, _place_operand(name, operation, operand))
+            weight = find_weight(operation, flow)
+            axis = weight.axis if weight is not None and weight.position == operand else None
+            place = places.setdefault(name, _place_operand(name, operation, operand, axis))
             place.values.append(operation.inputs[operand])
     return list(places.values())
 
 
-def _place_operand(name: str, operation: Operation, operand: int) -> _Place:
+def _place_operand(name: str, operation: Operation, operand: int, axis: int | None) -> _Place:
     """The place at an operand of a call; its tensor is not set yet."""
     return _Place(
         name,
@@ -415,6 +454,7 @@ def _place_operand(name: str, operation: Operation, operand: int) -> _Place:
         site=operation.site,
         operand=operand,
         function=operation.function,
+        axis=axis,
     )
 
 
@@ -545,8 +585,8 @@ def _choose_quantizer(place: _Place, leaders: list[TensorQuantizer]) -> TensorQu
         leaders: Quantizers of the group that have a range.
     """
     if place.layer is None:
-        if place.is_weight:
-            return TensorQuantizer(QuantDescriptor(axis=0))
+        if place.axis is not None:
+            return TensorQuantizer(QuantDescriptor(axis=place.axis))
         return SharedQuantizer(leaders[0]) if leaders else TensorQuantizer()
     quantizer = place.layer.input_quantizer
     if quantizer in leaders:

@@ -20,14 +20,15 @@ from qdq.dataflow import Dataflow
 from qdq.device import find_device
 from qdq.errors import ArgumentTypeError
 from qdq.float_rules import ModuleRules, reason_against_type
-from qdq.forward import Contraction, ForwardTrace, join_name, require_model, trace_forward
+from qdq.forward import Contraction, ForwardTrace, join_name, require_model
 from qdq.functions import MATRIX_PRODUCTS, WEIGHTED
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.nn.functions import QuantFunctionsMixin, remove_function_quantizers
 from qdq.nn.registry import _DEFAULT_QUANT_MAP, _quant_entry, find_counterpart
 from qdq.patterns import Pattern, Patterns
 from qdq.quantizer import QuantDescriptor, disable_quantization
-from qdq.text import group_names, list_names
+from qdq.text import list_names
+from qdq.work import list_unknown_work, trace_work
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class PlannedModule:
         reason: One sentence.
         weights: Number of elements of its own parameters with two or more dimensions.
         mapped: Whether its class, or a base of it, is in `_DEFAULT_QUANT_MAP`.
+        macs: MACs of its own forward, without those of the modules in it; None if the model has not run.
     """
 
     name: str
@@ -71,17 +73,20 @@ class PlannedModule:
     reason: str
     weights: int
     mapped: bool
+    macs: int | None = None
 
 
 @dataclass(frozen=True)
 class SwapPlan:
-    """Every module with weights or of a mapped type.
+    """Every module with weights or of a mapped type, and every other one whose forward multiplies.
 
     Args:
         modules: In the order of `named_modules`.
+        unknown_work: Calls of operators whose MACs are not known, by dotted name; they are in no share.
     """
 
     modules: tuple[PlannedModule, ...]
+    unknown_work: tuple[str, ...] = ()
 
     def of(self, action: str) -> list[PlannedModule]:
         """The modules with one action.
@@ -91,6 +96,11 @@ class SwapPlan:
         """
         return [module for module in self.modules if module.action == action]
 
+    def share_of(self, modules: Iterable[PlannedModule]) -> float:
+        """The fraction of all known MACs that some of the modules have, 0 to 1; 0 if the model has not run."""
+        total = sum(module.macs or 0 for module in self.modules)
+        return sum(module.macs or 0 for module in modules) / max(total, 1)
+
     @property
     def weighted(self) -> list[PlannedModule]:
         """The modules with weights that are quantized."""
@@ -99,21 +109,27 @@ class SwapPlan:
     def format_table(self) -> str:
         """The counts, then the modules that are not quantized, with the reasons; similar modules are on one line."""
         lines = [self._format_counts(), *self.list_reasons("missed"), *self.list_reasons("float")]
+        if self.unknown_work:
+            names = list_names(self.unknown_work, 3)
+            lines.append(f"  the MACs of {len(self.unknown_work)} calls are unknown: {names}")
         return "\n".join(lines)
 
     def list_reasons(self, action: str) -> list[str]:
-        """One line for all modules with the same action, class and reason.
+        """One line for all modules with the same action, class and reason, with their share of the MACs.
 
         Args:
             action: As for `of`.
         """
-        reasons: list[tuple[tuple[str, str], str]] = []
+        groups: dict[tuple[str, str], list[PlannedModule]] = {}
         for module in self.of(action):
-            reasons.append(((module.type, module.reason), module.name or "the model"))
+            groups.setdefault((module.type, module.reason), []).append(module)
         lines = []
-        for (type_name, reason), names in group_names(reasons).items():
-            shown = list_names(names, 2)
-            lines.append(f"  {action:6}  {len(names)} {type_name} ({shown}): {reason}")
+        for (type_name, reason), modules in groups.items():
+            shown = list_names([module.name or "the model" for module in modules], 2)
+            line = f"  {action:6}  {len(modules)} {type_name} ({shown}): {reason}"
+            if any(module.macs for module in modules):
+                line += f"; {self.share_of(modules):.1%} of all MACs"
+            lines.append(line)
         return lines
 
     def _format_counts(self) -> str:
@@ -123,7 +139,10 @@ class SwapPlan:
         quantized = f"{num_weighted} layers with weights quantized"
         if num_without_weights:
             quantized += f" and {num_without_weights} without"
-        return f"{quantized}; left in float: {counts['float']}, missed: {counts['missed']}"
+        text = f"{quantized}; left in float: {counts['float']}, missed: {counts['missed']}"
+        if any(module.macs for module in self.modules):
+            text += f"; {self.share_of(self.of('quantize')):.1%} of all MACs in quantized layers"
+        return text
 
 
 def plan_swap(
@@ -152,7 +171,7 @@ def plan_swap(
         ArgumentError: A regular expression that cannot be compiled.
     """
     require_model(model)
-    trace = None if example_inputs is None else trace_forward(model, example_inputs)
+    trace = None if example_inputs is None else trace_work(model, example_inputs)[0]
     included = Patterns(include or (), "include")
     excluded = Patterns(exclude, "exclude")
     planner = _Planner(model, trace, included, excluded, includes_all=include is None)
@@ -259,6 +278,9 @@ class _Decision(NamedTuple):
     reason: str
 
 
+_SCRIPTED = _Decision("missed", "scripted: cannot be quantized; use the Python module")
+
+
 class _Planner:
     """Decides for each module of a model whether it is quantized.
 
@@ -283,6 +305,7 @@ class _Planner:
         for name, module in model.named_modules(remove_duplicate=False):
             self._names_of.setdefault(module, []).append(name)
         self._modules = {names[0]: module for module, names in self._names_of.items()}
+        self._trace = trace
         self._usage = None if trace is None else _Usage(trace)
         self._rules = ModuleRules(self._modules, None if trace is None else Dataflow(trace))
         self._included = included
@@ -297,7 +320,8 @@ class _Planner:
             if _is_candidate(module):
                 planned.append(self._plan_module(names, module))
         planned += self._plan_calls({module.name for module in planned})
-        return SwapPlan(tuple(planned))
+        unknown_work = () if self._trace is None else list_unknown_work(self._trace)
+        return SwapPlan(tuple(planned), unknown_work)
 
     def _plan_module(self, names: list[str], module: nn.Module) -> PlannedModule:
         """The plan for one module.
@@ -331,6 +355,7 @@ class _Planner:
             decision.reason,
             _count_weights(module),
             mapped=counterpart is not None,
+            macs=None if self._usage is None else self._usage.macs[name],
         )
 
     def _decide_mapped(
@@ -372,7 +397,7 @@ class _Planner:
         if rule:
             return _Decision("float", rule)
         if isinstance(module, torch.jit.ScriptModule):
-            return _Decision("missed", "scripted: cannot be quantized; use the Python module")
+            return _SCRIPTED
         if self._usage is None:
             return _suspect(module)
         calls = self._usage.products.get(name)
@@ -386,6 +411,8 @@ class _Planner:
 
     def _decide_calls(self, module: nn.Module, calls: list[Contraction]) -> _Decision:
         """The decision for a module whose forward multiplies matrices itself."""
+        if isinstance(module, torch.jit.ScriptModule):
+            return _SCRIPTED
         rule = self._rules.reason_against_products(calls)
         if rule:
             return _Decision("float", rule)
@@ -398,7 +425,7 @@ class _Planner:
         )
 
     def _plan_calls(self, planned: set[str]) -> list[PlannedModule]:
-        """Modules without parameters whose forward multiplies matrices.
+        """Modules without parameters whose forward multiplies.
 
         Args:
             planned: Dotted names of the modules that are planned already.
@@ -407,14 +434,33 @@ class _Planner:
             return []
         callers = []
         for name, calls in self._usage.products.items():
-            if name in planned:
-                continue
-            module = self._modules[name]
-            action, reason = self._decide_calls(module, calls)
-            callers.append(
-                PlannedModule(name, type(module).__name__, action, reason, weights=0, mapped=False)
-            )
+            if name not in planned:
+                decision = self._decide_calls(self._modules[name], calls)
+                callers.append(self._plan_caller(name, decision, self._usage))
+        for name, macs in self._usage.macs.items():
+            if macs and name not in planned and name not in self._usage.products:
+                called = list_names(list(self._usage.functions[name]), 3)
+                reason = f"its own forward calls {called}: no product that runs in int8"
+                callers.append(self._plan_caller(name, _Decision("float", reason), self._usage))
         return callers
+
+    def _plan_caller(self, name: str, decision: _Decision, usage: _Usage) -> PlannedModule:
+        """The plan for a module without parameters.
+
+        Args:
+            name: Dotted name.
+            decision: Action and reason.
+            usage: How modules were used in the forward.
+        """
+        return PlannedModule(
+            name,
+            type(self._modules[name]).__name__,
+            decision.action,
+            decision.reason,
+            weights=0,
+            mapped=False,
+            macs=usage.macs[name],
+        )
 
 
 def _describe_other_use(name: str, readers: set[str], usage: _Usage, *, never_runs: bool) -> str:
@@ -446,14 +492,17 @@ class _Usage:
         num_runs: How often each module ran, by dotted name.
         products: Module -> the products that its forward called as functions.
         functions: Module -> the functions that its forward called, each once, in order.
+        macs: Module -> MACs of these functions.
     """
 
     def __init__(self, trace: ForwardTrace) -> None:
         self.num_runs = trace.calls
         self.products: dict[str, list[Contraction]] = {}
         self.functions: dict[str, dict[str, None]] = {}
+        self.macs: Counter[str] = Counter()
         self._readers: dict[int, set[str]] = {}  # of each memory
         for operation in trace.operations:
+            self.macs[operation.module] += operation.metered // 2
             self.functions.setdefault(operation.module, {})[operation.function] = None
         for call in trace.contractions:
             self.products.setdefault(call.module, []).append(call)

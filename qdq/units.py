@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +15,16 @@ from torch import nn
 
 from qdq.dataflow import Dataflow
 from qdq.errors import ArgumentError, StateError
-from qdq.forward import ForwardTrace, join_name, trace_forward
-from qdq.functions import ADDITIONS
+from qdq.forward import ForwardTrace, Operation, join_name, trace_forward
+from qdq.functions import ADDITIONS, AVERAGE_POOLINGS, RESIZES
 from qdq.nn import QuantInputMixin
 from qdq.nn.functions import QuantFunctionsMixin
 from qdq.nn.registry import find_counterpart
 from qdq.patterns import Pattern, Patterns
-from qdq.quantizer import TensorQuantizer, disable_quantization
+from qdq.quantizer import TensorQuantizer, disable_quantization, disable_until_exit
 
 GROUPS = ("block", "shared")
+_SERVING = ADDITIONS | RESIZES | AVERAGE_POOLINGS
 _NUMBERED = re.compile(r"(?:.*_)?\d+")
 
 
@@ -92,6 +94,51 @@ def find_all_quantizers(model: nn.Module, batch: Any) -> dict[str, list[TensorQu
     for call, layer in owners.items():
         quantizers_of[layer] += listing.by_name[call]
     return quantizers_of
+
+
+def disable_idle(model: nn.Module, trace: ForwardTrace, undo: ExitStack) -> list[str]:
+    """Switch off the quantizers of adds, resizes and average poolings whose readers have all been switched to float.
+
+    They were there for these readers (R-ADD-4, R-RSZ, R-AP), and would only round.
+
+    Args:
+        model: A model in which some layers were switched to float.
+        trace: The record of a float forward.
+        undo: Switches the quantizers on again when it is closed.
+
+    Returns:
+        The calls and layers that were switched off, by dotted name.
+    """
+    listing = _Quantizers(model)
+    flow = Dataflow(trace)
+    disabled: list[str] = []
+    for operation in reversed(flow.operations):  # a reader is decided before what it reads
+        name = operation.name if operation.name in listing.by_name else operation.module
+        quantizers = listing.by_name.get(name, [])
+        is_shortcut = operation.function in ADDITIONS and name in listing.shortcuts
+        if operation.function not in _SERVING or is_shortcut or not _is_on(quantizers):
+            continue
+        readers = _list_readers(flow, operation, listing)
+        if readers and not any(map(_is_on, readers)):
+            disable_until_exit(quantizers, undo)
+            disabled.append(name)
+    return disabled
+
+
+def _is_on(quantizers: Sequence[TensorQuantizer]) -> bool:
+    return any(quantizer.is_enabled for quantizer in quantizers)
+
+
+def _list_readers(
+    flow: Dataflow, operation: Operation, listing: _Quantizers
+) -> list[list[TensorQuantizer]]:
+    """The quantizers, on or off, of each layer and call that reads the result of a call."""
+    readers = []
+    for reader in flow.readers_behind(operation.outputs):
+        for name in (reader.name, reader.module):
+            if name in listing.by_name:
+                readers.append(listing.by_name[name])
+    return readers
 
 
 class _Quantizers:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from two_heads import db
 
 from qdq import (
     Labelled,
@@ -17,9 +18,11 @@ from qdq import (
     calibrate_model,
     correct_bias,
     equalize_layers,
+    evaluate_outputs,
     export_onnx,
     finetune,
     fold_batchnorm,
+    measure_tie_floor,
     predict,
     rewire_operations,
     round_weights,
@@ -34,6 +37,7 @@ from qdq.batch import (
     split_inputs,
     tensors_of,
 )
+from qdq.check import measure_parity
 from qdq.errors import ArgumentTypeError, ExportError
 from qdq.forward import call_model, trace_forward
 
@@ -356,6 +360,34 @@ def test_batches_of_different_lengths_are_calibrated_and_analyzed():
     (amax,) = [entry.amax for entry in ranges if entry.name == "first._input_quantizer"]
     assert amax == pytest.approx(float(largest))
     assert analyze_layers(model, batches).images == 12
+
+
+def test_batches_of_different_lengths_go_through_the_file(tmp_path):
+    batches = [Labelled({"x": torch.randn(4, length, 16)}) for length in (5, 9, 12)]
+    model = Tagger().eval()
+    expected = predict(model, batches)
+    swap_modules(model, batches[0], include=["*"])
+    calibrate_model(model, batches, method="max")
+    int8 = predict(model, batches)
+    assert [array.shape for array in int8] == [(4, length, 16) for length in (5, 9, 12)]
+    export_onnx(
+        model, batches[0], tmp_path / "model.onnx", dynamic={"x": {0: "batch", 1: "length"}}
+    )
+    ort = predict(tmp_path / "model.onnx", batches)
+    for array, reference in zip(ort, int8, strict=True):
+        np.testing.assert_allclose(array, reference, atol=1e-5)
+    evaluation = evaluate_outputs({"float": expected, "int8": int8, "ONNX": ort})
+    quantized, exported = evaluation.candidates[1:]
+    assert evaluation.images == 12
+    assert quantized.sqnr_db == pytest.approx(db_of(expected, int8))
+    assert exported.sqnr_db == pytest.approx(quantized.sqnr_db, abs=0.1)
+    parity = measure_parity(int8, ort, measure_tie_floor(model, batches, expected=int8))
+    assert (parity.images, parity.is_sufficient) == (12, True)
+
+
+def db_of(reference, outputs):
+    """SQNR of lists of arrays, by numpy."""
+    return db(*(np.concatenate([array.ravel() for array in each]) for each in (reference, outputs)))
 
 
 class KeysAndValues:

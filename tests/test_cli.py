@@ -409,7 +409,7 @@ class TestCheck:
             "check", model, "--ignore", "QDQ112", "--json", tmp_path / "new" / "check.json"
         )
         assert code == 0
-        assert "int8 expected: 3 of 3 convolutions and matrix products" in out
+        assert "int8 expected: 3 of 3 nodes that multiply" in out
         findings = json.loads((tmp_path / "new" / "check.json").read_text())["findings"]
         assert {finding["severity"] for finding in findings} == {"info"}
 

@@ -105,6 +105,18 @@ LAST = [
     ("a = conv2d(x, w)\n b = adaptive_avg_pool2d(a)\n c = conv2d(b, v)", "c", set()),
     ("a = conv2d(x, w)\n b = max_pool2d(a)", "b", {"a"}),
     ("a = conv2d(x, w)\n b = add(a, a)", "b", {"a"}),
+    # a residual stream: ViT, whose patches a linear layer reads behind a normalisation and a reshape
+    (
+        "a = conv2d(x, w)\n r = flatten(a)\n n = layer_norm(r)\n l = linear(n, v)\n s = add(r, l)",
+        "s",
+        set(),
+    ),
+    ("a = conv2d(x, w)\n n = group_norm(a)\n b = conv2d(n, v)\n s = add(a, b)", "s", {"b"}),
+    (
+        "a = conv2d(x, w)\n p = mean(a)\n l = conv2d(p, v)\n g = sigmoid(l)\n m = mul(a, g)",
+        "m",
+        {"a"},
+    ),
 ]
 
 
@@ -113,6 +125,23 @@ def test_convolutions_that_write_an_output(text, outputs, expected):
     convolutions = Graph(text, outputs).flow.output_convolutions()
     assert {operation.module for operation in convolutions} == expected
     assert len(convolutions) == len(expected)
+
+
+ATTENTION = "q = linear(x, w)\n s = matmul(q, x)\n m = add(s, z)\n p = softmax(m)\n o = matmul(p, x)\n y = linear(o, v)"
+
+
+@pytest.mark.parametrize(
+    ("text", "output", "expected"),
+    [
+        (ATTENTION, "y", {"s", "o"}),
+        ("s = matmul(x, x)\n p = softmax(s)", "p", set()),  # scores of a classifier
+        ("s = matmul(x, x)\n y = relu(s)\n o = matmul(y, x)", "o", set()),  # a correlation
+        ("s = linear(x, w)\n p = softmax(s)\n o = matmul(p, x)", "o", set()),  # a mixture
+    ],
+)
+def test_products_around_a_softmax_are_attention(text, output, expected):
+    products = Graph(text, output).flow.attention_products()
+    assert {operation.module for operation in products} == expected
 
 
 def test_readers_behind_activations_copies_and_concats():

@@ -169,6 +169,33 @@ def test_frozen_batchnorm_of_detectors():
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
+class Frozen(nn.Module):
+    """A frozen BatchNorm written out, which says its epsilon nowhere, as the one of DETR in transformers."""
+
+    def __init__(self, channels, eps=1e-5):
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, 0.01 * torch.rand(channels))
+        self._numbers = (eps,)
+
+    def forward(self, x):
+        buffers = (self.weight, self.bias, self.running_mean, self.running_var)
+        weight, bias, mean, variance = (buffer.reshape(1, -1, 1, 1) for buffer in buffers)
+        return (x - mean) * weight * (variance + self._numbers[0]).rsqrt() + bias
+
+
+@pytest.mark.parametrize(("eps", "folds"), [(1e-5, True), (1e-2, False)])
+def test_frozen_batchnorm_that_does_not_say_its_epsilon(eps, folds):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), Frozen(8, eps)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    (pair,) = fold_batchnorm(model, x)
+    assert pair.folded == folds
+    assert folds or "folding changes its output" in pair.reason
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_instance_norm_is_no_batchnorm():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.InstanceNorm2d(4, affine=True, track_running_stats=True)

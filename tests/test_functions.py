@@ -376,9 +376,50 @@ def test_an_included_product_quantizes_all_its_factors_and_no_bias(spelling):
     assert torch.isfinite(model(x)).all()
 
 
-@pytest.mark.parametrize("spelling", ["@", "Tensor.mm", "torch.addmm", "torch.einsum", "torch.mv"])
-def test_a_product_with_a_weight_says_so(spelling):
-    model = Tailed(PRODUCTS[spelling]).eval()
+WIDE = torch.randn(32, 24, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize(
+    ("product", "operands", "axis"),
+    [
+        (lambda x: rows(x) @ WIDE, (0, 1), 1),
+        (lambda x: rows(x).mm(WIDE), (0, 1), 1),
+        (lambda x: torch.addmm(torch.zeros(24), rows(x), WIDE), (1, 2), 1),
+        (lambda x: torch.einsum("nchw,cd->ndhw", x, WIDE), (0, 1), 1),
+        (lambda x: torch.einsum("...c,dc->...d", rows(x), WIDE.T), (0, 1), 0),
+        (lambda x: F.linear(rows(x), WIDE.T), (0, 1), 0),
+    ],
+)
+def test_a_product_with_a_matrix_is_quantized_as_a_linear_layer_is(product, operands, axis):
+    model = Tailed(product).eval()
+    x = torch.randn(2, 16, 8, 8)
+    swap_modules(model, x)
+    call = rewire_operations(model, x).operations[-1]
+    assert call.action == "quantize"
+    assert call.operands == operands
+    quantizer = getattr(model, f"_{call.function}_input{operands[1]}_quantizer")
+    assert quantizer.axis == axis
+    assert getattr(model, f"_{call.function}_input{operands[0]}_quantizer").axis is None
+
+
+def test_a_small_product_with_a_matrix_stays_float_as_a_linear_layer_does():
+    model = Tailed(PRODUCTS["torch.addmm"]).eval()
+    x = torch.randn(2, 16, 8, 8)
+    swap_modules(model, x)
+    assert "32 to 8 features" in rewire_operations(model, x).operations[-1].reason
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        PRODUCTS["torch.mv"],
+        PRODUCTS["torch.inner"],
+        lambda x: MATRIX.T @ batch_of_rows(x).mT,
+        lambda x: torch.einsum("nchw,ecd->nedhw", x, SQUARE[None]),
+    ],
+)
+def test_another_product_with_a_weight_says_so(product):
+    model = Tailed(product).eval()
     x = torch.randn(2, 16, 8, 8)
     swap_modules(model, x)
     reason = rewire_operations(model, x).operations[-1].reason

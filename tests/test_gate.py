@@ -56,6 +56,14 @@ def test_a_limit_is_kept_up_to_itself(name, met, missed):
     assert f"{missed:g}" in check.message
 
 
+def test_unknown_work_is_said_to_be_unknown(tmp_path):
+    def change(content):
+        content["build"]["coverage"]["layers"].append({"name": "loop", "share": None})
+
+    (check,) = gate_run(changed(tmp_path, change), min_int8_macs=0.9).checks
+    assert "(1 nodes of unknown work are not counted)" in check.message
+
+
 def test_against_a_baseline():
     report = gate_run(WORSE, baseline=GOOD, max_drop=0.8, max_sqnr_drop=4.75)
     assert report.passed
@@ -216,6 +224,39 @@ def test_what_is_missed_by_little_does_not_look_like_the_limit(
     assert not check.passed and message in check.message
 
 
+def with_outputs(report):
+    report["evaluation"]["candidates"][-1] |= {
+        "agreement": None,
+        "sqnr_db": 15.9,
+        "outputs": [
+            {"name": "boxes", "agreement": None, "sqnr_db": 35.8},
+            {"name": "class=scores", "agreement": None, "sqnr_db": 15.9},
+        ],
+    }
+
+
+def test_each_output_has_its_limit(tmp_path, capsys):
+    run = changed(tmp_path, with_outputs)
+    code, out, _ = gate(
+        capsys, "--min-sqnr", "boxes=30", "--min-sqnr", "class=scores=20", "--max-size", 9, run
+    )
+    assert code == 1
+    assert out.splitlines()[:3] == [
+        "pass  min-sqnr of boxes: SQNR of boxes of ONNX is 35.80 dB; at least 30 dB",
+        "FAIL  min-sqnr of class=scores: SQNR of class=scores of ONNX is 15.90 dB; at least 20 dB",
+        "pass  max-size: the ONNX file has 4.90 MB; at most 9 MB",
+    ]
+    (check,) = gate_run(run, min_sqnr=16).checks
+    assert not check.passed
+    assert "is 15.90 dB (class=scores, the worst of 2 outputs); at least 16 dB" in check.message
+    assert gate_run(run, min_sqnr={"boxes": 35}).passed
+    with pytest.raises(DataError, match="no finite SQNR of the output logits") as caught:
+        gate_run(run, min_sqnr={"logits": 1})
+    assert "name one of boxes, class=scores" in caught.value.fix
+    with pytest.raises(DataError, match="no agreement of ONNX"):
+        gate_run(run, min_agreement=0.9)
+
+
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
@@ -227,6 +268,12 @@ def test_what_is_missed_by_little_does_not_look_like_the_limit(
         (["--max-sqnr-drop", "1"], "no baseline"),
         (["--baseline", GOOD, "--min-sqnr", "1"], "no limit that compares with it"),
         (["--max-drop", "half"], "invalid value for --max-drop"),
+        (["--min-sqnr", "half"], "invalid value for --min-sqnr"),
+        (["--min-sqnr", "scores=x"], "invalid value for --min-sqnr"),
+        (["--min-sqnr", "20", "--min-sqnr", "21"], "invalid value for --min-sqnr: 20, 21"),
+        (["--min-sqnr", "a=2", "--min-sqnr", "a=3"], "invalid value for --min-sqnr: a=2, a=3"),
+        (["--min-sqnr", "scores=inf"], "min_sqnr of scores is inf"),
+        (["--min-sqnr", "scores=20"], "has no finite SQNR of the output scores of ONNX"),
         (["--nonsense"], "--nonsense"),
         (["--min-sqnr", "1", "--junit", "/dev/null/gate.xml"], "cannot write /dev/null/gate.xml"),
     ],
@@ -343,6 +390,7 @@ def test_names_are_data(tmp_path):
 def test_needs_no_torch():
     script = (
         "import sys; sys.modules['torch'] = None\n"
-        f"from qdq.cli.gate import gate\nfrom pathlib import Path\nsys.exit(gate(Path({str(GOOD)!r}), min_sqnr=20.0))"
+        "from qdq.cli.gate import gate\nfrom pathlib import Path\n"
+        f"sys.exit(gate(Path({str(GOOD)!r}), min_sqnr=('20',)))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

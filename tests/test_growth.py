@@ -173,9 +173,9 @@ def count_walks_of_stages(blocks: int) -> dict[str, int]:
 def test_walks_over_all_modules_do_not_grow_with_the_layers():
     few, many = count_walks_of_stages(5), count_walks_of_stages(20)
     assert few == many
-    # One of them only looks at the first parameter, for the device.
-    assert few["plan"] <= 5
-    assert few["rewire"] <= 6
+    # One of them only looks at the first parameter, for the device, and one freezes the parameters to count MACs.
+    assert few["plan"] <= 6
+    assert few["rewire"] <= 7
     assert few["find units"] <= 6
     assert few["match"] == 1
 

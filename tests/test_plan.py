@@ -168,7 +168,9 @@ def states_of(model):
 
 def test_apply_is_what_the_analysis_did(block, tmp_path):
     model, batch = block
-    analysis = analyze_layers(model, [batch], max_float_layers=2, pinned={"conv": "float"})
+    analysis = analyze_layers(
+        model, [batch], max_float_layers=2, max_float_share=1, pinned={"conv": "float"}
+    )
     states = states_of(model)
     assert not states["_add_quantizer"]  # there only for `conv`
     path = save_plan(analysis.plan, tmp_path / "plan.yaml")
@@ -218,7 +220,7 @@ def test_diff(tmp_path, capsys):
 
 def test_a_plan_that_pins_keeps_what_was_measured(block, tmp_path):
     model, batch = block
-    first = analyze_layers(model, [batch], max_float_layers=1).plan
+    first = analyze_layers(model, [batch], max_float_layers=1, max_float_share=1).plan
     (worst,) = [name for name, entry in first.layers.items() if entry.precision == "float"]
     edited = Plan(
         {

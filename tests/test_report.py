@@ -36,7 +36,7 @@ def stages(residual, tmp_path):
     plan = qdq.swap_modules(residual, calibration.images)
     rewired = qdq.rewire_operations(residual, calibration.images)
     ranges = qdq.calibrate_model(residual, calibration, method="max")
-    analysis = qdq.analyze_layers(residual, calibration, max_float_layers=1)
+    analysis = qdq.analyze_layers(residual, calibration, max_float_layers=1, max_float_share=1)
     logits["mixed"] = qdq.predict(residual, images)
     exported = qdq.export_onnx(residual, calibration.images, run.folder / "model.onnx")
     check = qdq.check_onnx(

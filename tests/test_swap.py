@@ -522,9 +522,47 @@ class TestMissed:
     def test_lazy_layer(self):
         assert "not initialized" in self.missed(nn.Sequential(nn.LazyLinear(4)), None)["0"]
 
-    def test_recurrent_layer(self):
-        model = nn.LSTM(4, 4)
-        assert "lstm" in self.missed(model, torch.randn(3, 2, 4))[""]
+    @pytest.mark.parametrize("x", [None, torch.randn(3, 2, 4)])
+    def test_recurrent_layer(self, x):
+        (layer,) = plan_swap(nn.LSTM(4, 4), x).modules
+        assert layer.action == "float"
+        assert "R-RNN" in layer.reason
+
+    def test_every_multiplication_has_its_share(self):
+        class Recurrent(nn.Sequential):
+            def forward(self, x):
+                conv, up, gru, head = self
+                return head(gru(up(conv(x)).transpose(1, 2))[0])
+
+        model = Recurrent(
+            nn.Conv1d(16, 32, 3, padding=1),
+            nn.Upsample(scale_factor=2, mode="linear"),
+            nn.GRU(32, 24, batch_first=True),
+            nn.Linear(24, 16),
+        ).eval()
+        plan = plan_swap(model, torch.randn(1, 16, 10), include=["*"])
+        macs = {
+            "0": 10 * 32 * 16 * 3,
+            "1": 20 * 32 * 2,
+            "2": 20 * 3 * 24 * (32 + 24),
+            "3": 20 * 24 * 16,
+        }
+        assert {module.name: module.macs for module in plan.modules if module.macs} == macs
+        total = sum(macs.values())
+        counts, *lines = plan.format_table().splitlines()
+        assert f"{(macs['0'] + macs['3']) / total:.1%} of all MACs in quantized layers" in counts
+        assert any("Upsample" in line and f"{macs['1'] / total:.1%}" in line for line in lines)
+        assert any("GRU" in line and f"{macs['2'] / total:.1%}" in line for line in lines)
+
+    def test_unknown_work_is_said_to_be_unknown(self):
+        ops = pytest.importorskip("torchvision", reason="needs the extra 'demo'").ops
+
+        class Suppressing(nn.Linear):
+            def forward(self, x):
+                return ops.nms(super().forward(x), x[:, 0], 0.5)
+
+        table = plan_swap(Suppressing(16, 4), torch.rand(8, 16)).format_table()
+        assert "the MACs of 1 calls are unknown: nms" in table
 
     def test_view_of_the_weight_is_the_weight(self):
         class Transposed(nn.Linear):

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from qdq import ArgumentError, StateError, calibrate_model, rewire_operations, swap_modules
+from qdq import (
+    ArgumentError,
+    StateError,
+    analyze_layers,
+    calibrate_model,
+    check_onnx,
+    export_onnx,
+    rewire_operations,
+    swap_modules,
+)
 from qdq.quantizer import disable_quantization
 from qdq.units import find_all_quantizers, find_units, group_units, match_precisions, name_block
 
@@ -181,3 +190,41 @@ def test_precisions_that_cannot_be_meant(net):
     assert match_precisions(net, LAYERS[1:], {"stem": "float"}) == {}
     with pytest.raises(ArgumentError, match="the plan sets 'stem' to int8"):
         match_precisions(net, LAYERS[1:], {"stem": "int8"})
+
+
+class Joined(nn.Module):
+    """An add behind activations, which has quantizers for the layer that reads the sum (R-ADD-4)."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
+        self.head = nn.Linear(16, 16)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        x = torch.relu(self.last(x + torch.relu(self.second(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def test_an_add_that_only_float_layers_read_is_switched_off(tmp_path):
+    torch.manual_seed(0)
+    model, x = Joined().eval(), torch.randn(2, 16, 8, 8)
+    swap_modules(model, x)
+    rewire_operations(model, x)
+    calibrate_model(model, [x], method="max")
+    pinned = {"last": "float", "first": "int8", "second": "int8", "head": "int8"}
+    analysis = analyze_layers(model, [x], pinned=pinned)
+    assert analysis.idle == ("add",)
+    assert analysis.plan.precisions["add"] == "float"
+    assert not any(model.get_submodule(f"_add_input{side}_quantizer").is_enabled for side in (0, 1))
+    assert check_onnx(export_onnx(model, x, tmp_path / "model.onnx").path).problems == ()
+
+
+def test_an_add_that_an_int8_layer_reads_stays():
+    model, x = Joined().eval(), torch.randn(2, 16, 8, 8)
+    swap_modules(model, x)
+    rewire_operations(model, x)
+    calibrate_model(model, [x], method="max")
+    analysis = analyze_layers(model, [x], pinned={"first": "float"})
+    assert analysis.idle == ()
+    assert model._add_input0_quantizer.is_enabled

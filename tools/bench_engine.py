@@ -34,7 +34,7 @@ from qdq.check.rules import SEVERITIES
 from qdq.cli.main import PositiveInt, run_command
 from qdq.errors import ArgumentError, DependencyError, QdqError
 from qdq.files import write_json
-from qdq.graph.coverage import list_weighted_nodes
+from qdq.graph.coverage import list_work_nodes
 from qdq.run import describe_environment
 from qdq.trt.backend import Backend, find_backend
 from qdq.trt.builder import build_plan
@@ -358,7 +358,7 @@ def _measure(path: Path, name: str, seconds: float, backend: Backend, sm: int) -
         row.refused = error.message
         return row
     row.build_seconds = time.perf_counter() - began
-    census = take_census(list_weighted_nodes(ir.load(path)), plan.kernels)
+    census = take_census(list_work_nodes(ir.load(path)), plan.kernels)
     row.int8 = sum(layer.int8 for layer in census)
     row.layers = len(census)
     row.engine_mb = len(plan.engine) / 1e6

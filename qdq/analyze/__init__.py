@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,13 @@ from qdq.analyze.sensitivity import require_labels
 from qdq.batch import list_filled_batches
 from qdq.device import without_tf32
 from qdq.errors import ArgumentError
-from qdq.forward import ForwardTrace, require_model, trace_forward
+from qdq.forward import require_model
+from qdq.outputs import Mask, OutputView, Selection
 from qdq.patterns import Pattern
 from qdq.plan import PRECISIONS, Plan
-from qdq.quantizer import disable_quantization, disable_until_exit
-from qdq.units import Unit, find_units, group_units, match_precisions
+from qdq.quantizer import disable_until_exit
+from qdq.units import Unit, disable_idle, find_units, group_units, match_precisions
+from qdq.work import list_unknown_work
 
 __all__ = [
     "MODES",
@@ -58,6 +61,9 @@ def analyze_layers(
     mode: str = "one-at-a-time",
     metric: str | Metric | None = None,
     higher_is_better: bool | None = None,
+    outputs: Selection | None = None,
+    mask: Mask | None = None,
+    weights: Mapping[str, float] | None = None,
     groups: str | Sequence[Pattern] | None = None,
     pinned: Mapping[str, str] | Plan | None = None,
     confirm: int | None = None,
@@ -85,6 +91,11 @@ def analyze_layers(
         metric: The metric that ranks: "sqnr" (the default), "cosine", "kl" (of the softmax, in nats) or "top1" of the
             outputs, or a function `model -> float`, which is called once for each state.
         higher_is_better: Direction of a function; True by default. The other metrics have a fixed direction.
+        outputs: Parts of the outputs to measure, as for `evaluate.predict`; None for all. "kl" and "top1" take the
+            first.
+        mask: What leaves padding out, as for `evaluate.predict`.
+        weights: Name -> weight of each output that counts, for the mean of their noise relative to their signal. None:
+            the worst output counts. Outputs of other scales are never added up.
         groups: Layers that are left in float together: None (each layer by itself), "block", "shared" (layers whose
             inputs have one range) or patterns, each of which makes a group.
         pinned: Layer, or pattern of layers -> "int8" or "float": already decided, so neither ranked nor changed. Or the
@@ -97,7 +108,8 @@ def analyze_layers(
         max_float_layers: Upper limit on the layers left in float, not counting pinned and already-float layers;
             0 only ranks.
         max_float_share: Upper limit on the fraction of MACs left in float (0 to 1), counting pinned and already-float
-            layers.
+            layers. None: the search may move at most 10 % of all MACs to float, whatever is in float already; 1 lifts
+            that. The result says if the limit kept a layer in int8.
         budget: Seconds. Only the first evaluation may begin after that. Units that are not measured by then have no
             gain and are listed in `unmeasured`; a step that is not finished by then is not taken. The ranking gets 3/4
             of the budget if layers may be left in float.
@@ -113,7 +125,8 @@ def analyze_layers(
 
     Raises:
         ArgumentError: An unknown name, a target for a metric that is not given, a number out of range, options that
-            contradict each other, a pattern that matches nothing, or a file that cannot be written.
+            contradict each other, a pattern that matches nothing, outputs that do not exist, or a file that cannot be
+            written.
         DataError: No batch, "top1" without labels, or a file that is not a profile.
         StateError: No layer is quantized, a layer has no amax, the outputs contain NaN, or a metric function does not
             return a number; `confirm` is used in `torch.inference_mode` or with a model that was created there.
@@ -134,6 +147,7 @@ def analyze_layers(
         budget=budget,
         gpu=gpu,
         profile=profile,
+        view=OutputView(outputs, mask, weights),
     )
     earlier_plan = None
     precisions: Mapping[str, str] = {}
@@ -148,7 +162,7 @@ def analyze_layers(
     require_labels(metric_used.outputs, samples[0])
     start = time.monotonic()
 
-    trace, costs = _trace_float_forward(model, samples[0], options)
+    trace, costs = trace_costs(model, samples[0])
     with ExitStack() as undo:  # an interrupted search leaves the model as it was
         all_units = find_units(model, samples[0], trace)
         free_units, decided = _pin(model, all_units, precisions, undo)
@@ -157,12 +171,15 @@ def analyze_layers(
         with Ranks() as ranks:
             fingerprint = ""
             if path is not None:  # it reads all weights and data, which only a file needs
-                fingerprint = fingerprint_analysis(model, trace, samples, metric_used.name, units)
+                measured = metric_used.name + metric_used.view.describe()
+                fingerprint = fingerprint_analysis(model, trace, samples, measured, units)
             journal = Journal(None if path is None else Path(path), fingerprint, ranks)
             replay = Replay(model, cache_bytes=cache_bytes)
             probe = Probe(model, samples, metric_used, journal, ranks, replay)
             search = Search(model, probe, units, options, costs, times, decided, start)
             analysis = search.run(undo, earlier_plan)
+            idle = tuple(disable_idle(model, trace, undo)) if analysis.float_layers else ()
+            analysis = replace(analysis, unknown_work=list_unknown_work(trace), idle=idle)
             journal.close()
         undo.pop_all()
     return analysis
@@ -185,16 +202,6 @@ def _require_precisions(pinned: Mapping[str, str]) -> None:
     for name, precision in pinned.items():
         if precision not in PRECISIONS:
             raise ArgumentError(f"{name} is pinned to {precision!r}.", "pin to 'int8' or 'float'.")
-
-
-def _trace_float_forward(
-    model: nn.Module, batch: Any, options: Options
-) -> tuple[ForwardTrace, dict[str, LayerCost]]:
-    """Trace one float forward for units, costs and fingerprint; costs are counted only if an option needs them."""
-    if options.needs_costs:
-        return trace_costs(model, batch)
-    with disable_quantization(model):
-        return trace_forward(model, batch), {}
 
 
 def _pin(

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from annotated_types import Ge
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import TypedDict
 
-from qdq.analyze.gradients import freezing_parameters
 from qdq.batch import tensors_of
 from qdq.errors import ArgumentError, DataError
-from qdq.forward import ForwardTrace, trace_forward
+from qdq.forward import ForwardTrace
 from qdq.functions import PRODUCT_OPERATORS
 from qdq.quantizer import disable_quantization
 from qdq.schema import read_json, validate
+from qdq.work import self_and_parents, trace_work
 
 
 @dataclass(frozen=True)
@@ -40,46 +37,6 @@ class Gpu:
     fp16: float
     bandwidth: float
 
-
-Shape = Sequence[int]
-
-
-def _count_attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-
-
-def _count_recurrent_layer(
-    inputs: Shape, input_weight: Shape, hidden_weight: Shape, *_: Any, **__: Any
-) -> int:
-    return 2 * math.prod(inputs[:-1]) * (math.prod(input_weight) + math.prod(hidden_weight))
-
-
-def _count_cudnn_layers(inputs: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
-    matrices = [math.prod(weight) for weight in weights if len(weight) == 2]
-    return 2 * math.prod(inputs[:-1]) * sum(matrices)
-
-
-def _count_batched_sum(_: Shape, first: Shape, second: Shape, **__: Any) -> int:
-    return 2 * math.prod(first) * second[-1]
-
-
-def _count_matrix_vector(matrix: Shape, _: Shape, **__: Any) -> int:
-    return 2 * math.prod(matrix)
-
-
-def _count_bilinear(first: Shape, weight: Shape, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(first[:-1]) * math.prod(weight)
-
-
-# Floating point operations of the kernels that the counter of torch does not know, from the shapes of their arguments.
-_FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention,
-    torch.ops.aten.mkldnn_rnn_layer: _count_recurrent_layer,
-    torch.ops.aten._cudnn_rnn: _count_cudnn_layers,
-    torch.ops.aten.addbmm: _count_batched_sum,
-    torch.ops.aten.mv: _count_matrix_vector,
-    torch.ops.aten._trilinear: _count_bilinear,
-}
 
 # Where a data sheet gives rates with sparsity, this table has half of them. Consumer cards: fp16 with fp16
 # accumulation. Checked in November 2026 against published tables of NVIDIA's data sheets: all of a100, h100, l40s and
@@ -161,33 +118,24 @@ def trace_costs(model: nn.Module, batch: Any) -> tuple[ForwardTrace, dict[str, L
         batch: As for `forward.call_model`.
     """
     values: dict[str, int] = {}
-    counter = FlopCounterMode(display=False, custom_mapping=_FLOP_FORMULAS)
     with ExitStack() as undo:
         for name, module in model.named_modules():
             handle = module.register_forward_hook(_Traffic(name, values), with_kwargs=True)
             undo.callback(handle.remove)
-        # The counter reads the gradients of parameters by calling functions on them, which would appear in the trace.
-        undo.enter_context(freezing_parameters(model))
-        with disable_quantization(model), counter:
-            trace = trace_forward(model, batch, counter.get_total_flops)
+        undo.enter_context(disable_quantization(model))
+        trace, work = trace_work(model, batch)
 
-    macs: Counter[str] = Counter()
     for operation in trace.operations:
         if not operation.metered:
             continue
-
-        for name in {operation.name, *_self_and_parents(operation.module)}:
-            macs[name] += operation.metered // 2
         tensors = (*operation.inputs, *operation.outputs)
         moved = sum(math.prod(trace.shapes[number]) for number in tensors)
         values[operation.name] = values.get(operation.name, 0) + moved
-    costs = {name: LayerCost(count, values[name]) for name, count in macs.items() if name in values}
+    costs = {}
+    for name, macs in work.macs.items():
+        if name in values:
+            costs[name] = LayerCost(macs, values[name])
     return trace, costs
-
-
-def _self_and_parents(name: str) -> set[str]:
-    parts = name.split(".")
-    return {".".join(parts[:end]) for end in range(len(parts) + 1)}
 
 
 class _Traffic:
@@ -306,7 +254,7 @@ def _find_layers(node: str, layers: Collection[str], calls: Mapping[str, list[st
     """
     scope, slash, operation = node.rpartition("/")
     module = _join_scopes(scope) if slash else node
-    enclosing = _self_and_parents(module).intersection(layers) - {""}
+    enclosing = self_and_parents(module).intersection(layers) - {""}
     if enclosing:
         return [max(enclosing, key=len)]
 

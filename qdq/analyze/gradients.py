@@ -1,4 +1,4 @@
-"""Gradients during an analysis: a check that they exist, and blocks that freeze parameters and prepare layers."""
+"""Gradients during an analysis: a check that they exist, and a block that prepares layers."""
 
 from __future__ import annotations
 
@@ -23,26 +23,6 @@ def require_gradients(model: nn.Module) -> None:
             "confirm needs gradients, and torch.inference_mode has none.",
             "create and analyze the model outside of it, or omit confirm.",
         )
-
-
-@contextmanager
-def freezing_parameters(model: nn.Module) -> Iterator[None]:
-    """Compute no gradients for parameters in the block.
-
-    Parameters created in `torch.inference_mode` never have gradients, and their flag cannot be restored.
-    """
-    parameters = []
-    for parameter in model.parameters():
-        if parameter.requires_grad and not parameter.is_inference():
-            parameters.append(parameter)
-
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
 
 
 @contextmanager

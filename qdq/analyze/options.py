@@ -12,11 +12,14 @@ from torch import nn
 from qdq.analyze.cost import find_gpu, read_profile
 from qdq.analyze.sensitivity import METRICS, SQNR, OutputMetric
 from qdq.errors import ArgumentError
+from qdq.outputs import ALL_OUTPUTS, OutputView
 
 MODES = ("one-at-a-time", "leave-one-out")
 Metric = Callable[[nn.Module], float]
 _METRIC_TARGETS = ("target_metric", "target_drop")
 _TARGETS = ("target_sqnr", *_METRIC_TARGETS)
+DEFAULT_FLOAT_SHARE = 0.1
+"""Fraction of all MACs that a search moves to float at most, unless max_float_share says how much may be in float."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,14 @@ class ChosenMetric:
         higher_is_better: Its direction.
         outputs: The measure of the outputs; SQNR for a function, because SQNR is always measured.
         function: The function; None for a measure of the outputs.
+        view: The outputs that are measured.
     """
 
     name: str
     higher_is_better: bool
     outputs: OutputMetric
     function: Metric | None = None
+    view: OutputView = ALL_OUTPUTS
 
     @property
     def is_sqnr(self) -> bool:
@@ -68,6 +73,7 @@ class Options:
     budget: float | None = None
     gpu: str | None = None
     profile: Path | str | None = None
+    view: OutputView = ALL_OUTPUTS
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -85,11 +91,15 @@ class Options:
         """Whether each unit is measured alone in int8 ("one-at-a-time")."""
         return self.mode == "one-at-a-time"
 
-    @property
-    def needs_costs(self) -> bool:
-        """Whether any option needs the arithmetic of the layers."""
-        options = (self.gpu, self.profile, self.max_float_share)
-        return any(option is not None for option in options)
+    def limit_float_share(self, initial: float) -> float:
+        """Upper limit on the fraction of all MACs in float, 0 to 1.
+
+        Args:
+            initial: The fraction that is in float before the search.
+        """
+        if self.max_float_share is not None:
+            return self.max_float_share
+        return min(1.0, initial + DEFAULT_FLOAT_SHARE)
 
     @property
     def chosen_metric(self) -> ChosenMetric:
@@ -100,7 +110,8 @@ class Options:
         """
         if callable(self.metric):
             name = getattr(self.metric, "__qualname__", type(self.metric).__qualname__)
-            return ChosenMetric(name, self.higher_is_better is not False, SQNR, self.metric)
+            is_higher_better = self.higher_is_better is not False
+            return ChosenMetric(name, is_higher_better, SQNR, self.metric, self.view)
 
         measure = METRICS.get("sqnr" if self.metric is None else self.metric)
         if measure is None:
@@ -115,7 +126,7 @@ class Options:
                 f"which has {measure.higher_is_better}.",
                 "leave it out: it is needed only for a function.",
             )
-        return ChosenMetric(measure.name, measure.higher_is_better, measure)
+        return ChosenMetric(measure.name, measure.higher_is_better, measure, view=self.view)
 
     def _check_targets(self) -> None:
         """Refuse targets without their metric, and targets that no number can reach."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qdq.files import write_json
 from qdq.plan import Plan, PlanEntry
+from qdq.text import list_names, printable
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,10 @@ class LayerSensitivity:
         gain_high: Upper end of the interval.
         is_exact: Whether the unit was measured; otherwise the screen estimated it.
         layers: The layers and calls in it.
-        macs: Its MACs on one batch; None if no option needs costs.
+        macs: Its MACs on one batch.
         cost: Extra time in float compared with int8, in microseconds; None without `gpu` and `profile`.
+        outputs: SQNR of each output in dB in the same state, if there are several; `sqnr_db` is that of the worst, or
+            of all with the weights that were given. Empty for an estimate.
     """
 
     name: str
@@ -40,8 +43,9 @@ class LayerSensitivity:
     gain_high: float | None = None
     is_exact: bool = True
     layers: tuple[str, ...] = ()
-    macs: int | None = None
+    macs: int = 0
     cost: float | None = None
+    outputs: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Step:
         metric: The chosen metric in the same state, None if that is SQNR.
         layers: The layers and calls in it.
         cost: Time of all units, in microseconds; None without `gpu` and `profile`.
+        outputs: SQNR of each output in dB in the same state, if there are several.
+        float_share: Fraction of all MACs in float in the same state, 0 to 1.
     """
 
     layer: str
@@ -61,6 +67,8 @@ class Step:
     metric: float | None
     layers: tuple[str, ...] = ()
     cost: float | None = None
+    outputs: Mapping[str, float] = field(default_factory=dict)
+    float_share: float = 0.0
 
     @property
     def float_layers(self) -> tuple[str, ...]:
@@ -105,6 +113,12 @@ class Analysis:
         full_evaluations: Why layers were evaluated in full; "" if they were replayed.
         earlier: The plan that `pinned` came from; None if it did not come from a plan.
         unmeasured: Layers that the budget left no time for. They stay in int8, and their sensitivity is unknown.
+        outputs: SQNR of each output in dB with every unit quantized, if there are several.
+        macs: MACs of the whole model on one batch.
+        float_share: Fraction of them in float before the first step, 0 to 1.
+        kept: Unit -> why the search did not leave it in float, for units that it tried or that are too large.
+        idle: Adds, resizes and average poolings that only layers in float read now; their quantizers are disabled too.
+        unknown_work: Calls of operators whose MACs are not known; they are in no share.
     """
 
     mode: str
@@ -120,6 +134,12 @@ class Analysis:
     full_evaluations: str = ""
     earlier: Plan | None = None
     unmeasured: tuple[str, ...] = ()
+    outputs: Mapping[str, float] = field(default_factory=dict)
+    macs: int = 0
+    float_share: float = 0.0
+    kept: Mapping[str, str] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()
+    unknown_work: tuple[str, ...] = ()
 
     @property
     def float_layers(self) -> list[str]:
@@ -142,11 +162,16 @@ class Analysis:
             method = "measured" if unit.is_exact else "estimated"
             explanation = explanations.get(unit.name, "")
             reason = f"{explanation}{self.mode}: rank {rank} of {len(self.layers)}, {method}"
+            if unit.name in self.kept:
+                reason = f"{reason}; {self.kept[unit.name]}"
             precision = "float" if unit.name in explanations else "int8"
             entries.update(dict.fromkeys(unit.layers, PlanEntry(precision, reason, unit.gain)))
 
         unmeasured = PlanEntry("int8", "not measured: the budget was used up")
         entries.update(dict.fromkeys(self.unmeasured, unmeasured))
+        for name in self.idle:
+            gain = entries[name].gain if name in entries else None
+            entries[name] = PlanEntry("float", "nothing in int8 reads its result any more", gain)
         return Plan(entries, self.metric_name)
 
     def _explain_steps(self) -> dict[str, str]:
@@ -179,23 +204,74 @@ class Analysis:
         width = max(len(label) for label in labels)
 
         header = f"{title:{width}}   SQNR dB"
-        if self.metric is not None:
-            header = f"{header}    {self.metric_name}"
-        lines = [f"{self.mode} on {self.images} images", header]
+        metric_header = "" if self.metric is None else f"    {self.metric_name}"
+        lines = [
+            f"{self.mode} on {self.images} images",
+            f"{header}{metric_header}  % of MACs",
+        ]
         for layer in shown:
-            lines.append(_format_row(layer.name, width, layer.sqnr_db, layer.metric))
+            share = layer.macs / max(self.macs, 1)
+            lines.append(_format_row(layer.name, width, layer.sqnr_db, layer.metric, share))
         if len(self.layers) > rows:
             lines.append(f"... and {len(self.layers) - rows} less sensitive ones")
         if self.unmeasured:
             names = ", ".join(self.unmeasured)
             lines.append(f"not measured, the budget was used up: {names}")
 
-        lines.append(_format_row(start, width, self.sqnr_db, self.metric))
+        lines.append(f"{'':{width}}   SQNR dB{metric_header}  % of MACs in float")
+        lines.append(_format_row(start, width, self.sqnr_db, self.metric, self.float_share))
         for label, step in zip(steps, self.steps, strict=True):
-            lines.append(_format_row(label, width, step.sqnr_db, step.metric))
+            lines.append(_format_row(label, width, step.sqnr_db, step.metric, step.float_share))
+        lines += self._format_kept(rows)
+        if self.unknown_work:
+            names = list_names(self.unknown_work, 3)
+            lines.append(f"the MACs of {len(self.unknown_work)} calls are unknown: {names}")
+        lines += self._format_outputs(shown, start, width)
         lines.append(f"stopped: {self.stopped_by}")
         lines += self._format_front()
         return "\n".join(lines)
+
+    def _format_outputs(
+        self, shown: Sequence[LayerSensitivity], start: str, width: int
+    ) -> list[str]:
+        """The SQNR of each output in every state of the table, if there are several.
+
+        Args:
+            shown: The most sensitive units.
+            start: Label of the state before the search.
+            width: Characters of the first column.
+        """
+        if not self.outputs:
+            return []
+        rows = [(unit.name, unit.outputs) for unit in shown]
+        rows.append((start, self.outputs))
+        for step in self.steps:
+            rows.append((f"+ {step.layer} in float", step.outputs))
+        columns = {name: f"{printable(name):>8}" for name in self.outputs}
+        lines = ["  ".join([f"{'SQNR dB of each output':{width}}", *columns.values()])]
+        for label, outputs in rows:
+            cells = [f"{label:{width}}"]
+            for name, title in columns.items():
+                # An estimate has no figures of single outputs.
+                text = f"{outputs[name]:.2f}" if name in outputs else "-"
+                cells.append(f"{text:>{len(title)}}")
+            lines.append("  ".join(cells))
+        return lines
+
+    def _format_kept(self, rows: int) -> list[str]:
+        """Why units stay in int8 that are more sensitive than one in float, and why the most sensitive one does.
+
+        Args:
+            rows: Upper limit on the number of units shown.
+        """
+        names = [unit.name for unit in self.layers]
+        ranks = [names.index(step.layer) for step in self.steps]
+        last = max(ranks, default=0)
+        lines = []
+        for name in names[: min(last + 1, rows)]:
+            if name in self.kept:
+                lines.append(f"{name} stays in int8: {self.kept[name]}")
+        return lines
 
     def _format_front(self) -> list[str]:
         """The Pareto front, one line per set."""
@@ -219,7 +295,7 @@ def _value_of(state: Analysis | Step) -> float:
     return state.sqnr_db if state.metric is None else state.metric
 
 
-def _format_row(label: str, width: int, sqnr: float, metric: float | None) -> str:
+def _format_row(label: str, width: int, sqnr: float, metric: float | None, share: float) -> str:
     """A row of the table.
 
     Args:
@@ -227,8 +303,9 @@ def _format_row(label: str, width: int, sqnr: float, metric: float | None) -> st
         width: Characters of the first column.
         sqnr: SQNR in dB.
         metric: The chosen metric; None if it is SQNR.
+        share: Fraction of all MACs, 0 to 1.
     """
     row = f"{label:{width}}  {sqnr:8.2f}"
-    if metric is None:
-        return row
-    return f"{row}  {metric:8.4f}"
+    if metric is not None:
+        row = f"{row}  {metric:8.4f}"
+    return f"{row}  {100 * share:9.1f}"

@@ -16,6 +16,7 @@ Half of the batches are enough for either mode.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -26,15 +27,17 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from qdq.analyze.gradients import freezing_parameters, recording_recurrence
+from qdq.analyze.gradients import recording_recurrence
 from qdq.analyze.sensitivity import ErrorSums
 from qdq.batch import count_samples, floats_of
 from qdq.device import read_numbers
 from qdq.forward import call_model, evaluating
 from qdq.nn import QuantInputMixin
 from qdq.nn.functions import run_again
+from qdq.outputs import ALL_OUTPUTS, OutputView, clear_padding
 from qdq.quantizer import TensorQuantizer, disable_quantization, named_quantizers, toggling
 from qdq.units import Unit
+from qdq.work import freezing_parameters
 
 _Energies = dict[str, torch.Tensor]  # float64, on the devices of the units until all are known
 _LEAST_NOISE = 1e-3  # smallest fraction of the noise that remains when a unit is removed
@@ -47,6 +50,8 @@ def screen_units(
     units: Sequence[Unit],
     mode: str,
     is_over: Callable[[], bool] = lambda: False,
+    view: OutputView = ALL_OUTPUTS,
+    factors: Sequence[float] | None = None,
 ) -> dict[str, float]:
     """Energy of the output error that each unit adds ("one-at-a-time") or removes ("leave-one-out").
 
@@ -57,9 +62,12 @@ def screen_units(
         units: The units to rank.
         mode: See the module.
         is_over: Called before each batch but the first; if it returns True, the remaining batches are skipped.
+        view: The outputs that count, and where.
+        factors: What the energy of each output is multiplied with (`sensitivity.share_noise`), so that those of other
+            scales can be added. None: 1.
 
     Returns:
-        Unit -> energy, in the squared unit of the outputs, summed over all samples.
+        Unit -> energy, in the squared unit of the first output, summed over all samples.
     """
     random = torch.Generator().manual_seed(0)
     totals: _Energies = {}
@@ -70,9 +78,9 @@ def screen_units(
             break
         screened.append(batch)
         if mode == "one-at-a-time":
-            energies = _screen_alone(model, batch, units, random)
+            energies = _screen_alone(model, batch, units, random, view, factors)
         else:
-            energies = _screen_without(model, batch, reference, units)
+            energies = _screen_without(model, batch, reference, units, view, factors)
         for name, energy in energies.items():
             totals[name] = totals.get(name, 0.0) + energy
     scale = sum(map(count_samples, batches)) / sum(map(count_samples, screened))
@@ -81,7 +89,12 @@ def screen_units(
 
 
 def _screen_alone(
-    model: nn.Module, batch: Any, units: Sequence[Unit], random: torch.Generator
+    model: nn.Module,
+    batch: Any,
+    units: Sequence[Unit],
+    random: torch.Generator,
+    view: OutputView,
+    factors: Sequence[float] | None,
 ) -> _Energies:
     """Energies that the units add to the error of the float model on one batch."""
     taps = _Taps(power=2)
@@ -93,18 +106,24 @@ def _screen_alone(
         taps.attached(model, units),
     ):
         with disable_quantization(model):
-            outputs = floats_of(call_model(model, batch))
+            outputs = list(view.select_floats(call_model(model, batch)).values())
         vectors = []
         for output in outputs:
             vector = torch.randn(output.shape, generator=random)
             is_copied = output.device.type != "cpu"
             vectors.append(vector.to(output.device, output.dtype, non_blocking=is_copied))
-        _backpropagate(outputs, vectors)
+        roots = None if factors is None else [math.sqrt(factor) for factor in factors]
+        _backpropagate(outputs, _weigh(vectors, roots, view.find_mask(batch)))
     return taps.sums
 
 
 def _screen_without(
-    model: nn.Module, batch: Any, reference: Any, units: Sequence[Unit]
+    model: nn.Module,
+    batch: Any,
+    reference: Any,
+    units: Sequence[Unit],
+    view: OutputView,
+    factors: Sequence[float] | None,
 ) -> _Energies:
     """Decrease of the energy of the int8 model's error without each unit, on one batch."""
     taps = _Taps(power=1)
@@ -116,12 +135,23 @@ def _screen_without(
         taps.attached(model, units),
     ):
         with _straight_through(model):
-            outputs = floats_of(call_model(model, batch))
+            outputs = list(view.select_floats(call_model(model, batch)).values())
         errors = []
-        for output, expected in zip(outputs, floats_of(reference), strict=True):
+        targets = view.select_floats(reference).values()
+        for output, expected in zip(outputs, targets, strict=True):
             errors.append((output - expected.to(output.device)).detach())
-        _backpropagate(outputs, errors)
+        _backpropagate(outputs, _weigh(errors, factors, view.find_mask(batch)))
     return taps.sums
+
+
+def _weigh(
+    vectors: list[torch.Tensor], factors: Sequence[float] | None, mask: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """The vector of each output times its factor, and 0 at padding."""
+    scales = factors or [1.0] * len(vectors)
+    return [
+        clear_padding(vector * scale, mask) for vector, scale in zip(vectors, scales, strict=True)
+    ]
 
 
 def _backpropagate(outputs: list[torch.Tensor], vectors: list[torch.Tensor]) -> None:
@@ -271,15 +301,23 @@ def _straight_through(model: nn.Module) -> Iterator[None]:
             vars(quantizer).pop("forward", None)
 
 
-def estimate_sqnr(mode: str, int8_sums: ErrorSums, energy: float) -> float:
+def estimate_sqnr(
+    mode: str, int8_sums: ErrorSums, energy: float, factors: Sequence[float] | None = None
+) -> float:
     """SQNR in dB of a unit alone, or of the model without it.
+
+    Of several outputs it is that of their noise relative to their signal, added up: at most that of the worst.
 
     Args:
         mode: See the module.
-        int8_sums: Error sums of the model in int8, whose first columns are signal and noise.
+        int8_sums: Energies of signal and noise of each output of the model in int8, `[outputs, 2]`.
         energy: Energy of the unit, from `screen_units`.
+        factors: As for `screen_units`.
     """
-    signal, noise = int8_sums[:, 0].sum(), int8_sums[:, 1].sum()
+    scales = np.ones(len(int8_sums)) if factors is None else np.asarray(factors)
+    signals = int8_sums[:, 0]
+    signal = signals[signals > 0][:1].sum()  # the unit of the factors
+    noise = (int8_sums[:, 1] * scales).sum()
     if mode == "leave-one-out":
         energy = max(noise - energy, noise * _LEAST_NOISE)
     if not energy:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,15 @@ from qdq.analyze.options import Options
 from qdq.analyze.probe import Probe, Value
 from qdq.analyze.result import Analysis, LayerSensitivity, MixedPoint, Step
 from qdq.analyze.screen import estimate_sqnr, screen_units
-from qdq.analyze.sensitivity import ErrorSums, draw_sums, reduce_sums
+from qdq.analyze.sensitivity import (
+    SQNR,
+    ErrorSums,
+    draw_sums,
+    reduce_sums,
+    share_noise,
+    split_sqnr,
+)
+from qdq.metrics import combine_db
 from qdq.plan import Plan
 from qdq.quantizer import disable_quantization, disable_until_exit
 from qdq.units import Unit
@@ -34,7 +43,7 @@ class Search:
         probe: Measures the model.
         units: The units to rank.
         options: How to rank and choose.
-        costs: Cost of each layer, and of the model under ""; empty if no option needs them.
+        costs: Cost of each layer, and of the model under ""; empty if nothing multiplies.
         times: Times of each layer; empty if no option needs them.
         pinned: Layer -> "int8" or "float", already decided.
         start: When the budget began (`time.monotonic`).
@@ -63,6 +72,9 @@ class Search:
         self._pinned = pinned
         self._start = start
         self._unmeasured: list[str] = []
+        self._factors: list[float] = []  # of the noise of each output, see `share_noise`
+        self._float_limit = options.limit_float_share(self._costs.find_float_fraction([]))
+        self._kept: dict[str, str] = {}  # unit -> why the search left it in int8
 
     def run(self, undo: ExitStack, earlier_plan: Plan | None) -> Analysis:
         """Rank the units, then choose.
@@ -87,6 +99,7 @@ class Search:
             mode=self._options.mode,
             images=self._probe.images,
             sqnr_db=ranking.int8.sqnr,
+            outputs=ranking.int8.outputs,
             metric=self._metric_of(ranking.int8),
             layers=tuple(ranking.layers),
             steps=tuple(steps),
@@ -97,6 +110,9 @@ class Search:
             full_evaluations=self._probe.replay.reason,
             earlier=earlier_plan,
             unmeasured=tuple(self._layers_of(self._unmeasured)),
+            macs=self._costs.total,
+            float_share=self._costs.find_float_fraction([]),
+            kept=self._kept,
         )
 
     # Ranking
@@ -104,6 +120,7 @@ class Search:
     def _rank(self) -> _Ranking:
         """Measure the model in int8 and the units alone, and sort the units."""
         int8 = self._probe.measure([], {}, may_cut=True)[None]
+        self._factors = share_noise(self._metric.outputs, int8.rows, self._probe.weights)
         energies = self._screen(self._units) if self._is_screened(self._units) else {}
         by_energy = sorted(self._units, key=lambda name: -energies.get(name, 0.0))
         alone = self._measure_alone(set(by_energy[: self._options.confirm]))
@@ -153,6 +170,8 @@ class Search:
             [self._units[name] for name in names],
             self._options.mode,
             lambda: probe.is_over,
+            self._metric.view,
+            self._factors,
         )
 
     def _measure_alone(self, names: set[str]) -> dict[str | None, Value]:
@@ -189,10 +208,11 @@ class Search:
             int8: The model with all units in int8.
             reference: The model in float ("one-at-a-time"), or the model in int8.
         """
-        sum_of_errors: ErrorSums = np.zeros(len(int8.rows))  # of all units measured alone
+        energies = self._energies_of(int8)
+        sum_of_errors = np.zeros(energies.shape[:-1])  # of all units measured alone
         for value in units.values():
-            sum_of_errors = sum_of_errors + value.rows[:, 1]
-        noise = np.column_stack([int8.rows[:, 1], sum_of_errors])
+            sum_of_errors = sum_of_errors + self._energies_of(value)[..., 1]
+        noise = np.stack([*np.moveaxis(energies, -1, 0), sum_of_errors], -1)
 
         results = []
         for name, value in units.items():
@@ -201,6 +221,7 @@ class Search:
                 LayerSensitivity(
                     name=name,
                     sqnr_db=value.sqnr,
+                    outputs=value.outputs,
                     metric=self._metric_of(value),
                     gain=gain.value,
                     gain_low=gain.low,
@@ -222,7 +243,9 @@ class Search:
         """
         return LayerSensitivity(
             name=name,
-            sqnr_db=estimate_sqnr(self._options.mode, int8.rows, energy),
+            sqnr_db=estimate_sqnr(
+                self._options.mode, self._energies_of(int8).sum(0), energy, self._factors
+            ),
             metric=None,
             is_exact=False,
             layers=self._units[name].layers,
@@ -236,10 +259,12 @@ class Search:
         Args:
             value: The unit alone, or the model without it.
             reference: As for `_describe_measured`.
-            noise: As for `_estimate_gain`.
+            noise: As for `_estimate_gain`, of each sample.
         """
         if self._options.is_alone and self._metric.is_sqnr:
-            return _bootstrap(_estimate_gain, noise, value.rows[:, 1:2])
+            error = self._energies_of(value)[..., 1]
+            estimate = partial(_estimate_gain, weights=self._probe.weights)
+            return _bootstrap(estimate, noise, error)
         worse, better = (value, reference) if self._options.is_alone else (reference, value)
         if self._metric.function is not None:
             return _Gain(self._sign * (better.metric - worse.metric))
@@ -252,10 +277,14 @@ class Search:
             worse: Sums in the first state, `[..., columns]`.
             better: Sums in the second state, `[..., columns]`.
         """
-        metric = self._metric.outputs
+        reduce = partial(reduce_sums, self._metric.outputs, weights=self._probe.weights)
         with np.errstate(invalid="ignore"):
-            rise = self._sign * (reduce_sums(metric, better) - reduce_sums(metric, worse))
+            rise = self._sign * (reduce(better) - reduce(worse))
         return np.nan_to_num(rise, posinf=np.inf)
+
+    def _energies_of(self, value: Value) -> ErrorSums:
+        """Energies of signal and noise of each sample and output, `[N, outputs, 2]`."""
+        return split_sqnr(self._metric.outputs, value.rows)
 
     # Choice
 
@@ -289,6 +318,7 @@ class Search:
             best = self._find_best(values, current)
             if self._quality(values[best]) <= self._quality(current):
                 refused.update(values)
+                self._note_refusals(values, current)
                 continue
 
             current = values[best]
@@ -297,10 +327,24 @@ class Search:
                 Step(
                     layer=best,
                     sqnr_db=current.sqnr,
+                    outputs=current.outputs,
                     metric=self._metric_of(current),
                     layers=self._units[best].layers,
                     cost=self._costs.find_total([*chosen, best]),
+                    float_share=self._costs.find_float_fraction([*chosen, best]),
                 )
+            )
+
+    def _note_refusals(self, values: dict[str, Value], current: Value) -> None:
+        """Note that units were tried in float without a gain.
+
+        Args:
+            values: Unit -> the model with this unit in float as well.
+            current: The model without it.
+        """
+        for name, value in values.items():
+            self._kept[name] = (
+                f"tried in float: {self._metric.name} {current.metric:.4g} -> {value.metric:.4g}, no better"
             )
 
     def _find_candidates(
@@ -314,18 +358,21 @@ class Search:
             refused: Units that did not improve the outputs.
         """
         excluded = {*chosen, *refused}
+        limit = self._options.max_float_layers
         candidates = []
         for unit in ranking.layers:
-            if unit.name not in excluded and self._fits([*chosen, unit.name]):
+            names = [*chosen, unit.name]
+            if unit.name in excluded or len(self._layers_of(names)) > limit:
+                continue
+            fraction = self._costs.find_float_fraction(names)
+            if fraction <= self._float_limit:
                 candidates.append(unit.name)
+            else:
+                self._kept[unit.name] = (
+                    f"with it {fraction:.1%} of the MACs would be in float, above the limit of "
+                    f"{self._float_limit:.1%} (max_float_share)"
+                )
         return candidates
-
-    def _fits(self, names: list[str]) -> bool:
-        """Whether a set of float units stays within the limits on layers and MACs."""
-        if len(self._layers_of(names)) > self._options.max_float_layers:
-            return False
-        limit = self._options.max_float_share
-        return limit is None or self._costs.find_float_fraction(names) <= limit
 
     def _reason_to_stop(
         self, current: Value, chosen: list[str], candidates: list[str], refused: set[str]
@@ -357,6 +404,9 @@ class Search:
             return self._budget_reason
         if not self._units:
             return f"{summary}; all layers are pinned"
+        too_large = [name for name in self._kept if name not in refused]
+        if too_large:
+            return f"{summary}; {too_large[0]} stays in int8: {self._kept[too_large[0]]}"
         return f"{summary}; no further layer may go to float"
 
     def _reason_of_fraction(self, chosen: list[str]) -> str:
@@ -561,9 +611,14 @@ class _UnitCosts:
         pinned_to_int8 = [name for name, precision in pinned.items() if precision == "int8"]
         self._int8_macs += self._sum_macs(pinned_to_int8)
 
-    def count_macs(self, name: str) -> int | None:
-        """MACs of a unit; None without costs."""
-        return self._sum_macs(self._layers[name]) if self._costs else None
+    @property
+    def total(self) -> int:
+        """MACs of the whole model on one batch."""
+        return self._costs[""].macs if self._costs else 0
+
+    def count_macs(self, name: str) -> int:
+        """MACs of a unit."""
+        return self._sum_macs(self._layers[name])
 
     def find_cost(self, name: str) -> float | None:
         """Extra time of a unit in float compared with int8, in microseconds; None without times."""
@@ -593,13 +648,10 @@ class _UnitCosts:
         Args:
             float_units: The units in float.
         """
-        if not self._costs:
-            return 0.0
-        total = self._costs[""].macs
         int8_macs = self._int8_macs
         for name in float_units:
             int8_macs -= self._sum_macs(self._layers[name])
-        return (total - int8_macs) / max(total, 1)
+        return (self.total - int8_macs) / max(self.total, 1)
 
     def _sum_macs(self, layers: Iterable[str]) -> int:
         """MACs of some layers; a layer without a product has none."""
@@ -623,7 +675,7 @@ def _bootstrap(
     value = float(gain(first.sum(0), second.sum(0)))
     if len(first) < 2:
         return _Gain(value)
-    drawn = gain(draw_sums(first), draw_sums(second))
+    drawn = gain(_draw(first), _draw(second))
     finite = drawn[np.isfinite(drawn)]
     if not len(finite):
         return _Gain(value, value, value)
@@ -631,14 +683,29 @@ def _bootstrap(
     return _Gain(value, float(low), float(high))
 
 
-def _estimate_gain(noise: ErrorSums, error: ErrorSums) -> ErrorSums:
+def _draw(rows: ErrorSums) -> ErrorSums:
+    """`draw_sums` of rows with any number of axes, `[N, ...]` -> `[draws, ...]`."""
+    drawn = draw_sums(rows.reshape(len(rows), -1))
+    return drawn.reshape(len(drawn), *rows.shape[1:])
+
+
+def _estimate_gain(
+    noise: ErrorSums, error: ErrorSums, weights: Sequence[float] | None = None
+) -> ErrorSums:
     """Rise of the SQNR in dB when one of many independent errors is removed.
 
     Args:
-        noise: Energy of the error with all units in int8, and sum of the energies of all units alone, `[..., 2]`.
-        error: Energy of the error of the one unit, `[..., 1]`.
+        noise: Of each output: energy of the signal, energy of the error with all units in int8, and sum of the energies
+            of all units alone, `[..., outputs, 3]`.
+        error: Energy of the error of the one unit, `[..., outputs]`.
+        weights: Weight of each output; None: the worst counts.
     """
-    total = noise.max(-1)
+    signal, total = noise[..., 0], noise[..., 1:].max(-1)
     with np.errstate(divide="ignore"):
-        gain: ErrorSums = -10 * np.log10(1 - error[..., 0] / np.where(total > 0, total, 1.0))
-    return gain + 0.0  # turns -0.0 into 0.0
+        gain: ErrorSums = -10 * np.log10(1 - error / np.where(total > 0, total, 1.0))
+        if gain.shape[-1] == 1:
+            return gain[..., 0] + 0.0  # turns -0.0 into 0.0
+        decibels = SQNR.reduce(np.stack([signal, total], -1))
+    with np.errstate(invalid="ignore"):
+        rise = combine_db(decibels + gain, weights) - combine_db(decibels, weights)
+    return np.nan_to_num(rise, posinf=np.inf)

@@ -22,8 +22,8 @@ from qdq.check.rules import Severity as Severity
 from qdq.files import as_path
 from qdq.graph.coverage import Coverage, count_qdq, measure_coverage
 from qdq.graph.shapes import complete_shapes
-from qdq.metrics import Array
-from qdq.text import group_names
+from qdq.metrics import Outputs
+from qdq.text import group_names, printable
 
 _SHOWN_NODES = 5
 _TORCH_PARITY = "QDQ190"
@@ -81,7 +81,7 @@ class CheckReport:
         file_bytes: Its size, including its external data.
         quantize_nodes: Number of QuantizeLinear nodes.
         dequantize_nodes: Number of DequantizeLinear nodes.
-        coverage: Every Conv, ConvTranspose, Gemm and MatMul: int8 or not, why, and its fraction of the work.
+        coverage: Every node that multiplies: int8 or not, why, and its fraction of the work.
         findings: Violations, infos among them.
         parity: Against torch, None if no outputs were given.
         validity: Whether it is valid ONNX, with the verdicts of onnx and ONNX Runtime.
@@ -120,30 +120,44 @@ class CheckReport:
         if self.parity is not None:
             lines += _format_parity(self.parity)
         if self.default_parity is not None:
-            lines.append(_format_default_parity(self.default_parity))
+            lines += _format_default_parity(self.default_parity)
         lines += _format_findings(self.findings)
         return "\n".join(lines)
 
 
 def _format_parity(parity: Parity) -> Iterator[str]:
-    """The comparison with torch, and the tie floor if it was measured."""
-    yield (
-        f"against torch on {parity.images} images: same top-1 {parity.agreement:.1%}, "
-        f"SQNR {parity.sqnr_db:.1f} dB, cosine {parity.cosine:.6f}, max abs {parity.max_abs:.3g}, "
-        f"equal except for float rounding {parity.exact:.1%}"
-    )
-    if parity.tie_floor_db is not None and np.isfinite(parity.tie_floor_db):
+    """The comparison with torch, and the tie floor if it was measured; of several outputs, lines for each."""
+    for name, output in _list_outputs(parity):
         yield (
-            "torch against itself, quantizer inputs nudged by 2e-7: "
-            f"SQNR {parity.tie_floor_db:.1f} dB; this much comes from rounding ties"
+            f"{name}against torch on {output.images} images: {_format_answers(name, output)}"
+            f"SQNR {output.sqnr_db:.1f} dB, cosine {output.cosine:.6f}, max abs {output.max_abs:.3g}, "
+            f"equal except for float rounding {output.exact:.1%}"
+        )
+        if output.tie_floor_db is not None and np.isfinite(output.tie_floor_db):
+            yield (
+                f"{name}torch against itself, quantizer inputs nudged by 2e-7: "
+                f"SQNR {output.tie_floor_db:.1f} dB; this much comes from rounding ties"
+            )
+
+
+def _format_default_parity(parity: Parity) -> Iterator[str]:
+    for name, output in _list_outputs(parity):
+        yield (
+            f"{name}ONNX Runtime's default session against the plain one on {output.images} images: "
+            f"{_format_answers(name, output)}SQNR {output.sqnr_db:.1f} dB, max abs {output.max_abs:.3g}"
         )
 
 
-def _format_default_parity(parity: Parity) -> str:
-    return (
-        f"ONNX Runtime's default session against the plain one on {parity.images} images: "
-        f"same top-1 {parity.agreement:.1%}, SQNR {parity.sqnr_db:.1f} dB, max abs {parity.max_abs:.3g}"
-    )
+def _format_answers(name: str, parity: Parity) -> str:
+    """The agreement of a single output; of several, the largest element need not be an answer."""
+    return "" if name else f"same top-1 {parity.agreement:.1%}, "
+
+
+def _list_outputs(parity: Parity) -> list[tuple[str, Parity]]:
+    """Each output with the beginning of its lines, which is empty for a single output."""
+    if not parity.outputs:
+        return [("", parity)]
+    return [(f"{printable(name)}: ", output) for name, output in parity.outputs.items()]
 
 
 def _format_findings(findings: tuple[Finding, ...]) -> Iterator[str]:
@@ -180,10 +194,10 @@ def _format_count(findings: tuple[Finding, ...], severity: Severity) -> str:
 def check_onnx(
     path: Path | str,
     *,
-    expected: Array | None = None,
-    found: Array | None = None,
-    found_default: Array | None = None,
-    tie_floor_db: float | None = None,
+    expected: Outputs | None = None,
+    found: Outputs | None = None,
+    found_default: Outputs | None = None,
+    tie_floor_db: float | Mapping[str, float] | None = None,
     select: Iterable[str] = (),
     ignore: Iterable[str] = (),
 ) -> CheckReport:
@@ -193,11 +207,11 @@ def check_onnx(
 
     Args:
         path: The file.
-        expected: Outputs of the torch model `[N, ...]`.
+        expected: Outputs of the torch model `[N, ...]` (`evaluate.predict`); several by name.
         found: Outputs of the file for the same inputs (`evaluate.predict`).
         found_default: Likewise, in ONNX Runtime's default session (`evaluate.predict` with `session="default"`).
         tie_floor_db: SQNR with an error from ties only (`evaluate.measure_tie_floor`), so that ties do not count as a
-            fault.
+            fault; for several outputs by name.
         select: Ids of the only rules to apply, such as "QDQ112"; all if empty.
         ignore: Ids of rules to leave out.
 
@@ -205,7 +219,7 @@ def check_onnx(
         The report; the file is clean if `problems` is empty.
 
     Raises:
-        ArgumentError: `select` or `ignore` name a rule that does not exist.
+        ArgumentError: `select` or `ignore` name a rule that does not exist, or outputs that cannot be compared.
         CheckError: The file cannot be read as ONNX at all.
     """
     path = as_path(path, "path")
@@ -241,7 +255,9 @@ def check_onnx(
 
 
 def _compare(
-    expected: Array | None, actual: Array | None, tie_floor_db: float | None
+    expected: Outputs | None,
+    actual: Outputs | None,
+    tie_floor_db: float | Mapping[str, float] | None,
 ) -> Parity | None:
     """Measure parity if both outputs were given.
 
@@ -269,14 +285,16 @@ def _check_parities(
         parity = parities.get(rule.id)
         if parity is None or parity.is_sufficient:
             continue
-        yield Finding(
-            rule=rule.id,
-            node=path.name,
-            message=f"{rule.title.rstrip('.')}: SQNR {parity.sqnr_db:.1f} dB, "
-            f"at least {parity.required_sqnr_db:.1f} was expected",
-            fix=_PARITY_FIXES[rule.id],
-            severity=rule.severity,
-        )
+        for name, output in parity.failures.items():
+            subject = f"SQNR of {printable(name)}" if name else "SQNR"
+            yield Finding(
+                rule=rule.id,
+                node=path.name,
+                message=f"{rule.title.rstrip('.')}: {subject} {output.sqnr_db:.1f} dB, "
+                f"at least {output.required_sqnr_db:.1f} was expected",
+                fix=_PARITY_FIXES[rule.id],
+                severity=rule.severity,
+            )
 
 
 def _assess_validity(model: ir.Model, facts: FileFacts) -> Validity:

@@ -1,8 +1,7 @@
-"""Coverage: which convolutions and matrix products of an ONNX graph run in int8, and their fraction of the work."""
+"""Coverage: which nodes of an ONNX graph that multiply run in int8, and their fraction of the work."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -20,10 +19,9 @@ from qdq.graph.pairs import (
     producer_of,
 )
 from qdq.graph.shapes import infer_shapes
+from qdq.graph.work import PRODUCT_OPS, count_macs, explain_work, find_output_label, has_work
 from qdq.text import list_names
 
-# Operators that multiply by a weight, or by a second activation, and that TensorRT may run in int8.
-WEIGHTED_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # A DQ before these still reaches the operator after them: they move or pad values, they compute no new ones.
 # TensorRT-RTX 1.7 computes a convolution after each of them in int8.
 TRANSPARENT_OPS = COPY_OPS | {"Cast", "Identity", "MaxPool", "Pad"}
@@ -38,15 +36,16 @@ _WRONG_AXIS = "the weight scales are not along its output channels (R-AXIS)"
 
 
 @dataclass(frozen=True)
-class WeightedNode:
-    """A Conv, ConvTranspose, Gemm or MatMul of the graph.
+class WorkNode:
+    """A node of the graph that multiplies (see `graph.work`).
 
     Args:
         name: Name of the ONNX node, `MODULE/OP` in files that qdq wrote.
         module: Dotted name of the torch module it came from; the name of the node in files of other tools.
         op_type: The ONNX operator.
-        input_quantized: The first operand comes from a DequantizeLinear.
+        input_quantized: The first operand of one of `PRODUCT_OPS` comes from a DequantizeLinear.
         weight_quantized: The second operand comes from a DequantizeLinear.
+        reason: Why no Q/DQ would bring its operator into int8; "" for `PRODUCT_OPS`.
     """
 
     name: str
@@ -54,6 +53,7 @@ class WeightedNode:
     op_type: str
     input_quantized: bool
     weight_quantized: bool
+    reason: str = ""
 
     @property
     def expects_int8(self) -> bool:
@@ -63,7 +63,7 @@ class WeightedNode:
 
 @dataclass(frozen=True)
 class LayerCoverage:
-    """Expected precision and work of one weighted node.
+    """Expected precision and work of one node that multiplies.
 
     Args:
         name: Name of the ONNX node.
@@ -71,7 +71,8 @@ class LayerCoverage:
         op_type: The ONNX operator.
         int8: TensorRT is expected to run it in int8.
         reason: Why it is not expected in int8; empty if it is.
-        macs: Multiply-accumulate operations (MACs) for one sample; None if a shape is not known.
+        macs: Multiply-accumulate operations (MACs) for one sample; None if they are not known: an open shape, a body
+            that runs an unknown number of times, an operator that ONNX does not have.
         share: Its fraction of all known MACs, 0 to 1; None if `macs` is None.
     """
 
@@ -86,10 +87,10 @@ class LayerCoverage:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Expected precision of every weighted node of a graph, in graph order.
+    """Expected precision of every node of a graph that multiplies, in graph order.
 
     Args:
-        layers: One entry for each weighted node.
+        layers: One entry for each of them.
     """
 
     layers: tuple[LayerCoverage, ...]
@@ -98,6 +99,11 @@ class Coverage:
     def macs(self) -> int:
         """Sum of all known MACs."""
         return _sum_known([layer.macs for layer in self.layers])
+
+    @property
+    def num_unknown(self) -> int:
+        """Number of nodes whose MACs are not known."""
+        return sum(layer.macs is None for layer in self.layers)
 
     @property
     def int8_share(self) -> float | None:
@@ -124,17 +130,14 @@ class Coverage:
     def _format_summary(self) -> str:
         """The number of int8 layers and their fraction of the MACs."""
         int8_layers = sum(layer.int8 for layer in self.layers)
-        summary = (
-            f"int8 expected: {int8_layers} of {len(self.layers)} convolutions and matrix products"
-        )
+        summary = f"int8 expected: {int8_layers} of {len(self.layers)} nodes that multiply"
 
         int8_fraction = self.int8_share
         if int8_fraction is not None:
-            summary += f", {_percent(int8_fraction)} of {self.macs / 1e6:.1f} million MACs"
+            summary += f", {_percent(int8_fraction)} of all {self.macs / 1e6:.1f} million MACs"
 
-        unsized_layers = sum(layer.macs is None for layer in self.layers)
-        if unsized_layers:
-            summary += f" ({unsized_layers} of unknown size not counted)"
+        if self.num_unknown:
+            summary += f" ({self.num_unknown} of unknown work not counted)"
         return summary
 
 
@@ -158,7 +161,8 @@ class _FloatGroup:
     def format_line(self) -> str:
         """One line of the table: work, number, names, reason."""
         names = list_names([layer.module or layer.name for layer in self.layers], 2)
-        fraction = _percent(self.macs_fraction)
+        is_unknown = all(layer.macs is None for layer in self.layers)
+        fraction = "unknown" if is_unknown else _percent(self.macs_fraction)
         return f"  {fraction:>7}  {len(self.layers)} {self.op_type} ({names}): {self.reason}"
 
 
@@ -217,7 +221,7 @@ class BuiltLayer(Protocol):
 def measure_coverage(
     model: ir.Model, *, may_infer: bool = True, data_prop: bool = True
 ) -> Coverage:
-    """Predict for every weighted node whether it runs in int8, and compute its fraction of the work.
+    """Predict for every node that multiplies whether it runs in int8, and compute its fraction of the work.
 
     Args:
         model: The graph, which is not changed. The dynamic first dimension of its inputs counts as 1.
@@ -227,8 +231,8 @@ def measure_coverage(
     if may_infer:
         model = _copy_for_one_sample(model, data_prop)
 
-    nodes = _select_weighted_nodes(model)
-    macs_of_nodes = [_count_macs(node) for node in nodes]
+    nodes = _select_nodes(model)
+    macs_of_nodes = [count_macs(node) for node in nodes]
     total = _sum_known(macs_of_nodes)
 
     layers = []
@@ -292,35 +296,27 @@ def compare_coverage(coverage: Coverage, census: Sequence[BuiltLayer]) -> Covera
     return CoverageDifference(tuple(missing), tuple(extra), tuple(unknown))
 
 
-def list_weighted_nodes(model: ir.Model) -> list[WeightedNode]:
-    """All weighted nodes of the main graph, in graph order."""
-    weighted_nodes = []
-    for node in _select_weighted_nodes(model):
-        weighted_node = WeightedNode(
+def list_work_nodes(model: ir.Model) -> list[WorkNode]:
+    """All nodes of the main graph that multiply, in graph order."""
+    work_nodes = []
+    for node in _select_nodes(model):
+        is_product = is_op(node, *PRODUCT_OPS)
+        work_node = WorkNode(
             name=node.name or "",
             module=module_of(node),
             op_type=node.op_type,
-            input_quantized=dequantizer_of(node.inputs[0]) is not None,
-            weight_quantized=dequantizer_of(node.inputs[1]) is not None,
+            input_quantized=is_product and dequantizer_of(node.inputs[0]) is not None,
+            weight_quantized=is_product and dequantizer_of(node.inputs[1]) is not None,
+            reason="" if is_product else explain_work(node),
         )
-        weighted_nodes.append(weighted_node)
+        work_nodes.append(work_node)
 
-    return weighted_nodes
+    return work_nodes
 
 
-def _select_weighted_nodes(model: ir.Model) -> list[ir.Node]:
-    """The weighted nodes of the main graph, in graph order.
-
-    In a damaged file such a node may lack its second operand or its output. It is left out, because nothing is known
-    about it.
-    """
-    nodes = []
-    for node in model.graph:
-        is_weighted = is_op(node, *WEIGHTED_OPS)
-        if is_weighted and len(node.inputs) >= 2 and node.outputs:
-            nodes.append(node)
-
-    return nodes
+def _select_nodes(model: ir.Model) -> list[ir.Node]:
+    """The nodes of the main graph that multiply, in graph order."""
+    return [node for node in model.graph if has_work(node)]
 
 
 def module_of(node: ir.Node) -> str:
@@ -374,11 +370,13 @@ def _reason_for_float(node: ir.Node) -> str:
     """Why a node is not expected in int8, the simplest reason first.
 
     Args:
-        node: A weighted node.
+        node: A node that multiplies.
 
     Returns:
         "" if it is expected in int8.
     """
+    if not is_op(node, *PRODUCT_OPS):
+        return explain_work(node)
     activation = dequantizer_of(node.inputs[0])
     weight = dequantizer_of(node.inputs[1])
     if activation is None and weight is None:
@@ -471,16 +469,18 @@ def _scales_output_channels(node: ir.Node, dequantize: ir.Node) -> bool:
     return axis == output_axis(node, rank)
 
 
-def output_axis(node: ir.Node, rank: int) -> int:
-    """The axis of the output channels in the weight of a weighted node (R-AXIS).
+def output_axis(node: ir.Node, rank: int) -> int | None:
+    """The axis of the output channels in the weight of a product (R-AXIS).
 
     Args:
-        node: A Conv, ConvTranspose, Gemm or MatMul.
+        node: One of `PRODUCT_OPS`.
         rank: Number of dimensions of its weight.
 
     Returns:
-        The axis, 0 or above.
+        The axis, 0 or above; None for an Einsum with another number of them than one.
     """
+    if node.op_type == "Einsum":
+        return find_output_label(node)
     if node.op_type == "Gemm":
         is_transposed = node.attributes.get_int("transB", 0)
         return 0 if is_transposed else 1
@@ -536,7 +536,7 @@ def _copy_for_one_sample(model: ir.Model, data_prop: bool) -> ir.Model:
         values += node.outputs
 
     _bind_batch(copy.graph.inputs, values)
-    if any(_sizes_of(value) is None for value in values):
+    if not all(map(_is_sized, values)):
         infer_shapes(copy, data_prop=data_prop)
     return copy
 
@@ -592,48 +592,6 @@ def _bind_size(size: int | ir.SymbolicDim, batches: dict[str, int]) -> int | ir.
         return size
 
 
-def _count_macs(node: ir.Node) -> int | None:
-    """Multiply-accumulate operations of a weighted node.
-
-    Each output value of a convolution sums one product for each weight of its output channel. In a transposed
-    convolution each input value is multiplied by each weight of its input channel instead. Each output value of a
-    matrix product sums one product for each value of the inner dimension.
-
-    Args:
-        node: A weighted node.
-
-    Returns:
-        None if a shape is not known.
-    """
-    first = _sizes_of(node.inputs[0])
-    second = _sizes_of(node.inputs[1])
-    output = _sizes_of(node.outputs[0])
-    if first is None or second is None or output is None:
-        return None
-
-    if node.op_type == "Conv":
-        return math.prod(output) * math.prod(second[1:])
-    if node.op_type == "ConvTranspose":
-        return math.prod(first) * math.prod(second[1:])
-
-    is_transposed = node.op_type == "Gemm" and bool(node.attributes.get_int("transA", 0))
-    inner_axis = 0 if is_transposed else -1
-    return math.prod(output) * first[inner_axis]
-
-
-def _sizes_of(value: ir.Value | None) -> list[int] | None:
-    """The shape of a value.
-
-    Returns:
-        None unless every dimension is a known number.
-    """
-    if value is None or value.shape is None:
-        return None
-
-    sizes = []
-    for size in value.shape:
-        if not isinstance(size, int):
-            return None
-        sizes.append(size)
-
-    return sizes
+def _is_sized(value: ir.Value) -> bool:
+    """Whether every dimension of a value is a known number."""
+    return value.shape is not None and all(isinstance(size, int) for size in value.shape)

@@ -7,8 +7,8 @@ import sys
 import onnx_ir as ir
 from onnxscript.optimizer import fold_constants
 
-from qdq.graph.coverage import WEIGHTED_OPS
 from qdq.graph.pairs import COPY_OPS, QDQ_OPS, constant_of, is_op
+from qdq.graph.work import WEIGHTED_OPS
 
 
 class FoldWeights(ir.passes.InPlacePass):

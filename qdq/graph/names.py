@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qdq.graph.coverage import WEIGHTED_OPS, dequantizer_of
+from qdq.graph.coverage import dequantizer_of
 from qdq.graph.edits import add_initializer
 from qdq.graph.pairs import QDQ_OPS, constant_of, input_of, is_op, producer_of
+from qdq.graph.work import WEIGHTED_OPS
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata of a node that torch.onnx writes: the names of the modules around it, then its own name."""

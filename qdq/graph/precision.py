@@ -11,7 +11,6 @@ import onnx_ir as ir
 from onnx import defs
 
 from qdq.errors import ArgumentError, ExportError
-from qdq.graph.coverage import WEIGHTED_OPS
 from qdq.graph.edits import add_initializer, is_needed
 from qdq.graph.opset import FIRST_WITH_HALF_SCALES
 from qdq.graph.pairs import constant_of
@@ -23,6 +22,7 @@ from qdq.graph.precision_rules import (
     parameter_types,
     takes_either,
 )
+from qdq.graph.work import WEIGHTED_OPS
 from qdq.text import list_names
 
 _FLOAT = ir.DataType.FLOAT

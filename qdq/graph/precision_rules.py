@@ -11,7 +11,6 @@ import numpy as np
 import onnx_ir as ir
 from onnx import defs
 
-from qdq.graph.coverage import WEIGHTED_OPS
 from qdq.graph.pairs import (
     COPY_OPS,
     ONNX_DOMAINS,
@@ -21,6 +20,7 @@ from qdq.graph.pairs import (
     is_op,
     producer_of,
 )
+from qdq.graph.work import WEIGHTED_OPS
 
 HEADROOM = 4.0
 """The factor by which a measured value may grow on other inputs before it leaves the range of float16."""

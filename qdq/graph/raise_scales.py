@@ -10,9 +10,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qdq.errors import ExportError
-from qdq.graph.coverage import WEIGHTED_OPS, dequantizer_of, follow_axis, module_of, output_axis
+from qdq.graph.coverage import dequantizer_of, follow_axis, module_of, output_axis
 from qdq.graph.edits import add_initializer, find_free_name, remove_if_unused
 from qdq.graph.pairs import constant_of, input_of, is_int8_zero, is_op, producer_of
+from qdq.graph.work import WEIGHTED_OPS
 from qdq.text import list_names
 
 _BIAS_CODES = 2.0**30  # half of int32: the sum of products that the bias is added to needs room too

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from torch import nn
 
-from qdq.functions import WEIGHTED
-from qdq.graph.coverage import TRANSPARENT_OPS, WEIGHTED_OPS, module_of, output_axis
+from qdq.functions import FUNCTIONS
+from qdq.graph.coverage import TRANSPARENT_OPS, module_of, output_axis
 from qdq.graph.names import SCOPES, scope_of
 from qdq.graph.pairs import is_op
+from qdq.graph.work import WEIGHTED_OPS
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.nn.attention import QuantMultiheadAttention
 from qdq.nn.functions import QuantFunctionsMixin
@@ -254,21 +255,26 @@ class _Finder:
                     self.reasons[path] = reason
                 if path in self._dequantizers:
                     continue
-                for place in self._list_operand_places(function, operand, nodes):
-                    yield getattr(module, attribute), place
+                quantizer = getattr(module, attribute)
+                factors = FUNCTIONS[function].factors
+                position = factors.index(operand) if operand in factors else operand
+                is_weight = position == 1 and quantizer.axis is not None
+                for place in self._list_operand_places(position, nodes, is_weight=is_weight):
+                    yield quantizer, place
 
     def _list_operand_places(
-        self, function: str, operand: int, nodes: Iterable[ir.Node]
+        self, operand: int, nodes: Iterable[ir.Node], *, is_weight: bool
     ) -> list[Place]:
         """The places of one operand in all nodes of a call.
 
         Args:
-            function: The function that is called.
-            operand: Position among its tensors.
+            operand: Position among the inputs of a node.
             nodes: The nodes of the call.
+            is_weight: Whether it is the weight of a product.
         """
-        if function in WEIGHTED and operand == 1:
-            return [self._make_weight_place(node) for node in nodes]
+        if is_weight:
+            products = [node for node in nodes if is_op(node, *WEIGHTED_OPS)]
+            return [self._make_weight_place(node) for node in products]
         places = []
         for node in nodes:
             if operand < len(node.inputs) and not _is_constant(node.inputs[operand]):

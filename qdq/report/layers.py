@@ -28,7 +28,7 @@ from qdq.calibrate import Range
 from qdq.dataflow import Dataflow
 from qdq.device import without_tf32
 from qdq.forward import Contraction, ForwardTrace, Operation, call_model, evaluating, trace_forward
-from qdq.functions import CONTRACTIONS, SINGLE_PRODUCTS
+from qdq.functions import CONTRACTIONS, PRODUCT_OPERATORS, SINGLE_PRODUCTS
 from qdq.metrics import sqnr_db
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.nn.functions import run_again
@@ -941,8 +941,11 @@ class _Engine:
     def __init__(self, build: BuildReport, entries: Mapping[str, _Entry]) -> None:
         self._sizes = {layer.name: layer for layer in build.coverage.layers}
         self._nodes: dict[str, list[LayerCensus]] = {}  # by their module
+        self._products: dict[str, list[LayerCensus]] = {}  # of single calls, by their module
         for layer in build.layers:
             self._nodes.setdefault(layer.module, []).append(layer)
+            if layer.op_type in PRODUCT_OPERATORS:
+                self._products.setdefault(layer.module, []).append(layer)
 
         self._calls: dict[str, list[str]] = {}  # products by their module, in order
         for entry in entries.values():
@@ -991,12 +994,12 @@ class _Engine:
             nodes = self._nodes.get(entry.name, [])
             return (
                 nodes,
-                "the census lists convolutions and matrix products; this layer became neither",
+                "the census lists nodes that multiply; this layer became none of them",
             )
         if entry.kind not in SINGLE_PRODUCTS:
-            return [], "the census lists convolutions and matrix products only"
+            return [], "only products are found in the census by their call"
         module = _module_around(entry.name)
-        nodes, calls = self._nodes.get(module, []), self._calls[module]
+        nodes, calls = self._products.get(module, []), self._calls[module]
         if len(nodes) == len(calls):  # in the same order
             return [nodes[calls.index(entry.name)]], ""
         reason = f"its module made {len(calls)} calls, but has {len(nodes)} products in the file"

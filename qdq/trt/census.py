@@ -19,7 +19,7 @@ _FUSED_PREFIX = "__myl_"
 
 
 class QuantizableNode(Protocol):
-    """The properties of a node that the census reads, as in `graph.coverage.WeightedNode`."""
+    """The properties of a node that the census reads, as in `graph.coverage.WorkNode`."""
 
     @property
     def name(self) -> str:
@@ -42,13 +42,17 @@ class QuantizableNode(Protocol):
         """Whether the weight has Q/DQ."""
 
     @property
+    def reason(self) -> str:
+        """Why no Q/DQ would bring its operator into int8; "" for a convolution or matrix product."""
+
+    @property
     def expects_int8(self) -> bool:
         """Whether both operands have Q/DQ."""
 
 
 @dataclass(frozen=True)
 class LayerCensus:
-    """The expected and the built precision of one weighted layer.
+    """The expected and the built precision of one node that multiplies.
 
     Args:
         module: Dotted name of the torch module.
@@ -70,10 +74,10 @@ class LayerCensus:
 
 
 def take_census(nodes: Sequence[QuantizableNode], kernels: Sequence[Kernel]) -> list[LayerCensus]:
-    """Find the kernel that computes each weighted node, and its types.
+    """Find the kernel that computes each node that multiplies, and its types.
 
     Args:
-        nodes: The weighted nodes of the ONNX graph.
+        nodes: These nodes of the ONNX graph.
         kernels: The kernels of the engine built from it.
 
     Returns:
@@ -136,7 +140,8 @@ def _compare(node: QuantizableNode, kernels: list[Kernel], namesakes: int) -> La
         namesakes: Number of nodes with its name.
     """
     float_kernels = [kernel for kernel in kernels if not _is_int8(kernel)]
-    is_int8 = bool(kernels) and not float_kernels
+    # A kernel may contain an operator without int8 besides a product in int8.
+    is_int8 = bool(kernels) and not float_kernels and not node.reason
     reason = ""
     if node.expects_int8 and not is_int8:
         reason = _explain_missing(node, float_kernels, namesakes)
@@ -159,6 +164,8 @@ def _compare(node: QuantizableNode, kernels: list[Kernel], namesakes: int) -> La
 
 def _explain_float(node: QuantizableNode) -> str:
     """Why a node is not expected in int8."""
+    if node.reason:
+        return f"left in float: {node.reason}."
     if node.input_quantized:
         return "left in float: Q/DQ on its input only; int8 needs it on the weight too (R-CONV-2)."
     if node.weight_quantized:

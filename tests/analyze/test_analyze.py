@@ -72,7 +72,7 @@ def test_only_ranks_by_default(quantized, batches):
 
 
 def test_switches_the_worst_off(quantized, batches):
-    analysis = analyze_layers(quantized, batches, max_float_layers=2)
+    analysis = analyze_layers(quantized, batches, max_float_layers=2, max_float_share=1)
     assert len(analysis.float_layers) == 2
     assert analysis.float_layers[0] == analysis.layers[0].name
     for name, layer in quantized_layers(quantized).items():
@@ -82,7 +82,7 @@ def test_switches_the_worst_off(quantized, batches):
 
 
 def test_all_layers_off_is_the_float_model(quantized, batches):
-    analysis = analyze_layers(quantized, batches, max_float_layers=10)
+    analysis = analyze_layers(quantized, batches, max_float_layers=10, max_float_share=1)
     assert len(analysis.steps) == 3
     assert analysis.steps[-1].sqnr_db == float("inf")
 
@@ -90,13 +90,17 @@ def test_all_layers_off_is_the_float_model(quantized, batches):
 def test_stops_at_the_target(quantized, batches):
     base = analyze_layers(quantized, batches)
     target = base.sqnr_db + 0.01
-    analysis = analyze_layers(quantized, batches, target_sqnr=target, max_float_layers=3)
+    analysis = analyze_layers(
+        quantized, batches, target_sqnr=target, max_float_layers=3, max_float_share=1
+    )
     assert len(analysis.steps) == 1
     assert "reaches the target" in analysis.stopped_by
 
 
 def test_target_reached_before_the_first_step(quantized, batches):
-    analysis = analyze_layers(quantized, batches, target_sqnr=1.0, max_float_layers=3)
+    analysis = analyze_layers(
+        quantized, batches, target_sqnr=1.0, max_float_layers=3, max_float_share=1
+    )
     assert analysis.float_layers == []
 
 
@@ -106,7 +110,13 @@ def test_metric_of_the_caller_ranks(quantized, batches, mode):
         # a metric that likes float "head" best, whatever the SQNR says
         return float(not model.head.input_quantizer.is_enabled)
 
-    options = {"metric": metric, "target_metric": 1.0, "max_float_layers": 3, "mode": mode}
+    options = {
+        "metric": metric,
+        "target_metric": 1.0,
+        "max_float_layers": 3,
+        "max_float_share": 1,
+        "mode": mode,
+    }
     analysis = analyze_layers(quantized, batches, **options)
     assert analysis.layers[0].name == "head"
     assert analysis.float_layers == ["head"]
@@ -137,12 +147,12 @@ def test_interruption_leaves_the_model_as_it_was(quantized, batches):
         return 0.0
 
     with pytest.raises(KeyboardInterrupt):
-        analyze_layers(quantized, batches, metric=metric, max_float_layers=3)
+        analyze_layers(quantized, batches, metric=metric, max_float_layers=3, max_float_share=1)
     assert all(quantizer.is_enabled for _, quantizer in named_quantizers(quantized))
 
 
 def test_table_and_json(quantized, batches, tmp_path):
-    analysis = analyze_layers(quantized, batches, max_float_layers=1)
+    analysis = analyze_layers(quantized, batches, max_float_layers=1, max_float_share=1)
     table = analysis.format_table(rows=2)
     assert analysis.layers[0].name in table
     assert "1 less sensitive" in table
@@ -307,7 +317,7 @@ def test_a_metric_that_is_better_when_lower(deep):
         return float(sum(quantizer.is_enabled for _, quantizer in named_quantizers(model)))
 
     options = {"metric": loss, "higher_is_better": False, "mode": "leave-one-out"}
-    analysis = analyze_layers(model, batches, max_float_layers=1, **options)
+    analysis = analyze_layers(model, batches, max_float_layers=1, max_float_share=1, **options)
     assert analysis.steps[0].metric < analysis.metric  # a residual convolution has three quantizers
     assert analysis.layers[0].gain == 3
     assert analysis.metric_name.endswith("loss")
@@ -343,7 +353,9 @@ def test_greedy_measures_anew_after_each_step(deep):
                 toggling(next(unit.quantizers for unit in units if unit.name == chosen[-1]))
             )
         last = max(values.values())
-    analysis = analyze_layers(model, batches, mode="leave-one-out", max_float_layers=3)
+    analysis = analyze_layers(
+        model, batches, mode="leave-one-out", max_float_layers=3, max_float_share=1
+    )
     assert [step.layer for step in analysis.steps] == chosen
     assert analysis.steps[-1].sqnr_db == pytest.approx(last, abs=1e-9)
     assert sqnr_db(reference, outputs(model, batches)) == pytest.approx(last, abs=1e-9)
@@ -359,7 +371,9 @@ def test_screen_and_confirm(deep, mode):
     screened = analyze_layers(model, batches, mode=mode, confirm=0)
     assert screened.layers[0].name == "blocks.1.a"
     assert not any(layer.is_exact for layer in screened.layers)
-    confirmed = analyze_layers(model, batches, mode=mode, confirm=2, max_float_layers=1)
+    confirmed = analyze_layers(
+        model, batches, mode=mode, confirm=2, max_float_layers=1, max_float_share=1
+    )
     assert [layer.is_exact for layer in confirmed.layers] == [True, True] + [False] * 6
     expected = {layer.name: layer.sqnr_db for layer in exact.layers}
     assert all(
@@ -374,7 +388,11 @@ def test_screen_and_confirm(deep, mode):
 def test_pinned(deep):
     model, batches = deep
     analysis = analyze_layers(
-        model, batches, pinned={"stem": "float", "blocks.*": "int8"}, max_float_layers=4
+        model,
+        batches,
+        pinned={"stem": "float", "blocks.*": "int8"},
+        max_float_layers=4,
+        max_float_share=1,
     )
     assert [layer.name for layer in analysis.layers] == ["head"]
     assert analysis.float_layers == ["stem", "head"]
@@ -387,7 +405,9 @@ def test_pinned(deep):
 
 def test_costs_and_the_pareto_front(deep):
     model, batches = deep
-    analysis = analyze_layers(model, batches, mode="leave-one-out", max_float_layers=3, gpu="orin")
+    analysis = analyze_layers(
+        model, batches, mode="leave-one-out", max_float_layers=3, max_float_share=1, gpu="orin"
+    )
     macs = {layer.name: layer.macs for layer in analysis.layers}
     assert macs["stem"] == 4 * 10 * 10 * 16 * 3 * 9
     assert macs["head"] == 4 * 16 * 16
@@ -420,9 +440,11 @@ def test_share_drop_and_budget(deep):
     macs = {layer.name: layer.macs for layer in analysis.layers}
     assert 0 < sum(macs[name] for name in analysis.float_layers) <= 0.2 * sum(macs.values())
     enable_quantization(model)
-    reached = analyze_layers(model, batches, metric="kl", target_drop=1e9, max_float_layers=3)
+    reached = analyze_layers(
+        model, batches, metric="kl", target_drop=1e9, max_float_layers=3, max_float_share=1
+    )
     assert not reached.steps and "worse than the float model" in reached.stopped_by
-    short = analyze_layers(model, batches, max_float_layers=3, budget=1e-9)
+    short = analyze_layers(model, batches, max_float_layers=3, max_float_share=1, budget=1e-9)
     assert short.images == 4 and len(short.steps) <= 1
 
 
@@ -519,7 +541,7 @@ def test_both_modes_mean_the_same_by_gain(deep):
     )
     assert estimated.name == measured.name
     assert estimated.gain == pytest.approx(measured.gain, rel=0.25)
-    steps = analyze_layers(model, batches, max_float_layers=1)
+    steps = analyze_layers(model, batches, max_float_layers=1, max_float_share=1)
     assert steps.plan.layers[measured.name].reason == (
         f"step 1 of the search: sqnr {steps.sqnr_db:.4g} -> {steps.steps[0].sqnr_db:.4g}; "
         "one-at-a-time: rank 1 of 8, measured"
@@ -552,7 +574,9 @@ def test_a_step_that_makes_it_worse_is_not_taken(deep, mode):
         return float((torch.tensor(outputs(model, batches[:1])) - reference).abs().sum())
 
     # More is "better".
-    analysis = analyze_layers(model, batches, metric=distance, mode=mode, max_float_layers=8)
+    analysis = analyze_layers(
+        model, batches, metric=distance, mode=mode, max_float_layers=8, max_float_share=1
+    )
     values = [analysis.metric, *(step.metric for step in analysis.steps)]
     assert values == sorted(values)
     assert len(analysis.steps) < 8
@@ -593,7 +617,8 @@ swap_modules(model, data[0], include=["*"])
 rewire_operations(model, data[0])
 calibrate_model(model, data, method="max")
 path = Path(sys.argv[2])
-analysis = analyze_layers(model, data, mode="leave-one-out", max_float_layers=3, path=path / "analysis.jsonl")
+options = {"mode": "leave-one-out", "max_float_layers": 3, "max_float_share": 1}
+analysis = analyze_layers(model, data, path=path / "analysis.jsonl", **options)
 analysis.save(path / f"result{sys.argv[3]}.json")
 """
 
@@ -715,9 +740,9 @@ def quantize(model, batches):
 
 MODES_AND_OPTIONS = [
     {},
-    {"mode": "leave-one-out", "max_float_layers": 2},
-    {"confirm": 1, "max_float_layers": 1},
-    {"confirm": 1, "mode": "leave-one-out", "max_float_layers": 1},
+    {"mode": "leave-one-out", "max_float_layers": 2, "max_float_share": 1},
+    {"confirm": 1, "max_float_layers": 1, "max_float_share": 1},
+    {"confirm": 1, "mode": "leave-one-out", "max_float_layers": 1, "max_float_share": 1},
 ]
 
 

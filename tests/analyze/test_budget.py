@@ -79,7 +79,13 @@ def test_the_time_is_kept(timed, clock, mode, metric):
     for budget in (0.5, 5, 20, 50):
         start = clock.now
         analysis = analyze_layers(
-            model, batches, mode=mode, metric=metric, budget=budget, max_float_layers=3
+            model,
+            batches,
+            mode=mode,
+            metric=metric,
+            budget=budget,
+            max_float_layers=3,
+            max_float_share=1,
         )
         assert clock.now - start <= budget + 8
         assert all(layer.gain is not None for layer in analysis.layers)
@@ -101,12 +107,14 @@ def test_a_function_gets_its_part_of_the_time(timed, clock):
 
 def test_a_step_that_is_not_finished_is_not_taken(timed):
     model, batches = timed
-    steps = len(analyze_layers(model, batches, budget=60, max_float_layers=5).steps)
+    steps = len(
+        analyze_layers(model, batches, budget=60, max_float_layers=5, max_float_share=1).steps
+    )
     quantizers = len(list(named_quantizers(model)))
     assert quantizers - count_enabled(model) == 2 * steps
     for _, quantizer in named_quantizers(model):
         quantizer.enable()
-    short = analyze_layers(model, batches, budget=9, max_float_layers=5)
+    short = analyze_layers(model, batches, budget=9, max_float_layers=5, max_float_share=1)
     assert len(short.steps) < 5
     assert "budget of 9 s" in short.stopped_by
     assert quantizers - count_enabled(model) == 2 * len(short.steps)

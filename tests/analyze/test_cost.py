@@ -155,8 +155,71 @@ def test_the_share_holds_what_is_float_already(is_pinned):
     assert over.stopped_by == "0.4 of the multiplications are in float already, the limit is 0.3"
     assert len(analyze_layers(model, [batch], max_float_share=0.6, **options).steps) == 1
     enable_quantization(model)
-    by_count = analyze_layers(model, [batch], **{**options, "max_float_layers": 1})
+    by_count = analyze_layers(
+        model, [batch], **{**options, "max_float_layers": 1}, max_float_share=1
+    )
     assert len(by_count.steps) == 1  # beyond what was decided before
+
+
+class Unequal(nn.Sequential):
+    """One layer with most of the work, and a small one; the noise of both is alike."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(nn.Linear(16, 16), nn.Linear(16, 512), nn.Linear(512, 16), nn.ReLU())
+
+
+@pytest.mark.parametrize("mode", ["one-at-a-time", "leave-one-out"])
+def test_a_search_moves_a_tenth_of_the_work_at_most_and_says_so(mode):
+    model, batch = Unequal().eval(), torch.randn(8, 16)
+    swap_modules(model, batch, include=["*"])
+    calibrate_model(model, [batch], method="max")
+    macs = {"0": 8 * 16 * 16, "1": 8 * 16 * 512, "2": 8 * 16 * 512}
+    analysis = analyze_layers(model, [batch], mode=mode, max_float_layers=3)
+    assert {layer.name: layer.macs for layer in analysis.layers} == macs
+    assert analysis.macs == sum(macs.values())
+    assert analysis.float_share == 0
+    assert analysis.float_layers == ["0"]
+    share = macs["0"] / sum(macs.values())
+    assert analysis.steps[0].float_share == pytest.approx(share)
+    large = next(layer.name for layer in analysis.layers if layer.name != "0")
+    reason = "would be in float, above the limit of 10.0% (max_float_share)"
+    assert reason in analysis.kept[large]
+    assert reason in analysis.stopped_by
+    assert reason in analysis.plan.layers[large].reason
+    table = analysis.format_table()
+    assert f"{100 * macs['1'] / sum(macs.values()):.1f}" in table
+    if analysis.layers[0].name != "0":
+        assert f"{large} stays in int8: with it" in table
+    lifted = analyze_layers(model, [batch], mode=mode, max_float_layers=3, max_float_share=1)
+    assert {*lifted.float_layers, "0"} == {"0", "1", "2"}
+
+
+def test_what_is_float_already_does_not_use_up_the_default():
+    model, batch = Unequal().eval(), torch.randn(8, 16)
+    swap_modules(model, batch, include=["*"], exclude=["1"])
+    calibrate_model(model, [batch], method="max")
+    analysis = analyze_layers(model, [batch], max_float_layers=3)
+    assert 0.4 < analysis.float_share < 0.5
+    assert analysis.float_layers == ["0"]
+
+
+@pytest.mark.parametrize("mode", ["one-at-a-time", "leave-one-out"])
+def test_a_layer_that_was_tried_in_vain_says_so(mode):
+    model, batch = Unequal().eval(), torch.randn(8, 16)
+    swap_modules(model, batch, include=["*"])
+    calibrate_model(model, [batch], method="max")
+
+    def count_int8(model):
+        return float(sum(layer.input_quantizer.is_enabled for layer in list(model)[:3]))
+
+    analysis = analyze_layers(
+        model, [batch], metric=count_int8, mode=mode, max_float_layers=1, max_float_share=1
+    )
+    worst = analysis.layers[0].name
+    assert analysis.float_layers == []
+    assert f"{worst} stays in int8: tried in float: " in analysis.format_table()
+    assert "no better" in analysis.plan.layers[worst].reason
 
 
 def write(path, **times):
@@ -220,7 +283,7 @@ def test_a_gpu_and_a_profile_are_one_too_many(called, tmp_path):
 
 
 def test_layers_of_cudnn_count_as_those_of_the_cpu():
-    from qdq.analyze.cost import _FLOP_FORMULAS
+    from qdq.work import _FLOP_FORMULAS
 
     layer = nn.LSTM(4, 8, num_layers=2, bidirectional=True)
     expected = count_costs(layer, torch.randn(5, 3, 4))[""].macs

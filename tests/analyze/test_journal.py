@@ -40,7 +40,7 @@ def chain():
 def test_another_forward_is_another_model(chain, tmp_path, name, value):
     model, batches = chain
     path = tmp_path / "analysis.jsonl"
-    first = analyze_layers(model, batches, path=path, max_float_layers=1)
+    first = analyze_layers(model, batches, path=path, max_float_layers=1, max_float_share=1)
     enable_quantization(model)
     setattr(model, name, value)
     fresh = analyze_layers(model, batches)

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from qdq import calibrate_model, swap_modules
-from qdq.analyze.gradients import freezing_parameters, recording_recurrence
+from qdq.analyze.gradients import recording_recurrence
 from qdq.analyze.screen import screen_units
 from qdq.quantizer import disable_quantization
 from qdq.units import find_units
+from qdq.work import freezing_parameters
 
 
 @pytest.fixture

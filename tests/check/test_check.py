@@ -67,7 +67,7 @@ def test_exported_file_is_clean(quantized, images, quantized_file):
     assert report.parity.images == 4
     text = report.format_table()
     assert f"{report.quantize_nodes} Q and {report.dequantize_nodes} DQ nodes" in text
-    assert f"int8 expected: {len(int8)} of 3 convolutions and matrix products" in text
+    assert f"int8 expected: {len(int8)} of 3 nodes that multiply" in text
     assert "nothing is quantized" not in text
     assert json.loads(json.dumps(to_jsonable(report)))["parity"]["images"] == 4
 

@@ -30,6 +30,12 @@ REFUSED = {
     "QDQ108 operator",
     "QDQ105 other length",
     "QDQ129",
+    "QDQ131 operator",
+    "QDQ131 plugin",
+    "QDQ131 option",
+    "QDQ132 constant",
+    "QDQ132 cast",
+    "QDQ132 input",
 }
 
 

@@ -78,7 +78,7 @@ def quantize(float_file, tmp_path):
 def build():
     """Kernels and census of TensorRT-RTX."""
     pytest.importorskip("tensorrt_rtx", reason="needs the extra 'rtx'")
-    from qdq.graph.coverage import list_weighted_nodes
+    from qdq.graph.coverage import list_work_nodes
     from qdq.trt.backend import find_backend
     from qdq.trt.builder import build_plan
     from qdq.trt.census import take_census
@@ -87,7 +87,7 @@ def build():
         kernels = build_plan(
             find_backend("rtx"), path, {"x": dict.fromkeys(("min", "opt", "max"), SHAPE)}, 89
         ).kernels
-        return kernels, take_census(list_weighted_nodes(ir.load(path)), kernels)
+        return kernels, take_census(list_work_nodes(ir.load(path)), kernels)
 
     return call
 

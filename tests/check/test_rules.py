@@ -204,6 +204,71 @@ BROKEN = {
         ),
         ["i"],
     ),
+    "QDQ131 operator": (
+        graph(
+            pair("xd", "x"),
+            conv("c", "xd"),
+            op("r", "Relu(c)"),
+            op("d", "Det(r)"),
+            op("y", "Add(r, d)"),
+        ),
+        ["d"],
+    ),
+    "QDQ131 plugin": (
+        graph(
+            pair("xd", "x"),
+            conv("c", "xd"),
+            op("r", "Relu(c)"),
+            op("y", "DeformConv(r, f, zeros)"),
+            constants=f"{FLOAT_KERNEL}, float16[1,2,4,4] zeros = {{{floats(32, 0)}}}",
+            x="float16[1,16,4,4]",
+            y="float16[1,16,4,4]",
+        ),
+        ["y"],
+    ),
+    "QDQ131 option": (
+        graph(
+            pair("xd", "x"),
+            conv("c", "xd"),
+            op("r", "Relu(c)"),
+            op("y", "MaxPool<kernel_shape=[2,2], dilations=[2,2]>(r)"),
+            y="float16[N,16,2,2]",
+        ),
+        ["y"],
+    ),
+    "QDQ132 constant": (
+        graph(
+            pair("xd", "x"),
+            conv("c", "xd"),
+            op("r", "Relu(c)"),
+            op("i", "Cast<to=10>(u)"),
+            op("y", "Mul(r, i)"),
+            constants="uint32[1] u = {3}",
+        ),
+        ["u"],
+    ),
+    "QDQ132 cast": (
+        graph(
+            pair("xd", "x"),
+            conv("c", "xd"),
+            op("r", "Relu(c)"),
+            op("i", "Cast<to=13>(r)"),
+            op("f", "Cast<to=10>(i)"),
+            op("y", "Mul(r, f)"),
+        ),
+        ["i"],
+    ),
+    "QDQ132 input": (
+        graph(
+            pair("xd", "x"),
+            conv("c", "xd"),
+            op("r", "Relu(c)"),
+            op("f", "Cast<to=10>(i)"),
+            op("y", "Mul(r, f)"),
+            more=", uint64[1] i",
+        ),
+        ["i"],
+    ),
     "QDQ109": (
         swap(
             SOUND,

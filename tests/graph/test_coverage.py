@@ -71,7 +71,7 @@ def test_unknown_sizes_are_said_to_be_unknown():
     coverage = measure_coverage(model)
     assert coverage.layers[0].macs is None
     assert coverage.int8_share is None
-    assert "1 of unknown size" in coverage.format_table()
+    assert "1 of unknown work" in coverage.format_table()
 
 
 def test_table():
@@ -93,7 +93,7 @@ def test_table():
     assert coverage.macs == 320
     assert coverage.int8_share == 0.75
     assert coverage.format_table().splitlines() == [
-        "int8 expected: 1 of 2 convolutions and matrix products, 75.0 % of 0.0 million MACs",
+        "int8 expected: 1 of 2 nodes that multiply, 75.0 % of all 0.0 million MACs",
         "   25.0 %  1 MatMul (layer.z): Q/DQ on its input only (R-CONV-2)",
     ]
 

@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from qdq import ExportError
-from qdq.graph.coverage import count_qdq, list_weighted_nodes
+from qdq.graph.coverage import count_qdq, list_work_nodes
 from qdq.graph.names import NameNodes
 from qdq.graph.passes import run_passes
 from qdq.graph.weights import QuantizeWeights
@@ -96,7 +96,7 @@ def test_coverage_looks_through_what_moves_values():
         u = MatMul (r, wt)
     }
     """)
-    first, second = list_weighted_nodes(model)
+    first, second = list_work_nodes(model)
     assert first.expects_int8
     assert second.weight_quantized
     assert not second.input_quantized  # a Relu makes new values

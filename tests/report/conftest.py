@@ -55,7 +55,9 @@ def finished(tmp_path_factory):
     ranges = qdq.calibrate_model(
         model, calibration, statistics=run.folder / "calibration.safetensors"
     )
-    analysis = qdq.analyze_layers(model, calibration, max_float_layers=1, pinned={"hidden": "int8"})
+    analysis = qdq.analyze_layers(
+        model, calibration, max_float_layers=1, max_float_share=1, pinned={"hidden": "int8"}
+    )
     exported = qdq.export_onnx(model, calibration.images, run.folder / "model.onnx")
     logits["ONNX"] = qdq.predict(exported.path, images)
     check = qdq.check_onnx(exported.path)

@@ -2,13 +2,13 @@
 
 import pytest
 
-from qdq.graph.coverage import WeightedNode
+from qdq.graph.coverage import WorkNode
 from qdq.trt.census import take_census
 from qdq.trt.kernels import Kernel
 
 
 def _node(name="conv1", op_type="Conv", *, on_input=True, on_weight=True):
-    return WeightedNode(name, name.partition("/")[0], op_type, on_input, on_weight)
+    return WorkNode(name, name.partition("/")[0], op_type, on_input, on_weight)
 
 
 def _kernel(

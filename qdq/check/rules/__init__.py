@@ -10,7 +10,17 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from qdq.check.facts import FileFacts
-from qdq.check.rules import attention, history, layers, numerics, pairs, placement, sharing, types  # noqa: F401
+from qdq.check.rules import (  # noqa: F401
+    attention,
+    history,
+    imports,
+    layers,
+    numerics,
+    pairs,
+    placement,
+    sharing,
+    types,
+)
 from qdq.check.rules.file import FILE_RULES as FILE_RULES
 from qdq.check.rules.history import UNCALIBRATED as UNCALIBRATED
 from qdq.check.rules.registry import RULES as RULES

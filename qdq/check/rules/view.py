@@ -13,9 +13,9 @@ import onnx_ir as ir
 from qdq.check.facts import FileFacts
 from qdq.check.signatures import describe_misfit
 from qdq.graph import pairs
-from qdq.graph.coverage import WEIGHTED_OPS
 from qdq.graph.pairs import has_reference, input_of
 from qdq.graph.pairs import is_op as is_op
+from qdq.graph.work import WEIGHTED_OPS
 
 Array = npt.NDArray[Any]
 
