@@ -10,7 +10,8 @@ The scale s is a multiplier, the inverse of a scale of ONNX:
     ASYMMETRIC_SIGNED     as before,                   zp = round(s * min) + 2^(b-1),  codes -2^(b-1) to 2^(b-1) - 1
 
 All is float32, and a quotient n / x is n times the inverse of x. Published codes lie on exact ties, which this
-arithmetic keeps: a division that is rounded once gives other codes.
+arithmetic keeps: a division that is rounded once gives other codes. Ranges in float64 keep all of them: there a scale
+and its products are float64, and a product is rounded to float32 before it is rounded to a code.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class LinearParams:
     """The scale and zero point of a tensor.
 
     Args:
-        scale: s, a multiplier; float32, of a shape that broadcasts to the values.
+        scale: s, a multiplier; float32 or float64, of a shape that broadcasts to the values.
         zero_point: zp, in the same shape.
         num_bits: The width b.
         mode: The mode.
@@ -64,8 +65,8 @@ class LinearParams:
         Args:
             values: Any float type.
         """
-        codes = (self.scale * values.float() - self.zero_point).round()
-        return codes.clamp(self.lowest, self.highest)
+        scaled = (self.scale * values.to(self.scale.dtype)).float()
+        return (scaled - self.zero_point).round().clamp(self.lowest, self.highest)
 
     def dequantize(self, codes: torch.Tensor) -> torch.Tensor:
         """The values of codes, in float32.
@@ -73,7 +74,7 @@ class LinearParams:
         Args:
             codes: From `quantize`.
         """
-        return ((codes + self.zero_point) / self.scale).clamp(_LIMITS.min, _LIMITS.max)
+        return ((codes + self.zero_point) / self.scale).clamp(_LIMITS.min, _LIMITS.max).float()
 
     def fake_quantize(self, values: torch.Tensor) -> torch.Tensor:
         """The quantized values, in the type of the values; without a gradient.
@@ -91,7 +92,7 @@ class LinearParams:
         """
         return Grid(
             system=system,
-            scale=self.scale.reciprocal().flatten(),
+            scale=self.scale.reciprocal().float().flatten(),
             zero_point=-self.zero_point.flatten(),
             lowest=self.lowest,
             highest=self.highest,
@@ -103,7 +104,7 @@ def solve_params(low: Numbers, high: Numbers, num_bits: int, mode: LinearQuantMo
     """The scale and zero point of ranges.
 
     Args:
-        low: Lower ends; the range is widened to contain 0.
+        low: Lower ends, float64 for a scale in float64; the range is widened to contain 0.
         high: Upper ends.
         num_bits: The width b.
         mode: The mode; a symmetric one takes the larger absolute end.
@@ -120,24 +121,26 @@ def solve_params(low: Numbers, high: Numbers, num_bits: int, mode: LinearQuantMo
     if mode.is_symmetric:
         num_steps = 2 ** (num_bits - 1) - 1 if mode.is_restricted else (2**num_bits - 1) / 2
         scale = _divide(num_steps, torch.maximum(-lower, upper))
-        return LinearParams(scale, torch.zeros_like(scale), num_bits, mode)
+        return LinearParams(scale, torch.zeros_like(scale).float(), num_bits, mode)
     scale = _divide(2**num_bits - 1, upper - lower)
-    zero_point = (scale * lower).round()
+    zero_point = (scale * lower).float().round()
     if mode.is_signed:
         zero_point = zero_point + 2 ** (num_bits - 1)
     return LinearParams(scale, zero_point, num_bits, mode)
 
 
 def _order_ends(low: Numbers, high: Numbers) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ends of ranges that contain 0: float32, on one device, broadcast.
+    """The ends of ranges that contain 0: of one type, on one device, broadcast.
 
     Raises:
         ArgumentError: A lower end above the upper one, or an end that is not finite.
     """
     device = low.device if isinstance(low, torch.Tensor) else getattr(high, "device", None)
+    is_wide = getattr(low, "dtype", None) == torch.float64
+    dtype = torch.float64 if is_wide else torch.float32
     lower, upper = torch.broadcast_tensors(  # type: ignore[no-untyped-call]
-        torch.as_tensor(low, dtype=torch.float32, device=device).detach(),
-        torch.as_tensor(high, dtype=torch.float32, device=device).detach(),
+        torch.as_tensor(low, dtype=dtype, device=device).detach(),
+        torch.as_tensor(high, dtype=dtype, device=device).detach(),
     )
     is_wrong = ~((lower <= upper) & lower.isfinite() & upper.isfinite())  # NaN is wrong, too
     if bool(is_wrong.any()):

@@ -112,7 +112,8 @@ class FakeLinearQuantization(MovingRange):
         if ends is None:
             return values
         low, high = self._find_limits(*ends)
-        params = solve_params(low, high, self.num_bits, self.mode)
+        # In float64: the ends of a symmetric range are ties, which float32 would lose.
+        params = solve_params(low.double(), high.double(), self.num_bits, self.mode)
         quantized = params.fake_quantize(values.detach().float().clamp(low, high))
         return pass_inside(values, quantized, low, high)
 
