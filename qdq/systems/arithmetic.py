@@ -54,7 +54,8 @@ def widen(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 def narrow(result: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """The result, which is clamped in place, in the type of the values and within its finite range."""
-    limits = torch.finfo(values.dtype)
+    types = (result.dtype, values.dtype)
+    limits = min((torch.finfo(dtype) for dtype in types), key=lambda limits: limits.max)
     return result.clamp_(limits.min, limits.max).to(values.dtype)
 
 
