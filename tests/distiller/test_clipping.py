@@ -202,6 +202,17 @@ def test_statistics_of_one_pass_are_not_enough(clip, name):
         solve_clipped(first_pass, 8, SYMMETRIC, clip, 2.0)
 
 
+@pytest.mark.parametrize("clip", ClipMode)
+def test_a_mean_is_for_the_modes_that_clip_about_it(clip):
+    ends = RangeStatistics(-1.0, 1.0, -0.5, 0.5, None, 0.3, 0.2)
+    if clip in (ClipMode.NONE, ClipMode.AVG):
+        amax = 1.0 if clip is ClipMode.NONE else 0.5
+        assert float(solve_clipped(ends, 8, SYMMETRIC, clip).scale) == 127.5 / amax
+        return
+    with pytest.raises(ArgumentError, match=f"have no mean, which {clip.name} needs"):
+        solve_clipped(ends, 8, SYMMETRIC, clip, 2.0)
+
+
 @pytest.mark.parametrize("values", [torch.zeros(0), torch.tensor([1.0, float("nan")])])
 def test_tensors_without_a_range_are_refused(values):
     with pytest.raises(ArgumentError, match=r"is empty|not finite"):

@@ -34,6 +34,7 @@ from qdq.distiller import (
 )
 from qdq.distiller.layers.metadata import read_metadata
 from qdq.distiller.settings.input_settings import InputSettings
+from qdq.distiller.statistics.statistics_file import read_statistics
 from qdq.errors import ArgumentError, ArgumentTypeError, QdqError
 
 OPERATIONS = {
@@ -53,15 +54,8 @@ def make_settings(case):
     )
 
 
-def make_record(values):
-    return TensorRecord(**({"mean": 0.0} | values))
-
-
 def make_statistics(values):
-    if values is None:
-        return None
-    inputs = {int(index): make_record(record) for index, record in values["inputs"].items()}
-    return LayerStatistics(inputs, make_record(values["output"]))
+    return None if values is None else read_statistics({"layer": values})["layer"]
 
 
 def make_layer(case):
@@ -214,7 +208,7 @@ def test_accumulators_are_clamped():
     layer = nn.Linear(8, 1)
     layer.weight = nn.Parameter(torch.ones(1, 8))
     layer.bias = nn.Parameter(torch.tensor([100.0]))
-    statistics = LayerStatistics({0: make_record(ENDS)}, make_record(ENDS | {"max": 200.0}))
+    statistics = LayerStatistics({0: TensorRecord(**ENDS)}, TensorRecord(**ENDS | {"max": 200.0}))
     settings = LayerSettings(16, 8, mode=parse_mode("ASYMMETRIC_UNSIGNED"))
     settings = replace(settings, input_overrides={0: InputSettings(8, *INPUT)})
     wrapper = RangeLinearQuantParamLayerWrapper(layer, settings, statistics, bits_accum=12).eval()
@@ -383,6 +377,20 @@ def test_layers_in_float():
     expected = fake.output_params.fake_quantize(values.half().tanh().float())
     torch.testing.assert_close(fake(values), expected)
     assert fake(values.long()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("is_static", [True, False])
+def test_models_in_float64(is_static):
+    ends = TensorRecord(-2.0, 2.0, -2.0, 2.0)
+    statistics = LayerStatistics({0: ends}, ends)
+    linear = nn.Linear(3, 2).double()
+    settings = LayerSettings(bits_activations=8, bits_weights=8)
+    values = torch.rand(5, 3, dtype=torch.float64) - 0.5
+    exact = linear(values)
+    layer = RangeLinearQuantParamLayerWrapper(linear, settings, statistics if is_static else None)
+    output = layer.eval()(values)
+    assert output.dtype is torch.float64
+    torch.testing.assert_close(output, exact, atol=0.05, rtol=0)
 
 
 def test_half_precision_models():

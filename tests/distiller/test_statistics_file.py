@@ -82,6 +82,14 @@ def test_a_record_may_be_cut(tmp_path):
     )
 
 
+def test_a_record_needs_no_mean(tmp_path):
+    ends = {"min": -1.5, "max": 2.0, "avg_min": -1.0, "avg_max": 1.0}
+    statistics = read_statistics(write(tmp_path, {"conv1": {"output": ends}}))
+    assert statistics["conv1"].output == TensorRecord(-1.5, 2.0, -1.0, 1.0)
+    path = save_statistics(tmp_path / "again.yaml", statistics)
+    assert read_statistics(path) == statistics
+
+
 OTHER_FILES = [
     (
         {"conv1": {"bits_activations": 8, "mode": "SYMMETRIC"}, "linear_quant_params": {}},
@@ -106,7 +114,7 @@ DAMAGED = [
     ("conv1: {}\n", "is damaged: conv1 has no output statistics"),
     ("conv1: !!python/object/apply:os.system ['true']", "is not YAML"),
     ({"conv1": {"output": None}}, "conv1.output is null; expected a record"),
-    ({"conv1": {"output": {"min": 0, "max": 1}}}, "avg_min, avg_max, mean missing"),
+    ({"conv1": {"output": {"min": 0, "max": 1}}}, "avg_min, avg_max missing"),
     ({"conv1": {"output": RECORD | {"min": 3}}}, "min 3.0 is above max 2.0"),
     (
         {"conv1": {"output": RECORD | {"min": "low"}}},

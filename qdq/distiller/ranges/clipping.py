@@ -72,7 +72,7 @@ class RangeStatistics:
         max: The largest value.
         avg_min: Mean of the smallest values of the samples.
         avg_max: Mean of their largest values.
-        mean: Mean of all values.
+        mean: Mean of all values; None if not collected.
         std: Standard deviation; None if not collected.
         b: Mean of |x - mean|; None if not collected.
     """
@@ -81,7 +81,7 @@ class RangeStatistics:
     max: float
     avg_min: float
     avg_max: float
-    mean: float
+    mean: float | None = None
     std: float | None = None
     b: float | None = None
 
@@ -94,7 +94,7 @@ class Measures:
     max: torch.Tensor
     avg_min: torch.Tensor
     avg_max: torch.Tensor
-    mean: torch.Tensor
+    mean: torch.Tensor | None
     std: torch.Tensor | None
     b: torch.Tensor | None
 
@@ -155,16 +155,18 @@ def find_window(
         return measures.avg_min, measures.avg_max
     if clip is ClipMode.N_STD:
         alpha = require_n_stds(clip_n_stds) * _require(measures.std, "std", clip)
-        return _cut(measures.mean - alpha, measures), _cut(measures.mean + alpha, measures)
+        mean = _require(measures.mean, "mean", clip)
+        return _cut(mean - alpha, measures), _cut(mean + alpha, measures)
     name = "b" if clip is ClipMode.LAPLACE else "std"
     deviation = _require(getattr(measures, name), name, clip)
+    mean = _require(measures.mean, "mean", clip)
     is_half = half_range and not mode.is_symmetric
     alpha = deviation * find_clip_constant(_DISTRIBUTIONS[clip], num_bits, is_half)
     if mode.is_symmetric:
         largest = torch.maximum(-measures.min, measures.max)
-        saturation = torch.minimum(measures.mean.abs() + alpha, largest)
+        saturation = torch.minimum(mean.abs() + alpha, largest)
         return -saturation, saturation
-    low = _cut(torch.maximum(measures.avg_min, measures.mean - alpha), measures)
+    low = _cut(torch.maximum(measures.avg_min, mean - alpha), measures)
     high = low + (alpha if is_half else 2 * alpha)
     return low, _cut(high, measures)
 

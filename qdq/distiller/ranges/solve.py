@@ -44,13 +44,13 @@ def solve_clipped(
         The parameters, of no axes.
 
     Raises:
-        ArgumentError: `clip_n_stds` is missing or not above 0, or the record lacks std or b, or is no range.
+        ArgumentError: `clip_n_stds` is missing or not above 0, or the record lacks mean, std or b, or is no range.
     """
     fields = {}
     for field in dataclasses.fields(Measures):
         value = getattr(statistics, field.name)
         fields[field.name] = None if value is None else torch.tensor(value, dtype=torch.float32)
-    measures = Measures(**fields)  # type: ignore[arg-type]  # only std and b can be None
+    measures = Measures(**fields)  # type: ignore[arg-type]  # only mean, std and b can be None
     window = find_window(measures, num_bits, mode, clip, clip_n_stds, half_range)
     return solve_params(*window, num_bits, mode)
 

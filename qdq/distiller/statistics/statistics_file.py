@@ -20,7 +20,7 @@ from qdq.text import printable
 
 _FIX = f"give the {STATISTICS_FILE} that collecting statistics has written."
 _NUMBERS = ("min", "max", "avg_min", "avg_max", "mean", "std", "b")
-_REQUIRED = _NUMBERS[:5]
+_REQUIRED = _NUMBERS[:4]
 _KEYS = tuple(field.name for field in fields(TensorRecord))
 
 

@@ -114,6 +114,7 @@ class DeviationTally(Tally):
     """
 
     def __init__(self, record: TensorRecord) -> None:
+        assert record.mean is not None  # noqa: S101  # pass 1 has it
         super().__init__(record.mean)
         self._record = record
 
