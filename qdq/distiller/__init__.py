@@ -33,6 +33,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "layers.param_layer": ("RangeLinearQuantParamLayerWrapper",),
     "layers.leaves": ("FPWrapper", "RangeLinearEmbeddingWrapper", "RangeLinearFakeQuantWrapper"),
     "files.layer_params_file": ("save_layer_quant_params",),
+    "training.ncf_training": ("NCFQuantAwareTrainQuantizer",),
     "ranges.linear_params": ("LinearParams", "solve_params"),
     "ranges.modes": ("LinearQuantMode", "ModePair", "get_quantized_range", "parse_mode"),
     "post_training.modularization": ("modularize",),

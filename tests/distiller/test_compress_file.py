@@ -63,6 +63,17 @@ def test_rates_are_those_of_torch(name, tmp_path):
     assert plan.find_rates(0.2, 8) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    "entry",
+    ["{class: ExponentialLR, gamma: 9e-1}", "{class: CosineAnnealingLR, T_max: 4, eta_min: 1e-3}"],
+)
+def test_numbers_without_a_point_are_numbers(entry, tmp_path):
+    """YAML 1.1 has them as text."""
+    pointed = entry.replace("9e-1", "0.9").replace("1e-3", "0.001")
+    plans = [read_compress_file(write_rates(tmp_path, text)) for text in (entry, pointed)]
+    assert plans[0].find_rates(0.2, 8) == plans[1].find_rates(0.2, 8)
+
+
 def test_a_scheduler_acts_in_the_epochs_of_its_policy(tmp_path):
     halving = {"class": "ExponentialLR", "gamma": 0.5}
     plan = read_compress_file(write_rates(tmp_path, halving, start=2, end=7, frequency=2))
@@ -112,6 +123,18 @@ FLAWS = [
         r"starting_epoch 100, ending_epoch 100",
     ),
     ("starting_epoch: 1", "epochs: [1]", DataError, r"expected one of quantizer"),
+    (
+        "instance_name: few_bits",
+        "instance_name: [few_bits]",
+        DataError,
+        r"is a list of 1; the file",
+    ),
+    (
+        "instance_name: few_bits",
+        "instance_name: {a: 1}",
+        DataError,
+        r"instance_name is .*; the file",
+    ),
     ("frequency: 1", "frequency: 2", DataError, r"the first with frequency 2"),
     ("frequency: 1", "frequency: 0", DataError, r"frequency 0"),
     ("frequency: 1\n", "\n", DataError, r"frequency null"),

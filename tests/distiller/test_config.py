@@ -46,6 +46,15 @@ def as_text(default):
     return default.name if isinstance(default, enum.Enum) else default
 
 
+def read_keys(case):
+    """The golden keys, which one class has by those of another."""
+    if isinstance(case["keys"], dict):
+        return case["keys"]
+    assert case["keys"].startswith("as QuantAwareTrainRangeLinearQuantizer without quantize_inputs")
+    (other,) = [row for row in CASES if row.get("class_") == "QuantAwareTrainRangeLinearQuantizer"]
+    return {key: value for key, value in other["keys"].items() if key != "quantize_inputs"}
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_keys_and_defaults_of_a_class(name):
     (case,) = [case for case in CASES if case.get("class_") == name]
@@ -53,7 +62,7 @@ def test_keys_and_defaults_of_a_class(name):
     parameters = inspect.signature(quantizer_class).parameters
     defaults = {key: as_text(parameters[key].default) for key in list_keys(quantizer_class)}
     defaults.pop("freeze_bn_delay", None)  # the source folds BatchNorm outside of its files
-    assert defaults == case["keys"]
+    assert defaults == read_keys(case)
 
 
 def test_the_example_builds_a_quantizer(tmp_path):

@@ -13,15 +13,24 @@ import qdq
 from qdq import systems
 from qdq.distiller import (
     DorefaQuantizer,
+    NCFQuantAwareTrainQuantizer,
     PACTQuantizer,
     QuantAwareTrainRangeLinearQuantizer,
     WRPNQuantizer,
 )
+from qdq.distiller.files import quantizer_classes
+from qdq.distiller.files.quantizer_classes import list_keys
 from qdq.errors import ArgumentError, ArgumentTypeError, ExportError, StateError, UnsupportedError
 from qdq.metrics import sqnr_db
 from qdq.systems.layer import SystemLayer
 
-CLASSES = [QuantAwareTrainRangeLinearQuantizer, DorefaQuantizer, PACTQuantizer, WRPNQuantizer]
+CLASSES = [
+    QuantAwareTrainRangeLinearQuantizer,
+    NCFQuantAwareTrainQuantizer,
+    DorefaQuantizer,
+    PACTQuantizer,
+    WRPNQuantizer,
+]
 IMAGES = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
@@ -96,9 +105,22 @@ def test_the_float_weights_train_and_stay_in_the_state_dict(kind):
     assert quantizer.left_float.entries == ()
 
 
-def test_the_golden_classes_of_training_are_all_there():
-    names = {case.get("class_") for case in read_cases("distiller_yaml")}
-    assert names >= {kind.__name__ for kind in CLASSES}
+def test_the_golden_classes_are_all_there():
+    names = {case["class_"] for case in read_cases("distiller_yaml") if "class_" in case}
+    assert names == set(quantizer_classes.CLASSES)
+    assert names == {kind.__name__ for kind in CLASSES} | {quantizer_classes.POST_TRAINING}
+
+
+def test_the_golden_keys_of_ncf_are_those_without_the_input():
+    keys = [
+        list_keys(kind)
+        for kind in (QuantAwareTrainRangeLinearQuantizer, NCFQuantAwareTrainQuantizer)
+    ]
+    assert set(keys[0]) - set(keys[1]) == {"quantize_inputs"}
+    trained = make_trained(NCFQuantAwareTrainQuantizer)
+    expected = make_trained(QuantAwareTrainRangeLinearQuantizer, quantize_inputs=False)
+    assert torch.equal(trained(IMAGES), expected(IMAGES))
+    assert trained.conv1.input_system is None
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -125,6 +147,9 @@ def test_golden_errors(kind):
         ({"mode": "SYM"}, ValueError, "known are SYMMETRIC"),
         ({"mode": 3}, TypeError, "expected is a name"),
         ({"ema_decay": 1.0}, ArgumentError, "ema_decay is 1"),
+        ({"ema_decay": None}, ArgumentError, "ema_decay is null"),
+        ({"ema_decay": "slow"}, ArgumentError, "ema_decay is 'slow'; expected a number"),
+        ({"quantize_inputs": "yes"}, ArgumentError, "quantize_inputs is 'yes'; expected true"),
         ({"freeze_bn_delay": -1}, ArgumentError, "freeze_bn_delay is -1"),
         ({"num_bits_inputs": 40}, ArgumentError, "num_bits_inputs: bits_activations is 40"),
     ],
@@ -135,11 +160,29 @@ def test_invalid_values_are_refused(options, error, reason):
 
 
 @pytest.mark.parametrize(
-    "options", [{"act_clip_init_val": 0.0}, {"act_clip_decay": -1.0}, {"bits_bias": -1}]
+    "options",
+    [
+        {"act_clip_init_val": 0.0},
+        {"act_clip_init_val": None},
+        {"act_clip_init_val": "high"},
+        {"act_clip_decay": -1.0},
+        {"act_clip_decay": [1]},
+        {"bits_bias": -1},
+    ],
 )
 def test_invalid_values_of_pact_are_refused(options):
     with pytest.raises(ArgumentError, match=next(iter(options))):
         make_quantizer(PACTQuantizer, **options)
+
+
+def test_text_of_a_file_that_is_a_number_is_one():
+    """YAML 1.1 has 2e-4 as text."""
+    quantizer = make_quantizer(PACTQuantizer, act_clip_decay="2e-4", act_clip_init_val="8")
+    quantizer.prepare_model(IMAGES)
+    assert quantizer.optimizer.param_groups[-1]["weight_decay"] == 2e-4
+    assert quantizer.model.relu1.fake_q.clip_val.item() == 8
+    trained = make_trained(QuantAwareTrainRangeLinearQuantizer, ema_decay="9e-1")
+    assert trained.relu1.fake_q.decay == 0.9
 
 
 @pytest.mark.parametrize("kind", CLASSES)

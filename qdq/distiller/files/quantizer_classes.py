@@ -17,6 +17,7 @@ POST_TRAINING = "PostTrainLinearQuantizer"
 CLASSES = {
     POST_TRAINING: "post_training.quantizer",
     "QuantAwareTrainRangeLinearQuantizer": "training.range_training",
+    "NCFQuantAwareTrainQuantizer": "training.ncf_training",
     "DorefaQuantizer": "training.quantizers",
     "PACTQuantizer": "training.quantizers",
     "WRPNQuantizer": "training.quantizers",

@@ -25,6 +25,7 @@ from qdq.distiller.ranges.modes import LinearQuantMode, ModePair
 from qdq.distiller.settings.layer_settings import LayerSettings, update_settings
 from qdq.distiller.settings.names import is_wrapper
 from qdq.distiller.settings.overrides import Overrides, Resolution, resolve
+from qdq.distiller.settings.values import read_value
 from qdq.distiller.statistics.records import ModelStatistics
 from qdq.distiller.statistics.statistics_file import read_statistics
 from qdq.forward import require_model, unwrap_compiled
@@ -111,7 +112,11 @@ class PostTrainLinearQuantizer:
         self.defaults = update_settings(LayerSettings(), values, place, values.keys())
         self.model = model
         self.overrides = overrides
-        self.weight_options = WeightOptions(bits_accum, save_fp_weights, also_clip_weights)
+        self.weight_options = WeightOptions(
+            bits_accum,
+            read_value("save_fp_weights", save_fp_weights, place),
+            read_value("also_clip_weights", also_clip_weights, place),
+        )
         self.model_activation_stats: ModelStatistics | None = None
         if model_activation_stats is not None:
             if isinstance(model_activation_stats, str | Path):

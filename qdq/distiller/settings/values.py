@@ -16,10 +16,11 @@ _FLOAT_BITS = (16, 32, 64)
 
 
 class _Rule(NamedTuple):
-    """A test of a value, and what is expected, in words."""
+    """A test of a value, what is expected, in words, and whether text may stand for a number."""
 
     accepts: Callable[[Any], bool]
     expected: str
+    is_number: bool = False
 
 
 def read_value(key: str, value: Any, place: str) -> Any:
@@ -37,14 +38,15 @@ def read_value(key: str, value: Any, place: str) -> Any:
     if key in _PARSERS:
         return _parse(key, value, place)
     rule = _RULES[key]
-    if not rule.accepts(value):
+    read = as_number(value) if rule.is_number and value is not None else value
+    if not rule.accepts(read):
         raise ArgumentError(
             f"{place}: {key} is {describe_value(value)}; expected {rule.expected}.",
             f"correct {key}.",
         )
     if rule is _BITS:
-        return value or None
-    return value
+        return read or None
+    return read
 
 
 def _parse(key: str, value: Any, place: str) -> Any:
@@ -67,6 +69,21 @@ def describe_value(value: Any) -> str:
         return f"of type {type(value).__name__}"
 
 
+def as_number(value: Any) -> float:
+    """A finite number, also one that YAML takes for text, such as 1e-05; NaN for anything else.
+
+    Args:
+        value: Any value.
+    """
+    if isinstance(value, bool):
+        return math.nan
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of a tensor
+        return math.nan
+    return number if math.isfinite(number) else math.nan
+
+
 def is_whole(value: Any) -> bool:
     """Whether a value is an integer; `True` is none."""
     return isinstance(value, int) and not isinstance(value, bool)
@@ -80,13 +97,6 @@ def _is_multiplier_bits(value: Any) -> bool:
     return value is None or (is_whole(value) and 1 <= value <= _MOST_BITS)
 
 
-def _is_positive(value: Any) -> bool:
-    if value is None:
-        return True
-    is_number = is_whole(value) or isinstance(value, float)
-    return is_number and math.isfinite(value) and value > 0
-
-
 def _is_float_bits(value: Any) -> bool:
     return value is None or (is_whole(value) and value in _FLOAT_BITS)
 
@@ -97,12 +107,17 @@ def _is_flag(value: Any) -> bool:
 
 _BITS = _Rule(_is_bits, f"a whole number up to {_MOST_BITS}; 0 or null is float")
 _FLAG = _Rule(_is_flag, "true or false")
+_POSITIVE = _Rule(
+    lambda number: number is not None and number > 0, "a number above 0", is_number=True
+)
 _RULES = {
     "bits_activations": _BITS,
     "bits_weights": _BITS,
     "bits_bias": _BITS,
     "per_channel_wts": _FLAG,
-    "clip_n_stds": _Rule(_is_positive, "a number above 0, or null"),
+    "clip_n_stds": _Rule(
+        lambda number: number is None or number > 0, "a number above 0, or null", is_number=True
+    ),
     "clip_half_range": _FLAG,
     "scale_approx_mult_bits": _Rule(
         _is_multiplier_bits, f"a whole number from 1 to {_MOST_BITS}, or null"
@@ -114,5 +129,19 @@ _RULES = {
     "make_identity": _FLAG,
     "quantize_inputs": _FLAG,
     "from_output": _FLAG,
+    "save_fp_weights": _FLAG,
+    "also_clip_weights": _FLAG,
+    "clip_val": _POSITIVE,
+    "act_clip_init_val": _POSITIVE,
+    "act_clip_decay": _Rule(
+        lambda number: number is None or number >= 0,
+        "a number of at least 0, or null",
+        is_number=True,
+    ),
+    "ema_decay": _Rule(
+        lambda number: number is not None and 0 <= number < 1,
+        "a number of at least 0 and below 1",
+        is_number=True,
+    ),
 }
 _PARSERS: dict[str, Callable[[Any], Any]] = {"mode": parse_mode, "clip_acts": parse_clip}

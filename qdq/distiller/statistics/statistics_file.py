@@ -11,7 +11,7 @@ from typing import Any
 
 from qdq.distiller.files.file_kinds import STATISTICS_FILE, describe_kind
 from qdq.distiller.files.yaml_text import write_yaml
-from qdq.distiller.settings.values import describe_value
+from qdq.distiller.settings.values import as_number, describe_value
 from qdq.distiller.statistics.records import LayerStatistics, ModelStatistics, TensorRecord
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError
 from qdq.files import as_path, guard_files, write_atomic
@@ -146,23 +146,12 @@ def _read_record(record: Any, place: str) -> TensorRecord:
 def _read_value(key: str, value: Any, place: str) -> Any:
     if key == "shape":
         return str(value)
-    number = _as_number(value)
-    if number is None:
+    number = as_number(value)
+    if math.isnan(number):
         raise _damaged(f"{place}.{key}", value, "a number")
     if key in ("std", "b", "total_numel") and number < 0:
         raise _damaged(f"{place}.{key}", value, "a number of at least 0")
     return int(number) if key == "total_numel" else number
-
-
-def _as_number(value: Any) -> float | None:
-    """A finite number, also one that YAML takes for text, such as 1e-05; None for anything else."""
-    if isinstance(value, bool):
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _damaged(place: str, value: Any, expected: str) -> DataError:

@@ -15,6 +15,7 @@ import torch
 
 from qdq.distiller.ranges.linear_params import LinearParams, solve_params
 from qdq.distiller.ranges.modes import LinearQuantMode
+from qdq.distiller.settings.values import read_value
 from qdq.distiller.training.gradients import pass_inside
 from qdq.systems.affine import cast_like
 from qdq.systems.arithmetic import pass_gradient, require_values
@@ -88,7 +89,7 @@ class ClippedLinearQuantization(SystemQuantizer):
         super().__init__()
         require_bits(num_bits, name)
         self.num_bits = num_bits
-        self.clip_val = clip_val
+        self.clip_val = read_value("clip_val", clip_val, name)
         self.name = name
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from qdq.distiller.settings.values import describe_value
+from qdq.distiller.settings.values import as_number, describe_value
 from qdq.distiller.training.policies import Policy
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError
 from qdq.schedule import Schedule
@@ -106,7 +106,16 @@ def _read_lr_scheduler(entry: Any, place: str) -> LRScheduler:
                 f"{place}: {describe_value(key)} is unknown; expected {', '.join(allowed)}.",
                 "correct or remove it.",
             )
+        arguments[key] = _read_argument(arguments[key])
     return LRScheduler(class_name, arguments, place)
+
+
+def _read_argument(value: Any) -> Any:
+    """A value, with a number in the place of text that YAML makes of some, such as 9e-1."""
+    if not isinstance(value, str):
+        return value
+    number = as_number(value)
+    return value if math.isnan(number) else number
 
 
 def find_rates(

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from qdq.distiller.ranges.linear_params import LinearParams, solve_params
 from qdq.distiller.ranges.modes import LinearQuantMode
-from qdq.errors import ArgumentError
+from qdq.distiller.settings.values import read_value
 from qdq.formats import AMAX_FLOOR
 from qdq.systems.affine import cast_like
 from qdq.systems.arithmetic import require_values
@@ -70,10 +70,10 @@ class LearnedClippedLinearQuantization(SystemQuantizer):
     ) -> None:
         super().__init__()
         require_bits(num_bits, name)
-        require_clip_val(init_act_clip_val, name)
+        start = read_value("act_clip_init_val", init_act_clip_val, name)
         self.num_bits = num_bits
         self.name = name
-        self.clip_val = nn.Parameter(torch.tensor([float(init_act_clip_val)]))
+        self.clip_val = nn.Parameter(torch.tensor([start]))
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """The quantized values.
@@ -96,20 +96,3 @@ class LearnedClippedLinearQuantization(SystemQuantizer):
             self.clip_val.fill_(AMAX_FLOOR)
         high = self.clip_val.detach()
         return solve_params(0 * high, high, self.num_bits, LinearQuantMode.ASYMMETRIC_UNSIGNED)
-
-
-def require_clip_val(clip_val: float, name: str) -> None:
-    """Refuse an upper end that is no end.
-
-    Args:
-        clip_val: Where it starts.
-        name: Name of the layer or quantizer, for the message.
-
-    Raises:
-        ArgumentError: It is not above 0.
-    """
-    if not 0 < clip_val < float("inf"):
-        raise ArgumentError(
-            f"{name}: act_clip_init_val is {clip_val}; it must be above 0.",
-            "leave it out, or give 8.0.",
-        )

@@ -74,12 +74,13 @@ def _read_policy(entry: Any, instances: Mapping[str, Mapping[str, Any]], place: 
         )
     kind = kinds[0]
     name = entry[kind].get("instance_name") if isinstance(entry[kind], Mapping) else None
-    if name not in instances[kind]:
+    if not isinstance(name, str) or name not in instances[kind]:
+        names = ", ".join(map(str, instances[kind])) or "none"
         raise DataError(
-            f"{place}: instance_name is {describe_value(name)}; the file has {', '.join(instances[kind]) or 'none'}.",
+            f"{place}: instance_name is {describe_value(name)}; the file has {names}.",
             "name one of them.",
         )
-    return Policy(kind, str(name), *_read_epochs(entry, place))
+    return Policy(kind, name, *_read_epochs(entry, place))
 
 
 def _read_epochs(entry: Mapping[str, Any], place: str) -> tuple[int, int, int]:

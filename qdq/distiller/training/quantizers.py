@@ -9,16 +9,12 @@ from torch import nn
 
 from qdq.distiller.settings.layer_settings import LayerSettings
 from qdq.distiller.settings.overrides import Overrides
+from qdq.distiller.settings.values import read_value
 from qdq.distiller.training.dorefa import ClippedLinearQuantization, DorefaWeight
-from qdq.distiller.training.pact import (
-    ACT_CLIP_INIT_VAL,
-    LearnedClippedLinearQuantization,
-    require_clip_val,
-)
+from qdq.distiller.training.pact import ACT_CLIP_INIT_VAL, LearnedClippedLinearQuantization
 from qdq.distiller.training.training_layers import is_float
 from qdq.distiller.training.training_quantizer import ParameterSystems, TrainingQuantizer
 from qdq.distiller.training.wrpn import WRPNWeight
-from qdq.errors import ArgumentError
 from qdq.systems.quantizer import SystemQuantizer
 from qdq.systems.settings import FLOAT_BITS
 
@@ -78,13 +74,9 @@ class PACTQuantizer(DorefaQuantizer):
         act_clip_decay: float | None = None,
     ) -> None:
         super().__init__(model, optimizer, bits_activations, bits_weights, bits_bias, overrides)
-        if act_clip_decay is not None and not 0 <= act_clip_decay < float("inf"):
-            raise ArgumentError(
-                f"act_clip_decay is {act_clip_decay}; it must be at least 0.", "leave it out."
-            )
-        require_clip_val(act_clip_init_val, type(self).__name__)
-        self.act_clip_init_val = act_clip_init_val
-        self.act_clip_decay = act_clip_decay
+        place = type(self).__name__
+        self.act_clip_init_val = read_value("act_clip_init_val", act_clip_init_val, place)
+        self.act_clip_decay = read_value("act_clip_decay", act_clip_decay, place)
 
     def _make_activation(self, name: str, settings: LayerSettings) -> SystemQuantizer:
         assert settings.bits_activations is not None  # noqa: S101  # chosen for it

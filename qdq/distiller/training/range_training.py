@@ -65,15 +65,13 @@ class QuantAwareTrainRangeLinearQuantizer(TrainingQuantizer):
             mode=mode,
             per_channel_wts=per_channel_wts,
         )
-        if not 0 <= ema_decay < 1:
-            raise ArgumentError(
-                f"ema_decay is {ema_decay}; it must be at least 0 and below 1.", "use 0.999."
-            )
         if num_bits_inputs is None:
             num_bits_inputs = self.defaults.bits_activations
         self.num_bits_inputs = read_value("bits_activations", num_bits_inputs, "num_bits_inputs")
-        self.ema_decay = ema_decay
-        self.quantize_inputs = quantize_inputs and not is_float(self.num_bits_inputs)
+        place = type(self).__name__
+        self.ema_decay = read_value("ema_decay", ema_decay, place)
+        is_wanted = read_value("quantize_inputs", quantize_inputs, place)
+        self.quantize_inputs = is_wanted and not is_float(self.num_bits_inputs)
         self.freeze_bn_delay = _read_delay(freeze_bn_delay)
         self._pairs: dict[str, str] = {}
 
