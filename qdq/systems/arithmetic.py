@@ -112,7 +112,7 @@ def require_values(values: Any, layer: str) -> None:
     # NaN is the minimum and the maximum of any tensor with NaN: one pass over the values.
     if not bool(torch.isfinite(torch.stack(values.detach().aminmax())).all()):
         is_finite = torch.isfinite(values)
-        first = values.flatten()[int((~is_finite).flatten().to(torch.uint8).argmax())]
+        first = values.detach().flatten()[int((~is_finite).flatten().to(torch.uint8).argmax())]
         count = int((~is_finite).sum())
         raise ArgumentError(
             f"{layer}: {count} of {values.numel()} values are not finite, the first is {float(first)}.",
@@ -120,11 +120,22 @@ def require_values(values: Any, layer: str) -> None:
         )
 
 
+def spoil_infinite(values: torch.Tensor) -> torch.Tensor:
+    """The values, with NaN in the place of Inf where `require_batch` does not look: a clamp would make codes of Inf."""
+    if _is_looked_at(values):
+        return values
+    return values + (values - values)
+
+
+def _is_looked_at(values: torch.Tensor) -> bool:
+    return values.is_cpu and not torch.compiler.is_compiling()
+
+
 def require_batch(values: Any, layer: str) -> None:
     """As `require_values`, for what a layer quantizes in every forward: it never waits for a GPU.
 
-    On a GPU, and in a graph that torch captures, NaN and Inf are not looked for. `pass_gradient` makes NaN of them, so
-    they never become codes.
+    On a GPU, and in a graph that torch captures, NaN and Inf are not looked for. `pass_gradient` and `spoil_infinite`
+    make NaN of them, so they never become codes.
 
     Args:
         values: The tensor to quantize.
@@ -135,5 +146,5 @@ def require_batch(values: Any, layer: str) -> None:
         ArgumentError: Empty, or on the CPU NaN or Inf in it.
     """
     require_floats(values, layer)
-    if values.is_cpu and not torch.compiler.is_compiling():
+    if _is_looked_at(values):
         require_values(values, layer)

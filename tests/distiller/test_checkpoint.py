@@ -76,6 +76,27 @@ def test_a_checkpoint_gives_the_same_network(tmp_path):
     assert rebuilt.state_dict().keys() == checkpoint.state_dict.keys()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("conv.output_scale", float("nan")),
+        ("fc.output_scale", 0.0),
+        ("fc.w_scale", -1.0),
+        ("conv.output_zero_point", float("inf")),
+        ("fc.fp_bias", float("nan")),
+        ("conv.wrapped_module.weight", float("nan")),
+    ],
+)
+def test_numbers_that_no_layer_has_are_refused_with_the_layer(name, value):
+    checkpoint = quantize()[1]
+    state = {key: tensor.clone() for key, tensor in checkpoint.state_dict.items()}
+    state[name].view(-1)[0] = value
+    model = make_float()
+    with pytest.raises(ValueError, match=rf"{name} has {value}") as error:
+        rebuild_model(model, replace(checkpoint, state_dict=state))
+    assert isinstance(error.value, QdqError)
+
+
 def test_the_keys_of_a_checkpoint_and_no_code(tmp_path):
     path = save_checkpoint(tmp_path / "a.pth.tar", quantize()[1])
     content = torch.load(path, weights_only=True)

@@ -218,6 +218,7 @@ def test_accumulators_are_clamped():
     assert float(wrapper.wrapped_module.bias) == 2**11 - 1
 
 
+EIGHT = LayerSettings(bits_activations=8, bits_weights=8)
 ENDS = {"min": 0.0, "max": 1.0, "avg_min": 0.0, "avg_max": 1.0}
 
 
@@ -377,6 +378,50 @@ def test_layers_in_float():
     expected = fake.output_params.fake_quantize(values.half().tanh().float())
     torch.testing.assert_close(fake(values), expected)
     assert fake(values.long()).dtype == torch.float32
+
+
+STATIC = LayerStatistics({0: TensorRecord(**ENDS), 1: TensorRecord(**ENDS)}, TensorRecord(**ENDS))
+LAYERS = [
+    lambda: RangeLinearQuantParamLayerWrapper(nn.Linear(3, 2), EIGHT, STATIC, name="fc"),
+    lambda: RangeLinearQuantParamLayerWrapper(nn.Linear(3, 2), EIGHT, name="fc"),
+    lambda: RangeLinearFakeQuantWrapper(nn.Tanh(), EIGHT, STATIC, name="fc"),
+    lambda: RangeLinearFakeQuantWrapper(
+        nn.ReLU(), replace(EIGHT, quantize_inputs=True), STATIC, name="fc"
+    ),
+]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("make", LAYERS)
+def test_inputs_that_are_not_finite_are_refused(make, value):
+    values = torch.tensor([[0.1, value, 0.2]])
+    layer = make().eval()
+    if isinstance(layer.wrapped_module, nn.Tanh) and value == float("inf"):
+        assert layer(values).isfinite().all()  # tanh(Inf) is 1
+        return
+    with pytest.raises(
+        ArgumentError,
+        match=r"^fc, (input 0|input 0: statistics|output): 1 of 3 values are not finite",
+    ):
+        layer(values)
+
+
+def test_a_layer_that_makes_infinite_values_is_named():
+    layer = RangeLinearFakeQuantWrapper(nn.LogSoftmax(0), EIGHT, STATIC, name="log").eval()
+    values = torch.tensor([-3e38, 3e38])
+    with pytest.raises(ArgumentError, match=r"^log, output: 1 of 2 values are not finite"):
+        layer(values)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_parameters_that_are_not_finite_are_refused(kind, bits):
+    linear = nn.Linear(3, 2)
+    with torch.no_grad():
+        getattr(linear, kind).view(-1)[1] = float("nan")
+    settings = LayerSettings(bits_activations=8, bits_weights=bits)
+    with pytest.raises(ArgumentError, match=rf"^fc, {kind}: 1 of \d values are not finite"):
+        RangeLinearQuantParamLayerWrapper(linear, settings, STATIC, name="fc")
 
 
 @pytest.mark.parametrize("is_static", [True, False])

@@ -5,6 +5,7 @@ import torch
 from golden import read_golden
 
 from qdq import distiller
+from qdq.errors import QdqError
 
 GOLDEN = read_golden("distiller_tensor_stats")
 DIMENSION = {"get_tensor_avg_min_max": "across_dim", "get_tensor_avg_max_abs": "across_dim"}
@@ -43,6 +44,21 @@ def test_the_larger_end_of_the_window():
     low, high = distiller.get_tensor_mean_n_stds_min_max(values, n_stds=1)
     assert (low, high) == (-6, 0)
     assert distiller.get_tensor_mean_n_stds_max_abs(values, n_stds=1) == 6
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        (torch.tensor([float("nan"), 1.0]), "1 of 2 values are not finite, the first is nan"),
+        (torch.tensor([1, 2]), "only float tensors"),
+        ([1.0, 2.0], "a list"),
+    ],
+)
+@pytest.mark.parametrize("name", [name for name in distiller.__all__ if "get_tensor_" in name])
+def test_values_without_a_range_are_refused(name, values, text):
+    with pytest.raises(QdqError, match=text) as error:
+        getattr(distiller, name)(values)
+    assert isinstance(error.value, ValueError)
 
 
 def test_empty_tensors_are_refused():

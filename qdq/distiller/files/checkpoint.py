@@ -16,7 +16,7 @@ from torch import nn
 
 from qdq.distiller.files.plain import to_plain
 from qdq.distiller.files.quantizer_classes import build_quantizer, takes_optimizer
-from qdq.errors import DataError, ModelError
+from qdq.errors import ArgumentError, DataError, ModelError
 from qdq.files import as_path, guard_files, write_atomic
 from qdq.text import list_names, printable
 from qdq.weights import is_state_dict, load_plain
@@ -138,7 +138,8 @@ def rebuild_model(model: nn.Module, checkpoint: QuantizedCheckpoint) -> nn.Modul
         The quantized model.
 
     Raises:
-        ArgumentError: The checkpoint names an unknown class, or arguments with invalid values.
+        ArgumentError: The checkpoint names an unknown class, or arguments with invalid values; or it has tensors with
+            NaN or Inf, or scales that are not above 0.
         ArgumentTypeError: Unknown arguments.
         ModelError: The checkpoint is of another network.
         StateError: The model is quantized already.
@@ -152,6 +153,7 @@ def rebuild_model(model: nn.Module, checkpoint: QuantizedCheckpoint) -> nn.Modul
     quantizer.prepare_model(metadata.dummy_input)
     quantized: nn.Module = quantizer.model
     _require_same(quantized.state_dict(), checkpoint.state_dict)
+    _require_finite(quantized.state_dict(), checkpoint.state_dict)
     quantized.load_state_dict(dict(checkpoint.state_dict))
     return quantized
 
@@ -173,6 +175,27 @@ def _require_same(present: Mapping[str, torch.Tensor], saved: Mapping[str, torch
         raise ModelError(
             f"the checkpoint is of another network: {list_names(flaws, _SHOWN, '; ')}.",
             "build the float model as it was before it was quantized.",
+        )
+
+
+def _require_finite(present: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors with NaN or Inf where those of the model are finite, such as masks, and scales of 0 or below.
+
+    Raises:
+        ArgumentError: The message names the first of them.
+    """
+    flaws = []
+    for name, tensor in saved.items():
+        if tensor.is_floating_point() and bool(present[name].isfinite().all()):
+            is_wrong = ~tensor.isfinite()
+            if name.endswith("_scale"):
+                is_wrong |= tensor <= 0
+            if bool(is_wrong.any()):
+                flaws.append(f"{printable(name)} has {float(tensor[is_wrong][0])}")
+    if flaws:
+        raise ArgumentError(
+            f"the checkpoint has numbers that no layer has: {list_names(flaws, _SHOWN, '; ')}.",
+            "write it again, from a model whose weights and ranges are finite.",
         )
 
 

@@ -14,6 +14,7 @@ from qdq.distiller.ranges.linear_params import LinearParams
 from qdq.distiller.ranges.solve import solve_clipped, solve_tensor
 from qdq.distiller.settings.input_settings import InputSettings
 from qdq.errors import ArgumentError, ArgumentTypeError, StateError
+from qdq.systems.arithmetic import require_batch, spoil_infinite
 
 if TYPE_CHECKING:
     from qdq.distiller.layers.wrapper import RangeLinearQuantWrapper
@@ -28,10 +29,13 @@ def receive_input(layer: RangeLinearQuantWrapper, index: int, values: Any) -> In
         values: The input.
 
     Raises:
+        ArgumentError: Empty, or NaN or Inf in it.
         ArgumentTypeError: Not a float tensor.
         StateError: It has a scale and settings, too, or neither.
     """
     params, has_codes = find_input_params(layer, index, values)
+    if not has_codes:
+        values = spoil_infinite(values)
     scaled = values.float() * params.scale
     integers = scaled.round_() if has_codes else round_to_integers(scaled, params)
     sign_bits = 1 if params.mode.is_symmetric else 0
@@ -126,6 +130,7 @@ def find_input_params(layer: RangeLinearQuantWrapper, index: int, values: Any) -
         values: The input.
 
     Raises:
+        ArgumentError: Empty, or NaN or Inf in it.
         ArgumentTypeError: Not a float tensor.
         StateError: It has a scale and settings, too, or neither.
     """
@@ -155,6 +160,7 @@ def find_input_params(layer: RangeLinearQuantWrapper, index: int, values: Any) -
         )
     layer.note_source(index, None)
     if layer.is_static:
+        require_batch(values, place)
         return Arrival(_find_static(layer, index, place), has_codes=False)
     params = solve_values(values, settings or layer.output_settings, place)
     return Arrival(params, has_codes=False)

@@ -18,6 +18,7 @@ from qdq.distiller.ranges.linear_params import LinearParams
 from qdq.distiller.settings.layer_settings import LayerSettings
 from qdq.distiller.statistics.records import LayerStatistics
 from qdq.errors import ArgumentError
+from qdq.systems.arithmetic import require_batch, spoil_infinite
 from qdq.systems.wrapper import SystemWrapper
 
 _FLOAT_TYPES = {16: torch.float16, 32: torch.float32, 64: torch.float64}
@@ -104,15 +105,20 @@ class RangeLinearFakeQuantWrapper(RangeLinearQuantWrapper):
 
     @torch.no_grad()
     def forward(self, *inputs: Any, **arguments: Any) -> Any:
-        """The rounded output, see `RangeLinearQuantWrapper`."""
+        """The rounded output, see `RangeLinearQuantWrapper`.
+
+        Raises:
+            ArgumentError: Also, the layer makes NaN or Inf.
+        """
         self.start_forward()
         received = tuple(self._receive(index, value) for index, value in enumerate(inputs))
         output = run_in_type(self.wrapped_module, self.dtype, received, arguments)
         is_float = isinstance(output, torch.Tensor) and output.is_floating_point()
         if not is_float or self.settings.bits_activations is None:
             return output
+        require_batch(output, f"{self.label}, output")
         one = torch.ones((), device=output.device)
-        return self.round_output(Integers(output, one), output)
+        return self.round_output(Integers(spoil_infinite(output), one), output)
 
     def _receive(self, index: int, value: Any) -> Any:
         """An input, rounded if it comes without a scale and shall have one."""
@@ -123,7 +129,7 @@ class RangeLinearFakeQuantWrapper(RangeLinearQuantWrapper):
             self.note_source(index, None)
             return value
         params, has_codes = find_input_params(self, index, value)
-        return value if has_codes else params.fake_quantize(value)
+        return value if has_codes else params.fake_quantize(spoil_infinite(value))
 
 
 class RangeLinearEmbeddingWrapper(QuantWeightWrapper):

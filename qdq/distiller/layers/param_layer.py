@@ -22,6 +22,7 @@ from qdq.distiller.ranges.modes import get_quantized_range
 from qdq.distiller.settings.layer_settings import LayerSettings
 from qdq.distiller.statistics.records import LayerStatistics
 from qdq.errors import ArgumentError
+from qdq.systems.arithmetic import require_values
 from qdq.systems.grid import Grid
 
 
@@ -42,7 +43,8 @@ class RangeLinearQuantParamLayerWrapper(QuantWeightWrapper):
         fp_bias: The float bias; it does not exist if there is none, or if the weight is float.
 
     Raises:
-        ArgumentError: Another kind of layer; or statistics, a weight or settings that give no range.
+        ArgumentError: Another kind of layer, NaN or Inf in its parameters; or statistics, a weight or settings that
+            give no range.
     """
 
     accum_scale: torch.Tensor
@@ -64,6 +66,8 @@ class RangeLinearQuantParamLayerWrapper(QuantWeightWrapper):
                 f"{name or 'the layer'} is a {type(wrapped_module).__name__}, no convolution and no linear layer.",
                 "take RangeLinearFakeQuantWrapper.",
             )
+        for kind, parameter in wrapped_module.named_parameters(recurse=False):
+            require_values(parameter, f"{name or type(wrapped_module).__name__}, {kind}")
         super().__init__(
             wrapped_module,
             settings,

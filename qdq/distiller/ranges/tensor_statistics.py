@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from qdq.errors import ArgumentError
+from qdq.systems.arithmetic import require_values
 
 
 def get_tensor_min_max(
@@ -20,7 +21,8 @@ def get_tensor_min_max(
         per_dim: The last axis that stays.
 
     Raises:
-        ArgumentError: No such axis.
+        ArgumentError: No such axis, or NaN or Inf among the values.
+        NumberTypeError: Not a float tensor.
     """
     low, high = _flatten_after(values, per_dim).aminmax(dim=-1)
     return low, high
@@ -36,7 +38,8 @@ def get_tensor_avg_min_max(
         across_dim: As for `get_tensor_min_max`, whose results are averaged.
 
     Raises:
-        ArgumentError: No such axis.
+        ArgumentError: No such axis, or NaN or Inf among the values.
+        NumberTypeError: Not a float tensor.
     """
     low, high = get_tensor_min_max(values, across_dim)
     return low.mean(), high.mean()
@@ -50,7 +53,8 @@ def get_tensor_max_abs(values: torch.Tensor, per_dim: int | None = None) -> torc
         per_dim: As for `get_tensor_min_max`.
 
     Raises:
-        ArgumentError: No such axis.
+        ArgumentError: No such axis, or NaN or Inf among the values.
+        NumberTypeError: Not a float tensor.
     """
     low, high = get_tensor_min_max(values, per_dim)
     return torch.maximum(low.abs(), high.abs())
@@ -64,7 +68,8 @@ def get_tensor_avg_max_abs(values: torch.Tensor, across_dim: int | None = None) 
         across_dim: As there.
 
     Raises:
-        ArgumentError: No such axis.
+        ArgumentError: No such axis, or NaN or Inf among the values.
+        NumberTypeError: Not a float tensor.
     """
     low, high = get_tensor_avg_min_max(values, across_dim)
     return torch.maximum(low.abs(), high.abs())
@@ -81,7 +86,8 @@ def get_tensor_mean_n_stds_min_max(
         n_stds: Number of deviations, those of a sample, above 0.
 
     Raises:
-        ArgumentError: No such axis, or not above 0.
+        ArgumentError: No such axis, NaN or Inf among the values, or not above 0.
+        NumberTypeError: Not a float tensor.
     """
     require_n_stds(n_stds)
     rows = _flatten_after(values, dim)
@@ -102,7 +108,8 @@ def get_tensor_mean_n_stds_max_abs(
         n_stds: As there.
 
     Raises:
-        ArgumentError: No such axis, or not above 0.
+        ArgumentError: No such axis, NaN or Inf among the values, or not above 0.
+        NumberTypeError: Not a float tensor.
     """
     low, high = get_tensor_mean_n_stds_min_max(values, dim, n_stds)
     return torch.maximum(low.abs(), high.abs())
@@ -140,12 +147,10 @@ def _flatten_after(values: torch.Tensor, dim: int | None) -> torch.Tensor:
     """One row for each index of the axes 0 to dim.
 
     Raises:
-        ArgumentError: No such axis, or no values.
+        ArgumentError: No such axis, no values, or NaN or Inf among them.
+        NumberTypeError: Not a float tensor.
     """
-    if values.numel() == 0:
-        raise ArgumentError(
-            f"the tensor of shape {tuple(values.shape)} is empty.", "give at least one value."
-        )
+    require_values(values, "range of a tensor")
     if dim is None:
         return values.reshape(-1)
     if not 0 <= dim < values.dim():
