@@ -35,6 +35,13 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "files.layer_params_file": ("save_layer_quant_params",),
     "training.ncf_training": ("NCFQuantAwareTrainQuantizer",),
     "ranges.linear_params": ("LinearParams", "solve_params"),
+    "ranges.linear_functions": (
+        "approx_scale_as_mult_and_shift",
+        "get_scale_approximation_params",
+        "linear_dequantize",
+        "linear_quantize",
+        "linear_quantize_clamp",
+    ),
     "ranges.modes": ("LinearQuantMode", "ModePair", "get_quantized_range", "parse_mode"),
     "post_training.modularization": ("modularize",),
     "layers.modules": (

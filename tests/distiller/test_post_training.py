@@ -221,6 +221,10 @@ def test_clipping_is_the_inverse_of_scales(mode):
         ("conv1.output_zero_point", float("nan"), "finite"),
         ("conv1.output_scale", torch.ones(3), "shape"),
         ("conv1.output_clipping", -1.0, "at least 0"),
+        ("conv1.output_scale", None, "a NoneType"),
+        ("conv1.output_scale", "a", "a str"),
+        ("conv1.output_clipping", [None], "a list"),
+        (None, 1.0, "is no parameter"),
     ],
 )
 def test_parameters_that_cannot_be_set(name, value, text):

@@ -17,6 +17,7 @@ import torch
 from qdq.distiller.layers.weighted import QuantWeightWrapper
 from qdq.distiller.layers.wrapper import RangeLinearQuantWrapper
 from qdq.distiller.ranges.linear_params import LinearParams, solve_params
+from qdq.distiller.ranges.number_tensors import Numbers, read_numbers
 from qdq.errors import ArgumentError
 from qdq.text import list_names
 
@@ -92,7 +93,7 @@ def find_clipping(params: LinearParams) -> torch.Tensor:
 
 @torch.no_grad()
 def set_param(
-    layers: Mapping[str, RangeLinearQuantWrapper], name: str, value: torch.Tensor | float
+    layers: Mapping[str, RangeLinearQuantWrapper], name: str, value: Numbers
 ) -> RangeLinearQuantWrapper:
     """Set a scale, a zero point or a range.
 
@@ -106,9 +107,10 @@ def set_param(
 
     Raises:
         ArgumentError: An unknown name, a value that is not finite or has another shape, or a scale that is not above 0.
+        NumberTypeError: The value is no number.
     """
     known = list_params(layers)
-    layer_name, _, attribute = name.rpartition(".")
+    layer_name, _, attribute = str(name).rpartition(".")
     layer = layers.get(layer_name)
     tensors = [] if layer is None else list(_list_tensors(layer))
     for tensor in tensors:
@@ -128,9 +130,9 @@ def set_param(
     )
 
 
-def _read_value(name: str, value: torch.Tensor | float, shape: torch.Size) -> torch.Tensor:
+def _read_value(name: str, value: Numbers, shape: torch.Size) -> torch.Tensor:
     """A valid scale, zero point or range."""
-    numbers = torch.as_tensor(value, dtype=torch.float32)
+    numbers = read_numbers(value, name)
     if numbers.dim() and numbers.shape != shape:
         raise ArgumentError(
             f"{name} has the shape {list(shape)}, and the value {list(numbers.shape)}.",
@@ -144,7 +146,7 @@ def _read_value(name: str, value: torch.Tensor | float, shape: torch.Size) -> to
     return numbers
 
 
-def _solve_range(params: LinearParams, name: str, value: torch.Tensor | float) -> LinearParams:
+def _solve_range(params: LinearParams, name: str, value: Numbers) -> LinearParams:
     """Scale and zero point of a range."""
     former = find_clipping(params)
     ends = _read_value(name, value, former.shape).to(former.device)

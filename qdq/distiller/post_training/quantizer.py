@@ -22,6 +22,7 @@ from qdq.distiller.post_training.adjust import list_clipping, list_params, set_p
 from qdq.distiller.post_training.preparation import prepare_layers, require_float
 from qdq.distiller.ranges.clipping import ClipMode
 from qdq.distiller.ranges.modes import LinearQuantMode, ModePair
+from qdq.distiller.ranges.number_tensors import Numbers
 from qdq.distiller.settings.layer_settings import LayerSettings, update_settings
 from qdq.distiller.settings.names import is_wrapper
 from qdq.distiller.settings.overrides import Overrides, Resolution, resolve
@@ -165,7 +166,7 @@ class PostTrainLinearQuantizer:
         """Name -> range that gets codes: its largest absolute value, or both ends for an asymmetric mode."""
         return list_clipping(self.layers)
 
-    def set_linear_quant_param(self, name: str, value: torch.Tensor | float) -> None:
+    def set_linear_quant_param(self, name: str, value: Numbers) -> None:
         """Set a scale, a zero point or a range; what depends on it follows in the next forward.
 
         Args:
@@ -174,13 +175,14 @@ class PostTrainLinearQuantizer:
 
         Raises:
             ArgumentError: An unknown name or an invalid value.
+            NumberTypeError: The value is no number.
         """
         layer = set_param(self.layers, name, value)
         layer.force_readjust = True
         for reader in self._readers[name.rpartition(".")[0]]:
             self.layers[reader].force_readjust = True
 
-    def update_linear_quant_params(self, values: Mapping[str, torch.Tensor | float]) -> None:
+    def update_linear_quant_params(self, values: Mapping[str, Numbers]) -> None:
         """Set several of them, see `set_linear_quant_param`.
 
         Args:

@@ -12,8 +12,12 @@ table is used, which has these numbers to one or two digits.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
+
+from qdq.errors import ArgumentError
+from qdq.systems.settings import require_bits
 
 Distribution = Literal["laplace", "gauss"]
 
@@ -41,7 +45,18 @@ def find_clip_constant(
         distribution: What the values are spread like.
         num_bits: The width M, 0 to 32; Gauss has none for 0 bits in the table.
         half_range: Whether a ReLU follows.
+
+    Raises:
+        ArgumentError: Another distribution or width.
+        ArgumentTypeError: The width is no integer.
     """
+    known = get_args(Distribution)
+    if distribution not in known:
+        raise ArgumentError(
+            f"the distribution is {reprlib.repr(distribution)}; known are {', '.join(known)}.",
+            "give one of these.",
+        )
+    require_bits(num_bits, "find_clip_constant", least=0)
     table = _TABLES[distribution, half_range]
     constant = table[num_bits] if num_bits < len(table) else None
     return (

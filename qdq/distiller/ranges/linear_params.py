@@ -17,18 +17,15 @@ and its products are float64, and a product is rounded to float32 before it is r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 
 from qdq.distiller.ranges.modes import LinearQuantMode, get_quantized_range
+from qdq.distiller.ranges.number_tensors import Numbers, read_numbers
 from qdq.errors import ArgumentError
 from qdq.systems.affine import cast_like
 from qdq.systems.grid import Grid, name_width
 from qdq.systems.settings import require_bits
-
-Numbers: TypeAlias = torch.Tensor | float
-"""One number, or a tensor of them."""
 
 _LIMITS = torch.finfo(torch.float32)
 
@@ -113,8 +110,9 @@ def solve_params(low: Numbers, high: Numbers, num_bits: int, mode: LinearQuantMo
         The parameters, in the shape of the ends.
 
     Raises:
-        ArgumentError: A lower end above the upper one, an end that is not finite, or no such width.
-        ArgumentTypeError: The width is no integer.
+        ArgumentError: A lower end above the upper one, an end that is not finite, shapes that do not fit, or no such
+            width.
+        ArgumentTypeError: The width is no integer, or an end is no number.
     """
     require_bits(num_bits, "range-linear quantization", 2 if mode.is_restricted else 1)
     lower, upper = _order_ends(low, high)
@@ -133,15 +131,21 @@ def _order_ends(low: Numbers, high: Numbers) -> tuple[torch.Tensor, torch.Tensor
     """The ends of ranges that contain 0: of one type, on one device, broadcast.
 
     Raises:
-        ArgumentError: A lower end above the upper one, or an end that is not finite.
+        ArgumentError: A lower end above the upper one, an end that is not finite, or shapes that do not fit.
+        NumberTypeError: Ends that are no numbers.
     """
     device = low.device if isinstance(low, torch.Tensor) else getattr(high, "device", None)
     is_wide = getattr(low, "dtype", None) == torch.float64
     dtype = torch.float64 if is_wide else torch.float32
-    lower, upper = torch.broadcast_tensors(  # type: ignore[no-untyped-call]
-        torch.as_tensor(low, dtype=dtype, device=device).detach(),
-        torch.as_tensor(high, dtype=dtype, device=device).detach(),
-    )
+    lower = read_numbers(low, "min", dtype, device)
+    upper = read_numbers(high, "max", dtype, device)
+    try:
+        lower, upper = torch.broadcast_tensors(lower, upper)  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        raise ArgumentError(
+            f"min has the shape {list(lower.shape)}, and max {list(upper.shape)}.",
+            "give ends of the same shape, or one number.",
+        ) from None
     is_wrong = ~((lower <= upper) & lower.isfinite() & upper.isfinite())  # NaN is wrong, too
     if bool(is_wrong.any()):
         first = int(is_wrong.flatten().to(torch.uint8).argmax())

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from qdq.distiller.ranges.linear_params import Numbers, solve_params
+from qdq.distiller.ranges.linear_params import solve_params
 from qdq.distiller.ranges.modes import LinearQuantMode
+from qdq.distiller.ranges.number_tensors import Numbers, like_given, read_numbers
 from qdq.errors import ArgumentError
 
 
 def symmetric_linear_quantization_params(
     num_bits: int, saturation_val: Numbers, restrict_qrange: bool = False
-) -> tuple[Numbers, Numbers]:
+) -> tuple[torch.Tensor | float, torch.Tensor | float]:
     """Scale and zero point for the range from -saturation_val to saturation_val.
 
     Args:
@@ -20,21 +21,21 @@ def symmetric_linear_quantization_params(
         restrict_qrange: Whether the mode is SYMMETRIC_RESTRICTED, which has 2 bits or more.
 
     Returns:
-        Tensors of the shape of the argument, or floats for a number.
+        Tensors of the shape of the argument, or floats for one number.
 
     Raises:
         ArgumentError: A negative or non-finite saturation, or no such width.
-        ArgumentTypeError: The width is no integer.
+        ArgumentTypeError: The width is no integer, or the saturation is no number.
     """
     mode = LinearQuantMode.SYMMETRIC_RESTRICTED if restrict_qrange else LinearQuantMode.SYMMETRIC
-    saturation = torch.as_tensor(saturation_val)
+    saturation = read_numbers(saturation_val, "saturation_val")
     if bool((saturation < 0).any()):
         raise ArgumentError(
             f"saturation_val is {float(saturation.min())}; it must be at least 0.",
             "give the largest absolute value.",
         )
     params = solve_params(-saturation, saturation, num_bits, mode)
-    return _as_given(params.scale, saturation_val), _as_given(params.zero_point, saturation_val)
+    return like_given(params.scale, saturation_val), like_given(params.zero_point, saturation_val)
 
 
 def asymmetric_linear_quantization_params(
@@ -43,7 +44,7 @@ def asymmetric_linear_quantization_params(
     saturation_max: Numbers,
     integral_zero_point: bool = True,
     signed: bool = False,
-) -> tuple[Numbers, Numbers]:
+) -> tuple[torch.Tensor | float, torch.Tensor | float]:
     """Scale and zero point for a range, which is widened to contain 0.
 
     Args:
@@ -57,19 +58,14 @@ def asymmetric_linear_quantization_params(
         Tensors of the shape of the ends, or floats for two numbers.
 
     Raises:
-        ArgumentError: The lower end is above the upper one, an end is not finite, or no such width.
-        ArgumentTypeError: The width is no integer.
+        ArgumentError: The lower end is above the upper one, an end is not finite, shapes do not fit, or no such width.
+        ArgumentTypeError: The width is no integer, or an end is no number.
     """
     mode = LinearQuantMode.ASYMMETRIC_SIGNED if signed else LinearQuantMode.ASYMMETRIC_UNSIGNED
     params = solve_params(saturation_min, saturation_max, num_bits, mode)
     zero_point = params.zero_point
     if not integral_zero_point:
-        low = torch.as_tensor(saturation_min, device=params.scale.device).clamp(max=0)
+        low = read_numbers(saturation_min, "min", device=params.scale.device).clamp(max=0)
         zero_point = params.scale * low + (2 ** (num_bits - 1) if signed else 0)
-    sample = saturation_min if isinstance(saturation_min, torch.Tensor) else saturation_max
-    return _as_given(params.scale, sample), _as_given(zero_point, sample)
-
-
-def _as_given(tensor: torch.Tensor, sample: Numbers) -> Numbers:
-    """A tensor where a tensor was passed, a number where a number was."""
-    return tensor if isinstance(sample, torch.Tensor) else float(tensor)
+    ends = (saturation_min, saturation_max)
+    return like_given(params.scale, *ends), like_given(zero_point, *ends)

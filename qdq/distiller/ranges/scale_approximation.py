@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import torch
 
+from qdq.distiller.ranges.number_tensors import Numbers, read_numbers
 from qdq.errors import ArgumentError
 from qdq.systems.settings import require_bits
 
 
 def approximate_scale(
-    scale: torch.Tensor, num_bits: int, limit: bool = False
+    scale: Numbers, num_bits: int, limit: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The multiplier A and the shift k of scales.
 
@@ -28,10 +29,10 @@ def approximate_scale(
 
     Raises:
         ArgumentError: A scale that is not finite and above 0, or no such width.
-        ArgumentTypeError: The width is no integer.
+        ArgumentTypeError: The width is no integer, or a scale is no number.
     """
     require_bits(num_bits, "scale_approx_mult_bits")
-    wide = scale.detach().double()
+    wide = read_numbers(scale, "scale", torch.float64)
     if not bool((wide.isfinite() & (wide > 0)).all()):
         raise ArgumentError(
             f"a scale is {float(wide.min())}; all must be finite and above 0.",
