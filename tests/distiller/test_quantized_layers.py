@@ -406,6 +406,16 @@ def test_inputs_that_are_not_finite_are_refused(make, value):
         layer(values)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("make", [LAYERS[0], LAYERS[3]])
+def test_where_inputs_are_not_looked_at_they_become_nan(make, value, monkeypatch):
+    """As on a GPU: they never become codes."""
+    monkeypatch.setattr("qdq.systems.arithmetic._is_looked_at", lambda values: False)
+    output = make().eval()(torch.tensor([[0.1, value, 0.2], [0.1, 0.3, 0.2]]))
+    assert output[0].isnan().any()
+    assert output[1].isfinite().all()
+
+
 def test_a_layer_that_makes_infinite_values_is_named():
     layer = RangeLinearFakeQuantWrapper(nn.LogSoftmax(0), EIGHT, STATIC, name="log").eval()
     values = torch.tensor([-3e38, 3e38])

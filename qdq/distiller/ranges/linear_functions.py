@@ -132,14 +132,19 @@ def _read_params(
             f"scale is {scale}, and zero_point {zero_point}; both must be finite, and scale above 0.",
             "calibrate first.",
         )
-    try:
-        is_fitting = torch.broadcast_shapes(multiplier.shape, offset.shape, values.shape)
-    except RuntimeError:
-        is_fitting = None
-    if is_fitting != values.shape:
+    if not (_fits(multiplier, values) and _fits(offset, values)):
         raise ArgumentError(
             f"scale has the shape {list(multiplier.shape)}, zero_point {list(offset.shape)}, and the tensor "
             f"{list(values.shape)}.",
             "give one number, or a shape that broadcasts to the tensor.",
         )
     return multiplier, offset
+
+
+def _fits(numbers: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether numbers broadcast to the shape of the values."""
+    try:
+        numbers.expand(values.shape)
+    except RuntimeError:
+        return False
+    return True
