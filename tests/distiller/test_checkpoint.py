@@ -97,6 +97,30 @@ def test_numbers_that_no_layer_has_are_refused_with_the_layer(name, value):
     assert isinstance(error.value, QdqError)
 
 
+class ScaledNet(nn.Sequential):
+    """A network with a parameter whose name ends like that of a scale, and a mask."""
+
+    def __init__(self, value):
+        torch.manual_seed(0)
+        super().__init__(nn.Linear(4, 4))
+        self.layer_scale = nn.Parameter(torch.full((4,), value))
+        self.register_buffer("mask", torch.tensor([0.0, 0.0, 0.0, -float("inf")]))
+
+    def forward(self, values):
+        return (self[0](values) * self.layer_scale + self.mask).softmax(-1)
+
+
+def test_other_numbers_of_a_network_are_its_own():
+    values = torch.rand(2, 4)
+    params = {"save_fp_weights": False}
+    quantizer = PostTrainLinearQuantizer(ScaledNet(-1.0).eval(), **params)
+    quantizer.prepare_model(values)
+    metadata = QuantizerMetadata("PostTrainLinearQuantizer", params, values)
+    checkpoint = QuantizedCheckpoint(quantizer.model.state_dict(), metadata)
+    rebuilt = rebuild_model(ScaledNet(1.0).eval(), checkpoint)
+    assert torch.equal(rebuilt(values), quantizer.model(values))
+
+
 def test_the_keys_of_a_checkpoint_and_no_code(tmp_path):
     path = save_checkpoint(tmp_path / "a.pth.tar", quantize()[1])
     content = torch.load(path, weights_only=True)

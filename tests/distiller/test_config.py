@@ -15,7 +15,8 @@ from qdq.distiller.files.config import read_post_training, read_quantizers, read
 from qdq.distiller.files.quantizer_classes import CLASSES, find_class, list_keys
 from qdq.distiller.ranges.clipping import ClipMode
 from qdq.distiller.ranges.modes import LinearQuantMode, ModePair
-from qdq.errors import QdqError
+from qdq.distiller.settings.values import read_value
+from qdq.errors import ArgumentError, QdqError
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CASES = json.loads((GOLDEN / "distiller_yaml.json").read_text())["cases"]
@@ -44,6 +45,15 @@ def write(folder, content):
 
 def as_text(default):
     return default.name if isinstance(default, enum.Enum) else default
+
+
+@pytest.mark.parametrize("key", ["clip_n_stds", "ema_decay", "act_clip_decay", "act_clip_init_val"])
+def test_numbers_without_a_point_are_numbers(key):
+    """YAML 1.1 has 2e-1 as text."""
+    assert read_value(key, yaml.safe_load("2e-1"), "here") == 0.2
+    for value in ("2e-1x", True, "nan", "inf", [0.2]):
+        with pytest.raises(ArgumentError, match=f"^here: {key} is "):
+            read_value(key, value, "here")
 
 
 def read_keys(case):

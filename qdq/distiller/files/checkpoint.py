@@ -24,6 +24,7 @@ from qdq.weights import is_state_dict, load_plain
 FILE = "quantized_checkpoint.pth.tar"
 _FIX = f"give a {FILE} that compress_classifier has written."
 _SHOWN = 3
+_SCALES = ("output_scale", "w_scale", "accum_scale", "weight_scale", "bias_scale")
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def _require_finite(present: Mapping[str, torch.Tensor], saved: Mapping[str, tor
     for name, tensor in saved.items():
         if tensor.is_floating_point() and bool(present[name].isfinite().all()):
             is_wrong = ~tensor.isfinite()
-            if name.endswith("_scale"):
+            if name.rpartition(".")[2] in _SCALES:
                 is_wrong |= tensor <= 0
             if bool(is_wrong.any()):
                 flaws.append(f"{printable(name)} has {float(tensor[is_wrong][0])}")
