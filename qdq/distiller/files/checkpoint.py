@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from qdq.distiller.files.checkpoint_tensors import require_finite, require_same
 from qdq.distiller.files.plain import to_plain
 from qdq.distiller.files.quantizer_classes import build_quantizer, takes_optimizer
-from qdq.errors import ArgumentError, DataError, ModelError
+from qdq.errors import DataError
 from qdq.files import as_path, guard_files, write_atomic
-from qdq.text import list_names, printable
+from qdq.text import printable
 from qdq.weights import is_state_dict, load_plain
 
 FILE = "quantized_checkpoint.pth.tar"
 _FIX = f"give a {FILE} that compress_classifier has written."
-_SHOWN = 3
-_SCALES = ("output_scale", "w_scale", "accum_scale", "weight_scale", "bias_scale")
 
 
 @dataclass(frozen=True)
@@ -153,52 +152,7 @@ def rebuild_model(model: nn.Module, checkpoint: QuantizedCheckpoint) -> nn.Modul
     quantizer = build_quantizer(metadata.type, model, metadata.params, place, **objects)
     quantizer.prepare_model(metadata.dummy_input)
     quantized: nn.Module = quantizer.model
-    _require_same(quantized.state_dict(), checkpoint.state_dict)
-    _require_finite(quantized.state_dict(), checkpoint.state_dict)
+    require_same(quantized.state_dict(), checkpoint.state_dict)
+    require_finite(quantized.state_dict(), checkpoint.state_dict)
     quantized.load_state_dict(dict(checkpoint.state_dict))
     return quantized
-
-
-def _require_same(present: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
-    """Refuse tensors that differ from those of the model in names or shapes.
-
-    Raises:
-        ModelError: The message names the first of them.
-    """
-    flaws = []
-    for name in dict.fromkeys([*present, *saved]):
-        shape, saved_shape = _describe_shape(present.get(name)), _describe_shape(saved.get(name))
-        if shape != saved_shape:
-            flaws.append(
-                f"{printable(name)} is {saved_shape} in the checkpoint, {shape} in the model"
-            )
-    if flaws:
-        raise ModelError(
-            f"the checkpoint is of another network: {list_names(flaws, _SHOWN, '; ')}.",
-            "build the float model as it was before it was quantized.",
-        )
-
-
-def _require_finite(present: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
-    """Refuse tensors with NaN or Inf where those of the model are finite, such as masks, and scales of 0 or below.
-
-    Raises:
-        ArgumentError: The message names the first of them.
-    """
-    flaws = []
-    for name, tensor in saved.items():
-        if tensor.is_floating_point() and bool(present[name].isfinite().all()):
-            is_wrong = ~tensor.isfinite()
-            if name.rpartition(".")[2] in _SCALES:
-                is_wrong |= tensor <= 0
-            if bool(is_wrong.any()):
-                flaws.append(f"{printable(name)} has {float(tensor[is_wrong][0])}")
-    if flaws:
-        raise ArgumentError(
-            f"the checkpoint has numbers that no layer has: {list_names(flaws, _SHOWN, '; ')}.",
-            "write it again, from a model whose weights and ranges are finite.",
-        )
-
-
-def _describe_shape(tensor: torch.Tensor | None) -> str:
-    return "absent" if tensor is None else str(list(tensor.shape))
