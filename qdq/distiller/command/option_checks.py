@@ -91,11 +91,19 @@ def check_action(options: Options) -> None:
 
 
 def check_training(training: TrainingOptions) -> None:
-    """Log options of a teacher that is not there.
+    """Refuse a teacher that does not count, and log options of one that is not there.
 
     Args:
         training: The options.
+
+    Raises:
+        ArgumentError: There is such a teacher.
     """
+    if training.kd_teacher is not None and training.kd_distill_wt == 0:
+        raise ArgumentError(
+            "--kd-distill-wt (--kd-dw) is 0, so that the teacher of --kd-teacher does not count.",
+            "pass a number above 0, or leave out --kd-teacher.",
+        )
     if training.kd_teacher is None:
         ignored = [name for name in list_changed(training) if name.startswith("kd_")]
         log_ignored(ignored, "--kd-teacher is not given")
@@ -155,6 +163,15 @@ def _check_fit(quantize: QuantizeOptions, export_convert: bool) -> None:
         raise ArgumentError(
             "--export-onnx needs constant scales, and --qe-dynamic has others in each batch.",
             "pass --qe-calibration 0.05 in its place.",
+        )
+    unfit = [name for name in ("qe_bits_acts", "qe_bits_wts") if getattr(quantize, name) > 8]
+    if quantize.qe_bits_accum != 32:
+        unfit.append("qe_bits_accum")
+    if unfit:
+        bits = getattr(quantize, unfit[0])
+        raise ArgumentError(
+            f"{flag_of(unfit[0])} is {bits}; TensorRT int8 has codes of 8 bits and sums of 32.",
+            f"leave out {flag_of(unfit[0])}, or --export-onnx.",
         )
     for name in ("qe_mode_acts", "qe_mode_wts"):
         mode = getattr(quantize, name) or quantize.qe_mode

@@ -53,6 +53,6 @@ class Options:
             check_quantizer(self.quantize)
         else:
             check_without_quantizer(self)
-        check_search(self.search)
+        check_search(self.search, self.quantize)
         check_training(self.training)
         check_export(self)

@@ -7,14 +7,21 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
-from cyclopts.types import NonNegativeInt, PositiveFloat, PositiveInt
+from cyclopts.types import PositiveFloat, PositiveInt
+from cyclopts.validators import Number
 
 from qdq.distiller.search.search_options import LapqOptions
+from qdq.systems.settings import FLOAT_BITS
 
 ModeName = Literal["sym", "sym_restr", "asym_s", "asym_u"]
 ClipName = Literal["none", "avg", "n_std", "gauss", "laplace"]
 InitName = Literal["NONE", "AVG", "LAPLACE", "GAUSS", "L1", "L2", "L3"]
 MethodName = Literal["Powell", "Nelder-Mead", "COBYLA", "COBYQA"]
+
+# The widths that codes, sums and multipliers can have.
+CodeBits = Annotated[int, Parameter(validator=Number(gte=0, lte=FLOAT_BITS))]
+SumBits = Annotated[int, Parameter(validator=Number(gte=2, lte=FLOAT_BITS))]
+MultiplierBits = Annotated[int, Parameter(validator=Number(gte=1, lte=FLOAT_BITS))]
 
 MODES: dict[str, str] = {
     "sym": "SYMMETRIC",
@@ -58,15 +65,15 @@ class QuantizeOptions:
     qe_mode: Annotated[ModeName, Parameter(alias="--qem")] = "sym"
     qe_mode_acts: Annotated[ModeName | None, Parameter(alias="--qema")] = None
     qe_mode_wts: Annotated[ModeName | None, Parameter(alias="--qemw")] = None
-    qe_bits_acts: Annotated[NonNegativeInt, Parameter(alias="--qeba")] = 8
-    qe_bits_wts: Annotated[NonNegativeInt, Parameter(alias="--qebw")] = 8
-    qe_bits_accum: PositiveInt = 32
+    qe_bits_acts: Annotated[CodeBits, Parameter(alias="--qeba")] = 8
+    qe_bits_wts: Annotated[CodeBits, Parameter(alias="--qebw")] = 8
+    qe_bits_accum: SumBits = 32
     qe_clip_acts: Annotated[ClipName, Parameter(alias="--qeca")] = "none"
     qe_clip_n_stds: PositiveFloat | None = None
     qe_no_clip_layers: Annotated[tuple[str, ...], Parameter(alias="--qencl")] = ()
     qe_no_quant_layers: Annotated[tuple[str, ...], Parameter(alias="--qenql")] = ()
     qe_per_channel: Annotated[bool, Parameter(alias="--qepc")] = False
-    qe_scale_approx_bits: Annotated[PositiveInt | None, Parameter(alias="--qesab")] = None
+    qe_scale_approx_bits: Annotated[MultiplierBits | None, Parameter(alias="--qesab")] = None
     qe_save_fp_weights: bool = False
     qe_convert_pytorch: Annotated[bool, Parameter(alias="--qept")] = False
     qe_pytorch_backend: Literal["fbgemm", "qnnpack"] = "fbgemm"

@@ -12,6 +12,12 @@ SOURCES = ("qe_stats_file", "qe_dynamic", "qe_calibration", "qe_config_file")
 # They say what to do, not how the quantizer is made.
 _ACTIONS = ("quantize_eval", "qe_convert_pytorch", "qe_pytorch_backend", *SOURCES)
 
+_REPLACED = {
+    "qe_convert_pytorch": "the model of the search is evaluated, not the int8 modules of torch",
+    "qe_dynamic": "the search needs constant ranges",
+}
+"""Options that a search does not go with, and why."""
+
 
 def check_sources(quantize: QuantizeOptions) -> None:
     """Refuse two sources of ranges.
@@ -72,11 +78,36 @@ def _check_convert(quantize: QuantizeOptions) -> None:
             )
 
 
-def check_search(search: SearchOptions) -> None:
-    """Log options of a search that is not done.
+def check_search(search: SearchOptions, quantize: QuantizeOptions) -> None:
+    """Refuse settings that the search replaces or cannot have, and log options of a search that is not done.
 
     Args:
-        search: The options.
+        search: The options of the search.
+        quantize: Those of the quantizer.
+
+    Raises:
+        ArgumentError: There are such settings.
     """
     if not search.qe_lapq:
         log_ignored(list_changed(search), "--qe-lapq is not given")
+        return
+    for name, reason in _REPLACED.items():
+        if name in list_changed(quantize):
+            raise ArgumentError(
+                f"--qe-lapq and {flag_of(name)} exclude each other: {reason}.",
+                "leave out one of them.",
+            )
+    if quantize.qe_config_file is not None:  # the search itself looks at its settings
+        return
+    if quantize.qe_clip_acts != "none":
+        raise ArgumentError(
+            f"--qe-lapq searches ranges itself, and --qe-clip-acts is {quantize.qe_clip_acts}.",
+            "leave out --qe-clip-acts; --lapq-init-mode says where the search begins.",
+        )
+    for name in ("qe_mode_acts", "qe_mode_wts"):
+        mode = getattr(quantize, name) or quantize.qe_mode
+        if mode.startswith("asym") and not search.lapq_search_clipping:
+            raise ArgumentError(
+                f"--qe-lapq searches scales, and {flag_of(name)} is {mode}, whose zero points depend on them.",
+                "add --lapq-search-clipping, or take a symmetric mode.",
+            )
