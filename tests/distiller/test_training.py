@@ -235,6 +235,37 @@ def test_layers_that_training_does_not_quantize_are_listed():
     assert "does not quantize a ConvTranspose2d" in quantizer.left_float.format_table()
 
 
+class Activations(nn.Module):
+    """Activations of which training takes the first alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.first, self.act, self.gate = nn.ReLU(), nn.Hardswish(), nn.GELU()
+
+    def forward(self, images):
+        return torch.relu(self.gate(self.act(self.first(self.conv(images)))))
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_activations_that_stay_float_are_listed_and_logged(kind, caplog):
+    quantizer = make_quantizer(kind, Activations())
+    quantizer.prepare_model(IMAGES)
+    found = {entry.name: entry.kind for entry in quantizer.left_float.entries}
+    assert found == {"act": "Hardswish", "gate": "GELU", "relu": "relu"}
+    logged = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert any("Hardswish (act): training quantizes the outputs of ReLU" in line for line in logged)
+    assert any("1 relu (relu): a function call" in line for line in logged)
+
+
+def test_without_a_dummy_input_modules_alone_are_listed():
+    quantizer = make_quantizer(DorefaQuantizer, Activations(), bits_activations=None)
+    quantizer.prepare_model()
+    reasons = {entry.name: entry.reason for entry in quantizer.left_float.entries}
+    assert reasons.keys() == {"first", "act", "gate"}
+    assert reasons["first"] == "its output has no bits"
+
+
 def test_a_shared_relu_shares_its_quantizer():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
     net.append(net[1])

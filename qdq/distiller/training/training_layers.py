@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,8 @@ from torch.nn.modules.conv import _ConvNd
 from qdq.distiller.post_training.preparation import require_float
 from qdq.distiller.settings.layer_settings import LayerSettings
 from qdq.errors import StateError, UnsupportedError
+from qdq.forward import trace_forward
+from qdq.functions import ACTIVATIONS
 from qdq.systems.layer import SystemLayer, is_layer
 from qdq.systems.quantizer import SystemQuantizer
 from qdq.systems.settings import FLOAT_BITS
@@ -18,6 +21,8 @@ from qdq.systems.unquantized import Unquantized
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6)
 _WEIGHTED = (_ConvNd, nn.Linear, nn.Embedding)
+_OTHER_ACTIVATION = "training quantizes the outputs of ReLU and ReLU6 alone"
+_FUNCTION_CALL = "a function call; torch.nn.ReLU or modularize make modules of it"
 _REPLICAS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -98,6 +103,38 @@ def choose_activations(
         if type(module) in _ACTIVATIONS and not is_float(settings[name].bits_activations):
             activations[name] = module
     return activations
+
+
+def list_float_activations(
+    model: nn.Module, quantized: Mapping[str, nn.Module], dummy_input: Any
+) -> list[Unquantized]:
+    """The activations whose output stays float, with the reasons: modules, then calls in a forward.
+
+    Args:
+        model: The float model.
+        quantized: From `choose_activations`.
+        dummy_input: A batch, on which calls are found; None: modules alone are listed.
+    """
+    entries = []
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if _is_activation(module) and name not in quantized:
+            kind = type(module).__name__
+            is_taken = type(module) in _ACTIVATIONS
+            reason = "its output has no bits" if is_taken else _OTHER_ACTIVATION
+            entries.append(Unquantized(name, kind, reason))
+    operations = [] if dummy_input is None else trace_forward(model, dummy_input).operations
+    for operation in operations:
+        is_call = not _is_activation(modules[operation.module])
+        if is_call and operation.function in ACTIVATIONS:
+            entries.append(Unquantized(operation.name, operation.function, _FUNCTION_CALL))
+    return entries
+
+
+def _is_activation(module: nn.Module) -> bool:
+    """Whether a module is an activation of torch, or of a class that is derived from one."""
+    kinds = {kind.__module__ for kind in type(module).__mro__}
+    return nn.modules.activation.__name__ in kinds and next(module.children(), None) is None
 
 
 def replace_everywhere(model: nn.Module, module: nn.Module, replacement: nn.Module) -> None:

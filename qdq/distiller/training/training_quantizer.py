@@ -20,6 +20,7 @@ from qdq.distiller.training.training_layers import (
     FakeQuantizationWrapper,
     choose_activations,
     choose_layers,
+    list_float_activations,
     replace_everywhere,
     require_untouched,
 )
@@ -59,7 +60,7 @@ class TrainingQuantizer(ABC):
         model: The model.
         optimizer: Of the parameters of the model.
         resolution: The settings of all layers, and the overrides that apply to none; None before `prepare_model`.
-        left_float: The layers that stay float, with the reasons, after `prepare_model`.
+        left_float: The layers and activations that stay float, with the reasons, after `prepare_model`.
 
     Raises:
         ArgumentError: No optimizer, or an invalid value.
@@ -103,7 +104,8 @@ class TrainingQuantizer(ABC):
         """Quantize the model in place.
 
         Args:
-            dummy_input: A batch, as the model is called with, for schemes that fold BatchNorm.
+            dummy_input: A batch, as the model is called with, for schemes that fold BatchNorm. Without it, calls of
+                functions that stay float are not listed.
 
         Raises:
             ArgumentError: Nothing would be quantized, or an override has an invalid value.
@@ -120,6 +122,7 @@ class TrainingQuantizer(ABC):
                 f"{type(self).__name__} quantizes nothing: no layer or ReLU has fewer than {FLOAT_BITS} bits.",
                 "set bits_weights and bits_activations.",
             )
+        entries += list_float_activations(self.model, activations, dummy_input)
         for name, layer in layers.items():
             systems = self._make_systems(name, layer, settings[name])
             convert_layer(layer, systems.weight, None, systems.bias).train(layer.training)
@@ -131,7 +134,7 @@ class TrainingQuantizer(ABC):
         self.left_float = UnquantizedReport(tuple(entries), "")
         if entries:
             for line in self.left_float.format_table().splitlines():  # a record is one line
-                logger.info("%s", line)
+                logger.warning("%s", line)
 
     @abstractmethod
     def _make_systems(self, name: str, layer: Any, settings: LayerSettings) -> ParameterSystems:
