@@ -175,7 +175,9 @@ def _grid_of_weight(layer: Any) -> Grid | None:
     if system is not None:
         return describe_or_refuse(system, weight)
     assert grid is not None  # noqa: S101
-    if not _has_values_of(grid, weight):  # after training, or with other weights loaded
+    if not grid.obstacle and not _has_values_of(
+        grid, weight
+    ):  # after training, or with other weights loaded
         return replace(grid, obstacle="have other values than when they were quantized")
     return grid
 

@@ -338,3 +338,13 @@ def test_layers_with_children_are_exported(tmp_path):
     assert [(layer.name, layer.precision) for layer in transfer.layers] == [("conv", "int8")]
     exported = export(quantizer.model, tmp_path / "padded.onnx")
     assert snr_db(emulated, exported) > 35
+
+
+def test_wide_codes_are_refused_by_their_width():
+    model = Chain().eval()
+    quantizer = PostTrainLinearQuantizer(
+        model, 16, 16, model_activation_stats=collect_quant_stats(model, [IMAGES])
+    )
+    quantizer.prepare_model(IMAGES)
+    with pytest.raises(ExportError, match="conv1: range-linear SYMMETRIC weights: 16 bits"):
+        to_tensorrt(model)

@@ -518,3 +518,36 @@ def test_a_layer_alone():
     quantizer = PostTrainLinearQuantizer(nn.Linear(10, 4).eval())
     with pytest.raises(ArgumentError, match="no layers inside"):
         quantizer.prepare_model(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("bits", "bits_accum", "is_clamped"), [(8, 32, False), (16, 32, True), (8, 16, True)]
+)
+def test_sums_beyond_the_accumulator_are_named(bits, bits_accum, is_clamped, caplog):
+    """The largest sum follows from the float model, in float64: |w x| times both scales."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 40, bias=False), nn.Tanh())
+    weight = model[0].weight.detach().double()
+    highest = (2**bits - 1) / 2
+    scales = highest**2 / (weight.abs().max() * ROWS.double().abs().max())
+    largest = float((ROWS.double() @ weight.T).abs().max() * scales)
+    quantizer = PostTrainLinearQuantizer(
+        model, bits, bits, bits_accum, model_activation_stats=collect_quant_stats(model, [ROWS])
+    )
+    quantizer.prepare_model(ROWS)
+    lines = [record.message for record in caplog.records if "accumulator" in record.message]
+    assert (largest >= 2 ** (bits_accum - 1)) == is_clamped == bool(lines)
+    for line in lines:
+        assert f"the accumulator of {bits_accum} bits" in line and f"0 ({largest:.3g})" in line
+
+
+def test_a_bias_beyond_the_accumulator_is_named(caplog):
+    """A channel of tiny weights has a large scale, and its bias no code of 32 bits."""
+    model = nn.Sequential(nn.Linear(10, 2), nn.Tanh())
+    with torch.no_grad():
+        model[0].weight[1] *= 1e-9
+        model[0].bias[:] = 1
+    statistics = collect_quant_stats(model, [ROWS])
+    options = {"model_activation_stats": statistics, "per_channel_wts": True}
+    PostTrainLinearQuantizer(model, **options).prepare_model(ROWS)
+    assert any("accumulator of 32 bits" in record.message for record in caplog.records)

@@ -114,6 +114,7 @@ class RangeLinearQuantParamLayerWrapper(QuantWeightWrapper):
             bias = (bias.float() * scale.flatten()).round().clamp(lowest, highest)
             self.wrapped_module.bias.copy_(bias)
         weight = self.wrapped_module.weight + params.zero_point
+        self._most_input = received.most
         dtype = choose_type(self._find_largest_sum(weight), received.most, params.num_bits)
         sums = self._run(received.integers.to(dtype), weight.to(dtype), bias)
         return Integers(sums.clamp_(lowest, highest), scale)
@@ -135,6 +136,15 @@ class RangeLinearQuantParamLayerWrapper(QuantWeightWrapper):
             sums = outputs_first.double().abs().flatten(1).sum(1)
             self._largest_sum = float(sums.max())
         return self._largest_sum
+
+    def find_bound(self) -> float:
+        """A bound of its absolute sums without the bias, by the codes that its last input can have."""
+        params = self.weight_params
+        assert params is not None  # noqa: S101  # a float weight gives no sums of integers
+        return (
+            self._find_largest_sum(self.wrapped_module.weight + params.zero_point)
+            * self._most_input
+        )
 
     @property
     def _is_transposed(self) -> bool:

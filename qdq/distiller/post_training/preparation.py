@@ -20,6 +20,7 @@ from qdq.distiller.layers.wrapper import RangeLinearQuantWrapper
 from qdq.distiller.layers.wrapping import choose_wrapper, rounds_output
 from qdq.distiller.post_training.float_report import list_float, warn_of_effects
 from qdq.distiller.post_training.fusion import cut_ranges, find_outputs, fold_batchnorms
+from qdq.distiller.post_training.saturation import warn_of_saturation
 from qdq.distiller.settings.layer_settings import LayerSettings
 from qdq.distiller.settings.names import find_layers, plain_names
 from qdq.distiller.statistics.records import ModelStatistics
@@ -92,6 +93,8 @@ def prepare_layers(
                 layers[name] = wrapper
                 effective[name] = wrapper.settings
         _run_once(model, dummy_input, layers)
+    if statistics is not None:
+        warn_of_saturation(layers, statistics)
     left_float = list_float(planned, trace)
     warn_of_effects(left_float, planned, cuts)
     readers = _find_readers(trace, layers)
