@@ -21,7 +21,7 @@ from qdq.distiller import (
     RangeLinearQuantParamLayerWrapper,
     collect_quant_stats,
 )
-from qdq.errors import ArgumentError, QdqError, StateError
+from qdq.errors import ArgumentError, ArgumentTypeError, QdqError, StateError
 
 ROWS = torch.randn(16, 10, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(8, 3, 10, 10, generator=torch.Generator().manual_seed(1))
@@ -551,3 +551,44 @@ def test_a_bias_beyond_the_accumulator_is_named(caplog):
     options = {"model_activation_stats": statistics, "per_channel_wts": True}
     PostTrainLinearQuantizer(model, **options).prepare_model(ROWS)
     assert any("accumulator of 32 bits" in record.message for record in caplog.records)
+
+
+class Keywords(nn.Module):
+    """Layers that get their inputs by name."""
+
+    def __init__(self, by_name):
+        super().__init__()
+        self.first, self.relu, self.last = nn.Linear(10, 12), nn.ReLU(), nn.Linear(12, 4)
+        self.shape = nn.Tanh()
+        self.by_name = by_name
+
+    def forward(self, x):
+        if not self.by_name:
+            return self.shape(self.last(self.relu(self.first(x))))
+        return self.shape(input=self.last(input=self.relu(input=self.first(input=x))))
+
+
+@pytest.mark.parametrize("is_static", [True, False])
+def test_layers_that_are_called_by_name_are_quantized_as_by_position(is_static):
+    outputs = []
+    for by_name in (False, True):
+        torch.manual_seed(0)
+        model = Keywords(by_name)
+        statistics = collect_quant_stats(model, [ROWS]) if is_static else None
+        quantizer = PostTrainLinearQuantizer(model, model_activation_stats=statistics)
+        quantizer.prepare_model(ROWS)
+        outputs.append(model.eval()(ROWS))
+        if is_static:
+            assert {name: list(record.inputs) for name, record in statistics.items()} == {
+                name: [0] for name in ("first", "relu", "last", "shape")
+            }
+    assert torch.equal(*outputs)
+
+
+def test_an_unknown_keyword_is_refused_with_the_name_of_the_layer():
+    model = Keywords(by_name=False)
+    statistics = collect_quant_stats(model, [ROWS])
+    PostTrainLinearQuantizer(model, model_activation_stats=statistics).prepare_model(ROWS)
+    model.eval()
+    with pytest.raises(ArgumentTypeError, match="first, a Linear, is called with other arguments"):
+        model.first(e=ROWS)

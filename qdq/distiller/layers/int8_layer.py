@@ -19,6 +19,7 @@ from qdq.distiller.layers.input_params import find_input_params
 from qdq.distiller.layers.metadata import attach
 from qdq.distiller.layers.param_layer import RangeLinearQuantParamLayerWrapper
 from qdq.distiller.ranges.linear_params import LinearParams
+from qdq.distiller.settings.positions import as_positional
 from qdq.forward import name_function
 from qdq.functions import WEIGHTED
 from qdq.systems.affine import cast_like
@@ -44,9 +45,10 @@ class Int8Layer(nn.Module):
         self._packed: dict[str, Any] = {}
 
     @torch.no_grad()
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
+    def forward(self, *inputs: torch.Tensor, **keywords: torch.Tensor) -> torch.Tensor:
         """The output on the grid of the layer."""
         layer = self.layer
+        (values,), _ = as_positional(layer.wrapped_module, layer.label, inputs, keywords)
         params = find_input_params(layer, 0, values).params
         with _Int8Calls(self, params):
             output = layer.wrapped_module(params.fake_quantize(values))

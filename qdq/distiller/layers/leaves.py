@@ -16,6 +16,7 @@ from qdq.distiller.layers.weighted import QuantWeightWrapper
 from qdq.distiller.layers.wrapper import RangeLinearQuantWrapper
 from qdq.distiller.ranges.linear_params import LinearParams
 from qdq.distiller.settings.layer_settings import LayerSettings
+from qdq.distiller.settings.positions import as_positional
 from qdq.distiller.statistics.records import LayerStatistics
 from qdq.errors import ArgumentError
 from qdq.systems.arithmetic import require_batch, spoil_infinite
@@ -111,6 +112,7 @@ class RangeLinearFakeQuantWrapper(RangeLinearQuantWrapper):
             ArgumentError: Also, the layer makes NaN or Inf.
         """
         self.start_forward()
+        inputs, arguments = as_positional(self.wrapped_module, self.label, inputs, arguments)
         received = tuple(self._receive(index, value) for index, value in enumerate(inputs))
         output = run_in_type(self.wrapped_module, self.dtype, received, arguments)
         is_float = isinstance(output, torch.Tensor) and output.is_floating_point()
@@ -172,13 +174,13 @@ class RangeLinearEmbeddingWrapper(QuantWeightWrapper):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """The quantized rows of the table."""
         self.start_forward()
         params = self.weight_params
         if params is None:
-            return self.wrapped_module(*inputs)
-        output = params.dequantize(self.wrapped_module(*inputs))
+            return self.wrapped_module(*inputs, **keywords)
+        output = params.dequantize(self.wrapped_module(*inputs, **keywords))
         return attach(output, params, self)
 
     def float_reason(self) -> str:

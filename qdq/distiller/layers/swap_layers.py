@@ -43,8 +43,9 @@ _SEVERAL_INPUTS: dict[type[nn.Module], Any] = {
 class FusedActivation(SystemWrapper):
     """In the place of an activation that the layer before applies."""
 
-    def forward(self, values: Any) -> Any:
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """The input itself."""
+        (values,) = (*inputs, *keywords.values())
         return values
 
 

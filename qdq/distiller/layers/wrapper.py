@@ -24,8 +24,9 @@ from qdq.distiller.ranges.linear_params import LinearParams
 from qdq.distiller.ranges.scale_approximation import apply_approximation
 from qdq.distiller.settings.input_settings import InputSettings
 from qdq.distiller.settings.layer_settings import LayerSettings
+from qdq.distiller.settings.positions import as_positional
 from qdq.distiller.statistics.records import LayerStatistics
-from qdq.errors import StateError
+from qdq.errors import ArgumentTypeError, StateError
 from qdq.systems.arithmetic import narrow
 from qdq.systems.grid import Grid
 from qdq.systems.wrapper import SystemWrapper
@@ -111,13 +112,20 @@ class RangeLinearQuantWrapper(SystemWrapper):
         return LinearParams(self.output_scale, self.output_zero_point, bits, mode)
 
     @torch.no_grad()
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """The quantized output, with its scale and zero point.
 
         Raises:
+            ArgumentTypeError: Keywords that the float layer does not have, or an input that is no float tensor.
             StateError: In training mode; or an input has a scale and settings, too, or neither.
         """
         self.start_forward()
+        inputs, keywords = as_positional(self.wrapped_module, self.label, inputs, keywords)
+        if keywords:
+            raise ArgumentTypeError(
+                f"{self.label} is called with {', '.join(keywords)}, which is no input with a scale.",
+                "leave the layer in float: bits_activations: null, bits_weights: null.",
+            )
         if self.settings.bits_activations is None:
             return self.compute_float(*inputs)
         arrived = [receive_input(self, index, values) for index, values in enumerate(inputs)]

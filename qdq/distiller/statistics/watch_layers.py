@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from qdq.device import without_tf32
+from qdq.distiller.settings.positions import as_positional
 from qdq.errors import StateError
 from qdq.forward import evaluating
 from qdq.text import printable
@@ -67,8 +68,8 @@ def watching_layers(
         exits.callback(model.register_forward_pre_hook(lambda *_: begin()).remove)
         for name, layer in layers.items():
             watcher = _Watcher(name, observe)
-            exits.callback(layer.register_forward_pre_hook(watcher.enter).remove)
-            exits.callback(layer.register_forward_hook(watcher.leave).remove)
+            exits.callback(layer.register_forward_pre_hook(watcher.enter, with_kwargs=True).remove)
+            exits.callback(layer.register_forward_hook(watcher.leave, with_kwargs=True).remove)
         yield
 
 
@@ -93,14 +94,18 @@ class _Watcher:
         self._observe = observe
         self._versions: dict[int, int | None] = {}  # id of an input -> its version before the call
 
-    def enter(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def enter(self, layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Before a call."""
+        args, _ = as_positional(layer, self._name, args, keywords)
         self._versions = {id(value): _version_of(value) for value in args}
         for position, value in enumerate(args):
             self._show(position, value)
 
-    def leave(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def leave(
+        self, layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any
+    ) -> None:
         """After a call."""
+        args, _ = as_positional(layer, self._name, args, keywords)
         is_input = any(output is value for value in args)
         if is_input and not isinstance(layer, _PASSING):
             self._require_unchanged(layer, output)

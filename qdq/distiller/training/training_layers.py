@@ -39,9 +39,9 @@ class FakeQuantizationWrapper(nn.Module):
         self.wrapped_module = wrapped_module
         self.fake_q = fake_q
 
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
+    def forward(self, *inputs: torch.Tensor, **keywords: torch.Tensor) -> torch.Tensor:
         """The quantized output."""
-        quantized: torch.Tensor = self.fake_q(self.wrapped_module(values))
+        quantized: torch.Tensor = self.fake_q(self.wrapped_module(*inputs, **keywords))
         return quantized
 
 
