@@ -592,3 +592,35 @@ def test_an_unknown_keyword_is_refused_with_the_name_of_the_layer():
     model.eval()
     with pytest.raises(ArgumentTypeError, match="first, a Linear, is called with other arguments"):
         model.first(e=ROWS)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"conv1": {"input_overrides": {3: {"bits_activations": 4}}}}, "and no input 3"),
+        ({"relu1": {"bits_activations": 4}}, "the layer before applies this ReLU"),
+        ({"add": {"bits_weights": 4}}, "EltwiseAdd has no weight that is quantized"),
+        ({"conv2": {"bits_bias": 8}}, "bias have the 32 bits of the sums"),
+        ({"conv1": {"clip_half_range": False}}, "a ReLU follows"),
+        (
+            {"fc": {"fake": True, "input_overrides": {0: {"bits_activations": 4}}}},
+            "fc computes in float",
+        ),
+        ({"conv1": {"input_overrides": {0: {"bits_activations": 4}}}}, None),
+        ({"relu.*|conv2|add": {"bits_weights": 4, "bits_bias": 32}}, None),
+        ({"add": {"bits_weights": None, "bits_activations": None}}, None),
+    ],
+)
+def test_settings_of_overrides_without_effect_are_named(overrides, expected, caplog):
+    torch.manual_seed(0)
+    model = Residual().eval()
+    statistics = collect_quant_stats(model, [IMAGES])
+    quantizer = PostTrainLinearQuantizer(
+        model, overrides=OrderedDict(overrides), model_activation_stats=statistics
+    )
+    quantizer.prepare_model(IMAGES)
+    (pattern,) = overrides
+    lines = [line for line in caplog.messages if line.startswith(f"override '{pattern}'")]
+    assert len(lines) == (expected is not None)
+    for line in lines:
+        assert expected in line and "has no effect" in line

@@ -19,6 +19,7 @@ from qdq.distiller.command.log import LOADING_STATS
 from qdq.distiller.layers.swap_layers import WeightOptions
 from qdq.distiller.layers.wrapper import RangeLinearQuantWrapper
 from qdq.distiller.post_training.adjust import list_clipping, list_params, set_param
+from qdq.distiller.post_training.idle_overrides import warn_of_idle
 from qdq.distiller.post_training.preparation import prepare_layers, require_float
 from qdq.distiller.ranges.clipping import ClipMode
 from qdq.distiller.ranges.modes import LinearQuantMode, ModePair
@@ -150,6 +151,7 @@ class PostTrainLinearQuantizer:
             self.model_activation_stats,
             self.weight_options,
         )
+        warn_of_idle(self.overrides, resolution.origins, core)
         self.resolution = replace(resolution, settings=prepared.settings)
         self.model_activation_stats = prepared.statistics
         self.layers = prepared.layers

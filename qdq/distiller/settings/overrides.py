@@ -34,10 +34,12 @@ class Resolution:
         settings: Name without a wrapper's `module.` -> settings, for all modules below the model. `bits_weights` and
             `bits_bias` are None for a module without weights.
         unused: Pattern that applies to no layer -> the reason.
+        origins: Name of a layer -> the override that applies to it.
     """
 
     settings: dict[str, LayerSettings]
     unused: dict[str, str]
+    origins: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def resolve(
     modules = plain_names(model)
     entries = _read_entries(defaults, overrides, modules.keys(), allowed)
     settings = {}
-    applied = set()
+    origins = {}
     for name, module in modules.items():
         pattern = _choose(name, entries)
         if pattern is None:
@@ -80,15 +82,15 @@ def resolve(
         else:
             chosen = entries[pattern].settings
             if _is_layer(module):
-                applied.add(pattern)
+                origins[name] = pattern
         settings[name] = _fit(chosen, module)
     layers = [name for name, module in modules.items() if _is_layer(module)]
     unused = {}
     for pattern, entry in entries.items():
-        if pattern not in applied:
+        if pattern not in origins.values():
             unused[pattern] = _explain_unused(entry, layers)
             logger.warning("override %s %s", describe(pattern), unused[pattern])
-    return Resolution(settings, unused)
+    return Resolution(settings, unused, origins)
 
 
 def _read_entries(
