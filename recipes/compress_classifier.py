@@ -306,7 +306,6 @@ def quantize(
         scores = search(quantizer, example, sets, options)
         save_settings(quantizer, folder)
     else:
-        logger.info(log.PREPARING, type(quantizer).__name__)
         quantizer.prepare_model(example)
         save_settings(quantizer, folder)
         evaluated = quantizer.model
@@ -457,7 +456,7 @@ def export_engine(
     options: ExportOptions,
 ) -> int:
     """Export a quantized model to ONNX, check the file, and build an engine of it; 1 if there are findings."""
-    file = options.export_onnx
+    file = options.file
     assert file is not None  # noqa: S101  # the caller has asked
     backend = choose_builder(options, find_device(model))
     images = sets.test.subset(PARITY_IMAGES)
@@ -489,7 +488,7 @@ def export_engine(
 
 def check_files(options: Options, device: torch.device) -> None:
     """Refuse files that cannot be read, or would be lost, before any work."""
-    settings, training, file = options.quantize, options.training, options.export.export_onnx
+    settings, training, file = options.quantize, options.training, options.export.file
     inputs = [options.model.exp_load_weights_from, options.model.resume_from, training.kd_resume]
     inputs += [settings.qe_stats_file, settings.qe_config_file, training.compress]
     guard_files(inputs=inputs, outputs=[file])
@@ -566,7 +565,7 @@ def compress_classifier(
         else:
             evaluate(model, sets.test, options.images.print_freq)
 
-        if options.export.export_onnx is None:
+        if options.export.file is None:
             return 0
         return export_engine(model, example, sets, options.export)
 

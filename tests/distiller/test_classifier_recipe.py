@@ -194,9 +194,11 @@ def test_a_zero_point_is_converted_on_request(run):
 
 
 def test_what_int8_does_not_have_is_refused(run):
-    """What the options do not show, the export refuses; the checkpoint is there by then."""
+    """What the options do not show, the export refuses."""
+    _, folder = run("-e", "--qe", "--qeba", "9", "--qe-calibration", "1")
+    checkpoint = folder / "quantized_checkpoint.pth.tar"
     with pytest.raises(AssertionError, match="not for TensorRT int8") as error:
-        run(*["-e", "--qe", "--qeba", "9", "--qe-calibration", "1", "--export-onnx", "m.onnx"])
+        run("-e", "--resume-from", checkpoint, "--export-onnx", "m.onnx")
     assert "conv: range-linear SYMMETRIC inputs" in str(error.value)
     assert not Path("m.onnx").exists()
     assert list(Path("logs").glob("*/quantized_checkpoint.pth.tar"))
@@ -300,6 +302,7 @@ def test_lapq(run):
         "3",
     ]
     lines, folder = run(*arguments)
+    assert lines.count("Preparing model for quantization using PostTrainLinearQuantizer") == 1
     assert 'Using "Powell" minimization algorithm.' in lines
     assert len(top1(lines)) == 2  # before and after the search
     assert "Optimization done" in lines

@@ -156,7 +156,7 @@ REFUSED = {
     "-e --qe --qemw asym_s --export-onnx m.onnx": "--qe-mode-wts is asym_s",
     "-e --qe --qept --export-onnx m.onnx": "two ways to int8",
     "-e --qe --export-onnx m.onnx --sm 61": "61",
-    "-e --qe --export-onnx": "--export-onnx requires an argument",
+    "-e --qe --qeba 16 --export-onnx": "--qe-bits-acts is 16",
     "-e -n ../up": "it names a folder",
     "-e -a resnet19": "unknown model 'resnet19'",
     "-e -a squeezenet1_1 --pretrained": "the published weights of squeezenet1_1 are not on this",
@@ -215,6 +215,21 @@ def test_options_without_effect_are_named(run, arguments):
     code, errors = run(arguments)
     assert code == 2  # no such model, or no such file
     assert f"ignored, because {IGNORED[arguments]}\n" in errors
+
+
+def test_the_file_of_the_export_has_a_default_name():
+    """nargs '?' with the constant 'model.onnx'."""
+    (golden,) = [case for case in CLASSIFIER if "--export-onnx" in case["options"]]
+    app = cyclopts.App(result_action="return_value")
+    app.default(recipe.compress_classifier)
+    for arguments, file in (
+        (["-e", "--qe"], None),
+        (["--export-onnx", "-e"], ast.literal_eval(golden["const"])),
+        (["--export-onnx", "a.onnx", "-e"], "a.onnx"),
+    ):
+        _, bound, _ = app.parse_args(arguments)
+        options = bound.arguments.get("options")
+        assert options.export.file == (file and Path(file))
 
 
 def test_layers_are_lists_as_in_argparse(run):

@@ -624,3 +624,14 @@ def test_settings_of_overrides_without_effect_are_named(overrides, expected, cap
     assert len(lines) == (expected is not None)
     for line in lines:
         assert expected in line and "has no effect" in line
+
+
+def test_preparing_is_logged_for_users_of_the_class(caplog):
+    (golden,) = [
+        case["format"]
+        for case in read_cases("distiller_logs_files")
+        if case.get("format", "").startswith("Preparing model")
+    ]
+    with caplog.at_level(logging.INFO):
+        PostTrainLinearQuantizer(make_residual()).prepare_model(IMAGES)
+    assert caplog.messages.count(golden) == 1

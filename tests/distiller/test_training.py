@@ -1,6 +1,7 @@
 """The quantizers of training on whole models: what they change, what they refuse, what they export."""
 
 import copy
+import logging
 from collections import OrderedDict
 
 import onnxruntime
@@ -411,3 +412,12 @@ def test_a_converted_activation_keeps_its_relu(kind):
     with torch.no_grad():
         result = net(images)
     assert sqnr_db(expected.numpy(), result.numpy()) > 25
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_preparing_is_logged(kind, caplog):
+    quantizer = make_quantizer(kind)
+    with caplog.at_level(logging.INFO):
+        quantizer.prepare_model(IMAGES)
+    line = f"Preparing model for quantization using {kind.__name__}"
+    assert caplog.messages.count(line) == 1

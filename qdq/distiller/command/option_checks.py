@@ -140,7 +140,7 @@ def check_export(options: Options) -> None:
     Raises:
         ArgumentError: They are such options.
     """
-    if options.export.export_onnx is None:
+    if options.export.file is None:
         log_ignored(list_changed(options.export), "--export-onnx is not given")
         return
     quantize = options.quantize

@@ -109,11 +109,19 @@ class ExportOptions:
     """The way to an engine.
 
     Args:
-        export_onnx: Export the quantized model to this file, check it and build an engine of it.
+        export_onnx: Export the quantized model to this file, check it and build an engine of it. Without a name, the file
+            is model.onnx.
         export_convert: Also take what TensorRT int8 does not have, such as zero points; it gets new symmetric ranges.
         sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121. By default that of the device, on a CPU 89.
     """
 
-    export_onnx: Path | None = None
+    export_onnx: Annotated[bool | Path | None, Parameter(negative=())] = None
     export_convert: bool = False
     sm: int | None = None
+
+    @property
+    def file(self) -> Path | None:
+        """The file of the export; None if nothing is exported."""
+        if isinstance(self.export_onnx, Path):
+            return self.export_onnx
+        return Path("model.onnx") if self.export_onnx else None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qdq.distiller.command.log import LOADING_STATS
+from qdq.distiller.command.log import LOADING_STATS, PREPARING
 from qdq.distiller.layers.swap_layers import WeightOptions
 from qdq.distiller.layers.wrapper import RangeLinearQuantWrapper
 from qdq.distiller.post_training.adjust import list_clipping, list_params, set_param
@@ -141,6 +141,7 @@ class PostTrainLinearQuantizer:
             StateError: The model is quantized already.
         """
         require_float(self.model)
+        logger.info(PREPARING, type(self).__name__)
         core = unwrap_compiled(self.model)
         core = core.get_submodule("module") if is_wrapper(core) else core
         resolution = resolve(core, self.defaults, self.overrides)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qdq.device import find_device
+from qdq.distiller.command.log import PREPARING
 from qdq.distiller.settings.layer_settings import LayerSettings, update_settings
 from qdq.distiller.settings.overrides import Overrides, Resolution, resolve
 from qdq.distiller.training.training_layers import (
@@ -113,6 +114,7 @@ class TrainingQuantizer(ABC):
             StateError: It was called before.
         """
         require_untouched(self.model)
+        logger.info(PREPARING, type(self).__name__)
         resolution = resolve(self.model, self.defaults, self.overrides, LAYER_KEYS)
         settings = resolution.settings
         layers, entries = choose_layers(self.model, settings)
