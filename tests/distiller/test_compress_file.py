@@ -87,7 +87,20 @@ def test_a_scheduler_that_lowers_the_first_rate_does_so_when_it_starts(tmp_path)
     assert plan.find_rates(1.0, 6) == (1, 1, 0.5, 0.5, 1, 1)
 
 
+@pytest.mark.parametrize("milestones", [3, ["a"], [1.5], [0], [True], {"a": 1}])
+def test_milestones_that_are_no_epochs_are_refused(milestones, tmp_path):
+    entry = {"class": "MultiStepLR", "milestones": milestones}
+    with pytest.raises(ArgumentError, match=r"milestones is .*; expected a list of epochs"):
+        read_compress_file(write_rates(tmp_path, entry))
+
+
 FLAWS = [
+    (
+        "class: MultiStepLR",
+        "class: MultiStepMultiGammaLR",
+        ArgumentError,
+        r"write a MultiStepLR, with a policy, for each gamma",
+    ),
     ("class: DorefaQuantizer", "class: PruneQuantizer", ArgumentError, r"expected PostTrain.*WRPN"),
     (
         "class: DorefaQuantizer",
@@ -178,7 +191,6 @@ def test_a_network_has_one_quantizer(tmp_path):
     [
         {"class": "StepLR"},
         {"class": "StepLR", "step_size": 0},
-        {"class": "MultiStepLR", "milestones": 3},
         {"class": "ExponentialLR", "gamma": "many"},
         {"class": "ExponentialLR", "gamma": -1.0},
         {"class": "ExponentialLR", "gamma": 1e300},

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from qdq.distiller import PostTrainLinearQuantizer
 from qdq.distiller.statistics.collector import StatisticsCollector
 from qdq.distiller.statistics.statistics_file import plain_layer
 from qdq.distiller.statistics.two_passes import collect_quant_stats
-from qdq.errors import QdqError
+from qdq.errors import QdqError, StateError
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CASES = json.loads((GOLDEN / "distiller_statistics.json").read_text())["cases"]
@@ -301,3 +302,12 @@ def test_a_gpu_is_waited_for_once_a_pass(gpu):
     waits = [event for event in events if event.waits]
     assert len(waits) == 2, waits
     assert_residual(statistics, expected)
+
+
+def test_a_quantized_model_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    batch = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    statistics = collect_quant_stats(model, [batch])
+    PostTrainLinearQuantizer(model, model_activation_stats=statistics).prepare_model(batch)
+    with pytest.raises(StateError, match="the model is quantized: 0 is a RangeLinearQuantParam"):
+        collect_quant_stats(model, [batch])

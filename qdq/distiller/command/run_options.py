@@ -109,8 +109,8 @@ class ExportOptions:
     """The way to an engine.
 
     Args:
-        export_onnx: Export the quantized model to this file, check it and build an engine of it. Without a name, the file
-            is model.onnx.
+        export_onnx: Export the quantized model to this file, check it and build an engine of it. Without a name, the
+            file is model.onnx.
         export_convert: Also take what TensorRT int8 does not have, such as zero points; it gets new symmetric ranges.
         sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121. By default that of the device, on a CPU 89.
     """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qdq.distiller.layers.wrapper import RangeLinearQuantWrapper
 
 _DYNAMIC = "have a range of their own in each batch (dynamic)"
-_SEVERAL = "come from several layers, with scales of their own"
+_SEVERAL = "come from several layers, with scales of their own: give each call a copy of the layer, and quantize again"
 _TENSORRT_ACCUM_BITS = 32
 
 

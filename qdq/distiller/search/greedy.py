@@ -24,7 +24,7 @@ from qdq.distiller.search.greedy_trials import FLOAT, Settings, Trials
 from qdq.distiller.search.subset_loss import Criterion, SubsetLoss
 from qdq.distiller.statistics.records import ModelStatistics
 from qdq.distiller.statistics.statistics_file import plain_layer, read_statistics, save_statistics
-from qdq.distiller.statistics.two_passes import collect_quant_stats
+from qdq.distiller.statistics.two_passes import collect_quant_stats, read_twice
 from qdq.files import as_path, guard_files
 from qdq.qat.losses import cross_entropy
 
@@ -179,7 +179,7 @@ class _Search:
         record = self._journal.get(key)
         if record is None:
             trial = self.trials.prepare(self.decided, self.statistics)
-            collected = collect_quant_stats(trial.model, self._calibration)
+            collected = read_twice(trial.model, self._calibration)
             record = plain_layer(collected[name])
             self._journal.add(key, record)
         layer = read_statistics({name: record})[name]

@@ -14,8 +14,10 @@ from qdq.batch import require_batches
 from qdq.distiller.command.log import PASSES
 from qdq.distiller.statistics.collector import StatisticsCollector
 from qdq.distiller.statistics.records import ModelStatistics
-from qdq.errors import ArgumentError, ArgumentTypeError
+from qdq.errors import ArgumentError, ArgumentTypeError, StateError
 from qdq.forward import call_model, require_model
+from qdq.systems.wrapper import SystemWrapper
+from qdq.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +40,30 @@ def collect_quant_stats(
         ArgumentError: `num_batches` is below 1.
         ArgumentTypeError: `batches` can be iterated once only, or is no series of batches.
         CalibrationError: No batch, NaN or Inf, or another amount of data in the second pass.
-        StateError: A layer changes its input in place.
+        StateError: The model is quantized, or a layer changes its input in place.
         UnsupportedError: The model is data-parallel.
     """
     require_model(model)
+    for name, module in model.named_modules():
+        if isinstance(module, SystemWrapper):
+            raise StateError(
+                f"the model is quantized: {printable(name)} is a {type(module).__name__}, and statistics are those of "
+                "float layers.",
+                "collect them before prepare_model; in a command, leave out --resume-from or --qe-calibration.",
+            )
+    return read_twice(model, batches, num_batches)
+
+
+def read_twice(
+    model: nn.Module, batches: Iterable[Any], num_batches: int | None = None
+) -> ModelStatistics:
+    """As `collect_quant_stats`, also for a model of which some layers are quantized.
+
+    Args:
+        model: The model.
+        batches: As for `collect_quant_stats`.
+        num_batches: Likewise.
+    """
     require_rereadable(batches)
     if num_batches is not None and num_batches < 1:
         raise ArgumentError(f"num_batches is {num_batches}.", "give 1 or more, or None for all.")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from qdq.distiller.settings.values import as_number, describe_value
+from qdq.distiller.settings.values import as_number, describe_value, is_whole
 from qdq.distiller.training.policies import Policy
 from qdq.errors import ArgumentError, ArgumentTypeError, DataError
 from qdq.schedule import Schedule
@@ -29,6 +29,11 @@ LR_SCHEDULERS = (
 )
 """The classes of torch.optim.lr_scheduler that a file can name: those whose rate depends on the epoch alone."""
 
+
+_REPLACEMENTS = {
+    "MultiStepMultiGammaLR": "write a MultiStepLR, with a policy, for each gamma and its milestone: they multiply.",
+}
+"""What to use for classes that Distiller has and torch has not."""
 
 _FIX = "see docs/distiller.md for the form of the file."
 
@@ -96,7 +101,7 @@ def _read_lr_scheduler(entry: Any, place: str) -> LRScheduler:
     if class_name not in LR_SCHEDULERS:
         raise ArgumentError(
             f"{place}: class is {describe_value(class_name)}; expected {', '.join(LR_SCHEDULERS)}.",
-            "name one: the rate may depend on the epoch alone.",
+            _REPLACEMENTS.get(str(class_name), "name one: the rate may depend on the epoch alone."),
         )
     parameters = inspect.signature(getattr(lr_scheduler, class_name)).parameters
     allowed = [name for name in parameters if name not in ("optimizer", "last_epoch", "verbose")]
@@ -107,6 +112,7 @@ def _read_lr_scheduler(entry: Any, place: str) -> LRScheduler:
                 "correct or remove it.",
             )
         arguments[key] = _read_argument(arguments[key])
+    _require_milestones(arguments.get("milestones", []), place)
     return LRScheduler(class_name, arguments, place)
 
 
@@ -116,6 +122,20 @@ def _read_argument(value: Any) -> Any:
         return value
     number = as_number(value)
     return value if math.isnan(number) else number
+
+
+def _require_milestones(milestones: Any, place: str) -> None:
+    """Refuse milestones that no epoch is; torch would never come to them.
+
+    Raises:
+        ArgumentError: Not a list of whole numbers above 0.
+    """
+    is_list = isinstance(milestones, list)
+    if not is_list or not all(is_whole(epoch) and epoch > 0 for epoch in milestones):
+        raise ArgumentError(
+            f"{place}: milestones is {describe_value(milestones)}; expected a list of epochs, from 1 on.",
+            "write for example milestones: [30, 60].",
+        )
 
 
 def find_rates(
