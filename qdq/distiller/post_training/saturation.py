@@ -29,8 +29,9 @@ def warn_of_saturation(
     """
     saturated: dict[int, list[str]] = {}
     for name, layer in layers.items():
-        is_summing = isinstance(layer, RangeLinearQuantParamLayerWrapper)
-        if not is_summing or layer.output_params is None or layer.weight_params is None:
+        if not isinstance(layer, RangeLinearQuantParamLayerWrapper):
+            continue
+        if layer.output_params is None or layer.weight_params is None:
             continue
         record = statistics[name].output
         largest = _find_largest(layer, max(abs(record.min), abs(record.max)))
