@@ -141,10 +141,8 @@ class RangeLinearQuantParamLayerWrapper(QuantWeightWrapper):
         """A bound of its absolute sums without the bias, by the codes that its last input can have."""
         params = self.weight_params
         assert params is not None  # noqa: S101  # a float weight gives no sums of integers
-        return (
-            self._find_largest_sum(self.wrapped_module.weight + params.zero_point)
-            * self._most_input
-        )
+        largest_sum = self._find_largest_sum(self.wrapped_module.weight + params.zero_point)
+        return largest_sum * self._most_input
 
     @property
     def _is_transposed(self) -> bool:
