@@ -200,6 +200,8 @@ def test_what_int8_does_not_have_is_refused(run):
     with pytest.raises(AssertionError, match="not for TensorRT int8") as error:
         run("-e", "--resume-from", checkpoint, "--export-onnx", "m.onnx")
     assert "conv: range-linear SYMMETRIC inputs" in str(error.value)
+    with pytest.raises(AssertionError, match="the model is quantized: stem is a Range"):
+        run("--resume-from", checkpoint, "--qe-calibration", "1")
     assert not Path("m.onnx").exists()
     assert list(Path("logs").glob("*/quantized_checkpoint.pth.tar"))
 
