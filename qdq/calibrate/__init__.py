@@ -28,7 +28,7 @@ from qdq.forward import require_model
 from qdq.observers.methods import DEFAULT_PERCENTILE
 from qdq.observers.solve import SOLVERS
 from qdq.observers.tensor_statistics import TensorStatistics
-from qdq.quantizer import TensorQuantizer, named_quantizers
+from qdq.quantizer import TensorQuantizer
 from qdq.statistics import Statistics, merge_parts
 from qdq.text import list_names
 
@@ -205,20 +205,20 @@ def calibrate_model(
         DataError: As for `collect_statistics`.
     """
     options = _Options(method, percentile, weight_method)
-    if weight_method != KEEP:
-        _warn_of_replaced(model)
     if held is not None:
         require_batches(held)
     hold_out = method == BEST and held is None
     collected = collect_and_hold_out(model, batches, num_batches, statistics, hold_out=hold_out)
     held_out = collected.held_out if held is None else list(held)
+    if weight_method != KEEP:
+        _warn_of_replaced(collected.collection.quantizers)
     return _compute_ranges(collected.collection, collected.statistics, options, held_out)
 
 
-def _warn_of_replaced(model: nn.Module) -> None:
+def _warn_of_replaced(quantizers: Mapping[str, TensorQuantizer]) -> None:
     """Name the call that keeps the ranges which another function has set, such as those of a number system."""
     calls: dict[str, list[str]] = {}
-    for name, quantizer in named_quantizers(model):
+    for name, quantizer in quantizers.items():
         is_foreign = quantizer.calibration_call != TensorQuantizer.calibration_call
         if is_foreign and quantizer.is_enabled and quantizer.amax is not None:
             calls.setdefault(quantizer.calibration_call, []).append(name)

@@ -27,7 +27,7 @@ def find_standing(model: nn.Module) -> dict[str, SystemQuantizer]:
     in_layers: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, SystemLayer):
-            in_layers.update(module.children())
+            in_layers.update(module.modules())  # also a quantizer inside of another
     # A quantizer of qdq has kept one as an ordinary operation, see `PreparedQuantizer`.
     inside = tuple(f"{name}." for name, _ in named_quantizers(model))
     standing = {}

@@ -1,5 +1,6 @@
 """Lines of the log against Distiller's formats and its published line; scores against numpy; portions of data."""
 
+import io
 import json
 import logging
 from datetime import datetime
@@ -92,7 +93,7 @@ def test_a_second_run_in_a_second_has_a_folder_of_its_own(tmp_path):
 
 def test_warnings_are_shown_once_where_the_command_line_shows_them(tmp_path, capsys, monkeypatch):
     root = logging.getLogger("qdq")
-    monkeypatch.setattr(root, "handlers", [logging.NullHandler()])
+    monkeypatch.setattr(root, "handlers", [logging.StreamHandler(io.StringIO())])
     with log.logging_run(None, tmp_path, NOON) as folder:
         root.warning("careful")
     assert "careful" not in capsys.readouterr().out

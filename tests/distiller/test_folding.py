@@ -15,7 +15,7 @@ from qdq.distiller import (
     fold_simulated_batchnorm,
     simulate_folding,
 )
-from qdq.errors import ArgumentError, StateError
+from qdq.errors import ArgumentError, ExportError
 from qdq.systems import to_tensorrt
 from qdq.systems.layer import SystemLayer
 
@@ -139,7 +139,7 @@ def test_training_with_folding_and_its_export(tmp_path):
     net.eval()
     with torch.no_grad():
         expected = net(images)
-        with pytest.raises(StateError, match="fold_simulated_batchnorm"):
+        with pytest.raises(ExportError, match=r"fold_simulated_batchnorm\(model\) is called"):
             to_tensorrt(net)
         assert fold_simulated_batchnorm(net) == ["0", "3"]
         assert isinstance(net[0], SystemLayer)

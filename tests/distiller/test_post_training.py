@@ -632,6 +632,6 @@ def test_preparing_is_logged_for_users_of_the_class(caplog):
         for case in read_cases("distiller_logs_files")
         if case.get("format", "").startswith("Preparing model")
     ]
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="qdq"):
         PostTrainLinearQuantizer(make_residual()).prepare_model(IMAGES)
     assert caplog.messages.count(golden) == 1

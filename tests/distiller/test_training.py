@@ -417,7 +417,7 @@ def test_a_converted_activation_keeps_its_relu(kind):
 @pytest.mark.parametrize("kind", CLASSES)
 def test_preparing_is_logged(kind, caplog):
     quantizer = make_quantizer(kind)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="qdq"):
         quantizer.prepare_model(IMAGES)
     line = f"Preparing model for quantization using {kind.__name__}"
     assert caplog.messages.count(line) == 1

@@ -149,7 +149,8 @@ def logging_run(
     logger = logging.getLogger("qdq")
     former_level = logger.level
     console = logging.StreamHandler(sys.stdout)
-    if logger.handlers:  # the command line shows warnings itself
+    if any(type(handler) is logging.StreamHandler for handler in logger.handlers):
+        # The command line shows warnings itself. A file of another run does not.
         console.addFilter(_is_line)
     handlers: list[logging.Handler] = [console, logging.FileHandler(path, encoding="utf-8")]
     for handler in handlers:

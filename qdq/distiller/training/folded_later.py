@@ -32,6 +32,6 @@ class FoldedLater(SystemQuantizer):
             StateError: Always.
         """
         raise StateError(
-            "a BatchNorm is simulated: its layer has not yet the weight that is quantized.",
-            "call qdq.distiller.fold_simulated_batchnorm(model) first.",
+            "a BatchNorm is simulated until qdq.distiller.fold_simulated_batchnorm(model) is called.",
+            "call it first.",
         )
