@@ -4,8 +4,9 @@ It stands on `qdq.systems`, whose `to_tensorrt` turns the models into quantized 
 home of each name, key and option. A name loads its module on first use.
 """
 
-import importlib
 from typing import Any
+
+from qdq.lazy import list_homes, load_name
 
 _HOMES: dict[str, tuple[str, ...]] = {
     "ranges.aciq": ("find_clip_constant",),
@@ -90,17 +91,13 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "command.training_log": ("TrainingLog",),
     "training.wrpn": ("WRPNWeight",),
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+_HOME_OF = list_homes(_HOMES)
 
 __all__ = sorted(_HOME_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME_OF:
-        value = getattr(importlib.import_module(f"qdq.distiller.{_HOME_OF[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'qdq.distiller' has no attribute {name!r}")
+    return load_name(__name__, _HOME_OF, name)
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -56,17 +57,7 @@ def solve_record(
     Raises:
         ArgumentError: The record, or the settings, give no range.
     """
-    try:
-        return solve_clipped(
-            record,
-            require_bits(settings, place),
-            settings.mode,
-            settings.clip_acts,
-            settings.clip_n_stds,
-            half_range,
-        )
-    except ArgumentError as error:
-        raise ArgumentError(f"{place}: {error.message}", error.fix) from None
+    return _solve(solve_clipped, record, settings, place, half_range)
 
 
 def solve_values(
@@ -83,9 +74,20 @@ def solve_values(
     Raises:
         ArgumentError: The values, or the settings, give no range.
     """
+    return _solve(solve_tensor, values, settings, place, half_range)
+
+
+def _solve(
+    solver: Callable[..., LinearParams],
+    tensor: torch.Tensor | RangeStatistics,
+    settings: InputSettings,
+    place: str,
+    half_range: bool,
+) -> LinearParams:
+    """What a solver gives for a tensor or its statistics; its errors name the place."""
     try:
-        return solve_tensor(
-            values,
+        return solver(
+            tensor,
             require_bits(settings, place),
             settings.mode,
             settings.clip_acts,

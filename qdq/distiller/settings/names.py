@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-_WEIGHTED = (_ConvNd, nn.Linear, nn.Embedding)
+WEIGHTED = (_ConvNd, nn.Linear, nn.Embedding)
+"""The layers whose weights have settings."""
+
 _WRAPPED = "module"  # the only child of `nn.DataParallel` and `DistributedDataParallel`
 
 
@@ -52,7 +54,7 @@ def is_layer(module: nn.Module) -> bool:
     Args:
         module: Any module.
     """
-    return isinstance(module, _WEIGHTED) or next(module.children(), None) is None
+    return isinstance(module, WEIGHTED) or next(module.children(), None) is None
 
 
 def is_wrapper(model: nn.Module) -> bool:

@@ -10,17 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from qdq.distiller.settings.layer_settings import LAYER_KEYS, LayerSettings, update_settings
-from qdq.distiller.settings.names import plain_names
+from qdq.distiller.settings.names import WEIGHTED, plain_names
 from qdq.errors import ArgumentError, ArgumentTypeError
 from qdq.schema import describe
 from qdq.text import printable
 
 logger = logging.getLogger(__name__)
-
-_WEIGHTED = (_ConvNd, nn.Linear, nn.Embedding)
 
 Overrides = OrderedDict[str, Mapping[str, Any]]
 """Exact name of a layer, or regular expression for whole names -> settings that replace the defaults."""
@@ -148,7 +145,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _fit(settings: LayerSettings, module: nn.Module) -> LayerSettings:
     """The settings without bits for weights that a module does not have."""
-    if isinstance(module, _WEIGHTED):
+    if isinstance(module, WEIGHTED):
         return settings
     return replace(settings, bits_weights=None, bits_bias=None)
 

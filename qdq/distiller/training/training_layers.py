@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from qdq.distiller.post_training.preparation import require_float
 from qdq.distiller.settings.layer_settings import LayerSettings
+from qdq.distiller.settings.names import WEIGHTED
 from qdq.errors import StateError, UnsupportedError
 from qdq.forward import trace_forward
 from qdq.functions import ACTIVATIONS
@@ -20,7 +20,6 @@ from qdq.systems.settings import FLOAT_BITS
 from qdq.systems.unquantized import Unquantized
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6)
-_WEIGHTED = (_ConvNd, nn.Linear, nn.Embedding)
 _OTHER_ACTIVATION = "training quantizes the outputs of ReLU and ReLU6 alone"
 _FUNCTION_CALL = "a function call; torch.nn.ReLU or modularize make modules of it"
 _REPLICAS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -82,7 +81,7 @@ def choose_layers(
     layers: dict[str, nn.Module] = {}
     entries = []
     for name, module in model.named_modules():
-        if not isinstance(module, _WEIGHTED):
+        if not isinstance(module, WEIGHTED):
             continue
         kind = type(module).__name__
         if name not in settings or is_float(settings[name].bits_weights):
