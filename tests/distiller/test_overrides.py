@@ -125,6 +125,23 @@ def test_patterns_that_apply_to_no_layer_are_reported(caplog):
     assert caplog.messages == [f"override '{pattern}' {why}" for pattern, why in unused.items()]
 
 
+class PaddedConv(nn.Conv2d):
+    """A convolution with a module of its own, as the packaged EfficientNet-Lite0 has."""
+
+    def __init__(self):
+        super().__init__(3, 3, 1)
+        self.padding_module = nn.ZeroPad2d(1)
+
+
+def test_a_layer_with_a_module_of_its_own_takes_an_override(caplog):
+    entries = OrderedDict(stem={"bits_weights": 4})
+    model = nn.Sequential(OrderedDict(stem=PaddedConv(), relu=nn.ReLU()))
+    resolution = resolve(model, LayerSettings(), entries)
+    assert resolution.settings["stem"].bits_weights == 4
+    assert resolution.unused == {}
+    assert not caplog.messages
+
+
 def test_the_example_of_the_documentation():
     overrides = OrderedDict(
         {

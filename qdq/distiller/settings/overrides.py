@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from qdq.distiller.settings.layer_settings import LAYER_KEYS, LayerSettings, update_settings
-from qdq.distiller.settings.names import WEIGHTED, plain_names
+from qdq.distiller.settings.names import WEIGHTED, is_layer, plain_names
 from qdq.errors import ArgumentError, ArgumentTypeError
 from qdq.schema import describe
 from qdq.text import printable
@@ -78,10 +78,10 @@ def resolve(
             chosen = defaults
         else:
             chosen = entries[pattern].settings
-            if _is_layer(module):
+            if is_layer(module):
                 origins[name] = pattern
         settings[name] = _fit(chosen, module)
-    layers = [name for name, module in modules.items() if _is_layer(module)]
+    layers = [name for name, module in modules.items() if is_layer(module)]
     unused = {}
     for pattern, entry in entries.items():
         if pattern not in origins.values():
@@ -136,11 +136,6 @@ def _choose(name: str, entries: Mapping[str, _Entry]) -> str | None:
         if entry.expression.fullmatch(name):
             return pattern
     return None
-
-
-def _is_layer(module: nn.Module) -> bool:
-    """Whether a module computes something itself, as far as one can see."""
-    return next(module.children(), None) is None
 
 
 def _fit(settings: LayerSettings, module: nn.Module) -> LayerSettings:
