@@ -37,13 +37,14 @@ _HOMES = {
     ),
     "detector": ("SplitDetector", "split_detector"),
     "device": ("choose_device", "describe_device", "find_sm"),
-    "evaluate": ("Evaluation", "evaluate_outputs", "measure_tie_floor", "predict"),
+    "evaluate": ("Evaluation", "evaluate_outputs", "measure_tie_floor"),
     "export": ("ExportReport", "export_onnx"),
     "fold": ("fold_batchnorm",),
     "formats": ("Format",),
     "gate": ("GateReport", "gate_run"),
     "nn": ("register_module",),
     "plan": ("Plan", "apply_plan", "diff_plans", "load_plan", "save_plan"),
+    "predictor": ("make_predictor", "predict"),
     "qat": ("Tuning", "finetune"),
     "qat.checkpoint": ("load_tuned", "save_tuned"),
     "qat.losses": ("Distillation", "cross_entropy"),
@@ -64,8 +65,11 @@ _HOMES = {
     "statistics": ("Statistics",),
     "swap": ("SwapPlan", "plan_swap", "restore_modules", "swap_modules"),
     "trt.backend": ("find_backend",),
+    "workloads": ("load_workload",),
     "workloads.classification": ("load_images", "load_training_images"),
     "workloads.classification.models": ("load_model",),
+    "workloads.sample_batches": ("SampleBatches",),
+    "workloads.workload": ("Workload", "WorkloadOptions"),
 }
 _HOME_OF = list_homes(_HOMES)
 _PACKAGES = ("distiller", "systems")  # public packages with names of their own

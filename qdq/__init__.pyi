@@ -39,7 +39,6 @@ from qdq.errors import StateError as StateError
 from qdq.evaluate import Evaluation as Evaluation
 from qdq.evaluate import evaluate_outputs as evaluate_outputs
 from qdq.evaluate import measure_tie_floor as measure_tie_floor
-from qdq.evaluate import predict as predict
 from qdq.export import ExportReport as ExportReport
 from qdq.export import export_onnx as export_onnx
 from qdq.fold import fold_batchnorm as fold_batchnorm
@@ -52,6 +51,8 @@ from qdq.plan import apply_plan as apply_plan
 from qdq.plan import diff_plans as diff_plans
 from qdq.plan import load_plan as load_plan
 from qdq.plan import save_plan as save_plan
+from qdq.predictor import make_predictor as make_predictor
+from qdq.predictor import predict as predict
 from qdq.qat import Tuning as Tuning
 from qdq.qat import finetune as finetune
 from qdq.qat.checkpoint import load_tuned as load_tuned
@@ -82,8 +83,12 @@ from qdq.swap import plan_swap as plan_swap
 from qdq.swap import restore_modules as restore_modules
 from qdq.swap import swap_modules as swap_modules
 from qdq.trt.backend import find_backend as find_backend
+from qdq.workloads import load_workload as load_workload
 from qdq.workloads.classification import load_images as load_images
 from qdq.workloads.classification import load_training_images as load_training_images
 from qdq.workloads.classification.models import load_model as load_model
+from qdq.workloads.sample_batches import SampleBatches as SampleBatches
+from qdq.workloads.workload import Workload as Workload
+from qdq.workloads.workload import WorkloadOptions as WorkloadOptions
 
 __version__: str

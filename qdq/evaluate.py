@@ -1,29 +1,23 @@
-"""Outputs of modules and ONNX files on the same images, and a table of their accuracy."""
+"""A table of the accuracy of models on the same samples, and what rounding ties alone leave between them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
-from tqdm import tqdm
 
-from qdq.batch import list_leaves, require_batches, split_inputs, tensors_of
-from qdq.check import OnnxModel, Session
-from qdq.device import without_tf32
-from qdq.errors import ArgumentError, ArgumentTypeError, DataError, is_out_of_memory
-from qdq.forward import call_model, evaluating, name_leaves, require_model
+from qdq.batch import require_batches
+from qdq.errors import ArgumentError, ArgumentTypeError
+from qdq.forward import require_model
 from qdq.graph.tensors import list_data_files
 from qdq.metrics import (
-    Array,
-    Batches,
     Outputs,
     agreement,
     count_rows,
@@ -35,15 +29,9 @@ from qdq.metrics import (
     sqnr_db,
     top_k,
 )
-from qdq.outputs import Mask, OutputView, Selection
+from qdq.outputs import Mask, Selection
+from qdq.predictor import predict
 from qdq.quantizer import named_quantizers
-
-_FLOAT_TYPES = {
-    "tensor(float16)": torch.float16,
-    "tensor(float)": torch.float32,
-    "tensor(double)": torch.float64,
-}
-
 
 _NUDGE = 2**-22  # of the input of a quantizer, to look for ties
 
@@ -82,6 +70,7 @@ class Candidate:
             outputs, that of the worst.
         megabytes: Size of its file, or of its parameters; None if it was not requested.
         outputs: Figures of each output if there are several.
+        scores: Name of a metric of the task -> its value; empty without one.
     """
 
     name: str
@@ -91,6 +80,7 @@ class Candidate:
     sqnr_db: float
     megabytes: float | None
     outputs: tuple[OutputFigures, ...] = ()
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,26 +88,48 @@ class Evaluation:
     """Result of `evaluate_outputs`.
 
     Args:
-        images: Number of images.
+        images: Number of samples.
         candidates: The rows, the reference first.
     """
 
     images: int
     candidates: tuple[Candidate, ...]
 
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the metrics of the task."""
+        return list(self.candidates[0].scores)
+
     def format_table(self) -> str:
-        """The table as text."""
-        title = f"on {self.images} images"
+        """The table as text; metrics of the task are its last columns."""
+        title = f"on {self.images} samples"
         labels = [candidate.name for candidate in self.candidates]
         for candidate in self.candidates:
             labels += [f"  {figures.name}" for figures in candidate.outputs]
         width = max(len(title), *map(len, labels))
-        lines = [f"{title:{width}}   top-1   top-5  agreement  SQNR dB       MB"]
+        header = f"{title:{width}}   top-1   top-5  agreement  SQNR dB       MB"
+        lines = ["  ".join([header, *map(_format_metric, self.metrics)])]
         for candidate in self.candidates:
-            lines.append(_format_row(candidate.name, width, candidate, candidate.megabytes))
+            row = _format_row(candidate.name, width, candidate, candidate.megabytes)
+            scores = map(_format_score, candidate.scores, candidate.scores.values())
+            lines.append("  ".join([row, *scores]))
             for figures in candidate.outputs:
                 lines.append(_format_row(f"  {figures.name}", width, figures, None))
         return "\n".join(lines)
+
+
+_SCORE_WIDTH = 7
+
+
+def _format_metric(name: str) -> str:
+    """The title of the column of a metric."""
+    return f"{name:>{_SCORE_WIDTH}}"
+
+
+def _format_score(name: str, score: float) -> str:
+    """A value of a metric, as wide as its title."""
+    width = max(_SCORE_WIDTH, len(name))
+    return f"{score:{width}.4f}"
 
 
 def _format_row(
@@ -133,173 +145,6 @@ def _format_row(
         _format_number(megabytes),
     ]
     return "  ".join(cells)
-
-
-@without_tf32()
-def predict(
-    model: nn.Module | Path | str,
-    batches: Iterable[Any],
-    *,
-    session: Session = "plain",
-    outputs: Selection | None = None,
-    mask: Mask | None = None,
-) -> Any:
-    """Outputs of a model on all batches.
-
-    The tensors of a batch may be on any device: they are moved to that of the module, or to the CPU for a file. On a
-    GPU, a module runs without TF32, whose error is as large as one of int8.
-
-    Args:
-        model: A module, or the path of an ONNX file (run by ONNX Runtime on the CPU).
-        batches: As for `forward.call_model`: tensors, `(images, labels)`, dictionaries or `Labelled`.
-        session: Session of ONNX Runtime. "plain" computes exactly what is in the file, "default" is what its users get
-            (`check.OnnxModel`). A module needs none.
-        outputs: Parts to return: name -> name of an output (`outputs.name_outputs`), or a function of all named
-            outputs that returns the part. It gets tensors, also for a file. None: all outputs.
-        mask: The name of an input, such as "attention_mask", or a function of the batch that returns a tensor; it is 0
-            at padding. Outputs that have its sizes first, `[N, T, ...]`, become `[positions, ...]` without padding.
-
-    Returns:
-        An array `[N, ...]` for one output; for several, a dictionary of them by name. If the sizes of an output
-        differ between batches in more than the samples, its arrays are in a list. Floats are float32.
-
-    Raises:
-        ArgumentError: An unknown session, output or input.
-        ArgumentTypeError: `model` is neither, or the model returns no tensor.
-        DataError: No batch, not enough memory for one, one that is not on the device of the module, or a mask that fits
-            no output.
-        CheckError: The ONNX file cannot be run on them.
-    """
-    return _unwrap(_predict(model, batches, session, OutputView(outputs, mask)))
-
-
-def _predict(
-    model: nn.Module | Path | str, batches: Iterable[Any], session: Session, view: OutputView
-) -> dict[str, Batches]:
-    """All outputs by name; arguments as for `predict`."""
-    require_batches(batches)
-    if isinstance(model, nn.Module):
-        run = partial(_run_module, model)
-        label = "predict (torch)"
-    elif isinstance(model, str | Path):
-        run = partial(_run_file, OnnxModel(Path(model), session=session))
-        label = "predict (onnx)"
-    else:
-        raise ArgumentTypeError(
-            f"model is of type {type(model).__name__}.",
-            "pass a module, or the path of an ONNX file.",
-        )
-    collected: dict[str, list[Array]] = {}
-    num_batches = 0
-    for batch in tqdm(batches, desc=label, unit="batch", disable=None):
-        arrays = run(batch, view)
-        if num_batches and arrays.keys() != collected.keys():
-            raise DataError(
-                f"the model returns {list(arrays)} for a batch, and {list(collected)} for the first one.",
-                "give batches for which it returns the same outputs, or select those with outputs=.",
-            )
-        for name, array in arrays.items():
-            collected.setdefault(name, []).append(array)
-        num_batches += 1
-    if not num_batches:
-        raise DataError("there is no batch to predict.", "give at least one image.")
-    return {name: _join(arrays) for name, arrays in collected.items()}
-
-
-def _join(arrays: list[Array]) -> Batches:
-    """The arrays of all batches as one, or as they are if their sizes differ in more than the samples."""
-    sizes = {array.shape[1:] for array in arrays}
-    return np.concatenate(arrays) if len(sizes) == 1 else arrays
-
-
-def _unwrap(named: dict[str, Batches]) -> Outputs:
-    """A single output without its name."""
-    if len(named) == 1:
-        (only,) = named.values()
-        return only
-    return named
-
-
-def _run_file(model: OnnxModel, batch: Any, view: OutputView) -> dict[str, Array]:
-    """Outputs of an ONNX file on one batch."""
-    args, kwargs = split_inputs(batch)
-    names = list(model.inputs)
-    # Flags and strings are constants of the file.
-    leaves = [leaf for leaf in list_leaves(args) if isinstance(leaf, torch.Tensor | np.ndarray)]
-    if not args:
-        named = name_leaves(kwargs)
-        names = [name for name in names if name in named]
-        leaves = [named[name] for name in names]
-    dtypes = [_FLOAT_TYPES.get(model.types[name]) for name in names]
-    if len(leaves) != len(dtypes):  # refused by the file, with its own message
-        dtypes = [None] * len(leaves)
-    outputs = {}
-    for name, array in zip(model.outputs, model(*map(_to_input, leaves, dtypes)), strict=True):
-        is_numeric = isinstance(array, np.ndarray) and array.dtype != object
-        outputs[name] = torch.from_numpy(array) if is_numeric else None
-    return _to_arrays(outputs, batch, view)
-
-
-def _to_input(leaf: Any, dtype: torch.dtype | None) -> Any:
-    """An input of a file as an array.
-
-    Args:
-        leaf: The input.
-        dtype: The type of floats that the file takes, None if it takes something else. Narrower floats become it.
-    """
-    if not isinstance(leaf, torch.Tensor):
-        return np.asarray(leaf)
-    tensor = leaf.detach().cpu()
-    if dtype is not None and tensor.is_floating_point():
-        is_wider = torch.promote_types(tensor.dtype, dtype) == dtype
-        tensor = tensor.to(dtype if is_wider else tensor.dtype)
-    if tensor.dtype == torch.bfloat16:  # numpy has none
-        tensor = tensor.float()
-    return tensor.numpy()
-
-
-def _run_module(model: nn.Module, batch: Any, view: OutputView) -> dict[str, Array]:
-    """Outputs of a module on one batch.
-
-    Raises:
-        DataError: Not enough memory.
-    """
-    try:
-        with evaluating(model):
-            return _to_arrays(call_model(model, batch), batch, view)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors_of(split_inputs(batch)))
-        raise DataError(
-            f"there is not enough memory to run the model on a batch of {shapes}.",
-            "give smaller batches, or free memory.",
-        ) from error
-
-
-def _to_arrays(outputs: Any, batch: Any, view: OutputView) -> dict[str, Array]:
-    """The parts of some outputs as arrays; a part without a dimension is one sample.
-
-    Raises:
-        ArgumentTypeError: There is none.
-    """
-    arrays = {}
-    for name, tensor in view.select_rows(outputs, batch).items():
-        arrays[name] = np.atleast_1d(_to_array(tensor))
-    if not arrays:
-        raise ArgumentTypeError(
-            f"the model returns no tensor, but a {type(outputs).__name__}.",
-            "have its forward return a tensor, or tensors in a dictionary, dataclass, list or tuple.",
-        )
-    return arrays
-
-
-def _to_array(tensor: torch.Tensor) -> Array:
-    tensor = tensor.detach()
-    if tensor.is_floating_point():
-        tensor = tensor.float()
-    array: Array = tensor.cpu().numpy()
-    return array
 
 
 def measure_tie_floor(
@@ -370,17 +215,22 @@ def evaluate_outputs(
     labels: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     *,
     files: Mapping[str, Path | nn.Module] | None = None,
+    scores: Mapping[str, Mapping[str, float]] | None = None,
+    num_samples: int | None = None,
 ) -> Evaluation:
-    """Compare outputs of the same images; the first entry is the reference.
+    """Compare outputs of the same samples; the first entry is the reference.
 
     Args:
         outputs: Name -> logits `[N, classes]`, or whatever `predict` returned. Of several outputs, each gets a line.
         labels: Class of each image `[N]`, None if unknown. For several outputs, name -> the classes of those that are
             scores.
         files: Name -> file, or module whose parameters are counted, for the sizes.
+        scores: Name -> metrics of the task by name, such as `{"mAP": 0.41}`; the same metrics for every name.
+        num_samples: Number of samples, if it is not the first size of the outputs.
 
     Raises:
-        ArgumentError: Nothing to compare, different shapes or outputs, or labels that do not belong to an output.
+        ArgumentError: Nothing to compare, different shapes, outputs or metrics, or labels that do not belong to an
+            output.
         ArgumentTypeError: Outputs without names, or labels that are not a sequence.
     """
     if not isinstance(outputs, Mapping):
@@ -392,6 +242,7 @@ def evaluate_outputs(
         raise ArgumentError("there are no outputs to evaluate.", "pass at least the reference.")
     reference = next(iter(outputs.values()))
     classes = _name_labels(labels, reference)
+    metrics = _require_same_metrics(outputs, scores or {})
     candidates = []
     for name, predicted in outputs.items():
         figures = _compare_outputs(reference, predicted, classes)
@@ -405,10 +256,34 @@ def evaluate_outputs(
                 sqnr_db=decide_db({entry.name: entry.sqnr_db for entry in figures}),
                 megabytes=_measure_size((files or {}).get(name)),
                 outputs=() if is_single else figures,
+                scores=metrics[name],
             )
         )
-    num_images = min(map(count_rows, name_arrays(reference).values()))  # padding adds rows
-    return Evaluation(num_images, tuple(candidates))
+    if num_samples is None:
+        num_samples = min(map(count_rows, name_arrays(reference).values()))  # padding adds rows
+    return Evaluation(num_samples, tuple(candidates))
+
+
+def _require_same_metrics(
+    names: Iterable[str], scores: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """The metrics of the task of every candidate; none at all if there are no scores.
+
+    Raises:
+        ArgumentError: A candidate without scores, or with other metrics.
+    """
+    if not any(scores.values()):
+        return {name: {} for name in names}
+    metrics: dict[str, dict[str, float]] = {}
+    expected = list(next(iter(scores.values())))
+    for name in names:
+        if list(scores.get(name, {})) != expected:
+            raise ArgumentError(
+                f"{name} has the metrics {list(scores.get(name, {}))}, and the first one {expected}.",
+                "measure the same metrics of every model.",
+            )
+        metrics[name] = dict(scores[name])
+    return metrics
 
 
 def _name_labels(labels: Any, reference: Outputs) -> dict[str, Sequence[int] | None]:

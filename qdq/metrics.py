@@ -102,7 +102,7 @@ def name_arrays(outputs: Outputs) -> dict[str, Batches]:
     """Outputs by name; a single one is "output".
 
     Args:
-        outputs: As `evaluate.predict` returns them.
+        outputs: As `predictor.predict` returns them.
     """
     if isinstance(outputs, Mapping):
         return dict(outputs)

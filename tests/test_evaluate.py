@@ -253,7 +253,7 @@ class TestTable:
         assert head.split() == [
             "on",
             "3",
-            "images",
+            "samples",
             "top-1",
             "top-5",
             "agreement",
@@ -264,6 +264,24 @@ class TestTable:
         assert first.split() == ["float", "100.0%", "100.0%", "100.0%", "-", "-"]
         assert second.split() == ["int8", "100.0%", "100.0%", "100.0%", "20.00", "-"]
         assert len({len(line) for line in (head, first, second)}) == 1
+
+    def test_metrics_of_the_task_are_the_last_columns(self):
+        outputs = {"float": self.reference, "int8": self.reference * 1.1}
+        scores = {
+            "float": {"mAP": 0.5, "recall at 100": 1},
+            "int8": {"mAP": 0.41, "recall at 100": 0.9},
+        }
+        evaluation = evaluate_outputs(outputs, scores=scores, num_samples=7)
+        assert evaluation.metrics == ["mAP", "recall at 100"]
+        head, first, second = evaluation.format_table().splitlines()
+        assert head.startswith("on 7 samples")
+        assert head.endswith("       MB      mAP  recall at 100")
+        assert first.endswith("   0.5000         1.0000")
+        assert second.endswith("   0.4100         0.9000")
+        assert len({len(line) for line in (head, first, second)}) == 1
+        with pytest.raises(ArgumentError, match="int8 has the metrics"):
+            evaluate_outputs(outputs, scores={"float": {"mAP": 0.5}})
+        assert evaluate_outputs(outputs, scores={"float": {}, "int8": {}}).metrics == []
 
     def test_nothing_and_different_shapes(self):
         with pytest.raises(ArgumentError, match="no outputs"):

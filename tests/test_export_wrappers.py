@@ -17,7 +17,7 @@ from qdq import (
     rewire_operations,
     swap_modules,
 )
-from qdq.evaluate import predict
+from qdq.predictor import predict
 from qdq.quantizer import named_quantizers
 
 WIDTH = 16

@@ -139,8 +139,8 @@ def round_weights(
         seed: Seed of the random positions.
         reference: The float model, for instance a copy made before `correct_bias` changed it. None: the model itself
             with its quantizers off.
-        outputs: Parts of the outputs to report, as for `evaluate.predict`; None for all.
-        mask: What leaves padding out of these figures, as for `evaluate.predict`.
+        outputs: Parts of the outputs to report, as for `predictor.predict`; None for all.
+        mask: What leaves padding out of these figures, as for `predictor.predict`.
 
     Returns:
         The rounded and the skipped layers, with the SQNR before and after.

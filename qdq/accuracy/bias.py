@@ -118,8 +118,8 @@ def correct_bias(
         method: "empirical" or "analytic", see the module.
         reference: The float model, for instance a copy made before `round_weights` changed the weights. None: the
             model itself with its quantizers off.
-        outputs: Parts of the outputs to report, as for `evaluate.predict`; None for all.
-        mask: What leaves padding out of these figures, as for `evaluate.predict`.
+        outputs: Parts of the outputs to report, as for `predictor.predict`; None for all.
+        mask: What leaves padding out of these figures, as for `predictor.predict`.
 
     Returns:
         The corrected and the skipped layers, with the SQNR before and after.

@@ -91,9 +91,9 @@ def analyze_layers(
         metric: The metric that ranks: "sqnr" (the default), "cosine", "kl" (of the softmax, in nats) or "top1" of the
             outputs, or a function `model -> float`, which is called once for each state.
         higher_is_better: Direction of a function; True by default. The other metrics have a fixed direction.
-        outputs: Parts of the outputs to measure, as for `evaluate.predict`; None for all. "kl" and "top1" take the
+        outputs: Parts of the outputs to measure, as for `predictor.predict`; None for all. "kl" and "top1" take the
             first.
-        mask: What leaves padding out, as for `evaluate.predict`.
+        mask: What leaves padding out, as for `predictor.predict`.
         weights: Name -> weight of each output that counts, for the mean of their noise relative to their signal. None:
             the worst output counts. Outputs of other scales are never added up.
         groups: Layers that are left in float together: None (each layer by itself), "block", "shared" (layers whose

@@ -206,7 +206,7 @@ class Analysis:
         header = f"{title:{width}}   SQNR dB"
         metric_header = "" if self.metric is None else f"    {self.metric_name}"
         lines = [
-            f"{self.mode} on {self.images} images",
+            f"{self.mode} on {self.images} samples",
             f"{header}{metric_header}  % of MACs",
         ]
         for layer in shown:

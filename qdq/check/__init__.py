@@ -129,7 +129,7 @@ def _format_parity(parity: Parity) -> Iterator[str]:
     """The comparison with torch, and the tie floor if it was measured; of several outputs, lines for each."""
     for name, output in _list_outputs(parity):
         yield (
-            f"{name}against torch on {output.images} images: {_format_answers(name, output)}"
+            f"{name}against torch on {output.images} samples: {_format_answers(name, output)}"
             f"SQNR {output.sqnr_db:.1f} dB, cosine {output.cosine:.6f}, max abs {output.max_abs:.3g}, "
             f"equal except for float rounding {output.exact:.1%}"
         )
@@ -143,7 +143,7 @@ def _format_parity(parity: Parity) -> Iterator[str]:
 def _format_default_parity(parity: Parity) -> Iterator[str]:
     for name, output in _list_outputs(parity):
         yield (
-            f"{name}ONNX Runtime's default session against the plain one on {output.images} images: "
+            f"{name}ONNX Runtime's default session against the plain one on {output.images} samples: "
             f"{_format_answers(name, output)}SQNR {output.sqnr_db:.1f} dB, max abs {output.max_abs:.3g}"
         )
 
@@ -207,9 +207,9 @@ def check_onnx(
 
     Args:
         path: The file.
-        expected: Outputs of the torch model `[N, ...]` (`evaluate.predict`); several by name.
-        found: Outputs of the file for the same inputs (`evaluate.predict`).
-        found_default: Likewise, in ONNX Runtime's default session (`evaluate.predict` with `session="default"`).
+        expected: Outputs of the torch model `[N, ...]` (`predictor.predict`); several by name.
+        found: Outputs of the file for the same inputs (`predictor.predict`).
+        found_default: Likewise, in ONNX Runtime's default session (`predictor.predict` with `session="default"`).
         tie_floor_db: SQNR with an error from ties only (`evaluate.measure_tie_floor`), so that ties do not count as a
             fault; for several outputs by name.
         select: Ids of the only rules to apply, such as "QDQ112"; all if empty.

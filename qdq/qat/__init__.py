@@ -25,12 +25,12 @@ from qdq.calibrate.collect import digest_tensors
 from qdq.device import find_device, without_tf32
 from qdq.distributed import failing_together, find_rank, gather_bytes, joining_processes
 from qdq.errors import ArgumentError, ArgumentTypeError, StateError
-from qdq.evaluate import predict
 from qdq.files import to_jsonable, write_json
 from qdq.forward import require_data, require_model
 from qdq.metrics import Outputs, decide_db, pair_arrays, sqnr_db
 from qdq.outputs import ALL_OUTPUTS, OutputView
 from qdq.patterns import Pattern
+from qdq.predictor import predict
 from qdq.qat.checkpoint import keeping_random_state, load_tuned, save_tuned
 from qdq.qat.epochs import digest_first_batch, find_generators, iterate_epochs, read_held_out
 from qdq.qat.losses import Distillation, Loss, Objective, cross_entropy, run_with_loss

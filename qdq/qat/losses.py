@@ -51,9 +51,9 @@ class Distillation:
             Empty: the blocks with layers with a quantized weight, for example `layer1.0` (see `units.name_block`).
         temperature: T by which `kl` divides the logits of both models; it is multiplied by T^2, as its gradient falls
             with 1 / T^2.
-        outputs: Parts of the outputs to compare, as for `evaluate.predict`; None for all. Each has its own error, so
+        outputs: Parts of the outputs to compare, as for `predictor.predict`; None for all. Each has its own error, so
             outputs of other scales count the same.
-        mask: What leaves padding out of the outputs, as for `evaluate.predict`.
+        mask: What leaves padding out of the outputs, as for `predictor.predict`.
         weights: Name -> weight of each output that counts. None: all count the same, and the worst output, whose
             relative error is largest, has the largest gradient.
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch import nn
 
+from qdq import measure_tie_floor, predict
 from qdq.compat import calib, quant_modules
 from qdq.compat import nn as quant_nn
 from qdq.compat.nn.modules.tensor_quantizer import TensorQuantizer
 from qdq.compat.tensor_quant import QUANT_DESC_8BIT_PER_TENSOR, QuantDescriptor
 from qdq.errors import ExportError, QdqError
-from qdq.evaluate import measure_tie_floor, predict
 from qdq.metrics import sqnr_db
 
 datasets = pytest.importorskip("sklearn.datasets", reason="needs the extra 'demo'")
