@@ -92,20 +92,25 @@ def gate_run(
     min_agreement: float | None = None,
     min_int8_macs: float | None = None,
     max_size: float | None = None,
+    min_score: Mapping[str, float] | None = None,
+    max_score_drop: Mapping[str, float] | None = None,
 ) -> GateReport:
     """Check a run against limits. The last row of its result table is checked: the ONNX file in the recipe.
 
     Args:
         run: Run folder, or a copy of its report.json.
         baseline: Another run on the same images: its folder, or a copy of its report.json.
-        max_drop: Largest drop in top-1 from the baseline, in points (0 to 100); without a baseline from the run's own
-            float model.
+        max_drop: Largest drop in top-1 from the baseline, in points (0 to 100); without a baseline from the
+            run's own float model.
         max_sqnr_drop: Largest drop in SQNR from the baseline, in dB.
         min_sqnr: Smallest SQNR of the outputs against the float model, in dB: of several outputs, that of the worst.
             Or the smallest of each output by name, `{"scores": 20}`.
         min_agreement: Smallest fraction of images (0 to 1) with the same top-1 answer as the float model.
         min_int8_macs: Smallest fraction of all MACs (0 to 1) that runs in int8 in the engine.
         max_size: Largest ONNX file, in MB (10^6 bytes).
+        min_score: Smallest value of a metric of the task by its name, `{"mAP": 0.4}`.
+        max_score_drop: Largest drop of a metric from the baseline, in its own unit; without a baseline from the
+            run's own float model.
 
     Raises:
         ArgumentError: No limit, a limit out of its range, only one of a baseline and a limit that compares with it, or
@@ -119,11 +124,13 @@ def gate_run(
         "min_agreement": min_agreement,
         "min_int8_macs": min_int8_macs,
         "max_size": max_size,
+        "min_score": min_score,
+        "max_score_drop": max_score_drop,
     }
     limits: dict[_Limit, float] = {}
     for name, limit in arguments.items():
         if isinstance(limit, Mapping):
-            limits |= {_Limit(name, output): value for output, value in limit.items()}
+            limits |= {_Limit(name, part): value for part, value in limit.items()}
         elif limit is not None:
             limits[_Limit(name)] = limit
     _check_limits(limits, has_baseline=baseline is not None)
@@ -260,6 +267,13 @@ class _RunFacts:
         fix = "evaluate on images with labels, or use min_agreement."
         return 100 * self.require(candidate.get("top1"), title, fix)
 
+    def score(self, candidate: dict[str, Any], metric: str) -> float:
+        """A metric of the task of a row of the result table."""
+        scores = candidate.get("scores") or {}
+        names = ", ".join(scores)
+        fix = f"name one of {names}." if names else "evaluate with a metric: qdq ptq --metric."
+        return self.require(scores.get(metric), f"{metric} of {candidate['name']}", fix)
+
     @property
     def outputs(self) -> dict[str, float | None]:
         """SQNR of each output of the result in dB, if there are several; None is infinite."""
@@ -277,14 +291,14 @@ class _Limit(NamedTuple):
 
     Args:
         name: The argument of `gate_run`.
-        output: The output of the model; empty for all.
+        part: The output of the model, or the metric of the task; empty for all.
     """
 
     name: str
-    output: str = ""
+    part: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name} of {printable(self.output)}" if self.output else self.name
+        return f"{self.name} of {printable(self.part)}" if self.part else self.name
 
 
 def _check_limits(limits: Mapping[_Limit, float], *, has_baseline: bool) -> None:
@@ -308,11 +322,11 @@ def _check_limits(limits: Mapping[_Limit, float], *, has_baseline: bool) -> None
         raise ArgumentError(
             "max_sqnr_drop is given, but no baseline.", "give one, or use min_sqnr."
         )
-    compares = "max_drop" in names or "max_sqnr_drop" in names
+    compares = bool(names & {"max_drop", "max_sqnr_drop", "max_score_drop"})
     if has_baseline and not compares:
         raise ArgumentError(
             "a baseline is given, but no limit that compares with it.",
-            "add max_drop or max_sqnr_drop.",
+            "add max_drop, max_sqnr_drop or max_score_drop.",
         )
 
 
@@ -382,9 +396,9 @@ def _check_limit(
     rule = _RULES[name.name]
     measure = rule.measure
     title = name.name.replace("_", "-")
-    if name.output:
-        measure = partial(_measure_output_sqnr, name.output)
-        title = f"{title} of {printable(name.output)}"
+    if name.part:
+        measure = partial(_PART_MEASURES[name.name], name.part)
+        title = f"{title} of {printable(name.part)}"
     value, text = measure(run, baseline, _DIGITS)
     excess = value - limit if rule.is_maximum else limit - value
     passed = excess <= _ROUNDING
@@ -467,6 +481,40 @@ def _measure_output_sqnr(
     return _Measured(sqnr, f"SQNR of {output} of {run.result['name']} is {sqnr:.{digits}f} dB")
 
 
+def _measure_score(
+    metric: str, run: _RunFacts, baseline: _RunFacts | None, digits: int
+) -> _Measured:
+    """The value of a metric of the task."""
+    score = run.score(run.result, metric)
+    return _Measured(score, f"{metric} of {run.result['name']} is {_format_score(score, digits)}")
+
+
+def _measure_score_drop(
+    metric: str, run: _RunFacts, baseline: _RunFacts | None, digits: int
+) -> _Measured:
+    """The drop of a metric of the task from the baseline, or from the float model."""
+    score = run.score(run.result, metric)
+    if baseline is None:
+        reference, reference_name = run.score(run.reference, metric), run.reference["name"]
+    else:
+        reference = baseline.score(baseline.result, metric)
+        reference_name = f"the baseline {baseline.run}"
+    text = (
+        f"{metric} of {run.result['name']} is {_format_score(score, digits)}, "
+        f"and {_format_score(reference, digits)} of {reference_name}"
+    )
+    return _Measured(reference - score, text)
+
+
+def _format_score(score: float, digits: int) -> str:
+    return f"{score:.{max(digits, _FRACTION_DIGITS)}f}"
+
+
+def _refuse_whole(run: _RunFacts, baseline: _RunFacts | None, digits: int) -> _Measured:
+    """A limit on a metric that is not named."""
+    raise ArgumentError("a limit on a score names no metric.", 'give {"mAP": 0.4}, for example.')
+
+
 def _measure_agreement(run: _RunFacts, baseline: _RunFacts | None, digits: int) -> _Measured:
     name = run.result["name"]
     fix = "run qdq ptq again; several outputs, and one that is not [N, classes], have none."
@@ -501,7 +549,16 @@ _RULES = {
     "min_agreement": _Rule(_measure_agreement, 0.0, 1.0),
     "min_int8_macs": _Rule(_measure_int8_macs, 0.0, 1.0),
     "max_size": _Rule(_measure_size, 0.0, math.inf, " MB", is_maximum=True),
+    "min_score": _Rule(_refuse_whole, -math.inf, math.inf),
+    "max_score_drop": _Rule(_refuse_whole, 0.0, math.inf, is_maximum=True),
 }
+
+_PART_MEASURES = {
+    "min_sqnr": _measure_output_sqnr,
+    "min_score": _measure_score,
+    "max_score_drop": _measure_score_drop,
+}
+"""Measures of one output, or of one metric."""
 
 
 def _name_float_layers(run: _RunFacts) -> str:

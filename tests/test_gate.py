@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qdq import DataError, gate_run
+from qdq import ArgumentError, DataError, gate_run
 from qdq.cli.main import main
 from qdq.gate import format_junit
 
@@ -255,6 +255,33 @@ def test_each_output_has_its_limit(tmp_path, capsys):
     assert "name one of boxes, class=scores" in caught.value.fix
     with pytest.raises(DataError, match="no agreement of ONNX"):
         gate_run(run, min_agreement=0.9)
+
+
+def with_scores(report):
+    for candidate, score in zip(
+        report["evaluation"]["candidates"], (0.5, 0.2, 0.41, 0.4), strict=False
+    ):
+        candidate["scores"] = {"mAP": score}
+    report["evaluation"]["candidates"][-1]["scores"] = {"mAP": 0.4}
+
+
+def test_metrics_of_the_task_have_their_limits(tmp_path, capsys):
+    run = changed(tmp_path, with_scores)
+    code, out, _ = gate(capsys, "--min-score", "mAP=0.4", "--max-score-drop", "mAP=0.05", run)
+    assert code == 1
+    assert out.splitlines()[:2] == [
+        "pass  min-score of mAP: mAP of ONNX is 0.4000; at least 0.4",
+        "FAIL  max-score-drop of mAP: mAP of ONNX is 0.4000, and 0.5000 of float; at most 0.05",
+    ]
+    baseline = changed(tmp_path, with_scores)
+    assert gate_run(run, baseline=baseline, max_score_drop={"mAP": 0}).passed
+    with pytest.raises(DataError, match="no mIoU of ONNX") as caught:
+        gate_run(run, min_score={"mIoU": 0.1})
+    assert caught.value.fix == "name one of mAP."
+    with pytest.raises(DataError, match="no mAP of ONNX"):
+        gate_run(GOOD, min_score={"mAP": 0.1})
+    with pytest.raises(ArgumentError, match="names no metric"):
+        gate_run(run, min_score=0.3)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ pytest.importorskip("torchvision", reason="needs the extra 'demo'")
 pytest.importorskip("tensorrt_rtx", reason="needs the extra 'rtx'")
 
 from qdq.workloads.classification.batches import ImageBatches
-from qdq.workloads.classification.models import LoadedModel, Preprocess
+from qdq.workloads.workload import Workload
 
 pytestmark = pytest.mark.trt
 
@@ -22,13 +22,11 @@ pytestmark = pytest.mark.trt
 @pytest.fixture
 def stages(residual, tmp_path):
     """What every stage returned for the small network, as the arguments of `write_report`."""
-    net = LoadedModel(
-        "small", residual, "random", Preprocess(12, 12, (0.0,) * 3, (1.0,) * 3), 16, None
-    )
     calibration = ImageBatches(torch.randn(4, 3, 12, 12), None, 2, 4, "4 random images", "none")
     images = ImageBatches(
         torch.randn(6, 3, 12, 12), [0, 1, 2, 3, 4, 0], 4, 6, "6 random images", "made up"
     )
+    workload = Workload("small", "random", residual, calibration, images, list)
     run = qdq.start_run(tmp_path / "run", seed=7, settings={"model": "small", "output": tmp_path})
     run.stage("everything")
     logits = {"float": qdq.predict(residual, images)}
@@ -46,9 +44,7 @@ def stages(residual, tmp_path):
     evaluation = qdq.evaluate_outputs(logits, images.labels, files={"float": residual})
     return {
         "run": run,
-        "model": net,
-        "calibration": calibration,
-        "images": images,
+        "workload": workload,
         "folded": folded,
         "plan": plan,
         "rewired": rewired,

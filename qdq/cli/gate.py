@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from qdq.errors import ArgumentError, QdqError
+from qdq.cli.workloads import parse_number, parse_numbers
+from qdq.errors import QdqError
 
 if TYPE_CHECKING:
     from qdq.gate import GateReport
@@ -24,6 +26,8 @@ def gate(
     min_agreement: float | None = None,
     min_int8_macs: float | None = None,
     max_size: float | None = None,
+    min_score: Annotated[tuple[str, ...], Parameter(consume_multiple=False)] = (),
+    max_score_drop: Annotated[tuple[str, ...], Parameter(consume_multiple=False)] = (),
     junit: Path | None = None,
     json: Path | None = None,
 ) -> int:
@@ -47,6 +51,9 @@ def gate(
         min_agreement: Smallest fraction of images (0 to 1) with the same top-1 as the float model.
         min_int8_macs: Smallest fraction of MACs (0 to 1) that run in int8 in the engine.
         max_size: Largest size of the ONNX file, in MB.
+        min_score: NAME=VALUE: the smallest value of a metric of the task, such as mAP=0.4. May be repeated.
+        max_score_drop: NAME=VALUE: the largest loss of a metric against the baseline, or against the run's own float
+            model. May be repeated.
         junit: Also write the result to this file, as JUnit XML.
         json: Also write the result to this file.
     """
@@ -67,6 +74,8 @@ def gate(
             min_agreement=min_agreement,
             min_int8_macs=min_int8_macs,
             max_size=max_size,
+            min_score=parse_numbers("--min-score", min_score),
+            max_score_drop=parse_numbers("--max-score-drop", max_score_drop),
         )
     except QdqError as error:  # the files of an earlier call must not be taken for this result
         _write_error(run, error, junit, json)
@@ -76,35 +85,15 @@ def gate(
     return 0 if report.passed else 1
 
 
-def _parse_min_sqnr(texts: tuple[str, ...]) -> float | dict[str, float] | None:
+def _parse_min_sqnr(texts: tuple[str, ...]) -> float | Mapping[str, float] | None:
     """One number, or NAME=DB for each of several outputs.
 
     Raises:
         ArgumentError: Anything else.
     """
-    if not texts:
-        return None
     if len(texts) == 1 and "=" not in texts[0]:
-        return _parse_number(texts[0])
-    limits = {}
-    for text in texts:
-        name, _, number = text.rpartition("=")
-        if not name or name in limits:
-            raise ArgumentError(
-                f"invalid value for --min-sqnr: {', '.join(texts)}.",
-                "give one number of dB, or NAME=DB once for each output.",
-            )
-        limits[name] = _parse_number(number)
-    return limits
-
-
-def _parse_number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ArgumentError(
-            f"invalid value for --min-sqnr: {text!r} is not a number.", "give dB, for example 20."
-        ) from None
+        return parse_number("--min-sqnr", texts[0])
+    return parse_numbers("--min-sqnr", texts)
 
 
 def _write_error(run: Path, error: QdqError, junit: Path | None, json: Path | None) -> None:

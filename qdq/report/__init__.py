@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,35 +29,17 @@ if TYPE_CHECKING:
     from qdq.rewire import RewirePlan
     from qdq.swap import SwapPlan
 
-_EXAMPLES = 8  # images on which the layers are measured
+_EXAMPLES = 8  # samples on which the layers are measured
 
 
-class ReportedModel(Protocol):
-    """A model and the source of its weights, as returned by `load_model`."""
+class ReportedSamples(Protocol):
+    """Batches to calibrate or to evaluate on, as `load_workload` loads them."""
 
-    @property
-    def module(self) -> nn.Module:
-        """The exported model."""
-
-    @property
-    def name(self) -> str:
-        """Name of the architecture."""
-
-    @property
-    def weights(self) -> str:
-        """Source of the weights."""
-
-
-class ReportedImages(Protocol):
-    """A set of images, as returned by `load_images`."""
-
-    @property
-    def images(self) -> Any:
-        """Float32 `[N, 3, H, W]`, or anything whose slices are such tensors."""
+    def __iter__(self) -> Iterator[Any]: ...
 
     @property
     def labels(self) -> Sequence[int] | None:
-        """Class index of each image; None if there are none."""
+        """Class index of each sample; None if there are none."""
 
     @property
     def description(self) -> str:
@@ -66,6 +48,30 @@ class ReportedImages(Protocol):
     @property
     def label_note(self) -> str:
         """Source of the labels, or why there are none."""
+
+
+class ReportedWorkload(Protocol):
+    """A model and its data, as returned by `load_workload`."""
+
+    @property
+    def name(self) -> str:
+        """Name of the model."""
+
+    @property
+    def weights(self) -> str:
+        """Source of the weights."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The exported model."""
+
+    @property
+    def calibration(self) -> ReportedSamples:
+        """Samples of the calibration."""
+
+    @property
+    def evaluation(self) -> ReportedSamples:
+        """Samples of the evaluation."""
 
 
 class TuningResult(Protocol):
@@ -125,9 +131,7 @@ class _StageResults:
 
 def write_report(
     run: Run,
-    model: ReportedModel,
-    calibration: ReportedImages,
-    images: ReportedImages,
+    workload: ReportedWorkload,
     folded: list[FoldedPair],
     plan: SwapPlan,
     rewired: RewirePlan,
@@ -146,9 +150,7 @@ def write_report(
 
     Args:
         run: The open run.
-        model: From `load_model`.
-        calibration: Images of the calibration.
-        images: Images of the evaluation.
+        workload: From `load_workload`: the model and its data.
         folded: From `fold_batchnorm`.
         plan: From `swap_modules`.
         rewired: From `rewire_operations`.
@@ -164,8 +166,8 @@ def write_report(
     results = _StageResults(
         folded, plan, rewired, ranges, analysis, exported, check, build, evaluation, tuning
     )
-    layers = _describe_layers(run, model, calibration, results)
-    sections = _collect_sections(run, model, calibration, images, results, layers)
+    layers = _describe_layers(run, workload, results)
+    sections = _collect_sections(run, workload, results, layers)
     text = _format_report(run, sections, results)
 
     path = write_json(run.report_file, sections)
@@ -177,18 +179,20 @@ def write_report(
 
 
 def _describe_layers(
-    run: Run, model: ReportedModel, calibration: ReportedImages, results: _StageResults
+    run: Run, workload: ReportedWorkload, results: _StageResults
 ) -> list[LayerRecord]:
-    """Describe the layers on the first calibration images."""
-    from qdq.report.layers import describe_layers  # needs torch, which reading a report does not
+    """Describe the layers on the first calibration samples."""
+    # These need torch, which reading a report does not.
+    from qdq.batch import take_samples
+    from qdq.report.layers import describe_layers
 
     statistics = None
     if run.statistics_file.is_file():
         statistics = Statistics.load(run.statistics_file)
 
     return describe_layers(
-        model.module,
-        calibration.images[:_EXAMPLES],
+        workload.module,
+        take_samples(next(iter(workload.calibration)), _EXAMPLES),
         plan=results.plan,
         rewired=results.rewired,
         ranges=results.ranges,
@@ -204,9 +208,7 @@ def _describe_layers(
 
 def _collect_sections(
     run: Run,
-    model: ReportedModel,
-    calibration: ReportedImages,
-    images: ReportedImages,
+    workload: ReportedWorkload,
     results: _StageResults,
     layers: list[LayerRecord],
 ) -> dict[str, Any]:
@@ -216,8 +218,8 @@ def _collect_sections(
         tuning = {**to_jsonable(results.tuning), "text": results.tuning.format_table()}
     return {
         "format": REPORT_FORMAT,
-        "model": f"{model.name}, {model.weights}",
-        "data": _describe_data(calibration, images),
+        "model": f"{workload.name}, {workload.weights}",
+        "data": _describe_data(workload.calibration, workload.evaluation),
         "summary": _summarize(results, layers),
         "findings": _list_findings(results),
         "evaluation": results.evaluation,
@@ -239,20 +241,20 @@ def _collect_sections(
     }
 
 
-def _describe_data(calibration: ReportedImages, images: ReportedImages) -> dict[str, str]:
-    """Source, number and labels of the images."""
+def _describe_data(calibration: ReportedSamples, evaluation: ReportedSamples) -> dict[str, str]:
+    """Source, number and labels of the samples."""
     data = {
         "calibration": calibration.description,
-        "evaluation": images.description,
-        "labels": images.label_note,
+        "evaluation": evaluation.description,
+        "labels": evaluation.label_note,
     }
-    if images.labels is not None:
-        data["labels_digest"] = _digest(images.labels)
+    if evaluation.labels is not None:
+        data["labels_digest"] = _digest(evaluation.labels)
     return data
 
 
 def _digest(labels: Sequence[int]) -> str:
-    """A hash of a set of labelled images, 16 hexadecimal digits, independent of where the images are."""
+    """A hash of a set of labelled samples, 16 hexadecimal digits, independent of where the samples are."""
     text = ",".join(str(label) for label in labels)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -111,8 +111,11 @@ def _list_quality(report: StoredReport) -> list[Figure]:
         label = f"SQNR of {printable(output['name'])}"
         figures.append(Figure(label, format_decibels(output["sqnr_db"]), "one of several outputs"))
     if final["agreement"] is not None:
-        note = f"on {data['evaluation']['images']} images"
+        note = f"on {data['evaluation']['images']} samples"
         figures.append(Figure("same answer as float", format_percent(final["agreement"]), note))
+    for metric, score in (final.get("scores") or {}).items():
+        note = f"float {format_number(reference['scores'][metric], '.4f')}"
+        figures.append(Figure(printable(metric), format_number(score, ".4f"), note))
     if final["top1"] is not None:
         change = 100 * (final["top1"] - reference["top1"])
         note = f"float {format_percent(reference['top1'])}: {change:+.1f} points"
@@ -194,6 +197,7 @@ def _view(report: StoredReport) -> dict[str, Any]:
         "figures": list_figures(report),
         "headline": _write_headline(report),
         "candidates": data["evaluation"]["candidates"],
+        "metrics": list(reference_candidate(report).get("scores") or ()),
         "bars": draw_bars(report),
         "output_states": _list_output_states(data["analysis"]),
         "curve": draw_curve(report),

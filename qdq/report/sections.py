@@ -34,6 +34,7 @@ class Candidate(TypedDict):
     sqnr_db: float | None
     megabytes: Size | None
     outputs: NotRequired[list[OutputFigures]]
+    scores: NotRequired[dict[str, float | None]]
 
 
 class Evaluation(TypedDict):
@@ -261,6 +262,7 @@ class JudgedCandidate(TypedDict):
     agreement: NotRequired[float | None]
     sqnr_db: NotRequired[float | None]
     outputs: NotRequired[list[JudgedOutput]]
+    scores: NotRequired[dict[str, float | None]]
 
 
 class JudgedEvaluation(TypedDict):

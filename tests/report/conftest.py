@@ -35,17 +35,15 @@ def finished(tmp_path_factory):
     pytest.importorskip("torchvision", reason="needs the extra 'demo'")
     pytest.importorskip("tensorrt_rtx", reason="needs the extra 'rtx'")
     from qdq.workloads.classification.batches import ImageBatches
-    from qdq.workloads.classification.models import LoadedModel, Preprocess
+    from qdq.workloads.workload import Workload
 
     torch.manual_seed(0)
     model = Branches().eval()
-    net = LoadedModel(
-        "branches", model, "random", Preprocess(12, 12, (0.0,) * 3, (1.0,) * 3), 16, None
-    )
     calibration = ImageBatches(torch.randn(8, 3, 12, 12), None, 4, 8, "8 random images", "none")
     images = ImageBatches(
         torch.randn(6, 3, 12, 12), [0, 1, 2, 3, 4, 0], 4, 6, "6 random images", "made up"
     )
+    workload = Workload("branches", "random", model, calibration, images, list)
     run = qdq.start_run(tmp_path_factory.mktemp("runs") / "small", settings={"model": "branches"})
     run.stage("everything")
     logits = {"float": qdq.predict(model, images)}
@@ -64,9 +62,7 @@ def finished(tmp_path_factory):
     build = qdq.build_engine(exported.path, backend="rtx")
     evaluation = qdq.evaluate_outputs(logits, images.labels, files={"float": model})
     stages = {
-        "model": net,
-        "calibration": calibration,
-        "images": images,
+        "workload": workload,
         "folded": folded,
         "plan": plan,
         "rewired": rewired,
