@@ -17,7 +17,7 @@ help: ## this list
 	@touch $@
 
 demo: .venv/.demo ## quantize EfficientNet-Lite0, build its engine, show the results (runs/demo)
-	$(BIN)/python recipes/ptq_classifier.py --output runs/demo
+	$(BIN)/python recipes/ptq.py --output runs/demo
 
 test: .venv/.dev ## run the tests
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""Batches: how one is unpacked for a model, how many samples it has, and several batches as one."""
+"""Batches: how one is unpacked for a model, how many samples it has, its first ones, and several as one."""
 
 from __future__ import annotations
 
@@ -315,6 +315,39 @@ def is_by_sample(leaf: Any, size: int) -> bool:
         size: Number of samples of the batch.
     """
     return isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and len(leaf) == size
+
+
+def take_samples(batch: Any, n: int) -> Any:
+    """The first `n` samples of a batch, in the same containers; the batch itself if it has no more.
+
+    Tensors with one row for each sample are cut, and so is a list of images. Anything else stays.
+
+    Args:
+        batch: As for `qdq.predict`.
+        n: Number of samples, at least 1.
+    """
+    size = count_samples(batch)
+    if n >= size:
+        return batch
+    if isinstance(batch, Labelled):
+        return Labelled(_take_rows(batch.inputs, size, n), _take_rows(batch.labels, size, n))
+    return _take_rows(batch, size, n)
+
+
+def _take_rows(part: Any, size: int, n: int) -> Any:
+    """The first rows of every tensor with one row for each sample, and the first items of a list of samples."""
+    is_list_of_samples = isinstance(part, list) and len(part) == size
+    if is_list_of_samples and not any(is_by_sample(item, size) for item in part):
+        return part[:n]
+    if isinstance(part, tuple):
+        return tuple(_take_rows(item, size, n) for item in part)
+    return map_leaves(partial(_cut_leaf, size, n), part)
+
+
+def _cut_leaf(size: int, n: int, leaf: Any) -> Any:
+    if is_by_sample(leaf, size):
+        return leaf[:n]
+    return leaf
 
 
 def _are_equal(first: Any, second: Any) -> bool:

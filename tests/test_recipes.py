@@ -18,8 +18,8 @@ from processes import TORCHRUN
 from stopped_recipe import Stop, run_recipe
 
 ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "recipes" / "ptq_classifier.py"
-TUNING = ROOT / "recipes" / "qat_classifier.py"
+RECIPE = ROOT / "recipes" / "ptq.py"
+TUNING = ROOT / "recipes" / "qat.py"
 SMALL = [
     "--model",
     "squeezenet1_1",
@@ -268,7 +268,8 @@ def bad_pattern(tmp_path):
         (["--target-drop", "0.1"], "error: --target-drop is given, but no metric"),
         (["--target-metric", "1"], "error: --target-metric is given, but no metric"),
         (["--max-float-share", "2"], "error: --max-float-share is 2"),
-        (["--metric", "accuracy"], 'invalid value "accuracy" for --metric'),
+        (["--rank-by", "accuracy"], 'invalid value "accuracy" for --rank-by'),
+        (["--metric", "kl"], "--metric kl is given, and squeezenet1_1 is measured by top-1"),
         (["--seed", "-1"], 'invalid value "-1" for --seed'),
         (["--calib-method", "nonsense"], 'invalid value "nonsense" for --calib-method'),
         (["--nonsense"], "unknown option: --nonsense"),
@@ -292,7 +293,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     argv.append("-q")  # how many images there are, and what labels, is told as a warning
     monkeypatch.setattr(sys, "argv", [RECIPE.name, *argv])
     run = {
-        "recipe": lambda: main.run_command(load_recipe("ptq_classifier").ptq_classifier),
+        "recipe": lambda: main.run_command(load_recipe("ptq").ptq),
         "qdq ptq": lambda: main.main(["ptq", *argv]),
     }
     with pytest.raises(SystemExit) as exit:

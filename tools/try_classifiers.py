@@ -57,12 +57,12 @@ def _make_images(folder: Path, count: int) -> Path:
 
 
 def _try(model: str, images: Path, output: Path, max_float_layers: int) -> dict[str, Any]:
-    recipe = load_recipe("ptq_classifier").ptq_classifier
+    recipe = load_recipe("ptq").ptq
     began = time.perf_counter()
     code = recipe(
         model=model,
         weights="random",
-        data_dir=images,
+        data=images,
         output=output,
         calib_batches=2,
         eval_images=8,

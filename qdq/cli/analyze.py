@@ -22,7 +22,7 @@ class AnalysisOptions:
         max_float_layers: The analysis leaves at most this many layers in float.
         target_sqnr: Leave no more layers in float once the outputs reach this SQNR, in dB.
         mode: one-at-a-time measures a layer with only that layer in int8, leave-one-out with only that layer in float.
-        metric: Metric that ranks the layers; top1 needs calibration images with labels.
+        rank_by: Metric that ranks the layers; top1 needs calibration samples with labels.
         groups: Layers that go to float together: block, shared (their inputs share one range), or patterns, each of
             which makes a group.
         confirm: Rank by an estimate, and measure only this many layers exactly; all by default.
@@ -38,7 +38,7 @@ class AnalysisOptions:
     max_float_layers: NonNegativeInt = 4
     target_sqnr: PositiveFloat | None = None
     mode: Literal["one-at-a-time", "leave-one-out"] = "one-at-a-time"
-    metric: Literal["sqnr", "cosine", "kl", "top1"] = "sqnr"
+    rank_by: Literal["sqnr", "cosine", "kl", "top1"] = "sqnr"
     groups: tuple[str, ...] = ()
     confirm: NonNegativeInt | None = None
     target_metric: float | None = None
@@ -54,10 +54,10 @@ class AnalysisOptions:
         Raises:
             ArgumentError: There are no labels.
         """
-        if self.metric == "top1" and labels is None:
+        if self.rank_by == "top1" and labels is None:
             raise ArgumentError(
-                "--metric top1 needs calibration images with labels, and these have none.",
-                "pass --data-dir with a folder for each class, or use --metric kl, which needs none.",
+                "--rank-by top1 needs calibration samples with labels, and these have none.",
+                "pass --data with a folder for each class, or use --rank-by kl, which needs none.",
             )
 
     def as_arguments(self) -> dict[str, Any]:
@@ -72,6 +72,7 @@ class AnalysisOptions:
 
         arguments = dict(vars(self))
         groups = arguments.pop("groups")
+        arguments["metric"] = arguments.pop("rank_by")
         try:
             check_options(**arguments)
         except ArgumentError as error:

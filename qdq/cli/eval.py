@@ -1,85 +1,115 @@
-"""`qdq eval`: a float model and ONNX files on the same images."""
+"""`qdq eval`: a float model and ONNX files on the same samples."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from cyclopts.types import PositiveInt, UInt32
+
+from qdq.cli.workloads import DATA_FLAG, OutputOptions
 
 
 def evaluate_files(
     *onnx: Path,
     model: str = "efficientnet_lite0",
     weights: str = "DEFAULT",
-    data_dir: Path | None = None,
+    data: Annotated[Path | None, DATA_FLAG] = None,
+    metric: str | None = None,
+    output_options: OutputOptions = OutputOptions(),
+    calib_batches: PositiveInt = 8,
     eval_images: PositiveInt = 500,
     batch_size: PositiveInt = 16,
     device: str | None = None,
     seed: UInt32 = 0,
     json: Path | None = None,
 ) -> int:
-    """Compare ONNX files with the float model on the same images.
+    """Compare ONNX files with the float model on the same samples.
 
-    Prints top-1 and top-5 if labels are known, and how far each file is from the float model: top-1 agreement and
-    SQNR. If the folder has no train and val, the images on which `qdq ptq` calibrates are left out.
+    Prints the metrics of the task, or top-1 and top-5 if labels are known, and how far each file is from the float
+    model: top-1 agreement and SQNR. The samples on which `qdq ptq` calibrates are left out.
 
     For example:
 
         qdq eval runs/ptq/model.onnx
-        qdq eval a.onnx b.onnx --model resnet50 --data-dir /data/imagenet
+        qdq eval a.onnx b.onnx --model resnet50 --data /data/imagenet
+        qdq eval a.onnx --model net.py:build --data net.py:batches --metric net.py:score
 
     Args:
         onnx: ONNX files, which ONNX Runtime runs on the CPU; without any, only the model is evaluated.
-        model: The float model that the files are compared with: efficientnet_lite0 or any torchvision classifier.
+        model: The float model that the files are compared with, as for `qdq ptq`.
         weights: DEFAULT, another torchvision name, random, or the path of a checkpoint.
-        data_dir: A folder with one folder per class, with or without train and val above them; the packaged photographs
-            by default.
-        eval_images: Number of images.
-        batch_size: Images per batch.
+        data: As for `qdq ptq`.
+        metric: As for `qdq ptq`.
+        output_options: Which outputs count.
+        calib_batches: As for `qdq ptq`: these batches are left out.
+        eval_images: Number of images, or other samples.
+        batch_size: Images per batch; your own batches come as they are.
         device: Where the float model runs: cpu, cuda or cuda:N. By default a GPU if there is one.
         seed: Seed of random weights, and of the choice and the crops of images.
         json: Also write the table, and the device, to this file.
     """
     from qdq.check import OnnxModel
     from qdq.device import choose_device, describe_device
-    from qdq.evaluate import evaluate_outputs, predict
+    from qdq.evaluate import evaluate_outputs
     from qdq.files import to_jsonable, write_json
+    from qdq.predictor import predict
     from qdq.text import MOST_CHARACTERS, make_printable, printable
-    from qdq.workloads.classification import load_images
-    from qdq.workloads.classification.models import load_model
+    from qdq.workloads import load_workload
+    from qdq.workloads.workload import WorkloadOptions
 
-    _guard_files(onnx, data_dir, weights, json)
+    _guard_files(onnx, data, weights, json)
     run_device = choose_device(device)
     for path in onnx:
         OnnxModel(path)  # refuses a bad file now, not after the float model has run
-    net = load_model(model, weights, seed)
-    _, images = load_images(data_dir, net, evaluation=eval_images, batch_size=batch_size, seed=seed)
+    workload = load_workload(
+        WorkloadOptions(
+            model=model,
+            weights=weights,
+            data=data,
+            metric=metric,
+            calib_batches=calib_batches,
+            eval_samples=eval_images,
+            batch_size=batch_size,
+            seed=seed,
+            **output_options.as_arguments(),
+        )
+    )
+    samples = workload.evaluation
 
     print(f"device: {describe_device(run_device)}")
-    candidates: dict[str, Any] = {"float": net.module.to(run_device)}
+    candidates: dict[str, Any] = {"float": workload.module.to(run_device)}
     for path in onnx:
         candidates[str(path)] = path  # the whole path: files of different runs have the same name
-    outputs = {name: predict(candidate, images) for name, candidate in candidates.items()}
-    evaluation = evaluate_outputs(outputs, images.labels, files=candidates)
+    outputs, scores = {}, {}
+    for name, candidate in candidates.items():
+        outputs[name] = predict(candidate, samples, **workload.view)
+        scores[name] = workload.measure(candidate)
+    evaluation = evaluate_outputs(
+        outputs,
+        samples.labels,
+        files=candidates,
+        scores=scores,
+        num_samples=samples.num_samples,
+    )
     print(make_printable(evaluation).format_table())
-    if images.labels is None:
-        print(f"no top-1: {printable(images.label_note, MOST_CHARACTERS)}")
+    if samples.labels is None and not evaluation.metrics:
+        print(f"no top-1: {printable(samples.label_note, MOST_CHARACTERS)}")
     if json is not None:
         write_json(json, {**to_jsonable(evaluation), "device": describe_device(run_device)})
     return 0
 
 
 def _guard_files(
-    onnx: tuple[Path, ...], data_dir: Path | None, weights: str, json: Path | None
+    onnx: tuple[Path, ...], data: Path | None, weights: str, json: Path | None
 ) -> None:
     from qdq.graph.tensors import list_data_files
     from qdq.run import guard_command
     from qdq.workloads.classification.folder import is_image_of
 
-    inputs: list[Path | str | None] = [*onnx, data_dir, weights]
+    inputs: list[Path | str | None] = [*onnx, data, weights]
     for path in onnx:
         inputs += list_data_files(path)
-    if is_image_of(data_dir, json):
+    if is_image_of(data, json):
         inputs.append(json)
     guard_command(inputs=inputs, outputs=[json])

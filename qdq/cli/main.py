@@ -40,10 +40,10 @@ _HELP = """From a trained PyTorch model to a verified TensorRT int8 engine.
 
 For example:
 
-    qdq ptq --model resnet50 --data-dir /data/imagenet --output runs/resnet50
+    qdq ptq --model resnet50 --data /data/imagenet --output runs/resnet50
     qdq check runs/resnet50/model.onnx
     qdq build runs/resnet50/model.onnx --sm 86
-    qdq eval runs/resnet50/model.onnx --model resnet50 --data-dir /data/imagenet
+    qdq eval runs/resnet50/model.onnx --model resnet50 --data /data/imagenet
 """
 _EPILOGUE = (
     "Every command: -v shows the log, and the traceback of an error; -q hides warnings. "

@@ -2,4 +2,4 @@
 
 from qdq.cli.recipes import load_recipe
 
-ptq = load_recipe("ptq_classifier").ptq_classifier
+ptq = load_recipe("ptq").ptq

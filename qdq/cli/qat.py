@@ -2,4 +2,4 @@
 
 from qdq.cli.recipes import load_recipe
 
-qat = load_recipe("qat_classifier").qat_classifier
+qat = load_recipe("qat").qat

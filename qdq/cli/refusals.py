@@ -17,13 +17,11 @@ if TYPE_CHECKING:
 
     from qdq.plan import Plan
     from qdq.schedule import Schedule
-    from qdq.workloads.classification.models import LoadedModel
-
-_EXAMPLE_IMAGES = 2
+    from qdq.workloads.workload import Workload
 
 
 def check_layers(
-    net: LoadedModel,
+    workload: Workload,
     *,
     exclude: Sequence[str] = (),
     plan: Plan | None = None,
@@ -34,10 +32,10 @@ def check_layers(
     """Refuse patterns that cannot be compiled, and names of layers that the quantized model will not have.
 
     This needs no calibration. If the modules alone do not show whether a name exists, a copy of the model is swapped
-    and rewired on two images of noise.
+    and rewired on two samples.
 
     Args:
-        net: The model; it does not change.
+        workload: The model and its data; it does not change.
         exclude: As for `swap_modules`; each pattern must match a module or a call.
         plan: As `pinned` of `analyze_layers`.
         groups: As for `analyze_layers`.
@@ -63,15 +61,15 @@ def check_layers(
     for option, names in options.items():
         Patterns(names, option)  # refuses an invalid regular expression
     if layers is not None:
-        _require_trainable(net, layers, exclude)
+        _require_trainable(workload, layers, exclude)
 
-    unmatched = _list_unmatched(exclude, dict(net.module.named_modules()))
+    unmatched = _list_unmatched(exclude, dict(workload.module.named_modules()))
     if precisions or group_patterns or unmatched or profile is not None:
-        _check_quantized_copy(net, exclude, unmatched, precisions, group_patterns, profile)
+        _check_quantized_copy(workload, exclude, unmatched, precisions, group_patterns, profile)
 
 
 def _check_quantized_copy(
-    net: LoadedModel,
+    workload: Workload,
     exclude: Sequence[str],
     unmatched: Sequence[str],
     precisions: Mapping[str, str],
@@ -79,8 +77,6 @@ def _check_quantized_copy(
     profile: Path | None,
 ) -> None:
     """Refuse names that a quantized copy of the model does not have."""
-    import torch
-
     from qdq.analyze.cost import load_times
     from qdq.fold import fold_batchnorm
     from qdq.rewire import rewire_operations
@@ -88,10 +84,9 @@ def _check_quantized_copy(
     from qdq.swap import swap_modules
     from qdq.units import Unit, find_all_quantizers, group_units, match_precisions
 
-    model = copy.deepcopy(net.module)
-    size = net.preprocess.crop_size
+    model = copy.deepcopy(workload.module)
+    example = workload.example
     with _silent(), seeded_rng(0):
-        example = torch.randn(_EXAMPLE_IMAGES, 3, size, size)
         fold_batchnorm(model, example)
         swap_modules(model, example, exclude=exclude)
         rewired = rewire_operations(model, example, exclude=exclude)
@@ -101,7 +96,7 @@ def _check_quantized_copy(
     unmatched = _list_unmatched(unmatched, modules | calls)
     if unmatched:
         raise ArgumentError(
-            f"the pattern {unmatched[0]!r} in exclude matches no module and no call of {net.name}.",
+            f"the pattern {unmatched[0]!r} in exclude matches no module and no call of {workload.name}.",
             "correct it.",
         )
 
@@ -125,7 +120,7 @@ def _list_unmatched(patterns: Sequence[str], modules: Mapping[str, nn.Module]) -
     return unmatched
 
 
-def _require_trainable(net: LoadedModel, layers: Sequence[str], exclude: Sequence[str]) -> None:
+def _require_trainable(workload: Workload, layers: Sequence[str], exclude: Sequence[str]) -> None:
     """Refuse a pattern whose modules have no parameter to train, or are all left in float."""
     from qdq.patterns import Patterns
 
@@ -133,12 +128,12 @@ def _require_trainable(net: LoadedModel, layers: Sequence[str], exclude: Sequenc
     for pattern in layers:
         compiled = Patterns([pattern], "layers")
         trainable = {}
-        for name, module in net.module.named_modules():
+        for name, module in workload.module.named_modules():
             if compiled.match([name], module) and _has_trainable_parameter(module):
                 trainable[name] = module
         if not trainable:
             raise ArgumentError(
-                f"the pattern {pattern!r} in layers matches no module of {net.name} with parameters.",
+                f"the pattern {pattern!r} in layers matches no module of {workload.name} with parameters.",
                 "correct it.",
             )
         if all(excluded.match([name], module) for name, module in trainable.items()):
@@ -182,7 +177,7 @@ def check_tuning(
     if loss != "distill" and labels is None:
         raise ArgumentError(
             f"--loss {loss} needs images with labels, and these have none.",
-            "pass --data-dir with a folder for each class, or use --loss distill, which needs none.",
+            "pass --data with a folder for each class, or use --loss distill, which needs none.",
         )
     if loss != "distill" and schedule.patience is not None:
         raise ArgumentError(

@@ -500,8 +500,8 @@ def test_a_pattern_behind_a_larger_one_says_so(deep):
 
 def test_top1_is_refused_before_the_recipe_begins():
     with pytest.raises(ArgumentError, match="labels"):
-        AnalysisOptions(metric="top1").check_labels(None)
-    AnalysisOptions(metric="top1").check_labels([1, 2])
+        AnalysisOptions(rank_by="top1").check_labels(None)
+    AnalysisOptions(rank_by="top1").check_labels([1, 2])
     AnalysisOptions().check_labels(None)
 
 

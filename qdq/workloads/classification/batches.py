@@ -71,6 +71,11 @@ class ImageBatches:
     def __len__(self) -> int:
         return -(-self.num_images // self.batch_size)
 
+    @property
+    def num_samples(self) -> int:
+        """Number of images."""
+        return self.num_images
+
     def subset(self, n: int) -> ImageBatches:
         """The first `n` images, or all if there are fewer; shares memory with this set.
 

@@ -214,9 +214,7 @@ def _open_folder(root: Path) -> _Splits:
     """
     if not root.is_dir():
         problem = "is a file" if root.is_file() else "does not exist"
-        raise DataError(
-            f"{root} {problem}; expected a folder of class folders.", "check --data-dir."
-        )
+        raise DataError(f"{root} {problem}; expected a folder of class folders.", "check --data.")
     try:
         return _find_splits(root)
     except OSError as error:
@@ -239,7 +237,7 @@ def _find_splits(root: Path) -> _Splits:
         present, absent = (train, val) if has_train else (val, train)
         raise DataError(
             f"{present} has class folders and {absent} has none; expected both or neither.",
-            f"add {absent}, or pass --data-dir {present} to use its images for both purposes.",
+            f"add {absent}, or pass --data {present} to use its images for both purposes.",
         )
     folder = _scan(root)
     return _Splits(folder, folder)
@@ -278,7 +276,7 @@ def _scan(folder: Path) -> _ImageFolder:
         raise DataError(
             f"the {len(dataset.classes)} class folders of {folder} ({names}) contain no images; "
             f"expected files named {', '.join(IMG_EXTENSIONS)}.",
-            "add images, or check --data-dir.",
+            "add images, or check --data.",
         )
     empty = sorted(set(dataset.classes) - {image.class_name for image in images})
     if empty:
@@ -295,7 +293,7 @@ def _no_class_folders(folder: Path, suffixes: tuple[str, ...]) -> DataError:
     return DataError(
         f"{folder} contains {content}; expected one folder per class, "
         f"with images ({', '.join(suffixes)}) in it.",
-        f"move the images to {folder / 'CLASS'}/, or check --data-dir.",
+        f"move the images to {folder / 'CLASS'}/, or check --data.",
     )
 
 

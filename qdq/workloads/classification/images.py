@@ -57,7 +57,7 @@ class PhotographSource:
         if spec is None or not spec.submodule_search_locations:
             raise DependencyError(
                 f"the sample photographs need {self.package}, which is not installed.",
-                "pip install 'qdq[demo]', or pass --data-dir with images of your own.",
+                "pip install 'qdq[demo]', or pass --data with images of your own.",
             )
         root = Path(spec.submodule_search_locations[0], self.folder)
         files: list[Path] = []
@@ -66,7 +66,7 @@ class PhotographSource:
             if not matches:
                 raise DependencyError(
                     f"{self.description} lacks the sample photograph {self.folder}/{pattern}.",
-                    "pip install 'qdq[demo]', or pass --data-dir with images of your own.",
+                    "pip install 'qdq[demo]', or pass --data with images of your own.",
                 )
             files += matches
         return files

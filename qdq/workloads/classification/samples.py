@@ -64,7 +64,7 @@ def load_sample_images(
     if most > _MOST_CROPS:
         raise ArgumentError(
             f"{most} crops of a few photographs were requested; the limit is {_MOST_CROPS}.",
-            f"pass {_MOST_CROPS} or fewer, or pass --data-dir with images of your own.",
+            f"pass {_MOST_CROPS} or fewer, or pass --data with images of your own.",
         )
     return (
         _load_calibration_crops(model, calibration, batch_size, seed),

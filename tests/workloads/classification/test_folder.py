@@ -153,7 +153,7 @@ def test_entries_that_are_not_files_are_skipped_and_named(tmp_path, caplog):
 
 
 def test_missing_folder(tmp_path):
-    check_refused(tmp_path / "absent", f"{tmp_path / 'absent'} does not exist", "--data-dir")
+    check_refused(tmp_path / "absent", f"{tmp_path / 'absent'} does not exist", "--data")
 
 
 def test_file_instead_of_a_folder(tmp_path):
@@ -189,7 +189,7 @@ def test_images_without_class_folders(tmp_path):
 def test_only_one_of_train_and_val(tmp_path, present):
     make_folder(tmp_path / present, cat=3, dog=3)
     check_refused(
-        tmp_path, f"{tmp_path / present} has class folders", f"--data-dir {tmp_path / present}"
+        tmp_path, f"{tmp_path / present} has class folders", f"--data {tmp_path / present}"
     )
 
 

@@ -1,7 +1,8 @@
-"""Fine-tuning of a quantized image classifier: from trained weights to a checked int8 engine, with or without labels.
+"""Fine-tuning of a quantized model: from trained weights to a checked int8 engine, with or without labels.
 
-python recipes/qat_classifier.py
-torchrun --nproc-per-node 4 recipes/qat_classifier.py --model resnet50 --data-dir /data/imagenet --loss both
+python recipes/qat.py
+python recipes/qat.py --model net.py:build --data net.py:batches --metric net.py:score
+torchrun --nproc-per-node 4 recipes/qat.py --model resnet50 --data /data/imagenet --loss both
 """
 
 from pathlib import Path
@@ -11,13 +12,16 @@ import qdq
 from qdq.cli.calibrate import CalibMethod
 from qdq.cli.main import NonNegativeInt, Parameter, PositiveInt, UInt32, run_command
 from qdq.cli.refusals import check_layers, check_tuning
+from qdq.cli.workloads import DATA_FLAG, OutputOptions
 
 
-def qat_classifier(
+def qat(
     *,
     model: str = "efficientnet_lite0",
     weights: str = "DEFAULT",
-    data_dir: Path | None = None,
+    data: Annotated[Path | None, DATA_FLAG] = None,
+    metric: str | None = None,
+    output_options: OutputOptions = OutputOptions(),
     output: Path = Path("runs/qat"),
     exclude: tuple[str, ...] = (),
     plan: Path | None = None,
@@ -36,22 +40,25 @@ def qat_classifier(
     sm: int | None = None,
     seed: UInt32 = 0,
 ) -> int:
-    """Quantize a classifier, fine-tune it, then export, check and build it.
+    """Quantize a model, fine-tune it, then export, check and build it.
 
     If it is killed, the same command continues where it stopped.
 
     Args:
-        model: efficientnet_lite0, whose weights are packaged, or the name of a torchvision classifier.
+        model: efficientnet_lite0, whose weights are packaged; the name of a torchvision classifier; or your own
+            network: FILE.py:FUNCTION, a function that returns it.
         weights: DEFAULT, another torchvision name, random, or the path of a checkpoint.
-        data_dir: A folder with one folder per class, with or without train and val above them; packaged photographs
-            if left out.
+        data: For a classifier a folder with one folder per class, with or without train and val above them; packaged
+            photographs if left out. For your own network FILE.py:FUNCTION, a function that returns batches.
+        metric: FILE.py:FUNCTION, a function that gets predict(inputs) and returns a number, or numbers by name.
+        output_options: Which outputs count.
         output: Run folder. Files of an earlier run in it are removed first; a folder with other files is refused.
         exclude: Layers to keep in float: dotted names, globs or re:EXPRESSION.
         plan: The plan.yaml of an earlier run, which you may edit. The layers that it names run as it says.
         calib_method: How the range of an activation is computed; best selects, for each layer, the method with the
             smallest error of its output.
         calib_batches: Batches to calibrate on.
-        eval_images: Images to evaluate on.
+        eval_images: Images, or other samples, to evaluate on.
         max_float_layers: The analysis leaves at most this many layers in float.
         loss: distill: the float model is the teacher, no labels are needed. labels: cross entropy. both: both losses
             together. With labels the last weights are kept, not the best.
@@ -60,11 +67,11 @@ def qat_classifier(
         schedule: Length and learning rates.
         amp: Compute in bfloat16 where torch.autocast does.
         tensorboard: Write the curves into the run folder for TensorBoard.
-        batch_size: Images per batch.
+        batch_size: Images per batch; your own batches come as they are.
         device: Where the model runs: cpu, cuda or cuda:N. By default a GPU if there is one, under torchrun that of
             the local rank.
         sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121. By default that of the device, on a CPU 89.
-        seed: Seed of random weights, crops and the choice of images.
+        seed: Seed of random weights, crops and the choice of samples.
     """
     settings = dict(locals())
 
@@ -75,43 +82,54 @@ def qat_classifier(
     pinned = None
     if plan is not None:
         pinned = qdq.load_plan(plan)
-    net = qdq.load_model(model, weights, seed)
-    check_layers(net, exclude=exclude, plan=pinned, layers=layers)
-    calib_images = calib_batches * batch_size
-    training = qdq.load_training_images(
-        data_dir, net, None, calib_images, eval_images, batch_size, seed
+    workload = qdq.load_workload(
+        qdq.WorkloadOptions(
+            model=model,
+            weights=weights,
+            data=data,
+            metric=metric,
+            calib_batches=calib_batches,
+            eval_samples=eval_images,
+            batch_size=batch_size,
+            seed=seed,
+            **output_options.as_arguments(),
+        )
     )
+    net = workload.module
+    calibration, samples, view = workload.calibration, workload.evaluation, workload.view
+    check_layers(workload, exclude=exclude, plan=pinned, layers=layers)
+    training = workload.load_training()
     check_tuning(loss, training.labels, schedule, tensorboard=tensorboard)
-    calibration, images = qdq.load_images(
-        data_dir, net, calib_images, eval_images, batch_size, seed
-    )
     run = qdq.start_run(
         output, seed=seed, settings=settings, device=qdq.describe_device(run_device)
     )
 
     run.stage("float")
-    net.module.to(run_device)
-    logits = {}
-    logits["float"] = qdq.predict(net.module, images)
+    net.to(run_device)
+    outputs, scores = {}, {}
+    outputs["float"] = qdq.predict(net, samples, **view)
+    scores["float"] = workload.measure(net)
 
     run.stage("fold, swap, rewire")
-    example = calibration.images[:2]
-    folded = qdq.fold_batchnorm(net.module, example)
-    swap_plan = qdq.swap_modules(net.module, example, exclude=exclude)
-    rewired = qdq.rewire_operations(net.module, example, exclude=exclude)
+    folded = qdq.fold_batchnorm(net, workload.example)
+    swap_plan = qdq.swap_modules(net, workload.example, exclude=exclude)
+    rewired = qdq.rewire_operations(net, workload.example, exclude=exclude)
 
     run.stage("calibrate")
     calibrated_ranges = qdq.calibrate_model(
-        net.module, calibration, method=calib_method, statistics=run.statistics_file
+        net, calibration, method=calib_method, statistics=run.statistics_file
     )
-    logits["calibrated"] = qdq.predict(net.module, images)
+    outputs["calibrated"] = qdq.predict(net, samples, **view)
+    scores["calibrated"] = workload.measure(net)
 
     run.stage("analyze")
     held_out = calibration.subset(32)
     analysis = qdq.analyze_layers(
-        net.module,
+        net,
         held_out,
         pinned=pinned,
+        **view,
+        weights=workload.output_weights,
         max_float_layers=max_float_layers,
         path=run.journal_file,
     )
@@ -120,11 +138,12 @@ def qat_classifier(
     run.stage("fine-tune")
     uses_labels = loss in ("labels", "both")
     uses_teacher = loss in ("distill", "both")
+    distillation = qdq.Distillation(**view, weights=workload.output_weights)
     tuning = qdq.finetune(
-        net.module,
+        net,
         training,
         loss=qdq.cross_entropy if uses_labels else None,
-        distillation=qdq.Distillation() if uses_teacher else None,
+        distillation=distillation if uses_teacher else None,
         held=None if uses_labels else held_out,
         ranges=ranges,
         layers=layers,
@@ -136,39 +155,43 @@ def qat_classifier(
     )
     if not run.is_first:
         return 0  # torchrun: only the first process continues
-    logits["fine-tuned"] = qdq.predict(net.module, images)
+    outputs["fine-tuned"] = qdq.predict(net, samples, **view)
+    scores["fine-tuned"] = workload.measure(net)
 
     run.stage("export and check")
     exported = qdq.export_onnx(
-        net.module,
-        example,
+        net,
+        workload.example,
         run.model_file,
         calibration=calibrated_ranges,
         plan=swap_plan,
         rewired=rewired,
     )
-    logits["ONNX"] = qdq.predict(exported.path, images)
-    default_logits = qdq.predict(exported.path, images, session="default")
-    tie_floor_db = qdq.measure_tie_floor(net.module, images, expected=logits["fine-tuned"])
+    outputs["ONNX"] = qdq.predict(exported.path, samples, **view)
+    scores["ONNX"] = workload.measure(exported.path)
+    default_outputs = qdq.predict(exported.path, samples, session="default", **view)
+    tie_floor_db = qdq.measure_tie_floor(net, samples, expected=outputs["fine-tuned"], **view)
     check = qdq.check_onnx(
         exported.path,
-        expected=logits["fine-tuned"],
-        found=logits["ONNX"],
-        found_default=default_logits,
+        expected=outputs["fine-tuned"],
+        found=outputs["ONNX"],
+        found_default=default_outputs,
         tie_floor_db=tie_floor_db,
     )
 
     run.stage("build")
     build = qdq.build_engine(exported.path, backend=backend.name, sm=backend.sm)
     evaluation = qdq.evaluate_outputs(
-        logits, images.labels, files={"float": net.module, "ONNX": exported.path}
+        outputs,
+        samples.labels,
+        files={"float": net, "ONNX": exported.path},
+        scores=scores,
+        num_samples=samples.num_samples,
     )
 
     report = qdq.write_report(
         run,
-        model=net,
-        calibration=calibration,
-        images=images,
+        workload=workload,
         folded=folded,
         plan=swap_plan,
         rewired=rewired,
@@ -184,4 +207,4 @@ def qat_classifier(
 
 
 if __name__ == "__main__":
-    run_command(qat_classifier)
+    run_command(qat)

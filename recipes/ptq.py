@@ -1,24 +1,28 @@
-"""Post-training quantization of an image classifier: from trained weights to a checked int8 engine.
+"""Post-training quantization: from trained weights to a checked int8 engine.
 
-python recipes/ptq_classifier.py
-python recipes/ptq_classifier.py --model resnet50 --weights my.pth --data-dir /data/imagenet --exclude fc
+python recipes/ptq.py
+python recipes/ptq.py --model resnet50 --weights my.pth --data /data/imagenet --exclude fc
+python recipes/ptq.py --model net.py:build --data net.py:batches --metric net.py:score
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import qdq
 from qdq.cli.analyze import AnalysisOptions
 from qdq.cli.calibrate import CalibMethod
 from qdq.cli.main import PositiveInt, UInt32, run_command
 from qdq.cli.refusals import check_layers
+from qdq.cli.workloads import DATA_FLAG, OutputOptions
 
 
-def ptq_classifier(
+def ptq(
     *,
     model: str = "efficientnet_lite0",
     weights: str = "DEFAULT",
-    data_dir: Path | None = None,
+    data: Annotated[Path | None, DATA_FLAG] = None,
+    metric: str | None = None,
+    output_options: OutputOptions = OutputOptions(),
     output: Path = Path("runs/ptq"),
     exclude: tuple[str, ...] = (),
     plan: Path | None = None,
@@ -33,27 +37,30 @@ def ptq_classifier(
     sm: int | None = None,
     seed: UInt32 = 0,
 ) -> int:
-    """Quantize a classifier, leave its most sensitive layers in float, then export, check and build it.
+    """Quantize a model, leave its most sensitive layers in float, then export, check and build it.
 
     Args:
-        model: efficientnet_lite0, whose weights are packaged, or the name of a torchvision classifier.
+        model: efficientnet_lite0, whose weights are packaged; the name of a torchvision classifier; or your own
+            network: FILE.py:FUNCTION, a function that returns it.
         weights: DEFAULT, another torchvision name, random, or the path of a checkpoint.
-        data_dir: A folder with one folder per class, with or without train and val above them; packaged photographs
-            if left out.
+        data: For a classifier a folder with one folder per class, with or without train and val above them; packaged
+            photographs if left out. For your own network FILE.py:FUNCTION, a function that returns batches.
+        metric: FILE.py:FUNCTION, a function that gets predict(inputs) and returns a number, or numbers by name.
+        output_options: Which outputs count.
         output: Run folder. Files of an earlier run in it are removed first; a folder with other files is refused.
         exclude: Layers to keep in float: dotted names, globs or re:EXPRESSION.
         plan: The plan.yaml of an earlier run, which you may edit. The layers that it names run as it says.
         calib_method: How the range of an activation is computed; best selects, for each layer, the method with the
             smallest error of its output.
         calib_batches: Batches to calibrate on.
-        eval_images: Images to evaluate on.
-        analysis_images: Calibration images for the sensitivity analysis.
+        eval_images: Images, or other samples, to evaluate on.
+        analysis_images: Calibration samples for the sensitivity analysis.
         analysis: Options of the sensitivity analysis.
         precision: Type of the float layers in the exported file.
-        batch_size: Images per batch.
+        batch_size: Images per batch; your own batches come as they are.
         device: Where the model runs: cpu, cuda or cuda:N. By default a GPU if there is one.
         sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121. By default that of the device, on a CPU 89.
-        seed: Seed of random weights, crops and the choice of images.
+        seed: Seed of random weights, crops and the choice of samples.
     """
     settings = dict(locals())
 
@@ -65,16 +72,27 @@ def ptq_classifier(
     pinned = None
     if plan is not None:
         pinned = qdq.load_plan(plan)
-    net = qdq.load_model(model, weights, seed)
+    workload = qdq.load_workload(
+        qdq.WorkloadOptions(
+            model=model,
+            weights=weights,
+            data=data,
+            metric=metric,
+            calib_batches=calib_batches,
+            eval_samples=eval_images,
+            batch_size=batch_size,
+            seed=seed,
+            **output_options.as_arguments(),
+        )
+    )
+    net = workload.module
+    calibration, samples, view = workload.calibration, workload.evaluation, workload.view
     check_layers(
-        net,
+        workload,
         exclude=exclude,
         plan=pinned,
         groups=analysis_options["groups"],
         profile=analysis_options["profile"],
-    )
-    calibration, images = qdq.load_images(
-        data_dir, net, calib_batches * batch_size, eval_images, batch_size, seed
     )
     analysis.check_labels(calibration.labels)
     run = qdq.start_run(
@@ -82,65 +100,72 @@ def ptq_classifier(
     )
 
     run.stage("float")
-    net.module.to(run_device)
-    logits = {}
-    logits["float"] = qdq.predict(net.module, images)
+    net.to(run_device)
+    outputs, scores = {}, {}
+    outputs["float"] = qdq.predict(net, samples, **view)
+    scores["float"] = workload.measure(net)
 
     run.stage("fold, swap, rewire")
-    example = calibration.images[:2]
-    folded = qdq.fold_batchnorm(net.module, example)
-    swap_plan = qdq.swap_modules(net.module, example, exclude=exclude)
-    rewired = qdq.rewire_operations(net.module, example, exclude=exclude)
+    folded = qdq.fold_batchnorm(net, workload.example)
+    swap_plan = qdq.swap_modules(net, workload.example, exclude=exclude)
+    rewired = qdq.rewire_operations(net, workload.example, exclude=exclude)
 
     run.stage("calibrate")
     ranges = qdq.calibrate_model(
-        net.module, calibration, method=calib_method, statistics=run.statistics_file
+        net, calibration, method=calib_method, statistics=run.statistics_file
     )
-    logits["all int8"] = qdq.predict(net.module, images)
+    outputs["all int8"] = qdq.predict(net, samples, **view)
+    scores["all int8"] = workload.measure(net)
 
     run.stage("analyze")
     analysis_result = qdq.analyze_layers(
-        net.module,
+        net,
         calibration.subset(analysis_images),
         pinned=pinned,
         path=run.journal_file,
+        **view,
+        weights=workload.output_weights,
         **analysis_options,
     )
     qdq.save_plan(analysis_result.plan, run.plan_file)
-    logits["mixed"] = qdq.predict(net.module, images)
+    outputs["mixed"] = qdq.predict(net, samples, **view)
+    scores["mixed"] = workload.measure(net)
 
     run.stage("export and check")
     exported = qdq.export_onnx(
-        net.module,
-        example,
+        net,
+        workload.example,
         run.model_file,
         precision=precision,
         calibration=ranges,
         plan=swap_plan,
         rewired=rewired,
     )
-    logits["ONNX"] = qdq.predict(exported.path, images)
-    default_logits = qdq.predict(exported.path, images, session="default")
-    tie_floor_db = qdq.measure_tie_floor(net.module, images, expected=logits["mixed"])
+    outputs["ONNX"] = qdq.predict(exported.path, samples, **view)
+    scores["ONNX"] = workload.measure(exported.path)
+    default_outputs = qdq.predict(exported.path, samples, session="default", **view)
+    tie_floor_db = qdq.measure_tie_floor(net, samples, expected=outputs["mixed"], **view)
     check = qdq.check_onnx(
         exported.path,
-        expected=logits["mixed"],
-        found=logits["ONNX"],
-        found_default=default_logits,
+        expected=outputs["mixed"],
+        found=outputs["ONNX"],
+        found_default=default_outputs,
         tie_floor_db=tie_floor_db,
     )
 
     run.stage("build")
     build = qdq.build_engine(exported.path, backend=backend.name, sm=backend.sm)
     evaluation = qdq.evaluate_outputs(
-        logits, images.labels, files={"float": net.module, "ONNX": exported.path}
+        outputs,
+        samples.labels,
+        files={"float": net, "ONNX": exported.path},
+        scores=scores,
+        num_samples=samples.num_samples,
     )
 
     report = qdq.write_report(
         run,
-        model=net,
-        calibration=calibration,
-        images=images,
+        workload=workload,
         folded=folded,
         plan=swap_plan,
         rewired=rewired,
@@ -155,4 +180,4 @@ def ptq_classifier(
 
 
 if __name__ == "__main__":
-    run_command(ptq_classifier)
+    run_command(ptq)

@@ -1,0 +1,170 @@
+"""What a recipe needs to know of a task, whatever the task is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from qdq.batch import take_samples
+from qdq.errors import DataError
+from qdq.outputs import Mask, Selection
+from qdq.predictor import Predict, make_predictor
+
+Score = Callable[[Predict], float | Mapping[str, float]]
+"""A metric of a task: gets a function inputs -> outputs, returns one number or several by name."""
+
+CALIBRATION_BATCHES = 8
+"""Default number of batches to calibrate on."""
+
+EVALUATION_SAMPLES = 500
+"""Default number of samples to evaluate on."""
+
+_EXAMPLE_SAMPLES = 2
+
+
+class Samples(Protocol):
+    """Batches with what the report says of them: `SampleBatches`, or the images of a classifier."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __len__(self) -> int: ...
+
+    def subset(self, n: int, /) -> Samples:
+        """The first `n` samples."""
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples in all batches."""
+
+    @property
+    def labels(self) -> list[int] | None:
+        """Class index of each sample; None if there are none."""
+
+    @property
+    def description(self) -> str:
+        """Source, number and seed."""
+
+    @property
+    def label_note(self) -> str:
+        """Source of the labels, or why there are none."""
+
+
+class TrainingSamples(Protocol):
+    """Batches to fine-tune on; a pass may give other ones than the last."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __len__(self) -> int: ...
+
+    @property
+    def labels(self) -> list[int] | None:
+        """Class index of each sample; None if there are none."""
+
+
+@dataclass(frozen=True)
+class WorkloadOptions:
+    """Which model, data and metric, and how much data; the same for every task.
+
+    Args:
+        model: Name of the model; its form decides the task (`load_workload`).
+        weights: "DEFAULT", another name of trained weights, "random", or the path of a checkpoint.
+        data: A folder, a file, or FILE.py:FUNCTION; None for the data that the task brings itself.
+        metric: FILE.py:FUNCTION; None for the metric of the task.
+        calib_batches: Number of batches to calibrate on.
+        eval_samples: Number of samples to evaluate on.
+        batch_size: Samples per batch.
+        seed: Seed of random weights and of the choice of samples.
+        outputs: The parts of the outputs that count; None for those that the task names, or all.
+        mask: The input that is 0 at padding; None for the one that the task names, or none.
+        output_weights: Weight of each output where one figure decides; None: the worst output decides.
+    """
+
+    model: str
+    weights: str = "DEFAULT"
+    data: str | Path | None = None
+    metric: str | None = None
+    calib_batches: int = CALIBRATION_BATCHES
+    eval_samples: int = EVALUATION_SAMPLES
+    batch_size: int = 16
+    seed: int = 0
+    outputs: Selection | None = None
+    mask: str | None = None
+    output_weights: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """A model with its data and its metric.
+
+    Args:
+        name: The model, as on the command line.
+        weights: Where its weights come from, in words.
+        module: The network that is quantized and exported, in evaluation mode. A detector is without NMS.
+        calibration: Samples to calibrate on, and to choose on.
+        evaluation: Other samples, to evaluate on.
+        load_training: Returns batches to fine-tune on; none of them is in `evaluation`.
+        score: The metric of the task; None if accuracy by labels, or nothing, is measured.
+        outputs: The parts of the outputs that count, as for `qdq.predict`; None for all.
+        mask: What leaves padding out, as for `qdq.predict`.
+        output_weights: Weight of each output where one figure decides; None: the worst output decides.
+    """
+
+    name: str
+    weights: str
+    module: nn.Module
+    calibration: Samples
+    evaluation: Samples
+    load_training: Callable[[], TrainingSamples] = field(repr=False)
+    score: Score | None = None
+    outputs: Selection | None = None
+    mask: Mask | None = None
+    output_weights: Mapping[str, float] | None = None
+
+    @property
+    def example(self) -> Any:
+        """A small batch for stages that only trace the model."""
+        return take_samples(next(iter(self.calibration)), _EXAMPLE_SAMPLES)
+
+    @property
+    def view(self) -> dict[str, Any]:
+        """The arguments `outputs` and `mask` of `qdq.predict`, `measure_tie_floor` and `analyze_layers`."""
+        return {"outputs": self.outputs, "mask": self.mask}
+
+    def measure(self, model: nn.Module | Path | str) -> dict[str, float]:
+        """The metrics of the task by name; empty without one.
+
+        Args:
+            model: The module, or the path of an ONNX file made from it.
+
+        Raises:
+            DataError: The metric fails, or does not return numbers.
+        """
+        if self.score is None:
+            return {}
+        result = self.score(make_predictor(model))
+        scores = dict(result) if isinstance(result, Mapping) else {_name_score(self.score): result}
+        return {str(name): _require_number(name, value) for name, value in scores.items()}
+
+
+def _name_score(score: Score) -> str:
+    """The name of a metric that returns one number: that of its function."""
+    return getattr(score, "__name__", "score").strip("_")
+
+
+def _require_number(name: object, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise DataError(
+            f"the metric {name} is of type {type(value).__name__}; expected a number.",
+            "return a float, or a dictionary of floats by name.",
+        ) from None
+    if number != number:
+        raise DataError(
+            f"the metric {name} is not a number (NaN).", "check it on the float model alone."
+        )
+    return number
