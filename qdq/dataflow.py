@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from math import inf
+from math import inf, prod
 from typing import NamedTuple
 
 from qdq.forward import ForwardTrace, Operation
@@ -145,8 +145,9 @@ class Dataflow:
         """Convolutions that write an output of the network: no pooling or product follows them (R-OUT).
 
         The search goes back from each output. It stops at convolutions, and at averages and products, because their
-        input is not an output. A convolution of pooled pixels is a classifier and does not count, nor does one whose
-        result reaches an output along a residual stream only: later products add to it.
+        input is not an output. It passes an expectation over a softmax, which decodes an output. A convolution of
+        pooled pixels is a classifier and does not count, nor does one whose result reaches an output along a residual
+        stream only: later products add to it.
 
         Returns:
             Each of them once, those nearest to the outputs first.
@@ -156,7 +157,13 @@ class Dataflow:
         queue = deque(self.outputs)
         while queue:
             producer = self._producers.get(queue.popleft())
-            if producer is None or producer.function in _END_OF_OUTPUT:
+            if producer is None:
+                continue
+            softmax = self._find_distribution(producer)
+            if softmax is not None:
+                queue.append(softmax.inputs[0])
+                continue
+            if producer.function in _END_OF_OUTPUT:
                 continue
             if producer.function in CONVOLUTIONS:
                 if not self._reads_pooled(producer):  # a classifier may be a convolution of 1 pixel
@@ -167,6 +174,35 @@ class Dataflow:
                     visited.add(value)
                     queue.append(value)
         return convolutions
+
+    def expectations(self) -> list[Operation]:
+        """Products that average the classes of a softmax: they have one constant for each class.
+
+        So a detector decodes the side of a box from the probabilities of its lengths (the distribution focal loss of
+        Li et al., NeurIPS 2020, arXiv 2006.04388). It is a convolution, a linear layer or a product with a vector.
+        """
+        return [
+            operation
+            for operation in self.operations
+            if self._find_distribution(operation) is not None
+        ]
+
+    def _find_distribution(self, operation: Operation) -> Operation | None:
+        """The softmax whose expectation a call computes; None for any other call."""
+        if operation.function not in CONTRACTIONS or len(operation.inputs) < 2:
+            return None
+        probabilities, constants = operation.inputs[:2]
+        producer = self._producers.get(probabilities)
+        while producer is not None and producer.function in COPIES:
+            producer = self._producers.get(producer.inputs[0])
+        if producer is None or producer.function not in SOFTMAX or self.is_computed(constants):
+            return None
+        axis = producer.arguments.get("dim", producer.arguments.get("1"))
+        if axis is None:
+            return None
+        num_classes = self.shapes[producer.inputs[0]][axis]
+        is_vector = num_classes == prod(self.shapes[constants]) == max(self.shapes[constants])
+        return producer if is_vector else None
 
     def _feeds_product(self, value: int) -> bool:
         """Whether a product reads a tensor, possibly through sums and normalisations; then it is not only an output.

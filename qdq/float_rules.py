@@ -22,6 +22,7 @@ from qdq.functions import (
     ADDITIONS,
     ATTENTION,
     AVERAGE_POOLINGS,
+    CONTRACTIONS,
     CONVOLUTIONS,
     FUNCTIONS,
     LINEAR,
@@ -42,6 +43,7 @@ _NEVER_INT8 = (*_NORMALIZATIONS, nn.Embedding, nn.EmbeddingBag, nn.PReLU)
 _PRODUCTS = MATRIX_PRODUCTS | ATTENTION
 
 _LAST_CONVOLUTION = "last convolution: it writes an output of the network (R-OUT)"
+_EXPECTATION = "expectation over a softmax: it decodes an output (R-OUT)"
 _ATTENTION = "product of attention: int8 Q/DQ would break the fused attention kernel (R-MHA-2)"
 _PRODUCT_OF_ACTIVATIONS = (
     "product of two activations: in int8 only if rewire_operations includes it (R-MM-4)"
@@ -116,6 +118,7 @@ class ModuleRules:
         self._first = _find_first_convolution(modules, flow)
         self._weights = _list_weights(modules.values())
         self._writes_output: set[str] = set()
+        self._decodes: set[str] = set()  # modules of which every product is an expectation
         self._attends: set[str] = set()
         self._results: dict[str, list[int]] = {}  # module -> tensors that its functions return
         if flow is None:
@@ -124,6 +127,7 @@ class ModuleRules:
             self._results.setdefault(operation.module, []).extend(operation.outputs)
         for operation in flow.output_convolutions():
             self._writes_output.add(operation.module)
+        self._decodes = _list_decoders(flow)
         for operation in flow.attention_products():
             self._attends.add(operation.module)
 
@@ -141,6 +145,8 @@ class ModuleRules:
             return "transposed convolution: int8 kernels are missing, wrong or slow (R-CT-3)"
         if name in self._writes_output:
             return _LAST_CONVOLUTION
+        if name in self._decodes:
+            return _EXPECTATION
         if isinstance(module, _ConvNd):
             is_first = name == self._first
             return reason_against_convolution(module.weight.shape, module.groups, is_first)
@@ -184,12 +190,27 @@ class ModuleRules:
         calls = list(calls)
         if all(call.function in RECURRENT for call in calls):
             return _RECURRENT
+        if all(call.module in self._decodes for call in calls):
+            return _EXPECTATION
         for call in calls:
             if call.function not in _PRODUCTS or call.storages & self._weights:
                 return ""
         if any(call.function in ATTENTION or call.module in self._attends for call in calls):
             return _ATTENTION
         return _PRODUCT_OF_ACTIVATIONS
+
+
+def _list_decoders(flow: Dataflow) -> set[str]:
+    """The modules that multiply only to compute expectations over a softmax."""
+    expectations = {operation.name for operation in flow.expectations()}
+    decoders: set[str] = set()
+    multipliers: set[str] = set()
+    for operation in flow.operations:
+        if operation.name in expectations:
+            decoders.add(operation.module)
+        elif operation.function in CONTRACTIONS:
+            multipliers.add(operation.module)
+    return decoders - multipliers
 
 
 def _find_first_convolution(modules: Mapping[str, nn.Module], flow: Dataflow | None) -> str | None:
@@ -248,6 +269,7 @@ class CallRules:
         self._is_quantized = is_quantized
         self._first = flow.first_convolution()
         self._writes_output = {operation.name for operation in flow.output_convolutions()}
+        self._decodes = {operation.name for operation in flow.expectations()}
         self._attends = {operation.name for operation in flow.attention_products()}
 
     def reason_against(self, operation: Operation) -> str:
@@ -260,6 +282,8 @@ class CallRules:
             The reason with the id of the rule; "" if no rule applies.
         """
         function = operation.function
+        if operation.name in self._decodes:
+            return _EXPECTATION
         if function in ADDITIONS:
             return self._against_addition(operation)
         if function in WEIGHTED:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from qdq.dataflow import Dataflow
@@ -13,6 +14,8 @@ from qdq.float_rules import (
     reason_against_type,
 )
 from qdq.forward import trace_forward
+from qdq.rewire import rewire_operations
+from qdq.swap import swap_modules
 
 # weight [Cout, Cin / groups, kernel ...], groups, is it the first convolution, rule against it ("" if none)
 CONVOLUTIONS = [
@@ -171,6 +174,81 @@ def test_an_add_of_float_convolutions_stays_in_float():
     assert rules.reason_against(addition) == "its convolution long is in float"
 
 
+class Boxes(nn.Module):
+    """Scores, and boxes whose sides are decoded from the probabilities of 16 lengths."""
+
+    def __init__(self, decode):
+        super().__init__()
+        self.stem, self.box, self.score = (
+            nn.Conv2d(3, 16, 3),
+            nn.Conv2d(16, 64, 1),
+            nn.Conv2d(16, 8, 1),
+        )
+        self.decode = decode
+
+    def forward(self, x):
+        features = self.stem(x).relu()
+        lengths = self.box(features).flatten(2).unflatten(1, (4, 16))
+        return {"boxes": self.decode(lengths), "scores": self.score(features).sigmoid()}
+
+
+class Called(nn.Module):
+    def __init__(self, function, **layers):
+        super().__init__()
+        self.function = function
+        self.lengths = nn.Buffer(torch.arange(16.0))
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+EXPECTATIONS = {
+    "convolution": lambda: Called(
+        lambda net, x: net.mean(x.transpose(1, 2).softmax(1)), mean=nn.Conv2d(16, 1, 1, bias=False)
+    ),
+    "linear layer": lambda: Called(
+        lambda net, x: net.mean(net.softmax(x.mT)), mean=nn.Linear(16, 1), softmax=nn.Softmax(-1)
+    ),
+    "F.linear": lambda: Called(lambda net, x: F.linear(F.softmax(x, dim=2).mT, net.lengths)),
+    "vector": lambda: Called(lambda net, x: x.softmax(2).mT @ net.lengths),
+    "column": lambda: Called(lambda net, x: x.mT.softmax(dim=-1) @ net.lengths[:, None]),
+    "sum": lambda: Called(lambda net, x: (x.mT.softmax(-1) * net.lengths).sum(-1)),
+}
+
+
+@pytest.mark.parametrize("spelling", EXPECTATIONS)
+def test_the_layers_behind_which_boxes_are_decoded_stay_in_float(spelling):
+    model = Boxes(EXPECTATIONS[spelling]()).eval()
+    images = torch.randn(2, 3, 9, 9)
+    plan = swap_modules(model, images)
+    calls = rewire_operations(model, images)
+    assert [layer.name for layer in plan.of("quantize")] == ["stem"]
+    assert plan.of("missed") == []
+    reasons = {layer.name: layer.reason for layer in plan.of("float")}
+    assert reasons.pop("box") == reasons.pop("score")
+    assert all(reason.startswith("expectation over a softmax") for reason in reasons.values())
+    assert len(reasons) == (spelling != "sum")
+    decoding = [call for call in calls.operations if call.function in ("linear", "matmul")]
+    assert all(call.reason.startswith("expectation over a softmax") for call in decoding)
+    assert not calls.of("quantize")
+
+
+@pytest.mark.parametrize(
+    "decode",
+    [
+        lambda net, x: net.mean(x.transpose(1, 2).softmax(-1)),  # over positions, not over lengths
+        lambda net, x: net.mix(x.mT.softmax(-1)),  # 16 mixtures
+        lambda net, x: net.mean(x.transpose(1, 2).sigmoid()),
+    ],
+)
+def test_other_products_after_a_softmax_are_layers(decode):
+    model = Boxes(Called(decode, mean=nn.Conv2d(16, 1, 1), mix=nn.Linear(16, 16))).eval()
+    plan = swap_modules(model, torch.randn(2, 3, 9, 9))
+    assert "box" in [layer.name for layer in plan.of("quantize")]
+
+
 @pytest.mark.parametrize("function", ["addmm", "mm", "chain_matmul"])
 def test_factors_of_a_product(function):
     matrix = torch.randn(4, 4)
@@ -180,11 +258,11 @@ def test_factors_of_a_product(function):
         "chain_matmul": lambda x: torch.chain_matmul(x, matrix, matrix),
     }
 
-    class Called(nn.Module):
+    class Product(nn.Module):
         def forward(self, x):
             return calls[function](x)
 
-    trace = trace_forward(Called(), matrix)
+    trace = trace_forward(Product(), matrix)
     operation = next(operation for operation in trace.operations if operation.function == function)
     expected = {"addmm": (1, 2), "mm": (0, 1), "chain_matmul": (0, 1, 2)}
     assert list_factors(operation) == expected[function]
