@@ -1,0 +1,185 @@
+"""Detectors of torchvision: backbone and head, which are quantized, and the functions around them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdq.detector import split_detector
+from qdq.errors import ArgumentError, DependencyError, ModelError
+from qdq.seeds import seeded_rng
+from qdq.weights import StateDict, read_checkpoint, require_plain
+from qdq.workloads.detection.loaded_detector import LoadedDetector
+from qdq.workloads.trained_weights import fetch_weights, find_checkpoint, load_state, rename_keys
+
+try:
+    import torchvision
+except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
+    raise DependencyError(
+        f"torchvision cannot be imported ({str(error).splitlines()[0]}); its detectors need it.",
+        "pip install 'qdq[demo]'",
+    ) from error
+
+BACKGROUND = "__background__"
+"""The first class of every detector of torchvision."""
+
+_SIZE = 640  # of a detector that takes images of any size
+_LEAST_SIZE = 64
+
+
+def load_torchvision_detector(
+    model: str,
+    names: Sequence[str],
+    weights: str = "random",
+    size: int | None = None,
+    seed: int = 0,
+) -> LoadedDetector:
+    """Load a detector of torchvision with its weights.
+
+    Args:
+        model: Its name there, such as "ssdlite320_mobilenet_v3_large".
+        names: Classes of the data set. Random weights are for these; so is a checkpoint with as many.
+        weights: "random", an entry of the model's torchvision weights such as "DEFAULT", or a checkpoint file as for
+            `qdq.load_model`.
+        size: Side of the images in pixels; None means that of an SSD, and 640 for other detectors.
+        seed: Seed of the random weights. The global random state does not change.
+
+    Raises:
+        ModelError: Unknown model or weights; weights that cannot be fetched or read or do not fit the model.
+        ArgumentError: `size` is below 64.
+    """
+    entries = _list_weights(model)
+    trained_names = tuple(entries["DEFAULT"].meta["categories"]) if entries else ()
+    categories = (BACKGROUND, *names)
+    if weights == "random":
+        detector = build_detector(model, len(categories), size, seed)
+        return _wrap(model, detector, f"random (seed {seed})", categories)
+
+    if weights in entries:
+        state, source = fetch_weights(entries[weights]), entries[weights].name
+        categories = trained_names
+    else:
+        state, source = read_checkpoint(find_checkpoint(weights, model, list(entries)))
+        state = rename_keys(state, source)
+        require_plain(state, source)
+        categories = _name_classes(model, state, source, categories, trained_names)
+    detector = build_detector(model, len(categories), size, seed)
+    load_state(detector, state, model, source)
+    return _wrap(model, detector, source, categories)
+
+
+def _wrap(
+    model: str, detector: nn.Module, source: str, categories: tuple[str, ...]
+) -> LoadedDetector:
+    split = split_detector(detector)
+
+    def prepare(images: Tensor) -> Tensor:
+        return split.preprocess(list(images))
+
+    def detect(outputs: Mapping[str, Any], images: Tensor) -> list[dict[str, Tensor]]:
+        return split.postprocess(outputs, list(images))
+
+    transform: Any = detector.get_submodule("transform")
+    return LoadedDetector(
+        name=model,
+        module=split.core,
+        weights=source,
+        categories=categories,
+        size=transform.fixed_size[0],
+        prepare=prepare,
+        detect=detect,
+    )
+
+
+def build_detector(
+    model: str, num_classes: int, size: int | None = None, seed: int = 0
+) -> nn.Module:
+    """A detector of torchvision with random weights, in evaluation mode.
+
+    Args:
+        model: Its name in torchvision.
+        num_classes: Number of classes with the background.
+        size: As for `load_torchvision_detector`; the detector resizes all images to it.
+        seed: Likewise.
+
+    Raises:
+        ModelError: torchvision has no detector of this name.
+        ArgumentError: `size` is below 64.
+    """
+    _require_detector(model)
+    if size is not None and size < _LEAST_SIZE:
+        raise ArgumentError(
+            f"the side of the images is {size} pixels; detectors need {_LEAST_SIZE}.",
+            "pass a larger size.",
+        )
+    # Tensors created in inference mode could be neither trained nor changed later.
+    with torch.inference_mode(False), seeded_rng(seed):
+        detector: nn.Module = torchvision.models.get_model(
+            model, weights=None, weights_backbone=None, num_classes=num_classes
+        )
+    transform: Any = detector.get_submodule("transform")
+    fixed_size = transform.fixed_size or (_SIZE, _SIZE)
+    transform.fixed_size = fixed_size if size is None else (size, size)
+    return detector.eval()
+
+
+def _require_detector(model: str) -> None:
+    """Refuse a name that is not a detector of torchvision."""
+    detectors = torchvision.models.list_models(module=torchvision.models.detection)
+    if model in detectors:
+        return
+    close = difflib.get_close_matches(model.lower(), detectors, n=3)
+    fix = "pass a name such as ssdlite320_mobilenet_v3_large."
+    if close:
+        fix = f"did you mean {' or '.join(close)}?"
+    raise ModelError(f"unknown model {model!r}; expected a detector of torchvision.", fix)
+
+
+def _list_weights(model: str) -> dict[str, Any]:
+    """The trained weights of a detector by name."""
+    _require_detector(model)
+    return dict(torchvision.models.get_model_weights(model).__members__)
+
+
+def _name_classes(
+    model: str,
+    state: StateDict,
+    source: str,
+    categories: tuple[str, ...],
+    trained_names: tuple[str, ...],
+) -> tuple[str, ...]:
+    """The classes of a checkpoint: those of the data set or of torchvision's weights, by their number.
+
+    Raises:
+        ModelError: It has another number of classes.
+    """
+    count = _count_classes(model, state)
+    for candidate in (categories, trained_names):
+        if count in (len(candidate), None):
+            return candidate
+    raise ModelError(
+        f"{source} has {count} classes with the background, and the data set has {len(categories)}.",
+        "load weights that were trained on this data set.",
+    )
+
+
+def _count_classes(model: str, state: StateDict) -> int | None:
+    """Number of classes of a state_dict; None if its tensors are not those of the model.
+
+    The tensors of the last layers grow with the number of classes. How much is read off two small detectors.
+    """
+    smaller, larger = (_list_shapes(model, num_classes) for num_classes in (2, 3))
+    for name, shape in smaller.items():
+        growth = larger[name].numel() - shape.numel()
+        if growth and name in state:
+            return 2 + (state[name].numel() - shape.numel()) // growth
+    return None
+
+
+def _list_shapes(model: str, num_classes: int) -> dict[str, torch.Size]:
+    state = build_detector(model, num_classes).state_dict()
+    return {name: tensor.shape for name, tensor in state.items()}
