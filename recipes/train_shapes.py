@@ -20,7 +20,7 @@ import qdq
 from qdq.cli.main import PositiveInt, run_command
 from qdq.files import guard_files, write_json
 from qdq.seeds import seeded_rng
-from qdq.workloads.detection import YOLO_PREFIX, load_detection
+from qdq.workloads.detection import YOLO_PREFIX, load_detector
 from qdq.workloads.detection.pictures import Target, letterbox
 from qdq.workloads.detection.shapes import SHAPE_NAMES, ShapePictures
 from qdq.workloads.detection.torchvision_detectors import build_detector
@@ -163,9 +163,10 @@ def train_shapes(
         losses = train(network, loss, images, targets, steps, batch_size, rate)
     save(network, output, size)
 
-    name, weights = (f"{YOLO_PREFIX}{output}", "random") if is_yolo else (model, str(output))
-    workload = load_detection(name, weights, size=size, evaluation=evaluation, seed=seed)
-    figures = workload.score(lambda inputs: qdq.predict(workload.module, [inputs]))
+    name, weights = (f"{YOLO_PREFIX}{output}", "DEFAULT") if is_yolo else (model, str(output))
+    options = qdq.WorkloadOptions(name, weights, eval_samples=evaluation, seed=seed)
+    workload = load_detector(options, size)
+    figures = workload.measure(workload.module)
     print(f"{steps} steps, mAP {figures['mAP']:.3f}, mAP50 {figures['mAP50']:.3f}: {output}")
     if json:
         write_json(json, {"steps": steps, "losses": losses, **figures})

@@ -13,6 +13,9 @@ def load_workload(options: WorkloadOptions) -> Workload:
     | model | task |
     |---|---|
     | `net.py:build` | a network of the user's own, see `own.load_own` |
+    | `yolo/FILE.pt` | detection, a file of ultralytics |
+    | `ssdlite320_mobilenet_v3_large`, another detector of torchvision | detection |
+    | `lraspp_mobilenet_v3_large`, another segmentation network of torchvision | segmentation |
     | `hf/FOLDER` | a model that transformers has saved, with texts or images, see `hf.load_transformers_model` |
     | `efficientnet_lite0`, `resnet50`, another classifier of torchvision, `timm/NAME` | classification |
 
@@ -26,6 +29,15 @@ def load_workload(options: WorkloadOptions) -> Workload:
         return load_own(options)
     if options.model.startswith(PREFIX):
         return load_transformers_model(options)
-    from qdq.workloads.classification.classifier import load_classifier  # needs torchvision
+    # These need torchvision.
+    from qdq.workloads.classification.classifier import load_classifier
+    from qdq.workloads.detection import YOLO_PREFIX, load_detector
+    from qdq.workloads.detection.torchvision_detectors import is_detector_name
+    from qdq.workloads.segmentation import load_segmenter
+    from qdq.workloads.segmentation.torchvision_segmenters import is_segmenter_name
 
+    if options.model.startswith(YOLO_PREFIX) or is_detector_name(options.model):
+        return load_detector(options)
+    if is_segmenter_name(options.model):
+        return load_segmenter(options)
     return load_classifier(options)

@@ -58,6 +58,33 @@ class DetectorInputs:
     def __len__(self) -> int:
         return len(self.pictures)
 
+    @property
+    def num_samples(self) -> int:
+        """Number of images in a pass."""
+        return self.pictures.num_images
+
+    @property
+    def labels(self) -> None:
+        """None: a picture has many objects."""
+
+    @property
+    def description(self) -> str:
+        """Source, number and seed of the pictures."""
+        return self.pictures.description
+
+    @property
+    def label_note(self) -> str:
+        """Where the objects are used."""
+        return "boxes and classes of the objects, which mAP needs"
+
+    def subset(self, n: int) -> DetectorInputs:
+        """The first `n` images, or all if there are fewer.
+
+        Args:
+            n: At least 1.
+        """
+        return DetectorInputs(self.detector, self.pictures.subset(n))
+
 
 def make_score(
     detector: LoadedDetector, pictures: PictureBatches, names: Sequence[str]

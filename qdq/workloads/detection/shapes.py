@@ -170,6 +170,29 @@ def _paint(canvas: Array, name: str, box: Array, colour: Array) -> None:
     part += cover * (colour[:, None, None] - part)
 
 
+def draw_classes(target: Target, size: int) -> NDArray[np.int64]:
+    """The class of every pixel of a picture: 0 is the background, the others are the indices of `SHAPE_NAMES` plus 1.
+
+    A pixel belongs to a shape if its centre does.
+
+    Args:
+        target: The objects of a picture that `draw_picture` drew.
+        size: Side of the picture in pixels.
+
+    Returns:
+        int64 `[size, size]`.
+    """
+    classes = np.zeros((size, size), dtype=np.int64)
+    centres = np.arange(size) + 0.5
+    for box, label in zip(target.boxes.double().numpy(), target.labels.tolist(), strict=True):
+        radius = (box[2] - box[0]) / 2
+        x = (centres - (box[0] + box[2]) / 2) / radius
+        y = (centres - (box[1] + box[3]) / 2) / radius
+        inside = _SHAPES[SHAPE_NAMES[label]](x[None, :], y[:, None])
+        classes[inside] = label + 1
+    return classes
+
+
 def _list_samples(start: int, end: int) -> Array:
     """The positions of the rays between two pixel edges."""
     return start + (np.arange((end - start) * _SAMPLES) + 0.5) / _SAMPLES

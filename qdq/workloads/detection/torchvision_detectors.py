@@ -127,11 +127,20 @@ def build_detector(
     return detector.eval()
 
 
+def is_detector_name(model: str) -> bool:
+    """Whether torchvision has a detector of this name.
+
+    Args:
+        model: The name.
+    """
+    return model in torchvision.models.list_models(module=torchvision.models.detection)
+
+
 def _require_detector(model: str) -> None:
     """Refuse a name that is not a detector of torchvision."""
-    detectors = torchvision.models.list_models(module=torchvision.models.detection)
-    if model in detectors:
+    if is_detector_name(model):
         return
+    detectors = torchvision.models.list_models(module=torchvision.models.detection)
     close = difflib.get_close_matches(model.lower(), detectors, n=3)
     fix = "pass a name such as ssdlite320_mobilenet_v3_large."
     if close:
