@@ -311,7 +311,10 @@ def test_calls_may_be_excluded():
     import qdq
     from qdq.cli.refusals import check_layers
 
-    net = qdq.load_model("resnet18", "random", 0)
+    options = qdq.WorkloadOptions(
+        "resnet18", "random", calib_batches=1, eval_samples=1, batch_size=2
+    )
+    net = qdq.load_workload(options)
     check_layers(net, exclude=["layer1.0.add", "layer2.*", "fc"])
     with pytest.raises(qdq.ArgumentError, match=r"'layer1\.0\.mul' in exclude"):
         check_layers(net, exclude=["layer1.0.add", "layer1.0.mul"])
@@ -419,7 +422,7 @@ def test_what_is_read_from_the_run_folder_is_still_there_when_the_run_ends(
     ]
     options += ["--profile", str(folder / "model.profile.json")] if verb == "ptq" else []
 
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(qdq, "predict", stop)

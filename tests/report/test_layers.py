@@ -46,7 +46,9 @@ def describe(stages, **changes):
         "statistics": None,
         **changes,
     }
-    records = describe_layers(stages["model"].module, stages["calibration"].images, **arguments)
+    records = describe_layers(
+        stages["workload"].module, stages["workload"].calibration.images, **arguments
+    )
     return {layer.name: layer for layer in records}
 
 
@@ -78,7 +80,7 @@ def test_order_and_neighbours(layers):
 
 
 def test_precision_is_that_of_the_quantizers_and_of_the_engine(finished, layers):
-    model = finished[1]["model"].module
+    model = finished[1]["workload"].module
     modules = dict(model.named_modules())
     for name, layer in layers.items():
         module = modules.get(name)
@@ -157,7 +159,7 @@ def test_what_the_metric_of_the_user_says(finished):
 
 def test_a_call_in_float_says_which_layer_it_goes_with(finished):
     stages = finished[1]
-    model = stages["model"].module
+    model = stages["workload"].module
     quantizers = dict(named_quantizers(model))
     states = {name: quantizer.is_enabled for name, quantizer in quantizers.items()}
     try:
@@ -173,7 +175,7 @@ def test_a_call_in_float_says_which_layer_it_goes_with(finished):
 
 
 def test_weights_are_measured_exactly(finished, layers):
-    conv = finished[1]["model"].module.conv
+    conv = finished[1]["workload"].module.conv
     amax = conv.weight.detach().double().abs().amax((1, 2, 3), keepdim=True)
     scale = amax / 127
     expected = (conv.weight.double() / scale).round().clamp(-128, 127) * scale
@@ -191,12 +193,12 @@ def test_weights_are_measured_exactly(finished, layers):
 
 def test_activations_are_measured_on_the_calibration_data(finished, layers):
     stages = finished[1]
-    model, inputs = stages["model"].module, []
+    model, inputs = stages["workload"].module, []
     hook = model.conv.register_forward_pre_hook(
         lambda _, arguments: inputs.append(arguments[0].double())
     )
     with disable_quantization(model), torch.no_grad():
-        model(stages["calibration"].images)
+        model(stages["workload"].calibration.images)
     hook.remove()
     record = layers["conv"].tensor("input")
     scale = record.amax / 127
@@ -223,12 +225,12 @@ def test_activations_are_measured_on_the_calibration_data(finished, layers):
 
 def test_output_of_a_layer_by_itself(finished, layers):
     stages = finished[1]
-    conv = stages["model"].module.conv
+    conv = stages["workload"].module.conv
     inputs = torch.relu(
         torch.nn.functional.conv2d(
-            stages["calibration"].images,
-            stages["model"].module.stem.weight,
-            stages["model"].module.stem.bias,
+            stages["workload"].calibration.images,
+            stages["workload"].module.stem.weight,
+            stages["workload"].module.stem.bias,
             padding=1,
         )
     )
@@ -341,7 +343,7 @@ def test_nothing_is_blank_without_a_reason(finished, layers):
 
 def test_describing_changes_nothing(finished):
     stages = finished[1]
-    model = stages["model"].module.train()
+    model = stages["workload"].module.train()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     states = {name: quantizer.is_enabled for name, quantizer in named_quantizers(model)}
     hooks = [len(module._forward_hooks) for module in model.modules()]
