@@ -244,7 +244,7 @@ def _describe_quality(final: dict[str, Any], images: int) -> str:
         sqnr = "" if decibels is None else f", with {decibels:.2f} dB SQNR"
         return (
             f"{final['name']} agrees with the float model on {format_percent(final['agreement'])} of "
-            f"{images} images{sqnr}"
+            f"{images} samples{sqnr}"
         )
     outputs = []
     for output in final.get("outputs") or ():
@@ -262,5 +262,5 @@ def _describe_search(report: StoredReport) -> str:
     quality = "SQNR" if metric == "sqnr" else "quality"
     return (
         f"The analysis left {len(steps)} of {len(list_units(report))} in float, which took the {quality} "
-        f"on its {analysis['images']} images from {first} to {last}; it ended: {analysis['stopped_by']}."
+        f"on its {analysis['images']} samples from {first} to {last}; it ended: {analysis['stopped_by']}."
     )

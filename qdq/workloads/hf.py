@@ -111,7 +111,9 @@ def _import_transformers() -> Any:
 
 
 def _describe_weights(options: WorkloadOptions) -> str:
-    return f"random (seed {options.seed})" if options.weights == "random" else "of the folder"
+    return (
+        f"random (seed {options.seed})" if options.weights == "random" else "weights of the folder"
+    )
 
 
 # The model

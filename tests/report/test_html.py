@@ -288,7 +288,7 @@ class TestCharts:
             "+ a in float: mAP 0.25, SQNR 20.00 dB at 50",
         ]
         assert [tick.label for tick in curve.y_ticks][-1] == "0.25"
-        headline = "which took the quality on its 32 images from mAP 0.125, SQNR 18.00 dB to mAP 0.25, SQNR 20.00 dB;"
+        headline = "which took the quality on its 32 samples from mAP 0.125, SQNR 18.00 dB to mAP 0.25, SQNR 20.00 dB;"
         assert headline in render_report(report)
         made["analysis"]["pareto"] = [
             {"float_layers": [], "cost": 10.0, "sqnr_db": 18.0, "metric": 0.5},
