@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qdq.graph.edits import add_initializer
+from qdq.graph.edits import add_initializer, find_free_name
 
 # Codes of a float array: (values, scale, axis) -> int8 array of the same shape.
 QuantizeFunction = Callable[
@@ -60,6 +60,8 @@ class QuantizeWeights(ir.passes.InPlacePass):
             graph.initializers.pop(name)
         else:
             name = f"{name}.int8"
+            if name in graph.initializers:  # with codes of another scale
+                name = find_free_name(graph, f"{name}_", 1)
 
         axis = quantize.attributes["axis"].as_int() if scale.ndim else None
         codes = add_initializer(graph, name, self._quantize(values, scale, axis))

@@ -81,6 +81,26 @@ def test_weights_become_codes():
     assert count_qdq(model) == (1, 2)
 
 
+def test_a_constant_with_several_scales_has_codes_for_each():
+    model = ir.from_onnx_text("""
+    <ir_version: 9, opset_import: ["" : 19]>
+    sums (float[2] x) => (float[2] y)
+    <float[2] w = {1, 2}, int8 z = {0}, float a = {1}, float b = {0.5}, float c = {0.25}>
+    {
+        wa = QuantizeLinear (w, a, z)
+        wb = QuantizeLinear (w, b, z)
+        wc = QuantizeLinear (w, c, z)
+        da = DequantizeLinear (wa, a, z)
+        db = DequantizeLinear (wb, b, z)
+        dc = DequantizeLinear (wc, c, z)
+        y = Sum (x, da, db, dc)
+    }
+    """)
+    run_passes(model, [QuantizeWeights(lambda values, scale, _: (values / scale).astype(np.int8))])
+    codes = [node.inputs[0].const_value.numpy().tolist() for node in list(model.graph)[:3]]
+    assert codes == [[1, 2], [2, 4], [4, 8]]
+
+
 def test_coverage_looks_through_what_moves_values():
     model = ir.from_onnx_text("""
     <ir_version: 9, opset_import: ["" : 19]>
