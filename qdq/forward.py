@@ -111,11 +111,13 @@ class ModuleRun:
         module: Dotted name.
         caller: Dotted name of the module whose forward made the call, None for the model itself.
         inputs: The tensors among its positional and keyword arguments, numbered as in `Operation`.
+        outputs: The tensors that it returned.
     """
 
     module: str
     caller: str | None
     inputs: tuple[int, ...]
+    outputs: tuple[int, ...] = ()
 
 
 @dataclass
@@ -523,7 +525,9 @@ class _Recorder(TorchFunctionMode):
         tensors = tensors_of(kwargs)
         numbers = tuple(self._number_at(tensor, running.moment) for tensor in tensors)
         run = self._trace.runs[running.index]
-        self._trace.runs[running.index] = replace(run, inputs=(*run.inputs, *numbers))
+        outputs = self._number_all(tensors_of(output))
+        inputs = (*run.inputs, *numbers)
+        self._trace.runs[running.index] = replace(run, inputs=inputs, outputs=outputs)
         self._note_inputs(name, tensors)
         if not isinstance(output, torch.Tensor):
             return

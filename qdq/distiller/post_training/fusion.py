@@ -10,7 +10,7 @@ Where the parts of a split have several activations, the widest of these windows
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
@@ -86,42 +86,57 @@ def cut_ranges(
     cut = dict(statistics)
     before_relu = set()
     fused = {}
-    for name, value in find_outputs(trace).items():
-        if name not in rounded or name not in cut or trace.calls[name] != 1:
-            continue
-        reader = _find_only_reader(value, readers, trace)
-        window = None if reader is None else _find_window(reader, readers, trace)
-        if reader is None or window is None:
+    for name, values in list_outputs(trace, rounded).items():
+        activations = [_find_only_reader(value, readers, trace) for value in values]
+        window = _find_common_window(activations, readers, trace)
+        if name not in cut or window is None:
             continue
         record = cut_record(cut[name].output, window)
         cut[name] = replace(cut[name], output=record)
-        successor = cut.get(reader.module)
-        if successor is not None and trace.calls[reader.module] == 1:
-            inputs = successor.inputs | {0: record}
-            cut[reader.module] = LayerStatistics(inputs, successor.output)
-        if clamp_of(reader) == (0.0, inf):
+        successor = _find_only_successor(activations, trace)
+        if successor in cut:
+            inputs = cut[successor].inputs | {0: record}
+            cut[successor] = LayerStatistics(inputs, cut[successor].output)
+        clamps = {clamp_of(activation) for activation in activations if activation is not None}
+        if clamps == {(0.0, inf)}:
             before_relu.add(name)
-            if _is_relu(reader.module, modules, trace):
-                fused[reader.module] = name
+            if isinstance(modules.get(successor), nn.ReLU):
+                fused[successor] = name
     return Cuts(cut, frozenset(before_relu), fused)
 
 
-def _is_relu(name: str, modules: Mapping[str, nn.Module], trace: ForwardTrace) -> bool:
-    """Whether a module is a ReLU that runs once."""
-    return isinstance(modules.get(name), nn.ReLU) and trace.calls[name] == 1
-
-
-def find_outputs(trace: ForwardTrace) -> dict[str, int]:
-    """Module -> number of the tensor that its last function returned.
+def list_outputs(trace: ForwardTrace, names: Collection[str]) -> dict[str, list[int]]:
+    """Layer -> number of the tensor that each of its runs returned.
 
     Args:
         trace: One forward.
+        names: Names of layers.
     """
-    outputs = {}
-    for operation in trace.operations:
-        if operation.outputs:
-            outputs[operation.module] = operation.outputs[0]
+    outputs: dict[str, list[int]] = {}
+    for run in trace.runs:
+        if run.module in names:
+            outputs.setdefault(run.module, []).extend(run.outputs)
     return outputs
+
+
+def _find_common_window(
+    activations: Sequence[Operation | None],
+    readers: Mapping[int, list[Operation]],
+    trace: ForwardTrace,
+) -> _Window | None:
+    """The values that the calls behind all runs of a layer use; None if they differ."""
+    windows = set()
+    for activation in activations:
+        windows.add(None if activation is None else _find_window(activation, readers, trace))
+    return windows.pop() if len(windows) == 1 else None
+
+
+def _find_only_successor(activations: Sequence[Operation | None], trace: ForwardTrace) -> str:
+    """The module that reads all runs of a layer and nothing else; "" if there is none."""
+    modules = {"" if activation is None else activation.module for activation in activations}
+    (successor, *others) = modules
+    is_only = not others and trace.calls[successor] == len(activations)
+    return successor if is_only else ""
 
 
 def _list_readers(trace: ForwardTrace) -> dict[int, list[Operation]]:

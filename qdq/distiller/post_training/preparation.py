@@ -19,7 +19,7 @@ from qdq.distiller.layers.swap_layers import (
 from qdq.distiller.layers.wrapper import RangeLinearQuantWrapper
 from qdq.distiller.layers.wrapping import choose_wrapper, rounds_output
 from qdq.distiller.post_training.float_report import list_float, warn_of_effects
-from qdq.distiller.post_training.fusion import cut_ranges, find_outputs, fold_batchnorms
+from qdq.distiller.post_training.fusion import cut_ranges, fold_batchnorms, list_outputs
 from qdq.distiller.post_training.saturation import warn_of_saturation
 from qdq.distiller.settings.layer_settings import LayerSettings
 from qdq.distiller.settings.names import find_layers, plain_names
@@ -167,5 +167,8 @@ def _find_readers(
                 through |= readers.get(value, set())
         for value in operation.inputs:
             readers.setdefault(value, set()).update(through)
-    outputs = find_outputs(trace)
-    return {name: frozenset(readers.get(outputs[name], set()) - {name}) for name in layers}
+    readers_of_layers = {}
+    for name, values in list_outputs(trace, layers).items():
+        of_all_runs = set().union(*(readers.get(value, set()) for value in values))
+        readers_of_layers[name] = frozenset(of_all_runs - {name})
+    return readers_of_layers

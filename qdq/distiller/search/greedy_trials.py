@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from qdq.distiller.layers.swap_layers import FusedActivation
-from qdq.distiller.post_training.fusion import find_outputs
+from qdq.distiller.post_training.fusion import list_outputs
 from qdq.distiller.post_training.quantizer import PostTrainLinearQuantizer
 from qdq.distiller.settings.names import plain_names
 from qdq.distiller.settings.overrides import Overrides
@@ -62,7 +62,9 @@ class Trials:
         self.layers = {name: modules[name] for name in order if name in complete.layers}
 
         quantized = plain_names(complete.model)
-        makers = {tensor: name for name, tensor in find_outputs(trace).items()}
+        makers = {}
+        for name, tensors in list_outputs(trace, self.layers).items():
+            makers.update(dict.fromkeys(tensors, name))
         self._fused_into: dict[str, str] = {}
         for operation in trace.operations:
             if isinstance(quantized.get(operation.module), FusedActivation):
