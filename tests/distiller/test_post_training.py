@@ -3,6 +3,7 @@
 import builtins
 import copy
 import logging
+import re
 from collections import OrderedDict
 
 import pytest
@@ -20,6 +21,7 @@ from qdq.distiller import (
     RangeLinearQuantEltwiseAddWrapper,
     RangeLinearQuantParamLayerWrapper,
     collect_quant_stats,
+    convert_model_to_distiller_lstm,
 )
 from qdq.errors import ArgumentError, ArgumentTypeError, QdqError, StateError
 
@@ -83,28 +85,81 @@ def snr_db(expected, values):
     return float(10 * torch.log10(expected.square().sum() / (expected - values).square().sum()))
 
 
+NAMES = {next(iter(case)): case for case in read_cases("distiller_quant_param_names")}
+
+
+def test_all_published_names_are_tested():
+    tested = {"model", "call", "rule", "clipping_names", "rnn_names"}
+    assert NAMES.keys() == tested
+    assert len(read_cases("distiller_quant_param_names")) == 1 + len(tested)  # two calls
+
+
 def test_published_names():
-    case = read_cases("distiller_quant_param_names")[0]
+    expected = NAMES["model"]["linear_quant_params"]
     quantizer = quantize(Halves(), ROWS, save_fp_weights=True)
-    assert sorted(quantizer.linear_quant_params) == case["linear_quant_params"]
-    without = quantize(Halves(), ROWS)
-    expected = [name for name in case["linear_quant_params"] if ".w_" not in name]
-    assert sorted(without.linear_quant_params) == expected
+    assert sorted(quantizer.linear_quant_params) == expected
     names = {name.rpartition(".")[2] for name in quantizer.clipping_params}
-    assert names == {"output_clipping", "weight_clipping"}
+    assert sorted(names) == NAMES["clipping_names"]["clipping_names"]
+
+
+def test_weights_have_published_names_if_they_are_kept():
+    names = re.findall(r"\bw_\w+", NAMES["rule"]["rule"])
+    assert names == ["w_scale", "w_zero_point"]
+    expected = NAMES["model"]["linear_quant_params"]
+    of_weights = {f"linear.{name}" for name in names}
+    assert of_weights < set(expected)
+    without = quantize(Halves(), ROWS)
+    assert set(without.linear_quant_params) == set(expected) - of_weights
+
+
+class Recurrent(nn.Module):
+    """A network with an LSTM inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(20, 16)
+
+    def forward(self, x):
+        return self.rnn(x)[0]
+
+
+def test_published_names_of_an_lstm():
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(embedding=nn.Embedding(41, 20), rnn=Recurrent()))
+    words = torch.randint(0, 41, (6, 3), generator=torch.Generator().manual_seed(0))
+    quantizer = quantize(convert_model_to_distiller_lstm(model), words, save_fp_weights=True)
+    for number, name in enumerate(NAMES["rnn_names"]["rnn_names"], 1):
+        quantizer.set_linear_quant_param(name, number)
+        assert quantizer.linear_quant_params[name] == number
+
+
+def call_as_published(quantizer, case):
+    """Call the method of a case with the names and values that it has."""
+    method, _, arguments = case["call"].partition("(")
+    pairs = re.findall(r"([\w.]+)[,:] ([\d.]+)", arguments)
+    values = {name: float(value) for name, value in pairs}
+    if method == "set_linear_quant_param":
+        ((name, value),) = values.items()
+        quantizer.set_linear_quant_param(name, value)
+    else:
+        getattr(quantizer, method)(values)
+    return values
 
 
 def test_published_effects_of_setting_parameters():
+    cases = [case for case in read_cases("distiller_quant_param_names") if "call" in case]
     quantizer = quantize(Halves(), ROWS, save_fp_weights=True)
     layers = quantizer.layers
     assert not any(layer.force_readjust for layer in layers.values())
-    quantizer.set_linear_quant_param("linear.output_scale", 30.0)
-    assert layers["linear"].output_scale == 30
-    assert layers["linear"].force_readjust
-    assert layers["act1"].force_readjust
-    quantizer.update_linear_quant_params({"linear.output_zero_point": 4.0, "act2.output_scale": 50})
-    assert layers["linear"].output_zero_point == 4
-    assert layers["act2"].output_scale == 50
+    for case in cases:
+        values = call_as_published(quantizer, case)
+        for name, value in values.items():
+            assert quantizer.linear_quant_params[name] == value
+            assert getattr(layers[name.partition(".")[0]], name.partition(".")[2]) == value
+        for name in re.findall(r"(\w+)\.force_readjust", case["then"]):
+            assert layers[name].force_readjust
+    assert [len(call_as_published(quantizer, case)) for case in cases] == [1, 2]
+    assert "linear.force_readjust" in cases[0]["then"] and "act1.force_readjust" in cases[0]["then"]
     quantizer.model(ROWS)
     assert not any(layer.force_readjust for layer in layers.values())
 

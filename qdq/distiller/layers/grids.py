@@ -38,7 +38,7 @@ def describe_input(layer: RangeLinearQuantWrapper, index: int) -> Grid:
     Raises:
         StateError: It has not run.
     """
-    if index not in layer.sources:
+    if index not in layer.sources.keys() | layer.state_inputs:
         raise StateError(
             f"{layer.label} has not run: what arrives at it is not known.",
             "run the model once on any batch.",
@@ -48,7 +48,7 @@ def describe_input(layer: RangeLinearQuantWrapper, index: int) -> Grid:
     if obstacle:
         system = f"range-linear {layer.settings.mode.activations.name}"
         return Grid(system, torch.ones(1), torch.zeros(1), 0, 0, obstacle)
-    source = layer.sources[index]
+    source = layer.sources.get(index)
     if source is None:
         return describe_params(layer.input_params[index])
     grid = source.describe_output()

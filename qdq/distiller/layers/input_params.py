@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qdq.distiller.layers.integers import Integers, round_to_integers
-from qdq.distiller.layers.metadata import read_metadata
+from qdq.distiller.layers.metadata import is_state, read_metadata
 from qdq.distiller.ranges.clipping import RangeStatistics
 from qdq.distiller.ranges.linear_params import LinearParams
 from qdq.distiller.ranges.solve import solve_clipped, solve_tensor
@@ -155,6 +155,9 @@ def find_input_params(layer: RangeLinearQuantWrapper, index: int, values: Any) -
             )
         layer.note_source(index, metadata.source)
         return Arrival(metadata.params, has_codes=True)
+    if layer.is_static and is_state(values):
+        require_batch(values, place)
+        return Arrival(_find_state(layer, index, place), has_codes=False)
     if settings is None and not layer.settings.inputs_quant_auto_fallback:
         raise StateError(
             f"{place} comes without a scale, and neither input_overrides nor inputs_quant_auto_fallback give one.",
@@ -166,6 +169,14 @@ def find_input_params(layer: RangeLinearQuantWrapper, index: int, values: Any) -
         return Arrival(_find_static(layer, index, place), has_codes=False)
     params = solve_values(values, settings or layer.output_settings, place)
     return Arrival(params, has_codes=False)
+
+
+def _find_state(layer: RangeLinearQuantWrapper, index: int, place: str) -> LinearParams:
+    """Scale and zero point of the later states; by the statistics as long as none has come."""
+    layer.state_inputs.add(index)
+    source: Any = layer.sources.get(index)
+    params: LinearParams | None = None if source is None else source.output_params
+    return params or _find_static(layer, index, place)
 
 
 def _find_static(layer: RangeLinearQuantWrapper, index: int, place: str) -> LinearParams:

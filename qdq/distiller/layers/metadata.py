@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qdq.distiller.layers.wrapper import RangeLinearQuantWrapper
 
 _ATTRIBUTE = "quant_metadata"
+_STATE = "is_quant_state"
 
 
 @dataclass(frozen=True)
@@ -58,3 +59,27 @@ def read_metadata(values: torch.Tensor) -> QuantMetadata | None:
     if metadata is None or values._version != metadata.version:
         return None
     return metadata
+
+
+def mark_state(values: torch.Tensor) -> torch.Tensor:
+    """Note on a tensor that it starts a recurrence: the next time step gets the result of a layer in its place.
+
+    Without a scale of its own it takes the scale of that layer, so that all time steps have one.
+
+    Args:
+        values: The initial state.
+
+    Returns:
+        The same tensor.
+    """
+    setattr(values, _STATE, True)
+    return values
+
+
+def is_state(values: torch.Tensor) -> bool:
+    """Whether a tensor starts a recurrence, see `mark_state`.
+
+    Args:
+        values: Any tensor.
+    """
+    return getattr(values, _STATE, False)

@@ -17,11 +17,15 @@ class EltwiseAdd(nn.Module):
 
     Args:
         inplace: Add to the first one in place.
+
+    Attributes:
+        feeds_float: Whether only layers that TensorRT computes in float read the sum. Its inputs are then not rounded.
     """
 
     def __init__(self, inplace: bool = False) -> None:
         super().__init__()
         self.inplace = inplace
+        self.feeds_float = False
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """The sum of one or more tensors, of any shapes that broadcast."""

@@ -114,12 +114,14 @@ class RangeLinearQuantEltwiseAddWrapper(_MultiInputWrapper):
 
     def describe_inputs(self) -> dict[int, Grid]:
         """The grids of the inputs that are rounded before the addition, see `SystemWrapper`."""
-        if self.output_params is None:
+        if self.output_params is None or self.wrapped_module.feeds_float:
             return {}
         return {index: describe_input(self, index) for index in find_shortcuts(self)}
 
     def float_reason(self) -> str:
         """Why an input is not rounded before it, see `SystemWrapper`."""
+        if self.wrapped_module.feeds_float:
+            return "the sum goes into activations and products in float"
         if self.constant_inputs:
             return "a constant is added to it"
         return "a convolution goes straight into the addition"

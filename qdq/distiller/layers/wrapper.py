@@ -48,6 +48,7 @@ class RangeLinearQuantWrapper(SystemWrapper):
             in dynamic mode.
         input_params: Position -> scale and zero point of an input that comes without any, if static.
         constant_inputs: Positions of inputs that are parameters.
+        state_inputs: Positions of inputs that were the start of a recurrence, see `mark_state`.
         force_readjust: Whether a scale or zero point was set by hand since the last forward.
 
     Raises:
@@ -75,6 +76,7 @@ class RangeLinearQuantWrapper(SystemWrapper):
         self.force_readjust = False
         self.input_params: dict[int, LinearParams] = {}
         self.constant_inputs: set[int] = set()
+        self.state_inputs: set[int] = set()
         self.register_buffer("num_forwards", torch.zeros(1, dtype=torch.long))
         if statistics is not None and settings.bits_activations is not None:
             self._solve_ranges(statistics)

@@ -17,6 +17,7 @@ Kind = Literal["weighted", "embedding", "several inputs", "fake", "float type", 
 
 _WEIGHTED = (_ConvNd, nn.Linear)
 _SEVERAL_INPUTS = (Concat, EltwiseAdd, EltwiseMult, Matmul, BatchMatmul)
+_LSTM_REASON = "an LSTM is one function; convert_model_to_distiller_lstm makes layers of it, which are quantized"
 _ROUNDING: tuple[Kind, ...] = ("weighted", "several inputs", "fake")
 
 
@@ -57,6 +58,9 @@ def choose_wrapper(
         return Choice("float type", f"fpq_module: it runs in float{settings.fpq_module}")
     if not settings.fake and isinstance(module, (*_WEIGHTED, nn.Embedding)):
         return _choose_weighted(module, settings)
+    is_lstm = isinstance(module, nn.LSTM | nn.LSTMCell) and not settings.fake
+    if is_lstm and settings.bits_activations is not None:
+        return Choice("float", _LSTM_REASON)
     if statistics is None:
         kinds = "convolutions, linear layers and embeddings"
         return Choice("float", f"without statistics (dynamic), {kinds} alone are quantized")

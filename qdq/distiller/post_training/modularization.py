@@ -13,10 +13,13 @@ from qdq.batch import floats_of, split_inputs
 from qdq.device import find_device, move_batch
 from qdq.distiller.layers import modules
 from qdq.distiller.layers.call_modules import find_module
+from qdq.distiller.layers.lstm import DistillerLSTM
+from qdq.distiller.layers.lstm_cell import DistillerLSTMCell
 from qdq.distiller.settings.names import is_layer
 from qdq.errors import UnsupportedError
 from qdq.forward import call_model, evaluating, join_name, name_function, require_model
 
+_RECURRENT = (DistillerLSTM, DistillerLSTMCell)  # they consist of modules, and loop over time steps
 _TOLERANCE = 1e-5  # of the largest output: the same functions run, in float32
 
 
@@ -25,9 +28,8 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         """Whether a module is one node of the graph."""
-        if type(module).__module__ == modules.__name__ or super().is_leaf_module(
-            module, qualified_name
-        ):
+        is_known = type(module).__module__ == modules.__name__ or isinstance(module, _RECURRENT)
+        if is_known or super().is_leaf_module(module, qualified_name):
             return True
         has_weight = "weight" in module._parameters
         return has_weight and is_layer(module)
