@@ -26,6 +26,8 @@ _Kind = TypeVar("_Kind")
 _MOST_BYTES = 2**30  # of JSON: a report of 10,000 layers has 2**26
 _MOST_YAML_BYTES = 2**22  # PyYAML reads a megabyte in ten seconds
 _MOST_DEPTH = 64
+_MOST_VALUES = 2**17  # of a configuration with its aliases written out
+_MERGE = "tag:yaml.org,2002:merge"
 _MOST_INTEGER = 2**63
 # A key that the type does not have, in pydantic's words.
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
@@ -67,13 +69,13 @@ def read_json(path: Path, fix: str) -> Any:
     return parse_json(read_text(path, fix), str(path), fix)
 
 
-def read_yaml(path: Path, fix: str) -> Any:
+def read_yaml(path: Path, fix: str, *, aliases: bool = False) -> Any:
     """The value of a YAML file; see `parse_yaml`.
 
     Raises:
         DataError: It cannot be read, or is damaged.
     """
-    return parse_yaml(read_text(path, fix, _MOST_YAML_BYTES), str(path), fix)
+    return parse_yaml(read_text(path, fix, _MOST_YAML_BYTES), str(path), fix, aliases=aliases)
 
 
 def parse_json(text: str, source: str, fix: str, *, finite: bool = True) -> Any:
@@ -102,19 +104,21 @@ def parse_json(text: str, source: str, fix: str, *, finite: bool = True) -> Any:
         raise DataError(f"{source} cannot be read: {error}.", fix) from error
 
 
-def parse_yaml(text: str, source: str, fix: str) -> Any:
+def parse_yaml(text: str, source: str, fix: str, *, aliases: bool = False) -> Any:
     """Parse YAML to plain values. Keys are strings, as written: `1.10` and `yes` are names.
 
     Args:
-        text: The YAML, without aliases and tags.
+        text: The YAML, without tags.
         source: Name of its source for messages.
         fix: Advice for the error if it is damaged.
+        aliases: Read `*name` and the key `<<` as YAML 1.1 has them; otherwise aliases are refused, and `<<` is a name.
 
     Raises:
         DataError: It is not such YAML, has a key twice or a number that is not finite, or is nested too deeply.
     """
+    loader = _AliasLoader if aliases else _PlainLoader
     try:
-        return _clean(yaml.load(text, _PlainLoader), finite=True)  # noqa: S506  # a SafeLoader
+        return _clean(yaml.load(text, loader), finite=True)  # noqa: S506  # a SafeLoader
     except RecursionError as error:
         raise DataError(f"{source} is not YAML: it is nested too deeply.", fix) from error
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -123,17 +127,8 @@ def parse_yaml(text: str, source: str, fix: str) -> Any:
         raise DataError(f"{source} is not YAML: {printable(message, 300)}.", fix) from error
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """Loads strings, numbers, booleans, lists and mappings; a few lines of aliases could expand to gigabytes."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Compose a node, and refuse an alias."""
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(
-                None, None, "aliases are not supported; write out the value", mark
-            )
-        return super().compose_node(parent, index)
+class _MappingLoader(yaml.SafeLoader):
+    """Loads strings, numbers, booleans, lists and mappings."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Construct a mapping with the text of each key, and refuse a key that occurs twice."""
@@ -150,15 +145,83 @@ class _PlainLoader(yaml.SafeLoader):
         return result
 
 
+class _PlainLoader(_MappingLoader):
+    """Refuses aliases: a few lines of them could expand to gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose a node, and refuse an alias."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(
+                None, None, "aliases are not supported; write out the value", mark
+            )
+        return super().compose_node(parent, index)
+
+
+class _AliasLoader(_MappingLoader):
+    """Reads aliases and merge keys, as long as they do not make a small file large."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Compose the document, and refuse aliases that contain themselves, or expand too far."""
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _count_nodes(node, {})
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Construct a mapping. Its own keys win over merged ones, and of these the first mapping wins."""
+        bases: list[yaml.Node] = []
+        pairs = []
+        for key, value in node.value:
+            if key.tag == _MERGE:
+                bases += value.value if isinstance(value, yaml.SequenceNode) else [value]
+            else:
+                pairs.append((key, value))
+        result: dict[Any, Any] = {}
+        for base in reversed(bases):
+            if not isinstance(base, yaml.MappingNode):
+                problem = "<< takes a mapping, or a list of mappings"
+                raise yaml.constructor.ConstructorError(None, None, problem, base.start_mark)
+            result |= self.construct_mapping(base, deep=True)
+        plain = yaml.MappingNode(node.tag, pairs, node.start_mark, node.end_mark)
+        return result | super().construct_mapping(plain, deep)
+
+
+def _count_nodes(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
+    """The number of values that a node is written out.
+
+    Args:
+        node: The node.
+        counts: The numbers of the nodes that were counted; 0 for those that are being counted.
+
+    Raises:
+        yaml.composer.ComposerError: It contains itself, or there are too many.
+    """
+    if node not in counts:
+        counts[node] = 0
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in parts for part in pair]
+        counts[node] = 1 + sum(_count_nodes(part, counts) for part in parts)
+    elif counts[node] == 0:
+        problem = "an alias stands inside of its own value"
+        raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+    if counts[node] > _MOST_VALUES:
+        problem = f"its aliases stand for more than {_MOST_VALUES} values"
+        raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+    return counts[node]
+
+
 _CONSTRUCTORS: dict[str, Callable[[Any, Any], Any]] = {
-    "binary": _PlainLoader.construct_undefined,
-    "omap": _PlainLoader.construct_undefined,
-    "pairs": _PlainLoader.construct_undefined,
-    "set": _PlainLoader.construct_undefined,
-    "timestamp": _PlainLoader.construct_yaml_str,
+    "binary": _MappingLoader.construct_undefined,
+    "omap": _MappingLoader.construct_undefined,
+    "pairs": _MappingLoader.construct_undefined,
+    "set": _MappingLoader.construct_undefined,
+    "timestamp": _MappingLoader.construct_yaml_str,
 }
 for _tag, _constructor in _CONSTRUCTORS.items():
-    _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _constructor)
+    for _loader in (_PlainLoader, _AliasLoader):
+        _loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _constructor)
 
 
 def _join_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

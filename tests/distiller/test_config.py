@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from damage import BOMB
 from torch import nn
 
 from qdq.distiller.files.config import read_post_training, read_quantizers, read_sections
@@ -16,7 +17,7 @@ from qdq.distiller.files.quantizer_classes import CLASSES, find_class, list_keys
 from qdq.distiller.ranges.clipping import ClipMode
 from qdq.distiller.ranges.modes import LinearQuantMode, ModePair
 from qdq.distiller.settings.values import read_value
-from qdq.errors import ArgumentError, QdqError
+from qdq.errors import ArgumentError, DataError, QdqError
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CASES = json.loads((GOLDEN / "distiller_yaml.json").read_text())["cases"]
@@ -151,3 +152,59 @@ def test_several_quantizers_keep_their_names(tmp_path):
 def test_a_file_that_is_absent():
     with pytest.raises(QdqError, match="cannot read absent"):
         read_post_training("absent.yaml")
+
+
+ALIASES = """
+quantizers:
+  post_train_quantizer:
+    class: PostTrainLinearQuantizer
+    overrides:
+      conv1: &eight {bits_weights: 8, bits_activations: 8}
+      conv2: &six
+        <<: *eight
+        bits_weights: 6
+        input_overrides: &inputs {0: {clip_acts: AVG}}
+      conv3: *six
+      conv4: {<<: [{clip_acts: NONE}, *six], bits_activations: 4}
+      fc: {"input_overrides": *inputs}
+"""
+
+
+def test_aliases_and_merge_keys_are_those_of_yaml(tmp_path):
+    sections = read_sections(write(tmp_path, ALIASES))
+    expected = yaml.safe_load(ALIASES.replace("{0: ", '{"0": '))  # keys are text here
+    assert sections["quantizers"] == expected["quantizers"]
+    overrides = read_post_training(tmp_path / "quant.yaml").arguments["overrides"]
+    assert overrides["conv4"] == {
+        "bits_weights": 6,
+        "bits_activations": 4,
+        "clip_acts": "NONE",
+        "input_overrides": {"0": {"clip_acts": "AVG"}},
+    }
+    overrides["conv2"]["input_overrides"]["0"]["clip_acts"] = "GAUSS"  # nothing is shared
+    assert overrides["fc"]["input_overrides"]["0"]["clip_acts"] == "AVG"
+
+
+MERGE_BOMB = "\n".join(
+    f"  a{number}: &a{number} {{<<: [{', '.join([f'*a{number - 1}'] * 9)}]}}"
+    for number in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (f"{BOMB}\nquantizers: *a8\n", "stand for more than 131072 values"),
+        (f"quantizers:\n  a0: &a0 {{x: 1}}\n{MERGE_BOMB}\n", "stand for more than"),
+        ("quantizers: &x {a: *x}", "inside of its own value"),
+        ("quantizers: &x {<<: *x}", "inside of its own value"),
+        ("quantizers: {<<: 1}", "<< takes a mapping"),
+        ("quantizers: {<<: [{a: 1}, 2]}", "<< takes a mapping"),
+        ("quantizers: {a: *x}", "undefined alias"),
+        ("quantizers: {a: 1, <<: {b: 1}, a: 2}", "'a' occurs twice"),
+        ("quantizers: &x !!python/object/apply:os.getcwd []", "not YAML"),
+    ],
+)
+def test_aliases_that_are_refused(tmp_path, content, text):
+    with pytest.raises(DataError, match=text):
+        read_sections(write(tmp_path, content))

@@ -69,7 +69,7 @@ def read_sections(path: Path | str) -> dict[str, Any]:
     """
     path = as_path(path, "path")
     label = printable(path)
-    content = read_yaml(path, _FIX)
+    content = read_yaml(path, _FIX, aliases=True)
     kind = describe_kind(content)
     if not isinstance(content, Mapping) or not any(section in content for section in SECTIONS):
         what = f"It is {kind}." if kind else f"It is {describe_value(content)}."
