@@ -421,3 +421,27 @@ def test_preparing_is_logged(kind, caplog):
         quantizer.prepare_model(IMAGES)
     line = f"Preparing model for quantization using {kind.__name__}"
     assert caplog.messages.count(line) == 1
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"conv2": {"bits_activations": 4}}, "bits_activations has no effect: training quantizes"),
+        ({"relu1": {"bits_weights": 4}}, "bits_weights has no effect: the layer has no weight"),
+        ({"conv2": {"bits_weights": None, "bits_bias": 8}}, "bits_bias has no effect: the layer"),
+        ({"conv1": {"bits_bias": 8}}, "bits_bias has no effect: the layer has no bias"),
+        ({"conv2": {"bits_weights": 4, "bits_activations": None, "bits_bias": 8}}, None),
+        ({"conv2|relu1": {"bits_weights": 4, "bits_activations": 4}}, None),
+        ({"relu1": {"bits_activations": 4, "bits_weights": 0}}, None),
+    ],
+)
+def test_bits_of_overrides_without_effect_are_named(overrides, expected, kind, caplog):
+    net = make_net()
+    net.conv1.bias = None
+    with caplog.at_level(logging.WARNING, logger="qdq"):
+        make_quantizer(kind, net, overrides=OrderedDict(overrides)).prepare_model()
+    lines = [line for line in caplog.messages if line.startswith("override ")]
+    assert len(lines) == (expected is not None)
+    for line in lines:
+        assert expected in line

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -12,10 +11,8 @@ from qdq.distiller.layers.leaves import RangeLinearFakeQuantWrapper
 from qdq.distiller.layers.swap_layers import FusedActivation
 from qdq.distiller.layers.weighted import QuantWeightWrapper
 from qdq.distiller.layers.wrapper import RangeLinearQuantWrapper
+from qdq.distiller.settings.idle_settings import warn_of_idle_settings
 from qdq.distiller.settings.overrides import Overrides
-from qdq.schema import describe
-
-logger = logging.getLogger(__name__)
 
 
 def warn_of_idle(overrides: Overrides | None, origins: Mapping[str, str], model: nn.Module) -> None:
@@ -26,25 +23,12 @@ def warn_of_idle(overrides: Overrides | None, origins: Mapping[str, str], model:
         origins: Name of a layer -> the override that applies to it.
         model: The quantized model, after one forward.
     """
-    for pattern, values in (overrides or {}).items():
-        names = [name for name, origin in origins.items() if origin == pattern]
-        layers = [model.get_submodule(name) for name in names if _is_quantized(model, name)]
-        for key, value in values.items():
-            reason = _find_reason(key, value, layers)
-            if reason:
-                logger.warning("override %s: %s has no effect: %s", describe(pattern), key, reason)
-
-
-def _is_quantized(model: nn.Module, name: str) -> bool:
-    """Whether a layer was replaced; what stays float is listed elsewhere, and folded layers are gone."""
-    modules = dict(model.named_modules())
-    return isinstance(modules.get(name), RangeLinearQuantWrapper | FusedActivation)
-
-
-def _find_reason(key: str, value: Any, layers: Iterable[nn.Module]) -> str:
-    """Why a setting has no effect on any of the layers; "" if it has one, or if there are no layers."""
-    reasons = [_explain(key, value, layer) for layer in layers]
-    return reasons[0] if reasons and all(reasons) else ""
+    # What stays float is listed elsewhere, and folded layers are gone.
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, RangeLinearQuantWrapper | FusedActivation):
+            layers[name] = module
+    warn_of_idle_settings(overrides, origins, layers, _explain)
 
 
 def _explain(key: str, value: Any, layer: nn.Module) -> str:

@@ -20,7 +20,7 @@ from qdq.systems.settings import FLOAT_BITS
 from qdq.systems.unquantized import Unquantized
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6)
-_OTHER_ACTIVATION = "training quantizes the outputs of ReLU and ReLU6 alone"
+OTHER_ACTIVATION = "training quantizes the outputs of ReLU and ReLU6 alone"
 _FUNCTION_CALL = "a function call; torch.nn.ReLU or modularize make modules of it"
 _REPLICAS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -120,7 +120,7 @@ def list_float_activations(
         if _is_activation(module) and name not in quantized:
             kind = type(module).__name__
             is_taken = type(module) in _ACTIVATIONS
-            reason = "its output has no bits" if is_taken else _OTHER_ACTIVATION
+            reason = "its output has no bits" if is_taken else OTHER_ACTIVATION
             entries.append(Unquantized(name, kind, reason))
     operations = [] if dummy_input is None else trace_forward(model, dummy_input).operations
     for operation in operations:

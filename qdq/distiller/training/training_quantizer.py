@@ -15,8 +15,10 @@ from torch import nn
 
 from qdq.device import find_device
 from qdq.distiller.command.log import PREPARING
+from qdq.distiller.settings.idle_settings import warn_of_idle_settings
 from qdq.distiller.settings.layer_settings import LayerSettings, update_settings
 from qdq.distiller.settings.overrides import Overrides, Resolution, resolve
+from qdq.distiller.training.idle_bits import explain_idle_bits
 from qdq.distiller.training.training_layers import (
     FakeQuantizationWrapper,
     choose_activations,
@@ -132,6 +134,8 @@ class TrainingQuantizer(ABC):
             fake_q = self._make_activation(name, settings[name]).to(find_device(self.model))
             wrapper = FakeQuantizationWrapper(activation, fake_q).train(activation.training)
             replace_everywhere(self.model, activation, wrapper)
+        modules = dict(self.model.named_modules())
+        warn_of_idle_settings(self.overrides, resolution.origins, modules, explain_idle_bits)
         self.resolution = resolution
         self.left_float = UnquantizedReport(tuple(entries), "")
         if entries:
