@@ -21,6 +21,7 @@ from qdq.distiller import (
     LayerStatistics,
     LinearQuantMode,
     Matmul,
+    PostTrainLinearQuantizer,
     RangeLinearEmbeddingWrapper,
     RangeLinearFakeQuantWrapper,
     RangeLinearQuantConcatWrapper,
@@ -29,6 +30,7 @@ from qdq.distiller import (
     RangeLinearQuantMatmulWrapper,
     RangeLinearQuantParamLayerWrapper,
     TensorRecord,
+    collect_quant_stats,
     parse_clip,
     parse_mode,
 )
@@ -459,3 +461,36 @@ def test_half_precision_models():
     quantized = wrapper(values.half())
     assert quantized.dtype == torch.float16
     assert float((quantized.float() - output).abs().max()) < 0.05
+
+
+class Products(nn.Module):
+    """One layer of each kind that computes products of integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 32, 3, padding=1)
+        self.turned = nn.ConvTranspose2d(32, 16, 2)
+        self.linear = nn.Linear(9, 64)
+        self.matmul = Matmul()
+
+    def forward(self, x):
+        rows = self.linear(self.turned(self.conv(x)))
+        return self.matmul(rows, rows.transpose(-1, -2))
+
+
+@pytest.mark.parametrize("is_static", [True, False])
+def test_sums_of_integers_are_exact_under_autocast(is_static):
+    torch.manual_seed(0)
+    model, images = Products().eval(), torch.randn(2, 3, 8, 8)
+    statistics = collect_quant_stats(model, [images]) if is_static else None
+    quantizer = PostTrainLinearQuantizer(model, model_activation_stats=statistics)
+    quantizer.prepare_model(images)
+    outputs = []
+    for layer in quantizer.layers.values():
+        layer.register_forward_hook(lambda *call: outputs.append(call[2]))
+    for is_half in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+            quantizer.model(images)
+    assert len(outputs) == 2 * (4 if is_static else 3)
+    middle = len(outputs) // 2
+    torch.testing.assert_close(outputs[middle:], outputs[:middle], rtol=0, atol=0)

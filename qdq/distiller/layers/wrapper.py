@@ -97,12 +97,8 @@ class RangeLinearQuantWrapper(SystemWrapper):
     def output_settings(self) -> InputSettings:
         """How the output is quantized, and an input without a scale that has no settings of its own."""
         settings = self.settings
-        return InputSettings(
-            settings.bits_activations,
-            settings.mode.activations,
-            settings.clip_acts,
-            settings.clip_n_stds,
-        )
+        bits, mode = settings.bits_activations, settings.mode.activations
+        return InputSettings(bits, mode, settings.clip_acts, settings.clip_n_stds)
 
     @property
     def output_params(self) -> LinearParams | None:
@@ -131,7 +127,9 @@ class RangeLinearQuantWrapper(SystemWrapper):
         if self.settings.bits_activations is None:
             return self.compute_float(*inputs)
         arrived = [receive_input(self, index, values) for index, values in enumerate(inputs)]
-        return self.round_output(self.accumulate(*arrived), inputs[0])
+        with torch.autocast(inputs[0].device.type, enabled=False):  # half precision rounds integers
+            sums = self.accumulate(*arrived)
+        return self.round_output(sums, inputs[0])
 
     def start_forward(self) -> None:
         """Refuse training mode, and count the call.
