@@ -16,6 +16,7 @@ from qdq.distiller import (
     EltwiseAdd,
     EltwiseMult,
     FPWrapper,
+    Matmul,
     PostTrainLinearQuantizer,
     RangeLinearFakeQuantWrapper,
     RangeLinearQuantEltwiseAddWrapper,
@@ -606,6 +607,51 @@ def test_a_bias_beyond_the_accumulator_is_named(caplog):
     options = {"model_activation_stats": statistics, "per_channel_wts": True}
     PostTrainLinearQuantizer(model, **options).prepare_model(ROWS)
     assert any("accumulator of 32 bits" in record.message for record in caplog.records)
+
+
+class Products(nn.Module):
+    """A linear layer, products of elements and a matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(10, 16, bias=False)
+        self.mult, self.matmul, self.add = EltwiseMult(), Matmul(), EltwiseAdd()
+
+    def forward(self, x):
+        return self.add(self.linear(x), self.matmul(x, x.T)) + self.mult(x, x).sum()
+
+
+@pytest.mark.parametrize("is_static", [True, False])
+def test_sums_that_are_clamped_are_said_once(is_static, caplog):
+    torch.manual_seed(0)
+    model = Products().eval()
+    statistics = collect_quant_stats(model, [ROWS]) if is_static else None
+    quantizer = PostTrainLinearQuantizer(model, bits_accum=12, model_activation_stats=statistics)
+    quantizer.prepare_model(ROWS)
+    names = ("matmul", "mult") if is_static else ("linear",)
+    integers = {name: [] for name in names}
+    for name, outputs in integers.items():
+        float_layer = quantizer.layers[name].wrapped_module
+        float_layer.register_forward_hook(
+            lambda *call, outputs=outputs: outputs.append(call[2].clone())
+        )
+    caplog.clear()
+    for _ in range(2):
+        quantizer.model(ROWS)
+    lines = [line for line in caplog.messages if "are beyond the accumulator of 12 bits" in line]
+    for line, (name, (sums, _)) in zip(sorted(lines), integers.items(), strict=True):
+        num_beyond = int((sums > 2047).sum() + (sums < -2048).sum())
+        assert line.startswith(f"{name}: {num_beyond} of {sums.numel()} sums ")
+
+
+def test_codes_of_a_bias_that_are_clamped_are_said(caplog):
+    model = nn.Sequential(nn.Linear(10, 4), nn.Tanh()).eval()
+    with torch.no_grad():
+        model[0].bias[:] = torch.tensor([1e4, -1e4, 1, 0])
+    quantizer = PostTrainLinearQuantizer(model, bits_accum=20)
+    quantizer.prepare_model(ROWS)
+    quantizer.model(ROWS)
+    assert sum("0: 2 of 4 codes of the bias are beyond" in line for line in caplog.messages) == 1
 
 
 class Keywords(nn.Module):

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from qdq.distiller.layers.accumulator import clamp_sums
 from qdq.distiller.layers.exact_sums import choose_type
 from qdq.distiller.layers.grids import describe_input
 from qdq.distiller.layers.integers import Integers
@@ -27,6 +28,8 @@ from qdq.distiller.settings.layer_settings import LayerSettings
 from qdq.distiller.statistics.records import LayerStatistics
 from qdq.errors import ArgumentError, UnsupportedError
 from qdq.systems.grid import Grid
+
+_USUAL_BITS_ACCUM = 32
 
 
 class _MultiInputWrapper(RangeLinearQuantWrapper):
@@ -69,9 +72,19 @@ class _MultiInputWrapper(RangeLinearQuantWrapper):
             )
         super().__init__(wrapped_module, settings, statistics, bits_accum=bits_accum, name=name)
 
-    def clamp_sums(self, sums: torch.Tensor) -> torch.Tensor:
-        """The sums within the codes of the accumulator."""
-        return sums.clamp_(*get_quantized_range(self.bits_accum))
+    def clamp_products(self, sums: torch.Tensor, largest: int) -> torch.Tensor:
+        """Sums of products within the codes of the accumulator.
+
+        Args:
+            sums: The sums.
+            largest: A bound of their absolute values.
+        """
+        highest = get_quantized_range(self.bits_accum)[1]
+        return clamp_sums(self, sums, can_exceed=largest > highest)
+
+    def clamp_steps(self, steps: torch.Tensor) -> torch.Tensor:
+        """Numbers of steps of the output within the codes of the accumulator; 32 bits are far more than it has."""
+        return clamp_sums(self, steps, can_exceed=self.bits_accum < _USUAL_BITS_ACCUM)
 
     def rescale_inputs(
         self, inputs: tuple[Integers, ...]
@@ -83,7 +96,7 @@ class _MultiInputWrapper(RangeLinearQuantWrapper):
             factor = apply_approximation(
                 scale / received.scale, self.settings.scale_approx_mult_bits
             )
-            rescaled.append(self.clamp_sums((received.integers * factor).round_()))
+            rescaled.append(self.clamp_steps((received.integers * factor).round_()))
         return rescaled, scale
 
 
@@ -110,7 +123,7 @@ class RangeLinearQuantEltwiseAddWrapper(_MultiInputWrapper):
     def accumulate(self, *inputs: Integers) -> Integers:
         """The sum of the rescaled inputs, see `RangeLinearQuantWrapper`."""
         rescaled, scale = self.rescale_inputs(inputs)
-        return Integers(self.clamp_sums(self.wrapped_module(*rescaled)), scale)
+        return Integers(self.clamp_steps(self.wrapped_module(*rescaled)), scale)
 
     def describe_inputs(self) -> dict[int, Grid]:
         """The grids of the inputs that are rounded before the addition, see `SystemWrapper`."""
@@ -145,7 +158,7 @@ class RangeLinearQuantEltwiseMultWrapper(_MultiInputWrapper):
         most = math.prod(received.most for received in inputs)
         dtype = choose_type(1, most, 0)
         products = self.wrapped_module(*[factor.to(dtype) for factor in factors])
-        return Integers(self.clamp_sums(products), scale)
+        return Integers(self.clamp_products(products, most), scale)
 
 
 class RangeLinearQuantMatmulWrapper(_MultiInputWrapper):
@@ -156,7 +169,8 @@ class RangeLinearQuantMatmulWrapper(_MultiInputWrapper):
     def accumulate(self, *inputs: Integers) -> Integers:
         """The sums of products, see `RangeLinearQuantWrapper`."""
         first, second = inputs
-        num_products = first.integers.shape[-1]
-        dtype = choose_type(num_products * first.most, second.most, first.most.bit_length() - 1)
+        largest_sum = first.integers.shape[-1] * first.most
+        dtype = choose_type(largest_sum, second.most, first.most.bit_length() - 1)
         sums = self.wrapped_module(first.integers.to(dtype), second.integers.to(dtype))
-        return Integers(self.clamp_sums(sums), first.scale * second.scale)
+        sums = self.clamp_products(sums, largest_sum * second.most)
+        return Integers(sums, first.scale * second.scale)

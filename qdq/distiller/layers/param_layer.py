@@ -14,11 +14,11 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from qdq.distiller.layers.accumulator import clamp_sums
 from qdq.distiller.layers.exact_sums import choose_type
 from qdq.distiller.layers.grids import describe_input
 from qdq.distiller.layers.integers import Integers
 from qdq.distiller.layers.weighted import QuantWeightWrapper
-from qdq.distiller.ranges.modes import get_quantized_range
 from qdq.distiller.settings.layer_settings import LayerSettings
 from qdq.distiller.statistics.records import LayerStatistics
 from qdq.errors import ArgumentError
@@ -108,16 +108,17 @@ class RangeLinearQuantParamLayerWrapper(QuantWeightWrapper):
             return Integers(output, torch.ones((), device=output.device))
         scale = received.scale * self._per_output(params.scale)
         self.accum_scale.copy_(scale)
-        lowest, highest = get_quantized_range(self.bits_accum)
+        is_dynamic = not self.is_static  # otherwise the statistics have told before
         bias = self.read_bias()
         if bias is not None:
-            bias = (bias.float() * scale.flatten()).round().clamp(lowest, highest)
+            bias = (bias.float() * scale.flatten()).round()
+            bias = clamp_sums(self, bias, can_exceed=is_dynamic, kind="codes of the bias")
             self.wrapped_module.bias.copy_(bias)
         weight = self.wrapped_module.weight + params.zero_point
         self._most_input = received.most
         dtype = choose_type(self._find_largest_sum(weight), received.most, params.num_bits)
         sums = self._run(received.integers.to(dtype), weight.to(dtype), bias)
-        return Integers(sums.clamp_(lowest, highest), scale)
+        return Integers(clamp_sums(self, sums, can_exceed=is_dynamic), scale)
 
     def _run(
         self, values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None

@@ -49,6 +49,7 @@ class RangeLinearQuantWrapper(SystemWrapper):
         input_params: Position -> scale and zero point of an input that comes without any, if static.
         constant_inputs: Positions of inputs that are parameters.
         state_inputs: Positions of inputs that were the start of a recurrence, see `mark_state`.
+        reports_saturation: Whether the next sums beyond the accumulator are logged.
         force_readjust: Whether a scale or zero point was set by hand since the last forward.
 
     Raises:
@@ -74,6 +75,7 @@ class RangeLinearQuantWrapper(SystemWrapper):
         self.label = name or type(wrapped_module).__name__
         self.is_static = statistics is not None
         self.force_readjust = False
+        self.reports_saturation = True
         self.input_params: dict[int, LinearParams] = {}
         self.constant_inputs: set[int] = set()
         self.state_inputs: set[int] = set()

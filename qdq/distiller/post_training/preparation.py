@@ -147,10 +147,13 @@ def _run_once(
     model: nn.Module, dummy_input: Any, layers: Mapping[str, RangeLinearQuantWrapper]
 ) -> None:
     """Run the quantized model, so that each layer knows who rounds its inputs; the run is not counted."""
+    for layer in layers.values():
+        layer.reports_saturation = False  # the values do not matter
     with evaluating(model):
         call_model(model, dummy_input)
     for layer in layers.values():
         layer.num_forwards.zero_()
+        layer.reports_saturation = True
 
 
 def _find_readers(
