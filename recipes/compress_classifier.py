@@ -9,6 +9,7 @@ python recipes/compress_classifier.py /data/imagenet -a resnet18 --exp-load-weig
     --compress resnet18_train.yaml --epochs 10 --lr 0.0001
 """
 
+import copy
 import logging
 import math
 from collections.abc import Mapping
@@ -61,7 +62,7 @@ from qdq.distiller.statistics import histogram_images, histograms
 from qdq.distiller.statistics.portion import MOST_PER_BATCH
 from qdq.distiller.statistics.records import ModelStatistics
 from qdq.distiller.training.compress_file import CompressPlan
-from qdq.errors import DataError, ModelError, StateError
+from qdq.errors import DataError, ExportError, ModelError, StateError
 from qdq.files import guard_files
 from qdq.forward import evaluating
 from qdq.quantizer import named_quantizers
@@ -308,6 +309,8 @@ def quantize(
     else:
         quantizer.prepare_model(example)
         save_settings(quantizer, folder)
+        if options.export.file is not None:
+            warn_of_refusal(quantizer.model, options.export.export_convert)
         evaluated = quantizer.model
         if settings.qe_convert_pytorch:
             evaluated = convert_to_pytorch(evaluated, settings.qe_pytorch_backend)
@@ -325,6 +328,16 @@ def quantize(
     return model
 
 
+def warn_of_refusal(model: nn.Module, convert: bool) -> None:
+    """Say before the evaluation what the export will refuse, such as asymmetric modes in overrides of a file."""
+    try:
+        to_tensorrt(copy.deepcopy(model), convert=convert)
+    except ExportError as error:
+        logger.warning("--export-onnx will be refused: %s", error.message.replace("\n", "; "))
+        if not convert:
+            logger.warning("--export-convert sets new symmetric ranges in the place of zero points")
+
+
 def save(checkpoint: QuantizedCheckpoint, file: Path) -> None:
     """Save a quantized model."""
     logger.info(log.SAVING_CHECKPOINT, file)
@@ -339,6 +352,10 @@ def search(
 ) -> dict[str, float]:
     """Quantize a model by LAPQ, and return the scores of its best scales."""
     scores: dict[str, float] = {}
+    portion = log.format_portion(options.search.lapq_eval_size)
+    logger.info(
+        "LAPQ searches on %s of the test images: Top1 on them is better than on new images", portion
+    )
 
     def test(model: nn.Module) -> dict[str, float]:
         scores.update(evaluate(model, sets.test, options.images.print_freq))

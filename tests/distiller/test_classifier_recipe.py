@@ -1,7 +1,9 @@
 """The classifier sample as a person runs it, on a small network and small images: its lines, its files, its engine."""
 
+import logging
 import re
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from PIL import Image
 
 from qdq.cli.main import run_command
 from qdq.cli.recipes import load_recipe
-from qdq.distiller import read_statistics
+from qdq.distiller import PostTrainLinearQuantizer, collect_quant_stats, read_statistics
 from qdq.workloads.classification.models import LoadedModel, Preprocess
 
 recipe = load_recipe("compress_classifier")
@@ -307,6 +309,7 @@ def test_lapq(run):
     assert lines.count("Preparing model for quantization using PostTrainLinearQuantizer") == 1
     assert 'Using "Powell" minimization algorithm.' in lines
     assert len(top1(lines)) == 2  # before and after the search
+    assert sum("LAPQ searches on 100.0% of the test images" in line for line in lines) == 1
     assert "Optimization done" in lines
     content = torch.load(folder / "quantized_checkpoint.pth.tar", weights_only=True)
     assert f"{content['extras']['quantized_top1']:.3f}" == top1(lines)[-1]
@@ -316,6 +319,29 @@ def test_lapq(run):
     assert top1(again) == top1(lines)
     resumed, _ = run("-e", "--resume-from", folder / "quantized_checkpoint.pth.tar")
     assert top1(resumed) == top1(lines)[-1:]
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_what_the_export_refuses_is_said_before_the_evaluation(convert, caplog):
+    torch.manual_seed(0)
+    model, images = Net().eval(), torch.randn(2, 3, 16, 16)
+    model.conv.weight.data += 0.05  # off the middle, so that there is a zero point
+    statistics = collect_quant_stats(model, [images])
+    overrides = OrderedDict(
+        conv={"mode": {"activations": "SYMMETRIC", "weights": "ASYMMETRIC_SIGNED"}}
+    )
+    quantizer = PostTrainLinearQuantizer(
+        model, overrides=overrides, model_activation_stats=statistics
+    )
+    quantizer.prepare_model(images)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="qdq"):
+        recipe.warn_of_refusal(quantizer.model, convert)
+    assert len(caplog.messages) == (0 if convert else 2)
+    if not convert:
+        assert "will be refused" in caplog.messages[0] and "conv: " in caplog.messages[0]
+        assert "zero point" in caplog.messages[0] and "--export-convert" in caplog.messages[1]
+    quantizer.model(images)  # it is as it was
 
 
 def test_float_checkpoints_and_folders(run):
