@@ -153,3 +153,65 @@ def test_classes_of_the_source_have_a_row():
 def test_pages_link_to_it():
     assert "docs/distiller.md" in (ROOT / "README.md").read_text()
     assert "distiller.md" in (ROOT / "docs" / "systems.md").read_text()
+
+
+ACCURACIES = read_cases("distiller_accuracy")
+WORDS_OF_KEYS = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "fp32": "float",
+    "fp32_mean": "float mean",
+    "best_validation": "best in validation",
+    "tolerance_rel": "relative tolerance",
+}
+
+
+def describe_settings(case):
+    """The settings of a published figure in words."""
+    parts = []
+    if "mode" in case:
+        scales = "channel" if case["per_channel"] else "tensor"
+        parts += [case["mode"], f"{case['bits']} bits", f"per {scales}", f"clip {case['clip']}"]
+    if "first_last_bits" in case:
+        ends = "" if case["clip_last"] else "not "
+        parts += [f"first and last {case['first_last_bits']}", f"additions {case['add_bits']}"]
+        parts += [f"last {ends}clipped"]
+    if "init" in case:
+        parts.append(f"init {case['init']}")
+    if "epochs" in case:
+        parts.append(f"{case['epochs']} epochs")
+    if "cli" in case:
+        parts.append(f"`{case['cli']}`")
+    return ", ".join(parts)
+
+
+def describe_figures(figures):
+    """Numbers with their words, those of the float network behind them."""
+    parts = []
+    for key, value in figures.items():
+        word = WORDS_OF_KEYS.get(key, key)
+        if isinstance(value, dict):
+            parts += [f"{word} {part}" for part in describe_figures(value).split(", ")]
+        elif isinstance(value, float):
+            parts.append(f"{word} {value:g}" if value < 10 else f"{word} {value}")
+    return ", ".join(parts)
+
+
+def list_rows(case):
+    """The rows of a case: one, or one for each stage of a search."""
+    settings = describe_settings(case)
+    stages = [case]
+    names = [settings]
+    if "start" in case:
+        stages = [case["start"], *case["after"]]
+        names = [f"{settings}, start"]
+        names += [f"{settings}, {stage['evaluations']} evaluations" for stage in case["after"]]
+    for name, stage in zip(names, stages, strict=True):
+        yield f"| {case['model']} | {name} | {describe_figures(stage)} |".replace("|  |", "| |")
+
+
+def test_published_accuracies_are_all_there():
+    table = PAGE.partition("## Published figures")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert rows == [row for case in ACCURACIES for row in list_rows(case)]
+    assert len(ACCURACIES) == 26
