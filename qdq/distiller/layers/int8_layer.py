@@ -74,7 +74,7 @@ class Int8Layer(nn.Module):
         kernel = getattr(_OPERATORS, name)
         if self.layer.settings.clip_half_range:  # a ReLU is fused
             kernel = getattr(_OPERATORS, f"{name}_relu")
-        with _using(self._backend):
+        with using_backend(self._backend):
             if key not in self._packed:
                 self._packed[key] = self._pack(name, arguments)
             grid = _describe_activation(params)
@@ -121,8 +121,12 @@ class _Int8Calls(TorchFunctionMode):
 
 
 @contextmanager
-def _using(backend: str) -> Iterator[None]:
-    """Choose the backend of torch's int8 kernels in the block."""
+def using_backend(backend: str) -> Iterator[None]:
+    """Choose the backend of torch's int8 kernels in the block.
+
+    Args:
+        backend: Its name in torch.
+    """
     former = torch.backends.quantized.engine
     torch.backends.quantized.engine = backend
     try:

@@ -1,19 +1,23 @@
 """`convert_to_pytorch`: the convolutions and linear layers of a quantized model run by the int8 kernels of torch.
 
-Everything else stays as it is, and so do all values, apart from neighbouring codes where a value lies between two.
+Everything else stays as it is, and so do all values, apart from neighbouring codes where a value lies between two. Some
+kernels add pairs of products in 16 bits on a CPU without VNNI instructions, and clamp them there: a warning says so.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 
 import torch
 from torch import nn
 
 from qdq.device import find_device
-from qdq.distiller.layers.int8_layer import Int8Layer
+from qdq.distiller.layers.int8_layer import Int8Layer, using_backend
 from qdq.distiller.layers.param_layer import RangeLinearQuantParamLayerWrapper
 from qdq.errors import ArgumentError, UnsupportedError
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("fbgemm", "qnnpack")
 """The backends of torch, for x86 and for ARM."""
@@ -37,6 +41,12 @@ def convert_to_pytorch(model: nn.Module, backend: str = "fbgemm") -> nn.Module:
     """
     require_int8(backend, find_device(model))
     _require_convertible(model)
+    if clamps_sums(backend):
+        logger.warning(
+            "%s adds products in 16 bits on this CPU, which has no VNNI, and clamps them: results of its layers may be "
+            "far from those of the emulation; qnnpack adds in 32 bits",
+            backend,
+        )
     converted = copy.deepcopy(model)
     for name, layer in list(converted.named_modules()):
         if isinstance(layer, RangeLinearQuantParamLayerWrapper):
@@ -75,6 +85,22 @@ def find_engines() -> list[str]:
         return []
     engines: list[str] = torch.backends.quantized.supported_engines
     return engines
+
+
+def clamps_sums(backend: str) -> bool:
+    """Whether the kernels of a backend clamp sums of products on this CPU; tried on the largest codes.
+
+    Args:
+        backend: One that `require_int8` accepts.
+    """
+    count, scale = 16, 4096.0
+    with using_backend(backend):
+        x = torch.quantize_per_tensor(torch.full((1, count), 255.0), 1.0, 0, torch.quint8)
+        weight = torch.quantize_per_tensor(torch.full((1, count), 127.0), 1.0, 0, torch.qint8)
+        packed = torch.ops.quantized.linear_prepack(weight, None)
+        result = torch.ops.quantized.linear(x, packed, scale, 0)
+    code = int(result.int_repr())
+    return abs(code - count * 255 * 127 / scale) > 1
 
 
 def _require_convertible(model: nn.Module) -> None:
