@@ -212,6 +212,7 @@ def apply_plan(model: nn.Module, plan: Plan, example_inputs: Any) -> list[str]:
             other; nothing is switched then.
     """
     # With torch, which reading plans does not need.
+    from qdq.corrections import redoing_passes
     from qdq.forward import require_model
     from qdq.units import find_all_quantizers, match_precisions
 
@@ -219,10 +220,11 @@ def apply_plan(model: nn.Module, plan: Plan, example_inputs: Any) -> list[str]:
     quantizers = find_all_quantizers(model, example_inputs)
     precisions = match_precisions(model, list(quantizers), plan.precisions)
     float_layers = []
-    for name, precision in precisions.items():
-        is_float = precision == "float"
-        for quantizer in quantizers[name]:
-            quantizer.is_enabled = not is_float
-        if is_float:
-            float_layers.append(name)
+    with redoing_passes(model):
+        for name, precision in precisions.items():
+            is_float = precision == "float"
+            for quantizer in quantizers[name]:
+                quantizer.is_enabled = not is_float
+            if is_float:
+                float_layers.append(name)
     return float_layers

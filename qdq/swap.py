@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from qdq.corrections import undo_passes
 from qdq.dataflow import Dataflow
 from qdq.device import find_device
 from qdq.errors import ArgumentTypeError
@@ -227,7 +228,9 @@ def swap_modules(
 
 
 def restore_modules(model: nn.Module) -> int:
-    """Restore the float model: the original classes and no quantizers; parameters keep their current values.
+    """Restore the float model: the original classes, weights and biases, and no quantizers.
+
+    Weights and biases that `correct_bias` or `round_weights` changed are those of before; training is not undone.
 
     A module whose class was written as a quantized one (`class MyConv(QuantConv2d)`) has no float class of its own:
     its quantizers are disabled, and a warning names it.
@@ -236,6 +239,7 @@ def restore_modules(model: nn.Module) -> int:
         The number of restored layers.
     """
     require_model(model)
+    undo_passes(model)
     num_restored = 0
     only_quantized: list[str] = []
     for name, layer in quantized_layers(model).items():

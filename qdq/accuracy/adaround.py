@@ -19,6 +19,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ from qdq.accuracy.layerwise import (
     visit_products,
 )
 from qdq.batch import join_batches
+from qdq.corrections import AccuracyPass, record_pass, redo_passes, undo_passes
 from qdq.device import read_numbers, without_tf32
 from qdq.errors import StateError
 from qdq.forward import require_model
@@ -54,6 +56,7 @@ _WARM_UP = 0.2  # fraction of the steps without regularizer
 _BETA = (20.0, 2.0)
 _FIXED = 1e-3  # a weight this close to a code keeps it, in steps of the scale
 _TOLERANCE = 1e-6  # smallest gain of a flip, relative to the mean energy of the input
+_RANK = 1  # before the biases are corrected
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -126,10 +129,13 @@ def round_weights(
 ) -> Rounding:
     """Replace every weight by the value of its learned code, and every bias by the best one for it; in place.
 
-    Nearest rounding of the new weight gives the learned code, so saving, restoring and exporting work as before. No
-    code differs from the nearest by more than 1, and the ranges do not change. A layer without a bias gets one, which a
-    swapped model accepts in a state dict and a float model does not. After Ctrl-C, the layers that are done stay
-    rounded. On a GPU, everything runs without TF32.
+    Nearest rounding of the new weight gives the learned code, so saving and exporting work as before. No code differs
+    from the nearest by more than 1, and the ranges do not change. A layer without a bias gets one, which a swapped
+    model accepts in a state dict and a float model does not. On a GPU, everything runs without TF32.
+
+    The layers keep their float weights and biases, and use them while they are not quantized. If ranges or the choice
+    of float layers change later, the rounding is done again (`qdq.corrections`). If biases were corrected before, they
+    are corrected again at the end. After Ctrl-C, the layers that are done stay rounded.
 
     Args:
         model: A calibrated model.
@@ -137,8 +143,7 @@ def round_weights(
             classifier has one position per image, and a few positions do not determine many weights.
         steps: Steps of the search in each layer.
         seed: Seed of the random positions.
-        reference: The float model, for instance a copy made before `correct_bias` changed it. None: the model itself
-            with its quantizers off.
+        reference: The float model. None: the model itself with its quantizers off and its float weights.
         outputs: Parts of the outputs to report, as for `predictor.predict`; None for all.
         mask: What leaves padding out of these figures, as for `predictor.predict`.
 
@@ -157,15 +162,29 @@ def round_weights(
             "in torch.inference_mode there are no gradients.", "round the weights outside of it."
         )
     inputs = join_batches(batches)
+    passes = undo_passes(model)
     plan = plan_layers(model, inputs)
     view = OutputView(outputs, mask)
     outputs_before = run_flat(model, inputs, view)
     samples, expected = sample_outputs(reference or model, plan, inputs, view, seed=seed)
+    for layer in plan.layers.values():
+        layer.keep_float()
     layers, rounded_outputs = _round_in_order(model, plan.layers, samples, inputs, steps)
     for name, reason in plan.skipped.items():
         layers.append(RoundedLayer(name, 0.0, 1.0, reason))
     outputs_after = flatten_outputs(rounded_outputs, inputs, view)
     change = measure_change(expected, outputs_before, outputs_after)
+    again = partial(
+        round_weights,
+        batches=[inputs],
+        steps=steps,
+        seed=seed,
+        reference=reference,
+        outputs=outputs,
+        mask=mask,
+    )
+    record_pass(model, AccuracyPass("round_weights", _RANK, again))
+    redo_passes(model, [former for former in passes if former.rank > _RANK])
     return Rounding(layers=tuple(layers), **vars(change))
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from qdq.accuracy.layerwise import (
     visit_products,
 )
 from qdq.batch import join_batches
+from qdq.corrections import AccuracyPass, record_pass
 from qdq.device import read_numbers, without_tf32
 from qdq.errors import ArgumentError
 from qdq.forward import require_model
@@ -47,6 +49,7 @@ from qdq.quantizer import disable_quantization
 logger = logging.getLogger(__name__)
 
 METHODS = ("empirical", "analytic")
+_RANK = 2  # after the weights are rounded
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -112,12 +115,14 @@ def correct_bias(
     float model does not. The batches are joined into one, so that one forward can correct the layers in their order; a
     few dozen images are enough. On a GPU, everything runs without TF32.
 
+    The layers keep their float biases, and use them while they are not quantized. If ranges or the choice of float
+    layers change later, the correction is done again (`qdq.corrections`).
+
     Args:
         model: A calibrated model.
         batches: As for `calibrate_model`; they must fit in memory together.
         method: "empirical" or "analytic", see the module.
-        reference: The float model, for instance a copy made before `round_weights` changed the weights. None: the
-            model itself with its quantizers off.
+        reference: The float model. None: the model itself with its quantizers off and its float weights.
         outputs: Parts of the outputs to report, as for `predictor.predict`; None for all.
         mask: What leaves padding out of these figures, as for `predictor.predict`.
 
@@ -139,12 +144,23 @@ def correct_bias(
     plan = plan_layers(model, inputs)
     view = OutputView(outputs, mask)
     outputs_before = run_flat(model, inputs, view)
+    for layer in plan.layers.values():
+        layer.keep_float()
     correct = _correct_empirically if method == "empirical" else _correct_analytically
     correction = correct(model, reference or model, plan, inputs, view)
     layers = list(correction.layers)
     for name, reason in plan.skipped.items():
         layers.append(CorrectedBias(name, 0.0, reason))
     change = measure_change(correction.expected, outputs_before, correction.outputs)
+    again = partial(
+        correct_bias,
+        batches=[inputs],
+        method=method,
+        reference=reference,
+        outputs=outputs,
+        mask=mask,
+    )
+    record_pass(model, AccuracyPass("correct_bias", _RANK, again))
     return BiasCorrection(method=method, layers=tuple(layers), **vars(change))
 
 

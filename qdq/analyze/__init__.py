@@ -32,6 +32,7 @@ from qdq.analyze.result import Analysis, LayerSensitivity, MixedPoint, Step
 from qdq.analyze.search import Search
 from qdq.analyze.sensitivity import require_labels
 from qdq.batch import list_filled_batches
+from qdq.corrections import redoing_passes
 from qdq.device import without_tf32
 from qdq.errors import ArgumentError
 from qdq.forward import require_model
@@ -80,7 +81,8 @@ def analyze_layers(
 ) -> Analysis:
     """Rank the layers by their sensitivity, and leave the worst in float until a target or a limit is reached.
 
-    The chosen layers are disabled in the model, together with the quantizers that exist only for them; nothing
+    The chosen layers are disabled in the model, together with the quantizers that exist only for them. If biases were
+    corrected or weights rounded before, the search runs without that, and both are done again for its choice; nothing
     else in the model changes. Under torchrun the processes divide the work, and all return the same result. On a GPU,
     the model runs without TF32, whose error is as large as one of int8.
 
@@ -162,8 +164,11 @@ def analyze_layers(
     require_labels(metric_used.outputs, samples[0])
     start = time.monotonic()
 
-    trace, costs = trace_costs(model, samples[0])
-    with ExitStack() as undo:  # an interrupted search leaves the model as it was
+    with (
+        redoing_passes(model),
+        ExitStack() as undo,
+    ):  # an interrupted search leaves the model as it was
+        trace, costs = trace_costs(model, samples[0])
         all_units = find_units(model, samples[0], trace)
         free_units, decided = _pin(model, all_units, precisions, undo)
         units = group_units(model, free_units, groups)

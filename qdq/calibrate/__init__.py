@@ -21,6 +21,7 @@ from qdq.batch import require_batches
 from qdq.calibrate.collect import Collection, collect_and_hold_out, format_of
 from qdq.calibrate.selection import select_methods
 from qdq.calibrate.weights import KEEP, require_weight_method, solve_weights
+from qdq.corrections import redoing_passes
 from qdq.device import without_tf32
 from qdq.distributed import failing_together, find_rank, gather_bytes
 from qdq.errors import ArgumentError, ArgumentTypeError, CalibrationError
@@ -149,6 +150,8 @@ class Calibration:
         def begin_batch(*_: Any) -> None:
             self._collection.begin_batch(next(batch_numbers))
 
+        self._passes = redoing_passes(self._model)
+        self._passes.__enter__()
         self._exits = ExitStack()
         self._exits.enter_context(failing_together())
         self._exits.enter_context(without_tf32())
@@ -160,12 +163,14 @@ class Calibration:
     def __exit__(self, *error: Any) -> None:
         self._exits.__exit__(*error)
         if error[0] is not None:
+            self._passes.__exit__(*error)
             return
         with failing_together():
             local = self._collection.statistics()
         parts = gather_bytes(local.to_bytes())
         self.statistics = merge_parts(map(Statistics.from_bytes, parts))
         self.ranges = _compute_ranges(self._collection, self.statistics, self._options, [])
+        self._passes.__exit__(None, None, None)
 
 
 def calibrate_model(
@@ -208,11 +213,13 @@ def calibrate_model(
     if held is not None:
         require_batches(held)
     hold_out = method == BEST and held is None
-    collected = collect_and_hold_out(model, batches, num_batches, statistics, hold_out=hold_out)
-    held_out = collected.held_out if held is None else list(held)
-    if weight_method != KEEP:
-        _warn_of_replaced(collected.collection.quantizers)
-    return _compute_ranges(collected.collection, collected.statistics, options, held_out)
+    require_model(model)
+    with redoing_passes(model):
+        collected = collect_and_hold_out(model, batches, num_batches, statistics, hold_out=hold_out)
+        held_out = collected.held_out if held is None else list(held)
+        if weight_method != KEEP:
+            _warn_of_replaced(collected.collection.quantizers)
+        return _compute_ranges(collected.collection, collected.statistics, options, held_out)
 
 
 def _warn_of_replaced(quantizers: Mapping[str, TensorQuantizer]) -> None:
@@ -275,7 +282,8 @@ def solve_ranges(
         logger.warning(
             "the statistics are of a pass that was cut off after %d batches", statistics.batches
         )
-    return _compute_ranges(collection, statistics, options, list(held))
+    with redoing_passes(model):
+        return _compute_ranges(collection, statistics, options, list(held))
 
 
 def _compute_ranges(

@@ -18,6 +18,8 @@ from qdq.errors import StateError
 from qdq.quantize import own_tensor
 from qdq.quantizer import QuantDescriptor, TensorQuantizer
 
+_FLOAT_PARAMETERS = ("weight", "bias")
+
 
 class QuantInputMixin(nn.Module):
     """A layer whose input is quantized.
@@ -92,6 +94,9 @@ class QuantInputMixin(nn.Module):
 class QuantMixin(QuantInputMixin):
     """A layer whose input and weight are quantized, but not its bias and its output (R-BIAS, section 2.1).
 
+    A pass such as `correct_bias` changes weight or bias for int8 only. It calls `keep_float` first, and the layer
+    computes with the kept ones whenever its weight is not quantized.
+
     Several threads must not call the same layer at once: its weight is replaced during a call.
 
     Args:
@@ -132,6 +137,43 @@ class QuantMixin(QuantInputMixin):
         return {"_weight_quantizer": "weight"}
 
     @property
+    def keeps_float(self) -> bool:
+        """Whether weight and bias of the float layer are kept beside others for int8."""
+        return "_float_weight" in self._buffers
+
+    def keep_float(self) -> None:
+        """Keep weight and bias as those of the float layer, before a pass changes them; only the first call counts.
+
+        They move with the module and are not in its state dict.
+        """
+        if self.keeps_float:
+            return
+        for name in _FLOAT_PARAMETERS:
+            parameter = self._parameters.get(name)
+            values = None if parameter is None else own_tensor(parameter.detach().clone())
+            self.register_buffer(f"_float_{name}", values, persistent=False)
+
+    def restore_float(self) -> None:
+        """Give the layer the kept weight and bias again; nothing if none are kept."""
+        if not self.keeps_float:
+            return
+        for name in _FLOAT_PARAMETERS:
+            values = self._buffers[f"_float_{name}"]
+            parameter = self._parameters.get(name)
+            if values is None and parameter is not None:
+                self._parameters[name] = None
+            elif values is not None and parameter is not None:
+                with torch.no_grad():
+                    parameter.copy_(values)
+        self.forget_float()
+
+    def forget_float(self) -> None:
+        """Drop the kept weight and bias; the present ones are those of the float layer from now on."""
+        if self.keeps_float:
+            for name in _FLOAT_PARAMETERS:
+                delattr(self, f"_float_{name}")
+
+    @property
     def weight_quantizer(self) -> TensorQuantizer:
         """The quantizer of the weight."""
         return self._weight_quantizer
@@ -161,8 +203,27 @@ class QuantMixin(QuantInputMixin):
             *args: Likewise.
             **kwargs: Likewise.
         """
+        quantizer = self._weight_quantizer
+        is_float = not quantizer.is_enabled or not quantizer.is_quantizing
+        if is_float and self.keeps_float:
+            with self._float_parameters():
+                return super().forward(input, *args, **kwargs)
         with self._quantized_weight():
             return super().forward(input, *args, **kwargs)
+
+    @contextmanager
+    def _float_parameters(self) -> Iterator[None]:
+        """Make weight and bias those of the float layer in the block."""
+        attributes = self.__dict__
+        former = {name: attributes[name] for name in _FLOAT_PARAMETERS if name in attributes}
+        for name in _FLOAT_PARAMETERS:
+            attributes[name] = self._buffers[f"_float_{name}"]
+        try:
+            yield
+        finally:
+            for name in _FLOAT_PARAMETERS:
+                del attributes[name]
+            attributes.update(former)
 
     @contextmanager
     def _quantized_weight(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from qdq.batch import count_samples, require_batches, tensors_of
 from qdq.calibrate.collect import digest_tensors
+from qdq.corrections import forget_passes
 from qdq.device import find_device, without_tf32
 from qdq.distributed import failing_together, find_rank, gather_bytes, joining_processes
 from qdq.errors import ArgumentError, ArgumentTypeError, StateError
@@ -314,6 +315,7 @@ def _prepare(
     teacher = task.teacher
     if teacher is None and task.distillation is not None:
         teacher = copy_float(task.model)
+    forget_passes(task.model)  # training changes what they fitted
     trainer = Trainer(
         task.model,
         Objective(task.model, teacher, task.loss, task.distillation),

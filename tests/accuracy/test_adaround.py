@@ -100,7 +100,9 @@ def test_a_small_filter_gets_the_best_codes_of_all():
         assert learned <= 1.1 * best
 
 
-def test_export_restore_and_recalibration_know_nothing(quantized, images, tmp_path):
+def test_export_has_the_learned_codes_and_restoring_forgets_them(quantized, images, tmp_path):
+    nearest = codes_of(quantized.conv)
+    weights = {name: tensor.clone() for name, tensor in quantized.named_parameters()}
     round_weights(quantized, [images])
     codes = codes_of(quantized.conv)
     export_onnx(quantized, images, tmp_path / "net.onnx")
@@ -110,10 +112,13 @@ def test_export_restore_and_recalibration_know_nothing(quantized, images, tmp_pa
         if list(tensor.dims) == list(codes.shape)
     ]
     assert any(np.array_equal(array, codes.numpy()) for array in stored)
+    assert not torch.equal(codes, nearest)
     restore_modules(quantized)
+    assert dict(quantized.named_parameters()).keys() == weights.keys()
+    assert all(torch.equal(quantized.get_parameter(name), weights[name]) for name in weights)
     swap_modules(quantized, images)
     calibrate_model(quantized, [images], method="max")
-    assert torch.equal(codes_of(quantized.conv), codes)
+    assert torch.equal(codes_of(quantized.conv), nearest)
 
 
 def test_the_same_seed_gives_the_same_weights(quantized, images):

@@ -1,0 +1,162 @@
+"""Passes in any order, and the float model behind them."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from qdq import (
+    analyze_layers,
+    apply_plan,
+    calibrate_model,
+    correct_bias,
+    disable_quantization,
+    export_onnx,
+    finetune,
+    fold_batchnorm,
+    predict,
+    restore_modules,
+    rewire_operations,
+    round_weights,
+    swap_modules,
+)
+from qdq.accuracy import bias
+from qdq.corrections import list_passes
+from qdq.metrics import sqnr_db
+from qdq.plan import Plan, PlanEntry
+from qdq.qat.losses import Distillation
+from qdq.schedule import Schedule
+
+
+class Net(nn.Module):
+    """Narrow enough that every pass gains something."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.mix = nn.Conv2d(16, 32, 1, bias=False)
+        self.head = nn.Linear(32, 16)
+
+    def forward(self, x):
+        x = F.relu6(self.norm(self.stem(x)))
+        x = F.relu6(self.depthwise(x) + x)
+        return self.head(torch.relu(self.mix(x)).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def data():
+    torch.manual_seed(0)
+    return torch.rand(24, 3, 12, 12), torch.rand(32, 3, 12, 12)
+
+
+@pytest.fixture(scope="module")
+def swapped(data):
+    """A calibrated network, and the outputs of its float model for the evaluation images."""
+    torch.manual_seed(1)
+    model = Net().eval()
+    model.norm.running_mean.normal_()
+    model.norm.weight.data.uniform_(0.2, 3)
+    images, held = data
+    fold_batchnorm(model, images)
+    expected = predict(model, [held])
+    swap_modules(model, images, include=["*"])
+    rewire_operations(model, images)
+    calibrate_model(model, [images])
+    return model, expected
+
+
+def list_steps(images):
+    return {
+        "calibrate": lambda model: calibrate_model(model, [images]),
+        "analyze": lambda model: analyze_layers(
+            model, [images], max_float_layers=1, max_float_share=1
+        ),
+        "correct": lambda model: correct_bias(model, [images]),
+        "round": lambda model: round_weights(model, [images], steps=30),
+    }
+
+
+def test_every_order_of_the_passes_gives_the_same_model(swapped, data):
+    model, expected = swapped
+    images, held = data
+    steps = list_steps(images)
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    reached = {}
+    for order in itertools.permutations(steps):
+        candidate = copy.deepcopy(model)
+        for name in order:
+            steps[name](candidate)
+        reached[order] = sqnr_db(expected, predict(candidate, [held]))
+        with disable_quantization(candidate):
+            assert sqnr_db(expected, predict(candidate, [held])) == math.inf
+        restore_modules(candidate)
+        assert sqnr_db(expected, predict(candidate, [held])) == math.inf
+        assert dict(candidate.named_parameters()).keys() == before.keys()
+    assert max(reached.values()) - min(reached.values()) < 0.3
+    alone = copy.deepcopy(model)
+    steps["analyze"](alone)
+    assert min(reached.values()) > sqnr_db(expected, predict(alone, [held])) + 0.5
+
+
+def test_a_layer_in_float_has_its_own_bias_again(swapped, data, tmp_path):
+    model = copy.deepcopy(swapped[0])
+    images, held = data
+    head = model.head.bias.clone()
+    correct_bias(model, [images])
+    corrected = model.mix.bias.clone()
+    assert not torch.equal(model.head.bias, head)
+    plan = Plan({"head": PlanEntry("float")})
+    assert apply_plan(model, plan, images) == ["head"]
+    assert torch.equal(model.head.bias, head)
+    assert model.head.keeps_float is False
+    assert torch.equal(model.mix.bias, corrected)  # nothing before it has changed
+    exported = export_onnx(model, images, tmp_path / "net.onnx").path
+    assert sqnr_db(predict(model, [held]), predict(exported, [held])) > 40
+
+
+def test_a_pass_that_fails_leaves_the_model_as_it_was(swapped, data, monkeypatch):
+    model = copy.deepcopy(swapped[0])
+    images, held = data
+    correct_bias(model, [images])
+    before = predict(model, [held])
+    state = copy.deepcopy(model.state_dict())
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bias, "visit_products", fail)
+    with pytest.raises(KeyboardInterrupt):
+        analyze_layers(model, [images])
+    monkeypatch.undo()
+    assert sqnr_db(before, predict(model, [held])) == math.inf
+    torch.testing.assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
+    assert [entry.name for entry in list_passes(model)] == ["correct_bias"]
+    with disable_quantization(model):
+        assert sqnr_db(swapped[1], predict(model, [held])) == math.inf
+
+
+def test_training_starts_from_the_corrected_model_and_makes_it_the_own_one(swapped, data):
+    model = copy.deepcopy(swapped[0])
+    images = data[0]
+    correct_bias(model, [images])
+    finetune(model, [images[:8]], distillation=Distillation(), schedule=Schedule(steps=2))
+    assert list_passes(model) == []
+    trained = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    calibrate_model(model, [images])
+    assert all(torch.equal(model.get_parameter(name), trained[name]) for name in trained)
+
+
+def test_kept_weights_are_not_in_the_state(swapped, data):
+    model = copy.deepcopy(swapped[0])
+    names = set(model.state_dict())
+    correct_bias(model, [data[0]])
+    assert set(model.state_dict()) - names == {"stem.bias", "mix.bias"} - names
+    fresh = copy.deepcopy(swapped[0])
+    fresh.load_state_dict(model.state_dict())
+    assert sqnr_db(predict(model, [data[1]]), predict(fresh, [data[1]])) == math.inf
