@@ -200,7 +200,7 @@ def test_waits_for_the_gpu_do_not_grow_with_the_steps(quantized, gpu, steps):
 
 def test_residual_network_of_torchvision():
     torchvision = pytest.importorskip("torchvision", reason="needs the extra 'demo'")
-    model = torchvision.models.resnet18(num_classes=16).eval()
+    model = torchvision.models.regnet_x_400mf(num_classes=16).eval()
     images = torch.randn(4, 3, 64, 64)
     fold_batchnorm(model, images)
     swap_modules(model, images)

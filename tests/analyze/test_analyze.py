@@ -649,10 +649,10 @@ def complete_run(tmp_path_factory):
 
 @pytest.mark.slow
 @PROCESSES
-def test_killed_five_times_it_is_the_uninterrupted_one(tmp_path, run_script, complete_run):
+def test_killed_three_times_it_is_the_uninterrupted_one(tmp_path, run_script, complete_run):
     random = np.random.default_rng(0)
     lines = len((complete_run / "analysis.jsonl").read_text().splitlines())
-    for stop in sorted(random.integers(1, lines, 5)):
+    for stop in sorted(random.integers(1, lines, 3)):
         process = run_script(tmp_path)
         journal = tmp_path / "analysis.jsonl"
         while process.poll() is None and (
